@@ -1,0 +1,1 @@
+"""Paged attention over a block table, and the writes into the KV cache."""

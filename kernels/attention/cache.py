@@ -1,0 +1,26 @@
+"""The paged KV cache of one layer, as tensors: its layout, stated once for every kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """Keys and values of one attention layer, in blocks of `block_size` tokens.
+
+    key, value  [num_blocks, num_kv_heads, block_size, head_dim], each float32, bfloat16, float16, float8_e4m3fn or
+                int8 (key and value may differ). Slot s is block s // block_size, offset s % block_size.
+    key_scale, value_scale  [num_kv_heads] float32: what a stored number is multiplied by. 1 for float caches.
+    """
+
+    key: Tensor
+    value: Tensor
+    key_scale: Tensor
+    value_scale: Tensor
+
+    @property
+    def block_size(self) -> int:
+        return self.key.shape[2]

@@ -1,0 +1,1 @@
+"""FP8 (e4m3) quantization and scaled GEMMs."""

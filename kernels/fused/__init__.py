@@ -1,0 +1,1 @@
+"""The small operators between GEMMs: norms, gated activations, rotary embedding."""

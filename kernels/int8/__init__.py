@@ -1,0 +1,1 @@
+"""INT8 quantization and the GEMMs with 8-bit integer weights."""

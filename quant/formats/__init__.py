@@ -1,0 +1,1 @@
+"""On-disk layouts, one module per quantizer family; each maps canonical integers to tensors and back."""

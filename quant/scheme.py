@@ -1,0 +1,158 @@
+"""A quantization scheme as a value: what the bits of a linear layer's weight, and of its input, mean.
+
+Nothing here touches a tensor, and nothing guesses a scheme from a tensor's shape. A combination that no kernel or
+format can mean can't be built: the constructors refuse it.
+
+The preset names are compressed-tensors' own (`quantization/quant_scheme.py` there), so that a name typed here means
+what it means to llm-compressor and vLLM.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+WeightDtype = Literal["fp8_e4m3", "int8", "int4", "int3", "int2", "bf16"]
+ActivationDtype = Literal["fp8_e4m3", "int8"]
+KVDtype = Literal["auto", "float32", "bf16", "fp16", "fp8_e4m3", "int8"]
+
+BITS: dict[str, int] = {"fp8_e4m3": 8, "int8": 8, "int4": 4, "int3": 3, "int2": 2, "bf16": 16}
+GROUP_SIZES = (32, 64, 128)
+
+
+class SchemeError(ValueError):
+    """A scheme, or a scheme on a layer of a certain shape, that can't be; the message says what would work."""
+
+
+@dataclass(frozen=True)
+class Granularity:
+    """How many weights share a scale.
+
+    tensor: one scale. channel: one per output row. group: one per `group_size` columns of a row.
+    block: one per `block` = (rows, columns) tile; tiles at the edges may be short.
+    """
+
+    kind: Literal["tensor", "channel", "group", "block"]
+    group_size: int | None = None
+    block: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.kind == "group") != (self.group_size is not None):
+            raise SchemeError(f"granularity {self.kind!r}: group_size is for 'group', and 'group' needs one")
+        if (self.kind == "block") != (self.block is not None):
+            raise SchemeError(f"granularity {self.kind!r}: block is for 'block', and 'block' needs one")
+        if self.group_size is not None and self.group_size < 1:
+            raise SchemeError(f"group_size {self.group_size} must be positive; -1 is spelled 'channel'")
+        if self.block is not None and min(self.block) < 1:
+            raise SchemeError(f"block {self.block} must have positive sides")
+
+    def scale_shape(self, out_features: int, in_features: int) -> tuple[int, int]:
+        """Shape of the scale of a weight [out_features, in_features]; a short last group or edge block counts."""
+        match self.kind:
+            case "tensor":
+                return (1, 1)
+            case "channel":
+                return (out_features, 1)
+            case "group":
+                assert self.group_size is not None
+                return (out_features, -(-in_features // self.group_size))
+            case "block":
+                assert self.block is not None
+                return (-(-out_features // self.block[0]), -(-in_features // self.block[1]))
+
+    def __str__(self) -> str:
+        match self.kind:
+            case "group":
+                return f"g{self.group_size}"
+            case "block":
+                assert self.block is not None
+                return f"{self.block[0]}x{self.block[1]}"
+        return self.kind
+
+
+TENSOR = Granularity("tensor")
+CHANNEL = Granularity("channel")
+
+
+def group(size: int) -> Granularity:
+    """Granularity of `size` columns; -1 means a whole row, as every quantizer spells it."""
+    return CHANNEL if size == -1 else Granularity("group", group_size=size)
+
+
+@dataclass(frozen=True)
+class WeightScheme:
+    """Integers: w = (q - zero_point) * scale, zero_point 0 when symmetric. FP8: w = q * scale."""
+
+    dtype: WeightDtype
+    granularity: Granularity
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        if self.dtype == "fp8_e4m3" and not self.symmetric:
+            raise SchemeError("fp8_e4m3 weights have no zero point: symmetric must be true")
+        if self.dtype == "bf16":
+            raise SchemeError("an unquantized layer has no scheme: use None instead of a bf16 scheme")
+
+    @property
+    def bits(self) -> int:
+        return BITS[self.dtype]
+
+    @property
+    def int_range(self) -> tuple[int, int]:
+        """Smallest and largest stored integer, signed: (-8, 7) for int4. Zero points lie in the same range."""
+        if self.dtype == "fp8_e4m3":
+            raise SchemeError("fp8_e4m3 is not an integer type")
+        return -(1 << (self.bits - 1)), (1 << (self.bits - 1)) - 1
+
+
+@dataclass(frozen=True)
+class ActivationScheme:
+    """How a linear layer's input is rounded before the GEMM.
+
+    granularity: 'tensor' with dynamic=False (a stored scale), or dynamic per token ('channel': one scale per row of
+    the input) or per token and group of columns ('group').
+    """
+
+    dtype: ActivationDtype
+    granularity: Granularity
+    dynamic: bool = True
+
+    def __post_init__(self) -> None:
+        if self.granularity.kind == "block":
+            raise SchemeError("activations have no block granularity; a token's groups are 'group'")
+        if not self.dynamic and self.granularity.kind != "tensor":
+            raise SchemeError(f"static activation scales are per tensor, not per {self.granularity}")
+
+
+@dataclass(frozen=True)
+class QuantScheme:
+    """What a quantized linear layer is: its weight's scheme, and its input's when that is quantized too."""
+
+    weight: WeightScheme
+    activation: ActivationScheme | None = None
+
+    def __post_init__(self) -> None:
+        a, w = self.activation, self.weight
+        if a is not None and a.dtype == "int8" and w.dtype == "fp8_e4m3":
+            raise SchemeError("int8 activations with fp8 weights: no format and no kernel has that")
+        if a is not None and w.granularity.kind == "block" and a.granularity.kind != "group":
+            raise SchemeError("block-scaled weights go with activations in groups of the block's columns")
+
+    def __str__(self) -> str:
+        name = f"{self.weight.dtype}/{self.weight.granularity}" + ("" if self.weight.symmetric else "/asym")
+        if self.activation is not None:
+            how = "token" if self.activation.granularity == CHANNEL else str(self.activation.granularity)
+            name += f" x {self.activation.dtype}/{'' if self.activation.dynamic else 'static '}{how}"
+        return name
+
+
+PRESETS: dict[str, QuantScheme] = {
+    "W4A16": QuantScheme(WeightScheme("int4", group(128))),
+    "W4A16_ASYM": QuantScheme(WeightScheme("int4", group(128), symmetric=False)),
+    "W8A16": QuantScheme(WeightScheme("int8", group(128))),
+    "W8A8": QuantScheme(WeightScheme("int8", CHANNEL), ActivationScheme("int8", CHANNEL)),
+    "FP8_DYNAMIC": QuantScheme(WeightScheme("fp8_e4m3", CHANNEL), ActivationScheme("fp8_e4m3", CHANNEL)),
+    "FP8_BLOCK": QuantScheme(
+        WeightScheme("fp8_e4m3", Granularity("block", block=(128, 128))), ActivationScheme("fp8_e4m3", group(128))
+    ),
+}

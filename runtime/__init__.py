@@ -1,0 +1,1 @@
+"""Serves token ids: scheduling, the KV cache, the decoder, sampling. Never text, never HTTP, never calibration."""

@@ -1,0 +1,158 @@
+"""What crosses the socket between the server and the engine process: plain values, encoded by msgspec.
+
+Token ids only; text stays in the server. Every request that the engine has accepted ends in exactly one TokenOutput
+with a finish_reason, or in one with an error.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """How one sequence is sampled. Defaults are OpenAI's; a server resolves a model's own defaults before this.
+
+    temperature 0 is greedy. top_k 0 and top_p 1.0 and min_p 0.0 are off. max_tokens counts generated tokens and is
+    always set: the server fills in what the context leaves. stop_token_ids (the model's end tokens among them,
+    unless the request ignores them) end the sequence once min_tokens have been generated; before that they can't be sampled.
+    logprobs: None, or how many of the most likely tokens to report beside the sampled one (0: only that one).
+    prompt_logprobs: the same for each prompt token. allowed_token_ids: nothing else may be sampled.
+    """
+
+    max_tokens: int
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    allowed_token_ids: tuple[int, ...] | None = None
+    seed: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+
+class AddRequest(msgspec.Struct, frozen=True, tag="add"):
+    """A prompt to complete. n > 1 is n requests (the prefix cache makes the later ones cheap)."""
+
+    request_id: str
+    token_ids: list[int]
+    params: SamplingParams
+    arrival_time: float  # time.time() in the server, for the queue-time metrics
+
+
+class AbortRequest(msgspec.Struct, frozen=True, tag="abort"):
+    """Stop these requests wherever they are; unknown ids are ignored. No output follows for them."""
+
+    request_ids: list[str]
+
+
+class Ping(msgspec.Struct, frozen=True, tag="ping"):
+    """Answered by a Pong from the engine's loop itself, so that an answer means that the loop turns."""
+
+    nonce: int
+
+
+class ResetPrefixCache(msgspec.Struct, frozen=True, tag="reset_prefix_cache"):
+    """Forget all cached prefixes that no running request uses."""
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
+    """End the process now."""
+
+
+ToEngine = AddRequest | AbortRequest | Ping | ResetPrefixCache | Shutdown
+
+
+class Logprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities at one position: of the token that stands there, its rank (1 is most likely), and of the top ones."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    top_ids: list[int]
+    top_logprobs: list[float]
+
+
+class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
+    """What one step brought for one request: usually one token; the last one carries finish_reason.
+
+    stop_token_id is the token that ended it (it is also the last of token_ids). prompt_logprobs comes once, with the
+    first token: entry i belongs to prompt token i; entry 0 is None, since nothing predicts the first token.
+    timing fields are time.time() values, set with the first token.
+    """
+
+    request_id: str
+    token_ids: list[int]
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    error: str | None = None
+    logprobs: list[Logprobs] | None = None
+    prompt_logprobs: list[Logprobs | None] | None = None
+    num_cached_tokens: int | None = None
+    scheduled_time: float | None = None
+    first_token_time: float | None = None
+
+
+class EngineStats(msgspec.Struct, frozen=True, array_like=True):
+    """Gauges as they are, and counters as totals since start."""
+
+    num_running: int
+    num_waiting: int
+    kv_cache_usage: float  # 0..1
+    num_preemptions: int
+    prefix_cache_queries: int  # tokens
+    prefix_cache_hits: int  # tokens
+    step_tokens: int  # tokens in the last step
+
+
+class StepOutputs(msgspec.Struct, frozen=True, tag="outputs"):
+    outputs: list[TokenOutput]
+    stats: EngineStats
+
+
+class Pong(msgspec.Struct, frozen=True, tag="pong"):
+    nonce: int
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready"):
+    """Sent once, when the engine can serve. `report` is what the start-up table prints."""
+
+    max_model_len: int
+    num_blocks: int
+    block_size: int
+    vocab_size: int
+    report: StartupReport
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed"):
+    """The engine can't go on (or can't start): one line for people, and the traceback for the log."""
+
+    message: str
+    traceback: str = ""
+
+
+class StartupReport(msgspec.Struct, frozen=True):
+    """The one table of a start: seconds by phase, bytes, and which body serves which kind of layer."""
+
+    model: str
+    architecture: str
+    dtype: str
+    device: str
+    kv_cache_dtype: str
+    layers: list[tuple[str, str, str]]  # (kind of layer, scheme, body)
+    weight_bytes: int
+    kv_cache_bytes: int
+    seconds: dict[str, float]
+    notes: list[str] = []
+
+
+FromEngine = Ready | Failed | StepOutputs | Pong

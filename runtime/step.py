@@ -1,0 +1,36 @@
+"""One step as a value: what the scheduler decided, and the tensors that a forward pass needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """Everything that a forward pass over a mixed batch of prefill chunks and decodes needs, on the model's device.
+
+    The tokens of all sequences stand one after another, sequence by sequence. With T tokens, S sequences, B blocks
+    in the longest table and L rows of logits wanted:
+
+    token_ids      [T] int64
+    positions      [T] int64      position of each token in its sequence
+    slot_mapping   [T] int64      where its key and value go: block id * block_size + offset in the block
+    block_tables   [S, B] int32   block ids of each sequence in order; entries past its length are 0 and never read
+    seq_lens       [S] int32      tokens in the cache once this step has written its own
+    query_starts   [S + 1] int32  sequence s owns tokens query_starts[s] .. query_starts[s + 1]
+    logits_index   [L] int64      tokens whose logits are wanted, ascending
+    max_query_len  1 when every sequence has one token: a pure decode step
+    max_seq_len    largest of seq_lens
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    slot_mapping: Tensor
+    block_tables: Tensor
+    seq_lens: Tensor
+    query_starts: Tensor
+    logits_index: Tensor
+    max_query_len: int
+    max_seq_len: int

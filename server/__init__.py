@@ -1,0 +1,1 @@
+"""HTTP, text, server-sent events and metrics. Knows no tensor."""
