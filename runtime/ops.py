@@ -1,14 +1,73 @@
 """The operators that the decoder calls besides its linear layers, as one value chosen at load.
 
-Signatures are the contract between the decoder and the kernels room; `octavo.kernels.*.reference` is what they mean.
+The signatures are the contract between the decoder and the kernels room. `octavo.kernels.*.reference` is what they
+mean; a device's bodies are compared with it in tests. T tokens, H hidden, Hq and Hkv heads, D head size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
-from octavo.kernels.attention.cache import LayerCache
-from octavo.runtime.step import StepInputs
+from octavo.kernels.attention import reference as attention_reference
+from octavo.kernels.attention.cache import AttentionShape, LayerCache
+from octavo.kernels.attention.step import StepInputs
+from octavo.kernels.fused import reference as fused_reference
+
+
+class RopeAndCache(Protocol):
+    """Split qkv, normalize q and k (when weights are given), rotate both, write k and v into the cache; return q.
+
+    qkv        [T, (Hq + 2 Hkv) * D]
+    cos_sin    None (this layer has no positions), or [max_position, rotary_dim] float32: cos in the first half, sin
+               in the second; the first rotary_dim elements of each head rotate, pairing i with i + rotary_dim / 2
+    q_norm, k_norm  None, or float32 RMSNorm weights, [D] (over each head) or [Hq * D], [Hkv * D] (over all heads)
+    returns    q [T, Hq, D]
+    """
+
+    def __call__(
+        self,
+        qkv: Tensor,
+        inputs: StepInputs,
+        cache: LayerCache,
+        shape: AttentionShape,
+        cos_sin: Tensor | None,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        eps: float,
+    ) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Ops:
+    """One body for each operator.
+
+    rms_norm(x [T, H], weight [H] float32, eps) -> [T, H]: computed in float32, returned in x's type
+    add_rms_norm(x, residual, weight, eps) -> (normed, x + residual): the sum is rounded to x's type, then normed
+    silu_and_mul(gate_up [T, 2 I]) -> [T, I]: act(first half) * second half
+    gelu_tanh_and_mul(gate_up [T, 2 I]) -> [T, I]
+    attention(q [T, Hq, D], inputs, cache, shape) -> [T, Hq * D]: causal over the cache, which holds this step's own
+        keys and values already
+    """
+
+    name: str
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+    silu_and_mul: Callable[[Tensor], Tensor]
+    gelu_tanh_and_mul: Callable[[Tensor], Tensor]
+    rope_and_cache: RopeAndCache
+    attention: Callable[[Tensor, StepInputs, LayerCache, AttentionShape], Tensor]
+
+
+REFERENCE = Ops(
+    name="reference",
+    rms_norm=fused_reference.rms_norm,
+    add_rms_norm=fused_reference.add_rms_norm,
+    silu_and_mul=fused_reference.silu_and_mul,
+    gelu_tanh_and_mul=fused_reference.gelu_tanh_and_mul,
+    rope_and_cache=attention_reference.rope_and_cache,
+    attention=attention_reference.paged_attention,
+)

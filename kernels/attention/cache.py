@@ -24,3 +24,20 @@ class LayerCache:
     @property
     def block_size(self) -> int:
         return self.key.shape[2]
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """What is constant about one attention layer.
+
+    scale     what q . k is multiplied by
+    window    None, or how many of the latest tokens a token sees, itself among them
+    soft_cap  None, or c in c * tanh(scores / c), applied after the scale and before the mask
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    window: int | None = None
+    soft_cap: float | None = None

@@ -1,4 +1,4 @@
-"""One step as a value: what the scheduler decided, and the tensors that a forward pass needs."""
+"""One step as a value: the tensors that a forward pass over a batch needs."""
 
 from __future__ import annotations
 

@@ -1,0 +1,98 @@
+"""The specification of attention over a paged cache, in plain torch, one sequence after another."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from octavo.kernels.attention.cache import AttentionShape, LayerCache
+from octavo.kernels.attention.step import StepInputs
+from octavo.kernels.fused.reference import rms_norm
+
+
+def rope_and_cache(
+    qkv: Tensor,
+    inputs: StepInputs,
+    cache: LayerCache,
+    shape: AttentionShape,
+    cos_sin: Tensor | None,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """Split qkv [T, (Hq + 2 Hkv) D], norm and rotate q and k, write k and v into the cache; return q [T, Hq, D]."""
+    d, hq, hkv = shape.head_dim, shape.num_heads, shape.num_kv_heads
+    q, k, v = qkv.split([hq * d, hkv * d, hkv * d], dim=-1)
+    q, k = _norm_heads(q, q_norm, d, eps), _norm_heads(k, k_norm, d, eps)
+    if cos_sin is not None:
+        rows = cos_sin[inputs.positions]  # [T, rotary_dim]
+        q, k = rotate(q, rows), rotate(k, rows)
+    write_cache(k, v.reshape(-1, hkv, d), inputs.slot_mapping, cache)
+    return q
+
+
+def _norm_heads(x: Tensor, weight: Tensor | None, head_dim: int, eps: float) -> Tensor:
+    """[T, H * D] -> [T, H, D], normalized over each head (weight [D]) or over all of them (weight [H * D])."""
+    if weight is not None and weight.numel() != head_dim:
+        x = rms_norm(x, weight, eps)
+    heads = x.reshape(x.shape[0], -1, head_dim)
+    return rms_norm(heads, weight, eps) if weight is not None and weight.numel() == head_dim else heads
+
+
+def rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
+    """Rotary embedding (arXiv 2104.09864, the half-split pairing): x [T, H, D], cos_sin [T, rotary_dim]."""
+    rotary = cos_sin.shape[-1]
+    cos, sin = (c.unsqueeze(1) for c in cos_sin.chunk(2, dim=-1))  # [T, 1, rotary / 2]
+    a, b = x[..., :rotary].float().chunk(2, dim=-1)
+    turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    return torch.cat((turned, x[..., rotary:]), dim=-1)
+
+
+def write_cache(k: Tensor, v: Tensor, slot_mapping: Tensor, cache: LayerCache) -> None:
+    """Store k and v [T, Hkv, D] at their slots, divided by the scales, rounded to the nearest, saturated."""
+    block, offset = slot_mapping // cache.block_size, slot_mapping % cache.block_size
+    for x, store, scale in ((k, cache.key, cache.key_scale), (v, cache.value, cache.value_scale)):
+        store[block, :, offset] = encode(x, scale.reshape(-1, 1), store.dtype)
+
+
+def encode(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """x / scale in the cache's type, saturating; scale broadcasts over x. Float caches wider than fp8 have scale 1."""
+    if dtype == torch.int8:
+        return (x.float() / scale).round().clamp(-127, 127).to(dtype)
+    if dtype == torch.float8_e4m3fn:
+        return (x.float() / scale).clamp(-448, 448).to(dtype)
+    return x.to(dtype)
+
+
+def paged_attention(q: Tensor, inputs: StepInputs, cache: LayerCache, shape: AttentionShape) -> Tensor:
+    """softmax(scale q k^T) v over each sequence's cached tokens, causal; q [T, Hq, D] -> [T, Hq * D], in float32.
+
+    Query i of a sequence with n queries and L cached tokens stands at position L - n + i and sees the cached tokens
+    at or before it; with a window w, only the last w of those.
+    """
+    out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
+    starts, lengths = inputs.query_starts.tolist(), inputs.seq_lens.tolist()
+    for s, length in enumerate(lengths):
+        begin, end = starts[s], starts[s + 1]
+        table = inputs.block_tables[s, : -(-length // cache.block_size)].long()
+        k = _gather(cache.key, cache.key_scale, table, length)  # [Hkv, L, D]
+        v = _gather(cache.value, cache.value_scale, table, length)
+        repeat = shape.num_heads // shape.num_kv_heads
+        k, v = k.repeat_interleave(repeat, dim=0), v.repeat_interleave(repeat, dim=0)
+        scores = q[begin:end].transpose(0, 1).float() @ k.transpose(1, 2) * shape.scale  # [Hq, n, L]
+        if shape.soft_cap is not None:
+            scores = shape.soft_cap * torch.tanh(scores / shape.soft_cap)
+        position = torch.arange(length - (end - begin), length, device=q.device).unsqueeze(1)
+        key = torch.arange(length, device=q.device)
+        seen = key <= position
+        if shape.window is not None:
+            seen &= key > position - shape.window
+        weights = scores.masked_fill(~seen, float("-inf")).softmax(dim=-1)
+        out[begin:end] = (weights @ v).transpose(0, 1)
+    return out.to(q.dtype).reshape(q.shape[0], -1)
+
+
+def _gather(store: Tensor, scale: Tensor, table: Tensor, length: int) -> Tensor:
+    """One sequence's keys or values out of its blocks, dequantized: [Hkv, length, D] float32."""
+    heads = store[table].float().transpose(0, 1)  # [Hkv, blocks, block_size, D]
+    return heads.flatten(1, 2)[:, :length] * scale.reshape(-1, 1, 1)
