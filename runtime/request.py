@@ -18,7 +18,8 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
 
     temperature 0 is greedy. top_k 0 and top_p 1.0 and min_p 0.0 are off. max_tokens counts generated tokens and is
     always set: the server fills in what the context leaves. stop_token_ids (the model's end tokens among them,
-    unless the request ignores them) end the sequence once min_tokens have been generated; before that they can't be sampled.
+    unless the request ignores them) end the sequence once min_tokens have been generated; before that they can't be
+    sampled.
     logprobs: None, or how many of the most likely tokens to report beside the sampled one (0: only that one).
     prompt_logprobs: the same for each prompt token. allowed_token_ids: nothing else may be sampled.
     """
@@ -73,7 +74,7 @@ ToEngine = AddRequest | AbortRequest | Ping | ResetPrefixCache | Shutdown
 
 
 class Logprobs(msgspec.Struct, frozen=True, array_like=True):
-    """Log-probabilities at one position: of the token that stands there, its rank (1 is most likely), and of the top ones."""
+    """Log-probabilities at one position: of the token that stands there, with its rank (1 is best), and of the top."""
 
     token_id: int
     logprob: float
