@@ -1,0 +1,33 @@
+# make demo   a real model: quantize, serve, stream an answer
+# make test   the whole test suite, as CI runs it
+# make check  style and types
+# make install  the environment .venv, which all of the above use
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: install demo test check clean
+
+install: $(INSTALLED)
+
+# --upgrade-strategy only-if-needed: a second run with a changed pyproject.toml adds what is missing and no more.
+$(INSTALLED): pyproject.toml src/octavo/version.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed --editable '.[dev]'
+	touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/python -m octavo.demo
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

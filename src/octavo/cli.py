@@ -1,0 +1,64 @@
+"""`octavo COMMAND ...`, and the two commands that have a console script of their own: `quantize` and `serve`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from octavo.version import VERSION
+
+COMMANDS = {
+    "quantize": "write a quantized copy of a checkpoint, and measure what it cost",
+    "serve": "serve a checkpoint behind an OpenAI-compatible HTTP server",
+    "bench": "measure a running server: throughput, latency, dollars per million tokens",
+    "inspect": "say what is in a checkpoint, and what it needs to serve",
+    "chat": "talk to a model in the terminal",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `octavo`; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0] in COMMANDS:
+        return run_command(arguments[0], arguments[1:], prog=f"octavo {arguments[0]}")
+    parser = argparse.ArgumentParser(
+        prog="octavo",
+        description="Quantize Hugging Face checkpoints, prove what it cost, and serve them.",
+        epilog="`octavo COMMAND --help` tells the options of a command.",
+    )
+    parser.add_argument("--version", action="version", version=f"octavo {VERSION}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, summary in COMMANDS.items():
+        commands.add_parser(name, help=summary, add_help=False)
+    parser.parse_args(arguments)
+    return 0
+
+
+def run_command(name: str, argv: Sequence[str], prog: str) -> int:
+    """Parse one command's own arguments and run it. Only that command's module is imported."""
+    command = import_module(f"octavo.commands.{name}")
+    parser = argparse.ArgumentParser(
+        prog=prog, description=command.__doc__.strip().split("\n\n")[0], allow_abbrev=False
+    )
+    command.configure(parser)
+    try:
+        code: int = command.run(parser.parse_args(argv))
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `octavo inspect M | head`
+        sys.stderr.close()
+        return 0
+    return code
+
+
+def quantize_main() -> int:
+    """The console script `quantize`."""
+    return run_command("quantize", sys.argv[1:], prog="quantize")
+
+
+def serve_main() -> int:
+    """The console script `serve`."""
+    return run_command("serve", sys.argv[1:], prog="serve")

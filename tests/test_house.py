@@ -1,0 +1,140 @@
+"""The house keeps its rules: import direction, room names, one file for torch.cuda, file and function sizes."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FLOORS = ["kernels", "quant", "calibration", "runtime", "server"]
+MAX_LINES = 500
+MAX_FUNCTION_LINES = 50
+
+
+def sources() -> list[Path]:
+    """Every Python file of the package, in the real folders."""
+    rooms = [path for room in FLOORS for path in (ROOT / room).rglob("*.py")]
+    return sorted(
+        rooms + [p for p in (ROOT / "src/octavo").glob("*.py")] + list((ROOT / "src/octavo/commands").glob("*.py"))
+    )
+
+
+def imports(path: Path) -> list[str]:
+    """Full names of the modules that a file imports, at whatever depth in the file."""
+    found: list[str] = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import; write octavo.ROOM"
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+    return found
+
+
+def test_there_are_sources() -> None:
+    assert len(sources()) > 20
+
+
+def test_links_lead_to_the_rooms() -> None:
+    for room in FLOORS:
+        link = ROOT / "src/octavo" / room
+        assert link.is_symlink()
+        assert str(link.readlink()) == f"../../{room}", f"{link} must be a relative link"
+
+
+def test_kernels_is_a_namespace() -> None:
+    # transformers imports an unrelated package named `kernels` when it finds one; a regular package here would be it
+    assert not (ROOT / "kernels/__init__.py").exists()
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_go_down(path: Path) -> None:
+    room = path.relative_to(ROOT).parts[0]
+    if room not in FLOORS:
+        return  # the commands stand above all rooms
+    allowed = set(FLOORS[: FLOORS.index(room) + 1])
+    if room == "runtime":
+        allowed -= {"calibration"}
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] in FLOORS:
+            raise AssertionError(f"{path}: imports bare {parts[0]!r}; write octavo.{parts[0]}")
+        if parts[0] == "octavo" and len(parts) > 1 and parts[1] not in {"version", "__version__"}:
+            assert parts[1] in allowed, f"{path}: {room} may not import octavo.{parts[1]}"
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_cuda_is_spoken_in_one_file(path: Path) -> None:
+    if path == ROOT / "runtime/device.py":
+        return
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            assert (node.value.id, node.attr) != ("torch", "cuda"), (
+                f"{path}:{node.lineno}: torch.cuda belongs in runtime/device.py"
+            )
+
+
+def test_the_server_knows_no_tensor() -> None:
+    for path in (ROOT / "server").rglob("*.py"):
+        assert not {"torch", "numpy"} & {name.split(".")[0] for name in imports(path)}, (
+            f"{path} imports a tensor library"
+        )
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_sizes(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert text.count("\n") <= MAX_LINES, f"{path} has {text.count(chr(10))} lines"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno is not None
+            lines = node.end_lineno - node.lineno + 1
+            assert lines <= MAX_FUNCTION_LINES, f"{path}:{node.lineno}: {node.name} has {lines} lines"
+    assert path.stem not in {"utils", "helpers", "common", "misc"}, f"{path}: name what it is for"
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_module_says_what_it_is(path: Path) -> None:
+    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), f"{path} has no docstring"
+
+
+def test_importing_allocates_and_compiles_nothing() -> None:
+    """Importing every module starts neither numba nor Triton, and reads no environment variable of ours."""
+    modules = [
+        ".".join(("octavo", *p.relative_to(ROOT).with_suffix("").parts))
+        for r in FLOORS
+        for p in (ROOT / r).rglob("*.py")
+    ]
+    names = sorted(m.removesuffix(".__init__") for m in modules)
+    program = (
+        "import importlib, sys\n"
+        f"for name in {names!r}: importlib.import_module(name)\n"
+        "heavy = {'numba', 'triton', 'transformers'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT / "src")
+
+
+def test_nothing_of_a_machine_is_written_down() -> None:
+    """No file names a path of the machine that it was written on, or a registry's host."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.fail("git ls-files failed: the tests run in a clone")
+    forbidden = [
+        "/" + "work/",
+        "/" + "root/",
+        ".".join(("pypi", "org")),
+        ".".join(("npmjs", "org")),
+        ".".join(("debian", "org")),
+    ]
+    for name in listed.stdout.split("\0"):
+        path = ROOT / name
+        if not name or path.is_symlink() or path.suffix in {".safetensors", ".png"} or "tests/fixtures" in name:
+            continue
+        text = path.read_text(encoding="utf-8", errors="replace")
+        for word in forbidden:
+            assert word not in text, f"{name} names {word}"
