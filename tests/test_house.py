@@ -18,9 +18,8 @@ MAX_FUNCTION_LINES = 50
 def sources() -> list[Path]:
     """Every Python file of the package, in the real folders."""
     rooms = [path for room in FLOORS for path in (ROOT / room).rglob("*.py")]
-    return sorted(
-        rooms + [p for p in (ROOT / "src/octavo").glob("*.py")] + list((ROOT / "src/octavo/commands").glob("*.py"))
-    )
+    above = [*(ROOT / "src/octavo").glob("*.py"), *(ROOT / "src/octavo/commands").glob("*.py")]
+    return sorted(rooms + above)
 
 
 def imports(path: Path) -> list[str]:
