@@ -1,0 +1,236 @@
+"""A Hugging Face checkpoint on disk: its config, and its tensors by name, mapped and strictly accounted for.
+
+Knows files and formats, not models: which layers there must be is the caller's to ask for, and `unread` tells it
+afterwards what it did not ask for. Only safetensors: a pickle is a program, and is refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from octavo.quant.formats.compressed_tensors import SUFFIXES, FormatError
+from octavo.quant.formats.compressed_tensors_config import CompressedTensorsConfig, parse_config
+from octavo.quant.qparams import QuantizedWeight
+from octavo.quant.safetensors_file import SafetensorsError, SafetensorsFile, TensorSpec
+
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+class CheckpointError(ValueError):
+    """A directory that is not a checkpoint that can be served or quantized; the message says what is wrong with it."""
+
+
+class Checkpoint:
+    """An open checkpoint. Tensors are views of mapped files: cheap to ask for, to be copied by whoever keeps them.
+
+    config    config.json as it is
+    names     every tensor's name
+    files     the shards, by name
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        config: dict[str, Any],
+        files: dict[str, SafetensorsFile],
+        quantization: CompressedTensorsConfig | None,
+    ) -> None:
+        self.directory = directory
+        self.config = config
+        self.files = files
+        self.quantization = quantization
+        self._file_of = {name: file for file in files.values() for name in file.specs}
+        self.names = frozenset(self._file_of)
+        self._unread = set(self.names)
+
+    @classmethod
+    def open(cls, directory: Path) -> Checkpoint:
+        """Read the config and the headers of all shards; no tensor yet. Raises CheckpointError."""
+        if not directory.is_dir():
+            raise CheckpointError(f"{directory} is not a directory")
+        config = read_config(directory)
+        files = _open_shards(directory, _find_shards(directory))
+        try:
+            checkpoint = cls(directory, config, files, _parse_quantization(config))
+            checkpoint._check_formats()
+        except FormatError as e:
+            raise CheckpointError(f"{directory.name}: {e}") from e
+        return checkpoint
+
+    def has(self, name: str) -> bool:
+        return name in self._file_of
+
+    def spec(self, name: str) -> TensorSpec:
+        """Type and shape of a tensor, without reading it."""
+        return self._file(name).specs[name]
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor as it is stored, a view of the file; counts as read from now on."""
+        view = self._file(name).view(name)
+        self._unread.discard(name)
+        return view
+
+    def linear(self, module: str) -> QuantizedWeight | Tensor:
+        """The weight [N, K] of a linear layer, such as 'model.layers.0.self_attn.q_proj': quantized, or as it is."""
+        format_ = self.quantization.format_of(module) if self.quantization else None
+        if format_ is None:
+            return self.tensor(f"{module}.weight")
+        tensors = {s: self.tensor(f"{module}.{s}") for s in SUFFIXES if self.has(f"{module}.{s}")}
+        if not tensors:
+            raise CheckpointError(f"{module}: the checkpoint has no weight for it")
+        try:
+            return format_.read(tensors)
+        except FormatError as e:
+            raise CheckpointError(f"{module}: {e}") from e
+
+    @property
+    def kv_cache_dtype(self) -> str | None:
+        """'fp8_e4m3' or 'int8' when the checkpoint brings scales for a quantized KV cache."""
+        return self.quantization.kv_cache if self.quantization else None
+
+    def kv_scales(self, attention: str) -> tuple[Tensor, Tensor] | None:
+        """Scales of an attention layer's keys and values, [1] or [num_kv_heads] float32; None if there are none.
+
+        attention is the module's name, such as 'model.layers.0.self_attn'. Three generations of names are known.
+        """
+        spellings = (
+            ("k_scale", "v_scale"),
+            ("k_proj.output_scale", "v_proj.output_scale"),
+            ("kv_scale", "kv_scale"),
+        )
+        for names in spellings:
+            key, value = (f"{attention}.{name}" for name in names)
+            if self.has(key) and self.has(value):
+                return self.tensor(key).float().flatten(), self.tensor(value).float().flatten()
+        return None
+
+    def unread(self) -> list[str]:
+        """Names of the tensors that nobody has asked for yet, sorted."""
+        return sorted(self._unread)
+
+    def _file(self, name: str) -> SafetensorsFile:
+        try:
+            return self._file_of[name]
+        except KeyError:
+            raise CheckpointError(f"{self.directory.name} has no tensor {name}{self._hint(name)}") from None
+
+    def _hint(self, name: str) -> str:
+        """What a missing name may be due to."""
+        module, _, suffix = name.rpartition(".")
+        others = [s for s in SUFFIXES if self.has(f"{module}.{s}")]
+        if suffix == "weight" and others:
+            return f", but {', '.join(others)}: its quantization_config doesn't say that {module} is quantized"
+        return ""
+
+    def _check_formats(self) -> None:
+        """Refuse a scheme that octavo doesn't have before anything is loaded, and by the layer that has it."""
+        if self.quantization is None:
+            return
+        for module in sorted({name.rpartition(".")[0] for name in self.names if name.endswith("weight_scale")}):
+            self.quantization.format_of(module)
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.json as a dict. Raises CheckpointError."""
+    path = directory / "config.json"
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{directory} has no config.json: not a Hugging Face checkpoint") from None
+    except ValueError as e:
+        raise CheckpointError(f"{path} is not JSON: {e}") from e
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
+    return config
+
+
+def quantization_dict(config: dict[str, Any]) -> dict[str, Any] | None:
+    """The quantization config wherever config.json keeps it (older compressed-tensors: compression_config)."""
+    for owner in (config, config.get("text_config") or {}):
+        for key in ("quantization_config", "compression_config"):
+            if isinstance(owner.get(key), dict):
+                found: dict[str, Any] = owner[key]
+                return found
+    return None
+
+
+def _parse_quantization(config: dict[str, Any]) -> CompressedTensorsConfig | None:
+    raw = quantization_dict(config)
+    if raw is None:
+        return None
+    method = raw.get("quant_method")
+    if method != "compressed-tensors":
+        raise FormatError(f"quant_method {method!r} is not supported; compressed-tensors is")
+    return parse_config(raw)
+
+
+def _find_shards(directory: Path) -> dict[str, list[str] | None]:
+    """Shard file names, each with the tensors that the index says it has (None without an index)."""
+    if (directory / SINGLE).is_file():
+        return {SINGLE: None}
+    if (directory / INDEX).is_file():
+        return _read_index(directory)
+    present = sorted(path.name for path in directory.iterdir() if path.is_file())
+    safetensors = [name for name in present if name.endswith(".safetensors")]
+    if len(safetensors) == 1:
+        return {safetensors[0]: None}
+    if safetensors:
+        raise CheckpointError(f"{directory} has {', '.join(safetensors)} but neither {SINGLE} nor {INDEX}")
+    pickles = [name for name in present if name.endswith(PICKLE_SUFFIXES)]
+    if pickles:
+        raise CheckpointError(
+            f"{directory} has its weights in pickle files ({', '.join(pickles)}), which can run code when they are "
+            "loaded and are not read; convert them with transformers' save_pretrained"
+        )
+    raise CheckpointError(f"{directory} has no safetensors file")
+
+
+def _read_index(directory: Path) -> dict[str, list[str] | None]:
+    try:
+        weight_map = json.loads((directory / INDEX).read_text("utf-8"))["weight_map"]
+        items = sorted((str(file), str(name)) for name, file in weight_map.items())
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise CheckpointError(f"{directory / INDEX} is not an index with a weight_map: {e}") from e
+    shards: dict[str, list[str] | None] = {}
+    for file, name in items:
+        if file != Path(file).name or not file.endswith(".safetensors"):
+            raise CheckpointError(f"{INDEX} names {file!r}, which is not a safetensors file beside it")
+        listed = shards.setdefault(file, [])
+        assert listed is not None
+        listed.append(name)
+    missing = [file for file in shards if not (directory / file).is_file()]
+    if missing:
+        raise CheckpointError(f"{INDEX} names {', '.join(missing)}, not in {directory}: the download is incomplete")
+    return shards
+
+
+def _open_shards(directory: Path, shards: dict[str, list[str] | None]) -> dict[str, SafetensorsFile]:
+    files: dict[str, SafetensorsFile] = {}
+    seen: dict[str, str] = {}
+    for name, listed in shards.items():
+        try:
+            file = SafetensorsFile(directory / name)
+        except (SafetensorsError, OSError) as e:
+            raise CheckpointError(f"{directory.name}: {e}") from e
+        absent = [tensor for tensor in listed or () if tensor not in file.specs]
+        if absent:
+            raise CheckpointError(f"{name} lacks {_some(absent)}, which {INDEX} says it has")
+        twice = [tensor for tensor in file.specs if tensor in seen]
+        if twice:
+            raise CheckpointError(f"{name} and {seen[twice[0]]} both have {_some(twice)}")
+        seen.update(dict.fromkeys(file.specs, name))
+        files[name] = file
+    return files
+
+
+def _some(names: Iterable[str], most: int = 4) -> str:
+    """The first few of many names."""
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,197 @@
+"""The `quantization_config` of a compressed-tensors checkpoint, parsed: which scheme each linear layer has.
+
+Source: vllm-project/compressed-tensors, `quantization/quant_config.py`, `quantization/quant_args.py`, `utils/match.py`.
+What octavo can't compute is refused when a layer has it, by the group's name and with the reason, so that a group
+that no layer uses does no harm.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from octavo.quant.formats.compressed_tensors import CompressedTensorsFormat, FormatError
+from octavo.quant.scheme import (
+    CHANNEL,
+    PRESETS,
+    TENSOR,
+    ActivationScheme,
+    Granularity,
+    QuantScheme,
+    SchemeError,
+    WeightDtype,
+    WeightScheme,
+    group,
+)
+
+INT_DTYPES: dict[int, WeightDtype] = {8: "int8", 4: "int4", 3: "int3", 2: "int2"}
+FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision", "dense")
+
+
+@dataclass(frozen=True)
+class ConfigGroup:
+    """One entry of config_groups: the layers it is for, and their scheme, or why there can't be one."""
+
+    name: str
+    targets: tuple[str, ...]
+    scheme: QuantScheme | None
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class CompressedTensorsConfig:
+    """Scheme by layer. kv_cache: the cache's type, 'fp8_e4m3' or 'int8', when the checkpoint has scales for it."""
+
+    groups: tuple[ConfigGroup, ...]
+    ignore: tuple[str, ...]
+    kv_cache: str | None = None
+
+    def format_of(self, module: str) -> CompressedTensorsFormat | None:
+        """The format of a linear layer by its full name; None when it is not quantized.
+
+        Raises FormatError when its scheme is one that octavo doesn't have.
+        """
+        if any(matches(module, pattern) for pattern in self.ignore):
+            return None
+        # Names before regexes before the class: compressed-tensors' own order (`match_targets`).
+        for rank in (_is_name, _is_regex, _is_class):
+            for group_ in self.groups:
+                if any(rank(target) and matches(module, target) for target in group_.targets):
+                    if group_.scheme is None:
+                        raise FormatError(
+                            f"{module}: config group {group_.name!r} (targets {list(group_.targets)}): {group_.problem}"
+                        )
+                    return CompressedTensorsFormat(group_.scheme)
+        return None
+
+
+def _is_class(target: str) -> bool:
+    return target == "Linear"
+
+
+def _is_regex(target: str) -> bool:
+    return target.startswith("re:")
+
+
+def _is_name(target: str) -> bool:
+    return not _is_class(target) and not _is_regex(target)
+
+
+def matches(module: str, pattern: str) -> bool:
+    """Whether a target or an ignore entry means this linear layer: 'Linear', its full name, or 're:' and a regex."""
+    if _is_regex(pattern):
+        return re.match(pattern.removeprefix("re:"), module) is not None
+    return pattern in ("Linear", module)
+
+
+def parse_config(raw: Mapping[str, Any]) -> CompressedTensorsConfig:
+    """A config.json's `quantization_config` with quant_method compressed-tensors. Raises FormatError."""
+    stored = raw.get("format", "dense")
+    if raw.get("quantization_status", "compressed") not in ("compressed", "frozen"):
+        raise FormatError(f"quantization_status {raw['quantization_status']!r}: only finished checkpoints can be read")
+    for key in ("sparsity_config", "transform_config"):
+        if (value := raw.get(key)) and value.get("format", "") != "dense":
+            raise FormatError(f"{key} {value!r}: sparse or rotated weights are not supported")
+    groups = []
+    for name, entry in (raw.get("config_groups") or {}).items():
+        if isinstance(entry, list):
+            groups.append(_preset_group(name, entry))
+        else:
+            groups.append(_parse_group(name, entry, entry.get("format") or stored))
+    return CompressedTensorsConfig(
+        groups=tuple(groups),
+        ignore=tuple(raw.get("ignore") or ()),
+        kv_cache=_parse_kv_cache(raw.get("kv_cache_scheme")),
+    )
+
+
+def _preset_group(name: str, targets: list[str]) -> ConfigGroup:
+    scheme = PRESETS.get(name.upper())
+    problem = "" if scheme else f"preset {name!r} is unknown here; known are {', '.join(PRESETS)}"
+    return ConfigGroup(name, tuple(targets), scheme, problem)
+
+
+def _parse_group(name: str, entry: Mapping[str, Any], stored: str) -> ConfigGroup:
+    targets = tuple(entry.get("targets") or ())
+    try:
+        if stored not in FORMATS:
+            raise SchemeError(f"format {stored!r} is not supported")
+        if entry.get("output_activations"):
+            raise SchemeError("output_activations: quantized outputs are not supported")
+        if not entry.get("weights"):
+            raise SchemeError("it has no weights entry: quantized activations alone are not supported")
+        scheme = QuantScheme(parse_weights(entry["weights"]), parse_activations(entry.get("input_activations")))
+    except SchemeError as e:
+        return ConfigGroup(name, targets, None, str(e))
+    return ConfigGroup(name, targets, scheme)
+
+
+def parse_weights(args: Mapping[str, Any]) -> WeightScheme:
+    """compressed-tensors' QuantizationArgs of a weight. Raises SchemeError with the reason."""
+    bits, kind = args.get("num_bits", 8), args.get("type", "int")
+    symmetric = args.get("symmetric", True)
+    if args.get("dynamic"):
+        raise SchemeError("dynamic weight scales mean nothing")
+    if kind == "float":
+        if bits != 8:
+            raise SchemeError(f"{bits}-bit float weights (strategy {args.get('strategy')}) are not supported")
+        return WeightScheme("fp8_e4m3", _weight_granularity(args), symmetric)
+    if kind != "int" or bits not in INT_DTYPES:
+        raise SchemeError(f"{bits}-bit {kind} weights are not supported; integers of {sorted(INT_DTYPES)} bits are")
+    return WeightScheme(INT_DTYPES[bits], _weight_granularity(args), symmetric)
+
+
+def _weight_granularity(args: Mapping[str, Any]) -> Granularity:
+    size, block = args.get("group_size"), args.get("block_structure")
+    strategy = args.get("strategy")
+    if strategy is None:  # compressed-tensors infers it
+        strategy = "tensor" if size is None else "channel" if size == -1 else "group"
+    match strategy:
+        case "tensor":
+            return TENSOR
+        case "channel":
+            return CHANNEL
+        case "group" if size is not None:
+            return group(size)
+        case "block" if block is not None:
+            rows, columns = (int(side) for side in (block.split("x") if isinstance(block, str) else block))
+            return Granularity("block", block=(rows, columns))
+    raise SchemeError(f"weight strategy {strategy!r} with group_size {size}, block_structure {block} is not supported")
+
+
+def parse_activations(args: Mapping[str, Any] | None) -> ActivationScheme | None:
+    """compressed-tensors' QuantizationArgs of a layer's input. Raises SchemeError with the reason."""
+    if not args:
+        return None
+    bits, kind, strategy = args.get("num_bits", 8), args.get("type", "int"), args.get("strategy")
+    dynamic = args.get("dynamic", False)
+    if bits != 8:
+        raise SchemeError(f"{bits}-bit {kind} activations are not supported; 8 bits are")
+    if not args.get("symmetric", True):
+        raise SchemeError("asymmetric activations are not supported")
+    dtype: Any = "fp8_e4m3" if kind == "float" else "int8"
+    match strategy, dynamic:
+        case "token", True:
+            return ActivationScheme(dtype, CHANNEL)
+        case "group", True if args.get("group_size"):
+            return ActivationScheme(dtype, group(args["group_size"]))
+        case (("tensor" | None), False):
+            return ActivationScheme(dtype, TENSOR, dynamic=False)
+        case (("tensor" | None), True):
+            raise SchemeError("dynamic activation scales per tensor would make an answer depend on its batch")
+    raise SchemeError(f"activation strategy {strategy!r} with dynamic {dynamic!r} is not supported")
+
+
+def _parse_kv_cache(args: Mapping[str, Any] | None) -> str | None:
+    if not args:
+        return None
+    bits, kind, strategy = args.get("num_bits"), args.get("type"), args.get("strategy")
+    dynamic, symmetric = args.get("dynamic", False), args.get("symmetric", True)
+    if bits != 8 or kind not in ("float", "int") or strategy not in ("tensor", "attn_head") or dynamic or not symmetric:
+        raise FormatError(
+            f"kv_cache_scheme with {bits}-bit {kind}, strategy {strategy}, dynamic {dynamic}, symmetric {symmetric}: "
+            "supported are 8-bit float or int, symmetric, static, per tensor or attn_head"
+        )
+    return "fp8_e4m3" if kind == "float" else "int8"

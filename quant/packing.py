@@ -1,0 +1,74 @@
+"""Integers of 2 to 8 bits in int32 words, least significant bits first.
+
+dense   element i of a row occupies bits [i * b, i * b + b) of the row's little-endian bit stream; an element may lie
+        across two words. What compressed-tensors >= 0.18 writes, and GPTQ's 3-bit layout as well.
+padded  32 // b elements in a word, the word's top bits unused. What compressed-tensors <= 0.12 wrote. The same as
+        dense when b divides 32.
+Stored fields are unsigned: a signed integer plus 2^(b - 1).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def packed_columns(columns: int, bits: int) -> int:
+    """Words in a row of `columns` elements, dense."""
+    return -(-columns * bits // 32)
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """[rows, columns] int8, signed, to dense [rows, ceil(columns * bits / 32)] int32."""
+    rows, columns = codes.shape
+    fields = codes.view(torch.uint8) + (1 << (bits - 1))  # wraps, as it is meant to: -8 is 248, and 248 + 8 is 0
+    if bits == 8:
+        stream = F.pad(fields, (0, -columns % 4))
+    elif bits == 4:
+        pairs = F.pad(fields, (0, -columns % 8)).view(rows, -1, 2)
+        stream = pairs[:, :, 0] | (pairs[:, :, 1] << 4)
+    else:
+        stream = _pack_bits(F.pad(fields, (0, -columns % 32)), bits)
+    return stream.contiguous().view(torch.int32)[:, : packed_columns(columns, bits)].contiguous()
+
+
+def _pack_bits(fields: Tensor, bits: int) -> Tensor:
+    """[rows, multiple of 32] uint8 to its bit stream [rows, bytes], one bit plane at a time."""
+    rows, columns = fields.shape
+    planes = torch.stack([(fields >> bit) & 1 for bit in range(bits)], dim=-1)  # [rows, columns, bits]
+    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
+    return (planes.view(rows, columns * bits // 8, 8) * weights).sum(-1, dtype=torch.uint8)
+
+
+def unpack(words: Tensor, bits: int, columns: int) -> Tensor:
+    """The inverse of `pack`, to [rows, columns] int8; reads the padded layout too, which its width gives away.
+
+    Raises ValueError when the width is neither layout's.
+    """
+    rows, width = words.shape
+    if width == packed_columns(columns, bits):
+        stream = words.contiguous().view(torch.uint8).view(rows, -1)
+        fields = _unpack_stream(stream, bits)
+    elif width == -(-columns // (32 // bits)):
+        shifts = torch.arange(32 // bits, dtype=torch.int32) * bits
+        fields = ((words.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)).to(torch.uint8).view(rows, -1)
+    else:
+        raise ValueError(
+            f"{columns} values of {bits} bits take {packed_columns(columns, bits)} words (dense) or "
+            f"{-(-columns // (32 // bits))} (padded), not {width}"
+        )
+    return (fields[:, :columns] - (1 << (bits - 1))).view(torch.int8).contiguous()
+
+
+def _unpack_stream(stream: Tensor, bits: int) -> Tensor:
+    """[rows, bytes] uint8 to the fields of its bit stream [rows, whole fields], uint8."""
+    rows, num_bytes = stream.shape
+    if bits == 8:
+        return stream
+    if bits == 4:
+        return torch.stack((stream & 15, stream >> 4), dim=-1).view(rows, -1)
+    planes = (stream.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)) & 1
+    whole = num_bytes * 8 // bits
+    planes = planes.view(rows, -1)[:, : whole * bits].reshape(rows, whole, bits)
+    return (planes << torch.arange(bits, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)

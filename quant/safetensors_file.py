@@ -1,0 +1,219 @@
+"""Safetensors files (https://github.com/huggingface/safetensors#format), read lazily and written tensor by tensor.
+
+The safetensors package loads and saves whole files; what is needed here is a header without its data, a tensor whose
+pages leave memory with it (a mapping's pages count as resident until the file is closed), and a file that is written
+without holding it. The layout is 8 bytes of header size, a JSON header, then the tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MAX_HEADER_BYTES = 100_000_000  # the safetensors package's own limit
+
+
+class SafetensorsError(ValueError):
+    """A file that is not a whole, well-formed safetensors file; the message names it."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What a tensor is before it exists: enough to plan files and memory."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        n = 1
+        for size in self.shape:
+            n *= size
+        return n
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+class SafetensorsFile:
+    """One file's header, and its tensors on demand."""
+
+    def __init__(self, path: Path) -> None:
+        """Read and check the header. Raises SafetensorsError for a truncated or malformed file."""
+        self.path = path
+        self.size = path.stat().st_size
+        self.specs: dict[str, TensorSpec] = {}
+        self._begin: dict[str, int] = {}
+        self._map: Tensor | None = None
+        header, data_start = self._read_header()
+        header.pop("__metadata__", None)
+        end = data_start
+        for name, entry in header.items():
+            spec, begin, stop = self._parse_entry(name, entry)
+            self.specs[name] = spec
+            self._begin[name] = data_start + begin
+            end = max(end, data_start + stop)
+        if end > self.size:
+            raise SafetensorsError(f"{path.name} is truncated: its header promises {end} bytes, it has {self.size}")
+
+    def view(self, name: str) -> Tensor:
+        """The tensor as a view of the mapped file: no copy, its pages are read when they are touched."""
+        if self._map is None:
+            self._map = torch.from_file(str(self.path), shared=False, size=self.size, dtype=torch.uint8)
+        spec, begin = self.specs[name], self._begin[name]
+        raw = self._map[begin : begin + spec.nbytes]
+        if begin % spec.dtype.itemsize:
+            raw = raw.clone()  # some writers don't align; a typed view must be aligned
+        return raw.view(spec.dtype).view(spec.shape)
+
+    def read(self, name: str) -> Tensor:
+        """The tensor in memory of its own, freed when it is."""
+        spec = self.specs[name]
+        raw = torch.empty(spec.nbytes, dtype=torch.uint8)
+        with self.path.open("rb", buffering=0) as file:
+            self._fill(file.fileno(), raw, self._begin[name])
+        return raw.view(spec.dtype).view(spec.shape)
+
+    def chunks(self, name: str, chunk_bytes: int = 1 << 24) -> Iterator[Tensor]:
+        """The tensor's bytes [n] uint8, piece by piece, each valid until the next: to copy what must not be held."""
+        begin, left = self._begin[name], self.specs[name].nbytes
+        buffer = torch.empty(min(chunk_bytes, left), dtype=torch.uint8)
+        with self.path.open("rb", buffering=0) as file:
+            while left > 0:
+                part = buffer[:left]
+                self._fill(file.fileno(), part, begin)
+                yield part
+                begin, left = begin + part.numel(), left - part.numel()
+
+    def _fill(self, fd: int, out: Tensor, offset: int) -> None:
+        target = memoryview(out.numpy())
+        while target:
+            count = os.preadv(fd, [target], offset)
+            if count == 0:
+                raise SafetensorsError(f"{self.path.name} ended at byte {offset} while it was read")
+            target, offset = target[count:], offset + count
+
+    def _read_header(self) -> tuple[dict[str, Any], int]:
+        with self.path.open("rb") as file:
+            prefix = file.read(8)
+            length = int.from_bytes(prefix, "little")
+            if len(prefix) < 8 or length > min(self.size - 8, MAX_HEADER_BYTES):
+                raise SafetensorsError(
+                    f"{self.path.name} is truncated or not a safetensors file: {self.size} bytes, "
+                    f"of which the header claims {length}"
+                )
+            try:
+                header = json.loads(file.read(length))
+            except ValueError as e:
+                raise SafetensorsError(f"{self.path.name}: its header is not JSON ({e})") from e
+        if not isinstance(header, dict):
+            raise SafetensorsError(f"{self.path.name}: its header is not a JSON object")
+        return header, 8 + length
+
+    def _parse_entry(self, name: str, entry: Any) -> tuple[TensorSpec, int, int]:
+        try:
+            dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        except (TypeError, KeyError, ValueError) as e:
+            raise SafetensorsError(f"{self.path.name}: malformed header entry for {name}") from e
+        if dtype not in DTYPES:
+            raise SafetensorsError(f"{self.path.name}: {name} has dtype {dtype}; known are {', '.join(DTYPES)}")
+        if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)):
+            raise SafetensorsError(f"{self.path.name}: malformed header entry for {name}")
+        spec = TensorSpec(DTYPES[dtype], shape)
+        if end - begin != spec.nbytes:
+            raise SafetensorsError(
+                f"{self.path.name}: {name} is {dtype} {list(shape)}, {spec.nbytes} bytes, but {end - begin} are stored"
+            )
+        return spec, begin, end
+
+
+class SafetensorsWriter:
+    """A file whose tensors are known beforehand and arrive one by one, in any order; a context manager.
+
+    The header is written first and every tensor at its own place, so nothing is held. Tensors lie by falling item
+    size, then by name, as the safetensors package orders them: that keeps each one aligned.
+    """
+
+    def __init__(self, path: Path, specs: Mapping[str, TensorSpec]) -> None:
+        self.path = path
+        self.specs = dict(sorted(specs.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offsets, offset = {}, 0
+        for name, spec in self.specs.items():
+            offsets[name] = offset
+            header[name] = {
+                "dtype": DTYPE_NAMES[spec.dtype],
+                "shape": list(spec.shape),
+                "data_offsets": [offset, offset + spec.nbytes],
+            }
+            offset += spec.nbytes
+        encoded = json.dumps(header, separators=(",", ":")).encode()
+        encoded += b" " * (-len(encoded) % 8)
+        self._start = 8 + len(encoded)
+        self._offsets = offsets
+        self._missing = {name for name, spec in self.specs.items() if spec.nbytes}
+        self.nbytes = self._start + offset
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        self._pwrite(memoryview(len(encoded).to_bytes(8, "little") + encoded), 0)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Store one whole tensor; it must be what was announced."""
+        spec = self.specs[name]
+        if (tensor.dtype, tuple(tensor.shape)) != (spec.dtype, spec.shape):
+            raise ValueError(f"{name}: announced as {spec}, got {tensor.dtype} {tuple(tensor.shape)}")
+        if spec.nbytes:
+            self.write_bytes(name, iter([tensor.contiguous().flatten().view(torch.uint8)]))
+
+    def write_bytes(self, name: str, chunks: Iterator[Tensor]) -> None:
+        """Store one whole tensor from pieces of its bytes [n] uint8."""
+        offset = self._start + self._offsets[name]
+        end = offset + self.specs[name].nbytes
+        for chunk in chunks:
+            self._pwrite(memoryview(chunk.numpy()), offset)
+            offset += chunk.numel()
+        if offset != end:
+            raise ValueError(f"{name}: {end - offset} bytes short of what was announced")
+        self._missing.discard(name)
+
+    def _pwrite(self, data: memoryview, offset: int) -> None:
+        while data:
+            count = os.pwrite(self._fd, data, offset)
+            data, offset = data[count:], offset + count
+
+    def __enter__(self) -> SafetensorsWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+        """Close; on the way of no exception everything must have been written, and it is on the disk afterwards."""
+        try:
+            if kind is None:
+                if self._missing:
+                    raise ValueError(f"{self.path.name}: never written: {', '.join(sorted(self._missing))}")
+                os.fsync(self._fd)
+        finally:
+            os.close(self._fd)
