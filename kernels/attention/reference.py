@@ -22,7 +22,7 @@ def rope_and_cache(
 ) -> Tensor:
     """Split qkv [T, (Hq + 2 Hkv) D], norm and rotate q and k, write k and v into the cache; return q [T, Hq, D]."""
     d, hq, hkv = shape.head_dim, shape.num_heads, shape.num_kv_heads
-    q, k, v = qkv.split([hq * d, hkv * d, hkv * d], dim=-1)
+    q, k, v = torch.split(qkv, [hq * d, hkv * d, hkv * d], dim=-1)
     q, k = _norm_heads(q, q_norm, d, eps), _norm_heads(k, k_norm, d, eps)
     if cos_sin is not None:
         rows = cos_sin[inputs.positions]  # [T, rotary_dim]

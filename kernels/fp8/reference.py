@@ -1,0 +1,40 @@
+"""The specification of FP8 (e4m3) rounding of activations, per token, per group of columns, or with a stored scale.
+
+Each returns float32 values that are exactly code * scale; a GEMM of those with dequantized weights in float32 is the
+truth that a scaled GEMM is compared with. M tokens, K columns.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+E4M3_MAX = 448.0
+
+
+def round_to_e4m3(x: Tensor, scale: Tensor) -> Tensor:
+    """x / scale rounded to e4m3, saturating, times scale: float32 of x's shape; scale broadcasts over x."""
+    codes = (x.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    return codes.float() * scale
+
+
+def fake_quantize_per_token(x: Tensor) -> Tensor:
+    """One scale absmax / 448 for each row of x [M, K]."""
+    return round_to_e4m3(x, _scale(x.float().abs().amax(dim=-1, keepdim=True)))
+
+
+def fake_quantize_per_group(x: Tensor, group_size: int) -> Tensor:
+    """One scale for each row and `group_size` columns of x [M, K]; the last group may be short."""
+    m, k = x.shape
+    padded = torch.nn.functional.pad(x.float(), (0, -k % group_size)).reshape(m, -1, group_size)
+    rounded = round_to_e4m3(padded, _scale(padded.abs().amax(dim=-1, keepdim=True)))
+    return rounded.reshape(m, -1)[:, :k]
+
+
+def fake_quantize_static(x: Tensor, scale: Tensor) -> Tensor:
+    """The stored scale [] of the checkpoint, for every element."""
+    return round_to_e4m3(x, scale.float())
+
+
+def _scale(absmax: Tensor) -> Tensor:
+    return torch.where(absmax > 0, absmax / E4M3_MAX, torch.ones_like(absmax))

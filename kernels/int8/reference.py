@@ -1,0 +1,34 @@
+"""The specification of int8 x int8 GEMMs: activations rounded token by token, integer dot products, two scales.
+
+M tokens, K columns, N rows of the weight.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [M, K] -> (codes [M, K] int8, scale [M, 1] float32) with scale = absmax / 127.5, codes in -128..127.
+
+    127.5 is compressed-tensors' divisor (half of the range 255), and its files are made for it. The largest element,
+    when negative, lands on the tie -127.5, which rounds to even: -128. A token of zeros has scale 1.
+    """
+    x32 = x.float()
+    absmax = x32.abs().amax(dim=-1, keepdim=True)
+    scale = torch.where(absmax > 0, absmax / 127.5, torch.ones_like(absmax))
+    return (x32 / scale).round().clamp(-128, 127).to(torch.int8), scale
+
+
+def fake_quantize_per_token(x: Tensor) -> Tensor:
+    """What the codes of `quantize_per_token` stand for, [M, K] float32."""
+    codes, scale = quantize_per_token(x)
+    return codes.float() * scale
+
+
+def linear(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """quantize(x) [M, K] @ (codes [N, K] * scale [N, 1])^T -> [M, N] float32; the integer sum is exact."""
+    x_codes, x_scale = quantize_per_token(x)
+    total = x_codes.double() @ codes.double().T
+    return (total * x_scale.double() * scale.double().reshape(1, -1)).float()

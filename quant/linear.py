@@ -1,0 +1,193 @@
+"""A linear layer over one or several quantized weights, and the choice of the kernel that runs it.
+
+The choice is a pure function of (scheme, shape, device, dtype), made once at load; what changes with the number of
+tokens changes inside the body. Kernels know no schemes: this file is where bits get their meaning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from octavo.kernels.fp8 import reference as fp8_reference
+from octavo.kernels.int8 import reference as int8_reference
+from octavo.quant.qparams import QuantizedWeight
+from octavo.quant.scheme import CHANNEL, TENSOR, ActivationScheme, Granularity, QuantScheme, WeightScheme
+
+Round = Callable[[Tensor], Tensor]
+"""Rounds a layer's input [M, K] as its scheme says and returns the rounded values in float32."""
+
+
+@dataclass(frozen=True)
+class Body:
+    """A kernel bound to its packed weight: `run` maps x [M, K] to [M, N] without the bias."""
+
+    name: str
+    run: Callable[[Tensor], Tensor]
+    weight_bytes: int
+
+
+class Linear(nn.Module):
+    """x [T, K] -> [T, N]: bodies side by side along N (one, when all parts could be fused), and a bias."""
+
+    def __init__(self, scheme: str, bodies: list[Body], bias: Tensor | None) -> None:
+        super().__init__()
+        self._scheme, self._bodies, self._bias = scheme, bodies, bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self._bodies[0].run(x) if len(self._bodies) == 1 else torch.cat([b.run(x) for b in self._bodies], dim=-1)
+        return out if self._bias is None else out.add_(self._bias)
+
+    def describe(self) -> tuple[str, str]:
+        """(scheme, body), for the table that is printed at start."""
+        return self._scheme, " + ".join(dict.fromkeys(body.name for body in self._bodies))
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes that one pass over the weights reads."""
+        return sum(body.weight_bytes for body in self._bodies)
+
+
+def make_linear(
+    parts: list[QuantizedWeight | Tensor],
+    biases: list[Tensor | None],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Linear:
+    """One layer out of parts that share their input (q, k, v; gate, up), each [N_i, K], with a bias [N_i] or None.
+
+    Raises ValueError when the parts' K differ. With dtype float32 everything is computed in float32, activations
+    rounded as the scheme says: the truth that the other bodies are compared with.
+    """
+    columns = {part.shape[1] for part in parts}
+    if len(columns) != 1 or len(parts) != len(biases):
+        raise ValueError(f"parts of one layer must share their input and have a bias each: K {sorted(columns)}")
+    fused = _fuse(parts)
+    bodies = [_choose(part, dtype, device) for part in fused]
+    schemes = dict.fromkeys(str(p.scheme) if isinstance(p, QuantizedWeight) else str(dtype)[6:] for p in fused)
+    return Linear(" + ".join(schemes), bodies, _join_biases(parts, biases, dtype, device))
+
+
+def _join_biases(
+    parts: list[QuantizedWeight | Tensor], biases: list[Tensor | None], dtype: torch.dtype, device: torch.device
+) -> Tensor | None:
+    if all(bias is None for bias in biases):
+        return None
+    pieces = [
+        torch.zeros(part.shape[0]) if bias is None else bias.cpu().float()
+        for part, bias in zip(parts, biases, strict=True)
+    ]
+    return torch.cat(pieces).to(device=device, dtype=dtype)
+
+
+def _fuse(parts: list[QuantizedWeight | Tensor]) -> list[QuantizedWeight | Tensor]:
+    """Join along N what can be one weight; otherwise the parts as they are."""
+    if len(parts) == 1:
+        return parts
+    tensors = [p for p in parts if isinstance(p, Tensor)]
+    if len(tensors) == len(parts):
+        return [torch.cat(tensors)]
+    weights = [_per_channel(p) for p in parts if isinstance(p, QuantizedWeight)]
+    if len(weights) < len(parts) or not _can_fuse(weights):
+        return parts
+    first = weights[0]
+    return [
+        QuantizedWeight(
+            scheme=first.scheme,
+            codes=torch.cat([w.codes for w in weights]),
+            scale=torch.cat([w.scale for w in weights]),
+            zero_point=None if first.zero_point is None else torch.cat([_present(w.zero_point) for w in weights]),
+            g_idx=first.g_idx,
+            input_scale=first.input_scale,
+        )
+    ]
+
+
+def _present(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return tensor
+
+
+def _per_channel(w: QuantizedWeight) -> QuantizedWeight:
+    """A weight with one scale as one with a scale per row, so that parts with different scales can be joined."""
+    old = w.scheme.weight
+    if old.granularity != TENSOR:
+        return w
+    n = w.shape[0]
+    return QuantizedWeight(
+        scheme=QuantScheme(WeightScheme(old.dtype, CHANNEL, old.symmetric), w.scheme.activation),
+        codes=w.codes,
+        scale=w.scale.reshape(1, 1).expand(n, 1),
+        zero_point=None if w.zero_point is None else w.zero_point.reshape(1, 1).expand(n, 1),
+        g_idx=w.g_idx,
+        input_scale=w.input_scale,
+    )
+
+
+def _can_fuse(weights: list[QuantizedWeight]) -> bool:
+    first = weights[0]
+    block = first.scheme.weight.granularity.block
+    return all(
+        w.scheme == first.scheme
+        and w.scale.dtype == first.scale.dtype
+        and _same(w.g_idx, first.g_idx)
+        and _same(w.input_scale, first.input_scale)
+        and (w.zero_point is None) == (first.zero_point is None)
+        and (block is None or w.shape[0] % block[0] == 0)  # else the next part would start inside a short block
+        for w in weights
+    )
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return torch.equal(a, b)
+
+
+def _choose(part: QuantizedWeight | Tensor, dtype: torch.dtype, device: torch.device) -> Body:
+    """The body for one weight: what runs it natively here, else the weight dequantized at load."""
+    if isinstance(part, Tensor):
+        return _dense(f"{str(dtype)[6:]} GEMM", part, None, dtype, device)
+    rounds = _rounding(part.scheme.activation, part.input_scale)
+    return _dense(f"dequantized to {str(dtype)[6:]} at load", part.dequantize(dtype), rounds, dtype, device)
+
+
+def _dense(name: str, weight: Tensor, rounds: Round | None, dtype: torch.dtype, device: torch.device) -> Body:
+    weight = weight.to(device=device, dtype=dtype).contiguous()
+
+    def run(x: Tensor) -> Tensor:
+        return F.linear(x if rounds is None else rounds(x).to(dtype), weight)
+
+    return Body(name, run, weight.numel() * weight.element_size())
+
+
+def _rounding(activation: ActivationScheme | None, input_scale: Tensor | None) -> Round | None:
+    """How the scheme rounds an input, in float32; None when it doesn't."""
+    if activation is None:
+        return None
+    if not activation.dynamic:
+        if input_scale is None:
+            raise ValueError("the scheme has a static activation scale, but the checkpoint stores no input_scale")
+        scale = input_scale.float()
+        if activation.dtype == "int8":
+            return lambda x: (x.float() / scale).round().clamp(-128, 127) * scale
+        return lambda x: fp8_reference.fake_quantize_static(x, scale)
+    return _dynamic_rounding(activation.dtype, activation.granularity)
+
+
+def _dynamic_rounding(dtype: str, granularity: Granularity) -> Round:
+    match dtype, granularity.kind:
+        case "int8", "channel":
+            return int8_reference.fake_quantize_per_token
+        case "fp8_e4m3", "channel":
+            return fp8_reference.fake_quantize_per_token
+        case "fp8_e4m3", "group":
+            size = granularity.group_size
+            assert size is not None
+            return lambda x: fp8_reference.fake_quantize_per_group(x, size)
+    raise ValueError(f"{dtype} activations per {granularity}: no kernel has that; per token is what is served")
