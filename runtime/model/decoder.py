@@ -1,0 +1,187 @@
+"""The decoder: one forward pass over a mixed batch, for every architecture that a DecoderSpec can describe.
+
+It knows no file and no quantization: layers come with their linear modules built (runtime/model/weights.py), the
+other operators come as one value (runtime/ops.py). All that a step needs is in its StepInputs.
+
+The loop is lean on purpose: at one stream a layer's kernels take some 100 us, so linear modules are called through
+their `forward` (no hooks), and nothing is computed in a step that could be computed at load.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from octavo.kernels.attention.cache import AttentionShape, LayerCache
+from octavo.kernels.attention.step import StepInputs
+from octavo.runtime.model.model import KVScales, LayerRow
+from octavo.runtime.model.spec import DecoderSpec
+from octavo.runtime.ops import Ops
+
+
+class Linear(Protocol):
+    """What octavo.quant.linear.make_linear returns."""
+
+    weight_bytes: int
+
+    def forward(self, x: Tensor) -> Tensor: ...
+    def describe(self) -> tuple[str, str]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderLayer:
+    """The weights of one layer. Norm weights are float32, None where the architecture has no norm there.
+
+    cos_sin     [max_position, rotary_dim] float32, shared between layers; None: no positions
+    before_...  norm of the input of attention, of the MLP; after_...: of its output, before it is added
+    """
+
+    qkv: Linear
+    o: Linear
+    gate_up: Linear
+    down: Linear
+    shape: AttentionShape
+    cos_sin: Tensor | None
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    before_attention: Tensor | None
+    after_attention: Tensor | None
+    before_mlp: Tensor | None
+    after_mlp: Tensor | None
+
+    def linears(self) -> dict[str, Linear]:
+        return {"qkv": self.qkv, "o": self.o, "gate_up": self.gate_up, "down": self.down}
+
+    def tensors(self) -> Iterator[Tensor]:
+        norms = (self.before_attention, self.after_attention, self.before_mlp, self.after_mlp)
+        yield from (t for t in (*norms, self.q_norm, self.k_norm, self.cos_sin) if t is not None)
+
+
+class Decoder:
+    """A `Model` (runtime/model/model.py) made of DecoderLayers."""
+
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        *,
+        embedding: Tensor,
+        layers: list[DecoderLayer],
+        final_norm: Tensor,
+        lm_head: Linear,
+        ops: Ops,
+        max_position: int,
+        kv_scales: KVScales | None = None,
+        kv_dtype: str | None = None,
+        notes: list[str] | None = None,
+    ) -> None:
+        """embedding is [vocab, hidden], in the type that the model computes in and on its device."""
+        self.spec = spec
+        self.architecture = spec.architecture
+        self.vocab_size = spec.vocab_size
+        self.max_position = max_position
+        self.kv_shapes = [(spec.num_kv_heads, spec.head_dim)] * len(layers)
+        self.kv_scales = kv_scales
+        self.kv_dtype = kv_dtype
+        self.dtype = embedding.dtype
+        self.device = embedding.device
+        self.notes = notes or []
+        self.ops = ops
+        self._embedding = embedding
+        self._layers = layers
+        self._final_norm = final_norm
+        self._lm_head = lm_head
+        self._embedding_scale = _embedding_scale(spec, self.dtype)
+        self.weight_bytes = _weight_bytes(embedding, layers, lm_head)
+        self._act: Callable[[Tensor], Tensor] = {
+            "silu": ops.silu_and_mul,
+            "gelu_tanh": ops.gelu_tanh_and_mul,
+        }[spec.activation]
+
+    @property
+    def num_layers(self) -> int:
+        return len(self._layers)
+
+    @torch.inference_mode()
+    def forward(self, inputs: StepInputs, caches: list[LayerCache]) -> Tensor:
+        """Logits [num logits_index, vocab_size] float32; each layer's keys and values go into its cache."""
+        ops, eps, multiplier = self.ops, self.spec.norm_eps, self.spec.residual_multiplier
+        rope_and_cache, attention, act = ops.rope_and_cache, ops.attention, self._act
+        last = len(self._layers) - 1
+
+        residual = F.embedding(inputs.token_ids, self._embedding)
+        if self._embedding_scale != 1.0:
+            residual = residual * self._embedding_scale
+        first_norm = self._layers[0].before_attention
+        hidden = residual if first_norm is None else ops.rms_norm(residual, first_norm, eps)
+
+        for i, (layer, cache) in enumerate(zip(self._layers, caches, strict=True)):
+            qkv = layer.qkv.forward(hidden)
+            q = rope_and_cache(qkv, inputs, cache, layer.shape, layer.cos_sin, layer.q_norm, layer.k_norm, eps)
+            hidden = attention(q, inputs, cache, layer.shape)
+            if i == last and inputs.logits_index.shape[0] != hidden.shape[0]:
+                # nothing reads the other rows any more
+                hidden, residual = hidden[inputs.logits_index], residual[inputs.logits_index]
+            hidden = layer.o.forward(hidden)
+            hidden, residual = self._add_and_norm(hidden, residual, layer.after_attention, layer.before_mlp, multiplier)
+            hidden = layer.down.forward(act(layer.gate_up.forward(hidden)))
+            before_next = self._final_norm if i == last else self._layers[i + 1].before_attention
+            hidden, residual = self._add_and_norm(hidden, residual, layer.after_mlp, before_next, multiplier)
+        return self._logits(hidden)
+
+    def _add_and_norm(
+        self, hidden: Tensor, residual: Tensor, after: Tensor | None, before_next: Tensor | None, multiplier: float
+    ) -> tuple[Tensor, Tensor]:
+        """A sublayer's output onto the residual: (input of the next sublayer, new residual)."""
+        ops, eps = self.ops, self.spec.norm_eps
+        if after is not None:
+            hidden = ops.rms_norm(hidden, after, eps)
+        if multiplier != 1.0:
+            hidden = hidden * multiplier
+        if before_next is not None:
+            return ops.add_rms_norm(hidden, residual, before_next, eps)
+        total = hidden + residual
+        return total, total
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        logits = self._lm_head.forward(hidden).float()
+        if self.spec.logits_divisor != 1.0:
+            logits = logits / self.spec.logits_divisor
+        cap = self.spec.final_soft_cap
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def report_layers(self) -> list[LayerRow]:
+        """One row for each kind of layer, scheme and body, with the number of layers where they differ."""
+        total = len(self._layers)
+        counts = Counter((kind, *m.describe()) for layer in self._layers for kind, m in layer.linears().items())
+        rows = [
+            (kind if count == total else f"{kind} ({count} of {total})", scheme, body)
+            for (kind, scheme, body), count in counts.items()
+        ]
+        name = str(self.dtype).removeprefix("torch.")
+        return [
+            ("embedding", name, "torch"),
+            *rows,
+            ("lm_head", *self._lm_head.describe()),
+            ("other", name, self.ops.name),
+        ]
+
+
+def _embedding_scale(spec: DecoderSpec, dtype: torch.dtype) -> float:
+    """Gemma's sqrt(hidden_size) is a tensor of the model's type: 55.4256 is 55.5 in bfloat16."""
+    scale = torch.tensor(spec.embedding_scale)
+    return float(scale.to(dtype)) if spec.round_embedding_scale else spec.embedding_scale
+
+
+def _weight_bytes(embedding: Tensor, layers: list[DecoderLayer], lm_head: Linear) -> int:
+    """Bytes of all weights and tables; what is shared (tables between layers, a tied head) counts once."""
+    linears = sum(linear.weight_bytes for layer in layers for linear in layer.linears().values())
+    tensors = {t.data_ptr(): t.nbytes for layer in layers for t in layer.tensors()}
+    weight = getattr(lm_head, "weight", None)
+    tied = isinstance(weight, Tensor) and weight.data_ptr() == embedding.data_ptr()
+    return linears + sum(tensors.values()) + embedding.nbytes + (0 if tied else lm_head.weight_bytes)

@@ -1,0 +1,192 @@
+"""Rotary position embeddings: from a config's rope dictionary to the table of cosines and sines that kernels read.
+
+The formulas are those of transformers' `modeling_rope_utils`, in the same float32 operations, so that the tables are
+equal to the last bit. Two rope types depend on a sequence's length there, which a cache of rotated keys can't follow
+(a key that has been written, and may be shared, would have to turn again when its sequence grows):
+
+dynamic   is the plain rope up to max_position_embeddings; longer sequences are not served.
+longrope  has two sets of factors. They are chosen once, by the longest sequence that is served (vLLM's rule): the
+          short ones when it fits into original_max_position_embeddings, else the long ones for every sequence.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PARAMETERS: dict[str, frozenset[str]] = {
+    "default": frozenset(),
+    "linear": frozenset({"factor"}),
+    "dynamic": frozenset({"factor"}),
+    "llama3": frozenset({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}),
+    "yarn": frozenset(
+        {"factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"}
+        | {"original_max_position_embeddings"}
+    ),
+    "longrope": frozenset(
+        {"factor", "attention_factor", "short_factor", "long_factor", "original_max_position_embeddings"}
+    ),
+}
+_ALWAYS = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned"})
+
+
+class RopeError(ValueError):
+    """A rope that the decoder doesn't know; the message names the key or the value."""
+
+
+@dataclass(frozen=True)
+class RopeSpec:
+    """One kind of rotation. Fields that its type doesn't use keep their defaults.
+
+    rotary_dim             elements of each head that turn; the rest pass
+    max_position           the config's max_position_embeddings
+    original_max_position  positions of pretraining, before scaling
+    attention_factor       what cosines and sines are multiplied by
+    """
+
+    rope_type: str
+    theta: float
+    rotary_dim: int
+    max_position: int
+    original_max_position: int
+    factor: float = 1.0
+    attention_factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+
+    @property
+    def longest(self) -> int:
+        """Positions that the rotation is meant for: the config's own number, and more where `factor` stretches it."""
+        if self.rope_type == "yarn":
+            return max(self.max_position, int(self.original_max_position * self.factor))
+        if self.rope_type == "linear":
+            return int(self.max_position * self.factor)
+        return self.max_position
+
+    @classmethod
+    def parse(cls, rope: dict[str, Any], *, theta: float, head_dim: int, max_position: int) -> RopeSpec:
+        """Read one rope dictionary (`rope_parameters`, or transformers 4's `rope_scaling`); theta is the fallback.
+
+        Raises RopeError on an unknown type, and on a key that the type doesn't have: it would change the rotation.
+        """
+        rope = {key: value for key, value in rope.items() if value is not None}
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        if rope_type not in PARAMETERS:
+            raise RopeError(f"rope type {rope_type!r} is unknown; known are {', '.join(PARAMETERS)}")
+        if unknown := sorted(rope.keys() - PARAMETERS[rope_type] - _ALWAYS):
+            raise RopeError(f"rope type {rope_type!r} has no parameter {', '.join(map(repr, unknown))}")
+        rotary_dim = int(head_dim * rope.get("partial_rotary_factor", 1.0))
+        original = int(rope.get("original_max_position_embeddings", max_position))
+        common = (rope_type, float(rope.get("rope_theta", theta)), rotary_dim, max_position, original)
+        try:
+            match rope_type:
+                case "linear" | "dynamic":
+                    return cls(*common, factor=float(rope["factor"]))
+                case "llama3":
+                    low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
+                    return cls(*common, factor=float(rope["factor"]), low_freq_factor=low, high_freq_factor=high)
+                case "yarn":
+                    return cls(
+                        *common,
+                        factor=float(rope["factor"]),
+                        attention_factor=_yarn_attention_factor(rope),
+                        beta_fast=float(rope.get("beta_fast") or 32),
+                        beta_slow=float(rope.get("beta_slow") or 1),
+                        truncate=bool(rope.get("truncate", True)),
+                    )
+                case "longrope":
+                    return cls(*common, **_longrope_fields(rope, rotary_dim, max_position, original))
+        except KeyError as missing:
+            raise RopeError(f"rope type {rope_type!r} needs the parameter {missing}") from None
+        return cls(*common)
+
+
+def _yarn_attention_factor(rope: dict[str, Any]) -> float:
+    def magnitude(scale: float, mscale: float = 1.0) -> float:
+        return 1.0 if scale <= 1 else 0.1 * mscale * math.log(scale) + 1.0
+
+    if "attention_factor" in rope:
+        return float(rope["attention_factor"])
+    factor = float(rope["factor"])
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        return magnitude(factor, rope["mscale"]) / magnitude(factor, rope["mscale_all_dim"])
+    return magnitude(factor)
+
+
+def _longrope_fields(rope: dict[str, Any], rotary_dim: int, max_position: int, original: int) -> dict[str, Any]:
+    short, long = tuple(rope["short_factor"]), tuple(rope["long_factor"])
+    for name, factors in (("short_factor", short), ("long_factor", long)):
+        if len(factors) != rotary_dim // 2:
+            raise RopeError(f"longrope: {name} has {len(factors)} entries; rotary_dim {rotary_dim} needs half as many")
+    factor = float(rope.get("factor", max_position / original))
+    stretched = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    attention_factor = float(rope.get("attention_factor", stretched))
+    return {"factor": factor, "attention_factor": attention_factor, "short_factor": short, "long_factor": long}
+
+
+def cos_sin_table(spec: RopeSpec, length: int) -> Tensor:
+    """Cosines in the first half of the columns, sines in the second: [length, rotary_dim] float32.
+
+    length is the longest sequence that is served: it chooses longrope's factors.
+    """
+    positions = torch.arange(length, dtype=torch.float32).unsqueeze(1)
+    angles = positions * inverse_frequencies(spec, length)
+    return torch.cat((angles.cos(), angles.sin()), dim=1) * spec.attention_factor
+
+
+def inverse_frequencies(spec: RopeSpec, length: int) -> Tensor:
+    """Radians per position of each pair, [rotary_dim / 2] float32."""
+    exponents = torch.arange(0, spec.rotary_dim, 2, dtype=torch.float32) / spec.rotary_dim
+    plain = 1.0 / (spec.theta**exponents)
+    match spec.rope_type:
+        case "linear":
+            return plain / spec.factor
+        case "llama3":
+            return _llama3(spec, plain)
+        case "yarn":
+            return _yarn(spec, spec.theta**exponents)
+        case "longrope":
+            factors = spec.long_factor if length > spec.original_max_position else spec.short_factor
+            return 1.0 / (torch.tensor(factors, dtype=torch.float32) * spec.theta**exponents)
+    return plain
+
+
+def _llama3(spec: RopeSpec, plain: Tensor) -> Tensor:
+    """Long wavelengths are stretched by `factor`, short ones stay, those between are mixed (Llama 3.1)."""
+    wavelength = 2 * math.pi / plain
+    stretched = torch.where(wavelength > spec.original_max_position / spec.low_freq_factor, plain / spec.factor, plain)
+    smooth = (spec.original_max_position / wavelength - spec.low_freq_factor) / (
+        spec.high_freq_factor - spec.low_freq_factor
+    )
+    mixed = (1 - smooth) * stretched / spec.factor + smooth * stretched
+    between = ~(wavelength < spec.original_max_position / spec.high_freq_factor) & ~(
+        wavelength > spec.original_max_position / spec.low_freq_factor
+    )
+    return torch.where(between, mixed, stretched)
+
+
+def _yarn(spec: RopeSpec, frequencies: Tensor) -> Tensor:
+    """Interpolated where a pair turns less than beta_slow times in pretraining's length, as it is above beta_fast."""
+
+    def correction_dim(rotations: float) -> float:
+        turns = math.log(spec.original_max_position / (rotations * 2 * math.pi))
+        return (spec.rotary_dim * turns) / (2 * math.log(spec.theta))
+
+    low, high = correction_dim(spec.beta_fast), correction_dim(spec.beta_slow)
+    if spec.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, spec.rotary_dim - 1)
+    if low == high:
+        high += 0.001  # the ramp divides by their difference
+    ramp = torch.arange(spec.rotary_dim // 2, dtype=torch.float32)
+    keep = 1 - ((ramp - low) / (high - low)).clamp(0, 1)
+    return 1.0 / (spec.factor * frequencies) * (1 - keep) + 1.0 / frequencies * keep

@@ -1,0 +1,127 @@
+"""Where a decoder's weights come from: a checkpoint on disk, or thin air (--load-format dummy).
+
+Both answer the same three questions by the tensor names that Hugging Face uses, and check each answer's shape.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from octavo.quant.checkpoint import Checkpoint, quantization_dict
+from octavo.quant.formats.compressed_tensors_config import parse_config
+from octavo.quant.qparams import QuantizedWeight, quantize_weight
+
+Weight = QuantizedWeight | Tensor
+PREFIXES = ("model.", "language_model.model.", "model.language_model.")
+
+# Tensors that some writers store and no decoder here needs. Anything else that is left unread is an error.
+UNUSED_SUFFIXES = (".rotary_emb.inv_freq", ".self_attn.q_scale", ".self_attn.attn.q_scale")
+VISION_PREFIXES = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+
+
+class LoadError(ValueError):
+    """Weights that don't make the model that the config describes; the message names them."""
+
+
+class Source(Protocol):
+    """The weights of one model, by name; `prefix` stands before layer and embedding names."""
+
+    prefix: str
+
+    def linear(self, module: str, out_features: int, in_features: int) -> Weight:
+        """The weight of a linear layer, in memory of its own."""
+        ...
+
+    def bias(self, module: str, out_features: int, *, expected: bool) -> Tensor | None:
+        """Its bias, where the architecture has one."""
+        ...
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A plain tensor, in memory of its own or a view of the file: to be copied by who keeps it."""
+        ...
+
+
+class CheckpointSource:
+    """Weights out of an open checkpoint, each asked for once."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.prefix = next((p for p in PREFIXES if checkpoint.has(f"{p}embed_tokens.weight")), PREFIXES[0])
+
+    def linear(self, module: str, out_features: int, in_features: int) -> Weight:
+        weight = self.checkpoint.linear(module)
+        _check_shape(f"{module}.weight", weight.shape, (out_features, in_features))
+        if isinstance(weight, Tensor):
+            return weight.clone()
+        return dataclasses.replace(weight, codes=weight.codes.clone(), scale=weight.scale.clone())
+
+    def bias(self, module: str, out_features: int, *, expected: bool) -> Tensor | None:
+        name = f"{module}.bias"
+        if not expected and not self.checkpoint.has(name):
+            return None
+        bias = self.tensor(name, (out_features,)).clone()
+        if expected:
+            return bias
+        if bias.any():
+            raise LoadError(f"{name} isn't zero, but this architecture has no bias there")
+        return None  # AutoGPTQ writes zeros for layers without a bias
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        tensor = self.checkpoint.tensor(name)
+        _check_shape(name, tensor.shape, shape)
+        return tensor
+
+    def require(self, modules: Iterable[str]) -> None:
+        """Raise LoadError with the names of all modules of which the checkpoint has no tensor."""
+        present = {name.rpartition(".")[0] for name in self.checkpoint.names}
+        if missing := [module for module in modules if module not in present]:
+            raise LoadError(f"the checkpoint has no weights for {some(missing)}")
+
+    def check_complete(self, *, tied: bool, text_only: bool) -> list[str]:
+        """Raise LoadError with the names of tensors that nothing read; return the harmless ones that were skipped."""
+        unread = self.checkpoint.unread()
+        skipped = [name for name in unread if text_only and name.startswith(VISION_PREFIXES)]
+        harmless = {name for name in unread if name.endswith(UNUSED_SUFFIXES)} | set(skipped)
+        if tied:
+            harmless |= {"lm_head.weight", "language_model.lm_head.weight"}  # the embedding serves instead
+        if left := [name for name in unread if name not in harmless]:
+            raise LoadError(f"the checkpoint has tensors that this architecture doesn't: {some(left)}")
+        return skipped
+
+
+class DummySource:
+    """Random weights in the shapes, and the quantization, that a config asks for: for measuring speed, not quality."""
+
+    prefix = PREFIXES[0]
+
+    def __init__(self, config: dict[str, Any], dtype: torch.dtype, seed: int) -> None:
+        quantization = quantization_dict(config)
+        self._quantization = parse_config(quantization) if quantization is not None else None
+        self._dtype = dtype
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def linear(self, module: str, out_features: int, in_features: int) -> Weight:
+        weight = self.tensor(module, (out_features, in_features))
+        format_ = self._quantization.format_of(module) if self._quantization else None
+        return weight if format_ is None else quantize_weight(weight, format_.scheme, "absmax")
+
+    def bias(self, module: str, out_features: int, *, expected: bool) -> Tensor | None:
+        return self.tensor(module, (out_features,)) if expected else None
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:  # noqa: ARG002
+        return torch.empty(shape, dtype=self._dtype).normal_(0.0, 0.02, generator=self._generator)
+
+
+def _check_shape(name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    if tuple(shape) != wanted:
+        raise LoadError(f"{name} is {list(shape)} in the checkpoint; config.json makes it {list(wanted)}")
+
+
+def some(names: list[str], most: int = 8) -> str:
+    """The first few of many names."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

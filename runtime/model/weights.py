@@ -1,0 +1,262 @@
+"""From a model directory to a model that can be run: layer by layer, each weight read, packed and dropped at once.
+
+Never holds two copies of the weights: the largest thing that is held twice is one layer's widest linear module.
+Complete or not at all: a tensor that nothing reads, or one that isn't there, is an error that names it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from octavo.kernels.attention.cache import AttentionShape
+from octavo.quant.checkpoint import Checkpoint, read_config
+from octavo.quant.linear import make_linear
+from octavo.quant.qparams import QuantizedWeight, quantize_weight
+from octavo.quant.scheme import CHANNEL, PRESETS, QuantScheme, WeightScheme, group
+from octavo.runtime.config import Dtype, EngineConfig
+from octavo.runtime.device import choose_device
+from octavo.runtime.model.decoder import Decoder, DecoderLayer, Linear
+from octavo.runtime.model.model import KVScales, Model
+from octavo.runtime.model.rope import RopeSpec, cos_sin_table
+from octavo.runtime.model.sources import CheckpointSource, DummySource, LoadError, Source, Weight
+from octavo.runtime.model.spec import DecoderSpec
+from octavo.runtime.ops import select_ops
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+HEAD_INT8 = QuantScheme(WeightScheme("int8", CHANNEL))
+GROUP_SIZES = (128, 64, 32)  # for int4 at load, the largest that fits
+
+QKV, GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+NORMS = {  # (before attention, after attention, before the MLP, after the MLP)
+    "pre": ("input_layernorm", None, "post_attention_layernorm", None),
+    "sandwich": (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    ),
+    "post": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+}
+
+
+def load_model(config: EngineConfig) -> Model:
+    """The model of `config.model`, a local directory, ready to run.
+
+    Raises UnsupportedModelError (a feature that isn't known), CheckpointError (files), LoadError (what is in them).
+    """
+    if config.model_impl == "hf":
+        from octavo.runtime.model.hf import load_hf_model
+
+        return load_hf_model(config)
+    device = choose_device(config.device)
+    directory = Path(config.model)
+    hf_config = read_config(directory)
+    spec = DecoderSpec.from_hf(hf_config)
+    notes = [f"config.json has {key}, which octavo doesn't know and doesn't use" for key in spec.unknown_keys]
+    dtype = choose_dtype(config.dtype, spec.dtype, device, notes)
+    if config.load_format == "dummy":
+        notes.append("the weights are random (--load-format dummy)")
+        return _Builder(config, spec, DummySource(hf_config, dtype, config.seed), dtype, device, notes).build()
+    checkpoint = Checkpoint.open(directory)
+    source = CheckpointSource(checkpoint)
+    source.require(_modules(spec, source.prefix))
+    builder = _Builder(config, spec, source, dtype, device, notes)
+    builder.kv_scales = _kv_scales(checkpoint, spec, source.prefix)
+    builder.kv_dtype = checkpoint.kv_cache_dtype
+    model = builder.build()
+    if source.check_complete(tied=spec.tied, text_only=hf_config.get("model_type") == "gemma3"):
+        model.notes.append("the vision tower is not loaded: text only")
+    return model
+
+
+def choose_dtype(wanted: Dtype, stored: str | None, device: torch.device, notes: list[str]) -> torch.dtype:
+    """The type to compute in. Where `auto` isn't the checkpoint's own type, a note says so.
+
+    CPUs multiply float16 by converting, several times slower than bfloat16, and float32 takes twice the memory, so
+    `auto` on a CPU is bfloat16 for both; --dtype float16 and float32 do as they say.
+    """
+    if wanted in DTYPES:
+        return DTYPES[wanted]
+    own = DTYPES.get(stored or "bfloat16")
+    if own is None:
+        raise LoadError(f"config.json names the type {stored!r}; known are {', '.join(DTYPES)}; --dtype chooses one")
+    if own == torch.bfloat16 or (own == torch.float16 and device.type != "cpu"):
+        return own
+    notes.append(f"the checkpoint's type is {stored}; computing in bfloat16 (--dtype {stored} computes in its own)")
+    return torch.bfloat16
+
+
+def _kv_scales(checkpoint: Checkpoint, spec: DecoderSpec, prefix: str) -> KVScales | None:
+    """The checkpoint's scales, one per head; None unless it has them for every layer."""
+    found = [checkpoint.kv_scales(f"{prefix}layers.{i}.self_attn") for i in range(len(spec.layers))]
+    if any(scales is None for scales in found):
+        return None
+    heads = spec.num_kv_heads
+    return [(s[0].expand(heads).clone(), s[1].expand(heads).clone()) for s in found if s is not None]
+
+
+def _modules(spec: DecoderSpec, prefix: str) -> list[str]:
+    """Every module that must have a weight."""
+    attention = ["qkv_proj" if spec.fused else QKV, "o_proj"]
+    names = [f"self_attn.{name}" for entry in attention for name in ([entry] if isinstance(entry, str) else entry)]
+    names += [f"mlp.{name}" for name in (("gate_up_proj",) if spec.fused else GATE_UP) + ("down_proj",)]
+    names += [norm for norm in NORMS[spec.norms] if norm is not None]
+    names += ["self_attn.q_norm", "self_attn.k_norm"] if spec.qk_norm else []
+    layers = [f"{prefix}layers.{i}.{name}" for i in range(len(spec.layers)) for name in names]
+    return [f"{prefix}embed_tokens", *layers, f"{prefix}norm", *([] if spec.tied else [_head_name(prefix)])]
+
+
+def _head_name(prefix: str) -> str:
+    return "language_model.lm_head" if prefix == "language_model.model." else "lm_head"
+
+
+class _Builder:
+    """Builds one Decoder from a Source."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        spec: DecoderSpec,
+        source: Source,
+        dtype: torch.dtype,
+        device: torch.device,
+        notes: list[str],
+    ) -> None:
+        self.config, self.spec, self.source = config, spec, source
+        self.dtype, self.device, self.notes = dtype, device, notes
+        self.kv_scales: KVScales | None = None
+        self.kv_dtype: str | None = None
+        if config.max_model_len is not None and config.max_model_len > spec.max_position:
+            raise LoadError(f"--max-model-len {config.max_model_len}: the model has {spec.max_position} positions")
+        self.max_position = config.max_model_len or spec.max_position
+        self._tables: dict[RopeSpec, Tensor] = {}
+
+    def build(self) -> Decoder:
+        spec, prefix = self.spec, self.source.prefix
+        shape = (spec.vocab_size, spec.hidden_size)
+        embedding = self.source.tensor(f"{prefix}embed_tokens.weight", shape).to(self.device, self.dtype, copy=True)
+        layers = [self._layer(i) for i in range(len(spec.layers))]
+        return Decoder(
+            spec,
+            embedding=embedding,
+            layers=layers,
+            final_norm=self._norm(f"{prefix}norm", spec.hidden_size),
+            lm_head=self._lm_head(embedding),
+            ops=select_ops(self.device, self.dtype),
+            max_position=self.max_position,
+            kv_scales=self.kv_scales,
+            kv_dtype=self.kv_dtype,
+            notes=self.notes,
+        )
+
+    def _layer(self, index: int) -> DecoderLayer:
+        spec = self.spec
+        layer, name = spec.layers[index], f"{self.source.prefix}layers.{index}"
+        hidden, width = spec.hidden_size, spec.num_heads * spec.head_dim
+        kv_width, intermediate = spec.num_kv_heads * spec.head_dim, spec.intermediate_size
+        qkv = (
+            {"qkv_proj": width + 2 * kv_width}
+            if spec.fused
+            else dict(zip(QKV, (width, kv_width, kv_width), strict=True))
+        )
+        gate_up = {"gate_up_proj": 2 * intermediate} if spec.fused else dict.fromkeys(GATE_UP, intermediate)
+        norms = [self._norm(f"{name}.{norm}", hidden) if norm else None for norm in NORMS[spec.norms]]
+        q_norm, k_norm = self._qk_norms(f"{name}.self_attn", width, kv_width)
+        return DecoderLayer(
+            qkv=self._linear(f"{name}.self_attn", qkv, hidden, bias=spec.qkv_bias),
+            o=self._linear(f"{name}.self_attn", {"o_proj": hidden}, width, bias=spec.o_bias),
+            gate_up=self._linear(f"{name}.mlp", gate_up, hidden, bias=spec.mlp_bias),
+            down=self._linear(f"{name}.mlp", {"down_proj": hidden}, intermediate, bias=spec.mlp_bias),
+            shape=AttentionShape(
+                spec.num_heads,
+                spec.num_kv_heads,
+                spec.head_dim,
+                spec.attention_scale,
+                layer.window,
+                spec.attention_soft_cap,
+            ),
+            cos_sin=self._table(layer.rope) if layer.rope else None,
+            q_norm=q_norm,
+            k_norm=k_norm,
+            before_attention=norms[0],
+            after_attention=norms[1],
+            before_mlp=norms[2],
+            after_mlp=norms[3],
+        )
+
+    def _linear(self, owner: str, widths: dict[str, int], in_features: int, *, bias: bool) -> Linear:
+        """One module for the linear layers `owner.name` of the given output widths, fused along their outputs."""
+        modules = {f"{owner}.{name}": width for name, width in widths.items()}
+        parts = [self._quantize(m, self.source.linear(m, width, in_features)) for m, width in modules.items()]
+        biases = [self.source.bias(m, width, expected=bias) for m, width in modules.items()]
+        return make_linear(parts, biases, dtype=self.dtype, device=self.device)
+
+    def _quantize(self, module: str, weight: Weight) -> Weight:
+        """Apply --dtype fp8, int8 or int4 to a dense weight."""
+        wanted = self.config.dtype
+        if wanted not in ("fp8", "int8", "int4"):
+            return weight
+        if isinstance(weight, QuantizedWeight):
+            if weight.scheme.weight.dtype.startswith(wanted):
+                return weight
+            raise LoadError(
+                f"{module} is quantized already ({weight.scheme}), so --dtype {wanted} can't be had; "
+                "--dtype auto serves the checkpoint as it is"
+            )
+        return quantize_weight(weight, load_scheme(wanted, module, weight.shape[1]), "absmax")
+
+    def _lm_head(self, embedding: Tensor) -> Linear:
+        name = _head_name(self.source.prefix)
+        weight: Weight = embedding
+        if not self.spec.tied:
+            weight = self.source.linear(name, self.spec.vocab_size, self.spec.hidden_size)
+        if self.config.lm_head_dtype == "int8":
+            if isinstance(weight, QuantizedWeight):
+                raise LoadError(f"{name} is quantized already ({weight.scheme}); leave --lm-head-dtype out")
+            weight = quantize_weight(weight, HEAD_INT8, "absmax")
+        return make_linear([weight], [None], dtype=self.dtype, device=self.device)
+
+    def _norm(self, module: str, size: int) -> Tensor:
+        """A norm's weight in float32, as it is multiplied."""
+        weight = self.source.tensor(f"{module}.weight", (size,))
+        return weight.to(self.device, torch.float32, copy=True) + self.spec.norm_offset
+
+    def _qk_norms(self, attention: str, width: int, kv_width: int) -> tuple[Tensor | None, Tensor | None]:
+        if self.spec.qk_norm is None:
+            return None, None
+        sizes = (width, kv_width) if self.spec.qk_norm == "width" else (self.spec.head_dim, self.spec.head_dim)
+        return self._norm(f"{attention}.q_norm", sizes[0]), self._norm(f"{attention}.k_norm", sizes[1])
+
+    def _table(self, rope: RopeSpec) -> Tensor:
+        if rope not in self._tables:
+            self._tables[rope] = cos_sin_table(rope, self.max_position).to(self.device)
+            self.notes += rope_notes(rope, self.max_position)
+        return self._tables[rope]
+
+
+def load_scheme(dtype: str, module: str, in_features: int) -> QuantScheme:
+    """What --dtype fp8, int8 or int4 makes of a linear layer."""
+    if dtype != "int4":
+        return PRESETS["FP8_DYNAMIC" if dtype == "fp8" else "W8A8"]
+    size = next((size for size in GROUP_SIZES if in_features % size == 0), None)
+    if size is None:
+        raise LoadError(
+            f"{module}: in_features {in_features} is a multiple of no group size ({', '.join(map(str, GROUP_SIZES))}), "
+            "so --dtype int4 can't be had; int8 can"
+        )
+    return QuantScheme(WeightScheme("int4", group(size)))
+
+
+def rope_notes(rope: RopeSpec, max_position: int) -> list[str]:
+    """What a person must know about a rope that depends on the length (see runtime/model/rope.py)."""
+    if rope.rope_type == "dynamic":
+        return [f"rope type dynamic: sequences end at {rope.max_position} tokens, where its scaling would begin"]
+    if rope.rope_type == "longrope" and max_position > rope.original_max_position:
+        return [
+            f"rope type longrope: the long factors serve every request, since {max_position} tokens are allowed; "
+            f"--max-model-len {rope.original_max_position} serves with the short ones"
+        ]
+    return []
