@@ -1,0 +1,223 @@
+"""Text to token ids and back, with the `tokenizers` library alone: no torch and no transformers at start.
+
+What a checkpoint's tokenizer.json says is taken as it stands; tokenizer_config.json adds the named special tokens and
+add_bos_token / add_eos_token, with the meaning that transformers 5 gives them. `token_bytes` is what the incremental
+detokenizer, and the `bytes` of a logprob, are made of: the exact bytes that one token stands for.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, processors
+from tokenizers import Tokenizer as Backend
+
+logger = logging.getLogger(__name__)
+
+NAMED_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class TokenizerError(ValueError):
+    """The checkpoint's tokenizer is missing, or is of a kind that can't be decoded token by token."""
+
+
+@dataclass(frozen=True)
+class DecodeRules:
+    """How a token's string becomes bytes, and what is dropped where a text begins.
+
+    byte_level: each character is one byte, in GPT-2's alphabet. replacements: (from, to) within a token.
+    byte_fallback: a token `<0xE2>` is that byte. strip_left: so many leading spaces of the whole text are dropped.
+    """
+
+    byte_level: bool = False
+    byte_fallback: bool = False
+    replacements: tuple[tuple[str, str], ...] = ()
+    strip_left: int = 0
+
+    @classmethod
+    def of(cls, backend: Backend) -> DecodeRules:
+        """Read the rules out of the tokenizer's decoder; an unknown kind raises TokenizerError."""
+        if backend.decoder is None:
+            raise TokenizerError("tokenizer.json has no decoder, so token ids can't be turned into text")
+        state = json.loads(backend.decoder.__getstate__())
+        byte_level = byte_fallback = False
+        replacements: list[tuple[str, str]] = []
+        strip_left = 0
+        for part in state["decoders"] if state["type"] == "Sequence" else [state]:
+            match part:
+                case {"type": "ByteLevel"}:
+                    byte_level = True
+                case {"type": "ByteFallback"}:
+                    byte_fallback = True
+                case {"type": "Fuse"}:
+                    pass
+                case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)}:
+                    replacements.append((old, new))
+                case {"type": "Strip", "content": " ", "start": int(start), "stop": 0}:
+                    strip_left = start
+                case {"type": "Metaspace", "replacement": str(old)}:
+                    replacements.append((old, " "))
+                    strip_left = 0 if part.get("prepend_scheme") == "never" else 1
+                case _:
+                    raise TokenizerError(
+                        f"tokenizer.json: decoder {part} is not one that octavo knows; it knows ByteLevel, "
+                        "ByteFallback, Fuse, Metaspace, Replace of a string and Strip of leading spaces"
+                    )
+        return cls(byte_level, byte_fallback, tuple(replacements), strip_left)
+
+
+class Tokenizer:
+    """A tokenizer with its named special tokens. `config` is tokenizer_config.json as read."""
+
+    def __init__(self, backend: Backend, config: dict[str, Any]) -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        self.config = config
+        self.special_tokens = {name: text for name in NAMED_SPECIAL_TOKENS if (text := _content(config.get(name)))}
+        self._backend = backend
+        self._add_missing_tokens()
+        self._set_bos_and_eos()
+        self._rules = DecodeRules.of(backend)
+        self._bytes: dict[int, bytes] = {}
+        self.special_ids = frozenset(
+            token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
+        )
+        self.num_tokens: int = max(backend.get_vocab().values()) + 1  # ids run from 0; some may be unused
+
+    @classmethod
+    def open(cls, directory: Path, *, trust_remote_code: bool = False) -> Tokenizer:
+        """Read the tokenizer of a checkpoint; TokenizerError when there is none that can be used."""
+        config_file = directory / "tokenizer_config.json"
+        config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.exists() else {}
+        file = directory / "tokenizer.json"
+        if file.exists():
+            return cls(Backend.from_file(str(file)), config)
+        logger.warning(
+            "no tokenizer.json in %s: transformers converts its tokenizer, which is slow to start", directory
+        )
+        return cls(_backend_from_transformers(directory, trust_remote_code), config)
+
+    @property
+    def strip_left(self) -> int:
+        """How many leading spaces of a whole text are not part of it (sentencepiece's dummy prefix)."""
+        return self._rules.strip_left
+
+    @property
+    def eos_id(self) -> int | None:
+        """The id of the end-of-sequence token, or None when there is none."""
+        return self.token_id(self.special_tokens.get("eos_token"))
+
+    def token_id(self, token: str | None) -> int | None:
+        """The id of one token's string, or None."""
+        return None if token is None else self._backend.token_to_id(token)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text; special tokens written out in it count as special tokens, as in transformers."""
+        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """The whole text of these ids, as transformers decodes it. Unused ids are empty."""
+        text: str = self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        return text
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that this token adds to a text; empty for an unused id."""
+        known = self._bytes.get(token_id)
+        if known is None:
+            token = self._backend.id_to_token(token_id)
+            known = self._bytes[token_id] = b"" if token is None else self._to_bytes(token)
+        return known
+
+    def token_text(self, token_id: int) -> str:
+        """A name for one token: its text, or `bytes:\\xe2\\x82` where it is not whole characters (OpenAI's way)."""
+        raw = self.token_bytes(token_id)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+    def _to_bytes(self, token: str) -> bytes:
+        rules = self._rules
+        if rules.byte_level:
+            try:
+                return bytes(_BYTE_OF_CHARACTER[character] for character in token)
+            except KeyError:  # an added token with characters outside the alphabet stands for itself
+                return token.encode()
+        if rules.byte_fallback and len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+            try:
+                return bytes([int(token[3:5], 16)])
+            except ValueError:
+                pass  # it only looks like a byte
+        for old, new in rules.replacements:
+            token = token.replace(old, new)
+        return token.encode()
+
+    def _add_missing_tokens(self) -> None:
+        """Tokens that only tokenizer_config.json names, as old checkpoints have them."""
+        known = {token.content for token in self._backend.get_added_tokens_decoder().values()}
+        listed = sorted(self.config.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0]))
+        tokens = [
+            AddedToken(**{key: value for key, value in token.items() if key != "__type"})
+            for _, token in listed
+            if isinstance(token, dict)
+        ]
+        tokens += [AddedToken(text, special=True, normalized=False) for text in self.special_tokens.values()]
+        for token in tokens:
+            if token.content not in known:
+                known.add(token.content)
+                self._backend.add_tokens([token])
+
+    def _set_bos_and_eos(self) -> None:
+        """tokenizer_config.json's add_bos_token and add_eos_token, when it says either, replace tokenizer.json's."""
+        if "add_bos_token" not in self.config and "add_eos_token" not in self.config:
+            return
+        names = {
+            side: self.special_tokens.get(f"{side}_token") if self.config.get(f"add_{side}_token") else None
+            for side in ("bos", "eos")
+        }
+        bos, eos = names["bos"], names["eos"]
+        self._backend.post_processor = processors.TemplateProcessing(
+            single=[*([bos] if bos else []), "$A", *([eos] if eos else [])],
+            special_tokens=[(token, self.token_id(token)) for token in {bos, eos} if token],
+        )
+
+
+def _content(token: object) -> str | None:
+    """A special token's string; configs write it plainly or as a dict with flags."""
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else None
+
+
+def _backend_from_transformers(directory: Path, trust_remote_code: bool) -> Backend:
+    from transformers import AutoTokenizer  # slow, and may import torch: only for checkpoints without tokenizer.json
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise TokenizerError(
+            f"{directory}: no tokenizer.json, and transformers can't read its tokenizer: {error}"
+        ) from error
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(backend, Backend):
+        raise TokenizerError(
+            f"{directory}: {type(tokenizer).__name__} is a tokenizer in Python, without a tokenizer.json; save a fast "
+            "one into the directory with transformers first"
+        )
+    return backend
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's bijection of characters and bytes: printable bytes are themselves, the others are shifted to 256 up."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF_CHARACTER = _byte_alphabet()
