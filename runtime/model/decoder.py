@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,18 +19,10 @@ from torch import Tensor
 
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
 from octavo.kernels.attention.step import StepInputs
+from octavo.quant.linear import Linear
 from octavo.runtime.model.model import KVScales, LayerRow
 from octavo.runtime.model.spec import DecoderSpec
 from octavo.runtime.ops import Ops
-
-
-class Linear(Protocol):
-    """What octavo.quant.linear.make_linear returns."""
-
-    weight_bytes: int
-
-    def forward(self, x: Tensor) -> Tensor: ...
-    def describe(self) -> tuple[str, str]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +67,7 @@ class Decoder:
         lm_head: Linear,
         ops: Ops,
         max_position: int,
+        head_shares_embedding: bool = False,
         kv_scales: KVScales | None = None,
         kv_dtype: str | None = None,
         notes: list[str] | None = None,
@@ -97,7 +89,8 @@ class Decoder:
         self._final_norm = final_norm
         self._lm_head = lm_head
         self._embedding_scale = _embedding_scale(spec, self.dtype)
-        self.weight_bytes = _weight_bytes(embedding, layers, lm_head)
+        own_head = [] if head_shares_embedding else [lm_head]
+        self.weight_bytes = _weight_bytes([embedding, final_norm], layers, own_head)
         self._act: Callable[[Tensor], Tensor] = {
             "silu": ops.silu_and_mul,
             "gelu_tanh": ops.gelu_tanh_and_mul,
@@ -168,7 +161,7 @@ class Decoder:
             ("embedding", name, "torch"),
             *rows,
             ("lm_head", *self._lm_head.describe()),
-            ("other", name, self.ops.name),
+            ("norms, rope, attention", name, self.ops.name),
         ]
 
 
@@ -178,10 +171,8 @@ def _embedding_scale(spec: DecoderSpec, dtype: torch.dtype) -> float:
     return float(scale.to(dtype)) if spec.round_embedding_scale else spec.embedding_scale
 
 
-def _weight_bytes(embedding: Tensor, layers: list[DecoderLayer], lm_head: Linear) -> int:
-    """Bytes of all weights and tables; what is shared (tables between layers, a tied head) counts once."""
-    linears = sum(linear.weight_bytes for layer in layers for linear in layer.linears().values())
-    tensors = {t.data_ptr(): t.nbytes for layer in layers for t in layer.tensors()}
-    weight = getattr(lm_head, "weight", None)
-    tied = isinstance(weight, Tensor) and weight.data_ptr() == embedding.data_ptr()
-    return linears + sum(tensors.values()) + embedding.nbytes + (0 if tied else lm_head.weight_bytes)
+def _weight_bytes(tensors: list[Tensor], layers: list[DecoderLayer], heads: list[Linear]) -> int:
+    """Bytes of all weights and tables; a table that layers share counts once."""
+    linears = [*heads, *(linear for layer in layers for linear in layer.linears().values())]
+    distinct = {t.data_ptr(): t.nbytes for t in (*tensors, *(t for layer in layers for t in layer.tensors()))}
+    return sum(linear.weight_bytes for linear in linears) + sum(distinct.values())

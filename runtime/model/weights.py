@@ -13,17 +13,17 @@ from torch import Tensor
 
 from octavo.kernels.attention.cache import AttentionShape
 from octavo.quant.checkpoint import Checkpoint, read_config
-from octavo.quant.linear import make_linear
+from octavo.quant.linear import Linear, make_linear
 from octavo.quant.qparams import QuantizedWeight, quantize_weight
 from octavo.quant.scheme import CHANNEL, PRESETS, QuantScheme, WeightScheme, group
 from octavo.runtime.config import Dtype, EngineConfig
 from octavo.runtime.device import choose_device
-from octavo.runtime.model.decoder import Decoder, DecoderLayer, Linear
+from octavo.runtime.model.decoder import Decoder, DecoderLayer
 from octavo.runtime.model.model import KVScales, Model
 from octavo.runtime.model.rope import RopeSpec, cos_sin_table
 from octavo.runtime.model.sources import CheckpointSource, DummySource, LoadError, Source, Weight
 from octavo.runtime.model.spec import DecoderSpec
-from octavo.runtime.ops import select_ops
+from octavo.runtime.ops import REFERENCE
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HEAD_INT8 = QuantScheme(WeightScheme("int8", CHANNEL))
@@ -47,10 +47,6 @@ def load_model(config: EngineConfig) -> Model:
 
     Raises UnsupportedModelError (a feature that isn't known), CheckpointError (files), LoadError (what is in them).
     """
-    if config.model_impl == "hf":
-        from octavo.runtime.model.hf import load_hf_model
-
-        return load_hf_model(config)
     device = choose_device(config.device)
     directory = Path(config.model)
     hf_config = read_config(directory)
@@ -139,13 +135,15 @@ class _Builder:
         shape = (spec.vocab_size, spec.hidden_size)
         embedding = self.source.tensor(f"{prefix}embed_tokens.weight", shape).to(self.device, self.dtype, copy=True)
         layers = [self._layer(i) for i in range(len(spec.layers))]
+        lm_head = self._lm_head(embedding)
         return Decoder(
             spec,
             embedding=embedding,
             layers=layers,
             final_norm=self._norm(f"{prefix}norm", spec.hidden_size),
-            lm_head=self._lm_head(embedding),
-            ops=select_ops(self.device, self.dtype),
+            lm_head=lm_head,
+            head_shares_embedding=spec.tied and self.config.lm_head_dtype == "auto",
+            ops=REFERENCE,
             max_position=self.max_position,
             kv_scales=self.kv_scales,
             kv_dtype=self.kv_dtype,
