@@ -1,0 +1,171 @@
+"""The paged KV cache of a model: how many blocks there is memory for, their type and scales, and the tensors.
+
+Layout and meaning of a LayerCache are stated in kernels/attention/cache.py; which block belongs to whom is decided
+in block_pool.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from octavo.kernels.attention.cache import LayerCache
+from octavo.kernels.attention.step import StepInputs
+from octavo.runtime.config import EngineConfig
+from octavo.runtime.device import free_memory
+from octavo.runtime.model.model import KVScales, Model
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "int8": torch.int8,
+}
+LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}  # of a stored number, where scales are needed
+
+CPU_BUDGET = 4 << 30  # vLLM's default for CPUs (VLLM_CPU_KVCACHE_SPACE), so that a comparison is one of equals
+CPU_SHARE, GPU_SHARE = 0.5, 0.9  # of the memory that is free once the weights are there
+
+# Measured scales: how many tokens are looked at, and what the largest value seen is multiplied by. fp8 is floating:
+# a wide margin costs no precision. An int8 cache pays log2(margin) bits for what the measurement didn't see.
+MEASURED_TOKENS = 256
+MARGIN = {torch.float8_e4m3fn: 2.0, torch.int8: 1.5}
+
+
+class CacheError(ValueError):
+    """A cache that can't be had; the message has the figures."""
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """What is to be allocated. num_bytes covers all layers."""
+
+    dtype: torch.dtype
+    num_blocks: int
+    block_size: int
+    num_bytes: int
+
+
+def create(model: Model, config: EngineConfig, notes: list[str]) -> tuple[list[LayerCache], CachePlan]:
+    """The caches that a config asks for; what a person should know about them is added to notes."""
+    plan = plan_cache(model, config, free_memory(model.device), notes)
+    scales = choose_scales(model, plan.dtype, notes)
+    return allocate(model, plan.num_blocks, plan.block_size, plan.dtype, scales), plan
+
+
+def plan_cache(model: Model, config: EngineConfig, free_bytes: int, notes: list[str]) -> CachePlan:
+    """Choose type and number of blocks; `free_bytes` is what the device has left. Raises CacheError."""
+    dtype = choose_dtype(model, config.kv_cache_dtype, notes)
+    per_block = bytes_per_block(model, config.block_size, dtype)
+    num_blocks = config.num_blocks
+    if num_blocks is None:
+        num_blocks = _blocks_for(model, config, free_bytes, per_block)
+    return CachePlan(dtype, num_blocks, config.block_size, num_blocks * per_block)
+
+
+def choose_dtype(model: Model, name: str, notes: list[str]) -> torch.dtype:
+    """`auto` is what the checkpoint was calibrated for, and the computing type where that is nothing."""
+    if name != "auto":
+        return DTYPES[name]
+    if model.kv_dtype is None:
+        return model.dtype
+    notes.append(f"the checkpoint asks for a KV cache in {model.kv_dtype}; --kv-cache-dtype chooses another")
+    return DTYPES[model.kv_dtype]
+
+
+def bytes_per_block(model: Model, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one block in all layers, keys and values."""
+    return sum(2 * heads * head_dim * block_size * dtype.itemsize for heads, head_dim in model.kv_shapes)
+
+
+def _blocks_for(model: Model, config: EngineConfig, free_bytes: int, per_block: int) -> int:
+    budget = config.kv_cache_memory_bytes
+    if budget is None:
+        cpu = model.device.type == "cpu"
+        budget = min(CPU_BUDGET, int(free_bytes * CPU_SHARE)) if cpu else int(free_bytes * GPU_SHARE)
+    longest = config.max_model_len or model.max_position
+    usable = config.max_num_seqs * -(-longest // config.block_size)
+    if budget < per_block:
+        raise CacheError(
+            f"{budget / 1e6:.0f} MB for the KV cache don't hold one block of {config.block_size} tokens "
+            f"({per_block / 1e6:.2f} MB); --kv-cache-memory-bytes gives it more"
+        )
+    return min(usable, budget // per_block)
+
+
+def allocate(
+    model: Model, num_blocks: int, block_size: int, dtype: torch.dtype, scales: KVScales | None = None
+) -> list[LayerCache]:
+    """Empty caches of all layers. Without scales they are 1.
+
+    Zeroed, not just reserved: a kernel may multiply a masked slot by 0, and what memory happens to hold may be NaN.
+    The pages of a zeroed tensor this large are taken by the first write, so an unused cache costs nothing.
+    """
+    caches = []
+    for layer, (heads, head_dim) in enumerate(model.kv_shapes):
+        shape = (num_blocks, heads, block_size, head_dim)
+        one = torch.ones(heads, device=model.device)
+        key_scale, value_scale = scales[layer] if scales is not None else (one, one)
+        key, value = (torch.zeros(shape, dtype=dtype, device=model.device) for _ in range(2))
+        caches.append(LayerCache(key, value, key_scale.to(model.device), value_scale.to(model.device)))
+    return caches
+
+
+def choose_scales(model: Model, dtype: torch.dtype, notes: list[str]) -> KVScales | None:
+    """Scales for a cache of that type: the checkpoint's, else measured; None where stored numbers need none."""
+    if dtype not in LARGEST:
+        return None
+    if model.kv_scales is None:
+        return measure_scales(model, dtype, notes)
+    ratio = LARGEST[DTYPES[model.kv_dtype or "fp8_e4m3"]] / LARGEST[dtype]
+    if ratio == 1:
+        return model.kv_scales
+    notes.append(f"the checkpoint's KV scales are for {model.kv_dtype}; restated for {_name(dtype)}")
+    return [(key * ratio, value * ratio) for key, value in model.kv_scales]
+
+
+def measure_scales(model: Model, dtype: torch.dtype, notes: list[str]) -> KVScales:
+    """Scales per head from a forward pass over fixed tokens into a cache of the computing type.
+
+    The runtime knows no text, so the tokens are drawn (always the same ones), low ids more often than high ones as
+    in a tokenizer's own order of frequency.
+    """
+    length = min(MEASURED_TOKENS, model.max_position)
+    uniform = torch.rand(length, generator=torch.Generator().manual_seed(0))
+    token_ids = (uniform**3 * model.vocab_size).long().clamp(max=model.vocab_size - 1)
+    caches = allocate(model, 1, length, model.dtype)
+    model.forward(_one_prefill(token_ids.to(model.device)), caches)
+    full_range = LARGEST[dtype] / MARGIN[dtype]
+
+    def scale(stored: torch.Tensor) -> torch.Tensor:
+        largest = stored.float().abs().amax(dim=(0, 2, 3))
+        return largest.clamp(min=torch.finfo(torch.float32).tiny) / full_range
+
+    notes.append(
+        f"KV cache in {_name(dtype)}: the checkpoint has no scales, so they were measured over {length} drawn tokens "
+        f"with a margin of {MARGIN[dtype]}; check the quality, or take a checkpoint with k_scale and v_scale"
+    )
+    return [(scale(cache.key), scale(cache.value)) for cache in caches]
+
+
+def _one_prefill(token_ids: torch.Tensor) -> StepInputs:
+    """One sequence that fills one block."""
+    length, device = token_ids.shape[0], token_ids.device
+    positions = torch.arange(length, device=device)
+    return StepInputs(
+        token_ids=token_ids,
+        positions=positions,
+        slot_mapping=positions,
+        block_tables=torch.zeros((1, 1), dtype=torch.int32, device=device),
+        seq_lens=torch.tensor([length], dtype=torch.int32, device=device),
+        query_starts=torch.tensor([0, length], dtype=torch.int32, device=device),
+        logits_index=positions[-1:],
+        max_query_len=length,
+        max_seq_len=length,
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return next(name for name, known in DTYPES.items() if known == dtype)
