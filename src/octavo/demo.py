@@ -222,11 +222,9 @@ def _stream_answer(url: str, *, show: bool) -> float:
     if usage is None or usage.completion_tokens < 2:
         raise DemoError("the answer is empty")
     speed = (usage.completion_tokens - 1) / (ended - first)
-    print("\n" if show else "", end="")
+    print("\n   " if show else "   ", end="")
     first_ms = (first - begun) * 1e3
-    print(
-        f"   {usage.completion_tokens} tokens, the first after {first_ms:.0f} ms, then {speed:.0f} a second", flush=True
-    )
+    print(f"{usage.completion_tokens} tokens, the first after {first_ms:.0f} ms, then {speed:.0f} a second", flush=True)
     return float(speed)
 
 
