@@ -111,7 +111,7 @@ class SafetensorsFile:
                 begin, left = begin + part.numel(), left - part.numel()
 
     def _fill(self, fd: int, out: Tensor, offset: int) -> None:
-        target = memoryview(out.numpy())
+        target = out.numpy().data
         while target:
             count = os.preadv(fd, [target], offset)
             if count == 0:
@@ -194,7 +194,7 @@ class SafetensorsWriter:
         offset = self._start + self._offsets[name]
         end = offset + self.specs[name].nbytes
         for chunk in chunks:
-            self._pwrite(memoryview(chunk.numpy()), offset)
+            self._pwrite(chunk.numpy().data, offset)
             offset += chunk.numel()
         if offset != end:
             raise ValueError(f"{name}: {end - offset} bytes short of what was announced")

@@ -245,7 +245,7 @@ def write_config(scheme: QuantScheme, ignore: list[str], observer: str) -> dict[
 
 def _args(**given: Any) -> dict[str, Any]:
     """compressed-tensors' QuantizationArgs, its defaults filled in."""
-    defaults = {
+    defaults: dict[str, Any] = {
         "actorder": None,
         "block_structure": None,
         "dynamic": False,
