@@ -40,6 +40,20 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
     logprobs: int | None = None
     prompt_logprobs: int | None = None
 
+    @property
+    def has_penalties(self) -> bool:
+        return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether a greedy choice may differ from the argmax of the model's logits."""
+        return (
+            self.has_penalties
+            or bool(self.logit_bias)
+            or self.allowed_token_ids is not None
+            or (self.min_tokens > 0 and bool(self.stop_token_ids))
+        )
+
 
 class AddRequest(msgspec.Struct, frozen=True, tag="add"):
     """A prompt to complete. n > 1 is n requests (the prefix cache makes the later ones cheap)."""

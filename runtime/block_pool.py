@@ -1,0 +1,110 @@
+"""Who owns which block of the KV cache: reference counts, the prefix cache, and what is evicted when.
+
+Pure bookkeeping over block numbers; the tensors belong to kv_cache.py. A block is in one of three states: held (by
+one sequence or more), free with nothing in it, or free but still remembered under the hash of what it holds, so that
+a later sequence with the same prefix can take it back. Only full blocks are ever remembered, and a full block is
+never written again, so that sharing needs no copy-on-write.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from hashlib import sha256
+
+ROOT = b""
+
+
+def hash_block(parent: bytes, token_ids: Sequence[int]) -> bytes:
+    """Name a full block by its tokens and, through its parent's name, by all tokens before them.
+
+    A cryptographic hash, since a collision would be another request's answer; Python's own `hash` collides on demand.
+    """
+    return sha256(parent + array("I", token_ids).tobytes()).digest()
+
+
+class BlockPool:
+    """Blocks 0 .. num_blocks - 1. Allocation takes empty blocks first, then the least recently used remembered one."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self._num_holders = [0] * num_blocks
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))  # next to be taken first
+        self._hash_of: dict[int, bytes] = {}
+        self._block_of: dict[bytes, int] = {}
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that `allocate` could give, remembered ones among them."""
+        return len(self._free)
+
+    def find_prefix(self, hashes: Iterable[bytes]) -> list[int]:
+        """The remembered blocks of the longest prefix of `hashes`; nothing is held until `hold`."""
+        blocks: list[int] = []
+        for name in hashes:
+            block = self._block_of.get(name)
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks
+
+    def num_unheld(self, blocks: Iterable[int]) -> int:
+        """How many of these blocks `hold` would take out of the free ones."""
+        return sum(self._num_holders[block] == 0 for block in blocks)
+
+    def hold(self, blocks: Iterable[int]) -> None:
+        """Add a holder to each of these blocks, which `find_prefix` returned."""
+        for block in blocks:
+            if self._num_holders[block] == 0:
+                del self._free[block]
+            self._num_holders[block] += 1
+
+    def allocate(self, count: int) -> list[int]:
+        """Take `count` blocks, each with one holder; what was remembered in them is forgotten."""
+        if count > len(self._free):
+            raise ValueError(f"{count} blocks wanted, {len(self._free)} free; the scheduler has to ask num_free first")
+        blocks = [self._free.popitem(last=False)[0] for _ in range(count)]
+        for block in blocks:
+            self._forget(block)
+            self._num_holders[block] = 1
+        return blocks
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Give up one hold on each block of a sequence, given in order; its end is evicted before its beginning."""
+        for block in reversed(blocks):
+            self._num_holders[block] -= 1
+            if self._num_holders[block] == 0:
+                self._free[block] = None
+                if block not in self._hash_of:
+                    self._free.move_to_end(block, last=False)
+
+    def remember(self, block: int, name: bytes) -> None:
+        """Let later sequences find this full block. The first block of a name keeps it; a second copy stays unnamed."""
+        if name not in self._block_of and block not in self._hash_of:
+            self._block_of[name] = block
+            self._hash_of[block] = name
+
+    def forget(self, blocks: Iterable[int]) -> None:
+        """Let nobody find these blocks any more: what they hold is not to be trusted."""
+        for block in blocks:
+            self._forget(block)
+
+    def forget_unheld(self) -> None:
+        """Empty the prefix cache, but for blocks that a sequence holds."""
+        self.forget(list(self._free))
+
+    def _forget(self, block: int) -> None:
+        name = self._hash_of.pop(block, None)
+        if name is not None:
+            del self._block_of[name]
+
+    def check(self, held: Iterable[Sequence[int]]) -> None:
+        """Raise AssertionError unless the pool's books agree with the tables of all sequences (for tests)."""
+        holders = [0] * self.num_blocks
+        for table in held:
+            for block in table:
+                holders[block] += 1
+        assert holders == self._num_holders
+        assert set(self._free) == {block for block, count in enumerate(holders) if count == 0}
+        assert {block: name for name, block in self._block_of.items()} == self._hash_of

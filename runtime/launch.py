@@ -1,0 +1,87 @@
+"""Starting the engine process and holding on to it. Imported by the server: no torch here.
+
+The two talk through one ZeroMQ socket each (DEALER, msgpack of runtime/request.py); the server binds `address`, the
+engine connects to it. The engine's stdin is its lifeline: it ends when the pipe closes, so it can't outlive the server.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from shutil import rmtree
+
+import msgspec
+
+import octavo
+from octavo.runtime.config import EngineConfig
+
+
+class EngineStart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The first line on the engine's stdin. spawn_time: time.time() before the process was started."""
+
+    config: EngineConfig
+    address: str
+    spawn_time: float
+
+
+class EngineProcess:
+    """A running engine process: its address, and its end."""
+
+    def __init__(self, process: subprocess.Popen[bytes], address: str, directory: Path) -> None:
+        self.process = process
+        self.address = address
+        self._directory = directory
+
+    def exit_code(self) -> int | None:
+        """None while it runs; a signal's number, negative, when one killed it."""
+        return self.process.poll()
+
+    def close(self, timeout: float = 5.0) -> None:
+        """End the process: close its stdin, wait, kill if that wasn't enough. May be called again."""
+        if self.process.stdin is not None and not self.process.stdin.closed:
+            self.process.stdin.close()
+        try:
+            self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        rmtree(self._directory, ignore_errors=True)
+
+
+def start_engine(config: EngineConfig) -> EngineProcess:
+    """Start the engine process; it sends Ready or Failed to whoever binds `address`. Returns at once."""
+    directory = _socket_directory()
+    address = f"ipc://{directory}/engine"
+    command = [sys.executable, "-P", "-m", "octavo.runtime.process"]  # -P: a file in the user's directory is no module
+    start = EngineStart(config, address, time.time())
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, env=_environment(config))
+    assert process.stdin is not None
+    try:
+        process.stdin.write(msgspec.json.encode(start) + b"\n")
+        process.stdin.flush()
+    except BrokenPipeError:
+        pass  # it is dead already: exit_code tells
+    return EngineProcess(process, address, directory)
+
+
+def _socket_directory() -> Path:
+    """A directory that only this user can enter, with a path short enough for a Unix socket (107 bytes)."""
+    directory = tempfile.mkdtemp(prefix="octavo-")
+    if len(directory) > 90:
+        os.rmdir(directory)
+        directory = tempfile.mkdtemp(prefix="octavo-", dir="/tmp")
+    return Path(directory)
+
+
+def _environment(config: EngineConfig) -> dict[str, str]:
+    """The child's environment: this package importable as it is here, and OpenMP set up before torch loads it."""
+    environment = dict(os.environ)
+    source = str(Path(octavo.__file__).parent.parent)
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))
+    if config.num_threads is not None:
+        environment["OMP_NUM_THREADS"] = str(config.num_threads)
+    return environment

@@ -1,0 +1,155 @@
+"""The engine process: `python -m octavo.runtime.process`, started by launch.py and spoken to through a socket.
+
+It sends Ready or Failed first. Then its loop takes what has arrived, computes a step, sends what the step brought;
+without work it sleeps on the socket. It ends on Shutdown, when its stdin closes (its parent is gone), or after Failed.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import traceback
+from typing import TYPE_CHECKING
+
+import msgspec
+import zmq
+
+from octavo.runtime.launch import EngineStart
+from octavo.runtime.request import (
+    AbortRequest,
+    AddRequest,
+    Failed,
+    FromEngine,
+    Ping,
+    Pong,
+    ResetPrefixCache,
+    Shutdown,
+    StepOutputs,
+    ToEngine,
+    TokenOutput,
+)
+
+if TYPE_CHECKING:
+    from octavo.runtime.engine import Engine
+
+FLUSH_MS = 2000  # how long the last message may take to leave
+
+
+def main() -> int:
+    """Run the engine until it is told to end; returns the exit code."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; the server drains first, then ends us
+        signal.signal(number, signal.SIG_IGN)
+    start = msgspec.json.decode(_read_line(0), type=EngineStart)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    context = zmq.Context()
+    link = Link(context, start.address)
+    try:
+        from octavo.runtime.startup import load_engine  # imports torch: seconds, within which a failure must be told
+
+        engine, ready = load_engine(start.config, start.spawn_time)
+        link.send(ready)
+        serve(engine, link)
+    except Exception as error:
+        link.send(Failed(_one_line(error), traceback.format_exc()))
+        return 1
+    finally:
+        link.close()
+        context.term()
+    return 0
+
+
+def serve(engine: Engine, link: Link) -> None:
+    """The loop. Returns on Shutdown."""
+    while True:
+        outputs: list[TokenOutput] = []
+        for message in link.receive(wait=not engine.scheduler.has_work):
+            match message:
+                case AddRequest():
+                    refused = engine.add(message)
+                    if refused is not None:
+                        outputs.append(refused)
+                case AbortRequest():
+                    engine.scheduler.abort(message.request_ids)
+                case Ping():
+                    link.send(Pong(message.nonce))
+                case ResetPrefixCache():
+                    engine.scheduler.reset_prefix_cache()
+                case TokenOutput():
+                    outputs.append(message)
+                case Shutdown():
+                    return
+        if engine.scheduler.has_work:
+            outputs += engine.step()
+        link.send(StepOutputs(outputs, engine.scheduler.stats()))
+
+
+class Link:
+    """The engine's end of the socket, with messages as values. Queues are unbounded: nothing is ever dropped."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str) -> None:
+        self._socket = context.socket(zmq.DEALER)
+        self._socket.set_hwm(0)
+        self._socket.setsockopt(zmq.RECONNECT_IVL, 10)
+        self._socket.connect(address)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(ToEngine)
+
+    def send(self, message: FromEngine) -> None:
+        self._socket.send(self._encoder.encode(message))
+
+    def receive(self, wait: bool) -> list[ToEngine | TokenOutput]:
+        """All messages that have arrived; with `wait`, at least one. An unreadable request becomes its error output."""
+        if wait:
+            self._socket.poll()
+        messages: list[ToEngine | TokenOutput] = []
+        while True:
+            try:
+                frame = self._socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return messages
+            messages.append(self._decode(frame))
+
+    def _decode(self, frame: bytes) -> ToEngine | TokenOutput:
+        try:
+            message: ToEngine = self._decoder.decode(frame)
+        except msgspec.ValidationError as error:
+            fields = msgspec.msgpack.decode(frame)
+            if not isinstance(fields, dict) or not isinstance(fields.get("request_id"), str):
+                raise
+            return TokenOutput(fields["request_id"], [], finish_reason="error", error=f"bad request: {error}")
+        return message
+
+    def close(self) -> None:
+        self._socket.close(linger=FLUSH_MS)
+
+
+def _read_line(descriptor: int) -> bytes:
+    """One line, read byte by byte: a buffered reader would hold a lock that the interpreter wants at its end."""
+    line = bytearray()
+    while not line.endswith(b"\n"):
+        byte = os.read(descriptor, 1)
+        if not byte:
+            raise SystemExit("the engine process is started by octavo itself: see octavo serve")
+        line += byte
+    return bytes(line)
+
+
+def _end_with_parent() -> None:
+    """Wait for the end of stdin, then end this process, whatever it is doing."""
+    while os.read(0, 4096):
+        pass
+    os._exit(0)
+
+
+def _one_line(error: Exception) -> str:
+    """Our own errors say it all; the others need their type."""
+    text = str(error).strip()
+    if isinstance(error, (ValueError, OSError)) and text:
+        return text
+    return f"{type(error).__name__}: {text}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,153 @@
+"""From logits to tokens: the next token of each sequence, and the log-probabilities that requests ask for.
+
+Log-probabilities are those of the model itself, before any change to the logits (vLLM's `raw_logprobs`).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from octavo.runtime.draw import GREEDY_BELOW, draw, uniform
+from octavo.runtime.logits import change_logits
+from octavo.runtime.request import Logprobs
+from octavo.runtime.scheduler import Sampled, StepPlan
+from octavo.runtime.sequence import Sequence
+
+BAD_LOGITS = "the model's logits for this request are not finite numbers (NaN or infinity): its answer would be noise"
+NOTHING_ALLOWED = "no token may be sampled: allowed_token_ids, logit_bias and min_tokens together exclude all of them"
+
+
+class Sampler:
+    """Holds no state of a request: what a token depends on besides its logits is in the sequence."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+
+    def sample(self, logits: Tensor, plan: StepPlan) -> Sampled:
+        """logits [L, vocab] float32, of which L = the plan's wanted rows; they may be overwritten."""
+        best, peaks = _argmax(logits)
+        rows: list[int] = []  # the row of each work that samples
+        end = 0
+        for work in plan.works:
+            end += work.end - work.first_logit
+            if work.samples:
+                rows.append(end - 1)
+        errors = {} if np.isfinite(peaks).all() else _find_bad(plan, peaks)
+        sequences = [work.sequence for work in plan.works if work.samples]
+        if all(sequence.is_plain_greedy for sequence in sequences) and end == len(rows):
+            return Sampled(best.tolist(), errors=errors)
+        logprobs_of, prompt_logprobs = _Raw(logits, plan, rows), _prompt_logprobs(logits, plan, errors)
+        token_ids, stuck = self._choose(logits, best, rows, sequences)
+        sampling = [index for index, work in enumerate(plan.works) if work.samples]
+        errors = {sampling[i]: NOTHING_ALLOWED for i in stuck} | errors
+        return Sampled(token_ids, logprobs_of.collect(sampling, token_ids), prompt_logprobs, errors)
+
+    def _choose(
+        self, logits: Tensor, best: np.ndarray, rows: list[int], sequences: list[Sequence]
+    ) -> tuple[list[int], list[int]]:
+        """The next token of each sequence, and the places of sequences that may have none (theirs is a stand-in)."""
+        token_ids: list[int] = best[rows].tolist()
+        stuck: list[int] = []
+        changed = [i for i, sequence in enumerate(sequences) if sequence.params.changes_logits]
+        if changed:
+            change_logits(logits, [rows[i] for i in changed], [sequences[i] for i in changed])
+            new_best, new_peaks = _argmax(logits[[rows[i] for i in changed]])
+            for i, token, peak in zip(changed, new_best.tolist(), new_peaks.tolist(), strict=True):
+                token_ids[i] = token
+                if peak == float("-inf"):
+                    stuck.append(i)
+        random = [
+            i for i, sequence in enumerate(sequences) if sequence.params.temperature >= GREEDY_BELOW and i not in stuck
+        ]
+        if random:
+            drawn = self._draw(logits, [rows[i] for i in random], [sequences[i] for i in random])
+            for i, token in zip(random, drawn, strict=True):
+                token_ids[i] = token
+        return token_ids, stuck
+
+    def _draw(self, logits: Tensor, rows: list[int], sequences: list[Sequence]) -> list[int]:
+        params = [sequence.params for sequence in sequences]
+        floats = torch.tensor([(p.temperature, p.top_p, p.min_p) for p in params], device=logits.device)
+        temperature, top_p, min_p = floats.unbind(dim=1)
+        top_k = torch.tensor([p.top_k for p in params], device=logits.device)
+        uniforms = [uniform(self._key(sequence), sequence.num_outputs) for sequence in sequences]
+        uniforms_of = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)
+        chosen = logits if len(rows) == logits.shape[0] else logits[rows]
+        tokens: list[int] = draw(chosen, temperature, top_k, top_p, min_p, uniforms_of).tolist()
+        return tokens
+
+    def _key(self, sequence: Sequence) -> str:
+        """A request's own seed, or one for each request that came without."""
+        seed = sequence.params.seed
+        return f"seed {seed}" if seed is not None else f"engine {self._seed} request {sequence.number}"
+
+
+class _Raw:
+    """The unchanged logits of the sequences that want logprobs, kept until their tokens are known."""
+
+    def __init__(self, logits: Tensor, plan: StepPlan, rows: list[int]) -> None:
+        wanted = [work.sequence.params.logprobs for work in plan.works if work.samples]
+        self._places = [place for place, count in enumerate(wanted) if count is not None]
+        self._counts = [count for count in wanted if count is not None]
+        self._logits = logits[[rows[place] for place in self._places]] if self._places else None
+
+    def collect(self, sampling: list[int], token_ids: list[int]) -> dict[int, Logprobs]:
+        """By work index; `sampling` is the work index of each of `token_ids`."""
+        if self._logits is None:
+            return {}
+        chosen = [token_ids[place] for place in self._places]
+        found = _logprobs(self._logits, chosen, self._counts)
+        return dict(zip([sampling[place] for place in self._places], found, strict=True))
+
+
+def _argmax(logits: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """The best token of each row and its logit; a row with a NaN has NaN. numpy's takes a fifth of torch's time."""
+    if logits.device.type == "cpu":
+        array = logits.numpy()
+        best = array.argmax(axis=-1)
+        return best, array[np.arange(len(array)), best]
+    values, indices = logits.max(dim=-1)
+    return indices.cpu().numpy(), values.cpu().numpy()
+
+
+def _find_bad(plan: StepPlan, peaks: np.ndarray) -> dict[int, str]:
+    """Which works have a row without a finite largest logit."""
+    errors: dict[int, str] = {}
+    begin = 0
+    for index, work in enumerate(plan.works):
+        end = begin + work.end - work.first_logit
+        if not np.isfinite(peaks[begin:end]).all():
+            errors[index] = BAD_LOGITS
+        begin = end
+    return errors
+
+
+def _prompt_logprobs(logits: Tensor, plan: StepPlan, errors: dict[int, str]) -> dict[int, list[Logprobs]]:
+    """The logits at position p are about prompt token p + 1; the last position's are for sampling."""
+    found: dict[int, list[Logprobs]] = {}
+    begin = 0
+    for index, work in enumerate(plan.works):
+        sequence, last = work.sequence, min(work.end, work.sequence.num_prompt - 1)
+        if sequence.wants_prompt_logprobs and last > work.first_logit and index not in errors:
+            targets = sequence.token_ids[work.first_logit + 1 : last + 1]
+            count = sequence.params.prompt_logprobs or 0
+            found[index] = _logprobs(logits[begin : begin + len(targets)], targets, [count] * len(targets))
+        begin += work.end - work.first_logit
+    return found
+
+
+def _logprobs(logits: Tensor, chosen: list[int], counts: list[int]) -> list[Logprobs]:
+    """For each row: the chosen token's log-probability and rank, and those of the `counts` most likely tokens."""
+    norm = logits.logsumexp(dim=-1, keepdim=True)
+    picked = logits.gather(1, torch.tensor(chosen, device=logits.device).unsqueeze(1))
+    ranks = (logits > picked).sum(dim=-1) + 1
+    top = logits.topk(min(max(counts), logits.shape[1]), dim=-1)
+    columns = (
+        (picked - norm).squeeze(1).tolist(), ranks.tolist(), top.indices.tolist(), (top.values - norm).tolist()
+    )  # fmt: skip
+    return [
+        Logprobs(token, logprob, rank, ids[:count], values[:count])
+        for token, count, logprob, rank, ids, values in zip(chosen, counts, *columns, strict=True)
+    ]

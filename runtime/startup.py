@@ -1,0 +1,117 @@
+"""From a config to an engine that can serve: device, weights, cache, limits, a first run; each phase timed."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from octavo.kernels.attention.cache import LayerCache
+from octavo.runtime import kv_cache
+from octavo.runtime.config import EngineConfig
+from octavo.runtime.device import choose_device, set_threads
+from octavo.runtime.engine import Engine
+from octavo.runtime.model.model import Model
+from octavo.runtime.model.weights import load_model
+from octavo.runtime.request import AddRequest, Ready, SamplingParams, StartupReport
+from octavo.runtime.scheduler import SchedulerConfig
+
+MAX_PROMPT_LOGITS_BYTES = 64 << 20  # what one step may spend on logits for prompt_logprobs
+
+
+def load_engine(config: EngineConfig, spawn_time: float) -> tuple[Engine, Ready]:
+    """An engine that has run once, and the table about it. Raises ValueError or OSError with what is wrong.
+
+    spawn_time is time.time() of when the process was started: what came before this call is the phase 'import'.
+    """
+    clock = _Phases(spawn_time)
+    clock.end("import")
+    device = choose_device(config.device)
+    num_threads = set_threads(config.num_threads)
+    with torch.inference_mode():
+        model = load_model(config)
+        clock.end("weights")
+        notes = list(model.notes)
+        caches, plan = kv_cache.create(model, config, notes)
+        clock.end("kv cache")
+        limits = SchedulerConfig(
+            num_blocks=plan.num_blocks,
+            block_size=plan.block_size,
+            max_model_len=choose_max_model_len(config, model.max_position, plan.num_blocks * plan.block_size, notes),
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            enable_prefix_caching=config.enable_prefix_caching,
+            max_prompt_logits=max(16, MAX_PROMPT_LOGITS_BYTES // (4 * model.vocab_size)),
+        )
+        warm_up(model, caches, limits)
+        clock.end("warm-up")
+    report = StartupReport(
+        model=config.model,
+        architecture=model.architecture,
+        dtype=_name(model.dtype),
+        device=f"{device}, {num_threads} threads" if device.type == "cpu" else str(device),
+        kv_cache_dtype=_name(plan.dtype),
+        layers=model.report_layers(),
+        weight_bytes=model.weight_bytes,
+        kv_cache_bytes=plan.num_bytes,
+        seconds=clock.seconds,
+        notes=notes,
+    )
+    engine = Engine(model, caches, limits, config.seed)
+    return engine, Ready(limits.max_model_len, plan.num_blocks, plan.block_size, model.vocab_size, report)
+
+
+def choose_max_model_len(config: EngineConfig, max_position: int, capacity: int, notes: list[str]) -> int:
+    """The longest sequence: what the model can, if the cache can hold it; less (with a note) if nobody asked for more.
+
+    capacity is the cache's, in tokens. A length that was asked for and can't be is an error with the largest that can.
+    """
+    wanted, largest = config.max_model_len, min(max_position, capacity)
+    if wanted is None:
+        if capacity < max_position:
+            notes.append(f"max_model_len is {capacity}, not the model's {max_position}: the KV cache holds no more")
+        return largest
+    if wanted > max_position:
+        raise ValueError(f"--max-model-len {wanted}: the model has {max_position} positions; {largest} works")
+    if wanted > capacity:
+        raise ValueError(
+            f"--max-model-len {wanted}: the KV cache holds {capacity} tokens; --max-model-len {largest} works, or a "
+            "larger cache (--kv-cache-memory-bytes), or one of smaller numbers (--kv-cache-dtype)"
+        )
+    if wanted < 2:
+        raise ValueError(f"--max-model-len {wanted}: a prompt and an answer need 2 at least; {largest} works")
+    return wanted
+
+
+def warm_up(model: Model, caches: list[LayerCache], limits: SchedulerConfig) -> None:
+    """Run a prompt and two tokens, greedy and sampled, so that whatever compiles or is built at first use is there.
+
+    Also the first sign of broken weights: raises ValueError if the model's logits are not finite.
+    """
+    engine = Engine(model, caches, limits)
+    length = min(64, limits.max_model_len - 2, limits.num_blocks * limits.block_size // 2 - 1)
+    prompt = [token % model.vocab_size for token in range(1, max(1, length) + 1)]
+    for temperature in (0.0, 1.0):
+        params = SamplingParams(max_tokens=2, temperature=temperature, top_p=0.9)
+        engine.add(AddRequest(f"warm-up {temperature}", prompt, params, 0.0))
+    while engine.scheduler.has_work:
+        for output in engine.step():
+            if output.error is not None:
+                raise ValueError(f"the model can't be run: {output.error}")
+
+
+class _Phases:
+    """Seconds between one `end` and the next."""
+
+    def __init__(self, begin: float) -> None:
+        self._last = begin
+        self.seconds: dict[str, float] = {}
+
+    def end(self, phase: str) -> None:
+        now = time.time()
+        self.seconds[phase] = round(now - self._last, 3)
+        self._last = now
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

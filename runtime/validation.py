@@ -1,0 +1,52 @@
+"""What is wrong with a request, in words. The engine's own guard: one bad number must not end everybody's requests.
+
+The server refuses such requests first, with its own messages in the names of the HTTP fields; what arrives here
+despite that ends in an error output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import inf, isfinite
+
+from octavo.runtime.request import AddRequest, SamplingParams
+
+
+def problem_of(request: AddRequest, vocab_size: int) -> str | None:
+    """The first thing about a request that the engine can't do, or None."""
+    outside = [token for token in request.token_ids if not 0 <= token < vocab_size]
+    if outside:
+        return f"prompt token id {outside[0]} is not in the vocabulary of {vocab_size} tokens"
+    return next(_problems(request.params, vocab_size), None)
+
+
+def _problems(params: SamplingParams, vocab_size: int) -> Iterator[str]:
+    ranges: list[tuple[str, float, float, float]] = [
+        ("max_tokens", params.max_tokens, 1, inf),
+        ("min_tokens", params.min_tokens, 0, inf),
+        ("top_k", params.top_k, 0, inf),
+        ("top_p", params.top_p, 0, 1),
+        ("min_p", params.min_p, 0, 1),
+        ("temperature", params.temperature, 0, 1e6),
+        ("presence_penalty", params.presence_penalty, -1e6, 1e6),
+        ("frequency_penalty", params.frequency_penalty, -1e6, 1e6),
+        ("repetition_penalty", params.repetition_penalty, 1e-6, 1e6),
+        ("logprobs", params.logprobs or 0, 0, inf),
+        ("prompt_logprobs", params.prompt_logprobs or 0, 0, inf),
+    ]
+    for name, value, low, high in ranges:
+        if not low <= value <= high:  # false for NaN too
+            yield f"{name} {value} is not between {low:g} and {high:g}"
+    for token, bias in params.logit_bias.items():
+        if not isfinite(bias):
+            yield f"logit_bias of token {token} is {bias}; it must be a finite number"
+    if params.allowed_token_ids == ():
+        yield "allowed_token_ids is empty: no token could be sampled"
+    named = [("logit_bias", tuple(params.logit_bias)), ("allowed_token_ids", params.allowed_token_ids or ())]
+    for name, tokens in named:
+        for token in tokens:
+            if not 0 <= token < vocab_size:
+                yield f"{name} names token id {token}, which is not in the vocabulary of {vocab_size} tokens"
+    for token in params.stop_token_ids:
+        if token < 0:
+            yield f"stop_token_ids names token id {token}"

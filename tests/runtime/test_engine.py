@@ -1,0 +1,194 @@
+"""The engine on the toy model: what a request gets depends on its own tokens alone, however it is scheduled."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from toy_model import VOCAB, ToyModel, logits_after, make_engine, make_request, run_to_end
+
+from octavo.runtime.engine import Engine
+from octavo.runtime.request import AddRequest, TokenOutput
+
+
+def tokens_of(outputs: list[TokenOutput]) -> list[int]:
+    return [token for output in outputs for token in output.token_ids]
+
+
+def greedy(request: AddRequest) -> list[int]:
+    """What the toy model says, without an engine."""
+    tokens = list(request.token_ids)
+    for _ in range(request.params.max_tokens):
+        tokens.append(int(logits_after(tokens).argmax()))
+        if tokens[-1] in request.params.stop_token_ids:
+            break
+    return tokens[len(request.token_ids) :]
+
+
+def random_requests(rng: random.Random, count: int, longest: int = 40, **params: object) -> list[AddRequest]:
+    """Prompts that share beginnings, so that prefix hits, shared blocks and evictions all happen."""
+    stems = [[rng.randrange(VOCAB) for _ in range(longest)] for _ in range(3)]
+    requests = []
+    for i in range(count):
+        prompt = rng.choice(stems)[: rng.randrange(1, longest - 5)] + [rng.randrange(VOCAB)] * rng.randrange(5)
+        stops = tuple(rng.randrange(VOCAB) for _ in range(rng.randrange(3)))
+        requests.append(make_request(f"r{i}", prompt, max_tokens=rng.randrange(1, 24), stop_token_ids=stops, **params))
+    return requests
+
+
+def random_engine(rng: random.Random) -> Engine:
+    block_size = rng.choice([1, 2, 4, 16])
+    return make_engine(
+        block_size=block_size,
+        max_model_len=64,
+        num_blocks=-(-64 // block_size) + rng.randrange(24 // block_size + 1),
+        max_num_seqs=rng.randrange(1, 10),
+        max_num_batched_tokens=rng.choice([1, 3, 8, 64, 256]),
+        enable_prefix_caching=rng.random() < 0.8,
+        max_prompt_logits=rng.choice([1, 5, 256]),
+    )
+
+
+def run_with_arrivals(engine: Engine, requests: list[AddRequest], rng: random.Random) -> dict[str, list[TokenOutput]]:
+    """Requests arrive between steps, and now and then one that nobody asked about is added and aborted."""
+    outputs: dict[str, list[TokenOutput]] = {request.request_id: [] for request in requests}
+    pending = list(requests)
+    extras = 0
+    while pending or engine.scheduler.has_work:
+        while pending and rng.random() < 0.4:
+            assert engine.add(pending.pop(0)) is None
+        if pending and rng.random() < 0.2:
+            extras += 1
+            engine.add(make_request(f"extra{extras}", rng.choice(requests).token_ids, max_tokens=20))
+        if rng.random() < 0.1 and extras:
+            engine.scheduler.abort([f"extra{rng.randrange(extras) + 1}"])
+        if engine.scheduler.has_work:
+            for output in engine.step():
+                outputs.setdefault(output.request_id, []).append(output)
+    return outputs
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_greedy_tokens_do_not_depend_on_the_schedule(seed: int) -> None:
+    rng = random.Random(seed)
+    requests = random_requests(rng, 12)
+    engine = random_engine(rng)
+    outputs = run_with_arrivals(engine, requests, rng)
+    for request in requests:
+        assert tokens_of(outputs[request.request_id]) == greedy(request)
+        assert [o.finish_reason is not None for o in outputs[request.request_id]].count(True) == 1
+    engine.scheduler.pool.check([])
+
+
+def test_the_random_schedules_do_preempt_and_hit_the_prefix_cache() -> None:
+    preemptions = hits = 0
+    for seed in range(20):
+        rng = random.Random(seed)
+        requests = random_requests(rng, 12)
+        engine = random_engine(rng)
+        run_with_arrivals(engine, requests, rng)
+        preemptions += engine.scheduler.stats().num_preemptions
+        hits += engine.scheduler.stats().prefix_cache_hits
+    assert preemptions > 20
+    assert hits > 200
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_seed_gives_the_same_tokens_in_any_company(seed: int) -> None:
+    settings = [
+        {"temperature": 1.0},
+        {"temperature": 2.0, "top_p": 0.9},
+        {"temperature": 3.0, "top_k": 5},
+        {"temperature": 5.0, "min_p": 0.2, "frequency_penalty": 0.1, "presence_penalty": 0.1},
+        {"temperature": 4.0, "repetition_penalty": 1.5, "logit_bias": {3: 1.0}},
+    ]
+    rng = random.Random(seed)
+    mine = make_request("mine", [1, 2, 3, 4, 5, 6, 7], max_tokens=30, seed=seed, **settings[seed % len(settings)])
+    alone = tokens_of(run_to_end(make_engine(), [mine])["mine"])
+    assert len(set(alone)) > 1
+    others = random_requests(rng, 8) + random_requests(rng, 3, temperature=2.0, top_p=0.8, seed=5)
+    others = [AddRequest(f"o{i}", o.token_ids, o.params, 0.0) for i, o in enumerate(others)]
+    requests = [*others[:5], mine, *others[5:]]
+    assert tokens_of(run_with_arrivals(random_engine(rng), requests, rng)["mine"]) == alone
+
+
+def test_without_a_seed_two_requests_differ_and_a_restart_does_not() -> None:
+    requests = [make_request(name, [1, 2, 3], temperature=9.0, max_tokens=20) for name in ("a", "b")]
+    first, second = (run_to_end(make_engine(), requests) for _ in range(2))
+    assert tokens_of(first["a"]) != tokens_of(first["b"])
+    assert first["a"][0].token_ids == second["a"][0].token_ids
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_prompt_logprobs_are_those_of_the_model_for_every_position(seed: int) -> None:
+    rng = random.Random(seed)
+    requests = random_requests(rng, 6, prompt_logprobs=2, logprobs=3)
+    outputs = run_with_arrivals(random_engine(rng), requests, rng)
+    for request in requests:
+        first = outputs[request.request_id][0]
+        assert first.prompt_logprobs is not None
+        assert first.prompt_logprobs[0] is None
+        assert len(first.prompt_logprobs) == len(request.token_ids)
+        for position, entry in enumerate(first.prompt_logprobs[1:], start=1):
+            assert entry is not None
+            truth = logits_after(request.token_ids[:position]).double().log_softmax(0)
+            assert entry.token_id == request.token_ids[position]
+            assert entry.logprob == pytest.approx(float(truth[entry.token_id]), abs=8e-6)  # some roundings of numbers below 16
+            assert entry.rank == int((truth > truth[entry.token_id]).sum()) + 1
+            assert entry.top_ids == truth.topk(2).indices.tolist()
+
+
+class _NaNModel(ToyModel):
+    """Poisons the logits of every sequence in which token 13 stands."""
+
+    def forward(self, inputs, caches):  # type: ignore[no-untyped-def]
+        logits = super().forward(inputs, caches)
+        for i, row in enumerate(inputs.logits_index.tolist()):
+            if 13 in inputs.token_ids[: row + 1].tolist():
+                logits[i] = torch.nan
+        return logits
+
+
+@pytest.mark.parametrize("params", [{}, {"temperature": 1.0}, {"logprobs": 1, "prompt_logprobs": 1}])
+def test_nan_logits_end_their_request_and_no_other(params: dict[str, object]) -> None:
+    engine = make_engine(_NaNModel())
+    outputs = run_to_end(engine, [make_request("good", [1, 2, 3]), make_request("bad", [1, 13, 2], **params)])
+    assert tokens_of(outputs["good"])[0] == int(logits_after([1, 2, 3]).argmax())
+    assert [o.finish_reason for o in outputs["bad"]] == ["error"]
+    assert "not finite" in (outputs["bad"][0].error or "")
+    engine.scheduler.pool.check([])
+
+
+def test_a_request_that_excludes_every_token_ends_with_an_error() -> None:
+    bad = make_request("bad", [1], allowed_token_ids=(4,), stop_token_ids=(4,), min_tokens=2)
+    outputs = run_to_end(make_engine(), [bad, make_request("good", [1])])
+    assert "no token may be sampled" in (outputs["bad"][0].error or "")
+    assert len(tokens_of(outputs["good"])) == 8
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"temperature": float("nan")}, "temperature nan"),
+        ({"temperature": -1.0}, "temperature -1.0 is not between 0 and"),
+        ({"top_p": 1.5}, "top_p 1.5"),
+        ({"top_k": -1}, "top_k -1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty 0.0"),
+        ({"max_tokens": 0}, "max_tokens 0 is not between 1 and inf"),
+        ({"logit_bias": {VOCAB: 1.0}}, f"logit_bias names token id {VOCAB}, which is not in the vocabulary"),
+        ({"logit_bias": {1: float("inf")}}, "logit_bias of token 1 is inf"),
+        ({"allowed_token_ids": ()}, "allowed_token_ids is empty"),
+        ({"stop_token_ids": (-1,)}, "stop_token_ids names token id -1"),
+    ],
+)
+def test_bad_parameters_end_their_request(params: dict[str, object], message: str) -> None:
+    outputs = run_to_end(make_engine(), [make_request("bad", [1, 2], **params), make_request("good", [1])])
+    assert message in (outputs["bad"][0].error or "")
+    assert len(tokens_of(outputs["good"])) == 8
+
+
+@pytest.mark.parametrize("token", [-1, VOCAB])
+def test_a_prompt_outside_the_vocabulary_is_refused(token: int) -> None:
+    outputs = run_to_end(make_engine(), [make_request("bad", [1, token])])
+    assert f"prompt token id {token} is not in the vocabulary of {VOCAB} tokens" in (outputs["bad"][0].error or "")

@@ -1,0 +1,93 @@
+"""A model whose every answer is exact: its logits are a hash of the tokens as read back out of the cache."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from octavo.kernels.attention.cache import LayerCache
+from octavo.kernels.attention.step import StepInputs
+from octavo.runtime.engine import Engine
+from octavo.runtime.request import AddRequest, SamplingParams, TokenOutput
+from octavo.runtime.scheduler import SchedulerConfig
+
+VOCAB = 61
+_PRIME = 2_147_483_647
+
+
+def logits_after(token_ids: list[int]) -> Tensor:
+    """The toy model's logits of the next token: [VOCAB] float32, from 0 to 8 in steps of 2^-20."""
+    state = 0
+    for position, token in enumerate(token_ids):
+        state = (state + (position + 1) * (token * 7919 + 13)) % _PRIME
+    return _mix(torch.tensor([state]))[0]
+
+
+def _mix(states: Tensor) -> Tensor:
+    """[L] int64 -> [L, VOCAB] float32, exact."""
+    tokens = torch.arange(VOCAB)
+    mixed = (states.unsqueeze(1) * 48271 + (tokens + 1) * 69621) % _PRIME
+    mixed = (mixed * 16807 + tokens) % _PRIME
+    return (mixed % 8_388_593).float() / 2**20
+
+
+class ToyModel:
+    """Writes each token into the cache at its slot, and makes logits of what the block tables lead to."""
+
+    architecture = "toy"
+    vocab_size = VOCAB
+    kv_scales = None
+    kv_dtype = None
+    num_layers = 1
+    dtype = torch.float32
+    device = torch.device("cpu")
+    weight_bytes = 0
+
+    def __init__(self, max_position: int = 4096) -> None:
+        self.max_position = max_position
+        self.kv_shapes = [(1, 1)]
+        self.notes: list[str] = []
+
+    def forward(self, inputs: StepInputs, caches: list[LayerCache]) -> Tensor:
+        store = caches[0].key  # [num_blocks, 1, block_size, 1]
+        size = store.shape[2]
+        store[inputs.slot_mapping // size, 0, inputs.slot_mapping % size, 0] = inputs.token_ids.float()
+        states = []
+        for row in inputs.logits_index.tolist():
+            sequence = int(torch.searchsorted(inputs.query_starts, row, right=True)) - 1
+            length = int(inputs.positions[row]) + 1
+            table = inputs.block_tables[sequence, : -(-length // size)].long()
+            tokens = store[table, 0, :, 0].flatten()[:length].long()
+            states.append(((tokens * 7919 + 13) * torch.arange(1, length + 1)).sum() % _PRIME)
+        return _mix(torch.stack(states)) if states else torch.empty(0, VOCAB)
+
+    def report_layers(self) -> list[tuple[str, str, str]]:
+        return []
+
+
+def make_engine(model: ToyModel | None = None, **limits: int) -> Engine:
+    """An engine on the toy model; the cache starts full of nonsense."""
+    config = SchedulerConfig(**({"num_blocks": 64, "block_size": 4, "max_model_len": 128} | limits))
+    shape = (config.num_blocks, 1, config.block_size, 1)
+    one = torch.ones(1)
+    cache = LayerCache(torch.full(shape, -99.0), torch.empty(shape), one, one)
+    return Engine(model or ToyModel(), [cache], config)
+
+
+def make_request(request_id: str, token_ids: list[int], **params: object) -> AddRequest:
+    """Greedy unless told otherwise."""
+    settings = {"max_tokens": 8, "temperature": 0.0} | params
+    return AddRequest(request_id, token_ids, SamplingParams(**settings), 0.0)
+
+
+def run_to_end(engine: Engine, requests: list[AddRequest]) -> dict[str, list[TokenOutput]]:
+    """All outputs of each request, when all are added first."""
+    outputs: dict[str, list[TokenOutput]] = {request.request_id: [] for request in requests}
+    for request in requests:
+        refused = engine.add(request)
+        if refused is not None:
+            outputs[request.request_id].append(refused)
+    while engine.scheduler.has_work:
+        for output in engine.step():
+            outputs[output.request_id].append(output)
+    return outputs
