@@ -1,0 +1,182 @@
+"""Which tensors of a checkpoint are the linear layers to quantize, told by their names, and whether a scheme fits.
+
+Every decoder that transformers saves keeps its blocks under `...layers.N.`, and in them the two-dimensional `.weight`s
+are linear layers, routers aside. A checkpoint without such names (GPT-2 keeps transposed weights) is refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+
+from octavo.quant.checkpoint import Checkpoint
+from octavo.quant.formats.compressed_tensors_config import matches
+from octavo.quant.scheme import CHANNEL, GROUP_SIZES, QuantScheme
+
+BLOCK = re.compile(r"^(?P<prefix>(?:\w+\.)*)layers\.(?P<index>\d+)\.(?P<kind>.+)\.weight$")
+OTHER_TOWERS = re.compile(r"(^|[._])(vision|visual|audio|encoder|image)")
+ROUTER = re.compile(r"(^|\.)(mlp|block_sparse_moe|feed_forward|moe)\.(gate|router)$|router|shared_expert_gate$")
+EMBEDDING = re.compile(r"embed|wte|wpe")
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+# Decoders whose blocks are all alike: a kind of layer that one block lacks is a hole in the file.
+UNIFORM = {
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "phi3",
+    "gemma2",
+    "gemma3",
+    "gemma3_text",
+    "granite",
+    "smollm3",
+    "olmo2",
+}
+
+
+class QuantizeError(ValueError):
+    """A model that can't be quantized as asked; the message says why, and what would work."""
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer of a decoder block. kind is its name in the block: 'self_attn.q_proj'."""
+
+    module: str
+    index: int
+    kind: str
+    out_features: int
+    in_features: int
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What is quantized, by module; and the linear layers that are not, as the config's ignore list names them."""
+
+    linears: dict[str, Linear]
+    ignore: list[str]
+
+
+def select_linears(checkpoint: Checkpoint, patterns: list[str]) -> Selection:
+    """All linear layers of the decoder blocks but routers and those that a pattern names.
+
+    A pattern is a module's full name, its name in the block, a glob ('*.down_proj') or a regex ('re:.*mlp'). Raises
+    QuantizeError for one that matches nothing, for blocks that are missing, and when no block is found.
+    """
+    found, others = _find(checkpoint)
+    _check_blocks(checkpoint.config, found)
+    used: set[str] = set()
+    linears, ignore = {}, ["lm_head"]
+    for linear in found:
+        hits = [p for p in patterns if _hit(linear.module, linear.kind, p)]
+        used.update(hits)
+        if hits or ROUTER.search(linear.kind):
+            ignore.append(linear.module)
+        else:
+            linears[linear.module] = linear
+    unused = [p for p in patterns if p not in used and not any(_hit(o, o, p) for o in (*others, "lm_head"))]
+    if unused:
+        raise QuantizeError(f"--ignore {' '.join(unused)}: matches no linear layer; kinds are {_kinds(found)}")
+    if not linears:
+        raise QuantizeError("nothing is left to quantize: every linear layer is ignored")
+    return Selection(linears, ignore + [o for o in others if o != "lm_head"])
+
+
+def _find(checkpoint: Checkpoint) -> tuple[list[Linear], list[str]]:
+    """Linear layers in decoder blocks, and modules elsewhere that a reader may take for linear layers."""
+    found, others = [], []
+    for file in checkpoint.files.values():
+        for name, spec in file.specs.items():
+            match = BLOCK.match(name)
+            in_block = match is not None and not OTHER_TOWERS.search(match["prefix"])
+            if match and in_block and "expert" in name and len(spec.shape) == 3:
+                raise QuantizeError(f"{name} {list(spec.shape)}: experts fused into one tensor can't be quantized yet")
+            if len(spec.shape) != 2 or not name.endswith(".weight"):
+                continue
+            module = name.removesuffix(".weight")
+            if match and in_block:
+                if spec.dtype not in FLOATS:
+                    raise QuantizeError(f"{name} is {spec.dtype}: the checkpoint is quantized already")
+                found.append(Linear(module, int(match["index"]), match["kind"], *spec.shape))
+            elif not EMBEDDING.search(module):
+                others.append(module)
+    if not found:
+        raise QuantizeError("no decoder block was found: no two-dimensional weight is named ...layers.N.<layer>.weight")
+    return found, others
+
+
+def _check_blocks(config: dict[str, Any], found: list[Linear]) -> None:
+    text = config.get("text_config") or config
+    count = text.get("num_hidden_layers")
+    if not config.get("model_type") or not isinstance(count, int):
+        raise QuantizeError("config.json lacks model_type or num_hidden_layers: not a decoder that transformers wrote")
+    present = {linear.index for linear in found}
+    missing = sorted(set(range(count)) - present)
+    if missing:
+        raise QuantizeError(f"config.json says {count} layers, but the files hold no weights for {missing}")
+    if config["model_type"] in UNIFORM:
+        for kind, number in Counter(linear.kind for linear in found).items():
+            if number < count:
+                there = {linear.index for linear in found if linear.kind == kind}
+                raise QuantizeError(f"{kind}.weight is missing in layers {sorted(set(range(count)) - there)}")
+
+
+def _hit(module: str, kind: str, pattern: str) -> bool:
+    if pattern.startswith("re:"):
+        return matches(module, pattern)
+    return pattern in (module, kind, kind.rpartition(".")[2]) or fnmatchcase(module, pattern)
+
+
+def _kinds(linears: list[Linear]) -> str:
+    return ", ".join(dict.fromkeys(linear.kind for linear in linears))
+
+
+def check_group_size(scheme: QuantScheme, linears: dict[str, Linear]) -> None:
+    """Refuse a group size that doesn't divide some layer's in_features, with all such layers and what would work."""
+    size = scheme.weight.granularity.group_size
+    if size is None:
+        return
+    bad = Counter((x.kind, x.in_features) for x in linears.values() if x.in_features % size)
+    if not bad:
+        return
+    fitting = [g for g in GROUP_SIZES if all(x.in_features % g == 0 for x in linears.values())]
+    best = f"{max(fitting)} is the largest that fits all" if fitting else "-1, a whole row, is all that fits"
+    layers = ", ".join(f"{kind} {k} ({count} layers)" for (kind, k), count in bad.items())
+    raise QuantizeError(
+        f"group_size {size} does not divide in_features of {layers}; {best}: "
+        f"--group-size {max(fitting) if fitting else -1}"
+    )
+
+
+def portability_warnings(scheme: QuantScheme, selection: Selection) -> list[str]:
+    """What other engines won't do with the result although octavo does."""
+    warnings = []
+    block = scheme.weight.granularity.block
+    if block is not None:
+        rows, columns = block
+        ragged = Counter(
+            (x.kind, x.out_features, x.in_features)
+            for x in selection.linears.values()
+            if x.out_features % rows or x.in_features % columns
+        )
+        if ragged:
+            layers = ", ".join(f"{kind} [{n}, {k}]" for kind, n, k in ragged)
+            warnings.append(
+                f"{rows}x{columns} blocks don't divide {layers}: the blocks at the edges are short, which is legal on "
+                "disk and which octavo serves, but vLLM and transformers don't load such a model; FP8_DYNAMIC is "
+                "what they do load"
+            )
+    for fused in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")):
+        kept = {m.rpartition(".layers.")[2] for m in selection.ignore}
+        partly = [m for m in selection.linears.values() if m.kind in fused and kept & {f"{m.index}.{k}" for k in fused}]
+        if partly:
+            warnings.append(f"{', '.join(fused)} are quantized only in part: vLLM fuses them and wants them alike")
+    if scheme.weight.granularity == CHANNEL and not scheme.weight.symmetric:
+        warnings.append("asymmetric weights per channel: not every engine has a kernel for them")
+    return warnings
