@@ -30,7 +30,8 @@ VALID: dict[str, dict[str, Any]] = {
 # Values of the wrong kind for every field; a number that is one is judged by `absurd` instead.
 STRANGE: tuple[Any, ...] = (
     {}, [], [[]], {"a": {"b": []}}, [None], [[[1]]], "", "\x00", "\ud800", "9" * 400, "nan", True, False, -1, -(2**31),
-    2**31, 2**63, 2**64, 10**400, 1e308, -1e308, 1e-320, 0.5, float("nan"), float("inf"), float("-inf"), "𝔘𝔫𝔦" * 50, "\u202e",
+    2**31, 2**63, 2**64, 10**400, 1e308, -1e308, 1e-320, 0.5, float("nan"), float("inf"), float("-inf"),
+    "𝔘𝔫𝔦" * 50, "\u202e",
 )  # fmt: skip
 FIELDS = (
     "model", "prompt", "messages", "max_tokens", "max_completion_tokens", "min_tokens", "temperature", "top_p", "top_k",
