@@ -1,0 +1,124 @@
+"""What a request's parameters do to logits, and the log-probabilities that are reported."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from toy_model import make_request
+from torch import Tensor
+
+from octavo.runtime.logits import change_logits
+from octavo.runtime.penalties import TokenCounts
+from octavo.runtime.sampler import Sampler
+from octavo.runtime.scheduler import Sampled, StepPlan, Work
+from octavo.runtime.sequence import Sequence
+
+VOCAB = 40
+
+
+def sequence(prompt: list[int], output: list[int] | None = None, **params: object) -> Sequence:
+    it = Sequence(make_request("r", prompt, **params), 0)
+    it.token_ids += output or []
+    return it
+
+
+def sample(logits: Tensor, *sequences: Sequence) -> Sampled:
+    """Sample one step in which each sequence decodes."""
+    works = [Work(s, len(s.token_ids) - 1, len(s.token_ids), len(s.token_ids) - 1, True, False) for s in sequences]
+    return Sampler(seed=0).sample(logits.clone(), StepPlan(works, len(works)))
+
+
+def changed(row: Tensor, it: Sequence) -> Tensor:
+    logits = torch.stack((torch.zeros(VOCAB), row))
+    change_logits(logits, [1], [it])
+    assert not logits[0].any(), "another request's row was touched"
+    return logits[1]
+
+
+@pytest.fixture
+def row() -> Tensor:
+    return torch.randn(VOCAB, generator=torch.Generator().manual_seed(3)) * 4
+
+
+def test_penalties_are_vllms(row: Tensor) -> None:
+    prompt, output = [1, 2, 2, 3], [3, 4, 4, 5, 4]
+    it = sequence(prompt, output, presence_penalty=0.5, frequency_penalty=0.25, repetition_penalty=1.7)
+    expected = row.clone()
+    for token in set(prompt + output):
+        expected[token] = expected[token] / 1.7 if expected[token] > 0 else expected[token] * 1.7
+    for token in set(output):
+        expected[token] -= 0.25 * output.count(token) + 0.5
+    torch.testing.assert_close(changed(row, it), expected, rtol=0, atol=2e-6)  # float32: a few roundings of 16
+
+
+def test_counts_grow_with_the_sequence() -> None:
+    counts = TokenCounts(num_prompt=3)
+    tokens = [5, 6, 5]
+    for token in [6, *range(200), 6]:
+        tokens.append(token)
+        counts.catch_up(tokens)
+    found = dict(zip(counts.token_ids.tolist(), counts.output_counts.tolist(), strict=True))
+    assert found == {token: tokens[3:].count(token) for token in set(tokens)}
+
+
+def test_bias_is_added_allowed_tokens_remain_and_stop_tokens_wait(row: Tensor) -> None:
+    biased = changed(row, sequence([1], logit_bias={4: 2.5, 7: -100.0}))
+    assert torch.equal(biased - row != 0, torch.isin(torch.arange(VOCAB), torch.tensor([4, 7])))
+    only = changed(row, sequence([1], allowed_token_ids=(3, 9)))
+    assert only.isfinite().nonzero().flatten().tolist() == [3, 9]
+    assert torch.equal(only[[3, 9]], row[[3, 9]])
+    for output, is_open in (([], False), ([1], False), ([1, 2], True)):
+        it = sequence([1], output, min_tokens=2, stop_token_ids=(6, VOCAB + 5))
+        assert bool(changed(row, it)[6].isfinite()) == is_open
+
+
+def test_a_bias_does_not_lift_what_is_not_allowed(row: Tensor) -> None:
+    it = sequence([1], allowed_token_ids=(3,), logit_bias={5: 100.0, 3: -100.0}, repetition_penalty=2.0)
+    assert changed(row, it).isfinite().nonzero().flatten().tolist() == [3]
+
+
+def test_each_request_is_sampled_by_its_own_rule() -> None:
+    logits = torch.randn(5, VOCAB, generator=torch.Generator().manual_seed(4))
+    best = logits.argmax(-1).tolist()
+    sampled = sample(
+        logits,
+        sequence([1]),
+        sequence([1], temperature=1.0, top_k=1),
+        sequence([1], temperature=1.0, allowed_token_ids=(8,)),
+        sequence([1], logit_bias={11: 50.0}),
+        sequence([1], temperature=1e-9),
+    )
+    assert sampled.token_ids == [best[0], best[1], 8, 11, best[4]]
+    assert not sampled.errors
+
+
+def test_logprobs_are_the_models_own_whatever_changes_the_choice() -> None:
+    logits = torch.randn(4, VOCAB, generator=torch.Generator().manual_seed(5)) * 3
+    truth = logits.double().log_softmax(-1)
+    sampled = sample(
+        logits,
+        sequence([1], logprobs=2),
+        sequence([1]),
+        sequence([1], logprobs=0, allowed_token_ids=(17,), repetition_penalty=3.0),
+        sequence([1], logprobs=VOCAB + 9, temperature=4.0, seed=1),
+    )
+    assert set(sampled.logprobs) == {0, 2, 3}
+    for index, count in ((0, 2), (2, 0), (3, VOCAB)):
+        entry, row = sampled.logprobs[index], truth[index]
+        assert entry.token_id == sampled.token_ids[index]
+        assert entry.logprob == pytest.approx(float(row[entry.token_id]), abs=4e-6)  # float32: numbers below 16
+        assert entry.rank == int((row > row[entry.token_id]).sum()) + 1
+        assert entry.top_ids == row.topk(count).indices.tolist()
+        assert entry.top_logprobs == pytest.approx(row.topk(count).values.tolist(), abs=4e-6)
+    assert sampled.token_ids[2] == 17
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("params", [{}, {"temperature": 1.0}, {"logprobs": 1}, {"repetition_penalty": 2.0}])
+def test_a_row_that_is_not_finite_is_an_error_of_its_request(bad: float, params: dict[str, object]) -> None:
+    logits = torch.zeros(3, VOCAB)
+    logits[:, 3] = 1
+    logits[1, 20] = bad
+    sampled = sample(logits, sequence([1]), sequence([1], **params), sequence([1]))
+    assert set(sampled.errors) == {1}
+    assert (sampled.token_ids[0], sampled.token_ids[2]) == (3, 3)
