@@ -134,7 +134,9 @@ def test_prompt_logprobs_are_those_of_the_model_for_every_position(seed: int) ->
             assert entry is not None
             truth = logits_after(request.token_ids[:position]).double().log_softmax(0)
             assert entry.token_id == request.token_ids[position]
-            assert entry.logprob == pytest.approx(float(truth[entry.token_id]), abs=8e-6)  # some roundings of numbers below 16
+            assert entry.logprob == pytest.approx(
+                float(truth[entry.token_id]), abs=8e-6
+            )  # some roundings of numbers below 16
             assert entry.rank == int((truth > truth[entry.token_id]).sum()) + 1
             assert entry.top_ids == truth.topk(2).indices.tolist()
 

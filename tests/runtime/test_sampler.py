@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from toy_model import make_request
 from torch import Tensor
+from toy_model import make_request
 
 from octavo.runtime.logits import change_logits
 from octavo.runtime.penalties import TokenCounts

@@ -1,0 +1,248 @@
+"""The real engine process over a real socket, with a tiny real checkpoint."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+import zmq
+
+import octavo
+from octavo.runtime.config import EngineConfig
+from octavo.runtime.launch import EngineProcess, start_engine
+from octavo.runtime.request import (
+    AbortRequest,
+    AddRequest,
+    Failed,
+    FromEngine,
+    Ping,
+    Pong,
+    Ready,
+    ResetPrefixCache,
+    SamplingParams,
+    Shutdown,
+    StepOutputs,
+    ToEngine,
+    TokenOutput,
+)
+
+PATIENCE_MS = 60_000  # not a measurement: only so that a hang is a failure
+TINY = Path(__file__).parents[1] / "fixtures" / "tiny"
+
+
+class Client:
+    """The server's end, without a server."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.engine: EngineProcess = start_engine(config)
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.bind(self.engine.address)
+        self._decoder = msgspec.msgpack.Decoder(FromEngine)
+
+    def send(self, message: ToEngine) -> None:
+        self.send_frame(msgspec.msgpack.encode(message))
+
+    def send_frame(self, frame: bytes) -> None:
+        self._socket.send(frame)
+
+    def receive(self) -> FromEngine:
+        assert self._socket.poll(PATIENCE_MS), "the engine says nothing"
+        return self._decoder.decode(self._socket.recv())
+
+    def outputs(self) -> StepOutputs:
+        """The next step's outputs, past anything else."""
+        while True:
+            message = self.receive()
+            if isinstance(message, StepOutputs):
+                return message
+
+    def first_output(self, request_id: str) -> TokenOutput:
+        """Wait for the first word about a request."""
+        while True:
+            for output in self.outputs().outputs:
+                if output.request_id == request_id:
+                    return output
+
+    def generate(self, *requests: AddRequest) -> dict[str, tuple[list[int], str]]:
+        """Tokens, and finish reason or error, of each request."""
+        for request in requests:
+            self.send(request)
+        tokens: dict[str, list[int]] = {request.request_id: [] for request in requests}
+        ends: dict[str, str] = {}
+        while len(ends) < len(requests):
+            for output in self.outputs().outputs:
+                tokens[output.request_id] += output.token_ids
+                if output.finish_reason is not None:
+                    assert output.request_id not in ends
+                    ends[output.request_id] = output.error or output.finish_reason
+        return {name: (tokens[name], ends[name]) for name in ends}
+
+    def ping(self, nonce: int) -> list[FromEngine]:
+        """What came before the answer."""
+        self.send(Ping(nonce))
+        before: list[FromEngine] = []
+        while (message := self.receive()) != Pong(nonce):
+            before.append(message)
+        return before
+
+    def exit_code(self) -> int:
+        return self.engine.process.wait(PATIENCE_MS / 1000)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.engine.close()
+        self._socket.close(linger=0)
+        self._context.term()
+
+
+def config(model: Path = TINY, **settings: object) -> EngineConfig:
+    return EngineConfig(**({"model": str(model), "dtype": "float32", "num_threads": 1, "num_blocks": 64} | settings))
+
+
+def request(name: str, token_ids: list[int] | None = None, **params: object) -> AddRequest:
+    settings = {"max_tokens": 12, "temperature": 0.0} | params
+    return AddRequest(name, token_ids or [5, 6, 7, 8], SamplingParams(**settings), time.time())
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[tuple[Client, Ready]]:
+    with Client(config()) as client:
+        ready = client.receive()
+        assert isinstance(ready, Ready), ready
+        yield client, ready
+
+
+@pytest.fixture
+def client(served: tuple[Client, Ready]) -> Client:
+    return served[0]
+
+
+def test_ready_tells_what_was_started(served: tuple[Client, Ready]) -> None:
+    ready = served[1]
+    assert (ready.vocab_size, ready.num_blocks, ready.block_size, ready.max_model_len) == (1024, 64, 16, 512)
+    report = ready.report
+    assert (report.architecture, report.dtype, report.kv_cache_dtype) == ("llama", "float32", "float32")
+    assert list(report.seconds) == ["import", "weights", "kv cache", "warm-up"]
+    assert all(seconds >= 0 for seconds in report.seconds.values())
+    assert report.layers
+    assert report.weight_bytes > 0
+
+
+def test_the_server_imports_no_torch_with_the_seam() -> None:
+    code = "import sys, octavo.runtime.launch, octavo.runtime.request; sys.exit('torch' in sys.modules)"
+    environment = os.environ | {"PYTHONPATH": str(Path(octavo.__file__).parent.parent)}
+    assert subprocess.run([sys.executable, "-P", "-c", code], env=environment).returncode == 0
+
+
+def test_requests_together_get_what_each_gets_alone(client: Client) -> None:
+    prompts = [list(range(3, 3 + length)) for length in (1, 5, 17, 40)]
+    together = client.generate(*(request(f"t{i}", prompt) for i, prompt in enumerate(prompts)))
+    client.send(ResetPrefixCache())
+    for i, prompt in enumerate(prompts):
+        tokens, end = client.generate(request("alone", prompt))["alone"]
+        assert (tokens, end) == together[f"t{i}"]
+        assert (len(tokens), end) == (12, "length")
+
+
+def test_an_abort_ends_a_request_without_a_word(client: Client) -> None:
+    client.send(request("long", max_tokens=400))
+    client.first_output("long")
+    client.send(AbortRequest(["long", "nobody"]))
+    client.ping(1)
+    last = client.outputs()
+    assert (last.outputs, last.stats.num_running, last.stats.kv_cache_usage) == ([], 0, 0.0)
+
+
+def test_a_ping_is_answered_between_steps(client: Client) -> None:
+    client.send(request("busy", max_tokens=400))
+    assert client.first_output("busy").first_token_time is not None
+    client.ping(2)
+    assert client.outputs().stats.num_running == 1, "the answer came from the loop, in the middle of its work"
+    client.send(AbortRequest(["busy"]))
+    client.ping(3)
+
+
+def test_a_bad_request_ends_alone(client: Client) -> None:
+    frame = msgspec.msgpack.encode(
+        {"type": "add", "request_id": "odd", "token_ids": [1], "params": {"max_tokens": "many"}, "arrival_time": 0.0}
+    )
+    client.send_frame(frame)
+    odd = client.first_output("odd")
+    assert odd.finish_reason == "error"
+    assert "params.max_tokens" in (odd.error or "")
+    ends = client.generate(request("hot", temperature=float("nan")), request("good"), request("far", [9999]))
+    assert "temperature nan" in ends["hot"][1]
+    assert "9999 is not in the vocabulary of 1024" in ends["far"][1]
+    assert ends["good"][1] == "length"
+
+
+def test_signals_to_the_group_leave_it_to_the_server(client: Client) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        client.engine.process.send_signal(number)
+    client.ping(4)
+    assert client.generate(request("after"))["after"][1] == "length"
+
+
+def test_closing_its_stdin_ends_it_even_in_the_middle_of_work() -> None:
+    with Client(config()) as client:
+        assert isinstance(client.receive(), Ready)
+        client.send(request("long", max_tokens=400))
+        client.first_output("long")
+        client.engine.close()
+        assert client.engine.exit_code() == 0
+        client.engine.close()  # again: no harm
+
+
+def test_shutdown_ends_it() -> None:
+    with Client(config(max_model_len=100)) as client:
+        ready = client.receive()
+        assert isinstance(ready, Ready)
+        assert ready.max_model_len == 100
+        client.send(Shutdown())
+        assert client.exit_code() == 0
+
+
+def test_what_can_not_be_read_at_all_is_told_before_the_end() -> None:
+    with Client(config()) as client:
+        assert isinstance(client.receive(), Ready)
+        client.send_frame(b"\xc1")
+        failed = client.receive()
+        assert isinstance(failed, Failed)
+        assert "msgspec" in failed.traceback
+        assert client.exit_code() == 1
+
+
+def test_a_start_that_fails_says_why() -> None:
+    with Client(config(Path("/nowhere/at/all"))) as client:
+        failed = client.receive()
+        assert isinstance(failed, Failed)
+        assert "/nowhere/at/all" in failed.message
+        assert "Traceback" in failed.traceback
+        assert client.exit_code() == 1
+
+
+def test_it_does_not_outlive_its_parent(tmp_path: Path) -> None:
+    parent = (
+        "import sys, time; from octavo.runtime.config import EngineConfig; from octavo.runtime.launch import *\n"
+        f"engine = start_engine(EngineConfig(model={str(TINY)!r}, num_threads=1, num_blocks=64))\n"
+        "print(engine.process.pid, flush=True); sys.stdin.read()"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(octavo.__file__).parent.parent), "TMPDIR": str(tmp_path)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-P", "-c", parent], env=environment, **pipes) as process:
+        assert process.stdout is not None
+        engine = os.pidfd_open(int(process.stdout.readline()))
+        process.kill()
+    assert select.select([engine], [], [], PATIENCE_MS / 1000)[0], "the engine is still there"
+    os.close(engine)

@@ -1,0 +1,101 @@
+"""Starting an engine in this process: limits that fit the cache, the report, and the decoder under the scheduler."""
+
+from __future__ import annotations
+
+import random
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from toy_model import make_request, run_to_end
+
+from octavo.runtime.config import EngineConfig
+from octavo.runtime.device import choose_device
+from octavo.runtime.engine import Engine
+from octavo.runtime.request import AddRequest, TokenOutput
+from octavo.runtime.scheduler import SchedulerConfig
+from octavo.runtime.startup import choose_max_model_len, load_engine
+
+
+def config(**settings: object) -> EngineConfig:
+    return EngineConfig(**({"model": "unused", "dtype": "float32", "num_threads": 1} | settings))
+
+
+def test_the_models_own_length_when_the_cache_holds_it() -> None:
+    notes: list[str] = []
+    assert choose_max_model_len(config(), 512, 4096, notes) == 512
+    assert choose_max_model_len(config(max_model_len=100), 512, 4096, notes) == 100
+    assert not notes
+
+
+def test_a_small_cache_shortens_what_nobody_asked_for() -> None:
+    notes: list[str] = []
+    assert choose_max_model_len(config(), 512, 160, notes) == 160
+    assert notes == ["max_model_len is 160, not the model's 512: the KV cache holds no more"]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        (513, "--max-model-len 513: the model has 512 positions; 160 works"),
+        (161, "--max-model-len 161: the KV cache holds 160 tokens; --max-model-len 160 works"),
+        (1, "--max-model-len 1: a prompt and an answer need 2 at least; 160 works"),
+    ],
+)
+def test_a_length_that_can_not_be_is_refused_with_one_that_can(wanted: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        choose_max_model_len(config(max_model_len=wanted), 512, 160, [])
+
+
+def test_a_gpu_is_used_or_its_absence_told() -> None:
+    if torch.cuda.is_available():
+        assert choose_device("auto").type == choose_device("cuda").type == "cuda"
+        return
+    assert choose_device("auto").type == "cpu"
+    with pytest.raises(ValueError, match="device 'cuda': torch finds no NVIDIA GPU"):
+        choose_device("cuda")
+
+
+@pytest.fixture(scope="module")
+def tiny(fixtures: Path) -> Engine:
+    return load_engine(config(model=str(fixtures / "tiny"), num_blocks=64), time.time())[0]
+
+
+def with_limits(engine: Engine, **limits: object) -> Engine:
+    """Another engine over the same model and the same (used) cache memory."""
+    return Engine(engine.model, engine.caches, SchedulerConfig(**({"block_size": 16, "max_model_len": 160} | limits)))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_greedy_tokens_of_the_decoder_do_not_depend_on_the_schedule(tiny: Engine, seed: int) -> None:
+    """In float32, whose rounding would have to meet a near-tie of two logits to be seen."""
+    rng = random.Random(seed)
+    stem = [rng.randrange(1024) for _ in range(60)]
+    requests = [
+        make_request(f"r{i}", [*stem[: rng.randrange(1, 60)], rng.randrange(1024)], max_tokens=rng.randrange(1, 25))
+        for i in range(8)
+    ]
+    roomy = with_limits(tiny, num_blocks=64, enable_prefix_caching=False)
+    alone = {r.request_id: tokens_of(run_to_end(roomy, [r])[r.request_id]) for r in requests}
+    tight = with_limits(
+        tiny,
+        num_blocks=10 + rng.randrange(4),
+        max_num_seqs=rng.randrange(2, 9),
+        max_num_batched_tokens=rng.choice([8, 20, 200]),
+    )
+    together = run_to_end(tight, requests)
+    assert {name: tokens_of(outputs) for name, outputs in together.items()} == alone
+    tight.scheduler.pool.check([])
+
+
+def tokens_of(outputs: list[TokenOutput]) -> list[int]:
+    return [token for output in outputs for token in output.token_ids]
+
+
+def test_a_prompt_of_one_token_and_one_as_long_as_the_context(tiny: Engine) -> None:
+    engine = with_limits(tiny, num_blocks=10)
+    requests: list[AddRequest] = [make_request("one", [5]), make_request("full", list(range(159)), max_tokens=99)]
+    outputs = run_to_end(engine, requests)
+    assert len(tokens_of(outputs["one"])) == 8
+    assert (len(tokens_of(outputs["full"])), outputs["full"][-1].finish_reason) == (1, "length")
