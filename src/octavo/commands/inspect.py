@@ -1,0 +1,152 @@
+"""Say what is in a checkpoint, and what it needs to serve: from its config and headers, without reading a weight."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from octavo.quant.checkpoint import Checkpoint
+
+INDEX_IN_NAME = re.compile(r"\.\d+(?=\.|$)")
+SUFFIX = re.compile(r"\.(weight\w*|bias|input_scale|input_zero_point)$")
+ATTENTION_SCALE = re.compile(r"\.(k_scale|v_scale|kv_scale|[kv]_proj\.output_scale)$")
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument("model", help="a local directory, or a Hugging Face Hub id")
+    parser.add_argument("--revision", help="branch, tag or commit of a Hub id (default: its main branch)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables (default: tables)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Inspect and print; returns the exit code."""
+    from octavo.quant.checkpoint import Checkpoint, CheckpointError
+    from octavo.quant.hub import resolve_model
+
+    try:
+        checkpoint = Checkpoint.open(resolve_model(args.model, args.revision))
+        facts = inspect(checkpoint)
+    except (CheckpointError, OSError) as e:
+        print(f"octavo inspect: {e}", file=sys.stderr)
+        return 1
+    if args.json:
+        print(json.dumps(facts, indent=2))
+    else:
+        _print(facts, args.model)
+    return 0
+
+
+def inspect(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What `octavo inspect --json` prints."""
+    config = checkpoint.config
+    layers = _layers(checkpoint)
+    scales = [name for name in checkpoint.names if ATTENTION_SCALE.search(name)]
+    return {
+        "architecture": (config.get("architectures") or [None])[0],
+        "model_type": config.get("model_type"),
+        "format": "compressed-tensors" if checkpoint.quantization else "unquantized",
+        "files": len(checkpoint.files),
+        "tensors": len(checkpoint.names),
+        "layers": layers,
+        "kv_cache": {"dtype": checkpoint.kv_cache_dtype, "scales": len(scales)},
+        "to_serve": _to_serve(checkpoint),
+    }
+
+
+def _layers(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """Rows by kind of module (block numbers made '*'), scheme and shape, in the order of their names."""
+    modules: dict[str, list[str]] = {}
+    for name in checkpoint.names:
+        modules.setdefault(SUFFIX.sub("", name), []).append(name)
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for module, names in sorted(modules.items()):
+        kind, scheme = INDEX_IN_NAME.sub(".*", module), _scheme(checkpoint, module, names)
+        row = rows.setdefault((kind, scheme), {"kind": kind, "scheme": scheme, "count": 0, "parameters": 0, "bytes": 0})
+        row["count"] += 1
+        row["bytes"] += sum(checkpoint.spec(name).nbytes for name in names)
+        row["parameters"] += _parameters(checkpoint, module)
+    return list(rows.values())
+
+
+def _scheme(checkpoint: Checkpoint, module: str, names: list[str]) -> str:
+    """The quantization scheme of a module, or the type of an unquantized one."""
+    if checkpoint.quantization and f"{module}.weight_scale" in names:
+        format_ = checkpoint.quantization.format_of(module)
+        if format_ is not None:
+            return str(format_.scheme)
+    main = f"{module}.weight" if f"{module}.weight" in names else names[0]
+    return str(checkpoint.spec(main).dtype).removeprefix("torch.")
+
+
+def _parameters(checkpoint: Checkpoint, module: str) -> int:
+    """Weights and biases of a module, scales not counted. A packed weight's shape is read: 16 bytes."""
+    count = 0
+    if checkpoint.has(f"{module}.weight_shape"):
+        n, k = checkpoint.tensor(f"{module}.weight_shape").tolist()
+        count += n * k
+    for suffix in ("weight", "bias"):
+        if checkpoint.has(f"{module}.{suffix}"):
+            count += checkpoint.spec(f"{module}.{suffix}").numel
+    return count
+
+
+def _to_serve(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Memory for weights as they are stored, and for 1,000 tokens of KV cache; or why octavo can't serve it."""
+    from octavo.runtime.model.spec import DecoderSpec, UnsupportedModelError
+
+    weights = sum(checkpoint.spec(name).nbytes for name in checkpoint.names)
+    try:
+        spec = DecoderSpec.from_hf(checkpoint.config)
+    except UnsupportedModelError as e:
+        return {"weight_bytes": weights, "problem": str(e)}
+    numbers = 2 * len(spec.layers) * spec.num_kv_heads * spec.head_dim  # keys and values of one token
+    wide = 4 if spec.dtype == "float32" else 2
+    return {
+        "weight_bytes": weights,
+        "kv_bytes_per_1k_tokens": {"auto": 1000 * numbers * wide, "fp8_e4m3": 1000 * numbers, "int8": 1000 * numbers},
+        "max_position": spec.max_position,
+    }
+
+
+def _print(facts: dict[str, Any], model: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(title=f"{Path(model).name}: {facts['architecture']} ({facts['model_type']}), {facts['format']}")
+    table.add_column("layers", overflow="fold")
+    table.add_column("scheme")
+    for heading in ("count", "parameters", "MB"):
+        table.add_column(heading, justify="right")
+    for row in facts["layers"]:
+        table.add_row(
+            row["kind"].removeprefix("model."),
+            row["scheme"],
+            str(row["count"]),
+            f"{row['parameters']:,}",
+            f"{row['bytes'] / 1e6:.2f}",
+        )
+    console.print(table)
+    lines = [f"{facts['tensors']} tensors in {facts['files']} files"]
+    cache = facts["kv_cache"]
+    if cache["scales"]:
+        lines.append(f"KV cache: {cache['scales']} scales for {cache['dtype'] or 'a quantized cache'}")
+    needs = facts["to_serve"]
+    fp8 = " (a CPU keeps fp8 weights as bf16, twice as large)" if "fp8" in str(facts["layers"]) else ""
+    lines.append(f"weights: {needs['weight_bytes'] / 1e6:,.1f} MB as stored{fp8}")
+    if "problem" in needs:
+        lines.append(f"can't be served: {needs['problem']}")
+    else:
+        kv = needs["kv_bytes_per_1k_tokens"]
+        lines.append(
+            f"KV cache: {kv['auto'] / 1e6:.1f} MB per 1,000 tokens, {kv['int8'] / 1e6:.1f} MB in fp8 or int8; "
+            f"context {needs['max_position']:,} tokens"
+        )
+    for line in lines:
+        console.print(line, highlight=False, markup=False)
