@@ -1,45 +1,34 @@
-"""The whole way in one go: get a real model, quantize it, serve both, and stream an answer.
+"""The whole way in one go: get a real model, quantize it, serve it, and stream an answer.
 
     python -m octavo.demo
 
 It does what a person would do, by the same commands (`octavo quantize`, `octavo serve`) and the official `openai`
-client. W8A8 is what it shows, since at eight bits the quality stays (the perplexity that it prints) while both the
-bytes and the time of a step shrink; W4A16 is smaller still, but this model is small enough to feel it.
+client. W8A8 is what it shows: no options are needed, every linear layer takes half the bytes, and it is the scheme that
+a CPU computes fastest. What that costs the model stands in the report that it prints.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import math
+import json
 import os
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
+from octavo.calibration.report import REPORT, print_report
 from octavo.demo_models import DEMO_MODELS, DemoError, fetch_model
 
 QUESTION = "Why is the sky blue? Answer in three sentences."
 START_SECONDS = 180.0
 DRAIN_SECONDS = 45.0
-# What the perplexity is measured on: prose about programs that every Python carries, some 2,200 tokens.
-TEXT_MODULES = ("argparse", "difflib", "string", "heapq", "statistics")
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What one served checkpoint showed."""
-
-    start_seconds: float
-    perplexity: float
-    tokens_per_second: float
-    weight_bytes: int
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -53,7 +42,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         model = _fetch(args.model, args.models)
         if not args.only_download:
-            _show(model, args.models / f"{model.name}-{args.scheme.lower()}", args.scheme)
+            quantized = args.models / f"{model.name}-{args.scheme.lower()}"
+            _quantize(model, quantized, args.scheme)
+            _serve(quantized)
     except DemoError as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1
@@ -71,51 +62,30 @@ def _fetch(name: str, root: Path) -> Path:
     return directory
 
 
-def _show(model: Path, quantized: Path, scheme: str) -> None:
-    if (quantized / "config.json").is_file():
+def _quantize(model: Path, quantized: Path, scheme: str) -> None:
+    """`octavo quantize`, which prints what it saved and cost; the report of an earlier run is printed again."""
+    report = quantized / REPORT
+    if report.is_file():
         print(f"2. Quantized to {scheme}: {quantized} is there already", flush=True)
-    else:
-        command = _octavo("quantize", str(model), "-o", str(quantized), "--scheme", scheme)
-        print(f"2. Quantize: octavo {' '.join(command[3:])}", flush=True)
-        if subprocess.run(command, check=False).returncode != 0:
-            raise DemoError("octavo quantize failed; its message stands above")
-    print("3. The model as it was, served", flush=True)
-    before = _measure(model, ask=False)
-    print(f"4. Quantized to {scheme}, served", flush=True)
-    after = _measure(quantized, ask=True)
-    _print_costs(before, after, scheme)
+        print_report(json.loads(report.read_text()), Console())
+        return
+    command = _octavo("quantize", str(model), "--output", str(quantized), "--scheme", scheme)
+    print(f"2. Quantize: octavo {' '.join(command[3:])}", flush=True)
+    if subprocess.run(command, check=False).returncode != 0:
+        raise DemoError("octavo quantize failed; its message stands above")
+
+
+def _serve(model: Path) -> None:
+    print(f"3. Serve: octavo serve {model}", flush=True)
+    begun = time.monotonic()
+    with _served(model) as url:
+        print(f"   ready after {time.monotonic() - begun:.1f} s; an answer through the openai client:", flush=True)
+        _stream_answer(url)
+    print("   stopped", flush=True)
 
 
 def _octavo(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "octavo", *arguments]
-
-
-def _measure(model: Path, *, ask: bool) -> Measured:
-    """Serve the checkpoint, read a text with it, have it write, and stop it."""
-    begun = time.monotonic()
-    with _served(model) as url:
-        start_seconds = time.monotonic() - begun
-        print(f"   ready after {start_seconds:.1f} s", flush=True)
-        perplexity = _perplexity(url)
-        print(f"   perplexity {perplexity:.3f}", flush=True)
-        tokens_per_second = _stream_answer(url, show=ask)
-    weight_bytes = sum(file.stat().st_size for file in model.glob("*.safetensors"))
-    return Measured(start_seconds, perplexity, tokens_per_second, weight_bytes)
-
-
-def _print_costs(before: Measured, after: Measured, scheme: str) -> None:
-    def row(what: str, old: str, new: str, change: str) -> None:
-        print(f"   {what:<28}{old:>12}{new:>12}{change:>12}")
-
-    print("5. What it cost, and what it saved", flush=True)
-    row("", "bf16", scheme, "")
-    megabytes = (before.weight_bytes / 1e6, after.weight_bytes / 1e6)
-    row("checkpoint, MB", f"{megabytes[0]:.1f}", f"{megabytes[1]:.1f}", f"{megabytes[1] / megabytes[0] - 1:+.0%}")
-    change = after.perplexity / before.perplexity - 1
-    row("perplexity of a text", f"{before.perplexity:.3f}", f"{after.perplexity:.3f}", f"{change:+.2%}")
-    speeds = (before.tokens_per_second, after.tokens_per_second)
-    row("tokens/s, one stream", f"{speeds[0]:.0f}", f"{speeds[1]:.0f}", f"{speeds[1] / speeds[0]:.2f}x")
-    row("seconds to start", f"{before.start_seconds:.1f}", f"{after.start_seconds:.1f}", "")
 
 
 @contextlib.contextmanager
@@ -175,7 +145,6 @@ def _stop(server: subprocess.Popen[bytes]) -> None:
         raise DemoError(f"the server did not end within {DRAIN_SECONDS:.0f} s of SIGTERM") from None
     if code not in (0, -15):
         raise DemoError(f"the server ended with {code} after SIGTERM")
-    print("   stopped", flush=True)
 
 
 def _client(url: str) -> Any:
@@ -186,24 +155,13 @@ def _client(url: str) -> Any:
     return OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
 
 
-def _perplexity(url: str) -> float:
-    """exp of the mean negative log-likelihood of a text, from the prompt's log-probabilities (echo)."""
-    client = _client(url)
-    text = "\n\n".join(import_module(name).__doc__ or "" for name in TEXT_MODULES)
-    model = client.models.list().data[0].id
-    completion = client.completions.create(model=model, prompt=text, max_tokens=0, echo=True, logprobs=0)
-    logprobs = completion.choices[0].logprobs.token_logprobs[1:]  # nothing predicts the first token
-    return math.exp(-sum(logprobs) / len(logprobs))
-
-
-def _stream_answer(url: str, *, show: bool) -> float:
-    """Ask through the official client, print the answer as it comes; returns tokens per second after the first."""
+def _stream_answer(url: str) -> None:
+    """Ask through the official client, and print the answer as it comes, and how fast it came."""
     client = _client(url)
     model = client.models.list().data[0].id
     begun = time.monotonic()
     first, usage = 0.0, None
-    if show:
-        print(f"\n   > {QUESTION}\n   ", end="", flush=True)
+    print(f"\n   > {QUESTION}\n   ", end="", flush=True)
     for chunk in client.chat.completions.create(
         model=model,
         messages=[{"role": "user", "content": QUESTION}],
@@ -216,16 +174,16 @@ def _stream_answer(url: str, *, show: bool) -> float:
         piece = chunk.choices[0].delta.content if chunk.choices else None
         if piece:
             first = first or time.monotonic()
-            if show:
-                print(piece.replace("\n", "\n   "), end="", flush=True)
+            print(piece.replace("\n", "\n   "), end="", flush=True)
     ended = time.monotonic()
     if usage is None or usage.completion_tokens < 2:
         raise DemoError("the answer is empty")
     speed = (usage.completion_tokens - 1) / (ended - first)
-    print("\n   " if show else "   ", end="")
     first_ms = (first - begun) * 1e3
-    print(f"{usage.completion_tokens} tokens, the first after {first_ms:.0f} ms, then {speed:.0f} a second", flush=True)
-    return float(speed)
+    print(
+        f"\n\n   {usage.completion_tokens} tokens, the first after {first_ms:.0f} ms, then {speed:.0f} a second",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":
