@@ -6,10 +6,12 @@ mean; a device's bodies are compared with it in tests. T tokens, H hidden, Hq an
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from octavo.kernels.attention import reference as attention_reference
@@ -71,3 +73,35 @@ REFERENCE = Ops(
     rope_and_cache=attention_reference.rope_and_cache,
     attention=attention_reference.paged_attention,
 )
+
+
+def select_ops(device: torch.device, dtype: torch.dtype) -> Ops:
+    """The bodies for a device. float32 on the CPU takes the fast bodies too: they compute in float32 throughout."""
+    if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return REFERENCE
+    from octavo.kernels.attention import cpu as attention_cpu
+    from octavo.kernels.attention import rope_cpu
+    from octavo.kernels.fused import cpu as fused_cpu
+
+    return Ops(
+        name="cpu",
+        rms_norm=fused_cpu.rms_norm,
+        add_rms_norm=fused_cpu.add_rms_norm,
+        silu_and_mul=fused_cpu.silu_and_mul,
+        gelu_tanh_and_mul=fused_cpu.gelu_tanh_and_mul,
+        rope_and_cache=rope_cpu.rope_and_cache,
+        attention=attention_cpu.paged_attention,
+    )
+
+
+def warm_up(device: torch.device) -> float:
+    """Compile the device's kernels, or load them from numba's cache; returns the seconds that it took."""
+    begin = time.perf_counter()
+    if device.type == "cpu":
+        from octavo.kernels.attention import cpu as attention_cpu
+        from octavo.kernels.attention import rope_cpu
+        from octavo.kernels.fused import cpu as fused_cpu
+
+        for kernel in (*fused_cpu.KERNELS, *rope_cpu.KERNELS, *attention_cpu.KERNELS):
+            kernel.compile()
+    return time.perf_counter() - begin

@@ -1,0 +1,222 @@
+"""CPU bodies of attention over a paged cache.
+
+Decode: one item of work is a group of at most 4 query heads that share a KV head, for one sequence. Scores of the
+whole context stand in one float32 row per head (a row of 32k tokens is 128 KB, which the L2 cache holds), so the
+softmax is exact and not rescaled. Float16 and 8-bit caches are decoded block by block into a float32 tile.
+Prefill: keys and values are gathered out of their blocks once and torch's flash attention runs on them.
+Reference: `attention.reference`.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numba
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from octavo.kernels.attention import reference
+from octavo.kernels.attention.cache import AttentionShape, LayerCache
+from octavo.kernels.attention.step import StepInputs
+from octavo.kernels.attention.vectors import add_weighted_rows, dot_rows
+from octavo.kernels.convert import BF16, FLOAT32, KINDS, exp, load_row, size_of, store_row
+from octavo.kernels.native import kernel, next_item, threads_for, view
+
+MAX_KERNEL_QUERIES = 8
+"""Sequences with more new tokens than this go through torch's attention on gathered keys and values."""
+
+
+@numba.njit
+def _softmax(scores, count, soft_cap):  # type: ignore[no-untyped-def]
+    """exp(s - max) in place over a float32 row; returns the sum."""
+    if soft_cap > 0:
+        for j in range(count):
+            scores[j] = np.float32(soft_cap) * np.float32(np.tanh(scores[j] / np.float32(soft_cap)))
+    top = np.float32(-np.inf)
+    for j in range(count):
+        top = max(top, scores[j])
+    for j in range(count):
+        scores[j] = exp(scores[j] - top)
+    return _sum(scores, count)
+
+
+@numba.njit(fastmath={"reassoc", "contract", "nsz"})
+def _sum(row, count):  # type: ignore[no-untyped-def]
+    total = np.float32(0)
+    for j in range(count):
+        total += row[j]
+    return total
+
+
+@numba.njit
+def _floats(address, kind, tile, count):  # type: ignore[no-untyped-def]
+    """Where the inner loops can read a run of cached rows: in place, or decoded into the float32 tile."""
+    if kind in (BF16, FLOAT32):
+        return address, kind == BF16
+    load_row(address, kind, tile, count)
+    return tile.ctypes.data, False
+
+
+@kernel("qqqqqqqqqqqqqqqqqqqdd")
+def _decode(args):  # type: ignore[no-untyped-def]
+    """The arguments' order is that of the call in `_run_decode`. Items: (sequence, KV head, group of query heads)."""
+    a = numba.carray(args, (22,), np.int64)
+    f = numba.carray(args, (22,), np.float64)
+    q_kind, key_kind, value_kind = a[11], a[12], a[13]
+    num_seqs, heads, kv_heads, dim, block_size, blocks, window = a[14], a[15], a[16], a[17], a[18], a[10], a[19]
+    scale, soft_cap = np.float32(f[20]), np.float32(f[21])
+    tables = view(a[5], (num_seqs, blocks), np.int32)
+    lengths = view(a[6], (num_seqs,), np.int32)
+    starts = view(a[7], (num_seqs + 1,), np.int32)
+    key_scale = view(a[8], (kv_heads,), np.float32)
+    value_scale = view(a[9], (kv_heads,), np.float32)
+    share = heads // kv_heads
+    groups = (share + 3) // 4
+    key_row, value_row, q_row = dim * size_of(key_kind), dim * size_of(value_kind), dim * size_of(q_kind)
+    q = np.empty((4, dim), np.float32)
+    out = np.empty((4, dim), np.float32)
+    tile = np.empty(block_size * dim, np.float32)
+    while True:
+        item = next_item(args)
+        if item >= num_seqs * kv_heads * groups:
+            break
+        seq, head = item // (kv_heads * groups), (item // groups) % kv_heads
+        first = share * (item % groups) // groups
+        rows = share * (item % groups + 1) // groups - first
+        new = starts[seq + 1] - starts[seq]
+        if new > MAX_KERNEL_QUERIES:
+            continue
+        for query in range(new):
+            length = lengths[seq] - new + query + 1
+            begin = max(0, length - window) if window > 0 else 0
+            token = starts[seq] + query
+            at = a[1] + (token * heads + head * share + first) * q_row
+            for r in range(rows):
+                load_row(at + r * q_row, q_kind, q[r], dim)
+                for d in range(dim):
+                    q[r, d] *= scale * key_scale[head]
+                    out[r, d] = 0
+            width = length - begin
+            scores = np.empty((rows, width), np.float32)
+            j = begin
+            while j < length:
+                offset = j % block_size
+                n = min(block_size - offset, length - j)
+                row = ((np.int64(tables[seq, j // block_size]) * kv_heads + head) * block_size + offset) * key_row
+                at, is_bf16 = _floats(a[3] + row, key_kind, tile, n * dim)
+                dot_rows(rows, q.ctypes.data, dim, at, is_bf16, n, scores.ctypes.data + 4 * (j - begin), width)
+                j += n
+            sums = np.empty(4, np.float32)
+            for r in range(rows):
+                sums[r] = _softmax(scores[r], width, soft_cap)
+            j = begin
+            while j < length:
+                offset = j % block_size
+                n = min(block_size - offset, length - j)
+                row = ((np.int64(tables[seq, j // block_size]) * kv_heads + head) * block_size + offset) * value_row
+                at, is_bf16 = _floats(a[4] + row, value_kind, tile, n * dim)
+                weights = scores.ctypes.data + 4 * (j - begin)
+                add_weighted_rows(rows, out.ctypes.data, dim, at, is_bf16, n, weights, width)
+                j += n
+            at = a[2] + (token * heads + head * share + first) * q_row
+            for r in range(rows):
+                for d in range(dim):
+                    out[r, d] *= value_scale[head] / sums[r]
+                store_row(out[r], np.float32(1), at + r * q_row, q_kind, dim)
+
+
+def _run_decode(q: Tensor, out: Tensor, inputs: StepInputs, cache: LayerCache, shape: AttentionShape) -> None:
+    """Attention of every sequence with at most MAX_KERNEL_QUERIES new tokens."""
+    seqs, blocks = inputs.block_tables.shape
+    reads = shape.num_kv_heads * shape.head_dim * inputs.max_seq_len * seqs
+    _decode.start(
+        threads_for(reads),
+        q.data_ptr(), out.data_ptr(), cache.key.data_ptr(), cache.value.data_ptr(),
+        inputs.block_tables.data_ptr(), inputs.seq_lens.data_ptr(), inputs.query_starts.data_ptr(),
+        cache.key_scale.data_ptr(), cache.value_scale.data_ptr(), blocks,
+        KINDS[q.dtype], KINDS[cache.key.dtype], KINDS[cache.value.dtype],
+        seqs, shape.num_heads, shape.num_kv_heads, shape.head_dim, cache.block_size,
+        shape.window or 0, shape.scale, shape.soft_cap or 0.0,
+    )  # fmt: skip
+
+
+def paged_attention(q: Tensor, inputs: StepInputs, cache: LayerCache, shape: AttentionShape) -> Tensor:
+    """`attention.reference.paged_attention`."""
+    if shape.head_dim % 16:
+        return reference.paged_attention(q, inputs, cache, shape)
+    q = q.contiguous()
+    out = torch.empty_like(q)
+    if inputs.max_query_len == 1:
+        _run_decode(q, out, inputs, cache, shape)
+        return out.view(q.shape[0], -1)
+    starts, lengths = inputs.query_starts.tolist(), inputs.seq_lens.tolist()
+    counts = [end - begin for begin, end in pairwise(starts)]
+    if min(counts) <= MAX_KERNEL_QUERIES:
+        _run_decode(q, out, inputs, cache, shape)
+    for s, count in enumerate(counts):
+        if count > MAX_KERNEL_QUERIES:
+            rows = slice(starts[s], starts[s + 1])
+            out[rows] = _prefill(q[rows], inputs.block_tables[s], lengths[s], cache, shape)
+    return out.view(q.shape[0], -1)
+
+
+def _prefill(q: Tensor, table: Tensor, length: int, cache: LayerCache, shape: AttentionShape) -> Tensor:
+    """One sequence: q [n, Hq, D] over its `length` cached tokens -> [n, Hq, D]."""
+    n, first = q.shape[0], 0
+    if shape.window is not None:
+        first = max(0, length - n - shape.window + 1) // cache.block_size  # blocks before it are seen by no query
+    table = table[first : -(-length // cache.block_size)].long()
+    length -= first * cache.block_size
+    k = _gather(cache.key, cache.key_scale, table, length, q.dtype)
+    v = _gather(cache.value, cache.value_scale, table, length, q.dtype)
+    heads = q.transpose(0, 1)
+    if shape.soft_cap is not None:
+        return _capped(heads, k, v, shape).transpose(0, 1)
+    mask = None if n == length and _sees_all(shape, length) else _mask(n, length, shape.window)
+    bias = None if mask is None else torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
+    attended = F.scaled_dot_product_attention(
+        heads[None], k[None], v[None], attn_mask=bias, is_causal=bias is None, scale=shape.scale, enable_gqa=True
+    )
+    return attended[0].transpose(0, 1)
+
+
+def _sees_all(shape: AttentionShape, length: int) -> bool:
+    return shape.window is None or shape.window >= length
+
+
+def _mask(n: int, length: int, window: int | None) -> Tensor:
+    """[n, length] bool: which cached tokens each of the last n tokens sees."""
+    position = torch.arange(length - n, length).unsqueeze(1)
+    key = torch.arange(length)
+    seen = key <= position
+    return seen if window is None else seen & (key > position - window)
+
+
+def _capped(q: Tensor, k: Tensor, v: Tensor, shape: AttentionShape) -> Tensor:
+    """Attention with a soft cap, which no fused kernel of torch has; 256 queries at a time bound its memory."""
+    assert shape.soft_cap is not None
+    heads, n, _ = q.shape
+    length = k.shape[1]
+    seen = _mask(n, length, shape.window)
+    out = torch.empty_like(q)
+    share = heads // k.shape[0]
+    k32, v32 = (x.float().repeat_interleave(share, dim=0) for x in (k, v))
+    for begin in range(0, n, 256):
+        rows = slice(begin, begin + 256)
+        scores = q[:, rows].float() @ k32.transpose(1, 2) * shape.scale
+        scores = shape.soft_cap * torch.tanh(scores / shape.soft_cap)
+        out[:, rows] = (scores.masked_fill_(~seen[rows], float("-inf")).softmax(-1) @ v32).to(q.dtype)
+    return out
+
+
+def _gather(store: Tensor, scale: Tensor, table: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+    """One sequence's keys or values out of its blocks, dequantized: [Hkv, length, D] in `dtype`."""
+    heads = store[table].transpose(0, 1).flatten(1, 2)[:, :length]
+    if store.dtype in (torch.int8, torch.float8_e4m3fn):
+        return (heads.float() * scale.reshape(-1, 1, 1)).to(dtype)
+    return heads.to(dtype)
+
+
+KERNELS = (_decode,)

@@ -1,0 +1,115 @@
+"""Machine code out of numba, run on the thread pool that torch already has.
+
+A kernel here is a numba function of one pointer to a packed array of 64-bit arguments. It is started through torch's
+own OpenMP runtime (`GOMP_parallel`), so that there is one pool of threads in the process: a second one, as numba's
+`parallel=True` would make, spins on the cores that the first needs. Every thread of the pool runs the same body and
+takes items of work from an atomic counter, the first argument; a thread that another process delays takes fewer.
+
+Kernels are compiled at the first `Kernel.start`, which `warm_up` in runtime.ops asks for, and are cached on disk by
+numba: in `__pycache__` beside the source, or, where that is not writable, in the user's cache directory
+(NUMBA_CACHE_DIR overrides). The cache is keyed on the source file of the kernel alone: after editing this file or
+`tile.py`, remove the `.nbi` files.
+"""
+
+# ruff: noqa: ARG001 (numba looks at the names of what it compiles)
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import torch
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+Address = int
+
+
+class Kernel:
+    """A numba function `body(args: voidptr)`, compiled when it is first started.
+
+    fields: the arguments after the counter, as struct codes: 'q' for integers and addresses, 'd' for floats.
+    """
+
+    def __init__(self, body: Callable[[Any], None], fields: str) -> None:
+        self._body = body
+        self._pack = struct.Struct("<q" + fields).pack
+        self._entry: Any = None
+        self._address = 0
+
+    def compile(self) -> None:
+        """Compile, or load from numba's cache; nothing when it was done before."""
+        if self._entry is None:
+            compiled = numba.cfunc(types.void(types.voidptr), nopython=True, cache=True, error_model="numpy")(
+                self._body
+            )
+            self._address = compiled.address
+            self._entry = _SIGNATURE(compiled.address)
+
+    def start(self, threads: int, *args: float) -> None:
+        """Run the body on `threads` threads and return when all of them are done."""
+        if self._entry is None:
+            self.compile()
+        packed = ctypes.create_string_buffer(self._pack(0, *args))
+        if threads == 1 or _POOL is None:
+            self._entry(packed)
+        else:
+            _POOL(self._address, packed, threads, 0)
+
+
+def kernel(fields: str) -> Callable[[Callable[[Any], None]], Kernel]:
+    """Decorator: make a Kernel of a function of one voidptr."""
+    return lambda body: Kernel(body, fields)
+
+
+_SIGNATURE = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+def _find_pool() -> Any:
+    """GOMP_parallel(fn, data, num_threads, flags) of the OpenMP runtime that torch has loaded, or None."""
+    try:
+        start = ctypes.CDLL(torch._C.__file__).GOMP_parallel
+    except AttributeError:
+        return None
+    start.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    start.restype = None
+    return start
+
+
+_POOL = _find_pool()
+
+
+def threads_for(elements: int) -> int:
+    """How many threads pay for an elementwise kernel: waking the pool costs as much as some 8,000 elements."""
+    return 1 if elements < 16384 else torch.get_num_threads()
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def pointer(typingctx: Any, address: Any) -> Any:
+    """An int64 address as a voidptr, for `numba.carray`."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], cgutils.voidptr_t)
+
+    return types.voidptr(types.int64), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def next_item(typingctx: Any, args: Any) -> Any:
+    """Take the next number from the counter at the head of a kernel's arguments: 0, 1, 2, ... over all threads."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        counter = builder.bitcast(args[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", counter, ir.Constant(ir.IntType(64), 1), "monotonic")
+
+    return types.int64(types.voidptr), codegen
+
+
+@numba.njit(inline="always")  # type: ignore[untyped-decorator]
+def view(address: int, shape: Any, dtype: Any) -> Any:
+    """The C-contiguous array of this shape and type that lies at an address."""
+    return numba.carray(pointer(address), shape, dtype)
