@@ -1,0 +1,133 @@
+"""Rounding weights onto schemes, against a second version written element by element in float64."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from octavo.quant.qparams import WeightError, quantize_weight
+from octavo.quant.scheme import CHANNEL, PRESETS, TENSOR, Granularity, QuantScheme, WeightScheme, group
+
+GRANULARITIES = [TENSOR, CHANNEL, group(32), group(128), Granularity("block", block=(128, 128))]
+SCHEMES = [
+    QuantScheme(WeightScheme(dtype, granularity, symmetric))
+    for dtype, granularity, symmetric in itertools.product(
+        ("int8", "int4", "int3", "int2", "fp8_e4m3"), GRANULARITIES, (True, False)
+    )
+    if symmetric or dtype != "fp8_e4m3"
+]
+
+
+def random_weight(n: int = 200, k: int = 320, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """320 columns: two and a half groups of 128, so that short groups and edge blocks are there."""
+    generator = torch.Generator().manual_seed(1)
+    spread = torch.rand(n, 1, generator=generator) * 3 + 0.01
+    return (torch.randn(n, k, generator=generator) * spread).to(dtype)
+
+
+def tiles(n: int, k: int, granularity: Granularity) -> list[tuple[slice, slice, int, int]]:
+    """Where each scale's weights are: rows, columns, and the scale's place."""
+    match granularity.kind:
+        case "tensor":
+            rows, columns = n, k
+        case "channel":
+            rows, columns = 1, k
+        case "group":
+            rows, columns = 1, granularity.group_size or 0
+        case "block":
+            assert granularity.block is not None
+            rows, columns = granularity.block
+    return [
+        (slice(i, i + rows), slice(j, j + columns), i // rows, j // columns)
+        for i in range(0, n, rows)
+        for j in range(0, k, columns)
+    ]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_absmax_equals_the_definition(scheme: QuantScheme) -> None:
+    """Scales are the definition's, rounded to the weight's type; codes are nearest to w / stored scale.
+
+    The float32 division is within 2^-24 of the true quotient, at most 255 here, so codes may differ from float64's
+    only where the quotient lies within 255 * 2^-24 < 2e-5 of a tie: no code may be further than half a step and that.
+    """
+    weight = random_weight()
+    w = scheme.weight
+    result = quantize_weight(weight, scheme)
+    scale, codes = result.scale.double(), result.codes.double()
+    for rows, columns, i, j in tiles(*weight.shape, w.granularity):
+        part = weight[rows, columns].double()
+        low, high = min(part.min().item(), 0.0), max(part.max().item(), 0.0)
+        if w.dtype == "fp8_e4m3":
+            expected, zero, limits = max(-low, high) / 448, 0.0, (-448.0, 448.0)
+        elif w.symmetric:
+            expected, zero, limits = 2 * max(-low, high) / (2**w.bits - 1), 0.0, w.int_range
+        else:
+            expected, limits = (high - low) / (2**w.bits - 1), w.int_range
+            assert result.zero_point is not None
+            zero = float(result.zero_point[i, j])
+            assert abs(zero - (limits[0] - low / scale[i, j].item())) <= 0.5 + 2e-5
+        assert scale[i, j].item() == pytest.approx(expected, rel=2**-8)  # bfloat16 rounds within 2^-9
+        exact = (part / scale[i, j] + zero).clamp(*limits)
+        if w.dtype == "fp8_e4m3":
+            nearest = exact.float().to(torch.float8_e4m3fn).double()
+            assert torch.equal(codes[rows, columns], nearest)
+        else:
+            assert (codes[rows, columns] - exact).abs().max() <= 0.5 + 2e-5
+
+
+@pytest.mark.parametrize("scheme", [s for s in SCHEMES if s.weight.granularity != TENSOR], ids=str)
+def test_mse_search_never_loses_to_absmax(scheme: QuantScheme) -> None:
+    weight = random_weight(n=150)
+    errors = [
+        (quantize_weight(weight, scheme, search).dequantize() - weight.float()).square().sum().item()
+        for search in ("mse", "absmax")
+    ]
+    assert errors[0] <= errors[1] * (1 + 1e-6)  # both sums of 48,000 float32 squares
+    if scheme.weight.bits < 8:
+        assert errors[0] < 0.95 * errors[1]
+
+
+@pytest.mark.parametrize("search", ["absmax", "mse"])
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_zero_groups_and_tiny_weights_stay_finite(name: str, search: str, dtype: torch.dtype) -> None:
+    weight = random_weight(dtype=dtype)
+    weight[:, :128] = 0
+    weight[0] = torch.finfo(dtype).tiny
+    result = quantize_weight(weight, PRESETS[name], "mse" if search == "mse" else "absmax")
+    assert result.scale.dtype == dtype
+    assert (result.scale > 0).all()
+    decoded = result.dequantize()
+    assert decoded.isfinite().all()
+    assert (decoded[1:, :128] == 0).all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_nan_and_infinity_are_refused(bad: float) -> None:
+    weight = random_weight()
+    weight[17, 33] = bad
+    for scheme in PRESETS.values():
+        with pytest.raises(WeightError, match="NaN or infinity"):
+            quantize_weight(weight, scheme)
+
+
+def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work is done some rows at a time; how many must not matter."""
+    weight = random_weight(n=300)
+    whole = {name: quantize_weight(weight, scheme, "mse") for name, scheme in PRESETS.items()}
+    monkeypatch.setattr("octavo.quant.qparams.CHUNK", 1)
+    for name, scheme in PRESETS.items():
+        again = quantize_weight(weight, scheme, "mse")
+        assert torch.equal(again.codes.view(torch.uint8), whole[name].codes.view(torch.uint8))
+        assert torch.equal(again.scale, whole[name].scale)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_rows_are_the_rows_of_the_whole(name: str) -> None:
+    result = quantize_weight(random_weight(n=300), PRESETS[name])
+    parts = [result.rows(i, min(i + 128, 300)).dequantize() for i in range(0, 300, 128)]
+    assert torch.equal(torch.cat(parts), result.dequantize())
