@@ -93,14 +93,12 @@ def _find(checkpoint: Checkpoint) -> tuple[list[Linear], list[str]]:
     found, others = [], []
     for file in checkpoint.files.values():
         for name, spec in file.specs.items():
-            match = BLOCK.match(name)
-            in_block = match is not None and not OTHER_TOWERS.search(match["prefix"])
-            if match and in_block and "expert" in name and len(spec.shape) == 3:
+            if len(spec.shape) == 3 and ".experts." in name:
                 raise QuantizeError(f"{name} {list(spec.shape)}: experts fused into one tensor can't be quantized yet")
             if len(spec.shape) != 2 or not name.endswith(".weight"):
                 continue
-            module = name.removesuffix(".weight")
-            if match and in_block:
+            module, match = name.removesuffix(".weight"), BLOCK.match(name)
+            if match and not OTHER_TOWERS.search(match["prefix"]):
                 if spec.dtype not in FLOATS:
                     raise QuantizeError(f"{name} is {spec.dtype}: the checkpoint is quantized already")
                 found.append(Linear(module, int(match["index"]), match["kind"], *spec.shape))

@@ -56,8 +56,8 @@ class Quantized:
     selection: Selection
     bytes_before: int
     bytes_after: int
-    layers: list[LayerError] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
+    layers: list[LayerError]
+    warnings: list[str]
 
 
 @dataclass(frozen=True)
@@ -100,22 +100,18 @@ def quantize_model(
     check_group_size(scheme, selection.linears)
     shards = _plan(checkpoint, scheme, selection, max_shard_bytes)
     items = [item for shard in shards for item in shard]
-    result = Quantized(
-        scheme,
-        selection,
-        bytes_before=sum(item.file.specs[item.name].nbytes for item in items),
-        bytes_after=sum(item.nbytes for item in items),
-        warnings=portability_warnings(scheme, selection),
-    )
-    with _appearing(out, result.bytes_after, overwrite) as partial:
+    before = sum(item.file.specs[item.name].nbytes for item in items)
+    after = sum(item.nbytes for item in items)
+    run = _Run(scheme, search, progress, total=before)
+    with _appearing(out, after, overwrite) as partial:
         names = _shard_names(len(shards))
         for name, shard in zip(names, shards, strict=True):
-            _write_shard(partial / name, shard, scheme, search, result, progress)
+            run.write_shard(partial / name, shard)
         if len(shards) > 1:
-            _write_index(partial / INDEX, names, shards, result.bytes_after)
+            _write_index(partial / INDEX, names, shards, after)
         copy_other_files(source, partial)
         write_json(partial / "config.json", _config(checkpoint, scheme, selection, search))
-    return result
+    return Quantized(scheme, selection, before, after, run.layers, portability_warnings(scheme, selection))
 
 
 def _plan(checkpoint: Checkpoint, scheme: QuantScheme, selection: Selection, max_shard_bytes: int) -> list[list[_Item]]:
@@ -138,36 +134,41 @@ def _plan(checkpoint: Checkpoint, scheme: QuantScheme, selection: Selection, max
     return shards
 
 
-def _write_shard(
-    path: Path, items: list[_Item], scheme: QuantScheme, search: Search, result: Quantized, progress: Progress | None
-) -> None:
-    done = sum(layer.bytes_before for layer in result.layers)
-    specs = {name: spec for item in items for name, spec in item.outputs.items()}
-    with SafetensorsWriter(path, specs) as writer:
-        for item in items:
-            if item.linear is None:
-                writer.write_bytes(item.name, item.file.chunks(item.name))
-            else:
-                result.layers.append(_quantize(item, item.linear, scheme, search, writer))
-            done += item.file.specs[item.name].nbytes
-            if progress is not None:
-                progress(done, result.bytes_before, item.name)
+@dataclass
+class _Run:
+    """What goes on from shard to shard: how to round, what came of it, and how far it is."""
 
+    scheme: QuantScheme
+    search: Search
+    progress: Progress | None
+    total: int
+    done: int = 0
+    layers: list[LayerError] = field(default_factory=list)
 
-def _quantize(
-    item: _Item, linear: Linear, scheme: QuantScheme, search: Search, writer: SafetensorsWriter
-) -> LayerError:
-    weight = item.file.read(item.name)
-    try:
-        quantized = quantize_weight(weight, scheme, search)
-    except WeightError as e:
-        raise QuantizeError(f"{item.name} can't be quantized: {e}") from e
-    signal, noise = squared_error(weight, quantized)
-    nbytes = weight.nbytes
-    del weight  # packing takes as much again
-    for suffix, tensor in CompressedTensorsFormat(scheme, quantized.scale.dtype).write(quantized).items():
-        writer.write(f"{linear.module}.{suffix}", tensor)
-    return LayerError(linear, signal, noise, nbytes, item.nbytes)
+    def write_shard(self, path: Path, items: list[_Item]) -> None:
+        specs = {name: spec for item in items for name, spec in item.outputs.items()}
+        with SafetensorsWriter(path, specs) as writer:
+            for item in items:
+                if item.linear is None:
+                    writer.write_bytes(item.name, item.file.chunks(item.name))
+                else:
+                    self.layers.append(self._quantize(item, item.linear, writer))
+                self.done += item.file.specs[item.name].nbytes
+                if self.progress is not None:
+                    self.progress(self.done, self.total, item.name)
+
+    def _quantize(self, item: _Item, linear: Linear, writer: SafetensorsWriter) -> LayerError:
+        weight = item.file.read(item.name)
+        try:
+            quantized = quantize_weight(weight, self.scheme, self.search)
+        except WeightError as e:
+            raise QuantizeError(f"{item.name} can't be quantized: {e}") from e
+        signal, noise = squared_error(weight, quantized)
+        nbytes = weight.nbytes
+        del weight  # packing takes as much again
+        for suffix, tensor in CompressedTensorsFormat(self.scheme, quantized.scale.dtype).write(quantized).items():
+            writer.write(f"{linear.module}.{suffix}", tensor)
+        return LayerError(linear, signal, noise, nbytes, item.nbytes)
 
 
 def squared_error(weight: torch.Tensor, quantized: QuantizedWeight) -> tuple[float, float]:

@@ -176,7 +176,7 @@ def test_an_existing_output_is_refused_or_replaced_whole(model: Path, tmp_path: 
 def test_only_a_checkpoint_is_replaced(model: Path, tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_bytes(b"cat")
-    with pytest.raises(QuantizeError, match="no config.json"):
+    with pytest.raises(QuantizeError, match=r"no config\.json"):
         quantize_model(model, tmp_path / "photos", SCHEMES["W8A8"], overwrite=True)
     for out in (model, model / "out", tmp_path):
         with pytest.raises(QuantizeError, match="must not contain each other"):
@@ -213,7 +213,7 @@ def test_progress_reaches_the_end(model: Path, tmp_path: Path) -> None:
         progress=lambda done, total, _: calls.append((done, total)),
     )
     assert calls == sorted(calls)
-    assert calls[-1][0] <= calls[-1][1]
+    assert calls[-1][0] == calls[-1][1]
 
 
 def test_nan_names_the_tensor_and_leaves_nothing(model: Path, tmp_path: Path) -> None:
@@ -242,8 +242,8 @@ def test_nan_names_the_tensor_and_leaves_nothing(model: Path, tmp_path: Path) ->
         ),
         (
             lambda m: edit_tensors(m, **{"model.layers.0.mlp.experts.gate_up_proj": torch.zeros(4, 8, 8)}),
-            None,
-            "",
+            QuantizeError,
+            "experts fused into one tensor",
         ),
         (
             lambda m: edit_tensors(
@@ -267,10 +267,10 @@ def test_nan_names_the_tensor_and_leaves_nothing(model: Path, tmp_path: Path) ->
     ],
 )
 def test_broken_models_are_refused_and_nothing_is_left(
-    model: Path, tmp_path: Path, damage: Any, error: type[Exception] | None, message: str
+    model: Path, tmp_path: Path, damage: Any, error: type[Exception], message: str
 ) -> None:
     damage(model)
-    with pytest.raises(error or QuantizeError, match=message or "experts fused into one tensor"):
+    with pytest.raises(error, match=message):
         quantize_model(model, tmp_path / "out", SCHEMES["W8A8"])
     assert left_behind(tmp_path) == []
 
