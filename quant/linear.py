@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from octavo.kernels.fp8 import reference as fp8_reference
 from octavo.kernels.int8 import reference as int8_reference
 from octavo.quant.qparams import QuantizedWeight
-from octavo.quant.scheme import CHANNEL, TENSOR, ActivationScheme, Granularity, QuantScheme, WeightScheme
+from octavo.quant.scheme import CHANNEL, PRESETS, TENSOR, ActivationScheme, Granularity, QuantScheme, WeightScheme
+
+MAX_INT8_COLUMNS = 65_792  # an int32 sum of products holds no more
 
 Round = Callable[[Tensor], Tensor]
 """Rounds a layer's input [M, K] as its scheme says and returns the rounded values in float32."""
@@ -150,30 +152,90 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
 
 
 def _choose(part: QuantizedWeight | Tensor, dtype: torch.dtype, device: torch.device) -> Body:
-    """The body for one weight: what runs it natively here, else the weight dequantized at load."""
+    """The body for one weight: what runs it natively here, else the weight dequantized at load.
+
+    float32 is never native: it is the truth that the native bodies are compared with.
+    """
+    native = device.type == "cpu" and dtype != torch.float32 and _has_dot_products()
     if isinstance(part, Tensor):
-        return _dense(f"{str(dtype)[6:]} GEMM", part, None, dtype, device)
-    rounds = _rounding(part.scheme.activation, part.input_scale)
-    return _dense(f"dequantized to {str(dtype)[6:]} at load", part.dequantize(dtype), rounds, dtype, device)
+        return _dense(part, None, dtype, device, native)
+    if native and dtype == torch.bfloat16 and part.scheme.activation is None:
+        body = _weight_only(part)
+        if body is not None:
+            return body
+    if native and part.scheme == PRESETS["W8A8"] and part.shape[1] <= MAX_INT8_COLUMNS:
+        return _int8(part)
+    rounds = _rounding(part.scheme.activation, part.input_scale, device)
+    return _dense(part.dequantize(dtype), rounds, dtype, device, native, "dequantized at load, ")
 
 
-def _dense(name: str, weight: Tensor, rounds: Round | None, dtype: torch.dtype, device: torch.device) -> Body:
+def _has_dot_products() -> bool:
+    """AVX-512 with VNNI and BF16: what the CPU kernels are written for (Intel since 2020-2023, AMD since Zen 4)."""
+    return bool(torch.cpu._is_avx512_bf16_supported() and torch.cpu._is_vnni_supported())
+
+
+def _int8(part: QuantizedWeight) -> Body:
+    from octavo.kernels.int8 import cpu as int8_cpu
+
+    packed = int8_cpu.pack(part.codes, part.scale)
+    return Body("int8 x int8 VNNI", lambda x: int8_cpu.linear(x, packed), packed.num_bytes)
+
+
+def _weight_only(part: QuantizedWeight) -> Body | None:
+    """int8 or int4 (and narrower) weights decoded to bf16 in registers; None where groups don't fit the layout."""
+    from octavo.kernels.dense import cpu as dense_cpu
+
+    if part.scheme.weight.dtype == "fp8_e4m3" or part.scheme.weight.granularity.kind not in ("channel", "group"):
+        return None
+    k, groups = part.shape[1], part.scale.shape[1]
+    bits = 8 if part.scheme.weight.dtype == "int8" else 4
+    if k % groups or not dense_cpu.fits(bits, k, k // groups):
+        return None
+    order = None
+    if groups > 1 and part.g_idx is not None:
+        order = part.g_idx.long().argsort(stable=True)
+        if not torch.equal(part.g_idx[order].long(), torch.arange(k) // (k // groups)):
+            return None  # groups of different sizes
+    elif part.scheme.weight.granularity.group_size not in (None, k // groups):
+        return None  # a short last group
+    codes = part.codes if order is None else part.codes[:, order]
+    packed = dense_cpu.pack_int(codes, part.scale, part.zero_point, bits)
+    name = f"int{bits} weights x bf16"
+    if order is None or torch.equal(order, torch.arange(k)):
+        return Body(name, lambda x: dense_cpu.linear(x, packed), packed.num_bytes)
+    return Body(
+        f"{name}, columns in order of their groups", lambda x: dense_cpu.linear(x[:, order], packed), packed.num_bytes
+    )
+
+
+def _dense(
+    weight: Tensor, rounds: Round | None, dtype: torch.dtype, device: torch.device, native: bool, how: str = ""
+) -> Body:
+    if native and dtype == torch.bfloat16 and weight.shape[1] % 2 == 0:
+        from octavo.kernels.dense import cpu as dense_cpu
+
+        packed = dense_cpu.pack_bf16(weight)
+        return Body(
+            f"{how}bf16 x bf16",
+            lambda x: dense_cpu.linear(x if rounds is None else rounds(x).to(dtype), packed),
+            packed.num_bytes,
+        )
     weight = weight.to(device=device, dtype=dtype).contiguous()
 
     def run(x: Tensor) -> Tensor:
         return F.linear(x if rounds is None else rounds(x).to(dtype), weight)
 
-    return Body(name, run, weight.numel() * weight.element_size())
+    return Body(f"{how}torch {str(dtype)[6:]}", run, weight.numel() * weight.element_size())
 
 
-def _rounding(activation: ActivationScheme | None, input_scale: Tensor | None) -> Round | None:
+def _rounding(activation: ActivationScheme | None, input_scale: Tensor | None, device: torch.device) -> Round | None:
     """How the scheme rounds an input, in float32; None when it doesn't."""
     if activation is None:
         return None
     if not activation.dynamic:
         if input_scale is None:
             raise ValueError("the scheme has a static activation scale, but the checkpoint stores no input_scale")
-        scale = input_scale.float()
+        scale = input_scale.to(device=device, dtype=torch.float32)
         if activation.dtype == "int8":
             return lambda x: (x.float() / scale).round().clamp(-128, 127) * scale
         return lambda x: fp8_reference.fake_quantize_static(x, scale)

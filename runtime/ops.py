@@ -100,8 +100,11 @@ def warm_up(device: torch.device) -> float:
     if device.type == "cpu":
         from octavo.kernels.attention import cpu as attention_cpu
         from octavo.kernels.attention import rope_cpu
+        from octavo.kernels.dense import cpu as dense_cpu
         from octavo.kernels.fused import cpu as fused_cpu
+        from octavo.kernels.int8 import cpu as int8_cpu
 
-        for kernel in (*fused_cpu.KERNELS, *rope_cpu.KERNELS, *attention_cpu.KERNELS):
+        rooms = (fused_cpu, rope_cpu, attention_cpu, int8_cpu, dense_cpu)
+        for kernel in (kernel for room in rooms for kernel in room.KERNELS):
             kernel.compile()
     return time.perf_counter() - begin

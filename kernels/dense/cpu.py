@@ -1,0 +1,170 @@
+"""CPU body of GEMMs with bf16 activations: weights in bf16, in int8, or in int4 with scales per group of columns.
+
+Products of bf16 numbers summed in float32 (AVX-512 BF16). References: `int4.reference.linear`, `x @ w.T`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from octavo.kernels.convert import BF16 as BF16_ROW
+from octavo.kernels.convert import bf16_to_float, store_row
+from octavo.kernels.native import kernel, next_item, threads_for, view
+from octavo.kernels.tile import BF16, LANES, STEP_BYTES, STEP_COLUMNS, W4, W8, make_grouped_tile, make_tile
+
+_CHUNK = 128
+_T1, _T2, _T4, _T8 = make_tile(BF16, 1, 4), make_tile(BF16, 2, 4), make_tile(BF16, 4, 4), make_tile(BF16, 8, 3)
+_F1, _F2, _F4 = (make_grouped_tile(W4, r, v) for r, v in ((1, 4), (2, 4), (4, 2)))
+_E1, _E2, _E4 = (make_grouped_tile(W8, r, v) for r, v in ((1, 4), (2, 4), (4, 2)))
+
+
+@dataclass(frozen=True)
+class Packed:
+    """slabs as in `kernels.tile`; scale and offset float32 [N / 16, groups, 16], or None for bf16 weights."""
+
+    kind: int
+    slabs: Tensor
+    scale: Tensor | None
+    offset: Tensor | None
+    num_rows: int
+    num_columns: int
+
+    @property
+    def num_groups(self) -> int:
+        return 1 if self.scale is None else self.scale.shape[1]
+
+    @property
+    def num_bytes(self) -> int:
+        extra = 0 if self.scale is None else 8 * self.scale.numel()
+        return self.slabs.numel() * self.slabs.element_size() + extra
+
+
+def fits(bits: int, num_columns: int, group_size: int) -> bool:
+    """Whether integer weights can be packed: groups are whole numbers of steps, and fill a row."""
+    return num_columns % group_size == 0 and group_size % STEP_COLUMNS[W4 if bits == 4 else W8] == 0
+
+
+def pack_bf16(weight: Tensor) -> Packed:
+    """weight [N, K], K even."""
+    n, k = weight.shape
+    padded = torch.nn.functional.pad(weight.to(torch.bfloat16), (0, 0, 0, -n % LANES))
+    return Packed(BF16, _slabs(padded, 2), None, None, n, k)
+
+
+def pack_int(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> Packed:
+    """codes [N, K] int8 in the signed range of 4 or 8 bits; scale and zero_point [N, G]; groups of K / G columns."""
+    n, k = codes.shape
+    pad = (0, 0, 0, -n % LANES)
+    codes = torch.nn.functional.pad(codes, pad)
+    offset = torch.zeros_like(scale, dtype=torch.float32) if zero_point is None else zero_point.float()
+    if bits == 4:
+        nibbles = (codes.to(torch.int32) + 8).reshape(codes.shape[0], k // 8, 4, 2)
+        shifts = 4 * torch.arange(4, dtype=torch.int32)
+        words = ((nibbles[..., 0] << shifts).sum(-1) | ((nibbles[..., 1] << shifts).sum(-1) << 16)).to(torch.int32)
+        slabs, offset = _slabs(words, 1), offset + 136
+    else:
+        slabs = _slabs(codes, 2)
+    scale, offset = (_slabs(torch.nn.functional.pad(t.float(), pad), 1)[..., 0] for t in (scale, offset))
+    return Packed(W4 if bits == 4 else W8, slabs, scale.contiguous(), offset.contiguous(), n, k)
+
+
+def _slabs(rows: Tensor, columns: int) -> Tensor:
+    """[N, K] -> [N / 16, K / columns, 16, columns]."""
+    return rows.reshape(-1, LANES, rows.shape[1] // columns, columns).transpose(1, 2).contiguous()
+
+
+@numba.njit(fastmath={"reassoc", "contract", "nsz"})
+def _sum_groups(x, sums, groups, size):  # type: ignore[no-untyped-def]
+    for g in range(groups):
+        total = np.float32(0)
+        for j in range(g * size, (g + 1) * size):
+            total += bf16_to_float(x[j])
+        sums[g] = total
+
+
+@kernel("qqqqqqqqqqqqqq")
+def _gemm(args):  # type: ignore[no-untyped-def]
+    """The arguments' order is that of the call in `linear`. Items: (chunk of x's rows, tile of slabs)."""
+    a = numba.carray(args, (15,), np.int64)
+    kind, m, n, k, slabs, groups, vectors, step_bytes, steps = a[5], a[6], a[7], a[8], a[9], a[10], a[11], a[12], a[13]
+    acc = np.empty((8 * 4 * LANES), np.float32)
+    sums = np.empty((_CHUNK, groups), np.float32)
+    have = -1  # the chunk whose sums stand in `sums`
+    tiles = (slabs + vectors - 1) // vectors
+    at = acc.ctypes.data
+    slab_bytes = step_bytes * steps * groups
+    while True:
+        item = next_item(args)
+        if item >= tiles * ((m + _CHUNK - 1) // _CHUNK):
+            break
+        slab, chunk = (item % tiles) * vectors, item // tiles
+        first, last = chunk * _CHUNK, min(m, (chunk + 1) * _CHUNK)
+        if kind != BF16 and have != chunk:
+            for i in range(first, last):
+                _sum_groups(view(a[1] + i * k * 2, (k,), np.uint16), sums[i - first], groups, k // groups)
+            have = chunk
+        w, last_slab = a[2] + slab * slab_bytes, slabs - 1 - slab
+        scales, offsets = a[3] + slab * groups * 64, a[4] + slab * groups * 64
+        width = min(vectors * LANES, n - slab * LANES)
+        i = first
+        while i < last:
+            left = last - i
+            x, row, end = a[1] + i * k * 2, k * 2, left - 1
+            s = sums.ctypes.data + (i - first) * groups * 4
+            rows = 1 if left == 1 else (2 if left == 2 else 4)
+            if kind == BF16:
+                if vectors == 3:
+                    rows = 8
+                    _T8(x, row, end, w, slab_bytes, last_slab, steps, at)
+                elif rows == 4:
+                    _T4(x, row, end, w, slab_bytes, last_slab, steps, at)
+                elif rows == 2:
+                    _T2(x, row, end, w, slab_bytes, last_slab, steps, at)
+                else:
+                    _T1(x, row, end, w, slab_bytes, last_slab, steps, at)
+            elif kind == W4:
+                if vectors == 2:
+                    rows = 4
+                    _F4(x, row, end, w, slab_bytes, last_slab, steps, at, groups, scales, offsets, s)
+                elif rows == 2:
+                    _F2(x, row, end, w, slab_bytes, last_slab, steps, at, groups, scales, offsets, s)
+                else:
+                    _F1(x, row, end, w, slab_bytes, last_slab, steps, at, groups, scales, offsets, s)
+            elif vectors == 2:
+                rows = 4
+                _E4(x, row, end, w, slab_bytes, last_slab, steps, at, groups, scales, offsets, s)
+            elif rows == 2:
+                _E2(x, row, end, w, slab_bytes, last_slab, steps, at, groups, scales, offsets, s)
+            else:
+                _E1(x, row, end, w, slab_bytes, last_slab, steps, at, groups, scales, offsets, s)
+            for r in range(min(rows, left)):
+                to = a[14] + ((i + r) * n + slab * LANES) * 2
+                store_row(acc[r * vectors * LANES :], np.float32(1), to, BF16_ROW, width)
+            i += rows
+
+
+def linear(x: Tensor, packed: Packed) -> Tensor:
+    """x [M, K] bf16 -> [M, N] bf16."""
+    x = x.contiguous()
+    m, k = x.shape
+    out = x.new_empty(m, packed.num_rows)
+    kind, slabs, groups = packed.kind, packed.slabs, packed.num_groups
+    small = 4 if kind == BF16 else 2
+    vectors = 4 if m <= small else (3 if kind == BF16 else 2)
+    _gemm.start(
+        threads_for(packed.num_rows * k),
+        x.data_ptr(), slabs.data_ptr(),
+        0 if packed.scale is None else packed.scale.data_ptr(),
+        0 if packed.offset is None else packed.offset.data_ptr(),
+        kind, m, packed.num_rows, k, slabs.shape[0], groups, vectors,
+        STEP_BYTES[kind], k // groups // STEP_COLUMNS[kind], out.data_ptr(),
+    )  # fmt: skip
+    return out
+
+
+KERNELS = (_gemm,)
