@@ -21,7 +21,7 @@ class Engine:
         self.caches = caches
         self.scheduler = Scheduler(config)
         self.inputs = InputBuilder(config, model.device)
-        self.sampler = Sampler(seed)
+        self.sampler = Sampler(seed, model.device)
 
     def add(self, request: AddRequest) -> TokenOutput | None:
         """Accept a request, or return the output that says why not."""

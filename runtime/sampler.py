@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from octavo.runtime.draw import GREEDY_BELOW, draw, uniform
+from octavo.runtime.draw import GREEDY_BELOW, select_sampling, uniform
 from octavo.runtime.logits import change_logits
 from octavo.runtime.request import Logprobs
 from octavo.runtime.scheduler import Sampled, StepPlan
@@ -22,8 +22,9 @@ NOTHING_ALLOWED = "no token may be sampled: allowed_token_ids, logit_bias and mi
 class Sampler:
     """Holds no state of a request: what a token depends on besides its logits is in the sequence."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, device: torch.device) -> None:
         self._seed = seed
+        self._ops = select_sampling(device)
 
     def sample(self, logits: Tensor, plan: StepPlan) -> Sampled:
         """logits [L, vocab] float32, of which L = the plan's wanted rows; they may be overwritten."""
@@ -38,11 +39,16 @@ class Sampler:
         sequences = [work.sequence for work in plan.works if work.samples]
         if all(sequence.is_plain_greedy for sequence in sequences) and end == len(rows):
             return Sampled(best.tolist(), errors=errors)
-        logprobs_of, prompt_logprobs = _Raw(logits, plan, rows), _prompt_logprobs(logits, plan, errors)
-        token_ids, stuck = self._choose(logits, best, rows, sequences)
         sampling = [index for index, work in enumerate(plan.works) if work.samples]
-        errors = {sampling[i]: NOTHING_ALLOWED for i in stuck} | errors
-        return Sampled(token_ids, logprobs_of.collect(sampling, token_ids), prompt_logprobs, errors)
+        wanting = [place for place, sequence in enumerate(sequences) if sequence.params.logprobs is not None]
+        raw = logits[[rows[place] for place in wanting]]  # a copy: _choose changes logits
+        prompt_logprobs = self._prompt_logprobs(logits, plan, errors)
+        token_ids, stuck = self._choose(logits, best, rows, sequences)
+        counts = [sequences[place].params.logprobs or 0 for place in wanting]
+        found = self._logprobs(raw, [token_ids[place] for place in wanting], counts)
+        logprobs = dict(zip([sampling[place] for place in wanting], found, strict=True))
+        errors = {sampling[place]: NOTHING_ALLOWED for place in stuck} | errors
+        return Sampled(token_ids, logprobs, prompt_logprobs, errors)
 
     def _choose(
         self, logits: Tensor, best: np.ndarray, rows: list[int], sequences: list[Sequence]
@@ -75,7 +81,7 @@ class Sampler:
         uniforms = [uniform(self._key(sequence), sequence.num_outputs) for sequence in sequences]
         uniforms_of = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)
         chosen = logits if len(rows) == logits.shape[0] else logits[rows]
-        tokens: list[int] = draw(chosen, temperature, top_k, top_p, min_p, uniforms_of).tolist()
+        tokens: list[int] = self._ops.draw(chosen, temperature, top_k, top_p, min_p, uniforms_of).tolist()
         return tokens
 
     def _key(self, sequence: Sequence) -> str:
@@ -83,23 +89,31 @@ class Sampler:
         seed = sequence.params.seed
         return f"seed {seed}" if seed is not None else f"engine {self._seed} request {sequence.number}"
 
+    def _prompt_logprobs(self, logits: Tensor, plan: StepPlan, errors: dict[int, str]) -> dict[int, list[Logprobs]]:
+        """The logits at position p are about prompt token p + 1; the last position's are for sampling."""
+        found: dict[int, list[Logprobs]] = {}
+        begin = 0
+        for index, work in enumerate(plan.works):
+            sequence, last = work.sequence, min(work.end, work.sequence.num_prompt - 1)
+            if sequence.wants_prompt_logprobs and last > work.first_logit and index not in errors:
+                targets = sequence.token_ids[work.first_logit + 1 : last + 1]
+                count = sequence.params.prompt_logprobs or 0
+                found[index] = self._logprobs(logits[begin : begin + len(targets)], targets, [count] * len(targets))
+            begin += work.end - work.first_logit
+        return found
 
-class _Raw:
-    """The unchanged logits of the sequences that want logprobs, kept until their tokens are known."""
-
-    def __init__(self, logits: Tensor, plan: StepPlan, rows: list[int]) -> None:
-        wanted = [work.sequence.params.logprobs for work in plan.works if work.samples]
-        self._places = [place for place, count in enumerate(wanted) if count is not None]
-        self._counts = [count for count in wanted if count is not None]
-        self._logits = logits[[rows[place] for place in self._places]] if self._places else None
-
-    def collect(self, sampling: list[int], token_ids: list[int]) -> dict[int, Logprobs]:
-        """By work index; `sampling` is the work index of each of `token_ids`."""
-        if self._logits is None:
-            return {}
-        chosen = [token_ids[place] for place in self._places]
-        found = _logprobs(self._logits, chosen, self._counts)
-        return dict(zip([sampling[place] for place in self._places], found, strict=True))
+    def _logprobs(self, logits: Tensor, chosen: list[int], counts: list[int]) -> list[Logprobs]:
+        """For each row: the chosen token's log-probability and rank, and those of the `counts` most likely tokens."""
+        if not chosen:
+            return []
+        most = min(max(counts), logits.shape[1])
+        columns = self._ops.logprobs(logits, torch.tensor(chosen, device=logits.device), most)
+        return [
+            Logprobs(token, logprob, rank, ids[:count], values[:count])
+            for token, count, logprob, rank, ids, values in zip(
+                chosen, counts, *(column.tolist() for column in columns), strict=True
+            )
+        ]
 
 
 def _argmax(logits: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -122,32 +136,3 @@ def _find_bad(plan: StepPlan, peaks: np.ndarray) -> dict[int, str]:
             errors[index] = BAD_LOGITS
         begin = end
     return errors
-
-
-def _prompt_logprobs(logits: Tensor, plan: StepPlan, errors: dict[int, str]) -> dict[int, list[Logprobs]]:
-    """The logits at position p are about prompt token p + 1; the last position's are for sampling."""
-    found: dict[int, list[Logprobs]] = {}
-    begin = 0
-    for index, work in enumerate(plan.works):
-        sequence, last = work.sequence, min(work.end, work.sequence.num_prompt - 1)
-        if sequence.wants_prompt_logprobs and last > work.first_logit and index not in errors:
-            targets = sequence.token_ids[work.first_logit + 1 : last + 1]
-            count = sequence.params.prompt_logprobs or 0
-            found[index] = _logprobs(logits[begin : begin + len(targets)], targets, [count] * len(targets))
-        begin += work.end - work.first_logit
-    return found
-
-
-def _logprobs(logits: Tensor, chosen: list[int], counts: list[int]) -> list[Logprobs]:
-    """For each row: the chosen token's log-probability and rank, and those of the `counts` most likely tokens."""
-    norm = logits.logsumexp(dim=-1, keepdim=True)
-    picked = logits.gather(1, torch.tensor(chosen, device=logits.device).unsqueeze(1))
-    ranks = (logits > picked).sum(dim=-1) + 1
-    top = logits.topk(min(max(counts), logits.shape[1]), dim=-1)
-    columns = (
-        (picked - norm).squeeze(1).tolist(), ranks.tolist(), top.indices.tolist(), (top.values - norm).tolist()
-    )  # fmt: skip
-    return [
-        Logprobs(token, logprob, rank, ids[:count], values[:count])
-        for token, count, logprob, rank, ids, values in zip(chosen, counts, *columns, strict=True)
-    ]

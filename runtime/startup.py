@@ -92,7 +92,7 @@ def warm_up(model: Model, caches: list[LayerCache], limits: SchedulerConfig) -> 
     length = min(64, limits.max_model_len - 2, limits.num_blocks * limits.block_size // 2 - 1)
     prompt = [token % model.vocab_size for token in range(1, max(1, length) + 1)]
     for temperature in (0.0, 1.0):
-        params = SamplingParams(max_tokens=2, temperature=temperature, top_p=0.9)
+        params = SamplingParams(max_tokens=2, temperature=temperature, top_p=0.9, logprobs=1)
         engine.add(AddRequest(f"warm-up {temperature}", prompt, params, 0.0))
     while engine.scheduler.has_work:
         for output in engine.step():

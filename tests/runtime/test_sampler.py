@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from toy_model import make_request
 
+from octavo.runtime.draw import uniform
 from octavo.runtime.logits import change_logits
 from octavo.runtime.penalties import TokenCounts
 from octavo.runtime.sampler import Sampler
@@ -25,7 +27,7 @@ def sequence(prompt: list[int], output: list[int] | None = None, **params: objec
 def sample(logits: Tensor, *sequences: Sequence) -> Sampled:
     """Sample one step in which each sequence decodes."""
     works = [Work(s, len(s.token_ids) - 1, len(s.token_ids), len(s.token_ids) - 1, True, False) for s in sequences]
-    return Sampler(seed=0).sample(logits.clone(), StepPlan(works, len(works)))
+    return Sampler(0, torch.device("cpu")).sample(logits.clone(), StepPlan(works, len(works)))
 
 
 def changed(row: Tensor, it: Sequence) -> Tensor:
@@ -122,3 +124,12 @@ def test_a_row_that_is_not_finite_is_an_error_of_its_request(bad: float, params:
     sampled = sample(logits, sequence([1]), sequence([1], **params), sequence([1]))
     assert set(sampled.errors) == {1}
     assert (sampled.token_ids[0], sampled.token_ids[2]) == (3, 3)
+
+
+def test_uniform_is_uniform_and_depends_on_key_and_position() -> None:
+    numbers = np.array([uniform(f"seed {key}", position) for key in range(40) for position in range(500)])
+    assert len(set(numbers.tolist())) == len(numbers)
+    counts, _ = np.histogram(numbers, bins=50, range=(0, 1))
+    expected = len(numbers) / 50
+    assert ((counts - expected) ** 2 / expected).sum() < 85.4  # chi-square, 49 degrees of freedom, p = 0.001
+    assert uniform("seed 1", 2) == uniform("seed 1", 2)
