@@ -124,7 +124,7 @@ def _scheme(name: str, group_size: int | None) -> QuantScheme:
         return scheme
     if scheme.weight.granularity.kind != "group":
         raise SchemeError(
-            f"--group-size is for weight-only schemes; {name} has one scale per {scheme.weight.granularity}"
+            f"--group-size is for W4A16, W4A16_ASYM and W8A16; {name} scales per {scheme.weight.granularity}"
         )
     return replace(scheme, weight=replace(scheme.weight, granularity=group(group_size)))
 

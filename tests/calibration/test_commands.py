@@ -1,0 +1,104 @@
+"""`octavo quantize` and `octavo inspect` as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from octavo.calibration.report import REPORT
+from octavo.cli import main
+
+
+@pytest.fixture
+def model(tmp_path: Path, fixtures: Path) -> Path:
+    copy = tmp_path / "model"
+    shutil.copytree(fixtures / "tiny", copy, ignore=shutil.ignore_patterns("expected.safetensors"))
+    return copy
+
+
+def quantize(model: Path, out: Path, *options: str) -> int:
+    return main(["quantize", str(model), "-o", str(out), *options])
+
+
+def test_quantize_measures_quality_through_the_serving_path(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The tiny model's weights in int8 lose less than a percent of perplexity (its README: 29.35 to 29.36)."""
+    out = tmp_path / "out"
+    assert quantize(model, out, "--scheme", "w8a16", "--group-size", "32", "--eval-tokens", "600") == 0
+    printed = capsys.readouterr().out
+    report = json.loads((out / REPORT).read_text())
+    assert report["scheme"] == "W8A16"
+    quality = report["quality"]
+    assert quality["perplexity_after"] == pytest.approx(quality["perplexity_before"], rel=0.01)
+    assert quality["num_tokens"] == 600 - 3  # three windows, the first token of each not predicted
+    assert 0 <= quality["mean_kl"] <= quality["p99_kl"] < 0.1
+    assert quality["top1_agreement"] > 0.9
+    assert f"{quality['perplexity_after']:.3f}" in printed
+    assert "mlp.down_proj" in printed
+
+
+def test_quantize_refuses_in_one_line(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert quantize(model, out, "--scheme", "W4A16") == 1
+    assert "32 is the largest that fits all: --group-size 32" in capsys.readouterr().err
+    assert quantize(model, out, "--scheme", "W8A8", "--group-size", "32") == 1
+    assert "--group-size is for W4A16, W4A16_ASYM and W8A16" in capsys.readouterr().err
+    assert quantize(tmp_path / "nowhere", out, "--scheme", "W8A8") == 1
+    error = capsys.readouterr().err
+    assert "no such directory" in error
+    assert error.count("\n") == 1
+    assert not out.exists()
+
+
+def test_quantize_overwrites_only_when_told(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    options = ("--scheme", "FP8_BLOCK", "--no-eval", "--max-shard-size", "0.5MB")
+    assert quantize(model, out, *options) == 0
+    assert "vLLM and transformers don't load such a model" in " ".join(capsys.readouterr().out.split())
+    assert len(list(out.glob("*.safetensors"))) > 1
+    assert quantize(model, out, *options) == 1
+    assert "--overwrite replaces it" in capsys.readouterr().err
+    assert quantize(model, out, *options, "--overwrite") == 0
+
+
+@pytest.mark.parametrize("size", ["5", "5 GB", "0.5gib"])
+def test_sizes_are_read(model: Path, tmp_path: Path, size: str) -> None:
+    code = quantize(model, tmp_path / "out", "--scheme", "W8A8", "--no-eval", "--max-shard-size", size)
+    assert code == 0
+
+
+@pytest.mark.parametrize("size", ["", "GB", "-1GB", "0", "5XB"])
+def test_sizes_that_are_none_are_refused(model: Path, tmp_path: Path, size: str) -> None:
+    with pytest.raises(SystemExit):
+        quantize(model, tmp_path / "out", "--scheme", "W8A8", f"--max-shard-size={size}")
+
+
+def test_inspect_counts_what_is_there(fixtures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(fixtures / "tiny--llmc-w4a16-g32"), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["architecture"] == "LlamaForCausalLM"
+    assert facts["format"] == "compressed-tensors"
+    rows = {row["kind"]: row for row in facts["layers"]}
+    down = rows["model.layers.*.mlp.down_proj"]
+    assert (down["scheme"], down["count"], down["parameters"]) == ("int4/g32", 2, 2 * 128 * 352)
+    assert down["bytes"] == 2 * (128 * 352 // 2 + 128 * 11 * 2 + 16)  # nibbles, bf16 scales, weight_shape
+    assert rows["lm_head"]["scheme"] == "bfloat16"
+    # Two layers, two KV heads of 32, keys and values, two bytes.
+    assert facts["to_serve"]["kv_bytes_per_1k_tokens"]["auto"] == 1000 * 2 * 2 * 32 * 2 * 2
+    stored = (fixtures / "tiny--llmc-w4a16-g32" / "model.safetensors").stat().st_size
+    assert stored - 10_000 < facts["to_serve"]["weight_bytes"] < stored
+
+
+def test_inspect_prints_tables_and_refuses_in_one_line(
+    fixtures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", str(fixtures / "tiny")]) == 0
+    printed = capsys.readouterr().out
+    assert "LlamaForCausalLM" in printed
+    assert "per 1,000 tokens" in printed
+    assert main(["inspect", str(tmp_path)]) == 1
+    assert "no config.json" in capsys.readouterr().err
