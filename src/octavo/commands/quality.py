@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from octavo.calibration.verify import Logits, Quality, held_out_text, measure, windows
@@ -48,19 +49,27 @@ def _check_memory(original: Path, quantized: Path) -> None:
 
 def _held_out_windows(directory: Path, max_tokens: int) -> list[Tensor]:
     """The text in the model's own tokens, each window behind the BOS token if the tokenizer puts one there."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError) as e:
-        raise QualityError(f"{directory} has no tokenizer that can be loaded: {e}") from e
-    bos = tokenizer.bos_token_id
-    prefix = [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
-    token_ids = tokenizer(held_out_text(), add_special_tokens=False)["input_ids"][:max_tokens]
-    vocab_size = (read_config(directory).get("text_config") or read_config(directory)).get("vocab_size")
+    tokenizer = _tokenizer(directory)
+    plain, framed = (tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
+    prefix = framed[: framed.index(plain[0])]
+    token_ids = tokenizer.encode(held_out_text(), add_special_tokens=False).ids[:max_tokens]
+    config = read_config(directory)
+    vocab_size = (config.get("text_config") or config).get("vocab_size")
     if vocab_size is not None and max(token_ids) >= vocab_size:
         raise QualityError(f"the tokenizer gives token {max(token_ids)}, and the model has {vocab_size}")
     return windows(token_ids, WINDOW, prefix)
+
+
+def _tokenizer(directory: Path) -> Tokenizer:
+    """From tokenizer.json; transformers, which takes seconds to import, converts what has none."""
+    try:
+        if (directory / "tokenizer.json").is_file():
+            return Tokenizer.from_file(str(directory / "tokenizer.json"))
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(directory).backend_tokenizer
+    except Exception as e:  # tokenizers raises nothing narrower
+        raise QualityError(f"{directory} has no tokenizer that can be loaded: {e}") from e
 
 
 def _logits(model: Model) -> Logits:
