@@ -7,7 +7,7 @@ import time
 import torch
 
 from octavo.kernels.attention.cache import LayerCache
-from octavo.runtime import kv_cache
+from octavo.runtime import kv_cache, ops
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.device import choose_device, set_threads
 from octavo.runtime.engine import Engine
@@ -28,6 +28,8 @@ def load_engine(config: EngineConfig, spawn_time: float) -> tuple[Engine, Ready]
     clock.end("import")
     device = choose_device(config.device)
     num_threads = set_threads(config.num_threads)
+    ops.warm_up(device)
+    clock.end("kernels")
     with torch.inference_mode():
         model = load_model(config)
         clock.end("weights")

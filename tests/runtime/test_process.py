@@ -133,7 +133,7 @@ def test_ready_tells_what_was_started(served: tuple[Client, Ready]) -> None:
     assert (ready.vocab_size, ready.num_blocks, ready.block_size, ready.max_model_len) == (1024, 64, 16, 512)
     report = ready.report
     assert (report.architecture, report.dtype, report.kv_cache_dtype) == ("llama", "float32", "float32")
-    assert list(report.seconds) == ["import", "weights", "kv cache", "warm-up"]
+    assert list(report.seconds) == ["import", "kernels", "weights", "kv cache", "warm-up"]
     assert all(seconds >= 0 for seconds in report.seconds.values())
     assert report.layers
     assert report.weight_bytes > 0
