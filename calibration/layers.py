@@ -16,7 +16,7 @@ import torch
 
 from octavo.quant.checkpoint import Checkpoint
 from octavo.quant.formats.compressed_tensors_config import matches
-from octavo.quant.scheme import CHANNEL, GROUP_SIZES, QuantScheme
+from octavo.quant.scheme import GROUP_SIZES, QuantScheme
 
 BLOCK = re.compile(r"^(?P<prefix>(?:\w+\.)*)layers\.(?P<index>\d+)\.(?P<kind>.+)\.weight$")
 OTHER_TOWERS = re.compile(r"(^|[._])(vision|visual|audio|encoder|image)")
@@ -175,6 +175,9 @@ def portability_warnings(scheme: QuantScheme, selection: Selection) -> list[str]
         partly = [m for m in selection.linears.values() if m.kind in fused and kept & {f"{m.index}.{k}" for k in fused}]
         if partly:
             warnings.append(f"{', '.join(fused)} are quantized only in part: vLLM fuses them and wants them alike")
-    if scheme.weight.granularity == CHANNEL and not scheme.weight.symmetric:
-        warnings.append("asymmetric weights per channel: not every engine has a kernel for them")
+    if not scheme.weight.symmetric:
+        warnings.append(
+            "asymmetric: compressed-tensors 0.20 in transformers reports the packed zero points as a MISMATCH and goes "
+            "on without them, which makes nonsense; 0.19 and vLLM read them"
+        )
     return warnings

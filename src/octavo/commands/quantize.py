@@ -61,6 +61,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "('*.layers.0.*') or a regex ('re:.*o_proj'); lm_head, embeddings and routers always are (default: none)",
     )
 
+    _configure_output(parser)
+
+
+def _configure_output(parser: argparse.ArgumentParser) -> None:
     output = parser.add_argument_group("output")
     output.add_argument("--overwrite", action="store_true", help="replace OUT if it is there (default: refuse)")
     output.add_argument(
