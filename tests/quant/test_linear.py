@@ -1,0 +1,157 @@
+"""Every scheme through make_linear against the exact product, on shapes that find careless layouts.
+
+Bounds, with u = 2**-24 (float32) and v = 2**-8 (half a unit of bf16): an output rounds once, v |y|; a float32 sum of K
+products is off by at most K u sum |x w|; int4 codes enter the sum as 128 + code, so there |w| counts as 144 scales.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from octavo.kernels.int8 import reference as int8_reference
+from octavo.quant.linear import Linear, make_linear
+from octavo.quant.qparams import QuantizedWeight
+from octavo.quant.scheme import CHANNEL, PRESETS, TENSOR, ActivationScheme, QuantScheme, WeightScheme, group
+
+CPU = torch.device("cpu")
+U, V = 2.0**-24, 2.0**-8
+ROWS = [1, 2, 7, 17, 33, 130]
+SHAPES = [(960, 576), (33, 128), (100, 64), (17, 1536), (5, 100)]
+
+
+def weight(n: int, k: int, scheme: QuantScheme) -> QuantizedWeight:
+    w = scheme.weight
+    shape = w.granularity.scale_shape(n, k)
+    scale = torch.rand(shape) * 0.01 + 1e-3
+    if w.dtype == "fp8_e4m3":
+        return QuantizedWeight(scheme, (torch.randn(n, k) * 50).to(torch.float8_e4m3fn), scale)
+    low, high = w.int_range
+    zero = None if w.symmetric else torch.randint(low, high + 1, shape, dtype=torch.int8)
+    return QuantizedWeight(scheme, torch.randint(low, high + 1, (n, k), dtype=torch.int8), scale, zero)
+
+
+def run(parts: list[QuantizedWeight | Tensor], dtype: torch.dtype = torch.bfloat16) -> Linear:
+    return make_linear(parts, [None] * len(parts), dtype=dtype, device=CPU)
+
+
+def check(got: Tensor, x: Tensor, w: Tensor, largest: Tensor) -> None:
+    """got [M, N] against x @ w.T; largest [N, K]: what stands for |w| in the error of the sum."""
+    truth = x.double() @ w.double().T
+    limit = V * truth.abs() + (x.shape[1] + 8) * U * (x.double().abs() @ largest.double().T) + 1e-30
+    assert ((got.double() - truth).abs() <= limit).all()
+
+
+WEIGHT_ONLY = {
+    "int4-g32": WeightScheme("int4", group(32)),
+    "int4-g64-asym": WeightScheme("int4", group(64), symmetric=False),
+    "int4-channel": WeightScheme("int4", CHANNEL),
+    "int4-tensor": WeightScheme("int4", TENSOR),
+    "int3-g32": WeightScheme("int3", group(32)),
+    "int8-g32": WeightScheme("int8", group(32)),
+    "int8-channel-asym": WeightScheme("int8", CHANNEL, symmetric=False),
+}
+
+
+@pytest.mark.parametrize("scheme", WEIGHT_ONLY.values(), ids=WEIGHT_ONLY.keys())
+def test_weight_only(scheme: WeightScheme) -> None:
+    torch.manual_seed(0)
+    for n, k in SHAPES:
+        w = weight(n, k, QuantScheme(scheme))
+        layer = run([w])
+        exact = w.dequantize()
+        spread = 144 if scheme.bits < 8 else 256
+        largest = w._expand(w.scale.float(), n, k) * spread
+        if "dequantized" in layer.describe()[1]:
+            exact = w.dequantize(torch.bfloat16)  # rounded at load: what it then multiplies is this
+        for m in ROWS:
+            x = torch.randn(m, k).bfloat16()
+            check(layer(x), x, exact, largest)
+
+
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+def test_bf16(n: int, k: int) -> None:
+    torch.manual_seed(0)
+    w = torch.randn(n, k).bfloat16()
+    layer = run([w])
+    for m in ROWS:
+        x = torch.randn(m, k).bfloat16()
+        check(layer(x), x, w, w.abs())
+
+
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+def test_w8a8(n: int, k: int) -> None:
+    """The integer sum is exact: what is left is three float32 roundings and the output's."""
+    torch.manual_seed(0)
+    w = weight(n, k, PRESETS["W8A8"])
+    layer = run([w])
+    for m in ROWS:
+        x = torch.randn(m, k).bfloat16()
+        x[0] = 0
+        truth = int8_reference.linear(x, w.codes, w.scale)
+        exact_sum = k * 2 * U * truth.abs() if "VNNI" in layer.describe()[1] else V * 4 * x.float().abs().sum(1).amax()
+        assert ((layer(x).float() - truth).abs() <= V * truth.abs() + exact_sum + 1e-30).all()
+
+
+@pytest.mark.parametrize("name", ["FP8_DYNAMIC", "FP8_BLOCK"])
+def test_fp8_equals_its_float32_self(name: str) -> None:
+    """Weights and rounded inputs are rounded to bf16 once each: 2 v of every product, and the output's rounding."""
+    torch.manual_seed(0)
+    for n, k in (*SHAPES, (256, 300)):
+        w = weight(n, k, PRESETS[name])
+        fast, exact = run([w]), run([w], torch.float32)
+        for m in (1, 7, 33):
+            x = torch.randn(m, k).bfloat16()
+            truth = exact(x.float())
+            mass = x.float().abs() @ w.dequantize().abs().T * 1.1
+            assert ((fast(x).float() - truth).abs() <= V * truth.abs() + (2 * V + k * U) * mass).all()
+
+
+def test_columns_in_the_order_of_their_groups() -> None:
+    torch.manual_seed(0)
+    n, k = 48, 128
+    plain = weight(n, k, QuantScheme(WeightScheme("int4", group(32))))
+    shuffled = torch.arange(k)[torch.randperm(k)] // 32
+    w = QuantizedWeight(plain.scheme, plain.codes, plain.scale, g_idx=shuffled.int())
+    layer = run([w])
+    assert "order" in layer.describe()[1] or "dequantized" in layer.describe()[1]
+    x = torch.randn(3, k).bfloat16()
+    check(layer(x), x, w.dequantize(), w.scale.float()[:, shuffled] * 144)
+
+
+def test_short_last_group() -> None:
+    torch.manual_seed(0)
+    w = weight(20, 100, QuantScheme(WeightScheme("int4", group(32))))
+    x = torch.randn(3, 100).bfloat16()
+    check(run([w])(x), x, w.dequantize(torch.bfloat16), w.dequantize().abs())
+
+
+def test_static_activation_scale() -> None:
+    torch.manual_seed(0)
+    scheme = QuantScheme(WeightScheme("fp8_e4m3", TENSOR), ActivationScheme("fp8_e4m3", TENSOR, dynamic=False))
+    plain = weight(20, 64, scheme)
+    w = QuantizedWeight(scheme, plain.codes, plain.scale, input_scale=torch.tensor(0.01))
+    x = torch.randn(3, 64)
+    rounded = (x / 0.01).clamp(-448, 448).to(torch.float8_e4m3fn).float() * 0.01
+    torch.testing.assert_close(run([w], torch.float32)(x), rounded @ w.dequantize().T, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="input_scale"):
+        run([plain])
+
+
+def test_parts_that_share_a_scheme_are_fused_and_others_are_not() -> None:
+    torch.manual_seed(0)
+    a, b = (weight(n, 64, PRESETS["W8A8"]) for n in (20, 30))
+    x = torch.randn(3, 64).bfloat16()
+    bias = torch.randn(30)
+    fused = make_linear([a, b], [None, bias], dtype=torch.bfloat16, device=CPU)
+    apart = torch.cat([run([a])(x), run([b])(x) + bias.bfloat16()], dim=1)
+    assert torch.equal(fused(x), apart)
+    mixed = run([a, torch.randn(30, 64)])
+    assert mixed(x).shape == (3, 50)
+    assert torch.equal(mixed(x)[:, :20], run([a])(x))
+
+
+def test_parts_of_different_inputs_are_refused() -> None:
+    with pytest.raises(ValueError, match="share their input"):
+        run([torch.randn(4, 8), torch.randn(4, 16)])
