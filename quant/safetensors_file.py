@@ -78,6 +78,8 @@ class SafetensorsFile:
             self.specs[name] = spec
             self._begin[name] = data_start + begin
             end = max(end, data_start + stop)
+        if end < self.size:
+            raise SafetensorsError(f"{path.name} has {self.size - end} bytes more than its header tells of")
         if end > self.size:
             raise SafetensorsError(f"{path.name} is truncated: its header promises {end} bytes, it has {self.size}")
 

@@ -126,6 +126,13 @@ def test_truncated_files_are_refused(model: Path, keep: int) -> None:
         Checkpoint.open(model)
 
 
+def test_bytes_that_the_header_does_not_tell_of_are_refused(model: Path) -> None:
+    with (model / "model.safetensors").open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(CheckpointError, match="has 4 bytes more"):
+        Checkpoint.open(model)
+
+
 @pytest.mark.parametrize(
     ("header", "message"),
     [

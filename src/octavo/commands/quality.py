@@ -67,7 +67,8 @@ def _tokenizer(directory: Path) -> Tokenizer:
             return Tokenizer.from_file(str(directory / "tokenizer.json"))
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(directory).backend_tokenizer
+        converted: Tokenizer = AutoTokenizer.from_pretrained(directory).backend_tokenizer
+        return converted
     except Exception as e:  # tokenizers raises nothing narrower
         raise QualityError(f"{directory} has no tokenizer that can be loaded: {e}") from e
 
