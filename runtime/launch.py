@@ -31,10 +31,9 @@ class EngineStart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class EngineProcess:
     """A running engine process: its address, and its end."""
 
-    def __init__(self, process: subprocess.Popen[bytes], address: str, directory: Path) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], address: str) -> None:
         self.process = process
         self.address = address
-        self._directory = directory
 
     def exit_code(self) -> int | None:
         """None while it runs; a signal's number, negative, when one killed it."""
@@ -49,13 +48,17 @@ class EngineProcess:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        rmtree(self._directory, ignore_errors=True)
+        remove_socket(self.address)
+
+
+def remove_socket(address: str) -> None:
+    """Remove the directory of an engine's socket; the engine does it too, for a server that was killed."""
+    rmtree(Path(address.removeprefix("ipc://")).parent, ignore_errors=True)
 
 
 def start_engine(config: EngineConfig) -> EngineProcess:
     """Start the engine process; it sends Ready or Failed to whoever binds `address`. Returns at once."""
-    directory = _socket_directory()
-    address = f"ipc://{directory}/engine"
+    address = f"ipc://{_socket_directory()}/engine"
     command = [sys.executable, "-P", "-m", "octavo.runtime.process"]  # -P: a file in the user's directory is no module
     start = EngineStart(config, address, time.time())
     process = subprocess.Popen(command, stdin=subprocess.PIPE, env=_environment(config))
@@ -65,16 +68,16 @@ def start_engine(config: EngineConfig) -> EngineProcess:
         process.stdin.flush()
     except BrokenPipeError:
         pass  # it is dead already: exit_code tells
-    return EngineProcess(process, address, directory)
+    return EngineProcess(process, address)
 
 
-def _socket_directory() -> Path:
+def _socket_directory() -> str:
     """A directory that only this user can enter, with a path short enough for a Unix socket (107 bytes)."""
     directory = tempfile.mkdtemp(prefix="octavo-")
     if len(directory) > 90:
         os.rmdir(directory)
         directory = tempfile.mkdtemp(prefix="octavo-", dir="/tmp")
-    return Path(directory)
+    return directory
 
 
 def _environment(config: EngineConfig) -> dict[str, str]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import zmq
 
-from octavo.runtime.launch import EngineStart
+from octavo.runtime.launch import EngineStart, remove_socket
 from octavo.runtime.request import (
     AbortRequest,
     AddRequest,
@@ -42,7 +42,7 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; the server drains first, then ends us
         signal.signal(number, signal.SIG_IGN)
     start = msgspec.json.decode(_read_line(0), type=EngineStart)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(start.address,), daemon=True).start()
     context = zmq.Context()
     link = Link(context, start.address)
     try:
@@ -136,10 +136,11 @@ def _read_line(descriptor: int) -> bytes:
     return bytes(line)
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(address: str) -> None:
     """Wait for the end of stdin, then end this process, whatever it is doing."""
     while os.read(0, 4096):
         pass
+    remove_socket(address)
     os._exit(0)
 
 

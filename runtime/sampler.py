@@ -59,10 +59,10 @@ class Sampler:
         changed = [i for i, sequence in enumerate(sequences) if sequence.params.changes_logits]
         if changed:
             change_logits(logits, [rows[i] for i in changed], [sequences[i] for i in changed])
-            new_best, new_peaks = _argmax(logits[[rows[i] for i in changed]])
-            for i, token, peak in zip(changed, new_best.tolist(), new_peaks.tolist(), strict=True):
-                token_ids[i] = token
-                if peak == float("-inf"):
+            best, peaks = _argmax(logits)
+            for i in changed:
+                token_ids[i] = int(best[rows[i]])
+                if peaks[rows[i]] == float("-inf"):
                     stuck.append(i)
         random = [
             i for i, sequence in enumerate(sequences) if sequence.params.temperature >= GREEDY_BELOW and i not in stuck

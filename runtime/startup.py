@@ -16,6 +16,7 @@ from octavo.runtime.model.weights import load_model
 from octavo.runtime.request import AddRequest, Ready, SamplingParams, StartupReport
 from octavo.runtime.scheduler import SchedulerConfig
 
+COUNTS = ("block_size", "num_blocks", "kv_cache_memory_bytes", "max_num_seqs", "max_num_batched_tokens", "num_threads")
 MAX_PROMPT_LOGITS_BYTES = 64 << 20  # what one step may spend on logits for prompt_logprobs
 
 
@@ -26,6 +27,7 @@ def load_engine(config: EngineConfig, spawn_time: float) -> tuple[Engine, Ready]
     """
     clock = _Phases(spawn_time)
     clock.end("import")
+    check_limits(config)
     device = choose_device(config.device)
     num_threads = set_threads(config.num_threads)
     ops.warm_up(device)
@@ -61,6 +63,14 @@ def load_engine(config: EngineConfig, spawn_time: float) -> tuple[Engine, Ready]
     )
     engine = Engine(model, caches, limits, config.seed)
     return engine, Ready(limits.max_model_len, plan.num_blocks, plan.block_size, model.vocab_size, report)
+
+
+def check_limits(config: EngineConfig) -> None:
+    """Raise ValueError for a number that can't be meant."""
+    for name in COUNTS:
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must be 1 at least")
 
 
 def choose_max_model_len(config: EngineConfig, max_position: int, capacity: int, notes: list[str]) -> int:

@@ -7,6 +7,7 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -232,17 +233,20 @@ def test_a_start_that_fails_says_why() -> None:
         assert client.exit_code() == 1
 
 
-def test_it_does_not_outlive_its_parent(tmp_path: Path) -> None:
+def test_it_does_not_outlive_its_parent_nor_leave_its_socket() -> None:
     parent = (
-        "import sys, time; from octavo.runtime.config import EngineConfig; from octavo.runtime.launch import *\n"
+        "import sys; from octavo.runtime.config import EngineConfig; from octavo.runtime.launch import *\n"
         f"engine = start_engine(EngineConfig(model={str(TINY)!r}, num_threads=1, num_blocks=64))\n"
         "print(engine.process.pid, flush=True); sys.stdin.read()"
     )
-    environment = os.environ | {"PYTHONPATH": str(Path(octavo.__file__).parent.parent), "TMPDIR": str(tmp_path)}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-P", "-c", parent], env=environment, **pipes) as process:
-        assert process.stdout is not None
-        engine = os.pidfd_open(int(process.stdout.readline()))
-        process.kill()
-    assert select.select([engine], [], [], PATIENCE_MS / 1000)[0], "the engine is still there"
-    os.close(engine)
+    with tempfile.TemporaryDirectory(prefix="o", dir="/tmp") as directory:
+        environment = os.environ | {"PYTHONPATH": str(Path(octavo.__file__).parent.parent), "TMPDIR": directory}
+        with subprocess.Popen([sys.executable, "-P", "-c", parent], env=environment, **pipes) as process:
+            assert process.stdout is not None
+            engine = os.pidfd_open(int(process.stdout.readline()))
+            assert os.listdir(directory)
+            process.kill()
+        assert select.select([engine], [], [], PATIENCE_MS / 1000)[0], "the engine is still there"
+        os.close(engine)
+        assert not os.listdir(directory)

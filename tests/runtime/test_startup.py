@@ -15,7 +15,7 @@ from octavo.runtime.device import choose_device
 from octavo.runtime.engine import Engine
 from octavo.runtime.request import AddRequest, TokenOutput
 from octavo.runtime.scheduler import SchedulerConfig
-from octavo.runtime.startup import choose_max_model_len, load_engine
+from octavo.runtime.startup import COUNTS, check_limits, choose_max_model_len, load_engine
 
 
 def config(**settings: object) -> EngineConfig:
@@ -46,6 +46,13 @@ def test_a_small_cache_shortens_what_nobody_asked_for() -> None:
 def test_a_length_that_can_not_be_is_refused_with_one_that_can(wanted: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         choose_max_model_len(config(max_model_len=wanted), 512, 160, [])
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_counts_are_positive(name: str) -> None:
+    check_limits(config(**{name: 1}))
+    with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} 0: must be 1 at least"):
+        check_limits(config(**{name: 0}))
 
 
 def test_a_gpu_is_used_or_its_absence_told() -> None:
