@@ -23,7 +23,7 @@ from octavo.runtime.model.model import KVScales, Model
 from octavo.runtime.model.rope import RopeSpec, cos_sin_table
 from octavo.runtime.model.sources import CheckpointSource, DummySource, LoadError, Source, Weight
 from octavo.runtime.model.spec import DecoderSpec
-from octavo.runtime.ops import REFERENCE
+from octavo.runtime.ops import select_ops
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HEAD_INT8 = QuantScheme(WeightScheme("int8", CHANNEL))
@@ -143,7 +143,7 @@ class _Builder:
             final_norm=self._norm(f"{prefix}norm", spec.hidden_size),
             lm_head=lm_head,
             head_shares_embedding=spec.tied and self.config.lm_head_dtype == "auto",
-            ops=REFERENCE,
+            ops=select_ops(self.device, self.dtype),
             max_position=self.max_position,
             kv_scales=self.kv_scales,
             kv_dtype=self.kv_dtype,
