@@ -1,9 +1,8 @@
-"""Machine code out of numba, run on the thread pool that torch already has.
+"""Machine code out of numba.
 
-A kernel here is a numba function of one pointer to a packed array of 64-bit arguments. It is started through torch's
-own OpenMP runtime (`GOMP_parallel`), so that there is one pool of threads in the process: a second one, as numba's
-`parallel=True` would make, spins on the cores that the first needs. Every thread of the pool runs the same body and
-takes items of work from an atomic counter, the first argument; a thread that another process delays takes fewer.
+A kernel here is a numba function of one pointer to a packed array of 64-bit arguments. Every thread that runs it (see
+`pool.py`) runs the same body and takes items of work from an atomic counter, the first argument; a thread that another
+process delays takes fewer.
 
 Kernels are compiled at the first `Kernel.start`, which `warm_up` in runtime.ops asks for, and are cached on disk by
 numba: in `__pycache__` beside the source, or, where that is not writable, in the user's cache directory
@@ -25,6 +24,8 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from octavo.kernels.pool import pool
 
 Address = int
 
@@ -55,10 +56,10 @@ class Kernel:
         if self._entry is None:
             self.compile()
         packed = ctypes.create_string_buffer(self._pack(0, *args))
-        if threads == 1 or _POOL is None:
+        if threads == 1:
             self._entry(packed)
         else:
-            _POOL(self._address, packed, threads, 0)
+            pool().run(self._address, self._entry, packed)
 
 
 def kernel(fields: str) -> Callable[[Callable[[Any], None]], Kernel]:
@@ -67,20 +68,6 @@ def kernel(fields: str) -> Callable[[Callable[[Any], None]], Kernel]:
 
 
 _SIGNATURE = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-
-
-def _find_pool() -> Any:
-    """GOMP_parallel(fn, data, num_threads, flags) of the OpenMP runtime that torch has loaded, or None."""
-    try:
-        start = ctypes.CDLL(torch._C.__file__).GOMP_parallel
-    except AttributeError:
-        return None
-    start.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
-    start.restype = None
-    return start
-
-
-_POOL = _find_pool()
 
 
 def threads_for(elements: int) -> int:
