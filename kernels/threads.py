@@ -1,0 +1,11 @@
+"""What the environment of a process that computes on the CPU should hold before torch is imported there.
+
+The kernels have threads of their own (`pool.py`); what remains on OpenMP is torch's attention in prefill, and its
+threads must not spin for long after it, since the server's process wants the cores. Imports nothing.
+"""
+
+ENVIRONMENT: dict[str, str] = {
+    "GOMP_SPINCOUNT": "2000",  # some 10 us; the default, active waiting, is milliseconds of a core after each region
+    "MKL_THREADING_LAYER": "GNU",  # one OpenMP runtime in the process
+}
+"""Set each of these unless the user has set it."""
