@@ -6,6 +6,10 @@ For each checkpoint octavo serves it in float32 and in bfloat16 over HTTP, and e
 row says for each prompt how many tokens are equal from the start. Where that is fewer than 16, the table shows how far
 apart the two tokens' log-probabilities are in octavo's float32, and how far bfloat16 alone moves a log-probability
 there (99 of 100 tokens): a gap below that is a near-tie, which rounding decides.
+
+A scheme that rounds activations turns a difference in the last bit into a whole step, so even one engine in float32
+does not agree with itself when it sums in another order. The control row shows that: transformers in float32, its
+eager attention against its fused one.
 """
 
 from __future__ import annotations
@@ -38,6 +42,7 @@ PROMPTS = (
 MAX_TOKENS = 32
 GOAL = 16
 DTYPES = ("float32", "bfloat16")
+CONTROL = "transformers float32, eager"
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,7 @@ class Peer:
     script: str
     dtype: str
     environment: dict[str, str]
+    attention: str = "sdpa"
 
 
 def main() -> None:
@@ -79,6 +85,7 @@ def peers(args: argparse.Namespace) -> list[Peer]:
     found = []
     if args.hf_python:
         found += [Peer(f"transformers {d}", args.hf_python, "transformers_greedy.py", d, {}) for d in DTYPES]
+        found.append(Peer(CONTROL, args.hf_python, "transformers_greedy.py", "float32", {}, "eager"))
     if args.vllm_python:
         environment = {"LD_PRELOAD": args.vllm_preload}
         found.append(Peer("vLLM bfloat16", args.vllm_python, "vllm_greedy.py", "bfloat16", environment))
@@ -94,7 +101,7 @@ def ask_peer(peer: Peer, checkpoint: Path, prompts: list[list[int]]) -> dict[str
     """The peer's answer: tokens, or its own words on why not."""
     print(f"{checkpoint.name}: {peer.name}", file=sys.stderr, flush=True)
     with tempfile.NamedTemporaryFile("w", suffix=".json") as job:
-        json.dump({"prompts": prompts, "max_tokens": MAX_TOKENS, "dtype": peer.dtype}, job)
+        json.dump({"prompts": prompts, "max_tokens": MAX_TOKENS, "dtype": peer.dtype, "attention": peer.attention}, job)
         job.flush()
         command = [peer.python, str(Path(__file__).with_name(peer.script)), str(checkpoint), job.name]
         environment = os.environ | peer.environment
@@ -120,17 +127,19 @@ def compare(checkpoint: Path, prompts: list[list[int]], answers: dict[str, dict[
                 logprobs[dtype] = [value for ids in scored for value in score(run.url, ids)]
                 if dtype == "float32":
                     noise = percentile([abs(a - b) for a, b in zip(*logprobs.values(), strict=True)], 0.99)
+                    sides = {f"octavo {d}": tokens[d] for d in DTYPES}
+                    control = {"transformers float32": answers.get("transformers float32", {}).get("tokens")}
                     for name, answer in answers.items():
-                        rows += [
-                            row(checkpoint.name, name, d, answer, Comparison(run.url, prompts, tokens[d], noise))
-                            for d in DTYPES
-                        ]
+                        for other, theirs in (control if name == CONTROL else sides).items():
+                            if theirs is not None:
+                                comparison = Comparison(run.url, prompts, theirs, noise)
+                                rows.append(row(checkpoint.name, name, other, answer, comparison))
     return rows
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """octavo's side of a row, and the float32 server that tells how close two tokens are."""
+    """The other side of a row, and octavo's float32 server, which tells how close two tokens are."""
 
     url: str
     prompts: list[list[int]]
@@ -151,12 +160,12 @@ class Comparison:
         return equal, remarks
 
 
-def row(checkpoint: str, peer: str, dtype: str, answer: dict[str, Any], comparison: Comparison) -> str:
+def row(checkpoint: str, peer: str, other: str, answer: dict[str, Any], comparison: Comparison) -> str:
     if "error" in answer:
         words = " ".join(answer["error"].split())
-        return f"| {checkpoint} | {peer} | {dtype} | refused | {without_paths(words)[:300].replace('|', '/')} |"
+        return f"| {checkpoint} | {peer} | {other} | refused | {without_paths(words)[:300].replace('|', '/')} |"
     equal, remarks = comparison.remarks(answer["tokens"])
-    return f"| {checkpoint} | {peer} | {dtype} | {' '.join(map(str, equal))} | {'; '.join(remarks)} |"
+    return f"| {checkpoint} | {peer} | {other} | {' '.join(map(str, equal))} | {'; '.join(remarks)} |"
 
 
 def greedy(url: str, prompt: list[int]) -> list[int]:
@@ -197,7 +206,7 @@ def write(args: argparse.Namespace, rows: list[str], versions: dict[str, str]) -
         f"Tokens equal from the start, of {MAX_TOKENS}, for each of {len(PROMPTS)} prompts; differences before token",
         f"{GOAL} are judged in the last column (gap and noise are log-probabilities; see compare.py).",
         "",
-        "| checkpoint | peer | octavo in | equal tokens | differences before the goal, or the peer's words |",
+        "| checkpoint | peer | against | equal tokens | differences before the goal, or the peer's words |",
         "|---|---|---|---|---|",
         *rows,
         "",

@@ -2,7 +2,7 @@
 
     python transformers_greedy.py CHECKPOINT JOB.json
 
-The job and the answer are those of vllm_greedy.py.
+The job and the answer are those of vllm_greedy.py; "attention" in the job is transformers' attn_implementation.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ def main() -> None:
     from transformers import AutoModelForCausalLM
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, job["dtype"])).eval()
+        model = AutoModelForCausalLM.from_pretrained(
+            checkpoint, dtype=getattr(torch, job["dtype"]), attn_implementation=job.get("attention", "sdpa")
+        ).eval()
         answer: dict[str, object] = {"tokens": [greedy(model, ids, job["max_tokens"]) for ids in job["prompts"]]}
     except Exception as error:  # whatever a peer says is the result
         answer = {"error": f"{type(error).__name__}: {error}"}
@@ -42,7 +44,6 @@ def greedy(model, prompt: list[int], max_tokens: int) -> list[int]:  # type: ign
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_tokens,
-            min_new_tokens=None,
             do_sample=False,
             eos_token_id=-1,
             pad_token_id=0,
