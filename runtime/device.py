@@ -8,6 +8,8 @@ from typing import Literal
 
 import torch
 
+CGROUP = Path("/sys/fs/cgroup")
+
 
 def choose_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
     """The device of that name; 'auto' is the GPU if there is one. A GPU that is asked for and missing is an error."""
@@ -19,17 +21,26 @@ def choose_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
 
 
 def set_threads(num_threads: int | None) -> int:
-    """Use that many CPU threads for one operator (None: as many as the process may run on), and return the number."""
-    count = num_threads or len(os.sched_getaffinity(0))
+    """Use that many CPU threads for one operator (None: as many as the process may use), and return the number."""
+    count = num_threads or min(len(os.sched_getaffinity(0)), cpus_in_cgroup(CGROUP))
     torch.set_num_threads(count)
     return count
+
+
+def cpus_in_cgroup(root: Path) -> int:
+    """What a container's quota of CPU time (cgroup v2) amounts to, in whole CPUs; threads beyond it wait and spin."""
+    try:
+        quota, period = (root / "cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return 1 << 16
+    return 1 << 16 if quota == "max" else max(1, int(quota) // int(period))
 
 
 def free_memory(device: torch.device) -> int:
     """Bytes that this process could still take on the device; on a CPU also within its container's limit."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return min(_available(), _left_in_cgroup())
+    return min(_available(), left_in_cgroup(CGROUP))
 
 
 def _available() -> int:
@@ -39,9 +50,8 @@ def _available() -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _left_in_cgroup() -> int:
+def left_in_cgroup(root: Path) -> int:
     """What a memory limit of cgroup v2 leaves; the page cache counts as used there but gives way, so it is added."""
-    root = Path("/sys/fs/cgroup")
     try:
         limit = (root / "memory.max").read_text().strip()
         if limit == "max":

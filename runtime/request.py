@@ -1,7 +1,7 @@
 """What crosses the socket between the server and the engine process: plain values, encoded by msgspec.
 
-Token ids only; text stays in the server. Every request that the engine has accepted ends in exactly one TokenOutput
-with a finish_reason, or in one with an error.
+Token ids only; text stays in the server. Every request that isn't aborted ends in exactly one TokenOutput with a
+finish_reason; `error` says why when that is "error".
 """
 
 from __future__ import annotations
