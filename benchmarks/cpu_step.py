@@ -34,6 +34,7 @@ from octavo.runtime.ops import Ops, select_ops, warm_up
 
 LAYERS, HIDDEN, HEADS, KV_HEADS, DIM, INTER, VOCAB = 30, 576, 9, 3, 64, 1536, 49152
 BLOCK = 16
+SHAPE = AttentionShape(HEADS, KV_HEADS, DIM, DIM**-0.5)
 CPU = torch.device("cpu")
 SCHEMES: dict[str, QuantScheme | None] = {
     "bf16": None,
@@ -89,7 +90,6 @@ class Stack:
     embedding: Tensor
     cos_sin: Tensor
     norm: Tensor
-    shape: AttentionShape = AttentionShape(HEADS, KV_HEADS, DIM, DIM**-0.5)
 
     def step(self, inputs: StepInputs, clock: Clock | None = None) -> Tensor:
         ops, time_ = self.ops, (clock.timed if clock else lambda _, f: f)
@@ -99,8 +99,8 @@ class Stack:
         residual = self.embedding[inputs.token_ids]
         x = ops.rms_norm(residual, self.norm, 1e-5)
         for (qkv, out, gate_up, down), cache in zip(self.layers, self.caches, strict=True):
-            q = rope(linear(qkv, x), inputs, cache, self.shape, self.cos_sin, None, None, 1e-5)
-            x, residual = norm(linear(out, attend(q, inputs, cache, self.shape)), residual, self.norm, 1e-5)
+            q = rope(linear(qkv, x), inputs, cache, SHAPE, self.cos_sin, None, None, 1e-5)
+            x, residual = norm(linear(out, attend(q, inputs, cache, SHAPE)), residual, self.norm, 1e-5)
             x, residual = norm(linear(down, gate(linear(gate_up, x))), residual, self.norm, 1e-5)
         return time_("head", self.head)(x[inputs.logits_index])
 
@@ -174,7 +174,9 @@ def measure(name: str, stack: Stack, inputs: StepInputs, seconds: float) -> None
     whole, best = statistics.median(times), min(times)
     parts = "  ".join(f"{part} {1e3 * s / rounds:6.2f}" for part, s in (*clock.seconds.items(), ("python", other)))
     tokens = inputs.token_ids.numel()
-    print(f"{name:44s} {1e3 * whole:8.2f} ms (best {1e3 * best:7.2f}) {tokens / whole:7.0f} tok/s | {parts}", flush=True)
+    print(
+        f"{name:44s} {1e3 * whole:8.2f} ms (best {1e3 * best:7.2f}) {tokens / whole:7.0f} tok/s | {parts}", flush=True
+    )
 
 
 @contextmanager
@@ -223,7 +225,12 @@ def main() -> None:
                         name = f"{scheme}, head {head}, batch {batch}, context {context}"
                         measure(name, stack, decode_inputs(batch, context), args.seconds)
                 if args.prefill:
-                    measure(f"{scheme}, head {head}, prefill {args.prefill}", stack, prefill_inputs(args.prefill), args.seconds)
+                    measure(
+                        f"{scheme}, head {head}, prefill {args.prefill}",
+                        stack,
+                        prefill_inputs(args.prefill),
+                        args.seconds,
+                    )
 
 
 if __name__ == "__main__":

@@ -19,8 +19,9 @@ from octavo.kernels.tile import BF16, LANES, STEP_BYTES, STEP_COLUMNS, W4, W8, m
 
 _CHUNK = 128
 _T1, _T2, _T4, _T8 = make_tile(BF16, 1, 4), make_tile(BF16, 2, 4), make_tile(BF16, 4, 4), make_tile(BF16, 8, 3)
-_F1, _F2, _F4 = (make_grouped_tile(W4, r, v) for r, v in ((1, 4), (2, 4), (4, 2)))
-_E1, _E2, _E4 = (make_grouped_tile(W8, r, v) for r, v in ((1, 4), (2, 4), (4, 2)))
+_SIZES = ((1, 4), (2, 4), (4, 2), (8, 2))
+_F1, _F2, _F4, _F8 = (make_grouped_tile(W4, r, v) for r, v in _SIZES)
+_E1, _E2, _E4, _E8 = (make_grouped_tile(W8, r, v) for r, v in _SIZES)
 
 
 @dataclass(frozen=True)
@@ -128,13 +129,19 @@ def _gemm(args):  # type: ignore[no-untyped-def]
                 else:
                     _T1(x, row, end, w, slab_bytes, last_slab, steps, at)
             elif kind == W4:
-                if vectors == 2:
+                if vectors == 2 and left > 4:
+                    rows = 8
+                    _F8(x, row, end, w, slab_bytes, last_slab, steps, at, groups, scales, offsets, s)
+                elif vectors == 2:
                     rows = 4
                     _F4(x, row, end, w, slab_bytes, last_slab, steps, at, groups, scales, offsets, s)
                 elif rows == 2:
                     _F2(x, row, end, w, slab_bytes, last_slab, steps, at, groups, scales, offsets, s)
                 else:
                     _F1(x, row, end, w, slab_bytes, last_slab, steps, at, groups, scales, offsets, s)
+            elif vectors == 2 and left > 4:
+                rows = 8
+                _E8(x, row, end, w, slab_bytes, last_slab, steps, at, groups, scales, offsets, s)
             elif vectors == 2:
                 rows = 4
                 _E4(x, row, end, w, slab_bytes, last_slab, steps, at, groups, scales, offsets, s)
