@@ -1,0 +1,147 @@
+"""The decoder against Hugging Face's own modelling code, for each architecture, in chunks and mixed batches."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hf_oracle import CASES, make_hf, save, scattered_logits
+from torch import Tensor
+
+from octavo.runtime.config import EngineConfig
+from octavo.runtime.model import weights
+from octavo.runtime.model.spec import DecoderSpec
+
+LENGTHS = (37, 21, 30)
+
+Change = Callable[[DecoderSpec], DecoderSpec]
+
+
+def changed(**fields: Any) -> Change:
+    return lambda spec: dataclasses.replace(spec, **fields)
+
+
+def layers_changed(**fields: Any) -> Change:
+    """Change a field of every layer that has something there."""
+
+    def change(spec: DecoderSpec) -> DecoderSpec:
+        key = next(iter(fields))
+        layers = [dataclasses.replace(x, **fields) if getattr(x, key) is not None else x for x in spec.layers]
+        return dataclasses.replace(spec, layers=tuple(layers))
+
+    return change
+
+
+def rope_changed(**fields: Any) -> Change:
+    def change(spec: DecoderSpec) -> DecoderSpec:
+        ropes = [x.rope and dataclasses.replace(x.rope, **fields) for x in spec.layers]
+        layers = [dataclasses.replace(x, rope=r) for x, r in zip(spec.layers, ropes, strict=True)]
+        return dataclasses.replace(spec, layers=tuple(layers))
+
+    return change
+
+
+# One wrong feature each: the comparison must see it.
+MUTATIONS: dict[str, tuple[str, Change]] = {
+    "theta": ("llama", rope_changed(theta=600.0)),
+    "linear": ("llama-linear", rope_changed(factor=2.5)),
+    "llama3": ("llama-llama3", rope_changed(high_freq_factor=5.0)),
+    "yarn ramp": ("llama-yarn", rope_changed(beta_slow=0.75)),
+    "yarn attention factor": ("llama-yarn", rope_changed(attention_factor=1.0)),
+    "longrope": ("phi3", rope_changed(original_max_position=64)),
+    "partial rotary": ("phi3", rope_changed(rope_type="default", rotary_dim=16)),
+    "window": ("mistral", layers_changed(window=8)),
+    "window by layer": ("qwen2", layers_changed(window=None)),
+    "norm eps": ("olmo2", changed(norm_eps=1e-2)),
+    "activation": ("llama", changed(activation="gelu_tanh")),
+    "attention scale": ("granite", changed(attention_scale=0.29)),
+    "attention soft cap": ("gemma2", changed(attention_soft_cap=2.1)),
+    "final soft cap": ("gemma2", changed(final_soft_cap=3.1)),
+    "norm offset": ("gemma2", changed(norm_offset=0.0)),
+    "query scale": ("gemma3_text", changed(attention_scale=24**-0.5)),
+    "local rope": ("gemma3_text", rope_changed(theta=1e6, rope_type="default")),
+    "embedding scale": ("granite", changed(embedding_scale=11.0)),
+    "residual multiplier": ("granite", changed(residual_multiplier=0.25)),
+    "logits divisor": ("granite", changed(logits_divisor=0.26)),
+    "layers without rope": ("smollm3", lambda spec: rope_everywhere(spec)),
+}
+
+
+def rope_everywhere(spec: DecoderSpec) -> DecoderSpec:
+    rope = spec.layers[0].rope
+    return dataclasses.replace(spec, layers=tuple(dataclasses.replace(x, rope=rope) for x in spec.layers))
+
+
+def bound(reference: Tensor) -> float:
+    """What float32 rounding can do to a logit.
+
+    A logit ends a chain of 4 layers of some 12 operators (norms, dot products of at most 96 terms, softmax). Each adds
+    an error of about eps = 2^-24 times sqrt(96) ~ 10, relative to its vector, which later layers amplify at most some
+    tenfold (their weights keep sizes, see `randomize`): 48 * 10 eps * 10 is 3e-4 of the logits' size.
+    """
+    return 3e-4 * float(reference.abs().max())
+
+
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(0, 96, (length,), generator=generator).tolist() for length in LENGTHS]
+
+
+@torch.inference_mode()
+def hf_logits(model: Any, token_ids: list[list[int]]) -> list[Tensor]:
+    return [model(torch.tensor([ids]), use_cache=False).logits[0] for ids in token_ids]
+
+
+def worst(ours: list[Tensor], theirs: list[Tensor]) -> float:
+    return max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
+
+
+def config_for(directory: Path, **fields: Any) -> EngineConfig:
+    return EngineConfig(model=str(directory), dtype="float32", **fields)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Each case's directory, filled by `oracle` when it is first asked for."""
+    return {name: tmp_path_factory.mktemp(name) for name in CASES}
+
+
+@pytest.fixture(scope="module")
+def oracle(models: dict[str, Path]) -> Callable[[str], tuple[Path, list[Tensor]]]:
+    """A case's checkpoint and Hugging Face's logits for the prompts."""
+    known: dict[str, list[Tensor]] = {}
+
+    def get(name: str) -> tuple[Path, list[Tensor]]:
+        if name not in known:
+            family, overrides = CASES[name]
+            hf = make_hf(family, overrides)
+            known[name] = hf_logits(hf, prompts())
+            save(hf, models[name])
+        return models[name], known[name]
+
+    return get
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_equal_hugging_faces(name: str, oracle: Callable[[str], tuple[Path, list[Tensor]]]) -> None:
+    """phi3's prompts are all longer than its pretraining, where HF too takes the long factors."""
+    directory, theirs = oracle(name)
+    ours = scattered_logits(weights.load_model(config_for(directory)), prompts())
+    assert float(torch.cat(theirs).std()) > 0.3, "trivially small logits prove nothing"
+    assert worst(ours, theirs) < bound(torch.cat(theirs))
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_wrong_feature_is_seen(
+    name: str, oracle: Callable[[str], tuple[Path, list[Tensor]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, change = MUTATIONS[name]
+    directory, theirs = oracle(case)
+    read = DecoderSpec.from_hf
+    monkeypatch.setattr(weights.DecoderSpec, "from_hf", lambda config: change(read(config)))
+    ours = scattered_logits(weights.load_model(config_for(directory)), prompts())
+    assert worst(ours, theirs) > 3 * bound(torch.cat(theirs))

@@ -1,0 +1,165 @@
+"""Tiny random Hugging Face models with awkward features on, and the scattered steps that octavo computes them in."""
+
+from __future__ import annotations
+
+import copy
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from octavo.kernels.attention.cache import LayerCache
+from octavo.kernels.attention.step import StepInputs
+from octavo.runtime import kv_cache
+from octavo.runtime.model.model import Model
+
+BLOCK_SIZE, NUM_BLOCKS = 4, 64
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 1.0, "beta_slow": 0.25}
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.5, 2.0],
+    "long_factor": [1.0, 1.5, 2.0, 4.0, 6.0, 9.0],
+}
+
+# One row: name -> (model class, config keys). Windows are shorter than the sequences, scales are far from 1.
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 24, "rope_theta": 500.0}),
+    "llama-linear": ("Llama", {"rope_scaling": {"rope_type": "linear", "factor": 3.0}, "num_key_value_heads": 4}),
+    "llama-dynamic": ("Llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}),
+    "llama-llama3": ("Llama", {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 16}}),
+    "llama-yarn": ("Llama", {"rope_scaling": YARN, "rope_theta": 100.0, "num_key_value_heads": 1}),
+    "mistral": ("Mistral", {"sliding_window": 7, "head_dim": 32}),
+    "qwen2": ("Qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}),
+    "qwen3": ("Qwen3", {"head_dim": 24, "attention_bias": True, "tie_word_embeddings": True}),
+    "phi3": (
+        "Phi3",
+        {"partial_rotary_factor": 0.75, "rope_scaling": LONGROPE, "original_max_position_embeddings": 16},
+    ),
+    "gemma2": (
+        "Gemma2",
+        {"head_dim": 24, "sliding_window": 6, "query_pre_attn_scalar": 10}
+        | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "attention_bias": True},
+    ),
+    "gemma3_text": (
+        "Gemma3",
+        {"head_dim": 24, "sliding_window": 6, "query_pre_attn_scalar": 10, "sliding_window_pattern": 2}
+        | {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "rope_local_base_freq": 50.0},
+    ),
+    "granite": (
+        "Granite",
+        {"embedding_multiplier": 12.0, "logits_scaling": 0.25, "residual_multiplier": 0.22}
+        | {"attention_multiplier": 0.3, "attention_bias": True},
+    ),
+    "smollm3": (
+        "SmolLM3",
+        {"no_rope_layers": [1, 0, 1, 0], "use_sliding_window": True, "sliding_window": 5, "tie_word_embeddings": False},
+    ),
+    "olmo2": ("Olmo2", {"attention_bias": True, "rms_norm_eps": 1e-3}),
+}
+
+
+def make_hf(family: str, overrides: dict[str, Any], seed: int = 0) -> Any:
+    """A float32 model whose every parameter is random: also biases and norms, which HF starts at 0 and 1."""
+    config_name = {"Gemma3": "Gemma3TextConfig"}.get(family, f"{family}Config")
+    config = getattr(transformers, config_name)(**copy.deepcopy(SIZES | overrides))
+    config._attn_implementation = "eager"
+    model = getattr(transformers, f"{family}ForCausalLM")(config).float().eval()
+    randomize(model, seed)
+    return model
+
+
+def randomize(model: torch.nn.Module, seed: int) -> None:
+    """Matrices that keep a vector's size (attention logits spread, nothing saturates), norms near 1, small biases."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.dim() == 1:
+            value = 0.3 * noise + (1.0 if "norm" in name else 0.0)
+        else:
+            value = noise * (1.5 * parameter.shape[1] ** -0.5)
+        parameter.data.copy_(value)
+
+
+def save(model: Any, directory: Path) -> Path:
+    model.save_pretrained(directory)
+    return directory
+
+
+class Sequences:
+    """Several sequences over one paged cache with shuffled blocks, computed in steps of any cut."""
+
+    def __init__(self, model: Model, token_ids: list[list[int]], seed: int) -> None:
+        self.model = model
+        self.token_ids = token_ids
+        self.done = [0] * len(token_ids)
+        blocks = list(range(NUM_BLOCKS))
+        random.Random(seed).shuffle(blocks)
+        self.tables = []
+        for ids in token_ids:
+            count = -(-len(ids) // BLOCK_SIZE)
+            self.tables.append(blocks[:count])
+            del blocks[:count]
+        self.caches: list[LayerCache] = kv_cache.allocate(model, NUM_BLOCKS, BLOCK_SIZE, torch.float32)
+
+    def step(self, counts: dict[int, int]) -> list[tuple[int, int, Tensor]]:
+        """Compute the next counts[s] tokens of each sequence s: (sequence, position, logits) of every token."""
+        tokens, positions, slots, starts, lengths, owners = [], [], [], [0], [], []
+        for s, count in counts.items():
+            for p in range(self.done[s], self.done[s] + count):
+                tokens.append(self.token_ids[s][p])
+                positions.append(p)
+                slots.append(self.tables[s][p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE)
+                owners.append((s, p))
+            self.done[s] += count
+            starts.append(len(tokens))
+            lengths.append(self.done[s])
+        width = max(-(-length // BLOCK_SIZE) for length in lengths)
+        tables = torch.zeros(len(counts), width, dtype=torch.int32)
+        for row, (s, length) in enumerate(zip(counts, lengths, strict=True)):
+            used = self.tables[s][: -(-length // BLOCK_SIZE)]
+            tables[row, : len(used)] = torch.tensor(used, dtype=torch.int32)
+        inputs = StepInputs(
+            token_ids=torch.tensor(tokens),
+            positions=torch.tensor(positions),
+            slot_mapping=torch.tensor(slots),
+            block_tables=tables,
+            seq_lens=torch.tensor(lengths, dtype=torch.int32),
+            query_starts=torch.tensor(starts, dtype=torch.int32),
+            logits_index=torch.arange(len(tokens)),
+            max_query_len=max(counts.values()),
+            max_seq_len=max(lengths),
+        )
+        logits = self.model.forward(inputs, self.caches)
+        return [(s, p, row) for (s, p), row in zip(owners, logits, strict=True)]
+
+
+def scattered_logits(model: Model, token_ids: list[list[int]], seed: int = 0) -> list[Tensor]:
+    """Logits [length, vocab] of each sequence, computed in chunks and single tokens in mixed batches."""
+    rng = random.Random(seed)
+    sequences = Sequences(model, token_ids, seed)
+    rows: list[dict[int, Tensor]] = [{} for _ in token_ids]
+    while any(done < len(ids) for done, ids in zip(sequences.done, token_ids, strict=True)):
+        counts = {}
+        for s, ids in enumerate(token_ids):
+            left = len(ids) - sequences.done[s]
+            if left and (rng.random() < 0.8 or not counts):
+                counts[s] = min(left, rng.choice([1, 1, 1, 3, 9]))
+        for s, p, logits in sequences.step(counts):
+            rows[s][p] = logits
+    return [torch.stack([row[p] for p in range(len(row))]) for row in rows]
