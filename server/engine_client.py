@@ -1,0 +1,246 @@
+"""The server's end of the engine: requests out, outputs in, and what happens when the engine dies.
+
+The hot path is `_dispatch`: one message a step, with the outputs of all requests in it, is decoded once and put on the
+lists of the streams that wait. A stream is closed by its reader's `finally`, which aborts what is still running.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import threading
+from collections.abc import Callable, Iterable
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from octavo.runtime.launch import EngineProcess
+from octavo.runtime.request import (
+    AbortRequest,
+    AddRequest,
+    EngineStats,
+    Failed,
+    FromEngine,
+    Ping,
+    Pong,
+    Ready,
+    ResetPrefixCache,
+    Shutdown,
+    StepOutputs,
+    ToEngine,
+    TokenOutput,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class EngineDeadError(RuntimeError):
+    """The engine process has ended, or never could start; the message says why."""
+
+
+class Stream:
+    """The outputs of the requests that belong to one HTTP request, in the order in which they come."""
+
+    def __init__(self, client: EngineClient, requests: Iterable[AddRequest]) -> None:
+        self._client = client
+        self._requests = list(requests)
+        self._open = {request.request_id for request in self._requests}
+        self._pending: list[TokenOutput] = []
+        self._waiter: asyncio.Future[None] | None = None
+        self._error: str | None = None
+
+    async def __aenter__(self) -> Stream:
+        self._client._add(self, self._requests)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._client._close(self, self._open)
+
+    async def next(self) -> list[TokenOutput]:
+        """All outputs since the last call; waits for at least one. EngineDeadError once the engine is gone."""
+        if not self._pending:
+            if self._error is not None:
+                raise EngineDeadError(self._error)
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+            if not self._pending:
+                raise EngineDeadError(self._error or "the engine is gone")
+        outputs, self._pending = self._pending, []
+        return outputs
+
+    def end(self, request_ids: Iterable[str]) -> None:
+        """The reader has enough of these (a stop string was found): the engine shall stop them now."""
+        still_open = [request_id for request_id in request_ids if request_id in self._open]
+        self._open.difference_update(still_open)
+        self._client._abort(still_open)
+
+    def _put(self, output: TokenOutput) -> None:
+        if output.request_id in self._open:
+            self._pending.append(output)
+            if output.finish_reason is not None:
+                self._open.discard(output.request_id)
+            self._wake()
+
+    def _fail(self, message: str) -> None:
+        self._error = message
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+class EngineClient:
+    """A connection to one engine process. Use from one event loop only.
+
+    on_step is called with each step's outputs and stats, for the metrics; `stats` is the last of the latter.
+    """
+
+    def __init__(self, engine: EngineProcess) -> None:
+        self._engine = engine
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.set_hwm(0)
+        self._socket.bind(engine.address)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
+        self._streams: dict[str, Stream] = {}
+        self._pings: dict[int, asyncio.Future[None]] = {}
+        self._nonces = itertools.count(1)
+        self._ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
+        self._receiver = asyncio.create_task(self._receive())
+        self.death: str | None = None  # why the engine is dead; None while it lives
+        self.refusal: str | None = None  # why no new request is taken; None while they are
+        self.stats: EngineStats | None = None
+        self.on_step: Callable[[StepOutputs], None] | None = None
+        self._watch_process(asyncio.get_running_loop())
+
+    @property
+    def num_open(self) -> int:
+        """Requests that the engine is working on, or has queued."""
+        return len(self._streams)
+
+    async def ready(self) -> Ready:
+        """Wait until the engine can serve; EngineDeadError, with its own words, if it can't."""
+        return await asyncio.shield(self._ready)
+
+    def open(self, requests: Iterable[AddRequest]) -> Stream:
+        """A stream over these requests; they start when it is entered, and end when it is left."""
+        return Stream(self, requests)
+
+    async def ping(self, deadline: float) -> bool:
+        """Whether the engine's loop answers within `deadline` seconds; False where new requests are refused."""
+        if self.refusal is not None:
+            return False
+        nonce = next(self._nonces)
+        answer = self._pings[nonce] = asyncio.get_running_loop().create_future()
+        try:
+            self._send(Ping(nonce))
+            async with asyncio.timeout(deadline):
+                await answer
+        except (TimeoutError, EngineDeadError):
+            return False
+        finally:
+            del self._pings[nonce]
+        return True
+
+    def reset_prefix_cache(self) -> None:
+        """Ask the engine to forget cached prefixes."""
+        self._send(ResetPrefixCache())
+
+    def refuse(self, message: str) -> None:
+        """Take no new requests; those that are open go on."""
+        self.refusal = message
+
+    def fail_all(self, message: str) -> None:
+        """End every open stream with an error, and abort its requests in the engine."""
+        for stream in set(self._streams.values()):
+            stream._fail(message)
+
+    async def close(self) -> None:
+        """End the engine process, and this connection."""
+        if self.death is None:
+            self._send(Shutdown())
+            self._die("the server is shutting down")
+        await asyncio.to_thread(self._engine.close)
+        self._receiver.cancel()
+        self._socket.close(linger=0)
+        self._context.term()
+
+    def _send(self, message: ToEngine) -> None:
+        # the queue is unbounded, so this never waits; the future that pyzmq returns is done
+        self._socket.send(self._encoder.encode(message))
+
+    def _add(self, stream: Stream, requests: list[AddRequest]) -> None:
+        if self.refusal is not None:
+            raise EngineDeadError(self.refusal)
+        for request in requests:
+            self._streams[request.request_id] = stream
+            self._send(request)
+
+    def _abort(self, request_ids: list[str]) -> None:
+        for request_id in request_ids:
+            self._streams.pop(request_id, None)
+        if request_ids and self.death is None:
+            self._send(AbortRequest(request_ids))
+
+    def _close(self, stream: Stream, still_open: set[str]) -> None:
+        self._abort(sorted(still_open))
+        stream._open = set()
+
+    async def _receive(self) -> None:
+        while True:
+            message = self._decoder.decode(await self._socket.recv())
+            match message:
+                case StepOutputs():
+                    self._dispatch(message)
+                case Pong():
+                    if (answer := self._pings.get(message.nonce)) is not None and not answer.done():
+                        answer.set_result(None)
+                case Ready():
+                    self._ready.set_result(message)
+                case Failed():
+                    if message.traceback:
+                        logger.error("the engine failed:\n%s", message.traceback.rstrip())
+                    self._die(message.message)
+
+    def _dispatch(self, step: StepOutputs) -> None:
+        self.stats = step.stats
+        for output in step.outputs:
+            request_id = output.request_id
+            stream = self._streams.get(request_id)
+            if stream is None:
+                continue  # aborted a moment ago
+            stream._put(output)
+            if output.finish_reason is not None:
+                del self._streams[request_id]
+        if self.on_step is not None:
+            self.on_step(step)
+
+    def _die(self, message: str) -> None:
+        if self.death is not None:
+            return
+        self.death = self.refusal = message
+        if not self._ready.done():
+            self._ready.set_exception(EngineDeadError(message))
+            self._ready.exception()  # it is told again when awaited; nobody may be waiting yet
+        for answer in self._pings.values():
+            if not answer.done():
+                answer.set_exception(EngineDeadError(message))
+        self.fail_all(message)
+        self._streams.clear()
+
+    def _watch_process(self, loop: asyncio.AbstractEventLoop) -> None:
+        """A thread that waits for the process's end, however it comes."""
+
+        def wait() -> None:
+            code = self._engine.process.wait()
+            how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended too
+                # a last message (Failed, with the reason) may still be in the socket: let it come first
+                loop.call_soon_threadsafe(lambda: loop.call_later(0.1, self._die, f"the engine process ended ({how})"))
+
+        threading.Thread(target=wait, name="octavo-engine-watch", daemon=True).start()

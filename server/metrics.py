@@ -1,0 +1,161 @@
+"""/metrics: Prometheus, under vLLM's names and with vLLM's buckets, since dashboards and autoscalers key on them.
+
+Gauges are the engine's own, from its last step. Times are the server's: what a client sees, less the network. Counters
+of a request's outcome are told by `generate` (server/generation.py), which alone knows how it ended.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.process_collector import ProcessCollector
+
+from octavo.runtime.request import EngineStats, Ready, StepOutputs, TokenOutput
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+FIRST_TOKEN = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560,
+)  # fmt: skip
+BETWEEN_TOKENS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
+WHOLE_REQUEST = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
+STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+CHOICES = (1, 2, 5, 10, 20)
+
+HISTOGRAMS = {
+    "time_to_first_token_seconds": ("from arrival to the first token", FIRST_TOKEN),
+    "inter_token_latency_seconds": ("between one token and the next", BETWEEN_TOKENS),
+    "request_time_per_output_token_seconds": ("mean time of a token after the first, per request", BETWEEN_TOKENS),
+    "e2e_request_latency_seconds": ("from arrival to the last token", WHOLE_REQUEST),
+    "request_queue_time_seconds": ("from arrival to the first step", WHOLE_REQUEST),
+    "request_prefill_time_seconds": ("from the first step to the first token", WHOLE_REQUEST),
+    "request_decode_time_seconds": ("from the first token to the last", WHOLE_REQUEST),
+    "request_inference_time_seconds": ("from the first step to the last token", WHOLE_REQUEST),
+    "request_params_n": ("answers asked for", CHOICES),
+    "iteration_tokens_total": ("tokens of one step", STEP_TOKENS),
+}
+TOKEN_HISTOGRAMS = {  # with buckets up to the longest sequence
+    "request_prompt_tokens": "prompt tokens of an answer",
+    "request_generation_tokens": "generated tokens of an answer",
+    "request_params_max_tokens": "max_tokens of a request",
+    "request_max_num_generation_tokens": "generated tokens of the longest of a request's answers",
+}
+COUNTERS = {
+    "prompt_tokens": "prompt tokens processed, cached ones among them",
+    "generation_tokens": "tokens generated",
+    "num_preemptions": "sequences that gave up their blocks, to be computed again",
+    "prefix_cache_queries": "prompt tokens looked up in the prefix cache",
+    "prefix_cache_hits": "prompt tokens found there",
+}
+GAUGES = {
+    "num_requests_running": "sequences in the batch",
+    "num_requests_waiting": "sequences that wait for room",
+    "kv_cache_usage_perc": "share of the KV cache's blocks in use, 0 to 1",
+}
+OUTCOMES = ("stop", "length", "abort", "error")
+
+
+@dataclass(slots=True)
+class Timeline:
+    """When things happened to one of the engine's requests, in seconds since the epoch; 0 where nothing has yet."""
+
+    arrival: float
+    num_prompt: int
+    scheduled: float = 0.0
+    first: float = 0.0
+    last: float = 0.0
+
+
+class Metrics:
+    """All metrics of one server, labelled with the model's name and the engine's number (there is one: 0)."""
+
+    def __init__(self, model_name: str, ready: Ready, cache_config: dict[str, str]) -> None:
+        self._registry = CollectorRegistry()
+        ProcessCollector(registry=self._registry)
+        labels = {"model_name": model_name, "engine": "0"}
+        names = tuple(labels)
+
+        def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
+            return Histogram(f"vllm:{name}", text, names, registry=self._registry, buckets=buckets).labels(**labels)
+
+        tokens = _token_buckets(ready.max_model_len)
+        self._histograms = {name: histogram(name, text, buckets) for name, (text, buckets) in HISTOGRAMS.items()}
+        self._histograms |= {name: histogram(name, text, tokens) for name, text in TOKEN_HISTOGRAMS.items()}
+        self._counters = {
+            name: Counter(f"vllm:{name}", text, names, registry=self._registry).labels(**labels)
+            for name, text in COUNTERS.items()
+        }
+        self._gauges = {
+            name: Gauge(f"vllm:{name}", text, names, registry=self._registry).labels(**labels)
+            for name, text in GAUGES.items()
+        }
+        finished = Counter(
+            "vllm:request_success", "requests by how they ended", (*names, "finished_reason"), registry=self._registry
+        )
+        self._finished = {reason: finished.labels(**labels, finished_reason=reason) for reason in OUTCOMES}
+        info = Gauge("vllm:cache_config_info", "the KV cache", ("engine", *cache_config), registry=self._registry)
+        info.labels(engine="0", **cache_config).set(1)
+        self._totals: EngineStats | None = None
+
+    def page(self) -> bytes:
+        """The text that Prometheus scrapes."""
+        return generate_latest(self._registry)
+
+    def step(self, step: StepOutputs) -> None:
+        """Take the engine's own figures; called for each of its steps."""
+        stats, before = step.stats, self._totals
+        gauges, counters = self._gauges, self._counters
+        gauges["num_requests_running"].set(stats.num_running)
+        gauges["num_requests_waiting"].set(stats.num_waiting)
+        gauges["kv_cache_usage_perc"].set(stats.kv_cache_usage)
+        for name in ("num_preemptions", "prefix_cache_queries", "prefix_cache_hits"):
+            counters[name].inc(getattr(stats, name) - (getattr(before, name) if before is not None else 0))
+        if step.outputs:
+            self._histograms["iteration_tokens_total"].observe(stats.step_tokens)
+        self._totals = stats
+
+    def tokens(self, timeline: Timeline, output: TokenOutput) -> None:
+        """One output of a request, now."""
+        now = time.time()
+        histograms = self._histograms
+        if timeline.first:
+            histograms["inter_token_latency_seconds"].observe(now - timeline.last)
+        else:
+            timeline.first = now
+            timeline.scheduled = output.scheduled_time or now
+            histograms["time_to_first_token_seconds"].observe(now - timeline.arrival)
+            histograms["request_queue_time_seconds"].observe(timeline.scheduled - timeline.arrival)
+            histograms["request_prefill_time_seconds"].observe((output.first_token_time or now) - timeline.scheduled)
+            self._counters["prompt_tokens"].inc(timeline.num_prompt)
+        timeline.last = now
+        self._counters["generation_tokens"].inc(len(output.token_ids))
+
+    def end(self, timeline: Timeline, outcome: str, num_tokens: int) -> None:
+        """An answer has ended, as `outcome` says."""
+        self._finished[outcome].inc()
+        if not timeline.first:
+            return
+        histograms = self._histograms
+        histograms["e2e_request_latency_seconds"].observe(timeline.last - timeline.arrival)
+        histograms["request_decode_time_seconds"].observe(timeline.last - timeline.first)
+        histograms["request_inference_time_seconds"].observe(timeline.last - timeline.scheduled)
+        histograms["request_prompt_tokens"].observe(timeline.num_prompt)
+        histograms["request_generation_tokens"].observe(num_tokens)
+        if num_tokens > 1:
+            each = (timeline.last - timeline.first) / (num_tokens - 1)
+            histograms["request_time_per_output_token_seconds"].observe(each)
+
+    def end_all(self, num_choices: int, max_tokens: int, longest: int) -> None:
+        """All answers to one HTTP request have ended; `longest` is the number of tokens of the longest."""
+        self._histograms["request_params_n"].observe(num_choices)
+        self._histograms["request_params_max_tokens"].observe(max_tokens)
+        self._histograms["request_max_num_generation_tokens"].observe(longest)
+
+
+def _token_buckets(longest: int) -> list[int]:
+    """1, 2, 5, 10, 20, ... up to the longest sequence."""
+    steps = [digit * 10**exponent for exponent in range(10) for digit in (1, 2, 5)]
+    return [step for step in steps if step <= longest] or [longest]
