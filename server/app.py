@@ -1,0 +1,212 @@
+"""The routes. Each one checks, hands the request to the engine, and shapes the answer; all text work is done here.
+
+`build_app` gets everything that it needs as values: the model's text side, the engine's client, the metrics.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar
+
+from fastapi import APIRouter, Body, FastAPI, Request
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import JSONResponse, Response
+from pydantic import Discriminator, Tag
+
+from octavo.server import errors
+from octavo.server.answers import Answer, ChatAnswer, CompletionAnswer, events, fold
+from octavo.server.engine_client import EngineClient
+from octavo.server.errors import RESPONSES, ApiError
+from octavo.server.generation import generate
+from octavo.server.metrics import CONTENT_TYPE, Metrics
+from octavo.server.middleware import Authentication, BodyLimit
+from octavo.server.model import ServedModel
+from octavo.server.protocol import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    DetokenizeResponse,
+    TokenizeChatRequest,
+    TokenizeCompletionRequest,
+    TokenizeResponse,
+)
+from octavo.server.sampling import chat_prompt, chat_token_ids, completion_prompts, encode, in_vocabulary
+from octavo.server.streaming import EventStream, encode_json, unless_hung_up
+from octavo.version import VERSION
+
+logger = logging.getLogger(__name__)
+
+HEALTH_SECONDS = 30.0  # one step of a large model on a slow machine may take seconds; nothing healthy takes this
+LONG_BODY = 1 << 16  # bytes; tokenizing more than this would hold up every other stream, so a thread does it
+HUNG_UP = 499  # nginx's number for a client that went away; nobody reads it
+
+T = TypeVar("T")
+TokenizeRequest = Annotated[
+    Annotated[TokenizeCompletionRequest, Tag(errors.TEXT_TAG)] | Annotated[TokenizeChatRequest, Tag(errors.CHAT_TAG)],
+    Discriminator(lambda body: errors.CHAT_TAG if isinstance(body, dict) and "messages" in body else errors.TEXT_TAG),
+]
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """What the HTTP side is told on the command line. No api_keys: everybody is served."""
+
+    api_keys: tuple[str, ...] = ()
+    allowed_origins: tuple[str, ...] = ()
+    max_body_bytes: int = 32 << 20
+    root_path: str = ""
+    log_requests: bool = False
+    docs: bool = True
+
+
+def build_app(model: ServedModel, client: EngineClient, metrics: Metrics, options: ServerOptions) -> FastAPI:
+    """The ASGI application over one engine."""
+    app = FastAPI(
+        title="octavo",
+        version=VERSION,
+        root_path=options.root_path,
+        docs_url="/docs" if options.docs else None,
+        openapi_url="/openapi.json" if options.docs else None,
+        redoc_url=None,
+    )
+    errors.install(app)
+    routes = _Routes(model, client, metrics, options)
+    app.include_router(routes.generation())
+    app.include_router(routes.text())
+    app.include_router(routes.operation())
+    app.add_middleware(BodyLimit, limit=options.max_body_bytes)
+    if options.api_keys:
+        app.add_middleware(Authentication, keys=options.api_keys)
+    if options.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=options.allowed_origins, allow_methods=["*"], allow_headers=["*"]
+        )
+    return app
+
+
+class _Routes:
+    """The handlers, over the values that they share."""
+
+    def __init__(self, model: ServedModel, client: EngineClient, metrics: Metrics, options: ServerOptions) -> None:
+        self._model, self._client, self._metrics, self._options = model, client, metrics, options
+
+    def generation(self) -> APIRouter:
+        """/v1/completions and /v1/chat/completions."""
+        router = APIRouter(responses=RESPONSES)
+
+        @router.post("/v1/completions")
+        async def completions(body: CompletionRequest, http: Request) -> Response:
+            """Complete one prompt or several."""
+            self._check(body.model)
+            prompts = await self._off_loop(http, completion_prompts, body, self._model)
+            return await self._answer(http, CompletionAnswer(body, prompts, self._model))
+
+        @router.post("/v1/chat/completions")
+        async def chat_completions(body: ChatCompletionRequest, http: Request) -> Response:
+            """Answer a conversation."""
+            self._check(body.model)
+            prompt = await self._off_loop(http, chat_prompt, body, self._model)
+            return await self._answer(http, ChatAnswer(body, prompt, self._model))
+
+        return router
+
+    def text(self) -> APIRouter:
+        """/tokenize, /detokenize and the models' names."""
+        router = APIRouter(responses=RESPONSES)
+        model = self._model
+
+        @router.post("/tokenize")
+        async def tokenize(body: Annotated[TokenizeRequest, Body()], http: Request) -> TokenizeResponse:
+            """The token ids of a text, or of the prompt that the chat template makes of messages."""
+            self._check_name(body.model)
+            if isinstance(body, TokenizeChatRequest):
+                ids = await self._off_loop(http, chat_token_ids, body, model)
+            else:
+                ids = await self._off_loop(
+                    http, lambda: encode(body.prompt, "prompt", model, add_special_tokens=body.add_special_tokens)
+                )
+            strings = [model.tokenizer.token_text(token_id) for token_id in ids] if body.return_token_strs else None
+            return TokenizeResponse(count=len(ids), max_model_len=model.max_model_len, tokens=ids, token_strs=strings)
+
+        @router.post("/detokenize")
+        async def detokenize(body: DetokenizeRequest) -> DetokenizeResponse:
+            """The text of these token ids, special tokens written out."""
+            self._check_name(body.model)
+            in_vocabulary(body.tokens, "tokens", model)
+            return DetokenizeResponse(prompt=model.tokenizer.decode(body.tokens))
+
+        @router.get("/v1/models")
+        async def models() -> Response:
+            """All names of the model that is served."""
+            return JSONResponse({"object": "list", "data": [model.card(name) for name in model.names]})
+
+        @router.get("/v1/models/{name:path}")
+        async def one_model(name: str) -> Response:
+            """The model under one of its names."""
+            self._check_name(name)
+            return JSONResponse(model.card(name))
+
+        return router
+
+    def operation(self) -> APIRouter:
+        """/health, /metrics, /version."""
+        router = APIRouter()
+
+        @router.get("/health", responses={503: RESPONSES[503]})
+        async def health() -> Response:
+            """200 when the engine itself answers; 503 when it is dead, hangs, or the server is shutting down."""
+            if not await self._client.ping(HEALTH_SECONDS):
+                reason = self._client.refusal or f"the engine did not answer within {HEALTH_SECONDS:.0f} s"
+                raise ApiError(503, reason)
+            return Response(status_code=200)
+
+        @router.get("/ping", include_in_schema=False)
+        async def ping() -> Response:
+            """/health under SageMaker's name."""
+            return await health()
+
+        @router.get("/metrics")
+        async def metrics() -> Response:
+            """Prometheus text."""
+            return Response(self._metrics.page(), media_type=CONTENT_TYPE)
+
+        @router.get("/version")
+        async def version() -> dict[str, str]:
+            """octavo's version."""
+            return {"version": VERSION}
+
+        return router
+
+    def _check(self, name: str | None) -> None:
+        self._check_name(name)
+        if self._client.refusal is not None:
+            raise ApiError(503, self._client.refusal)
+
+    def _check_name(self, name: str | None) -> None:
+        if name is not None and name not in self._model.names:
+            served = ", ".join(self._model.names)
+            raise ApiError(
+                404, f"the model {name[:80]!r} is not served here; {served} is", param="model", code="model_not_found"
+            )
+
+    async def _off_loop(self, http: Request, prepare: Callable[..., T], *arguments: Any) -> T:
+        """Tokenize: here when it is short, in a thread when it would hold up the others."""
+        if int(http.headers.get("content-length", LONG_BODY)) < LONG_BODY:
+            return prepare(*arguments)
+        return await asyncio.to_thread(prepare, *arguments)
+
+    async def _answer(self, http: Request, answer: Answer) -> Response:
+        request = answer.request
+        if self._options.log_requests:
+            params = answer.choices[0].request.params
+            logger.info("%s: %d choices, %s", http.url.path, len(answer.choices), params)
+        steps = generate(answer.choices, self._client, self._metrics)
+        if request.stream:
+            return EventStream(events(answer, steps))
+        whole = await unless_hung_up(http.receive, fold(answer, steps))
+        if whole is None:
+            return Response(status_code=HUNG_UP)
+        return Response(encode_json(whole), media_type="application/json")
