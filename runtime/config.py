@@ -19,6 +19,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     kv_cache_dtype          'auto' is the computing type
     num_blocks              size of the KV cache in blocks; None: from kv_cache_memory_bytes, and if that is None
                             too, from the memory that is free (see runtime/kv_cache.py)
+    gpu_memory_utilization  share of a GPU's memory that weights and KV cache may take together
     max_model_len           None: what the model says, less if the cache can't hold that many tokens
     max_num_batched_tokens  tokens of one step; a longer prompt is prefilled in chunks
     num_threads             CPU threads of the engine; None: all cores
@@ -36,6 +37,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     block_size: int = 16
     num_blocks: int | None = None
     kv_cache_memory_bytes: int | None = None
+    gpu_memory_utilization: float = 0.9
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
     enable_prefix_caching: bool = True

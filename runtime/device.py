@@ -43,6 +43,11 @@ def free_memory(device: torch.device) -> int:
     return min(_available(), left_in_cgroup(CGROUP))
 
 
+def total_memory(device: torch.device) -> int:
+    """Bytes that a GPU has."""
+    return torch.cuda.mem_get_info(device)[1]
+
+
 def _available() -> int:
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):

@@ -15,7 +15,7 @@ import torch
 from octavo.kernels.attention.cache import LayerCache
 from octavo.kernels.attention.step import StepInputs
 from octavo.runtime.config import EngineConfig
-from octavo.runtime.device import free_memory
+from octavo.runtime.device import free_memory, total_memory
 from octavo.runtime.model.model import KVScales, Model
 
 DTYPES = {
@@ -28,7 +28,7 @@ DTYPES = {
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}  # of a stored number, where scales are needed
 
 CPU_BUDGET = 4 << 30  # vLLM's default for CPUs (VLLM_CPU_KVCACHE_SPACE), so that a comparison is one of equals
-CPU_SHARE, GPU_SHARE = 0.5, 0.9  # of the memory that is free once the weights are there
+CPU_SHARE = 0.5  # of the memory that is free once the weights are there
 
 # Measured scales: how many tokens are looked at, and what the largest value seen is multiplied by. fp8 is floating:
 # a wide margin costs no precision. An int8 cache pays log2(margin) bits for what the measurement didn't see.
@@ -85,8 +85,10 @@ def bytes_per_block(model: Model, block_size: int, dtype: torch.dtype) -> int:
 def _blocks_for(model: Model, config: EngineConfig, free_bytes: int, per_block: int) -> int:
     budget = config.kv_cache_memory_bytes
     if budget is None:
-        cpu = model.device.type == "cpu"
-        budget = min(CPU_BUDGET, int(free_bytes * CPU_SHARE)) if cpu else int(free_bytes * GPU_SHARE)
+        if model.device.type == "cpu":
+            budget = min(CPU_BUDGET, int(free_bytes * CPU_SHARE))
+        else:
+            budget = free_bytes - int(total_memory(model.device) * (1 - config.gpu_memory_utilization))
     longest = config.max_model_len or model.max_position
     usable = config.max_num_seqs * -(-longest // config.block_size)
     if budget < per_block:

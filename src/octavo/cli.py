@@ -40,7 +40,7 @@ def run_command(name: str, argv: Sequence[str], prog: str) -> int:
     """Parse one command's own arguments and run it. Only that command's module is imported."""
     command = import_module(f"octavo.commands.{name}")
     parser = argparse.ArgumentParser(
-        prog=prog, description=command.__doc__.strip().split("\n\n")[0], allow_abbrev=False
+        prog=prog, description=(command.__doc__ or "").strip().split("\n\n")[0], allow_abbrev=False
     )
     command.configure(parser)
     try:

@@ -68,7 +68,7 @@ def _configure_output(parser: argparse.ArgumentParser) -> None:
     output = parser.add_argument_group("output")
     output.add_argument("--overwrite", action="store_true", help="replace OUT if it is there (default: refuse)")
     output.add_argument(
-        "--max-shard-size", type=_size, default="5GB", metavar="SIZE", help="largest weight file (default: 5GB)"
+        "--max-shard-size", type=parse_size, default="5GB", metavar="SIZE", help="largest weight file (default: 5GB)"
     )
 
     quality = parser.add_argument_group("quality")
@@ -151,7 +151,7 @@ def _quality(source: Path, out: Path, max_tokens: int, result: Quantized, consol
         return None
 
 
-def _size(text: str) -> int:
+def parse_size(text: str) -> int:
     """'5GB' in bytes, with the units that transformers has."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     unit = UNITS.get(match[2].upper()) if match else None

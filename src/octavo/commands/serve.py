@@ -1,0 +1,202 @@
+"""Serve a checkpoint behind an OpenAI-compatible HTTP server.
+
+Flags are vLLM's; SGLang's names for them are accepted too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from octavo.commands.serve_flags import configure, engine_config
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from octavo.runtime.request import Ready
+    from octavo.server.engine_client import EngineClient
+    from octavo.server.metrics import Metrics
+
+__all__ = ["configure", "run"]
+
+PROG = "octavo serve"
+
+
+class ServeError(ValueError):
+    """What is wrong with the command line, or with the model; one line."""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until SIGTERM or SIGINT; returns the exit code: 1 when it could not start, or the engine died."""
+    begun = time.monotonic()
+    logging.basicConfig(level=args.uvicorn_log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("octavo").setLevel(logging.INFO)
+    try:
+        alive = _serve(args, begun)
+    except _user_errors() as error:
+        print(f"{PROG}: {error}", file=sys.stderr)
+        return 1
+    return 0 if alive else 1
+
+
+def _user_errors() -> tuple[type[Exception], ...]:
+    from octavo.quant.checkpoint import CheckpointError
+    from octavo.server.listen import EngineStartError
+
+    return (ServeError, CheckpointError, EngineStartError, OSError)
+
+
+def _serve(args: argparse.Namespace, begun: float) -> bool:
+    from octavo.quant.hub import resolve_model
+    from octavo.runtime.launch import start_engine
+
+    sockets, url = _bind(args)  # before the model is loaded: a port that is taken is known now
+    directory = resolve_model(_model_of(args), args.revision)
+    engine = start_engine(engine_config(args, directory))  # it loads while the server's own modules are imported
+    try:
+        import uvloop
+
+        from octavo.server.listen import ListenOptions, serve
+
+        make_app = _app_maker(args, directory, begun)
+        options = ListenOptions(
+            sockets=sockets,
+            url=url,
+            shutdown_timeout=args.shutdown_timeout,
+            ssl_keyfile=args.ssl_keyfile,
+            ssl_certfile=args.ssl_certfile,
+            ssl_ca_certs=args.ssl_ca_certs,
+            log_level=args.uvicorn_log_level,
+            access_log=not args.disable_uvicorn_access_log,
+            log_stats=not args.disable_log_stats,
+        )
+        return uvloop.run(serve(engine, make_app, options))
+    finally:
+        engine.close()
+        for bound in sockets:
+            bound.close()
+        if args.uds:
+            Path(args.uds).unlink(missing_ok=True)
+
+
+def _model_of(args: argparse.Namespace) -> str:
+    named = [name for name in (args.model, args.model_flag) if name is not None]
+    if len(named) != 1:
+        raise ServeError("name one model: serve MODEL, a directory or a Hub id")
+    model: str = named[0]
+    return model
+
+
+def _bind(args: argparse.Namespace) -> tuple[list[socket.socket], str]:
+    """The socket to listen on, and its address for people."""
+    if args.uds is not None:
+        bound = socket.socket(socket.AF_UNIX)
+        bound.bind(args.uds)
+        return [bound], f"unix:{args.uds}"
+    family, kind, protocol, _, address = socket.getaddrinfo(args.host, args.port, type=socket.SOCK_STREAM)[0]
+    bound = socket.socket(family, kind, protocol)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind(address)
+    except OSError as error:
+        bound.close()
+        raise ServeError(f"--host {args.host} --port {args.port}: {error.strerror}; is another server there?") from None
+    host, port = bound.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    return [bound], f"http{'s' if args.ssl_certfile else ''}://{shown}:{port}"
+
+
+def _app_maker(
+    args: argparse.Namespace, directory: Path, begun: float
+) -> Callable[[EngineClient, Ready], tuple[FastAPI, Metrics]]:
+    """Read the text side of the model now, while the engine loads; the rest when the engine is ready."""
+    from octavo.server.app import ServerOptions, build_app
+    from octavo.server.chat import ChatTemplate, ChatTemplateError
+    from octavo.server.metrics import Metrics
+    from octavo.server.model import ServedModel, end_token_ids, sampling_defaults
+    from octavo.server.tokenizer import Tokenizer, TokenizerError
+
+    try:
+        text_side = Path(args.tokenizer) if args.tokenizer else directory
+        tokenizer = Tokenizer.open(text_side, trust_remote_code=args.trust_remote_code)
+        template = ChatTemplate.open(text_side, tokenizer.special_tokens, args.chat_template)
+        defaults = sampling_defaults(directory, args.generation_config) | args.override_generation_config
+        end_ids = end_token_ids(directory, tokenizer)
+    except (TokenizerError, ChatTemplateError, ValueError) as error:
+        raise ServeError(str(error)) from error
+    options = ServerOptions(
+        api_keys=_api_keys(args),
+        allowed_origins=tuple(args.allowed_origins),
+        max_body_bytes=args.max_body_bytes,
+        root_path=args.root_path,
+        log_requests=args.enable_log_requests,
+        docs=not args.disable_fastapi_docs,
+    )
+
+    def make_app(client: EngineClient, ready: Ready) -> tuple[FastAPI, Metrics]:
+        model = ServedModel(
+            names=tuple(args.served_model_name or [_model_of(args)]),
+            root=_model_of(args),
+            tokenizer=tokenizer,
+            chat_template=template,
+            end_ids=end_ids,
+            defaults=defaults,
+            max_model_len=ready.max_model_len,
+            vocab_size=ready.vocab_size,
+            max_logprobs=args.max_logprobs,
+            trust_request_chat_template=args.trust_request_chat_template,
+        )
+        metrics = Metrics(model.name, ready, _cache_facts(args, ready))
+        app = build_app(model, client, metrics, options)
+        print_report(ready, time.monotonic() - begun)
+        return app, metrics
+
+    return make_app
+
+
+def _api_keys(args: argparse.Namespace) -> tuple[str, ...]:
+    """Of the command line, else of OCTAVO_API_KEY: there nobody reads it in the list of processes."""
+    given: list[str] = args.api_key or [os.environ.get("OCTAVO_API_KEY", "")]
+    return tuple(key for key in given if key)
+
+
+def _cache_facts(args: argparse.Namespace, ready: Ready) -> dict[str, str]:
+    """The labels of vllm:cache_config_info."""
+    return {
+        "block_size": str(ready.block_size),
+        "num_gpu_blocks": str(ready.num_blocks),
+        "cache_dtype": ready.report.kv_cache_dtype,
+        "enable_prefix_caching": str(args.enable_prefix_caching),
+    }
+
+
+def print_report(ready: Ready, seconds: float) -> None:
+    """The one table of a start: what runs, by which body, in how much memory, and how long each phase took."""
+    from rich.console import Console
+    from rich.table import Table
+
+    report, console = ready.report, Console(soft_wrap=True)
+    table = Table(title=f"{report.architecture}, {report.dtype} on {report.device}", title_justify="left")
+    for heading in ("layers", "scheme", "body"):
+        table.add_column(heading)
+    for row in report.layers:
+        table.add_row(*row)
+    console.print(table)
+    tokens = ready.num_blocks * ready.block_size
+    console.print(
+        f"weights {report.weight_bytes / 1e6:,.1f} MB; KV cache {report.kv_cache_bytes / 1e6:,.1f} MB in "
+        f"{report.kv_cache_dtype}: {ready.num_blocks:,} blocks of {ready.block_size}, {tokens:,} tokens; "
+        f"max_model_len {ready.max_model_len:,}",
+        highlight=False,
+    )
+    phases = ", ".join(f"{phase} {duration:.2f}" for phase, duration in report.seconds.items())
+    console.print(f"ready after {seconds:.2f} s (the engine: {phases})", highlight=False)
+    for note in report.notes:
+        console.print(f"[yellow]note:[/yellow] {note}", highlight=False)
