@@ -1,0 +1,104 @@
+"""A server of one's own for the time of a conversation: `octavo serve MODEL` on a free port of 127.0.0.1.
+
+It runs in a session of its own, so that Ctrl-C at the terminal, which stops an answer, does not reach it; whoever
+started it ends it. Its log goes to a temporary file, whose end is shown when the server fails.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import IO
+
+import httpx
+
+from octavo.commands.chat_client import ServerEndedError
+
+POLL_SECONDS = 0.05
+END_SECONDS = 10.0
+LOG_LINES = 10
+
+
+class OwnServer:
+    """The process, its address and the key that it asks for."""
+
+    def __init__(self, model: str, options: Sequence[str], log: IO[bytes]) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self.api_key = secrets.token_urlsafe()  # others on this machine have no business with it
+        self._log = log
+        command = [sys.executable, "-m", "octavo", "serve", model, "--host", "127.0.0.1", "--port", str(port), *options]
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"OCTAVO_API_KEY": self.api_key},
+            start_new_session=True,
+        )
+
+    def wait_until_ready(self) -> None:
+        """Until /health says so, however long: a model may have to be fetched first. Raises when the process ends."""
+        with httpx.Client(trust_env=False, timeout=5.0) as client:
+            while self._process.poll() is None:
+                with suppress(httpx.TransportError):
+                    if client.get(f"{self.url}/health").status_code == 200:
+                        return
+                time.sleep(POLL_SECONDS)
+        self.check()
+
+    def check(self) -> None:
+        """Raises ServerEndedError, with the end of the log, where the process is gone."""
+        code = self._process.poll()
+        if code is None:
+            return
+        self._log.seek(0)
+        lines = self._log.read().decode(errors="replace").splitlines()
+        shown = "".join(f"\n  | {line}" for line in lines[-LOG_LINES:])
+        raise ServerEndedError(f"the server ended with code {code}; the end of its log:{shown}")
+
+    def end(self) -> None:
+        """SIGTERM, then what is left of it by force."""
+        self._process.terminate()
+        try:
+            self._process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
+
+@contextmanager
+def own_server(model: str, options: Sequence[str]) -> Iterator[OwnServer]:
+    """`octavo serve MODEL` until the block ends, and also when this process is told to end."""
+    with tempfile.TemporaryFile() as log, _ending_on_signals():
+        server = OwnServer(model, options, log)
+        try:
+            yield server
+        finally:
+            server.end()
+
+
+@contextmanager
+def _ending_on_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP (the terminal is closed) unwind the stack, as Ctrl-C does."""
+
+    def unwind(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, unwind) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
