@@ -117,7 +117,8 @@ def failure_lines(records: Sequence[Record]) -> list[str]:
     reasons = Counter(record.error for record in records if record.error is not None)
     lines = [f"{count} failed: {reason}" for reason, count in reasons.most_common(MAX_REASONS)]
     if len(reasons) > MAX_REASONS:
-        lines.append(f"... and {len(reasons) - MAX_REASONS} other reasons")
+        more = len(reasons) - MAX_REASONS
+        lines.append(f"... and for {more} more reason{'s' if more > 1 else ''}")
     return lines
 
 
