@@ -32,6 +32,7 @@ from scripted_server import (
 
 from octavo.cli import main
 from octavo.commands.bench_prompts import WORDS
+from octavo.commands.chat_server import OwnServer
 
 ENGLISH = {"The", *WORDS}
 CONTEXT = 4096
@@ -477,3 +478,23 @@ def test_https_is_spoken_and_a_certificate_checked(
 def test_a_whole_answer_may_come_in_one_piece() -> None:
     with serving(server_like_vllm(lambda asked: [b"".join(completion(asked))])) as server:
         assert bench(server, *SMALL) == 0
+
+
+@pytest.mark.parametrize("backend", ["openai", "openai-chat"])
+def test_octavo_serves_octavo_bench(
+    octavo_server: OwnServer, backend: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Prompts are of the exact length as the real tokenizer counts them, and nothing is found in the prefix cache."""
+    options = ["--api-key", octavo_server.api_key, "--backend", backend, "--num-prompts", "6", "--max-concurrency", "3"]
+    options += ["--random-input-len", "48", "--random-output-len", "6", "--temperature", "0", "--num-warmups", "1"]
+    options += ["--save-result", "--save-detailed", "--result-dir", str(tmp_path)]
+    assert main(["bench", "--base-url", octavo_server.url, *options]) == 0
+    found = numbers(capsys.readouterr().out)
+    assert found["Total input tokens"] == 6 * 48
+    assert found["Total generated tokens"] == 6 * 6
+    assert found["Peak concurrent requests"] <= 3
+    (saved,) = tmp_path.glob(f"{backend}-infqps-concurrency3-tiny-*.json")
+    detailed = json.loads(saved.read_text())
+    assert detailed["input_lens"] == [48] * 6
+    assert all(len(gaps) < 6 for gaps in detailed["itls"])
+    assert detailed["cached_input_tokens"] < 6 * 16 * (2 if backend == "openai-chat" else 1)

@@ -1,0 +1,79 @@
+"""A program at a terminal of its own: what it prints, the keys that are pressed, Ctrl-C among them."""
+
+from __future__ import annotations
+
+import os
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+CTRL_C, CTRL_D = "\x03", "\x04"
+# setsid alone gives no terminal: it has to be taken
+START = (
+    "import fcntl, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); from octavo.cli import main; sys.exit(main())"
+)
+
+
+class Terminal:
+    """`octavo ARGUMENTS` at a pseudo-terminal."""
+
+    def __init__(self, arguments: Sequence[str], env: dict[str, str] | None = None) -> None:
+        self._fd, inner = os.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", START, *arguments],
+            stdin=inner,
+            stdout=inner,
+            stderr=inner,
+            start_new_session=True,
+            env=os.environ | {"TERM": "dumb"} | (env or {}),
+        )
+        os.close(inner)
+        self.printed = ""
+
+    def press(self, keys: str) -> None:
+        os.write(self._fd, keys.encode())
+
+    def wait_for(self, text: str, seconds: float = 60.0) -> str:
+        """Read until `text` is printed; returns, and forgets, what was printed up to its end."""
+        deadline = time.monotonic() + seconds
+        while text not in self.printed:
+            ready, _, _ = select.select([self._fd], [], [], max(0.0, deadline - time.monotonic()))
+            assert ready, f"{text!r} was not printed within {seconds} s, but {self.printed!r}"
+            piece = self._read()
+            assert piece, f"the program ended without {text!r}, after {self.printed!r}"
+            self.printed += piece
+        before, _, self.printed = self.printed.partition(text)
+        return before + text
+
+    def end(self, seconds: float = 60.0) -> int:
+        """The exit code, when the program ends by itself; what it still printed is in `printed`."""
+        while piece := self._read():
+            self.printed += piece
+        return self.process.wait(seconds)
+
+    def close(self) -> None:
+        os.close(self._fd)  # the terminal is gone: SIGHUP, on which a program ends what it started
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+    def _read(self) -> str:
+        try:
+            return os.read(self._fd, 65536).decode().replace("\r\n", "\n")
+        except OSError:  # Linux's way to say that nobody holds the other side any more
+            return ""
+
+
+@contextmanager
+def terminal(*arguments: str, **env: str) -> Iterator[Terminal]:
+    """The program, hung up on at the end of the block if it still runs."""
+    found = Terminal(arguments, env)
+    try:
+        yield found
+    finally:
+        found.close()
