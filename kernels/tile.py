@@ -7,13 +7,15 @@ step of a lane is
   W8    2 columns, 2 signed bytes, converted to bf16 in registers
   W4    8 columns, an int32: code + 8 of column 2p at bits 4p, of column 2p + 1 at bits 16 + 4p. Masked and joined
         with 0x4300 a nibble q is the bf16 number 128 + q exactly; the 136 is taken off by the sums of x.
-One tile function: tile(x, row bytes, last row, weight, slab bytes, last slab, steps, out, ...) writes
-out [rows, vectors * 16] int32 or float32. Rows and slabs past the last repeat it, so edges need no other code.
+A tile reads its rows of x at `x`, `row_bytes` apart, and its slabs of the weight at `weight`, `slab_bytes` apart; rows
+and slabs past the last repeat it. It writes its part of the output at `out`, `out_bytes` from row to row, straight from
+the registers: `width` columns, by masked stores, of the rows up to last_row. So edges need no other code.
 """
 # ruff: noqa: ARG001 (numba looks at the names of what it compiles)
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -21,6 +23,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from octavo.kernels import convert
 from octavo.kernels.attention.vectors import broadcast, load16, multiply_add
 
 INT8, BF16, W8, W4 = range(4)
@@ -28,10 +31,10 @@ LANES = 16
 STEP_COLUMNS = (4, 2, 2, 8)
 STEP_BYTES = (64, 64, 32, 64)
 
-_I8, _I32, _I64 = (ir.IntType(bits) for bits in (8, 32, 64))
-_I32X16 = ir.VectorType(_I32, 16)
+_I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+I32X16 = ir.VectorType(_I32, 16)
 _F32 = ir.FloatType()
-_F32X16 = ir.VectorType(_F32, 16)
+F32X16 = ir.VectorType(_F32, 16)
 
 
 class _BFloat(ir.Type):  # type: ignore[misc]
@@ -50,7 +53,8 @@ class _BFloat(ir.Type):  # type: ignore[misc]
 _BF16X32 = ir.VectorType(_BFloat(), 32)
 
 
-def _call(builder: Any, name: str, result: Any, *args: Any) -> Any:
+def call(builder: Any, name: str, result: Any, *args: Any) -> Any:
+    """Call one of LLVM's own functions."""
     function = ir.FunctionType(result, [a.type for a in args])
     return builder.call(cgutils.get_or_insert_function(builder.module, function, name), args)
 
@@ -67,29 +71,29 @@ def _dot(builder: Any, kind: int, total: Any, x: Any, w: Any) -> Any:
     """total + the dot products of each lane's step columns; x is the step of one row of x, as an i32."""
     spread = broadcast(builder, x)
     if kind == INT8:
-        return _call(builder, "llvm.x86.avx512.vpdpbusd.512", _I32X16, total, w, spread)
+        return call(builder, "llvm.x86.avx512.vpdpbusd.512", I32X16, total, w, spread)
     spread = builder.bitcast(spread, _BF16X32)
-    return _call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", _F32X16, total, spread, w)
+    return call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", F32X16, total, spread, w)
 
 
 def _decode(builder: Any, kind: int, address: Any) -> list[Any]:
     """The vectors of one step of a slab, ready for `_dot`: one, or four of two columns each for W4."""
     if kind == INT8:
-        return [_load(builder, address, _I32X16)]
+        return [_load(builder, address, I32X16)]
     if kind == BF16:
-        return [builder.bitcast(_load(builder, address, _I32X16), _BF16X32)]
+        return [builder.bitcast(_load(builder, address, I32X16), _BF16X32)]
     if kind == W8:
         halves = []
         for offset in (0, 16):
             codes = _load(builder, builder.add(address, ir.Constant(_I64, offset)), ir.VectorType(_I8, 16))
-            halves.append(builder.sitofp(builder.sext(codes, _I32X16), _F32X16))
-        return [_call(builder, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", _BF16X32, halves[1], halves[0])]
-    word = _load(builder, address, _I32X16)
+            halves.append(builder.sitofp(builder.sext(codes, I32X16), F32X16))
+        return [call(builder, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", _BF16X32, halves[1], halves[0])]
+    word = _load(builder, address, I32X16)
     pairs = []
     for p in range(4):
-        nibbles = builder.lshr(word, ir.Constant(_I32X16, [4 * p] * 16)) if p else word
-        nibbles = builder.and_(nibbles, ir.Constant(_I32X16, [0x000F000F] * 16))
-        nibbles = builder.or_(nibbles, ir.Constant(_I32X16, [0x43004300] * 16))
+        nibbles = builder.lshr(word, ir.Constant(I32X16, [4 * p] * 16)) if p else word
+        nibbles = builder.and_(nibbles, ir.Constant(I32X16, [0x000F000F] * 16))
+        nibbles = builder.or_(nibbles, ir.Constant(I32X16, [0x43004300] * 16))
         pairs.append(builder.bitcast(nibbles, _BF16X32))
     return pairs
 
@@ -98,12 +102,20 @@ class _Tile:
     """Emits one tile: addresses of its rows and slabs, accumulators, and the loop over steps."""
 
     def __init__(self, builder: Any, kind: int, rows: int, vectors: int, args: list[Any]) -> None:
-        x, row_bytes, last_row, weight, slab_bytes, last_slab = args
+        x, row_bytes, self.last_row, weight, slab_bytes, self.last_slab = args
         self.builder, self.kind = builder, kind
-        self.x = [builder.add(x, builder.mul(row_bytes, self._clamp(r, last_row))) for r in range(rows)]
-        self.w = [builder.add(weight, builder.mul(slab_bytes, self._clamp(v, last_slab))) for v in range(vectors)]
-        self.vector = _I32X16 if kind == INT8 else _F32X16
+        self.x = [builder.add(x, builder.mul(row_bytes, self.row(r))) for r in range(rows)]
+        self.w = [builder.add(weight, builder.mul(slab_bytes, self.slab(v))) for v in range(vectors)]
+        self.vector = I32X16 if kind == INT8 else F32X16
         self.totals = [[cgutils.alloca_once(builder, self.vector) for _ in range(vectors)] for _ in range(rows)]
+
+    def row(self, index: int) -> Any:
+        """The number of a row, not past the last one."""
+        return self._clamp(index, self.last_row)
+
+    def slab(self, index: int) -> Any:
+        """The number of a slab, not past the last one."""
+        return self._clamp(index, self.last_slab)
 
     def _clamp(self, index: int, last: Any) -> Any:
         constant = ir.Constant(_I64, index)
@@ -125,17 +137,54 @@ class _Tile:
                     for w, total in zip(weights, row, strict=True):
                         builder.store(_dot(builder, kind, builder.load(total), columns, w[part]), total)
 
-    def store(self, totals: list[list[Any]], out: Any) -> None:
-        """Write accumulators to out [rows, vectors * 16]."""
-        for r, row in enumerate(totals):
-            for v, total in enumerate(row):
-                at = self.builder.add(out, ir.Constant(_I64, 64 * (r * len(row) + v)))
-                value = self.builder.load(total)
-                self.builder.store(value, self.builder.inttoptr(at, self.vector.as_pointer()), align=4)
+    def total(self, row: int, vector: int) -> Any:
+        return self.builder.load(self.totals[row][vector])
+
+    def store(self, values: Callable[[int], list[Any]], kind: Any, out: Any, out_bytes: Any, width: Any) -> None:
+        """Write the float32 vectors that `values` makes for a row, as numbers of `kind` (see `kernels.convert`)."""
+        builder = self.builder
+        columns = builder.trunc(width, _I32)
+        lanes = [ir.Constant(I32X16, list(range(16 * v, 16 * v + 16))) for v in range(len(self.w))]
+        masks = [builder.icmp_signed("<", lane, broadcast(builder, columns)) for lane in lanes]
+        for r in range(len(self.x)):
+            with builder.if_then(builder.icmp_signed("<=", ir.Constant(_I64, r), self.last_row), likely=True):
+                row = builder.add(out, builder.mul(out_bytes, ir.Constant(_I64, r)))
+                _store_row(builder, values(r), masks, kind, row)
 
 
-def make_tile(kind: int, rows: int, vectors: int) -> Any:
-    """tile(x, row_bytes, last_row, weight, slab_bytes, last_slab, steps, out), all int64; kinds INT8, BF16, W8."""
+def _store_row(builder: Any, values: list[Any], masks: list[Any], kind: Any, row: Any) -> None:
+    def store(size: int, convert: Callable[[Any], Any]) -> None:
+        for v, (value, mask) in enumerate(zip(values, masks, strict=True)):
+            masked_store(builder, convert(value), builder.add(row, ir.Constant(_I64, 16 * size * v)), mask)
+
+    is_kind = {k: builder.icmp_signed("==", kind, ir.Constant(_I64, k)) for k in (convert.BF16, convert.FP16)}
+    with builder.if_else(is_kind[convert.BF16], likely=True) as (then, otherwise):
+        with then:
+            store(2, lambda value: _to_bf16(builder, value))
+        with otherwise, builder.if_else(is_kind[convert.FP16]) as (half, single):
+            with half:
+                store(2, lambda value: builder.fptrunc(value, ir.VectorType(ir.HalfType(), 16)))
+            with single:
+                store(4, lambda value: value)
+
+
+def _to_bf16(builder: Any, value: Any) -> Any:
+    rounded = call(builder, "llvm.x86.avx512bf16.cvtneps2bf16.512", ir.VectorType(_BFloat(), 16), value)
+    return builder.bitcast(rounded, ir.VectorType(_I16, 16))
+
+
+def masked_store(builder: Any, vector: Any, address: Any, mask: Any) -> None:
+    """Store the lanes that `mask` ([16] of i1) names."""
+    element = vector.type.element
+    name = f"i{element.width}" if isinstance(element, ir.IntType) else {_F32: "f32"}.get(element, "f16")
+    pointer = builder.inttoptr(address, vector.type.as_pointer())
+    kind = ir.FunctionType(ir.VoidType(), [vector.type, pointer.type, _I32, mask.type])
+    store = cgutils.get_or_insert_function(builder.module, kind, f"llvm.masked.store.v16{name}.p0")
+    builder.call(store, [vector, pointer, ir.Constant(_I32, 1), mask])
+
+
+def make_tile(rows: int, vectors: int) -> Any:
+    """For BF16: tile(x, row_bytes, last_row, weight, slab_bytes, last_slab, out, out_bytes, width, steps)."""
 
     @intrinsic  # type: ignore[untyped-decorator]
     def tile(
@@ -146,24 +195,73 @@ def make_tile(kind: int, rows: int, vectors: int) -> Any:
         weight: Any,
         slab_bytes: Any,
         last_slab: Any,
-        steps: Any,
         out: Any,
+        out_bytes: Any,
+        width: Any,
+        steps: Any,
     ) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            emitted = _Tile(builder, kind, rows, vectors, args[:6])
-            emitted.accumulate(ir.Constant(_I64, 0), args[6])
-            emitted.store(emitted.totals, args[7])
+            emitted = _Tile(builder, BF16, rows, vectors, args[:6])
+            emitted.accumulate(ir.Constant(_I64, 0), args[9])
+            kind = ir.Constant(_I64, convert.BF16)
+            emitted.store(lambda r: [emitted.total(r, v) for v in range(vectors)], kind, *args[6:9])
             return context.get_dummy_value()
 
-        return types.void(*(types.int64,) * 8), codegen
+        return types.void(*(types.int64,) * 10), codegen
+
+    return tile
+
+
+def make_int8_tile(rows: int, vectors: int) -> Any:
+    """For INT8: as make_tile, with (..., width, steps, kind, x_scales, x_sums, scales) at the end:
+
+    out[r, c] = (dot - x_sums[r]) * x_scales[r] * scales[c] as numbers of `kind`; x_sums int32, scales float32.
+    """
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def tile(
+        typingctx: Any,
+        x: Any,
+        row_bytes: Any,
+        last_row: Any,
+        weight: Any,
+        slab_bytes: Any,
+        last_slab: Any,
+        out: Any,
+        out_bytes: Any,
+        width: Any,
+        steps: Any,
+        kind: Any,
+        x_scales: Any,
+        x_sums: Any,
+        scales: Any,
+    ) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            emitted = _Tile(builder, INT8, rows, vectors, args[:6])
+            emitted.accumulate(ir.Constant(_I64, 0), args[9])
+            x_scales, x_sums, scales = args[11:]
+            at = [_at(builder, scales, emitted.slab(v), 64) for v in range(vectors)]
+            w_scales = [load16(builder, address, -1) for address in at]
+
+            def values(r: int) -> list[Any]:
+                offset = ir.Constant(_I64, 4 * r)
+                less = broadcast(builder, _load(builder, builder.add(x_sums, offset), _I32))
+                scale = broadcast(builder, _load(builder, builder.add(x_scales, offset), _F32))
+                whole = [builder.sub(emitted.total(r, v), less) for v in range(vectors)]
+                floats = [builder.fmul(builder.sitofp(number, F32X16), scale) for number in whole]
+                return [builder.fmul(a, b) for a, b in zip(floats, w_scales, strict=True)]
+
+            emitted.store(values, args[10], *args[6:9])
+            return context.get_dummy_value()
+
+        return types.void(*(types.int64,) * 14), codegen
 
     return tile
 
 
 def make_grouped_tile(kind: int, rows: int, vectors: int) -> Any:
-    """As make_tile for W4 and W8 with scales per group of columns:
+    """For W4 and W8: as make_tile, with (..., width, steps, groups, scales, offsets, sums) at the end:
 
-    tile(x, row_bytes, last_row, weight, slab_bytes, last_slab, steps, out, groups, scales, offsets, sums):
     out = sum over groups g of scales[g] * (dot over g - offsets[g] * sums[row, g]), with `steps` steps in a group,
     scales and offsets float32 [N / 16, groups, 16], and sums float32 [M, groups].
     """
@@ -177,8 +275,10 @@ def make_grouped_tile(kind: int, rows: int, vectors: int) -> Any:
         weight: Any,
         slab_bytes: Any,
         last_slab: Any,
-        steps: Any,
         out: Any,
+        out_bytes: Any,
+        width: Any,
+        steps: Any,
         groups: Any,
         scales: Any,
         offsets: Any,
@@ -186,33 +286,36 @@ def make_grouped_tile(kind: int, rows: int, vectors: int) -> Any:
     ) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             emitted = _Tile(builder, kind, rows, vectors, args[:6])
-            _emit_groups(builder, emitted, args)
+            finals = _sum_groups(builder, emitted, *args[9:])
+            out_kind = ir.Constant(_I64, convert.BF16)
+            emitted.store(lambda r: [builder.load(final) for final in finals[r]], out_kind, *args[6:9])
             return context.get_dummy_value()
 
-        return types.void(*(types.int64,) * 12), codegen
+        return types.void(*(types.int64,) * 14), codegen
 
     return tile
 
 
-def _emit_groups(builder: Any, tile: _Tile, args: list[Any]) -> None:
-    last_row, last_slab, steps, out, groups, scales, offsets, sums = args[2], args[5], *args[6:]
-    finals = [[cgutils.alloca_once(builder, _F32X16) for _ in row] for row in tile.totals]
+def _sum_groups(
+    builder: Any, tile: _Tile, steps: Any, groups: Any, scales: Any, offsets: Any, sums: Any
+) -> list[list[Any]]:
+    finals = [[cgutils.alloca_once(builder, F32X16) for _ in row] for row in tile.totals]
     for row in finals:
         for final in row:
-            builder.store(ir.Constant(_F32X16, [0.0] * 16), final)
+            builder.store(ir.Constant(F32X16, [0.0] * 16), final)
     with cgutils.for_range(builder, groups) as loop:
         group = loop.index
         tile.accumulate(builder.mul(group, steps), steps)
         parts = []
         for v in range(len(tile.w)):
-            slab = builder.mul(tile._clamp(v, last_slab), groups)
+            slab = builder.mul(tile.slab(v), groups)
             at = _at(builder, ir.Constant(_I64, 0), builder.add(slab, group), 64)
             parts.append([load16(builder, builder.add(base, at), -1) for base in (scales, offsets)])
         for r, row in enumerate(finals):
-            at = builder.add(builder.mul(tile._clamp(r, last_row), groups), group)
+            at = builder.add(builder.mul(tile.row(r), groups), group)
             total = broadcast(builder, builder.fneg(_load(builder, _at(builder, sums, at, 4), _F32)))
             for v, final in enumerate(row):
                 scale, offset = parts[v]
-                value = multiply_add(builder, total, offset, builder.load(tile.totals[r][v]))
+                value = multiply_add(builder, total, offset, tile.total(r, v))
                 builder.store(multiply_add(builder, scale, value, builder.load(final)), final)
-    tile.store(finals, out)
+    return finals

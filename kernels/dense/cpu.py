@@ -12,13 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from octavo.kernels.convert import BF16 as BF16_ROW
-from octavo.kernels.convert import bf16_to_float, store_row
+from octavo.kernels.convert import bf16_to_float
 from octavo.kernels.native import kernel, next_item, threads_for, view
 from octavo.kernels.tile import BF16, LANES, STEP_BYTES, STEP_COLUMNS, W4, W8, make_grouped_tile, make_tile
 
 _CHUNK = 128
-_T1, _T2, _T4, _T8 = make_tile(BF16, 1, 4), make_tile(BF16, 2, 4), make_tile(BF16, 4, 4), make_tile(BF16, 8, 3)
+_T1, _T2, _T4, _T8 = make_tile(1, 4), make_tile(2, 4), make_tile(4, 4), make_tile(8, 3)
 _SIZES = ((1, 4), (2, 4), (4, 2), (8, 2))
 _F1, _F2, _F4, _F8 = (make_grouped_tile(W4, r, v) for r, v in _SIZES)
 _E1, _E2, _E4, _E8 = (make_grouped_tile(W8, r, v) for r, v in _SIZES)
@@ -88,17 +87,61 @@ def _sum_groups(x, sums, groups, size):  # type: ignore[no-untyped-def]
         sums[g] = total
 
 
+@numba.njit
+def _bf16_rows(vectors, x, xb, xe, w, wb, we, out, ob, width, steps):  # type: ignore[no-untyped-def]
+    """One tile of bf16 weights, as many rows as it has; returns how many (see `kernels.tile` for the arguments)."""
+    if vectors == 3:
+        _T8(x, xb, xe, w, wb, we, out, ob, width, steps)
+        return 8
+    if xe > 1:
+        _T4(x, xb, xe, w, wb, we, out, ob, width, steps)
+        return 4
+    if xe == 1:
+        _T2(x, xb, xe, w, wb, we, out, ob, width, steps)
+        return 2
+    _T1(x, xb, xe, w, wb, we, out, ob, width, steps)
+    return 1
+
+
+@numba.njit
+def _w4_rows(vectors, x, xb, xe, w, wb, we, out, ob, width, steps, groups, sc, of, s):  # type: ignore[no-untyped-def]
+    if vectors == 2 and xe > 3:
+        _F8(x, xb, xe, w, wb, we, out, ob, width, steps, groups, sc, of, s)
+        return 8
+    if vectors == 2:
+        _F4(x, xb, xe, w, wb, we, out, ob, width, steps, groups, sc, of, s)
+        return 4
+    if xe >= 1:
+        _F2(x, xb, xe, w, wb, we, out, ob, width, steps, groups, sc, of, s)
+        return 2
+    _F1(x, xb, xe, w, wb, we, out, ob, width, steps, groups, sc, of, s)
+    return 1
+
+
+@numba.njit
+def _w8_rows(vectors, x, xb, xe, w, wb, we, out, ob, width, steps, groups, sc, of, s):  # type: ignore[no-untyped-def]
+    if vectors == 2 and xe > 3:
+        _E8(x, xb, xe, w, wb, we, out, ob, width, steps, groups, sc, of, s)
+        return 8
+    if vectors == 2:
+        _E4(x, xb, xe, w, wb, we, out, ob, width, steps, groups, sc, of, s)
+        return 4
+    if xe >= 1:
+        _E2(x, xb, xe, w, wb, we, out, ob, width, steps, groups, sc, of, s)
+        return 2
+    _E1(x, xb, xe, w, wb, we, out, ob, width, steps, groups, sc, of, s)
+    return 1
+
+
 @kernel("qqqqqqqqqqqqqq")
 def _gemm(args):  # type: ignore[no-untyped-def]
     """The arguments' order is that of the call in `linear`. Items: (chunk of x's rows, tile of slabs)."""
     a = numba.carray(args, (15,), np.int64)
     kind, m, n, k, slabs, groups, vectors, step_bytes, steps = a[5], a[6], a[7], a[8], a[9], a[10], a[11], a[12], a[13]
-    acc = np.empty((8 * 4 * LANES), np.float32)
     sums = np.empty((_CHUNK, groups), np.float32)
     have = -1  # the chunk whose sums stand in `sums`
     tiles = (slabs + vectors - 1) // vectors
-    at = acc.ctypes.data
-    slab_bytes = step_bytes * steps * groups
+    xb, ob, wb = k * 2, n * 2, step_bytes * steps * groups  # from row to row of x, of out, from slab to slab
     while True:
         item = next_item(args)
         if item >= tiles * ((m + _CHUNK - 1) // _CHUNK):
@@ -109,50 +152,19 @@ def _gemm(args):  # type: ignore[no-untyped-def]
             for i in range(first, last):
                 _sum_groups(view(a[1] + i * k * 2, (k,), np.uint16), sums[i - first], groups, k // groups)
             have = chunk
-        w, last_slab = a[2] + slab * slab_bytes, slabs - 1 - slab
-        scales, offsets = a[3] + slab * groups * 64, a[4] + slab * groups * 64
+        w, we = a[2] + slab * wb, slabs - 1 - slab
+        sc, of = a[3] + slab * groups * 64, a[4] + slab * groups * 64
         width = min(vectors * LANES, n - slab * LANES)
         i = first
         while i < last:
-            left = last - i
-            x, row, end = a[1] + i * k * 2, k * 2, left - 1
+            x, xe, out = a[1] + i * xb, last - 1 - i, a[14] + (i * n + slab * LANES) * 2
             s = sums.ctypes.data + (i - first) * groups * 4
-            rows = 1 if left == 1 else (2 if left == 2 else 4)
             if kind == BF16:
-                if vectors == 3:
-                    rows = 8
-                    _T8(x, row, end, w, slab_bytes, last_slab, steps, at)
-                elif rows == 4:
-                    _T4(x, row, end, w, slab_bytes, last_slab, steps, at)
-                elif rows == 2:
-                    _T2(x, row, end, w, slab_bytes, last_slab, steps, at)
-                else:
-                    _T1(x, row, end, w, slab_bytes, last_slab, steps, at)
+                i += _bf16_rows(vectors, x, xb, xe, w, wb, we, out, ob, width, steps)
             elif kind == W4:
-                if vectors == 2 and left > 4:
-                    rows = 8
-                    _F8(x, row, end, w, slab_bytes, last_slab, steps, at, groups, scales, offsets, s)
-                elif vectors == 2:
-                    rows = 4
-                    _F4(x, row, end, w, slab_bytes, last_slab, steps, at, groups, scales, offsets, s)
-                elif rows == 2:
-                    _F2(x, row, end, w, slab_bytes, last_slab, steps, at, groups, scales, offsets, s)
-                else:
-                    _F1(x, row, end, w, slab_bytes, last_slab, steps, at, groups, scales, offsets, s)
-            elif vectors == 2 and left > 4:
-                rows = 8
-                _E8(x, row, end, w, slab_bytes, last_slab, steps, at, groups, scales, offsets, s)
-            elif vectors == 2:
-                rows = 4
-                _E4(x, row, end, w, slab_bytes, last_slab, steps, at, groups, scales, offsets, s)
-            elif rows == 2:
-                _E2(x, row, end, w, slab_bytes, last_slab, steps, at, groups, scales, offsets, s)
+                i += _w4_rows(vectors, x, xb, xe, w, wb, we, out, ob, width, steps, groups, sc, of, s)
             else:
-                _E1(x, row, end, w, slab_bytes, last_slab, steps, at, groups, scales, offsets, s)
-            for r in range(min(rows, left)):
-                to = a[14] + ((i + r) * n + slab * LANES) * 2
-                store_row(acc[r * vectors * LANES :], np.float32(1), to, BF16_ROW, width)
-            i += rows
+                i += _w8_rows(vectors, x, xb, xe, w, wb, we, out, ob, width, steps, groups, sc, of, s)
 
 
 def linear(x: Tensor, packed: Packed) -> Tensor:
