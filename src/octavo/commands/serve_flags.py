@@ -85,6 +85,10 @@ def _configure_model(group: argparse._ArgumentGroup) -> None:
         default=DEFAULTS.lm_head_dtype,
         help="int8: quantize the output head's copy of its weight; fewer bytes for each token",
     )
+    _configure_loading(group)
+
+
+def _configure_loading(group: argparse._ArgumentGroup) -> None:
     _add(
         group,
         "--model-impl",
@@ -160,6 +164,10 @@ def _configure_cache(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         help="tokens of a block",
     )
+    _configure_batching(group)
+
+
+def _configure_batching(group: argparse._ArgumentGroup) -> None:
     _add(
         group,
         "--max-num-seqs",
