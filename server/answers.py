@@ -56,13 +56,16 @@ def make_choices(
 ) -> list[Choice]:
     """n choices for each prompt, side by side. A seed is the first one's; the others count up from it."""
     arrival = time.time()
+    rooms = [model.max_model_len - len(prompt.token_ids) for prompt in prompts]
+    params = sampling_params(request, model, room=min(rooms), max_tokens=max_tokens)
     choices: list[Choice] = []
-    for prompt in prompts:
-        params = sampling_params(request, model, num_prompt_tokens=len(prompt.token_ids), max_tokens=max_tokens)
+    for prompt, room in zip(prompts, rooms, strict=True):
+        own = params if max_tokens is not None else msgspec.structs.replace(params, max_tokens=room)
         for number in range(request.num_choices):
-            own = params if params.seed is None else msgspec.structs.replace(params, seed=params.seed + number)
+            if own.seed is not None and number:
+                own = msgspec.structs.replace(own, seed=own.seed + 1)
             add = AddRequest(f"request-{next(_unique)}", prompt.token_ids, own, arrival)
-            wanted = params.max_tokens if max_tokens != 0 else 0
+            wanted = 0 if max_tokens == 0 else own.max_tokens
             choices.append(make_choice(len(choices), add, request, model, num_wanted=wanted))
     return choices
 
@@ -160,8 +163,8 @@ class ChatAnswer:
         return content | _extras(self.request, delta, prompt_ids, self._model)
 
 
-async def fold(answer: Answer, steps: Steps) -> Json:
-    """The whole response, when all steps are there."""
+async def fold(answer: Answer, steps: Steps) -> list[Delta]:
+    """All deltas of each choice joined, in the order of the choices, when all steps are there."""
     whole: dict[int, Delta] = {}
     async with aclosing(steps):
         async for deltas in steps:
@@ -170,7 +173,7 @@ async def fold(answer: Answer, steps: Steps) -> Json:
                     whole[delta.index].extend(delta)
                 else:
                     whole[delta.index] = delta
-    return answer.whole([whole[index] for index in range(len(answer.choices))])
+    return [whole[index] for index in range(len(answer.choices))]
 
 
 async def events(answer: Answer, steps: Steps) -> AsyncGenerator[bytes, None]:

@@ -9,11 +9,11 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, TypeVar
 
 from fastapi import APIRouter, Body, FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from pydantic import Discriminator, Tag
 
 from octavo.server import errors
@@ -35,18 +35,19 @@ from octavo.server.protocol import (
 )
 from octavo.server.sampling import chat_prompt, chat_token_ids, completion_prompts, encode, in_vocabulary
 from octavo.server.streaming import EventStream, encode_json, unless_hung_up
+from octavo.server.strict_json import StrictRoute
 from octavo.version import VERSION
 
 logger = logging.getLogger(__name__)
 
 HEALTH_SECONDS = 30.0  # one step of a large model on a slow machine may take seconds; nothing healthy takes this
-LONG_BODY = 1 << 16  # bytes; tokenizing more than this would hold up every other stream, so a thread does it
+LONG_BODY = 1 << 16  # bytes
 HUNG_UP = 499  # nginx's number for a client that went away; nobody reads it
 
 T = TypeVar("T")
 TokenizeRequest = Annotated[
-    Annotated[TokenizeCompletionRequest, Tag(errors.TEXT_TAG)] | Annotated[TokenizeChatRequest, Tag(errors.CHAT_TAG)],
-    Discriminator(lambda body: errors.CHAT_TAG if isinstance(body, dict) and "messages" in body else errors.TEXT_TAG),
+    Annotated[TokenizeCompletionRequest, Tag("<text>")] | Annotated[TokenizeChatRequest, Tag("<chat>")],
+    Discriminator(lambda body: "<chat>" if isinstance(body, dict) and "messages" in body else "<text>"),
 ]
 
 
@@ -71,6 +72,7 @@ def build_app(model: ServedModel, client: EngineClient, metrics: Metrics, option
         docs_url="/docs" if options.docs else None,
         openapi_url="/openapi.json" if options.docs else None,
         redoc_url=None,
+        redirect_slashes=False,
     )
     errors.install(app)
     routes = _Routes(model, client, metrics, options)
@@ -95,59 +97,52 @@ class _Routes:
 
     def generation(self) -> APIRouter:
         """/v1/completions and /v1/chat/completions."""
-        router = APIRouter(responses=RESPONSES)
+        router = APIRouter(route_class=StrictRoute, responses=RESPONSES)
+        model = self._model
 
         @router.post("/v1/completions")
         async def completions(body: CompletionRequest, http: Request) -> Response:
             """Complete one prompt or several."""
             self._check(body.model)
-            prompts = await self._off_loop(http, completion_prompts, body, self._model)
-            return await self._answer(http, CompletionAnswer(body, prompts, self._model))
+            answer = await _off_loop(http, lambda: CompletionAnswer(body, completion_prompts(body, model), model))
+            return await self._answer(http, answer)
 
         @router.post("/v1/chat/completions")
         async def chat_completions(body: ChatCompletionRequest, http: Request) -> Response:
             """Answer a conversation."""
             self._check(body.model)
-            prompt = await self._off_loop(http, chat_prompt, body, self._model)
-            return await self._answer(http, ChatAnswer(body, prompt, self._model))
+            answer = await _off_loop(http, lambda: ChatAnswer(body, chat_prompt(body, model), model))
+            return await self._answer(http, answer)
 
         return router
 
     def text(self) -> APIRouter:
         """/tokenize, /detokenize and the models' names."""
-        router = APIRouter(responses=RESPONSES)
+        router = APIRouter(route_class=StrictRoute, responses=RESPONSES)
         model = self._model
 
-        @router.post("/tokenize")
-        async def tokenize(body: Annotated[TokenizeRequest, Body()], http: Request) -> TokenizeResponse:
+        @router.post("/tokenize", response_model=TokenizeResponse)
+        async def tokenize(body: Annotated[TokenizeRequest, Body()], http: Request) -> Response:
             """The token ids of a text, or of the prompt that the chat template makes of messages."""
             self._check_name(body.model)
-            if isinstance(body, TokenizeChatRequest):
-                ids = await self._off_loop(http, chat_token_ids, body, model)
-            else:
-                ids = await self._off_loop(
-                    http, lambda: encode(body.prompt, "prompt", model, add_special_tokens=body.add_special_tokens)
-                )
-            strings = [model.tokenizer.token_text(token_id) for token_id in ids] if body.return_token_strs else None
-            return TokenizeResponse(count=len(ids), max_model_len=model.max_model_len, tokens=ids, token_strs=strings)
+            return _json(await _off_loop(http, lambda: _tokenized(body, model)))
 
-        @router.post("/detokenize")
-        async def detokenize(body: DetokenizeRequest) -> DetokenizeResponse:
+        @router.post("/detokenize", response_model=DetokenizeResponse)
+        async def detokenize(body: DetokenizeRequest, http: Request) -> Response:
             """The text of these token ids, special tokens written out."""
             self._check_name(body.model)
-            in_vocabulary(body.tokens, "tokens", model)
-            return DetokenizeResponse(prompt=model.tokenizer.decode(body.tokens))
+            return _json(await _off_loop(http, lambda: _detokenized(body, model)))
 
         @router.get("/v1/models")
         async def models() -> Response:
             """All names of the model that is served."""
-            return JSONResponse({"object": "list", "data": [model.card(name) for name in model.names]})
+            return _json(encode_json({"object": "list", "data": [model.card(name) for name in model.names]}))
 
         @router.get("/v1/models/{name:path}")
         async def one_model(name: str) -> Response:
             """The model under one of its names."""
             self._check_name(name)
-            return JSONResponse(model.card(name))
+            return _json(encode_json(model.card(name)))
 
         return router
 
@@ -192,12 +187,6 @@ class _Routes:
                 404, f"the model {name[:80]!r} is not served here; {served} is", param="model", code="model_not_found"
             )
 
-    async def _off_loop(self, http: Request, prepare: Callable[..., T], *arguments: Any) -> T:
-        """Tokenize: here when it is short, in a thread when it would hold up the others."""
-        if int(http.headers.get("content-length", LONG_BODY)) < LONG_BODY:
-            return prepare(*arguments)
-        return await asyncio.to_thread(prepare, *arguments)
-
     async def _answer(self, http: Request, answer: Answer) -> Response:
         request = answer.request
         if self._options.log_requests:
@@ -206,7 +195,32 @@ class _Routes:
         steps = generate(answer.choices, self._client, self._metrics)
         if request.stream:
             return EventStream(events(answer, steps))
-        whole = await unless_hung_up(http.receive, fold(answer, steps))
-        if whole is None:
+        deltas = await unless_hung_up(http.receive, fold(answer, steps))
+        if deltas is None:
             return Response(status_code=HUNG_UP)
-        return Response(encode_json(whole), media_type="application/json")
+        return _json(await _off_loop(http, lambda: encode_json(answer.whole(deltas))))
+
+
+async def _off_loop(http: Request, work: Callable[[], T]) -> T:
+    """Do what takes long for a long prompt: here when it is short, in a thread when it would hold up the others."""
+    if int(http.headers.get("content-length", LONG_BODY)) < LONG_BODY:
+        return work()
+    return await asyncio.to_thread(work)
+
+
+def _json(content: bytes) -> Response:
+    return Response(content, media_type="application/json")
+
+
+def _tokenized(body: TokenizeCompletionRequest | TokenizeChatRequest, model: ServedModel) -> bytes:
+    if isinstance(body, TokenizeChatRequest):
+        ids = chat_token_ids(body, model)
+    else:
+        ids = encode(body.prompt, "prompt", model, add_special_tokens=body.add_special_tokens)
+    strings = [model.tokenizer.token_text(token_id) for token_id in ids] if body.return_token_strs else None
+    return encode_json({"count": len(ids), "max_model_len": model.max_model_len, "tokens": ids, "token_strs": strings})
+
+
+def _detokenized(body: DetokenizeRequest, model: ServedModel) -> bytes:
+    in_vocabulary(body.tokens, "tokens", model)
+    return encode_json({"prompt": model.tokenizer.decode(body.tokens)})

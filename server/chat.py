@@ -63,8 +63,8 @@ class ChatTemplate:
     ) -> str:
         """The prompt for these messages. `template`: one by name, or a template's own text; else the default."""
         source = self._choose(template)
-        chat = [dict(message) for message in copy.deepcopy(list(messages))]
         try:
+            chat = copy.deepcopy(list(messages))
             compiled, wants_parts = _compile(source)
             for message in chat:
                 if isinstance(message.get("content"), list) and not wants_parts:

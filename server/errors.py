@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from typing import Any
 
 import msgspec
@@ -9,12 +10,12 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from pydantic import BaseModel
+from pydantic_core import PydanticCustomError
 from starlette.exceptions import HTTPException
 
 _TYPES = {401: "authentication_error", 404: "not_found_error", 413: "invalid_request_error", 503: "overloaded_error"}
-TEXT_TAG, CHAT_TAG = "<text>", "<chat>"  # which of its two kinds of body a request to /tokenize was taken for
-_NOT_A_FIELD = frozenset({"body", "query", "path", "header", TEXT_TAG, CHAT_TAG})  # in pydantic's places of errors
-_MAX_SHOWN = 80  # characters of a client's value that are repeated to it
+_short = reprlib.Repr()  # of a client's value, when it is repeated to it
+_short.maxstring = _short.maxother = 80
 
 
 class ErrorDetail(BaseModel):
@@ -51,6 +52,11 @@ class ApiError(Exception):
 def bad_request(message: str, param: str | None = None) -> ApiError:
     """A 400 that blames `param`."""
     return ApiError(400, message, param=param)
+
+
+def field_error(name: str, message: str) -> PydanticCustomError:
+    """For a validator that judges several fields together: the error that blames one of them."""
+    return PydanticCustomError("field", "{message}", {"message": message, "field": name})
 
 
 def error_body(
@@ -101,17 +107,24 @@ def install(app: FastAPI) -> None:
 
 
 def explain(error: dict[str, Any]) -> tuple[str, str | None]:
-    """(message, field) of one of pydantic's errors; a field that octavo doesn't know is named as such."""
-    place = [part for part in error["loc"] if part not in _NOT_A_FIELD]
-    path = ".".join(str(part) for part in place)
-    param = str(place[0]) if place and isinstance(place[0], str) else None
-    if error["type"] == "extra_forbidden":
+    """(message, field) of one of pydantic's errors; a field that octavo doesn't know is named as such.
+
+    An error's place begins with "body"; names in <> in it are the options of a union, no fields.
+    """
+    kind, context, (_, *place) = error["type"], error.get("ctx", {}), error["loc"]
+    if kind == "field":
+        return error["msg"], context["field"]
+    names = [str(part) for part in place[:-1] if not str(part).startswith("<")]
+    if kind == "extra_forbidden" or (place and not str(place[-1]).startswith("<")):
+        names.append(str(place[-1]))
+    path, param = ".".join(names), names[0] if names else None
+    if kind == "extra_forbidden":
         return f"{path}: octavo does not support this field, and refuses it rather than ignore it", param
-    if error["type"] == "missing" and not place:
-        return "the request has no JSON body (with content-type: application/json)", None
-    if error["type"] == "model_attributes_type":
-        return "the body must be a JSON object", None
-    shown = repr(error.get("input"))
-    got = f" (got {shown if len(shown) <= _MAX_SHOWN else shown[:_MAX_SHOWN] + '...'})"
-    message = error["msg"].removeprefix("Value error, ")
-    return (f"{path}: {message}{got}" if path else message), param
+    if kind == "none_required" or (kind == "too_long" and context["max_length"] == 0):
+        return f"{path}: octavo does not support this; only null is accepted", param
+    if kind == "missing":
+        return (f"{path}: this field is missing" if path else "the request has no JSON body"), param
+    if not names and not isinstance(error.get("input"), dict):
+        return "the body must be a JSON object, sent with content-type: application/json", None
+    message = f"{error['msg'].removeprefix('Value error, ')} (got {_short.repr(error.get('input'))})"
+    return (f"{path}: {message}" if path else message), param

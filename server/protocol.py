@@ -9,15 +9,29 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+    model_validator,
+)
+
+from octavo.server.errors import field_error
 
 MAX_CHOICES = 128
+MAX_TOKENS_SENT = 1 << 22  # to the engine for one request, where each answer's prompt counts; they take 200 MB there
+MAX_ENTRIES = 1024  # of an object; pydantic makes an error of each that is wrong, and they must not fill the memory
 INT64 = 2**63
 
 Text = Annotated[str, StringConstraints(strict=True)]
 TokenId = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
 Count = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
 StopString = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=1024)]
+StopStrings = Annotated[list[StopString], Field(max_length=32, fail_fast=True)]
 Flag = Annotated[bool, Field(strict=True)]
 
 
@@ -28,13 +42,31 @@ def _number(value: object) -> object:
     return value
 
 
+def _few(value: Any) -> Any:
+    """Not an object of a million entries, each of which would get an error of its own."""
+    if isinstance(value, dict) and len(value) > MAX_ENTRIES:
+        raise ValueError(f"an object of {len(value)} entries; {MAX_ENTRIES} is the most")
+    return value
+
+
+def _text_or_list(value: object) -> str:
+    return "<list>" if isinstance(value, list) else "<text>"
+
+
 Number = Annotated[float, BeforeValidator(_number, json_schema_input_type=float), Field(allow_inf_nan=False)]
+TextOption = Annotated[Text, Tag("<text>")]
+Unsupported = Annotated[list[Any], Field(max_length=0, fail_fast=True)]
 
 
 class Strict(BaseModel):
     """Unknown fields are refused."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_size(cls, fields: Any) -> Any:
+        return _few(fields)
 
 
 class StreamOptions(Strict):
@@ -56,7 +88,7 @@ class NoOps(Strict):
 
     user: Text | None = None
     store: Literal[False] | None = None
-    metadata: dict[str, Text] | None = None
+    metadata: Annotated[dict[str, Text], BeforeValidator(_few)] | None = None
     service_tier: Literal["auto", "default"] | None = None
     safety_identifier: Text | None = None
     prompt_cache_key: Text | None = None
@@ -64,7 +96,7 @@ class NoOps(Strict):
     use_beam_search: Literal[False] | None = None
     length_penalty: Literal[1] | None = None
     response_format: TextFormat | None = None
-    bad_words: Annotated[list[Text], Field(max_length=0)] | None = None
+    bad_words: Unsupported | None = None
     spaces_between_special_tokens: Literal[True] | None = None
     structured_outputs: None = None
     cache_salt: None = None
@@ -79,24 +111,29 @@ class GenerationRequest(NoOps):
     n: Annotated[int, Field(strict=True, ge=1, le=MAX_CHOICES)] | None = None
     best_of: Annotated[int, Field(strict=True, ge=1, le=MAX_CHOICES)] | None = None
     seed: Annotated[int, Field(strict=True, ge=-INT64, lt=INT64)] | None = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=32)] | None = None
+    stop: (
+        Annotated[
+            Annotated[StopString, Tag("<text>")] | Annotated[StopStrings, Tag("<list>")], Discriminator(_text_or_list)
+        ]
+        | None
+    ) = None
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
     presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
-    logit_bias: Annotated[dict[str, Annotated[Number, Field(ge=-100, le=100)]], Field(max_length=1024)] | None = None
+    logit_bias: Annotated[dict[str, Annotated[Number, Field(ge=-100, le=100)]], BeforeValidator(_few)] | None = None
     # vLLM's own
     top_k: Annotated[int, Field(strict=True, ge=-1, lt=2**31)] | None = None
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[Number, Field(gt=0, le=10)] | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=256)] | None = None
+    repetition_penalty: Annotated[Number, Field(ge=1e-6, le=10)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=256, fail_fast=True)] | None = None
     include_stop_str_in_output: Flag = False
     ignore_eos: Flag = False
     min_tokens: Count = 0
     skip_special_tokens: Flag = True
     truncate_prompt_tokens: Annotated[int, Field(strict=True, ge=-1, lt=2**31)] | None = None
     prompt_logprobs: Count | None = None
-    allowed_token_ids: Annotated[list[TokenId], Field(min_length=1, max_length=2**18)] | None = None
+    allowed_token_ids: Annotated[list[TokenId], Field(min_length=1, max_length=2**18, fail_fast=True)] | None = None
     return_token_ids: Flag | None = None
     request_id: Annotated[str, StringConstraints(strict=True, min_length=1, max_length=256)] | None = None
 
@@ -113,23 +150,41 @@ class GenerationRequest(NoOps):
     @model_validator(mode="after")
     def _check_combinations(self) -> GenerationRequest:
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options is for stream: true only")
+            raise field_error("stream_options", "stream_options is for stream: true only")
         if self.best_of is not None and self.best_of != self.num_choices:
-            raise ValueError("best_of is supported only where it equals n: nothing is thrown away here")
+            raise field_error("best_of", "best_of is supported only where it equals n: nothing is thrown away here")
         if self.stream and self.prompt_logprobs is not None:
-            raise ValueError("prompt_logprobs is not available with stream: true")
+            raise field_error("prompt_logprobs", "prompt_logprobs is not available with stream: true")
         if self.truncate_prompt_tokens == 0:
-            raise ValueError("truncate_prompt_tokens must be positive, or -1 for what the context holds")
+            raise field_error(
+                "truncate_prompt_tokens", "truncate_prompt_tokens must be positive, or -1 for what the context holds"
+            )
         return self
 
 
-TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_TOKENS_SENT, fail_fast=True)]
+Texts = Annotated[list[Text], Field(min_length=1, max_length=2048, fail_fast=True)]
+TokenLists = Annotated[list[TokenIds], Field(min_length=1, max_length=2048, fail_fast=True)]
+
+
+def _kind_of_prompt(value: object) -> str:
+    """The first element tells, so that an error is about what was meant."""
+    if not isinstance(value, list):
+        return "<text>"
+    first = value[0] if value else None
+    return "<texts>" if isinstance(first, str) else "<token lists>" if isinstance(first, list) else "<tokens>"
 
 
 class CompletionRequest(GenerationRequest):
     """POST /v1/completions. A list of prompts is answered with n choices for each."""
 
-    prompt: Text | TokenIds | Annotated[list[Text] | list[TokenIds], Field(min_length=1, max_length=2048)]
+    prompt: Annotated[
+        TextOption
+        | Annotated[TokenIds, Tag("<tokens>")]
+        | Annotated[Texts, Tag("<texts>")]
+        | Annotated[TokenLists, Tag("<token lists>")],
+        Discriminator(_kind_of_prompt),
+    ]
     max_tokens: Count | None = 16
     logprobs: Count | None = None
     echo: Flag | None = None
@@ -139,7 +194,9 @@ class CompletionRequest(GenerationRequest):
     @model_validator(mode="after")
     def _check_max_tokens(self) -> CompletionRequest:
         if self.max_tokens == 0 and not self.echo:
-            raise ValueError("max_tokens 0 makes sense with echo: true only, for the prompt's log-probabilities")
+            raise field_error(
+                "max_tokens", "max_tokens 0 makes sense with echo: true only, for the prompt's log-probabilities"
+            )
         return self
 
 
@@ -148,6 +205,9 @@ class TextPart(Strict):
 
     type: Literal["text"]
     text: Text
+
+
+TextParts = Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
 
 
 class FunctionCall(Strict):
@@ -169,16 +229,16 @@ class ChatMessage(Strict):
     """One message. Everything in it goes to the chat template as it is."""
 
     role: Annotated[str, StringConstraints(strict=True, min_length=1, max_length=64)]
-    content: Text | Annotated[list[TextPart], Field(min_length=1)] | None = None
+    content: Annotated[TextOption | Annotated[TextParts, Tag("<list>")], Discriminator(_text_or_list)] | None = None
     name: Text | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
     tool_call_id: Text | None = None
     reasoning: Text | None = None
     reasoning_content: Text | None = None
     refusal: None = None
     audio: None = None
     function_call: None = None
-    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    annotations: Unsupported | None = None
 
     @model_validator(mode="after")
     def _check_content(self) -> ChatMessage:
@@ -190,17 +250,17 @@ class ChatMessage(Strict):
 class ChatOptions(Strict):
     """How messages become a prompt; shared by chat completions and /tokenize."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
     add_generation_prompt: Flag = True
     continue_final_message: Flag = False
     chat_template: Text | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(_few)] | None = None
     add_special_tokens: Flag = False
 
     @model_validator(mode="after")
     def _check_ending(self) -> ChatOptions:
         if self.continue_final_message and self.add_generation_prompt:
-            raise ValueError("continue_final_message needs add_generation_prompt: false")
+            raise field_error("continue_final_message", "continue_final_message needs add_generation_prompt: false")
         return self
 
 
@@ -212,19 +272,27 @@ class ChatCompletionRequest(ChatOptions, GenerationRequest):
     logprobs: Flag | None = None
     top_logprobs: Count | None = None
     echo: Flag = False
-    documents: list[dict[str, Any]] | None = None
-    # tools are not supported yet: accepted only where they ask for nothing
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    documents: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
+    # not supported: accepted only where they ask for nothing
+    tools: Unsupported | None = None
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: Flag | None = None
-    functions: Annotated[list[Any], Field(max_length=0)] | None = None
+    functions: Unsupported | None = None
     function_call: Literal["none", "auto"] | None = None
-    modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=1, fail_fast=True)] | None = None
+    audio: None = None
+    prediction: None = None
+    web_search_options: None = None
+    reasoning_effort: None = None
+    verbosity: None = None
+    include_reasoning: Literal[True] | None = None
+    thinking_token_budget: None = None
+    mm_processor_kwargs: None = None
 
     @model_validator(mode="after")
     def _check_logprobs(self) -> ChatCompletionRequest:
         if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs: true")
+            raise field_error("top_logprobs", "top_logprobs needs logprobs: true")
         return self
 
 
@@ -248,7 +316,7 @@ class DetokenizeRequest(Strict):
     """POST /detokenize."""
 
     model: Text | None = None
-    tokens: list[TokenId]
+    tokens: Annotated[list[TokenId], Field(max_length=MAX_TOKENS_SENT, fail_fast=True)]
 
 
 class TokenizeResponse(BaseModel):

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from octavo.runtime.request import SamplingParams
 from octavo.server.chat import ChatTemplateError
 from octavo.server.errors import bad_request
 from octavo.server.model import ServedModel
-from octavo.server.protocol import ChatCompletionRequest, ChatOptions, CompletionRequest, GenerationRequest
+from octavo.server.protocol import (
+    MAX_TOKENS_SENT,
+    ChatCompletionRequest,
+    ChatOptions,
+    CompletionRequest,
+    GenerationRequest,
+)
 
 MAX_ANSWERS = 4096  # of one HTTP request: prompts x n
+MAX_TEXT = 1 << 22  # characters that are tokenized, whatever the context: that takes seconds and some 400 MB
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,21 +47,39 @@ def completion_prompts(request: CompletionRequest, model: ServedModel) -> list[P
         else:
             ids = encode(text, "prompt", model, add_special_tokens=request.add_special_tokens)
         prompts.append(Prompt(_fitted(ids, request, request.max_tokens, model, "prompt"), text))
+    _check_total(prompts, request, "prompt")
     return prompts
 
 
 def chat_prompt(request: ChatCompletionRequest, model: ServedModel) -> Prompt:
     """The prompt that the chat template makes of the messages."""
     ids = chat_token_ids(request, model, documents=request.documents)
-    return Prompt(_fitted(ids, request, chat_max_tokens(request), model, "messages"))
+    prompt = Prompt(_fitted(ids, request, chat_max_tokens(request), model, "messages"))
+    _check_total([prompt], request, "messages")
+    return prompt
+
+
+def _check_total(prompts: list[Prompt], request: GenerationRequest, name: str) -> None:
+    """A body of some megabytes must not become gigabytes in the engine."""
+    beside = len(request.allowed_token_ids or ()) + len(request.logit_bias or ())
+    total = sum(len(prompt.token_ids) + beside for prompt in prompts) * request.num_choices
+    if total > MAX_TOKENS_SENT:
+        raise bad_request(
+            f"{name}: {total} tokens with what goes along, for {len(prompts)} prompts with n {request.num_choices}; a "
+            f"request may send {MAX_TOKENS_SENT}. Make several of it",
+            name,
+        )
 
 
 def encode(text: str, name: str, model: ServedModel, *, add_special_tokens: bool) -> list[int]:
-    """Token ids of a client's text. Half a surrogate pair, which JSON can write, is no text."""
+    """Token ids of a client's text. Half a surrogate pair, which a template can write, is no text."""
+    limit = max(MAX_TEXT, model.max_model_len * model.tokenizer.longest_token)
+    if len(text) > limit:
+        raise bad_request(f"{name}: {len(text)} characters; {limit} is the most that is tokenized", name)
     try:
         return model.tokenizer.encode(text, add_special_tokens=add_special_tokens)
-    except UnicodeEncodeError as error:
-        raise bad_request(f"{name}: not valid Unicode: {error.reason}", name) from None
+    except (UnicodeEncodeError, TypeError):  # which of them depends on the version of tokenizers
+        raise bad_request(f"{name}: half a surrogate pair is no text", name) from None
 
 
 def chat_token_ids(
@@ -87,23 +113,25 @@ def chat_max_tokens(request: ChatCompletionRequest) -> int | None:
 
 
 def sampling_params(
-    request: GenerationRequest, model: ServedModel, *, num_prompt_tokens: int, max_tokens: int | None
+    request: GenerationRequest, model: ServedModel, *, room: int, max_tokens: int | None
 ) -> SamplingParams:
-    """What the engine samples one choice by. max_tokens None: as many as the context leaves.
+    """What the engine samples an answer by. max_tokens None: `room`, as many as the context leaves.
 
     0 (a prompt's log-probabilities only) becomes 1: the server drops that token.
     """
-    room = model.max_model_len - num_prompt_tokens
     defaults = model.defaults
-    stops = () if request.ignore_eos else tuple(model.end_ids)
     top_k = _first(request.top_k, defaults.get("top_k"), 0)
     limit = room if max_tokens is None else max(1, max_tokens)
     if request.min_tokens > limit:
         raise bad_request(f"min_tokens {request.min_tokens} is more than max_tokens, {limit}", "min_tokens")
-    logprobs, prompt_logprobs = _logprobs(request)
-    for name, count in (("logprobs", logprobs), ("prompt_logprobs", prompt_logprobs)):
-        if count is not None and count > model.max_logprobs:
-            raise bad_request(f"{name} {count} is above this server's limit of {model.max_logprobs}", name)
+    logprobs, prompt_logprobs = _logprobs(request, model)
+    allowed = in_vocabulary(request.allowed_token_ids, "allowed_token_ids", model)
+    stops = () if request.ignore_eos else tuple(model.end_ids)
+    stops += in_vocabulary(request.stop_token_ids, "stop_token_ids", model) or ()
+    if allowed is not None and request.min_tokens and set(allowed) <= set(stops):
+        raise bad_request(
+            "allowed_token_ids: all of them end the answer, which min_tokens forbids", "allowed_token_ids"
+        )
     return SamplingParams(
         max_tokens=limit,
         min_tokens=request.min_tokens,
@@ -115,9 +143,9 @@ def sampling_params(
         frequency_penalty=request.frequency_penalty or 0.0,
         repetition_penalty=_first(request.repetition_penalty, defaults.get("repetition_penalty"), 1.0),
         logit_bias=_logit_bias(request, model),
-        allowed_token_ids=in_vocabulary(request.allowed_token_ids, "allowed_token_ids", model),
+        allowed_token_ids=allowed,
         seed=request.seed,
-        stop_token_ids=stops + (in_vocabulary(request.stop_token_ids, "stop_token_ids", model) or ()),
+        stop_token_ids=stops,
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
     )
@@ -128,14 +156,20 @@ def _first(*values: float | None) -> float:
     return next(value for value in values if value is not None)
 
 
-def _logprobs(request: GenerationRequest) -> tuple[int | None, int | None]:
+def _logprobs(request: GenerationRequest, model: ServedModel) -> tuple[int | None, int | None]:
     """(logprobs, prompt_logprobs): an echoed prompt's are reported as the answer's are."""
+    prompt_logprobs = request.prompt_logprobs
     if isinstance(request, CompletionRequest):
-        logprobs = request.logprobs
-        echoed = logprobs if request.echo else None
-        return logprobs, echoed if request.prompt_logprobs is None else max(request.prompt_logprobs, echoed or 0)
-    assert isinstance(request, ChatCompletionRequest)
-    return (request.top_logprobs or 0) if request.logprobs else None, request.prompt_logprobs
+        name, logprobs = "logprobs", request.logprobs
+        if request.echo and logprobs is not None:
+            prompt_logprobs = max(prompt_logprobs or 0, logprobs)
+    else:
+        assert isinstance(request, ChatCompletionRequest)
+        name, logprobs = "top_logprobs", (request.top_logprobs or 0) if request.logprobs else None
+    for field, count in ((name, logprobs), ("prompt_logprobs", prompt_logprobs)):
+        if count is not None and count > model.max_logprobs:
+            raise bad_request(f"{field} {count} is above this server's limit, {model.max_logprobs}", field)
+    return logprobs, prompt_logprobs
 
 
 def _logit_bias(request: GenerationRequest, model: ServedModel) -> dict[int, float]:
@@ -149,9 +183,8 @@ def _logit_bias(request: GenerationRequest, model: ServedModel) -> dict[int, flo
 
 
 def in_vocabulary(ids: list[int] | None, name: str, model: ServedModel) -> tuple[int, ...] | None:
-    for token_id in ids or ():
-        if token_id >= model.vocab_size:
-            raise bad_request(f"{name}: token id {token_id} is not below the vocabulary size {model.vocab_size}", name)
+    if ids and (largest := max(ids)) >= model.vocab_size:
+        raise bad_request(f"{name}: token id {largest} is not below the vocabulary size, {model.vocab_size}", name)
     return None if ids is None else tuple(ids)
 
 
@@ -168,8 +201,8 @@ def _fitted(
         raise bad_request(f"{name}: the prompt is empty, and this tokenizer adds no beginning token to it", name)
     if len(ids) + wanted > model.max_model_len:
         raise bad_request(
-            f"this model's context is {model.max_model_len} tokens; the {name} have {len(ids)} and at least {wanted} "
-            "are to be generated. Shorten the one or the other",
+            f"{name}: {len(ids)} tokens, and at least {wanted} are to follow; the context of this model is "
+            f"{model.max_model_len} tokens. Shorten the prompt or lower max_tokens",
             name if len(ids) >= model.max_model_len else "max_tokens",
         )
     return ids
@@ -179,8 +212,8 @@ def _plain(message: dict[str, Any]) -> dict[str, Any]:
     """A message as templates expect it: the arguments of a call as an object, the content always there."""
     for call in message.get("tool_calls", ()):
         try:
-            call["function"]["arguments"] = json.loads(call["function"]["arguments"])
-        except ValueError:
+            call["function"]["arguments"] = msgspec.json.decode(call["function"]["arguments"] or "{}")
+        except (msgspec.DecodeError, RecursionError):
             raise bad_request("messages: tool_calls[].function.arguments is not JSON", "messages") from None
     if "reasoning" in message:
         message.setdefault("reasoning_content", message["reasoning"])

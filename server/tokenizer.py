@@ -87,7 +87,9 @@ class Tokenizer:
         self.special_ids = frozenset(
             token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
         )
-        self.num_tokens: int = max(backend.get_vocab().values()) + 1  # ids run from 0; some may be unused
+        vocabulary = backend.get_vocab()
+        self.num_tokens: int = max(vocabulary.values()) + 1  # ids run from 0; some may be unused
+        self.longest_token = max(map(len, vocabulary))  # in characters, or in bytes of a byte-level vocabulary
 
     @classmethod
     def open(cls, directory: Path, *, trust_remote_code: bool = False) -> Tokenizer:
@@ -118,7 +120,8 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; special tokens written out in it count as special tokens, as in transformers."""
-        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        # of the library's ways this is the one that lets go of the GIL; its `encode` would stop every other stream
+        ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         return ids
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
