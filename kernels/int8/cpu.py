@@ -19,6 +19,7 @@ from octavo.kernels.native import kernel, next_item, threads_for, view
 from octavo.kernels.tile import LANES, make_int8_tile
 
 MAX_COLUMNS = 65_792
+_FEW_ROWS = 8  # rows that every thread rounds for itself
 _CHUNK = 128  # rows of x that one item of work passes over with a tile of weights in the L1 cache
 
 _SIZES = ((1, 4), (2, 4), (4, 4), (8, 3))  # rows and vectors
@@ -64,12 +65,24 @@ def _quantize(args):  # type: ignore[no-untyped-def]
         scales[i], sums[i] = quantize_row(a[1] + i * count * size_of(kind), kind, count, row, a[2] + i * width, width)
 
 
-@kernel("qqqqqqqqqqqq")
+@kernel("qqqqqqqqqqqqqq")
 def _gemm(args):  # type: ignore[no-untyped-def]
-    """The arguments' order is that of the call in `linear`. Items: (chunk of x's rows, tile of slabs)."""
-    a = numba.carray(args, (13,), np.int64)
-    kind, m, n, slabs, steps, vectors = a[7], a[8], a[9], a[10], a[11], a[12]
-    size = size_of(kind)
+    """The arguments' order is that of the call in `linear`. Items: (chunk of x's rows, tile of slabs).
+
+    Where the codes' address is 0 every thread rounds x for itself: for few rows that costs less than a pass of its own.
+    """
+    a = numba.carray(args, (15,), np.int64)
+    kind, m, n, k, slabs, steps, vectors = a[7], a[8], a[9], a[10], a[11], a[12], a[13]
+    size, own = size_of(kind), a[2] == 0
+    x_codes = np.empty((m if own else 0, steps * 4), np.int8)
+    x_scales, x_sums = np.empty(m if own else 0, np.float32), np.empty(m if own else 0, np.int32)
+    codes, x_scale, x_sum = a[2], a[3], a[4]
+    if own:
+        row = np.zeros((k + 15) // 16 * 16, np.float32)
+        codes, x_scale, x_sum = x_codes.ctypes.data, x_scales.ctypes.data, x_sums.ctypes.data
+        for i in range(m):
+            at = codes + i * steps * 4
+            x_scales[i], x_sums[i] = quantize_row(a[1] + i * k * size, kind, k, row, at, steps * 4)
     tiles = (slabs + vectors - 1) // vectors
     chunks = (m + _CHUNK - 1) // _CHUNK
     while True:
@@ -78,11 +91,12 @@ def _gemm(args):  # type: ignore[no-untyped-def]
             break
         slab = (item % tiles) * vectors
         i, last = (item // tiles) * _CHUNK, min(m, (item // tiles + 1) * _CHUNK)
-        w, w_bytes, w_last, scales = a[4] + slab * steps * 64, steps * 64, slabs - 1 - slab, a[5] + slab * 64
+        w, w_bytes, w_last, scales = a[5] + slab * steps * 64, steps * 64, slabs - 1 - slab, a[6] + slab * 64
         width = min(vectors * LANES, n - slab * LANES)
         while i < last:
             end = last - 1 - i
-            x, out, xs, xt = a[1] + i * steps * 4, a[6] + (i * n + slab * LANES) * size, a[2] + i * 4, a[3] + i * 4
+            x, xs, xt = codes + i * steps * 4, x_scale + i * 4, x_sum + i * 4
+            out = a[14] + (i * n + slab * LANES) * size
             if vectors == 3:
                 _T8(x, steps * 4, end, w, w_bytes, w_last, out, n * size, width, steps, kind, xs, xt, scales)
                 i += 8
@@ -101,26 +115,21 @@ def linear(x: Tensor, packed: PackedInt8) -> Tensor:
     """x [M, K] bf16, fp16 or float32 -> [M, N] in x's type."""
     x = x.contiguous()
     m, k = x.shape
-    n, steps = packed.num_rows, packed.slabs.shape[1]
-    codes = torch.empty(m, steps * 4, dtype=torch.int8)
-    scale, total = torch.empty(m), torch.empty(m, dtype=torch.int32)
-    kind = KINDS[x.dtype]
-    _quantize.start(
-        threads_for(x.numel()),
-        x.data_ptr(),
-        codes.data_ptr(),
-        scale.data_ptr(),
-        total.data_ptr(),
-        kind,
-        m,
-        k,
-        steps * 4,
-    )
+    n, steps, kind = packed.num_rows, packed.slabs.shape[1], KINDS[x.dtype]
+    rounded = (0, 0, 0)
+    if m > _FEW_ROWS:
+        codes, scale, total = (
+            torch.empty(m, steps * 4, dtype=torch.int8),
+            torch.empty(m),
+            torch.empty(m, dtype=torch.int32),
+        )
+        rounded = (codes.data_ptr(), scale.data_ptr(), total.data_ptr())
+        _quantize.start(threads_for(x.numel()), x.data_ptr(), *rounded, kind, m, k, steps * 4)
     out = x.new_empty(m, n)
     _gemm.start(
         threads_for(packed.slabs.numel()),
-        codes.data_ptr(), scale.data_ptr(), total.data_ptr(), packed.slabs.data_ptr(), packed.scale.data_ptr(),
-        out.data_ptr(), kind, m, n, packed.slabs.shape[0], steps, 3 if m > 4 else 4,
+        x.data_ptr(), *rounded, packed.slabs.data_ptr(), packed.scale.data_ptr(),
+        kind, m, n, k, packed.slabs.shape[0], steps, 3 if m > 4 else 4, out.data_ptr(),
     )  # fmt: skip
     return out
 
