@@ -15,6 +15,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     model                   a local directory; a Hub id has been resolved to its snapshot before this
     dtype                   what to compute in; fp8, int8 and int4 quantize a dense checkpoint at load and compute in
                             the checkpoint's own type
+    model_impl              'octavo' is the decoder, 'hf' transformers' own code, 'auto' the decoder and, for a
+                            model_type that it doesn't have, transformers' code
     lm_head_dtype           'int8' quantizes the output head's copy of its weight (per channel), also where it is tied
     kv_cache_dtype          'auto' is the computing type
     num_blocks              size of the KV cache in blocks; None: from kv_cache_memory_bytes, and if that is None

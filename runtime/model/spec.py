@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from octavo.runtime.model.architectures import ARCHITECTURES, DEFAULTS, HARMLESS, NEUTRAL, SIZES, Architecture
+from octavo.runtime.model.config_types import ModelConfigError, check_types
 from octavo.runtime.model.rope import RopeError, RopeSpec
 
 Config = Mapping[str, Any]
@@ -29,6 +30,14 @@ class UnsupportedModelError(ValueError):
 
     def __init__(self, reason: str) -> None:
         super().__init__(f"{reason}; --model-impl hf serves it through transformers' own code, if that has it")
+
+
+class UnknownArchitectureError(UnsupportedModelError):
+    """A model_type that has no row in ARCHITECTURES: the one refusal that --model-impl auto takes to transformers."""
+
+    def __init__(self, model_type: str) -> None:
+        super().__init__(f"model_type {model_type!r} has no decoder here; known are {', '.join(ARCHITECTURES)}")
+        self.model_type = model_type
 
 
 @dataclass(frozen=True)
@@ -85,13 +94,14 @@ class DecoderSpec:
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> DecoderSpec:
-        """Read a config.json; raises UnsupportedModelError on whatever isn't known."""
+        """Read a config.json; raises UnsupportedModelError on what isn't known, ModelConfigError on what can't be."""
         config, name, row = _select(config)
+        check_types(config)
         _refuse_unread(config, name, row)
         settings = ChainMap(dict(_given(config)), dict(row.defaults), dict(DEFAULTS))
         for key in SIZES:
             if key not in settings:
-                raise UnsupportedModelError(f"{name}: config.json has no {key}")
+                raise ModelConfigError(f"config.json has no {key}, which {name} needs")
         heads = settings["num_attention_heads"]
         kv_heads = settings["num_key_value_heads"] or heads
         head_dim = settings["head_dim"] or settings["hidden_size"] // heads
@@ -121,7 +131,7 @@ class DecoderSpec:
             mlp_bias=_bias(settings, row.mlp_bias),
             **_multipliers(settings, row, head_dim),
             fused=row.fused,
-            dtype=_dtype(config),
+            dtype=stored_dtype(config),
             unknown_keys=tuple(sorted(config.keys() - _known_keys(row))),
         )
 
@@ -134,10 +144,10 @@ def _select(config: dict[str, Any]) -> tuple[dict[str, Any], str, Architecture]:
         outer = ("dtype", "torch_dtype", "tie_word_embeddings")
         config = {key: config[key] for key in outer if key in config} | dict(config.get("text_config") or {})
         name = "gemma3_text"
+    elif name not in ARCHITECTURES:
+        raise UnknownArchitectureError(name)
     elif classes and not str(classes[0]).endswith("ForCausalLM"):
         raise UnsupportedModelError(f"architecture {classes[0]!r} is not a decoder with a language-model head")
-    if name not in ARCHITECTURES:
-        raise UnsupportedModelError(f"model_type {name!r} has no decoder here; known are {', '.join(ARCHITECTURES)}")
     return config, name, ARCHITECTURES[name]
 
 
@@ -190,7 +200,8 @@ def _multipliers(settings: Config, row: Architecture, head_dim: int) -> dict[str
     }
 
 
-def _dtype(config: Config) -> str | None:
+def stored_dtype(config: Config) -> str | None:
+    """The type that a config.json names, such as "bfloat16"."""
     name = config.get("dtype") or config.get("torch_dtype")
     return None if name is None else str(name).removeprefix("torch.")
 

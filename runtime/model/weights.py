@@ -7,6 +7,7 @@ Complete or not at all: a tensor that nothing reads, or one that isn't there, is
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from octavo.runtime.model.decoder import Decoder, DecoderLayer
 from octavo.runtime.model.model import KVScales, Model
 from octavo.runtime.model.rope import RopeSpec, cos_sin_table
 from octavo.runtime.model.sources import CheckpointSource, DummySource, LoadError, Source, Weight
-from octavo.runtime.model.spec import DecoderSpec
+from octavo.runtime.model.spec import DecoderSpec, UnknownArchitectureError, stored_dtype
 from octavo.runtime.ops import select_ops
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -45,12 +46,41 @@ NORMS = {  # (before attention, after attention, before the MLP, after the MLP)
 def load_model(config: EngineConfig) -> Model:
     """The model of `config.model`, a local directory, ready to run.
 
+    The decoder's, or with --model-impl hf transformers' own; 'auto' is the decoder, and transformers' for a model_type
+    that the decoder doesn't have. What it has, but not with the value that a config gives it, is refused: whoever wants
+    transformers' code for that says so.
+
     Raises UnsupportedModelError (a feature that isn't known), CheckpointError (files), LoadError (what is in them).
     """
-    device = choose_device(config.device)
-    directory = Path(config.model)
-    hf_config = read_config(directory)
-    spec = DecoderSpec.from_hf(hf_config)
+    hf_config = read_config(Path(config.model))
+    if config.model_impl == "hf":
+        return _load_hf(config, hf_config, "--model-impl hf")
+    try:
+        spec = DecoderSpec.from_hf(hf_config)
+    except UnknownArchitectureError as unknown:
+        if config.model_impl == "octavo":
+            raise
+        reason = f"model_type {unknown.model_type!r} has no decoder here"
+        try:
+            return _load_hf(config, hf_config, reason)
+        except LoadError as error:
+            raise LoadError(f"{reason}; {error}") from error
+    return _load_decoder(config, spec, hf_config)
+
+
+def _load_hf(config: EngineConfig, hf_config: dict[str, Any], reason: str) -> Model:
+    """Transformers' own model, with a line that says so, and why."""
+    from octavo.runtime.model.hf import load_hf_model
+
+    device, notes = choose_device(config.device), list[str]()
+    stored = stored_dtype(hf_config) or stored_dtype(hf_config.get("text_config") or {})
+    model = load_hf_model(config, choose_dtype(config.dtype, stored, device, notes), device, notes)
+    notes.append(f"{reason}: {model.architecture} runs in transformers' own code, which is slower than a decoder here")
+    return model
+
+
+def _load_decoder(config: EngineConfig, spec: DecoderSpec, hf_config: dict[str, Any]) -> Decoder:
+    device, directory = choose_device(config.device), Path(config.model)
     notes = [f"config.json has {key}, which octavo doesn't know and doesn't use" for key in spec.unknown_keys]
     dtype = choose_dtype(config.dtype, spec.dtype, device, notes)
     if config.load_format == "dummy":
