@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-
-from octavo.quant.checkpoint import CheckpointError
+from typing import NoReturn
 
 # What a model's directory holds apart from weights of other kinds: no pickle is fetched, and no GGUF or ONNX.
 ALLOWED = [
@@ -29,20 +28,26 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
     path = Path(model).expanduser()
     if path.is_dir():
         if revision is not None:
-            raise CheckpointError(f"--revision {revision} is for a Hub id; {model} is a local directory")
+            _refuse(f"--revision {revision} is for a Hub id; {model} is a local directory")
         return path
     if path.exists():
-        raise CheckpointError(f"{model} is a file; a model is a directory with config.json and safetensors files")
+        _refuse(f"{model} is a file; a model is a directory with config.json and safetensors files")
     looks_local = model.startswith(("/", "./", "../", "~")) or model.count("/") > 1
     if looks_local:
-        raise CheckpointError(f"{model}: no such directory")
+        _refuse(f"{model}: no such directory")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=ALLOWED))
     except HFValidationError as e:
-        raise CheckpointError(f"{model} is neither a directory nor a Hub id: {e}") from e
+        _refuse(f"{model} is neither a directory nor a Hub id: {e}", e)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise CheckpointError(f"{model} is no local directory, and the Hub did not give it: {reason}") from e
+        _refuse(f"{model} is no local directory, and the Hub did not give it: {reason}", e)
+
+
+def _refuse(message: str, cause: Exception | None = None) -> NoReturn:
+    from octavo.quant.checkpoint import CheckpointError  # imports torch, which takes seconds, and the server needs none
+
+    raise CheckpointError(message) from cause
