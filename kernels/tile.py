@@ -10,6 +10,8 @@ step of a lane is
 A tile reads its rows of x at `x`, `row_bytes` apart, and its slabs of the weight at `weight`, `slab_bytes` apart; rows
 and slabs past the last repeat it. It writes its part of the output at `out`, `out_bytes` from row to row, straight from
 the registers: `width` columns, by masked stores, of the rows up to last_row. So edges need no other code.
+`ahead` is how far from its own the weights lie that this thread wants next, in bytes; `part` which of its slabs are
+fetched from there meanwhile, -1 being all: a tile of many rows spreads the fetching over several calls.
 """
 # ruff: noqa: ARG001 (numba looks at the names of what it compiles)
 
@@ -98,6 +100,12 @@ def _decode(builder: Any, kind: int, address: Any) -> list[Any]:
     return pairs
 
 
+def _prefetch(builder: Any, address: Any) -> None:
+    pointer = builder.inttoptr(address, _I8.as_pointer())
+    read, into_l2, data = (ir.Constant(_I32, number) for number in (0, 2, 1))
+    call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, read, into_l2, data)
+
+
 class _Tile:
     """Emits one tile: addresses of its rows and slabs, accumulators, and the loop over steps."""
 
@@ -121,7 +129,14 @@ class _Tile:
         constant = ir.Constant(_I64, index)
         return self.builder.select(self.builder.icmp_signed("<", constant, last), constant, last)
 
-    def accumulate(self, first: Any, steps: Any) -> None:
+    def look_ahead(self, ahead: Any, part: Any) -> list[Any]:
+        """How far from each slab's weights those lie that are fetched into L2 meanwhile; 0: nowhere."""
+        builder, zero = self.builder, ir.Constant(_I64, 0)
+        wanted = [builder.icmp_signed("==", part, ir.Constant(_I64, v)) for v in range(len(self.w))]
+        every = builder.icmp_signed("<", part, zero)
+        return [builder.select(builder.or_(every, this), ahead, zero) for this in wanted]
+
+    def accumulate(self, first: Any, steps: Any, ahead: list[Any]) -> None:
         """Clear the accumulators and run steps first .. first + steps."""
         builder, kind = self.builder, self.kind
         for row in self.totals:
@@ -129,7 +144,10 @@ class _Tile:
                 builder.store(ir.Constant(self.vector, [0] * 16), total)
         with cgutils.for_range(builder, steps) as loop:
             step = builder.add(first, loop.index)
-            weights = [_decode(builder, kind, _at(builder, w, step, STEP_BYTES[kind])) for w in self.w]
+            at = [_at(builder, w, step, STEP_BYTES[kind]) for w in self.w]
+            for address, distance in zip(at, ahead, strict=True):
+                _prefetch(builder, builder.add(address, distance))
+            weights = [_decode(builder, kind, address) for address in at]
             for part in range(len(weights[0])):
                 for x, row in zip(self.x, self.totals, strict=True):
                     at = builder.add(_at(builder, x, step, 16 if kind == W4 else 4), ir.Constant(_I64, 4 * part))
@@ -184,7 +202,7 @@ def masked_store(builder: Any, vector: Any, address: Any, mask: Any) -> None:
 
 
 def make_tile(rows: int, vectors: int) -> Any:
-    """For BF16: tile(x, row_bytes, last_row, weight, slab_bytes, last_slab, out, out_bytes, width, steps)."""
+    """For BF16: tile(x, row_bytes, last_row, weight, slab_bytes, last_slab, out, out_bytes, width, steps, ahead, part)"""
 
     @intrinsic  # type: ignore[untyped-decorator]
     def tile(
@@ -199,21 +217,23 @@ def make_tile(rows: int, vectors: int) -> Any:
         out_bytes: Any,
         width: Any,
         steps: Any,
+        ahead: Any,
+        part: Any,
     ) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             emitted = _Tile(builder, BF16, rows, vectors, args[:6])
-            emitted.accumulate(ir.Constant(_I64, 0), args[9])
+            emitted.accumulate(ir.Constant(_I64, 0), args[9], emitted.look_ahead(*args[10:12]))
             kind = ir.Constant(_I64, convert.BF16)
             emitted.store(lambda r: [emitted.total(r, v) for v in range(vectors)], kind, *args[6:9])
             return context.get_dummy_value()
 
-        return types.void(*(types.int64,) * 10), codegen
+        return types.void(*(types.int64,) * 12), codegen
 
     return tile
 
 
 def make_int8_tile(rows: int, vectors: int) -> Any:
-    """For INT8: as make_tile, with (..., width, steps, kind, x_scales, x_sums, scales) at the end:
+    """For INT8: as make_tile, with (..., part, kind, x_scales, x_sums, scales) at the end:
 
     out[r, c] = (dot - x_sums[r]) * x_scales[r] * scales[c] as numbers of `kind`; x_sums int32, scales float32.
     """
@@ -231,6 +251,8 @@ def make_int8_tile(rows: int, vectors: int) -> Any:
         out_bytes: Any,
         width: Any,
         steps: Any,
+        ahead: Any,
+        part: Any,
         kind: Any,
         x_scales: Any,
         x_sums: Any,
@@ -238,8 +260,8 @@ def make_int8_tile(rows: int, vectors: int) -> Any:
     ) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             emitted = _Tile(builder, INT8, rows, vectors, args[:6])
-            emitted.accumulate(ir.Constant(_I64, 0), args[9])
-            x_scales, x_sums, scales = args[11:]
+            emitted.accumulate(ir.Constant(_I64, 0), args[9], emitted.look_ahead(*args[10:12]))
+            x_scales, x_sums, scales = args[13:]
             at = [_at(builder, scales, emitted.slab(v), 64) for v in range(vectors)]
             w_scales = [load16(builder, address, -1) for address in at]
 
@@ -251,16 +273,16 @@ def make_int8_tile(rows: int, vectors: int) -> Any:
                 floats = [builder.fmul(builder.sitofp(number, F32X16), scale) for number in whole]
                 return [builder.fmul(a, b) for a, b in zip(floats, w_scales, strict=True)]
 
-            emitted.store(values, args[10], *args[6:9])
+            emitted.store(values, args[12], *args[6:9])
             return context.get_dummy_value()
 
-        return types.void(*(types.int64,) * 14), codegen
+        return types.void(*(types.int64,) * 16), codegen
 
     return tile
 
 
 def make_grouped_tile(kind: int, rows: int, vectors: int) -> Any:
-    """For W4 and W8: as make_tile, with (..., width, steps, groups, scales, offsets, sums) at the end:
+    """For W4 and W8: as make_tile, with (..., part, groups, scales, offsets, sums) at the end:
 
     out = sum over groups g of scales[g] * (dot over g - offsets[g] * sums[row, g]), with `steps` steps in a group,
     scales and offsets float32 [N / 16, groups, 16], and sums float32 [M, groups].
@@ -279,6 +301,8 @@ def make_grouped_tile(kind: int, rows: int, vectors: int) -> Any:
         out_bytes: Any,
         width: Any,
         steps: Any,
+        ahead: Any,
+        part: Any,
         groups: Any,
         scales: Any,
         offsets: Any,
@@ -291,21 +315,22 @@ def make_grouped_tile(kind: int, rows: int, vectors: int) -> Any:
             emitted.store(lambda r: [builder.load(final) for final in finals[r]], out_kind, *args[6:9])
             return context.get_dummy_value()
 
-        return types.void(*(types.int64,) * 14), codegen
+        return types.void(*(types.int64,) * 16), codegen
 
     return tile
 
 
 def _sum_groups(
-    builder: Any, tile: _Tile, steps: Any, groups: Any, scales: Any, offsets: Any, sums: Any
+    builder: Any, tile: _Tile, steps: Any, ahead: Any, part: Any, groups: Any, scales: Any, offsets: Any, sums: Any
 ) -> list[list[Any]]:
+    distances = tile.look_ahead(ahead, part)
     finals = [[cgutils.alloca_once(builder, F32X16) for _ in row] for row in tile.totals]
     for row in finals:
         for final in row:
             builder.store(ir.Constant(F32X16, [0.0] * 16), final)
     with cgutils.for_range(builder, groups) as loop:
         group = loop.index
-        tile.accumulate(builder.mul(group, steps), steps)
+        tile.accumulate(builder.mul(group, steps), steps, distances)
         parts = []
         for v in range(len(tile.w)):
             slab = builder.mul(tile.slab(v), groups)

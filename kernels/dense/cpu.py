@@ -88,60 +88,61 @@ def _sum_groups(x, sums, groups, size):  # type: ignore[no-untyped-def]
 
 
 @numba.njit
-def _bf16_rows(vectors, x, xb, xe, w, wb, we, out, ob, width, steps):  # type: ignore[no-untyped-def]
+def _bf16_rows(vectors, x, xb, xe, w, wb, we, out, ob, width, steps, ahead, part):  # type: ignore[no-untyped-def]
     """One tile of bf16 weights, as many rows as it has; returns how many (see `kernels.tile` for the arguments)."""
     if vectors == 3:
-        _T8(x, xb, xe, w, wb, we, out, ob, width, steps)
+        _T8(x, xb, xe, w, wb, we, out, ob, width, steps, ahead, part)
         return 8
     if xe > 1:
-        _T4(x, xb, xe, w, wb, we, out, ob, width, steps)
+        _T4(x, xb, xe, w, wb, we, out, ob, width, steps, ahead, part)
         return 4
     if xe == 1:
-        _T2(x, xb, xe, w, wb, we, out, ob, width, steps)
+        _T2(x, xb, xe, w, wb, we, out, ob, width, steps, ahead, part)
         return 2
-    _T1(x, xb, xe, w, wb, we, out, ob, width, steps)
+    _T1(x, xb, xe, w, wb, we, out, ob, width, steps, ahead, part)
     return 1
 
 
 @numba.njit
-def _w4_rows(vectors, x, xb, xe, w, wb, we, out, ob, width, steps, groups, sc, of, s):  # type: ignore[no-untyped-def]
+def _w4_rows(vectors, x, xb, xe, w, wb, we, out, ob, width, steps, ahead, part, groups, sc, of, s):  # type: ignore[no-untyped-def]
     if vectors == 2 and xe > 3:
-        _F8(x, xb, xe, w, wb, we, out, ob, width, steps, groups, sc, of, s)
+        _F8(x, xb, xe, w, wb, we, out, ob, width, steps, ahead, part, groups, sc, of, s)
         return 8
     if vectors == 2:
-        _F4(x, xb, xe, w, wb, we, out, ob, width, steps, groups, sc, of, s)
+        _F4(x, xb, xe, w, wb, we, out, ob, width, steps, ahead, part, groups, sc, of, s)
         return 4
     if xe >= 1:
-        _F2(x, xb, xe, w, wb, we, out, ob, width, steps, groups, sc, of, s)
+        _F2(x, xb, xe, w, wb, we, out, ob, width, steps, ahead, part, groups, sc, of, s)
         return 2
-    _F1(x, xb, xe, w, wb, we, out, ob, width, steps, groups, sc, of, s)
+    _F1(x, xb, xe, w, wb, we, out, ob, width, steps, ahead, part, groups, sc, of, s)
     return 1
 
 
 @numba.njit
-def _w8_rows(vectors, x, xb, xe, w, wb, we, out, ob, width, steps, groups, sc, of, s):  # type: ignore[no-untyped-def]
+def _w8_rows(vectors, x, xb, xe, w, wb, we, out, ob, width, steps, ahead, part, groups, sc, of, s):  # type: ignore[no-untyped-def]
     if vectors == 2 and xe > 3:
-        _E8(x, xb, xe, w, wb, we, out, ob, width, steps, groups, sc, of, s)
+        _E8(x, xb, xe, w, wb, we, out, ob, width, steps, ahead, part, groups, sc, of, s)
         return 8
     if vectors == 2:
-        _E4(x, xb, xe, w, wb, we, out, ob, width, steps, groups, sc, of, s)
+        _E4(x, xb, xe, w, wb, we, out, ob, width, steps, ahead, part, groups, sc, of, s)
         return 4
     if xe >= 1:
-        _E2(x, xb, xe, w, wb, we, out, ob, width, steps, groups, sc, of, s)
+        _E2(x, xb, xe, w, wb, we, out, ob, width, steps, ahead, part, groups, sc, of, s)
         return 2
-    _E1(x, xb, xe, w, wb, we, out, ob, width, steps, groups, sc, of, s)
+    _E1(x, xb, xe, w, wb, we, out, ob, width, steps, ahead, part, groups, sc, of, s)
     return 1
 
 
-@kernel("qqqqqqqqqqqqqq")
+@kernel("qqqqqqqqqqqqqqq")
 def _gemm(args):  # type: ignore[no-untyped-def]
     """The arguments' order is that of the call in `linear`. Items: (chunk of x's rows, tile of slabs)."""
-    a = numba.carray(args, (15,), np.int64)
+    a = numba.carray(args, (16,), np.int64)
     kind, m, n, k, slabs, groups, vectors, step_bytes, steps = a[5], a[6], a[7], a[8], a[9], a[10], a[11], a[12], a[13]
     sums = np.empty((_CHUNK, groups), np.float32)
     have = -1  # the chunk whose sums stand in `sums`
     tiles = (slabs + vectors - 1) // vectors
     xb, ob, wb = k * 2, n * 2, step_bytes * steps * groups  # from row to row of x, of out, from slab to slab
+    ahead = a[15] * vectors * wb if m > 4 or kind == W4 else 0  # else the processor's own fetching is as good
     while True:
         item = next_item(args)
         if item >= tiles * ((m + _CHUNK - 1) // _CHUNK):
@@ -157,14 +158,15 @@ def _gemm(args):  # type: ignore[no-untyped-def]
         width = min(vectors * LANES, n - slab * LANES)
         i = first
         while i < last:
+            part = (i - first) // 8 if last - first > 16 else -1
             x, xe, out = a[1] + i * xb, last - 1 - i, a[14] + (i * n + slab * LANES) * 2
             s = sums.ctypes.data + (i - first) * groups * 4
             if kind == BF16:
-                i += _bf16_rows(vectors, x, xb, xe, w, wb, we, out, ob, width, steps)
+                i += _bf16_rows(vectors, x, xb, xe, w, wb, we, out, ob, width, steps, ahead, part)
             elif kind == W4:
-                i += _w4_rows(vectors, x, xb, xe, w, wb, we, out, ob, width, steps, groups, sc, of, s)
+                i += _w4_rows(vectors, x, xb, xe, w, wb, we, out, ob, width, steps, ahead, part, groups, sc, of, s)
             else:
-                i += _w8_rows(vectors, x, xb, xe, w, wb, we, out, ob, width, steps, groups, sc, of, s)
+                i += _w8_rows(vectors, x, xb, xe, w, wb, we, out, ob, width, steps, ahead, part, groups, sc, of, s)
 
 
 def linear(x: Tensor, packed: Packed) -> Tensor:
@@ -175,13 +177,14 @@ def linear(x: Tensor, packed: Packed) -> Tensor:
     kind, slabs, groups = packed.kind, packed.slabs, packed.num_groups
     small = 4 if kind == BF16 else 2
     vectors = 4 if m <= small else (3 if kind == BF16 else 2)
+    threads = threads_for(packed.num_rows * k)
     _gemm.start(
-        threads_for(packed.num_rows * k),
+        threads,
         x.data_ptr(), slabs.data_ptr(),
         0 if packed.scale is None else packed.scale.data_ptr(),
         0 if packed.offset is None else packed.offset.data_ptr(),
         kind, m, packed.num_rows, k, slabs.shape[0], groups, vectors,
-        STEP_BYTES[kind], k // groups // STEP_COLUMNS[kind], out.data_ptr(),
+        STEP_BYTES[kind], k // groups // STEP_COLUMNS[kind], out.data_ptr(), threads,
     )  # fmt: skip
     return out
 

@@ -65,13 +65,13 @@ def _quantize(args):  # type: ignore[no-untyped-def]
         scales[i], sums[i] = quantize_row(a[1] + i * count * size_of(kind), kind, count, row, a[2] + i * width, width)
 
 
-@kernel("qqqqqqqqqqqqqq")
+@kernel("qqqqqqqqqqqqqqq")
 def _gemm(args):  # type: ignore[no-untyped-def]
     """The arguments' order is that of the call in `linear`. Items: (chunk of x's rows, tile of slabs).
 
     Where the codes' address is 0 every thread rounds x for itself: for few rows that costs less than a pass of its own.
     """
-    a = numba.carray(args, (15,), np.int64)
+    a = numba.carray(args, (16,), np.int64)
     kind, m, n, k, slabs, steps, vectors = a[7], a[8], a[9], a[10], a[11], a[12], a[13]
     size, own = size_of(kind), a[2] == 0
     x_codes = np.empty((m if own else 0, steps * 4), np.int8)
@@ -84,30 +84,101 @@ def _gemm(args):  # type: ignore[no-untyped-def]
             at = codes + i * steps * 4
             x_scales[i], x_sums[i] = quantize_row(a[1] + i * k * size, kind, k, row, at, steps * 4)
     tiles = (slabs + vectors - 1) // vectors
+    ahead = a[15] * vectors * steps * 64 if m > 4 else 0  # else the processor's own fetching is as good
     chunks = (m + _CHUNK - 1) // _CHUNK
     while True:
         item = next_item(args)
         if item >= tiles * chunks:
             break
         slab = (item % tiles) * vectors
-        i, last = (item // tiles) * _CHUNK, min(m, (item // tiles + 1) * _CHUNK)
+        first, last = (item // tiles) * _CHUNK, min(m, (item // tiles + 1) * _CHUNK)
         w, w_bytes, w_last, scales = a[5] + slab * steps * 64, steps * 64, slabs - 1 - slab, a[6] + slab * 64
         width = min(vectors * LANES, n - slab * LANES)
+        i = first
         while i < last:
             end = last - 1 - i
+            part = (i - first) // 8 if last - first > 16 else -1
             x, xs, xt = codes + i * steps * 4, x_scale + i * 4, x_sum + i * 4
             out = a[14] + (i * n + slab * LANES) * size
             if vectors == 3:
-                _T8(x, steps * 4, end, w, w_bytes, w_last, out, n * size, width, steps, kind, xs, xt, scales)
+                _T8(
+                    x,
+                    steps * 4,
+                    end,
+                    w,
+                    w_bytes,
+                    w_last,
+                    out,
+                    n * size,
+                    width,
+                    steps,
+                    ahead,
+                    part,
+                    kind,
+                    xs,
+                    xt,
+                    scales,
+                )
                 i += 8
             elif end > 1:
-                _T4(x, steps * 4, end, w, w_bytes, w_last, out, n * size, width, steps, kind, xs, xt, scales)
+                _T4(
+                    x,
+                    steps * 4,
+                    end,
+                    w,
+                    w_bytes,
+                    w_last,
+                    out,
+                    n * size,
+                    width,
+                    steps,
+                    ahead,
+                    part,
+                    kind,
+                    xs,
+                    xt,
+                    scales,
+                )
                 i += 4
             elif end == 1:
-                _T2(x, steps * 4, end, w, w_bytes, w_last, out, n * size, width, steps, kind, xs, xt, scales)
+                _T2(
+                    x,
+                    steps * 4,
+                    end,
+                    w,
+                    w_bytes,
+                    w_last,
+                    out,
+                    n * size,
+                    width,
+                    steps,
+                    ahead,
+                    part,
+                    kind,
+                    xs,
+                    xt,
+                    scales,
+                )
                 i += 2
             else:
-                _T1(x, steps * 4, end, w, w_bytes, w_last, out, n * size, width, steps, kind, xs, xt, scales)
+                _T1(
+                    x,
+                    steps * 4,
+                    end,
+                    w,
+                    w_bytes,
+                    w_last,
+                    out,
+                    n * size,
+                    width,
+                    steps,
+                    ahead,
+                    part,
+                    kind,
+                    xs,
+                    xt,
+                    scales,
+                )
                 i += 1
 
 
@@ -126,10 +197,11 @@ def linear(x: Tensor, packed: PackedInt8) -> Tensor:
         rounded = (codes.data_ptr(), scale.data_ptr(), total.data_ptr())
         _quantize.start(threads_for(x.numel()), x.data_ptr(), *rounded, kind, m, k, steps * 4)
     out = x.new_empty(m, n)
+    threads = threads_for(packed.slabs.numel())
     _gemm.start(
-        threads_for(packed.slabs.numel()),
+        threads,
         x.data_ptr(), *rounded, packed.slabs.data_ptr(), packed.scale.data_ptr(),
-        kind, m, n, k, packed.slabs.shape[0], steps, 3 if m > 4 else 4, out.data_ptr(),
+        kind, m, n, k, packed.slabs.shape[0], steps, 3 if m > 4 else 4, out.data_ptr(), threads,
     )  # fmt: skip
     return out
 
