@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -398,6 +400,40 @@ def test_auto_tells_both_reasons_of_what_neither_can(tmp_path: Path) -> None:
         LoadError, match=r"^model_type 'nonesuch' has no .*its code is in the checkpoint: --trust-remote"
     ):
         load(tmp_path, model_impl="auto")
+
+
+REMOTE = """
+from transformers import PhiConfig, PhiForCausalLM
+
+class OwnConfig(PhiConfig):
+    model_type = "own"
+
+class OwnForCausalLM(PhiForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_code_in_the_checkpoint_runs_when_it_is_trusted(
+    oracle: Oracle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import dynamic_module_utils
+
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("sys.path", [*sys.path, str(tmp_path / "modules")])
+    directory, model = oracle("phi")
+    shutil.copytree(directory, tmp_path / "own")
+    config = json.loads((directory / "config.json").read_text())
+    classes = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    config |= {"model_type": "own", "architectures": ["OwnForCausalLM"], "auto_map": classes}
+    (tmp_path / "own/config.json").write_text(json.dumps(config))
+    (tmp_path / "own/modeling_own.py").write_text(REMOTE)
+    with pytest.raises(LoadError, match="--trust-remote-code runs it"):
+        load(tmp_path / "own", model_impl="auto")
+    served = load(tmp_path / "own", model_impl="auto", trust_remote_code=True)
+    assert served.architecture == "OwnForCausalLM"
+    ids = prompts(20, 9)
+    theirs = hf_logits(model, ids)
+    assert worst(scattered_logits(served, ids), theirs) < bound(theirs)
 
 
 @pytest.mark.parametrize(
