@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 
 from octavo.commands.bench_load import LoadResult, Record, Usage, arrival_times
-from octavo.commands.bench_metrics import cost, dollars_per_million, latencies, measure, peak_output_per_s
+from octavo.commands.bench_metrics import (
+    cost,
+    dollars_per_million,
+    latencies,
+    measure,
+    peak_concurrency,
+    peak_output_per_s,
+)
 from octavo.commands.sse import EventSplitter, error_message, http_error
 
 
@@ -23,7 +30,7 @@ def record(start: float, times: list[float], completion: int | None = None, **mo
 RECORDS = [
     record(0.0, [0.5, 0.75, 1.0, 1.25]),
     record(0.25, [0.5, 1.5], completion=5),  # four tokens in its last event
-    record(1.5, [2.5]),  # sent when the first is done, and just as the second is
+    record(1.5, [2.5]),  # sent just as the second is done
     record(1.75, [], error="HTTP 500"),
 ]
 RESULT = LoadResult(RECORDS, duration=4.0)
@@ -105,6 +112,12 @@ def test_percentiles_interpolate_between_ranks() -> None:
     assert found.std == pytest.approx(statistics.pstdev(ranked))
 
 
+def test_peak_concurrency_ends_before_it_begins() -> None:
+    """A request that is sent at the instant when another has its last token is not beside it."""
+    assert peak_concurrency([record(0.0, [1.0]), record(1.0, [2.0]), record(2.0, [3.0])]) == 1
+    assert peak_concurrency([record(0.0, [1.0]), record(0.5, [2.0]), record(0.75, [0.875]), record(1.0, [3.0])]) == 3
+
+
 def test_peak_throughput_counts_seconds_from_the_first_sending() -> None:
     rng = random.Random(2)
     records = [record(s, sorted(s + rng.random() * 5 for _ in range(20))) for s in (100.3, 100.9, 102.2)]
@@ -135,7 +148,7 @@ def test_arrivals_are_poisson_and_end_on_time() -> None:
 
 
 EVENTS = (
-    b"data: one\n\n: a comment\n\ndata:two\r\n\r\nevent: x\nid: 7\ndata: three\ndata: lines\n\n\n"
+    b"data: one\n\n: a comment\n\ndata:two\r\n\r\nevent: x\nid: 7\ndata: three\r\ndata: lines\r\n\r\n\n"
     b'data: {"text": "a\xe2\x80\xa8b"}\r\rdata: [DONE]\n\n'
 )
 

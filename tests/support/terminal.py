@@ -40,18 +40,15 @@ class Terminal:
         """Read until `text` is printed; returns, and forgets, what was printed up to its end."""
         deadline = time.monotonic() + seconds
         while text not in self.printed:
-            ready, _, _ = select.select([self._fd], [], [], max(0.0, deadline - time.monotonic()))
-            assert ready, f"{text!r} was not printed within {seconds} s, but {self.printed!r}"
-            piece = self._read()
-            assert piece, f"the program ended without {text!r}, after {self.printed!r}"
-            self.printed += piece
+            assert self._read(deadline), f"the program ended without {text!r}, after {self.printed!r}"
         before, _, self.printed = self.printed.partition(text)
         return before + text
 
     def end(self, seconds: float = 60.0) -> int:
         """The exit code, when the program ends by itself; what it still printed is in `printed`."""
-        while piece := self._read():
-            self.printed += piece
+        deadline = time.monotonic() + seconds
+        while self._read(deadline):
+            pass
         return self.process.wait(seconds)
 
     def close(self) -> None:
@@ -62,11 +59,16 @@ class Terminal:
             self.process.kill()
             self.process.wait()
 
-    def _read(self) -> str:
+    def _read(self, deadline: float) -> bool:
+        """Wait for more, and take it; False when the program is gone."""
+        ready, _, _ = select.select([self._fd], [], [], max(0.0, deadline - time.monotonic()))
+        assert ready, f"nothing more was printed in time, after {self.printed!r}"
         try:
-            return os.read(self._fd, 65536).decode().replace("\r\n", "\n")
+            piece = os.read(self._fd, 65536)
         except OSError:  # Linux's way to say that nobody holds the other side any more
-            return ""
+            return False
+        self.printed += piece.decode().replace("\r\n", "\n")
+        return bool(piece)
 
 
 @contextmanager

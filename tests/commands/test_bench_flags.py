@@ -1,0 +1,45 @@
+"""What `octavo bench` refuses before it speaks to anyone."""
+
+from __future__ import annotations
+
+import pytest
+
+from octavo.cli import main
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--goodput", "itl:5"], "not METRIC:MS"),
+        (["--goodput", "ttft:soon"], "'soon' is not a number"),
+        (["--request-rate", "0"], "not above 0"),
+        (["--random-range-ratio", "1"], "not in [0, 1)"),
+        (["--num-prompts", "0"], "not a whole number from 1 up"),
+        (["--percentile-metrics", "ttft,speed"], "'speed' is none of"),
+        (["--metric-percentiles", "101"], "from 0 to 100"),
+        (["--extra-body", "[]"], "not a JSON object"),
+        (["--header", "X"], "not NAME=VALUE"),
+    ],
+)
+def test_flags_that_mean_nothing_are_refused(
+    options: list[str], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["bench", *options])
+    assert reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--dataset-name", "custom"], "--dataset-path FILE goes with"),
+        (["--dataset-path", "x.jsonl"], "--dataset-path FILE goes with"),
+        (["--extra-body", '{"stream": false}'], "stream is for octavo bench to set"),
+        (["--extra-body", '{"n": 2}'], "n must be 1"),
+    ],
+)
+def test_flags_that_exclude_each_other_are_refused(
+    options: list[str], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", *options]) == 1
+    assert reason in capsys.readouterr().err
