@@ -116,14 +116,16 @@ def choose_max_position(hf_config: Any, wanted: int | None, notes: list[str]) ->
     longest = getattr(text, "max_position_embeddings", None) or wanted
     if longest is None:
         raise HFModelError("config.json doesn't say how many positions the model has; --max-model-len does")
+    why = ""
     for rope in ropes_of(text):
-        if rope.get("rope_type") == "longrope":
+        kind = rope.get("rope_type")
+        if kind == "longrope":
             longest = min(longest, rope["original_max_position_embeddings"])
-            notes.append(f"rope type longrope: sequences end at {longest} tokens, where its long factors would begin")
-        if rope.get("rope_type") == "dynamic":
-            notes.append(f"rope type dynamic: sequences end at {longest} tokens, where its scaling would begin")
+        if kind in ("longrope", "dynamic"):
+            why = f": its rope, of type {kind}, changes beyond them"
+            notes.append(f"rope type {kind}: sequences end at {longest} tokens, beyond which it would change")
     if wanted is not None and wanted > longest:
-        raise HFModelError(f"--max-model-len {wanted}: the model has {longest} positions")
+        raise HFModelError(f"--max-model-len {wanted}: {longest} positions can be served{why}")
     return wanted or longest
 
 

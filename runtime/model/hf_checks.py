@@ -73,7 +73,7 @@ def probe_model(model: Any, dtype: torch.dtype, ops: Ops, max_position: int) -> 
     if takes_index:
         index = positions[::3]
         kept = call(model, token_ids, positions, Probe(), logits_to_keep=index)
-        takes_index = len(kept) == len(index) and difference_of(kept, logits[index], dtype, 1.0) < LOGITS_LIMIT[dtype]
+        takes_index = len(kept) == len(index) and difference_of(kept, logits[index], dtype, 0.5) < LOGITS_LIMIT[dtype]
     return Proven(shapes, logits.shape[-1], takes_index)
 
 

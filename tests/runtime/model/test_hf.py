@@ -312,7 +312,9 @@ def test_a_rope_that_turns_with_the_length_is_served_until_it_does(
     ids = prompts(longest, 9)
     theirs = hf_logits(model, ids)
     assert worst(scattered_logits(served, ids), theirs) < bound(theirs)
-    with pytest.raises(HFModelError, match=f"--max-model-len 17: the model has {longest} positions"):
+    with pytest.raises(
+        HFModelError, match=f"--max-model-len 17: {longest} positions can be served: its rope, of type {name}"
+    ):
         load(tmp_path, max_model_len=17)
     monkeypatch.setattr(hf, "choose_max_position", lambda *_: 64)
     with pytest.raises(HFModelError, match=f"{family}ForCausalLM lets tokens meet outside of attention"):
@@ -442,7 +444,7 @@ def test_code_in_the_checkpoint_runs_when_it_is_trusted(
         ({"dtype": "int8"}, "only dense checkpoints"),
         ({"load_format": "dummy"}, "there is no --load-format dummy"),
         ({"lm_head_dtype": "int8"}, "no --lm-head-dtype"),
-        ({"max_model_len": 65}, "--max-model-len 65: the model has 64 positions"),
+        ({"max_model_len": 65}, "--max-model-len 65: 64 positions can be served"),
     ],
 )
 def test_settings_that_it_does_not_have_are_refused(fields: dict[str, Any], message: str, oracle: Oracle) -> None:
