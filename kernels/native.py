@@ -70,9 +70,12 @@ def kernel(fields: str) -> Callable[[Callable[[Any], None]], Kernel]:
 _SIGNATURE = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
-def threads_for(elements: int) -> int:
-    """How many threads pay for an elementwise kernel: waking the pool costs as much as some 8,000 elements."""
-    return 1 if elements < 16384 else torch.get_num_threads()
+def threads_for(elements: int, at_least: int = 65536) -> int:
+    """How many threads pay for a kernel over so many elements: below `at_least` one is as fast as two.
+
+    Two have to hand each other the rows, which the other's cache holds; an elementwise kernel of 32 rows loses by it.
+    """
+    return 1 if elements < at_least else torch.get_num_threads()
 
 
 @intrinsic  # type: ignore[untyped-decorator]

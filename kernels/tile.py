@@ -202,40 +202,8 @@ def masked_store(builder: Any, vector: Any, address: Any, mask: Any) -> None:
 
 
 def make_tile(rows: int, vectors: int) -> Any:
-    """For BF16: tile(x, row_bytes, last_row, weight, slab_bytes, last_slab, out, out_bytes, width, steps, ahead, part)"""
-
-    @intrinsic  # type: ignore[untyped-decorator]
-    def tile(
-        typingctx: Any,
-        x: Any,
-        row_bytes: Any,
-        last_row: Any,
-        weight: Any,
-        slab_bytes: Any,
-        last_slab: Any,
-        out: Any,
-        out_bytes: Any,
-        width: Any,
-        steps: Any,
-        ahead: Any,
-        part: Any,
-    ) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            emitted = _Tile(builder, BF16, rows, vectors, args[:6])
-            emitted.accumulate(ir.Constant(_I64, 0), args[9], emitted.look_ahead(*args[10:12]))
-            kind = ir.Constant(_I64, convert.BF16)
-            emitted.store(lambda r: [emitted.total(r, v) for v in range(vectors)], kind, *args[6:9])
-            return context.get_dummy_value()
-
-        return types.void(*(types.int64,) * 12), codegen
-
-    return tile
-
-
-def make_int8_tile(rows: int, vectors: int) -> Any:
-    """For INT8: as make_tile, with (..., part, kind, x_scales, x_sums, scales) at the end:
-
-    out[r, c] = (dot - x_sums[r]) * x_scales[r] * scales[c] as numbers of `kind`; x_sums int32, scales float32.
+    """For BF16: tile(x, row_bytes, last_row, weight, slab_bytes, last_slab, out_kind, out, out_bytes, width, steps,
+    ahead, part), all int64; `out_kind` is of `kernels.convert`.
     """
 
     @intrinsic  # type: ignore[untyped-decorator]
@@ -247,20 +215,54 @@ def make_int8_tile(rows: int, vectors: int) -> Any:
         weight: Any,
         slab_bytes: Any,
         last_slab: Any,
+        out_kind: Any,
         out: Any,
         out_bytes: Any,
         width: Any,
         steps: Any,
         ahead: Any,
         part: Any,
-        kind: Any,
+    ) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            emitted = _Tile(builder, BF16, rows, vectors, args[:6])
+            emitted.accumulate(ir.Constant(_I64, 0), args[10], emitted.look_ahead(*args[11:13]))
+            emitted.store(lambda r: [emitted.total(r, v) for v in range(vectors)], *args[6:10])
+            return context.get_dummy_value()
+
+        return types.void(*(types.int64,) * 13), codegen
+
+    return tile
+
+
+def make_int8_tile(rows: int, vectors: int) -> Any:
+    """For INT8: as make_tile, with (..., part, x_scales, x_sums, scales) at the end:
+
+    out[r, c] = (dot - x_sums[r]) * x_scales[r] * scales[c]; x_sums int32, scales float32.
+    """
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def tile(
+        typingctx: Any,
+        x: Any,
+        row_bytes: Any,
+        last_row: Any,
+        weight: Any,
+        slab_bytes: Any,
+        last_slab: Any,
+        out_kind: Any,
+        out: Any,
+        out_bytes: Any,
+        width: Any,
+        steps: Any,
+        ahead: Any,
+        part: Any,
         x_scales: Any,
         x_sums: Any,
         scales: Any,
     ) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             emitted = _Tile(builder, INT8, rows, vectors, args[:6])
-            emitted.accumulate(ir.Constant(_I64, 0), args[9], emitted.look_ahead(*args[10:12]))
+            emitted.accumulate(ir.Constant(_I64, 0), args[10], emitted.look_ahead(*args[11:13]))
             x_scales, x_sums, scales = args[13:]
             at = [_at(builder, scales, emitted.slab(v), 64) for v in range(vectors)]
             w_scales = [load16(builder, address, -1) for address in at]
@@ -273,7 +275,7 @@ def make_int8_tile(rows: int, vectors: int) -> Any:
                 floats = [builder.fmul(builder.sitofp(number, F32X16), scale) for number in whole]
                 return [builder.fmul(a, b) for a, b in zip(floats, w_scales, strict=True)]
 
-            emitted.store(values, args[12], *args[6:9])
+            emitted.store(values, *args[6:10])
             return context.get_dummy_value()
 
         return types.void(*(types.int64,) * 16), codegen
@@ -297,6 +299,7 @@ def make_grouped_tile(kind: int, rows: int, vectors: int) -> Any:
         weight: Any,
         slab_bytes: Any,
         last_slab: Any,
+        out_kind: Any,
         out: Any,
         out_bytes: Any,
         width: Any,
@@ -310,12 +313,11 @@ def make_grouped_tile(kind: int, rows: int, vectors: int) -> Any:
     ) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             emitted = _Tile(builder, kind, rows, vectors, args[:6])
-            finals = _sum_groups(builder, emitted, *args[9:])
-            out_kind = ir.Constant(_I64, convert.BF16)
-            emitted.store(lambda r: [builder.load(final) for final in finals[r]], out_kind, *args[6:9])
+            finals = _sum_groups(builder, emitted, *args[10:])
+            emitted.store(lambda r: [builder.load(final) for final in finals[r]], *args[6:10])
             return context.get_dummy_value()
 
-        return types.void(*(types.int64,) * 16), codegen
+        return types.void(*(types.int64,) * 17), codegen
 
     return tile
 
@@ -344,3 +346,23 @@ def _sum_groups(
                 value = multiply_add(builder, total, offset, tile.total(r, v))
                 builder.store(multiply_add(builder, scale, value, builder.load(final)), final)
     return finals
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def sum_bf16(typingctx: Any, address: Any, vectors: Any) -> Any:
+    """The float32 sum of 32 * vectors bf16 numbers at an address."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        address, vectors = args
+        ones = builder.bitcast(ir.Constant(I32X16, [0x3F803F80] * 16), _BF16X32)
+        total = cgutils.alloca_once(builder, F32X16)
+        builder.store(ir.Constant(F32X16, [0.0] * 16), total)
+        with cgutils.for_range(builder, vectors) as loop:
+            x = builder.bitcast(_load(builder, _at(builder, address, loop.index, 64), I32X16), _BF16X32)
+            more = call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", F32X16, builder.load(total), x, ones)
+            builder.store(more, total)
+        reduce = ir.FunctionType(_F32, [_F32, F32X16])
+        add = cgutils.get_or_insert_function(builder.module, reduce, "llvm.vector.reduce.fadd.v16f32")
+        return builder.call(add, [ir.Constant(_F32, 0.0), builder.load(total)], fastmath=("reassoc",))
+
+    return types.float32(types.int64, types.int64), codegen

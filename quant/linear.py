@@ -60,9 +60,11 @@ def make_linear(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    out_dtype: torch.dtype | None = None,
 ) -> Linear:
     """One layer out of parts that share their input (q, k, v; gate, up), each [N_i, K], with a bias [N_i] or None.
 
+    out_dtype: the output's type where it isn't `dtype`: float32 for logits, which bf16 would round to 8 bits.
     Raises ValueError when the parts' K differ. With dtype float32 everything is computed in float32, activations
     rounded as the scheme says: the truth that the other bodies are compared with.
     """
@@ -70,9 +72,10 @@ def make_linear(
     if len(columns) != 1 or len(parts) != len(biases):
         raise ValueError(f"parts of one layer must share their input and have a bias each: K {sorted(columns)}")
     fused = _fuse(parts)
-    bodies = [_choose(part, dtype, device) for part in fused]
+    out = out_dtype or dtype
+    bodies = [_choose(part, dtype, device, out) for part in fused]
     schemes = dict.fromkeys(str(p.scheme) if isinstance(p, QuantizedWeight) else str(dtype)[6:] for p in fused)
-    return Linear(" + ".join(schemes), bodies, _join_biases(parts, biases, dtype, device))
+    return Linear(" + ".join(schemes), bodies, _join_biases(parts, biases, out, device))
 
 
 def _join_biases(
@@ -151,22 +154,22 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
     return torch.equal(a, b)
 
 
-def _choose(part: QuantizedWeight | Tensor, dtype: torch.dtype, device: torch.device) -> Body:
+def _choose(part: QuantizedWeight | Tensor, dtype: torch.dtype, device: torch.device, out: torch.dtype) -> Body:
     """The body for one weight: what runs it natively here, else the weight dequantized at load.
 
     float32 is never native: it is the truth that the native bodies are compared with.
     """
     native = device.type == "cpu" and dtype != torch.float32 and _has_dot_products()
     if isinstance(part, Tensor):
-        return _dense(part, None, dtype, device, native)
+        return _dense(part, None, dtype, device, native, out)
     if native and dtype == torch.bfloat16 and part.scheme.activation is None:
-        body = _weight_only(part)
+        body = _weight_only(part, out)
         if body is not None:
             return body
     if native and part.scheme == PRESETS["W8A8"] and part.shape[1] <= MAX_INT8_COLUMNS:
-        return _int8(part)
+        return _int8(part, out)
     rounds = _rounding(part.scheme.activation, part.input_scale, device)
-    return _dense(part.dequantize(dtype), rounds, dtype, device, native, "dequantized at load, ")
+    return _dense(part.dequantize(dtype), rounds, dtype, device, native, out, "dequantized at load, ")
 
 
 def _has_dot_products() -> bool:
@@ -174,14 +177,14 @@ def _has_dot_products() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() and torch.cpu._is_vnni_supported())
 
 
-def _int8(part: QuantizedWeight) -> Body:
+def _int8(part: QuantizedWeight, out: torch.dtype) -> Body:
     from octavo.kernels.int8 import cpu as int8_cpu
 
     packed = int8_cpu.pack(part.codes, part.scale)
-    return Body("int8 x int8 VNNI", lambda x: int8_cpu.linear(x, packed), packed.num_bytes)
+    return Body("int8 x int8 VNNI", lambda x: int8_cpu.linear(x, packed, out), packed.num_bytes)
 
 
-def _weight_only(part: QuantizedWeight) -> Body | None:
+def _weight_only(part: QuantizedWeight, out: torch.dtype) -> Body | None:
     """int8 or int4 (and narrower) weights decoded to bf16 in registers; None where groups don't fit the layout."""
     from octavo.kernels.dense import cpu as dense_cpu
 
@@ -202,14 +205,22 @@ def _weight_only(part: QuantizedWeight) -> Body | None:
     packed = dense_cpu.pack_int(codes, part.scale, part.zero_point, bits)
     name = f"int{bits} weights x bf16"
     if order is None or torch.equal(order, torch.arange(k)):
-        return Body(name, lambda x: dense_cpu.linear(x, packed), packed.num_bytes)
+        return Body(name, lambda x: dense_cpu.linear(x, packed, out), packed.num_bytes)
     return Body(
-        f"{name}, columns in order of their groups", lambda x: dense_cpu.linear(x[:, order], packed), packed.num_bytes
+        f"{name}, columns in order of their groups",
+        lambda x: dense_cpu.linear(x[:, order], packed, out),
+        packed.num_bytes,
     )
 
 
 def _dense(
-    weight: Tensor, rounds: Round | None, dtype: torch.dtype, device: torch.device, native: bool, how: str = ""
+    weight: Tensor,
+    rounds: Round | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    native: bool,
+    out: torch.dtype,
+    how: str = "",
 ) -> Body:
     if native and dtype == torch.bfloat16 and weight.shape[1] % 2 == 0:
         from octavo.kernels.dense import cpu as dense_cpu
@@ -217,13 +228,13 @@ def _dense(
         packed = dense_cpu.pack_bf16(weight)
         return Body(
             f"{how}bf16 x bf16",
-            lambda x: dense_cpu.linear(x if rounds is None else rounds(x).to(dtype), packed),
+            lambda x: dense_cpu.linear(x if rounds is None else rounds(x).to(dtype), packed, out),
             packed.num_bytes,
         )
     weight = weight.to(device=device, dtype=dtype).contiguous()
 
     def run(x: Tensor) -> Tensor:
-        return F.linear(x if rounds is None else rounds(x).to(dtype), weight)
+        return F.linear(x if rounds is None else rounds(x).to(dtype), weight).to(out)
 
     return Body(f"{how}torch {str(dtype)[6:]}", run, weight.numel() * weight.element_size())
 

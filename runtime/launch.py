@@ -17,6 +17,7 @@ from shutil import rmtree
 import msgspec
 
 import octavo
+from octavo.kernels.threads import ENVIRONMENT
 from octavo.runtime.config import EngineConfig
 
 
@@ -82,7 +83,7 @@ def _socket_directory() -> str:
 
 def _environment(config: EngineConfig) -> dict[str, str]:
     """The child's environment: this package importable as it is here, and OpenMP set up before torch loads it."""
-    environment = dict(os.environ)
+    environment = ENVIRONMENT | os.environ
     source = str(Path(octavo.__file__).parent.parent)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))
     if config.num_threads is not None:

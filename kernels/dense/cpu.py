@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from octavo.kernels.convert import bf16_to_float
+from octavo.kernels.convert import KINDS, bf16_to_float, size_of
 from octavo.kernels.native import kernel, next_item, threads_for, view
-from octavo.kernels.tile import BF16, LANES, STEP_BYTES, STEP_COLUMNS, W4, W8, make_grouped_tile, make_tile
+from octavo.kernels.tile import BF16, LANES, STEP_BYTES, STEP_COLUMNS, W4, W8, make_grouped_tile, make_tile, sum_bf16
 
 _CHUNK = 128
 _T1, _T2, _T4, _T8 = make_tile(1, 4), make_tile(2, 4), make_tile(4, 4), make_tile(8, 3)
@@ -79,79 +79,94 @@ def _slabs(rows: Tensor, columns: int) -> Tensor:
 
 
 @numba.njit(fastmath={"reassoc", "contract", "nsz"})
-def _sum_groups(x, sums, groups, size):  # type: ignore[no-untyped-def]
+def _sum_groups(address, sums, groups, size):  # type: ignore[no-untyped-def]
+    """The sums of a row's `groups` groups of `size` bf16 numbers."""
     for g in range(groups):
-        total = np.float32(0)
-        for j in range(g * size, (g + 1) * size):
-            total += bf16_to_float(x[j])
+        at = address + 2 * g * size
+        total = sum_bf16(at, size // 32)
+        rest = view(at + size // 32 * 64, (size % 32,), np.uint16)
+        for j in range(size % 32):
+            total += bf16_to_float(rest[j])
         sums[g] = total
 
 
 @numba.njit
-def _bf16_rows(vectors, x, xb, xe, w, wb, we, out, ob, width, steps, ahead, part):  # type: ignore[no-untyped-def]
+def _bf16_rows(vectors, x, xb, xe, w, wb, we, kind, out, ob, width, steps, ahead, part):  # type: ignore[no-untyped-def]
     """One tile of bf16 weights, as many rows as it has; returns how many (see `kernels.tile` for the arguments)."""
     if vectors == 3:
-        _T8(x, xb, xe, w, wb, we, out, ob, width, steps, ahead, part)
+        _T8(x, xb, xe, w, wb, we, kind, out, ob, width, steps, ahead, part)
         return 8
     if xe > 1:
-        _T4(x, xb, xe, w, wb, we, out, ob, width, steps, ahead, part)
+        _T4(x, xb, xe, w, wb, we, kind, out, ob, width, steps, ahead, part)
         return 4
     if xe == 1:
-        _T2(x, xb, xe, w, wb, we, out, ob, width, steps, ahead, part)
+        _T2(x, xb, xe, w, wb, we, kind, out, ob, width, steps, ahead, part)
         return 2
-    _T1(x, xb, xe, w, wb, we, out, ob, width, steps, ahead, part)
+    _T1(x, xb, xe, w, wb, we, kind, out, ob, width, steps, ahead, part)
     return 1
 
 
 @numba.njit
-def _w4_rows(vectors, x, xb, xe, w, wb, we, out, ob, width, steps, ahead, part, groups, sc, of, s):  # type: ignore[no-untyped-def]
+def _w4_rows(vectors, x, xb, xe, w, wb, we, kind, out, ob, width, steps, ahead, part, groups, sc, of, s):  # type: ignore[no-untyped-def]
     if vectors == 2 and xe > 3:
-        _F8(x, xb, xe, w, wb, we, out, ob, width, steps, ahead, part, groups, sc, of, s)
+        _F8(x, xb, xe, w, wb, we, kind, out, ob, width, steps, ahead, part, groups, sc, of, s)
         return 8
     if vectors == 2:
-        _F4(x, xb, xe, w, wb, we, out, ob, width, steps, ahead, part, groups, sc, of, s)
+        _F4(x, xb, xe, w, wb, we, kind, out, ob, width, steps, ahead, part, groups, sc, of, s)
         return 4
     if xe >= 1:
-        _F2(x, xb, xe, w, wb, we, out, ob, width, steps, ahead, part, groups, sc, of, s)
+        _F2(x, xb, xe, w, wb, we, kind, out, ob, width, steps, ahead, part, groups, sc, of, s)
         return 2
-    _F1(x, xb, xe, w, wb, we, out, ob, width, steps, ahead, part, groups, sc, of, s)
+    _F1(x, xb, xe, w, wb, we, kind, out, ob, width, steps, ahead, part, groups, sc, of, s)
     return 1
 
 
 @numba.njit
-def _w8_rows(vectors, x, xb, xe, w, wb, we, out, ob, width, steps, ahead, part, groups, sc, of, s):  # type: ignore[no-untyped-def]
+def _w8_rows(vectors, x, xb, xe, w, wb, we, kind, out, ob, width, steps, ahead, part, groups, sc, of, s):  # type: ignore[no-untyped-def]
     if vectors == 2 and xe > 3:
-        _E8(x, xb, xe, w, wb, we, out, ob, width, steps, ahead, part, groups, sc, of, s)
+        _E8(x, xb, xe, w, wb, we, kind, out, ob, width, steps, ahead, part, groups, sc, of, s)
         return 8
     if vectors == 2:
-        _E4(x, xb, xe, w, wb, we, out, ob, width, steps, ahead, part, groups, sc, of, s)
+        _E4(x, xb, xe, w, wb, we, kind, out, ob, width, steps, ahead, part, groups, sc, of, s)
         return 4
     if xe >= 1:
-        _E2(x, xb, xe, w, wb, we, out, ob, width, steps, ahead, part, groups, sc, of, s)
+        _E2(x, xb, xe, w, wb, we, kind, out, ob, width, steps, ahead, part, groups, sc, of, s)
         return 2
-    _E1(x, xb, xe, w, wb, we, out, ob, width, steps, ahead, part, groups, sc, of, s)
+    _E1(x, xb, xe, w, wb, we, kind, out, ob, width, steps, ahead, part, groups, sc, of, s)
     return 1
 
 
-@kernel("qqqqqqqqqqqqqqq")
+@kernel("qqqqqqqqqqqqqqqq")
 def _gemm(args):  # type: ignore[no-untyped-def]
     """The arguments' order is that of the call in `linear`. Items: (chunk of x's rows, tile of slabs)."""
-    a = numba.carray(args, (16,), np.int64)
-    kind, m, n, k, slabs, groups, vectors, step_bytes, steps = a[5], a[6], a[7], a[8], a[9], a[10], a[11], a[12], a[13]
+    a = numba.carray(args, (17,), np.int64)
+    weights, m, n, k, slabs, groups, vectors, step_bytes, steps = (
+        a[5],
+        a[6],
+        a[7],
+        a[8],
+        a[9],
+        a[10],
+        a[11],
+        a[12],
+        a[13],
+    )
     sums = np.empty((_CHUNK, groups), np.float32)
     have = -1  # the chunk whose sums stand in `sums`
     tiles = (slabs + vectors - 1) // vectors
-    xb, ob, wb = k * 2, n * 2, step_bytes * steps * groups  # from row to row of x, of out, from slab to slab
-    ahead = a[15] * vectors * wb if m > 4 or kind == W4 else 0  # else the processor's own fetching is as good
+    kind = a[16]
+    size = size_of(kind)
+    xb, ob, wb = k * 2, n * size, step_bytes * steps * groups  # from row to row of x, of out, from slab to slab
+    ahead = a[15] * vectors * wb if m > 4 or weights == W4 else 0  # else the processor's own fetching is as good
     while True:
         item = next_item(args)
         if item >= tiles * ((m + _CHUNK - 1) // _CHUNK):
             break
         slab, chunk = (item % tiles) * vectors, item // tiles
         first, last = chunk * _CHUNK, min(m, (chunk + 1) * _CHUNK)
-        if kind != BF16 and have != chunk:
+        if weights != BF16 and have != chunk:
             for i in range(first, last):
-                _sum_groups(view(a[1] + i * k * 2, (k,), np.uint16), sums[i - first], groups, k // groups)
+                _sum_groups(a[1] + i * xb, sums[i - first], groups, k // groups)
             have = chunk
         w, we = a[2] + slab * wb, slabs - 1 - slab
         sc, of = a[3] + slab * groups * 64, a[4] + slab * groups * 64
@@ -159,21 +174,25 @@ def _gemm(args):  # type: ignore[no-untyped-def]
         i = first
         while i < last:
             part = (i - first) // 8 if last - first > 16 else -1
-            x, xe, out = a[1] + i * xb, last - 1 - i, a[14] + (i * n + slab * LANES) * 2
+            x, xe, out = a[1] + i * xb, last - 1 - i, a[14] + (i * n + slab * LANES) * size
             s = sums.ctypes.data + (i - first) * groups * 4
-            if kind == BF16:
-                i += _bf16_rows(vectors, x, xb, xe, w, wb, we, out, ob, width, steps, ahead, part)
-            elif kind == W4:
-                i += _w4_rows(vectors, x, xb, xe, w, wb, we, out, ob, width, steps, ahead, part, groups, sc, of, s)
+            if weights == BF16:
+                i += _bf16_rows(vectors, x, xb, xe, w, wb, we, kind, out, ob, width, steps, ahead, part)
+            elif weights == W4:
+                i += _w4_rows(
+                    vectors, x, xb, xe, w, wb, we, kind, out, ob, width, steps, ahead, part, groups, sc, of, s
+                )
             else:
-                i += _w8_rows(vectors, x, xb, xe, w, wb, we, out, ob, width, steps, ahead, part, groups, sc, of, s)
+                i += _w8_rows(
+                    vectors, x, xb, xe, w, wb, we, kind, out, ob, width, steps, ahead, part, groups, sc, of, s
+                )
 
 
-def linear(x: Tensor, packed: Packed) -> Tensor:
-    """x [M, K] bf16 -> [M, N] bf16."""
+def linear(x: Tensor, packed: Packed, out_dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """x [M, K] bf16 -> [M, N] bf16, fp16 or float32."""
     x = x.contiguous()
     m, k = x.shape
-    out = x.new_empty(m, packed.num_rows)
+    out = x.new_empty(m, packed.num_rows, dtype=out_dtype)
     kind, slabs, groups = packed.kind, packed.slabs, packed.num_groups
     small = 4 if kind == BF16 else 2
     vectors = 4 if m <= small else (3 if kind == BF16 else 2)
@@ -184,7 +203,7 @@ def linear(x: Tensor, packed: Packed) -> Tensor:
         0 if packed.scale is None else packed.scale.data_ptr(),
         0 if packed.offset is None else packed.offset.data_ptr(),
         kind, m, packed.num_rows, k, slabs.shape[0], groups, vectors,
-        STEP_BYTES[kind], k // groups // STEP_COLUMNS[kind], out.data_ptr(), threads,
+        STEP_BYTES[kind], k // groups // STEP_COLUMNS[kind], out.data_ptr(), threads, KINDS[out_dtype],
     )  # fmt: skip
     return out
 

@@ -65,15 +65,31 @@ def _quantize(args):  # type: ignore[no-untyped-def]
         scales[i], sums[i] = quantize_row(a[1] + i * count * size_of(kind), kind, count, row, a[2] + i * width, width)
 
 
-@kernel("qqqqqqqqqqqqqqq")
+@numba.njit
+def _rows(vectors, x, xb, xe, w, wb, we, kind, out, ob, width, steps, ahead, part, xs, xt, sc):  # type: ignore
+    """One tile, as many rows as it has; returns how many (see `kernels.tile` for the arguments)."""
+    if vectors == 3:
+        _T8(x, xb, xe, w, wb, we, kind, out, ob, width, steps, ahead, part, xs, xt, sc)
+        return 8
+    if xe > 1:
+        _T4(x, xb, xe, w, wb, we, kind, out, ob, width, steps, ahead, part, xs, xt, sc)
+        return 4
+    if xe == 1:
+        _T2(x, xb, xe, w, wb, we, kind, out, ob, width, steps, ahead, part, xs, xt, sc)
+        return 2
+    _T1(x, xb, xe, w, wb, we, kind, out, ob, width, steps, ahead, part, xs, xt, sc)
+    return 1
+
+
+@kernel("qqqqqqqqqqqqqqqq")
 def _gemm(args):  # type: ignore[no-untyped-def]
     """The arguments' order is that of the call in `linear`. Items: (chunk of x's rows, tile of slabs).
 
     Where the codes' address is 0 every thread rounds x for itself: for few rows that costs less than a pass of its own.
     """
-    a = numba.carray(args, (16,), np.int64)
-    kind, m, n, k, slabs, steps, vectors = a[7], a[8], a[9], a[10], a[11], a[12], a[13]
-    size, own = size_of(kind), a[2] == 0
+    a = numba.carray(args, (17,), np.int64)
+    x_kind, m, n, k, slabs, steps, vectors, kind = a[7], a[8], a[9], a[10], a[11], a[12], a[13], a[16]
+    own = a[2] == 0
     x_codes = np.empty((m if own else 0, steps * 4), np.int8)
     x_scales, x_sums = np.empty(m if own else 0, np.float32), np.empty(m if own else 0, np.int32)
     codes, x_scale, x_sum = a[2], a[3], a[4]
@@ -82,126 +98,42 @@ def _gemm(args):  # type: ignore[no-untyped-def]
         codes, x_scale, x_sum = x_codes.ctypes.data, x_scales.ctypes.data, x_sums.ctypes.data
         for i in range(m):
             at = codes + i * steps * 4
-            x_scales[i], x_sums[i] = quantize_row(a[1] + i * k * size, kind, k, row, at, steps * 4)
+            x_scales[i], x_sums[i] = quantize_row(a[1] + i * k * size_of(x_kind), x_kind, k, row, at, steps * 4)
     tiles = (slabs + vectors - 1) // vectors
-    ahead = a[15] * vectors * steps * 64 if m > 4 else 0  # else the processor's own fetching is as good
-    chunks = (m + _CHUNK - 1) // _CHUNK
+    xb, ob, wb = steps * 4, n * size_of(kind), steps * 64  # from row to row of x, of out, from slab to slab
+    ahead = a[15] * vectors * wb if m > 4 else 0  # else the processor's own fetching is as good
     while True:
         item = next_item(args)
-        if item >= tiles * chunks:
+        if item >= tiles * ((m + _CHUNK - 1) // _CHUNK):
             break
         slab = (item % tiles) * vectors
         first, last = (item // tiles) * _CHUNK, min(m, (item // tiles + 1) * _CHUNK)
-        w, w_bytes, w_last, scales = a[5] + slab * steps * 64, steps * 64, slabs - 1 - slab, a[6] + slab * 64
+        w, we, sc = a[5] + slab * wb, slabs - 1 - slab, a[6] + slab * 64
         width = min(vectors * LANES, n - slab * LANES)
         i = first
         while i < last:
-            end = last - 1 - i
             part = (i - first) // 8 if last - first > 16 else -1
-            x, xs, xt = codes + i * steps * 4, x_scale + i * 4, x_sum + i * 4
-            out = a[14] + (i * n + slab * LANES) * size
-            if vectors == 3:
-                _T8(
-                    x,
-                    steps * 4,
-                    end,
-                    w,
-                    w_bytes,
-                    w_last,
-                    out,
-                    n * size,
-                    width,
-                    steps,
-                    ahead,
-                    part,
-                    kind,
-                    xs,
-                    xt,
-                    scales,
-                )
-                i += 8
-            elif end > 1:
-                _T4(
-                    x,
-                    steps * 4,
-                    end,
-                    w,
-                    w_bytes,
-                    w_last,
-                    out,
-                    n * size,
-                    width,
-                    steps,
-                    ahead,
-                    part,
-                    kind,
-                    xs,
-                    xt,
-                    scales,
-                )
-                i += 4
-            elif end == 1:
-                _T2(
-                    x,
-                    steps * 4,
-                    end,
-                    w,
-                    w_bytes,
-                    w_last,
-                    out,
-                    n * size,
-                    width,
-                    steps,
-                    ahead,
-                    part,
-                    kind,
-                    xs,
-                    xt,
-                    scales,
-                )
-                i += 2
-            else:
-                _T1(
-                    x,
-                    steps * 4,
-                    end,
-                    w,
-                    w_bytes,
-                    w_last,
-                    out,
-                    n * size,
-                    width,
-                    steps,
-                    ahead,
-                    part,
-                    kind,
-                    xs,
-                    xt,
-                    scales,
-                )
-                i += 1
+            x, xs, xt, xe = codes + i * xb, x_scale + i * 4, x_sum + i * 4, last - 1 - i
+            out = a[14] + i * ob + slab * LANES * size_of(kind)
+            i += _rows(vectors, x, xb, xe, w, wb, we, kind, out, ob, width, steps, ahead, part, xs, xt, sc)
 
 
-def linear(x: Tensor, packed: PackedInt8) -> Tensor:
-    """x [M, K] bf16, fp16 or float32 -> [M, N] in x's type."""
+def linear(x: Tensor, packed: PackedInt8, out_dtype: torch.dtype | None = None) -> Tensor:
+    """x [M, K] bf16, fp16 or float32 -> [M, N] in one of these types: x's own, unless one is named."""
     x = x.contiguous()
     m, k = x.shape
     n, steps, kind = packed.num_rows, packed.slabs.shape[1], KINDS[x.dtype]
     rounded = (0, 0, 0)
     if m > _FEW_ROWS:
-        codes, scale, total = (
-            torch.empty(m, steps * 4, dtype=torch.int8),
-            torch.empty(m),
-            torch.empty(m, dtype=torch.int32),
-        )
-        rounded = (codes.data_ptr(), scale.data_ptr(), total.data_ptr())
+        codes, numbers = torch.empty(m, steps * 4, dtype=torch.int8), torch.empty(2, m)  # scales; sums, which are int32
+        rounded = (codes.data_ptr(), numbers.data_ptr(), numbers.data_ptr() + 4 * m)
         _quantize.start(threads_for(x.numel()), x.data_ptr(), *rounded, kind, m, k, steps * 4)
-    out = x.new_empty(m, n)
+    out = x.new_empty(m, n, dtype=out_dtype or x.dtype)
     threads = threads_for(packed.slabs.numel())
     _gemm.start(
         threads,
         x.data_ptr(), *rounded, packed.slabs.data_ptr(), packed.scale.data_ptr(),
-        kind, m, n, k, packed.slabs.shape[0], steps, 3 if m > 4 else 4, out.data_ptr(), threads,
+        kind, m, n, k, packed.slabs.shape[0], steps, 3 if m > 4 else 4, out.data_ptr(), threads, KINDS[out.dtype],
     )  # fmt: skip
     return out
 

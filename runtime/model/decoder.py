@@ -142,7 +142,7 @@ class Decoder:
         return total, total
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        logits = self._lm_head.forward(hidden).float()
+        logits = self._lm_head.forward(hidden)
         if self.spec.logits_divisor != 1.0:
             logits = logits / self.spec.logits_divisor
         cap = self.spec.final_soft_cap

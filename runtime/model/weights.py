@@ -245,7 +245,7 @@ class _Builder:
             if isinstance(weight, QuantizedWeight):
                 raise LoadError(f"{name} is quantized already ({weight.scheme}); leave --lm-head-dtype out")
             weight = quantize_weight(weight, HEAD_INT8, "absmax")
-        return make_linear([weight], [None], dtype=self.dtype, device=self.device)
+        return make_linear([weight], [None], dtype=self.dtype, device=self.device, out_dtype=torch.float32)
 
     def _norm(self, module: str, size: int) -> Tensor:
         """A norm's weight in float32, as it is multiplied."""

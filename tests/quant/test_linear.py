@@ -6,6 +6,8 @@ products is off by at most K u sum |x w|; int4 codes enter the sum as 128 + code
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -92,6 +94,28 @@ def test_w8a8(n: int, k: int) -> None:
         truth = int8_reference.linear(x, w.codes, w.scale)
         exact_sum = k * 2 * U * truth.abs() if "VNNI" in layer.describe()[1] else V * 4 * x.float().abs().sum(1).amax()
         assert ((layer(x).float() - truth).abs() <= V * truth.abs() + exact_sum + 1e-30).all()
+
+
+@pytest.mark.parametrize("scheme", ["bf16", "W8A8", "W4A16", "W8A16"])
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.float16])
+def test_output_of_another_type(scheme: str, out_dtype: torch.dtype) -> None:
+    """A wider output is what the narrow one was rounded from: rounding it gives the narrow one, bit by bit."""
+    torch.manual_seed(0)
+    n, k = 50, 128
+    quantized = replace(PRESETS["W8A16"], weight=WeightScheme(f"int{scheme[1]}", group(32)))
+    w = torch.randn(n, k).bfloat16()
+    part = w if scheme == "bf16" else weight(n, k, PRESETS["W8A8"] if scheme == "W8A8" else quantized)
+    layers = [
+        make_linear([part], [None], dtype=torch.bfloat16, device=torch.device("cpu"), out_dtype=out)
+        for out in (torch.bfloat16, torch.float32, out_dtype)
+    ]
+    for m in (1, 3, 9, 40):
+        x = torch.randn(m, k).bfloat16()
+        narrow, exact, other = (layer(x) for layer in layers)
+        assert other.dtype == out_dtype
+        assert torch.equal(other, exact.to(out_dtype))
+        assert torch.equal(narrow, exact.bfloat16())
+        assert not torch.equal(narrow.float(), exact)
 
 
 @pytest.mark.parametrize("name", ["FP8_DYNAMIC", "FP8_BLOCK"])
