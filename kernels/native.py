@@ -4,10 +4,8 @@ A kernel here is a numba function of one pointer to a packed array of 64-bit arg
 `pool.py`) runs the same body and takes items of work from an atomic counter, the first argument; a thread that another
 process delays takes fewer.
 
-Kernels are compiled at the first `Kernel.start`, which `warm_up` in runtime.ops asks for, and are cached on disk by
-numba: in `__pycache__` beside the source, or, where that is not writable, in the user's cache directory
-(NUMBA_CACHE_DIR overrides). The cache is keyed on the source file of the kernel alone: after editing this file or
-`tile.py`, remove the `.nbi` files.
+Kernels are compiled at the first `Kernel.start`, which `warm_up` in runtime.ops asks for, and are cached on disk (see
+`compiled.py`).
 """
 
 # ruff: noqa: ARG001 (numba looks at the names of what it compiles)
@@ -25,6 +23,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from octavo.kernels.compiled import c_function
 from octavo.kernels.pool import pool
 
 Address = int
@@ -45,11 +44,8 @@ class Kernel:
     def compile(self) -> None:
         """Compile, or load from numba's cache; nothing when it was done before."""
         if self._entry is None:
-            compiled = numba.cfunc(types.void(types.voidptr), nopython=True, cache=True, error_model="numpy")(
-                self._body
-            )
-            self._address = compiled.address
-            self._entry = _SIGNATURE(compiled.address)
+            self._address = c_function(self._body).address
+            self._entry = _SIGNATURE(self._address)
 
     def start(self, threads: int, *args: float) -> None:
         """Run the body on `threads` threads and return when all of them are done."""

@@ -18,13 +18,14 @@ import platform
 import threading
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from octavo.kernels.compiled import c_function
 
 # The control block, one cache line (8 int64) for each: the number of the latest job; 1 while it is open; how many
 # workers are in it; and, written before a job is opened, the function's and the arguments' address.
@@ -151,8 +152,7 @@ class Pool:
     """Worker threads and their control block; `run` is the whole of its use."""
 
     def __init__(self, workers: int) -> None:
-        compile_ = numba.cfunc(types.void(types.voidptr), nopython=True, cache=True, error_model="numpy")
-        self._compiled = compile_(_serve), compile_(_submit)
+        self._compiled = c_function(_serve), c_function(_submit)
         self._serve, self._submit = (_ENTRY(c.address) for c in self._compiled)
         memory = np.zeros(32 + 8, np.int64)
         skip = -memory.ctypes.data % 64 // 8
