@@ -45,14 +45,17 @@ def main() -> int:
     threading.Thread(target=_end_with_parent, args=(start.address,), daemon=True).start()
     context = zmq.Context()
     link = Link(context, start.address)
+    is_loaded = False
     try:
         from octavo.runtime.startup import load_engine  # imports torch: seconds, within which a failure must be told
 
         engine, ready = load_engine(start.config, start.spawn_time)
+        is_loaded = True
         link.send(ready)
         serve(engine, link)
     except Exception as error:
-        link.send(Failed(_one_line(error), traceback.format_exc()))
+        is_told = _says_it_all(error) and not is_loaded  # a model or a flag that is the user's to mend
+        link.send(Failed(_one_line(error), "" if is_told else traceback.format_exc()))
         return 1
     finally:
         link.close()
@@ -144,12 +147,14 @@ def _end_with_parent(address: str) -> None:
     os._exit(0)
 
 
+def _says_it_all(error: Exception) -> bool:
+    """Our own errors do; the others need their type."""
+    return isinstance(error, (ValueError, OSError)) and bool(str(error).strip())
+
+
 def _one_line(error: Exception) -> str:
-    """Our own errors say it all; the others need their type."""
     text = str(error).strip()
-    if isinstance(error, (ValueError, OSError)) and text:
-        return text
-    return f"{type(error).__name__}: {text}"
+    return text if _says_it_all(error) else f"{type(error).__name__}: {text}"
 
 
 if __name__ == "__main__":

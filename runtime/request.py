@@ -149,7 +149,10 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
-    """The engine can't go on (or can't start): one line for people, and the traceback for the log."""
+    """The engine can't go on (or can't start): one line for people, and the traceback for the log.
+
+    No traceback where the line is about the model or a flag.
+    """
 
     message: str
     traceback: str = ""

@@ -192,20 +192,26 @@ class EngineClient:
         stream._open = set()
 
     async def _receive(self) -> None:
-        while True:
-            message = self._decoder.decode(await self._socket.recv())
-            match message:
-                case StepOutputs():
-                    self._dispatch(message)
-                case Pong():
-                    if (answer := self._pings.get(message.nonce)) is not None and not answer.done():
-                        answer.set_result(None)
-                case Ready():
-                    self._ready.set_result(message)
-                case Failed():
-                    if message.traceback:
-                        logger.error("the engine failed:\n%s", message.traceback.rstrip())
-                    self._die(message.message)
+        try:
+            while True:
+                self._take(self._decoder.decode(await self._socket.recv()))
+        except Exception as error:
+            logger.exception("the engine's messages can't be read any more")
+            self._die(f"internal error: {type(error).__name__}")  # else every open request would wait forever
+
+    def _take(self, message: FromEngine) -> None:
+        match message:
+            case StepOutputs():
+                self._dispatch(message)
+            case Pong():
+                if (answer := self._pings.get(message.nonce)) is not None and not answer.done():
+                    answer.set_result(None)
+            case Ready():
+                self._ready.set_result(message)
+            case Failed():
+                if message.traceback:
+                    logger.error("the engine failed:\n%s", message.traceback.rstrip())
+                self._die(message.message)
 
     def _dispatch(self, step: StepOutputs) -> None:
         self.stats = step.stats

@@ -67,10 +67,14 @@ def error_body(
     return {"error": {"message": message, "type": kind, "param": param, "code": status if code is None else code}}
 
 
+def error_json(status: int, message: str, param: str | None = None, code: str | None = None) -> bytes:
+    """The body as it is sent."""
+    return msgspec.json.encode(error_body(status, message, param, code))
+
+
 def error_response(status: int, message: str, param: str | None = None, code: str | None = None) -> Response:
     """An error as a whole response."""
-    content = msgspec.json.encode(error_body(status, message, param, code))
-    return Response(content, status_code=status, media_type="application/json")
+    return Response(error_json(status, message, param, code), status_code=status, media_type="application/json")
 
 
 RESPONSES: dict[int | str, dict[str, Any]] = {

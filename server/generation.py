@@ -152,7 +152,7 @@ async def generate(
                     if choice.finish_reason is not None:
                         continue  # a stop string ended it, and the engine did not know yet
                     delta = choice.take(output)
-                    metrics.tokens(choice.timeline, output)
+                    metrics.tokens(choice.timeline, output, len(delta.token_ids))
                     if delta.finish_reason is not None:
                         num_open -= 1
                         metrics.end(choice.timeline, delta.finish_reason, choice.num_tokens)
@@ -163,7 +163,7 @@ async def generate(
     except EngineDeadError as error:
         outcome = "error"
         raise ApiError(503, str(error)) from error
-    except ApiError:
+    except Exception:
         outcome = "error"
         raise
     finally:

@@ -20,6 +20,7 @@ from fastapi import FastAPI
 
 from octavo.runtime.launch import EngineProcess
 from octavo.runtime.request import Ready, StepOutputs
+from octavo.server.connection import Connection
 from octavo.server.engine_client import EngineClient, EngineDeadError
 from octavo.server.metrics import Metrics
 
@@ -64,7 +65,6 @@ async def serve(
             client.on_step = log.step if options.log_stats else metrics.step
             ticker = asyncio.create_task(log.tick_forever())
             stop.server = _Server(_uvicorn_config(app, options), client, options)
-            logger.info("serving on %s", options.url)
             await stop.server.serve(sockets=options.sockets)
             ticker.cancel()
         return client.death is None
@@ -104,6 +104,8 @@ class _Stop:
 def _uvicorn_config(app: FastAPI, options: ListenOptions) -> uvicorn.Config:
     return uvicorn.Config(
         app,
+        http=Connection,
+        ws="none",
         lifespan="off",
         log_config=None,
         log_level=options.log_level,
@@ -128,6 +130,10 @@ class _Server(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """They are `_Stop`'s."""
         yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        logger.info("serving on %s", self._options.url)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         client, limit = self._client, self._options.shutdown_timeout

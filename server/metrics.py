@@ -117,8 +117,8 @@ class Metrics:
             self._histograms["iteration_tokens_total"].observe(stats.step_tokens)
         self._totals = stats
 
-    def tokens(self, timeline: Timeline, output: TokenOutput) -> None:
-        """One output of a request, now."""
+    def tokens(self, timeline: Timeline, output: TokenOutput, num_tokens: int) -> None:
+        """One output of a request, now; of its tokens `num_tokens` are part of the answer."""
         now = time.time()
         histograms = self._histograms
         if timeline.first:
@@ -131,7 +131,7 @@ class Metrics:
             histograms["request_prefill_time_seconds"].observe((output.first_token_time or now) - timeline.scheduled)
             self._counters["prompt_tokens"].inc(timeline.num_prompt)
         timeline.last = now
-        self._counters["generation_tokens"].inc(len(output.token_ids))
+        self._counters["generation_tokens"].inc(num_tokens)
 
     def end(self, timeline: Timeline, outcome: str, num_tokens: int) -> None:
         """An answer has ended, as `outcome` says."""

@@ -1,7 +1,8 @@
-"""What every request passes before a route sees it: the API key, and the size of its body. Plain ASGI."""
+"""What every request passes before a route sees it: the API key, and the size and the pace of its body. Plain ASGI."""
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import Sequence
 
@@ -11,7 +12,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from octavo.server.errors import error_response
 
-OPEN_PATHS = frozenset({"/health", "/metrics", "/version", "/docs", "/openapi.json"})
+OPEN_PATHS = frozenset({"/health", "/ping", "/metrics", "/version", "/docs", "/openapi.json"})
+BODY_SECONDS = 60.0  # for the next piece of a body
 
 
 class Authentication:
@@ -19,7 +21,7 @@ class Authentication:
 
     def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
         self._app = app
-        self._accepted = [f"Bearer {key}".encode() for key in keys]
+        self._accepted = [key.encode() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS" or self._fits(scope):
@@ -30,12 +32,16 @@ class Authentication:
         await response(scope, receive, send)
 
     def _fits(self, scope: Scope) -> bool:
-        given = Headers(scope=scope).get("authorization", "").encode("latin-1")
-        return sum(secrets.compare_digest(given, accepted) for accepted in self._accepted) > 0  # all, in equal time
+        scheme, _, given = Headers(scope=scope).get("authorization", "").encode("latin-1").partition(b" ")
+        fitting = [secrets.compare_digest(given.strip(), key) for key in self._accepted]  # all, in equal time
+        return scheme.lower() == b"bearer" and any(fitting)
 
 
 class BodyLimit:
-    """413 for a body of more than `limit` bytes, by its Content-Length or, without one, as soon as it gets there."""
+    """413 for a body of more than `limit` bytes, by its Content-Length or, without one, as soon as it gets there.
+
+    408 for a body of which nothing comes for BODY_SECONDS.
+    """
 
     def __init__(self, app: ASGIApp, limit: int) -> None:
         self._app = app
@@ -52,14 +58,21 @@ class BodyLimit:
             response.headers["Connection"] = "close"  # the body is not read
             await response(scope, receive, send)
             return
-        num_received = 0
+        num_received, is_whole = 0, False
 
-        async def counted() -> Message:
-            nonlocal num_received
-            message = await receive()
+        async def limited() -> Message:
+            nonlocal num_received, is_whole
+            if is_whole:
+                return await receive()  # that the client hangs up, some day
+            try:
+                async with asyncio.timeout(BODY_SECONDS):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(408, "the body did not come", {"Connection": "close"}) from None
             num_received += len(message.get("body", b""))
+            is_whole = not message.get("more_body", False)
             if num_received > self._limit:
                 raise HTTPException(413, self._message, {"Connection": "close"})
             return message
 
-        await self._app(scope, counted, send)
+        await self._app(scope, limited, send)

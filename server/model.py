@@ -8,7 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from octavo.server.chat import ChatTemplate
+from octavo.server.errors import explain
+from octavo.server.protocol import GenerationRequest
 from octavo.server.tokenizer import Tokenizer
 
 SAMPLING_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -51,20 +55,28 @@ class ServedModel:
         }
 
 
-def sampling_defaults(directory: Path, source: str) -> dict[str, float]:
-    """Default sampling values: of the checkpoint's generation_config.json ('auto'), or none ('vllm').
+def sampling_defaults(directory: Path, source: str, override: dict[str, float]) -> dict[str, float]:
+    """Default sampling values: of the checkpoint's generation_config.json ('auto'), or none ('vllm'), then `override`.
 
-    Another value of `source` is a directory, or a file, to read instead.
+    Another value of `source` is a directory, or a file, to read instead. ValueError for a value that no request may
+    have.
     """
-    if source == "vllm":
-        return {}
-    path = directory if source == "auto" else Path(source)
-    config = _read(path if path.is_file() else path / "generation_config.json")
-    if source != "auto" and not config:
-        raise ValueError(
-            f"--generation-config {source!r}: no generation_config.json there; 'auto' and 'vllm' are names"
-        )
-    return {name: config[name] for name in SAMPLING_DEFAULTS if config.get(name) is not None}
+    config = {}
+    if source != "vllm":
+        path = directory if source == "auto" else Path(source)
+        config = _read(path if path.is_file() else path / "generation_config.json")
+        if source != "auto" and not config:
+            raise ValueError(
+                f"--generation-config {source!r}: no generation_config.json there; 'auto' and 'vllm' are names"
+            )
+    defaults = {name: config[name] for name in SAMPLING_DEFAULTS if config.get(name) is not None} | override
+    try:
+        GenerationRequest.model_validate(defaults)
+    except ValidationError as error:
+        first = error.errors()[0]
+        message, _ = explain({**first, "loc": ("defaults", *first["loc"])})
+        raise ValueError(f"--generation-config, --override-generation-config: {message}") from None
+    return defaults
 
 
 def end_token_ids(directory: Path, tokenizer: Tokenizer) -> frozenset[int]:

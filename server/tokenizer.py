@@ -94,6 +94,8 @@ class Tokenizer:
     @classmethod
     def open(cls, directory: Path, *, trust_remote_code: bool = False) -> Tokenizer:
         """Read the tokenizer of a checkpoint; TokenizerError when there is none that can be used."""
+        if not directory.is_dir():
+            raise TokenizerError(f"{directory}: no such directory, so no tokenizer")
         config_file = directory / "tokenizer_config.json"
         config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.exists() else {}
         file = directory / "tokenizer.json"
@@ -205,7 +207,7 @@ def _backend_from_transformers(directory: Path, trust_remote_code: bool) -> Back
         tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=trust_remote_code)
     except Exception as error:
         raise TokenizerError(
-            f"{directory}: no tokenizer.json, and transformers can't read its tokenizer: {error}"
+            f"{directory}: no tokenizer.json, and transformers can't read its tokenizer: {_first_line(error)}"
         ) from error
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, Backend):
@@ -214,6 +216,10 @@ def _backend_from_transformers(directory: Path, trust_remote_code: bool) -> Back
             "one into the directory with transformers first"
         )
     return backend
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -6,9 +6,13 @@ Flags are vLLM's; SGLang's names for them are accepted too.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
+import resource
 import socket
+import ssl
+import stat
 import sys
 import time
 from collections.abc import Callable
@@ -40,31 +44,27 @@ def run(args: argparse.Namespace) -> int:
     logging.getLogger("octavo").setLevel(logging.INFO)
     try:
         alive = _serve(args, begun)
-    except _user_errors() as error:
+    except (ServeError, OSError) as error:
         print(f"{PROG}: {error}", file=sys.stderr)
         return 1
     return 0 if alive else 1
 
 
-def _user_errors() -> tuple[type[Exception], ...]:
-    from octavo.quant.checkpoint import CheckpointError
-    from octavo.server.listen import EngineStartError
-
-    return (ServeError, CheckpointError, EngineStartError, OSError)
-
-
 def _serve(args: argparse.Namespace, begun: float) -> bool:
-    from octavo.quant.hub import resolve_model
     from octavo.runtime.launch import start_engine
 
+    model = _model_of(args)
+    _check_tls(args)
     sockets, url = _bind(args)  # before the model is loaded: a port that is taken is known now
-    directory = resolve_model(_model_of(args), args.revision)
-    engine = start_engine(engine_config(args, directory))  # it loads while the server's own modules are imported
+    engine = None
     try:
+        directory = _directory_of(model, args.revision)
+        engine = start_engine(engine_config(args, directory))  # it loads while the server's own modules are imported
         import uvloop
 
-        from octavo.server.listen import ListenOptions, serve
+        from octavo.server.listen import EngineStartError, ListenOptions, serve
 
+        _allow_many_connections()
         make_app = _app_maker(args, directory, begun)
         options = ListenOptions(
             sockets=sockets,
@@ -77,9 +77,13 @@ def _serve(args: argparse.Namespace, begun: float) -> bool:
             access_log=not args.disable_uvicorn_access_log,
             log_stats=not args.disable_log_stats,
         )
-        return uvloop.run(serve(engine, make_app, options))
+        try:
+            return uvloop.run(serve(engine, make_app, options))
+        except EngineStartError as error:
+            raise ServeError(str(error)) from error
     finally:
-        engine.close()
+        if engine is not None:
+            engine.close()
         for bound in sockets:
             bound.close()
         if args.uds:
@@ -94,23 +98,68 @@ def _model_of(args: argparse.Namespace) -> str:
     return model
 
 
+def _check_tls(args: argparse.Namespace) -> None:
+    """The certificate's files are read when the model is loaded: too late to hear that one is missing."""
+    if not (args.ssl_certfile or args.ssl_keyfile):
+        return
+    try:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(args.ssl_certfile or "", args.ssl_keyfile)
+        if args.ssl_ca_certs:
+            context.load_verify_locations(args.ssl_ca_certs)
+    except OSError as error:
+        raise ServeError(f"--ssl-certfile, --ssl-keyfile, --ssl-ca-certs: {error}") from None
+
+
+def _directory_of(model: str, revision: str | None) -> Path:
+    from octavo.quant.hub import resolve_model
+
+    try:
+        return resolve_model(model, revision)
+    except ValueError as error:
+        raise ServeError(str(error)) from error
+
+
+def _allow_many_connections() -> None:
+    """Each takes a file descriptor, and shells start programs with 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 1 << 16 if hard == resource.RLIM_INFINITY else min(hard, 1 << 16)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def _bind(args: argparse.Namespace) -> tuple[list[socket.socket], str]:
     """The socket to listen on, and its address for people."""
     if args.uds is not None:
-        bound = socket.socket(socket.AF_UNIX)
-        bound.bind(args.uds)
-        return [bound], f"unix:{args.uds}"
-    family, kind, protocol, _, address = socket.getaddrinfo(args.host, args.port, type=socket.SOCK_STREAM)[0]
-    bound = socket.socket(family, kind, protocol)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        return [_bind_uds(args.uds)], f"unix:{args.uds}"
     try:
+        family, kind, protocol, _, address = socket.getaddrinfo(args.host, args.port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, protocol)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
     except OSError as error:
-        bound.close()
-        raise ServeError(f"--host {args.host} --port {args.port}: {error.strerror}; is another server there?") from None
+        raise ServeError(f"--host {args.host} --port {args.port}: {error.strerror}") from None
     host, port = bound.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     return [bound], f"http{'s' if args.ssl_certfile else ''}://{shown}:{port}"
+
+
+def _bind_uds(path: str) -> socket.socket:
+    """A Unix socket at `path`; one that a killed server left there is taken away first."""
+    bound = socket.socket(socket.AF_UNIX)
+    try:
+        with contextlib.suppress(FileNotFoundError, ConnectionRefusedError), socket.socket(socket.AF_UNIX) as probe:
+            probe.connect(path)
+            raise ServeError(f"--uds {path}: another server listens there")
+        if stat.S_ISSOCK(os.stat(path).st_mode):
+            os.unlink(path)
+    except FileNotFoundError:
+        pass
+    try:
+        bound.bind(path)
+    except OSError as error:
+        raise ServeError(f"--uds {path}: {error.strerror or error}") from None
+    return bound
 
 
 def _app_maker(
@@ -127,7 +176,7 @@ def _app_maker(
         text_side = Path(args.tokenizer) if args.tokenizer else directory
         tokenizer = Tokenizer.open(text_side, trust_remote_code=args.trust_remote_code)
         template = ChatTemplate.open(text_side, tokenizer.special_tokens, args.chat_template)
-        defaults = sampling_defaults(directory, args.generation_config) | args.override_generation_config
+        defaults = sampling_defaults(directory, args.generation_config, args.override_generation_config)
         end_ids = end_token_ids(directory, tokenizer)
     except (TokenizerError, ChatTemplateError, ValueError) as error:
         raise ServeError(str(error)) from error
@@ -150,7 +199,7 @@ def _app_maker(
             defaults=defaults,
             max_model_len=ready.max_model_len,
             vocab_size=ready.vocab_size,
-            max_logprobs=args.max_logprobs,
+            max_logprobs=ready.vocab_size if args.max_logprobs < 0 else args.max_logprobs,
             trust_request_chat_template=args.trust_request_chat_template,
         )
         metrics = Metrics(model.name, ready, _cache_facts(args, ready))
@@ -182,7 +231,7 @@ def print_report(ready: Ready, seconds: float) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    report, console = ready.report, Console(soft_wrap=True)
+    report, console = ready.report, Console(soft_wrap=True, markup=False)
     table = Table(title=f"{report.architecture}, {report.dtype} on {report.device}", title_justify="left")
     for heading in ("layers", "scheme", "body"):
         table.add_column(heading)
@@ -199,4 +248,4 @@ def print_report(ready: Ready, seconds: float) -> None:
     phases = ", ".join(f"{phase} {duration:.2f}" for phase, duration in report.seconds.items())
     console.print(f"ready after {seconds:.2f} s (the engine: {phases})", highlight=False)
     for note in report.notes:
-        console.print(f"[yellow]note:[/yellow] {note}", highlight=False)
+        console.print(f"note: {note}", style="yellow", highlight=False)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from octavo.commands.quantize import parse_size
 from octavo.runtime.config import EngineConfig
@@ -14,6 +15,7 @@ from octavo.runtime.config import EngineConfig
 KV_DTYPES = {"fp8": "fp8_e4m3"}  # vLLM's short name
 IMPLEMENTATIONS = {"transformers": "hf"}  # vLLM's name
 DEFAULTS = EngineConfig(model="")
+Number = TypeVar("Number", int, float)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -226,7 +228,14 @@ def _configure_text(group: argparse._ArgumentGroup) -> None:
         metavar="JSON",
         help="default sampling values, such as '{\"temperature\": 0.7}', before those of --generation-config",
     )
-    _add(group, "--max-logprobs", type=int, default=20, metavar="N", help="most logprobs that a request may ask for")
+    _add(
+        group,
+        "--max-logprobs",
+        type=_logprobs,
+        default=20,
+        metavar="N",
+        help="most logprobs that a request may ask for; -1 is the whole vocabulary",
+    )
     _add(
         group,
         "--seed",
@@ -302,32 +311,33 @@ def _choices(field: str) -> tuple[str, ...]:
     return values
 
 
+def _number(text: str, kind: type[Number], low: float, high: float, what: str) -> Number:
+    """A number from low to high."""
+    with contextlib.suppress(ValueError):
+        value = kind(text)
+        if low <= value <= high:
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+
+
 def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a count: 1 at least")
-    return value
+    return _number(text, int, 1, math.inf, "a count, 1 at least")
 
 
 def _port(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < 65536:
-        raise argparse.ArgumentTypeError(f"{text} is not a port: 0 to 65535")
-    return value
+    return _number(text, int, 0, 65535, "a port, 0 to 65535")
+
+
+def _logprobs(text: str) -> int:
+    return _number(text, int, -1, math.inf, "a count, or -1")
 
 
 def _fraction(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a share above 0, 1 at most")
-    return value
+    return _number(text, float, 1e-9, 1, "a share above 0, 1 at most")
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds")
-    return value
+    return _number(text, float, 0, 1e9, "a number of seconds")
 
 
 def _strings(text: str) -> list[str]:
@@ -343,7 +353,7 @@ def _sampling_values(text: str) -> dict[str, float]:
     values = _json(text)
     if not isinstance(values, dict) or not set(values) <= set(SAMPLING_DEFAULTS):
         raise argparse.ArgumentTypeError(f"{text} is not a JSON object of {', '.join(SAMPLING_DEFAULTS)}")
-    return {name: float(value) for name, value in values.items()}
+    return values
 
 
 def _json(text: str) -> Any:
