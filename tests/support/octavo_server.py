@@ -1,0 +1,141 @@
+"""A real `octavo serve` of the tiny checkpoint, in float32, on a free port of this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+import octavo
+
+TINY = Path(__file__).parents[1] / "fixtures" / "tiny"
+PATIENCE = 90.0  # seconds; not a measurement, only so that a hang is a failure
+SMALL = ("--dtype", "float32", "--num-threads", "1", "--num-gpu-blocks-override", "512", "--block-size", "16")
+
+
+class Server:
+    """A running server. `lines` is what it has said, on stdout and stderr together."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        self.lines: list[str] = []
+        self.url = ""
+        self._is_ready = threading.Event()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(line)
+            if found := re.search(r"serving on (\S+)", line):
+                self.url = found.group(1)
+                self._is_ready.set()
+        self._is_ready.set()
+
+    def wait_until_ready(self) -> None:
+        assert self._is_ready.wait(PATIENCE), self.said
+        assert self.url, self.said
+
+    @property
+    def said(self) -> str:
+        return "".join(self.lines)
+
+    @property
+    def engine_pid(self) -> int:
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+        return int(children.split()[0])
+
+    def send_signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def exit_code(self) -> int:
+        """Wait for the end, and for the last line."""
+        code = self.process.wait(PATIENCE)
+        self._reader.join(PATIENCE)
+        return code
+
+    def client(self, **options: Any) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=PATIENCE, **options)
+
+
+@contextmanager
+def started(*flags: str, model: Path = TINY, environment: dict[str, str] | None = None) -> Iterator[Server]:
+    """The process alone, which may not be ready, or never become so."""
+    command = [sys.executable, "-P", "-m", "octavo", "serve", str(model), "--port", "0", *flags]
+    variables = os.environ | {"PYTHONPATH": str(Path(octavo.__file__).parent.parent)} | (environment or {})
+    pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(command, text=True, env=variables, **pipes) as process:
+        server = Server(process)
+        try:
+            yield server
+        finally:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+            server._reader.join(PATIENCE)
+
+
+@contextmanager
+def serving(*flags: str, environment: dict[str, str] | None = None) -> Iterator[Server]:
+    """A server that is ready."""
+    with started(*SMALL, *flags, environment=environment) as server:
+        server.wait_until_ready()
+        yield server
+
+
+def events(lines: Sequence[str] | Iterator[str]) -> Iterator[Any]:
+    """The JSON of a stream's events; the stream must end with [DONE]."""
+    is_done = False
+    for line in lines:
+        if line:
+            assert not is_done, f"{line!r} after [DONE]"
+            assert line.startswith("data: "), line
+            is_done = line == "data: [DONE]"
+            if not is_done:
+                yield json.loads(line[6:])
+    assert is_done, "the stream broke off"
+
+
+def stream(client: httpx.Client, path: str, body: dict[str, Any]) -> list[Any]:
+    """All events of one streamed answer."""
+    with client.stream("POST", path, json=body | {"stream": True}) as response:
+        assert response.status_code == 200, response.read()
+        return list(events(response.iter_lines()))
+
+
+Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
+
+
+def samples(client: httpx.Client) -> Samples:
+    """All samples of /metrics: by name and labels, those aside that are the same in all."""
+    found: Samples = {}
+    for family in text_string_to_metric_families(client.get("/metrics").text):
+        for sample in family.samples:
+            labels = {key: value for key, value in sample.labels.items() if key not in {"model_name", "engine"}}
+            found[sample.name, tuple(sorted(labels.items()))] = sample.value
+    return found
+
+
+def value(client: httpx.Client, name: str, **labels: str) -> float:
+    """One sample of /metrics."""
+    return samples(client)[name, tuple(sorted(labels.items()))]
+
+
+def wait_for(client: httpx.Client, name: str, wanted: float, **labels: str) -> None:
+    """Ask /metrics until the sample is there; each answer comes after a turn of the server's loop."""
+    for _ in range(20_000):
+        if value(client, name, **labels) == wanted:
+            return
+    raise AssertionError(f"{name} stays {value(client, name, **labels)}")
