@@ -44,12 +44,20 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-dynamic": ("Llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}),
     "llama-llama3": ("Llama", {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 16}}),
     "llama-yarn": ("Llama", {"rope_scaling": YARN, "rope_theta": 100.0, "num_key_value_heads": 1}),
+    "llama-yarn-mscale": (
+        "Llama",
+        {"rope_scaling": YARN | {"mscale": 0.7, "mscale_all_dim": 0.2, "truncate": False}, "rope_theta": 100.0},
+    ),
     "mistral": ("Mistral", {"sliding_window": 7, "head_dim": 32}),
     "qwen2": ("Qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}),
     "qwen3": ("Qwen3", {"head_dim": 24, "attention_bias": True, "tie_word_embeddings": True}),
     "phi3": (
         "Phi3",
         {"partial_rotary_factor": 0.75, "rope_scaling": LONGROPE, "original_max_position_embeddings": 16},
+    ),
+    "phi3-short": (
+        "Phi3",
+        {"partial_rotary_factor": 0.75, "rope_scaling": LONGROPE, "original_max_position_embeddings": 40},
     ),
     "gemma2": (
         "Gemma2",
@@ -74,10 +82,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def make_config(family: str, overrides: dict[str, Any]) -> Any:
+    config_name = {"Gemma3": "Gemma3TextConfig"}.get(family, f"{family}Config")
+    return getattr(transformers, config_name)(**copy.deepcopy(SIZES | overrides))
+
+
 def make_hf(family: str, overrides: dict[str, Any], seed: int = 0) -> Any:
     """A float32 model whose every parameter is random: also biases and norms, which HF starts at 0 and 1."""
-    config_name = {"Gemma3": "Gemma3TextConfig"}.get(family, f"{family}Config")
-    config = getattr(transformers, config_name)(**copy.deepcopy(SIZES | overrides))
+    config = make_config(family, overrides)
     config._attn_implementation = "eager"
     model = getattr(transformers, f"{family}ForCausalLM")(config).float().eval()
     randomize(model, seed)

@@ -98,12 +98,13 @@ def _parameters(checkpoint: Checkpoint, module: str) -> int:
 
 def _to_serve(checkpoint: Checkpoint) -> dict[str, Any]:
     """Memory for weights as they are stored, and for 1,000 tokens of KV cache; or why octavo can't serve it."""
+    from octavo.runtime.model.config_types import ModelConfigError
     from octavo.runtime.model.spec import DecoderSpec, UnsupportedModelError
 
     weights = sum(checkpoint.spec(name).nbytes for name in checkpoint.names)
     try:
         spec = DecoderSpec.from_hf(checkpoint.config)
-    except UnsupportedModelError as e:
+    except (UnsupportedModelError, ModelConfigError) as e:
         return {"weight_bytes": weights, "problem": str(e)}
     numbers = 2 * len(spec.layers) * spec.num_kv_heads * spec.head_dim  # keys and values of one token
     wide = 4 if spec.dtype == "float32" else 2

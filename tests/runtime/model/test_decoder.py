@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,12 +51,21 @@ MUTATIONS: dict[str, tuple[str, Change]] = {
     "theta": ("llama", rope_changed(theta=600.0)),
     "linear": ("llama-linear", rope_changed(factor=2.5)),
     "llama3": ("llama-llama3", rope_changed(high_freq_factor=5.0)),
+    "llama3 factor": ("llama-llama3", rope_changed(factor=5.0)),
+    "llama3 low": ("llama-llama3", rope_changed(low_freq_factor=1.5)),
+    "yarn beta_fast": ("llama-yarn", rope_changed(beta_fast=1.5)),
+    "yarn truncate": ("llama-yarn-mscale", rope_changed(truncate=True)),
+    "yarn mscale": ("llama-yarn-mscale", rope_changed(attention_factor=0.1 * math.log(4.0) + 1)),
     "yarn ramp": ("llama-yarn", rope_changed(beta_slow=0.75)),
     "yarn attention factor": ("llama-yarn", rope_changed(attention_factor=1.0)),
     "longrope": ("phi3", rope_changed(original_max_position=64)),
+    "longrope factors": ("phi3-short", rope_changed(original_max_position=16)),
+    "longrope attention factor": ("phi3", rope_changed(attention_factor=1.0)),
     "partial rotary": ("phi3", rope_changed(rope_type="default", rotary_dim=16)),
     "window": ("mistral", layers_changed(window=8)),
     "window by layer": ("qwen2", layers_changed(window=None)),
+    "window by parity": ("gemma2", lambda spec: windows_shifted(spec)),
+    "window by pattern": ("gemma3_text", lambda spec: windows_shifted(spec)),
     "norm eps": ("olmo2", changed(norm_eps=1e-2)),
     "activation": ("llama", changed(activation="gelu_tanh")),
     "attention scale": ("granite", changed(attention_scale=0.29)),
@@ -65,6 +75,7 @@ MUTATIONS: dict[str, tuple[str, Change]] = {
     "query scale": ("gemma3_text", changed(attention_scale=24**-0.5)),
     "local rope": ("gemma3_text", rope_changed(theta=1e6, rope_type="default")),
     "embedding scale": ("granite", changed(embedding_scale=11.0)),
+    "embedding scale of Gemma": ("gemma2", changed(embedding_scale=8.1)),
     "residual multiplier": ("granite", changed(residual_multiplier=0.25)),
     "logits divisor": ("granite", changed(logits_divisor=0.26)),
     "layers without rope": ("smollm3", lambda spec: rope_everywhere(spec)),
@@ -74,6 +85,13 @@ MUTATIONS: dict[str, tuple[str, Change]] = {
 def rope_everywhere(spec: DecoderSpec) -> DecoderSpec:
     rope = spec.layers[0].rope
     return dataclasses.replace(spec, layers=tuple(dataclasses.replace(x, rope=rope) for x in spec.layers))
+
+
+def windows_shifted(spec: DecoderSpec) -> DecoderSpec:
+    """Each layer with the window of the one before it."""
+    windows = [layer.window for layer in spec.layers]
+    layers = [dataclasses.replace(x, window=w) for x, w in zip(spec.layers, windows[-1:] + windows, strict=False)]
+    return dataclasses.replace(spec, layers=tuple(layers))
 
 
 def bound(reference: Tensor) -> float:
@@ -100,8 +118,9 @@ def worst(ours: list[Tensor], theirs: list[Tensor]) -> float:
     return max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
 
 
-def config_for(directory: Path, **fields: Any) -> EngineConfig:
-    return EngineConfig(model=str(directory), dtype="float32", **fields)
+def config_for(name: str, directory: Path) -> EngineConfig:
+    """phi3-short is served to the length of its pretraining, which chooses the short factors."""
+    return EngineConfig(model=str(directory), dtype="float32", max_model_len=40 if name == "phi3-short" else None)
 
 
 @pytest.fixture(scope="module")
@@ -128,9 +147,9 @@ def oracle(models: dict[str, Path]) -> Callable[[str], tuple[Path, list[Tensor]]
 
 @pytest.mark.parametrize("name", CASES)
 def test_logits_equal_hugging_faces(name: str, oracle: Callable[[str], tuple[Path, list[Tensor]]]) -> None:
-    """phi3's prompts are all longer than its pretraining, where HF too takes the long factors."""
+    """phi3's prompts are all longer than its pretraining, where HF too takes the long factors; phi3-short's none."""
     directory, theirs = oracle(name)
-    ours = scattered_logits(weights.load_model(config_for(directory)), prompts())
+    ours = scattered_logits(weights.load_model(config_for(name, directory)), prompts())
     assert float(torch.cat(theirs).std()) > 0.3, "trivially small logits prove nothing"
     assert worst(ours, theirs) < bound(torch.cat(theirs))
 
@@ -143,5 +162,5 @@ def test_a_wrong_feature_is_seen(
     directory, theirs = oracle(case)
     read = DecoderSpec.from_hf
     monkeypatch.setattr(weights.DecoderSpec, "from_hf", lambda config: change(read(config)))
-    ours = scattered_logits(weights.load_model(config_for(directory)), prompts())
+    ours = scattered_logits(weights.load_model(config_for(case, directory)), prompts())
     assert worst(ours, theirs) > 3 * bound(torch.cat(theirs))

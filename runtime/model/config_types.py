@@ -1,0 +1,89 @@
+"""The types of the config.json keys that the decoder reads, checked once so that nothing behind it has to.
+
+Null is a value that every key may have. Keys that aren't listed are nobody's business here: spec.py says which of them
+are known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import msgspec
+
+Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
+Index = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
+Depth = Annotated[int, msgspec.Meta(ge=1, le=10_000)]
+Positive = Annotated[float, msgspec.Meta(gt=0, le=1e15)]  # false for NaN, too
+
+
+class ModelConfigError(ValueError):
+    """A config.json with a value that can't be meant, or without one that must be there; the message names the key."""
+
+
+class _Rope(msgspec.Struct):
+    rope_type: str | None = None
+    type: str | None = None
+    rope_theta: Positive | None = None
+    partial_rotary_factor: Positive | None = None
+    factor: Positive | None = None
+    low_freq_factor: Positive | None = None
+    high_freq_factor: Positive | None = None
+    original_max_position_embeddings: Count | None = None
+    attention_factor: Positive | None = None
+    beta_fast: Positive | None = None
+    beta_slow: Positive | None = None
+    mscale: Positive | None = None
+    mscale_all_dim: Positive | None = None
+    truncate: bool | None = None
+    short_factor: list[Positive] | None = None
+    long_factor: list[Positive] | None = None
+    full_attention: _Rope | None = None
+    sliding_attention: _Rope | None = None
+
+
+class _Config(msgspec.Struct):
+    vocab_size: Count | None = None
+    hidden_size: Count | None = None
+    intermediate_size: Count | None = None
+    num_hidden_layers: Depth | None = None
+    num_attention_heads: Count | None = None
+    num_key_value_heads: Count | None = None
+    head_dim: Count | None = None
+    max_position_embeddings: Count | None = None
+    original_max_position_embeddings: Count | None = None
+    sliding_window: Count | None = None
+    sliding_window_pattern: Count | None = None
+    max_window_layers: Index | None = None
+    no_rope_layer_interval: Count | None = None
+    no_rope_layers: list[int | bool] | None = None
+    layer_types: list[str] | None = None
+    hidden_act: str | None = None
+    hidden_activation: str | None = None
+    dtype: str | None = None
+    torch_dtype: str | None = None
+    rms_norm_eps: Positive | None = None
+    rope_theta: Positive | None = None
+    rope_local_base_freq: Positive | None = None
+    rope_scaling: _Rope | None = None
+    rope_parameters: _Rope | None = None
+    partial_rotary_factor: Positive | None = None
+    query_pre_attn_scalar: Positive | None = None
+    attn_logit_softcapping: Positive | None = None
+    final_logit_softcapping: Positive | None = None
+    embedding_multiplier: Positive | None = None
+    residual_multiplier: Positive | None = None
+    attention_multiplier: Positive | None = None
+    logits_scaling: Positive | None = None
+    attention_bias: bool | None = None
+    mlp_bias: bool | None = None
+    tie_word_embeddings: bool | None = None
+    use_sliding_window: bool | None = None
+
+
+def check_types(config: Mapping[str, Any]) -> None:
+    """Raise ModelConfigError on the first value of a type or size that its key can't have."""
+    try:
+        msgspec.convert(config, _Config)
+    except msgspec.ValidationError as e:
+        raise ModelConfigError(f"config.json: {str(e).replace('`$.', '`')}") from None

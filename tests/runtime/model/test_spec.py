@@ -1,0 +1,127 @@
+"""Reading a config.json: the same spec from transformers 4's and 5's spelling, and a refusal by name of all else."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+from hf_oracle import CASES, SIZES, make_config
+
+from octavo.runtime.model.architectures import ARCHITECTURES, NEUTRAL
+from octavo.runtime.model.config_types import ModelConfigError
+from octavo.runtime.model.spec import DecoderSpec, UnsupportedModelError
+
+LLAMA = SIZES | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_both_spellings_make_the_same_spec(name: str) -> None:
+    """The cases are written as transformers 4 writes a config; transformers 5 saves rope_parameters and layer_types."""
+    family, overrides = CASES[name]
+    saved = make_config(family, overrides).to_dict()
+    written = SIZES | overrides | {"model_type": saved["model_type"], "dtype": saved["dtype"]}
+    specs = [DecoderSpec.from_hf(config) for config in (written, saved)]
+    assert specs[0] == dataclasses.replace(specs[1], unknown_keys=specs[0].unknown_keys)
+    assert specs[0].unknown_keys == ()
+
+
+@pytest.mark.parametrize("key", NEUTRAL)
+def test_a_key_that_changes_the_computation_and_is_not_read_is_refused(key: str) -> None:
+    """With a value that such a key has somewhere: by each architecture that doesn't read it."""
+    value = {"layer_types": ["sliding_attention"] * 4, "no_rope_layers": [1, 0, 1, 0]}.get(
+        key, True if False in NEUTRAL[key] else 3
+    )
+    for name, row in ARCHITECTURES.items():
+        if key not in row.reads:
+            DecoderSpec.from_hf(SIZES | {"model_type": name, key: None})
+            with pytest.raises(UnsupportedModelError, match=f"{name}: {key} = .*--model-impl hf"):
+                DecoderSpec.from_hf(SIZES | {"model_type": name, key: value})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "gpt2"}, "model_type 'gpt2' has no decoder here; known are llama, mistral"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "is not a decoder with a language-model head"),
+        ({"hidden_act": "relu"}, "hidden_act 'relu' is unknown; known are silu"),
+        ({"num_key_value_heads": 3}, "num_attention_heads 4 isn't a multiple of num_key_value_heads 3"),
+        (
+            {"rope_scaling": {"type": "spiral", "factor": 2.0}},
+            "rope type 'spiral' is unknown; known are default, linear",
+        ),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0, "beta_fast": 1.0}},
+            "'linear' has no parameter 'beta_fast'",
+        ),
+        ({"rope_scaling": {"rope_type": "linear"}}, "rope type 'linear' needs the parameter 'factor'"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 5.0}}}, "rope_parameters per kind of layer"),
+        (
+            {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}},
+            "short_factor has 1 entries; rotary_dim 16 needs half as many",
+        ),
+        ({"model_type": "qwen2", "layer_types": ["full_attention"] * 3}, "layer_types has 3 entries for 4 layers"),
+        ({"model_type": "qwen2", "layer_types": ["chunked"] * 4}, "layer type 'chunked' is unknown"),
+        (
+            {"model_type": "qwen2", "layer_types": ["sliding_attention"] * 4},
+            "use_sliding_window or sliding_window is off",
+        ),
+        ({"model_type": "smollm3", "no_rope_layers": [1]}, "no_rope_layers has 1 entries for 4 layers"),
+        ({"model_type": "gemma2", "sliding_window": None}, "layers have a sliding window, but sliding_window is None"),
+        ({"model_type": "phi3", "partial_rotary_factor": 0.2}, "3 rotating elements can't be paired"),
+    ],
+)
+def test_what_is_not_known_is_refused_by_name(changes: dict[str, Any], message: str) -> None:
+    config = {**LLAMA, **changes}
+    if "model_type" in changes:
+        config["architectures"] = None
+    with pytest.raises(UnsupportedModelError, match=message):
+        DecoderSpec.from_hf(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": None}, "config.json has no hidden_size, which llama needs"),
+        ({"hidden_size": "64"}, "Expected `int | null`, got `str` - at `hidden_size`"),
+        ({"hidden_size": True}, "got `bool` - at `hidden_size`"),
+        ({"num_attention_heads": 0}, "Expected `int` >= 1 - at `num_attention_heads`"),
+        ({"num_hidden_layers": 10**30}, "Expected `int` <= 10000 - at `num_hidden_layers`"),
+        ({"rms_norm_eps": math.nan}, "Expected `float` > 0.0 - at `rms_norm_eps`"),
+        ({"rope_theta": math.inf}, "at `rope_theta`"),
+        ({"tie_word_embeddings": "yes"}, "Expected `bool | null`, got `str` - at `tie_word_embeddings`"),
+        ({"rope_scaling": ["linear"]}, "Expected `object | null`, got `array` - at `rope_scaling`"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": "2"}}, "got `str` - at `rope_scaling.factor`"),
+        ({"hidden_act": ["silu"]}, "got `array` - at `hidden_act`"),
+        ({"layer_types": "full_attention"}, "got `str` - at `layer_types`"),
+    ],
+)
+def test_values_that_can_not_be_are_refused_by_key(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelConfigError) as error:
+        DecoderSpec.from_hf({**LLAMA, **changes})
+    assert message in str(error.value)
+
+
+def test_keys_that_nobody_knows_are_told() -> None:
+    assert DecoderSpec.from_hf({**LLAMA, "mystery": 1, "use_cache": True}).unknown_keys == ("mystery",)
+
+
+def test_a_vision_checkpoints_text_half_is_read() -> None:
+    text = {**SIZES, "model_type": "gemma3_text", "head_dim": 24, "sliding_window": 6}
+    whole = {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"], "text_config": text}
+    assert DecoderSpec.from_hf(whole) == DecoderSpec.from_hf(text)
+
+
+def test_the_longest_sequence_is_what_the_rope_is_meant_for() -> None:
+    """dynamic ends where its scaling would begin; yarn and linear stretch, Gemma 3's own number counts that already."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    for rope, longest in (
+        ({"rope_type": "dynamic", "factor": 2.0}, 64),
+        ({"rope_type": "linear", "factor": 2.0}, 128),
+        (yarn, 128),
+        (yarn | {"original_max_position_embeddings": 8}, 64),
+    ):
+        assert DecoderSpec.from_hf({**LLAMA, "rope_scaling": rope}).max_position == longest
+    gemma = {**SIZES, "model_type": "gemma3_text", "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    assert DecoderSpec.from_hf(gemma).max_position == 64
