@@ -6,7 +6,6 @@ afterwards what it did not ask for. Only safetensors: a pickle is a program, and
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,18 @@ from torch import Tensor
 from octavo.quant.formats.compressed_tensors import SUFFIXES, FormatError
 from octavo.quant.formats.compressed_tensors_config import CompressedTensorsConfig, parse_config
 from octavo.quant.qparams import QuantizedWeight
-from octavo.quant.safetensors_file import SafetensorsError, SafetensorsFile, TensorSpec
+from octavo.quant.safetensors_file import SafetensorsError, SafetensorsFile, TensorSpec, parse_json
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+CONFIG_TYPES = {
+    "model_type": str,
+    "architectures": list,
+    "text_config": dict,
+    "quantization_config": dict,
+    "compression_config": dict,
+}
 
 
 class CheckpointError(ValueError):
@@ -141,13 +147,19 @@ def read_config(directory: Path) -> dict[str, Any]:
     """config.json as a dict. Raises CheckpointError."""
     path = directory / "config.json"
     try:
-        config = json.loads(path.read_text("utf-8"))
+        config = parse_json(path.read_bytes())
     except FileNotFoundError:
         raise CheckpointError(f"{directory} has no config.json: not a Hugging Face checkpoint") from None
+    except OSError as e:
+        raise CheckpointError(f"{path} can't be read: {e.strerror}") from e
     except ValueError as e:
         raise CheckpointError(f"{path} is not JSON: {e}") from e
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} is not a JSON object")
+    for owner in (config, config.get("text_config")):
+        for key, kind in CONFIG_TYPES.items() if isinstance(owner, dict) else ():
+            if not isinstance(owner.get(key), kind | None):
+                raise CheckpointError(f"{path}: {key} is {owner[key]!r}, no {kind.__name__}")
     return config
 
 
@@ -155,7 +167,7 @@ def quantization_dict(config: dict[str, Any]) -> dict[str, Any] | None:
     """The quantization config wherever config.json keeps it (older compressed-tensors: compression_config)."""
     for owner in (config, config.get("text_config") or {}):
         for key in ("quantization_config", "compression_config"):
-            if isinstance(owner.get(key), dict):
+            if owner.get(key) is not None:
                 found: dict[str, Any] = owner[key]
                 return found
     return None
@@ -194,7 +206,7 @@ def _find_shards(directory: Path) -> dict[str, list[str] | None]:
 
 def _read_index(directory: Path) -> dict[str, list[str] | None]:
     try:
-        weight_map = json.loads((directory / INDEX).read_text("utf-8"))["weight_map"]
+        weight_map = parse_json((directory / INDEX).read_bytes())["weight_map"]
         items = sorted((str(file), str(name)) for name, file in weight_map.items())
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise CheckpointError(f"{directory / INDEX} is not an index with a weight_map: {e}") from e
@@ -227,6 +239,8 @@ def _open_shards(directory: Path, shards: dict[str, list[str] | None]) -> dict[s
             raise CheckpointError(f"{name} and {seen[twice[0]]} both have {_some(twice)}")
         seen.update(dict.fromkeys(file.specs, name))
         files[name] = file
+    if not seen:
+        raise CheckpointError(f"{directory} has safetensors files or an index, but no tensor is in them")
     return files
 
 

@@ -41,6 +41,14 @@ class SafetensorsError(ValueError):
     """A file that is not a whole, well-formed safetensors file; the message names it."""
 
 
+def parse_json(raw: str | bytes) -> Any:
+    """json.loads, for files that came from anywhere: whatever is wrong with them is a ValueError."""
+    try:
+        return json.loads(raw)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """What a tensor is before it exists: enough to plan files and memory."""
@@ -72,16 +80,11 @@ class SafetensorsFile:
         self._map: Tensor | None = None
         header, data_start = self._read_header()
         header.pop("__metadata__", None)
-        end = data_start
         for name, entry in header.items():
-            spec, begin, stop = self._parse_entry(name, entry)
+            spec, begin = self._parse_entry(name, entry)
             self.specs[name] = spec
             self._begin[name] = data_start + begin
-            end = max(end, data_start + stop)
-        if end < self.size:
-            raise SafetensorsError(f"{path.name} has {self.size - end} bytes more than its header tells of")
-        if end > self.size:
-            raise SafetensorsError(f"{path.name} is truncated: its header promises {end} bytes, it has {self.size}")
+        self._check_layout(data_start)
 
     def view(self, name: str) -> Tensor:
         """The tensor as a view of the mapped file: no copy, its pages are read when they are touched."""
@@ -130,28 +133,42 @@ class SafetensorsFile:
                     f"of which the header claims {length}"
                 )
             try:
-                header = json.loads(file.read(length))
+                header = parse_json(file.read(length))
             except ValueError as e:
                 raise SafetensorsError(f"{self.path.name}: its header is not JSON ({e})") from e
         if not isinstance(header, dict):
             raise SafetensorsError(f"{self.path.name}: its header is not a JSON object")
         return header, 8 + length
 
-    def _parse_entry(self, name: str, entry: Any) -> tuple[TensorSpec, int, int]:
+    def _check_layout(self, end: int) -> None:
+        """Each byte behind the header belongs to one tensor, as the format has it: no gap, no overlap, no rest."""
+        for name in sorted(self.specs, key=lambda name: (self._begin[name], self.specs[name].nbytes)):
+            if self._begin[name] != end:
+                what = "a gap before" if self._begin[name] > end else "another tensor's bytes in"
+                raise SafetensorsError(f"{self.path.name}: its header has {what} {name}")
+            end += self.specs[name].nbytes
+        if end < self.size:
+            raise SafetensorsError(f"{self.path.name} has {self.size - end} bytes more than its header tells of")
+        if end > self.size:
+            raise SafetensorsError(
+                f"{self.path.name} is truncated: its header promises {end} bytes, it has {self.size}"
+            )
+
+    def _parse_entry(self, name: str, entry: Any) -> tuple[TensorSpec, int]:
         try:
-            dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            dtype, shape, (begin, end) = str(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
         except (TypeError, KeyError, ValueError) as e:
             raise SafetensorsError(f"{self.path.name}: malformed header entry for {name}") from e
         if dtype not in DTYPES:
             raise SafetensorsError(f"{self.path.name}: {name} has dtype {dtype}; known are {', '.join(DTYPES)}")
-        if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)):
+        if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
             raise SafetensorsError(f"{self.path.name}: malformed header entry for {name}")
         spec = TensorSpec(DTYPES[dtype], shape)
         if end - begin != spec.nbytes:
             raise SafetensorsError(
                 f"{self.path.name}: {name} is {dtype} {list(shape)}, {spec.nbytes} bytes, but {end - begin} are stored"
             )
-        return spec, begin, end
+        return spec, begin
 
 
 class SafetensorsWriter:
@@ -204,7 +221,10 @@ class SafetensorsWriter:
 
     def _pwrite(self, data: memoryview, offset: int) -> None:
         while data:
-            count = os.pwrite(self._fd, data, offset)
+            try:
+                count = os.pwrite(self._fd, data, offset)
+            except OSError as e:
+                raise OSError(e.errno, e.strerror, str(self.path)) from None
             data, offset = data[count:], offset + count
 
     def __enter__(self) -> SafetensorsWriter:

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from octavo.quant.formats.compressed_tensors import CompressedTensorsFormat, FormatError
 from octavo.quant.scheme import (
     CHANNEL,
@@ -25,6 +27,37 @@ from octavo.quant.scheme import (
     WeightScheme,
     group,
 )
+
+
+class _Args(msgspec.Struct):
+    """The types of compressed-tensors' QuantizationArgs; this and the next two are for checking only."""
+
+    num_bits: int | None = None
+    type: str | None = None
+    symmetric: bool | None = None
+    strategy: str | None = None
+    group_size: int | None = None
+    block_structure: str | list[int] | None = None
+    dynamic: bool | str | None = None
+
+
+class _Group(msgspec.Struct):
+    targets: list[str] | None = None
+    weights: _Args | None = None
+    input_activations: _Args | None = None
+    output_activations: _Args | None = None
+    format: str | None = None
+
+
+class _Config(msgspec.Struct):
+    config_groups: dict[str, _Group | list[str]] | None = None
+    ignore: list[str] | None = None
+    format: str | None = None
+    quantization_status: str | None = None
+    kv_cache_scheme: _Args | None = None
+    sparsity_config: dict[str, object] | None = None
+    transform_config: dict[str, object] | None = None
+
 
 INT_DTYPES: dict[int, WeightDtype] = {8: "int8", 4: "int4", 3: "int3", 2: "int2"}
 FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision", "dense")
@@ -88,8 +121,12 @@ def matches(module: str, pattern: str) -> bool:
 
 def parse_config(raw: Mapping[str, Any]) -> CompressedTensorsConfig:
     """A config.json's `quantization_config` with quant_method compressed-tensors. Raises FormatError."""
-    stored = raw.get("format", "dense")
-    if raw.get("quantization_status", "compressed") not in ("compressed", "frozen"):
+    try:
+        msgspec.convert(raw, _Config)
+    except msgspec.ValidationError as e:
+        raise FormatError(f"quantization_config: {str(e).replace('`$.', '`')}") from None
+    stored = raw.get("format") or "dense"
+    if (raw.get("quantization_status") or "compressed") not in ("compressed", "frozen"):
         raise FormatError(f"quantization_status {raw['quantization_status']!r}: only finished checkpoints can be read")
     for key in ("sparsity_config", "transform_config"):
         if (value := raw.get(key)) and value.get("format", "") != "dense":
@@ -100,11 +137,17 @@ def parse_config(raw: Mapping[str, Any]) -> CompressedTensorsConfig:
             groups.append(_preset_group(name, entry))
         else:
             groups.append(_parse_group(name, entry, entry.get("format") or stored))
-    return CompressedTensorsConfig(
-        groups=tuple(groups),
-        ignore=tuple(raw.get("ignore") or ()),
-        kv_cache=_parse_kv_cache(raw.get("kv_cache_scheme")),
-    )
+    ignore = tuple(raw.get("ignore") or ())
+    for pattern in (*ignore, *(target for group_ in groups for target in group_.targets)):
+        _check_regex(pattern)
+    return CompressedTensorsConfig(tuple(groups), ignore, _parse_kv_cache(raw.get("kv_cache_scheme")))
+
+
+def _check_regex(pattern: str) -> None:
+    try:
+        matches("", pattern)
+    except re.error as e:
+        raise FormatError(f"quantization_config: {pattern!r} is not a regex: {e}") from None
 
 
 def _preset_group(name: str, targets: list[str]) -> ConfigGroup:
@@ -156,7 +199,10 @@ def _weight_granularity(args: Mapping[str, Any]) -> Granularity:
         case "group" if size is not None:
             return group(size)
         case "block" if block is not None:
-            rows, columns = (int(side) for side in (block.split("x") if isinstance(block, str) else block))
+            try:
+                rows, columns = (int(side) for side in (block.split("x") if isinstance(block, str) else block))
+            except ValueError:
+                raise SchemeError(f"block_structure {block!r} is not two numbers") from None
             return Granularity("block", block=(rows, columns))
     raise SchemeError(f"weight strategy {strategy!r} with group_size {size}, block_structure {block} is not supported")
 

@@ -143,6 +143,15 @@ def test_bytes_that_the_header_does_not_tell_of_are_refused(model: Path) -> None
         (b'{"a": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 4]}}', "malformed header entry for a"),
         (b'{"a": {"shape": [2]}}', "malformed header entry for a"),
         (b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}', "truncated"),
+        (b'{"a": {"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]}}', r"dtype \['F32'\]"),
+        (b'{"a": {"dtype": "F32", "shape": [true], "data_offsets": [0, 4]}}', "malformed header entry for a"),
+        (b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}', "a gap before a"),
+        (
+            b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},'
+            b' "b": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}',
+            "another tensor's bytes in b",
+        ),
+        (b"[" * 100_000, "nested too deeply"),
     ],
 )
 def test_malformed_headers_are_refused(tmp_path: Path, header: bytes, message: str) -> None:
@@ -150,6 +159,23 @@ def test_malformed_headers_are_refused(tmp_path: Path, header: bytes, message: s
     path.write_bytes(len(header).to_bytes(8, "little") + header)
     with pytest.raises(SafetensorsError, match=message):
         SafetensorsFile(path)
+
+
+def test_an_index_of_nothing_is_no_checkpoint(model: Path) -> None:
+    (model / "model.safetensors").unlink()
+    (model / INDEX).write_text('{"weight_map": {}}')
+    with pytest.raises(CheckpointError, match="no tensor is in them"):
+        Checkpoint.open(model)
+
+
+def test_weights_may_be_links_as_in_the_hubs_cache(model: Path) -> None:
+    blob = model.parent / "blob"
+    (model / "model.safetensors").rename(blob)
+    (model / "model.safetensors").symlink_to(blob)
+    assert Checkpoint.open(model).names
+    blob.unlink()
+    with pytest.raises(CheckpointError, match="no safetensors file"):
+        Checkpoint.open(model)
 
 
 def test_unaligned_tensors_are_read(tmp_path: Path) -> None:
@@ -202,6 +228,10 @@ def test_the_writer_misses_what_was_not_written(tmp_path: Path) -> None:
         (None, "has no config.json"),
         ("{", "is not JSON"),
         ("[]", "is not a JSON object"),
+        ("[" * 100_000, "is not JSON: it is nested too deeply"),
+        ('{"architectures": "LlamaForCausalLM"}', "architectures is 'LlamaForCausalLM', no list"),
+        ('{"text_config": [1]}', r"text_config is \[1\], no dict"),
+        ('{"text_config": {"quantization_config": 4}}', "quantization_config is 4, no dict"),
         ('{"quantization_config": {"quant_method": "awq"}}', "quant_method 'awq' is not supported"),
     ],
 )

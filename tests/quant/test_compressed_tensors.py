@@ -139,6 +139,8 @@ def test_names_win_over_regexes_and_regexes_over_the_class() -> None:
         ({"group": {"input_activations": {"num_bits": 4}}}, "4-bit int activations"),
         ({"group": {"input_activations": {"strategy": "tensor", "dynamic": True}}}, "depend on its batch"),
         ({"group": {"weights": None}}, "no weights entry"),
+        ({"weights": {"strategy": "block", "block_structure": "128by128"}}, "block_structure '128by128' is not two"),
+        ({"weights": {"strategy": "block", "block_structure": [128]}}, r"block_structure \[128\] is not two numbers"),
     ],
 )
 def test_an_unknown_scheme_is_refused_by_layer_group_and_reason(change: dict[str, Any], reason: str) -> None:
@@ -158,6 +160,24 @@ def test_an_unknown_scheme_is_refused_by_layer_group_and_reason(change: dict[str
 )
 def test_an_unknown_config_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(FormatError, match=str(next(iter(change)))):
+        parse_config(config_with(**change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ignore": [None]}, r"Expected `str`, got `null` - at `ignore\[0\]`"),
+        ({"ignore": ["re:["]}, r"'re:\[' is not a regex"),
+        ({"group": {"targets": ["re:(("]}}, "is not a regex"),
+        ({"weights": {"num_bits": "4"}}, "got `str` - at `config_groups.*num_bits`"),
+        ({"group": {"input_activations": [8]}}, "got `array` - at `config_groups.*input_activations`"),
+        ({"config_groups": ["W4A16"]}, "at `config_groups`"),
+        ({"kv_cache_scheme": True}, "at `kv_cache_scheme`"),
+        ({"sparsity_config": "dense"}, "at `sparsity_config`"),
+    ],
+)
+def test_values_of_a_wrong_type_are_refused_by_place(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(FormatError, match=message):
         parse_config(config_with(**change))
 
 
