@@ -22,6 +22,7 @@ BLOCK = re.compile(r"^(?P<prefix>(?:\w+\.)*)layers\.(?P<index>\d+)\.(?P<kind>.+)
 OTHER_TOWERS = re.compile(r"(^|[._])(vision|visual|audio|encoder|image)")
 ROUTER = re.compile(r"(^|\.)(mlp|block_sparse_moe|feed_forward|moe)\.(gate|router)$|router|shared_expert_gate$")
 EMBEDDING = re.compile(r"embed|wte|wpe")
+MOST_LAYERS = 10_000
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 # Decoders whose blocks are all alike: a kind of layer that one block lacks is a hole in the file.
@@ -69,6 +70,11 @@ def select_linears(checkpoint: Checkpoint, patterns: list[str]) -> Selection:
     A pattern is a module's full name, its name in the block, a glob ('*.down_proj') or a regex ('re:.*mlp'). Raises
     QuantizeError for one that matches nothing, for blocks that are missing, and when no block is found.
     """
+    for pattern in patterns:
+        try:
+            _hit("", "", pattern)
+        except re.error as e:
+            raise QuantizeError(f"--ignore {pattern}: not a regex: {e}") from None
     found, others = _find(checkpoint)
     _check_blocks(checkpoint.config, found)
     used: set[str] = set()
@@ -112,8 +118,10 @@ def _find(checkpoint: Checkpoint) -> tuple[list[Linear], list[str]]:
 def _check_blocks(config: dict[str, Any], found: list[Linear]) -> None:
     text = config.get("text_config") or config
     count = text.get("num_hidden_layers")
-    if not config.get("model_type") or not isinstance(count, int):
+    if not config.get("model_type") or type(count) is not int:
         raise QuantizeError("config.json lacks model_type or num_hidden_layers: not a decoder that transformers wrote")
+    if not 1 <= count <= MOST_LAYERS:
+        raise QuantizeError(f"config.json says {count} layers, which no model has")
     present = {linear.index for linear in found}
     missing = sorted(set(range(count)) - present)
     if missing:

@@ -7,7 +7,9 @@ in their places. The result is made in a directory beside its place and renamed 
 
 from __future__ import annotations
 
+import fcntl
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -19,6 +21,7 @@ from typing import Any
 import torch
 
 from octavo.calibration.layers import (
+    FLOATS,
     Linear,
     QuantizeError,
     Selection,
@@ -26,7 +29,7 @@ from octavo.calibration.layers import (
     portability_warnings,
     select_linears,
 )
-from octavo.calibration.sidecars import copy_other_files, write_json
+from octavo.calibration.sidecars import copy_other_files, without_paths, write_json
 from octavo.quant.checkpoint import INDEX, SINGLE, Checkpoint, quantization_dict, read_config
 from octavo.quant.formats.compressed_tensors import CompressedTensorsFormat, write_config
 from octavo.quant.qparams import QuantizedWeight, Search, WeightError, quantize_weight
@@ -89,6 +92,7 @@ def quantize_model(
 
     Raises QuantizeError, CheckpointError or OSError, and leaves nothing behind then, nor when it is interrupted.
     """
+    _clear_up(out.resolve())
     _check_out(source, out, overwrite)
     if quantization_dict(read_config(source)) is not None:
         raise QuantizeError(
@@ -104,12 +108,12 @@ def quantize_model(
     after = sum(item.nbytes for item in items)
     run = _Run(scheme, search, progress, total=before)
     with _appearing(out, after, overwrite) as partial:
+        copy_other_files(source, partial)  # first, since a broken one is found without waiting
         names = _shard_names(len(shards))
         for name, shard in zip(names, shards, strict=True):
             run.write_shard(partial / name, shard)
         if len(shards) > 1:
             _write_index(partial / INDEX, names, shards, after)
-        copy_other_files(source, partial)
         write_json(partial / "config.json", _config(checkpoint, scheme, selection, search))
     return Quantized(scheme, selection, before, after, run.layers, portability_warnings(scheme, selection))
 
@@ -150,7 +154,7 @@ class _Run:
         with SafetensorsWriter(path, specs) as writer:
             for item in items:
                 if item.linear is None:
-                    writer.write_bytes(item.name, item.file.chunks(item.name))
+                    writer.write_bytes(item.name, _finite(item))
                 else:
                     self.layers.append(self._quantize(item, item.linear, writer))
                 self.done += item.file.specs[item.name].nbytes
@@ -169,6 +173,15 @@ class _Run:
         for suffix, tensor in CompressedTensorsFormat(self.scheme, quantized.scale.dtype).write(quantized).items():
             writer.write(f"{linear.module}.{suffix}", tensor)
         return LayerError(linear, signal, noise, nbytes, item.nbytes)
+
+
+def _finite(item: _Item) -> Iterator[torch.Tensor]:
+    """The bytes of a tensor that is copied, which must be numbers as well: a copy is not an excuse."""
+    dtype = item.file.specs[item.name].dtype
+    for chunk in item.file.chunks(item.name):
+        if dtype in FLOATS and not bool(chunk.view(dtype).isfinite().all()):
+            raise QuantizeError(f"{item.name} holds NaN or infinity: the model is broken, quantized or not")
+        yield chunk
 
 
 def squared_error(weight: torch.Tensor, quantized: QuantizedWeight) -> tuple[float, float]:
@@ -202,7 +215,7 @@ def _write_index(path: Path, names: list[str], shards: list[list[_Item]], total:
 
 def _config(checkpoint: Checkpoint, scheme: QuantScheme, selection: Selection, search: Search) -> dict[str, Any]:
     """The source's config.json with what was done; without the path that it was once loaded from."""
-    config = {key: value for key, value in checkpoint.config.items() if key != "_name_or_path"}
+    config: dict[str, Any] = without_paths(checkpoint.config)
     if not any(config.get(key) for key in ("dtype", "torch_dtype")) and "text_config" not in config:
         first = checkpoint.spec(f"{next(iter(selection.linears))}.weight")
         config["dtype"] = str(first.dtype).removeprefix("torch.")
@@ -227,19 +240,24 @@ def _check_out(source: Path, out: Path, overwrite: bool) -> None:
 
 @contextmanager
 def _appearing(out: Path, nbytes: int, overwrite: bool) -> Iterator[Path]:
-    """A new directory that becomes `out` if all goes well, and is gone if anything goes wrong, Ctrl-C included."""
+    """A new directory that becomes `out` if all goes well, and is gone if anything goes wrong, Ctrl-C included.
+
+    A run that is killed can't clear up. Directories of a run are locked while it lives, so the next one knows.
+    """
     out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(out.parent).free
     if free < nbytes * 1.01 + 64_000_000:  # what is copied beside the weights is small
-        raise QuantizeError(f"{out.parent} has {free / 1e9:.1f} GB free; {nbytes / 1e9:.1f} GB will be written")
+        raise QuantizeError(f"{out.parent} has {free / 1e6:,.0f} MB free; {nbytes / 1e6:,.0f} MB will be written")
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
     replaced = partial.with_suffix(".replaced")
+    locks = [_lock(partial)]
     try:
         yield partial
         partial.chmod(0o755)
         _sync(partial)
         if overwrite and out.exists():
+            locks.append(_lock(out))
             out.rename(replaced)
         partial.rename(out)
         _sync(out.parent)
@@ -248,7 +266,38 @@ def _appearing(out: Path, nbytes: int, overwrite: bool) -> Iterator[Path]:
             replaced.rename(out)
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    finally:
+        for fd in locks:
+            if fd is not None:
+                os.close(fd)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _clear_up(out: Path) -> None:
+    """Remove what killed runs left beside `out`; put back what one had moved away and not yet replaced."""
+    name = re.compile(rf"\.{re.escape(out.name)}\.\w{{8}}\.(partial|replaced)")
+    for left in out.parent.glob(".*"):
+        if not name.fullmatch(left.name) or left.is_symlink() or not left.is_dir():
+            continue
+        fd = _lock(left)
+        if fd is None:  # of a run that lives
+            continue
+        if left.suffix == ".replaced" and not out.exists():
+            left.rename(out)
+        else:
+            shutil.rmtree(left, ignore_errors=True)
+        os.close(fd)
+
+
+def _lock(directory: Path) -> int | None:
+    """A descriptor that holds the lock on a directory until it is closed; None where another process has it."""
+    fd = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        return None
+    return fd
 
 
 def _sync(directory: Path) -> None:

@@ -8,7 +8,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from octavo.quant.checkpoint import PICKLE_SUFFIXES
+from octavo.quant.checkpoint import PICKLE_SUFFIXES, CheckpointError
+from octavo.quant.safetensors_file import parse_json
 
 WEIGHT_SUFFIXES = (*PICKLE_SUFFIXES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".npz", ".index.json")
 WRITTEN_HERE = ("config.json", "quantization_report.json", "quantize_config.json", "quant_config.json")
@@ -18,7 +19,8 @@ PATH_KEYS = ("_name_or_path", "name_or_path")  # where tokenizers and configs re
 def copy_other_files(source: Path, target: Path) -> None:
     """Copy tokenizer, generation config, chat template, licence, custom code: all but weights and hidden files.
 
-    Chat templates may lie in a folder of their own; other folders hold weights of other kinds and stay behind.
+    Chat templates may lie in a folder of their own; other folders hold weights of other kinds and stay behind. Raises
+    CheckpointError for a config that is not JSON.
     """
     for path in sorted(source.iterdir()):
         if path.name.startswith(".") or path.name in WRITTEN_HERE or path.name.endswith(WEIGHT_SUFFIXES):
@@ -32,11 +34,22 @@ def copy_other_files(source: Path, target: Path) -> None:
 
 def _copy(path: Path, target: Path) -> None:
     if path.name.endswith("_config.json"):
-        content = json.loads(path.read_text("utf-8"))
-        if isinstance(content, dict) and any(key in content for key in PATH_KEYS):
-            write_json(target, {key: value for key, value in content.items() if key not in PATH_KEYS})
+        try:
+            content = parse_json(path.read_bytes())
+        except ValueError as e:
+            raise CheckpointError(f"{path} is not JSON: {e}") from e
+        clean = without_paths(content)
+        if clean != content:
+            write_json(target, clean)
             return
     shutil.copyfile(path, target)  # follows links: a Hub snapshot is made of them
+
+
+def without_paths(content: Any) -> Any:
+    """A JSON value without the keys that remember where a model was once loaded from, at whatever depth."""
+    if isinstance(content, dict):
+        return {key: without_paths(value) for key, value in content.items() if key not in PATH_KEYS}
+    return [without_paths(value) for value in content] if isinstance(content, list) else content
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

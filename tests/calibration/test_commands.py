@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 
+import octavo.calibration.quantize_model
 from octavo.calibration.report import REPORT
 from octavo.cli import main
 
@@ -63,6 +66,25 @@ def test_quantize_overwrites_only_when_told(model: Path, tmp_path: Path, capsys:
     assert quantize(model, out, *options) == 1
     assert "--overwrite replaces it" in capsys.readouterr().err
     assert quantize(model, out, *options, "--overwrite") == 0
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_it_in_one_line_with_nothing_left(
+    model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+    code: int,
+) -> None:
+    monkeypatch.setattr(octavo.calibration.quantize_model, "squared_error", lambda *_: os.kill(os.getpid(), number))
+    try:
+        ended: object = quantize(model, tmp_path / "out", "--scheme", "W8A8")
+    except SystemExit as end:
+        ended = end.code
+    assert ended == code
+    assert capsys.readouterr().err.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
 @pytest.mark.parametrize("size", ["5", "5 GB", "0.5gib"])

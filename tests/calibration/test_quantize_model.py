@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -38,7 +41,7 @@ def model(tmp_path: Path, fixtures: Path) -> Path:
     """The tiny Llama with the things around it that a real one has: hidden 128, intermediate 352, two layers."""
     copy = tmp_path / "model"
     shutil.copytree(fixtures / "tiny", copy, ignore=shutil.ignore_patterns("expected.safetensors"))
-    edit_json(copy / "config.json", _name_or_path="/home/someone/model")
+    edit_json(copy / "config.json", _name_or_path="/home/someone/model", sub={"name_or_path": "/home/someone/sub"})
     (copy / "LICENSE").write_text("free")
     (copy / "tokenizer_config.json").write_text(json.dumps({"name_or_path": "/home/someone", "model_max_length": 512}))
     (copy / "pytorch_model.bin").write_bytes(b"a pickle")
@@ -89,6 +92,7 @@ def test_other_files_come_along_and_nothing_of_this_machine(model: Path, tmp_pat
     before = json.loads((model / "config.json").read_text())
     assert config.pop("quantization_config")["format"] == "int-quantized"
     assert before.pop("_name_or_path")
+    assert before["sub"].pop("name_or_path")
     assert config == before
     assert json.loads((out / "tokenizer_config.json").read_text()) == {"model_max_length": 512}
     for path in out.iterdir():
@@ -212,6 +216,50 @@ def test_an_interruption_leaves_the_old_checkpoint_and_nothing_else(model: Path,
     assert (out / "model.safetensors").read_bytes() == before
 
 
+def test_a_full_disk_is_one_error_and_leaves_nothing(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pwrite, calls = os.pwrite, []
+
+    def full(fd: int, data: memoryview, offset: int) -> int:
+        calls.append(offset)
+        if len(calls) > 10:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return pwrite(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*model\.safetensors'"):
+        quantize_model(model, tmp_path / "out", SCHEMES["W8A8"])
+    assert left_behind(tmp_path) == []
+
+
+def test_what_a_killed_run_left_is_cleared_up(model: Path, tmp_path: Path) -> None:
+    """Killed while it wrote, or between moving the old checkpoint away and the new one in its place."""
+    out = tmp_path / "out"
+    quantize_model(model, out, SCHEMES["W8A8"])
+    before = (out / "model.safetensors").read_bytes()
+    out.rename(tmp_path / ".out.abcd1234.replaced")
+    for stem in (".out.abcd1234", ".out.efgh_678", ".out.more.abcd1234", ".outer.abcd1234"):
+        (tmp_path / f"{stem}.partial").mkdir()
+        (tmp_path / f"{stem}.partial" / "model.safetensors").write_bytes(b"half")
+    with pytest.raises(QuantizeError, match="--overwrite replaces it"):
+        quantize_model(model, out, SCHEMES["FP8_DYNAMIC"])
+    assert (out / "model.safetensors").read_bytes() == before
+    assert left_behind(tmp_path) == [".out.more.abcd1234.partial", ".outer.abcd1234.partial", "out"]
+
+
+def test_a_run_that_lives_is_left_alone(model: Path, tmp_path: Path) -> None:
+    partial = tmp_path / ".out.abcd1234.partial"
+    partial.mkdir()
+    fd = os.open(partial, os.O_RDONLY)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    quantize_model(model, tmp_path / "out", SCHEMES["W8A8"])
+    assert partial.exists()
+    os.close(fd)
+    quantize_model(model, tmp_path / "out", SCHEMES["W8A8"], overwrite=True)
+    assert left_behind(tmp_path) == ["out"]
+
+
 def test_progress_reaches_the_end(model: Path, tmp_path: Path) -> None:
     calls: list[tuple[int, int]] = []
     quantize_model(
@@ -225,12 +273,24 @@ def test_progress_reaches_the_end(model: Path, tmp_path: Path) -> None:
     assert calls[-1][0] == calls[-1][1]
 
 
-def test_nan_names_the_tensor_and_leaves_nothing(model: Path, tmp_path: Path) -> None:
-    bad = load_file(model / "model.safetensors")["model.layers.1.mlp.up_proj.weight"]
-    bad[3, 5] = float("nan")
-    edit_tensors(model, **{"model.layers.1.mlp.up_proj.weight": bad})
-    with pytest.raises(QuantizeError, match=r"model\.layers\.1\.mlp\.up_proj\.weight can't be quantized: .*NaN"):
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("model.layers.1.mlp.up_proj.weight", "can't be quantized: it holds NaN or infinity"),
+        ("model.embed_tokens.weight", "holds NaN or infinity: the model is broken, quantized or not"),
+        ("model.norm.weight", "holds NaN or infinity: the model is broken, quantized or not"),
+    ],
+)
+def test_nan_names_the_tensor_and_leaves_nothing(
+    model: Path, tmp_path: Path, name: str, message: str, value: float
+) -> None:
+    bad = load_file(model / "model.safetensors")[name]
+    bad.view(-1)[-3] = value
+    edit_tensors(model, **{name: bad})
+    with pytest.raises(QuantizeError) as error:
         quantize_model(model, tmp_path / "out", SCHEMES["W4A16"])
+    assert str(error.value) == f"{name} {message}"
     assert left_behind(tmp_path) == []
 
 
@@ -239,6 +299,12 @@ def test_nan_names_the_tensor_and_leaves_nothing(model: Path, tmp_path: Path) ->
     [
         (lambda m: edit_json(m / "config.json", num_hidden_layers=3), QuantizeError, r"3 layers.*no weights for \[2\]"),
         (lambda m: edit_json(m / "config.json", model_type=None), QuantizeError, "lacks model_type"),
+        (lambda m: edit_json(m / "config.json", num_hidden_layers=10**30), QuantizeError, "layers, which no model has"),
+        (
+            lambda m: (m / "tokenizer_config.json").write_text("{"),
+            CheckpointError,
+            r"tokenizer_config\.json is not JSON",
+        ),
         (
             lambda m: edit_json(m / "config.json", quantization_config={"quant_method": "awq"}),
             QuantizeError,
@@ -287,7 +353,7 @@ def test_broken_models_are_refused_and_nothing_is_left(
 def test_too_little_disk_is_refused_beforehand(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(QuantizeError, match=r"0\.0 GB free"):
+    with pytest.raises(QuantizeError, match=r"has 1 MB free; 1 MB will be written"):
         quantize_model(model, tmp_path / "out", SCHEMES["W8A8"])
     assert left_behind(tmp_path) == []
 
@@ -296,6 +362,16 @@ def test_an_output_that_can_not_be_made_is_an_os_error(model: Path, tmp_path: Pa
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
         quantize_model(model, tmp_path / "file" / "out", SCHEMES["W8A8"])
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"), [("re:[", "not a regex"), ("q_porj", "matches no linear layer; kinds are mlp.down_proj")]
+)
+def test_an_ignore_pattern_that_means_nothing_is_refused(
+    model: Path, tmp_path: Path, pattern: str, message: str
+) -> None:
+    with pytest.raises(QuantizeError, match=message):
+        quantize_model(model, tmp_path / "out", SCHEMES["W8A8"], ignore=[pattern])
 
 
 def test_routers_are_never_quantized(model: Path, tmp_path: Path) -> None:

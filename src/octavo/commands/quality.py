@@ -10,7 +10,7 @@ from torch import Tensor
 
 from octavo.calibration.verify import Logits, Quality, held_out_text, measure, windows
 from octavo.kernels.attention.step import StepInputs
-from octavo.quant.checkpoint import read_config
+from octavo.quant.checkpoint import Checkpoint, read_config
 from octavo.runtime.config import Dtype, EngineConfig
 from octavo.runtime.device import choose_device, free_memory
 from octavo.runtime.kv_cache import allocate
@@ -39,12 +39,19 @@ def measure_quality(original: Path, quantized: Path, *, max_tokens: int, dtype: 
 
 
 def _check_memory(original: Path, quantized: Path) -> None:
-    needed = sum(file.stat().st_size for path in (original, quantized) for file in path.glob("*.safetensors"))
+    needed = _bytes_to_serve(original) + _bytes_to_serve(quantized)
     free = free_memory(choose_device("auto"))
     if needed * 1.2 > free:
         raise QualityError(
             f"both models take some {needed * 1.2 / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free"
         )
+
+
+def _bytes_to_serve(directory: Path) -> int:
+    """What a checkpoint's tensors take in memory; a CPU keeps fp8 as bf16."""
+    checkpoint = Checkpoint.open(directory)
+    specs = [checkpoint.spec(name) for name in checkpoint.names]
+    return sum(spec.nbytes * (2 if spec.dtype == torch.float8_e4m3fn else 1) for spec in specs)
 
 
 def _held_out_windows(directory: Path, max_tokens: int) -> list[Tensor]:

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import argparse
 import re
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -98,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
         scheme = _scheme(args.scheme, args.group_size)
         search = _search(args.observer, scheme)
         source = resolve_model(args.model, args.revision)
-        with _Bar(console) as bar:
+        with _clearing_up_when_terminated(), _Bar(console) as bar:
             result = quantize_model(
                 source,
                 args.output,
@@ -114,12 +117,31 @@ def run(args: argparse.Namespace) -> int:
     except (QuantizeError, SchemeError, CheckpointError, SafetensorsError, OSError) as e:
         print(f"octavo quantize: {e}", file=sys.stderr)
         return 1
-    quality = None if args.no_eval else _quality(source, args.output, args.eval_tokens, result, console)
+    try:
+        quality = None if args.no_eval else _quality(source, args.output, args.eval_tokens, result, console)
+    except KeyboardInterrupt:
+        print(f"octavo quantize: interrupted; {args.output} is whole, its quality was not measured", file=sys.stderr)
+        return 130
     report = build_report(result, **names, quality=quality)
     write_report(args.output, report)
     print_report(report, console)
     console.print(f"written: {args.output}", highlight=False, soft_wrap=True)
     return 0
+
+
+@contextmanager
+def _clearing_up_when_terminated() -> Iterator[None]:
+    """SIGTERM as an exception, like Ctrl-C: what was half written is removed on the way out."""
+
+    def end(number: int, frame: object) -> None:  # noqa: ARG001 (the system calls it)
+        print("octavo quantize: terminated", file=sys.stderr)
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _scheme(name: str, group_size: int | None) -> QuantScheme:
