@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +10,22 @@ import torch
 import transformers
 from hf_oracle import Sequences
 from safetensors.torch import load_file
+from torch import Tensor
 
+from octavo.demo_models import DEMO_MODELS, fetch_model
+from octavo.kernels.fp8 import reference as fp8_reference
+from octavo.kernels.int8 import reference as int8_reference
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.model.weights import load_model
 
 NEW_TOKENS = 64
-# Weight-only logits differ by rounding. A rounded activation can fall on the other side of a tie: the writers' own
-# logits move by 0.09 between two attention implementations, so theirs are held to 0.15 and to equal perplexity.
-FIXTURES = {
-    "tiny--llmc-w4a16-g32": 1e-3,
-    "tiny--llmc-w4a16-asym-g32": 1e-3,
-    "tiny--llmc-w8a8": 0.15,
-    "tiny--llmc-fp8-dynamic": 0.15,
-    "tiny-qwen2--llmc-fp8-block": 0.15,
+WEIGHT_ONLY = ("tiny--llmc-w4a16-g32", "tiny--llmc-w4a16-asym-g32")
+ROUNDED = {
+    "tiny--llmc-w8a8": "tiny",
+    "tiny--llmc-fp8-dynamic": "tiny",
+    "tiny-qwen2--llmc-fp8-block": "tiny-qwen2",
 }
+FLOAT_NOISE = 1e-4  # of logits under 20: some hundred float32 roundings
 
 
 def greedy(directory: Path, prompt: list[int]) -> list[int]:
@@ -40,15 +41,14 @@ def greedy(directory: Path, prompt: list[int]) -> list[int]:
 
 @torch.inference_mode()
 def greedy_hf(directory: Path, prompt: list[int]) -> list[int]:
+    """Hugging Face's choice, everything computed anew for each token: no cache that could be wrong."""
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, attn_implementation="eager"
     )
-    ids, past, chosen = torch.tensor([prompt]), None, []
+    ids = list(prompt)
     for _ in range(NEW_TOKENS):
-        out = model(ids, past_key_values=past, use_cache=True)
-        past, ids = out.past_key_values, out.logits[:, -1:].argmax(-1)
-        chosen.append(int(ids))
-    return chosen
+        ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-qwen2"])
@@ -58,26 +58,79 @@ def test_greedy_text_equals_hugging_faces(name: str, fixtures: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["smollm2", "qwen2", "gemma3"])
+@pytest.mark.parametrize("name", DEMO_MODELS)
 def test_greedy_text_of_real_models(name: str) -> None:
-    """Needs OCTAVO_TEST_MODELS: a directory with these three checkpoints."""
-    directory = Path(os.environ["OCTAVO_TEST_MODELS"]) / name
+    """The three of demo_models.py, kept in ./models as the demo keeps them; made there when they aren't."""
+    directory = fetch_model(name, Path("models"))
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(directory)
     prompt = tokenizer("A short history of the printing press:").input_ids
     assert greedy(directory, prompt) == greedy_hf(directory, prompt)
 
 
-@pytest.mark.parametrize("name", FIXTURES)
-def test_quantized_logits_equal_their_writers(name: str, fixtures: Path) -> None:
+def logits_of(directory: Path, token_ids: Tensor) -> Tensor:
+    """[S, T, vocab] of token ids [S, T], in float32."""
+    model = load_model(EngineConfig(model=str(directory), dtype="float32"))
+    sequences = Sequences(model, token_ids.tolist(), seed=0)
+    rows = sequences.step(dict.fromkeys(range(len(token_ids)), token_ids.shape[1]))
+    return torch.stack([logits for _, _, logits in rows]).unflatten(0, token_ids.shape)
+
+
+def loss(logits: Tensor, token_ids: Tensor) -> float:
+    return float(torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), token_ids[:, 1:].flatten()))
+
+
+@pytest.mark.parametrize("name", WEIGHT_ONLY)
+def test_weight_only_logits_equal_their_writers(name: str, fixtures: Path) -> None:
     expected = load_file(fixtures / name / "expected.safetensors")
-    model = load_model(EngineConfig(model=str(fixtures / name), dtype="float32"))
+    ours = logits_of(fixtures / name, expected["input_ids"])
+    torch.testing.assert_close(ours, expected["logits"], rtol=0, atol=FLOAT_NOISE)
+
+
+def untouched(ours: Tensor, theirs: Tensor) -> float:
+    """Share of positions whose logits are equal but for float32 rounding."""
+    return float(((ours - theirs).abs().amax(-1) < FLOAT_NOISE).float().mean())
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_logits_of_rounded_activations_equal_their_writers_up_to_ties(name: str, fixtures: Path) -> None:
+    """Float noise decides an activation's tie one way or the other, and the other way is another number from then on.
+
+    The writers' own logits move by 0.1 between two attention implementations, ours by 0.4 when the embedding is changed
+    by one unit in the last place. But a tie touches only its own position and those behind it: where none has been
+    met, logits are equal; a wrong rule leaves no position equal (the next test). And on average ties cost less than
+    half of what rounding costs at all.
+    """
+    expected = load_file(fixtures / name / "expected.safetensors")
+    base = load_file(fixtures / ROUNDED[name] / "expected.safetensors")
     ids, theirs = expected["input_ids"], expected["logits"]
-    sequences = Sequences(model, ids.tolist(), seed=0)
-    rows = sequences.step(dict.fromkeys(range(len(ids)), ids.shape[1]))
-    ours = torch.stack([logits for _, _, logits in rows]).reshape(theirs.shape)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=FIXTURES[name])
-    losses = [
-        torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-        for logits in (ours, theirs)
-    ]
-    assert abs(float(losses[0] - losses[1])) < 0.01  # perplexity within 1 %
+    assert torch.equal(ids, base["input_ids"])
+    ours = logits_of(fixtures / name, ids)
+    assert untouched(ours, theirs) >= 0.05  # 0.17 is the least that was seen over such changes of the embedding
+    assert float((ours - theirs).abs().mean()) < 0.5 * float((base["logits"] - theirs).abs().mean())
+    assert abs(loss(ours, ids) - loss(theirs, ids)) < 0.01  # perplexity within 1 %
+
+
+def _absmax_127(x: Tensor) -> Tensor:
+    scale = x.abs().amax(-1, keepdim=True) / 127
+    return (x / scale).round().clamp(-127, 127) * scale
+
+
+def _one_scale(x: Tensor) -> Tensor:
+    return fp8_reference.round_to_e4m3(x, x.abs().amax() / 448)
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "wrong"),
+    [
+        ("tiny--llmc-w8a8", (int8_reference, "fake_quantize_per_token"), _absmax_127),
+        ("tiny--llmc-w8a8", (int8_reference, "fake_quantize_per_token"), lambda x: x),
+        ("tiny--llmc-fp8-dynamic", (fp8_reference, "fake_quantize_per_token"), _one_scale),
+        ("tiny-qwen2--llmc-fp8-block", (fp8_reference, "fake_quantize_per_group"), lambda x, _: _one_scale(x)),
+    ],
+)
+def test_a_wrong_rounding_is_seen(
+    name: str, place: tuple[Any, str], wrong: Any, fixtures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(*place, wrong)
+    expected = load_file(fixtures / name / "expected.safetensors")
+    assert untouched(logits_of(fixtures / name, expected["input_ids"]), expected["logits"]) == 0
