@@ -13,18 +13,19 @@ def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [M, K] -> (codes [M, K] int8, scale [M, 1] float32) with scale = absmax / 127.5, codes in -128..127.
 
     127.5 is compressed-tensors' divisor (half of the range 255), and its files are made for it. The largest element,
-    when negative, lands on the tie -127.5, which rounds to even: -128. A token of zeros has scale 1.
+    when negative, lands on the tie -127.5, which rounds to even: -128. A token of zeros has scale 1. A NaN or an
+    infinity in a token has no code: the token's scale is NaN or infinite and tells of it.
     """
     x32 = x.float()
     absmax = x32.abs().amax(dim=-1, keepdim=True)
-    scale = torch.where(absmax > 0, absmax / 127.5, torch.ones_like(absmax))
-    return (x32 / scale).round().clamp(-128, 127).to(torch.int8), scale
+    scale = torch.where(absmax == 0, 1.0, absmax / 127.5)
+    return (x32 / scale).round().clamp(-128, 127).nan_to_num(0.0).to(torch.int8), scale
 
 
 def fake_quantize_per_token(x: Tensor) -> Tensor:
     """What the codes of `quantize_per_token` stand for, [M, K] float32."""
     codes, scale = quantize_per_token(x)
-    return codes.float() * scale
+    return codes.float() * torch.where(scale.isfinite(), scale, torch.nan)
 
 
 def linear(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:

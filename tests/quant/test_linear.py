@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import octavo.quant.linear
 from octavo.kernels.int8 import reference as int8_reference
 from octavo.quant.linear import Linear, make_linear
 from octavo.quant.qparams import QuantizedWeight
@@ -179,3 +180,37 @@ def test_parts_that_share_a_scheme_are_fused_and_others_are_not() -> None:
 def test_parts_of_different_inputs_are_refused() -> None:
     with pytest.raises(ValueError, match="share their input"):
         run([torch.randn(4, 8), torch.randn(4, 16)])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", [*PRESETS, "none"])
+def test_a_number_that_is_none_never_becomes_one(name: str, dtype: torch.dtype, bad: float) -> None:
+    """A NaN in a token's input makes all of its outputs NaN or infinite, and no other token's."""
+    torch.manual_seed(0)
+    layer = run([torch.randn(40, 128) if name == "none" else weight(40, 128, PRESETS[name])], dtype)
+    for m in (1, 9, 33):
+        x = torch.randn(m, 128).to(dtype)
+        clean = layer(x)
+        x[m // 2, 5] = bad
+        out = layer(x)
+        assert not out[m // 2].isfinite().any()
+        others = torch.arange(m) != m // 2
+        assert torch.equal(out[others], clean[others])
+
+
+@pytest.mark.parametrize("name", [*PRESETS, "none"])
+def test_processors_without_these_instructions_compute_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own operators on a weight dequantized to bf16: a rounding of each weight more, v of every product."""
+    torch.manual_seed(0)
+    part = torch.randn(40, 96).bfloat16() if name == "none" else weight(40, 96, PRESETS[name])
+    if not isinstance(part, Tensor) and part.scheme.weight.granularity.kind == "group":
+        part = weight(40, 96, QuantScheme(WeightScheme(part.scheme.weight.dtype, group(32))))
+    monkeypatch.setattr(octavo.quant.linear, "_has_dot_products", lambda: False)
+    plain, exact = run([part]), run([part], torch.float32)
+    assert "torch bfloat16" in plain.describe()[1]
+    x = torch.randn(7, 96).bfloat16()
+    truth = exact(x.float())
+    dense = part if isinstance(part, Tensor) else part.dequantize()
+    mass = x.float().abs() @ dense.float().abs().T * 1.1
+    assert ((plain(x).float() - truth).abs() <= V * truth.abs() + (2 * V + 96 * U) * mass).all()
