@@ -1,11 +1,13 @@
 """One client's connection: uvicorn's HTTP/1.1, with limits on what comes before any route is asked.
 
-uvicorn takes a head (request line and headers) of any length, and waits for its end forever.
+uvicorn takes a head (request line and headers) of any length, and waits for its end forever. Of a request that offers
+an upgrade, as Java's client does for HTTP/2, its parser drops the body; here the offer is passed over.
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
@@ -13,6 +15,7 @@ from octavo.server.errors import error_json
 
 MAX_HEAD = 1 << 16  # bytes
 HEAD_SECONDS = 60.0
+UPGRADE = re.compile(rb"\r\nupgrade(?=:)", re.IGNORECASE)
 
 
 class Connection(HttpToolsProtocol):
@@ -30,6 +33,9 @@ class Connection(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self._head_timer is not None or not self.cycle.more_body:  # else it is of a body
+            head, end, rest = data.partition(b"\r\n\r\n")
+            data = UPGRADE.sub(b"\r\nx-upgrade", head) + end + rest
         super().data_received(data)
         if self._head_timer is not None:
             self._head_size += len(data)

@@ -200,10 +200,11 @@ def _fitted(
     if not ids:
         raise bad_request(f"{name}: the prompt is empty, and this tokenizer adds no beginning token to it", name)
     if len(ids) + wanted > model.max_model_len:
+        limit = "max_tokens" if getattr(request, "max_completion_tokens", None) is None else "max_completion_tokens"
         raise bad_request(
             f"{name}: {len(ids)} tokens, and at least {wanted} are to follow; the context of this model is "
-            f"{model.max_model_len} tokens. Shorten the prompt or lower max_tokens",
-            name if len(ids) >= model.max_model_len else "max_tokens",
+            f"{model.max_model_len} tokens. Shorten the prompt or lower {limit}",
+            name if len(ids) >= model.max_model_len else limit,
         )
     return ids
 

@@ -1,0 +1,296 @@
+"""What is not honoured is refused, with a status, OpenAI's shape and the name of the field; the server lives on."""
+
+from __future__ import annotations
+
+import json
+import socket
+from typing import Any
+
+import httpx
+import pytest
+from octavo_server import PATIENCE, Server
+
+from octavo.server.connection import MAX_HEAD
+
+COMPLETIONS, CHAT, TOKENIZE, DETOKENIZE = "/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"
+VALID: dict[str, dict[str, Any]] = {
+    COMPLETIONS: {"prompt": "The", "max_tokens": 2},
+    CHAT: {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2},
+    TOKENIZE: {"prompt": "The"},
+    DETOKENIZE: {"tokens": [5, 6]},
+}
+JSON = {"content-type": "application/json"}
+
+
+def error_of(response: httpx.Response, status: int = 400) -> dict[str, Any]:
+    assert response.status_code == status, response.text[:500]
+    body = response.json()
+    assert list(body) == ["error"]
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    return body["error"]
+
+
+def refused(client: httpx.Client, path: str, **fields: Any) -> dict[str, Any]:
+    return error_of(client.post(path, json=VALID[path] | fields))
+
+
+@pytest.mark.parametrize("path", VALID)
+@pytest.mark.parametrize("name", ["temprature", "Model", "body", "query", "<text>", "", "regex", "__proto__"])
+def test_an_unknown_field_is_named(client: httpx.Client, path: str, name: str) -> None:
+    error = refused(client, path, **{name: 1})
+    assert error["param"] == name
+    assert error["message"].startswith(f"{name}: octavo does not support this field")
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "value"),
+    [
+        (COMPLETIONS, "suffix", "x"),
+        (COMPLETIONS, "best_of", 2),
+        (COMPLETIONS, "n", 129),
+        (COMPLETIONS, "n", 0),
+        (COMPLETIONS, "use_beam_search", True),
+        (COMPLETIONS, "response_format", {"type": "json_object"}),
+        (COMPLETIONS, "structured_outputs", {"regex": "a"}),
+        (COMPLETIONS, "cache_salt", "x"),
+        (COMPLETIONS, "priority", 1),
+        (COMPLETIONS, "bad_words", ["x"]),
+        (COMPLETIONS, "length_penalty", 2),
+        (COMPLETIONS, "store", True),
+        (COMPLETIONS, "metadata", {"a": 1}),
+        (COMPLETIONS, "max_tokens", 0),
+        (COMPLETIONS, "max_tokens", -1),
+        (COMPLETIONS, "max_tokens", 1.5),
+        (COMPLETIONS, "max_tokens", 10**30),
+        (COMPLETIONS, "max_tokens", 512),
+        (COMPLETIONS, "min_tokens", 3),
+        (COMPLETIONS, "temperature", 2.1),
+        (COMPLETIONS, "temperature", "0"),
+        (COMPLETIONS, "temperature", True),
+        (COMPLETIONS, "top_p", 0),
+        (COMPLETIONS, "top_k", -2),
+        (COMPLETIONS, "min_p", 1.1),
+        (COMPLETIONS, "repetition_penalty", 1e-300),
+        (COMPLETIONS, "presence_penalty", -2.5),
+        (COMPLETIONS, "seed", 2**63),
+        (COMPLETIONS, "logprobs", 21),
+        (COMPLETIONS, "prompt_logprobs", 21),
+        (COMPLETIONS, "logit_bias", {"1": 101}),
+        (COMPLETIONS, "logit_bias", {"9999": 1}),
+        (COMPLETIONS, "logit_bias", {"+1": 1}),
+        (COMPLETIONS, "logit_bias", {str(number): 1 for number in range(2000)}),
+        (COMPLETIONS, "stop", ""),
+        (COMPLETIONS, "stop", [1]),
+        (COMPLETIONS, "stop", ["x"] * 33),
+        (COMPLETIONS, "stop", "x" * 1025),
+        (COMPLETIONS, "stop_token_ids", [1024]),
+        (COMPLETIONS, "allowed_token_ids", []),
+        (COMPLETIONS, "allowed_token_ids", [5000]),
+        (COMPLETIONS, "truncate_prompt_tokens", 0),
+        (COMPLETIONS, "stream", "true"),
+        (COMPLETIONS, "stream_options", {"include_usage": True}),
+        (COMPLETIONS, "prompt", ""),
+        (COMPLETIONS, "prompt", []),
+        (COMPLETIONS, "prompt", [[]]),
+        (COMPLETIONS, "prompt", [5, "a"]),
+        (COMPLETIONS, "prompt", ["a", 5]),
+        (COMPLETIONS, "prompt", [1024]),
+        (COMPLETIONS, "prompt", [True]),
+        (COMPLETIONS, "prompt", [5] * 512),
+        (COMPLETIONS, "prompt", "word " * 5000),
+        (COMPLETIONS, "prompt", {"a": 1}),
+        (CHAT, "tools", [{"type": "function"}]),
+        (CHAT, "tool_choice", "required"),
+        (CHAT, "functions", [{}]),
+        (CHAT, "top_logprobs", 2),
+        (CHAT, "max_tokens", 0),
+        (CHAT, "max_completion_tokens", 600),
+        (CHAT, "modalities", ["audio"]),
+        (CHAT, "reasoning_effort", "high"),
+        (CHAT, "chat_template", "{{ messages }}"),
+        (CHAT, "continue_final_message", True),
+        (CHAT, "messages", []),
+        (CHAT, "messages", [{"role": "user"}]),
+        (CHAT, "messages", [{"role": "user", "content": "x", "extra": 1}]),
+        (CHAT, "messages", [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]),
+        (CHAT, "messages", [{"role": "user", "content": "word " * 5000}]),
+        (DETOKENIZE, "tokens", [1024]),
+        (DETOKENIZE, "tokens", ["1"]),
+        (TOKENIZE, "prompt", ["a"]),
+    ],
+)
+def test_a_value_that_is_not_honoured_is_refused_by_name(
+    client: httpx.Client, path: str, name: str, value: object
+) -> None:
+    error = refused(client, path, **{name: value})
+    assert error["param"] == name
+    assert name.split("_")[-1] in error["message"]
+    assert len(error["message"]) < 400
+
+
+def test_combinations_that_contradict_each_other(client: httpx.Client) -> None:
+    assert refused(client, COMPLETIONS, stream=True, prompt_logprobs=1)["param"] == "prompt_logprobs"
+    error = refused(client, COMPLETIONS, allowed_token_ids=[2], min_tokens=1)
+    assert "min_tokens" in error["message"]
+    assert refused(client, CHAT, logprobs=True, top_logprobs=21)["param"] == "top_logprobs"
+    assert refused(client, COMPLETIONS, prompt=["a"] * 100, n=100)["param"] == "n"
+    error = refused(client, COMPLETIONS, prompt=[[5] * 500] * 32, n=128, allowed_token_ids=[5] * 1000)
+    assert "6144000 tokens" in error["message"]
+
+
+def test_values_that_ask_for_nothing_are_taken(client: httpx.Client) -> None:
+    nothing = {
+        "user": "me", "store": False, "metadata": {"a": "b"}, "service_tier": "auto", "priority": 0, "best_of": 1,
+        "use_beam_search": False, "length_penalty": 1.0, "response_format": {"type": "text"}, "bad_words": [],
+        "structured_outputs": None, "cache_salt": None, "logit_bias": None, "stop": None, "n": None,
+        "stop_token_ids": [], "temperature": None, "top_p": 1, "top_k": -1, "min_p": 0, "presence_penalty": 0,
+        "request_id": "mine",
+    }  # fmt: skip
+    answer = client.post(COMPLETIONS, json=VALID[COMPLETIONS] | nothing | {"suffix": None})
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["id"] == "cmpl-mine"
+    chat = {"tools": [], "tool_choice": "auto", "parallel_tool_calls": True, "modalities": ["text"], "audio": None}
+    chat |= {"functions": None, "reasoning_effort": None, "prediction": None, "include_reasoning": True}
+    answer = client.post(CHAT, json=VALID[CHAT] | nothing | chat)
+    assert answer.status_code == 200, answer.text
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT, TOKENIZE, DETOKENIZE])
+def test_another_model_is_not_found(client: httpx.Client, path: str) -> None:
+    error = error_of(client.post(path, json=VALID[path] | {"model": "gpt\n\x1b[31m"}), 404)
+    assert (error["param"], error["code"]) == ("model", "model_not_found")
+    assert "\n" not in error["message"]
+    assert "tiny, tiny-too" in error["message"]
+
+
+BODIES = {
+    "empty": b"",
+    "no object": b"[]",
+    "null": b"null",
+    "cut": b'{"prompt": "a',
+    "two": b'{"prompt": "a"}{}',
+    "NaN": b'{"prompt": "a", "temperature": NaN}',
+    "infinite": b'{"prompt": "a", "temperature": 1e999}',
+    "huge integer": b'{"prompt": "a", "seed": 1' + b"0" * 6000 + b"}",
+    "UTF-16": '\ufeff{"prompt": "a"}'.encode("utf-16"),
+    "byte order mark": b'\xef\xbb\xbf{"prompt": "a"}',
+    "Latin-1": b'{"prompt": "caf\xe9"}',
+    "surrogate bytes": b'{"prompt": "\xed\xa0\x80"}',
+    "surrogate in a prompt": b'{"prompt": "\\ud800x"}',
+    "surrogate in a name": b'{"prompt": "a", "\\udfff": 1}',
+    "surrogate in a stop string": b'{"prompt": "a", "stop": ["\\ud800"]}',
+    "deep": b'{"prompt": ' + b"[" * 100_000,
+    "deep and whole": b'{"prompt": ' + b"[" * 900 + b"]" * 900 + b"}",
+    "deep in metadata": b'{"prompt": "a", "metadata": ' + b'{"a":' * 900 + b"1" + b"}" * 900 + b"}",
+}
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_what_is_no_json_object_is_refused(client: httpx.Client, name: str) -> None:
+    for path in (COMPLETIONS, CHAT, TOKENIZE, DETOKENIZE):
+        error_of(client.post(path, content=BODIES[name], headers=JSON))
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        '"chat_template_kwargs": {"a": ["\\ud800"]}',
+        '"documents": [{"title": "\\udc00"}]',
+        '"user": "\\ud800"',
+        '"tools": ["\\ud800"]',
+        '"messages": [{"role": "user", "content": "\\ud800"}]',
+        '"messages": [{"role": "\\ud800", "content": "x"}]',
+    ],
+)
+def test_lone_surrogates_anywhere(client: httpx.Client, extra: str) -> None:
+    body = json.dumps(VALID[CHAT])[:-1] + f", {extra}}}"
+    assert "JSON" in error_of(client.post(CHAT, content=body, headers=JSON))["message"]
+
+
+def test_arguments_of_a_call_are_json_too(client: httpx.Client) -> None:
+    for arguments in ("{", "[" * 5000, "[" * 900 + "]" * 900, '"\\ud800"', "NaN", "1" * 6000):
+        call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+        error_of(client.post(CHAT, json={"messages": [{"role": "assistant", "tool_calls": [call]}], "max_tokens": 1}))
+    call = {"type": "function", "function": {"name": "f", "arguments": ""}}
+    body = {"messages": [{"role": "assistant", "content": "x", "tool_calls": [call]}], "max_tokens": 1}
+    assert client.post(CHAT, json=body).status_code == 200
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "/", ""])
+def test_another_content_type_is_refused(client: httpx.Client, kind: str) -> None:
+    for path, body in VALID.items():
+        error = error_of(client.post(path, content=json.dumps(body), headers={"content-type": kind}))
+        assert "application/json" in error["message"]
+
+
+def test_large_lists_of_errors_cost_no_more_than_their_first(client: httpx.Client) -> None:
+    """Pydantic would make an error of each: gigabytes out of a body of megabytes."""
+    numbers = "1," * 500_000
+    for body in (
+        f'{{"prompt": [{numbers}"a"]}}',
+        f'{{"prompt": ["a", {numbers}1]}}',
+        f'{{"prompt": "a", "stop": [{numbers}1]}}',
+        '{"prompt": "a", "logit_bias": {' + ",".join(f'"{i}": "x"' for i in range(100_000)) + "}}",
+        '{"prompt": "a",' + ",".join(f'"a{i}": 1' for i in range(100_000)) + "}",
+    ):
+        error = error_of(client.post(COMPLETIONS, content=body, headers=JSON))
+        assert len(error["message"]) < 400
+    many = '{"messages": [' + "{}," * 100_000 + "{}]}"
+    assert "messages.0" in error_of(client.post(CHAT, content=many, headers=JSON))["message"]
+
+
+def test_a_body_above_the_limit(client: httpx.Client) -> None:
+    large = b'{"prompt": "' + b"a" * (33 << 20) + b'"}'
+    assert "--max-body-bytes" in error_of(client.post(TOKENIZE, content=large, headers=JSON), 413)["message"]
+    chunked = (large[start : start + (1 << 20)] for start in range(0, len(large), 1 << 20))
+    assert error_of(client.post(TOKENIZE, content=chunked, headers=JSON), 413)["code"] == 413
+    text = b'{"prompt": "' + b"a" * (5 << 20) + b'"}'
+    assert "characters" in error_of(client.post(TOKENIZE, content=text, headers=JSON))["message"]
+
+
+def test_paths_and_methods(client: httpx.Client) -> None:
+    assert error_of(client.get("/nothing"), 404)["type"] == "not_found_error"
+    assert error_of(client.post("/v1/completions/", json=VALID[COMPLETIONS]), 404)["code"] == 404
+    assert error_of(client.get(COMPLETIONS), 405)["code"] == 405
+    assert error_of(client.get("/v1/models/gpt"), 404)["code"] == "model_not_found"
+
+
+def raw(server: Server, data: bytes) -> bytes:
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=PATIENCE) as connection:
+        try:
+            connection.sendall(data)
+            answer = b""
+            while piece := connection.recv(1 << 16):
+                answer += piece
+        except ConnectionError:
+            pass
+    return answer
+
+
+def test_heads_that_are_no_http(server: Server) -> None:
+    start = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
+    for data in (b"nonsense\r\n\r\n", start + b"Content-Length: abc\r\n\r\n", start + b"Bad Header: x\r\n\r\n"):
+        answer = raw(server, data)
+        assert answer.startswith(b"HTTP/1.1 400 ")
+        assert b'"invalid_request_error"' in answer
+    endless = start + b"X: "
+    answer = raw(server, endless + b"a" * (MAX_HEAD + 1 - len(endless)))  # not a byte behind what it reads
+    assert answer.startswith(b"HTTP/1.1 431 ")
+
+
+def test_an_upgrade_that_is_not_offered_is_passed_over(server: Server) -> None:
+    """Java's client asks for HTTP/2 with its first request."""
+    body = json.dumps(VALID[COMPLETIONS]).encode()
+    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n"
+    head += f"HTTP2-Settings: AAE\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=PATIENCE) as connection:
+        connection.sendall(head.encode() + body)
+        assert connection.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
+
+
+def test_the_server_still_answers(client: httpx.Client, server: Server) -> None:
+    for path, body in VALID.items():
+        assert client.post(path, json=body).status_code == 200
+    assert "Traceback" not in server.said
