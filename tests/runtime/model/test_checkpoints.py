@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +11,17 @@ import pytest
 import torch
 import transformers
 from hf_oracle import Sequences
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import octavo.quant.linear
+from octavo.calibration.quantize_model import quantize_model
 from octavo.demo_models import DEMO_MODELS, fetch_model
 from octavo.kernels.fp8 import reference as fp8_reference
 from octavo.kernels.int8 import reference as int8_reference
+from octavo.quant.checkpoint import Checkpoint
+from octavo.quant.qparams import QuantizedWeight
+from octavo.quant.scheme import PRESETS, WeightScheme, group
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.model.weights import load_model
 
@@ -84,6 +91,37 @@ def test_weight_only_logits_equal_their_writers(name: str, fixtures: Path) -> No
     expected = load_file(fixtures / name / "expected.safetensors")
     ours = logits_of(fixtures / name, expected["input_ids"])
     torch.testing.assert_close(ours, expected["logits"], rtol=0, atol=FLOAT_NOISE)
+
+
+SERVED = {
+    "W4A16": replace(PRESETS["W4A16"], weight=WeightScheme("int4", group(32))),
+    "W4A16_ASYM": replace(PRESETS["W4A16"], weight=WeightScheme("int4", group(32), symmetric=False)),
+    "W8A16": replace(PRESETS["W8A16"], weight=WeightScheme("int8", group(-1))),
+    **{name: PRESETS[name] for name in ("W8A8", "FP8_DYNAMIC", "FP8_BLOCK")},
+}
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_what_is_written_is_served(name: str, fixtures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each scheme, in shards; against a plain checkpoint of the very weights that its codes stand for.
+
+    Activations are left unrounded, which the tests above and below are about. FP8_BLOCK has short blocks: 352 columns.
+    """
+    monkeypatch.setattr(octavo.quant.linear, "_rounding", lambda *_: None)
+    ids = load_file(fixtures / "tiny" / "expected.safetensors")["input_ids"]
+    quantized, plain = tmp_path / "quantized", tmp_path / "plain"
+    quantize_model(fixtures / "tiny", quantized, SERVED[name], max_shard_bytes=300_000)
+    written = Checkpoint.open(quantized)
+    assert len(written.files) > 1
+    tensors = {tensor: written.tensor(tensor) for tensor in written.names if tensor.endswith("weight")}
+    for module in {name.removesuffix(".weight_scale") for name in written.names if name.endswith("_scale")}:
+        weight = written.linear(module)
+        assert isinstance(weight, QuantizedWeight)
+        tensors[f"{module}.weight"] = weight.dequantize()
+    plain.mkdir()
+    shutil.copy(fixtures / "tiny" / "config.json", plain)
+    save_file(tensors, plain / "model.safetensors")
+    torch.testing.assert_close(logits_of(quantized, ids), logits_of(plain, ids), rtol=0, atol=FLOAT_NOISE)
 
 
 def untouched(ours: Tensor, theirs: Tensor) -> float:
