@@ -37,8 +37,11 @@ from octavo.runtime.request import (
 logger = logging.getLogger(__name__)
 
 
+MAX_PENDING = 1 << 16  # outputs that wait for one reader: 20 MB, or 100 MB with log-probabilities
+
+
 class EngineDeadError(RuntimeError):
-    """The engine process has ended, or never could start; the message says why."""
+    """No more outputs come: the engine process has ended, or never could start, or ...; the message says why."""
 
 
 class Stream:
@@ -57,7 +60,7 @@ class Stream:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._client._close(self, self._open)
+        self.end(set(self._open))
 
     async def next(self) -> list[TokenOutput]:
         """All outputs since the last call; waits for at least one. EngineDeadError once the engine is gone."""
@@ -79,10 +82,19 @@ class Stream:
 
     def _put(self, output: TokenOutput) -> None:
         if output.request_id in self._open:
+            if len(self._pending) == MAX_PENDING:
+                self._overflow()
+                return
             self._pending.append(output)
             if output.finish_reason is not None:
                 self._open.discard(output.request_id)
             self._wake()
+
+    def _overflow(self) -> None:
+        """The client doesn't read what it asked for: the engine stops, and when it reads on it gets an error."""
+        self._pending.clear()
+        self._error = "the answer was not read as fast as it came, and is too long to be kept"
+        self.end(set(self._open))
 
     def _fail(self, message: str) -> None:
         self._error = message
@@ -186,10 +198,6 @@ class EngineClient:
             self._streams.pop(request_id, None)
         if request_ids and self.death is None:
             self._send(AbortRequest(request_ids))
-
-    def _close(self, stream: Stream, still_open: set[str]) -> None:
-        self._abort(sorted(still_open))
-        stream._open = set()
 
     async def _receive(self) -> None:
         try:

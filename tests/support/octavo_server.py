@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -135,7 +136,8 @@ def value(client: httpx.Client, name: str, **labels: str) -> float:
 
 def wait_for(client: httpx.Client, name: str, wanted: float, **labels: str) -> None:
     """Ask /metrics until the sample is there; each answer comes after a turn of the server's loop."""
-    for _ in range(20_000):
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
         if value(client, name, **labels) == wanted:
             return
     raise AssertionError(f"{name} stays {value(client, name, **labels)}")

@@ -1,0 +1,161 @@
+"""Tokens to text and back, the models' names, health, and metrics that count what was really asked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import pytest
+from octavo_server import Samples, samples
+from tiny_oracle import Oracle
+
+from octavo.version import VERSION
+
+TEXTS = ["The capital of France", " two  spaces\n", "naïve café “日本” 🙂", "<|im_start|>user\n<|im_end|>", ""]
+CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+GREEDY = {"temperature": 0, "ignore_eos": True}
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_tokenizing_is_transformers(client: httpx.Client, oracle: Oracle, text: str) -> None:
+    ids = oracle.ids(text)
+    answer = client.post("/tokenize", json={"prompt": text, "return_token_strs": True}).json()
+    assert (answer["count"], answer["tokens"], answer["max_model_len"]) == (len(ids), ids, 512)
+    assert len(answer["token_strs"]) == len(ids)
+    assert client.post("/tokenize", json={"prompt": text}).json()["token_strs"] is None
+    assert client.post("/detokenize", json={"tokens": ids}).json() == {"prompt": text}
+
+
+def test_tokenizing_a_conversation(client: httpx.Client, oracle: Oracle) -> None:
+    def count(**options: Any) -> list[int]:
+        return client.post("/tokenize", json={"messages": CHAT} | options).json()["tokens"]
+
+    template = oracle.tokenizer.apply_chat_template
+    assert count() == oracle.ids(template(CHAT, tokenize=False, add_generation_prompt=True))
+    assert count(add_generation_prompt=False) == oracle.ids(template(CHAT, tokenize=False))
+    continued = template(CHAT, tokenize=False, continue_final_message=True)
+    assert count(add_generation_prompt=False, continue_final_message=True) == oracle.ids(continued)
+
+
+def test_detokenizing_anything(client: httpx.Client, oracle: Oracle) -> None:
+    for ids in (list(range(1024)), [], [1, 2, 0]):
+        expected = oracle.text(ids, skip_special_tokens=False)
+        assert client.post("/detokenize", json={"tokens": ids}).json()["prompt"] == expected
+
+
+def test_models(client: httpx.Client) -> None:
+    listed = client.get("/v1/models").json()
+    assert listed["object"] == "list"
+    assert [card["id"] for card in listed["data"]] == ["tiny", "tiny-too"]
+    for card in listed["data"]:
+        assert (card["object"], card["max_model_len"], card["parent"]) == ("model", 512, None)
+        assert client.get(f"/v1/models/{card['id']}").json() == card
+
+
+def test_health_version_and_document(client: httpx.Client) -> None:
+    for path in ("/health", "/ping"):
+        answer = client.get(path)
+        assert (answer.status_code, answer.content) == (200, b"")
+    assert client.get("/version").json() == {"version": VERSION}
+    document = client.get("/openapi.json").json()
+    assert document["info"]["version"] == VERSION
+    assert {"/v1/completions", "/v1/chat/completions", "/tokenize", "/health", "/metrics"} <= set(document["paths"])
+
+
+GAUGES = ["num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"]
+COUNTERS = ["prompt_tokens", "generation_tokens", "num_preemptions", "prefix_cache_queries", "prefix_cache_hits"]
+HISTOGRAMS = """
+    time_to_first_token_seconds inter_token_latency_seconds request_time_per_output_token_seconds
+    e2e_request_latency_seconds request_queue_time_seconds request_prefill_time_seconds request_decode_time_seconds
+    request_inference_time_seconds request_prompt_tokens request_generation_tokens request_params_n
+    request_params_max_tokens request_max_num_generation_tokens iteration_tokens_total
+""".split()  # noqa: SIM905
+
+
+def test_all_names_are_there_before_the_first_request(client: httpx.Client) -> None:
+    answer = client.get("/metrics")
+    assert answer.headers["content-type"].startswith("text/plain; version=")
+    found = {name for name, _ in samples(client)}
+    assert {f"vllm:{name}" for name in GAUGES} <= found
+    assert {f"vllm:{name}_total" for name in COUNTERS} <= found
+    for name in HISTOGRAMS:
+        assert {f"vllm:{name}_{part}" for part in ("bucket", "sum", "count")} <= found
+    assert 'vllm:num_requests_running{engine="0",model_name="tiny"} ' in answer.text
+    (config,) = (dict(labels) for name, labels in samples(client) if name == "vllm:cache_config_info")
+    assert (config["num_gpu_blocks"], config["block_size"], config["cache_dtype"]) == ("512", "16", "float32")
+    reasons = {
+        dict(labels)["finished_reason"] for name, labels in samples(client) if name == "vllm:request_success_total"
+    }
+    assert reasons == {"stop", "length", "abort", "error"}
+
+
+def changes(before: Samples, after: Samples) -> dict[str, float]:
+    """Samples without labels, and request_success by its reason, that have changed."""
+    found = {}
+    for (name, labels), now in after.items():
+        reason = dict(labels).get("finished_reason", "")
+        if now != before.get((name, labels)) and (not labels or reason):
+            found[f"{name.removeprefix('vllm:')} {reason}".strip()] = now - before.get((name, labels), 0)
+    return found
+
+
+def test_metrics_count_what_was_asked(client: httpx.Client, oracle: Oracle) -> None:
+    prompt = "counted once and only once, in this very test: " + "and so on " * 8
+    num_prompt = len(oracle.ids(prompt))
+    num_cached = (num_prompt - 1) // 16 * 16
+    before = samples(client)
+    client.post("/v1/completions", json={"prompt": prompt, "max_tokens": 5} | GREEDY)
+    seen = changes(before, samples(client))
+    expected = {
+        "prompt_tokens_total": num_prompt,
+        "generation_tokens_total": 5,
+        "prefix_cache_queries_total": num_prompt,
+        "request_success_total length": 1,
+        "time_to_first_token_seconds_count": 1,
+        "inter_token_latency_seconds_count": 4,
+        "request_time_per_output_token_seconds_count": 1,
+        "e2e_request_latency_seconds_count": 1,
+        "request_queue_time_seconds_count": 1,
+        "request_prefill_time_seconds_count": 1,
+        "request_decode_time_seconds_count": 1,
+        "request_inference_time_seconds_count": 1,
+        "request_prompt_tokens_sum": num_prompt,
+        "request_generation_tokens_sum": 5,
+        "request_params_n_sum": 1,
+        "request_params_max_tokens_sum": 5,
+        "request_max_num_generation_tokens_sum": 5,
+        "iteration_tokens_total_sum": num_prompt + 4,
+        "iteration_tokens_total_count": 5,
+    }
+    assert {name: seen.get(name) for name in expected} == expected
+    assert 0 <= seen["time_to_first_token_seconds_sum"] <= seen["e2e_request_latency_seconds_sum"]
+    assert "prefix_cache_hits_total" not in seen
+    assert not {f"request_success_total {reason}" for reason in ("stop", "abort", "error")} & set(seen)
+
+    before = samples(client)
+    stop = client.post("/v1/completions", json={"prompt": prompt, "max_tokens": 5} | GREEDY).json()["choices"][0][
+        "text"
+    ][-2:]
+    client.post("/v1/completions", json={"prompt": prompt, "n": 3, "max_tokens": 9, "stop": stop, "temperature": 0})
+    seen = changes(before, samples(client))
+    assert (seen["request_success_total length"], seen["request_success_total stop"]) == (1, 3)
+    assert (seen["prompt_tokens_total"], seen["prefix_cache_queries_total"]) == (4 * num_prompt, 4 * num_prompt)
+    assert seen["prefix_cache_hits_total"] == 4 * num_cached
+    assert (seen["request_params_n_sum"], seen["request_params_max_tokens_sum"]) == (4, 14)
+    assert seen["generation_tokens_total"] == seen["request_generation_tokens_sum"] <= 20
+
+
+def test_a_scored_prompt_generates_nothing(client: httpx.Client) -> None:
+    before = samples(client)
+    client.post("/v1/completions", json={"prompt": "scored", "max_tokens": 0, "echo": True, "logprobs": 0})
+    seen = changes(before, samples(client))
+    assert "generation_tokens_total" not in seen
+    assert seen["request_success_total length"] == 1
+
+
+def test_names_of_clients_are_no_labels(client: httpx.Client) -> None:
+    """The number of time series does not grow with what clients send."""
+    number = len(samples(client))
+    for name in ("tiny-too", "other"):
+        client.post("/v1/completions", json={"prompt": "x", "max_tokens": 1, "model": name, "user": name})
+    assert len(samples(client)) == number
