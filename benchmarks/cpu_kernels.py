@@ -1,4 +1,4 @@
-"""GEMM bodies against stock torch operators, on one thread, in thread CPU time: figures that a busy machine spoils less.
+"""GEMM bodies against stock torch operators: one thread, in thread CPU time, which a busy machine spoils less.
 
     python benchmarks/cpu_kernels.py
 

@@ -156,8 +156,9 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not JSON: {e}") from e
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} is not a JSON object")
-    for owner in (config, config.get("text_config")):
-        for key, kind in CONFIG_TYPES.items() if isinstance(owner, dict) else ():
+    owners = [owner for owner in (config, config.get("text_config")) if isinstance(owner, dict)]
+    for owner in owners:
+        for key, kind in CONFIG_TYPES.items():
             if not isinstance(owner.get(key), kind | None):
                 raise CheckpointError(f"{path}: {key} is {owner[key]!r}, no {kind.__name__}")
     return config
