@@ -6,14 +6,19 @@ import random
 
 import pytest
 import torch
-from toy_model import VOCAB, ToyModel, logits_after, make_engine, make_request, run_to_end
+from toy_model import (
+    VOCAB,
+    ToyModel,
+    logits_after,
+    make_engine,
+    make_request,
+    run_to_end,
+    run_with_arrivals,
+    tokens_of,
+)
 
 from octavo.runtime.engine import Engine
-from octavo.runtime.request import AddRequest, TokenOutput
-
-
-def tokens_of(outputs: list[TokenOutput]) -> list[int]:
-    return [token for output in outputs for token in output.token_ids]
+from octavo.runtime.request import AddRequest
 
 
 def greedy(request: AddRequest) -> list[int]:
@@ -48,25 +53,6 @@ def random_engine(rng: random.Random) -> Engine:
         enable_prefix_caching=rng.random() < 0.8,
         max_prompt_logits=rng.choice([1, 5, 256]),
     )
-
-
-def run_with_arrivals(engine: Engine, requests: list[AddRequest], rng: random.Random) -> dict[str, list[TokenOutput]]:
-    """Requests arrive between steps, and now and then one that nobody asked about is added and aborted."""
-    outputs: dict[str, list[TokenOutput]] = {request.request_id: [] for request in requests}
-    pending = list(requests)
-    extras = 0
-    while pending or engine.scheduler.has_work:
-        while pending and rng.random() < 0.4:
-            assert engine.add(pending.pop(0)) is None
-        if pending and rng.random() < 0.2:
-            extras += 1
-            engine.add(make_request(f"extra{extras}", rng.choice(requests).token_ids, max_tokens=20))
-        if rng.random() < 0.1 and extras:
-            engine.scheduler.abort([f"extra{rng.randrange(extras) + 1}"])
-        if engine.scheduler.has_work:
-            for output in engine.step():
-                outputs.setdefault(output.request_id, []).append(output)
-    return outputs
 
 
 @pytest.mark.parametrize("seed", range(150))

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy_model import make_request, run_to_end
+from toy_model import make_request, run_to_end, run_with_arrivals, tokens_of
 
+from octavo.runtime import kv_cache
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.device import choose_device
 from octavo.runtime.engine import Engine
-from octavo.runtime.request import AddRequest, TokenOutput
+from octavo.runtime.request import AddRequest
 from octavo.runtime.scheduler import SchedulerConfig
 from octavo.runtime.startup import COUNTS, check_limits, choose_max_model_len, load_engine
 
@@ -70,34 +71,60 @@ def tiny(fixtures: Path) -> Engine:
 
 
 def with_limits(engine: Engine, **limits: object) -> Engine:
-    """Another engine over the same model and the same (used) cache memory."""
-    return Engine(engine.model, engine.caches, SchedulerConfig(**({"block_size": 16, "max_model_len": 160} | limits)))
+    """Another engine over the same model and a cache of its own."""
+    settings = SchedulerConfig(**({"block_size": 16, "max_model_len": 160} | limits))
+    caches = kv_cache.allocate(engine.model, settings.num_blocks, settings.block_size, torch.float32)
+    return Engine(engine.model, caches, settings)
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_greedy_tokens_of_the_decoder_do_not_depend_on_the_schedule(tiny: Engine, seed: int) -> None:
-    """In float32, whose rounding would have to meet a near-tie of two logits to be seen."""
-    rng = random.Random(seed)
+def random_requests(rng: random.Random) -> list[AddRequest]:
+    """Prompts that share beginnings; 85 tokens with their answers at most."""
     stem = [rng.randrange(1024) for _ in range(60)]
-    requests = [
-        make_request(f"r{i}", [*stem[: rng.randrange(1, 60)], rng.randrange(1024)], max_tokens=rng.randrange(1, 25))
+    return [
+        make_request(f"r{i}", [*stem[: rng.randrange(1, 40)], rng.randrange(1024)], max_tokens=rng.randrange(1, 46))
         for i in range(8)
     ]
-    roomy = with_limits(tiny, num_blocks=64, enable_prefix_caching=False)
-    alone = {r.request_id: tokens_of(run_to_end(roomy, [r])[r.request_id]) for r in requests}
-    tight = with_limits(
+
+
+def tight_engine(tiny: Engine, rng: random.Random) -> Engine:
+    """With room for the longest request and some more."""
+    block_size = rng.choice([4, 8, 16, 32])
+    return with_limits(
         tiny,
-        num_blocks=10 + rng.randrange(4),
+        block_size=block_size,
+        num_blocks=-(-85 // block_size) + rng.randrange(48 // block_size + 1),
         max_num_seqs=rng.randrange(2, 9),
-        max_num_batched_tokens=rng.choice([8, 20, 200]),
+        max_num_batched_tokens=rng.choice([1, 8, 20, 200]),
+        enable_prefix_caching=rng.random() < 0.8,
     )
-    together = run_to_end(tight, requests)
-    assert {name: tokens_of(outputs) for name, outputs in together.items()} == alone
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_greedy_tokens_of_the_decoder_do_not_depend_on_the_schedule(tiny: Engine, seed: int) -> None:
+    """Whatever else is in the batch, how prompts are cut, which blocks are shared, who is preempted or aborted.
+
+    In float32, whose rounding would have to meet a near-tie of two logits to be seen.
+    """
+    rng = random.Random(seed)
+    requests = random_requests(rng)
+    roomy = with_limits(tiny, num_blocks=16, enable_prefix_caching=False)
+    alone = {r.request_id: tokens_of(run_to_end(roomy, [r])[r.request_id]) for r in requests}
+    tight = tight_engine(tiny, rng)
+    together = run_with_arrivals(tight, requests, rng)
+    assert {name: tokens_of(together[name]) for name in alone} == alone
     tight.scheduler.pool.check([])
 
 
-def tokens_of(outputs: list[TokenOutput]) -> list[int]:
-    return [token for output in outputs for token in output.token_ids]
+def test_those_schedules_do_preempt_and_hit_the_prefix_cache(tiny: Engine) -> None:
+    preemptions = hits = 0
+    for seed in range(40):
+        rng = random.Random(seed)
+        requests, tight = random_requests(rng), tight_engine(tiny, rng)
+        run_with_arrivals(tight, requests, rng)
+        preemptions += tight.scheduler.stats().num_preemptions
+        hits += tight.scheduler.stats().prefix_cache_hits
+    assert preemptions > 20
+    assert hits > 200
 
 
 def test_a_prompt_of_one_token_and_one_as_long_as_the_context(tiny: Engine) -> None:

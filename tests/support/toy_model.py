@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import torch
 from torch import Tensor
 
@@ -91,3 +93,26 @@ def run_to_end(engine: Engine, requests: list[AddRequest]) -> dict[str, list[Tok
         for output in engine.step():
             outputs[output.request_id].append(output)
     return outputs
+
+
+def run_with_arrivals(engine: Engine, requests: list[AddRequest], rng: random.Random) -> dict[str, list[TokenOutput]]:
+    """Requests arrive between steps, and now and then one that nobody asked about is added and aborted."""
+    outputs: dict[str, list[TokenOutput]] = {request.request_id: [] for request in requests}
+    pending = list(requests)
+    extras = 0
+    while pending or engine.scheduler.has_work:
+        while pending and rng.random() < 0.4:
+            assert engine.add(pending.pop(0)) is None
+        if pending and rng.random() < 0.2:
+            extras += 1
+            engine.add(make_request(f"extra{extras}", rng.choice(requests).token_ids, max_tokens=20))
+        if rng.random() < 0.1 and extras:
+            engine.scheduler.abort([f"extra{rng.randrange(extras) + 1}"])
+        if engine.scheduler.has_work:
+            for output in engine.step():
+                outputs.setdefault(output.request_id, []).append(output)
+    return outputs
+
+
+def tokens_of(outputs: list[TokenOutput]) -> list[int]:
+    return [token for output in outputs for token in output.token_ids]
