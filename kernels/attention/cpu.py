@@ -3,7 +3,8 @@
 Decode: one item of work is a group of at most 4 query heads that share a KV head, for one sequence. Scores of the
 whole context stand in one float32 row per head (a row of 32k tokens is 128 KB, which the L2 cache holds), so the
 softmax is exact and not rescaled. Float16 and 8-bit caches are decoded block by block into a float32 tile.
-Prefill: keys and values are gathered out of their blocks once and torch's flash attention runs on them.
+Prefill: `prefill_cpu` in bf16 on machines with AVX-512 BF16; else keys and values are gathered out of their blocks once
+and torch's flash attention runs on them.
 Reference: `attention.reference`.
 """
 
@@ -17,18 +18,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from octavo.kernels.attention import reference
+from octavo.kernels.attention import prefill_cpu, reference
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
 from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.attention.vectors import add_weighted_rows, dot_rows
 from octavo.kernels.convert import BF16, FLOAT32, KINDS, exp, load_row, size_of, store_row
 from octavo.kernels.native import kernel, next_item, threads_for, view
 
-MAX_KERNEL_QUERIES = 8
-"""Sequences with more new tokens than this go through torch's attention on gathered keys and values."""
+MAX_KERNEL_QUERIES = 2
+"""Sequences with more new tokens than this go through `prefill_cpu`, where it fits. Tuned on 2 cores of a Zen 5."""
+MAX_TORCH_QUERIES = 8
+"""The same where it doesn't: with more new tokens torch's attention runs on gathered keys and values."""
+
+# Called by kernels only: without the wrappers for callers in Python and C, which take longer to compile than the body.
+_inner = numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True)
+
+# The decode kernel's arguments, in the order of the call in `_run_decode`.
+(_Q, _OUT, _KEY, _VALUE, _TABLES, _LENGTHS, _STARTS, _KEY_SCALE, _VALUE_SCALE, _TABLE_WIDTH) = range(1, 11)
+(_Q_KIND, _KEY_KIND, _VALUE_KIND, _SEQS, _HEADS, _KV_HEADS, _DIM, _BLOCK, _WINDOW, _MOST) = range(11, 21)
+(_SCALE, _SOFT_CAP) = range(21, 23)
 
 
-@numba.njit
+@_inner
 def _softmax(scores, count, soft_cap):  # type: ignore[no-untyped-def]
     """exp(s - max) in place over a float32 row; returns the sum."""
     if soft_cap > 0:
@@ -50,7 +61,7 @@ def _sum(row, count):  # type: ignore[no-untyped-def]
     return total
 
 
-@numba.njit
+@_inner
 def _floats(address, kind, tile, count):  # type: ignore[no-untyped-def]
     """Where the inner loops can read a run of cached rows: in place, or decoded into the float32 tile."""
     if kind in (BF16, FLOAT32):
@@ -59,76 +70,90 @@ def _floats(address, kind, tile, count):  # type: ignore[no-untyped-def]
     return tile.ctypes.data, False
 
 
-@kernel("qqqqqqqqqqqqqqqqqqqdd")
+@_inner
+def _run(a, table, head, j, length):  # type: ignore[no-untyped-def]
+    """The cached rows from key j on that lie one after another: how many, and which row of the cache is the first."""
+    offset = j % a[_BLOCK]
+    row = (np.int64(table[j // a[_BLOCK]]) * a[_KV_HEADS] + head) * a[_BLOCK] + offset
+    return min(a[_BLOCK] - offset, length - j), row
+
+
+@_inner
+def _score(a, table, head, begin, length, rows, q, tile, scores):  # type: ignore[no-untyped-def]
+    """scores[r] = q[r] . keys begin .. length."""
+    dim, kind = a[_DIM], a[_KEY_KIND]
+    j = begin
+    while j < length:
+        n, row = _run(a, table, head, j, length)
+        at, is_bf16 = _floats(a[_KEY] + row * dim * size_of(kind), kind, tile, n * dim)
+        target = scores.ctypes.data + 4 * (j - begin)
+        dot_rows(rows, q.ctypes.data, dim, at, is_bf16, n, target, length - begin)
+        j += n
+
+
+@_inner
+def _mix(a, table, head, begin, length, rows, scores, tile, out):  # type: ignore[no-untyped-def]
+    """out[r] += scores[r] . values begin .. length."""
+    dim, kind = a[_DIM], a[_VALUE_KIND]
+    j = begin
+    while j < length:
+        n, row = _run(a, table, head, j, length)
+        at, is_bf16 = _floats(a[_VALUE] + row * dim * size_of(kind), kind, tile, n * dim)
+        weights = scores.ctypes.data + 4 * (j - begin)
+        add_weighted_rows(rows, out.ctypes.data, dim, at, is_bf16, n, weights, length - begin)
+        j += n
+
+
+@kernel("qqqqqqqqqqqqqqqqqqqqdd")
 def _decode(args):  # type: ignore[no-untyped-def]
-    """The arguments' order is that of the call in `_run_decode`. Items: (sequence, KV head, group of query heads)."""
-    a = numba.carray(args, (22,), np.int64)
-    f = numba.carray(args, (22,), np.float64)
-    q_kind, key_kind, value_kind = a[11], a[12], a[13]
-    num_seqs, heads, kv_heads, dim, block_size, blocks, window = a[14], a[15], a[16], a[17], a[18], a[10], a[19]
-    scale, soft_cap = np.float32(f[20]), np.float32(f[21])
-    tables = view(a[5], (num_seqs, blocks), np.int32)
-    lengths = view(a[6], (num_seqs,), np.int32)
-    starts = view(a[7], (num_seqs + 1,), np.int32)
-    key_scale = view(a[8], (kv_heads,), np.float32)
-    value_scale = view(a[9], (kv_heads,), np.float32)
+    """Items: (sequence, KV head, group of query heads). Sequences with more than _MOST new tokens are left out."""
+    a = numba.carray(args, (23,), np.int64)
+    f = numba.carray(args, (23,), np.float64)
+    seqs, heads, kv_heads, dim, window = a[_SEQS], a[_HEADS], a[_KV_HEADS], a[_DIM], a[_WINDOW]
+    scale, soft_cap = np.float32(f[_SCALE]), np.float32(f[_SOFT_CAP])
+    tables = view(a[_TABLES], (seqs, a[_TABLE_WIDTH]), np.int32)
+    lengths, starts = view(a[_LENGTHS], (seqs,), np.int32), view(a[_STARTS], (seqs + 1,), np.int32)
+    key_scale = view(a[_KEY_SCALE], (kv_heads,), np.float32)
+    value_scale = view(a[_VALUE_SCALE], (kv_heads,), np.float32)
     share = heads // kv_heads
     groups = (share + 3) // 4
-    key_row, value_row, q_row = dim * size_of(key_kind), dim * size_of(value_kind), dim * size_of(q_kind)
-    q = np.empty((4, dim), np.float32)
-    out = np.empty((4, dim), np.float32)
-    tile = np.empty(block_size * dim, np.float32)
+    q_row = dim * size_of(a[_Q_KIND])
+    q, out = np.empty((4, dim), np.float32), np.empty((4, dim), np.float32)
+    tile, sums = np.empty(a[_BLOCK] * dim, np.float32), np.empty(4, np.float32)
     while True:
         item = next_item(args)
-        if item >= num_seqs * kv_heads * groups:
+        if item >= seqs * kv_heads * groups:
             break
         seq, head = item // (kv_heads * groups), (item // groups) % kv_heads
         first = share * (item % groups) // groups
         rows = share * (item % groups + 1) // groups - first
         new = starts[seq + 1] - starts[seq]
-        if new > MAX_KERNEL_QUERIES:
+        if new > a[_MOST]:
             continue
         for query in range(new):
             length = lengths[seq] - new + query + 1
             begin = max(0, length - window) if window > 0 else 0
-            token = starts[seq] + query
-            at = a[1] + (token * heads + head * share + first) * q_row
+            place = ((starts[seq] + query) * heads + head * share + first) * q_row
             for r in range(rows):
-                load_row(at + r * q_row, q_kind, q[r], dim)
+                load_row(a[_Q] + place + r * q_row, a[_Q_KIND], q[r], dim)
                 for d in range(dim):
                     q[r, d] *= scale * key_scale[head]
                     out[r, d] = 0
-            width = length - begin
-            scores = np.empty((rows, width), np.float32)
-            j = begin
-            while j < length:
-                offset = j % block_size
-                n = min(block_size - offset, length - j)
-                row = ((np.int64(tables[seq, j // block_size]) * kv_heads + head) * block_size + offset) * key_row
-                at, is_bf16 = _floats(a[3] + row, key_kind, tile, n * dim)
-                dot_rows(rows, q.ctypes.data, dim, at, is_bf16, n, scores.ctypes.data + 4 * (j - begin), width)
-                j += n
-            sums = np.empty(4, np.float32)
+            scores = np.empty((rows, length - begin), np.float32)
+            _score(a, tables[seq], head, begin, length, rows, q, tile, scores)
             for r in range(rows):
-                sums[r] = _softmax(scores[r], width, soft_cap)
-            j = begin
-            while j < length:
-                offset = j % block_size
-                n = min(block_size - offset, length - j)
-                row = ((np.int64(tables[seq, j // block_size]) * kv_heads + head) * block_size + offset) * value_row
-                at, is_bf16 = _floats(a[4] + row, value_kind, tile, n * dim)
-                weights = scores.ctypes.data + 4 * (j - begin)
-                add_weighted_rows(rows, out.ctypes.data, dim, at, is_bf16, n, weights, width)
-                j += n
-            at = a[2] + (token * heads + head * share + first) * q_row
+                sums[r] = _softmax(scores[r], length - begin, soft_cap)
+            _mix(a, tables[seq], head, begin, length, rows, scores, tile, out)
             for r in range(rows):
                 for d in range(dim):
                     out[r, d] *= value_scale[head] / sums[r]
-                store_row(out[r], np.float32(1), at + r * q_row, q_kind, dim)
+                store_row(out[r], np.float32(1), a[_OUT] + place + r * q_row, a[_Q_KIND], dim)
 
 
-def _run_decode(q: Tensor, out: Tensor, inputs: StepInputs, cache: LayerCache, shape: AttentionShape) -> None:
-    """Attention of every sequence with at most MAX_KERNEL_QUERIES new tokens."""
+def _run_decode(
+    q: Tensor, out: Tensor, inputs: StepInputs, cache: LayerCache, shape: AttentionShape, most: int
+) -> None:
+    """Attention of every sequence with at most `most` new tokens."""
     seqs, blocks = inputs.block_tables.shape
     reads = shape.num_kv_heads * shape.head_dim * inputs.max_seq_len * seqs
     _decode.start(
@@ -138,7 +163,7 @@ def _run_decode(q: Tensor, out: Tensor, inputs: StepInputs, cache: LayerCache, s
         cache.key_scale.data_ptr(), cache.value_scale.data_ptr(), blocks,
         KINDS[q.dtype], KINDS[cache.key.dtype], KINDS[cache.value.dtype],
         seqs, shape.num_heads, shape.num_kv_heads, shape.head_dim, cache.block_size,
-        shape.window or 0, shape.scale, shape.soft_cap or 0.0,
+        shape.window or 0, most, shape.scale, shape.soft_cap or 0.0,
     )  # fmt: skip
 
 
@@ -149,16 +174,22 @@ def paged_attention(q: Tensor, inputs: StepInputs, cache: LayerCache, shape: Att
     q = q.contiguous()
     out = torch.empty_like(q)
     if inputs.max_query_len == 1:
-        _run_decode(q, out, inputs, cache, shape)
+        _run_decode(q, out, inputs, cache, shape, 1)
         return out.view(q.shape[0], -1)
-    starts, lengths = inputs.query_starts.tolist(), inputs.seq_lens.tolist()
+    starts = inputs.query_starts.tolist()
     counts = [end - begin for begin, end in pairwise(starts)]
-    if min(counts) <= MAX_KERNEL_QUERIES:
-        _run_decode(q, out, inputs, cache, shape)
-    for s, count in enumerate(counts):
-        if count > MAX_KERNEL_QUERIES:
-            rows = slice(starts[s], starts[s + 1])
-            out[rows] = _prefill(q[rows], inputs.block_tables[s], lengths[s], cache, shape)
+    flash = prefill_cpu.fits(q, shape)
+    most = MAX_KERNEL_QUERIES if flash else MAX_TORCH_QUERIES
+    if min(counts) <= most:
+        _run_decode(q, out, inputs, cache, shape, most)
+    if flash and max(counts) > most:
+        prefill_cpu.attend(q, out, inputs, cache, shape, [n for n in counts if n > most], most + 1)
+    elif not flash:
+        lengths = inputs.seq_lens.tolist()
+        for s, count in enumerate(counts):
+            if count > most:
+                rows = slice(starts[s], starts[s + 1])
+                out[rows] = _prefill(q[rows], inputs.block_tables[s], lengths[s], cache, shape)
     return out.view(q.shape[0], -1)
 
 
@@ -219,4 +250,4 @@ def _gather(store: Tensor, scale: Tensor, table: Tensor, length: int, dtype: tor
     return heads.to(dtype)
 
 
-KERNELS = (_decode,)
+KERNELS = (_decode, *prefill_cpu.KERNELS)
