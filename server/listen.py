@@ -140,11 +140,22 @@ class _Server(uvicorn.Server):
         client.refuse(DRAINING)
         if client.num_open:
             logger.info("shutting down: %d requests get %g s to finish", client.num_open, limit)
-        timer = asyncio.get_running_loop().call_later(limit, client.fail_all, f"{DRAINING}, and did not wait longer")
+        loop = asyncio.get_running_loop()
+        timers = (
+            loop.call_later(limit, client.fail_all, f"{DRAINING}, and did not wait longer"),
+            loop.call_later(limit + LAST_WORDS_SECONDS, self._hang_up),
+        )
         try:
             await super().shutdown(sockets)
         finally:
-            timer.cancel()
+            for timer in timers:
+                timer.cancel()
+
+    def _hang_up(self) -> None:
+        """On clients that do not read, and on those whose request is not here yet."""
+        for connection in tuple(self.server_state.connections):
+            assert isinstance(connection, Connection)
+            connection.transport.abort()
 
 
 class StepLog:

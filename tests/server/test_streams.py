@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
-from octavo_server import PATIENCE, Server, samples, stream, value, wait_for
+from octavo_server import PATIENCE, Server, num_in_flight, samples, stream, value, wait_until
 
 LONG = {"prompt": "x", "max_tokens": 500, "temperature": 0, "ignore_eos": True, "n": 16}
 RUNNING, WAITING, USAGE = "vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"
@@ -65,8 +65,7 @@ def test_framing_byte_for_byte(server: Server) -> None:
 
 
 def idle(client: httpx.Client) -> None:
-    for name in (RUNNING, WAITING, USAGE):
-        wait_for(client, name, 0)
+    wait_until(lambda: not any(value(client, name) for name in (RUNNING, WAITING, USAGE)))
 
 
 @pytest.mark.parametrize("streams", [True, False])
@@ -81,8 +80,8 @@ def test_a_client_that_hangs_up_ends_its_request(
     aborted, generated = value(client, ABORTED, finished_reason="abort"), value(client, "vllm:generation_tokens_total")
     with connect(server) as connection:
         connection.sendall(post(path, body))
-        wait_for(client, RUNNING, 128)
-    wait_for(client, ABORTED, aborted + 128, finished_reason="abort")
+        wait_until(lambda: num_in_flight(client) == 128)
+    wait_until(lambda: value(client, ABORTED, finished_reason="abort") == aborted + 128)
     idle(client)
     assert value(client, "vllm:generation_tokens_total") - generated < 128 * 400
 
@@ -91,12 +90,12 @@ def test_a_client_that_hangs_up_while_its_prompt_waits(server: Server, client: h
     idle(client)
     with connect(server) as first:
         first.sendall(post("/v1/completions", LONG | {"prompt": ["x", "y", "z"], "n": 128}))
-        wait_for(client, RUNNING, 256)
+        wait_until(lambda: num_in_flight(client) == 384)
         aborted = value(client, ABORTED, finished_reason="abort")
         with connect(server) as second:
             second.sendall(post("/v1/completions", LONG | {"n": 7}))
-            wait_for(client, WAITING, 128 + 7)
-        wait_for(client, ABORTED, aborted + 7, finished_reason="abort")
+            wait_until(lambda: num_in_flight(client) == 384 + 7)
+        wait_until(lambda: value(client, ABORTED, finished_reason="abort") == aborted + 7)
     idle(client)
 
 
@@ -119,7 +118,7 @@ def test_a_client_that_does_not_read_holds_up_nobody(server: Server, client: htt
     body = {"prompt": ["x"] * 4, "n": 128, "max_tokens": 40, "temperature": 0, "ignore_eos": True, "logprobs": 20}
     with connect(server) as lazy:
         lazy.sendall(post("/v1/completions", body | {"stream": True}))
-        wait_for(client, RUNNING, 256)
+        wait_until(lambda: num_in_flight(client) == 512)
         assert client.post("/v1/completions", json={"prompt": "x", "max_tokens": 2}).status_code == 200
         assert client.get("/health").status_code == 200
         idle(client)

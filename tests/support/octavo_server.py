@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -134,10 +134,14 @@ def value(client: httpx.Client, name: str, **labels: str) -> float:
     return samples(client)[name, tuple(sorted(labels.items()))]
 
 
-def wait_for(client: httpx.Client, name: str, wanted: float, **labels: str) -> None:
-    """Ask /metrics until the sample is there; each answer comes after a turn of the server's loop."""
+def num_in_flight(client: httpx.Client) -> int:
+    """Sequences that the engine has, running and waiting."""
+    found = samples(client)
+    return int(found["vllm:num_requests_running", ()] + found["vllm:num_requests_waiting", ()])
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    """Ask again and again; what is asked is a server, whose every answer comes after a turn of its loop."""
     deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline:
-        if value(client, name, **labels) == wanted:
-            return
-    raise AssertionError(f"{name} stays {value(client, name, **labels)}")
+    while not is_so():
+        assert time.monotonic() < deadline, "it never comes so"

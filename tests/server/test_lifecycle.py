@@ -1,0 +1,208 @@
+"""How a server starts, drains, and ends, and what becomes of its requests when the engine dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from octavo_server import PATIENCE, Server, events, num_in_flight, serving, started, wait_until
+
+LONG = {
+    "prompt": ["x"] * 2,
+    "n": 128,
+    "max_tokens": 500,
+    "temperature": 0,
+    "ignore_eos": True,
+}  # it won't be waited for
+PATH = "/v1/completions"
+
+
+def host_and_port(server: Server) -> tuple[str, int]:
+    host, port = server.url.removeprefix("http://").split(":")
+    return host, int(port)
+
+
+def wait_until_refused(server: Server) -> None:
+    """Until nobody listens there any more."""
+    while True:
+        try:
+            socket.create_connection(host_and_port(server), timeout=PATIENCE).close()
+        except ConnectionRefusedError:
+            return
+        except ConnectionResetError:  # it is being closed right now
+            pass
+
+
+@contextmanager
+def whole_request(server: Server, body: dict[str, Any]) -> Iterator[list[httpx.Response]]:
+    """A request without a stream that is in the engine; its answer is there behind the block."""
+    answers: list[httpx.Response] = []
+
+    def send() -> None:
+        with server.client() as client:
+            answers.append(client.post(PATH, json=body))
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    num_choices = body["n"] * len(body["prompt"])
+    with server.client() as client:
+        wait_until(lambda: num_in_flight(client) == num_choices)
+    yield answers
+    thread.join(PATIENCE)
+    assert answers
+
+
+@contextmanager
+def streamed_request(server: Server) -> Iterator[Iterator[str]]:
+    """The lines of a long stream that has begun."""
+    with server.client() as client, client.stream("POST", PATH, json=LONG | {"stream": True}) as response:
+        lines = response.iter_lines()
+        yield chain([next(lines)], lines)
+
+
+def test_sigterm_lets_what_runs_finish() -> None:
+    body = LONG | {"prompt": ["x"], "n": 20, "max_tokens": 400}
+    with serving() as server, server.client() as client, whole_request(server, body) as answers:
+        with client.stream("POST", PATH, json=body | {"stream": True}) as response:
+            lines = response.iter_lines()
+            first = next(lines)
+            with server.client() as second:
+                wait_until(lambda: num_in_flight(second) == 40)
+                server.send_signal(signal.SIGTERM)
+                refused_late = second.build_request("POST", PATH, json={"prompt": "x"})
+                wait_until_refused(server)
+                with pytest.raises(httpx.TransportError):
+                    second.send(refused_late)
+            chunks = list(events(iter([first, *lines])))
+        assert server.exit_code() == 0
+    finished = [choice for chunk in chunks for choice in chunk["choices"] if choice["finish_reason"]]
+    assert [choice["finish_reason"] for choice in finished] == ["length"] * 20
+    assert {choice["finish_reason"] for choice in answers[0].json()["choices"]} == {"length"}
+    assert "Traceback" not in server.said
+
+
+def test_what_does_not_finish_in_time_ends_with_an_error() -> None:
+    with serving("--shutdown-timeout", "0") as server:
+        with whole_request(server, LONG) as answers, streamed_request(server) as lines:
+            server.send_signal(signal.SIGTERM)
+            *_, last = events(lines)
+        assert server.exit_code() == 0
+    assert (last["error"]["type"], last["error"]["code"]) == ("overloaded_error", 503)
+    assert "shutting down" in last["error"]["message"]
+    assert answers[0].status_code == 503
+    assert answers[0].json()["error"]["message"] == last["error"]["message"]
+    assert "Traceback" not in server.said
+
+
+def test_clients_that_neither_read_nor_write_do_not_hold_the_end_up() -> None:
+    content = json.dumps(LONG | {"stream": True, "logprobs": 20, "max_tokens": 40}).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    with serving("--shutdown-timeout", "0") as server, ExitStack() as connections:
+        for sent in (b"", head % 9, head % 9 + b"{", head[:9], head % len(content) + content):
+            connection = socket.create_connection(host_and_port(server), timeout=PATIENCE)
+            connections.enter_context(connection)
+            connection.sendall(sent)
+        with server.client() as client:
+            wait_until(lambda: num_in_flight(client) == 256)
+            wait_until(lambda: num_in_flight(client) == 0)
+        server.send_signal(signal.SIGTERM)
+        assert server.exit_code() == 0
+    assert "Traceback" not in server.said
+
+
+def test_a_second_sigint_ends_at_once() -> None:
+    with serving() as server, streamed_request(server):
+        server.send_signal(signal.SIGINT)
+        wait_until_refused(server)
+        assert server.process.poll() is None, "the first one waits"
+        server.send_signal(signal.SIGINT)
+        assert server.exit_code() == 0
+    assert "Traceback" not in server.said
+
+
+def test_a_stop_while_the_engine_loads() -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        with started() as server:
+            while not Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text():
+                assert server.process.poll() is None, server.said
+            server.send_signal(number)
+            assert server.exit_code() in (0, 130, -signal.SIGTERM)
+            assert "Traceback" not in server.said
+
+
+def test_the_engine_s_death_is_told_to_everybody() -> None:
+    with serving("--enable-log-requests") as server, server.client() as client:
+        with whole_request(server, LONG) as answers, streamed_request(server) as lines:
+            assert client.get("/health").status_code == 200
+            os.kill(server.engine_pid, signal.SIGKILL)
+            *_, last = events(lines)
+        assert last["error"]["code"] == 503
+        assert "killed by signal 9" in last["error"]["message"]
+        assert answers[0].status_code == 503
+        assert answers[0].json()["error"]["message"] == last["error"]["message"]
+        health = client.get("/health")
+        assert (health.status_code, health.json()["error"]["code"]) == (503, 503)
+        for path, body in (
+            (PATH, {"prompt": "x"}),
+            ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
+        ):
+            for streams in (False, True):
+                refused = client.post(path, json=body | {"stream": streams})
+                assert refused.status_code == 503
+                assert "killed by signal 9" in refused.json()["error"]["message"]
+        assert client.post("/tokenize", json={"prompt": "x"}).status_code == 200
+        assert client.get("/metrics").status_code == 200
+        server.send_signal(signal.SIGTERM)
+        assert server.exit_code() == 1
+    assert "Traceback" not in server.said
+
+
+def said_at_once(*arguments: str, environment: dict[str, str] | None = None) -> str:
+    """The one line that a command which can't start says."""
+    command = [sys.executable, "-m", "octavo", "serve", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=environment, check=False)
+    assert result.returncode == 1, result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert "Traceback" not in result.stderr
+    assert lines[-1].startswith("octavo serve: ")
+    assert len(lines) == 1, result.stderr
+    return lines[0]
+
+
+def test_a_port_that_is_taken() -> None:
+    """Told before anything is loaded: the model is not even looked for."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert f"--port {port}: Address already in use" in said_at_once("no/such/model/here", "--port", str(port))
+
+
+def test_a_model_that_can_not_be_served(fixtures: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((fixtures / "tiny" / name).read_bytes())
+    assert "safetensors" in said_at_once(str(tmp_path), "--port", "0")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "model.safetensors").write_bytes((fixtures / "tiny" / "model.safetensors").read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"rope_parameters": {"rope_type": "spiral"}}))
+    assert "spiral" in said_at_once(str(tmp_path), "--port", "0")
+
+
+def test_flags_that_can_not_be_honoured(fixtures: Path, tmp_path: Path) -> None:
+    tiny = str(fixtures / "tiny")
+    assert "name one model" in said_at_once("--port", "0")
+    assert "temperature" in said_at_once(tiny, "--port", "0", "--override-generation-config", '{"temperature": 3}')
+    assert "--ssl-certfile" in said_at_once(tiny, "--port", "0", "--ssl-certfile", str(tmp_path / "none.pem"))
+    assert "--uds" in said_at_once(tiny, "--uds", str(tmp_path / "none" / "socket"))
+    assert "no such directory" in said_at_once(tiny, "--port", "0", "--tokenizer", str(tmp_path / "none"))
+    assert "--chat-template" in said_at_once(tiny, "--port", "0", "--chat-template", "none.jinja")
