@@ -1,0 +1,242 @@
+"""The command line of `octavo serve`: names, aliases, what the engine is told; then a server with most of it set."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import httpx
+import pytest
+from octavo_server import PATIENCE, Server, serving, wait_until
+
+from octavo.commands import serve, serve_flags
+from octavo.runtime.config import EngineConfig
+
+
+def parse(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    serve_flags.configure(parser)
+    return parser.parse_args(arguments)
+
+
+ALIASES = [
+    ("--model-path", "--model", "m"),
+    ("--tokenizer-path", "--tokenizer", "t"),
+    ("--context-length", "--max-model-len", "77"),
+    ("--mem-fraction-static", "--gpu-memory-utilization", "0.5"),
+    ("--page-size", "--block-size", "32"),
+    ("--max-running-requests", "--max-num-seqs", "9"),
+    ("--chunked-prefill-size", "--max-num-batched-tokens", "99"),
+    ("--random-seed", "--seed", "5"),
+    ("--log-level", "--uvicorn-log-level", "error"),
+    ("--tp", "--tensor-parallel-size", "1"),
+    ("--tp-size", "-tp", "1"),
+    ("-q", "--quantization", "int8"),
+]
+
+
+@pytest.mark.parametrize(("alias", "name", "value"), ALIASES)
+def test_another_name_for_the_same(alias: str, name: str, value: str) -> None:
+    assert parse(alias, value) == parse(name, value)
+
+
+def test_other_values_for_the_same() -> None:
+    assert parse("--disable-radix-cache") == parse("--no-enable-prefix-caching")
+    assert parse("--kv-cache-dtype", "fp8") == parse("--kv-cache-dtype", "fp8_e4m3")
+    assert parse("--model-impl", "transformers") == parse("--model-impl", "hf")
+    assert parse("--api-key", "a", "b", "--api-key", "c").api_key == ["a", "b", "c"]
+
+
+def test_the_engine_s_defaults_are_the_command_s() -> None:
+    assert serve_flags.engine_config(parse("m"), Path("m")) == EngineConfig(model="m")
+
+
+def test_every_field_of_the_engine_s_configuration_has_a_flag() -> None:
+    told = {
+        "dtype": ("--dtype", "int4"),
+        "lm_head_dtype": ("--lm-head-dtype", "int8"),
+        "kv_cache_dtype": ("--kv-cache-dtype", "int8"),
+        "device": ("--device", "cpu"),
+        "model_impl": ("--model-impl", "hf"),
+        "load_format": ("--load-format", "dummy"),
+        "trust_remote_code": ("--trust-remote-code",),
+        "max_model_len": ("--max-model-len", "7"),
+        "block_size": ("--block-size", "7"),
+        "num_blocks": ("--num-gpu-blocks-override", "7"),
+        "kv_cache_memory_bytes": ("--kv-cache-memory-bytes", "7MiB"),
+        "gpu_memory_utilization": ("--gpu-memory-utilization", "0.7"),
+        "max_num_seqs": ("--max-num-seqs", "7"),
+        "max_num_batched_tokens": ("--max-num-batched-tokens", "7"),
+        "enable_prefix_caching": ("--no-enable-prefix-caching",),
+        "num_threads": ("--num-threads", "7"),
+        "seed": ("--seed", "7"),
+    }
+    assert set(told) == set(get_type_hints(EngineConfig)) - {"model"}
+    default = EngineConfig(model="m")
+    for field, flags in told.items():
+        config = serve_flags.engine_config(parse("m", *flags), Path("m"))
+        assert {name for name in told if getattr(config, name) != getattr(default, name)} == {field}
+    assert serve_flags.engine_config(parse("m", "-q", "fp8"), Path("m")).dtype == "fp8"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--max-model-len", "x"),
+        ("--max-model-len", "0"),
+        ("--port", "70000"),
+        ("--gpu-memory-utilization", "1.5"),
+        ("--shutdown-timeout", "-1"),
+        ("--shutdown-timeout", "inf"),
+        ("--max-logprobs", "-2"),
+        ("--allowed-origins", "*"),
+        ("--override-generation-config", "{'a': 1}"),
+        ("--override-generation-config", '{"top_q": 1}'),
+        ("--dtype", "int5"),
+        ("--tp", "2"),
+        ("--max-model", "5"),
+    ],
+)
+def test_what_makes_no_sense_is_told_by_its_flag(
+    arguments: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse("m", *arguments)
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert arguments[0] in said
+    assert "invalid _" not in said
+
+
+def test_help_tells_every_flag_once_in_groups() -> None:
+    command = [sys.executable, "-m", "octavo", "serve", "--help"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=PATIENCE).stdout
+    for group in ("model:", "KV cache and batching:", "text and sampling:", "HTTP:", "logs:"):
+        assert f"\n{group}\n" in text
+    parser = argparse.ArgumentParser()
+    serve_flags.configure(parser)
+    for action in parser._actions:
+        if action.help is argparse.SUPPRESS:
+            assert not any(f"{option} " in text for option in action.option_strings), action.option_strings
+        else:
+            assert action.help, action.dest
+            assert all(option in text for option in action.option_strings)
+    hidden = [alias for alias, name, _ in ALIASES if alias.startswith("--")]
+    assert not [alias for alias in hidden if f" {alias} " in text]
+
+
+def test_keys_come_from_the_environment_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OCTAVO_API_KEY", "secret")
+    assert serve._api_keys(parse("m")) == ("secret",)
+    assert serve._api_keys(parse("m", "--api-key", "a")) == ("a",)
+    monkeypatch.delenv("OCTAVO_API_KEY")
+    assert serve._api_keys(parse("m")) == ()
+
+
+FLAGS = (
+    "--served-model-name", "one", "two", "--api-key", "first", "--api-key", "second", "--context-length", "100",
+    "--max-running-requests", "4", "--chunked-prefill-size", "16", "--disable-radix-cache", "--max-body-bytes", "4KiB",
+    "--max-logprobs", "2", "--override-generation-config", '{"temperature": 0, "repetition_penalty": 1.5}',
+    "--root-path", "/api", "--disable-fastapi-docs", "--enable-log-requests", "--trust-request-chat-template",
+    "--allowed-origins", '["http://page"]', "--log-level", "info",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    path = tmp_path_factory.mktemp("s") / "socket"
+    left_over = "import socket, sys; socket.socket(socket.AF_UNIX).bind(sys.argv[1])"  # as a killed server leaves it
+    subprocess.run([sys.executable, "-c", left_over, str(path)], check=True)
+    with serving(*FLAGS, "--uds", str(path)) as running:
+        yield running
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[httpx.Client]:
+    transport = httpx.HTTPTransport(uds=server.url.removeprefix("unix:"))
+    headers = {"Authorization": "Bearer second"}
+    with httpx.Client(transport=transport, base_url="http://octavo", headers=headers, timeout=PATIENCE) as client:
+        yield client
+
+
+def complete(client: httpx.Client, **fields: Any) -> dict[str, Any]:
+    answer = client.post("/v1/completions", json={"prompt": "The", "max_tokens": 12, "ignore_eos": True} | fields)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def test_a_key_is_asked_for(client: httpx.Client) -> None:
+    for key in ("", "Bearer", "Bearer third", "Bearer first second", "Basic first", "first", "Bearer \xff"):
+        headers = [(b"authorization", key.encode("latin-1"))]
+        for path in ("/v1/models", "/v1/completions", "/tokenize", "/nothing", "/v1/models/one"):
+            answer = client.get(path, headers=headers)
+            assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
+            assert answer.json()["error"]["type"] == "authentication_error"
+    for key in ("Bearer first", "bearer second", "Bearer  second"):
+        assert client.get("/v1/models", headers={"Authorization": key}).status_code == 200
+    for path in ("/health", "/metrics", "/version", "/ping"):
+        assert client.get(path, headers={"Authorization": ""}).status_code == 200
+
+
+def test_names(client: httpx.Client) -> None:
+    assert [card["id"] for card in client.get("/v1/models").json()["data"]] == ["one", "two"]
+    assert complete(client)["model"] == "one"
+    assert complete(client, model="two")["model"] == "two"
+    assert 'model_name="one"' in client.get("/metrics").text
+
+
+def test_default_sampling_values_stand_in_for_absent_ones(client: httpx.Client) -> None:
+    given = complete(client, temperature=0, repetition_penalty=1.5)["choices"]
+    assert complete(client)["choices"] == given
+    assert complete(client, repetition_penalty=1.0)["choices"] != given
+
+
+def test_limits(client: httpx.Client, server: Server) -> None:
+    assert client.get("/v1/models").json()["data"][0]["max_model_len"] == 100
+    assert client.post("/v1/completions", json={"prompt": [5] * 100}).status_code == 400
+    assert client.post("/tokenize", json={"prompt": "x" * 5000}).status_code == 413
+    refused = client.post("/v1/completions", json={"prompt": "x", "logprobs": 3})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "logprobs")
+    assert complete(client, prompt=[5] * 80, n=6)["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}
+    assert "max_model_len 100" in server.said
+
+
+def test_paths(client: httpx.Client) -> None:
+    assert client.get("/api/health").status_code == 200
+    assert client.get("/docs").status_code == client.get("/openapi.json").status_code == 404
+
+
+def test_a_template_of_the_request_s_own(client: httpx.Client) -> None:
+    body = {"messages": [{"role": "user", "content": "abc"}], "chat_template": "{{ messages[0].content }}{{ extra }}"}
+    body |= {"chat_template_kwargs": {"extra": "def"}}
+    answer = client.post("/tokenize", json=body)
+    plain = client.post("/tokenize", json={"prompt": "abcdef"})
+    assert answer.json()["tokens"] == plain.json()["tokens"]
+    for template in (
+        "{{",
+        "{% for i in range(99999999) %}{% endfor %}",
+        "{{ ''.__class__.__mro__ }}",
+        '{{ "\\ud800" }}',
+    ):
+        refused = client.post("/tokenize", json=body | {"chat_template": template})
+        assert refused.status_code == 400, template
+
+
+def test_pages_of_other_origins(client: httpx.Client) -> None:
+    answer = client.get("/v1/models", headers={"Origin": "http://page"})
+    assert answer.headers["access-control-allow-origin"] == "http://page"
+    assert "access-control-allow-origin" not in client.get("/v1/models", headers={"Origin": "http://other"}).headers
+
+
+def test_what_is_logged_is_one_line_each_and_no_text(client: httpx.Client, server: Server) -> None:
+    number = len(server.lines)
+    text = "secret\nwords"
+    assert complete(client, prompt=text, stop=["secret\n"], user="secret\n", request_id="secret\n")
+    client.get("/nothing%0aFAKE?x=%0aFAKE", headers={"X-Forwarded-For": "FAKE"})
+    wait_until(lambda: any("GET /nothing" in line for line in server.lines[number:]))
+    lines = server.lines[number:]
+    assert any(" /v1/completions: 1 choices, " in line for line in lines)
+    assert not [line for line in lines if "secret" in line or "words" in line or line.startswith("FAKE")]
