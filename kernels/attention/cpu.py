@@ -21,7 +21,7 @@ from torch import Tensor
 from octavo.kernels.attention import prefill_cpu, reference
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
 from octavo.kernels.attention.step import StepInputs
-from octavo.kernels.attention.vectors import add_weighted_rows, dot_rows
+from octavo.kernels.attention.vectors import add_weighted_rows, dot_rows, fetch
 from octavo.kernels.convert import BF16, FLOAT32, KINDS, exp, load_row, size_of, store_row
 from octavo.kernels.native import kernel, next_item, threads_for, view
 
@@ -36,7 +36,9 @@ _inner = numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True)
 # The decode kernel's arguments, in the order of the call in `_run_decode`.
 (_Q, _OUT, _KEY, _VALUE, _TABLES, _LENGTHS, _STARTS, _KEY_SCALE, _VALUE_SCALE, _TABLE_WIDTH) = range(1, 11)
 (_Q_KIND, _KEY_KIND, _VALUE_KIND, _SEQS, _HEADS, _KV_HEADS, _DIM, _BLOCK, _WINDOW, _MOST) = range(11, 21)
-(_SCALE, _SOFT_CAP) = range(21, 23)
+(_THREADS, _SCALE, _SOFT_CAP) = range(21, 24)
+
+_AHEAD = 8192  # bytes of a head's keys or values between those that are computed on and those that are fetched
 
 
 @_inner
@@ -79,12 +81,26 @@ def _run(a, table, head, j, length):  # type: ignore[no-untyped-def]
 
 
 @_inner
+def _fetch(a, table, head, j, length, store, kind):  # type: ignore[no-untyped-def]
+    """Ask for the run of cached rows that begins at key j, if there is one."""
+    if j < length:
+        n, row = _run(a, table, head, j, length)
+        size = a[_DIM] * size_of(kind)
+        fetch(store + row * size, n * size)
+
+
+@_inner
 def _score(a, table, head, begin, length, rows, q, tile, scores):  # type: ignore[no-untyped-def]
     """scores[r] = q[r] . keys begin .. length."""
     dim, kind = a[_DIM], a[_KEY_KIND]
+    ahead = _AHEAD // (dim * size_of(kind))
     j = begin
     while j < length:
         n, row = _run(a, table, head, j, length)
+        if j + ahead < length:
+            _fetch(a, table, head, j + ahead, length, a[_KEY], kind)
+        else:
+            _fetch(a, table, head, begin + j + ahead - length, length, a[_VALUE], a[_VALUE_KIND])
         at, is_bf16 = _floats(a[_KEY] + row * dim * size_of(kind), kind, tile, n * dim)
         target = scores.ctypes.data + 4 * (j - begin)
         dot_rows(rows, q.ctypes.data, dim, at, is_bf16, n, target, length - begin)
@@ -92,23 +108,30 @@ def _score(a, table, head, begin, length, rows, q, tile, scores):  # type: ignor
 
 
 @_inner
-def _mix(a, table, head, begin, length, rows, scores, tile, out):  # type: ignore[no-untyped-def]
-    """out[r] += scores[r] . values begin .. length."""
+def _mix(a, table, head, begin, length, rows, scores, tile, out, later):  # type: ignore[no-untyped-def]
+    """out[r] += scores[r] . values begin .. length; meanwhile the keys of item `later` are fetched."""
     dim, kind = a[_DIM], a[_VALUE_KIND]
+    ahead = _AHEAD // (dim * size_of(kind))
+    later_table, later_head, later_begin, later_length = later
     j = begin
     while j < length:
         n, row = _run(a, table, head, j, length)
+        if j + ahead < length:
+            _fetch(a, table, head, j + ahead, length, a[_VALUE], kind)
+        else:
+            place = later_begin + j + ahead - length
+            _fetch(a, later_table, later_head, place, later_length, a[_KEY], a[_KEY_KIND])
         at, is_bf16 = _floats(a[_VALUE] + row * dim * size_of(kind), kind, tile, n * dim)
         weights = scores.ctypes.data + 4 * (j - begin)
         add_weighted_rows(rows, out.ctypes.data, dim, at, is_bf16, n, weights, length - begin)
         j += n
 
 
-@kernel("qqqqqqqqqqqqqqqqqqqqdd")
+@kernel("qqqqqqqqqqqqqqqqqqqqqdd")
 def _decode(args):  # type: ignore[no-untyped-def]
     """Items: (sequence, KV head, group of query heads). Sequences with more than _MOST new tokens are left out."""
-    a = numba.carray(args, (23,), np.int64)
-    f = numba.carray(args, (23,), np.float64)
+    a = numba.carray(args, (24,), np.int64)
+    f = numba.carray(args, (24,), np.float64)
     seqs, heads, kv_heads, dim, window = a[_SEQS], a[_HEADS], a[_KV_HEADS], a[_DIM], a[_WINDOW]
     scale, soft_cap = np.float32(f[_SCALE]), np.float32(f[_SOFT_CAP])
     tables = view(a[_TABLES], (seqs, a[_TABLE_WIDTH]), np.int32)
@@ -130,6 +153,10 @@ def _decode(args):  # type: ignore[no-untyped-def]
         new = starts[seq + 1] - starts[seq]
         if new > a[_MOST]:
             continue
+        after = min(item + a[_THREADS], seqs * kv_heads * groups - 1)  # most likely this thread's next item
+        end = lengths[after // (kv_heads * groups)]
+        after_begin = max(0, end - window) if window > 0 else 0
+        later = (tables[after // (kv_heads * groups)], (after // groups) % kv_heads, after_begin, end)
         for query in range(new):
             length = lengths[seq] - new + query + 1
             begin = max(0, length - window) if window > 0 else 0
@@ -143,7 +170,7 @@ def _decode(args):  # type: ignore[no-untyped-def]
             _score(a, tables[seq], head, begin, length, rows, q, tile, scores)
             for r in range(rows):
                 sums[r] = _softmax(scores[r], length - begin, soft_cap)
-            _mix(a, tables[seq], head, begin, length, rows, scores, tile, out)
+            _mix(a, tables[seq], head, begin, length, rows, scores, tile, out, later)
             for r in range(rows):
                 for d in range(dim):
                     out[r, d] *= value_scale[head] / sums[r]
@@ -156,14 +183,15 @@ def _run_decode(
     """Attention of every sequence with at most `most` new tokens."""
     seqs, blocks = inputs.block_tables.shape
     reads = shape.num_kv_heads * shape.head_dim * inputs.max_seq_len * seqs
+    threads = threads_for(reads)
     _decode.start(
-        threads_for(reads),
+        threads,
         q.data_ptr(), out.data_ptr(), cache.key.data_ptr(), cache.value.data_ptr(),
         inputs.block_tables.data_ptr(), inputs.seq_lens.data_ptr(), inputs.query_starts.data_ptr(),
         cache.key_scale.data_ptr(), cache.value_scale.data_ptr(), blocks,
         KINDS[q.dtype], KINDS[cache.key.dtype], KINDS[cache.value.dtype],
         seqs, shape.num_heads, shape.num_kv_heads, shape.head_dim, cache.block_size,
-        shape.window or 0, most, shape.scale, shape.soft_cap or 0.0,
+        shape.window or 0, most, threads, shape.scale, shape.soft_cap or 0.0,
     )  # fmt: skip
 
 

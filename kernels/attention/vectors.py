@@ -129,6 +129,26 @@ _B1, _B2, _B3, _B4 = (_make_add(r, BF16, 1) for r in (1, 2, 3, 4))
 _C1, _C2, _C3, _C4 = (_make_add(r, -1, 1) for r in (1, 2, 3, 4))
 
 
+@intrinsic  # type: ignore[untyped-decorator]
+def _fetch_line(typingctx: Any, address: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = builder.inttoptr(args[0], _I8.as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [pointer.type, _I32, _I32, _I32])
+        read, into_l1, data = (ir.Constant(_I32, number) for number in (0, 3, 1))
+        fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(fetch, [pointer, read, into_l1, data])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+@numba.njit
+def fetch(address, size):  # type: ignore[no-untyped-def]
+    """Ask for `size` bytes of memory, which are wanted soon; any address will do."""
+    for line in range(0, size, 64):
+        _fetch_line(address + line)
+
+
 @numba.njit
 def dot_rows(rows, q, dim, keys, is_bf16, count, scores, width):  # type: ignore[no-untyped-def]
     """scores[r, j] = q[r] . keys[j] for r < rows <= 4, j < count; q float32 [rows, dim], keys bf16 or float32.
