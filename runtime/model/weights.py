@@ -88,7 +88,7 @@ def _load_decoder(config: EngineConfig, spec: DecoderSpec, hf_config: dict[str, 
         return _Builder(config, spec, DummySource(hf_config, dtype, config.seed), dtype, device, notes).build()
     checkpoint = Checkpoint.open(directory)
     source = CheckpointSource(checkpoint)
-    source.require(_modules(spec, source.prefix))
+    source.require(required_modules(spec, source.prefix))
     builder = _Builder(config, spec, source, dtype, device, notes)
     builder.kv_scales = _kv_scales(checkpoint, spec, source.prefix)
     builder.kv_dtype = checkpoint.kv_cache_dtype
@@ -124,7 +124,7 @@ def _kv_scales(checkpoint: Checkpoint, spec: DecoderSpec, prefix: str) -> KVScal
     return [(s[0].expand(heads).clone(), s[1].expand(heads).clone()) for s in found if s is not None]
 
 
-def _modules(spec: DecoderSpec, prefix: str) -> list[str]:
+def required_modules(spec: DecoderSpec, prefix: str) -> list[str]:
     """Every module that must have a weight."""
     attention = ["qkv_proj" if spec.fused else QKV, "o_proj"]
     names = [f"self_attn.{name}" for entry in attention for name in ([entry] if isinstance(entry, str) else entry)]

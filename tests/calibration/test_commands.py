@@ -115,6 +115,35 @@ def test_inspect_counts_what_is_there(fixtures: Path, capsys: pytest.CaptureFixt
     assert stored - 10_000 < facts["to_serve"]["weight_bytes"] < stored
 
 
+def test_inspect_tells_what_a_kv_cache_was_calibrated_for(fixtures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(fixtures / "tiny--llmc-fp8-kv"), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["kv_cache"] == {"dtype": "fp8_e4m3", "scales": 4}
+    assert facts["layers"][3]["scheme"] == "fp8_e4m3/tensor x fp8_e4m3/static tensor"
+    sizes = facts["to_serve"]["kv_bytes_per_1k_tokens"]
+    assert sizes["auto"] == sizes["fp8_e4m3"] == sizes["bfloat16"] // 2
+    assert main(["inspect", str(fixtures / "tiny--llmc-fp8-kv")]) == 0
+    assert "KV cache: 4 scales for fp8_e4m3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 3}, "decoder: the checkpoint has no weights for model.layers.2.self_attn.q_proj, model"),
+        ({"hidden_act": "relu"}, "decoder: hidden_act 'relu' is unknown"),
+        ({"vocab_size": "1024"}, "decoder: config.json: Expected `int | null`, got `str` - at `vocab_size`"),
+        ({"model_type": "gpt_neox"}, "gpt_neox is served in transformers' own code"),
+    ],
+)
+def test_inspect_tells_what_can_not_be_served(
+    model: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, object], message: str
+) -> None:
+    config = json.loads((model / "config.json").read_text()) | changes
+    (model / "config.json").write_text(json.dumps(config))
+    assert main(["inspect", str(model)]) == 0
+    assert message in " ".join(capsys.readouterr().out.split())
+
+
 def test_inspect_prints_tables_and_refuses_in_one_line(
     fixtures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

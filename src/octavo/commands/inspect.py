@@ -99,18 +99,24 @@ def _parameters(checkpoint: Checkpoint, module: str) -> int:
 def _to_serve(checkpoint: Checkpoint) -> dict[str, Any]:
     """Memory for weights as they are stored, and for 1,000 tokens of KV cache; or why octavo can't serve it."""
     from octavo.runtime.model.config_types import ModelConfigError
-    from octavo.runtime.model.spec import DecoderSpec, UnsupportedModelError
+    from octavo.runtime.model.sources import CheckpointSource, LoadError
+    from octavo.runtime.model.spec import DecoderSpec, UnknownArchitectureError, UnsupportedModelError
+    from octavo.runtime.model.weights import required_modules
 
     weights = sum(checkpoint.spec(name).nbytes for name in checkpoint.names)
     try:
         spec = DecoderSpec.from_hf(checkpoint.config)
-    except (UnsupportedModelError, ModelConfigError) as e:
+        source = CheckpointSource(checkpoint)
+        source.require(required_modules(spec, source.prefix))
+    except UnknownArchitectureError as e:
+        return {"weight_bytes": weights, "note": f"{e.model_type} is served in transformers' own code, if that has it"}
+    except (UnsupportedModelError, ModelConfigError, LoadError) as e:
         return {"weight_bytes": weights, "problem": str(e)}
     numbers = 2 * len(spec.layers) * spec.num_kv_heads * spec.head_dim  # keys and values of one token
-    wide = 4 if spec.dtype == "float32" else 2
+    per_1k = {"bfloat16": 2000 * numbers, "fp8_e4m3": 1000 * numbers, "int8": 1000 * numbers}
     return {
         "weight_bytes": weights,
-        "kv_bytes_per_1k_tokens": {"auto": 1000 * numbers * wide, "fp8_e4m3": 1000 * numbers, "int8": 1000 * numbers},
+        "kv_bytes_per_1k_tokens": {"auto": per_1k[checkpoint.kv_cache_dtype or "bfloat16"]} | per_1k,
         "max_position": spec.max_position,
     }
 
@@ -142,11 +148,13 @@ def _print(facts: dict[str, Any], model: str) -> None:
     fp8 = " (a CPU keeps fp8 weights as bf16, twice as large)" if "fp8" in str(facts["layers"]) else ""
     lines.append(f"weights: {needs['weight_bytes'] / 1e6:,.1f} MB as stored{fp8}")
     if "problem" in needs:
-        lines.append(f"can't be served: {needs['problem']}")
+        lines.append(f"not served by octavo's decoder: {needs['problem']}")
+    elif "note" in needs:
+        lines.append(needs["note"])
     else:
         kv = needs["kv_bytes_per_1k_tokens"]
         lines.append(
-            f"KV cache: {kv['auto'] / 1e6:.1f} MB per 1,000 tokens, {kv['int8'] / 1e6:.1f} MB in fp8 or int8; "
+            f"KV cache: {kv['bfloat16'] / 1e6:.1f} MB per 1,000 tokens, {kv['int8'] / 1e6:.1f} MB in fp8 or int8; "
             f"context {needs['max_position']:,} tokens"
         )
     for line in lines:
