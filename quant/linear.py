@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from octavo.kernels import processor
 from octavo.kernels.fp8 import reference as fp8_reference
 from octavo.kernels.int8 import reference as int8_reference
 from octavo.quant.qparams import QuantizedWeight
@@ -159,7 +160,7 @@ def _choose(part: QuantizedWeight | Tensor, dtype: torch.dtype, device: torch.de
 
     float32 is never native: it is the truth that the native bodies are compared with.
     """
-    native = device.type == "cpu" and dtype != torch.float32 and _has_dot_products()
+    native = device.type == "cpu" and dtype != torch.float32 and processor.has_dot_products()
     if isinstance(part, Tensor):
         return _dense(part, None, dtype, device, native, out)
     if native and dtype == torch.bfloat16 and part.scheme.activation is None:
@@ -170,11 +171,6 @@ def _choose(part: QuantizedWeight | Tensor, dtype: torch.dtype, device: torch.de
         return _int8(part, out)
     rounds = _rounding(part.scheme.activation, part.input_scale, device)
     return _dense(part.dequantize(dtype), rounds, dtype, device, native, out, "dequantized at load, ")
-
-
-def _has_dot_products() -> bool:
-    """AVX-512 with VNNI and BF16: what the CPU kernels are written for (Intel since 2020-2023, AMD since Zen 4)."""
-    return bool(torch.cpu._is_avx512_bf16_supported() and torch.cpu._is_vnni_supported())
 
 
 def _int8(part: QuantizedWeight, out: torch.dtype) -> Body:

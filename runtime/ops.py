@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from octavo.kernels import processor
 from octavo.kernels.attention import reference as attention_reference
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
 from octavo.kernels.attention.step import StepInputs
@@ -99,12 +100,14 @@ def warm_up(device: torch.device) -> float:
     begin = time.perf_counter()
     if device.type == "cpu":
         from octavo.kernels.attention import cpu as attention_cpu
-        from octavo.kernels.attention import rope_cpu
+        from octavo.kernels.attention import prefill_cpu, rope_cpu
         from octavo.kernels.dense import cpu as dense_cpu
         from octavo.kernels.fused import cpu as fused_cpu
         from octavo.kernels.int8 import cpu as int8_cpu
 
-        rooms = (fused_cpu, rope_cpu, attention_cpu, int8_cpu, dense_cpu)
+        rooms = [fused_cpu, rope_cpu, attention_cpu]
+        if processor.has_dot_products():
+            rooms += [prefill_cpu, int8_cpu, dense_cpu]
         for kernel in (kernel for room in rooms for kernel in room.KERNELS):
             kernel.compile()
     return time.perf_counter() - begin

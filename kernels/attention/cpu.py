@@ -278,4 +278,4 @@ def _gather(store: Tensor, scale: Tensor, table: Tensor, length: int, dtype: tor
     return heads.to(dtype)
 
 
-KERNELS = (_decode, *prefill_cpu.KERNELS)
+KERNELS = (_decode,)

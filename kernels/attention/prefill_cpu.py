@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from octavo.kernels import processor
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
 from octavo.kernels.attention.prefill_vectors import (
     LANES,
@@ -226,12 +227,8 @@ def _prefill(args):  # type: ignore[no-untyped-def]
 
 def fits(q: Tensor, shape: AttentionShape) -> bool:
     """Whether `attend` can take these queries."""
-    return q.dtype == torch.bfloat16 and shape.head_dim % 16 == 0 and shape.head_dim >= 32 and supported()
-
-
-def supported() -> bool:
-    """Whether the machine has the kernel's instructions."""
-    return bool(torch.cpu._is_avx512_bf16_supported())
+    takes = q.dtype == torch.bfloat16 and shape.head_dim % 16 == 0 and shape.head_dim >= 32
+    return takes and processor.has_dot_products()
 
 
 def attend(
@@ -252,4 +249,4 @@ def attend(
     )  # fmt: skip
 
 
-KERNELS = (_prefill,) if supported() else ()
+KERNELS = (_prefill,)

@@ -1,0 +1,11 @@
+"""What this machine's processor can do. Imports torch alone, so that anything may ask before it imports a kernel."""
+
+import torch
+
+
+def has_dot_products() -> bool:
+    """AVX-512 with VNNI and BF16, what the GEMM and prefill kernels are written for (Intel since Cooper Lake, Zen 4).
+
+    LLVM can't compile those for another processor: it would end the process.
+    """
+    return bool(torch.cpu._is_avx512_bf16_supported() and torch.cpu._is_vnni_supported())
