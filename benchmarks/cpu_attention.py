@@ -21,7 +21,8 @@ os.environ.update({**ENVIRONMENT, **os.environ})  # before torch is imported: as
 import torch
 from torch import Tensor
 
-from octavo.kernels.attention import cpu, prefill_cpu
+from octavo.kernels import processor
+from octavo.kernels.attention import cpu
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
 from octavo.kernels.attention.step import StepInputs
 
@@ -59,7 +60,7 @@ def step(new: list[int], lengths: list[int]) -> StepInputs:
 def seconds(q: Tensor, inputs: StepInputs, cache: LayerCache, shape: AttentionShape, kernel: bool) -> list[float]:
     """Of a few calls, behind one that wakes the threads: in a step the layers before have done so."""
     taken = []
-    with mock.patch.object(prefill_cpu, "supported", return_value=kernel):
+    with mock.patch.object(processor, "has_dot_products", return_value=kernel):
         for _ in range(4):
             begin = time.perf_counter()
             cpu.paged_attention(q, inputs, cache, shape)
