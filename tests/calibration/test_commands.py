@@ -93,10 +93,16 @@ def test_sizes_are_read(model: Path, tmp_path: Path, size: str) -> None:
     assert code == 0
 
 
-@pytest.mark.parametrize("size", ["", "GB", "-1GB", "0", "5XB"])
-def test_sizes_that_are_none_are_refused(model: Path, tmp_path: Path, size: str) -> None:
+@pytest.mark.parametrize(
+    "option",
+    [
+        *(f"--max-shard-size={size}" for size in ("", "GB", "-1GB", "0", "5XB")),
+        *(f"--eval-tokens={count}" for count in ("", "1", "-5", "many")),
+    ],
+)
+def test_sizes_that_are_none_are_refused(model: Path, tmp_path: Path, option: str) -> None:
     with pytest.raises(SystemExit):
-        quantize(model, tmp_path / "out", "--scheme", "W8A8", f"--max-shard-size={size}")
+        quantize(model, tmp_path / "out", "--scheme", "W8A8", option)
 
 
 def test_inspect_counts_what_is_there(fixtures: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -78,7 +78,7 @@ def _configure_output(parser: argparse.ArgumentParser) -> None:
     quality.add_argument("--no-eval", action="store_true", help="don't measure quality (default: measure it)")
     quality.add_argument(
         "--eval-tokens",
-        type=int,
+        type=_count,
         default=2048,
         metavar="N",
         help="tokens of the built-in held-out text to measure on; it has some 3,500 (default: 2048)",
