@@ -173,6 +173,12 @@ def _quality(source: Path, out: Path, max_tokens: int, result: Quantized, consol
         return None
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of tokens from 2 up")
+    return int(text)
+
+
 def parse_size(text: str) -> int:
     """'5GB' in bytes, with the units that transformers has."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
