@@ -26,43 +26,33 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from octavo.kernels import convert
-from octavo.kernels.attention.vectors import broadcast, load16, multiply_add
+from octavo.kernels.llvm import (
+    BF16X16,
+    BF16X32,
+    F32,
+    F32X16,
+    I8,
+    I16,
+    I32,
+    I32X16,
+    I64,
+    broadcast,
+    call,
+    load16,
+    masked_store,
+    multiply_add,
+    prefetch,
+    sum_lanes,
+)
 
 INT8, BF16, W8, W4 = range(4)
 LANES = 16
 STEP_COLUMNS = (4, 2, 2, 8)
 STEP_BYTES = (64, 64, 32, 64)
 
-_I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
-I32X16 = ir.VectorType(_I32, 16)
-_F32 = ir.FloatType()
-F32X16 = ir.VectorType(_F32, 16)
-
-
-class _BFloat(ir.Type):  # type: ignore[misc]
-    """LLVM's bfloat, which llvmlite has no name for."""
-
-    def _to_string(self) -> str:
-        return "bfloat"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _BFloat)
-
-    def __hash__(self) -> int:
-        return hash(_BFloat)
-
-
-_BF16X32 = ir.VectorType(_BFloat(), 32)
-
-
-def call(builder: Any, name: str, result: Any, *args: Any) -> Any:
-    """Call one of LLVM's own functions."""
-    function = ir.FunctionType(result, [a.type for a in args])
-    return builder.call(cgutils.get_or_insert_function(builder.module, function, name), args)
-
 
 def _at(builder: Any, base: Any, index: Any, step: int) -> Any:
-    return builder.add(base, builder.mul(index, ir.Constant(_I64, step)))
+    return builder.add(base, builder.mul(index, ir.Constant(I64, step)))
 
 
 def _load(builder: Any, address: Any, type_: Any) -> Any:
@@ -74,7 +64,7 @@ def _dot(builder: Any, kind: int, total: Any, x: Any, w: Any) -> Any:
     spread = broadcast(builder, x)
     if kind == INT8:
         return call(builder, "llvm.x86.avx512.vpdpbusd.512", I32X16, total, w, spread)
-    spread = builder.bitcast(spread, _BF16X32)
+    spread = builder.bitcast(spread, BF16X32)
     return call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", F32X16, total, spread, w)
 
 
@@ -83,27 +73,21 @@ def _decode(builder: Any, kind: int, address: Any) -> list[Any]:
     if kind == INT8:
         return [_load(builder, address, I32X16)]
     if kind == BF16:
-        return [builder.bitcast(_load(builder, address, I32X16), _BF16X32)]
+        return [builder.bitcast(_load(builder, address, I32X16), BF16X32)]
     if kind == W8:
         halves = []
         for offset in (0, 16):
-            codes = _load(builder, builder.add(address, ir.Constant(_I64, offset)), ir.VectorType(_I8, 16))
+            codes = _load(builder, builder.add(address, ir.Constant(I64, offset)), ir.VectorType(I8, 16))
             halves.append(builder.sitofp(builder.sext(codes, I32X16), F32X16))
-        return [call(builder, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", _BF16X32, halves[1], halves[0])]
+        return [call(builder, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", BF16X32, halves[1], halves[0])]
     word = _load(builder, address, I32X16)
     pairs = []
     for p in range(4):
         nibbles = builder.lshr(word, ir.Constant(I32X16, [4 * p] * 16)) if p else word
         nibbles = builder.and_(nibbles, ir.Constant(I32X16, [0x000F000F] * 16))
         nibbles = builder.or_(nibbles, ir.Constant(I32X16, [0x43004300] * 16))
-        pairs.append(builder.bitcast(nibbles, _BF16X32))
+        pairs.append(builder.bitcast(nibbles, BF16X32))
     return pairs
-
-
-def _prefetch(builder: Any, address: Any) -> None:
-    pointer = builder.inttoptr(address, _I8.as_pointer())
-    read, into_l2, data = (ir.Constant(_I32, number) for number in (0, 2, 1))
-    call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, read, into_l2, data)
 
 
 class _Tile:
@@ -126,13 +110,13 @@ class _Tile:
         return self._clamp(index, self.last_slab)
 
     def _clamp(self, index: int, last: Any) -> Any:
-        constant = ir.Constant(_I64, index)
+        constant = ir.Constant(I64, index)
         return self.builder.select(self.builder.icmp_signed("<", constant, last), constant, last)
 
     def look_ahead(self, ahead: Any, part: Any) -> list[Any]:
         """How far from each slab's weights those lie that are fetched into L2 meanwhile; 0: nowhere."""
-        builder, zero = self.builder, ir.Constant(_I64, 0)
-        wanted = [builder.icmp_signed("==", part, ir.Constant(_I64, v)) for v in range(len(self.w))]
+        builder, zero = self.builder, ir.Constant(I64, 0)
+        wanted = [builder.icmp_signed("==", part, ir.Constant(I64, v)) for v in range(len(self.w))]
         every = builder.icmp_signed("<", part, zero)
         return [builder.select(builder.or_(every, this), ahead, zero) for this in wanted]
 
@@ -146,12 +130,12 @@ class _Tile:
             step = builder.add(first, loop.index)
             at = [_at(builder, w, step, STEP_BYTES[kind]) for w in self.w]
             for address, distance in zip(at, ahead, strict=True):
-                _prefetch(builder, builder.add(address, distance))
+                prefetch(builder, builder.add(address, distance), 2)
             weights = [_decode(builder, kind, address) for address in at]
             for part in range(len(weights[0])):
                 for x, row in zip(self.x, self.totals, strict=True):
-                    at = builder.add(_at(builder, x, step, 16 if kind == W4 else 4), ir.Constant(_I64, 4 * part))
-                    columns = _load(builder, at, _I32)
+                    at = builder.add(_at(builder, x, step, 16 if kind == W4 else 4), ir.Constant(I64, 4 * part))
+                    columns = _load(builder, at, I32)
                     for w, total in zip(weights, row, strict=True):
                         builder.store(_dot(builder, kind, builder.load(total), columns, w[part]), total)
 
@@ -161,21 +145,21 @@ class _Tile:
     def store(self, values: Callable[[int], list[Any]], kind: Any, out: Any, out_bytes: Any, width: Any) -> None:
         """Write the float32 vectors that `values` makes for a row, as numbers of `kind` (see `kernels.convert`)."""
         builder = self.builder
-        columns = builder.trunc(width, _I32)
+        columns = builder.trunc(width, I32)
         lanes = [ir.Constant(I32X16, list(range(16 * v, 16 * v + 16))) for v in range(len(self.w))]
         masks = [builder.icmp_signed("<", lane, broadcast(builder, columns)) for lane in lanes]
         for r in range(len(self.x)):
-            with builder.if_then(builder.icmp_signed("<=", ir.Constant(_I64, r), self.last_row), likely=True):
-                row = builder.add(out, builder.mul(out_bytes, ir.Constant(_I64, r)))
+            with builder.if_then(builder.icmp_signed("<=", ir.Constant(I64, r), self.last_row), likely=True):
+                row = builder.add(out, builder.mul(out_bytes, ir.Constant(I64, r)))
                 _store_row(builder, values(r), masks, kind, row)
 
 
 def _store_row(builder: Any, values: list[Any], masks: list[Any], kind: Any, row: Any) -> None:
     def store(size: int, convert: Callable[[Any], Any]) -> None:
         for v, (value, mask) in enumerate(zip(values, masks, strict=True)):
-            masked_store(builder, convert(value), builder.add(row, ir.Constant(_I64, 16 * size * v)), mask)
+            masked_store(builder, convert(value), builder.add(row, ir.Constant(I64, 16 * size * v)), mask)
 
-    is_kind = {k: builder.icmp_signed("==", kind, ir.Constant(_I64, k)) for k in (convert.BF16, convert.FP16)}
+    is_kind = {k: builder.icmp_signed("==", kind, ir.Constant(I64, k)) for k in (convert.BF16, convert.FP16)}
     with builder.if_else(is_kind[convert.BF16], likely=True) as (then, otherwise):
         with then:
             store(2, lambda value: _to_bf16(builder, value))
@@ -187,18 +171,8 @@ def _store_row(builder: Any, values: list[Any], masks: list[Any], kind: Any, row
 
 
 def _to_bf16(builder: Any, value: Any) -> Any:
-    rounded = call(builder, "llvm.x86.avx512bf16.cvtneps2bf16.512", ir.VectorType(_BFloat(), 16), value)
-    return builder.bitcast(rounded, ir.VectorType(_I16, 16))
-
-
-def masked_store(builder: Any, vector: Any, address: Any, mask: Any) -> None:
-    """Store the lanes that `mask` ([16] of i1) names."""
-    element = vector.type.element
-    name = f"i{element.width}" if isinstance(element, ir.IntType) else {_F32: "f32"}.get(element, "f16")
-    pointer = builder.inttoptr(address, vector.type.as_pointer())
-    kind = ir.FunctionType(ir.VoidType(), [vector.type, pointer.type, _I32, mask.type])
-    store = cgutils.get_or_insert_function(builder.module, kind, f"llvm.masked.store.v16{name}.p0")
-    builder.call(store, [vector, pointer, ir.Constant(_I32, 1), mask])
+    rounded = call(builder, "llvm.x86.avx512bf16.cvtneps2bf16.512", BF16X16, value)
+    return builder.bitcast(rounded, ir.VectorType(I16, 16))
 
 
 def make_tile(rows: int, vectors: int) -> Any:
@@ -225,7 +199,7 @@ def make_tile(rows: int, vectors: int) -> Any:
     ) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             emitted = _Tile(builder, BF16, rows, vectors, args[:6])
-            emitted.accumulate(ir.Constant(_I64, 0), args[10], emitted.look_ahead(*args[11:13]))
+            emitted.accumulate(ir.Constant(I64, 0), args[10], emitted.look_ahead(*args[11:13]))
             emitted.store(lambda r: [emitted.total(r, v) for v in range(vectors)], *args[6:10])
             return context.get_dummy_value()
 
@@ -262,15 +236,15 @@ def make_int8_tile(rows: int, vectors: int) -> Any:
     ) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             emitted = _Tile(builder, INT8, rows, vectors, args[:6])
-            emitted.accumulate(ir.Constant(_I64, 0), args[10], emitted.look_ahead(*args[11:13]))
+            emitted.accumulate(ir.Constant(I64, 0), args[10], emitted.look_ahead(*args[11:13]))
             x_scales, x_sums, scales = args[13:]
             at = [_at(builder, scales, emitted.slab(v), 64) for v in range(vectors)]
             w_scales = [load16(builder, address, -1) for address in at]
 
             def values(r: int) -> list[Any]:
-                offset = ir.Constant(_I64, 4 * r)
-                less = broadcast(builder, _load(builder, builder.add(x_sums, offset), _I32))
-                scale = broadcast(builder, _load(builder, builder.add(x_scales, offset), _F32))
+                offset = ir.Constant(I64, 4 * r)
+                less = broadcast(builder, _load(builder, builder.add(x_sums, offset), I32))
+                scale = broadcast(builder, _load(builder, builder.add(x_scales, offset), F32))
                 whole = [builder.sub(emitted.total(r, v), less) for v in range(vectors)]
                 floats = [builder.fmul(builder.sitofp(number, F32X16), scale) for number in whole]
                 return [builder.fmul(a, b) for a, b in zip(floats, w_scales, strict=True)]
@@ -336,11 +310,11 @@ def _sum_groups(
         parts = []
         for v in range(len(tile.w)):
             slab = builder.mul(tile.slab(v), groups)
-            at = _at(builder, ir.Constant(_I64, 0), builder.add(slab, group), 64)
+            at = _at(builder, ir.Constant(I64, 0), builder.add(slab, group), 64)
             parts.append([load16(builder, builder.add(base, at), -1) for base in (scales, offsets)])
         for r, row in enumerate(finals):
             at = builder.add(builder.mul(tile.row(r), groups), group)
-            total = broadcast(builder, builder.fneg(_load(builder, _at(builder, sums, at, 4), _F32)))
+            total = broadcast(builder, builder.fneg(_load(builder, _at(builder, sums, at, 4), F32)))
             for v, final in enumerate(row):
                 scale, offset = parts[v]
                 value = multiply_add(builder, total, offset, tile.total(r, v))
@@ -354,15 +328,13 @@ def sum_bf16(typingctx: Any, address: Any, vectors: Any) -> Any:
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         address, vectors = args
-        ones = builder.bitcast(ir.Constant(I32X16, [0x3F803F80] * 16), _BF16X32)
+        ones = builder.bitcast(ir.Constant(I32X16, [0x3F803F80] * 16), BF16X32)
         total = cgutils.alloca_once(builder, F32X16)
         builder.store(ir.Constant(F32X16, [0.0] * 16), total)
         with cgutils.for_range(builder, vectors) as loop:
-            x = builder.bitcast(_load(builder, _at(builder, address, loop.index, 64), I32X16), _BF16X32)
+            x = builder.bitcast(_load(builder, _at(builder, address, loop.index, 64), I32X16), BF16X32)
             more = call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", F32X16, builder.load(total), x, ones)
             builder.store(more, total)
-        reduce = ir.FunctionType(_F32, [_F32, F32X16])
-        add = cgutils.get_or_insert_function(builder.module, reduce, "llvm.vector.reduce.fadd.v16f32")
-        return builder.call(add, [ir.Constant(_F32, 0.0), builder.load(total)], fastmath=("reassoc",))
+        return sum_lanes(builder, builder.load(total))
 
     return types.float32(types.int64, types.int64), codegen

@@ -21,42 +21,29 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from octavo.kernels.attention.vectors import broadcast, load16, multiply_add, store16
+from octavo.kernels.llvm import (
+    BF16X16,
+    BF16X32,
+    F32X16,
+    I16,
+    I32,
+    I32X16,
+    I64,
+    broadcast,
+    call,
+    load16,
+    multiply_add,
+    store16,
+)
 
 LANES = 16
 VECTORS = 3
 LINE = VECTORS * LANES * 4
 _ANY = -1  # load16's kind for float32
 
-_I16, _I32, _I64 = (ir.IntType(bits) for bits in (16, 32, 64))
-_I32X16 = ir.VectorType(_I32, 16)
-_F32 = ir.FloatType()
-_F32X16 = ir.VectorType(_F32, 16)
-
-
-class _BFloat(ir.Type):  # type: ignore[misc]
-    """LLVM's bfloat, which llvmlite has no name for."""
-
-    def _to_string(self) -> str:
-        return "bfloat"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _BFloat)
-
-    def __hash__(self) -> int:
-        return hash(_BFloat)
-
-
-_BF16X16, _BF16X32 = ir.VectorType(_BFloat(), 16), ir.VectorType(_BFloat(), 32)
-
-
-def _call(builder: Any, name: str, result: Any, *args: Any) -> Any:
-    function = ir.FunctionType(result, [a.type for a in args])
-    return builder.call(cgutils.get_or_insert_function(builder.module, function, name), args)
-
 
 def _int(value: int) -> Any:
-    return ir.Constant(_I64, value)
+    return ir.Constant(I64, value)
 
 
 def _at(builder: Any, base: Any, index: Any, step: int) -> Any:
@@ -72,12 +59,12 @@ def _store(builder: Any, value: Any, address: Any) -> None:
 
 
 def _all(value: float) -> Any:
-    return ir.Constant(_F32X16, [value] * 16)
+    return ir.Constant(F32X16, [value] * 16)
 
 
 def _dot(builder: Any, total: Any, a: Any, b: Any) -> Any:
     """total + the sum of each lane's two products; a, b <32 x bfloat>."""
-    return _call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", _F32X16, total, a, b)
+    return call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", F32X16, total, a, b)
 
 
 def _larger(builder: Any, a: Any, b: Any) -> Any:
@@ -99,20 +86,20 @@ _POWERS = (
 def _exp2(builder: Any, x: Any) -> Any:
     """2 ** x, 0 below -150, infinite above 128; NaN stays NaN."""
     x = _larger(builder, _all(-160.0), x)
-    n = _call(builder, "llvm.rint.v16f32", _F32X16, x)
+    n = call(builder, "llvm.rint.v16f32", F32X16, x)
     r = builder.fsub(x, n)
     p = _all(_POWERS[-1])
     for c in reversed(_POWERS[:-1]):
         p = multiply_add(builder, p, r, _all(c))
-    mask, rounding = ir.Constant(_I16, -1), ir.Constant(_I32, 4)
-    return _call(builder, "llvm.x86.avx512.mask.scalef.ps.512", _F32X16, p, n, _all(0.0), mask, rounding)
+    mask, rounding = ir.Constant(I16, -1), ir.Constant(I32, 4)
+    return call(builder, "llvm.x86.avx512.mask.scalef.ps.512", F32X16, p, n, _all(0.0), mask, rounding)
 
 
 def _transpose(builder: Any, vectors: list[Any]) -> list[Any]:
     """Element j of vector i goes to element i of vector j: each stage exchanges one bit of the two indices."""
     for bit in (1, 2, 4, 8):
-        low = ir.Constant(_I32X16, [lane if not lane & bit else 16 + lane - bit for lane in range(16)])
-        high = ir.Constant(_I32X16, [lane + bit if not lane & bit else 16 + lane for lane in range(16)])
+        low = ir.Constant(I32X16, [lane if not lane & bit else 16 + lane - bit for lane in range(16)])
+        high = ir.Constant(I32X16, [lane + bit if not lane & bit else 16 + lane for lane in range(16)])
         turned = list(vectors)
         for i in range(16):
             if not i & bit:
@@ -138,11 +125,11 @@ def _tile(builder: Any, totals: list[list[Any]], x: Any, row: Any, step: int, w:
     rows = [builder.add(x, builder.mul(row, _int(r))) for r in range(len(totals))]
     with cgutils.for_range(builder, steps) as loop:
         line = _at(builder, w, loop.index, LINE)
-        columns = [_load(builder, builder.add(line, _int(64 * v)), _I32X16) for v in range(len(totals[0]))]
-        columns = [builder.bitcast(c, _BF16X32) for c in columns]
+        columns = [_load(builder, builder.add(line, _int(64 * v)), I32X16) for v in range(len(totals[0]))]
+        columns = [builder.bitcast(c, BF16X32) for c in columns]
         for address, line_totals in zip(rows, totals, strict=True):
-            pair = _load(builder, _at(builder, address, loop.index, step), _I32)
-            pair = builder.bitcast(broadcast(builder, pair), _BF16X32)
+            pair = _load(builder, _at(builder, address, loop.index, step), I32)
+            pair = builder.bitcast(broadcast(builder, pair), BF16X32)
             for column, total in zip(columns, line_totals, strict=True):
                 builder.store(_dot(builder, builder.load(total), pair, column), total)
 
@@ -153,7 +140,7 @@ def make_score_tile(rows: int, vectors: int) -> Any:
     @intrinsic  # type: ignore[untyped-decorator]
     def tile(typingctx: Any, keys: Any, row: Any, q: Any, steps: Any, scores: Any, factor: Any) -> Any:
         def body(builder: Any, keys: Any, row: Any, q: Any, steps: Any, scores: Any, factor: Any) -> None:
-            totals = [[cgutils.alloca_once(builder, _F32X16) for _ in range(vectors)] for _ in range(rows)]
+            totals = [[cgutils.alloca_once(builder, F32X16) for _ in range(vectors)] for _ in range(rows)]
             for line in totals:
                 for total in line:
                     builder.store(_all(0.0), total)
@@ -176,7 +163,7 @@ def make_value_tile(rows: int, vectors: int) -> Any:
     def tile(typingctx: Any, values: Any, weights: Any, steps: Any, out: Any, factors: Any) -> Any:
         def body(builder: Any, values: Any, weights: Any, steps: Any, out: Any, factors: Any) -> None:
             scale = [load16(builder, builder.add(factors, _int(64 * v)), _ANY) for v in range(vectors)]
-            totals = [[cgutils.alloca_once(builder, _F32X16) for _ in range(vectors)] for _ in range(rows)]
+            totals = [[cgutils.alloca_once(builder, F32X16) for _ in range(vectors)] for _ in range(rows)]
             places = [[builder.add(out, _int(LINE * r + 64 * v)) for v in range(vectors)] for r in range(rows)]
             for line, at in zip(totals, places, strict=True):
                 for total, place, s in zip(line, at, scale, strict=True):
@@ -214,13 +201,13 @@ def softmax16(typingctx: Any, scores: Any, keys: Any, top: Any, total: Any, fact
         store16(builder, now, top)
         store16(builder, change, factor)
         added = cgutils.alloca_once_value(builder, builder.fmul(load16(builder, total, _ANY), change))
-        ones = builder.bitcast(ir.Constant(_I32X16, [0x3F803F80] * 16), _BF16X32)
-        order = ir.Constant(ir.VectorType(_I32, 32), [16 * (i % 2) + i // 2 for i in range(32)])
+        ones = builder.bitcast(ir.Constant(I32X16, [0x3F803F80] * 16), BF16X32)
+        order = ir.Constant(ir.VectorType(I32, 32), [16 * (i % 2) + i // 2 for i in range(32)])
         with cgutils.for_range(builder, builder.udiv(keys, _int(2))) as loop:
             at = _at(builder, scores, loop.index, 2 * LINE)
             a, b = (load16(builder, builder.add(at, _int(LINE * j)), _ANY) for j in range(2))
             a, b = (_exp2(builder, builder.fsub(x, now)) for x in (a, b))
-            pair = _call(builder, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", _BF16X32, b, a)
+            pair = call(builder, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", BF16X32, b, a)
             pair = builder.shuffle_vector(pair, pair, order)
             builder.store(_dot(builder, builder.load(added), pair, ones), added)
             _store(builder, pair, _at(builder, scores, loop.index, LINE))
@@ -234,9 +221,9 @@ def mask16(typingctx: Any, scores: Any, keys: Any, first: Any, lowest: Any, high
     """One vector of rows: -infinity where key first + j lies outside lowest .. highest (int32 [16])."""
 
     def body(builder: Any, scores: Any, keys: Any, first: Any, lowest: Any, highest: Any) -> None:
-        low, high = (_load(builder, address, _I32X16) for address in (lowest, highest))
+        low, high = (_load(builder, address, I32X16) for address in (lowest, highest))
         with cgutils.for_range(builder, keys) as loop:
-            key = broadcast(builder, builder.trunc(builder.add(first, loop.index), _I32))
+            key = broadcast(builder, builder.trunc(builder.add(first, loop.index), I32))
             seen = builder.and_(builder.icmp_signed("<=", low, key), builder.icmp_signed("<=", key, high))
             at = _at(builder, scores, loop.index, LINE)
             store16(builder, builder.select(seen, load16(builder, at, _ANY), _all(float("-inf"))), at)
@@ -266,12 +253,12 @@ def pack_queries16(typingctx: Any, rows: Any, pairs: Any, q: Any) -> Any:
     """16 rows of `pairs` >= 16 pairs of bf16 at the addresses in rows (int64 [16]) into one vector of a strip's q."""
 
     def body(builder: Any, rows: Any, pairs: Any, q: Any) -> None:
-        sources = [_load(builder, builder.add(rows, _int(8 * r)), _I64) for r in range(16)]
+        sources = [_load(builder, builder.add(rows, _int(8 * r)), I64) for r in range(16)]
         last = builder.sub(pairs, _int(16))  # a rest repeats some of the pairs before it
         with cgutils.for_range(builder, builder.udiv(builder.add(pairs, _int(15)), _int(16))) as loop:
             first = builder.mul(loop.index, _int(16))
             first = builder.select(builder.icmp_signed("<", first, last), first, last)
-            block = [_load(builder, _at(builder, source, first, 4), _I32X16) for source in sources]
+            block = [_load(builder, _at(builder, source, first, 4), I32X16) for source in sources]
             for p, vector in enumerate(_transpose(builder, block)):
                 _store(builder, vector, builder.add(_at(builder, q, first, LINE), _int(LINE * p)))
 
@@ -283,14 +270,14 @@ def store_outputs16(typingctx: Any, out: Any, dim: Any, total: Any, rows: Any, m
     """One vector of a strip's out, times scale / total, as bf16 rows at the addresses in rows (int64 [16]) + move."""
 
     def body(builder: Any, out: Any, dim: Any, total: Any, rows: Any, move: Any, scale: Any) -> None:
-        targets = [builder.add(_load(builder, builder.add(rows, _int(8 * r)), _I64), move) for r in range(16)]
+        targets = [builder.add(_load(builder, builder.add(rows, _int(8 * r)), I64), move) for r in range(16)]
         factor = builder.fdiv(broadcast(builder, scale), load16(builder, total, _ANY))
         with cgutils.for_range(builder, builder.udiv(dim, _int(16))) as loop:
             at = _at(builder, out, loop.index, 16 * LINE)
             block = [load16(builder, builder.add(at, _int(LINE * d)), _ANY) for d in range(16)]
             block = _transpose(builder, [builder.fmul(x, factor) for x in block])
             for target, vector in zip(targets, block, strict=True):
-                rounded = _call(builder, "llvm.x86.avx512bf16.cvtneps2bf16.512", _BF16X16, vector)
+                rounded = call(builder, "llvm.x86.avx512bf16.cvtneps2bf16.512", BF16X16, vector)
                 _store(builder, rounded, _at(builder, target, loop.index, 32))
 
     return _emit(6, body, types.float32)
@@ -301,8 +288,8 @@ def pack_values(typingctx: Any, rows: Any, dim: Any, keys: Any, values: Any, sla
     """Value rows [keys, dim] bf16, an even number of keys, to [dim / 16, keys / 2, 16, 2] with slabs `slab` bytes."""
 
     def body(builder: Any, rows: Any, dim: Any, keys: Any, values: Any, slab: Any) -> None:
-        order = ir.Constant(ir.VectorType(_I32, 32), [16 * (i % 2) + i // 2 for i in range(32)])
-        half = ir.VectorType(_I16, 16)
+        order = ir.Constant(ir.VectorType(I32, 32), [16 * (i % 2) + i // 2 for i in range(32)])
+        half = ir.VectorType(I16, 16)
         with cgutils.for_range(builder, builder.udiv(keys, _int(2))) as pair:
             above = builder.add(rows, builder.mul(builder.mul(pair.index, dim), _int(4)))
             below = _at(builder, above, dim, 2)
@@ -342,7 +329,7 @@ def round_row(typingctx: Any, source: Any, count: Any, target: Any) -> Any:
     def body(builder: Any, source: Any, count: Any, target: Any) -> None:
         with cgutils.for_range(builder, builder.udiv(count, _int(16))) as loop:
             value = load16(builder, _at(builder, source, loop.index, 64), _ANY)
-            rounded = _call(builder, "llvm.x86.avx512bf16.cvtneps2bf16.512", _BF16X16, value)
+            rounded = call(builder, "llvm.x86.avx512bf16.cvtneps2bf16.512", BF16X16, value)
             _store(builder, rounded, _at(builder, target, loop.index, 32))
 
     return _emit(3, body)

@@ -15,47 +15,11 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from octavo.kernels.convert import BF16
-
-_I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
-_F32 = ir.FloatType()
-_F32X16 = ir.VectorType(_F32, 16)
-
-
-def load16(builder: Any, address: Any, kind: int) -> Any:
-    """16 bf16 or float32 numbers at an i64 address, as <16 x float>."""
-    if kind == BF16:
-        bits = builder.load(builder.inttoptr(address, ir.VectorType(_I16, 16).as_pointer()), align=2)
-        wide = builder.zext(bits, ir.VectorType(_I32, 16))
-        return builder.bitcast(builder.shl(wide, ir.Constant(wide.type, [16] * 16)), _F32X16)
-    return builder.load(builder.inttoptr(address, _F32X16.as_pointer()), align=4)
-
-
-def store16(builder: Any, value: Any, address: Any) -> None:
-    """<16 x float> to an i64 address."""
-    builder.store(value, builder.inttoptr(address, _F32X16.as_pointer()), align=4)
-
-
-def broadcast(builder: Any, scalar: Any) -> Any:
-    """A scalar in all 16 lanes."""
-    vector = ir.VectorType(scalar.type, 16)
-    first = builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, ir.Constant(_I32, 0))
-    return builder.shuffle_vector(first, first, ir.Constant(ir.VectorType(_I32, 16), [0] * 16))
-
-
-def multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
-    """a * b + c, one rounding."""
-    function = ir.FunctionType(_F32X16, [_F32X16] * 3)
-    return builder.call(cgutils.get_or_insert_function(builder.module, function, "llvm.fma.v16f32"), [a, b, c])
-
-
-def _sum16(builder: Any, vector: Any) -> Any:
-    function = ir.FunctionType(_F32, [_F32, _F32X16])
-    reduce = cgutils.get_or_insert_function(builder.module, function, "llvm.vector.reduce.fadd.v16f32")
-    return builder.call(reduce, [ir.Constant(_F32, 0.0), vector], fastmath=("reassoc",))
+from octavo.kernels.llvm import F32, F32X16, I64, broadcast, load16, multiply_add, prefetch, store16, sum_lanes
 
 
 def _scaled(builder: Any, base: Any, index: Any, step: int) -> Any:
-    return builder.add(base, builder.mul(index, ir.Constant(_I64, step)))
+    return builder.add(base, builder.mul(index, ir.Constant(I64, step)))
 
 
 def _make_dot(rows: int, kind: int) -> Any:
@@ -65,21 +29,21 @@ def _make_dot(rows: int, kind: int) -> Any:
     def dot(typingctx: Any, q: Any, dim: Any, keys: Any, count: Any, scores: Any, width: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             q, dim, keys, count, scores, width = args
-            totals = [cgutils.alloca_once(builder, _F32X16) for _ in range(rows)]
+            totals = [cgutils.alloca_once(builder, F32X16) for _ in range(rows)]
             with cgutils.for_range(builder, count) as outer:
                 key = _scaled(builder, keys, builder.mul(outer.index, dim), size)
                 for total in totals:
-                    builder.store(ir.Constant(_F32X16, [0.0] * 16), total)
-                with cgutils.for_range(builder, builder.udiv(dim, ir.Constant(_I64, 16))) as inner:
+                    builder.store(ir.Constant(F32X16, [0.0] * 16), total)
+                with cgutils.for_range(builder, builder.udiv(dim, ir.Constant(I64, 16))) as inner:
                     k = load16(builder, _scaled(builder, key, inner.index, 16 * size), kind)
                     for r, total in enumerate(totals):
-                        row = _scaled(builder, q, builder.mul(dim, ir.Constant(_I64, r)), 4)
+                        row = _scaled(builder, q, builder.mul(dim, ir.Constant(I64, r)), 4)
                         part = load16(builder, _scaled(builder, row, inner.index, 64), -1)
                         builder.store(multiply_add(builder, part, k, builder.load(total)), total)
                 for r, total in enumerate(totals):
-                    at = builder.add(builder.mul(width, ir.Constant(_I64, r)), outer.index)
-                    target = builder.inttoptr(_scaled(builder, scores, at, 4), _F32.as_pointer())
-                    builder.store(_sum16(builder, builder.load(total)), target)
+                    at = builder.add(builder.mul(width, ir.Constant(I64, r)), outer.index)
+                    target = builder.inttoptr(_scaled(builder, scores, at, 4), F32.as_pointer())
+                    builder.store(sum_lanes(builder, builder.load(total)), target)
             return context.get_dummy_value()
 
         return types.void(*(types.int64,) * 6), codegen
@@ -97,23 +61,23 @@ def _make_add(rows: int, kind: int, vectors: int) -> Any:
             totals = {}
             for r in range(rows):
                 for v in range(vectors):
-                    totals[r, v] = cgutils.alloca_once(builder, _F32X16)
-                    at = builder.add(builder.mul(dim, ir.Constant(_I64, r)), ir.Constant(_I64, 16 * v))
+                    totals[r, v] = cgutils.alloca_once(builder, F32X16)
+                    at = builder.add(builder.mul(dim, ir.Constant(I64, r)), ir.Constant(I64, 16 * v))
                     builder.store(load16(builder, _scaled(builder, out, at, 4), -1), totals[r, v])
             with cgutils.for_range(builder, count) as loop:
                 row = _scaled(builder, values, builder.mul(loop.index, dim), size)
                 parts = [
-                    load16(builder, builder.add(row, ir.Constant(_I64, 16 * v * size)), kind) for v in range(vectors)
+                    load16(builder, builder.add(row, ir.Constant(I64, 16 * v * size)), kind) for v in range(vectors)
                 ]
                 for r in range(rows):
-                    at = builder.add(builder.mul(width, ir.Constant(_I64, r)), loop.index)
-                    pointer = builder.inttoptr(_scaled(builder, weights, at, 4), _F32.as_pointer())
+                    at = builder.add(builder.mul(width, ir.Constant(I64, r)), loop.index)
+                    pointer = builder.inttoptr(_scaled(builder, weights, at, 4), F32.as_pointer())
                     weight = broadcast(builder, builder.load(pointer))
                     for v, part in enumerate(parts):
                         total = totals[r, v]
                         builder.store(multiply_add(builder, weight, part, builder.load(total)), total)
             for (r, v), total in totals.items():
-                at = builder.add(builder.mul(dim, ir.Constant(_I64, r)), ir.Constant(_I64, 16 * v))
+                at = builder.add(builder.mul(dim, ir.Constant(I64, r)), ir.Constant(I64, 16 * v))
                 store16(builder, builder.load(total), _scaled(builder, out, at, 4))
             return context.get_dummy_value()
 
@@ -132,11 +96,7 @@ _C1, _C2, _C3, _C4 = (_make_add(r, -1, 1) for r in (1, 2, 3, 4))
 @intrinsic  # type: ignore[untyped-decorator]
 def _fetch_line(typingctx: Any, address: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        pointer = builder.inttoptr(args[0], _I8.as_pointer())
-        kind = ir.FunctionType(ir.VoidType(), [pointer.type, _I32, _I32, _I32])
-        read, into_l1, data = (ir.Constant(_I32, number) for number in (0, 3, 1))
-        fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        builder.call(fetch, [pointer, read, into_l1, data])
+        prefetch(builder, args[0], 1)
         return context.get_dummy_value()
 
     return types.void(types.int64), codegen

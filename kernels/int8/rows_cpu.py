@@ -15,12 +15,10 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from octavo.kernels.attention.vectors import broadcast, load16, multiply_add
 from octavo.kernels.convert import load_row
-from octavo.kernels.tile import F32X16, I32X16, call, masked_store
+from octavo.kernels.llvm import F32, F32X16, I8, I32, I32X16, I64, broadcast, call, load16, masked_store, multiply_add
 
-_I8, _I32, _I64, _F32 = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
-_I8X16 = ir.VectorType(_I8, 16)
+_I8X16 = ir.VectorType(I8, 16)
 _LANES = ir.Constant(I32X16, list(range(16)))
 
 
@@ -38,12 +36,12 @@ def _largest(typingctx: Any, row: Any, vectors: Any) -> Any:
         builder.store(_constant(0), top)
         builder.store(_constant(0), poison)
         with cgutils.for_range(builder, vectors) as loop:
-            x = load16(builder, builder.add(row, builder.mul(loop.index, ir.Constant(_I64, 64))), -1)
+            x = load16(builder, builder.add(row, builder.mul(loop.index, ir.Constant(I64, 64))), -1)
             size, largest = call(builder, "llvm.fabs.v16f32", F32X16, x), builder.load(top)
             builder.store(builder.select(builder.fcmp_ordered(">", size, largest), size, largest), top)
             builder.store(multiply_add(builder, x, _constant(0), builder.load(poison)), poison)
-        most = call(builder, "llvm.vector.reduce.fmax.v16f32", _F32, builder.load(top))
-        nothing = call(builder, "llvm.vector.reduce.fmul.v16f32", _F32, ir.Constant(_F32, 0), builder.load(poison))
+        most = call(builder, "llvm.vector.reduce.fmax.v16f32", F32, builder.load(top))
+        nothing = call(builder, "llvm.vector.reduce.fmul.v16f32", F32, ir.Constant(F32, 0), builder.load(poison))
         return builder.fadd(most, nothing)
 
     return types.float32(types.int64, types.int64), codegen
@@ -57,19 +55,19 @@ def _round(typingctx: Any, row: Any, vectors: Any, scale: Any, codes: Any, width
         row, vectors, scale, codes, width = args
         total = cgutils.alloca_once(builder, I32X16)
         builder.store(ir.Constant(I32X16, [0] * 16), total)
-        divisor, columns = broadcast(builder, scale), broadcast(builder, builder.trunc(width, _I32))
+        divisor, columns = broadcast(builder, scale), broadcast(builder, builder.trunc(width, I32))
         with cgutils.for_range(builder, vectors) as loop:
-            first = builder.mul(loop.index, ir.Constant(_I64, 16))
-            x = load16(builder, builder.add(row, builder.mul(first, ir.Constant(_I64, 4))), -1)
+            first = builder.mul(loop.index, ir.Constant(I64, 16))
+            x = load16(builder, builder.add(row, builder.mul(first, ir.Constant(I64, 4))), -1)
             x = call(builder, "llvm.rint.v16f32", F32X16, builder.fdiv(x, divisor))
             x = call(builder, "llvm.maxnum.v16f32", F32X16, x, _constant(-128))  # NaN becomes a number: scale tells it
             x = call(builder, "llvm.minnum.v16f32", F32X16, x, _constant(127))
             code = builder.fptosi(x, I32X16)
             builder.store(builder.add(code, builder.load(total)), total)
-            lane = builder.add(broadcast(builder, builder.trunc(first, _I32)), _LANES)
+            lane = builder.add(broadcast(builder, builder.trunc(first, I32)), _LANES)
             mask = builder.icmp_signed("<", lane, columns)
             masked_store(builder, builder.trunc(code, _I8X16), builder.add(codes, first), mask)
-        return call(builder, "llvm.vector.reduce.add.v16i32", _I32, builder.load(total))
+        return call(builder, "llvm.vector.reduce.add.v16i32", I32, builder.load(total))
 
     return types.int32(types.int64, types.int64, types.float32, types.int64, types.int64), codegen
 
