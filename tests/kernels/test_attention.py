@@ -19,6 +19,7 @@ MIXED = (
     [40, 5, 50, 17, 20],
 )  # decode, a short and a long chunk on a prefix, a block's first, prefill
 DECODE = ([1, 1, 1], [1, 16, 33])
+MANY = ([1] * 20, list(range(1, 21)))
 
 
 def make_step(new: list[int], lengths: list[int], block_size: int) -> StepInputs:
@@ -77,7 +78,7 @@ def test_attention(dtype: torch.dtype, stored: torch.dtype | None, window: int |
     torch.manual_seed(0)
     for heads, kv_heads, dim in HEADS:
         shape = AttentionShape(heads, kv_heads, dim, dim**-0.5, window, soft_cap)
-        for (new, lengths), block_size in ((MIXED, 16), (DECODE, 8)):
+        for (new, lengths), block_size in ((MIXED, 16), (DECODE, 8), (MANY, 32)):
             inputs = make_step(new, lengths, block_size)
             cache = make_cache(kv_heads, block_size, dim, stored or dtype)
             q = torch.randn(sum(new), heads, dim).to(dtype)
