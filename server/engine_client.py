@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable
 
 import msgspec
 import zmq
-import zmq.asyncio
 
 from octavo.runtime.launch import EngineProcess
 from octavo.runtime.request import (
@@ -113,7 +112,8 @@ class EngineClient:
 
     def __init__(self, engine: EngineProcess) -> None:
         self._engine = engine
-        self._context = zmq.asyncio.Context()
+        self._loop = asyncio.get_running_loop()
+        self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.set_hwm(0)
         self._socket.bind(engine.address)
@@ -122,13 +122,14 @@ class EngineClient:
         self._streams: dict[str, Stream] = {}
         self._pings: dict[int, asyncio.Future[None]] = {}
         self._nonces = itertools.count(1)
-        self._ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
-        self._receiver = asyncio.create_task(self._receive())
+        self._ready: asyncio.Future[Ready] = self._loop.create_future()
+        self._descriptor = self._socket.fileno()
+        self._loop.add_reader(self._descriptor, self._receive)
         self.death: str | None = None  # why the engine is dead; None while it lives
         self.refusal: str | None = None  # why no new request is taken; None while they are
         self.stats: EngineStats | None = None
         self.on_step: Callable[[StepOutputs], None] | None = None
-        self._watch_process(asyncio.get_running_loop())
+        self._watch_process(self._loop)
 
     @property
     def num_open(self) -> int:
@@ -178,13 +179,15 @@ class EngineClient:
             self._send(Shutdown())
             self._die("the server is shutting down")
         await asyncio.to_thread(self._engine.close)
-        self._receiver.cancel()
+        self._loop.remove_reader(self._descriptor)
         self._socket.close(linger=0)
         self._context.term()
 
     def _send(self, message: ToEngine) -> None:
-        # the queue is unbounded, so this never waits; the future that pyzmq returns is done
-        self._socket.send(self._encoder.encode(message))
+        # the queue is unbounded; only without an engine at the other end there is none, and its end is told otherwise
+        with contextlib.suppress(zmq.Again):
+            self._socket.send(self._encoder.encode(message), zmq.NOBLOCK)
+        self._loop.call_soon(self._receive)
 
     def _add(self, stream: Stream, requests: list[AddRequest]) -> None:
         if self.refusal is not None:
@@ -199,11 +202,15 @@ class EngineClient:
         if request_ids and self.death is None:
             self._send(AbortRequest(request_ids))
 
-    async def _receive(self) -> None:
+    def _receive(self) -> None:
+        """Take all messages that are there. The descriptor tells of the first only, and may do so during a send."""
         try:
-            while True:
-                self._take(self._decoder.decode(await self._socket.recv()))
+            while not self._socket.closed:
+                self._take(self._decoder.decode(self._socket.recv(zmq.NOBLOCK)))
+        except zmq.Again:
+            pass
         except Exception as error:
+            self._loop.remove_reader(self._descriptor)
             logger.exception("the engine's messages can't be read any more")
             self._die(f"internal error: {type(error).__name__}")  # else every open request would wait forever
 
