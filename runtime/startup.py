@@ -109,7 +109,9 @@ def warm_up(model: Model, caches: list[LayerCache], limits: SchedulerConfig) -> 
     while engine.scheduler.has_work:
         for output in engine.step():
             if output.error is not None:
-                raise ValueError(f"the model can't be run: {output.error}")
+                narrow = model.dtype == torch.float16
+                hint = "; float16 may lack the range that its activations need: --dtype bfloat16" if narrow else ""
+                raise ValueError(f"the model can't be run: {output.error}{hint}")
 
 
 class _Phases:

@@ -8,15 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy_model import make_request, run_to_end, run_with_arrivals, tokens_of
+from toy_model import ToyModel, make_request, run_to_end, run_with_arrivals, tokens_of
 
+from octavo.kernels.attention.cache import LayerCache
 from octavo.runtime import kv_cache
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.device import choose_device
 from octavo.runtime.engine import Engine
 from octavo.runtime.request import AddRequest
 from octavo.runtime.scheduler import SchedulerConfig
-from octavo.runtime.startup import COUNTS, check_limits, choose_max_model_len, load_engine
+from octavo.runtime.startup import COUNTS, check_limits, choose_max_model_len, load_engine, warm_up
 
 
 def config(**settings: object) -> EngineConfig:
@@ -125,6 +126,23 @@ def test_those_schedules_do_preempt_and_hit_the_prefix_cache(tiny: Engine) -> No
         hits += tight.scheduler.stats().prefix_cache_hits
     assert preemptions > 20
     assert hits > 200
+
+
+class _Overflowing(ToyModel):
+    def forward(self, inputs, caches):  # type: ignore[no-untyped-def]
+        return super().forward(inputs, caches) * torch.inf
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_model_without_finite_logits_does_not_start(dtype: torch.dtype) -> None:
+    model = _Overflowing()
+    model.dtype = dtype
+    limits = SchedulerConfig(num_blocks=8, block_size=4, max_model_len=32)
+    shape = (limits.num_blocks, 1, limits.block_size, 1)
+    caches = [LayerCache(torch.zeros(shape), torch.zeros(shape), torch.ones(1), torch.ones(1))]
+    with pytest.raises(ValueError, match="the model can't be run: .* not finite") as error:
+        warm_up(model, caches, limits)
+    assert ("--dtype bfloat16" in str(error.value)) == (dtype == torch.float16)
 
 
 def test_a_prompt_of_one_token_and_one_as_long_as_the_context(tiny: Engine) -> None:
