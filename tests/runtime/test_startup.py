@@ -140,7 +140,7 @@ def test_a_model_without_finite_logits_does_not_start(dtype: torch.dtype) -> Non
     limits = SchedulerConfig(num_blocks=8, block_size=4, max_model_len=32)
     shape = (limits.num_blocks, 1, limits.block_size, 1)
     caches = [LayerCache(torch.zeros(shape), torch.zeros(shape), torch.ones(1), torch.ones(1))]
-    with pytest.raises(ValueError, match="the model can't be run: .* not finite") as error:
+    with pytest.raises(ValueError, match=r"the model can't be run: .* not finite") as error:
         warm_up(model, caches, limits)
     assert ("--dtype bfloat16" in str(error.value)) == (dtype == torch.float16)
 
