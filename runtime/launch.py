@@ -25,7 +25,6 @@ class EngineStart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The first line on the engine's stdin. spawn_time: time.time() before the process was started."""
 
     config: EngineConfig
-    address: str
     spawn_time: float
 
 
@@ -60,8 +59,9 @@ def remove_socket(address: str) -> None:
 def start_engine(config: EngineConfig) -> EngineProcess:
     """Start the engine process; it sends Ready or Failed to whoever binds `address`. Returns at once."""
     address = f"ipc://{_socket_directory()}/engine"
-    command = [sys.executable, "-P", "-m", "octavo.runtime.process"]  # -P: a file in the user's directory is no module
-    start = EngineStart(config, address, time.time())
+    # -P: a file in the user's directory is no module
+    command = [sys.executable, "-P", "-m", "octavo.runtime.process", address]
+    start = EngineStart(config, time.time())
     process = subprocess.Popen(command, stdin=subprocess.PIPE, env=_environment(config))
     assert process.stdin is not None
     try:

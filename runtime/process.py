@@ -41,10 +41,16 @@ def main() -> int:
     """Run the engine until it is told to end; returns the exit code."""
     for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; the server drains first, then ends us
         signal.signal(number, signal.SIG_IGN)
-    start = msgspec.json.decode(_read_line(0), type=EngineStart)
-    threading.Thread(target=_end_with_parent, args=(start.address,), daemon=True).start()
+    if len(sys.argv) != 2:
+        raise SystemExit("the engine process is started by octavo itself: see octavo serve")
+    address, line = sys.argv[1], _read_line(0)
+    if not line:  # whoever started it was ended at the same moment
+        remove_socket(address)
+        return 0
+    start = msgspec.json.decode(line, type=EngineStart)
+    threading.Thread(target=_end_with_parent, args=(address,), daemon=True).start()
     context = zmq.Context()
-    link = Link(context, start.address)
+    link = Link(context, address)
     is_loaded = False
     try:
         from octavo.runtime.startup import load_engine  # imports torch: seconds, within which a failure must be told
@@ -129,12 +135,15 @@ class Link:
 
 
 def _read_line(descriptor: int) -> bytes:
-    """One line, read byte by byte: a buffered reader would hold a lock that the interpreter wants at its end."""
+    """One line, read byte by byte: a buffered reader would hold a lock that the interpreter wants at its end.
+
+    Empty where there is no whole one.
+    """
     line = bytearray()
     while not line.endswith(b"\n"):
         byte = os.read(descriptor, 1)
         if not byte:
-            raise SystemExit("the engine process is started by octavo itself: see octavo serve")
+            return b""
         line += byte
     return bytes(line)
 

@@ -93,12 +93,13 @@ class _Stop:
     async def comes_before(self, ready: Awaitable[Ready]) -> bool:
         """Wait for either; raises what `ready` raises."""
         waiting = asyncio.ensure_future(ready)
-        await asyncio.wait((waiting, self._early), return_when=asyncio.FIRST_COMPLETED)
-        if self._early.done():
+        try:
+            await asyncio.wait((waiting, self._early), return_when=asyncio.FIRST_COMPLETED)
+            if not self._early.done():
+                waiting.result()
+            return self._early.done()
+        finally:
             waiting.cancel()
-            return True
-        waiting.result()
-        return False
 
 
 def _uvicorn_config(app: FastAPI, options: ListenOptions) -> uvicorn.Config:

@@ -38,12 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_command(name: str, argv: Sequence[str], prog: str) -> int:
     """Parse one command's own arguments and run it. Only that command's module is imported."""
-    command = import_module(f"octavo.commands.{name}")
-    parser = argparse.ArgumentParser(
-        prog=prog, description=(command.__doc__ or "").strip().split("\n\n")[0], allow_abbrev=False
-    )
-    command.configure(parser)
     try:
+        command = import_module(f"octavo.commands.{name}")
+        description = (command.__doc__ or "").strip().split("\n\n")[0]
+        parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
+        command.configure(parser)
         code: int = command.run(parser.parse_args(argv))
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)

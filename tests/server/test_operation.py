@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from octavo_server import Samples, samples
+from octavo_server import Samples, Server, samples
 from tiny_oracle import Oracle
 
 from octavo.version import VERSION
@@ -60,6 +61,12 @@ def test_health_version_and_document(client: httpx.Client) -> None:
     document = client.get("/openapi.json").json()
     assert document["info"]["version"] == VERSION
     assert {"/v1/completions", "/v1/chat/completions", "/tokenize", "/health", "/metrics"} <= set(document["paths"])
+
+
+def test_the_server_s_process_is_without_torch(server: Server) -> None:
+    """It would take two seconds of the start and 200 MB; the tensors are the engine's."""
+    assert "torch" not in Path(f"/proc/{server.process.pid}/maps").read_text()
+    assert "torch" in Path(f"/proc/{server.engine_pid}/maps").read_text()
 
 
 GAUGES = ["num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"]

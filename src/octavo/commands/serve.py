@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import resource
+import signal
 import socket
 import ssl
 import stat
@@ -42,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
     begun = time.monotonic()
     logging.basicConfig(level=args.uvicorn_log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("octavo").setLevel(logging.INFO)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until the server listens; what is begun is cleared up
     try:
         alive = _serve(args, begun)
     except (ServeError, OSError) as error:
