@@ -107,7 +107,8 @@ async def run_cases(url: str, args: argparse.Namespace, findings: Findings) -> N
             print(f"{number} cases, {len(findings.wrong)} kinds of findings", file=sys.stderr, flush=True)
         pending.add(asyncio.create_task(judge(url, random_case(rng), findings)))
         if len(pending) >= CONCURRENT:
-            _, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.gather(*done)  # an error of our own ends the run
     await asyncio.gather(*pending)
     await check_good(url, findings)
 
@@ -144,9 +145,9 @@ async def send(url: str, case: Case) -> bytes:
     reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
     try:
         writer.write(wire(case))
-        if case.send_only is not None or case.raw is not None:
-            writer.write_eof()
-        with contextlib.suppress(ConnectionError):
+        with contextlib.suppress(OSError):  # the server may have hung up already, which is its right
+            if case.send_only is not None or case.raw is not None:
+                writer.write_eof()
             await writer.drain()
         if case.hang_up_after is not None:
             return await reader.read(case.hang_up_after) if case.hang_up_after else b""

@@ -61,12 +61,12 @@ class Case:
 def mutated(rng: random.Random) -> Case:
     """A valid body with one to three values, anywhere in it, exchanged for strange ones, dropped or doubled."""
     path = rng.choice(list(VALID))
-    body = copy.deepcopy(VALID[path])
+    body = copy.deepcopy(VALID[path]) | _streaming(rng, path)
     for _ in range(rng.randint(1, 3)):
         holder, key = rng.choice(_places(body))
         what = rng.random()
         if what < 0.6:
-            holder[key] = rng.choice(STRANGE)
+            holder[key] = copy.deepcopy(rng.choice(STRANGE))  # one that is mutated next must not be all of them
         elif what < 0.8 and isinstance(holder, dict):
             holder.pop(key, None)
         else:
@@ -79,7 +79,8 @@ def mutated(rng: random.Random) -> Case:
 def strange_field(rng: random.Random) -> Case:
     """A valid body and one of the fields that servers know, with a value of some other kind."""
     path = rng.choice(("/v1/completions", "/v1/chat/completions"))
-    return Case("strange field", path, _encode(VALID[path] | {rng.choice(FIELDS): rng.choice(STRANGE)}))
+    strange = {rng.choice(FIELDS): rng.choice(STRANGE)}
+    return Case("strange field", path, _encode(VALID[path] | _streaming(rng, path) | strange))
 
 
 def unknown_field(rng: random.Random) -> Case:
@@ -302,6 +303,11 @@ KINDS: dict[Callable[[random.Random], Case], int] = {  # and their weights
 
 def random_case(rng: random.Random) -> Case:
     return rng.choices(list(KINDS), weights=list(KINDS.values()))[0](rng)
+
+
+def _streaming(rng: random.Random, path: str) -> dict[str, Any]:
+    """A third of the answers comes as a stream."""
+    return {"stream": True} if path.startswith("/v1/") and rng.random() < 0.33 else {}
 
 
 def _places(value: Any) -> list[tuple[Any, Any]]:
