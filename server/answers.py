@@ -16,12 +16,15 @@ import msgspec
 
 from octavo.runtime.request import AddRequest
 from octavo.server.detokenizer import IncrementalDecoder
+from octavo.server.errors import bad_request
 from octavo.server.generation import Choice, Delta, make_choice, usage_of
 from octavo.server.logprobs import chat_logprobs, completion_logprobs, prompt_logprobs
 from octavo.server.model import ServedModel
 from octavo.server.protocol import ChatCompletionRequest, CompletionRequest, GenerationRequest
 from octavo.server.sampling import Prompt, chat_max_tokens, sampling_params
 from octavo.server.streaming import event
+
+MAX_WHOLE = 1 << 22  # tokens and log-probabilities of an answer that isn't streamed; as objects they take 300 MB
 
 _unique = itertools.count()
 
@@ -166,8 +169,14 @@ class ChatAnswer:
 async def fold(answer: Answer, steps: Steps) -> list[Delta]:
     """All deltas of each choice joined, in the order of the choices, when all steps are there."""
     whole: dict[int, Delta] = {}
+    size = 0
     async with aclosing(steps):
         async for deltas in steps:
+            size += sum(delta.size for delta in deltas)
+            if size > MAX_WHOLE:
+                raise bad_request(
+                    f"the answer has more than {MAX_WHOLE} tokens and logprobs; ask for it as a stream", "stream"
+                )
             for delta in deltas:
                 if delta.index in whole:
                     whole[delta.index].extend(delta)

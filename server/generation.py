@@ -37,6 +37,12 @@ class Delta:
     is_first: bool = False
     prompt_logprobs: list[Logprobs | None] | None = None
 
+    @property
+    def size(self) -> int:
+        """Tokens and log-probabilities: what it takes to keep it."""
+        entries = self.logprobs + (self.prompt_logprobs or [])
+        return len(self.token_ids) + sum(1 + len(entry.top_ids) for entry in entries if entry is not None)
+
     def extend(self, later: Delta) -> None:
         """Become both: how a whole answer is made of its deltas."""
         self.text += later.text

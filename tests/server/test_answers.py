@@ -1,0 +1,57 @@
+"""Whole answers are joined of what the steps brought, up to a size that the server can keep."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from octavo.runtime.request import Logprobs
+from octavo.server import answers
+from octavo.server.errors import ApiError
+from octavo.server.generation import Delta
+
+
+def delta(index: int, *token_ids: int, **more: Any) -> Delta:
+    entries = [Logprobs(token_id, -1.0, 1, [1, 2], [-1.0, -2.0]) for token_id in token_ids]
+    return Delta(index, "x" * len(token_ids), list(token_ids), entries, list(range(len(token_ids))), **more)
+
+
+def fold(steps: list[list[Delta]]) -> tuple[list[Delta], bool]:
+    """The joined deltas, and whether the steps were closed."""
+    closed = []
+
+    async def generate() -> AsyncGenerator[list[Delta], None]:
+        try:
+            for step in steps:
+                yield step
+        finally:
+            closed.append(True)
+
+    answer: Any = SimpleNamespace(choices=[None, None])
+    return asyncio.run(answers.fold(answer, generate())), bool(closed)
+
+
+def test_deltas_of_each_choice_are_joined_in_order() -> None:
+    steps = [[delta(1, 5)], [delta(0, 6), delta(1, 7, finish_reason="stop", stop_reason="z")]]
+    steps += [[delta(0, 8, 9, finish_reason="length")]]
+    (first, second), closed = fold(steps)
+    assert (first.token_ids, first.text, first.finish_reason, first.stop_reason) == ([6, 8, 9], "xxx", "length", None)
+    assert (second.token_ids, second.finish_reason, second.stop_reason) == ([5, 7], "stop", "z")
+    assert len(first.logprobs) == 3
+    assert closed
+
+
+def test_an_answer_too_large_to_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = [[delta(0, 1), delta(1, 2)], [delta(0, 3, prompt_logprobs=[None, Logprobs(1, -1.0, 1, [], [])])]]
+    size = sum(one.size for step in steps for one in step)
+    assert size == 4 + 4 + 4 + 1
+    monkeypatch.setattr(answers, "MAX_WHOLE", size)
+    fold(steps)
+    monkeypatch.setattr(answers, "MAX_WHOLE", size - 1)
+    with pytest.raises(ApiError) as caught:
+        fold(steps)
+    assert (caught.value.status, caught.value.param) == (400, "stream")
