@@ -6,6 +6,7 @@ Products of bf16 numbers summed in float32 (AVX-512 BF16). References: `int4.ref
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numba
 import numpy as np
@@ -37,6 +38,16 @@ class Packed:
     @property
     def num_groups(self) -> int:
         return 1 if self.scale is None else self.scale.shape[1]
+
+    @cached_property
+    def arguments(self) -> tuple[int, ...]:
+        """What of the kernel's arguments is the same in every call, in their order."""
+        steps = self.num_columns // self.num_groups // STEP_COLUMNS[self.kind]
+        scale, offset = (0 if t is None else t.data_ptr() for t in (self.scale, self.offset))
+        n, k, slabs = self.num_rows, self.num_columns, self.slabs.shape[0]
+        return (
+            self.slabs.data_ptr(), scale, offset, self.kind, n, k, slabs, self.num_groups, STEP_BYTES[self.kind], steps,
+        )  # fmt: skip
 
     @property
     def num_bytes(self) -> int:
@@ -136,28 +147,23 @@ def _w8_rows(vectors, x, xb, xe, w, wb, we, kind, out, ob, width, steps, ahead, 
     return 1
 
 
+# The kernel's arguments: what changes from call to call, and `Packed.arguments`.
+(_X, _M, _VECTORS, _OUT, _THREADS, _OUT_KIND) = range(1, 7)
+(_WEIGHT, _SCALE, _OFFSET, _WEIGHTS, _N, _K, _SLABS, _GROUPS, _STEP_BYTES, _STEPS) = range(7, 17)
+
+
 @kernel("qqqqqqqqqqqqqqqq")
 def _gemm(args):  # type: ignore[no-untyped-def]
-    """The arguments' order is that of the call in `linear`. Items: (chunk of x's rows, tile of slabs)."""
+    """Items: (chunk of x's rows, tile of slabs)."""
     a = numba.carray(args, (17,), np.int64)
-    weights, m, n, k, slabs, groups, vectors, step_bytes, steps = (
-        a[5],
-        a[6],
-        a[7],
-        a[8],
-        a[9],
-        a[10],
-        a[11],
-        a[12],
-        a[13],
-    )
+    weights, m, n, k, slabs, groups = a[_WEIGHTS], a[_M], a[_N], a[_K], a[_SLABS], a[_GROUPS]
+    vectors, steps, kind = a[_VECTORS], a[_STEPS], a[_OUT_KIND]
     sums = np.empty((_CHUNK, groups), np.float32)
     have = -1  # the chunk whose sums stand in `sums`
     tiles = (slabs + vectors - 1) // vectors
-    kind = a[16]
     size = size_of(kind)
-    xb, ob, wb = k * 2, n * size, step_bytes * steps * groups  # from row to row of x, of out, from slab to slab
-    ahead = a[15] * vectors * wb if m > 4 or weights == W4 else 0  # else the processor's own fetching is as good
+    xb, ob, wb = k * 2, n * size, a[_STEP_BYTES] * steps * groups  # from row to row of x, of out, from slab to slab
+    ahead = a[_THREADS] * vectors * wb if m > 4 or weights == W4 else 0  # else the processor's own fetching is as good
     while True:
         item = next_item(args)
         if item >= tiles * ((m + _CHUNK - 1) // _CHUNK):
@@ -166,15 +172,15 @@ def _gemm(args):  # type: ignore[no-untyped-def]
         first, last = chunk * _CHUNK, min(m, (chunk + 1) * _CHUNK)
         if weights != BF16 and have != chunk:
             for i in range(first, last):
-                _sum_groups(a[1] + i * xb, sums[i - first], groups, k // groups)
+                _sum_groups(a[_X] + i * xb, sums[i - first], groups, k // groups)
             have = chunk
-        w, we = a[2] + slab * wb, slabs - 1 - slab
-        sc, of = a[3] + slab * groups * 64, a[4] + slab * groups * 64
+        w, we = a[_WEIGHT] + slab * wb, slabs - 1 - slab
+        sc, of = a[_SCALE] + slab * groups * 64, a[_OFFSET] + slab * groups * 64
         width = min(vectors * LANES, n - slab * LANES)
         i = first
         while i < last:
             part = (i - first) // 8 if last - first > 16 else -1
-            x, xe, out = a[1] + i * xb, last - 1 - i, a[14] + (i * n + slab * LANES) * size
+            x, xe, out = a[_X] + i * xb, last - 1 - i, a[_OUT] + (i * n + slab * LANES) * size
             s = sums.ctypes.data + (i - first) * groups * 4
             if weights == BF16:
                 i += _bf16_rows(vectors, x, xb, xe, w, wb, we, kind, out, ob, width, steps, ahead, part)
@@ -191,20 +197,11 @@ def _gemm(args):  # type: ignore[no-untyped-def]
 def linear(x: Tensor, packed: Packed, out_dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """x [M, K] bf16 -> [M, N] bf16, fp16 or float32."""
     x = x.contiguous()
-    m, k = x.shape
-    out = x.new_empty(m, packed.num_rows, dtype=out_dtype)
-    kind, slabs, groups = packed.kind, packed.slabs, packed.num_groups
-    small = 4 if kind == BF16 else 2
-    vectors = 4 if m <= small else (3 if kind == BF16 else 2)
-    threads = threads_for(packed.num_rows * k)
-    _gemm.start(
-        threads,
-        x.data_ptr(), slabs.data_ptr(),
-        0 if packed.scale is None else packed.scale.data_ptr(),
-        0 if packed.offset is None else packed.offset.data_ptr(),
-        kind, m, packed.num_rows, k, slabs.shape[0], groups, vectors,
-        STEP_BYTES[kind], k // groups // STEP_COLUMNS[kind], out.data_ptr(), threads, KINDS[out_dtype],
-    )  # fmt: skip
+    m, n, kind = x.shape[0], packed.num_rows, packed.kind
+    out = x.new_empty(m, n, dtype=out_dtype)
+    vectors = 4 if m <= (4 if kind == BF16 else 2) else (3 if kind == BF16 else 2)
+    threads = threads_for(n * packed.num_columns)
+    _gemm.start(threads, x.data_ptr(), m, vectors, out.data_ptr(), threads, KINDS[out_dtype], *packed.arguments)
     return out
 
 

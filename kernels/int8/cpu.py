@@ -7,6 +7,7 @@ taken off the dot product. A 32-bit sum holds 2**31 / (255 * 128) = 65,793 colum
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numba
 import numpy as np
@@ -34,6 +35,12 @@ class PackedInt8:
     scale: Tensor
     num_rows: int
     num_columns: int
+
+    @cached_property
+    def arguments(self) -> tuple[int, ...]:
+        """What of the kernel's arguments is the same in every call, in their order."""
+        slabs, steps = self.slabs.shape[:2]
+        return self.slabs.data_ptr(), self.scale.data_ptr(), self.num_rows, self.num_columns, slabs, steps
 
     @property
     def num_bytes(self) -> int:
@@ -81,59 +88,65 @@ def _rows(vectors, x, xb, xe, w, wb, we, kind, out, ob, width, steps, ahead, par
     return 1
 
 
+# The kernel's arguments: what changes from call to call, and `PackedInt8.arguments`.
+(_X, _CODES, _X_SCALE, _X_SUM, _X_KIND, _M, _VECTORS, _OUT, _THREADS, _OUT_KIND) = range(1, 11)
+(_WEIGHT, _SCALE, _N, _K, _SLABS, _STEPS) = range(11, 17)
+
+
 @kernel("qqqqqqqqqqqqqqqq")
 def _gemm(args):  # type: ignore[no-untyped-def]
-    """The arguments' order is that of the call in `linear`. Items: (chunk of x's rows, tile of slabs).
+    """Items: (chunk of x's rows, tile of slabs).
 
     Where the codes' address is 0 every thread rounds x for itself: for few rows that costs less than a pass of its own.
     """
     a = numba.carray(args, (17,), np.int64)
-    x_kind, m, n, k, slabs, steps, vectors, kind = a[7], a[8], a[9], a[10], a[11], a[12], a[13], a[16]
-    own = a[2] == 0
+    x_kind, m, vectors, kind = a[_X_KIND], a[_M], a[_VECTORS], a[_OUT_KIND]
+    n, k, slabs, steps = a[_N], a[_K], a[_SLABS], a[_STEPS]
+    own = a[_CODES] == 0
     x_codes = np.empty((m if own else 0, steps * 4), np.int8)
     x_scales, x_sums = np.empty(m if own else 0, np.float32), np.empty(m if own else 0, np.int32)
-    codes, x_scale, x_sum = a[2], a[3], a[4]
+    codes, x_scale, x_sum = a[_CODES], a[_X_SCALE], a[_X_SUM]
     if own:
         row = np.zeros((k + 15) // 16 * 16, np.float32)
         codes, x_scale, x_sum = x_codes.ctypes.data, x_scales.ctypes.data, x_sums.ctypes.data
         for i in range(m):
             at = codes + i * steps * 4
-            x_scales[i], x_sums[i] = quantize_row(a[1] + i * k * size_of(x_kind), x_kind, k, row, at, steps * 4)
+            x_scales[i], x_sums[i] = quantize_row(a[_X] + i * k * size_of(x_kind), x_kind, k, row, at, steps * 4)
     tiles = (slabs + vectors - 1) // vectors
     xb, ob, wb = steps * 4, n * size_of(kind), steps * 64  # from row to row of x, of out, from slab to slab
-    ahead = a[15] * vectors * wb if m > 4 else 0  # else the processor's own fetching is as good
+    ahead = a[_THREADS] * vectors * wb if m > 4 else 0  # else the processor's own fetching is as good
     while True:
         item = next_item(args)
         if item >= tiles * ((m + _CHUNK - 1) // _CHUNK):
             break
         slab = (item % tiles) * vectors
         first, last = (item // tiles) * _CHUNK, min(m, (item // tiles + 1) * _CHUNK)
-        w, we, sc = a[5] + slab * wb, slabs - 1 - slab, a[6] + slab * 64
+        w, we, sc = a[_WEIGHT] + slab * wb, slabs - 1 - slab, a[_SCALE] + slab * 64
         width = min(vectors * LANES, n - slab * LANES)
         i = first
         while i < last:
             part = (i - first) // 8 if last - first > 16 else -1
             x, xs, xt, xe = codes + i * xb, x_scale + i * 4, x_sum + i * 4, last - 1 - i
-            out = a[14] + i * ob + slab * LANES * size_of(kind)
+            out = a[_OUT] + i * ob + slab * LANES * size_of(kind)
             i += _rows(vectors, x, xb, xe, w, wb, we, kind, out, ob, width, steps, ahead, part, xs, xt, sc)
 
 
 def linear(x: Tensor, packed: PackedInt8, out_dtype: torch.dtype | None = None) -> Tensor:
     """x [M, K] bf16, fp16 or float32 -> [M, N] in one of these types: x's own, unless one is named."""
     x = x.contiguous()
-    m, k = x.shape
-    n, steps, kind = packed.num_rows, packed.slabs.shape[1], KINDS[x.dtype]
+    m, n, kind = x.shape[0], packed.num_rows, KINDS[x.dtype]
     rounded = (0, 0, 0)
     if m > _FEW_ROWS:
-        codes, numbers = torch.empty(m, steps * 4, dtype=torch.int8), torch.empty(2, m)  # scales; sums, which are int32
+        width = packed.slabs.shape[1] * 4
+        codes, numbers = torch.empty(m, width, dtype=torch.int8), torch.empty(2, m)  # scales; sums, which are int32
         rounded = (codes.data_ptr(), numbers.data_ptr(), numbers.data_ptr() + 4 * m)
-        _quantize.start(threads_for(x.numel()), x.data_ptr(), *rounded, kind, m, k, steps * 4)
+        _quantize.start(threads_for(x.numel()), x.data_ptr(), *rounded, kind, m, packed.num_columns, width)
     out = x.new_empty(m, n, dtype=out_dtype or x.dtype)
-    threads = threads_for(packed.slabs.numel())
+    threads = threads_for(n * packed.num_columns)
     _gemm.start(
         threads,
-        x.data_ptr(), *rounded, packed.slabs.data_ptr(), packed.scale.data_ptr(),
-        kind, m, n, k, packed.slabs.shape[0], steps, 3 if m > 4 else 4, out.data_ptr(), threads, KINDS[out.dtype],
+        x.data_ptr(), *rounded, kind, m, 3 if m > 4 else 4, out.data_ptr(), threads, KINDS[out.dtype],
+        *packed.arguments,
     )  # fmt: skip
     return out
 
