@@ -14,6 +14,7 @@ different ages disagree about (a W4A8 layer is found in either).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -110,6 +111,8 @@ class CompressedTensorsFormat:
         scale = _take(left, "weight_scale")
         if not scale.is_floating_point():
             raise FormatError(f"weight_scale is {scale.dtype}, which this scheme ({self.scheme}) doesn't have")
+        if not bool(scale.float().isfinite().all()):
+            raise FormatError("weight_scale holds NaN or infinity")
         weight = QuantizedWeight(
             scheme=self.scheme,
             codes=codes,
@@ -176,7 +179,10 @@ class CompressedTensorsFormat:
             raise FormatError("input_zero_point is not zero: asymmetric activations are not supported")
         if self.scheme.activation is None or self.scheme.activation.dynamic:
             return None
-        return _reshape("input_scale", _take(left, "input_scale").float(), ())
+        scale = _reshape("input_scale", _take(left, "input_scale").float(), ())
+        if not 0 < float(scale) < math.inf:
+            raise FormatError(f"input_scale is {float(scale)}; a positive number is needed")
+        return scale
 
 
 def _take(left: dict[str, Tensor], name: str) -> Tensor:

@@ -117,11 +117,18 @@ def choose_dtype(wanted: Dtype, stored: str | None, device: torch.device, notes:
 
 def _kv_scales(checkpoint: Checkpoint, spec: DecoderSpec, prefix: str) -> KVScales | None:
     """The checkpoint's scales, one per head; None unless it has them for every layer."""
-    found = [checkpoint.kv_scales(f"{prefix}layers.{i}.self_attn") for i in range(len(spec.layers))]
-    if any(scales is None for scales in found):
-        return None
-    heads = spec.num_kv_heads
-    return [(s[0].expand(heads).clone(), s[1].expand(heads).clone()) for s in found if s is not None]
+    heads, scales = spec.num_kv_heads, []
+    for i in range(len(spec.layers)):
+        attention = f"{prefix}layers.{i}.self_attn"
+        found = checkpoint.kv_scales(attention)
+        if found is None:
+            return None
+        for scale in found:
+            if scale.numel() not in (1, heads) or not bool((scale.isfinite() & (scale > 0)).all()):
+                raise LoadError(f"{attention}: KV scales {scale.tolist()}; one or {heads} positive numbers are needed")
+        key, value = (scale.expand(heads).clone() for scale in found)
+        scales.append((key, value))
+    return scales
 
 
 def required_modules(spec: DecoderSpec, prefix: str) -> list[str]:

@@ -195,6 +195,7 @@ def damage(written: dict[str, torch.Tensor], suffix: str, tensor: torch.Tensor |
         ("weight_packed", torch.zeros(64, 31, dtype=torch.int32), "256 values of 4 bits take 32 words"),
         ("weight_scale", torch.zeros(64, 3), r"weight_scale is \[64, 3\] where \[64, 2\] is expected"),
         ("weight_scale", torch.zeros(64, 2, dtype=torch.uint8), "weight_scale is torch.uint8"),
+        ("weight_scale", torch.full((64, 2), float("nan")), "weight_scale holds NaN"),
         ("weight_zero_point", torch.ones(8, 2, dtype=torch.int32), "not zero although the scheme is symmetric"),
         ("input_scale", torch.ones(1), "input_scale not expected"),
         ("weight_g_idx", torch.full((256,), 7, dtype=torch.int32), "points outside the 2 groups"),
@@ -205,6 +206,16 @@ def test_damaged_tensors_are_refused(suffix: str, tensor: torch.Tensor | None, m
     written = format_.write(quantize_weight(torch.randn(64, 256).bfloat16(), PRESETS["W4A16"]))
     with pytest.raises(FormatError, match=message):
         format_.read(damage(written, suffix, tensor))
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_static_scale_is_a_positive_number(scale: float) -> None:
+    scheme = QuantScheme(WeightScheme("fp8_e4m3", TENSOR), ActivationScheme("fp8_e4m3", TENSOR, dynamic=False))
+    weight = quantize_weight(torch.randn(8, 8).bfloat16(), scheme)
+    format_ = CompressedTensorsFormat(scheme)
+    written = format_.write(replace(weight, input_scale=torch.tensor(scale)))
+    with pytest.raises(FormatError, match=r"input_scale is .*; a positive number is needed"):
+        format_.read(written)
 
 
 def test_codes_outside_four_bits_are_refused() -> None:

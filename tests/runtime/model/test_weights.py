@@ -169,6 +169,19 @@ def test_dummy_weights_have_the_configs_shapes_and_schemes(fixtures: Path, tmp_p
     assert not torch.equal(logits_of(first, fixtures), logits_of(other, fixtures))
 
 
+@pytest.mark.parametrize("scale", [[0.0], [-1.0], [float("nan")], [1.0, 1.0, 1.0]])
+def test_kv_scales_are_positive_and_one_or_one_per_head(model: Path, scale: list[float]) -> None:
+    """-1 is what some writers leave for a scale that they never set."""
+    names = [f"model.layers.{i}.self_attn.{part}_scale" for i in range(2) for part in "kv"]
+    edit_tensors(model, **{name: torch.tensor([0.5]) for name in names})
+    good = load(model).kv_scales
+    assert good is not None
+    assert good[1][0].tolist() == [0.5] * 4
+    edit_tensors(model, **{names[2]: torch.tensor(scale)})
+    with pytest.raises(LoadError, match=r"layers\.1\.self_attn: KV scales .*one or 4 positive numbers"):
+        load(model)
+
+
 def test_a_context_longer_than_the_models_is_refused(model: Path) -> None:
     with pytest.raises(LoadError, match="--max-model-len 9999: the model has 512 positions"):
         load(model, max_model_len=9999)
