@@ -128,8 +128,7 @@ class CompressedTensorsFormat:
     def _read_codes(self, left: dict[str, Tensor]) -> Tensor:
         w = self.scheme.weight
         if "weight_packed" in left:
-            words, shape = left.pop("weight_packed"), _take(left, "weight_shape")
-            n, k = (int(size) for size in shape.tolist())
+            words, (n, k) = left.pop("weight_packed"), read_shape(_take(left, "weight_shape"))
             if words.dtype != torch.int32 or words.ndim != 2 or words.shape[0] != n or w.dtype == "fp8_e4m3":
                 raise FormatError(f"weight_packed is {words.dtype} {list(words.shape)} for {w.dtype} [{n}, {k}]")
             try:
@@ -183,6 +182,14 @@ class CompressedTensorsFormat:
         if not 0 < float(scale) < math.inf:
             raise FormatError(f"input_scale is {float(scale)}; a positive number is needed")
         return scale
+
+
+def read_shape(stored: Tensor) -> tuple[int, int]:
+    """The [N, K] that a `weight_shape` holds. Raises FormatError when it is none."""
+    sizes = stored.tolist()
+    if stored.is_floating_point() or stored.shape != (2,) or min(sizes) < 1:
+        raise FormatError(f"weight_shape is {sizes}; two sizes are expected")
+    return sizes[0], sizes[1]
 
 
 def _take(left: dict[str, Tensor], name: str) -> Tensor:

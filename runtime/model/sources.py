@@ -57,6 +57,7 @@ class CheckpointSource:
         weight = self.checkpoint.linear(module)
         _check_shape(f"{module}.weight", weight.shape, (out_features, in_features))
         if isinstance(weight, Tensor):
+            _check_float(f"{module}.weight", weight)
             return weight.clone()
         return dataclasses.replace(weight, codes=weight.codes.clone(), scale=weight.scale.clone())
 
@@ -74,6 +75,7 @@ class CheckpointSource:
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         tensor = self.checkpoint.tensor(name)
         _check_shape(name, tensor.shape, shape)
+        _check_float(name, tensor)
         return tensor
 
     def require(self, modules: Iterable[str]) -> None:
@@ -120,6 +122,12 @@ class DummySource:
 def _check_shape(name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> None:
     if tuple(shape) != wanted:
         raise LoadError(f"{name} is {list(shape)} in the checkpoint; config.json makes it {list(wanted)}")
+
+
+def _check_float(name: str, tensor: Tensor) -> None:
+    """Codes of eight bits without a scheme are no weights."""
+    if tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        raise LoadError(f"{name} is {tensor.dtype}, and config.json doesn't say that it is quantized")
 
 
 def some(names: list[str], most: int = 8) -> str:

@@ -191,6 +191,9 @@ def damage(written: dict[str, torch.Tensor], suffix: str, tensor: torch.Tensor |
     [
         ("weight_scale", None, "weight_scale is missing"),
         ("weight_shape", None, "weight_shape is missing"),
+        ("weight_shape", torch.tensor([64, 256, 1]), r"weight_shape is \[64, 256, 1\]; two sizes"),
+        ("weight_shape", torch.tensor([[64], [256]]), "two sizes are expected"),
+        ("weight_shape", torch.tensor([-64, 256]), "two sizes are expected"),
         ("weight_packed", None, "weight is missing"),
         ("weight_packed", torch.zeros(64, 31, dtype=torch.int32), "256 values of 4 bits take 32 words"),
         ("weight_scale", torch.zeros(64, 3), r"weight_scale is \[64, 3\] where \[64, 2\] is expected"),

@@ -27,12 +27,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Inspect and print; returns the exit code."""
     from octavo.quant.checkpoint import Checkpoint, CheckpointError
+    from octavo.quant.formats.compressed_tensors import FormatError
     from octavo.quant.hub import resolve_model
 
     try:
         checkpoint = Checkpoint.open(resolve_model(args.model, args.revision))
         facts = inspect(checkpoint)
-    except (CheckpointError, OSError) as e:
+    except (CheckpointError, FormatError, OSError) as e:
         print(f"octavo inspect: {e}", file=sys.stderr)
         return 1
     if args.json:
@@ -86,9 +87,11 @@ def _scheme(checkpoint: Checkpoint, module: str, names: list[str]) -> str:
 
 def _parameters(checkpoint: Checkpoint, module: str) -> int:
     """Weights and biases of a module, scales not counted. A packed weight's shape is read: 16 bytes."""
+    from octavo.quant.formats.compressed_tensors import read_shape
+
     count = 0
     if checkpoint.has(f"{module}.weight_shape"):
-        n, k = checkpoint.tensor(f"{module}.weight_shape").tolist()
+        n, k = read_shape(checkpoint.tensor(f"{module}.weight_shape"))
         count += n * k
     for suffix in ("weight", "bias"):
         if checkpoint.has(f"{module}.{suffix}"):

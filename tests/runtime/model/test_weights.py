@@ -64,6 +64,16 @@ def logits_of(model: Model, fixtures: Path) -> Tensor:
         ({f"{Q_PROJ}.weight": torch.ones(128, 64)}, LoadError, r"q_proj.weight is \[128, 64\].*makes it \[128, 128\]"),
         ({f"{Q_PROJ}.bias": torch.ones(64)}, LoadError, r"q_proj.bias is \[64\]"),
         ({"model.layers.0.mlp.up_proj.bias": torch.ones(256)}, LoadError, "isn't zero, but this architecture has no"),
+        (
+            {f"{Q_PROJ}.bias": torch.ones(128, dtype=torch.uint8)},
+            LoadError,
+            "q_proj.bias is torch.uint8, and config.json",
+        ),
+        (
+            {f"{Q_PROJ}.weight": torch.ones(128, 128).to(torch.float8_e4m3fn)},
+            LoadError,
+            "q_proj.weight is torch.float8_",
+        ),
         ({"model.layers.0.self_attn.q_norm.weight": torch.ones(32)}, LoadError, "doesn't: .*q_norm"),
     ],
 )
