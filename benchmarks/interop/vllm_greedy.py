@@ -1,9 +1,6 @@
-"""Greedy tokens of one checkpoint by vLLM: runs in vLLM's environment, knows nothing of octavo.
+"""One checkpoint by vLLM: runs in vLLM's environment, knows nothing of octavo. The job is described in peers.py.
 
-    python vllm_greedy.py CHECKPOINT JOB.json
-
-JOB.json holds {"prompts": [[token ids]], "max_tokens": n, "dtype": "bfloat16"}; the answer, on the last line of stdout,
-is {"tokens": [[token ids]], "version": ...}, or {"error": ...} with the peer's own words.
+python vllm_greedy.py CHECKPOINT JOB.json
 """
 
 from __future__ import annotations
@@ -26,13 +23,29 @@ def main() -> None:
             checkpoint, dtype=job["dtype"], max_model_len=1024, enforce_eager=True, enable_prefix_caching=False
         )
         params = vllm.SamplingParams(temperature=0, max_tokens=job["max_tokens"], ignore_eos=True)
-        prompts = [vllm.TokensPrompt(prompt_token_ids=ids) for ids in job["prompts"]]
-        outputs = model.generate(prompts, params, use_tqdm=False)
-        answer = {"tokens": [list(output.outputs[0].token_ids) for output in outputs]}
+        answer: dict[str, object] = {
+            "tokens": [list(output.outputs[0].token_ids) for output in run(model, job["prompts"], params)]
+        }
+        params = vllm.SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=job["top"])
+        answer["scores"] = [score(output) for output in run(model, job["texts"], params)]
     except Exception as error:  # whatever a peer says is the result
         answer = {"error": f"{type(error).__name__}: {error}"}
     print(json.dumps(answer | {"version": f"vLLM {vllm.__version__}"}), flush=True)
     os._exit(0)  # some builds end in `terminate called` after a correct answer
+
+
+def run(model, prompts: list[list[int]], params):  # type: ignore[no-untyped-def]
+    import vllm
+
+    return model.generate([vllm.TokensPrompt(prompt_token_ids=ids) for ids in prompts], params, use_tqdm=False)
+
+
+def score(output) -> list[object]:  # type: ignore[no-untyped-def]
+    places = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
+    return [
+        [entries[token].logprob, {other: entry.logprob for other, entry in entries.items()}]
+        for token, entries in places
+    ]
 
 
 if __name__ == "__main__":

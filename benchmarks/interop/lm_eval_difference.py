@@ -1,0 +1,70 @@
+"""How far two runs of lm-eval over the same tasks are apart: each run's --output_path, written with --log_samples.
+
+    python benchmarks/interop/lm_eval_difference.py RUN RUN
+
+One row for each task: how many log-likelihoods there are, how far apart they are in nats, whether both runs agree on
+what is greedy or generate the same text, and the metrics of both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+HEAD = (
+    "task",
+    "answers",
+    "largest difference",
+    "mean",
+    "same verdict or text",
+    "metrics of the first",
+    "of the second",
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs=2, metavar="RUN")
+    first, second = parser.parse_args().runs
+    ours, theirs = samples(first), samples(second)
+    print(f"| {' | '.join(HEAD)} |\n|{'---|' * len(HEAD)}")
+    for task in sorted(ours.keys() & theirs.keys()):
+        cells = difference(ours[task], theirs[task])
+        print(f"| {task} | {' | '.join(cells)} | {metrics(first, task)} | {metrics(second, task)} |")
+
+
+def samples(run: Path) -> dict[str, dict[int, list[Any]]]:
+    """Task: number of the document: what the model answered to each of its requests."""
+    found: dict[str, dict[int, list[Any]]] = {}
+    for path in sorted(run.rglob("samples_*.jsonl")):
+        lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        task = path.name.removeprefix("samples_").rsplit("_", 1)[0]
+        found[task] = {line["doc_id"]: [resps[0] for resps in line["resps"]] for line in lines}
+    return found
+
+
+def difference(ours: dict[int, list[Any]], theirs: dict[int, list[Any]]) -> tuple[str, str, str, str]:
+    pairs = [both for doc in sorted(ours) for both in zip(ours[doc], theirs[doc], strict=True)]
+    if isinstance(pairs[0][0], str):  # generated text
+        return str(len(pairs)), "", "", f"{sum(a == b for a, b in pairs)} of {len(pairs)}"
+    values = [(_number(a), _number(b)) for a, b in pairs]
+    gaps = [abs(a - b) for a, b in values]
+    same = "" if not isinstance(pairs[0][0], list) else f"{sum(a[1] == b[1] for a, b in pairs)} of {len(pairs)}"
+    return str(len(gaps)), f"{max(gaps):.2g}", f"{sum(gaps) / len(gaps):.2g}", same
+
+
+def _number(answer: Any) -> float:
+    """A log-likelihood stands alone, or with the verdict whether it is greedy."""
+    return float(answer[0] if isinstance(answer, list) else answer)
+
+
+def metrics(run: Path, task: str) -> str:
+    results = json.loads(sorted(run.rglob("results_*.json"))[-1].read_text("utf-8"))["results"][task]
+    named = {key.split(",")[0]: value for key, value in results.items() if "," in key and "stderr" not in key}
+    return ", ".join(f"{name} {value:.5g}" for name, value in named.items())
+
+
+if __name__ == "__main__":
+    main()

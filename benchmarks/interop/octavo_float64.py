@@ -1,0 +1,94 @@
+"""One checkpoint by octavo's reference bodies in float64: runs in octavo's environment. The job: see peers.py.
+
+    python octavo_float64.py CHECKPOINT JOB.json
+
+octavo has no float64 of its own. The reference bodies are plain torch and say `.float()` where they widen; here that
+widens to float64, and everything else is octavo's own code: loading, schemes, rounding, decoder, paged cache. Only the
+logits come out in float32.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from octavo import __version__
+from octavo.kernels import processor
+from octavo.kernels.attention import reference as attention_reference
+from octavo.quant import linear
+from octavo.runtime import ops
+from octavo.runtime.config import EngineConfig
+from octavo.runtime.kv_cache import _one_prefill, allocate
+from octavo.runtime.model import weights
+from octavo.runtime.model.model import Model
+
+
+def main() -> None:
+    checkpoint, job_path = sys.argv[1:]
+    with open(job_path) as file:
+        job = json.load(file)
+    compute_in_float64()
+    if job["divisor"] is not None:
+        divide_by(job["divisor"])
+    model = weights.load_model(EngineConfig(model=checkpoint, dtype="float32"))
+    assert model.dtype == torch.float64
+    answer = {
+        "tokens": [greedy(model, ids, job["max_tokens"]) for ids in job["prompts"]],
+        "scores": [score(model, ids, job["top"]) for ids in job["texts"]],
+    }
+    print(json.dumps(answer | {"version": f"octavo {__version__}"}), flush=True)
+
+
+def compute_in_float64() -> None:
+    names = {name: getattr(torch, name) for name in dir(torch)} | {"float32": torch.float64}
+    attention_reference.torch = SimpleNamespace(**names)  # type: ignore[assignment]
+    weights.DTYPES["float32"] = torch.float64
+    weights.select_ops = lambda *_: ops.REFERENCE
+    processor.has_dot_products = lambda: False
+    Tensor.float = Tensor.double  # type: ignore[method-assign]
+
+
+def divide_by(divisor: float) -> None:
+    def fake_quantize_per_token(x: Tensor) -> Tensor:
+        absmax = x.abs().amax(dim=-1, keepdim=True)
+        scale = torch.where(absmax == 0, 1.0, absmax / divisor)
+        return (x / scale).round().clamp(-128, 127) * scale
+
+    linear.int8_reference = SimpleNamespace(fake_quantize_per_token=fake_quantize_per_token)  # type: ignore[assignment]
+
+
+def greedy(model: Model, prompt: list[int], max_tokens: int) -> list[int]:
+    """The most likely token, max_tokens times, through the paged cache."""
+    caches = allocate(model, 1, len(prompt) + max_tokens, model.dtype)
+    chosen = [int(model.forward(_one_prefill(torch.tensor(prompt)), caches).argmax())]
+    for place in range(len(prompt), len(prompt) + max_tokens - 1):
+        position = torch.tensor([place])
+        step = dataclasses.replace(
+            _one_prefill(torch.tensor(chosen[-1:])),
+            positions=position,
+            slot_mapping=position,
+            seq_lens=(position + 1).int(),
+            max_seq_len=place + 1,
+        )
+        chosen.append(int(model.forward(step, caches).argmax()))
+    return chosen
+
+
+def score(model: Model, ids: list[int], count: int) -> list[object]:
+    step = dataclasses.replace(_one_prefill(torch.tensor(ids)), logits_index=torch.arange(len(ids)))
+    rows = model.forward(step, allocate(model, 1, len(ids), model.dtype))[:-1].double().log_softmax(-1)
+    values, tokens = (tensor.tolist() for tensor in rows.topk(count))
+    following = rows.gather(1, torch.tensor(ids[1:]).unsqueeze(1)).squeeze(1).tolist()
+    return [
+        [value, dict(zip(top, logprobs, strict=True))]
+        for value, top, logprobs in zip(following, tokens, values, strict=True)
+    ]
+
+
+if __name__ == "__main__":
+    main()
