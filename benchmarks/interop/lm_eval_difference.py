@@ -16,7 +16,7 @@ from typing import Any
 HEAD = (
     "task",
     "answers",
-    "largest difference",
+    "largest",
     "mean",
     "same verdict or text",
     "metrics of the first",
