@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 
 import pytest
+
+from octavo.kernels.threads import ENVIRONMENT
+
+# Before any test imports torch: as octavo's own processes have it, or a second busy process makes the suite crawl.
+os.environ.update({**ENVIRONMENT, **os.environ})
 
 FIXTURES = Path(__file__).parent / "fixtures"
 

@@ -6,6 +6,7 @@ The result is a compressed-tensors checkpoint, which octavo, vLLM and transforme
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import signal
 import sys
@@ -15,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from octavo.kernels.threads import ENVIRONMENT
 from octavo.quant.scheme import GROUP_SIZES, PRESETS, QuantScheme, SchemeError, group
 
 if TYPE_CHECKING:
@@ -87,6 +89,8 @@ def _configure_output(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Quantize, measure, report; returns the exit code."""
+    os.environ.update({**ENVIRONMENT, **os.environ})  # before torch is imported
+
     from rich.console import Console
 
     from octavo.calibration.layers import QuantizeError
