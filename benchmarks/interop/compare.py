@@ -41,6 +41,18 @@ EAGER = "float32, eager"
 GREEDY_HEAD = ("checkpoint", "one side", "other side", "equal tokens", "differences before the goal, or their words")
 DISTANCE_HEAD = ("checkpoint", "one side", "other side", "mean", "99 %", "lead, 99 %", "same top", "loss")
 
+GREEDY_NOTE = f"""\
+Greedy tokens equal from the start, of {MAX_TOKENS}, for each of {len(PROMPTS)} prompts. Where two differ before token
+{GOAL}, the last column has the distance of the two log-probabilities in octavo's float32. It is a near-tie where
+transformers' own runs move leads by more than that one time in a hundred; `its own` where it is no near-tie, but two of
+transformers' own runs part at this place as well (see compare.py).
+"""
+DISTANCE_NOTE = """\
+Log-probabilities of four texts, in nats. `mean` and `99 %`: how far those of the next token are apart. `lead`: by how
+much the lead of the most likely token over the second moves, 99 times in a hundred. `same top`: how often both find
+the same token most likely. `loss`: by how much the other side's mean is lower.
+"""
+
 
 @dataclass
 class Table:
@@ -205,19 +217,15 @@ def write(output: Path, table: Table) -> None:
     lines = [
         f"# octavo's checkpoints in other engines, {date}",
         "",
-        f"Greedy tokens equal from the start, of {MAX_TOKENS}, for each of {len(PROMPTS)} prompts. Where two differ",
-        f"before token {GOAL}, the last column has the distance of the two log-probabilities in octavo's float32.",
-        "",
+        GREEDY_NOTE,
         *markdown(GREEDY_HEAD, table.greedy),
         "",
-        "Log-probabilities of four texts, in nats: of the next token, mean and 99 of 100; by how much the lead of the",
-        "most likely token over the second moves; how often both find the same token most likely; what the other loses",
-        "",
+        DISTANCE_NOTE,
         *markdown(DISTANCE_HEAD, table.distances),
         "",
         f"- versions: {'; '.join(table.versions)}",
         f"- processor: {cpu_name()}",
-        "- command: `python -m benchmarks.interop.compare CHECKPOINT ... --vllm-python ... --hf-python ...`",
+        "- command: `python -m benchmarks.interop.compare CHECKPOINT ...`, flags as in the README beside this folder",
     ]
     (output / f"greedy-{date}.md").write_text("\n".join(lines) + "\n")
 

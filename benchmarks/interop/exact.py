@@ -31,7 +31,7 @@ HEAD = ("checkpoint", "divisor", "one side", "other side", "equal tokens", "mean
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoints", type=Path, nargs="+", help="llama checkpoints that octavo quantize wrote")
+    parser.add_argument("checkpoints", type=Path, nargs="+", help="llama or qwen2 checkpoints of octavo quantize")
     parser.add_argument("--hf-python", required=True, help="the python of an environment with compressed-tensors")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder of the table")
     args = parser.parse_args()
@@ -89,7 +89,7 @@ def write(output: Path, rows: list[tuple[str, ...]], versions: dict[str, None]) 
         "",
         f"- versions: {'; '.join(versions)}",
         f"- processor: {cpu_name()}",
-        "- command: `python -m benchmarks.interop.exact CHECKPOINT ... --hf-python ...`",
+        "- command: `python -m benchmarks.interop.exact CHECKPOINT ...`, flags as in the README beside this folder",
     ]
     (output / f"exact-{date}.md").write_text("\n".join(lines) + "\n")
 

@@ -68,6 +68,7 @@ def score(model, ids: list[int], count: int) -> list[object]:  # type: ignore[no
 def compute_in_float64() -> None:
     import torch
     from transformers.models.llama import modeling_llama as llama
+    from transformers.models.qwen2 import modeling_qwen2 as qwen2
 
     def rms_norm(self, x):  # type: ignore[no-untyped-def]
         return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
@@ -77,8 +78,8 @@ def compute_in_float64() -> None:
         scores = q @ k.transpose(2, 3) * scaling
         return (scores if mask is None else scores + mask).softmax(-1).matmul(v).transpose(1, 2), None
 
-    llama.LlamaRMSNorm.forward = rms_norm
-    llama.eager_attention_forward = attention
+    llama.LlamaRMSNorm.forward = qwen2.Qwen2RMSNorm.forward = rms_norm
+    llama.eager_attention_forward = qwen2.eager_attention_forward = attention
 
 
 def divide_by(divisor: float) -> None:
