@@ -47,17 +47,24 @@ def samples(run: Path) -> dict[str, dict[int, list[Any]]]:
 
 def difference(ours: dict[int, list[Any]], theirs: dict[int, list[Any]]) -> tuple[str, str, str, str]:
     pairs = [both for doc in sorted(ours) for both in zip(ours[doc], theirs[doc], strict=True)]
-    if isinstance(pairs[0][0], str):  # generated text
-        return str(len(pairs)), "", "", f"{sum(a == b for a, b in pairs)} of {len(pairs)}"
-    values = [(_number(a), _number(b)) for a, b in pairs]
-    gaps = [abs(a - b) for a, b in values]
-    same = "" if not isinstance(pairs[0][0], list) else f"{sum(a[1] == b[1] for a, b in pairs)} of {len(pairs)}"
+    same = f"{sum(_text(a) == _text(b) for a, b in pairs)} of {len(pairs)}"
+    try:
+        gaps = [abs(_logprob(a) - _logprob(b)) for a, b in pairs]
+    except ValueError:  # generated text
+        return str(len(pairs)), "", "", same
+    if not isinstance(pairs[0][0], list):
+        same = ""
     return str(len(gaps)), f"{max(gaps):.2g}", f"{sum(gaps) / len(gaps):.2g}", same
 
 
-def _number(answer: Any) -> float:
-    """A log-likelihood stands alone, or with the verdict whether it is greedy."""
+def _logprob(answer: Any) -> float:
+    """A log-likelihood, alone or with the verdict whether it is greedy."""
     return float(answer[0] if isinstance(answer, list) else answer)
+
+
+def _text(answer: Any) -> str:
+    """The verdict, or the text."""
+    return str(answer[1] if isinstance(answer, list) else answer)
 
 
 def metrics(run: Path, task: str) -> str:
