@@ -185,7 +185,7 @@ def portability_warnings(scheme: QuantScheme, selection: Selection) -> list[str]
             warnings.append(f"{', '.join(fused)} are quantized only in part: vLLM fuses them and wants them alike")
     if not scheme.weight.symmetric:
         warnings.append(
-            "asymmetric: compressed-tensors 0.20 in transformers reports the packed zero points as a MISMATCH and goes "
-            "on without them, which makes nonsense; 0.19 and vLLM read them"
+            "asymmetric: transformers with compressed-tensors 0.20 reports the packed zero points as a MISMATCH and "
+            "doesn't load the model; 0.19 and vLLM read them"
         )
     return warnings
