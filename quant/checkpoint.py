@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from octavo.quant.formats.compressed_tensors import SUFFIXES, FormatError
-from octavo.quant.formats.compressed_tensors_config import CompressedTensorsConfig, parse_config
+from octavo.quant.formats.format import FormatError, QuantizationConfig
+from octavo.quant.formats.select import SUFFIXES, parse_quantization
 from octavo.quant.qparams import QuantizedWeight
 from octavo.quant.safetensors_file import SafetensorsError, SafetensorsFile, TensorSpec, parse_json
 
@@ -46,7 +46,7 @@ class Checkpoint:
         directory: Path,
         config: dict[str, Any],
         files: dict[str, SafetensorsFile],
-        quantization: CompressedTensorsConfig | None,
+        quantization: QuantizationConfig | None,
     ) -> None:
         self.directory = directory
         self.config = config
@@ -85,16 +85,21 @@ class Checkpoint:
 
     def linear(self, module: str) -> QuantizedWeight | Tensor:
         """The weight [N, K] of a linear layer, such as 'model.layers.0.self_attn.q_proj': quantized, or as it is."""
-        format_ = self.quantization.format_of(module) if self.quantization else None
+        suffixes = self.suffixes(module)
+        format_ = self.quantization.format_of(module, suffixes) if self.quantization else None
         if format_ is None:
             return self.tensor(f"{module}.weight")
-        tensors = {s: self.tensor(f"{module}.{s}") for s in SUFFIXES if self.has(f"{module}.{s}")}
+        tensors = {s: self.tensor(f"{module}.{s}") for s in suffixes}
         if not tensors:
             raise CheckpointError(f"{module}: the checkpoint has no weight for it")
         try:
             return format_.read(tensors)
         except FormatError as e:
             raise CheckpointError(f"{module}: {e}") from e
+
+    def suffixes(self, module: str) -> list[str]:
+        """Which tensors there are of a linear layer, in any format, biases aside: ['weight', 'weight_scale']."""
+        return [suffix for suffix in SUFFIXES if self.has(f"{module}.{suffix}")]
 
     @property
     def kv_cache_dtype(self) -> str | None:
@@ -130,7 +135,7 @@ class Checkpoint:
     def _hint(self, name: str) -> str:
         """What a missing name may be due to."""
         module, _, suffix = name.rpartition(".")
-        others = [s for s in SUFFIXES if self.has(f"{module}.{s}")]
+        others = self.suffixes(module)
         if suffix == "weight" and others:
             return f", but {', '.join(others)}: its quantization_config doesn't say that {module} is quantized"
         return ""
@@ -140,7 +145,7 @@ class Checkpoint:
         if self.quantization is None:
             return
         for module in sorted({name.rpartition(".")[0] for name in self.names if name.endswith("weight_scale")}):
-            self.quantization.format_of(module)
+            self.quantization.format_of(module, self.suffixes(module))
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -174,14 +179,9 @@ def quantization_dict(config: dict[str, Any]) -> dict[str, Any] | None:
     return None
 
 
-def _parse_quantization(config: dict[str, Any]) -> CompressedTensorsConfig | None:
+def _parse_quantization(config: dict[str, Any]) -> QuantizationConfig | None:
     raw = quantization_dict(config)
-    if raw is None:
-        return None
-    method = raw.get("quant_method")
-    if method != "compressed-tensors":
-        raise FormatError(f"quant_method {method!r} is not supported; compressed-tensors is")
-    return parse_config(raw)
+    return None if raw is None else parse_quantization(raw)
 
 
 def _find_shards(directory: Path) -> dict[str, list[str] | None]:

@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from octavo.quant.formats.format import FormatError
 from octavo.quant.packing import pack, packed_columns, unpack
 from octavo.quant.qparams import QuantizedWeight
 from octavo.quant.safetensors_file import TensorSpec
@@ -38,10 +39,6 @@ SUFFIXES = (
     "input_scale",
     "input_zero_point",
 )
-
-
-class FormatError(ValueError):
-    """Tensors or a config that the format doesn't allow, or that octavo doesn't read; the message says which."""
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,14 @@ that no layer uses does no harm.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
-from octavo.quant.formats.compressed_tensors import CompressedTensorsFormat, FormatError
+from octavo.quant.formats.compressed_tensors import CompressedTensorsFormat
+from octavo.quant.formats.format import FormatError
 from octavo.quant.scheme import (
     CHANNEL,
     PRESETS,
@@ -80,8 +81,9 @@ class CompressedTensorsConfig:
     groups: tuple[ConfigGroup, ...]
     ignore: tuple[str, ...]
     kv_cache: str | None = None
+    name: str = "compressed-tensors"
 
-    def format_of(self, module: str) -> CompressedTensorsFormat | None:
+    def format_of(self, module: str, suffixes: Collection[str] | None = None) -> CompressedTensorsFormat | None:  # noqa: ARG002
         """The format of a linear layer by its full name; None when it is not quantized.
 
         Raises FormatError when its scheme is one that octavo doesn't have.

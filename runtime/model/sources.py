@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from octavo.quant.checkpoint import Checkpoint, quantization_dict
-from octavo.quant.formats.compressed_tensors_config import parse_config
+from octavo.quant.formats.select import parse_quantization
 from octavo.quant.qparams import QuantizedWeight, quantize_weight
 
 Weight = QuantizedWeight | Tensor
@@ -103,7 +103,7 @@ class DummySource:
 
     def __init__(self, config: dict[str, Any], dtype: torch.dtype, seed: int) -> None:
         quantization = quantization_dict(config)
-        self._quantization = parse_config(quantization) if quantization is not None else None
+        self._quantization = parse_quantization(quantization) if quantization is not None else None
         self._dtype = dtype
         self._generator = torch.Generator().manual_seed(seed)
 

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from octavo.quant.checkpoint import Checkpoint
-from octavo.quant.formats.compressed_tensors import CompressedTensorsFormat, FormatError, write_config
+from octavo.quant.formats.compressed_tensors import CompressedTensorsFormat, write_config
 from octavo.quant.formats.compressed_tensors_config import parse_config
+from octavo.quant.formats.format import FormatError
 from octavo.quant.qparams import QuantizedWeight, quantize_weight
 from octavo.quant.scheme import (
     CHANNEL,

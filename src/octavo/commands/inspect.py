@@ -27,7 +27,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Inspect and print; returns the exit code."""
     from octavo.quant.checkpoint import Checkpoint, CheckpointError
-    from octavo.quant.formats.compressed_tensors import FormatError
+    from octavo.quant.formats.format import FormatError
     from octavo.quant.hub import resolve_model
 
     try:
@@ -51,7 +51,7 @@ def inspect(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "architecture": (config.get("architectures") or [None])[0],
         "model_type": config.get("model_type"),
-        "format": "compressed-tensors" if checkpoint.quantization else "unquantized",
+        "format": checkpoint.quantization.name if checkpoint.quantization else "unquantized",
         "files": len(checkpoint.files),
         "tensors": len(checkpoint.names),
         "layers": layers,

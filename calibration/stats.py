@@ -1,0 +1,61 @@
+"""What calibration remembers of a linear layer's input: enough for GPTQ, AWQ, SmoothQuant and static scales.
+
+The squared error of a layer's output over the calibration text is a function of its weight's change D and of the
+inputs' second moments H alone: sum over tokens |D x|^2 = trace(D H D^T). So no activations need to be kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class InputStats:
+    """Of the inputs x [K] of one linear layer (or of several that share them), over num_tokens tokens.
+
+    moments  [K, K] float32: the mean over tokens of x x^T (half of GPTQ's Hessian; a factor changes nothing there)
+    absmax   [K] float32: the largest |x| of each channel
+    absmean  [K] float32: the mean |x| of each channel
+    """
+
+    moments: Tensor
+    absmax: Tensor
+    absmean: Tensor
+    num_tokens: int
+
+    def scaled(self, scales: Tensor) -> InputStats:
+        """The statistics of x / scales, scales [K]: what the layer sees once a previous op was divided by them."""
+        s = scales.to(self.moments.device, torch.float32)
+        return InputStats(self.moments / torch.outer(s, s), self.absmax / s, self.absmean / s, self.num_tokens)
+
+
+class StatsCollector:
+    """Adds up InputStats over batches [T, K]; sums are float32, over chunks small enough for it."""
+
+    CHUNK = 2048  # tokens of one GEMM
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        self._sum = torch.zeros(in_features, in_features, device=device)
+        self._absmax = torch.zeros(in_features, device=device)
+        self._abssum = torch.zeros(in_features, dtype=torch.float64, device=device)
+        self.num_tokens = 0
+
+    def add(self, x: Tensor) -> None:
+        """x [T, K], in any floating type."""
+        for chunk in torch.split(x, self.CHUNK):
+            values = chunk.float()
+            self._sum.addmm_(values.t(), values)
+            magnitudes = values.abs()
+            self._absmax = torch.maximum(self._absmax, magnitudes.amax(0))
+            self._abssum += magnitudes.sum(0, dtype=torch.float64)
+        self.num_tokens += x.shape[0]
+
+    def result(self) -> InputStats:
+        """Raises ValueError when nothing was added."""
+        if self.num_tokens == 0:
+            raise ValueError("no token was seen")
+        mean = (self._abssum / self.num_tokens).float()
+        return InputStats(self._sum / self.num_tokens, self._absmax, mean, self.num_tokens)
