@@ -87,26 +87,28 @@ SHRINK = tuple(1 - 0.025 * i for i in range(21))
 CHUNK = 1 << 20  # elements worked on at a time: a few times this in float32 stays near the cores' caches
 
 
-def quantize_weight(weight: Tensor, scheme: QuantScheme, search: Search = "absmax") -> QuantizedWeight:
+def quantize_weight(
+    weight: Tensor, scheme: QuantScheme, search: Search = "absmax", scale_dtype: torch.dtype | None = None
+) -> QuantizedWeight:
     """Round a weight [N, K] onto a scheme, without data: every scale comes from the weights that share it.
 
     absmax: scales cover the whole range, as compressed-tensors' min-max observers choose them: integers [-2^(b-1),
     2^(b-1) - 1] with scale absmax / (2^b - 1) * 2, or (max - min) / (2^b - 1) and a zero point; fp8 absmax / 448.
     mse: of the scales that cover 1 to 0.5 of it, the one with the least squared error.
-    Scales are kept in the weight's own type, and codes are computed against the scale as stored, in float32, rounded
-    half to even. Raises WeightError for NaN or infinity.
+    Scales are kept in `scale_dtype` (None: the weight's own type), and codes are computed against the scale as stored,
+    in float32, rounded half to even. Raises WeightError for NaN or infinity, and for a scale too large for its type.
     """
     n, k = weight.shape
-    w = scheme.weight
+    w, stored = scheme.weight, scale_dtype or weight.dtype
     codes = torch.empty(n, k, dtype=torch.float8_e4m3fn if w.dtype == "fp8_e4m3" else torch.int8)
-    scale = torch.empty(w.granularity.scale_shape(n, k), dtype=weight.dtype)
+    scale = torch.empty(w.granularity.scale_shape(n, k), dtype=stored)
     zero_point = None if w.symmetric else torch.empty(scale.shape, dtype=torch.int8)
     rows, columns = _tile(w.granularity, n, k)
     step = rows * max(1, CHUNK // (rows * k))
     for begin in range(0, n, step):
         here = slice(begin, min(begin + step, n))
         tiled = _Tiles(weight[here], rows, columns)
-        s, z = tiled.search(w, weight.dtype) if search == "mse" else tiled.absmax(w, weight.dtype, 1.0)
+        s, z = tiled.search(w, stored) if search == "mse" else tiled.absmax(w, stored, 1.0)
         codes[here] = tiled.join(tiled.round(w, s, z))
         groups = slice(begin // rows, -(-here.stop // rows))
         scale[groups] = s.flatten(1)
@@ -201,5 +203,13 @@ class _Tiles:
 
 
 def _storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scales rounded to the type that they will be stored in, never 0 (a tile of zeros) nor subnormal."""
-    return scale.to(dtype).float().clamp(min=torch.finfo(dtype).tiny)
+    """Scales rounded to the type that they will be stored in, never 0 (a tile of zeros) nor near it.
+
+    float16 is subnormal below 6e-5, where scales of 8-bit weights lie, so there subnormals are allowed down to where
+    rounding moves a scale by 1 in 128.
+    """
+    least = 2.0**-18 if dtype == torch.float16 else torch.finfo(dtype).tiny
+    stored = scale.to(dtype).float().clamp(min=least)
+    if not bool(stored.isfinite().all()):
+        raise WeightError(f"a scale of {float(scale.max()):.3g} is needed, which {str(dtype)[6:]} can't hold")
+    return stored

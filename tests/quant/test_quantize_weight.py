@@ -115,6 +115,35 @@ def test_nan_and_infinity_are_refused(bad: float) -> None:
             quantize_weight(weight, scheme)
 
 
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_scales_in_a_type_of_their_own(scheme: QuantScheme) -> None:
+    """Float16 scales of a bfloat16 weight: as though the very same weight had been float16 all along."""
+    weight = (random_weight() / 16).half().bfloat16()  # values that both types hold
+    result = quantize_weight(weight, scheme, scale_dtype=torch.float16)
+    same = quantize_weight(weight.half(), scheme)
+    assert result.scale.dtype == torch.float16
+    assert torch.equal(result.scale, same.scale)
+    assert torch.equal(result.codes.view(torch.uint8), same.codes.view(torch.uint8))
+    assert (result.zero_point is None) == (same.zero_point is None)
+
+
+def test_small_weights_keep_their_range_in_float16() -> None:
+    """Scales of 8 bits around 1e-5, which float16 holds as subnormals: still half a step from each weight at most."""
+    weight = random_weight(dtype=torch.float32) * 1e-4
+    result = quantize_weight(weight, QuantScheme(WeightScheme("int8", group(32))), scale_dtype=torch.float16)
+    error = (result.dequantize() - weight).abs()
+    # The largest weight of a group is 127.5 steps; a scale rounded by 1/128 puts it at most one step further out.
+    assert bool((error <= 1.5 * result.scale.float().repeat_interleave(32, dim=1)).all())
+
+
+def test_a_scale_beyond_its_type_is_refused() -> None:
+    weight = random_weight()
+    weight[3, 5] = 2.0**21
+    assert quantize_weight(weight, PRESETS["W4A16"]).scale.isfinite().all()
+    with pytest.raises(WeightError, match=r"2.8e\+05 is needed, which float16 can't hold"):
+        quantize_weight(weight, PRESETS["W4A16"], scale_dtype=torch.float16)
+
+
 def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     """Work is done some rows at a time; how many must not matter."""
     weight = random_weight(n=300)
