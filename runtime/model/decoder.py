@@ -10,8 +10,8 @@ their `forward` (no hooks), and nothing is computed in a step that could be comp
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from torch import Tensor
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
 from octavo.kernels.attention.step import StepInputs
 from octavo.quant.linear import Linear
+from octavo.runtime.model.mlp import Change, Mlp
 from octavo.runtime.model.model import KVScales, LayerRow
 from octavo.runtime.model.spec import DecoderSpec
 from octavo.runtime.ops import Ops
@@ -35,8 +36,7 @@ class DecoderLayer:
 
     qkv: Linear
     o: Linear
-    gate_up: Linear
-    down: Linear
+    mlp: Mlp
     shape: AttentionShape
     cos_sin: Tensor | None
     q_norm: Tensor | None
@@ -47,11 +47,17 @@ class DecoderLayer:
     after_mlp: Tensor | None
 
     def linears(self) -> dict[str, Linear]:
-        return {"qkv": self.qkv, "o": self.o, "gate_up": self.gate_up, "down": self.down}
+        """All of them by their names in the layer: 'qkv', 'o', and the MLP's."""
+        return {"qkv": self.qkv, "o": self.o, **self.mlp.linears()}
+
+    def map_linears(self, change: Change) -> DecoderLayer:
+        """A copy, each linear layer what `change(name, linear)` returns for it."""
+        return replace(self, qkv=change("qkv", self.qkv), o=change("o", self.o), mlp=self.mlp.map_linears(change))
 
     def tensors(self) -> Iterator[Tensor]:
         norms = (self.before_attention, self.after_attention, self.before_mlp, self.after_mlp)
         yield from (t for t in (*norms, self.q_norm, self.k_norm, self.cos_sin) if t is not None)
+        yield from self.mlp.tensors()
 
 
 class Decoder:
@@ -91,10 +97,6 @@ class Decoder:
         self._embedding_scale = _embedding_scale(spec, self.dtype)
         own_head = [] if head_shares_embedding else [lm_head]
         self.weight_bytes = _weight_bytes([embedding, final_norm], layers, own_head)
-        self._act: Callable[[Tensor], Tensor] = {
-            "silu": ops.silu_and_mul,
-            "gelu_tanh": ops.gelu_tanh_and_mul,
-        }[spec.activation]
 
     @property
     def num_layers(self) -> int:
@@ -104,7 +106,7 @@ class Decoder:
     def forward(self, inputs: StepInputs, caches: list[LayerCache]) -> Tensor:
         """Logits [num logits_index, vocab_size] float32; each layer's keys and values go into its cache."""
         ops, eps, multiplier = self.ops, self.spec.norm_eps, self.spec.residual_multiplier
-        rope_and_cache, attention, act = ops.rope_and_cache, ops.attention, self._act
+        rope_and_cache, attention = ops.rope_and_cache, ops.attention
         last = len(self._layers) - 1
 
         residual = F.embedding(inputs.token_ids, self._embedding)
@@ -122,7 +124,7 @@ class Decoder:
                 hidden, residual = hidden[inputs.logits_index], residual[inputs.logits_index]
             hidden = layer.o.forward(hidden)
             hidden, residual = self._add_and_norm(hidden, residual, layer.after_attention, layer.before_mlp, multiplier)
-            hidden = layer.down.forward(act(layer.gate_up.forward(hidden)))
+            hidden = layer.mlp.forward(hidden)
             before_next = self._final_norm if i == last else self._layers[i + 1].before_attention
             hidden, residual = self._add_and_norm(hidden, residual, layer.after_mlp, before_next, multiplier)
         return self._logits(hidden)

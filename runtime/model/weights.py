@@ -20,6 +20,7 @@ from octavo.quant.scheme import CHANNEL, PRESETS, QuantScheme, WeightScheme, gro
 from octavo.runtime.config import Dtype, EngineConfig
 from octavo.runtime.device import choose_device
 from octavo.runtime.model.decoder import Decoder, DecoderLayer
+from octavo.runtime.model.mlp import GatedMlp, Mlp
 from octavo.runtime.model.model import KVScales, Model
 from octavo.runtime.model.rope import RopeSpec, cos_sin_table
 from octavo.runtime.model.sources import CheckpointSource, DummySource, LoadError, Source, Weight
@@ -160,6 +161,8 @@ class _Builder:
     ) -> None:
         self.config, self.spec, self.source = config, spec, source
         self.dtype, self.device, self.notes = dtype, device, notes
+        self.ops = select_ops(device, dtype)
+        self.act = {"silu": self.ops.silu_and_mul, "gelu_tanh": self.ops.gelu_tanh_and_mul}[spec.activation]
         self.kv_scales: KVScales | None = None
         self.kv_dtype: str | None = None
         if config.max_model_len is not None and config.max_model_len > spec.max_position:
@@ -180,7 +183,7 @@ class _Builder:
             final_norm=self._norm(f"{prefix}norm", spec.hidden_size),
             lm_head=lm_head,
             head_shares_embedding=spec.tied and self.config.lm_head_dtype == "auto",
-            ops=select_ops(self.device, self.dtype),
+            ops=self.ops,
             max_position=self.max_position,
             kv_scales=self.kv_scales,
             kv_dtype=self.kv_dtype,
@@ -191,20 +194,18 @@ class _Builder:
         spec = self.spec
         layer, name = spec.layers[index], f"{self.source.prefix}layers.{index}"
         hidden, width = spec.hidden_size, spec.num_heads * spec.head_dim
-        kv_width, intermediate = spec.num_kv_heads * spec.head_dim, spec.intermediate_size
+        kv_width = spec.num_kv_heads * spec.head_dim
         qkv = (
             {"qkv_proj": width + 2 * kv_width}
             if spec.fused
             else dict(zip(QKV, (width, kv_width, kv_width), strict=True))
         )
-        gate_up = {"gate_up_proj": 2 * intermediate} if spec.fused else dict.fromkeys(GATE_UP, intermediate)
         norms = [self._norm(f"{name}.{norm}", hidden) if norm else None for norm in NORMS[spec.norms]]
         q_norm, k_norm = self._qk_norms(f"{name}.self_attn", width, kv_width)
         return DecoderLayer(
             qkv=self._linear(f"{name}.self_attn", qkv, hidden, bias=spec.qkv_bias),
             o=self._linear(f"{name}.self_attn", {"o_proj": hidden}, width, bias=spec.o_bias),
-            gate_up=self._linear(f"{name}.mlp", gate_up, hidden, bias=spec.mlp_bias),
-            down=self._linear(f"{name}.mlp", {"down_proj": hidden}, intermediate, bias=spec.mlp_bias),
+            mlp=self._mlp(f"{name}.mlp"),
             shape=AttentionShape(
                 spec.num_heads,
                 spec.num_kv_heads,
@@ -220,6 +221,16 @@ class _Builder:
             after_attention=norms[1],
             before_mlp=norms[2],
             after_mlp=norms[3],
+        )
+
+    def _mlp(self, owner: str) -> Mlp:
+        spec = self.spec
+        hidden, inner = spec.hidden_size, spec.intermediate_size
+        gate_up = {"gate_up_proj": 2 * inner} if spec.fused else dict.fromkeys(GATE_UP, inner)
+        return GatedMlp(
+            gate_up=self._linear(owner, gate_up, hidden, bias=spec.mlp_bias),
+            down=self._linear(owner, {"down_proj": hidden}, inner, bias=spec.mlp_bias),
+            act=self.act,
         )
 
     def _linear(self, owner: str, widths: dict[str, int], in_features: int, *, bias: bool) -> Linear:

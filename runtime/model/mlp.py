@@ -1,0 +1,56 @@
+"""What stands behind a layer's second norm: a gated MLP, or (runtime/model/moe.py) a choice among several.
+
+The decoder knows one thing of it, `forward`. Calibration knows its linear layers by name and can exchange them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from octavo.quant.linear import Linear
+
+Change = Callable[[str, Linear], Linear]  # (name in the layer, linear layer) -> what stands in its place
+Activation = Callable[[Tensor], Tensor]  # [T, 2 I], gate then up -> [T, I]
+
+
+class Mlp(Protocol):
+    """x [T, H] -> [T, H], as an immutable value."""
+
+    def forward(self, x: Tensor) -> Tensor: ...
+
+    def linears(self) -> dict[str, Linear]:
+        """Its linear layers by their names in the layer: 'gate_up', 'experts.3.down'."""
+        ...
+
+    def map_linears(self, change: Change) -> Mlp:
+        """A copy, each linear layer what `change(name, linear)` returns for it."""
+        ...
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Weights that aren't linear layers: a router's."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class GatedMlp:
+    """down(act(gate(x)) * up(x))."""
+
+    gate_up: Linear
+    down: Linear
+    act: Activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down.forward(self.act(self.gate_up.forward(x)))
+
+    def linears(self) -> dict[str, Linear]:
+        return {"gate_up": self.gate_up, "down": self.down}
+
+    def map_linears(self, change: Change) -> GatedMlp:
+        return GatedMlp(change("gate_up", self.gate_up), change("down", self.down), self.act)
+
+    def tensors(self) -> Iterator[Tensor]:
+        return iter(())
