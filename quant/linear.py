@@ -244,7 +244,7 @@ def _rounding(activation: ActivationScheme | None, input_scale: Tensor | None, d
             raise ValueError("the scheme has a static activation scale, but the checkpoint stores no input_scale")
         scale = input_scale.to(device=device, dtype=torch.float32)
         if activation.dtype == "int8":
-            return lambda x: (x.float() / scale).round().clamp(-128, 127) * scale
+            return lambda x: int8_reference.fake_quantize_static(x, scale)
         return lambda x: fp8_reference.fake_quantize_static(x, scale)
     return _dynamic_rounding(activation.dtype, activation.granularity)
 

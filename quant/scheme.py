@@ -146,11 +146,19 @@ class QuantScheme:
         return name
 
 
+_W8A8 = QuantScheme(WeightScheme("int8", CHANNEL), ActivationScheme("int8", CHANNEL))
+
 PRESETS: dict[str, QuantScheme] = {
     "W4A16": QuantScheme(WeightScheme("int4", group(128))),
     "W4A16_ASYM": QuantScheme(WeightScheme("int4", group(128), symmetric=False)),
+    "W3A16": QuantScheme(WeightScheme("int3", group(128))),  # this and W2A16: octavo's own names
+    "W2A16": QuantScheme(WeightScheme("int2", group(128))),
     "W8A16": QuantScheme(WeightScheme("int8", group(128))),
-    "W8A8": QuantScheme(WeightScheme("int8", CHANNEL), ActivationScheme("int8", CHANNEL)),
+    "W8A8": _W8A8,
+    "INT8": _W8A8,
+    "W4A8": QuantScheme(WeightScheme("int4", group(128)), ActivationScheme("int8", CHANNEL)),
+    "W4AFP8": QuantScheme(WeightScheme("int4", group(128)), ActivationScheme("fp8_e4m3", CHANNEL)),
+    "FP8": QuantScheme(WeightScheme("fp8_e4m3", TENSOR), ActivationScheme("fp8_e4m3", TENSOR, dynamic=False)),
     "FP8_DYNAMIC": QuantScheme(WeightScheme("fp8_e4m3", CHANNEL), ActivationScheme("fp8_e4m3", CHANNEL)),
     "FP8_BLOCK": QuantScheme(
         WeightScheme("fp8_e4m3", Granularity("block", block=(128, 128))), ActivationScheme("fp8_e4m3", group(128))

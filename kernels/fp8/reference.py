@@ -32,8 +32,8 @@ def fake_quantize_per_group(x: Tensor, group_size: int) -> Tensor:
 
 
 def fake_quantize_static(x: Tensor, scale: Tensor) -> Tensor:
-    """The stored scale [] of the checkpoint, for every element."""
-    return round_to_e4m3(x, scale.float())
+    """The stored scale [] of the checkpoint, for every element. Infinity stays: saturated, it would look like a number."""
+    return torch.where(x.isinf(), x.float(), round_to_e4m3(x, scale.float()))
 
 
 def _scale(absmax: Tensor) -> Tensor:

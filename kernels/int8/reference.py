@@ -28,6 +28,11 @@ def fake_quantize_per_token(x: Tensor) -> Tensor:
     return codes.float() * torch.where(scale.isfinite(), scale, torch.nan)
 
 
+def fake_quantize_static(x: Tensor, scale: Tensor) -> Tensor:
+    """x rounded to int8 with the stored scale [] of the checkpoint, saturating, in float32. Infinity stays."""
+    return torch.where(x.isinf(), x.float(), (x.float() / scale).round().clamp(-128, 127) * scale)
+
+
 def linear(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     """quantize(x) [M, K] @ (codes [N, K] * scale [N, 1])^T -> [M, N] float32; the integer sum is exact."""
     x_codes, x_scale = quantize_per_token(x)

@@ -79,9 +79,12 @@ class CompressedTensorsFormat:
         """The tensors that `tensors` announced."""
         if weight.g_idx is not None:
             raise FormatError("g_idx (activation order by group) can't be written: compressed-tensors removed it")
+        if "input_scale" in (specs := self.tensors(*weight.shape)) and weight.input_scale is None:
+            raise FormatError(
+                f"{self.scheme} needs an input_scale, which only calibration gives; FP8_DYNAMIC needs none"
+            )
         n, k = weight.shape
         bits = self.scheme.weight.bits
-        specs = self.tensors(n, k)
         out = {"weight_scale": weight.scale.to(self.scale_dtype).reshape(specs["weight_scale"].shape)}
         if self.layout == "packed":
             out["weight_packed"] = pack(weight.codes, bits)

@@ -217,6 +217,8 @@ def test_a_static_scale_is_a_positive_number(scale: float) -> None:
     scheme = QuantScheme(WeightScheme("fp8_e4m3", TENSOR), ActivationScheme("fp8_e4m3", TENSOR, dynamic=False))
     weight = quantize_weight(torch.randn(8, 8).bfloat16(), scheme)
     format_ = CompressedTensorsFormat(scheme)
+    with pytest.raises(FormatError, match="needs an input_scale"):
+        format_.write(weight)
     written = format_.write(replace(weight, input_scale=torch.tensor(scale)))
     with pytest.raises(FormatError, match=r"input_scale is .*; a positive number is needed"):
         format_.read(written)

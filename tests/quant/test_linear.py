@@ -28,8 +28,10 @@ def weight(n: int, k: int, scheme: QuantScheme) -> QuantizedWeight:
     w = scheme.weight
     shape = w.granularity.scale_shape(n, k)
     scale = torch.rand(shape) * 0.01 + 1e-3
+    static = torch.tensor(0.01) if scheme.activation is not None and not scheme.activation.dynamic else None
     if w.dtype == "fp8_e4m3":
-        return QuantizedWeight(scheme, (torch.randn(n, k) * 50).to(torch.float8_e4m3fn), scale)
+        codes = (torch.randn(n, k) * 50).to(torch.float8_e4m3fn)
+        return QuantizedWeight(scheme, codes, scale, input_scale=static)
     low, high = w.int_range
     zero = None if w.symmetric else torch.randint(low, high + 1, shape, dtype=torch.int8)
     return QuantizedWeight(scheme, torch.randint(low, high + 1, (n, k), dtype=torch.int8), scale, zero)
@@ -161,7 +163,7 @@ def test_static_activation_scale() -> None:
     rounded = (x / 0.01).clamp(-448, 448).to(torch.float8_e4m3fn).float() * 0.01
     torch.testing.assert_close(run([w], torch.float32)(x), rounded @ w.dequantize().T, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="input_scale"):
-        run([plain])
+        run([replace(plain, input_scale=None)])
 
 
 def test_parts_that_share_a_scheme_are_fused_and_others_are_not() -> None:
