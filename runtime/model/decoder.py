@@ -10,7 +10,7 @@ their `forward` (no hooks), and nothing is computed in a step that could be comp
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,6 +24,10 @@ from octavo.runtime.model.mlp import Change, Mlp
 from octavo.runtime.model.model import KVScales, LayerRow
 from octavo.runtime.model.spec import DecoderSpec
 from octavo.runtime.ops import Ops
+
+Tap = Callable[
+    [int, Tensor], None
+]  # layer, residual stream [num_tokens, hidden] (the last: [num logits_index, hidden])
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +107,11 @@ class Decoder:
         return len(self._layers)
 
     @torch.inference_mode()
-    def forward(self, inputs: StepInputs, caches: list[LayerCache]) -> Tensor:
-        """Logits [num logits_index, vocab_size] float32; each layer's keys and values go into its cache."""
+    def forward(self, inputs: StepInputs, caches: list[LayerCache], tap: Tap | None = None) -> Tensor:
+        """Logits [num logits_index, vocab_size] float32; each layer's keys and values go into its cache.
+
+        tap is called after each layer with its number and the residual stream, for whoever measures.
+        """
         ops, eps, multiplier = self.ops, self.spec.norm_eps, self.spec.residual_multiplier
         rope_and_cache, attention = ops.rope_and_cache, ops.attention
         last = len(self._layers) - 1
@@ -127,6 +134,8 @@ class Decoder:
             hidden = layer.mlp.forward(hidden)
             before_next = self._final_norm if i == last else self._layers[i + 1].before_attention
             hidden, residual = self._add_and_norm(hidden, residual, layer.after_mlp, before_next, multiplier)
+            if tap is not None:
+                tap(i, residual)
         return self._logits(hidden)
 
     def _add_and_norm(
