@@ -25,9 +25,7 @@ from octavo.runtime.model.model import KVScales, LayerRow
 from octavo.runtime.model.spec import DecoderSpec
 from octavo.runtime.ops import Ops
 
-Tap = Callable[
-    [int, Tensor], None
-]  # layer, residual stream [num_tokens, hidden] (the last: [num logits_index, hidden])
+Tap = Callable[[int, Tensor], None]  # layer, residual [num_tokens, hidden]; of the last only logits_index's rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +96,7 @@ class Decoder:
         self._layers = layers
         self._final_norm = final_norm
         self._lm_head = lm_head
-        self._embedding_scale = _embedding_scale(spec, self.dtype)
+        self._embedding_scale = embedding_scale(spec, self.dtype)
         own_head = [] if head_shares_embedding else [lm_head]
         self.weight_bytes = _weight_bytes([embedding, final_norm], layers, own_head)
 
@@ -176,7 +174,7 @@ class Decoder:
         ]
 
 
-def _embedding_scale(spec: DecoderSpec, dtype: torch.dtype) -> float:
+def embedding_scale(spec: DecoderSpec, dtype: torch.dtype) -> float:
     """Gemma's sqrt(hidden_size) is a tensor of the model's type: 55.4256 is 55.5 in bfloat16."""
     scale = torch.tensor(spec.embedding_scale)
     return float(scale.to(dtype)) if spec.round_embedding_scale else spec.embedding_scale
