@@ -86,11 +86,11 @@ def _load_decoder(config: EngineConfig, spec: DecoderSpec, hf_config: dict[str, 
     dtype = choose_dtype(config.dtype, spec.dtype, device, notes)
     if config.load_format == "dummy":
         notes.append("the weights are random (--load-format dummy)")
-        return _Builder(config, spec, DummySource(hf_config, dtype, config.seed), dtype, device, notes).build()
+        return DecoderBuilder(config, spec, DummySource(hf_config, dtype, config.seed), dtype, device, notes).build()
     checkpoint = Checkpoint.open(directory)
     source = CheckpointSource(checkpoint)
     source.require(required_modules(spec, source.prefix))
-    builder = _Builder(config, spec, source, dtype, device, notes)
+    builder = DecoderBuilder(config, spec, source, dtype, device, notes)
     builder.kv_scales = _kv_scales(checkpoint, spec, source.prefix)
     builder.kv_dtype = checkpoint.kv_cache_dtype
     model = builder.build()
@@ -147,7 +147,7 @@ def _head_name(prefix: str) -> str:
     return "language_model.lm_head" if prefix == "language_model.model." else "lm_head"
 
 
-class _Builder:
+class DecoderBuilder:
     """Builds one Decoder from a Source."""
 
     def __init__(
@@ -174,7 +174,7 @@ class _Builder:
         spec, prefix = self.spec, self.source.prefix
         shape = (spec.vocab_size, spec.hidden_size)
         embedding = self.source.tensor(f"{prefix}embed_tokens.weight", shape).to(self.device, self.dtype, copy=True)
-        layers = [self._layer(i) for i in range(len(spec.layers))]
+        layers = [self.layer(i) for i in range(len(spec.layers))]
         lm_head = self._lm_head(embedding)
         return Decoder(
             spec,
@@ -190,7 +190,7 @@ class _Builder:
             notes=self.notes,
         )
 
-    def _layer(self, index: int) -> DecoderLayer:
+    def layer(self, index: int) -> DecoderLayer:
         spec = self.spec
         layer, name = spec.layers[index], f"{self.source.prefix}layers.{index}"
         hidden, width = spec.hidden_size, spec.num_heads * spec.head_dim

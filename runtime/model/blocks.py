@@ -1,0 +1,198 @@
+"""A decoder's blocks, one at a time: for calibration, which holds one block's weights and many samples' hidden states.
+
+The same layers and operators as in serving, so that what is measured is what will be served; only the loop differs:
+all samples go through one block before the next one is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from octavo.kernels.attention.cache import LayerCache
+from octavo.kernels.attention.step import StepInputs
+from octavo.quant.block_map import Fold, InputGroup
+from octavo.quant.linear import Linear
+from octavo.runtime.config import EngineConfig
+from octavo.runtime.device import choose_device
+from octavo.runtime.model.decoder import DecoderLayer, embedding_scale
+from octavo.runtime.model.sources import LoadError, Weight
+from octavo.runtime.model.spec import DecoderSpec
+from octavo.runtime.model.weights import GATE_UP, NORMS, QKV, DecoderBuilder, choose_dtype
+from octavo.runtime.ops import select_ops
+
+Record = Callable[[str, Tensor], None]  # (group's name, its input [T, K])
+RecordKV = Callable[[Tensor, Tensor], None]  # keys after rope, values, [T, Hkv, D]
+
+
+class BlockRunner:
+    """Runs sequences of equal length through single blocks of the model that a config describes.
+
+    Raises UnsupportedModelError for a config that the decoder doesn't have.
+    """
+
+    def __init__(
+        self, config: dict[str, Any], prefix: str, seq_len: int, device: Literal["auto", "cpu", "cuda"] = "auto"
+    ) -> None:
+        """prefix stands before layer names: 'model.'; seq_len is the length of every sequence."""
+        self.spec = DecoderSpec.from_hf(config)
+        if seq_len > self.spec.max_position:
+            raise LoadError(f"--max-seq-length {seq_len}: the model has {self.spec.max_position} positions")
+        self.device = choose_device(device)
+        self.dtype = torch.float32
+        if self.spec.dtype != "float32":
+            self.dtype = choose_dtype("auto", self.spec.dtype, self.device, [])
+        self.hidden_size = self.spec.hidden_size
+        self.num_blocks = len(self.spec.layers)
+        self._prefix, self._seq_len = prefix, seq_len
+        self._ops = select_ops(self.device, self.dtype)
+        engine = EngineConfig(model=str(Path()), max_model_len=seq_len)
+        self._source = _Tensors(prefix)
+        self._builder = DecoderBuilder(engine, self.spec, self._source, self.dtype, self.device, [])
+
+    @property
+    def embedding_name(self) -> str:
+        return f"{self._prefix}embed_tokens.weight"
+
+    def embed(self, token_ids: Tensor, embedding: Tensor) -> Tensor:
+        """token_ids [B, T], embedding [vocab, H] as stored -> the first block's input [B, T, H]."""
+        hidden = F.embedding(token_ids, embedding).to(self.device, self.dtype)
+        scale = embedding_scale(self.spec, self.dtype)
+        return hidden if scale == 1.0 else hidden * scale
+
+    def build(self, index: int, tensors: Mapping[str, Tensor]) -> DecoderLayer:
+        """Block `index` out of its tensors by their names in the checkpoint, all of them dense."""
+        self._source.tensors = tensors
+        try:
+            return self._builder.layer(index)
+        finally:
+            self._source.tensors = {}
+
+    def groups(self, index: int, layer: DecoderLayer) -> list[InputGroup]:
+        """The block's linear layers by the input that they share, in the order of computing."""
+        name = f"{self._prefix}layers.{index}"
+        return [InputGroup(group, tuple(f"{name}.{m}" for m in self._modules(group))) for group in layer.linears()]
+
+    def _modules(self, group: str) -> tuple[str, ...]:
+        match group:
+            case "qkv":
+                return tuple(f"self_attn.{m}" for m in (("qkv_proj",) if self.spec.fused else QKV))
+            case "o":
+                return ("self_attn.o_proj",)
+            case "gate_up":
+                return tuple(f"mlp.{m}" for m in (("gate_up_proj",) if self.spec.fused else GATE_UP))
+            case "down":
+                return ("mlp.down_proj",)
+        raise LoadError(f"{group}: a linear layer that calibration doesn't know")
+
+    def folds(self, index: int) -> list[Fold]:
+        """Where a scale per input channel can be hidden in the op before."""
+        spec, name = self.spec, f"{self._prefix}layers.{index}"
+        before_attention, _, before_mlp, _ = NORMS[spec.norms]
+        width, kv_width = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+        folds = []
+        if before_attention is not None:
+            folds.append(Fold("qkv", f"{name}.{before_attention}", "norm", offset=spec.norm_offset))
+        v, up = f"{name}.self_attn.v_proj", f"{name}.mlp.up_proj"
+        v_rows, up_rows = None, None
+        if spec.fused:
+            v, v_rows = f"{name}.self_attn.qkv_proj", (width + kv_width, width + 2 * kv_width)
+            up, up_rows = f"{name}.mlp.gate_up_proj", (spec.intermediate_size, 2 * spec.intermediate_size)
+        repeats = spec.num_heads // spec.num_kv_heads
+        folds.append(Fold("o", v, "rows", rows=v_rows, repeats=repeats, head_dim=spec.head_dim))
+        if before_mlp is not None:
+            folds.append(Fold("gate_up", f"{name}.{before_mlp}", "norm", offset=spec.norm_offset))
+        folds.append(Fold("down", up, "rows", rows=up_rows))
+        return folds
+
+    @torch.inference_mode()
+    def forward(
+        self, layer: DecoderLayer, hidden: Tensor, record: Record | None = None, record_kv: RecordKV | None = None
+    ) -> Tensor:
+        """hidden [B, T, H] through one block -> [B, T, H]; inputs of its linear layers go to `record` on the way."""
+        if record is not None:
+            layer = layer.map_linears(lambda name, linear: _Recorded(linear, name, record))
+        batch, length, width = hidden.shape
+        ops, eps, residual = self._ops, self.spec.norm_eps, hidden.reshape(batch * length, width)
+        inputs, cache = _step(batch, length, self.device), self._cache(batch)
+
+        normed = residual if layer.before_attention is None else ops.rms_norm(residual, layer.before_attention, eps)
+        qkv = layer.qkv.forward(normed)
+        q = ops.rope_and_cache(qkv, inputs, cache, layer.shape, layer.cos_sin, layer.q_norm, layer.k_norm, eps)
+        if record_kv is not None:
+            record_kv(*(t.transpose(1, 2).flatten(0, 1) for t in (cache.key, cache.value)))
+        attended = layer.o.forward(ops.attention(q, inputs, cache, layer.shape))
+        residual = residual + self._scaled(attended, layer.after_attention)
+        normed = residual if layer.before_mlp is None else ops.rms_norm(residual, layer.before_mlp, eps)
+        residual = residual + self._scaled(layer.mlp.forward(normed), layer.after_mlp)
+        return residual.view(batch, length, width)
+
+    def _scaled(self, hidden: Tensor, after: Tensor | None) -> Tensor:
+        """A sublayer's output as it is added to the residual."""
+        if after is not None:
+            hidden = self._ops.rms_norm(hidden, after, self.spec.norm_eps)
+        multiplier = self.spec.residual_multiplier
+        return hidden if multiplier == 1.0 else hidden * multiplier
+
+    def _cache(self, batch: int) -> LayerCache:
+        """One block of the cache for each sequence."""
+        shape = (batch, self.spec.num_kv_heads, self._seq_len, self.spec.head_dim)
+        key, value = (torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2))
+        one = torch.ones(self.spec.num_kv_heads, device=self.device)
+        return LayerCache(key, value, one, one)
+
+
+class _Recorded(Linear):
+    """A linear layer that shows its input."""
+
+    def __init__(self, inner: Linear, name: str, record: Record) -> None:
+        super().__init__(inner._scheme, inner._bodies, inner._bias)
+        self._name, self._record = name, record
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._record(self._name, x)
+        return super().forward(x)
+
+
+class _Tensors:
+    """A Source over one block's tensors in memory."""
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = prefix
+        self.tensors: Mapping[str, Tensor] = {}
+
+    def linear(self, module: str, out_features: int, in_features: int) -> Weight:
+        return self.tensor(f"{module}.weight", (out_features, in_features))
+
+    def bias(self, module: str, out_features: int, *, expected: bool) -> Tensor | None:
+        name = f"{module}.bias"
+        return self.tensor(name, (out_features,)) if expected or name in self.tensors else None
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        tensor = self.tensors.get(name)
+        if tensor is None:
+            raise LoadError(f"the checkpoint has no tensor {name}")
+        if tuple(tensor.shape) != shape:
+            raise LoadError(f"{name} is {list(tensor.shape)} in the checkpoint; config.json makes it {list(shape)}")
+        return tensor
+
+
+def _step(batch: int, length: int, device: torch.device) -> StepInputs:
+    """`batch` sequences of `length` tokens, each prefilled at once into a cache block of its own."""
+    slots = torch.arange(batch * length, device=device)
+    return StepInputs(
+        token_ids=slots,  # hidden states come in instead
+        positions=slots % length,
+        slot_mapping=slots,
+        block_tables=torch.arange(batch, dtype=torch.int32, device=device).unsqueeze(1),
+        seq_lens=torch.full((batch,), length, dtype=torch.int32, device=device),
+        query_starts=torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=device),
+        logits_index=slots,
+        max_query_len=length,
+        max_seq_len=length,
+    )

@@ -1,0 +1,90 @@
+"""The block runner against the decoder that serves: block by block the same numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from octavo.kernels.attention.step import StepInputs
+from octavo.quant.checkpoint import Checkpoint
+from octavo.runtime.config import EngineConfig
+from octavo.runtime.kv_cache import allocate
+from octavo.runtime.model.blocks import BlockRunner
+from octavo.runtime.model.weights import load_model
+
+LENGTH = 24
+
+
+def whole_model(directory: Path, token_ids: Tensor) -> Tensor:
+    """Logits [B, T, vocab] of the serving path, one sequence at a time."""
+    model = load_model(EngineConfig(model=str(directory), dtype="float32"))
+    positions = torch.arange(LENGTH)
+    rows = []
+    for row in token_ids:
+        step = StepInputs(
+            token_ids=row,
+            positions=positions,
+            slot_mapping=positions,
+            block_tables=torch.zeros((1, 1), dtype=torch.int32),
+            seq_lens=torch.tensor([LENGTH], dtype=torch.int32),
+            query_starts=torch.tensor([0, LENGTH], dtype=torch.int32),
+            logits_index=positions,
+            max_query_len=LENGTH,
+            max_seq_len=LENGTH,
+        )
+        rows.append(model.forward(step, allocate(model, 1, LENGTH, model.dtype)))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-qwen2"])
+def test_blocks_in_a_row_are_the_decoder(fixtures: Path, name: str) -> None:
+    directory = fixtures / name
+    checkpoint = Checkpoint.open(directory)
+    runner = BlockRunner(checkpoint.config | {"dtype": "float32"}, "model.", LENGTH)
+    token_ids = torch.randint(3, 1000, (3, LENGTH), generator=torch.Generator().manual_seed(1))
+
+    hidden = runner.embed(token_ids, checkpoint.tensor(runner.embedding_name).float())
+    seen: dict[str, Tensor] = {}
+    for index in range(runner.num_blocks):
+        tensors = {n: checkpoint.tensor(n).float() for n in checkpoint.names if f".layers.{index}." in n}
+        layer = runner.build(index, tensors)
+        groups = runner.groups(index, layer)
+        assert {m for group in groups for m in group.modules} == {
+            n.removesuffix(".weight") for n, t in tensors.items() if t.ndim == 2 and not n.endswith("mlp.gate.weight")
+        }
+        seen.clear()
+        hidden = runner.forward(layer, hidden, lambda group, x: seen.__setitem__(group, x))
+        assert seen.keys() == {group.name for group in groups}
+
+    norm = checkpoint.tensor("model.norm.weight").float()
+    head_name = "lm_head.weight" if checkpoint.has("lm_head.weight") else runner.embedding_name
+    normed = runner._ops.rms_norm(hidden.flatten(0, 1), norm, runner.spec.norm_eps)
+    logits = (normed @ checkpoint.tensor(head_name).float().t()).view(3, LENGTH, -1)
+    # Batches differ in how a GEMM splits its sums: float32 rounding, over some hundred products of numbers near 1.
+    torch.testing.assert_close(logits, whole_model(directory, token_ids), rtol=1e-4, atol=1e-4)
+
+
+def test_a_folded_scale_changes_nothing(fixtures: Path) -> None:
+    """Each Fold really names the op whose channels the group reads: dividing there and multiplying here is nothing."""
+    checkpoint = Checkpoint.open(fixtures / "tiny")
+    runner = BlockRunner(checkpoint.config | {"dtype": "float32"}, "model.", LENGTH)
+    tensors = {n: checkpoint.tensor(n).float().clone() for n in checkpoint.names if ".layers.0." in n}
+    hidden = torch.randn(2, LENGTH, runner.hidden_size, generator=torch.Generator().manual_seed(2))
+    layer = runner.build(0, tensors)
+    before = runner.forward(layer, hidden)
+    readers = {group.name: group.modules for group in runner.groups(0, layer)}
+    folds = runner.folds(0)
+    assert [fold.group for fold in folds] == ["qkv", "o", "gate_up", "down"]
+    for fold in folds:
+        weight = tensors[f"{fold.producer}.weight"]
+        scale = torch.rand(weight.shape[0], generator=torch.Generator().manual_seed(3)) + 0.5
+        weight.div_(scale if weight.ndim == 1 else scale.unsqueeze(1))
+        heads = scale.view(-1, 1, fold.head_dim) if fold.repeats > 1 else scale.view(-1, 1, 1)
+        spread = heads.expand(-1, fold.repeats, -1).flatten()
+        for module in readers[fold.group]:
+            tensors[f"{module}.weight"].mul_(spread)
+    after = runner.forward(runner.build(0, tensors), hidden)
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
