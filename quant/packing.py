@@ -41,14 +41,28 @@ def _pack_bits(fields: Tensor, bits: int) -> Tensor:
     return (planes.view(rows, columns * bits // 8, 8) * weights).sum(-1, dtype=torch.uint8)
 
 
-def unpack(words: Tensor, bits: int, columns: int) -> Tensor:
-    """The inverse of `pack`, to [rows, columns] int8; reads the padded layout too, which its width gives away.
+def is_padded(words: Tensor, bits: int, columns: int) -> bool:
+    """Whether words [rows, width] are in the padded layout, where it differs from the dense one.
+
+    Where both are as wide (3 bits: some column counts that 32 doesn't divide), by the top bits that padding leaves 0.
+    """
+    width, dense = words.shape[1], packed_columns(columns, bits)
+    if 32 % bits == 0 or width != -(-columns // (32 // bits)):
+        return False
+    unused = -(1 << (32 // bits * bits))  # the word's top 32 % bits bits, as an int32
+    return width != dense or not bool((words & unused).any())
+
+
+def unpack(words: Tensor, bits: int, columns: int, *, padded: bool | None = None) -> Tensor:
+    """The inverse of `pack`, to [rows, columns] int8; reads the padded layout too. None: `is_padded` tells.
 
     Raises ValueError when the width is neither layout's.
     """
+    words = words.contiguous()
     rows, width = words.shape
-    if width == packed_columns(columns, bits):
-        stream = words.contiguous().view(torch.uint8).view(rows, -1)
+    padded = is_padded(words, bits, columns) if padded is None else padded
+    if width == packed_columns(columns, bits) and not padded:
+        stream = words.view(torch.uint8).view(rows, -1)
         fields = _unpack_stream(stream, bits)
     elif width == -(-columns // (32 // bits)):
         shifts = torch.arange(32 // bits, dtype=torch.int32) * bits

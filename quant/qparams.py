@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from octavo.quant.scheme import Granularity, QuantScheme, WeightScheme
+from octavo.quant.scheme import Granularity, QuantScheme, SchemeError, WeightScheme
 
 FP8_MAX = 448.0  # float8_e4m3fn's largest
 
@@ -18,11 +18,12 @@ FP8_MAX = 448.0  # float8_e4m3fn's largest
 class QuantizedWeight:
     """One linear layer's weight as integers (or e4m3 codes) and scales, in no packed layout.
 
-    codes       [N, K] int8 (signed: int4 lies in -8..7), or float8_e4m3fn
+    codes       [N, K] int8 (signed: int4 lies in -8..7), or float8_e4m3fn, which holds each fp4_e2m1 number too
     scale       scheme.weight.granularity.scale_shape(N, K), in the type that the checkpoint stores
     zero_point  None when symmetric, else int8 of scale's shape, in the same signed range as codes
     g_idx       None, or [K] int32: the group of each column (GPTQ act-order)
     input_scale None, or [] float32: the static scale of the input
+    note        what whoever read it from a file has to tell a person about that file
     Owned here: this is the one meaning of the numbers; formats map files to it, kernels pack from it.
     """
 
@@ -32,6 +33,7 @@ class QuantizedWeight:
     zero_point: Tensor | None = None
     g_idx: Tensor | None = None
     input_scale: Tensor | None = None
+    note: str = ""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -100,6 +102,8 @@ def quantize_weight(
     """
     n, k = weight.shape
     w, stored = scheme.weight, scale_dtype or weight.dtype
+    if w.dtype == "fp4_e2m1":
+        raise SchemeError("fp4_e2m1 weights are read from checkpoints and served, but not made here")
     codes = torch.empty(n, k, dtype=torch.float8_e4m3fn if w.dtype == "fp8_e4m3" else torch.int8)
     scale = torch.empty(w.granularity.scale_shape(n, k), dtype=stored)
     zero_point = None if w.symmetric else torch.empty(scale.shape, dtype=torch.int8)

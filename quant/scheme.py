@@ -12,11 +12,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-WeightDtype = Literal["fp8_e4m3", "int8", "int4", "int3", "int2", "bf16"]
+WeightDtype = Literal["fp8_e4m3", "fp4_e2m1", "int8", "int4", "int3", "int2", "bf16"]
 ActivationDtype = Literal["fp8_e4m3", "int8"]
 KVDtype = Literal["auto", "float32", "bf16", "fp16", "fp8_e4m3", "int8"]
 
-BITS: dict[str, int] = {"fp8_e4m3": 8, "int8": 8, "int4": 4, "int3": 3, "int2": 2, "bf16": 16}
+BITS: dict[str, int] = {"fp8_e4m3": 8, "fp4_e2m1": 4, "int8": 8, "int4": 4, "int3": 3, "int2": 2, "bf16": 16}
 GROUP_SIZES = (32, 64, 128)
 
 
@@ -81,15 +81,18 @@ def group(size: int) -> Granularity:
 
 @dataclass(frozen=True)
 class WeightScheme:
-    """Integers: w = (q - zero_point) * scale, zero_point 0 when symmetric. FP8: w = q * scale."""
+    """Integers: w = (q - zero_point) * scale, zero_point 0 when symmetric. Floats: w = q * scale.
+
+    fp4_e2m1 (NVFP4, MXFP4) is read from checkpoints and served; nothing here makes it.
+    """
 
     dtype: WeightDtype
     granularity: Granularity
     symmetric: bool = True
 
     def __post_init__(self) -> None:
-        if self.dtype == "fp8_e4m3" and not self.symmetric:
-            raise SchemeError("fp8_e4m3 weights have no zero point: symmetric must be true")
+        if self.is_float and not self.symmetric:
+            raise SchemeError(f"{self.dtype} weights have no zero point: symmetric must be true")
         if self.dtype == "bf16":
             raise SchemeError("an unquantized layer has no scheme: use None instead of a bf16 scheme")
 
@@ -98,10 +101,15 @@ class WeightScheme:
         return BITS[self.dtype]
 
     @property
+    def is_float(self) -> bool:
+        """Whether codes are floating point, each a number of its own."""
+        return self.dtype in ("fp8_e4m3", "fp4_e2m1")
+
+    @property
     def int_range(self) -> tuple[int, int]:
         """Smallest and largest stored integer, signed: (-8, 7) for int4. Zero points lie in the same range."""
-        if self.dtype == "fp8_e4m3":
-            raise SchemeError("fp8_e4m3 is not an integer type")
+        if self.is_float:
+            raise SchemeError(f"{self.dtype} is not an integer type")
         return -(1 << (self.bits - 1)), (1 << (self.bits - 1)) - 1
 
 
@@ -133,8 +141,8 @@ class QuantScheme:
 
     def __post_init__(self) -> None:
         a, w = self.activation, self.weight
-        if a is not None and a.dtype == "int8" and w.dtype == "fp8_e4m3":
-            raise SchemeError("int8 activations with fp8 weights: no format and no kernel has that")
+        if a is not None and a.dtype == "int8" and w.is_float:
+            raise SchemeError(f"int8 activations with {w.dtype} weights: no format and no kernel has that")
         if a is not None and w.granularity.kind == "block" and a.granularity.kind != "group":
             raise SchemeError("block-scaled weights go with activations in groups of the block's columns")
 
@@ -144,6 +152,28 @@ class QuantScheme:
             how = "token" if self.activation.granularity == CHANNEL else str(self.activation.granularity)
             name += f" x {self.activation.dtype}/{'' if self.activation.dynamic else 'static '}{how}"
         return name
+
+
+@dataclass(frozen=True)
+class KVScheme:
+    """What a checkpoint's KV cache is to be stored as. Keys and values have static scales, symmetric.
+
+    key, value  bf16: as computed, without a scale. Keys whose biases go beyond e4m3's range (Qwen2's) stay bf16.
+    per_head    a scale for each KV head; else one for all
+    """
+
+    key: Literal["bf16", "fp8_e4m3", "int8"]
+    value: Literal["bf16", "fp8_e4m3", "int8"]
+    per_head: bool = False
+
+    def __post_init__(self) -> None:
+        kinds = {self.key, self.value} - {"bf16"}
+        if len(kinds) != 1:
+            raise SchemeError(f"KV cache of {self.key} keys and {self.value} values: one 8-bit type, or it and bf16")
+
+    def __str__(self) -> str:
+        name = self.key if self.key == self.value else f"k={self.key},v={self.value}"
+        return f"{name}/{'head' if self.per_head else 'tensor'}"
 
 
 _W8A8 = QuantScheme(WeightScheme("int8", CHANNEL), ActivationScheme("int8", CHANNEL))

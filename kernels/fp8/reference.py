@@ -32,7 +32,7 @@ def fake_quantize_per_group(x: Tensor, group_size: int) -> Tensor:
 
 
 def fake_quantize_static(x: Tensor, scale: Tensor) -> Tensor:
-    """The stored scale [] of the checkpoint, for every element. Infinity stays: saturated, it would look like a number."""
+    """The stored scale [] of the checkpoint, for every element. Infinity stays: clamped, it would hide."""
     return torch.where(x.isinf(), x.float(), round_to_e4m3(x, scale.float()))
 
 

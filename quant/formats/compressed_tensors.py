@@ -15,6 +15,7 @@ different ages disagree about (a W4A8 layer is found in either).
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -23,10 +24,10 @@ import torch
 from torch import Tensor
 
 from octavo.quant.formats.format import FormatError
-from octavo.quant.packing import pack, packed_columns, unpack
+from octavo.quant.packing import is_padded, pack, packed_columns, unpack
 from octavo.quant.qparams import QuantizedWeight
 from octavo.quant.safetensors_file import TensorSpec
-from octavo.quant.scheme import QuantScheme
+from octavo.quant.scheme import KVScheme, QuantScheme
 
 Layout = Literal["packed", "plain"]
 SUFFIXES = (
@@ -36,8 +37,10 @@ SUFFIXES = (
     "weight_shape",
     "weight_zero_point",
     "weight_g_idx",
+    "weight_global_scale",
     "input_scale",
     "input_zero_point",
+    "input_global_scale",
 )
 
 
@@ -46,15 +49,29 @@ class CompressedTensorsFormat:
     """One layer's tensors, by their names after the module's, to and from the canonical weight.
 
     scale_dtype is for writing; what is read keeps the type that it was stored in.
+    act_order: columns have their groups from weight_g_idx (actorder "group").
     """
 
     scheme: QuantScheme
     scale_dtype: torch.dtype = torch.bfloat16
+    act_order: bool = False
 
     @property
     def layout(self) -> Layout:
-        """The layout to write: packed for weight-only integers, as every writer does."""
-        return "packed" if self.scheme.activation is None and self.scheme.weight.dtype != "fp8_e4m3" else "plain"
+        """The layout to write, as vLLM reads it: packed for weight-only integers, and for int4 with fp8 input."""
+        w, a = self.scheme.weight, self.scheme.activation
+        if w.is_float:
+            return "plain"
+        return "packed" if a is None or (a.dtype == "fp8_e4m3" and w.bits < 8) else "plain"
+
+    @property
+    def name(self) -> str:
+        """What compressed-tensors calls it."""
+        if self.layout == "packed":
+            return "pack-quantized"
+        if self.scheme.activation is None:
+            return "naive-quantized"
+        return "float-quantized" if self.scheme.weight.is_float else "int-quantized"
 
     def tensors(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
         """What `write` will return for a weight of this shape."""
@@ -67,37 +84,50 @@ class CompressedTensorsFormat:
             specs["weight_shape"] = TensorSpec(torch.int64, (2,))
             if not w.symmetric:
                 specs["weight_zero_point"] = TensorSpec(torch.int32, (packed_columns(n, w.bits), scale_shape[1]))
-            return specs
-        specs["weight"] = TensorSpec(torch.float8_e4m3fn if w.dtype == "fp8_e4m3" else torch.int8, (n, k))
-        if not w.symmetric:
-            specs["weight_zero_point"] = TensorSpec(torch.int8, specs["weight_scale"].shape)
+        else:
+            specs["weight"] = TensorSpec(torch.float8_e4m3fn if w.is_float else torch.int8, (n, k))
+            if not w.symmetric:
+                specs["weight_zero_point"] = TensorSpec(torch.int8, specs["weight_scale"].shape)
+        if self.act_order:
+            specs["weight_g_idx"] = TensorSpec(torch.int32, (k,))
         if self.scheme.activation is not None and not self.scheme.activation.dynamic:
             specs["input_scale"] = TensorSpec(self.scale_dtype, (1,))
         return specs
 
     def write(self, weight: QuantizedWeight) -> dict[str, Tensor]:
-        """The tensors that `tensors` announced."""
-        if weight.g_idx is not None:
-            raise FormatError("g_idx (activation order by group) can't be written: compressed-tensors removed it")
-        if "input_scale" in (specs := self.tensors(*weight.shape)) and weight.input_scale is None:
-            raise FormatError(
-                f"{self.scheme} needs an input_scale, which only calibration gives; FP8_DYNAMIC needs none"
-            )
+        """The tensors that `tensors` announced. Raises FormatError when one can't be had."""
+        self._check_writable(weight)
         n, k = weight.shape
         bits = self.scheme.weight.bits
+        specs = self.tensors(n, k)
         out = {"weight_scale": weight.scale.to(self.scale_dtype).reshape(specs["weight_scale"].shape)}
         if self.layout == "packed":
             out["weight_packed"] = pack(weight.codes, bits)
             out["weight_shape"] = torch.tensor([n, k])
             if weight.zero_point is not None:
                 out["weight_zero_point"] = pack(weight.zero_point.t().contiguous(), bits).t().contiguous()
-            return out
-        out["weight"] = weight.codes
-        if weight.zero_point is not None:
-            out["weight_zero_point"] = weight.zero_point.reshape(specs["weight_zero_point"].shape)
-        if weight.input_scale is not None:
+        else:
+            out["weight"] = weight.codes
+            if weight.zero_point is not None:
+                out["weight_zero_point"] = weight.zero_point.reshape(specs["weight_zero_point"].shape)
+        if weight.g_idx is not None:
+            out["weight_g_idx"] = weight.g_idx.int()
+        if "input_scale" in specs and weight.input_scale is not None:
             out["input_scale"] = weight.input_scale.to(self.scale_dtype).reshape(1)
         return out
+
+    def _check_writable(self, weight: QuantizedWeight) -> None:
+        activation = self.scheme.activation
+        if self.scheme.weight.dtype == "fp4_e2m1":
+            raise FormatError("fp4_e2m1 weights can be read, not written")
+        if activation is not None and not activation.dynamic and weight.input_scale is None:
+            raise FormatError(
+                f"{self.scheme} needs an input_scale, which only calibration gives; FP8_DYNAMIC needs none"
+            )
+        if self.act_order and weight.g_idx is None:
+            raise FormatError("actorder 'group' is announced, but the weight has no g_idx")
+        if weight.g_idx is not None and not self.act_order:
+            raise FormatError("the weight has a g_idx: only actorder 'group' (act_order=True) can say so")
 
     def read(self, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
         """The canonical weight out of a layer's tensors, whichever layout they are in.
@@ -108,7 +138,7 @@ class CompressedTensorsFormat:
         codes = self._read_codes(left)
         n, k = codes.shape
         scale_shape = self.scheme.weight.granularity.scale_shape(n, k)
-        scale = _take(left, "weight_scale")
+        scale = take(left, "weight_scale")
         if not scale.is_floating_point():
             raise FormatError(f"weight_scale is {scale.dtype}, which this scheme ({self.scheme}) doesn't have")
         if not bool(scale.float().isfinite().all()):
@@ -116,8 +146,8 @@ class CompressedTensorsFormat:
         weight = QuantizedWeight(
             scheme=self.scheme,
             codes=codes,
-            scale=_reshape("weight_scale", scale, scale_shape),
-            zero_point=self._read_zero_point(left, n, scale_shape, packed="weight_packed" in tensors),
+            scale=reshape("weight_scale", scale, scale_shape),
+            zero_point=self._read_zero_point(left, n, k, scale_shape, tensors.get("weight_packed")),
             g_idx=self._read_g_idx(left, k, scale_shape[1]),
             input_scale=self._read_input_scale(left),
         )
@@ -128,46 +158,51 @@ class CompressedTensorsFormat:
     def _read_codes(self, left: dict[str, Tensor]) -> Tensor:
         w = self.scheme.weight
         if "weight_packed" in left:
-            words, (n, k) = left.pop("weight_packed"), read_shape(_take(left, "weight_shape"))
-            if words.dtype != torch.int32 or words.ndim != 2 or words.shape[0] != n or w.dtype == "fp8_e4m3":
+            words, (n, k) = left.pop("weight_packed"), read_shape(take(left, "weight_shape"))
+            if words.dtype != torch.int32 or words.ndim != 2 or words.shape[0] != n or w.is_float:
                 raise FormatError(f"weight_packed is {words.dtype} {list(words.shape)} for {w.dtype} [{n}, {k}]")
             try:
                 return unpack(words, w.bits, k)
             except ValueError as e:
                 raise FormatError(f"weight_packed: {e}") from e
-        codes = _take(left, "weight")
-        expected = torch.float8_e4m3fn if w.dtype == "fp8_e4m3" else torch.int8
+        codes = take(left, "weight")
+        expected = torch.float8_e4m3fn if w.is_float else torch.int8
         if codes.dtype != expected or codes.ndim != 2:
             raise FormatError(f"weight is {codes.dtype} {list(codes.shape)}; {self.scheme} stores {expected} [N, K]")
-        if w.dtype != "fp8_e4m3" and w.bits < 8:
+        if not w.is_float and w.bits < 8:
             low, high = (int(x) for x in codes.aminmax())
             if low < w.int_range[0] or high > w.int_range[1]:
                 raise FormatError(f"weight holds {low}..{high}; {w.dtype} has {w.int_range[0]}..{w.int_range[1]}")
         return codes
 
     def _read_zero_point(
-        self, left: dict[str, Tensor], n: int, scale_shape: tuple[int, int], packed: bool
+        self, left: dict[str, Tensor], n: int, k: int, scale_shape: tuple[int, int], packed: Tensor | None
     ) -> Tensor | None:
         if self.scheme.weight.symmetric:
             stored = left.pop("weight_zero_point", None)
             if stored is not None and bool(stored.float().any()):
                 raise FormatError("weight_zero_point is not zero although the scheme is symmetric")
             return None
-        stored = _take(left, "weight_zero_point")
-        if packed and stored.dtype == torch.int32:
+        stored = take(left, "weight_zero_point")
+        if packed is not None and stored.dtype == torch.int32:
+            bits = self.scheme.weight.bits
+            padded = is_padded(packed, bits, k)  # as the weight is: its words tell more surely than these few
             try:
-                return unpack(stored.t(), self.scheme.weight.bits, n).t().contiguous()
+                zero_point = unpack(stored.t(), bits, n, padded=padded).t().contiguous()
             except ValueError as e:
                 raise FormatError(f"weight_zero_point: {e}") from e
+            return reshape("weight_zero_point", zero_point, scale_shape)
         if stored.dtype != torch.int8:
             raise FormatError(f"weight_zero_point is {stored.dtype}; int8, or int32 when packed, is expected")
-        return _reshape("weight_zero_point", stored, scale_shape)
+        return reshape("weight_zero_point", stored, scale_shape)
 
     def _read_g_idx(self, left: dict[str, Tensor], k: int, num_groups: int) -> Tensor | None:
         g_idx = left.pop("weight_g_idx", None)
         if g_idx is None:
+            if self.act_order and num_groups > 1:
+                raise FormatError("weight_g_idx is missing although actorder is 'group'")
             return None
-        g_idx = _reshape("weight_g_idx", g_idx, (k,)).int()
+        g_idx = reshape("weight_g_idx", g_idx, (k,)).int()
         if int(g_idx.min()) < 0 or int(g_idx.max()) >= num_groups:
             raise FormatError(f"weight_g_idx points outside the {num_groups} groups")
         return g_idx
@@ -178,7 +213,7 @@ class CompressedTensorsFormat:
             raise FormatError("input_zero_point is not zero: asymmetric activations are not supported")
         if self.scheme.activation is None or self.scheme.activation.dynamic:
             return None
-        scale = _reshape("input_scale", _take(left, "input_scale").float(), ())
+        scale = reshape("input_scale", take(left, "input_scale").float(), ())
         if not 0 < float(scale) < math.inf:
             raise FormatError(f"input_scale is {float(scale)}; a positive number is needed")
         return scale
@@ -192,33 +227,84 @@ def read_shape(stored: Tensor) -> tuple[int, int]:
     return sizes[0], sizes[1]
 
 
-def _take(left: dict[str, Tensor], name: str) -> Tensor:
+def take(left: dict[str, Tensor], name: str) -> Tensor:
+    """A tensor out of those that are left to read. Raises FormatError when it is missing."""
     tensor = left.pop(name, None)
     if tensor is None:
         raise FormatError(f"{name} is missing")
     return tensor
 
 
-def _reshape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+def reshape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     """`tensor` in `shape`, allowing only sides of 1 to come and go: [N] for [N, 1], [1] for []."""
     if [s for s in tensor.shape if s != 1] != [s for s in shape if s != 1]:
         raise FormatError(f"{name} is {list(tensor.shape)} where {list(shape)} is expected")
     return tensor.reshape(shape)
 
 
-def write_config(scheme: QuantScheme, ignore: list[str], observer: str) -> dict[str, Any]:
-    """The `quantization_config` of config.json for a model whose linear layers, `ignore` aside, have `scheme`.
+def write_config(
+    schemes: QuantScheme | Mapping[str, QuantScheme],
+    ignore: list[str],
+    observer: str,
+    kv_cache: KVScheme | None = None,
+    actorder: Literal["group", "static"] | None = None,
+) -> dict[str, Any]:
+    """The `quantization_config` of config.json. Keys, their spelling and the nulls are compressed-tensors 0.19's own.
 
-    Keys, their spelling and the nulls are those that compressed-tensors 0.19 itself writes.
+    schemes: one for all linear layers but those in `ignore`, or each layer's by its full name; layers in neither must
+    not be. Several schemes make several groups, whose targets are never the class Linear: vLLM looks for a class
+    before it looks for the parts of a fused layer.
+    kv_cache with bf16 keys is not written, as the config has no word for it and others would store keys in fp8:
+    values are then taken to be fp8 by the v_scale that stands without a k_scale, and nothing else can be said so.
     """
+    groups: dict[str, Any] = {}
+    if isinstance(schemes, QuantScheme):
+        groups["group_0"] = _group(schemes, ["Linear"], observer, actorder)
+    else:
+        targets = _targets(schemes)
+        for i, (scheme, names) in enumerate(targets.items()):
+            groups[f"group_{i}"] = _group(scheme, ["Linear"] if len(targets) == 1 else names, observer, actorder)
+    formats = {group["format"] for group in groups.values()}
+    return {
+        "config_groups": groups,
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision" if formats else "dense",
+        "global_compression_ratio": None,
+        "ignore": ignore,
+        "kv_cache_scheme": _kv_cache_args(kv_cache),
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "sparsity_config": {},
+        "transform_config": {},
+        "version": "0.19.0",
+    }
+
+
+def _targets(schemes: Mapping[str, QuantScheme]) -> dict[QuantScheme, list[str]]:
+    """Targets of each scheme: a regex for layers that differ in their numbers only, names where those differ."""
+    kinds: dict[str, dict[str, QuantScheme]] = {}
+    for module, scheme in schemes.items():
+        kind = re.sub(r"(?<=\.)\d+(?=\.)", "#", module)
+        kinds.setdefault(kind, {})[module] = scheme
+    targets: dict[QuantScheme, list[str]] = {}
+    for kind, modules in kinds.items():
+        if len(set(modules.values())) == 1 and "#" in kind:
+            pattern = "re:" + re.escape(kind).replace(r"\#", r"\d+") + "$"
+            targets.setdefault(next(iter(modules.values())), []).append(pattern)
+        else:
+            for module, scheme in modules.items():
+                targets.setdefault(scheme, []).append(module)
+    return targets
+
+
+def _group(
+    scheme: QuantScheme, targets: list[str], observer: str, actorder: Literal["group", "static"] | None
+) -> dict[str, Any]:
+    """One entry of config_groups."""
     w, a = scheme.weight, scheme.activation
-    layout = CompressedTensorsFormat(scheme).layout
-    name = "pack-quantized" if layout == "packed" else "float-quantized" if w.dtype == "fp8_e4m3" else "int-quantized"
-    if a is None and layout == "plain":
-        name = "naive-quantized"
     weights = _args(
+        actorder=actorder,
         num_bits=w.bits,
-        type="float" if w.dtype == "fp8_e4m3" else "int",
+        type="float" if w.is_float else "int",
         symmetric=w.symmetric,
         strategy=w.granularity.kind,
         group_size=w.granularity.group_size,
@@ -234,26 +320,29 @@ def write_config(scheme: QuantScheme, ignore: list[str], observer: str) -> dict[
             strategy="token" if a.granularity.kind == "channel" else a.granularity.kind,
             group_size=a.granularity.group_size,
             dynamic=a.dynamic,
+            observer=None if a.dynamic else "static_minmax",
         )
-    group = {
-        "format": name,
+    return {
+        "format": CompressedTensorsFormat(scheme).name,
         "input_activations": inputs,
         "output_activations": None,
-        "targets": ["Linear"],
+        "targets": targets,
         "weights": weights,
     }
-    return {
-        "config_groups": {"group_0": group},
-        "format": name,
-        "global_compression_ratio": None,
-        "ignore": ignore,
-        "kv_cache_scheme": None,
-        "quant_method": "compressed-tensors",
-        "quantization_status": "compressed",
-        "sparsity_config": {},
-        "transform_config": {},
-        "version": "0.19.0",
-    }
+
+
+def _kv_cache_args(kv_cache: KVScheme | None) -> dict[str, Any] | None:
+    if kv_cache is None or kv_cache.key == "bf16":
+        if kv_cache is not None and kv_cache.value != "fp8_e4m3":
+            raise FormatError(f"KV cache {kv_cache}: beside bf16 keys only fp8_e4m3 values can be told from the file")
+        return None
+    if kv_cache.value != kv_cache.key:
+        raise FormatError(f"KV cache {kv_cache}: bf16 values beside 8-bit keys can't be written")
+    return _args(
+        num_bits=8,
+        type="float" if kv_cache.key == "fp8_e4m3" else "int",
+        strategy="attn_head" if kv_cache.per_head else "tensor",
+    )
 
 
 def _args(**given: Any) -> dict[str, Any]:

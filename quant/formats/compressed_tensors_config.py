@@ -10,12 +10,13 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
 from octavo.quant.formats.compressed_tensors import CompressedTensorsFormat
-from octavo.quant.formats.format import FormatError
+from octavo.quant.formats.compressed_tensors_fp4 import GROUP, Fp4Format
+from octavo.quant.formats.format import FormatError, QuantFormat
 from octavo.quant.scheme import (
     CHANNEL,
     PRESETS,
@@ -40,6 +41,7 @@ class _Args(msgspec.Struct):
     group_size: int | None = None
     block_structure: str | list[int] | None = None
     dynamic: bool | str | None = None
+    actorder: bool | str | None = None
 
 
 class _Group(msgspec.Struct):
@@ -61,16 +63,18 @@ class _Config(msgspec.Struct):
 
 
 INT_DTYPES: dict[int, WeightDtype] = {8: "int8", 4: "int4", 3: "int3", 2: "int2"}
+FP4_FORMATS: dict[str, Literal["nvfp4", "mxfp4"]] = {"nvfp4-pack-quantized": "nvfp4", "mxfp4-pack-quantized": "mxfp4"}
 FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision", "dense")
+ANY_FORMAT = (*FP4_FORMATS, "mixed-precision")
 
 
 @dataclass(frozen=True)
 class ConfigGroup:
-    """One entry of config_groups: the layers it is for, and their scheme, or why there can't be one."""
+    """One entry of config_groups: the layers it is for, and their format, or why there can't be one."""
 
     name: str
     targets: tuple[str, ...]
-    scheme: QuantScheme | None
+    format: QuantFormat | None
     problem: str = ""
 
 
@@ -83,7 +87,7 @@ class CompressedTensorsConfig:
     kv_cache: str | None = None
     name: str = "compressed-tensors"
 
-    def format_of(self, module: str, suffixes: Collection[str] | None = None) -> CompressedTensorsFormat | None:  # noqa: ARG002
+    def format_of(self, module: str, suffixes: Collection[str] | None = None) -> QuantFormat | None:  # noqa: ARG002
         """The format of a linear layer by its full name; None when it is not quantized.
 
         Raises FormatError when its scheme is one that octavo doesn't have.
@@ -94,11 +98,11 @@ class CompressedTensorsConfig:
         for rank in (_is_name, _is_regex, _is_class):
             for group_ in self.groups:
                 if any(rank(target) and matches(module, target) for target in group_.targets):
-                    if group_.scheme is None:
+                    if group_.format is None:
                         raise FormatError(
                             f"{module}: config group {group_.name!r} (targets {list(group_.targets)}): {group_.problem}"
                         )
-                    return CompressedTensorsFormat(group_.scheme)
+                    return group_.format
         return None
 
 
@@ -155,22 +159,40 @@ def _check_regex(pattern: str) -> None:
 def _preset_group(name: str, targets: list[str]) -> ConfigGroup:
     scheme = PRESETS.get(name.upper())
     problem = "" if scheme else f"preset {name!r} is unknown here; known are {', '.join(PRESETS)}"
-    return ConfigGroup(name, tuple(targets), scheme, problem)
+    return ConfigGroup(name, tuple(targets), CompressedTensorsFormat(scheme) if scheme else None, problem)
 
 
 def _parse_group(name: str, entry: Mapping[str, Any], stored: str) -> ConfigGroup:
     targets = tuple(entry.get("targets") or ())
     try:
-        if stored not in FORMATS:
-            raise SchemeError(f"format {stored!r} is not supported")
         if entry.get("output_activations"):
             raise SchemeError("output_activations: quantized outputs are not supported")
-        if not entry.get("weights"):
+        if not (weights := entry.get("weights")):
             raise SchemeError("it has no weights entry: quantized activations alone are not supported")
-        scheme = QuantScheme(parse_weights(entry["weights"]), parse_activations(entry.get("input_activations")))
+        activation = parse_activations(entry.get("input_activations"))
+        if stored in FP4_FORMATS or (weights.get("num_bits"), weights.get("type")) == (4, "float"):
+            return ConfigGroup(name, targets, _fp4_format(weights, activation, stored))
+        if stored not in FORMATS:
+            raise SchemeError(f"format {stored!r} is not supported")
+        scheme = QuantScheme(parse_weights(weights), activation)
+        act_order = weights.get("actorder") in ("group", "dynamic", True)
     except SchemeError as e:
         return ConfigGroup(name, targets, None, str(e))
-    return ConfigGroup(name, targets, scheme)
+    return ConfigGroup(name, targets, CompressedTensorsFormat(scheme, act_order=act_order))
+
+
+def _fp4_format(weights: Mapping[str, Any], activation: ActivationScheme | None, stored: str) -> Fp4Format:
+    """NVFP4 or MXFP4, weights alone. Raises SchemeError with the reason."""
+    kind: Literal["nvfp4", "mxfp4"] = "nvfp4" if weights.get("strategy") == "tensor_group" else "mxfp4"
+    found = tuple(weights.get(key) for key in ("num_bits", "type", "group_size"))
+    if found != (4, "float", GROUP[kind]) or FP4_FORMATS.get(stored, kind) != kind or stored not in ANY_FORMAT:
+        raise SchemeError(
+            f"format {stored!r} with {found[0]}-bit {found[1]} weights, strategy {weights.get('strategy')}, group_size "
+            f"{found[2]} is not supported; NVFP4 (tensor_group of 16) and MXFP4 (group of 32) are"
+        )
+    if activation is not None:
+        raise SchemeError("4-bit float weights with quantized activations are not supported; NVFP4A16 and MXFP4A16 are")
+    return Fp4Format(kind)
 
 
 def parse_weights(args: Mapping[str, Any]) -> WeightScheme:
