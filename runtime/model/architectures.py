@@ -12,8 +12,9 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 NormPlacement = Literal["pre", "sandwich", "post"]
-BiasRule = Literal["never", "always", "attention_bias", "mlp_bias"]
+BiasRule = Literal["never", "always", "attention_bias", "mlp_bias", "qkv_bias"]
 WindowRule = Literal["none", "all", "layer_types"]
+ExpertRule = Literal["none", "all", "sparse_step"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Architecture:
     qkv_bias, o_bias, mlp_bias  always, never, or the config key that says it
     windows    none: no window whatever the config. all: `sliding_window` on each layer. layer_types: on those named
     fused      qkv_proj and gate_up_proj are one tensor each on disk
+    experts    none: a dense MLP in each layer. all: experts in each layer. sparse_step: in those that
+               decoder_sparse_step counts and mlp_only_layers doesn't name
     reads      config keys that change the computation, beyond the ones that every architecture has
     """
 
@@ -39,11 +42,14 @@ class Architecture:
     activation_key: str = "hidden_act"
     sqrt_embedding_scale: bool = False
     fused: bool = False
+    experts: ExpertRule = "none"
     reads: frozenset[str] = field(default_factory=frozenset)
 
 
 _WINDOW_KEYS = frozenset({"sliding_window", "layer_types"})
 _QWEN_WINDOW_KEYS = _WINDOW_KEYS | {"use_sliding_window", "max_window_layers"}
+_MOE_KEYS = frozenset({"num_experts", "num_local_experts", "num_experts_per_tok", "norm_topk_prob"})
+_SPARSE_STEP_KEYS = _MOE_KEYS | {"moe_intermediate_size", "decoder_sparse_step", "mlp_only_layers"}
 
 # What a key means where it is absent, for every architecture; the rows below say what differs.
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
@@ -65,6 +71,7 @@ _QWEN = {
     "sliding_window": 4096,
     "max_window_layers": 28,
 }
+_SPARSE_STEP = {"decoder_sparse_step": 1, "mlp_only_layers": (), "norm_topk_prob": False}
 _GEMMA = {
     "vocab_size": 256000,
     "hidden_size": 2304,
@@ -185,6 +192,55 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
             o_bias="attention_bias",
             reads=frozenset({"attention_bias"}),
         ),
+        "mixtral": Architecture(
+            defaults={
+                "num_key_value_heads": 8,
+                "max_position_embeddings": 131072,
+                "rms_norm_eps": 1e-5,
+                "rope_theta": 1_000_000.0,
+                "sliding_window": None,
+                "num_experts": 8,
+                "num_experts_per_tok": 2,
+                "norm_topk_prob": True,
+            },
+            windows="all",
+            experts="all",
+            reads=(_MOE_KEYS - {"norm_topk_prob"}) | {"sliding_window"},
+        ),
+        "qwen2_moe": Architecture(
+            defaults=_QWEN
+            | {"num_key_value_heads": 16, "qkv_bias": True, "num_experts": 60, "num_experts_per_tok": 4}
+            | {"moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632, **_SPARSE_STEP},
+            qkv_bias="qkv_bias",
+            windows="layer_types",
+            experts="sparse_step",
+            reads=_QWEN_WINDOW_KEYS | _SPARSE_STEP_KEYS | {"qkv_bias", "shared_expert_intermediate_size"},
+        ),
+        "qwen3_moe": Architecture(
+            defaults=_QWEN
+            | {"num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8}
+            | {"moe_intermediate_size": 768, **_SPARSE_STEP},
+            qk_norm="head",
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+            windows="all",
+            experts="sparse_step",
+            reads=(_QWEN_WINDOW_KEYS - {"layer_types"}) | _SPARSE_STEP_KEYS | {"attention_bias"},
+        ),
+        "olmoe": Architecture(
+            defaults={
+                "max_position_embeddings": 4096,
+                "rms_norm_eps": 1e-5,
+                "num_experts": 64,
+                "num_experts_per_tok": 8,
+                "norm_topk_prob": False,
+            },
+            qk_norm="width",
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+            experts="all",
+            reads=_MOE_KEYS | {"attention_bias"},
+        ),
     }
 )
 
@@ -199,17 +255,24 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "attn_logit_softcapping": (None,),
         "attn_temperature_tuning": (None, False),
         "clip_qkv": (None,),
+        "decoder_sparse_step": (None, 1),
         "embedding_multiplier": (None, 1),
         "final_logit_softcapping": (None,),
+        "first_k_dense_replace": (None, 0),
         "kv_lora_rank": (None,),
         "layer_types": (None,),
         "logit_scale": (None, 1),
         "logits_scaling": (None, 1),
         "max_window_layers": (None,),
         "mlp_bias": (None, False),
+        "mlp_only_layers": (None, []),
         "moe_intermediate_size": (None,),
+        "moe_layer_freq": (None, 1),
+        "n_group": (None, 1),
         "n_routed_experts": (None, 0),
+        "n_shared_experts": (None, 0),
         "no_rope_layers": (None,),
+        "norm_topk_prob": (None,),
         "num_experts": (None, 0),
         "num_experts_per_tok": (None, 0),
         "num_local_experts": (None, 0),
@@ -220,8 +283,12 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "qkv_bias": (None, False),
         "query_pre_attn_scalar": (None,),
         "residual_multiplier": (None, 1),
+        "routed_scaling_factor": (None, 1),
+        "scoring_func": (None, "softmax"),
+        "shared_expert_intermediate_size": (None,),
         "sliding_window": (None,),
         "sliding_window_pattern": (None,),
+        "topk_method": (None, "greedy"),
         "use_alibi": (None, False),
         "use_bidirectional_attention": (None, False),
         "use_parallel_residual": (None, False),
@@ -259,6 +326,7 @@ HARMLESS = frozenset(
         "original_max_position_embeddings",
         "output_attentions",
         "output_hidden_states",
+        "output_router_logits",
         "pad_token_id",
         "pretraining_tp",
         "problem_type",
@@ -268,6 +336,8 @@ HARMLESS = frozenset(
         "rope_local_base_freq",
         "rope_parameters",
         "rope_scaling",
+        "router_aux_loss_coef",
+        "router_jitter_noise",
         "sliding_window_size",
         "torch_dtype",
         "transformers.js_config",

@@ -21,9 +21,10 @@ from octavo.quant.linear import Linear
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.device import choose_device
 from octavo.runtime.model.decoder import DecoderLayer, embedding_scale
+from octavo.runtime.model.names import NORMS, LinearParts, layer_linears
 from octavo.runtime.model.sources import LoadError, Weight
 from octavo.runtime.model.spec import DecoderSpec
-from octavo.runtime.model.weights import GATE_UP, NORMS, QKV, DecoderBuilder, choose_dtype
+from octavo.runtime.model.weights import DecoderBuilder, choose_dtype
 from octavo.runtime.ops import select_ops
 
 Record = Callable[[str, Tensor], None]  # (group's name, its input [T, K])
@@ -53,6 +54,7 @@ class BlockRunner:
         self._ops = select_ops(self.device, self.dtype)
         engine = EngineConfig(model=str(Path()), max_model_len=seq_len)
         self._source = _Tensors(prefix)
+        self._parts: dict[int, dict[str, LinearParts]] = {}  # of the blocks that were built
         self._builder = DecoderBuilder(engine, self.spec, self._source, self.dtype, self.device, [])
 
     @property
@@ -68,6 +70,7 @@ class BlockRunner:
     def build(self, index: int, tensors: Mapping[str, Tensor]) -> DecoderLayer:
         """Block `index` out of its tensors by their names in the checkpoint, all of them dense."""
         self._source.tensors = tensors
+        self._parts[index] = layer_linears(self.spec, index, self._prefix, self._source.has)
         try:
             return self._builder.layer(index)
         finally:
@@ -75,20 +78,7 @@ class BlockRunner:
 
     def groups(self, index: int, layer: DecoderLayer) -> list[InputGroup]:
         """The block's linear layers by the input that they share, in the order of computing."""
-        name = f"{self._prefix}layers.{index}"
-        return [InputGroup(group, tuple(f"{name}.{m}" for m in self._modules(group))) for group in layer.linears()]
-
-    def _modules(self, group: str) -> tuple[str, ...]:
-        match group:
-            case "qkv":
-                return tuple(f"self_attn.{m}" for m in (("qkv_proj",) if self.spec.fused else QKV))
-            case "o":
-                return ("self_attn.o_proj",)
-            case "gate_up":
-                return tuple(f"mlp.{m}" for m in (("gate_up_proj",) if self.spec.fused else GATE_UP))
-            case "down":
-                return ("mlp.down_proj",)
-        raise LoadError(f"{group}: a linear layer that calibration doesn't know")
+        return [InputGroup(group, tuple(self._parts[index][group].modules)) for group in layer.linears()]
 
     def folds(self, index: int) -> list[Fold]:
         """Where a scale per input channel can be hidden in the op before."""
@@ -165,6 +155,9 @@ class _Tensors:
     def __init__(self, prefix: str) -> None:
         self.prefix = prefix
         self.tensors: Mapping[str, Tensor] = {}
+
+    def has(self, module: str) -> bool:
+        return any(name.rpartition(".")[0] == module for name in self.tensors)
 
     def linear(self, module: str, out_features: int, in_features: int) -> Weight:
         return self.tensor(f"{module}.weight", (out_features, in_features))

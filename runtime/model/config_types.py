@@ -52,7 +52,7 @@ class _Config(msgspec.Struct):
     head_dim: Count | None = None
     max_position_embeddings: Count | None = None
     original_max_position_embeddings: Count | None = None
-    sliding_window: Count | None = None
+    sliding_window: Index | None = None  # Qwen2-MoE's class writes 0 for none
     sliding_window_pattern: Count | None = None
     max_window_layers: Index | None = None
     no_rope_layer_interval: Count | None = None
@@ -79,6 +79,15 @@ class _Config(msgspec.Struct):
     mlp_bias: bool | None = None
     tie_word_embeddings: bool | None = None
     use_sliding_window: bool | None = None
+    qkv_bias: bool | None = None
+    num_experts: Index | None = None
+    num_local_experts: Index | None = None
+    num_experts_per_tok: Count | None = None
+    moe_intermediate_size: Count | None = None
+    shared_expert_intermediate_size: Count | None = None
+    decoder_sparse_step: Count | None = None
+    mlp_only_layers: list[Index] | None = None
+    norm_topk_prob: bool | None = None
 
 
 def check_types(config: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ their `forward` (no hooks), and nothing is computed in a step that could be comp
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -159,10 +160,14 @@ class Decoder:
 
     def report_layers(self) -> list[LayerRow]:
         """One row for each kind of layer, scheme and body, with the number of layers where they differ."""
-        total = len(self._layers)
-        counts = Counter((kind, *m.describe()) for layer in self._layers for kind, m in layer.linears().items())
+        of_kind: Counter[str] = Counter()
+        counts: Counter[LayerRow] = Counter()
+        for name, linear in ((n, x) for layer in self._layers for n, x in layer.linears().items()):
+            kind = re.sub(r"\.\d+\.", ".*.", name)  # all experts together
+            of_kind[kind] += 1
+            counts[(kind, *linear.describe())] += 1
         rows = [
-            (kind if count == total else f"{kind} ({count} of {total})", scheme, body)
+            (kind if count == of_kind[kind] else f"{kind} ({count} of {of_kind[kind]})", scheme, body)
             for (kind, scheme, body), count in counts.items()
         ]
         name = str(self.dtype).removeprefix("torch.")

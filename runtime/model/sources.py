@@ -1,6 +1,6 @@
 """Where a decoder's weights come from: a checkpoint on disk, or thin air (--load-format dummy).
 
-Both answer the same three questions by the tensor names that Hugging Face uses, and check each answer's shape.
+Both answer the same questions by the tensor names that Hugging Face uses, and check each answer's shape.
 """
 
 from __future__ import annotations
@@ -33,6 +33,10 @@ class Source(Protocol):
 
     prefix: str
 
+    def has(self, module: str) -> bool:
+        """Whether there is any tensor of a module."""
+        ...
+
     def linear(self, module: str, out_features: int, in_features: int) -> Weight:
         """The weight of a linear layer, in memory of its own."""
         ...
@@ -52,6 +56,10 @@ class CheckpointSource:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self.prefix = next((p for p in PREFIXES if checkpoint.has(f"{p}embed_tokens.weight")), PREFIXES[0])
+        self._modules = frozenset(name.rpartition(".")[0] for name in checkpoint.names)
+
+    def has(self, module: str) -> bool:
+        return module in self._modules
 
     def linear(self, module: str, out_features: int, in_features: int) -> Weight:
         weight = self.checkpoint.linear(module)
@@ -80,8 +88,7 @@ class CheckpointSource:
 
     def require(self, modules: Iterable[str]) -> None:
         """Raise LoadError with the names of all modules of which the checkpoint has no tensor."""
-        present = {name.rpartition(".")[0] for name in self.checkpoint.names}
-        if missing := [module for module in modules if module not in present]:
+        if missing := [module for module in modules if not self.has(module)]:
             raise LoadError(f"the checkpoint has no weights for {some(missing)}")
 
     def check_complete(self, *, tied: bool, text_only: bool) -> list[str]:
@@ -106,6 +113,9 @@ class DummySource:
         self._quantization = parse_quantization(quantization) if quantization is not None else None
         self._dtype = dtype
         self._generator = torch.Generator().manual_seed(seed)
+
+    def has(self, module: str) -> bool:  # noqa: ARG002
+        return False
 
     def linear(self, module: str, out_features: int, in_features: int) -> Weight:
         weight = self.tensor(module, (out_features, in_features))

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from octavo.runtime.model.architectures import ARCHITECTURES, DEFAULTS, HARMLESS, NEUTRAL, SIZES, Architecture
 from octavo.runtime.model.config_types import ModelConfigError, check_types
+from octavo.runtime.model.experts import MoeSpec, read_moe, sparse_layers
 from octavo.runtime.model.rope import RopeError, RopeSpec
 
 Config = Mapping[str, Any]
@@ -42,10 +43,16 @@ class UnknownArchitectureError(UnsupportedModelError):
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """What differs between layers: how many of the latest tokens are seen (None: all), and the rotation, if any."""
+    """What differs between layers.
+
+    window  how many of the latest tokens are seen; None: all
+    rope    the rotation, if any
+    sparse  the MLP is a choice of experts, DecoderSpec.moe
+    """
 
     window: int | None
     rope: RopeSpec | None
+    sparse: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,7 @@ class DecoderSpec:
     residual_multiplier  what attention's and the MLP's output are multiplied by before they are added
     logits_divisor       what logits are divided by, before final_soft_cap
     fused                qkv_proj and gate_up_proj are one tensor each on disk
+    moe                  what the layers that are `sparse` have; intermediate_size is the others'
     dtype                the type that the config names ("bfloat16"), or None
     unknown_keys         config keys that nothing here knows; to be shown, since they may mean something
     """
@@ -89,6 +97,7 @@ class DecoderSpec:
     residual_multiplier: float = 1.0
     logits_divisor: float = 1.0
     fused: bool = False
+    moe: MoeSpec | None = None
     dtype: str | None = None
     unknown_keys: tuple[str, ...] = ()
 
@@ -109,7 +118,8 @@ class DecoderSpec:
             raise UnsupportedModelError(
                 f"num_attention_heads {heads} isn't a multiple of num_key_value_heads {kv_heads}"
             )
-        layers = _layers(settings, config, name, row, head_dim)
+        moe = read_moe(settings, config, row)
+        layers = _layers(settings, config, name, row, head_dim, moe)
         return cls(
             architecture=name,
             vocab_size=settings["vocab_size"],
@@ -131,6 +141,7 @@ class DecoderSpec:
             mlp_bias=_bias(settings, row.mlp_bias),
             **_multipliers(settings, row, head_dim),
             fused=row.fused,
+            moe=moe if any(layer.sparse for layer in layers) else None,
             dtype=stored_dtype(config),
             unknown_keys=tuple(sorted(config.keys() - _known_keys(row))),
         )
@@ -212,7 +223,9 @@ def _longest(layers: tuple[LayerSpec, ...], max_position: int, *, nested: bool) 
     return max_position if nested or not ropes else min(rope.longest for rope in ropes)
 
 
-def _layers(settings: Config, config: Config, name: str, row: Architecture, head_dim: int) -> tuple[LayerSpec, ...]:
+def _layers(
+    settings: Config, config: Config, name: str, row: Architecture, head_dim: int, moe: MoeSpec | None
+) -> tuple[LayerSpec, ...]:
     count = settings["num_hidden_layers"]
     rotates = _rotating_layers(settings, count) if name == "smollm3" else [True] * count
     sliding = _sliding_layers(settings, name, row, rotates)
@@ -225,8 +238,8 @@ def _layers(settings: Config, config: Config, name: str, row: Architecture, head
         raise UnsupportedModelError(f"{name}: {error}") from error
     kinds = ["sliding_attention" if s else "full_attention" for s in sliding]
     return tuple(
-        LayerSpec(window=window if s else None, rope=ropes[kind] if turns else None)
-        for s, kind, turns in zip(sliding, kinds, rotates, strict=True)
+        LayerSpec(window=window if s else None, rope=ropes[kind] if turns else None, sparse=has_experts)
+        for s, kind, turns, has_experts in zip(sliding, kinds, rotates, sparse_layers(settings, moe, row), strict=True)
     )
 
 
@@ -256,6 +269,8 @@ def _sliding_layers(settings: Config, name: str, row: Architecture, rotates: lis
                 return [i % 2 == 0 for i in range(count)]
             case "gemma3_text":
                 return [(i + 1) % settings["sliding_window_pattern"] != 0 for i in range(count)]
+            case "qwen2_moe":
+                return [has_window and i % 2 == 0 and i < settings["max_window_layers"] for i in range(count)]
             case "smollm3":
                 return [has_window and not turns for turns in rotates]
         return [has_window and i >= settings["max_window_layers"] for i in range(count)]

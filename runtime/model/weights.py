@@ -22,6 +22,8 @@ from octavo.runtime.device import choose_device
 from octavo.runtime.model.decoder import Decoder, DecoderLayer
 from octavo.runtime.model.mlp import GatedMlp, Mlp
 from octavo.runtime.model.model import KVScales, Model
+from octavo.runtime.model.moe import MoeMlp
+from octavo.runtime.model.names import NORMS, LinearParts, head_name, layer_linears, required_modules, routers
 from octavo.runtime.model.rope import RopeSpec, cos_sin_table
 from octavo.runtime.model.sources import CheckpointSource, DummySource, LoadError, Source, Weight
 from octavo.runtime.model.spec import DecoderSpec, UnknownArchitectureError, stored_dtype
@@ -30,18 +32,6 @@ from octavo.runtime.ops import select_ops
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HEAD_INT8 = QuantScheme(WeightScheme("int8", CHANNEL))
 GROUP_SIZES = (128, 64, 32)  # for int4 at load, the largest that fits
-
-QKV, GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
-NORMS = {  # (before attention, after attention, before the MLP, after the MLP)
-    "pre": ("input_layernorm", None, "post_attention_layernorm", None),
-    "sandwich": (
-        "input_layernorm",
-        "post_attention_layernorm",
-        "pre_feedforward_layernorm",
-        "post_feedforward_layernorm",
-    ),
-    "post": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
-}
 
 
 def load_model(config: EngineConfig) -> Model:
@@ -89,11 +79,12 @@ def _load_decoder(config: EngineConfig, spec: DecoderSpec, hf_config: dict[str, 
         return DecoderBuilder(config, spec, DummySource(hf_config, dtype, config.seed), dtype, device, notes).build()
     checkpoint = Checkpoint.open(directory)
     source = CheckpointSource(checkpoint)
-    source.require(required_modules(spec, source.prefix))
+    source.require(required_modules(spec, source.prefix, source.has))
     builder = DecoderBuilder(config, spec, source, dtype, device, notes)
     builder.kv_scales = _kv_scales(checkpoint, spec, source.prefix)
     builder.kv_dtype = checkpoint.kv_cache_dtype
     model = builder.build()
+    model.notes += checkpoint.notes
     if source.check_complete(tied=spec.tied, text_only=hf_config.get("model_type") == "gemma3"):
         model.notes.append("the vision tower is not loaded: text only")
     return model
@@ -130,21 +121,6 @@ def _kv_scales(checkpoint: Checkpoint, spec: DecoderSpec, prefix: str) -> KVScal
         key, value = (scale.expand(heads).clone() for scale in found)
         scales.append((key, value))
     return scales
-
-
-def required_modules(spec: DecoderSpec, prefix: str) -> list[str]:
-    """Every module that must have a weight."""
-    attention = ["qkv_proj" if spec.fused else QKV, "o_proj"]
-    names = [f"self_attn.{name}" for entry in attention for name in ([entry] if isinstance(entry, str) else entry)]
-    names += [f"mlp.{name}" for name in (("gate_up_proj",) if spec.fused else GATE_UP) + ("down_proj",)]
-    names += [norm for norm in NORMS[spec.norms] if norm is not None]
-    names += ["self_attn.q_norm", "self_attn.k_norm"] if spec.qk_norm else []
-    layers = [f"{prefix}layers.{i}.{name}" for i in range(len(spec.layers)) for name in names]
-    return [f"{prefix}embed_tokens", *layers, f"{prefix}norm", *([] if spec.tied else [_head_name(prefix)])]
-
-
-def _head_name(prefix: str) -> str:
-    return "language_model.lm_head" if prefix == "language_model.model." else "lm_head"
 
 
 class DecoderBuilder:
@@ -193,19 +169,15 @@ class DecoderBuilder:
     def layer(self, index: int) -> DecoderLayer:
         spec = self.spec
         layer, name = spec.layers[index], f"{self.source.prefix}layers.{index}"
-        hidden, width = spec.hidden_size, spec.num_heads * spec.head_dim
-        kv_width = spec.num_kv_heads * spec.head_dim
-        qkv = (
-            {"qkv_proj": width + 2 * kv_width}
-            if spec.fused
-            else dict(zip(QKV, (width, kv_width, kv_width), strict=True))
-        )
-        norms = [self._norm(f"{name}.{norm}", hidden) if norm else None for norm in NORMS[spec.norms]]
+        parts = layer_linears(spec, index, self.source.prefix, self.source.has)
+        linears = {kind: self._linear(p) for kind, p in parts.items()}
+        width, kv_width = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+        norms = [self._norm(f"{name}.{norm}", spec.hidden_size) if norm else None for norm in NORMS[spec.norms]]
         q_norm, k_norm = self._qk_norms(f"{name}.self_attn", width, kv_width)
         return DecoderLayer(
-            qkv=self._linear(f"{name}.self_attn", qkv, hidden, bias=spec.qkv_bias),
-            o=self._linear(f"{name}.self_attn", {"o_proj": hidden}, width, bias=spec.o_bias),
-            mlp=self._mlp(f"{name}.mlp"),
+            qkv=linears["qkv"],
+            o=linears["o"],
+            mlp=self._mlp(index, linears),
             shape=AttentionShape(
                 spec.num_heads,
                 spec.num_kv_heads,
@@ -223,22 +195,33 @@ class DecoderBuilder:
             after_mlp=norms[3],
         )
 
-    def _mlp(self, owner: str) -> Mlp:
-        spec = self.spec
-        hidden, inner = spec.hidden_size, spec.intermediate_size
-        gate_up = {"gate_up_proj": 2 * inner} if spec.fused else dict.fromkeys(GATE_UP, inner)
-        return GatedMlp(
-            gate_up=self._linear(owner, gate_up, hidden, bias=spec.mlp_bias),
-            down=self._linear(owner, {"down_proj": hidden}, inner, bias=spec.mlp_bias),
-            act=self.act,
+    def _mlp(self, index: int, linears: dict[str, Linear]) -> Mlp:
+        spec, moe = self.spec, self.spec.moe
+        if moe is None or not spec.layers[index].sparse:
+            return self._gated(linears, "")
+        gates = [
+            self.source.tensor(f"{module}.weight", (rows, spec.hidden_size)).to(self.device, torch.float32, copy=True)
+            for module, rows in routers(spec, index, self.source.prefix, self.source.has).items()
+        ]
+        has_shared = moe.shared_intermediate_size is not None
+        return MoeMlp(
+            router=gates[0],
+            experts=tuple(self._gated(linears, f"experts.{i}.") for i in range(moe.num_experts)),
+            top_k=moe.top_k,
+            normalize=moe.normalize,
+            shared=self._gated(linears, "shared.") if has_shared else None,
+            shared_gate=gates[1] if has_shared else None,
         )
 
-    def _linear(self, owner: str, widths: dict[str, int], in_features: int, *, bias: bool) -> Linear:
-        """One module for the linear layers `owner.name` of the given output widths, fused along their outputs."""
-        modules = {f"{owner}.{name}": width for name, width in widths.items()}
-        parts = [self._quantize(m, self.source.linear(m, width, in_features)) for m, width in modules.items()]
-        biases = [self.source.bias(m, width, expected=bias) for m, width in modules.items()]
-        return make_linear(parts, biases, dtype=self.dtype, device=self.device)
+    def _gated(self, linears: dict[str, Linear], owner: str) -> GatedMlp:
+        return GatedMlp(linears[f"{owner}gate_up"], linears[f"{owner}down"], self.act)
+
+    def _linear(self, parts: LinearParts) -> Linear:
+        """One module out of those of a checkpoint that share their input, fused along their outputs."""
+        modules = parts.modules
+        weights = [self._quantize(m, self.source.linear(m, n, parts.in_features)) for m, n in modules.items()]
+        biases = [self.source.bias(m, n, expected=parts.bias) for m, n in modules.items()]
+        return make_linear(weights, biases, dtype=self.dtype, device=self.device)
 
     def _quantize(self, module: str, weight: Weight) -> Weight:
         """Apply --dtype fp8, int8 or int4 to a dense weight."""
@@ -255,7 +238,7 @@ class DecoderBuilder:
         return quantize_weight(weight, load_scheme(wanted, module, weight.shape[1]), "absmax")
 
     def _lm_head(self, embedding: Tensor) -> Linear:
-        name = _head_name(self.source.prefix)
+        name = head_name(self.source.prefix)
         weight: Weight = embedding
         if not self.spec.tied:
             weight = self.source.linear(name, self.spec.vocab_size, self.spec.hidden_size)

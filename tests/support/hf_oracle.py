@@ -79,6 +79,20 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"no_rope_layers": [1, 0, 1, 0], "use_sliding_window": True, "sliding_window": 5, "tie_word_embeddings": False},
     ),
     "olmo2": ("Olmo2", {"attention_bias": True, "rms_norm_eps": 1e-3}),
+    "mixtral": ("Mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 7, "head_dim": 24}),
+    "qwen2_moe": (
+        "Qwen2Moe",
+        {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "decoder_sparse_step": 2}
+        | {"shared_expert_intermediate_size": 72, "use_sliding_window": True, "sliding_window": 5}
+        | {"max_window_layers": 2, "rope_theta": 500.0},
+    ),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "mlp_only_layers": [2]}
+        | {"norm_topk_prob": True, "use_sliding_window": True, "sliding_window": 7}
+        | {"head_dim": 24, "attention_bias": True},
+    ),
+    "olmoe": ("Olmoe", {"num_experts": 4, "num_experts_per_tok": 2, "attention_bias": True}),
 }
 
 

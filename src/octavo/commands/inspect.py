@@ -102,15 +102,15 @@ def _parameters(checkpoint: Checkpoint, module: str) -> int:
 def _to_serve(checkpoint: Checkpoint) -> dict[str, Any]:
     """Memory for weights as they are stored, and for 1,000 tokens of KV cache; or why octavo can't serve it."""
     from octavo.runtime.model.config_types import ModelConfigError
+    from octavo.runtime.model.names import required_modules
     from octavo.runtime.model.sources import CheckpointSource, LoadError
     from octavo.runtime.model.spec import DecoderSpec, UnknownArchitectureError, UnsupportedModelError
-    from octavo.runtime.model.weights import required_modules
 
     weights = sum(checkpoint.spec(name).nbytes for name in checkpoint.names)
     try:
         spec = DecoderSpec.from_hf(checkpoint.config)
         source = CheckpointSource(checkpoint)
-        source.require(required_modules(spec, source.prefix))
+        source.require(required_modules(spec, source.prefix, source.has))
     except UnknownArchitectureError as e:
         return {"weight_bytes": weights, "note": f"{e.model_type} is served in transformers' own code, if that has it"}
     except (UnsupportedModelError, ModelConfigError, LoadError) as e:

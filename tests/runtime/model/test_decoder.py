@@ -46,6 +46,14 @@ def rope_changed(**fields: Any) -> Change:
     return change
 
 
+def moe_changed(**fields: Any) -> Change:
+    def change(spec: DecoderSpec) -> DecoderSpec:
+        assert spec.moe is not None
+        return dataclasses.replace(spec, moe=dataclasses.replace(spec.moe, **fields))
+
+    return change
+
+
 # One wrong feature each: the comparison must see it.
 MUTATIONS: dict[str, tuple[str, Change]] = {
     "theta": ("llama", rope_changed(theta=600.0)),
@@ -79,6 +87,10 @@ MUTATIONS: dict[str, tuple[str, Change]] = {
     "residual multiplier": ("granite", changed(residual_multiplier=0.25)),
     "logits divisor": ("granite", changed(logits_divisor=0.26)),
     "layers without rope": ("smollm3", lambda spec: rope_everywhere(spec)),
+    "experts' weights that sum to one": ("mixtral", moe_changed(normalize=False)),
+    "experts' weights as they are": ("qwen2_moe", moe_changed(normalize=True)),
+    "number of experts": ("qwen3_moe", moe_changed(top_k=2)),
+    "window of alternate layers": ("qwen2_moe", lambda spec: windows_shifted(spec)),
 }
 
 

@@ -14,6 +14,7 @@ from octavo.runtime.model.config_types import ModelConfigError
 from octavo.runtime.model.spec import DecoderSpec, UnsupportedModelError
 
 LLAMA = SIZES | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+MIXTRAL = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 8}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -30,9 +31,9 @@ def test_both_spellings_make_the_same_spec(name: str) -> None:
 @pytest.mark.parametrize("key", NEUTRAL)
 def test_a_key_that_changes_the_computation_and_is_not_read_is_refused(key: str) -> None:
     """With a value that such a key has somewhere: by each architecture that doesn't read it."""
-    value = {"layer_types": ["sliding_attention"] * 4, "no_rope_layers": [1, 0, 1, 0]}.get(
-        key, True if False in NEUTRAL[key] else 3
-    )
+    lists = {"layer_types": ["sliding_attention"] * 4, "no_rope_layers": [1, 0, 1, 0], "mlp_only_layers": [1]}
+    flag = key == "norm_topk_prob" or any(value is False for value in NEUTRAL[key])
+    value = lists.get(key, True if flag else 3)
     for name, row in ARCHITECTURES.items():
         if key not in row.reads:
             DecoderSpec.from_hf(SIZES | {"model_type": name, key: None})
@@ -95,6 +96,10 @@ def test_what_is_not_known_is_refused_by_name(changes: dict[str, Any], message: 
         ({"rope_scaling": {"rope_type": "linear", "factor": "2"}}, "got `str` - at `rope_scaling.factor`"),
         ({"hidden_act": ["silu"]}, "got `array` - at `hidden_act`"),
         ({"layer_types": "full_attention"}, "got `str` - at `layer_types`"),
+        ({"mlp_only_layers": [-1]}, "Expected `int` >= 0 - at `mlp_only_layers[0]`"),
+        ({"decoder_sparse_step": 0}, "Expected `int` >= 1 - at `decoder_sparse_step`"),
+        (MIXTRAL | {"num_experts_per_tok": 9}, "num_experts_per_tok 9 is more than the 8 experts"),
+        (MIXTRAL | {"num_experts": 4}, "num_experts = 4 and num_local_experts = 8 can't both be"),
     ],
 )
 def test_values_that_can_not_be_are_refused_by_key(changes: dict[str, Any], message: str) -> None:

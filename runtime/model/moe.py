@@ -1,0 +1,110 @@
+"""A mixture of experts as a layer's MLP: a router chooses a few of many gated MLPs for each token.
+
+Serving runs the chosen experts alone. Calibration needs inputs for all of them: `observed` is the same block with every
+token through every expert, and what they were chosen for is counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from octavo.kernels.moe import reference as moe
+from octavo.quant.linear import Linear
+from octavo.runtime.model.mlp import Change, GatedMlp
+
+
+@dataclass(frozen=True, slots=True)
+class MoeMlp:
+    """sum over the chosen experts of weight * expert(x), plus the shared expert's output where there is one.
+
+    router       [num_experts, H] float32
+    normalize    weights of the chosen experts are made to sum to 1
+    shared       an expert that every token goes to
+    shared_gate  [1, H] float32: its output is multiplied by sigmoid(x . shared_gate)
+    """
+
+    router: Tensor
+    experts: tuple[GatedMlp, ...]
+    top_k: int
+    normalize: bool
+    shared: GatedMlp | None = None
+    shared_gate: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen, weights = moe.route(x, self.router, self.top_k, self.normalize)
+        return self.with_shared(x, moe.grouped(x, chosen, weights, len(self.experts), self._run))
+
+    def observed(self) -> ObservedMoe:
+        """The same block, which runs every expert on every token and counts what they were chosen for."""
+        return ObservedMoe(self, torch.zeros(len(self.experts), dtype=torch.int64, device=self.router.device))
+
+    def linears(self) -> dict[str, Linear]:
+        """'experts.3.gate_up', 'experts.3.down', ... and 'shared.gate_up', 'shared.down'."""
+        return {f"{owner}.{name}": linear for owner, mlp in self._mlps() for name, linear in mlp.linears().items()}
+
+    def map_linears(self, change: Change) -> MoeMlp:
+        changed = [mlp.map_linears(_within(owner, change)) for owner, mlp in self._mlps()]
+        count = len(self.experts)
+        shared = None if self.shared is None else changed[count]
+        return replace(self, experts=tuple(changed[:count]), shared=shared)
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield self.router
+        if self.shared_gate is not None:
+            yield self.shared_gate
+
+    def _mlps(self) -> Iterator[tuple[str, GatedMlp]]:
+        yield from ((f"experts.{i}", expert) for i, expert in enumerate(self.experts))
+        if self.shared is not None:
+            yield "shared", self.shared
+
+    def _run(self, expert: int, x: Tensor) -> Tensor:
+        return self.experts[expert].forward(x)
+
+    def with_shared(self, x: Tensor, routed: Tensor) -> Tensor:
+        """The shared expert's output added to the chosen ones'."""
+        if self.shared is None:
+            return routed
+        shared = self.shared.forward(x)
+        if self.shared_gate is not None:
+            shared = shared * torch.sigmoid(F.linear(x.float(), self.shared_gate)).to(x.dtype)
+        return routed + shared
+
+
+@dataclass(frozen=True, slots=True)
+class ObservedMoe:
+    """MoeMlp for calibration: forward(x) is what the block's is, but every expert sees all of x.
+
+    counts  [num_experts] int64: tokens that each expert was chosen for since this value was made; shared between copies
+    """
+
+    block: MoeMlp
+    counts: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        block = self.block
+        chosen, weights = moe.route(x, block.router, block.top_k, block.normalize)
+        self.counts.add_(moe.tokens_per_expert(chosen, len(block.experts)))
+        total = torch.zeros_like(x, dtype=torch.float32)
+        for i, expert in enumerate(block.experts):
+            weight = torch.where(chosen == i, weights, 0.0).sum(dim=1, keepdim=True)  # [T, 1], 0 where not chosen
+            total.addcmul_(expert.forward(x).float(), weight)
+        return block.with_shared(x, total.to(x.dtype))
+
+    def linears(self) -> dict[str, Linear]:
+        return self.block.linears()
+
+    def map_linears(self, change: Change) -> ObservedMoe:
+        return replace(self, block=self.block.map_linears(change))
+
+    def tensors(self) -> Iterator[Tensor]:
+        return self.block.tensors()
+
+
+def _within(owner: str, change: Change) -> Callable[[str, Linear], Linear]:
+    return lambda name, linear: change(f"{owner}.{name}", linear)

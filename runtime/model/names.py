@@ -1,0 +1,127 @@
+"""The modules of a decoder by their names in a checkpoint: what is loaded, required and calibrated is read off here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from octavo.runtime.model.experts import MoeSpec
+from octavo.runtime.model.spec import DecoderSpec
+
+Has = Callable[[str], bool]  # whether a checkpoint has any tensor of a module
+
+QKV, GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+NORMS = {  # (before attention, after attention, before the MLP, after the MLP)
+    "pre": ("input_layernorm", None, "post_attention_layernorm", None),
+    "sandwich": (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    ),
+    "post": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+}
+
+
+@dataclass(frozen=True)
+class LinearParts:
+    """A linear layer of the decoder, which may be several modules of a checkpoint side by side.
+
+    modules  out_features of each, by full name; they share their input
+    """
+
+    modules: dict[str, int]
+    in_features: int
+    bias: bool = False
+
+
+@dataclass(frozen=True)
+class ExpertNames:
+    """Where a layer's experts are: `{owner}.gate`, `{owner}.experts.3.{gate}`; gate, up, down name an expert's own."""
+
+    owner: str
+    gate: str
+    up: str
+    down: str
+
+
+QWEN_EXPERTS = ExpertNames("mlp", "gate_proj", "up_proj", "down_proj")
+MIXTRAL_EXPERTS = ExpertNames("block_sparse_moe", "w1", "w3", "w2")
+# Transformers 5 and what quantizes through it may write Mixtral's experts in either spelling, under either owner.
+SPELLINGS = (
+    QWEN_EXPERTS,
+    MIXTRAL_EXPERTS,
+    ExpertNames("block_sparse_moe", "gate_proj", "up_proj", "down_proj"),
+    ExpertNames("mlp", "w1", "w3", "w2"),
+)
+
+
+def expert_names(spec: DecoderSpec, layer: str, has: Has) -> ExpertNames:
+    """How a layer's experts are spelt in this checkpoint; as its architecture has them where there are none."""
+    own = MIXTRAL_EXPERTS if spec.architecture == "mixtral" else QWEN_EXPERTS
+    return next((n for n in SPELLINGS if has(f"{layer}.{n.owner}.experts.0.{n.gate}")), own)
+
+
+def layer_linears(spec: DecoderSpec, index: int, prefix: str, has: Has) -> dict[str, LinearParts]:
+    """All linear layers of layer `index`, by the names that DecoderLayer.linears has, in the order of computing."""
+    layer, hidden = f"{prefix}layers.{index}", spec.hidden_size
+    width, kv_width = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    qkv = dict(zip(QKV, (width, kv_width, kv_width), strict=True))
+    if spec.fused:
+        qkv = {"qkv_proj": width + 2 * kv_width}
+    attention = {
+        "qkv": LinearParts(_within(f"{layer}.self_attn", qkv), hidden, spec.qkv_bias),
+        "o": LinearParts(_within(f"{layer}.self_attn", {"o_proj": hidden}), width, spec.o_bias),
+    }
+    if spec.moe is not None and spec.layers[index].sparse:
+        return attention | _experts(spec.moe, hidden, layer, expert_names(spec, layer, has))
+    inner = spec.intermediate_size
+    gate_up = {"gate_up_proj": 2 * inner} if spec.fused else dict.fromkeys(GATE_UP, inner)
+    return attention | {
+        "gate_up": LinearParts(_within(f"{layer}.mlp", gate_up), hidden, spec.mlp_bias),
+        "down": LinearParts(_within(f"{layer}.mlp", {"down_proj": hidden}), inner, spec.mlp_bias),
+    }
+
+
+def _experts(moe: MoeSpec, hidden: int, layer: str, names: ExpertNames) -> dict[str, LinearParts]:
+    parts = {}
+    for i in range(moe.num_experts):
+        gate_up = dict.fromkeys((names.gate, names.up), moe.intermediate_size)
+        expert = f"{layer}.{names.owner}.experts.{i}"
+        parts[f"experts.{i}.gate_up"] = LinearParts(_within(expert, gate_up), hidden)
+        parts[f"experts.{i}.down"] = LinearParts(_within(expert, {names.down: hidden}), moe.intermediate_size)
+    if (inner := moe.shared_intermediate_size) is not None:
+        shared = f"{layer}.{names.owner}.shared_expert"
+        parts["shared.gate_up"] = LinearParts(_within(shared, dict.fromkeys(GATE_UP, inner)), hidden)
+        parts["shared.down"] = LinearParts(_within(shared, {"down_proj": hidden}), inner)
+    return parts
+
+
+def _within(owner: str, widths: dict[str, int]) -> dict[str, int]:
+    return {f"{owner}.{name}": width for name, width in widths.items()}
+
+
+def routers(spec: DecoderSpec, index: int, prefix: str, has: Has) -> dict[str, int]:
+    """The modules that choose and weight a layer's experts, and their rows: the router, the shared expert's gate."""
+    if spec.moe is None or not spec.layers[index].sparse:
+        return {}
+    layer = f"{prefix}layers.{index}"
+    owner = f"{layer}.{expert_names(spec, layer, has).owner}"
+    shared = {} if spec.moe.shared_intermediate_size is None else {f"{owner}.shared_expert_gate": 1}
+    return {f"{owner}.gate": spec.moe.num_experts, **shared}
+
+
+def required_modules(spec: DecoderSpec, prefix: str, has: Has) -> list[str]:
+    """Every module that must have a weight."""
+    names = [f"{prefix}embed_tokens"]
+    norms = [norm for norm in NORMS[spec.norms] if norm is not None]
+    norms += ["self_attn.q_norm", "self_attn.k_norm"] if spec.qk_norm else []
+    for i in range(len(spec.layers)):
+        names += [m for parts in layer_linears(spec, i, prefix, has).values() for m in parts.modules]
+        names += [*routers(spec, i, prefix, has), *(f"{prefix}layers.{i}.{norm}" for norm in norms)]
+    return [*names, f"{prefix}norm", *([] if spec.tied else [head_name(prefix)])]
+
+
+def head_name(prefix: str) -> str:
+    """The language-model head's module."""
+    return "language_model.lm_head" if prefix == "language_model.model." else "lm_head"
