@@ -17,6 +17,7 @@ from octavo.quant.formats.select import SUFFIXES, parse_quantization
 from octavo.quant.qparams import QuantizedWeight
 from octavo.quant.safetensors_file import SafetensorsError, SafetensorsFile, TensorSpec, parse_json
 
+SIDE_CONFIGS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # where old GPTQ and AWQ files keep theirs
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -39,6 +40,7 @@ class Checkpoint:
     config    config.json as it is
     names     every tensor's name
     files     the shards, by name
+    notes     what reading it brought to light that a person should know
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Checkpoint:
         self.config = config
         self.files = files
         self.quantization = quantization
+        self.notes: list[str] = []
         self._file_of = {name: file for file in files.values() for name in file.specs}
         self.names = frozenset(self._file_of)
         self._unread = set(self.names)
@@ -93,9 +96,12 @@ class Checkpoint:
         if not tensors:
             raise CheckpointError(f"{module}: the checkpoint has no weight for it")
         try:
-            return format_.read(tensors)
+            weight = format_.read(tensors)
         except FormatError as e:
             raise CheckpointError(f"{module}: {e}") from e
+        if weight.note and weight.note not in self.notes:
+            self.notes.append(weight.note)
+        return weight
 
     def suffixes(self, module: str) -> list[str]:
         """Which tensors there are of a linear layer, in any format, biases aside: ['weight', 'weight_scale']."""
@@ -144,29 +150,47 @@ class Checkpoint:
         """Refuse a scheme that octavo doesn't have before anything is loaded, and by the layer that has it."""
         if self.quantization is None:
             return
-        for module in sorted({name.rpartition(".")[0] for name in self.names if name.endswith("weight_scale")}):
+        marks = ("weight_scale", "qweight")
+        for module in sorted({name.rpartition(".")[0] for name in self.names if name.endswith(marks)}):
             self.quantization.format_of(module, self.suffixes(module))
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """config.json as a dict. Raises CheckpointError."""
+    """config.json as a dict, with the quantization_config that old GPTQ and AWQ writers keep in a file beside it.
+
+    Raises CheckpointError.
+    """
     path = directory / "config.json"
     try:
-        config = parse_json(path.read_bytes())
+        config = _read_object(path)
     except FileNotFoundError:
         raise CheckpointError(f"{directory} has no config.json: not a Hugging Face checkpoint") from None
-    except OSError as e:
-        raise CheckpointError(f"{path} can't be read: {e.strerror}") from e
-    except ValueError as e:
-        raise CheckpointError(f"{path} is not JSON: {e}") from e
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} is not a JSON object")
     owners = [owner for owner in (config, config.get("text_config")) if isinstance(owner, dict)]
     for owner in owners:
         for key, kind in CONFIG_TYPES.items():
             if not isinstance(owner.get(key), kind | None):
                 raise CheckpointError(f"{path}: {key} is {owner[key]!r}, no {kind.__name__}")
+    if quantization_dict(config) is None:
+        for name, method in SIDE_CONFIGS.items():
+            if (directory / name).is_file():
+                config["quantization_config"] = {"quant_method": method} | _read_object(directory / name)
+                break
     return config
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """A JSON object in a file."""
+    try:
+        content = parse_json(path.read_bytes())
+    except FileNotFoundError:
+        raise
+    except OSError as e:
+        raise CheckpointError(f"{path} can't be read: {e.strerror}") from e
+    except ValueError as e:
+        raise CheckpointError(f"{path} is not JSON: {e}") from e
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
+    return content
 
 
 def quantization_dict(config: dict[str, Any]) -> dict[str, Any] | None:

@@ -5,16 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from octavo.quant.formats import compressed_tensors
+from octavo.quant.formats import awq, compressed_tensors, gptq
+from octavo.quant.formats.auto_round import parse_auto_round
+from octavo.quant.formats.awq import parse_awq
 from octavo.quant.formats.compressed_tensors_config import parse_config
 from octavo.quant.formats.format import FormatError, QuantizationConfig
+from octavo.quant.formats.gptq_config import parse_gptq
 
 METHODS: dict[str, Callable[[Mapping[str, Any]], QuantizationConfig]] = {
     "compressed-tensors": parse_config,
+    "gptq": parse_gptq,
+    "awq": parse_awq,
+    "auto-round": parse_auto_round,
+    "intel/auto-round": parse_auto_round,  # before auto-round 0.5
 }
 
 # Tensors that belong to a linear layer, in any format.
-SUFFIXES = tuple(dict.fromkeys(compressed_tensors.SUFFIXES))
+SUFFIXES = tuple(dict.fromkeys(compressed_tensors.SUFFIXES + gptq.SUFFIXES + awq.SUFFIXES))
 
 
 def parse_quantization(raw: Mapping[str, Any]) -> QuantizationConfig:

@@ -232,7 +232,7 @@ def test_the_writer_misses_what_was_not_written(tmp_path: Path) -> None:
         ('{"architectures": "LlamaForCausalLM"}', "architectures is 'LlamaForCausalLM', no list"),
         ('{"text_config": [1]}', r"text_config is \[1\], no dict"),
         ('{"text_config": {"quantization_config": 4}}', "quantization_config is 4, no dict"),
-        ('{"quantization_config": {"quant_method": "awq"}}', "quant_method 'awq' is not supported"),
+        ('{"quantization_config": {"quant_method": "quip"}}', "quant_method 'quip' is not supported"),
     ],
 )
 def test_configs_that_say_nothing_known_are_refused(model: Path, config: str | None, message: str) -> None:

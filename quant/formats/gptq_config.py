@@ -1,0 +1,168 @@
+"""The config of a GPTQ checkpoint, parsed: which scheme each linear layer has.
+
+Source: ModelCloud/GPTQModel, `quantization/config.py`; AutoGPTQ, `quantization/config.py`; transformers' GPTQConfig,
+which adds keys of its own. Writers add more with each version, so keys that change nothing about the tensors pass.
+
+Which layers are quantized is told by the tensors: a layer with a `qweight` is, whatever the config lists. Only where
+there are no files (--load-format dummy) the config's lists decide.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from octavo.quant.formats.compressed_tensors_config import INT_DTYPES
+from octavo.quant.formats.format import FormatError
+from octavo.quant.formats.gptq import GPTQFormat, Version
+from octavo.quant.scheme import QuantScheme, SchemeError, WeightScheme, group
+
+VERSIONS: dict[str, Version] = {"gptq": 1, "gptq_v2": 2}
+IN_BLOCK = re.compile(r"(^|\.)layers\.\d+\.(?!.*(\.gate|router|shared_expert_gate)$)")
+
+
+class _Override(msgspec.Struct):
+    bits: int | None = None
+    group_size: int | None = None
+    desc_act: bool | None = None
+    sym: bool | None = None
+
+
+class _Config(msgspec.Struct):
+    """For checking types only."""
+
+    bits: int
+    group_size: int
+    desc_act: bool | None = None
+    sym: bool | None = None
+    lm_head: bool | None = None
+    dynamic: dict[str, _Override] | None = None
+    checkpoint_format: str | None = None
+    format: str | None = None
+    pack_dtype: str | None = None
+    is_marlin_format: bool | None = None
+    modules_in_block_to_quantize: list[str | list[str]] | None = None
+    meta: dict[str, object] | None = None
+    rotation: str | dict[str, object] | None = None
+    adapter: dict[str, object] | None = None
+
+
+@dataclass(frozen=True)
+class GPTQConfig:
+    """Scheme by layer.
+
+    base        bits, group_size, desc_act and sym of a layer without an override
+    dynamic     GPTQModel's: (regex, override), in their order; None for an override: not quantized
+    listed      the layers' names in their block, or parts of names, where the config lists them
+    """
+
+    base: Mapping[str, Any]
+    version: Version
+    whole_words: bool = False
+    dynamic: tuple[tuple[str, Mapping[str, Any] | None], ...] = ()
+    listed: tuple[str, ...] = ()
+    lm_head: bool = False
+    name: str = "gptq"
+    kv_cache: str | None = None
+
+    def format_of(self, module: str, suffixes: Collection[str] | None = None) -> GPTQFormat | None:
+        """The format of a linear layer by its full name; None when it is not quantized."""
+        override = next((found for pattern, found in self.dynamic if re.match(pattern, module)), {})
+        quantized = self._expects(module, override) if suffixes is None else "qweight" in suffixes
+        if not quantized:
+            return None
+        return make_format(_merge(self.base, override), self.version, self.whole_words, f"{module}: ")
+
+    def _expects(self, module: str, override: Mapping[str, Any] | None) -> bool:
+        if override is None:
+            return False
+        if module.endswith("lm_head"):
+            return self.lm_head
+        return bool(IN_BLOCK.search(module)) and (not self.listed or any(part in module for part in self.listed))
+
+
+def _merge(base: Mapping[str, Any], override: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {**base, **{key: value for key, value in (override or {}).items() if key in base and value is not None}}
+
+
+def make_format(settings: Mapping[str, Any], version: Version, whole_words: bool, where: str) -> GPTQFormat:
+    """A layer's format by its bits, group_size, desc_act and sym. Raises FormatError, which begins with `where`."""
+    bits, size = settings["bits"], settings["group_size"]
+    if bits not in INT_DTYPES:
+        planar = ", which GPTQModel stores in a layout of their own (planar)" if bits in (5, 6, 7) else ""
+        raise FormatError(f"{where}gptq with {bits} bits{planar} is not supported; {sorted(INT_DTYPES)} are")
+    try:
+        scheme = QuantScheme(WeightScheme(INT_DTYPES[bits], group(size), settings["sym"]))
+    except SchemeError as e:
+        raise FormatError(f"{where}{e}") from e
+    return GPTQFormat(scheme, version, settings["desc_act"], whole_words=whole_words)
+
+
+def parse_gptq(raw: Mapping[str, Any]) -> GPTQConfig:
+    """A `quantization_config` with quant_method gptq, or a quantize_config.json. Raises FormatError."""
+    config = check_types(raw, _Config)
+    _refuse(raw)
+    base = {"bits": config.bits, "group_size": config.group_size, "desc_act": bool(config.desc_act)}
+    base["sym"] = True if config.sym is None else config.sym  # AutoGPTQ's default, when it didn't write it yet
+    version = VERSIONS[stored_format(raw)]
+    makers = str((config.meta or {}).get("quantizer"))  # 'gptqmodel:7.6.0', alone or in a list
+    parsed = GPTQConfig(
+        base=base,
+        version=version,
+        whole_words="gptqmodel" in makers,
+        dynamic=parse_dynamic(raw),
+        listed=_flat(config.modules_in_block_to_quantize or []),
+        lm_head=bool(config.lm_head),
+    )
+    make_format(base, version, False, "")
+    for pattern, override in parsed.dynamic:
+        make_format(_merge(base, override), version, False, f"dynamic {pattern!r}: ")
+    return parsed
+
+
+def check_types(raw: Mapping[str, Any], kind: Any) -> Any:
+    """`raw` as a msgspec Struct. Raises FormatError that names the key."""
+    try:
+        return msgspec.convert(raw, kind)
+    except msgspec.ValidationError as e:
+        raise FormatError(f"quantization_config: {str(e).replace('`$.', '`')}") from None
+
+
+def stored_format(raw: Mapping[str, Any]) -> str:
+    """How the tensors are laid out: AutoGPTQ calls it checkpoint_format, GPTQModel also format; absent is version 1."""
+    return str(raw.get("checkpoint_format") or raw.get("format") or "gptq").lower()
+
+
+def _refuse(raw: Mapping[str, Any]) -> None:
+    """What changes the tensors, or what they mean, in a way that isn't read here."""
+    found = "marlin" if raw.get("is_marlin_format") else stored_format(raw)
+    if found not in VERSIONS:
+        raise FormatError(f"checkpoint_format {found!r} is not supported; {' and '.join(VERSIONS)} are")
+    if raw.get("format") and raw.get("checkpoint_format") and raw["format"] != raw["checkpoint_format"]:
+        raise FormatError(f"format {raw['format']!r} and checkpoint_format {raw['checkpoint_format']!r} contradict")
+    if (raw.get("pack_dtype") or "int32") != "int32":
+        raise FormatError(f"pack_dtype {raw['pack_dtype']!r} is not supported; int32 is")
+    for key in ("rotation", "adapter"):
+        if raw.get(key):
+            raise FormatError(f"{key} {raw[key]!r} is not supported: the weights alone don't give its answers")
+
+
+def parse_dynamic(raw: Mapping[str, Any]) -> tuple[tuple[str, Mapping[str, Any] | None], ...]:
+    """GPTQModel's `dynamic`: '-:regex' leaves layers as they are, '+:regex' or 'regex' overrides settings."""
+    rules: list[tuple[str, Mapping[str, Any] | None]] = []
+    for pattern, override in (raw.get("dynamic") or {}).items():
+        regex = pattern.removeprefix("-:").removeprefix("+:")
+        try:
+            re.compile(regex)
+        except re.error as e:
+            raise FormatError(f"quantization_config: dynamic {pattern!r} is not a regex: {e}") from None
+        rules.append((regex, None if pattern.startswith("-:") else override))
+    return tuple(rules)
+
+
+def _flat(names: list[str | list[str]]) -> tuple[str, ...]:
+    return tuple(name for entry in names for name in ([entry] if isinstance(entry, str) else entry))

@@ -1,0 +1,54 @@
+"""What reading a layer's tensors takes in any format: take one out of those that are there, and check it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from octavo.quant.formats.format import FormatError
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def take(left: dict[str, Tensor], name: str) -> Tensor:
+    """The tensor, gone from `left` afterwards: what is left at the end was not expected."""
+    tensor = left.pop(name, None)
+    if tensor is None:
+        raise FormatError(f"{name} is missing")
+    return tensor
+
+
+def take_words(left: dict[str, Tensor], name: str) -> Tensor:
+    """A matrix of int32 words."""
+    words = take(left, name)
+    if words.dtype != torch.int32 or words.ndim != 2 or not words.numel():
+        raise FormatError(f"{name} is {words.dtype} {list(words.shape)}; a matrix of int32 words is expected")
+    return words
+
+
+def take_scales(left: dict[str, Tensor], name: str) -> Tensor:
+    """A matrix of finite numbers. They may be negative: AutoRound has such."""
+    scale = take(left, name)
+    if scale.dtype not in FLOATS or scale.ndim != 2:
+        raise FormatError(f"{name} is {scale.dtype} {list(scale.shape)}; a matrix of floats is expected")
+    if not bool(scale.isfinite().all()):
+        raise FormatError(f"{name} holds NaN or infinity")
+    return scale
+
+
+def check_shape(name: str, tensor: Tensor, wanted: tuple[int, ...], why: str) -> None:
+    """Raise FormatError unless `tensor` has the shape that follows from `why`."""
+    if tuple(tensor.shape) != wanted:
+        raise FormatError(f"{name} is {list(tensor.shape)} where {list(wanted)} is expected ({why})")
+
+
+def exactly(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """A scale in the type that a format stores, if that can hold its numbers exactly. Raises FormatError."""
+    stored = scale.to(dtype)
+    if not torch.equal(stored.to(torch.float64), scale.to(torch.float64)):
+        worst = scale.flatten()[(stored.to(torch.float64) != scale.to(torch.float64)).flatten()][0]
+        raise FormatError(
+            f"its scales are {str(scale.dtype)[6:]}, and {str(dtype)[6:]}, which the format stores, can't hold "
+            f"{float(worst):.9g}, so its numbers would change"
+        )
+    return stored
