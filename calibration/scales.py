@@ -1,0 +1,74 @@
+"""Scales and zero points of groups of columns, searched with the inputs' moments in view.
+
+Works on a transposed weight [K, N] float32. The candidates are those of `quantize_weight`: fractions of a group's
+whole range; here each column's squared error counts by an importance, and every device has a body for the search.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from octavo.kernels.rounding import reference
+from octavo.kernels.rounding.grid import Grid
+from octavo.quant.qparams import FP8_MAX, SHRINK, Search
+from octavo.quant.scheme import WeightScheme
+
+
+def rounding_body(device: torch.device) -> Any:
+    """The rounding kernels of a device: `kernels.rounding.cpu`, or the reference."""
+    return importlib.import_module("octavo.kernels.rounding.cpu") if device.type == "cpu" else reference
+
+
+def grid_of(w: WeightScheme) -> Grid:
+    """The codes of a weight's scheme."""
+    if w.dtype == "fp8_e4m3":
+        return Grid(-int(FP8_MAX), int(FP8_MAX), fp8=True)
+    return Grid(*w.int_range)
+
+
+def search_scales(
+    values: Tensor, importance: Tensor, group_size: int, w: WeightScheme, dtype: torch.dtype, search: Search
+) -> tuple[Tensor, Tensor | None]:
+    """Scales [G, N] float32 (as `dtype` will store them) and zero points [G, N] float32 or None of values [K, N].
+
+    absmax: they cover each group's whole range. mse: of the scales that cover a fraction in SHRINK, the one with the
+    least sum of importance [K] times squared error. G = ceil(K / group_size); the last group may be short.
+    """
+    low, high = _ranges(values, group_size)
+    shrinks = SHRINK if search == "mse" else SHRINK[:1]
+    scales, zeros = _candidates(low, high, w, dtype, torch.tensor(shrinks, device=values.device))
+    if len(shrinks) == 1:
+        return scales[0], None if zeros is None else zeros[0]
+    best = rounding_body(values.device).best_candidate(values, importance, group_size, scales, zeros, grid_of(w))
+    pick = best.long()[None]
+    return scales.gather(0, pick)[0], None if zeros is None else zeros.gather(0, pick)[0]
+
+
+def _ranges(values: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """The least and largest value of each group, zero included: [G, N]."""
+    groups = torch.split(values, group_size)
+    low = torch.stack([group.amin(0) for group in groups]).clamp_(max=0)
+    high = torch.stack([group.amax(0) for group in groups]).clamp_(min=0)
+    return low, high
+
+
+def _candidates(
+    low: Tensor, high: Tensor, w: WeightScheme, dtype: torch.dtype, shrinks: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Scales, and zero points when asymmetric, that cover each fraction of the range: [C, G, N]."""
+    fractions = shrinks.view(-1, 1, 1)
+    steps = FP8_MAX if w.dtype == "fp8_e4m3" else ((1 << w.bits) - 1) / 2
+    if w.symmetric:
+        return storable(torch.maximum(-low, high) * (fractions / steps), dtype), None
+    scales = storable((high - low) * (fractions / (2 * steps)), dtype)
+    least, most = w.int_range
+    return scales, (least - low * fractions / scales).round_().clamp_(least, most)
+
+
+def storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scales as float32 but rounded to the type that stores them; never 0 (a group of zeros) nor subnormal."""
+    return scale.to(dtype).float().clamp(min=torch.finfo(dtype).tiny)
