@@ -39,6 +39,10 @@ BY_OTHERS = {
     "tiny--llmc-w8a8": PRESETS["W8A8"],
     "tiny-qwen2--llmc-fp8-block": PRESETS["FP8_BLOCK"],
 }
+MOE = {
+    "tiny-moe--llmc-fp8-dynamic": PRESETS["FP8_DYNAMIC"],
+    "tiny-moe--llmc-w4a16-g32": QuantScheme(WeightScheme("int4", group(32))),
+}
 READ_ONLY = {
     "tiny--llmc-mxfp4a16": QuantScheme(WeightScheme("fp4_e2m1", group(32))),
     "tiny--llmc-nvfp4a16": QuantScheme(WeightScheme("fp4_e2m1", group(16))),
@@ -55,7 +59,7 @@ SCHEMES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "scheme"), (BY_OTHERS | READ_ONLY).items())
+@pytest.mark.parametrize(("name", "scheme"), (BY_OTHERS | MOE | READ_ONLY).items())
 def test_weights_of_llm_compressor_are_read_exactly(fixtures: Path, name: str, scheme: QuantScheme) -> None:
     checkpoint = Checkpoint.open(fixtures / name)
     expected = load_file(fixtures / name / "expected.safetensors")

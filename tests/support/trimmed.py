@@ -1,4 +1,4 @@
-"""Trimmed fixtures made whole: what a quantized `tiny` has in common with `tiny` is kept once."""
+"""Trimmed fixtures made whole: what a quantized model has in common with its base is kept once; so with `tiny-moe`."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ SHARED = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 def whole(fixture: Path, into: Path) -> Path:
-    """The checkpoint `fixture` with the tables of `tiny` in it, in `into`; itself where nothing is missing."""
-    tensors = load_file(fixture / "model.safetensors")
+    """The checkpoint `fixture` with the tables of its base model in it, in `into`; itself where nothing is missing."""
+    (path,) = (path for path in fixture.glob("*.safetensors") if path.name != "expected.safetensors")
+    tensors, base = load_file(path), fixture.parent / fixture.name.partition("--")[0]
     missing = [name for name in SHARED if name not in tensors]
-    if not missing or fixture.name == "tiny":
+    if not missing or fixture == base:
         return fixture
-    tables = load_file(fixture.parent / "tiny" / "model.safetensors")
+    tables = load_file(base / "model.safetensors")
+    dtype = tensors["model.norm.weight"].dtype  # some writers store what they don't quantize as float16
     out = into / fixture.name
     out.mkdir()
-    for path in fixture.glob("*.json"):
-        shutil.copy(path, out)
-    save_file(tensors | {name: tables[name] for name in missing}, out / "model.safetensors")
+    for side in fixture.glob("*.json"):
+        shutil.copy(side, out)
+    save_file(tensors | {name: tables[name].to(dtype) for name in missing if name in tables}, out / path.name)
     return out

@@ -12,6 +12,7 @@ import torch
 import transformers
 from hf_oracle import Sequences
 from safetensors.torch import load_file, save_file
+from served import logits_of
 from torch import Tensor
 from trimmed import whole
 
@@ -33,12 +34,14 @@ WEIGHT_ONLY = (
     "tiny--llmc-w4a16-g32-actstatic",
     "tiny--llmc-nvfp4a16",
     "tiny--llmc-mxfp4a16",
+    "tiny-moe--llmc-w4a16-g32",
 )
 ROUNDED = {
     "tiny--llmc-w8a8": "tiny",
     "tiny--llmc-w4a8-g32": "tiny",
     "tiny--llmc-fp8-static": "tiny",
     "tiny--llmc-fp8-dynamic": "tiny",
+    "tiny-moe--llmc-fp8-dynamic": "tiny-moe",
     "tiny-qwen2--llmc-fp8-block": "tiny-qwen2",
 }
 FLOAT_NOISE = 1e-4  # of logits under 20: some hundred float32 roundings
@@ -67,7 +70,7 @@ def greedy_hf(directory: Path, prompt: list[int]) -> list[int]:
     return ids[len(prompt) :]
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny-qwen2"])
+@pytest.mark.parametrize("name", ["tiny", "tiny-qwen2", "tiny-moe"])
 def test_greedy_text_equals_hugging_faces(name: str, fixtures: Path) -> None:
     prompt = load_file(fixtures / name / "expected.safetensors")["input_ids"][0, :20].tolist()
     assert greedy(fixtures / name, prompt) == greedy_hf(fixtures / name, prompt)
@@ -81,14 +84,6 @@ def test_greedy_text_of_real_models(name: str) -> None:
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(directory)
     prompt = tokenizer("A short history of the printing press:").input_ids
     assert greedy(directory, prompt) == greedy_hf(directory, prompt)
-
-
-def logits_of(directory: Path, token_ids: Tensor) -> Tensor:
-    """[S, T, vocab] of token ids [S, T], in float32."""
-    model = load_model(EngineConfig(model=str(directory), dtype="float32"))
-    sequences = Sequences(model, token_ids.tolist(), seed=0)
-    rows = sequences.step(dict.fromkeys(range(len(token_ids)), token_ids.shape[1]))
-    return torch.stack([logits for _, _, logits in rows]).unflatten(0, token_ids.shape)
 
 
 def loss(logits: Tensor, token_ids: Tensor) -> float:
@@ -175,12 +170,13 @@ def _one_scale(x: Tensor) -> Tensor:
         ("tiny--llmc-w8a8", (int8_reference, "fake_quantize_per_token"), _absmax_127),
         ("tiny--llmc-w8a8", (int8_reference, "fake_quantize_per_token"), lambda x: x),
         ("tiny--llmc-fp8-dynamic", (fp8_reference, "fake_quantize_per_token"), _one_scale),
+        ("tiny-moe--llmc-fp8-dynamic", (fp8_reference, "fake_quantize_per_token"), _one_scale),
         ("tiny-qwen2--llmc-fp8-block", (fp8_reference, "fake_quantize_per_group"), lambda x, _: _one_scale(x)),
     ],
 )
 def test_a_wrong_rounding_is_seen(
-    name: str, place: tuple[Any, str], wrong: Any, fixtures: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, place: tuple[Any, str], wrong: Any, fixtures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(*place, wrong)
     expected = load_file(fixtures / name / "expected.safetensors")
-    assert untouched(logits_of(fixtures / name, expected["input_ids"]), expected["logits"]) == 0
+    assert untouched(logits_of(whole(fixtures / name, tmp_path), expected["input_ids"]), expected["logits"]) == 0
