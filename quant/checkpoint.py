@@ -17,7 +17,8 @@ from octavo.quant.formats.select import SUFFIXES, parse_quantization
 from octavo.quant.qparams import QuantizedWeight
 from octavo.quant.safetensors_file import SafetensorsError, SafetensorsFile, TensorSpec, parse_json
 
-SIDE_CONFIGS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # where old GPTQ and AWQ files keep theirs
+# Where old GPTQ and AWQ writers, and ModelOpt, keep theirs.
+SIDE_CONFIGS = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -156,7 +157,7 @@ class Checkpoint:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """config.json as a dict, with the quantization_config that old GPTQ and AWQ writers keep in a file beside it.
+    """config.json as a dict, with the quantization_config that some writers keep in a file beside it.
 
     Raises CheckpointError.
     """

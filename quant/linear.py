@@ -184,7 +184,7 @@ def _weight_only(part: QuantizedWeight, out: torch.dtype) -> Body | None:
     """int8 or int4 (and narrower) weights decoded to bf16 in registers; None where groups don't fit the layout."""
     from octavo.kernels.dense import cpu as dense_cpu
 
-    if part.scheme.weight.dtype == "fp8_e4m3" or part.scheme.weight.granularity.kind not in ("channel", "group"):
+    if part.scheme.weight.is_float or part.scheme.weight.granularity.kind not in ("channel", "group"):
         return None
     k, groups = part.shape[1], part.scale.shape[1]
     bits = 8 if part.scheme.weight.dtype == "int8" else 4

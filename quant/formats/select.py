@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from octavo.quant.formats import awq, compressed_tensors, gptq
+from octavo.quant.formats import awq, compressed_tensors, fp8, gptq
 from octavo.quant.formats.auto_round import parse_auto_round
 from octavo.quant.formats.awq import parse_awq
 from octavo.quant.formats.compressed_tensors_config import parse_config
 from octavo.quant.formats.format import FormatError, QuantizationConfig
+from octavo.quant.formats.fp8 import parse_fp8
 from octavo.quant.formats.gptq_config import parse_gptq
+from octavo.quant.formats.modelopt import parse_modelopt
 
 METHODS: dict[str, Callable[[Mapping[str, Any]], QuantizationConfig]] = {
     "compressed-tensors": parse_config,
@@ -18,10 +20,12 @@ METHODS: dict[str, Callable[[Mapping[str, Any]], QuantizationConfig]] = {
     "awq": parse_awq,
     "auto-round": parse_auto_round,
     "intel/auto-round": parse_auto_round,  # before auto-round 0.5
+    "fp8": parse_fp8,
+    "modelopt": parse_modelopt,
 }
 
 # Tensors that belong to a linear layer, in any format.
-SUFFIXES = tuple(dict.fromkeys(compressed_tensors.SUFFIXES + gptq.SUFFIXES + awq.SUFFIXES))
+SUFFIXES = tuple(dict.fromkeys(compressed_tensors.SUFFIXES + gptq.SUFFIXES + awq.SUFFIXES + fp8.SUFFIXES))
 
 
 def parse_quantization(raw: Mapping[str, Any]) -> QuantizationConfig:

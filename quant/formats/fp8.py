@@ -1,0 +1,198 @@
+"""Native FP8, `quant_method: fp8`: DeepSeek's and Qwen's blocks, and one scale a tensor (AutoFP8, Mistral's).
+
+Source: vLLM `model_executor/layers/quantization/fp8.py`; transformers `integrations/finegrained_fp8.py`. A linear layer
+[N, K] has `weight` e4m3 [N, K] and
+
+blocks  weight_scale_inv [ceil(N / 128), ceil(K / 128)], which multiplies despite its name; input rounded per token and
+        group of 128 columns
+tensor  weight_scale [] or [1]; input_scale the same where activation_scheme is static, else input rounded per token.
+        transformers names them weight_scale_inv and activation_scale
+
+The config's list of layers left alone is often incomplete (lm_head, routers): a layer without a scale is not quantized.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import msgspec
+import torch
+from torch import Tensor
+
+from octavo.quant.formats.format import FormatError
+from octavo.quant.qparams import QuantizedWeight
+from octavo.quant.safetensors_file import TensorSpec
+from octavo.quant.scheme import CHANNEL, TENSOR, ActivationScheme, Granularity, QuantScheme, WeightScheme, group
+
+WEIGHT_SCALES, INPUT_SCALES = ("weight_scale_inv", "weight_scale"), ("input_scale", "activation_scale")
+SUFFIXES = ("weight", *WEIGHT_SCALES, *INPUT_SCALES)
+NEVER_QUANTIZED = re.compile(r"(^|\.)(lm_head|gate|router)$")  # where there is no file to ask
+
+
+@dataclass(frozen=True)
+class Fp8Format:
+    """One layer's tensors, by their names after the module's, to and from the canonical weight."""
+
+    scheme: QuantScheme
+
+    def tensors(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
+        """What `write` will return for a weight of this shape."""
+        granularity = self.scheme.weight.granularity
+        shape = granularity.scale_shape(out_features, in_features)
+        specs = {"weight": TensorSpec(torch.float8_e4m3fn, (out_features, in_features))}
+        if granularity.kind == "block":
+            specs["weight_scale_inv"] = TensorSpec(torch.float32, shape)
+        else:
+            specs["weight_scale"] = TensorSpec(torch.float32, () if granularity == TENSOR else (out_features,))
+        if self._is_static:
+            specs["input_scale"] = TensorSpec(torch.float32, ())
+        return specs
+
+    @property
+    def _is_static(self) -> bool:
+        return self.scheme.activation is not None and not self.scheme.activation.dynamic
+
+    def write(self, weight: QuantizedWeight) -> dict[str, Tensor]:
+        """The tensors that `tensors` announced. Raises FormatError for what the format can't carry."""
+        check_writable(self.scheme)
+        specs = self.tensors(*weight.shape)
+        name = "weight_scale_inv" if "weight_scale_inv" in specs else "weight_scale"
+        out = {"weight": weight.codes, name: weight.scale.float().reshape(specs[name].shape)}
+        if self._is_static:
+            if weight.input_scale is None:
+                raise FormatError(f"{self.scheme} needs an input_scale, which only calibration gives")
+            out["input_scale"] = weight.input_scale.float().reshape(())
+        return out
+
+    def read(self, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
+        """The canonical weight. Raises FormatError when a tensor is missing, left over, or of a wrong shape or type."""
+        left = dict(tensors)
+        codes = left.pop("weight", None)
+        if codes is None or codes.dtype != torch.float8_e4m3fn or codes.ndim != 2:
+            found = "missing" if codes is None else f"{codes.dtype} {list(codes.shape)}"
+            raise FormatError(f"weight is {found}; float8_e4m3fn [N, K] is expected")
+        n, k = codes.shape
+        scale = _take_scale(left, WEIGHT_SCALES, self.scheme.weight.granularity.scale_shape(n, k))
+        static = _take_scale(left, INPUT_SCALES, (1, 1)).float().reshape(()) if self._is_static else None
+        if static is not None and not 0 < float(static) < math.inf:
+            raise FormatError(f"input_scale is {float(static)}; a positive number is needed")
+        if left:
+            raise FormatError(f"{', '.join(sorted(left))} not expected with scheme {self.scheme}")
+        return QuantizedWeight(self.scheme, codes, scale, input_scale=static)
+
+
+def _take_scale(left: dict[str, Tensor], names: tuple[str, ...], shape: tuple[int, int]) -> Tensor:
+    """The scale by whichever of its names is there, in `shape`; sides of 1 may come and go."""
+    name = next((name for name in names if name in left), None)
+    if name is None:
+        raise FormatError(f"{names[-1] if shape == (1, 1) else names[0]} is missing")
+    scale = left.pop(name)
+    if not scale.is_floating_point() or scale.dtype.itemsize < 2:
+        raise FormatError(f"{name} is {scale.dtype}; float32, bfloat16 or float16 is expected")
+    if [side for side in scale.shape if side != 1] != [side for side in shape if side != 1]:
+        raise FormatError(f"{name} is {list(scale.shape)} where {list(shape)} is expected")
+    if not bool(scale.isfinite().all()):
+        raise FormatError(f"{name} holds NaN or infinity")
+    return scale.reshape(shape)
+
+
+class _Config(msgspec.Struct):
+    """Types of the keys that mean something; for checking only."""
+
+    activation_scheme: Literal["dynamic", "static"] = "dynamic"
+    fmt: str | None = None
+    weight_block_size: list[int] | None = None
+    ignored_layers: list[str] | None = None
+    modules_to_not_convert: list[str] | None = None
+    scale_fmt: str | None = None
+    kv_cache_scheme: str | dict[str, object] | None = None
+
+
+@dataclass(frozen=True)
+class Fp8Config:
+    """Every linear layer has one scheme, or none: by its tensors where there are some, else by the list of ignored."""
+
+    scheme: QuantScheme
+    ignored: tuple[str, ...]
+    kv_cache: str | None = None
+    name: str = "fp8"
+
+    def format_of(self, module: str, suffixes: Collection[str] | None = None) -> Fp8Format | None:
+        """The format of a linear layer by its full name; None when it is not quantized."""
+        if suffixes is None:
+            listed = any(module == name or module.startswith(f"{name}.") for name in self.ignored)
+            return None if listed or NEVER_QUANTIZED.search(module) else Fp8Format(self.scheme)
+        return Fp8Format(self.scheme) if any(name in suffixes for name in WEIGHT_SCALES) else None
+
+
+def parse_fp8(raw: Mapping[str, Any]) -> Fp8Config:
+    """A config.json's `quantization_config` with quant_method fp8. Raises FormatError."""
+    try:
+        config = msgspec.convert({key: value for key, value in raw.items() if value is not None}, _Config)
+    except msgspec.ValidationError as e:
+        raise FormatError(f"quantization_config: {str(e).replace('`$.', '`')}") from None
+    if config.fmt not in (None, "e4m3", "float8_e4m3fn"):
+        raise FormatError(f"fmt {config.fmt!r} is not supported; e4m3 is")
+    if config.scale_fmt not in (None, "float"):
+        raise FormatError(f"scale_fmt {config.scale_fmt!r} (activation scales of powers of two) is not supported")
+    ignored = tuple(config.ignored_layers or config.modules_to_not_convert or ())
+    kv_cache = "fp8_e4m3" if config.kv_cache_scheme else None
+    return Fp8Config(_scheme(config), ignored, kv_cache)
+
+
+def _scheme(config: _Config) -> QuantScheme:
+    static = config.activation_scheme == "static"
+    if config.weight_block_size is None:
+        activation = ActivationScheme("fp8_e4m3", TENSOR if static else CHANNEL, dynamic=not static)
+        return QuantScheme(WeightScheme("fp8_e4m3", TENSOR), activation)
+    size = config.weight_block_size
+    if len(size) != 2 or min(size) < 1:
+        raise FormatError(f"weight_block_size {size} is not two sizes")
+    if static:
+        raise FormatError("activation_scheme static with weight_block_size: static scales are for whole tensors")
+    weight = WeightScheme("fp8_e4m3", Granularity("block", block=(size[0], size[1])))
+    return QuantScheme(weight, ActivationScheme("fp8_e4m3", group(size[1])))
+
+
+def check_writable(scheme: QuantScheme) -> None:
+    """Raise FormatError with the reason when native FP8 has no word for a scheme."""
+    weight, activation = scheme.weight, scheme.activation
+    if weight.dtype != "fp8_e4m3":
+        raise FormatError(f"native fp8 has fp8_e4m3 weights, not {weight.dtype}; compressed-tensors carries {scheme}")
+    block = weight.granularity.block
+    if block is not None:
+        wanted: tuple[ActivationScheme, ...] = (ActivationScheme("fp8_e4m3", group(block[1])),)
+    elif weight.granularity == TENSOR:
+        wanted = (ActivationScheme("fp8_e4m3", TENSOR, dynamic=False), ActivationScheme("fp8_e4m3", CHANNEL))
+    else:
+        raise FormatError(f"native fp8 scales per block or tensor, not per {weight.granularity}: FP8_BLOCK fits")
+    if activation not in wanted:
+        raise FormatError(f"native fp8 has no way to say {scheme}; compressed-tensors has")
+
+
+def write_fp8_config(schemes: QuantScheme | Mapping[str, QuantScheme], ignore: list[str]) -> dict[str, Any]:
+    """The `quantization_config` of config.json; every linear layer but those in `ignore` has the one scheme.
+
+    Raises FormatError for several schemes, and for one that native FP8 has no word for.
+    """
+    distinct = {schemes} if isinstance(schemes, QuantScheme) else set(schemes.values())
+    if len(distinct) != 1:
+        raise FormatError(
+            f"native fp8 has one scheme for all layers, not {len(distinct)} "
+            f"({', '.join(sorted(str(scheme) for scheme in distinct))}); compressed-tensors has one for each"
+        )
+    scheme = distinct.pop()
+    check_writable(scheme)
+    block, activation = scheme.weight.granularity.block, scheme.activation
+    static = activation is not None and not activation.dynamic
+    return {
+        "activation_scheme": "static" if static else "dynamic",
+        "fmt": "e4m3",
+        "modules_to_not_convert": ignore,
+        "quant_method": "fp8",
+        "weight_block_size": None if block is None else list(block),
+    }

@@ -1,0 +1,89 @@
+"""NVIDIA ModelOpt's FP8 checkpoints, read: `hf_quant_config.json`, or the same in config.json.
+
+Source: NVIDIA/TensorRT-Model-Optimizer `modelopt/torch/export/`. A linear layer [N, K] has `weight` e4m3 [N, K] and
+
+FP8                        weight_scale [] float32, input_scale [] float32, static
+FP8_PER_CHANNEL_PER_TOKEN  weight_scale [N] float32; input rounded per token
+
+KV scales stand at k_proj.k_scale and v_proj.v_scale. Layers left out are globs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import msgspec
+
+from octavo.quant.formats.format import FormatError
+from octavo.quant.formats.fp8 import WEIGHT_SCALES, Fp8Format
+from octavo.quant.scheme import PRESETS, QuantScheme
+
+SCHEMES: dict[str, QuantScheme] = {
+    "FP8": PRESETS["FP8"],
+    "FP8_PER_CHANNEL_PER_TOKEN": PRESETS["FP8_DYNAMIC"],
+}
+KV_CACHES = {"FP8": "fp8_e4m3", "INT8": "int8"}
+
+
+class _Config(msgspec.Struct):
+    """The types of either file's keys; for checking only."""
+
+    quant_algo: str | None = None
+    kv_cache_quant_algo: str | None = None
+    exclude_modules: list[str] | None = None
+    ignore: list[str] | None = None
+    kv_cache_scheme: dict[str, object] | None = None
+
+
+@dataclass(frozen=True)
+class ModelOptConfig:
+    """Every linear layer has one scheme, or none. scheme None: the KV cache alone is quantized."""
+
+    scheme: QuantScheme | None
+    excluded: tuple[str, ...]
+    kv_cache: str | None = None
+    name: str = "modelopt"
+
+    def format_of(self, module: str, suffixes: Collection[str] | None = None) -> Fp8Format | None:
+        """The format of a linear layer by its full name; None when it is not quantized."""
+        if self.scheme is None or any(_excludes(pattern, module) for pattern in self.excluded):
+            return None
+        if suffixes is not None and not any(name in suffixes for name in WEIGHT_SCALES):
+            return None  # not every version lists lm_head and routers
+        return Fp8Format(self.scheme)
+
+
+def _excludes(pattern: str, module: str) -> bool:
+    """A glob over the module's name or over that of a module that it is part of."""
+    return fnmatchcase(module, pattern) or fnmatchcase(module, f"{pattern}.*")
+
+
+def parse_modelopt(raw: Mapping[str, Any]) -> ModelOptConfig:
+    """`hf_quant_config.json`, or a `quantization_config` with quant_method modelopt. Raises FormatError."""
+    inner = raw.get("quantization", raw)
+    try:
+        config = msgspec.convert(inner, _Config)
+    except msgspec.ValidationError as e:
+        raise FormatError(f"quantization: {str(e).replace('`$.', '`')}") from None
+    algorithm = (config.quant_algo or "").upper()
+    if algorithm not in ("", *SCHEMES):
+        raise FormatError(f"ModelOpt's quant_algo {config.quant_algo!r} is not supported; {', '.join(SCHEMES)} are")
+    excluded = (*(config.exclude_modules or ()), *(config.ignore or ()))
+    return ModelOptConfig(SCHEMES.get(algorithm), excluded, _kv_cache(config))
+
+
+def _kv_cache(config: _Config) -> str | None:
+    algorithm = config.kv_cache_quant_algo
+    if algorithm is not None:
+        if algorithm.upper() not in KV_CACHES:
+            raise FormatError(f"kv_cache_quant_algo {algorithm!r} is not supported; {', '.join(KV_CACHES)} are")
+        return KV_CACHES[algorithm.upper()]
+    if not config.kv_cache_scheme:
+        return None
+    found = {key: config.kv_cache_scheme.get(key) for key in ("num_bits", "type", "dynamic")}
+    if found["num_bits"] != 8 or found["type"] not in ("float", "int") or found["dynamic"]:
+        raise FormatError(f"kv_cache_scheme {found} is not supported; static 8-bit float or int is")
+    return "fp8_e4m3" if found["type"] == "float" else "int8"

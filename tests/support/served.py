@@ -1,0 +1,23 @@
+"""What the serving path makes of a checkpoint: its logits, computed in float32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from hf_oracle import Sequences
+from torch import Tensor
+
+from octavo.runtime.config import EngineConfig
+from octavo.runtime.model.weights import load_model
+
+
+def logits_of(directory: Path, token_ids: Tensor) -> Tensor:
+    """[S, T, vocab] of token ids [S, T]; the KV cache in float32, whatever the checkpoint asks for."""
+    model = load_model(EngineConfig(model=str(directory), dtype="float32"))
+    return _logits(Sequences(model, token_ids.tolist(), seed=0), token_ids)
+
+
+def _logits(sequences: Sequences, token_ids: Tensor) -> Tensor:
+    rows = sequences.step(dict.fromkeys(range(len(token_ids)), token_ids.shape[1]))
+    return torch.stack([logits for _, _, logits in rows]).unflatten(0, token_ids.shape)
