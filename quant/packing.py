@@ -30,7 +30,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         stream = pairs[:, :, 0] | (pairs[:, :, 1] << 4)
     else:
         stream = _pack_bits(F.pad(fields, (0, -columns % 32)), bits)
-    return stream.contiguous().view(torch.int32)[:, : packed_columns(columns, bits)].contiguous()
+    words = stream.reshape(-1).view(torch.int32).view(rows, -1)  # flat: a single row's stride may be anything
+    return words[:, : packed_columns(columns, bits)].contiguous()
 
 
 def _pack_bits(fields: Tensor, bits: int) -> Tensor:

@@ -109,7 +109,7 @@ class GPTQFormat:
         g_idx = self._read_g_idx(left, k, groups)
         if left:
             raise FormatError(f"{', '.join(sorted(left))} not expected beside qweight")
-        codes = unpack(words.t(), bits, k)
+        codes = unpack(words.t(), bits, k, padded=False)
         return QuantizedWeight(self.scheme, codes, scale.t().contiguous(), zero_point, g_idx, note=note)
 
     def _in_order(self, k: int) -> Tensor:
@@ -132,11 +132,11 @@ class GPTQFormat:
         bits = self.scheme.weight.bits
         if not self.scheme.weight.symmetric:
             if self.version == 1 and self.whole_words and bits in ONES:
-                zeros = unpack(words + ONES[bits], bits, n)
+                zeros = unpack(words + ONES[bits], bits, n, padded=False)
             else:
-                zeros = self._wrap(unpack(words, bits, n) + (1 if self.version == 1 else 0))
+                zeros = self._wrap(unpack(words, bits, n, padded=False) + (1 if self.version == 1 else 0))
             return zeros.t().contiguous(), ""
-        stored = unpack(words, bits, n)
+        stored = unpack(words, bits, n, padded=False)
         low, high = (int(x) for x in stored.aminmax())
         if low == high == (-1 if self.version == 1 else 0):
             return None, ""

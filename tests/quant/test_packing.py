@@ -48,3 +48,10 @@ def test_padded_three_bit_words_are_read() -> None:
 def test_a_width_of_neither_layout_is_refused() -> None:
     with pytest.raises(ValueError, match=r"64 values of 4 bits take 8 words .* not 9"):
         unpack(torch.zeros(2, 9, dtype=torch.int32), 4, 64)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_column_turned_into_a_row(bits: int) -> None:
+    """Its stride is 1 and not the row's length, and torch calls it contiguous all the same."""
+    column = random_codes(64, 1, bits, seed=0)
+    assert torch.equal(unpack(pack(column.t(), bits), bits, 64), column.t())
