@@ -7,6 +7,7 @@ all samples go through one block before the next one is built.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from octavo.quant.linear import Linear
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.device import choose_device
 from octavo.runtime.model.decoder import DecoderLayer, embedding_scale
+from octavo.runtime.model.moe import MoeMlp
 from octavo.runtime.model.names import NORMS, LinearParts, layer_linears
 from octavo.runtime.model.sources import LoadError, Weight
 from octavo.runtime.model.spec import DecoderSpec
@@ -33,6 +35,9 @@ RecordKV = Callable[[Tensor, Tensor], None]  # keys after rope, values, [T, Hkv,
 
 class BlockRunner:
     """Runs sequences of equal length through single blocks of the model that a config describes.
+
+    expert_counts  [num_experts] int64: how many tokens the router of the block that was built last has sent to each
+                   expert, in the forwards that recorded; None for a block without experts
 
     Raises UnsupportedModelError for a config that the decoder doesn't have.
     """
@@ -55,6 +60,7 @@ class BlockRunner:
         engine = EngineConfig(model=str(Path()), max_model_len=seq_len)
         self._source = _Tensors(prefix)
         self._parts: dict[int, dict[str, LinearParts]] = {}  # of the blocks that were built
+        self.expert_counts: Tensor | None = None
         self._builder = DecoderBuilder(engine, self.spec, self._source, self.dtype, self.device, [])
 
     @property
@@ -72,13 +78,20 @@ class BlockRunner:
         self._source.tensors = tensors
         self._parts[index] = layer_linears(self.spec, index, self._prefix, self._source.has)
         try:
-            return self._builder.layer(index)
+            layer = self._builder.layer(index)
+            self.expert_counts = None
+            if isinstance(layer.mlp, MoeMlp):
+                self.expert_counts = torch.zeros(len(layer.mlp.experts), dtype=torch.int64, device=self.device)
+            return layer
         finally:
             self._source.tensors = {}
 
     def groups(self, index: int, layer: DecoderLayer) -> list[InputGroup]:
         """The block's linear layers by the input that they share, in the order of computing."""
-        return [InputGroup(group, tuple(self._parts[index][group].modules)) for group in layer.linears()]
+        groups: dict[str, list[str]] = {}
+        for name in layer.linears():
+            groups.setdefault(_group(name), []).extend(self._parts[index][name].modules)
+        return [InputGroup(name, tuple(modules)) for name, modules in groups.items()]
 
     def folds(self, index: int) -> list[Fold]:
         """Where a scale per input channel can be hidden in the op before."""
@@ -95,18 +108,33 @@ class BlockRunner:
             up, up_rows = f"{name}.mlp.gate_up_proj", (spec.intermediate_size, 2 * spec.intermediate_size)
         repeats = spec.num_heads // spec.num_kv_heads
         folds.append(Fold("o", v, "rows", rows=v_rows, repeats=repeats, head_dim=spec.head_dim))
+        if spec.layers[index].sparse:
+            return folds + self._expert_folds(index)
         if before_mlp is not None:
             folds.append(Fold("gate_up", f"{name}.{before_mlp}", "norm", offset=spec.norm_offset))
         folds.append(Fold("down", up, "rows", rows=up_rows))
         return folds
 
+    def _expert_folds(self, index: int) -> list[Fold]:
+        """Of each expert's down into its up. The norm before them feeds the router too, which is left alone."""
+        parts = self._parts[index]
+        ups = {
+            name.removesuffix(".gate_up"): tuple(p.modules)[1]
+            for name, p in parts.items()
+            if "." in name and name.endswith(".gate_up")
+        }
+        return [Fold(f"{owner}.down", up, "rows") for owner, up in ups.items()]
+
     @torch.inference_mode()
     def forward(
         self, layer: DecoderLayer, hidden: Tensor, record: Record | None = None, record_kv: RecordKV | None = None
     ) -> Tensor:
-        """hidden [B, T, H] through one block -> [B, T, H]; inputs of its linear layers go to `record` on the way."""
+        """hidden [B, T, H] through one block -> [B, T, H]; inputs of its linear layers go to `record` on the way.
+
+        While recording, every expert sees every token, or the rare ones' inputs would be known from a handful.
+        """
         if record is not None:
-            layer = layer.map_linears(lambda name, linear: _Recorded(linear, name, record))
+            layer = self._recorded(layer, record)
         batch, length, width = hidden.shape
         ops, eps, residual = self._ops, self.spec.norm_eps, hidden.reshape(batch * length, width)
         inputs, cache = _step(batch, length, self.device), self._cache(batch)
@@ -122,6 +150,22 @@ class BlockRunner:
         residual = residual + self._scaled(layer.mlp.forward(normed), layer.after_mlp)
         return residual.view(batch, length, width)
 
+    def _recorded(self, layer: DecoderLayer, record: Record) -> DecoderLayer:
+        """The layer with each group's first linear layer showing its input."""
+        if isinstance(layer.mlp, MoeMlp):
+            assert self.expert_counts is not None
+            layer = replace(layer, mlp=layer.mlp.observed(self.expert_counts))
+        shown: set[str] = set()
+
+        def change(name: str, linear: Linear) -> Linear:
+            group = _group(name)
+            if group in shown:
+                return linear
+            shown.add(group)
+            return _Recorded(linear, group, record)
+
+        return layer.map_linears(change)
+
     def _scaled(self, hidden: Tensor, after: Tensor | None) -> Tensor:
         """A sublayer's output as it is added to the residual."""
         if after is not None:
@@ -135,6 +179,11 @@ class BlockRunner:
         key, value = (torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2))
         one = torch.ones(self.spec.num_kv_heads, device=self.device)
         return LayerCache(key, value, one, one)
+
+
+def _group(name: str) -> str:
+    """The group of a linear layer: all experts, and the shared one, read the block's input."""
+    return "experts.gate_up" if name.endswith(".gate_up") else name
 
 
 class _Recorded(Linear):

@@ -39,9 +39,9 @@ class MoeMlp:
         chosen, weights = moe.route(x, self.router, self.top_k, self.normalize)
         return self.with_shared(x, moe.grouped(x, chosen, weights, len(self.experts), self._run))
 
-    def observed(self) -> ObservedMoe:
-        """The same block, which runs every expert on every token and counts what they were chosen for."""
-        return ObservedMoe(self, torch.zeros(len(self.experts), dtype=torch.int64, device=self.router.device))
+    def observed(self, counts: Tensor) -> ObservedMoe:
+        """The same block, which runs every expert on every token and adds to counts what they were chosen for."""
+        return ObservedMoe(self, counts)
 
     def linears(self) -> dict[str, Linear]:
         """'experts.3.gate_up', 'experts.3.down', ... and 'shared.gate_up', 'shared.down'."""
@@ -80,7 +80,7 @@ class MoeMlp:
 class ObservedMoe:
     """MoeMlp for calibration: forward(x) is what the block's is, but every expert sees all of x.
 
-    counts  [num_experts] int64: tokens that each expert was chosen for since this value was made; shared between copies
+    counts  [num_experts] int64, added to in place: tokens that each expert was chosen for
     """
 
     block: MoeMlp

@@ -39,7 +39,7 @@ def whole_model(directory: Path, token_ids: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny-qwen2"])
+@pytest.mark.parametrize("name", ["tiny", "tiny-qwen2", "tiny-moe"])
 def test_blocks_in_a_row_are_the_decoder(fixtures: Path, name: str) -> None:
     directory = fixtures / name
     checkpoint = Checkpoint.open(directory)
@@ -67,9 +67,15 @@ def test_blocks_in_a_row_are_the_decoder(fixtures: Path, name: str) -> None:
     torch.testing.assert_close(logits, whole_model(directory, token_ids), rtol=1e-4, atol=1e-4)
 
 
-def test_a_folded_scale_changes_nothing(fixtures: Path) -> None:
+EXPERT_DOWNS = [f"experts.{i}.down" for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("name", "groups"), [("tiny", ["qkv", "o", "gate_up", "down"]), ("tiny-moe", ["qkv", "o", *EXPERT_DOWNS])]
+)
+def test_a_folded_scale_changes_nothing(fixtures: Path, name: str, groups: list[str]) -> None:
     """Each Fold really names the op whose channels the group reads: dividing there and multiplying here is nothing."""
-    checkpoint = Checkpoint.open(fixtures / "tiny")
+    checkpoint = Checkpoint.open(fixtures / name)
     runner = BlockRunner(checkpoint.config | {"dtype": "float32"}, "model.", LENGTH)
     tensors = {n: checkpoint.tensor(n).float().clone() for n in checkpoint.names if ".layers.0." in n}
     hidden = torch.randn(2, LENGTH, runner.hidden_size, generator=torch.Generator().manual_seed(2))
@@ -77,7 +83,7 @@ def test_a_folded_scale_changes_nothing(fixtures: Path) -> None:
     before = runner.forward(layer, hidden)
     readers = {group.name: group.modules for group in runner.groups(0, layer)}
     folds = runner.folds(0)
-    assert [fold.group for fold in folds] == ["qkv", "o", "gate_up", "down"]
+    assert [fold.group for fold in folds] == groups
     for fold in folds:
         weight = tensors[f"{fold.producer}.weight"]
         scale = torch.rand(weight.shape[0], generator=torch.Generator().manual_seed(3)) + 0.5
@@ -88,3 +94,23 @@ def test_a_folded_scale_changes_nothing(fixtures: Path) -> None:
             tensors[f"{module}.weight"].mul_(spread)
     after = runner.forward(runner.build(0, tensors), hidden)
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+
+
+def test_every_expert_sees_every_token_and_only_the_routed_ones_are_counted(fixtures: Path) -> None:
+    checkpoint = Checkpoint.open(fixtures / "tiny-moe")
+    runner = BlockRunner(checkpoint.config | {"dtype": "float32"}, "model.", LENGTH)
+    tensors = {n: checkpoint.tensor(n).float() for n in checkpoint.names if ".layers.0." in n}
+    layer = runner.build(0, tensors)
+    hidden = torch.randn(2, LENGTH, runner.hidden_size, generator=torch.Generator().manual_seed(2))
+    seen: dict[str, Tensor] = {}
+    recorded = runner.forward(layer, hidden, lambda group, x: seen.__setitem__(group, x))
+    # Summed expert by expert instead of in the order of their weights: float32 rounding of numbers near 1.
+    torch.testing.assert_close(recorded, runner.forward(layer, hidden), rtol=1e-5, atol=1e-5)
+    x = seen["experts.gate_up"]
+    assert x.shape == (2 * LENGTH, runner.hidden_size)
+    for i in range(4):
+        gate, up = (x @ tensors[f"model.layers.0.mlp.experts.{i}.{n}_proj.weight"].t() for n in ("gate", "up"))
+        torch.testing.assert_close(seen[f"experts.{i}.down"], torch.nn.functional.silu(gate) * up)
+    best = (x @ tensors["model.layers.0.mlp.gate.weight"].t()).argsort(dim=1, descending=True)[:, :2]
+    assert runner.expert_counts is not None
+    assert runner.expert_counts.tolist() == [int((best == i).sum()) for i in range(4)]

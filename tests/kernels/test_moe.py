@@ -1,0 +1,76 @@
+"""Routing and the grouped forward against a loop over tokens in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from octavo.kernels.moe import reference as moe
+
+NUM_EXPERTS, HIDDEN, TOP_K = 5, 16, 3
+
+
+def inputs(num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens [T, H], a router [E, H], and one matrix [H, H] per expert."""
+    generator = torch.Generator().manual_seed(num_tokens)
+    shapes = ((num_tokens, HIDDEN), (NUM_EXPERTS, HIDDEN), (NUM_EXPERTS, HIDDEN, HIDDEN))
+    x, router, experts = (torch.randn(shape, generator=generator) for shape in shapes)
+    return x, router, experts / HIDDEN**0.5
+
+
+def by_tokens(x: Tensor, router: Tensor, experts: Tensor, normalize: bool) -> Tensor:
+    """What the block's formula says, one token and one expert at a time."""
+    x, router, experts = x.double(), router.double(), experts.double()
+    out = torch.zeros_like(x)
+    for t, token in enumerate(x):
+        scores = [float(torch.exp(token @ row)) for row in router]
+        shares = [score / sum(scores) for score in scores]
+        best = sorted(range(NUM_EXPERTS), key=lambda e: -shares[e])[:TOP_K]
+        total = sum(shares[e] for e in best) if normalize else 1.0
+        for e in best:
+            out[t] += shares[e] / total * (experts[e] @ token)
+    return out
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("num_tokens", [0, 1, 2, 40])
+def test_tokens_go_through_their_experts_and_back(num_tokens: int, normalize: bool) -> None:
+    x, router, experts = inputs(num_tokens)
+    rows: list[int] = []
+
+    def run(expert: int, group: Tensor) -> Tensor:
+        rows.append(group.shape[0])
+        return group @ experts[expert].t()
+
+    chosen, weights = moe.route(x, router, TOP_K, normalize)
+    out = moe.grouped(x, chosen, weights, NUM_EXPERTS, run)
+    # Sums of 16 products of numbers near 1 in float32.
+    torch.testing.assert_close(out.double(), by_tokens(x, router, experts, normalize), rtol=1e-5, atol=1e-5)
+    assert sum(rows) == num_tokens * TOP_K
+    assert 0 not in rows
+    assert len(rows) <= max(NUM_EXPERTS, TOP_K)
+    assert moe.tokens_per_expert(chosen, NUM_EXPERTS).sum() == num_tokens * TOP_K
+
+
+def test_a_token_gets_the_same_bits_in_any_batch() -> None:
+    """With experts that only multiply, so that no GEMM's split of its sums is in the way."""
+    x, router, _ = inputs(40)
+    chosen, weights = moe.route(x, router, TOP_K, True)
+
+    def block(rows: slice) -> Tensor:
+        def run(expert: int, group: Tensor) -> Tensor:
+            return group * (expert + 1.5)
+
+        return moe.grouped(x[rows], chosen[rows], weights[rows], NUM_EXPERTS, run)
+
+    whole = block(slice(None))
+    for part in (slice(7, 8), slice(7, 20)):
+        assert torch.equal(block(part), whole[part])
+
+
+def test_logits_of_bf16_tokens_are_not_rounded() -> None:
+    """Two experts whose logits differ by less than bf16 tells apart are still told apart."""
+    x = torch.ones(1, 2, dtype=torch.bfloat16)
+    router = torch.tensor([[64.0, 0.0], [64.0, 0.01], [0.0, 0.0]])
+    assert moe.route(x, router, 1, True)[0].tolist() == [[1]]
