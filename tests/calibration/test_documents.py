@@ -1,0 +1,143 @@
+"""Files of text as documents: each kind is read, and whatever is wrong is named with its line."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from octavo.calibration import documents as module
+from octavo.calibration.documents import DataError, open_documents
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def texts(*paths: Path) -> list[str | None]:
+    with open_documents(paths) as documents:
+        return [documents[i].text for i in range(len(documents))]
+
+
+def places(*paths: Path) -> list[str]:
+    with open_documents(paths) as documents:
+        return [documents.place(i) for i in range(len(documents))]
+
+
+def lines(*values: str) -> str:
+    return "".join(json.dumps({"text": value}) + "\n" for value in values)
+
+
+def test_json_lines(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", "\ufeff" + lines("eins", "zwei") + "\n" + lines("", "drei ☃").rstrip("\n"))
+    assert texts(file) == ["eins", "zwei", "drei ☃"]
+    assert places(file) == [f"{file}:1", f"{file}:2", f"{file}:5"]
+
+
+def test_a_json_file_is_a_list_or_lines(tmp_path: Path) -> None:
+    listed = write(tmp_path / "list.json", json.dumps([{"text": "a"}, {"text": ""}, {"text": "b"}], indent=2))
+    assert texts(listed) == ["a", "b"]
+    assert places(listed) == [f"{listed}: entry 1", f"{listed}: entry 3"]
+    assert texts(write(tmp_path / "lines.json", lines("a", "b"))) == ["a", "b"]
+
+
+def test_a_text_is_cut_at_blank_lines(tmp_path: Path) -> None:
+    paragraph = "word " * 300 + "\n" + "ünd " * 300 + "\n\n"
+    content = "\ufeff" + paragraph * 20
+    file = write(tmp_path / "a.txt", content)
+    sections = [text for text in texts(file) if text is not None]
+    assert "".join(sections) == content.removeprefix("\ufeff")
+    assert all(section.startswith("word") and section.endswith("\n\n") for section in sections)
+    assert all(module.SECTION <= len(s.encode()) < module.SECTION + len(paragraph.encode()) for s in sections[:-1])
+    assert places(file)[:2] == [f"{file}:1", f"{file}:{1 + sections[0].count(chr(10))}"]
+
+
+@pytest.mark.parametrize("shift", range(4))
+def test_a_long_line_is_cut_between_characters(tmp_path: Path, shift: int) -> None:
+    content = "a" * shift + "🙂" * (module.PIECE // 2) + "é" * module.PIECE
+    assert "".join(text or "" for text in texts(write(tmp_path / "a.txt", content))) == content
+
+
+def test_a_text_without_text_has_no_documents(tmp_path: Path) -> None:
+    assert texts(write(tmp_path / "a.txt", "")) == []
+    assert texts(write(tmp_path / "b.txt", " \n\n" * module.SECTION)) == []
+    assert texts(write(tmp_path / "c.jsonl", "\n\n" + lines(""))) == []
+
+
+def test_gzip(tmp_path: Path) -> None:
+    assert texts(write(tmp_path / "a.jsonl.gz", gzip.compress(lines("a", "b").encode()))) == ["a", "b"]
+    assert texts(write(tmp_path / "a.json.gz", gzip.compress(b'[{"text": "a"}]'))) == ["a"]
+    assert texts(write(tmp_path / "a.txt.gz", gzip.compress(b"hello"))) == ["hello"]
+    whole = gzip.compress(lines("a" * 1000).encode())
+    for broken in (whole[:-9], b"no gzip", whole[:20] + b"\0" * 40):
+        with pytest.raises(DataError, match=r"b\.jsonl\.gz is broken, or no gzip file"):
+            texts(write(tmp_path / "b.jsonl.gz", broken))
+
+
+def test_several_files_are_one(tmp_path: Path) -> None:
+    paths = [write(tmp_path / f"{i}.jsonl", lines(*values)) for i, values in enumerate([["a", "b"], [], ["c"]])]
+    assert texts(*paths) == ["a", "b", "c"]
+    assert places(*paths) == [f"{paths[0]}:1", f"{paths[0]}:2", f"{paths[2]}:1"]
+
+
+@pytest.mark.parametrize(
+    ("second_line", "message"),
+    [
+        (b'{"text": "broken off', r"a\.jsonl:2: .*truncated; needed is one JSON object a line"),
+        (b"hello", r"a\.jsonl:2: JSON is malformed"),
+        (b'{"text": 3}', r'a\.jsonl:2: "text" is int, not a string'),
+        (b'["text"]', r"a\.jsonl:2: list is not an object"),
+        (b'{"body": "x"}', r"a\.jsonl:2: the keys are 'body'; needed is one of"),
+        (b'{"text": "\xff"}', r"a\.jsonl:2: not UTF-8: invalid start byte \(0xff\)"),
+        (b"[" * 100_000, r"a\.jsonl:2: nested too deeply"),
+        (b'{"text": "\\ud800"}', r"a\.jsonl:2: "),
+    ],
+)
+def test_a_broken_line_is_named(tmp_path: Path, second_line: bytes, message: str) -> None:
+    content = lines("a").encode() + second_line + b"\n" + lines("b").encode()
+    with pytest.raises(DataError, match=message):
+        texts(write(tmp_path / "a.jsonl", content))
+
+
+def test_a_pretty_printed_object_is_told_what_is_needed(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"a\.json:1: .*or in a \.json file a list of them"):
+        texts(write(tmp_path / "a.json", json.dumps({"data": [{"text": "a"}]}, indent=2)))
+    with pytest.raises(DataError, match=r"b\.json: .*truncated"):
+        texts(write(tmp_path / "b.json", '[{"text": "a"},'))
+    with pytest.raises(DataError, match=r"c\.json: entry 2: the keys are 'x'"):
+        texts(write(tmp_path / "c.json", '[{"text": "a"}, {"x": 1}]'))
+
+
+def test_bad_utf8_in_a_text_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"a\.txt:3: byte 8 \(0xe9\) is not UTF-8: convert the file first"):
+        texts(write(tmp_path / "a.txt", b"ab\ncd\nfg" + "é".encode("latin-1") + b"\n"))
+    with pytest.raises(DataError, match=r"b\.txt:1: byte 0 \(0xff\) is not UTF-8"):
+        texts(write(tmp_path / "b.txt", "hello".encode("utf-16")))
+    with pytest.raises(DataError, match=r"c\.txt:1: byte 32767 \(0x80\)"):  # a PIECE ends amid no character
+        texts(write(tmp_path / "c.txt", b"a" * (module.PIECE - 1) + b"\x80" * 9))
+
+
+def test_huge_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = "word " * 1_000_000
+    file = write(tmp_path / "a.jsonl", lines("a", long, "b"))
+    assert texts(file) == ["a", long, "b"]
+    monkeypatch.setattr(module, "MAX_LINE", 1 << 20)
+    with pytest.raises(DataError, match=r"a\.jsonl:2: a line of more than 1 MiB: this is not JSON lines"):
+        texts(file)
+
+
+def test_other_kinds_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"a\.csv is of no kind that can be read; files that end in \.jsonl, \.json"):
+        texts(write(tmp_path / "a.csv", "a,b"))
+    with pytest.raises(OSError, match=r"nowhere\.jsonl"):
+        texts(tmp_path / "nowhere.jsonl")
+
+
+def test_parquet_without_pyarrow_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(DataError, match=r"takes pyarrow to read, and that is not installed: pip install pyarrow"):
+        texts(write(tmp_path / "a.parquet", b"PAR1"))
