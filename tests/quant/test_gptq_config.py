@@ -95,7 +95,7 @@ def test_spellings_of_awq() -> None:
 
 
 def test_auto_rounds_dialect() -> None:
-    """Its own packing has zero points as they are, auto_gptq's are less 1; a layer's entry by name goes before regexes."""
+    """Its own packing has zero points as they are, auto_gptq's are less 1; an entry by name goes before regexes."""
     assert parse_quantization(ROUND).format_of(Q_PROJ, QUANTIZED) == GPTQFormat(W4, 1)
     for packing, format_ in {
         "auto_round:auto_gptq": GPTQFormat(W4, 1),

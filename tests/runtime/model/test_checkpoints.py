@@ -35,6 +35,16 @@ WEIGHT_ONLY = (
     "tiny--llmc-nvfp4a16",
     "tiny--llmc-mxfp4a16",
     "tiny-moe--llmc-w4a16-g32",
+    "tiny--autogptq-w4g32",
+    "tiny--gptqmodel-w3g32",
+    "tiny--gptqmodel-w4g32-act",
+    "tiny--gptqmodel-w4g32-asym",
+    "tiny--gptqmodel-w4g32-v2",
+    "tiny--gptqmodel-w8g32",
+    "tiny--autoround-gptq-w4g32",
+    "tiny--autoround-awq-w4g32",
+    "tiny--autoawq-w4g32",
+    "tiny-qwen2--autoawq-w4g32",
 )
 ROUNDED = {
     "tiny--llmc-w8a8": "tiny",
