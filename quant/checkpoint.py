@@ -14,11 +14,21 @@ from torch import Tensor
 
 from octavo.quant.formats.format import FormatError, QuantizationConfig
 from octavo.quant.formats.select import SUFFIXES, parse_quantization
+from octavo.quant.fused_experts import divide_experts
 from octavo.quant.qparams import QuantizedWeight
 from octavo.quant.safetensors_file import SafetensorsError, SafetensorsFile, TensorSpec, parse_json
 
 # Where old GPTQ and AWQ writers, and ModelOpt, keep theirs.
 SIDE_CONFIGS = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
+KV_SCALES = (
+    ("k_scale", "v_scale"),  # compressed-tensors
+    ("attn.k_scale", "attn.v_scale"),  # vLLM's own names
+    ("k_proj.k_scale", "v_proj.v_scale"),  # ModelOpt
+    ("qkv_proj.k_scale", "qkv_proj.v_scale"),
+    ("k_proj.output_scale", "v_proj.output_scale"),  # older compressed-tensors
+    ("kv_scale", "kv_scale"),  # AutoFP8: one for both
+    ("attn.kv_scale", "attn.kv_scale"),
+)
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -66,7 +76,7 @@ class Checkpoint:
         if not directory.is_dir():
             raise CheckpointError(f"{directory} is not a directory")
         config = read_config(directory)
-        files = _open_shards(directory, _find_shards(directory))
+        files = _open_shards(directory, _find_shards(directory), str(config.get("model_type")))
         try:
             checkpoint = cls(directory, config, files, _parse_quantization(config))
             checkpoint._check_formats()
@@ -113,20 +123,21 @@ class Checkpoint:
         """'fp8_e4m3' or 'int8' when the checkpoint brings scales for a quantized KV cache."""
         return self.quantization.kv_cache if self.quantization else None
 
-    def kv_scales(self, attention: str) -> tuple[Tensor, Tensor] | None:
+    def kv_scales(self, attention: str) -> tuple[Tensor | None, Tensor] | None:
         """Scales of an attention layer's keys and values, [1] or [num_kv_heads] float32; None if there are none.
 
-        attention is the module's name, such as 'model.layers.0.self_attn'. Three generations of names are known.
+        Keys have none where the values alone are quantized. attention is the module's name, such as
+        'model.layers.0.self_attn'; scales stand in it by the names in KV_SCALES. CheckpointError: keys' alone.
         """
-        spellings = (
-            ("k_scale", "v_scale"),
-            ("k_proj.output_scale", "v_proj.output_scale"),
-            ("kv_scale", "kv_scale"),
-        )
-        for names in spellings:
-            key, value = (f"{attention}.{name}" for name in names)
-            if self.has(key) and self.has(value):
-                return self.tensor(key).float().flatten(), self.tensor(value).float().flatten()
+        for key, value in KV_SCALES:
+            names = [f"{attention}.{name}" for name in (key, value)]
+            if not any(self.has(name) for name in names):
+                continue
+            if not self.has(names[1]):
+                raise CheckpointError(f"{attention} has {key}, but no {value}")
+            found = [self.tensor(name).float().flatten() if self.has(name) else None for name in names]
+            assert found[1] is not None
+            return found[0], found[1]
         return None
 
     def unread(self) -> list[str]:
@@ -249,7 +260,9 @@ def _read_index(directory: Path) -> dict[str, list[str] | None]:
     return shards
 
 
-def _open_shards(directory: Path, shards: dict[str, list[str] | None]) -> dict[str, SafetensorsFile]:
+def _open_shards(
+    directory: Path, shards: dict[str, list[str] | None], model_type: str
+) -> dict[str, SafetensorsFile]:
     files: dict[str, SafetensorsFile] = {}
     seen: dict[str, str] = {}
     for name, listed in shards.items():
@@ -260,6 +273,10 @@ def _open_shards(directory: Path, shards: dict[str, list[str] | None]) -> dict[s
         absent = [tensor for tensor in listed or () if tensor not in file.specs]
         if absent:
             raise CheckpointError(f"{name} lacks {_some(absent)}, which {INDEX} says it has")
+        try:
+            divide_experts(file, model_type)
+        except SafetensorsError as e:
+            raise CheckpointError(f"{directory.name}: {e}") from e
         twice = [tensor for tensor in file.specs if tensor in seen]
         if twice:
             raise CheckpointError(f"{name} and {seen[twice[0]]} both have {_some(twice)}")

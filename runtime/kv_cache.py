@@ -42,12 +42,13 @@ class CacheError(ValueError):
 
 @dataclass(frozen=True)
 class CachePlan:
-    """What is to be allocated. num_bytes covers all layers."""
+    """What is to be allocated. num_bytes covers all layers. wide_keys: of how many layers keys stay as computed."""
 
     dtype: torch.dtype
     num_blocks: int
     block_size: int
     num_bytes: int
+    wide_keys: int = 0
 
 
 def create(model: Model, config: EngineConfig, notes: list[str]) -> tuple[list[LayerCache], CachePlan]:
@@ -64,7 +65,8 @@ def plan_cache(model: Model, config: EngineConfig, free_bytes: int, notes: list[
     num_blocks = config.num_blocks
     if num_blocks is None:
         num_blocks = _blocks_for(model, config, free_bytes, per_block)
-    return CachePlan(dtype, num_blocks, config.block_size, num_blocks * per_block)
+    wide = sum(key_dtype(model, layer, dtype) != dtype for layer in range(len(model.kv_shapes)))
+    return CachePlan(dtype, num_blocks, config.block_size, num_blocks * per_block, wide)
 
 
 def choose_dtype(model: Model, name: str, notes: list[str]) -> torch.dtype:
@@ -77,9 +79,18 @@ def choose_dtype(model: Model, name: str, notes: list[str]) -> torch.dtype:
     return DTYPES[model.kv_dtype]
 
 
+def key_dtype(model: Model, layer: int, dtype: torch.dtype) -> torch.dtype:
+    """The type of a layer's keys in a cache of `dtype`: another where the checkpoint has scales for values alone."""
+    wide = dtype in LARGEST and model.kv_scales is not None and model.kv_scales[layer][0] is None
+    return model.dtype if wide else dtype
+
+
 def bytes_per_block(model: Model, block_size: int, dtype: torch.dtype) -> int:
     """Bytes of one block in all layers, keys and values."""
-    return sum(2 * heads * head_dim * block_size * dtype.itemsize for heads, head_dim in model.kv_shapes)
+    return sum(
+        heads * head_dim * block_size * (key_dtype(model, layer, dtype).itemsize + dtype.itemsize)
+        for layer, (heads, head_dim) in enumerate(model.kv_shapes)
+    )
 
 
 def _blocks_for(model: Model, config: EngineConfig, free_bytes: int, per_block: int) -> int:
@@ -102,7 +113,7 @@ def _blocks_for(model: Model, config: EngineConfig, free_bytes: int, per_block: 
 def allocate(
     model: Model, num_blocks: int, block_size: int, dtype: torch.dtype, scales: KVScales | None = None
 ) -> list[LayerCache]:
-    """Empty caches of all layers. Without scales they are 1.
+    """Empty caches of all layers. Without scales they are 1, and keys without one are in the computing type.
 
     Zeroed, not just reserved: a kernel may multiply a masked slot by 0, and what memory happens to hold may be NaN.
     On a CPU the zeros come from the system (calloc), page by page at the first write: an unused cache costs nothing.
@@ -112,8 +123,10 @@ def allocate(
         shape = (num_blocks, heads, block_size, head_dim)
         one = torch.ones(heads, device=model.device)
         key_scale, value_scale = scales[layer] if scales is not None else (one, one)
-        key, value = (_zeros(shape, dtype, model.device) for _ in range(2))
-        caches.append(LayerCache(key, value, key_scale.to(model.device), value_scale.to(model.device)))
+        key = _zeros(shape, model.dtype if key_scale is None else dtype, model.device)
+        value = _zeros(shape, dtype, model.device)
+        key_scale = one if key_scale is None else key_scale.to(model.device)
+        caches.append(LayerCache(key, value, key_scale, value_scale.to(model.device)))
     return caches
 
 
@@ -130,11 +143,16 @@ def choose_scales(model: Model, dtype: torch.dtype, notes: list[str]) -> KVScale
         return None
     if model.kv_scales is None:
         return measure_scales(model, dtype, notes)
+    if wide := sum(key is None for key, _ in model.kv_scales):
+        notes.append(
+            f"the checkpoint has KV scales for the values alone in {wide} of {len(model.kv_scales)} layers: keys stay "
+            f"in {_name(model.dtype)} there"
+        )
     ratio = LARGEST[DTYPES[model.kv_dtype or "fp8_e4m3"]] / LARGEST[dtype]
     if ratio == 1:
         return model.kv_scales
     notes.append(f"the checkpoint's KV scales are for {model.kv_dtype}; restated for {_name(dtype)}")
-    return [(key * ratio, value * ratio) for key, value in model.kv_scales]
+    return [(None if key is None else key * ratio, value * ratio) for key, value in model.kv_scales]
 
 
 def measure_scales(model: Model, dtype: torch.dtype, notes: list[str]) -> KVScales:

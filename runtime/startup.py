@@ -54,7 +54,7 @@ def load_engine(config: EngineConfig, spawn_time: float) -> tuple[Engine, Ready]
         architecture=model.architecture,
         dtype=_name(model.dtype),
         device=f"{device}, {num_threads} threads" if device.type == "cpu" else str(device),
-        kv_cache_dtype=_name(plan.dtype),
+        kv_cache_dtype=(f"k={_name(model.dtype)},v=" if plan.wide_keys else "") + _name(plan.dtype),
         layers=model.report_layers(),
         weight_bytes=model.weight_bytes,
         kv_cache_bytes=plan.num_bytes,

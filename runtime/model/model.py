@@ -11,7 +11,8 @@ from octavo.kernels.attention.cache import LayerCache
 from octavo.kernels.attention.step import StepInputs
 
 LayerRow = tuple[str, str, str]  # kind of layer, scheme, body
-KVScales = list[tuple[Tensor, Tensor]]  # of each layer: of keys and of values, [num_kv_heads] float32
+KVScales = list[tuple[Tensor | None, Tensor]]
+"""Of each layer: of keys and of values, [num_kv_heads] float32. Keys without a scale stay in the computing type."""
 
 
 class Model(Protocol):

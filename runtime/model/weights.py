@@ -83,6 +83,8 @@ def _load_decoder(config: EngineConfig, spec: DecoderSpec, hf_config: dict[str, 
     builder = DecoderBuilder(config, spec, source, dtype, device, notes)
     builder.kv_scales = _kv_scales(checkpoint, spec, source.prefix)
     builder.kv_dtype = checkpoint.kv_cache_dtype
+    if builder.kv_dtype is None and any(key is None for key, _ in builder.kv_scales or []):
+        builder.kv_dtype = "fp8_e4m3"  # what values alone are quantized to: no config has a word for it
     model = builder.build()
     model.notes += checkpoint.notes
     if source.check_complete(tied=spec.tied, text_only=hf_config.get("model_type") == "gemma3"):
@@ -108,19 +110,25 @@ def choose_dtype(wanted: Dtype, stored: str | None, device: torch.device, notes:
 
 
 def _kv_scales(checkpoint: Checkpoint, spec: DecoderSpec, prefix: str) -> KVScales | None:
-    """The checkpoint's scales, one per head; None unless it has them for every layer."""
-    heads, scales = spec.num_kv_heads, []
-    for i in range(len(spec.layers)):
-        attention = f"{prefix}layers.{i}.self_attn"
-        found = checkpoint.kv_scales(attention)
-        if found is None:
-            return None
-        for scale in found:
-            if scale.numel() not in (1, heads) or not bool((scale.isfinite() & (scale > 0)).all()):
-                raise LoadError(f"{attention}: KV scales {scale.tolist()}; one or {heads} positive numbers are needed")
-        key, value = (scale.expand(heads).clone() for scale in found)
-        scales.append((key, value))
+    """The checkpoint's scales, one per head; None where it has none. Raises LoadError where a layer's are missing."""
+    names = [f"{prefix}layers.{i}.self_attn" for i in range(len(spec.layers))]
+    found = [checkpoint.kv_scales(name) for name in names]
+    if not any(found):
+        return None
+    scales: KVScales = []
+    for name, pair in zip(names, found, strict=True):
+        if pair is None:
+            raise LoadError(f"{name} has no KV scales although other layers have")
+        key, value = pair
+        scales.append((None if key is None else _by_head(name, key, spec), _by_head(name, value, spec)))
     return scales
+
+
+def _by_head(attention: str, scale: Tensor, spec: DecoderSpec) -> Tensor:
+    heads = spec.num_kv_heads
+    if scale.numel() not in (1, heads) or not bool((scale.isfinite() & (scale > 0)).all()):
+        raise LoadError(f"{attention}: KV scales {scale.tolist()}; one or {heads} positive numbers are needed")
+    return scale.expand(heads).clone()
 
 
 class DecoderBuilder:

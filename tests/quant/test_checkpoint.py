@@ -64,19 +64,44 @@ def test_linear_marks_all_of_its_tensors_read(fixtures: Path) -> None:
     assert isinstance(checkpoint.linear("lm_head"), torch.Tensor)
 
 
-def test_kv_scales_in_three_spellings(model: Path) -> None:
+def with_scales(model: Path, scales: dict[str, torch.Tensor]) -> Checkpoint:
+    """The checkpoint with these tensors more."""
+    (model / "more").mkdir(exist_ok=True)
+    shutil.copy(model / "config.json", model / "more")
+    save_file(load_file(model / "model.safetensors") | scales, model / "more" / "model.safetensors")
+    return Checkpoint.open(model / "more")
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (2, 1, 1), (2,)])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("k_scale", "v_scale"),
+        ("attn.k_scale", "attn.v_scale"),
+        ("k_proj.k_scale", "v_proj.v_scale"),
+        ("qkv_proj.k_scale", "qkv_proj.v_scale"),
+        ("k_proj.output_scale", "v_proj.output_scale"),
+        ("kv_scale",),
+        ("attn.kv_scale",),
+    ],
+)
+def test_kv_scales_in_every_spelling(model: Path, names: tuple[str, ...], shape: tuple[int, ...]) -> None:
     attention = "model.layers.0.self_attn"
-    for names in (("k_scale", "v_scale"), ("k_proj.output_scale", "v_proj.output_scale"), ("kv_scale",)):
-        tensors = load_file(model / "model.safetensors")
-        tensors |= {f"{attention}.{name}": torch.tensor([0.5]) for name in names}
-        (model / "more").mkdir(exist_ok=True)
-        shutil.copy(model / "config.json", model / "more")
-        save_file(tensors, model / "more" / "model.safetensors")
-        checkpoint = Checkpoint.open(model / "more")
-        scales = checkpoint.kv_scales(attention)
-        assert scales is not None
-        assert [scale.tolist() for scale in scales] == [[0.5], [0.5]]
-        assert not [name for name in checkpoint.unread() if "scale" in name]
+    checkpoint = with_scales(model, {f"{attention}.{name}": torch.full(shape, 0.5) for name in names})
+    scales = checkpoint.kv_scales(attention)
+    assert scales is not None
+    assert [scale.tolist() for scale in scales if scale is not None] == [[0.5] * (2 if 2 in shape else 1)] * 2
+    assert not [name for name in checkpoint.unread() if "scale" in name]
+
+
+def test_values_may_have_a_scale_alone_but_keys_may_not(model: Path) -> None:
+    attention = "model.layers.0.self_attn"
+    scales = with_scales(model, {f"{attention}.v_scale": torch.tensor([0.5])}).kv_scales(attention)
+    assert scales is not None
+    assert scales[0] is None
+    assert scales[1].tolist() == [0.5]
+    with pytest.raises(CheckpointError, match=r"layers\.0\.self_attn has k_proj\.k_scale, but no v_proj\.v_scale"):
+        with_scales(model, {f"{attention}.k_proj.k_scale": torch.tensor([0.5])}).kv_scales(attention)
 
 
 def test_pickles_are_refused_by_name(model: Path) -> None:

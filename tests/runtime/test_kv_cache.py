@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from hf_oracle import BLOCK_SIZE, NUM_BLOCKS, Sequences
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from toy_model import ToyModel
 
@@ -115,3 +118,51 @@ def test_measured_scales_hold_every_value_and_cost_little(fixtures: Path, name: 
         assert ((got - truth).abs() <= limit * (1 + 1e-5)).all()
     p, q = wide.double().log_softmax(-1), narrow.double().log_softmax(-1)
     assert 0 < float((p.exp() * (p - q)).sum(-1).mean()) < 1e-2
+
+
+def with_value_scales(fixtures: Path, out: Path) -> tuple[Path, list[float]]:
+    """`tiny` with a v_scale in each layer and no k_scale, each 1/256 of the layer's largest weight: some saturate."""
+    shutil.copytree(fixtures / "tiny", out, ignore=shutil.ignore_patterns("expected.safetensors"))
+    tensors = load_file(out / "model.safetensors")
+    scales = [float(tensors[f"model.layers.{i}.self_attn.v_proj.weight"].abs().max()) / 256 for i in range(2)]
+    tensors |= {f"model.layers.{i}.self_attn.v_scale": torch.tensor([scale]) for i, scale in enumerate(scales)}
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    return out, scales
+
+
+def test_values_alone_can_be_fp8(fixtures: Path, tmp_path: Path) -> None:
+    """Against transformers with its values, and nothing else, rounded."""
+    directory, scales = with_value_scales(fixtures, tmp_path / "model")
+    token_ids = load_file(fixtures / "tiny" / "expected.safetensors")["input_ids"]
+    ours, sequences = run(directory, token_ids, "auto")
+    for cache in sequences.caches:
+        assert (cache.key.dtype, cache.value.dtype) == (torch.float32, torch.float8_e4m3fn)
+    theirs: Any = transformers.AutoModelForCausalLM.from_pretrained(fixtures / "tiny", dtype=torch.float32)
+    for layer, scale in zip(theirs.model.layers, scales, strict=True):
+
+        def rounded(_: object, __: object, v: Tensor, scale: float = scale) -> Tensor:
+            return (v / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+
+        layer.self_attn.v_proj.register_forward_hook(rounded)
+    with torch.inference_mode():
+        expected, wide = theirs(token_ids).logits, load_file(fixtures / "tiny" / "expected.safetensors")["logits"]
+    difference = (ours - expected).abs()
+    # A value at a tie may fall either way and moves what comes after it; where none did, float32 rounding is left.
+    assert float((difference.amax(-1) < 1e-4).float().mean()) >= 0.5
+    assert float(difference.mean()) < 0.1 * float((wide - expected).abs().mean())
+
+
+def test_keys_without_scales_stay_wide_and_count_so(fixtures: Path, tmp_path: Path) -> None:
+    """2 layers of 2 heads of 32: keys in float32, values in a byte; a block of 16 tokens."""
+    directory, _ = with_value_scales(fixtures, tmp_path / "model")
+    model = load_model(config(model=str(directory)))
+    notes: list[str] = []
+    plan = plan_cache(model, config(num_blocks=3), 1 << 30, notes)
+    assert plan.num_bytes == 3 * 2 * 2 * 32 * 16 * (4 + 1)
+    assert plan.wide_keys == 2
+    scales = choose_scales(model, plan.dtype, notes)
+    assert "scales for the values alone in 2 of 2 layers: keys stay in float32" in notes[-1]
+    caches = kv_cache.allocate(model, 3, 16, plan.dtype, scales)
+    assert sum(c.key.nbytes + c.value.nbytes for c in caches) == plan.num_bytes
+    wide = plan_cache(model, config(num_blocks=3, kv_cache_dtype="bfloat16"), 1 << 30, [])
+    assert (wide.num_bytes, wide.wide_keys) == (3 * 2 * 2 * 32 * 16 * 4, 0)

@@ -186,9 +186,16 @@ def test_kv_scales_are_positive_and_one_or_one_per_head(model: Path, scale: list
     edit_tensors(model, **{name: torch.tensor([0.5]) for name in names})
     good = load(model).kv_scales
     assert good is not None
+    assert good[1][0] is not None
     assert good[1][0].tolist() == [0.5] * 4
     edit_tensors(model, **{names[2]: torch.tensor(scale)})
     with pytest.raises(LoadError, match=r"layers\.1\.self_attn: KV scales .*one or 4 positive numbers"):
+        load(model)
+
+
+def test_kv_scales_are_there_for_every_layer_or_none(model: Path) -> None:
+    edit_tensors(model, **{f"model.layers.0.self_attn.{part}_scale": torch.tensor([0.5]) for part in "kv"})
+    with pytest.raises(LoadError, match=r"layers\.1\.self_attn has no KV scales although other layers have"):
         load(model)
 
 
