@@ -36,21 +36,27 @@ class StatsCollector:
     """Adds up InputStats over batches [T, K]; sums are float32, over chunks small enough for it."""
 
     CHUNK = 2048  # tokens of one GEMM
+    STRIP = 128  # rows of the moments made at a time: what lies left of the diagonal needn't be computed
 
     def __init__(self, in_features: int, device: torch.device) -> None:
-        self._sum = torch.zeros(in_features, in_features, device=device)
+        self._sum = torch.zeros(in_features, in_features, device=device)  # right of the diagonal, and some more
         self._absmax = torch.zeros(in_features, device=device)
         self._abssum = torch.zeros(in_features, dtype=torch.float64, device=device)
+        self._values = torch.empty(0, in_features, device=device)  # fresh memory costs as much as the sums below
         self.num_tokens = 0
 
     def add(self, x: Tensor) -> None:
         """x [T, K], in any floating type."""
         for chunk in torch.split(x, self.CHUNK):
-            values = chunk.float()
-            self._sum.addmm_(values.t(), values)
-            magnitudes = values.abs()
-            self._absmax = torch.maximum(self._absmax, magnitudes.amax(0))
-            self._abssum += magnitudes.sum(0, dtype=torch.float64)
+            if chunk.shape[0] > self._values.shape[0]:
+                self._values = torch.empty(chunk.shape, device=self._sum.device)
+            values = self._values[: chunk.shape[0]].copy_(chunk)
+            for begin in range(0, x.shape[1], self.STRIP):
+                end = begin + self.STRIP
+                self._sum[begin:end, begin:].addmm_(values[:, begin:end].t(), values[:, begin:])
+            values.abs_()
+            self._absmax = torch.maximum(self._absmax, values.amax(0))
+            self._abssum += values.sum(0, dtype=torch.float64)
         self.num_tokens += x.shape[0]
 
     def result(self) -> InputStats:
@@ -58,4 +64,6 @@ class StatsCollector:
         if self.num_tokens == 0:
             raise ValueError("no token was seen")
         mean = (self._abssum / self.num_tokens).float()
-        return InputStats(self._sum / self.num_tokens, self._absmax, mean, self.num_tokens)
+        moments = self._sum.triu().div_(self.num_tokens)
+        moments += moments.triu(1).t()
+        return InputStats(moments, self._absmax, mean, self.num_tokens)

@@ -1,0 +1,40 @@
+"""InputStats against the same sums in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from octavo.calibration.stats import StatsCollector
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("width", [1, 96, 300])
+def test_sums_over_batches(width: int) -> None:
+    """Batches of uneven sizes, one longer than a chunk, widths that strips don't divide."""
+    generator = torch.Generator().manual_seed(width)
+    sizes = (5, StatsCollector.CHUNK + 77, 300)
+    batches = [torch.randn(n, width, generator=generator).bfloat16() for n in sizes]
+    collector = StatsCollector(width, CPU)
+    for batch in batches:
+        collector.add(batch)
+    stats = collector.result()
+
+    x = torch.cat(batches).double()
+    assert stats.num_tokens == x.shape[0] == sum(sizes)
+    # A float32 sum of n products has an error of some sqrt(n) roundings of its terms; these have size 1.
+    torch.testing.assert_close(stats.moments.double(), x.t() @ x / x.shape[0], rtol=1e-5, atol=1e-5)
+    assert torch.equal(stats.moments, stats.moments.t())
+    torch.testing.assert_close(stats.absmax.double(), x.abs().amax(0), rtol=0, atol=0)
+    torch.testing.assert_close(stats.absmean.double(), x.abs().mean(0), rtol=1e-6, atol=0)
+
+    scales = torch.rand(width, generator=generator) + 0.5
+    scaled, y = stats.scaled(scales), x / scales.double()
+    torch.testing.assert_close(scaled.moments.double(), y.t() @ y / x.shape[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(scaled.absmax.double(), y.abs().amax(0), rtol=1e-6, atol=0)
+
+
+def test_nothing_seen_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no token was seen"):
+        StatsCollector(4, CPU).result()
