@@ -76,11 +76,12 @@ class Checkpoint:
         if not directory.is_dir():
             raise CheckpointError(f"{directory} is not a directory")
         config = read_config(directory)
-        files = _open_shards(directory, _find_shards(directory), str(config.get("model_type")))
+        files = _open_shards(directory, _find_shards(directory))
         try:
+            divide_experts(files.values(), str(config.get("model_type")))
             checkpoint = cls(directory, config, files, _parse_quantization(config))
             checkpoint._check_formats()
-        except FormatError as e:
+        except (FormatError, SafetensorsError) as e:
             raise CheckpointError(f"{directory.name}: {e}") from e
         return checkpoint
 
@@ -260,9 +261,7 @@ def _read_index(directory: Path) -> dict[str, list[str] | None]:
     return shards
 
 
-def _open_shards(
-    directory: Path, shards: dict[str, list[str] | None], model_type: str
-) -> dict[str, SafetensorsFile]:
+def _open_shards(directory: Path, shards: dict[str, list[str] | None]) -> dict[str, SafetensorsFile]:
     files: dict[str, SafetensorsFile] = {}
     seen: dict[str, str] = {}
     for name, listed in shards.items():
@@ -273,10 +272,6 @@ def _open_shards(
         absent = [tensor for tensor in listed or () if tensor not in file.specs]
         if absent:
             raise CheckpointError(f"{name} lacks {_some(absent)}, which {INDEX} says it has")
-        try:
-            divide_experts(file, model_type)
-        except SafetensorsError as e:
-            raise CheckpointError(f"{directory.name}: {e}") from e
         twice = [tensor for tensor in file.specs if tensor in seen]
         if twice:
             raise CheckpointError(f"{name} and {seen[twice[0]]} both have {_some(twice)}")

@@ -115,6 +115,13 @@ class SafetensorsFile:
                 yield part
                 begin, left = begin + part.numel(), left - part.numel()
 
+    def divide(self, name: str, parts: Mapping[str, tuple[int, ...]]) -> None:
+        """See a tensor as several, by name and shape, that follow each other in its bytes."""
+        spec, begin = self.specs.pop(name), self._begin.pop(name)
+        for part, shape in parts.items():
+            self.specs[part], self._begin[part] = TensorSpec(spec.dtype, shape), begin
+            begin += self.specs[part].nbytes
+
     def _fill(self, fd: int, out: Tensor, offset: int) -> None:
         target = out.numpy().data
         while target:

@@ -1,0 +1,62 @@
+"""Experts that transformers 5 keeps in one tensor, seen as one tensor each, as checkpoints on the Hub have them.
+
+In memory, and on disk after `save_pretrained(save_original_format=False)`, a layer's experts are
+`mlp.experts.gate_up_proj` [E, 2 I, H] and `mlp.experts.down_proj` [E, H, I]. Their bytes are those of the experts' own
+weights one after another, so nothing is copied. Other architectures (gpt-oss, Llama 4) have the same names for
+transposed or interleaved weights: only those listed here are divided.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+
+from octavo.quant.safetensors_file import SafetensorsError, SafetensorsFile
+
+FUSED = re.compile(r"^(?P<layer>.+)\.mlp\.experts\.(?P<kind>gate_up_proj|down_proj)$")
+ROUTER = re.compile(r"^(?P<layer>.+)\.mlp\.gate\.weight$")
+QWEN = ("mlp", "gate_proj", "up_proj", "down_proj")
+OWN_NAMES = {  # owner, gate, up and down in a checkpoint of one tensor per expert
+    "mixtral": ("block_sparse_moe", "w1", "w3", "w2"),
+    "olmoe": QWEN,
+    "qwen2_moe": QWEN,
+    "qwen3_moe": QWEN,
+}
+
+
+def divide_experts(files: Iterable[SafetensorsFile], model_type: str) -> None:
+    """Give files a tensor per expert for each tensor of experts, and Mixtral's routers the names that go with them.
+
+    Raises SafetensorsError where the files have an expert's own tensor too.
+    """
+    names = OWN_NAMES.get(model_type)
+    if names is None:
+        return
+    files = list(files)
+    stored = {name for file in files for name in file.specs}
+    layers = {match["layer"] for name in stored if (match := FUSED.match(name))}
+    for file in files:
+        for name, spec in list(file.specs.items()):
+            parts: dict[str, tuple[int, ...]] = {}
+            if (match := FUSED.match(name)) and len(spec.shape) == 3:
+                parts = dict(_parts(f"{match['layer']}.{names[0]}.experts", match["kind"], spec.shape, names))
+            elif (match := ROUTER.match(name)) and match["layer"] in layers:
+                parts = {f"{match['layer']}.{names[0]}.gate.weight": spec.shape}
+            if twice := (parts.keys() - {name}) & stored:
+                raise SafetensorsError(f"{file.path.name} has {name}, but there is {min(twice)} as well")
+            if parts:
+                file.divide(name, parts)
+
+
+def _parts(
+    experts: str, kind: str, shape: tuple[int, ...], names: tuple[str, ...]
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of the experts' weights, in the order of their bytes."""
+    count, rows, columns = shape
+    _, gate, up, down = names
+    for i in range(count):
+        if kind == "down_proj":
+            yield f"{experts}.{i}.{down}.weight", (rows, columns)
+        else:
+            yield f"{experts}.{i}.{gate}.weight", (rows - rows // 2, columns)
+            yield f"{experts}.{i}.{up}.weight", (rows // 2, columns)
