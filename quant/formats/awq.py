@@ -201,19 +201,25 @@ def make_awq(bits: int, group_size: int, zero_point: bool, version: str, where: 
     return AWQFormat(scheme, "gemm" if version == "gemm" else "gemv")
 
 
-def write_awq_config(scheme: QuantScheme, ignore: list[str]) -> dict[str, Any]:
-    """The `quantization_config` of config.json for a model whose linear layers, `ignore` aside, have `scheme`.
+def write_awq_config(schemes: QuantScheme | Mapping[str, QuantScheme], ignore: list[str]) -> dict[str, Any]:
+    """The `quantization_config` of config.json. Source of the keys: AutoAWQ, `models/_config.py`.
 
+    schemes: one for all linear layers but those in `ignore`, or each layer's by its full name, with one group size.
     Readers take zero points from qzeros in any case, so zero_point is true for symmetric schemes too. They match
     modules_to_not_convert as parts of names; lm_head alone needs no entry, and vLLM then looks at the tensors instead.
-    Source of the keys: AutoAWQ, `models/_config.py`.
+    Raises FormatError for a scheme that the format doesn't have, and for several group sizes.
     """
-    AWQFormat(scheme)
+    named = {"": schemes} if isinstance(schemes, QuantScheme) else schemes
+    sizes = {AWQFormat(scheme).scheme.weight.granularity.group_size or -1 for scheme in named.values()}
+    if len(sizes) != 1:
+        raise FormatError(f"awq has one group size for all layers, not {len(sizes)} ({sorted(sizes)}); gptq has more")
+    heads = [module for module in named if module.endswith("lm_head")]
     return {
         "quant_method": "awq",
         "bits": 4,
-        "group_size": scheme.weight.granularity.group_size or -1,
+        "group_size": sizes.pop(),
         "zero_point": True,
         "version": "gemm",
-        "modules_to_not_convert": [m for m in ignore if m != "lm_head"] or None,
+        "modules_to_not_convert": [m for m in ignore if not m.endswith("lm_head")] or None,
+        **({"lm_head": True} if heads else {}),
     }

@@ -261,7 +261,7 @@ def write_config(
     if isinstance(schemes, QuantScheme):
         groups["group_0"] = _group(schemes, ["Linear"], observer, actorder)
     else:
-        targets = _targets(schemes)
+        targets = scheme_targets(schemes)
         for i, (scheme, names) in enumerate(targets.items()):
             groups[f"group_{i}"] = _group(scheme, ["Linear"] if len(targets) == 1 else names, observer, actorder)
     formats = {group["format"] for group in groups.values()}
@@ -279,7 +279,7 @@ def write_config(
     }
 
 
-def _targets(schemes: Mapping[str, QuantScheme]) -> dict[QuantScheme, list[str]]:
+def scheme_targets(schemes: Mapping[str, QuantScheme]) -> dict[QuantScheme, list[str]]:
     """Targets of each scheme: a regex for layers that differ in their numbers only, names where those differ."""
     kinds: dict[str, dict[str, QuantScheme]] = {}
     for module, scheme in schemes.items():

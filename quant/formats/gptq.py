@@ -16,6 +16,7 @@ points are all 2^(b - 1): labels that contradict this are known to be wrong, and
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -23,6 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from octavo.quant.formats.compressed_tensors import scheme_targets
 from octavo.quant.formats.format import FormatError
 from octavo.quant.formats.reading import check_shape, exactly, take_scales, take_words
 from octavo.quant.packing import pack, packed_columns, unpack
@@ -171,29 +173,33 @@ class GPTQFormat:
 
 
 def write_gptq_config(
-    scheme: QuantScheme,
+    schemes: QuantScheme | Mapping[str, QuantScheme],
     ignore: list[str],
     *,
     version: Version = 1,
     desc_act: bool = False,
-    overrides: Mapping[str, QuantScheme] | None = None,
 ) -> dict[str, Any]:
-    """The `quantization_config` of config.json for a model whose linear layers, `ignore` aside, have `scheme`.
+    """The `quantization_config` of config.json. Source of the keys: GPTQModel, `quantization/config.py`.
 
-    overrides: the scheme of a layer, by its full name, where it isn't `scheme`. lm_head is left as it is by every
-    reader unless the config says otherwise, so it may be left out of `ignore`. Source of the keys: GPTQModel,
-    `quantization/config.py`, and what vLLM's `gptq_marlin.py` demands.
+    schemes: one for all linear layers but those in `ignore`, or each layer's by its full name. The most frequent is the
+    config's own and the others go into GPTQModel's `dynamic`, which vLLM and SGLang know and transformers doesn't.
+    lm_head stays as it is unless `schemes` names it. Raises FormatError for a scheme that the format doesn't have.
     """
-    GPTQFormat(scheme, version, desc_act)
+    named = {} if isinstance(schemes, QuantScheme) else dict(schemes)
+    base = schemes if isinstance(schemes, QuantScheme) else Counter(named.values()).most_common(1)[0][0]
+    for scheme in {base, *named.values()}:
+        GPTQFormat(scheme, version, desc_act)
+    dynamic: dict[str, dict[str, Any]] = {f"-:^{re.escape(m)}$": {} for m in ignore if not m.endswith("lm_head")}
+    for scheme, targets in scheme_targets(named).items():
+        if scheme != base:
+            for target in targets:
+                regex = target[3:] if target.startswith("re:") else f"{re.escape(target)}$"
+                dynamic[f"+:^{regex}"] = _bits_and_groups(scheme)
     name = "gptq" if version == 1 else "gptq_v2"
-    dynamic: dict[str, dict[str, Any]] = {f"-:^{re.escape(m)}$": {} for m in ignore if m != "lm_head"}
-    for module, other in (overrides or {}).items():
-        GPTQFormat(other, version, desc_act)
-        dynamic[f"+:^{re.escape(module)}$"] = _bits_and_groups(other)
     return {
-        **_bits_and_groups(scheme),
+        **_bits_and_groups(base),
         "desc_act": desc_act,
-        "lm_head": False,
+        "lm_head": any(module.endswith("lm_head") for module in named),
         "method": "gptq",
         "quant_method": "gptq",
         "format": name,

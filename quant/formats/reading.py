@@ -49,6 +49,6 @@ def exactly(scale: Tensor, dtype: torch.dtype) -> Tensor:
         worst = scale.flatten()[(stored.to(torch.float64) != scale.to(torch.float64)).flatten()][0]
         raise FormatError(
             f"its scales are {str(scale.dtype)[6:]}, and {str(dtype)[6:]}, which the format stores, can't hold "
-            f"{float(worst):.9g}, so its numbers would change"
+            f"{float(worst):.9g}; compressed-tensors stores them as they are"
         )
     return stored

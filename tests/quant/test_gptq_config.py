@@ -148,18 +148,27 @@ def test_configs_that_cannot_be_read_are_refused(raw: dict[str, Any], message: s
 def test_what_is_written_says_what_was_meant() -> None:
     other = QuantScheme(WeightScheme("int8", group(64), symmetric=False))
     for version in (1, 2):
-        raw = write_gptq_config(W4, ["lm_head", DOWN], version=version, desc_act=True, overrides={Q_PROJ: other})
+        raw = write_gptq_config(W4, ["lm_head", DOWN], version=version, desc_act=True)
         config = parse_quantization(json.loads(json.dumps(raw)))
-        assert config.format_of(Q_PROJ) == GPTQFormat(other, version, desc_act=True)
-        assert config.format_of(Q_PROJ + "x") == GPTQFormat(W4, version, desc_act=True)
-        assert config.format_of(Q_PROJ.replace(".", "x")) is None
+        assert config.format_of(Q_PROJ) == GPTQFormat(W4, version, desc_act=True)
         assert config.format_of(DOWN) is None
         assert config.format_of(HEAD) is None
+    layers = {f"model.layers.{i}.{kind}": W4 for i in range(3) for kind in ("mlp.up_proj", "mlp.gate_proj")}
+    mixed = layers | {"model.layers.0.mlp.up_proj": other, "model.layers.1.mlp.down_proj": other, "lm_head": W4}
+    config = parse_quantization(json.loads(json.dumps(write_gptq_config(mixed, [], version=2))))
+    assert {module: config.format_of(module) for module in mixed} == {
+        module: GPTQFormat(scheme, 2) for module, scheme in mixed.items()
+    }
+    assert "dynamic" not in write_gptq_config(layers, ["lm_head"])
     raw = write_awq_config(W4, ["lm_head", DOWN])
     config = parse_quantization(json.loads(json.dumps(raw)))
     assert config.format_of(DOWN) is None
     assert config.format_of(Q_PROJ) == AWQFormat(QuantScheme(WeightScheme("int4", group(32), symmetric=False)))
     assert write_awq_config(W4, ["lm_head"])["modules_to_not_convert"] is None
+    config = parse_quantization(write_awq_config({"lm_head": W4}, []))
+    assert config.format_of(HEAD) is not None
+    with pytest.raises(FormatError, match=r"awq has one group size for all layers, not 2 \(\[-1, 32\]\)"):
+        write_awq_config({Q_PROJ: W4, DOWN: QuantScheme(WeightScheme("int4", group(-1)))}, [])
     for write in (write_gptq_config, write_awq_config):
         with pytest.raises(FormatError, match="leaves activations as they are"):
             write(PRESETS["W8A8"], [])
