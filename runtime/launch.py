@@ -62,7 +62,7 @@ def start_engine(config: EngineConfig) -> EngineProcess:
     # -P: a file in the user's directory is no module
     command = [sys.executable, "-P", "-m", "octavo.runtime.process", address]
     start = EngineStart(config, time.time())
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, env=_environment(config))
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, env=child_environment(config.num_threads))
     assert process.stdin is not None
     try:
         process.stdin.write(msgspec.json.encode(start) + b"\n")
@@ -81,11 +81,11 @@ def _socket_directory() -> str:
     return directory
 
 
-def _environment(config: EngineConfig) -> dict[str, str]:
-    """The child's environment: this package importable as it is here, and OpenMP set up before torch loads it."""
+def child_environment(num_threads: int | None) -> dict[str, str]:
+    """A child's environment: this package importable as it is here, and OpenMP set up before torch loads it."""
     environment = ENVIRONMENT | os.environ
     source = str(Path(octavo.__file__).parent.parent)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))
-    if config.num_threads is not None:
-        environment["OMP_NUM_THREADS"] = str(config.num_threads)
+    if num_threads is not None:
+        environment["OMP_NUM_THREADS"] = str(num_threads)
     return environment

@@ -1,0 +1,142 @@
+"""The flags that say what a model is calibrated on, with llm-compressor's names, and the data that they mean."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from octavo.calibration.data import CalibrationData
+    from octavo.commands.self_text import Progress
+
+MAX_SEQ_LENGTH = 512
+NUM_SAMPLES = 32
+TOKENS_PER_INPUT = 4  # of the widest layer; see default_num_samples
+MAX_DEFAULT_SAMPLES = 512
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags, as a group of their own."""
+    data = parser.add_argument_group("calibration data")
+    data.add_argument(
+        "--dataset",
+        metavar="DATA",
+        help="a .txt, .jsonl, .json or .parquet file, a directory of them, or a data set of the Hub ('owner/name', "
+        "'owner/name:split') (default: none; the model generates its text itself)",
+    )
+    data.add_argument(
+        "--num-calibration-samples",
+        type=_count,
+        metavar="N",
+        help="windows of text (default: 32; more for wide layers, so that there are 4 tokens for each of their inputs)",
+    )
+    data.add_argument(
+        "--max-seq-length",
+        type=_count,
+        default=MAX_SEQ_LENGTH,
+        metavar="N",
+        help="tokens of each window (default: %(default)s)",
+    )
+    data.add_argument(
+        "--seed",
+        type=_seed,
+        default=0,
+        metavar="N",
+        help="of the choice of samples, and of text that the model generates (default: 0)",
+    )
+    data.add_argument(
+        "--chat-template",
+        metavar="TEMPLATE",
+        help="a Jinja file, or a template itself, for conversations in the data (default: the model's own)",
+    )
+
+
+def data_from_args(
+    args: argparse.Namespace,
+    source: Path,
+    *,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    progress: Progress | None = None,
+) -> CalibrationData:
+    """The data that the flags mean, for the checkpoint in `source`; see make_data."""
+    return make_data(
+        source,
+        args.dataset,
+        num_samples=args.num_calibration_samples,
+        max_seq_length=args.max_seq_length,
+        seed=args.seed,
+        chat_template=args.chat_template,
+        device=device,
+        progress=progress,
+    )
+
+
+def make_data(
+    source: Path,
+    dataset: str | Path | list[Any] | None = None,
+    *,
+    num_samples: int | None = None,
+    max_seq_length: int = MAX_SEQ_LENGTH,
+    seed: int = 0,
+    chat_template: str | None = None,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    progress: Progress | None = None,
+) -> CalibrationData:
+    """Calibration data for the checkpoint in `source`.
+
+    dataset: what --dataset takes; or a list of texts, or of dicts as a line of a .jsonl file holds them; or a list of
+    tensors of token ids, which are taken as they are; or None, for text that the model generates.
+    progress is called while it generates. Raises DataError, and CheckpointError for a checkpoint that is none.
+    """
+    import torch
+
+    from octavo.calibration.data import Sizes, check_disjoint, from_dataset, from_records, from_token_ids
+    from octavo.calibration.documents import DataError
+    from octavo.calibration.verify import held_out_text
+    from octavo.commands.model_text import ModelText
+    from octavo.commands.self_text import generate_data
+    from octavo.quant.checkpoint import read_config
+
+    text = ModelText(source, chat_template)
+    if isinstance(dataset, list) and dataset and isinstance(dataset[0], torch.Tensor):
+        return from_token_ids(dataset, vocab_size=text.vocab_size, source="the token ids given", seed=seed)
+    if text.max_position is not None and max_seq_length > text.max_position:
+        raise DataError(
+            f"--max-seq-length {max_seq_length}: the model has {text.max_position} positions; {text.max_position} works"
+        )
+    count = num_samples if num_samples is not None else default_num_samples(read_config(source), max_seq_length)
+    sizes = Sizes(count, max_seq_length, seed)
+    if dataset is None:
+        return generate_data(source, text, sizes, device=device, progress=progress)
+    data = from_records(dataset, text, sizes) if isinstance(dataset, list) else from_dataset(dataset, text, sizes)
+    check_disjoint(data, text.encode(held_out_text(), add_special_tokens=False), "octavo's held-out text")
+    return data
+
+
+def default_num_samples(config: dict[str, Any], max_seq_length: int) -> int:
+    """How many windows when nobody says: 32, or as many as it takes for 4 tokens to each input of the widest layer.
+
+    GPTQ inverts the second moments of a layer's K inputs, a K x K matrix that fewer than K tokens leave singular and
+    somewhat more leave noisy. Peers take a fixed number: 512 x 384 tokens (llm-compressor's examples), 128 x 2048
+    (GPTQ, AutoRound), which is more than a small model needs and a CPU has time for.
+    """
+    text_config = config.get("text_config") or config
+    widths = [text_config.get(key) for key in ("hidden_size", "intermediate_size")]
+    heads, head_dim = text_config.get("num_attention_heads"), text_config.get("head_dim")
+    widths.append(heads * head_dim if isinstance(heads, int) and isinstance(head_dim, int) else None)
+    widest = max((width for width in widths if isinstance(width, int)), default=0)
+    needed = -(-TOKENS_PER_INPUT * widest // max_seq_length)
+    return min(MAX_DEFAULT_SAMPLES, max(NUM_SAMPLES, needed))
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 up")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 2^32 - 1")
+    return int(text)
