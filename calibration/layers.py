@@ -21,6 +21,7 @@ from octavo.quant.scheme import GROUP_SIZES, QuantScheme
 BLOCK = re.compile(r"^(?P<prefix>(?:\w+\.)*)layers\.(?P<index>\d+)\.(?P<kind>.+)\.weight$")
 OTHER_TOWERS = re.compile(r"(^|[._])(vision|visual|audio|encoder|image)")
 ROUTER = re.compile(r"(^|\.)(mlp|block_sparse_moe|feed_forward|moe)\.(gate|router)$|router|shared_expert_gate$")
+EXPERT = re.compile(r"\.experts\.\d+\.")
 EMBEDDING = re.compile(r"embed|wte|wpe")
 MOST_LAYERS = 10_000
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -38,6 +39,8 @@ UNIFORM = {
     "granite",
     "smollm3",
     "olmo2",
+    "mixtral",
+    "olmoe",
 }
 
 
@@ -47,7 +50,10 @@ class QuantizeError(ValueError):
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear layer of a decoder block. kind is its name in the block: 'self_attn.q_proj'."""
+    """A linear layer of a decoder block.
+
+    kind  its name in the block, the same for all experts: 'self_attn.q_proj', 'mlp.experts.*.up_proj'
+    """
 
     module: str
     index: int
@@ -107,7 +113,8 @@ def _find(checkpoint: Checkpoint) -> tuple[list[Linear], list[str]]:
             if match and not OTHER_TOWERS.search(match["prefix"]):
                 if spec.dtype not in FLOATS:
                     raise QuantizeError(f"{name} is {spec.dtype}: the checkpoint is quantized already")
-                found.append(Linear(module, int(match["index"]), match["kind"], *spec.shape))
+                kind = EXPERT.sub(".experts.*.", match["kind"])
+                found.append(Linear(module, int(match["index"]), kind, *spec.shape))
             elif not EMBEDDING.search(module):
                 others.append(module)
     if not found:
@@ -127,10 +134,17 @@ def _check_blocks(config: dict[str, Any], found: list[Linear]) -> None:
     if missing:
         raise QuantizeError(f"config.json says {count} layers, but the files hold no weights for {missing}")
     if config["model_type"] in UNIFORM:
-        for kind, number in Counter(linear.kind for linear in found).items():
-            if number < count:
-                there = {linear.index for linear in found if linear.kind == kind}
-                raise QuantizeError(f"{kind}.weight is missing in layers {sorted(set(range(count)) - there)}")
+        _check_alike(found, count)
+
+
+def _check_alike(found: list[Linear], count: int) -> None:
+    """Each kind of layer as often in one block as in any other."""
+    by_kind: dict[str, Counter[int]] = {}
+    for linear in found:
+        by_kind.setdefault(linear.kind, Counter())[linear.index] += 1
+    for kind, blocks in by_kind.items():
+        if holes := [index for index in range(count) if blocks[index] < max(blocks.values())]:
+            raise QuantizeError(f"{kind}.weight is missing in layers {holes}")
 
 
 def _hit(module: str, kind: str, pattern: str) -> bool:

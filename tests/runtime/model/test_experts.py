@@ -12,6 +12,7 @@ from hf_oracle import CASES, make_hf, scattered_logits
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from octavo.calibration.layers import QuantizeError
 from octavo.calibration.quantize_model import quantize_model
 from octavo.quant.checkpoint import Checkpoint, CheckpointError
 from octavo.quant.scheme import PRESETS
@@ -136,6 +137,29 @@ def test_quantized_at_load_is_quantized_and_loaded(
         assert f"model.layers.1.{owner}.gate.weight" in names
         assert f"model.layers.1.{owner}.gate.weight_scale" not in names
         assert f"model.layers.1.{owner}.shared_expert_gate.weight_scale" not in names
+
+
+def test_a_hole_among_the_experts_is_found(saved: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+    tensors = load_file(saved["mixtral"][0] / "model.safetensors")
+    del tensors["model.layers.2.block_sparse_moe.experts.3.w3.weight"]
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_bytes((saved["mixtral"][0] / "config.json").read_bytes())
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(QuantizeError, match=r"^block_sparse_moe\.experts\.\*\.w3\.weight is missing in layers \[2\]$"):
+        quantize_model(source, tmp_path / "out", PRESETS["W8A8"])
+
+
+def test_experts_are_one_kind(saved: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+    """For what is left out, and in messages: 40 columns fit no group."""
+    hub = saved["qwen3_moe"][0]
+    with pytest.raises(QuantizeError, match=r"in_features of mlp\.experts\.\*\.down_proj 40 \(18 layers\), "):
+        quantize_model(hub, tmp_path / "out", PRESETS["W4A16"])
+    done = quantize_model(hub, tmp_path / "out", PRESETS["W8A8"], ignore=["mlp.experts.*.down_proj"])
+    ignored = [module for module in done.selection.ignore if module != "lm_head"]
+    assert sum(module.endswith(".down_proj") for module in ignored) == 18
+    assert sum(module.endswith(".mlp.gate") for module in ignored) == 3
+    assert len(ignored) == 21
 
 
 def test_the_table_has_a_row_for_all_experts(saved: dict[str, tuple[Path, Path]]) -> None:
