@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import socket
 import subprocess
@@ -23,7 +22,7 @@ from typing import Any
 
 from rich.console import Console
 
-from octavo.calibration.report import REPORT, print_report
+from octavo.calibration.report import REPORT, print_report, read_report
 from octavo.demo_models import DEMO_MODELS, DemoError, fetch_model
 
 QUESTION = "Why is the sky blue? Answer in three sentences."
@@ -67,7 +66,7 @@ def _quantize(model: Path, quantized: Path, scheme: str) -> None:
     report = quantized / REPORT
     if report.is_file():
         print(f"2. Quantized to {scheme}: {quantized} is there already", flush=True)
-        print_report(json.loads(report.read_text()), Console())
+        print_report(read_report(report), Console())
         return
     command = _octavo("quantize", str(model), "--output", str(quantized), "--scheme", scheme)
     print(f"2. Quantize: octavo {' '.join(command[3:])}", flush=True)

@@ -35,6 +35,14 @@ def test_quantize_measures_quality_through_the_serving_path(
     printed = capsys.readouterr().out
     report = json.loads((out / REPORT).read_text())
     assert report["scheme"] == "W8A16"
+    assert report["verdict"]["passed"]
+    assert str(tmp_path) not in json.dumps(report)
+    assert report["sizes"]["saved"] == report["sizes"]["before"] - report["sizes"]["after"]
+    assert len(report["layers"]) == sum(row["count"] for row in report["kinds"]) == 14
+    assert len(quality_blocks := report["quality"]["blocks"]) == 2
+    assert all(block["snr_db"] > 20 for block in quality_blocks)
+    assert (out / "quantization_report.html").is_file()
+    assert (out / "README.md").read_text().startswith("---\n")
     quality = report["quality"]
     assert quality["perplexity_after"] == pytest.approx(quality["perplexity_before"], rel=0.01)
     assert quality["num_tokens"] == 600 - 3  # three windows, the first token of each not predicted
@@ -42,6 +50,27 @@ def test_quantize_measures_quality_through_the_serving_path(
     assert quality["top1_agreement"] > 0.9
     assert f"{quality['perplexity_after']:.3f}" in printed
     assert "mlp.down_proj" in printed
+
+
+def test_a_really_bad_one_is_written_and_the_exit_code_is_3(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two bits for a whole row move a third of a nat, even of a model that is as unsure as the tiny one."""
+    (model / "README.md").write_text("---\nlicense: mit\n---\nThe original's own words.\n")
+    out = tmp_path / "out"
+    options = ("--scheme", "W2A16", "--group-size", "-1", "--eval-tokens", "600", "--overwrite")
+    assert quantize(model, out, *options, "--max-kl", "0.1") == 3
+    printed = capsys.readouterr().out
+    report = json.loads((out / REPORT).read_text())
+    assert not report["verdict"]["passed"]
+    assert "FAILED: mean KL" in printed
+    assert report["verdict"]["worst_layers"][0] in printed
+    for remedy in ("--algorithm gptq", "--group-size 32", "--scheme W3A16", "--ignore"):
+        assert remedy in printed
+    card = (out / "README.md").read_text()
+    assert "license: mit" in card
+    assert "The original's own words." in card
+    assert quantize(model, out, *options, "--max-kl", "2") == 0
 
 
 def test_quantize_refuses_in_one_line(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,6 +127,7 @@ def test_sizes_are_read(model: Path, tmp_path: Path, size: str) -> None:
     [
         *(f"--max-shard-size={size}" for size in ("", "GB", "-1GB", "0", "5XB")),
         *(f"--eval-tokens={count}" for count in ("", "1", "-5", "many")),
+        *(f"--max-kl={nats}" for nats in ("", "-1", "inf", "nan", "much")),
     ],
 )
 def test_sizes_that_are_none_are_refused(model: Path, tmp_path: Path, option: str) -> None:

@@ -63,11 +63,26 @@ def measure_quality(
     are for `quantized` alone. Raises QualityError for memory, disk, text or models that don't go together,
     NotFiniteError for a model that gives NaN, and what load_model raises for one that can't be served.
     """
-    token_ids, prefix, source = _tokens(original, text, max_tokens)
-    configs = [EngineConfig(model=str(original), dtype="auto" if dtype in AT_LOAD else dtype)]
-    configs.append(EngineConfig(model=str(quantized), dtype=dtype))
+    configs = (
+        EngineConfig(model=str(original), dtype="auto" if dtype in AT_LOAD else dtype),
+        EngineConfig(model=str(quantized), dtype=dtype),
+    )
+    return compare(*configs, max_tokens=max_tokens, text=text, progress=progress)
+
+
+def compare(
+    original: EngineConfig,
+    quantized: EngineConfig,
+    *,
+    max_tokens: int,
+    text: Path | None = None,
+    progress: Progress | None = None,
+) -> Quality:
+    """measure_quality with all that a server can be told: also types of the KV cache and of the output head."""
+    directories = Path(original.model), Path(quantized.model)
+    token_ids, prefix, source = _tokens(directories[0], text, max_tokens)
     with torch.inference_mode(), tempfile.TemporaryFile() as logits, tempfile.TemporaryFile() as hidden:
-        runner = _load(configs[0], token_ids, prefix)
+        runner = _load(original, token_ids, prefix)
         facts, window = runner.facts, runner.window
         record = _Recording(logits), _Recording(hidden)
         _check_disk(runner)
@@ -76,8 +91,8 @@ def measure_quality(
             _tell(progress, number, runner, "original")
         del runner
         gc.collect()
-        runner = _load(configs[1], token_ids, prefix, window)
-        _check_alike(original, facts, quantized, runner.facts)
+        runner = _load(quantized, token_ids, prefix, window)
+        _check_alike(directories[0], facts, directories[1], runner.facts)
         return _compare(runner, record, progress, source)
 
 

@@ -23,9 +23,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from octavo.calibration.quantize_model import Quantized
-    from octavo.calibration.verify import Quality
+    from octavo.calibration.report import Report
     from octavo.quant.qparams import Search
 
+NOT_GOOD_ENOUGH = 3  # the exit code when the checkpoint is written but its KL is above --max-kl
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -80,10 +81,16 @@ def _configure_output(parser: argparse.ArgumentParser) -> None:
     quality.add_argument("--no-eval", action="store_true", help="don't measure quality (default: measure it)")
     quality.add_argument(
         "--eval-tokens",
-        type=_count,
+        type=parse_count,
         default=2048,
         metavar="N",
         help="tokens of the built-in held-out text to measure on; it has some 3,500 (default: 2048)",
+    )
+    quality.add_argument(
+        "--max-kl",
+        type=parse_nats,
+        metavar="X",
+        help="exit with 3 when the mean KL to the original is above X nats a token (default: by scheme)",
     )
 
 
@@ -95,7 +102,8 @@ def run(args: argparse.Namespace) -> int:
 
     from octavo.calibration.layers import QuantizeError
     from octavo.calibration.quantize_model import quantize_model
-    from octavo.calibration.report import build_report, print_report, write_report
+    from octavo.calibration.report import print_report
+    from octavo.calibration.report_files import write_reports
     from octavo.quant.checkpoint import CheckpointError
     from octavo.quant.hub import resolve_model
     from octavo.quant.safetensors_file import SafetensorsError
@@ -116,21 +124,20 @@ def run(args: argparse.Namespace) -> int:
                 overwrite=args.overwrite,
                 progress=bar.update,
             )
-        names = {"scheme": args.scheme, "search": search}
-        write_report(args.output, build_report(result, **names, quality=None))
+        report = _report(args, result, search)
+        write_reports(args.output, report, source=source)
     except (QuantizeError, SchemeError, CheckpointError, SafetensorsError, OSError) as e:
         print(f"octavo quantize: {e}", file=sys.stderr)
         return 1
     try:
-        quality = None if args.no_eval else _quality(source, args.output, args.eval_tokens, result, console)
+        report = report if args.no_eval else _with_quality(source, args, report, console)
     except KeyboardInterrupt:
         print(f"octavo quantize: interrupted; {args.output} is whole, its quality was not measured", file=sys.stderr)
         return 130
-    report = build_report(result, **names, quality=quality)
-    write_report(args.output, report)
+    write_reports(args.output, report, source=source)
     print_report(report, console)
     console.print(f"written: {args.output}", highlight=False, soft_wrap=True)
-    return 0
+    return NOT_GOOD_ENOUGH if report.verdict is not None and not report.verdict.passed else 0
 
 
 @contextmanager
@@ -165,22 +172,71 @@ def _search(observer: str | None, scheme: QuantScheme) -> Search:
     return "mse" if observer == "mse" else "absmax"
 
 
-def _quality(source: Path, out: Path, max_tokens: int, result: Quantized, console: Console) -> Quality | None:
-    """Measure, or say why not: the checkpoint is written and good either way."""
+def _report(args: argparse.Namespace, result: Quantized, search: Search) -> Report:
+    """What is known before the quality is."""
+    from octavo.calibration.report import build_report
+    from octavo.calibration.weight_error import layer_row
+
+    local = Path(args.model).expanduser().is_dir()
+    rows = [
+        layer_row(
+            layer.linear.module,
+            layer.linear.index,
+            layer.linear.kind,
+            (layer.linear.out_features, layer.linear.in_features),
+            scheme=result.scheme,
+            bytes_before=layer.bytes_before,
+            bytes_after=layer.bytes_after,
+            error=(layer.signal, layer.noise),
+        )
+        for layer in result.layers
+    ]
+    return build_report(
+        model=Path(args.model).expanduser().resolve().name if local else args.model.rpartition("/")[2],
+        base_model=None if local else args.model,
+        scheme=args.scheme,
+        format="compressed-tensors",
+        algorithm="rtn",
+        options={"search": search},
+        layers=rows,
+        bytes_before=result.bytes_before,
+        bytes_after=result.bytes_after,
+        ignore=result.selection.ignore,
+        warnings=result.warnings,
+    )
+
+
+def _with_quality(source: Path, args: argparse.Namespace, report: Report, console: Console) -> Report:
+    """Measure and judge, or say why not: the checkpoint is written and whole either way."""
+    from octavo.calibration.verdict import judge
     from octavo.commands.quality import measure_quality
 
     try:
         with console.status("measuring quality through the serving path"):
-            return measure_quality(source, out, max_tokens=max_tokens)
+            quality = measure_quality(source, args.output, max_tokens=args.eval_tokens)
     except (RuntimeError, ValueError) as e:
-        result.warnings.append(f"quality could not be measured: {e}")
-        return None
+        return replace(report, warnings=(*report.warnings, f"quality could not be measured: {e}"))
+    scheme = _scheme(args.scheme, args.group_size)
+    verdict = judge(quality, [scheme], args.max_kl, layers=report.layers, algorithm=report.algorithm)
+    return replace(report, quality=quality, verdict=verdict)
 
 
-def _count(text: str) -> int:
+def parse_count(text: str) -> int:
+    """A number of tokens to measure on."""
     if not text.isdecimal() or int(text) < 2:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of tokens from 2 up")
     return int(text)
+
+
+def parse_nats(text: str) -> float:
+    """A KL divergence: a finite number from 0 up."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of nats from 0 up")
+    return value
 
 
 def parse_size(text: str) -> int:
