@@ -7,7 +7,7 @@ tokens changes inside the body. Kernels know no schemes: this file is where bits
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -72,7 +72,7 @@ def make_linear(
     columns = {part.shape[1] for part in parts}
     if len(columns) != 1 or len(parts) != len(biases):
         raise ValueError(f"parts of one layer must share their input and have a bias each: K {sorted(columns)}")
-    fused = _fuse(parts)
+    fused = [_join(run) for run in _runs(parts)]
     out = out_dtype or dtype
     bodies = [_choose(part, dtype, device, out) for part in fused]
     schemes = dict.fromkeys(str(p.scheme) if isinstance(p, QuantizedWeight) else str(dtype)[6:] for p in fused)
@@ -91,27 +91,31 @@ def _join_biases(
     return torch.cat(pieces).to(device=device, dtype=dtype)
 
 
-def _fuse(parts: list[QuantizedWeight | Tensor]) -> list[QuantizedWeight | Tensor]:
-    """Join along N what can be one weight; otherwise the parts as they are."""
+def _runs(parts: list[QuantizedWeight | Tensor]) -> list[list[QuantizedWeight | Tensor]]:
+    """Neighbours that can be one weight, together: q and k of int4 beside a v of int8 are two runs."""
+    runs: list[list[QuantizedWeight | Tensor]] = []
+    for part in parts if len(parts) == 1 else map(_per_channel, parts):
+        if runs and _can_fuse(runs[-1], part):
+            runs[-1].append(part)
+        else:
+            runs.append([part])
+    return runs
+
+
+def _join(parts: list[QuantizedWeight | Tensor]) -> QuantizedWeight | Tensor:
+    """Parts that `_can_fuse` allows, as one weight along N."""
+    first = parts[0]
     if len(parts) == 1:
-        return parts
-    tensors = [p for p in parts if isinstance(p, Tensor)]
-    if len(tensors) == len(parts):
-        return [torch.cat(tensors)]
-    weights = [_per_channel(p) for p in parts if isinstance(p, QuantizedWeight)]
-    if len(weights) < len(parts) or not _can_fuse(weights):
-        return parts
-    first = weights[0]
-    return [
-        QuantizedWeight(
-            scheme=first.scheme,
-            codes=torch.cat([w.codes for w in weights]),
-            scale=torch.cat([w.scale for w in weights]),
-            zero_point=None if first.zero_point is None else torch.cat([_present(w.zero_point) for w in weights]),
-            g_idx=first.g_idx,
-            input_scale=first.input_scale,
-        )
-    ]
+        return first
+    if isinstance(first, Tensor):
+        return torch.cat([part for part in parts if isinstance(part, Tensor)])
+    weights = [part for part in parts if isinstance(part, QuantizedWeight)]
+    return replace(
+        first,
+        codes=torch.cat([w.codes for w in weights]),
+        scale=torch.cat([w.scale for w in weights]),
+        zero_point=None if first.zero_point is None else torch.cat([_present(w.zero_point) for w in weights]),
+    )
 
 
 def _present(tensor: Tensor | None) -> Tensor:
@@ -119,33 +123,32 @@ def _present(tensor: Tensor | None) -> Tensor:
     return tensor
 
 
-def _per_channel(w: QuantizedWeight) -> QuantizedWeight:
+def _per_channel(w: QuantizedWeight | Tensor) -> QuantizedWeight | Tensor:
     """A weight with one scale as one with a scale per row, so that parts with different scales can be joined."""
-    old = w.scheme.weight
-    if old.granularity != TENSOR:
+    if isinstance(w, Tensor) or w.scheme.weight.granularity != TENSOR:
         return w
-    n = w.shape[0]
-    return QuantizedWeight(
+    n, old = w.shape[0], w.scheme.weight
+    return replace(
+        w,
         scheme=QuantScheme(WeightScheme(old.dtype, CHANNEL, old.symmetric), w.scheme.activation),
-        codes=w.codes,
         scale=w.scale.reshape(1, 1).expand(n, 1),
         zero_point=None if w.zero_point is None else w.zero_point.reshape(1, 1).expand(n, 1),
-        g_idx=w.g_idx,
-        input_scale=w.input_scale,
     )
 
 
-def _can_fuse(weights: list[QuantizedWeight]) -> bool:
-    first = weights[0]
-    block = first.scheme.weight.granularity.block
-    return all(
-        w.scheme == first.scheme
-        and w.scale.dtype == first.scale.dtype
-        and _same(w.g_idx, first.g_idx)
-        and _same(w.input_scale, first.input_scale)
-        and (w.zero_point is None) == (first.zero_point is None)
-        and (block is None or w.shape[0] % block[0] == 0)  # else the next part would start inside a short block
-        for w in weights
+def _can_fuse(run: list[QuantizedWeight | Tensor], part: QuantizedWeight | Tensor) -> bool:
+    """Whether a part can be joined behind those of a run. Static scales of the input must be the same."""
+    last = run[-1]
+    if isinstance(last, Tensor) or isinstance(part, Tensor):
+        return isinstance(last, Tensor) and isinstance(part, Tensor)
+    block = last.scheme.weight.granularity.block
+    return (
+        part.scheme == last.scheme
+        and part.scale.dtype == last.scale.dtype
+        and _same(part.g_idx, last.g_idx)
+        and _same(part.input_scale, last.input_scale)
+        and (part.zero_point is None) == (last.zero_point is None)
+        and (block is None or last.shape[0] % block[0] == 0)  # else this part would start inside a short block
     )
 
 
@@ -181,7 +184,7 @@ def _int8(part: QuantizedWeight, out: torch.dtype) -> Body:
 
 
 def _weight_only(part: QuantizedWeight, out: torch.dtype) -> Body | None:
-    """int8 or int4 (and narrower) weights decoded to bf16 in registers; None where groups don't fit the layout."""
+    """Integers decoded to bf16 in registers, 2 and 3 bits in int4's layout; None where groups don't fit it."""
     from octavo.kernels.dense import cpu as dense_cpu
 
     if part.scheme.weight.is_float or part.scheme.weight.granularity.kind not in ("channel", "group"):
@@ -199,7 +202,7 @@ def _weight_only(part: QuantizedWeight, out: torch.dtype) -> Body | None:
         return None  # a short last group
     codes = part.codes if order is None else part.codes[:, order]
     packed = dense_cpu.pack_int(codes, part.scale, part.zero_point, bits)
-    name = f"int{bits} weights x bf16"
+    name = f"{part.scheme.weight.dtype} weights {'' if part.scheme.weight.bits in (4, 8) else 'in 4 bits '}x bf16"
     if order is None or torch.equal(order, torch.arange(k)):
         return Body(name, lambda x: dense_cpu.linear(x, packed, out), packed.num_bytes)
     return Body(

@@ -41,6 +41,10 @@ class Source(Protocol):
         """The weight of a linear layer, in memory of its own."""
         ...
 
+    def is_quantized(self, module: str) -> bool:
+        """Whether there are codes of a linear layer, and not only a plain weight or nothing."""
+        ...
+
     def bias(self, module: str, out_features: int, *, expected: bool) -> Tensor | None:
         """Its bias, where the architecture has one."""
         ...
@@ -68,6 +72,9 @@ class CheckpointSource:
             _check_float(f"{module}.weight", weight)
             return weight.clone()
         return dataclasses.replace(weight, codes=weight.codes.clone(), scale=weight.scale.clone())
+
+    def is_quantized(self, module: str) -> bool:
+        return any(suffix != "weight" for suffix in self.checkpoint.suffixes(module))
 
     def bias(self, module: str, out_features: int, *, expected: bool) -> Tensor | None:
         name = f"{module}.bias"
@@ -120,7 +127,15 @@ class DummySource:
     def linear(self, module: str, out_features: int, in_features: int) -> Weight:
         weight = self.tensor(module, (out_features, in_features))
         format_ = self._quantization.format_of(module) if self._quantization else None
-        return weight if format_ is None else quantize_weight(weight, format_.scheme, "absmax")
+        if format_ is None:
+            return weight
+        activation = format_.scheme.activation
+        static = activation is not None and not activation.dynamic
+        quantized = quantize_weight(weight, format_.scheme, "absmax")
+        return dataclasses.replace(quantized, input_scale=torch.ones(()) if static else None)
+
+    def is_quantized(self, module: str) -> bool:  # noqa: ARG002
+        return False
 
     def bias(self, module: str, out_features: int, *, expected: bool) -> Tensor | None:
         return self.tensor(module, (out_features,)) if expected else None

@@ -166,7 +166,7 @@ class DecoderBuilder:
             layers=layers,
             final_norm=self._norm(f"{prefix}norm", spec.hidden_size),
             lm_head=lm_head,
-            head_shares_embedding=spec.tied and self.config.lm_head_dtype == "auto",
+            head_shares_embedding=self._head_is_embedding and self.config.lm_head_dtype == "auto",
             ops=self.ops,
             max_position=self.max_position,
             kv_scales=self.kv_scales,
@@ -245,10 +245,15 @@ class DecoderBuilder:
             )
         return quantize_weight(weight, load_scheme(wanted, module, weight.shape[1]), "absmax")
 
+    @property
+    def _head_is_embedding(self) -> bool:
+        """Tied, and not quantized apart: some quantizers write a quantized head for a tied model too."""
+        return self.spec.tied and not self.source.is_quantized(head_name(self.source.prefix))
+
     def _lm_head(self, embedding: Tensor) -> Linear:
         name = head_name(self.source.prefix)
         weight: Weight = embedding
-        if not self.spec.tied:
+        if not self._head_is_embedding:
             weight = self.source.linear(name, self.spec.vocab_size, self.spec.hidden_size)
         if self.config.lm_head_dtype == "int8":
             if isinstance(weight, QuantizedWeight):

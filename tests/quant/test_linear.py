@@ -54,6 +54,7 @@ WEIGHT_ONLY = {
     "int4-channel": WeightScheme("int4", CHANNEL),
     "int4-tensor": WeightScheme("int4", TENSOR),
     "int3-g32": WeightScheme("int3", group(32)),
+    "int2-g64-asym": WeightScheme("int2", group(64), symmetric=False),
     "int8-g32": WeightScheme("int8", group(32)),
     "int8-channel-asym": WeightScheme("int8", CHANNEL, symmetric=False),
 }
@@ -177,6 +178,73 @@ def test_parts_that_share_a_scheme_are_fused_and_others_are_not() -> None:
     mixed = run([a, torch.randn(30, 64)])
     assert mixed(x).shape == (3, 50)
     assert torch.equal(mixed(x)[:, :20], run([a])(x))
+
+
+def test_each_part_may_have_bits_of_its_own() -> None:
+    """q and k of int4 are one body, v of int8 another, and a plain tensor a third; the same on every run of parts."""
+    torch.manual_seed(0)
+    w4, w3 = (QuantScheme(WeightScheme(dtype, group(32))) for dtype in ("int4", "int3"))
+    w8 = QuantScheme(WeightScheme("int8", CHANNEL, symmetric=False))
+    parts = [
+        weight(20, 64, w4),
+        weight(12, 64, w4),
+        weight(30, 64, w8),
+        torch.randn(8, 64).bfloat16(),
+        weight(9, 64, w3),
+    ]
+    layer = run(parts)
+    assert len(layer._bodies) == 4
+    assert layer.describe()[0] == "int4/g32 + int8/channel/asym + bfloat16 + int3/g32"
+    x = torch.randn(5, 64).bfloat16()
+    assert torch.equal(layer(x), torch.cat([run([part])(x) for part in parts], dim=1))
+
+
+def test_static_scales_that_differ_stay_each_parts_own() -> None:
+    torch.manual_seed(0)
+    parts: list[QuantizedWeight | Tensor] = []
+    expected = []
+    x = torch.randn(3, 64)
+    for n, scale in ((20, 0.01), (12, 0.01), (30, 0.002)):
+        w = replace(weight(n, 64, PRESETS["FP8"]), input_scale=torch.tensor(scale))
+        parts.append(w)
+        rounded = (x.double() / scale).clamp(-448, 448).float().to(torch.float8_e4m3fn).double() * scale
+        expected.append(rounded @ w.dequantize().double().T)
+    layer = run(parts, torch.float32)
+    assert len(layer._bodies) == 2
+    truth = torch.cat(expected, dim=1)
+    mass = x.abs().clamp(max=5).sum() * 6  # of |x w|: |w| is 448 * 0.011 at most
+    assert ((layer(x).double() - truth).abs() <= 64 * U * mass).all()
+
+
+@pytest.mark.parametrize("name", ["W4A8", "W4AFP8"])
+def test_int4_with_rounded_inputs(name: str) -> None:
+    """No kernel multiplies these yet: the weight is dequantized at load, the input rounded as the scheme says."""
+    torch.manual_seed(0)
+    w = weight(40, 256, PRESETS[name])
+    x = torch.randn(7, 256)
+    x[:, 3] = 6.0  # the largest: -6 would lie on a tie, -127.5, which float32 decides
+    top = x.double().abs().amax(1, keepdim=True)
+    if name == "W4A8":
+        rounded = (x.double() / (top / 127.5)).round().clamp(-128, 127) * (top / 127.5)
+    else:
+        rounded = (x.double() / (top / 448)).float().to(torch.float8_e4m3fn).double() * (top / 448)
+    layer = run([w], torch.float32)
+    assert layer.describe() == (str(PRESETS[name]), "dequantized at load, torch float32")
+    mass = rounded.abs() @ w.dequantize().double().abs().T
+    assert ((layer(x).double() - rounded @ w.dequantize().double().T).abs() <= (256 + 4) * U * mass).all()
+
+
+@pytest.mark.parametrize("size", [16, 32])
+def test_fp4(size: int) -> None:
+    """Every e2m1 number, in groups as NVFP4 and MXFP4 have them; bf16 holds code times scale to 8 bits."""
+    torch.manual_seed(0)
+    numbers = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    codes = (numbers[torch.randint(8, (40, 96))] * torch.randint(0, 2, (40, 96)).mul(2).sub(1)).to(torch.float8_e4m3fn)
+    w = QuantizedWeight(QuantScheme(WeightScheme("fp4_e2m1", group(size))), codes, torch.rand(40, 96 // size))
+    layer = run([w])
+    assert layer.describe()[1].startswith("dequantized at load")
+    x = torch.randn(5, 96).bfloat16()
+    check(layer(x), x, w.dequantize(torch.bfloat16), w.dequantize().abs())
 
 
 def test_parts_of_different_inputs_are_refused() -> None:
