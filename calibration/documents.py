@@ -2,7 +2,8 @@
 
 .txt, .jsonl, .json (each also .gz) and, where pyarrow is installed, .parquet. A file is checked when it is opened, to
 its last line, and what is wrong is named with the line that it stands on: a download that broke off is found even
-if none of the lines that were chosen is the broken one.
+if none of the lines that were chosen is the broken one. (Parquet has marks of its own for that; its rows are looked
+at when they are asked for.)
 """
 
 from __future__ import annotations

@@ -49,12 +49,15 @@ class Document:
 
 
 def parse_record(record: object) -> Document:
-    """A document out of a text or a JSON object with one of the known keys; a key whose value is null is absent."""
+    """A document out of a text or a JSON object with one of the known keys; a null is no value."""
     if isinstance(record, str):
         return Document(record)
     if not isinstance(record, Mapping):
         raise RecordError(f"{type(record).__name__} is not an object with {ACCEPTED}")
-    given = {key: record[key] for key in KNOWN_KEYS if record.get(key) is not None}
+    known = [key for key in KNOWN_KEYS if key in record]
+    given = {key: record[key] for key in known if record[key] is not None}
+    if known and not given:
+        return Document("")
     if "messages" in given:
         return Document(None, _openai(given["messages"], "messages"))
     if "conversations" in given:

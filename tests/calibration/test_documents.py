@@ -7,7 +7,9 @@ import json
 import sys
 from pathlib import Path
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from octavo.calibration import documents as module
 from octavo.calibration.documents import DataError, open_documents
@@ -135,6 +137,29 @@ def test_other_kinds_are_refused(tmp_path: Path) -> None:
         texts(write(tmp_path / "a.csv", "a,b"))
     with pytest.raises(OSError, match=r"nowhere\.jsonl"):
         texts(tmp_path / "nowhere.jsonl")
+
+
+def test_parquet(tmp_path: Path) -> None:
+    """Only the known columns of a table are read, and a row is named where it is wrong."""
+    messages = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+    table = pyarrow.table({"prompt": ["x", "y"], "messages": [messages, []], "blob": [b"\xff", b""]})
+    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=1)
+    with open_documents([tmp_path / "a.parquet"]) as documents:
+        assert [documents[i].messages for i in range(len(documents))] == [tuple(messages), ()]
+        assert documents.place(1) == f"{tmp_path / 'a.parquet'}: row 2"
+    parquet.write_table(pyarrow.table({"text": ["a", None, ""]}), tmp_path / "b.parquet")
+    with open_documents([tmp_path / "b.parquet"]) as documents:
+        assert [documents[i].is_empty for i in range(len(documents))] == [False, True, True]
+    parquet.write_table(pyarrow.table({"messages": ["a"]}), tmp_path / "e.parquet")
+    with pytest.raises(DataError, match=r'e\.parquet: row 1: "messages" is str, not a list of messages'):
+        texts(tmp_path / "e.parquet")
+    parquet.write_table(pyarrow.table({"body": ["a"]}), tmp_path / "c.parquet")
+    with pytest.raises(DataError, match=r"c\.parquet: row 1: the keys are 'body'; needed is one of"):
+        texts(tmp_path / "c.parquet")
+    whole = (tmp_path / "a.parquet").read_bytes()
+    for broken in (b"", b"hello", whole[: len(whole) // 2], whole[:100] + b"\0" * 40 + whole[140:]):
+        with pytest.raises(DataError, match=r"d\.parquet can't be read as parquet"):
+            texts(write(tmp_path / "d.parquet", broken))
 
 
 def test_parquet_without_pyarrow_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,7 +42,9 @@ def test_what_a_template_may_look_at_is_kept() -> None:
     assert parse_record({"messages": [parts]}).messages == (parts,)
 
 
-@pytest.mark.parametrize("record", [{"text": " \n"}, {"messages": []}, "", {"prompt": "", "completion": ""}])
+@pytest.mark.parametrize(
+    "record", [{"text": " \n"}, {"text": None}, {"messages": []}, "", {"prompt": "", "completion": ""}]
+)
 def test_empty_documents_are_known_as_such(record: object) -> None:
     assert parse_record(record).is_empty
 

@@ -150,7 +150,7 @@ def _check_sampled_from(oracle: Oracle, data: CalibrationData, prompts: list[lis
 
     The differences are a martingale's, so their mean is within 4 of its standard deviations but in one of 16,000 seeds,
     and this seed is fixed. bfloat16 moves logits by some 0.01, far less than that: it is 0.3 here. A text of greedy
-    tokens, or one sampled at a temperature of 0.8, is out of it.
+    tokens, or one sampled at a temperature of 0.9, is out of it.
     """
     differences = []
     for sample, prompt in zip(data.samples, prompts, strict=True):
