@@ -19,14 +19,14 @@ from octavo.quant.qparams import WeightError
 def fold_scales(
     tensors: MutableMapping[str, Tensor], fold: Fold, modules: Iterable[str], scales: Tensor, stats: InputStats
 ) -> InputStats:
-    """Divide fold.producer's output channels by scales [K], and multiply the columns of the modules by them.
+    """Divide fold.producer's output channels by scales [K], and multiply the columns of the modules, and of fold.also.
 
     Replaces `NAME.weight` and the producer's `NAME.bias` in `tensors` with new tensors of the same type. A norm's
     quotient is rounded first, and columns are multiplied by what it was really divided by, so that the norm's rounding
     changes nothing. Returns the statistics of the divided input. Raises WeightError for scales that aren't positive
     and finite, or not equal where the producer's rows are shared.
     """
-    readers = list(modules)
+    readers = [*modules, *fold.also]
     k = stats.moments.shape[0]
     if scales.shape != (k,) or not bool((scales.isfinite() & (scales > 0)).all()):
         raise WeightError(f"scales of {fold.producer} must be {k} positive numbers")

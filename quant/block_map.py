@@ -33,6 +33,7 @@ class Fold:
     rows      which rows of the producer, all when None: the v part of a fused qkv_proj, the up part of gate_up_proj
     repeats   a producer's row feeds this many input channels (query heads of one KV head): their s must be equal
     head_dim  rows per head, for `repeats`: channels (head, query, dim) stand in this order
+    also      modules outside the group that read the input, and are multiplied with it: a router, which isn't quantized
     """
 
     group: str
@@ -42,3 +43,4 @@ class Fold:
     rows: tuple[int, int] | None = None
     repeats: int = 1
     head_dim: int = 1
+    also: tuple[str, ...] = ()

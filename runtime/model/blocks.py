@@ -23,7 +23,7 @@ from octavo.runtime.config import EngineConfig
 from octavo.runtime.device import choose_device
 from octavo.runtime.model.decoder import DecoderLayer, embedding_scale
 from octavo.runtime.model.moe import MoeMlp
-from octavo.runtime.model.names import NORMS, LinearParts, layer_linears
+from octavo.runtime.model.names import NORMS, LinearParts, layer_linears, routers
 from octavo.runtime.model.sources import LoadError, Weight
 from octavo.runtime.model.spec import DecoderSpec
 from octavo.runtime.model.weights import DecoderBuilder, choose_dtype
@@ -60,6 +60,7 @@ class BlockRunner:
         engine = EngineConfig(model=str(Path()), max_model_len=seq_len)
         self._source = _Tensors(prefix)
         self._parts: dict[int, dict[str, LinearParts]] = {}  # of the blocks that were built
+        self._routers: dict[int, dict[str, int]] = {}
         self.expert_counts: Tensor | None = None
         self._builder = DecoderBuilder(engine, self.spec, self._source, self.dtype, self.device, [])
 
@@ -77,6 +78,7 @@ class BlockRunner:
         """Block `index` out of its tensors by their names in the checkpoint, all of them dense."""
         self._source.tensors = tensors
         self._parts[index] = layer_linears(self.spec, index, self._prefix, self._source.has)
+        self._routers[index] = routers(self.spec, index, self._prefix, self._source.has)
         try:
             layer = self._builder.layer(index)
             self.expert_counts = None
@@ -108,22 +110,17 @@ class BlockRunner:
             up, up_rows = f"{name}.mlp.gate_up_proj", (spec.intermediate_size, 2 * spec.intermediate_size)
         repeats = spec.num_heads // spec.num_kv_heads
         folds.append(Fold("o", v, "rows", rows=v_rows, repeats=repeats, head_dim=spec.head_dim))
-        if spec.layers[index].sparse:
-            return folds + self._expert_folds(index)
+        sparse, also = spec.layers[index].sparse, tuple(self._routers[index])
         if before_mlp is not None:
-            folds.append(Fold("gate_up", f"{name}.{before_mlp}", "norm", offset=spec.norm_offset))
-        folds.append(Fold("down", up, "rows", rows=up_rows))
-        return folds
+            group = "experts.gate_up" if sparse else "gate_up"
+            folds.append(Fold(group, f"{name}.{before_mlp}", "norm", offset=spec.norm_offset, also=also))
+        return folds + (self._expert_folds(index) if sparse else [Fold("down", up, "rows", rows=up_rows)])
 
     def _expert_folds(self, index: int) -> list[Fold]:
-        """Of each expert's down into its up. The norm before them feeds the router too, which is left alone."""
+        """Each expert's down into its up, the shared one's too."""
         parts = self._parts[index]
-        ups = {
-            name.removesuffix(".gate_up"): tuple(p.modules)[1]
-            for name, p in parts.items()
-            if "." in name and name.endswith(".gate_up")
-        }
-        return [Fold(f"{owner}.down", up, "rows") for owner, up in ups.items()]
+        ups = {name: tuple(parts[name].modules)[1] for name in parts if _group(name) == "experts.gate_up"}
+        return [Fold(name.replace("gate_up", "down"), up, "rows") for name, up in ups.items()]
 
     @torch.inference_mode()
     def forward(
@@ -210,6 +207,9 @@ class _Tensors:
 
     def linear(self, module: str, out_features: int, in_features: int) -> Weight:
         return self.tensor(f"{module}.weight", (out_features, in_features))
+
+    def is_quantized(self, module: str) -> bool:  # noqa: ARG002
+        return False
 
     def bias(self, module: str, out_features: int, *, expected: bool) -> Tensor | None:
         name = f"{module}.bias"

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hf_oracle import CASES, make_hf, save
 from torch import Tensor
 
+from octavo.calibration.folding import fold_scales
+from octavo.calibration.stats import InputStats
 from octavo.kernels.attention.step import StepInputs
 from octavo.quant.checkpoint import Checkpoint
 from octavo.runtime.config import EngineConfig
@@ -71,7 +74,8 @@ EXPERT_DOWNS = [f"experts.{i}.down" for i in range(4)]
 
 
 @pytest.mark.parametrize(
-    ("name", "groups"), [("tiny", ["qkv", "o", "gate_up", "down"]), ("tiny-moe", ["qkv", "o", *EXPERT_DOWNS])]
+    ("name", "groups"),
+    [("tiny", ["qkv", "o", "gate_up", "down"]), ("tiny-moe", ["qkv", "o", "experts.gate_up", *EXPERT_DOWNS])],
 )
 def test_a_folded_scale_changes_nothing(fixtures: Path, name: str, groups: list[str]) -> None:
     """Each Fold really names the op whose channels the group reads: dividing there and multiplying here is nothing."""
@@ -90,7 +94,7 @@ def test_a_folded_scale_changes_nothing(fixtures: Path, name: str, groups: list[
         weight.div_(scale if weight.ndim == 1 else scale.unsqueeze(1))
         heads = scale.view(-1, 1, fold.head_dim) if fold.repeats > 1 else scale.view(-1, 1, 1)
         spread = heads.expand(-1, fold.repeats, -1).flatten()
-        for module in readers[fold.group]:
+        for module in (*readers[fold.group], *fold.also):
             tensors[f"{module}.weight"].mul_(spread)
     after = runner.forward(runner.build(0, tensors), hidden)
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
@@ -114,3 +118,26 @@ def test_every_expert_sees_every_token_and_only_the_routed_ones_are_counted(fixt
     best = (x @ tensors["model.layers.0.mlp.gate.weight"].t()).argsort(dim=1, descending=True)[:, :2]
     assert runner.expert_counts is not None
     assert runner.expert_counts.tolist() == [int((best == i).sum()) for i in range(4)]
+
+
+def test_scales_before_experts_are_folded_into_routers_too(tmp_path: Path) -> None:
+    """Qwen2-MoE, whose shared expert and its gate read the same input: by calibration's own folding."""
+    checkpoint = Checkpoint.open(save(make_hf(*CASES["qwen2_moe"]), tmp_path))
+    runner = BlockRunner(checkpoint.config, "model.", LENGTH)
+    tensors = {n: checkpoint.tensor(n).clone() for n in checkpoint.names if ".layers.1." in n}
+    hidden = torch.randn(2, LENGTH, runner.hidden_size, generator=torch.Generator().manual_seed(2))
+    layer = runner.build(1, tensors)
+    before = runner.forward(layer, hidden)
+    readers = {group.name: group.modules for group in runner.groups(1, layer)}
+    folds = [fold for fold in runner.folds(1) if fold.group not in ("qkv", "o")]
+    downs = [*(f"experts.{i}.down" for i in range(6)), "shared.down"]
+    assert [fold.group for fold in folds] == ["experts.gate_up", *downs]
+    assert [fold.also for fold in folds if fold.also] == [
+        ("model.layers.1.mlp.gate", "model.layers.1.mlp.shared_expert_gate")
+    ]
+    for fold in folds:
+        k = tensors[f"{readers[fold.group][0]}.weight"].shape[1]
+        scales = torch.rand(k, generator=torch.Generator().manual_seed(3)) + 0.5
+        fold_scales(tensors, fold, readers[fold.group], scales, InputStats(torch.eye(k), scales, scales, 1))
+    after = runner.forward(runner.build(1, tensors), hidden)
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
