@@ -207,10 +207,8 @@ class DecoderBuilder:
         spec, moe = self.spec, self.spec.moe
         if moe is None or not spec.layers[index].sparse:
             return self._gated(linears, "")
-        gates = [
-            self.source.tensor(f"{module}.weight", (rows, spec.hidden_size)).to(self.device, torch.float32, copy=True)
-            for module, rows in routers(spec, index, self.source.prefix, self.source.has).items()
-        ]
+        modules = routers(spec, index, self.source.prefix, self.source.has)
+        gates = [self._router(module, rows) for module, rows in modules.items()]
         has_shared = moe.shared_intermediate_size is not None
         return MoeMlp(
             router=gates[0],
@@ -223,6 +221,16 @@ class DecoderBuilder:
 
     def _gated(self, linears: dict[str, Linear], owner: str) -> GatedMlp:
         return GatedMlp(linears[f"{owner}gate_up"], linears[f"{owner}down"], self.act)
+
+    def _router(self, module: str, rows: int) -> Tensor:
+        """[rows, H] float32. Never rounded here; some quantizers round it, and then its codes are what there is."""
+        shape = (rows, self.spec.hidden_size)
+        if not self.source.is_quantized(module):
+            return self.source.tensor(f"{module}.weight", shape).to(self.device, torch.float32, copy=True)
+        weight = self.source.linear(module, *shape)
+        if not isinstance(weight, QuantizedWeight) or weight.scheme.activation is not None:
+            raise LoadError(f"{module} is a router whose input is to be rounded, which isn't served")
+        return weight.dequantize().to(self.device)
 
     def _linear(self, parts: LinearParts) -> Linear:
         """One module out of those of a checkpoint that share their input, fused along their outputs."""

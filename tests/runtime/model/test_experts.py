@@ -15,7 +15,9 @@ from torch import Tensor
 from octavo.calibration.layers import QuantizeError
 from octavo.calibration.quantize_model import quantize_model
 from octavo.quant.checkpoint import Checkpoint, CheckpointError
-from octavo.quant.scheme import PRESETS
+from octavo.quant.formats.compressed_tensors import CompressedTensorsFormat
+from octavo.quant.qparams import quantize_weight
+from octavo.quant.scheme import CHANNEL, PRESETS, QuantScheme, WeightScheme
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.model.model import Model
 from octavo.runtime.model.sources import LoadError
@@ -160,6 +162,34 @@ def test_experts_are_one_kind(saved: dict[str, tuple[Path, Path]], tmp_path: Pat
     assert sum(module.endswith(".down_proj") for module in ignored) == 18
     assert sum(module.endswith(".mlp.gate") for module in ignored) == 3
     assert len(ignored) == 21
+
+
+@pytest.mark.parametrize("scheme", [QuantScheme(WeightScheme("int8", CHANNEL)), PRESETS["FP8_DYNAMIC"]], ids=str)
+def test_a_quantized_router_is_its_codes_or_refused(
+    scheme: QuantScheme, saved: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    """Some quantizers round routers: one with rounded weights is served as it is, one with rounded inputs is not."""
+    quantized, plain = tmp_path / "quantized", tmp_path / "plain"
+    quantize_model(saved["qwen3_moe"][0], quantized, scheme)
+    plain.mkdir()
+    config = json.loads((quantized / "config.json").read_text())
+    (plain / "config.json").write_text(json.dumps(config))
+    config["quantization_config"]["ignore"] = ["lm_head"]
+    (quantized / "config.json").write_text(json.dumps(config))
+    tensors = load_file(quantized / "model.safetensors")
+    rounded = dict(tensors)
+    for name in [name for name in tensors if name.endswith(".mlp.gate.weight")]:
+        weight = quantize_weight(rounded.pop(name), scheme)
+        stored = CompressedTensorsFormat(scheme, torch.float32).write(weight)
+        rounded |= {f"{name.removesuffix('weight')}{suffix}": tensor for suffix, tensor in stored.items()}
+        tensors[name] = weight.dequantize()
+    save_file(rounded, quantized / "model.safetensors")
+    save_file(tensors, plain / "model.safetensors")
+    if scheme.activation is None:
+        assert torch.equal(logits(load(quantized)), logits(load(plain)))
+    else:
+        with pytest.raises(LoadError, match=r"layers\.0\.mlp\.gate is a router whose input is to be rounded"):
+            load(quantized)
 
 
 def test_the_table_has_a_row_for_all_experts(saved: dict[str, tuple[Path, Path]]) -> None:
