@@ -113,9 +113,12 @@ def from_records(records: Sequence[object], encoder: TextEncoder, sizes: Sizes) 
 
 
 def from_token_ids(samples: Sequence[Tensor], *, vocab_size: int, source: str, seed: int = 0) -> CalibrationData:
-    """Token ids [T] that the caller made, of whatever lengths."""
+    """Token ids [max_seq_length] that the caller made, all of one length."""
     if not samples:
         raise DataError(f"{source}: there is no sample")
+    lengths = sorted({sample.numel() for sample in samples})
+    if len(lengths) > 1:
+        raise DataError(f"{source}: samples have {lengths[0]} to {lengths[-1]} tokens; needed is one length")
     checked = []
     for i, sample in enumerate(samples):
         if sample.ndim != 1 or sample.numel() < 2 or sample.is_floating_point() or sample.is_complex():

@@ -174,12 +174,13 @@ class Utf8(Letters):
 
 
 def test_token_ids_of_ones_own() -> None:
-    data = from_token_ids([torch.tensor([1, 2]), torch.tensor([3, 4, 5], dtype=torch.int32)], vocab_size=6, source="it")
-    assert [sample.tolist() for sample in data.samples] == [[1, 2], [3, 4, 5]]
+    data = from_token_ids([torch.tensor([1, 2]), torch.tensor([3, 4], dtype=torch.int32)], vocab_size=6, source="it")
+    assert [sample.tolist() for sample in data.samples] == [[1, 2], [3, 4]]
     for samples, message in [
         ([], "there is no sample"),
         ([torch.tensor([1, 6])], r"sample 0 has token 6, and the model's vocabulary is 0\.\.5"),
         ([torch.tensor([1, -1])], "sample 0 has token -1"),
+        ([torch.tensor([1, 2]), torch.tensor([1, 2, 3])], "samples have 2 to 3 tokens; needed is one length"),
         ([torch.tensor([1, 2]), torch.tensor([[1, 2]])], r"sample 1 is torch.int64 \[1, 2\]; needed are two integers"),
         ([torch.tensor([1.0, 2.0])], r"sample 0 is torch.float32"),
         ([torch.tensor([1])], "two integers or more"),
@@ -191,7 +192,7 @@ def test_token_ids_of_ones_own() -> None:
 def test_text_that_quality_is_measured_on_is_refused() -> None:
     held_out = list(range(100, 300))
     mixed = torch.tensor([5] * 20 + held_out[50:82] + [6] * 20)
-    data = from_token_ids([torch.tensor([5, 6] * 40), mixed], vocab_size=1000, source="it")
+    data = from_token_ids([torch.tensor([5, 6] * 36), mixed], vocab_size=1000, source="it")
     with pytest.raises(DataError, match="it: sample 1 holds a part of the held-out text, on which quality is measured"):
         check_disjoint(data, held_out, "the held-out text")
     check_disjoint(from_token_ids([mixed[:51]], vocab_size=1000, source="it"), held_out, "the held-out text")

@@ -5,8 +5,8 @@ the model has a chat template, every other one begins as a conversation does and
 its answer, as in Magpie (https://arxiv.org/abs/2406.08464), since a chat model meets little else when it serves.
 
 The model runs in a process of its own, through the engine that serves it: a quantizer that holds one block at a time
-must not be left with the memory of them all. "The same by seed" holds on one machine with one number of threads: sums
-of floats in another order differ in their last bits, and a sampled text may then take another way.
+must not be left with the memory of them all. "The same by seed" holds on one machine: floats that are summed in another
+order differ in their last bits, and a sampled text may then take another way.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]  # tokens generated, tokens in all
 
 REPORT_STEPS = 16
-CACHE_SHARE = 0.3  # of the memory that is free beside the weights, for keys and values
+CACHE_BYTES = 1 << 30  # for keys and values: fixed, since how many texts are sampled together moves their last bits
 DRAWS = 1000  # of a first token, until one is a word
 
 
@@ -161,13 +161,14 @@ def generate(request: GenerationRequest, progress: Callable[[int], None]) -> lis
     from octavo.runtime.config import EngineConfig
     from octavo.runtime.startup import load_engine
 
+    _check_memory(request)
     length = request.max_seq_length
     config = EngineConfig(
         model=request.model,
         device=request.device,
         max_model_len=length,
         max_num_seqs=min(len(request.prompts), 256),
-        kv_cache_memory_bytes=_cache_budget(request),
+        kv_cache_memory_bytes=CACHE_BYTES,
         enable_prefix_caching=False,
     )
     engine, _ = load_engine(config, time.time())
@@ -202,18 +203,17 @@ def _run(engine: Engine, request: GenerationRequest, progress: Callable[[int], N
     return texts
 
 
-def _cache_budget(request: GenerationRequest) -> int:
-    """Bytes for keys and values. Raises MemoryError where the weights alone don't fit: nothing would be said then."""
+def _check_memory(request: GenerationRequest) -> None:
+    """Raise MemoryError where weights and cache don't fit: a process that the system kills can't say why."""
     from octavo.quant.checkpoint import Checkpoint
     from octavo.runtime.device import choose_device, free_memory
 
     checkpoint = Checkpoint.open(Path(request.model))
     specs: list[Any] = [checkpoint.spec(name) for name in checkpoint.names]
     weights = sum(spec.numel * min(spec.dtype.itemsize, 2) for spec in specs)  # float32 is computed in bfloat16
-    free = free_memory(choose_device(request.device))
-    if weights * 1.2 > free:
-        raise MemoryError(f"it takes {weights * 1.2 / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free")
-    return int((free - weights) * CACHE_SHARE)
+    needed, free = weights * 1.2 + CACHE_BYTES, free_memory(choose_device(request.device))
+    if needed > free:
+        raise MemoryError(f"it takes {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free")
 
 
 if __name__ == "__main__":
