@@ -117,6 +117,7 @@ def parse_gptq(raw: Mapping[str, Any]) -> GPTQConfig:
         dynamic=parse_dynamic(raw),
         listed=_flat(config.modules_in_block_to_quantize or []),
         lm_head=bool(config.lm_head),
+        name=stored_format(raw),
     )
     make_format(base, version, False, "")
     for pattern, override in parsed.dynamic:

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from octavo.quant.checkpoint import Checkpoint
+    from octavo.quant.formats.format import QuantFormat
 
 INDEX_IN_NAME = re.compile(r"\.\d+(?=\.|$)")
-SUFFIX = re.compile(r"\.(weight\w*|bias|input_scale|input_zero_point)$")
-ATTENTION_SCALE = re.compile(r"\.(k_scale|v_scale|kv_scale|[kv]_proj\.output_scale)$")
+SUFFIX = re.compile(r"\.(weight\w*|qweight|qzeros|scales|g_idx|bias|(input|activation)_scale|input_zero_point)$")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -45,9 +45,12 @@ def run(args: argparse.Namespace) -> int:
 
 def inspect(checkpoint: Checkpoint) -> dict[str, Any]:
     """What `octavo inspect --json` prints."""
+    from octavo.quant.checkpoint import KV_SCALES
+
     config = checkpoint.config
     layers = _layers(checkpoint)
-    scales = [name for name in checkpoint.names if ATTENTION_SCALE.search(name)]
+    endings = tuple(f".{name}" for pair in KV_SCALES for name in pair)
+    scales = [name for name in checkpoint.names if name.endswith(endings)]
     return {
         "architecture": (config.get("architectures") or [None])[0],
         "model_type": config.get("model_type"),
@@ -75,12 +78,19 @@ def _layers(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
+def _format(checkpoint: Checkpoint, module: str) -> QuantFormat | None:
+    """A module's format; None for one that isn't quantized. Norms and embeddings match a config's patterns too."""
+    suffixes = checkpoint.suffixes(module)
+    if checkpoint.quantization is None or not {"weight_scale", "weight_scale_inv", "qweight"} & set(suffixes):
+        return None
+    return checkpoint.quantization.format_of(module, suffixes)
+
+
 def _scheme(checkpoint: Checkpoint, module: str, names: list[str]) -> str:
     """The quantization scheme of a module, or the type of an unquantized one."""
-    if checkpoint.quantization and f"{module}.weight_scale" in names:
-        format_ = checkpoint.quantization.format_of(module)
-        if format_ is not None:
-            return str(format_.scheme)
+    format_ = _format(checkpoint, module)
+    if format_ is not None:
+        return str(format_.scheme)
     main = f"{module}.weight" if f"{module}.weight" in names else names[0]
     return str(checkpoint.spec(main).dtype).removeprefix("torch.")
 
@@ -89,10 +99,14 @@ def _parameters(checkpoint: Checkpoint, module: str) -> int:
     """Weights and biases of a module, scales not counted. A packed weight's shape is read: 16 bytes."""
     from octavo.quant.formats.compressed_tensors import read_shape
 
-    count = 0
+    count, format_ = 0, _format(checkpoint, module)
     if checkpoint.has(f"{module}.weight_shape"):
         n, k = read_shape(checkpoint.tensor(f"{module}.weight_shape"))
         count += n * k
+    elif format_ is not None:
+        for packed in ("qweight", "weight_packed"):
+            if checkpoint.has(f"{module}.{packed}"):
+                count += checkpoint.spec(f"{module}.{packed}").nbytes * 8 // format_.scheme.weight.bits
     for suffix in ("weight", "bias"):
         if checkpoint.has(f"{module}.{suffix}"):
             count += checkpoint.spec(f"{module}.{suffix}").numel
