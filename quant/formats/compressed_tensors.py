@@ -256,6 +256,7 @@ def write_config(
     before it looks for the parts of a fused layer.
     kv_cache with bf16 keys is not written, as the config has no word for it and others would store keys in fp8:
     values are then taken to be fp8 by the v_scale that stands without a k_scale, and nothing else can be said so.
+    actorder 'group' (weights with g_idx) is read by vLLM; compressed-tensors 0.19 and 0.20 refuse such a config.
     """
     groups: dict[str, Any] = {}
     if isinstance(schemes, QuantScheme):

@@ -188,6 +188,20 @@ def test_groups_of_columns_in_any_order_are_carried_by_g_idx() -> None:
         CompressedTensorsFormat(scheme).write(weight)
 
 
+@pytest.mark.parametrize("name", ["W4A8", "W4AFP8"])
+def test_int4_with_rounded_inputs_is_found_in_either_layout(name: str) -> None:
+    """vLLM wants W4A8 one code a byte and W4AFP8 packed; compressed-tensors' newest stores both one code a byte."""
+    scheme = PRESETS[name]
+    weight = quantize_weight(torch.randn(64, 256, generator=torch.Generator().manual_seed(0)).bfloat16(), scheme)
+    format_ = CompressedTensorsFormat(scheme)
+    assert format_.name == ("int-quantized" if name == "W4A8" else "pack-quantized")
+    packed = CompressedTensorsFormat(PRESETS["W4A16"]).write(weight)
+    plain = {"weight": weight.codes, "weight_scale": weight.scale}
+    assert format_.write(weight).keys() == (plain if name == "W4A8" else packed).keys()
+    for tensors in (packed, plain):
+        assert torch.equal(format_.read(tensors).codes, weight.codes)
+
+
 def padded(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """compressed-tensors 0.12's packing, from its description: 32 // bits fields in a word, the low ones first."""
     per_word = 32 // bits
