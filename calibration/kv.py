@@ -7,8 +7,9 @@ clipped then, so what the model card says of it comes from here too.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,6 +54,30 @@ class KVReport:
     key: KVSide
     value: KVSide
 
+    def to_json(self) -> dict[str, dict[str, Any]]:
+        """Without the scales, which the checkpoint has; JSON has no infinity."""
+        sides = {"key": self.key, "value": self.value}
+        return {
+            name: {
+                "amax": side.amax,
+                "beyond": side.beyond,
+                "clipped": side.clipped,
+                "snr_db": side.snr_db if math.isfinite(side.snr_db) else None,
+            }
+            for name, side in sides.items()
+        }
+
+    @classmethod
+    def from_json(cls, scheme: KVScheme, sides: Mapping[str, Mapping[str, Any]]) -> KVReport:
+        """What `to_json` gave."""
+        key, value = (
+            KVSide(
+                None, **{**sides[name], "snr_db": math.inf if sides[name]["snr_db"] is None else sides[name]["snr_db"]}
+            )
+            for name in ("key", "value")
+        )
+        return cls(scheme, key, value)
+
     def scales(self) -> dict[str, Tensor]:
         """The tensors that a checkpoint stores: k_scale and v_scale, but for a side that stays bf16."""
         named = {"k_scale": self.key.scale, "v_scale": self.value.scale}
@@ -79,7 +104,7 @@ def kv_advice(layers: Sequence[KVReport]) -> str | None:
                 f"{worst}: {layers_of[worst]:.0f} dB)"
             )
     wanted = "bf16" if all(bad.values()) else ",".join(sides)
-    return f"{' and '.join(words)}: --kv-cache {wanted}"
+    return f"{' and '.join(words)}: --kv-cache-scheme {wanted}"
 
 
 class KVCollector:
@@ -137,7 +162,7 @@ class _Seen:
             return KVSide(None, heads, beyond, 0.0, math.inf)
         if not bool((amax > 0).all()):
             where = f"of KV head {int(amax.argmin())} " if per_head else ""
-            raise KVError(f"{name} {where}are all zero: they have no scale; --kv-cache fp8 has one for all heads")
+            raise KVError(f"{name} {where}are all zero: they have no scale; --kv-cache-scheme fp8 has one for all heads")
         scale = amax / RANGE[kind]
         # Engines take a scale of 1 for one that was never measured. The next larger number clips nothing.
         scale = torch.where(scale.bfloat16() == 1, torch.full_like(scale, ABOVE_ONE), scale)

@@ -1,229 +1,356 @@
-"""A checkpoint in, a quantized checkpoint out, one tensor in memory at a time, and all of it or nothing.
+"""A checkpoint in, a quantized checkpoint out: one block in memory at a time, and all of it or nothing.
 
-The sizes of everything that will be written are known before anything is (QuantFormat.tensors), so shards are laid
-out first and their headers written first; then tensors are read in the order of the source's files, rounded, and put
-in their places. The result is made in a directory beside its place and renamed into it.
+Without calibration text not even that: tensors are read, rounded and put in their places one by one. With it, each
+block is loaded, its inputs are measured over all samples, its weights are solved and written, and the samples go on
+through the quantized block to the next one.
 """
 
 from __future__ import annotations
 
-import fcntl
-import os
-import re
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from octavo.calibration.layers import (
-    FLOATS,
-    Linear,
-    QuantizeError,
-    Selection,
-    check_group_size,
-    portability_warnings,
-    select_linears,
-)
+from octavo.calibration.block import Block, Runner
+from octavo.calibration.hidden import Hidden, Shape
+from octavo.calibration.kv import KVError, KVReport, kv_advice
+from octavo.calibration.layers import FLOATS, Linear, QuantizeError, Selection, portability_warnings
+from octavo.calibration.output import make_format, quantization_config, scale_dtype
+from octavo.calibration.plan import Item, Plan, Unit, make_plan, source_digest, weight_map
+from octavo.calibration.recipe import Recipe, to_json
 from octavo.calibration.sidecars import copy_other_files, without_paths, write_json
-from octavo.quant.checkpoint import INDEX, SINGLE, Checkpoint, quantization_dict, read_config
-from octavo.quant.formats.compressed_tensors import CompressedTensorsFormat, write_config
-from octavo.quant.qparams import QuantizedWeight, Search, WeightError, quantize_weight
-from octavo.quant.safetensors_file import SafetensorsFile, SafetensorsWriter, TensorSpec
-from octavo.quant.scheme import QuantScheme
+from octavo.calibration.weight_error import LayerRow, layer_row, squared_error
+from octavo.calibration.workspace import MANIFEST, Workspace, finished, recover, workspace
+from octavo.quant.checkpoint import INDEX, Checkpoint, quantization_dict, read_config
+from octavo.quant.qparams import QuantizedWeight, WeightError, quantize_weight
+from octavo.version import VERSION
 
-ERROR_ROWS = 1 << 20  # elements whose error is computed at a time
-Progress = Callable[[int, int, str], None]  # bytes read, bytes in all, tensor
+Progress = Callable[[float, float, str], None]  # bytes done, bytes in all, what is in work
 
 
 @dataclass(frozen=True)
-class LayerError:
-    """How far a quantized layer is from the original, as sums over its weights."""
+class Calibration:
+    """What algorithms with data need: text as token ids [num_samples, seq_len] int64, and the model block by block.
 
-    linear: Linear
-    signal: float
-    noise: float
-    bytes_before: int
-    bytes_after: int
+    source  what the text is, for the manifest and the report; a resumed run must have the same
+    """
+
+    token_ids: Tensor
+    runner: Runner
+    source: Mapping[str, Any]
+    offload_dir: Path | None = None
 
 
 @dataclass
 class Quantized:
-    """What was done: for the report."""
+    """What was done: for the report. kv: rows of the KV-cache's calibration."""
 
-    scheme: QuantScheme
+    recipe: Recipe
     selection: Selection
     bytes_before: int
     bytes_after: int
-    layers: list[LayerError]
+    layers: list[LayerRow]
+    kv: list[KVReport]
     warnings: list[str]
 
 
-@dataclass(frozen=True)
-class _Item:
-    """One tensor of the source, and what becomes of it."""
+@dataclass
+class _Run:
+    """What goes on from unit to unit."""
 
-    name: str
-    file: SafetensorsFile
-    linear: Linear | None
-    outputs: dict[str, TensorSpec]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(spec.nbytes for spec in self.outputs.values())
+    checkpoint: Checkpoint
+    plan: Plan
+    recipe: Recipe
+    calibration: Calibration | None
+    progress: Progress
+    done: float = 0
+    hidden: Hidden | None = None
+    notes: list[str] = field(default_factory=list)
 
 
 def quantize_model(
     source: Path,
     out: Path,
-    scheme: QuantScheme,
+    recipe: Recipe,
     *,
-    search: Search = "absmax",
-    ignore: list[str] | None = None,
+    calibration: Calibration | None = None,
     max_shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
+    resume: bool = False,
     progress: Progress | None = None,
 ) -> Quantized:
-    """Write a quantized copy of the checkpoint in `source` to `out`, as compressed-tensors.
+    """Write a quantized copy of the checkpoint in `source` to `out`.
 
-    Raises QuantizeError, CheckpointError or OSError, and leaves nothing behind then, nor when it is interrupted.
+    Raises QuantizeError, CheckpointError or OSError, and leaves nothing behind then. A run with calibration that is
+    interrupted or killed leaves its work, which `resume` goes on with: the result is the same to the bit.
     """
-    _clear_up(out.resolve())
-    _check_out(source, out, overwrite)
+    recover(out)
+    checkpoint = open_source(source)
+    plan = make_plan(checkpoint, recipe, max_shard_bytes)
+    if recipe.needs_data and calibration is None:
+        raise QuantizeError(f"{recipe.algorithm} with scheme {recipe.scheme} needs calibration text")
+    job = _job(checkpoint, plan, recipe, calibration)
+    check_out(source, out, overwrite, resume)
+    if resume and (there := finished(out, job)) is not None:
+        return _result(plan, recipe, there)
+    check_disk(out, plan, calibration)
+    run = _Run(checkpoint, plan, recipe, calibration, progress or _silent)
+    keep = calibration is not None
+    with workspace(out, plan.shards, job, resume=resume, overwrite=overwrite, keep=keep) as work:
+        if not work.units:
+            copy_other_files(source, work.directory)  # first, since a broken one is found without waiting
+        try:
+            for unit in plan.units:
+                _unit(run, work, unit)
+        finally:
+            if run.hidden is not None:
+                run.hidden.close(remove=False)
+        _finish(run, work)
+        units = work.units
+    if run.hidden is not None:
+        run.hidden.path.unlink(missing_ok=True)
+    return _result(plan, recipe, units)
+
+
+def _silent(done: float, total: float, what: str) -> None:
+    """Nobody listens."""
+
+
+def open_source(source: Path) -> Checkpoint:
+    """The original checkpoint. Raises QuantizeError for one that is quantized, CheckpointError for a broken one."""
     if quantization_dict(read_config(source)) is not None:
         raise QuantizeError(
             f"{source} is quantized already (config.json has a quantization_config): rounding twice would lose more "
-            "than the report could tell; start from the original checkpoint"
+            "than the report could tell; start from the original checkpoint, or change the format with octavo convert"
         )
-    checkpoint = Checkpoint.open(source)
-    selection = select_linears(checkpoint, ignore or [])
-    check_group_size(scheme, selection.linears)
-    shards = _plan(checkpoint, scheme, selection, max_shard_bytes)
-    items = [item for shard in shards for item in shard]
-    before = sum(item.file.specs[item.name].nbytes for item in items)
-    after = sum(item.nbytes for item in items)
-    run = _Run(scheme, search, progress, total=before)
-    with _appearing(out, after, overwrite) as partial:
-        copy_other_files(source, partial)  # first, since a broken one is found without waiting
-        names = _shard_names(len(shards))
-        for name, shard in zip(names, shards, strict=True):
-            run.write_shard(partial / name, shard)
-        if len(shards) > 1:
-            _write_index(partial / INDEX, names, shards, after)
-        write_json(partial / "config.json", _config(checkpoint, scheme, selection, search))
-    return Quantized(scheme, selection, before, after, run.layers, portability_warnings(scheme, selection))
+    return Checkpoint.open(source)
 
 
-def _plan(checkpoint: Checkpoint, scheme: QuantScheme, selection: Selection, max_shard_bytes: int) -> list[list[_Item]]:
-    """All tensors in the source's order, cut into shards of at most max_shard_bytes (a larger tensor has its own)."""
-    shards: list[list[_Item]] = [[]]
-    size = 0
-    for file in checkpoint.files.values():
-        for name, spec in file.specs.items():
-            linear = selection.linears.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
-            outputs = {name: spec}
-            if linear is not None:
-                planned = CompressedTensorsFormat(scheme, spec.dtype).tensors(*spec.shape)
-                outputs = {f"{linear.module}.{suffix}": out for suffix, out in planned.items()}
-            item = _Item(name, file, linear, outputs)
-            if shards[-1] and size + item.nbytes > max_shard_bytes:
-                shards.append([])
-                size = 0
-            shards[-1].append(item)
-            size += item.nbytes
-    return shards
+def _job(checkpoint: Checkpoint, plan: Plan, recipe: Recipe, calibration: Calibration | None) -> dict[str, Any]:
+    """What decides the result, for the manifest."""
+    return {
+        "source": source_digest(checkpoint),
+        "recipe": to_json(recipe),
+        "shards": {name: len(specs) for name, specs in plan.shards.items()},
+        "data": None if calibration is None else dict(calibration.source),
+        "versions": {"octavo": VERSION, "torch": torch.__version__},
+    }
 
 
-@dataclass
-class _Run:
-    """What goes on from shard to shard: how to round, what came of it, and how far it is."""
-
-    scheme: QuantScheme
-    search: Search
-    progress: Progress | None
-    total: int
-    done: int = 0
-    layers: list[LayerError] = field(default_factory=list)
-
-    def write_shard(self, path: Path, items: list[_Item]) -> None:
-        specs = {name: spec for item in items for name, spec in item.outputs.items()}
-        with SafetensorsWriter(path, specs) as writer:
-            for item in items:
-                if item.linear is None:
-                    writer.write_bytes(item.name, _finite(item))
-                else:
-                    self.layers.append(self._quantize(item, item.linear, writer))
-                self.done += item.file.specs[item.name].nbytes
-                if self.progress is not None:
-                    self.progress(self.done, self.total, item.name)
-
-    def _quantize(self, item: _Item, linear: Linear, writer: SafetensorsWriter) -> LayerError:
-        weight = item.file.read(item.name)
-        try:
-            quantized = quantize_weight(weight, self.scheme, self.search)
-        except WeightError as e:
-            raise QuantizeError(f"{item.name} can't be quantized: {e}") from e
-        signal, noise = squared_error(weight, quantized)
-        nbytes = weight.nbytes
-        del weight  # packing takes as much again
-        for suffix, tensor in CompressedTensorsFormat(self.scheme, quantized.scale.dtype).write(quantized).items():
-            writer.write(f"{linear.module}.{suffix}", tensor)
-        return LayerError(linear, signal, noise, nbytes, item.nbytes)
+def _unit(run: _Run, work: Workspace, unit: Unit) -> None:
+    """Do one unit, unless it is done; leaves the next one's input in run.hidden."""
+    if unit.name in work.units:
+        run.done += unit.nbytes
+        run.hidden = _hidden_again(run, work, unit)
+        return
+    run.progress(run.done, run.plan.bytes_before, unit.name)
+    before = run.hidden
+    rows: list[LayerRow] = []
+    kv: dict[str, Any] | None = None
+    if run.calibration is not None and unit.index is not None:
+        rows, kv = _block(run, run.calibration, work, unit, unit.index)
+    else:
+        rows = _one_by_one(run, work, unit)
+        if run.calibration is not None:
+            run.hidden = _embed(run, run.calibration, work)
+    remember = {"layers": [asdict(row) for row in rows], "kv": kv}
+    work.finish(unit.name, run.hidden, remember)
+    if before is not None:
+        before.close(remove=True)
 
 
-def _finite(item: _Item) -> Iterator[torch.Tensor]:
+def _one_by_one(run: _Run, work: Workspace, unit: Unit) -> list[LayerRow]:
+    """Tensor by tensor: copy what stays, round what doesn't."""
+    rows = []
+    for item in unit.items:
+        if item.linear is None or item.scheme is None:
+            work.copy(item.name, _finite(item))
+        else:
+            weight = item.file.read(item.name)
+            try:
+                quantized = quantize_weight(
+                    weight,
+                    item.scheme,
+                    run.recipe.search_of(item.scheme),
+                    scale_dtype=scale_dtype(run.recipe, weight.dtype),
+                )
+            except WeightError as e:
+                raise QuantizeError(f"{item.name} can't be quantized: {e}") from e
+            rows.append(_measured(item, item.linear, weight, quantized))
+            del weight  # packing takes as much again
+            _write(run, work, item, item.linear, quantized)
+        run.done += item.spec.nbytes
+        run.progress(run.done, run.plan.bytes_before, item.name)
+    return rows
+
+
+def _block(
+    run: _Run, calibration: Calibration, work: Workspace, unit: Unit, index: int
+) -> tuple[list[LayerRow], dict[str, Any] | None]:
+    """A block through calibration; leaves its output over all samples in run.hidden."""
+    assert run.hidden is not None
+    items = {item.name: item for item in unit.items}
+    tensors = {item.name: _checked(item) for item in unit.items}
+    steps = _Steps(run, unit)
+    schemes = {item.linear.module: item.scheme for item in unit.items if item.linear and item.scheme}
+    block = Block(index, tensors, schemes, run.recipe, calibration.runner, steps.next)
+    rows = []
+    for solved in block.quantize(run.hidden):
+        item = items[f"{solved.module}.weight"]
+        assert item.linear is not None
+        rows.append(_measured(item, item.linear, solved.weight, solved.quantized, solved.output_snr_db))
+        _write(run, work, item, item.linear, solved.quantized)
+    for item in unit.items:
+        if item.linear is None:
+            work.write(item.name, tensors[item.name])
+    last = index == calibration.runner.num_blocks - 1
+    target = _hidden(calibration, work, index + 1)
+    kv = None if last and run.recipe.kv is None else block.advance(run.hidden, target)
+    run.hidden = target
+    run.done += unit.nbytes
+    if kv is None:
+        return rows, None
+    try:
+        report = kv.result()
+    except KVError as e:
+        raise QuantizeError(f"{unit.name}: {e}") from e
+    found = report.scales()
+    for name, spec in unit.scales.items():
+        work.write(name, found[name.rpartition(".")[2]].view(spec.shape))
+    return rows, report.to_json()
+
+
+def _checked(item: Item) -> Tensor:
+    """A tensor in memory; numbers, all of them."""
+    tensor = item.file.read(item.name)
+    if tensor.dtype in FLOATS and not bool(tensor.isfinite().all()):
+        raise QuantizeError(f"{item.name} holds NaN or infinity: the model is broken, quantized or not")
+    return tensor
+
+
+def _write(run: _Run, work: Workspace, item: Item, linear: Linear, quantized: QuantizedWeight) -> None:
+    format_ = make_format(run.recipe, quantized.scheme, item.spec.dtype)
+    for suffix, tensor in format_.write(quantized).items():
+        work.write(f"{linear.module}.{suffix}", tensor)
+
+
+def _measured(
+    item: Item, linear: Linear, weight: Tensor, quantized: QuantizedWeight, output_snr_db: float | None = None
+) -> LayerRow:
+    return layer_row(
+        linear.module,
+        linear.index,
+        linear.kind,
+        quantized.shape,
+        scheme=quantized.scheme,
+        bytes_before=item.spec.nbytes,
+        bytes_after=item.nbytes,
+        error=squared_error(weight, quantized),
+        output_snr_db=output_snr_db,
+    )
+
+
+class _Steps:
+    """Progress within a block: each step counts as much as the others, which is near enough for an estimate."""
+
+    def __init__(self, run: _Run, unit: Unit) -> None:
+        self._run, self._unit = run, unit
+        groups = 4 if unit.index is not None else 0
+        self._share = unit.nbytes / (groups + 4)
+        self._count = 0
+
+    def next(self, what: str) -> None:
+        self._count += 1
+        done = self._run.done + min(self._count * self._share, self._unit.nbytes)
+        self._run.progress(done, self._run.plan.bytes_before, f"{self._unit.name} {what}")
+
+
+def _shape(calibration: Calibration) -> Shape:
+    num_samples, seq_len = calibration.token_ids.shape
+    return Shape(num_samples, seq_len, calibration.runner.hidden_size, calibration.runner.dtype)
+
+
+def _hidden(calibration: Calibration, work: Workspace, index: int, *, again: bool = False) -> Hidden:
+    """The file of block `index`'s input."""
+    directory = work.directory
+    name = f"hidden-{index}.bin"
+    if calibration.offload_dir is not None:
+        directory = calibration.offload_dir
+        name = f"octavo-{work.directory.name.strip('.')}-{name}"
+    return Hidden(directory / name, _shape(calibration), again=again)
+
+
+def _embed(run: _Run, calibration: Calibration, work: Workspace) -> Hidden:
+    runner = calibration.runner
+    embedding = run.checkpoint.tensor(runner.embedding_name)  # a view: only the rows of the text's tokens are read
+    hidden = _hidden(calibration, work, 0)
+    for batch in torch.split(calibration.token_ids, hidden.shape.batch):
+        hidden.append(runner.embed(batch, embedding))
+    return hidden
+
+
+def _hidden_again(run: _Run, work: Workspace, unit: Unit) -> Hidden | None:
+    """The next unit's input as an earlier run left it, if the next unit isn't done too."""
+    entry = work.units[unit.name]
+    following = run.plan.units[run.plan.units.index(unit) + 1 :]
+    if run.calibration is None or not following or following[0].name in work.units:
+        return None
+    index = 0 if unit.index is None else unit.index + 1
+    try:
+        hidden = _hidden(run.calibration, work, index, again=True)
+    except FileNotFoundError:
+        hidden = None
+    if hidden is None or not hidden.is_whole(entry["hidden"]["sha256"]):
+        raise QuantizeError(
+            f"can't resume: the hidden states after {unit.name} are gone or changed; --overwrite starts anew"
+        )
+    return hidden
+
+
+def _finish(run: _Run, work: Workspace) -> None:
+    """What makes the directory a checkpoint; config.json last."""
+    for left in work.directory.glob("hidden-*.bin"):
+        left.unlink()
+    if len(run.plan.shards) > 1:
+        write_json(work.directory / INDEX, weight_map(run.plan))
+    write_json(work.directory / "config.json", _config(run.checkpoint, run.plan, run.recipe))
+
+
+def _config(checkpoint: Checkpoint, plan: Plan, recipe: Recipe) -> dict[str, Any]:
+    """The source's config.json with what was done; without the path that it was once loaded from."""
+    config: dict[str, Any] = without_paths(checkpoint.config)
+    if not any(config.get(key) for key in ("dtype", "torch_dtype")) and "text_config" not in config:
+        config["dtype"] = str(plan.dtype).removeprefix("torch.")
+    config["quantization_config"] = quantization_config(recipe, plan)
+    return config
+
+
+def _result(plan: Plan, recipe: Recipe, units: Mapping[str, Mapping[str, Any]]) -> Quantized:
+    """All that the manifest remembers, whichever run did it."""
+    layers = [LayerRow(**row) for unit in units.values() for row in unit["layers"]]
+    kv = [] if recipe.kv is None else [KVReport.from_json(recipe.kv, u["kv"]) for u in units.values() if u["kv"]]
+    advice = kv_advice(kv)
+    found = [w for scheme in plan.schemes.values() for w in portability_warnings(scheme, plan.selection)]
+    warnings = list(dict.fromkeys([*([advice] if advice else []), *found]))
+    return Quantized(recipe, plan.selection, plan.bytes_before, plan.bytes_after, layers, kv, warnings)
+
+
+def _finite(item: Item) -> Iterator[Tensor]:
     """The bytes of a tensor that is copied, which must be numbers as well: a copy is not an excuse."""
-    dtype = item.file.specs[item.name].dtype
+    dtype = item.spec.dtype
     for chunk in item.file.chunks(item.name):
         if dtype in FLOATS and not bool(chunk.view(dtype).isfinite().all()):
             raise QuantizeError(f"{item.name} holds NaN or infinity: the model is broken, quantized or not")
         yield chunk
 
 
-def squared_error(weight: torch.Tensor, quantized: QuantizedWeight) -> tuple[float, float]:
-    """Sum of the squares of a weight [N, K], and of its differences to what the codes stand for."""
-    n, k = quantized.shape
-    side = quantized.scheme.weight.granularity.block
-    rows = max(1, ERROR_ROWS // k)
-    if side is not None:
-        rows = -(-rows // side[0]) * side[0]
-    signal = noise = 0.0
-    for begin in range(0, n, rows):
-        part = weight[begin : begin + rows].float()
-        signal += float(part.square().sum(dtype=torch.float64))
-        part -= quantized.rows(begin, min(begin + rows, n)).dequantize()
-        noise += float(part.square_().sum(dtype=torch.float64))
-    return signal, noise
-
-
-def _shard_names(count: int) -> list[str]:
-    if count == 1:
-        return [SINGLE]
-    return [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-
-
-def _write_index(path: Path, names: list[str], shards: list[list[_Item]], total: int) -> None:
-    weight_map = {
-        tensor: name for name, shard in zip(names, shards, strict=True) for item in shard for tensor in item.outputs
-    }
-    write_json(path, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
-
-
-def _config(checkpoint: Checkpoint, scheme: QuantScheme, selection: Selection, search: Search) -> dict[str, Any]:
-    """The source's config.json with what was done; without the path that it was once loaded from."""
-    config: dict[str, Any] = without_paths(checkpoint.config)
-    if not any(config.get(key) for key in ("dtype", "torch_dtype")) and "text_config" not in config:
-        first = checkpoint.spec(f"{next(iter(selection.linears))}.weight")
-        config["dtype"] = str(first.dtype).removeprefix("torch.")
-    config["quantization_config"] = write_config(scheme, selection.ignore, {"absmax": "minmax", "mse": "mse"}[search])
-    return config
-
-
-def _check_out(source: Path, out: Path, overwrite: bool) -> None:
+def check_out(source: Path, out: Path, overwrite: bool, resume: bool) -> None:
+    """Refuse an output that is the source, or holds something else than a checkpoint that may be replaced."""
     here, there = source.resolve(), out.resolve()
     if here == there or here in there.parents or there in here.parents:
         raise QuantizeError(f"the output {out} and the model {source} must not contain each other")
@@ -232,77 +359,30 @@ def _check_out(source: Path, out: Path, overwrite: bool) -> None:
     if not out.is_dir():
         raise QuantizeError(f"{out} exists and is not a directory")
     if any(out.iterdir()):
+        if resume and (out / MANIFEST).is_file():
+            return  # what a resumed run may find finished
         if not overwrite:
             raise QuantizeError(f"{out} exists; --overwrite replaces it")
         if not (out / "config.json").is_file():
             raise QuantizeError(f"{out} has no config.json: --overwrite replaces a checkpoint, and this is none")
 
 
-@contextmanager
-def _appearing(out: Path, nbytes: int, overwrite: bool) -> Iterator[Path]:
-    """A new directory that becomes `out` if all goes well, and is gone if anything goes wrong, Ctrl-C included.
-
-    A run that is killed can't clear up. Directories of a run are locked while it lives, so the next one knows.
-    """
-    out = out.resolve()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(out.parent).free
-    if free < nbytes * 1.01 + 64_000_000:  # what is copied beside the weights is small
-        raise QuantizeError(f"{out.parent} has {free / 1e6:,.0f} MB free; {nbytes / 1e6:,.0f} MB will be written")
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-    replaced = partial.with_suffix(".replaced")
-    locks = [_lock(partial)]
-    try:
-        yield partial
-        partial.chmod(0o755)
-        _sync(partial)
-        if overwrite and out.exists():
-            locks.append(_lock(out))
-            out.rename(replaced)
-        partial.rename(out)
-        _sync(out.parent)
-    except BaseException:
-        if replaced.exists() and not out.exists():
-            replaced.rename(out)
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    finally:
-        for fd in locks:
-            if fd is not None:
-                os.close(fd)
-    shutil.rmtree(replaced, ignore_errors=True)
+def hidden_bytes(calibration: Calibration | None) -> int:
+    """Bytes of all samples' hidden states between two blocks."""
+    return 0 if calibration is None else _shape(calibration).nbytes
 
 
-def _clear_up(out: Path) -> None:
-    """Remove what killed runs left beside `out`; put back what one had moved away and not yet replaced."""
-    name = re.compile(rf"\.{re.escape(out.name)}\.\w{{8}}\.(partial|replaced)")
-    for left in out.parent.glob(".*"):
-        if not name.fullmatch(left.name) or left.is_symlink() or not left.is_dir():
-            continue
-        fd = _lock(left)
-        if fd is None:  # of a run that lives
-            continue
-        if left.suffix == ".replaced" and not out.exists():
-            left.rename(out)
-        else:
-            shutil.rmtree(left, ignore_errors=True)
-        os.close(fd)
-
-
-def _lock(directory: Path) -> int | None:
-    """A descriptor that holds the lock on a directory until it is closed; None where another process has it."""
-    fd = os.open(directory, os.O_RDONLY)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(fd)
-        return None
-    return fd
-
-
-def _sync(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def check_disk(out: Path, plan: Plan, calibration: Calibration | None) -> None:
+    """Refuse when what will be written doesn't fit."""
+    parent = out.resolve().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    hidden = 2 * hidden_bytes(calibration)
+    needs = [(parent, int(plan.bytes_after * 1.01) + 64_000_000)]  # what is copied beside the weights is small
+    if hidden and calibration is not None:
+        needs.append((calibration.offload_dir or parent, hidden))
+    if len(needs) == 2 and needs[0][0] == needs[1][0]:
+        needs = [(parent, needs[0][1] + hidden)]
+    for directory, nbytes in needs:
+        free = shutil.disk_usage(directory).free
+        if free < nbytes:
+            raise QuantizeError(f"{directory} has {free / 1e6:,.0f} MB free; {nbytes / 1e6:,.0f} MB will be written")

@@ -12,7 +12,16 @@ from octavo.quant.checkpoint import PICKLE_SUFFIXES, CheckpointError
 from octavo.quant.safetensors_file import parse_json
 
 WEIGHT_SUFFIXES = (*PICKLE_SUFFIXES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".npz", ".index.json")
-WRITTEN_HERE = ("config.json", "quantization_report.json", "quantize_config.json", "quant_config.json")
+WRITTEN_HERE = (
+    "config.json",
+    "quantization_report.json",
+    "quantization_manifest.json",
+    "quantize_config.json",  # what other tools say of a quantization that is another's here
+    "quant_config.json",
+    "hf_quant_config.json",
+    "quantization_config.json",
+    "quant_log.csv",
+)
 PATH_KEYS = ("_name_or_path", "name_or_path")  # where tokenizers and configs remember a path of some machine
 
 

@@ -182,10 +182,11 @@ class SafetensorsWriter:
     """A file whose tensors are known beforehand and arrive one by one, in any order; a context manager.
 
     The header is written first and every tensor at its own place, so nothing is held. Tensors lie by falling item
-    size, then by name, as the safetensors package orders them: that keeps each one aligned.
+    size, then by name, as the safetensors package orders them: that keeps each one aligned. With `again` the file is
+    there, with some of its tensors: `is_there` says which.
     """
 
-    def __init__(self, path: Path, specs: Mapping[str, TensorSpec]) -> None:
+    def __init__(self, path: Path, specs: Mapping[str, TensorSpec], *, again: bool = False) -> None:
         self.path = path
         self.specs = dict(sorted(specs.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -204,7 +205,7 @@ class SafetensorsWriter:
         self._offsets = offsets
         self._missing = {name for name, spec in self.specs.items() if spec.nbytes}
         self.nbytes = self._start + offset
-        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        self._fd = os.open(path, os.O_RDWR if again else os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         self._pwrite(memoryview(len(encoded).to_bytes(8, "little") + encoded), 0)
 
     def write(self, name: str, tensor: Tensor) -> None:
@@ -225,6 +226,21 @@ class SafetensorsWriter:
         if offset != end:
             raise ValueError(f"{name}: {end - offset} bytes short of what was announced")
         self._missing.discard(name)
+
+    def is_there(self, name: str) -> None:
+        """A tensor was written by an earlier writer of this file."""
+        self._missing.discard(name)
+
+    def stored(self, name: str, chunk_bytes: int = 1 << 24) -> Iterator[bytes]:
+        """A tensor's bytes as the file has them, fewer where it ends."""
+        begin, left = self._start + self._offsets[name], self.specs[name].nbytes
+        while left > 0 and (chunk := os.pread(self._fd, min(chunk_bytes, left), begin)):
+            yield chunk
+            begin, left = begin + len(chunk), left - len(chunk)
+
+    def sync(self) -> None:
+        """Have on the disk what was written so far."""
+        os.fsync(self._fd)
 
     def _pwrite(self, data: memoryview, offset: int) -> None:
         while data:

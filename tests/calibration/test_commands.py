@@ -34,7 +34,7 @@ def test_quantize_measures_quality_through_the_serving_path(
     assert quantize(model, out, "--scheme", "w8a16", "--group-size", "32", "--eval-tokens", "600") == 0
     printed = capsys.readouterr().out
     report = json.loads((out / REPORT).read_text())
-    assert report["scheme"] == "W8A16"
+    assert report["scheme"] == "W8A16@32"
     assert report["verdict"]["passed"]
     assert str(tmp_path) not in json.dumps(report)
     assert report["sizes"]["saved"] == report["sizes"]["before"] - report["sizes"]["after"]
@@ -78,7 +78,7 @@ def test_quantize_refuses_in_one_line(model: Path, tmp_path: Path, capsys: pytes
     assert quantize(model, out, "--scheme", "W4A16") == 1
     assert "32 is the largest that fits all: --group-size 32" in capsys.readouterr().err
     assert quantize(model, out, "--scheme", "W8A8", "--group-size", "32") == 1
-    assert "--group-size is for W4A16, W4A16_ASYM and W8A16" in capsys.readouterr().err
+    assert "group_size 32: W8A8 scales per channel; a group size is for W4A16, W4A16_ASYM," in capsys.readouterr().err
     assert quantize(tmp_path / "nowhere", out, "--scheme", "W8A8") == 1
     error = capsys.readouterr().err
     assert "no such directory" in error

@@ -116,6 +116,6 @@ def test_keys_with_a_large_bias_are_found() -> None:
     ill = seen(scheme, biased, v)
     advice = kv_advice([healthy, ill])
     assert advice is not None
-    assert advice.endswith("--kv-cache k=bf16,v=fp8")
+    assert advice.endswith("--kv-cache-scheme k=bf16,v=fp8")
     assert "layer 1" in advice
     assert kv_advice([seen(KVScheme("bf16", "fp8_e4m3"), biased, v)]) is None

@@ -25,14 +25,14 @@ import sys
 from pathlib import Path
 import torch
 from octavo.calibration.quantize_model import quantize_model
-from octavo.quant.scheme import PRESETS
+from octavo.calibration.recipe import Recipe
 
 def peak():
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 
 torch.set_num_threads(1)
 before = peak()
-quantize_model(Path(sys.argv[1]), Path(sys.argv[2]), PRESETS["W4A16"], max_shard_bytes=400_000_000)
+quantize_model(Path(sys.argv[1]), Path(sys.argv[2]), Recipe("W4A16"), max_shard_bytes=400_000_000)
 print(before, peak())
 """
 

@@ -7,7 +7,6 @@ import fcntl
 import json
 import os
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +16,16 @@ from safetensors.torch import load_file, save_file
 
 from octavo.calibration.layers import QuantizeError
 from octavo.calibration.quantize_model import Quantized, quantize_model
+from octavo.calibration.recipe import Recipe
 from octavo.calibration.weight_error import snr_db
 from octavo.quant.checkpoint import INDEX, Checkpoint, CheckpointError
 from octavo.quant.qparams import QuantizedWeight, quantize_weight
-from octavo.quant.scheme import PRESETS, QuantScheme, group
-
-
-def with_group(name: str, size: int) -> QuantScheme:
-    scheme = PRESETS[name]
-    return replace(scheme, weight=replace(scheme.weight, granularity=group(size)))
-
 
 SCHEMES = {
-    "W4A16": with_group("W4A16", 32),
-    "W4A16_ASYM": with_group("W4A16_ASYM", 32),
-    "W8A16": with_group("W8A16", -1),
-    **{name: PRESETS[name] for name in ("W8A8", "FP8_DYNAMIC", "FP8_BLOCK")},
+    "W4A16": Recipe("W4A16@32", search="absmax"),
+    "W4A16_ASYM": Recipe("W4A16_ASYM@32", search="absmax"),
+    "W8A16": Recipe("W8A16@-1"),
+    **{name: Recipe(name) for name in ("W8A8", "FP8_DYNAMIC", "FP8_BLOCK")},
 }
 
 
@@ -65,8 +58,9 @@ def left_behind(directory: Path) -> list[str]:
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_every_scheme_is_written_and_read_back(model: Path, tmp_path: Path, name: str) -> None:
-    scheme = SCHEMES[name]
-    result = quantize_model(model, tmp_path / "out", scheme)
+    recipe = SCHEMES[name]
+    scheme = recipe.default
+    result = quantize_model(model, tmp_path / "out", recipe)
     original, written = Checkpoint.open(model), Checkpoint.open(tmp_path / "out")
     for module in ("model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj"):
         weight = written.linear(module)
@@ -86,7 +80,7 @@ def test_other_files_come_along_and_nothing_of_this_machine(model: Path, tmp_pat
     out = tmp_path / "out"
     quantize_model(model, out, SCHEMES["W8A8"])
     there = {path.name for path in out.iterdir()}
-    expected = {path.name for path in model.iterdir()} - {"pytorch_model.bin", ".git"}
+    expected = {path.name for path in model.iterdir()} - {"pytorch_model.bin", ".git"} | {"quantization_manifest.json"}
     assert there == expected
     config = json.loads((out / "config.json").read_text())
     before = json.loads((model / "config.json").read_text())
@@ -143,7 +137,7 @@ def quantize_model_of_shards(model: Path, tmp_path: Path) -> Quantized:
     ],
 )
 def test_ignored_layers_stay_as_they_are(model: Path, tmp_path: Path, patterns: list[str], count: int) -> None:
-    result = quantize_model(model, tmp_path / "out", SCHEMES["W8A8"], ignore=patterns)
+    result = quantize_model(model, tmp_path / "out", Recipe("W8A8", ignore=tuple(patterns)))
     assert len(result.layers) == 14 - count
     ignore = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"]
     assert len(ignore) == count + 1
@@ -154,20 +148,20 @@ def test_ignored_layers_stay_as_they_are(model: Path, tmp_path: Path, patterns: 
 
 def test_a_pattern_that_means_nothing_is_refused(model: Path, tmp_path: Path) -> None:
     with pytest.raises(QuantizeError, match=r"--ignore dwon_proj: matches no linear layer; kinds are .*down_proj"):
-        quantize_model(model, tmp_path / "out", SCHEMES["W8A8"], ignore=["dwon_proj"])
+        quantize_model(model, tmp_path / "out", Recipe("W8A8", ignore=("dwon_proj",)))
 
 
 def test_layers_that_vllm_fuses_are_warned_about_when_they_differ(model: Path, tmp_path: Path) -> None:
-    whole = quantize_model(model, tmp_path / "a", SCHEMES["W8A8"], ignore=["q_proj", "k_proj", "v_proj"])
+    whole = quantize_model(model, tmp_path / "a", Recipe("W8A8", ignore=("q_proj", "k_proj", "v_proj")))
     assert whole.warnings == []
-    partly = quantize_model(model, tmp_path / "b", SCHEMES["W8A8"], ignore=["up_proj"])
+    partly = quantize_model(model, tmp_path / "b", Recipe("W8A8", ignore=("up_proj",)))
     assert len(partly.warnings) == 1
     assert "quantized only in part" in partly.warnings[0]
 
 
 def test_a_group_size_that_does_not_divide_is_refused_with_all_layers(model: Path, tmp_path: Path) -> None:
     with pytest.raises(QuantizeError) as error:
-        quantize_model(model, tmp_path / "out", PRESETS["W4A16"])
+        quantize_model(model, tmp_path / "out", Recipe("W4A16"))
     assert str(error.value) == (
         "group_size 128 does not divide in_features of mlp.down_proj 352 (2 layers); 32 is the largest that fits all: "
         "--group-size 32"
@@ -228,7 +222,7 @@ def test_a_full_disk_is_one_error_and_leaves_nothing(
         return pwrite(fd, data, offset)
 
     monkeypatch.setattr(os, "pwrite", full)
-    with pytest.raises(OSError, match=r"No space left on device: '.*model\.safetensors'"):
+    with pytest.raises(OSError, match=r"No space left on device: '.*model\.safetensors\.part'"):
         quantize_model(model, tmp_path / "out", SCHEMES["W8A8"])
     assert left_behind(tmp_path) == []
 
@@ -238,25 +232,27 @@ def test_what_a_killed_run_left_is_cleared_up(model: Path, tmp_path: Path) -> No
     out = tmp_path / "out"
     quantize_model(model, out, SCHEMES["W8A8"])
     before = (out / "model.safetensors").read_bytes()
-    out.rename(tmp_path / ".out.abcd1234.replaced")
-    for stem in (".out.abcd1234", ".out.efgh_678", ".out.more.abcd1234", ".outer.abcd1234"):
+    out.rename(tmp_path / ".out.replaced")
+    for stem in (".out", ".out.more", ".outer"):
         (tmp_path / f"{stem}.partial").mkdir()
-        (tmp_path / f"{stem}.partial" / "model.safetensors").write_bytes(b"half")
+        (tmp_path / f"{stem}.partial" / "model.safetensors.part").write_bytes(b"half")
     with pytest.raises(QuantizeError, match="--overwrite replaces it"):
         quantize_model(model, out, SCHEMES["FP8_DYNAMIC"])
     assert (out / "model.safetensors").read_bytes() == before
-    assert left_behind(tmp_path) == [".out.more.abcd1234.partial", ".outer.abcd1234.partial", "out"]
+    quantize_model(model, out, SCHEMES["FP8_DYNAMIC"], overwrite=True)
+    assert left_behind(tmp_path) == [".out.more.partial", ".outer.partial", "out"]
 
 
 def test_a_run_that_lives_is_left_alone(model: Path, tmp_path: Path) -> None:
-    partial = tmp_path / ".out.abcd1234.partial"
+    partial = tmp_path / ".out.partial"
     partial.mkdir()
     fd = os.open(partial, os.O_RDONLY)
     fcntl.flock(fd, fcntl.LOCK_EX)
-    quantize_model(model, tmp_path / "out", SCHEMES["W8A8"])
+    with pytest.raises(QuantizeError, match=r"another octavo quantize is writing to .*\.out\.partial"):
+        quantize_model(model, tmp_path / "out", SCHEMES["W8A8"])
     assert partial.exists()
     os.close(fd)
-    quantize_model(model, tmp_path / "out", SCHEMES["W8A8"], overwrite=True)
+    quantize_model(model, tmp_path / "out", SCHEMES["W8A8"])
     assert left_behind(tmp_path) == ["out"]
 
 
@@ -353,7 +349,7 @@ def test_broken_models_are_refused_and_nothing_is_left(
 def test_too_little_disk_is_refused_beforehand(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(QuantizeError, match=r"has 1 MB free; 1 MB will be written"):
+    with pytest.raises(QuantizeError, match=r"has 1 MB free; 65 MB will be written"):
         quantize_model(model, tmp_path / "out", SCHEMES["W8A8"])
     assert left_behind(tmp_path) == []
 
@@ -371,7 +367,7 @@ def test_an_ignore_pattern_that_means_nothing_is_refused(
     model: Path, tmp_path: Path, pattern: str, message: str
 ) -> None:
     with pytest.raises(QuantizeError, match=message):
-        quantize_model(model, tmp_path / "out", SCHEMES["W8A8"], ignore=[pattern])
+        quantize_model(model, tmp_path / "out", Recipe("W8A8", ignore=(pattern,)))
 
 
 def test_routers_are_never_quantized(model: Path, tmp_path: Path) -> None:
@@ -396,7 +392,7 @@ def test_the_error_of_each_layer_is_known(model: Path, tmp_path: Path) -> None:
         result = quantize_model(model, tmp_path / name, SCHEMES[name])
         assert len(result.layers) == 14
         for layer in result.layers:
-            kinds.setdefault(name, {}).setdefault(layer.linear.kind, []).append(snr_db(layer.signal, layer.noise))
+            kinds.setdefault(name, {}).setdefault(layer.kind, []).append(snr_db(layer.signal, layer.noise))
     assert len(kinds["W8A8"]) == 7
     assert all(35 < snr < 50 for ratios in kinds["W8A8"].values() for snr in ratios)
     assert all(15 < snr < 30 for ratios in kinds["W4A16"].values() for snr in ratios)

@@ -9,7 +9,7 @@ import math
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
-from octavo.commands.quantize import parse_size
+from octavo.commands.flag_types import parse_size
 from octavo.runtime.config import EngineConfig
 
 KV_DTYPES = {"fp8": "fp8_e4m3"}  # vLLM's short name

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,12 @@ from trimmed import whole
 
 import octavo.quant.linear
 from octavo.calibration.quantize_model import quantize_model
+from octavo.calibration.recipe import Recipe
 from octavo.demo_models import DEMO_MODELS, fetch_model
 from octavo.kernels.fp8 import reference as fp8_reference
 from octavo.kernels.int8 import reference as int8_reference
 from octavo.quant.checkpoint import Checkpoint
 from octavo.quant.qparams import QuantizedWeight
-from octavo.quant.scheme import PRESETS, WeightScheme, group
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.model.weights import load_model
 
@@ -107,12 +106,7 @@ def test_weight_only_logits_equal_their_writers(name: str, fixtures: Path, tmp_p
     torch.testing.assert_close(ours, expected["logits"], rtol=0, atol=FLOAT_NOISE)
 
 
-SERVED = {
-    "W4A16": replace(PRESETS["W4A16"], weight=WeightScheme("int4", group(32))),
-    "W4A16_ASYM": replace(PRESETS["W4A16"], weight=WeightScheme("int4", group(32), symmetric=False)),
-    "W8A16": replace(PRESETS["W8A16"], weight=WeightScheme("int8", group(-1))),
-    **{name: PRESETS[name] for name in ("W8A8", "FP8_DYNAMIC", "FP8_BLOCK")},
-}
+SERVED = ("W4A16@32", "W4A16_ASYM@32", "W8A16@-1", "W8A8", "FP8_DYNAMIC", "FP8_BLOCK")
 
 
 @pytest.mark.parametrize("name", SERVED)
@@ -124,7 +118,7 @@ def test_what_is_written_is_served(name: str, fixtures: Path, tmp_path: Path, mo
     monkeypatch.setattr(octavo.quant.linear, "_rounding", lambda *_: None)
     ids = load_file(fixtures / "tiny" / "expected.safetensors")["input_ids"]
     quantized, plain = tmp_path / "quantized", tmp_path / "plain"
-    quantize_model(fixtures / "tiny", quantized, SERVED[name], max_shard_bytes=300_000)
+    quantize_model(fixtures / "tiny", quantized, Recipe(name), max_shard_bytes=300_000)
     written = Checkpoint.open(quantized)
     assert len(written.files) > 1
     tensors = {tensor: written.tensor(tensor) for tensor in written.names if tensor.endswith("weight")}

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from octavo.calibration.quantize_model import quantize_model
+from octavo.calibration.recipe import Recipe
 from octavo.quant.checkpoint import CheckpointError
-from octavo.quant.scheme import PRESETS
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.model.model import Model
 from octavo.runtime.model.sources import LoadError
@@ -133,7 +133,7 @@ def test_a_type_that_is_none_is_refused(model: Path) -> None:
 def test_a_dtype_of_eight_bits_is_the_scheme_applied_at_load(
     model: Path, tmp_path: Path, fixtures: Path, dtype: str, scheme: str
 ) -> None:
-    quantize_model(model, tmp_path / "out", PRESETS[scheme])
+    quantize_model(model, tmp_path / "out", Recipe(scheme, search="absmax"))
     written, quantized = load(tmp_path / "out"), load(model, dtype=dtype)
     assert quantized.report_layers() == written.report_layers()
     assert torch.equal(logits_of(quantized, fixtures), logits_of(written, fixtures))

@@ -1,0 +1,189 @@
+"""One block through calibration: its inputs' statistics, scales folded into the ops before, codes for its weights.
+
+Pure data flow: tensors of the block in, quantized weights and changed tensors out. How a block is run is the
+runner's (runtime/model/blocks.py), which knows architectures; this room only knows which layers share an input.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from octavo.calibration.folding import fold_scales
+from octavo.calibration.gptq import gptq_loss, gptq_weight
+from octavo.calibration.hidden import Hidden
+from octavo.calibration.kv import KVCollector
+from octavo.calibration.layers import QuantizeError
+from octavo.calibration.output import scale_dtype
+from octavo.calibration.recipe import Recipe
+from octavo.calibration.smoothquant import static_input_scale
+from octavo.calibration.stats import InputStats, StatsCollector
+from octavo.quant.block_map import Fold, InputGroup
+from octavo.quant.qparams import QuantizedWeight, WeightError, quantize_weight
+from octavo.quant.scheme import QuantScheme
+
+Tensors = dict[str, Tensor]
+Step = Callable[[str], None]  # told what is done next, for the progress bar
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A linear layer's codes, the weight that they stand for, and the output's signal to noise in dB, where known."""
+
+    module: str
+    quantized: QuantizedWeight
+    weight: Tensor
+    output_snr_db: float | None
+
+
+class Runner(Protocol):
+    """What calibration asks of runtime/model/blocks.py; a layer is a value that only the runner knows."""
+
+    device: torch.device
+    dtype: torch.dtype
+    hidden_size: int
+    num_blocks: int
+
+    @property
+    def embedding_name(self) -> str: ...
+    def embed(self, token_ids: Tensor, embedding: Tensor) -> Tensor: ...
+    def build(self, index: int, tensors: Mapping[str, Tensor]) -> Any: ...
+    def groups(self, index: int, layer: Any) -> list[InputGroup]: ...
+    def folds(self, index: int) -> list[Fold]: ...
+    def forward(
+        self,
+        layer: Any,
+        hidden: Tensor,
+        record: Callable[[str, Tensor], None] | None = None,
+        record_kv: Callable[[Tensor, Tensor], None] | None = None,
+    ) -> Tensor: ...
+
+
+@dataclass
+class Block:
+    """One block's tensors on their way. What `tensors` holds is always what the block computes with so far."""
+
+    index: int
+    tensors: Tensors
+    schemes: Mapping[str, QuantScheme]
+    recipe: Recipe
+    runner: Runner
+    step: Step
+
+    def quantize(self, hidden: Hidden) -> Iterator[Solved]:
+        """Each linear layer that has a scheme, solved; `tensors` holds what it computes with from then on."""
+        layer = self.runner.build(self.index, self.tensors)
+        groups = self.runner.groups(self.index, layer)
+        stages = [[group] for group in groups] if self.recipe.true_sequential else [groups]
+        for number, stage in enumerate(stages):
+            if number > 0:
+                layer = self.runner.build(self.index, self.tensors)
+            stats = self._capture(layer, hidden, stage) if self.recipe.needs_statistics else {}
+            if self.recipe.scaling is not None:
+                stats = self._scale(stage, stats)
+            for group in stage:
+                yield from self._group(group, stats.get(group.name))
+
+    def _capture(self, layer: Any, hidden: Hidden, wanted: list[InputGroup]) -> dict[str, InputStats]:
+        """Run all samples through the block as it is; the statistics of the inputs of layers that have a scheme."""
+        self.step("inputs")
+        names = {group.name for group in wanted if any(m in self.schemes for m in group.modules)}
+        if not names:
+            return {}
+        collectors: dict[str, StatsCollector] = {}
+
+        def record(name: str, x: Tensor) -> None:
+            if name in names:
+                collector = collectors.get(name)
+                if collector is None:
+                    collector = collectors[name] = StatsCollector(x.shape[1], x.device)
+                collector.add(x)
+
+        for batch in hidden.batches():
+            self.runner.forward(layer, batch.to(self.runner.device), record)
+        return {name: collectors[name].result() for name in names}
+
+    def _scale(self, groups: list[InputGroup], stats: dict[str, InputStats]) -> dict[str, InputStats]:
+        """Fold AWQ's or SmoothQuant's scales into the ops before; the statistics as they are afterwards."""
+        from octavo.calibration.scaling import find_scales
+
+        self.step(self.recipe.scaling or "")
+        readers = {group.name: group.modules for group in groups}
+        result = dict(stats)
+        for fold in self.runner.folds(self.index):
+            modules = readers.get(fold.group, ())
+            if fold.group not in stats or any(m not in self.schemes for m in modules):
+                continue
+            found = find_scales(self.tensors, fold, modules, self.schemes, result[fold.group], self.recipe)
+            if found is not None:
+                result[fold.group] = fold_scales(self.tensors, fold, modules, found, result[fold.group])
+        return result
+
+    def _group(self, group: InputGroup, stats: InputStats | None) -> Iterator[Solved]:
+        """Codes of the layers that share an input; those of one scheme are solved together."""
+        modules = [m for m in group.modules if m in self.schemes]
+        for scheme in dict.fromkeys(self.schemes[m] for m in modules):
+            alike = [m for m in modules if self.schemes[m] == scheme]
+            parts = [self.tensors[f"{m}.weight"] for m in alike]
+            self.step(alike[0].rpartition(".")[2])
+            try:
+                solved = self._solve(parts, scheme, stats)
+            except WeightError as e:
+                raise QuantizeError(f"{alike[0]}.weight can't be quantized: {e}") from e
+            for module, weight, quantized in zip(alike, parts, solved, strict=True):
+                rounded = quantized.dequantize()
+                output = None if stats is None else _output_snr(weight, rounded, stats)
+                self.tensors[f"{module}.weight"] = rounded.to(weight.dtype)
+                yield Solved(module, quantized, weight, output)
+
+    def _solve(self, parts: list[Tensor], scheme: QuantScheme, stats: InputStats | None) -> Iterable[QuantizedWeight]:
+        recipe = self.recipe
+        search = recipe.search_of(scheme)
+        stored = scale_dtype(recipe, parts[0].dtype)
+        input_scale = None
+        if scheme.activation is not None and not scheme.activation.dynamic:
+            assert stats is not None
+            input_scale = static_input_scale(stats, scheme.activation.dtype)
+        if recipe.solver == "rtn" or stats is None:
+            solved = [quantize_weight(part, scheme, search, scale_dtype=stored) for part in parts]
+        elif scheme.weight.granularity.kind in ("tensor", "block"):  # scales that rows of another layer mustn't share
+            solved = [self._gptq(part, stats, scheme) for part in parts]
+        else:
+            whole = self._gptq(torch.cat(parts), stats, scheme)
+            begins = [sum(p.shape[0] for p in parts[:i]) for i in range(len(parts))]
+            solved = [whole.rows(b, b + p.shape[0]) for b, p in zip(begins, parts, strict=True)]
+        return [replace(q, input_scale=input_scale) for q in solved]
+
+    def _gptq(self, weight: Tensor, stats: InputStats, scheme: QuantScheme) -> QuantizedWeight:
+        recipe = self.recipe
+        return gptq_weight(
+            weight.to(stats.moments.device),
+            stats,
+            scheme,
+            act_order=recipe.act_order,
+            search=recipe.search_of(scheme),
+            dampening=recipe.dampening,
+            scale_dtype=scale_dtype(recipe, weight.dtype),
+        ).weight
+
+    def advance(self, hidden: Hidden, target: Hidden) -> KVCollector | None:
+        """All samples through the block as it is now, to `target`; keys and values on the way, when they are asked."""
+        self.step("outputs")
+        layer = self.runner.build(self.index, self.tensors)
+        kv = None if self.recipe.kv is None else KVCollector(self.recipe.kv)
+        for batch in hidden.batches():
+            record_kv = None if kv is None else kv.add
+            target.append(self.runner.forward(layer, batch.to(self.runner.device), None, record_kv))
+        return kv
+
+
+def _output_snr(weight: Tensor, rounded: Tensor, stats: InputStats) -> float | None:
+    """Of the layer's output over the calibration text; None when nothing was lost."""
+    device = stats.moments.device
+    loss = gptq_loss(weight.to(device), rounded.to(device), stats)
+    return None if loss == 0 else -10 * math.log10(loss)

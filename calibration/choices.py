@@ -1,0 +1,9 @@
+"""What a recipe can choose from, for types and for flags. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Algorithm = Literal["rtn", "gptq", "awq", "smoothquant", "awq+gptq", "smoothquant+gptq"]
+ActOrder = Literal["none", "static", "group"]
+Format = Literal["compressed-tensors", "gptq", "gptq_v2", "awq", "fp8"]

@@ -1,0 +1,194 @@
+"""The plan of a quantization: every tensor of the source, what becomes of it, in which unit of work, in which file.
+
+All sizes are known before anything is written (QuantFormat.tensors), and the same recipe always gives the same plan,
+which is what a resumed run relies on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from octavo.calibration.layers import BLOCK, Linear, QuantizeError, Selection, check_group_size, select_linears
+from octavo.calibration.output import make_format
+from octavo.calibration.recipe import Recipe, RecipeError, hits
+from octavo.quant.checkpoint import SINGLE, Checkpoint
+from octavo.quant.safetensors_file import SafetensorsFile, TensorSpec
+from octavo.quant.scheme import QuantScheme
+
+OUTSIDE = "outside"  # the unit of all that stands in no block
+
+
+@dataclass(frozen=True)
+class Item:
+    """One tensor of the source, and what becomes of it: the same, or a linear layer's tensors."""
+
+    name: str
+    file: SafetensorsFile
+    linear: Linear | None
+    scheme: QuantScheme | None
+    outputs: Mapping[str, TensorSpec]
+
+    @property
+    def spec(self) -> TensorSpec:
+        return self.file.specs[self.name]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(spec.nbytes for spec in self.outputs.values())
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is done, or lost, at once. index: the block's; scales: names of its KV-cache scales."""
+
+    name: str
+    index: int | None
+    items: tuple[Item, ...]
+    scales: Mapping[str, TensorSpec]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes to read."""
+        return sum(item.spec.nbytes for item in self.items)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """units in the order of work; shards: file name -> its tensors."""
+
+    units: tuple[Unit, ...]
+    shards: Mapping[str, Mapping[str, TensorSpec]]
+    selection: Selection
+    schemes: Mapping[str, QuantScheme]
+
+    @property
+    def bytes_before(self) -> int:
+        return sum(unit.nbytes for unit in self.units)
+
+    @property
+    def bytes_after(self) -> int:
+        return sum(spec.nbytes for specs in self.shards.values() for spec in specs.values())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the weights that are quantized."""
+        return next(item.spec.dtype for unit in self.units for item in unit.items if item.linear is not None)
+
+
+def make_plan(checkpoint: Checkpoint, recipe: Recipe, max_shard_bytes: int) -> Plan:
+    """Raises QuantizeError for layers that the recipe doesn't fit."""
+    selection, schemes = _schemes(select_linears(checkpoint, list(recipe.ignore)), recipe)
+    for scheme in dict.fromkeys(schemes.values()):
+        check_group_size(scheme, {m: x for m, x in selection.linears.items() if schemes[m] == scheme})
+    units = _units(checkpoint, recipe, selection, schemes)
+    return Plan(units, _shards(units, max_shard_bytes), selection, schemes)
+
+
+def _schemes(selection: Selection, recipe: Recipe) -> tuple[Selection, dict[str, QuantScheme]]:
+    """Each layer's scheme; what a recipe's `layers` leave as they are goes to the ignored."""
+    every = selection.linears
+    unused = [p for p in recipe.layers if not any(hits(m, x.kind, p) for m, x in every.items())]
+    if unused:
+        raise QuantizeError(f"recipe: {' '.join(unused)} matches no linear layer that is to be quantized")
+    found = {module: recipe.scheme_of(module, linear.kind) for module, linear in every.items()}
+    schemes = {module: scheme for module, scheme in found.items() if scheme is not None}
+    if not schemes:
+        raise QuantizeError("nothing is left to quantize: the recipe leaves every linear layer as it is")
+    kept = [module for module in every if module not in schemes]
+    return Selection({m: every[m] for m in schemes}, selection.ignore + kept), schemes
+
+
+def _units(
+    checkpoint: Checkpoint, recipe: Recipe, selection: Selection, schemes: Mapping[str, QuantScheme]
+) -> tuple[Unit, ...]:
+    """All tensors in the source's order, by block."""
+    blocks = {linear.module.partition(f".{linear.index}.")[0]: None for linear in selection.linears.values()}
+    members: dict[int | None, list[Item]] = {None: []}
+    for file in checkpoint.files.values():
+        for name, spec in file.specs.items():
+            match = BLOCK.match(f"{name.rpartition('.')[0]}.weight")
+            inside = match is not None and f"{match['prefix']}layers" in blocks
+            index = int(match["index"]) if match is not None and inside else None
+            linear = selection.linears.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+            members.setdefault(index, []).append(_item(name, file, spec, recipe, linear, schemes))
+    outside = Unit(OUTSIDE, None, tuple(members.pop(None)), {})
+    prefix = next(iter(blocks))
+    return outside, *(
+        Unit(f"{prefix}.{index}", index, tuple(items), _scale_specs(recipe, f"{prefix}.{index}.self_attn", checkpoint))
+        for index, items in sorted((i, m) for i, m in members.items() if i is not None)
+    )
+
+
+def _item(
+    name: str,
+    file: SafetensorsFile,
+    spec: TensorSpec,
+    recipe: Recipe,
+    linear: Linear | None,
+    schemes: Mapping[str, QuantScheme],
+) -> Item:
+    if linear is None:
+        return Item(name, file, None, None, {name: spec})
+    scheme = schemes[linear.module]
+    try:
+        planned = make_format(recipe, scheme, spec.dtype).tensors(linear.out_features, linear.in_features)
+    except ValueError as e:
+        raise QuantizeError(f"{linear.module} [{linear.out_features}, {linear.in_features}]: {e}") from e
+    return Item(name, file, linear, scheme, {f"{linear.module}.{suffix}": out for suffix, out in planned.items()})
+
+
+def _scale_specs(recipe: Recipe, attention: str, checkpoint: Checkpoint) -> dict[str, TensorSpec]:
+    """KV-cache scales as compressed-tensors names and shapes them."""
+    kv = recipe.kv
+    if kv is None:
+        return {}
+    text = checkpoint.config.get("text_config") or checkpoint.config
+    heads = text.get("num_key_value_heads") or text.get("num_attention_heads")
+    if not isinstance(heads, int):
+        raise RecipeError("config.json has no num_key_value_heads: KV-cache scales can't be made")
+    spec = TensorSpec(torch.float32, (heads, 1, 1) if kv.per_head else (1,))
+    sides = {"k_scale": kv.key, "v_scale": kv.value}
+    return {f"{attention}.{name}": spec for name, dtype in sides.items() if dtype != "bf16"}
+
+
+def _shards(units: tuple[Unit, ...], most: int) -> dict[str, dict[str, TensorSpec]]:
+    """Files of at most `most` bytes in the order of the units; a larger tensor has a file of its own."""
+    pieces = [(item.outputs, item.nbytes) for unit in units for item in unit.items]
+    pieces += [(unit.scales, sum(s.nbytes for s in unit.scales.values())) for unit in units if unit.scales]
+    shards: list[dict[str, TensorSpec]] = [{}]
+    size = 0
+    for specs, nbytes in pieces:
+        if shards[-1] and size + nbytes > most:
+            shards.append({})
+            size = 0
+        shards[-1].update(specs)
+        size += nbytes
+    if len(shards) == 1:
+        return {SINGLE: shards[0]}
+    return {f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards)}
+
+
+def weight_map(plan: Plan) -> dict[str, object]:
+    """The index file's content, for more than one shard."""
+    names = {tensor: shard for shard, specs in plan.shards.items() for tensor in specs}
+    return {"metadata": {"total_size": plan.bytes_after}, "weight_map": dict(sorted(names.items()))}
+
+
+def source_digest(checkpoint: Checkpoint) -> str:
+    """A hash of what tells a source from another without reading it: config, names, shapes, and the files' times."""
+    files = [
+        [name, file.size, file.path.stat().st_mtime_ns, [[n, str(s.dtype), s.shape] for n, s in file.specs.items()]]
+        for name, file in checkpoint.files.items()
+    ]
+    return hashlib.sha256(json.dumps([checkpoint.config, files], sort_keys=True).encode()).hexdigest()
+
+
+def by_kind(plan: Plan) -> Counter[str]:
+    """How many layers of each kind are quantized."""
+    return Counter(linear.kind for linear in plan.selection.linears.values())

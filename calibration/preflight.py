@@ -1,0 +1,91 @@
+"""What a quantization will take, told before it starts: memory, disk and time.
+
+Memory and disk are counted from the plan. Time is counted from the arithmetic of the algorithms and the speed of two
+small GEMMs, measured here and now: right to a factor of two, which is what a person needs to know.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from octavo.calibration.hidden import BATCH_TOKENS
+from octavo.calibration.layers import Linear
+from octavo.calibration.plan import Plan, Unit
+from octavo.calibration.recipe import Recipe
+
+PROCESS_BYTES = 450_000_000  # torch and the kernels, before anything is loaded
+SIDE = 1024  # of the GEMMs whose speed is measured
+AWQ_TRIALS = 50  # roundings of each weight in the search for scales and clipping
+RTN_BYTES_PER_SECOND = 40e6  # weights read, searched and rounded by one core; a floor for what an estimate says
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """memory: the peak of the process, in bytes; disk: of the result and of what is needed while it is made."""
+
+    memory: int
+    disk: int
+    seconds: float
+
+    def __str__(self) -> str:
+        minutes, seconds = divmod(round(self.seconds), 60)
+        lasting = f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+        return f"about {self.memory / 1e9:.1f} GB of memory, {self.disk / 1e9:.2f} GB of disk, {lasting}"
+
+
+def estimate(plan: Plan, recipe: Recipe, tokens: int, hidden_bytes: int) -> Estimate:
+    """tokens of calibration text in all, 0 for none; hidden_bytes: their hidden states at one depth."""
+    largest = max(item.spec.nbytes for unit in plan.units for item in unit.items)
+    disk = plan.bytes_after + 2 * hidden_bytes
+    if not tokens:
+        seconds = plan.bytes_before / RTN_BYTES_PER_SECOND
+        return Estimate(PROCESS_BYTES + 4 * largest, disk, seconds)
+    blocks = [unit for unit in plan.units if unit.index is not None]
+    memory = PROCESS_BYTES + max(_block_memory(unit, recipe) for unit in blocks)
+    slow, fast = _speed(torch.float32), _speed(torch.bfloat16)
+    layers = [_inputs(unit) for unit in blocks]
+    forward = sum(2 * 2 * n * k * tokens for unit in layers for k, n in unit)
+    exact = 0.0
+    if recipe.needs_statistics:
+        exact += sum(1.2 * k * k * tokens for unit in layers for k, _ in unit)
+    if recipe.solver == "gptq":
+        exact += sum(3 * n * k * k + 2 * k**3 for unit in layers for k, n in unit)
+    if recipe.scaling is not None:
+        exact += sum(AWQ_TRIALS * 2 * n * k * k for unit in layers for k, n in unit)
+    return Estimate(memory, disk, forward / fast + exact / slow + plan.bytes_before / RTN_BYTES_PER_SECOND)
+
+
+def _block_memory(unit: Unit, recipe: Recipe) -> int:
+    """A block's tensors, the same as the runner packs them, statistics, and the widest layer in float32 a few times."""
+    inputs = _inputs(unit)
+    statistics = sum(4 * k * k for k, _ in inputs) if recipe.needs_statistics else 0
+    widest = max(4 * n * k + (2 if recipe.solver == "gptq" else 0) * 2 * k * k for k, n in inputs)
+    activations = 4 * BATCH_TOKENS * max(k + n for k, n in inputs)
+    return 2 * unit.nbytes + statistics + 4 * widest + 4 * activations
+
+
+def _inputs(unit: Unit) -> list[tuple[int, int]]:
+    """(K, N) of the layers of a block that share an input, as far as names and shapes tell."""
+    shared: dict[tuple[str, int], int] = {}
+    linears: Mapping[str, Linear] = {item.name: item.linear for item in unit.items if item.linear is not None}
+    for linear in linears.values():
+        owner, _, name = linear.kind.rpartition(".")
+        last = "down" if name.startswith(("down", "w2")) else "o" if name.startswith("o_") else "in"
+        key = (f"{owner}.{last}", linear.in_features)
+        shared[key] = shared.get(key, 0) + linear.out_features
+    return [(k, n) for (_, k), n in shared.items()]
+
+
+def _speed(dtype: torch.dtype) -> float:
+    """Operations per second of a GEMM."""
+    a = torch.ones(SIDE, SIDE, dtype=dtype)
+    times = []
+    for _ in range(4):
+        begin = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - begin)
+    return 2 * SIDE**3 / min(times)

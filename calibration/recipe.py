@@ -1,0 +1,213 @@
+"""What decides the result of a quantization, besides the model and the text: one value, which a file can keep.
+
+A recipe file is JSON that a person can read, edit and replay (`--recipe`):
+
+    {"octavo_recipe": 1, "scheme": "W4A16@64", "algorithm": "gptq", "layers": {"re:.*down_proj": "W8A16@64"}}
+
+Schemes are the presets' names, with '@' and a group size where another than the preset's is meant (@-1: a whole row).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from octavo.calibration.choices import ActOrder, Algorithm, Format
+from octavo.quant.formats.compressed_tensors_config import matches
+from octavo.quant.qparams import Search
+from octavo.quant.scheme import PRESETS, KVScheme, QuantScheme, SchemeError, group
+
+KEEP = "none"  # a layer's scheme in a recipe's `layers`: left as it is
+
+
+class RecipeError(ValueError):
+    """A recipe that can't be; the message says what, and what would work."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to quantize.
+
+    scheme      of every linear layer that `layers` and `ignore` don't name, as spelled: 'W4A16@64'
+    layers      pattern -> scheme, or 'none'; the first that matches holds
+    ignore      patterns of layers to leave as they are
+    search      how scales are chosen; None: mse for fewer than 8 bits, else absmax
+    dampening   GPTQ's, as a share of the mean of the Hessian's diagonal
+    smoothing   SmoothQuant's alpha; None: the best of several, layer by layer
+    """
+
+    scheme: str
+    algorithm: Algorithm = "rtn"
+    format: Format = "compressed-tensors"
+    layers: Mapping[str, str] = field(default_factory=dict)
+    ignore: tuple[str, ...] = ()
+    search: Search | None = None
+    act_order: ActOrder = "static"
+    dampening: float = 0.01
+    true_sequential: bool = False
+    smoothing: float | None = None
+    kv_cache: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_format(self)
+
+    @property
+    def default(self) -> QuantScheme:
+        return parse_scheme(self.scheme)
+
+    @property
+    def kv(self) -> KVScheme | None:
+        return None if self.kv_cache is None else parse_kv(self.kv_cache)
+
+    @property
+    def solver(self) -> Literal["rtn", "gptq"]:
+        """How codes are found once the weights are scaled."""
+        return "gptq" if self.algorithm.endswith("gptq") else "rtn"
+
+    @property
+    def scaling(self) -> Literal["awq", "smoothquant"] | None:
+        """Which scales per input channel are folded into the op before."""
+        first = self.algorithm.partition("+")[0]
+        return "awq" if first == "awq" else "smoothquant" if first == "smoothquant" else None
+
+    @property
+    def schemes(self) -> list[QuantScheme]:
+        return [self.default, *(parse_scheme(s) for s in self.layers.values() if s != KEEP)]
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether anything depends on the inputs of linear layers."""
+        static = any(s.activation is not None and not s.activation.dynamic for s in self.schemes)
+        return self.algorithm != "rtn" or static
+
+    @property
+    def needs_data(self) -> bool:
+        return self.needs_statistics or self.kv is not None
+
+    def scheme_of(self, module: str, kind: str) -> QuantScheme | None:
+        """A linear layer's scheme by its full name and its name in the block; None: left as it is."""
+        for pattern, spelled in self.layers.items():
+            if hits(module, kind, pattern):
+                return None if spelled == KEEP else parse_scheme(spelled)
+        return self.default
+
+    def options(self) -> dict[str, str | float | bool | None]:
+        """The algorithm's settings, for the report."""
+        names = ["search"]
+        names += ["act_order", "dampening", "true_sequential"] if self.solver == "gptq" else []
+        names += ["smoothing"] if self.scaling == "smoothquant" else []
+        return {name: getattr(self, name) for name in names}
+
+    def search_of(self, scheme: QuantScheme) -> Search:
+        return self.search or ("mse" if scheme.weight.bits < 8 else "absmax")
+
+
+def _check_format(recipe: Recipe) -> None:
+    """Refuse what the output format can't say."""
+    name = recipe.format
+    for scheme in recipe.schemes:
+        w, a = scheme.weight, scheme.activation
+        if name in ("gptq", "gptq_v2") and (w.dtype == "fp8_e4m3" or a is not None):
+            raise RecipeError(f"format {name} holds integer weights with plain inputs, not {scheme}; W4A16 is one")
+        if name == "awq" and (w.dtype != "int4" or a is not None or w.granularity.kind != "group"):
+            raise RecipeError(f"format awq holds 4-bit weights in groups, not {scheme}; W4A16 and W4A16_ASYM are")
+        if name == "fp8" and (w.dtype != "fp8_e4m3" or w.granularity.kind == "channel"):
+            raise RecipeError(f"format fp8 holds FP8_BLOCK and FP8, not {scheme}")
+    if recipe.format in ("awq", "fp8") and len(set(recipe.schemes)) > 1:
+        raise RecipeError(f"format {name} has one scheme for all layers; compressed-tensors has several")
+    if recipe.kv is not None and name != "compressed-tensors":
+        raise RecipeError(f"format {name} has no place for KV-cache scales; --format compressed-tensors has")
+    if recipe.act_order == "group" and recipe.solver == "gptq" and name not in ("gptq", "gptq_v2"):
+        raise RecipeError(
+            f"act_order group needs g_idx, which format {name} doesn't have any more; 'static' needs none, and "
+            "--format gptq has it"
+        )
+
+
+def parse_scheme(spelled: str) -> QuantScheme:
+    """'W4A16', 'w4a16@64', 'W8A16@-1'. Raises RecipeError."""
+    name, at, size = spelled.partition("@")
+    scheme = PRESETS.get(name.upper())
+    if scheme is None:
+        raise RecipeError(f"scheme {spelled!r} is unknown; known are {', '.join(PRESETS)}")
+    if not at:
+        return scheme
+    if not re.fullmatch(r"-1|[1-9]\d{0,5}", size):
+        raise RecipeError(f"scheme {spelled!r}: {size!r} is no group size; 32, 64, 128 and -1 are")
+    if scheme.weight.granularity.kind != "group":
+        grouped = [name for name, preset in PRESETS.items() if preset.weight.granularity.kind == "group"]
+        raise RecipeError(
+            f"group_size {size}: {name.upper()} scales per {scheme.weight.granularity}; a group size is for "
+            f"{', '.join(grouped)}"
+        )
+    return replace(scheme, weight=replace(scheme.weight, granularity=group(int(size))))
+
+
+KV_NAMES: dict[str, Literal["bf16", "fp8_e4m3", "int8"]] = {
+    "bf16": "bf16", "bfloat16": "bf16", "fp8": "fp8_e4m3", "fp8_e4m3": "fp8_e4m3", "int8": "int8",
+}  # fmt: skip
+
+
+def parse_kv(spelled: str) -> KVScheme:
+    """'fp8', 'int8', 'k=bf16,v=fp8', each with '/head' for a scale per KV head. Raises RecipeError."""
+    types, slash, per = spelled.lower().partition("/")
+    sides = dict.fromkeys("kv", types)
+    if "=" in types:
+        sides = dict(part.partition("=")[::2] for part in types.split(","))
+    known = sides.keys() == {"k", "v"} and all(name in KV_NAMES for name in sides.values())
+    if not known or (slash and per not in ("head", "tensor")):
+        raise RecipeError(f"KV cache {spelled!r} is unknown; such as fp8, int8, fp8/head or k=bf16,v=fp8 are known")
+    try:
+        return KVScheme(KV_NAMES[sides["k"]], KV_NAMES[sides["v"]], per_head=per == "head")
+    except SchemeError as e:
+        raise RecipeError(str(e)) from None
+
+
+def hits(module: str, kind: str, pattern: str) -> bool:
+    """Whether a pattern means a layer: its full name, its name in the block or the last part, a glob, 're:' a regex."""
+    if pattern.startswith("re:"):
+        return matches(module, pattern)
+    return pattern in (module, kind, kind.rpartition(".")[2]) or fnmatchcase(module, pattern)
+
+
+class _File(msgspec.Struct, forbid_unknown_fields=True):
+    """A recipe file's types."""
+
+    octavo_recipe: int
+    scheme: str
+    algorithm: Algorithm = "rtn"
+    format: Format = "compressed-tensors"
+    layers: dict[str, str] = {}
+    ignore: list[str] = []
+    search: Search | None = None
+    act_order: ActOrder = "static"
+    dampening: float = 0.01
+    true_sequential: bool = False
+    smoothing: float | None = None
+    kv_cache: str | None = None
+
+
+def to_json(recipe: Recipe) -> dict[str, Any]:
+    """What `read_recipe` reads back as the same recipe."""
+    fields = {name: getattr(recipe, name) for name in recipe.__dataclass_fields__}
+    return {"octavo_recipe": 1, **fields, "layers": dict(recipe.layers), "ignore": list(recipe.ignore)}
+
+
+def read_recipe(path: Path) -> Recipe:
+    """A recipe file. Raises RecipeError for one that isn't, naming the key that is wrong."""
+    try:
+        file = msgspec.json.decode(path.read_bytes(), type=_File)
+    except OSError as e:
+        raise RecipeError(f"{path} can't be read: {e.strerror}") from e
+    except msgspec.DecodeError as e:
+        raise RecipeError(f"{path} is not a recipe: {e}") from e
+    if file.octavo_recipe != 1:
+        raise RecipeError(f"{path}: octavo_recipe is {file.octavo_recipe}; 1 is what this octavo reads")
+    fields = {name: getattr(file, name) for name in Recipe.__dataclass_fields__}
+    return Recipe(**fields | {"ignore": tuple(file.ignore)})

@@ -1,0 +1,261 @@
+"""Where a quantized checkpoint comes to be: a directory beside its place, all or nothing, that a killed run can resume.
+
+The work is cut into units (the embeddings and what else stands outside of the blocks; then each block). Shards are
+laid out with their headers first, and each unit's tensors put in their places. When a unit is on the disk, and with it
+the hidden states that the next one needs, the manifest says so, with hashes; a resumed run checks them and goes on
+with the first unit that the manifest doesn't have. The directory has no config.json and its shards have no names that
+a loader would take until everything is there; then it is renamed into place.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from octavo.calibration.hidden import Hidden
+from octavo.calibration.layers import QuantizeError
+from octavo.calibration.sidecars import write_json
+from octavo.quant.safetensors_file import SafetensorsWriter, TensorSpec
+
+MANIFEST = "quantization_manifest.json"
+Interruption = (KeyboardInterrupt, SystemExit)  # Ctrl-C, SIGTERM
+
+
+class Workspace:
+    """The directory while it is worked in.
+
+    job       what decides the result; a resumed run must have the same
+    units     what is done: by the unit's name its hash, and what its writer wanted to remember
+    """
+
+    def __init__(self, directory: Path, shards: Mapping[str, Mapping[str, TensorSpec]], job: Mapping[str, Any]) -> None:
+        self.directory = directory
+        self.job = dict(job)
+        self.units: dict[str, dict[str, Any]] = {}
+        self._shards = shards
+        self._writers: dict[str, SafetensorsWriter] = {}
+        self._of = {name: shard for shard, specs in shards.items() for name in specs}
+        self._hash = hashlib.sha256()
+        self._names: list[str] = []
+
+    def open(self, stack: ExitStack, *, again: bool) -> None:
+        """Open every shard until `stack` closes. again: check what the manifest has, and take it over."""
+        for shard, specs in self._shards.items():
+            path = self.directory / f"{shard}.part"
+            writer = SafetensorsWriter(path, specs, again=again and path.exists())
+            self._writers[shard] = stack.enter_context(writer)
+        if again:
+            self._take_over()
+        else:
+            self._write_manifest()
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Store a tensor of the unit in work."""
+        self._writers[self._of[name]].write(name, tensor)
+        self._names.append(name)
+
+    def copy(self, name: str, chunks: Iterator[Tensor]) -> None:
+        """Store a tensor of the unit in work from pieces of its bytes."""
+        self._writers[self._of[name]].write_bytes(name, chunks)
+        self._names.append(name)
+
+    def finish(self, unit: str, hidden: Hidden | None, remember: Mapping[str, Any]) -> None:
+        """The unit's tensors are all written: have them, and the next unit's input, on the disk, and say so."""
+        shards = {self._of[name] for name in self._names}
+        for shard in shards:
+            self._writers[shard].sync()
+        entry: dict[str, Any] = {"tensors": self._names, "sha256": self._digest(self._names), **remember}
+        if hidden is not None:
+            entry["hidden"] = {"file": hidden.path.name, "sha256": hidden.sync()}
+        self.units[unit] = entry
+        self._names = []
+        self._write_manifest()
+
+    def _digest(self, names: list[str]) -> str:
+        digest = hashlib.sha256()
+        for name in names:
+            for chunk in self._writers[self._of[name]].stored(name):
+                digest.update(chunk)
+        return digest.hexdigest()
+
+    def _take_over(self) -> None:
+        self.units = read_manifest(self.directory)["units"]
+        for unit, entry in self.units.items():
+            if self._digest(entry["tensors"]) != entry["sha256"]:
+                raise QuantizeError(
+                    f"can't resume: what {self.directory.name} holds of {unit} isn't what was written; --overwrite "
+                    "starts anew"
+                )
+            for name in entry["tensors"]:
+                self._writers[self._of[name]].is_there(name)
+
+    def _write_manifest(self) -> None:
+        fresh = self.directory / f"{MANIFEST}.new"
+        write_json(fresh, {"version": 1, "job": self.job, "units": self.units})
+        fresh.rename(self.directory / MANIFEST)
+        sync_directory(self.directory)
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """A directory's manifest; one without jobs and units where there is none."""
+    try:
+        manifest: dict[str, Any] = json.loads((directory / MANIFEST).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {"job": None, "units": {}}
+    return manifest
+
+
+def finished(out: Path, job: Mapping[str, Any]) -> dict[str, dict[str, Any]] | None:
+    """The units of a finished checkpoint, when it is what this job makes. Raises QuantizeError when it isn't."""
+    if not (out / "config.json").is_file():
+        return None
+    manifest = read_manifest(out)
+    if other := _differences(manifest["job"] or {}, job):
+        raise QuantizeError(f"{out} is finished, with another {other}; --overwrite instead of --resume replaces it")
+    units: dict[str, dict[str, Any]] = manifest["units"]
+    return units
+
+
+def _differences(there: Mapping[str, Any], job: Mapping[str, Any]) -> str:
+    """Which of a job's keys have another value there."""
+    return " and another ".join(key for key in job if there.get(key) != json.loads(json.dumps(job[key])))
+
+
+def partial_of(out: Path) -> Path:
+    """Where `out` is made."""
+    return out.with_name(f".{out.name}.partial")
+
+
+@contextmanager
+def workspace(
+    out: Path,
+    shards: Mapping[str, Mapping[str, TensorSpec]],
+    job: Mapping[str, Any],
+    *,
+    resume: bool,
+    overwrite: bool,
+    keep: bool,
+) -> Iterator[Workspace]:
+    """A Workspace that becomes `out` if all goes well, and is gone if anything goes wrong.
+
+    keep: work that a person interrupts stays to be resumed, once a unit is finished.
+    """
+    out = out.resolve()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = partial_of(out)
+    with _only_one(partial) as lock:
+        again = _prepare(partial, job, resume=resume, overwrite=overwrite)
+        work = Workspace(partial, shards, job)
+        try:
+            if not again:
+                _empty(partial)
+            with ExitStack() as stack:
+                work.open(stack, again=again)
+                yield work
+            for shard in shards:
+                (partial / f"{shard}.part").rename(partial / shard)
+            _appear(partial, out, lock)
+        except BaseException as e:
+            if not (keep and isinstance(e, Interruption) and work.units):
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+def _prepare(partial: Path, job: Mapping[str, Any], *, resume: bool, overwrite: bool) -> bool:
+    """Whether there is work to go on with. Raises QuantizeError for work that would be lost, or is another's."""
+    manifest = read_manifest(partial)
+    if not manifest["units"]:
+        return False
+    if resume:
+        if other := _differences(manifest["job"] or {}, job):
+            raise QuantizeError(
+                f"can't resume: the unfinished work in {partial.name} has another {other}; give the "
+                "options that it was started with, or --overwrite instead of --resume to start anew"
+            )
+        return True
+    if not overwrite and manifest["job"].get("data") is not None:
+        raise QuantizeError(
+            f"{partial} holds an unfinished run, {len(manifest['units'])} units done: --resume goes on with it, "
+            "--overwrite starts anew"
+        )
+    return False
+
+
+@contextmanager
+def _only_one(partial: Path) -> Iterator[int]:
+    """Hold the lock on the directory, which is made when it isn't there."""
+    partial.mkdir(exist_ok=True)
+    lock = _lock(partial)
+    if lock is None:
+        raise QuantizeError(f"another octavo quantize is writing to {partial}")
+    try:
+        yield lock
+    finally:
+        os.close(lock)
+        with suppress(OSError):
+            partial.rmdir()  # if it is there and empty: a refused start
+
+
+def _empty(directory: Path) -> None:
+    for entry in directory.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def _appear(partial: Path, out: Path, lock: int) -> None:  # noqa: ARG001 (held)
+    """Put the finished directory in the place of what was there."""
+    replaced = out.with_name(f".{out.name}.replaced")
+    partial.chmod(0o755)
+    sync_directory(partial)
+    try:
+        if out.exists():
+            out.rename(replaced)
+        partial.rename(out)
+        sync_directory(out.parent)
+    except BaseException:
+        if replaced.exists() and not out.exists():
+            replaced.rename(out)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def recover(out: Path) -> None:
+    """Put back a checkpoint that a killed run had moved away and not yet replaced; remove one that it had."""
+    out = out.resolve()
+    replaced = out.with_name(f".{out.name}.replaced")
+    if not replaced.is_dir() or replaced.is_symlink():
+        return
+    if out.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+    else:
+        replaced.rename(out)
+
+
+def _lock(directory: Path) -> int | None:
+    """A descriptor that holds the lock on a directory until it is closed; None where another process has it."""
+    fd = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        return None
+    return fd
+
+
+def sync_directory(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

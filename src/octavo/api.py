@@ -1,0 +1,276 @@
+"""`octavo.quantize`: all of `octavo quantize` as a function. The command is a thin layer over it.
+
+Wires the rooms: calibration decides and writes, the runtime runs blocks and serves what is measured.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from octavo.calibration.choices import ActOrder, Algorithm, Format
+
+if TYPE_CHECKING:
+    from octavo.calibration.data import CalibrationData
+    from octavo.calibration.plan import Plan
+    from octavo.calibration.preflight import Estimate
+    from octavo.calibration.quantize_model import Calibration, Quantized
+    from octavo.calibration.recipe import Recipe
+    from octavo.calibration.report import Report
+    from octavo.quant.checkpoint import Checkpoint
+    from octavo.quant.qparams import Search
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class Listener:
+    """Told what goes on: by the command to its progress bar, or nobody.
+
+    estimate  before anything is written
+    progress  (done, total, what), in any unit
+    phase     what begins: 'generating text', 'quantizing', 'measuring quality'
+    """
+
+    estimate: Callable[[Estimate], None] = lambda _: None
+    progress: Callable[[float, float, str], None] = lambda *_: None
+    phase: Callable[[str], None] = lambda _: None
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Calibration text, as `octavo.commands.calibration_flags.make_data` takes it."""
+
+    dataset: Any = None
+    num_samples: int | None = None
+    max_seq_length: int = 512
+    seed: int = 0
+    chat_template: str | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that `quantize` was asked for. Fields as there."""
+
+    model: str
+    output: Path
+    recipe: Recipe
+    data: DataOptions = field(default_factory=DataOptions)
+    bits_budget: float | None = None
+    revision: str | None = None
+    offload_dir: Path | None = None
+    max_shard_bytes: int = 5_000_000_000
+    overwrite: bool = False
+    resume: bool = False
+    evaluate: bool = True
+    eval_tokens: int = 2048
+    max_kl: float | None = None
+    device: Device = "auto"
+    listener: Listener = field(default_factory=Listener)
+
+
+def quantize(
+    model: str | Path,
+    output: str | Path,
+    *,
+    scheme: str = "W4A16",
+    algorithm: Algorithm = "rtn",
+    format: Format = "compressed-tensors",
+    data: Any = None,
+    num_calibration_samples: int | None = None,
+    max_seq_length: int = 512,
+    seed: int = 0,
+    ignore: tuple[str, ...] | list[str] = (),
+    layers: dict[str, str] | None = None,
+    recipe: Recipe | str | Path | None = None,
+    search: Search | None = None,
+    act_order: ActOrder = "static",
+    kv_cache: str | None = None,
+    **options: Any,
+) -> Report:
+    """Write a quantized copy of a checkpoint, measure what it cost, and return the report.
+
+    model       a local directory, or a Hub id
+    output      the directory to write; all of it or nothing
+    scheme      a preset of compressed-tensors, with '@' and a group size where it isn't the preset's: 'W4A16@64'
+    algorithm   rtn needs no data; gptq, awq, smoothquant, awq+gptq, smoothquant+gptq do
+    format      compressed-tensors, gptq, gptq_v2, awq or fp8
+    data        calibration text: a file, a data set's id, texts, records, or tensors of token ids; None: the model
+                generates it
+    layers      pattern -> scheme (or 'none') of layers that differ
+    recipe      a recipe, or its file, instead of all of the above but data
+    kv_cache    'fp8', 'int8', 'fp8/head', 'k=bf16,v=fp8': calibrate scales for the KV cache
+    options     further fields of `Job`: resume, overwrite, evaluate, eval_tokens, max_kl, offload_dir, device, listener
+
+    Raises RecipeError, QuantizeError, DataError, CheckpointError or OSError with one line that says what and why.
+    """
+    from octavo.calibration.recipe import Recipe, read_recipe
+
+    if isinstance(recipe, str | Path):
+        recipe = read_recipe(Path(recipe))
+    if recipe is None:
+        recipe = Recipe(
+            scheme=scheme,
+            algorithm=algorithm,
+            format=format,
+            layers=layers or {},
+            ignore=tuple(ignore),
+            search=search,
+            act_order=act_order,
+            kv_cache=kv_cache,
+        )
+    wanted = DataOptions(data, num_calibration_samples, max_seq_length, seed)
+    return run(Job(str(model), Path(output), recipe, wanted, **options))
+
+
+def run(job: Job) -> Report:
+    """Do a job; see `quantize`."""
+    from octavo.calibration.plan import make_plan
+    from octavo.calibration.quantize_model import open_source, quantize_model
+    from octavo.calibration.report_files import write_reports
+    from octavo.quant.hub import resolve_model
+
+    seconds: dict[str, float] = {}
+    source = resolve_model(job.model, job.revision)
+    checkpoint = open_source(source)
+    plan = make_plan(checkpoint, job.recipe, job.max_shard_bytes)
+    data, calibration = None, None
+    if job.recipe.needs_data:
+        begin = time.perf_counter()
+        data, calibration = _calibration(job, source, checkpoint)
+        seconds["data"] = time.perf_counter() - begin
+    _check_fits(job, plan, calibration)
+
+    begin = time.perf_counter()
+    job.listener.phase("quantizing")
+    result = quantize_model(
+        source,
+        job.output,
+        job.recipe,
+        calibration=calibration,
+        max_shard_bytes=job.max_shard_bytes,
+        overwrite=job.overwrite,
+        resume=job.resume,
+        progress=job.listener.progress,
+    )
+    seconds["quantize"] = time.perf_counter() - begin
+    del calibration
+    report = _report(job, checkpoint, result, data, seconds)
+    write_reports(job.output, report, source=source)
+    if job.evaluate:
+        report = _with_quality(job, source, report)
+        write_reports(job.output, report, source=source)
+    return report
+
+
+def _calibration(job: Job, source: Path, checkpoint: Checkpoint) -> tuple[CalibrationData, Calibration]:
+    """Text, and the model block by block. The model is checked first: text may take long."""
+    import torch
+
+    from octavo.calibration.layers import QuantizeError
+    from octavo.calibration.quantize_model import Calibration
+    from octavo.commands.calibration_flags import make_data
+    from octavo.runtime.model.blocks import BlockRunner
+    from octavo.runtime.model.sources import CheckpointSource, LoadError
+    from octavo.runtime.model.spec import UnsupportedModelError
+
+    options = job.data
+    try:
+        runner = BlockRunner(checkpoint.config, CheckpointSource(checkpoint).prefix, options.max_seq_length, job.device)
+    except (UnsupportedModelError, LoadError) as e:
+        raise QuantizeError(
+            f"{job.recipe.algorithm} runs the model block by block, which this one can't be: {e}; rtn with a scheme "
+            "whose activations are dynamic needs no model"
+        ) from e
+    job.listener.phase("calibration text")
+    data = make_data(
+        source,
+        options.dataset,
+        num_samples=options.num_samples,
+        max_seq_length=options.max_seq_length,
+        seed=options.seed,
+        chat_template=options.chat_template,
+        device=job.device,
+        progress=lambda done, total: job.listener.progress(done, total, "generating text"),
+    )
+    token_ids = torch.stack(list(data.samples))
+    known = {"fingerprint": data.fingerprint, "samples": token_ids.shape[0], "tokens": token_ids.numel()}
+    return data, Calibration(token_ids, runner, known, job.offload_dir)
+
+
+def _check_fits(job: Job, plan: Plan, calibration: Calibration | None) -> None:
+    """Tell what it will take, and stop before it starts if it doesn't fit."""
+    from octavo.calibration.layers import QuantizeError
+    from octavo.calibration.preflight import estimate
+    from octavo.calibration.quantize_model import check_disk, check_out, hidden_bytes
+    from octavo.runtime.device import choose_device, free_memory
+
+    check_out(Path(job.model), job.output, job.overwrite, job.resume)
+    tokens = 0 if calibration is None else calibration.token_ids.numel()
+    expected = estimate(plan, job.recipe, tokens, hidden_bytes(calibration))
+    job.listener.estimate(expected)
+    check_disk(job.output, plan, calibration)
+    free = free_memory(choose_device("cpu"))
+    if expected.memory > free:
+        raise QuantizeError(
+            f"some {expected.memory / 1e9:.1f} GB of memory are needed and {free / 1e9:.1f} GB are free; rtn works "
+            "tensor by tensor and needs least, and a model with smaller blocks less"
+        )
+
+
+def _report(
+    job: Job, checkpoint: Checkpoint, result: Quantized, data: CalibrationData | None, seconds: dict[str, float]
+) -> Report:
+    """What is known before the quality is."""
+    from octavo.calibration.report import Calibration, build_report
+
+    local = Path(job.model).expanduser().is_dir()
+    recipe = result.recipe
+    calibration = (
+        None
+        if data is None
+        else Calibration(
+            source=data.source,
+            samples=len(data.samples),
+            tokens=data.num_tokens,
+            seed=data.seed,
+            generated=job.data.dataset is None,
+            fingerprint=data.fingerprint,
+        )
+    )
+    return build_report(
+        model=Path(job.model).expanduser().resolve().name if local else job.model.rpartition("/")[2],
+        base_model=None if local else job.model,
+        architecture=str(checkpoint.config.get("model_type")),
+        scheme=recipe.scheme,
+        format=recipe.format,
+        algorithm=recipe.algorithm,
+        options=recipe.options(),
+        kv_cache=recipe.kv_cache,
+        calibration=calibration,
+        layers=result.layers,
+        bytes_before=result.bytes_before,
+        bytes_after=result.bytes_after,
+        ignore=result.selection.ignore,
+        warnings=result.warnings,
+        seconds=seconds,
+    )
+
+
+def _with_quality(job: Job, source: Path, report: Report) -> Report:
+    """Measure and judge, or say why not: the checkpoint is written and whole either way."""
+    from octavo.calibration.verdict import judge
+    from octavo.commands.quality import measure_quality
+
+    job.listener.phase("measuring quality")
+    begin = time.perf_counter()
+    try:
+        quality = measure_quality(source, job.output, max_tokens=job.eval_tokens, progress=job.listener.progress)
+    except (RuntimeError, ValueError) as e:
+        return replace(report, warnings=(*report.warnings, f"quality could not be measured: {e}"))
+    seconds = {**report.seconds, "quality": time.perf_counter() - begin}
+    verdict = judge(quality, job.recipe.schemes, job.max_kl, layers=report.layers, algorithm=report.algorithm)
+    return replace(report, quality=quality, verdict=verdict, seconds=seconds)
