@@ -11,6 +11,7 @@ from octavo.version import VERSION
 
 COMMANDS = {
     "quantize": "write a quantized copy of a checkpoint, and measure what it cost",
+    "convert": "write a quantized checkpoint in another format, exactly",
     "serve": "serve a checkpoint behind an OpenAI-compatible HTTP server",
     "bench": "measure a running server: throughput, latency, dollars per million tokens",
     "inspect": "say what is in a checkpoint, and what it needs to serve",

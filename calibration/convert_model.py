@@ -1,0 +1,292 @@
+"""A quantized checkpoint in, the same integers and scales in another format out, or a refusal that says why not.
+
+Nothing is rounded. Before anything is written, each layer is written and read back in memory and compared with what the
+source says, so what a format can't carry (an order of columns, a zero point, a scale beyond its type) is found at once
+and not in the middle. Of the source one layer is held at a time; the result is made in a directory beside its place.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from octavo.calibration.layers import EMBEDDING, FLOATS, QuantizeError
+from octavo.calibration.quantize_model import check_out
+from octavo.calibration.sidecars import copy_other_files, without_paths, write_json
+from octavo.calibration.workspace import Workspace, recover, workspace
+from octavo.quant.checkpoint import INDEX, KV_SCALES, SINGLE, Checkpoint
+from octavo.quant.formats.awq import AWQFormat, write_awq_config
+from octavo.quant.formats.compressed_tensors import CompressedTensorsFormat, write_config
+from octavo.quant.formats.format import FormatError, QuantFormat
+from octavo.quant.formats.fp8 import Fp8Format, write_fp8_config
+from octavo.quant.formats.gptq import GPTQFormat, write_gptq_config
+from octavo.quant.qparams import QuantizedWeight
+from octavo.quant.safetensors_file import TensorSpec
+from octavo.quant.scheme import KVScheme, QuantScheme
+
+Target = Literal["compressed-tensors", "gptq", "gptq_v2", "awq", "fp8"]
+TARGETS: tuple[Target, ...] = get_args(Target)
+MARKS = {"weight_scale", "weight_scale_inv", "qweight"}  # what only quantized layers have
+Progress = Callable[[int, int, str], None]  # layers done, layers in all, the layer
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What was done."""
+
+    source_format: str
+    schemes: Mapping[str, QuantScheme]
+    bytes_before: int
+    bytes_after: int
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A quantized layer of the source, its tensors looked at and forgotten."""
+
+    scheme: QuantScheme
+    shape: tuple[int, int]
+    scale_dtype: torch.dtype
+    in_order: bool
+    symmetric: bool  # or asymmetric by its scheme with all zero points 0, as AWQ's of a symmetric model are
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """What becomes of a tensor of the source: a copy, or of a layer's first tensor the layer in its new format."""
+
+    name: str
+    specs: Mapping[str, TensorSpec]
+    format: QuantFormat | None = None
+
+
+def convert_model(
+    source: Path, out: Path, target: Target, *, overwrite: bool = False, progress: Progress | None = None
+) -> Converted:
+    """Write the quantized checkpoint in `source` to `out` in another format.
+
+    Raises QuantizeError with the layer and the reason when the format can't carry it exactly, CheckpointError or
+    OSError, and leaves nothing behind then.
+    """
+    recover(out)
+    check_out(source, out, overwrite, resume=False)
+    checkpoint = Checkpoint.open(source)
+    if checkpoint.quantization is None:
+        raise QuantizeError(f"{source} is not quantized: octavo quantize does that")
+    report = progress or _no_progress
+    found = _look_at_all(checkpoint, target, report)
+    formats = _formats(found, target)
+    config = _config(checkpoint, {module: f.scheme for module, f in formats.items()}, found, target)
+    shards = _shards(checkpoint, found, formats)
+    after = sum(spec.nbytes for pieces in shards.values() for piece in pieces for spec in piece.specs.values())
+    specs = {shard: {n: s for piece in pieces for n, s in piece.specs.items()} for shard, pieces in shards.items()}
+    _check_disk(out, after)
+    job = {"source": source.name, "format": target}
+    with workspace(out, specs, job, resume=False, overwrite=overwrite, keep=False) as work:
+        copy_other_files(source, work.directory)
+        for shard, pieces in shards.items():
+            _write_pieces(checkpoint, work, pieces, report, len(found))
+            work.finish(shard, None, {})
+        if len(shards) > 1:
+            names = {name: shard for shard, names in specs.items() for name in names}
+            index = {"metadata": {"total_size": after}, "weight_map": dict(sorted(names.items()))}
+            write_json(work.directory / INDEX, index)
+        write_json(work.directory / "config.json", config)
+    before = sum(checkpoint.spec(name).nbytes for name in checkpoint.names)
+    schemes = {module: format_.scheme for module, format_ in formats.items()}
+    return Converted(checkpoint.quantization.name, schemes, before, after, checkpoint.notes)
+
+
+def _check_disk(out: Path, nbytes: int) -> None:
+    parent = out.resolve().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(parent).free
+    if free < nbytes * 1.01 + 64_000_000:  # what is copied beside the weights is small
+        raise QuantizeError(f"{parent} has {free / 1e6:,.0f} MB free; {nbytes / 1e6:,.0f} MB will be written")
+
+
+def _no_progress(done: int, total: int, layer: str) -> None:
+    pass
+
+
+def _look_at_all(checkpoint: Checkpoint, target: Target, report: Progress) -> dict[str, _Found]:
+    """Every quantized layer, after the proof that the format carries it."""
+    modules = sorted({name.rpartition(".")[0] for name in checkpoint.names if name.rpartition(".")[2] in MARKS})
+    found: dict[str, _Found] = {}
+    for module in modules:
+        weight = checkpoint.linear(module)
+        if not isinstance(weight, QuantizedWeight):
+            continue
+        entry = _Found(
+            weight.scheme,
+            weight.shape,
+            weight.scale.dtype,
+            in_order=weight.g_idx is None,
+            symmetric=weight.zero_point is None or not bool(weight.zero_point.any()),
+        )
+        try:
+            _check_exact(weight, _format(entry, target, desc_act=not entry.in_order))
+        except FormatError as e:
+            raise QuantizeError(f"{module} can't be written as {target}: {e}") from e
+        found[module] = entry
+        report(len(found), 2 * len(modules), module)
+    if not found:
+        raise QuantizeError(f"{checkpoint.directory} has a quantization_config, but no quantized layer")
+    return found
+
+
+def _formats(found: Mapping[str, _Found], target: Target) -> dict[str, QuantFormat]:
+    """Each layer's new format. Where all layers are symmetric in fact they become so by their schemes."""
+    symmetric = all(entry.symmetric for entry in found.values())
+    desc_act = any(not entry.in_order for entry in found.values())
+    formats = {}
+    for module, entry in found.items():
+        weight = replace(entry.scheme.weight, symmetric=symmetric or entry.scheme.weight.symmetric)
+        made = replace(entry, scheme=replace(entry.scheme, weight=weight))
+        formats[module] = _format(made, target, desc_act)
+    return formats
+
+
+def _format(found: _Found, target: Target, desc_act: bool) -> QuantFormat:
+    """The format of a layer. Raises FormatError for a scheme that it doesn't have."""
+    scheme = found.scheme
+    if scheme.weight.dtype == "fp4_e2m1":
+        raise FormatError(f"{scheme} is read and served, but not written")
+    match target:
+        case "compressed-tensors":
+            return CompressedTensorsFormat(scheme, found.scale_dtype)
+        case "gptq":
+            return GPTQFormat(scheme, 1, desc_act)
+        case "gptq_v2":
+            return GPTQFormat(scheme, 2, desc_act)
+        case "awq":
+            return AWQFormat(scheme)
+        case "fp8":
+            return Fp8Format(scheme)
+
+
+def _check_exact(weight: QuantizedWeight, format_: QuantFormat) -> None:
+    """Raise FormatError unless what the format writes is read back as the very same numbers."""
+    written = format_.write(weight)
+    specs = format_.tensors(*weight.shape)
+    if {name: TensorSpec(t.dtype, tuple(t.shape)) for name, t in written.items()} != specs:
+        raise FormatError("it has no input scale, which its scheme needs")
+    again = format_.read(written)
+    for what in ("codes", "scale", "zero_point", "g_idx", "input_scale"):
+        if not _same_numbers(getattr(weight, what), getattr(again, what)):
+            raise FormatError(f"its {what.replace('_', ' ')} would change")
+
+
+def _same_numbers(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return torch.equal(a.double(), b.double())
+
+
+def _shards(
+    checkpoint: Checkpoint, found: Mapping[str, _Found], formats: Mapping[str, QuantFormat]
+) -> dict[str, list[_Piece]]:
+    """A file for each of the source's; a layer goes where its first tensor was."""
+    owner = {f"{module}.{suffix}": module for module in found for suffix in checkpoint.suffixes(module)}
+    seen: set[str] = set()
+    files: list[list[_Piece]] = []
+    for file in checkpoint.files.values():
+        pieces = []
+        for name, spec in file.specs.items():
+            module = owner.get(name)
+            if module is None:
+                pieces.append(_Piece(name, {name: spec}))
+            elif module not in seen:
+                seen.add(module)
+                specs = formats[module].tensors(*found[module].shape)
+                pieces.append(_Piece(module, {f"{module}.{s}": spec for s, spec in specs.items()}, formats[module]))
+        if pieces:
+            files.append(pieces)
+    if len(files) == 1:
+        return {SINGLE: files[0]}
+    return {f"model-{i + 1:05d}-of-{len(files):05d}.safetensors": pieces for i, pieces in enumerate(files)}
+
+
+def _write_pieces(
+    checkpoint: Checkpoint, work: Workspace, pieces: list[_Piece], report: Progress, num_layers: int
+) -> None:
+    for piece in pieces:
+        if piece.format is None:
+            work.copy(piece.name, _bytes(checkpoint, piece.name))
+            continue
+        weight = checkpoint.linear(piece.name)
+        assert isinstance(weight, QuantizedWeight)
+        if piece.format.scheme.weight.symmetric:
+            weight = replace(weight, zero_point=None)
+        for suffix, tensor in piece.format.write(replace(weight, scheme=piece.format.scheme)).items():
+            work.write(f"{piece.name}.{suffix}", tensor)
+        report(num_layers, 2 * num_layers, piece.name)
+
+
+def _bytes(checkpoint: Checkpoint, name: str) -> Iterator[Tensor]:
+    return next(file.chunks(name) for file in checkpoint.files.values() if name in file.specs)
+
+
+def _config(
+    checkpoint: Checkpoint, schemes: Mapping[str, QuantScheme], found: Mapping[str, _Found], target: Target
+) -> dict[str, Any]:
+    """The source's config.json with the new quantization_config."""
+    config: dict[str, Any] = without_paths(checkpoint.config)
+    for owner in (config, config.get("text_config") or {}):
+        for key in ("quantization_config", "compression_config"):
+            owner.pop(key, None)
+    kv, ignore = _kv_scheme(checkpoint, target), _unquantized(checkpoint, found)
+    desc_act = any(not entry.in_order for entry in found.values())
+    try:
+        match target:
+            case "compressed-tensors":
+                made = write_config(schemes, ignore, "minmax", kv)
+            case "gptq" | "gptq_v2":
+                made = write_gptq_config(schemes, ignore, version=1 if target == "gptq" else 2, desc_act=desc_act)
+            case "awq":
+                made = write_awq_config(schemes, ignore)
+            case "fp8":
+                made = write_fp8_config(schemes, ignore)
+    except FormatError as e:
+        raise QuantizeError(f"{checkpoint.directory.name} can't be written as {target}: {e}") from e
+    return config | {"quantization_config": made}
+
+
+def _unquantized(checkpoint: Checkpoint, found: Mapping[str, _Found]) -> list[str]:
+    """Linear layers that stay as they are: two-dimensional weights, embeddings aside; lm_head even if it has none."""
+    modules = {"lm_head"} - found.keys()
+    for name in checkpoint.names:
+        module, _, suffix = name.rpartition(".")
+        spec = checkpoint.spec(name)
+        if suffix == "weight" and len(spec.shape) == 2 and spec.dtype in FLOATS and not EMBEDDING.search(module):
+            modules.add(module)
+    return sorted(modules)
+
+
+def _kv_scheme(checkpoint: Checkpoint, target: Target) -> KVScheme | None:
+    """What compressed-tensors' config is to say of the KV cache. Raises QuantizeError where scales would be lost."""
+    endings = {f".{name}" for pair in KV_SCALES for name in pair}
+    scales = [name for name in checkpoint.names if any(name.endswith(ending) for ending in endings)]
+    if not scales:
+        return None
+    dtype = checkpoint.kv_cache_dtype
+    if target != "compressed-tensors":
+        raise QuantizeError(
+            f"{checkpoint.directory.name} has scales for a {dtype or 'quantized'} KV cache ({scales[0]}), which the "
+            f"config of {target} has no word for; that of compressed-tensors has"
+        )
+    if any(not name.endswith((".self_attn.k_scale", ".self_attn.v_scale")) for name in scales) or dtype is None:
+        raise QuantizeError(
+            f"{scales[0]}: KV scales of this name, or for a cache of no known type, can't be carried over"
+        )
+    has_keys = any(name.endswith(".k_scale") for name in scales)
+    per_head = any(checkpoint.spec(name).numel > 1 for name in scales)
+    key_dtype: Any = dtype
+    return KVScheme(key_dtype if has_keys else "bf16", key_dtype, per_head)
