@@ -127,6 +127,20 @@ def test_the_same_flags_give_the_same_data(fixtures: Path, tmp_path: Path) -> No
     assert first.source.endswith("documents, seed 7")
 
 
+def test_what_python_may_hand_over(fixtures: Path) -> None:
+    tiny, texts = fixtures / "tiny", ["Returns the number of bytes. " * 20, "Raises an error if there is none. " * 20]
+    expected = make_data(tiny, texts, num_samples=2, max_seq_length=32)
+    for records in (tuple(texts), [{"text": text} for text in texts]):
+        assert make_data(tiny, records, num_samples=2, max_seq_length=32).fingerprint == expected.fingerprint
+    stacked = torch.stack(expected.samples)
+    for token_ids in (stacked, expected.samples, stacked.int()):
+        assert make_data(tiny, token_ids).fingerprint == expected.fingerprint
+    with pytest.raises(DataError, match="there is no sample"):
+        make_data(tiny, stacked[:0])
+    with pytest.raises(DataError, match="the records given holds no text"):
+        make_data(tiny, [])
+
+
 def test_without_a_dataset_the_model_writes_its_own(fixtures: Path, oracle: Oracle) -> None:
     flags = ["--num-calibration-samples", "8", "--max-seq-length", "96", "--seed", "5"]
     seen: list[tuple[int, int]] = []

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from octavo.calibration.data import CalibrationData
     from octavo.commands.self_text import Progress
 
@@ -74,7 +77,7 @@ def data_from_args(
 
 def make_data(
     source: Path,
-    dataset: str | Path | list[Any] | None = None,
+    dataset: str | Path | Sequence[Any] | Tensor | None = None,
     *,
     num_samples: int | None = None,
     max_seq_length: int = MAX_SEQ_LENGTH,
@@ -85,8 +88,8 @@ def make_data(
 ) -> CalibrationData:
     """Calibration data for the checkpoint in `source`.
 
-    dataset: what --dataset takes; or a list of texts, or of dicts as a line of a .jsonl file holds them; or a list of
-    tensors of token ids, which are taken as they are; or None, for text that the model generates.
+    dataset: what --dataset takes; or a list of texts, or of dicts as a line of a .jsonl file holds them; or token ids,
+    a list of tensors [max_seq_length] or one of all, taken as they are; or None, for text that the model generates.
     progress is called while it generates. Raises DataError, and CheckpointError for a checkpoint that is none.
     """
     import torch
@@ -99,8 +102,9 @@ def make_data(
     from octavo.quant.checkpoint import read_config
 
     text = ModelText(source, chat_template)
-    if isinstance(dataset, list) and dataset and isinstance(dataset[0], torch.Tensor):
-        return from_token_ids(dataset, vocab_size=text.vocab_size, source="the token ids given", seed=seed)
+    given = None if dataset is None or isinstance(dataset, str | Path) else list(dataset)
+    if isinstance(dataset, torch.Tensor) or (given and isinstance(given[0], torch.Tensor)):
+        return from_token_ids(given or [], vocab_size=text.vocab_size, source="the token ids given", seed=seed)
     if text.max_position is not None and max_seq_length > text.max_position:
         raise DataError(
             f"--max-seq-length {max_seq_length}: the model has {text.max_position} positions; {text.max_position} works"
@@ -109,7 +113,10 @@ def make_data(
     sizes = Sizes(count, max_seq_length, seed)
     if dataset is None:
         return generate_data(source, text, sizes, device=device, progress=progress)
-    data = from_records(dataset, text, sizes) if isinstance(dataset, list) else from_dataset(dataset, text, sizes)
+    if isinstance(dataset, str | Path):
+        data = from_dataset(dataset, text, sizes)
+    else:
+        data = from_records(given or [], text, sizes)
     check_disjoint(data, text.encode(held_out_text(), add_special_tokens=False), "octavo's held-out text")
     return data
 
