@@ -48,6 +48,7 @@ class Runner(Protocol):
     dtype: torch.dtype
     hidden_size: int
     num_blocks: int
+    expert_counts: Tensor | None  # of the block that was built last
 
     @property
     def embedding_name(self) -> str: ...

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from octavo.calibration.block import Block, Runner
+from octavo.calibration.experts import rare_experts
 from octavo.calibration.hidden import Hidden, Shape
 from octavo.calibration.kv import KVError, KVReport, kv_advice
 from octavo.calibration.layers import FLOATS, Linear, QuantizeError, Selection, portability_warnings
@@ -152,13 +153,14 @@ def _unit(run: _Run, work: Workspace, unit: Unit) -> None:
     before = run.hidden
     rows: list[LayerRow] = []
     kv: dict[str, Any] | None = None
+    experts: list[int] | None = None
     if run.calibration is not None and unit.index is not None:
-        rows, kv = _block(run, run.calibration, work, unit, unit.index)
+        rows, kv, experts = _block(run, run.calibration, work, unit, unit.index)
     else:
         rows = _one_by_one(run, work, unit)
         if run.calibration is not None:
             run.hidden = _embed(run, run.calibration, work)
-    remember = {"layers": [asdict(row) for row in rows], "kv": kv}
+    remember = {"layers": [asdict(row) for row in rows], "kv": kv, "experts": experts}
     work.finish(unit.name, run.hidden, remember)
     if before is not None:
         before.close(remove=True)
@@ -191,8 +193,11 @@ def _one_by_one(run: _Run, work: Workspace, unit: Unit) -> list[LayerRow]:
 
 def _block(
     run: _Run, calibration: Calibration, work: Workspace, unit: Unit, index: int
-) -> tuple[list[LayerRow], dict[str, Any] | None]:
-    """A block through calibration; leaves its output over all samples in run.hidden."""
+) -> tuple[list[LayerRow], dict[str, Any] | None, list[int] | None]:
+    """A block through calibration; leaves its output over all samples in run.hidden.
+
+    Returns the layers' errors, what was found of keys and values, and how often each expert was chosen.
+    """
     assert run.hidden is not None
     items = {item.name: item for item in unit.items}
     tensors = {item.name: _checked(item) for item in unit.items}
@@ -205,6 +210,8 @@ def _block(
         assert item.linear is not None
         rows.append(_measured(item, item.linear, solved.weight, solved.quantized, solved.output_snr_db))
         _write(run, work, item, item.linear, solved.quantized)
+    counts = calibration.runner.expert_counts
+    experts = counts.tolist() if counts is not None and run.recipe.needs_statistics else None
     for item in unit.items:
         if item.linear is None:
             work.write(item.name, tensors[item.name])
@@ -214,7 +221,7 @@ def _block(
     run.hidden = target
     run.done += unit.nbytes
     if kv is None:
-        return rows, None
+        return rows, None, experts
     try:
         report = kv.result()
     except KVError as e:
@@ -222,7 +229,7 @@ def _block(
     found = report.scales()
     for name, spec in unit.scales.items():
         work.write(name, found[name.rpartition(".")[2]].view(spec.shape))
-    return rows, report.to_json()
+    return rows, report.to_json(), experts
 
 
 def _checked(item: Item) -> Tensor:
@@ -335,8 +342,9 @@ def _result(plan: Plan, recipe: Recipe, units: Mapping[str, Mapping[str, Any]]) 
     layers = [LayerRow(**row) for unit in units.values() for row in unit["layers"]]
     kv = [] if recipe.kv is None else [KVReport.from_json(recipe.kv, u["kv"]) for u in units.values() if u["kv"]]
     advice = kv_advice(kv)
+    rare = rare_experts({name: unit["experts"] for name, unit in units.items() if unit.get("experts")})
     found = [w for scheme in plan.schemes.values() for w in portability_warnings(scheme, plan.selection)]
-    warnings = list(dict.fromkeys([*([advice] if advice else []), *found]))
+    warnings = list(dict.fromkeys([*([advice] if advice else []), *rare, *found]))
     return Quantized(recipe, plan.selection, plan.bytes_before, plan.bytes_after, layers, kv, warnings)
 
 
