@@ -162,11 +162,14 @@ class GPTQFormat:
     def _read_g_idx(self, left: dict[str, Tensor], k: int, groups: int) -> Tensor | None:
         """[K] int32, None where each group's columns follow the last group's."""
         g_idx = left.pop("g_idx", None)
-        if g_idx is None:
+        if g_idx is not None:
+            check_shape("g_idx", g_idx, (k,), "one per row that qweight holds")
+        if g_idx is None or (groups > 1 and not bool(g_idx.any())):  # some writers left it at zeros
             if self.desc_act and groups > 1:
-                raise FormatError("g_idx is missing although desc_act is true: which group a column has isn't known")
+                raise FormatError(
+                    "g_idx is missing or all 0 although desc_act is true: which group a column has isn't known"
+                )
             return None
-        check_shape("g_idx", g_idx, (k,), "one per row that qweight holds")
         if g_idx.is_floating_point() or int(g_idx.min()) < 0 or int(g_idx.max()) >= groups:
             raise FormatError(f"g_idx is {g_idx.dtype} and points outside the {groups} groups")
         return None if torch.equal(g_idx.int(), self._in_order(k)) else g_idx.int().clone()

@@ -121,9 +121,11 @@ def test_groups_out_of_order(bits: int, version: Version) -> None:
     assert (unpacked.gptq(written, bits, version, 64) == weight.dequantize().double().numpy()).all()
     again = GPTQFormat(scheme, version, desc_act=True).read(written)
     assert torch.equal(again.dequantize(), random_weight(scheme).dequantize()[:, order])
-    del written["g_idx"]
-    with pytest.raises(FormatError, match="g_idx is missing although desc_act is true"):
-        GPTQFormat(scheme, version, desc_act=True).read(written)
+    unset = written | {"g_idx": torch.zeros_like(written["g_idx"])}
+    for tensors in (unset, {name: tensor for name, tensor in written.items() if name != "g_idx"}):
+        with pytest.raises(FormatError, match="g_idx is missing or all 0 although desc_act is true"):
+            GPTQFormat(scheme, version, desc_act=True).read(tensors)
+        assert GPTQFormat(scheme, version).read(tensors).g_idx is None
 
 
 @pytest.mark.parametrize("bits", DTYPES)
