@@ -145,6 +145,8 @@ def main() -> int:
         _send(Reply(samples=generate(request, lambda num_done: _send(Reply(num_done)))))
     except BrokenPipeError:  # whoever asked is gone
         os._exit(1)
+    except KeyboardInterrupt:  # a terminal sends it to both
+        return 130
     except (ValueError, OSError, RuntimeError, MemoryError) as e:
         _send(Reply(error=str(e) or type(e).__name__))
         return 1
