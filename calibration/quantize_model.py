@@ -325,6 +325,7 @@ def _finish(run: _Run, work: Workspace) -> None:
         left.unlink()
     if len(run.plan.shards) > 1:
         write_json(work.directory / INDEX, weight_map(run.plan))
+    write_json(work.directory / "recipe.json", to_json(run.recipe))
     write_json(work.directory / "config.json", _config(run.checkpoint, run.plan, run.recipe))
 
 

@@ -16,6 +16,7 @@ WRITTEN_HERE = (
     "config.json",
     "quantization_report.json",
     "quantization_manifest.json",
+    "recipe.json",
     "quantize_config.json",  # what other tools say of a quantization that is another's here
     "quant_config.json",
     "hf_quant_config.json",

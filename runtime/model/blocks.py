@@ -18,12 +18,12 @@ from torch import Tensor
 from octavo.kernels.attention.cache import LayerCache
 from octavo.kernels.attention.step import StepInputs
 from octavo.quant.block_map import Fold, InputGroup
-from octavo.quant.linear import Linear
+from octavo.quant.linear import Linear, make_linear
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.device import choose_device
 from octavo.runtime.model.decoder import DecoderLayer, embedding_scale
 from octavo.runtime.model.moe import MoeMlp
-from octavo.runtime.model.names import NORMS, LinearParts, layer_linears, routers
+from octavo.runtime.model.names import NORMS, LinearParts, head_name, layer_linears, routers
 from octavo.runtime.model.sources import LoadError, Weight
 from octavo.runtime.model.spec import DecoderSpec
 from octavo.runtime.model.weights import DecoderBuilder, choose_dtype
@@ -73,6 +73,22 @@ class BlockRunner:
         hidden = F.embedding(token_ids, embedding).to(self.device, self.dtype)
         scale = embedding_scale(self.spec, self.dtype)
         return hidden if scale == 1.0 else hidden * scale
+
+    def head(self, tensor: Callable[[str], Tensor]) -> Callable[[Tensor], Tensor]:
+        """Hidden states [T, H] behind the last block -> logits [T, vocab] float32; `tensor` gives weights by name."""
+        spec = self.spec
+        norm = tensor(f"{self._prefix}norm.weight").to(self.device, torch.float32) + spec.norm_offset
+        weight = tensor(self.embedding_name if spec.tied else head_name(self._prefix) + ".weight")
+        linear = make_linear(
+            [weight.to(self.dtype)], [None], dtype=self.dtype, device=self.device, out_dtype=torch.float32
+        )
+
+        def logits(hidden: Tensor) -> Tensor:
+            out = linear.forward(self._ops.rms_norm(hidden, norm, spec.norm_eps)) / spec.logits_divisor
+            cap = spec.final_soft_cap
+            return out if cap is None else torch.tanh(out / cap) * cap
+
+        return logits
 
     def build(self, index: int, tensors: Mapping[str, Tensor]) -> DecoderLayer:
         """Block `index` out of its tensors by their names in the checkpoint, all of them dense."""

@@ -138,10 +138,17 @@ def run(job: Job) -> Report:
     checkpoint = open_source(source)
     plan = make_plan(checkpoint, job.recipe, job.max_shard_bytes)
     data, calibration = None, None
-    if job.recipe.needs_data:
+    if job.recipe.needs_data or job.bits_budget is not None:
         begin = time.perf_counter()
         data, calibration = _calibration(job, source, checkpoint)
         seconds["data"] = time.perf_counter() - begin
+    if job.bits_budget is not None:
+        begin = time.perf_counter()
+        assert calibration is not None
+        job = _with_budget(job, job.bits_budget, checkpoint, plan, calibration)
+        plan = make_plan(checkpoint, job.recipe, job.max_shard_bytes)
+        calibration = calibration if job.recipe.needs_data else None
+        seconds["sensitivity"] = time.perf_counter() - begin
     _check_fits(job, plan, calibration)
 
     begin = time.perf_counter()
@@ -199,6 +206,18 @@ def _calibration(job: Job, source: Path, checkpoint: Checkpoint) -> tuple[Calibr
     token_ids = torch.stack(list(data.samples))
     known = {"fingerprint": data.fingerprint, "samples": token_ids.shape[0], "tokens": token_ids.numel()}
     return data, Calibration(token_ids, runner, known, job.offload_dir)
+
+
+def _with_budget(job: Job, budget: float, checkpoint: Checkpoint, plan: Plan, calibration: Calibration) -> Job:
+    """The job with the recipe that the model's sensitivity and the budget give."""
+    from octavo.calibration.budget import budgeted, candidates, measure
+
+    job.listener.phase("measuring sensitivity")
+    schemes = candidates(job.recipe, budget)
+    units = measure(
+        checkpoint, plan, job.recipe, calibration.runner, calibration.token_ids, schemes, job.listener.progress
+    )
+    return replace(job, recipe=budgeted(job.recipe, units, budget))
 
 
 def _check_fits(job: Job, plan: Plan, calibration: Calibration | None) -> None:

@@ -80,7 +80,10 @@ def test_other_files_come_along_and_nothing_of_this_machine(model: Path, tmp_pat
     out = tmp_path / "out"
     quantize_model(model, out, SCHEMES["W8A8"])
     there = {path.name for path in out.iterdir()}
-    expected = {path.name for path in model.iterdir()} - {"pytorch_model.bin", ".git"} | {"quantization_manifest.json"}
+    expected = {path.name for path in model.iterdir()} - {"pytorch_model.bin", ".git"} | {
+        "quantization_manifest.json",
+        "recipe.json",
+    }
     assert there == expected
     config = json.loads((out / "config.json").read_text())
     before = json.loads((model / "config.json").read_text())
