@@ -1,0 +1,106 @@
+"""A run with calibration that is killed, at any moment, and resumed: the same bytes as an uninterrupted one's."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from octavo.calibration.workspace import read_manifest
+
+OPTIONS = (
+    *("--scheme", "W4A16", "--group-size", "32", "--algorithm", "gptq", "--kv-cache-scheme", "fp8/head"),
+    *("--num-calibration-samples", "6", "--max-seq-length", "64", "--no-eval", "--max-shard-size", "300KB"),
+)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    words = "The quick brown fox jumps over the lazy dog while forty two files are opened, read and closed again. "
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("\n\n".join(f"{i}. {words * (i % 5 + 1)}" for i in range(200)))
+    return path
+
+
+@pytest.fixture
+def model(tmp_path: Path, fixtures: Path) -> Path:
+    copy = tmp_path / "model"
+    shutil.copytree(fixtures / "tiny", copy, ignore=shutil.ignore_patterns("expected.safetensors"))
+    return copy
+
+
+def command(model: Path, out: Path, text: Path, *more: str) -> list[str]:
+    arguments = [str(model), "-o", str(out), "--dataset", str(text), *OPTIONS, *more]
+    return [sys.executable, "-m", "octavo", "quantize", *arguments]
+
+
+def run(*arguments: Any) -> str:
+    done = subprocess.run(command(*arguments), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def contents(directory: Path) -> dict[str, str]:
+    """Every file's hash; the report's seconds are its own."""
+    hashes = {}
+    for path in sorted(directory.iterdir()):
+        data = path.read_bytes()
+        if path.name == "quantization_report.json":
+            data = json.dumps(json.loads(data) | {"seconds": None}).encode()
+        if path.suffix != ".html":  # shows the seconds too
+            hashes[path.name] = hashlib.sha256(data).hexdigest()
+    return hashes
+
+
+def kill_when(process: subprocess.Popen[bytes], after: float) -> bool:
+    """SIGKILL after so many seconds; whether it still ran."""
+    try:
+        process.wait(after)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        return True
+    return False
+
+
+def kill_test(model: Path, text: Path, directory: Path, kills: int, seed: int) -> list[int]:
+    """Kill a run and its successors; returns how many units each left. The last ends by itself, the same."""
+    begin = time.monotonic()
+    run(model, directory / "whole" / "out", text)  # the model card has its name
+    duration = time.monotonic() - begin
+    rng, left = random.Random(seed), []
+    out = directory / "out"
+    for _ in range(kills):
+        process = subprocess.Popen(
+            command(model, out, text, "--resume"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        assert kill_when(process, rng.uniform(0.3, 1.0) * duration) or process.returncode == 0
+        partial = directory / ".out.partial"
+        left.append(len(read_manifest(partial)["units"]))
+        assert not (partial / "config.json").exists() or not out.exists()
+        assert not list(partial.glob("*.safetensors")) or (partial / "config.json").exists()
+        if out.exists() and rng.random() < 0.5:
+            shutil.rmtree(out)
+    run(model, out, text, "--resume")
+    assert contents(out) == contents(directory / "whole" / "out")
+    assert sorted(p.name for p in directory.iterdir()) == ["model", "out", "whole"]
+    return left
+
+
+def test_killed_runs_are_resumed(model: Path, text: Path, tmp_path: Path) -> None:
+    kill_test(model, text, tmp_path, kills=2, seed=1)
+
+
+@pytest.mark.slow
+def test_twenty_kills(model: Path, text: Path, tmp_path: Path) -> None:
+    left = kill_test(model, text, tmp_path, kills=20, seed=2)
+    assert len(set(left)) > 1
