@@ -95,6 +95,10 @@ def quantize_model(
     plan = make_plan(checkpoint, recipe, max_shard_bytes)
     if recipe.needs_data and calibration is None:
         raise QuantizeError(f"{recipe.algorithm} with scheme {recipe.scheme} needs calibration text")
+    try:
+        quantization_config(recipe, plan)  # what a config can't say is found before anything is done
+    except ValueError as e:
+        raise QuantizeError(f"format {recipe.format}: {e}") from e
     job = _job(checkpoint, plan, recipe, calibration)
     check_out(source, out, overwrite, resume)
     if resume and (there := finished(out, job)) is not None:

@@ -96,14 +96,12 @@ def quantize(
     model       a local directory, or a Hub id
     output      the directory to write; all of it or nothing
     scheme      a preset of compressed-tensors, with '@' and a group size where it isn't the preset's: 'W4A16@64'
-    algorithm   rtn needs no data; gptq, awq, smoothquant, awq+gptq, smoothquant+gptq do
-    format      compressed-tensors, gptq, gptq_v2, awq or fp8
-    data        calibration text: a file, a data set's id, texts, records, or tensors of token ids; None: the model
-                generates it
+    algorithm   rtn needs no data, the others do; format is what vLLM and transformers call it
+    data        a file, a data set's id, texts, records, or tensors of token ids; None: the model generates its text
     layers      pattern -> scheme (or 'none') of layers that differ
     recipe      a recipe, or its file, instead of all of the above but data
     kv_cache    'fp8', 'int8', 'fp8/head', 'k=bf16,v=fp8': calibrate scales for the KV cache
-    options     further fields of `Job`: resume, overwrite, evaluate, eval_tokens, max_kl, offload_dir, device, listener
+    options     further fields of `Job`: resume, overwrite, evaluate, max_kl, bits_budget, offload_dir, listener, ...
 
     Raises RecipeError, QuantizeError, DataError, CheckpointError or OSError with one line that says what and why.
     """
@@ -111,7 +109,7 @@ def quantize(
 
     if isinstance(recipe, str | Path):
         recipe = read_recipe(Path(recipe))
-    if recipe is None:
+    elif recipe is None:
         recipe = Recipe(
             scheme=scheme,
             algorithm=algorithm,
@@ -122,8 +120,8 @@ def quantize(
             act_order=act_order,
             kv_cache=kv_cache,
         )
-    wanted = DataOptions(data, num_calibration_samples, max_seq_length, seed)
-    return run(Job(str(model), Path(output), recipe, wanted, **options))
+    text = DataOptions(data, num_calibration_samples, max_seq_length, seed)
+    return run(Job(str(model), Path(output), recipe, text, **options))
 
 
 def run(job: Job) -> Report:
