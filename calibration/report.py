@@ -201,7 +201,9 @@ def quality_lines(quality: Quality | None) -> list[str]:
 def _table(report: Report) -> Table:
     """Eighty columns are enough when all layers have one scheme: it stands in the title then."""
     schemes = dict.fromkeys(scheme for row in report.kinds for scheme in row.schemes)
-    title = f"{report.scheme}{f' ({next(iter(schemes))})' if len(schemes) == 1 else ''}, {report.algorithm}"
+    title = report.scheme
+    if report.task == "quantize":
+        title += f"{f' ({next(iter(schemes))})' if len(schemes) == 1 else ''}, {report.algorithm}"
     table = Table(title=f"{title}, {report.format}")
     table.add_column("layers", overflow="fold")
     for heading in ("count", "shape", "MB before", "MB after", "SNR dB", "worst"):

@@ -42,10 +42,10 @@ dd { margin: 0; overflow-wrap: anywhere; }
 def render_html(report: Report) -> str:
     """The whole page. Every value out of a checkpoint or a command line is escaped."""
     title = f"{report.model}: {report.scheme}"
-    what = "quantized with" if report.task == "quantize" else "quantized before; algorithm"
+    how = f"quantized with {report.algorithm}, " if report.task == "quantize" else "evaluated; "
     parts = [
         f"<h1>{escape(title)}</h1>",
-        f'<p class="sub">{escape(what)} {escape(report.algorithm)}, in the format {escape(report.format)}</p>',
+        f'<p class="sub">{escape(how)}in the format {escape(report.format)}</p>',
         _tiles(report),
         _verdict(report),
         _plots(report),

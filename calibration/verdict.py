@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from octavo.calibration.verify import Quality, added_noise
+from octavo.calibration.verify import NotFiniteError, Quality, added_noise
 from octavo.calibration.weight_error import LayerRow, worst_first
 from octavo.quant.scheme import GROUP_SIZES, QuantScheme
 
@@ -39,13 +39,13 @@ LARGER = {  # weights in so many bits -> what has more: (input as it is, int8 in
 
 @dataclass(frozen=True)
 class Verdict:
-    """mean_kl against max_kl; why says where that limit is from.
+    """mean_kl against max_kl; why says where that limit is from. mean_kl is None where a model's numbers were NaN.
 
     worst_layers, worst_blocks, remedies: only of a model that did not pass
     """
 
     passed: bool
-    mean_kl: float
+    mean_kl: float | None
     max_kl: float
     why: str
     worst_layers: tuple[str, ...] = ()
@@ -54,6 +54,8 @@ class Verdict:
 
     def lines(self) -> list[str]:
         """For a person."""
+        if self.mean_kl is None:
+            return [f"FAILED: {self.why}"] + [f"what would help: {remedy}" for remedy in self.remedies]
         if self.passed:
             return [f"passed: mean KL {self.mean_kl:.4f} is not above {self.max_kl:g} ({self.why})"]
         lines = [f"FAILED: mean KL {self.mean_kl:.4f} is above {self.max_kl:g} ({self.why})"]
@@ -88,6 +90,15 @@ def judge(
     blocks = tuple(block for block, noise in added_noise(quality.blocks)[:WORST] if noise > 0)
     remedies = _remedies(coarsest, algorithm, layers, worst, blocks, kv_cache)
     return Verdict(False, quality.mean_kl, max_kl, why, worst, blocks, tuple(remedies))
+
+
+def broken(error: NotFiniteError) -> Verdict:
+    """Of a quantized model that can't be measured, since it gives NaN or infinity."""
+    remedies = (
+        "--dtype float32 or bfloat16, if the weights or activations are beyond what float16 holds",
+        "a KV cache that is not quantized, if keys or values are beyond what it holds",
+    )
+    return Verdict(False, None, 0.0, str(error), remedies=remedies)
 
 
 def default_max_kl(scheme: QuantScheme | None, kv_cache: str | None = None) -> float:

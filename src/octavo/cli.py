@@ -12,6 +12,7 @@ from octavo.version import VERSION
 COMMANDS = {
     "quantize": "write a quantized copy of a checkpoint, and measure what it cost",
     "convert": "write a quantized checkpoint in another format, exactly",
+    "eval": "measure a model's perplexity, and what a quantized one lost of its original",
     "serve": "serve a checkpoint behind an OpenAI-compatible HTTP server",
     "bench": "measure a running server: throughput, latency, dollars per million tokens",
     "inspect": "say what is in a checkpoint, and what it needs to serve",

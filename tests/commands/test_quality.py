@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from octavo.calibration.verify import held_out_text
-from octavo.commands.quality import WINDOW, QualityError, measure_perplexity, measure_quality
+from octavo.commands.quality import WINDOW, QualityError, measure_quality, perplexity_of
+from octavo.runtime.config import EngineConfig
 
 TOKENS = 700
 
@@ -87,7 +88,7 @@ def test_all_figures_equal_those_of_transformers_logits(fixtures: Path, tmp_path
         [-10 * math.log10(np.mean(ratios)) for ratios in noise], abs=1e-2
     )
     assert told == [*((n, 3, "original") for n in (1, 2, 3)), *((n, 3, "quantized") for n in (1, 2, 3))]
-    alone = measure_perplexity(quantized, max_tokens=TOKENS, dtype="float32")
+    alone = perplexity_of(EngineConfig(model=str(quantized), dtype="float32"), max_tokens=TOKENS)
     assert alone.perplexity == quality.perplexity_after
     assert alone.num_tokens == quality.num_tokens
 
@@ -119,13 +120,13 @@ def test_a_cache_that_the_checkpoint_asks_for_is_measured_too(fixtures: Path, tm
 
 
 def test_a_file_is_the_text(fixtures: Path, tmp_path: Path) -> None:
-    text = tmp_path / "text.txt"
+    tiny, text = EngineConfig(model=str(fixtures / "tiny")), tmp_path / "text.txt"
     text.write_text(held_out_text())
-    one, other = (measure_perplexity(fixtures / "tiny", max_tokens=500, text=source) for source in (None, text))
+    one, other = (perplexity_of(tiny, max_tokens=500, text=source) for source in (None, text))
     assert one.perplexity == other.perplexity
     assert (one.text, other.text) == ("octavo's held-out text", "text.txt")
     text.write_text(held_out_text()[::-1])
-    assert measure_perplexity(fixtures / "tiny", max_tokens=500, text=text).perplexity > 2 * one.perplexity
+    assert perplexity_of(tiny, max_tokens=500, text=text).perplexity > 2 * one.perplexity
 
 
 @pytest.mark.parametrize(
@@ -133,11 +134,11 @@ def test_a_file_is_the_text(fixtures: Path, tmp_path: Path) -> None:
     [(None, "can't be read: No such file"), (b"", "has 0 tokens"), (b"ab\xff", "not UTF-8: byte 2 is 0xff")],
 )
 def test_a_text_that_is_none_is_refused(fixtures: Path, tmp_path: Path, content: bytes | None, message: str) -> None:
-    text = tmp_path / "text.txt"
+    tiny, text = EngineConfig(model=str(fixtures / "tiny")), tmp_path / "text.txt"
     if content is not None:
         text.write_bytes(content)
     with pytest.raises(QualityError, match=message):
-        measure_perplexity(fixtures / "tiny", max_tokens=500, text=text)
+        perplexity_of(tiny, max_tokens=500, text=text)
 
 
 def test_models_that_do_not_go_together_are_refused(fixtures: Path, tmp_path: Path) -> None:
@@ -147,7 +148,9 @@ def test_models_that_do_not_go_together_are_refused(fixtures: Path, tmp_path: Pa
     tensors = load_file(fixtures / "tiny/model.safetensors")
     kept = {name: t for name, t in tensors.items() if ".layers.1." not in name}
     save_file(kept, tmp_path / "shallow/model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(QualityError, match=r"shallow \(1 layers of 128.*\) is no quantization of tiny \(2 layers"):
+    with pytest.raises(
+        QualityError, match=r"shallow \(llama, 1 layers of 128.*\) is no quantization of tiny \(llama, 2 layers"
+    ):
         measure_quality(fixtures / "tiny", tmp_path / "shallow", max_tokens=300)
 
 

@@ -12,11 +12,11 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING
 
+import msgspec
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from octavo.calibration.verify import (
@@ -30,13 +30,16 @@ from octavo.calibration.verify import (
     windows,
 )
 from octavo.kernels.attention.step import StepInputs
-from octavo.quant.checkpoint import Checkpoint, read_config
+from octavo.quant.checkpoint import Checkpoint
 from octavo.runtime import kv_cache
 from octavo.runtime.config import Dtype, EngineConfig
 from octavo.runtime.device import choose_device, free_memory
 from octavo.runtime.model.decoder import Decoder, Tap
 from octavo.runtime.model.model import Model
 from octavo.runtime.model.weights import load_model
+
+if TYPE_CHECKING:
+    from octavo.commands.model_text import ModelText
 
 WINDOW = 256
 BLOCK = 16
@@ -61,7 +64,7 @@ def measure_quality(
 
     text is a file, None the built-in held-out text. dtype is for both, but fp8, int8 and int4, which quantize at load,
     are for `quantized` alone. Raises QualityError for memory, disk, text or models that don't go together,
-    NotFiniteError for a model that gives NaN, and what load_model raises for one that can't be served.
+    or that can't be served, CheckpointError, and NotFiniteError for a model that gives NaN.
     """
     configs = (
         EngineConfig(model=str(original), dtype="auto" if dtype in AT_LOAD else dtype),
@@ -80,6 +83,8 @@ def compare(
 ) -> Quality:
     """measure_quality with all that a server can be told: also types of the KV cache and of the output head."""
     directories = Path(original.model), Path(quantized.model)
+    for directory in directories:  # before minutes are spent on the first
+        Checkpoint.open(directory)
     token_ids, prefix, source = _tokens(directories[0], text, max_tokens)
     with torch.inference_mode(), tempfile.TemporaryFile() as logits, tempfile.TemporaryFile() as hidden:
         runner = _load(original, token_ids, prefix)
@@ -96,14 +101,15 @@ def compare(
         return _compare(runner, record, progress, source)
 
 
-def measure_perplexity(
-    model: Path, *, max_tokens: int, text: Path | None = None, dtype: Dtype = "auto", progress: Progress | None = None
+def perplexity_of(
+    model: EngineConfig, *, max_tokens: int, text: Path | None = None, progress: Progress | None = None
 ) -> Perplexity:
     """Perplexity of one model. Raises what measure_quality does."""
-    token_ids, prefix, source = _tokens(model, text, max_tokens)
+    Checkpoint.open(Path(model.model))
+    token_ids, prefix, source = _tokens(Path(model.model), text, max_tokens)
     likelihood = Likelihood()
     with torch.inference_mode():
-        runner = _load(EngineConfig(model=str(model), dtype=dtype), token_ids, prefix)
+        runner = _load(model, token_ids, prefix)
         for number, token_window in enumerate(runner.windows):
             likelihood.add(token_window, runner.run(token_window))
             _tell(progress, number, runner, "model")
@@ -137,12 +143,13 @@ class _Recording:
 class _Facts:
     """What two models must have in common to be compared."""
 
+    architecture: str
     vocab_size: int
     num_layers: int
     hidden_size: int | None
 
     def __str__(self) -> str:
-        return f"{self.num_layers} layers of {self.hidden_size}, a vocabulary of {self.vocab_size}"
+        return f"{self.architecture}, {self.num_layers} layers of {self.hidden_size}, a vocabulary of {self.vocab_size}"
 
 
 class _Runner:
@@ -152,11 +159,10 @@ class _Runner:
         self.model = model
         self.window = window
         self.windows = token_windows
-        dtype = kv_cache.choose_dtype(model, config.kv_cache_dtype, [])
-        scales = kv_cache.choose_scales(model, dtype, [])
-        self._caches = kv_cache.allocate(model, -(-window // BLOCK), BLOCK, dtype, scales)
+        sized = msgspec.structs.replace(config, block_size=BLOCK, num_blocks=-(-window // BLOCK))
+        self._caches, _ = kv_cache.create(model, sized, [])
         hidden = model.spec.hidden_size if isinstance(model, Decoder) else None
-        self.facts = _Facts(model.vocab_size, model.num_layers, hidden)
+        self.facts = _Facts(model.architecture, model.vocab_size, model.num_layers, hidden)
 
     @property
     def num_blocks(self) -> int:
@@ -174,7 +180,10 @@ class _Runner:
 def _load(config: EngineConfig, token_ids: list[int], prefix: list[int], window: int | None = None) -> _Runner:
     directory = Path(config.model)
     _check_memory(directory)
-    model = load_model(config)
+    try:
+        model = load_model(config)
+    except (ValueError, OSError) as e:
+        raise QualityError(f"{directory.name} can't be run: {e}") from e
     if max(token_ids) >= model.vocab_size:
         raise QualityError(f"the tokenizer gives token {max(token_ids)}, and {directory} has {model.vocab_size}")
     if window is not None and window > model.max_position:
@@ -241,55 +250,51 @@ def _bytes_to_serve(directory: Path) -> int:
 def _tokens(directory: Path, text: Path | None, max_tokens: int) -> tuple[list[int], list[int], str]:
     """A text's first max_tokens tokens, what goes before each window (the BOS token, if the tokenizer puts one
     there), and what to call the text."""
-    content, source = (held_out_text(), HELD_OUT) if text is None else (_read_text(text), text.name)
-    tokenizer = _tokenizer(directory)
-    tokenizer.no_truncation()  # a quantizer may have left the length of its calibration text in tokenizer.json
-    tokenizer.no_padding()
-    plain, framed = (tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
-    token_ids = _encode(tokenizer, content, max_tokens)
+    from octavo.calibration.documents import DataError
+    from octavo.commands.model_text import ModelText
+
+    try:
+        model_text = ModelText(directory)
+        source = HELD_OUT if text is None else text.name
+        content = held_out_text() if text is None else _read_text(text, model_text)
+    except DataError as e:
+        raise QualityError(str(e)) from e
+    plain, framed = (model_text.encode("a", add_special_tokens=special) for special in (False, True))
+    token_ids = _encode(model_text, content, max_tokens)
     if len(token_ids) < 2:
         raise QualityError(f"{source} has {len(token_ids)} tokens; 2 are the fewest that say anything")
-    vocab_size = _vocab_size(read_config(directory))
-    if vocab_size is not None and max(token_ids) >= vocab_size:
-        raise QualityError(f"the tokenizer gives token {max(token_ids)}, and the model has {vocab_size}")
+    if max(token_ids) >= model_text.vocab_size:
+        raise QualityError(f"the tokenizer gives token {max(token_ids)}, and the model has {model_text.vocab_size}")
     return token_ids, framed[: framed.index(plain[0])], source
 
 
-def _vocab_size(config: dict[str, Any]) -> int | None:
-    size = (config.get("text_config") or config).get("vocab_size")
-    return size if isinstance(size, int) else None
+def _read_text(path: Path, model_text: ModelText) -> str:
+    """A text as it is; of a data set (.jsonl, .json, .parquet, any of them .gz) its documents, blank lines between."""
+    from octavo.calibration.data import ConversationError
+    from octavo.calibration.documents import SUFFIXES, DataError, open_documents
 
-
-def _read_text(path: Path) -> str:
     try:
-        return path.read_text("utf-8")
+        if path.suffix.lower() == ".txt" or not path.name.lower().endswith(SUFFIXES):
+            return path.read_text("utf-8")
+        with open_documents([path]) as documents:
+            found = [documents[i] for i in range(len(documents))]
+        return "\n\n".join(d.text if d.text is not None else model_text.render(d.messages) for d in found)
     except OSError as e:
         raise QualityError(f"the text {path} can't be read: {e.strerror}") from e
     except UnicodeDecodeError as e:
         raise QualityError(f"the text {path} is not UTF-8: byte {e.start} is {e.object[e.start]:#04x}") from e
+    except ConversationError as e:
+        raise DataError(f"{path} has conversations: {e}") from e
 
 
-def _encode(tokenizer: Tokenizer, text: str, max_tokens: int) -> list[int]:
+def _encode(model_text: ModelText, text: str, max_tokens: int) -> list[int]:
     """The first max_tokens tokens of a text; of a large file no more is tokenized than that takes."""
     length = 32 * max_tokens
     while True:
-        token_ids: list[int] = tokenizer.encode(text[:length], add_special_tokens=False).ids
+        token_ids = model_text.encode(text[:length], add_special_tokens=False)
         if length >= len(text) or len(token_ids) >= 2 * max_tokens:
             return token_ids[:max_tokens]
         length *= 2
-
-
-def _tokenizer(directory: Path) -> Tokenizer:
-    """From tokenizer.json; transformers, which takes seconds to import, converts what has none."""
-    try:
-        if (directory / "tokenizer.json").is_file():
-            return Tokenizer.from_file(str(directory / "tokenizer.json"))
-        from transformers import AutoTokenizer
-
-        converted: Tokenizer = AutoTokenizer.from_pretrained(directory).backend_tokenizer
-        return converted
-    except Exception as e:  # tokenizers raises nothing narrower
-        raise QualityError(f"{directory} has no tokenizer that can be loaded: {e}") from e
 
 
 def _whole_window(token_ids: Tensor) -> StepInputs:

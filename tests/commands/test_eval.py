@@ -1,0 +1,179 @@
+"""`octavo eval` as a user runs it: alone, against an original, and with what can't be."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from octavo.calibration.compare_checkpoints import compare_checkpoints
+from octavo.calibration.report import read_report
+from octavo.cli import main
+from octavo.quant.checkpoint import Checkpoint
+
+W4 = "tiny--llmc-w4a16-g32"
+FEW = ("--max-tokens", "300")
+
+
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+
+
+def changed(source: Path, out: Path, **tensors: Tensor) -> Path:
+    """A copy of a checkpoint with some tensors replaced; '__' in a name stands for '.'."""
+    shutil.copytree(source, out, ignore=shutil.ignore_patterns("expected.safetensors"))
+    content = load_file(source / "model.safetensors")
+    new = {name.replace("__", "."): tensor for name, tensor in tensors.items()}
+    assert new.keys() <= content.keys()
+    save_file(content | new, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+def test_alone_it_tells_the_perplexity(fixtures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", str(fixtures / W4), *FEW, "--json", str(tmp_path / "out.json")]) == 0
+    content = json.loads((tmp_path / "out.json").read_text())
+    assert content["model"] == W4
+    assert content["num_tokens"] == 298
+    printed = capsys.readouterr().out
+    assert printed == f"perplexity {content['perplexity']:.3f} over 298 tokens of octavo's held-out text\n"
+
+
+def test_against_the_original_it_tells_all(fixtures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    outputs = ("--json", str(tmp_path / "out.json"), "--html", str(tmp_path / "out.html"))
+    assert main(["eval", str(fixtures / W4), "--against", str(fixtures / "tiny"), *FEW, *outputs]) == 0
+    printed = capsys.readouterr().out
+    report = read_report(tmp_path / "out.json")
+    assert report.task == "eval"
+    assert report.quality is not None
+    assert report.verdict is not None
+    assert report.verdict.why == "the default for int4/g32"
+    assert f"KL mean {report.quality.mean_kl:.4f}" in printed
+    assert "passed" in printed
+    assert len(report.quality.blocks) == 2
+    assert len(report.layers) == 14
+    assert report.sizes.bits_per_weight == pytest.approx(4 + 16 / 32, rel=0.01)  # and 16 bytes of weight_shape a layer
+    assert str(fixtures) not in (tmp_path / "out.json").read_text()
+    assert (tmp_path / "out.html").read_text().count("<svg") == 3
+
+
+def test_the_weights_error_is_that_of_the_tools_own_dequantized_weights(fixtures: Path) -> None:
+    sides = compare_checkpoints(Checkpoint.open(fixtures / "tiny"), Checkpoint.open(fixtures / W4))
+    rows = {row.module: row for row in sides.rows}
+    expected = load_file(fixtures / W4 / "expected.safetensors")
+    original = load_file(fixtures / "tiny" / "model.safetensors")
+    for module in ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"):
+        weight = original[f"{module}.weight"].double()
+        noise = (expected[f"dequantized.{module}"].double() - weight).square().sum()
+        assert rows[module].snr_db == pytest.approx(10 * math.log10(weight.square().sum() / noise), abs=1e-4)
+
+
+def test_a_broken_layer_is_found_and_the_exit_code_is_3(
+    fixtures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One layer's scales are four times too large, as by a wrong constant somewhere."""
+    name = "model.layers.1.mlp.down_proj"
+    scale = load_file(fixtures / "tiny--llmc-w8a8" / "model.safetensors")[f"{name}.weight_scale"]
+    broken = changed(
+        fixtures / "tiny--llmc-w8a8", tmp_path / "bad", **{f"{name}.weight_scale".replace(".", "__"): scale * 4}
+    )
+    assert main(["eval", str(broken), "--against", str(fixtures / "tiny"), *FEW]) == 3
+    printed = capsys.readouterr().out
+    assert "FAILED: mean KL" in printed
+    assert "(the default for int8/channel x int8/token)" in printed
+    assert "most of the noise comes from the blocks 1" in printed
+    assert f"worst layers: {name}" in printed
+    good = ["eval", str(fixtures / "tiny--llmc-w8a8"), "--against", str(fixtures / "tiny"), *FEW]
+    assert main(good) == 0
+    assert main([*good, "--max-kl", "0"]) == 3
+
+
+def test_nan_is_told_of_the_model_that_has_it(
+    fixtures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nan = changed(fixtures / "tiny", tmp_path / "nan", model__norm__weight=torch.full((128,), math.nan).bfloat16())
+    tiny = fixtures / "tiny"
+    for model, original, code, side in ((nan, tiny, 3, "quantized"), (tiny, nan, 1, "original")):
+        assert main(["eval", str(model), "--against", str(original), *FEW]) == code
+        assert capsys.readouterr().err == f"octavo eval: the {side} model gave NaN or infinite logits\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        (("--dtype", "int4"), "the default for int4/g128"),
+        (("--kv-cache-dtype", "fp8"), "the default for unquantized weights with a KV cache in fp8"),
+        (("--lm-head-dtype", "int8"), "the default for int8/channel"),
+    ],
+)
+def test_what_the_server_rounds_is_measured_too(
+    fixtures: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, str], why: str
+) -> None:
+    tiny = str(fixtures / "tiny")
+    assert main(["eval", tiny, "--against", tiny, *FEW, *flags]) == 0
+    printed = capsys.readouterr().out
+    assert f"({why})" in printed
+    assert "KL mean 0.0000 p99 0.0000" not in printed
+
+
+def test_norms_that_hold_scales_keep_weights_from_being_compared(fixtures: Path, tmp_path: Path) -> None:
+    name = "model.layers.0.input_layernorm.weight"
+    weight = load_file(fixtures / W4 / "model.safetensors")[name]
+    folded = changed(fixtures / W4, tmp_path / "folded", **{name.replace(".", "__"): weight * 1.5})
+    sides = compare_checkpoints(Checkpoint.open(fixtures / "tiny"), Checkpoint.open(folded))
+    assert sides.rows == ()
+    assert [str(scheme) for scheme in sides.schemes] == ["int4/g32"]
+    assert sides.notes[0].startswith(f"{name} differs")
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl"])
+def test_data_is_a_text_or_a_data_set(
+    fixtures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], suffix: str
+) -> None:
+    parts = [f"Sentence {i} is a sentence about the number {i}." for i in range(40)]
+    path = tmp_path / f"text.{suffix}"
+    path.write_text("\n\n".join(parts) if suffix == "txt" else "".join(json.dumps({"text": p}) + "\n" for p in parts))
+    assert main(["eval", str(fixtures / "tiny"), *FEW, "--data", str(path)]) == 0
+    other = tmp_path / "same.txt"
+    other.write_text("\n\n".join(parts))
+    assert main(["eval", str(fixtures / "tiny"), *FEW, "--data", str(other)]) == 0
+    one, two = capsys.readouterr().out.splitlines()
+    assert one.partition(" of ")[0] == two.partition(" of ")[0]
+    assert one.endswith(path.name)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{tiny}", "--max-kl", "1"], "--max-kl compares two models: --against names the original"),
+        (["{tiny}", "--html", "{tmp}/x.html"], "--html compares two models"),
+        (["{tiny}", "--against-revision", "main"], "--against-revision compares two models"),
+        (["{tiny}", "--json", "{tmp}"], "is a directory"),
+        (["{tiny}", "--json", "{tmp}/none/x.json"], "none is no directory"),
+        (["{tmp}/none"], "no such directory"),
+        (["{tmp}"], "no config.json"),
+        (["{tiny}", "--against", "{tmp}/none"], "no such directory"),
+        (["{tiny}", "--data", "{tmp}/none.txt"], "can't be read: No such file"),
+        (["{tiny}", "--data", "{tmp}/broken.jsonl"], "broken.jsonl:1"),
+        (["{tiny}", "--data", "{tmp}/empty.txt"], "empty.txt has 0 tokens"),
+        (["{w4}", "--dtype", "int8"], "tiny--llmc-w4a16-g32 can't be run: "),
+        (["{tiny}", "--against", "{qwen}"], "is no quantization of tiny-qwen2"),
+    ],
+)
+def test_what_can_not_be_is_one_clear_line(
+    fixtures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    (tmp_path / "broken.jsonl").write_text("{")
+    (tmp_path / "empty.txt").write_text("")
+    names = {"tiny": fixtures / "tiny", "w4": fixtures / W4, "qwen": fixtures / "tiny-qwen2", "tmp": tmp_path}
+    assert main(["eval", *(argument.format(**names) for argument in arguments)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("octavo eval: ")
+    assert message in error
+    assert error.count("\n") == 1
