@@ -187,6 +187,8 @@ def _check_exact(weight: QuantizedWeight, format_: QuantFormat) -> None:
 def _same_numbers(a: Tensor | None, b: Tensor | None) -> bool:
     if a is None or b is None:
         return a is b
+    if a.dtype == b.dtype:
+        return torch.equal(a.view(torch.uint8), b.view(torch.uint8)) if a.ndim else torch.equal(a, b)
     return torch.equal(a.double(), b.double())
 
 

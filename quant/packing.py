@@ -35,11 +35,18 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def _pack_bits(fields: Tensor, bits: int) -> Tensor:
-    """[rows, multiple of 32] uint8 to its bit stream [rows, bytes], one bit plane at a time."""
+    """[rows, multiple of 8] uint8 to its bit stream [rows, bytes]: eight fields are `bits` whole bytes."""
     rows, columns = fields.shape
-    planes = torch.stack([(fields >> bit) & 1 for bit in range(bits)], dim=-1)  # [rows, columns, bits]
-    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
-    return (planes.view(rows, columns * bits // 8, 8) * weights).sum(-1, dtype=torch.uint8)
+    eights = fields.reshape(-1, 8)
+    words = eights[:, 0].to(_word(bits))
+    for i in range(1, 8):
+        words |= eights[:, i].to(words.dtype) << (bits * i)
+    return words.view(torch.uint8).view(-1, words.element_size())[:, :bits].reshape(rows, columns * bits // 8)
+
+
+def _word(bits: int) -> torch.dtype:
+    """An integer that holds eight fields."""
+    return torch.int32 if bits <= 3 else torch.int64
 
 
 def is_padded(words: Tensor, bits: int, columns: int) -> bool:
@@ -83,7 +90,11 @@ def _unpack_stream(stream: Tensor, bits: int) -> Tensor:
         return stream
     if bits == 4:
         return torch.stack((stream & 15, stream >> 4), dim=-1).view(rows, -1)
-    planes = (stream.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)) & 1
-    whole = num_bytes * 8 // bits
-    planes = planes.view(rows, -1)[:, : whole * bits].reshape(rows, whole, bits)
-    return (planes << torch.arange(bits, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
+    padded = F.pad(stream, (0, -num_bytes % bits)).reshape(-1, bits)
+    words = padded[:, 0].to(_word(bits))
+    for i in range(1, bits):
+        words |= padded[:, i].to(words.dtype) << (8 * i)
+    fields = torch.empty(len(words), 8, dtype=torch.uint8)
+    for i in range(8):
+        fields[:, i] = (words >> (bits * i)) & ((1 << bits) - 1)
+    return fields.view(rows, -1)[:, : num_bytes * 8 // bits]
