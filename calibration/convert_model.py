@@ -91,8 +91,12 @@ def convert_model(
     job = {"source": source.name, "format": target}
     with workspace(out, specs, job, resume=False, overwrite=overwrite, keep=False) as work:
         copy_other_files(source, work.directory)
+        done = len(found)
         for shard, pieces in shards.items():
-            _write_pieces(checkpoint, work, pieces, report, len(found))
+            for piece in pieces:
+                _write_piece(checkpoint, work, piece)
+                done += piece.format is not None
+                report(done, 2 * len(found), piece.name)
             work.finish(shard, None, {})
         if len(shards) > 1:
             names = {name: shard for shard, names in specs.items() for name in names}
@@ -216,20 +220,16 @@ def _shards(
     return {f"model-{i + 1:05d}-of-{len(files):05d}.safetensors": pieces for i, pieces in enumerate(files)}
 
 
-def _write_pieces(
-    checkpoint: Checkpoint, work: Workspace, pieces: list[_Piece], report: Progress, num_layers: int
-) -> None:
-    for piece in pieces:
-        if piece.format is None:
-            work.copy(piece.name, _bytes(checkpoint, piece.name))
-            continue
-        weight = checkpoint.linear(piece.name)
-        assert isinstance(weight, QuantizedWeight)
-        if piece.format.scheme.weight.symmetric:
-            weight = replace(weight, zero_point=None)
-        for suffix, tensor in piece.format.write(replace(weight, scheme=piece.format.scheme)).items():
-            work.write(f"{piece.name}.{suffix}", tensor)
-        report(num_layers, 2 * num_layers, piece.name)
+def _write_piece(checkpoint: Checkpoint, work: Workspace, piece: _Piece) -> None:
+    if piece.format is None:
+        work.copy(piece.name, _bytes(checkpoint, piece.name))
+        return
+    weight = checkpoint.linear(piece.name)
+    assert isinstance(weight, QuantizedWeight)
+    if piece.format.scheme.weight.symmetric:
+        weight = replace(weight, zero_point=None)
+    for suffix, tensor in piece.format.write(replace(weight, scheme=piece.format.scheme)).items():
+        work.write(f"{piece.name}.{suffix}", tensor)
 
 
 def _bytes(checkpoint: Checkpoint, name: str) -> Iterator[Tensor]:

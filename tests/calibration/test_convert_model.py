@@ -206,3 +206,23 @@ def test_the_command(fixtures: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     (tmp_path / "bare").mkdir()
     assert main(["convert", str(tmp_path / "bare"), out, "--format", "awq"]) == 1
     assert "no config.json" in capsys.readouterr().err
+
+
+def test_what_is_interrupted_leaves_nothing(fixtures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in the middle of writing: the output that was there is there still."""
+    source, out = whole(fixtures / "tiny--autogptq-w4g32", tmp_path), tmp_path / "out"
+    convert_model(source, out, "gptq_v2")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    def interrupt(done: int, total: int, _layer: str) -> None:
+        if done > 0.7 * total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert_model(source, out, "compressed-tensors", overwrite=True, progress=interrupt)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert {path.name for path in tmp_path.iterdir()} == {"out", source.name}
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
+    with pytest.raises(QuantizeError, match="MB free"):
+        convert_model(source, tmp_path / "new", "compressed-tensors")
+    assert not (tmp_path / "new").exists()

@@ -10,6 +10,7 @@ import os
 import sys
 from pathlib import Path
 
+from octavo.commands.termination import unwinding_when_terminated
 from octavo.kernels.threads import ENVIRONMENT
 
 FORMATS = ("compressed-tensors", "gptq", "gptq_v2", "awq", "fp8")
@@ -34,6 +35,8 @@ def run(args: argparse.Namespace) -> int:
     """Convert and say what was done; returns the exit code."""
     os.environ.update({**ENVIRONMENT, **os.environ})  # before torch is imported
 
+    from rich.progress import Progress
+
     from octavo.calibration.convert_model import convert_model
     from octavo.calibration.layers import QuantizeError
     from octavo.quant.checkpoint import CheckpointError
@@ -42,7 +45,15 @@ def run(args: argparse.Namespace) -> int:
 
     try:
         source = resolve_model(args.model, args.revision)
-        done = convert_model(source, args.output, args.format, overwrite=args.overwrite)
+        with unwinding_when_terminated("octavo convert"), Progress(transient=True) as bar:
+            task = bar.add_task("layers")
+            done = convert_model(
+                source,
+                args.output,
+                args.format,
+                overwrite=args.overwrite,
+                progress=lambda done, total, layer: bar.update(task, completed=done, total=total, description=layer),
+            )
     except (QuantizeError, CheckpointError, SafetensorsError, OSError) as e:
         print(f"octavo convert: {e}", file=sys.stderr)
         return 1
