@@ -27,6 +27,7 @@ from octavo.quant.block_map import Fold, InputGroup
 from octavo.quant.qparams import QuantizedWeight, WeightError, quantize_weight
 from octavo.quant.scheme import QuantScheme
 
+MAX_ROWS = 1 << 15  # of layers that are solved together, or one layer
 Tensors = dict[str, Tensor]
 Step = Callable[[str], None]  # told what is done next, for the progress bar
 
@@ -130,18 +131,30 @@ class Block:
         """Codes of the layers that share an input; those of one scheme are solved together."""
         modules = [m for m in group.modules if m in self.schemes]
         for scheme in dict.fromkeys(self.schemes[m] for m in modules):
-            alike = [m for m in modules if self.schemes[m] == scheme]
-            parts = [self.tensors[f"{m}.weight"] for m in alike]
-            self.step(alike[0].rpartition(".")[2])
-            try:
-                solved = self._solve(parts, scheme, stats)
-            except WeightError as e:
-                raise QuantizeError(f"{alike[0]}.weight can't be quantized: {e}") from e
-            for module, weight, quantized in zip(alike, parts, solved, strict=True):
-                rounded = quantized.dequantize()
-                output = None if stats is None else _output_snr(weight, rounded, stats)
-                self.tensors[f"{module}.weight"] = rounded.to(weight.dtype)
-                yield Solved(module, quantized, weight, output)
+            self.step(modules[0].rpartition(".")[2])
+            for alike in self._runs([m for m in modules if self.schemes[m] == scheme]):
+                parts = [self.tensors[f"{m}.weight"] for m in alike]
+                try:
+                    solved = self._solve(parts, scheme, stats)
+                except WeightError as e:
+                    raise QuantizeError(f"{alike[0]}.weight can't be quantized: {e}") from e
+                for module, weight, quantized in zip(alike, parts, solved, strict=True):
+                    rounded = quantized.dequantize()
+                    output = None if stats is None else _output_snr(weight, rounded, stats)
+                    self.tensors[f"{module}.weight"] = rounded.to(weight.dtype)
+                    yield Solved(module, quantized, weight, output)
+
+    def _runs(self, modules: list[str]) -> Iterator[list[str]]:
+        """Layers that are solved together: all, but of a hundred experts no more than make a large layer."""
+        run, rows = list[str](), 0
+        for module in modules:
+            count = self.tensors[f"{module}.weight"].shape[0]
+            if run and rows + count > MAX_ROWS:
+                yield run
+                run, rows = [], 0
+            run.append(module)
+            rows += count
+        yield run
 
     def _solve(self, parts: list[Tensor], scheme: QuantScheme, stats: InputStats | None) -> Iterable[QuantizedWeight]:
         recipe = self.recipe

@@ -89,3 +89,18 @@ def test_experts_that_are_hardly_chosen_are_named() -> None:
     assert warning.startswith("2 of 8 experts were chosen for less than a tenth of an even share")
     assert "(model.layers.0: 1, 3)" in warning
     assert rare_experts({}) == []
+
+
+def test_many_experts_are_solved_in_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are solved one by one, so where the runs end changes no byte."""
+    make_hf(*CASES["mixtral"]).save_pretrained(tmp_path / "model")
+    token_ids = torch.randint(3, 90, (4, 32), generator=torch.Generator().manual_seed(4))
+    files = []
+    for most in (1 << 15, 300, 1):
+        monkeypatch.setattr("octavo.calibration.block.MAX_ROWS", most)
+        ready, out = calibration(tmp_path / "model", token_ids), tmp_path / str(most)
+        quantize_model(tmp_path / "model", out, Recipe("W4A16@8", algorithm="gptq"), calibration=ready)
+        files.append(load_file(out / "model.safetensors"))
+    for name, tensor in files[0].items():
+        assert torch.equal(tensor, files[1][name]), name
+        assert torch.equal(tensor, files[2][name]), name
