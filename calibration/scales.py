@@ -77,3 +77,40 @@ def _candidates(
 def storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Scales as float32 but rounded to the type that stores them; never 0 (a group of zeros) nor subnormal."""
     return scale.to(dtype).float().clamp(min=torch.finfo(dtype).tiny)
+
+
+def round_to_groups(
+    values: Tensor, scale: Tensor, zero: Tensor | None, group_size: int, w: WeightScheme
+) -> tuple[Tensor, Tensor]:
+    """Codes and decoded values, float32, of values [K, N] with scales and zero points [G, N]."""
+    k = values.shape[0]
+    spread = scale.repeat_interleave(group_size, dim=0)[:k]
+    zeros = None if zero is None else zero.repeat_interleave(group_size, dim=0)[:k]
+    codes = reference.to_grid(values, spread, zeros, grid_of(w))
+    return codes, reference.from_grid(codes, spread, zeros)
+
+
+def search_scales_jointly(
+    values: Tensor, moments: Tensor, group_size: int, w: WeightScheme, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """As `search_scales` with mse, but a group's error is d^T H d with its own block of the moments [K, K].
+
+    So errors of columns that move together count as they add up, or cancel, in the outputs.
+    """
+    k, n = values.shape
+    low, high = _ranges(values, group_size)
+    scales, zeros = _candidates(low, high, w, dtype, torch.tensor(FRACTIONS, device=values.device))
+    grid, best = grid_of(w), torch.zeros(scales.shape[1:], dtype=torch.int64, device=values.device)
+    for g in range(scales.shape[1]):
+        rows = slice(g * group_size, min((g + 1) * group_size, k))
+        part, block = values[rows], moments[rows, rows]
+        least = torch.full((n,), torch.inf, device=values.device)
+        for c in range(scales.shape[0]):
+            scale, zero = scales[c, g], None if zeros is None else zeros[c, g]
+            change = reference.from_grid(reference.to_grid(part, scale, zero, grid), scale, zero).sub_(part)
+            error = (block @ change).mul_(change).sum(0)
+            better = error < least
+            least = torch.where(better, error, least)
+            best[g] = torch.where(better, c, best[g])
+    pick = best[None]
+    return scales.gather(0, pick)[0], None if zeros is None else zeros.gather(0, pick)[0]
