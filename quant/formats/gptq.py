@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -35,6 +35,7 @@ from octavo.version import VERSION
 
 Version = Literal[1, 2]
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
+IN_BLOCK = re.compile(r"(?:^|\.)layers\.\d+\.(.+)$")
 ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}  # a 1 in each field of a word
 
 
@@ -199,6 +200,9 @@ def write_gptq_config(
                 regex = target[3:] if target.startswith("re:") else f"{re.escape(target)}$"
                 dynamic[f"+:^{regex}"] = _bits_and_groups(scheme)
     name = "gptq" if version == 1 else "gptq_v2"
+    kinds = _kinds(named)
+    # transformers knows no `dynamic`: it takes every layer of a block to be quantized that this doesn't leave out.
+    listed = {"modules_in_block_to_quantize": [sorted(kinds)]} if _kinds(ignore) and not kinds & _kinds(ignore) else {}
     return {
         **_bits_and_groups(base),
         "desc_act": desc_act,
@@ -209,8 +213,14 @@ def write_gptq_config(
         "checkpoint_format": name,
         "pack_dtype": "int32",
         **({"dynamic": dynamic} if dynamic else {}),
+        **(listed if kinds else {}),
         "meta": {"quantizer": [f"octavo:{VERSION}"]},
     }
+
+
+def _kinds(modules: Iterable[str]) -> set[str]:
+    """Names of layers in their block: 'mlp.down_proj'."""
+    return {match[1] for match in map(IN_BLOCK.search, modules) if match}
 
 
 def _bits_and_groups(scheme: QuantScheme) -> dict[str, Any]:

@@ -159,7 +159,12 @@ def test_what_is_written_says_what_was_meant() -> None:
     assert {module: config.format_of(module) for module in mixed} == {
         module: GPTQFormat(scheme, 2) for module, scheme in mixed.items()
     }
-    assert "dynamic" not in write_gptq_config(layers, ["lm_head"])
+    assert not {"dynamic", "modules_in_block_to_quantize"} & write_gptq_config(layers, ["lm_head"]).keys()
+    # transformers must be told what a block's quantized layers are, where they are the same in all blocks
+    raw = write_gptq_config(layers, [f"model.layers.{i}.mlp.down_proj" for i in range(3)])
+    assert raw["modules_in_block_to_quantize"] == [["mlp.gate_proj", "mlp.up_proj"]]
+    assert parse_quantization(raw).format_of(DOWN) is None
+    assert "modules_in_block_to_quantize" not in write_gptq_config(layers, ["model.layers.3.mlp.up_proj"])
     raw = write_awq_config(W4, ["lm_head", DOWN])
     config = parse_quantization(json.loads(json.dumps(raw)))
     assert config.format_of(DOWN) is None

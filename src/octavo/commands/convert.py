@@ -45,7 +45,10 @@ def run(args: argparse.Namespace) -> int:
 
     try:
         source = resolve_model(args.model, args.revision)
-        with unwinding_when_terminated("octavo convert"), Progress(transient=True) as bar:
+        with (
+            unwinding_when_terminated("octavo convert"),
+            Progress(transient=True, disable=not sys.stdout.isatty()) as bar,
+        ):
             task = bar.add_task("layers")
             done = convert_model(
                 source,
