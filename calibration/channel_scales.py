@@ -17,7 +17,9 @@ from octavo.calibration.stats import InputStats
 from octavo.quant.qparams import Search, WeightError, quantize_weight
 from octavo.quant.scheme import QuantScheme
 
-ROWS = 512  # outputs of a layer, evenly spread, that a trial rounds: the loss of all is known within a few percent then
+ROWS = (
+    256  # outputs of a layer, evenly spread, that a trial rounds: 512 find scales with 0.5% less loss in twice the time
+)
 Tie = Callable[[Tensor], Tensor]
 
 

@@ -10,6 +10,7 @@ import importlib
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from octavo.kernels.rounding import reference
@@ -100,17 +101,20 @@ def search_scales_jointly(
     k, n = values.shape
     low, high = _ranges(values, group_size)
     scales, zeros = _candidates(low, high, w, dtype, torch.tensor(FRACTIONS, device=values.device))
-    grid, best = grid_of(w), torch.zeros(scales.shape[1:], dtype=torch.int64, device=values.device)
-    for g in range(scales.shape[1]):
+    groups = scales.shape[1]
+    tiles = F.pad(values, (0, 0, 0, groups * group_size - k)).view(groups, group_size, n)  # zeros round to zeros
+    blocks = torch.zeros(groups, group_size, group_size, device=values.device)
+    for g in range(groups):
         rows = slice(g * group_size, min((g + 1) * group_size, k))
-        part, block = values[rows], moments[rows, rows]
-        least = torch.full((n,), torch.inf, device=values.device)
-        for c in range(scales.shape[0]):
-            scale, zero = scales[c, g], None if zeros is None else zeros[c, g]
-            change = reference.from_grid(reference.to_grid(part, scale, zero, grid), scale, zero).sub_(part)
-            error = (block @ change).mul_(change).sum(0)
-            better = error < least
-            least = torch.where(better, error, least)
-            best[g] = torch.where(better, c, best[g])
+        blocks[g, : rows.stop - rows.start, : rows.stop - rows.start] = moments[rows, rows]
+    best = torch.zeros(groups, n, dtype=torch.int64, device=values.device)
+    least = torch.full((groups, n), torch.inf, device=values.device)
+    grid = grid_of(w)
+    for c in range(scales.shape[0]):
+        scale, zero = scales[c][:, None], None if zeros is None else zeros[c][:, None]
+        change = reference.from_grid(reference.to_grid(tiles, scale, zero, grid), scale, zero).sub_(tiles)
+        error = torch.bmm(blocks, change).mul_(change).sum(1)
+        best[error < least] = c
+        least = torch.minimum(least, error)
     pick = best[None]
     return scales.gather(0, pick)[0], None if zeros is None else zeros.gather(0, pick)[0]
