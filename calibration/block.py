@@ -7,21 +7,23 @@ runner's (runtime/model/blocks.py), which knows architectures; this room only kn
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from octavo.calibration.folding import fold_scales
+from octavo.calibration.awq import awq_clip, awq_scales
+from octavo.calibration.channel_scales import ScaleSearch
+from octavo.calibration.folding import fold_scales, tie_scales
 from octavo.calibration.gptq import gptq_loss, gptq_weight
 from octavo.calibration.hidden import Hidden
 from octavo.calibration.kv import KVCollector
 from octavo.calibration.layers import QuantizeError
 from octavo.calibration.output import scale_dtype
 from octavo.calibration.recipe import Recipe
-from octavo.calibration.smoothquant import static_input_scale
+from octavo.calibration.smoothquant import smoothquant_scales, static_input_scale
 from octavo.calibration.stats import InputStats, StatsCollector
 from octavo.quant.block_map import Fold, InputGroup
 from octavo.quant.qparams import QuantizedWeight, WeightError, quantize_weight
@@ -113,19 +115,31 @@ class Block:
 
     def _scale(self, groups: list[InputGroup], stats: dict[str, InputStats]) -> dict[str, InputStats]:
         """Fold AWQ's or SmoothQuant's scales into the ops before; the statistics as they are afterwards."""
-        from octavo.calibration.scaling import find_scales
-
-        self.step(self.recipe.scaling or "")
         readers = {group.name: group.modules for group in groups}
         result = dict(stats)
         for fold in self.runner.folds(self.index):
             modules = readers.get(fold.group, ())
             if fold.group not in stats or any(m not in self.schemes for m in modules):
                 continue
-            found = find_scales(self.tensors, fold, modules, self.schemes, result[fold.group], self.recipe)
-            if found is not None:
-                result[fold.group] = fold_scales(self.tensors, fold, modules, found, result[fold.group])
+            self.step(f"{self.recipe.scaling} {fold.group}")
+            found = self._search(fold, modules, result[fold.group])
+            if found.gains or self.recipe.smoothing is not None:
+                result[fold.group] = fold_scales(self.tensors, fold, modules, found.scales, result[fold.group])
         return result
+
+    def _search(self, fold: Fold, modules: Sequence[str], stats: InputStats) -> ScaleSearch:
+        """Scales for the input of some layers."""
+        weights = [self.tensors[f"{m}.weight"].to(stats.moments.device) for m in modules]
+        schemes = [self.schemes[m] for m in modules]
+        search, stored = self.recipe.search_of(schemes[0]), scale_dtype(self.recipe, weights[0].dtype)
+
+        def tie(scales: Tensor) -> Tensor:
+            return tie_scales(scales, fold)
+
+        if self.recipe.scaling == "awq":
+            return awq_scales(weights, schemes, stats, tie=tie, search=search, scale_dtype=stored)
+        alpha = self.recipe.smoothing
+        return smoothquant_scales(weights, schemes, stats, alpha=alpha, tie=tie, search=search, scale_dtype=stored)
 
     def _group(self, group: InputGroup, stats: InputStats | None) -> Iterator[Solved]:
         """Codes of the layers that share an input; those of one scheme are solved together."""
@@ -164,7 +178,10 @@ class Block:
         if scheme.activation is not None and not scheme.activation.dynamic:
             assert stats is not None
             input_scale = static_input_scale(stats, scheme.activation.dtype)
-        if recipe.solver == "rtn" or stats is None:
+        if recipe.algorithm == "awq":
+            assert stats is not None
+            solved = [awq_clip(part, stats, scheme, search=search, scale_dtype=stored) for part in parts]
+        elif recipe.solver == "rtn" or stats is None:
             solved = [quantize_weight(part, scheme, search, scale_dtype=stored) for part in parts]
         elif scheme.weight.granularity.kind in ("tensor", "block"):  # scales that rows of another layer mustn't share
             solved = [self._gptq(part, stats, scheme) for part in parts]
