@@ -69,6 +69,52 @@ def _round_columns(args):  # type: ignore[no-untyped-def]
                 values[j, first + r] = strip[j, r]
 
 
+@kernel("qqqqqqqqqqqq")
+def _descend_columns(args):  # type: ignore[no-untyped-def]
+    """codes, gradient, moments, scales, zeros or 0, steps, rows, columns, least, most, fp8, strips."""
+    a = numba.carray(args, (13,), np.int64)
+    rows, columns, fp8 = a[7], a[8], a[11]
+    least, most = np.float32(a[9]), np.float32(a[10])
+    codes = view(a[1], (rows, columns), np.float32)
+    gradient = view(a[2], (rows, columns), np.float32)
+    moments = view(a[3], (rows, rows), np.float32)
+    scales = view(a[4], (rows, columns), np.float32)
+    steps = view(a[6], (rows, columns), np.float32)
+    strip = np.empty((rows, STRIP), np.float32)
+    new, old, step = np.empty(STRIP, np.float32), np.empty(STRIP, np.float32), np.empty(STRIP, np.float32)
+    zeros = np.zeros(STRIP, np.float32)
+    while True:
+        item = next_item(args)
+        if item >= a[12]:
+            break
+        first = item * STRIP
+        count = min(STRIP, columns - first)
+        for j in range(rows):
+            for r in range(count):
+                strip[j, r] = gradient[j, first + r]
+        for i in range(rows):
+            scale = scales[i, first : first + count]
+            if a[5] != 0:
+                stored = view(a[5], (rows, columns), np.float32)
+                for r in range(count):
+                    zeros[r] = stored[i, first + r]
+            for r in range(count):
+                old[r] = (codes[i, first + r] - zeros[r]) * scale[r]
+                step[r] = old[r] - strip[i, r] / moments[i, i]
+            _to_grid(step, scale, zeros, least, most, fp8, new, count)
+            for r in range(count):
+                step[r] = (new[r] - zeros[r]) * scale[r] - old[r]
+                steps[i, first + r] = step[r]
+                codes[i, first + r] = new[r]
+            for j in range(rows):
+                h = moments[j, i]
+                for r in range(count):
+                    strip[j, r] += h * step[r]
+        for j in range(rows):
+            for r in range(count):
+                gradient[j, first + r] = strip[j, r]
+
+
 @kernel("qqqqqqqqqqqqq")
 def _best_candidate(args):  # type: ignore[no-untyped-def]
     """values, importance, scales, zeros or 0, best, K, N, group size, candidates, groups, least, most, fp8."""
@@ -130,6 +176,17 @@ def round_columns(
     rows, columns = values.shape
     _round_columns.start(
         threads_for(rows * columns), *_addresses(values, factor, scales, zeros, errors), rows, columns, *span,
+        grid.least, grid.most, grid.fp8, -(-columns // STRIP),
+    )  # fmt: skip
+
+
+def descend_columns(
+    codes: Tensor, gradient: Tensor, moments: Tensor, scales: Tensor, zeros: Tensor | None, grid: Grid, steps: Tensor
+) -> None:
+    """`rounding.reference.descend_columns`."""
+    rows, columns = codes.shape
+    _descend_columns.start(
+        threads_for(rows * columns), *_addresses(codes, gradient, moments, scales, zeros, steps), rows, columns,
         grid.least, grid.most, grid.fp8, -(-columns // STRIP),
     )  # fmt: skip
 

@@ -69,3 +69,20 @@ def round_columns(
         torch.div(values[i] - from_grid(codes, scales[i], zero), factor[i, i], out=errors[i])
         values[i + 1 :].addr_(factor[i, i + 1 :], errors[i], alpha=-1)
         values[i] = codes
+
+
+def descend_columns(
+    codes: Tensor, gradient: Tensor, moments: Tensor, scales: Tensor, zeros: Tensor | None, grid: Grid, steps: Tensor
+) -> None:
+    """One round of coordinate descent on d^T H d over the rows of a block [B, N], in place.
+
+    For each row i in turn: codes[i] = the code nearest to its value - gradient[i] / H[i, i], the best with all others
+    as they are; steps[i] = how far the value went; gradient[j] += H[j, i] * steps[i] for all j of the block.
+    gradient is H d, d the decoded weight's difference from the original; moments is H's block [B, B].
+    """
+    for i in range(codes.shape[0]):
+        zero = None if zeros is None else zeros[i]
+        old = from_grid(codes[i], scales[i], zero)
+        codes[i] = to_grid(old - gradient[i] / moments[i, i], scales[i], zero, grid)
+        torch.sub(from_grid(codes[i], scales[i], zero), old, out=steps[i])
+        gradient.addr_(moments[:, i], steps[i])

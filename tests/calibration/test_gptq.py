@@ -65,7 +65,7 @@ def test_every_code_is_the_nearest_when_its_turn_comes(
     weight, which is that many times weight / scale of a step; so far from a tie a code may lie.
     """
     weight, stats, w = weight_of(), collect(inputs()), scheme.weight
-    result = gptq_weight(weight, stats, scheme, act_order=act_order, search=search, block_size=64)
+    result = gptq_weight(weight, stats, scheme, act_order=act_order, search=search, block_size=64, sweeps=0)
     q = result.weight
     assert (q.g_idx is not None) == (act_order == "group" and w.granularity.kind == "group")
     scale = per_column(q.scale, w.granularity, q.g_idx, N, K)
@@ -104,6 +104,37 @@ def test_it_beats_rounding_to_nearest(scheme: QuantScheme, act_order: ActOrder) 
         assert gptq_loss(weight, rounded, stats) < 0.9 * gptq_loss(weight, nearest, stats)
 
 
+@pytest.mark.parametrize("act_order", ["none", "group"])
+@pytest.mark.parametrize("scheme", INTEGERS + FLOATS, ids=str)
+def test_sweeps_end_where_no_code_can_change(scheme: QuantScheme, act_order: ActOrder) -> None:
+    """In float64, of the dampened loss: no neighbour of any code is better by more than float32 can tell."""
+    weight, stats, w = weight_of(), collect(inputs()), scheme.weight
+    h = stats.moments.double()
+    h += 0.01 * h.diagonal().mean() * torch.eye(K, dtype=torch.float64)
+    losses = []
+    for sweeps in (0, 1, 30):
+        q = gptq_weight(weight, stats, scheme, act_order=act_order, block_size=64, sweeps=sweeps).weight
+        change = q.dequantize().double() - weight.double()
+        losses.append(float((change @ h * change).sum()))
+    assert losses[2] <= losses[1] <= losses[0]
+    if w.bits < 8:
+        assert losses[2] < losses[0]
+    scale = per_column(q.scale, w.granularity, q.g_idx, N, K)
+    gradient, slope = change @ h, h.diagonal()
+    for direction in (-1, 1):
+        if w.dtype == "fp8_e4m3":
+            bits = q.codes.view(torch.uint8).int()
+            codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
+            moved = codes[(bits + direction).clamp(0, 255)]
+            moved = torch.where(moved.isnan() | (bits + direction).remainder(128).ge(127), q.codes.double(), moved)
+        else:
+            moved = (q.codes.double() + direction).clamp(*w.int_range)
+        step = (moved - q.codes.double()) * scale
+        gain = -(2 * gradient * step + slope * step.square())
+        # A gradient is a sum of K float32 products, added to some hundred times more.
+        assert (gain <= 2 * step.abs() * (change.abs() @ h.abs()) * (K + 200) * 2.0**-24).all()
+
+
 def test_the_loss_is_the_error_of_the_outputs() -> None:
     x, weight = inputs(), weight_of()
     rounded = quantize_weight(weight, INTEGERS[0]).dequantize()
@@ -118,7 +149,7 @@ def test_scales_cover_what_the_columns_have_become() -> None:
     """act_order none, absmax: a group's scale is of its columns after the errors of all groups before it."""
     weight, stats = weight_of(dtype=torch.float32), collect(inputs())
     scheme = QuantScheme(WeightScheme("int4", group(64)))
-    q = gptq_weight(weight, stats, scheme, act_order="none", search="absmax").weight
+    q = gptq_weight(weight, stats, scheme, act_order="none", search="absmax", sweeps=0).weight
     h = stats.moments.double()
     h += 0.01 * h.diagonal().mean() * torch.eye(K, dtype=torch.float64)
     u = torch.linalg.cholesky(torch.linalg.inv(h), upper=True)
