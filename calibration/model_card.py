@@ -132,7 +132,8 @@ def _making(report: Report) -> str:
         made = "text that the model itself generated" if data.generated else data.source
         facts.append(f"calibration text: {made}, {data.samples} samples, {data.tokens:,} tokens, seed {data.seed}")
     kept = [name for name in report.ignore if name != "lm_head"]
-    facts.append(f"not quantized: lm_head, embeddings, norms{_counted(kept)}")
+    head = "lm_head, " if "lm_head" in report.ignore else ""
+    facts.append(f"not quantized: {head}embeddings, norms{_counted(kept)}")
     return f"## How it was made{_listed(facts)}"
 
 

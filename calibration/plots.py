@@ -30,10 +30,12 @@ def kl_histogram(counts: Sequence[int], mean: float, p99: float) -> str:
     for exponent in range(-6, 2):
         x = LEFT + step * (1 + 4 * (exponent + 6))
         body.append(_label(x, f"1e{exponent}"))
-    for name, value in (("mean", mean), ("p99", p99)):
+    for name, value, side, shift in (("mean", mean, "end", -4), ("p99", p99, "start", 4)):
         x = LEFT + step * (1 + 4 * (min(max(math.log10(max(value, 1e-9)), -6.25), 1.25) + 6))
         body.append(f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
-        body.append(f'<text class="tick" x="{x + 3:.1f}" y="{TOP + 10}">{name} {value:.3g}</text>')
+        body.append(
+            f'<text class="tick" x="{x + shift:.1f}" y="{TOP - 4}" text-anchor="{side}">{name} {value:.3g}</text>'
+        )
     body.append(_below("KL of the next token's distribution, nats"))
     return _svg("Histogram of the KL divergence per token", HEIGHT, body)
 

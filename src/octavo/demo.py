@@ -22,7 +22,7 @@ from typing import Any
 
 from rich.console import Console
 
-from octavo.calibration.report import REPORT, print_report, read_report
+from octavo.calibration.report import REPORT, ReportError, print_report, read_report
 from octavo.demo_models import DEMO_MODELS, DemoError, fetch_model
 
 QUESTION = "Why is the sky blue? Answer in three sentences."
@@ -66,7 +66,10 @@ def _quantize(model: Path, quantized: Path, scheme: str) -> None:
     report = quantized / REPORT
     if report.is_file():
         print(f"2. Quantized to {scheme}: {quantized} is there already", flush=True)
-        print_report(read_report(report), Console())
+        try:
+            print_report(read_report(report), Console())
+        except ReportError as error:
+            raise DemoError(f"{report}: {error}; remove {quantized} to have it made anew") from error
         return
     command = _octavo("quantize", str(model), "--output", str(quantized), "--scheme", scheme)
     print(f"2. Quantize: octavo {' '.join(command[3:])}", flush=True)
