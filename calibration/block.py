@@ -84,7 +84,7 @@ class Block:
         """Each linear layer that has a scheme, solved; `tensors` holds what it computes with from then on."""
         layer = self.runner.build(self.index, self.tensors)
         groups = self.runner.groups(self.index, layer)
-        stages = [[group] for group in groups] if self.recipe.true_sequential else [groups]
+        stages = _stages(groups) if self.recipe.true_sequential else [groups]
         for number, stage in enumerate(stages):
             if number > 0:
                 layer = self.runner.build(self.index, self.tensors)
@@ -212,6 +212,14 @@ class Block:
             record_kv = None if kv is None else kv.add
             target.append(self.runner.forward(layer, batch.to(self.runner.device), None, record_kv))
         return kv
+
+
+def _stages(groups: list[InputGroup]) -> list[list[InputGroup]]:
+    """What is computed one after another in a block; all experts' second layers at once."""
+    stages: dict[str, list[InputGroup]] = {}
+    for group in groups:
+        stages.setdefault(group.name.rpartition(".")[2] if "." in group.name else group.name, []).append(group)
+    return list(stages.values())
 
 
 def _output_snr(weight: Tensor, rounded: Tensor, stats: InputStats) -> float | None:

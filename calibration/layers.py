@@ -174,7 +174,7 @@ def check_group_size(scheme: QuantScheme, linears: dict[str, Linear]) -> None:
     )
 
 
-def portability_warnings(scheme: QuantScheme, selection: Selection) -> list[str]:
+def portability_warnings(scheme: QuantScheme, selection: Selection, format: str = "compressed-tensors") -> list[str]:
     """What other engines won't do with the result although octavo does."""
     warnings = []
     block = scheme.weight.granularity.block
@@ -197,7 +197,7 @@ def portability_warnings(scheme: QuantScheme, selection: Selection) -> list[str]
         partly = [m for m in selection.linears.values() if m.kind in fused and kept & {f"{m.index}.{k}" for k in fused}]
         if partly:
             warnings.append(f"{', '.join(fused)} are quantized only in part: vLLM fuses them and wants them alike")
-    if not scheme.weight.symmetric:
+    if not scheme.weight.symmetric and format == "compressed-tensors":
         warnings.append(
             "asymmetric: transformers with compressed-tensors 0.20 reports the packed zero points as a MISMATCH and "
             "doesn't load the model; 0.19 and vLLM read them"

@@ -271,8 +271,8 @@ class _Steps:
 
     def __init__(self, run: _Run, unit: Unit) -> None:
         self._run, self._unit = run, unit
-        groups = 4 if unit.index is not None else 0
-        self._share = unit.nbytes / (groups + 4)
+        linears = sum(item.linear is not None for item in unit.items)
+        self._share = unit.nbytes / (linears / 2 + 4)  # some share an input and are solved together
         self._count = 0
 
     def next(self, what: str) -> None:
@@ -348,7 +348,7 @@ def _result(plan: Plan, recipe: Recipe, units: Mapping[str, Mapping[str, Any]]) 
     kv = [] if recipe.kv is None else [KVReport.from_json(recipe.kv, u["kv"]) for u in units.values() if u["kv"]]
     advice = kv_advice(kv)
     rare = rare_experts({name: unit["experts"] for name, unit in units.items() if unit.get("experts")})
-    found = [w for scheme in plan.schemes.values() for w in portability_warnings(scheme, plan.selection)]
+    found = [w for scheme in plan.schemes.values() for w in portability_warnings(scheme, plan.selection, recipe.format)]
     warnings = list(dict.fromkeys([*([advice] if advice else []), *rare, *found]))
     return Quantized(recipe, plan.selection, plan.bytes_before, plan.bytes_after, layers, kv, warnings)
 

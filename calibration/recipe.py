@@ -115,6 +115,8 @@ def _check_format(recipe: Recipe) -> None:
         w, a = scheme.weight, scheme.activation
         if name in ("gptq", "gptq_v2") and (w.dtype == "fp8_e4m3" or a is not None):
             raise RecipeError(f"format {name} holds integer weights with plain inputs, not {scheme}; W4A16 is one")
+        if name == "gptq" and not w.symmetric:
+            raise RecipeError("format gptq stores zero points less one, and has none for 0; --format gptq_v2 has")
         if name == "awq" and (w.dtype != "int4" or a is not None or w.granularity.kind != "group"):
             raise RecipeError(f"format awq holds 4-bit weights in groups, not {scheme}; W4A16 and W4A16_ASYM are")
         if name == "fp8" and (w.dtype != "fp8_e4m3" or w.granularity.kind == "channel"):

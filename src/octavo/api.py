@@ -272,7 +272,7 @@ def _report(
         bytes_before=result.bytes_before,
         bytes_after=result.bytes_after,
         ignore=result.selection.ignore,
-        warnings=result.warnings,
+        warnings=[*result.warnings, *(() if data is None else data.notes)],
         seconds=seconds,
     )
 
