@@ -1,0 +1,28 @@
+"""GPTQModel 7.6 on given samples, in its own environment: `python gptqmodel_gptq.py MODEL SAMPLES.pt OUT`.
+
+GPTQ, 4 bits, groups of 64, symmetric, the library's defaults otherwise. On two cores GPTQMODEL_CPU_WORKERS=2 is needed.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import torch
+from gptqmodel import GPTQModel, QuantizeConfig
+
+
+def main() -> None:
+    """Quantize, and say how long it took."""
+    model_path, samples, out = sys.argv[1:4]
+    token_ids = torch.load(samples)
+    data = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in token_ids]
+    model = GPTQModel.load(model_path, QuantizeConfig(bits=4, group_size=64))
+    begin = time.perf_counter()
+    model.quantize(data, batch_size=1)
+    print(f"gptqmodel: {time.perf_counter() - begin:.1f} s", flush=True)
+    model.save(out)
+
+
+if __name__ == "__main__":
+    main()
