@@ -18,13 +18,14 @@ WORST = 3  # layers and blocks that are named
 MOST_OF_WEIGHTS: dict[str, float] = {
     "int8": 0.01,  # W8A16@64: 0.0022, 0.0008
     "fp8_e4m3": 0.02,  # with inputs below
-    "int4": 0.6,  # W4A16@64: 0.38, 0.15; asymmetric 0.32, 0.08; one scale a row 1.21, which is meant to fail
+    # W4A16@64: 0.38, 0.15; asymmetric 0.32, 0.08; W4A8@64 0.42; one scale a row 1.21, which is meant to fail
+    "int4": 0.6,
     "fp4_e2m1": 0.6,
     "int3": 1.0,  # W3A16@32: 1.24, 0.47
     "int2": 1.0,  # W2A16@32: 14, 16
 }
-MOST_OF_INPUTS = 0.04  # W8A8: 0.032, 0.014; FP8_DYNAMIC: 0.026, 0.012; FP8_BLOCK: 0.024, 0.013; W4A8@64: 0.42
-MOST_OF_STATIC_INPUTS = 0.08  # FP8: 0.032
+MOST_OF_INPUTS = 0.04  # W8A8: 0.032, 0.014; FP8_DYNAMIC: 0.026, 0.012; FP8_BLOCK: 0.024, 0.013
+MOST_OF_STATIC_INPUTS = 0.06  # FP8: 0.032, 0.013
 MOST_OF_KV_CACHE = 0.05  # fp8: 0.007, 0.026; int8: 0.007, 0.075 (Qwen2's keys have outliers: it is meant to fail)
 MOST = 1.0  # at 1.2, SmolLM2's perplexity has tripled: that is another model
 EXACT = 1e-3  # for models that nothing was rounded in: other kernels and types of number

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -130,6 +131,23 @@ def test_norms_that_hold_scales_keep_weights_from_being_compared(fixtures: Path,
     assert sides.rows == ()
     assert [str(scheme) for scheme in sides.schemes] == ["int4/g32"]
     assert sides.notes[0].startswith(f"{name} differs")
+
+
+def test_models_in_transformers_own_code_show_no_blocks(
+    fixtures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {"vocab_size": 1024, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    config = transformers.GPTNeoXConfig(**sizes, num_attention_heads=4, max_position_embeddings=64, eos_token_id=2)
+    torch.manual_seed(0)
+    transformers.GPTNeoXForCausalLM(config).save_pretrained(tmp_path / "neox")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(fixtures / "tiny" / name, tmp_path / "neox" / name)
+    neox, out = str(tmp_path / "neox"), tmp_path / "out.json"
+    assert main(["eval", neox, "--against", neox, *FEW, "--json", str(out)]) == 0
+    quality = read_report(out).quality
+    assert quality is not None
+    assert (quality.mean_kl, quality.blocks, quality.window) == (0.0, (), 64)  # its longest sequence
+    assert "KL mean 0.0000" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("suffix", ["txt", "jsonl"])
