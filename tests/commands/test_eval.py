@@ -12,6 +12,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from trimmed import whole
 
 from octavo.calibration.compare_checkpoints import compare_checkpoints
 from octavo.calibration.report import read_report
@@ -62,6 +63,32 @@ def test_against_the_original_it_tells_all(fixtures: Path, tmp_path: Path, capsy
     assert report.sizes.bits_per_weight == pytest.approx(4 + 16 / 32, rel=0.01)  # and 16 bytes of weight_shape a layer
     assert str(fixtures) not in (tmp_path / "out.json").read_text()
     assert (tmp_path / "out.html").read_text().count("<svg") == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme"),
+    [
+        ("tiny--llmc-w4a16-g32", "int4/g32"),
+        ("tiny--llmc-w4a8-g32", "int4/g32 x int8/token"),
+        ("tiny--llmc-nvfp4a16", "fp4_e2m1/g16"),
+        ("tiny--llmc-fp8-static", "fp8_e4m3/tensor x fp8_e4m3/static tensor"),
+        ("tiny--autogptq-w4g32", "int4/g32"),
+        ("tiny--gptqmodel-w3g32", "int3/g32"),
+        ("tiny--gptqmodel-w4g32-act", "int4/g32"),
+        ("tiny--gptqmodel-w4g32-asym", "int4/g32/asym"),
+        ("tiny--autoround-awq-w4g32", "int4/g32/asym"),
+    ],
+)
+def test_every_tools_format_is_measured(fixtures: Path, tmp_path: Path, name: str, scheme: str) -> None:
+    out = tmp_path / "out.json"
+    model = whole(fixtures / name, tmp_path)
+    assert main(["eval", str(model), "--against", str(fixtures / "tiny"), *FEW, "--json", str(out)]) == 0
+    report = read_report(out)
+    assert report.scheme == scheme
+    assert report.quality is not None
+    assert 0 < report.quality.mean_kl < 0.2  # the worst of them has 0.07
+    assert len(report.layers) == 14
+    assert all(10 < row.snr_db < 50 for row in report.layers if row.snr_db is not None)
 
 
 def test_the_weights_error_is_that_of_the_tools_own_dequantized_weights(fixtures: Path) -> None:
