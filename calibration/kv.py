@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -82,6 +82,39 @@ class KVReport:
         """The tensors that a checkpoint stores: k_scale and v_scale, but for a side that stays bf16."""
         named = {"k_scale": self.key.scale, "v_scale": self.value.scale}
         return {name: scale for name, scale in named.items() if scale is not None}
+
+
+@dataclass(frozen=True)
+class KVRow:
+    """Keys or values of one block, for the report.
+
+    dtype     what they are stored in; limit: the largest number that it has
+    amax      the largest magnitude in the calibration text
+    beyond    the share of numbers that would be clipped without a scale; clipped: with the scale that was found
+    """
+
+    block: int
+    side: Literal["keys", "values"]
+    dtype: str
+    limit: float | None
+    amax: float
+    beyond: float
+    clipped: float
+    snr_db: float | None
+
+
+def kv_rows(layers: Sequence[KVReport]) -> list[KVRow]:
+    """Two rows for each layer, in the order of the blocks."""
+    rows = []
+    for block, layer in enumerate(layers):
+        sides: list[tuple[Literal["keys", "values"], str, KVSide]] = [
+            ("keys", layer.scheme.key, layer.key),
+            ("values", layer.scheme.value, layer.value),
+        ]
+        for name, dtype, side in sides:
+            snr = None if dtype == "bf16" else side.snr_db
+            rows.append(KVRow(block, name, dtype, RANGE.get(dtype), max(side.amax), side.beyond, side.clipped, snr))
+    return rows
 
 
 def kv_advice(layers: Sequence[KVReport]) -> str | None:

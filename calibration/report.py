@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from octavo.calibration.kv import KVRow
 from octavo.calibration.verdict import Verdict
 from octavo.calibration.verify import Quality
 from octavo.calibration.weight_error import KindRow, LayerRow, by_kind
@@ -64,7 +65,7 @@ class Report:
     model         its name; base_model: its Hub id, where that is known
     scheme        as it was asked for; the layers' own are in `layers` and `kinds`
     options       of the algorithm: how scales were searched for and the like
-    kv_cache      the KV cache's scheme, where it is quantized
+    kv_cache      the KV cache's scheme, where it is quantized; kv_layers: what was seen of its keys and values
     ignore        linear layers that were left as they are
     seconds       what each phase took
     """
@@ -88,6 +89,7 @@ class Report:
     warnings: tuple[str, ...]
     versions: dict[str, str]
     seconds: dict[str, float] = field(default_factory=dict)
+    kv_layers: tuple[KVRow, ...] = ()
     schema_version: int = SCHEMA_VERSION
 
     def to_json(self) -> str:
@@ -130,6 +132,7 @@ def build_report(
     ignore: Sequence[str] = (),
     warnings: Sequence[str] = (),
     seconds: Mapping[str, float] | None = None,
+    kv_layers: Sequence[KVRow] = (),
 ) -> Report:
     """Put a report together: rows by kind, sizes and versions are worked out here. `replace` adds a quality later."""
     weights = sum(layer.out_features * layer.in_features for layer in layers)
@@ -154,6 +157,7 @@ def build_report(
         warnings=tuple(warnings),
         versions={"octavo": VERSION, "torch": str(torch.__version__), "python": platform.python_version()},
         seconds={phase: round(value, 2) for phase, value in (seconds or {}).items()},
+        kv_layers=tuple(kv_layers),
     )
 
 
@@ -166,6 +170,8 @@ def print_report(report: Report, console: Console) -> None:
     """The report as a table, and lines on sizes, quality and the verdict."""
     if report.kinds:
         console.print(_table(report))
+    if report.kv_layers:
+        console.print(_kv_table(report))
     sizes = report.sizes
     bits = f", {sizes.bits_per_weight:.2f} bits a quantized weight" if sizes.bits_per_weight else ""
     lines = [f"weights {sizes.before / 1e6:.1f} MB -> {sizes.after / 1e6:.1f} MB ({sizes.ratio:.2f}x smaller{bits})"]
@@ -221,6 +227,25 @@ def _table(report: Report) -> Table:
             decibels(row.worst_snr_db),
             *([" ".join(row.schemes)] if len(schemes) > 1 else []),
         )
+    return table
+
+
+KV_HEADS = ("block", "of", "stored as", "largest", "its limit", "beyond it", "clipped", "SNR dB")
+
+
+def kv_cells(row: KVRow) -> tuple[str, ...]:
+    """Keys or values of a block, as a table has them under KV_HEADS."""
+    limit, snr = ("" if row.limit is None else f"{row.limit:g}"), ("" if row.snr_db is None else f"{row.snr_db:.1f}")
+    shares = (f"{row.beyond:.2%}", "" if row.limit is None else f"{row.clipped:.2%}")
+    return (str(row.block), row.side, row.dtype, f"{row.amax:.4g}", limit, *shares, snr)
+
+
+def _kv_table(report: Report) -> Table:
+    table = Table(title=f"KV cache: {report.kv_cache}")
+    for heading in KV_HEADS:
+        table.add_column(heading, justify="right")
+    for row in report.kv_layers:
+        table.add_row(*kv_cells(row))
     return table
 
 

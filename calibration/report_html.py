@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from octavo.calibration.plots import block_snr, kind_snr, kl_histogram
-from octavo.calibration.report import Report, decibels
+from octavo.calibration.report import KV_HEADS, Report, decibels, kv_cells
 from octavo.calibration.weight_error import worst_first
 
 MOST_LAYERS = 20  # in the table of the worst
@@ -51,6 +51,7 @@ def render_html(report: Report) -> str:
         _plots(report),
         _kinds(report),
         _worst(report),
+        _table("KV cache", KV_HEADS, [kv_cells(row) for row in report.kv_layers]),
         _details(report),
     ]
     return (
