@@ -134,9 +134,10 @@ def run(job: Job) -> Report:
     seconds: dict[str, float] = {}
     source = resolve_model(job.model, job.revision)
     checkpoint = open_source(source)
+    notes = _check_source(job, checkpoint)
     plan = make_plan(checkpoint, job.recipe, job.max_shard_bytes)
     data, calibration = None, None
-    if job.recipe.needs_data or job.bits_budget is not None:
+    if _runs_blocks(job):
         begin = time.perf_counter()
         data, calibration = _calibration(job, source, checkpoint)
         seconds["data"] = time.perf_counter() - begin
@@ -163,12 +164,39 @@ def run(job: Job) -> Report:
     )
     seconds["quantize"] = time.perf_counter() - begin
     del calibration
-    report = _report(job, checkpoint, result, data, seconds)
+    report = _report(job, checkpoint, result, data, notes, seconds)
     write_reports(job.output, report, source=source)
     if job.evaluate:
         report = _with_quality(job, source, report)
         write_reports(job.output, report, source=source)
     return report
+
+
+def _runs_blocks(job: Job) -> bool:
+    return job.recipe.needs_data or job.bits_budget is not None
+
+
+def _check_source(job: Job, checkpoint: Checkpoint) -> list[str]:
+    """Refuse what is no whole model, before anything is done; what the report must say where that can't be told."""
+    from octavo.calibration.layers import QuantizeError
+    from octavo.runtime.model.config_types import ModelConfigError
+    from octavo.runtime.model.inventory import check_dense
+    from octavo.runtime.model.rope import RopeError
+    from octavo.runtime.model.sources import LoadError
+    from octavo.runtime.model.spec import UnsupportedModelError
+
+    try:
+        check_dense(checkpoint)
+    except (UnsupportedModelError, RopeError) as e:
+        if _runs_blocks(job):
+            raise QuantizeError(
+                f"calibration runs the model block by block, which this one can't be: {e}; algorithm rtn with a scheme "
+                "whose activations are dynamic, such as W4A16 or W8A8, needs no model"
+            ) from e
+        return [f"octavo doesn't have this model's code, so that no tensor's shape was checked: {e}"]
+    except (LoadError, ModelConfigError) as e:
+        raise QuantizeError(f"{checkpoint.directory.name} is not a whole model: {e}") from e
+    return []
 
 
 def _calibration(job: Job, source: Path, checkpoint: Checkpoint) -> tuple[CalibrationData, Calibration]:
@@ -180,16 +208,12 @@ def _calibration(job: Job, source: Path, checkpoint: Checkpoint) -> tuple[Calibr
     from octavo.commands.calibration_flags import make_data
     from octavo.runtime.model.blocks import BlockRunner
     from octavo.runtime.model.sources import CheckpointSource, LoadError
-    from octavo.runtime.model.spec import UnsupportedModelError
 
     options = job.data
     try:
         runner = BlockRunner(checkpoint.config, CheckpointSource(checkpoint).prefix, options.max_seq_length, job.device)
-    except (UnsupportedModelError, LoadError) as e:
-        raise QuantizeError(
-            f"{job.recipe.algorithm} runs the model block by block, which this one can't be: {e}; rtn with a scheme "
-            "whose activations are dynamic needs no model"
-        ) from e
+    except LoadError as e:
+        raise QuantizeError(str(e)) from e
     job.listener.phase("calibration text")
     data = make_data(
         source,
@@ -239,9 +263,15 @@ def _check_fits(job: Job, plan: Plan, calibration: Calibration | None) -> None:
 
 
 def _report(
-    job: Job, checkpoint: Checkpoint, result: Quantized, data: CalibrationData | None, seconds: dict[str, float]
+    job: Job,
+    checkpoint: Checkpoint,
+    result: Quantized,
+    data: CalibrationData | None,
+    notes: list[str],
+    seconds: dict[str, float],
 ) -> Report:
     """What is known before the quality is."""
+    from octavo.calibration.kv import kv_rows
     from octavo.calibration.report import Calibration, build_report
 
     local = Path(job.model).expanduser().is_dir()
@@ -272,8 +302,9 @@ def _report(
         bytes_before=result.bytes_before,
         bytes_after=result.bytes_after,
         ignore=result.selection.ignore,
-        warnings=[*result.warnings, *(() if data is None else data.notes)],
+        warnings=[*notes, *result.warnings, *(() if data is None else data.notes)],
         seconds=seconds,
+        kv_layers=kv_rows(result.kv),
     )
 
 
@@ -289,5 +320,12 @@ def _with_quality(job: Job, source: Path, report: Report) -> Report:
     except (RuntimeError, ValueError) as e:
         return replace(report, warnings=(*report.warnings, f"quality could not be measured: {e}"))
     seconds = {**report.seconds, "quality": time.perf_counter() - begin}
-    verdict = judge(quality, job.recipe.schemes, job.max_kl, layers=report.layers, algorithm=report.algorithm)
+    verdict = judge(
+        quality,
+        job.recipe.schemes,
+        job.max_kl,
+        layers=report.layers,
+        algorithm=report.algorithm,
+        kv_cache=report.kv_cache,
+    )
     return replace(report, quality=quality, verdict=verdict, seconds=seconds)

@@ -1,0 +1,48 @@
+"""A dense checkpoint against its config, by names and shapes alone: what would fail while loading, found at once.
+
+For who works on a checkpoint for hours, or writes one, and wants to know first whether it is a whole model.
+"""
+
+from __future__ import annotations
+
+from octavo.quant.checkpoint import Checkpoint
+from octavo.runtime.model.names import NORMS, head_name, layer_linears, required_modules, routers
+from octavo.runtime.model.sources import CheckpointSource
+from octavo.runtime.model.spec import DecoderSpec
+
+
+def check_dense(checkpoint: Checkpoint) -> DecoderSpec:
+    """Hold every tensor's name and shape against what the config makes of it; tensors themselves are not read.
+
+    Raises UnsupportedModelError for a config that the decoder doesn't have, and LoadError or CheckpointError for a
+    tensor that is missing, of another shape, no float, or one too many.
+    """
+    spec, source = DecoderSpec.from_hf(checkpoint.config), CheckpointSource(checkpoint)
+    prefix = source.prefix
+    source.require(required_modules(spec, prefix, source.has))
+    source.tensor(f"{prefix}embed_tokens.weight", (spec.vocab_size, spec.hidden_size))
+    for index in range(len(spec.layers)):
+        _check_block(spec, source, index)
+    source.tensor(f"{prefix}norm.weight", (spec.hidden_size,))
+    if not spec.tied:
+        source.tensor(f"{head_name(prefix)}.weight", (spec.vocab_size, spec.hidden_size))
+    source.check_complete(tied=spec.tied, text_only=checkpoint.config.get("model_type") == "gemma3")
+    return spec
+
+
+def _check_block(spec: DecoderSpec, source: CheckpointSource, index: int) -> None:
+    name = f"{source.prefix}layers.{index}"
+    for parts in layer_linears(spec, index, source.prefix, source.has).values():
+        for module, rows in parts.modules.items():
+            source.tensor(f"{module}.weight", (rows, parts.in_features))
+            source.bias(module, rows, expected=parts.bias)
+    for module, rows in routers(spec, index, source.prefix, source.has).items():
+        source.tensor(f"{module}.weight", (rows, spec.hidden_size))
+    for norm in NORMS[spec.norms]:
+        if norm is not None:
+            source.tensor(f"{name}.{norm}.weight", (spec.hidden_size,))
+    if spec.qk_norm is not None:
+        heads = (spec.num_heads, spec.num_kv_heads) if spec.qk_norm == "width" else (1, 1)
+        sizes = [count * spec.head_dim for count in heads]
+        for norm, size in zip(("q_norm", "k_norm"), sizes, strict=True):
+            source.tensor(f"{name}.self_attn.{norm}.weight", (size,))
