@@ -9,6 +9,10 @@ near-tie comes from transformers alone: by how much the lead of a token over the
 between its two attentions in float32, and, for rows in bfloat16, between its float32 and its bfloat16. One time in a
 hundred is more than that: "its own" says that two of transformers' own runs part at that place, too.
 
+With --few only what a reader needs is run: transformers in float32 (with eager attention as well where activations or
+the KV cache are rounded) and vLLM in bfloat16, each beside octavo; near-ties in bfloat16 are then measured between
+those two. --rows FILE keeps the rows of earlier runs for other checkpoints.
+
 The second table says how far log-probabilities of the same four texts are apart. A scheme that rounds activations turns
 a difference in the last bit into a whole step, so there even one engine in float32 doesn't agree with itself; exact.py
 shows what remains when that is taken away.
@@ -23,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import urllib.request
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +66,22 @@ class Table:
     distances: list[tuple[str, ...]]
     versions: dict[str, None]
 
+    def forget(self, checkpoint: str) -> None:
+        self.greedy = [row for row in self.greedy if row[0] != checkpoint]
+        self.distances = [row for row in self.distances if row[0] != checkpoint]
+
 
 def main() -> None:
     args = parse_arguments()
     table = Table([], [], {f"octavo {__version__}": None})
+    if args.rows and args.rows.exists():
+        table = Table(**json.loads(args.rows.read_text("utf-8")))
     for checkpoint in args.checkpoints:
+        table.forget(checkpoint.name)
         compare(checkpoint, args, table)
-        write(args.output, table)
+        write(args.output / f"{args.name}-{datetime.date.today().isoformat()}.md", table)
+        if args.rows:
+            args.rows.write_text(json.dumps(asdict(table)))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -78,16 +91,35 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--vllm-preload", default="", help="LD_PRELOAD for vLLM: libtcmalloc and libiomp5")
     parser.add_argument("--hf-python", help="the python of an environment with transformers and compressed-tensors")
     parser.add_argument("--hf-asym-python", help="the same with compressed-tensors 0.19, for asymmetric checkpoints")
+    parser.add_argument("--gptq-python", help="the same with optimum and gptqmodel, for GPTQ and AWQ checkpoints")
+    parser.add_argument("--few", action="store_true", help="each peer in one type only")
+    parser.add_argument("--rows", type=Path, help="JSON file that keeps the rows of earlier runs")
+    parser.add_argument("--name", default="greedy", help="of the table's file, before the date (default: greedy)")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder of the table")
     return parser.parse_args()
 
 
+def config_of(checkpoint: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((checkpoint / "config.json").read_text("utf-8"))["quantization_config"]
+    return found
+
+
 def hf_pythons(args: argparse.Namespace, checkpoint: Path) -> dict[str, str]:
     """Label: python. The last one is the judge of near-ties."""
-    config = json.loads((checkpoint / "config.json").read_text("utf-8"))["quantization_config"]
-    symmetric = all(group["weights"]["symmetric"] for group in config["config_groups"].values())
+    config = config_of(checkpoint)
+    if config["quant_method"] in ("gptq", "awq"):
+        return {"transformers (gptqmodel)": args.gptq_python} if args.gptq_python else {}
+    groups = config.get("config_groups", {})
+    symmetric = all(group["weights"]["symmetric"] for group in groups.values())
     pythons = [args.hf_python, None if symmetric else args.hf_asym_python]
     return {label_of(python): python for python in pythons if python is not None}
+
+
+def rounds_activations(checkpoint: Path) -> bool:
+    config = config_of(checkpoint)
+    groups = config.get("config_groups", {}).values()
+    rounded = any(group.get("input_activations") for group in groups)
+    return config["quant_method"] == "fp8" or rounded or config.get("kv_cache_scheme") is not None
 
 
 def label_of(python: str) -> str:
@@ -105,10 +137,12 @@ def compare(checkpoint: Path, args: argparse.Namespace, table: Table) -> None:
             answers["octavo bfloat16"] = ask_octavo(run.url, asked)
         with running(octavo_server("octavo", checkpoint, "--dtype", "float32"), Path(folder) / "log") as run:
             answers["octavo float32"] = ask_octavo(run.url, asked)
-            answers |= {peer.name: ask(peer, checkpoint, asked) for peer in peers(args, pythons)}
+            answers |= {peer.name: ask(peer, checkpoint, asked) for peer in peers(args, pythons, checkpoint)}
             table.versions |= dict.fromkeys(answer.version for answer in answers.values())
             judge = Judge(run.url, asked.prompts, answers, [*pythons][-1] if pythons else None)
             for one, other in pairs(args, pythons):
+                if one not in answers or other not in answers:
+                    continue  # not asked: --few
                 if not one.startswith("octavo") and (answers[one].error or answers[other].error):
                     continue  # said already, beside octavo
                 sides = (checkpoint.name, one, other)
@@ -118,7 +152,7 @@ def compare(checkpoint: Path, args: argparse.Namespace, table: Table) -> None:
                     table.distances.append((*sides, *distance_cells(answers[one], answers[other])))
 
 
-def peers(args: argparse.Namespace, pythons: dict[str, str]) -> list[Peer]:
+def peers(args: argparse.Namespace, pythons: dict[str, str], checkpoint: Path) -> list[Peer]:
     found = []
     for label, python in pythons.items():
         found += [Peer(f"{label} {dtype}", python, "transformers_greedy.py", dtype) for dtype in DTYPES]
@@ -126,6 +160,10 @@ def peers(args: argparse.Namespace, pythons: dict[str, str]) -> list[Peer]:
     if args.vllm_python:
         environment = {"LD_PRELOAD": args.vllm_preload}
         found += [Peer(f"vLLM {dtype}", args.vllm_python, "vllm_greedy.py", dtype, environment) for dtype in DTYPES]
+    if args.few:
+        in_float32 = [EAGER, "float32"] if rounds_activations(checkpoint) else ["float32"]
+        asked = [*(f"{label} {run}" for label in pythons for run in in_float32), "vLLM bfloat16"]
+        found = [peer for peer in found if peer.name in asked]
     return found
 
 
@@ -144,10 +182,16 @@ class Judge:
 
     def __init__(self, url: str, prompts: list[list[int]], answers: dict[str, Answer], label: str | None) -> None:
         self.url, self.prompts, self.answers = url, prompts, answers
-        self.noise = {"float32": (f"{label} float32", f"{label} {EAGER}")}
-        self.noise["bfloat16"] = (f"{label} float32", f"{label} bfloat16")
-        if label is None or answers[f"{label} float32"].error:
-            self.noise = dict.fromkeys(DTYPES, ("octavo float32", "octavo bfloat16"))
+        runs = [f"{label} float32", f"{label} {EAGER}"], [f"{label} float32", f"{label} bfloat16"]
+        few = [f"{label} float32", "vLLM bfloat16"]
+        self.noise = {dtype: self.both(*found, *few) for dtype, found in zip(DTYPES, runs, strict=True)}
+
+    def both(self, *names: str) -> tuple[str, str]:
+        """The first two of the pairs that both have an answer; octavo's own two, when none has."""
+        for pair in zip(names[::2], names[1::2], strict=True):
+            if all(name in self.answers and not self.answers[name].error for name in pair):
+                return pair
+        return "octavo float32", "octavo bfloat16"
 
     def greedy(self, one: str, other: str) -> tuple[str, str]:
         """(equal tokens from the start for each prompt, a remark on each difference before the goal)."""
@@ -211,11 +255,10 @@ def without_paths(words: str) -> str:
     return " ".join(word if word.count("/") < 2 else "PATH" for word in words.split(" "))
 
 
-def write(output: Path, table: Table) -> None:
-    output.mkdir(parents=True, exist_ok=True)
-    date = datetime.date.today().isoformat()
+def write(path: Path, table: Table) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     lines = [
-        f"# octavo's checkpoints in other engines, {date}",
+        f"# octavo's checkpoints in other engines, {datetime.date.today().isoformat()}",
         "",
         GREEDY_NOTE,
         *markdown(GREEDY_HEAD, table.greedy),
@@ -227,7 +270,7 @@ def write(output: Path, table: Table) -> None:
         f"- processor: {cpu_name()}",
         "- command: `python -m benchmarks.interop.compare CHECKPOINT ...`, flags as in the README beside this folder",
     ]
-    (output / f"greedy-{date}.md").write_text("\n".join(lines) + "\n")
+    path.write_text("\n".join(lines) + "\n")
 
 
 def markdown(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:

@@ -1,4 +1,4 @@
-"""One checkpoint by transformers and compressed-tensors: runs in their environment. The job is described in peers.py.
+"""One checkpoint by transformers and its readers of quantized checkpoints: runs in their environment. Job: peers.py.
 
     python transformers_greedy.py CHECKPOINT JOB.json
 
@@ -8,6 +8,8 @@ is replaced by the same formula in float64. A divisor replaces compressed-tensor
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import json
 import os
 import sys
@@ -18,7 +20,6 @@ def main() -> None:
     with open(job_path) as file:
         job = json.load(file)
     os.environ["HF_HUB_OFFLINE"] = "1"
-    import compressed_tensors
     import torch
     import transformers
 
@@ -37,8 +38,17 @@ def main() -> None:
             }
     except Exception as error:  # whatever a peer says is the result
         answer = {"error": f"{type(error).__name__}: {error}"}
-    version = f"transformers {transformers.__version__} with compressed-tensors {compressed_tensors.__version__}"
+    version = f"transformers {transformers.__version__} with {', '.join(readers())}"
     print(json.dumps(answer | {"version": version}), flush=True)
+
+
+def readers() -> list[str]:
+    """What is installed beside transformers to read quantized checkpoints."""
+    found = []
+    for name in ("compressed-tensors", "optimum", "gptqmodel"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found.append(f"{name} {importlib.metadata.version(name)}")
+    return found
 
 
 def greedy(model, prompt: list[int], max_tokens: int) -> list[int]:  # type: ignore[no-untyped-def]
