@@ -127,12 +127,14 @@ def quantize(
 def run(job: Job) -> Report:
     """Do a job; see `quantize`."""
     from octavo.calibration.plan import make_plan
-    from octavo.calibration.quantize_model import open_source, quantize_model
+    from octavo.calibration.quantize_model import check_out, open_source, quantize_model
     from octavo.calibration.report_files import write_reports
     from octavo.quant.hub import resolve_model
 
     seconds: dict[str, float] = {}
     source = resolve_model(job.model, job.revision)
+    check_out(source, job.output, job.overwrite, job.resume)
+    _check_options(job)
     checkpoint = open_source(source)
     notes = _check_source(job, checkpoint)
     plan = make_plan(checkpoint, job.recipe, job.max_shard_bytes)
@@ -174,6 +176,17 @@ def run(job: Job) -> Report:
 
 def _runs_blocks(job: Job) -> bool:
     return job.recipe.needs_data or job.bits_budget is not None
+
+
+def _check_options(job: Job) -> None:
+    """Refuse what would be left unused without a word: who gives text and forgets the algorithm wants no rounding."""
+    from octavo.calibration.recipe import RecipeError
+
+    if (job.data.dataset is not None or job.data.num_samples is not None) and not _runs_blocks(job):
+        raise RecipeError(
+            f"algorithm {job.recipe.algorithm} with scheme {job.recipe.scheme} uses no calibration text: leave the "
+            "data out, or take an algorithm that learns from it, such as gptq"
+        )
 
 
 def _check_source(job: Job, checkpoint: Checkpoint) -> list[str]:
@@ -246,10 +259,9 @@ def _check_fits(job: Job, plan: Plan, calibration: Calibration | None) -> None:
     """Tell what it will take, and stop before it starts if it doesn't fit."""
     from octavo.calibration.layers import QuantizeError
     from octavo.calibration.preflight import estimate
-    from octavo.calibration.quantize_model import check_disk, check_out, hidden_bytes
+    from octavo.calibration.quantize_model import check_disk, hidden_bytes
     from octavo.runtime.device import choose_device, free_memory
 
-    check_out(Path(job.model), job.output, job.overwrite, job.resume)
     tokens = 0 if calibration is None else calibration.token_ids.numel()
     expected = estimate(plan, job.recipe, tokens, hidden_bytes(calibration))
     job.listener.estimate(expected)
@@ -310,13 +322,18 @@ def _report(
 
 def _with_quality(job: Job, source: Path, report: Report) -> Report:
     """Measure and judge, or say why not: the checkpoint is written and whole either way."""
-    from octavo.calibration.verdict import judge
+    from octavo.calibration.verdict import broken, judge
+    from octavo.calibration.verify import NotFiniteError
     from octavo.commands.quality import measure_quality
 
     job.listener.phase("measuring quality")
     begin = time.perf_counter()
     try:
         quality = measure_quality(source, job.output, max_tokens=job.eval_tokens, progress=job.listener.progress)
+    except NotFiniteError as e:
+        if e.side == "quantized":
+            return replace(report, verdict=broken(e))
+        return replace(report, warnings=(*report.warnings, f"quality could not be measured: {e}"))
     except (RuntimeError, ValueError) as e:
         return replace(report, warnings=(*report.warnings, f"quality could not be measured: {e}"))
     seconds = {**report.seconds, "quality": time.perf_counter() - begin}
