@@ -7,6 +7,7 @@ through the quantized block to the next one.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -26,7 +27,7 @@ from octavo.calibration.plan import Item, Plan, Unit, make_plan, source_digest, 
 from octavo.calibration.recipe import Recipe, to_json
 from octavo.calibration.sidecars import copy_other_files, without_paths, write_json
 from octavo.calibration.weight_error import LayerRow, layer_row, squared_error
-from octavo.calibration.workspace import MANIFEST, Workspace, finished, recover, workspace
+from octavo.calibration.workspace import MANIFEST, ResumeError, Workspace, finished, recover, workspace
 from octavo.quant.checkpoint import INDEX, Checkpoint, quantization_dict, read_config
 from octavo.quant.qparams import QuantizedWeight, WeightError, quantize_weight
 from octavo.version import VERSION
@@ -107,8 +108,7 @@ def quantize_model(
     run = _Run(checkpoint, plan, recipe, calibration, progress or _silent)
     keep = calibration is not None
     with workspace(out, plan.shards, job, resume=resume, overwrite=overwrite, keep=keep) as work:
-        if not work.units:
-            copy_other_files(source, work.directory)  # first, since a broken one is found without waiting
+        copy_other_files(source, work.directory)  # first, since a broken one is found without waiting
         try:
             for unit in plan.units:
                 _unit(run, work, unit)
@@ -314,11 +314,16 @@ def _hidden_again(run: _Run, work: Workspace, unit: Unit) -> Hidden | None:
     index = 0 if unit.index is None else unit.index + 1
     try:
         hidden = _hidden(run.calibration, work, index, again=True)
-    except FileNotFoundError:
-        hidden = None
-    if hidden is None or not hidden.is_whole(entry["hidden"]["sha256"]):
-        raise QuantizeError(
-            f"can't resume: the hidden states after {unit.name} are gone or changed; --overwrite starts anew"
+    except FileNotFoundError as e:
+        raise ResumeError(
+            f"can't resume: the hidden states after {unit.name} are not in {e.filename}; --offload-dir must be the one "
+            "that the run was started with, and --overwrite starts anew"
+        ) from e
+    if not hidden.is_whole(entry.get("hidden", {}).get("sha256", "")):
+        hidden.close(remove=False)
+        raise ResumeError(
+            f"can't resume: the hidden states after {unit.name} in {hidden.path} aren't what was written; --overwrite "
+            "starts anew"
         )
     return hidden
 
@@ -367,6 +372,11 @@ def check_out(source: Path, out: Path, overwrite: bool, resume: bool) -> None:
     here, there = source.resolve(), out.resolve()
     if here == there or here in there.parents or there in here.parents:
         raise QuantizeError(f"the output {out} and the model {source} must not contain each other")
+    above = next(parent for parent in there.parents if parent.exists())
+    if not above.is_dir():
+        raise QuantizeError(f"{above} is a file: {out} can't be made in it")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise QuantizeError(f"{above} can't be written to: another place for {out} works")
     if not out.exists():
         return
     if not out.is_dir():
@@ -390,6 +400,8 @@ def check_disk(out: Path, plan: Plan, calibration: Calibration | None) -> None:
     parent = out.resolve().parent
     parent.mkdir(parents=True, exist_ok=True)
     hidden = 2 * hidden_bytes(calibration)
+    if calibration is not None and calibration.offload_dir is not None and not calibration.offload_dir.is_dir():
+        raise QuantizeError(f"--offload-dir {calibration.offload_dir} is not a directory that is there; make it first")
     needs = [(parent, int(plan.bytes_after * 1.01) + 64_000_000)]  # what is copied beside the weights is small
     if hidden and calibration is not None:
         needs.append((calibration.offload_dir or parent, hidden))

@@ -55,6 +55,7 @@ class Recipe:
     kv_cache: str | None = None
 
     def __post_init__(self) -> None:
+        _check_values(self)
         _check_format(self)
 
     @property
@@ -106,6 +107,26 @@ class Recipe:
 
     def search_of(self, scheme: QuantScheme) -> Search:
         return self.search or ("mse" if scheme.weight.bits < 8 else "absmax")
+
+
+def _check_values(recipe: Recipe) -> None:
+    """Refuse values out of range, patterns that are none, and settings of another algorithm than the recipe's."""
+    for name in ("dampening", "smoothing"):
+        value = getattr(recipe, name)
+        if value is not None and not 0 <= value <= 1:
+            raise RecipeError(f"{name} is {value:g}; it is from 0 to 1")
+    for pattern in (*recipe.layers, *recipe.ignore):
+        try:
+            hits("", "", pattern)
+        except re.error as e:
+            raise RecipeError(f"pattern {pattern!r} is not a regex: {e}") from None
+    if recipe.smoothing is not None and recipe.scaling != "smoothquant":
+        raise RecipeError(f"smoothing is SmoothQuant's, and the algorithm is {recipe.algorithm}; smoothquant has it")
+    for name in ("act_order", "dampening"):
+        if getattr(recipe, name) != Recipe.__dataclass_fields__[name].default and recipe.solver != "gptq":
+            raise RecipeError(f"{name} is GPTQ's, and the algorithm is {recipe.algorithm}; gptq has it")
+    if recipe.true_sequential and not recipe.needs_statistics:
+        raise RecipeError(f"true_sequential is for algorithms that measure inputs, which {recipe.algorithm} does not")
 
 
 def _check_format(recipe: Recipe) -> None:
@@ -207,7 +228,7 @@ def read_recipe(path: Path) -> Recipe:
         file = msgspec.json.decode(path.read_bytes(), type=_File)
     except OSError as e:
         raise RecipeError(f"{path} can't be read: {e.strerror}") from e
-    except msgspec.DecodeError as e:
+    except (msgspec.DecodeError, UnicodeDecodeError) as e:
         raise RecipeError(f"{path} is not a recipe: {e}") from e
     if file.octavo_recipe != 1:
         raise RecipeError(f"{path}: octavo_recipe is {file.octavo_recipe}; 1 is what this octavo reads")

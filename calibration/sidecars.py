@@ -37,8 +37,10 @@ def copy_other_files(source: Path, target: Path) -> None:
             continue
         if path.is_dir():
             if path.name == "additional_chat_templates":
-                shutil.copytree(path, target / path.name)
+                shutil.copytree(path, target / path.name, dirs_exist_ok=True)
             continue
+        if not path.exists():
+            raise CheckpointError(f"{path} is a link to nothing: the download is incomplete, or the file was moved")
         _copy(path, target / path.name)
 
 

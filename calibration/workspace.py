@@ -27,7 +27,12 @@ from octavo.calibration.sidecars import write_json
 from octavo.quant.safetensors_file import SafetensorsWriter, TensorSpec
 
 MANIFEST = "quantization_manifest.json"
+SPOKEN = {"data": "calibration text", "shards": "shard layout"}  # keys of a job as a person calls them
 Interruption = (KeyboardInterrupt, SystemExit)  # Ctrl-C, SIGTERM
+
+
+class ResumeError(QuantizeError):
+    """Work that can't be gone on with as asked; it stays where it is, for another try or to be given up."""
 
 
 class Workspace:
@@ -90,8 +95,9 @@ class Workspace:
     def _take_over(self) -> None:
         self.units = read_manifest(self.directory)["units"]
         for unit, entry in self.units.items():
-            if self._digest(entry["tensors"]) != entry["sha256"]:
-                raise QuantizeError(
+            known = all(name in self._of for name in entry["tensors"])
+            if not known or self._digest(entry["tensors"]) != entry["sha256"]:
+                raise ResumeError(
                     f"can't resume: what {self.directory.name} holds of {unit} isn't what was written; --overwrite "
                     "starts anew"
                 )
@@ -106,12 +112,24 @@ class Workspace:
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """A directory's manifest; one without jobs and units where there is none."""
+    """A directory's manifest; one without jobs and units where there is none, or what is there is none."""
+    nothing: dict[str, Any] = {"job": None, "units": {}}
     try:
-        manifest: dict[str, Any] = json.loads((directory / MANIFEST).read_bytes())
+        manifest = json.loads((directory / MANIFEST).read_bytes())
     except (FileNotFoundError, ValueError):
-        return {"job": None, "units": {}}
-    return manifest
+        return nothing
+    return manifest if _is_manifest(manifest) else nothing
+
+
+def _is_manifest(found: Any) -> bool:
+    """Whether a JSON value is what `Workspace` writes."""
+    if not isinstance(found, dict) or not isinstance(found.get("job"), dict):
+        return False
+    units = found.get("units")
+    return isinstance(units, dict) and all(
+        isinstance(entry, dict) and isinstance(entry.get("tensors"), list) and isinstance(entry.get("sha256"), str)
+        for entry in units.values()
+    )
 
 
 def finished(out: Path, job: Mapping[str, Any]) -> dict[str, dict[str, Any]] | None:
@@ -126,8 +144,17 @@ def finished(out: Path, job: Mapping[str, Any]) -> dict[str, dict[str, Any]] | N
 
 
 def _differences(there: Mapping[str, Any], job: Mapping[str, Any]) -> str:
-    """Which of a job's keys have another value there."""
-    return " and another ".join(key for key in job if there.get(key) != json.loads(json.dumps(job[key])))
+    """Which of a job's keys have another value there; of a recipe what it was."""
+    found = []
+    for key, value in json.loads(json.dumps(job)).items():
+        before = there.get(key)
+        if before == value:
+            continue
+        was = ""
+        if key == "recipe" and isinstance(before, dict):
+            was = f" ({', '.join(f'{k} {v!r}' for k, v in before.items() if v != value.get(k))})"
+        found.append(SPOKEN.get(key, key) + was)
+    return " and another ".join(found)
 
 
 def partial_of(out: Path) -> Path:
@@ -152,6 +179,8 @@ def workspace(
     out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_of(out)
+    if partial.is_symlink() or (partial.exists() and not partial.is_dir()):
+        raise QuantizeError(f"{partial} is where {out.name} would be made, and isn't a directory; remove it")
     with _only_one(partial) as lock:
         again = _prepare(partial, job, resume=resume, overwrite=overwrite)
         work = Workspace(partial, shards, job)
@@ -165,7 +194,8 @@ def workspace(
                 (partial / f"{shard}.part").rename(partial / shard)
             _appear(partial, out, lock)
         except BaseException as e:
-            if not (keep and isinstance(e, Interruption) and work.units):
+            kept = isinstance(e, ResumeError) or (keep and isinstance(e, Interruption) and work.units)
+            if not kept:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
 
@@ -177,7 +207,7 @@ def _prepare(partial: Path, job: Mapping[str, Any], *, resume: bool, overwrite: 
         return False
     if resume:
         if other := _differences(manifest["job"] or {}, job):
-            raise QuantizeError(
+            raise ResumeError(
                 f"can't resume: the unfinished work in {partial.name} has another {other}; give the "
                 "options that it was started with, or --overwrite instead of --resume to start anew"
             )

@@ -48,7 +48,10 @@ class BlockRunner:
         """prefix stands before layer names: 'model.'; seq_len is the length of every sequence."""
         self.spec = DecoderSpec.from_hf(config)
         if seq_len > self.spec.max_position:
-            raise LoadError(f"--max-seq-length {seq_len}: the model has {self.spec.max_position} positions")
+            raise LoadError(
+                f"--max-seq-length {seq_len}: the model has {self.spec.max_position} positions; "
+                f"{self.spec.max_position} works"
+            )
         self.device = choose_device(device)
         self.dtype = torch.float32
         if self.spec.dtype != "float32":

@@ -10,6 +10,7 @@ import os
 import sys
 from pathlib import Path
 
+from octavo.commands.failure import one_line
 from octavo.commands.termination import unwinding_when_terminated
 from octavo.kernels.threads import ENVIRONMENT
 
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
                 progress=lambda done, total, layer: bar.update(task, completed=done, total=total, description=layer),
             )
     except (QuantizeError, CheckpointError, SafetensorsError, OSError) as e:
-        print(f"octavo convert: {e}", file=sys.stderr)
+        print(f"octavo convert: {one_line(e)}", file=sys.stderr)
         return 1
     for note in done.notes:
         print(note)

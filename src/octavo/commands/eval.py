@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from octavo.commands.failure import one_line
 from octavo.commands.flag_types import parse_count, parse_nats
 from octavo.kernels.threads import ENVIRONMENT
 
@@ -105,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"{PROG}: {e}", file=sys.stderr)
         return NOT_GOOD_ENOUGH if e.side == "quantized" else 1
     except (EvalError, QualityError, CheckpointError, ValueError, OSError) as e:
-        print(f"{PROG}: {e}", file=sys.stderr)
+        print(f"{PROG}: {one_line(e)}", file=sys.stderr)
         return 1
     print_report(report, console)
     return NOT_GOOD_ENOUGH if report.verdict is not None and not report.verdict.passed else 0

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from octavo.commands.failure import one_line
+
 if TYPE_CHECKING:
     from octavo.quant.checkpoint import Checkpoint
     from octavo.quant.formats.format import QuantFormat
@@ -34,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
         checkpoint = Checkpoint.open(resolve_model(args.model, args.revision))
         facts = inspect(checkpoint)
     except (CheckpointError, FormatError, OSError) as e:
-        print(f"octavo inspect: {e}", file=sys.stderr)
+        print(f"octavo inspect: {one_line(e)}", file=sys.stderr)
         return 1
     if args.json:
         print(json.dumps(facts, indent=2))

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from octavo.commands.failure import one_line
 from octavo.commands.quantize_flags import configure, job_from_args
+from octavo.commands.termination import unwinding_when_terminated
 from octavo.kernels.threads import ENVIRONMENT
 
 if TYPE_CHECKING:
@@ -41,14 +40,14 @@ def run(args: argparse.Namespace) -> int:
 
     console = Console()
     try:
-        with _unwinding_when_terminated(), _Bar(console) as bar:
+        with unwinding_when_terminated("octavo quantize"), _Bar(console) as bar:
             listener = api.Listener(bar.estimate, bar.progress, bar.phase)
             report = api.run(job_from_args(args, listener))
     except KeyboardInterrupt:
         print(f"octavo quantize: interrupted{_what_is_left(args)}", file=sys.stderr)
         return 130
     except (QuantizeError, RecipeError, DataError, CheckpointError, SafetensorsError, OSError) as e:
-        print(f"octavo quantize: {e}", file=sys.stderr)
+        print(f"octavo quantize: {one_line(e)}", file=sys.stderr)
         return 1
     print_report(report, console)
     console.print(f"written: {args.output}", highlight=False, soft_wrap=True)
@@ -62,21 +61,6 @@ def _what_is_left(args: argparse.Namespace) -> str:
     if (args.output / "config.json").is_file() and not args.overwrite:
         return f"; {args.output} is whole, its quality was not measured"
     return "; --resume goes on with it" if partial_of(args.output.resolve()).is_dir() else ""
-
-
-@contextmanager
-def _unwinding_when_terminated() -> Iterator[None]:
-    """SIGTERM as an exception, like Ctrl-C: what was half written is removed, or kept to be resumed, on the way out."""
-
-    def end(number: int, frame: object) -> None:  # noqa: ARG001 (the system calls it)
-        print("octavo quantize: terminated", file=sys.stderr)
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 class _Bar:
