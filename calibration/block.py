@@ -84,13 +84,13 @@ class Block:
         """Each linear layer that has a scheme, solved; `tensors` holds what it computes with from then on."""
         layer = self.runner.build(self.index, self.tensors)
         groups = self.runner.groups(self.index, layer)
+        stats = self._capture(layer, hidden, groups) if self.recipe.needs_statistics else {}
+        if self.recipe.scaling is not None:  # all folds first: none may reach into a layer that is solved already
+            stats = self._scale(groups, stats)
         stages = _stages(groups) if self.recipe.true_sequential else [groups]
         for number, stage in enumerate(stages):
             if number > 0:
-                layer = self.runner.build(self.index, self.tensors)
-            stats = self._capture(layer, hidden, stage) if self.recipe.needs_statistics else {}
-            if self.recipe.scaling is not None:
-                stats = self._scale(stage, stats)
+                stats = self._capture(self.runner.build(self.index, self.tensors), hidden, stage)
             for group in stage:
                 yield from self._group(group, stats.get(group.name))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -77,8 +78,12 @@ def test_smoothquant_takes_outliers_out_of_inputs(fixtures: Path, tmp_path: Path
 def test_true_sequential_and_orders_differ_and_work(fixtures: Path, tmp_path: Path, text: Path) -> None:
     plain = quantized(fixtures, "tiny", tmp_path / "a", text, scheme="W4A16@32", algorithm="gptq")
     rounded = quantized(fixtures, "tiny", tmp_path / "b", text, scheme="W4A16@32")
-    for i, options in enumerate(({"act_order": "none"}, {"act_order": "group", "format": "gptq"})):
-        kl = quantized(fixtures, "tiny", tmp_path / str(i), text, scheme="W4A16@32", algorithm="gptq", **options)
+    sequential = {"scheme": "W4A16@32", "algorithm": "awq+gptq", "true_sequential": True}
+    (tmp_path / "recipe.json").write_text(json.dumps({"octavo_recipe": 1, **sequential}))
+    orders: list[dict[str, Any]] = [{"act_order": "none"}, {"act_order": "group", "format": "gptq"}]
+    for i, options in enumerate([*orders, {"recipe": tmp_path / "recipe.json"}]):
+        given = {"scheme": "W4A16@32", "algorithm": "gptq", **options}
+        kl = quantized(fixtures, "tiny", tmp_path / str(i), text, **given)
         assert kl != plain
         assert kl < rounded
 
