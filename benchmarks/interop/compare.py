@@ -93,6 +93,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--hf-asym-python", help="the same with compressed-tensors 0.19, for asymmetric checkpoints")
     parser.add_argument("--gptq-python", help="the same with optimum and gptqmodel, for GPTQ and AWQ checkpoints")
     parser.add_argument("--few", action="store_true", help="each peer in one type only")
+    parser.add_argument("--no-eager", action="store_true", help="with --few: no eager attention, for large models")
     parser.add_argument("--rows", type=Path, help="JSON file that keeps the rows of earlier runs")
     parser.add_argument("--name", default="greedy", help="of the table's file, before the date (default: greedy)")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder of the table")
@@ -161,7 +162,7 @@ def peers(args: argparse.Namespace, pythons: dict[str, str], checkpoint: Path) -
         environment = {"LD_PRELOAD": args.vllm_preload}
         found += [Peer(f"vLLM {dtype}", args.vllm_python, "vllm_greedy.py", dtype, environment) for dtype in DTYPES]
     if args.few:
-        in_float32 = [EAGER, "float32"] if rounds_activations(checkpoint) else ["float32"]
+        in_float32 = [EAGER, "float32"] if rounds_activations(checkpoint) and not args.no_eager else ["float32"]
         asked = [*(f"{label} {run}" for label in pythons for run in in_float32), "vLLM bfloat16"]
         found = [peer for peer in found if peer.name in asked]
     return found
