@@ -26,6 +26,7 @@ BY_OTHERS: dict[str, tuple[int, bool, Version, bool]] = {
     "tiny--gptqmodel-w3g32": (3, True, 1, False),
     "tiny--gptqmodel-w4g32-act": (4, True, 1, True),
     "tiny--gptqmodel-w4g32-asym": (4, False, 1, False),
+    "tiny--gptqmodel-w4g32": (4, True, 1, False),
     "tiny--gptqmodel-w4g32-v2": (4, True, 2, False),
     "tiny--gptqmodel-w8g32": (8, True, 1, False),
 }

@@ -38,6 +38,7 @@ WEIGHT_ONLY = (
     "tiny--gptqmodel-w3g32",
     "tiny--gptqmodel-w4g32-act",
     "tiny--gptqmodel-w4g32-asym",
+    "tiny--gptqmodel-w4g32",
     "tiny--gptqmodel-w4g32-v2",
     "tiny--gptqmodel-w8g32",
     "tiny--autoround-gptq-w4g32",
