@@ -111,7 +111,15 @@ class Block:
 
         for batch in hidden.batches():
             self.runner.forward(layer, batch.to(self.runner.device), record)
-        return {name: collectors[name].result() for name in names}
+        found = {name: collectors[name].result() for name in names}
+        for group in wanted:
+            if group.name in found and not bool(found[group.name].moments.isfinite().all()):
+                raise QuantizeError(
+                    f"{group.modules[0]}: its input holds NaN or infinity for the calibration text, or what overflows "
+                    "when it is squared: the model's activations overflow, and no algorithm can learn from them; rtn "
+                    "with a scheme whose activations are dynamic needs none"
+                )
+        return found
 
     def _scale(self, groups: list[InputGroup], stats: dict[str, InputStats]) -> dict[str, InputStats]:
         """Fold AWQ's or SmoothQuant's scales into the ops before; the statistics as they are afterwards."""
@@ -210,7 +218,13 @@ class Block:
         kv = None if self.recipe.kv is None else KVCollector(self.recipe.kv)
         for batch in hidden.batches():
             record_kv = None if kv is None else kv.add
-            target.append(self.runner.forward(layer, batch.to(self.runner.device), None, record_kv))
+            output = self.runner.forward(layer, batch.to(self.runner.device), None, record_kv)
+            if not bool(output.isfinite().all()):
+                raise QuantizeError(
+                    f"layer {self.index} gives NaN or infinity for the calibration text: the model's activations "
+                    "overflow; rtn with a scheme whose activations are dynamic needs none"
+                )
+            target.append(output)
         return kv
 
 

@@ -8,6 +8,7 @@ knapsack, solved exactly up to a thousandth of the budget.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -53,7 +54,17 @@ class Sensitivity:
 
 
 def candidates(recipe: Recipe, budget: float) -> list[str]:
-    """The schemes to choose from. Three bits and two, which few engines read, only where the budget asks for them."""
+    """The schemes to choose from. Three bits and two, which few engines read, only where the budget asks for them.
+
+    Raises RecipeError for a budget that is no number of bits, and for a recipe that leaves no choice.
+    """
+    if not 0 < budget < math.inf:
+        raise RecipeError(f"--bits-budget {budget:g}: bits per weight are a number above 0, such as 4.5")
+    if recipe.format in ("awq", "fp8"):
+        raise RecipeError(
+            f"--bits-budget gives layers different schemes, and format {recipe.format} has one for all; "
+            "compressed-tensors and gptq have several"
+        )
     base, _, size = recipe.scheme.partition("@")
     if not base.startswith("W4A16"):
         raise RecipeError(f"--bits-budget chooses among weight-only schemes around 4 bits, not {recipe.scheme}; W4A16")
@@ -66,6 +77,21 @@ def candidates(recipe: Recipe, budget: float) -> list[str]:
     if budget < 3.6:
         names.insert(0, f"W2A16@{group_size}")
     return names
+
+
+def check_budget(plan: Plan, recipe: Recipe, budget: float, schemes: Sequence[str]) -> None:
+    """Raise RecipeError for a budget that the cheapest schemes exceed: sizes are known without measuring."""
+    items = [item for unit in plan.units for item in unit.items if item.linear is not None]
+    weights = sum(item.spec.numel for item in items)
+    _check_least(min(_bits(items, recipe, scheme) for scheme in schemes), weights, budget)
+
+
+def _check_least(least: int, weights: int, budget: float) -> None:
+    if least > budget * weights:
+        raise RecipeError(
+            f"--bits-budget {budget:g}: the smallest schemes take {least / weights:.2f} bits per weight, scales "
+            "included; a larger budget or group size works"
+        )
 
 
 def measure(
@@ -187,12 +213,8 @@ def choose(units: Sequence[Sensitivity], budget: float) -> dict[str, str]:
     """
     weights = sum(unit.weights for unit in units)
     least = sum(min(choice.bits for choice in unit.choices) for unit in units)
+    _check_least(least, weights, budget)
     room = budget * weights - least
-    if room < 0:
-        raise RecipeError(
-            f"--bits-budget {budget:g}: the smallest schemes take {least / weights:.2f} bits per weight, scales "
-            "included; a larger budget or group size works"
-        )
     step = max(room / STEPS, 1e-9)
     best = torch.zeros(STEPS + 1, dtype=torch.float64)
     picks: list[Tensor] = []

@@ -48,8 +48,11 @@ class Hidden:
         """batch [B, seq_len, hidden_size]: the next samples."""
         data = batch.to("cpu", self.shape.dtype).contiguous().view(torch.uint8).numpy().data.cast("B")
         self._hash.update(data)
-        while data:
-            data = data[self._file.write(data) :]
+        try:
+            while data:
+                data = data[self._file.write(data) :]
+        except OSError as e:
+            raise OSError(e.errno, e.strerror, str(self.path)) from None
 
     def batches(self) -> Iterator[Tensor]:
         """All samples, [B, seq_len, hidden_size] at a time."""

@@ -195,7 +195,9 @@ class _Seen:
             return KVSide(None, heads, beyond, 0.0, math.inf)
         if not bool((amax > 0).all()):
             where = f"of KV head {int(amax.argmin())} " if per_head else ""
-            what = "they have no scale; --kv-cache-scheme fp8 has one for all heads"
+            what = (
+                f"they have no scale; --kv-cache-scheme {'fp8 has one for all heads' if per_head else 'left out works'}"
+            )
             raise KVError(f"{name} {where}are all zero: {what}")
         scale = amax / RANGE[kind]
         # Engines take a scale of 1 for one that was never measured. The next larger number clips nothing.

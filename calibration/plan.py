@@ -139,7 +139,10 @@ def _item(
     try:
         planned = make_format(recipe, scheme, spec.dtype).tensors(linear.out_features, linear.in_features)
     except ValueError as e:
-        raise QuantizeError(f"{linear.module} [{linear.out_features}, {linear.in_features}]: {e}") from e
+        raise QuantizeError(
+            f"{linear.module} [{linear.out_features}, {linear.in_features}]: {e}; format compressed-tensors takes any "
+            f"shape, and --ignore {linear.kind.rpartition('.')[2]} leaves such layers as they are"
+        ) from e
     return Item(name, file, linear, scheme, {f"{linear.module}.{suffix}": out for suffix, out in planned.items()})
 
 

@@ -7,9 +7,11 @@ through the quantized block to the next one.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from octavo.calibration.plan import Item, Plan, Unit, make_plan, source_digest, 
 from octavo.calibration.recipe import Recipe, to_json
 from octavo.calibration.sidecars import copy_other_files, without_paths, write_json
 from octavo.calibration.weight_error import LayerRow, layer_row, squared_error
-from octavo.calibration.workspace import MANIFEST, ResumeError, Workspace, finished, recover, workspace
+from octavo.calibration.workspace import MANIFEST, ResumeError, Workspace, finished, partial_of, recover, workspace
 from octavo.quant.checkpoint import INDEX, Checkpoint, quantization_dict, read_config
 from octavo.quant.qparams import QuantizedWeight, WeightError, quantize_weight
 from octavo.version import VERSION
@@ -102,24 +104,38 @@ def quantize_model(
         raise QuantizeError(f"format {recipe.format}: {e}") from e
     job = _job(checkpoint, plan, recipe, calibration)
     check_out(source, out, overwrite, resume)
-    if resume and (there := finished(out, job)) is not None:
+    if resume and not overwrite and (there := finished(out, job)) is not None:
         return _result(plan, recipe, there)
     check_disk(out, plan, calibration)
     run = _Run(checkpoint, plan, recipe, calibration, progress or _silent)
     keep = calibration is not None
-    with workspace(out, plan.shards, job, resume=resume, overwrite=overwrite, keep=keep) as work:
-        copy_other_files(source, work.directory)  # first, since a broken one is found without waiting
-        try:
-            for unit in plan.units:
-                _unit(run, work, unit)
-        finally:
-            if run.hidden is not None:
-                run.hidden.close(remove=False)
-        _finish(run, work)
-        units = work.units
-    if run.hidden is not None:
-        run.hidden.path.unlink(missing_ok=True)
+    try:
+        with workspace(out, plan.shards, job, resume=resume, overwrite=overwrite, keep=keep) as work:
+            copy_other_files(source, work.directory)  # first, since a broken one is found without waiting
+            try:
+                for unit in plan.units:
+                    _unit(run, work, unit)
+            finally:
+                if run.hidden is not None:
+                    run.hidden.close(remove=False)
+            _finish(run, work)
+            units = work.units
+    finally:
+        _remove_offloaded(out, calibration)
     return _result(plan, recipe, units)
+
+
+def _remove_offloaded(out: Path, calibration: Calibration | None) -> None:
+    """Nothing stays in --offload-dir but what a resumed run needs."""
+    partial = partial_of(out.resolve())
+    if calibration is not None and calibration.offload_dir is not None and not partial.is_dir():
+        for left in calibration.offload_dir.glob(f"{_offloaded(partial)}-*.bin"):
+            left.unlink(missing_ok=True)
+
+
+def _offloaded(partial: Path) -> str:
+    """How the names of a run's files in --offload-dir begin: other runs may have theirs there, of the same OUT even."""
+    return f"octavo-{hashlib.sha256(str(partial).encode()).hexdigest()[:12]}-hidden"
 
 
 def _silent(done: float, total: float, what: str) -> None:
@@ -221,7 +237,8 @@ def _block(
             work.write(item.name, tensors[item.name])
     last = index == calibration.runner.num_blocks - 1
     target = _hidden(calibration, work, index + 1)
-    kv = None if last and run.recipe.kv is None else block.advance(run.hidden, target)
+    with _closed_on_errors(target):
+        kv = None if last and run.recipe.kv is None else block.advance(run.hidden, target)
     run.hidden = target
     run.done += unit.nbytes
     if kv is None:
@@ -292,7 +309,7 @@ def _hidden(calibration: Calibration, work: Workspace, index: int, *, again: boo
     name = f"hidden-{index}.bin"
     if calibration.offload_dir is not None:
         directory = calibration.offload_dir
-        name = f"octavo-{work.directory.name.strip('.')}-{name}"
+        name = f"{_offloaded(work.directory)}-{index}.bin"
     return Hidden(directory / name, _shape(calibration), again=again)
 
 
@@ -300,9 +317,20 @@ def _embed(run: _Run, calibration: Calibration, work: Workspace) -> Hidden:
     runner = calibration.runner
     embedding = run.checkpoint.tensor(runner.embedding_name)  # a view: only the rows of the text's tokens are read
     hidden = _hidden(calibration, work, 0)
-    for batch in torch.split(calibration.token_ids, hidden.shape.batch):
-        hidden.append(runner.embed(batch, embedding))
+    with _closed_on_errors(hidden):
+        for batch in torch.split(calibration.token_ids, hidden.shape.batch):
+            hidden.append(runner.embed(batch, embedding))
     return hidden
+
+
+@contextmanager
+def _closed_on_errors(hidden: Hidden) -> Iterator[None]:
+    """Who calls from Python may go on after an error."""
+    try:
+        yield
+    except BaseException:
+        hidden.close(remove=False)
+        raise
 
 
 def _hidden_again(run: _Run, work: Workspace, unit: Unit) -> Hidden | None:

@@ -110,7 +110,11 @@ class Recipe:
 
 
 def _check_values(recipe: Recipe) -> None:
-    """Refuse values out of range, patterns that are none, and settings of another algorithm than the recipe's."""
+    """Refuse other types, values out of range, patterns that are none, and settings of another algorithm."""
+    try:
+        msgspec.convert(to_json(recipe), type=_File)
+    except (msgspec.ValidationError, TypeError, ValueError) as e:
+        raise RecipeError(f"this is no recipe: {e}") from None
     for name in ("dampening", "smoothing"):
         value = getattr(recipe, name)
         if value is not None and not 0 <= value <= 1:

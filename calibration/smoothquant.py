@@ -28,7 +28,10 @@ def static_input_scale(stats: InputStats, dtype: ActivationDtype) -> Tensor:
     if not bool(amax.isfinite()):
         raise WeightError("its input holds NaN or infinity: no static scale covers that")
     if float(amax) == 0:
-        raise WeightError("its input was zero in the whole calibration text: there is no static scale; more text helps")
+        raise WeightError(
+            "its input was zero in the whole calibration text: there is no static scale; more text "
+            "helps, or a scheme whose inputs are dynamic, such as FP8_DYNAMIC"
+        )
     return amax / (FP8_MAX if dtype == "fp8_e4m3" else INT8_MAX)
 
 

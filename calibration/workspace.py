@@ -56,6 +56,8 @@ class Workspace:
         """Open every shard until `stack` closes. again: check what the manifest has, and take it over."""
         for shard, specs in self._shards.items():
             path = self.directory / f"{shard}.part"
+            if again and not path.exists() and (self.directory / shard).exists():
+                (self.directory / shard).rename(path)  # killed between the last renames
             writer = SafetensorsWriter(path, specs, again=again and path.exists())
             self._writers[shard] = stack.enter_context(writer)
         if again:
@@ -138,7 +140,10 @@ def finished(out: Path, job: Mapping[str, Any]) -> dict[str, dict[str, Any]] | N
         return None
     manifest = read_manifest(out)
     if other := _differences(manifest["job"] or {}, job):
-        raise QuantizeError(f"{out} is finished, with another {other}; --overwrite instead of --resume replaces it")
+        raise QuantizeError(
+            f"{out} is finished, with another {other}; --overwrite replaces it, and with --resume "
+            "goes on where that was killed"
+        )
     units: dict[str, dict[str, Any]] = manifest["units"]
     return units
 

@@ -83,7 +83,7 @@ def quantize(
     num_calibration_samples: int | None = None,
     max_seq_length: int = 512,
     seed: int = 0,
-    ignore: tuple[str, ...] | list[str] = (),
+    ignore: str | tuple[str, ...] | list[str] = (),
     layers: dict[str, str] | None = None,
     recipe: Recipe | str | Path | None = None,
     search: Search | None = None,
@@ -105,27 +105,32 @@ def quantize(
 
     Raises RecipeError, QuantizeError, DataError, CheckpointError or OSError with one line that says what and why.
     """
-    from octavo.calibration.recipe import Recipe, read_recipe
+    from octavo.calibration.recipe import Recipe, RecipeError, read_recipe
 
     if isinstance(recipe, str | Path):
         recipe = read_recipe(Path(recipe))
+    elif not isinstance(recipe, Recipe | None):
+        raise RecipeError(f"recipe is a {type(recipe).__name__}; a Recipe or a file's path is needed")
     elif recipe is None:
         recipe = Recipe(
             scheme=scheme,
             algorithm=algorithm,
             format=format,
             layers=layers or {},
-            ignore=tuple(ignore),
+            ignore=(ignore,) if isinstance(ignore, str) else tuple(ignore),
             search=search,
             act_order=act_order,
             kv_cache=kv_cache,
         )
+    if isinstance(options.get("offload_dir"), str):
+        options["offload_dir"] = Path(options["offload_dir"])
     text = DataOptions(data, num_calibration_samples, max_seq_length, seed)
     return run(Job(str(model), Path(output), recipe, text, **options))
 
 
 def run(job: Job) -> Report:
     """Do a job; see `quantize`."""
+    from octavo.calibration.budget import candidates, check_budget
     from octavo.calibration.plan import make_plan
     from octavo.calibration.quantize_model import check_out, open_source, quantize_model
     from octavo.calibration.report_files import write_reports
@@ -139,6 +144,8 @@ def run(job: Job) -> Report:
     notes = _check_source(job, checkpoint)
     plan = make_plan(checkpoint, job.recipe, job.max_shard_bytes)
     data, calibration = None, None
+    if job.bits_budget is not None:
+        check_budget(plan, job.recipe, job.bits_budget, candidates(job.recipe, job.bits_budget))
     if _runs_blocks(job):
         begin = time.perf_counter()
         data, calibration = _calibration(job, source, checkpoint)
@@ -220,12 +227,12 @@ def _calibration(job: Job, source: Path, checkpoint: Checkpoint) -> tuple[Calibr
     from octavo.calibration.quantize_model import Calibration
     from octavo.commands.calibration_flags import make_data
     from octavo.runtime.model.blocks import BlockRunner
-    from octavo.runtime.model.sources import CheckpointSource, LoadError
+    from octavo.runtime.model.sources import CheckpointSource
 
     options = job.data
     try:
         runner = BlockRunner(checkpoint.config, CheckpointSource(checkpoint).prefix, options.max_seq_length, job.device)
-    except LoadError as e:
+    except ValueError as e:  # more positions than there are, a device that isn't there
         raise QuantizeError(str(e)) from e
     job.listener.phase("calibration text")
     data = make_data(
