@@ -105,13 +105,9 @@ def quantize(
 
     Raises RecipeError, QuantizeError, DataError, CheckpointError or OSError with one line that says what and why.
     """
-    from octavo.calibration.recipe import Recipe, RecipeError, read_recipe
+    from octavo.calibration.recipe import Recipe
 
-    if isinstance(recipe, str | Path):
-        recipe = read_recipe(Path(recipe))
-    elif not isinstance(recipe, Recipe | None):
-        raise RecipeError(f"recipe is a {type(recipe).__name__}; a Recipe or a file's path is needed")
-    elif recipe is None:
+    if recipe is None:
         recipe = Recipe(
             scheme=scheme,
             algorithm=algorithm,
@@ -122,15 +118,20 @@ def quantize(
             act_order=act_order,
             kv_cache=kv_cache,
         )
-    if isinstance(options.get("offload_dir"), str):
-        options["offload_dir"] = Path(options["offload_dir"])
     text = DataOptions(data, num_calibration_samples, max_seq_length, seed)
-    return run(Job(str(model), Path(output), recipe, text, **options))
+    return run(Job(str(model), Path(output), _read(recipe), text, **options))
+
+
+def _read(recipe: Recipe | str | Path) -> Recipe:
+    from octavo.calibration.recipe import Recipe, RecipeError, read_recipe
+
+    if not isinstance(recipe, Recipe | str | Path):
+        raise RecipeError(f"recipe is a {type(recipe).__name__}; a Recipe or a file's path is needed")
+    return recipe if isinstance(recipe, Recipe) else read_recipe(Path(recipe))
 
 
 def run(job: Job) -> Report:
     """Do a job; see `quantize`."""
-    from octavo.calibration.budget import candidates, check_budget
     from octavo.calibration.plan import make_plan
     from octavo.calibration.quantize_model import check_out, open_source, quantize_model
     from octavo.calibration.report_files import write_reports
@@ -143,9 +144,8 @@ def run(job: Job) -> Report:
     checkpoint = open_source(source)
     notes = _check_source(job, checkpoint)
     plan = make_plan(checkpoint, job.recipe, job.max_shard_bytes)
+    _check_budget(job, plan)
     data, calibration = None, None
-    if job.bits_budget is not None:
-        check_budget(plan, job.recipe, job.bits_budget, candidates(job.recipe, job.bits_budget))
     if _runs_blocks(job):
         begin = time.perf_counter()
         data, calibration = _calibration(job, source, checkpoint)
@@ -194,6 +194,13 @@ def _check_options(job: Job) -> None:
             f"algorithm {job.recipe.algorithm} with scheme {job.recipe.scheme} uses no calibration text: leave the "
             "data out, or take an algorithm that learns from it, such as gptq"
         )
+
+
+def _check_budget(job: Job, plan: Plan) -> None:
+    from octavo.calibration.budget import candidates, check_budget
+
+    if job.bits_budget is not None:
+        check_budget(plan, job.recipe, job.bits_budget, candidates(job.recipe, job.bits_budget))
 
 
 def _check_source(job: Job, checkpoint: Checkpoint) -> list[str]:
@@ -247,7 +254,7 @@ def _calibration(job: Job, source: Path, checkpoint: Checkpoint) -> tuple[Calibr
     )
     token_ids = torch.stack(list(data.samples))
     known = {"fingerprint": data.fingerprint, "samples": token_ids.shape[0], "tokens": token_ids.numel()}
-    return data, Calibration(token_ids, runner, known, job.offload_dir)
+    return data, Calibration(token_ids, runner, known, job.offload_dir and Path(job.offload_dir))
 
 
 def _with_budget(job: Job, budget: float, checkpoint: Checkpoint, plan: Plan, calibration: Calibration) -> Job:
