@@ -11,7 +11,8 @@ hundred is more than that: "its own" says that two of transformers' own runs par
 
 With --few only what a reader needs is run: transformers in float32 (with eager attention as well where activations or
 the KV cache are rounded) and vLLM in bfloat16, each beside octavo; near-ties in bfloat16 are then measured between
-those two. --rows FILE keeps the rows of earlier runs for other checkpoints.
+those two, or, where one of them has no answer, between octavo's own float32 and bfloat16. --rows FILE keeps the rows of
+earlier runs for other checkpoints.
 
 The second table says how far log-probabilities of the same four texts are apart. A scheme that rounds activations turns
 a difference in the last bit into a whole step, so there even one engine in float32 doesn't agree with itself; exact.py
