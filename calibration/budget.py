@@ -94,6 +94,12 @@ def _check_least(least: int, weights: int, budget: float) -> None:
         )
 
 
+def carried_bytes(runner: Runner) -> int:
+    """What `measure` holds beside a block: the hidden states of one variant of the model for each unit."""
+    units = 4 * runner.num_blocks  # qkv, o, gate_up and down
+    return (units + 2) * MAX_TOKENS * runner.hidden_size * runner.dtype.itemsize
+
+
 def measure(
     checkpoint: Checkpoint, plan: Plan, recipe: Recipe, runner: Runner, token_ids: Tensor, schemes: Sequence[str],
     progress: Progress,

@@ -259,9 +259,10 @@ def _calibration(job: Job, source: Path, checkpoint: Checkpoint) -> tuple[Calibr
 
 def _with_budget(job: Job, budget: float, checkpoint: Checkpoint, plan: Plan, calibration: Calibration) -> Job:
     """The job with the recipe that the model's sensitivity and the budget give."""
-    from octavo.calibration.budget import budgeted, candidates, measure
+    from octavo.calibration.budget import budgeted, candidates, carried_bytes, measure
 
     job.listener.phase("measuring sensitivity")
+    _check_memory(carried_bytes(calibration.runner), "a smaller model or a recipe of your own works")
     schemes = candidates(job.recipe, budget)
     units = measure(
         checkpoint, plan, job.recipe, calibration.runner, calibration.token_ids, schemes, job.listener.progress
@@ -271,20 +272,24 @@ def _with_budget(job: Job, budget: float, checkpoint: Checkpoint, plan: Plan, ca
 
 def _check_fits(job: Job, plan: Plan, calibration: Calibration | None) -> None:
     """Tell what it will take, and stop before it starts if it doesn't fit."""
-    from octavo.calibration.layers import QuantizeError
     from octavo.calibration.preflight import estimate
     from octavo.calibration.quantize_model import check_disk, hidden_bytes
-    from octavo.runtime.device import choose_device, free_memory
 
     tokens = 0 if calibration is None else calibration.token_ids.numel()
     expected = estimate(plan, job.recipe, tokens, hidden_bytes(calibration))
     job.listener.estimate(expected)
     check_disk(job.output, plan, calibration)
+    _check_memory(expected.memory, "rtn works tensor by tensor and needs least, and a model with smaller blocks less")
+
+
+def _check_memory(needed: int, what_works: str) -> None:
+    from octavo.calibration.layers import QuantizeError
+    from octavo.runtime.device import choose_device, free_memory
+
     free = free_memory(choose_device("cpu"))
-    if expected.memory > free:
+    if needed > free:
         raise QuantizeError(
-            f"some {expected.memory / 1e9:.1f} GB of memory are needed and {free / 1e9:.1f} GB are free; rtn works "
-            "tensor by tensor and needs least, and a model with smaller blocks less"
+            f"some {needed / 1e9:.1f} GB of memory are needed and {free / 1e9:.1f} GB are free; {what_works}"
         )
 
 
