@@ -50,8 +50,8 @@ RECIPES = {
 def main() -> None:
     """Quantize, and say how long it took."""
     model_path, samples, out, kind = sys.argv[1:5]
-    if not torch.cuda.is_available():
-        IntermediatesCache.pin_memory = lambda self, batch_index: None
+    if not torch.cuda.is_available():  # nothing to pin for
+        IntermediatesCache.pin_memory = lambda *_: None
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     token_ids = torch.load(samples)
