@@ -97,6 +97,7 @@ class Block:
     def _capture(self, layer: Any, hidden: Hidden, wanted: list[InputGroup]) -> dict[str, InputStats]:
         """Run all samples through the block as it is; the statistics of the inputs of layers that have a scheme."""
         self.step("inputs")
+        moments = self.recipe.algorithm != "rtn"  # static scales need the largest magnitudes alone
         names = {group.name for group in wanted if any(m in self.schemes for m in group.modules)}
         if not names:
             return {}
@@ -106,7 +107,7 @@ class Block:
             if name in names:
                 collector = collectors.get(name)
                 if collector is None:
-                    collector = collectors[name] = StatsCollector(x.shape[1], x.device)
+                    collector = collectors[name] = StatsCollector(x.shape[1], x.device, moments=moments)
                 collector.add(x)
 
         for batch in hidden.batches():
@@ -162,7 +163,7 @@ class Block:
                     raise QuantizeError(f"{alike[0]}.weight can't be quantized: {e}") from e
                 for module, weight, quantized in zip(alike, parts, solved, strict=True):
                     rounded = quantized.dequantize()
-                    output = None if stats is None else _output_snr(weight, rounded, stats)
+                    output = None if stats is None or not stats.moments.numel() else _output_snr(weight, rounded, stats)
                     self.tensors[f"{module}.weight"] = rounded.to(weight.dtype)
                     yield Solved(module, quantized, weight, output)
 

@@ -50,7 +50,7 @@ def estimate(plan: Plan, recipe: Recipe, tokens: int, hidden_bytes: int) -> Esti
     layers = [_inputs(unit) for unit in blocks]
     forward = sum(2 * 2 * n * k * tokens for unit in layers for k, n in unit)
     exact = 0.0
-    if recipe.needs_statistics:
+    if recipe.algorithm != "rtn":
         exact += sum(1.2 * k * k * tokens for unit in layers for k, _ in unit)
     if recipe.solver == "gptq":
         exact += sum(3 * n * k * k + 2 * k**3 for unit in layers for k, n in unit)
@@ -62,7 +62,7 @@ def estimate(plan: Plan, recipe: Recipe, tokens: int, hidden_bytes: int) -> Esti
 def _block_memory(unit: Unit, recipe: Recipe) -> int:
     """A block's tensors, the same as the runner packs them, statistics, and the widest layer in float32 a few times."""
     inputs = _inputs(unit)
-    statistics = sum(4 * k * k for k, _ in inputs) if recipe.needs_statistics else 0
+    statistics = sum(4 * k * k for k, _ in inputs) if recipe.algorithm != "rtn" else 0
     widest = max(4 * n * k + (2 if recipe.solver == "gptq" else 0) * 2 * k * k for k, n in inputs)
     activations = 4 * BATCH_TOKENS * max(k + n for k, n in inputs)
     return 2 * unit.nbytes + statistics + 4 * widest + 4 * activations

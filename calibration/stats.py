@@ -16,7 +16,8 @@ from torch import Tensor
 class InputStats:
     """Of the inputs x [K] of one linear layer (or of several that share them), over num_tokens tokens.
 
-    moments  [K, K] float32: the mean over tokens of x x^T (half of GPTQ's Hessian; a factor changes nothing there)
+    moments  [K, K] float32: the mean over tokens of x x^T (half of GPTQ's Hessian; a factor changes nothing there);
+             [0, 0] where only magnitudes were asked for
     absmax   [K] float32: the largest |x| of each channel
     absmean  [K] float32: the mean |x| of each channel
     """
@@ -38,8 +39,9 @@ class StatsCollector:
     CHUNK = 2048  # tokens of one GEMM
     STRIP = 128  # rows of the moments made at a time: what lies left of the diagonal needn't be computed
 
-    def __init__(self, in_features: int, device: torch.device) -> None:
-        self._sum = torch.zeros(in_features, in_features, device=device)  # right of the diagonal, and some more
+    def __init__(self, in_features: int, device: torch.device, *, moments: bool = True) -> None:
+        side = in_features if moments else 0
+        self._sum = torch.zeros(side, side, device=device)  # right of the diagonal, and some more
         self._absmax = torch.zeros(in_features, device=device)
         self._abssum = torch.zeros(in_features, dtype=torch.float64, device=device)
         self._values = torch.empty(0, in_features, device=device)  # fresh memory costs as much as the sums below
@@ -51,7 +53,7 @@ class StatsCollector:
             if chunk.shape[0] > self._values.shape[0]:
                 self._values = torch.empty(chunk.shape, device=self._sum.device)
             values = self._values[: chunk.shape[0]].copy_(chunk)
-            for begin in range(0, x.shape[1], self.STRIP):
+            for begin in range(0, self._sum.shape[0], self.STRIP):
                 end = begin + self.STRIP
                 self._sum[begin:end, begin:].addmm_(values[:, begin:end].t(), values[:, begin:])
             values.abs_()

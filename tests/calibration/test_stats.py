@@ -29,6 +29,12 @@ def test_sums_over_batches(width: int) -> None:
     torch.testing.assert_close(stats.absmax.double(), x.abs().amax(0), rtol=0, atol=0)
     torch.testing.assert_close(stats.absmean.double(), x.abs().mean(0), rtol=1e-6, atol=0)
 
+    magnitudes = StatsCollector(width, CPU, moments=False)
+    for batch in batches:
+        magnitudes.add(batch)
+    assert magnitudes.result().moments.numel() == 0
+    assert torch.equal(magnitudes.result().absmax, stats.absmax)
+
     scales = torch.rand(width, generator=generator) + 0.5
     scaled, y = stats.scaled(scales), x / scales.double()
     torch.testing.assert_close(scaled.moments.double(), y.t() @ y / x.shape[0], rtol=1e-5, atol=1e-5)
