@@ -164,7 +164,9 @@ def peers(args: argparse.Namespace, pythons: dict[str, str], checkpoint: Path) -
         found += [Peer(f"vLLM {dtype}", args.vllm_python, "vllm_greedy.py", dtype, environment) for dtype in DTYPES]
     if args.few:
         in_float32 = [EAGER, "float32"] if rounds_activations(checkpoint) and not args.no_eager else ["float32"]
-        asked = [*(f"{label} {run}" for label in pythons for run in in_float32), "vLLM bfloat16"]
+        native = config_of(checkpoint)["quant_method"] == "fp8"  # which transformers widens to bfloat16 on a CPU
+        runs = [*in_float32, "bfloat16"] if native else in_float32
+        asked = [*(f"{label} {run}" for label in pythons for run in runs), "vLLM bfloat16"]
         found = [peer for peer in found if peer.name in asked]
     return found
 
