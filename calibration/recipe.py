@@ -38,7 +38,9 @@ class Recipe:
     layers      pattern -> scheme, or 'none'; the first that matches holds
     ignore      patterns of layers to leave as they are
     search      how scales are chosen; None: mse for fewer than 8 bits, else absmax
-    dampening   GPTQ's, as a share of the mean of the Hessian's diagonal
+    dampening   GPTQ's, as a share of the mean of the Hessian's diagonal. More than the paper's 0.01: some ten thousand
+                tokens tell the moments of a few thousand inputs badly, and another kind of text has others. Calibrated
+                on docstrings, KL on prose fell from 0.207 to 0.185 (SmolLM2) and 0.113 to 0.089 (Qwen2 0.5B) at W4 g64
     smoothing   SmoothQuant's alpha; None: the best of several, layer by layer
     """
 
@@ -49,7 +51,7 @@ class Recipe:
     ignore: tuple[str, ...] = ()
     search: Search | None = None
     act_order: ActOrder = "static"
-    dampening: float = 0.01
+    dampening: float = 0.1
     true_sequential: bool = False
     smoothing: float | None = None
     kv_cache: str | None = None
@@ -214,7 +216,7 @@ class _File(msgspec.Struct, forbid_unknown_fields=True):
     ignore: list[str] = []
     search: Search | None = None
     act_order: ActOrder = "static"
-    dampening: float = 0.01
+    dampening: float = 0.1
     true_sequential: bool = False
     smoothing: float | None = None
     kv_cache: str | None = None

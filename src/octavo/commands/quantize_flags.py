@@ -99,7 +99,7 @@ def _configure_algorithm(group: argparse._ArgumentGroup) -> None:
         "--dampening-frac",
         type=_share,
         metavar="X",
-        help="GPTQ's dampening, as a share of the Hessian's mean diagonal; raised where it doesn't do (default: 0.01)",
+        help="GPTQ's dampening, as a share of the Hessian's mean diagonal; raised where it doesn't do (default: 0.1)",
     )
     group.add_argument(
         "--true-sequential",
