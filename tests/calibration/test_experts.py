@@ -43,7 +43,7 @@ def log_probabilities(model: Path, token_ids: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("true_sequential", [False, True])
 def test_gptq_loses_less_than_rounding(fixtures: Path, tmp_path: Path, true_sequential: bool) -> None:
-    """KL to the original on text of another kind than was calibrated on: 12% less was seen with one stage, 96 tokens."""
+    """KL to the original on text of another kind than was calibrated on: 12% less was seen, 96 tokens."""
     model = fixtures / "tiny-moe"
     gptq = Recipe("W4A16@32", algorithm="gptq", true_sequential=true_sequential)
     quantize_model(model, tmp_path / "rtn", Recipe("W4A16@32"))
