@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import msgspec
 
@@ -205,38 +205,40 @@ def hits(module: str, kind: str, pattern: str) -> bool:
     return pattern in (module, kind, kind.rpartition(".")[2]) or fnmatchcase(module, pattern)
 
 
-class _File(msgspec.Struct, forbid_unknown_fields=True):
-    """A recipe file's types."""
+def _default(known: Field[Any]) -> Any:
+    """A dataclass field's default, as msgspec has it."""
+    if known.default_factory is not MISSING:
+        return msgspec.field(default_factory=known.default_factory)
+    return known.default
 
-    octavo_recipe: int
-    scheme: str
-    algorithm: Algorithm = "rtn"
-    format: Format = "compressed-tensors"
-    layers: dict[str, str] = {}
-    ignore: list[str] = []
-    search: Search | None = None
-    act_order: ActOrder = "static"
-    dampening: float = 0.1
-    true_sequential: bool = False
-    smoothing: float | None = None
-    kv_cache: str | None = None
+
+_TYPES = get_type_hints(Recipe)
+# A recipe file is a Recipe with a version, and without keys that it doesn't know.
+_File = msgspec.defstruct(
+    "_File",
+    [
+        ("octavo_recipe", int),
+        ("scheme", str),
+        *((f.name, _TYPES[f.name], _default(f)) for f in fields(Recipe) if f.name != "scheme"),
+    ],
+    forbid_unknown_fields=True,
+)
 
 
 def to_json(recipe: Recipe) -> dict[str, Any]:
     """What `read_recipe` reads back as the same recipe."""
-    fields = {name: getattr(recipe, name) for name in recipe.__dataclass_fields__}
-    return {"octavo_recipe": 1, **fields, "layers": dict(recipe.layers), "ignore": list(recipe.ignore)}
+    values = {f.name: getattr(recipe, f.name) for f in fields(recipe)}
+    return {"octavo_recipe": 1, **values, "layers": dict(recipe.layers), "ignore": list(recipe.ignore)}
 
 
 def read_recipe(path: Path) -> Recipe:
     """A recipe file. Raises RecipeError for one that isn't, naming the key that is wrong."""
     try:
-        file = msgspec.json.decode(path.read_bytes(), type=_File)
+        file: Any = msgspec.json.decode(path.read_bytes(), type=_File)
     except OSError as e:
         raise RecipeError(f"{path} can't be read: {e.strerror}") from e
     except (msgspec.DecodeError, UnicodeDecodeError) as e:
         raise RecipeError(f"{path} is not a recipe: {e}") from e
     if file.octavo_recipe != 1:
         raise RecipeError(f"{path}: octavo_recipe is {file.octavo_recipe}; 1 is what this octavo reads")
-    fields = {name: getattr(file, name) for name in Recipe.__dataclass_fields__}
-    return Recipe(**fields | {"ignore": tuple(file.ignore)})
+    return Recipe(**{f.name: getattr(file, f.name) for f in fields(Recipe)})
