@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -190,8 +189,3 @@ def source_digest(checkpoint: Checkpoint) -> str:
         for name, file in checkpoint.files.items()
     ]
     return hashlib.sha256(json.dumps([checkpoint.config, files], sort_keys=True).encode()).hexdigest()
-
-
-def by_kind(plan: Plan) -> Counter[str]:
-    """How many layers of each kind are quantized."""
-    return Counter(linear.kind for linear in plan.selection.linears.values())

@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,6 @@ class _Run:
     progress: Progress
     done: float = 0
     hidden: Hidden | None = None
-    notes: list[str] = field(default_factory=list)
 
 
 def quantize_model(

@@ -49,7 +49,6 @@ class Workspace:
         self._shards = shards
         self._writers: dict[str, SafetensorsWriter] = {}
         self._of = {name: shard for shard, specs in shards.items() for name in specs}
-        self._hash = hashlib.sha256()
         self._names: list[str] = []
 
     def open(self, stack: ExitStack, *, again: bool) -> None:
@@ -186,7 +185,7 @@ def workspace(
     partial = partial_of(out)
     if partial.is_symlink() or (partial.exists() and not partial.is_dir()):
         raise QuantizeError(f"{partial} is where {out.name} would be made, and isn't a directory; remove it")
-    with _only_one(partial) as lock:
+    with _only_one(partial):
         again = _prepare(partial, job, resume=resume, overwrite=overwrite)
         work = Workspace(partial, shards, job)
         try:
@@ -197,7 +196,7 @@ def workspace(
                 yield work
             for shard in shards:
                 (partial / f"{shard}.part").rename(partial / shard)
-            _appear(partial, out, lock)
+            _appear(partial, out)
         except BaseException as e:
             kept = isinstance(e, ResumeError) or (keep and isinstance(e, Interruption) and work.units)
             if not kept:
@@ -226,14 +225,14 @@ def _prepare(partial: Path, job: Mapping[str, Any], *, resume: bool, overwrite: 
 
 
 @contextmanager
-def _only_one(partial: Path) -> Iterator[int]:
+def _only_one(partial: Path) -> Iterator[None]:
     """Hold the lock on the directory, which is made when it isn't there."""
     partial.mkdir(exist_ok=True)
     lock = _lock(partial)
     if lock is None:
         raise QuantizeError(f"another octavo quantize is writing to {partial}")
     try:
-        yield lock
+        yield
     finally:
         os.close(lock)
         with suppress(OSError):
@@ -248,7 +247,7 @@ def _empty(directory: Path) -> None:
             entry.unlink()
 
 
-def _appear(partial: Path, out: Path, lock: int) -> None:  # noqa: ARG001 (held)
+def _appear(partial: Path, out: Path) -> None:
     """Put the finished directory in the place of what was there."""
     replaced = out.with_name(f".{out.name}.replaced")
     partial.chmod(0o755)

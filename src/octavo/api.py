@@ -349,11 +349,9 @@ def _with_quality(job: Job, source: Path, report: Report) -> Report:
     begin = time.perf_counter()
     try:
         quality = measure_quality(source, job.output, max_tokens=job.eval_tokens, progress=job.listener.progress)
-    except NotFiniteError as e:
-        if e.side == "quantized":
-            return replace(report, verdict=broken(e))
-        return replace(report, warnings=(*report.warnings, f"quality could not be measured: {e}"))
     except (RuntimeError, ValueError) as e:
+        if isinstance(e, NotFiniteError) and e.side == "quantized":
+            return replace(report, verdict=broken(e))
         return replace(report, warnings=(*report.warnings, f"quality could not be measured: {e}"))
     seconds = {**report.seconds, "quality": time.perf_counter() - begin}
     verdict = judge(
