@@ -10,11 +10,11 @@ from typing import Any
 
 import httpx
 import pytest
-from octavo_server import PATIENCE, Server, num_in_flight, samples, stream, value, wait_until
+from octavo_server import PATIENCE, Server, num_in_flight, stream, value, wait_until
 
 LONG = {"prompt": "x", "max_tokens": 500, "temperature": 0, "ignore_eos": True, "n": 16}
 RUNNING, WAITING, USAGE = "vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"
-ABORTED = "vllm:request_success_total"
+ABORTED, GENERATED = "vllm:request_success_total", "vllm:generation_tokens_total"
 
 
 def connect(server: Server) -> socket.socket:
@@ -77,13 +77,13 @@ def test_a_client_that_hangs_up_ends_its_request(
     if path == "/v1/chat/completions":
         body["messages"] = [{"role": "user", "content": body.pop("prompt")}]
     idle(client)
-    aborted, generated = value(client, ABORTED, finished_reason="abort"), value(client, "vllm:generation_tokens_total")
+    aborted, generated = value(client, ABORTED, finished_reason="abort"), value(client, GENERATED)
     with connect(server) as connection:
         connection.sendall(post(path, body))
         wait_until(lambda: num_in_flight(client) == 128)
     wait_until(lambda: value(client, ABORTED, finished_reason="abort") == aborted + 128)
     idle(client)
-    assert value(client, "vllm:generation_tokens_total") - generated < 128 * 400
+    assert value(client, GENERATED) - generated < 128 * 400
 
 
 def test_a_client_that_hangs_up_while_its_prompt_waits(server: Server, client: httpx.Client) -> None:
@@ -103,12 +103,11 @@ def test_a_stop_string_ends_the_engine_s_work_too(client: httpx.Client) -> None:
     idle(client)
     aborted = value(client, ABORTED, finished_reason="abort")
     body = {"prompt": "The", "max_tokens": 500, "temperature": 0, "ignore_eos": True, "stop": [" ", "e", "a"], "n": 4}
-    before = samples(client)
+    before = value(client, GENERATED)
     answer = client.post("/v1/completions", json=body).json()
     assert {choice["finish_reason"] for choice in answer["choices"]} == {"stop"}
     idle(client)
-    generated = "vllm:generation_tokens_total", ()
-    assert samples(client)[generated] - before[generated] == answer["usage"]["completion_tokens"]
+    assert value(client, GENERATED) - before == answer["usage"]["completion_tokens"]
     assert value(client, ABORTED, finished_reason="abort") == aborted
 
 
@@ -116,9 +115,10 @@ def test_a_client_that_does_not_read_holds_up_nobody(server: Server, client: htt
     """Its answer waits in the server; the engine and the others go on."""
     idle(client)
     body = {"prompt": ["x"] * 4, "n": 128, "max_tokens": 40, "temperature": 0, "ignore_eos": True, "logprobs": 20}
+    generated = value(client, GENERATED)
     with connect(server) as lazy:
         lazy.sendall(post("/v1/completions", body | {"stream": True}))
-        wait_until(lambda: num_in_flight(client) == 512)
+        wait_until(lambda: value(client, GENERATED) > generated)
         assert client.post("/v1/completions", json={"prompt": "x", "max_tokens": 2}).status_code == 200
         assert client.get("/health").status_code == 200
         idle(client)

@@ -35,7 +35,7 @@ class OwnServer:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
-        self.api_key = secrets.token_urlsafe()  # others on this machine have no business with it
+        self.api_key = secrets.token_hex()  # others on this machine have no business with it
         self._log = log
         command = [sys.executable, "-m", "octavo", "serve", model, "--host", "127.0.0.1", "--port", str(port), *options]
         self._process = subprocess.Popen(
