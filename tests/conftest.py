@@ -12,6 +12,9 @@ from octavo.kernels.threads import ENVIRONMENT
 
 # Before any test imports torch: as octavo's own processes have it, or a second busy process makes the suite crawl.
 os.environ.update({**ENVIRONMENT, **os.environ})
+HAS_GPU = Path("/dev/nvidiactl").exists()
+if not HAS_GPU:  # before any test imports a Triton kernel
+    os.environ["TRITON_INTERPRET"] = "1"
 
 FIXTURES = Path(__file__).parent / "fixtures"
 

@@ -1,0 +1,189 @@
+"""Compiling a launch for a GPU that isn't there, and reading what came out: registers, memory, instructions.
+
+Needs the compiler, assembler and disassembler that Triton's wheel brings, and no GPU. What is compiled is what the
+launch would run: the same specialization on types, on multiples of 16 and on arguments that are 1.
+
+`python -m octavo.kernels.ahead OUT.json` compiles the proofs of every room, on all cores: a name for each, and `facts`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+
+from octavo.kernels.launch import INTERPRETED, Launch, Proof
+
+ROOMS = ("fused.gpu.norm",)  # modules that have `proofs() -> dict[str, Proof]`
+SHARED_MEMORY = 232_448  # bytes that a block may use on sm_90
+TYPES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float8_e4m3fn: "fp8e4nv",
+    torch.int8: "i8",
+    torch.uint8: "u8",
+    torch.int16: "i16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a launch became.
+
+    registers     a thread's
+    stack         bytes of local memory a thread has: not 0 where registers spill
+    shared        bytes of shared memory a block has
+    serialized    ptxas gave up overlapping tensor-core instructions (its warning C7510 to C7519)
+    instructions  how often each opcode stands in the machine code, with its modifiers
+    """
+
+    registers: int
+    stack: int
+    shared: int
+    serialized: bool
+    instructions: Counter[str]
+
+    def count(self, pattern: str) -> int:
+        """Instructions whose name begins with a regular expression."""
+        return sum(n for name, n in self.instructions.items() if re.match(pattern, name))
+
+    def facts(self) -> dict[str, Any]:
+        """What a table keeps of it: tensor-core instructions by their shape, and how many instructions in all."""
+        found: Counter[str] = Counter()
+        for name, number in self.instructions.items():
+            if re.match(r"[A-Z]*MMA\.", name):
+                found[".".join(name.split(".")[:2])] += number
+        return {
+            "registers": self.registers,
+            "stack": self.stack,
+            "shared": self.shared,
+            "instructions": sum(self.instructions.values()),
+            "tensor cores": dict(sorted(found.items())),
+        }
+
+    def objections(self, proof: Proof) -> list[str]:
+        """What is wrong with it, in words; nothing, where it is as it must be."""
+        said = [f"no {pattern}" for pattern in proof.expects if not self.count(pattern)]
+        said += [f"{self.count(p)} x {p}" for p in (*proof.forbids, r"STS\.U8", "LDL", "STL") if self.count(p)]
+        said += [f"{self.stack} bytes of stack: registers spill"] if self.stack else []
+        said += [f"{self.shared} bytes of shared memory"] if self.shared > SHARED_MEMORY else []
+        said += ["tensor-core instructions are serialized"] if self.serialized else []
+        return said
+
+
+def proofs() -> dict[str, tuple[str, str]]:
+    """All proofs of all rooms by name: where each is found, as its module and its name there."""
+    return {
+        f"{room.replace('.gpu.', ' ')}: {name}": (f"octavo.kernels.{room}", name)
+        for room in ROOMS
+        for name in importlib.import_module(f"octavo.kernels.{room}").proofs()
+    }
+
+
+def compile_ahead(launch: Launch, capability: int = 90) -> Compiled:
+    """Compile a launch for a compute capability (90: H100)."""
+    if INTERPRETED:
+        raise RuntimeError("TRITON_INTERPRET is set: kernels are interpreted in this process, so none can be compiled")
+    source = _source(launch)
+    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
+    with tempfile.TemporaryDirectory() as directory:
+        cubin = Path(directory) / "kernel.cubin"
+        cubin.write_bytes(built.asm["cubin"])
+        usage = _run("cuobjdump", "--dump-resource-usage", str(cubin))
+        listing = _run("nvdisasm", "-c", str(cubin))
+        ptx = Path(directory) / "kernel.ptx"
+        ptx.write_text(built.asm["ptx"])
+        arch = re.search(r"\.target (\w+)", built.asm["ptx"])
+        assert arch is not None
+        said = _run(get_ptxas(capability).path, "-v", f"--gpu-name={arch[1]}", "-o", str(cubin), str(ptx))
+    resources = dict(re.findall(r"(REG|STACK):(\d+)", usage))
+    names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", listing, re.MULTILINE)
+    return Compiled(
+        registers=int(resources["REG"]),
+        stack=int(resources["STACK"]),
+        shared=built.metadata.shared,
+        serialized=re.search(r"C751\d", said) is not None,
+        instructions=Counter(names),
+    )
+
+
+def _source(launch: Launch) -> ASTSource:
+    """The kernel as Triton's own dispatcher would specialize it for these arguments."""
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for i, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments.get(parameter.name, parameter.default)
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            signature[parameter.name] = "constexpr"
+            constants[(i,)] = value
+            continue
+        signature[parameter.name] = _type(value)
+        if _is_multiple_of_16(value):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def _type(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"*{TYPES[value.dtype]}"
+    if isinstance(value, float):
+        return "fp32"
+    return "i32" if -(1 << 31) <= value < 1 << 31 else "i64"
+
+
+def _is_multiple_of_16(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.data_ptr() % 16 == 0  # 0 on the meta device
+    return isinstance(value, int) and value % 16 == 0
+
+
+def _run(tool: str, *arguments: str) -> str:
+    done = subprocess.run([_TOOLS / tool, *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{tool} ended with {done.returncode}: {done.stderr.strip()[-500:]}")
+    return done.stdout + done.stderr
+
+
+def check(place: tuple[str, str]) -> dict[str, Any]:
+    """Compile one proof: its facts, and the objections to it."""
+    module, name = place
+    proof = importlib.import_module(module).proofs()[name]
+    compiled = compile_ahead(proof.launch)
+    return {**compiled.facts(), "objections": compiled.objections(proof)}
+
+
+def main() -> None:
+    """Compile all proofs whose name holds a word, and write what came out."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--only", default="", metavar="WORD")
+    args = parser.parse_args()
+    wanted = {name: place for name, place in proofs().items() if args.only in name}
+    with ProcessPoolExecutor() as pool:
+        table = dict(zip(wanted, pool.map(check, wanted.values()), strict=True))
+    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(facts)}" for name, facts in table.items())
+    args.out.write_text(f"{{\n{lines}\n}}\n")
+
+
+if __name__ == "__main__":
+    main()

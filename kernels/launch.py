@@ -1,0 +1,58 @@
+"""A launch of a Triton kernel as a value: what runs on a GPU, in the interpreter, and through the compiler without one.
+
+A launcher is a pure function of tensors (on any device, `meta` too) that returns a Launch. Calling the launch runs it;
+`octavo.kernels.ahead` compiles the very same launch for a GPU that isn't there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)  # as Triton itself decides it when kernels are defined
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """A kernel, its grid, and its arguments by name: tensors, numbers, and compile-time constants."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    num_warps: int = 4
+    num_stages: int = 3
+
+    def __call__(self) -> None:
+        """Start it on the current stream. An empty grid is no launch."""
+        if all(self.grid):
+            self.kernel[self.grid](**self.arguments, **self.options)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the compiler is told. Multiplications and additions are fused, whatever Triton's default becomes."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """A launch on tensors of the `meta` device that the suite compiles ahead of time, and what must come out.
+
+    expects  regular expressions of opcodes that must occur, such as r"QGMMA\\.64x16x32"
+    forbids  those that must not; byte stores to shared memory never may
+    """
+
+    launch: Launch
+    expects: tuple[str, ...] = ()
+    forbids: tuple[str, ...] = ()
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def power_of_two(n: int) -> int:
+    """The least power of two that is at least n; 1 for 0."""
+    return 1 << max(n - 1, 0).bit_length()

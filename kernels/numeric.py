@@ -1,0 +1,54 @@
+"""Arithmetic that all Triton kernels share, with the interpreter's gaps closed so that it computes what a GPU does.
+
+The interpreter (Triton 3.6 to 3.9) multiplies bf16 by its bit patterns in `tl.dot`, truncates where float32 becomes
+bf16, and neither saturates nor rounds properly where float32 becomes e4m3. On a GPU all of these are one instruction.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from octavo.kernels.launch import INTERPRETED
+
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
+
+@triton.jit
+def dot(a, b, acc=None):
+    """a [M, K] @ b [K, N] + acc in float32."""
+    if _INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc)
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr):
+    """float32 to float32, bf16 or fp16, to nearest even."""
+    if _INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        kept = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        x = tl.where(x == x, kept.to(tl.float32, bitcast=True), x)
+    return x.to(dtype)
+
+
+@triton.jit
+def to_e4m3(x):
+    """float32 to e4m3, to nearest even, saturating at 448; NaN stays."""
+    if _INTERPRETED:
+        bounded = tl.minimum(tl.maximum(x, -448.0), 448.0)
+        bits = bounded.to(tl.int32, bitcast=True)
+        normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -1048576).to(tl.float32, bitcast=True)
+        small = (bounded + 24576.0) - 24576.0  # to multiples of 2^-9: e4m3's subnormals
+        exact = tl.where(tl.abs(bounded) < 0.015625, small, normal).to(tl.float8e4nv)
+        return tl.where(x == x, exact.to(tl.uint8, bitcast=True), 0x7F).to(tl.float8e4nv, bitcast=True)
+    return x.to(tl.float8e4nv)
+
+
+@triton.jit
+def to_int8(x):
+    """float32 to int8, to nearest even, saturating at -128 and 127; NaN becomes 0."""
+    clamped = tl.minimum(tl.maximum(x, -128.0), 127.0)
+    rounded = (clamped + 12582912.0) - 12582912.0  # 1.5 * 2^23: what is left of the point is all that float32 holds
+    return tl.where(x == x, rounded, 0.0).to(tl.int8)

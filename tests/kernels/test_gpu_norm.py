@@ -1,0 +1,97 @@
+"""The norm kernels against the reference: bit for bit where the arithmetic allows it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from octavo.kernels.fp8 import reference as fp8
+from octavo.kernels.fused import reference
+from octavo.kernels.fused.gpu.norm import norm
+from octavo.kernels.int8 import reference as int8
+
+EPS = 1e-5
+SHAPES = [(1, 576), (17, 128), (3, 1000), (2, 4096)]
+
+
+def random(*shape: int, seed: int, device: torch.device) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("with_residual", [True, False])
+def test_norm(shape: tuple[int, int], dtype: torch.dtype, with_residual: bool, device: torch.device) -> None:
+    x, residual = (random(*shape, seed=s, device=device).to(dtype) for s in (1, 2))
+    weight = random(shape[1], seed=3, device=device)
+    out, total = (torch.full_like(x, torch.nan) for _ in range(2))
+    if with_residual:
+        norm(x, weight, EPS, out, residual=residual, total=total)()
+        expected, expected_total = reference.add_rms_norm(x, residual, weight, EPS)
+        assert torch.equal(total, expected_total)
+    else:
+        norm(x, weight, EPS, out)()
+        expected = reference.rms_norm(x, weight, EPS)
+    # In float32 some eight roundings of 2^-24 each (the sum's, in another order; the root's; three products); that may
+    # move a value across the middle of two neighbours of the output's type, a step of eps at most.
+    rtol = torch.finfo(dtype).eps + 8 * 2**-24
+    torch.testing.assert_close(out.double(), expected.double(), rtol=rtol, atol=0)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("group_size", [0, 64, 128])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8], ids=str)
+@pytest.mark.parametrize("parts", [1, 4])
+def test_rounding(
+    shape: tuple[int, int], group_size: int, dtype: torch.dtype, parts: int, device: torch.device
+) -> None:
+    tokens, width = shape
+    x = random(parts, *shape, seed=1, device=device)
+    residual, weight = random(*shape, seed=2, device=device).bfloat16(), random(width, seed=3, device=device)
+    out = torch.full(shape, 99, device=device).to(dtype)
+    scale = torch.full((tokens, -(-width // group_size) if group_size else 1), torch.nan, device=device)
+    total = torch.full_like(residual, torch.nan)
+    norm(x, weight, EPS, out, residual=residual, total=total, scale=scale, group_size=group_size)()
+
+    summed = x[0]
+    for part in x[1:]:
+        summed = summed + part
+    assert torch.equal(total, summed.bfloat16() + residual)
+    truth = reference.rms_norm(total.float(), weight, EPS)
+    size = group_size or width
+    scales = scale.repeat_interleave(size, dim=1)[:, :width]
+    if dtype == torch.float8_e4m3fn:
+        expected = fp8.fake_quantize_per_group(truth, size)
+        step = scales * torch.maximum(truth / scales, torch.tensor(2.0**-6)).abs() / 8
+    else:
+        padded = torch.nn.functional.pad(truth, (0, -width % size)).reshape(-1, size)
+        expected = int8.fake_quantize_per_token(padded).reshape(tokens, -1)[:, :width]
+        step = scales
+    got = out.float() * scales
+    # float32's last bits move a value across the middle of two codes now and then; never further.
+    assert bool(((got - expected).abs() <= step * 1.001).all())
+    assert bool(((got - expected).abs() > 1e-5 * expected.abs()).float().mean() < 1e-3)
+
+
+def test_no_tokens_are_no_launch(device: torch.device) -> None:
+    norm(torch.ones(0, 64, device=device), torch.ones(64, device=device), EPS, torch.ones(0, 64, device=device))()
+
+
+def test_zeros_have_a_scale_of_one(device: torch.device) -> None:
+    x = torch.zeros(2, 256, device=device)
+    for dtype in (torch.float8_e4m3fn, torch.int8):
+        out, scale = torch.ones(2, 256, device=device).to(dtype), torch.zeros(2, 2, device=device)
+        norm(x, torch.ones(256, device=device), EPS, out, scale=scale, group_size=128)()
+        assert torch.equal(scale, torch.ones_like(scale))
+        assert not bool(out.float().any())
+
+
+def test_what_does_not_go_together_is_refused(device: torch.device) -> None:
+    x = torch.ones(1, 8, device=device)
+    with pytest.raises(ValueError, match="needs scale"):
+        norm(x, x[0], EPS, x.to(torch.int8))
+    with pytest.raises(ValueError, match="has no scale"):
+        norm(x, x[0], EPS, x.clone(), scale=x)
+    with pytest.raises(ValueError, match="come together"):
+        norm(x, x[0], EPS, x.clone(), residual=x)
