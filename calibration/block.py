@@ -23,13 +23,18 @@ from octavo.calibration.kv import KVCollector
 from octavo.calibration.layers import QuantizeError
 from octavo.calibration.output import scale_dtype
 from octavo.calibration.recipe import Recipe
-from octavo.calibration.smoothquant import smoothquant_scales, static_input_scale
+from octavo.calibration.scales import static_input_scale
+from octavo.calibration.smoothquant import smoothquant_scales
 from octavo.calibration.stats import InputStats, StatsCollector
 from octavo.quant.block_map import Fold, InputGroup
 from octavo.quant.qparams import QuantizedWeight, WeightError, quantize_weight
 from octavo.quant.scheme import QuantScheme
 
 MAX_ROWS = 1 << 15  # of layers that are solved together, or one layer
+# SmoothQuant's alpha behind a norm. The one with the least error of the layers' outputs is some 0.6, and is worse:
+# Qwen2 0.5B in W8A8 with scales behind norms alone has a KL of 0.0114 with it, and 0.0081 with 0.8.
+NORM_SMOOTHING = 0.8
+INPUT_ROWS = 512  # tokens whose inputs are kept to see what rounding them costs
 Tensors = dict[str, Tensor]
 Step = Callable[[str], None]  # told what is done next, for the progress bar
 
@@ -98,6 +103,7 @@ class Block:
         """Run all samples through the block as it is; the statistics of the inputs of layers that have a scheme."""
         self.step("inputs")
         moments = self.recipe.algorithm != "rtn"  # static scales need the largest magnitudes alone
+        num_rows = 0 if self.recipe.scaling is None else INPUT_ROWS
         names = {group.name for group in wanted if any(m in self.schemes for m in group.modules)}
         if not names:
             return {}
@@ -107,7 +113,9 @@ class Block:
             if name in names:
                 collector = collectors.get(name)
                 if collector is None:
-                    collector = collectors[name] = StatsCollector(x.shape[1], x.device, moments=moments)
+                    collector = collectors[name] = StatsCollector(
+                        x.shape[1], x.device, moments=moments, num_rows=num_rows
+                    )
                 collector.add(x)
 
         for batch in hidden.batches():
@@ -132,7 +140,7 @@ class Block:
                 continue
             self.step(f"{self.recipe.scaling} {fold.group}")
             found = self._search(fold, modules, result[fold.group])
-            if found.gains or self.recipe.smoothing is not None:
+            if found.gains or self._smoothing(fold) is not None:
                 result[fold.group] = fold_scales(self.tensors, fold, modules, found.scales, result[fold.group])
         return result
 
@@ -147,8 +155,14 @@ class Block:
 
         if self.recipe.scaling == "awq":
             return awq_scales(weights, schemes, stats, tie=tie, search=search, scale_dtype=stored)
-        alpha = self.recipe.smoothing
+        alpha = self._smoothing(fold)
         return smoothquant_scales(weights, schemes, stats, alpha=alpha, tie=tie, search=search, scale_dtype=stored)
+
+    def _smoothing(self, fold: Fold) -> float | None:
+        """SmoothQuant's alpha, where it isn't searched: always behind a norm, elsewhere when the recipe has one."""
+        if self.recipe.scaling != "smoothquant":
+            return None
+        return NORM_SMOOTHING if self.recipe.smoothing is None and fold.kind == "norm" else self.recipe.smoothing
 
     def _group(self, group: InputGroup, stats: InputStats | None) -> Iterator[Solved]:
         """Codes of the layers that share an input; those of one scheme are solved together."""
@@ -186,7 +200,7 @@ class Block:
         input_scale = None
         if scheme.activation is not None and not scheme.activation.dynamic:
             assert stats is not None
-            input_scale = static_input_scale(stats, scheme.activation.dtype)
+            input_scale = static_input_scale(stats.absmax, scheme.activation.dtype)
         if recipe.algorithm == "awq":
             assert stats is not None
             solved = [awq_clip(part, stats, scheme, search=search, scale_dtype=stored) for part in parts]

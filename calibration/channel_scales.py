@@ -1,21 +1,21 @@
 """What scales per input channel would cost: the error of a layer's outputs once its scaled weights are rounded.
 
-For AWQ and SmoothQuant, which differ only in the scales that they propose. Only statistics are needed, no activations.
+For AWQ and SmoothQuant, which differ only in the scales that they propose. Only statistics are needed, no forward pass.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from octavo.calibration.scales import round_to_groups, search_scales, search_scales_jointly
+from octavo.calibration.scales import round_to_groups, search_scales, search_scales_jointly, static_input_scale
 from octavo.calibration.stats import InputStats
+from octavo.quant.linear import input_rounding
 from octavo.quant.qparams import Search, WeightError, quantize_weight
-from octavo.quant.scheme import QuantScheme
+from octavo.quant.scheme import ActivationScheme, QuantScheme
 
 ROWS = (
     256  # outputs of a layer, evenly spread, that a trial rounds: 512 find scales with 0.5% less loss in twice the time
@@ -69,6 +69,9 @@ class ScaleTrials:
     def loss(self, scales: Tensor, *, joint: bool = False) -> float:
         """trace(D H D^T) / trace(W H W^T) with D = Q(W s) / s - W, over all layers; and what rounding x / s adds.
 
+        The latter is measured on the tokens that the statistics hold (an estimate from moments and absmax missed by a
+        factor where few tokens have huge inputs).
+
         joint: Q is `awq_clip`'s search, several times slower; else its errors' covariances are left out.
         """
         column = scales.view(-1, 1)
@@ -77,10 +80,19 @@ class ScaleTrials:
             scaled = (values * column).to(self._dtype).float()
             change = (self._round(scaled, scheme, scales, joint) / column).sub_(values)
             noise += each * _energy(change, self.stats.moments)
-            if scheme.activation is not None and scheme.activation.dtype == "int8":
-                step = typical_largest(self.stats, scales) / 127
-                noise += each * step**2 / 12 * float(scaled.square().sum(dtype=torch.float64))
+            if scheme.activation is not None:
+                moved = self._input_errors(scheme.activation, scales) @ scaled
+                noise += each * float(moved.square_().sum(dtype=torch.float64)) / moved.shape[0]
         return noise / self._signal if self._signal > 0 else 0.0
+
+    def _input_errors(self, activation: ActivationScheme, scales: Tensor) -> Tensor:
+        """What rounding does to the sampled tokens' inputs x / s, [R, K]."""
+        inputs = self.stats.rows / scales
+        if inputs.shape[0] == 0:
+            raise ValueError("the scheme rounds inputs, and the statistics hold no rows to try it on")
+        stored = None if activation.dynamic else static_input_scale(self.stats.absmax / scales, activation.dtype)
+        rounds = input_rounding(activation, stored, inputs.device)
+        return inputs if rounds is None else rounds(inputs).sub_(inputs)
 
     def best(self, candidates: Sequence[Tensor], before: float, *, joint: bool = False) -> ScaleSearch:
         """Of some scales, and of none with the loss `before`, the one with the least loss."""
@@ -110,24 +122,6 @@ def normalized(scales: Tensor) -> Tensor:
     """Scales around 1, as AWQ has them: divided by the root of largest times least; never zero."""
     kept = scales.clamp(min=1e-4)
     return kept / (kept.amax() * kept.amin()).sqrt()
-
-
-def typical_largest(stats: InputStats, scales: Tensor) -> float:
-    """The median over tokens of the largest |x_j / s_j|, were the channels normal and independent.
-
-    That is the m with prod_j P(|x_j| <= m s_j) = 1/2. absmax is of all tokens: outliers of single tokens (the first
-    of a text) would stand for every token with it.
-    """
-    spread = (stats.moments.diagonal().clamp(min=0).sqrt() / scales).double()
-    spread = spread[spread > 0]
-    if spread.numel() == 0:
-        return 0.0
-    low, high = 0.0, 10 * float(spread.amax())
-    for _ in range(50):
-        middle = (low + high) / 2
-        share = torch.erf(middle / (spread * math.sqrt(2))).log().sum()
-        low, high = (middle, high) if float(share) < -math.log(2) else (low, middle)
-    return high
 
 
 def _energy(change: Tensor, moments: Tensor) -> float:

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from octavo.kernels.rounding import reference
 from octavo.kernels.rounding.grid import Grid
-from octavo.quant.qparams import FP8_MAX, Search
-from octavo.quant.scheme import WeightScheme
+from octavo.quant.qparams import FP8_MAX, Search, WeightError
+from octavo.quant.scheme import ActivationDtype, WeightScheme
 
 # Fractions of a group's range that the search tries, the whole range first so that it wins a tie. Above 1 the largest
 # weight is not clipped to the 7 of -8..7, and there is room for the errors that GPTQ adds to columns; below 0.5 nothing
 # was seen to gain, from 2 bits to 8.
 FRACTIONS = (1.0, *(1 + 0.025 * i for i in range(1, 7)), *(1 - 0.025 * i for i in range(1, 21)))
+INT8_MAX = 127.0
 
 
 def rounding_body(device: torch.device) -> Any:
@@ -118,3 +119,19 @@ def search_scales_jointly(
         least = torch.minimum(least, error)
     pick = best[None]
     return scales.gather(0, pick)[0], None if zeros is None else zeros.gather(0, pick)[0]
+
+
+def static_input_scale(absmax: Tensor, dtype: ActivationDtype) -> Tensor:
+    """The scale [] float32 of an input that is rounded with a stored one: it covers all that was seen, absmax [K].
+
+    Raises WeightError when the input was zero throughout, or not finite.
+    """
+    amax = absmax.amax().float().cpu()
+    if not bool(amax.isfinite()):
+        raise WeightError("its input holds NaN or infinity: no static scale covers that")
+    if float(amax) == 0:
+        raise WeightError(
+            "its input was zero in the whole calibration text: there is no static scale; more text "
+            "helps, or a scheme whose inputs are dynamic, such as FP8_DYNAMIC"
+        )
+    return amax / (FP8_MAX if dtype == "fp8_e4m3" else INT8_MAX)

@@ -1,7 +1,8 @@
 """What calibration remembers of a linear layer's input: enough for GPTQ, AWQ, SmoothQuant and static scales.
 
 The squared error of a layer's output over the calibration text is a function of its weight's change D and of the
-inputs' second moments H alone: sum over tokens |D x|^2 = trace(D H D^T). So no activations need to be kept.
+inputs' second moments H alone: sum over tokens |D x|^2 = trace(D H D^T). What rounding the inputs themselves costs is
+no function of the moments: for that, some tokens' inputs are kept.
 """
 
 from __future__ import annotations
@@ -20,35 +21,47 @@ class InputStats:
              [0, 0] where only magnitudes were asked for
     absmax   [K] float32: the largest |x| of each channel
     absmean  [K] float32: the mean |x| of each channel
+    rows     [R, K] float32: the inputs of some tokens, evenly spread over all; [0, K] where they weren't asked for
     """
 
     moments: Tensor
     absmax: Tensor
     absmean: Tensor
     num_tokens: int
+    rows: Tensor
 
     def scaled(self, scales: Tensor) -> InputStats:
         """The statistics of x / scales, scales [K]: what the layer sees once a previous op was divided by them."""
         s = scales.to(self.moments.device, torch.float32)
-        return InputStats(self.moments / torch.outer(s, s), self.absmax / s, self.absmean / s, self.num_tokens)
+        moments = self.moments / torch.outer(s, s)
+        return InputStats(moments, self.absmax / s, self.absmean / s, self.num_tokens, self.rows / s)
 
 
 class StatsCollector:
-    """Adds up InputStats over batches [T, K]; sums are float32, over chunks small enough for it."""
+    """Adds up InputStats over batches [T, K]; sums are float32, over chunks small enough for it.
+
+    num_rows: how many tokens' inputs are kept at the most (at least half of it, once that many were seen): every n-th,
+    n doubled whenever they become too many.
+    """
 
     CHUNK = 2048  # tokens of one GEMM
     STRIP = 128  # rows of the moments made at a time: what lies left of the diagonal needn't be computed
 
-    def __init__(self, in_features: int, device: torch.device, *, moments: bool = True) -> None:
+    def __init__(self, in_features: int, device: torch.device, *, moments: bool = True, num_rows: int = 0) -> None:
         side = in_features if moments else 0
         self._sum = torch.zeros(side, side, device=device)  # right of the diagonal, and some more
         self._absmax = torch.zeros(in_features, device=device)
         self._abssum = torch.zeros(in_features, dtype=torch.float64, device=device)
         self._values = torch.empty(0, in_features, device=device)  # fresh memory costs as much as the sums below
+        self._num_rows = num_rows
+        self._every = 1
+        self._rows = torch.zeros(0, in_features, device=device)
         self.num_tokens = 0
 
     def add(self, x: Tensor) -> None:
         """x [T, K], in any floating type."""
+        if self._num_rows:
+            self._keep(x)
         for chunk in torch.split(x, self.CHUNK):
             if chunk.shape[0] > self._values.shape[0]:
                 self._values = torch.empty(chunk.shape, device=self._sum.device)
@@ -61,6 +74,14 @@ class StatsCollector:
             self._abssum += values.sum(0, dtype=torch.float64)
         self.num_tokens += x.shape[0]
 
+    def _keep(self, x: Tensor) -> None:
+        """The last of every `_every` tokens, counted over all batches."""
+        first = -(self.num_tokens + 1) % self._every
+        self._rows = torch.cat([self._rows, x[first :: self._every].to(self._rows)])
+        while self._rows.shape[0] > self._num_rows:
+            self._rows = self._rows[1::2].clone()
+            self._every *= 2
+
     def result(self) -> InputStats:
         """Raises ValueError when nothing was added."""
         if self.num_tokens == 0:
@@ -68,4 +89,4 @@ class StatsCollector:
         mean = (self._abssum / self.num_tokens).float()
         moments = self._sum.triu().div_(self.num_tokens)
         moments += moments.triu(1).t()
-        return InputStats(moments, self._absmax, mean, self.num_tokens)
+        return InputStats(moments, self._absmax, mean, self.num_tokens, self._rows)

@@ -172,7 +172,7 @@ def _choose(part: QuantizedWeight | Tensor, dtype: torch.dtype, device: torch.de
             return body
     if native and part.scheme == PRESETS["W8A8"] and part.shape[1] <= MAX_INT8_COLUMNS:
         return _int8(part, out)
-    rounds = _rounding(part.scheme.activation, part.input_scale, device)
+    rounds = input_rounding(part.scheme.activation, part.input_scale, device)
     return _dense(part.dequantize(dtype), rounds, dtype, device, native, out, "dequantized at load, ")
 
 
@@ -238,7 +238,9 @@ def _dense(
     return Body(f"{how}torch {str(dtype)[6:]}", run, weight.numel() * weight.element_size())
 
 
-def _rounding(activation: ActivationScheme | None, input_scale: Tensor | None, device: torch.device) -> Round | None:
+def input_rounding(
+    activation: ActivationScheme | None, input_scale: Tensor | None, device: torch.device
+) -> Round | None:
     """How the scheme rounds an input, in float32; None when it doesn't."""
     if activation is None:
         return None

@@ -177,7 +177,7 @@ def test_codes_are_computed_against_scales_as_stored(dtype: torch.dtype) -> None
 @pytest.mark.parametrize("act_order", ["none", "static"])
 def test_without_any_input_it_rounds_to_nearest(scheme: QuantScheme, act_order: ActOrder) -> None:
     """An expert that no token reached, say."""
-    stats = InputStats(torch.zeros(K, K), torch.zeros(K), torch.zeros(K), 0)
+    stats = InputStats(torch.zeros(K, K), torch.zeros(K), torch.zeros(K), 0, torch.empty(0, K))
     weight = weight_of()
     q = gptq_weight(weight, stats, scheme, act_order=act_order, search="absmax").weight
     nearest = quantize_weight(weight, scheme)
@@ -209,7 +209,7 @@ def test_dampening_grows_until_the_moments_are_positive_definite() -> None:
 def test_what_no_dampening_helps_is_refused() -> None:
     stats = collect(inputs())
     moments = stats.moments - 10 * stats.moments.diagonal().mean() * torch.ones(K, K).triu(1)
-    broken = InputStats((moments + moments.T) / 2, stats.absmax, stats.absmean, stats.num_tokens)
+    broken = InputStats((moments + moments.T) / 2, stats.absmax, stats.absmean, stats.num_tokens, stats.rows)
     with pytest.raises(WeightError, match="not positive definite, with"):
         gptq_weight(weight_of(), broken, INTEGERS[0])
 
@@ -223,7 +223,7 @@ def test_bad_numbers_are_refused() -> None:
     moments = stats.moments.clone()
     moments[0, 1] = torch.inf
     with pytest.raises(WeightError, match="activations overflowed"):
-        gptq_weight(weight_of(), InputStats(moments, stats.absmax, stats.absmean, 1), INTEGERS[0])
+        gptq_weight(weight_of(), InputStats(moments, stats.absmax, stats.absmean, 1, stats.rows), INTEGERS[0])
     with pytest.raises(WeightError, match="160 columns, but the statistics are of 96"):
         gptq_weight(weight_of(), collect(inputs(k=96)), INTEGERS[0])
 

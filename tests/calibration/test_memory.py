@@ -1,4 +1,4 @@
-"""Peak memory of quantizing a generated checkpoint of 2 GB: a small multiple of its largest tensor."""
+"""Peak memory of quantizing generated checkpoints: rounding knows the largest tensor alone, GPTQ one block."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from octavo.quant.checkpoint import INDEX, Checkpoint
 
@@ -20,21 +23,38 @@ SHAPES = {
 LARGEST = 2 * VOCAB * HIDDEN  # the embedding: 131 MB
 
 # Prints the peak of resident memory before and after, in bytes, as the kernel counted it (VmHWM).
-QUANTIZE = """
+PEAK = """
 import sys
 from pathlib import Path
 import torch
-from octavo.calibration.quantize_model import quantize_model
+from octavo.calibration.quantize_model import Calibration, quantize_model
 from octavo.calibration.recipe import Recipe
+from octavo.quant.checkpoint import Checkpoint
+from octavo.runtime.model.blocks import BlockRunner
 
 def peak():
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 
 torch.set_num_threads(1)
 before = peak()
+"""
+QUANTIZE = (
+    PEAK
+    + """
 quantize_model(Path(sys.argv[1]), Path(sys.argv[2]), Recipe("W4A16"), max_shard_bytes=400_000_000)
 print(before, peak())
 """
+)
+GPTQ = (
+    PEAK
+    + """
+token_ids = torch.arange(8 * 64).view(8, 64) % 256
+calibration = Calibration(token_ids, BlockRunner(Checkpoint.open(Path(sys.argv[1])).config, "model.", 64), {})
+recipe = Recipe("W4A16@64", algorithm="gptq")
+quantize_model(Path(sys.argv[1]), Path(sys.argv[2]), recipe, calibration=calibration, max_shard_bytes=20_000_000)
+print(before, peak())
+"""
+)
 
 
 def sparse_shard(path: Path, shapes: dict[str, tuple[int, int]]) -> int:
@@ -69,11 +89,10 @@ def generate(model: Path) -> int:
     return total
 
 
-def test_peak_memory_does_not_know_the_size_of_the_model(tmp_path: Path) -> None:
-    total = generate(tmp_path / "model")
-    assert total > 2_000_000_000
+def peaks(program: str, model: Path, out: Path) -> tuple[int, int]:
+    """What a program prints: the peak when it begins, and when it is done."""
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", QUANTIZE, str(tmp_path / "model"), str(tmp_path / "out")],
+        [sys.executable, "-W", "error", "-c", program, str(model), str(out)],
         capture_output=True,
         text=True,
         check=False,
@@ -81,6 +100,29 @@ def test_peak_memory_does_not_know_the_size_of_the_model(tmp_path: Path) -> None
     )
     assert done.returncode == 0, done.stderr
     before, after = map(int, done.stdout.split())
+    return before, after
+
+
+def test_gptq_holds_one_block(tmp_path: Path) -> None:
+    """Three times the layers: 66 MB more in the checkpoint, and less than one layer more in memory."""
+    peak, size = dict[int, int](), dict[int, int]()
+    for layers in (5, 15):
+        config = LlamaConfig(
+            hidden_size=512, intermediate_size=1408, num_hidden_layers=layers, num_attention_heads=8, vocab_size=256
+        )
+        model = tmp_path / f"{layers}-layers"
+        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(model)
+        size[layers] = (model / "model.safetensors").stat().st_size
+        before, after = peaks(GPTQ, model, tmp_path / f"{layers}-quantized")
+        peak[layers] = after - before
+    assert size[15] - size[5] > 60_000_000
+    assert peak[15] - peak[5] < (size[15] - size[5]) / 10, peak
+
+
+def test_peak_memory_does_not_know_the_size_of_the_model(tmp_path: Path) -> None:
+    total = generate(tmp_path / "model")
+    assert total > 2_000_000_000
+    before, after = peaks(QUANTIZE, tmp_path / "model", tmp_path / "out")
     assert after - before < 2 * LARGEST
     written = Checkpoint.open(tmp_path / "out")
     assert len(written.files) > 1

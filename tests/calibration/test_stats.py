@@ -41,6 +41,18 @@ def test_sums_over_batches(width: int) -> None:
     torch.testing.assert_close(scaled.absmax.double(), y.abs().amax(0), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("sizes", [(3, 1, 4), (100, 37, 5000), (64,)])
+def test_rows_are_spread_over_all_tokens(sizes: tuple[int, ...]) -> None:
+    x = torch.arange(sum(sizes) * 2.0).view(-1, 2)
+    collector = StatsCollector(2, CPU, num_rows=64)
+    for batch in torch.split(x, list(sizes)):
+        collector.add(batch)
+    rows = collector.result().rows
+    every = max(1, 1 << (-(-len(x) // 64) - 1).bit_length())
+    assert torch.equal(rows, x[every - 1 :: every])
+    assert StatsCollector(2, CPU)._rows.shape == (0, 2)
+
+
 def test_nothing_seen_is_an_error() -> None:
     with pytest.raises(ValueError, match="no token was seen"):
         StatsCollector(4, CPU).result()

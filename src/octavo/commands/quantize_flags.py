@@ -112,7 +112,8 @@ def _configure_algorithm(group: argparse._ArgumentGroup) -> None:
         "--smoothing-strength",
         type=_share,
         metavar="ALPHA",
-        help="SmoothQuant's alpha, from 0 (weights as they are) to 1 (default: the best of several, layer by layer)",
+        help="SmoothQuant's alpha, from 0 (weights as they are) to 1 (default: 0.8 behind norms, the best of several "
+        "behind linear layers)",
     )
 
 

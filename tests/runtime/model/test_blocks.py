@@ -138,6 +138,7 @@ def test_scales_before_experts_are_folded_into_routers_too(tmp_path: Path) -> No
     for fold in folds:
         k = tensors[f"{readers[fold.group][0]}.weight"].shape[1]
         scales = torch.rand(k, generator=torch.Generator().manual_seed(3)) + 0.5
-        fold_scales(tensors, fold, readers[fold.group], scales, InputStats(torch.eye(k), scales, scales, 1))
+        stats = InputStats(torch.eye(k), scales, scales, 1, torch.empty(0, k))
+        fold_scales(tensors, fold, readers[fold.group], scales, stats)
     after = runner.forward(runner.build(1, tensors), hidden)
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
