@@ -26,10 +26,17 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from octavo.kernels.launch import INTERPRETED, Launch, Proof
 
-ROOMS = ("fused.gpu.norm",)  # modules that have `proofs() -> dict[str, Proof]`
+ROOMS = (  # modules that have `proofs() -> dict[str, Proof]`
+    "fused.gpu.norm",
+    "fp8.gpu.quantize",
+    "fp8.gpu.few",
+    "fp8.gpu.many",
+    "int8.gpu.weights",
+)
 SHARED_MEMORY = 232_448  # bytes that a block may use on sm_90
 TYPES = {
     torch.float32: "fp32",
@@ -146,6 +153,8 @@ def _source(launch: Launch) -> ASTSource:
 def _type(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"*{TYPES[value.dtype]}"
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
     if isinstance(value, float):
         return "fp32"
     return "i32" if -(1 << 31) <= value < 1 << 31 else "i64"
