@@ -1,0 +1,39 @@
+"""Columns of x in the order in which a weight with act-order (GPTQ's g_idx) was packed.
+
+out [M, C] = x [M, order [C]], zero where order is -1. Once for x is cheaper than in the GEMM, whose every program along
+N would read scattered columns. Limit: 4 bytes an element of bf16 over 3.0 TB/s on an H100.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from octavo.kernels.launch import Launch, Proof, cdiv
+
+
+@triton.jit
+def _gather(x, order, out, x_row, columns, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    seen = at < columns
+    source = tl.load(order + at, mask=seen, other=-1)
+    tl.store(out + row * columns + at, tl.load(x + row * x_row + source, mask=source >= 0, other=0), mask=seen)
+
+
+def gather(x: Tensor, order: Tensor, out: Tensor) -> Launch:
+    """x [M, K] of any type into out [M, C] by order [C] int32."""
+    if x.element_size() == 1:
+        x, out = x.view(torch.uint8), out.view(torch.uint8)
+    columns, block = order.shape[0], 1024
+    arguments = {"x": x, "order": order, "out": out, "x_row": x.stride(0), "columns": columns, "BLOCK": block}
+    return Launch(_gather, (x.shape[0], cdiv(columns, block)), arguments, num_warps=4, num_stages=1)
+
+
+def proofs() -> dict[str, Proof]:
+    """The order is read, and x written, in wide pieces; x itself is scattered."""
+    x = torch.empty(64, 4096, dtype=torch.bfloat16, device="meta")
+    order = torch.empty(4096, dtype=torch.int32, device="meta")
+    return {"gather": Proof(gather(x, order, x), (r"LDG\.E\.128", r"STG\.E\.128"))}

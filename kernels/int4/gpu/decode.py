@@ -1,0 +1,99 @@
+"""Fields of packed words as numbers that the tensor core takes, out of registers into registers.
+
+A field is put into the mantissa of 128 (bf16) or 1024 (fp16), where an addition of integers is the number itself, and
+128 or 1024 plus the zero point is subtracted: exact, and one shift, one LOP3 and one subtraction for two weights. An
+e4m3 takes the way over fp16, whose conversion in pairs is one instruction; from -16 to 16 it is exact.
+
+Each word becomes one weight, whatever registers words lie in: no layout can make this wrong. Inline assembly isn't
+interpreted; there the same numbers come from Triton's own operations.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from octavo.kernels.launch import INTERPRETED
+from octavo.kernels.numeric import narrow, to_e4m3
+
+_INTERPRETED = tl.constexpr(INTERPRETED)
+# Operands: $1 two words, $2 the shift, $4 masks, $5 the larger numbers, $6 what is subtracted. 0xea: (a & b) | c.
+_TO_BF16 = tl.constexpr("{ .reg .b32 t; shr.u32 t, $1, $2; lop3.b32 t, t, $4, $5, 0xea; sub.rn.bf16x2 $0, t, $6; }")
+_TO_FP16 = tl.constexpr("{ .reg .b32 t; shr.u32 t, $1, $2; lop3.b32 t, t, $4, $5, 0xea; sub.rn.f16x2 $0, t, $6; }")
+_TWO = tl.constexpr("=r,r,r,r,r,r,r")
+# Operands: $1 and $2 four words, $3 the shift, then as above from $7, $9 and $11.
+_TO_E4M3 = tl.constexpr(
+    "{ .reg .b32 a, b; .reg .b16 c, d;"
+    " shr.u32 a, $1, $3; lop3.b32 a, a, $7, $9, 0xea; sub.rn.f16x2 a, a, $11; cvt.rn.satfinite.e4m3x2.f16x2 c, a;"
+    " shr.u32 b, $2, $3; lop3.b32 b, b, $8, $10, 0xea; sub.rn.f16x2 b, b, $12; cvt.rn.satfinite.e4m3x2.f16x2 d, b;"
+    " mov.b32 $0, {c, d}; }"
+)
+_FOUR = tl.constexpr("=r,r,r,r,r,r,r,r,r,r,r,r,r")
+
+
+@triton.jit
+def weights(words, zero, J: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexpr):
+    """Field J of each word [N, WIDTH] less zero, as bf16, fp16 or e4m3.
+
+    zero: whole numbers [N, 1] float32; or None for 2^(BITS-1), which must be a constant of the compiler's: a number
+    that is computed keeps it from giving the words the tensor core's layout before they are decoded.
+    """
+    if _INTERPRETED:
+        number = ((words.to(tl.int32) >> (BITS * J)) & ((1 << BITS) - 1)).to(tl.float32)
+        number -= (1 << (BITS - 1)) if zero is None else zero
+        number = to_e4m3(number) if dtype == tl.float8e4nv else narrow(number, dtype)
+    else:
+        large: tl.constexpr = 0x4300 if dtype == tl.bfloat16 else 0x6400
+        if zero is None:
+            less = tl.full((1, 1), large + (1 << (BITS - 1)), tl.int16)
+        elif dtype == tl.bfloat16:
+            less = (zero + 128.0).to(tl.bfloat16).to(tl.int16, bitcast=True)
+        else:
+            less = (zero + 1024.0).to(tl.float16).to(tl.int16, bitcast=True)
+        mask = tl.full((1, 1), (1 << BITS) - 1, tl.int16)
+        operands = [words, BITS * J, mask, tl.full((1, 1), large, tl.int16), less]
+        if dtype == tl.bfloat16:
+            number = tl.inline_asm_elementwise(_TO_BF16, _TWO, operands, dtype=tl.bfloat16, is_pure=True, pack=2)
+        elif dtype == tl.float16:
+            number = tl.inline_asm_elementwise(_TO_FP16, _TWO, operands, dtype=tl.float16, is_pure=True, pack=2)
+        else:
+            number = tl.inline_asm_elementwise(_TO_E4M3, _FOUR, operands, dtype=tl.float8e4nv, is_pure=True, pack=4)
+    return number
+
+
+@triton.jit
+def scales(scale, tile, all_rows, SHARE: tl.constexpr):
+    """The scales [BLOCK_N] of a tile's groups."""
+    found = ()
+    for g in tl.static_range(128 // SHARE if SHARE < 128 else 1):
+        group = tile * (128 // SHARE) + g if SHARE < 128 else tile // (SHARE // 128)
+        found += (tl.load(scale + group * all_rows),)  # type: ignore[assignment]
+    return found
+
+
+@triton.jit
+def split(pair, SCALE: tl.constexpr):
+    """A scale and a zero point, numbers of one type side by side, as float32."""
+    if pair.dtype == tl.int64:
+        low, high = pair.to(tl.int32), (pair >> 32).to(tl.int32)
+    else:
+        low, high = pair.to(tl.int16), (pair >> 16).to(tl.int16)
+    return low.to(SCALE, bitcast=True).to(tl.float32), high.to(SCALE, bitcast=True).to(tl.float32)
+
+
+def integers(scale: Tensor) -> Tensor:
+    """Scales as the kernels read them: a scale and its zero point [groups, N, 2] are one integer."""
+    if scale.dim() == 2:
+        return scale
+    return scale.view(torch.int64 if scale.dtype == torch.float32 else torch.int32)
+
+
+def scale_type(scale: Tensor) -> Any:
+    """The constant SCALE: None where scales are alone, else the type of what `integers` has made one."""
+    if scale.dim() == 2:
+        return None
+    return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[scale.dtype]

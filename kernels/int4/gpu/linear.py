@@ -1,0 +1,79 @@
+"""Linear layers with weights of 2 to 4 bits on a GPU: tokens in bf16 or fp16, or rounded to e4m3 (W4A8).
+
+y [M, N] = x [M, K] @ ((codes [N, K] - zero point) * scale)^T + bias: `int4.reference.linear`, of rounded x where x is
+rounded (`fp8.reference`). Which body runs, and in what sizes, says `tuning/CARD.json`: rows of "int4" and "int4 fp8".
+Where many tokens make the tensor cores the limit, a weight decoded once to memory and the product of torch's library
+may be the faster; a row with `dequantize` asks for that.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from octavo.kernels.fp8.gpu.few import add_up
+from octavo.kernels.fp8.gpu.quantize import quantize
+from octavo.kernels.int4.gpu.columns import gather
+from octavo.kernels.int4.gpu.dequantize import dequantize
+from octavo.kernels.int4.gpu.gemm import gemm
+from octavo.kernels.int4.gpu.packing import PackedInt4
+from octavo.kernels.tables import choose
+
+
+def linear(x: Tensor, packed: PackedInt4) -> Tensor:
+    """x [M, K] bf16 or fp16 through the layer: [M, N] of x's type."""
+    return matmul(x, packed, None, x.dtype)
+
+
+def linear_fp8(x: Tensor, packed: PackedInt4) -> Tensor:
+    """x [M, K] bf16, fp16 or float32, each token rounded to e4m3, through the layer: [M, N] of x's type."""
+    codes = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+    scale = torch.empty(x.shape[0], 1, device=x.device)
+    quantize(x.contiguous(), codes, scale)()
+    return matmul(codes, packed, scale, x.dtype)
+
+
+def matmul(x: Tensor, packed: PackedInt4, x_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """x [M, K] bf16 or fp16, or e4m3 with x_scale [M, 1] float32, times the weight: [M, N] bf16, fp16 or float32."""
+    sizes = _sizes(x, packed)
+    x, n = _arranged(x, packed), packed.shape[0]
+    if sizes.pop("dequantize", 0):
+        weight = torch.empty(n, packed.columns, dtype=x.dtype, device=x.device)
+        dequantize(packed, weight)()
+        return F.linear(x, weight, None if packed.bias is None else packed.bias.to(x.dtype)).to(dtype)
+    out = torch.empty(x.shape[0], n, dtype=dtype, device=x.device)
+    parts = sizes.pop("parts")
+    into = out if parts == 1 else torch.empty(parts, *out.shape, device=x.device)
+    gemm(x, packed, into, x_scale, **sizes)()
+    if parts > 1:
+        add_up(into, out)()
+    return out
+
+
+def partial_sums(x: Tensor, packed: PackedInt4, x_scale: Tensor | None = None) -> Tensor:
+    """`matmul`'s product, bias included: [S, M, N] float32 for the next kernel to add up."""
+    sizes = _sizes(x, packed)
+    if sizes.pop("dequantize", 0):
+        return matmul(x, packed, x_scale, torch.float32)[None]
+    out = torch.empty(sizes.pop("parts"), x.shape[0], packed.shape[0], device=x.device)
+    gemm(_arranged(x, packed), packed, out, x_scale, **sizes)()
+    return out
+
+
+def _sizes(x: Tensor, packed: PackedInt4) -> dict[str, int]:
+    """The table's row, as the caller's own."""
+    fp8 = x.dtype == torch.float8_e4m3fn
+    sizes = {**choose("int4 fp8" if fp8 else "int4", x.shape[0], packed.shape[0], packed.columns)}
+    if packed.share == 32 and "block_m" in sizes:
+        sizes["block_m"] = min(sizes["block_m"], 64)  # four sums of 128 tokens are more than the registers hold
+    return sizes
+
+
+def _arranged(x: Tensor, packed: PackedInt4) -> Tensor:
+    """x with the columns that the GEMM reads."""
+    if packed.order is None:
+        return x if x.stride(1) == 1 else x.contiguous()
+    out = torch.empty(x.shape[0], packed.columns, dtype=x.dtype, device=x.device)
+    gather(x.contiguous(), packed.order, out)()
+    return out
