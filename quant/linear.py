@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from octavo.kernels import processor
 from octavo.kernels.fp8 import reference as fp8_reference
 from octavo.kernels.int8 import reference as int8_reference
+from octavo.quant.linear_gpu import gpu_body
 from octavo.quant.qparams import QuantizedWeight
 from octavo.quant.scheme import CHANNEL, PRESETS, TENSOR, ActivationScheme, Granularity, QuantScheme, WeightScheme
 
@@ -62,10 +63,12 @@ def make_linear(
     dtype: torch.dtype,
     device: torch.device,
     out_dtype: torch.dtype | None = None,
+    capability: int = 0,
 ) -> Linear:
     """One layer out of parts that share their input (q, k, v; gate, up), each [N_i, K], with a bias [N_i] or None.
 
     out_dtype: the output's type where it isn't `dtype`: float32 for logits, which bf16 would round to 8 bits.
+    capability: a GPU's, 90 for an H100: which kernels it can run.
     Raises ValueError when the parts' K differ. With dtype float32 everything is computed in float32, activations
     rounded as the scheme says: the truth that the other bodies are compared with.
     """
@@ -74,7 +77,7 @@ def make_linear(
         raise ValueError(f"parts of one layer must share their input and have a bias each: K {sorted(columns)}")
     fused = [_join(run) for run in _runs(parts)]
     out = out_dtype or dtype
-    bodies = [_choose(part, dtype, device, out) for part in fused]
+    bodies = [_choose(part, dtype, device, out, capability) for part in fused]
     schemes = dict.fromkeys(str(p.scheme) if isinstance(p, QuantizedWeight) else str(dtype)[6:] for p in fused)
     return Linear(" + ".join(schemes), bodies, _join_biases(parts, biases, out, device))
 
@@ -158,7 +161,9 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
     return torch.equal(a, b)
 
 
-def _choose(part: QuantizedWeight | Tensor, dtype: torch.dtype, device: torch.device, out: torch.dtype) -> Body:
+def _choose(
+    part: QuantizedWeight | Tensor, dtype: torch.dtype, device: torch.device, out: torch.dtype, capability: int
+) -> Body:
     """The body for one weight: what runs it natively here, else the weight dequantized at load.
 
     float32 is never native: it is the truth that the native bodies are compared with.
@@ -166,6 +171,10 @@ def _choose(part: QuantizedWeight | Tensor, dtype: torch.dtype, device: torch.de
     native = device.type == "cpu" and dtype != torch.float32 and processor.has_dot_products()
     if isinstance(part, Tensor):
         return _dense(part, None, dtype, device, native, out)
+    if device.type == "cuda" and dtype != torch.float32:
+        found = gpu_body(part.to(device), out, capability)
+        if found is not None:
+            return Body(*found)
     if native and dtype == torch.bfloat16 and part.scheme.activation is None:
         body = _weight_only(part, out)
         if body is not None:

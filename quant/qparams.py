@@ -49,6 +49,15 @@ class QuantizedWeight:
             codes = codes - self._expand(self.zero_point.float(), n, k)
         return (codes * scale).to(dtype)
 
+    def to(self, device: torch.device) -> QuantizedWeight:
+        """The same on a device."""
+        moved = {
+            name: value.to(device)
+            for name in ("codes", "scale", "zero_point", "g_idx", "input_scale")
+            if (value := getattr(self, name)) is not None
+        }
+        return replace(self, **moved)
+
     def rows(self, begin: int, stop: int) -> QuantizedWeight:
         """Some of its rows, as views; with blocks, `begin` lies on a block's edge."""
         scale, zero_point = self.scale, self.zero_point

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 CGROUP = Path("/sys/fs/cgroup")
 
@@ -46,6 +48,53 @@ def free_memory(device: torch.device) -> int:
 def total_memory(device: torch.device) -> int:
     """Bytes that a GPU has."""
     return torch.cuda.mem_get_info(device)[1]
+
+
+def card_name(device: torch.device) -> str:
+    """What the driver calls a GPU."""
+    return torch.cuda.get_device_name(device)
+
+
+def capability(device: torch.device) -> int:
+    """A GPU's compute capability: 90 for an H100, 89 for an L40S or 4090, 80 for an A100."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def peak_memory(run: Callable[[], object], device: torch.device) -> int:
+    """Bytes that a GPU held while something ran, at the most, beyond what it held before."""
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+_POOLS: dict[torch.device, Any] = {}  # all graphs of a device share their memory: one runs at a time
+
+
+def capture(run: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
+    """Run twice, the second time into a CUDA graph: what replays it, and the tensor that then holds the result.
+
+    On a CPU there are no graphs: the replay runs it again, and copies its result to where the first one lies.
+    """
+    if device.type == "cpu":
+        result = run()
+
+        def again() -> None:
+            result.copy_(run())
+
+        return again, result
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        run()  # what compiles or allocates at first use may not be captured
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=_POOLS.get(device), stream=stream):
+        result = run()
+    _POOLS[device] = graph.pool()
+    return graph.replay, result
 
 
 def _available() -> int:

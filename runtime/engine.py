@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from octavo.kernels.attention.cache import LayerCache
+from octavo.runtime.graphs import DecodeGraphs
 from octavo.runtime.inputs import InputBuilder
 from octavo.runtime.model.model import Model
 from octavo.runtime.request import AddRequest, TokenOutput
@@ -16,9 +17,17 @@ from octavo.runtime.validation import problem_of
 class Engine:
     """Token ids in, token ids out. Not thread-safe: one loop owns it."""
 
-    def __init__(self, model: Model, caches: list[LayerCache], config: SchedulerConfig, seed: int = 0) -> None:
+    def __init__(
+        self,
+        model: Model,
+        caches: list[LayerCache],
+        config: SchedulerConfig,
+        seed: int = 0,
+        graphs: DecodeGraphs | None = None,
+    ) -> None:
         self.model = model
         self.caches = caches
+        self.graphs = graphs
         self.scheduler = Scheduler(config)
         self.inputs = InputBuilder(config, model.device)
         self.sampler = Sampler(seed, model.device)
@@ -35,6 +44,6 @@ class Engine:
         """Compute one batch; call while `scheduler.has_work`."""
         plan = self.scheduler.plan()
         inputs = self.inputs.build(plan)
-        logits = self.model.forward(inputs, self.caches)
+        logits = self.model.forward(inputs, self.caches) if self.graphs is None else self.graphs.forward(inputs)
         sampled = self.sampler.sample(logits, plan)
         return self.scheduler.commit(plan, sampled)

@@ -15,7 +15,7 @@ import torch
 from octavo.kernels.attention.cache import LayerCache
 from octavo.kernels.attention.step import StepInputs
 from octavo.runtime.config import EngineConfig
-from octavo.runtime.device import free_memory, total_memory
+from octavo.runtime.device import free_memory, peak_memory, total_memory
 from octavo.runtime.model.model import KVScales, Model
 
 DTYPES = {
@@ -53,7 +53,10 @@ class CachePlan:
 
 def create(model: Model, config: EngineConfig, notes: list[str]) -> tuple[list[LayerCache], CachePlan]:
     """The caches that a config asks for; what a person should know about them is added to notes."""
-    plan = plan_cache(model, config, free_memory(model.device), notes)
+    free = free_memory(model.device)
+    if model.device.type == "cuda" and config.num_blocks is None and config.kv_cache_memory_bytes is None:
+        free -= step_bytes(model, config)
+    plan = plan_cache(model, config, free, notes)
     scales = choose_scales(model, plan.dtype, notes)
     return allocate(model, plan.num_blocks, plan.block_size, plan.dtype, scales), plan
 
@@ -91,6 +94,18 @@ def bytes_per_block(model: Model, block_size: int, dtype: torch.dtype) -> int:
         heads * head_dim * block_size * (key_dtype(model, layer, dtype).itemsize + dtype.itemsize)
         for layer, (heads, head_dim) in enumerate(model.kv_shapes)
     )
+
+
+def step_bytes(model: Model, config: EngineConfig) -> int:
+    """What the largest step needs beside weights and cache, on a GPU: a prefill is run, and its peak counted.
+
+    Logits, and the sampler's copy of them, are added for as many sequences as there may be.
+    """
+    length = min(config.max_num_batched_tokens, model.max_position)
+    caches = allocate(model, 1, length, model.dtype)
+    inputs = _one_prefill(torch.zeros(length, dtype=torch.int64, device=model.device))
+    peak = peak_memory(lambda: model.forward(inputs, caches), model.device)
+    return peak * -(-config.max_num_batched_tokens // length) + 2 * 4 * config.max_num_seqs * model.vocab_size
 
 
 def _blocks_for(model: Model, config: EngineConfig, free_bytes: int, per_block: int) -> int:

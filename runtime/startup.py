@@ -11,6 +11,8 @@ from octavo.runtime import kv_cache, ops
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.device import choose_device, set_threads
 from octavo.runtime.engine import Engine
+from octavo.runtime.graphs import DecodeGraphs
+from octavo.runtime.model.decoder import Decoder
 from octavo.runtime.model.model import Model
 from octavo.runtime.model.weights import load_model
 from octavo.runtime.request import AddRequest, Ready, SamplingParams, StartupReport
@@ -49,6 +51,11 @@ def load_engine(config: EngineConfig, spawn_time: float) -> tuple[Engine, Ready]
         )
         warm_up(model, caches, limits)
         clock.end("warm-up")
+        graphs = None
+        has_kernels = isinstance(model, Decoder) and model.ops.name == "triton"
+        if device.type == "cuda" and has_kernels and not config.enforce_eager:
+            graphs = DecodeGraphs(model, caches, limits.max_num_seqs, limits.max_model_len)
+            clock.end("cuda graphs")
     report = StartupReport(
         model=config.model,
         architecture=model.architecture,
@@ -61,7 +68,7 @@ def load_engine(config: EngineConfig, spawn_time: float) -> tuple[Engine, Ready]
         seconds=clock.seconds,
         notes=notes,
     )
-    engine = Engine(model, caches, limits, config.seed)
+    engine = Engine(model, caches, limits, config.seed, graphs)
     return engine, Ready(limits.max_model_len, plan.num_blocks, plan.block_size, model.vocab_size, report)
 
 

@@ -50,6 +50,8 @@ def rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
 
 def write_cache(k: Tensor, v: Tensor, slot_mapping: Tensor, cache: LayerCache) -> None:
     """Store k and v [T, Hkv, D] at their slots, divided by the scales, rounded to the nearest, saturated."""
+    kept = slot_mapping >= 0
+    k, v, slot_mapping = k[kept], v[kept], slot_mapping[kept]
     block, offset = slot_mapping // cache.block_size, slot_mapping % cache.block_size
     for x, store, scale in ((k, cache.key, cache.key_scale), (v, cache.value, cache.value_scale)):
         store[block, :, offset] = encode(x, scale.reshape(-1, 1), store.dtype)

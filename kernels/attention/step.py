@@ -16,7 +16,8 @@ class StepInputs:
 
     token_ids      [T] int64
     positions      [T] int64      position of each token in its sequence
-    slot_mapping   [T] int64      where its key and value go: block id * block_size + offset in the block
+    slot_mapping   [T] int64      where its key and value go: block id * block_size + offset in the block; -1, nowhere:
+                                  a token that only fills a batch up (on a GPU; CPUs are given none)
     block_tables   [S, B] int32   block ids of each sequence in order; entries past its length are 0 and never read
     seq_lens       [S] int32      tokens in the cache once this step has written its own
     query_starts   [S + 1] int32  sequence s owns tokens query_starts[s] .. query_starts[s + 1]

@@ -18,7 +18,7 @@ from octavo.quant.linear import Linear, make_linear
 from octavo.quant.qparams import QuantizedWeight, quantize_weight
 from octavo.quant.scheme import CHANNEL, PRESETS, QuantScheme, WeightScheme, group
 from octavo.runtime.config import Dtype, EngineConfig
-from octavo.runtime.device import choose_device
+from octavo.runtime.device import capability, choose_device
 from octavo.runtime.model.decoder import Decoder, DecoderLayer
 from octavo.runtime.model.mlp import GatedMlp, Mlp
 from octavo.runtime.model.model import KVScales, Model
@@ -145,6 +145,7 @@ class DecoderBuilder:
     ) -> None:
         self.config, self.spec, self.source = config, spec, source
         self.dtype, self.device, self.notes = dtype, device, notes
+        self.capability = capability(device) if device.type == "cuda" else 0
         self.ops = select_ops(device, dtype)
         self.act = {"silu": self.ops.silu_and_mul, "gelu_tanh": self.ops.gelu_tanh_and_mul}[spec.activation]
         self.kv_scales: KVScales | None = None
@@ -237,7 +238,7 @@ class DecoderBuilder:
         modules = parts.modules
         weights = [self._quantize(m, self.source.linear(m, n, parts.in_features)) for m, n in modules.items()]
         biases = [self.source.bias(m, n, expected=parts.bias) for m, n in modules.items()]
-        return make_linear(weights, biases, dtype=self.dtype, device=self.device)
+        return make_linear(weights, biases, dtype=self.dtype, device=self.device, capability=self.capability)
 
     def _quantize(self, module: str, weight: Weight) -> Weight:
         """Apply --dtype fp8, int8 or int4 to a dense weight."""
@@ -267,7 +268,14 @@ class DecoderBuilder:
             if isinstance(weight, QuantizedWeight):
                 raise LoadError(f"{name} is quantized already ({weight.scheme}); leave --lm-head-dtype out")
             weight = quantize_weight(weight, HEAD_INT8, "absmax")
-        return make_linear([weight], [None], dtype=self.dtype, device=self.device, out_dtype=torch.float32)
+        return make_linear(
+            [weight],
+            [None],
+            dtype=self.dtype,
+            device=self.device,
+            out_dtype=torch.float32,
+            capability=self.capability,
+        )
 
     def _norm(self, module: str, size: int) -> Tensor:
         """A norm's weight in float32, as it is multiplied."""

@@ -64,6 +64,7 @@ def test_every_field_of_the_engine_s_configuration_has_a_flag() -> None:
         "model_impl": ("--model-impl", "hf"),
         "load_format": ("--load-format", "dummy"),
         "trust_remote_code": ("--trust-remote-code",),
+        "enforce_eager": ("--enforce-eager",),
         "max_model_len": ("--max-model-len", "7"),
         "block_size": ("--block-size", "7"),
         "num_blocks": ("--num-gpu-blocks-override", "7"),

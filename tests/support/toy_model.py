@@ -53,7 +53,8 @@ class ToyModel:
     def forward(self, inputs: StepInputs, caches: list[LayerCache]) -> Tensor:
         store = caches[0].key  # [num_blocks, 1, block_size, 1]
         size = store.shape[2]
-        store[inputs.slot_mapping // size, 0, inputs.slot_mapping % size, 0] = inputs.token_ids.float()
+        slots = inputs.slot_mapping[inputs.slot_mapping >= 0]
+        store[slots // size, 0, slots % size, 0] = inputs.token_ids[inputs.slot_mapping >= 0].float()
         states = []
         for row in inputs.logits_index.tolist():
             sequence = int(torch.searchsorted(inputs.query_starts, row, right=True)) - 1

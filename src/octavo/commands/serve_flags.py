@@ -46,6 +46,7 @@ def engine_config(args: argparse.Namespace, directory: Path) -> EngineConfig:
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=args.max_num_batched_tokens,
         enable_prefix_caching=args.enable_prefix_caching,
+        enforce_eager=args.enforce_eager,
         num_threads=args.num_threads,
         seed=args.seed,
     )
@@ -108,6 +109,13 @@ def _configure_loading(group: argparse._ArgumentGroup) -> None:
     )
     _add(group, "--trust-remote-code", action="store_true", help="run Python code that lies in the checkpoint")
     _add(group, "--device", choices=_choices("device"), default=DEFAULTS.device, help="where to compute")
+    _add(
+        group,
+        "--enforce-eager",
+        "--disable-cuda-graph",
+        action="store_true",
+        help="on a GPU, launch the kernels of a decode step one by one instead of replaying a CUDA graph",
+    )
     _add(group, "--num-threads", type=_count, metavar="N", help="CPU threads of the engine (default: all cores)")
     _add(
         group,

@@ -1,0 +1,98 @@
+"""Which GPU body serves which scheme, and that each computes it (interpreted where there is no GPU)."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from octavo.calibration.recipe import parse_scheme
+from octavo.quant.linear import input_rounding
+from octavo.quant.linear_gpu import gpu_body
+from octavo.quant.qparams import QuantizedWeight, quantize_weight
+from octavo.quant.scheme import PRESETS, QuantScheme
+
+BODIES = {
+    "W4A16@64": "int4 weights, 16 bits",
+    "W4A16_ASYM@32": "int4 weights, 16 bits",
+    "W4A16@-1": "int4 weights, 16 bits",
+    "W3A16@128": "int3 weights in 4 bits, 16 bits",
+    "W2A16@64": "int2 weights, 16 bits",
+    "W8A16@-1": "int8 weights",
+    "W8A8": "int8 x int8",
+    "W4AFP8@128": "int4 weights, fp8",
+    "FP8": "fp8 x fp8, static",
+    "FP8_DYNAMIC": "fp8 x fp8, token",
+    "FP8_BLOCK": "fp8 x fp8, blocks",
+}
+N, K = 80, 320  # no multiple of a tile, nor of a block
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cpu" if "TRITON_INTERPRET" in os.environ else "cuda")
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def part_of(name: str, device: torch.device) -> QuantizedWeight:
+    scheme = parse_scheme(name)
+    part = quantize_weight(random(N, K, seed=1).bfloat16(), scheme, "absmax")
+    if scheme.activation is not None and not scheme.activation.dynamic:
+        part = QuantizedWeight(scheme, part.codes, part.scale, input_scale=torch.tensor(4.5 / 448))
+    return part.to(device)
+
+
+@pytest.mark.parametrize("name", BODIES)
+@pytest.mark.parametrize("m", [1, 21])
+def test_a_body_computes_its_scheme(name: str, m: int, device: torch.device) -> None:
+    part, x = part_of(name, device), random(m, K, seed=2).bfloat16().to(device)
+    found = gpu_body(part, torch.float32, 90)
+    assert found is not None
+    described, run, num_bytes = found
+    assert described == BODIES[name]
+    assert num_bytes >= N * K * part.scheme.weight.bits / 8
+    rounds = input_rounding(part.scheme.activation, part.input_scale, device)
+    rounded = x.double() if rounds is None else rounds(x).double()
+    expected = rounded @ part.dequantize().double().T
+    got = run(x)
+    assert got.dtype == torch.float32
+    # K products are summed in float32, each with an error of 2^-24 of the largest partial sum.
+    bound = K * 2**-24 * (rounded.abs() @ part.dequantize().double().abs().T)
+    if described in ("int8 weights", "int4 weights, fp8"):
+        bound += 2**-8 * expected.abs()  # these bodies' output is of x's type
+    assert bool(((got.double() - expected).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("name", ["FP8", "FP8_DYNAMIC", "FP8_BLOCK", "W4AFP8@128"])
+def test_a_card_without_fp8_units_has_no_fp8_body(name: str, device: torch.device) -> None:
+    assert gpu_body(part_of(name, device), torch.bfloat16, 80) is None
+    assert gpu_body(part_of(name, device), torch.bfloat16, 89) is not None
+
+
+def test_what_no_kernel_has_is_left_to_be_dequantized(device: torch.device) -> None:
+    w8a16 = part_of("W8A16@64", device)
+    shuffled = QuantizedWeight(
+        w8a16.scheme, w8a16.codes, w8a16.scale, g_idx=torch.arange(K, device=device).flip(0).int() // 64
+    )
+    assert gpu_body(shuffled, torch.bfloat16, 90) is None
+    int8_static = QuantScheme(PRESETS["W8A8"].weight, PRESETS["FP8"].activation)
+    assert gpu_body(QuantizedWeight(int8_static, w8a16.codes, w8a16.scale), torch.bfloat16, 90) is None
+
+
+def test_act_order_is_undone(device: torch.device) -> None:
+    """GPTQ's g_idx: columns of a group anywhere."""
+    part, x = part_of("W4A16@64", device), random(3, K, seed=3).bfloat16().to(device)
+    order = torch.randperm(K, generator=torch.Generator().manual_seed(4))
+    g_idx = (torch.arange(K) // 64)[order].int().to(device)
+    shuffled = QuantizedWeight(part.scheme, part.codes[:, order], part.scale, g_idx=g_idx)
+    found = gpu_body(shuffled, torch.float32, 90)
+    assert found is not None
+    straight = gpu_body(part, torch.float32, 90)
+    assert straight is not None
+    inverse = order.argsort()
+    torch.testing.assert_close(found[1](x), straight[1](x[:, inverse]), rtol=0, atol=0)
