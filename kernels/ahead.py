@@ -32,6 +32,9 @@ from octavo.kernels.launch import INTERPRETED, Launch, Proof
 
 ROOMS = (  # modules that have `proofs() -> dict[str, Proof]`
     "fused.gpu.norm",
+    "int4.gpu.gemm",
+    "int4.gpu.dequantize",
+    "int4.gpu.columns",
     "fp8.gpu.quantize",
     "fp8.gpu.few",
     "fp8.gpu.many",
@@ -39,6 +42,7 @@ ROOMS = (  # modules that have `proofs() -> dict[str, Proof]`
 )
 SHARED_MEMORY = 232_448  # bytes that a block may use on sm_90
 TYPES = {
+    torch.float64: "fp64",
     torch.float32: "fp32",
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
@@ -60,7 +64,8 @@ class Compiled:
     stack         bytes of local memory a thread has: not 0 where registers spill
     shared        bytes of shared memory a block has
     serialized    ptxas gave up overlapping tensor-core instructions (its warning C7510 to C7519)
-    instructions  how often each opcode stands in the machine code, with its modifiers
+    instructions  how often each opcode stands in the machine code, with its modifiers; ".RS" is put behind a wgmma whose
+                  first factor lies in registers
     """
 
     registers: int
@@ -123,7 +128,8 @@ def compile_ahead(launch: Launch, capability: int = 90) -> Compiled:
         assert arch is not None
         said = _run(get_ptxas(capability).path, "-v", f"--gpu-name={arch[1]}", "-o", str(cubin), str(ptx))
     resources = dict(re.findall(r"(REG|STACK):(\d+)", usage))
-    names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", listing, re.MULTILINE)
+    line = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(\s+R\d+, R\d+, gdesc)?", re.MULTILINE)
+    names = [name + (".RS" if registers else "") for name, registers in line.findall(listing)]
     return Compiled(
         registers=int(resources["REG"]),
         stack=int(resources["STACK"]),

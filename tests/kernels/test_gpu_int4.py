@@ -165,7 +165,7 @@ def test_linear(m: int, device: torch.device) -> None:
 def test_many_tokens_are_multiplied_with_a_dequantized_weight(
     monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
-    monkeypatch.setattr(layer, "choose", lambda *_: {"dequantize": 1})
+    monkeypatch.setattr(layer, "choose", lambda *_: {"dequantize": 1, "block_m": 16})
     weight = Weight(40, 250, 96, 4, True, False)
     x = weight.x(5, torch.bfloat16)
     got = layer.linear(x.to(device), weight.packed(device))
@@ -176,7 +176,7 @@ def test_many_tokens_are_multiplied_with_a_dequantized_weight(
     assert bool(((got.cpu().double() - expected).abs() <= limit).all())
 
 
-@pytest.mark.parametrize("shape", [WEIGHTS[0], WEIGHTS[1], WEIGHTS[4], WEIGHTS[5], WEIGHTS[8]], ids=str)
+@pytest.mark.parametrize("shape", [WEIGHTS[0], WEIGHTS[1], WEIGHTS[4], WEIGHTS[5], WEIGHTS[8], WEIGHTS[11]], ids=str)
 @pytest.mark.parametrize("m", [1, 17])
 def test_tokens_of_e4m3(m: int, shape: tuple[int, int, int, int, bool, bool], device: torch.device) -> None:
     weight = Weight(*shape)
@@ -218,7 +218,12 @@ def test_what_does_not_fit_is_refused(device: torch.device) -> None:
     with pytest.raises(ValueError, match="bits"):
         pack(codes, scale, None, groups, bits=5)
     packed, x = pack(codes.to(device), scale.to(device), None, groups), torch.ones(1, 64, device=device)
+    two_bits = pack(codes.to(device), scale.to(device), None, groups, bits=2)
     with pytest.raises(ValueError, match="63 columns"):
         gemm(x[:, :63].bfloat16(), packed, x)
-    with pytest.raises(ValueError, match="needs scale"):
+    with pytest.raises(ValueError, match="without scales"):
         gemm(x.to(torch.float8_e4m3fn), packed, x)
+    with pytest.raises(ValueError, match="2 bits"):
+        gemm(x.to(torch.float8_e4m3fn), two_bits, x, x[0, :1])
+    with pytest.raises(ValueError, match="float32"):
+        gemm(x, packed, x)

@@ -124,15 +124,16 @@ def gemm(
 ) -> Launch:
     """x [M, columns], as the packed weight has ordered them, times the weight.
 
-    x        bf16 or fp16; or e4m3 with x_scale [M] or [M, 1] float32
+    x        bf16 or fp16; or, for 4 bits, e4m3 with x_scale [M] or [M, 1] float32
     out      [M, N] bf16, fp16 or float32; or [S, M, N] float32, sums over S parts of K
     group_m  tiles of tokens that go through the weight together: 1 where there is only one
     """
     (m, k), n = x.shape, packed.shape[0]
     if k != packed.columns or x.stride(1) != 1:
         raise ValueError(f"x has {k} columns of stride {x.stride(1)}, not {packed.columns} side by side")
-    if (x.dtype == torch.float8_e4m3fn) != (x_scale is not None):
-        raise ValueError(f"x of {x.dtype} {'needs' if x_scale is None else 'has no'} scale")
+    fp8 = x.dtype == torch.float8_e4m3fn
+    if x.dtype not in (torch.bfloat16, torch.float16) and not (fp8 and x_scale is not None and packed.bits == 4):
+        raise ValueError(f"x of {x.dtype} {'with' if x_scale is not None else 'without'} scales, {packed.bits} bits")
     parts = out.shape[0] if out.dim() == 3 else 1
     tiles = packed.words.shape[0]
     rows, columns = cdiv(m, block_m), cdiv(n, block_n)

@@ -36,12 +36,12 @@ def linear_fp8(x: Tensor, packed: PackedInt4) -> Tensor:
 
 def matmul(x: Tensor, packed: PackedInt4, x_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     """x [M, K] bf16 or fp16, or e4m3 with x_scale [M, 1] float32, times the weight: [M, N] bf16, fp16 or float32."""
-    sizes = _sizes(x, packed)
-    x, n = _arranged(x, packed), packed.shape[0]
-    if sizes.pop("dequantize", 0):
-        weight = torch.empty(n, packed.columns, dtype=x.dtype, device=x.device)
+    sizes, n = _sizes(x, packed), packed.shape[0]
+    x = _arranged(x, packed)
+    if sizes.pop("dequantize", 0) and x_scale is None and x.dtype == dtype:
+        weight = torch.empty(n, packed.columns, dtype=dtype, device=x.device)
         dequantize(packed, weight)()
-        return F.linear(x, weight, None if packed.bias is None else packed.bias.to(x.dtype)).to(dtype)
+        return F.linear(x, weight, None if packed.bias is None else packed.bias.to(dtype))
     out = torch.empty(x.shape[0], n, dtype=dtype, device=x.device)
     parts = sizes.pop("parts")
     into = out if parts == 1 else torch.empty(parts, *out.shape, device=x.device)
@@ -54,8 +54,7 @@ def matmul(x: Tensor, packed: PackedInt4, x_scale: Tensor | None, dtype: torch.d
 def partial_sums(x: Tensor, packed: PackedInt4, x_scale: Tensor | None = None) -> Tensor:
     """`matmul`'s product, bias included: [S, M, N] float32 for the next kernel to add up."""
     sizes = _sizes(x, packed)
-    if sizes.pop("dequantize", 0):
-        return matmul(x, packed, x_scale, torch.float32)[None]
+    sizes.pop("dequantize", 0)
     out = torch.empty(sizes.pop("parts"), x.shape[0], packed.shape[0], device=x.device)
     gemm(_arranged(x, packed), packed, out, x_scale, **sizes)()
     return out
@@ -65,13 +64,15 @@ def _sizes(x: Tensor, packed: PackedInt4) -> dict[str, int]:
     """The table's row, as the caller's own."""
     fp8 = x.dtype == torch.float8_e4m3fn
     sizes = {**choose("int4 fp8" if fp8 else "int4", x.shape[0], packed.shape[0], packed.columns)}
-    if packed.share == 32 and "block_m" in sizes:
-        sizes["block_m"] = min(sizes["block_m"], 64)  # four sums of 128 tokens are more than the registers hold
+    if packed.share == 32:
+        sizes["block_m"] = min(sizes["block_m"], 64)  # with four sums of 128 tokens in turn, registers spill
     return sizes
 
 
 def _arranged(x: Tensor, packed: PackedInt4) -> Tensor:
-    """x with the columns that the GEMM reads."""
+    """x with the columns that the GEMM reads, and for 2 bits in bf16, exactly: their slices are short for e4m3."""
+    if packed.bits == 2 and x.dtype == torch.float8_e4m3fn:
+        x = x.to(torch.bfloat16)
     if packed.order is None:
         return x if x.stride(1) == 1 else x.contiguous()
     out = torch.empty(x.shape[0], packed.columns, dtype=x.dtype, device=x.device)
