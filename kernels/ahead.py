@@ -39,6 +39,12 @@ ROOMS = (  # modules that have `proofs() -> dict[str, Proof]`
     "fp8.gpu.few",
     "fp8.gpu.many",
     "int8.gpu.weights",
+    "moe.gpu.fused",
+    "moe.gpu.grouped",
+    "moe.gpu.int4",
+    "moe.gpu.route",
+    "sampling.gpu.change",
+    "sampling.gpu.draw",
 )
 SHARED_MEMORY = 232_448  # bytes that a block may use on sm_90
 TYPES = {

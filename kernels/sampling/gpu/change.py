@@ -81,6 +81,5 @@ def proofs() -> dict[str, Proof]:
 
     logits, of_row, listed = meta(64, 128_256), meta(64), meta(4096, dtype=torch.int64)
     return {
-        "biases": Proof(add_biases(logits, listed, listed, meta(4096))),
         "penalties": Proof(punish(logits, listed, listed, listed, of_row, of_row, of_row)),
     }

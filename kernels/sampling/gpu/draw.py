@@ -97,7 +97,7 @@ def _masses(
 def _least_of(weight, worth, target):
     """The largest w such that the worth of the weights >= w reaches the target; 0 if none does. All in registers."""
     bits = weight.to(tl.int32, bitcast=True)
-    found = 0
+    found = tl.zeros((), tl.int32)
     for i in range(30):
         bit = found | (1 << (29 - i))
         found = tl.where(tl.sum(tl.where(bits >= bit, worth, 0.0)) >= target, bit, found)
@@ -121,7 +121,7 @@ def _worth_from(kept, held, least, BY_MASS: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def _search(kept, held, target, BY_MASS: tl.constexpr, BLOCK: tl.constexpr):
     """`_least_of` over the weights that were copied aside."""
-    found = 0
+    found = tl.zeros((), tl.int32)
     for i in range(30):
         bit = found | (1 << (29 - i))
         reached = _worth_from(kept, held, bit.to(tl.float32, bitcast=True), BY_MASS, BLOCK) >= target
@@ -225,7 +225,7 @@ def _choose(
     highest, peak, fine = _peak(peaks, row, chunks, CHUNKS)
     t, least = tl.load(temperature + row), tl.load(min_p + row)
     k, p = tl.load(top_k + row), tl.load(top_p + row)
-    token = -1
+    token = tl.full((), -1, tl.int32)
     if fine:
         greedy = t < _GREEDY_BELOW
         k = tl.where((k >= vocab) | greedy, 0, k)
@@ -309,9 +309,9 @@ def draw(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_
 
 
 def proofs() -> dict[str, Proof]:
-    """Llama's and Gemma's vocabularies: 128-bit loads."""
+    """Gemma's and Qwen3's vocabularies: 128-bit loads."""
     made: dict[str, Proof] = {}
-    for vocab, dtype in ((128_256, torch.float32), (262_144, torch.float32), (151_936, torch.bfloat16)):
+    for vocab, dtype in ((262_144, torch.float32), (151_936, torch.bfloat16)):
 
         def row(dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.empty(64, dtype=dtype, device="meta")

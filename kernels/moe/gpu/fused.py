@@ -1,0 +1,159 @@
+"""A mixture's way on a GPU: round, sort, the first grouped GEMM, SiLU * up, the second one, and each token's sum.
+
+out[t] = sum over j of weights[t, j] * down(silu(gate(x[t])) * up(x[t])) of expert chosen[t, j], the sum in float32 in
+the order of j: the same bits whatever else is in the batch with the same tiles, and no atomics. Every launch's size
+comes from the number of tokens alone, so that a CUDA graph holds them all. Reference: `moe.reference.grouped`.
+Limit: the experts that are hit once each, over 3.0 TB/s on an H100; see `grouped` and `int4`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from octavo.kernels import tables
+from octavo.kernels.fp8.gpu.quantize import quantize
+from octavo.kernels.fused.gpu.activation import silu_and_mul
+from octavo.kernels.launch import Launch, Proof, cdiv
+from octavo.kernels.moe.gpu.grouped import BLOCK, grouped
+from octavo.kernels.moe.gpu.int4 import PackedExperts, grouped_int4
+from octavo.kernels.moe.gpu.route import Aligned, align, route, unaligned
+from octavo.kernels.numeric import narrow
+
+BLOCK_H = 1024  # columns of a token that a program sums
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Weights [E, N, K] of bf16 or fp16, or of e4m3 with float32 scales: [E, N], or of blocks [E, N / 128, K / 128]."""
+
+    weight: Tensor
+    scale: Tensor | None = None
+
+    @property
+    def blocks(self) -> bool:
+        return self.scale is not None and self.scale.dim() == 3
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(E, N, K) of the weights."""
+        e, n, k = self.weight.shape
+        return e, n, k
+
+
+Weights = Experts | PackedExperts
+
+
+@triton.jit
+def _sum(pairs, out, width, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+    token, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    seen = at < width
+    total = tl.zeros((BLOCK,), tl.float32)
+    for j in tl.static_range(TOP_K):
+        total += tl.load(pairs + (token * TOP_K + j) * width + at, mask=seen, other=0.0).to(tl.float32)
+    tl.store(out + token * width + at, narrow(total, out.dtype.element_ty), mask=seen)
+
+
+def add_up(pairs: Tensor, out: Tensor, top_k: int) -> Launch:
+    """pairs [T * top_k, H] summed over the top_k of each token, first to last, into out [T, H]."""
+    num_tokens, width = out.shape
+    arguments = {"pairs": pairs, "out": out, "width": width, "TOP_K": top_k, "BLOCK": BLOCK_H}
+    return Launch(_sum, (num_tokens, cdiv(width, BLOCK_H)), arguments, num_stages=1)
+
+
+def launches(
+    x: Tensor,
+    chosen: Tensor,
+    weights: Tensor,
+    gate_up: Weights,
+    down: Weights,
+    out: Tensor,
+    sizes: dict[str, int] | None = None,
+) -> tuple[Launch, ...]:
+    """All that happens after routing, in order; memory between them is allocated here.
+
+    x        [T, H] bf16 or fp16
+    chosen   [T, top_k] int32; weights [T, top_k] float32
+    gate_up  [E, 2 I, H], down [E, H, I]: both plain, both e4m3, or both of 4 bits
+    out      [T, H] of x's type
+    sizes    of both GEMMs; None: the table's
+    """
+    (num_experts, width, hidden), (num_tokens, top_k), kind = gate_up.shape, chosen.shape, _kind(gate_up)
+    if kind != _kind(down) or down.shape != (num_experts, hidden, width // 2) or x.shape != (num_tokens, hidden):
+        raise ValueError(f"x {list(x.shape)}, gate_up {kind} {gate_up.shape} and down {_kind(down)} {down.shape}")
+    num_pairs, group_size = num_tokens * top_k, BLOCK if kind == "fp8 blocks" else 0
+    size: dict[str, Any] = dict(sizes or tables.choose(f"moe {kind}", cdiv(num_pairs, num_experts), width, hidden))
+    pairs = unaligned(num_pairs, num_experts, size.pop("block_m"), x.device)
+    between, results = x.new_empty(num_pairs, width), x.new_empty(num_pairs, hidden)
+    acted, acted_scale = _rows(x, num_pairs, width // 2, kind)
+    steps = [align(chosen, num_experts, pairs)]
+    if kind.startswith("fp8"):
+        codes, x_scale = _rows(x, num_tokens, hidden, kind)
+        assert x_scale is not None
+        steps.append(quantize(x, codes, x_scale, group_size=group_size))
+        x, first_scale = codes, x_scale
+    else:
+        first_scale = None
+    return (
+        *steps,
+        _gemm(x, first_scale, gate_up, pairs, between, top_k, None, size),
+        silu_and_mul(between, acted, scale=acted_scale, group_size=group_size),
+        _gemm(acted, acted_scale, down, pairs, results, 1, weights, size),
+        add_up(results, out, top_k),
+    )
+
+
+def _kind(weights: Weights) -> str:
+    if isinstance(weights, PackedExperts):
+        return "int4"
+    return "bf16" if weights.scale is None else "fp8 blocks" if weights.blocks else "fp8"
+
+
+def _rows(x: Tensor, rows: int, columns: int, kind: str) -> tuple[Tensor, Tensor | None]:
+    """Memory for what a GEMM reads, and its scales if it has any."""
+    if not kind.startswith("fp8"):
+        return x.new_empty(rows, columns), None
+    groups = cdiv(columns, BLOCK) if kind == "fp8 blocks" else 1
+    codes = torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=x.device)
+    return codes, torch.empty(rows, groups, dtype=torch.float32, device=x.device)
+
+
+def _gemm(
+    x: Tensor,
+    x_scale: Tensor | None,
+    weights: Weights,
+    pairs: Aligned,
+    out: Tensor,
+    divisor: int,
+    router: Tensor | None,
+    size: dict[str, Any],
+) -> Launch:
+    if isinstance(weights, PackedExperts):
+        return grouped_int4(x, weights, pairs, out, divisor=divisor, router=router, **size)
+    scales: dict[str, Any] = {"x_scale": x_scale, "w_scale": weights.scale, "blocks": weights.blocks}
+    return grouped(x, weights.weight, pairs, out, divisor=divisor, router=router, **scales, **size)
+
+
+def fused_moe(x: Tensor, logits: Tensor, top_k: int, gate_up: Weights, down: Weights, *, normalize: bool) -> Tensor:
+    """The mixture's output for x [T, H], given the router's logits [T, E]."""
+    num_tokens = x.shape[0]
+    chosen = torch.empty(num_tokens, top_k, dtype=torch.int32, device=x.device)
+    weights = torch.empty(num_tokens, top_k, dtype=torch.float32, device=x.device)
+    out = torch.empty_like(x)
+    for launch in (
+        route(logits, chosen, weights, normalize=normalize),
+        *launches(x, chosen, weights, gate_up, down, out),
+    ):
+        launch()
+    return out
+
+
+def proofs() -> dict[str, Proof]:
+    """The sum for Qwen3: 128-bit loads and stores."""
+    pairs, out = (torch.empty(rows, 4096, dtype=torch.bfloat16, device="meta") for rows in (512, 64))
+    return {"sum of 8": Proof(add_up(pairs, out, 8), (r"LDG\.E\.128", r"STG\.E\.128"))}

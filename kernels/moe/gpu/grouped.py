@@ -1,0 +1,179 @@
+"""Triton body of grouped GEMMs: each pair of token and expert times its expert's weight, in bf16, fp16 or e4m3.
+
+out[pair] = x[pair // divisor] @ w[expert]^T (* x_scale * w_scale) (* router[pair]), for pairs as `route.align` sorts
+them: x has a row for each token (divisor = top_k: the first GEMM) or for each pair (1: the second). A program has
+BLOCK_M sorted pairs of one expert and BLOCK_N of its rows. Up to 32 pairs an expert's rows are the tensor core's rows
+and the pairs its columns (acc [N, M]), as in `fp8.gpu.few`: 64 rows is the least it multiplies.
+
+Programs are fixed in number, and one whose tile isn't used ends at once: an expert without tokens is never read. Tiles
+of sorted pairs go through the weight GROUP_M at a time, so that both stay in the L2 cache.
+
+e4m3 codes have a scale for each row of x and of the weight, or for each 1 x 128 and 128 x 128 of them. Sums of them are
+added to a float32 accumulator each BLOCK_K columns, as the tensor core's own keeps some 14 bits.
+Reference: `moe.reference.grouped`. Limit: the bytes of the experts that are hit, over 3.0 TB/s on an H100; with many
+tokens 2 * pairs * N * K operations over 989 T/s (bf16) or 1979 T/s (e4m3).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from octavo.kernels.launch import Launch, Proof, cdiv
+from octavo.kernels.moe.gpu.route import Aligned, unaligned
+from octavo.kernels.numeric import dot, narrow
+
+BLOCK = 128  # rows and columns of a weight that share a scale, and columns of activations
+SWAPPED = 32  # pairs in a tile at the most for which the weight's rows are the tensor core's
+
+
+@triton.jit
+def corner(num_tiles, N, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """A program's tile of sorted pairs and first row of the weight, down GROUP_M tiles before it goes right."""
+    program = tl.program_id(0)
+    columns = tl.cdiv(N, BLOCK_N)
+    above = program // (GROUP_M * columns) * GROUP_M
+    height = tl.minimum(num_tiles - above, GROUP_M)
+    inside = program % (GROUP_M * columns)
+    return above + inside % height, inside // height * BLOCK_N
+
+
+@triton.jit
+def tokens_of(order, tile, num_pairs, DIVISOR: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The pairs of a tile, which of them are any, and their rows of x; filling reads the first token."""
+    pair = tl.load(order + tile * BLOCK_M + tl.arange(0, BLOCK_M))
+    real = pair < num_pairs
+    return pair, real, tl.where(real, pair // DIVISOR, 0).to(tl.int64)
+
+
+@triton.jit
+def store(total, out, pair, real, first_n, N, SWAP: tl.constexpr, BLOCK_N: tl.constexpr):
+    """total [BLOCK_M, BLOCK_N], or transposed, into the rows of out that pairs have."""
+    n = first_n + tl.arange(0, BLOCK_N)
+    row = pair.to(tl.int64) * N
+    if SWAP:
+        at, seen = row[None, :] + n[:, None], real[None, :] & (n < N)[:, None]
+    else:
+        at, seen = row[:, None] + n[None, :], real[:, None] & (n < N)[None, :]
+    tl.store(out + at, narrow(total, out.dtype.element_ty), mask=seen)
+
+
+@triton.jit
+def _grouped(
+    x, w, x_scale, w_scale, router, order, tile_expert, out, num_pairs, num_tiles, N, K, x_scale_row, x_scale_group,
+    DIVISOR: tl.constexpr, HAS_ROUTER: tl.constexpr, SCALES: tl.constexpr, SWAP: tl.constexpr,
+    GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    tile, first_n = corner(num_tiles, N, BLOCK_N, GROUP_M)
+    expert = tl.load(tile_expert + tile).to(tl.int64)
+    if expert < 0:
+        return
+    pair, real, row = tokens_of(order, tile, num_pairs, DIVISOR, BLOCK_M)
+    k = tl.arange(0, BLOCK_K)
+    n = first_n + tl.minimum(tl.arange(0, BLOCK_N), N - 1 - first_n)  # past the end the last row again, never stored
+    x_at = x + row[:, None] * K + k[None, :]
+    w_at = w + expert * N * K + n.to(tl.int64)[:, None] * K + k[None, :]
+    x_scale += row * x_scale_row
+    if SCALES == "blocks":
+        groups = tl.cdiv(K, BLOCK_K)
+        w_scale += (expert * tl.cdiv(N, 128) + first_n // 128) * groups
+    acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
+    for at in range(0, K, BLOCK_K):
+        seen = (k < K - at)[None, :]
+        a = tl.load(x_at + at, mask=seen, other=0.0)
+        b = tl.load(w_at + at, mask=seen, other=0.0)
+        if SCALES == "blocks":
+            step = tl.load(x_scale + at // BLOCK_K * x_scale_group) * tl.load(w_scale + at // BLOCK_K)
+            acc += dot(b, a.T) * step[None, :] if SWAP else dot(a, b.T) * step[:, None]
+        elif SCALES == "rows":
+            acc += dot(b, a.T) if SWAP else dot(a, b.T)
+        else:
+            acc = dot(b, a.T, acc) if SWAP else dot(a, b.T, acc)
+    if SCALES == "rows":
+        step, rows = tl.load(x_scale), tl.load(w_scale + expert * N + n)
+        acc *= rows[:, None] * step[None, :] if SWAP else rows[None, :] * step[:, None]
+    if HAS_ROUTER:
+        weight = tl.load(router + pair, mask=real, other=0.0)
+        acc *= weight[None, :] if SWAP else weight[:, None]
+    store(acc, out, pair, real, first_n, N, SWAP, BLOCK_N)
+
+
+def grouped(
+    x: Tensor,
+    w: Tensor,
+    pairs: Aligned,
+    out: Tensor,
+    *,
+    divisor: int,
+    router: Tensor | None = None,
+    x_scale: Tensor | None = None,
+    w_scale: Tensor | None = None,
+    blocks: bool = False,
+    block_n: int = 64,
+    block_k: int = 128,
+    group_m: int = 8,
+    num_warps: int = 4,
+    num_stages: int = 4,
+) -> Launch:
+    """x [tokens or pairs, K] @ w [E, N, K]^T of each pair's expert into out [pairs, N] bf16, fp16 or float32.
+
+    divisor  pairs for each row of x
+    router   [T, top_k] float32, multiplied to each pair's row
+    x_scale  where x and w are e4m3: float32 [rows, 1]; of blocks [rows, ceil(K / 128)], in any order of memory
+    w_scale  float32 [E, N]; of blocks [E, ceil(N / 128), ceil(K / 128)]
+    """
+    (_, n, k), num_pairs, block_m = w.shape, out.shape[0], pairs.block_m
+    if (x_scale is None) != (w_scale is None) or (x_scale is None) != (x.dtype != torch.float8_e4m3fn):
+        raise ValueError(f"a grouped GEMM of {x.dtype} with{'out' if x_scale is None else ''} scales")
+    if blocks and (BLOCK % block_n or block_k != BLOCK):
+        raise ValueError(f"{block_n} x {block_k} codes cross blocks of {BLOCK}")
+    num_tiles = len(pairs.tile_expert)
+    return Launch(
+        _grouped,
+        (num_tiles * cdiv(n, block_n),),
+        {
+            "x": x, "w": w, "x_scale": out if x_scale is None else x_scale, "router": out if router is None else router,
+            "w_scale": out if w_scale is None else w_scale, "order": pairs.order, "tile_expert": pairs.tile_expert,
+            "out": out, "num_pairs": num_pairs, "num_tiles": num_tiles, "N": n, "K": k,
+            "x_scale_row": 0 if x_scale is None else x_scale.stride(0),
+            "x_scale_group": 0 if x_scale is None else x_scale.stride(1),
+            "DIVISOR": divisor, "HAS_ROUTER": router is not None,
+            "SCALES": "none" if x_scale is None else "blocks" if blocks else "rows",
+            "SWAP": block_m <= SWAPPED, "GROUP_M": group_m, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k,
+        },
+        num_warps=num_warps,
+        num_stages=num_stages,
+    )  # fmt: skip
+
+
+def proofs() -> dict[str, Proof]:
+    """Mixtral's second GEMM, with the router's weights: full-rate instructions, weights copied 16 bytes at a time."""
+
+    def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    made: dict[str, Proof] = {}
+    fp8, num_experts, n, k, num_pairs = torch.float8_e4m3fn, 8, 4096, 14336, 512
+    for block_m, block_n, warps, stages in ((16, 64, 4, 5), (32, 128, 4, 4), (64, 128, 4, 3), (128, 128, 8, 3)):
+        pairs, router = unaligned(num_pairs, num_experts, block_m, "meta"), meta(256, 2)
+        for kind, dtype in {"bf16": torch.bfloat16, "fp8": fp8, "fp8 blocks": fp8}.items():
+            if (kind, block_m) in (("bf16", 32), ("bf16", 64), ("fp8", 64), ("fp8 blocks", 32)):  # as the others
+                continue
+            x, w, out = meta(num_pairs, k, dtype=dtype), meta(num_experts, n, k, dtype=dtype), meta(num_pairs, n)
+            out = out.to(torch.bfloat16)
+            x_scale = w_scale = None
+            if dtype == fp8:
+                in_blocks = kind == "fp8 blocks"
+                x_scale = meta(k // 128, num_pairs).T if in_blocks else meta(num_pairs, 1)
+                w_scale = meta(num_experts, n // 128, k // 128) if in_blocks else meta(num_experts, n)
+            more = {"block_n": block_n, "block_k": 128 if dtype == fp8 else 64, "num_stages": stages}
+            launch = grouped(
+                x, w, pairs, out, divisor=1, router=router, x_scale=x_scale, w_scale=w_scale,
+                blocks=kind == "fp8 blocks", num_warps=warps, **more,
+            )  # fmt: skip
+            columns = block_m if block_m <= SWAPPED else block_n
+            op = rf"QGMMA\.64x{columns}x32" if dtype == fp8 else rf"HGMMA\.64x{columns}x16"
+            made[f"{kind} {block_m} x {block_n}"] = Proof(launch, (op, r"LDGSTS\.E\.BYPASS.*128"), ("HMMA",))
+    return made

@@ -1,0 +1,205 @@
+"""Triton body of grouped GEMMs with 4-bit weights and bf16 or fp16 tokens, and the layout of the experts' weights.
+
+out[pair] = x[pair // divisor] @ ((codes - zero) * scale)^T (* router[pair]), for pairs as `route.align` sorts them. As
+in `int4.gpu`: the weight's rows are the tensor core's (acc [N, M], however many pairs), so that its numbers go from
+registers into the instruction; a tile of 128 columns is four slices of 32, each one field of all words; the sums of
+exact integers over a group are scaled once. Scales, and zero points, are read a tile ahead of their use: as so few
+bytes for a thread they aren't what the compiler copies ahead of the loop.
+Reference: `int4.reference.linear` for each expert. Limit: the bytes of the experts that are hit, 4.25 bits a weight in
+groups of 128 with float32 scales, over 3.0 TB/s on an H100; from some 70 pairs an expert, the tensor core's bf16 rate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from octavo.kernels.int4.gpu import packing
+from octavo.kernels.int4.gpu.decode import weights
+from octavo.kernels.launch import Launch, Proof, cdiv
+from octavo.kernels.moe.gpu.grouped import corner, store, tokens_of
+from octavo.kernels.moe.gpu.route import Aligned, unaligned
+from octavo.kernels.numeric import dot
+
+
+@dataclass(frozen=True)
+class PackedExperts:
+    """Weights [E, N, K] of 4 bits, as `int4.gpu.packing` lays out one.
+
+    words  [E, tiles, N, 32] int16
+    scale  [E, groups, N] float32; after the last group zeros up to whole tiles
+    zero   None when symmetric, else [E, groups, N] float32: the zero points as fields, 0..16
+    share  columns that share a scale: 32, 64 or a multiple of 128
+    k      columns
+    """
+
+    words: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    share: int
+    k: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(E, N, K) of the weights."""
+        return self.words.shape[0], self.words.shape[2], self.k
+
+    def unpack(self) -> Tensor:
+        """The weights [E, N, K] in float32."""
+        slices = [(self.words >> (4 * j)) & 15 for j in range(4)]
+        fields = torch.stack(slices, 3).permute(0, 2, 1, 3, 4).flatten(2)[:, :, : self.k].float()  # [E, N, K]
+        group = torch.arange(self.k, device=fields.device) // self.share
+        zero = 8.0 if self.zero is None else self.zero[:, group].mT
+        return (fields - zero) * self.scale[:, group].mT
+
+
+def pack(codes: Tensor, scale: Tensor, zero_point: Tensor | None, group_size: int) -> PackedExperts:
+    """Lay out codes [E, N, K] int8, -8..7, with scale and zero_point [E, N, G] of groups of group_size columns.
+
+    group_size  32, 64 or a multiple of 128, or K; the last group may be short
+    """
+    num_experts, _, k = codes.shape
+    share = cdiv(k, packing.TILE) * packing.TILE if group_size >= k else group_size
+    if share not in (32, 64) and share % packing.TILE:
+        raise ValueError(f"groups of {group_size} columns cross tiles of {packing.TILE}")
+    one = codes.new_zeros(k, dtype=torch.int64)
+    words = [packing.pack(e, scale.new_ones(e.shape[0], 1), None, one).words for e in codes]
+    tiles = cdiv(k, packing.TILE)
+    rows = max(tiles * packing.TILE // share, 1) if share < packing.TILE else scale.shape[2]
+
+    def by_group(values: Tensor) -> Tensor:
+        out = values.new_zeros(num_experts, rows, values.shape[1], dtype=torch.float32)
+        out[:, : values.shape[2]] = values.mT
+        return out
+
+    zero = None if zero_point is None else by_group(zero_point.float() + 8)
+    return PackedExperts(torch.stack(words), by_group(scale), zero, share, k)
+
+
+@triton.jit
+def _of_tile(table, tile, N, SHARE: tl.constexpr):
+    """What a table [groups, N] holds for the groups of a tile of 128 columns."""
+    found: Any = ()
+    for g in tl.static_range(128 // SHARE if SHARE < 128 else 1):
+        group = tile * (128 // SHARE) + g if SHARE < 128 else tile // (SHARE // 128)
+        found += (tl.load(table + group * N),)
+    return found
+
+
+@triton.jit
+def _add_tile(
+    acc, words, x_at, columns, scales, zeros, HAS_ZERO: tl.constexpr, SHARE: tl.constexpr, EVEN: tl.constexpr
+):  # fmt: skip
+    """acc + a tile of 128 columns."""
+    GROUPS: tl.constexpr = 128 // SHARE if SHARE < 128 else 1
+    i = tl.arange(0, 32)
+    for g in tl.static_range(GROUPS):
+        total = tl.zeros_like(acc)
+        for s in tl.static_range(g * (4 // GROUPS), (g + 1) * (4 // GROUPS)):
+            if EVEN:
+                tokens = tl.load(x_at + s * 32)
+            else:
+                tokens = tl.load(x_at + s * 32, mask=(i < columns - s * 32)[None, :], other=0.0)
+            zero = zeros[g][:, None] if HAS_ZERO else None
+            total = dot(weights(words, zero, s, 4, tokens.dtype), tokens.T, total)
+        acc += total * scales[g][:, None]
+    return acc
+
+
+@triton.jit
+def _grouped_int4(
+    x, words, scale, zero, router, order, tile_expert, out, num_pairs, num_tiles, N, K, tiles, groups,
+    DIVISOR: tl.constexpr, HAS_ROUTER: tl.constexpr, HAS_ZERO: tl.constexpr, SHARE: tl.constexpr,
+    EVEN: tl.constexpr, GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    tile, first_n = corner(num_tiles, N, BLOCK_N, GROUP_M)
+    expert = tl.load(tile_expert + tile).to(tl.int64)
+    if expert < 0:
+        return
+    pair, real, row = tokens_of(order, tile, num_pairs, DIVISOR, BLOCK_M)
+    i = tl.arange(0, 32)
+    n = first_n + tl.minimum(tl.arange(0, BLOCK_N), N - 1 - first_n)  # past the end the last row again, never stored
+    x_at = x + row[:, None] * K + i[None, :]
+    words_at = words + expert * tiles * N * 32 + (n[:, None] * 32 + i[None, :])
+    scale += expert * groups * N + n
+    zero += expert * groups * N + n
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    scales = _of_tile(scale, 0, N, SHARE)
+    zeros = _of_tile(zero, 0, N, SHARE) if HAS_ZERO else scales
+    for at in range(tiles):
+        coming = tl.minimum(at + 1, tiles - 1)
+        next_scales = _of_tile(scale, coming, N, SHARE)
+        next_zeros = _of_tile(zero, coming, N, SHARE) if HAS_ZERO else next_scales
+        acc = _add_tile(acc, tl.load(words_at), x_at + at * 128, K - at * 128, scales, zeros, HAS_ZERO, SHARE, EVEN)
+        words_at += N * 32
+        scales, zeros = next_scales, next_zeros
+    if HAS_ROUTER:
+        acc *= tl.load(router + pair, mask=real, other=0.0)[None, :]
+    store(acc, out, pair, real, first_n, N, True, BLOCK_N)
+
+
+def grouped_int4(
+    x: Tensor,
+    packed: PackedExperts,
+    pairs: Aligned,
+    out: Tensor,
+    *,
+    divisor: int,
+    router: Tensor | None = None,
+    block_n: int = 64,
+    group_m: int = 8,
+    num_warps: int = 4,
+    num_stages: int = 4,
+) -> Launch:
+    """x [tokens or pairs, K] bf16 or fp16 @ the weight of each pair's expert, transposed, into out [pairs, N].
+
+    divisor  pairs for each row of x
+    router   [T, top_k] float32, multiplied to each pair's row
+    """
+    (_, n, k), num_tiles = packed.shape, len(pairs.tile_expert)
+    return Launch(
+        _grouped_int4,
+        (num_tiles * cdiv(n, block_n),),
+        {
+            "x": x, "words": packed.words, "scale": packed.scale,
+            "zero": packed.scale if packed.zero is None else packed.zero, "router": out if router is None else router,
+            "order": pairs.order, "tile_expert": pairs.tile_expert, "out": out, "num_pairs": out.shape[0],
+            "num_tiles": num_tiles, "N": n, "K": k, "tiles": packed.words.shape[1], "groups": packed.scale.shape[1],
+            "DIVISOR": divisor, "HAS_ROUTER": router is not None, "HAS_ZERO": packed.zero is not None,
+            "SHARE": packed.share, "EVEN": k % packing.TILE == 0, "GROUP_M": group_m, "BLOCK_M": pairs.block_m,
+            "BLOCK_N": block_n,
+        },
+        num_warps=num_warps,
+        num_stages=num_stages,
+    )  # fmt: skip
+
+
+def proofs() -> dict[str, Proof]:
+    """Mixtral's second GEMM: weights go from registers into full-rate instructions, copied 16 bytes at a time."""
+
+    def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    made: dict[str, Proof] = {}
+    num_experts, n, k, num_pairs, bf16, fp16 = 8, 4096, 14336, 512, torch.bfloat16, torch.float16
+    for dtype, share, has_zero, block_m, block_n, warps in (
+        (bf16, 128, False, 16, 64, 4), (bf16, 32, True, 16, 64, 4), (fp16, 128, True, 16, 64, 4),
+        (bf16, 64, False, 64, 128, 8), (bf16, 128, True, 128, 128, 8),
+    ):  # fmt: skip
+        table = meta(num_experts, k // share, n)
+        words = meta(num_experts, k // 128, n, 32, dtype=torch.int16)
+        packed = PackedExperts(words, table, table if has_zero else None, share, k)
+        pairs, router = unaligned(num_pairs, num_experts, block_m, "meta"), meta(256, 2)
+        launch = grouped_int4(
+            meta(num_pairs, k, dtype=dtype), packed, pairs, meta(num_pairs, n, dtype=dtype), divisor=1, router=router,
+            block_n=block_n, num_warps=warps,
+        )  # fmt: skip
+        name = f"{str(dtype).removeprefix('torch.')} groups of {share}{' with zeros' if has_zero else ''}"
+        expects = (rf"HGMMA\.64x{block_m}x16.*\.RS", r"LDGSTS\.E\.BYPASS.*128")
+        made[f"{name} {block_m} x {block_n}"] = Proof(launch, expects, ("HMMA", "PRMT"))
+    return made

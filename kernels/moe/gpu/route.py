@@ -1,0 +1,140 @@
+"""Triton bodies of routing: the experts of each token, and the pairs of token and expert sorted by expert.
+
+route   softmax over all experts in float32, its top_k largest, the lowest expert first among equals: what
+        `moe.reference.route` does after its GEMM. A token with a NaN has NaN weights.
+align   pair t * top_k + j goes to expert chosen[t, j]. Each expert's pairs lie together in ascending order, filled up
+        to a multiple of BLOCK_M rows, which is what a program of a grouped GEMM has. Everything stays on the device
+        and all sizes come from the number of pairs, so that a CUDA graph holds it; no atomics, so that it is always
+        the same. A program for each expert counts all pairs and places its own: 8 bytes a pair and expert out of L2.
+Limit: launches; a step of decoding has a few hundred pairs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from octavo.kernels.launch import Launch, Proof, cdiv, power_of_two
+
+
+@triton.jit
+def _route(
+    logits, chosen, weights, num_tokens, num_experts,
+    TOP_K: tl.constexpr, NORMALIZE: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr, CHOICES: tl.constexpr,
+):  # fmt: skip
+    t, e, j = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, EXPERTS), tl.arange(0, CHOICES)
+    at = t.to(tl.int64)[:, None] * num_experts + e[None, :]
+    real = (e < num_experts)[None, :]
+    x = tl.load(logits + at, mask=real & (t < num_tokens)[:, None], other=0.0).to(tl.float32)
+    x = tl.where(real, x, float("-inf"))
+    share = tl.exp(x - tl.max(x, axis=1)[:, None])
+    whole = tl.sum(share, axis=1)
+    share = tl.where(real, tl.div_rn(share, whole[:, None]), -1.0)
+    best = tl.zeros((ROWS, CHOICES), tl.float32)
+    experts = tl.zeros((ROWS, CHOICES), tl.int32)
+    for i in tl.static_range(TOP_K):
+        largest = tl.max(share, axis=1)
+        where = tl.min(tl.where(share == largest[:, None], e[None, :], num_experts - 1), axis=1)
+        best = tl.where((j == i)[None, :], largest[:, None], best)
+        experts = tl.where((j == i)[None, :], where[:, None], experts)
+        share = tl.where(e[None, :] == where[:, None], -2.0, share)
+    best = tl.where((whole == whole)[:, None], best, float("nan"))  # a maximum passes over a NaN
+    if NORMALIZE:
+        best = tl.div_rn(best, tl.sum(best, axis=1)[:, None])
+    to = t.to(tl.int64)[:, None] * TOP_K + j[None, :]
+    seen = (t < num_tokens)[:, None] & (j < TOP_K)[None, :]
+    tl.store(chosen + to, experts, mask=seen)
+    tl.store(weights + to, best, mask=seen)
+
+
+@triton.jit
+def _align(
+    chosen, order, tile_expert, num_pairs, num_experts, num_tiles,
+    BLOCK_M: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    expert = tl.program_id(0)
+    bins = tl.arange(0, BINS)
+    counts = tl.zeros((BINS,), tl.int32)
+    for begin in range(0, num_pairs, BLOCK):
+        i = begin + tl.arange(0, BLOCK)
+        counts += tl.histogram(tl.load(chosen + i, mask=i < num_pairs, other=num_experts), BINS)
+    tiles = tl.where(bins < num_experts, (counts + BLOCK_M - 1) // BLOCK_M, 0)
+    first, own = tl.sum(tl.where(bins < expert, tiles, 0)), tl.sum(tl.where(bins == expert, tiles, 0))
+    if expert == num_experts - 1:  # what is left over is nobody's
+        for begin in range(first + own, num_tiles, BLOCK):
+            i = begin + tl.arange(0, BLOCK)
+            tl.store(tile_expert + i, tl.full((BLOCK,), -1, tl.int32), mask=i < num_tiles)
+    if own > 0:
+        for begin in range(first, first + own, BLOCK):
+            i = begin + tl.arange(0, BLOCK)
+            tl.store(tile_expert + i, tl.zeros((BLOCK,), tl.int32) + expert, mask=i < first + own)
+        to = first * BLOCK_M
+        for begin in range(0, num_pairs, BLOCK):
+            i = begin + tl.arange(0, BLOCK)
+            mine = tl.load(chosen + i, mask=i < num_pairs, other=-1) == expert
+            # the others' go to a place that nothing reads: a mask would go through shared memory byte by byte
+            place = tl.where(mine, to + tl.cumsum(mine.to(tl.int32), axis=0) - 1, num_tiles * BLOCK_M)
+            tl.store(order + place, i)
+            to += tl.sum(mine.to(tl.int32))
+        filling = to + tl.arange(0, BLOCK_M)
+        tl.store(order + filling, tl.zeros((BLOCK_M,), tl.int32) + num_pairs, mask=filling < (first + own) * BLOCK_M)
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """Pairs sorted by expert, in tiles of block_m rows.
+
+    order        [tiles * block_m + 1] int32: the pair of each row; the number of pairs where a tile is filled up
+    tile_expert  [tiles] int32: whose rows a tile has; -1: the tile isn't used, and order is not written there
+    """
+
+    order: Tensor
+    tile_expert: Tensor
+    block_m: int
+
+
+def route(logits: Tensor, chosen: Tensor, weights: Tensor, *, normalize: bool) -> Launch:
+    """The top_k experts of logits [T, E], the likeliest first: chosen [T, top_k] int32, weights [T, top_k] float32."""
+    (num_tokens, num_experts), top_k = logits.shape, chosen.shape[1]
+    block = max(power_of_two(num_experts), 4)
+    rows = max(1, min(power_of_two(num_tokens), 1024 // block))
+    arguments = {
+        "logits": logits, "chosen": chosen, "weights": weights, "num_tokens": num_tokens, "num_experts": num_experts,
+        "TOP_K": top_k, "NORMALIZE": normalize, "ROWS": rows, "EXPERTS": block, "CHOICES": power_of_two(top_k),
+    }  # fmt: skip
+    return Launch(_route, (cdiv(num_tokens, rows),), arguments, num_warps=4 if rows > 1 else 1, num_stages=1)
+
+
+def unaligned(num_pairs: int, num_experts: int, block_m: int, device: torch.device | str) -> Aligned:
+    """Memory for `align`: enough however the pairs fall."""
+    tiles = cdiv(num_pairs + min(num_pairs, num_experts) * (block_m - 1), block_m)
+    order, tile_expert = (torch.empty(n, dtype=torch.int32, device=device) for n in (tiles * block_m + 1, tiles))
+    return Aligned(order, tile_expert, block_m)
+
+
+def align(chosen: Tensor, num_experts: int, out: Aligned) -> Launch:
+    """Sort the pairs of chosen [T, top_k] int32, in 0..num_experts-1."""
+    num_pairs = chosen.numel()
+    arguments = {
+        "chosen": chosen, "order": out.order, "tile_expert": out.tile_expert, "num_pairs": num_pairs,
+        "num_experts": num_experts, "num_tiles": len(out.tile_expert), "BLOCK_M": out.block_m,
+        "BINS": power_of_two(num_experts + 1), "BLOCK": min(max(power_of_two(num_pairs), 128), 2048),
+    }  # fmt: skip
+    return Launch(_align, (num_experts if num_pairs else 0,), arguments, num_warps=4, num_stages=1)
+
+
+def proofs() -> dict[str, Proof]:
+    """Qwen3's and DeepSeek-V3's routers: 128-bit loads."""
+    made: dict[str, Proof] = {}
+    for num_experts, top_k, num_tokens in ((128, 8, 64), (256, 8, 4096)):
+        logits = torch.empty(num_tokens, num_experts, device="meta")
+        chosen = torch.empty(num_tokens, top_k, dtype=torch.int32, device="meta")
+        pairs = unaligned(chosen.numel(), num_experts, 64, "meta")
+        name = f"{top_k} of {num_experts}, {num_tokens} tokens"
+        made[f"route {name}"] = Proof(route(logits, chosen, logits, normalize=True), (r"LDG\.E\.128",))
+        made[f"align {name}"] = Proof(align(chosen, num_experts, pairs), (r"LDG\.E\.128",))
+    return made

@@ -1,0 +1,236 @@
+"""The kernels of a mixture against the reference: routing, sorting, the grouped GEMMs, and the whole way."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from octavo.kernels.fp8 import reference as fp8
+from octavo.kernels.int4 import reference as int4
+from octavo.kernels.moe import reference
+from octavo.kernels.moe.gpu import fused, route
+from octavo.kernels.moe.gpu.grouped import grouped
+from octavo.kernels.moe.gpu.int4 import grouped_int4, pack
+
+
+def random(*shape: int, seed: int, device: torch.device) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+def poisoned(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.full(shape, torch.nan, dtype=dtype, device=device)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 2), (17, 128, 8), (5, 60, 4), (70, 5, 3), (3, 256, 8), (2, 1, 1)], ids=str)
+@pytest.mark.parametrize("normalize", [True, False])
+def test_routing(shape: tuple[int, int, int], normalize: bool, device: torch.device) -> None:
+    num_tokens, num_experts, top_k = shape
+    logits = random(num_tokens, num_experts, seed=1, device=device)
+    chosen = torch.full((num_tokens, top_k), -1, dtype=torch.int32, device=device)
+    weights = poisoned(num_tokens, top_k, dtype=torch.float32, device=device)
+    route.route(logits, chosen, weights, normalize=normalize)()
+    expected, shares = reference.route(logits, torch.eye(num_experts, device=device), top_k, normalize)
+    assert torch.equal(chosen.long(), expected)
+    # exp's error of some 2^-21 at the worst, in a sum and a numerator, then two divisions
+    torch.testing.assert_close(weights, shares, rtol=2**-19, atol=0)
+
+
+def test_of_equal_experts_the_first_are_chosen(device: torch.device) -> None:
+    logits = torch.zeros(2, 6, device=device)
+    logits[1, 4] = 1.0
+    chosen, weights = torch.zeros(2, 3, dtype=torch.int32, device=device), torch.zeros(2, 3, device=device)
+    route.route(logits, chosen, weights, normalize=True)()
+    assert chosen.tolist() == [[0, 1, 2], [4, 0, 1]]
+    logits[1, 2] = torch.nan
+    route.route(logits, chosen, weights, normalize=True)()
+    assert not weights[0].isnan().any()
+    assert weights[1].isnan().all()
+    assert bool(((chosen >= 0) & (chosen < 6)).all())
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 2), (9, 4, 3), (5, 40, 8), (300, 7, 8)], ids=str)
+@pytest.mark.parametrize("block_m", [16, 64])
+def test_pairs_are_sorted_by_expert(shape: tuple[int, int, int], block_m: int, device: torch.device) -> None:
+    num_tokens, num_experts, top_k = shape
+    generator = torch.Generator().manual_seed(2)
+    chosen = torch.randint(0, max(num_experts - 1, 1), (num_tokens, top_k), generator=generator).int().to(device)
+    pairs = route.unaligned(chosen.numel(), num_experts, block_m, device)
+    pairs.order.fill_(-7)
+    pairs.tile_expert.fill_(-7)
+    route.align(chosen, num_experts, pairs)()
+    of_tile = pairs.order[:-1].view(-1, block_m).tolist()
+    found: dict[int, list[int]] = {}
+    for expert, rows in zip(pairs.tile_expert.tolist(), of_tile, strict=True):
+        if expert != -1:
+            found.setdefault(expert, []).extend(rows)
+    flat = chosen.flatten()
+    for expert in range(num_experts):
+        expected = (flat == expert).nonzero().flatten().tolist()
+        assert found.pop(expert, []) == expected + [len(flat)] * (-len(expected) % block_m)
+    assert not found
+
+
+def sorted_pairs(num_tokens: int, top_k: int, num_experts: int, block_m: int, device: torch.device):  # type: ignore[no-untyped-def]
+    """Pairs of distinct experts of which the last has no token, and the experts [T, top_k]."""
+    shares = torch.rand(num_tokens, num_experts - 1, generator=torch.Generator().manual_seed(3))
+    chosen = shares.topk(top_k, dim=-1).indices.int().to(device)
+    pairs = route.unaligned(chosen.numel(), num_experts, block_m, device)
+    route.align(chosen, num_experts, pairs)()
+    return pairs, chosen
+
+
+def by_pairs(x: Tensor, weight: Tensor, chosen: Tensor) -> Tensor:
+    """Each pair's token [T * top_k, K] times its expert's weight [E, N, K], in float64."""
+    return torch.einsum("pk,pnk->pn", x.double(), weight.double()[chosen.flatten().long()])
+
+
+SHAPES = [(1, 2, 4, 200, 256), (9, 3, 5, 72, 160)]  # tokens, top_k, experts, N, K
+TILES = [(16, 64, 4), (64, 128, 4)]  # both ways round
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("block_m", "block_n", "warps"), TILES)
+@pytest.mark.parametrize("kind", ["bf16", "fp16", "fp8", "fp8 blocks"])
+def test_grouped_gemm(
+    shape: tuple[int, int, int, int, int], block_m: int, block_n: int, warps: int, kind: str, device: torch.device
+) -> None:
+    num_tokens, top_k, num_experts, n, k = shape
+    pairs, chosen = sorted_pairs(num_tokens, top_k, num_experts, block_m, device)
+    x, w = random(num_tokens, k, seed=4, device=device), random(num_experts, n, k, seed=5, device=device)
+    w[-1] = torch.nan  # nobody's
+    router = random(num_tokens, top_k, seed=6, device=device)
+    scales: dict[str, Tensor | bool] = {}
+    if kind.startswith("fp8"):
+        x, w = ((t.clamp(-3, 3) * 100).to(torch.float8_e4m3fn) for t in (x, w))
+        rows = (num_experts, -(-n // 128), -(-k // 128)) if kind == "fp8 blocks" else (num_experts, n)
+        x_scale = random(num_tokens, -(-k // 128) if kind == "fp8 blocks" else 1, seed=7, device=device).exp()
+        w_scale = random(*rows, seed=8, device=device).exp() / 1e4
+        scales = {"x_scale": x_scale, "w_scale": w_scale, "blocks": kind == "fp8 blocks"}
+        wide = x_scale.repeat_interleave(128, 1)[:, :k] if kind == "fp8 blocks" else x_scale
+        tall = (
+            w_scale.repeat_interleave(128, 1).repeat_interleave(128, 2) if kind == "fp8 blocks" else w_scale[..., None]
+        )
+        true_x, true_w = x.double() * wide, w.double() * tall[:, :n, :k]
+    else:
+        x, w = (t.to({"bf16": torch.bfloat16, "fp16": torch.float16}[kind]) for t in (x, w))
+        true_x, true_w = x, w
+    repeated = true_x.repeat_interleave(top_k, 0)
+    for divisor, rows_of_x in ((top_k, x), (1, x.repeat_interleave(top_k, 0))):
+        out = poisoned(num_tokens * top_k, n, dtype=torch.float32, device=device)
+        more = dict(scales)
+        if scales and divisor == 1:
+            more["x_scale"] = x_scale.repeat_interleave(top_k, 0)
+        grouped(
+            rows_of_x, w, pairs, out, divisor=divisor, router=router if divisor == 1 else None, block_n=block_n,
+            num_warps=warps, **more,  # type: ignore[arg-type]
+        )()  # fmt: skip
+        expected = by_pairs(repeated, true_w, chosen)
+        magnitude = by_pairs(repeated.abs(), true_w.abs(), chosen)
+        if divisor == 1:
+            expected, magnitude = (
+                t * f.double().flatten()[:, None] for t, f in ((expected, router), (magnitude, router.abs()))
+            )
+        # Sums of k exact products in float32, in any order, and three factors; a GPU's e4m3 sums keep 14 bits of each
+        # BLOCK_K columns.
+        loose = k * 2**-24 + 4 * 2**-24 + (2**-12 if kind.startswith("fp8") and device.type == "cuda" else 0)
+        assert bool(((out.double() - expected).abs() <= magnitude * loose).all())
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128, 256, 1000])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_grouped_int4_gemm(group_size: int, symmetric: bool, device: torch.device) -> None:
+    num_tokens, top_k, num_experts, n, k, block_m = 9, 2, 4, 72, 392, 16  # the last group is short, the tile too
+    dtype = torch.float16 if group_size == 64 else torch.bfloat16
+    pairs, chosen = sorted_pairs(num_tokens, top_k, num_experts, block_m, device)
+    generator = torch.Generator().manual_seed(9)
+    codes = torch.randint(-8, 8, (num_experts, n, k), generator=generator).to(torch.int8).to(device)
+    groups = -(-k // group_size)
+    scale = random(num_experts, n, groups, seed=10, device=device).exp()
+    zero = torch.randint(-8, 9, (num_experts, n, groups), generator=generator).to(torch.int8).to(device)
+    packed = pack(codes, scale, None if symmetric else zero, group_size)
+    of_column = torch.arange(k, device=device) // group_size
+    weight = torch.stack(
+        [int4.dequantize(codes[e], scale[e], None if symmetric else zero[e], of_column) for e in range(num_experts)]
+    )
+    assert torch.equal(packed.unpack(), weight)
+    x, router = (
+        random(num_tokens, k, seed=11, device=device).to(dtype),
+        random(num_tokens, top_k, seed=12, device=device),
+    )
+    repeated = x.repeat_interleave(top_k, 0)
+    out = poisoned(num_tokens * top_k, n, dtype=torch.float32, device=device)
+    grouped_int4(x, packed, pairs, out, divisor=top_k, router=router)()
+    factor = router.double().flatten()[:, None]
+    expected = by_pairs(repeated, weight, chosen) * factor
+    # Zero points are subtracted from codes, not from sums, so nothing cancels. Sums of k exact products in float32, a
+    # scale, a sum of groups, a factor.
+    magnitude = by_pairs(repeated.abs(), weight.abs(), chosen) * factor.abs()
+    assert bool(((out.double() - expected).abs() <= magnitude * (k + 4) * 2**-24).all())
+
+
+def test_groups_that_cross_tiles_are_refused() -> None:
+    with pytest.raises(ValueError, match="cross tiles"):
+        pack(torch.zeros(1, 8, 96, dtype=torch.int8), torch.ones(1, 8, 2), None, 48)
+
+
+def experts(
+    kind: str, num_experts: int, n: int, k: int, seed: int, device: torch.device
+) -> tuple[fused.Weights, Tensor]:
+    """Weights [E, N, K] in a form, and what they are in float32."""
+    w = random(num_experts, n, k, seed=seed, device=device) / k**0.5
+    if kind == "int4":
+        scale = w.view(num_experts, n, -1, 64).abs().amax(-1) / 7
+        packed = pack((w / scale.repeat_interleave(64, 2)).round().to(torch.int8), scale, None, 64)
+        return packed, packed.unpack()
+    if kind == "bf16":
+        return fused.Experts(w.bfloat16()), w.bfloat16().float()
+    if kind == "fp8":
+        scale = w.abs().amax(-1) / 448
+        codes = (w / scale[..., None]).to(torch.float8_e4m3fn)
+        return fused.Experts(codes, scale), codes.float() * scale[..., None]
+    tiles = F.pad(w, (0, -k % 128, 0, -n % 128)).unfold(1, 128, 128).unfold(2, 128, 128)
+    scale = tiles.abs().amax((-1, -2)) / 448
+    wide = scale.repeat_interleave(128, 1).repeat_interleave(128, 2)[:, :n, :k]
+    codes = (w / wide).to(torch.float8_e4m3fn)
+    return fused.Experts(codes, scale), codes.float() * wide
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 7])
+@pytest.mark.parametrize("kind", ["bf16", "fp8", "fp8 blocks", "int4"])
+def test_the_whole_way(kind: str, num_tokens: int, device: torch.device) -> None:
+    num_experts, hidden, width, top_k = 6, 192, 128, 2
+    gate_up, true_gate_up = experts(kind, num_experts, 2 * width, hidden, 13, device)
+    down, true_down = experts(kind, num_experts, hidden, width, 14, device)
+    x = random(num_tokens, hidden, seed=15, device=device).bfloat16()
+    logits = random(num_tokens, num_experts, seed=16, device=device)
+    size = 128 if kind == "fp8 blocks" else 1 << 20
+
+    def rounded(t: Tensor) -> Tensor:
+        return fp8.fake_quantize_per_group(t, min(size, t.shape[1])) if kind.startswith("fp8") else t.float()
+
+    def run(expert: int, rows: Tensor) -> Tensor:
+        gate, up = (rounded(rows) @ true_gate_up[expert].T).bfloat16().float().chunk(2, dim=-1)
+        acted = F.silu(gate) * up
+        return rounded(acted if kind.startswith("fp8") else acted.bfloat16()) @ true_down[expert].T
+
+    out = fused.fused_moe(x, logits, top_k, gate_up, down, normalize=True)
+    chosen, weights = reference.route(logits, torch.eye(num_experts, device=device), top_k, True)
+    expected = reference.grouped(x.float(), chosen, weights, num_experts, run)
+    assert out.dtype == x.dtype
+    if num_tokens == 0:
+        return
+    # Each expert's row is rounded to bf16 (2^-9), as is the sum; a step of `between` or of a code now and then falls to
+    # the other side, of which there are `width` in a sum: small against its size, measured over the whole.
+    error = (out.float() - expected).norm() / expected.norm()
+    assert error < 2**-8, float(error)
+
+
+def test_what_does_not_go_together_is_refused(device: torch.device) -> None:
+    bf16, _ = experts("bf16", 2, 64, 32, 17, device)
+    other, _ = experts("fp8", 2, 32, 32, 18, device)
+    chosen = torch.zeros(1, 1, dtype=torch.int32)
+    x = torch.ones(1, 32, device=device).bfloat16()
+    with pytest.raises(ValueError, match="gate_up bf16"):
+        fused.launches(x, chosen, x, bf16, other, x)
