@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo.kernels.fused.gpu.rounding import store_rounded
 from octavo.kernels.launch import Launch, Proof, power_of_two
-from octavo.kernels.numeric import narrow, to_e4m3, to_int8
+from octavo.kernels.numeric import narrow
 
 WARPS = ((2048, 4), (8192, 8), (1 << 30, 16))  # elements of a row at the most, warps
 
@@ -41,37 +42,7 @@ def _norm(
         value = rounded.to(tl.float32)
     value *= tl.rsqrt(tl.sum(value * value) / width + eps)
     value *= tl.load(weight + at, mask=seen, other=0.0)
-    _store_rounded(value, out + row + at, scale, token, width, seen, GROUP, BLOCK)
-
-
-@triton.jit
-def _store_rounded(
-    value, out, scale, token, width, seen, GROUP: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """A row as it is, or as codes with one scale for each GROUP columns (0: one for the row)."""
-    kind: tl.constexpr = out.dtype.element_ty
-    if kind == tl.float8e4nv or kind == tl.int8:
-        if GROUP == 0:
-            step = _step(tl.max(tl.abs(value)), kind)
-            tl.store(scale + token, step)
-        else:
-            groups: tl.constexpr = BLOCK // GROUP
-            steps = _step(tl.max(tl.abs(tl.reshape(value, (groups, GROUP))), axis=1), kind)
-            count = tl.cdiv(width, GROUP)
-            g = tl.arange(0, groups)
-            tl.store(scale + token.to(tl.int64) * count + g, steps, mask=g < count)
-            step = tl.reshape(tl.broadcast_to(steps[:, None], (groups, GROUP)), (BLOCK,))
-        value = tl.div_rn(value, step)
-        tl.store(out, to_e4m3(value) if kind == tl.float8e4nv else to_int8(value), mask=seen)
-    else:
-        tl.store(out, narrow(value, kind), mask=seen)
-
-
-@triton.jit
-def _step(largest, kind: tl.constexpr):
-    """The scale of codes that reach 448 (e4m3) or 127.5 (int8); 1 where all is zero."""
-    most: tl.constexpr = 448.0 if kind == tl.float8e4nv else 127.5
-    return tl.where(largest == 0.0, 1.0, tl.div_rn(largest, most))
+    store_rounded(value, out, scale, token, 0, width, GROUP, BLOCK)
 
 
 def norm(

@@ -1,0 +1,1 @@
+"""Triton bodies of attention over a paged cache and of the writes into it, for NVIDIA GPUs."""

@@ -1,0 +1,224 @@
+"""What decode and prefill share: reading a paged cache by tiles of tokens, and the online softmax over them.
+
+Tokens come in tiles whose size has nothing to do with the cache's blocks: each row of a tile finds its block in the
+table. Scores are kept in units of log2, so that a weight is one exp2. A masked score is -1e30 and no infinity: the
+difference of two infinities would be NaN. What a row with nothing to see yet has added up is wiped by its first
+visible score.
+
+8-bit caches are read as 16-bit words of two neighbouring elements, the smallest thing that `ldmatrix` moves; a word's
+bytes go to two tiles, the even and the odd columns. q . k is then two products that are added up, weights @ v two
+products side by side. Triton's own conversion fetches V byte by byte instead. Codes become fp16, which holds all of
+them exactly, and which sm_90 makes of e4m3 in one instruction (bf16 takes two).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from octavo.kernels.attention.cache import AttentionShape, LayerCache
+from octavo.kernels.attention.step import StepInputs
+from octavo.kernels.launch import INTERPRETED
+from octavo.kernels.numeric import dot, narrow
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+MASKED_SCORE = tl.constexpr(-1e30)
+_INTERPRETED = tl.constexpr(INTERPRETED)
+CODES = {torch.float8_e4m3fn: "e4m3", torch.int8: "int8"}
+"""What the bytes of a cache's tensor are; floats, which are read as they are, have no entry."""
+
+
+def words(store: Tensor) -> Tensor:
+    """Keys or values as the kernels take them: 8-bit ones by twos."""
+    return store.view(torch.int16) if store.dtype in CODES else store
+
+
+@triton.jit
+def _bytes_of(word, CODE: tl.constexpr):
+    """The numbers that stand in the low bytes of words, and in the high ones, as fp16."""
+    if _INTERPRETED:
+        kind: tl.constexpr = tl.float8e4nv if CODE == "e4m3" else tl.int8
+        low = (word & 0xFF).to(tl.uint8).to(kind, bitcast=True).to(tl.float16)
+        high = ((word >> 8) & 0xFF).to(tl.uint8).to(kind, bitcast=True).to(tl.float16)
+    elif CODE == "e4m3":
+        low, high = tl.inline_asm_elementwise(
+            """{
+                .reg .b32 t;
+                .reg .b16 l, h;
+                prmt.b32 t, $2, $2, 0x3120;
+                mov.b32 {l, h}, t;
+                cvt.rn.f16x2.e4m3x2 $0, l;
+                cvt.rn.f16x2.e4m3x2 $1, h;
+            }""",
+            "=r,=r,r", [word], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
+        )  # fmt: skip
+    else:  # 0x6400 | b is the fp16 number 1024 + b; with its sign bit turned, a byte is the code + 128
+        low, high = tl.inline_asm_elementwise(
+            """{
+                .reg .b32 t, c;
+                mov.b32 c, 0x64806480;
+                lop3.b32 t, $2, 0x00FF00FF, c, 0x6A;
+                sub.rn.f16x2 $0, t, c;
+                shr.b32 t, $2, 8;
+                lop3.b32 t, t, 0x00FF00FF, c, 0x6A;
+                sub.rn.f16x2 $1, t, c;
+            }""",
+            "=r,=r,r", [word], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
+        )  # fmt: skip
+    return low, high
+
+
+@triton.jit
+def _product(a, b, acc=None):
+    """a @ b + acc. Float32 is multiplied as it is, not as tf32."""
+    if a.dtype == tl.float32:
+        return tl.dot(a, b, acc, input_precision="ieee")
+    return dot(a, b, acc)
+
+
+@triton.jit
+def load_queries(q, row, here, key, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, KEY_CODE: tl.constexpr):
+    """Rows of queries [R, DIM] in the type that keys are multiplied in, and what their scores are multiplied by [R].
+
+    For 8-bit keys these are the even columns and the odd ones [R, DIM / 2]; otherwise the same twice. fp16's range is
+    shorter than bf16's: each row is divided by the power of two of its largest element.
+    """
+    at = tl.arange(0, DIM)
+    mask = here[:, None] & (at < HEAD_DIM)[None, :]
+    tile = tl.load(q + row[:, None] * HEAD_DIM + at[None, :], mask=mask, other=0.0)
+    kind: tl.constexpr = tl.float16 if KEY_CODE != "" else key.dtype.element_ty
+    unit = tl.full((row.shape[0],), 1.0, tl.float32)
+    if kind != tile.dtype:
+        tile = tile.to(tl.float32)
+        if kind == tl.float16:
+            largest = tl.max(tl.abs(tile), axis=1)
+            unit = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+            unit = tl.where(unit == 0.0, 1.0, unit)
+            tile = tile / unit[:, None]
+        tile = narrow(tile, kind)
+    even, odd = tile, tile
+    if KEY_CODE != "":
+        even, odd = tl.split(tl.reshape(tile, (row.shape[0], DIM // 2, 2)))
+    return even, odd, unit
+
+
+@triton.jit
+def _load_tile(
+    store, table, head, kv_heads, token, end, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    CODE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """The rows of tokens [N] out of keys or values: even and odd columns; tokens from end on are zeros where MASKED."""
+    each: tl.constexpr = 1 if CODE == "" else 2  # elements of a word
+    at = tl.arange(0, DIM // each)
+    if MASKED:
+        block = tl.load(table + token // BLOCK_SIZE, mask=token < end, other=0).to(tl.int64)
+    else:
+        block = tl.load(table + token // BLOCK_SIZE).to(tl.int64)
+    row = ((block * kv_heads + head) * BLOCK_SIZE + token % BLOCK_SIZE) * (HEAD_DIM // each)
+    place = store + row[:, None] + at[None, :]
+    if MASKED and HEAD_DIM != DIM:
+        tile = tl.load(place, mask=(token < end)[:, None] & (at < HEAD_DIM // each)[None, :], other=0)
+    elif MASKED:
+        tile = tl.load(place, mask=(token < end)[:, None], other=0)
+    elif HEAD_DIM != DIM:
+        tile = tl.load(place, mask=(at < HEAD_DIM // each)[None, :], other=0)
+    else:
+        tile = tl.load(place)
+    even, odd = tile, tile
+    if CODE != "":
+        even, odd = _bytes_of(tile, CODE)
+    return even, odd
+
+
+@triton.jit
+def _capped(scores, soft_cap):
+    """c tanh(scores / c), by an exponential that can't overflow."""
+    e = tl.exp2(tl.abs(scores) * (-2.0 * LOG2_E / soft_cap))
+    size = soft_cap * ((1.0 - e) / (1.0 + e))
+    return tl.where(scores < 0.0, -size, size)
+
+
+@triton.jit
+def attend(
+    state, queries, factor, key, value, table, head, kv_heads, begin, end, position, window, soft_cap,
+    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
+    KEY_CODE: tl.constexpr, VALUE_CODE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """Go over the tokens begin .. end with rows of queries that stand at position [R]; factor [R] scales their scores.
+
+    state is the rows' largest score, sum of weights, and weighted sums of values (even and odd columns) so far; the
+    new one is returned. Without MASKED every row sees every token, and end - begin is a multiple of BLOCK_N.
+    """
+    top, total, even, odd = state
+    q, q_odd = queries
+    for start in range(begin, end, BLOCK_N):
+        token = start + tl.arange(0, BLOCK_N)
+        k, k_odd = _load_tile(key, table, head, kv_heads, token, end, HEAD_DIM, DIM, BLOCK_SIZE, KEY_CODE, MASKED)
+        scores = _product(q, tl.trans(k))
+        if KEY_CODE != "":
+            scores = _product(q_odd, tl.trans(k_odd), scores)
+        if HAS_CAP:
+            scores = _capped(scores * factor[:, None], soft_cap) * LOG2_E
+        elif MASKED:
+            scores *= factor[:, None]
+        if MASKED:
+            seen = token[None, :] <= position[:, None]
+            if HAS_WINDOW:
+                seen = seen & (token[None, :] > position[:, None] - window)
+            scores = tl.where(seen, scores, MASKED_SCORE)
+        if MASKED or HAS_CAP:
+            higher = tl.maximum(top, tl.max(scores, axis=1))
+            weights = tl.exp2(scores - higher[:, None])
+        else:  # one multiply-add for a score
+            higher = tl.maximum(top, tl.max(scores, axis=1) * factor)
+            weights = tl.exp2(scores * factor[:, None] - higher[:, None])
+        shrink = tl.exp2(top - higher)
+        top = higher
+        total = total * shrink + tl.sum(weights, axis=1)
+        v, v_odd = _load_tile(value, table, head, kv_heads, token, end, HEAD_DIM, DIM, BLOCK_SIZE, VALUE_CODE, MASKED)
+        weights = narrow(weights, v.dtype)
+        even = _product(weights, v, even * shrink[:, None])
+        if VALUE_CODE != "":
+            odd = _product(weights, v_odd, odd * shrink[:, None])
+    return top, total, even, odd
+
+
+@triton.jit
+def nothing_yet(ROWS: tl.constexpr, DIM: tl.constexpr, VALUE_CODE: tl.constexpr):
+    """The state before the first token."""
+    width: tl.constexpr = DIM if VALUE_CODE == "" else DIM // 2
+    zeros = tl.zeros((ROWS, width), tl.float32)
+    return tl.full((ROWS,), MASKED_SCORE, tl.float32), tl.zeros((ROWS,), tl.float32), zeros, zeros
+
+
+@triton.jit
+def mixed(state, value_scale, VALUE_CODE: tl.constexpr):
+    """The weighted mean of values [R, DIM], zeros where nothing was seen."""
+    _, total, even, odd = state
+    if VALUE_CODE != "":
+        even = tl.reshape(tl.join(even, odd), (even.shape[0], 2 * even.shape[1]))
+    nothing = total == 0.0
+    return even * tl.where(nothing, 0.0, value_scale / tl.where(nothing, 1.0, total))[:, None]
+
+
+def on_meta(
+    heads: int, kv_heads: int, dim: int, dtype: torch.dtype, key: torch.dtype, value: torch.dtype,
+    window: int | None = None, soft_cap: float | None = None,
+) -> tuple[Tensor, StepInputs, LayerCache, AttentionShape]:  # fmt: skip
+    """What proofs compile launches for: a step of 64 tokens in 64 sequences, without memory behind it."""
+
+    def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    long, table = meta(64, dtype=torch.int64), meta(64, 512, dtype=torch.int32)
+    lengths, starts = meta(64, dtype=torch.int32), meta(65, dtype=torch.int32)
+    keys, values = (meta(4096, kv_heads, 16, dim, dtype=kind) for kind in (key, value))
+    return (
+        meta(64, heads, dim, dtype=dtype),
+        StepInputs(long, long, long, table, lengths, starts, long, 64, 8192),
+        LayerCache(keys, values, meta(kv_heads), meta(kv_heads)),
+        AttentionShape(heads, kv_heads, dim, dim**-0.5, window, soft_cap),
+    )

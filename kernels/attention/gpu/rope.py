@@ -1,0 +1,214 @@
+"""Triton body of what stands between the qkv GEMM and attention: head norms, rotation, and the write into the cache.
+
+A program has some KV heads of one token, with the query heads that share them; numbers are float32 from the load to
+the store. A head comes in three pieces: the first and the second half of what rotates, and what doesn't. qkv may be
+split-K partial sums, which are added up on the way. Slots below 0 write nothing: a CUDA graph's padding.
+Reference: `attention.reference.rope_and_cache`. Limit: bytes; 2 (Hq + 2 Hkv) D read and 2 Hq D + 2 Hkv D * bytes of a
+cached element written for each token, over 3.0 TB/s on an H100.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from octavo.kernels.attention.cache import AttentionShape, LayerCache
+from octavo.kernels.attention.gpu.paged import on_meta
+from octavo.kernels.attention.step import StepInputs
+from octavo.kernels.launch import Launch, Proof, cdiv, power_of_two
+from octavo.kernels.numeric import narrow, to_e4m3, to_int8
+
+
+@triton.jit
+def _sum(qkv, place, mask, part_size, dtype: tl.constexpr, PARTS: tl.constexpr):
+    """A part of the row in float32; partial sums are rounded as the GEMM would have rounded its output."""
+    value = tl.load(qkv + place, mask=mask, other=0.0).to(tl.float32)
+    for part in tl.static_range(1, PARTS):
+        value += tl.load(qkv + part * part_size + place, mask=mask, other=0.0)
+    return value if qkv.dtype.element_ty == dtype else narrow(value, dtype).to(tl.float32)
+
+
+@triton.jit
+def _factor(squares, width, eps):
+    return tl.rsqrt(squares / width + eps)
+
+
+@triton.jit
+def _encoded(value, scale, kind: tl.constexpr):
+    """value / scale in the cache's type; int8 codes reach 127 on both sides."""
+    if kind == tl.float8e4nv:
+        return to_e4m3(tl.div_rn(value, scale))
+    if kind == tl.int8:
+        return to_int8(tl.maximum(tl.div_rn(value, scale), -127.0))
+    return narrow(value, kind)
+
+
+@triton.jit
+def _heads(
+    qkv, row, begin, head, heads, weight, whole, cos_sin, eps, out, place, slot, scale, part_size,
+    dtype: tl.constexpr, HEAD_DIM: tl.constexpr, HALF: tl.constexpr, HALVES: tl.constexpr, RESTS: tl.constexpr,
+    PARTS: tl.constexpr, NORM: tl.constexpr, ROTATES: tl.constexpr,
+):  # fmt: skip
+    """Heads [N] of a row, normed and rotated, into out from place [N] on; nothing where slot is below 0.
+
+    head counts from `begin` in the row; whole is the factor of a norm over all heads.
+    """
+    at, rest = tl.arange(0, HALVES), 2 * HALF + tl.arange(0, RESTS)
+    there = ((head < heads) & (slot + tl.zeros_like(head) >= 0))[:, None]
+    half, more = there & (at < HALF)[None, :], there & (rest < HEAD_DIM)[None, :]
+    column = (head * HEAD_DIM)[:, None]
+    start = row + begin + column
+    a = _sum(qkv, start + at[None, :], half, part_size, dtype, PARTS)
+    b = _sum(qkv, start + HALF + at[None, :], half, part_size, dtype, PARTS)
+    if HEAD_DIM != 2 * HALF:
+        c = _sum(qkv, start + rest[None, :], more, part_size, dtype, PARTS)
+    if NORM != "":
+        factor = tl.zeros_like(head).to(tl.float32) + whole
+        if NORM == "head":
+            squares = tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)
+            if HEAD_DIM != 2 * HALF:
+                squares += tl.sum(c * c, axis=1)
+            factor = _factor(squares, HEAD_DIM, eps)
+            column *= 0
+        factor = factor[:, None]
+        a *= factor * tl.load(weight + column + at[None, :], mask=half, other=0.0)
+        b *= factor * tl.load(weight + column + HALF + at[None, :], mask=half, other=0.0)
+        if HEAD_DIM != 2 * HALF:
+            c *= factor * tl.load(weight + column + rest[None, :], mask=more, other=0.0)
+    if ROTATES:
+        cos = tl.load(cos_sin + at, mask=at < HALF, other=0.0)[None, :]
+        sin = tl.load(cos_sin + HALF + at, mask=at < HALF, other=0.0)[None, :]
+        a, b = a * cos - b * sin, b * cos + a * sin
+    kind: tl.constexpr = out.dtype.element_ty
+    to, scale = out + place[:, None], scale[:, None]
+    tl.store(to + at[None, :], _encoded(a, scale, kind), mask=half)
+    tl.store(to + HALF + at[None, :], _encoded(b, scale, kind), mask=half)
+    if HEAD_DIM != 2 * HALF:
+        tl.store(to + rest[None, :], _encoded(c, scale, kind), mask=more)
+
+
+@triton.jit
+def _whole(qkv, start, width, eps, part_size, dtype: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr):
+    """The factor of a norm over `width` columns of a row."""
+    at = tl.arange(0, WIDTH)
+    value = _sum(qkv, start + at, at < width, part_size, dtype, PARTS)
+    return _factor(tl.sum(value * value), width, eps)
+
+
+@triton.jit
+def _rope(
+    qkv, positions, slots, cos_sin, q_norm, k_norm, q, key, value, key_scale, value_scale,
+    kv_heads, part_size, eps,
+    HEAD_DIM: tl.constexpr, GROUP: tl.constexpr, KV_HEADS: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+    HALVES: tl.constexpr, RESTS: tl.constexpr, BLOCK_SIZE: tl.constexpr, PARTS: tl.constexpr, Q_NORM: tl.constexpr,
+    K_NORM: tl.constexpr, Q_WIDTH: tl.constexpr, K_WIDTH: tl.constexpr, ROTATES: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    dtype: tl.constexpr = q.dtype.element_ty
+    q_size = kv_heads * GROUP * HEAD_DIM
+    k_size = kv_heads * HEAD_DIM
+    row = token * (q_size + 2 * k_size)
+    if ROTATES:
+        cos_sin += tl.load(positions + token) * (2 * HALF)
+    q_whole, k_whole = 1.0, 1.0
+    if Q_NORM == "all":
+        q_whole = _whole(qkv, row, q_size, eps, part_size, dtype, Q_WIDTH, PARTS)
+    if K_NORM == "all":
+        k_whole = _whole(qkv, row + q_size, k_size, eps, part_size, dtype, K_WIDTH, PARTS)
+    slot = tl.load(slots + token)
+    block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
+    first = tl.program_id(1) * KV_HEADS
+    head = first * GROUP + tl.arange(0, HEADS)
+    _heads(
+        qkv, row, 0, head, tl.minimum(first + KV_HEADS, kv_heads) * GROUP, q_norm, q_whole, cos_sin, eps, q,
+        token * q_size + head * HEAD_DIM, 0, tl.zeros_like(head) + 1.0, part_size,
+        dtype, HEAD_DIM, HALF, HALVES, RESTS, PARTS, Q_NORM, ROTATES,
+    )  # fmt: skip
+    head = first + tl.arange(0, KV_HEADS)
+    place = ((block * kv_heads + head) * BLOCK_SIZE + offset) * HEAD_DIM
+    _heads(
+        qkv, row, q_size, head, kv_heads, k_norm, k_whole, cos_sin, eps, key, place, slot,
+        tl.load(key_scale + head, mask=head < kv_heads, other=1.0), part_size,
+        dtype, HEAD_DIM, HALF, HALVES, RESTS, PARTS, K_NORM, ROTATES,
+    )  # fmt: skip
+    _heads(
+        qkv, row, q_size + k_size, head, kv_heads, k_norm, 1.0, cos_sin, eps, value, place, slot,
+        tl.load(value_scale + head, mask=head < kv_heads, other=1.0), part_size,
+        dtype, HEAD_DIM, HALF, HALVES, RESTS, PARTS, "", False,
+    )  # fmt: skip
+
+
+def rope(
+    qkv: Tensor,
+    inputs: StepInputs,
+    cache: LayerCache,
+    shape: AttentionShape,
+    cos_sin: Tensor | None,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    q: Tensor,
+) -> Launch:
+    """Of qkv [T, (Hq + 2 Hkv) D], or partial sums of it [S, T, ...] float32: q [T, Hq, D], and keys and values cached.
+
+    cos_sin   [positions, rotary] float32; None rotates nothing
+    q_norm    [D] norms each head, [Hq D] all together; k_norm likewise; None norms nothing
+    """
+    d, tokens = shape.head_dim, q.shape[0]
+    group = shape.num_heads // shape.num_kv_heads
+    parts, width = (qkv.shape[0] if qkv.dim() == 3 else 1), qkv.shape[-1]
+    half = (d if cos_sin is None else cos_sin.shape[1]) // 2
+    norms = ["" if w is None else "head" if w.numel() == d else "all" for w in (q_norm, k_norm)]
+    nothing = cache.key_scale  # stands for what isn't there
+    together = power_of_two(shape.num_kv_heads) if "all" in norms else 1  # KV heads of a program: a norm is taken once
+    heads = power_of_two(together * group)
+    return Launch(
+        _rope,
+        (tokens, cdiv(shape.num_kv_heads, together)),
+        {
+            "qkv": qkv, "positions": inputs.positions, "slots": inputs.slot_mapping,
+            "cos_sin": nothing if cos_sin is None else cos_sin, "q_norm": nothing if q_norm is None else q_norm,
+            "k_norm": nothing if k_norm is None else k_norm, "q": q, "key": cache.key, "value": cache.value,
+            "key_scale": cache.key_scale, "value_scale": cache.value_scale, "kv_heads": shape.num_kv_heads,
+            "part_size": tokens * width, "eps": eps, "HEAD_DIM": d, "GROUP": group, "KV_HEADS": together,
+            "HEADS": heads, "HALF": half, "HALVES": power_of_two(half), "RESTS": power_of_two(d - 2 * half),
+            "BLOCK_SIZE": cache.block_size, "PARTS": parts, "Q_NORM": norms[0], "K_NORM": norms[1],
+            "Q_WIDTH": power_of_two(shape.num_heads * d), "K_WIDTH": power_of_two(shape.num_kv_heads * d),
+            "ROTATES": cos_sin is not None,
+        },
+        num_warps=1 if heads * d <= 1024 else 4 if heads * d <= 4096 else 8,
+        num_stages=1,
+    )  # fmt: skip
+
+
+def rope_and_cache(
+    qkv: Tensor, inputs: StepInputs, cache: LayerCache, shape: AttentionShape, cos_sin: Tensor | None,
+    q_norm: Tensor | None, k_norm: Tensor | None, eps: float, dtype: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
+    """`attention.reference.rope_and_cache`; dtype is that of q where qkv holds partial sums."""
+    q = qkv.new_empty(qkv.shape[-2], shape.num_heads, shape.head_dim, dtype=dtype or qkv.dtype)
+    rope(qkv, inputs, cache, shape, cos_sin, q_norm, k_norm, eps, q)()
+    return q
+
+
+def proofs() -> dict[str, Proof]:
+    """Every load and store of a head by 16 bytes (by 8 where a half of one is less)."""
+    bf16, fp8, int8 = torch.bfloat16, torch.float8_e4m3fn, torch.int8
+    made: dict[str, Proof] = {}
+    for name, example, parts, norm in (
+        ("bf16, 32 / 8 heads of 128", (32, 8, 128, bf16, bf16, bf16), 1, 0),
+        ("fp8, 32 / 8 heads of 128, of 4 partial sums", (32, 8, 128, bf16, fp8, fp8), 4, 0),
+        ("int8, 32 / 8 heads of 128, head norms", (32, 8, 128, bf16, int8, int8), 1, 128),
+        ("fp8, 16 heads of 128, a norm over all", (16, 16, 128, bf16, fp8, fp8), 1, 2048),
+    ):
+        q, inputs, cache, shape = on_meta(*example)
+        width = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
+        qkv = q.new_empty(64, width) if parts == 1 else q.new_empty(parts, 64, width, dtype=torch.float32)
+        table, weight = q.new_empty(8192, 128, dtype=torch.float32), q.new_empty(norm, dtype=torch.float32)
+        weights = weight if norm else None
+        made[f"rope {name}"] = Proof(
+            rope(qkv, inputs, cache, shape, table, weights, weights, 1e-5, q), (r"LDG\.E\.128", r"STG\.E\.(128|64)")
+        )
+    return made

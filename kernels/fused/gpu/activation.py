@@ -1,0 +1,99 @@
+"""Triton bodies of gated activations, f(gate) * up, stored as they are or rounded to fp8 or int8 on the way.
+
+f is silu or the tanh-approximated gelu; both are g * sigmoid(z), with z = g or 2 sqrt(2 / pi) (g + 0.044715 g^3). A
+program has a token's whole row where that has one scale, else a stretch of it. The input may be split-K partial sums.
+References: `fused.reference`, `fp8.reference`, `int8.reference`; what is rounded to codes is the float32 product, as
+elsewhere in this room. Limit: bytes; 5 for each output element with bf16 in and fp8 out, over 3.0 TB/s on an H100.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from octavo.kernels.fused.gpu.rounding import store_rounded
+from octavo.kernels.launch import Launch, Proof, cdiv, power_of_two
+
+STRETCH = 1024  # columns of a program where a row is not rounded as a whole
+WARPS = ((2048, 4), (8192, 8), (1 << 30, 16))  # columns of a program at the most, warps
+
+
+@triton.jit
+def _sigmoid(x):
+    """1 / (1 + exp(-x)), by an exponential that can't overflow."""
+    e = tl.exp(-tl.abs(x))
+    return tl.where(x < 0.0, e, 1.0) / (1.0 + e)
+
+
+@triton.jit
+def _gated(
+    x, out, scale, part_size, width,
+    GELU: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    token, first = tl.program_id(0), tl.program_id(1) * BLOCK
+    at = first + tl.arange(0, BLOCK)
+    seen = at < width
+    row = x + token.to(tl.int64) * (2 * width) + at
+    gate = tl.load(row, mask=seen, other=0.0).to(tl.float32)
+    up = tl.load(row + width, mask=seen, other=0.0).to(tl.float32)
+    for part in tl.static_range(1, PARTS):
+        gate += tl.load(row + part * part_size, mask=seen, other=0.0)
+        up += tl.load(row + part * part_size + width, mask=seen, other=0.0)
+    z = gate
+    if GELU:
+        z = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
+    store_rounded(gate * _sigmoid(z) * up, out, scale, token, first, width, GROUP, BLOCK)
+
+
+def silu_and_mul(x: Tensor, out: Tensor, *, scale: Tensor | None = None, group_size: int = 0) -> Launch:
+    """silu(gate) * up of x = gate, up [T, 2 I], or of the sum of x [S, T, 2 I] float32, into out [T, I].
+
+    out is bf16, fp16 or float32; or float8_e4m3fn or int8 with scale [T, ceil(I / group_size)] float32, a scale for
+    each group of columns, or [T, 1] with group_size 0; group_size is a power of two.
+    """
+    return _launch(x, out, scale, group_size, gelu=False)
+
+
+def gelu_tanh_and_mul(x: Tensor, out: Tensor, *, scale: Tensor | None = None, group_size: int = 0) -> Launch:
+    """gelu(gate) * up, tanh-approximated; all else as in `silu_and_mul`."""
+    return _launch(x, out, scale, group_size, gelu=True)
+
+
+def _launch(x: Tensor, out: Tensor, scale: Tensor | None, group_size: int, *, gelu: bool) -> Launch:
+    if (out.dtype in (torch.float8_e4m3fn, torch.int8)) != (scale is not None):
+        raise ValueError(f"an activation into {out.dtype} {'needs' if scale is None else 'has no'} scale")
+    tokens, width = out.shape
+    whole = max(power_of_two(width), group_size)
+    block = whole if scale is not None and group_size == 0 else min(whole, max(STRETCH, group_size))
+    return Launch(
+        _gated,
+        (tokens, cdiv(width, block)),
+        {
+            "x": x, "out": out, "scale": out if scale is None else scale, "part_size": tokens * 2 * width,
+            "width": width, "GELU": gelu, "PARTS": x.shape[0] if x.dim() == 3 else 1, "GROUP": group_size,
+            "BLOCK": block,
+        },
+        num_warps=next(warps for most, warps in WARPS if block <= most),
+        num_stages=1,
+    )  # fmt: skip
+
+
+def proofs() -> dict[str, Proof]:
+    """Llama's widths: 128-bit loads throughout."""
+
+    def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    width = 14336
+    rows, out, scale = meta(64, 2 * width), meta(64, width), meta(64, 112, dtype=torch.float32)
+    fp8, int8 = meta(64, width, dtype=torch.float8_e4m3fn), meta(64, width, dtype=torch.int8)
+    partial = meta(4, 64, 2 * width, dtype=torch.float32)
+    made = {
+        "silu": silu_and_mul(rows, out),
+        "silu fp8": silu_and_mul(rows, fp8, scale=scale),
+        "silu fp8 groups of 4 partial sums": silu_and_mul(partial, fp8, scale=scale, group_size=128),
+        "gelu int8": gelu_tanh_and_mul(rows, int8, scale=scale),
+    }
+    return {f"{name} {width}": Proof(launch, (r"LDG\.E\.128", r"STG\.E\.(128|64)")) for name, launch in made.items()}

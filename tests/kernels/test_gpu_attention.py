@@ -1,0 +1,175 @@
+"""Decode and prefill attention in Triton against the reference, on the same cached numbers."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+
+import pytest
+import torch
+from torch import Tensor
+
+from octavo.kernels.attention import reference
+from octavo.kernels.attention.cache import AttentionShape, LayerCache
+from octavo.kernels.attention.gpu.decode import decode, merge, share_count
+from octavo.kernels.attention.gpu.paged import _bytes_of
+from octavo.kernels.attention.gpu.prefill import paged_attention, prefill
+from octavo.kernels.attention.step import StepInputs
+
+HEADS = [(9, 3, 64), (3, 1, 80)]  # query heads, KV heads, dimension
+FEW = ([1, 1, 2, 1, 0], [1, 37, 90, 0, 5])  # one share, several, two queries, no tokens, no queries
+MIXED = ([1, 9, 22, 1, 0], [40, 30, 22, 1, 7])  # a decode, a chunk on a prefix, a prompt, a first token, nothing
+STORED = [
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float16),
+    (torch.float8_e4m3fn, torch.float8_e4m3fn),
+    (torch.int8, torch.int8),
+    (torch.bfloat16, torch.float8_e4m3fn),
+]
+MASKS = [(None, None), (7, None), (None, 5.0), (40, 20.0)]
+SHARES = {"block_n": 16, "least": 32, "most": 2}
+UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # of a rounding
+
+
+def make_step(new: list[int], lengths: list[int], block_size: int, device: torch.device) -> StepInputs:
+    """Sequences in scattered blocks."""
+    counts = [-(-length // block_size) for length in lengths]
+    blocks = torch.randperm(sum(counts), dtype=torch.int32)
+    tables = torch.zeros(len(new), max(counts), dtype=torch.int32)
+    for s, (count, end) in enumerate(zip(counts, accumulate(counts), strict=True)):
+        tables[s, :count] = blocks[end - count : end]
+    starts, nothing = torch.tensor([0, *accumulate(new)], dtype=torch.int32), torch.zeros(1, dtype=torch.int64)
+    lens = torch.tensor(lengths, dtype=torch.int32)
+    made = (t.to(device) for t in (nothing, nothing, nothing, tables, lens, starts, nothing))
+    return StepInputs(*made, max(new), max(lengths))
+
+
+def make_cache(
+    blocks: int, kv_heads: int, block_size: int, dim: int, key: torch.dtype, value: torch.dtype, device: torch.device
+) -> LayerCache:
+    made = []
+    for dtype in (key, value):
+        spread = {torch.int8: 40.0, torch.float8_e4m3fn: 30.0}.get(dtype, 1.0)
+        scale = torch.ones(kv_heads) if spread == 1.0 else (torch.rand(kv_heads) + 0.5) / spread
+        made.append(((torch.randn(blocks, kv_heads, block_size, dim) * spread).to(device, dtype), scale.to(device)))
+    return LayerCache(made[0][0], made[1][0], made[0][1], made[1][1])
+
+
+def bound(q: Tensor, cache: LayerCache, shape: AttentionShape, truth: Tensor) -> Tensor:
+    """How far the kernels may lie from the reference, in float32, on the same codes.
+
+    A score is a sum of D products: off by (D + 8) u sum |q k| scale, u = 2^-24, in each of the two computations; where
+    keys are multiplied in fp16 and q is bf16 or wider, q's rounding adds a unit of fp16 (bf16 q fits; float32 does
+    not). exp and the cap add 32 u of the score's size. Weights are off by that, relatively, and by a rounding to the
+    values' type; fp16 weights below 2^-14 of the largest lie 2^-25 apart. An output is off by twice as much of the
+    largest value, and by a rounding to q's type.
+    """
+    u = UNIT[torch.float32]
+    k_most = (cache.key.float() * cache.key_scale.reshape(-1, 1, 1)).abs().amax()
+    v_most = (cache.value.float() * cache.value_scale.reshape(-1, 1, 1)).abs().amax()
+    mass = q.float().abs().sum(-1).amax() * k_most * shape.scale
+    weights = 2 * (shape.head_dim + 40) * u * mass + 64 * u
+    weights = weights + UNIT.get(cache.value.dtype, 2.0**-11) + 128 * 2.0**-25
+    if q.dtype == torch.float32 and cache.key.dtype != torch.float32:
+        weights = weights + UNIT.get(cache.key.dtype, 2.0**-11) * mass
+    return 2 * weights * v_most + UNIT[q.dtype] * truth.abs()
+
+
+def make(
+    case: tuple[list[int], list[int]], heads: tuple[int, int, int], stored: tuple[torch.dtype, torch.dtype],
+    masks: tuple[int | None, float | None], device: torch.device, block_size: int = 8,
+) -> tuple[Tensor, StepInputs, LayerCache, AttentionShape]:  # fmt: skip
+    torch.manual_seed(0)
+    inputs = make_step(*case, block_size, device)
+    blocks = sum(-(-n // block_size) for n in case[1])
+    cache = make_cache(blocks, heads[1], block_size, heads[2], *stored, device)
+    shape = AttentionShape(*heads, heads[2] ** -0.5, *masks)
+    dtype = stored[0] if stored[0] in UNIT else torch.bfloat16
+    return torch.randn(sum(case[0]), *heads[::2]).to(device, dtype), inputs, cache, shape
+
+
+def run_decode(q: Tensor, inputs: StepInputs, cache: LayerCache, shape: AttentionShape, queries: int) -> Tensor:
+    programs = share_count(inputs.max_seq_len, shape, least=32, most=2, queries=queries)
+    rows = queries * shape.num_heads // shape.num_kv_heads
+    lse = torch.full((len(inputs.seq_lens), shape.num_kv_heads, programs, rows), torch.nan, device=q.device)
+    partial = torch.full((*lse.shape, shape.head_dim), torch.nan, device=q.device)
+    out = torch.full_like(q, torch.nan)
+    decode(q, inputs, cache, shape, out, partial, lse, queries=queries, **SHARES)()
+    merge(inputs, shape, out, partial, lse, queries=queries, **SHARES)()
+    return out
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize("stored", STORED, ids=str)
+@pytest.mark.parametrize("masks", MASKS, ids=str)
+def test_decode(
+    heads: tuple[int, int, int], stored: tuple[torch.dtype, torch.dtype], masks: tuple[int | None, float | None],
+    device: torch.device,
+) -> None:  # fmt: skip
+    q, inputs, cache, shape = make(FEW, heads, stored, masks, device)
+    got = run_decode(q, inputs, cache, shape, queries=2).float()
+    assert not bool(got[4].any())  # the sequence of no tokens; the reference has no answer for it
+    inputs.seq_lens[3] = 1
+    truth = reference.paged_attention(q.float(), inputs, cache, shape).reshape(got.shape)
+    assert bool(((got - truth).abs() <= bound(q, cache, shape, truth))[:4].all())
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize("stored", STORED, ids=str)
+@pytest.mark.parametrize("masks", MASKS, ids=str)
+def test_prefill(
+    heads: tuple[int, int, int], stored: tuple[torch.dtype, torch.dtype], masks: tuple[int | None, float | None],
+    device: torch.device,
+) -> None:  # fmt: skip
+    q, inputs, cache, shape = make(MIXED, heads, stored, masks, device)
+    out = torch.full_like(q, torch.nan)
+    prefill(q, inputs, cache, shape, out, block_m=32, block_n=16)()
+    truth = reference.paged_attention(q.float(), inputs, cache, shape).reshape(q.shape)
+    assert bool(((out.float() - truth).abs() <= bound(q, cache, shape, truth)).all())
+
+
+@pytest.mark.parametrize("stored", STORED[:4:3], ids=str)
+def test_a_batch_of_both_and_each_of_its_sequences_alone(
+    stored: tuple[torch.dtype, torch.dtype], device: torch.device
+) -> None:
+    """Bit for bit: what a sequence gets doesn't depend on the batch."""
+    q, inputs, cache, shape = make(MIXED, (3, 1, 80), stored, (None, None), device, block_size=16)
+    got = paged_attention(q, inputs, cache, shape)
+    truth = reference.paged_attention(q.float(), inputs, cache, shape)
+    limit = bound(q, cache, shape, truth.reshape(q.shape))
+    assert bool(((got.float() - truth).reshape(q.shape).abs() <= limit).all())
+    for s in (0, 1, 3):
+        rows = slice(*inputs.query_starts[s : s + 2].tolist())
+        length = inputs.seq_lens[s : s + 1]
+        starts = torch.tensor([0, rows.stop - rows.start], dtype=torch.int32, device=device)
+        some = inputs.token_ids
+        alone = StepInputs(
+            some, some, some, inputs.block_tables[s : s + 1], length, starts, some, int(starts[1]), int(length)
+        )
+        assert torch.equal(paged_attention(q[rows], alone, cache, shape), got[rows])
+
+
+def test_queries_beyond_fp16_are_scaled_into_it(device: torch.device) -> None:
+    stored = (torch.float8_e4m3fn, torch.float8_e4m3fn)
+    q, inputs, cache, shape = make(([1, 1], [9, 12]), (2, 1, 64), stored, (None, None), device)
+    ordinary = run_decode(q, inputs, cache, shape, 1)
+    for power in (20, -40):
+        scaled = AttentionShape(2, 1, 64, shape.scale * 2.0**-power)
+        assert torch.equal(run_decode(q * 2.0**power, inputs, cache, scaled, 1), ordinary)
+
+
+def test_no_tokens_are_no_launch(device: torch.device) -> None:
+    q, inputs, cache, shape = make(([1], [4]), (2, 1, 64), STORED[0], (None, None), device)
+    none = StepInputs(
+        *(t[:0] for t in (inputs.token_ids, inputs.positions, inputs.slot_mapping, inputs.block_tables)),
+        inputs.seq_lens[:0], inputs.query_starts[:1], inputs.logits_index, 0, 0,
+    )  # fmt: skip
+    assert paged_attention(q[:0], none, cache, shape).shape == (0, 128)
+
+
+def test_the_interpreter_takes_the_bytes_out_of_words_as_the_instructions_do() -> None:
+    """int8's way into fp16 by an exclusive or and a subtraction, over all bytes; e4m3's is one instruction."""
+    assert _bytes_of is not None
+    code = torch.arange(256, dtype=torch.int32)
+    number = (code ^ 0x6480).to(torch.int16).view(torch.float16) - torch.tensor(1152.0, dtype=torch.float16)
+    assert torch.equal(number.float(), code.to(torch.uint8).view(torch.int8).float())
