@@ -7,7 +7,7 @@ tokens changes inside the body. Kernels know no schemes: this file is where bits
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from octavo.kernels import processor
 from octavo.kernels.fp8 import reference as fp8_reference
 from octavo.kernels.int8 import reference as int8_reference
+from octavo.kernels.rounded import Hidden, Rounding
+from octavo.quant.body import Body
 from octavo.quant.linear_gpu import gpu_body
 from octavo.quant.qparams import QuantizedWeight
 from octavo.quant.scheme import CHANNEL, PRESETS, TENSOR, ActivationScheme, Granularity, QuantScheme, WeightScheme
@@ -26,25 +28,26 @@ Round = Callable[[Tensor], Tensor]
 """Rounds a layer's input [M, K] as its scheme says and returns the rounded values in float32."""
 
 
-@dataclass(frozen=True)
-class Body:
-    """A kernel bound to its packed weight: `run` maps x [M, K] to [M, N] without the bias."""
-
-    name: str
-    run: Callable[[Tensor], Tensor]
-    weight_bytes: int
-
-
 class Linear(nn.Module):
-    """x [T, K] -> [T, N]: bodies side by side along N (one, when all parts could be fused), and a bias."""
+    """x [T, K] -> [T, N]: bodies side by side along N (one, when all parts could be fused), and a bias.
+
+    wants: how the kernel before may round x, which then comes as `Rounded`; None: x is a plain tensor.
+    """
 
     def __init__(self, scheme: str, bodies: list[Body], bias: Tensor | None) -> None:
         super().__init__()
         self._scheme, self._bodies, self._bias = scheme, bodies, bias
+        alone = bodies[0] if len(bodies) == 1 and bias is None else None
+        self.wants: Rounding | None = None if alone is None else alone.wants
+        self._partial = None if alone is None else alone.partial
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Hidden) -> Tensor:
         out = self._bodies[0].run(x) if len(self._bodies) == 1 else torch.cat([b.run(x) for b in self._bodies], dim=-1)
         return out if self._bias is None else out.add_(self._bias)
+
+    def partial(self, x: Hidden) -> Tensor:
+        """As forward, or [S, T, N] float32 for the next kernel to add up."""
+        return self.forward(x) if self._partial is None else self._partial(x)
 
     def describe(self) -> tuple[str, str]:
         """(scheme, body), for the table that is printed at start."""
@@ -68,7 +71,7 @@ def make_linear(
     """One layer out of parts that share their input (q, k, v; gate, up), each [N_i, K], with a bias [N_i] or None.
 
     out_dtype: the output's type where it isn't `dtype`: float32 for logits, which bf16 would round to 8 bits.
-    capability: a GPU's, 90 for an H100: which kernels it can run.
+    capability: a GPU's, 90 for an H100: which kernels it can run. 0 on a CPU.
     Raises ValueError when the parts' K differ. With dtype float32 everything is computed in float32, activations
     rounded as the scheme says: the truth that the other bodies are compared with.
     """
@@ -77,9 +80,11 @@ def make_linear(
         raise ValueError(f"parts of one layer must share their input and have a bias each: K {sorted(columns)}")
     fused = [_join(run) for run in _runs(parts)]
     out = out_dtype or dtype
-    bodies = [_choose(part, dtype, device, out, capability) for part in fused]
+    bias = _join_biases(parts, biases, out, device)
+    inside = bias if len(fused) == 1 else None
+    bodies = [_choose(part, inside, dtype, device, out, capability) for part in fused]
     schemes = dict.fromkeys(str(p.scheme) if isinstance(p, QuantizedWeight) else str(dtype)[6:] for p in fused)
-    return Linear(" + ".join(schemes), bodies, _join_biases(parts, biases, out, device))
+    return Linear(" + ".join(schemes), bodies, None if bodies[0].has_bias else bias)
 
 
 def _join_biases(
@@ -162,7 +167,12 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
 
 
 def _choose(
-    part: QuantizedWeight | Tensor, dtype: torch.dtype, device: torch.device, out: torch.dtype, capability: int
+    part: QuantizedWeight | Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    out: torch.dtype,
+    capability: int,
 ) -> Body:
     """The body for one weight: what runs it natively here, else the weight dequantized at load.
 
@@ -171,10 +181,10 @@ def _choose(
     native = device.type == "cpu" and dtype != torch.float32 and processor.has_dot_products()
     if isinstance(part, Tensor):
         return _dense(part, None, dtype, device, native, out)
-    if device.type == "cuda" and dtype != torch.float32:
-        found = gpu_body(part.to(device), out, capability)
+    if capability and dtype != torch.float32:
+        found = gpu_body(part.to(device), bias, out, capability)
         if found is not None:
-            return Body(*found)
+            return found
     if native and dtype == torch.bfloat16 and part.scheme.activation is None:
         body = _weight_only(part, out)
         if body is not None:

@@ -6,91 +6,138 @@ load, as is whatever no kernel has. Kernels are imported when a weight asks for 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from octavo.kernels.rounded import Hidden, Rounded, Rounding
+from octavo.kernels.tables import choose
+from octavo.quant.body import Body
 from octavo.quant.qparams import QuantizedWeight
 from octavo.quant.scheme import CHANNEL, PRESETS, Granularity
 
 FP8_CAPABILITY = 89
 MAX_INT8_COLUMNS = 131_071  # an int32 sum of products of two bytes holds no more
-Run = Callable[[Tensor], Tensor]
 
 
-def gpu_body(part: QuantizedWeight, out: torch.dtype, capability: int) -> tuple[str, Run, int] | None:
-    """(name, x [M, K] -> [M, N] of type out, bytes of the weight); None where the weight is to be dequantized.
+def gpu_body(part: QuantizedWeight, bias: Tensor | None, out: torch.dtype, capability: int) -> Body | None:
+    """The body whose outputs are of type `out`; None where the weight is to be dequantized.
 
-    part lies on the GPU; the body computes with x in bf16 or fp16.
+    part and bias [N] lie on the GPU; the body computes with x in bf16 or fp16.
     """
     weight, activation = part.scheme.weight, part.scheme.activation
     if activation is None:
-        return _weight_only(part, out)
+        return _weight_only(part, bias, out)
     fp8_units = capability >= FP8_CAPABILITY
     if activation.dtype == "fp8_e4m3" and weight.dtype == "fp8_e4m3":
-        return _fp8(part, out) if fp8_units else None
+        return _fp8(part, bias, out) if fp8_units else None
     if part.scheme == PRESETS["W8A8"] and part.shape[1] <= MAX_INT8_COLUMNS:
-        return _int8(part, out)
+        from octavo.kernels.int8.gpu import gemm as int8
+
+        return _eight_bits("int8 x int8", int8.pack(part.codes, part.scale, bias), out, Rounding(torch.int8))
     per_token = activation.dynamic and activation.granularity == CHANNEL
     if activation.dtype == "fp8_e4m3" and per_token and weight.dtype in ("int4", "int3", "int2") and fp8_units:
-        return _few_bits(part, out, "fp8")
+        return _few_bits(part, bias, out, Rounding(torch.float8_e4m3fn))
     return None
 
 
-def _fp8(part: QuantizedWeight, out: torch.dtype) -> tuple[str, Run, int] | None:
+def _fp8(part: QuantizedWeight, bias: Tensor | None, out: torch.dtype) -> Body | None:
     from octavo.kernels.fp8.gpu import gemm
     from octavo.kernels.fp8.gpu.few import BLOCK
 
     granularity, activation = part.scheme.weight.granularity, part.scheme.activation
     assert activation is not None
-    blocks = granularity.block == (BLOCK, BLOCK)
-    inputs = activation.granularity
+    blocks, inputs = granularity.block == (BLOCK, BLOCK), activation.granularity
     if blocks and not (activation.dynamic and inputs.kind == "group" and inputs.group_size == BLOCK):
         return None
     if not blocks and (granularity.kind not in ("tensor", "channel") or (activation.dynamic and inputs != CHANNEL)):
         return None
-    packed = gemm.pack(part.codes, part.scale, input_scale=part.input_scale, blocks=blocks)
+    packed = gemm.pack(part.codes, part.scale, bias, part.input_scale, blocks=blocks)
     name = f"fp8 x fp8, {'blocks' if blocks else 'token' if activation.dynamic else 'static'}"
-    return name, lambda x: gemm.matmul(*gemm.rounded(x, packed), packed, out), _bytes(packed)
+    wants = Rounding(torch.float8_e4m3fn, BLOCK if blocks else 0) if activation.dynamic else None
+    return _eight_bits(name, packed, out, wants)
 
 
-def _int8(part: QuantizedWeight, out: torch.dtype) -> tuple[str, Run, int]:
-    from octavo.kernels.int8.gpu import gemm
+def _eight_bits(name: str, packed: Any, out: torch.dtype, wants: Rounding | None) -> Body:
+    """fp8 and int8 share their GEMMs. An input that nobody rounded before is rounded by a launch of its own."""
+    from octavo.kernels.fp8.gpu import gemm
 
-    packed = gemm.pack(part.codes, part.scale)
-    return "int8 x int8", lambda x: gemm.matmul(*gemm.rounded(x, packed), packed, out), _bytes(packed)
+    n, k = packed.codes.shape
+
+    def codes_of(x: Hidden) -> tuple[Tensor, Tensor]:
+        return (x.codes, x.scale) if isinstance(x, Rounded) else gemm.rounded(x, packed)
+
+    def run(x: Hidden) -> Tensor:
+        return gemm.matmul(*codes_of(x), packed, out)
+
+    def partial(x: Hidden) -> Tensor:
+        codes, scale = codes_of(x)
+        if choose(packed.kind, codes.shape[0], n, k)["parts"] == 1:
+            return gemm.matmul(codes, scale, packed, out)
+        return gemm.partial_sums(codes, scale, packed)
+
+    return Body(name, run, _bytes(packed), wants, partial, has_bias=packed.bias is not None)
 
 
-def _weight_only(part: QuantizedWeight, out: torch.dtype) -> tuple[str, Run, int] | None:
+def _weight_only(part: QuantizedWeight, bias: Tensor | None, out: torch.dtype) -> Body | None:
     weight = part.scheme.weight
     if weight.is_float or weight.granularity.kind not in ("channel", "group"):
         return None
     if weight.dtype != "int8":
-        return _few_bits(part, out, "16 bits")
+        return _few_bits(part, bias, out, None)
     from octavo.kernels.int8.gpu import weights
 
     size = _group_size(weight.granularity)
     if part.g_idx is not None or (size != -1 and size % 32):
         return None
-    packed = weights.pack(part.codes, part.scale, size, part.zero_point)
-    return "int8 weights", lambda x: weights.linear(x, packed).to(out), _bytes(packed)
+    packed = weights.pack(part.codes, part.scale, size, part.zero_point, bias)
+    n, k = part.shape
+
+    def run(x: Tensor) -> Tensor:
+        return weights.linear(x, packed).to(out)
+
+    def partial(x: Tensor) -> Tensor:
+        return run(x) if choose("w8a16", x.shape[0], n, k)["parts"] == 1 else weights.partial_sums(x, packed)
+
+    return Body("int8 weights", run, _bytes(packed), partial=partial, has_bias=bias is not None)
 
 
-def _few_bits(part: QuantizedWeight, out: torch.dtype, inputs: str) -> tuple[str, Run, int]:
+def _few_bits(part: QuantizedWeight, bias: Tensor | None, out: torch.dtype, wants: Rounding | None) -> Body:
+    from octavo.kernels.fp8.gpu.quantize import quantize
     from octavo.kernels.int4.gpu import linear, packing
 
-    k, size = part.shape[1], _group_size(part.scheme.weight.granularity)
+    (n, k), size = part.shape, _group_size(part.scheme.weight.granularity)
     groups = part.g_idx if part.g_idx is not None else torch.arange(k, device=part.codes.device) // max(size, 1)
     if size == -1:
         groups = torch.zeros(k, dtype=torch.int64, device=part.codes.device)
     bits = 2 if part.scheme.weight.bits == 2 else 4  # 3 bits lie in the fields of 4
-    packed = packing.pack(part.codes, part.scale, part.zero_point, groups.long(), bits=bits)
-    name = f"{part.scheme.weight.dtype} weights{' in 4 bits' if part.scheme.weight.bits == 3 else ''}, {inputs}"
-    if inputs == "fp8":
-        return name, lambda x: linear.linear_fp8(x, packed).to(out), _bytes(packed)
-    return name, lambda x: linear.matmul(x, packed, None, out), _bytes(packed)
+    packed = packing.pack(part.codes, part.scale, part.zero_point, groups.long(), bias, bits=bits)
+    kind = "int4" if wants is None else "int4 fp8"
+
+    def codes_of(x: Hidden) -> tuple[Tensor, Tensor | None]:
+        if wants is None:
+            assert isinstance(x, Tensor)
+            return x, None
+        if isinstance(x, Tensor):
+            plain, x = x, Rounded.empty(x.shape[0], k, wants, x.device)
+            quantize(plain.contiguous(), x.codes, x.scale)()
+        return x.codes, x.scale
+
+    def run(x: Hidden) -> Tensor:
+        codes, scale = codes_of(x)
+        return linear.matmul(codes, packed, scale, out)
+
+    def partial(x: Hidden) -> Tensor:
+        codes, scale = codes_of(x)
+        sizes = choose(kind, codes.shape[0], n, packed.columns)
+        if sizes.get("dequantize") or sizes["parts"] == 1:
+            return linear.matmul(codes, packed, scale, out)
+        return linear.partial_sums(codes, packed, scale)
+
+    name = f"{part.scheme.weight.dtype} weights{' in 4 bits' if part.scheme.weight.bits == 3 else ''}"
+    name += ", 16 bits" if wants is None else ", fp8"
+    return Body(name, run, _bytes(packed), wants, partial, has_bias=bias is not None)
 
 
 def _group_size(granularity: Granularity) -> int:

@@ -56,7 +56,9 @@ def card_name(device: torch.device) -> str:
 
 
 def capability(device: torch.device) -> int:
-    """A GPU's compute capability: 90 for an H100, 89 for an L40S or 4090, 80 for an A100."""
+    """A GPU's compute capability: 90 for an H100, 89 for an L40S or 4090, 80 for an A100. 0 for a CPU."""
+    if device.type != "cuda":
+        return 0
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 

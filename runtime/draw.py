@@ -23,12 +23,14 @@ class SamplingOps:
 
 
 def select_sampling(device: torch.device) -> SamplingOps:
-    """The bodies for a device. The CPU's are compiled by numba at their first use, and cached."""
+    """The bodies for a device. They are compiled at their first use, and cached."""
     if device.type == "cpu":
         from octavo.kernels.sampling import cpu
 
         return SamplingOps(cpu.draw, cpu.logprobs)
-    return SamplingOps(reference.draw, reference.logprobs)
+    from octavo.kernels.sampling.gpu import draw as gpu
+
+    return SamplingOps(gpu.draw, reference.logprobs)
 
 
 def uniform(key: str, position: int) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -54,13 +54,17 @@ class Ops:
     gelu_tanh_and_mul(gate_up [T, 2 I]) -> [T, I]
     attention(q [T, Hq, D], inputs, cache, shape) -> [T, Hq * D]: causal over the cache, which holds this step's own
         keys and values already
+
+    A GPU's bodies take x, gate_up and qkv in partial sums [S, T, ...] float32 as well; and the first four a last
+    argument `wants`, a Rounding, and return what they return as Rounded then. The others are given neither: linear
+    layers on a CPU make no partial sums and want no rounding.
     """
 
     name: str
-    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
-    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
-    silu_and_mul: Callable[[Tensor], Tensor]
-    gelu_tanh_and_mul: Callable[[Tensor], Tensor]
+    rms_norm: Callable[..., Any]
+    add_rms_norm: Callable[..., tuple[Any, Tensor]]
+    silu_and_mul: Callable[..., Any]
+    gelu_tanh_and_mul: Callable[..., Any]
     rope_and_cache: RopeAndCache
     attention: Callable[[Tensor, StepInputs, LayerCache, AttentionShape], Tensor]
 
@@ -77,7 +81,14 @@ REFERENCE = Ops(
 
 
 def select_ops(device: torch.device, dtype: torch.dtype) -> Ops:
-    """The bodies for a device. float32 on the CPU takes the fast bodies too: they compute in float32 throughout."""
+    """The bodies for a device. float32 on the CPU takes the fast bodies too: they compute in float32 throughout.
+
+    float32 on a GPU takes the reference, whose products are float32's: tensor cores would round to tf32.
+    """
+    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        from octavo.runtime.ops_gpu import make_ops
+
+        return make_ops(dtype)
     if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return REFERENCE
     from octavo.kernels.attention import cpu as attention_cpu

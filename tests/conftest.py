@@ -25,6 +25,13 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where there is a GPU, what runs Triton kernels runs on it, with `-m cuda`; elsewhere it is interpreted."""
+    for item in items:
+        if HAS_GPU and ("gpu" in item.path.stem or item.path.stem == "test_graphs"):
+            item.add_marker(pytest.mark.cuda)
+
+
 @pytest.fixture(scope="session")
 def fixtures() -> Path:
     """The directory of tiny checkpoints; its README says who wrote which, and how."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from octavo.kernels.attention.cache import LayerCache
 from octavo.kernels.attention.step import StepInputs
+from octavo.kernels.rounded import Hidden
 from octavo.quant.block_map import Fold, InputGroup
 from octavo.quant.linear import Linear, make_linear
 from octavo.runtime.config import EngineConfig
@@ -209,7 +210,8 @@ class _Recorded(Linear):
         super().__init__(inner._scheme, inner._bodies, inner._bias)
         self._name, self._record = name, record
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Hidden) -> Tensor:
+        assert isinstance(x, Tensor)  # calibration's layers are dense: none wants a rounded input
         self._record(self._name, x)
         return super().forward(x)
 

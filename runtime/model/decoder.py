@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
 from octavo.kernels.attention.step import StepInputs
+from octavo.kernels.rounded import Rounding
 from octavo.quant.linear import Linear
 from octavo.runtime.model.mlp import Change, Mlp
 from octavo.runtime.model.model import KVScales, LayerRow
@@ -111,7 +113,7 @@ class Decoder:
 
         tap is called after each layer with its number and the residual stream, for whoever measures.
         """
-        ops, eps, multiplier = self.ops, self.spec.norm_eps, self.spec.residual_multiplier
+        ops, eps = self.ops, self.spec.norm_eps
         rope_and_cache, attention = ops.rope_and_cache, ops.attention
         last = len(self._layers) - 1
 
@@ -122,31 +124,44 @@ class Decoder:
         hidden = residual if first_norm is None else ops.rms_norm(residual, first_norm, eps)
 
         for i, (layer, cache) in enumerate(zip(self._layers, caches, strict=True)):
-            qkv = layer.qkv.forward(hidden)
+            qkv = layer.qkv.partial(hidden)
             q = rope_and_cache(qkv, inputs, cache, layer.shape, layer.cos_sin, layer.q_norm, layer.k_norm, eps)
             hidden = attention(q, inputs, cache, layer.shape)
             if i == last and inputs.logits_index.shape[0] != hidden.shape[0]:
                 # nothing reads the other rows any more
                 hidden, residual = hidden[inputs.logits_index], residual[inputs.logits_index]
-            hidden = layer.o.forward(hidden)
-            hidden, residual = self._add_and_norm(hidden, residual, layer.after_attention, layer.before_mlp, multiplier)
-            hidden = layer.mlp.forward(hidden)
-            before_next = self._final_norm if i == last else self._layers[i + 1].before_attention
-            hidden, residual = self._add_and_norm(hidden, residual, layer.after_mlp, before_next, multiplier)
+            run = layer.o.partial if self._adds_sums(layer.after_attention, layer.before_mlp) else layer.o.forward
+            norms = (layer.after_attention, layer.before_mlp)
+            hidden, residual = self._add_and_norm(run(hidden), residual, *norms, layer.mlp.wants)
+            norms = (layer.after_mlp, self._final_norm if i == last else self._layers[i + 1].before_attention)
+            wants = None if i == last else self._layers[i + 1].qkv.wants
+            run = layer.mlp.partial if self._adds_sums(*norms) else layer.mlp.forward
+            hidden, residual = self._add_and_norm(run(hidden), residual, *norms, wants)
             if tap is not None:
                 tap(i, residual)
         return self._logits(hidden)
 
+    def _adds_sums(self, after: Tensor | None, before_next: Tensor | None) -> bool:
+        """Whether what comes behind a sublayer is a norm, which adds up the partial sums of a GEMM on a GPU."""
+        return self.spec.residual_multiplier == 1.0 and not (after is None and before_next is None)
+
     def _add_and_norm(
-        self, hidden: Tensor, residual: Tensor, after: Tensor | None, before_next: Tensor | None, multiplier: float
-    ) -> tuple[Tensor, Tensor]:
-        """A sublayer's output onto the residual: (input of the next sublayer, new residual)."""
-        ops, eps = self.ops, self.spec.norm_eps
+        self,
+        hidden: Tensor,
+        residual: Tensor,
+        after: Tensor | None,
+        before_next: Tensor | None,
+        wants: Rounding | None,
+    ) -> tuple[Any, Tensor]:
+        """A sublayer's output onto the residual: (input of the next sublayer, rounded as it wants; new residual)."""
+        ops, eps, multiplier = self.ops, self.spec.norm_eps, self.spec.residual_multiplier
         if after is not None:
             hidden = ops.rms_norm(hidden, after, eps)
         if multiplier != 1.0:
             hidden = hidden * multiplier
         if before_next is not None:
+            if wants is not None:
+                return ops.add_rms_norm(hidden, residual, before_next, eps, wants)
             return ops.add_rms_norm(hidden, residual, before_next, eps)
         total = hidden + residual
         return total, total

@@ -7,20 +7,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
+from octavo.kernels.rounded import Hidden, Rounding
 from octavo.quant.linear import Linear
 
 Change = Callable[[str, Linear], Linear]  # (name in the layer, linear layer) -> what stands in its place
-Activation = Callable[[Tensor], Tensor]  # [T, 2 I], gate then up -> [T, I]
+Activation = Callable[..., Any]  # [T, 2 I], gate then up -> [T, I], as octavo.runtime.ops has it
 
 
 class Mlp(Protocol):
     """x [T, H] -> [T, H], as an immutable value."""
 
-    def forward(self, x: Tensor) -> Tensor: ...
+    @property
+    def wants(self) -> Rounding | None:
+        """How the norm before may round x."""
+        ...
+
+    def forward(self, x: Hidden) -> Tensor: ...
+
+    def partial(self, x: Hidden) -> Tensor:
+        """As forward, or [S, T, H] float32 for the next kernel to add up."""
+        ...
 
     def linears(self) -> dict[str, Linear]:
         """Its linear layers by their names in the layer: 'gate_up', 'experts.3.down'."""
@@ -43,8 +53,16 @@ class GatedMlp:
     down: Linear
     act: Activation
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def wants(self) -> Rounding | None:
+        return self.gate_up.wants
+
+    def forward(self, x: Hidden) -> Tensor:
         return self.down.forward(self.act(self.gate_up.forward(x)))
+
+    def partial(self, x: Hidden) -> Tensor:
+        gate_up, wants = self.gate_up.partial(x), self.down.wants
+        return self.down.partial(self.act(gate_up) if wants is None else self.act(gate_up, wants))
 
     def linears(self) -> dict[str, Linear]:
         return {"gate_up": self.gate_up, "down": self.down}

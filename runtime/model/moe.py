@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from octavo.kernels.moe import reference as moe
+from octavo.kernels.rounded import Hidden
 from octavo.quant.linear import Linear
 from octavo.runtime.model.mlp import Change, GatedMlp
 
@@ -35,7 +36,15 @@ class MoeMlp:
     shared: GatedMlp | None = None
     shared_gate: Tensor | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def wants(self) -> None:
+        return None
+
+    def partial(self, x: Hidden) -> Tensor:
+        return self.forward(x)
+
+    def forward(self, x: Hidden) -> Tensor:
+        assert isinstance(x, Tensor)  # the router reads it, too: it wants no rounding
         chosen, weights = moe.route(x, self.router, self.top_k, self.normalize)
         return self.with_shared(x, moe.grouped(x, chosen, weights, len(self.experts), self._run))
 
@@ -86,7 +95,15 @@ class ObservedMoe:
     block: MoeMlp
     counts: Tensor
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def wants(self) -> None:
+        return None
+
+    def partial(self, x: Hidden) -> Tensor:
+        return self.forward(x)
+
+    def forward(self, x: Hidden) -> Tensor:
+        assert isinstance(x, Tensor)
         block = self.block
         chosen, weights = moe.route(x, block.router, block.top_k, block.normalize)
         self.counts.add_(moe.tokens_per_expert(chosen, len(block.experts)))

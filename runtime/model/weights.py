@@ -145,7 +145,7 @@ class DecoderBuilder:
     ) -> None:
         self.config, self.spec, self.source = config, spec, source
         self.dtype, self.device, self.notes = dtype, device, notes
-        self.capability = capability(device) if device.type == "cuda" else 0
+        self.capability = capability(device)
         self.ops = select_ops(device, dtype)
         self.act = {"silu": self.ops.silu_and_mul, "gelu_tanh": self.ops.gelu_tanh_and_mul}[spec.activation]
         self.kv_scales: KVScales | None = None

@@ -52,7 +52,7 @@ def test_scales_are_the_papers(alpha: float) -> None:
 
 
 def int8_outputs(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
-    """W8A8 in float64: rows of both rounded to steps of which their largest has 127.5, as compressed-tensors does it."""
+    """W8A8 in float64: rows of both rounded to steps of which the largest has 127.5, as compressed-tensors does it."""
     rows = [x.double() / scales.double(), (weight.float() * scales).bfloat16().double()]
     steps = [r.abs().amax(1, keepdim=True) / 127.5 for r in rows]
     a, b = ((r / step).round().clamp(-128, 127) * step for r, step in zip(rows, steps, strict=True))

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from octavo.calibration.recipe import parse_scheme
+from octavo.kernels.fp8.gpu.quantize import quantize
+from octavo.kernels.rounded import Rounded
 from octavo.quant.linear import input_rounding
 from octavo.quant.linear_gpu import gpu_body
 from octavo.quant.qparams import QuantizedWeight, quantize_weight
@@ -51,27 +53,42 @@ def part_of(name: str, device: torch.device) -> QuantizedWeight:
 @pytest.mark.parametrize("m", [1, 21])
 def test_a_body_computes_its_scheme(name: str, m: int, device: torch.device) -> None:
     part, x = part_of(name, device), random(m, K, seed=2).bfloat16().to(device)
-    found = gpu_body(part, torch.float32, 90)
-    assert found is not None
-    described, run, num_bytes = found
-    assert described == BODIES[name]
-    assert num_bytes >= N * K * part.scheme.weight.bits / 8
+    bias = random(N, seed=5).to(device)
+    body = gpu_body(part, bias, torch.float32, 90)
+    assert body is not None
+    assert (body.name, body.has_bias) == (BODIES[name], True)
+    assert body.weight_bytes >= N * K * part.scheme.weight.bits / 8
     rounds = input_rounding(part.scheme.activation, part.input_scale, device)
     rounded = x.double() if rounds is None else rounds(x).double()
-    expected = rounded @ part.dequantize().double().T
-    got = run(x)
+    expected = rounded @ part.dequantize().double().T + bias
+    got = body.run(x)
     assert got.dtype == torch.float32
     # K products are summed in float32, each with an error of 2^-24 of the largest partial sum.
     bound = K * 2**-24 * (rounded.abs() @ part.dequantize().double().abs().T)
-    if described in ("int8 weights", "int4 weights, fp8"):
-        bound += 2**-8 * expected.abs()  # these bodies' output is of x's type
+    if body.name == "int8 weights":
+        bound += 2**-8 * expected.abs()  # this body's output is of x's type
     assert bool(((got.double() - expected).abs() <= bound).all())
+    assert body.partial is not None
+    sums = body.partial(x)
+    assert bool(((sums.double().reshape(-1, m, N).sum(0) - expected).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("name", ["W8A8", "FP8_DYNAMIC", "FP8_BLOCK", "W4AFP8@128"])
+def test_an_input_that_was_rounded_before(name: str, device: torch.device) -> None:
+    """By a norm, say: the same codes and scales, laid out by tokens."""
+    body = gpu_body(part_of(name, device), None, torch.bfloat16, 90)
+    assert body is not None
+    assert body.wants is not None
+    x = random(5, K, seed=2).bfloat16().to(device)
+    ready = Rounded.empty(5, K, body.wants, device)
+    quantize(x, ready.codes, ready.scale, group_size=body.wants.group_size)()
+    assert torch.equal(body.run(ready), body.run(x))
 
 
 @pytest.mark.parametrize("name", ["FP8", "FP8_DYNAMIC", "FP8_BLOCK", "W4AFP8@128"])
 def test_a_card_without_fp8_units_has_no_fp8_body(name: str, device: torch.device) -> None:
-    assert gpu_body(part_of(name, device), torch.bfloat16, 80) is None
-    assert gpu_body(part_of(name, device), torch.bfloat16, 89) is not None
+    assert gpu_body(part_of(name, device), None, torch.bfloat16, 80) is None
+    assert gpu_body(part_of(name, device), None, torch.bfloat16, 89) is not None
 
 
 def test_what_no_kernel_has_is_left_to_be_dequantized(device: torch.device) -> None:
@@ -79,9 +96,9 @@ def test_what_no_kernel_has_is_left_to_be_dequantized(device: torch.device) -> N
     shuffled = QuantizedWeight(
         w8a16.scheme, w8a16.codes, w8a16.scale, g_idx=torch.arange(K, device=device).flip(0).int() // 64
     )
-    assert gpu_body(shuffled, torch.bfloat16, 90) is None
+    assert gpu_body(shuffled, None, torch.bfloat16, 90) is None
     int8_static = QuantScheme(PRESETS["W8A8"].weight, PRESETS["FP8"].activation)
-    assert gpu_body(QuantizedWeight(int8_static, w8a16.codes, w8a16.scale), torch.bfloat16, 90) is None
+    assert gpu_body(QuantizedWeight(int8_static, w8a16.codes, w8a16.scale), None, torch.bfloat16, 90) is None
 
 
 def test_act_order_is_undone(device: torch.device) -> None:
@@ -90,9 +107,9 @@ def test_act_order_is_undone(device: torch.device) -> None:
     order = torch.randperm(K, generator=torch.Generator().manual_seed(4))
     g_idx = (torch.arange(K) // 64)[order].int().to(device)
     shuffled = QuantizedWeight(part.scheme, part.codes[:, order], part.scale, g_idx=g_idx)
-    found = gpu_body(shuffled, torch.float32, 90)
+    found = gpu_body(shuffled, None, torch.float32, 90)
     assert found is not None
-    straight = gpu_body(part, torch.float32, 90)
+    straight = gpu_body(part, None, torch.float32, 90)
     assert straight is not None
     inverse = order.argsort()
-    torch.testing.assert_close(found[1](x), straight[1](x[:, inverse]), rtol=0, atol=0)
+    torch.testing.assert_close(found.run(x), straight.run(x[:, inverse]), rtol=0, atol=0)

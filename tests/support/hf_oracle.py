@@ -171,7 +171,9 @@ class Sequences:
             max_query_len=max(counts.values()),
             max_seq_len=max(lengths),
         )
-        logits = self.model.forward(inputs, self.caches)
+        device = self.model.device
+        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(inputs).items()}
+        logits = self.model.forward(StepInputs(**moved), self.caches).cpu()
         return [(s, p, row) for (s, p), row in zip(owners, logits, strict=True)]
 
 

@@ -1,0 +1,40 @@
+"""A layer's input as it passes between kernels: plain, in partial sums of the GEMM before, or rounded to codes.
+
+A norm or an activation that rounds what it computes saves the GEMM behind it a launch and the bytes of a plain tensor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Rounding:
+    """How a GEMM wants its input [T, K]: codes of float8_e4m3fn or int8, a scale per token and `group_size` columns.
+
+    group_size 0: one scale for each token.
+    """
+
+    dtype: torch.dtype
+    group_size: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Rounded:
+    """codes [T, K], and float32 scales [T, 1] or [T, ceil(K / group_size)] that they are multiplied by."""
+
+    codes: Tensor
+    scale: Tensor
+
+    @staticmethod
+    def empty(tokens: int, columns: int, wants: Rounding, device: torch.device) -> Rounded:
+        """Room for them."""
+        groups = -(-columns // wants.group_size) if wants.group_size else 1
+        codes = torch.empty(tokens, columns, dtype=wants.dtype, device=device)
+        return Rounded(codes, torch.empty(tokens, groups, device=device))
+
+
+Hidden = Tensor | Rounded

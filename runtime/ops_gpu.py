@@ -1,0 +1,81 @@
+"""The decoder's operators on a GPU: Triton launches with room made for what they return.
+
+Each may be given partial sums of the GEMM before, and be asked to round for the GEMM behind (kernels/rounded.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from octavo.kernels.attention.cache import AttentionShape, LayerCache
+from octavo.kernels.attention.gpu.prefill import paged_attention
+from octavo.kernels.attention.gpu.rope import rope_and_cache
+from octavo.kernels.attention.step import StepInputs
+from octavo.kernels.fused.gpu.activation import gelu_tanh_and_mul, silu_and_mul
+from octavo.kernels.fused.gpu.norm import norm
+from octavo.kernels.launch import Launch
+from octavo.kernels.rounded import Hidden, Rounded, Rounding
+from octavo.runtime.ops import Ops
+
+
+def make_ops(dtype: torch.dtype) -> Ops:
+    """The bodies for a model that computes in bf16 or fp16."""
+
+    def rope(
+        qkv: Tensor,
+        inputs: StepInputs,
+        cache: LayerCache,
+        shape: AttentionShape,
+        cos_sin: Tensor | None,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        eps: float,
+    ) -> Tensor:
+        return rope_and_cache(qkv, inputs, cache, shape, cos_sin, q_norm, k_norm, eps, dtype)
+
+    return Ops(
+        name="triton",
+        rms_norm=partial(_rms_norm, dtype),
+        add_rms_norm=_add_rms_norm,
+        silu_and_mul=partial(_gated, dtype, silu_and_mul),
+        gelu_tanh_and_mul=partial(_gated, dtype, gelu_tanh_and_mul),
+        rope_and_cache=rope,
+        attention=paged_attention,
+    )
+
+
+def _room(x: Tensor, columns: int, dtype: torch.dtype, wants: Rounding | None) -> tuple[Hidden, Tensor, Tensor | None]:
+    """What is returned, and the tensors that a kernel writes it to."""
+    if wants is None:
+        plain = torch.empty(x.shape[-2], columns, dtype=dtype, device=x.device)
+        return plain, plain, None
+    rounded = Rounded.empty(x.shape[-2], columns, wants, x.device)
+    return rounded, rounded.codes, rounded.scale
+
+
+def _rms_norm(dtype: torch.dtype, x: Tensor, weight: Tensor, eps: float, wants: Rounding | None = None) -> Hidden:
+    result, out, scale = _room(x, x.shape[-1], dtype, wants)
+    norm(x, weight, eps, out, scale=scale, group_size=0 if wants is None else wants.group_size)()
+    return result
+
+
+def _add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, wants: Rounding | None = None
+) -> tuple[Hidden, Tensor]:
+    result, out, scale = _room(x, x.shape[-1], residual.dtype, wants)
+    total = torch.empty_like(residual)
+    size = 0 if wants is None else wants.group_size
+    norm(x, weight, eps, out, residual=residual, total=total, scale=scale, group_size=size)()
+    return result, total
+
+
+def _gated(
+    dtype: torch.dtype, activation: Callable[..., Launch], gate_up: Tensor, wants: Rounding | None = None
+) -> Hidden:
+    result, out, scale = _room(gate_up, gate_up.shape[-1] // 2, dtype, wants)
+    activation(gate_up, out, scale=scale, group_size=0 if wants is None else wants.group_size)()
+    return result

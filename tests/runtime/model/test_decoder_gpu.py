@@ -1,0 +1,89 @@
+"""The decoder on the GPU's operators and GEMMs, in chunks and mixed batches: on a GPU, or in Triton's interpreter.
+
+bf16 has no exact answer. What is asked is that a model is no further from its own float32 than torch's operators in
+bf16 are, by much: rounding differs in place and order, not in size.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hf_oracle import CASES, make_hf, save, scattered_logits
+from torch import Tensor
+
+from octavo.calibration.quantize_model import quantize_model
+from octavo.calibration.recipe import Recipe
+from octavo.runtime.config import EngineConfig
+from octavo.runtime.model import weights
+from octavo.runtime.model.model import Model
+from octavo.runtime.ops import REFERENCE
+from octavo.runtime.ops_gpu import make_ops
+
+LENGTHS = (9, 4)
+ARCHITECTURES = ("llama", "qwen3", "phi3", "gemma2", "granite", "olmo2", "mixtral")
+SCHEMES = {
+    "W4A16@32": "int4 weights, 16 bits",
+    "W8A16@-1": "int8 weights",
+    "W8A8": "int8 x int8",
+    "W4AFP8@32": "int4 weights, fp8",
+    "FP8_DYNAMIC": "fp8 x fp8, token",
+    "FP8_BLOCK": "fp8 x fp8, blocks",
+}
+
+
+def tiny(name: str, directory: Path) -> Path:
+    """A case of the oracle's in two layers: the interpreter takes its time."""
+    family, overrides = CASES[name]
+    return save(make_hf(family, {**overrides, "num_hidden_layers": 2}), directory)
+
+
+def token_ids(vocab: int = 96) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(3, vocab, (length,), generator=generator).tolist() for length in LENGTHS]
+
+
+def on_gpu(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Model:
+    """The model as an H100 serves it."""
+    if "TRITON_INTERPRET" not in os.environ:
+        return weights.load_model(EngineConfig(model=str(directory), dtype="bfloat16", device="cuda"))
+    with monkeypatch.context() as patch:
+        patch.setattr(weights, "select_ops", lambda _, dtype: make_ops(dtype))
+        patch.setattr(weights, "capability", lambda _: 90)
+        return weights.load_model(EngineConfig(model=str(directory), dtype="bfloat16", device="cpu"))
+
+
+def by_torch(directory: Path, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    """Logits by the reference operators, weights dequantized at load."""
+    with monkeypatch.context() as patch:
+        patch.setattr(weights, "select_ops", lambda *_: REFERENCE)
+        patch.setattr("octavo.kernels.processor.has_dot_products", lambda: False)
+        model = weights.load_model(EngineConfig(model=str(directory), dtype=dtype, device="cpu"))
+    return torch.cat(scattered_logits(model, token_ids()))
+
+
+def check(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Model:
+    truth, theirs = (by_torch(directory, dtype, monkeypatch) for dtype in ("float32", "bfloat16"))
+    model = on_gpu(directory, monkeypatch)
+    ours = torch.cat(scattered_logits(model, token_ids()))
+    error, allowed = ((x - truth).square().mean().sqrt() for x in (ours, theirs))
+    assert float(error) < 1.5 * float(allowed), f"{float(error):.4f}, torch's bf16 {float(allowed):.4f}"
+    assert float(allowed) < 0.2 * float(truth.std())
+    return model
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_architectures(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(tiny(name, tmp_path / name), monkeypatch)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_schemes(scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quantize_model(tiny("llama", tmp_path / "plain"), tmp_path / "quantized", Recipe(scheme))
+    model = check(tmp_path / "quantized", monkeypatch)
+    bodies = {kind: body for kind, _, body in model.report_layers()}
+    assert bodies["qkv"] == bodies["down"] == SCHEMES[scheme]
+    assert bodies["norms, rope, attention"] == "triton"

@@ -1,0 +1,83 @@
+"""What only a GPU shows: real CUDA graphs, memory that is counted, and a whole engine beside transformers.
+
+`pytest -m cuda` on such a machine runs this and, on the GPU, every test that a machine without one interprets.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hf_oracle import CASES, Sequences, make_hf, save
+from safetensors.torch import load_file
+from trimmed import whole
+
+from octavo.runtime import kv_cache
+from octavo.runtime.config import EngineConfig
+from octavo.runtime.engine import Engine
+from octavo.runtime.model.weights import load_model
+from octavo.runtime.request import AddRequest, SamplingParams
+from octavo.runtime.startup import load_engine
+
+pytestmark = pytest.mark.cuda
+PROMPTS = [[5, 17, 40, 3, 22], [9], list(range(3, 40))]
+
+
+def engine_of(directory: Path, **settings: object) -> Engine:
+    config = EngineConfig(model=str(directory), device="cuda", num_blocks=256, **settings)  # type: ignore[arg-type]
+    return load_engine(config, 0.0)[0]
+
+
+def greedy(engine: Engine, prompts: list[list[int]], count: int) -> list[list[int]]:
+    tokens: dict[str, list[int]] = {str(i): [] for i in range(len(prompts))}
+    for i, prompt in enumerate(prompts):
+        params = SamplingParams(max_tokens=count, temperature=0.0)
+        assert engine.add(AddRequest(str(i), prompt, params, 0.0)) is None
+    while engine.scheduler.has_work:
+        for output in engine.step():
+            assert output.error is None
+            tokens[output.request_id] += output.token_ids
+    return list(tokens.values())
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "granite", "mixtral"])
+def test_greedy_text_in_float32_is_transformers_s(name: str, tmp_path: Path) -> None:
+    model = make_hf(*CASES[name]).requires_grad_(False)
+    ours = greedy(engine_of(save(model, tmp_path / name), dtype="float32"), PROMPTS, 12)
+    for prompt, tokens in zip(PROMPTS, ours, strict=True):
+        ids = torch.tensor([prompt])
+        for token in tokens:
+            logits = model(ids).logits[0, -1]
+            assert float(logits.max() - logits[token]) < 1e-3, "another token, and no tie"
+            ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["bfloat16", "fp8_e4m3", "int8"])
+def test_graphs_change_nothing(kv_cache_dtype: str, fixtures: Path) -> None:
+    """Same kernels, same sizes but for the padding of a batch: the same tokens to the last."""
+    settings = {"dtype": "bfloat16", "kv_cache_dtype": kv_cache_dtype, "max_num_seqs": 8}
+    graphed = engine_of(fixtures / "tiny", **settings)
+    eager = engine_of(fixtures / "tiny", enforce_eager=True, **settings)
+    assert graphed.graphs is not None
+    assert eager.graphs is None
+    assert greedy(graphed, PROMPTS * 2, 40) == greedy(eager, PROMPTS * 2, 40)
+
+
+def test_the_cache_fits_beside_the_largest_step(fixtures: Path) -> None:
+    config = EngineConfig(model=str(fixtures / "tiny"), device="cuda", dtype="bfloat16")
+    model = load_model(config)
+    assert 0 < kv_cache.step_bytes(model, config) < 2 << 30
+
+
+@pytest.mark.parametrize("name", ["tiny--gptqmodel-w4g32", "tiny--llmc-w8a8", "tiny--llmc-fp8-dynamic"])
+def test_quantized_checkpoints_say_what_their_writers_said(name: str, fixtures: Path, tmp_path: Path) -> None:
+    """KL to the logits that the tool computed, in float32, on a CPU: bf16 and the kernels' order of sums are in it."""
+    expected = load_file(fixtures / name / "expected.safetensors")
+    model = load_model(EngineConfig(model=str(whole(fixtures / name, tmp_path)), device="cuda", dtype="bfloat16"))
+
+    ids = expected["input_ids"]
+    rows = Sequences(model, ids.tolist(), seed=0).step(dict.fromkeys(range(len(ids)), ids.shape[1]))
+    ours = torch.stack([logits for _, _, logits in rows]).unflatten(0, ids.shape).float().log_softmax(-1)
+    theirs = expected["logits"].float().log_softmax(-1)
+    assert float((theirs.exp() * (theirs - ours)).sum(-1).mean()) < 0.01
