@@ -32,6 +32,11 @@ from octavo.kernels.launch import INTERPRETED, Launch, Proof
 
 ROOMS = (  # modules that have `proofs() -> dict[str, Proof]`
     "fused.gpu.norm",
+    "fused.gpu.activation",
+    "fused.gpu.embedding",
+    "attention.gpu.decode",
+    "attention.gpu.prefill",
+    "attention.gpu.rope",
     "int4.gpu.gemm",
     "int4.gpu.dequantize",
     "int4.gpu.columns",
