@@ -12,7 +12,6 @@ groups of 128 with float32 scales, over 3.0 TB/s on an H100; from some 70 pairs 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -84,10 +83,10 @@ def pack(codes: Tensor, scale: Tensor, zero_point: Tensor | None, group_size: in
 @triton.jit
 def _of_tile(table, tile, N, SHARE: tl.constexpr):
     """What a table [groups, N] holds for the groups of a tile of 128 columns."""
-    found: Any = ()
+    found = ()
     for g in tl.static_range(128 // SHARE if SHARE < 128 else 1):
         group = tile * (128 // SHARE) + g if SHARE < 128 else tile // (SHARE // 128)
-        found += (tl.load(table + group * N),)
+        found += (tl.load(table + group * N),)  # type: ignore[assignment]
     return found
 
 
