@@ -126,6 +126,12 @@ def _join(parts: list[QuantizedWeight | Tensor]) -> QuantizedWeight | Tensor:
     )
 
 
+def join_parts(parts: list[QuantizedWeight | Tensor]) -> QuantizedWeight | Tensor | None:
+    """Parts that share their input as one weight along N; None where they can't be one."""
+    runs = _runs(parts)
+    return _join(runs[0]) if len(runs) == 1 else None
+
+
 def _present(tensor: Tensor | None) -> Tensor:
     assert tensor is not None
     return tensor

@@ -52,8 +52,7 @@ def load_engine(config: EngineConfig, spawn_time: float) -> tuple[Engine, Ready]
         warm_up(model, caches, limits)
         clock.end("warm-up")
         graphs = None
-        has_kernels = isinstance(model, Decoder) and model.ops.name == "triton"
-        if device.type == "cuda" and has_kernels and not config.enforce_eager:
+        if not config.enforce_eager and isinstance(model, Decoder) and model.can_be_captured:
             graphs = DecodeGraphs(model, caches, limits.max_num_seqs, limits.max_model_len)
             clock.end("cuda graphs")
     report = StartupReport(

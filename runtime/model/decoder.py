@@ -25,6 +25,7 @@ from octavo.kernels.rounded import Rounding
 from octavo.quant.linear import Linear
 from octavo.runtime.model.mlp import Change, Mlp
 from octavo.runtime.model.model import KVScales, LayerRow
+from octavo.runtime.model.moe import GroupedMoe, MoeMlp
 from octavo.runtime.model.spec import DecoderSpec
 from octavo.runtime.ops import Ops
 
@@ -107,6 +108,11 @@ class Decoder:
     def num_layers(self) -> int:
         return len(self._layers)
 
+    @property
+    def can_be_captured(self) -> bool:
+        """Whether all that a step of a given size launches is known beforehand, as a CUDA graph asks."""
+        return self.ops.name == "triton" and not any(isinstance(layer.mlp, MoeMlp) for layer in self._layers)
+
     @torch.inference_mode()
     def forward(self, inputs: StepInputs, caches: list[LayerCache], tap: Tap | None = None) -> Tensor:
         """Logits [num logits_index, vocab_size] float32; each layer's keys and values go into its cache.
@@ -181,6 +187,10 @@ class Decoder:
             kind = re.sub(r"\.\d+\.", ".*.", name)  # all experts together
             of_kind[kind] += 1
             counts[(kind, *linear.describe())] += 1
+        for layer in self._layers:
+            if isinstance(layer.mlp, GroupedMoe):
+                of_kind["experts"] += 1
+                counts[("experts", layer.mlp.experts.scheme, "grouped by expert")] += 1
         rows = [
             (kind if count == of_kind[kind] else f"{kind} ({count} of {of_kind[kind]})", scheme, body)
             for (kind, scheme, body), count in counts.items()

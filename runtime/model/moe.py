@@ -15,6 +15,7 @@ from torch import Tensor
 
 from octavo.kernels.moe import reference as moe
 from octavo.kernels.rounded import Hidden
+from octavo.quant.experts_gpu import Stacked
 from octavo.quant.linear import Linear
 from octavo.runtime.model.mlp import Change, GatedMlp
 
@@ -46,7 +47,8 @@ class MoeMlp:
     def forward(self, x: Hidden) -> Tensor:
         assert isinstance(x, Tensor)  # the router reads it, too: it wants no rounding
         chosen, weights = moe.route(x, self.router, self.top_k, self.normalize)
-        return self.with_shared(x, moe.grouped(x, chosen, weights, len(self.experts), self._run))
+        routed = moe.grouped(x, chosen, weights, len(self.experts), self._run)
+        return add_shared(x, routed, self.shared, self.shared_gate)
 
     def observed(self, counts: Tensor) -> ObservedMoe:
         """The same block, which runs every expert on every token and adds to counts what they were chosen for."""
@@ -75,14 +77,59 @@ class MoeMlp:
     def _run(self, expert: int, x: Tensor) -> Tensor:
         return self.experts[expert].forward(x)
 
-    def with_shared(self, x: Tensor, routed: Tensor) -> Tensor:
-        """The shared expert's output added to the chosen ones'."""
-        if self.shared is None:
-            return routed
-        shared = self.shared.forward(x)
+
+def add_shared(x: Tensor, routed: Tensor, shared: GatedMlp | None, gate: Tensor | None) -> Tensor:
+    """The shared expert's output, times sigmoid(x . gate) where there is a gate, added to the chosen ones'."""
+    if shared is None:
+        return routed
+    out = shared.forward(x)
+    if gate is not None:
+        out = out * torch.sigmoid(F.linear(x.float(), gate)).to(x.dtype)
+    return routed + out
+
+
+@dataclass(frozen=True, slots=True)
+class GroupedMoe:
+    """MoeMlp on a GPU: all chosen experts in one grouped GEMM each way, and no size that depends on what was chosen.
+
+    The other fields are MoeMlp's.
+    """
+
+    router: Tensor
+    experts: Stacked
+    top_k: int
+    normalize: bool
+    shared: GatedMlp | None = None
+    shared_gate: Tensor | None = None
+
+    @property
+    def wants(self) -> None:
+        return None
+
+    def partial(self, x: Hidden) -> Tensor:
+        return self.forward(x)
+
+    def forward(self, x: Hidden) -> Tensor:
+        from octavo.kernels.moe.gpu.fused import fused_moe
+
+        assert isinstance(x, Tensor)  # the router reads it, too: it wants no rounding
+        logits = F.linear(x.float(), self.router)
+        routed = fused_moe(x, logits, self.top_k, self.experts.gate_up, self.experts.down, normalize=self.normalize)
+        return add_shared(x, routed, self.shared, self.shared_gate)
+
+    def linears(self) -> dict[str, Linear]:
+        """'shared.gate_up' and 'shared.down', where there are: the experts are no linear layers here."""
+        return {} if self.shared is None else {f"shared.{k}": v for k, v in self.shared.linears().items()}
+
+    def map_linears(self, change: Change) -> GroupedMoe:
+        shared = None if self.shared is None else self.shared.map_linears(_within("shared", change))
+        return replace(self, shared=shared)
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield self.router
+        yield from self.experts.tensors()
         if self.shared_gate is not None:
-            shared = shared * torch.sigmoid(F.linear(x.float(), self.shared_gate)).to(x.dtype)
-        return routed + shared
+            yield self.shared_gate
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +158,7 @@ class ObservedMoe:
         for i, expert in enumerate(block.experts):
             weight = torch.where(chosen == i, weights, 0.0).sum(dim=1, keepdim=True)  # [T, 1], 0 where not chosen
             total.addcmul_(expert.forward(x).float(), weight)
-        return block.with_shared(x, total.to(x.dtype))
+        return add_shared(x, total.to(x.dtype), block.shared, block.shared_gate)
 
     def linears(self) -> dict[str, Linear]:
         return self.block.linears()

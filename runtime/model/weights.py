@@ -14,6 +14,7 @@ from torch import Tensor
 
 from octavo.kernels.attention.cache import AttentionShape
 from octavo.quant.checkpoint import Checkpoint, read_config
+from octavo.quant.experts_gpu import Stacked, stack_experts
 from octavo.quant.linear import Linear, make_linear
 from octavo.quant.qparams import QuantizedWeight, quantize_weight
 from octavo.quant.scheme import CHANNEL, PRESETS, QuantScheme, WeightScheme, group
@@ -22,7 +23,7 @@ from octavo.runtime.device import capability, choose_device
 from octavo.runtime.model.decoder import Decoder, DecoderLayer
 from octavo.runtime.model.mlp import GatedMlp, Mlp
 from octavo.runtime.model.model import KVScales, Model
-from octavo.runtime.model.moe import MoeMlp
+from octavo.runtime.model.moe import GroupedMoe, MoeMlp
 from octavo.runtime.model.names import NORMS, LinearParts, head_name, layer_linears, required_modules, routers
 from octavo.runtime.model.rope import RopeSpec, cos_sin_table
 from octavo.runtime.model.sources import CheckpointSource, DummySource, LoadError, Source, Weight
@@ -179,14 +180,17 @@ class DecoderBuilder:
         spec = self.spec
         layer, name = spec.layers[index], f"{self.source.prefix}layers.{index}"
         parts = layer_linears(spec, index, self.source.prefix, self.source.has)
-        linears = {kind: self._linear(p) for kind, p in parts.items()}
+        linears, stacked = self._experts(parts)
+        for kind, p in parts.items():
+            if kind not in linears and not (stacked and kind.startswith("experts.")):
+                linears[kind] = self._linear(p, self._weights(p))
         width, kv_width = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         norms = [self._norm(f"{name}.{norm}", spec.hidden_size) if norm else None for norm in NORMS[spec.norms]]
         q_norm, k_norm = self._qk_norms(f"{name}.self_attn", width, kv_width)
         return DecoderLayer(
             qkv=linears["qkv"],
             o=linears["o"],
-            mlp=self._mlp(index, linears),
+            mlp=self._mlp(index, linears, stacked),
             shape=AttentionShape(
                 spec.num_heads,
                 spec.num_kv_heads,
@@ -204,21 +208,31 @@ class DecoderBuilder:
             after_mlp=norms[3],
         )
 
-    def _mlp(self, index: int, linears: dict[str, Linear]) -> Mlp:
+    def _experts(self, parts: dict[str, LinearParts]) -> tuple[dict[str, Linear], Stacked | None]:
+        """On a GPU the experts stacked for its grouped GEMMs; each as a linear layer where those can't have them."""
+        kinds = [kind for kind in parts if kind.startswith("experts.")]
+        if not kinds or not self.capability or self.dtype == torch.float32:
+            return {}, None
+        weights = {kind: self._weights(parts[kind]) for kind in kinds}
+        if self.spec.activation == "silu" and not any(parts[kind].bias for kind in kinds):
+            ways = [[weights[kind] for kind in kinds if kind.endswith(way)] for way in ("gate_up", "down")]
+            stacked = stack_experts(ways[0], ways[1], self.dtype, self.device, self.capability)
+            if stacked is not None:
+                return {}, stacked
+        return {kind: self._linear(parts[kind], weights[kind]) for kind in kinds}, None
+
+    def _mlp(self, index: int, linears: dict[str, Linear], stacked: Stacked | None) -> Mlp:
         spec, moe = self.spec, self.spec.moe
         if moe is None or not spec.layers[index].sparse:
             return self._gated(linears, "")
         modules = routers(spec, index, self.source.prefix, self.source.has)
         gates = [self._router(module, rows) for module, rows in modules.items()]
-        has_shared = moe.shared_intermediate_size is not None
-        return MoeMlp(
-            router=gates[0],
-            experts=tuple(self._gated(linears, f"experts.{i}.") for i in range(moe.num_experts)),
-            top_k=moe.top_k,
-            normalize=moe.normalize,
-            shared=self._gated(linears, "shared.") if has_shared else None,
-            shared_gate=gates[1] if has_shared else None,
-        )
+        shared = None if moe.shared_intermediate_size is None else self._gated(linears, "shared.")
+        gate = None if shared is None else gates[1]
+        if stacked is not None:
+            return GroupedMoe(gates[0], stacked, moe.top_k, moe.normalize, shared, gate)
+        experts = tuple(self._gated(linears, f"experts.{i}.") for i in range(moe.num_experts))
+        return MoeMlp(gates[0], experts, moe.top_k, moe.normalize, shared, gate)
 
     def _gated(self, linears: dict[str, Linear], owner: str) -> GatedMlp:
         return GatedMlp(linears[f"{owner}gate_up"], linears[f"{owner}down"], self.act)
@@ -233,11 +247,14 @@ class DecoderBuilder:
             raise LoadError(f"{module} is a router whose input is to be rounded, which isn't served")
         return weight.dequantize().to(self.device)
 
-    def _linear(self, parts: LinearParts) -> Linear:
-        """One module out of those of a checkpoint that share their input, fused along their outputs."""
-        modules = parts.modules
-        weights = [self._quantize(m, self.source.linear(m, n, parts.in_features)) for m, n in modules.items()]
-        biases = [self.source.bias(m, n, expected=parts.bias) for m, n in modules.items()]
+    def _weights(self, parts: LinearParts) -> list[Weight]:
+        """Of the modules of a checkpoint that share their input."""
+        modules = parts.modules.items()
+        return [self._quantize(m, self.source.linear(m, n, parts.in_features)) for m, n in modules]
+
+    def _linear(self, parts: LinearParts, weights: list[Weight]) -> Linear:
+        """One module out of those that share their input, fused along their outputs."""
+        biases = [self.source.bias(m, n, expected=parts.bias) for m, n in parts.modules.items()]
         return make_linear(weights, biases, dtype=self.dtype, device=self.device, capability=self.capability)
 
     def _quantize(self, module: str, weight: Weight) -> Weight:

@@ -19,20 +19,18 @@ from octavo.calibration.quantize_model import quantize_model
 from octavo.calibration.recipe import Recipe
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.model import weights
+from octavo.runtime.model.decoder import Decoder
 from octavo.runtime.model.model import Model
 from octavo.runtime.ops import REFERENCE
 from octavo.runtime.ops_gpu import make_ops
 
-LENGTHS = (9, 4)
-ARCHITECTURES = ("llama", "qwen3", "phi3", "gemma2", "granite", "olmo2", "mixtral")
+LENGTHS = (9, 3)
+ARCHITECTURES = ("llama", "qwen3", "phi3", "gemma2", "granite", "olmo2", "qwen2_moe")
 SCHEMES = {
     "W4A16@32": "int4 weights, 16 bits",
-    "W8A16@-1": "int8 weights",
     "W8A8": "int8 x int8",
-    "W4AFP8@32": "int4 weights, fp8",
-    "FP8_DYNAMIC": "fp8 x fp8, token",
     "FP8_BLOCK": "fp8 x fp8, blocks",
-}
+}  # others differ in their linear layers alone: tests/quant/test_linear_gpu.py
 
 
 def tiny(name: str, directory: Path) -> Path:
@@ -87,3 +85,19 @@ def test_schemes(scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     bodies = {kind: body for kind, _, body in model.report_layers()}
     assert bodies["qkv"] == bodies["down"] == SCHEMES[scheme]
     assert bodies["norms, rope, attention"] == "triton"
+
+
+@pytest.mark.parametrize("scheme", ["W4A16_ASYM@32", "FP8_DYNAMIC"])
+def test_experts_are_run_together(scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quantize_model(tiny("mixtral", tmp_path / "plain"), tmp_path / "quantized", Recipe(scheme))
+    model = check(tmp_path / "quantized", monkeypatch)
+    assert isinstance(model, Decoder)
+    assert model.can_be_captured
+    assert "grouped by expert" in {body for _, _, body in model.report_layers()}
+
+
+def test_experts_that_no_grouped_gemm_has_run_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quantize_model(tiny("mixtral", tmp_path / "plain"), tmp_path / "quantized", Recipe("W8A8"))
+    model = check(tmp_path / "quantized", monkeypatch)
+    assert isinstance(model, Decoder)
+    assert not model.can_be_captured

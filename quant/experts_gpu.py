@@ -1,0 +1,81 @@
+"""A mixture's experts stacked for the grouped GEMMs of a GPU, where all of them have one scheme that these have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from octavo.quant.linear import join_parts
+from octavo.quant.linear_gpu import FP8_CAPABILITY
+from octavo.quant.qparams import QuantizedWeight
+from octavo.quant.scheme import CHANNEL
+
+Weight = QuantizedWeight | Tensor
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """All experts' weights, gate and up fused, as `octavo.kernels.moe.gpu.fused` takes them, and their scheme."""
+
+    gate_up: Any
+    down: Any
+    scheme: str
+
+    def tensors(self) -> Iterator[Tensor]:
+        for weights in (self.gate_up, self.down):
+            yield from (value for value in vars(weights).values() if isinstance(value, Tensor))
+
+
+def stack_experts(
+    gate_ups: list[list[Weight]], downs: list[list[Weight]], dtype: torch.dtype, device: torch.device, capability: int
+) -> Stacked | None:
+    """Each expert's [gate, up] and [down]; None where no grouped GEMM has their scheme, or they have several."""
+    joined = [[join_parts(parts) for parts in way] for way in (gate_ups, downs)]
+    schemes = {_scheme(weight, dtype) for way in joined for weight in way}
+    if len(schemes) != 1 or None in schemes:
+        return None
+    gate_up, down = (_stack([w for w in way if w is not None], dtype, device, capability) for way in joined)
+    return None if gate_up is None or down is None else Stacked(gate_up, down, str(schemes.pop()))
+
+
+def _scheme(weight: Weight | None, dtype: torch.dtype) -> str | None:
+    if weight is None or (isinstance(weight, QuantizedWeight) and weight.g_idx is not None):
+        return None
+    return str(weight.scheme) if isinstance(weight, QuantizedWeight) else str(dtype).removeprefix("torch.")
+
+
+def _stack(experts: list[Weight], dtype: torch.dtype, device: torch.device, capability: int) -> Any | None:
+    """Weights [N, K] of one scheme."""
+    from octavo.kernels.moe.gpu.fused import Experts
+
+    quantized = [e for e in experts if isinstance(e, QuantizedWeight)]
+    if not quantized:
+        return Experts(torch.stack([e.to(device, dtype) for e in experts if isinstance(e, Tensor)]))
+    weight, activation = quantized[0].scheme.weight, quantized[0].scheme.activation
+    if activation is None:
+        return _few_bits(quantized, device)
+    if weight.dtype != "fp8_e4m3" or not activation.dynamic or capability < FP8_CAPABILITY:
+        return None
+    by_row = weight.granularity == CHANNEL and activation.granularity == CHANNEL
+    if not by_row and (weight.granularity.block != (128, 128) or activation.granularity.group_size != 128):
+        return None
+    codes, scale = (torch.stack([getattr(e, name) for e in quantized]).to(device) for name in ("codes", "scale"))
+    return Experts(codes, scale.float().squeeze(2).contiguous() if by_row else scale.float().contiguous())
+
+
+def _few_bits(experts: list[QuantizedWeight], device: torch.device) -> Any | None:
+    from octavo.kernels.moe.gpu.int4 import pack
+
+    weight, k = experts[0].scheme.weight, experts[0].shape[1]
+    size = weight.granularity.group_size or k
+    if weight.dtype not in ("int4", "int3", "int2") or weight.granularity.kind not in ("group", "channel"):
+        return None
+    if size < k and size not in (32, 64) and size % 128:
+        return None
+    codes, scale = (torch.stack([getattr(e, name) for e in experts]).to(device) for name in ("codes", "scale"))
+    zeros = [e.zero_point for e in experts if e.zero_point is not None]
+    return pack(codes, scale, torch.stack(zeros).to(device) if zeros else None, size)
