@@ -11,7 +11,6 @@ from torch import Tensor
 from octavo.kernels.attention import reference
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
 from octavo.kernels.attention.gpu.decode import decode, merge, share_count
-from octavo.kernels.attention.gpu.paged import _bytes_of
 from octavo.kernels.attention.gpu.prefill import paged_attention, prefill
 from octavo.kernels.attention.step import StepInputs
 
@@ -26,7 +25,12 @@ STORED = [
     (torch.int8, torch.int8),
     (torch.bfloat16, torch.float8_e4m3fn),
 ]
-MASKS = [(None, None), (7, None), (None, 5.0), (40, 20.0)]
+CASES = [
+    *((HEADS[0], stored, (None, None)) for stored in STORED),
+    *((HEADS[1], stored, (40, 20.0)) for stored in STORED),
+    (HEADS[1], STORED[0], (7, None)),
+    (HEADS[1], STORED[0], (None, 5.0)),
+]
 SHARES = {"block_n": 16, "least": 32, "most": 2}
 UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # of a rounding
 
@@ -99,9 +103,7 @@ def run_decode(q: Tensor, inputs: StepInputs, cache: LayerCache, shape: Attentio
     return out
 
 
-@pytest.mark.parametrize("heads", HEADS, ids=str)
-@pytest.mark.parametrize("stored", STORED, ids=str)
-@pytest.mark.parametrize("masks", MASKS, ids=str)
+@pytest.mark.parametrize(("heads", "stored", "masks"), CASES, ids=str)
 def test_decode(
     heads: tuple[int, int, int], stored: tuple[torch.dtype, torch.dtype], masks: tuple[int | None, float | None],
     device: torch.device,
@@ -114,9 +116,7 @@ def test_decode(
     assert bool(((got - truth).abs() <= bound(q, cache, shape, truth))[:4].all())
 
 
-@pytest.mark.parametrize("heads", HEADS, ids=str)
-@pytest.mark.parametrize("stored", STORED, ids=str)
-@pytest.mark.parametrize("masks", MASKS, ids=str)
+@pytest.mark.parametrize(("heads", "stored", "masks"), CASES, ids=str)
 def test_prefill(
     heads: tuple[int, int, int], stored: tuple[torch.dtype, torch.dtype], masks: tuple[int | None, float | None],
     device: torch.device,
@@ -167,9 +167,8 @@ def test_no_tokens_are_no_launch(device: torch.device) -> None:
     assert paged_attention(q[:0], none, cache, shape).shape == (0, 128)
 
 
-def test_the_interpreter_takes_the_bytes_out_of_words_as_the_instructions_do() -> None:
-    """int8's way into fp16 by an exclusive or and a subtraction, over all bytes; e4m3's is one instruction."""
-    assert _bytes_of is not None
-    code = torch.arange(256, dtype=torch.int32)
-    number = (code ^ 0x6480).to(torch.int16).view(torch.float16) - torch.tensor(1152.0, dtype=torch.float16)
-    assert torch.equal(number.float(), code.to(torch.uint8).view(torch.int8).float())
+def test_an_exclusive_or_and_a_subtraction_make_fp16_of_int8() -> None:
+    """What the instructions of `paged` do to a byte, which the interpreter can't run, over all bytes."""
+    byte = torch.arange(256, dtype=torch.int32)
+    number = (byte ^ 0x6480).to(torch.int16).view(torch.float16) - torch.tensor(1152.0, dtype=torch.float16)
+    assert torch.equal(number.float(), byte.to(torch.uint8).view(torch.int8).float())

@@ -138,7 +138,7 @@ def paged_attention(q: Tensor, inputs: StepInputs, cache: LayerCache, shape: Att
     if inputs.max_query_len > 1:
         sizes = tables.choose("paged prefill", shape.num_heads, shape.head_dim, cache.key.element_size())
         prefill(q, inputs, cache, shape, out, fewest=2, **sizes)()
-    return out.reshape(q.shape[0], -1)
+    return out.flatten(1)
 
 
 def proofs() -> dict[str, Proof]:
