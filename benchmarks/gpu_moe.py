@@ -1,0 +1,123 @@
+"""Cases of a mixture of experts in Qwen3-30B-A3B's sizes: steps of decoding and a prefill (row 11).
+
+The stock chain is torch's: rows gathered by expert, two `_grouped_mm` with silu * up between, and each token's sum. Its
+rows are sorted before the clock starts; octavo's time has routing and sorting in it.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from benchmarks import shapes
+from benchmarks.gpu_case import FEW_BITS, Bodies, Case, Goal, some_rows, to_fp8, to_int4
+from torch import Tensor
+
+from octavo.kernels.moe.gpu import int4 as moe_int4
+from octavo.kernels.moe.gpu.fused import Experts, Weights, fused_moe
+
+CONFIG = shapes.CONFIGS["qwen3-30b-a3b"]
+GROUPED, OUR_BF16 = "_grouped_mm chain, bf16", "octavo, bf16"
+GROUP = 128
+
+
+@cache
+def experts(num: int, n: int, k: int, kind: str, device: torch.device) -> tuple[Weights, Tensor]:
+    """Weights as octavo's kernel reads them, and what they are as bf16 [E, N, K]. Kept: they are large."""
+    w = (torch.randn(num, n, k, device=device) * 0.02).bfloat16()
+    if kind == "bf16":
+        return Experts(w), w
+    if kind == "fp8":
+        codes, scale = to_fp8(w.flatten(0, 1))
+        dense = (codes.float() * scale).bfloat16()  # some 0.1 % off
+        return Experts(codes.reshape(w.shape), scale.reshape(num, n)), dense.reshape(w.shape)
+    codes, scale = to_int4(w.flatten(0, 1), min(GROUP, k))
+    scale = scale.reshape(num, n, -1)
+    packed = moe_int4.pack(codes.reshape(w.shape), scale, None, min(GROUP, k))
+    return packed, packed.unpack().bfloat16()
+
+
+def chosen_of(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """The experts [T, top_k] and their weights, in float64."""
+    weights, chosen = logits.double().softmax(1).topk(top_k, 1)
+    return chosen, weights / weights.sum(1, keepdim=True)
+
+
+def exact(x: Tensor, logits: Tensor, top_k: int, gate_up: Tensor, down: Tensor, rounds: bool) -> Tensor:
+    """The mixture in float64, but for what is between the GEMMs, which is bf16; inputs rounded to e4m3 if they are."""
+
+    def rounded(t: Tensor) -> Tensor:
+        if not rounds:
+            return t.double()
+        codes, scale = to_fp8(t)
+        return codes.double() * scale.double()
+
+    chosen, weights = chosen_of(logits, top_k)
+    out, x = torch.zeros_like(x, dtype=torch.float64), rounded(x)
+    for e in chosen.unique().tolist():
+        token, j = (chosen == e).nonzero(as_tuple=True)
+        gate, up = (x[token] @ gate_up[e].double().T).bfloat16().double().chunk(2, 1)
+        out.index_add_(0, token, rounded(F.silu(gate) * up) @ down[e].double().T * weights[token, j, None])
+    return out
+
+
+def stock_chain(x: Tensor, logits: Tensor, top_k: int, gate_up: Tensor, down: Tensor):  # type: ignore[no-untyped-def]
+    chosen, weights = chosen_of(logits, top_k)
+    order = chosen.flatten().argsort()
+    token, factor = order // top_k, weights.flatten()[order, None].bfloat16()
+    ends = torch.bincount(chosen.flatten(), minlength=gate_up.shape[0]).cumsum(0).int()
+
+    def run() -> Tensor:
+        gate, up = torch._grouped_mm(x[token], gate_up.mT, offs=ends).chunk(2, 1)
+        pairs = torch._grouped_mm(F.silu(gate) * up, down.mT, offs=ends) * factor
+        return torch.zeros_like(x).index_add_(0, token, pairs)
+
+    return run
+
+
+def mixture(tokens: int, kind: str, sizes: tuple[int, int, int, int], device: torch.device) -> Bodies:
+    num, top_k, hidden, inner = sizes
+    gate_up, dense_gate_up = experts(num, 2 * inner, hidden, kind, device)
+    down, dense_down = experts(num, hidden, inner, kind, device)
+    x, logits = torch.randn(tokens, hidden, device=device).bfloat16(), torch.randn(tokens, num, device=device)
+    rows = some_rows(tokens, device, 64)
+    baselines = {GROUPED: stock_chain(x, logits, top_k, dense_gate_up, dense_down)}
+    if kind != "bf16":
+        wide = Experts(dense_gate_up), Experts(dense_down)
+        baselines[OUR_BF16] = lambda: fused_moe(x, logits, top_k, *wide, normalize=True)
+    return Bodies(
+        run=lambda: [fused_moe(x, logits, top_k, gate_up, down, normalize=True)],
+        expected=lambda: [exact(x[rows], logits[rows], top_k, dense_gate_up, dense_down, kind == "fp8")],
+        baselines=baselines,
+        rows=rows,
+    )
+
+
+def cases(tiny: bool = False) -> list[Case]:
+    """Row 11."""
+    made = []
+    sizes = (
+        CONFIG["num_experts"],
+        CONFIG["num_experts_per_tok"],
+        CONFIG["hidden_size"],
+        CONFIG["moe_intermediate_size"],
+    )
+    num, top_k, hidden, inner = (4, 2, 256, 128) if tiny else sizes
+    config = {"num_experts": num, "num_experts_per_tok": top_k}
+    for tokens, kind in [(t, kind) for t in (1, 16, 128, 4096) for kind in ("bf16", "fp8", "int4")]:
+        t = min(tokens, 5) if tiny else tokens
+        read = shapes.experts_hit(config, t) * 3 * hidden * inner * shapes.WEIGHT_BYTES[kind]
+        goals = [Goal("copy", 0.55)] if 16 <= tokens <= 128 else []
+        if tokens == 4096:
+            goals = [Goal(GROUPED, {"bf16": 0.9, "fp8": 1.3, "int4": 0.7}[kind])]
+        tolerance = 2 * FEW_BITS if kind == "fp8" else FEW_BITS  # codes on the other side of a tie, in 3 bits
+        made.append(
+            Case(
+                "11", f"mixture, {kind}", f"{t} tokens, {top_k} of {num} experts", int(read) + t * hidden * 4,
+                2 * t * top_k * 3 * hidden * inner,
+                lambda device, a=(t, kind, (num, top_k, hidden, inner)): mixture(*a, device), tolerance, tuple(goals),
+                tokens in (16, 4096) and kind != "int4",
+            )
+        )  # fmt: skip
+    return made

@@ -1,0 +1,371 @@
+"""What a GPU that isn't there would take, predicted: each kernel, and each decode step of the models of shapes.py.
+
+    PYTHONPATH=src python -m benchmarks.simulate [--models NAME,...] [--output FILE] [--measured DIR]
+
+No measurement. Every launch is the one that octavo's decoder makes, on `meta` tensors, compiled for sm_90 by
+`kernels.ahead`; its time is what `gpu_model` says of it, whose docstring has the model and its assumptions.
+
+With --measured, the tables that kernels.py wrote are compared with what is predicted for the same cases.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+import triton
+from benchmarks import shapes
+from benchmarks.gpu_attention import Sizes
+from benchmarks.gpu_model import COPY, Compiler, Resources, Work, predict
+from torch import Tensor
+
+from octavo.kernels import tables
+from octavo.kernels.attention.cache import AttentionShape, LayerCache
+from octavo.kernels.attention.gpu import decode as attention
+from octavo.kernels.attention.gpu.rope import rope
+from octavo.kernels.attention.step import StepInputs
+from octavo.kernels.fp8.gpu.few import few
+from octavo.kernels.fp8.gpu.many import many
+from octavo.kernels.fp8.gpu.quantize import quantize
+from octavo.kernels.fused.gpu.activation import silu_and_mul
+from octavo.kernels.fused.gpu.norm import norm
+from octavo.kernels.int4.gpu.gemm import gemm as int4_gemm
+from octavo.kernels.int4.gpu.packing import PackedInt4
+from octavo.kernels.launch import Launch, cdiv
+from octavo.kernels.moe.gpu import fused as moe
+from octavo.kernels.moe.gpu.int4 import PackedExperts
+from octavo.kernels.sampling.gpu import draw as sampling
+
+Compiled = Callable[[Launch], Resources]
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
+
+
+def gemm_work(name: str, weights: str, m: int, n: int, k: int) -> tuple[Work, int]:
+    """A linear layer's kernel, and in how many parts of float32 sums it leaves its output; 0: in bf16."""
+    flops = shapes.gemm_flops(max(m, 16), n, k)
+    if weights == "bf16":
+        return Work(name, None, shapes.gemm_bytes(m, n, k, 2.0, 2), flops, "bf16"), 0
+    kind, x_bytes = ("fp8", 1) if weights == "fp8" else ("int4", 2)
+    sizes = dict(tables.choose(kind, m, n, k))
+    if sizes.pop("dequantize", 0):
+        return Work(name, None, n * k * 4.5 + m * (n + k) * 2, flops, "bf16"), 0
+    parts = sizes.pop("parts")
+    out = meta(parts, m, n) if parts > 1 else meta(m, n, dtype=BF16)
+    num_bytes = shapes.gemm_bytes(m, n, k, shapes.WEIGHT_BYTES[weights], x_bytes, 4 * parts if parts > 1 else 2)
+    if weights == "fp8":
+        is_few = sizes.pop("is_few")
+        x, w, scales = meta(m, k, dtype=E4M3), meta(n, k, dtype=E4M3), (meta(m, 1), meta(n))
+        launch, turns = (few if is_few else many)(x, w, *scales, out, **sizes), cdiv(k, sizes["block_k"])
+        if not is_few:
+            turns *= cdiv(cdiv(m, sizes["block_m"]) * cdiv(n, sizes["block_n"]), launch.grid[0])
+    else:
+        words, scale = meta(cdiv(k, 128), n, 32, dtype=torch.int16), meta(cdiv(k, 128), n, dtype=BF16)
+        packed = PackedInt4(words, scale, 4, 128, None, None, meta(k, dtype=torch.int64))
+        launch, turns = int4_gemm(meta(m, k, dtype=BF16), packed, out, **sizes), cdiv(k, 128)
+    padded = cdiv(m, sizes["block_m"]) * sizes["block_m"]
+    peak = "fp8" if weights == "fp8" else "bf16"
+    return Work(name, launch, num_bytes, shapes.gemm_flops(padded, n, k), peak, turns=cdiv(turns, parts)), parts * (
+        parts > 1
+    )
+
+
+def summed(m: int, n: int, parts: int) -> Tensor:
+    """What a GEMM has left for the next kernel."""
+    return meta(parts, m, n) if parts else meta(m, n, dtype=BF16)
+
+
+def read_bytes(m: int, n: int, parts: int) -> int:
+    return m * n * (4 * parts if parts else 2)
+
+
+def rounded(m: int, n: int, fp8: bool) -> tuple[Tensor, Tensor | None]:
+    return (meta(m, n, dtype=E4M3), meta(m, 1)) if fp8 else (meta(m, n, dtype=BF16), None)
+
+
+def norm_work(m: int, n: int, parts: int, fp8: bool) -> Work:
+    out, scale = rounded(m, n, fp8)
+    residual = meta(m, n, dtype=BF16)
+    launch = norm(summed(m, n, parts), meta(n), 1e-5, out, residual=residual, total=residual, scale=scale)
+    return Work("norm", launch, read_bytes(m, n, parts) + m * n * (4 + out.element_size()))
+
+
+def silu_work(m: int, n: int, parts: int, fp8: bool) -> Work:
+    out, scale = rounded(m, n, fp8)
+    launch = silu_and_mul(summed(m, 2 * n, parts), out, scale=scale)
+    return Work("silu", launch, read_bytes(m, 2 * n, parts) + m * n * out.element_size())
+
+
+def attention_works(sizes: Sizes, kv: str, qkv_parts: int, longest: int, qk_norm: bool) -> list[Work]:
+    """rope, decode, and the merge of shares; longest: what the grid must hold, as in a CUDA graph."""
+    s, kind = sizes, BF16 if kv == "bf16" else E4M3
+    batch, group = s.sequences, s.heads // s.kv_heads
+    shape = AttentionShape(s.heads, s.kv_heads, s.d, s.d**-0.5)
+    stores = [meta(cdiv(longest, 16) * batch, s.kv_heads, 16, s.d, dtype=kind) for _ in range(2)]
+    layer = LayerCache(*stores, meta(s.kv_heads), meta(s.kv_heads))
+    whole, ints = meta(batch, dtype=torch.int64), meta(batch + 1, dtype=torch.int32)
+    table = meta(batch, cdiv(longest, 16), dtype=torch.int32)
+    inputs = StepInputs(whole, whole, whole, table, ints[:batch], ints, whole, 1, longest)
+    q, width = meta(batch, s.heads, s.d, dtype=BF16), (s.heads + 2 * s.kv_heads) * s.d
+    weight = meta(s.d) if qk_norm else None
+    turn = rope(summed(batch, width, qkv_parts), inputs, layer, shape, meta(longest, s.d), weight, weight, 1e-5, q)
+    written = batch * s.d * (2 * s.heads + 2 * s.kv_heads * shapes.KV_BYTES[kv])
+    block = tables.choose("paged decode", group, s.d, stores[0].element_size())
+    programs = attention.share_count(longest, shape, least=block["least"], most=block["most"])
+    lse = meta(batch, s.kv_heads, programs, group)
+    partial = meta(batch, s.kv_heads, programs, group, s.d)
+    share = cdiv(max(cdiv(s.length, block["most"]), block["least"]), block["block_n"]) * block["block_n"]
+    parts = cdiv(s.length, share)
+    read = batch * s.length * 2 * s.kv_heads * s.d * shapes.KV_BYTES[kv] + 4 * batch * s.heads * s.d
+    between = parts * batch * s.heads * (s.d + 1) * 4 if parts > 1 else 0
+    works = [
+        Work("rope", turn, read_bytes(batch, width, qkv_parts) + written),
+        Work(
+            "attention", attention.decode(q, inputs, layer, shape, q, partial, lse, **block), read + between,
+            4 * max(group, 16) * s.kv_heads * s.d * s.length * batch, "bf16", batch * s.kv_heads * parts,
+            cdiv(min(share, s.length), block["block_n"]), 3,
+        ),
+    ]  # fmt: skip
+    if programs > 1:
+        launch = attention.merge(
+            inputs, shape, q, partial, lse, block_n=block["block_n"], least=block["least"], most=block["most"]
+        )
+        works.append(Work("merge", launch, between + 2 * batch * s.heads * s.d))
+    return works
+
+
+def layer_works(config: shapes.Config, weights: str, kv: str, batch: int, context: int) -> list[Work]:
+    """The launches of one layer of a decode step, as octavo's decoder makes them in a CUDA graph."""
+    linear, fp8, hidden = shapes.linears(config), weights == "fp8", config["hidden_size"]
+    heads, kv_heads, d = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
+    qkv, qkv_parts = gemm_work("qkv", weights, batch, *linear["qkv"])
+    sizes = Sizes(batch, 1, context - 1, heads, kv_heads, d)
+    works = [
+        qkv,
+        *attention_works(sizes, kv, qkv_parts, max(2 * context, 8192), config["model_type"].startswith("qwen3")),
+    ]
+    if fp8:
+        mixed = meta(batch, heads * d, dtype=BF16)
+        launch = quantize(mixed, meta(batch, heads * d, dtype=E4M3), meta(batch, 1))
+        works.append(Work("rounding", launch, batch * heads * d * 3))
+    o, o_parts = gemm_work("o", weights, batch, *linear["o"])
+    works += [o, norm_work(batch, hidden, o_parts, fp8 and not shapes.is_mixture(config))]
+    if shapes.is_mixture(config):
+        return [*works, *mixture_works(config, weights, batch), norm_work(batch, hidden, 0, fp8)]
+    gate_up, parts = gemm_work("gate_up", weights, batch, *linear["gate_up"])
+    down, down_parts = gemm_work("down", weights, batch, *linear["down"])
+    inner = linear["down"][1]
+    return [*works, gate_up, silu_work(batch, inner, parts, fp8), down, norm_work(batch, hidden, down_parts, fp8)]
+
+
+def mixture_works(config: shapes.Config, weights: str, batch: int) -> list[Work]:
+    """The router's GEMM (the library's), routing, sorting, and the experts."""
+    num, top_k = config["num_experts"], config["num_experts_per_tok"]
+    (width, hidden), inner = shapes.linears(config)["gate_up"], config["moe_intermediate_size"]
+
+    def experts(n: int, k: int) -> moe.Weights:
+        if weights == "int4":
+            return PackedExperts(
+                meta(num, cdiv(k, 128), n, 32, dtype=torch.int16), meta(num, cdiv(k, 128), n), None, 128, k
+            )
+        return (
+            moe.Experts(meta(num, n, k, dtype=E4M3), meta(num, n))
+            if weights == "fp8"
+            else moe.Experts(meta(num, n, k, dtype=BF16))
+        )
+
+    x, chosen, factor = meta(batch, hidden, dtype=BF16), meta(batch, top_k, dtype=torch.int32), meta(batch, top_k)
+    steps = moe.launches(x, chosen, factor, experts(width, hidden), experts(hidden, inner), x)
+    hit, pairs = shapes.experts_hit(config, batch), batch * top_k
+    router = Work("router", None, num * hidden * 4)
+    route = Work("route", moe.route(meta(batch, num), chosen, factor, normalize=True), batch * num * 4)
+    works = [router, route]
+    sizes, gemms = {width: hidden, hidden: inner}, 0
+    for launch in steps:
+        if "grouped" in launch.kernel.__name__:
+            n, k = ((width, hidden), (hidden, inner))[gemms]
+            gemms += 1
+            tiles = round(hit * max(1, cdiv(cdiv(pairs, max(round(hit), 1)), launch.arguments["BLOCK_M"])))
+            num_bytes = hit * n * k * shapes.WEIGHT_BYTES[weights] + pairs * (2 * n + sizes[n] * 2)
+            flops = 2 * tiles * launch.arguments["BLOCK_M"] * n * k
+            blocks = tiles * cdiv(n, launch.arguments["BLOCK_N"])
+            peak = "fp8" if weights == "fp8" else "bf16"
+            works.append(Work(f"experts {n} x {k}", launch, num_bytes, flops, peak, blocks, cdiv(k, 128), 3))
+        else:
+            works.append(Work(launch.kernel.__name__.strip("_"), launch, pairs * (width + hidden) * 2))
+    return works
+
+
+def end_works(config: shapes.Config, batch: int) -> list[Work]:
+    """What comes once in a step: embedding and first norm, the head, and drawing tokens."""
+    vocab, hidden = config["vocab_size"], config["hidden_size"]
+    row = meta(batch)
+    logits, whole, double = meta(batch, vocab), meta(batch, dtype=torch.int64), meta(batch, dtype=torch.float64)
+    memory = sampling.scratch(batch, vocab, "meta")
+    drawn = sampling.launches(logits, row, whole, row, row, double, whole, memory)
+    head = Work(
+        "head", None, shapes.head_bytes(config) + 4 * batch * vocab, shapes.gemm_flops(batch, vocab, hidden), "bf16"
+    )
+    return [
+        Work("embedding", None, 4 * batch * hidden),
+        norm_work(batch, hidden, 0, False),
+        head,
+        *(Work(launch.kernel.__name__.strip("_"), launch, 4 * batch * vocab) for launch in drawn[:2]),
+        Work("choose", drawn[2], 2 * batch * vocab, trips=6),
+    ]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A predicted decode step, in milliseconds."""
+
+    limit: float
+    ms: float
+    overhead: float
+    launches: int
+
+
+def step(config: shapes.Config, weights: str, kv: str, batch: int, context: int, compiled: Compiled) -> Step:
+    layer = [predict(work, compiled) for work in layer_works(config, weights, kv, batch, context)]
+    end = [predict(work, compiled) for work in end_works(config, batch)]
+    layers = config["num_hidden_layers"]
+    each = layers * sum(p.seconds for p in layer) + sum(p.seconds for p in end)
+    overhead = layers * sum(p.overhead for p in layer) + sum(p.overhead for p in end)
+    limit = shapes.step_bytes(config, weights, kv, batch, context) / COPY
+    return Step(1e3 * limit, 1e3 * each, 1e3 * overhead, layers * len(layer) + len(end))
+
+
+def step_table(name: str, compiled: Compiled, batches: tuple[int, ...], contexts: tuple[int, ...]) -> list[str]:
+    config = shapes.CONFIGS[name]
+    lines = ["", f"## {name}: a decode step, predicted", ""]
+    lines += [
+        "| weights, KV | context | batch | limit, ms | predicted, ms | gaps and latency, ms | launches | tok/s | "
+        "of the limit |"
+    ]
+    lines += ["|---" * 9 + "|"]
+    for weights, kv in (("bf16", "bf16"), ("fp8", "bf16"), ("fp8", "fp8"), ("int4", "bf16"), ("int4", "fp8")):
+        for context in contexts:
+            for batch in batches:
+                held = (
+                    shapes.streamed_bytes(config, weights)
+                    + shapes.step_bytes(config, weights, kv, batch, context)
+                    - shapes.streamed_bytes(config, weights, batch)
+                )
+                if held > 76e9:
+                    continue  # more than the card has
+                s = step(config, weights, kv, batch, context, compiled)
+                lines.append(
+                    f"| {weights}, {kv} | {context} | {batch} | {s.limit:.2f} | {s.ms:.2f} | {s.overhead:.2f} | "
+                    f"{s.launches} | {1e3 * batch / s.ms:.0f} | {s.limit / s.ms:.0%} |"
+                )
+    return lines
+
+
+def kernel_table(name: str, weights: str, kv: str, batch: int, context: int, compiled: Compiled) -> list[str]:
+    lines = [
+        "",
+        f"## {name}, {weights} weights, {kv} KV: a layer's kernels at batch {batch}, context {context}, predicted",
+        "",
+    ]
+    lines += [
+        "| kernel | MB | limit, us | predicted, us | bound by | registers | shared, KiB | blocks an SM | waves |",
+        "|---" * 9 + "|",
+    ]
+    for work in layer_works(shapes.CONFIGS[name], weights, kv, batch, context):
+        p = predict(work, compiled)
+        made = p.resources
+        compiled_cells = (
+            f"{made.registers} | {made.shared / 1024:.0f} | {p.resident} | {p.waves:.2f}" if made else "library | | |"
+        )
+        limit = 1e6 * work.num_bytes / COPY
+        lines.append(
+            f"| {work.name} | {work.num_bytes / 1e6:.2f} | {limit:.1f} | {1e6 * p.seconds:.1f} | {p.bound} | "
+            f"{compiled_cells} |"
+        )
+    return lines
+
+
+def case_work(name: str) -> Work | None:
+    """The kernel of a case of kernels.py, by its name; None of one that isn't modelled."""
+    if found := re.fullmatch(r"\S+ (fp8 rows|W4A16), M (\d+), .* (\d+) x (\d+)", name):
+        m, n, k = (int(number) for number in found.groups()[1:])
+        return gemm_work(name, "fp8" if found[1] == "fp8 rows" else "int4", m, n, k)[0]
+    if found := re.fullmatch(r"6 norm to fp8(?: of (\d) sums)?, (\d+) tokens x (\d+)", name):
+        return norm_work(int(found[2]), int(found[3]), int(found[1] or 0), True)
+    if found := re.fullmatch(r"7 silu to fp8, (\d+) tokens x (\d+)", name):
+        return silu_work(int(found[1]), int(found[2]), 0, True)
+    if found := re.fullmatch(r"9 decode attention, (\w+) cache, (\d+) x (\d+) tokens, (\d+) / (\d+)", name):
+        batch, length, heads, kv_heads = (int(number) for number in found.groups()[1:])
+        return attention_works(Sizes(batch, 1, length - 1, heads, kv_heads, 128), found[1], 0, length, False)[1]
+    return None
+
+
+def errors(directory: Path, compiled: Compiled) -> list[str]:
+    """Predicted against measured, for every table that kernels.py wrote there."""
+    lines: list[str] = []
+    for path in sorted(directory.glob("kernels-*.json")):
+        ratios = []
+        rows = []
+        for result in json.loads(path.read_text())["results"]:
+            name = f"{result['row']} {result['kernel']}, {result['shape']}"
+            work = case_work(name) if result["us"] else None
+            if work is not None:
+                predicted = 1e6 * predict(work, compiled).seconds
+                ratios.append(predicted / result["us"])
+                rows.append(f"| {name} | {predicted:.1f} | {result['us']:.1f} | {ratios[-1]:.2f} |")
+        if rows:
+            lines += [
+                "",
+                f"## Predicted and measured ({path.name})",
+                "",
+                "| kernel | predicted, us | measured, us | ratio |",
+                "|---|---|---|---|",
+                *rows,
+            ]
+            lines += ["", f"Median ratio {median(ratios):.2f}; median error {median(abs(r - 1) for r in ratios):.0%}."]
+    return lines
+
+
+def numbers(flag: str) -> tuple[int, ...]:
+    return tuple(int(word) for word in flag.split(","))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default=",".join(shapes.CONFIGS), help="names of shapes.py")
+    parser.add_argument("--batches", default="1,8,32,128,256")
+    parser.add_argument("--contexts", default="1024,4096")
+    parser.add_argument("--measured", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--compiled", type=Path, help="a file that keeps what the compiler said")
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    compiled = Compiler(args.compiled)
+    lines = ["# Predicted times on an H100: no measurement", ""]
+    lines += [
+        "Out of bytes, FLOPs, launches and what the compiler made of each launch; the model and its assumptions are in"
+    ]
+    lines += [f"benchmarks/gpu_model.py. Triton {triton.__version__}. Limit: bytes over {COPY / 1e12:.1f} TB/s."]
+    for weights, kv, batch in (("fp8", "fp8", 1), ("fp8", "fp8", 32), ("int4", "fp8", 1), ("int4", "fp8", 32)):
+        lines += kernel_table(args.models.split(",")[0], weights, kv, batch, 1024, compiled)
+    for name in args.models.split(","):
+        lines += step_table(name, compiled, numbers(args.batches), numbers(args.contexts))
+    lines += errors(args.measured, compiled)
+    text = "\n".join(lines) + "\n"
+    print(text)
+    if args.output:
+        args.output.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""Searching a kernel's block sizes on this GPU, and writing them to `kernels/tuning/CARD.json`.
+
+    PYTHONPATH=src python -m benchmarks.tune fp8 [--seconds 500] [--output FILE] [--dry-run]
+
+Families are the tables' names (`kernels.tables`): fp8, 'fp8 blocks', int8, w8a16, int4, 'int4 fp8', 'paged decode',
+'paged prefill'. Each size is a case of the benchmarks' own; each candidate is put into the table as its only row, so
+that what is timed is what octavo would launch. What doesn't compile or doesn't fit is left out, and a winner whose
+output is wrong is no winner. Only the family's rows are replaced; a card without a file begins with the H100's rows.
+Bounds of rows: M at the most, and which of Llama-3.1-8B's layers a shape is like: wide (N from 16,384), deep (K from
+8,192), or neither.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import time
+from collections.abc import Callable, Iterator
+from itertools import product
+from pathlib import Path
+
+import torch
+from benchmarks import gpu_attention, gpu_gemms
+from benchmarks.gpu_attention import Sizes
+from benchmarks.gpu_case import Bodies, error_of
+from benchmarks.gpu_clock import Clock, CudaClock, one_line, poisoned
+
+from octavo.kernels import tables
+
+Row = dict[str, int]
+CLASSES: tuple[tuple[Row, str], ...] = (({"n": 16384}, "gate_up"), ({"k": 8192}, "down"), ({}, "qkv"))
+FEW_TOKENS = (16, 32, 64, 256)  # M at the most; what is measured is that many
+MANY_TOKENS = 4096
+GEMMS = {
+    "fp8": "fp8 rows",
+    "fp8 blocks": "fp8 blocks",
+    "int8": "int8 rows",
+    "w8a16": "W8A16",
+    "int4": "W4A16",
+    "int4 fp8": "W4A8",
+}
+
+
+def grid(**values: tuple[int, ...]) -> list[Row]:
+    """All combinations."""
+    return [dict(zip(values, chosen, strict=True)) for chosen in product(*values.values())]
+
+
+def gemm_rows(family: str, m: int) -> list[Row]:
+    """Candidates for at most m tokens; m MANY_TOKENS: for more."""
+    wide = min(max(m, 16), 128)
+    if m >= MANY_TOKENS:
+        if family in ("fp8", "int8", "fp8 blocks"):
+            shape = {
+                "is_few": (0,),
+                "parts": (1,),
+                "block_m": (128,),
+                "block_k": (128,),
+                "group_m": (8,),
+                "programs": (132,),
+            }
+            large = grid(
+                **shape, block_n=(256,), subtiles=(2,), tma=(1,), promote=(0,), num_warps=(8,), num_stages=(3, 4)
+            )
+            small = grid(
+                **shape, block_n=(128,), subtiles=(1,), tma=(1, 0), promote=(0,), num_warps=(4, 8), num_stages=(3, 4, 5)
+            )
+            return small if family == "fp8 blocks" else large + small
+        rows = grid(parts=(1,), block_m=(128,), block_n=(128,), group_m=(8,), num_warps=(4, 8), num_stages=(3, 4))
+        return rows + ([{"dequantize": 1}] if family == "int4" else [])
+    shape = {"parts": (1, 2, 4, 8), "block_m": (min(wide, 64), wide) if wide > 64 else (wide,), "block_n": (64, 128)}
+    rest = {"num_warps": (4, 8), "num_stages": (3, 4, 5, 6)}
+    if family in ("fp8", "int8", "fp8 blocks"):
+        return grid(is_few=(1,), **shape, block_k=(128,), **rest)
+    return grid(**shape, group_m=(1,) if family.startswith("int4") else (8,), **rest)
+
+
+def attention_rows(family: str) -> list[Row]:
+    if family == "paged decode":
+        return grid(
+            block_n=(32, 64, 128), least=(128, 256, 512), most=(16, 32), num_warps=(4, 8), num_stages=(2, 3, 4, 5)
+        )
+    return grid(block_m=(64, 128), block_n=(32, 64, 128), num_warps=(4, 8), num_stages=(2, 3, 4))
+
+
+def problems(family: str) -> Iterator[tuple[Row, list[Row], Callable[[torch.device], Bodies], int, float]]:
+    """(bounds, candidates, inputs, bytes of a set of them, tolerance) for each row that the family is to have."""
+    if family in GEMMS:
+        body, _, _, tolerance = gpu_gemms.KINDS[GEMMS[family]]
+        for m in (*FEW_TOKENS, MANY_TOKENS):
+            for bounds, layer in CLASSES:
+                n, k = gpu_gemms.LLAMA[layer]
+                most = {} if m == MANY_TOKENS else {"m": m}
+                yield (
+                    {**most, **bounds},
+                    gemm_rows(family, m),
+                    lambda d, a=(m, n, k): body(*a, d),
+                    n * k // 2,
+                    tolerance,
+                )
+        return
+    for bounds, kind in (({"k": 2}, "bf16"), ({}, "fp8")):  # k: bytes of a cached number
+        sizes = Sizes(32, 1, 4095, 32, 8, 128) if family == "paged decode" else Sizes(1, 4096, 0, 32, 8, 128)
+        case = gpu_attention.decode_case if family == "paged decode" else gpu_attention.prefill_case
+        yield bounds, attention_rows(family), lambda d, a=(sizes, kind), c=case: c(*a, d), 1 << 28, 1e-2
+
+
+def install(family: str, row: Row) -> None:
+    """Let every size of a family take this row."""
+    tables._tables("h100")[family] = [row]
+    tables.choose.cache_clear()
+
+
+def best_of(
+    family: str, rows: list[Row], sets: list[Bodies], tolerance: float, clock: Clock, ends: float
+) -> tuple[Row | None, float]:  # fmt: skip
+    """The fastest row whose output is right, and its microseconds."""
+    timed: list[tuple[float, int]] = []
+    for i, row in enumerate(rows):
+        if time.monotonic() > ends:
+            print(f"    time is over: {len(rows) - i} of {len(rows)} candidates not tried", flush=True)
+            break
+        install(family, row)
+        found, said = clock.together({"own": [bodies.timed or bodies.run for bodies in sets]})
+        if "own" in found:
+            timed.append((found["own"].us, i))
+        else:
+            print(f"    {row}: {said['own']}", flush=True)
+    for us, i in sorted(timed):
+        install(family, rows[i])
+        with poisoned():
+            error = error_of(sets[0], sets[0].run())
+        if error <= tolerance:
+            return rows[i], us
+        print(f"    {rows[i]}: wrong, {error:.1e}", flush=True)
+    return None, 0.0
+
+
+def merge(path: Path, family: str, rows: list[Row], base: Path | None = None) -> None:
+    """Put a family's rows into a table; all others stay. A file that isn't there begins as a copy of `base`."""
+    source = path if path.exists() else base
+    table: dict[str, list[Row]] = json.loads(source.read_text()) if source else {}
+    table[family] = rows
+    parts = [
+        f"{json.dumps(name)}: [\n" + ",\n".join(f"  {json.dumps(row)}" for row in kept) + "\n]"
+        for name, kept in table.items()
+    ]
+    path.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+
+
+def card_stem(name: str) -> str:
+    """The stem of a card's file: h100 of 'NVIDIA H100 80GB HBM3'."""
+    found = re.search(r"\b([A-Z]{1,3}\d{2,4}[A-Z]?)\b", name)
+    return (found[1] if found else re.sub(r"\W+", "-", name)).lower()
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("family", choices=[*GEMMS, "paged decode", "paged prefill"])
+    parser.add_argument("--seconds", type=float, default=500.0, help="after which no candidate begins (default 500)")
+    parser.add_argument("--output", type=Path, help="the table to write (default: kernels/tuning/CARD.json)")
+    parser.add_argument("--dry-run", action="store_true", help="print the rows, and write none")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("no CUDA device to tune for")
+    device, clock, begun = torch.device("cuda"), CudaClock(rounds=5), time.monotonic()
+    work = list(problems(args.family))
+    rows: list[Row] = []
+    before = {**tables._tables("h100")}[args.family]
+    for number, (bounds, candidates, make, num_bytes, tolerance) in enumerate(work):
+        ends = begun + args.seconds * (number + 1) / len(work)
+        try:
+            sets = [make(device) for _ in range(max(2, -(-3 * clock.l2_bytes // num_bytes)))]
+            row, us = best_of(args.family, candidates, sets, tolerance, clock, ends)
+        except Exception as error:
+            row, us = None, 0.0
+            print(f"    {bounds}: {one_line(error)}", flush=True)
+        if row is None:
+            print(f"{bounds}: none works; the table's rows for this stay", flush=True)
+            rows += [kept for kept in before if bounds.items() <= kept.items()][:1]
+        else:
+            rows.append({**bounds, **row})
+            print(f"{time.monotonic() - begun:5.0f} s {rows[-1]}: {us:.1f} us", flush=True)
+        sets = []
+        clock.forget()
+    if args.dry_run:
+        return
+    path = args.output or tables.TUNING / f"{card_stem(torch.cuda.get_device_name(0))}.json"
+    merge(path, args.family, rows, tables.TUNING / "h100.json")
+
+
+if __name__ == "__main__":
+    main()

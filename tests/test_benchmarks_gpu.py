@@ -1,0 +1,214 @@
+"""The GPU benchmarks without a GPU: their formulas, their table, what tuning writes, what the simulation predicts."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # whoever runs `pytest` and not `python -m pytest` doesn't have it there
+
+from benchmarks import gpu_gemms, gpu_rows, kernels, shapes, simulate, tune  # noqa: E402
+from benchmarks.gpu_case import Bodies, Case, Goal  # noqa: E402
+from benchmarks.gpu_clock import HostClock, summarize  # noqa: E402
+from benchmarks.gpu_table import Result, derive, geomeans, write  # noqa: E402
+
+from octavo.kernels import tables  # noqa: E402
+from octavo.kernels.launch import Launch  # noqa: E402
+from octavo.runtime.config import EngineConfig  # noqa: E402
+from octavo.runtime.model.weights import load_model  # noqa: E402
+
+LLAMA = shapes.CONFIGS["llama-3.1-8b"]
+GB, MS = 1e9, 1e-3
+
+
+def test_what_a_step_of_llama_reads() -> None:
+    """Numbers worked out by hand: 6.979 G linear weights, 0.525 G of the head, 65,536 numbers a token in the cache."""
+    assert shapes.linear_weights(LLAMA) == 6_979_321_856
+    assert shapes.head_bytes(LLAMA) == 1_050_673_152
+    assert shapes.kv_elements(LLAMA) == 65_536
+    for weights, wanted in (("bf16", 15.01), ("fp8", 8.03), ("int4", 4.65)):
+        assert shapes.streamed_bytes(LLAMA, weights) / GB == pytest.approx(wanted, abs=0.005)
+    for weights, kv, batch, context, wanted in (
+        ("bf16", "bf16", 1, 1024, 5.05),
+        ("fp8", "fp8", 1, 1024, 2.70),
+        ("fp8", "fp8", 128, 1024, 5.54),
+        ("int4", "fp8", 32, 4096, 4.41),
+    ):
+        seconds = shapes.step_bytes(LLAMA, weights, kv, batch, context) / 3.0e12
+        assert seconds / MS == pytest.approx(wanted, abs=0.01)
+
+
+def test_shapes_of_gemms() -> None:
+    assert shapes.linears(LLAMA) == {
+        "qkv": (6144, 4096),
+        "o": (4096, 4096),
+        "gate_up": (28672, 4096),
+        "down": (4096, 14336),
+    }
+    assert shapes.linears(shapes.CONFIGS["llama-3.3-70b"])["gate_up"] == (57344, 8192)
+    assert shapes.linears(shapes.CONFIGS["qwen3-30b-a3b"])["down"] == (2048, 768)
+    assert shapes.gemm_flops(8192, 8192, 8192) == 1_099_511_627_776
+    assert shapes.gemm_bytes(1, 4096, 4096, shapes.WEIGHT_BYTES["int4"], 2) == 8_650_752 + 2 * 4096 + 2 * 4096
+    assert shapes.prefill_flops(32, 128, 8192) == pytest.approx(2 * 32 * 128 * 8192**2, rel=1e-3)
+
+
+def test_experts_that_a_step_hits() -> None:
+    mixture = shapes.CONFIGS["qwen3-30b-a3b"]
+    assert shapes.experts_hit(mixture, 1) == pytest.approx(8)
+    assert shapes.experts_hit(mixture, 4096) == pytest.approx(128)
+    assert shapes.experts_hit(LLAMA, 7) == 1
+    assert 29.5e9 < shapes.linear_weights(mixture) < 30.5e9
+
+
+@pytest.mark.parametrize("name", shapes.CONFIGS)
+def test_a_config_loads_with_random_weights(name: str, tmp_path: Path) -> None:
+    directory = shapes.write_config(shapes.shrunk(shapes.CONFIGS[name]), tmp_path / name)
+    model = load_model(EngineConfig(model=str(directory), load_format="dummy", device="cpu", max_model_len=64))
+    assert model.vocab_size == 512
+    assert len(json.loads((directory / "tokenizer.json").read_text())["model"]["vocab"]) == 512
+
+
+def case(expected: float, **changes: Any) -> Case:
+    def make(device: torch.device) -> Bodies:
+        x = torch.ones(4, device=device)
+        stock = {"stock": lambda: x + 1, "absent": lambda: torch.ops.aten.no_such_operator(x)}
+        return Bodies(lambda: [x + 1], lambda: [torch.full((4,), expected, dtype=torch.float64)], stock)
+
+    return Case(
+        "2", "adding", "4", 3_000_000, 6_000_000, make, goals=(Goal("stock", 0.0), Goal("absent", 1.0)), **changes
+    )
+
+
+def test_a_kernel_is_compared_and_timed_beside_what_there_is() -> None:
+    result = kernels.measure(case(2.0), HostClock(), 100.0)
+    assert result.failure is None
+    assert result.error == 0
+    assert isinstance(result.baselines["stock"], float)
+    assert "no_such_operator" in str(result.baselines["absent"])
+    assert [goal[3] for goal in result.goals] == [True, False]
+
+
+def test_a_wrong_kernel_and_one_that_raises_say_so() -> None:
+    assert "wrong" in str(kernels.measure(case(2.1), HostClock(), 100.0).failure)
+    assert "wrong" in str(kernels.measure(case(float("nan")), HostClock(), 100.0).failure)
+
+    def broken(device: torch.device) -> Bodies:  # noqa: ARG001
+        raise RuntimeError("no memory")
+
+    result = kernels.measure(Case("2", "adding", "4", 1, 1, broken), HostClock(), 100.0)
+    assert result.failure == "RuntimeError: no memory"
+
+
+@pytest.mark.parametrize("kind", ["6 norm to fp8 of 4 sums", "8 rope", "4 W4A16"])
+def test_cases_of_octavo_s_kernels_run_and_are_right(kind: str) -> None:
+    made = [*gpu_rows.cases(tiny=True), *gpu_gemms.cases(tiny=True)]
+    result = kernels.measure(next(c for c in made if kind in c.name), HostClock(), 100.0)
+    assert result.failure is None
+
+
+def test_case_names_are_all_different() -> None:
+    names = [c.name for room in (gpu_rows, gpu_gemms, kernels.gpu_attention, kernels.gpu_moe) for c in room.cases()]
+    assert len(set(names)) == len(names)
+    assert {name.split()[0] for name in names} >= {str(row) for row in range(1, 12)}
+
+
+def test_the_table_says_what_was_reached(tmp_path: Path) -> None:
+    good, bad = Result("2", "fp8 rows", "M 1"), Result("4", "W4A16", "M 1", failure="its process ended")
+    good.us, good.spread, good.baselines = 10.0, 0.02, {"stock": 25.0}
+    goals = (Goal("copy", 0.8), Goal("us", 5.0), Goal("stock", 2.0), Goal("TFLOP/s", 1.0))
+    derive(good, Case("2", "fp8 rows", "M 1", 27_000_000, 20_000_000, case(2.0).make, goals=goals), 3000.0)
+    assert good.gb_per_s == pytest.approx(2700)
+    assert good.of_copy == pytest.approx(0.9)
+    assert [goal[3] for goal in good.goals] == [True, False, True, True]
+    assert list(geomeans([good]).values()) == [2.5]
+    path = write(tmp_path, "kernels", "Kernels", [good, bad], {"card": "a card"})
+    text = path.read_text()
+    assert "| 2 | fp8 rows | M 1 | 10.0 (±1%) | 2700 | 90% | 2 |" in text
+    assert "**its process ended**" in text
+    assert "goals reached: 3 of 4" in text
+    assert json.loads(path.with_suffix(".json").read_text())["facts"] == {"card": "a card"}
+
+
+def test_a_median_and_its_spread() -> None:
+    timing = summarize([10.0] * 8 + [9.0, 30.0])
+    assert timing.us == 10.0
+    assert timing.spread == pytest.approx(0.0, abs=0.2)
+
+
+def test_tuning_keeps_the_others_rows(tmp_path: Path) -> None:
+    base, path = tmp_path / "h100.json", tmp_path / "h200.json"
+    base.write_text(json.dumps({"fp8": [{"parts": 1}], "int4": [{"parts": 2}]}))
+    tune.merge(path, "fp8", [{"m": 16, "parts": 4}, {"parts": 1}], base)
+    assert json.loads(path.read_text()) == {"fp8": [{"m": 16, "parts": 4}, {"parts": 1}], "int4": [{"parts": 2}]}
+    tune.merge(path, "moe", [{"block_m": 16}])
+    assert list(json.loads(path.read_text())) == ["fp8", "int4", "moe"]
+    assert [tune.card_stem(name) for name in ("NVIDIA H100 80GB HBM3", "NVIDIA L40S")] == ["h100", "l40s"]
+
+
+@pytest.mark.parametrize("family", ["fp8", "int4"])
+def test_candidates_are_what_launchers_take(family: str) -> None:
+    kept = {**tables._tables("h100")}[family]
+    try:
+        for m in (16, 256, tune.MANY_TOKENS):
+            for row in tune.gemm_rows(family, m):
+                tune.install(family, row)
+                work, parts = simulate.gemm_work("a layer", family, m, 4096, 4096)
+                assert work.launch is None or work.launch.num_stages == row["num_stages"]
+                assert parts == (row["parts"] if row.get("parts", 1) > 1 else 0)
+    finally:
+        tables._tables("h100")[family] = kept
+        tables.choose.cache_clear()
+
+
+def small(launch: Launch) -> simulate.Resources:  # noqa: ARG001
+    """Two blocks an SM: 100 KiB of shared memory each."""
+    return simulate.Resources(64, 100 << 10, 1000)
+
+
+def test_a_predicted_kernel() -> None:
+    work, _ = simulate.gemm_work("gate_up", "fp8", 16, 28672, 4096)
+    assert work.num_bytes == 28672 * 4096 + 16 * 4096 + 2 * 16 * 28672
+    p = simulate.predict(work, small)
+    assert p.resident == 2
+    assert p.waves == pytest.approx(448 / 264)
+    assert p.bound == "memory"
+    assert p.seconds == pytest.approx(1e-6 + 2 * 0.8e-6 + work.num_bytes / 3.0e12)
+
+
+def test_few_blocks_cannot_fill_the_memory() -> None:
+    work, parts = simulate.gemm_work("o", "fp8", 16, 4096, 4096)
+    assert parts > 1
+    alone = simulate.Work("o", work.launch, work.num_bytes, blocks=16)
+    assert simulate.predict(alone, lambda _: simulate.Resources(64, 16 << 10, 10)).bound == "too little in flight"
+
+
+@pytest.mark.parametrize("name", shapes.CONFIGS)
+def test_a_step_is_slower_than_its_limit_and_has_the_decoder_s_launches(name: str) -> None:
+    config = shapes.CONFIGS[name]
+    for weights, kernels_of_layer in (
+        ("int4", 10),
+        ("fp8", 11),
+    ):  # nine and a merge; with fp8 attention's output is rounded
+        step = simulate.step(config, weights, "fp8", 32, 1024, small)
+        assert step.ms > step.limit
+        if not shapes.is_mixture(config):
+            assert step.launches == config["num_hidden_layers"] * kernels_of_layer + 6
+
+
+def test_cases_that_are_modelled_are_found_by_their_names() -> None:
+    names = [c.name for c in (*gpu_gemms.cases(), *gpu_rows.cases(), *kernels.gpu_attention.cases())]
+    assert sum(simulate.case_work(name) is not None for name in names) > 40
+
+
+def test_predictions_are_compared_with_what_was_measured(tmp_path: Path) -> None:
+    result = Result("7", "silu to fp8", "64 tokens x 14336", us=5.0)
+    write(tmp_path, "kernels", "Kernels", [result], {})
+    lines = simulate.errors(tmp_path, small)
+    assert any("7 silu to fp8, 64 tokens x 14336" in line for line in lines)
+    assert any("Median ratio" in line for line in lines)
