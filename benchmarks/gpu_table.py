@@ -82,7 +82,7 @@ def markdown(title: str, results: list[Result], facts: dict[str, Any]) -> str:
     lines += ["| row | kernel | shape | us (spread) | GB/s | % of copy | TFLOP/s | error | ratio to | goals |"]
     lines += ["|---" * 10 + "|"]
     for r in results:
-        if r.us is None:
+        if r.us is None or r.gb_per_s is None:
             lines.append(f"| {r.row} | {r.kernel} | {r.shape} | - | | | | | | **{r.failure}** |")
             continue
         time = f"{r.us:.1f} (±{(r.spread or 0) / 2:.0%}){' L2' if r.warm else ''}"

@@ -168,7 +168,7 @@ def test_candidates_are_what_launchers_take(family: str) -> None:
 
 def small(launch: Launch) -> simulate.Resources:  # noqa: ARG001
     """Two blocks an SM: 100 KiB of shared memory each."""
-    return simulate.Resources(64, 100 << 10, 1000)
+    return simulate.Resources(64, 100 << 10, 100)
 
 
 def test_a_predicted_kernel() -> None:
