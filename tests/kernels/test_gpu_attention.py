@@ -16,7 +16,10 @@ from octavo.kernels.attention.step import StepInputs
 
 HEADS = [(9, 3, 64), (3, 1, 80)]  # query heads, KV heads, dimension
 FEW = ([1, 1, 2, 1, 0], [1, 37, 90, 0, 5])  # one share, several, two queries, no tokens, no queries
-MIXED = ([1, 9, 22, 1, 0], [40, 39, 22, 1, 7])  # a decode, a chunk on a prefix one short of a tile, a prompt, a first, none
+MIXED = (
+    [1, 9, 22, 1, 0],
+    [40, 39, 22, 1, 7],
+)  # a decode, a chunk one short of a tile in, a prompt, a first token, none
 STORED = [
     (torch.float32, torch.float32),
     (torch.bfloat16, torch.bfloat16),
