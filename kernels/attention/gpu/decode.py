@@ -202,7 +202,6 @@ def proofs() -> dict[str, Proof]:
         "bf16 and fp8, 32 / 8 heads of 128": ((32, 8, 128, bf16, bf16, fp8), 1),
         "fp16, 9 / 3 heads of 64": ((9, 3, 64, fp16, fp16, fp16), 1),
         "bf16, 8 / 4 heads of 256, window, cap": ((8, 4, 256, bf16, bf16, bf16, 4096, 50.0), 1),
-        "fp8, 8 / 4 heads of 256": ((8, 4, 256, bf16, fp8, fp8), 1),
         "bf16, 32 heads of 80": ((32, 32, 80, bf16, bf16, bf16), 1),
         "fp8, 32 / 8 heads of 128, 4 queries": ((32, 8, 128, bf16, fp8, fp8), 4),
     }
