@@ -2,16 +2,17 @@
 
     time      gap + trips * latency + max(memory, arithmetic, issue)
     memory    max(bytes / copy, bytes of the busiest SM / its rate), its rate = min(64 B a clock, in flight / latency)
-    in flight resident blocks * what a block has asked for: its stages of shared memory but one; without stages 64 bytes
-              a thread; never more than the block reads in all (Little's law)
+    in flight resident blocks * what a block has asked for: its stages of shared memory but one; without stages half its
+              registers; never more than the block reads in all (Little's law)
     resident  by registers (65,536 an SM, by 8 a thread), shared memory (227 KiB, 1 KiB of each block the system's),
               2,048 threads, 32 blocks
     issue     instructions of the busiest SM over 4 a clock; of a kernel with a loop, LOOP_SHARE of them in each turn
 
-Assumptions, to be replaced by what is measured: copy 3.0 TB/s; a loaded memory's latency 0.8 us; 1.0 us between two
-kernels of a graph; 2 trips to memory in a row for each kernel, 3 in attention (lengths, block table, keys); tensor
-cores at 800 (bf16) and 1300 TFLOP/s; 1.7 GHz; nothing is found in L2, not even the partial sums just written. bf16
-GEMMs are the library's: bytes at 85 % of copy. Kernels don't overlap. Blocks are spread evenly over the SMs,
+Assumptions, to be replaced by what is measured: copy 3.0 TB/s; a loaded memory's latency 0.8 us, 0.35 us
+where the kernel before has just written what is read (norms, activations, rope, merging: in L2, though their bytes are
+counted as memory's); 1.0 us between two kernels of a graph; 2 trips in a row for each kernel, 3 in attention (lengths,
+block table, keys); tensor cores at 800 (bf16) and 1300 TFLOP/s; 1.7 GHz. bf16 GEMMs are the library's: bytes at 85 %
+of copy. Kernels don't overlap. Blocks are spread evenly over the SMs,
 ceil(blocks / 132) on the busiest. What the host does between steps isn't in it.
 """
 
@@ -30,11 +31,13 @@ from octavo.kernels import ahead
 from octavo.kernels.launch import Launch, cdiv
 
 SMS, CLOCK = 132, 1.7e9
-COPY, LATENCY, GAP = 3.0e12, 0.8e-6, 1.0e-6
+COPY, LATENCY, L2_LATENCY, GAP = 3.0e12, 0.8e-6, 0.35e-6, 1.0e-6
 SM_RATE = 64 * CLOCK  # bytes/s that an SM can take in
 PEAK = {"bf16": 800e12, "fp8": 1300e12, "": float("inf")}
 LIBRARY = 0.85  # of copy, for the library's bf16 GEMMs with few tokens
-LOOP_SHARE = 0.6  # of a kernel's instructions stand in its loop
+LOOP_SHARE = (
+    0.44  # of a kernel's instructions stand in its loop: INT4's GEMM, in its listing; FP8's 0.2, attention's 0.34
+)
 REGISTERS, SHARED, THREADS, BLOCKS = 65536, 227 << 10, 2048, 32
 
 
@@ -53,6 +56,8 @@ class Work:
 
     blocks  that do anything; None: all of the grid
     turns   of its loop, in a block
+    trips   to memory, one after another, before there is a result
+    near    what it reads was written just before
     """
 
     name: str
@@ -63,6 +68,7 @@ class Work:
     blocks: int | None = None
     turns: int = 1
     trips: int = 2
+    near: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,12 +94,13 @@ def in_flight(launch: Launch, resources: Resources, read: float) -> float:
     """Bytes that a block which reads so many has asked for at a time."""
     stages = launch.num_stages
     piped = resources.shared * (stages - 1) / stages if stages > 1 and resources.shared > 4096 else 0
-    return min(read, max(piped, 64 * 32 * launch.num_warps))
+    return min(read, piped or 2 * resources.registers * 32 * launch.num_warps)
 
 
 def predict(work: Work, compiled: Callable[[Launch], Resources]) -> Prediction:
     """The model of the module's docstring."""
-    overhead = GAP + work.trips * LATENCY
+    latency = L2_LATENCY if work.near else LATENCY
+    overhead = GAP + work.trips * latency
     if work.launch is None:
         parts = {"memory": work.num_bytes / (COPY * LIBRARY), "arithmetic": work.flops / PEAK[work.peak or "bf16"]}
         bound = max(parts, key=lambda part: parts[part])
@@ -105,7 +112,7 @@ def predict(work: Work, compiled: Callable[[Launch], Resources]) -> Prediction:
     blocks = max(1, work.blocks or grid)
     busiest, resident = cdiv(blocks, SMS), resident_blocks(resources, work.launch.num_warps)
     read = work.num_bytes / blocks
-    rate = min(SM_RATE, min(busiest, resident) * in_flight(work.launch, resources, read) / LATENCY)
+    rate = min(SM_RATE, min(busiest, resident) * in_flight(work.launch, resources, read) / latency)
     executed = resources.instructions * (1 + LOOP_SHARE * (work.turns - 1))
     parts = {
         "memory": work.num_bytes / COPY,

@@ -98,13 +98,13 @@ def norm_work(m: int, n: int, parts: int, fp8: bool) -> Work:
     out, scale = rounded(m, n, fp8)
     residual = meta(m, n, dtype=BF16)
     launch = norm(summed(m, n, parts), meta(n), 1e-5, out, residual=residual, total=residual, scale=scale)
-    return Work("norm", launch, read_bytes(m, n, parts) + m * n * (4 + out.element_size()))
+    return Work("norm", launch, read_bytes(m, n, parts) + m * n * (4 + out.element_size()), near=True)
 
 
 def silu_work(m: int, n: int, parts: int, fp8: bool) -> Work:
     out, scale = rounded(m, n, fp8)
     launch = silu_and_mul(summed(m, 2 * n, parts), out, scale=scale)
-    return Work("silu", launch, read_bytes(m, 2 * n, parts) + m * n * out.element_size())
+    return Work("silu", launch, read_bytes(m, 2 * n, parts) + m * n * out.element_size(), near=True)
 
 
 def attention_works(sizes: Sizes, kv: str, qkv_parts: int, longest: int, qk_norm: bool) -> list[Work]:
@@ -130,7 +130,7 @@ def attention_works(sizes: Sizes, kv: str, qkv_parts: int, longest: int, qk_norm
     read = batch * s.length * 2 * s.kv_heads * s.d * shapes.KV_BYTES[kv] + 4 * batch * s.heads * s.d
     between = parts * batch * s.heads * (s.d + 1) * 4 if parts > 1 else 0
     works = [
-        Work("rope", turn, read_bytes(batch, width, qkv_parts) + written),
+        Work("rope", turn, read_bytes(batch, width, qkv_parts) + written, near=True),
         Work(
             "attention", attention.decode(q, inputs, layer, shape, q, partial, lse, **block), read + between,
             4 * max(group, 16) * s.kv_heads * s.d * s.length * batch, "bf16", batch * s.kv_heads * parts,
@@ -141,7 +141,7 @@ def attention_works(sizes: Sizes, kv: str, qkv_parts: int, longest: int, qk_norm
         launch = attention.merge(
             inputs, shape, q, partial, lse, block_n=block["block_n"], least=block["least"], most=block["most"]
         )
-        works.append(Work("merge", launch, between + 2 * batch * s.heads * s.d))
+        works.append(Work("merge", launch, between + 2 * batch * s.heads * s.d, near=True))
     return works
 
 
@@ -158,7 +158,7 @@ def layer_works(config: shapes.Config, weights: str, kv: str, batch: int, contex
     if fp8:
         mixed = meta(batch, heads * d, dtype=BF16)
         launch = quantize(mixed, meta(batch, heads * d, dtype=E4M3), meta(batch, 1))
-        works.append(Work("rounding", launch, batch * heads * d * 3))
+        works.append(Work("rounding", launch, batch * heads * d * 3, near=True))
     o, o_parts = gemm_work("o", weights, batch, *linear["o"])
     works += [o, norm_work(batch, hidden, o_parts, fp8 and not shapes.is_mixture(config))]
     if shapes.is_mixture(config):
@@ -189,7 +189,7 @@ def mixture_works(config: shapes.Config, weights: str, batch: int) -> list[Work]
     steps = moe.launches(x, chosen, factor, experts(width, hidden), experts(hidden, inner), x)
     hit, pairs = shapes.experts_hit(config, batch), batch * top_k
     router = Work("router", None, num * hidden * 4)
-    route = Work("route", moe.route(meta(batch, num), chosen, factor, normalize=True), batch * num * 4)
+    route = Work("route", moe.route(meta(batch, num), chosen, factor, normalize=True), batch * num * 4, near=True)
     works = [router, route]
     sizes, gemms = {width: hidden, hidden: inner}, 0
     for launch in steps:
@@ -203,7 +203,7 @@ def mixture_works(config: shapes.Config, weights: str, batch: int) -> list[Work]
             peak = "fp8" if weights == "fp8" else "bf16"
             works.append(Work(f"experts {n} x {k}", launch, num_bytes, flops, peak, blocks, cdiv(k, 128), 3))
         else:
-            works.append(Work(launch.kernel.__name__.strip("_"), launch, pairs * (width + hidden) * 2))
+            works.append(Work(launch.kernel.__name__.strip("_"), launch, pairs * (width + hidden) * 2, near=True))
     return works
 
 
@@ -221,8 +221,8 @@ def end_works(config: shapes.Config, batch: int) -> list[Work]:
         Work("embedding", None, 4 * batch * hidden),
         norm_work(batch, hidden, 0, False),
         head,
-        *(Work(launch.kernel.__name__.strip("_"), launch, 4 * batch * vocab) for launch in drawn[:2]),
-        Work("choose", drawn[2], 2 * batch * vocab, trips=6),
+        *(Work(launch.kernel.__name__.strip("_"), launch, 4 * batch * vocab, near=True) for launch in drawn[:2]),
+        Work("choose", drawn[2], 2 * batch * vocab, trips=6, near=True),
     ]
 
 
