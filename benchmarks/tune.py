@@ -17,8 +17,11 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 from benchmarks import gpu_attention, gpu_gemms
@@ -84,26 +87,44 @@ def attention_rows(family: str) -> list[Row]:
     return grid(block_m=(64, 128), block_n=(32, 64, 128), num_warps=(4, 8), num_stages=(2, 3, 4))
 
 
-def problems(family: str) -> Iterator[tuple[Row, list[Row], Callable[[torch.device], Bodies], int, float]]:
-    """(bounds, candidates, inputs, bytes of a set of them, tolerance) for each row that the family is to have."""
+@dataclass(frozen=True)
+class Problem:
+    """A row that a family is to have: its bounds, candidates, and inputs of a size (as `tables.choose` takes it)."""
+
+    bounds: Row
+    rows: list[Row]
+    size: tuple[int, int, int]
+    make: Callable[[torch.device], Bodies]
+    num_bytes: int
+    tolerance: float
+
+
+def problems(family: str) -> Iterator[Problem]:
+    """In the order in which the table is to have them: the last has no bounds."""
     if family in GEMMS:
         body, _, _, tolerance = gpu_gemms.KINDS[GEMMS[family]]
         for m in (*FEW_TOKENS, MANY_TOKENS):
             for bounds, layer in CLASSES:
-                n, k = gpu_gemms.LLAMA[layer]
+                size = m, *gpu_gemms.LLAMA[layer]
                 most = {} if m == MANY_TOKENS else {"m": m}
-                yield (
-                    {**most, **bounds},
-                    gemm_rows(family, m),
-                    lambda d, a=(m, n, k): body(*a, d),
-                    n * k // 2,
-                    tolerance,
-                )
+                make = partial(_made, body, size)
+                yield Problem({**most, **bounds}, gemm_rows(family, m), size, make, size[1] * size[2] // 2, tolerance)
         return
-    for bounds, kind in (({"k": 2}, "bf16"), ({}, "fp8")):  # k: bytes of a cached number
-        sizes = Sizes(32, 1, 4095, 32, 8, 128) if family == "paged decode" else Sizes(1, 4096, 0, 32, 8, 128)
-        case = gpu_attention.decode_case if family == "paged decode" else gpu_attention.prefill_case
-        yield bounds, attention_rows(family), lambda d, a=(sizes, kind), c=case: c(*a, d), 1 << 28, 1e-2
+    decodes = family == "paged decode"
+    for bounds, kind, element in (({"k": 2}, "bf16", 2), ({}, "fp8", 1)):  # k: bytes of a cached number
+        sizes = Sizes(32, 1, 4095, 32, 8, 128) if decodes else Sizes(1, 4096, 0, 32, 8, 128)
+        make = partial(_made, gpu_attention.decode_case if decodes else gpu_attention.prefill_case, (sizes, kind))
+        size = (4 if decodes else 32, 128, element)
+        yield Problem(bounds, attention_rows(family), size, make, 1 << 28, 1e-2)
+
+
+def _made(body: Callable[..., Bodies], size: tuple[Any, ...], device: torch.device) -> Bodies:
+    return body(*size, device)
+
+
+def untouched(family: str, before: list[Row]) -> list[Row]:
+    """Rows that stay in front: attention of large heads and of float32, which isn't what is tuned."""
+    return [row for row in before if "n" in row or row.get("k", 0) > 2] if family not in GEMMS else []
 
 
 def install(family: str, row: Row) -> None:
@@ -167,22 +188,20 @@ def main() -> None:
         raise SystemExit("no CUDA device to tune for")
     device, clock, begun = torch.device("cuda"), CudaClock(rounds=5), time.monotonic()
     work = list(problems(args.family))
-    rows: list[Row] = []
-    before = {**tables._tables("h100")}[args.family]
-    for number, (bounds, candidates, make, num_bytes, tolerance) in enumerate(work):
+    old = [dict(tables.choose(args.family, *problem.size)) for problem in work]
+    rows = untouched(args.family, list(tables._tables("h100")[args.family]))
+    for number, problem in enumerate(work):
         ends = begun + args.seconds * (number + 1) / len(work)
+        row: Row | None = None
+        us = 0.0
         try:
-            sets = [make(device) for _ in range(max(2, -(-3 * clock.l2_bytes // num_bytes)))]
-            row, us = best_of(args.family, candidates, sets, tolerance, clock, ends)
+            sets = [problem.make(device) for _ in range(max(2, -(-3 * clock.l2_bytes // problem.num_bytes)))]
+            row, us = best_of(args.family, [old[number], *problem.rows], sets, problem.tolerance, clock, ends)
         except Exception as error:
-            row, us = None, 0.0
-            print(f"    {bounds}: {one_line(error)}", flush=True)
-        if row is None:
-            print(f"{bounds}: none works; the table's rows for this stay", flush=True)
-            rows += [kept for kept in before if bounds.items() <= kept.items()][:1]
-        else:
-            rows.append({**bounds, **row})
-            print(f"{time.monotonic() - begun:5.0f} s {rows[-1]}: {us:.1f} us", flush=True)
+            print(f"    {problem.bounds}: {one_line(error)}", flush=True)
+        rows.append({**problem.bounds, **(row or old[number])})
+        found = f"{us:.1f} us{', as before' if row == old[number] else ''}" if row else "none works: as before"
+        print(f"{time.monotonic() - begun:5.0f} s {rows[-1]}: {found}", flush=True)
         sets = []
         clock.forget()
     if args.dry_run:

@@ -166,6 +166,17 @@ def test_candidates_are_what_launchers_take(family: str) -> None:
         tables.choose.cache_clear()
 
 
+@pytest.mark.parametrize("family", [*tune.GEMMS, "paged decode", "paged prefill"])
+def test_a_tuned_table_has_a_row_for_every_size(family: str) -> None:
+    problems = list(tune.problems(family))
+    before = tables._tables("h100")[family]
+    rows = [*tune.untouched(family, before), *(problem.bounds for problem in problems)]
+    assert problems[-1].bounds == {}
+    assert all(problem.rows for problem in problems)
+    if family == "paged decode":  # float32, and heads of 256, keep what fits them
+        assert [row for row in rows if row.get("k") == 4 or row.get("n") == 129] == before[:2]
+
+
 def small(launch: Launch) -> simulate.Resources:  # noqa: ARG001
     """Two blocks an SM: 100 KiB of shared memory each."""
     return simulate.Resources(64, 100 << 10, 100)
