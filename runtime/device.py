@@ -50,11 +50,6 @@ def total_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[1]
 
 
-def card_name(device: torch.device) -> str:
-    """What the driver calls a GPU."""
-    return torch.cuda.get_device_name(device)
-
-
 def capability(device: torch.device) -> int:
     """A GPU's compute capability: 90 for an H100, 89 for an L40S or 4090, 80 for an A100. 0 for a CPU."""
     if device.type != "cuda":
