@@ -75,8 +75,8 @@ class Compiled:
     stack         bytes of local memory a thread has: not 0 where registers spill
     shared        bytes of shared memory a block has
     serialized    ptxas gave up overlapping tensor-core instructions (its warning C7510 to C7519)
-    instructions  how often each opcode stands in the machine code, with its modifiers; ".RS" is put behind a wgmma whose
-                  first factor lies in registers
+    instructions  how often each opcode stands in the machine code, with its modifiers; ".RS" is put behind a wgmma
+                  whose first factor lies in registers
     """
 
     registers: int
