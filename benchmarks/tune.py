@@ -130,7 +130,7 @@ def untouched(family: str, before: list[Row]) -> list[Row]:
 def install(family: str, row: Row) -> None:
     """Let every size of a family take this row."""
     tables._tables("h100")[family] = [row]
-    tables.choose.cache_clear()
+    tables.row_of.cache_clear()
 
 
 def best_of(

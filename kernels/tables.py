@@ -17,11 +17,11 @@ BOUNDS = ("m", "n", "k")
 
 def choose(kernel: str, m: int, n: int, k: int, card: str = "h100") -> dict[str, int]:
     """The block sizes for a size, the caller's own; card is a file's stem, and one that has no file takes h100's."""
-    return dict(_row(kernel, m, n, k, card))
+    return dict(row_of(kernel, m, n, k, card))
 
 
 @cache
-def _row(kernel: str, m: int, n: int, k: int, card: str) -> dict[str, int]:
+def row_of(kernel: str, m: int, n: int, k: int, card: str) -> dict[str, int]:
     for row in _tables(card)[kernel]:
         if m <= row.get("m", m) and n >= row.get("n", 0) and k >= row.get("k", 0):
             return {name: value for name, value in row.items() if name not in BOUNDS}

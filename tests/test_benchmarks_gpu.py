@@ -163,7 +163,7 @@ def test_candidates_are_what_launchers_take(family: str) -> None:
                 assert parts == (row["parts"] if row.get("parts", 1) > 1 else 0)
     finally:
         tables._tables("h100")[family] = kept
-        tables.choose.cache_clear()
+        tables.row_of.cache_clear()
 
 
 @pytest.mark.parametrize("family", [*tune.GEMMS, "paged decode", "paged prefill"])

@@ -36,7 +36,7 @@ FORMATS: dict[str, tuple[QuantFormat, torch.dtype, Callable[[QuantScheme, list[s
 @pytest.mark.parametrize("name", FORMATS)
 def test_experts_in_every_format(name: str, fixtures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against a plain checkpoint of what the codes stand for; activations are left as they are, which others test."""
-    monkeypatch.setattr(octavo.quant.linear, "_rounding", lambda *_: None)
+    monkeypatch.setattr(octavo.quant.linear, "input_rounding", lambda *_: None)
     format_, scale_dtype, write_config = FORMATS[name]
     config = json.loads((fixtures / "tiny-moe" / "config.json").read_text())
     plain = {n: t.float() for n, t in load_file(fixtures / "tiny-moe" / "model.safetensors").items()}
