@@ -9,7 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import triton
+from torch import Tensor
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # as Triton itself decides it when kernels are defined
 
@@ -46,6 +48,11 @@ class Proof:
     launch: Launch
     expects: tuple[str, ...] = ()
     forbids: tuple[str, ...] = ()
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A tensor without memory behind it, for proofs."""
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def cdiv(a: int, b: int) -> int:

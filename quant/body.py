@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,3 +26,8 @@ class Body:
     wants: Rounding | None = None
     partial: Callable[[Any], Tensor] | None = None
     has_bias: bool = False
+
+
+def tensors_of(packed: Any) -> Iterator[Tensor]:
+    """All that a packed weight holds."""
+    return (value for value in vars(packed).values() if isinstance(value, Tensor))

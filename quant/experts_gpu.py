@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from octavo.quant.body import tensors_of
 from octavo.quant.linear import join_parts
 from octavo.quant.linear_gpu import FP8_CAPABILITY
 from octavo.quant.qparams import QuantizedWeight
@@ -26,8 +27,8 @@ class Stacked:
     scheme: str
 
     def tensors(self) -> Iterator[Tensor]:
-        for weights in (self.gate_up, self.down):
-            yield from (value for value in vars(weights).values() if isinstance(value, Tensor))
+        yield from tensors_of(self.gate_up)
+        yield from tensors_of(self.down)
 
 
 def stack_experts(

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from octavo.kernels.int4.reference import group_of_column
 from octavo.kernels.rounded import Hidden, Rounded, Rounding
 from octavo.kernels.tables import choose
-from octavo.quant.body import Body
+from octavo.quant.body import Body, tensors_of
 from octavo.quant.qparams import QuantizedWeight
-from octavo.quant.scheme import CHANNEL, PRESETS, Granularity
+from octavo.quant.scheme import CHANNEL, PRESETS
 
 FP8_CAPABILITY = 89
-MAX_INT8_COLUMNS = 131_071  # an int32 sum of products of two bytes holds no more
 
 
 def gpu_body(part: QuantizedWeight, bias: Tensor | None, out: torch.dtype, capability: int) -> Body | None:
@@ -32,9 +32,11 @@ def gpu_body(part: QuantizedWeight, bias: Tensor | None, out: torch.dtype, capab
     fp8_units = capability >= FP8_CAPABILITY
     if activation.dtype == "fp8_e4m3" and weight.dtype == "fp8_e4m3":
         return _fp8(part, bias, out) if fp8_units else None
-    if part.scheme == PRESETS["W8A8"] and part.shape[1] <= MAX_INT8_COLUMNS:
+    if part.scheme == PRESETS["W8A8"]:
         from octavo.kernels.int8.gpu import gemm as int8
 
+        if part.shape[1] > int8.MAX_COLUMNS:
+            return None
         return _eight_bits("int8 x int8", int8.pack(part.codes, part.scale, bias), out, Rounding(torch.int8))
     per_token = activation.dynamic and activation.granularity == CHANNEL
     if activation.dtype == "fp8_e4m3" and per_token and weight.dtype in ("int4", "int3", "int2") and fp8_units:
@@ -73,9 +75,9 @@ def _eight_bits(name: str, packed: Any, out: torch.dtype, wants: Rounding | None
 
     def partial(x: Hidden) -> Tensor:
         codes, scale = codes_of(x)
-        if choose(packed.kind, codes.shape[0], n, k)["parts"] == 1:
-            return gemm.matmul(codes, scale, packed, out)
-        return gemm.partial_sums(codes, scale, packed)
+        if _in_parts(packed.kind, codes.shape[0], n, k):
+            return gemm.partial_sums(codes, scale, packed)
+        return gemm.matmul(codes, scale, packed, out)
 
     return Body(name, run, _bytes(packed), wants, partial, has_bias=packed.bias is not None)
 
@@ -88,7 +90,7 @@ def _weight_only(part: QuantizedWeight, bias: Tensor | None, out: torch.dtype) -
         return _few_bits(part, bias, out, None)
     from octavo.kernels.int8.gpu import weights
 
-    size = _group_size(weight.granularity)
+    size = weight.granularity.group_size or -1
     if part.g_idx is not None or (size != -1 and size % 32):
         return None
     packed = weights.pack(part.codes, part.scale, size, part.zero_point, bias)
@@ -98,19 +100,18 @@ def _weight_only(part: QuantizedWeight, bias: Tensor | None, out: torch.dtype) -
         return weights.linear(x, packed).to(out)
 
     def partial(x: Tensor) -> Tensor:
-        return run(x) if choose("w8a16", x.shape[0], n, k)["parts"] == 1 else weights.partial_sums(x, packed)
+        return weights.partial_sums(x, packed) if _in_parts("w8a16", x.shape[0], n, k) else run(x)
 
     return Body("int8 weights", run, _bytes(packed), partial=partial, has_bias=bias is not None)
 
 
 def _few_bits(part: QuantizedWeight, bias: Tensor | None, out: torch.dtype, wants: Rounding | None) -> Body:
-    from octavo.kernels.fp8.gpu.quantize import quantize
     from octavo.kernels.int4.gpu import linear, packing
 
-    (n, k), size = part.shape, _group_size(part.scheme.weight.granularity)
-    groups = part.g_idx if part.g_idx is not None else torch.arange(k, device=part.codes.device) // max(size, 1)
-    if size == -1:
-        groups = torch.zeros(k, dtype=torch.int64, device=part.codes.device)
+    n, k = part.shape
+    groups = part.g_idx
+    if groups is None:
+        groups = group_of_column(k, part.scheme.weight.granularity.group_size or k).to(part.codes.device)
     bits = 2 if part.scheme.weight.bits == 2 else 4  # 3 bits lie in the fields of 4
     packed = packing.pack(part.codes, part.scale, part.zero_point, groups.long(), bias, bits=bits)
     kind = "int4" if wants is None else "int4 fp8"
@@ -120,8 +121,7 @@ def _few_bits(part: QuantizedWeight, bias: Tensor | None, out: torch.dtype, want
             assert isinstance(x, Tensor)
             return x, None
         if isinstance(x, Tensor):
-            plain, x = x, Rounded.empty(x.shape[0], k, wants, x.device)
-            quantize(plain.contiguous(), x.codes, x.scale)()
+            x = linear.rounded(x)
         return x.codes, x.scale
 
     def run(x: Hidden) -> Tensor:
@@ -130,21 +130,20 @@ def _few_bits(part: QuantizedWeight, bias: Tensor | None, out: torch.dtype, want
 
     def partial(x: Hidden) -> Tensor:
         codes, scale = codes_of(x)
-        sizes = choose(kind, codes.shape[0], n, packed.columns)
-        if sizes.get("dequantize") or sizes["parts"] == 1:
-            return linear.matmul(codes, packed, scale, out)
-        return linear.partial_sums(codes, packed, scale)
+        if _in_parts(kind, codes.shape[0], n, packed.columns):
+            return linear.partial_sums(codes, packed, scale)
+        return linear.matmul(codes, packed, scale, out)
 
     name = f"{part.scheme.weight.dtype} weights{' in 4 bits' if part.scheme.weight.bits == 3 else ''}"
     name += ", 16 bits" if wants is None else ", fp8"
     return Body(name, run, _bytes(packed), wants, partial, has_bias=bias is not None)
 
 
-def _group_size(granularity: Granularity) -> int:
-    """-1 where a row has one scale."""
-    return granularity.group_size or -1
+def _in_parts(kind: str, m: int, n: int, k: int) -> bool:
+    """Whether the table has a GEMM of this size split along K."""
+    row = choose(kind, m, n, k)
+    return row["parts"] > 1 and not row.get("dequantize")
 
 
 def _bytes(packed: Any) -> int:
-    """Of all tensors of a packed weight."""
-    return sum(value.nbytes for value in vars(packed).values() if isinstance(value, Tensor))
+    return sum(tensor.nbytes for tensor in tensors_of(packed))

@@ -38,14 +38,16 @@ class DecodeGraphs:
         """Captures all buckets that max_num_seqs sequences can need, the largest first, so that they share memory."""
         self._model, self._caches = model, caches
         block_size = caches[0].block_size
-        self._graphs: dict[int, Graph] = {}
-        for size in sorted(buckets_for(max_num_seqs), reverse=True):
-            self._graphs[size] = self._capture(empty_inputs(size, max_model_len, block_size, model.device))
+        self._sizes = buckets_for(max_num_seqs)
+        self._graphs = {
+            size: self._capture(empty_inputs(size, max_model_len, block_size, model.device))
+            for size in reversed(self._sizes)
+        }
 
     def forward(self, inputs: StepInputs) -> Tensor:
         """Logits as the model's own forward returns them; valid until the next call."""
         num_seqs = inputs.seq_lens.shape[0]
-        size = next((s for s in sorted(self._graphs) if s >= num_seqs), None)
+        size = next((s for s in self._sizes if s >= num_seqs), None)
         is_decode = inputs.max_query_len == 1 and inputs.logits_index.shape[0] == num_seqs
         if size is None or not is_decode:
             return self._model.forward(inputs, self._caches)

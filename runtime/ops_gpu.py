@@ -11,10 +11,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from octavo.kernels.attention.cache import AttentionShape, LayerCache
 from octavo.kernels.attention.gpu.prefill import paged_attention
 from octavo.kernels.attention.gpu.rope import rope_and_cache
-from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.fused.gpu.activation import gelu_tanh_and_mul, silu_and_mul
 from octavo.kernels.fused.gpu.norm import norm
 from octavo.kernels.launch import Launch
@@ -24,26 +22,13 @@ from octavo.runtime.ops import Ops
 
 def make_ops(dtype: torch.dtype) -> Ops:
     """The bodies for a model that computes in bf16 or fp16."""
-
-    def rope(
-        qkv: Tensor,
-        inputs: StepInputs,
-        cache: LayerCache,
-        shape: AttentionShape,
-        cos_sin: Tensor | None,
-        q_norm: Tensor | None,
-        k_norm: Tensor | None,
-        eps: float,
-    ) -> Tensor:
-        return rope_and_cache(qkv, inputs, cache, shape, cos_sin, q_norm, k_norm, eps, dtype)
-
     return Ops(
         name="triton",
         rms_norm=partial(_rms_norm, dtype),
         add_rms_norm=_add_rms_norm,
         silu_and_mul=partial(_gated, dtype, silu_and_mul),
         gelu_tanh_and_mul=partial(_gated, dtype, gelu_tanh_and_mul),
-        rope_and_cache=rope,
+        rope_and_cache=partial(rope_and_cache, dtype=dtype),
         attention=paged_attention,
     )
 

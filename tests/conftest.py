@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from octavo.kernels.threads import ENVIRONMENT
+
+if TYPE_CHECKING:
+    import torch
 
 # Before any test imports torch: as octavo's own processes have it, or a second busy process makes the suite crawl.
 os.environ.update({**ENVIRONMENT, **os.environ})
@@ -36,3 +40,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def fixtures() -> Path:
     """The directory of tiny checkpoints; its README says who wrote which, and how."""
     return FIXTURES
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Tensors of kernels that are written in Triton lie here: on the GPU when there is one, else in the interpreter."""
+    import torch
+
+    return torch.device("cpu" if "TRITON_INTERPRET" in os.environ else "cuda")

@@ -14,14 +14,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from octavo.kernels.moe import reference as moe
-from octavo.kernels.rounded import Hidden
+from octavo.kernels.rounded import Hidden, Rounding
 from octavo.quant.experts_gpu import Stacked
 from octavo.quant.linear import Linear
 from octavo.runtime.model.mlp import Change, GatedMlp
 
 
+class _Plain:
+    """A block whose router reads its input as well: it wants no rounding, and its output is whole."""
+
+    __slots__ = ()
+    wants: Rounding | None = None
+
+    def forward(self, x: Hidden) -> Tensor:
+        raise NotImplementedError
+
+    def partial(self, x: Hidden) -> Tensor:
+        return self.forward(x)
+
+
 @dataclass(frozen=True, slots=True)
-class MoeMlp:
+class MoeMlp(_Plain):
     """sum over the chosen experts of weight * expert(x), plus the shared expert's output where there is one.
 
     router       [num_experts, H] float32
@@ -37,15 +50,8 @@ class MoeMlp:
     shared: GatedMlp | None = None
     shared_gate: Tensor | None = None
 
-    @property
-    def wants(self) -> None:
-        return None
-
-    def partial(self, x: Hidden) -> Tensor:
-        return self.forward(x)
-
     def forward(self, x: Hidden) -> Tensor:
-        assert isinstance(x, Tensor)  # the router reads it, too: it wants no rounding
+        assert isinstance(x, Tensor)
         chosen, weights = moe.route(x, self.router, self.top_k, self.normalize)
         routed = moe.grouped(x, chosen, weights, len(self.experts), self._run)
         return add_shared(x, routed, self.shared, self.shared_gate)
@@ -89,7 +95,7 @@ def add_shared(x: Tensor, routed: Tensor, shared: GatedMlp | None, gate: Tensor 
 
 
 @dataclass(frozen=True, slots=True)
-class GroupedMoe:
+class GroupedMoe(_Plain):
     """MoeMlp on a GPU: all chosen experts in one grouped GEMM each way, and no size that depends on what was chosen.
 
     The other fields are MoeMlp's.
@@ -102,17 +108,10 @@ class GroupedMoe:
     shared: GatedMlp | None = None
     shared_gate: Tensor | None = None
 
-    @property
-    def wants(self) -> None:
-        return None
-
-    def partial(self, x: Hidden) -> Tensor:
-        return self.forward(x)
-
     def forward(self, x: Hidden) -> Tensor:
         from octavo.kernels.moe.gpu.fused import fused_moe
 
-        assert isinstance(x, Tensor)  # the router reads it, too: it wants no rounding
+        assert isinstance(x, Tensor)
         logits = F.linear(x.float(), self.router)
         routed = fused_moe(x, logits, self.top_k, self.experts.gate_up, self.experts.down, normalize=self.normalize)
         return add_shared(x, routed, self.shared, self.shared_gate)
@@ -133,7 +132,7 @@ class GroupedMoe:
 
 
 @dataclass(frozen=True, slots=True)
-class ObservedMoe:
+class ObservedMoe(_Plain):
     """MoeMlp for calibration: forward(x) is what the block's is, but every expert sees all of x.
 
     counts  [num_experts] int64, added to in place: tokens that each expert was chosen for
@@ -141,13 +140,6 @@ class ObservedMoe:
 
     block: MoeMlp
     counts: Tensor
-
-    @property
-    def wants(self) -> None:
-        return None
-
-    def partial(self, x: Hidden) -> Tensor:
-        return self.forward(x)
 
     def forward(self, x: Hidden) -> Tensor:
         assert isinstance(x, Tensor)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from torch import Tensor
@@ -30,11 +28,6 @@ BODIES = {
     "FP8_BLOCK": "fp8 x fp8, blocks",
 }
 N, K = 80, 320  # no multiple of a tile, nor of a block
-
-
-@pytest.fixture
-def device() -> torch.device:
-    return torch.device("cpu" if "TRITON_INTERPRET" in os.environ else "cuda")
 
 
 def random(*shape: int, seed: int) -> Tensor:

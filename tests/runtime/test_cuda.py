@@ -11,13 +11,13 @@ import pytest
 import torch
 from hf_oracle import CASES, Sequences, make_hf, save
 from safetensors.torch import load_file
+from toy_model import make_request, run_to_end, tokens_of
 from trimmed import whole
 
 from octavo.runtime import kv_cache
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.engine import Engine
 from octavo.runtime.model.weights import load_model
-from octavo.runtime.request import AddRequest, SamplingParams
 from octavo.runtime.startup import load_engine
 
 pytestmark = pytest.mark.cuda
@@ -30,15 +30,10 @@ def engine_of(directory: Path, **settings: object) -> Engine:
 
 
 def greedy(engine: Engine, prompts: list[list[int]], count: int) -> list[list[int]]:
-    tokens: dict[str, list[int]] = {str(i): [] for i in range(len(prompts))}
-    for i, prompt in enumerate(prompts):
-        params = SamplingParams(max_tokens=count, temperature=0.0)
-        assert engine.add(AddRequest(str(i), prompt, params, 0.0)) is None
-    while engine.scheduler.has_work:
-        for output in engine.step():
-            assert output.error is None
-            tokens[output.request_id] += output.token_ids
-    return list(tokens.values())
+    requests = [make_request(str(i), prompt, max_tokens=count) for i, prompt in enumerate(prompts)]
+    outputs = run_to_end(engine, requests)
+    assert all(output.error is None for answer in outputs.values() for output in answer)
+    return [tokens_of(outputs[request.request_id]) for request in requests]
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "granite", "mixtral"])

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
 from octavo.kernels.attention.step import StepInputs
-from octavo.kernels.launch import INTERPRETED
+from octavo.kernels.launch import INTERPRETED, meta
 from octavo.kernels.numeric import dot, narrow
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -209,10 +209,6 @@ def on_meta(
     window: int | None = None, soft_cap: float | None = None,
 ) -> tuple[Tensor, StepInputs, LayerCache, AttentionShape]:  # fmt: skip
     """What proofs compile launches for: a step of 64 tokens in 64 sequences, without memory behind it."""
-
-    def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
     long, table = meta(64, dtype=torch.int64), meta(64, 512, dtype=torch.int32)
     lengths, starts = meta(64, dtype=torch.int32), meta(65, dtype=torch.int32)
     keys, values = (meta(4096, kv_heads, 16, dim, dtype=kind) for kind in (key, value))

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels.launch import Launch, Proof, cdiv
+from octavo.kernels.launch import Launch, Proof, cdiv, meta
 from octavo.kernels.numeric import dot, narrow
 
 BLOCK = 128  # rows and columns of a weight that share a scale, and columns of activations
@@ -97,11 +97,18 @@ def _add_up(parts, out, size, PARTS: tl.constexpr, BLOCK_SIZE: tl.constexpr):
     tl.store(out + at, narrow(total, out.dtype.element_ty), mask=seen)
 
 
-def scale_steps(scale: Tensor, blocks: bool) -> tuple[int, int]:
-    """How far the next row and the next group are in a scale: [1], [rows], [rows, 1] or, of blocks, [., groups]."""
-    if blocks:
-        return scale.stride(0), scale.stride(1)
-    return (0 if scale.numel() == 1 else scale.stride(0)), 0
+def scale_arguments(
+    x: Tensor, x_scale: Tensor, w_scale: Tensor, *, blocks: bool, block_n: int, block_k: int
+) -> dict[str, Any]:
+    """What a launch is told of the scales of x and w: where they are, how far the next row and the next group are."""
+    if blocks and (BLOCK % block_n or BLOCK % block_k or x.dtype != torch.float8_e4m3fn):
+        raise ValueError(f"{block_n} x {block_k} codes of {x.dtype} cross blocks of {BLOCK} e4m3 codes")
+    x_row, w_row = (0 if scale.numel() == 1 and not blocks else scale.stride(0) for scale in (x_scale, w_scale))
+    x_group, w_group = (scale.stride(1) if blocks else 0 for scale in (x_scale, w_scale))
+    return {
+        "x_scale": x_scale, "w_scale": w_scale, "BLOCKS": BLOCK if blocks else 0,
+        "x_scale_row": x_row, "x_scale_group": x_group, "w_scale_row": w_row, "w_scale_group": w_group,
+    }  # fmt: skip
 
 
 def few(
@@ -128,18 +135,13 @@ def few(
     """
     (m, k), n = x.shape, w.shape[0]
     parts = out.shape[0] if out.dim() == 3 else 1
-    if blocks and (BLOCK % block_n or BLOCK % block_k or x.dtype != torch.float8_e4m3fn):
-        raise ValueError(f"{block_n} x {block_k} codes of {x.dtype} cross blocks of {BLOCK} e4m3 codes")
-    x_steps, w_steps = scale_steps(x_scale, blocks), scale_steps(w_scale, blocks)
+    scales = scale_arguments(x, x_scale, w_scale, blocks=blocks, block_n=block_n, block_k=block_k)
     return Launch(
         _few,
         (cdiv(n, block_n), parts, cdiv(m, block_m)),
         {
-            "x": x, "w": w, "x_scale": x_scale, "w_scale": w_scale, "bias": w_scale if bias is None else bias,
+            **scales, "x": x, "w": w, "bias": w_scale if bias is None else bias, "HAS_BIAS": bias is not None,
             "out": out, "M": m, "N": n, "K": k, "columns": cdiv(cdiv(k, block_k), parts) * block_k,
-            "x_scale_row": x_steps[0], "x_scale_group": x_steps[1],
-            "w_scale_row": w_steps[0], "w_scale_group": w_steps[1],
-            "BLOCKS": BLOCK if blocks else 0, "HAS_BIAS": bias is not None,
             "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k,
         },
         num_warps=num_warps,
@@ -156,10 +158,6 @@ def add_up(parts: Tensor, out: Tensor) -> Launch:
 
 def proofs() -> dict[str, Proof]:
     """Llama's shapes for 16 to 64 tokens: 8-bit instructions of 64 rows, weights copied 16 bytes at a time."""
-
-    def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
     fp8, int8, made = torch.float8_e4m3fn, torch.int8, {}
     n, k = 4096, 4096
     configurations: dict[str, tuple[torch.dtype, dict[str, Any]]] = {

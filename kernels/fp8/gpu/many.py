@@ -21,8 +21,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from octavo.kernels.fp8.gpu.few import BLOCK, multiply, scale_steps
-from octavo.kernels.launch import Launch, Proof, cdiv
+from octavo.kernels.fp8.gpu.few import multiply, scale_arguments
+from octavo.kernels.launch import Launch, Proof, cdiv, meta
 from octavo.kernels.numeric import dot, narrow
 
 
@@ -131,10 +131,8 @@ def many(
     Scales and blocks are those of `few`. Where the memory accelerator can't read x or w, pointers do.
     """
     (m, k), n = x.shape, w.shape[0]
-    if blocks and (BLOCK % block_n or BLOCK % block_k or x.dtype != torch.float8_e4m3fn):
-        raise ValueError(f"{block_n} x {block_k} codes of {x.dtype} cross blocks of {BLOCK} e4m3 codes")
+    scales = scale_arguments(x, x_scale, w_scale, blocks=blocks, block_n=block_n, block_k=block_k)
     accelerated = bool(tma) and m > 0 and fits_tma(x, w)
-    x_steps, w_steps = scale_steps(x_scale, blocks), scale_steps(w_scale, blocks)
     tiles = cdiv(m, block_m) * cdiv(n, block_n)
     return Launch(
         _many,
@@ -142,12 +140,9 @@ def many(
         {
             "x": TensorDescriptor.from_tensor(x, [block_m, block_k]) if accelerated else x,
             "w": TensorDescriptor.from_tensor(w, [block_n, block_k]) if accelerated else w,
-            "x_scale": x_scale, "w_scale": w_scale, "bias": w_scale if bias is None else bias, "out": out,
-            "M": m, "N": n, "K": k,
-            "x_scale_row": x_steps[0], "x_scale_group": x_steps[1],
-            "w_scale_row": w_steps[0], "w_scale_group": w_steps[1],
+            **scales, "bias": w_scale if bias is None else bias, "out": out, "M": m, "N": n, "K": k,
             "PROGRAMS": programs, "TMA": accelerated, "INT8": x.dtype == torch.int8,
-            "BLOCKS": BLOCK if blocks else 0, "PROMOTE": bool(promote), "HAS_BIAS": bias is not None,
+            "PROMOTE": bool(promote), "HAS_BIAS": bias is not None,
             "GROUP_M": group_m, "SUBTILES": subtiles, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k,
         },
         num_warps=num_warps,
@@ -157,10 +152,6 @@ def many(
 
 def proofs() -> dict[str, Proof]:
     """8192 x 8192 x 4096: the instructions of the whole tile's width, and codes that come by the accelerator."""
-
-    def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
     m, n, k = 8192, 8192, 4096
     out = meta(m, n, dtype=torch.bfloat16)
     configurations: dict[str, tuple[torch.dtype, dict[str, Any]]] = {

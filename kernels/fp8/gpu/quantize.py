@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels.launch import Launch, Proof, cdiv, power_of_two
+from octavo.kernels.launch import Launch, Proof, cdiv, meta, power_of_two
 from octavo.kernels.numeric import to_e4m3, to_int8
 
 WARPS = ((2048, 4), (8192, 8), (1 << 30, 16))  # elements of a row at the most, warps
@@ -106,10 +106,6 @@ def quantize(
 
 def proofs() -> dict[str, Proof]:
     """Llama's widths: 128-bit loads throughout."""
-
-    def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
     m, k = 64, 14336
     x, fp8, int8 = (meta(m, k, dtype=t) for t in (torch.bfloat16, torch.float8_e4m3fn, torch.int8))
     launches = {

@@ -8,13 +8,15 @@ elsewhere in this room. Limit: bytes; 5 for each output element with bf16 in and
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels.fused.gpu.rounding import store_rounded
-from octavo.kernels.launch import Launch, Proof, cdiv, power_of_two
+from octavo.kernels.launch import Launch, Proof, cdiv, meta, power_of_two
 
 STRETCH = 1024  # columns of a program where a row is not rounded as a whole
 WARPS = ((2048, 4), (8192, 8), (1 << 30, 16))  # columns of a program at the most, warps
@@ -82,18 +84,15 @@ def _launch(x: Tensor, out: Tensor, scale: Tensor | None, group_size: int, *, ge
 
 def proofs() -> dict[str, Proof]:
     """Llama's widths: 128-bit loads throughout."""
-
-    def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
+    example = partial(meta, dtype=torch.bfloat16)
     width = 14336
-    rows, out, scale = meta(64, 2 * width), meta(64, width), meta(64, 112, dtype=torch.float32)
-    fp8, int8 = meta(64, width, dtype=torch.float8_e4m3fn), meta(64, width, dtype=torch.int8)
-    partial = meta(4, 64, 2 * width, dtype=torch.float32)
+    rows, out, scale = example(64, 2 * width), example(64, width), example(64, 112, dtype=torch.float32)
+    fp8, int8 = example(64, width, dtype=torch.float8_e4m3fn), example(64, width, dtype=torch.int8)
+    sums = example(4, 64, 2 * width, dtype=torch.float32)
     made = {
         "silu": silu_and_mul(rows, out),
         "silu fp8": silu_and_mul(rows, fp8, scale=scale),
-        "silu fp8 groups of 4 partial sums": silu_and_mul(partial, fp8, scale=scale, group_size=128),
+        "silu fp8 groups of 4 partial sums": silu_and_mul(sums, fp8, scale=scale, group_size=128),
         "gelu int8": gelu_tanh_and_mul(rows, int8, scale=scale),
     }
     return {f"{name} {width}": Proof(launch, (r"LDG\.E\.128", r"STG\.E\.(128|64)")) for name, launch in made.items()}

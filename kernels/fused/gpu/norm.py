@@ -8,13 +8,15 @@ H100.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels.fused.gpu.rounding import store_rounded
-from octavo.kernels.launch import Launch, Proof, power_of_two
+from octavo.kernels.launch import Launch, Proof, meta, power_of_two
 from octavo.kernels.numeric import narrow
 
 WARPS = ((2048, 4), (8192, 8), (1 << 30, 16))  # elements of a row at the most, warps
@@ -85,21 +87,18 @@ def norm(
 
 def proofs() -> dict[str, Proof]:
     """Llama's widths: 128-bit loads and stores throughout."""
-
-    def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
+    example = partial(meta, dtype=torch.bfloat16)
     made: dict[str, Proof] = {}
     for width in (576, 4096, 8192):
-        rows, weight = meta(64, width), meta(width, dtype=torch.float32)
-        partial = meta(4, 64, width, dtype=torch.float32)
-        scale = meta(64, 1, dtype=torch.float32)
-        fp8, int8 = meta(64, width, dtype=torch.float8_e4m3fn), meta(64, width, dtype=torch.int8)
+        rows, weight = example(64, width), example(width, dtype=torch.float32)
+        sums = example(4, 64, width, dtype=torch.float32)
+        scale = example(64, 1, dtype=torch.float32)
+        fp8, int8 = example(64, width, dtype=torch.float8_e4m3fn), example(64, width, dtype=torch.int8)
         for name, launch in {
             "norm": norm(rows, weight, 1e-5, rows, residual=rows, total=rows),
             "norm fp8": norm(rows, weight, 1e-5, fp8, scale=scale, residual=rows, total=rows),
             "norm fp8 groups": norm(rows, weight, 1e-5, fp8, scale=scale, group_size=128, residual=rows, total=rows),
-            "norm int8 of 4 partial sums": norm(partial, weight, 1e-5, int8, scale=scale, residual=rows, total=rows),
+            "norm int8 of 4 partial sums": norm(sums, weight, 1e-5, int8, scale=scale, residual=rows, total=rows),
         }.items():
             made[f"{name} {width}"] = Proof(launch, expects=(r"LDG\.E\.128", r"STG\.E\.128"))
     return made

@@ -16,6 +16,8 @@ Limit on an H100: N * K / 2 bytes over 3.0 TB/s up to some 64 tokens (112 of e4m
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -24,7 +26,7 @@ from torch import Tensor
 from octavo.kernels.fp8.gpu.few import store_transposed
 from octavo.kernels.int4.gpu.decode import integers, scale_type, scales, split, weights
 from octavo.kernels.int4.gpu.packing import TILE, PackedInt4
-from octavo.kernels.launch import Launch, Proof, cdiv
+from octavo.kernels.launch import Launch, Proof, cdiv, meta
 from octavo.kernels.numeric import dot
 
 
@@ -183,19 +185,16 @@ _KINDS: tuple[tuple[str, int, int, bool, torch.dtype, dict[str, int]], ...] = (
 
 def proofs() -> dict[str, Proof]:
     """Llama's shapes: decoded weights go from registers into the tensor core, words are copied 16 bytes at a time."""
-
-    def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
+    example = partial(meta, dtype=torch.bfloat16)
     n, k = 4096, 4096
     made: dict[str, Proof] = {}
     for name, bits, share, zero, dtype, sizes in _KINDS:
         bm, fp8 = sizes["block_m"], dtype == torch.float8_e4m3fn
-        scale = meta(k // share, n, 2) if zero else meta(k // share, n)
-        words = meta(k // TILE, n, 8 * bits, dtype=torch.int16)
-        packed = PackedInt4(words, scale, bits, share, None, None, meta(k, dtype=torch.int64))
-        out = meta(4, bm, n, dtype=torch.float32) if bm < 128 else meta(bm, n)
-        x, x_scale = meta(bm, k, dtype=dtype), meta(bm, 1, dtype=torch.float32) if fp8 else None
+        scale = example(k // share, n, 2) if zero else example(k // share, n)
+        words = example(k // TILE, n, 8 * bits, dtype=torch.int16)
+        packed = PackedInt4(words, scale, bits, share, None, None, example(k, dtype=torch.int64))
+        out = example(4, bm, n, dtype=torch.float32) if bm < 128 else example(bm, n)
+        x, x_scale = example(bm, k, dtype=dtype), example(bm, 1, dtype=torch.float32) if fp8 else None
         op = rf"QGMMA\.64x{bm}x32.*\.RS" if fp8 else rf"HGMMA\.64x{bm}x16.*\.RS"
         made[f"{name} {bm} x {sizes['block_n']}"] = Proof(
             gemm(x, packed, out, x_scale, **sizes),

@@ -18,6 +18,7 @@ from octavo.kernels.int4.gpu.columns import gather
 from octavo.kernels.int4.gpu.dequantize import dequantize
 from octavo.kernels.int4.gpu.gemm import gemm
 from octavo.kernels.int4.gpu.packing import PackedInt4
+from octavo.kernels.rounded import Rounded, Rounding
 from octavo.kernels.tables import choose
 
 
@@ -28,10 +29,15 @@ def linear(x: Tensor, packed: PackedInt4) -> Tensor:
 
 def linear_fp8(x: Tensor, packed: PackedInt4) -> Tensor:
     """x [M, K] bf16, fp16 or float32, each token rounded to e4m3, through the layer: [M, N] of x's type."""
-    codes = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
-    scale = torch.empty(x.shape[0], 1, device=x.device)
-    quantize(x.contiguous(), codes, scale)()
-    return matmul(codes, packed, scale, x.dtype)
+    ready = rounded(x)
+    return matmul(ready.codes, packed, ready.scale, x.dtype)
+
+
+def rounded(x: Tensor) -> Rounded:
+    """Each token of x [M, K] rounded to e4m3."""
+    ready = Rounded.empty(x.shape[0], x.shape[1], Rounding(torch.float8_e4m3fn), x.device)
+    quantize(x.contiguous(), ready.codes, ready.scale)()
+    return ready
 
 
 def matmul(x: Tensor, packed: PackedInt4, x_scale: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -9,7 +9,6 @@ y [M, N] = (round(x) [M, K] @ codes [N, K]^T) * x_scale [M, 1] * scale [1, N] + 
 from __future__ import annotations
 
 import torch
-import triton  # noqa: F401  (whoever imports this asks for a kernel: tests/test_house.py)
 from torch import Tensor
 
 from octavo.kernels.fp8.gpu.gemm import Packed, linear, matmul, partial_sums, rounded, unpack

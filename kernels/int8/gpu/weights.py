@@ -29,7 +29,7 @@ from torch import Tensor
 
 from octavo.kernels.fp8.gpu.few import add_up, store_transposed
 from octavo.kernels.fp8.gpu.many import tile_of
-from octavo.kernels.launch import INTERPRETED, Launch, Proof, cdiv
+from octavo.kernels.launch import INTERPRETED, Launch, Proof, cdiv, meta
 from octavo.kernels.numeric import dot
 from octavo.kernels.tables import choose
 
@@ -245,10 +245,6 @@ def linear(x: Tensor, packed: Packed) -> Tensor:
 
 def proofs() -> dict[str, Proof]:
     """Weights as the tensor core's operand from registers, and no conversion but the bit formula."""
-
-    def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
     n, k = 4096, 4096
     bf16, fp16 = torch.bfloat16, torch.float16
     configurations: dict[str, tuple[int, torch.dtype, bool, dict[str, Any]]] = {

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels.launch import Launch, Proof, cdiv
+from octavo.kernels.launch import Launch, Proof, cdiv, meta
 from octavo.kernels.moe.gpu.route import Aligned, unaligned
 from octavo.kernels.numeric import dot, narrow
 
@@ -150,10 +150,6 @@ def grouped(
 
 def proofs() -> dict[str, Proof]:
     """Mixtral's second GEMM, with the router's weights: full-rate instructions, weights copied 16 bytes at a time."""
-
-    def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
     made: dict[str, Proof] = {}
     fp8, num_experts, n, k, num_pairs = torch.float8_e4m3fn, 8, 4096, 14336, 512
     for block_m, block_n, warps, stages in ((16, 64, 4, 5), (32, 128, 4, 4), (64, 128, 4, 3), (128, 128, 8, 3)):

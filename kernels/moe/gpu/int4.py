@@ -20,7 +20,7 @@ from torch import Tensor
 
 from octavo.kernels.int4.gpu import packing
 from octavo.kernels.int4.gpu.decode import weights
-from octavo.kernels.launch import Launch, Proof, cdiv
+from octavo.kernels.launch import Launch, Proof, cdiv, meta
 from octavo.kernels.moe.gpu.grouped import corner, store, tokens_of
 from octavo.kernels.moe.gpu.route import Aligned, unaligned
 from octavo.kernels.numeric import dot
@@ -180,10 +180,6 @@ def grouped_int4(
 
 def proofs() -> dict[str, Proof]:
     """Mixtral's second GEMM: weights go from registers into full-rate instructions, copied 16 bytes at a time."""
-
-    def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
     made: dict[str, Proof] = {}
     num_experts, n, k, num_pairs, bf16, fp16 = 8, 4096, 14336, 512, torch.bfloat16, torch.float16
     for dtype, share, has_zero, block_m, block_n, warps in (

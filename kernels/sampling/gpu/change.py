@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels.launch import Launch, Proof, cdiv
+from octavo.kernels.launch import Launch, Proof, cdiv, meta
 from octavo.kernels.numeric import narrow
 
 BLOCK = 128
@@ -75,10 +75,6 @@ def punish(
 
 def proofs() -> dict[str, Proof]:
     """Lists of int64, as TokenCounts keeps them, and rows of float32."""
-
-    def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
     logits, of_row, listed = meta(64, 128_256), meta(64), meta(4096, dtype=torch.int64)
     return {
         "penalties": Proof(punish(logits, listed, listed, listed, of_row, of_row, of_row)),
