@@ -205,6 +205,8 @@ def main() -> None:
     parser.add_argument("--only", default="", metavar="WORD")
     args = parser.parse_args()
     wanted = {name: place for name, place in proofs().items() if args.only in name}
+    if not wanted:
+        parser.error(f"--only {args.only}: no proof's name holds that")
     with ProcessPoolExecutor() as pool:
         table = dict(zip(wanted, pool.map(check, wanted.values()), strict=True))
     lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(facts)}" for name, facts in table.items())
