@@ -151,6 +151,9 @@ class _Server(uvicorn.Server):
         finally:
             for timer in timers:
                 timer.cancel()
+        if self.force_exit and self.server_state.tasks:
+            self._hang_up()  # ends every task in its own way; cancelled with the loop, each would log a traceback
+            await asyncio.wait(self.server_state.tasks, timeout=LAST_WORDS_SECONDS)
 
     def _hang_up(self) -> None:
         """On clients that do not read, and on those whose request is not here yet."""

@@ -62,10 +62,10 @@ class EventStream(Response):
 async def unless_hung_up(receive: Receive, work: Awaitable[T]) -> T | None:
     """The result of `work`; None, with `work` cancelled and its cleaning up done, when the client hangs up first."""
     task = asyncio.ensure_future(work)
-    listener = asyncio.ensure_future(_hung_up(receive))
+    listener = asyncio.ensure_future(_cancel_when_hung_up(receive, task))
     try:
-        await asyncio.wait((task, listener), return_when=asyncio.FIRST_COMPLETED)
-        return task.result() if task.done() else None
+        await asyncio.wait((task,))
+        return None if task.cancelled() else task.result()
     finally:
         listener.cancel()
         if not task.done():
@@ -73,6 +73,8 @@ async def unless_hung_up(receive: Receive, work: Awaitable[T]) -> T | None:
             await asyncio.wait((task,))
 
 
-async def _hung_up(receive: Receive) -> None:
+async def _cancel_when_hung_up(receive: Receive, task: asyncio.Future[T]) -> None:
+    """Here and not behind a wait: else a stream that waited for its client first works off all that had piled up."""
     while (await receive())["type"] != "http.disconnect":
         pass
+    task.cancel()

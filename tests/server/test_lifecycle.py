@@ -28,6 +28,7 @@ LONG = {
     "ignore_eos": True,
 }  # it won't be waited for
 PATH = "/v1/completions"
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
 
 
 def host_and_port(server: Server) -> tuple[str, int]:
@@ -109,9 +110,8 @@ def test_what_does_not_finish_in_time_ends_with_an_error() -> None:
 
 def test_clients_that_neither_read_nor_write_do_not_hold_the_end_up() -> None:
     content = json.dumps(LONG | {"stream": True, "logprobs": 20, "max_tokens": 40}).encode()
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
     with serving("--shutdown-timeout", "0") as server, ExitStack() as connections:
-        for sent in (b"", head % 9, head % 9 + b"{", head[:9], head % len(content) + content):
+        for sent in (b"", HEAD % 9, HEAD % 9 + b"{", HEAD[:9], HEAD % len(content) + content):
             connection = socket.create_connection(host_and_port(server), timeout=PATIENCE)
             connections.enter_context(connection)
             connection.sendall(sent)
@@ -128,6 +128,22 @@ def test_a_second_sigint_ends_at_once() -> None:
         server.send_signal(signal.SIGINT)
         wait_until_refused(server)
         assert server.process.poll() is None, "the first one waits"
+        server.send_signal(signal.SIGINT)
+        assert server.exit_code() == 0
+    assert "Traceback" not in server.said
+
+
+def test_a_second_sigint_does_not_wait_for_a_client_that_does_not_read() -> None:
+    content = json.dumps(LONG | {"stream": True, "logprobs": 20}).encode()
+    with serving() as server, socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(PATIENCE)
+        connection.connect(host_and_port(server))
+        connection.sendall(HEAD % len(content) + content)
+        with server.client() as client:
+            wait_until(lambda: value(client, "vllm:generation_tokens_total") > 2000)  # over a kilobyte each
+        server.send_signal(signal.SIGINT)
+        wait_until_refused(server)
         server.send_signal(signal.SIGINT)
         assert server.exit_code() == 0
     assert "Traceback" not in server.said
