@@ -1,4 +1,4 @@
-"""Which body draws tokens on a device, and the uniform numbers that it draws with."""
+"""Which bodies change logits and draw tokens on a device, and the uniform numbers that they draw with."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ GREEDY_BELOW = 1e-5  # temperatures under this divide logits into infinities; vL
 
 @dataclass(frozen=True)
 class SamplingOps:
-    """draw and logprobs, as octavo.kernels.sampling.reference defines them."""
+    """Each as octavo.kernels.sampling.reference defines it."""
 
     draw: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-    logprobs: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor, Tensor]]
+    logprobs: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor, Tensor]] = reference.logprobs
+    add_biases: Callable[[Tensor, Tensor, Tensor, Tensor], None] = reference.add_biases
+    punish: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None] = reference.punish
 
 
 def select_sampling(device: torch.device) -> SamplingOps:
@@ -28,9 +30,14 @@ def select_sampling(device: torch.device) -> SamplingOps:
         from octavo.kernels.sampling import cpu
 
         return SamplingOps(cpu.draw, cpu.logprobs)
-    from octavo.kernels.sampling.gpu import draw as gpu
+    from octavo.kernels.sampling.gpu import change
+    from octavo.kernels.sampling.gpu.draw import draw
 
-    return SamplingOps(gpu.draw, reference.logprobs)
+    return SamplingOps(
+        draw,
+        add_biases=lambda *entries: change.add_biases(*entries)(),
+        punish=lambda *entries: change.punish(*entries)(),
+    )
 
 
 def uniform(key: str, position: int) -> float:

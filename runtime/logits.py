@@ -12,24 +12,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from octavo.runtime.draw import SamplingOps
 from octavo.runtime.penalties import TokenCounts
 from octavo.runtime.sequence import Sequence
 
 
-def change_logits(logits: Tensor, rows: Rows[int], sequences: Rows[Sequence]) -> None:
+def change_logits(logits: Tensor, rows: Rows[int], sequences: Rows[Sequence], ops: SamplingOps) -> None:
     """Change logits [L, vocab] in place: row rows[i] is the next token of sequences[i]."""
     for row, sequence in zip(rows, sequences, strict=True):
-        params = sequence.params
-        if params.allowed_token_ids is not None:
-            _keep_only(logits[row], params.allowed_token_ids)
-        if sequence.num_outputs < params.min_tokens:
-            logits[row, [token for token in params.stop_token_ids if token < logits.shape[1]]] = float("-inf")
-        if params.logit_bias:
-            bias = torch.tensor(list(params.logit_bias.values()), device=logits.device)
-            logits[row, list(params.logit_bias)] += bias
+        if sequence.params.allowed_token_ids is not None:
+            _keep_only(logits[row], sequence.params.allowed_token_ids)
+    biased = [(row, _biases(sequence, logits.shape[1])) for row, sequence in zip(rows, sequences, strict=True)]
+    entries = [(row, token, bias) for row, biases in biased for token, bias in biases.items()]
+    if entries:
+        at_rows, tokens, biases = (torch.tensor(column, device=logits.device) for column in zip(*entries, strict=True))
+        ops.add_biases(logits, at_rows, tokens, biases)
     punished = [(row, sequence) for row, sequence in zip(rows, sequences, strict=True) if sequence.params.has_penalties]
     if punished:
-        _apply_penalties(logits, punished)
+        _punish(logits, punished, ops)
 
 
 def _keep_only(row: Tensor, token_ids: Rows[int]) -> None:
@@ -39,24 +39,29 @@ def _keep_only(row: Tensor, token_ids: Rows[int]) -> None:
     row[index] = kept
 
 
-def _apply_penalties(logits: Tensor, punished: Rows[tuple[int, Sequence]]) -> None:
+def _biases(sequence: Sequence, vocab: int) -> dict[int, float]:
+    """What is added to which token; -inf to those that would end the answer too early."""
+    params = sequence.params
+    biases = dict(params.logit_bias or {})
+    if sequence.num_outputs < params.min_tokens:
+        biases |= {token: float("-inf") for token in params.stop_token_ids if token < vocab}
+    return biases
+
+
+def _punish(logits: Tensor, punished: Rows[tuple[int, Sequence]], ops: SamplingOps) -> None:
     """All rows at once, over the tokens that have occurred: the others have nothing to be punished for."""
-    flat_index, counts, sizes = [], [], []
+    tokens, counts, sizes = [], [], []
+    penalties = np.zeros((3, len(logits)), dtype=np.float32)
     for row, sequence in punished:
         if sequence.token_counts is None:
             sequence.token_counts = TokenCounts(sequence.num_prompt)
         sequence.token_counts.catch_up(sequence.token_ids)
-        flat_index.append(sequence.token_counts.token_ids + row * logits.shape[1])
+        tokens.append(sequence.token_counts.token_ids)
         counts.append(sequence.token_counts.output_counts)
-        sizes.append(len(counts[-1]))
-    params = [sequence.params for _, sequence in punished]
-    of_token = np.array(
-        [(p.repetition_penalty, p.frequency_penalty, p.presence_penalty) for p in params], dtype=np.float32
-    ).repeat(sizes, axis=0)
-    repetition, frequency, presence = torch.from_numpy(of_token).to(logits.device).unbind(dim=1)
-    index = torch.from_numpy(np.concatenate(flat_index)).to(logits.device)
-    count = torch.from_numpy(np.concatenate(counts)).to(logits.device)
-    flat = logits.view(-1)
-    values = flat[index]
-    values = torch.where(values > 0, values / repetition, values * repetition)
-    flat[index] = values - frequency * count - presence * (count > 0)
+        sizes.append(len(tokens[-1]))
+        params = sequence.params
+        penalties[:, row] = params.repetition_penalty, params.frequency_penalty, params.presence_penalty
+    rows = np.array([row for row, _ in punished]).repeat(sizes)
+    entries = np.stack((rows, np.concatenate(tokens), np.concatenate(counts)))
+    of_entry, of_row = (torch.from_numpy(array).to(logits.device) for array in (entries, penalties))
+    ops.punish(logits, *of_entry.unbind(), *of_row.unbind())

@@ -58,7 +58,7 @@ class Sampler:
         stuck: list[int] = []
         changed = [i for i, sequence in enumerate(sequences) if sequence.params.changes_logits]
         if changed:
-            change_logits(logits, [rows[i] for i in changed], [sequences[i] for i in changed])
+            change_logits(logits, [rows[i] for i in changed], [sequences[i] for i in changed], self._ops)
             best, peaks = _argmax(logits)
             for i in changed:
                 token_ids[i] = int(best[rows[i]])

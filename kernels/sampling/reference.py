@@ -1,4 +1,4 @@
-"""The specification of drawing a token from a row of logits, and of its log-probability, in plain torch.
+"""The specification of changing logits, drawing a token from a row of them, and its log-probability, in plain torch.
 
 Drawing is temperature, min-p, top-k, top-p, and one uniform number. A row's token depends on that row and its uniform
 number alone, so that a seed gives the same text whatever else is in the batch. That is why ties are kept together
@@ -97,3 +97,27 @@ def logprobs(logits: Tensor, chosen: Tensor, count: int) -> tuple[Tensor, Tensor
     ranks = (logits > picked).sum(dim=-1) + 1
     top = logits.topk(count, dim=-1)
     return (picked - norm).squeeze(1), ranks, top.indices, top.values - norm
+
+
+def add_biases(logits: Tensor, rows: Tensor, tokens: Tensor, biases: Tensor) -> None:
+    """logits[rows[i], tokens[i]] += biases[i] in place, for distinct pairs; -inf forbids a token."""
+    logits[rows, tokens] += biases
+
+
+def punish(
+    logits: Tensor,
+    rows: Tensor,
+    tokens: Tensor,
+    counts: Tensor,
+    repetition: Tensor,
+    frequency: Tensor,
+    presence: Tensor,
+) -> None:
+    """The penalties of logits [R, vocab], in place, at the distinct pairs (rows[i], tokens[i]) that have occurred.
+
+    counts [n] is how often the token stands in the row's output, 0 for one of the prompt alone; the penalties are [R],
+    1, 0 and 0 being none. A positive logit is divided by repetition, another multiplied.
+    """
+    values = logits[rows, tokens]
+    values = torch.where(values > 0, values / repetition[rows], values * repetition[rows])
+    logits[rows, tokens] = values - frequency[rows] * counts - presence[rows] * (counts > 0)

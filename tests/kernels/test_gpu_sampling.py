@@ -141,10 +141,9 @@ def test_biases_and_penalties(dtype: torch.dtype, device: torch.device) -> None:
     repetition, frequency, presence = (torch.rand(rows, generator=generator).to(device) + 0.5 for _ in range(3))
 
     expected = logits.float()
-    expected[row, token] = (expected[row, token] + biases).to(dtype).float()
-    values = expected[row, token]
-    values = torch.where(values > 0, values / repetition[row], values * repetition[row])
-    expected[row, token] = values - frequency[row] * counts - presence[row] * (counts > 0)
+    reference.add_biases(expected, row, token, biases)
+    expected = expected.to(dtype).float()
+    reference.punish(expected, row, token, counts, repetition, frequency, presence)
     add_biases(logits, row, token, biases)()
     punish(logits, row, token, counts, repetition, frequency, presence)()
     # Four float32 roundings of numbers up to 16 (a GPU fuses one away), then one to the logits' type.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from toy_model import make_request
 
-from octavo.runtime.draw import uniform
+from octavo.runtime.draw import select_sampling, uniform
 from octavo.runtime.logits import change_logits
 from octavo.runtime.penalties import TokenCounts
 from octavo.runtime.sampler import Sampler
@@ -32,7 +32,7 @@ def sample(logits: Tensor, *sequences: Sequence) -> Sampled:
 
 def changed(row: Tensor, it: Sequence) -> Tensor:
     logits = torch.stack((torch.zeros(VOCAB), row))
-    change_logits(logits, [1], [it])
+    change_logits(logits, [1], [it], select_sampling(logits.device))
     assert not logits[0].any(), "another request's row was touched"
     return logits[1]
 
@@ -77,6 +77,20 @@ def test_bias_is_added_allowed_tokens_remain_and_stop_tokens_wait(row: Tensor) -
 def test_a_bias_does_not_lift_what_is_not_allowed(row: Tensor) -> None:
     it = sequence([1], allowed_token_ids=(3,), logit_bias={5: 100.0, 3: -100.0}, repetition_penalty=2.0)
     assert changed(row, it).isfinite().nonzero().flatten().tolist() == [3]
+
+
+def test_a_gpu_changes_logits_as_a_cpu_does(device: torch.device) -> None:
+    logits = torch.randn(5, VOCAB, generator=torch.Generator().manual_seed(5)) * 4
+    sequences = [
+        sequence([1, 2], [3, 3, 2], repetition_penalty=1.5, frequency_penalty=0.5, logit_bias={3: 2.0, 9: -1.0}),
+        sequence([4], min_tokens=2, stop_token_ids=(6, 7), logit_bias={6: 5.0, 8: 1.0}),
+        sequence([5], [5, 6], presence_penalty=0.75, allowed_token_ids=(5, 6, 7)),
+    ]
+    on_cpu, on_gpu = logits.clone(), logits.clone().to(device)
+    for changed_there, ops in ((on_cpu, torch.device("cpu")), (on_gpu, torch.device("cuda"))):
+        change_logits(changed_there, [4, 1, 2], sequences, select_sampling(ops))
+    assert torch.equal(on_cpu[[0, 3]], logits[[0, 3]])
+    torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=0, atol=2e-6)  # as above
 
 
 def test_each_request_is_sampled_by_its_own_rule() -> None:

@@ -1,10 +1,9 @@
 """Changing a few logits of each row in place before a token is drawn: biases, then the penalties.
 
-As runtime.logits does it: logit += bias (-inf forbids a token); then, for each token that has occurred, logit /
-repetition where it is positive and logit * repetition where it isn't, less frequency * count, less presence where
-count > 0. Both are lists over all rows, a thread for each entry: a dense table of counts would be 4 bytes for each
-logit to read, and there are some thousand entries in a row at most. A token stands in a row's list once.
-Limit: bytes; about 64 an entry (two sectors of the row, the entry's own 12 or 16), over 3.0 TB/s on an H100.
+Both are lists over all rows, a thread for each entry: a dense table of counts would be 4 bytes for each logit to read,
+and there are some thousand entries in a row at most. A token stands in a row's list once.
+Reference: `sampling.reference.add_biases` and `punish`. Limit: bytes; about 64 an entry (two sectors of the row, the
+entry's own 12 or 16), over 3.0 TB/s on an H100.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ def _punish(
 
 
 def add_biases(logits: Tensor, rows: Tensor, tokens: Tensor, biases: Tensor) -> Launch:
-    """logits[rows[i], tokens[i]] += biases[i], for distinct pairs; logits [R, vocab], the lists of int32 or int64."""
+    """`sampling.reference.add_biases`; logits [R, vocab], the lists of int32 or int64."""
     lists = {"rows": rows, "tokens": tokens, "biases": biases, "count": len(rows), "vocab": logits.shape[1]}
     return Launch(_add_biases, (cdiv(len(rows), BLOCK),), {"logits": logits, **lists, "BLOCK": BLOCK}, num_stages=1)
 
@@ -62,11 +61,7 @@ def punish(
     frequency: Tensor,
     presence: Tensor,
 ) -> Launch:
-    """The penalties of logits [R, vocab] at the distinct pairs (rows[i], tokens[i]).
-
-    counts      [n] int32 or int64: how often the token stands in the row's output; 0 for one of the prompt alone
-    repetition, frequency, presence  [R] float32; 1, 0 and 0 are none
-    """
+    """`sampling.reference.punish`; the lists are int32 or int64, the penalties float32."""
     lists = {"rows": rows, "tokens": tokens, "counts": counts, "count": len(rows), "vocab": logits.shape[1]}
     of_rows = {"repetition": repetition, "frequency": frequency, "presence": presence}
     arguments = {"logits": logits, **lists, **of_rows, "BLOCK": BLOCK}
