@@ -111,7 +111,7 @@ def by_part(engine: Engine, work: list[AddRequest]) -> dict[str, float]:
         marks.append(time.perf_counter())
         inputs = engine.inputs.build(plan)
         marks.append(time.perf_counter())
-        logits = engine.model.forward(inputs, engine.caches)
+        logits = engine.forward(inputs)
         marks.append(time.perf_counter())
         sampled = engine.sampler.sample(logits, plan)
         marks.append(time.perf_counter())

@@ -115,21 +115,21 @@ def engine_config(args: argparse.Namespace, directory: Path) -> EngineConfig:
 
 
 def decode_inputs(engine: Engine, batch: int, context: int) -> StepInputs:
-    """A decode step of sequences of `context` tokens, this step's own among them. Raises ValueError."""
-    device, cache = engine.model.device, engine.caches[0]
+    """A decode step of sequences of `context` tokens, this step's own among them, on the CPU. Raises ValueError."""
+    cache = engine.caches[0]
     size, blocks = cache.block_size, -(-context // cache.block_size)
     if batch * blocks > cache.key.shape[0]:
         raise ValueError(f"the cache has {cache.key.shape[0]} blocks of {batch * blocks}")
-    table = torch.randperm(cache.key.shape[0], device=device)[: batch * blocks].reshape(batch, blocks)
+    table = torch.randperm(cache.key.shape[0])[: batch * blocks].reshape(batch, blocks)
     last = context - 1
     return StepInputs(
-        token_ids=torch.randint(engine.model.vocab_size, (batch,), device=device),
-        positions=torch.full((batch,), last, device=device),
+        token_ids=torch.randint(engine.model.vocab_size, (batch,)),
+        positions=torch.full((batch,), last),
         slot_mapping=table[:, last // size] * size + last % size,
         block_tables=table.int(),
-        seq_lens=torch.full((batch,), context, dtype=torch.int32, device=device),
-        query_starts=torch.arange(batch + 1, dtype=torch.int32, device=device),
-        logits_index=torch.arange(batch, device=device),
+        seq_lens=torch.full((batch,), context, dtype=torch.int32),
+        query_starts=torch.arange(batch + 1, dtype=torch.int32),
+        logits_index=torch.arange(batch),
         max_query_len=1,
         max_seq_len=context,
     )
@@ -155,11 +155,10 @@ def measure_step(
     record: dict[str, Any] = {"batch": batch, "context": context}
     try:
         inputs, device = decode_inputs(engine, batch, context), engine.model.device
-        forward = engine.graphs.forward if engine.graphs else lambda x: engine.model.forward(x, engine.caches)
-        logits = forward(inputs).clone()
+        logits = engine.forward(inputs).clone()
         if not bool(logits.isfinite().all()):
             raise ValueError("logits that aren't finite")
-        record["forward"] = milliseconds(lambda: forward(inputs), device)
+        record["forward"] = milliseconds(lambda: engine.forward(inputs), device)
         record["sampling"] = milliseconds(lambda: logits.argmax(1).tolist(), device)
         record["limit"] = (
             1e3 * shapes.step_bytes(config, WEIGHTS[args.dtype], KV[args.kv_cache_dtype], batch, context) / LIMIT

@@ -24,7 +24,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     gpu_memory_utilization  share of a GPU's memory that weights and KV cache may take together
     max_model_len           None: what the model says, less if the cache can't hold that many tokens
     max_num_batched_tokens  tokens of one step; a longer prompt is prefilled in chunks
-    enforce_eager           on a GPU, launch each kernel of a decode step by itself instead of replaying a CUDA graph
+    enforce_eager           on a GPU, launch each kernel of a step by itself instead of replaying a CUDA graph
     num_threads             CPU threads of the engine; None: all cores
     """
 

@@ -10,6 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from octavo.kernels import tables
+
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -56,6 +58,17 @@ def capability(device: torch.device) -> int:
         return 0
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+def take_tables(device: torch.device) -> list[str]:
+    """Have kernels take the block sizes of this GPU from now on; returns a note where they are another's.
+
+    Raises ValueError for a GPU that no kernel is made for. On a CPU there is nothing to take.
+    """
+    if device.type != "cuda":
+        return []
+    note = tables.use(torch.cuda.get_device_name(device), capability(device))
+    return [note] if note else []
 
 
 def peak_memory(run: Callable[[], object], device: torch.device) -> int:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from octavo.kernels.attention.cache import LayerCache
-from octavo.runtime.graphs import DecodeGraphs
+from octavo.kernels.attention.step import StepInputs
+from octavo.runtime.graphs import StepGraphs
 from octavo.runtime.inputs import InputBuilder
 from octavo.runtime.model.model import Model
 from octavo.runtime.request import AddRequest, TokenOutput
@@ -23,13 +25,13 @@ class Engine:
         caches: list[LayerCache],
         config: SchedulerConfig,
         seed: int = 0,
-        graphs: DecodeGraphs | None = None,
+        graphs: StepGraphs | None = None,
     ) -> None:
         self.model = model
         self.caches = caches
         self.graphs = graphs
         self.scheduler = Scheduler(config)
-        self.inputs = InputBuilder(config, model.device)
+        self.inputs = InputBuilder(config)
         self.sampler = Sampler(seed, model.device)
 
     def add(self, request: AddRequest) -> TokenOutput | None:
@@ -44,6 +46,12 @@ class Engine:
         """Compute one batch; call while `scheduler.has_work`."""
         plan = self.scheduler.plan()
         inputs = self.inputs.build(plan)
-        logits = self.model.forward(inputs, self.caches) if self.graphs is None else self.graphs.forward(inputs)
+        logits = self.forward(inputs)
         sampled = self.sampler.sample(logits, plan)
         return self.scheduler.commit(plan, sampled)
+
+    def forward(self, inputs: StepInputs) -> Tensor:
+        """The model's logits of a step on the CPU, through a CUDA graph where there is one for it."""
+        if self.graphs is not None:
+            return self.graphs.forward(inputs)
+        return self.model.forward(inputs.to(self.model.device), self.caches)

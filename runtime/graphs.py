@@ -1,15 +1,19 @@
-"""Decode steps as CUDA graphs: a step's kernels launched at once, one graph for each bucket of batch sizes.
+"""Steps as CUDA graphs: a step's kernels launched at once, one graph for each bucket of sizes.
 
 A graph replays what was captured, with the same addresses and grids. So its inputs stand in buffers that a step is
 copied into; a batch is filled up to its bucket with sequences of no tokens, whose slots are -1 (nothing is written)
-and whose attention is over nothing; and grids are those of the longest sequence that there may be. Steps that are not
-pure decodes, or larger than the largest bucket, run as they are.
+and whose attention is over nothing; and grids are those of the longest sequence that there may be.
+
+Decode steps have a graph up to 512 sequences. Steps with prompts in them have one up to MOST_TOKENS tokens, where an
+H100 computes less time than a host takes for some 300 launches; of the sequences left over, the first owns the tokens
+that fill the step up. Larger steps run as they are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate, product
 
 import torch
 from torch import Tensor
@@ -20,79 +24,127 @@ from octavo.runtime.device import capture
 from octavo.runtime.model.model import Model
 
 BUCKETS = (1, 2, 4, *range(8, 257, 8), *range(272, 513, 16))
+PROMPT_BUCKETS = (16, 32, 64, 96, 128, 192, 256)
+MOST_TOKENS = PROMPT_BUCKETS[-1]
+FEW_SEQUENCES = 8  # of a step with prompts: it computes logits for as many rows as its bucket has sequences
+
+TYPES = dict.fromkeys(("token_ids", "positions", "slot_mapping", "logits_index"), torch.int64)
+TYPES |= dict.fromkeys(("seq_lens", "query_starts"), torch.int32)
+
+Size = tuple[int, int]  # tokens, sequences; as many of both in a decode step
 
 
 @dataclass(frozen=True)
 class Graph:
-    """A captured step: its inputs' buffers, what replays it, and where its logits are afterwards."""
+    """A captured step: what replays it, and where its logits are afterwards."""
 
-    inputs: StepInputs
     replay: Callable[[], None]
     logits: Tensor
 
 
-class DecodeGraphs:
+class StepGraphs:
     """`forward` of a model over its caches, through graphs where there is one."""
 
     def __init__(self, model: Model, caches: list[LayerCache], max_num_seqs: int, max_model_len: int) -> None:
         """Captures all buckets that max_num_seqs sequences can need, the largest first, so that they share memory."""
         self._model, self._caches = model, caches
-        block_size = caches[0].block_size
-        self._sizes = buckets_for(max_num_seqs)
-        self._graphs = {
-            size: self._capture(empty_inputs(size, max_model_len, block_size, model.device))
-            for size in reversed(self._sizes)
-        }
+        self._sizes = sizes_for(max_num_seqs)
+        width = -(-max_model_len // caches[0].block_size)
+        most_tokens, most_seqs = (max(column) for column in zip(*self._sizes, strict=True))
+        self._buffers = StepBuffers(most_tokens, most_seqs, width, model.device)
+        self._graphs = {size: self._capture(size, max_model_len) for size in reversed(self._sizes)}
 
     def forward(self, inputs: StepInputs) -> Tensor:
-        """Logits as the model's own forward returns them; valid until the next call."""
-        num_seqs = inputs.seq_lens.shape[0]
-        size = next((s for s in self._sizes if s >= num_seqs), None)
-        is_decode = inputs.max_query_len == 1 and inputs.logits_index.shape[0] == num_seqs
-        if size is None or not is_decode:
-            return self._model.forward(inputs, self._caches)
-        graph = self._graphs[size]
-        fill(graph.inputs, inputs)
-        graph.replay()
-        return graph.logits[:num_seqs]
+        """Logits as the model's own forward returns them, for inputs on the CPU; valid until the next call."""
+        size = self._size_of(inputs)
+        if size is None:
+            return self._model.forward(inputs.to(self._model.device), self._caches)
+        self._buffers.fill(inputs, size)
+        self._graphs[size].replay()
+        return self._graphs[size].logits[: inputs.logits_index.shape[0]]
 
-    def _capture(self, inputs: StepInputs) -> Graph:
-        replay, logits = capture(lambda: self._model.forward(inputs, self._caches), self._model.device)
-        return Graph(inputs, replay, logits)
+    def _size_of(self, inputs: StepInputs) -> Size | None:
+        """The least bucket that holds a step; one with prompts in it takes one sequence more, for what is left over."""
+        tokens, seqs, rows = (x.shape[0] for x in (inputs.token_ids, inputs.seq_lens, inputs.logits_index))
+        if inputs.max_query_len == 1:
+            return next((size for size in self._sizes if size[0] == size[1] >= tokens and rows == seqs), None)
+        least = max(seqs + 1, rows)
+        return next((size for size in self._sizes if size[0] >= tokens and size[0] != size[1] >= least), None)
 
-
-def buckets_for(max_num_seqs: int) -> list[int]:
-    """The batch sizes that have a graph: those below, and the least that holds all."""
-    held = [size for size in BUCKETS if size < max_num_seqs]
-    above = next((size for size in BUCKETS if size >= max_num_seqs), None)
-    return held if above is None else [*held, above]
-
-
-def empty_inputs(num_seqs: int, max_model_len: int, block_size: int, device: torch.device) -> StepInputs:
-    """A decode step of sequences that have no token."""
-
-    def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.zeros(shape, dtype=dtype, device=device)
-
-    return StepInputs(
-        token_ids=zeros(num_seqs),
-        positions=zeros(num_seqs),
-        slot_mapping=zeros(num_seqs) - 1,
-        block_tables=zeros(num_seqs, -(-max_model_len // block_size), dtype=torch.int32),
-        seq_lens=zeros(num_seqs, dtype=torch.int32),
-        query_starts=torch.arange(num_seqs + 1, dtype=torch.int32, device=device),
-        logits_index=torch.arange(num_seqs, device=device),
-        max_query_len=1,
-        max_seq_len=max_model_len,
-    )
+    def _capture(self, size: Size, max_model_len: int) -> Graph:
+        self._buffers.empty(size)
+        inputs = self._buffers.view(size, max_model_len)
+        return Graph(*capture(lambda: self._model.forward(inputs, self._caches), self._model.device))
 
 
-def fill(buffers: StepInputs, inputs: StepInputs) -> None:
-    """Copy a decode step into buffers of at least its size, and empty the sequences behind it."""
-    n = inputs.seq_lens.shape[0]
-    for name in ("token_ids", "positions", "slot_mapping", "seq_lens"):
-        getattr(buffers, name)[:n].copy_(getattr(inputs, name), non_blocking=True)
-    buffers.block_tables[:n, : inputs.block_tables.shape[1]].copy_(inputs.block_tables, non_blocking=True)
-    buffers.slot_mapping[n:].fill_(-1)
-    for name in ("token_ids", "positions", "seq_lens"):
-        getattr(buffers, name)[n:].zero_()
+def sizes_for(max_num_seqs: int) -> list[Size]:
+    """The sizes that have a graph, ascending: decode steps of up to max_num_seqs sequences, and steps with prompts."""
+    above = next((size for size in BUCKETS if size >= max_num_seqs), BUCKETS[-1])
+    decodes = [(size, size) for size in BUCKETS if size <= above]
+    most = min(max_num_seqs, MOST_TOKENS) + 1
+    prompts = [(tokens, seqs) for tokens, seqs in product(PROMPT_BUCKETS, sorted({min(FEW_SEQUENCES, most), most}))]
+    return sorted(decodes + [size for size in prompts if size[0] != size[1]])
+
+
+class StepBuffers:
+    """The inputs of all graphs on the device, and once more in the host's memory, where a step is put together.
+
+    All but the block tables lie one behind another, so that one copy brings them over.
+    """
+
+    def __init__(self, most_tokens: int, most_seqs: int, width: int, device: torch.device) -> None:
+        lengths = _lengths(most_tokens, most_seqs)
+        self._tables = torch.zeros(most_seqs, width, dtype=torch.int32, device=device)
+        ends = list(accumulate(-(-n * TYPES[name].itemsize // 16) * 16 for name, n in lengths.items()))
+        self._packed_host = torch.zeros(ends[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
+        self._packed = self._packed_host.to(device, copy=True)
+
+        def parts(packed: Tensor) -> dict[str, Tensor]:
+            """Each begins at a multiple of 16 bytes, as kernels may have been told."""
+            begins = zip(lengths.items(), [0, *ends], strict=False)
+            return {
+                name: packed[begin : begin + n * TYPES[name].itemsize].view(TYPES[name]) for (name, n), begin in begins
+            }
+
+        self._host, self._device = parts(self._packed_host), parts(self._packed)
+
+    def view(self, size: Size, max_seq_len: int) -> StepInputs:
+        """What a graph of that size is captured with: always the same memory."""
+        tokens, seqs = size
+        return StepInputs(
+            **{name: self._device[name][:n] for name, n in _lengths(tokens, seqs).items()},
+            block_tables=self._tables[:seqs],
+            max_query_len=1 if tokens == seqs else tokens,
+            max_seq_len=max_seq_len,
+        )
+
+    def empty(self, size: Size) -> None:
+        """A step of sequences that have no token in the cache."""
+        for values in self._host.values():
+            values.zero_()
+        self._fill_up(0, 0, size)
+        self._packed.copy_(self._packed_host)
+
+    def fill(self, inputs: StepInputs, size: Size) -> None:
+        """Copy a step on the CPU to the device, filled up to a size."""
+        for name, held in self._host.items():
+            given = getattr(inputs, name)
+            held[: given.shape[0]] = given
+            held[given.shape[0] :] = 0
+        tokens, seqs = inputs.token_ids.shape[0], inputs.seq_lens.shape[0]
+        self._fill_up(tokens, seqs, size)
+        self._packed.copy_(self._packed_host, non_blocking=True)
+        tables = inputs.block_tables.to(self._tables.device, non_blocking=True)
+        self._tables[:seqs, : tables.shape[1]] = tables
+
+    def _fill_up(self, tokens: int, seqs: int, size: Size) -> None:
+        """Behind a step of so many: tokens that go nowhere, one a sequence in a decode step, else all the first's."""
+        self._host["slot_mapping"][tokens:] = -1
+        starts = self._host["query_starts"][seqs + 1 :]
+        starts[:] = torch.arange(seqs + 1, seqs + 1 + len(starts)) if size[0] == size[1] else size[0]
+
+
+def _lengths(tokens: int, seqs: int) -> dict[str, int]:
+    """Of the tensors of a step: how long each is."""
+    of_tokens = dict.fromkeys(("token_ids", "positions", "slot_mapping"), tokens)
+    return of_tokens | {"logits_index": seqs, "seq_lens": seqs, "query_starts": seqs + 1}

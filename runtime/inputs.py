@@ -1,4 +1,4 @@
-"""From a plan to tensors: the StepInputs of one step, built in numpy and moved to the device at the end.
+"""From a plan to tensors: the StepInputs of one step, built in numpy, in the host's memory.
 
 The block tables of running sequences stand in one array, a row each, that grows with them; a step gathers its rows.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from octavo.kernels.attention.step import StepInputs
 from octavo.runtime.scheduler import SchedulerConfig, StepPlan, Work
@@ -17,9 +16,8 @@ from octavo.runtime.scheduler import SchedulerConfig, StepPlan, Work
 class InputBuilder:
     """Owns the block tables as arrays: row r belongs to the running sequence whose `row` is r."""
 
-    def __init__(self, config: SchedulerConfig, device: torch.device) -> None:
+    def __init__(self, config: SchedulerConfig) -> None:
         self._block_size = config.block_size
-        self._device = device
         width = -(-config.max_model_len // config.block_size)
         self._tables = np.zeros((config.max_num_seqs, width), dtype=np.int32)
         self._num_filled = [0] * config.max_num_seqs
@@ -42,13 +40,13 @@ class InputBuilder:
         slots = self._tables[token_rows, blocks] * np.int64(self._block_size) + offsets
         max_seq_len = int(seq_lens.max())
         return StepInputs(
-            token_ids=self._to_device(_token_ids(works)),
-            positions=self._to_device(positions),
-            slot_mapping=self._to_device(slots),
-            block_tables=self._to_device(self._tables[rows, : -(-max_seq_len // self._block_size)]),
-            seq_lens=self._to_device(seq_lens),
-            query_starts=self._to_device(query_starts.astype(np.int32)),
-            logits_index=self._to_device(_logits_index(works, query_starts)),
+            token_ids=torch.from_numpy(_token_ids(works)),
+            positions=torch.from_numpy(positions),
+            slot_mapping=torch.from_numpy(slots),
+            block_tables=torch.from_numpy(self._tables[rows, : -(-max_seq_len // self._block_size)]),
+            seq_lens=torch.from_numpy(seq_lens),
+            query_starts=torch.from_numpy(query_starts.astype(np.int32)),
+            logits_index=torch.from_numpy(_logits_index(works, query_starts)),
             max_query_len=int(sizes.max()),
             max_seq_len=max_seq_len,
         )
@@ -65,10 +63,6 @@ class InputBuilder:
             self._tables[row, filled:held] = sequence.blocks[filled:]
             self._num_filled[row] = held
         return row
-
-    def _to_device(self, array: NDArray[np.generic]) -> Tensor:
-        tensor = torch.from_numpy(array)
-        return tensor if self._device.type == "cpu" else tensor.to(self._device, non_blocking=True)
 
 
 def _token_ids(works: list[Work]) -> NDArray[np.int64]:

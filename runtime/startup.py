@@ -11,7 +11,7 @@ from octavo.runtime import kv_cache, ops
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.device import choose_device, set_threads
 from octavo.runtime.engine import Engine
-from octavo.runtime.graphs import DecodeGraphs
+from octavo.runtime.graphs import StepGraphs
 from octavo.runtime.model.decoder import Decoder
 from octavo.runtime.model.model import Model
 from octavo.runtime.model.weights import load_model
@@ -53,7 +53,7 @@ def load_engine(config: EngineConfig, spawn_time: float) -> tuple[Engine, Ready]
         clock.end("warm-up")
         graphs = None
         if not config.enforce_eager and isinstance(model, Decoder) and model.can_be_captured:
-            graphs = DecodeGraphs(model, caches, limits.max_num_seqs, limits.max_model_len)
+            graphs = StepGraphs(model, caches, limits.max_num_seqs, limits.max_model_len)
             clock.end("cuda graphs")
     report = StartupReport(
         model=config.model,

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
+import torch
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class StepInputs:
-    """Everything that a forward pass over a mixed batch of prefill chunks and decodes needs, on the model's device.
+    """Everything that a forward pass over a mixed batch of prefill chunks and decodes needs.
 
     The tokens of all sequences stand one after another, sequence by sequence. With T tokens, S sequences, B blocks
     in the longest table and L rows of logits wanted:
@@ -35,3 +37,13 @@ class StepInputs:
     logits_index: Tensor
     max_query_len: int
     max_seq_len: int
+
+    def to(self, device: torch.device) -> StepInputs:
+        """The same on a device."""
+        if self.token_ids.device == device:
+            return self
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                values[name] = value.to(device, non_blocking=True)
+        return StepInputs(**values)

@@ -16,10 +16,11 @@ from octavo.kernels.attention.cache import AttentionShape
 from octavo.quant.checkpoint import Checkpoint, read_config
 from octavo.quant.experts_gpu import Stacked, stack_experts
 from octavo.quant.linear import Linear, make_linear
+from octavo.quant.linear_gpu import lacks_fp8
 from octavo.quant.qparams import QuantizedWeight, quantize_weight
 from octavo.quant.scheme import CHANNEL, PRESETS, QuantScheme, WeightScheme, group
 from octavo.runtime.config import Dtype, EngineConfig
-from octavo.runtime.device import capability, choose_device
+from octavo.runtime.device import capability, choose_device, take_tables
 from octavo.runtime.model.decoder import Decoder, DecoderLayer
 from octavo.runtime.model.mlp import GatedMlp, Mlp
 from octavo.runtime.model.model import KVScales, Model
@@ -64,7 +65,8 @@ def _load_hf(config: EngineConfig, hf_config: dict[str, Any], reason: str) -> Mo
     """Transformers' own model, with a line that says so, and why."""
     from octavo.runtime.model.hf import load_hf_model
 
-    device, notes = choose_device(config.device), list[str]()
+    device = choose_device(config.device)
+    notes = take_tables(device)
     stored = stored_dtype(hf_config) or stored_dtype(hf_config.get("text_config") or {})
     model = load_hf_model(config, choose_dtype(config.dtype, stored, device, notes), device, notes)
     notes.append(f"{reason}: {model.architecture} runs in transformers' own code, which is slower than a decoder here")
@@ -73,7 +75,8 @@ def _load_hf(config: EngineConfig, hf_config: dict[str, Any], reason: str) -> Mo
 
 def _load_decoder(config: EngineConfig, spec: DecoderSpec, hf_config: dict[str, Any]) -> Decoder:
     device, directory = choose_device(config.device), Path(config.model)
-    notes = [f"config.json has {key}, which octavo doesn't know and doesn't use" for key in spec.unknown_keys]
+    notes = take_tables(device)
+    notes += [f"config.json has {key}, which octavo doesn't know and doesn't use" for key in spec.unknown_keys]
     dtype = choose_dtype(config.dtype, spec.dtype, device, notes)
     if config.load_format == "dummy":
         notes.append("the weights are random (--load-format dummy)")
@@ -255,6 +258,8 @@ class DecoderBuilder:
     def _linear(self, parts: LinearParts, weights: list[Weight]) -> Linear:
         """One module out of those that share their input, fused along their outputs."""
         biases = [self.source.bias(m, n, expected=parts.bias) for m, n in parts.modules.items()]
+        lacking = [lacks_fp8(w.scheme, self.dtype, self.capability) for w in weights if isinstance(w, QuantizedWeight)]
+        self.notes += [note for note in dict.fromkeys(lacking) if note and note not in self.notes]
         return make_linear(weights, biases, dtype=self.dtype, device=self.device, capability=self.capability)
 
     def _quantize(self, module: str, weight: Weight) -> Weight:

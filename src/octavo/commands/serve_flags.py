@@ -114,7 +114,7 @@ def _configure_loading(group: argparse._ArgumentGroup) -> None:
         "--enforce-eager",
         "--disable-cuda-graph",
         action="store_true",
-        help="on a GPU, launch the kernels of a decode step one by one instead of replaying a CUDA graph",
+        help="on a GPU, launch the kernels of a step one by one instead of replaying a CUDA graph",
     )
     _add(group, "--num-threads", type=_count, metavar="N", help="CPU threads of the engine (default: all cores)")
     _add(
