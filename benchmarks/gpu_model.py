@@ -9,10 +9,10 @@
     issue     instructions of the busiest SM over 4 a clock; of a kernel with a loop, LOOP_SHARE of them in each turn
 
 Assumptions, to be replaced by what is measured: copy 3.0 TB/s; a loaded memory's latency 0.8 us, 0.35 us
-where the kernel before has just written what is read (norms, activations, rope, merging: in L2, though their bytes are
-counted as memory's); 1.0 us between two kernels of a graph; 2 trips in a row for each kernel, 3 in attention (lengths,
-block table, keys); tensor cores at 800 (bf16) and 1300 TFLOP/s; 1.7 GHz. bf16 GEMMs are the library's: bytes at 85 %
-of copy. Kernels don't overlap. Blocks are spread evenly over the SMs,
+where the kernel before has just written what is read (norms, activations, rope: in L2, though their bytes are counted
+as memory's); 1.0 us between two kernels of a graph; 2 trips in a row for each kernel, 3 in attention (lengths, block
+table, keys), 5 where shares are merged (counter, shares); tensor cores at 800 (bf16) and 1300 TFLOP/s; 1.7 GHz. bf16
+GEMMs are the library's: bytes at 85 % of copy. Kernels don't overlap. Blocks are spread evenly over the SMs,
 ceil(blocks / 132) on the busiest. What the host does between steps isn't in it.
 """
 

@@ -108,7 +108,7 @@ def silu_work(m: int, n: int, parts: int, fp8: bool) -> Work:
 
 
 def attention_works(sizes: Sizes, kv: str, qkv_parts: int, longest: int, qk_norm: bool) -> list[Work]:
-    """rope, decode, and the merge of shares; longest: what the grid must hold, as in a CUDA graph."""
+    """rope, and decode with the merge of shares; longest: what the grid must hold, as in a CUDA graph."""
     s, kind = sizes, BF16 if kv == "bf16" else E4M3
     batch, group = s.sequences, s.heads // s.kv_heads
     shape = AttentionShape(s.heads, s.kv_heads, s.d, s.d**-0.5)
@@ -129,20 +129,14 @@ def attention_works(sizes: Sizes, kv: str, qkv_parts: int, longest: int, qk_norm
     parts = cdiv(s.length, share)
     read = batch * s.length * 2 * s.kv_heads * s.d * shapes.KV_BYTES[kv] + 4 * batch * s.heads * s.d
     between = parts * batch * s.heads * (s.d + 1) * 4 if parts > 1 else 0
-    works = [
+    return [
         Work("rope", turn, read_bytes(batch, width, qkv_parts) + written, near=True),
         Work(
-            "attention", attention.decode(q, inputs, layer, shape, q, partial, lse, **block), read + between,
+            "attention", attention.decode(q, inputs, layer, shape, q, partial, lse, ints, **block), read + 2 * between,
             4 * max(group, 16) * s.kv_heads * s.d * s.length * batch, "bf16", batch * s.kv_heads * parts,
-            cdiv(min(share, s.length), block["block_n"]), 3,
+            cdiv(min(share, s.length), block["block_n"]), 3 + 2 * (parts > 1),
         ),
     ]  # fmt: skip
-    if programs > 1:
-        launch = attention.merge(
-            inputs, shape, q, partial, lse, block_n=block["block_n"], least=block["least"], most=block["most"]
-        )
-        works.append(Work("merge", launch, between + 2 * batch * s.heads * s.d, near=True))
-    return works
 
 
 def layer_works(config: shapes.Config, weights: str, kv: str, batch: int, context: int) -> list[Work]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from octavo.kernels.attention import reference
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
-from octavo.kernels.attention.gpu.decode import decode, merge, share_count
+from octavo.kernels.attention.gpu.decode import counters_for, decode, share_count
 from octavo.kernels.attention.gpu.prefill import paged_attention, prefill
 from octavo.kernels.attention.step import StepInputs
 
@@ -95,14 +95,18 @@ def make(
     return torch.randn(sum(case[0]), *heads[::2]).to(device, dtype), inputs, cache, shape
 
 
-def run_decode(q: Tensor, inputs: StepInputs, cache: LayerCache, shape: AttentionShape, queries: int) -> Tensor:
-    programs = share_count(inputs.max_seq_len, shape, least=32, most=2, queries=queries)
+def run_decode(
+    q: Tensor, inputs: StepInputs, cache: LayerCache, shape: AttentionShape, queries: int, most: int = 2
+) -> Tensor:
+    sizes = {**SHARES, "most": most}
+    programs = share_count(inputs.max_seq_len, shape, least=sizes["least"], most=most, queries=queries)
     rows = queries * shape.num_heads // shape.num_kv_heads
     lse = torch.full((len(inputs.seq_lens), shape.num_kv_heads, programs, rows), torch.nan, device=q.device)
     partial = torch.full((*lse.shape, shape.head_dim), torch.nan, device=q.device)
     out = torch.full_like(q, torch.nan)
-    decode(q, inputs, cache, shape, out, partial, lse, queries=queries, **SHARES)()
-    merge(inputs, shape, out, partial, lse, queries=queries, **SHARES)()
+    counters = counters_for(lse.shape[0] * lse.shape[1], q.device)
+    decode(q, inputs, cache, shape, out, partial, lse, counters, queries=queries, **sizes)()
+    assert not bool(counters.any())
     return out
 
 
@@ -117,6 +121,15 @@ def test_decode(
     inputs.seq_lens[3] = 1
     truth = reference.paged_attention(q.float(), inputs, cache, shape).reshape(got.shape)
     assert bool(((got - truth).abs() <= bound(q, cache, shape, truth))[:4].all())
+
+
+def test_shares_are_merged_by_the_last_whatever_their_number(device: torch.device) -> None:
+    """Several rounds of shares, more than are in registers at a time; twice, since the counters must be 0 again."""
+    q, inputs, cache, shape = make(([2, 1, 1], [330, 165, 70]), HEADS[1], STORED[0], (None, None), device)
+    got = run_decode(q, inputs, cache, shape, queries=2, most=11)
+    truth = reference.paged_attention(q, inputs, cache, shape).reshape(got.shape)
+    assert bool(((got - truth).abs() <= bound(q, cache, shape, truth)).all())
+    assert torch.equal(run_decode(q, inputs, cache, shape, queries=2, most=11), got)
 
 
 @pytest.mark.parametrize(("heads", "stored", "masks"), CASES, ids=str)

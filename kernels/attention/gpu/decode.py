@@ -1,4 +1,4 @@
-"""Triton body of attention of few queries over a long paged cache: split by tokens, then merged.
+"""Triton body of attention of few queries over a long paged cache: split by tokens, merged by whoever ends last.
 
 out = softmax(scale q k^T) v. A program has one KV head of one sequence and a share of its tokens: the G query heads
 that share the KV head are rows of one tile (padded to 16, a tensor core's least), so that keys and values are read
@@ -50,12 +50,67 @@ def _shares(
 
 
 @triton.jit
+def _store(
+    out, result, row, first, queries, head, kv_heads,
+    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Rows [R] of a KV head's queries, the first of which is `first` of all, into out."""
+    query, at = row // GROUP, tl.arange(0, DIM)
+    place = ((first + query).to(tl.int64) * kv_heads + head) * GROUP + row % GROUP
+    here = (query < queries)[:, None] & (at < HEAD_DIM)[None, :]
+    tl.store(out + place[:, None] * HEAD_DIM + at[None, :], narrow(result, out.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def _is_last(counter, parts):
+    """Whether a program is the last of `parts` that come here with what they have stored; the counter is 0 again then.
+
+    All warps have stored before one thread counts, releasing that; whoever sees the last number may read it all.
+    """
+    tl.debug_barrier()
+    last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == parts - 1
+    if last:
+        tl.store(counter, 0)
+    return last
+
+
+@triton.jit
+def _merged(
+    partial, lse, place, parts, rows,
+    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, ALL_ROWS: tl.constexpr, ROWS: tl.constexpr, SHARES: tl.constexpr,
+):  # fmt: skip
+    """Weighted means [ROWS, DIM] of what the shares from row `place` on have found, in the order of their numbers.
+
+    Other SMs wrote them: loads go past L1. SHARES at a time are in registers: few enough to leave `attend` its blocks.
+    """
+    row, at = tl.arange(0, ROWS), tl.arange(0, DIM)
+    top, total = tl.full((ROWS,), MASKED_SCORE, tl.float32), tl.zeros((ROWS,), tl.float32)
+    result = tl.zeros((ROWS, DIM), tl.float32)
+    for start in range(0, parts, SHARES):
+        part = start + tl.arange(0, SHARES)
+        here = (part < parts)[:, None] & (row < rows)[None, :]
+        at_row = place + part[:, None] * ALL_ROWS + row[None, :]
+        size = tl.load(lse + at_row, mask=here, other=MASKED_SCORE, cache_modifier=".cg")
+        mask = here[:, :, None] & (at < HEAD_DIM)[None, None, :]
+        each = tl.load(
+            partial + at_row[:, :, None] * HEAD_DIM + at[None, None, :], mask=mask, other=0.0, cache_modifier=".cg"
+        )
+        higher = tl.maximum(top, tl.max(size, axis=0))
+        weight, shrink = tl.exp2(size - higher[None, :]), tl.exp2(top - higher)
+        top = higher
+        total = total * shrink + tl.sum(weight, axis=0)
+        result = result * shrink[:, None] + tl.sum(each * weight[:, :, None], axis=0)
+    return result / total[:, None]
+
+
+@triton.jit
 def _decode(
-    q, out, partial, lse, key, value, key_scale, value_scale, block_tables, seq_lens, query_starts,
+    q, out, partial, lse, counters, key, value, key_scale, value_scale, block_tables, seq_lens, query_starts,
     table_width, kv_heads, programs, scale, window, soft_cap,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr,
     KEY_CODE: tl.constexpr, VALUE_CODE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr,
+    MERGED_ROWS: tl.constexpr, MERGED_SHARES: tl.constexpr,
 ):  # fmt: skip
     sequence, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first, queries, length, begin, share, parts = _shares(
@@ -76,35 +131,23 @@ def _decode(
         HAS_WINDOW, HAS_CAP, True,
     )  # fmt: skip
     result = mixed(state, tl.load(value_scale + head), VALUE_CODE)
-    here = (query < queries)[:, None] & (at < HEAD_DIM)[None, :]
     if parts == 1:
-        tl.store(out + place[:, None] * HEAD_DIM + at[None, :], narrow(result, out.dtype.element_ty), mask=here)
+        _store(out, result, row, first, queries, head, kv_heads, HEAD_DIM, DIM, GROUP)
     else:
-        place = ((sequence.to(tl.int64) * kv_heads + head) * programs + part) * (QUERIES * GROUP) + row
-        tl.store(partial + place[:, None] * HEAD_DIM + at[None, :], result, mask=here)
-        tl.store(lse + place, state[0] + tl.log2(state[1]), mask=query < queries)
-
-
-@triton.jit
-def _merge(
-    out, partial, lse, seq_lens, query_starts, kv_heads, programs, window,
-    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr, SHARES: tl.constexpr,
-    BLOCK_N: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr, HAS_WINDOW: tl.constexpr,
-):  # fmt: skip
-    sequence, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    first, queries, _, _, _, parts = _shares(sequence, seq_lens, query_starts, window, BLOCK_N, LEAST, MOST, HAS_WINDOW)
-    query = row // GROUP
-    if queries > QUERIES or query >= queries or parts == 1:
-        return
-    part, at = tl.arange(0, SHARES), tl.arange(0, DIM)
-    place = ((sequence.to(tl.int64) * kv_heads + head) * programs + part) * (QUERIES * GROUP) + row
-    size = tl.load(lse + place, mask=part < parts, other=MASKED_SCORE)
-    weight = tl.exp2(size - tl.max(size, axis=0))
-    here = (part < parts)[:, None] & (at < HEAD_DIM)[None, :]
-    each = tl.load(partial + place[:, None] * HEAD_DIM + at[None, :], mask=here, other=0.0)
-    merged = tl.sum(each * weight[:, None], axis=0) / tl.sum(weight, axis=0)
-    place = ((first + query).to(tl.int64) * kv_heads + head) * GROUP + row % GROUP
-    tl.store(out + place * HEAD_DIM + at, narrow(merged, out.dtype.element_ty), mask=at < HEAD_DIM)
+        all_rows: tl.constexpr = QUERIES * GROUP
+        pair = sequence.to(tl.int64) * kv_heads + head
+        place = (pair * programs + part) * all_rows + row
+        here = query < queries
+        tl.store(
+            partial + place[:, None] * HEAD_DIM + at[None, :], result, mask=here[:, None] & (at < HEAD_DIM)[None, :]
+        )
+        tl.store(lse + place, state[0] + tl.log2(state[1]), mask=here)
+        if _is_last(counters + pair, parts):
+            whole = _merged(
+                partial, lse, pair * programs * all_rows, parts, queries * GROUP,
+                HEAD_DIM, DIM, all_rows, MERGED_ROWS, MERGED_SHARES,
+            )  # fmt: skip
+            _store(out, whole, tl.arange(0, MERGED_ROWS), first, queries, head, kv_heads, HEAD_DIM, DIM, GROUP)
 
 
 def share_count(max_seq_len: int, shape: AttentionShape, *, least: int, most: int, queries: int = 1) -> int:
@@ -121,6 +164,7 @@ def decode(
     out: Tensor,
     partial: Tensor,
     lse: Tensor,
+    counters: Tensor,
     *,
     queries: int = 1,
     block_n: int,
@@ -133,63 +177,57 @@ def decode(
 
     partial  [S, Hkv, P, queries * Hq / Hkv, D] float32, P = `share_count` of the longest sequence
     lse      [S, Hkv, P, queries * Hq / Hkv] float32, log2 of the sum of exponentials
+    counters [S * Hkv or more] int32, zeros before and after: see `counters_for`
     least    tokens of a share at least; most: shares of a sequence at most, however long it is
-    Sequences that fall into one share are done; `merge` with the same numbers does the others.
     """
     sequences, programs = inputs.seq_lens.shape[0], lse.shape[2]
-    group = shape.num_heads // shape.num_kv_heads
+    group, dim = shape.num_heads // shape.num_kv_heads, max(power_of_two(shape.head_dim), 32)
+    merged = power_of_two(queries * group)
     return Launch(
         _decode,
         (sequences, shape.num_kv_heads, programs),
         {
-            "q": q, "out": out, "partial": partial, "lse": lse, "key": words(cache.key), "value": words(cache.value),
-            "key_scale": cache.key_scale, "value_scale": cache.value_scale, "block_tables": inputs.block_tables,
-            "seq_lens": inputs.seq_lens, "query_starts": inputs.query_starts,
+            "q": q, "out": out, "partial": partial, "lse": lse, "counters": counters, "key": words(cache.key),
+            "value": words(cache.value), "key_scale": cache.key_scale, "value_scale": cache.value_scale,
+            "block_tables": inputs.block_tables, "seq_lens": inputs.seq_lens, "query_starts": inputs.query_starts,
             "table_width": inputs.block_tables.shape[1], "kv_heads": shape.num_kv_heads, "programs": programs,
             "scale": shape.scale, "window": shape.window or 0, "soft_cap": shape.soft_cap or 1.0,
-            "HEAD_DIM": shape.head_dim, "DIM": max(power_of_two(shape.head_dim), 32), "GROUP": group,
+            "HEAD_DIM": shape.head_dim, "DIM": dim, "GROUP": group,
             "QUERIES": queries, "ROWS": max(power_of_two(queries * group), 16), "BLOCK_SIZE": cache.block_size,
             "BLOCK_N": block_n, "LEAST": least, "MOST": most, "KEY_CODE": CODES.get(cache.key.dtype, ""),
             "VALUE_CODE": CODES.get(cache.value.dtype, ""), "HAS_WINDOW": shape.window is not None,
-            "HAS_CAP": shape.soft_cap is not None,
+            "HAS_CAP": shape.soft_cap is not None, "MERGED_ROWS": merged,
+            "MERGED_SHARES": max(min(32 * 32 * num_warps // (merged * dim), power_of_two(most)), 1),
         },
         num_warps=num_warps,
         num_stages=num_stages,
     )  # fmt: skip
 
 
-def merge(
-    inputs: StepInputs, shape: AttentionShape, out: Tensor, partial: Tensor, lse: Tensor,
-    *, queries: int = 1, block_n: int, least: int, most: int,
-) -> Launch:  # fmt: skip
-    """Put together what `decode` left in partial and lse."""
-    group = shape.num_heads // shape.num_kv_heads
-    return Launch(
-        _merge,
-        (inputs.seq_lens.shape[0], shape.num_kv_heads, queries * group),
-        {
-            "out": out, "partial": partial, "lse": lse, "seq_lens": inputs.seq_lens,
-            "query_starts": inputs.query_starts, "kv_heads": shape.num_kv_heads, "programs": lse.shape[2],
-            "window": shape.window or 0, "HEAD_DIM": shape.head_dim, "DIM": power_of_two(shape.head_dim),
-            "GROUP": group, "QUERIES": queries, "SHARES": power_of_two(most), "BLOCK_N": block_n, "LEAST": least,
-            "MOST": most, "HAS_WINDOW": shape.window is not None,
-        },
-        num_warps=4,
-        num_stages=1,
-    )  # fmt: skip
+_COUNTERS: dict[tuple[torch.device, int], Tensor] = {}  # none ever goes: a CUDA graph may hold its address
+
+
+def counters_for(pairs: int, device: torch.device) -> Tensor:
+    """A counter for each sequence and KV head: zeros, which every launch leaves as zeros.
+
+    So nothing is launched to clear them. Launches of one device share them and may not overlap. The first call for a
+    size allocates and may not be captured.
+    """
+    key = (device, power_of_two(pairs))
+    if key not in _COUNTERS:
+        _COUNTERS[key] = torch.zeros(key[1], dtype=torch.int32, device=device)
+    return _COUNTERS[key]
 
 
 def decode_attention(q: Tensor, inputs: StepInputs, cache: LayerCache, shape: AttentionShape, out: Tensor) -> None:
     """Attention of q [T, Hq, D] into out [T, Hq, D] for every sequence with one query; others' rows are left alone."""
     group = shape.num_heads // shape.num_kv_heads
     sizes = tables.choose("paged decode", group, shape.head_dim, cache.key.element_size())
-    shares = {name: sizes[name] for name in ("block_n", "least", "most")}
     programs = share_count(inputs.max_seq_len, shape, least=sizes["least"], most=sizes["most"])
     lse = torch.empty(inputs.seq_lens.shape[0], shape.num_kv_heads, programs, group, device=q.device)
     partial = lse.new_empty(*lse.shape, shape.head_dim) if programs > 1 else lse
-    decode(q, inputs, cache, shape, out, partial, lse, **sizes)()
-    if programs > 1:
-        merge(inputs, shape, out, partial, lse, **shares)()
+    counters = counters_for(lse.shape[0] * lse.shape[1], q.device)
+    decode(q, inputs, cache, shape, out, partial, lse, counters, **sizes)()
 
 
 def proofs() -> dict[str, Proof]:
@@ -210,8 +248,8 @@ def proofs() -> dict[str, Proof]:
         q, inputs, cache, shape = on_meta(*example)
         group = shape.num_heads // shape.num_kv_heads
         sizes = tables.choose("paged decode", group, shape.head_dim, cache.key.element_size())
+        counters = inputs.seq_lens.new_empty(64 * shape.num_kv_heads)
         lse = q.new_empty(64, shape.num_kv_heads, 32, queries * group, dtype=torch.float32)
-        launch = decode(q, inputs, cache, shape, q, lse, lse, queries=queries, **sizes)
+        launch = decode(q, inputs, cache, shape, q, lse, lse, counters, queries=queries, **sizes)
         made[f"decode {name}"] = Proof(launch, (r"HMMA\.16816", r"LDGSTS\.E\.BYPASS.*128"), (r"LDS\.[US]8",))
-    made["merge"] = Proof(merge(inputs, shape, q, lse, lse, block_n=64, least=256, most=32), (r"LDG\.E\.128",))
     return made
