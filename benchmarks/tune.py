@@ -5,7 +5,7 @@
 Families are the tables' names (`kernels.tables`): fp8, 'fp8 blocks', int8, w8a16, int4, 'int4 fp8', 'paged decode',
 'paged prefill'. Each size is a case of the benchmarks' own; each candidate is put into the table as its only row, so
 that what is timed is what octavo would launch. What doesn't compile or doesn't fit is left out, and a winner whose
-output is wrong is no winner. Only the family's rows are replaced; a card without a file begins with the H100's rows.
+output is wrong is no winner. Only the family's rows are replaced; a card without a file begins with what it takes now.
 Bounds of rows: M at the most, and which of Llama-3.1-8B's layers a shape is like: wide (N from 16,384), deep (K from
 8,192), or neither.
 """
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from benchmarks.gpu_case import Bodies, error_of
 from benchmarks.gpu_clock import Clock, CudaClock, one_line, poisoned
 
 from octavo.kernels import tables
+from octavo.runtime.device import take_tables
 
 Row = dict[str, int]
 CLASSES: tuple[tuple[Row, str], ...] = (({"n": 16384}, "gate_up"), ({"k": 8192}, "down"), ({}, "qkv"))
@@ -55,19 +55,21 @@ def gemm_rows(family: str, m: int) -> list[Row]:
     wide = min(max(m, 16), 128)
     if m >= MANY_TOKENS:
         if family in ("fp8", "int8", "fp8 blocks"):
-            shape = {
+            last = tables.rows_of(tables.card)[family][-1]  # what the card has: processors, and the memory accelerator
+            tma = (1, 0) if last.get("tma", 1) else (0,)
+            shape: dict[str, tuple[int, ...]] = {
                 "is_few": (0,),
                 "parts": (1,),
                 "block_m": (128,),
                 "block_k": (128,),
                 "group_m": (8,),
-                "programs": (132,),
+                "programs": (last.get("programs", 132),),
             }
             large = grid(
-                **shape, block_n=(256,), subtiles=(2,), tma=(1,), promote=(0,), num_warps=(8,), num_stages=(3, 4)
+                **shape, block_n=(256,), subtiles=(2,), tma=tma[:1], promote=(0,), num_warps=(8,), num_stages=(3, 4)
             )
             small = grid(
-                **shape, block_n=(128,), subtiles=(1,), tma=(1, 0), promote=(0,), num_warps=(4, 8), num_stages=(3, 4, 5)
+                **shape, block_n=(128,), subtiles=(1,), tma=tma, promote=(0,), num_warps=(4, 8), num_stages=(3, 4, 5)
             )
             return small if family == "fp8 blocks" else large + small
         rows = grid(parts=(1,), block_m=(128,), block_n=(128,), group_m=(8,), num_warps=(4, 8), num_stages=(3, 4))
@@ -129,7 +131,7 @@ def untouched(family: str, before: list[Row]) -> list[Row]:
 
 def install(family: str, row: Row) -> None:
     """Let every size of a family take this row."""
-    tables._tables("h100")[family] = [row]
+    tables.rows_of(tables.card)[family] = [row]
     tables.row_of.cache_clear()
 
 
@@ -170,12 +172,6 @@ def merge(path: Path, family: str, rows: list[Row], base: Path | None = None) ->
     path.write_text("{\n" + ",\n".join(parts) + "\n}\n")
 
 
-def card_stem(name: str) -> str:
-    """The stem of a card's file: h100 of 'NVIDIA H100 80GB HBM3'."""
-    found = re.search(r"\b([A-Z]{1,3}\d{2,4}[A-Z]?)\b", name)
-    return (found[1] if found else re.sub(r"\W+", "-", name)).lower()
-
-
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -187,9 +183,10 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("no CUDA device to tune for")
     device, clock, begun = torch.device("cuda"), CudaClock(rounds=5), time.monotonic()
+    print(*take_tables(device))
     work = list(problems(args.family))
     old = [dict(tables.choose(args.family, *problem.size)) for problem in work]
-    rows = untouched(args.family, list(tables._tables("h100")[args.family]))
+    rows = untouched(args.family, list(tables.rows_of(tables.card)[args.family]))
     for number, problem in enumerate(work):
         ends = begun + args.seconds * (number + 1) / len(work)
         row: Row | None = None
@@ -206,8 +203,8 @@ def main() -> None:
         clock.forget()
     if args.dry_run:
         return
-    path = args.output or tables.TUNING / f"{card_stem(torch.cuda.get_device_name(0))}.json"
-    merge(path, args.family, rows, tables.TUNING / "h100.json")
+    path = args.output or tables.TUNING / f"{tables.stem(torch.cuda.get_device_name(0))}.json"
+    merge(path, args.family, rows, tables.TUNING / f"{tables.card}.json")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Arithmetic that all Triton kernels share, with the interpreter's gaps closed so that it computes what a GPU does.
 
 The interpreter (Triton 3.6 to 3.9) multiplies bf16 by its bit patterns in `tl.dot`, truncates where float32 becomes
-bf16, and neither saturates nor rounds properly where float32 becomes e4m3. On a GPU all of these are one instruction.
+bf16, and neither saturates nor rounds properly where float32 becomes e4m3. On a GPU all of these are one instruction;
+only e4m3 has none before compute capability 8.9, and is computed there as it is in the interpreter.
 """
 
 from __future__ import annotations
@@ -36,14 +37,21 @@ def narrow(x, dtype: tl.constexpr):
 @triton.jit
 def to_e4m3(x):
     """float32 to e4m3, to nearest even, saturating at 448; NaN stays."""
-    if _INTERPRETED:
-        bounded = tl.minimum(tl.maximum(x, -448.0), 448.0)
-        bits = bounded.to(tl.int32, bitcast=True)
-        normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -1048576).to(tl.float32, bitcast=True)
-        small = (bounded + 24576.0) - 24576.0  # to multiples of 2^-9: e4m3's subnormals
-        exact = tl.where(tl.abs(bounded) < 0.015625, small, normal).to(tl.float8e4nv)
-        return tl.where(x == x, exact.to(tl.uint8, bitcast=True), 0x7F).to(tl.float8e4nv, bitcast=True)
+    if _INTERPRETED or not tl.target_info.cuda_capability_geq(8, 9):
+        return _e4m3_codes(x).to(tl.float8e4nv, bitcast=True)
     return x.to(tl.float8e4nv)
+
+
+@triton.jit
+def _e4m3_codes(x):
+    """The bytes of `to_e4m3`, from float32's bits."""
+    size = tl.minimum(tl.where(x == x, tl.abs(x), 0.0), 448.0)
+    bits = size.to(tl.int32, bitcast=True)
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - 960  # exponents count from 7 and not from 127: 120 << 3
+    small = (size * 512.0 + 12582912.0).to(tl.int32, bitcast=True) & 0xF  # multiples of 2^-9; 1.5 * 2^23 has no point
+    sign = (x.to(tl.int32, bitcast=True) >> 24) & 0x80
+    code = tl.where(size < 0.015625, small, normal) | sign
+    return tl.where(x == x, code, 0x7F).to(tl.uint8)
 
 
 @triton.jit

@@ -16,9 +16,22 @@ from octavo.kernels.rounded import Hidden, Rounded, Rounding
 from octavo.kernels.tables import choose
 from octavo.quant.body import Body, tensors_of
 from octavo.quant.qparams import QuantizedWeight
-from octavo.quant.scheme import CHANNEL, PRESETS
+from octavo.quant.scheme import CHANNEL, PRESETS, QuantScheme
 
 FP8_CAPABILITY = 89
+
+
+def lacks_fp8(scheme: QuantScheme, dtype: torch.dtype, capability: int) -> str | None:
+    """What to tell a user whose GPU (0: none) can't multiply a scheme's fp8 activations; None where it needn't."""
+    activation = scheme.activation
+    if activation is None or activation.dtype != "fp8_e4m3" or dtype == torch.float32:
+        return None
+    if not 0 < capability < FP8_CAPABILITY:
+        return None
+    return (
+        f"{scheme} is emulated: fp8 products need compute capability 8.9 (L40S, 4090, H100) and this GPU has "
+        f"{capability // 10}.{capability % 10}; its weights are dequantized to {str(dtype)[6:]} at load"
+    )
 
 
 def gpu_body(part: QuantizedWeight, bias: Tensor | None, out: torch.dtype, capability: int) -> Body | None:

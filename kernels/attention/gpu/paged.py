@@ -8,7 +8,7 @@ visible score.
 8-bit caches are read as 16-bit words of two neighbouring elements, the smallest thing that `ldmatrix` moves; a word's
 bytes go to two tiles, the even and the odd columns. q . k is then two products that are added up, weights @ v two
 products side by side. Triton's own conversion fetches V byte by byte instead. Codes become fp16, which holds all of
-them exactly, and which sm_90 makes of e4m3 in one instruction (bf16 takes two).
+them exactly, and which sm_89 and sm_90 make of e4m3 in one instruction (bf16 takes two); an A100 computes its bits.
 """
 
 from __future__ import annotations
@@ -26,6 +26,50 @@ from octavo.kernels.numeric import dot, narrow
 LOG2_E = tl.constexpr(1.4426950408889634)
 MASKED_SCORE = tl.constexpr(-1e30)
 _INTERPRETED = tl.constexpr(INTERPRETED)
+_FROM_E4M3 = tl.constexpr("""{
+    .reg .b32 t;
+    .reg .b16 l, h;
+    prmt.b32 t, $2, $2, 0x3120;
+    mov.b32 {l, h}, t;
+    cvt.rn.f16x2.e4m3x2 $0, l;
+    cvt.rn.f16x2.e4m3x2 $1, h;
+}""")
+# Without that conversion (sm_80): s eeee mmm at its place in an fp16, s 0eeee mmm0000000, is the number over 2^8, also
+# where it is subnormal; a code of 0x7F (+ 1: 0x80) gets an exponent of ones, so that NaN stays NaN.
+_FROM_E4M3_BITS = tl.constexpr("""{
+    .reg .b32 w, s, n, m;
+    mov.b32 m, 0x5C005C00;
+    shl.b32 s, $2, 8;
+    and.b32 s, s, 0x80008000;
+    shl.b32 w, $2, 7;
+    lop3.b32 w, w, 0x3F803F80, s, 0xEA;
+    mul.rn.f16x2 w, w, m;
+    and.b32 n, $2, 0x007F007F;
+    add.u32 n, n, 0x00010001;
+    and.b32 n, n, 0x00800080;
+    mul.lo.u32 n, n, 0xF8;
+    or.b32 $0, w, n;
+    and.b32 s, $2, 0x80008000;
+    shr.b32 w, $2, 1;
+    lop3.b32 w, w, 0x3F803F80, s, 0xEA;
+    mul.rn.f16x2 w, w, m;
+    shr.b32 n, $2, 8;
+    and.b32 n, n, 0x007F007F;
+    add.u32 n, n, 0x00010001;
+    and.b32 n, n, 0x00800080;
+    mul.lo.u32 n, n, 0xF8;
+    or.b32 $1, w, n;
+}""")
+# 0x6400 | b is the fp16 number 1024 + b; with its sign bit turned, a byte is the code + 128.
+_FROM_INT8 = tl.constexpr("""{
+    .reg .b32 t, c;
+    mov.b32 c, 0x64806480;
+    lop3.b32 t, $2, 0x00FF00FF, c, 0x6A;
+    sub.rn.f16x2 $0, t, c;
+    shr.b32 t, $2, 8;
+    lop3.b32 t, t, 0x00FF00FF, c, 0x6A;
+    sub.rn.f16x2 $1, t, c;
+}""")
 CODES = {torch.float8_e4m3fn: "e4m3", torch.int8: "int8"}
 """What the bytes of a cache's tensor are; floats, which are read as they are, have no entry."""
 
@@ -42,31 +86,12 @@ def _bytes_of(word, CODE: tl.constexpr):
         kind: tl.constexpr = tl.float8e4nv if CODE == "e4m3" else tl.int8
         low = (word & 0xFF).to(tl.uint8).to(kind, bitcast=True).to(tl.float16)
         high = ((word >> 8) & 0xFF).to(tl.uint8).to(kind, bitcast=True).to(tl.float16)
-    elif CODE == "e4m3":
+    else:  # results are written before the word is read for the last time: "&" keeps them in registers of their own
+        e4m3: tl.constexpr = _FROM_E4M3 if tl.target_info.cuda_capability_geq(8, 9) else _FROM_E4M3_BITS
+        asm: tl.constexpr = e4m3 if CODE == "e4m3" else _FROM_INT8
         low, high = tl.inline_asm_elementwise(
-            """{
-                .reg .b32 t;
-                .reg .b16 l, h;
-                prmt.b32 t, $2, $2, 0x3120;
-                mov.b32 {l, h}, t;
-                cvt.rn.f16x2.e4m3x2 $0, l;
-                cvt.rn.f16x2.e4m3x2 $1, h;
-            }""",
-            "=r,=r,r", [word], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
-        )  # fmt: skip
-    else:  # 0x6400 | b is the fp16 number 1024 + b; with its sign bit turned, a byte is the code + 128
-        low, high = tl.inline_asm_elementwise(
-            """{
-                .reg .b32 t, c;
-                mov.b32 c, 0x64806480;
-                lop3.b32 t, $2, 0x00FF00FF, c, 0x6A;
-                sub.rn.f16x2 $0, t, c;
-                shr.b32 t, $2, 8;
-                lop3.b32 t, t, 0x00FF00FF, c, 0x6A;
-                sub.rn.f16x2 $1, t, c;
-            }""",
-            "=r,=r,r", [word], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
-        )  # fmt: skip
+            asm, "=&r,=&r,r", [word], dtype=(tl.float16, tl.float16), is_pure=True, pack=2
+        )
     return low, high
 
 

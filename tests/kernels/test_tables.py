@@ -1,0 +1,71 @@
+"""Which card takes which table of block sizes, and that every table serves every size."""
+
+from __future__ import annotations
+
+import pytest
+
+from octavo.kernels import tables
+
+CARDS = [
+    ("NVIDIA H100 80GB HBM3", 90, "h100", "h100"),
+    ("NVIDIA H100 PCIe", 90, "h100", "h100"),
+    ("NVIDIA H200", 90, "h200", "h100"),
+    ("NVIDIA GH200 480GB", 90, "gh200", "h100"),
+    ("NVIDIA B200", 100, "b200", "h100"),
+    ("NVIDIA A100-SXM4-80GB", 80, "a100", "a100"),
+    ("NVIDIA A100 80GB PCIe", 80, "a100", "a100"),
+    ("NVIDIA A10", 86, "a10", "l40s"),
+    ("NVIDIA RTX A6000", 86, "a6000", "l40s"),
+    ("NVIDIA GeForce RTX 3090", 86, "3090", "l40s"),
+    ("NVIDIA L40S", 89, "l40s", "l40s"),
+    ("NVIDIA L4", 89, "l4", "l40s"),
+    ("NVIDIA GeForce RTX 4090", 89, "4090", "l40s"),
+    ("NVIDIA GeForce RTX 5090", 120, "5090", "l40s"),
+    ("Graphics Device", 90, "graphics-device", "h100"),
+]
+KERNELS = {"w8a16", "int8", "int4", "moe bf16", "moe int4", "paged decode", "paged prefill"}
+FP8_KERNELS = {"fp8", "fp8 blocks", "int4 fp8", "moe fp8", "moe fp8 blocks"}
+
+
+@pytest.fixture(autouse=True)
+def _card_of_other_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "card", tables.card)
+
+
+@pytest.mark.parametrize(("name", "capability", "own", "taken"), CARDS, ids=lambda value: str(value))
+def test_a_card_takes_its_table(name: str, capability: int, own: str, taken: str) -> None:
+    assert tables.stem(name) == own
+    note = tables.use(name, capability)
+    assert tables.card == taken
+    if own == taken:
+        assert note is None
+    else:
+        assert note == f"{name} has no table of block sizes of its own: kernels take those of tuning/{taken}.json"
+
+
+@pytest.mark.parametrize(("name", "capability", "said"), [("Tesla T4", 75, "7.5"), ("Tesla V100-SXM2-16GB", 70, "7.0")])
+def test_a_card_without_kernels_is_refused(name: str, capability: int, said: str) -> None:
+    before = tables.card
+    with pytest.raises(ValueError, match=rf"{name}: compute capability {said}, .* need 8\.0 .*--device cpu works"):
+        tables.use(name, capability)
+    assert tables.card == before
+
+
+def test_a_process_s_kernels_have_its_card_s_sizes() -> None:
+    tables.use("NVIDIA H100 80GB HBM3", 90)
+    assert tables.choose("int8", 4096, 4096, 4096)["tma"] == 1
+    tables.use("NVIDIA A100-SXM4-80GB", 80)
+    assert tables.choose("int8", 4096, 4096, 4096)["tma"] == 0
+    with tables.taken("l40s"):
+        assert tables.choose("int8", 4096, 4096, 4096)["programs"] == 142
+    assert tables.card == "a100"
+
+
+@pytest.mark.parametrize("path", sorted(tables.TUNING.glob("*.json")), ids=lambda path: path.stem)
+def test_a_table_has_a_row_for_every_size(path: object) -> None:
+    stem = getattr(path, "stem", "")
+    rows = tables.rows_of(stem)
+    assert set(rows) == (KERNELS if stem == "a100" else KERNELS | FP8_KERNELS)  # an A100 multiplies no fp8
+    assert {name: tables.BOUNDS for name, those in rows.items() if set(those[-1]) & set(tables.BOUNDS)} == {}
+    if stem in ("a100", "l40s"):
+        assert not any(row.get("tma") for those in rows.values() for row in those)  # no memory accelerator before 9.0
