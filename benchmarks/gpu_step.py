@@ -1,6 +1,7 @@
 """The engine on a GPU with random weights: milliseconds of a decode step, and tokens/s with many streams.
 
     PYTHONPATH=src python -m benchmarks.gpu_step [--model llama-3.1-8b] [--dtype fp8] [--kv-cache-dtype fp8_e4m3]
+    PYTHONPATH=src python -m benchmarks.gpu_step --apart           beside it, in turns: no kernel starts early
     PYTHONPATH=src python -m benchmarks.gpu_step --rehearse        without a GPU: a model of two small layers
 
 A step's time is that of `forward`, through its CUDA graph where there is one, and of the sampler behind it, on
@@ -18,7 +19,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -26,10 +28,13 @@ from typing import Any
 import torch
 from benchmarks import shapes
 from benchmarks.gpu_clock import environment, one_line
+from torch import Tensor
 
+from octavo.kernels import launch
 from octavo.kernels.attention.step import StepInputs
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.engine import Engine
+from octavo.runtime.graphs import StepGraphs
 from octavo.runtime.request import AddRequest, SamplingParams
 from octavo.runtime.startup import load_engine
 
@@ -48,11 +53,15 @@ def main() -> int:
         f"# Decode steps of {args.model}, {args.dtype}, {args.kv_cache_dtype} cache, {date.today().isoformat()}",
         "",
     ]
-    lines += ["| context | batch | forward, ms | sampling, ms | limit, ms | of the limit | tok/s |", "|---" * 7 + "|"]
+    lines += [
+        "| context | batch | forward, ms | apart, ms | difference | sampling, ms | limit, ms | of the limit | tok/s |",
+        "|---" * 9 + "|",
+    ]
+    graphs = graphs_apart(engine, args) if args.apart else None
     records: list[dict[str, Any]] = []
     for context in args.contexts:
         for batch in args.batches:
-            record = measure_step(engine, config, args, batch, context)
+            record = measure_step(engine, graphs, config, args, batch, context)
             records.append(record)
             lines.append(row_of(record))
             print(lines[-1], flush=True)
@@ -92,6 +101,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--streams", type=int, default=256)
     parser.add_argument("--max-model-len", type=int, default=8192)
     parser.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs")
+    parser.add_argument(
+        "--apart",
+        action="store_true",
+        help="time each step also with kernels that start when the one before has ended",
+    )
     parser.add_argument("--rehearse", action="store_true", help="a tiny model on whatever device there is")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder of the tables")
     args = parser.parse_args()
@@ -135,31 +149,65 @@ def decode_inputs(engine: Engine, batch: int, context: int) -> StepInputs:
     )
 
 
-def milliseconds(run: Callable[[], object], device: torch.device, rounds: int = 20) -> float:
-    """The median, on an empty device each time: what a step costs that waits for its tokens."""
-    times = []
+def milliseconds(runs: list[Callable[[], object]], device: torch.device, rounds: int = 20) -> list[float]:
+    """The medians, in turns, on an empty device each time: what a step costs that waits for its tokens."""
+    times: list[list[float]] = [[] for _ in runs]
     for number in range(rounds + 3):
-        begin = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        if number >= 3:
-            times.append(time.perf_counter() - begin)
-    return 1e3 * statistics.median(times)
+        for run, own in zip(runs, times, strict=True):
+            begin = time.perf_counter()
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if number >= 3:
+                own.append(time.perf_counter() - begin)
+    return [1e3 * statistics.median(own) for own in times]
+
+
+@contextmanager
+def apart(engine: Engine, graphs: StepGraphs | None) -> Iterator[None]:
+    """Meanwhile no kernel overlaps the one before it: steps through graphs that hold none, and launches."""
+    kept, engine.graphs, launch.overlap = engine.graphs, graphs, False
+    try:
+        yield
+    finally:
+        engine.graphs, launch.overlap = kept, True
+
+
+def graphs_apart(engine: Engine, args: argparse.Namespace) -> StepGraphs | None:
+    """The engine's graphs once more, if it has any, of kernels that don't overlap."""
+    if engine.graphs is None:
+        return None
+    with apart(engine, None):
+        return StepGraphs(engine.model, engine.caches, args.streams, args.max_model_len)
 
 
 @torch.inference_mode()
 def measure_step(
-    engine: Engine, config: shapes.Config, args: argparse.Namespace, batch: int, context: int
+    engine: Engine,
+    graphs: StepGraphs | None,
+    config: shapes.Config,
+    args: argparse.Namespace,
+    batch: int,
+    context: int,
 ) -> dict[str, Any]:
+    """With --apart through graphs of kernels that don't overlap too, and by how much its logits differ at the most."""
     record: dict[str, Any] = {"batch": batch, "context": context}
     try:
         inputs, device = decode_inputs(engine, batch, context), engine.model.device
         logits = engine.forward(inputs).clone()
         if not bool(logits.isfinite().all()):
             raise ValueError("logits that aren't finite")
-        record["forward"] = milliseconds(lambda: engine.forward(inputs), device)
-        record["sampling"] = milliseconds(lambda: logits.argmax(1).tolist(), device)
+
+        def step_apart() -> Tensor:
+            with apart(engine, graphs):
+                return engine.forward(inputs)
+
+        runs: list[Callable[[], object]] = [lambda: engine.forward(inputs)]
+        if args.apart:
+            record["difference"] = (step_apart() - logits).abs().max().item()
+            runs.append(step_apart)
+        record |= zip(("forward", "apart"), milliseconds(runs, device), strict=False)
+        (record["sampling"],) = milliseconds([lambda: logits.argmax(1).tolist()], device)
         record["limit"] = (
             1e3 * shapes.step_bytes(config, WEIGHTS[args.dtype], KV[args.kv_cache_dtype], batch, context) / LIMIT
         )
@@ -171,10 +219,11 @@ def measure_step(
 def row_of(record: dict[str, Any]) -> str:
     head = f"| {record['context']} | {record['batch']} |"
     if "failure" in record:
-        return f"{head} **{record['failure']}** | | | | |"
+        return f"{head} **{record['failure']}** | | | | | | |"
+    compared = f"{record['apart']:.2f} | {record['difference']:.1e}" if "apart" in record else " | "
     whole = record["forward"] + record["sampling"]
     return (
-        f"{head} {record['forward']:.2f} | {record['sampling']:.2f} | {record['limit']:.2f} | "
+        f"{head} {record['forward']:.2f} | {compared} | {record['sampling']:.2f} | {record['limit']:.2f} | "
         f"{record['limit'] / record['forward']:.0%} | {1e3 * record['batch'] / whole:.0f} |"
     )
 

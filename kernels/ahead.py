@@ -4,6 +4,7 @@ Needs the compiler, assembler and disassembler that Triton's wheel brings, and n
 launch would run: the same specialization on types, on multiples of 16 and on arguments that are 1.
 
 `python -m octavo.kernels.ahead OUT.json` compiles the proofs of every room, on all cores: a name for each, and `facts`.
+With `--capability 80` or 89 they are compiled for an A100, or for an L40S and a 4090, in the sizes of the card's table.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import tempfile
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -26,8 +29,10 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
+from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from octavo.kernels import tables
 from octavo.kernels.launch import INTERPRETED, Launch, Proof
 
 ROOMS = (  # modules that have `proofs() -> dict[str, Proof]`
@@ -51,7 +56,11 @@ ROOMS = (  # modules that have `proofs() -> dict[str, Proof]`
     "sampling.gpu.change",
     "sampling.gpu.draw",
 )
-SHARED_MEMORY = 232_448  # bytes that a block may use on sm_90
+HOPPER = ("int4.gpu.gemm", "fp8.gpu.few", "fp8.gpu.many", "int8.gpu.weights", "moe.gpu.grouped", "moe.gpu.int4")
+"""Rooms whose proofs have an H100's sizes; for other cards `rows` has those of the card's table."""
+SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 120: 101_376}
+"""Bytes that a block may use, by compute capability."""
+FP8_PRODUCTS = re.compile(r"rows: .*fp8")
 TYPES = {
     torch.float64: "fp64",
     torch.float32: "fp32",
@@ -64,6 +73,10 @@ TYPES = {
     torch.int32: "i32",
     torch.int64: "i64",
 }
+# An instruction of a listing: predicate, name, and whether the first factor of a wgmma lies in registers.
+_LINE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)(\s+R\d+, R\d+, gdesc)?", re.MULTILINE)
+# What reads or writes memory, lets the next kernel in, or goes another way.
+_ACTS = re.compile(r"LD(?!C)|ST|ATOM|RED\.|U?TMA|UBLK|CCTL(?!\.E\.PF2)|MEMBAR|PREEXIT|B[RS]|JM|CALL|RET|EXIT|WARPSYNC")
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
@@ -75,6 +88,8 @@ class Compiled:
     stack         bytes of local memory a thread has: not 0 where registers spill
     shared        bytes of shared memory a block has
     serialized    ptxas gave up overlapping tensor-core instructions (its warning C7510 to C7519)
+    overlaps      it may start while the kernel before still runs (`overlap`)
+    waits         it waits for that kernel before all else (`waits_first`)
     instructions  how often each opcode stands in the machine code, with its modifiers; ".RS" is put behind a wgmma
                   whose first factor lies in registers
     """
@@ -83,6 +98,8 @@ class Compiled:
     stack: int
     shared: int
     serialized: bool
+    overlaps: bool
+    waits: bool
     instructions: Counter[str]
 
     def count(self, pattern: str) -> int:
@@ -99,35 +116,47 @@ class Compiled:
             "registers": self.registers,
             "stack": self.stack,
             "shared": self.shared,
+            "waits": self.waits,
             "instructions": sum(self.instructions.values()),
             "tensor cores": dict(sorted(found.items())),
         }
 
-    def objections(self, proof: Proof) -> list[str]:
-        """What is wrong with it, in words; nothing, where it is as it must be."""
-        said = [f"no {pattern}" for pattern in proof.expects if not self.count(pattern)]
-        said += [f"{self.count(p)} x {p}" for p in (*proof.forbids, r"STS\.U8", "LDL", "STL") if self.count(p)]
+    def objections(self, proof: Proof, capability: int = 90) -> list[str]:
+        """What is wrong with it, in words; nothing, where it is as it must be.
+
+        A proof names sm_90's instructions; elsewhere any of the tensor core stands for one of them, and the rest is
+        left open.
+        """
+        expects, forbids = proof.expects, proof.forbids
+        if capability != 90:
+            expects, forbids = (r"[A-Z]*MMA\.",) if any("MMA" in pattern for pattern in expects) else (), ()
+        said = [f"no {pattern}" for pattern in expects if not self.count(pattern)]
+        said += [f"{self.count(p)} x {p}" for p in (*forbids, r"STS\.U8", "LDL", "STL") if self.count(p)]
         said += [f"{self.stack} bytes of stack: registers spill"] if self.stack else []
-        said += [f"{self.shared} bytes of shared memory"] if self.shared > SHARED_MEMORY else []
+        said += [f"{self.shared} bytes of shared memory"] if self.shared > SHARED_MEMORY[capability] else []
         said += ["tensor-core instructions are serialized"] if self.serialized else []
+        said += ["overlaps the kernel before and doesn't wait for it first"] if self.overlaps and not self.waits else []
+        said += ["overlaps and lets no kernel overlap it"] if self.overlaps and not self.count("PREEXIT") else []
         return said
 
 
-def proofs() -> dict[str, tuple[str, str]]:
-    """All proofs of all rooms by name: where each is found, as its module and its name there."""
-    return {
-        f"{room.replace('.gpu.', ' ')}: {name}": (f"octavo.kernels.{room}", name)
-        for room in ROOMS
-        for name in importlib.import_module(f"octavo.kernels.{room}").proofs()
-    }
+def proofs(capability: int = 90) -> dict[str, tuple[str, str]]:
+    """All proofs of all rooms by name, with the card's table: where each is found, as its module and its name there."""
+    rooms = ROOMS if capability == 90 else (*(room for room in ROOMS if room not in HOPPER), "rows")
+    with tables.taken(tables.of_capability(capability)):
+        found = {
+            f"{room.replace('.gpu.', ' ')}: {name}": (f"octavo.kernels.{room}", name)
+            for room in rooms
+            for name in importlib.import_module(f"octavo.kernels.{room}").proofs()
+        }
+    return {name: place for name, place in found.items() if capability >= 89 or not FP8_PRODUCTS.match(name)}
 
 
 def compile_ahead(launch: Launch, capability: int = 90) -> Compiled:
     """Compile a launch for a compute capability (90: H100)."""
     if INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET is set: kernels are interpreted in this process, so none can be compiled")
-    source = _source(launch)
-    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
+    built = _compile(launch, GPUTarget("cuda", capability, 32))
     with tempfile.TemporaryDirectory() as directory:
         cubin = Path(directory) / "kernel.cubin"
         cubin.write_bytes(built.asm["cubin"])
@@ -139,24 +168,51 @@ def compile_ahead(launch: Launch, capability: int = 90) -> Compiled:
         assert arch is not None
         said = _run(get_ptxas(capability).path, "-v", f"--gpu-name={arch[1]}", "-o", str(cubin), str(ptx))
     resources = dict(re.findall(r"(REG|STACK):(\d+)", usage))
-    line = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(\s+R\d+, R\d+, gdesc)?", re.MULTILINE)
-    names = [name + (".RS" if registers else "") for name, registers in line.findall(listing)]
+    names = [name + (".RS" if registers else "") for _, name, registers in _LINE.findall(listing)]
     return Compiled(
         registers=int(resources["REG"]),
         stack=int(resources["STACK"]),
         shared=built.metadata.shared,
         serialized=re.search(r"C751\d", said) is not None,
+        overlaps=built.metadata.launch_pdl,
+        waits=waits_first(listing),
         instructions=Counter(names),
     )
 
 
-def _source(launch: Launch) -> ASTSource:
+def waits_first(listing: str) -> bool:
+    """Whether every thread waits for the kernel before (ACQBULK) ahead of all that reads or writes memory.
+
+    Only a straight line from the entry counts: without a label, a branch, a call or an end, and the wait is under no
+    predicate. On it, arguments (constant memory) may be read, lines prefetched into L2; the next kernel isn't let in.
+    """
+    entry = listing[listing.rfind(".text.", 0, listing.find("/*0000*/")) :]
+    for predicate, name, _ in _LINE.findall(entry.split("\n.L_")[0]):
+        if name == "ACQBULK":
+            return not predicate
+        if _ACTS.match(name):
+            return False
+    return False
+
+
+def _compile(launch: Launch, target: GPUTarget) -> Any:
+    """Kernels that branch on the target ask Triton's driver for it: while they are compiled, it has just that."""
+    arguments, options = launch.on(target.arch)
+    before = driver._active
+    driver.set_active(SimpleNamespace(get_current_target=lambda: target))
+    try:
+        return triton.compile(_source(launch.kernel, arguments), target=target, options=options)
+    finally:
+        driver._active = before
+
+
+def _source(kernel: Any, arguments: dict[str, Any]) -> ASTSource:
     """The kernel as Triton's own dispatcher would specialize it for these arguments."""
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
-    for i, parameter in enumerate(launch.kernel.params):
-        value = launch.arguments.get(parameter.name, parameter.default)
+    for i, parameter in enumerate(kernel.params):
+        value = arguments.get(parameter.name, parameter.default)
         if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
             signature[parameter.name] = "constexpr"
             constants[(i,)] = value
@@ -164,7 +220,7 @@ def _source(launch: Launch) -> ASTSource:
         signature[parameter.name] = _type(value)
         if _is_multiple_of_16(value):
             attributes[(i,)] = [["tt.divisibility", 16]]
-    return ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
 def _type(value: Any) -> str:
@@ -190,25 +246,27 @@ def _run(tool: str, *arguments: str) -> str:
     return done.stdout + done.stderr
 
 
-def check(place: tuple[str, str]) -> dict[str, Any]:
+def check(place: tuple[str, str], capability: int = 90) -> dict[str, Any]:
     """Compile one proof: its facts, and the objections to it."""
     module, name = place
-    proof = importlib.import_module(module).proofs()[name]
-    compiled = compile_ahead(proof.launch)
-    return {**compiled.facts(), "objections": compiled.objections(proof)}
+    with tables.taken(tables.of_capability(capability)):
+        proof = importlib.import_module(module).proofs()[name]
+    compiled = compile_ahead(proof.launch, capability)
+    return {**compiled.facts(), "objections": compiled.objections(proof, capability)}
 
 
 def main() -> None:
-    """Compile all proofs whose name holds a word, and write what came out."""
+    """Compile all proofs whose name holds what a regular expression says, and write what came out."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--only", default="", metavar="WORD")
+    parser.add_argument("--only", default="", metavar="EXPRESSION")
+    parser.add_argument("--capability", type=int, default=90, choices=SHARED_MEMORY, help="of the card (default: 90)")
     args = parser.parse_args()
-    wanted = {name: place for name, place in proofs().items() if args.only in name}
+    wanted = {name: place for name, place in proofs(args.capability).items() if re.search(args.only, name)}
     if not wanted:
         parser.error(f"--only {args.only}: no proof's name holds that")
     with ProcessPoolExecutor() as pool:
-        table = dict(zip(wanted, pool.map(check, wanted.values()), strict=True))
+        table = dict(zip(wanted, pool.map(check, wanted.values(), repeat(args.capability)), strict=True))
     lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(facts)}" for name, facts in table.items())
     args.out.write_text(f"{{\n{lines}\n}}\n")
 

@@ -7,12 +7,14 @@ A launcher is a pure function of tensors (on any device, `meta` too) that return
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
+overlap = True  # let kernels that can overlap the one before them; benchmarks compare with False
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # as Triton itself decides it when kernels are defined
 
 
@@ -29,12 +31,34 @@ class Launch:
     def __call__(self) -> None:
         """Start it on the current stream. An empty grid is no launch."""
         if all(self.grid):
-            self.kernel[self.grid](**self.arguments, **self.options)
+            arguments, options = self.on(_capability())
+            self.kernel[self.grid](**arguments, **options)
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """What the compiler is told. Multiplications and additions are fused, whatever Triton's default becomes."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+    def on(self, capability: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """All arguments, and what the compiler is told, for a compute capability (0: the interpreter).
+
+        Multiplications and additions are fused, whatever Triton's default becomes. e4m3 may be loaded and stored on
+        every card: what an A100 can't do is convert it, and `numeric` knows that. A kernel with a parameter OVERLAPS
+        waits by itself for the kernel before (`overlap`), and no other is launched so that it must.
+        """
+        options: dict[str, Any] = {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": True,
+            "supported_fp8_dtypes": ("fp8e4b15", "fp8e4nv", "fp8e5"),
+        }
+        if "OVERLAPS" not in self.kernel.arg_names:
+            return self.arguments, options
+        overlaps = overlap and capability >= 90
+        if overlaps:
+            options["launch_pdl"] = True
+        return {**self.arguments, "OVERLAPS": overlaps}, options
+
+
+@cache
+def _capability() -> int:
+    """Of the GPU that kernels run on; 0 in the interpreter."""
+    return 0 if INTERPRETED else int(triton.runtime.driver.active.get_current_target().arch)
 
 
 @dataclass(frozen=True, slots=True)

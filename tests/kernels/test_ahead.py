@@ -1,4 +1,5 @@
 """Every proof of every room, compiled for sm_90 without a GPU: spills, shared memory, tensor-core instructions.
+A sample of them, and of the sizes in other cards' tables, for sm_80 and sm_89.
 
 What a version of Triton made of them stands in `sass/triton-VERSION.json`, so that a change of one of them is seen.
 `python -m octavo.kernels.ahead tests/kernels/sass/triton-VERSION.json` writes it anew.
@@ -21,15 +22,20 @@ from octavo.kernels import ahead
 TABLES = Path(__file__).parent / "sass"
 
 
-@pytest.fixture(scope="session")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """All proofs, compiled in processes that don't interpret."""
-    out = tmp_path_factory.mktemp("sass") / "facts.json"
+def compile_all(directory: Path, *flags: str) -> dict[str, dict[str, Any]]:
+    """What `ahead` writes, in processes that don't interpret."""
+    out = directory / "facts.json"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(out.parent / "cache")
-    subprocess.run([sys.executable, "-m", "octavo.kernels.ahead", str(out)], check=True, env=environment)
+    environment["TRITON_CACHE_DIR"] = str(directory / "cache")
+    subprocess.run([sys.executable, "-m", "octavo.kernels.ahead", str(out), *flags], check=True, env=environment)
     found: dict[str, dict[str, Any]] = json.loads(out.read_text())
     return found
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """All proofs for an H100."""
+    return compile_all(tmp_path_factory.mktemp("sass"))
 
 
 @pytest.mark.parametrize("name", ahead.proofs())
@@ -48,3 +54,21 @@ def test_the_gpu_machine_s_triton_has_a_table() -> None:
     known = json.loads((TABLES / "triton-3.6.0.json").read_text())
     assert list(known) == list(ahead.proofs())
     assert {name: facts["objections"] for name, facts in known.items() if facts["objections"]} == {}
+
+
+# The rest is compiled by `python -m octavo.kernels.ahead OUT.json --capability 80`, or 89, in a minute.
+SAMPLE = (
+    r"norm 4096|norm fp8 4096|silu (fp8 )?14336|embedding|(decode|prefill) (bf16|fp8|int8), 32 / 8 heads of 128$"
+    r"|prefill bf16, 8 / 4|rope fp8, 32|dequantize: g128|fp8 rows|sum of 8|align 8 of 256|masses 151936|choose 151936"
+    r"|rows: w8a16, groups of 128 .*(16 x|128 x)|rows: (fp8|fp8 blocks|int8) (16 x|128 x)|rows: moe .*(16 x|128 x)"
+    r"|rows: moe int4, .*64 x|rows: int4, 2 bits.*64 x|rows: int4(| fp8), groups of 64 .*(16 x|128 x)"
+)
+
+
+@pytest.mark.parametrize("capability", [80, 89])
+def test_kernels_compile_for_other_cards_in_their_tables_sizes(capability: int, tmp_path: Path) -> None:
+    """For an A100, and for an L40S and a 4090: nothing spills, all fits, products reach tensor cores."""
+    facts = compile_all(tmp_path, "--capability", str(capability), "--only", SAMPLE)
+    assert {name: of["objections"] for name, of in facts.items() if of["objections"]} == {}
+    cores = {op.split(".")[0] for of in facts.values() for op in of["tensor cores"]}
+    assert cores == ({"HMMA", "IMMA"} if capability == 80 else {"HMMA", "IMMA", "QMMA"})

@@ -32,6 +32,7 @@ from octavo.kernels.attention.gpu.paged import (
 from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.launch import Launch, Proof, cdiv, power_of_two
 from octavo.kernels.numeric import narrow
+from octavo.kernels.overlap import await_previous
 
 
 @triton.jit
@@ -110,8 +111,9 @@ def _decode(
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr,
     KEY_CODE: tl.constexpr, VALUE_CODE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr,
-    MERGED_ROWS: tl.constexpr, MERGED_SHARES: tl.constexpr,
+    MERGED_ROWS: tl.constexpr, MERGED_SHARES: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
+    await_previous(OVERLAPS)
     sequence, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first, queries, length, begin, share, parts = _shares(
         sequence, seq_lens, query_starts, window, BLOCK_N, LEAST, MOST, HAS_WINDOW

@@ -24,6 +24,7 @@ from octavo.kernels.attention.gpu.paged import CODES, LOG2_E, attend, load_queri
 from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.launch import Launch, Proof, power_of_two
 from octavo.kernels.numeric import narrow
+from octavo.kernels.overlap import await_previous
 
 
 @triton.jit
@@ -56,8 +57,9 @@ def _prefill(
     sequences, table_width, kv_heads, scale, window, soft_cap, fewest,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr, SEQUENCES: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KEY_CODE: tl.constexpr, VALUE_CODE: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
+    await_previous(OVERLAPS)
     TOKENS: tl.constexpr = BLOCK_M // GROUP
     head = tl.program_id(1)
     program = tl.num_programs(0) - 1 - tl.program_id(0)  # a prompt's last queries have most to do: they begin

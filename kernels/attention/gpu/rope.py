@@ -19,6 +19,7 @@ from octavo.kernels.attention.gpu.paged import on_meta
 from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.launch import Launch, Proof, cdiv, power_of_two
 from octavo.kernels.numeric import narrow, to_e4m3, to_int8
+from octavo.kernels.overlap import await_previous
 
 
 @triton.jit
@@ -104,7 +105,9 @@ def _rope(
     HEAD_DIM: tl.constexpr, GROUP: tl.constexpr, KV_HEADS: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
     HALVES: tl.constexpr, RESTS: tl.constexpr, BLOCK_SIZE: tl.constexpr, PARTS: tl.constexpr, Q_NORM: tl.constexpr,
     K_NORM: tl.constexpr, Q_WIDTH: tl.constexpr, K_WIDTH: tl.constexpr, ROTATES: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
+    await_previous(OVERLAPS)
     token = tl.program_id(0).to(tl.int64)
     dtype: tl.constexpr = q.dtype.element_ty
     q_size = kv_heads * GROUP * HEAD_DIM

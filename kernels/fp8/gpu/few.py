@@ -23,6 +23,7 @@ from torch import Tensor
 
 from octavo.kernels.launch import Launch, Proof, cdiv, meta
 from octavo.kernels.numeric import dot, narrow
+from octavo.kernels.overlap import MOST, await_previous, prefetch, row_lines
 
 BLOCK = 128  # rows and columns of a weight that share a scale, and columns of activations
 
@@ -44,7 +45,7 @@ def _few(
     x, w, x_scale, w_scale, bias, out, M, N, K, columns,
     x_scale_row, x_scale_group, w_scale_row, w_scale_group,
     BLOCKS: tl.constexpr, HAS_BIAS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     first_n, part, first_m = tl.program_id(0) * BLOCK_N, tl.program_id(1), tl.program_id(2) * BLOCK_M
     # What lies past the end repeats the last row: read from the cache, and never stored.
@@ -55,8 +56,12 @@ def _few(
     x_at = x + first_m.to(tl.int64) * K + (m[None, :] * K + k[:, None])
     x_scale += (first_m + m) * x_scale_row
     w_scale += (first_n // BLOCKS if BLOCKS else first_n + n) * w_scale_row
-    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.int32 if w.dtype.element_ty == tl.int8 else tl.float32)
     first = part * columns
+    if OVERLAPS and BLOCK_M <= MOST:
+        prefetch(row_lines(w, first, first_n, N, K, BLOCK_N))
+        prefetch(w_scale)
+    await_previous(OVERLAPS)
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.int32 if w.dtype.element_ty == tl.int8 else tl.float32)
     for at in range(first, tl.minimum(K, first + columns), BLOCK_K):
         seen = k < K - at
         codes = tl.load(w_at + at, mask=seen[None, :], other=0.0)
@@ -87,7 +92,8 @@ def store_transposed(
 
 
 @triton.jit
-def _add_up(parts, out, size, PARTS: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+def _add_up(parts, out, size, PARTS: tl.constexpr, BLOCK_SIZE: tl.constexpr, OVERLAPS: tl.constexpr):
+    await_previous(OVERLAPS)
     at = tl.program_id(0).to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
     seen = at < size
     total = tl.load(parts + at, mask=seen, other=0.0)

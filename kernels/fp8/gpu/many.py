@@ -24,6 +24,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from octavo.kernels.fp8.gpu.few import multiply, scale_arguments
 from octavo.kernels.launch import Launch, Proof, cdiv, meta
 from octavo.kernels.numeric import dot, narrow
+from octavo.kernels.overlap import await_previous
 
 
 @triton.jit
@@ -55,8 +56,9 @@ def _many(
     x_scale_row, x_scale_group, w_scale_row, w_scale_group,
     PROGRAMS: tl.constexpr, TMA: tl.constexpr, INT8: tl.constexpr, BLOCKS: tl.constexpr, PROMOTE: tl.constexpr,
     HAS_BIAS: tl.constexpr, GROUP_M: tl.constexpr, SUBTILES: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
+    await_previous(OVERLAPS)
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     for index in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=TMA):
         m, n = tile_of(index, M, N, BLOCK_M, BLOCK_N, GROUP_M)

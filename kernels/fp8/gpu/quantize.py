@@ -15,6 +15,7 @@ from torch import Tensor
 
 from octavo.kernels.launch import Launch, Proof, cdiv, meta, power_of_two
 from octavo.kernels.numeric import to_e4m3, to_int8
+from octavo.kernels.overlap import await_previous
 
 WARPS = ((2048, 4), (8192, 8), (1 << 30, 16))  # elements of a row at the most, warps
 ROWS = 32  # tokens whose groups of the same columns a program rounds
@@ -44,7 +45,10 @@ def _finite(size):
 
 
 @triton.jit
-def _quantize_rows(x, out, scale, stored, width, STATIC: tl.constexpr, BLOCK: tl.constexpr):
+def _quantize_rows(
+    x, out, scale, stored, width, STATIC: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr
+):  # fmt: skip
+    await_previous(OVERLAPS)
     token = tl.program_id(0)
     at = tl.arange(0, BLOCK)
     seen = at < width
@@ -62,8 +66,10 @@ def _quantize_rows(x, out, scale, stored, width, STATIC: tl.constexpr, BLOCK: tl
 
 @triton.jit
 def _quantize_groups(
-    x, out, scale, num_tokens, width, scale_row, scale_group, GROUP: tl.constexpr, ROWS: tl.constexpr
+    x, out, scale, num_tokens, width, scale_row, scale_group,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
+    await_previous(OVERLAPS)
     first, group = tl.program_id(0) * ROWS, tl.program_id(1)
     m, k = tl.arange(0, ROWS), group * GROUP + tl.arange(0, GROUP)
     seen = m < num_tokens - first

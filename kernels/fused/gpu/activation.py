@@ -17,6 +17,7 @@ from torch import Tensor
 
 from octavo.kernels.fused.gpu.rounding import store_rounded
 from octavo.kernels.launch import Launch, Proof, cdiv, meta, power_of_two
+from octavo.kernels.overlap import await_previous
 
 STRETCH = 1024  # columns of a program where a row is not rounded as a whole
 WARPS = ((2048, 4), (8192, 8), (1 << 30, 16))  # columns of a program at the most, warps
@@ -32,8 +33,9 @@ def _sigmoid(x):
 @triton.jit
 def _gated(
     x, out, scale, part_size, width,
-    GELU: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+    GELU: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
+    await_previous(OVERLAPS)
     token, first = tl.program_id(0), tl.program_id(1) * BLOCK
     at = first + tl.arange(0, BLOCK)
     seen = at < width

@@ -13,12 +13,14 @@ from torch import Tensor
 
 from octavo.kernels.launch import Launch, Proof, cdiv, power_of_two
 from octavo.kernels.numeric import narrow
+from octavo.kernels.overlap import await_previous
 
 STRETCH = 1024  # columns of a program
 
 
 @triton.jit
-def _embed(token_ids, table, out, width, factor, BLOCK: tl.constexpr):
+def _embed(token_ids, table, out, width, factor, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr):
+    await_previous(OVERLAPS)
     token = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(token_ids + token).to(tl.int64) * width

@@ -18,6 +18,7 @@ from torch import Tensor
 from octavo.kernels.fused.gpu.rounding import store_rounded
 from octavo.kernels.launch import Launch, Proof, meta, power_of_two
 from octavo.kernels.numeric import narrow
+from octavo.kernels.overlap import await_previous, prefetch
 
 WARPS = ((2048, 4), (8192, 8), (1 << 30, 16))  # elements of a row at the most, warps
 
@@ -26,7 +27,11 @@ WARPS = ((2048, 4), (8192, 8), (1 << 30, 16))  # elements of a row at the most, 
 def _norm(
     x, weight, residual, out, scale, total, x_part, width, eps,
     PARTS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
+    if OVERLAPS:
+        prefetch(weight + tl.minimum(tl.arange(0, (BLOCK + 31) // 32) * 32, width - 1))
+    await_previous(OVERLAPS)
     token = tl.program_id(0)
     at = tl.arange(0, BLOCK)
     seen = at < width

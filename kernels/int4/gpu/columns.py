@@ -12,10 +12,12 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels.launch import Launch, Proof, cdiv
+from octavo.kernels.overlap import await_previous
 
 
 @triton.jit
-def _gather(x, order, out, x_row, columns, BLOCK: tl.constexpr):
+def _gather(x, order, out, x_row, columns, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr):
+    await_previous(OVERLAPS)
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     seen = at < columns

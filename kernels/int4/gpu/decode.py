@@ -22,7 +22,11 @@ from octavo.kernels.numeric import narrow, to_e4m3
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 # Operands: $1 two words, $2 the shift, $4 masks, $5 the larger numbers, $6 what is subtracted. 0xea: (a & b) | c.
-_TO_BF16 = tl.constexpr("{ .reg .b32 t; shr.u32 t, $1, $2; lop3.b32 t, t, $4, $5, 0xea; sub.rn.bf16x2 $0, t, $6; }")
+# bf16 is subtracted as -1 * b + a: what Hopper makes of `sub.bf16x2` too, which older cards' assemblers don't have.
+_TO_BF16 = tl.constexpr(
+    "{ .reg .b32 t, m; mov.b32 m, 0xbf80bf80;"
+    " shr.u32 t, $1, $2; lop3.b32 t, t, $4, $5, 0xea; fma.rn.bf16x2 $0, $6, m, t; }"
+)
 _TO_FP16 = tl.constexpr("{ .reg .b32 t; shr.u32 t, $1, $2; lop3.b32 t, t, $4, $5, 0xea; sub.rn.f16x2 $0, t, $6; }")
 _TWO = tl.constexpr("=r,r,r,r,r,r,r")
 # Operands: $1 and $2 four words, $3 the shift, then as above from $7, $9 and $11.

@@ -16,13 +16,15 @@ from octavo.kernels.int4.gpu.decode import integers, scale_type, scales, split, 
 from octavo.kernels.int4.gpu.packing import PackedInt4
 from octavo.kernels.launch import Launch, Proof, cdiv
 from octavo.kernels.numeric import narrow
+from octavo.kernels.overlap import await_previous
 
 
 @triton.jit
 def _dequantize(
     words, scale, out, N, columns,
-    BITS: tl.constexpr, SHARE: tl.constexpr, SCALE: tl.constexpr, BLOCK_N: tl.constexpr,
+    BITS: tl.constexpr, SHARE: tl.constexpr, SCALE: tl.constexpr, BLOCK_N: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
+    await_previous(OVERLAPS)
     WIDTH: tl.constexpr = 8 * BITS
     SLICES: tl.constexpr = 128 // WIDTH
     GROUPS: tl.constexpr = 128 // SHARE if SHARE < 128 else 1

@@ -28,6 +28,7 @@ from octavo.kernels.int4.gpu.decode import integers, scale_type, scales, split, 
 from octavo.kernels.int4.gpu.packing import TILE, PackedInt4
 from octavo.kernels.launch import Launch, Proof, cdiv, meta
 from octavo.kernels.numeric import dot
+from octavo.kernels.overlap import MOST, await_previous, group_lines, prefetch, tile_lines
 
 
 @triton.jit
@@ -35,10 +36,16 @@ def _gemm(
     x, words, scale, x_scale, bias, out, M, N, K, x_row, tiles, tiles_of_part,
     BITS: tl.constexpr, SHARE: tl.constexpr, SCALE: tl.constexpr, HAS_X_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr,
     EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     first_m, first_n = _corner(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     part = tl.program_id(1)
     WIDTH: tl.constexpr = 8 * BITS
+    first = part * tiles_of_part
+    if OVERLAPS and BLOCK_M <= MOST:
+        prefetch(tile_lines(words, first, tiles, first_n, N, WIDTH, BLOCK_N))
+        prefetch(group_lines(scale, first, tiles, first_n, N, 128, SHARE, BLOCK_N))
+    await_previous(OVERLAPS)
     # Rows of the weight past the end repeat the last one, and are never stored; tokens past the end aren't read.
     n = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - first_n)
     m = tl.arange(0, BLOCK_M)
@@ -47,11 +54,10 @@ def _gemm(
     x_at = x + first_m.to(tl.int64) * x_row + (m[:, None] * x_row + i[None, :])
     scale += first_n + n
     all_rows = tl.cast(N, tl.int64)
-    begin = part * tiles_of_part
-    end = tl.minimum(begin + tiles_of_part, tiles)
+    end = tl.minimum(first + tiles_of_part, tiles)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    coming = scales(scale, tl.minimum(begin, tiles - 1), all_rows, SHARE)
-    for tile in range(begin, end):
+    coming = scales(scale, tl.minimum(first, tiles - 1), all_rows, SHARE)
+    for tile in range(first, end):
         w = tl.load(words_at + tile * (all_rows * WIDTH))
         if SCALE is None:  # no product hangs on them, so the compiler doesn't copy them ahead: here, by one tile
             current = coming

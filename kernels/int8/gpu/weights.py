@@ -31,18 +31,21 @@ from octavo.kernels.fp8.gpu.few import add_up, store_transposed
 from octavo.kernels.fp8.gpu.many import tile_of
 from octavo.kernels.launch import INTERPRETED, Launch, Proof, cdiv, meta
 from octavo.kernels.numeric import dot
+from octavo.kernels.overlap import MOST, await_previous, group_lines, prefetch, tile_lines
 from octavo.kernels.tables import choose
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
+# bf16 is subtracted as -1 * b + a: what Hopper makes of `sub.bf16x2` too, which older cards' assemblers don't have.
 _BF16 = tl.constexpr("""{
-    .reg .b32 s, a, b;
+    .reg .b32 s, a, b, m;
+    mov.b32 m, 0xbf80bf80;
     shr.b32 s, $2, 8;
     lop3.b32 a, $2, 0x007f007f, 0x43004300, 0xea;
     lop3.b32 b, $2, 0x00800080, 0x43004300, 0xea;
-    sub.bf16x2 $0, a, b;
+    fma.rn.bf16x2 $0, b, m, a;
     lop3.b32 a, s, 0x007f007f, 0x43004300, 0xea;
     lop3.b32 b, s, 0x00800080, 0x43004300, 0xea;
-    sub.bf16x2 $1, a, b;
+    fma.rn.bf16x2 $1, b, m, a;
 }""")
 _FP16 = tl.constexpr("""{
     .reg .b32 s, a, b;
@@ -53,7 +56,9 @@ _FP16 = tl.constexpr("""{
     lop3.b32 a, s, 0x00ff00ff, b, 0x6a;
     sub.f16x2 $1, a, b;
 }""")
-_BF16_LESS = tl.constexpr("{ sub.bf16x2 $0, $2, $4; sub.bf16x2 $1, $3, $4; }")
+_BF16_LESS = tl.constexpr(
+    "{ .reg .b32 m; mov.b32 m, 0xbf80bf80; fma.rn.bf16x2 $0, $4, m, $2; fma.rn.bf16x2 $1, $4, m, $3; }"
+)
 _FP16_LESS = tl.constexpr("{ sub.f16x2 $0, $2, $4; sub.f16x2 $1, $3, $4; }")
 MAX_TILE = 128
 
@@ -96,15 +101,20 @@ def _weights(
     x, words, scale, zero, bias, out, M, N, K, tiles, tiles_of_part,
     GROUP: tl.constexpr, HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILE: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = x.dtype.element_ty
     HALF: tl.constexpr = TILE // 2
     part = tl.program_id(1)
     first_m, first_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    first = part * tiles_of_part
+    if OVERLAPS and BLOCK_M <= MOST:
+        prefetch(tile_lines(words, first, tiles, first_n, N, HALF, BLOCK_N))
+        prefetch(group_lines(scale, first, tiles, first_n, N, TILE, GROUP, BLOCK_N))
+    await_previous(OVERLAPS)
     n = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - first_n)
     m = tl.minimum(tl.arange(0, BLOCK_M), M - 1 - first_m)
     k = tl.arange(0, HALF)
-    first = part * tiles_of_part
     words += (first.to(tl.int64) * N + first_n) * HALF + (n[:, None] * HALF + k[None, :])
     x += first_m.to(tl.int64) * K + (m[None, :] * K + k[:, None])
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)

@@ -24,6 +24,7 @@ from octavo.kernels.moe.gpu.grouped import BLOCK, grouped
 from octavo.kernels.moe.gpu.int4 import PackedExperts, grouped_int4
 from octavo.kernels.moe.gpu.route import Aligned, align, route, unaligned
 from octavo.kernels.numeric import narrow
+from octavo.kernels.overlap import await_previous
 
 BLOCK_H = 1024  # columns of a token that a program sums
 
@@ -50,7 +51,8 @@ Weights = Experts | PackedExperts
 
 
 @triton.jit
-def _sum(pairs, out, width, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+def _sum(pairs, out, width, TOP_K: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr):
+    await_previous(OVERLAPS)
     token, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     seen = at < width
     total = tl.zeros((BLOCK,), tl.float32)

@@ -24,6 +24,7 @@ from torch import Tensor
 from octavo.kernels.launch import Launch, Proof, cdiv, meta
 from octavo.kernels.moe.gpu.route import Aligned, unaligned
 from octavo.kernels.numeric import dot, narrow
+from octavo.kernels.overlap import await_previous
 
 BLOCK = 128  # rows and columns of a weight that share a scale, and columns of activations
 SWAPPED = 32  # pairs in a tile at the most for which the weight's rows are the tensor core's
@@ -65,7 +66,9 @@ def _grouped(
     x, w, x_scale, w_scale, router, order, tile_expert, out, num_pairs, num_tiles, N, K, x_scale_row, x_scale_group,
     DIVISOR: tl.constexpr, HAS_ROUTER: tl.constexpr, SCALES: tl.constexpr, SWAP: tl.constexpr,
     GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
+    await_previous(OVERLAPS)
     tile, first_n = corner(num_tiles, N, BLOCK_N, GROUP_M)
     expert = tl.load(tile_expert + tile).to(tl.int64)
     if expert < 0:

@@ -24,6 +24,7 @@ from octavo.kernels.launch import Launch, Proof, cdiv, meta
 from octavo.kernels.moe.gpu.grouped import corner, store, tokens_of
 from octavo.kernels.moe.gpu.route import Aligned, unaligned
 from octavo.kernels.numeric import dot
+from octavo.kernels.overlap import await_previous
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,9 @@ def _grouped_int4(
     x, words, scale, zero, router, order, tile_expert, out, num_pairs, num_tiles, N, K, tiles, groups,
     DIVISOR: tl.constexpr, HAS_ROUTER: tl.constexpr, HAS_ZERO: tl.constexpr, SHARE: tl.constexpr,
     EVEN: tl.constexpr, GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
+    await_previous(OVERLAPS)
     tile, first_n = corner(num_tiles, N, BLOCK_N, GROUP_M)
     expert = tl.load(tile_expert + tile).to(tl.int64)
     if expert < 0:

@@ -19,13 +19,16 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels.launch import Launch, Proof, cdiv, power_of_two
+from octavo.kernels.overlap import await_previous
 
 
 @triton.jit
 def _route(
     logits, chosen, weights, num_tokens, num_experts,
     TOP_K: tl.constexpr, NORMALIZE: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr, CHOICES: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
+    await_previous(OVERLAPS)
     t, e, j = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, EXPERTS), tl.arange(0, CHOICES)
     at = t.to(tl.int64)[:, None] * num_experts + e[None, :]
     real = (e < num_experts)[None, :]
@@ -54,27 +57,28 @@ def _route(
 @triton.jit
 def _align(
     chosen, order, tile_expert, num_pairs, num_experts, num_tiles,
-    BLOCK_M: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
+    await_previous(OVERLAPS)
     expert = tl.program_id(0)
     bins = tl.arange(0, BINS)
     counts = tl.zeros((BINS,), tl.int32)
-    for begin in range(0, num_pairs, BLOCK):
-        i = begin + tl.arange(0, BLOCK)
+    for start in range(0, num_pairs, BLOCK):
+        i = start + tl.arange(0, BLOCK)
         counts += tl.histogram(tl.load(chosen + i, mask=i < num_pairs, other=num_experts), BINS)
     tiles = tl.where(bins < num_experts, (counts + BLOCK_M - 1) // BLOCK_M, 0)
     first, own = tl.sum(tl.where(bins < expert, tiles, 0)), tl.sum(tl.where(bins == expert, tiles, 0))
     if expert == num_experts - 1:  # what is left over is nobody's
-        for begin in range(first + own, num_tiles, BLOCK):
-            i = begin + tl.arange(0, BLOCK)
+        for start in range(first + own, num_tiles, BLOCK):
+            i = start + tl.arange(0, BLOCK)
             tl.store(tile_expert + i, tl.full((BLOCK,), -1, tl.int32), mask=i < num_tiles)
     if own > 0:
-        for begin in range(first, first + own, BLOCK):
-            i = begin + tl.arange(0, BLOCK)
+        for start in range(first, first + own, BLOCK):
+            i = start + tl.arange(0, BLOCK)
             tl.store(tile_expert + i, tl.zeros((BLOCK,), tl.int32) + expert, mask=i < first + own)
         to = first * BLOCK_M
-        for begin in range(0, num_pairs, BLOCK):
-            i = begin + tl.arange(0, BLOCK)
+        for start in range(0, num_pairs, BLOCK):
+            i = start + tl.arange(0, BLOCK)
             mine = tl.load(chosen + i, mask=i < num_pairs, other=-1) == expert
             # the others' go to a place that nothing reads: a mask would go through shared memory byte by byte
             place = tl.where(mine, to + tl.cumsum(mine.to(tl.int32), axis=0) - 1, num_tiles * BLOCK_M)

@@ -15,12 +15,14 @@ from torch import Tensor
 
 from octavo.kernels.launch import Launch, Proof, cdiv, meta
 from octavo.kernels.numeric import narrow
+from octavo.kernels.overlap import await_previous
 
 BLOCK = 128
 
 
 @triton.jit
-def _add_biases(logits, rows, tokens, biases, count, vocab, BLOCK: tl.constexpr):
+def _add_biases(logits, rows, tokens, biases, count, vocab, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr):
+    await_previous(OVERLAPS)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     seen = i < count
     row = tl.load(rows + i, mask=seen, other=0).to(tl.int64)
@@ -31,8 +33,10 @@ def _add_biases(logits, rows, tokens, biases, count, vocab, BLOCK: tl.constexpr)
 
 @triton.jit
 def _punish(
-    logits, rows, tokens, counts, repetition, frequency, presence, count, vocab, BLOCK: tl.constexpr
+    logits, rows, tokens, counts, repetition, frequency, presence, count, vocab,
+    BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
+    await_previous(OVERLAPS)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     seen = i < count
     row = tl.load(rows + i, mask=seen, other=0).to(tl.int64)
@@ -72,5 +76,6 @@ def proofs() -> dict[str, Proof]:
     """Lists of int64, as TokenCounts keeps them, and rows of float32."""
     logits, of_row, listed = meta(64, 128_256), meta(64), meta(4096, dtype=torch.int64)
     return {
+        "biases": Proof(add_biases(logits, listed, listed, of_row)),
         "penalties": Proof(punish(logits, listed, listed, listed, of_row, of_row, of_row)),
     }

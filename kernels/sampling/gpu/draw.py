@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels.launch import Launch, Proof, cdiv, power_of_two
+from octavo.kernels.overlap import await_previous
 
 CHUNK = 256  # tokens that share an entry of `peaks` and `masses`
 ROWS = 16  # chunks a program of the first two launches has
@@ -63,7 +64,8 @@ def _weigh(logit, peak, temperature):
 
 
 @triton.jit
-def _peaks(logits, peaks, vocab, chunks, ROWS: tl.constexpr):
+def _peaks(logits, peaks, vocab, chunks, ROWS: tl.constexpr, OVERLAPS: tl.constexpr):
+    await_previous(OVERLAPS)
     row, c = tl.program_id(0).to(tl.int64), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     at = c[:, None] * _CHUNK + tl.arange(0, _CHUNK)[None, :]
     x = tl.load(logits + row * vocab + at, mask=at < vocab, other=float("-inf")).to(tl.float32)
@@ -81,8 +83,10 @@ def _peak(peaks, row, chunks, CHUNKS: tl.constexpr):
 
 @triton.jit
 def _masses(
-    logits, peaks, temperature, min_p, masses, vocab, chunks, CHUNKS: tl.constexpr, ROWS: tl.constexpr
+    logits, peaks, temperature, min_p, masses, vocab, chunks,
+    CHUNKS: tl.constexpr, ROWS: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
+    await_previous(OVERLAPS)
     row, c = tl.program_id(0).to(tl.int64), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     _, peak, fine = _peak(peaks, row, chunks, CHUNKS)
     if fine:
@@ -108,8 +112,8 @@ def _least_of(weight, worth, target):
 def _worth_from(kept, held, least, BY_MASS: tl.constexpr, BLOCK: tl.constexpr):
     """How many of the weights that were copied aside are >= least, or their sum."""
     total = tl.zeros((BLOCK,), tl.float64)
-    for begin in range(0, held, BLOCK):
-        at = begin + tl.arange(0, BLOCK)
+    for start in range(0, held, BLOCK):
+        at = start + tl.arange(0, BLOCK)
         weight = tl.load(kept + at, mask=at < held, other=-1.0)
         if BY_MASS:
             total += tl.where(weight >= least, weight, 0.0).to(tl.float64)
@@ -148,11 +152,11 @@ def _copy_aside(
 ):  # fmt: skip
     """The weights >= bound and their tokens, in order; how many."""
     held = 0
-    for begin in range(0, vocab, BLOCK):
-        c = begin // _CHUNK + tl.arange(0, BLOCK // _CHUNK)
+    for start in range(0, vocab, BLOCK):
+        c = start // _CHUNK + tl.arange(0, BLOCK // _CHUNK)
         high = tl.max(tl.load(row_peaks + c, mask=c < chunks, other=float("-inf")))
         if _weigh(high, peak, temperature) >= bound:
-            at = begin + tl.arange(0, BLOCK)
+            at = start + tl.arange(0, BLOCK)
             x = tl.load(row_logits + at, mask=at < vocab, other=float("-inf")).to(tl.float32)
             weight = _weigh(x, peak, temperature)
             keep = (weight >= bound) & (weight > 0.0)
@@ -171,8 +175,8 @@ def _walk(weights, held, least, target, BLOCK: tl.constexpr):
     before = tl.zeros((), tl.float64)
     found = -1
     last = 0
-    for begin in range(0, held, BLOCK):
-        at = begin + tl.arange(0, BLOCK)
+    for start in range(0, held, BLOCK):
+        at = start + tl.arange(0, BLOCK)
         weight = tl.load(weights + at, mask=at < held, other=0.0).to(tl.float64)
         weight = tl.where(weight >= least, weight, 0.0)
         reached = (before + tl.cumsum(weight, axis=0) > target) & (weight > 0.0)
@@ -205,8 +209,8 @@ def _draw_all(
     target = uniform * total
     chunk = _walk(row_masses, chunks, 0.0, target, BLOCK)
     before = tl.zeros((), tl.float64)
-    for begin in range(0, chunk, BLOCK):
-        c = begin + tl.arange(0, BLOCK)
+    for start in range(0, chunk, BLOCK):
+        c = start + tl.arange(0, BLOCK)
         before += tl.sum(tl.load(row_masses + c, mask=c < chunk, other=0.0))
     at = tl.arange(0, _CHUNK)
     x = tl.load(row_logits + chunk * _CHUNK + at, mask=chunk * _CHUNK + at < vocab, other=float("-inf"))
@@ -219,8 +223,9 @@ def _draw_all(
 @triton.jit
 def _choose(
     logits, peaks, masses, temperature, top_k, top_p, min_p, uniforms, kept, places, tokens, vocab, chunks,
-    CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
+    CHUNKS: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
+    await_previous(OVERLAPS)
     row = tl.program_id(0).to(tl.int64)
     highest, peak, fine = _peak(peaks, row, chunks, CHUNKS)
     t, least = tl.load(temperature + row), tl.load(min_p + row)

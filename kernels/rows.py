@@ -1,0 +1,126 @@
+"""What a card's table asks for, as proofs: each GEMM's launch in the block sizes of every row of `tuning/CARD.json`.
+
+The rooms' own GEMM proofs have sizes of an H100 and name Hopper's instructions. On other cards what must hold is that
+the table's sizes compile, fit, don't spill and reach tensor cores: `python -m octavo.kernels.ahead --capability`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from octavo.kernels import tables
+from octavo.kernels.fp8.gpu.few import few
+from octavo.kernels.fp8.gpu.many import many
+from octavo.kernels.int4.gpu.gemm import gemm
+from octavo.kernels.int4.gpu.packing import PackedInt4
+from octavo.kernels.int8.gpu.weights import Packed, weights
+from octavo.kernels.launch import Launch, Proof, meta
+from octavo.kernels.moe.gpu.grouped import grouped
+from octavo.kernels.moe.gpu.int4 import PackedExperts, grouped_int4
+from octavo.kernels.moe.gpu.route import unaligned
+
+BF16, FP16, E4M3, INT16 = torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int16
+N, K, EXPERTS, PAIRS = 4096, 4096, 8, 512
+
+Sizes = dict[str, int]
+
+
+def proofs() -> dict[str, Proof]:
+    """For the card that `octavo.kernels.tables` has been told."""
+    made: dict[str, Proof] = {}
+    for family, rows in tables.rows_of(tables.card).items():
+        for row in () if family.startswith("paged") else _distinct(rows):
+            wide = f"{row['block_m']} x {row['block_n']}, {row['num_warps']} warps, {row['num_stages']} stages"
+            for name, launch in _launches(family, row).items():
+                made[f"{family}{name} {wide}"] = Proof(launch, (r"[HIQ]G?MMA\.",))
+    return made
+
+
+def _distinct(rows: list[Sizes]) -> list[Sizes]:
+    """Block sizes without bounds, each once: in parts, where any row has it so."""
+    found: dict[tuple[tuple[str, int], ...], int] = {}
+    for row in rows:
+        size = {name: value for name, value in row.items() if name not in (*tables.BOUNDS, "parts", "dequantize")}
+        key = tuple(size.items())
+        found[key] = max(found.get(key, 1), row.get("parts", 1))
+    return [{**dict(key), "parts": parts} for key, parts in found.items()]
+
+
+def _launches(family: str, row: Sizes) -> dict[str, Launch]:
+    """The kernel's launches in these sizes by variant: what packed weights may have beside their codes."""
+    sizes = dict(row)
+    parts, m = sizes.pop("parts"), sizes["block_m"]
+    out = meta(parts, m, N) if parts > 1 else meta(m, N, dtype=BF16)
+    match family:
+        case "fp8" | "fp8 blocks" | "int8":
+            return {"": _eight_bits(family, m, out, sizes)}
+        case "w8a16":
+            return {
+                ", rows": _w8a16(0, BF16, m, out, sizes),
+                ", groups of 128 with zeros": _w8a16(128, BF16, m, out, sizes),
+                ", groups of 32 with zeros, fp16": _w8a16(32, FP16, m, out, sizes),
+            }
+        case "int4" | "int4 fp8":
+            x = meta(m, K, dtype=E4M3 if "fp8" in family else BF16)
+            found = {", groups of 128": _int4(x, 4, 128, False, out, sizes)}
+            found[", groups of 64 with zeros"] = _int4(x, 4, 64, True, out, sizes)
+            if m <= 64:  # as `int4.gpu.linear` has it
+                found[", groups of 32 with zeros"] = _int4(x, 4, 32, True, out, sizes)
+                if "fp8" not in family:
+                    found[", 2 bits, groups of 32 with zeros"] = _int4(x, 2, 32, True, out, sizes)
+            return found
+        case "moe int4":
+            found = {", groups of 128": _moe_int4(128, False, sizes)}
+            return {**found, ", groups of 32 with zeros": _moe_int4(32, True, sizes)}
+    return {"": _moe(family, sizes)}
+
+
+def _eight_bits(family: str, m: int, out: Tensor, sizes: Sizes) -> Launch:
+    dtype, blocks = torch.int8 if family == "int8" else E4M3, family == "fp8 blocks"
+    x, w = meta(m, K, dtype=dtype), meta(N, K, dtype=dtype)
+    scales = (meta(K // 128, m).T, meta(N // 128, K // 128)) if blocks else (meta(m, 1), meta(N, 1))
+    body: Callable[..., Launch] = few if sizes.pop("is_few") else many
+    return body(x, w, *scales, out, blocks=blocks, **sizes)
+
+
+def _w8a16(group: int, dtype: torch.dtype, m: int, out: Tensor, sizes: Sizes) -> Launch:
+    groups, tile = K // (group or K), min(group or 128, 128)
+    zero = meta(groups, N, dtype=torch.int8) if group else None
+    words = meta(K // tile, N, tile // 2, dtype=INT16)
+    packed = Packed(words, meta(groups, N, dtype=BF16), zero, None, K, group)
+    return weights(meta(m, K, dtype=dtype), packed, out, **sizes)
+
+
+def _int4(x: Tensor, bits: int, share: int, has_zeros: bool, out: Tensor, sizes: Sizes) -> Launch:
+    shape = (K // share, N, 2) if has_zeros else (K // share, N)
+    words, columns = meta(K // 128, N, 8 * bits, dtype=INT16), meta(K, dtype=torch.int64)
+    packed = PackedInt4(words, meta(*shape, dtype=BF16), bits, share, None, None, columns)
+    return gemm(x, packed, out, meta(x.shape[0], 1) if x.dtype == E4M3 else None, **sizes)
+
+
+def _pairs(sizes: Sizes) -> dict[str, Any]:
+    sizes.pop("parts", None)
+    return {"divisor": 1, "router": meta(PAIRS // 2, 2), **{name: sizes[name] for name in sizes if name != "block_m"}}
+
+
+def _moe(family: str, sizes: Sizes) -> Launch:
+    dtype, blocks = BF16 if family == "moe bf16" else E4M3, family == "moe fp8 blocks"
+    x, w, out = meta(PAIRS, K, dtype=dtype), meta(EXPERTS, N, K, dtype=dtype), meta(PAIRS, N, dtype=BF16)
+    pairs = unaligned(PAIRS, EXPERTS, sizes["block_m"], "meta")
+    scales: dict[str, Any] = {}
+    if dtype == E4M3:
+        x_scale = meta(K // 128, PAIRS).T if blocks else meta(PAIRS, 1)
+        scales = {"x_scale": x_scale, "w_scale": meta(EXPERTS, N // 128, K // 128) if blocks else meta(EXPERTS, N)}
+    return grouped(x, w, pairs, out, blocks=blocks, **scales, **_pairs(sizes))
+
+
+def _moe_int4(share: int, has_zeros: bool, sizes: Sizes) -> Launch:
+    table = meta(EXPERTS, K // share, N)
+    words = meta(EXPERTS, K // 128, N, 32, dtype=INT16)
+    packed = PackedExperts(words, table, table if has_zeros else None, share, K)
+    pairs = unaligned(PAIRS, EXPERTS, sizes["block_m"], "meta")
+    return grouped_int4(meta(PAIRS, K, dtype=BF16), packed, pairs, meta(PAIRS, N, dtype=BF16), **_pairs(sizes))
