@@ -11,9 +11,12 @@ from benchmarks.gpu_case import FEW_BITS, Bodies, Case, Goal
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from octavo.kernels.attention import reference
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
 from octavo.kernels.attention.gpu.decode import decode_attention
 from octavo.kernels.attention.gpu.prefill import paged_attention
+from octavo.kernels.attention.gpu.rope import rope_and_cache
+from octavo.kernels.attention.gpu.rope_decode import rope_and_attention
 from octavo.kernels.attention.step import StepInputs
 
 BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
@@ -21,6 +24,7 @@ BLOCK = 16
 KINDS = {"bf16": BF16, "fp8": E4M3}
 DENSE, FLASH, CUDNN = "SDPA bf16, dense", "SDPA flash", "SDPA cudnn"
 OUR_BF16 = "octavo, bf16 cache"
+IN_TWO = "octavo, two launches"
 SCALE = 0.02  # of an 8-bit cache
 
 
@@ -105,6 +109,28 @@ def decode_case(sizes: Sizes, kind: str, device: torch.device) -> Bodies:
     return Bodies(run, lambda: [exact(q, inputs, cache, shape, rows)], baselines, rows=rows)
 
 
+def rope_and_decode_case(sizes: Sizes, kind: str, device: torch.device) -> Bodies:
+    """Beside the same in two launches. Each run writes the new tokens' keys and values again."""
+    q, inputs, cache, shape = paged(sizes, kind, device)
+    s, rows = sizes, some_of(sizes.sequences, device, 8)
+    qkv = torch.randn(s.sequences, (s.heads + 2 * s.kv_heads) * s.d, device=device).bfloat16()
+    angle = torch.arange(s.length, device=device)[:, None] / 500000 ** (torch.arange(s.d // 2, device=device) * 2 / s.d)
+    rotation = (torch.cat([angle.cos(), angle.sin()], 1), None, None, 1e-5)
+
+    def expected() -> list[Tensor]:
+        turned = reference.rope_and_cache(qkv.float(), inputs, cache, shape, *rotation)
+        return [exact(turned, inputs, cache, shape, rows)]
+
+    def in_two() -> object:
+        out = torch.empty_like(q)
+        decode_attention(rope_and_cache(qkv, inputs, cache, shape, *rotation), inputs, cache, shape, out)
+        return out
+
+    return Bodies(
+        lambda: [rope_and_attention(qkv, inputs, cache, shape, *rotation)], expected, {IN_TWO: in_two}, rows=rows
+    )
+
+
 def prefill_case(sizes: Sizes, kind: str, device: torch.device) -> Bodies:
     q, inputs, cache, shape = paged(sizes, kind, device)
     rows, s = some_of(q.shape[0], device), sizes
@@ -161,6 +187,17 @@ def _decodes(tiny: bool) -> list[Case]:
                 "9", f"decode attention, {kind} cache", f"{s.sequences} x {s.length} tokens, {s.heads} / {s.kv_heads}",
                 num_bytes, 4 * s.heads * s.d * s.length * s.sequences,
                 lambda device, a=(s, kind): decode_case(*a, device), FEW_BITS, tuple(goals), first,
+            )
+        )  # fmt: skip
+    for sequences, context in ((1, 1024), (32, 1024), (256, 1024)):
+        s = Sizes(min(sequences, 2), 1, 40, 4, 2, 32) if tiny else Sizes(sequences, 1, context - 1, 32, 8, 128)
+        num_bytes = s.sequences * (s.length * 2 * s.kv_heads * s.d + 2 * (2 * s.heads + 2 * s.kv_heads) * s.d)
+        made.append(
+            Case(
+                "9", "rope and decode attention, fp8 cache", f"{s.sequences} x {s.length} tokens", num_bytes,
+                4 * s.heads * s.d * s.length * s.sequences,
+                lambda device, s=s: rope_and_decode_case(s, "fp8", device), FEW_BITS, (Goal(IN_TWO, 1.0),),
+                sequences == 32,
             )
         )  # fmt: skip
     return made

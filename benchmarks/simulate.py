@@ -28,7 +28,7 @@ from torch import Tensor
 from octavo.kernels import tables
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
 from octavo.kernels.attention.gpu import decode as attention
-from octavo.kernels.attention.gpu.rope import rope
+from octavo.kernels.attention.gpu.rope_decode import rope_decode
 from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.fp8.gpu.few import few
 from octavo.kernels.fp8.gpu.many import many
@@ -107,8 +107,8 @@ def silu_work(m: int, n: int, parts: int, fp8: bool) -> Work:
     return Work("silu", launch, read_bytes(m, 2 * n, parts) + m * n * out.element_size(), near=True)
 
 
-def attention_works(sizes: Sizes, kv: str, qkv_parts: int, longest: int, qk_norm: bool) -> list[Work]:
-    """rope, and decode with the merge of shares; longest: what the grid must hold, as in a CUDA graph."""
+def attention_work(sizes: Sizes, kv: str, qkv_parts: int | None, longest: int, qk_norm: bool = False) -> Work:
+    """From qkv on (None: from q on), with the merge; longest: what the grid must hold, as in a CUDA graph."""
     s, kind = sizes, BF16 if kv == "bf16" else E4M3
     batch, group = s.sequences, s.heads // s.kv_heads
     shape = AttentionShape(s.heads, s.kv_heads, s.d, s.d**-0.5)
@@ -119,24 +119,28 @@ def attention_works(sizes: Sizes, kv: str, qkv_parts: int, longest: int, qk_norm
     inputs = StepInputs(whole, whole, whole, table, ints[:batch], ints, whole, 1, longest)
     q, width = meta(batch, s.heads, s.d, dtype=BF16), (s.heads + 2 * s.kv_heads) * s.d
     weight = meta(s.d) if qk_norm else None
-    turn = rope(summed(batch, width, qkv_parts), inputs, layer, shape, meta(longest, s.d), weight, weight, 1e-5, q)
-    written = batch * s.d * (2 * s.heads + 2 * s.kv_heads * shapes.KV_BYTES[kv])
     block = tables.choose("paged decode", group, s.d, stores[0].element_size())
     programs = attention.share_count(longest, shape, least=block["least"], most=block["most"])
     lse = meta(batch, s.kv_heads, programs, group)
     partial = meta(batch, s.kv_heads, programs, group, s.d)
     share = cdiv(max(cdiv(s.length, block["most"]), block["least"]), block["block_n"]) * block["block_n"]
     parts = cdiv(s.length, share)
-    read = batch * s.length * 2 * s.kv_heads * s.d * shapes.KV_BYTES[kv] + 4 * batch * s.heads * s.d
+    cached = batch * 2 * s.kv_heads * s.d * shapes.KV_BYTES[kv]
+    num_bytes = s.length * cached + 2 * batch * s.heads * s.d
     between = parts * batch * s.heads * (s.d + 1) * 4 if parts > 1 else 0
-    return [
-        Work("rope", turn, read_bytes(batch, width, qkv_parts) + written, near=True),
-        Work(
-            "attention", attention.decode(q, inputs, layer, shape, q, partial, lse, ints, **block), read + 2 * between,
-            4 * max(group, 16) * s.kv_heads * s.d * s.length * batch, "bf16", batch * s.kv_heads * parts,
-            cdiv(min(share, s.length), block["block_n"]), 3 + 2 * (parts > 1),
-        ),
-    ]  # fmt: skip
+    if qkv_parts is None:
+        launch, trips = attention.decode(q, inputs, layer, shape, q, partial, lse, ints, **block), 3
+        num_bytes += 2 * batch * s.heads * s.d
+    else:
+        rotation = (meta(longest, s.d), weight, weight, 1e-5)
+        qkv, room = summed(batch, width, qkv_parts), (q, partial, lse, ints)
+        launch, trips = rope_decode(qkv, inputs, layer, shape, *rotation, *room, **block), 5
+        num_bytes += read_bytes(batch, width, qkv_parts) + cached
+    return Work(
+        "attention", launch, num_bytes + 2 * between,
+        4 * max(group, 16) * s.kv_heads * s.d * s.length * batch, "bf16", batch * s.kv_heads * parts,
+        cdiv(min(share, s.length), block["block_n"]), trips + 2 * (parts > 1),
+    )  # fmt: skip
 
 
 def layer_works(config: shapes.Config, weights: str, kv: str, batch: int, context: int) -> list[Work]:
@@ -147,7 +151,7 @@ def layer_works(config: shapes.Config, weights: str, kv: str, batch: int, contex
     sizes = Sizes(batch, 1, context - 1, heads, kv_heads, d)
     works = [
         qkv,
-        *attention_works(sizes, kv, qkv_parts, max(2 * context, 8192), config["model_type"].startswith("qwen3")),
+        attention_work(sizes, kv, qkv_parts, max(2 * context, 8192), config["model_type"].startswith("qwen3")),
     ]
     if fp8:
         mixed = meta(batch, heads * d, dtype=BF16)
@@ -301,7 +305,7 @@ def case_work(name: str) -> Work | None:
         return silu_work(int(found[1]), int(found[2]), 0, True)
     if found := re.fullmatch(r"9 decode attention, (\w+) cache, (\d+) x (\d+) tokens, (\d+) / (\d+)", name):
         batch, length, heads, kv_heads = (int(number) for number in found.groups()[1:])
-        return attention_works(Sizes(batch, 1, length - 1, heads, kv_heads, 128), found[1], 0, length, False)[1]
+        return attention_work(Sizes(batch, 1, length - 1, heads, kv_heads, 128), found[1], None, length)
     return None
 
 

@@ -42,6 +42,7 @@ ROOMS = (  # modules that have `proofs() -> dict[str, Proof]`
     "attention.gpu.decode",
     "attention.gpu.prefill",
     "attention.gpu.rope",
+    "attention.gpu.rope_decode",
     "int4.gpu.gemm",
     "int4.gpu.dequantize",
     "int4.gpu.columns",

@@ -54,6 +54,7 @@ class Ops:
     gelu_tanh_and_mul(gate_up [T, 2 I]) -> [T, I]
     attention(q [T, Hq, D], inputs, cache, shape) -> [T, Hq * D]: causal over the cache, which holds this step's own
         keys and values already
+    rope_and_attention  of rope_and_cache's arguments: attention of what that returns
 
     A GPU's bodies take x, gate_up and qkv in partial sums [S, T, ...] float32 as well; and the first four a last
     argument `wants`, a Rounding, and return what they return as Rounded then. The others are given neither: linear
@@ -67,6 +68,20 @@ class Ops:
     gelu_tanh_and_mul: Callable[..., Any]
     rope_and_cache: RopeAndCache
     attention: Callable[[Tensor, StepInputs, LayerCache, AttentionShape], Tensor]
+    rope_and_attention: Callable[..., Tensor]
+
+
+def one_after_the_other(
+    rope_and_cache: RopeAndCache, attention: Callable[[Tensor, StepInputs, LayerCache, AttentionShape], Tensor]
+) -> Callable[..., Tensor]:
+    """`rope_and_attention` of the two."""
+
+    def rope_and_attention(
+        qkv: Tensor, inputs: StepInputs, cache: LayerCache, shape: AttentionShape, *rotation_and_norms: Any
+    ) -> Tensor:
+        return attention(rope_and_cache(qkv, inputs, cache, shape, *rotation_and_norms), inputs, cache, shape)
+
+    return rope_and_attention
 
 
 REFERENCE = Ops(
@@ -77,6 +92,7 @@ REFERENCE = Ops(
     gelu_tanh_and_mul=fused_reference.gelu_tanh_and_mul,
     rope_and_cache=attention_reference.rope_and_cache,
     attention=attention_reference.paged_attention,
+    rope_and_attention=one_after_the_other(attention_reference.rope_and_cache, attention_reference.paged_attention),
 )
 
 
@@ -103,6 +119,7 @@ def select_ops(device: torch.device, dtype: torch.dtype) -> Ops:
         gelu_tanh_and_mul=fused_cpu.gelu_tanh_and_mul,
         rope_and_cache=rope_cpu.rope_and_cache,
         attention=attention_cpu.paged_attention,
+        rope_and_attention=one_after_the_other(rope_cpu.rope_and_cache, attention_cpu.paged_attention),
     )
 
 

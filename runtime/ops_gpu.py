@@ -13,6 +13,7 @@ from torch import Tensor
 
 from octavo.kernels.attention.gpu.prefill import paged_attention
 from octavo.kernels.attention.gpu.rope import rope_and_cache
+from octavo.kernels.attention.gpu.rope_decode import rope_and_attention
 from octavo.kernels.fused.gpu.activation import gelu_tanh_and_mul, silu_and_mul
 from octavo.kernels.fused.gpu.norm import norm
 from octavo.kernels.launch import Launch
@@ -30,6 +31,7 @@ def make_ops(dtype: torch.dtype) -> Ops:
         gelu_tanh_and_mul=partial(_gated, dtype, gelu_tanh_and_mul),
         rope_and_cache=partial(rope_and_cache, dtype=dtype),
         attention=paged_attention,
+        rope_and_attention=partial(rope_and_attention, dtype=dtype),
     )
 
 

@@ -120,7 +120,6 @@ class Decoder:
         tap is called after each layer with its number and the residual stream, for whoever measures.
         """
         ops, eps = self.ops, self.spec.norm_eps
-        rope_and_cache, attention = ops.rope_and_cache, ops.attention
         last = len(self._layers) - 1
 
         residual = F.embedding(inputs.token_ids, self._embedding)
@@ -131,8 +130,8 @@ class Decoder:
 
         for i, (layer, cache) in enumerate(zip(self._layers, caches, strict=True)):
             qkv = layer.qkv.partial(hidden)
-            q = rope_and_cache(qkv, inputs, cache, layer.shape, layer.cos_sin, layer.q_norm, layer.k_norm, eps)
-            hidden = attention(q, inputs, cache, layer.shape)
+            rotation = (layer.cos_sin, layer.q_norm, layer.k_norm, eps)
+            hidden = ops.rope_and_attention(qkv, inputs, cache, layer.shape, *rotation)
             if i == last and inputs.logits_index.shape[0] != hidden.shape[0]:
                 # nothing reads the other rows any more
                 hidden, residual = hidden[inputs.logits_index], residual[inputs.logits_index]

@@ -36,7 +36,7 @@ from octavo.kernels.overlap import await_previous
 
 
 @triton.jit
-def _shares(
+def shares(
     sequence, seq_lens, query_starts, window,
     BLOCK_N: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr, HAS_WINDOW: tl.constexpr,
 ):  # fmt: skip
@@ -105,6 +105,49 @@ def _merged(
 
 
 @triton.jit
+def attend_share(
+    queries, unit, key, value, key_scale, value_scale, table, head, kv_heads, begin, end, position,
+    scale, window, soft_cap,
+    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
+    KEY_CODE: tl.constexpr, VALUE_CODE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr,
+):  # fmt: skip
+    """Of the tokens begin .. end: the weighted mean of values [R, DIM], largest score and sum of weights [R]."""
+    factor = unit * (scale * tl.load(key_scale + head) * (1.0 if HAS_CAP else LOG2_E))
+    state = attend(
+        nothing_yet(unit.shape[0], DIM, VALUE_CODE), queries, factor, key, value, table, head, kv_heads, begin, end,
+        position, window, soft_cap, HEAD_DIM, DIM, BLOCK_SIZE, BLOCK_N, KEY_CODE, VALUE_CODE, HAS_WINDOW, HAS_CAP, True,
+    )  # fmt: skip
+    return mixed(state, tl.load(value_scale + head), VALUE_CODE), state[0], state[1]
+
+
+@triton.jit
+def finish_share(
+    result, top, total, out, partial, lse, counters, sequence, head, kv_heads, part, parts, programs, first, queries,
+    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr,
+    MERGED_ROWS: tl.constexpr, MERGED_SHARES: tl.constexpr,
+):  # fmt: skip
+    """Store what `attend_share` found: into out where a share is all, else aside, and merge where it is the last."""
+    row, at = tl.arange(0, top.shape[0]), tl.arange(0, DIM)
+    if parts == 1:
+        _store(out, result, row, first, queries, head, kv_heads, HEAD_DIM, DIM, GROUP)
+    else:
+        all_rows: tl.constexpr = QUERIES * GROUP
+        pair = sequence.to(tl.int64) * kv_heads + head
+        place = (pair * programs + part) * all_rows + row
+        here = row // GROUP < queries
+        tl.store(
+            partial + place[:, None] * HEAD_DIM + at[None, :], result, mask=here[:, None] & (at < HEAD_DIM)[None, :]
+        )
+        tl.store(lse + place, top + tl.log2(total), mask=here)
+        if _is_last(counters + pair, parts):
+            whole = _merged(
+                partial, lse, pair * programs * all_rows, parts, queries * GROUP,
+                HEAD_DIM, DIM, all_rows, MERGED_ROWS, MERGED_SHARES,
+            )  # fmt: skip
+            _store(out, whole, tl.arange(0, MERGED_ROWS), first, queries, head, kv_heads, HEAD_DIM, DIM, GROUP)
+
+
+@triton.jit
 def _decode(
     q, out, partial, lse, counters, key, value, key_scale, value_scale, block_tables, seq_lens, query_starts,
     table_width, kv_heads, programs, scale, window, soft_cap,
@@ -115,41 +158,25 @@ def _decode(
 ):  # fmt: skip
     await_previous(OVERLAPS)
     sequence, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    first, queries, length, begin, share, parts = _shares(
+    first, queries, length, begin, share, parts = shares(
         sequence, seq_lens, query_starts, window, BLOCK_N, LEAST, MOST, HAS_WINDOW
     )
     if queries > QUERIES or part >= parts:
         return
-    row, at = tl.arange(0, ROWS), tl.arange(0, DIM)
+    row = tl.arange(0, ROWS)
     query = row // GROUP
     place = ((first + query).to(tl.int64) * kv_heads + head) * GROUP + row % GROUP
     q, q_odd, unit = load_queries(q, place, query < queries, key, HEAD_DIM, DIM, KEY_CODE)
     begin += part * share
-    state = attend(
-        nothing_yet(ROWS, DIM, VALUE_CODE), (q, q_odd),
-        unit * (scale * tl.load(key_scale + head) * (1.0 if HAS_CAP else LOG2_E)), key, value,
-        block_tables + sequence.to(tl.int64) * table_width, head, kv_heads, begin, tl.minimum(begin + share, length),
-        length - queries + query, window, soft_cap, HEAD_DIM, DIM, BLOCK_SIZE, BLOCK_N, KEY_CODE, VALUE_CODE,
-        HAS_WINDOW, HAS_CAP, True,
+    result, top, total = attend_share(
+        (q, q_odd), unit, key, value, key_scale, value_scale, block_tables + sequence.to(tl.int64) * table_width,
+        head, kv_heads, begin, tl.minimum(begin + share, length), length - queries + query, scale, window, soft_cap,
+        HEAD_DIM, DIM, BLOCK_SIZE, BLOCK_N, KEY_CODE, VALUE_CODE, HAS_WINDOW, HAS_CAP,
     )  # fmt: skip
-    result = mixed(state, tl.load(value_scale + head), VALUE_CODE)
-    if parts == 1:
-        _store(out, result, row, first, queries, head, kv_heads, HEAD_DIM, DIM, GROUP)
-    else:
-        all_rows: tl.constexpr = QUERIES * GROUP
-        pair = sequence.to(tl.int64) * kv_heads + head
-        place = (pair * programs + part) * all_rows + row
-        here = query < queries
-        tl.store(
-            partial + place[:, None] * HEAD_DIM + at[None, :], result, mask=here[:, None] & (at < HEAD_DIM)[None, :]
-        )
-        tl.store(lse + place, state[0] + tl.log2(state[1]), mask=here)
-        if _is_last(counters + pair, parts):
-            whole = _merged(
-                partial, lse, pair * programs * all_rows, parts, queries * GROUP,
-                HEAD_DIM, DIM, all_rows, MERGED_ROWS, MERGED_SHARES,
-            )  # fmt: skip
-            _store(out, whole, tl.arange(0, MERGED_ROWS), first, queries, head, kv_heads, HEAD_DIM, DIM, GROUP)
+    finish_share(
+        result, top, total, out, partial, lse, counters, sequence, head, kv_heads, part, parts, programs,
+        first, queries, HEAD_DIM, DIM, GROUP, QUERIES, MERGED_ROWS, MERGED_SHARES,
+    )  # fmt: skip
 
 
 def share_count(max_seq_len: int, shape: AttentionShape, *, least: int, most: int, queries: int = 1) -> int:
@@ -221,14 +248,22 @@ def counters_for(pairs: int, device: torch.device) -> Tensor:
     return _COUNTERS[key]
 
 
-def decode_attention(q: Tensor, inputs: StepInputs, cache: LayerCache, shape: AttentionShape, out: Tensor) -> None:
-    """Attention of q [T, Hq, D] into out [T, Hq, D] for every sequence with one query; others' rows are left alone."""
+def room_for(
+    inputs: StepInputs, cache: LayerCache, shape: AttentionShape
+) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, int]]:
+    """For sequences with one query: `partial`, `lse` and `counters` of `decode`, and the block sizes of the table."""
     group = shape.num_heads // shape.num_kv_heads
     sizes = tables.choose("paged decode", group, shape.head_dim, cache.key.element_size())
     programs = share_count(inputs.max_seq_len, shape, least=sizes["least"], most=sizes["most"])
-    lse = torch.empty(inputs.seq_lens.shape[0], shape.num_kv_heads, programs, group, device=q.device)
+    device, sequences = inputs.seq_lens.device, inputs.seq_lens.shape[0]
+    lse = torch.empty(sequences, shape.num_kv_heads, programs, group, device=device)
     partial = lse.new_empty(*lse.shape, shape.head_dim) if programs > 1 else lse
-    counters = counters_for(lse.shape[0] * lse.shape[1], q.device)
+    return (partial, lse, counters_for(sequences * shape.num_kv_heads, device)), sizes
+
+
+def decode_attention(q: Tensor, inputs: StepInputs, cache: LayerCache, shape: AttentionShape, out: Tensor) -> None:
+    """Attention of q [T, Hq, D] into out [T, Hq, D] for every sequence with one query; others' rows are left alone."""
+    (partial, lse, counters), sizes = room_for(inputs, cache, shape)
     decode(q, inputs, cache, shape, out, partial, lse, counters, **sizes)()
 
 

@@ -105,16 +105,21 @@ def _product(a, b, acc=None):
 
 @triton.jit
 def load_queries(q, row, here, key, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, KEY_CODE: tl.constexpr):
-    """Rows of queries [R, DIM] in the type that keys are multiplied in, and what their scores are multiplied by [R].
+    """Rows of queries, as `as_factors` makes them."""
+    at = tl.arange(0, DIM)
+    mask = here[:, None] & (at < HEAD_DIM)[None, :]
+    return as_factors(tl.load(q + row[:, None] * HEAD_DIM + at[None, :], mask=mask, other=0.0), key, DIM, KEY_CODE)
+
+
+@triton.jit
+def as_factors(tile, key, DIM: tl.constexpr, KEY_CODE: tl.constexpr):
+    """Queries [R, DIM] in the type that keys are multiplied in, and what their scores are multiplied by [R].
 
     For 8-bit keys these are the even columns and the odd ones [R, DIM / 2]; otherwise the same twice. fp16's range is
     shorter than bf16's: each row is divided by the power of two of its largest element.
     """
-    at = tl.arange(0, DIM)
-    mask = here[:, None] & (at < HEAD_DIM)[None, :]
-    tile = tl.load(q + row[:, None] * HEAD_DIM + at[None, :], mask=mask, other=0.0)
     kind: tl.constexpr = tl.float16 if KEY_CODE != "" else key.dtype.element_ty
-    unit = tl.full((row.shape[0],), 1.0, tl.float32)
+    unit = tl.full((tile.shape[0],), 1.0, tl.float32)
     if kind != tile.dtype:
         tile = tile.to(tl.float32)
         if kind == tl.float16:
@@ -125,7 +130,7 @@ def load_queries(q, row, here, key, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, K
         tile = narrow(tile, kind)
     even, odd = tile, tile
     if KEY_CODE != "":
-        even, odd = tl.split(tl.reshape(tile, (row.shape[0], DIM // 2, 2)))
+        even, odd = tl.split(tl.reshape(tile, (tile.shape[0], DIM // 2, 2)))
     return even, odd, unit
 
 

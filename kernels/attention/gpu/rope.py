@@ -9,6 +9,8 @@ cached element written for each token, over 3.0 TB/s on an H100.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -23,7 +25,7 @@ from octavo.kernels.overlap import await_previous
 
 
 @triton.jit
-def _sum(qkv, place, mask, part_size, dtype: tl.constexpr, PARTS: tl.constexpr):
+def summed(qkv, place, mask, part_size, dtype: tl.constexpr, PARTS: tl.constexpr):
     """A part of the row in float32; partial sums are rounded as the GEMM would have rounded its output."""
     value = tl.load(qkv + place, mask=mask, other=0.0).to(tl.float32)
     for part in tl.static_range(1, PARTS):
@@ -32,12 +34,12 @@ def _sum(qkv, place, mask, part_size, dtype: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _factor(squares, width, eps):
+def factor_of(squares, width, eps):
     return tl.rsqrt(squares / width + eps)
 
 
 @triton.jit
-def _encoded(value, scale, kind: tl.constexpr):
+def encoded(value, scale, kind: tl.constexpr):
     """value / scale in the cache's type; int8 codes reach 127 on both sides."""
     if kind == tl.float8e4nv:
         return to_e4m3(tl.div_rn(value, scale))
@@ -61,17 +63,17 @@ def _heads(
     half, more = there & (at < HALF)[None, :], there & (rest < HEAD_DIM)[None, :]
     column = (head * HEAD_DIM)[:, None]
     start = row + begin + column
-    a = _sum(qkv, start + at[None, :], half, part_size, dtype, PARTS)
-    b = _sum(qkv, start + HALF + at[None, :], half, part_size, dtype, PARTS)
+    a = summed(qkv, start + at[None, :], half, part_size, dtype, PARTS)
+    b = summed(qkv, start + HALF + at[None, :], half, part_size, dtype, PARTS)
     if HEAD_DIM != 2 * HALF:
-        c = _sum(qkv, start + rest[None, :], more, part_size, dtype, PARTS)
+        c = summed(qkv, start + rest[None, :], more, part_size, dtype, PARTS)
     if NORM != "":
         factor = tl.zeros_like(head).to(tl.float32) + whole
         if NORM == "head":
             squares = tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)
             if HEAD_DIM != 2 * HALF:
                 squares += tl.sum(c * c, axis=1)
-            factor = _factor(squares, HEAD_DIM, eps)
+            factor = factor_of(squares, HEAD_DIM, eps)
             column *= 0
         factor = factor[:, None]
         a *= factor * tl.load(weight + column + at[None, :], mask=half, other=0.0)
@@ -84,18 +86,18 @@ def _heads(
         a, b = a * cos - b * sin, b * cos + a * sin
     kind: tl.constexpr = out.dtype.element_ty
     to, scale = out + place[:, None], scale[:, None]
-    tl.store(to + at[None, :], _encoded(a, scale, kind), mask=half)
-    tl.store(to + HALF + at[None, :], _encoded(b, scale, kind), mask=half)
+    tl.store(to + at[None, :], encoded(a, scale, kind), mask=half)
+    tl.store(to + HALF + at[None, :], encoded(b, scale, kind), mask=half)
     if HEAD_DIM != 2 * HALF:
-        tl.store(to + rest[None, :], _encoded(c, scale, kind), mask=more)
+        tl.store(to + rest[None, :], encoded(c, scale, kind), mask=more)
 
 
 @triton.jit
 def _whole(qkv, start, width, eps, part_size, dtype: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr):
     """The factor of a norm over `width` columns of a row."""
     at = tl.arange(0, WIDTH)
-    value = _sum(qkv, start + at, at < width, part_size, dtype, PARTS)
-    return _factor(tl.sum(value * value), width, eps)
+    value = summed(qkv, start + at, at < width, part_size, dtype, PARTS)
+    return factor_of(tl.sum(value * value), width, eps)
 
 
 @triton.jit
@@ -143,6 +145,31 @@ def _rope(
     )  # fmt: skip
 
 
+def rope_arguments(
+    qkv: Tensor,
+    inputs: StepInputs,
+    cache: LayerCache,
+    shape: AttentionShape,
+    cos_sin: Tensor | None,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+) -> dict[str, Any]:
+    """What norms, rotation and the cache's write need in any launch; the tensors are `rope`'s."""
+    d, nothing = shape.head_dim, cache.key_scale  # stands for what isn't there
+    norms = ["" if w is None else "head" if w.numel() == d else "all" for w in (q_norm, k_norm)]
+    return {
+        "qkv": qkv, "positions": inputs.positions, "slots": inputs.slot_mapping,
+        "cos_sin": nothing if cos_sin is None else cos_sin, "q_norm": nothing if q_norm is None else q_norm,
+        "k_norm": nothing if k_norm is None else k_norm, "key": cache.key, "value": cache.value,
+        "key_scale": cache.key_scale, "value_scale": cache.value_scale, "kv_heads": shape.num_kv_heads,
+        "part_size": qkv.shape[-2] * qkv.shape[-1], "eps": eps, "HEAD_DIM": d,
+        "GROUP": shape.num_heads // shape.num_kv_heads, "HALF": (d if cos_sin is None else cos_sin.shape[1]) // 2,
+        "BLOCK_SIZE": cache.block_size, "PARTS": qkv.shape[0] if qkv.dim() == 3 else 1,
+        "Q_NORM": norms[0], "K_NORM": norms[1], "ROTATES": cos_sin is not None,
+    }  # fmt: skip
+
+
 def rope(
     qkv: Tensor,
     inputs: StepInputs,
@@ -159,27 +186,18 @@ def rope(
     cos_sin   [positions, rotary] float32; None rotates nothing
     q_norm    [D] norms each head, [Hq D] all together; k_norm likewise; None norms nothing
     """
-    d, tokens = shape.head_dim, q.shape[0]
-    group = shape.num_heads // shape.num_kv_heads
-    parts, width = (qkv.shape[0] if qkv.dim() == 3 else 1), qkv.shape[-1]
-    half = (d if cos_sin is None else cos_sin.shape[1]) // 2
-    norms = ["" if w is None else "head" if w.numel() == d else "all" for w in (q_norm, k_norm)]
-    nothing = cache.key_scale  # stands for what isn't there
+    d, group = shape.head_dim, shape.num_heads // shape.num_kv_heads
+    arguments = rope_arguments(qkv, inputs, cache, shape, cos_sin, q_norm, k_norm, eps)
+    norms, half = (arguments["Q_NORM"], arguments["K_NORM"]), arguments["HALF"]
     together = power_of_two(shape.num_kv_heads) if "all" in norms else 1  # KV heads of a program: a norm is taken once
     heads = power_of_two(together * group)
     return Launch(
         _rope,
-        (tokens, cdiv(shape.num_kv_heads, together)),
+        (q.shape[0], cdiv(shape.num_kv_heads, together)),
         {
-            "qkv": qkv, "positions": inputs.positions, "slots": inputs.slot_mapping,
-            "cos_sin": nothing if cos_sin is None else cos_sin, "q_norm": nothing if q_norm is None else q_norm,
-            "k_norm": nothing if k_norm is None else k_norm, "q": q, "key": cache.key, "value": cache.value,
-            "key_scale": cache.key_scale, "value_scale": cache.value_scale, "kv_heads": shape.num_kv_heads,
-            "part_size": tokens * width, "eps": eps, "HEAD_DIM": d, "GROUP": group, "KV_HEADS": together,
-            "HEADS": heads, "HALF": half, "HALVES": power_of_two(half), "RESTS": power_of_two(d - 2 * half),
-            "BLOCK_SIZE": cache.block_size, "PARTS": parts, "Q_NORM": norms[0], "K_NORM": norms[1],
-            "Q_WIDTH": power_of_two(shape.num_heads * d), "K_WIDTH": power_of_two(shape.num_kv_heads * d),
-            "ROTATES": cos_sin is not None,
+            **arguments, "q": q, "KV_HEADS": together, "HEADS": heads, "HALVES": power_of_two(half),
+            "RESTS": power_of_two(d - 2 * half), "Q_WIDTH": power_of_two(shape.num_heads * d),
+            "K_WIDTH": power_of_two(shape.num_kv_heads * d),
         },
         num_warps=1 if heads * d <= 1024 else 4 if heads * d <= 4096 else 8,
         num_stages=1,

@@ -1,0 +1,179 @@
+"""Triton body of a decode step's attention from the qkv GEMM on: head norms, rotation, the cache's write, attention.
+
+`gpu.rope` and `gpu.decode` in one launch, for steps in which every sequence has one new token. Each program makes its
+own queries of qkv, which may be split-K partial sums: they are read once more for every share of the sequence, out of
+L2. The program of a KV head's last share, which has the new token, also makes its key and value and writes them to the
+cache before it reads there; no other program reads them. Norms over all heads at once need `gpu.rope`.
+Reference: `attention.reference.rope_and_cache`, then `paged_attention`. Limit: bytes, those of both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from octavo.kernels import tables
+from octavo.kernels.attention.cache import AttentionShape, LayerCache
+from octavo.kernels.attention.gpu.decode import attend_share, decode, finish_share, room_for, shares
+from octavo.kernels.attention.gpu.paged import as_factors, on_meta
+from octavo.kernels.attention.gpu.prefill import paged_attention
+from octavo.kernels.attention.gpu.rope import encoded, factor_of, rope_and_cache, rope_arguments, summed
+from octavo.kernels.attention.step import StepInputs
+from octavo.kernels.launch import Launch, Proof, meta
+from octavo.kernels.numeric import narrow
+from octavo.kernels.overlap import await_previous
+
+
+@triton.jit
+def _turned(
+    qkv, place, there, weight, cos_sin, part_size, eps,
+    dtype: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, PARTS: tl.constexpr,
+    NORM: tl.constexpr, ROTATES: tl.constexpr,
+):  # fmt: skip
+    """Heads [R, DIM] that begin at place [R] of qkv, normed and rotated, in float32; a column's partner is read too."""
+    at = tl.arange(0, DIM)
+    mask = there[:, None] & (at < HEAD_DIM)[None, :]
+    turned = summed(qkv, place[:, None] + at[None, :], mask, part_size, dtype, PARTS)
+    factor = tl.full((place.shape[0],), 1.0, tl.float32)
+    if NORM != "":
+        factor = factor_of(tl.sum(turned * turned, axis=1), HEAD_DIM, eps)
+        turned *= factor[:, None] * tl.load(weight + at, mask=at < HEAD_DIM, other=0.0)[None, :]
+    if ROTATES:
+        turns, first = at < 2 * HALF, at < HALF
+        angle, partner = tl.where(first, at, at - HALF), tl.where(first, at + HALF, at - HALF)
+        other = summed(qkv, place[:, None] + partner[None, :], mask & turns[None, :], part_size, dtype, PARTS)
+        if NORM != "":
+            other *= factor[:, None] * tl.load(weight + partner, mask=turns, other=0.0)[None, :]
+        cos = tl.load(cos_sin + angle, mask=turns, other=1.0)
+        sin = tl.load(cos_sin + HALF + angle, mask=turns, other=0.0)
+        turned = turned * cos[None, :] + other * tl.where(first, -sin, sin)[None, :]
+    return turned
+
+
+@triton.jit
+def _write_new(
+    qkv, place, k_norm, cos_sin, key, value, key_scale, value_scale, slot, head, kv_heads, part_size, eps,
+    dtype: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    PARTS: tl.constexpr, K_NORM: tl.constexpr, ROTATES: tl.constexpr,
+):  # fmt: skip
+    """The key that lies at a place of qkv, and its value, into the cache, for all threads of the program to read."""
+    at, one = tl.arange(0, DIM)[None, :], tl.zeros((1,), tl.int64)
+    there = one + slot >= 0
+    mask = there[:, None] & (at < HEAD_DIM)
+    to = ((slot // BLOCK_SIZE * kv_heads + head) * BLOCK_SIZE + slot % BLOCK_SIZE) * HEAD_DIM + at
+    new = _turned(
+        qkv, place + one, there, k_norm, cos_sin, part_size, eps, dtype, HEAD_DIM, DIM, HALF, PARTS, K_NORM, ROTATES
+    )
+    tl.store(key + to, encoded(new, tl.load(key_scale + head), key.dtype.element_ty), mask=mask)
+    place += kv_heads * HEAD_DIM
+    new = _turned(
+        qkv, place + one, there, k_norm, cos_sin, part_size, eps, dtype, HEAD_DIM, DIM, HALF, PARTS, "", False
+    )
+    tl.store(value + to, encoded(new, tl.load(value_scale + head), value.dtype.element_ty), mask=mask)
+    tl.debug_barrier()
+
+
+@triton.jit
+def _rope_decode(
+    qkv, positions, slots, cos_sin, q_norm, k_norm, out, partial, lse, counters, key, value, key_words, value_words,
+    key_scale, value_scale, block_tables, seq_lens, query_starts,
+    table_width, kv_heads, programs, part_size, eps, scale, window, soft_cap,
+    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr,
+    KEY_CODE: tl.constexpr, VALUE_CODE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr,
+    MERGED_ROWS: tl.constexpr, MERGED_SHARES: tl.constexpr, PARTS: tl.constexpr, Q_NORM: tl.constexpr,
+    K_NORM: tl.constexpr, ROTATES: tl.constexpr, OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    await_previous(OVERLAPS)
+    sequence, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    first, queries, length, begin, share, parts = shares(
+        sequence, seq_lens, query_starts, window, BLOCK_N, LEAST, MOST, HAS_WINDOW
+    )
+    if queries != 1 or part >= parts:
+        return
+    token = first.to(tl.int64)
+    row = token * ((GROUP + 2) * kv_heads * HEAD_DIM)
+    if ROTATES:
+        cos_sin += tl.load(positions + token) * (2 * HALF)
+    if part == parts - 1:
+        _write_new(
+            qkv, row + (GROUP * kv_heads + head) * HEAD_DIM, k_norm, cos_sin, key, value, key_scale, value_scale,
+            tl.load(slots + token), head, kv_heads, part_size, eps,
+            out.dtype.element_ty, HEAD_DIM, DIM, HALF, BLOCK_SIZE, PARTS, K_NORM, ROTATES,
+        )  # fmt: skip
+    r = tl.arange(0, ROWS)
+    turned = _turned(
+        qkv, row + (head * GROUP + r) * HEAD_DIM, r < GROUP, q_norm, cos_sin, part_size, eps,
+        out.dtype.element_ty, HEAD_DIM, DIM, HALF, PARTS, Q_NORM, ROTATES,
+    )  # fmt: skip
+    q, q_odd, unit = as_factors(narrow(turned, out.dtype.element_ty), key_words, DIM, KEY_CODE)
+    begin += part * share
+    result, top, total = attend_share(
+        (q, q_odd), unit, key_words, value_words, key_scale, value_scale,
+        block_tables + sequence.to(tl.int64) * table_width, head, kv_heads, begin, tl.minimum(begin + share, length),
+        length - 1 + r * 0, scale, window, soft_cap,
+        HEAD_DIM, DIM, BLOCK_SIZE, BLOCK_N, KEY_CODE, VALUE_CODE, HAS_WINDOW, HAS_CAP,
+    )  # fmt: skip
+    finish_share(
+        result, top, total, out, partial, lse, counters, sequence, head, kv_heads, part, parts, programs, first, 1,
+        HEAD_DIM, DIM, GROUP, 1, MERGED_ROWS, MERGED_SHARES,
+    )  # fmt: skip
+
+
+def rope_decode(
+    qkv: Tensor, inputs: StepInputs, cache: LayerCache, shape: AttentionShape, cos_sin: Tensor | None,
+    q_norm: Tensor | None, k_norm: Tensor | None, eps: float,
+    out: Tensor, partial: Tensor, lse: Tensor, counters: Tensor, **sizes: int,
+) -> Launch:  # fmt: skip
+    """`rope` on qkv, and `decode` of the queries into out [T, Hq, D], for every sequence with one new token."""
+    plain = decode(out, inputs, cache, shape, out, partial, lse, counters, **sizes)
+    cached = {"key_words": plain.arguments["key"], "value_words": plain.arguments["value"]}
+    added = rope_arguments(qkv, inputs, cache, shape, cos_sin, q_norm, k_norm, eps)
+    arguments = {**plain.arguments, **cached, **added}
+    del arguments["q"], arguments["QUERIES"]
+    return replace(plain, kernel=_rope_decode, arguments=arguments)
+
+
+def rope_and_attention(
+    qkv: Tensor, inputs: StepInputs, cache: LayerCache, shape: AttentionShape, cos_sin: Tensor | None,
+    q_norm: Tensor | None, k_norm: Tensor | None, eps: float, dtype: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
+    """`attention.reference.rope_and_cache` and `paged_attention` [T, Hq D]; dtype as in `rope_and_cache`."""
+    if inputs.max_query_len > 1 or any(w is not None and w.numel() != shape.head_dim for w in (q_norm, k_norm)):
+        q = rope_and_cache(qkv, inputs, cache, shape, cos_sin, q_norm, k_norm, eps, dtype)
+        return paged_attention(q, inputs, cache, shape)
+    out = qkv.new_empty(qkv.shape[-2], shape.num_heads, shape.head_dim, dtype=dtype or qkv.dtype)
+    (partial, lse, counters), sizes = room_for(inputs, cache, shape)
+    rope_decode(qkv, inputs, cache, shape, cos_sin, q_norm, k_norm, eps, out, partial, lse, counters, **sizes)()
+    return out.flatten(1)
+
+
+def proofs() -> dict[str, Proof]:
+    """As in `decode`; the new key and value are in memory before the loop begins to fetch."""
+    bf16, fp16, fp8, int8 = torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8
+    examples: dict[str, tuple[tuple[Any, ...], int, int, bool]] = {
+        "bf16, 32 / 8 heads of 128": ((32, 8, 128, bf16, bf16, bf16), 1, 128, False),
+        "fp8, 32 / 8 heads of 128, of 4 partial sums": ((32, 8, 128, bf16, fp8, fp8), 4, 128, False),
+        "int8, 32 / 8 heads of 128, head norms": ((32, 8, 128, bf16, int8, int8), 4, 128, True),
+        "fp16, 9 / 3 heads of 64": ((9, 3, 64, fp16, fp16, fp16), 1, 64, False),
+        "bf16, 8 / 4 heads of 256, window, cap": ((8, 4, 256, bf16, bf16, bf16, 4096, 50.0), 4, 256, True),
+        "bf16, 32 heads of 80 of which 32 rotate": ((32, 32, 80, bf16, bf16, bf16), 1, 32, False),
+    }
+    made: dict[str, Proof] = {}
+    for name, (example, parts, rotary, normed) in examples.items():
+        q, inputs, cache, shape = on_meta(*example)
+        width = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
+        qkv = q.new_empty(64, width) if parts == 1 else q.new_empty(parts, 64, width, dtype=torch.float32)
+        table, weight = (q.new_empty(*size, dtype=torch.float32) for size in ((8192, rotary), (shape.head_dim,)))
+        norm = weight if normed else None
+        group = shape.num_heads // shape.num_kv_heads
+        sizes = tables.choose("paged decode", group, shape.head_dim, cache.key.element_size())
+        lse, counters = meta(64, shape.num_kv_heads, 32, group), inputs.seq_lens.new_empty(64 * shape.num_kv_heads)
+        launch = rope_decode(qkv, inputs, cache, shape, table, norm, norm, 1e-5, q, lse, lse, counters, **sizes)
+        made[f"rope and decode {name}"] = Proof(launch, (r"HMMA\.16816", r"LDGSTS\.E\.BYPASS.*128"), (r"LDS\.[US]8",))
+    return made

@@ -1,0 +1,143 @@
+"""Rope and decode in one launch in Triton: the cache against the reference's, and attention on what was written."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from attention_steps import bound, make_cache, make_step
+from torch import Tensor
+
+from octavo.kernels.attention import reference
+from octavo.kernels.attention.cache import AttentionShape, LayerCache
+from octavo.kernels.attention.gpu import rope
+from octavo.kernels.attention.gpu.decode import counters_for, share_count
+from octavo.kernels.attention.gpu.rope_decode import rope_and_attention, rope_decode
+from octavo.kernels.attention.step import StepInputs
+
+EPS = 1e-6
+SHARES = {"block_n": 16, "least": 32, "most": 2}
+LENGTHS = [1, 37, 90, 64]  # one token, a share, several whose last is short, several that are full
+BF16, E4M3, INT8 = torch.bfloat16, torch.float8_e4m3fn, torch.int8
+CASES = [  # heads, KV heads, dimension, how much of it rotates; what is cached; head norms; window, cap
+    ((6, 2, 64, 64), (BF16, BF16), False, (None, None)),
+    ((6, 2, 64, 64), (E4M3, E4M3), True, (None, None)),
+    ((4, 2, 32, 32), (INT8, INT8), True, (40, 20.0)),
+    ((3, 1, 80, 32), (BF16, E4M3), True, (None, None)),
+    ((3, 3, 40, 24), (torch.float16, torch.float16), False, (7, None)),
+    ((2, 1, 64, 0), (torch.float32, torch.float32), True, (None, 5.0)),
+]
+
+
+def step_of(lengths: list[int], device: torch.device, block_size: int = 8) -> StepInputs:
+    """One new token each, at its place."""
+    inputs = make_step([1] * len(lengths), lengths, block_size, device)
+    positions = inputs.seq_lens.long() - 1
+    blocks = inputs.block_tables.gather(1, (positions // block_size)[:, None])[:, 0].long()
+    return replace(inputs, positions=positions, slot_mapping=blocks * block_size + positions % block_size)
+
+
+def copy_of(cache: LayerCache) -> LayerCache:
+    return LayerCache(*(t.clone() for t in (cache.key, cache.value, cache.key_scale, cache.value_scale)))
+
+
+def run(
+    qkv: Tensor, inputs: StepInputs, cache: LayerCache, shape: AttentionShape, cos_sin: Tensor | None,
+    norms: tuple[Tensor | None, Tensor | None], dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """In shares small enough for there to be several; what isn't written stays NaN."""
+    tokens, device = qkv.shape[-2], qkv.device
+    programs = share_count(inputs.max_seq_len, shape, least=SHARES["least"], most=SHARES["most"])
+    lse = torch.full((tokens, shape.num_kv_heads, programs, shape.num_heads // shape.num_kv_heads), torch.nan)
+    partial = torch.full((*lse.shape, shape.head_dim), torch.nan, device=device)
+    out = torch.full((tokens, shape.num_heads, shape.head_dim), torch.nan, dtype=dtype, device=device)
+    counters = counters_for(tokens * shape.num_kv_heads, device)
+    room = (out, partial, lse.to(device), counters)
+    rope_decode(qkv, inputs, cache, shape, cos_sin, *norms, EPS, *room, **SHARES)()
+    assert not bool(counters.any())
+    return out
+
+
+def check_keys(got: Tensor, expected: Tensor) -> None:
+    """Sums of squares and a product's rounding may differ in float32's last bits: 2^-21 of a number, 8 of its units.
+
+    A number then falls to the next of its stored type where a tie lies between: one in 2^10 of fp16's at the most.
+    """
+    if got.dtype == torch.float32:
+        torch.testing.assert_close(got, expected, rtol=2.0**-21, atol=2.0**-21)
+        return
+    kinds = {1: torch.int8, 2: torch.int16}
+    a, b = (t.view(kinds[t.element_size()]).int() for t in (got, expected))
+    assert int((a - b).abs().max()) <= 1
+    assert int((a != b).sum()) <= 2 + a.numel() / 2**10
+
+
+@pytest.mark.parametrize(("heads", "stored", "normed", "masks"), CASES, ids=str)
+@pytest.mark.parametrize("parts", [1, 3])
+def test_both_in_one_launch(
+    heads: tuple[int, int, int, int], stored: tuple[torch.dtype, torch.dtype], normed: bool,
+    masks: tuple[int | None, float | None], parts: int, device: torch.device,
+) -> None:  # fmt: skip
+    torch.manual_seed(0)
+    hq, hkv, dim, rotary = heads
+    shape, inputs = AttentionShape(hq, hkv, dim, dim**-0.5, *masks), step_of(LENGTHS, device)
+    before = make_cache(sum(-(-n // 8) for n in LENGTHS), hkv, 8, dim, *stored, device)
+    dtype = stored[0] if stored[0] in (torch.float16, torch.float32) else BF16
+    sums = torch.randn(parts, len(LENGTHS), (hq + 2 * hkv) * dim, device=device)
+    qkv = sums if parts > 1 else sums[0].to(dtype)
+    angle = torch.rand(128, rotary // 2) * 6
+    cos_sin = torch.cat((angle.cos(), angle.sin()), dim=1).to(device) if rotary else None
+    norms = (torch.rand(dim).to(device), torch.rand(dim).to(device)) if normed else (None, None)
+
+    cache, apart = copy_of(before), copy_of(before)
+    got = run(qkv, inputs, cache, shape, cos_sin, norms, dtype).float()
+    q = rope.rope_and_cache(qkv, inputs, apart, shape, cos_sin, *norms, EPS, dtype)  # itself compared in test_gpu_rope
+    assert torch.equal(cache.value.view(torch.uint8), apart.value.view(torch.uint8))
+    check_keys(cache.key, apart.key)
+    changed = (cache.key.view(torch.uint8) != before.key.view(torch.uint8)).any(-1)
+    new = torch.zeros_like(changed)
+    new[inputs.slot_mapping // 8, :, inputs.slot_mapping % 8] = True
+    assert torch.equal(changed, new)
+    truth = reference.paged_attention(q.float(), inputs, cache, shape).reshape(got.shape)
+    # queries rounded to the type may fall to a neighbour: one unit of each, in scores that weights follow
+    mass = q.float().abs().sum(-1).amax() * (cache.key.float() * cache.key_scale.reshape(-1, 1, 1)).abs().amax()
+    most = (cache.value.float() * cache.value_scale.reshape(-1, 1, 1)).abs().amax()
+    turned = 2 * torch.finfo(dtype).eps * mass * shape.scale * most
+    assert bool(((got - truth).abs() <= bound(q, cache, shape, truth) + turned).all())
+
+
+def test_a_slot_of_minus_one_writes_nothing(device: torch.device) -> None:
+    torch.manual_seed(0)
+    shape, inputs = AttentionShape(2, 1, 32, 1.0), step_of([5, 9], device)
+    inputs.slot_mapping[1] = -1
+    before = make_cache(4, 1, 8, 32, BF16, BF16, device)
+    cache = copy_of(before)
+    got = run(torch.randn(2, 4 * 32, device=device).to(BF16), inputs, cache, shape, None, (None, None), BF16)
+    assert bool(got.isfinite().all())
+    changed = (cache.key != before.key).any(-1)
+    assert changed.sum() == 1
+    assert bool(changed.flatten(1)[inputs.slot_mapping[0] // 8, inputs.slot_mapping[0] % 8])
+
+
+@pytest.mark.parametrize("case", ["prompt", "a norm over all", "decode"])
+def test_what_one_launch_cannot_do_is_done_in_two(case: str, device: torch.device) -> None:
+    torch.manual_seed(0)
+    shape = AttentionShape(4, 2, 32, 32**-0.5)
+    inputs = step_of([7, 20], device)
+    if case == "prompt":
+        starts = torch.tensor([0, 2, 3], dtype=torch.int32, device=device)
+        slots = torch.cat([inputs.slot_mapping[:1] - 1, inputs.slot_mapping])
+        inputs = replace(inputs, query_starts=starts, max_query_len=2, slot_mapping=slots, positions=slots * 0 + 3)
+    width = 4 * 32 if case == "a norm over all" else 32
+    norms = (torch.rand(width, device=device), torch.rand(width // (width // 32 // 2 or 1), device=device))
+    qkv = torch.randn(int(inputs.query_starts[-1]), 8 * 32, device=device)
+    angle = torch.rand(32, 16) * 6
+    cos_sin = torch.cat((angle.cos(), angle.sin()), dim=1).to(device)
+    cache = make_cache(4, 2, 8, 32, torch.float32, torch.float32, device)
+    expected = copy_of(cache)
+    got = rope_and_attention(qkv, inputs, cache, shape, cos_sin, *norms, EPS)
+    q = reference.rope_and_cache(qkv, inputs, expected, shape, cos_sin, *norms, EPS)
+    truth = reference.paged_attention(q, inputs, expected, shape)
+    torch.testing.assert_close(got, truth, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(cache.key, expected.key, rtol=1e-5, atol=1e-6)

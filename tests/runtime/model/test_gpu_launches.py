@@ -1,0 +1,89 @@
+"""How many kernels a decode step launches on a GPU for each layer: octavo's own, and torch's."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hf_oracle import CASES, make_hf, save
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from octavo.calibration.quantize_model import quantize_model
+from octavo.calibration.recipe import Recipe
+from octavo.kernels.attention.cache import LayerCache
+from octavo.kernels.attention.step import StepInputs
+from octavo.kernels.launch import Launch
+from octavo.runtime.config import EngineConfig
+from octavo.runtime.model import weights
+from octavo.runtime.ops_gpu import make_ops
+
+NO_KERNEL = {
+    *("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"),
+    *("numpy_T", "view", "_unsafe_view", "reshape", "select", "slice", "t", "transpose", "unsqueeze", "flatten"),
+}
+"""What of torch launches nothing: it makes room, or looks at it in another way."""
+
+
+class Counted(TorchDispatchMode):
+    """Names of torch's operators that compute, in their order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name not in NO_KERNEL:
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def decode_step(device: torch.device) -> StepInputs:
+    """Of two sequences with five and nine tokens, in blocks of 16."""
+    lengths = torch.tensor([5, 9], device=device)
+    blocks = torch.tensor([[0], [1]], device=device)
+    return StepInputs(
+        lengths, lengths - 1, blocks[:, 0] * 16 + lengths - 1, blocks.int(), lengths.int(),
+        torch.arange(3, device=device).int(), torch.arange(2, device=device), 1, 9,
+    )  # fmt: skip
+
+
+def launches(directory: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A decode step's kernels by name."""
+    on_gpu = "TRITON_INTERPRET" not in os.environ
+    if not on_gpu:
+        monkeypatch.setattr(weights, "select_ops", lambda _, dtype: make_ops(dtype))
+        monkeypatch.setattr(weights, "capability", lambda _: 90)
+    config = EngineConfig(model=str(directory), dtype="bfloat16", device="cuda" if on_gpu else "cpu")
+    model = weights.load_model(config)
+    ones = torch.ones(model.kv_shapes[0][0], device=model.device)
+    caches = []
+    for heads, dim in model.kv_shapes:
+        keys, values = (torch.zeros(2, heads, 16, dim, dtype=torch.bfloat16, device=model.device) for _ in range(2))
+        caches.append(LayerCache(keys, values, ones, ones))
+    inputs = decode_step(model.device)
+    model.forward(inputs, caches)  # makes what is kept, as the counters of shares
+    with Counted() as counted, monkeypatch.context() as patch:
+        patch.setattr(Launch, "__call__", lambda self: counted.names.append(self.kernel.__name__))
+        model.forward(inputs, caches)
+    return counted.names
+
+
+@pytest.mark.parametrize(
+    ("architecture", "scheme", "number"),
+    [("llama", "W4A16@32", 8), ("llama", "FP8_DYNAMIC", 9), ("qwen3", "FP8_DYNAMIC", 9), ("gemma2", "W4A16@32", 10)],
+)
+def test_a_layer_has_few_launches(
+    architecture: str, scheme: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four GEMMs, two norms, the activation, attention from qkv on; fp8 rounds before o; 2 more in a sandwich."""
+    counts = []
+    for layers in (1, 2):
+        family, overrides = CASES[architecture]
+        plain = save(make_hf(family, {**overrides, "num_hidden_layers": layers}), tmp_path / f"plain{layers}")
+        quantize_model(plain, tmp_path / f"quantized{layers}", Recipe(scheme))
+        counts.append(launches(tmp_path / f"quantized{layers}", monkeypatch))
+    assert len(counts[1]) - len(counts[0]) == number, counts
