@@ -83,9 +83,9 @@ def gemm_rows(family: str, m: int) -> list[Row]:
 
 def attention_rows(family: str) -> list[Row]:
     if family == "paged decode":
-        return grid(
-            block_n=(32, 64, 128), least=(128, 256, 512), most=(16, 32), num_warps=(4, 8), num_stages=(2, 3, 4, 5)
-        )
+        programs = (tables.rows_of(tables.card)[family][-1]["programs"],)
+        shape = {"block_n": (32, 64, 128), "least": (128, 256, 512), "most": (16, 32), "programs": programs}
+        return grid(**shape, num_warps=(4, 8), num_stages=(2, 3, 4, 5))
     return grid(block_m=(64, 128), block_n=(32, 64, 128), num_warps=(4, 8), num_stages=(2, 3, 4))
 
 

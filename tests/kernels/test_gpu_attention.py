@@ -33,7 +33,7 @@ CASES = [
     (HEADS[1], STORED[0], (7, None)),
     (HEADS[1], STORED[0], (None, 5.0)),
 ]
-SHARES = {"block_n": 16, "least": 32, "most": 2}
+SHARES = {"block_n": 16, "least": 32, "most": 2, "programs": 1 << 20}
 
 
 def make(
@@ -50,9 +50,10 @@ def make(
 
 
 def run_decode(
-    q: Tensor, inputs: StepInputs, cache: LayerCache, shape: AttentionShape, queries: int, most: int = 2
+    q: Tensor, inputs: StepInputs, cache: LayerCache, shape: AttentionShape, queries: int, **other: int
 ) -> Tensor:
-    sizes = {**SHARES, "most": most}
+    sizes = {**SHARES, **other}
+    most = sizes["most"]
     programs = share_count(inputs.max_seq_len, shape, least=sizes["least"], most=most, queries=queries)
     rows = queries * shape.num_heads // shape.num_kv_heads
     lse = torch.full((len(inputs.seq_lens), shape.num_kv_heads, programs, rows), torch.nan, device=q.device)
@@ -70,7 +71,11 @@ def test_decode(
     device: torch.device,
 ) -> None:  # fmt: skip
     q, inputs, cache, shape = make(FEW, heads, stored, masks, device)
-    got = run_decode(q, inputs, cache, shape, queries=2).float()
+    some = run_decode(q, inputs, cache, shape, queries=2)
+    assert torch.equal(
+        run_decode(q, inputs, cache, shape, queries=2, programs=3), some
+    )  # who does what is all the same
+    got = some.float()
     assert not bool(got[4].any())  # the sequence of no tokens; the reference has no answer for it
     inputs.seq_lens[3] = 1
     truth = reference.paged_attention(q.float(), inputs, cache, shape).reshape(got.shape)

@@ -17,7 +17,7 @@ from octavo.kernels.attention.gpu.rope_decode import rope_and_attention, rope_de
 from octavo.kernels.attention.step import StepInputs
 
 EPS = 1e-6
-SHARES = {"block_n": 16, "least": 32, "most": 2}
+SHARES = {"block_n": 16, "least": 32, "most": 2, "programs": 1 << 20}
 LENGTHS = [1, 37, 90, 64]  # one token, a share, several whose last is short, several that are full
 BF16, E4M3, INT8 = torch.bfloat16, torch.float8_e4m3fn, torch.int8
 CASES = [  # heads, KV heads, dimension, how much of it rotates; what is cached; head norms; window, cap
@@ -44,7 +44,7 @@ def copy_of(cache: LayerCache) -> LayerCache:
 
 def run(
     qkv: Tensor, inputs: StepInputs, cache: LayerCache, shape: AttentionShape, cos_sin: Tensor | None,
-    norms: tuple[Tensor | None, Tensor | None], dtype: torch.dtype,
+    norms: tuple[Tensor | None, Tensor | None], dtype: torch.dtype, **other: int,
 ) -> Tensor:  # fmt: skip
     """In shares small enough for there to be several; what isn't written stays NaN."""
     tokens, device = qkv.shape[-2], qkv.device
@@ -54,7 +54,7 @@ def run(
     out = torch.full((tokens, shape.num_heads, shape.head_dim), torch.nan, dtype=dtype, device=device)
     counters = counters_for(tokens * shape.num_kv_heads, device)
     room = (out, partial, lse.to(device), counters)
-    rope_decode(qkv, inputs, cache, shape, cos_sin, *norms, EPS, *room, **SHARES)()
+    rope_decode(qkv, inputs, cache, shape, cos_sin, *norms, EPS, *room, **{**SHARES, **other})()
     assert not bool(counters.any())
     return out
 
@@ -91,7 +91,11 @@ def test_both_in_one_launch(
     norms = (torch.rand(dim).to(device), torch.rand(dim).to(device)) if normed else (None, None)
 
     cache, apart = copy_of(before), copy_of(before)
-    got = run(qkv, inputs, cache, shape, cos_sin, norms, dtype).float()
+    listed = copy_of(before)
+    some = run(qkv, inputs, cache, shape, cos_sin, norms, dtype)
+    assert torch.equal(run(qkv, inputs, listed, shape, cos_sin, norms, dtype, programs=5), some)
+    assert torch.equal(listed.key.view(torch.uint8), cache.key.view(torch.uint8))
+    got = some.float()
     q = rope.rope_and_cache(qkv, inputs, apart, shape, cos_sin, *norms, EPS, dtype)  # itself compared in test_gpu_rope
     assert torch.equal(cache.value.view(torch.uint8), apart.value.view(torch.uint8))
     check_keys(cache.key, apart.key)

@@ -9,6 +9,7 @@ Reference: `attention.reference.paged_attention`. Limit: bytes, tokens * 2 Hkv D
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -122,7 +123,7 @@ def attend_share(
 
 @triton.jit
 def finish_share(
-    result, top, total, out, partial, lse, counters, sequence, head, kv_heads, part, parts, programs, first, queries,
+    result, top, total, out, partial, lse, counters, sequence, head, kv_heads, part, parts, most_parts, first, queries,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr,
     MERGED_ROWS: tl.constexpr, MERGED_SHARES: tl.constexpr,
 ):  # fmt: skip
@@ -133,7 +134,7 @@ def finish_share(
     else:
         all_rows: tl.constexpr = QUERIES * GROUP
         pair = sequence.to(tl.int64) * kv_heads + head
-        place = (pair * programs + part) * all_rows + row
+        place = (pair * most_parts + part) * all_rows + row
         here = row // GROUP < queries
         tl.store(
             partial + place[:, None] * HEAD_DIM + at[None, :], result, mask=here[:, None] & (at < HEAD_DIM)[None, :]
@@ -141,42 +142,90 @@ def finish_share(
         tl.store(lse + place, top + tl.log2(total), mask=here)
         if _is_last(counters + pair, parts):
             whole = _merged(
-                partial, lse, pair * programs * all_rows, parts, queries * GROUP,
+                partial, lse, pair * most_parts * all_rows, parts, queries * GROUP,
                 HEAD_DIM, DIM, all_rows, MERGED_ROWS, MERGED_SHARES,
             )  # fmt: skip
             _store(out, whole, tl.arange(0, MERGED_ROWS), first, queries, head, kv_heads, HEAD_DIM, DIM, GROUP)
 
 
 @triton.jit
-def _decode(
-    q, out, partial, lse, counters, key, value, key_scale, value_scale, block_tables, seq_lens, query_starts,
-    table_width, kv_heads, programs, scale, window, soft_cap,
+def shares_end(
+    seq_lens, query_starts, sequences, window, SEQUENCES: tl.constexpr, QUERIES: tl.constexpr,
+    BLOCK_N: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr, HAS_WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Where each sequence's shares end in a list of all shares [SEQUENCES]; with more than QUERIES it has none."""
+    s = tl.arange(0, SEQUENCES)
+    _, queries, _, _, _, parts = shares(
+        tl.minimum(s, sequences - 1), seq_lens, query_starts, window, BLOCK_N, LEAST, MOST, HAS_WINDOW
+    )
+    return tl.cumsum(tl.where((s < sequences) & (queries <= QUERIES), parts, 0), axis=0)
+
+
+@triton.jit
+def share_at(place, ends):
+    """The sequence and the number of a share in the list of all."""
+    before = ends <= place
+    return tl.sum(before.to(tl.int32)), place - tl.max(tl.where(before, ends, 0))
+
+
+@triton.jit
+def _decode_share(
+    sequence, head, part, q, out, partial, lse, counters, key, value, key_scale, value_scale, block_tables, seq_lens,
+    query_starts, table_width, kv_heads, most_parts, scale, window, soft_cap,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr,
     KEY_CODE: tl.constexpr, VALUE_CODE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr,
-    MERGED_ROWS: tl.constexpr, MERGED_SHARES: tl.constexpr, OVERLAPS: tl.constexpr,
+    MERGED_ROWS: tl.constexpr, MERGED_SHARES: tl.constexpr,
 ):  # fmt: skip
-    await_previous(OVERLAPS)
-    sequence, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first, queries, length, begin, share, parts = shares(
         sequence, seq_lens, query_starts, window, BLOCK_N, LEAST, MOST, HAS_WINDOW
     )
-    if queries > QUERIES or part >= parts:
-        return
-    row = tl.arange(0, ROWS)
-    query = row // GROUP
-    place = ((first + query).to(tl.int64) * kv_heads + head) * GROUP + row % GROUP
-    q, q_odd, unit = load_queries(q, place, query < queries, key, HEAD_DIM, DIM, KEY_CODE)
-    begin += part * share
-    result, top, total = attend_share(
-        (q, q_odd), unit, key, value, key_scale, value_scale, block_tables + sequence.to(tl.int64) * table_width,
-        head, kv_heads, begin, tl.minimum(begin + share, length), length - queries + query, scale, window, soft_cap,
-        HEAD_DIM, DIM, BLOCK_SIZE, BLOCK_N, KEY_CODE, VALUE_CODE, HAS_WINDOW, HAS_CAP,
-    )  # fmt: skip
-    finish_share(
-        result, top, total, out, partial, lse, counters, sequence, head, kv_heads, part, parts, programs,
-        first, queries, HEAD_DIM, DIM, GROUP, QUERIES, MERGED_ROWS, MERGED_SHARES,
-    )  # fmt: skip
+    if queries <= QUERIES and part < parts:
+        row = tl.arange(0, ROWS)
+        query = row // GROUP
+        place = ((first + query).to(tl.int64) * kv_heads + head) * GROUP + row % GROUP
+        even, odd, unit = load_queries(q, place, query < queries, key, HEAD_DIM, DIM, KEY_CODE)
+        begin += part * share
+        result, top, total = attend_share(
+            (even, odd), unit, key, value, key_scale, value_scale, block_tables + sequence.to(tl.int64) * table_width,
+            head, kv_heads, begin, tl.minimum(begin + share, length), length - queries + query, scale, window, soft_cap,
+            HEAD_DIM, DIM, BLOCK_SIZE, BLOCK_N, KEY_CODE, VALUE_CODE, HAS_WINDOW, HAS_CAP,
+        )  # fmt: skip
+        finish_share(
+            result, top, total, out, partial, lse, counters, sequence, head, kv_heads, part, parts, most_parts,
+            first, queries, HEAD_DIM, DIM, GROUP, QUERIES, MERGED_ROWS, MERGED_SHARES,
+        )  # fmt: skip
+
+
+@triton.jit
+def _decode(
+    q, out, partial, lse, counters, key, value, key_scale, value_scale, block_tables, seq_lens, query_starts,
+    sequences, table_width, kv_heads, most_parts, scale, window, soft_cap,
+    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr,
+    KEY_CODE: tl.constexpr, VALUE_CODE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr,
+    MERGED_ROWS: tl.constexpr, MERGED_SHARES: tl.constexpr, SEQUENCES: tl.constexpr, OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    await_previous(OVERLAPS)
+    if SEQUENCES == 0:
+        _decode_share(
+            tl.program_id(0), tl.program_id(1), tl.program_id(2), q, out, partial, lse, counters, key, value,
+            key_scale, value_scale, block_tables, seq_lens, query_starts, table_width, kv_heads, most_parts, scale,
+            window, soft_cap, HEAD_DIM, DIM, GROUP, QUERIES, ROWS, BLOCK_SIZE, BLOCK_N, LEAST, MOST, KEY_CODE,
+            VALUE_CODE, HAS_WINDOW, HAS_CAP, MERGED_ROWS, MERGED_SHARES,
+        )  # fmt: skip
+    else:
+        ends = shares_end(
+            seq_lens, query_starts, sequences, window, SEQUENCES, QUERIES, BLOCK_N, LEAST, MOST, HAS_WINDOW
+        )
+        for item in tl.range(tl.program_id(0), tl.max(ends) * kv_heads, tl.num_programs(0), disable_licm=True):
+            sequence, part = share_at(item // kv_heads, ends)
+            _decode_share(
+                sequence, item % kv_heads, part, q, out, partial, lse, counters, key, value, key_scale, value_scale,
+                block_tables, seq_lens, query_starts, table_width, kv_heads, most_parts, scale, window, soft_cap,
+                HEAD_DIM, DIM, GROUP, QUERIES, ROWS, BLOCK_SIZE, BLOCK_N, LEAST, MOST, KEY_CODE, VALUE_CODE,
+                HAS_WINDOW, HAS_CAP, MERGED_ROWS, MERGED_SHARES,
+            )  # fmt: skip
 
 
 def share_count(max_seq_len: int, shape: AttentionShape, *, least: int, most: int, queries: int = 1) -> int:
@@ -199,6 +248,7 @@ def decode(
     block_n: int,
     least: int,
     most: int,
+    programs: int,
     num_warps: int = 4,
     num_stages: int = 3,
 ) -> Launch:
@@ -208,24 +258,26 @@ def decode(
     lse      [S, Hkv, P, queries * Hq / Hkv] float32, log2 of the sum of exponentials
     counters [S * Hkv or more] int32, zeros before and after: see `counters_for`
     least    tokens of a share at least; most: shares of a sequence at most, however long it is
+    programs go through a list of the shares that there are, where the grid would have more: a CUDA graph's is for the
+             longest contexts, and a program with nothing to do costs time too
     """
-    sequences, programs = inputs.seq_lens.shape[0], lse.shape[2]
+    grid, listed = lse.shape[:3], math.prod(lse.shape[:3]) > programs
     group, dim = shape.num_heads // shape.num_kv_heads, max(power_of_two(shape.head_dim), 32)
     merged = power_of_two(queries * group)
     return Launch(
         _decode,
-        (sequences, shape.num_kv_heads, programs),
+        (programs,) if listed else grid,
         {
             "q": q, "out": out, "partial": partial, "lse": lse, "counters": counters, "key": words(cache.key),
             "value": words(cache.value), "key_scale": cache.key_scale, "value_scale": cache.value_scale,
             "block_tables": inputs.block_tables, "seq_lens": inputs.seq_lens, "query_starts": inputs.query_starts,
-            "table_width": inputs.block_tables.shape[1], "kv_heads": shape.num_kv_heads, "programs": programs,
+            "sequences": grid[0], "table_width": inputs.block_tables.shape[1], "kv_heads": shape.num_kv_heads,
+            "most_parts": grid[2], "SEQUENCES": power_of_two(grid[0]) if listed else 0,
             "scale": shape.scale, "window": shape.window or 0, "soft_cap": shape.soft_cap or 1.0,
-            "HEAD_DIM": shape.head_dim, "DIM": dim, "GROUP": group,
-            "QUERIES": queries, "ROWS": max(power_of_two(queries * group), 16), "BLOCK_SIZE": cache.block_size,
-            "BLOCK_N": block_n, "LEAST": least, "MOST": most, "KEY_CODE": CODES.get(cache.key.dtype, ""),
-            "VALUE_CODE": CODES.get(cache.value.dtype, ""), "HAS_WINDOW": shape.window is not None,
-            "HAS_CAP": shape.soft_cap is not None, "MERGED_ROWS": merged,
+            "HEAD_DIM": shape.head_dim, "DIM": dim, "GROUP": group, "QUERIES": queries, "ROWS": max(merged, 16),
+            "BLOCK_SIZE": cache.block_size, "BLOCK_N": block_n, "LEAST": least, "MOST": most,
+            "KEY_CODE": CODES.get(cache.key.dtype, ""), "VALUE_CODE": CODES.get(cache.value.dtype, ""),
+            "HAS_WINDOW": shape.window is not None, "HAS_CAP": shape.soft_cap is not None, "MERGED_ROWS": merged,
             "MERGED_SHARES": max(min(32 * 32 * num_warps // (merged * dim), power_of_two(most)), 1),
         },
         num_warps=num_warps,
@@ -270,23 +322,25 @@ def decode_attention(q: Tensor, inputs: StepInputs, cache: LayerCache, shape: At
 def proofs() -> dict[str, Proof]:
     """The 16-row tensor-core instructions, and keys and values fetched by 16 bytes, whatever they are."""
     bf16, fp16, fp8, int8 = torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8
-    examples: dict[str, tuple[tuple[Any, ...], int]] = {
-        "bf16, 32 / 8 heads of 128": ((32, 8, 128, bf16, bf16, bf16), 1),
-        "fp8, 32 / 8 heads of 128": ((32, 8, 128, bf16, fp8, fp8), 1),
-        "int8, 32 / 8 heads of 128": ((32, 8, 128, bf16, int8, int8), 1),
-        "bf16 and fp8, 32 / 8 heads of 128": ((32, 8, 128, bf16, bf16, fp8), 1),
-        "fp16, 9 / 3 heads of 64": ((9, 3, 64, fp16, fp16, fp16), 1),
-        "bf16, 8 / 4 heads of 256, window, cap": ((8, 4, 256, bf16, bf16, bf16, 4096, 50.0), 1),
-        "bf16, 32 heads of 80": ((32, 32, 80, bf16, bf16, bf16), 1),
-        "fp8, 32 / 8 heads of 128, 4 queries": ((32, 8, 128, bf16, fp8, fp8), 4),
+    examples: dict[str, tuple[tuple[Any, ...], int, int]] = {  # queries, shares of a sequence at most
+        "bf16, 32 / 8 heads of 128": ((32, 8, 128, bf16, bf16, bf16), 1, 1),
+        "fp8, 32 / 8 heads of 128": ((32, 8, 128, bf16, fp8, fp8), 1, 1),
+        "bf16, 32 / 8 heads of 128, listed": ((32, 8, 128, bf16, bf16, bf16), 1, 32),
+        "fp8, 32 / 8 heads of 128, listed": ((32, 8, 128, bf16, fp8, fp8), 1, 32),
+        "int8, 32 / 8 heads of 128": ((32, 8, 128, bf16, int8, int8), 1, 1),
+        "bf16 and fp8, 32 / 8 heads of 128": ((32, 8, 128, bf16, bf16, fp8), 1, 1),
+        "fp16, 9 / 3 heads of 64": ((9, 3, 64, fp16, fp16, fp16), 1, 1),
+        "bf16, 8 / 4 heads of 256, window, cap": ((8, 4, 256, bf16, bf16, bf16, 4096, 50.0), 1, 1),
+        "bf16, 32 heads of 80": ((32, 32, 80, bf16, bf16, bf16), 1, 1),
+        "fp8, 32 / 8 heads of 128, 4 queries": ((32, 8, 128, bf16, fp8, fp8), 4, 1),
     }
     made: dict[str, Proof] = {}
-    for name, (example, queries) in examples.items():
+    for name, (example, queries, most_parts) in examples.items():
         q, inputs, cache, shape = on_meta(*example)
         group = shape.num_heads // shape.num_kv_heads
         sizes = tables.choose("paged decode", group, shape.head_dim, cache.key.element_size())
         counters = inputs.seq_lens.new_empty(64 * shape.num_kv_heads)
-        lse = q.new_empty(64, shape.num_kv_heads, 32, queries * group, dtype=torch.float32)
+        lse = q.new_empty(64, shape.num_kv_heads, most_parts, queries * group, dtype=torch.float32)
         launch = decode(q, inputs, cache, shape, q, lse, lse, counters, queries=queries, **sizes)
         made[f"decode {name}"] = Proof(launch, (r"HMMA\.16816", r"LDGSTS\.E\.BYPASS.*128"), (r"LDS\.[US]8",))
     return made

@@ -19,7 +19,15 @@ from torch import Tensor
 
 from octavo.kernels import tables
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
-from octavo.kernels.attention.gpu.decode import attend_share, decode, finish_share, room_for, shares
+from octavo.kernels.attention.gpu.decode import (
+    attend_share,
+    decode,
+    finish_share,
+    room_for,
+    share_at,
+    shares,
+    shares_end,
+)
 from octavo.kernels.attention.gpu.paged import as_factors, on_meta
 from octavo.kernels.attention.gpu.prefill import paged_attention
 from octavo.kernels.attention.gpu.rope import encoded, factor_of, rope_and_cache, rope_arguments, summed
@@ -79,50 +87,82 @@ def _write_new(
 
 
 @triton.jit
-def _rope_decode(
-    qkv, positions, slots, cos_sin, q_norm, k_norm, out, partial, lse, counters, key, value, key_words, value_words,
-    key_scale, value_scale, block_tables, seq_lens, query_starts,
-    table_width, kv_heads, programs, part_size, eps, scale, window, soft_cap,
+def _rope_decode_share(
+    sequence, head, part, qkv, positions, slots, cos_sin, q_norm, k_norm, out, partial, lse, counters, key, value,
+    key_words, value_words, key_scale, value_scale, block_tables, seq_lens, query_starts,
+    table_width, kv_heads, most_parts, part_size, eps, scale, window, soft_cap,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr,
     KEY_CODE: tl.constexpr, VALUE_CODE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr,
     MERGED_ROWS: tl.constexpr, MERGED_SHARES: tl.constexpr, PARTS: tl.constexpr, Q_NORM: tl.constexpr,
-    K_NORM: tl.constexpr, ROTATES: tl.constexpr, OVERLAPS: tl.constexpr,
+    K_NORM: tl.constexpr, ROTATES: tl.constexpr,
 ):  # fmt: skip
-    await_previous(OVERLAPS)
-    sequence, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first, queries, length, begin, share, parts = shares(
         sequence, seq_lens, query_starts, window, BLOCK_N, LEAST, MOST, HAS_WINDOW
     )
-    if queries != 1 or part >= parts:
-        return
-    token = first.to(tl.int64)
-    row = token * ((GROUP + 2) * kv_heads * HEAD_DIM)
-    if ROTATES:
-        cos_sin += tl.load(positions + token) * (2 * HALF)
-    if part == parts - 1:
-        _write_new(
-            qkv, row + (GROUP * kv_heads + head) * HEAD_DIM, k_norm, cos_sin, key, value, key_scale, value_scale,
-            tl.load(slots + token), head, kv_heads, part_size, eps,
-            out.dtype.element_ty, HEAD_DIM, DIM, HALF, BLOCK_SIZE, PARTS, K_NORM, ROTATES,
+    if queries == 1 and part < parts:
+        dtype: tl.constexpr = out.dtype.element_ty
+        token = first.to(tl.int64)
+        row = token * ((GROUP + 2) * kv_heads * HEAD_DIM)
+        angles = cos_sin
+        if ROTATES:
+            angles += tl.load(positions + token) * (2 * HALF)
+        if part == parts - 1:
+            _write_new(
+                qkv, row + (GROUP * kv_heads + head) * HEAD_DIM, k_norm, angles, key, value, key_scale, value_scale,
+                tl.load(slots + token), head, kv_heads, part_size, eps,
+                dtype, HEAD_DIM, DIM, HALF, BLOCK_SIZE, PARTS, K_NORM, ROTATES,
+            )  # fmt: skip
+        r = tl.arange(0, ROWS)
+        turned = _turned(
+            qkv, row + (head * GROUP + r) * HEAD_DIM, r < GROUP, q_norm, angles, part_size, eps,
+            dtype, HEAD_DIM, DIM, HALF, PARTS, Q_NORM, ROTATES,
         )  # fmt: skip
-    r = tl.arange(0, ROWS)
-    turned = _turned(
-        qkv, row + (head * GROUP + r) * HEAD_DIM, r < GROUP, q_norm, cos_sin, part_size, eps,
-        out.dtype.element_ty, HEAD_DIM, DIM, HALF, PARTS, Q_NORM, ROTATES,
-    )  # fmt: skip
-    q, q_odd, unit = as_factors(narrow(turned, out.dtype.element_ty), key_words, DIM, KEY_CODE)
-    begin += part * share
-    result, top, total = attend_share(
-        (q, q_odd), unit, key_words, value_words, key_scale, value_scale,
-        block_tables + sequence.to(tl.int64) * table_width, head, kv_heads, begin, tl.minimum(begin + share, length),
-        length - 1 + r * 0, scale, window, soft_cap,
-        HEAD_DIM, DIM, BLOCK_SIZE, BLOCK_N, KEY_CODE, VALUE_CODE, HAS_WINDOW, HAS_CAP,
-    )  # fmt: skip
-    finish_share(
-        result, top, total, out, partial, lse, counters, sequence, head, kv_heads, part, parts, programs, first, 1,
-        HEAD_DIM, DIM, GROUP, 1, MERGED_ROWS, MERGED_SHARES,
-    )  # fmt: skip
+        even, odd, unit = as_factors(narrow(turned, dtype), key_words, DIM, KEY_CODE)
+        begin += part * share
+        result, top, total = attend_share(
+            (even, odd), unit, key_words, value_words, key_scale, value_scale,
+            block_tables + sequence.to(tl.int64) * table_width, head, kv_heads, begin,
+            tl.minimum(begin + share, length), length - 1 + r * 0, scale, window, soft_cap,
+            HEAD_DIM, DIM, BLOCK_SIZE, BLOCK_N, KEY_CODE, VALUE_CODE, HAS_WINDOW, HAS_CAP,
+        )  # fmt: skip
+        finish_share(
+            result, top, total, out, partial, lse, counters, sequence, head, kv_heads, part, parts, most_parts,
+            first, 1, HEAD_DIM, DIM, GROUP, 1, MERGED_ROWS, MERGED_SHARES,
+        )  # fmt: skip
+
+
+@triton.jit
+def _rope_decode(
+    qkv, positions, slots, cos_sin, q_norm, k_norm, out, partial, lse, counters, key, value, key_words, value_words,
+    key_scale, value_scale, block_tables, seq_lens, query_starts,
+    sequences, table_width, kv_heads, most_parts, part_size, eps, scale, window, soft_cap,
+    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr,
+    KEY_CODE: tl.constexpr, VALUE_CODE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr,
+    MERGED_ROWS: tl.constexpr, MERGED_SHARES: tl.constexpr, PARTS: tl.constexpr, Q_NORM: tl.constexpr,
+    K_NORM: tl.constexpr, ROTATES: tl.constexpr, SEQUENCES: tl.constexpr, OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    await_previous(OVERLAPS)
+    if SEQUENCES == 0:
+        _rope_decode_share(
+            tl.program_id(0), tl.program_id(1), tl.program_id(2), qkv, positions, slots, cos_sin, q_norm, k_norm,
+            out, partial, lse, counters, key, value, key_words, value_words, key_scale, value_scale, block_tables,
+            seq_lens, query_starts, table_width, kv_heads, most_parts, part_size, eps, scale, window, soft_cap,
+            HEAD_DIM, DIM, GROUP, ROWS, HALF, BLOCK_SIZE, BLOCK_N, LEAST, MOST, KEY_CODE, VALUE_CODE, HAS_WINDOW,
+            HAS_CAP, MERGED_ROWS, MERGED_SHARES, PARTS, Q_NORM, K_NORM, ROTATES,
+        )  # fmt: skip
+    else:
+        ends = shares_end(seq_lens, query_starts, sequences, window, SEQUENCES, 1, BLOCK_N, LEAST, MOST, HAS_WINDOW)
+        for item in tl.range(tl.program_id(0), tl.max(ends) * kv_heads, tl.num_programs(0), disable_licm=True):
+            sequence, part = share_at(item // kv_heads, ends)
+            _rope_decode_share(
+                sequence, item % kv_heads, part, qkv, positions, slots, cos_sin, q_norm, k_norm,
+                out, partial, lse, counters, key, value, key_words, value_words, key_scale, value_scale, block_tables,
+                seq_lens, query_starts, table_width, kv_heads, most_parts, part_size, eps, scale, window, soft_cap,
+                HEAD_DIM, DIM, GROUP, ROWS, HALF, BLOCK_SIZE, BLOCK_N, LEAST, MOST, KEY_CODE, VALUE_CODE, HAS_WINDOW,
+                HAS_CAP, MERGED_ROWS, MERGED_SHARES, PARTS, Q_NORM, K_NORM, ROTATES,
+            )  # fmt: skip
 
 
 def rope_decode(
@@ -156,16 +196,18 @@ def rope_and_attention(
 def proofs() -> dict[str, Proof]:
     """As in `decode`; the new key and value are in memory before the loop begins to fetch."""
     bf16, fp16, fp8, int8 = torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8
-    examples: dict[str, tuple[tuple[Any, ...], int, int, bool]] = {
-        "bf16, 32 / 8 heads of 128": ((32, 8, 128, bf16, bf16, bf16), 1, 128, False),
-        "fp8, 32 / 8 heads of 128, of 4 partial sums": ((32, 8, 128, bf16, fp8, fp8), 4, 128, False),
-        "int8, 32 / 8 heads of 128, head norms": ((32, 8, 128, bf16, int8, int8), 4, 128, True),
-        "fp16, 9 / 3 heads of 64": ((9, 3, 64, fp16, fp16, fp16), 1, 64, False),
-        "bf16, 8 / 4 heads of 256, window, cap": ((8, 4, 256, bf16, bf16, bf16, 4096, 50.0), 4, 256, True),
-        "bf16, 32 heads of 80 of which 32 rotate": ((32, 32, 80, bf16, bf16, bf16), 1, 32, False),
+    examples: dict[str, tuple[tuple[Any, ...], int, int, bool, int]] = {
+        "bf16, 32 / 8 heads of 128": ((32, 8, 128, bf16, bf16, bf16), 1, 128, False, 1),
+        "fp8, 32 / 8 heads of 128, of 4 partial sums": ((32, 8, 128, bf16, fp8, fp8), 4, 128, False, 1),
+        "fp8, 32 / 8 heads of 128, of 4 partial sums, listed": ((32, 8, 128, bf16, fp8, fp8), 4, 128, False, 32),
+        "bf16, 32 / 8 heads of 128, head norms, listed": ((32, 8, 128, bf16, bf16, bf16), 1, 128, True, 32),
+        "int8, 32 / 8 heads of 128, head norms": ((32, 8, 128, bf16, int8, int8), 4, 128, True, 1),
+        "fp16, 9 / 3 heads of 64": ((9, 3, 64, fp16, fp16, fp16), 1, 64, False, 1),
+        "bf16, 8 / 4 heads of 256, window, cap": ((8, 4, 256, bf16, bf16, bf16, 4096, 50.0), 4, 256, True, 1),
+        "bf16, 32 heads of 80 of which 32 rotate": ((32, 32, 80, bf16, bf16, bf16), 1, 32, False, 1),
     }
     made: dict[str, Proof] = {}
-    for name, (example, parts, rotary, normed) in examples.items():
+    for name, (example, parts, rotary, normed, most_parts) in examples.items():
         q, inputs, cache, shape = on_meta(*example)
         width = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
         qkv = q.new_empty(64, width) if parts == 1 else q.new_empty(parts, 64, width, dtype=torch.float32)
@@ -173,7 +215,10 @@ def proofs() -> dict[str, Proof]:
         norm = weight if normed else None
         group = shape.num_heads // shape.num_kv_heads
         sizes = tables.choose("paged decode", group, shape.head_dim, cache.key.element_size())
-        lse, counters = meta(64, shape.num_kv_heads, 32, group), inputs.seq_lens.new_empty(64 * shape.num_kv_heads)
+        lse, counters = (
+            meta(64, shape.num_kv_heads, most_parts, group),
+            inputs.seq_lens.new_empty(64 * shape.num_kv_heads),
+        )
         launch = rope_decode(qkv, inputs, cache, shape, table, norm, norm, 1e-5, q, lse, lse, counters, **sizes)
         made[f"rope and decode {name}"] = Proof(launch, (r"HMMA\.16816", r"LDGSTS\.E\.BYPASS.*128"), (r"LDS\.[US]8",))
     return made
