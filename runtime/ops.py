@@ -49,7 +49,8 @@ class Ops:
     """One body for each operator.
 
     rms_norm(x [T, H], weight [H] float32, eps) -> [T, H]: computed in float32, returned in x's type
-    add_rms_norm(x, residual, weight, eps) -> (normed, x + residual): the sum is rounded to x's type, then normed
+    add_rms_norm(x, residual, weight, eps, after, multiplier) -> (normed, x + residual): the sum is rounded to x's type,
+        then normed; x itself is normed by `after` and multiplied before; without a weight the sum is returned twice
     silu_and_mul(gate_up [T, 2 I]) -> [T, I]: act(first half) * second half
     gelu_tanh_and_mul(gate_up [T, 2 I]) -> [T, I]
     attention(q [T, Hq, D], inputs, cache, shape) -> [T, Hq * D]: causal over the cache, which holds this step's own

@@ -51,12 +51,16 @@ def _rms_norm(dtype: torch.dtype, x: Tensor, weight: Tensor, eps: float, wants: 
 
 
 def _add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, wants: Rounding | None = None
-) -> tuple[Hidden, Tensor]:
-    result, out, scale = _room(x, x.shape[-1], residual.dtype, wants)
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, after: Tensor | None = None,
+    multiplier: float = 1.0, wants: Rounding | None = None,
+) -> tuple[Hidden, Tensor]:  # fmt: skip
     total = torch.empty_like(residual)
-    size = 0 if wants is None else wants.group_size
-    norm(x, weight, eps, out, residual=residual, total=total, scale=scale, group_size=size)()
+    result, out, scale = (total, total, None) if weight is None else _room(x, x.shape[-1], residual.dtype, wants)
+    size = 0 if scale is None or wants is None else wants.group_size
+    norm(
+        x, weight, eps, out, residual=residual, total=total, after=after, multiplier=multiplier,
+        scale=scale, group_size=size,
+    )()  # fmt: skip
     return result, total
 
 

@@ -111,8 +111,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return out
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, after: Tensor | None = None, multiplier: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """`fused.reference.add_rms_norm`."""
+    x = x if after is None else rms_norm(x, after, eps)
+    x = x if multiplier == 1.0 else x * multiplier
+    if weight is None:
+        total = x + residual
+        return total, total
     x, residual = x.contiguous(), residual.contiguous()
     out, total = torch.empty_like(x), torch.empty_like(x)
     rows, columns = x.shape

@@ -13,10 +13,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(rms_norm(x + residual), x + residual); the sum is rounded to x's type before the norm."""
-    total = x + residual
-    return rms_norm(total, weight, eps), total
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, after: Tensor | None = None, multiplier: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """(rms_norm(x + residual), x + residual); the sum is rounded to x's type before the norm.
+
+    With `after` x is normed first, and multiplied by the multiplier. Without a weight the sum is returned twice.
+    """
+    x = x if after is None else rms_norm(x, after, eps)
+    total = (x if multiplier == 1.0 else x * multiplier) + residual
+    return (total if weight is None else rms_norm(total, weight, eps)), total
 
 
 def silu_and_mul(gate_up: Tensor) -> Tensor:

@@ -135,20 +135,17 @@ class Decoder:
             if i == last and inputs.logits_index.shape[0] != hidden.shape[0]:
                 # nothing reads the other rows any more
                 hidden, residual = hidden[inputs.logits_index], residual[inputs.logits_index]
-            run = layer.o.partial if self._adds_sums(layer.after_attention, layer.before_mlp) else layer.o.forward
-            norms = (layer.after_attention, layer.before_mlp)
-            hidden, residual = self._add_and_norm(run(hidden), residual, *norms, layer.mlp.wants)
-            norms = (layer.after_mlp, self._final_norm if i == last else self._layers[i + 1].before_attention)
+            hidden, residual = self._add_and_norm(
+                layer.o.partial(hidden), residual, layer.after_attention, layer.before_mlp, layer.mlp.wants
+            )
+            before_next = self._final_norm if i == last else self._layers[i + 1].before_attention
             wants = None if i == last else self._layers[i + 1].qkv.wants
-            run = layer.mlp.partial if self._adds_sums(*norms) else layer.mlp.forward
-            hidden, residual = self._add_and_norm(run(hidden), residual, *norms, wants)
+            hidden, residual = self._add_and_norm(
+                layer.mlp.partial(hidden), residual, layer.after_mlp, before_next, wants
+            )
             if tap is not None:
                 tap(i, residual)
         return self._logits(hidden)
-
-    def _adds_sums(self, after: Tensor | None, before_next: Tensor | None) -> bool:
-        """Whether what comes behind a sublayer is a norm, which adds up the partial sums of a GEMM on a GPU."""
-        return self.spec.residual_multiplier == 1.0 and not (after is None and before_next is None)
 
     def _add_and_norm(
         self,
@@ -159,17 +156,10 @@ class Decoder:
         wants: Rounding | None,
     ) -> tuple[Any, Tensor]:
         """A sublayer's output onto the residual: (input of the next sublayer, rounded as it wants; new residual)."""
-        ops, eps, multiplier = self.ops, self.spec.norm_eps, self.spec.residual_multiplier
-        if after is not None:
-            hidden = ops.rms_norm(hidden, after, eps)
-        if multiplier != 1.0:
-            hidden = hidden * multiplier
-        if before_next is not None:
-            if wants is not None:
-                return ops.add_rms_norm(hidden, residual, before_next, eps, wants)
-            return ops.add_rms_norm(hidden, residual, before_next, eps)
-        total = hidden + residual
-        return total, total
+        rounding = {} if wants is None else {"wants": wants}
+        return self.ops.add_rms_norm(
+            hidden, residual, before_next, self.spec.norm_eps, after, self.spec.residual_multiplier, **rounding
+        )
 
     def _logits(self, hidden: Tensor) -> Tensor:
         logits = self._lm_head.forward(hidden)

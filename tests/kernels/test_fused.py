@@ -35,6 +35,12 @@ def test_norms(dtype: torch.dtype, rows: int, columns: int) -> None:
     got, truth = cpu.add_rms_norm(x, residual, weight, 1e-5), reference.add_rms_norm(x, residual, weight, 1e-5)
     assert torch.equal(got[1], truth[1])
     assert close(got[0], truth[0], dtype, columns)
+    for after, multiplier, last in ((weight, 1.0, None), (None, 0.22, weight), (None, 1.0, None)):
+        first = x if after is None else cpu.rms_norm(x, after, 1e-5)  # compared above
+        got = cpu.add_rms_norm(x, residual, last, 1e-5, after, multiplier)
+        truth = reference.add_rms_norm(first, residual, last, 1e-5, None, multiplier)
+        assert torch.equal(got[1], truth[1])
+        assert close(got[0], truth[0], dtype, columns)
 
 
 @pytest.mark.parametrize("dtype", list(UNIT))

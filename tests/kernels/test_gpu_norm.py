@@ -40,6 +40,38 @@ def test_norm(shape: tuple[int, int], dtype: torch.dtype, with_residual: bool, d
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("wanted", ["a norm before and one after", "a norm before", "a multiplier", "a sum"])
+def test_what_else_stands_between_two_sublayers(
+    shape: tuple[int, int], dtype: torch.dtype, parts: int, wanted: str, device: torch.device
+) -> None:
+    sums, residual = random(parts, *shape, seed=1, device=device), random(*shape, seed=2, device=device).to(dtype)
+    weights = [random(shape[1], seed=s, device=device) for s in (3, 4)]
+    after = weights[0] if "before" in wanted else None
+    weight = None if wanted in ("a norm before", "a sum") else weights[1]
+    multiplier = 0.22 if wanted == "a multiplier" else 1.0
+    x = sums[0].to(dtype) if parts == 1 else sums
+    out, total = (torch.full_like(residual, torch.nan) for _ in range(2))
+    norm(x, weight, EPS, out, residual=residual, total=total, after=after, multiplier=multiplier)()
+
+    summed = (sums[0] + sums[1] + sums[2] if parts == 3 else sums[0]).to(dtype)
+    _, expected = reference.add_rms_norm(summed, residual, weight, EPS, after, multiplier)
+    # the first norm may fall to a neighbour of its type, of at most 5 standard deviations times a weight: a step there
+    step = torch.finfo(dtype).eps * (summed.float().abs().max() * 2 * weights[0].abs() if after is not None else 0)
+    off = (total.float() - expected.float()).abs()
+    assert bool((off <= step + torch.finfo(dtype).eps * expected.float().abs() * (after is not None)).all())
+    if dtype == torch.bfloat16:
+        assert float((off > 0).float().mean()) < 1e-2
+    if weight is None:
+        assert bool(out.isnan().all())
+    else:
+        truth = reference.rms_norm(total.double(), weight, EPS)
+        rtol = torch.finfo(dtype).eps + 8 * 2**-24
+        torch.testing.assert_close(out.double(), truth.double(), rtol=rtol, atol=0)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("group_size", [0, 64, 128])
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8], ids=str)
 @pytest.mark.parametrize("parts", [1, 4])
@@ -95,3 +127,6 @@ def test_what_does_not_go_together_is_refused(device: torch.device) -> None:
         norm(x, x[0], EPS, x.clone(), scale=x)
     with pytest.raises(ValueError, match="come together"):
         norm(x, x[0], EPS, x.clone(), residual=x)
+    for other in ({"after": x[0]}, {"multiplier": 2.0}):
+        with pytest.raises(ValueError, match="without a residual"):
+            norm(x, x[0], EPS, x.clone(), **other)

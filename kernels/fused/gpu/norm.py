@@ -1,9 +1,9 @@
-"""Triton bodies of the norms: residual + RMSNorm, and rounding what comes out to fp8 or int8, in one pass.
+"""Triton body of all that stands between two sublayers: norm, residual, norm, and rounding to fp8 or int8, in one pass.
 
 y = (x + r) / sqrt(mean((x + r)^2) + eps) * w, a program for each token, the whole row in registers. x may be split-K
-partial sums of the GEMM before, which are added up on the way. References: `fused.reference`, `fp8.reference`,
-`int8.reference`. Limit: bytes; with a residual and an fp8 output 7 bytes an element (3 without), over 3.0 TB/s on an
-H100.
+partial sums of the GEMM before, which are added up on the way, and may be normed or scaled before the sum.
+References: `fused.reference`, `fp8.reference`, `int8.reference`. Limit: bytes; with a residual and an fp8 output 7 an
+element (3 without), over 3.0 TB/s on an H100.
 """
 
 from __future__ import annotations
@@ -24,12 +24,22 @@ WARPS = ((2048, 4), (8192, 8), (1 << 30, 16))  # elements of a row at the most, 
 
 
 @triton.jit
+def _normed(value, weight, width, eps, BLOCK: tl.constexpr):
+    """RMSNorm of a row, zeros from width on."""
+    at = tl.arange(0, BLOCK)
+    value *= tl.rsqrt(tl.sum(value * value) / width + eps)
+    return value * tl.load(weight + at, mask=at < width, other=0.0)
+
+
+@triton.jit
 def _norm(
-    x, weight, residual, out, scale, total, x_part, width, eps,
-    PARTS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
-    OVERLAPS: tl.constexpr,
+    x, after, weight, residual, out, scale, total, x_part, width, eps, multiplier,
+    PARTS: tl.constexpr, HAS_AFTER: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     if OVERLAPS:
+        if HAS_AFTER:
+            prefetch(after + tl.minimum(tl.arange(0, (BLOCK + 31) // 32) * 32, width - 1))
         prefetch(weight + tl.minimum(tl.arange(0, (BLOCK + 31) // 32) * 32, width - 1))
     await_previous(OVERLAPS)
     token = tl.program_id(0)
@@ -43,30 +53,35 @@ def _norm(
         dtype: tl.constexpr = residual.dtype.element_ty
         if x.dtype.element_ty != dtype:  # as the GEMM would have rounded it
             value = narrow(value, dtype).to(tl.float32)
+        if HAS_AFTER:
+            value = narrow(_normed(value, after, width, eps, BLOCK), dtype).to(tl.float32)
+        value = narrow(value * multiplier, dtype).to(tl.float32)
         value += tl.load(residual + row + at, mask=seen, other=0.0).to(tl.float32)
         rounded = narrow(value, dtype)
         tl.store(total + row + at, rounded, mask=seen)
         value = rounded.to(tl.float32)
-    value *= tl.rsqrt(tl.sum(value * value) / width + eps)
-    value *= tl.load(weight + at, mask=seen, other=0.0)
-    store_rounded(value, out, scale, token, 0, width, GROUP, BLOCK)
+    if HAS_WEIGHT:
+        store_rounded(_normed(value, weight, width, eps, BLOCK), out, scale, token, 0, width, GROUP, BLOCK)
 
 
 def norm(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     eps: float,
     out: Tensor,
     *,
     residual: Tensor | None = None,
     total: Tensor | None = None,
+    after: Tensor | None = None,
+    multiplier: float = 1.0,
     scale: Tensor | None = None,
     group_size: int = 0,
 ) -> Launch:
     """RMSNorm of x [T, H], or of the sum of x [S, T, H] float32, into out [T, H].
 
-    weight    [H] float32
+    weight    [H] float32; None: only the sum is asked for, and out isn't written
     residual  [T, H], added first; total [T, H] receives the sum in its type, which is then normed
+    after     [H] float32: x is normed by it, and multiplied by the multiplier, before the residual is added
     out       bf16, fp16 or float32; or float8_e4m3fn or int8 with scale [T, ceil(H / group_size)] float32, a scale for
               each group of columns, or [T, 1] with group_size 0; group_size is a power of two
     """
@@ -75,15 +90,19 @@ def norm(
         raise ValueError(f"a norm into {out.dtype} {'needs' if scale is None else 'has no'} scale")
     if (residual is None) != (total is None):
         raise ValueError("residual and total come together")
+    if residual is None and (weight is None or after is not None or multiplier != 1.0):
+        raise ValueError("without a residual there is one norm, and nothing but it")
     block = max(power_of_two(width), group_size)
     return Launch(
         _norm,
         (num_tokens,),
         {
-            "x": x, "weight": weight, "residual": x if residual is None else residual, "out": out,
+            "x": x, "after": x if after is None else after, "weight": x if weight is None else weight,
+            "residual": x if residual is None else residual, "out": out, "multiplier": multiplier,
             "scale": out if scale is None else scale, "total": out if total is None else total,
             "x_part": num_tokens * width, "width": width, "eps": eps,
-            "PARTS": parts, "HAS_RESIDUAL": residual is not None, "GROUP": group_size, "BLOCK": block,
+            "PARTS": parts, "HAS_AFTER": after is not None, "HAS_RESIDUAL": residual is not None,
+            "HAS_WEIGHT": weight is not None, "GROUP": group_size, "BLOCK": block,
         },
         num_warps=next(warps for most, warps in WARPS if block <= most),
         num_stages=1,
@@ -106,4 +125,8 @@ def proofs() -> dict[str, Proof]:
             "norm int8 of 4 partial sums": norm(sums, weight, 1e-5, int8, scale=scale, residual=rows, total=rows),
         }.items():
             made[f"{name} {width}"] = Proof(launch, expects=(r"LDG\.E\.128", r"STG\.E\.128"))
+    rows, scale, weight = example(64, 3584), example(64, 1, dtype=torch.float32), example(3584, dtype=torch.float32)
+    sums, fp8 = example(4, 64, 3584, dtype=torch.float32), example(64, 3584, dtype=torch.float8_e4m3fn)
+    launch = norm(sums, weight, 1e-6, fp8, scale=scale, residual=rows, total=rows, after=weight)
+    made["norms fp8 of 4 partial sums 3584"] = Proof(launch, expects=(r"LDG\.E\.128", r"STG\.E\.128"))
     return made

@@ -74,7 +74,13 @@ def launches(directory: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.parametrize(
     ("architecture", "scheme", "number"),
-    [("llama", "W4A16@32", 8), ("llama", "FP8_DYNAMIC", 9), ("qwen3", "FP8_DYNAMIC", 9), ("gemma2", "W4A16@32", 10)],
+    [
+        ("llama", "W4A16@32", 8),
+        ("llama", "FP8_DYNAMIC", 9),
+        ("qwen3", "FP8_DYNAMIC", 9),
+        ("gemma2", "W4A16@32", 8),
+        ("granite", "W4A16@32", 8),
+    ],
 )
 def test_a_layer_has_few_launches(
     architecture: str, scheme: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
