@@ -58,7 +58,7 @@ ROOMS = (  # modules that have `proofs() -> dict[str, Proof]`
     "sampling.gpu.draw",
 )
 HOPPER = ("int4.gpu.gemm", "fp8.gpu.few", "fp8.gpu.many", "int8.gpu.weights", "moe.gpu.grouped", "moe.gpu.int4")
-"""Rooms whose proofs have an H100's sizes; for other cards `rows` has those of the card's table."""
+"""Rooms whose proofs have an H100's sizes and instructions; `rows` has every size of any card's table."""
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 120: 101_376}
 """Bytes that a block may use, by compute capability."""
 FP8_PRODUCTS = re.compile(r"rows: .*fp8")
@@ -143,7 +143,7 @@ class Compiled:
 
 def proofs(capability: int = 90) -> dict[str, tuple[str, str]]:
     """All proofs of all rooms by name, with the card's table: where each is found, as its module and its name there."""
-    rooms = ROOMS if capability == 90 else (*(room for room in ROOMS if room not in HOPPER), "rows")
+    rooms = (*(room for room in ROOMS if capability == 90 or room not in HOPPER), "rows")
     with tables.taken(tables.of_capability(capability)):
         found = {
             f"{room.replace('.gpu.', ' ')}: {name}": (f"octavo.kernels.{room}", name)

@@ -89,18 +89,14 @@ def generate(model: Path) -> int:
     return total
 
 
-def peaks(program: str, model: Path, out: Path) -> tuple[int, int]:
-    """What a program prints: the peak when it begins, and when it is done.
-
-    What is freed goes back to the system at once: else what glibc keeps for later adds up to 20 MB, by chance.
-    """
+def peaks(program: str, model: Path, out: Path, **environment: str) -> tuple[int, int]:
+    """What a program prints: the peak when it begins, and when it is done."""
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", program, str(model), str(out)],
         capture_output=True,
         text=True,
         check=False,
-        env=os.environ
-        | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"} | environment,
     )
     assert done.returncode == 0, done.stderr
     before, after = map(int, done.stdout.split())
@@ -108,7 +104,10 @@ def peaks(program: str, model: Path, out: Path) -> tuple[int, int]:
 
 
 def test_gptq_holds_one_block(tmp_path: Path) -> None:
-    """Three times the layers: 66 MB more in the checkpoint, and less than one layer more in memory."""
+    """Three times the layers: 66 MB more in the checkpoint, and less than one layer more in memory.
+
+    What is freed goes back to the system at once: else what glibc keeps for later adds up to 20 MB, by chance.
+    """
     peak, size = dict[int, int](), dict[int, int]()
     for layers in (5, 15):
         config = LlamaConfig(
@@ -117,7 +116,8 @@ def test_gptq_holds_one_block(tmp_path: Path) -> None:
         model = tmp_path / f"{layers}-layers"
         LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(model)
         size[layers] = (model / "model.safetensors").stat().st_size
-        before, after = peaks(GPTQ, model, tmp_path / f"{layers}-quantized")
+        out = tmp_path / f"{layers}-quantized"
+        before, after = peaks(GPTQ, model, out, MALLOC_MMAP_THRESHOLD_="65536")
         peak[layers] = after - before
     assert size[15] - size[5] > 60_000_000
     assert peak[15] - peak[5] < (size[15] - size[5]) / 10, peak

@@ -164,6 +164,8 @@ def grouped_int4(
     router   [T, top_k] float32, multiplied to each pair's row
     """
     (_, n, k), num_tiles = packed.shape, len(pairs.tile_expert)
+    if packed.share < 128 and pairs.block_m > 64:  # each tile has several groups' scales in registers: 128 rows spill
+        block_n = min(block_n, 64)
     return Launch(
         _grouped_int4,
         (num_tiles * cdiv(n, block_n),),
