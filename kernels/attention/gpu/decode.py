@@ -332,6 +332,7 @@ def proofs() -> dict[str, Proof]:
         "fp16, 9 / 3 heads of 64": ((9, 3, 64, fp16, fp16, fp16), 1, 1),
         "bf16, 8 / 4 heads of 256, window, cap": ((8, 4, 256, bf16, bf16, bf16, 4096, 50.0), 1, 1),
         "bf16, 32 heads of 80": ((32, 32, 80, bf16, bf16, bf16), 1, 1),
+        "float32, 32 / 8 heads of 128": ((32, 8, 128, *(torch.float32,) * 3), 1, 1),
         "fp8, 32 / 8 heads of 128, 4 queries": ((32, 8, 128, bf16, fp8, fp8), 4, 1),
     }
     made: dict[str, Proof] = {}
@@ -342,5 +343,6 @@ def proofs() -> dict[str, Proof]:
         counters = inputs.seq_lens.new_empty(64 * shape.num_kv_heads)
         lse = q.new_empty(64, shape.num_kv_heads, most_parts, queries * group, dtype=torch.float32)
         launch = decode(q, inputs, cache, shape, q, lse, lse, counters, queries=queries, **sizes)
-        made[f"decode {name}"] = Proof(launch, (r"HMMA\.16816", r"LDGSTS\.E\.BYPASS.*128"), (r"LDS\.[US]8",))
+        expects = ("FFMA",) if q.dtype == torch.float32 else (r"HMMA\.16816", r"LDGSTS\.E\.BYPASS.*128")
+        made[f"decode {name}"] = Proof(launch, expects, (r"LDS\.[US]8",))
     return made

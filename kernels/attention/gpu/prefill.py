@@ -144,7 +144,7 @@ def paged_attention(q: Tensor, inputs: StepInputs, cache: LayerCache, shape: Att
 
 
 def proofs() -> dict[str, Proof]:
-    """Warpgroup instructions throughout, and keys and values fetched by 16 bytes."""
+    """Warpgroup instructions throughout, and keys and values fetched by 16 bytes; float32 has no tensor cores."""
     bf16, fp16, fp8, int8 = torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8
     examples: dict[str, tuple[Any, ...]] = {
         "bf16, 32 / 8 heads of 128": (32, 8, 128, bf16, bf16, bf16),
@@ -154,11 +154,14 @@ def proofs() -> dict[str, Proof]:
         "fp16, 9 / 3 heads of 64": (9, 3, 64, fp16, fp16, fp16),
         "bf16, 8 / 4 heads of 256, window, cap": (8, 4, 256, bf16, bf16, bf16, 4096, 50.0),
         "bf16, 32 heads of 80": (32, 32, 80, bf16, bf16, bf16),
+        "float32, 32 / 8 heads of 128": (32, 8, 128, *(torch.float32,) * 3),
+        "float32, 8 / 4 heads of 256": (8, 4, 256, *(torch.float32,) * 3),
     }
     made: dict[str, Proof] = {}
     for name, example in examples.items():
         q, inputs, cache, shape = on_meta(*example)
         sizes = tables.choose("paged prefill", shape.num_heads, shape.head_dim, cache.key.element_size())
         launch = prefill(q, inputs, cache, shape, q, **sizes)
-        made[f"prefill {name}"] = Proof(launch, (r"HGMMA\.64x", r"LDGSTS\.E\.BYPASS.*128"), ("HMMA", r"LDS\.[US]8"))
+        expects = ("FFMA",) if q.dtype == torch.float32 else (r"HGMMA\.64x", r"LDGSTS\.E\.BYPASS.*128")
+        made[f"prefill {name}"] = Proof(launch, expects, ("HMMA", r"LDS\.[US]8"))
     return made
