@@ -32,6 +32,11 @@ def experts(num: int, n: int, k: int, kind: str, device: torch.device) -> tuple[
         codes, scale = to_fp8(w.flatten(0, 1))
         dense = (codes.float() * scale).bfloat16()  # some 0.1 % off
         return Experts(codes.reshape(w.shape), scale.reshape(num, n)), dense.reshape(w.shape)
+    if kind == "fp8 blocks":
+        codes, scale = to_fp8(w.flatten(0, 1), GROUP, GROUP)
+        wide = scale.repeat_interleave(GROUP, 0).repeat_interleave(GROUP, 1)
+        dense = (codes.float() * wide).bfloat16()
+        return Experts(codes.reshape(w.shape), scale.reshape(num, n // GROUP, -1)), dense.reshape(w.shape)
     codes, scale = to_int4(w.flatten(0, 1), min(GROUP, k))
     scale = scale.reshape(num, n, -1)
     packed = moe_int4.pack(codes.reshape(w.shape), scale, None, min(GROUP, k))
@@ -44,14 +49,15 @@ def chosen_of(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     return chosen, weights / weights.sum(1, keepdim=True)
 
 
-def exact(x: Tensor, logits: Tensor, top_k: int, gate_up: Tensor, down: Tensor, rounds: bool) -> Tensor:
+def exact(x: Tensor, logits: Tensor, top_k: int, gate_up: Tensor, down: Tensor, kind: str) -> Tensor:
     """The mixture in float64, but for what is between the GEMMs, which is bf16; inputs rounded to e4m3 if they are."""
 
     def rounded(t: Tensor) -> Tensor:
-        if not rounds:
+        if not kind.startswith("fp8"):
             return t.double()
-        codes, scale = to_fp8(t)
-        return codes.double() * scale.double()
+        width = GROUP if kind == "fp8 blocks" else t.shape[1]
+        codes, scale = to_fp8(t, width)
+        return codes.double() * scale.double().repeat_interleave(width, 1)
 
     chosen, weights = chosen_of(logits, top_k)
     out, x = torch.zeros_like(x, dtype=torch.float64), rounded(x)
@@ -88,7 +94,7 @@ def mixture(tokens: int, kind: str, sizes: tuple[int, int, int, int], device: to
         baselines[OUR_BF16] = lambda: fused_moe(x, logits, top_k, *wide, normalize=True)
     return Bodies(
         run=lambda: [fused_moe(x, logits, top_k, gate_up, down, normalize=True)],
-        expected=lambda: [exact(x[rows], logits[rows], top_k, dense_gate_up, dense_down, kind == "fp8")],
+        expected=lambda: [exact(x[rows], logits[rows], top_k, dense_gate_up, dense_down, kind)],
         baselines=baselines,
         rows=rows,
     )
@@ -105,19 +111,20 @@ def cases(tiny: bool = False) -> list[Case]:
     )
     num, top_k, hidden, inner = (4, 2, 256, 128) if tiny else sizes
     config = {"num_experts": num, "num_experts_per_tok": top_k}
-    for tokens, kind in [(t, kind) for t in (1, 16, 128, 4096) for kind in ("bf16", "fp8", "int4")]:
+    kinds = [(t, kind) for t in (1, 16, 128, 4096) for kind in ("bf16", "fp8", "int4")]
+    for tokens, kind in [*kinds, (16, "fp8 blocks"), (4096, "fp8 blocks")]:
         t = min(tokens, 5) if tiny else tokens
-        read = shapes.experts_hit(config, t) * 3 * hidden * inner * shapes.WEIGHT_BYTES[kind]
+        read = shapes.experts_hit(config, t) * 3 * hidden * inner * shapes.WEIGHT_BYTES[kind.removesuffix(" blocks")]
         goals = [Goal("copy", 0.55)] if 16 <= tokens <= 128 else []
         if tokens == 4096:
-            goals = [Goal(GROUPED, {"bf16": 0.9, "fp8": 1.3, "int4": 0.7}[kind])]
-        tolerance = 2 * FEW_BITS if kind == "fp8" else FEW_BITS  # codes on the other side of a tie, in 3 bits
+            goals = [Goal(GROUPED, {"bf16": 0.9, "fp8": 1.3, "fp8 blocks": 1.0, "int4": 0.7}[kind])]
+        tolerance = 2 * FEW_BITS if kind.startswith("fp8") else FEW_BITS  # codes on the other side of a tie, in 3 bits
         made.append(
             Case(
                 "11", f"mixture, {kind}", f"{t} tokens, {top_k} of {num} experts", int(read) + t * hidden * 4,
                 2 * t * top_k * 3 * hidden * inner,
                 lambda device, a=(t, kind, (num, top_k, hidden, inner)): mixture(*a, device), tolerance, tuple(goals),
-                tokens in (16, 4096) and kind != "int4",
+                tokens in (16, 4096) and kind in ("bf16", "fp8"),
             )
         )  # fmt: skip
     return made

@@ -3,11 +3,12 @@
     PYTHONPATH=src python -m benchmarks.tune fp8 [--seconds 500] [--output FILE] [--dry-run]
 
 Families are the tables' names (`kernels.tables`): fp8, 'fp8 blocks', int8, w8a16, int4, 'int4 fp8', 'paged decode',
-'paged prefill'. Each size is a case of the benchmarks' own; each candidate is put into the table as its only row, so
-that what is timed is what octavo would launch. What doesn't compile or doesn't fit is left out, and a winner whose
-output is wrong is no winner. Only the family's rows are replaced; a card without a file begins with what it takes now.
+'paged prefill', 'moe bf16', 'moe fp8', 'moe fp8 blocks', 'moe int4'. Each size is a case of the benchmarks' own; each
+candidate is put into the table as its only row, so that what is timed is what octavo would launch. What doesn't compile
+or doesn't fit is left out, and a winner whose output is wrong is no winner. Only the family's rows are replaced; a card
+without a file begins with what it takes now.
 Bounds of rows: M at the most, and which of Llama-3.1-8B's layers a shape is like: wide (N from 16,384), deep (K from
-8,192), or neither.
+8,192), or neither; of a mixture M is the tokens of an expert, on average.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks import gpu_attention, gpu_gemms
+from benchmarks import gpu_attention, gpu_gemms, gpu_moe
 from benchmarks.gpu_attention import Sizes
 from benchmarks.gpu_case import Bodies, error_of
 from benchmarks.gpu_clock import Clock, CudaClock, one_line, poisoned
@@ -43,6 +44,7 @@ GEMMS = {
     "int4": "W4A16",
     "int4 fp8": "W4A8",
 }
+MIXTURES = ("moe bf16", "moe fp8", "moe fp8 blocks", "moe int4")
 
 
 def grid(**values: tuple[int, ...]) -> list[Row]:
@@ -81,6 +83,14 @@ def gemm_rows(family: str, m: int) -> list[Row]:
     return grid(**shape, group_m=(1,) if family.startswith("int4") else (8,), **rest)
 
 
+def mixture_rows(family: str, m: int) -> list[Row]:
+    """Candidates for experts of at most m tokens; m MANY_TOKENS: for more."""
+    shape = {"block_m": (min(m, 128),) if m <= 32 else (64, 128), "block_n": (64, 128), "group_m": (1, 8)}
+    if family != "moe int4":
+        shape["block_k"] = (64, 128) if family == "moe bf16" else (128,)
+    return grid(**shape, num_warps=(4, 8), num_stages=(3, 4, 5))
+
+
 def attention_rows(family: str) -> list[Row]:
     if family == "paged decode":
         programs = (tables.rows_of(tables.card)[family][-1]["programs"],)
@@ -112,6 +122,17 @@ def problems(family: str) -> Iterator[Problem]:
                 make = partial(_made, body, size)
                 yield Problem({**most, **bounds}, gemm_rows(family, m), size, make, size[1] * size[2] // 2, tolerance)
         return
+    if family in MIXTURES:
+        config = gpu_moe.CONFIG
+        num, top_k = config["num_experts"], config["num_experts_per_tok"]
+        hidden, inner = config["hidden_size"], config["moe_intermediate_size"]
+        for m in (16, 32, 64, MANY_TOKENS):
+            tokens = min(m * num // top_k, MANY_TOKENS)
+            make = partial(_made, gpu_moe.mixture, (tokens, family.removeprefix("moe "), (num, top_k, hidden, inner)))
+            bounds = {} if m == MANY_TOKENS else {"m": m}
+            rows = mixture_rows(family, m)
+            yield Problem(bounds, rows, (m, 2 * inner, hidden), make, num * hidden * inner, 2e-2)
+        return
     decodes = family == "paged decode"
     for bounds, kind, element in (({"k": 2}, "bf16", 2), ({}, "fp8", 1)):  # k: bytes of a cached number
         sizes = Sizes(32, 1, 4095, 32, 8, 128) if decodes else Sizes(1, 4096, 0, 32, 8, 128)
@@ -126,7 +147,7 @@ def _made(body: Callable[..., Bodies], size: tuple[Any, ...], device: torch.devi
 
 def untouched(family: str, before: list[Row]) -> list[Row]:
     """Rows that stay in front: attention of large heads and of float32, which isn't what is tuned."""
-    return [row for row in before if "n" in row or row.get("k", 0) > 2] if family not in GEMMS else []
+    return [row for row in before if "n" in row or row.get("k", 0) > 2] if family.startswith("paged") else []
 
 
 def install(family: str, row: Row) -> None:
@@ -175,7 +196,7 @@ def merge(path: Path, family: str, rows: list[Row], base: Path | None = None) ->
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("family", choices=[*GEMMS, "paged decode", "paged prefill"])
+    parser.add_argument("family", choices=[*GEMMS, *MIXTURES, "paged decode", "paged prefill"])
     parser.add_argument("--seconds", type=float, default=500.0, help="after which no candidate begins (default 500)")
     parser.add_argument("--output", type=Path, help="the table to write (default: kernels/tuning/CARD.json)")
     parser.add_argument("--dry-run", action="store_true", help="print the rows, and write none")

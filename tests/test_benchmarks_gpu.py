@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # whoever runs `pytest` and not `python -m pytest` doesn't have it there
 
 from benchmarks import gpu_gemms, gpu_rows, kernels, shapes, simulate, tune  # noqa: E402
-from benchmarks.gpu_case import Bodies, Case, Goal  # noqa: E402
+from benchmarks.gpu_case import Bodies, Case, Goal, error_of  # noqa: E402
 from benchmarks.gpu_clock import HostClock, summarize  # noqa: E402
 from benchmarks.gpu_table import Result, derive, geomeans, write  # noqa: E402
 
@@ -165,7 +165,22 @@ def test_candidates_are_what_launchers_take(family: str) -> None:
         tables.row_of.cache_clear()
 
 
-@pytest.mark.parametrize("family", [*tune.GEMMS, "paged decode", "paged prefill"])
+@pytest.mark.parametrize("family", tune.MIXTURES)
+def test_candidates_are_what_mixtures_take(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each row is one of the table's, by its names, and a mixture launched with it has its sizes."""
+    kept = tables.rows_of("h100")[family]
+    names = set(kept[-1])
+    assert all(set(row) == names for m in (16, 64, tune.MANY_TOKENS) for row in tune.mixture_rows(family, m))
+    monkeypatch.setitem(tables.rows_of("h100"), family, kept)
+    try:
+        tune.install(family, tune.mixture_rows(family, 16)[0])
+        bodies = kernels.gpu_moe.mixture(5, family.removeprefix("moe "), (4, 2, 256, 128), torch.device("cpu"))
+        assert error_of(bodies, bodies.run()) < 2e-2
+    finally:
+        tables.row_of.cache_clear()
+
+
+@pytest.mark.parametrize("family", [*tune.GEMMS, *tune.MIXTURES, "paged decode", "paged prefill"])
 def test_a_tuned_table_has_a_row_for_every_size(family: str) -> None:
     problems = list(tune.problems(family))
     before = tables.rows_of("h100")[family]
