@@ -26,6 +26,7 @@ from benchmarks.gpu_case import Bodies, Case, error_of
 from benchmarks.gpu_clock import Call, Clock, CudaClock, HostClock, environment, one_line, poisoned
 from benchmarks.gpu_table import Result, derive, geomeans, write
 
+from octavo.kernels.launch import INTERPRETED
 from octavo.runtime.device import take_tables
 
 OWN = "octavo"
@@ -45,6 +46,8 @@ def main() -> int:
     args = parse_arguments()
     if not torch.cuda.is_available() and not args.rehearse:
         raise SystemExit("no CUDA device: --rehearse runs tiny shapes without one")
+    if args.rehearse and not INTERPRETED:
+        raise SystemExit("--rehearse runs in Triton's interpreter: set TRITON_INTERPRET=1")
     cases = all_cases(args)
     results: list[Result] = []
     facts: dict[str, Any] = environment()

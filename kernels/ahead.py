@@ -77,7 +77,9 @@ TYPES = {
 # An instruction of a listing: predicate, name, and whether the first factor of a wgmma lies in registers.
 _LINE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)(\s+R\d+, R\d+, gdesc)?", re.MULTILINE)
 # What reads or writes memory, lets the next kernel in, or goes another way.
-_ACTS = re.compile(r"LD(?!C)|ST|ATOM|RED\.|U?TMA|UBLK|CCTL(?!\.E\.PF2)|MEMBAR|PREEXIT|B[RS]|JM|CALL|RET|EXIT|WARPSYNC")
+_ACTS = re.compile(
+    r"LD(?!C)|ST|ATOM|RED(?!UX)|U?TMA|UBLK|CCTL(?!\.E\.PF2)|MEMBAR|PREEXIT|B[RS]|JM|CALL|RET|EXIT|WARPSYNC"
+)
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 

@@ -80,6 +80,22 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) - before
 
 
+class Mark:
+    """A place in the current stream, which the host can wait for; on a CPU it is always passed."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._event = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    def set(self) -> None:
+        if self._event is not None:
+            self._event.record()
+
+    def wait(self) -> None:
+        """Until all that was launched before the last `set` is done."""
+        if self._event is not None:
+            self._event.synchronize()
+
+
 _POOLS: dict[torch.device, Any] = {}  # all graphs of a device share their memory: one runs at a time
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from octavo.kernels.attention.cache import LayerCache
 from octavo.kernels.attention.step import StepInputs
-from octavo.runtime.device import capture
+from octavo.runtime.device import Mark, capture
 from octavo.runtime.model.model import Model
 
 BUCKETS = (1, 2, 4, *range(8, 257, 8), *range(272, 513, 16))
@@ -98,6 +98,7 @@ class StepBuffers:
         ends = list(accumulate(-(-n * TYPES[name].itemsize // 16) * 16 for name, n in lengths.items()))
         self._packed_host = torch.zeros(ends[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
         self._packed = self._packed_host.to(device, copy=True)
+        self._copied = Mark(device)
 
         def parts(packed: Tensor) -> dict[str, Tensor]:
             """Each begins at a multiple of 16 bytes, as kernels may have been told."""
@@ -127,6 +128,7 @@ class StepBuffers:
 
     def fill(self, inputs: StepInputs, size: Size) -> None:
         """Copy a step on the CPU to the device, filled up to a size."""
+        self._copied.wait()  # the last step's may still be under way: one that samples nothing is waited for by nobody
         for name, held in self._host.items():
             given = getattr(inputs, name)
             held[: given.shape[0]] = given
@@ -134,6 +136,7 @@ class StepBuffers:
         tokens, seqs = inputs.token_ids.shape[0], inputs.seq_lens.shape[0]
         self._fill_up(tokens, seqs, size)
         self._packed.copy_(self._packed_host, non_blocking=True)
+        self._copied.set()
         tables = inputs.block_tables.to(self._tables.device, non_blocking=True)
         self._tables[:seqs, : tables.shape[1]] = tables
 

@@ -6,9 +6,10 @@ last gives all of its own back and starts again later (recomputation, mostly out
 always in order of arrival and all of `waiting` came later, so the victim is `running[-1]`, and a preempted sequence
 waits at the front.
 
-Blocks are offered to the prefix cache when they are planned, not when they are computed: every layer writes the keys
-and values of the whole step before it attends, so a sequence may share a block with one of the same step (that is what
-makes n answers to one prompt cheap). For that to be sound, what has been planned is never taken out of the plan.
+Blocks that a chunk fills are offered to the prefix cache when it is planned, not when it is computed: every layer
+writes the keys and values of such a step before it attends, so a sequence may share a block with one of the same step
+(that is what makes n answers to one prompt cheap). For that to be sound, what has been planned is never taken out of
+the plan. In a step of single tokens a GPU attends while it writes: a block that one token fills is offered afterwards.
 """
 
 from __future__ import annotations
@@ -229,6 +230,11 @@ class Scheduler:
             step.prompt_logits_left -= end - first_logit
         step.works.append(Work(sequence, start, end, first_logit, samples, is_new))
         step.tokens_left -= end - start
+        if end - start > 1:
+            self._offer(sequence, start, end)
+
+    def _offer(self, sequence: Sequence, start: int, end: int) -> None:
+        """Let later sequences find the blocks that tokens start .. end fill."""
         full = end // self.config.block_size
         if self.config.enable_prefix_caching and full > start // self.config.block_size:
             names = sequence.name_blocks(full, self.config.block_size)
@@ -240,8 +246,10 @@ class Scheduler:
         outputs: list[TokenOutput] = []
         tokens = iter(sampled.token_ids)
         now = self._clock()
-        for index, (sequence, _, end, _, samples, _) in enumerate(plan.works):
+        for index, (sequence, start, end, _, samples, _) in enumerate(plan.works):
             sequence.num_computed = end
+            if end - start == 1:
+                self._offer(sequence, start, end)
             token = next(tokens) if samples else None
             if index in sampled.prompt_logprobs:
                 assert sequence.prompt_logprobs is not None

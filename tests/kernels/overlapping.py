@@ -48,6 +48,14 @@ def _writes_before(x, out, OVERLAPS: tl.constexpr):
 
 
 @triton.jit
+def _adds_before(x, out, OVERLAPS: tl.constexpr):
+    at = tl.arange(0, 128)
+    tl.atomic_add(out + at, 1.0, sem="relaxed")
+    await_previous(OVERLAPS)
+    tl.store(out + at, tl.load(x + at))
+
+
+@triton.jit
 def _ends_before(x, out, OVERLAPS: tl.constexpr):
     at = tl.arange(0, 128)
     if tl.program_id(0) == 7:
@@ -77,7 +85,7 @@ def launch_of(kernel: object) -> Launch:
 
 def main() -> None:
     """Compile all."""
-    kernels = (_copy, _never, _reads_before, _writes_before, _ends_before, _waits_only, _plain)
+    kernels = (_copy, _never, _reads_before, _writes_before, _adds_before, _ends_before, _waits_only, _plain)
     found = {str(kernel.__name__): compile_ahead(launch_of(kernel)) for kernel in kernels}
     found["on 89"] = compile_ahead(launch_of(_copy), 89)
     launch.overlap = False

@@ -47,7 +47,7 @@ def test_a_kernel_that_waits_first_overlaps(compiled: dict[str, dict[str, Any]])
     assert compiled["_copy"] == {"overlaps": True, "waits": True, "steps": 3, "said": []}  # prefetch, wait, let in
 
 
-@pytest.mark.parametrize("kernel", ["_never", "_reads_before", "_writes_before", "_ends_before"])
+@pytest.mark.parametrize("kernel", ["_never", "_reads_before", "_writes_before", "_adds_before", "_ends_before"])
 def test_who_does_not_wait_first_is_objected_to(compiled: dict[str, dict[str, Any]], kernel: str) -> None:
     assert "overlaps the kernel before and doesn't wait for it first" in compiled[kernel]["said"]
 
@@ -76,7 +76,8 @@ def listing(*lines: str) -> str:
         (("LDGSTS.E.BYPASS.128 [R1], desc[UR4][R2.64]", "ACQBULK"), False),
         (("UTMALDG.2D [UR8], [UR6]", "ACQBULK"), False),
         (("ATOMG.E.ADD.STRONG.GPU PT, R2, desc[UR4][R2.64], R5", "ACQBULK"), False),
-        (("RED.E.ADD.STRONG.GPU desc[UR4][R2.64], R5", "ACQBULK"), False),
+        (("REDG.E.ADD.STRONG.GPU desc[UR4][R2.64], R5", "ACQBULK"), False),
+        (("REDUX.MAX.S32 UR4, R5", "ACQBULK", "LDG.E R2, desc[UR4][R2.64]"), True),
         (("STG.E desc[UR4][R2.64], R5", "ACQBULK"), False),
         (("CCTL.IVALL", "ACQBULK"), False),
         (("PREEXIT", "ACQBULK"), False),

@@ -59,6 +59,17 @@ def test_graphs_change_nothing(kv_cache_dtype: str, fixtures: Path) -> None:
     assert greedy(graphed, PROMPTS * 2, 40) == greedy(eager, PROMPTS * 2, 40)
 
 
+def test_chunks_without_logits_follow_each_other_through_graphs(fixtures: Path) -> None:
+    """Nothing waits for such a step: the next one's inputs must not overwrite its own, which may not be copied yet."""
+    prompt = torch.randint(3, 90, (240,), generator=torch.Generator().manual_seed(0)).tolist()
+    settings = {"dtype": "bfloat16", "max_model_len": 256}
+    graphed = engine_of(fixtures / "tiny", max_num_batched_tokens=8, **settings)
+    eager = engine_of(fixtures / "tiny", max_num_batched_tokens=8, enforce_eager=True, **settings)
+    assert graphed.graphs is not None
+    for start in range(8):
+        assert greedy(graphed, [prompt[start:]], 4) == greedy(eager, [prompt[start:]], 4)
+
+
 def test_the_cache_fits_beside_the_largest_step(fixtures: Path) -> None:
     config = EngineConfig(model=str(fixtures / "tiny"), device="cuda", dtype="bfloat16")
     model = load_model(config)

@@ -98,6 +98,9 @@ class Traffic(RuleBasedStateMachine):
         assert plan.works, "a step must advance something"
         assert plan.num_tokens == sum(work.end - work.start for work in plan.works) <= 7
         assert sum(w.end - w.first_logit for w in plan.works if w.sequence.wants_prompt_logprobs) <= 3
+        if plan.num_tokens == len(plan.works):  # whom a GPU would have read what another writes
+            held = Counter(block for work in plan.works for block in work.sequence.blocks)
+            assert all(held[work.sequence.blocks[work.start // self.block_size]] == 1 for work in plan.works)
         for work in plan.works:
             sequence = work.sequence
             assert sequence.num_computed == work.start < work.end <= len(sequence.token_ids)
@@ -192,6 +195,21 @@ def test_requests_of_one_step_share_their_prompt() -> None:
         it.add(request(name, list(range(10)), max_tokens=1))
     plan, _ = step(it)
     assert [(work.start, work.end) for work in plan.works] == [(0, 10), (8, 10), (8, 10)]
+
+
+def test_a_block_that_one_token_fills_is_shared_from_the_next_step_on() -> None:
+    """On a GPU a step of single tokens attends while it writes: its readers would meet its writer."""
+    it = scheduler(max_num_batched_tokens=7)
+    it.add(request("a", [0, 1, 2, 3, 4, 5, 6], max_tokens=4))
+    step(it)
+    tokens = it.running[0].token_ids[:8]
+    it.add(request("b", [*tokens, 9], max_tokens=1))
+    plan, _ = step(it)
+    assert [(work.sequence.request_id, work.start, work.end) for work in plan.works] == [("a", 7, 8), ("b", 4, 9)]
+    it.add(request("c", [*tokens, 8], max_tokens=1))
+    plan, _ = step(it)
+    assert [(work.sequence.request_id, work.start, work.end) for work in plan.works] == [("a", 8, 9), ("c", 8, 9)]
+    assert plan.works[1].sequence.num_cached == 8
 
 
 def test_prefix_caching_can_be_off() -> None:

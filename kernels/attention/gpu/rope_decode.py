@@ -3,7 +3,8 @@
 `gpu.rope` and `gpu.decode` in one launch, for steps in which every sequence has one new token. Each program makes its
 own queries of qkv, which may be split-K partial sums: they are read once more for every share of the sequence, out of
 L2. The program of a KV head's last share, which has the new token, also makes its key and value and writes them to the
-cache before it reads there; no other program reads them. Norms over all heads at once need `gpu.rope`.
+cache before it reads there; no other may read them, so sequences of a step must not share a block that one of them
+writes to. Norms over all heads at once need `gpu.rope`.
 Reference: `attention.reference.rope_and_cache`, then `paged_attention`. Limit: bytes, those of both.
 """
 
