@@ -142,7 +142,7 @@ def work(args: argparse.Namespace, first: int, connection: Any, begun: float) ->
 def measure(case: Case, clock: Clock, copy: float) -> Result:
     """Compare, then time."""
     result = Result(case.row, case.kernel, case.shape, tolerance=case.tolerance)
-    device = torch.device("cpu" if isinstance(clock, HostClock) else "cuda")
+    device = torch.device("cpu" if INTERPRETED else "cuda")
     try:
         with poisoned():
             bodies = case.make(device)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -161,6 +162,10 @@ def best_of(
 ) -> tuple[Row | None, float]:  # fmt: skip
     """The fastest row whose output is right, and its microseconds."""
     timed: list[tuple[float, int]] = []
+    rows = [
+        rows[0],
+        *random.Random(0).sample(rows[1:], len(rows) - 1),
+    ]  # where time ends, of every kind some were tried
     for i, row in enumerate(rows):
         if time.monotonic() > ends:
             print(f"    time is over: {len(rows) - i} of {len(rows)} candidates not tried", flush=True)

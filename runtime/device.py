@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from octavo.kernels import tables
 
@@ -99,18 +98,14 @@ class Mark:
 _POOLS: dict[torch.device, Any] = {}  # all graphs of a device share their memory: one runs at a time
 
 
-def capture(run: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
-    """Run twice, the second time into a CUDA graph: what replays it, and the tensor that then holds the result.
+def capture(run: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """Run twice, the second time into a CUDA graph, and return what replays it. On a CPU, which has none: run again.
 
-    On a CPU there are no graphs: the replay runs it again, and copies its result to where the first one lies.
+    What it allocates may be given to the next graph, so it leaves its results in memory that was there before.
     """
     if device.type == "cpu":
-        result = run()
-
-        def again() -> None:
-            result.copy_(run())
-
-        return again, result
+        run()
+        return run
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
@@ -118,9 +113,9 @@ def capture(run: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=_POOLS.get(device), stream=stream):
-        result = run()
+        run()
     _POOLS[device] = graph.pool()
-    return graph.replay, result
+    return graph.replay
 
 
 def _available() -> int:

@@ -12,7 +12,6 @@ that fill the step up. Larger steps run as they are.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import accumulate, product
 
 import torch
@@ -34,14 +33,6 @@ TYPES |= dict.fromkeys(("seq_lens", "query_starts"), torch.int32)
 Size = tuple[int, int]  # tokens, sequences; as many of both in a decode step
 
 
-@dataclass(frozen=True)
-class Graph:
-    """A captured step: what replays it, and where its logits are afterwards."""
-
-    replay: Callable[[], None]
-    logits: Tensor
-
-
 class StepGraphs:
     """`forward` of a model over its caches, through graphs where there is one."""
 
@@ -52,6 +43,7 @@ class StepGraphs:
         width = -(-max_model_len // caches[0].block_size)
         most_tokens, most_seqs = (max(column) for column in zip(*self._sizes, strict=True))
         self._buffers = StepBuffers(most_tokens, most_seqs, width, model.device)
+        self._logits = torch.empty(most_seqs, model.vocab_size, device=model.device)  # of whichever ran last
         self._graphs = {size: self._capture(size, max_model_len) for size in reversed(self._sizes)}
 
     def forward(self, inputs: StepInputs) -> Tensor:
@@ -60,8 +52,8 @@ class StepGraphs:
         if size is None:
             return self._model.forward(inputs.to(self._model.device), self._caches)
         self._buffers.fill(inputs, size)
-        self._graphs[size].replay()
-        return self._graphs[size].logits[: inputs.logits_index.shape[0]]
+        self._graphs[size]()
+        return self._logits[: inputs.logits_index.shape[0]]
 
     def _size_of(self, inputs: StepInputs) -> Size | None:
         """The least bucket that holds a step; one with prompts in it takes one sequence more, for what is left over."""
@@ -71,10 +63,11 @@ class StepGraphs:
         least = max(seqs + 1, rows)
         return next((size for size in self._sizes if size[0] >= tokens and size[0] != size[1] >= least), None)
 
-    def _capture(self, size: Size, max_model_len: int) -> Graph:
+    def _capture(self, size: Size, max_model_len: int) -> Callable[[], object]:
         self._buffers.empty(size)
         inputs = self._buffers.view(size, max_model_len)
-        return Graph(*capture(lambda: self._model.forward(inputs, self._caches), self._model.device))
+        logits = self._logits[: size[1]]
+        return capture(lambda: logits.copy_(self._model.forward(inputs, self._caches)), self._model.device)
 
 
 def sizes_for(max_num_seqs: int) -> list[Size]:

@@ -99,13 +99,14 @@ def bytes_per_block(model: Model, block_size: int, dtype: torch.dtype) -> int:
 def step_bytes(model: Model, config: EngineConfig) -> int:
     """What the largest step needs beside weights and cache, on a GPU: a prefill is run, and its peak counted.
 
-    Logits, and the sampler's copy of them, are added for as many sequences as there may be.
+    Logits are added for as many sequences as there may be: as they are computed, where graphs leave them, and a copy of
+    the sampler's.
     """
     length = min(config.max_num_batched_tokens, model.max_position)
     caches = allocate(model, 1, length, model.dtype)
     inputs = _one_prefill(torch.zeros(length, dtype=torch.int64, device=model.device))
     peak = peak_memory(lambda: model.forward(inputs, caches), model.device)
-    return peak * -(-config.max_num_batched_tokens // length) + 2 * 4 * config.max_num_seqs * model.vocab_size
+    return peak * -(-config.max_num_batched_tokens // length) + 3 * 4 * config.max_num_seqs * model.vocab_size
 
 
 def _blocks_for(model: Model, config: EngineConfig, free_bytes: int, per_block: int) -> int:

@@ -32,7 +32,7 @@ def pytest_configure() -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where there is a GPU, what runs Triton kernels runs on it, with `-m cuda`; elsewhere it is interpreted."""
     for item in items:
-        if HAS_GPU and ("gpu" in item.path.stem or item.path.stem == "test_graphs"):
+        if HAS_GPU and ("gpu" in item.path.stem or "device" in getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.cuda)
 
 

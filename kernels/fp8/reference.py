@@ -37,4 +37,5 @@ def fake_quantize_static(x: Tensor, scale: Tensor) -> Tensor:
 
 
 def _scale(absmax: Tensor) -> Tensor:
-    return torch.where(absmax > 0, absmax / E4M3_MAX, torch.ones_like(absmax))
+    most = torch.full_like(absmax, E4M3_MAX)  # by a number torch would multiply on a GPU, by its reciprocal
+    return torch.where(absmax > 0, absmax / most, torch.ones_like(absmax))

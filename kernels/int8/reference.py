@@ -18,7 +18,8 @@ def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     x32 = x.float()
     absmax = x32.abs().amax(dim=-1, keepdim=True)
-    scale = torch.where(absmax == 0, 1.0, absmax / 127.5)
+    most = torch.full_like(absmax, 127.5)  # by a number torch would multiply on a GPU, by its reciprocal
+    scale = torch.where(absmax == 0, 1.0, absmax / most)
     return (x32 / scale).round().clamp(-128, 127).nan_to_num(0.0).to(torch.int8), scale
 
 

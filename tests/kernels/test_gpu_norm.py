@@ -59,8 +59,10 @@ def test_what_else_stands_between_two_sublayers(
     _, expected = reference.add_rms_norm(summed, residual, weight, EPS, after, multiplier)
     # the first norm may fall to a neighbour of its type, of at most 5 standard deviations times a weight: a step there
     step = torch.finfo(dtype).eps * (summed.float().abs().max() * 2 * weights[0].abs() if after is not None else 0)
+    if dtype == torch.float32:  # where nothing is rounded between, a GPU multiplies and adds in one step
+        step = step + torch.finfo(dtype).eps * multiplier * summed.abs()
     off = (total.float() - expected.float()).abs()
-    assert bool((off <= step + torch.finfo(dtype).eps * expected.float().abs() * (after is not None)).all())
+    assert bool((off <= step + torch.finfo(dtype).eps * expected.float().abs()).all())
     if dtype == torch.bfloat16:
         assert float((off > 0).float().mean()) < 1e-2
     if weight is None:
@@ -95,7 +97,7 @@ def test_rounding(
     scales = scale.repeat_interleave(size, dim=1)[:, :width]
     if dtype == torch.float8_e4m3fn:
         expected = fp8.fake_quantize_per_group(truth, size)
-        step = scales * torch.maximum(truth / scales, torch.tensor(2.0**-6)).abs() / 8
+        step = scales * (truth / scales).abs().clamp_min(2.0**-6) / 8
     else:
         padded = torch.nn.functional.pad(truth, (0, -width % size)).reshape(-1, size)
         expected = int8.fake_quantize_per_token(padded).reshape(tokens, -1)[:, :width]
@@ -103,7 +105,10 @@ def test_rounding(
     got = out.float() * scales
     # float32's last bits move a value across the middle of two codes now and then; never further.
     assert bool(((got - expected).abs() <= step * 1.001).all())
-    assert bool(((got - expected).abs() > 1e-5 * expected.abs()).float().mean() < 1e-3)
+    inner = out.float().abs() < (
+        448 if dtype == torch.float8_e4m3fn else 127
+    )  # a group's largest is on a tie
+    assert bool(((got - expected).abs() > 1e-5 * expected.abs())[inner].float().mean() < 1e-3)
 
 
 def test_no_tokens_are_no_launch(device: torch.device) -> None:

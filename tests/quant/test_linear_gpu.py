@@ -56,8 +56,10 @@ def test_a_body_computes_its_scheme(name: str, m: int, device: torch.device) -> 
     expected = rounded @ part.dequantize().double().T + bias
     got = body.run(x)
     assert got.dtype == torch.float32
-    # K products are summed in float32, each with an error of 2^-24 of the largest partial sum.
-    bound = K * 2**-24 * (rounded.abs() @ part.dequantize().double().abs().T)
+    # K products are summed in float32, each with an error of 2^-24 of the largest partial sum; of e4m3's a GPU's tensor
+    # core keeps 13 bits and more.
+    fp8 = device.type == "cuda" and rounds is not None and name != "W8A8"
+    bound = (2**-11 if fp8 else K * 2**-24) * (rounded.abs() @ part.dequantize().double().abs().T)
     if body.name == "int8 weights":
         bound += 2**-8 * expected.abs()  # this body's output is of x's type
     assert bool(((got.double() - expected).abs() <= bound).all())

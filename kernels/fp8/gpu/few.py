@@ -10,6 +10,7 @@ the scales (and in part 0 the bias) in them already: the next kernel adds them u
 
 Sums of e4m3 codes inside the tensor core keep some 14 bits. Each BLOCK_K columns are added to a float32 accumulator by
 ordinary instructions, which the weight's way from memory hides. Limit: N * K bytes over 3.0 TB/s on an H100.
+Reference: the product of what the codes stand for (`fp8.reference`, `int8.reference`).
 """
 
 from __future__ import annotations
