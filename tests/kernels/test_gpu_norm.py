@@ -105,9 +105,7 @@ def test_rounding(
     got = out.float() * scales
     # float32's last bits move a value across the middle of two codes now and then; never further.
     assert bool(((got - expected).abs() <= step * 1.001).all())
-    inner = out.float().abs() < (
-        448 if dtype == torch.float8_e4m3fn else 127
-    )  # a group's largest is on a tie
+    inner = out.float().abs() < (448 if dtype == torch.float8_e4m3fn else 127)  # a group's largest is on a tie
     assert bool(((got - expected).abs() > 1e-5 * expected.abs())[inner].float().mean() < 1e-3)
 
 
