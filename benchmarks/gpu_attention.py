@@ -111,7 +111,7 @@ def decode_case(sizes: Sizes, kind: str, device: torch.device) -> Bodies:
 
 def rope_and_decode_case(sizes: Sizes, kind: str, device: torch.device) -> Bodies:
     """Beside the same in two launches. Each run writes the new tokens' keys and values again."""
-    q, inputs, cache, shape = paged(sizes, kind, device)
+    _, inputs, cache, shape = paged(sizes, kind, device)
     s, rows = sizes, some_of(sizes.sequences, device, 8)
     qkv = torch.randn(s.sequences, (s.heads + 2 * s.kv_heads) * s.d, device=device).bfloat16()
     angle = torch.arange(s.length, device=device)[:, None] / 500000 ** (torch.arange(s.d // 2, device=device) * 2 / s.d)
@@ -122,9 +122,7 @@ def rope_and_decode_case(sizes: Sizes, kind: str, device: torch.device) -> Bodie
         return [exact(turned, inputs, cache, shape, rows)]
 
     def in_two() -> object:
-        out = torch.empty_like(q)
-        decode_attention(rope_and_cache(qkv, inputs, cache, shape, *rotation), inputs, cache, shape, out)
-        return out
+        return paged_attention(rope_and_cache(qkv, inputs, cache, shape, *rotation), inputs, cache, shape)
 
     return Bodies(
         lambda: [rope_and_attention(qkv, inputs, cache, shape, *rotation)], expected, {IN_TWO: in_two}, rows=rows

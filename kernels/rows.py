@@ -104,8 +104,8 @@ def _int4(x: Tensor, bits: int, share: int, has_zeros: bool, out: Tensor, sizes:
 
 
 def _pairs(sizes: Sizes) -> dict[str, Any]:
-    sizes.pop("parts", None)
-    return {"divisor": 1, "router": meta(PAIRS // 2, 2), **{name: sizes[name] for name in sizes if name != "block_m"}}
+    given = {name: size for name, size in sizes.items() if name != "block_m"}  # that one is the alignment's
+    return {"divisor": 1, "router": meta(PAIRS // 2, 2), **given}
 
 
 def _moe(family: str, sizes: Sizes) -> Launch:

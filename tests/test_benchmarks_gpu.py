@@ -166,7 +166,7 @@ def test_candidates_are_what_launchers_take(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", tune.MIXTURES)
-def test_candidates_are_what_mixtures_take(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_candidates_are_what_mixtures_take(family: str, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     """Each row is one of the table's, by its names, and a mixture launched with it has its sizes."""
     kept = tables.rows_of("h100")[family]
     names = set(kept[-1])
@@ -174,7 +174,7 @@ def test_candidates_are_what_mixtures_take(family: str, monkeypatch: pytest.Monk
     monkeypatch.setitem(tables.rows_of("h100"), family, kept)
     try:
         tune.install(family, tune.mixture_rows(family, 16)[0])
-        bodies = kernels.gpu_moe.mixture(5, family.removeprefix("moe "), (4, 2, 256, 128), torch.device("cpu"))
+        bodies = kernels.gpu_moe.mixture(5, family.removeprefix("moe "), (4, 2, 256, 128), device)
         assert error_of(bodies, bodies.run()) < 2e-2
     finally:
         tables.row_of.cache_clear()

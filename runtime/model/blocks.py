@@ -162,9 +162,9 @@ class BlockRunner:
         if record_kv is not None:
             record_kv(*(t.transpose(1, 2).flatten(0, 1) for t in (cache.key, cache.value)))
         attended = layer.o.forward(ops.attention(q, inputs, cache, layer.shape))
-        residual = residual + self._scaled(attended, layer.after_attention)
-        normed = residual if layer.before_mlp is None else ops.rms_norm(residual, layer.before_mlp, eps)
-        residual = residual + self._scaled(layer.mlp.forward(normed), layer.after_mlp)
+        after, multiplier = layer.after_attention, self.spec.residual_multiplier
+        normed, residual = ops.add_rms_norm(attended, residual, layer.before_mlp, eps, after, multiplier)
+        _, residual = ops.add_rms_norm(layer.mlp.forward(normed), residual, None, eps, layer.after_mlp, multiplier)
         return residual.view(batch, length, width)
 
     def _recorded(self, layer: DecoderLayer, record: Record) -> DecoderLayer:
@@ -182,13 +182,6 @@ class BlockRunner:
             return _Recorded(linear, group, record)
 
         return layer.map_linears(change)
-
-    def _scaled(self, hidden: Tensor, after: Tensor | None) -> Tensor:
-        """A sublayer's output as it is added to the residual."""
-        if after is not None:
-            hidden = self._ops.rms_norm(hidden, after, self.spec.norm_eps)
-        multiplier = self.spec.residual_multiplier
-        return hidden if multiplier == 1.0 else hidden * multiplier
 
     def _cache(self, batch: int) -> LayerCache:
         """One block of the cache for each sequence."""

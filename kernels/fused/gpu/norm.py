@@ -38,9 +38,11 @@ def _norm(
     GROUP: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     if OVERLAPS:
+        line = tl.minimum(tl.arange(0, (BLOCK + 31) // 32) * 32, width - 1)
         if HAS_AFTER:
-            prefetch(after + tl.minimum(tl.arange(0, (BLOCK + 31) // 32) * 32, width - 1))
-        prefetch(weight + tl.minimum(tl.arange(0, (BLOCK + 31) // 32) * 32, width - 1))
+            prefetch(after + line)
+        if HAS_WEIGHT:
+            prefetch(weight + line)
     await_previous(OVERLAPS)
     token = tl.program_id(0)
     at = tl.arange(0, BLOCK)
