@@ -39,6 +39,7 @@ ROOMS = (  # modules that have `proofs() -> dict[str, Proof]`
     "fused.gpu.norm",
     "fused.gpu.activation",
     "fused.gpu.embedding",
+    "fused.gpu.sums",
     "attention.gpu.decode",
     "attention.gpu.prefill",
     "attention.gpu.rope",

@@ -1,7 +1,7 @@
 """What a card's table asks for, as proofs: each GEMM's launch in the block sizes of every row of `tuning/CARD.json`.
 
 What must hold is that the sizes compile, fit, don't spill and reach tensor cores, on an H100 its own: the rooms' proofs
-say more of single launches there.
+say more of single launches there. Rows of other kernels are compiled by the rooms' proofs alone, which take every one.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ from octavo.kernels.moe.gpu.route import unaligned
 
 BF16, FP16, E4M3, INT16 = torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int16
 N, K, EXPERTS, PAIRS = 4096, 4096, 8, 512
+FAMILIES = (
+    "fp8", "fp8 blocks", "int8", "w8a16", "int4", "int4 fp8", "moe bf16", "moe fp8", "moe fp8 blocks", "moe int4"
+)  # fmt: skip
 
 Sizes = dict[str, int]
 
@@ -34,7 +37,7 @@ def proofs() -> dict[str, Proof]:
     cores = r"[HIQ]GMMA\." if tables.card == "h100" else r"[HIQ]G?MMA\."
     made: dict[str, Proof] = {}
     for family, rows in tables.rows_of(tables.card).items():
-        for row in () if family.startswith("paged") else _distinct(rows):
+        for row in _distinct(rows) if family in FAMILIES else ():
             wide = f"{row['block_m']} x {row['block_n']}, {row['num_warps']} warps, {row['num_stages']} stages"
             for name, launch in _launches(family, row).items():
                 made[f"{family}{name} {wide}"] = Proof(launch, (cores,))

@@ -1,8 +1,9 @@
-"""Block sizes per card, read at launch: which row of `tuning/CARD.json` serves a GEMM's or a step's size.
+"""Block sizes per card, read at launch: which row of `tuning/CARD.json` serves a launch of some size.
 
 A table is a list of rows for each kernel, {"m": M at the most, "n": N at the least, "k": K at the least, ...sizes}; the
-first row that fits is taken, and bounds that a row leaves out hold always. Never autotuned while serving;
-`benchmarks/tune.py` writes the files.
+first row that fits is taken, and bounds that a row leaves out hold always. Of a GEMM they are its sizes; else m counts
+tokens (or what stands for them), n columns (or heads), and k is what the launcher says with its call. Never autotuned
+while serving; `benchmarks/tune.py` writes the files.
 
 A process computes on one card, and says once which (`use`). A card without a file takes that of its compute capability,
 which fits into its shared memory: 163 KiB of a block on an A100, 99 on an L40S, 227 on an H100.
@@ -14,7 +15,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 TUNING = Path(__file__).parent / "tuning"
@@ -75,7 +76,7 @@ def choose(kernel: str, m: int, n: int, k: int) -> dict[str, int]:
     return dict(row_of(kernel, m, n, k, card))
 
 
-@cache
+@lru_cache(4096)  # a server meets every number of tokens sooner or later
 def row_of(kernel: str, m: int, n: int, k: int, card: str) -> dict[str, int]:
     for row in rows_of(card)[kernel]:
         if m <= row.get("m", m) and n >= row.get("n", 0) and k >= row.get("k", 0):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from octavo.kernels import tables
+from octavo.kernels import ahead, rows, tables
 
 CARDS = [
     ("NVIDIA H100 80GB HBM3", 90, "h100", "h100"),
@@ -23,8 +23,13 @@ CARDS = [
     ("NVIDIA GeForce RTX 5090", 120, "5090", "l40s"),
     ("Graphics Device", 90, "graphics-device", "h100"),
 ]
-KERNELS = {"w8a16", "int8", "int4", "moe bf16", "moe int4", "paged decode", "paged prefill"}
-FP8_KERNELS = {"fp8", "fp8 blocks", "int4 fp8", "moe fp8", "moe fp8 blocks"}
+GEMMS = {"w8a16", "int8", "int4", "moe bf16", "moe int4"}
+FP8_GEMMS = {"fp8", "fp8 blocks", "int4 fp8", "moe fp8", "moe fp8 blocks"}
+OTHERS = {
+    "paged decode", "paged prefill", "rope", "norm", "activation", "activation rows", "embedding", "quantize rows",
+    "quantize groups", "gather", "dequantize", "add up", "moe route", "moe align", "moe sum", "sampling lists",
+    "sampling chunks", "sampling choice",
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -64,8 +69,31 @@ def test_a_process_s_kernels_have_its_card_s_sizes() -> None:
 @pytest.mark.parametrize("path", sorted(tables.TUNING.glob("*.json")), ids=lambda path: path.stem)
 def test_a_table_has_a_row_for_every_size(path: object) -> None:
     stem = getattr(path, "stem", "")
-    rows = tables.rows_of(stem)
-    assert set(rows) == (KERNELS if stem == "a100" else KERNELS | FP8_KERNELS)  # an A100 multiplies no fp8
-    assert {name: tables.BOUNDS for name, those in rows.items() if set(those[-1]) & set(tables.BOUNDS)} == {}
+    table = tables.rows_of(stem)
+    assert set(table) == GEMMS | OTHERS | (set() if stem == "a100" else FP8_GEMMS)  # an A100 multiplies no fp8
+    assert {name: tables.BOUNDS for name, those in table.items() if set(those[-1]) & set(tables.BOUNDS)} == {}
     if stem in ("a100", "l40s"):
-        assert not any(row.get("tma") for those in rows.values() for row in those)  # no memory accelerator before 9.0
+        assert not any(row.get("tma") for those in table.values() for row in those)  # no memory accelerator before 9.0
+
+
+@pytest.mark.parametrize("capability", [80, 89, 90])
+def test_proofs_take_every_row(capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compiled ahead has all sizes of a card's table: a GEMM's by `rows`, all others by the rooms' examples."""
+    assert set(rows.FAMILIES) == GEMMS | FP8_GEMMS
+    taken: dict[str, list[dict[str, int]]] = {}
+    row_of = tables.row_of
+
+    def noted(kernel: str, *size: int | str) -> dict[str, int]:
+        row = row_of(kernel, *size)
+        taken.setdefault(kernel, []).append(row)
+        return row
+
+    monkeypatch.setattr(tables, "row_of", noted)
+    ahead.proofs(capability)
+    table = tables.rows_of(tables.of_capability(capability))
+    bare = {
+        kernel: [{name: size for name, size in row.items() if name not in tables.BOUNDS} for row in table[kernel]]
+        for kernel in OTHERS
+    }
+    missing = {kernel: [row for row in those if row not in taken.get(kernel, [])] for kernel, those in bare.items()}
+    assert {kernel: those for kernel, those in missing.items() if those} == {}

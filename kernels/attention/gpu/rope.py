@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo.kernels import tables
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
 from octavo.kernels.attention.gpu.paged import on_meta
 from octavo.kernels.attention.step import StepInputs
@@ -199,7 +200,7 @@ def rope(
             "RESTS": power_of_two(d - 2 * half), "Q_WIDTH": power_of_two(shape.num_heads * d),
             "K_WIDTH": power_of_two(shape.num_kv_heads * d),
         },
-        num_warps=1 if heads * d <= 1024 else 4 if heads * d <= 4096 else 8,
+        **tables.choose("rope", q.shape[0], heads * d, arguments["PARTS"]),
         num_stages=1,
     )  # fmt: skip
 
@@ -223,6 +224,7 @@ def proofs() -> dict[str, Proof]:
         ("fp8, 32 / 8 heads of 128, of 4 partial sums", (32, 8, 128, bf16, fp8, fp8), 4, 0),
         ("int8, 32 / 8 heads of 128, head norms", (32, 8, 128, bf16, int8, int8), 1, 128),
         ("fp8, 16 heads of 128, a norm over all", (16, 16, 128, bf16, fp8, fp8), 1, 2048),
+        ("bf16, 40 heads of 128, a norm over all", (40, 40, 128, bf16, bf16, bf16), 1, 5120),
     ):
         q, inputs, cache, shape = on_meta(*example)
         width = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim

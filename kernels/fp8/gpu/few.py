@@ -6,7 +6,7 @@ transposed. The other way round 16 tokens would be widened to fp16 and run on Am
 
 K may be cut in parts, for a matrix whose rows alone don't fill the GPU. Each part stores float32 sums [S, M, N] with
 the scales (and in part 0 the bias) in them already: the next kernel adds them up on its way (`fused.gpu.norm`), or
-`add_up` does, always in the same order.
+`fused.gpu.sums` does, always in the same order.
 
 Sums of e4m3 codes inside the tensor core keep some 14 bits. Each BLOCK_K columns are added to a float32 accumulator by
 ordinary instructions, which the weight's way from memory hides. Limit: N * K bytes over 3.0 TB/s on an H100.
@@ -92,18 +92,6 @@ def store_transposed(
     tl.store(out + row * N + first_n + (m * N + n), narrow(total, out.dtype.element_ty), mask=seen)
 
 
-@triton.jit
-def _add_up(parts, out, size, PARTS: tl.constexpr, BLOCK_SIZE: tl.constexpr, OVERLAPS: tl.constexpr):
-    await_previous(OVERLAPS)
-    at = tl.program_id(0).to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
-    seen = at < size
-    total = tl.load(parts + at, mask=seen, other=0.0)
-    for _ in tl.static_range(1, PARTS):
-        parts += size
-        total += tl.load(parts + at, mask=seen, other=0.0)
-    tl.store(out + at, narrow(total, out.dtype.element_ty), mask=seen)
-
-
 def scale_arguments(
     x: Tensor, x_scale: Tensor, w_scale: Tensor, *, blocks: bool, block_n: int, block_k: int
 ) -> dict[str, Any]:
@@ -156,13 +144,6 @@ def few(
     )  # fmt: skip
 
 
-def add_up(parts: Tensor, out: Tensor) -> Launch:
-    """The sum of parts [S, M, N] float32, first to last, rounded into out [M, N]."""
-    size, block = out.numel(), 1024
-    arguments = {"parts": parts, "out": out, "size": size, "PARTS": parts.shape[0], "BLOCK_SIZE": block}
-    return Launch(_add_up, (cdiv(size, block),), arguments, num_warps=4, num_stages=1)
-
-
 def proofs() -> dict[str, Proof]:
     """Llama's shapes for 16 to 64 tokens: 8-bit instructions of 64 rows, weights copied 16 bytes at a time."""
     fp8, int8, made = torch.float8_e4m3fn, torch.int8, {}
@@ -184,6 +165,4 @@ def proofs() -> dict[str, Proof]:
         op = "QGMMA" if dtype == fp8 else "IGMMA"
         expects = (rf"{op}\.64x{m}x32", r"LDGSTS\.E\.BYPASS.*128", r"STG\.E\.128")
         made[name] = Proof(launch, expects, forbids=("HMMA", "IMMA"))
-    add = add_up(meta(4, 64, n), meta(64, n, dtype=torch.bfloat16))
-    made["add up"] = Proof(add, (r"LDG\.E\.128", r"STG\.E\.128"))
     return made

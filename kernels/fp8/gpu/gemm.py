@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from triton import cdiv
 
-from octavo.kernels.fp8.gpu.few import BLOCK, add_up, few
+from octavo.kernels.fp8.gpu.few import BLOCK, few
 from octavo.kernels.fp8.gpu.many import many
 from octavo.kernels.fp8.gpu.quantize import quantize
+from octavo.kernels.fused.gpu.sums import add_up
 from octavo.kernels.tables import choose
 
 

@@ -13,12 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo.kernels import tables
 from octavo.kernels.launch import Launch, Proof, cdiv, meta, power_of_two
 from octavo.kernels.numeric import to_e4m3, to_int8
 from octavo.kernels.overlap import await_previous
-
-WARPS = ((2048, 4), (8192, 8), (1 << 30, 16))  # elements of a row at the most, warps
-ROWS = 32  # tokens whose groups of the same columns a program rounds
 
 
 @triton.jit
@@ -95,23 +93,23 @@ def quantize(
     if group_size:
         if static_scale is not None:
             raise ValueError("a stored scale has no groups")
-        rows = min(ROWS, power_of_two(m))
+        sizes = tables.choose("quantize groups", m, k, group_size)
+        rows = min(sizes.pop("rows"), power_of_two(m))
         arguments = {
             "x": x, "out": out, "scale": scale, "num_tokens": m, "width": k,
             "scale_row": scale.stride(0), "scale_group": scale.stride(1), "GROUP": group_size, "ROWS": rows,
         }  # fmt: skip
-        return Launch(_quantize_groups, (cdiv(m, rows), cdiv(k, group_size)), arguments, num_warps=4, num_stages=1)
+        return Launch(_quantize_groups, (cdiv(m, rows), cdiv(k, group_size)), arguments, **sizes, num_stages=1)
     block = power_of_two(k)
     arguments = {
         "x": x, "out": out, "scale": scale, "stored": scale if static_scale is None else static_scale,
         "width": k, "STATIC": static_scale is not None, "BLOCK": block,
     }  # fmt: skip
-    warps = next(warps for most, warps in WARPS if block <= most)
-    return Launch(_quantize_rows, (m,), arguments, num_warps=warps, num_stages=1)
+    return Launch(_quantize_rows, (m,), arguments, **tables.choose("quantize rows", m, k, 0), num_stages=1)
 
 
 def proofs() -> dict[str, Proof]:
-    """Llama's widths: 128-bit loads throughout."""
+    """Llamas' and SmolLM's widths: 128-bit loads throughout."""
     m, k = 64, 14336
     x, fp8, int8 = (meta(m, k, dtype=t) for t in (torch.bfloat16, torch.float8_e4m3fn, torch.int8))
     launches = {
@@ -119,4 +117,7 @@ def proofs() -> dict[str, Proof]:
         "int8 rows": quantize(x, int8, meta(m, 1)),
         "fp8 groups": quantize(x, fp8, meta(k // 128, m).T, group_size=128),
     }
+    for k in (1536, 4096):
+        x, fp8 = meta(m, k, dtype=torch.bfloat16), meta(m, k, dtype=torch.float8_e4m3fn)
+        launches[f"fp8 rows {k}"] = quantize(x, fp8, meta(m, 1))
     return {name: Proof(launch, (r"LDG\.E\.128", r"STG\.E\.(64|128)")) for name, launch in launches.items()}

@@ -15,12 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo.kernels import tables
 from octavo.kernels.fused.gpu.rounding import store_rounded
 from octavo.kernels.launch import Launch, Proof, cdiv, meta, power_of_two
 from octavo.kernels.overlap import await_previous
-
-STRETCH = 1024  # columns of a program where a row is not rounded as a whole
-WARPS = ((2048, 4), (8192, 8), (1 << 30, 16))  # columns of a program at the most, warps
 
 
 @triton.jit
@@ -68,24 +66,28 @@ def gelu_tanh_and_mul(x: Tensor, out: Tensor, *, scale: Tensor | None = None, gr
 def _launch(x: Tensor, out: Tensor, scale: Tensor | None, group_size: int, *, gelu: bool) -> Launch:
     if (out.dtype in (torch.float8_e4m3fn, torch.int8)) != (scale is not None):
         raise ValueError(f"an activation into {out.dtype} {'needs' if scale is None else 'has no'} scale")
-    tokens, width = out.shape
-    whole = max(power_of_two(width), group_size)
-    block = whole if scale is not None and group_size == 0 else min(whole, max(STRETCH, group_size))
+    (tokens, width), parts = out.shape, x.shape[0] if x.dim() == 3 else 1
+    block = max(power_of_two(width), group_size)
+    if scale is not None and group_size == 0:
+        sizes = tables.choose("activation rows", tokens, width, parts)
+    else:
+        sizes = tables.choose("activation", tokens, width, parts)
+        block = min(block, max(sizes.pop("block"), group_size))
     return Launch(
         _gated,
         (tokens, cdiv(width, block)),
         {
             "x": x, "out": out, "scale": out if scale is None else scale, "part_size": tokens * 2 * width,
-            "width": width, "GELU": gelu, "PARTS": x.shape[0] if x.dim() == 3 else 1, "GROUP": group_size,
+            "width": width, "GELU": gelu, "PARTS": parts, "GROUP": group_size,
             "BLOCK": block,
         },
-        num_warps=next(warps for most, warps in WARPS if block <= most),
+        **sizes,
         num_stages=1,
     )  # fmt: skip
 
 
 def proofs() -> dict[str, Proof]:
-    """Llama's widths: 128-bit loads throughout."""
+    """Widths of Llamas and of SmolLM: 128-bit loads throughout."""
     example = partial(meta, dtype=torch.bfloat16)
     width = 14336
     rows, out, scale = example(64, 2 * width), example(64, width), example(64, 112, dtype=torch.float32)
@@ -97,4 +99,8 @@ def proofs() -> dict[str, Proof]:
         "silu fp8 groups of 4 partial sums": silu_and_mul(sums, fp8, scale=scale, group_size=128),
         "gelu int8": gelu_tanh_and_mul(rows, int8, scale=scale),
     }
-    return {f"{name} {width}": Proof(launch, (r"LDG\.E\.128", r"STG\.E\.(128|64)")) for name, launch in made.items()}
+    made = {f"{name} {width}": launch for name, launch in made.items()}
+    for width in (1536, 8192):
+        rows, fp8 = example(64, 2 * width), example(64, width, dtype=torch.float8_e4m3fn)
+        made[f"silu fp8 {width}"] = silu_and_mul(rows, fp8, scale=scale[:, :1])
+    return {name: Proof(launch, (r"LDG\.E\.128", r"STG\.E\.(128|64)")) for name, launch in made.items()}

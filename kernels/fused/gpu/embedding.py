@@ -11,11 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo.kernels import tables
 from octavo.kernels.launch import Launch, Proof, cdiv, power_of_two
 from octavo.kernels.numeric import narrow
 from octavo.kernels.overlap import await_previous
-
-STRETCH = 1024  # columns of a program
 
 
 @triton.jit
@@ -31,7 +30,8 @@ def _embed(token_ids, table, out, width, factor, BLOCK: tl.constexpr, OVERLAPS: 
 def embed(token_ids: Tensor, table: Tensor, out: Tensor, factor: float = 1.0) -> Launch:
     """table [V, H] at token_ids [T], times factor, into out [T, H]."""
     tokens, width = out.shape
-    block = min(power_of_two(width), STRETCH)
+    sizes = tables.choose("embedding", tokens, width, 0)
+    block = min(power_of_two(width), sizes.pop("block"))
     return Launch(
         _embed,
         (tokens, cdiv(width, block)),
@@ -39,7 +39,7 @@ def embed(token_ids: Tensor, table: Tensor, out: Tensor, factor: float = 1.0) ->
             "token_ids": token_ids, "table": table, "out": out, "width": width, "factor": float(factor),
             "BLOCK": block,
         },
-        num_warps=4,
+        **sizes,
         num_stages=1,
     )  # fmt: skip
 

@@ -15,12 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo.kernels import tables
 from octavo.kernels.fused.gpu.rounding import store_rounded
 from octavo.kernels.launch import Launch, Proof, meta, power_of_two
 from octavo.kernels.numeric import narrow
 from octavo.kernels.overlap import await_previous, prefetch
-
-WARPS = ((2048, 4), (8192, 8), (1 << 30, 16))  # elements of a row at the most, warps
 
 
 @triton.jit
@@ -106,13 +105,13 @@ def norm(
             "PARTS": parts, "HAS_AFTER": after is not None, "HAS_RESIDUAL": residual is not None,
             "HAS_WEIGHT": weight is not None, "GROUP": group_size, "BLOCK": block,
         },
-        num_warps=next(warps for most, warps in WARPS if block <= most),
+        **tables.choose("norm", num_tokens, width, parts),
         num_stages=1,
     )  # fmt: skip
 
 
 def proofs() -> dict[str, Proof]:
-    """Llama's widths: 128-bit loads and stores throughout."""
+    """Widths of SmolLM and of Llamas: 128-bit loads and stores throughout."""
     example = partial(meta, dtype=torch.bfloat16)
     made: dict[str, Proof] = {}
     for width in (576, 4096, 8192):
@@ -127,6 +126,9 @@ def proofs() -> dict[str, Proof]:
             "norm int8 of 4 partial sums": norm(sums, weight, 1e-5, int8, scale=scale, residual=rows, total=rows),
         }.items():
             made[f"{name} {width}"] = Proof(launch, expects=(r"LDG\.E\.128", r"STG\.E\.128"))
+    rows, weight = example(64, 16384), example(16384, dtype=torch.float32)
+    launch = norm(rows, weight, 1e-5, rows, residual=rows, total=rows)
+    made["norm 16384"] = Proof(launch, expects=(r"LDG\.E\.128", r"STG\.E\.128"))
     rows, scale, weight = example(64, 3584), example(64, 1, dtype=torch.float32), example(3584, dtype=torch.float32)
     sums, fp8 = example(4, 64, 3584, dtype=torch.float32), example(64, 3584, dtype=torch.float8_e4m3fn)
     launch = norm(sums, weight, 1e-6, fp8, scale=scale, residual=rows, total=rows, after=weight)

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo.kernels import tables
 from octavo.kernels.launch import Launch, Proof, cdiv
 from octavo.kernels.overlap import await_previous
 
@@ -29,9 +30,11 @@ def gather(x: Tensor, order: Tensor, out: Tensor) -> Launch:
     """x [M, K] of any type into out [M, C] by order [C] int32."""
     if x.element_size() == 1:
         x, out = x.view(torch.uint8), out.view(torch.uint8)
-    columns, block = order.shape[0], 1024
+    columns = order.shape[0]
+    sizes = tables.choose("gather", x.shape[0], columns, x.element_size())
+    block = sizes.pop("block")
     arguments = {"x": x, "order": order, "out": out, "x_row": x.stride(0), "columns": columns, "BLOCK": block}
-    return Launch(_gather, (x.shape[0], cdiv(columns, block)), arguments, num_warps=4, num_stages=1)
+    return Launch(_gather, (x.shape[0], cdiv(columns, block)), arguments, **sizes, num_stages=1)
 
 
 def proofs() -> dict[str, Proof]:

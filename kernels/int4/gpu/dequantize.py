@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo.kernels import tables
 from octavo.kernels.int4.gpu.decode import integers, scale_type, scales, split, weights
 from octavo.kernels.int4.gpu.packing import PackedInt4
 from octavo.kernels.launch import Launch, Proof, cdiv
@@ -46,9 +47,11 @@ def _dequantize(
         tl.store(at + first, narrow(exact * step[:, None], out.dtype.element_ty), mask=seen)
 
 
-def dequantize(packed: PackedInt4, out: Tensor, *, block_n: int = 32, num_warps: int = 4) -> Launch:
+def dequantize(packed: PackedInt4, out: Tensor) -> Launch:
     """The weight into out [N, columns] bf16 or fp16, its columns in the GEMM's order."""
     tiles, n, _ = packed.words.shape
+    sizes = tables.choose("dequantize", 0, n, packed.columns)
+    block_n = sizes.pop("block_n")
     return Launch(
         _dequantize,
         (tiles, cdiv(n, block_n)),
@@ -56,7 +59,7 @@ def dequantize(packed: PackedInt4, out: Tensor, *, block_n: int = 32, num_warps:
             "words": packed.words, "scale": integers(packed.scale), "out": out, "N": n, "columns": packed.columns,
             "BITS": packed.bits, "SHARE": packed.share, "SCALE": scale_type(packed.scale), "BLOCK_N": block_n,
         },
-        num_warps=num_warps,
+        **sizes,
         num_stages=1,
     )  # fmt: skip
 

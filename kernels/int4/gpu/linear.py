@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from octavo.kernels.fp8.gpu.few import add_up
 from octavo.kernels.fp8.gpu.quantize import quantize
+from octavo.kernels.fused.gpu.sums import add_up
 from octavo.kernels.int4.gpu.columns import gather
 from octavo.kernels.int4.gpu.dequantize import dequantize
 from octavo.kernels.int4.gpu.gemm import gemm

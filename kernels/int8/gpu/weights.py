@@ -27,8 +27,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels.fp8.gpu.few import add_up, store_transposed
+from octavo.kernels.fp8.gpu.few import store_transposed
 from octavo.kernels.fp8.gpu.many import tile_of
+from octavo.kernels.fused.gpu.sums import add_up
 from octavo.kernels.launch import INTERPRETED, Launch, Proof, cdiv, meta
 from octavo.kernels.numeric import dot
 from octavo.kernels.overlap import MOST, await_previous, group_lines, prefetch, tile_lines

@@ -26,8 +26,6 @@ from octavo.kernels.moe.gpu.route import Aligned, align, route, unaligned
 from octavo.kernels.numeric import narrow
 from octavo.kernels.overlap import await_previous
 
-BLOCK_H = 1024  # columns of a token that a program sums
-
 
 @dataclass(frozen=True)
 class Experts:
@@ -64,8 +62,10 @@ def _sum(pairs, out, width, TOP_K: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: 
 def add_up(pairs: Tensor, out: Tensor, top_k: int) -> Launch:
     """pairs [T * top_k, H] summed over the top_k of each token, first to last, into out [T, H]."""
     num_tokens, width = out.shape
-    arguments = {"pairs": pairs, "out": out, "width": width, "TOP_K": top_k, "BLOCK": BLOCK_H}
-    return Launch(_sum, (num_tokens, cdiv(width, BLOCK_H)), arguments, num_stages=1)
+    sizes = tables.choose("moe sum", num_tokens, width, top_k)
+    block = sizes.pop("block")
+    arguments = {"pairs": pairs, "out": out, "width": width, "TOP_K": top_k, "BLOCK": block}
+    return Launch(_sum, (num_tokens, cdiv(width, block)), arguments, **sizes, num_stages=1)
 
 
 def launches(

@@ -8,16 +8,17 @@ entry's own 12 or 16), over 3.0 TB/s on an H100.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo.kernels import tables
 from octavo.kernels.launch import Launch, Proof, cdiv, meta
 from octavo.kernels.numeric import narrow
 from octavo.kernels.overlap import await_previous
-
-BLOCK = 128
 
 
 @triton.jit
@@ -53,7 +54,7 @@ def _punish(
 def add_biases(logits: Tensor, rows: Tensor, tokens: Tensor, biases: Tensor) -> Launch:
     """`sampling.reference.add_biases`; logits [R, vocab], the lists of int32 or int64."""
     lists = {"rows": rows, "tokens": tokens, "biases": biases, "count": len(rows), "vocab": logits.shape[1]}
-    return Launch(_add_biases, (cdiv(len(rows), BLOCK),), {"logits": logits, **lists, "BLOCK": BLOCK}, num_stages=1)
+    return _launch(_add_biases, {"logits": logits, **lists})
 
 
 def punish(
@@ -68,8 +69,13 @@ def punish(
     """`sampling.reference.punish`; the lists are int32 or int64, the penalties float32."""
     lists = {"rows": rows, "tokens": tokens, "counts": counts, "count": len(rows), "vocab": logits.shape[1]}
     of_rows = {"repetition": repetition, "frequency": frequency, "presence": presence}
-    arguments = {"logits": logits, **lists, **of_rows, "BLOCK": BLOCK}
-    return Launch(_punish, (cdiv(len(rows), BLOCK),), arguments, num_stages=1)
+    return _launch(_punish, {"logits": logits, **lists, **of_rows})
+
+
+def _launch(kernel: Any, arguments: dict[str, Any]) -> Launch:
+    sizes = tables.choose("sampling lists", arguments["count"], arguments["vocab"], 0)
+    block = sizes.pop("block")
+    return Launch(kernel, (cdiv(arguments["count"], block),), {**arguments, "BLOCK": block}, **sizes, num_stages=1)
 
 
 def proofs() -> dict[str, Proof]:

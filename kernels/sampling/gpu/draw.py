@@ -26,12 +26,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo.kernels import tables
 from octavo.kernels.launch import Launch, Proof, cdiv, power_of_two
 from octavo.kernels.overlap import await_previous
 
 CHUNK = 256  # tokens that share an entry of `peaks` and `masses`
-ROWS = 16  # chunks a program of the first two launches has
-BLOCK = 4096  # tokens a row's program has in registers
 _CHUNK = tl.constexpr(CHUNK)
 _GREEDY_BELOW = tl.constexpr(1e-5)  # runtime.draw's
 _ONE = tl.constexpr(0x3F800000)  # the bits of 1.0, the largest weight
@@ -271,19 +270,22 @@ def launches(
     (rows, vocab), (peaks, masses, kept, places) = logits.shape, scratch
     chunks = cdiv(vocab, CHUNK)
     sizes = {"vocab": vocab, "chunks": chunks, "logits": logits, "peaks": peaks}
-    grid, block = (rows, cdiv(chunks, ROWS)), max(power_of_two(chunks), 16)
+    first = tables.choose("sampling chunks", rows, vocab, logits.element_size())
+    last = tables.choose("sampling choice", rows, vocab, logits.element_size())
+    each, walked, block = first.pop("rows"), last.pop("block"), max(power_of_two(chunks), 16)
+    grid = rows, cdiv(chunks, each)
     of_rows = {"temperature": temperature, "min_p": min_p, "masses": masses, "CHUNKS": block}
     return (
-        Launch(_peaks, grid, {**sizes, "ROWS": ROWS}),
-        Launch(_masses, grid, {**sizes, **of_rows, "ROWS": ROWS}),
+        Launch(_peaks, grid, {**sizes, "ROWS": each}, **first),
+        Launch(_masses, grid, {**sizes, **of_rows, "ROWS": each}, **first),
         Launch(
             _choose,
             (rows,),
             {
                 **sizes, **of_rows, "top_k": top_k, "top_p": top_p, "uniforms": uniforms, "kept": kept,
-                "places": places, "tokens": tokens, "BLOCK": BLOCK,
+                "places": places, "tokens": tokens, "BLOCK": walked,
             },
-            num_warps=16,
+            **last,
             num_stages=1,
         ),
     )  # fmt: skip
