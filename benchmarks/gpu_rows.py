@@ -60,11 +60,10 @@ def norm_case(tokens: int, width: int, group: int, parts: int, device: torch.dev
     if parts > 1:
         x = torch.randn(parts, tokens, width, device=device)
     total, (codes, scale) = torch.empty_like(residual), codes_and_scale(tokens, width, group, device)
-    launch = norm(x, weight, EPS, codes, residual=residual, total=total, scale=scale, group_size=group)
     rows, stock_weight = some_rows(tokens, device), weight.bfloat16()
 
     def run() -> list[Tensor]:
-        launch()
+        norm(x, weight, EPS, codes, residual=residual, total=total, scale=scale, group_size=group)()
         return [total, codes, scale]
 
     def expected() -> list[Tensor]:
@@ -82,10 +81,10 @@ def norm_case(tokens: int, width: int, group: int, parts: int, device: torch.dev
 
 def silu_case(tokens: int, width: int, group: int, device: torch.device) -> Bodies:
     x, (codes, scale) = random(tokens, 2 * width, device=device), codes_and_scale(tokens, width, group, device)
-    launch, rows = silu_and_mul(x, codes, scale=scale, group_size=group), some_rows(tokens, device)
+    rows = some_rows(tokens, device)
 
     def run() -> list[Tensor]:
-        launch()
+        silu_and_mul(x, codes, scale=scale, group_size=group)()
         return [codes, scale]
 
     def expected() -> list[Tensor]:
@@ -98,19 +97,19 @@ def silu_case(tokens: int, width: int, group: int, device: torch.device) -> Bodi
     return Bodies(run, expected, {EAGER: eager}, lambda outputs: [decoded(outputs, group)], rows)
 
 
-def rounding_case(tokens: int, width: int, device: torch.device) -> Bodies:
-    x, (codes, scale) = random(tokens, width, device=device), codes_and_scale(tokens, width, 0, device)
-    launch, rows = quantize(x, codes, scale), some_rows(tokens, device)
+def rounding_case(tokens: int, width: int, group: int, device: torch.device) -> Bodies:
+    x, (codes, scale) = random(tokens, width, device=device), codes_and_scale(tokens, width, group, device)
+    rows = some_rows(tokens, device)
 
     def run() -> list[Tensor]:
-        launch()
+        quantize(x, codes, scale, group_size=group)()
         return [codes, scale]
 
     return Bodies(
         run,
-        lambda: [as_rounded(x[rows].double(), 0)],
-        {EAGER: lambda: eager_rounding(x, 0)},
-        lambda outputs: [decoded(outputs, 0)],
+        lambda: [as_rounded(x[rows].double(), group)],
+        {EAGER: lambda: eager_rounding(x, group)},
+        lambda outputs: [decoded(outputs, group)],
         rows,
     )
 
@@ -118,10 +117,10 @@ def rounding_case(tokens: int, width: int, device: torch.device) -> Bodies:
 def embed_case(tokens: int, width: int, vocab: int, device: torch.device) -> Bodies:
     table = random(vocab, width, device=device)
     ids, out = torch.randint(vocab, (tokens,), device=device), torch.empty(tokens, width, dtype=BF16, device=device)
-    launch, rows = embed(ids, table, out), some_rows(tokens, device)
+    rows = some_rows(tokens, device)
 
     def run() -> list[Tensor]:
-        launch()
+        embed(ids, table, out)()
         return [out]
 
     return Bodies(run, lambda: [table[ids[rows]].double()], {EAGER: lambda: F.embedding(ids, table)}, rows=rows)
@@ -161,10 +160,12 @@ def rope_case(tokens: int, heads: int, kv_heads: int, d: int, device: torch.devi
     cache = LayerCache(key, value, *scales)
     shape = AttentionShape(heads, kv_heads, d, d**-0.5)
     q = torch.empty(tokens, heads, d, dtype=BF16, device=device)
-    launch = rope(qkv, step_of(slots, positions), cache, shape, table, None, None, EPS, q)
+
+    def timed() -> None:
+        rope(qkv, step_of(slots, positions), cache, shape, table, None, None, EPS, q)()
 
     def run() -> list[Tensor]:
-        launch()
+        timed()
         stored = [store[slots // BLOCK, :, slots % BLOCK] for store in (key.view(torch.uint8), value.view(torch.uint8))]
         return [q, *(codes.view(E4M3) for codes in stored)]
 
@@ -179,8 +180,8 @@ def rope_case(tokens: int, heads: int, kv_heads: int, d: int, device: torch.devi
         codes = [(x.float() / 0.02).clamp(-448, 448).to(E4M3).double() for x in (turned(parts[1]), parts[2])]
         return [turned(parts[0]), *codes]
 
-    timed = {EAGER: lambda: eager_rope(qkv, table, positions, slots, cache, heads)}
-    return Bodies(run, expected, timed, timed=launch)
+    baselines = {EAGER: lambda: eager_rope(qkv, table, positions, slots, cache, heads)}
+    return Bodies(run, expected, baselines, timed=timed)
 
 
 def sampling_case(rows: int, vocab: int, device: torch.device) -> Bodies:
@@ -278,10 +279,12 @@ def _others(tiny: bool) -> list[Case]:
     made = []
     for tokens in (64, 4096):
         t = 3 if tiny else tokens
-        made.append(
-            Case("-", "rounding to fp8", f"{t} tokens x {inner}", t * inner * 3, 0,
-                 lambda device, t=t: rounding_case(t, inner, device), FEW_BITS, (Goal(EAGER, 1.0),))
-        )  # fmt: skip
+        for group in (0, 128):
+            kind = f"rounding to fp8{f' in groups of {group}' if group else ''}"
+            made.append(
+                Case("-", kind, f"{t} tokens x {inner}", t * inner * 3, 0,
+                     lambda device, a=(t, inner, group): rounding_case(*a, device), FEW_BITS, (Goal(EAGER, 1.0),))
+            )  # fmt: skip
         made.append(
             Case("-", "embedding", f"{t} tokens x {width}", t * width * 4, 0,
                  lambda device, t=t: embed_case(t, width, vocab, device), goals=(Goal(EAGER, 1.0),))

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks import gpu_attention, gpu_gemms, gpu_moe, gpu_rows
+from benchmarks import gpu_around, gpu_attention, gpu_gemms, gpu_moe, gpu_rows
 from benchmarks.gpu_case import Bodies, Case, error_of
 from benchmarks.gpu_clock import Call, Clock, CudaClock, HostClock, environment, one_line, poisoned
 from benchmarks.gpu_table import Result, derive, geomeans, write
@@ -37,7 +37,9 @@ START_SECONDS = 120.0
 
 def all_cases(args: argparse.Namespace) -> list[Case]:
     """Those that are asked for, a quick run's first."""
-    made = [case for room in (gpu_rows, gpu_gemms, gpu_attention, gpu_moe) for case in room.cases(args.rehearse)]
+    made = [
+        case for room in (gpu_rows, gpu_gemms, gpu_attention, gpu_moe, gpu_around) for case in room.cases(args.rehearse)
+    ]
     wanted = [case for case in made if args.only in case.name and (case.first or not args.quick)]
     return sorted(wanted, key=lambda case: not case.first)
 

@@ -3,12 +3,14 @@
     PYTHONPATH=src python -m benchmarks.tune fp8 [--seconds 500] [--output FILE] [--dry-run]
 
 Families are the tables' names (`kernels.tables`): fp8, 'fp8 blocks', int8, w8a16, int4, 'int4 fp8', 'paged decode',
-'paged prefill', 'moe bf16', 'moe fp8', 'moe fp8 blocks', 'moe int4'. Each size is a case of the benchmarks' own; each
+'paged prefill', 'moe bf16', 'moe fp8', 'moe fp8 blocks', 'moe int4', and those of what stands around them (norm,
+activation, rope, ...: `SMALL`), which `around` takes all together. Each size is a case of the benchmarks' own; each
 candidate is put into the table as its only row, so that what is timed is what octavo would launch. What doesn't compile
 or doesn't fit is left out, and a winner whose output is wrong is no winner. Only the family's rows are replaced; a card
 without a file begins with what it takes now.
 Bounds of rows: M at the most, and which of Llama-3.1-8B's layers a shape is like: wide (N from 16,384), deep (K from
-8,192), or neither; of a mixture M is the tokens of an expert, on average.
+8,192), or neither; of a mixture M is the tokens of an expert, on average; what stands around them keeps the bounds that
+it has, and is measured at 64 tokens.
 """
 
 from __future__ import annotations
@@ -25,12 +27,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks import gpu_attention, gpu_gemms, gpu_moe
+from benchmarks import gpu_around, gpu_attention, gpu_gemms, gpu_moe, gpu_rows
 from benchmarks.gpu_attention import Sizes
-from benchmarks.gpu_case import Bodies, error_of
+from benchmarks.gpu_case import FEW_BITS, Bodies, error_of
 from benchmarks.gpu_clock import Clock, CudaClock, one_line, poisoned
 
 from octavo.kernels import tables
+from octavo.kernels.launch import power_of_two
 from octavo.runtime.device import take_tables
 
 Row = dict[str, int]
@@ -46,6 +49,8 @@ GEMMS = {
     "int4 fp8": "W4A8",
 }
 MIXTURES = ("moe bf16", "moe fp8", "moe fp8 blocks", "moe int4")
+TOKENS = 64  # of what stands around the GEMMs
+WARPS = (1, 2, 4, 8, 16)
 
 
 def grid(**values: tuple[int, ...]) -> list[Row]:
@@ -101,6 +106,63 @@ def attention_rows(family: str) -> list[Row]:
 
 
 @dataclass(frozen=True)
+class Small:
+    """A kernel around the GEMMs: its candidates, and a case for m tokens and n columns (a row's, or what is usual)."""
+
+    rows: list[Row]
+    usual: int
+    make: Callable[[int, int, torch.device], Bodies]
+    tolerance: float = FEW_BITS
+
+
+BLOCKS = grid(block=(256, 512, 1024, 2048, 4096), num_warps=(1, 2, 4, 8))
+EXPERTS = gpu_moe.CONFIG["num_experts"], gpu_moe.CONFIG["num_experts_per_tok"]
+SMALL = {
+    "norm": Small(grid(num_warps=WARPS), 1536, lambda m, n, device: gpu_rows.norm_case(m, n, 0, 1, device)),
+    "activation": Small(BLOCKS, 14336, lambda m, n, device: gpu_rows.silu_case(m, n, 128, device)),
+    "activation rows": Small(grid(num_warps=WARPS), 1536, lambda m, n, device: gpu_rows.silu_case(m, n, 0, device)),
+    "embedding": Small(BLOCKS, 4096, lambda m, n, device: gpu_rows.embed_case(m, n, 16384, device)),
+    "quantize rows": Small(
+        grid(num_warps=WARPS), 1536, lambda m, n, device: gpu_rows.rounding_case(m, n, 0, device)
+    ),
+    "quantize groups": Small(
+        grid(rows=(1, 4, 8, 16, 32, 64), num_warps=(1, 2, 4, 8)), 14336,
+        lambda m, n, device: gpu_rows.rounding_case(m, n, 128, device),
+    ),
+    "rope": Small(grid(num_warps=WARPS), 512, lambda m, n, device: gpu_rows.rope_case(m, n // 128, 1, 128, device)),
+    "gather": Small(BLOCKS, 14336, lambda m, n, device: gpu_around.gather_case(m, n, device)),
+    "dequantize": Small(
+        grid(block_n=(8, 16, 32, 64), num_warps=(1, 2, 4, 8)), 4096,
+        lambda _, n, device: gpu_around.dequantize_case(n, 14336, device),
+    ),
+    "add up": Small(BLOCKS, 4096, lambda m, n, device: gpu_around.add_up_case(4, m, n, device)),
+    "moe route": Small(
+        grid(block=(128, 256, 512, 1024, 2048), num_warps=(1, 2, 4, 8)), EXPERTS[0],
+        lambda m, n, device: gpu_around.route_case(m, n, EXPERTS[1], device),
+    ),
+    "moe align": Small(
+        grid(block=(512, 1024, 2048, 4096), num_warps=(1, 2, 4, 8)), EXPERTS[0],
+        lambda m, n, device: gpu_around.align_case(m, n, EXPERTS[1], device),
+    ),
+    "moe sum": Small(BLOCKS, 2048, lambda m, n, device: gpu_around.sum_case(m, n, EXPERTS[1], device)),
+    "sampling lists": Small(
+        grid(block=(32, 64, 128, 256, 512), num_warps=(1, 2, 4)), gpu_rows.VOCAB,
+        lambda m, n, device: gpu_around.penalties_case(m, 300, n, device),
+    ),
+    "sampling chunks": Small(
+        grid(rows=(4, 8, 16, 32), num_warps=(2, 4, 8)), gpu_rows.VOCAB,
+        lambda m, n, device: gpu_rows.sampling_case(m, n, device),
+    ),
+    "sampling choice": Small(
+        grid(block=(1024, 2048, 4096, 8192), num_warps=(4, 8, 16, 32)), gpu_rows.VOCAB,
+        lambda m, n, device: gpu_rows.sampling_case(m, n, device),
+    ),
+}  # fmt: skip
+
+FAMILIES = (*GEMMS, *MIXTURES, "paged decode", "paged prefill", *SMALL)
+
+
+@dataclass(frozen=True)
 class Problem:
     """A row that a family is to have: its bounds, candidates, and inputs of a size (as `tables.choose` takes it)."""
 
@@ -132,7 +194,14 @@ def problems(family: str) -> Iterator[Problem]:
             make = partial(_made, gpu_moe.mixture, (tokens, family.removeprefix("moe "), (num, top_k, hidden, inner)))
             bounds = {} if m == MANY_TOKENS else {"m": m}
             rows = mixture_rows(family, m)
-            yield Problem(bounds, rows, (m, 2 * inner, hidden), make, num * hidden * inner, 2e-2)
+            yield Problem(bounds, rows, (m, 2 * inner, hidden), make, num * hidden * inner, FEW_BITS)
+        return
+    if family in SMALL:
+        small = SMALL[family]
+        for row in tables.rows_of(tables.card)[family]:
+            bounds = {name: bound for name, bound in row.items() if name in tables.BOUNDS}
+            size = row.get("m", TOKENS), power_of_two(row["n"]) if "n" in row else small.usual
+            yield Problem(bounds, small.rows, (*size, 0), partial(_made, small.make, size), 1 << 22, small.tolerance)
         return
     decodes = family == "paged decode"
     for bounds, kind, element in (({"k": 2}, "bf16", 2), ({}, "fp8", 1)):  # k: bytes of a cached number
@@ -199,38 +268,47 @@ def merge(path: Path, family: str, rows: list[Row], base: Path | None = None) ->
 
 
 @torch.inference_mode()
+def tuned(family: str, device: torch.device, clock: Clock, seconds: float) -> list[Row]:
+    """The family's rows for this card, which take them from now on."""
+    begun, work = time.monotonic(), list(problems(family))
+    old = [dict(tables.choose(family, *problem.size)) for problem in work]
+    rows = untouched(family, list(tables.rows_of(tables.card)[family]))
+    for number, problem in enumerate(work):
+        ends = begun + seconds * (number + 1) / len(work)
+        row: Row | None = None
+        us = 0.0
+        try:
+            sets = [problem.make(device) for _ in range(max(2, -(-3 * clock.l2_bytes // problem.num_bytes)))]
+            row, us = best_of(family, [old[number], *problem.rows], sets, problem.tolerance, clock, ends)
+        except Exception as error:
+            print(f"    {problem.bounds}: {one_line(error)}", flush=True)
+        rows.append({**problem.bounds, **(row or old[number])})
+        found = f"{us:.1f} us{', as before' if row == old[number] else ''}" if row else "none works: as before"
+        print(f"{time.monotonic() - begun:5.0f} s {family} {rows[-1]}: {found}", flush=True)
+        sets = []
+        clock.forget()
+    tables.rows_of(tables.card)[family] = rows
+    tables.row_of.cache_clear()
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("family", choices=[*GEMMS, *MIXTURES, "paged decode", "paged prefill"])
+    parser.add_argument("family", choices=[*FAMILIES, "around"])
     parser.add_argument("--seconds", type=float, default=500.0, help="after which no candidate begins (default 500)")
     parser.add_argument("--output", type=Path, help="the table to write (default: kernels/tuning/CARD.json)")
     parser.add_argument("--dry-run", action="store_true", help="print the rows, and write none")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("no CUDA device to tune for")
-    device, clock, begun = torch.device("cuda"), CudaClock(rounds=5), time.monotonic()
+    device, clock = torch.device("cuda"), CudaClock(rounds=5)
     print(*take_tables(device))
-    work = list(problems(args.family))
-    old = [dict(tables.choose(args.family, *problem.size)) for problem in work]
-    rows = untouched(args.family, list(tables.rows_of(tables.card)[args.family]))
-    for number, problem in enumerate(work):
-        ends = begun + args.seconds * (number + 1) / len(work)
-        row: Row | None = None
-        us = 0.0
-        try:
-            sets = [problem.make(device) for _ in range(max(2, -(-3 * clock.l2_bytes // problem.num_bytes)))]
-            row, us = best_of(args.family, [old[number], *problem.rows], sets, problem.tolerance, clock, ends)
-        except Exception as error:
-            print(f"    {problem.bounds}: {one_line(error)}", flush=True)
-        rows.append({**problem.bounds, **(row or old[number])})
-        found = f"{us:.1f} us{', as before' if row == old[number] else ''}" if row else "none works: as before"
-        print(f"{time.monotonic() - begun:5.0f} s {rows[-1]}: {found}", flush=True)
-        sets = []
-        clock.forget()
-    if args.dry_run:
-        return
     path = args.output or tables.TUNING / f"{tables.stem(torch.cuda.get_device_name(0))}.json"
-    merge(path, args.family, rows, tables.TUNING / f"{tables.card}.json")
+    families = list(SMALL) if args.family == "around" else [args.family]
+    for family in families:
+        rows = tuned(family, device, clock, args.seconds / len(families))
+        if not args.dry_run:
+            merge(path, family, rows, tables.TUNING / f"{tables.card}.json")
 
 
 if __name__ == "__main__":

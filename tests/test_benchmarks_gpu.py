@@ -13,9 +13,9 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # whoever runs `pytest` and not `python -m pytest` doesn't have it there
 
-from benchmarks import gpu_gemms, gpu_rows, kernels, shapes, simulate, tune  # noqa: E402
-from benchmarks.gpu_case import Bodies, Case, Goal, error_of  # noqa: E402
-from benchmarks.gpu_clock import HostClock, summarize  # noqa: E402
+from benchmarks import gpu_around, gpu_gemms, gpu_rows, kernels, shapes, simulate, tune  # noqa: E402
+from benchmarks.gpu_case import FEW_BITS, Bodies, Case, Goal, error_of  # noqa: E402
+from benchmarks.gpu_clock import HostClock, Timing, summarize  # noqa: E402
 from benchmarks.gpu_table import Result, derive, geomeans, write  # noqa: E402
 
 from octavo.kernels import tables  # noqa: E402
@@ -150,6 +150,34 @@ def test_tuning_keeps_the_others_rows(tmp_path: Path) -> None:
     assert list(json.loads(path.read_text())) == ["fp8", "int4", "moe"]
 
 
+def test_every_family_of_the_tables_can_be_tuned() -> None:
+    assert set(tune.FAMILIES) == set(tables.rows_of("h100"))
+    for family in tune.FAMILIES:
+        work = list(tune.problems(family))
+        assert work[-1].bounds == {}
+        for problem in work if family in tune.SMALL else ():
+            names = set(tables.choose(family, *problem.size))
+            assert all(set(row) == names for row in problem.rows), (family, problem.bounds)
+
+
+def test_tuning_takes_the_fastest_that_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of real candidates in the interpreter, with a clock that prefers some; one block is no power of two."""
+
+    class Told(HostClock):
+        def together(self, bodies: dict[str, list[Any]]) -> Any:
+            found, problems = super().together(bodies)
+            row = tables.rows_of(tables.card)["moe sum"][0]
+            return {name: Timing(abs(row["block"] - 500) + row["num_warps"], 0.0) for name in found}, problems
+
+    rows = [{"block": 500, "num_warps": 1}, *tune.SMALL["moe sum"].rows]
+    small = tune.Small(rows, 2048, lambda _, n, device: gpu_around.sum_case(2, n, 2, device))
+    monkeypatch.setitem(tune.SMALL, "moe sum", small)
+    monkeypatch.setitem(tables.rows_of(tables.card), "moe sum", tables.rows_of(tables.card)["moe sum"])
+    assert tune.tuned("moe sum", torch.device("cpu"), Told(), 60.0) == [{"block": 512, "num_warps": 1}]
+    assert tables.choose("moe sum", 64, 2048, 8) == {"block": 512, "num_warps": 1}
+    tables.row_of.cache_clear()
+
+
 @pytest.mark.parametrize("family", ["fp8", "int4"])
 def test_candidates_are_what_launchers_take(family: str) -> None:
     kept = {**tables.rows_of("h100")}[family]
@@ -175,7 +203,7 @@ def test_candidates_are_what_mixtures_take(family: str, monkeypatch: pytest.Monk
     try:
         tune.install(family, tune.mixture_rows(family, 16)[0])
         bodies = kernels.gpu_moe.mixture(5, family.removeprefix("moe "), (4, 2, 256, 128), device)
-        assert error_of(bodies, bodies.run()) < 2e-2
+        assert error_of(bodies, bodies.run()) < FEW_BITS
     finally:
         tables.row_of.cache_clear()
 
