@@ -6,7 +6,7 @@
               registers; never more than the block reads in all (Little's law)
     resident  by registers (65,536 an SM, by 8 a thread), shared memory (227 KiB, 1 KiB of each block the system's),
               2,048 threads, 32 blocks
-    issue     instructions of the busiest SM over 4 a clock; of a kernel with a loop, LOOP_SHARE of them in each turn
+    issue     instructions of the busiest SM over 4 a clock: all once, those of its loop of products in each turn
 
 Assumptions, to be replaced by what is measured: copy 3.0 TB/s; a loaded memory's latency 0.8 us, 0.35 us
 where the kernel before has just written what is read (norms, activations, rope: in L2, though their bytes are counted
@@ -35,9 +35,6 @@ COPY, LATENCY, L2_LATENCY, GAP = 3.0e12, 0.8e-6, 0.35e-6, 1.0e-6
 SM_RATE = 64 * CLOCK  # bytes/s that an SM can take in
 PEAK = {"bf16": 800e12, "fp8": 1300e12, "": float("inf")}
 LIBRARY = 0.85  # of copy, for the library's bf16 GEMMs with few tokens
-LOOP_SHARE = (
-    0.44  # of a kernel's instructions stand in its loop: INT4's GEMM, in its listing; FP8's 0.2, attention's 0.34
-)
 REGISTERS, SHARED, THREADS, BLOCKS = 65536, 227 << 10, 2048, 32
 
 
@@ -48,6 +45,7 @@ class Resources:
     registers: int
     shared: int
     instructions: int
+    loop: int
 
 
 @dataclass(frozen=True)
@@ -113,7 +111,7 @@ def predict(work: Work, compiled: Callable[[Launch], Resources]) -> Prediction:
     busiest, resident = cdiv(blocks, SMS), resident_blocks(resources, work.launch.num_warps)
     read = work.num_bytes / blocks
     rate = min(SM_RATE, min(busiest, resident) * in_flight(work.launch, resources, read) / latency)
-    executed = resources.instructions * (1 + LOOP_SHARE * (work.turns - 1))
+    executed = resources.instructions + resources.loop * (work.turns - 1)
     parts = {
         "memory": work.num_bytes / COPY,
         "too little in flight": busiest * read / rate,
@@ -156,8 +154,8 @@ class Compiler:
         key = f"{triton.__version__} {key_of(launch)}"
         if key not in self.known:
             made = ahead.compile_ahead(launch)
-            self.known[key] = Resources(made.registers, made.shared, sum(made.instructions.values()))
+            self.known[key] = Resources(made.registers, made.shared, sum(made.instructions.values()), made.loop)
             if self.file:
-                rows = {k: [r.registers, r.shared, r.instructions] for k, r in self.known.items()}
+                rows = {k: [r.registers, r.shared, r.instructions, r.loop] for k, r in self.known.items()}
                 self.file.write_text(json.dumps(rows))
         return self.known[key]

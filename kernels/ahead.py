@@ -94,6 +94,7 @@ class Compiled:
     serialized    ptxas gave up overlapping tensor-core instructions (its warning C7510 to C7519)
     overlaps      it may start while the kernel before still runs (`overlap`)
     waits         it waits for that kernel before all else (`waits_first`)
+    loop          instructions of the loop that its products stand in (`loop_of`); 0: none is in a loop
     instructions  how often each opcode stands in the machine code, with its modifiers; ".RS" is put behind a wgmma
                   whose first factor lies in registers
     """
@@ -104,6 +105,7 @@ class Compiled:
     serialized: bool
     overlaps: bool
     waits: bool
+    loop: int
     instructions: Counter[str]
 
     def count(self, pattern: str) -> int:
@@ -182,6 +184,7 @@ def compile_ahead(launch: Launch, capability: int = 90) -> Compiled:
         serialized=re.search(r"C751\d", said) is not None,
         overlaps=built.metadata.launch_pdl,
         waits=waits_first(listing),
+        loop=loop_of(listing),
         instructions=Counter(names),
     )
 
@@ -199,6 +202,27 @@ def waits_first(listing: str) -> bool:
         if _ACTS.match(name):
             return False
     return False
+
+
+def loop_of(listing: str) -> int:
+    """Instructions of the shortest loop that has some of the tensor core: from a label to the branch back to it.
+
+    Attention has two, of which the one without a mask is the shorter; what goes round a loop of products is longer.
+    """
+    labels: dict[str, int] = {}
+    products: list[int] = []
+    found: list[int] = []
+    at = 0
+    for line in listing.splitlines():
+        if named := re.match(r"(\.L_x_\d+):", line):
+            labels[named[1]] = at
+        elif instruction := _LINE.match(line):
+            products += [at] if "MMA." in instruction[2] else []
+            at += 1
+            back = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
+            begin = labels.get(back[1], at) if back else at
+            found += [at - begin] if any(begin <= product for product in products) else []
+    return min(found, default=0)
 
 
 def _compile(launch: Launch, target: GPUTarget) -> Any:

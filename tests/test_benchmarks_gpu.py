@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -221,7 +222,7 @@ def test_a_tuned_table_has_a_row_for_every_size(family: str) -> None:
 
 def small(launch: Launch) -> simulate.Resources:  # noqa: ARG001
     """Two blocks an SM: 100 KiB of shared memory each."""
-    return simulate.Resources(64, 100 << 10, 100)
+    return simulate.Resources(64, 100 << 10, 100, 20)
 
 
 def test_a_predicted_kernel() -> None:
@@ -238,7 +239,17 @@ def test_few_blocks_cannot_fill_the_memory() -> None:
     work, parts = simulate.gemm_work("o", "fp8", 16, 4096, 4096)
     assert parts > 1
     alone = simulate.Work("o", work.launch, work.num_bytes, blocks=16)
-    assert simulate.predict(alone, lambda _: simulate.Resources(64, 16 << 10, 10)).bound == "too little in flight"
+    assert simulate.predict(alone, lambda _: simulate.Resources(64, 16 << 10, 10, 0)).bound == "too little in flight"
+
+
+def test_what_stands_in_a_loop_is_counted_for_each_turn() -> None:
+    work, _ = simulate.gemm_work("gate_up", "fp8", 16, 28672, 4096)
+    busy = simulate.Resources(64, 16 << 10, 100_000, 60_000)
+    turns = {n: simulate.predict(replace(work, turns=n), lambda _: busy) for n in (1, 5)}
+    assert {p.bound for p in turns.values()} == {"issue"}
+    blocks, warps = 4, 4  # 448 over 132 SMs
+    more = turns[5].seconds - turns[1].seconds
+    assert more == pytest.approx(blocks * warps * 4 * 60_000 / (4 * 1.7e9))
 
 
 @pytest.mark.parametrize("name", shapes.CONFIGS)
