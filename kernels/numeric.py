@@ -35,6 +35,32 @@ def narrow(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def divided(x, step):
+    """x / step as `tl.div_rn` rounds it, for many x of one step (which broadcasts): 4 instructions each, and no branch.
+
+    One division for the step, then a product and what is left of x after it (Markstein 1990). The one exception is a
+    step whose mantissa is all ones: there the last bit may differ. The quotient must be under 2^100; an infinite step
+    makes NaN. Steps under 2^-60 are lifted, with x, so that neither their inverse nor what is left of x is lost.
+    """
+    if _INTERPRETED:  # multiplies and adds in two roundings
+        return tl.div_rn(x, step)
+    lift = tl.where(tl.abs(step) < 8.67361737988403547e-19, 7.3786976294838206464e19, 1.0)
+    x *= lift
+    step *= lift
+    inverse = tl.div_rn(tl.zeros_like(step) + 1.0, step)
+    near = x * inverse
+    return tl.fma(tl.fma(near, -step, x), inverse, near)
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x to one unit of the last place, for x of ordinary size."""
+    if _INTERPRETED:
+        return 1.0 / x
+    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def to_e4m3(x):
     """float32 to e4m3, to nearest even, saturating at 448; NaN stays."""
     if _INTERPRETED or not tl.target_info.cuda_capability_geq(8, 9):
@@ -58,5 +84,5 @@ def _e4m3_codes(x):
 def to_int8(x):
     """float32 to int8, to nearest even, saturating at -128 and 127; NaN becomes 0."""
     clamped = tl.minimum(tl.maximum(x, -128.0), 127.0)
-    rounded = (clamped + 12582912.0) - 12582912.0  # 1.5 * 2^23: what is left of the point is all that float32 holds
-    return tl.where(x == x, rounded, 0.0).to(tl.int8)
+    bits = (clamped + 12582912.0).to(tl.int32, bitcast=True)  # 1.5 * 2^23 has no point: the last byte is the integer
+    return tl.where(x == x, bits, 0).to(tl.int8)

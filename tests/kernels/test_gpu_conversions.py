@@ -96,3 +96,46 @@ def test_e4m3_is_rounded_the_same_with_and_without_an_instruction(device: torch.
     expected[-1] = 0x7F
     assert torch.equal(by_bits, expected)
     assert torch.equal(rounded, expected)
+
+
+def pairs_near_ties() -> tuple[Tensor, Tensor]:
+    """x and steps: powers of two and random ones of every size; codes, ties of them, and their neighbours."""
+    e4m3 = torch.arange(0x7F).to(torch.uint8).view(torch.float8_e4m3fn).double()
+    ties = torch.cat([(e4m3[1:] + e4m3[:-1]) / 2, torch.arange(128) + 0.5, e4m3])
+    ties = torch.cat([ties, -ties])
+    powers = 2.0 ** torch.arange(-147, 110, 3, dtype=torch.float64)
+    random = powers * (1 + torch.rand(powers.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
+    steps = torch.cat([powers.float(), random.float()])
+    steps = torch.cat([steps, torch.nextafter(steps, torch.tensor(torch.inf))])
+    middle = (ties[None, :] * steps[:, None].double()).float()
+    ends = [torch.nextafter(middle, torch.tensor(end)) for end in (torch.inf, -torch.inf)]
+    x = torch.cat([middle, *ends], 1)
+    step = steps[:, None].expand_as(x)
+    possible = (step > 2.0**-130) | (x.abs() <= 448 * step)  # of absmax / 448 where floats are sparse
+    return x[possible], step[possible]
+
+
+def test_a_quotient_by_products_is_division_s() -> None:
+    """`numeric.divided`'s steps with fused multiply-adds, done in float64, which holds all but the last one's tail."""
+    x, step = pairs_near_ties()
+    lift = torch.where(step < 2.0**-60, 2.0**66, 1.0).float()
+    a, b = (x * lift).double(), (step * lift).double()
+    inverse = (1 / b).float().double()
+    near = (a * inverse).float().double()
+    rest = (near * -b + a).float().double()
+    assert torch.equal((rest * inverse + near).float(), x / step)
+
+
+@triton.jit
+def _divide(x, step, out, size, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(x + at, mask=at < size, other=1.0)
+    by = tl.load(step + at, mask=at < size, other=1.0)
+    tl.store(out + at, numeric.divided(value, by), mask=at < size)
+
+
+def test_a_kernel_s_quotient_is_division_s(device: torch.device) -> None:
+    x, step = (t.to(device) for t in pairs_near_ties())
+    out = torch.full_like(x, torch.nan)
+    _divide[(triton.cdiv(len(x), 1024),)](x, step, out, len(x), BLOCK=1024)
+    assert torch.equal(out, x / step)

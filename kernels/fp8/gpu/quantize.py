@@ -15,7 +15,7 @@ from torch import Tensor
 
 from octavo.kernels import tables
 from octavo.kernels.launch import Launch, Proof, cdiv, meta, power_of_two
-from octavo.kernels.numeric import to_e4m3, to_int8
+from octavo.kernels.numeric import divided, to_e4m3, to_int8
 from octavo.kernels.overlap import await_previous
 
 
@@ -56,10 +56,11 @@ def _quantize_rows(
     if STATIC:
         step = tl.load(stored)
         tl.store(scale + token, tl.where(_finite(tl.abs(value)), step, float("nan")))
+        value = tl.minimum(tl.maximum(value, -512.0 * step), 512.0 * step)  # no code is beyond; the quotient may be
     else:
         step = _step(value, kind)
         tl.store(scale + token, step)
-    tl.store(out + row + at, _codes(tl.div_rn(value, step), kind), mask=seen)
+    tl.store(out + row + at, _codes(divided(value, step), kind), mask=seen)
 
 
 @triton.jit
@@ -77,7 +78,7 @@ def _quantize_groups(
     value = tl.load(x + at, mask=both, other=0.0).to(tl.float32)
     step = _step(value, kind)
     tl.store(scale + (first + m) * scale_row + group * scale_group, step, mask=seen)
-    tl.store(out + at, _codes(tl.div_rn(value, step[:, None]), kind), mask=both)
+    tl.store(out + at, _codes(divided(value, step[:, None]), kind), mask=both)
 
 
 def quantize(

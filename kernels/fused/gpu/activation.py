@@ -18,14 +18,15 @@ from torch import Tensor
 from octavo.kernels import tables
 from octavo.kernels.fused.gpu.rounding import store_rounded
 from octavo.kernels.launch import Launch, Proof, cdiv, meta, power_of_two
+from octavo.kernels.numeric import reciprocal
 from octavo.kernels.overlap import await_previous
 
 
 @triton.jit
 def _sigmoid(x):
     """1 / (1 + exp(-x)), by an exponential that can't overflow."""
-    e = tl.exp(-tl.abs(x))
-    return tl.where(x < 0.0, e, 1.0) / (1.0 + e)
+    e = tl.exp2(tl.abs(x) * -1.4426950408889634)
+    return tl.where(x < 0.0, e, 1.0) * reciprocal(1.0 + e)
 
 
 @triton.jit

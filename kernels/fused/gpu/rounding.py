@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from octavo.kernels.numeric import narrow, to_e4m3, to_int8
+from octavo.kernels.numeric import divided, narrow, to_e4m3, to_int8
 
 
 @triton.jit
@@ -26,14 +26,15 @@ def store_rounded(
         if GROUP == 0:
             step = _step(tl.max(tl.abs(value)), kind)
             tl.store(scale + token, step)
+            value = divided(value, step)
         else:
             groups: tl.constexpr = BLOCK // GROUP
-            steps = _step(tl.max(tl.abs(tl.reshape(value, (groups, GROUP))), axis=1), kind)
+            value = tl.reshape(value, (groups, GROUP))
+            steps = _step(tl.max(tl.abs(value), axis=1), kind)
             count = tl.cdiv(width, GROUP)
             g = first // GROUP + tl.arange(0, groups)
             tl.store(scale + token.to(tl.int64) * count + g, steps, mask=g < count)
-            step = tl.reshape(tl.broadcast_to(steps[:, None], (groups, GROUP)), (BLOCK,))
-        value = tl.div_rn(value, step)
+            value = tl.reshape(divided(value, steps[:, None]), (BLOCK,))
         tl.store(place, to_e4m3(value) if kind == tl.float8e4nv else to_int8(value), mask=at < width)
     else:
         tl.store(place, narrow(value, kind), mask=at < width)

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from octavo.kernels import tables
 from octavo.kernels.launch import Launch, Proof, cdiv, power_of_two
+from octavo.kernels.numeric import divided
 from octavo.kernels.overlap import await_previous
 
 CHUNK = 256  # tokens that share an entry of `peaks` and `masses`
@@ -57,7 +58,7 @@ def _weigh(logit, peak, temperature):
     greedy = temperature < _GREEDY_BELOW
     t = tl.where(greedy, 1.0, tl.minimum(temperature, 1.0e30))
     half = tl.maximum(logit * 0.5, -1.7e38) - peak * 0.5  # halves don't overflow, and halving is exact
-    x = tl.div_rn(tl.maximum(half, -50.0 * t), 0.5 * t)
+    x = divided(tl.maximum(half, -50.0 * t), 0.5 * t)
     weight = tl.where(x > -87.0, _exp(tl.maximum(x, -87.0)), 0.0)
     return tl.where(greedy, (logit == peak).to(tl.float32), weight)
 
