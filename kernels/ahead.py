@@ -208,20 +208,29 @@ def loop_of(listing: str) -> int:
     """Instructions of the shortest loop that has some of the tensor core: from a label to the branch back to it.
 
     Attention has two, of which the one without a mask is the shorter; what goes round a loop of products is longer.
+    What a branch forward may leave out, and no product is in, isn't counted: in a persistent GEMM that is a tile's end.
     """
     labels: dict[str, int] = {}
     products: list[int] = []
-    found: list[int] = []
+    branches: list[tuple[int, str]] = []
     at = 0
     for line in listing.splitlines():
         if named := re.match(r"(\.L_x_\d+):", line):
             labels[named[1]] = at
         elif instruction := _LINE.match(line):
             products += [at] if "MMA." in instruction[2] else []
+            branches += [(at, target) for target in re.findall(r"BRA.*`\((\.L_x_\d+)\)", line)]
             at += 1
-            back = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
-            begin = labels.get(back[1], at) if back else at
-            found += [at - begin] if any(begin <= product for product in products) else []
+
+    def is_busy(begin: int, end: int) -> bool:
+        return any(begin <= product < end for product in products)
+
+    jumps = [(begin, labels[target]) for begin, target in branches]
+    skipped = [(begin + 1, end) for begin, end in jumps if end > begin and not is_busy(begin, end)]
+    found = []
+    for end, begin in ((begin + 1, end) for begin, end in jumps if end <= begin and is_busy(end, begin)):
+        left_out = {i for first, last in skipped if begin <= first and last <= end for i in range(first, last)}
+        found.append(end - begin - len(left_out))
     return min(found, default=0)
 
 
