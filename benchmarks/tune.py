@@ -38,7 +38,7 @@ from octavo.runtime.device import take_tables
 
 Row = dict[str, int]
 CLASSES: tuple[tuple[Row, str], ...] = (({"n": 16384}, "gate_up"), ({"k": 8192}, "down"), ({}, "qkv"))
-FEW_TOKENS = (16, 32, 64, 256)  # M at the most; what is measured is that many
+FEW_TOKENS = (16, 32, 64, 128, 256, 512)  # M at the most; what is measured is that many
 MANY_TOKENS = 4096
 GEMMS = {
     "fp8": "fp8 rows",
@@ -60,33 +60,34 @@ def grid(**values: tuple[int, ...]) -> list[Row]:
 
 def gemm_rows(family: str, m: int) -> list[Row]:
     """Candidates for at most m tokens; m MANY_TOKENS: for more."""
-    wide = min(max(m, 16), 128)
+    wide, of_codes = min(max(m, 16), 128), family in ("fp8", "int8", "fp8 blocks")
     if m >= MANY_TOKENS:
-        if family in ("fp8", "int8", "fp8 blocks"):
-            last = tables.rows_of(tables.card)[family][-1]  # what the card has: processors, and the memory accelerator
-            tma = (1, 0) if last.get("tma", 1) else (0,)
-            shape: dict[str, tuple[int, ...]] = {
-                "is_few": (0,),
-                "parts": (1,),
-                "block_m": (128,),
-                "block_k": (128,),
-                "group_m": (8,),
-                "programs": (last.get("programs", 132),),
-            }
-            large = grid(
-                **shape, block_n=(256,), subtiles=(2,), tma=tma[:1], promote=(0,), num_warps=(8,), num_stages=(3, 4)
-            )
-            small = grid(
-                **shape, block_n=(128,), subtiles=(1,), tma=tma, promote=(0,), num_warps=(4, 8), num_stages=(3, 4, 5)
-            )
-            return small if family == "fp8 blocks" else large + small
+        if of_codes:
+            return persistent_rows(family)
         rows = grid(parts=(1,), block_m=(128,), block_n=(128,), group_m=(8,), num_warps=(4, 8), num_stages=(3, 4))
         return rows + ([{"dequantize": 1}] if family == "int4" else [])
     shape = {"parts": (1, 2, 4, 8), "block_m": (min(wide, 64), wide) if wide > 64 else (wide,), "block_n": (64, 128)}
     rest = {"num_warps": (4, 8), "num_stages": (3, 4, 5, 6)}
-    if family in ("fp8", "int8", "fp8 blocks"):
-        return grid(is_few=(1,), **shape, block_k=(128,), **rest)
+    if of_codes:
+        return grid(is_few=(1,), **shape, block_k=(128,), **rest) + (persistent_rows(family) if m > 128 else [])
     return grid(**shape, group_m=(1,) if family.startswith("int4") else (8,), **rest)
+
+
+def persistent_rows(family: str) -> list[Row]:
+    """Candidates of 8-bit codes' body for many tokens."""
+    last = tables.rows_of(tables.card)[family][-1]  # what the card has: processors, and the memory accelerator
+    tma = (1, 0) if last.get("tma", 1) else (0,)
+    shape: dict[str, tuple[int, ...]] = {
+        "is_few": (0,),
+        "parts": (1,),
+        "block_m": (128,),
+        "block_k": (128,),
+        "group_m": (8,),
+        "programs": (last.get("programs", 132),),
+    }
+    large = grid(**shape, block_n=(256,), subtiles=(2,), tma=tma[:1], promote=(0,), num_warps=(8,), num_stages=(3, 4))
+    small = grid(**shape, block_n=(128,), subtiles=(1,), tma=tma, promote=(0,), num_warps=(4, 8), num_stages=(3, 4, 5))
+    return small if family == "fp8 blocks" else large + small
 
 
 def mixture_rows(family: str, m: int) -> list[Row]:
