@@ -93,7 +93,8 @@ def loose(k: int, kind: str, device: torch.device) -> float:
     return (k + 4) * 2**-24 + (2**-12 if kind.startswith("fp8") and device.type == "cuda" else 0)
 
 
-SHAPES = [(1, 2, 4, 200, 256), (9, 3, 5, 72, 160)]  # tokens, top_k, experts, N, K
+# Tokens, top_k, experts, N, K: an expert with one token, with a few and a short last group, with a tile and one more.
+SHAPES = [(1, 2, 4, 200, 256), (9, 3, 5, 72, 160), (17, 1, 2, 72, 128)]
 TILES = [(16, 64, 4), (64, 128, 4)]  # both ways round
 
 
@@ -142,10 +143,16 @@ def test_grouped_gemm(
         assert bool(((out.double() - expected).abs() <= magnitude * loose(k, kind, device)).all())
 
 
-@pytest.mark.parametrize("group_size", [32, 64, 128, 256, 1000])
+@pytest.mark.parametrize(
+    ("group_size", "num_tokens", "block_m"),
+    [(32, 9, 16), (64, 9, 16), (128, 9, 16), (256, 9, 16), (1000, 9, 16), (1000, 1, 16), (128, 17, 16), (32, 17, 64)],
+)
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_grouped_int4_gemm(group_size: int, symmetric: bool, device: torch.device) -> None:
-    num_tokens, top_k, num_experts, n, k, block_m = 9, 2, 4, 72, 392, 16  # the last group is short, the tile too
+def test_grouped_int4_gemm(
+    group_size: int, num_tokens: int, block_m: int, symmetric: bool, device: torch.device
+) -> None:
+    n, k = 72, 392  # the last group is short, the tile too
+    top_k, num_experts = (1, 2) if num_tokens == 17 else (2, 4)  # all tokens to one expert, a tile's rows and one more
     dtype = torch.float16 if group_size == 64 else torch.bfloat16
     pairs, chosen = sorted_pairs(num_tokens, top_k, num_experts, block_m, device)
     generator = torch.Generator().manual_seed(9)
