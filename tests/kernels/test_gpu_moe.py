@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from octavo.kernels.fp8 import reference as fp8
 from octavo.kernels.int4 import reference as int4
 from octavo.kernels.moe import reference
 from octavo.kernels.moe.gpu import fused, route
@@ -86,7 +85,16 @@ def by_pairs(x: Tensor, weight: Tensor, chosen: Tensor) -> Tensor:
     return torch.einsum("pk,pnk->pn", x.double(), weight.double()[chosen.flatten().long()])
 
 
-SHAPES = [(1, 2, 4, 200, 256), (9, 3, 5, 72, 160)]  # tokens, top_k, experts, N, K
+def loose(k: int, kind: str, device: torch.device) -> float:
+    """Of the sum of their sizes, what k exact products are off by in float32 in any order, with three factors.
+
+    A GPU's e4m3 sums keep 14 bits of each BLOCK_K columns.
+    """
+    return (k + 4) * 2**-24 + (2**-12 if kind.startswith("fp8") and device.type == "cuda" else 0)
+
+
+# Tokens, top_k, experts, N, K: an expert with one token, with a few and a short last group, with a tile and one more.
+SHAPES = [(1, 2, 4, 200, 256), (9, 3, 5, 72, 160), (17, 1, 2, 72, 128)]
 TILES = [(16, 64, 4), (64, 128, 4)]  # both ways round
 
 
@@ -132,16 +140,19 @@ def test_grouped_gemm(
             expected, magnitude = (
                 t * f.double().flatten()[:, None] for t, f in ((expected, router), (magnitude, router.abs()))
             )
-        # Sums of k exact products in float32, in any order, and three factors; a GPU's e4m3 sums keep 14 bits of each
-        # BLOCK_K columns.
-        loose = k * 2**-24 + 4 * 2**-24 + (2**-12 if kind.startswith("fp8") and device.type == "cuda" else 0)
-        assert bool(((out.double() - expected).abs() <= magnitude * loose).all())
+        assert bool(((out.double() - expected).abs() <= magnitude * loose(k, kind, device)).all())
 
 
-@pytest.mark.parametrize("group_size", [32, 64, 128, 256, 1000])
+@pytest.mark.parametrize(
+    ("group_size", "num_tokens", "block_m"),
+    [(32, 9, 16), (64, 9, 16), (128, 9, 16), (256, 9, 16), (1000, 9, 16), (1000, 1, 16), (128, 17, 16), (32, 17, 64)],
+)
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_grouped_int4_gemm(group_size: int, symmetric: bool, device: torch.device) -> None:
-    num_tokens, top_k, num_experts, n, k, block_m = 9, 2, 4, 72, 392, 16  # the last group is short, the tile too
+def test_grouped_int4_gemm(
+    group_size: int, num_tokens: int, block_m: int, symmetric: bool, device: torch.device
+) -> None:
+    n, k = 72, 392  # the last group is short, the tile too
+    top_k, num_experts = (1, 2) if num_tokens == 17 else (2, 4)  # all tokens to one expert, a tile's rows and one more
     dtype = torch.float16 if group_size == 64 else torch.bfloat16
     pairs, chosen = sorted_pairs(num_tokens, top_k, num_experts, block_m, device)
     generator = torch.Generator().manual_seed(9)
@@ -167,7 +178,7 @@ def test_grouped_int4_gemm(group_size: int, symmetric: bool, device: torch.devic
     # Zero points are subtracted from codes, not from sums, so nothing cancels. Sums of k exact products in float32, a
     # scale, a sum of groups, a factor.
     magnitude = by_pairs(repeated.abs(), weight.abs(), chosen) * factor.abs()
-    assert bool(((out.double() - expected).abs() <= magnitude * (k + 4) * 2**-24).all())
+    assert bool(((out.double() - expected).abs() <= magnitude * loose(k, "int4", device)).all())
 
 
 def test_groups_that_cross_tiles_are_refused() -> None:
@@ -178,53 +189,91 @@ def test_groups_that_cross_tiles_are_refused() -> None:
 def experts(
     kind: str, num_experts: int, n: int, k: int, seed: int, device: torch.device
 ) -> tuple[fused.Weights, Tensor]:
-    """Weights [E, N, K] in a form, and what they are in float32."""
+    """Weights [E, N, K] in a form, and what they are in float64."""
     w = random(num_experts, n, k, seed=seed, device=device) / k**0.5
     if kind == "int4":
         scale = w.view(num_experts, n, -1, 64).abs().amax(-1) / 7
         packed = pack((w / scale.repeat_interleave(64, 2)).round().to(torch.int8), scale, None, 64)
-        return packed, packed.unpack()
+        return packed, packed.unpack().double()
     if kind == "bf16":
-        return fused.Experts(w.bfloat16()), w.bfloat16().float()
+        return fused.Experts(w.bfloat16()), w.bfloat16().double()
     if kind == "fp8":
         scale = w.abs().amax(-1) / 448
         codes = (w / scale[..., None]).to(torch.float8_e4m3fn)
-        return fused.Experts(codes, scale), codes.float() * scale[..., None]
+        return fused.Experts(codes, scale), codes.double() * scale[..., None]
     tiles = F.pad(w, (0, -k % 128, 0, -n % 128)).unfold(1, 128, 128).unfold(2, 128, 128)
     scale = tiles.abs().amax((-1, -2)) / 448
     wide = scale.repeat_interleave(128, 1).repeat_interleave(128, 2)[:, :n, :k]
     codes = (w / wide).to(torch.float8_e4m3fn)
-    return fused.Experts(codes, scale), codes.float() * wide
+    return fused.Experts(codes, scale), codes.double() * wide
+
+
+def span(*candidates: Tensor) -> Tensor:
+    """The least and the most of them [2, ...], between which a kernel's number lies."""
+    return torch.stack(torch.stack(candidates).aminmax(dim=0))
+
+
+def times(a: Tensor, b: Tensor | tuple[float, float]) -> Tensor:
+    """What lies between a's ends times what lies between b's."""
+    return span(*(p * q for p in a for q in b))
+
+
+def product(x: Tensor, weight: Tensor, chosen: Tensor, share: float) -> Tensor:
+    """`by_pairs` of what lies between x's ends, computed with an error of that share of the sum of sizes."""
+    middle, half = (x[1] + x[0]) / 2, (x[1] - x[0]) / 2
+    off = by_pairs(half + share * (middle.abs() + half), weight.abs(), chosen)
+    return by_pairs(middle, weight, chosen) + torch.stack([-off, off])
+
+
+def e4m3(x: Tensor, group_size: int) -> Tensor:
+    """Codes times their scale, the largest size / 448 in group_size columns of what lies between x's ends."""
+    groups = F.pad(x, (0, -x.shape[-1] % group_size)).unflatten(-1, (-1, group_size))
+    sizes = torch.stack([torch.maximum(groups[0], -groups[1]).clamp_min(0), torch.maximum(-groups[0], groups[1])])
+    scale = (sizes.amax(-1, keepdim=True) / 448).float().double()
+    codes = span(*(v / s for v in groups for s in scale)).clamp(-448, 448).to(torch.float8_e4m3fn)
+    return times(codes.double(), scale).flatten(-2)[..., : x.shape[-1]]
+
+
+def silu(x: Tensor) -> Tensor:
+    """Falls to its least value, -0.27846 at -1.27846, and rises from there."""
+    valley = x.new_tensor(-1.2784645427610738)
+    return span(*F.silu(x), F.silu(valley.clamp(*x)))
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 7])
 @pytest.mark.parametrize("kind", ["bf16", "fp8", "fp8 blocks", "int4"])
 def test_the_whole_way(kind: str, num_tokens: int, device: torch.device) -> None:
+    """Between two ends, which part by what a kernel may be off and are rounded where it rounds.
+
+    Rounding swaps no two numbers, so that what lay between the ends still does. Mostly they meet again there; where
+    the truth is next to the middle of two codes they come to be a whole step apart.
+    """
     num_experts, hidden, width, top_k = 6, 192, 128, 2
     gate_up, true_gate_up = experts(kind, num_experts, 2 * width, hidden, 13, device)
     down, true_down = experts(kind, num_experts, hidden, width, 14, device)
     x = random(num_tokens, hidden, seed=15, device=device).bfloat16()
     logits = random(num_tokens, num_experts, seed=16, device=device)
-    size = 128 if kind == "fp8 blocks" else 1 << 20
-
-    def rounded(t: Tensor) -> Tensor:
-        return fp8.fake_quantize_per_group(t, min(size, t.shape[1])) if kind.startswith("fp8") else t.float()
-
-    def run(expert: int, rows: Tensor) -> Tensor:
-        gate, up = (rounded(rows) @ true_gate_up[expert].T).bfloat16().float().chunk(2, dim=-1)
-        acted = F.silu(gate) * up
-        return rounded(acted if kind.startswith("fp8") else acted.bfloat16()) @ true_down[expert].T
-
     out = fused.fused_moe(x, logits, top_k, gate_up, down, normalize=True)
-    chosen, weights = reference.route(logits, torch.eye(num_experts, device=device), top_k, True)
-    expected = reference.grouped(x.float(), chosen, weights, num_experts, run)
     assert out.dtype == x.dtype
+    assert out.shape == x.shape
     if num_tokens == 0:
         return
-    # Each expert's row is rounded to bf16 (2^-9), as is the sum; a step of `between` or of a code now and then falls to
-    # the other side, of which there are `width` in a sum: small against its size, measured over the whole.
-    error = (out.float() - expected).norm() / expected.norm()
-    assert error < 2**-8, float(error)
+
+    def rounded(t: Tensor) -> Tensor:
+        if kind.startswith("fp8"):
+            return e4m3(t, 128 if kind == "fp8 blocks" else t.shape[-1])
+        return t.bfloat16().double()
+
+    chosen, weights = reference.route(logits, torch.eye(num_experts, device=device), top_k, True)
+    tokens = rounded(x.double().expand(2, -1, -1)).repeat_interleave(top_k, 1)
+    between = product(tokens, true_gate_up, chosen, loose(hidden, kind, device)).bfloat16().double()
+    gate, up = between.chunk(2, dim=-1)
+    exp = 16 * 2**-24  # as test_gpu_activation.py counts
+    acted = rounded(times(times(silu(gate), up), (1 - exp, 1 + exp)))
+    rows = product(acted, true_down, chosen, loose(width, kind, device)) * weights.double().flatten()[:, None]
+    rows = times(rows, (1 - 2**-19, 1 + 2**-19)).bfloat16()  # the weights', as in test_routing
+    least, most = sum(rows.float().unflatten(1, (-1, top_k)).unbind(2), torch.zeros((), device=device)).bfloat16()
+    assert bool(((least <= out) & (out <= most)).all())
 
 
 def test_what_does_not_go_together_is_refused(device: torch.device) -> None:

@@ -1,7 +1,7 @@
 """The decoder on the GPU's operators and GEMMs, in chunks and mixed batches: on a GPU, or in Triton's interpreter.
 
 bf16 has no exact answer. What is asked is that a model is no further from its own float32 than torch's operators in
-bf16 are, by much: rounding differs in place and order, not in size.
+bf16 are: rounding differs in place and order, not in size. How much its size varies, torch's on other prompts tell.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from octavo.runtime.model.model import Model
 from octavo.runtime.ops import REFERENCE
 from octavo.runtime.ops_gpu import make_ops
 
-LENGTHS = (9, 3)
+DTYPES = ("float32", "bfloat16")
+LENGTHS = (9, 3)  # of a prompt's two sequences
+PROMPTS, AT_ONCE = 64, 16  # of torch's; as many as the cache has blocks for
 ARCHITECTURES = ("llama", "qwen3", "phi3", "gemma2", "granite", "olmo2", "qwen2_moe")
 SCHEMES = {
     "W4A16@32": "int4 weights, 16 bits",
@@ -36,12 +38,16 @@ SCHEMES = {
 def tiny(name: str, directory: Path) -> Path:
     """A case of the oracle's in two layers: the interpreter takes its time."""
     family, overrides = CASES[name]
-    return save(make_hf(family, {**overrides, "num_hidden_layers": 2}), directory)
+    return save(make_hf(family, {**overrides, "num_hidden_layers": 2}).bfloat16(), directory)
 
 
-def token_ids(vocab: int = 96) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randint(3, vocab, (length,), generator=generator).tolist() for length in LENGTHS]
+def logits(model: Model, prompts: range) -> Tensor:
+    """[prompts, tokens, vocab], a prompt's random tokens drawn with its number."""
+    token_ids = []
+    for prompt in prompts:
+        generator = torch.Generator().manual_seed(prompt)
+        token_ids += [torch.randint(3, 96, (length,), generator=generator).tolist() for length in LENGTHS]
+    return torch.cat(scattered_logits(model, token_ids)).unflatten(0, (len(prompts), -1))
 
 
 def on_gpu(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Model:
@@ -54,22 +60,34 @@ def on_gpu(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Model:
         return weights.load_model(EngineConfig(model=str(directory), dtype="bfloat16", device="cpu"))
 
 
-def by_torch(directory: Path, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> Tensor:
-    """Logits by the reference operators, weights dequantized at load."""
+def by_torch(directory: Path, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> Model:
+    """The model by the reference operators, weights dequantized at load."""
     with monkeypatch.context() as patch:
         patch.setattr(weights, "select_ops", lambda *_: REFERENCE)
         patch.setattr("octavo.kernels.processor.has_dot_products", lambda: False)
-        model = weights.load_model(EngineConfig(model=str(directory), dtype=dtype, device="cpu"))
-    return torch.cat(scattered_logits(model, token_ids()))
+        return weights.load_model(EngineConfig(model=str(directory), dtype=dtype, device="cpu"))
+
+
+def sizes(error: Tensor) -> Tensor:
+    """Of errors [prompts, tokens, vocab] -> [2, prompts], logarithms: the first tells of many tokens a little off, the
+    second of one far off."""
+    squares = error.square().mean(-1)
+    return torch.stack([squares.log().mean(-1), squares.mean(-1).log()]) / 2
 
 
 def check(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Model:
-    truth, theirs = (by_torch(directory, dtype, monkeypatch) for dtype in ("float32", "bfloat16"))
-    model = on_gpu(directory, monkeypatch)
-    ours = torch.cat(scattered_logits(model, token_ids()))
-    error, allowed = ((x - truth).square().mean().sqrt() for x in (ours, theirs))
-    assert float(error) < 1.5 * float(allowed), f"{float(error):.4f}, torch's bf16 {float(allowed):.4f}"
-    assert float(allowed) < 0.2 * float(truth.std())
+    """Our error on one prompt passes for one of torch's errors on others.
+
+    Logarithms of their sizes are close to normal: a 65th prompt's is more than 4 standard deviations above the mean of
+    64 once in 10,000 times (Student's t, 63 degrees of freedom). Tokens near a tie of experts widen that limit.
+    """
+    model, plain, theirs = on_gpu(directory, monkeypatch), *(by_torch(directory, t, monkeypatch) for t in DTYPES)
+    truth = logits(plain, range(1))
+    batches = [range(first, first + AT_ONCE) for first in range(1, 1 + PROMPTS, AT_ONCE)]
+    drawn = torch.cat([sizes(logits(theirs, batch) - logits(plain, batch)) for batch in batches], dim=1)
+    ours, most = sizes(logits(model, range(1)) - truth)[:, 0], drawn.mean(1) + 4 * drawn.std(1)
+    assert bool((ours <= most).all()), f"{ours.exp().tolist()}, torch's bf16 {most.exp().tolist()} at the most"
+    assert float(most.amax().exp()) < float(truth.std())  # what has nothing to do with the truth is further from it
     return model
 
 
