@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trimmed import whole
 
 from octavo.demo_models import DEMO_MODELS, fetch_model
+from octavo.quant.linear import make_linear
 from octavo.runtime import kv_cache
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.engine import Engine
@@ -70,6 +71,17 @@ def test_chunks_without_logits_follow_each_other_through_graphs(fixtures: Path) 
     assert graphed.graphs is not None
     for start in range(8):
         assert greedy(graphed, [prompt[start:]], 4) == greedy(eager, [prompt[start:]], 4)
+
+
+def test_logits_of_a_bf16_head_are_float32_sums() -> None:
+    """k exact products in float32, in any order: bf16 would keep 8 bits of them."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(rows, 256, generator=generator).bfloat16() for rows in (5, 1000))
+    device = torch.device("cuda")
+    head = make_linear([weight], [None], dtype=torch.bfloat16, device=device, out_dtype=torch.float32, capability=90)
+    size = x.double().abs() @ weight.double().abs().T
+    error = (head(x.to(device)).cpu().double() - x.double() @ weight.double().T).abs()
+    assert bool((error <= 256 * 2**-24 * size).all())
 
 
 def test_the_cache_fits_beside_the_largest_step(fixtures: Path) -> None:
