@@ -95,7 +95,9 @@ class Mark:
             self._event.synchronize()
 
 
-_POOLS: dict[torch.device, Any] = {}  # all graphs of a device share their memory: one runs at a time
+_CAPTURING: dict[torch.device, tuple[Any, Any]] = {}
+"""A device's stream and pool for all of its graphs: they share memory, as one runs at a time, and memory is shared
+within one stream alone."""
 
 
 def capture(run: Callable[[], object], device: torch.device) -> Callable[[], object]:
@@ -106,16 +108,24 @@ def capture(run: Callable[[], object], device: torch.device) -> Callable[[], obj
     if device.type == "cpu":
         run()
         return run
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    if device not in _CAPTURING:
+        _CAPTURING[device] = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call]
+    stream, pool = _CAPTURING[device]
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         run()  # what compiles or allocates at first use may not be captured
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=_POOLS.get(device), stream=stream):
+    with torch.cuda.graph(graph, pool=pool, stream=stream):
         run()
-    _POOLS[device] = graph.pool()
     return graph.replay
+
+
+def give_back_unused(device: torch.device) -> None:
+    """Memory that torch keeps of tensors which are gone. On a CPU the system does so."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
 
 
 def _available() -> int:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from octavo.kernels.attention.cache import LayerCache
 from octavo.kernels.attention.step import StepInputs
-from octavo.runtime.device import Mark, capture
+from octavo.runtime.device import Mark, capture, give_back_unused
 from octavo.runtime.model.model import Model
 
 BUCKETS = (1, 2, 4, *range(8, 257, 8), *range(272, 513, 16))
@@ -45,6 +45,7 @@ class StepGraphs:
         self._buffers = StepBuffers(most_tokens, most_seqs, width, model.device)
         self._logits = torch.empty(most_seqs, model.vocab_size, device=model.device)  # of whichever ran last
         self._graphs = {size: self._capture(size, max_model_len) for size in reversed(self._sizes)}
+        give_back_unused(model.device)  # what each run before its capture took
 
     def forward(self, inputs: StepInputs) -> Tensor:
         """Logits as the model's own forward returns them, for inputs on the CPU; valid until the next call."""
@@ -74,9 +75,9 @@ def sizes_for(max_num_seqs: int) -> list[Size]:
     """The sizes that have a graph, ascending: decode steps of up to max_num_seqs sequences, and steps with prompts."""
     above = next((size for size in BUCKETS if size >= max_num_seqs), BUCKETS[-1])
     decodes = [(size, size) for size in BUCKETS if size <= above]
-    most = min(max_num_seqs, MOST_TOKENS) + 1
-    prompts = [(tokens, seqs) for tokens, seqs in product(PROMPT_BUCKETS, sorted({min(FEW_SEQUENCES, most), most}))]
-    return sorted(decodes + [size for size in prompts if size[0] != size[1]])
+    prompts = [(tokens, seqs + 1) for tokens, seqs in product(PROMPT_BUCKETS, (FEW_SEQUENCES - 1, max_num_seqs))]
+    prompts = [(tokens, min(seqs, tokens + 1, max_num_seqs + 1)) for tokens, seqs in prompts]
+    return sorted({*decodes, *(size for size in prompts if size[0] != size[1])})
 
 
 class StepBuffers:

@@ -17,6 +17,7 @@ from octavo.kernels.attention.step import StepInputs
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.device import free_memory, peak_memory, total_memory
 from octavo.runtime.model.model import KVScales, Model
+from octavo.runtime.scheduler import MAX_PROMPT_LOGITS
 
 DTYPES = {
     "float32": torch.float32,
@@ -34,6 +35,10 @@ CPU_SHARE = 0.5  # of the memory that is free once the weights are there
 # a wide margin costs no precision. An int8 cache pays log2(margin) bits for what the measurement didn't see.
 MEASURED_TOKENS = 256
 MARGIN = {torch.float8_e4m3fn: 2.0, torch.int8: 1.5}
+
+
+LISTED_BYTES = 4 + 4 + 4  # of a logit whose row's log-probabilities are wanted: itself, a copy, its own
+SAMPLED_BYTES = LISTED_BYTES + 4 + 4 + 8  # of one that is sampled from: where graphs leave it, a copy, `draw.scratch`
 
 
 class CacheError(ValueError):
@@ -97,16 +102,19 @@ def bytes_per_block(model: Model, block_size: int, dtype: torch.dtype) -> int:
 
 
 def step_bytes(model: Model, config: EngineConfig) -> int:
-    """What the largest step needs beside weights and cache, on a GPU: a prefill is run, and its peak counted.
+    """What steps need beside weights and cache, on a GPU: the largest of both kinds are run, and their peaks counted.
 
-    Logits are added for as many sequences as there may be: as they are computed, where graphs leave them, and a copy of
-    the sampler's.
+    Prefills take theirs from torch's memory, decode steps from that of their graphs. To this comes what a sampler does
+    with the logits of all sequences, and of a step's share of a prompt's.
     """
     length = min(config.max_num_batched_tokens, model.max_position)
     caches = allocate(model, 1, length, model.dtype)
-    inputs = _one_prefill(torch.zeros(length, dtype=torch.int64, device=model.device))
-    peak = peak_memory(lambda: model.forward(inputs, caches), model.device)
-    return peak * -(-config.max_num_batched_tokens // length) + 3 * 4 * config.max_num_seqs * model.vocab_size
+    prefill = _one_prefill(torch.zeros(length, dtype=torch.int64, device=model.device))
+    decode = _empty_decode(config.max_num_seqs, config.max_model_len or model.max_position, length, model.device)
+    prefills = peak_memory(lambda: model.forward(prefill, caches), model.device)
+    decodes = peak_memory(lambda: model.forward(decode, caches), model.device)
+    of_logits = config.max_num_seqs * SAMPLED_BYTES + MAX_PROMPT_LOGITS * LISTED_BYTES
+    return prefills * -(-config.max_num_batched_tokens // length) + decodes + of_logits * model.vocab_size
 
 
 def _blocks_for(model: Model, config: EngineConfig, free_bytes: int, per_block: int) -> int:
@@ -209,6 +217,22 @@ def _one_prefill(token_ids: torch.Tensor) -> StepInputs:
         logits_index=positions[-1:],
         max_query_len=length,
         max_seq_len=length,
+    )
+
+
+def _empty_decode(sequences: int, max_seq_len: int, block_size: int, device: torch.device) -> StepInputs:
+    """A decode step of sequences without a token, in the sizes that a graph's has; nothing is written."""
+    whole, starts = torch.zeros(sequences, dtype=torch.int64, device=device), torch.arange(sequences + 1, device=device)
+    return StepInputs(
+        token_ids=whole,
+        positions=whole,
+        slot_mapping=whole - 1,
+        block_tables=torch.zeros((sequences, -(-max_seq_len // block_size)), dtype=torch.int32, device=device),
+        seq_lens=whole.int(),
+        query_starts=starts.int(),
+        logits_index=starts[:-1],
+        max_query_len=1,
+        max_seq_len=max_seq_len,
     )
 
 

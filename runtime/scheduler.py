@@ -24,6 +24,8 @@ from octavo.runtime.block_pool import BlockPool
 from octavo.runtime.request import AddRequest, EngineStats, FinishReason, Logprobs, TokenOutput
 from octavo.runtime.sequence import Sequence
 
+MAX_PROMPT_LOGITS = 256
+
 
 class Work(NamedTuple):
     """One sequence's share of a step: its tokens start .. end are computed, and logits of first_logit .. end wanted.
@@ -71,7 +73,7 @@ class SchedulerConfig:
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
     enable_prefix_caching: bool = True
-    max_prompt_logits: int = 256
+    max_prompt_logits: int = MAX_PROMPT_LOGITS
 
 
 class Scheduler:
