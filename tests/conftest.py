@@ -29,11 +29,19 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where there is a GPU, what runs Triton kernels runs on it, with `-m cuda`; elsewhere it is interpreted."""
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where there is a GPU, what runs Triton kernels runs on it, with `-m cuda`; elsewhere it is interpreted.
+
+    What is slow runs where that word is said: real models have to be fetched.
+    """
     for item in items:
         if HAS_GPU and ("gpu" in item.path.stem or "device" in getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.cuda)
+    if "slow" not in config.option.markexpr:
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        items[:] = [item for item in items if item not in slow]
+        config.hook.pytest_deselected(items=slow)
 
 
 @pytest.fixture(scope="session")
