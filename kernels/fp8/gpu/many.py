@@ -133,8 +133,12 @@ def many(
     Scales and blocks are those of `few`. Where the memory accelerator can't read x or w, pointers do.
     """
     (m, k), n = x.shape, w.shape[0]
-    scales = scale_arguments(x, x_scale, w_scale, blocks=blocks, block_n=block_n, block_k=block_k)
     accelerated = bool(tma) and m > 0 and fits_tma(x, w)
+    if accelerated and out.dtype == torch.float32 and block_n == 256:
+        num_stages = min(num_stages, 3)  # on its way out a tile lies in shared memory beside them
+    if k % 16:  # rows begin anywhere: codes come byte by byte through registers, of which large tiles have none left
+        block_m, block_n, block_k, subtiles, num_warps = 64, 64, 64, 1, 4
+    scales = scale_arguments(x, x_scale, w_scale, blocks=blocks, block_n=block_n, block_k=block_k)
     tiles = cdiv(m, block_m) * cdiv(n, block_n)
     return Launch(
         _many,
@@ -176,4 +180,11 @@ def proofs() -> dict[str, Proof]:
         loads = r"UTMALDG" if size.get("tma", 1) else r"LDGSTS\.E\.BYPASS.*128"
         launch = many(x, w, x_scale, w_scale, out, **size)
         made[name] = Proof(launch, (rf"{op}\.64x{width}x32", loads, r"STG\.E\.128"), forbids=("HMMA", "IMMA"))
+    x, w, fp8 = meta(m, k, dtype=torch.float8_e4m3fn), meta(n, k, dtype=torch.float8_e4m3fn), (r"QGMMA\.64x",)
+    launch = many(x, w, meta(m, 1), meta(n, 1), meta(m, n), block_n=256, subtiles=2)
+    made["fp8 128 x 256 to float32"] = Proof(launch, (r"QGMMA\.64x256x32", r"UTMALDG"))
+    x, w = meta(m, k + 4, dtype=torch.float8_e4m3fn), meta(n, k + 4, dtype=torch.float8_e4m3fn)
+    for name, scales in {"": (meta(m, 1), meta(n, 1)), " in blocks": (meta(33, m).T, meta(n // 128, 33))}.items():
+        launch = many(x, w, *scales, out, block_n=128 if name else 256, subtiles=1 if name else 2, blocks=bool(name))
+        made[f"fp8 rows of 4100{name}"] = Proof(launch, fp8)
     return made
