@@ -50,7 +50,7 @@ GEMMS = {
 }
 MIXTURES = ("moe bf16", "moe fp8", "moe fp8 blocks", "moe int4")
 TOKENS = 64  # of what stands around the GEMMs
-WARPS = (1, 2, 4, 8, 16)
+WARPS = (1, 2, 4, 8, 16, 32)
 
 
 def grid(**values: tuple[int, ...]) -> list[Row]:

@@ -53,6 +53,20 @@ def divided(x, step):
 
 
 @triton.jit
+def largest(x, axis: tl.constexpr):
+    """The largest size along an axis; NaN where there is one: by their bits it is above infinity."""
+    return tl.max(tl.abs(x).to(tl.int32, bitcast=True), axis=axis).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def stored_step(value, scale, stored, token, axis: tl.constexpr):
+    """A checkpoint's own scale, which becomes a token's unless something of it isn't finite; and x within its codes."""
+    step = tl.load(stored)
+    tl.store(scale + token, tl.where(largest(value, axis) < float("inf"), step, float("nan")))
+    return step, tl.minimum(tl.maximum(value, -512.0 * step), 512.0 * step)  # beyond them a quotient may be no number
+
+
+@triton.jit
 def reciprocal(x):
     """1 / x to one unit of the last place, for x of ordinary size."""
     if _INTERPRETED:

@@ -15,11 +15,12 @@ from torch import Tensor
 class Rounding:
     """How a GEMM wants its input [T, K]: codes of float8_e4m3fn or int8, a scale per token and `group_size` columns.
 
-    group_size 0: one scale for each token.
+    group_size 0: one scale for each token. static_scale [1] float32: the checkpoint's, for all of them.
     """
 
     dtype: torch.dtype
     group_size: int = 0
+    static_scale: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,7 +70,7 @@ def _fp8(part: QuantizedWeight, bias: Tensor | None, out: torch.dtype) -> Body |
         return None
     packed = gemm.pack(part.codes, part.scale, bias, part.input_scale, blocks=blocks)
     name = f"fp8 x fp8, {'blocks' if blocks else 'token' if activation.dynamic else 'static'}"
-    wants = Rounding(torch.float8_e4m3fn, BLOCK if blocks else 0) if activation.dynamic else None
+    wants = Rounding(torch.float8_e4m3fn, BLOCK if blocks else 0, packed.input_scale)
     return _eight_bits(name, packed, out, wants)
 
 
@@ -110,7 +110,7 @@ def _weight_only(part: QuantizedWeight, bias: Tensor | None, out: torch.dtype) -
     n, k = part.shape
 
     def run(x: Tensor) -> Tensor:
-        return weights.linear(x, packed).to(out)
+        return weights.linear(x, packed, out)
 
     def partial(x: Tensor) -> Tensor:
         return weights.partial_sums(x, packed) if _in_parts("w8a16", x.shape[0], n, k) else run(x)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,18 +36,19 @@ def make_ops(dtype: torch.dtype) -> Ops:
     )
 
 
-def _room(x: Tensor, columns: int, dtype: torch.dtype, wants: Rounding | None) -> tuple[Hidden, Tensor, Tensor | None]:
-    """What is returned, and the tensors that a kernel writes it to."""
+def _room(x: Tensor, columns: int, dtype: torch.dtype, wants: Rounding | None) -> tuple[Hidden, Tensor, dict[str, Any]]:
+    """What is returned, the tensor that a kernel writes it to, and what it is told of rounding."""
     if wants is None:
         plain = torch.empty(x.shape[-2], columns, dtype=dtype, device=x.device)
-        return plain, plain, None
+        return plain, plain, {}
     rounded = Rounded.empty(x.shape[-2], columns, wants, x.device)
-    return rounded, rounded.codes, rounded.scale
+    how = {"scale": rounded.scale, "group_size": wants.group_size, "static_scale": wants.static_scale}
+    return rounded, rounded.codes, how
 
 
 def _rms_norm(dtype: torch.dtype, x: Tensor, weight: Tensor, eps: float, wants: Rounding | None = None) -> Hidden:
-    result, out, scale = _room(x, x.shape[-1], dtype, wants)
-    norm(x, weight, eps, out, scale=scale, group_size=0 if wants is None else wants.group_size)()
+    result, out, rounding = _room(x, x.shape[-1], dtype, wants)
+    norm(x, weight, eps, out, **rounding)()
     return result
 
 
@@ -55,18 +57,14 @@ def _add_rms_norm(
     multiplier: float = 1.0, wants: Rounding | None = None,
 ) -> tuple[Hidden, Tensor]:  # fmt: skip
     total = torch.empty_like(residual)
-    result, out, scale = (total, total, None) if weight is None else _room(x, x.shape[-1], residual.dtype, wants)
-    size = 0 if scale is None or wants is None else wants.group_size
-    norm(
-        x, weight, eps, out, residual=residual, total=total, after=after, multiplier=multiplier,
-        scale=scale, group_size=size,
-    )()  # fmt: skip
+    result, out, rounding = (total, total, {}) if weight is None else _room(x, x.shape[-1], residual.dtype, wants)
+    norm(x, weight, eps, out, residual=residual, total=total, after=after, multiplier=multiplier, **rounding)()
     return result, total
 
 
 def _gated(
     dtype: torch.dtype, activation: Callable[..., Launch], gate_up: Tensor, wants: Rounding | None = None
 ) -> Hidden:
-    result, out, scale = _room(gate_up, gate_up.shape[-1] // 2, dtype, wants)
-    activation(gate_up, out, scale=scale, group_size=0 if wants is None else wants.group_size)()
+    result, out, rounding = _room(gate_up, gate_up.shape[-1] // 2, dtype, wants)
+    activation(gate_up, out, **rounding)()
     return result

@@ -66,6 +66,36 @@ def test_rounding_of_partial_sums(
     assert bool((off > 1e-5 * expected.abs()).float().mean() < 2e-3)
 
 
+@pytest.mark.parametrize("stored", [0.01, 5.0])
+def test_rounding_with_a_stored_scale(stored: float, device: torch.device) -> None:
+    x, static = gate_up(5, 1500, device)[0].bfloat16(), torch.tensor([stored], device=device)
+    x[2, 3] = torch.nan
+    out, scale = (
+        torch.full((5, 1500), 99, device=device).to(torch.float8_e4m3fn),
+        torch.full((5, 1), 9.0, device=device),
+    )
+    silu_and_mul(x, out, scale=scale, static_scale=static)()
+    assert scale.isnan().flatten().tolist() == [False, False, True, False, False]
+    rows = [0, 1, 3, 4]
+    truth = reference.silu_and_mul(x[rows].float())
+    expected, got = fp8.fake_quantize_static(truth, static), out[rows].float() * scale[rows]
+    step = static * (truth / static).abs().clamp(2.0**-6, 448) / 8
+    assert bool(((got - expected).abs() <= step * 1.001).all())
+    assert bool((got != expected).float().mean() <= 2e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8], ids=str)
+@pytest.mark.parametrize("group_size", [0, 128])
+def test_a_token_that_is_no_number_has_no_scale(dtype: torch.dtype, group_size: int, device: torch.device) -> None:
+    """int8 has no code that could tell of it."""
+    x = gate_up(3, 256, device)[0]
+    x[1, 130] = torch.nan
+    out = torch.full((3, 256), 99, device=device).to(dtype)
+    scale = torch.full((3, 2 if group_size else 1), 9.0, device=device)
+    silu_and_mul(x, out, scale=scale, group_size=group_size)()
+    assert scale.isnan().nonzero().tolist() == [[1, 1 if group_size else 0]]
+
+
 def test_extremes_stay_finite(device: torch.device) -> None:
     x = torch.tensor([[-1e4, 1e4, -88.0, 0.0, 1.0, 1.0, 1.0, 1.0]], device=device)
     for launch, truth in PAIRS:

@@ -45,7 +45,7 @@ def encoded(value, scale, kind: tl.constexpr):
     if kind == tl.float8e4nv:
         return to_e4m3(tl.div_rn(value, scale))
     if kind == tl.int8:
-        return to_int8(tl.maximum(tl.div_rn(value, scale), -127.0))
+        return to_int8(tl.maximum(tl.div_rn(value, scale), -127.0, propagate_nan=tl.PropagateNan.ALL))
     return narrow(value, kind)
 
 

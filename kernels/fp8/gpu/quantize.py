@@ -15,7 +15,7 @@ from torch import Tensor
 
 from octavo.kernels import tables
 from octavo.kernels.launch import Launch, Proof, cdiv, meta, power_of_two
-from octavo.kernels.numeric import divided, to_e4m3, to_int8
+from octavo.kernels.numeric import divided, largest, stored_step, to_e4m3, to_int8
 from octavo.kernels.overlap import await_previous
 
 
@@ -27,19 +27,10 @@ def _codes(value, kind: tl.constexpr):
 @triton.jit
 def _step(value, kind: tl.constexpr):
     """The scale of the last axis; 1 where all is zero, NaN where something isn't finite."""
-    most: tl.constexpr = 448.0 if kind == tl.float8e4nv else 127.5
-    size = tl.abs(value)
-    last: tl.constexpr = len(value.shape) - 1
-    largest = tl.max(size, axis=last)
-    step = tl.where(largest == 0.0, 1.0, tl.div_rn(largest, most))
-    return tl.where(_finite(size), step, float("nan"))
-
-
-@triton.jit
-def _finite(size):
-    """Whether all of the last axis is: a maximum would pass over a NaN."""
-    last: tl.constexpr = len(size.shape) - 1
-    return tl.min((size < float("inf")).to(tl.int32), axis=last) == 1
+    code: tl.constexpr = 448.0 if kind == tl.float8e4nv else 127.5
+    most = largest(value, len(value.shape) - 1)
+    step = tl.where(most == 0.0, 1.0, tl.div_rn(most, code))
+    return tl.where(most < float("inf"), step, float("nan"))
 
 
 @triton.jit
@@ -54,9 +45,7 @@ def _quantize_rows(
     kind: tl.constexpr = out.dtype.element_ty
     value = tl.load(x + row + at, mask=seen, other=0.0).to(tl.float32)
     if STATIC:
-        step = tl.load(stored)
-        tl.store(scale + token, tl.where(_finite(tl.abs(value)), step, float("nan")))
-        value = tl.minimum(tl.maximum(value, -512.0 * step), 512.0 * step)  # no code is beyond; the quotient may be
+        step, value = stored_step(value, scale, stored, token, 0)
     else:
         step = _step(value, kind)
         tl.store(scale + token, step)

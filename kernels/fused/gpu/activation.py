@@ -31,8 +31,9 @@ def _sigmoid(x):
 
 @triton.jit
 def _gated(
-    x, out, scale, part_size, width,
-    GELU: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
+    x, out, scale, stored, part_size, width,
+    GELU: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr, STATIC: tl.constexpr, BLOCK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     await_previous(OVERLAPS)
     token, first = tl.program_id(0), tl.program_id(1) * BLOCK
@@ -47,24 +48,31 @@ def _gated(
     z = gate
     if GELU:
         z = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
-    store_rounded(gate * _sigmoid(z) * up, out, scale, token, first, width, GROUP, BLOCK)
+    store_rounded(gate * _sigmoid(z) * up, out, scale, stored, token, first, width, GROUP, STATIC, BLOCK)
 
 
-def silu_and_mul(x: Tensor, out: Tensor, *, scale: Tensor | None = None, group_size: int = 0) -> Launch:
+def silu_and_mul(
+    x: Tensor, out: Tensor, *, scale: Tensor | None = None, group_size: int = 0, static_scale: Tensor | None = None
+) -> Launch:
     """silu(gate) * up of x = gate, up [T, 2 I], or of the sum of x [S, T, 2 I] float32, into out [T, I].
 
     out is bf16, fp16 or float32; or float8_e4m3fn or int8 with scale [T, ceil(I / group_size)] float32, a scale for
-    each group of columns, or [T, 1] with group_size 0; group_size is a power of two.
+    each group of columns, or [T, 1] with group_size 0; group_size is a power of two. static_scale [1] float32: as of
+    `fp8.gpu.quantize`.
     """
-    return _launch(x, out, scale, group_size, gelu=False)
+    return _launch(x, out, scale, group_size, static_scale, gelu=False)
 
 
-def gelu_tanh_and_mul(x: Tensor, out: Tensor, *, scale: Tensor | None = None, group_size: int = 0) -> Launch:
+def gelu_tanh_and_mul(
+    x: Tensor, out: Tensor, *, scale: Tensor | None = None, group_size: int = 0, static_scale: Tensor | None = None
+) -> Launch:
     """gelu(gate) * up, tanh-approximated; all else as in `silu_and_mul`."""
-    return _launch(x, out, scale, group_size, gelu=True)
+    return _launch(x, out, scale, group_size, static_scale, gelu=True)
 
 
-def _launch(x: Tensor, out: Tensor, scale: Tensor | None, group_size: int, *, gelu: bool) -> Launch:
+def _launch(
+    x: Tensor, out: Tensor, scale: Tensor | None, group_size: int, static_scale: Tensor | None, *, gelu: bool
+) -> Launch:
     if (out.dtype in (torch.float8_e4m3fn, torch.int8)) != (scale is not None):
         raise ValueError(f"an activation into {out.dtype} {'needs' if scale is None else 'has no'} scale")
     (tokens, width), parts = out.shape, x.shape[0] if x.dim() == 3 else 1
@@ -79,8 +87,8 @@ def _launch(x: Tensor, out: Tensor, scale: Tensor | None, group_size: int, *, ge
         (tokens, cdiv(width, block)),
         {
             "x": x, "out": out, "scale": out if scale is None else scale, "part_size": tokens * 2 * width,
-            "width": width, "GELU": gelu, "PARTS": parts, "GROUP": group_size,
-            "BLOCK": block,
+            "stored": out if static_scale is None else static_scale, "STATIC": static_scale is not None,
+            "width": width, "GELU": gelu, "PARTS": parts, "GROUP": group_size, "BLOCK": block,
         },
         **sizes,
         num_stages=1,
@@ -101,7 +109,7 @@ def proofs() -> dict[str, Proof]:
         "gelu int8": gelu_tanh_and_mul(rows, int8, scale=scale),
     }
     made = {f"{name} {width}": launch for name, launch in made.items()}
-    for width in (1536, 8192):
+    for width in (1536, 8192, 28672):
         rows, fp8 = example(64, 2 * width), example(64, width, dtype=torch.float8_e4m3fn)
         made[f"silu fp8 {width}"] = silu_and_mul(rows, fp8, scale=scale[:, :1])
     return {name: Proof(launch, (r"LDG\.E\.128", r"STG\.E\.(128|64)")) for name, launch in made.items()}

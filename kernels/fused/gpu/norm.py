@@ -32,9 +32,9 @@ def _normed(value, weight, width, eps, BLOCK: tl.constexpr):
 
 @triton.jit
 def _norm(
-    x, after, weight, residual, out, scale, total, x_part, width, eps, multiplier,
+    x, after, weight, residual, out, scale, stored, total, x_part, width, eps, multiplier,
     PARTS: tl.constexpr, HAS_AFTER: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-    GROUP: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
+    GROUP: tl.constexpr, STATIC: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     if OVERLAPS:
         line = tl.minimum(tl.arange(0, (BLOCK + 31) // 32) * 32, width - 1)
@@ -62,7 +62,8 @@ def _norm(
         tl.store(total + row + at, rounded, mask=seen)
         value = rounded.to(tl.float32)
     if HAS_WEIGHT:
-        store_rounded(_normed(value, weight, width, eps, BLOCK), out, scale, token, 0, width, GROUP, BLOCK)
+        normed = _normed(value, weight, width, eps, BLOCK)
+        store_rounded(normed, out, scale, stored, token, 0, width, GROUP, STATIC, BLOCK)
 
 
 def norm(
@@ -77,6 +78,7 @@ def norm(
     multiplier: float = 1.0,
     scale: Tensor | None = None,
     group_size: int = 0,
+    static_scale: Tensor | None = None,
 ) -> Launch:
     """RMSNorm of x [T, H], or of the sum of x [S, T, H] float32, into out [T, H].
 
@@ -85,6 +87,7 @@ def norm(
     after     [H] float32: x is normed by it, and multiplied by the multiplier, before the residual is added
     out       bf16, fp16 or float32; or float8_e4m3fn or int8 with scale [T, ceil(H / group_size)] float32, a scale for
               each group of columns, or [T, 1] with group_size 0; group_size is a power of two
+    static_scale  [1] float32: as of `fp8.gpu.quantize`
     """
     parts, (num_tokens, width) = (x.shape[0] if x.dim() == 3 else 1), x.shape[-2:]
     if (out.dtype in (torch.float8_e4m3fn, torch.int8)) != (scale is not None):
@@ -101,6 +104,7 @@ def norm(
             "x": x, "after": x if after is None else after, "weight": x if weight is None else weight,
             "residual": x if residual is None else residual, "out": out, "multiplier": multiplier,
             "scale": out if scale is None else scale, "total": out if total is None else total,
+            "stored": out if static_scale is None else static_scale, "STATIC": static_scale is not None,
             "x_part": num_tokens * width, "width": width, "eps": eps,
             "PARTS": parts, "HAS_AFTER": after is not None, "HAS_RESIDUAL": residual is not None,
             "HAS_WEIGHT": weight is not None, "GROUP": group_size, "BLOCK": block,
@@ -126,9 +130,10 @@ def proofs() -> dict[str, Proof]:
             "norm int8 of 4 partial sums": norm(sums, weight, 1e-5, int8, scale=scale, residual=rows, total=rows),
         }.items():
             made[f"{name} {width}"] = Proof(launch, expects=(r"LDG\.E\.128", r"STG\.E\.128"))
-    rows, weight = example(64, 16384), example(16384, dtype=torch.float32)
-    launch = norm(rows, weight, 1e-5, rows, residual=rows, total=rows)
-    made["norm 16384"] = Proof(launch, expects=(r"LDG\.E\.128", r"STG\.E\.128"))
+    for width in (16384, 18432):
+        rows, weight = example(64, width), example(width, dtype=torch.float32)
+        launch = norm(rows, weight, 1e-5, rows, residual=rows, total=rows)
+        made[f"norm {width}"] = Proof(launch, expects=(r"LDG\.E\.128", r"STG\.E\.128"))
     rows, scale, weight = example(64, 3584), example(64, 1, dtype=torch.float32), example(3584, dtype=torch.float32)
     sums, fp8 = example(4, 64, 3584, dtype=torch.float32), example(64, 3584, dtype=torch.float8_e4m3fn)
     launch = norm(sums, weight, 1e-6, fp8, scale=scale, residual=rows, total=rows, after=weight)

@@ -242,10 +242,10 @@ def partial_sums(x: Tensor, packed: Packed) -> Tensor:
     return out
 
 
-def linear(x: Tensor, packed: Packed) -> Tensor:
-    """x [M, K] bf16 or fp16 through the layer: [M, N] of x's type."""
+def linear(x: Tensor, packed: Packed, dtype: torch.dtype | None = None) -> Tensor:
+    """x [M, K] bf16 or fp16 through the layer: [M, N] bf16, fp16 or float32; None: of x's type."""
     m, n = x.shape[0], packed.words.shape[1]
-    out = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    out = torch.empty(m, n, dtype=dtype or x.dtype, device=x.device)
     sizes = {**choose("w8a16", m, n, packed.num_columns)}
     if sizes.pop("parts") == 1:
         weights(x.contiguous(), packed, out, **sizes)()

@@ -112,7 +112,7 @@ def route(logits: Tensor, chosen: Tensor, weights: Tensor, *, normalize: bool) -
         "logits": logits, "chosen": chosen, "weights": weights, "num_tokens": num_tokens, "num_experts": num_experts,
         "TOP_K": top_k, "NORMALIZE": normalize, "ROWS": rows, "EXPERTS": block, "CHOICES": power_of_two(top_k),
     }  # fmt: skip
-    return Launch(_route, (cdiv(num_tokens, rows),), arguments, num_warps=4 if rows > 1 else 1, num_stages=1)
+    return Launch(_route, (cdiv(num_tokens, rows),), arguments, **sizes, num_stages=1)
 
 
 def unaligned(num_pairs: int, num_experts: int, block_m: int, device: torch.device | str) -> Aligned:

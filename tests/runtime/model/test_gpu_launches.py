@@ -10,6 +10,7 @@ import pytest
 import torch
 from hf_oracle import CASES, make_hf, save
 from torch.utils._python_dispatch import TorchDispatchMode
+from trimmed import whole
 
 from octavo.calibration.quantize_model import quantize_model
 from octavo.calibration.recipe import Recipe
@@ -93,3 +94,8 @@ def test_a_layer_has_few_launches(
         quantize_model(plain, tmp_path / f"quantized{layers}", Recipe(scheme))
         counts.append(launches(tmp_path / f"quantized{layers}", monkeypatch))
     assert len(counts[1]) - len(counts[0]) == number, counts
+
+
+def test_stored_scales_take_no_launch_more(fixtures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    static, dynamic = (whole(fixtures / f"tiny--llmc-fp8-{kind}", tmp_path) for kind in ("static", "dynamic"))
+    assert launches(static, monkeypatch) == launches(dynamic, monkeypatch)
