@@ -34,6 +34,7 @@ from octavo.kernels.fp8.gpu.few import few
 from octavo.kernels.fp8.gpu.many import many
 from octavo.kernels.fp8.gpu.quantize import quantize
 from octavo.kernels.fused.gpu.activation import silu_and_mul
+from octavo.kernels.fused.gpu.embedding import embed
 from octavo.kernels.fused.gpu.norm import norm
 from octavo.kernels.int4.gpu.gemm import gemm as int4_gemm
 from octavo.kernels.int4.gpu.packing import PackedInt4
@@ -216,7 +217,11 @@ def end_works(config: shapes.Config, batch: int) -> list[Work]:
         "head", None, shapes.head_bytes(config) + 4 * batch * vocab, shapes.gemm_flops(batch, vocab, hidden), "bf16"
     )
     return [
-        Work("embedding", None, 4 * batch * hidden),
+        Work(
+            "embedding",
+            embed(whole, meta(vocab, hidden, dtype=BF16), meta(batch, hidden, dtype=BF16)),
+            4 * batch * hidden,
+        ),
         norm_work(batch, hidden, 0, False),
         head,
         *(Work(launch.kernel.__name__.strip("_"), launch, 4 * batch * vocab, near=True) for launch in drawn[:2]),

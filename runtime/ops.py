@@ -48,6 +48,7 @@ class RopeAndCache(Protocol):
 class Ops:
     """One body for each operator.
 
+    embed(token_ids [T], table [V, H], factor) -> [T, H]: rows of the table times a number
     rms_norm(x [T, H], weight [H] float32, eps) -> [T, H]: computed in float32, returned in x's type
     add_rms_norm(x, residual, weight, eps, after, multiplier) -> (normed, x + residual): the sum is rounded to x's type,
         then normed; x itself is normed by `after` and multiplied before; without a weight the sum is returned twice
@@ -57,12 +58,13 @@ class Ops:
         keys and values already
     rope_and_attention  of rope_and_cache's arguments: attention of what that returns
 
-    A GPU's bodies take x, gate_up and qkv in partial sums [S, T, ...] float32 as well; and the first four a last
+    A GPU's bodies take x, gate_up and qkv in partial sums [S, T, ...] float32 as well; norms and activations a last
     argument `wants`, a Rounding, and return what they return as Rounded then. The others are given neither: linear
     layers on a CPU make no partial sums and want no rounding.
     """
 
     name: str
+    embed: Callable[[Tensor, Tensor, float], Tensor]
     rms_norm: Callable[..., Any]
     add_rms_norm: Callable[..., tuple[Any, Tensor]]
     silu_and_mul: Callable[..., Any]
@@ -87,6 +89,7 @@ def one_after_the_other(
 
 REFERENCE = Ops(
     name="reference",
+    embed=fused_reference.embed,
     rms_norm=fused_reference.rms_norm,
     add_rms_norm=fused_reference.add_rms_norm,
     silu_and_mul=fused_reference.silu_and_mul,
@@ -114,6 +117,7 @@ def select_ops(device: torch.device, dtype: torch.dtype) -> Ops:
 
     return Ops(
         name="cpu",
+        embed=fused_reference.embed,
         rms_norm=fused_cpu.rms_norm,
         add_rms_norm=fused_cpu.add_rms_norm,
         silu_and_mul=fused_cpu.silu_and_mul,

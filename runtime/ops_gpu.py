@@ -16,6 +16,7 @@ from octavo.kernels.attention.gpu.prefill import paged_attention
 from octavo.kernels.attention.gpu.rope import rope_and_cache
 from octavo.kernels.attention.gpu.rope_decode import rope_and_attention
 from octavo.kernels.fused.gpu.activation import gelu_tanh_and_mul, silu_and_mul
+from octavo.kernels.fused.gpu.embedding import embed
 from octavo.kernels.fused.gpu.norm import norm
 from octavo.kernels.launch import Launch
 from octavo.kernels.rounded import Hidden, Rounded, Rounding
@@ -26,6 +27,7 @@ def make_ops(dtype: torch.dtype) -> Ops:
     """The bodies for a model that computes in bf16 or fp16."""
     return Ops(
         name="triton",
+        embed=_embed,
         rms_norm=partial(_rms_norm, dtype),
         add_rms_norm=_add_rms_norm,
         silu_and_mul=partial(_gated, dtype, silu_and_mul),
@@ -34,6 +36,12 @@ def make_ops(dtype: torch.dtype) -> Ops:
         attention=paged_attention,
         rope_and_attention=partial(rope_and_attention, dtype=dtype),
     )
+
+
+def _embed(token_ids: Tensor, table: Tensor, factor: float) -> Tensor:
+    out = table.new_empty(token_ids.shape[0], table.shape[1])
+    embed(token_ids, table, out, factor)()
+    return out
 
 
 def _room(x: Tensor, columns: int, dtype: torch.dtype, wants: Rounding | None) -> tuple[Hidden, Tensor, dict[str, Any]]:

@@ -7,6 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def embed(token_ids: Tensor, table: Tensor, factor: float = 1.0) -> Tensor:
+    """table [V, H] at token_ids [T], times factor: [T, H]."""
+    rows = F.embedding(token_ids, table)
+    return rows if factor == 1.0 else rows * factor
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension; weight float32 (Gemma's 1 + w is added at load)."""
     x32 = x.float()

@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
@@ -122,9 +121,7 @@ class Decoder:
         ops, eps = self.ops, self.spec.norm_eps
         last = len(self._layers) - 1
 
-        residual = F.embedding(inputs.token_ids, self._embedding)
-        if self._embedding_scale != 1.0:
-            residual = residual * self._embedding_scale
+        residual = ops.embed(inputs.token_ids, self._embedding, self._embedding_scale)
         first_norm = self._layers[0].before_attention
         hidden = residual if first_norm is None else ops.rms_norm(residual, first_norm, eps)
 
@@ -186,7 +183,7 @@ class Decoder:
         ]
         name = str(self.dtype).removeprefix("torch.")
         return [
-            ("embedding", name, "torch"),
+            ("embedding", name, "triton" if self.ops.name == "triton" else "torch"),
             *rows,
             ("lm_head", *self._lm_head.describe()),
             ("norms, rope, attention", name, self.ops.name),
