@@ -41,6 +41,7 @@ from octavo.kernels.int4.gpu.packing import PackedInt4
 from octavo.kernels.launch import Launch, cdiv
 from octavo.kernels.moe.gpu import fused as moe
 from octavo.kernels.moe.gpu.int4 import PackedExperts
+from octavo.kernels.rounded import Rounded
 from octavo.kernels.sampling.gpu import draw as sampling
 
 Compiled = Callable[[Launch], Resources]
@@ -95,11 +96,14 @@ def rounded(m: int, n: int, fp8: bool) -> tuple[Tensor, Tensor | None]:
     return (meta(m, n, dtype=E4M3), meta(m, 1)) if fp8 else (meta(m, n, dtype=BF16), None)
 
 
-def norm_work(m: int, n: int, parts: int, fp8: bool) -> Work:
+def norm_work(m: int, n: int, parts: int, fp8: bool, *, keeps_plain: bool = False, experts: int = 0) -> Work:
+    """Of a GEMM's parts, or of what so many experts give a token."""
     out, scale = rounded(m, n, fp8)
-    residual = meta(m, n, dtype=BF16)
-    launch = norm(summed(m, n, parts), meta(n), 1e-5, out, residual=residual, total=residual, scale=scale)
-    return Work("norm", launch, read_bytes(m, n, parts) + m * n * (4 + out.element_size()), near=True)
+    residual, plain = meta(m, n, dtype=BF16), meta(m, n, dtype=BF16) if keeps_plain and fp8 else None
+    x = meta(m, experts, n, dtype=BF16).transpose(0, 1) if experts else summed(m, n, parts)
+    launch = norm(x, meta(n), 1e-5, out, residual=residual, total=residual, scale=scale, plain=plain)
+    num_bytes = x.nbytes + m * n * (4 + out.element_size()) + (0 if plain is None else plain.nbytes)
+    return Work("norm", launch, num_bytes, near=True)
 
 
 def silu_work(m: int, n: int, parts: int, fp8: bool) -> Work:
@@ -159,9 +163,10 @@ def layer_works(config: shapes.Config, weights: str, kv: str, batch: int, contex
         launch = quantize(mixed, meta(batch, heads * d, dtype=E4M3), meta(batch, 1))
         works.append(Work("rounding", launch, batch * heads * d * 3, near=True))
     o, o_parts = gemm_work("o", weights, batch, *linear["o"])
-    works += [o, norm_work(batch, hidden, o_parts, fp8 and not shapes.is_mixture(config))]
+    works += [o, norm_work(batch, hidden, o_parts, fp8, keeps_plain=shapes.is_mixture(config))]
     if shapes.is_mixture(config):
-        return [*works, *mixture_works(config, weights, batch), norm_work(batch, hidden, 0, fp8)]
+        last = norm_work(batch, hidden, 0, fp8, experts=config["num_experts_per_tok"])
+        return [*works, *mixture_works(config, weights, batch), last]
     gate_up, parts = gemm_work("gate_up", weights, batch, *linear["gate_up"])
     down, down_parts = gemm_work("down", weights, batch, *linear["down"])
     inner = linear["down"][1]
@@ -184,10 +189,13 @@ def mixture_works(config: shapes.Config, weights: str, batch: int) -> list[Work]
             else moe.Experts(meta(num, n, k, dtype=BF16))
         )
 
-    x, chosen, factor = meta(batch, hidden, dtype=BF16), meta(batch, top_k, dtype=torch.int32), meta(batch, top_k)
-    steps = moe.launches(x, chosen, factor, experts(width, hidden), experts(hidden, inner), x)
+    chosen, factor = meta(batch, top_k, dtype=torch.int32), meta(batch, top_k)
+    codes, scale = rounded(batch, hidden, weights == "fp8")
+    x = codes if scale is None else Rounded(codes, scale)
+    results = meta(batch * top_k, hidden, dtype=BF16)
+    steps = moe.launches(x, chosen, factor, experts(width, hidden), experts(hidden, inner), results)
     hit, pairs = shapes.experts_hit(config, batch), batch * top_k
-    router = Work("router", None, num * hidden * 4)
+    router = Work("router", None, num * hidden * 2)
     route = Work("route", moe.route(meta(batch, num), chosen, factor, normalize=True), batch * num * 4, near=True)
     works = [router, route]
     sizes, gemms = {width: hidden, hidden: inner}, 0

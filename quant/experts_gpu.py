@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from octavo.kernels.rounded import Rounding
 from octavo.quant.body import tensors_of
 from octavo.quant.linear import join_parts
 from octavo.quant.linear_gpu import FP8_CAPABILITY
@@ -25,6 +26,13 @@ class Stacked:
     gate_up: Any
     down: Any
     scheme: str
+
+    @property
+    def wants(self) -> Rounding | None:
+        """How the norm before may round what they read."""
+        from octavo.kernels.moe.gpu.fused import wants
+
+        return wants(self.gate_up)
 
     def tensors(self) -> Iterator[Tensor]:
         yield from tensors_of(self.gate_up)

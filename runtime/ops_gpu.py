@@ -49,9 +49,9 @@ def _room(x: Tensor, columns: int, dtype: torch.dtype, wants: Rounding | None) -
     if wants is None:
         plain = torch.empty(x.shape[-2], columns, dtype=dtype, device=x.device)
         return plain, plain, {}
-    rounded = Rounded.empty(x.shape[-2], columns, wants, x.device)
+    rounded = Rounded.empty(x.shape[-2], columns, wants, x.device, dtype)
     how = {"scale": rounded.scale, "group_size": wants.group_size, "static_scale": wants.static_scale}
-    return rounded, rounded.codes, how
+    return rounded, rounded.codes, how if rounded.plain is None else {**how, "plain": rounded.plain}
 
 
 def _rms_norm(dtype: torch.dtype, x: Tensor, weight: Tensor, eps: float, wants: Rounding | None = None) -> Hidden:
@@ -65,7 +65,8 @@ def _add_rms_norm(
     multiplier: float = 1.0, wants: Rounding | None = None,
 ) -> tuple[Hidden, Tensor]:  # fmt: skip
     total = torch.empty_like(residual)
-    result, out, rounding = (total, total, {}) if weight is None else _room(x, x.shape[-1], residual.dtype, wants)
+    plain = weight is None and wants is None
+    result, out, rounding = (total, total, {}) if plain else _room(x, x.shape[-1], residual.dtype, wants)
     norm(x, weight, eps, out, residual=residual, total=total, after=after, multiplier=multiplier, **rounding)()
     return result, total
 

@@ -122,8 +122,8 @@ class Decoder:
         last = len(self._layers) - 1
 
         residual = ops.embed(inputs.token_ids, self._embedding, self._embedding_scale)
-        first_norm = self._layers[0].before_attention
-        hidden = residual if first_norm is None else ops.rms_norm(residual, first_norm, eps)
+        first_norm, rounding = self._layers[0].before_attention, _rounding(self._layers[0].qkv.wants)
+        hidden = residual if first_norm is None else ops.rms_norm(residual, first_norm, eps, **rounding)
 
         for i, (layer, cache) in enumerate(zip(self._layers, caches, strict=True)):
             qkv = layer.qkv.partial(hidden)
@@ -153,10 +153,10 @@ class Decoder:
         wants: Rounding | None,
     ) -> tuple[Any, Tensor]:
         """A sublayer's output onto the residual: (input of the next sublayer, rounded as it wants; new residual)."""
-        rounding = {} if wants is None else {"wants": wants}
+        multiplier, rounding = self.spec.residual_multiplier, _rounding(wants)
         return self.ops.add_rms_norm(
-            hidden, residual, before_next, self.spec.norm_eps, after, self.spec.residual_multiplier, **rounding
-        )
+            hidden, residual, before_next, self.spec.norm_eps, after, multiplier, **rounding
+        )  # fmt: skip
 
     def _logits(self, hidden: Tensor) -> Tensor:
         logits = self._lm_head.forward(hidden)
@@ -188,6 +188,11 @@ class Decoder:
             ("lm_head", *self._lm_head.describe()),
             ("norms, rope, attention", name, self.ops.name),
         ]
+
+
+def _rounding(wants: Rounding | None) -> dict[str, Rounding]:
+    """The argument of an operator that is asked to round: a CPU's have none."""
+    return {} if wants is None else {"wants": wants}
 
 
 def embedding_scale(spec: DecoderSpec, dtype: torch.dtype) -> float:

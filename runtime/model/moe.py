@@ -14,17 +14,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from octavo.kernels.moe import reference as moe
-from octavo.kernels.rounded import Hidden, Rounding
+from octavo.kernels.rounded import Hidden, Rounded, Rounding
 from octavo.quant.experts_gpu import Stacked
 from octavo.quant.linear import Linear
 from octavo.runtime.model.mlp import Change, GatedMlp
 
 
 class _Plain:
-    """A block whose router reads its input as well: it wants no rounding, and its output is whole."""
+    """A block that takes its input as it is, and whose output is whole."""
 
     __slots__ = ()
-    wants: Rounding | None = None
+
+    @property
+    def wants(self) -> Rounding | None:
+        return None
 
     def forward(self, x: Hidden) -> Tensor:
         raise NotImplementedError
@@ -95,9 +98,10 @@ def add_shared(x: Tensor, routed: Tensor, shared: GatedMlp | None, gate: Tensor 
 
 
 @dataclass(frozen=True, slots=True)
-class GroupedMoe(_Plain):
+class GroupedMoe:
     """MoeMlp on a GPU: all chosen experts in one grouped GEMM each way, and no size that depends on what was chosen.
 
+    router  [num_experts, H] float32, or of the model's type where that holds it exactly
     The other fields are MoeMlp's.
     """
 
@@ -108,13 +112,38 @@ class GroupedMoe(_Plain):
     shared: GatedMlp | None = None
     shared_gate: Tensor | None = None
 
+    @property
+    def wants(self) -> Rounding | None:
+        """The router reads plain numbers, and so does a shared expert."""
+        return self.experts.wants if self.shared is None else None
+
     def forward(self, x: Hidden) -> Tensor:
         from octavo.kernels.moe.gpu.fused import fused_moe
 
         assert isinstance(x, Tensor)
-        logits = F.linear(x.float(), self.router)
-        routed = fused_moe(x, logits, self.top_k, self.experts.gate_up, self.experts.down, normalize=self.normalize)
+        experts = self.experts
+        routed = fused_moe(
+            x, self._logits(x), self.top_k, experts.gate_up, experts.down, normalize=self.normalize
+        )  # fmt: skip
         return add_shared(x, routed, self.shared, self.shared_gate)
+
+    def partial(self, x: Hidden) -> Tensor:
+        """As forward; without a shared expert [top_k, T, H], what each chosen one gives."""
+        from octavo.kernels.moe.gpu.fused import partial_moe
+
+        if self.shared is not None:
+            return self.forward(x)
+        plain, experts = x.plain if isinstance(x, Rounded) else x, self.experts
+        assert plain is not None
+        return partial_moe(
+            x, self._logits(plain), self.top_k, experts.gate_up, experts.down, normalize=self.normalize
+        )  # fmt: skip
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """Float32 sums of exact products."""
+        if x.is_cuda and self.router.dtype == x.dtype != torch.float32:
+            return torch.mm(x, self.router.T, out_dtype=torch.float32)
+        return F.linear(x.float(), self.router.float())
 
     def linears(self) -> dict[str, Linear]:
         """'shared.gate_up' and 'shared.down', where there are: the experts are no linear layers here."""

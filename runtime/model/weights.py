@@ -233,7 +233,9 @@ class DecoderBuilder:
         shared = None if moe.shared_intermediate_size is None else self._gated(linears, "shared.")
         gate = None if shared is None else gates[1]
         if stacked is not None:
-            return GroupedMoe(gates[0], stacked, moe.top_k, moe.normalize, shared, gate)
+            narrow = gates[0].to(self.dtype)
+            router = narrow if torch.equal(narrow.float(), gates[0]) else gates[0]
+            return GroupedMoe(router, stacked, moe.top_k, moe.normalize, shared, gate)
         experts = tuple(self._gated(linears, f"experts.{i}.") for i in range(moe.num_experts))
         return MoeMlp(gates[0], experts, moe.top_k, moe.normalize, shared, gate)
 

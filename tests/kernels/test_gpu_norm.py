@@ -154,3 +154,32 @@ def test_rounding_with_a_stored_scale(shape: tuple[int, int], stored: float, dev
     step = static * (truth / static).abs().clamp(2.0**-6, 448) / 8
     assert bool(((got - expected).abs() <= step * 1.001).all())
     assert bool((got != expected).float().sum() <= 1e-3 * got.numel())
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_what_a_mixture_leaves_and_wants(parts: int, device: torch.device) -> None:
+    """x of a token's experts, side by side; codes and the plain numbers that they were rounded from."""
+    tokens, width = 5, 200
+    pairs = random(tokens, parts, width, seed=1, device=device).bfloat16()
+    residual, weight = random(tokens, width, seed=2, device=device).bfloat16(), random(width, seed=3, device=device)
+    total, plain = torch.full_like(residual, torch.nan), torch.full_like(residual, torch.nan)
+    out, scale = torch.full_like(residual, 9.0).to(torch.float8_e4m3fn), torch.full((tokens, 1), 9.0, device=device)
+    norm(pairs.transpose(0, 1), weight, EPS, out, residual=residual, total=total, scale=scale, plain=plain)()
+    summed = pairs[:, 0].float()
+    for part in range(1, parts):
+        summed = summed + pairs[:, part]
+    assert torch.equal(total, summed.bfloat16() + residual)
+    both = torch.full_like(residual, torch.nan), torch.full_like(out, 9.0)
+    norm(total, weight, EPS, both[0])()
+    norm(total, weight, EPS, both[1], scale=scale)()
+    assert torch.equal(plain, both[0])
+    assert torch.equal(out.float(), both[1].float())
+
+
+def test_a_sum_is_rounded_without_a_norm(device: torch.device) -> None:
+    x, residual = (random(3, 100, seed=s, device=device).bfloat16() for s in (1, 2))
+    total, out = torch.full_like(x, torch.nan), torch.full_like(x, 9.0).to(torch.float8_e4m3fn)
+    scale = torch.full((3, 1), 9.0, device=device)
+    norm(x, None, EPS, out, residual=residual, total=total, scale=scale)()
+    assert torch.equal(total, x + residual)
+    assert torch.equal(out.float() * scale, fp8.fake_quantize_per_group(total.float(), 100))

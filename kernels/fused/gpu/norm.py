@@ -32,9 +32,10 @@ def _normed(value, weight, width, eps, BLOCK: tl.constexpr):
 
 @triton.jit
 def _norm(
-    x, after, weight, residual, out, scale, stored, total, x_part, width, eps, multiplier,
+    x, after, weight, residual, out, scale, stored, plain, total, x_part, x_row, width, eps, multiplier,
     PARTS: tl.constexpr, HAS_AFTER: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-    GROUP: tl.constexpr, STATIC: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
+    HAS_PLAIN: tl.constexpr, HAS_OUT: tl.constexpr, GROUP: tl.constexpr, STATIC: tl.constexpr, BLOCK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     if OVERLAPS:
         line = tl.minimum(tl.arange(0, (BLOCK + 31) // 32) * 32, width - 1)
@@ -47,12 +48,13 @@ def _norm(
     at = tl.arange(0, BLOCK)
     seen = at < width
     row = token.to(tl.int64) * width
-    value = tl.load(x + row + at, mask=seen, other=0.0).to(tl.float32)
+    of_x = x + token.to(tl.int64) * x_row + at
+    value = tl.load(of_x, mask=seen, other=0.0).to(tl.float32)
     for part in tl.static_range(1, PARTS):
-        value += tl.load(x + part * x_part + row + at, mask=seen, other=0.0)
+        value += tl.load(of_x + part * x_part, mask=seen, other=0.0)
     if HAS_RESIDUAL:
         dtype: tl.constexpr = residual.dtype.element_ty
-        if x.dtype.element_ty != dtype:  # as the GEMM would have rounded it
+        if x.dtype.element_ty != dtype or PARTS > 1:  # as the GEMM would have rounded it
             value = narrow(value, dtype).to(tl.float32)
         if HAS_AFTER:
             value = narrow(_normed(value, after, width, eps, BLOCK), dtype).to(tl.float32)
@@ -62,8 +64,11 @@ def _norm(
         tl.store(total + row + at, rounded, mask=seen)
         value = rounded.to(tl.float32)
     if HAS_WEIGHT:
-        normed = _normed(value, weight, width, eps, BLOCK)
-        store_rounded(normed, out, scale, stored, token, 0, width, GROUP, STATIC, BLOCK)
+        value = _normed(value, weight, width, eps, BLOCK)
+    if HAS_PLAIN:
+        tl.store(plain + row + at, narrow(value, plain.dtype.element_ty), mask=seen)
+    if HAS_OUT:
+        store_rounded(value, out, scale, stored, token, 0, width, GROUP, STATIC, BLOCK)
 
 
 def norm(
@@ -79,17 +84,21 @@ def norm(
     scale: Tensor | None = None,
     group_size: int = 0,
     static_scale: Tensor | None = None,
+    plain: Tensor | None = None,
 ) -> Launch:
-    """RMSNorm of x [T, H], or of the sum of x [S, T, H] float32, into out [T, H].
+    """RMSNorm of x [T, H], or of the sum of x [S, T, H], float32 or of a token's S experts, into out [T, H].
 
-    weight    [H] float32; None: only the sum is asked for, and out isn't written
+    weight    [H] float32; None: only the sum is asked for, and out isn't written unless it is of codes: of the sum
     residual  [T, H], added first; total [T, H] receives the sum in its type, which is then normed
     after     [H] float32: x is normed by it, and multiplied by the multiplier, before the residual is added
     out       bf16, fp16 or float32; or float8_e4m3fn or int8 with scale [T, ceil(H / group_size)] float32, a scale for
               each group of columns, or [T, 1] with group_size 0; group_size is a power of two
     static_scale  [1] float32: as of `fp8.gpu.quantize`
+    plain     [T, H] bf16, fp16 or float32: receives what out has codes of, too
     """
     parts, (num_tokens, width) = (x.shape[0] if x.dim() == 3 else 1), x.shape[-2:]
+    if x.stride(-1) != 1:
+        raise ValueError(f"x {list(x.shape)} with strides {x.stride()}: columns must lie side by side")
     if (out.dtype in (torch.float8_e4m3fn, torch.int8)) != (scale is not None):
         raise ValueError(f"a norm into {out.dtype} {'needs' if scale is None else 'has no'} scale")
     if (residual is None) != (total is None):
@@ -105,7 +114,9 @@ def norm(
             "residual": x if residual is None else residual, "out": out, "multiplier": multiplier,
             "scale": out if scale is None else scale, "total": out if total is None else total,
             "stored": out if static_scale is None else static_scale, "STATIC": static_scale is not None,
-            "x_part": num_tokens * width, "width": width, "eps": eps,
+            "plain": out if plain is None else plain, "HAS_PLAIN": plain is not None,
+            "HAS_OUT": weight is not None or scale is not None,
+            "x_part": x.stride(0) if x.dim() == 3 else 0, "x_row": x.stride(-2), "width": width, "eps": eps,
             "PARTS": parts, "HAS_AFTER": after is not None, "HAS_RESIDUAL": residual is not None,
             "HAS_WEIGHT": weight is not None, "GROUP": group_size, "BLOCK": block,
         },

@@ -25,6 +25,7 @@ from octavo.kernels.moe.gpu.int4 import PackedExperts, grouped_int4
 from octavo.kernels.moe.gpu.route import Aligned, align, route, unaligned
 from octavo.kernels.numeric import narrow
 from octavo.kernels.overlap import await_previous
+from octavo.kernels.rounded import Hidden, Rounded, Rounding
 
 
 @dataclass(frozen=True)
@@ -69,45 +70,52 @@ def add_up(pairs: Tensor, out: Tensor, top_k: int) -> Launch:
 
 
 def launches(
-    x: Tensor,
+    x: Hidden,
     chosen: Tensor,
     weights: Tensor,
     gate_up: Weights,
     down: Weights,
-    out: Tensor,
+    results: Tensor,
     sizes: dict[str, int] | None = None,
 ) -> tuple[Launch, ...]:
-    """All that happens after routing, in order; memory between them is allocated here.
+    """All that happens after routing but the sum, in order; memory between them is allocated here.
 
-    x        [T, H] bf16 or fp16
+    x        [T, H] bf16 or fp16, or rounded as `wants` has it
     chosen   [T, top_k] int32; weights [T, top_k] float32
     gate_up  [E, 2 I, H], down [E, H, I]: both plain, both e4m3, or both of 4 bits
-    out      [T, H] of x's type
+    results  [T * top_k, H] of x's type: what each of a token's experts gives it, times its weight
     sizes    of both GEMMs; None: the table's
     """
     (num_experts, width, hidden), (num_tokens, top_k), kind = gate_up.shape, chosen.shape, _kind(gate_up)
-    if kind != _kind(down) or down.shape != (num_experts, hidden, width // 2) or x.shape != (num_tokens, hidden):
-        raise ValueError(f"x {list(x.shape)}, gate_up {kind} {gate_up.shape} and down {_kind(down)} {down.shape}")
+    rows = (x.codes if isinstance(x, Rounded) else x).shape
+    if kind != _kind(down) or down.shape != (num_experts, hidden, width // 2) or rows != (num_tokens, hidden):
+        raise ValueError(f"x {list(rows)}, gate_up {kind} {gate_up.shape} and down {_kind(down)} {down.shape}")
     num_pairs, group_size = num_tokens * top_k, BLOCK if kind == "fp8 blocks" else 0
     size: dict[str, Any] = dict(sizes or tables.choose(f"moe {kind}", cdiv(num_pairs, num_experts), width, hidden))
-    pairs = unaligned(num_pairs, num_experts, size.pop("block_m"), x.device)
-    between, results = x.new_empty(num_pairs, width), x.new_empty(num_pairs, hidden)
-    acted, acted_scale = _rows(x, num_pairs, width // 2, kind)
+    pairs = unaligned(num_pairs, num_experts, size.pop("block_m"), results.device)
+    between = results.new_empty(num_pairs, width)
+    acted, acted_scale = _rows(results, num_pairs, width // 2, kind)
     steps = [align(chosen, num_experts, pairs)]
-    if kind.startswith("fp8"):
+    if kind.startswith("fp8") and isinstance(x, Tensor):
         codes, x_scale = _rows(x, num_tokens, hidden, kind)
         assert x_scale is not None
         steps.append(quantize(x, codes, x_scale, group_size=group_size))
-        x, first_scale = codes, x_scale
-    else:
-        first_scale = None
+        x = Rounded(codes, x_scale)
+    first, first_scale = (x.codes, x.scale) if isinstance(x, Rounded) else (x, None)
     return (
         *steps,
-        _gemm(x, first_scale, gate_up, pairs, between, top_k, None, size),
+        _gemm(first, first_scale, gate_up, pairs, between, top_k, None, size),
         silu_and_mul(between, acted, scale=acted_scale, group_size=group_size),
         _gemm(acted, acted_scale, down, pairs, results, 1, weights, size),
-        add_up(results, out, top_k),
     )
+
+
+def wants(gate_up: Weights) -> Rounding | None:
+    """How experts take what they read, if the norm before rounds it: the router reads it, too."""
+    kind = _kind(gate_up)
+    if not kind.startswith("fp8"):
+        return None
+    return Rounding(torch.float8_e4m3fn, BLOCK if kind == "fp8 blocks" else 0, keeps_plain=True)
 
 
 def _kind(weights: Weights) -> str:
@@ -141,18 +149,28 @@ def _gemm(
     return grouped(x, weights.weight, pairs, out, divisor=divisor, router=router, **scales, **size)
 
 
-def fused_moe(x: Tensor, logits: Tensor, top_k: int, gate_up: Weights, down: Weights, *, normalize: bool) -> Tensor:
-    """The mixture's output for x [T, H], given the router's logits [T, E]."""
-    num_tokens = x.shape[0]
-    chosen = torch.empty(num_tokens, top_k, dtype=torch.int32, device=x.device)
-    weights = torch.empty(num_tokens, top_k, dtype=torch.float32, device=x.device)
-    out = torch.empty_like(x)
+def fused_moe(x: Hidden, logits: Tensor, top_k: int, gate_up: Weights, down: Weights, *, normalize: bool) -> Tensor:
+    """The mixture's output for x [T, H], given the router's logits [T, E]: the sum of `partial_moe`, rounded."""
+    results = partial_moe(x, logits, top_k, gate_up, down, normalize=normalize)
+    out = results.new_empty(results.shape[1:])
+    add_up(results.transpose(0, 1).flatten(0, 1), out, top_k)()
+    return out
+
+
+def partial_moe(x: Hidden, logits: Tensor, top_k: int, gate_up: Weights, down: Weights, *, normalize: bool) -> Tensor:
+    """What each token's experts give it [top_k, T, H], for the next kernel to add up; a token's lie side by side."""
+    num_tokens = logits.shape[0]
+    plain = x.plain if isinstance(x, Rounded) else x
+    assert plain is not None
+    chosen = torch.empty(num_tokens, top_k, dtype=torch.int32, device=plain.device)
+    weights = torch.empty(num_tokens, top_k, dtype=torch.float32, device=plain.device)
+    results = plain.new_empty(num_tokens * top_k, plain.shape[1])
     for launch in (
         route(logits, chosen, weights, normalize=normalize),
-        *launches(x, chosen, weights, gate_up, down, out),
+        *launches(x, chosen, weights, gate_up, down, results),
     ):
         launch()
-    return out
+    return results.view(num_tokens, top_k, plain.shape[1]).transpose(0, 1)
 
 
 def proofs() -> dict[str, Proof]:

@@ -81,19 +81,27 @@ def launches(directory: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         ("qwen3", "FP8_DYNAMIC", 9),
         ("gemma2", "W4A16@32", 8),
         ("granite", "W4A16@32", 8),
+        ("olmo2", "FP8_DYNAMIC", 10),
+        ("mixtral", "W4A16@32", 12),
+        ("mixtral", "FP8_DYNAMIC", 13),
     ],
 )
 def test_a_layer_has_few_launches(
     architecture: str, scheme: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Four GEMMs, two norms, the activation, attention from qkv on; fp8 rounds before o; 2 more in a sandwich."""
+    """Four GEMMs, two norms, the activation, attention from qkv on; fp8 rounds before o.
+
+    OLMo 2's norm of all heads at once is a launch of its own. A mixture routes and sorts; its router's product is one
+    launch on a GPU, and two casts more here.
+    """
     counts = []
     for layers in (1, 2):
         family, overrides = CASES[architecture]
         plain = save(make_hf(family, {**overrides, "num_hidden_layers": layers}), tmp_path / f"plain{layers}")
         quantize_model(plain, tmp_path / f"quantized{layers}", Recipe(scheme))
         counts.append(launches(tmp_path / f"quantized{layers}", monkeypatch))
-    assert len(counts[1]) - len(counts[0]) == number, counts
+    casts = 2 if architecture == "mixtral" and "TRITON_INTERPRET" in os.environ else 0
+    assert len(counts[1]) - len(counts[0]) == number + casts, counts
 
 
 def test_stored_scales_take_no_launch_more(fixtures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
