@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hf_oracle import CASES, make_hf, save
+from shuffled import shuffle_groups
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from octavo.calibration.quantize_model import quantize_model
@@ -72,6 +74,23 @@ def launches(directory: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return counted.names
 
 
+def of_a_layer(
+    architecture: str, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, act_order: bool = False
+) -> Counter[str]:
+    """How often a layer launches each kernel: what a model with one more has more."""
+    counts = []
+    for layers in (1, 2):
+        family, overrides = CASES[architecture]
+        plain = save(make_hf(family, {**overrides, "num_hidden_layers": layers}), tmp_path / f"plain{layers}")
+        quantized = tmp_path / f"quantized{layers}"
+        quantize_model(plain, quantized, recipe)
+        if act_order:
+            shuffle_groups(quantized)
+        counts.append(Counter(launches(quantized, monkeypatch)))
+    counts[1].subtract(counts[0])
+    return counts[1]
+
+
 @pytest.mark.parametrize(
     ("architecture", "scheme", "number"),
     [
@@ -86,10 +105,12 @@ def test_a_layer_has_few_launches(
     architecture: str, scheme: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Four GEMMs, two norms, the activation, attention from qkv on; fp8 rounds before o; 2 more in a sandwich."""
-    counts = []
-    for layers in (1, 2):
-        family, overrides = CASES[architecture]
-        plain = save(make_hf(family, {**overrides, "num_hidden_layers": layers}), tmp_path / f"plain{layers}")
-        quantize_model(plain, tmp_path / f"quantized{layers}", Recipe(scheme))
-        counts.append(launches(tmp_path / f"quantized{layers}", monkeypatch))
-    assert len(counts[1]) - len(counts[0]) == number, counts
+    found = of_a_layer(architecture, Recipe(scheme), tmp_path, monkeypatch)
+    assert found.total() == number, found
+
+
+def test_act_order_gathers_for_three_gemms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before qkv, o and gate_up; what down reads is made in the order of its groups."""
+    found = of_a_layer("llama", Recipe("W4A16@32", format="gptq"), tmp_path, monkeypatch, act_order=True)
+    assert found.total() == 8 + 3, found
+    assert found["_gather"] == 3, found
