@@ -1,11 +1,12 @@
 """From a model directory to a model that can be run: layer by layer, each weight read, packed and dropped at once.
 
-Never holds two copies of the weights: the largest thing that is held twice is one layer's widest linear module.
+Never holds two copies of the weights: the largest thing that is held twice is one layer's MLP.
 Complete or not at all: a tensor that nothing reads, or one that isn't there, is an error that names it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from octavo.kernels.attention.cache import AttentionShape
+from octavo.quant.act_order import sort_inner
 from octavo.quant.checkpoint import Checkpoint, read_config
 from octavo.quant.experts_gpu import Stacked, stack_experts
 from octavo.quant.linear import Linear, make_linear
@@ -34,6 +36,7 @@ from octavo.runtime.ops import select_ops
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HEAD_INT8 = QuantScheme(WeightScheme("int8", CHANNEL))
 GROUP_SIZES = (128, 64, 32)  # for int4 at load, the largest that fits
+Parts = tuple[list[Weight], list[Tensor | None]]  # of modules that share their input: weights [N_i, K], biases [N_i]
 
 
 def load_model(config: EngineConfig) -> Model:
@@ -183,17 +186,15 @@ class DecoderBuilder:
         spec = self.spec
         layer, name = spec.layers[index], f"{self.source.prefix}layers.{index}"
         parts = layer_linears(spec, index, self.source.prefix, self.source.has)
-        linears, stacked = self._experts(parts)
-        for kind, p in parts.items():
-            if kind not in linears and not (stacked and kind.startswith("experts.")):
-                linears[kind] = self._linear(p, self._weights(p))
+        qkv, o = (self._linear(*self._read(parts[kind])) for kind in ("qkv", "o"))
+        mlp = self._mlp(index, parts)
         width, kv_width = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         norms = [self._norm(f"{name}.{norm}", spec.hidden_size) if norm else None for norm in NORMS[spec.norms]]
         q_norm, k_norm = self._qk_norms(f"{name}.self_attn", width, kv_width)
         return DecoderLayer(
-            qkv=linears["qkv"],
-            o=linears["o"],
-            mlp=self._mlp(index, linears, stacked),
+            qkv=qkv,
+            o=o,
+            mlp=mlp,
             shape=AttentionShape(
                 spec.num_heads,
                 spec.num_kv_heads,
@@ -211,36 +212,41 @@ class DecoderBuilder:
             after_mlp=norms[3],
         )
 
-    def _experts(self, parts: dict[str, LinearParts]) -> tuple[dict[str, Linear], Stacked | None]:
-        """On a GPU the experts stacked for its grouped GEMMs; each as a linear layer where those can't have them."""
-        kinds = [kind for kind in parts if kind.startswith("experts.")]
-        if not kinds or not self.capability or self.dtype == torch.float32:
-            return {}, None
-        weights = {kind: self._weights(parts[kind]) for kind in kinds}
-        if self.spec.activation == "silu" and not any(parts[kind].bias for kind in kinds):
-            ways = [[weights[kind] for kind in kinds if kind.endswith(way)] for way in ("gate_up", "down")]
-            stacked = stack_experts(ways[0], ways[1], self.dtype, self.device, self.capability)
-            if stacked is not None:
-                return {}, stacked
-        return {kind: self._linear(parts[kind], weights[kind]) for kind in kinds}, None
-
-    def _mlp(self, index: int, linears: dict[str, Linear], stacked: Stacked | None) -> Mlp:
+    def _mlp(self, index: int, parts: dict[str, LinearParts]) -> Mlp:
         spec, moe = self.spec, self.spec.moe
         if moe is None or not spec.layers[index].sparse:
-            return self._gated(linears, "")
+            return self._gated(*self._read_gated(parts, ""))
+        experts = self._experts(parts, moe.num_experts)
+        shared = None if moe.shared_intermediate_size is None else self._gated(*self._read_gated(parts, "shared."))
         modules = routers(spec, index, self.source.prefix, self.source.has)
         gates = [self._router(module, rows) for module, rows in modules.items()]
-        shared = None if moe.shared_intermediate_size is None else self._gated(linears, "shared.")
         gate = None if shared is None else gates[1]
-        if stacked is not None:
+        if isinstance(experts, Stacked):
             narrow = gates[0].to(self.dtype)
             router = narrow if torch.equal(narrow.float(), gates[0]) else gates[0]
-            return GroupedMoe(router, stacked, moe.top_k, moe.normalize, shared, gate)
-        experts = tuple(self._gated(linears, f"experts.{i}.") for i in range(moe.num_experts))
+            return GroupedMoe(router, experts, moe.top_k, moe.normalize, shared, gate)
         return MoeMlp(gates[0], experts, moe.top_k, moe.normalize, shared, gate)
 
-    def _gated(self, linears: dict[str, Linear], owner: str) -> GatedMlp:
-        return GatedMlp(linears[f"{owner}gate_up"], linears[f"{owner}down"], self.act)
+    def _experts(self, parts: dict[str, LinearParts], count: int) -> Stacked | tuple[GatedMlp, ...]:
+        """On a GPU the experts stacked for its grouped GEMMs; each as an MLP where those can't have them."""
+        experts: Iterable[tuple[Parts, Parts]] = (self._read_gated(parts, f"experts.{i}.") for i in range(count))
+        if self.capability and self.dtype != torch.float32 and self.spec.activation == "silu":
+            experts = list(experts)
+            if all(bias is None for expert in experts for _, biases in expert for bias in biases):
+                gate_ups, downs = ([expert[way][0] for expert in experts] for way in (0, 1))
+                stacked = stack_experts(gate_ups, downs, self.dtype, self.device, self.capability)
+                if stacked is not None:
+                    return stacked
+        return tuple(self._gated(*expert) for expert in experts)
+
+    def _gated(self, gate_up: Parts, down: Parts) -> GatedMlp:
+        return GatedMlp(self._linear(*gate_up), self._linear(*down), self.act)
+
+    def _read_gated(self, parts: dict[str, LinearParts], owner: str) -> tuple[Parts, Parts]:
+        """gate and up, and down, of '', 'shared.' or 'experts.3.', without act-order between them."""
+        (gate_up, biases), ((down,), after) = (self._read(parts[f"{owner}{kind}"]) for kind in ("gate_up", "down"))
+        gate_up, biases, down = sort_inner(gate_up, biases, down)
+        return (gate_up, biases), ([down], after)
 
     def _router(self, module: str, rows: int) -> Tensor:
         """[rows, H] float32. Never rounded here; some quantizers round it, and then its codes are what there is."""
@@ -252,14 +258,12 @@ class DecoderBuilder:
             raise LoadError(f"{module} is a router whose input is to be rounded, which isn't served")
         return weight.dequantize().to(self.device)
 
-    def _weights(self, parts: LinearParts) -> list[Weight]:
-        """Of the modules of a checkpoint that share their input."""
-        modules = parts.modules.items()
-        return [self._quantize(m, self.source.linear(m, n, parts.in_features)) for m, n in modules]
+    def _read(self, parts: LinearParts) -> Parts:
+        weights = [self._quantize(m, self.source.linear(m, n, parts.in_features)) for m, n in parts.modules.items()]
+        return weights, [self.source.bias(m, n, expected=parts.bias) for m, n in parts.modules.items()]
 
-    def _linear(self, parts: LinearParts, weights: list[Weight]) -> Linear:
+    def _linear(self, weights: list[Weight], biases: list[Tensor | None]) -> Linear:
         """One module out of those that share their input, fused along their outputs."""
-        biases = [self.source.bias(m, n, expected=parts.bias) for m, n in parts.modules.items()]
         lacking = [lacks_fp8(w.scheme, self.dtype, self.capability) for w in weights if isinstance(w, QuantizedWeight)]
         self.notes += [note for note in dict.fromkeys(lacking) if note and note not in self.notes]
         return make_linear(weights, biases, dtype=self.dtype, device=self.device, capability=self.capability)

@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from hf_oracle import CASES, make_hf, save, scattered_logits
+from hf_oracle import CASES, Sequences, make_hf, save, scattered_logits
 from torch import Tensor
+from trimmed import whole
 
 from octavo.calibration.quantize_model import quantize_model
 from octavo.calibration.recipe import Recipe
+from octavo.kernels.int4.gpu import packing
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.model import weights
 from octavo.runtime.model.decoder import Decoder
@@ -103,6 +105,33 @@ def test_schemes(scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     bodies = {kind: body for kind, _, body in model.report_layers()}
     assert bodies["qkv"] == bodies["down"] == SCHEMES[scheme]
     assert bodies["norms, rope, attention"] == "triton"
+
+
+def test_act_order_within_the_mlp_is_undone_at_load(
+    fixtures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all layers down alone (352 columns) has no order to gather in, and the logits are those of gathering."""
+    directory, pack = whole(fixtures / "tiny--gptqmodel-w4g32-act", tmp_path), packing.pack
+    ordered: list[tuple[int, bool]] = []
+
+    def noted(*args: Any, **options: Any) -> packing.PackedInt4:
+        packed = pack(*args, **options)
+        ordered.append((packed.shape[1], packed.order is not None))
+        return packed
+
+    def three_tokens() -> Tensor:
+        ordered.clear()
+        return torch.stack(
+            [row for _, _, row in Sequences(on_gpu(directory, monkeypatch), [[5, 6, 7]], 0).step({0: 3})]
+        )
+
+    monkeypatch.setattr(packing, "pack", noted)
+    ours = three_tokens()
+    assert ordered == [(128, True), (128, True), (128, True), (352, False)] * 2
+    monkeypatch.setattr(weights, "sort_inner", lambda *parts: parts)
+    gathering = three_tokens()
+    assert ordered == [(128, True), (128, True), (128, True), (352, True)] * 2
+    assert torch.equal(ours, gathering)
 
 
 @pytest.mark.parametrize("scheme", ["W4A16_ASYM@32", "FP8_DYNAMIC"])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hf_oracle import CASES, make_hf, save
+from shuffled import shuffle_groups
 from torch.utils._python_dispatch import TorchDispatchMode
 from trimmed import whole
 
@@ -73,6 +75,23 @@ def launches(directory: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return counted.names
 
 
+def of_a_layer(
+    architecture: str, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, act_order: bool = False
+) -> Counter[str]:
+    """How often a layer launches each kernel: what a model with one more has more."""
+    counts = []
+    for layers in (1, 2):
+        family, overrides = CASES[architecture]
+        plain = save(make_hf(family, {**overrides, "num_hidden_layers": layers}), tmp_path / f"plain{layers}")
+        quantized = tmp_path / f"quantized{layers}"
+        quantize_model(plain, quantized, recipe)
+        if act_order:
+            shuffle_groups(quantized)
+        counts.append(Counter(launches(quantized, monkeypatch)))
+    counts[1].subtract(counts[0])
+    return counts[1]
+
+
 @pytest.mark.parametrize(
     ("architecture", "scheme", "number"),
     [
@@ -94,16 +113,18 @@ def test_a_layer_has_few_launches(
     OLMo 2's norm of all heads at once is a launch of its own. A mixture routes and sorts; its router's product is one
     launch on a GPU, and two casts more here.
     """
-    counts = []
-    for layers in (1, 2):
-        family, overrides = CASES[architecture]
-        plain = save(make_hf(family, {**overrides, "num_hidden_layers": layers}), tmp_path / f"plain{layers}")
-        quantize_model(plain, tmp_path / f"quantized{layers}", Recipe(scheme))
-        counts.append(launches(tmp_path / f"quantized{layers}", monkeypatch))
+    found = of_a_layer(architecture, Recipe(scheme), tmp_path, monkeypatch)
     casts = 2 if architecture == "mixtral" and "TRITON_INTERPRET" in os.environ else 0
-    assert len(counts[1]) - len(counts[0]) == number + casts, counts
+    assert found.total() == number + casts, found
 
 
 def test_stored_scales_take_no_launch_more(fixtures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     static, dynamic = (whole(fixtures / f"tiny--llmc-fp8-{kind}", tmp_path) for kind in ("static", "dynamic"))
     assert launches(static, monkeypatch) == launches(dynamic, monkeypatch)
+
+
+def test_act_order_gathers_for_three_gemms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before qkv, o and gate_up; what down reads is made in the order of its groups."""
+    found = of_a_layer("llama", Recipe("W4A16@32", format="gptq"), tmp_path, monkeypatch, act_order=True)
+    assert found.total() == 8 + 3, found
+    assert found["_gather"] == 3, found
