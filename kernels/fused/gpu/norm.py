@@ -97,8 +97,6 @@ def norm(
     plain     [T, H] bf16, fp16 or float32: receives what out has codes of, too
     """
     parts, (num_tokens, width) = (x.shape[0] if x.dim() == 3 else 1), x.shape[-2:]
-    if x.stride(-1) != 1:
-        raise ValueError(f"x {list(x.shape)} with strides {x.stride()}: columns must lie side by side")
     if (out.dtype in (torch.float8_e4m3fn, torch.int8)) != (scale is not None):
         raise ValueError(f"a norm into {out.dtype} {'needs' if scale is None else 'has no'} scale")
     if (residual is None) != (total is None):

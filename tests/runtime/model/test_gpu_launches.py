@@ -101,8 +101,8 @@ def of_a_layer(
         ("gemma2", "W4A16@32", 8),
         ("granite", "W4A16@32", 8),
         ("olmo2", "FP8_DYNAMIC", 10),
-        ("mixtral", "W4A16@32", 12),
-        ("mixtral", "FP8_DYNAMIC", 13),
+        ("mixtral", "W4A16@32", 11),
+        ("mixtral", "FP8_DYNAMIC", 12),
     ],
 )
 def test_a_layer_has_few_launches(
