@@ -15,19 +15,22 @@ from torch import Tensor
 class Rounding:
     """How a GEMM wants its input [T, K]: codes of float8_e4m3fn or int8, a scale per token and `group_size` columns.
 
+    dtype None: plain numbers, in another order. places [K] int32: where each column goes.
     group_size 0: one scale for each token. static_scale [1] float32: the checkpoint's, for all of them.
     keeps_plain: the plain tensor as well, for a router.
     """
 
-    dtype: torch.dtype
+    dtype: torch.dtype | None
     group_size: int = 0
     static_scale: Tensor | None = None
     keeps_plain: bool = False
+    places: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Rounded:
-    """codes [T, K], and float32 scales [T, 1] or [T, ceil(K / group_size)] that they are multiplied by.
+    """codes [T, K], and float32 scales [T, 1] or [T, ceil(K / group_size)] that they are multiplied by; [T, 0]
+    of plain numbers.
 
     plain [T, K]: what they were rounded from, where that was asked for.
     """
@@ -40,9 +43,9 @@ class Rounded:
     def empty(
         tokens: int, columns: int, wants: Rounding, device: torch.device, dtype: torch.dtype | None = None
     ) -> Rounded:
-        """Room for them; dtype is that of a plain tensor."""
-        groups = -(-columns // wants.group_size) if wants.group_size else 1
-        codes = torch.empty(tokens, columns, dtype=wants.dtype, device=device)
+        """Room for them; dtype is that of plain numbers."""
+        groups = -(-columns // wants.group_size) if wants.group_size else int(wants.dtype is not None)
+        codes = torch.empty(tokens, columns, dtype=wants.dtype or dtype, device=device)
         plain = torch.empty(tokens, columns, dtype=dtype, device=device) if wants.keeps_plain else None
         return Rounded(codes, torch.empty(tokens, groups, device=device), plain)
 

@@ -6,6 +6,7 @@ load, as is whatever no kernel has. Kernels are imported when a weight asks for 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -127,28 +128,31 @@ def _few_bits(part: QuantizedWeight, bias: Tensor | None, out: torch.dtype, want
         groups = group_of_column(k, part.scheme.weight.granularity.group_size or k).to(part.codes.device)
     bits = 2 if part.scheme.weight.bits == 2 else 4  # 3 bits lie in the fields of 4
     packed = packing.pack(part.codes, part.scale, part.zero_point, groups.long(), bias, bits=bits)
-    kind = "int4" if wants is None else "int4 fp8"
+    fp8, places = wants is not None, packed.places
+    if places is not None:
+        wants = replace(wants or Rounding(None), places=places)
 
-    def codes_of(x: Hidden) -> tuple[Tensor, Tensor | None]:
-        if wants is None:
-            assert isinstance(x, Tensor)
-            return x, None
-        if isinstance(x, Tensor):
-            x = linear.rounded(x)
-        return x.codes, x.scale
+    def codes_of(x: Hidden) -> tuple[Tensor, Tensor | None, bool]:
+        """And whether their columns are in the weight's order."""
+        if isinstance(x, Rounded):
+            return x.codes, x.scale if fp8 else None, places is not None
+        if not fp8:
+            return x, None, False
+        ready = linear.rounded(x)
+        return ready.codes, ready.scale, False
 
     def run(x: Hidden) -> Tensor:
-        codes, scale = codes_of(x)
-        return linear.matmul(codes, packed, scale, out)
+        codes, scale, is_arranged = codes_of(x)
+        return linear.matmul(codes, packed, scale, out, is_arranged=is_arranged)
 
     def partial(x: Hidden) -> Tensor:
-        codes, scale = codes_of(x)
-        if _in_parts(kind, codes.shape[0], n, packed.columns):
-            return linear.partial_sums(codes, packed, scale)
-        return linear.matmul(codes, packed, scale, out)
+        codes, scale, is_arranged = codes_of(x)
+        if _in_parts("int4 fp8" if fp8 else "int4", codes.shape[0], n, packed.columns):
+            return linear.partial_sums(codes, packed, scale, is_arranged=is_arranged)
+        return linear.matmul(codes, packed, scale, out, is_arranged=is_arranged)
 
     name = f"{part.scheme.weight.dtype} weights{' in 4 bits' if part.scheme.weight.bits == 3 else ''}"
-    name += ", 16 bits" if wants is None else ", fp8"
+    name += ", fp8" if fp8 else ", 16 bits"
     return Body(name, run, _bytes(packed), wants, partial, has_bias=bias is not None)
 
 

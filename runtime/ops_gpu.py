@@ -50,7 +50,8 @@ def _room(x: Tensor, columns: int, dtype: torch.dtype, wants: Rounding | None) -
         plain = torch.empty(x.shape[-2], columns, dtype=dtype, device=x.device)
         return plain, plain, {}
     rounded = Rounded.empty(x.shape[-2], columns, wants, x.device, dtype)
-    how = {"scale": rounded.scale, "group_size": wants.group_size, "static_scale": wants.static_scale}
+    how = {"group_size": wants.group_size, "static_scale": wants.static_scale, "places": wants.places}
+    how |= {} if wants.dtype is None else {"scale": rounded.scale}
     return rounded, rounded.codes, how if rounded.plain is None else {**how, "plain": rounded.plain}
 
 

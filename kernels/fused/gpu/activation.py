@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels import tables
-from octavo.kernels.fused.gpu.rounding import store_rounded
+from octavo.kernels.fused.gpu.rounding import expect_scale, store_rounded
 from octavo.kernels.launch import Launch, Proof, cdiv, meta, power_of_two
 from octavo.kernels.numeric import reciprocal
 from octavo.kernels.overlap import await_previous
@@ -31,9 +31,9 @@ def _sigmoid(x):
 
 @triton.jit
 def _gated(
-    x, out, scale, stored, part_size, width,
-    GELU: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr, STATIC: tl.constexpr, BLOCK: tl.constexpr,
-    OVERLAPS: tl.constexpr,
+    x, out, scale, stored, places, part_size, width,
+    GELU: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr, STATIC: tl.constexpr, MOVED: tl.constexpr,
+    BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     await_previous(OVERLAPS)
     token, first = tl.program_id(0), tl.program_id(1) * BLOCK
@@ -48,33 +48,36 @@ def _gated(
     z = gate
     if GELU:
         z = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
-    store_rounded(gate * _sigmoid(z) * up, out, scale, stored, token, first, width, GROUP, STATIC, BLOCK)
+    value = gate * _sigmoid(z) * up
+    store_rounded(value, out, scale, stored, places, token, first, width, GROUP, STATIC, MOVED, BLOCK)
 
 
 def silu_and_mul(
-    x: Tensor, out: Tensor, *, scale: Tensor | None = None, group_size: int = 0, static_scale: Tensor | None = None
-) -> Launch:
+    x: Tensor, out: Tensor, *, scale: Tensor | None = None, group_size: int = 0, static_scale: Tensor | None = None,
+    places: Tensor | None = None,
+) -> Launch:  # fmt: skip
     """silu(gate) * up of x = gate, up [T, 2 I], or of the sum of x [S, T, 2 I] float32, into out [T, I].
 
     out is bf16, fp16 or float32; or float8_e4m3fn or int8 with scale [T, ceil(I / group_size)] float32, a scale for
     each group of columns, or [T, 1] with group_size 0; group_size is a power of two. static_scale [1] float32: as of
-    `fp8.gpu.quantize`.
+    `fp8.gpu.quantize`. places [I] int32: where each column goes in out; not with groups.
     """
-    return _launch(x, out, scale, group_size, static_scale, gelu=False)
+    return _launch(x, out, scale, group_size, static_scale, places, gelu=False)
 
 
 def gelu_tanh_and_mul(
-    x: Tensor, out: Tensor, *, scale: Tensor | None = None, group_size: int = 0, static_scale: Tensor | None = None
-) -> Launch:
+    x: Tensor, out: Tensor, *, scale: Tensor | None = None, group_size: int = 0, static_scale: Tensor | None = None,
+    places: Tensor | None = None,
+) -> Launch:  # fmt: skip
     """gelu(gate) * up, tanh-approximated; all else as in `silu_and_mul`."""
-    return _launch(x, out, scale, group_size, static_scale, gelu=True)
+    return _launch(x, out, scale, group_size, static_scale, places, gelu=True)
 
 
 def _launch(
-    x: Tensor, out: Tensor, scale: Tensor | None, group_size: int, static_scale: Tensor | None, *, gelu: bool
-) -> Launch:
-    if (out.dtype in (torch.float8_e4m3fn, torch.int8)) != (scale is not None):
-        raise ValueError(f"an activation into {out.dtype} {'needs' if scale is None else 'has no'} scale")
+    x: Tensor, out: Tensor, scale: Tensor | None, group_size: int, static_scale: Tensor | None, places: Tensor | None,
+    *, gelu: bool,
+) -> Launch:  # fmt: skip
+    expect_scale("an activation", out, scale, group_size, places)
     (tokens, width), parts = out.shape, x.shape[0] if x.dim() == 3 else 1
     block = max(power_of_two(width), group_size)
     if scale is not None and group_size == 0:
@@ -88,6 +91,7 @@ def _launch(
         {
             "x": x, "out": out, "scale": out if scale is None else scale, "part_size": tokens * 2 * width,
             "stored": out if static_scale is None else static_scale, "STATIC": static_scale is not None,
+            "places": out if places is None else places, "MOVED": places is not None,
             "width": width, "GELU": gelu, "PARTS": parts, "GROUP": group_size, "BLOCK": block,
         },
         **sizes,

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels import tables
-from octavo.kernels.fused.gpu.rounding import store_rounded
+from octavo.kernels.fused.gpu.rounding import expect_scale, store_rounded
 from octavo.kernels.launch import Launch, Proof, meta, power_of_two
 from octavo.kernels.numeric import narrow
 from octavo.kernels.overlap import await_previous, prefetch
@@ -32,10 +32,10 @@ def _normed(value, weight, width, eps, BLOCK: tl.constexpr):
 
 @triton.jit
 def _norm(
-    x, after, weight, residual, out, scale, stored, plain, total, x_part, x_row, width, eps, multiplier,
+    x, after, weight, residual, out, scale, stored, places, plain, total, x_part, x_row, width, eps, multiplier,
     PARTS: tl.constexpr, HAS_AFTER: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-    HAS_PLAIN: tl.constexpr, HAS_OUT: tl.constexpr, GROUP: tl.constexpr, STATIC: tl.constexpr, BLOCK: tl.constexpr,
-    OVERLAPS: tl.constexpr,
+    HAS_PLAIN: tl.constexpr, HAS_OUT: tl.constexpr, GROUP: tl.constexpr, STATIC: tl.constexpr, MOVED: tl.constexpr,
+    BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     if OVERLAPS:
         line = tl.minimum(tl.arange(0, (BLOCK + 31) // 32) * 32, width - 1)
@@ -68,7 +68,7 @@ def _norm(
     if HAS_PLAIN:
         tl.store(plain + row + at, narrow(value, plain.dtype.element_ty), mask=seen)
     if HAS_OUT:
-        store_rounded(value, out, scale, stored, token, 0, width, GROUP, STATIC, BLOCK)
+        store_rounded(value, out, scale, stored, places, token, 0, width, GROUP, STATIC, MOVED, BLOCK)
 
 
 def norm(
@@ -85,6 +85,7 @@ def norm(
     group_size: int = 0,
     static_scale: Tensor | None = None,
     plain: Tensor | None = None,
+    places: Tensor | None = None,
 ) -> Launch:
     """RMSNorm of x [T, H], or of the sum of x [S, T, H], float32 or of a token's S experts, into out [T, H].
 
@@ -95,10 +96,10 @@ def norm(
               each group of columns, or [T, 1] with group_size 0; group_size is a power of two
     static_scale  [1] float32: as of `fp8.gpu.quantize`
     plain     [T, H] bf16, fp16 or float32: receives what out has codes of, too
+    places    [H] int32: where each column goes in out; not with groups
     """
     parts, (num_tokens, width) = (x.shape[0] if x.dim() == 3 else 1), x.shape[-2:]
-    if (out.dtype in (torch.float8_e4m3fn, torch.int8)) != (scale is not None):
-        raise ValueError(f"a norm into {out.dtype} {'needs' if scale is None else 'has no'} scale")
+    expect_scale("a norm", out, scale, group_size, places)
     if (residual is None) != (total is None):
         raise ValueError("residual and total come together")
     if residual is None and (weight is None or after is not None or multiplier != 1.0):
@@ -113,6 +114,7 @@ def norm(
             "scale": out if scale is None else scale, "total": out if total is None else total,
             "stored": out if static_scale is None else static_scale, "STATIC": static_scale is not None,
             "plain": out if plain is None else plain, "HAS_PLAIN": plain is not None,
+            "places": out if places is None else places, "MOVED": places is not None,
             "HAS_OUT": weight is not None or scale is not None,
             "x_part": x.stride(0) if x.dim() == 3 else 0, "x_row": x.stride(-2), "width": width, "eps": eps,
             "PARTS": parts, "HAS_AFTER": after is not None, "HAS_RESIDUAL": residual is not None,

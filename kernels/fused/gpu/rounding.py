@@ -5,24 +5,27 @@ References: `fp8.reference` and `int8.reference`, per token, per group and stati
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from octavo.kernels.numeric import divided, largest, narrow, stored_step, to_e4m3, to_int8
 
 
 @triton.jit
 def store_rounded(
-    value, out, scale, stored, token, first, width,
-    GROUP: tl.constexpr, STATIC: tl.constexpr, BLOCK: tl.constexpr,
+    value, out, scale, stored, places, token, first, width,
+    GROUP: tl.constexpr, STATIC: tl.constexpr, MOVED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The columns first .. first + BLOCK of a token's row; with GROUP 0 and codes that must be the whole row.
 
     Columns from width on are zeros and aren't stored. first is a multiple of GROUP. STATIC: by the scale at `stored`.
+    MOVED: column k is stored as column places [k].
     """
     kind: tl.constexpr = out.dtype.element_ty
     at = first + tl.arange(0, BLOCK)
-    place = out + token.to(tl.int64) * width + at
+    place = out + token.to(tl.int64) * width + (tl.load(places + at, mask=at < width, other=0) if MOVED else at)
     if kind == tl.float8e4nv or kind == tl.int8:
         if STATIC:
             step, value = stored_step(value, scale, stored, token, 0)
@@ -49,3 +52,11 @@ def _step(most, kind: tl.constexpr):
     """The scale of codes that reach 448 (e4m3) or 127.5 (int8) for numbers of that size; 1 where all are zero."""
     code: tl.constexpr = 448.0 if kind == tl.float8e4nv else 127.5
     return tl.where(most == 0.0, 1.0, tl.div_rn(most, code))
+
+
+def expect_scale(what: str, out: Tensor, scale: Tensor | None, group_size: int, places: Tensor | None) -> None:
+    """Codes have a scale, and nothing else has; columns that share one stay together. Raises ValueError."""
+    if (out.dtype in (torch.float8_e4m3fn, torch.int8)) != (scale is not None):
+        raise ValueError(f"{what} into {out.dtype} {'needs' if scale is None else 'has no'} scale")
+    if group_size and places is not None:
+        raise ValueError(f"{what} in groups of {group_size} columns can't move them")

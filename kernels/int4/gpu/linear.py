@@ -40,10 +40,15 @@ def rounded(x: Tensor) -> Rounded:
     return ready
 
 
-def matmul(x: Tensor, packed: PackedInt4, x_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """x [M, K] bf16 or fp16, or e4m3 with x_scale [M, 1] float32, times the weight: [M, N] bf16, fp16 or float32."""
+def matmul(
+    x: Tensor, packed: PackedInt4, x_scale: Tensor | None, dtype: torch.dtype, *, is_arranged: bool = False
+) -> Tensor:
+    """x [M, K] bf16 or fp16, or e4m3 with x_scale [M, 1] float32, times the weight: [M, N] bf16, fp16 or float32.
+
+    is_arranged: its columns are where `packed.places` has them.
+    """
     sizes, n = _sizes(x, packed), packed.shape[0]
-    x = _arranged(x, packed)
+    x = _arranged(x, packed, is_arranged)
     if sizes.pop("dequantize", 0) and x_scale is None and x.dtype == dtype:
         weight = torch.empty(n, packed.columns, dtype=dtype, device=x.device)
         dequantize(packed, weight)()
@@ -57,12 +62,12 @@ def matmul(x: Tensor, packed: PackedInt4, x_scale: Tensor | None, dtype: torch.d
     return out
 
 
-def partial_sums(x: Tensor, packed: PackedInt4, x_scale: Tensor | None = None) -> Tensor:
+def partial_sums(x: Tensor, packed: PackedInt4, x_scale: Tensor | None = None, *, is_arranged: bool = False) -> Tensor:
     """`matmul`'s product, bias included: [S, M, N] float32 for the next kernel to add up."""
     sizes = _sizes(x, packed)
     sizes.pop("dequantize", 0)
     out = torch.empty(sizes.pop("parts"), x.shape[0], packed.shape[0], device=x.device)
-    gemm(_arranged(x, packed), packed, out, x_scale, **sizes)()
+    gemm(_arranged(x, packed, is_arranged), packed, out, x_scale, **sizes)()
     return out
 
 
@@ -75,11 +80,11 @@ def _sizes(x: Tensor, packed: PackedInt4) -> dict[str, int]:
     return sizes
 
 
-def _arranged(x: Tensor, packed: PackedInt4) -> Tensor:
+def _arranged(x: Tensor, packed: PackedInt4, already: bool = False) -> Tensor:
     """x with the columns that the GEMM reads, and for 2 bits in bf16, exactly: their slices are short for e4m3."""
     if packed.bits == 2 and x.dtype == torch.float8_e4m3fn:
         x = x.to(torch.bfloat16)
-    if packed.order is None:
+    if packed.order is None or already:
         return x if x.stride(1) == 1 else x.contiguous()
     out = torch.empty(x.shape[0], packed.columns, dtype=x.dtype, device=x.device)
     gather(x.contiguous(), packed.order, out)()

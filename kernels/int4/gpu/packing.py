@@ -58,6 +58,13 @@ class PackedInt4:
         return self.groups.shape[0] if self.order is None else self.order.shape[0]
 
     @property
+    def places(self) -> Tensor | None:
+        """Where each of x's columns goes, [K] int32; None where they stay, or zeros come between them."""
+        if self.order is None or self.order.shape[0] != self.groups.shape[0]:
+            return None
+        return self.order.argsort().int()
+
+    @property
     def num_bytes(self) -> int:
         """Bytes that one pass over the weight reads."""
         return self.words.nbytes + self.scale.nbytes

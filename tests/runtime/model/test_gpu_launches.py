@@ -123,8 +123,8 @@ def test_stored_scales_take_no_launch_more(fixtures: Path, tmp_path: Path, monke
     assert launches(static, monkeypatch) == launches(dynamic, monkeypatch)
 
 
-def test_act_order_gathers_for_three_gemms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before qkv, o and gate_up; what down reads is made in the order of its groups."""
+def test_act_order_gathers_for_o_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms put columns where qkv and gate_up have them; what down reads is made in the order of its groups."""
     found = of_a_layer("llama", Recipe("W4A16@32", format="gptq"), tmp_path, monkeypatch, act_order=True)
-    assert found.total() == 8 + 3, found
-    assert found["_gather"] == 3, found
+    assert found.total() == 8 + 1, found
+    assert found["_gather"] == 1, found
