@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels.sampling import reference
 from octavo.kernels.sampling.gpu.change import add_biases, punish
-from octavo.kernels.sampling.gpu.draw import draw
+from octavo.kernels.sampling.gpu.draw import _exp, _weigh, draw
 
 INF = float("inf")
 OFF = (1.0, 0, 1.0, 0.0)  # temperature, top_k, top_p, min_p
@@ -25,6 +27,18 @@ CASES = [
     (1.0, 10_000, 0.5, 1.0),
     (3.0, 0, 1 - 2**-24, 0.0),
 ]
+
+
+@triton.jit
+def exponentials(x, out, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + at, _exp(tl.load(x + at)))
+
+
+@triton.jit
+def weights(logits, row, out, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + at, _weigh(tl.load(logits + at), tl.load(row), tl.load(row + 1)))
 
 
 def parameters(cases: list[tuple[float, int, float, float]], device: torch.device) -> list[Tensor]:
@@ -51,6 +65,36 @@ def adversarial(vocab: int) -> Tensor:
             torch.linspace(-120, 0, vocab),  # weights down to nothing
         ]
     )
+
+
+def unit_of(x: Tensor) -> Tensor:
+    """Of float32's last place, at normal numbers."""
+    return torch.exp2(x.log2().floor() - 23)
+
+
+def test_the_exponential_is_off_by_two_units_of_the_last_place(device: torch.device) -> None:
+    """It was by 1.01 at the most, and by 0.97 where an fma rounds twice, as in some interpreters of Triton."""
+    x = torch.cat([torch.linspace(-87, 0, 3 << 16), -torch.logspace(-30, 6, 1 << 16, base=2)]).to(device)
+    got = torch.full_like(x, torch.nan)
+    exponentials[(64,)](x, got, BLOCK=1 << 12)
+    truth = x.double().exp()
+    assert bool(((got.double() - truth).abs() <= 2 * unit_of(truth)).all())
+    assert bool((got[x == 0] == 1).all())
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 1.7, 1e3])
+def test_weights_are_exponentials_of_what_lies_under_the_peak(temperature: float, device: torch.device) -> None:
+    """A difference and a quotient are rounded: 2^-24 of the exponent each. Below -87 there is nothing."""
+    row = torch.tensor([3.7, temperature], device=device)
+    logits = row[0] + row[1] * torch.linspace(-100, 0, 1 << 15, device=device)
+    logits[0] = -INF
+    got = torch.full_like(logits, torch.nan)
+    weights[(8,)](logits, row, got, BLOCK=1 << 12)
+    x = (logits.double() - row[0].double()) / row[1].double()
+    truth = x.exp()
+    limit = 2 * unit_of(truth) + truth * (-x * 2.0**-23).expm1()
+    assert bool(torch.where(x > -87, (got.double() - truth).abs() <= limit, got == 0).all())
+    assert got[-1] == 1
 
 
 def kept_by_reference(logits: Tensor, case: tuple[float, int, float, float]) -> Tensor:
