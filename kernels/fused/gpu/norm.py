@@ -16,8 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels import tables
+from octavo.kernels.expect import expect
 from octavo.kernels.fused.gpu.rounding import store_rounded
-from octavo.kernels.launch import Launch, Proof, meta, power_of_two
+from octavo.kernels.launch import Launch, Proof, cdiv, meta, power_of_two
 from octavo.kernels.numeric import narrow
 from octavo.kernels.overlap import await_previous, prefetch
 
@@ -93,6 +94,12 @@ def norm(
         raise ValueError("residual and total come together")
     if residual is None and (weight is None or after is not None or multiplier != 1.0):
         raise ValueError("without a residual there is one norm, and nothing but it")
+    rows, groups = (num_tokens, width), cdiv(width, group_size) if group_size else 1
+    expect(
+        x=(x, (parts, *rows) if x.dim() == 3 else rows), residual=(residual, rows), total=(total, rows),
+        weight=(weight, width), after=(after, width), scale=(scale, (num_tokens, groups)),
+        out=(None if weight is None else out, rows),
+    )  # fmt: skip
     block = max(power_of_two(width), group_size)
     return Launch(
         _norm,
