@@ -75,8 +75,9 @@ class Sampler:
 
     def _draw(self, logits: Tensor, rows: list[int], sequences: list[Sequence]) -> list[int]:
         params = [sequence.params for sequence in sequences]
-        floats = torch.tensor([(p.temperature, p.top_p, p.min_p) for p in params], device=logits.device)
-        temperature, top_p, min_p = floats.unbind(dim=1)
+        columns = zip(*((p.temperature, p.top_p, p.min_p) for p in params), strict=True)
+        floats = torch.tensor(tuple(columns), dtype=torch.float32, device=logits.device)
+        temperature, top_p, min_p = floats  # rows of it: a kernel reads each as lying side by side
         top_k = torch.tensor([p.top_k for p in params], device=logits.device)
         uniforms = [uniform(self._key(sequence), sequence.num_outputs) for sequence in sequences]
         uniforms_of = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from octavo.kernels.expect import expect, refuse
+
 
 @dataclass(frozen=True)
 class LayerCache:
@@ -21,9 +23,20 @@ class LayerCache:
     key_scale: Tensor
     value_scale: Tensor
 
+    def __post_init__(self) -> None:
+        shape, heads = self.key.shape, self.key.shape[1]
+        expect(key=(self.key, shape), value=(self.value, shape))
+        expect(key_scale=(self.key_scale, heads), value_scale=(self.value_scale, heads))
+
     @property
     def block_size(self) -> int:
         return self.key.shape[2]
+
+    def expect_heads(self, shape: AttentionShape) -> None:
+        """Refuse a layer of other heads."""
+        blocks, heads, size, dim = self.key.shape
+        if heads != shape.num_kv_heads or dim != shape.head_dim:
+            refuse("the cache's key", self.key, (blocks, shape.num_kv_heads, size, shape.head_dim))
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,9 @@ def fake_quantize_per_token(x: Tensor) -> Tensor:
 def fake_quantize_per_group(x: Tensor, group_size: int) -> Tensor:
     """One scale for each row and `group_size` columns of x [M, K]; the last group may be short."""
     m, k = x.shape
-    padded = torch.nn.functional.pad(x.float(), (0, -k % group_size)).reshape(m, -1, group_size)
+    padded = torch.nn.functional.pad(x.float(), (0, -k % group_size)).reshape(m, -(-k // group_size), group_size)
     rounded = round_to_e4m3(padded, _scale(padded.abs().amax(dim=-1, keepdim=True)))
-    return rounded.reshape(m, -1)[:, :k]
+    return rounded.flatten(1)[:, :k]
 
 
 def fake_quantize_static(x: Tensor, scale: Tensor) -> Tensor:

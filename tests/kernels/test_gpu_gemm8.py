@@ -130,6 +130,7 @@ def test_what_the_memory_accelerator_cannot_read(device: torch.device) -> None:
     x = torch.zeros(8, 33, device=device).to(INT8)
     assert fits_tma(x[:, :32].contiguous())
     assert not fits_tma(x)
+    assert not fits_tma(torch.zeros(32, 32, device=device).T)
     out = torch.full((8, 8), torch.nan, device=device)
     launch = many(x, x, torch.ones(1, device=device), torch.ones(1, device=device), out)
     assert not launch.arguments["TMA"]

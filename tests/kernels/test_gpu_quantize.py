@@ -85,6 +85,7 @@ def test_no_tokens_are_no_launch(device: torch.device) -> None:
     for group_size in (0, 128):
         x, out = torch.ones(0, 256, device=device), torch.ones(0, 256, device=device).to(torch.int8)
         quantize(x, out, torch.ones(0, 2 if group_size else 1, device=device), group_size=group_size)()
+    assert fp8.fake_quantize_per_group(x, 128).shape == x.shape
 
 
 def test_a_stored_scale_of_groups_is_refused(device: torch.device) -> None:

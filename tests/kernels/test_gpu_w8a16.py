@@ -88,7 +88,7 @@ def test_the_bit_formula_is_exact_for_every_code_and_zero_point(dtype: torch.dty
     """What the GPU's instructions do to a word, in torch's integers: the interpreter can't run them."""
     low, high = torch.meshgrid(torch.arange(-128, 128), torch.arange(-128, 128), indexing="ij")
     words = ((low & 0xFF) | (high << 8)).reshape(-1).to(torch.int16)
-    packed = Packed(words[:, None].expand(-1, 16).reshape(1, -1, 16), torch.ones(1, 65536), None, None, 32, 0)
+    packed = Packed(words[:, None].repeat(1, 16)[None], torch.ones(1, 65536), None, None, 32, 0)
     assert torch.equal(unpack(packed)[:, [0, 31]], torch.stack((low, high), -1).reshape(-1, 2).float())
 
     def half(bits: Tensor) -> Tensor:

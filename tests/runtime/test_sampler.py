@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from toy_model import make_request
 
-from octavo.runtime.draw import select_sampling, uniform
+from octavo.runtime import sampler
+from octavo.runtime.draw import SamplingOps, select_sampling, uniform
 from octavo.runtime.logits import change_logits
 from octavo.runtime.penalties import TokenCounts
 from octavo.runtime.sampler import Sampler
@@ -147,3 +148,21 @@ def test_uniform_is_uniform_and_depends_on_key_and_position() -> None:
     expected = len(numbers) / 50
     assert ((counts - expected) ** 2 / expected).sum() < 85.4  # chi-square, 49 degrees of freedom, p = 0.001
     assert uniform("seed 1", 2) == uniform("seed 1", 2)
+
+
+def test_a_gpu_draws_each_row_with_its_own_parameters(
+    row: Tensor, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from octavo.kernels.sampling.gpu.draw import draw
+
+    kinds: list[dict[str, object]] = [
+        {"temperature": 9.0},
+        {"temperature": 1.0, "top_p": 0.01},
+        {"temperature": 5.0, "min_p": 0.99},
+    ]
+    rows = torch.stack([row] * 6).to(device)
+    sequences = [sequence([1], seed=seed, **kinds[seed % 3]) for seed in range(6)]
+    expected = sample(rows.cpu(), *sequences).token_ids
+    monkeypatch.setattr(sampler, "select_sampling", lambda _: SamplingOps(draw))
+    assert sample(rows, *sequences).token_ids == expected
+    assert len(set(expected)) > 1

@@ -24,6 +24,7 @@ from octavo.kernels.attention.gpu.paged import (
     LOG2_E,
     MASKED_SCORE,
     attend,
+    expect_paged,
     load_queries,
     mixed,
     nothing_yet,
@@ -31,6 +32,7 @@ from octavo.kernels.attention.gpu.paged import (
     words,
 )
 from octavo.kernels.attention.step import StepInputs
+from octavo.kernels.expect import expect
 from octavo.kernels.launch import Launch, Proof, cdiv, power_of_two
 from octavo.kernels.numeric import narrow
 from octavo.kernels.overlap import await_previous
@@ -234,6 +236,21 @@ def share_count(max_seq_len: int, shape: AttentionShape, *, least: int, most: in
     return max(min(most, cdiv(seen, least)), 1)
 
 
+def _expect_room(
+    q: Tensor, inputs: StepInputs, cache: LayerCache, shape: AttentionShape, out: Tensor,
+    room: tuple[Tensor, Tensor, Tensor], queries: int, least: int, most: int,
+) -> None:  # fmt: skip
+    """Whether all that `decode` is given has its size; where no sequence has two shares, `partial` isn't used."""
+    expect_paged(q, inputs, cache, shape, out)
+    sequences, (partial, lse, counters) = inputs.seq_lens.shape[0], room
+    parts = share_count(inputs.max_seq_len, shape, least=least, most=most, queries=queries)
+    rows = (sequences, shape.num_kv_heads, parts, queries * (shape.num_heads // shape.num_kv_heads))
+    expect(
+        lse=(lse, rows), partial=(None if parts == 1 else partial, (*rows, shape.head_dim)),
+        counters=(counters, max(counters.numel(), sequences * shape.num_kv_heads)),
+    )  # fmt: skip
+
+
 def decode(
     q: Tensor,
     inputs: StepInputs,
@@ -261,6 +278,7 @@ def decode(
     programs go through a list of the shares that there are, where the grid would have more: a CUDA graph's is for the
              longest contexts, and a program with nothing to do costs time too
     """
+    _expect_room(q, inputs, cache, shape, out, (partial, lse, counters), queries, least, most)
     grid, listed = lse.shape[:3], math.prod(lse.shape[:3]) > programs
     group, dim = shape.num_heads // shape.num_kv_heads, max(power_of_two(shape.head_dim), 32)
     merged = power_of_two(queries * group)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
 from octavo.kernels.attention.step import StepInputs
+from octavo.kernels.expect import expect
 from octavo.kernels.launch import INTERPRETED, meta
 from octavo.kernels.numeric import dot, narrow
 
@@ -72,6 +73,16 @@ _FROM_INT8 = tl.constexpr("""{
 }""")
 CODES = {torch.float8_e4m3fn: "e4m3", torch.int8: "int8"}
 """What the bytes of a cache's tensor are; floats, which are read as they are, have no entry."""
+
+
+def expect_paged(q: Tensor, inputs: StepInputs, cache: LayerCache, shape: AttentionShape, out: Tensor) -> None:
+    """Whether all that attention over a paged cache reads and writes has its size."""
+    rows, (sequences, width) = (q.shape[0], shape.num_heads, shape.head_dim), inputs.block_tables.shape
+    expect(
+        q=(None if q is out else q, rows), out=(out, rows), block_tables=(inputs.block_tables, (sequences, width)),
+        seq_lens=(inputs.seq_lens, sequences), query_starts=(inputs.query_starts, sequences + 1),
+    )  # fmt: skip
+    cache.expect_heads(shape)
 
 
 def words(store: Tensor) -> Tensor:

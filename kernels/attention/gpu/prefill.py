@@ -20,7 +20,17 @@ from torch import Tensor
 from octavo.kernels import tables
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
 from octavo.kernels.attention.gpu.decode import decode_attention
-from octavo.kernels.attention.gpu.paged import CODES, LOG2_E, attend, load_queries, mixed, nothing_yet, on_meta, words
+from octavo.kernels.attention.gpu.paged import (
+    CODES,
+    LOG2_E,
+    attend,
+    expect_paged,
+    load_queries,
+    mixed,
+    nothing_yet,
+    on_meta,
+    words,
+)
 from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.launch import Launch, Proof, power_of_two
 from octavo.kernels.numeric import narrow
@@ -108,6 +118,7 @@ def prefill(
     num_stages: int = 3,
 ) -> Launch:
     """Attention of q [T, Hq, D] into out [T, Hq, D], for every sequence with at least `fewest` queries."""
+    expect_paged(q, inputs, cache, shape, out)
     sequences, group = inputs.seq_lens.shape[0], shape.num_heads // shape.num_kv_heads
     block_m = max(block_m, power_of_two(group))
     return Launch(

@@ -20,6 +20,7 @@ from octavo.kernels import tables
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
 from octavo.kernels.attention.gpu.paged import on_meta
 from octavo.kernels.attention.step import StepInputs
+from octavo.kernels.expect import expect
 from octavo.kernels.launch import Launch, Proof, cdiv, power_of_two
 from octavo.kernels.numeric import narrow, to_e4m3, to_int8
 from octavo.kernels.overlap import await_previous
@@ -159,6 +160,7 @@ def rope_arguments(
     """What norms, rotation and the cache's write need in any launch; the tensors are `rope`'s."""
     d, nothing = shape.head_dim, cache.key_scale  # stands for what isn't there
     norms = ["" if w is None else "head" if w.numel() == d else "all" for w in (q_norm, k_norm)]
+    _expect_arguments(qkv, inputs, shape, cos_sin, q_norm, k_norm)
     return {
         "qkv": qkv, "positions": inputs.positions, "slots": inputs.slot_mapping,
         "cos_sin": nothing if cos_sin is None else cos_sin, "q_norm": nothing if q_norm is None else q_norm,
@@ -169,6 +171,23 @@ def rope_arguments(
         "BLOCK_SIZE": cache.block_size, "PARTS": qkv.shape[0] if qkv.dim() == 3 else 1,
         "Q_NORM": norms[0], "K_NORM": norms[1], "ROTATES": cos_sin is not None,
     }  # fmt: skip
+
+
+def _expect_arguments(
+    qkv: Tensor, inputs: StepInputs, shape: AttentionShape, cos_sin: Tensor | None,
+    q_norm: Tensor | None, k_norm: Tensor | None,
+) -> None:  # fmt: skip
+    """Whether each has its size."""
+    tokens, d, heads, kv_heads = qkv.shape[-2], shape.head_dim, shape.num_heads, shape.num_kv_heads
+    width = (heads + 2 * kv_heads) * d
+    angles = (0, 0) if cos_sin is None else cos_sin.shape
+    expect(
+        qkv=(qkv, (qkv.shape[0], tokens, width) if qkv.dim() == 3 else (tokens, width)),
+        cos_sin=(cos_sin, (angles[0], min(angles[1], d) // 2 * 2)),
+        positions=(inputs.positions, tokens), slot_mapping=(inputs.slot_mapping, tokens),
+        q_norm=(q_norm, d if q_norm is None or q_norm.numel() == d else heads * d),
+        k_norm=(k_norm, d if k_norm is None or k_norm.numel() == d else kv_heads * d),
+    )  # fmt: skip
 
 
 def rope(
@@ -189,6 +208,8 @@ def rope(
     """
     d, group = shape.head_dim, shape.num_heads // shape.num_kv_heads
     arguments = rope_arguments(qkv, inputs, cache, shape, cos_sin, q_norm, k_norm, eps)
+    expect(q=(q, (qkv.shape[-2], shape.num_heads, d)))
+    cache.expect_heads(shape)
     norms, half = (arguments["Q_NORM"], arguments["K_NORM"]), arguments["HALF"]
     together = power_of_two(shape.num_kv_heads) if "all" in norms else 1  # KV heads of a program: a norm is taken once
     heads = power_of_two(together * group)

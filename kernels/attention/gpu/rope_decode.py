@@ -33,6 +33,7 @@ from octavo.kernels.attention.gpu.paged import as_factors, on_meta
 from octavo.kernels.attention.gpu.prefill import paged_attention
 from octavo.kernels.attention.gpu.rope import encoded, factor_of, rope_and_cache, rope_arguments, summed
 from octavo.kernels.attention.step import StepInputs
+from octavo.kernels.expect import expect
 from octavo.kernels.launch import Launch, Proof, meta
 from octavo.kernels.numeric import narrow
 from octavo.kernels.overlap import await_previous
@@ -172,6 +173,8 @@ def rope_decode(
     out: Tensor, partial: Tensor, lse: Tensor, counters: Tensor, **sizes: int,
 ) -> Launch:  # fmt: skip
     """`rope` on qkv, and `decode` of the queries into out [T, Hq, D], for every sequence with one new token."""
+    d = shape.head_dim
+    expect(out=(out, (qkv.shape[-2], shape.num_heads, d)), q_norm=(q_norm, d), k_norm=(k_norm, d))
     plain = decode(out, inputs, cache, shape, out, partial, lse, counters, **sizes)
     cached = {"key_words": plain.arguments["key"], "value_words": plain.arguments["value"]}
     added = rope_arguments(qkv, inputs, cache, shape, cos_sin, q_norm, k_norm, eps)

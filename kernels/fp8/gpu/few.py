@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo.kernels.expect import expect, refuse
 from octavo.kernels.launch import Launch, Proof, cdiv, meta
 from octavo.kernels.numeric import dot, narrow
 from octavo.kernels.overlap import MOST, await_previous, prefetch, row_lines
@@ -93,17 +94,29 @@ def store_transposed(
 
 
 def scale_arguments(
-    x: Tensor, x_scale: Tensor, w_scale: Tensor, *, blocks: bool, block_n: int, block_k: int
+    x: Tensor, w: Tensor, x_scale: Tensor, w_scale: Tensor, *, blocks: bool, block_n: int, block_k: int
 ) -> dict[str, Any]:
     """What a launch is told of the scales of x and w: where they are, how far the next row and the next group are."""
     if blocks and (BLOCK % block_n or BLOCK % block_k or x.dtype != torch.float8_e4m3fn):
         raise ValueError(f"{block_n} x {block_k} codes of {x.dtype} cross blocks of {BLOCK} e4m3 codes")
+    m, (n, k) = x.shape[0], w.shape
+    _expect_scale("x_scale", x_scale, m, cdiv(k, BLOCK) if blocks else 0)
+    _expect_scale("w_scale", w_scale, cdiv(n, BLOCK) if blocks else n, cdiv(k, BLOCK) if blocks else 0)
     x_row, w_row = (0 if scale.numel() == 1 and not blocks else scale.stride(0) for scale in (x_scale, w_scale))
     x_group, w_group = (scale.stride(1) if blocks else 0 for scale in (x_scale, w_scale))
     return {
         "x_scale": x_scale, "w_scale": w_scale, "BLOCKS": BLOCK if blocks else 0,
         "x_scale_row": x_row, "x_scale_group": x_group, "w_scale_row": w_row, "w_scale_group": w_group,
     }  # fmt: skip
+
+
+def _expect_scale(name: str, scale: Tensor, rows: int, groups: int) -> None:
+    """A scale for each row and group of columns; without groups (0) for each row, or one for all. In any order."""
+    if groups:
+        if scale.shape != (rows, groups):
+            refuse(name, scale, (rows, groups))
+    elif scale.numel() != 1 and scale.shape not in ((rows,), (rows, 1)):
+        refuse(name, scale, (rows, 1))
 
 
 def few(
@@ -128,9 +141,10 @@ def few(
     out       [M, N] bf16, fp16 or float32; or [S, M, N] float32, sums over S parts of K
     blocks    128 x 128 blocks of an e4m3 weight, and each token's groups of 128, have a scale
     """
-    (m, k), n = x.shape, w.shape[0]
+    m, (n, k) = x.shape[0], w.shape
     parts = out.shape[0] if out.dim() == 3 else 1
-    scales = scale_arguments(x, x_scale, w_scale, blocks=blocks, block_n=block_n, block_k=block_k)
+    expect(x=(x, (m, k)), w=(w, (n, k)), bias=(bias, n), out=(out, (parts, m, n) if out.dim() == 3 else (m, n)))
+    scales = scale_arguments(x, w, x_scale, w_scale, blocks=blocks, block_n=block_n, block_k=block_k)
     return Launch(
         _few,
         (cdiv(n, block_n), parts, cdiv(m, block_m)),

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from octavo.kernels.expect import expect
 from octavo.kernels.fp8.gpu.few import multiply, scale_arguments
 from octavo.kernels.launch import Launch, Proof, cdiv, meta
 from octavo.kernels.numeric import dot, narrow
@@ -104,8 +105,10 @@ def _store(
 
 
 def fits_tma(*matrices: Tensor) -> bool:
-    """Whether each begins at a multiple of 16 bytes, and each of its rows too."""
-    return all(t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 for t in matrices)
+    """Whether each begins at a multiple of 16 bytes, and each of its rows too, whose columns lie side by side."""
+    return all(
+        t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 and t.stride(1) == 1 for t in matrices
+    )
 
 
 def many(
@@ -132,13 +135,14 @@ def many(
 
     Scales and blocks are those of `few`. Where the memory accelerator can't read x or w, pointers do.
     """
-    (m, k), n = x.shape, w.shape[0]
+    m, (n, k) = x.shape[0], w.shape
+    expect(x=(x, (m, k)), w=(w, (n, k)), bias=(bias, n), out=(out, (1, m, n) if out.dim() == 3 else (m, n)))
     accelerated = bool(tma) and m > 0 and fits_tma(x, w)
     if accelerated and out.dtype == torch.float32 and block_n == 256:
         num_stages = min(num_stages, 3)  # on its way out a tile lies in shared memory beside them
     if k % 16:  # rows begin anywhere: codes come byte by byte through registers, of which large tiles have none left
         block_m, block_n, block_k, subtiles, num_warps = 64, 64, 64, 1, 4
-    scales = scale_arguments(x, x_scale, w_scale, blocks=blocks, block_n=block_n, block_k=block_k)
+    scales = scale_arguments(x, w, x_scale, w_scale, blocks=blocks, block_n=block_n, block_k=block_k)
     tiles = cdiv(m, block_m) * cdiv(n, block_n)
     return Launch(
         _many,

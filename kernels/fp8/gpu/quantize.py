@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels import tables
+from octavo.kernels.expect import expect, refuse
 from octavo.kernels.launch import Launch, Proof, cdiv, meta, power_of_two
 from octavo.kernels.numeric import divided, largest, stored_step, to_e4m3, to_int8
 from octavo.kernels.overlap import await_previous
@@ -80,9 +81,12 @@ def quantize(
     static_scale  [1] float32: round with it. It is then what scale becomes for each token, unless one isn't finite
     """
     m, k = x.shape
+    expect(x=(x, (m, k)), out=(out, (m, k)), static_scale=(static_scale, 1))
     if group_size:
         if static_scale is not None:
             raise ValueError("a stored scale has no groups")
+        if scale.shape != (m, cdiv(k, group_size)):
+            refuse("scale", scale, (m, cdiv(k, group_size)))
         sizes = tables.choose("quantize groups", m, k, group_size)
         rows = min(sizes.pop("rows"), power_of_two(m))
         arguments = {
@@ -90,6 +94,7 @@ def quantize(
             "scale_row": scale.stride(0), "scale_group": scale.stride(1), "GROUP": group_size, "ROWS": rows,
         }  # fmt: skip
         return Launch(_quantize_groups, (cdiv(m, rows), cdiv(k, group_size)), arguments, **sizes, num_stages=1)
+    expect(scale=(scale, m))
     block = power_of_two(k)
     arguments = {
         "x": x, "out": out, "scale": scale, "stored": scale if static_scale is None else static_scale,

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels import tables
+from octavo.kernels.expect import expect
 from octavo.kernels.fused.gpu.rounding import expect_scale, store_rounded
 from octavo.kernels.launch import Launch, Proof, cdiv, meta, power_of_two
 from octavo.kernels.numeric import reciprocal
@@ -79,6 +80,9 @@ def _launch(
 ) -> Launch:  # fmt: skip
     expect_scale("an activation", out, scale, group_size, places)
     (tokens, width), parts = out.shape, x.shape[0] if x.dim() == 3 else 1
+    expect(x=(x, (parts, tokens, 2 * width) if x.dim() == 3 else (tokens, 2 * width)), out=(out, (tokens, width)))
+    expect(scale=(scale, (tokens, cdiv(width, group_size) if group_size else 1)), static_scale=(static_scale, 1))
+    expect(places=(places, (width,)))
     block = max(power_of_two(width), group_size)
     if scale is not None and group_size == 0:
         sizes = tables.choose("activation rows", tokens, width, parts)

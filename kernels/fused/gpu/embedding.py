@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels import tables
+from octavo.kernels.expect import expect
 from octavo.kernels.launch import Launch, Proof, cdiv, power_of_two
 from octavo.kernels.numeric import narrow
 from octavo.kernels.overlap import await_previous
@@ -29,6 +30,7 @@ def _embed(token_ids, table, out, width, factor, BLOCK: tl.constexpr, OVERLAPS: 
 def embed(token_ids: Tensor, table: Tensor, out: Tensor, factor: float = 1.0) -> Launch:
     """table [V, H] at token_ids [T], times factor, into out [T, H]."""
     tokens, width = out.shape
+    expect(token_ids=(token_ids, tokens), table=(table, (table.shape[0], width)), out=(out, (tokens, width)))
     sizes = tables.choose("embedding", tokens, width, 0)
     block = min(power_of_two(width), sizes.pop("block"))
     return Launch(

@@ -16,8 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels import tables
+from octavo.kernels.expect import expect, refuse
 from octavo.kernels.fused.gpu.rounding import expect_scale, store_rounded
-from octavo.kernels.launch import Launch, Proof, meta, power_of_two
+from octavo.kernels.launch import Launch, Proof, cdiv, meta, power_of_two
 from octavo.kernels.numeric import narrow
 from octavo.kernels.overlap import await_previous, prefetch
 
@@ -72,21 +73,11 @@ def _norm(
 
 
 def norm(
-    x: Tensor,
-    weight: Tensor | None,
-    eps: float,
-    out: Tensor,
-    *,
-    residual: Tensor | None = None,
-    total: Tensor | None = None,
-    after: Tensor | None = None,
-    multiplier: float = 1.0,
-    scale: Tensor | None = None,
-    group_size: int = 0,
-    static_scale: Tensor | None = None,
-    plain: Tensor | None = None,
+    x: Tensor, weight: Tensor | None, eps: float, out: Tensor, *,
+    residual: Tensor | None = None, total: Tensor | None = None, after: Tensor | None = None, multiplier: float = 1.0,
+    scale: Tensor | None = None, group_size: int = 0, static_scale: Tensor | None = None, plain: Tensor | None = None,
     places: Tensor | None = None,
-) -> Launch:
+) -> Launch:  # fmt: skip
     """RMSNorm of x [T, H], or of the sum of x [S, T, H], float32 or of a token's S experts, into out [T, H].
 
     weight    [H] float32; None: only the sum is asked for, and out isn't written unless it is of codes: of the sum
@@ -99,11 +90,14 @@ def norm(
     places    [H] int32: where each column goes in out; not with groups
     """
     parts, (num_tokens, width) = (x.shape[0] if x.dim() == 3 else 1), x.shape[-2:]
+    rows, groups = (num_tokens, width), cdiv(width, group_size) if group_size else 1
     expect_scale("a norm", out, scale, group_size, places)
-    if (residual is None) != (total is None):
-        raise ValueError("residual and total come together")
-    if residual is None and (weight is None or after is not None or multiplier != 1.0):
-        raise ValueError("without a residual there is one norm, and nothing but it")
+    expect(
+        residual=(residual, rows), total=(total, rows), weight=(weight, width), after=(after, width),
+        scale=(scale, (num_tokens, groups)), static_scale=(static_scale, 1), plain=(plain, rows),
+        places=(places, (width,)), out=(None if weight is None and scale is None else out, rows),
+    )  # fmt: skip
+    _expect_what_is_added(x, weight, residual, total, after, multiplier)
     block = max(power_of_two(width), group_size)
     return Launch(
         _norm,
@@ -123,6 +117,19 @@ def norm(
         **tables.choose("norm", num_tokens, width, parts),
         num_stages=1,
     )  # fmt: skip
+
+
+def _expect_what_is_added(
+    x: Tensor, weight: Tensor | None, residual: Tensor | None, total: Tensor | None, after: Tensor | None,
+    multiplier: float,
+) -> None:  # fmt: skip
+    """Raises ValueError. x's rows may lie anywhere: parts one behind another, or each token's side by side."""
+    if x.stride(-1) != 1:
+        refuse("x", x, tuple(x.shape))
+    if (residual is None) != (total is None):
+        raise ValueError("residual and total come together")
+    if residual is None and (weight is None or after is not None or multiplier != 1.0):
+        raise ValueError("without a residual there is one norm, and nothing but it")
 
 
 def proofs() -> dict[str, Proof]:
@@ -145,6 +152,18 @@ def proofs() -> dict[str, Proof]:
         rows, weight = example(64, width), example(width, dtype=torch.float32)
         launch = norm(rows, weight, 1e-5, rows, residual=rows, total=rows)
         made[f"norm {width}"] = Proof(launch, expects=(r"LDG\.E\.128", r"STG\.E\.128"))
+    rows, weight, scale = example(64, 2048), example(2048, dtype=torch.float32), example(64, 1, dtype=torch.float32)
+    fp8, pairs = example(64, 2048, dtype=torch.float8_e4m3fn), example(64, 8, 2048).transpose(0, 1)
+    stored, places = example(1, dtype=torch.float32), example(2048, dtype=torch.int32)
+    for name, launch in {
+        "fp8 of 8 experts, and plain": norm(
+            pairs, weight, 1e-6, fp8, scale=scale, residual=rows, total=rows, plain=rows
+        ),
+        "fp8 static": norm(rows, weight, 1e-6, fp8, scale=scale, residual=rows, total=rows, static_scale=stored),
+    }.items():
+        made[f"norm {name} 2048"] = Proof(launch, expects=(r"LDG\.E\.128", r"STG\.E\.128"))
+    launch = norm(rows, weight, 1e-6, rows, residual=rows, total=rows, places=places)
+    made["norm moved 2048"] = Proof(launch, expects=(r"LDG\.E\.128", r"STG\.E\.U16"))
     rows, scale, weight = example(64, 3584), example(64, 1, dtype=torch.float32), example(3584, dtype=torch.float32)
     sums, fp8 = example(4, 64, 3584, dtype=torch.float32), example(64, 3584, dtype=torch.float8_e4m3fn)
     launch = norm(sums, weight, 1e-6, fp8, scale=scale, residual=rows, total=rows, after=weight)

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels import tables
+from octavo.kernels.expect import expect
 from octavo.kernels.launch import Launch, Proof, cdiv, meta
 from octavo.kernels.numeric import narrow
 from octavo.kernels.overlap import await_previous
@@ -32,6 +33,7 @@ def _add_up(parts, out, size, PARTS: tl.constexpr, BLOCK_SIZE: tl.constexpr, OVE
 def add_up(parts: Tensor, out: Tensor) -> Launch:
     """The sum of parts [S, M, N] float32, first to last, rounded into out [M, N]."""
     (number, m, n), size = parts.shape, out.numel()
+    expect(parts=(parts, (number, m, n)), out=(out, (m, n)))
     sizes = tables.choose("add up", m, n, number)
     block = sizes.pop("block")
     arguments = {"parts": parts, "out": out, "size": size, "PARTS": number, "BLOCK_SIZE": block}

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels import tables
+from octavo.kernels.expect import expect, refuse
 from octavo.kernels.launch import Launch, Proof, cdiv
 from octavo.kernels.overlap import await_previous
 
@@ -28,6 +29,9 @@ def _gather(x, order, out, x_row, columns, BLOCK: tl.constexpr, OVERLAPS: tl.con
 
 def gather(x: Tensor, order: Tensor, out: Tensor) -> Launch:
     """x [M, K] of any type into out [M, C] by order [C] int32."""
+    expect(order=(order, order.shape[0]), out=(out, (x.shape[0], order.shape[0])))
+    if x.stride(1) != 1:
+        refuse("x", x, x.shape)
     if x.element_size() == 1:
         x, out = x.view(torch.uint8), out.view(torch.uint8)
     columns = order.shape[0]

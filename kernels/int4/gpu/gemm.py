@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo.kernels.expect import expect
 from octavo.kernels.fp8.gpu.few import store_transposed
 from octavo.kernels.int4.gpu.decode import integers, scale_type, scales, split, weights
 from octavo.kernels.int4.gpu.packing import TILE, PackedInt4
@@ -143,6 +144,7 @@ def gemm(
     if x.dtype not in (torch.bfloat16, torch.float16) and not (fp8 and x_scale is not None and packed.bits == 4):
         raise ValueError(f"x of {x.dtype} {'with' if x_scale is not None else 'without'} scales, {packed.bits} bits")
     parts = out.shape[0] if out.dim() == 3 else 1
+    expect(x_scale=(x_scale, m), out=(out, (parts, m, n) if out.dim() == 3 else (m, n)))
     tiles = packed.words.shape[0]
     rows, columns = cdiv(m, block_m), cdiv(n, block_n)
     return Launch(

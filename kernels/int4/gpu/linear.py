@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from octavo.kernels.expect import refuse
 from octavo.kernels.fp8.gpu.quantize import quantize
 from octavo.kernels.fused.gpu.sums import add_up
 from octavo.kernels.int4.gpu.columns import gather
@@ -84,6 +85,8 @@ def _arranged(x: Tensor, packed: PackedInt4, already: bool = False) -> Tensor:
     """x with the columns that the GEMM reads, and for 2 bits in bf16, exactly: their slices are short for e4m3."""
     if packed.bits == 2 and x.dtype == torch.float8_e4m3fn:
         x = x.to(torch.bfloat16)
+    if x.shape[1] != packed.shape[1]:
+        refuse("x", x, (x.shape[0], packed.shape[1]))
     if packed.order is None or already:
         return x if x.stride(1) == 1 else x.contiguous()
     out = torch.empty(x.shape[0], packed.columns, dtype=x.dtype, device=x.device)

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from octavo.kernels.expect import expect
+
 TILE = 128  # columns
 
 
@@ -42,6 +44,14 @@ class PackedInt4:
     source: Tensor | None
     groups: Tensor
     bias: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        n, tiles = self.words.shape[1], -(-self.columns // TILE)
+        groups = tiles * (TILE // self.share) if self.share < TILE else -(-self.columns // self.share)
+        expect(
+            words=(self.words, (tiles, n, 8 * self.bits)), order=(self.order, self.columns), bias=(self.bias, n),
+            scale=(self.scale, (groups, n) if self.symmetric else (groups, n, 2)),
+        )  # fmt: skip
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -89,6 +99,7 @@ def pack(
     field = 2 if bits == 2 else 4
     low = -(1 << (field - 1))
     _expect_within("codes", codes, low, -low - 1)
+    expect(groups=(groups, codes.shape[1]))
     groups = groups.to(codes.device).long()
     counts = torch.bincount(groups, minlength=scale.shape[1])
     if counts.shape[0] != scale.shape[1] or int(counts.min()) == 0:

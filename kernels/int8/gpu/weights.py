@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo.kernels.expect import expect
 from octavo.kernels.fp8.gpu.few import store_transposed
 from octavo.kernels.fp8.gpu.many import tile_of
 from octavo.kernels.fused.gpu.sums import add_up
@@ -157,6 +158,14 @@ class Packed:
     num_columns: int
     group_size: int
 
+    def __post_init__(self) -> None:
+        _, n, half = self.words.shape
+        groups = cdiv(self.num_columns, self.group_size) if self.group_size else 1
+        expect(
+            words=(self.words, (cdiv(self.num_columns, 2 * half), n, half)), scale=(self.scale, (groups, n)),
+            zero_point=(self.zero_point, (groups, n)), bias=(self.bias, n),
+        )  # fmt: skip
+
 
 def pack(
     codes: Tensor, scale: Tensor, group_size: int, zero_point: Tensor | None = None, bias: Tensor | None = None
@@ -216,6 +225,7 @@ def weights(
     if x.dtype not in (torch.bfloat16, torch.float16) or x.shape[1] != packed.num_columns:
         raise ValueError(f"{x.dtype} activations {list(x.shape)} don't go with {packed.num_columns} columns")
     parts = out.shape[0] if out.dim() == 3 else 1
+    expect(x=(x, (m, packed.num_columns)), out=(out, (parts, m, n) if out.dim() == 3 else (m, n)))
     return Launch(
         _weights,
         (cdiv(m, block_m) * cdiv(n, block_n), parts),

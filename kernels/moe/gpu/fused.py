@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels import tables
+from octavo.kernels.expect import expect, refuse
 from octavo.kernels.fp8.gpu.quantize import quantize
 from octavo.kernels.fused.gpu.activation import silu_and_mul
 from octavo.kernels.launch import Launch, Proof, cdiv
@@ -63,6 +64,7 @@ def _sum(pairs, out, width, TOP_K: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: 
 def add_up(pairs: Tensor, out: Tensor, top_k: int) -> Launch:
     """pairs [T * top_k, H] summed over the top_k of each token, first to last, into out [T, H]."""
     num_tokens, width = out.shape
+    expect(pairs=(pairs, (num_tokens * top_k, width)), out=(out, (num_tokens, width)))
     sizes = tables.choose("moe sum", num_tokens, width, top_k)
     block = sizes.pop("block")
     arguments = {"pairs": pairs, "out": out, "width": width, "TOP_K": top_k, "BLOCK": block}
@@ -159,9 +161,11 @@ def fused_moe(x: Hidden, logits: Tensor, top_k: int, gate_up: Weights, down: Wei
 
 def partial_moe(x: Hidden, logits: Tensor, top_k: int, gate_up: Weights, down: Weights, *, normalize: bool) -> Tensor:
     """What each token's experts give it [top_k, T, H], for the next kernel to add up; a token's lie side by side."""
-    num_tokens = logits.shape[0]
     plain = x.plain if isinstance(x, Rounded) else x
     assert plain is not None
+    num_tokens = plain.shape[0]
+    if logits.shape != (num_tokens, gate_up.shape[0]):
+        refuse("logits", logits, (num_tokens, gate_up.shape[0]))
     chosen = torch.empty(num_tokens, top_k, dtype=torch.int32, device=plain.device)
     weights = torch.empty(num_tokens, top_k, dtype=torch.float32, device=plain.device)
     results = plain.new_empty(num_tokens * top_k, plain.shape[1])

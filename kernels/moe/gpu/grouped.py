@@ -21,8 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo.kernels.expect import expect, refuse
 from octavo.kernels.launch import Launch, Proof, cdiv, meta
-from octavo.kernels.moe.gpu.route import Aligned, unaligned
+from octavo.kernels.moe.gpu.route import Aligned, expect_aligned, unaligned
 from octavo.kernels.numeric import dot, narrow
 from octavo.kernels.overlap import await_previous
 
@@ -103,6 +104,24 @@ def _grouped(
     store(acc, out, pair, real, first_n, N, SWAP, BLOCK_N)
 
 
+def expect_pairs(
+    x: Tensor, weight: tuple[int, ...], pairs: Aligned, out: Tensor, divisor: int, router: Tensor | None
+) -> tuple[int, int]:
+    """Whether all that a grouped GEMM of a weight [E, N, K] reads and writes has its size; N and K."""
+    (num_experts, n, k), num_pairs = weight, out.shape[0]
+    expect(x=(x, (cdiv(num_pairs, divisor), k)), router=(router, num_pairs), out=(out, (num_pairs, n)))
+    expect_aligned(pairs, num_pairs, num_experts)
+    return n, k
+
+
+def _expect_weight(x: Tensor, w: Tensor, x_scale: Tensor | None, w_scale: Tensor | None, blocks: bool) -> None:
+    e, n, k = w.shape
+    groups = cdiv(k, BLOCK) if blocks else 1
+    expect(w=(w, (e, n, k)), w_scale=(w_scale, (e, cdiv(n, BLOCK), groups) if blocks else (e, n)))
+    if x_scale is not None and x_scale.shape != (x.shape[0], groups):  # in any order of memory
+        refuse("x_scale", x_scale, (x.shape[0], groups))
+
+
 def grouped(
     x: Tensor,
     w: Tensor,
@@ -127,11 +146,13 @@ def grouped(
     x_scale  where x and w are e4m3: float32 [rows, 1]; of blocks [rows, ceil(K / 128)], in any order of memory
     w_scale  float32 [E, N]; of blocks [E, ceil(N / 128), ceil(K / 128)]
     """
-    (_, n, k), num_pairs, block_m = w.shape, out.shape[0], pairs.block_m
+    num_pairs, block_m = out.shape[0], pairs.block_m
+    n, k = expect_pairs(x, w.shape, pairs, out, divisor, router)
     if (x_scale is None) != (w_scale is None) or (x_scale is None) != (x.dtype != torch.float8_e4m3fn):
         raise ValueError(f"a grouped GEMM of {x.dtype} with{'out' if x_scale is None else ''} scales")
     if blocks and (BLOCK % block_n or block_k != BLOCK):
         raise ValueError(f"{block_n} x {block_k} codes cross blocks of {BLOCK}")
+    _expect_weight(x, w, x_scale, w_scale, blocks)
     num_tiles = len(pairs.tile_expert)
     return Launch(
         _grouped,

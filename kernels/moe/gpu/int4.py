@@ -18,10 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo.kernels.expect import expect, refuse
 from octavo.kernels.int4.gpu import packing
 from octavo.kernels.int4.gpu.decode import weights
 from octavo.kernels.launch import Launch, Proof, cdiv, meta
-from octavo.kernels.moe.gpu.grouped import corner, store, tokens_of
+from octavo.kernels.moe.gpu.grouped import corner, expect_pairs, store, tokens_of
 from octavo.kernels.moe.gpu.route import Aligned, unaligned
 from octavo.kernels.numeric import dot
 from octavo.kernels.overlap import await_previous
@@ -44,6 +45,14 @@ class PackedExperts:
     share: int
     k: int
 
+    def __post_init__(self) -> None:
+        e, n, _ = self.shape
+        tiles = cdiv(self.k, packing.TILE)
+        groups = tiles * (packing.TILE // self.share) if self.share < packing.TILE else cdiv(self.k, self.share)
+        expect(
+            words=(self.words, (e, tiles, n, 32)), scale=(self.scale, (e, groups, n)), zero=(self.zero, (e, groups, n))
+        )
+
     @property
     def shape(self) -> tuple[int, int, int]:
         """(E, N, K) of the weights."""
@@ -63,7 +72,11 @@ def pack(codes: Tensor, scale: Tensor, zero_point: Tensor | None, group_size: in
 
     group_size  32, 64 or a multiple of 128, or K; the last group may be short
     """
-    num_experts, _, k = codes.shape
+    num_experts, n, k = codes.shape
+    groups = (num_experts, n, cdiv(k, group_size))
+    for name, values in (("scale", scale), ("zero_point", zero_point)):
+        if values is not None and values.shape != groups:
+            refuse(name, values, groups)
     share = cdiv(k, packing.TILE) * packing.TILE if group_size >= k else group_size
     if share not in (32, 64) and share % packing.TILE:
         raise ValueError(f"groups of {group_size} columns cross tiles of {packing.TILE}")
@@ -163,7 +176,8 @@ def grouped_int4(
     divisor  pairs for each row of x
     router   [T, top_k] float32, multiplied to each pair's row
     """
-    (_, n, k), num_tiles = packed.shape, len(pairs.tile_expert)
+    n, k = expect_pairs(x, packed.shape, pairs, out, divisor, router)
+    num_tiles = len(pairs.tile_expert)
     if packed.share < 128 and pairs.block_m > 64:  # each tile has several groups' scales in registers: 128 rows spill
         block_n = min(block_n, 64)
     return Launch(

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels import tables
+from octavo.kernels.expect import expect
 from octavo.kernels.launch import Launch, Proof, cdiv, power_of_two
 from octavo.kernels.overlap import await_previous
 
@@ -105,6 +106,8 @@ class Aligned:
 def route(logits: Tensor, chosen: Tensor, weights: Tensor, *, normalize: bool) -> Launch:
     """The top_k experts of logits [T, E], the likeliest first: chosen [T, top_k] int32, weights [T, top_k] float32."""
     (num_tokens, num_experts), top_k = logits.shape, chosen.shape[1]
+    expect(logits=(logits, (num_tokens, num_experts)))
+    expect(chosen=(chosen, (num_tokens, min(top_k, num_experts))), weights=(weights, (num_tokens, top_k)))
     block = max(power_of_two(num_experts), 4)
     sizes = tables.choose("moe route", num_tokens, num_experts, top_k)
     rows = max(1, min(power_of_two(num_tokens), sizes.pop("block") // block))
@@ -115,9 +118,20 @@ def route(logits: Tensor, chosen: Tensor, weights: Tensor, *, normalize: bool) -
     return Launch(_route, (cdiv(num_tokens, rows),), arguments, **sizes, num_stages=1)
 
 
+def _tiles(num_pairs: int, num_experts: int, block_m: int) -> int:
+    """Tiles that are enough however the pairs fall."""
+    return cdiv(num_pairs + min(num_pairs, num_experts) * (block_m - 1), block_m)
+
+
+def expect_aligned(pairs: Aligned, num_pairs: int, num_experts: int) -> None:
+    """They have the memory of so many pairs."""
+    tiles = _tiles(num_pairs, num_experts, pairs.block_m)
+    expect(tile_expert=(pairs.tile_expert, tiles), order=(pairs.order, tiles * pairs.block_m + 1))
+
+
 def unaligned(num_pairs: int, num_experts: int, block_m: int, device: torch.device | str) -> Aligned:
-    """Memory for `align`: enough however the pairs fall."""
-    tiles = cdiv(num_pairs + min(num_pairs, num_experts) * (block_m - 1), block_m)
+    """Memory for `align`."""
+    tiles = _tiles(num_pairs, num_experts, block_m)
     order, tile_expert = (torch.empty(n, dtype=torch.int32, device=device) for n in (tiles * block_m + 1, tiles))
     return Aligned(order, tile_expert, block_m)
 
@@ -125,6 +139,8 @@ def unaligned(num_pairs: int, num_experts: int, block_m: int, device: torch.devi
 def align(chosen: Tensor, num_experts: int, out: Aligned) -> Launch:
     """Sort the pairs of chosen [T, top_k] int32, in 0..num_experts-1."""
     num_pairs = chosen.numel()
+    expect(chosen=(chosen, num_pairs))
+    expect_aligned(out, num_pairs, num_experts)
     sizes = tables.choose("moe align", num_pairs, num_experts, out.block_m)
     arguments = {
         "chosen": chosen, "order": out.order, "tile_expert": out.tile_expert, "num_pairs": num_pairs,

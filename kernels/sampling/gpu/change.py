@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels import tables
+from octavo.kernels.expect import expect
 from octavo.kernels.launch import Launch, Proof, cdiv, meta
 from octavo.kernels.numeric import narrow
 from octavo.kernels.overlap import await_previous
@@ -53,7 +54,9 @@ def _punish(
 
 def add_biases(logits: Tensor, rows: Tensor, tokens: Tensor, biases: Tensor) -> Launch:
     """`sampling.reference.add_biases`; logits [R, vocab], the lists of int32 or int64."""
-    lists = {"rows": rows, "tokens": tokens, "biases": biases, "count": len(rows), "vocab": logits.shape[1]}
+    count = len(rows)
+    expect(logits=(logits, logits.shape), rows=(rows, count), tokens=(tokens, count), biases=(biases, count))
+    lists = {"rows": rows, "tokens": tokens, "biases": biases, "count": count, "vocab": logits.shape[1]}
     return _launch(_add_biases, {"logits": logits, **lists})
 
 
@@ -67,7 +70,10 @@ def punish(
     presence: Tensor,
 ) -> Launch:
     """`sampling.reference.punish`; the lists are int32 or int64, the penalties float32."""
-    lists = {"rows": rows, "tokens": tokens, "counts": counts, "count": len(rows), "vocab": logits.shape[1]}
+    num_rows, count = logits.shape[0], len(rows)
+    expect(logits=(logits, logits.shape), rows=(rows, count), tokens=(tokens, count), counts=(counts, count))
+    expect(repetition=(repetition, num_rows), frequency=(frequency, num_rows), presence=(presence, num_rows))
+    lists = {"rows": rows, "tokens": tokens, "counts": counts, "count": count, "vocab": logits.shape[1]}
     of_rows = {"repetition": repetition, "frequency": frequency, "presence": presence}
     return _launch(_punish, {"logits": logits, **lists, **of_rows})
 

@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels import tables
+from octavo.kernels.expect import expect
 from octavo.kernels.launch import Launch, Proof, cdiv, power_of_two
 from octavo.kernels.numeric import divided
 from octavo.kernels.overlap import await_previous
@@ -269,7 +270,15 @@ def launches(
     scratch                    what `scratch` makes
     """
     (rows, vocab), (peaks, masses, kept, places) = logits.shape, scratch
-    chunks = cdiv(vocab, CHUNK)
+    expect(
+        logits=(logits, (rows, vocab)), temperature=(temperature, rows), top_k=(top_k, rows), top_p=(top_p, rows),
+        min_p=(min_p, rows), uniforms=(uniforms, rows), tokens=(tokens, rows),
+    )  # fmt: skip
+    memory, (chunks, width) = max(rows, *(t.shape[0] for t in scratch)), _widths(vocab)
+    expect(
+        peaks=(peaks, (memory, chunks)), masses=(masses, (memory, chunks)), kept=(kept, (memory, width)),
+        places=(places, (memory, width)),
+    )  # fmt: skip
     sizes = {"vocab": vocab, "chunks": chunks, "logits": logits, "peaks": peaks}
     first = tables.choose("sampling chunks", rows, vocab, logits.element_size())
     last = tables.choose("sampling choice", rows, vocab, logits.element_size())
@@ -297,13 +306,19 @@ def scratch(rows: int, vocab: int, device: torch.device | str) -> tuple[Tensor, 
 
     8 bytes for each logit, of which a row touches what it keeps; allocated, not initialized.
     """
-    chunks = cdiv(vocab, CHUNK)
+    chunks, kept = _widths(vocab)
     return (
         torch.empty(rows, chunks, dtype=torch.float32, device=device),
         torch.empty(rows, chunks, dtype=torch.float64, device=device),
-        torch.empty(rows, (chunks + 1) * CHUNK, dtype=torch.float32, device=device),
-        torch.empty(rows, (chunks + 1) * CHUNK, dtype=torch.int32, device=device),
+        torch.empty(rows, kept, dtype=torch.float32, device=device),
+        torch.empty(rows, kept, dtype=torch.int32, device=device),
     )
+
+
+def _widths(vocab: int) -> tuple[int, int]:
+    """Chunks of a row, and what may be copied aside of it."""
+    chunks = cdiv(vocab, CHUNK)
+    return chunks, (chunks + 1) * CHUNK
 
 
 def draw(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniforms: Tensor) -> Tensor:

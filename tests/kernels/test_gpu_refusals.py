@@ -1,0 +1,271 @@
+"""Tensors that a kernel would read or write wrongly: launchers refuse each by its name.
+
+A case is a launch whose tensors are right. Each in turn is a column short, has gaps between its rows, or between its
+columns; what is right all the same, or is told of by another tensor's name, the case says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from attention_steps import make_cache, make_step
+from torch import Tensor
+
+from octavo.kernels.attention.cache import AttentionShape, LayerCache
+from octavo.kernels.attention.gpu.decode import decode
+from octavo.kernels.attention.gpu.prefill import prefill
+from octavo.kernels.attention.gpu.rope import rope
+from octavo.kernels.attention.gpu.rope_decode import rope_decode
+from octavo.kernels.fp8.gpu import gemm as fp8
+from octavo.kernels.fp8.gpu.few import few
+from octavo.kernels.fp8.gpu.many import many
+from octavo.kernels.fp8.gpu.quantize import quantize
+from octavo.kernels.fused.gpu.activation import gelu_tanh_and_mul, silu_and_mul
+from octavo.kernels.fused.gpu.embedding import embed
+from octavo.kernels.fused.gpu.norm import norm
+from octavo.kernels.fused.gpu.sums import add_up
+from octavo.kernels.int4.gpu import linear as int4
+from octavo.kernels.int4.gpu import packing
+from octavo.kernels.int4.gpu.columns import gather
+from octavo.kernels.int4.gpu.dequantize import dequantize
+from octavo.kernels.int4.gpu.gemm import gemm
+from octavo.kernels.int8.gpu import gemm as int8
+from octavo.kernels.int8.gpu import weights as w8a16
+from octavo.kernels.moe.gpu import fused, route
+from octavo.kernels.moe.gpu import int4 as experts
+from octavo.kernels.moe.gpu.grouped import grouped
+from octavo.kernels.sampling.gpu import change, draw
+
+E4M3, BF16, INT8, INT16, INT32 = torch.float8_e4m3fn, torch.bfloat16, torch.int8, torch.int16, torch.int32
+M, N, K, EXPERTS, VOCAB = 3, 24, 64, 2, 300
+
+
+def of(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+@dataclass(frozen=True)
+class Case:
+    """free: what isn't refused by the tensor's own name, such as "x size, w rows"."""
+
+    launch: Callable[..., object]
+    right: dict[str, Tensor]
+    free: str = ""
+
+
+WRONG: dict[str, Callable[[Tensor], Tensor]] = {
+    "size": lambda t: t[..., :-1].contiguous(),
+    "rows": lambda t: t.new_zeros(*t.shape[:-1], t.shape[-1] + 1)[..., :-1],
+    "columns": lambda t: t.new_zeros(*t.shape[:-1], 2 * t.shape[-1])[..., ::2],
+}
+
+EIGHT = {"x": of(M, K, dtype=E4M3), "w": of(N, K, dtype=E4M3), "x_scale": of(M, 1), "w_scale": of(N, 1), "bias": of(N)}
+IN_BLOCKS = {**EIGHT, "x_scale": of(M, 1), "w_scale": of(1, 1)}
+STRIDED = "w size, x_scale rows, x_scale columns, w_scale rows, w_scale columns"
+ROWS, CODES = of(M, K, dtype=BF16), of(M, K, dtype=E4M3)
+PACKED8 = w8a16.pack(of(N, K, dtype=INT8), of(N, 2, dtype=BF16), 32)
+PACKED4 = packing.pack(of(N, K, dtype=INT8), of(N, 2, dtype=BF16), None, torch.arange(K) // 32)
+PAIRS = route.unaligned(M * 2, EXPERTS, 16, "cpu")
+IN_TILES = {"order": PAIRS.order, "tile_expert": PAIRS.tile_expert}
+OF_EXPERTS = {"x": of(M, K, dtype=BF16), "out": of(2 * M, N), "router": of(M, 2), **IN_TILES}
+SHAPE, PLACES = AttentionShape(4, 2, 32, 1.0), dict.fromkeys(("positions", "slot_mapping"), of(2, dtype=torch.int64))
+STEP = replace(make_step([1, 1], [90, 40], 8, torch.device("cpu")), **PLACES)
+CACHE = make_cache(17, 2, 8, 32, BF16, BF16, torch.device("cpu"))
+STEPS = {name: getattr(STEP, name) for name in ("block_tables", "seq_lens", "query_starts")}
+QKV = {"qkv": of(2, 8 * 32), "cos_sin": of(99, 32), "q_norm": of(32), "k_norm": of(32)}
+ROOM = {"out": of(2, 4, 32), "partial": of(2, 2, 2, 2, 32), "lse": of(2, 2, 2, 2), "counters": of(4, dtype=INT32)}
+SHARES = {"block_n": 16, "least": 32, "most": 2, "programs": 99}
+
+
+def in_step(launch: Callable[..., object], **sizes: Any) -> Callable[..., object]:
+    """A launcher that finds the tensors of its step among the others."""
+
+    def launched(**tensors: Tensor) -> object:
+        inputs = replace(STEP, **{name: tensors.pop(name) for name in list(tensors) if hasattr(STEP, name)})
+        eps = {"eps": 1e-5} if "qkv" in tensors else {}
+        return launch(inputs=inputs, cache=CACHE, shape=SHAPE, **eps, **tensors, **sizes)
+
+    return launched
+
+
+def aligned(tensors: dict[str, Tensor]) -> route.Aligned:
+    return route.Aligned(tensors.pop("order"), tensors.pop("tile_expert"), 16)
+
+
+CASES = {
+    "few": Case(few, {**EIGHT, "out": of(2, M, N)}, STRIDED),
+    "few in blocks": Case(lambda **t: few(**t, blocks=True), {**IN_BLOCKS, "out": of(M, N)}, STRIDED),
+    "many": Case(many, {**EIGHT, "out": of(M, N)}, STRIDED),
+    "many by pointers": Case(lambda **t: many(**t, tma=0), {**EIGHT, "out": of(M, N)}, STRIDED),
+    "quantize": Case(quantize, {"x": ROWS, "out": CODES, "scale": of(M, 1), "static_scale": of(1)}, "x size"),
+    "quantize groups": Case(
+        lambda **t: quantize(**t, group_size=32), {"x": ROWS, "out": CODES, "scale": of(M, 2)},
+        "x size, scale rows, scale columns",
+    ),
+    "norm": Case(
+        lambda **t: norm(eps=1e-5, **t),
+        {"x": ROWS, "weight": of(K), "out": ROWS, "residual": ROWS, "total": ROWS, "after": of(K)},
+        "x size, x rows",  # which lie anywhere
+    ),
+    "norm of parts": Case(
+        lambda **t: norm(eps=1e-5, group_size=32, **t),
+        {"x": of(2, M, K), "weight": of(K), "out": CODES, "scale": of(M, 2)}, "x size, x rows",
+    ),
+    "silu": Case(silu_and_mul, {"x": of(2, M, 2 * K), "out": ROWS}, "out size"),
+    "gelu": Case(
+        lambda **t: gelu_tanh_and_mul(**t, group_size=32), {"x": of(M, 2 * K), "out": CODES, "scale": of(M, 2)},
+        "out size",
+    ),
+    "embed": Case(embed, {"token_ids": of(M, dtype=INT32), "table": of(9, K), "out": ROWS}, "out size"),
+    "add up": Case(add_up, {"parts": of(2, M, N), "out": of(M, N)}, "parts size"),
+    "int8 weights": Case(
+        lambda **t: w8a16.weights(packed=PACKED8, **t), {"x": ROWS, "out": of(M, N)}, "x size"
+    ),
+    "int8 packed": Case(
+        lambda **t: w8a16.Packed(**t, num_columns=K, group_size=32),
+        {"words": PACKED8.words, "scale": PACKED8.scale, "zero_point": of(2, N, dtype=INT8), "bias": of(N)},
+    ),
+    "gather": Case(gather, {"x": ROWS, "order": of(80, dtype=INT32), "out": of(M, 80)}, "x size, x rows, order size"),
+    "dequantize": Case(lambda out: dequantize(PACKED4, out), {"out": of(N, K)}),
+    "int4": Case(
+        lambda **t: gemm(packed=PACKED4, **t), {"x": CODES, "x_scale": of(M, 1), "out": of(2, M, N)}, "x rows"
+    ),
+    "int4 packed": Case(
+        lambda **t: packing.PackedInt4(bits=4, share=32, source=None, groups=PACKED4.groups, **t),
+        {"words": PACKED4.words, "scale": of(4, N, 2), "order": of(K, dtype=INT32), "bias": of(N)}, "order size",
+    ),
+    "route": Case(
+        lambda **t: route.route(**t, normalize=True), {"logits": of(M, 8), "chosen": of(M, 2), "weights": of(M, 2)},
+        "logits size, chosen size",
+    ),
+    "align": Case(
+        lambda chosen, **t: route.align(chosen, EXPERTS, aligned(t)), {"chosen": of(M, 2, dtype=INT32), **IN_TILES},
+        "chosen size",
+    ),
+    "grouped": Case(
+        lambda **t: grouped(pairs=aligned(t), divisor=2, **t),
+        {**OF_EXPERTS, "x": CODES, "w": of(EXPERTS, N, K, dtype=E4M3), "x_scale": of(M, 1), "w_scale": of(EXPERTS, N)},
+        "w size, x_scale rows, x_scale columns",
+    ),
+    "grouped int4": Case(
+        lambda **t: experts.grouped_int4(
+            packed=experts.PackedExperts(of(EXPERTS, 1, N, 32), of(EXPERTS, 4, N), None, 32, K), pairs=aligned(t),
+            divisor=2, **t,
+        ),
+        OF_EXPERTS,
+    ),
+    "experts packed": Case(
+        lambda **t: experts.PackedExperts(**t, share=32, k=K),
+        {"words": of(EXPERTS, 1, N, 32, dtype=INT16), "scale": of(EXPERTS, 4, N), "zero": of(EXPERTS, 4, N)},
+    ),
+    "sum of pairs": Case(lambda **t: fused.add_up(**t, top_k=2), {"pairs": of(2 * M, K), "out": ROWS}, "out size"),
+    "biases": Case(
+        change.add_biases, {"logits": of(M, 9), "rows": of(5), "tokens": of(5), "biases": of(5)},
+        "logits size, rows size",
+    ),
+    "penalties": Case(
+        change.punish,
+        {
+            "logits": of(M, 9), "rows": of(5), "tokens": of(5), "counts": of(5), "repetition": of(M),
+            "frequency": of(M), "presence": of(M),
+        },
+        "logits size, rows size",
+    ),
+    "draw": Case(
+        lambda peaks, masses, kept, places, **t: draw.launches(**t, scratch=(peaks, masses, kept, places)),
+        {
+            "logits": of(M, VOCAB), "tokens": of(M), "uniforms": of(M),
+            **dict.fromkeys(("temperature", "top_k", "top_p", "min_p"), of(M)),
+            **dict(zip(("peaks", "masses", "kept", "places"), draw.scratch(M, VOCAB, "cpu"), strict=True)),
+        },
+        "logits size",
+    ),
+    "cache": Case(
+        LayerCache, {name: getattr(CACHE, name) for name in ("key", "value", "key_scale", "value_scale")}, "key size"
+    ),
+    "prefill": Case(
+        in_step(prefill, block_m=32, block_n=16), {"q": of(2, 4, 32), "out": of(2, 4, 32), **STEPS},
+        "block_tables size",
+    ),
+    "decode": Case(in_step(decode, **SHARES), {"q": of(2, 4, 32), **ROOM, **STEPS}, "block_tables size"),
+    "rope": Case(in_step(rope), {**QKV, **PLACES, "q": of(2, 4, 32)}),
+    "rope and decode": Case(in_step(rope_decode, **SHARES), {**QKV, **PLACES, **ROOM, **STEPS}, "block_tables size"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_right_is_taken(name: str) -> None:
+    CASES[name].launch(**CASES[name].right)
+
+
+@pytest.mark.parametrize("kind", WRONG)
+@pytest.mark.parametrize("name", CASES)
+def test_each_tensor_is_refused_by_its_name(name: str, kind: str) -> None:
+    case = CASES[name]
+    for argument, tensor in case.right.items():
+        if f"{argument} {kind}" not in case.free.split(", "):
+            wrong = WRONG[kind](tensor)
+            if kind == "size" or not wrong.is_contiguous():  # one row has no gap before the next
+                with pytest.raises(ValueError, match=rf"\b{argument}\b.*\b{wrong.shape[-1]}\b"):
+                    case.launch(**{**case.right, argument: wrong})
+
+
+def test_a_layer_takes_what_its_weight_has_columns_for(device: torch.device) -> None:
+    """Right layers first; x is too narrow, or too wide, for what they hold."""
+    codes, one = torch.zeros(N, K, device=device), torch.ones((), device=device)
+    points, order = torch.zeros(N, 2, device=device), torch.arange(K, device=device).flip(0) // 32
+    four_bits = packing.pack(codes.to(INT8), points, None, order)
+    layers: list[tuple[Callable[..., Tensor], object]] = [
+        (fp8.linear, fp8.pack(codes.to(E4M3), one)),
+        (fp8.linear, fp8.pack(codes.to(E4M3), torch.ones(1, 1, device=device), blocks=True)),
+        (int8.linear, int8.pack(codes.to(INT8), one)),
+        (w8a16.linear, w8a16.pack(codes.to(INT8), points, 32)),
+        (int4.linear, four_bits),
+        (int4.linear_fp8, four_bits),
+    ]
+    for linear, packed in layers:
+        assert linear(torch.ones(1, K, device=device).to(BF16), packed).shape == (1, N)
+        for wrong in (K // 2, 2 * K):
+            with pytest.raises(ValueError, match=rf"\[1, {wrong}\].* 64\b|\b{wrong} columns.* 64\b|\[1, 64\]"):
+                linear(torch.ones(1, wrong, device=device).to(BF16), packed)
+
+
+def test_a_router_and_its_experts_go_together(device: torch.device) -> None:
+    gate_up = fused.Experts(torch.ones(2, 2 * K, K, device=device).to(BF16))
+    down, x = fused.Experts(torch.ones(2, K, K, device=device).to(BF16)), torch.ones(M, K, device=device).to(BF16)
+    for shape in ((M, 3), (M + 1, 2)):
+        with pytest.raises(ValueError, match=r"logits .*\[3, 2\]"):
+            fused.fused_moe(x, torch.ones(shape, device=device), 1, gate_up, down, normalize=True)
+    with pytest.raises(ValueError, match=r"chosen .*\[3, 2\]"):
+        fused.fused_moe(x, torch.ones(M, 2, device=device), 3, gate_up, down, normalize=True)
+
+
+def test_a_cache_of_other_heads_is_refused() -> None:
+    other = AttentionShape(4, 1, 64, 1.0)
+    q = of(2, 4, 64)
+    with pytest.raises(ValueError, match=r"the cache's key .*\[17, 1, 8, 64\]"):
+        prefill(q, STEP, CACHE, other, q, block_m=32, block_n=16)
+
+
+def test_packing_takes_what_goes_with_the_codes() -> None:
+    codes = of(EXPERTS, N, K, dtype=INT8)
+    with pytest.raises(ValueError, match=r"groups .* 64 numbers"):
+        packing.pack(codes[0], of(N, 2), None, torch.arange(K - 1) // 32)
+    for shape in ((EXPERTS, N, 1), (EXPERTS, N - 1, 2)):
+        with pytest.raises(ValueError, match=r"scale .*\[2, 24, 2\]"):
+            experts.pack(codes, of(*shape), None, 32)
+        with pytest.raises(ValueError, match=r"zero_point .*\[2, 24, 2\]"):
+            experts.pack(codes, of(EXPERTS, N, 2), of(*shape), 32)
+
+
+def test_what_is_said_names_the_tensor_and_what_would_work() -> None:
+    with pytest.raises(
+        ValueError, match=r"^out has the shape \[3, 9\]; with the other arguments it needs .* \[3, 24\]$"
+    ):
+        add_up(of(2, M, N), of(M, 9))
+    with pytest.raises(ValueError, match=r"^parts \[2, 3, 24\] has strides \[96, 32, 1\]; .* contiguous\(\) makes it$"):
+        add_up(of(2, M, 32)[..., :N], of(M, N))
