@@ -33,15 +33,16 @@ def pytest_configure() -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Where there is a GPU, what runs Triton kernels runs on it, with `-m cuda`; elsewhere it is interpreted.
 
-    What is slow runs where that word is said: real models have to be fetched.
+    What is slow runs where that word is said: real models have to be fetched. What is marked `cuda` needs a GPU.
     """
     for item in items:
         if HAS_GPU and ("gpu" in item.path.stem or "device" in getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.cuda)
-    if "slow" not in config.option.markexpr:
-        slow = [item for item in items if item.get_closest_marker("slow")]
-        items[:] = [item for item in items if item not in slow]
-        config.hook.pytest_deselected(items=slow)
+    unasked = [] if "slow" in config.option.markexpr else ["slow"]
+    unasked += [] if HAS_GPU else ["cuda"]
+    left_out = [item for item in items if any(item.get_closest_marker(mark) for mark in unasked)]
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=left_out)
 
 
 @pytest.fixture(scope="session")
