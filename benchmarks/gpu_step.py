@@ -81,7 +81,8 @@ def main() -> int:
         args.output.mkdir(parents=True, exist_ok=True)
         path = args.output / f"gpu_step-{args.model}-{args.dtype}-{args.kv_cache_dtype}-{date.today().isoformat()}.md"
         path.write_text("\n".join(lines) + "\n")
-        path.with_suffix(".json").write_text(json.dumps({"facts": facts, "records": records}, indent=1) + "\n")
+        about = {"model": args.model, "weights": WEIGHTS[args.dtype], "kv": KV[args.kv_cache_dtype]}
+        path.with_suffix(".json").write_text(json.dumps({**about, "facts": facts, "records": records}, indent=1) + "\n")
     return 1 if any("failure" in record for record in records) else 0
 
 

@@ -5,7 +5,7 @@
 No measurement. Every launch is the one that octavo's decoder makes, on `meta` tensors, compiled for sm_90 by
 `kernels.ahead`; its time is what `gpu_model` says of it, whose docstring has the model and its assumptions.
 
-With --measured, the tables that kernels.py wrote are compared with what is predicted for the same cases.
+With --measured, what kernels.py and gpu_step.py wrote there is compared with what is predicted for the same cases.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 import triton
@@ -322,27 +323,38 @@ def case_work(name: str) -> Work | None:
     return None
 
 
+def of_kernels(results: dict[str, Any], compiled: Compiled) -> Iterator[tuple[str, float, float]]:
+    """Name, predicted and measured microseconds of what kernels.py wrote."""
+    for result in results["results"]:
+        name = f"{result['row']} {result['kernel']}, {result['shape']}"
+        work = case_work(name) if result["us"] else None
+        if work is not None:
+            yield name, 1e6 * predict(work, compiled).seconds, result["us"]
+
+
+def of_steps(results: dict[str, Any], compiled: Compiled) -> Iterator[tuple[str, float, float]]:
+    """The same of gpu_step.py's decode steps, greedy sampling beside them."""
+    weights, kv = results["weights"], results["kv"]
+    for record in results["records"] if weights in ("bf16", "fp8", "int4") else ():
+        if "forward" in record and "failure" not in record:
+            batch, context = record["batch"], record["context"]
+            predicted = step(shapes.CONFIGS[results["model"]], weights, kv, batch, context, compiled)
+            name = f"step, {weights}, {kv} KV, {batch} sequences of {context}"
+            yield name, 1e3 * predicted.ms, 1e3 * (record["forward"] + record["sampling"])
+
+
 def errors(directory: Path, compiled: Compiled) -> list[str]:
-    """Predicted against measured, for every table that kernels.py wrote there."""
+    """Predicted against measured, for every table that kernels.py and gpu_step.py wrote there."""
     lines: list[str] = []
-    for path in sorted(directory.glob("kernels-*.json")):
-        ratios = []
-        rows = []
-        for result in json.loads(path.read_text())["results"]:
-            name = f"{result['row']} {result['kernel']}, {result['shape']}"
-            work = case_work(name) if result["us"] else None
-            if work is not None:
-                predicted = 1e6 * predict(work, compiled).seconds
-                ratios.append(predicted / result["us"])
-                rows.append(f"| {name} | {predicted:.1f} | {result['us']:.1f} | {ratios[-1]:.2f} |")
-        if rows:
+    for path in sorted([*directory.glob("kernels-*.json"), *directory.glob("gpu_step-*.json")]):
+        pairs = of_kernels if path.name.startswith("kernels") else of_steps
+        found = list(pairs(json.loads(path.read_text()), compiled))
+        if found:
+            ratios = [predicted / us for _, predicted, us in found]
+            lines += ["", f"## Predicted and measured ({path.name})", ""]
+            lines += ["| kernel | predicted, us | measured, us | ratio |", "|---|---|---|---|"]
             lines += [
-                "",
-                f"## Predicted and measured ({path.name})",
-                "",
-                "| kernel | predicted, us | measured, us | ratio |",
-                "|---|---|---|---|",
-                *rows,
+                f"| {name} | {predicted:.1f} | {us:.1f} | {predicted / us:.2f} |" for name, predicted, us in found
             ]
             lines += ["", f"Median ratio {median(ratios):.2f}; median error {median(abs(r - 1) for r in ratios):.0%}."]
     return lines

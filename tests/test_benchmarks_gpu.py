@@ -273,6 +273,12 @@ def test_cases_that_are_modelled_are_found_by_their_names() -> None:
 def test_predictions_are_compared_with_what_was_measured(tmp_path: Path) -> None:
     result = Result("7", "silu to fp8", "64 tokens x 14336", us=5.0)
     write(tmp_path, "kernels", "Kernels", [result], {})
+    record = {"batch": 32, "context": 1024, "forward": 4.0, "sampling": 0.5}
+    step = {"model": "llama-3.1-8b", "weights": "fp8", "kv": "fp8", "records": [record, {**record, "failure": "no"}]}
+    (tmp_path / "gpu_step-of-a-day.json").write_text(json.dumps(step))
     lines = simulate.errors(tmp_path, small)
     assert any("7 silu to fp8, 64 tokens x 14336" in line for line in lines)
-    assert any("Median ratio" in line for line in lines)
+    predicted = 1e3 * simulate.step(LLAMA, "fp8", "fp8", 32, 1024, small).ms
+    rows = [line for line in lines if "step, fp8, fp8 KV, 32 sequences of 1024" in line]
+    assert rows == [f"| step, fp8, fp8 KV, 32 sequences of 1024 | {predicted:.1f} | 4500.0 | {predicted / 4500:.2f} |"]
+    assert sum("Median ratio" in line for line in lines) == 2
