@@ -59,10 +59,23 @@ def largest(x, axis: tl.constexpr):
 
 
 @triton.jit
-def stored_step(value, scale, stored, token, axis: tl.constexpr):
+def to_codes(x, kind: tl.constexpr):
+    """`to_e4m3` or `to_int8`."""
+    return to_e4m3(x) if kind == tl.float8e4nv else to_int8(x)
+
+
+@triton.jit
+def step_of(most, kind: tl.constexpr):
+    """The scale of codes that reach 448 (e4m3) or 127.5 (int8) for numbers of that size; 1 where all are zero."""
+    code: tl.constexpr = 448.0 if kind == tl.float8e4nv else 127.5
+    return tl.where(most == 0.0, 1.0, tl.div_rn(most, code))
+
+
+@triton.jit
+def stored_step(value, scale, stored, token):
     """A checkpoint's own scale, which becomes a token's unless something of it isn't finite; and x within its codes."""
     step = tl.load(stored)
-    tl.store(scale + token, tl.where(largest(value, axis) < float("inf"), step, float("nan")))
+    tl.store(scale + token, tl.where(largest(value, 0) < float("inf"), step, float("nan")))
     return step, tl.minimum(tl.maximum(value, -512.0 * step), 512.0 * step)  # beyond them a quotient may be no number
 
 

@@ -16,22 +16,15 @@ from torch import Tensor
 from octavo.kernels import tables
 from octavo.kernels.expect import expect, refuse
 from octavo.kernels.launch import Launch, Proof, cdiv, meta, power_of_two
-from octavo.kernels.numeric import divided, largest, stored_step, to_e4m3, to_int8
+from octavo.kernels.numeric import divided, largest, step_of, stored_step, to_codes
 from octavo.kernels.overlap import await_previous
-
-
-@triton.jit
-def _codes(value, kind: tl.constexpr):
-    return to_e4m3(value) if kind == tl.float8e4nv else to_int8(value)
 
 
 @triton.jit
 def _step(value, kind: tl.constexpr):
     """The scale of the last axis; 1 where all is zero, NaN where something isn't finite."""
-    code: tl.constexpr = 448.0 if kind == tl.float8e4nv else 127.5
     most = largest(value, len(value.shape) - 1)
-    step = tl.where(most == 0.0, 1.0, tl.div_rn(most, code))
-    return tl.where(most < float("inf"), step, float("nan"))
+    return tl.where(most < float("inf"), step_of(most, kind), float("nan"))
 
 
 @triton.jit
@@ -46,11 +39,11 @@ def _quantize_rows(
     kind: tl.constexpr = out.dtype.element_ty
     value = tl.load(x + row + at, mask=seen, other=0.0).to(tl.float32)
     if STATIC:
-        step, value = stored_step(value, scale, stored, token, 0)
+        step, value = stored_step(value, scale, stored, token)
     else:
         step = _step(value, kind)
         tl.store(scale + token, step)
-    tl.store(out + row + at, _codes(divided(value, step), kind), mask=seen)
+    tl.store(out + row + at, to_codes(divided(value, step), kind), mask=seen)
 
 
 @triton.jit
@@ -68,7 +61,7 @@ def _quantize_groups(
     value = tl.load(x + at, mask=both, other=0.0).to(tl.float32)
     step = _step(value, kind)
     tl.store(scale + (first + m) * scale_row + group * scale_group, step, mask=seen)
-    tl.store(out + at, _codes(divided(value, step[:, None]), kind), mask=both)
+    tl.store(out + at, to_codes(divided(value, step[:, None]), kind), mask=both)
 
 
 def quantize(

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels.numeric import divided, largest, narrow, stored_step, to_e4m3, to_int8
+from octavo.kernels.numeric import divided, largest, narrow, step_of, stored_step, to_codes
 
 
 @triton.jit
@@ -28,30 +28,23 @@ def store_rounded(
     place = out + token.to(tl.int64) * width + (tl.load(places + at, mask=at < width, other=0) if MOVED else at)
     if kind == tl.float8e4nv or kind == tl.int8:
         if STATIC:
-            step, value = stored_step(value, scale, stored, token, 0)
+            step, value = stored_step(value, scale, stored, token)
             value = divided(value, step)
         elif GROUP == 0:
-            step = _step(largest(value, 0), kind)
+            step = step_of(largest(value, 0), kind)
             tl.store(scale + token, step)
             value = divided(value, step)
         else:
             groups: tl.constexpr = BLOCK // GROUP
             value = tl.reshape(value, (groups, GROUP))
-            steps = _step(largest(value, 1), kind)
+            steps = step_of(largest(value, 1), kind)
             count = tl.cdiv(width, GROUP)
             g = first // GROUP + tl.arange(0, groups)
             tl.store(scale + token.to(tl.int64) * count + g, steps, mask=g < count)
             value = tl.reshape(divided(value, steps[:, None]), (BLOCK,))
-        tl.store(place, to_e4m3(value) if kind == tl.float8e4nv else to_int8(value), mask=at < width)
+        tl.store(place, to_codes(value, kind), mask=at < width)
     else:
         tl.store(place, narrow(value, kind), mask=at < width)
-
-
-@triton.jit
-def _step(most, kind: tl.constexpr):
-    """The scale of codes that reach 448 (e4m3) or 127.5 (int8) for numbers of that size; 1 where all are zero."""
-    code: tl.constexpr = 448.0 if kind == tl.float8e4nv else 127.5
-    return tl.where(most == 0.0, 1.0, tl.div_rn(most, code))
 
 
 def expect_scale(what: str, out: Tensor, scale: Tensor | None, group_size: int, places: Tensor | None) -> None:
