@@ -196,15 +196,35 @@ def test_the_bit_formulas_of_the_assembly(bits: int) -> None:
     words = torch.randint(1 << 16, (4096, 2), generator=torch.Generator().manual_seed(bits))
     register = words[:, 0] | words[:, 1] << 16
     for shift in range(0, 16, bits):
-        for larger, dtype in ((0x4300, torch.bfloat16), (0x6400, torch.float16)):
+        for larger, one, dtype in (
+            (0x4300, 1, torch.bfloat16),
+            (0x6400, 1, torch.float16),
+            (0x4000, 512, torch.float16),
+        ):
             both = (register >> shift) & (mask * 0x10001) | (larger * 0x10001)  # shr, lop3
             numbers = torch.stack([both & 0xFFFF, both >> 16], 1).to(torch.int16).view(dtype)
             for zero in range(17):
-                less = torch.tensor(zero, dtype=torch.float32).to(dtype) + (128 if dtype == torch.bfloat16 else 1024)
+                least = {0x4300: 128, 0x6400: 1024, 0x4000: 2}[larger]
+                less = (torch.tensor(zero, dtype=torch.float32) / one + least).to(dtype)
                 assert int(less.view(torch.int16)) == larger + zero
                 exact = ((words >> shift) & mask) - zero
-                assert torch.equal((numbers - less).long(), exact)
-                assert torch.equal((numbers - less).to(torch.float8_e4m3fn).float().long(), exact)
+                assert torch.equal((numbers - less).float() * one, exact.float())
+                if one == 512:
+                    assert torch.equal((numbers - less).to(torch.float8_e4m3fn).float() * one, exact.float())
+
+
+def test_the_byte_formula_of_the_assembly() -> None:
+    """Four words of a symmetric field of 4 bits become four e4m3 by integer arithmetic on 32 bits."""
+    words = torch.randint(1 << 16, (4096, 4), generator=torch.Generator().manual_seed(4))
+    for j in range(4):
+        field = (words >> (j // 2 * 8)) & 0xFF  # prmt: a byte of each word
+        register = (field << torch.arange(0, 32, 8)).sum(1) >> (j % 2 * 4)  # of the word before, bits that are masked
+        sign = ~(register >> 3) & 0x01010101
+        bytes_of = sign * 0x81 + ((register & 0x07070707) ^ (sign * 7))
+        assert int(bytes_of.max()) < 1 << 32
+        codes = torch.stack([(bytes_of >> shift) & 0xFF for shift in range(0, 32, 8)], 1).to(torch.uint8)
+        exact = ((words >> (4 * j)) & 15) - 8
+        assert torch.equal(codes.view(torch.float8_e4m3fn).float() * 512, exact.float())
 
 
 def test_what_does_not_fit_is_refused(device: torch.device) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from octavo.kernels.expect import expect
 from octavo.kernels.fp8.gpu.few import store_transposed
-from octavo.kernels.int4.gpu.decode import integers, scale_type, scales, split, weights
+from octavo.kernels.int4.gpu.decode import E4M3_ONE, integers, scale_type, scales, split, weights
 from octavo.kernels.int4.gpu.packing import TILE, PackedInt4
 from octavo.kernels.launch import Launch, Proof, cdiv, meta
 from octavo.kernels.numeric import dot
@@ -69,7 +69,8 @@ def _gemm(
             acc, w, x_at + tile * 128, m[:, None] < M - first_m, K - tile * 128, current, BITS, SHARE, SCALE, EVEN
         )  # fmt: skip
     if HAS_X_SCALE:
-        acc *= tl.load(x_scale + first_m + m, mask=m < M - first_m, other=0.0)[None, :]
+        unit: tl.constexpr = E4M3_ONE if x.dtype.element_ty == tl.float8e4nv else 1.0
+        acc *= unit * tl.load(x_scale + first_m + m, mask=m < M - first_m, other=0.0)[None, :]
     if HAS_BIAS and part == 0:
         acc += tl.load(bias + first_n + n).to(tl.float32)[:, None]
     store_transposed(acc, out, part, first_m, first_n, M, N, BLOCK_M, BLOCK_N)
