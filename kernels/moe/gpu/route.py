@@ -25,17 +25,14 @@ from octavo.kernels.overlap import await_previous
 
 
 @triton.jit
-def _route(
-    logits, chosen, weights, num_tokens, num_experts,
+def choose(
+    logits, t, chosen, weights, num_tokens, num_experts,
     TOP_K: tl.constexpr, NORMALIZE: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr, CHOICES: tl.constexpr,
-    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    await_previous(OVERLAPS)
-    t, e, j = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, EXPERTS), tl.arange(0, CHOICES)
-    at = t.to(tl.int64)[:, None] * num_experts + e[None, :]
+    """Store what `_route` does of tokens t [ROWS], out of their logits [ROWS, EXPERTS] in float32."""
+    e, j = tl.arange(0, EXPERTS), tl.arange(0, CHOICES)
     real = (e < num_experts)[None, :]
-    x = tl.load(logits + at, mask=real & (t < num_tokens)[:, None], other=0.0).to(tl.float32)
-    x = tl.where(real, x, float("-inf"))
+    x = tl.where(real, logits, float("-inf"))
     share = tl.exp(x - tl.max(x, axis=1)[:, None])
     whole = tl.sum(share, axis=1)
     share = tl.where(real, tl.div_rn(share, whole[:, None]), -1.0)
@@ -54,6 +51,20 @@ def _route(
     seen = (t < num_tokens)[:, None] & (j < TOP_K)[None, :]
     tl.store(chosen + to, experts, mask=seen)
     tl.store(weights + to, best, mask=seen)
+
+
+@triton.jit
+def _route(
+    logits, chosen, weights, num_tokens, num_experts,
+    TOP_K: tl.constexpr, NORMALIZE: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr, CHOICES: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    await_previous(OVERLAPS)
+    t, e = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, EXPERTS)
+    at = t.to(tl.int64)[:, None] * num_experts + e[None, :]
+    seen = (e < num_experts)[None, :] & (t < num_tokens)[:, None]
+    x = tl.load(logits + at, mask=seen, other=0.0).to(tl.float32)
+    choose(x, t, chosen, weights, num_tokens, num_experts, TOP_K, NORMALIZE, ROWS, EXPERTS, CHOICES)
 
 
 @triton.jit
