@@ -1,12 +1,12 @@
 """Triton bodies of routing: the experts of each token, and the pairs of token and expert sorted by expert.
 
 route   softmax over all experts in float32, its top_k largest, the lowest expert first among equals: what
-        `moe.reference.route` does after its GEMM. A token with a NaN has NaN weights.
+        `moe.reference.route` does after its GEMM. A token with a NaN has NaN weights, and different experts even so.
 align   pair t * top_k + j goes to expert chosen[t, j]. Each expert's pairs lie together in ascending order, filled up
         to a multiple of BLOCK_M rows, which is what a program of a grouped GEMM has. Everything stays on the device
         and all sizes come from the number of pairs, so that a CUDA graph holds it; no atomics, so that it is always
         the same. A program for each expert counts all pairs and places its own: 8 bytes a pair and expert out of L2.
-Limit: launches; a step of decoding has a few hundred pairs.
+Limit: launches; a step of decoding has a few hundred pairs, and one for all of it: see `router`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 from octavo.kernels import tables
 from octavo.kernels.expect import expect
 from octavo.kernels.launch import Launch, Proof, cdiv, power_of_two
+from octavo.kernels.numeric import divided
 from octavo.kernels.overlap import await_previous
 
 
@@ -29,13 +30,17 @@ def choose(
     logits, t, chosen, weights, num_tokens, num_experts,
     TOP_K: tl.constexpr, NORMALIZE: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr, CHOICES: tl.constexpr,
 ):  # fmt: skip
-    """Store what `_route` does of tokens t [ROWS], out of their logits [ROWS, EXPERTS] in float32."""
+    """Store what `_route` does of tokens t [ROWS], out of their logits [ROWS, EXPERTS] in float32.
+
+    Returns marks [ROWS, EXPERTS]: -2 - j for a token's j-th expert, which are all different, more for the others.
+    """
     e, j = tl.arange(0, EXPERTS), tl.arange(0, CHOICES)
     real = (e < num_experts)[None, :]
-    x = tl.where(real, logits, float("-inf"))
-    share = tl.exp(x - tl.max(x, axis=1)[:, None])
+    top = tl.max(tl.where(real, logits, float("-inf")), axis=1)
+    share = tl.exp(tl.where(real, logits - top[:, None], float("-inf")))
     whole = tl.sum(share, axis=1)
-    share = tl.where(real, tl.div_rn(share, whole[:, None]), -1.0)
+    share = tl.where((whole == whole)[:, None], share, 0.0)  # a maximum passes over a NaN
+    share = tl.where(real, share, -1.0)
     best = tl.zeros((ROWS, CHOICES), tl.float32)
     experts = tl.zeros((ROWS, CHOICES), tl.int32)
     for i in tl.static_range(TOP_K):
@@ -43,14 +48,15 @@ def choose(
         where = tl.min(tl.where(share == largest[:, None], e[None, :], num_experts - 1), axis=1)
         best = tl.where((j == i)[None, :], largest[:, None], best)
         experts = tl.where((j == i)[None, :], where[:, None], experts)
-        share = tl.where(e[None, :] == where[:, None], -2.0, share)
-    best = tl.where((whole == whole)[:, None], best, float("nan"))  # a maximum passes over a NaN
+        share = tl.where(e[None, :] == where[:, None], -2.0 - i, share)
+    best = divided(best, whole[:, None])
     if NORMALIZE:
-        best = tl.div_rn(best, tl.sum(best, axis=1)[:, None])
+        best = divided(best, tl.sum(best, axis=1)[:, None])
     to = t.to(tl.int64)[:, None] * TOP_K + j[None, :]
     seen = (t < num_tokens)[:, None] & (j < TOP_K)[None, :]
     tl.store(chosen + to, experts, mask=seen)
     tl.store(weights + to, best, mask=seen)
+    return share
 
 
 @triton.jit
