@@ -44,6 +44,15 @@ def experts(num: int, n: int, k: int, kind: str, device: torch.device) -> tuple[
     return packed, packed.unpack().bfloat16()
 
 
+def clear_tokens(tokens: int, num: int, top_k: int, hidden: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """x [T, H] and a router [E, H], bf16: of twice as many tokens those of which it is clearest whom they choose."""
+    x = torch.randn(2 * tokens, hidden, device=device).bfloat16()
+    router = (torch.randn(num, hidden, device=device) / hidden**0.5).bfloat16()
+    ordered = (x.double() @ router.double().T).sort(1, descending=True)[0]
+    gaps = (ordered[:, :top_k] - ordered[:, 1 : top_k + 1]).amin(1)
+    return x[gaps.topk(tokens)[1]], router
+
+
 def chosen_of(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """The experts [T, top_k] and their weights, in float64."""
     weights, chosen = logits.double().softmax(1).topk(top_k, 1)

@@ -38,6 +38,7 @@ from octavo.kernels.int8.gpu import weights as w8a16
 from octavo.kernels.moe.gpu import fused, route
 from octavo.kernels.moe.gpu import int4 as experts
 from octavo.kernels.moe.gpu.grouped import grouped
+from octavo.kernels.moe.gpu.router import router
 from octavo.kernels.sampling.gpu import change, draw
 
 E4M3, BF16, INT8, INT16, INT32 = torch.float8_e4m3fn, torch.bfloat16, torch.int8, torch.int16, torch.int32
@@ -145,6 +146,14 @@ CASES = {
     "align": Case(
         lambda chosen, **t: route.align(chosen, EXPERTS, aligned(t)), {"chosen": of(M, 2, dtype=INT32), **IN_TILES},
         "chosen size",
+    ),
+    "router": Case(
+        lambda **t: router(t.pop("x"), t.pop("router"), pairs=aligned(t), normalize=True, block_e=16, block_k=64, **t),
+        {
+            "x": ROWS, "router": of(EXPERTS, K, dtype=BF16), "partial": of(4, M, EXPERTS), "marks": of(M, EXPERTS),
+            "counters": of(2, dtype=INT32), "chosen": of(M, 2, dtype=INT32), "weights": of(M, 2), **IN_TILES,
+        },
+        "x size, chosen size",
     ),
     "grouped": Case(
         lambda **t: grouped(pairs=aligned(t), divisor=2, **t),
