@@ -199,9 +199,9 @@ def mixture_works(config: shapes.Config, weights: str, batch: int) -> list[Work]
     sizes, gemms = {width: hidden, hidden: inner}, 0
     for launch in steps:
         name = launch.kernel.__name__.strip("_")
-        if name == "router":  # parts are merged, and then blocks of tokens where there are several
-            between, blocks = 2 * launch.arguments["partial"].nbytes, launch.grid[0]
-            works.append(Work(name, launch, read + between, trips=4 if blocks == 1 else 6))
+        if name == "router":  # its parts are merged, and its blocks of tokens; the weight's way from memory is two
+            between, trips = 2 * launch.arguments["partial"].nbytes, 5 if launch.grid[0] == 1 else 7
+            works.append(Work(name, launch, read + between, trips=trips, near=True))
         elif name == "route":
             works += [Work("router", None, read), Work(name, launch, batch * num * 4, near=True)]
         elif "grouped" in name:

@@ -150,8 +150,9 @@ CASES = {
     "router": Case(
         lambda **t: router(t.pop("x"), t.pop("router"), pairs=aligned(t), normalize=True, block_e=16, block_k=64, **t),
         {
-            "x": ROWS, "router": of(EXPERTS, K, dtype=BF16), "partial": of(4, M, EXPERTS), "marks": of(M, EXPERTS),
-            "counters": of(2, dtype=INT32), "chosen": of(M, 2, dtype=INT32), "weights": of(M, 2), **IN_TILES,
+            "x": ROWS, "router": of(EXPERTS, K, dtype=BF16), "partial": of(4, M, EXPERTS),
+            "marks": of(M, EXPERTS, dtype=INT32), "counters": of(2, dtype=INT32), "chosen": of(M, 2, dtype=INT32),
+            "weights": of(M, 2), **IN_TILES,
         },
         "x size, chosen size",
     ),

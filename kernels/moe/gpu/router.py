@@ -61,7 +61,7 @@ def _sort(
            the expert's is the number of tokens above that have it, too
     """
     t, e = tl.arange(0, TOKENS), first + tl.arange(0, WIDTH)
-    is_pair = (marks < -1.5) & (t < num_tokens)[:, None]
+    is_pair = (marks <= -2) & (t < num_tokens)[:, None]
     one = is_pair.to(tl.int32)
     count = tl.sum(one, axis=0)
     tiles = (count + BLOCK_M - 1) // BLOCK_M
@@ -69,7 +69,7 @@ def _sort(
     tile = end - tiles
     nowhere = num_tiles * BLOCK_M  # what nothing reads: a mask would go through shared memory byte by byte
     place = tl.where(is_pair, (tile * BLOCK_M)[None, :] + tl.cumsum(one, axis=0) - one, nowhere)
-    tl.store(order + place, t[:, None] * TOP_K - 2 - marks.to(tl.int32))
+    tl.store(order + place, t[:, None] * TOP_K - 2 - marks)
     filling = (tile * BLOCK_M + count)[None, :] + tl.arange(0, BLOCK_M)[:, None]
     filling = tl.where(filling < (end * BLOCK_M)[None, :], filling, nowhere)
     tl.store(order + filling, tl.zeros((BLOCK_M, WIDTH), tl.int32) + num_tokens * TOP_K)
@@ -84,7 +84,7 @@ def _marks(marks, first, num_tokens, num_experts, TOKENS: tl.constexpr, WIDTH: t
     t, e = tl.arange(0, TOKENS), first + tl.arange(0, WIDTH)
     seen = (t < num_tokens)[:, None] & (e < num_experts)[None, :]
     at = marks + t[:, None] * num_experts + e[None, :]
-    return tl.load(at, mask=seen, other=0.0, cache_modifier=".cg")
+    return tl.load(at, mask=seen, other=0, cache_modifier=".cg")
 
 
 @triton.jit
@@ -149,7 +149,7 @@ def router(
     """Of x [T, H] and a router's weight [E, H], both bf16 or fp16: chosen, weights and pairs as `route` and `align` do.
 
     partial   [parts, T, E] float32: sums over a part of the columns; with T * H and E * H under 2^31 numbers
-    marks     [T, E] float32: what `route.choose` says of blocks of tokens
+    marks     [T, E] int32: what `route.choose` says of blocks of tokens
     counters  [ceil(T / 16) + 1 or more] int32, zeros before and after: see `counters_for`
     chosen    [T, top_k] int32; weights [T, top_k] float32
     """
@@ -195,9 +195,10 @@ def routing(
     if num_tokens > most or num_experts > MOST_EXPERTS or weight.dtype != x.dtype or x.dtype == torch.float32:
         return route(_logits(x, weight), chosen, weights, normalize=normalize), align(chosen, num_experts, pairs)
     parts = min(parts, cdiv(hidden, sizes["block_k"]))
-    room = torch.empty(parts + 1, num_tokens, num_experts, device=x.device)
+    partial = torch.empty(parts, num_tokens, num_experts, device=x.device)
+    marks = torch.empty(num_tokens, num_experts, dtype=torch.int32, device=x.device)
     counters = counters_for(cdiv(num_tokens, ROWS) + 1, x.device)
-    return (router(x, weight, room[:-1], room[-1], counters, chosen, weights, pairs, normalize=normalize, **sizes),)
+    return (router(x, weight, partial, marks, counters, chosen, weights, pairs, normalize=normalize, **sizes),)
 
 
 def _logits(x: Tensor, weight: Tensor) -> Tensor:
