@@ -152,16 +152,19 @@ def test_many_tokens_or_a_wide_router_have_two_launches(device: torch.device) ->
 
 
 def test_a_row_of_the_table_gives_the_parts(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many there are; no more than there are steps of columns."""
-    x, weight = inputs(5, 40, 4, 1000, torch.bfloat16, device)
+    """However many there are, and warps; no more parts than there are steps of columns."""
+    x, weight = inputs(20, 40, 4, 1000, torch.bfloat16, device)
     chosen, _, _ = routed(x, weight, 4, normalize=True)
-    row = {"most": 5, "parts": 0, "block_e": 32, "block_k": 64, "num_warps": 8, "num_stages": 3}
+    row = {"most": 20, "block_e": 32, "block_k": 64, "num_warps": 32, "num_stages": 3}
     for parts in (1, 3, 99):
         monkeypatch.setitem(tables.rows_of(tables.card), "moe router", [{**row, "parts": parts}])
         tables.row_of.cache_clear()
         (launch,) = launches(x, weight)
-        assert launch.grid == (1, 2 * min(parts, 16))
-        assert torch.equal(launched(x, weight, 4).chosen.long(), chosen)
+        assert launch.grid == (2, 2 * min(parts, 16))
+        assert launch.arguments["CHOSEN"] == router.ROWS  # a block's tokens, and none of the next one's
+        found = launched(x, weight, 4)
+        assert torch.equal(found.chosen.long(), chosen)
+        assert_sorted(found, 40)
     tables.row_of.cache_clear()
 
 

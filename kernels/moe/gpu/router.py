@@ -172,7 +172,7 @@ def router(
             "num_experts": num_experts, "hidden": hidden, "columns": columns, "num_tiles": len(pairs.tile_expert),
             "TOP_K": top_k, "NORMALIZE": normalize, "BLOCK_M": pairs.block_m, "PARTS": parts, "BLOCKS": blocks,
             "BLOCK_E": block_e, "BLOCK_K": block_k, "LINES": power_of_two(cdiv(columns, 64)), "ROWS": ROWS,
-            "CHOSEN": max(min(tokens, ROWS), num_warps),  # a token's experts lie in one warp: no barriers
+            "CHOSEN": min(max(tokens, num_warps), ROWS),  # a token's experts lie in one warp: no barriers
             "EXPERTS": experts, "CHOICES": power_of_two(top_k), "TOKENS": tokens,
             "WIDTH": min(experts, max(SORTED // tokens, 4)),
         },
