@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from benchmarks.gpu_case import EXACT, Bodies, Case, Goal, some_rows, spread
 from benchmarks.gpu_gemms import GROUP, packed_int4
+from benchmarks.gpu_moe import CONFIG, chosen_of, clear_tokens
 from torch import Tensor
 
 from octavo.kernels.fused.gpu.sums import add_up
@@ -16,6 +17,7 @@ from octavo.kernels.int4.gpu.columns import gather
 from octavo.kernels.int4.gpu.dequantize import dequantize
 from octavo.kernels.moe.gpu import fused
 from octavo.kernels.moe.gpu.route import align, route, unaligned
+from octavo.kernels.moe.gpu.router import routing
 from octavo.kernels.sampling.gpu.change import punish
 
 BF16 = torch.bfloat16
@@ -77,6 +79,12 @@ def route_case(tokens: int, experts: int, top_k: int, device: torch.device) -> B
     return Bodies(run, expected, {EAGER: eager})
 
 
+def used_pairs(order: Tensor, tile_expert: Tensor, num_pairs: int) -> Tensor:
+    """The pairs as they are sorted, in tiles of 16."""
+    used = order[:-1].reshape(-1, 16)[tile_expert >= 0].flatten()
+    return used[used < num_pairs]
+
+
 def align_case(tokens: int, experts: int, top_k: int, device: torch.device) -> Bodies:
     chosen = torch.rand(tokens, experts, device=device).topk(top_k, 1)[1].int()
     pairs, flat = unaligned(tokens * top_k, experts, 16, device), chosen.flatten()
@@ -85,17 +93,41 @@ def align_case(tokens: int, experts: int, top_k: int, device: torch.device) -> B
         align(chosen, experts, pairs)()
         return [pairs.order, pairs.tile_expert]
 
-    def sorted_pairs(outputs: list[Tensor]) -> list[Tensor]:
-        order, tile_expert = outputs
-        used = order[:-1].reshape(-1, 16)[tile_expert >= 0].flatten()
-        return [used[used < len(flat)]]
-
     def eager() -> object:
         return flat.argsort(stable=True), torch.zeros(experts, device=device).index_add_(
             0, flat, torch.ones_like(flat) * 1.0
         )
 
-    return Bodies(run, lambda: [flat.argsort(stable=True).double()], {EAGER: eager}, sorted_pairs)
+    return Bodies(
+        run, lambda: [flat.argsort(stable=True).double()], {EAGER: eager},
+        lambda outputs: [used_pairs(*outputs, len(flat))],
+    )  # fmt: skip
+
+
+def router_case(tokens: int, experts: int, top_k: int, hidden: int, device: torch.device) -> Bodies:
+    """As a decode step has it: from a token's row to sorted pairs."""
+    x, router = clear_tokens(tokens, experts, top_k, hidden, device)
+    chosen = torch.empty(tokens, top_k, dtype=torch.int32, device=device)
+    weights = torch.empty(tokens, top_k, device=device)
+    pairs = unaligned(tokens * top_k, experts, 16, device)
+
+    def run() -> list[Tensor]:
+        for launch in routing(x, router, chosen, weights, pairs, normalize=True):
+            launch()
+        return [chosen, weights, pairs.order, pairs.tile_expert]
+
+    def values(outputs: list[Tensor]) -> list[Tensor]:
+        return [*outputs[:2], used_pairs(*outputs[2:], tokens * top_k)]
+
+    def expected() -> list[Tensor]:
+        best, share = chosen_of(x.double() @ router.double().T, top_k)
+        return [best.double(), share, best.flatten().argsort(stable=True).double()]
+
+    def eager() -> object:
+        best, share = chosen_of(torch.nn.functional.linear(x, router), top_k)
+        return best.flatten().argsort(stable=True), share, best.flatten().bincount(minlength=experts)
+
+    return Bodies(run, expected, {EAGER: eager}, values)
 
 
 def sum_case(tokens: int, width: int, top_k: int, device: torch.device) -> Bodies:
@@ -143,7 +175,7 @@ def penalties_case(rows: int, entries: int, vocab: int, device: torch.device) ->
 
 def cases(tiny: bool = False) -> list[Case]:
     tokens, hidden, inner, vocab = (3, 256, 512, 2000) if tiny else (64, 4096, 14336, 128256)
-    experts, top_k, entries = (8, 2, 5) if tiny else (128, 8, 300)
+    experts, top_k, width, entries = (8, 2, 256, 5) if tiny else (128, 8, CONFIG["hidden_size"], 300)
     pairs = tokens * top_k
     found: dict[str, tuple[str, int, Callable[[torch.device], Bodies]]] = {
         "gathered columns": (
@@ -159,6 +191,10 @@ def cases(tiny: bool = False) -> list[Case]:
         "routing": (
             f"{tokens} tokens, {top_k} of {experts} experts", tokens * experts * 4 + pairs * 8,
             lambda device: route_case(tokens, experts, top_k, device),
+        ),
+        "router, routing and pairs": (
+            f"{tokens} tokens, {top_k} of {experts} experts", (experts + tokens) * width * 2,
+            lambda device: router_case(tokens, experts, top_k, width, device),
         ),
         "pairs by expert": (
             f"{tokens} tokens, {top_k} of {experts} experts", pairs * 8,

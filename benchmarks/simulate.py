@@ -175,7 +175,7 @@ def layer_works(config: shapes.Config, weights: str, kv: str, batch: int, contex
 
 
 def mixture_works(config: shapes.Config, weights: str, batch: int) -> list[Work]:
-    """The router's GEMM (the library's), routing, sorting, and the experts."""
+    """Routing and sorting in one launch (with many tokens a GEMM of the library's and two), and the experts."""
     num, top_k = config["num_experts"], config["num_experts_per_tok"]
     (width, hidden), inner = shapes.linears(config)["gate_up"], config["moe_intermediate_size"]
 
@@ -190,18 +190,21 @@ def mixture_works(config: shapes.Config, weights: str, batch: int) -> list[Work]
             else moe.Experts(meta(num, n, k, dtype=BF16))
         )
 
-    chosen, factor = meta(batch, top_k, dtype=torch.int32), meta(batch, top_k)
     codes, scale = rounded(batch, hidden, weights == "fp8")
-    x = codes if scale is None else Rounded(codes, scale)
-    results = meta(batch * top_k, hidden, dtype=BF16)
-    steps = moe.launches(x, chosen, factor, experts(width, hidden), experts(hidden, inner), results)
-    hit, pairs = shapes.experts_hit(config, batch), batch * top_k
-    router = Work("router", None, num * hidden * 2)
-    route = Work("route", moe.route(meta(batch, num), chosen, factor, normalize=True), batch * num * 4, near=True)
-    works = [router, route]
+    x = codes if scale is None else Rounded(codes, scale, meta(batch, hidden, dtype=BF16))
+    results, router = meta(batch * top_k, hidden, dtype=BF16), meta(num, hidden, dtype=BF16)
+    steps = moe.launches(x, router, top_k, experts(width, hidden), experts(hidden, inner), results, normalize=True)
+    hit, pairs, read = shapes.experts_hit(config, batch), batch * top_k, router.nbytes + batch * hidden * 2
+    works: list[Work] = []
     sizes, gemms = {width: hidden, hidden: inner}, 0
     for launch in steps:
-        if "grouped" in launch.kernel.__name__:
+        name = launch.kernel.__name__.strip("_")
+        if name == "router":  # its parts are merged, and its blocks of tokens; the weight's way from memory is two
+            between, trips = 2 * launch.arguments["partial"].nbytes, 5 if launch.grid[0] == 1 else 7
+            works.append(Work(name, launch, read + between, trips=trips, near=True))
+        elif name == "route":
+            works += [Work("router", None, read), Work(name, launch, batch * num * 4, near=True)]
+        elif "grouped" in name:
             n, k = ((width, hidden), (hidden, inner))[gemms]
             gemms += 1
             tiles = round(hit * max(1, cdiv(cdiv(pairs, max(round(hit), 1)), launch.arguments["BLOCK_M"])))
@@ -211,7 +214,7 @@ def mixture_works(config: shapes.Config, weights: str, batch: int) -> list[Work]
             peak = "fp8" if weights == "fp8" else "bf16"
             works.append(Work(f"experts {n} x {k}", launch, num_bytes, flops, peak, blocks, cdiv(k, 128), 3))
         else:
-            works.append(Work(launch.kernel.__name__.strip("_"), launch, pairs * (width + hidden) * 2, near=True))
+            works.append(Work(name, launch, pairs * (width + hidden) * 2, near=True))
     return works
 
 

@@ -141,6 +141,14 @@ SMALL = {
         grid(block=(128, 256, 512, 1024, 2048), num_warps=(1, 2, 4, 8)), EXPERTS[0],
         lambda m, n, device: gpu_around.route_case(m, n, EXPERTS[1], device),
     ),
+    "moe router": Small(
+        grid(
+            most=(64,), parts=(2, 4, 8, 16, 32), block_e=(16, 32, 64), block_k=(64, 128, 256), num_warps=(4, 8),
+            num_stages=(4,),
+        ),
+        EXPERTS[0],
+        lambda m, n, device: gpu_around.router_case(m, n, EXPERTS[1], gpu_moe.CONFIG["hidden_size"], device),
+    ),
     "moe align": Small(
         grid(block=(512, 1024, 2048, 4096), num_warps=(1, 2, 4, 8)), EXPERTS[0],
         lambda m, n, device: gpu_around.align_case(m, n, EXPERTS[1], device),

@@ -55,6 +55,7 @@ ROOMS = (  # modules that have `proofs() -> dict[str, Proof]`
     "moe.gpu.grouped",
     "moe.gpu.int4",
     "moe.gpu.route",
+    "moe.gpu.router",
     "sampling.gpu.change",
     "sampling.gpu.draw",
 )

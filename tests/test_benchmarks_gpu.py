@@ -261,8 +261,8 @@ def test_a_step_is_slower_than_its_limit_and_has_the_decoder_s_launches(name: st
     ):  # with fp8 attention's output is rounded
         step = simulate.step(config, weights, "fp8", 32, 1024, small)
         assert step.ms > step.limit
-        if not shapes.is_mixture(config):
-            assert step.launches == config["num_hidden_layers"] * kernels_of_layer + 6
+        router = shapes.is_mixture(config)
+        assert step.launches == config["num_hidden_layers"] * (kernels_of_layer + router) + 6
 
 
 def test_cases_that_are_modelled_are_found_by_their_names() -> None:

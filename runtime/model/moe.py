@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from octavo.kernels.moe import reference as moe
-from octavo.kernels.rounded import Hidden, Rounded, Rounding
+from octavo.kernels.rounded import Hidden, Rounding
 from octavo.quant.experts_gpu import Stacked
 from octavo.quant.linear import Linear
 from octavo.runtime.model.mlp import Change, GatedMlp
@@ -122,9 +122,7 @@ class GroupedMoe:
 
         assert isinstance(x, Tensor)
         experts = self.experts
-        routed = fused_moe(
-            x, self._logits(x), self.top_k, experts.gate_up, experts.down, normalize=self.normalize
-        )  # fmt: skip
+        routed = fused_moe(x, self.router, self.top_k, experts.gate_up, experts.down, normalize=self.normalize)
         return add_shared(x, routed, self.shared, self.shared_gate)
 
     def partial(self, x: Hidden) -> Tensor:
@@ -133,17 +131,8 @@ class GroupedMoe:
 
         if self.shared is not None:
             return self.forward(x)
-        plain, experts = x.plain if isinstance(x, Rounded) else x, self.experts
-        assert plain is not None
-        return partial_moe(
-            x, self._logits(plain), self.top_k, experts.gate_up, experts.down, normalize=self.normalize
-        )  # fmt: skip
-
-    def _logits(self, x: Tensor) -> Tensor:
-        """Float32 sums of exact products."""
-        if x.is_cuda and self.router.dtype == x.dtype != torch.float32:
-            return torch.mm(x, self.router.T, out_dtype=torch.float32)
-        return F.linear(x.float(), self.router.float())
+        experts = self.experts
+        return partial_moe(x, self.router, self.top_k, experts.gate_up, experts.down, normalize=self.normalize)
 
     def linears(self) -> dict[str, Linear]:
         """'shared.gate_up' and 'shared.down', where there are: the experts are no linear layers here."""

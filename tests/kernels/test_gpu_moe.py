@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from chosen_experts import routed
 from torch import Tensor
 
 from octavo.kernels.int4 import reference as int4
@@ -42,11 +43,12 @@ def test_of_equal_experts_the_first_are_chosen(device: torch.device) -> None:
     chosen, weights = torch.zeros(2, 3, dtype=torch.int32, device=device), torch.zeros(2, 3, device=device)
     route.route(logits, chosen, weights, normalize=True)()
     assert chosen.tolist() == [[0, 1, 2], [4, 0, 1]]
-    logits[1, 2] = torch.nan
-    route.route(logits, chosen, weights, normalize=True)()
-    assert not weights[0].isnan().any()
-    assert weights[1].isnan().all()
-    assert bool(((chosen >= 0) & (chosen < 6)).all())
+    for nans in (1, 6):
+        logits[1, :nans] = torch.nan
+        route.route(logits, chosen, weights, normalize=True)()
+        assert not weights[0].isnan().any()
+        assert weights[1].isnan().all()
+        assert chosen.tolist() == [[0, 1, 2]] * 2  # whom a NaN has chosen are different, too
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 2), (9, 4, 3), (5, 40, 8), (300, 7, 8)], ids=str)
@@ -252,8 +254,8 @@ def test_the_whole_way(kind: str, num_tokens: int, device: torch.device) -> None
     gate_up, true_gate_up = experts(kind, num_experts, 2 * width, hidden, 13, device)
     down, true_down = experts(kind, num_experts, hidden, width, 14, device)
     x = random(num_tokens, hidden, seed=15, device=device).bfloat16()
-    logits = random(num_tokens, num_experts, seed=16, device=device)
-    out = fused.fused_moe(x, logits, top_k, gate_up, down, normalize=True)
+    router = (random(num_experts, hidden, seed=16, device=device) / hidden**0.5).bfloat16()
+    out = fused.fused_moe(x, router, top_k, gate_up, down, normalize=True)
     assert out.dtype == x.dtype
     assert out.shape == x.shape
     if num_tokens == 0:
@@ -264,14 +266,14 @@ def test_the_whole_way(kind: str, num_tokens: int, device: torch.device) -> None
             return e4m3(t, 128 if kind == "fp8 blocks" else t.shape[-1])
         return t.bfloat16().double()
 
-    chosen, weights = reference.route(logits, torch.eye(num_experts, device=device), top_k, True)
+    chosen, weights, share = routed(x, router, top_k, normalize=True)
     tokens = rounded(x.double().expand(2, -1, -1)).repeat_interleave(top_k, 1)
     between = product(tokens, true_gate_up, chosen, loose(hidden, kind, device)).bfloat16().double()
     gate, up = between.chunk(2, dim=-1)
     exp = 16 * 2**-24  # as test_gpu_activation.py counts
     acted = rounded(times(times(silu(gate), up), (1 - exp, 1 + exp)))
-    rows = product(acted, true_down, chosen, loose(width, kind, device)) * weights.double().flatten()[:, None]
-    rows = times(rows, (1 - 2**-19, 1 + 2**-19)).bfloat16()  # the weights', as in test_routing
+    rows = product(acted, true_down, chosen, loose(width, kind, device)) * weights.flatten()[:, None]
+    rows = times(rows, (1 - share, 1 + share)).bfloat16()
     least, most = sum(rows.float().unflatten(1, (-1, top_k)).unbind(2), torch.zeros((), device=device)).bfloat16()
     assert bool(((least <= out) & (out <= most)).all())
 
@@ -279,7 +281,6 @@ def test_the_whole_way(kind: str, num_tokens: int, device: torch.device) -> None
 def test_what_does_not_go_together_is_refused(device: torch.device) -> None:
     bf16, _ = experts("bf16", 2, 64, 32, 17, device)
     other, _ = experts("fp8", 2, 32, 32, 18, device)
-    chosen = torch.zeros(1, 1, dtype=torch.int32)
     x = torch.ones(1, 32, device=device).bfloat16()
     with pytest.raises(ValueError, match="gate_up bf16"):
-        fused.launches(x, chosen, x, bf16, other, x)
+        fused.launches(x, x.expand(2, 32), 1, bf16, other, x, normalize=True)

@@ -38,6 +38,7 @@ from octavo.kernels.int8.gpu import weights as w8a16
 from octavo.kernels.moe.gpu import fused, route
 from octavo.kernels.moe.gpu import int4 as experts
 from octavo.kernels.moe.gpu.grouped import grouped
+from octavo.kernels.moe.gpu.router import router
 from octavo.kernels.sampling.gpu import change, draw
 
 E4M3, BF16, INT8, INT16, INT32 = torch.float8_e4m3fn, torch.bfloat16, torch.int8, torch.int16, torch.int32
@@ -146,6 +147,15 @@ CASES = {
         lambda chosen, **t: route.align(chosen, EXPERTS, aligned(t)), {"chosen": of(M, 2, dtype=INT32), **IN_TILES},
         "chosen size",
     ),
+    "router": Case(
+        lambda **t: router(t.pop("x"), t.pop("router"), pairs=aligned(t), normalize=True, block_e=16, block_k=64, **t),
+        {
+            "x": ROWS, "router": of(EXPERTS, K, dtype=BF16), "partial": of(4, M, EXPERTS),
+            "marks": of(M, EXPERTS, dtype=INT32), "counters": of(2, dtype=INT32), "chosen": of(M, 2, dtype=INT32),
+            "weights": of(M, 2), **IN_TILES,
+        },
+        "x size, chosen size",
+    ),
     "grouped": Case(
         lambda **t: grouped(pairs=aligned(t), divisor=2, **t),
         {**OF_EXPERTS, "x": CODES, "w": of(EXPERTS, N, K, dtype=E4M3), "x_scale": of(M, 1), "w_scale": of(EXPERTS, N)},
@@ -237,11 +247,12 @@ def test_a_layer_takes_what_its_weight_has_columns_for(device: torch.device) -> 
 def test_a_router_and_its_experts_go_together(device: torch.device) -> None:
     gate_up = fused.Experts(torch.ones(2, 2 * K, K, device=device).to(BF16))
     down, x = fused.Experts(torch.ones(2, K, K, device=device).to(BF16)), torch.ones(M, K, device=device).to(BF16)
-    for shape in ((M, 3), (M + 1, 2)):
-        with pytest.raises(ValueError, match=r"logits .*\[3, 2\]"):
+    for shape in ((3, K), (2, K - 1)):
+        with pytest.raises(ValueError, match=r"router .*\[2, 64\]"):
             fused.fused_moe(x, torch.ones(shape, device=device), 1, gate_up, down, normalize=True)
-    with pytest.raises(ValueError, match=r"chosen .*\[3, 2\]"):
-        fused.fused_moe(x, torch.ones(M, 2, device=device), 3, gate_up, down, normalize=True)
+    for dtype in (BF16, torch.float32):  # one launch, and two
+        with pytest.raises(ValueError, match=r"chosen .*\[3, 2\]"):
+            fused.fused_moe(x, torch.ones(2, K, device=device).to(dtype), 3, gate_up, down, normalize=True)
 
 
 def test_a_cache_of_other_heads_is_refused() -> None:

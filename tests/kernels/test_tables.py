@@ -27,8 +27,8 @@ GEMMS = {"w8a16", "int8", "int4", "moe bf16", "moe int4"}
 FP8_GEMMS = {"fp8", "fp8 blocks", "int4 fp8", "moe fp8", "moe fp8 blocks"}
 OTHERS = {
     "paged decode", "paged prefill", "rope", "norm", "activation", "activation rows", "embedding", "quantize rows",
-    "quantize groups", "gather", "dequantize", "add up", "moe route", "moe align", "moe sum", "sampling lists",
-    "sampling chunks", "sampling choice",
+    "quantize groups", "gather", "dequantize", "add up", "moe route", "moe router", "moe align", "moe sum",
+    "sampling lists", "sampling chunks", "sampling choice",
 }  # fmt: skip
 
 

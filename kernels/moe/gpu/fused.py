@@ -1,4 +1,4 @@
-"""A mixture's way on a GPU: round, sort, the first grouped GEMM, SiLU * up, the second one, and each token's sum.
+"""A mixture's way on a GPU: route and sort, round, the first grouped GEMM, SiLU * up, the second, each token's sum.
 
 out[t] = sum over j of weights[t, j] * down(silu(gate(x[t])) * up(x[t])) of expert chosen[t, j], the sum in float32 in
 the order of j: the same bits whatever else is in the batch with the same tiles, and no atomics. Every launch's size
@@ -17,13 +17,14 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels import tables
-from octavo.kernels.expect import expect, refuse
+from octavo.kernels.expect import expect
 from octavo.kernels.fp8.gpu.quantize import quantize
 from octavo.kernels.fused.gpu.activation import silu_and_mul
 from octavo.kernels.launch import Launch, Proof, cdiv
 from octavo.kernels.moe.gpu.grouped import BLOCK, grouped
 from octavo.kernels.moe.gpu.int4 import PackedExperts, grouped_int4
-from octavo.kernels.moe.gpu.route import Aligned, align, route, unaligned
+from octavo.kernels.moe.gpu.route import Aligned, unaligned
+from octavo.kernels.moe.gpu.router import routing
 from octavo.kernels.numeric import narrow
 from octavo.kernels.overlap import await_previous
 from octavo.kernels.rounded import Hidden, Rounded, Rounding
@@ -72,32 +73,28 @@ def add_up(pairs: Tensor, out: Tensor, top_k: int) -> Launch:
 
 
 def launches(
-    x: Hidden,
-    chosen: Tensor,
-    weights: Tensor,
-    gate_up: Weights,
-    down: Weights,
-    results: Tensor,
-    sizes: dict[str, int] | None = None,
+    x: Hidden, router: Tensor, top_k: int, gate_up: Weights, down: Weights, results: Tensor, *, normalize: bool
 ) -> tuple[Launch, ...]:
-    """All that happens after routing but the sum, in order; memory between them is allocated here.
+    """All that happens but the sum, in order; memory between them is allocated here.
 
     x        [T, H] bf16 or fp16, or rounded as `wants` has it
-    chosen   [T, top_k] int32; weights [T, top_k] float32
+    router   [E, H] of x's type, or float32
     gate_up  [E, 2 I, H], down [E, H, I]: both plain, both e4m3, or both of 4 bits
     results  [T * top_k, H] of x's type: what each of a token's experts gives it, times its weight
-    sizes    of both GEMMs; None: the table's
     """
-    (num_experts, width, hidden), (num_tokens, top_k), kind = gate_up.shape, chosen.shape, _kind(gate_up)
-    rows = (x.codes if isinstance(x, Rounded) else x).shape
-    if kind != _kind(down) or down.shape != (num_experts, hidden, width // 2) or rows != (num_tokens, hidden):
-        raise ValueError(f"x {list(rows)}, gate_up {kind} {gate_up.shape} and down {_kind(down)} {down.shape}")
+    (num_experts, width, hidden), kind, plain = gate_up.shape, _kind(gate_up), _plain(x)
+    num_tokens = plain.shape[0]
+    if kind != _kind(down) or down.shape != (num_experts, hidden, width // 2) or plain.shape[1] != hidden:
+        raise ValueError(f"x {list(plain.shape)}, gate_up {kind} {gate_up.shape} and down {_kind(down)} {down.shape}")
+    expect(router=(router, (num_experts, hidden)))
     num_pairs, group_size = num_tokens * top_k, BLOCK if kind == "fp8 blocks" else 0
-    size: dict[str, Any] = dict(sizes or tables.choose(f"moe {kind}", cdiv(num_pairs, num_experts), width, hidden))
+    size: dict[str, Any] = tables.choose(f"moe {kind}", cdiv(num_pairs, num_experts), width, hidden)
     pairs = unaligned(num_pairs, num_experts, size.pop("block_m"), results.device)
+    chosen = torch.empty(num_tokens, top_k, dtype=torch.int32, device=results.device)
+    weights = torch.empty(num_tokens, top_k, dtype=torch.float32, device=results.device)
     between = results.new_empty(num_pairs, width)
     acted, acted_scale = _rows(results, num_pairs, width // 2, kind)
-    steps = [align(chosen, num_experts, pairs)]
+    steps = [*routing(plain, router, chosen, weights, pairs, normalize=normalize)]
     if kind.startswith("fp8") and isinstance(x, Tensor):
         codes, x_scale = _rows(x, num_tokens, hidden, kind)
         assert x_scale is not None
@@ -151,30 +148,27 @@ def _gemm(
     return grouped(x, weights.weight, pairs, out, divisor=divisor, router=router, **scales, **size)
 
 
-def fused_moe(x: Hidden, logits: Tensor, top_k: int, gate_up: Weights, down: Weights, *, normalize: bool) -> Tensor:
-    """The mixture's output for x [T, H], given the router's logits [T, E]: the sum of `partial_moe`, rounded."""
-    results = partial_moe(x, logits, top_k, gate_up, down, normalize=normalize)
+def fused_moe(x: Hidden, router: Tensor, top_k: int, gate_up: Weights, down: Weights, *, normalize: bool) -> Tensor:
+    """The mixture's output for x [T, H], with a router [E, H] of x's type or float32: `partial_moe` summed, rounded."""
+    results = partial_moe(x, router, top_k, gate_up, down, normalize=normalize)
     out = results.new_empty(results.shape[1:])
     add_up(results.transpose(0, 1).flatten(0, 1), out, top_k)()
     return out
 
 
-def partial_moe(x: Hidden, logits: Tensor, top_k: int, gate_up: Weights, down: Weights, *, normalize: bool) -> Tensor:
+def partial_moe(x: Hidden, router: Tensor, top_k: int, gate_up: Weights, down: Weights, *, normalize: bool) -> Tensor:
     """What each token's experts give it [top_k, T, H], for the next kernel to add up; a token's lie side by side."""
+    num_tokens, hidden = _plain(x).shape
+    results = _plain(x).new_empty(num_tokens * top_k, hidden)
+    for launch in launches(x, router, top_k, gate_up, down, results, normalize=normalize):
+        launch()
+    return results.view(num_tokens, top_k, hidden).transpose(0, 1)
+
+
+def _plain(x: Hidden) -> Tensor:
     plain = x.plain if isinstance(x, Rounded) else x
     assert plain is not None
-    num_tokens = plain.shape[0]
-    if logits.shape != (num_tokens, gate_up.shape[0]):
-        refuse("logits", logits, (num_tokens, gate_up.shape[0]))
-    chosen = torch.empty(num_tokens, top_k, dtype=torch.int32, device=plain.device)
-    weights = torch.empty(num_tokens, top_k, dtype=torch.float32, device=plain.device)
-    results = plain.new_empty(num_tokens * top_k, plain.shape[1])
-    for launch in (
-        route(logits, chosen, weights, normalize=normalize),
-        *launches(x, chosen, weights, gate_up, down, results),
-    ):
-        launch()
-    return results.view(num_tokens, top_k, plain.shape[1]).transpose(0, 1)
+    return plain
 
 
 def proofs() -> dict[str, Proof]:

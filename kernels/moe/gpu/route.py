@@ -1,12 +1,12 @@
 """Triton bodies of routing: the experts of each token, and the pairs of token and expert sorted by expert.
 
 route   softmax over all experts in float32, its top_k largest, the lowest expert first among equals: what
-        `moe.reference.route` does after its GEMM. A token with a NaN has NaN weights.
+        `moe.reference.route` does after its GEMM. A token with a NaN has NaN weights, and different experts even so.
 align   pair t * top_k + j goes to expert chosen[t, j]. Each expert's pairs lie together in ascending order, filled up
         to a multiple of BLOCK_M rows, which is what a program of a grouped GEMM has. Everything stays on the device
         and all sizes come from the number of pairs, so that a CUDA graph holds it; no atomics, so that it is always
         the same. A program for each expert counts all pairs and places its own: 8 bytes a pair and expert out of L2.
-Limit: launches; a step of decoding has a few hundred pairs.
+Limit: launches; a step of decoding has a few hundred pairs, and one for all of it: see `router`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,43 @@ from torch import Tensor
 from octavo.kernels import tables
 from octavo.kernels.expect import expect
 from octavo.kernels.launch import Launch, Proof, cdiv, power_of_two
+from octavo.kernels.numeric import divided
 from octavo.kernels.overlap import await_previous
+
+
+@triton.jit
+def choose(
+    logits, t, chosen, weights, num_tokens, num_experts,
+    TOP_K: tl.constexpr, NORMALIZE: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr, CHOICES: tl.constexpr,
+):  # fmt: skip
+    """Store what `_route` does of tokens t [ROWS], out of their logits [ROWS, EXPERTS] in float32.
+
+    Returns marks [ROWS, EXPERTS]: -2 - j for a token's j-th expert, which are all different, more for the others.
+    Shares are compared by their bits: of integers a warp finds the largest in one instruction, of floats in ten.
+    """
+    e, j = tl.arange(0, EXPERTS), tl.arange(0, CHOICES)
+    real = (e < num_experts)[None, :]
+    top = tl.max(tl.where(real, logits, float("-inf")), axis=1)
+    share = tl.exp(tl.where(real, logits - top[:, None], float("-inf")))
+    whole = tl.sum(share, axis=1)
+    share = tl.where((whole == whole)[:, None], share, 0.0)  # a maximum passes over a NaN
+    marks = tl.where(real, share.to(tl.int32, bitcast=True), -1)
+    best = tl.zeros((ROWS, CHOICES), tl.int32)
+    experts = tl.zeros((ROWS, CHOICES), tl.int32)
+    for i in tl.static_range(TOP_K):
+        largest = tl.max(marks, axis=1)
+        where = tl.min(tl.where(marks == largest[:, None], e[None, :], num_experts - 1), axis=1)
+        best = tl.where((j == i)[None, :], largest[:, None], best)
+        experts = tl.where((j == i)[None, :], where[:, None], experts)
+        marks = tl.where(e[None, :] == where[:, None], -2 - i, marks)
+    best = divided(best.to(tl.float32, bitcast=True), whole[:, None])
+    if NORMALIZE:
+        best = divided(best, tl.sum(best, axis=1)[:, None])
+    to = t.to(tl.int64)[:, None] * TOP_K + j[None, :]
+    seen = (t < num_tokens)[:, None] & (j < TOP_K)[None, :]
+    tl.store(chosen + to, experts, mask=seen)
+    tl.store(weights + to, best, mask=seen)
+    return marks
 
 
 @triton.jit
@@ -31,29 +67,11 @@ def _route(
     OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     await_previous(OVERLAPS)
-    t, e, j = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, EXPERTS), tl.arange(0, CHOICES)
+    t, e = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, EXPERTS)
     at = t.to(tl.int64)[:, None] * num_experts + e[None, :]
-    real = (e < num_experts)[None, :]
-    x = tl.load(logits + at, mask=real & (t < num_tokens)[:, None], other=0.0).to(tl.float32)
-    x = tl.where(real, x, float("-inf"))
-    share = tl.exp(x - tl.max(x, axis=1)[:, None])
-    whole = tl.sum(share, axis=1)
-    share = tl.where(real, tl.div_rn(share, whole[:, None]), -1.0)
-    best = tl.zeros((ROWS, CHOICES), tl.float32)
-    experts = tl.zeros((ROWS, CHOICES), tl.int32)
-    for i in tl.static_range(TOP_K):
-        largest = tl.max(share, axis=1)
-        where = tl.min(tl.where(share == largest[:, None], e[None, :], num_experts - 1), axis=1)
-        best = tl.where((j == i)[None, :], largest[:, None], best)
-        experts = tl.where((j == i)[None, :], where[:, None], experts)
-        share = tl.where(e[None, :] == where[:, None], -2.0, share)
-    best = tl.where((whole == whole)[:, None], best, float("nan"))  # a maximum passes over a NaN
-    if NORMALIZE:
-        best = tl.div_rn(best, tl.sum(best, axis=1)[:, None])
-    to = t.to(tl.int64)[:, None] * TOP_K + j[None, :]
-    seen = (t < num_tokens)[:, None] & (j < TOP_K)[None, :]
-    tl.store(chosen + to, experts, mask=seen)
-    tl.store(weights + to, best, mask=seen)
+    seen = (e < num_experts)[None, :] & (t < num_tokens)[:, None]
+    x = tl.load(logits + at, mask=seen, other=0.0).to(tl.float32)
+    choose(x, t, chosen, weights, num_tokens, num_experts, TOP_K, NORMALIZE, ROWS, EXPERTS, CHOICES)
 
 
 @triton.jit

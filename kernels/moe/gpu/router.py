@@ -1,0 +1,224 @@
+"""Triton body of a decode step's router: logits, each token's experts, and the pairs sorted by expert, in one launch.
+
+logits[t, e] = x[t] . router[e], in float32; then `route.choose`, then what `route.align` writes. A program multiplies
+ROWS tokens, BLOCK_E experts and a share of the columns (experts are the tensor core's rows, tokens its columns) into
+its place of partial [PARTS, T, E]. The last of a block of tokens adds the parts up in their order and chooses; the last
+of those sorts all pairs. Nothing depends on who is last, so that it is always the same, and no size on what is chosen.
+Reference: `moe.reference.route`. Limit: E * H * 2 bytes over 3.0 TB/s on an H100 (Qwen3-30B-A3B 512 KB, Mixtral 64 KB):
+less than the latency of what it does one after the other.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from octavo.kernels import tables
+from octavo.kernels.attention.gpu.decode import _is_last, counters_for
+from octavo.kernels.expect import expect
+from octavo.kernels.launch import Launch, Proof, cdiv, meta, power_of_two
+from octavo.kernels.moe.gpu.route import Aligned, align, choose, expect_aligned, route, unaligned
+from octavo.kernels.numeric import dot
+from octavo.kernels.overlap import await_previous, prefetch
+
+ROWS = 16  # tokens of a program: the tensor core's least
+MOST_EXPERTS = 512  # which a program has side by side when it chooses
+SORTED = 4096  # tokens times experts that the last program has in registers
+
+
+@triton.jit
+def _multiply(
+    x, router, partial, first_t, first_e, part, num_tokens, num_experts, hidden, columns,
+    BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Sums over a part's columns for ROWS tokens and BLOCK_E experts, stored; past the end the last one again."""
+    k, begin = tl.arange(0, BLOCK_K), part * columns
+    t = first_t + tl.arange(0, ROWS)
+    e = first_e + tl.arange(0, BLOCK_E)
+    x_at = x + (tl.minimum(t, num_tokens - 1) * hidden)[:, None] + k[None, :]
+    router_at = router + (tl.minimum(e, num_experts - 1) * hidden)[:, None] + k[None, :]
+    acc = tl.zeros((BLOCK_E, ROWS), tl.float32)
+    for at in range(begin, tl.minimum(begin + columns, hidden), BLOCK_K):
+        seen = (k < hidden - at)[None, :]
+        a = tl.load(router_at + at, mask=seen, other=0.0)
+        b = tl.load(x_at + at, mask=seen, other=0.0)
+        acc = dot(a, b.T, acc)
+    to = (part * num_tokens + t)[:, None] * num_experts + e[None, :]
+    tl.store(partial + to, acc.T, mask=(t < num_tokens)[:, None] & (e < num_experts)[None, :])
+
+
+@triton.jit
+def _sort(
+    marks, first, used, order, tile_expert, num_tokens, num_tiles,
+    TOP_K: tl.constexpr, BLOCK_M: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Place the pairs of WIDTH experts from `first` on, behind the tiles that are used; returns how many then are.
+
+    marks  [TOKENS, WIDTH], as `route.choose` returns them: a token has an expert once, so that its pair's place among
+           the expert's is the number of tokens above that have it, too
+    """
+    t, e = tl.arange(0, TOKENS), first + tl.arange(0, WIDTH)
+    is_pair = (marks <= -2) & (t < num_tokens)[:, None]
+    one = is_pair.to(tl.int32)
+    count = tl.sum(one, axis=0)
+    tiles = (count + BLOCK_M - 1) // BLOCK_M
+    end = used + tl.cumsum(tiles, axis=0)
+    tile = end - tiles
+    nowhere = num_tiles * BLOCK_M  # what nothing reads: a mask would go through shared memory byte by byte
+    place = tl.where(is_pair, (tile * BLOCK_M)[None, :] + tl.cumsum(one, axis=0) - one, nowhere)
+    tl.store(order + place, t[:, None] * TOP_K - 2 - marks)
+    filling = (tile * BLOCK_M + count)[None, :] + tl.arange(0, BLOCK_M)[:, None]
+    filling = tl.where(filling < (end * BLOCK_M)[None, :], filling, nowhere)
+    tl.store(order + filling, tl.zeros((BLOCK_M, WIDTH), tl.int32) + num_tokens * TOP_K)
+    for i in range(tl.max(tiles, axis=0)):
+        tl.store(tile_expert + tile + i, e, mask=i < tiles)
+    return used + tl.sum(tiles, axis=0)
+
+
+@triton.jit
+def _marks(marks, first, num_tokens, num_experts, TOKENS: tl.constexpr, WIDTH: tl.constexpr):
+    """Those of all tokens and WIDTH experts; other SMs wrote them."""
+    t, e = tl.arange(0, TOKENS), first + tl.arange(0, WIDTH)
+    seen = (t < num_tokens)[:, None] & (e < num_experts)[None, :]
+    at = marks + t[:, None] * num_experts + e[None, :]
+    return tl.load(at, mask=seen, other=0, cache_modifier=".cg")
+
+
+@triton.jit
+def _router(
+    x, router, partial, marks, counters, chosen, weights, order, tile_expert,
+    num_tokens, num_experts, hidden, columns, num_tiles,
+    TOP_K: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK_M: tl.constexpr, PARTS: tl.constexpr, BLOCKS: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, LINES: tl.constexpr, ROWS: tl.constexpr, CHOSEN: tl.constexpr,
+    EXPERTS: tl.constexpr, CHOICES: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr, OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    block, part, first_e = tl.program_id(0), tl.program_id(1) % PARTS, tl.program_id(1) // PARTS * BLOCK_E
+    if OVERLAPS:
+        row = tl.minimum(first_e + tl.arange(0, BLOCK_E), num_experts - 1)
+        line = tl.minimum(part * columns + tl.arange(0, LINES) * 64, hidden - 1)
+        prefetch(router + row[:, None] * hidden + line[None, :])
+    await_previous(OVERLAPS)
+    _multiply(
+        x, router, partial, block * ROWS, first_e, part, num_tokens, num_experts, hidden, columns,
+        BLOCK_E, BLOCK_K, ROWS,
+    )  # fmt: skip
+    if not _is_last(counters + block, tl.num_programs(1)):
+        return
+    t, e = block * ROWS + tl.arange(0, CHOSEN), tl.arange(0, EXPERTS)
+    at = t[:, None] * num_experts + e[None, :]
+    seen = (t < num_tokens)[:, None] & (e < num_experts)[None, :]
+    logits = tl.zeros((CHOSEN, EXPERTS), tl.float32)
+    for n in tl.static_range(PARTS):  # other SMs wrote them: past L1
+        place = partial + n * num_tokens * num_experts + at
+        logits += tl.load(place, mask=seen, other=0.0, cache_modifier=".cg")
+    own = choose(logits, t, chosen, weights, num_tokens, num_experts, TOP_K, NORMALIZE, CHOSEN, EXPERTS, CHOICES)
+    used = num_tiles * 0
+    if BLOCKS == 1:
+        used = _sort(own, 0, used, order, tile_expert, num_tokens, num_tiles, TOP_K, BLOCK_M, CHOSEN, EXPERTS)
+    else:
+        tl.store(marks + at, own, mask=seen)
+        if not _is_last(counters + BLOCKS, BLOCKS):
+            return
+        for first in range(0, EXPERTS, WIDTH):
+            each = _marks(marks, first, num_tokens, num_experts, TOKENS, WIDTH)
+            used = _sort(each, first, used, order, tile_expert, num_tokens, num_tiles, TOP_K, BLOCK_M, TOKENS, WIDTH)
+    for start in range(used, num_tiles, EXPERTS):  # what is left over is nobody's
+        i = start + tl.arange(0, EXPERTS)
+        tl.store(tile_expert + i, tl.full((EXPERTS,), -1, tl.int32), mask=i < num_tiles)
+
+
+def router(
+    x: Tensor,
+    weight: Tensor,
+    partial: Tensor,
+    marks: Tensor,
+    counters: Tensor,
+    chosen: Tensor,
+    weights: Tensor,
+    pairs: Aligned,
+    *,
+    normalize: bool,
+    block_e: int,
+    block_k: int,
+    num_warps: int = 4,
+    num_stages: int = 4,
+) -> Launch:
+    """Of x [T, H] and a router's weight [E, H], both bf16 or fp16: chosen, weights and pairs as `route` and `align` do.
+
+    partial   [parts, T, E] float32: sums over a part of the columns; with T * H and E * H under 2^31 numbers
+    marks     [T, E] int32: what `route.choose` says of blocks of tokens
+    counters  [ceil(T / 16) + 1 or more] int32, zeros before and after: see `counters_for`
+    chosen    [T, top_k] int32; weights [T, top_k] float32
+    """
+    (num_tokens, hidden), num_experts, parts, top_k = x.shape, weight.shape[0], partial.shape[0], chosen.shape[1]
+    blocks, experts = cdiv(num_tokens, ROWS), max(power_of_two(num_experts), 4)
+    expect(
+        x=(x, (num_tokens, hidden)), router=(weight, (num_experts, hidden)),
+        partial=(partial, (parts, num_tokens, num_experts)), marks=(marks, (num_tokens, num_experts)),
+        counters=(counters, max(counters.numel(), blocks + 1)),
+        chosen=(chosen, (num_tokens, min(top_k, num_experts))), weights=(weights, (num_tokens, top_k)),
+    )  # fmt: skip
+    expect_aligned(pairs, num_tokens * top_k, num_experts)
+    columns, tokens = cdiv(cdiv(hidden, block_k), parts) * block_k, power_of_two(num_tokens)
+    return Launch(
+        _router,
+        (blocks, cdiv(num_experts, block_e) * parts),
+        {
+            "x": x, "router": weight, "partial": partial, "marks": marks, "counters": counters, "chosen": chosen,
+            "weights": weights, "order": pairs.order, "tile_expert": pairs.tile_expert, "num_tokens": num_tokens,
+            "num_experts": num_experts, "hidden": hidden, "columns": columns, "num_tiles": len(pairs.tile_expert),
+            "TOP_K": top_k, "NORMALIZE": normalize, "BLOCK_M": pairs.block_m, "PARTS": parts, "BLOCKS": blocks,
+            "BLOCK_E": block_e, "BLOCK_K": block_k, "LINES": power_of_two(cdiv(columns, 64)), "ROWS": ROWS,
+            "CHOSEN": min(max(tokens, num_warps), ROWS),  # a token's experts lie in one warp: no barriers
+            "EXPERTS": experts, "CHOICES": power_of_two(top_k), "TOKENS": tokens,
+            "WIDTH": min(experts, max(SORTED // tokens, 4)),
+        },
+        num_warps=num_warps,
+        num_stages=num_stages,
+    )  # fmt: skip
+
+
+def routing(
+    x: Tensor, weight: Tensor, chosen: Tensor, weights: Tensor, pairs: Aligned, *, normalize: bool
+) -> tuple[Launch, ...]:
+    """The experts of x [T, H], chosen by a router's weight [E, H] of x's type or float32, and the pairs sorted.
+
+    One launch for few tokens. Else, and where the weight is float32, two after torch's product, which is on its way
+    when this returns.
+    """
+    (num_tokens, hidden), num_experts = x.shape, weight.shape[0]
+    sizes = tables.choose("moe router", num_tokens, num_experts, hidden)
+    most, parts = sizes.pop("most"), sizes.pop("parts")
+    if num_tokens > most or num_experts > MOST_EXPERTS or weight.dtype != x.dtype or x.dtype == torch.float32:
+        return route(_logits(x, weight), chosen, weights, normalize=normalize), align(chosen, num_experts, pairs)
+    parts = min(parts, cdiv(hidden, sizes["block_k"]))
+    partial = torch.empty(parts, num_tokens, num_experts, device=x.device)
+    marks = torch.empty(num_tokens, num_experts, dtype=torch.int32, device=x.device)
+    counters = counters_for(cdiv(num_tokens, ROWS) + 1, x.device)
+    return (router(x, weight, partial, marks, counters, chosen, weights, pairs, normalize=normalize, **sizes),)
+
+
+def _logits(x: Tensor, weight: Tensor) -> Tensor:
+    """Float32 sums of exact products."""
+    if x.is_cuda and weight.dtype == x.dtype != torch.float32:
+        return torch.mm(x, weight.T, out_dtype=torch.float32)
+    return F.linear(x.float(), weight.float())
+
+
+def proofs() -> dict[str, Proof]:
+    """Qwen3's, Mixtral's and Qwen3-Next's routers: tensor cores, and weights copied 16 bytes at a time."""
+    made: dict[str, Proof] = {}
+    for num_experts, top_k, hidden, num_tokens, dtype in (
+        (128, 8, 2048, 1, torch.bfloat16), (128, 8, 2048, 16, torch.bfloat16), (128, 8, 2048, 64, torch.bfloat16),
+        (8, 2, 4096, 1, torch.bfloat16), (8, 2, 4096, 64, torch.float16), (512, 10, 2048, 64, torch.bfloat16),
+    ):  # fmt: skip
+        x, weight = meta(num_tokens, hidden, dtype=dtype), meta(num_experts, hidden, dtype=dtype)
+        chosen, weights = meta(num_tokens, top_k, dtype=torch.int32), meta(num_tokens, top_k)
+        pairs = unaligned(num_tokens * top_k, num_experts, 16, "meta")
+        (launch,) = routing(x, weight, chosen, weights, pairs, normalize=True)
+        name = f"{str(dtype).removeprefix('torch.')}, {top_k} of {num_experts}, {num_tokens} tokens"
+        made[name] = Proof(launch, (r"H[GM]*MMA\.", r"LDGSTS\.E\.BYPASS.*128"))
+    return made

@@ -1,0 +1,179 @@
+"""The router of a decode step in one launch: experts and weights against float64, sorting against `route.align`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from chosen_experts import clear, routed
+from torch import Tensor
+
+from octavo.kernels import tables
+from octavo.kernels.launch import Launch
+from octavo.kernels.moe.gpu import router
+from octavo.kernels.moe.gpu.route import Aligned, align, unaligned
+
+# Tokens, experts, top_k, H: a block of tokens and a part of one, several blocks and a short one; a last part, and a
+# last step of it, that are short; fewer experts than a program's.
+SHAPES = [
+    (1, 8, 2, 64), (1, 128, 8, 2000), (2, 60, 4, 1040), (16, 8, 1, 300), (17, 8, 2, 4096), (17, 512, 8, 520),
+    (33, 5, 3, 136), (64, 128, 8, 640), (64, 60, 1, 129), (64, 512, 10, 64),
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Routed:
+    """What a launch has written."""
+
+    chosen: Tensor
+    weights: Tensor
+    pairs: Aligned
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.chosen, self.weights, self.pairs.order, self.pairs.tile_expert
+
+
+def inputs(
+    num_tokens: int, num_experts: int, top_k: int, hidden: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """x [T, H], and a router [E, H], whose logits are of some size 2; tokens of which it is clear whom they choose."""
+    generator = torch.Generator().manual_seed(num_tokens + 1000 * num_experts)
+    x, router = (torch.randn(rows, hidden, generator=generator) for rows in (8 * num_tokens, num_experts))
+    x, router = x.to(dtype).to(device), (router * 2 / hidden**0.5).to(dtype).to(device)
+    x = x[clear(x, router, top_k)][:num_tokens].contiguous()
+    assert len(x) == num_tokens
+    return x, router
+
+
+def room(num_tokens: int, num_experts: int, top_k: int, block_m: int, device: torch.device) -> Routed:
+    """Poisoned."""
+    chosen = torch.full((num_tokens, top_k), -7, dtype=torch.int32, device=device)
+    pairs = unaligned(chosen.numel(), num_experts, block_m, device)
+    pairs.order.fill_(-7)
+    pairs.tile_expert.fill_(-7)
+    return Routed(chosen, torch.full(chosen.shape, torch.nan, device=device), pairs)
+
+
+def launched(x: Tensor, weight: Tensor, top_k: int, *, normalize: bool = True, block_m: int = 16) -> Routed:
+    """By one launch, whose scratch holds what is wrong and whose counters are zeros again."""
+    found = room(len(x), len(weight), top_k, block_m, x.device)
+    (launch,) = router.routing(x, weight, found.chosen, found.weights, found.pairs, normalize=normalize)
+    launch.arguments["partial"].fill_(torch.nan)
+    launch.arguments["marks"].fill_(-2)
+    launch()
+    assert not launch.arguments["counters"].any()
+    return found
+
+
+def assert_sorted(found: Routed, num_experts: int) -> None:
+    """As `align` sorts the very same choice, and what it leaves alone."""
+    expected = room(*(len(found.chosen), num_experts, found.chosen.shape[1]), found.pairs.block_m, found.chosen.device)
+    align(found.chosen, num_experts, expected.pairs)()
+    assert torch.equal(found.pairs.tile_expert, expected.pairs.tile_expert)
+    assert torch.equal(found.pairs.order[:-1], expected.pairs.order[:-1])  # nothing reads the last
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "normalize", "block_m"), [(torch.bfloat16, True, 16), (torch.float16, False, 64)], ids=str
+)
+def test_experts_weights_and_order(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, normalize: bool, block_m: int, device: torch.device
+) -> None:
+    num_tokens, num_experts, top_k, hidden = shape
+    x, weight = inputs(num_tokens, num_experts, top_k, hidden, dtype, device)
+    found = launched(x, weight, top_k, normalize=normalize, block_m=block_m)
+    chosen, weights, share = routed(x, weight, top_k, normalize=normalize)
+    assert torch.equal(found.chosen.long(), chosen)
+    torch.testing.assert_close(found.weights.double(), weights, rtol=share, atol=0)
+    assert_sorted(found, num_experts)
+
+
+@pytest.mark.parametrize("num_tokens", [3, 40])
+def test_two_launches_give_the_same_bits(num_tokens: int, device: torch.device) -> None:
+    x, weight = inputs(num_tokens, 60, 4, 400, torch.bfloat16, device)
+    for first, second in zip(*(launched(x, weight, 4).tensors for _ in range(2)), strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("num_tokens", [2, 20])
+def test_of_equal_experts_the_first_are_chosen(num_tokens: int, device: torch.device) -> None:
+    """Two rows of the router are the same, or all are; then the last token has a NaN, which no other token sees."""
+    x, weight = inputs(num_tokens, 6, 5, 96, torch.bfloat16, device)
+    weight[4] = weight[1]
+    found = launched(x, weight, 6)
+    place = found.chosen.argsort(1)
+    assert torch.equal(place[:, 4], place[:, 1] + 1)
+    same = launched(x, weight[:1].expand(6, -1).contiguous(), 3)
+    assert same.chosen.tolist() == [[0, 1, 2]] * num_tokens
+    x[-1, 5] = torch.nan
+    other = launched(x, weight, 6)
+    assert other.weights[-1].isnan().all()
+    assert sorted(other.chosen[-1].tolist()) == [0, 1, 2, 3, 4, 5]
+    assert torch.equal(other.chosen[:-1], found.chosen[:-1])
+    assert torch.equal(other.weights[:-1], found.weights[:-1])
+    for each in (found, same, other):
+        assert_sorted(each, 6)
+
+
+@pytest.mark.parametrize("to", ["one", "all"])
+@pytest.mark.parametrize("num_experts", [8, 128])
+def test_one_expert_is_hit_by_all_and_all_are_hit(num_experts: int, to: str, device: torch.device) -> None:
+    """Token t has a one in column t; the router has one there for the expert that it is to have."""
+    experts = torch.arange(64, device=device) * 2 % num_experts if to == "all" else torch.full((64,), 3, device=device)
+    weight = torch.zeros(num_experts, 64, dtype=torch.bfloat16, device=device)
+    weight[experts, torch.arange(64, device=device)] = 1.0
+    found = launched(torch.eye(64, dtype=torch.bfloat16, device=device), weight, 1)
+    assert torch.equal(found.chosen[:, 0].long(), experts)
+    assert_sorted(found, num_experts)
+
+
+def launches(x: Tensor, weight: Tensor) -> tuple[Launch, ...]:
+    found = room(len(x), len(weight), 2, 16, x.device)
+    return router.routing(x, weight, found.chosen, found.weights, found.pairs, normalize=True)
+
+
+def test_many_tokens_or_a_wide_router_have_two_launches(device: torch.device) -> None:
+    """After a product of torch's, that is; they choose the same."""
+    x, weight = inputs(64, 8, 2, 96, torch.bfloat16, device)
+    assert [len(launches(x[:n], weight)) for n in (1, 64)] == [1, 1]
+    assert len(launches(torch.cat([x, x[:1]]), weight)) == 2
+    assert len(launches(x, weight.repeat(65, 1))) == 2
+    assert len(launches(x.float(), weight.float())) == 2
+    few, apart = launched(x, weight, 2), room(64, 8, 2, 16, device)
+    steps = router.routing(x, weight.float(), apart.chosen, apart.weights, apart.pairs, normalize=True)
+    assert len(steps) == 2
+    for step in steps:
+        step()
+    assert torch.equal(few.chosen, apart.chosen)
+    assert torch.equal(few.pairs.tile_expert, apart.pairs.tile_expert)
+
+
+def test_a_row_of_the_table_gives_the_parts(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many there are, and warps; no more parts than there are steps of columns."""
+    x, weight = inputs(20, 40, 4, 1000, torch.bfloat16, device)
+    chosen, _, _ = routed(x, weight, 4, normalize=True)
+    row = {"most": 20, "block_e": 32, "block_k": 64, "num_warps": 32, "num_stages": 3}
+    for parts in (1, 3, 99):
+        monkeypatch.setitem(tables.rows_of(tables.card), "moe router", [{**row, "parts": parts}])
+        tables.row_of.cache_clear()
+        (launch,) = launches(x, weight)
+        assert launch.grid == (2, 2 * min(parts, 16))
+        assert launch.arguments["CHOSEN"] == router.ROWS  # a block's tokens, and none of the next one's
+        found = launched(x, weight, 4)
+        assert torch.equal(found.chosen.long(), chosen)
+        assert_sorted(found, 40)
+    tables.row_of.cache_clear()
+
+
+def test_a_launch_takes_what_lies_elsewhere(device: torch.device) -> None:
+    """Counters may be more than it needs."""
+    x, weight = inputs(3, 8, 2, 64, torch.bfloat16, device)
+    found, other = launched(x, weight, 2), room(3, 8, 2, 16, device)
+    (launch,) = router.routing(x, weight, other.chosen, other.weights, other.pairs, normalize=True)
+    counters = torch.zeros(9, dtype=torch.int32, device=device)
+    replace(launch, arguments={**launch.arguments, "counters": counters})()
+    assert not counters.any()
+    assert torch.equal(other.chosen, found.chosen)
