@@ -60,7 +60,7 @@ def run_decode(
     lse = torch.full((len(inputs.seq_lens), shape.num_kv_heads, programs, rows), torch.nan, device=q.device)
     partial = torch.full((*lse.shape, shape.head_dim), torch.nan, device=q.device)
     out = torch.full_like(q, torch.nan)
-    counters = counters_for(lse.shape[0] * lse.shape[1], q.device)
+    counters = counters_for(lse.shape[0], lse.shape[1], q.device)
     decode(q, inputs, cache, shape, out, partial, lse, counters, queries=queries, **sizes)()
     assert not bool(counters.any())
     return out

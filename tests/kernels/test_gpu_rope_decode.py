@@ -52,7 +52,7 @@ def run(
     lse = torch.full((tokens, shape.num_kv_heads, programs, shape.num_heads // shape.num_kv_heads), torch.nan)
     partial = torch.full((*lse.shape, shape.head_dim), torch.nan, device=device)
     out = torch.full((tokens, shape.num_heads, shape.head_dim), torch.nan, dtype=dtype, device=device)
-    counters = counters_for(tokens * shape.num_kv_heads, device)
+    counters = counters_for(tokens, shape.num_kv_heads, device)
     room = (out, partial, lse.to(device), counters)
     rope_decode(qkv, inputs, cache, shape, cos_sin, *norms, EPS, *room, **{**SHARES, **other})()
     assert not bool(counters.any())
