@@ -11,7 +11,8 @@
 Assumptions, to be replaced by what is measured: copy 3.0 TB/s; a loaded memory's latency 0.8 us, 0.35 us
 where the kernel before has just written what is read (norms, activations, rope: in L2, though their bytes are counted
 as memory's); 1.0 us between two kernels of a graph; 2 trips in a row for each kernel, 3 in attention (lengths, block
-table, keys), 5 where shares are merged (counter, shares); tensor cores at 800 (bf16) and 1300 TFLOP/s; 1.7 GHz. bf16
+table, keys), 5 where shares are merged (counter, shares), 3 more of 0.35 us where it rounds its rows (counter, the row
+twice); tensor cores at 800 (bf16) and 1300 TFLOP/s; 1.7 GHz. bf16
 GEMMs are the library's: bytes at 85 % of copy. Kernels don't overlap. Blocks are spread evenly over the SMs,
 ceil(blocks / 132) on the busiest. What the host does between steps isn't in it.
 """
@@ -65,7 +66,7 @@ class Work:
     peak: str = ""
     blocks: int | None = None
     turns: int = 1
-    trips: int = 2
+    trips: float = 2
     near: bool = False
 
 

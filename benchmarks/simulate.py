@@ -23,7 +23,7 @@ import torch
 import triton
 from benchmarks import shapes
 from benchmarks.gpu_attention import Sizes
-from benchmarks.gpu_model import COPY, Compiler, Resources, Work, predict
+from benchmarks.gpu_model import COPY, L2_LATENCY, LATENCY, Compiler, Resources, Work, predict
 from torch import Tensor
 
 from octavo.kernels import tables
@@ -33,7 +33,6 @@ from octavo.kernels.attention.gpu.rope_decode import rope_decode
 from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.fp8.gpu.few import few
 from octavo.kernels.fp8.gpu.many import many
-from octavo.kernels.fp8.gpu.quantize import quantize
 from octavo.kernels.fused.gpu.activation import silu_and_mul
 from octavo.kernels.fused.gpu.embedding import embed
 from octavo.kernels.fused.gpu.norm import norm
@@ -42,7 +41,7 @@ from octavo.kernels.int4.gpu.packing import PackedInt4
 from octavo.kernels.launch import Launch, cdiv
 from octavo.kernels.moe.gpu import fused as moe
 from octavo.kernels.moe.gpu.int4 import PackedExperts
-from octavo.kernels.rounded import Rounded
+from octavo.kernels.rounded import Rounded, Rounding
 from octavo.kernels.sampling.gpu import draw as sampling
 
 Compiled = Callable[[Launch], Resources]
@@ -113,8 +112,13 @@ def silu_work(m: int, n: int, parts: int, fp8: bool) -> Work:
     return Work("silu", launch, read_bytes(m, 2 * n, parts) + m * n * out.element_size(), near=True)
 
 
-def attention_work(sizes: Sizes, kv: str, qkv_parts: int | None, longest: int, qk_norm: bool = False) -> Work:
-    """From qkv on (None: from q on), with the merge; longest: what the grid must hold, as in a CUDA graph."""
+def attention_work(
+    sizes: Sizes, kv: str, qkv_parts: int | None, longest: int, qk_norm: bool = False, fp8: bool = False
+) -> Work:
+    """From qkv on (None: from q on), with the merge; longest: what the grid must hold, as in a CUDA graph.
+
+    fp8: rows are rounded, too: read back out of L2 for that, twice.
+    """
     s, kind = sizes, BF16 if kv == "bf16" else E4M3
     batch, group = s.sequences, s.heads // s.kv_heads
     shape = AttentionShape(s.heads, s.kv_heads, s.d, s.d**-0.5)
@@ -140,8 +144,11 @@ def attention_work(sizes: Sizes, kv: str, qkv_parts: int | None, longest: int, q
     else:
         rotation = (meta(longest, s.d), weight, weight, 1e-5)
         qkv, room = summed(batch, width, qkv_parts), (q, partial, lse, ints)
-        launch, trips = rope_decode(qkv, inputs, layer, shape, *rotation, *room, **block), 5
-        num_bytes += read_bytes(batch, width, qkv_parts) + cached
+        wants = Rounding(E4M3) if fp8 else None
+        into = {"into": attention.room_of_rows(q, wants), "wants": wants}
+        launch, trips = rope_decode(qkv, inputs, layer, shape, *rotation, *room, **into, **block), 5.0
+        trips += 3 * fp8 * L2_LATENCY / LATENCY
+        num_bytes += read_bytes(batch, width, qkv_parts) + cached + batch * s.heads * s.d * fp8
     return Work(
         "attention", launch, num_bytes + 2 * between,
         4 * max(group, 16) * s.kv_heads * s.d * s.length * batch, "bf16", batch * s.kv_heads * parts,
@@ -155,14 +162,8 @@ def layer_works(config: shapes.Config, weights: str, kv: str, batch: int, contex
     heads, kv_heads, d = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
     qkv, qkv_parts = gemm_work("qkv", weights, batch, *linear["qkv"])
     sizes = Sizes(batch, 1, context - 1, heads, kv_heads, d)
-    works = [
-        qkv,
-        attention_work(sizes, kv, qkv_parts, max(2 * context, 8192), config["model_type"].startswith("qwen3")),
-    ]
-    if fp8:
-        mixed = meta(batch, heads * d, dtype=BF16)
-        launch = quantize(mixed, meta(batch, heads * d, dtype=E4M3), meta(batch, 1))
-        works.append(Work("rounding", launch, batch * heads * d * 3, near=True))
+    qk_norm = config["model_type"].startswith("qwen3")
+    works = [qkv, attention_work(sizes, kv, qkv_parts, max(2 * context, 8192), qk_norm, fp8)]
     o, o_parts = gemm_work("o", weights, batch, *linear["o"])
     works += [o, norm_work(batch, hidden, o_parts, fp8, keeps_plain=shapes.is_mixture(config))]
     if shapes.is_mixture(config):

@@ -72,11 +72,23 @@ def step_of(most, kind: tl.constexpr):
 
 
 @triton.jit
+def if_finite(step, most):
+    """A scale of numbers of a size: NaN where that isn't finite, which no code could tell."""
+    return tl.where(most < float("inf"), step, float("nan"))
+
+
+@triton.jit
+def within_codes(x, step):
+    """x as far as its codes reach, and a little further: beyond that a quotient may be no number."""
+    return tl.minimum(tl.maximum(x, -512.0 * step), 512.0 * step)
+
+
+@triton.jit
 def stored_step(value, scale, stored, token):
     """A checkpoint's own scale, which becomes a token's unless something of it isn't finite; and x within its codes."""
     step = tl.load(stored)
-    tl.store(scale + token, tl.where(largest(value, 0) < float("inf"), step, float("nan")))
-    return step, tl.minimum(tl.maximum(value, -512.0 * step), 512.0 * step)  # beyond them a quotient may be no number
+    tl.store(scale + token, if_finite(step, largest(value, 0)))
+    return step, within_codes(value, step)
 
 
 @triton.jit

@@ -1,6 +1,7 @@
 """A layer's input as it passes between kernels: plain, in partial sums of the GEMM before, or rounded to codes.
 
-A norm or an activation that rounds what it computes saves the GEMM behind it a launch and the bytes of a plain tensor.
+A norm, an activation or attention that rounds what it computes saves the GEMM behind it a launch, and the first two
+the bytes of a plain tensor.
 """
 
 from __future__ import annotations

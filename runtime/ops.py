@@ -58,9 +58,9 @@ class Ops:
         keys and values already
     rope_and_attention  of rope_and_cache's arguments: attention of what that returns
 
-    A GPU's bodies take x, gate_up and qkv in partial sums [S, T, ...] float32 as well; norms and activations a last
-    argument `wants`, a Rounding, and return what they return as Rounded then. The others are given neither: linear
-    layers on a CPU make no partial sums and want no rounding.
+    A GPU's bodies take x, gate_up and qkv in partial sums [S, T, ...] float32 as well; norms, activations and
+    rope_and_attention a last argument `wants`, a Rounding, and return what they return as Rounded then, attention only
+    in a decode step. The others are given neither: linear layers on a CPU make no partial sums and want no rounding.
     """
 
     name: str
@@ -71,7 +71,7 @@ class Ops:
     gelu_tanh_and_mul: Callable[..., Any]
     rope_and_cache: RopeAndCache
     attention: Callable[[Tensor, StepInputs, LayerCache, AttentionShape], Tensor]
-    rope_and_attention: Callable[..., Tensor]
+    rope_and_attention: Callable[..., Any]
 
 
 def one_after_the_other(

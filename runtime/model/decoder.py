@@ -120,6 +120,7 @@ class Decoder:
         """
         ops, eps = self.ops, self.spec.norm_eps
         last = len(self._layers) - 1
+        cuts_rows = inputs.logits_index.shape[0] != inputs.token_ids.shape[0]  # of the last layer: nothing reads them
 
         residual = ops.embed(inputs.token_ids, self._embedding, self._embedding_scale)
         first_norm, rounding = self._layers[0].before_attention, _rounding(self._layers[0].qkv.wants)
@@ -127,10 +128,10 @@ class Decoder:
 
         for i, (layer, cache) in enumerate(zip(self._layers, caches, strict=True)):
             qkv = layer.qkv.partial(hidden)
-            rotation = (layer.cos_sin, layer.q_norm, layer.k_norm, eps)
-            hidden = ops.rope_and_attention(qkv, inputs, cache, layer.shape, *rotation)
-            if i == last and inputs.logits_index.shape[0] != hidden.shape[0]:
-                # nothing reads the other rows any more
+            rotation, is_cut = (layer.cos_sin, layer.q_norm, layer.k_norm, eps), cuts_rows and i == last
+            rounding = _rounding(None if is_cut else layer.o.wants)
+            hidden = ops.rope_and_attention(qkv, inputs, cache, layer.shape, *rotation, **rounding)
+            if is_cut:
                 hidden, residual = hidden[inputs.logits_index], residual[inputs.logits_index]
             hidden, residual = self._add_and_norm(
                 layer.o.partial(hidden), residual, layer.after_attention, layer.before_mlp, layer.mlp.wants

@@ -7,9 +7,10 @@ import torch
 from attention_steps import UNIT, check, make_cache, make_step
 from torch import Tensor
 
+from octavo.kernels.arrivals import counters_for
 from octavo.kernels.attention import reference
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
-from octavo.kernels.attention.gpu.decode import counters_for, decode, share_count
+from octavo.kernels.attention.gpu.decode import decode, share_count
 from octavo.kernels.attention.gpu.prefill import paged_attention, prefill
 from octavo.kernels.attention.step import StepInputs
 
@@ -60,7 +61,7 @@ def run_decode(
     lse = torch.full((len(inputs.seq_lens), shape.num_kv_heads, programs, rows), torch.nan, device=q.device)
     partial = torch.full((*lse.shape, shape.head_dim), torch.nan, device=q.device)
     out = torch.full_like(q, torch.nan)
-    counters = counters_for(lse.shape[0] * lse.shape[1], q.device)
+    counters = counters_for(lse.shape[0] * (lse.shape[1] + 1), q.device)
     decode(q, inputs, cache, shape, out, partial, lse, counters, queries=queries, **sizes)()
     assert not bool(counters.any())
     return out

@@ -39,6 +39,7 @@ from octavo.kernels.moe.gpu import fused, route
 from octavo.kernels.moe.gpu import int4 as experts
 from octavo.kernels.moe.gpu.grouped import grouped
 from octavo.kernels.moe.gpu.router import router
+from octavo.kernels.rounded import Rounded, Rounding
 from octavo.kernels.sampling.gpu import change, draw
 
 E4M3, BF16, INT8, INT16, INT32 = torch.float8_e4m3fn, torch.bfloat16, torch.int8, torch.int16, torch.int32
@@ -78,8 +79,10 @@ STEP = replace(make_step([1, 1], [90, 40], 8, torch.device("cpu")), **PLACES)
 CACHE = make_cache(17, 2, 8, 32, BF16, BF16, torch.device("cpu"))
 STEPS = {name: getattr(STEP, name) for name in ("block_tables", "seq_lens", "query_starts")}
 QKV = {"qkv": of(2, 8 * 32), "cos_sin": of(99, 32), "q_norm": of(32), "k_norm": of(32)}
-ROOM = {"out": of(2, 4, 32), "partial": of(2, 2, 2, 2, 32), "lse": of(2, 2, 2, 2), "counters": of(4, dtype=INT32)}
+ROOM = {"out": of(2, 4, 32), "partial": of(2, 2, 2, 2, 32), "lse": of(2, 2, 2, 2), "counters": of(6, dtype=INT32)}
 SHARES = {"block_n": 16, "least": 32, "most": 2, "programs": 99}
+ROUNDED = {"codes": of(2, 128, dtype=E4M3), "scale": of(2, 1), "static_scale": of(1)}
+MOVED = {"codes": of(2, 128), "places": of(128, dtype=INT32)}
 
 
 def in_step(launch: Callable[..., object], **sizes: Any) -> Callable[..., object]:
@@ -89,6 +92,18 @@ def in_step(launch: Callable[..., object], **sizes: Any) -> Callable[..., object
         inputs = replace(STEP, **{name: tensors.pop(name) for name in list(tensors) if hasattr(STEP, name)})
         eps = {"eps": 1e-5} if "qkv" in tensors else {}
         return launch(inputs=inputs, cache=CACHE, shape=SHAPE, **eps, **tensors, **sizes)
+
+    return launched
+
+
+def rounding(launch: Callable[..., object], **sizes: Any) -> Callable[..., object]:
+    """`in_step`, of attention that rounds its rows into codes and scale, by a stored one or by places."""
+
+    def launched(codes: Tensor, **tensors: Tensor) -> object:
+        scale, stored, places = (tensors.pop(name, None) for name in ("scale", "static_scale", "places"))
+        wants = Rounding(None if scale is None else codes.dtype, 0, stored, places=places)
+        into = Rounded(codes, of(2, 0) if scale is None else scale)
+        return in_step(launch, **sizes, into=into, wants=wants)(**tensors)
 
     return launched
 
@@ -202,8 +217,14 @@ CASES = {
         "block_tables size",
     ),
     "decode": Case(in_step(decode, **SHARES), {"q": of(2, 4, 32), **ROOM, **STEPS}, "block_tables size"),
+    "decode that rounds": Case(
+        rounding(decode, **SHARES), {"q": of(2, 4, 32), **ROOM, **STEPS, **ROUNDED}, "block_tables size"
+    ),
     "rope": Case(in_step(rope), {**QKV, **PLACES, "q": of(2, 4, 32)}),
     "rope and decode": Case(in_step(rope_decode, **SHARES), {**QKV, **PLACES, **ROOM, **STEPS}, "block_tables size"),
+    "rope and decode that moves": Case(
+        rounding(rope_decode, **SHARES), {**QKV, **PLACES, **ROOM, **STEPS, **MOVED}, "block_tables size"
+    ),
 }  # fmt: skip
 
 

@@ -9,10 +9,11 @@ import torch
 from attention_steps import check, make_cache, make_step
 from torch import Tensor
 
+from octavo.kernels.arrivals import counters_for
 from octavo.kernels.attention import reference
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
 from octavo.kernels.attention.gpu import rope
-from octavo.kernels.attention.gpu.decode import counters_for, share_count
+from octavo.kernels.attention.gpu.decode import share_count
 from octavo.kernels.attention.gpu.rope_decode import rope_and_attention, rope_decode
 from octavo.kernels.attention.step import StepInputs
 
@@ -52,7 +53,7 @@ def run(
     lse = torch.full((tokens, shape.num_kv_heads, programs, shape.num_heads // shape.num_kv_heads), torch.nan)
     partial = torch.full((*lse.shape, shape.head_dim), torch.nan, device=device)
     out = torch.full((tokens, shape.num_heads, shape.head_dim), torch.nan, dtype=dtype, device=device)
-    counters = counters_for(tokens * shape.num_kv_heads, device)
+    counters = counters_for(tokens * (shape.num_kv_heads + 1), device)
     room = (out, partial, lse.to(device), counters)
     rope_decode(qkv, inputs, cache, shape, cos_sin, *norms, EPS, *room, **{**SHARES, **other})()
     assert not bool(counters.any())

@@ -3,7 +3,8 @@
 out = softmax(scale q k^T) v. A program has one KV head of one sequence and a share of its tokens: the G query heads
 that share the KV head are rows of one tile (padded to 16, a tensor core's least), so that keys and values are read
 once. A sequence's share length follows from its own length alone, on the device: nothing that is launched depends on
-the lengths, so a CUDA graph can hold it, and what a sequence gets doesn't depend on its neighbours.
+the lengths, so a CUDA graph can hold it, and what a sequence gets doesn't depend on its neighbours. Who stores the last
+of a token's heads may round its row for the GEMM behind (`gpu.row`).
 Reference: `attention.reference.paged_attention`. Limit: bytes, tokens * 2 Hkv D * bytes of an element / 3.0 TB/s.
 """
 
@@ -18,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels import tables
+from octavo.kernels.arrivals import counters_for, is_last
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
 from octavo.kernels.attention.gpu.paged import (
     CODES,
@@ -31,11 +33,13 @@ from octavo.kernels.attention.gpu.paged import (
     on_meta,
     words,
 )
+from octavo.kernels.attention.gpu.row import round_row, row_arguments
 from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.expect import expect
 from octavo.kernels.launch import Launch, Proof, cdiv, power_of_two
 from octavo.kernels.numeric import narrow
 from octavo.kernels.overlap import await_previous
+from octavo.kernels.rounded import Hidden, Rounded, Rounding
 
 
 @triton.jit
@@ -63,19 +67,6 @@ def _store(
     place = ((first + query).to(tl.int64) * kv_heads + head) * GROUP + row % GROUP
     here = (query < queries)[:, None] & (at < HEAD_DIM)[None, :]
     tl.store(out + place[:, None] * HEAD_DIM + at[None, :], narrow(result, out.dtype.element_ty), mask=here)
-
-
-@triton.jit
-def _is_last(counter, parts):
-    """Whether a program is the last of `parts` that come here with what they have stored; the counter is 0 again then.
-
-    All warps have stored before one thread counts, releasing that; whoever sees the last number may read it all.
-    """
-    tl.debug_barrier()
-    last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == parts - 1
-    if last:
-        tl.store(counter, 0)
-    return last
 
 
 @triton.jit
@@ -126,12 +117,17 @@ def attend_share(
 @triton.jit
 def finish_share(
     result, top, total, out, partial, lse, counters, sequence, head, kv_heads, part, parts, most_parts, first, queries,
+    rounding,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr,
-    MERGED_ROWS: tl.constexpr, MERGED_SHARES: tl.constexpr,
+    MERGED_ROWS: tl.constexpr, MERGED_SHARES: tl.constexpr, ROUND_GROUP: tl.constexpr, ROW_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Store what `attend_share` found: into out where a share is all, else aside, and merge where it is the last."""
+    """Store what `attend_share` found: into out where a share is all, else aside, and merge where it is the last.
+
+    rounding: what `row_arguments` names; where it has codes, who stores the last of a sequence's heads rounds the row.
+    """
     row, at = tl.arange(0, top.shape[0]), tl.arange(0, DIM)
-    if parts == 1:
+    is_whole = parts == 1
+    if is_whole:
         _store(out, result, row, first, queries, head, kv_heads, HEAD_DIM, DIM, GROUP)
     else:
         all_rows: tl.constexpr = QUERIES * GROUP
@@ -142,12 +138,18 @@ def finish_share(
             partial + place[:, None] * HEAD_DIM + at[None, :], result, mask=here[:, None] & (at < HEAD_DIM)[None, :]
         )
         tl.store(lse + place, top + tl.log2(total), mask=here)
-        if _is_last(counters + pair, parts):
+        is_whole = is_last(counters + pair, parts)
+        if is_whole:
             whole = _merged(
                 partial, lse, pair * most_parts * all_rows, parts, queries * GROUP,
                 HEAD_DIM, DIM, all_rows, MERGED_ROWS, MERGED_SHARES,
             )  # fmt: skip
             _store(out, whole, tl.arange(0, MERGED_ROWS), first, queries, head, kv_heads, HEAD_DIM, DIM, GROUP)
+    codes, scales, stored, places, last_counter, row_width = rounding
+    if codes is not None and is_whole and queries == 1:
+        has_all_heads = is_last(counters + (last_counter - sequence), kv_heads)
+        if has_all_heads:
+            round_row(out, first.to(tl.int64), row_width, codes, scales, stored, places, ROUND_GROUP, ROW_BLOCK)
 
 
 @triton.jit
@@ -173,11 +175,11 @@ def share_at(place, ends):
 @triton.jit
 def _decode_share(
     sequence, head, part, q, out, partial, lse, counters, key, value, key_scale, value_scale, block_tables, seq_lens,
-    query_starts, table_width, kv_heads, most_parts, scale, window, soft_cap,
+    query_starts, table_width, kv_heads, most_parts, scale, window, soft_cap, rounding,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr,
     KEY_CODE: tl.constexpr, VALUE_CODE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr,
-    MERGED_ROWS: tl.constexpr, MERGED_SHARES: tl.constexpr,
+    MERGED_ROWS: tl.constexpr, MERGED_SHARES: tl.constexpr, ROUND_GROUP: tl.constexpr, ROW_BLOCK: tl.constexpr,
 ):  # fmt: skip
     first, queries, length, begin, share, parts = shares(
         sequence, seq_lens, query_starts, window, BLOCK_N, LEAST, MOST, HAS_WINDOW
@@ -195,7 +197,8 @@ def _decode_share(
         )  # fmt: skip
         finish_share(
             result, top, total, out, partial, lse, counters, sequence, head, kv_heads, part, parts, most_parts,
-            first, queries, HEAD_DIM, DIM, GROUP, QUERIES, MERGED_ROWS, MERGED_SHARES,
+            first, queries, rounding, HEAD_DIM, DIM, GROUP, QUERIES, MERGED_ROWS, MERGED_SHARES,
+            ROUND_GROUP, ROW_BLOCK,
         )  # fmt: skip
 
 
@@ -203,18 +206,21 @@ def _decode_share(
 def _decode(
     q, out, partial, lse, counters, key, value, key_scale, value_scale, block_tables, seq_lens, query_starts,
     sequences, table_width, kv_heads, most_parts, scale, window, soft_cap,
+    codes, scales, stored, places, last_counter, row_width,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr,
     KEY_CODE: tl.constexpr, VALUE_CODE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr,
-    MERGED_ROWS: tl.constexpr, MERGED_SHARES: tl.constexpr, SEQUENCES: tl.constexpr, OVERLAPS: tl.constexpr,
+    MERGED_ROWS: tl.constexpr, MERGED_SHARES: tl.constexpr, ROUND_GROUP: tl.constexpr, ROW_BLOCK: tl.constexpr,
+    SEQUENCES: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     await_previous(OVERLAPS)
+    rounding = (codes, scales, stored, places, last_counter, row_width)
     if SEQUENCES == 0:
         _decode_share(
             tl.program_id(0), tl.program_id(1), tl.program_id(2), q, out, partial, lse, counters, key, value,
             key_scale, value_scale, block_tables, seq_lens, query_starts, table_width, kv_heads, most_parts, scale,
-            window, soft_cap, HEAD_DIM, DIM, GROUP, QUERIES, ROWS, BLOCK_SIZE, BLOCK_N, LEAST, MOST, KEY_CODE,
-            VALUE_CODE, HAS_WINDOW, HAS_CAP, MERGED_ROWS, MERGED_SHARES,
+            window, soft_cap, rounding, HEAD_DIM, DIM, GROUP, QUERIES, ROWS, BLOCK_SIZE, BLOCK_N, LEAST,
+            MOST, KEY_CODE, VALUE_CODE, HAS_WINDOW, HAS_CAP, MERGED_ROWS, MERGED_SHARES, ROUND_GROUP, ROW_BLOCK,
         )  # fmt: skip
     else:
         ends = shares_end(
@@ -225,8 +231,8 @@ def _decode(
             _decode_share(
                 sequence, item % kv_heads, part, q, out, partial, lse, counters, key, value, key_scale, value_scale,
                 block_tables, seq_lens, query_starts, table_width, kv_heads, most_parts, scale, window, soft_cap,
-                HEAD_DIM, DIM, GROUP, QUERIES, ROWS, BLOCK_SIZE, BLOCK_N, LEAST, MOST, KEY_CODE, VALUE_CODE,
-                HAS_WINDOW, HAS_CAP, MERGED_ROWS, MERGED_SHARES,
+                rounding, HEAD_DIM, DIM, GROUP, QUERIES, ROWS, BLOCK_SIZE, BLOCK_N, LEAST, MOST,
+                KEY_CODE, VALUE_CODE, HAS_WINDOW, HAS_CAP, MERGED_ROWS, MERGED_SHARES, ROUND_GROUP, ROW_BLOCK,
             )  # fmt: skip
 
 
@@ -247,33 +253,23 @@ def _expect_room(
     rows = (sequences, shape.num_kv_heads, parts, queries * (shape.num_heads // shape.num_kv_heads))
     expect(
         lse=(lse, rows), partial=(None if parts == 1 else partial, (*rows, shape.head_dim)),
-        counters=(counters, max(counters.numel(), sequences * shape.num_kv_heads)),
+        counters=(counters, max(counters.numel(), sequences * (shape.num_kv_heads + 1))),
     )  # fmt: skip
 
 
 def decode(
-    q: Tensor,
-    inputs: StepInputs,
-    cache: LayerCache,
-    shape: AttentionShape,
-    out: Tensor,
-    partial: Tensor,
-    lse: Tensor,
-    counters: Tensor,
-    *,
-    queries: int = 1,
-    block_n: int,
-    least: int,
-    most: int,
-    programs: int,
-    num_warps: int = 4,
-    num_stages: int = 3,
-) -> Launch:
+    q: Tensor, inputs: StepInputs, cache: LayerCache, shape: AttentionShape,
+    out: Tensor, partial: Tensor, lse: Tensor, counters: Tensor, *,
+    into: Rounded | None = None, wants: Rounding | None = None, queries: int = 1,
+    block_n: int, least: int, most: int, programs: int, num_warps: int = 4, num_stages: int = 3,
+) -> Launch:  # fmt: skip
     """Attention of q [T, Hq, D] into out [T, Hq, D], for every sequence with at most `queries` queries.
 
     partial  [S, Hkv, P, queries * Hq / Hkv, D] float32, P = `share_count` of the longest sequence
     lse      [S, Hkv, P, queries * Hq / Hkv] float32, log2 of the sum of exponentials
-    counters [S * Hkv or more] int32, zeros before and after: see `counters_for`
+    counters [S * (Hkv + 1) or more] int32, zeros before and after, of pairs from the first on, of sequences back from
+             the last: see `counters_for`
+    into     receives, beside out, rows [T, Hq D] rounded as `wants` says, of the sequences with one query
     least    tokens of a share at least; most: shares of a sequence at most, however long it is
     programs go through a list of the shares that there are, where the grid would have more: a CUDA graph's is for the
              longest contexts, and a program with nothing to do costs time too
@@ -296,26 +292,12 @@ def decode(
             "BLOCK_SIZE": cache.block_size, "BLOCK_N": block_n, "LEAST": least, "MOST": most,
             "KEY_CODE": CODES.get(cache.key.dtype, ""), "VALUE_CODE": CODES.get(cache.value.dtype, ""),
             "HAS_WINDOW": shape.window is not None, "HAS_CAP": shape.soft_cap is not None, "MERGED_ROWS": merged,
+            **row_arguments(out, into, wants, counters, num_warps),
             "MERGED_SHARES": max(min(32 * 32 * num_warps // (merged * dim), power_of_two(most)), 1),
         },
         num_warps=num_warps,
         num_stages=num_stages,
     )  # fmt: skip
-
-
-_COUNTERS: dict[tuple[torch.device, int], Tensor] = {}  # none ever goes: a CUDA graph may hold its address
-
-
-def counters_for(pairs: int, device: torch.device) -> Tensor:
-    """A counter for each sequence and KV head: zeros, which every launch leaves as zeros.
-
-    So nothing is launched to clear them. Launches of one device share them and may not overlap. The first call for a
-    size allocates and may not be captured.
-    """
-    key = (device, power_of_two(pairs))
-    if key not in _COUNTERS:
-        _COUNTERS[key] = torch.zeros(key[1], dtype=torch.int32, device=device)
-    return _COUNTERS[key]
 
 
 def room_for(
@@ -328,13 +310,25 @@ def room_for(
     device, sequences = inputs.seq_lens.device, inputs.seq_lens.shape[0]
     lse = torch.empty(sequences, shape.num_kv_heads, programs, group, device=device)
     partial = lse.new_empty(*lse.shape, shape.head_dim) if programs > 1 else lse
-    return (partial, lse, counters_for(sequences * shape.num_kv_heads, device)), sizes
+    return (partial, lse, counters_for(sequences * (shape.num_kv_heads + 1), device)), sizes
 
 
-def decode_attention(q: Tensor, inputs: StepInputs, cache: LayerCache, shape: AttentionShape, out: Tensor) -> None:
-    """Attention of q [T, Hq, D] into out [T, Hq, D] for every sequence with one query; others' rows are left alone."""
+def room_of_rows(out: Tensor, wants: Rounding | None) -> Rounded | None:
+    """`into` of `decode`, for out [T, Hq, D]."""
+    return None if wants is None else Rounded.empty(out.shape[0], out[0].numel(), wants, out.device, out.dtype)
+
+
+def decode_attention(
+    q: Tensor, inputs: StepInputs, cache: LayerCache, shape: AttentionShape, out: Tensor, wants: Rounding | None = None
+) -> Hidden:
+    """Attention of q [T, Hq, D] into out [T, Hq, D] for every sequence with one query; others' rows are left alone.
+
+    Returns out [T, Hq D], or what `wants` makes of it.
+    """
     (partial, lse, counters), sizes = room_for(inputs, cache, shape)
-    decode(q, inputs, cache, shape, out, partial, lse, counters, **sizes)()
+    into = room_of_rows(out, wants)
+    decode(q, inputs, cache, shape, out, partial, lse, counters, into=into, wants=wants, **sizes)()
+    return out.flatten(1) if into is None else into
 
 
 def proofs() -> dict[str, Proof]:
@@ -352,15 +346,22 @@ def proofs() -> dict[str, Proof]:
         "bf16, 32 heads of 80": ((32, 32, 80, bf16, bf16, bf16), 1, 1),
         "float32, 32 / 8 heads of 128": ((32, 8, 128, *(torch.float32,) * 3), 1, 1),
         "fp8, 32 / 8 heads of 128, 4 queries": ((32, 8, 128, bf16, fp8, fp8), 4, 1),
+        "bf16, 32 heads of 128, listed, to fp8": ((32, 32, 128, bf16, bf16, bf16), 1, 32),
+        "int8, 32 / 8 heads of 128, to int8": ((32, 8, 128, bf16, int8, int8), 1, 1),
     }
+    rounds = {"to fp8": Rounding(fp8), "to int8": Rounding(int8)}
     made: dict[str, Proof] = {}
     for name, (example, queries, most_parts) in examples.items():
         q, inputs, cache, shape = on_meta(*example)
         group = shape.num_heads // shape.num_kv_heads
         sizes = tables.choose("paged decode", group, shape.head_dim, cache.key.element_size())
-        counters = inputs.seq_lens.new_empty(64 * shape.num_kv_heads)
+        counters = inputs.seq_lens.new_empty(64 * (shape.num_kv_heads + 1))
         lse = q.new_empty(64, shape.num_kv_heads, most_parts, queries * group, dtype=torch.float32)
-        launch = decode(q, inputs, cache, shape, q, lse, lse, counters, queries=queries, **sizes)
+        wants = rounds.get(name.split(", ")[-1])
+        launch = decode(
+            q, inputs, cache, shape, q, lse, lse, counters, into=room_of_rows(q, wants), wants=wants, queries=queries,
+            **sizes,
+        )  # fmt: skip
         expects = ("FFMA",) if q.dtype == torch.float32 else (r"HMMA\.16816", r"LDGSTS\.E\.BYPASS.*128")
         made[f"decode {name}"] = Proof(launch, expects, (r"LDS\.[US]8",))
     return made

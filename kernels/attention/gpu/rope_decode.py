@@ -4,7 +4,7 @@
 own queries of qkv, which may be split-K partial sums: they are read once more for every share of the sequence, out of
 L2. The program of a KV head's last share, which has the new token, also makes its key and value and writes them to the
 cache before it reads there; no other may read them, so sequences of a step must not share a block that one of them
-writes to. Norms over all heads at once need `gpu.rope`.
+writes to. Norms over all heads at once need `gpu.rope`. Rows may be rounded for the GEMM behind (`gpu.row`).
 Reference: `attention.reference.rope_and_cache`, then `paged_attention`. Limit: bytes, those of both.
 """
 
@@ -23,8 +23,10 @@ from octavo.kernels.attention.cache import AttentionShape, LayerCache
 from octavo.kernels.attention.gpu.decode import (
     attend_share,
     decode,
+    decode_attention,
     finish_share,
     room_for,
+    room_of_rows,
     share_at,
     shares,
     shares_end,
@@ -37,6 +39,7 @@ from octavo.kernels.expect import expect
 from octavo.kernels.launch import Launch, Proof, meta
 from octavo.kernels.numeric import narrow
 from octavo.kernels.overlap import await_previous
+from octavo.kernels.rounded import Hidden, Rounded, Rounding
 
 
 @triton.jit
@@ -92,12 +95,12 @@ def _write_new(
 def _rope_decode_share(
     sequence, head, part, qkv, positions, slots, cos_sin, q_norm, k_norm, out, partial, lse, counters, key, value,
     key_words, value_words, key_scale, value_scale, block_tables, seq_lens, query_starts,
-    table_width, kv_heads, most_parts, part_size, eps, scale, window, soft_cap,
+    table_width, kv_heads, most_parts, part_size, eps, scale, window, soft_cap, rounding,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr,
     KEY_CODE: tl.constexpr, VALUE_CODE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr,
-    MERGED_ROWS: tl.constexpr, MERGED_SHARES: tl.constexpr, PARTS: tl.constexpr, Q_NORM: tl.constexpr,
-    K_NORM: tl.constexpr, ROTATES: tl.constexpr,
+    MERGED_ROWS: tl.constexpr, MERGED_SHARES: tl.constexpr, ROUND_GROUP: tl.constexpr, ROW_BLOCK: tl.constexpr,
+    PARTS: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr, ROTATES: tl.constexpr,
 ):  # fmt: skip
     first, queries, length, begin, share, parts = shares(
         sequence, seq_lens, query_starts, window, BLOCK_N, LEAST, MOST, HAS_WINDOW
@@ -130,7 +133,7 @@ def _rope_decode_share(
         )  # fmt: skip
         finish_share(
             result, top, total, out, partial, lse, counters, sequence, head, kv_heads, part, parts, most_parts,
-            first, 1, HEAD_DIM, DIM, GROUP, 1, MERGED_ROWS, MERGED_SHARES,
+            first, 1, rounding, HEAD_DIM, DIM, GROUP, 1, MERGED_ROWS, MERGED_SHARES, ROUND_GROUP, ROW_BLOCK,
         )  # fmt: skip
 
 
@@ -139,20 +142,24 @@ def _rope_decode(
     qkv, positions, slots, cos_sin, q_norm, k_norm, out, partial, lse, counters, key, value, key_words, value_words,
     key_scale, value_scale, block_tables, seq_lens, query_starts,
     sequences, table_width, kv_heads, most_parts, part_size, eps, scale, window, soft_cap,
+    codes, scales, stored, places, last_counter, row_width,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr,
     KEY_CODE: tl.constexpr, VALUE_CODE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr,
-    MERGED_ROWS: tl.constexpr, MERGED_SHARES: tl.constexpr, PARTS: tl.constexpr, Q_NORM: tl.constexpr,
-    K_NORM: tl.constexpr, ROTATES: tl.constexpr, SEQUENCES: tl.constexpr, OVERLAPS: tl.constexpr,
+    MERGED_ROWS: tl.constexpr, MERGED_SHARES: tl.constexpr, ROUND_GROUP: tl.constexpr, ROW_BLOCK: tl.constexpr,
+    PARTS: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr, ROTATES: tl.constexpr,
+    SEQUENCES: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     await_previous(OVERLAPS)
+    rounding = (codes, scales, stored, places, last_counter, row_width)
     if SEQUENCES == 0:
         _rope_decode_share(
             tl.program_id(0), tl.program_id(1), tl.program_id(2), qkv, positions, slots, cos_sin, q_norm, k_norm,
             out, partial, lse, counters, key, value, key_words, value_words, key_scale, value_scale, block_tables,
             seq_lens, query_starts, table_width, kv_heads, most_parts, part_size, eps, scale, window, soft_cap,
-            HEAD_DIM, DIM, GROUP, ROWS, HALF, BLOCK_SIZE, BLOCK_N, LEAST, MOST, KEY_CODE, VALUE_CODE, HAS_WINDOW,
-            HAS_CAP, MERGED_ROWS, MERGED_SHARES, PARTS, Q_NORM, K_NORM, ROTATES,
+            rounding, HEAD_DIM, DIM, GROUP, ROWS, HALF, BLOCK_SIZE, BLOCK_N, LEAST, MOST, KEY_CODE,
+            VALUE_CODE, HAS_WINDOW, HAS_CAP, MERGED_ROWS, MERGED_SHARES, ROUND_GROUP, ROW_BLOCK, PARTS, Q_NORM,
+            K_NORM, ROTATES,
         )  # fmt: skip
     else:
         ends = shares_end(seq_lens, query_starts, sequences, window, SEQUENCES, 1, BLOCK_N, LEAST, MOST, HAS_WINDOW)
@@ -162,20 +169,22 @@ def _rope_decode(
                 sequence, item % kv_heads, part, qkv, positions, slots, cos_sin, q_norm, k_norm,
                 out, partial, lse, counters, key, value, key_words, value_words, key_scale, value_scale, block_tables,
                 seq_lens, query_starts, table_width, kv_heads, most_parts, part_size, eps, scale, window, soft_cap,
-                HEAD_DIM, DIM, GROUP, ROWS, HALF, BLOCK_SIZE, BLOCK_N, LEAST, MOST, KEY_CODE, VALUE_CODE, HAS_WINDOW,
-                HAS_CAP, MERGED_ROWS, MERGED_SHARES, PARTS, Q_NORM, K_NORM, ROTATES,
+                rounding, HEAD_DIM, DIM, GROUP, ROWS, HALF, BLOCK_SIZE, BLOCK_N, LEAST, MOST, KEY_CODE,
+                VALUE_CODE, HAS_WINDOW, HAS_CAP, MERGED_ROWS, MERGED_SHARES, ROUND_GROUP, ROW_BLOCK, PARTS, Q_NORM,
+                K_NORM, ROTATES,
             )  # fmt: skip
 
 
 def rope_decode(
     qkv: Tensor, inputs: StepInputs, cache: LayerCache, shape: AttentionShape, cos_sin: Tensor | None,
     q_norm: Tensor | None, k_norm: Tensor | None, eps: float,
-    out: Tensor, partial: Tensor, lse: Tensor, counters: Tensor, **sizes: int,
+    out: Tensor, partial: Tensor, lse: Tensor, counters: Tensor, *, into: Rounded | None = None,
+    wants: Rounding | None = None, **sizes: int,
 ) -> Launch:  # fmt: skip
     """`rope` on qkv, and `decode` of the queries into out [T, Hq, D], for every sequence with one new token."""
     d = shape.head_dim
     expect(out=(out, (qkv.shape[-2], shape.num_heads, d)), q_norm=(q_norm, d), k_norm=(k_norm, d))
-    plain = decode(out, inputs, cache, shape, out, partial, lse, counters, **sizes)
+    plain = decode(out, inputs, cache, shape, out, partial, lse, counters, into=into, wants=wants, **sizes)
     cached = {"key_words": plain.arguments["key"], "value_words": plain.arguments["value"]}
     added = rope_arguments(qkv, inputs, cache, shape, cos_sin, q_norm, k_norm, eps)
     arguments = {**plain.arguments, **cached, **added}
@@ -186,15 +195,26 @@ def rope_decode(
 def rope_and_attention(
     qkv: Tensor, inputs: StepInputs, cache: LayerCache, shape: AttentionShape, cos_sin: Tensor | None,
     q_norm: Tensor | None, k_norm: Tensor | None, eps: float, dtype: torch.dtype | None = None,
-) -> Tensor:  # fmt: skip
-    """`attention.reference.rope_and_cache` and `paged_attention` [T, Hq D]; dtype as in `rope_and_cache`."""
+    wants: Rounding | None = None,
+) -> Hidden:  # fmt: skip
+    """`attention.reference.rope_and_cache` and `paged_attention` [T, Hq D]; dtype as in `rope_and_cache`.
+
+    In a decode step it is rounded as `wants` says. One with prompts is left plain, for the GEMM behind to round: its
+    tokens are of two kernels, and rounding is little beside what prompts take.
+    """
     if inputs.max_query_len > 1 or any(w is not None and w.numel() != shape.head_dim for w in (q_norm, k_norm)):
         q = rope_and_cache(qkv, inputs, cache, shape, cos_sin, q_norm, k_norm, eps, dtype)
-        return paged_attention(q, inputs, cache, shape)
+        if inputs.max_query_len > 1:
+            return paged_attention(q, inputs, cache, shape)
+        return decode_attention(q, inputs, cache, shape, torch.empty_like(q), wants)
     out = qkv.new_empty(qkv.shape[-2], shape.num_heads, shape.head_dim, dtype=dtype or qkv.dtype)
     (partial, lse, counters), sizes = room_for(inputs, cache, shape)
-    rope_decode(qkv, inputs, cache, shape, cos_sin, q_norm, k_norm, eps, out, partial, lse, counters, **sizes)()
-    return out.flatten(1)
+    into = room_of_rows(out, wants)
+    rope_decode(
+        qkv, inputs, cache, shape, cos_sin, q_norm, k_norm, eps, out, partial, lse, counters, into=into, wants=wants,
+        **sizes,
+    )()  # fmt: skip
+    return out.flatten(1) if into is None else into
 
 
 def proofs() -> dict[str, Proof]:
@@ -204,12 +224,15 @@ def proofs() -> dict[str, Proof]:
         "bf16, 32 / 8 heads of 128": ((32, 8, 128, bf16, bf16, bf16), 1, 128, False, 1),
         "fp8, 32 / 8 heads of 128, of 4 partial sums": ((32, 8, 128, bf16, fp8, fp8), 4, 128, False, 1),
         "fp8, 32 / 8 heads of 128, of 4 partial sums, listed": ((32, 8, 128, bf16, fp8, fp8), 4, 128, False, 32),
+        "fp8, 32 / 8 heads of 128, 4 partial sums, listed, to fp8": ((32, 8, 128, bf16, fp8, fp8), 4, 128, False, 32),
+        "bf16, 32 / 8 heads of 128, listed, to fp8 in groups": ((32, 8, 128, bf16, bf16, bf16), 1, 128, False, 32),
         "bf16, 32 / 8 heads of 128, head norms, listed": ((32, 8, 128, bf16, bf16, bf16), 1, 128, True, 32),
         "int8, 32 / 8 heads of 128, head norms": ((32, 8, 128, bf16, int8, int8), 4, 128, True, 1),
         "fp16, 9 / 3 heads of 64": ((9, 3, 64, fp16, fp16, fp16), 1, 64, False, 1),
         "bf16, 8 / 4 heads of 256, window, cap": ((8, 4, 256, bf16, bf16, bf16, 4096, 50.0), 4, 256, True, 1),
         "bf16, 32 heads of 80 of which 32 rotate": ((32, 32, 80, bf16, bf16, bf16), 1, 32, False, 1),
     }
+    rounds = {"to fp8": Rounding(fp8), "to fp8 in groups": Rounding(fp8, 128)}
     made: dict[str, Proof] = {}
     for name, (example, parts, rotary, normed, most_parts) in examples.items():
         q, inputs, cache, shape = on_meta(*example)
@@ -221,8 +244,12 @@ def proofs() -> dict[str, Proof]:
         sizes = tables.choose("paged decode", group, shape.head_dim, cache.key.element_size())
         lse, counters = (
             meta(64, shape.num_kv_heads, most_parts, group),
-            inputs.seq_lens.new_empty(64 * shape.num_kv_heads),
+            inputs.seq_lens.new_empty(64 * (shape.num_kv_heads + 1)),
         )
-        launch = rope_decode(qkv, inputs, cache, shape, table, norm, norm, 1e-5, q, lse, lse, counters, **sizes)
+        wants = rounds.get(name.split(", ")[-1])
+        launch = rope_decode(
+            qkv, inputs, cache, shape, table, norm, norm, 1e-5, q, lse, lse, counters, into=room_of_rows(q, wants),
+            wants=wants, **sizes,
+        )  # fmt: skip
         made[f"rope and decode {name}"] = Proof(launch, (r"HMMA\.16816", r"LDGSTS\.E\.BYPASS.*128"), (r"LDS\.[US]8",))
     return made

@@ -1,4 +1,4 @@
-"""Triton bodies of rounding activations to e4m3 or int8 before a GEMM, where no norm or SiLU before it does so.
+"""Triton bodies of rounding activations to e4m3 or int8 before a GEMM, where no kernel before it does so.
 
 codes = x / scale to nearest even, saturating: scale = absmax / 448 (e4m3) or / 127.5 (int8) of a token, or of 128
 columns of a token, or stored in the checkpoint. References: `fp8.reference`, `int8.reference.quantize_per_token`. A NaN

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels import tables
-from octavo.kernels.attention.gpu.decode import _is_last, counters_for
+from octavo.kernels.arrivals import counters_for, is_last
 from octavo.kernels.expect import expect
 from octavo.kernels.launch import Launch, Proof, cdiv, meta, power_of_two
 from octavo.kernels.moe.gpu.route import Aligned, align, choose, expect_aligned, route, unaligned
@@ -105,7 +105,7 @@ def _router(
         x, router, partial, block * ROWS, first_e, part, num_tokens, num_experts, hidden, columns,
         BLOCK_E, BLOCK_K, ROWS,
     )  # fmt: skip
-    if not _is_last(counters + block, tl.num_programs(1)):
+    if not is_last(counters + block, tl.num_programs(1)):
         return
     t, e = block * ROWS + tl.arange(0, CHOSEN), tl.arange(0, EXPERTS)
     at = t[:, None] * num_experts + e[None, :]
@@ -120,7 +120,7 @@ def _router(
         used = _sort(own, 0, used, order, tile_expert, num_tokens, num_tiles, TOP_K, BLOCK_M, CHOSEN, EXPERTS)
     else:
         tl.store(marks + at, own, mask=seen)
-        if not _is_last(counters + BLOCKS, BLOCKS):
+        if not is_last(counters + BLOCKS, BLOCKS):
             return
         for first in range(0, EXPERTS, WIDTH):
             each = _marks(marks, first, num_tokens, num_experts, TOKENS, WIDTH)

@@ -1,0 +1,102 @@
+"""Rounding a token's whole row of attention's output for the GEMM behind it, in attention's own launch.
+
+The program that has stored the last of a token's heads reads them all back, out of L2, and writes the row as codes of
+float8_e4m3fn or int8 with the scale of the row, of groups of its columns or of a checkpoint, or as plain numbers in
+another order of columns: bit for bit what `fp8.gpu.quantize` or `int4.gpu.columns` would make of them in one launch
+more. It goes by BLOCK columns, twice where the scale is the row's: few enough for attention to keep its registers.
+Limit: latency; 2 to 4 bytes of a row from L2 for each element, and a code.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from octavo.kernels.expect import expect
+from octavo.kernels.fused.gpu.rounding import expect_scale
+from octavo.kernels.launch import cdiv, power_of_two
+from octavo.kernels.numeric import divided, if_finite, largest, narrow, step_of, to_codes, within_codes
+from octavo.kernels.rounded import Rounded, Rounding
+
+
+@triton.jit
+def _columns(row, start, width, BLOCK: tl.constexpr):
+    """Columns from start on, and what a row has there in float32, zeros from width on. Other SMs wrote it: past L1."""
+    at = start + tl.arange(0, BLOCK)
+    return at, tl.load(row + at, mask=at < width, other=0.0, cache_modifier=".cg").to(tl.float32)
+
+
+@triton.jit
+def _largest_of_row(row, width, BLOCK: tl.constexpr):
+    """`largest` of a row of any length."""
+    most = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, width, BLOCK):
+        _, value = _columns(row, start, width, BLOCK)
+        most = tl.maximum(most, tl.abs(value).to(tl.int32, bitcast=True))
+    return largest(most.to(tl.float32, bitcast=True), 0)
+
+
+@triton.jit
+def _by_groups(value, scale, first, groups, kind: tl.constexpr, GROUP: tl.constexpr):
+    """Codes of columns whose first group is `first` of a row's; each group's scale is stored."""
+    count: tl.constexpr = value.shape[0] // GROUP
+    value = tl.reshape(value, (count, GROUP))
+    most = largest(value, 1)
+    steps, g = if_finite(step_of(most, kind), most), first + tl.arange(0, count)
+    tl.store(scale + g, steps, mask=g < groups)
+    return tl.reshape(to_codes(divided(value, steps[:, None]), kind), (count * GROUP,))
+
+
+@triton.jit
+def round_row(out, token, width, codes, scale, stored, places, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+    """A token's row of out [T, width], as codes [T, width] with scale [T, ceil(width / GROUP)], or [T] with GROUP 0.
+
+    stored: the checkpoint's scale, or None. Column k becomes column places [k], if there are places.
+    """
+    kind: tl.constexpr = codes.dtype.element_ty
+    row, step = token * width, 1.0
+    if GROUP == 0 and scale is not None:
+        most = _largest_of_row(out + row, width, BLOCK)
+        step = if_finite(step_of(most, kind), most) if stored is None else tl.load(stored)
+        tl.store(scale + token, if_finite(step, most))
+    for start in range(0, width, BLOCK):
+        at, value = _columns(out + row, start, width, BLOCK)
+        if scale is None:
+            code = narrow(value, kind)
+        elif GROUP > 0:
+            groups = tl.cdiv(width, GROUP)
+            code = _by_groups(value, scale + token * groups, start // GROUP, groups, kind, GROUP)
+        else:
+            code = to_codes(divided(value if stored is None else within_codes(value, step), step), kind)
+        place = at if places is None else tl.load(places + at, mask=at < width, other=0)
+        tl.store(codes + row + place, code, mask=at < width)
+
+
+def row_arguments(
+    out: Tensor, into: Rounded | None, wants: Rounding | None, counters: Tensor, num_warps: int
+) -> dict[str, Any]:
+    """What a kernel is given to round rows of out [T, Hq, D] into `into`, as `wants` says; nothing, without.
+
+    Numbers that it could compute are arguments too: one that is known before a loop over shares would hold a register
+    all through attention, an argument holds none. Raises ValueError.
+    """
+    if (into is None) != (wants is None):
+        raise ValueError("into and wants come together")
+    if into is None or wants is None:
+        nothing = dict.fromkeys(("codes", "scales", "stored", "places", "last_counter", "row_width"))
+        return {**nothing, "ROUND_GROUP": 0, "ROW_BLOCK": 0}
+    (tokens, heads, dim), group = out.shape, wants.group_size
+    columns, scale = heads * dim, None if wants.dtype is None else into.scale
+    expect_scale("attention", into.codes, scale, group, wants.places)
+    expect(
+        codes=(into.codes, (tokens, columns)), scale=(scale, (tokens, cdiv(columns, group) if group else 1)),
+        static_scale=(wants.static_scale, 1), places=(wants.places, (columns,)),
+    )  # fmt: skip
+    return {
+        "codes": into.codes, "scales": scale, "stored": wants.static_scale, "places": wants.places,
+        "last_counter": counters.numel() - 1, "row_width": columns, "ROUND_GROUP": group,
+        "ROW_BLOCK": max(min(power_of_two(columns), 512 * num_warps), group),
+    }  # fmt: skip
