@@ -64,6 +64,23 @@ def test_every_field_of_four_bits_becomes_its_number(dtype: torch.dtype) -> None
             assert all(torch.equal(half.float(), expected) for half in halves(result, dtype))
 
 
+@pytest.mark.parametrize("zero", [None, *range(17)], ids=str)
+def test_every_field_of_four_bits_becomes_its_e4m3(zero: int | None) -> None:
+    """Divided by 512. Four words give four bytes, in their order; None: by integer arithmetic, which takes 8 off."""
+    words = torch.stack([WORDS, WORDS.flip(0), WORDS.roll(77), WORDS.roll(4096)], 1)
+    low, high = words[:, 0] | words[:, 1] << 16, words[:, 2] | words[:, 3] << 16
+    for field in range(4):
+        if zero is None:
+            which, shift = (0x7531, 0x6420)[field < 2] * 0x10001, field % 2 * 4 * 0x10001
+            (result,) = run(int4._TO_E4M3.value, 1, low, high, which, which, shift, shift)
+        else:
+            numbers = [value * 0x10001 for value in (15, 15, 0x4000, 0x4000, 0x4000 + zero, 0x4000 + zero)]
+            (result,) = run(int4._LESS_TO_E4M3.value, 1, low, high, *[4 * field] * 4, *numbers)
+        codes = torch.stack([(result >> shift) & 0xFF for shift in range(0, 32, 8)], 1).to(torch.uint8)
+        expected = (words >> 4 * field & 15).float() - (8 if zero is None else zero)
+        assert torch.equal(codes.view(torch.float8_e4m3fn).float() * int4.E4M3_ONE.value, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_zero_point_is_taken_off_exactly(dtype: torch.dtype) -> None:
     code = torch.arange(-128, 128).to(dtype)

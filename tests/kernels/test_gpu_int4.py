@@ -191,7 +191,7 @@ def test_tokens_of_e4m3(m: int, shape: tuple[int, int, int, int, bool, bool], de
 
 @pytest.mark.parametrize("bits", [2, 4])
 def test_the_bit_formulas_of_the_assembly(bits: int) -> None:
-    """What `decode` writes in PTX, in torch: a register of two words gives both fields less a zero point, exactly."""
+    """A register of two words gives both fields less a zero point, exactly (PTX: test_gpu_conversions)."""
     mask = (1 << bits) - 1
     words = torch.randint(1 << 16, (4096, 2), generator=torch.Generator().manual_seed(bits))
     register = words[:, 0] | words[:, 1] << 16
@@ -211,20 +211,6 @@ def test_the_bit_formulas_of_the_assembly(bits: int) -> None:
                 assert torch.equal((numbers - less).float() * one, exact.float())
                 if one == 512:
                     assert torch.equal((numbers - less).to(torch.float8_e4m3fn).float() * one, exact.float())
-
-
-def test_the_byte_formula_of_the_assembly() -> None:
-    """Four words of a symmetric field of 4 bits become four e4m3 by integer arithmetic on 32 bits."""
-    words = torch.randint(1 << 16, (4096, 4), generator=torch.Generator().manual_seed(4))
-    for j in range(4):
-        field = (words >> (j // 2 * 8)) & 0xFF  # prmt: a byte of each word
-        register = (field << torch.arange(0, 32, 8)).sum(1) >> (j % 2 * 4)  # of the word before, bits that are masked
-        sign = ~(register >> 3) & 0x01010101
-        bytes_of = sign * 0x81 + ((register & 0x07070707) ^ (sign * 7))
-        assert int(bytes_of.max()) < 1 << 32
-        codes = torch.stack([(bytes_of >> shift) & 0xFF for shift in range(0, 32, 8)], 1).to(torch.uint8)
-        exact = ((words >> (4 * j)) & 15) - 8
-        assert torch.equal(codes.view(torch.float8_e4m3fn).float() * 512, exact.float())
 
 
 def test_what_does_not_fit_is_refused(device: torch.device) -> None:
