@@ -1,8 +1,8 @@
 """A mixture's way on a GPU: route and sort, round, the first grouped GEMM, SiLU * up, the second, each token's sum.
 
 out[t] = sum over j of weights[t, j] * down(silu(gate(x[t])) * up(x[t])) of expert chosen[t, j], the sum in float32 in
-the order of j: the same bits whatever else is in the batch with the same tiles, and no atomics. Every launch's size
-comes from the number of tokens alone, so that a CUDA graph holds them all. Reference: `moe.reference.grouped`.
+the order of j: the same bits whatever else is in the batch with the same tiles. Every launch's size comes from the
+number of tokens alone, so that a CUDA graph holds them all. Reference: `moe.reference.grouped`.
 Limit: the experts that are hit once each, over 3.0 TB/s on an H100; see `grouped` and `int4`.
 """
 
