@@ -95,6 +95,7 @@ class Compiled:
     serialized    ptxas gave up overlapping tensor-core instructions (its warning C7510 to C7519)
     overlaps      it may start while the kernel before still runs (`overlap`)
     waits         it waits for that kernel before all else (`waits_first`)
+    counts        it counts itself, if at all, after what it has stored, and sees what others have (`counts_after`)
     loop          instructions of the loop that its products stand in (`loop_of`); 0: none is in a loop
     instructions  how often each opcode stands in the machine code, with its modifiers; ".RS" is put behind a wgmma
                   whose first factor lies in registers
@@ -106,6 +107,7 @@ class Compiled:
     serialized: bool
     overlaps: bool
     waits: bool
+    counts: bool
     loop: int
     instructions: Counter[str]
 
@@ -143,6 +145,7 @@ class Compiled:
         said += [f"{self.shared} bytes of shared memory"] if self.shared > SHARED_MEMORY[capability] else []
         said += ["tensor-core instructions are serialized"] if self.serialized else []
         said += ["overlaps the kernel before and doesn't wait for it first"] if self.overlaps and not self.waits else []
+        said += [] if self.counts else ["counts itself before others see what it stored, or sees old copies of theirs"]
         said += ["overlaps and lets no kernel overlap it"] if self.overlaps and not self.count("PREEXIT") else []
         return said
 
@@ -185,6 +188,7 @@ def compile_ahead(launch: Launch, capability: int = 90) -> Compiled:
         serialized=re.search(r"C751\d", said) is not None,
         overlaps=built.metadata.launch_pdl,
         waits=waits_first(listing),
+        counts=counts_after(listing),
         loop=loop_of(listing),
         instructions=Counter(names),
     )
@@ -203,6 +207,19 @@ def waits_first(listing: str) -> bool:
         if _ACTS.match(name):
             return False
     return False
+
+
+def counts_after(listing: str) -> bool:
+    """Whether every addition to a counter comes behind a barrier and a fence, and drops old copies in L1.
+
+    So the last program to count itself sees what all threads of all programs have stored (`arrivals`).
+    """
+    acts = [
+        name for _, name, _ in _LINE.findall(listing) if re.match(r"STG|BAR|MEMBAR|ATOMG|RED\b|REDG|CCTL\.IVALL", name)
+    ]
+    places = [i for i, name in enumerate(acts) if name.startswith(("ATOMG", "RED"))]
+    order = re.compile(r"BAR\.SYNC\S* MEMBAR\.\S*GPU ATOMG\S*\.STRONG\.GPU CCTL\.IVALL")
+    return all(i >= 2 and order.fullmatch(" ".join(acts[i - 2 : i + 2])) for i in places)
 
 
 def loop_of(listing: str) -> int:

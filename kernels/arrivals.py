@@ -9,6 +9,9 @@ from torch import Tensor
 
 from octavo.kernels.launch import power_of_two
 
+PAST_L1 = r"LDG\.E\S*\.STRONG\.GPU"
+"""What a load past L1 is in machine code, for proofs."""
+
 
 @triton.jit
 def is_last(counter, programs):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from octavo.kernels.arrivals import counters_for
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
-from octavo.kernels.attention.gpu.decode import decode, share_count
+from octavo.kernels.attention.gpu.decode import decode, room_of_rows, share_count
 from octavo.kernels.attention.gpu.rope_decode import rope_and_attention, rope_decode
 from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.fp8 import reference as fp8
@@ -236,3 +236,9 @@ def test_room_without_a_rounding_is_refused(device: torch.device) -> None:
     out, counters = torch.empty(len(LENGTHS), 9, 64, device=device), counters_for(len(LENGTHS) * 4, device)
     with pytest.raises(ValueError, match="come together"):
         decode(out, *step[1:], out, lse, lse, counters, into=into, **SHARES[2])
+
+
+def test_no_tokens_have_no_codes(device: torch.device) -> None:
+    into = room_of_rows(torch.empty(0, 9, 64, device=device), Rounding(E4M3, 128))
+    assert into is not None
+    assert (into.codes.shape, into.scale.shape) == ((0, 576), (0, 5))

@@ -92,6 +92,31 @@ def test_what_counts_as_waiting_first(lines: tuple[str, ...], waits: bool) -> No
     assert ahead.waits_first(listing(*lines)) is waits
 
 
+STORE, BARRIER, FENCE, COUNT, FRESH = (
+    "STG.E desc[UR4][R2.64], R5", "BAR.SYNC.DEFER_BLOCKING 0x0", "@P1 MEMBAR.ALL.GPU",
+    "@P1 ATOMG.E.ADD.STRONG.GPU PT, R2, desc[UR4][R2.64], R5", "@P1 CCTL.IVALL",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("lines", "counts"),
+    [
+        ((STORE, BARRIER, "NOP", FENCE, COUNT, FRESH, STORE), True),
+        ((STORE, BARRIER, FENCE, COUNT, FRESH, STORE, BARRIER, FENCE, COUNT, FRESH), True),
+        ((STORE, BARRIER), True),
+        ((STORE, FENCE, COUNT, FRESH), False),
+        ((BARRIER, STORE, FENCE, COUNT, FRESH), False),
+        ((STORE, BARRIER, COUNT, FRESH), False),
+        ((STORE, BARRIER, FENCE, COUNT), False),
+        ((STORE, BARRIER, "MEMBAR.ALL.CTA", COUNT, FRESH), False),
+        ((STORE, BARRIER, FENCE, "REDG.E.ADD.STRONG.GPU desc[UR4][R2.64], R5", FRESH), False),
+        ((STORE, BARRIER, FENCE, COUNT, FRESH, STORE, FENCE, COUNT, FRESH), False),
+    ],
+)
+def test_what_counts_itself_after_it_has_stored(lines: tuple[str, ...], counts: bool) -> None:
+    assert ahead.counts_after(listing(*lines)) is counts
+
+
 def kernels_of(room: str) -> list[Any]:
     """The Triton kernels of a module of `ahead.ROOMS` that may overlap."""
     module = importlib.import_module(f"octavo.kernels.{room}")

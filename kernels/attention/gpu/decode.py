@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels import tables
-from octavo.kernels.arrivals import counters_for, is_last
+from octavo.kernels.arrivals import PAST_L1, counters_for, is_last
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
 from octavo.kernels.attention.gpu.paged import (
     CODES,
@@ -315,7 +315,11 @@ def room_for(
 
 def room_of_rows(out: Tensor, wants: Rounding | None) -> Rounded | None:
     """`into` of `decode`, for out [T, Hq, D]."""
-    return None if wants is None else Rounded.empty(out.shape[0], out[0].numel(), wants, out.device, out.dtype)
+    return (
+        None
+        if wants is None
+        else Rounded.empty(out.shape[0], out.shape[1] * out.shape[2], wants, out.device, out.dtype)
+    )
 
 
 def decode_attention(
@@ -362,6 +366,6 @@ def proofs() -> dict[str, Proof]:
             q, inputs, cache, shape, q, lse, lse, counters, into=room_of_rows(q, wants), wants=wants, queries=queries,
             **sizes,
         )  # fmt: skip
-        expects = ("FFMA",) if q.dtype == torch.float32 else (r"HMMA\.16816", r"LDGSTS\.E\.BYPASS.*128")
-        made[f"decode {name}"] = Proof(launch, expects, (r"LDS\.[US]8",))
+        products = ("FFMA",) if q.dtype == torch.float32 else (r"HMMA\.16816", r"LDGSTS\.E\.BYPASS.*128")
+        made[f"decode {name}"] = Proof(launch, (*products, r"ATOMG", PAST_L1), (r"LDS\.[US]8",))
     return made

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels import tables
+from octavo.kernels.arrivals import PAST_L1
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
 from octavo.kernels.attention.gpu.decode import (
     attend_share,
@@ -251,5 +252,6 @@ def proofs() -> dict[str, Proof]:
             qkv, inputs, cache, shape, table, norm, norm, 1e-5, q, lse, lse, counters, into=room_of_rows(q, wants),
             wants=wants, **sizes,
         )  # fmt: skip
-        made[f"rope and decode {name}"] = Proof(launch, (r"HMMA\.16816", r"LDGSTS\.E\.BYPASS.*128"), (r"LDS\.[US]8",))
+        expects = (r"HMMA\.16816", r"LDGSTS\.E\.BYPASS.*128", "ATOMG", PAST_L1)
+        made[f"rope and decode {name}"] = Proof(launch, expects, (r"LDS\.[US]8",))
     return made
