@@ -25,11 +25,9 @@ from octavo.runtime.model import weights
 from octavo.runtime.model.model import Model
 from octavo.runtime.ops_gpu import make_ops
 
-NO_KERNEL = {
-    *("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"),
-    *("numpy_T", "view", "_unsafe_view", "reshape", "select", "slice", "t", "transpose", "unsqueeze", "flatten"),
-}
-"""What of torch launches nothing: it makes room, or looks at it in another way."""
+ROOM = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"}
+VIEWS = {"numpy_T", "view", "_unsafe_view", "reshape", "select", "slice", "t", "transpose", "unsqueeze", "flatten"}
+"""What of torch launches nothing: it makes room, or looks at it in another way, where it doesn't copy."""
 
 
 class Counted(TorchDispatchMode):
@@ -40,10 +38,11 @@ class Counted(TorchDispatchMode):
         self.names: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if name not in NO_KERNEL:
+        name, result = func.overloadpacket.__name__, func(*args, **(kwargs or {}))
+        looks = name in VIEWS and result.untyped_storage().data_ptr() == args[0].untyped_storage().data_ptr()
+        if name not in ROOM and not looks:
             self.names.append(name)
-        return func(*args, **(kwargs or {}))
+        return result
 
 
 def decode_step(device: torch.device) -> StepInputs:
