@@ -186,7 +186,7 @@ def _choose(
     """
     native = device.type == "cpu" and dtype != torch.float32 and processor.has_dot_products()
     if isinstance(part, Tensor):
-        return _dense(part, None, dtype, device, native, out)
+        return _dense(part, bias, None, dtype, device, native, out)
     if capability and dtype != torch.float32:
         found = gpu_body(part.to(device), bias, out, capability)
         if found is not None:
@@ -198,7 +198,7 @@ def _choose(
     if native and part.scheme == PRESETS["W8A8"] and part.shape[1] <= MAX_INT8_COLUMNS:
         return _int8(part, out)
     rounds = input_rounding(part.scheme.activation, part.input_scale, device)
-    return _dense(part.dequantize(dtype), rounds, dtype, device, native, out, "dequantized at load, ")
+    return _dense(part.dequantize(dtype), bias, rounds, dtype, device, native, out, "dequantized at load, ")
 
 
 def _int8(part: QuantizedWeight, out: torch.dtype) -> Body:
@@ -239,6 +239,7 @@ def _weight_only(part: QuantizedWeight, out: torch.dtype) -> Body | None:
 
 def _dense(
     weight: Tensor,
+    bias: Tensor | None,
     rounds: Round | None,
     dtype: torch.dtype,
     device: torch.device,
@@ -246,6 +247,7 @@ def _dense(
     out: torch.dtype,
     how: str = "",
 ) -> Body:
+    """A weight that isn't quantized, or no more. torch's product adds the bias, too, where it is of the same type."""
     if native and dtype == torch.bfloat16 and weight.shape[1] % 2 == 0:
         from octavo.kernels.dense import cpu as dense_cpu
 
@@ -256,15 +258,16 @@ def _dense(
             packed.num_bytes,
         )
     weight = weight.to(device=device, dtype=dtype).contiguous()
-    sums = (
-        device.type == "cuda" and out == torch.float32 != dtype
-    )  # CUDA's product can leave its float32 sums as they are
+    inside = bias if out == dtype else None
+    # CUDA's product can leave its float32 sums as they are
+    sums = device.type == "cuda" and out == torch.float32 != dtype
 
     def run(x: Tensor) -> Tensor:
         x = x if rounds is None else rounds(x).to(dtype)
-        return torch.mm(x, weight.T, out_dtype=out) if sums else F.linear(x, weight).to(out)
+        return torch.mm(x, weight.T, out_dtype=out) if sums else F.linear(x, weight, inside).to(out)
 
-    return Body(f"{how}torch {str(dtype)[6:]}", run, weight.numel() * weight.element_size())
+    name, num_bytes = f"{how}torch {str(dtype)[6:]}", weight.numel() * weight.element_size()
+    return Body(name, run, num_bytes, has_bias=inside is not None)
 
 
 def input_rounding(

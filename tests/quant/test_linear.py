@@ -247,6 +247,16 @@ def test_fp4(size: int) -> None:
     check(layer(x), x, w.dequantize(torch.bfloat16), w.dequantize().abs())
 
 
+def test_torch_s_product_adds_the_bias_and_rounds_once() -> None:
+    """A launch less on a GPU; rounding the product first gives other numbers."""
+    generator = torch.Generator().manual_seed(3)
+    x, weight, bias = (torch.randn(size, generator=generator).half() for size in ((5, 96), (40, 96), (40,)))
+    layer = make_linear([weight[:24], weight[24:]], [None, bias[24:]], dtype=torch.float16, device=x.device)
+    padded = torch.cat([torch.zeros(24), bias[24:]]).half()
+    assert torch.equal(layer.forward(x), torch.nn.functional.linear(x, weight, padded))
+    assert not torch.equal(layer.forward(x), torch.nn.functional.linear(x, weight) + padded)
+
+
 def test_parts_of_different_inputs_are_refused() -> None:
     with pytest.raises(ValueError, match="share their input"):
         run([torch.randn(4, 8), torch.randn(4, 16)])
