@@ -109,13 +109,14 @@ def decode_case(sizes: Sizes, kind: str, device: torch.device) -> Bodies:
     return Bodies(run, lambda: [exact(q, inputs, cache, shape, rows)], baselines, rows=rows)
 
 
-def rope_and_decode_case(sizes: Sizes, kind: str, device: torch.device) -> Bodies:
-    """Beside the same in two launches. Each run writes the new tokens' keys and values again."""
+def rope_and_decode_case(sizes: Sizes, kind: str, device: torch.device, norms: bool = False) -> Bodies:
+    """Beside the same in two launches; norms are over all heads. Each run writes the new keys and values again."""
     _, inputs, cache, shape = paged(sizes, kind, device)
     s, rows = sizes, some_of(sizes.sequences, device, 8)
     qkv = torch.randn(s.sequences, (s.heads + 2 * s.kv_heads) * s.d, device=device).bfloat16()
     angle = torch.arange(s.length, device=device)[:, None] / 500000 ** (torch.arange(s.d // 2, device=device) * 2 / s.d)
-    rotation = (torch.cat([angle.cos(), angle.sin()], 1), None, None, 1e-5)
+    weights = [torch.rand(heads * s.d, device=device) if norms else None for heads in (s.heads, s.kv_heads)]
+    rotation = (torch.cat([angle.cos(), angle.sin()], 1), *weights, 1e-5)
 
     def expected() -> list[Tensor]:
         turned = reference.rope_and_cache(qkv.float(), inputs, cache, shape, *rotation)

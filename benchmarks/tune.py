@@ -116,6 +116,12 @@ class Small:
     tolerance: float = FEW_BITS
 
 
+def norms_case(kib: int, heads: int, device: torch.device) -> Bodies:
+    """Attention with norms over all heads, of as many tokens as have so many KiB of q."""
+    sizes = Sizes(max(kib * 1024 // (heads * 128 * 2), 1), 1, 1023, heads, heads, 128)
+    return gpu_attention.rope_and_decode_case(sizes, "fp8", device, norms=True)
+
+
 BLOCKS = grid(block=(256, 512, 1024, 2048, 4096), num_warps=(1, 2, 4, 8))
 EXPERTS = gpu_moe.CONFIG["num_experts"], gpu_moe.CONFIG["num_experts_per_tok"]
 SMALL = {
@@ -131,6 +137,7 @@ SMALL = {
         lambda m, n, device: gpu_rows.rounding_case(m, n, 128, device),
     ),
     "rope": Small(grid(num_warps=WARPS), 512, lambda m, n, device: gpu_rows.rope_case(m, n // 128, 1, 128, device)),
+    "norms over heads": Small(grid(again=(0, 1)), 16 * 128, lambda kib, n, device: norms_case(kib, n // 128, device)),
     "gather": Small(BLOCKS, 14336, lambda m, n, device: gpu_around.gather_case(m, n, device)),
     "dequantize": Small(
         grid(block_n=(8, 16, 32, 64), num_warps=(1, 2, 4, 8)), 4096,

@@ -9,6 +9,7 @@ import torch
 from attention_steps import check, make_cache, make_step
 from torch import Tensor
 
+from octavo.kernels import tables
 from octavo.kernels.arrivals import counters_for
 from octavo.kernels.attention import reference
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
@@ -16,18 +17,22 @@ from octavo.kernels.attention.gpu import rope
 from octavo.kernels.attention.gpu.decode import share_count
 from octavo.kernels.attention.gpu.rope_decode import rope_and_attention, rope_decode
 from octavo.kernels.attention.step import StepInputs
+from octavo.kernels.launch import Launch
 
 EPS = 1e-6
 SHARES = {"block_n": 16, "least": 32, "most": 2, "programs": 1 << 20}
 LENGTHS = [1, 37, 90, 64]  # one token, a share, several whose last is short, several that are full
 BF16, E4M3, INT8 = torch.bfloat16, torch.float8_e4m3fn, torch.int8
-CASES = [  # heads, KV heads, dimension, how much of it rotates; what is cached; head norms; window, cap
-    ((6, 2, 64, 64), (BF16, BF16), False, (None, None)),
-    ((6, 2, 64, 64), (E4M3, E4M3), True, (None, None)),
-    ((4, 2, 32, 32), (INT8, INT8), True, (40, 2.0)),
-    ((3, 1, 80, 32), (BF16, E4M3), True, (None, None)),
-    ((3, 3, 40, 24), (torch.float16, torch.float16), False, (7, None)),
-    ((2, 1, 64, 0), (torch.float32, torch.float32), True, (None, 2.0)),
+CASES = [  # heads, KV heads, dimension, how much of it rotates; what is cached; what norms are over; window, cap
+    ((6, 2, 64, 64), (BF16, BF16), "", (None, None)),
+    ((6, 2, 64, 64), (E4M3, E4M3), "head", (None, None)),
+    ((4, 2, 32, 32), (INT8, INT8), "head", (40, 2.0)),
+    ((3, 1, 80, 32), (BF16, E4M3), "head", (None, None)),
+    ((3, 3, 40, 24), (torch.float16, torch.float16), "", (7, None)),
+    ((2, 1, 64, 0), (torch.float32, torch.float32), "head", (None, 2.0)),
+    ((6, 2, 64, 64), (E4M3, E4M3), "all", (None, None)),
+    ((3, 3, 40, 24), (BF16, BF16), "all", (None, None)),
+    ((3, 1, 32, 0), (torch.float16, torch.float16), "all", (7, 2.0)),
 ]
 
 
@@ -105,7 +110,7 @@ def queries(
 @pytest.mark.parametrize(("heads", "stored", "normed", "masks"), CASES, ids=str)
 @pytest.mark.parametrize("parts", [1, 3])
 def test_both_in_one_launch(
-    heads: tuple[int, int, int, int], stored: tuple[torch.dtype, torch.dtype], normed: bool,
+    heads: tuple[int, int, int, int], stored: tuple[torch.dtype, torch.dtype], normed: str,
     masks: tuple[int | None, float | None], parts: int, device: torch.device,
 ) -> None:  # fmt: skip
     torch.manual_seed(0)
@@ -117,7 +122,9 @@ def test_both_in_one_launch(
     qkv = sums if parts > 1 else sums[0].to(dtype)
     angle = torch.rand(128, rotary // 2) * 6
     cos_sin = torch.cat((angle.cos(), angle.sin()), dim=1).to(device) if rotary else None
-    norms = (torch.rand(dim).to(device), torch.rand(dim).to(device)) if normed else (None, None)
+    widths = {"": (), "head": (dim, dim), "all": (hq * dim, hkv * dim)}[normed]
+    q_norm, k_norm = [torch.rand(width).to(device) for width in widths] or (None, None)
+    norms = (q_norm, k_norm)
 
     cache, apart = copy_of(before), copy_of(before)
     listed = copy_of(before)
@@ -148,16 +155,25 @@ def test_a_slot_of_minus_one_writes_nothing(device: torch.device) -> None:
     assert bool(changed.flatten(1)[inputs.slot_mapping[0] // 8, inputs.slot_mapping[0] % 8])
 
 
-@pytest.mark.parametrize("case", ["prompt", "a norm over all", "decode"])
-def test_what_one_launch_cannot_do_is_done_in_two(case: str, device: torch.device) -> None:
+@pytest.mark.parametrize("case", ["prompt", "a norm over all", "a norm over all of many", "decode"])
+def test_what_is_better_done_in_two_launches_is(
+    case: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
+    launched: list[str] = []
+    run_it = Launch.__call__
+    monkeypatch.setattr(Launch, "__call__", lambda self: (launched.append(self.kernel.__name__), run_it(self)))
     shape = AttentionShape(4, 2, 32, 32**-0.5)
     inputs = step_of([7, 20], device)
     if case == "prompt":
         starts = torch.tensor([0, 2, 3], dtype=torch.int32, device=device)
         slots = torch.cat([inputs.slot_mapping[:1] - 1, inputs.slot_mapping])
         inputs = replace(inputs, query_starts=starts, max_query_len=2, slot_mapping=slots, positions=slots * 0 + 3)
-    width = 4 * 32 if case == "a norm over all" else 32
+    if case.endswith("many"):
+        rows = [{"m": 0, "again": 1}, {"again": 0}]
+        monkeypatch.setitem(tables.rows_of(tables.card), "norms over heads", rows)
+        tables.row_of.cache_clear()
+    width = 4 * 32 if case.startswith("a norm over all") else 32
     norms = (torch.rand(width, device=device), torch.rand(width // (width // 32 // 2 or 1), device=device))
     qkv = torch.randn(int(inputs.query_starts[-1]), 8 * 32, device=device)
     angle = torch.rand(32, 16) * 6
@@ -165,6 +181,8 @@ def test_what_one_launch_cannot_do_is_done_in_two(case: str, device: torch.devic
     cache = make_cache(4, 2, 8, 32, torch.float32, torch.float32, device)
     expected = copy_of(cache)
     got = rope_and_attention(qkv, inputs, cache, shape, cos_sin, *norms, EPS)
+    tables.row_of.cache_clear()
+    assert len(launched) == {"prompt": 3, "a norm over all of many": 2}.get(case, 1), launched
     reference.rope_and_cache(qkv, inputs, expected, shape, cos_sin, *norms, EPS)
     check_keys(cache.key, expected.key)
     q, off = queries(qkv, inputs, shape, cos_sin, norms[0], torch.float32)

@@ -95,7 +95,7 @@ def _heads(
 
 
 @triton.jit
-def _whole(qkv, start, width, eps, part_size, dtype: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr):
+def whole_factor(qkv, start, width, eps, part_size, dtype: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr):
     """The factor of a norm over `width` columns of a row."""
     at = tl.arange(0, WIDTH)
     value = summed(qkv, start + at, at < width, part_size, dtype, PARTS)
@@ -121,9 +121,9 @@ def _rope(
         cos_sin += tl.load(positions + token) * (2 * HALF)
     q_whole, k_whole = 1.0, 1.0
     if Q_NORM == "all":
-        q_whole = _whole(qkv, row, q_size, eps, part_size, dtype, Q_WIDTH, PARTS)
+        q_whole = whole_factor(qkv, row, q_size, eps, part_size, dtype, Q_WIDTH, PARTS)
     if K_NORM == "all":
-        k_whole = _whole(qkv, row + q_size, k_size, eps, part_size, dtype, K_WIDTH, PARTS)
+        k_whole = whole_factor(qkv, row + q_size, k_size, eps, part_size, dtype, K_WIDTH, PARTS)
     slot = tl.load(slots + token)
     block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
     first = tl.program_id(1) * KV_HEADS
@@ -169,7 +169,8 @@ def rope_arguments(
         "part_size": qkv.shape[-2] * qkv.shape[-1], "eps": eps, "HEAD_DIM": d,
         "GROUP": shape.num_heads // shape.num_kv_heads, "HALF": (d if cos_sin is None else cos_sin.shape[1]) // 2,
         "BLOCK_SIZE": cache.block_size, "PARTS": qkv.shape[0] if qkv.dim() == 3 else 1,
-        "Q_NORM": norms[0], "K_NORM": norms[1], "ROTATES": cos_sin is not None,
+        "Q_NORM": norms[0], "K_NORM": norms[1], "Q_WIDTH": power_of_two(shape.num_heads * d),
+        "K_WIDTH": power_of_two(shape.num_kv_heads * d), "ROTATES": cos_sin is not None,
     }  # fmt: skip
 
 
@@ -218,8 +219,7 @@ def rope(
         (q.shape[0], cdiv(shape.num_kv_heads, together)),
         {
             **arguments, "q": q, "KV_HEADS": together, "HEADS": heads, "HALVES": power_of_two(half),
-            "RESTS": power_of_two(d - 2 * half), "Q_WIDTH": power_of_two(shape.num_heads * d),
-            "K_WIDTH": power_of_two(shape.num_kv_heads * d),
+            "RESTS": power_of_two(d - 2 * half),
         },
         **tables.choose("rope", q.shape[0], heads * d, arguments["PARTS"]),
         num_stages=1,

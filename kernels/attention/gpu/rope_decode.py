@@ -4,7 +4,8 @@
 own queries of qkv, which may be split-K partial sums: they are read once more for every share of the sequence, out of
 L2. The program of a KV head's last share, which has the new token, also makes its key and value and writes them to the
 cache before it reads there; no other may read them, so sequences of a step must not share a block that one of them
-writes to. Norms over all heads at once need `gpu.rope`. Rows may be rounded for the GEMM behind (`gpu.row`).
+writes to. Of a norm over all heads at once every program reads the whole row, for its factor: with more than a few
+tokens `gpu.rope`, a launch of its own, takes less time. Rows may be rounded for the GEMM behind (`gpu.row`).
 Reference: `attention.reference.rope_and_cache`, then `paged_attention`. Limit: bytes, those of both.
 """
 
@@ -34,7 +35,7 @@ from octavo.kernels.attention.gpu.decode import (
 )
 from octavo.kernels.attention.gpu.paged import as_factors, on_meta
 from octavo.kernels.attention.gpu.prefill import paged_attention
-from octavo.kernels.attention.gpu.rope import encoded, factor_of, rope_and_cache, rope_arguments, summed
+from octavo.kernels.attention.gpu.rope import encoded, factor_of, rope_and_cache, rope_arguments, summed, whole_factor
 from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.expect import expect
 from octavo.kernels.launch import Launch, Proof, meta
@@ -44,8 +45,30 @@ from octavo.kernels.rounded import Hidden, Rounded, Rounding
 
 
 @triton.jit
+def _norm_of(
+    qkv, start, columns, weight, column, part_size, eps,
+    dtype: tl.constexpr, PARTS: tl.constexpr, NORM: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Where the norm's weights of heads at column [R] begin, and its factor if it is over all columns from start on."""
+    whole = 1.0
+    if NORM == "all":
+        weight += column[:, None]
+        whole = whole_factor(qkv, start, columns, eps, part_size, dtype, WIDTH, PARTS)
+    return weight, whole
+
+
+@triton.jit
+def _weights(weight, at, mask, NORM: tl.constexpr):
+    """Those of heads' elements `at`: of each head, or the same for all."""
+    if NORM == "all":
+        at, mask = at[None, :], mask[None, :]
+    found = tl.load(weight + at, mask=mask, other=0.0)
+    return found if NORM == "all" else found[None, :]
+
+
+@triton.jit
 def _turned(
-    qkv, place, there, weight, cos_sin, part_size, eps,
+    qkv, place, there, weight, whole, cos_sin, part_size, eps,
     dtype: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, PARTS: tl.constexpr,
     NORM: tl.constexpr, ROTATES: tl.constexpr,
 ):  # fmt: skip
@@ -54,15 +77,18 @@ def _turned(
     mask = there[:, None] & (at < HEAD_DIM)[None, :]
     turned = summed(qkv, place[:, None] + at[None, :], mask, part_size, dtype, PARTS)
     factor = tl.full((place.shape[0],), 1.0, tl.float32)
-    if NORM != "":
+    if NORM == "head":
         factor = factor_of(tl.sum(turned * turned, axis=1), HEAD_DIM, eps)
-        turned *= factor[:, None] * tl.load(weight + at, mask=at < HEAD_DIM, other=0.0)[None, :]
+    if NORM == "all":
+        factor *= whole
+    if NORM != "":
+        turned *= factor[:, None] * _weights(weight, at, at < HEAD_DIM, NORM)
     if ROTATES:
         turns, first = at < 2 * HALF, at < HALF
         angle, partner = tl.where(first, at, at - HALF), tl.where(first, at + HALF, at - HALF)
         other = summed(qkv, place[:, None] + partner[None, :], mask & turns[None, :], part_size, dtype, PARTS)
         if NORM != "":
-            other *= factor[:, None] * tl.load(weight + partner, mask=turns, other=0.0)[None, :]
+            other *= factor[:, None] * _weights(weight, partner, turns, NORM)
         cos = tl.load(cos_sin + angle, mask=turns, other=1.0)
         sin = tl.load(cos_sin + HALF + angle, mask=turns, other=0.0)
         turned = turned * cos[None, :] + other * tl.where(first, -sin, sin)[None, :]
@@ -73,20 +99,25 @@ def _turned(
 def _write_new(
     qkv, place, k_norm, cos_sin, key, value, key_scale, value_scale, slot, head, kv_heads, part_size, eps,
     dtype: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    PARTS: tl.constexpr, K_NORM: tl.constexpr, ROTATES: tl.constexpr,
+    PARTS: tl.constexpr, K_NORM: tl.constexpr, K_WIDTH: tl.constexpr, ROTATES: tl.constexpr,
 ):  # fmt: skip
     """The key that lies at a place of qkv, and its value, into the cache, for all threads of the program to read."""
     at, one = tl.arange(0, DIM)[None, :], tl.zeros((1,), tl.int64)
     there = one + slot >= 0
     mask = there[:, None] & (at < HEAD_DIM)
     to = ((slot // BLOCK_SIZE * kv_heads + head) * BLOCK_SIZE + slot % BLOCK_SIZE) * HEAD_DIM + at
+    weight, whole = _norm_of(
+        qkv, place - head * HEAD_DIM, kv_heads * HEAD_DIM, k_norm, head * HEAD_DIM + tl.arange(0, 1), part_size, eps,
+        dtype, PARTS, K_NORM, K_WIDTH,
+    )  # fmt: skip
     new = _turned(
-        qkv, place + one, there, k_norm, cos_sin, part_size, eps, dtype, HEAD_DIM, DIM, HALF, PARTS, K_NORM, ROTATES
-    )
+        qkv, place + one, there, weight, whole, cos_sin, part_size, eps,
+        dtype, HEAD_DIM, DIM, HALF, PARTS, K_NORM, ROTATES,
+    )  # fmt: skip
     tl.store(key + to, encoded(new, tl.load(key_scale + head), key.dtype.element_ty), mask=mask)
     place += kv_heads * HEAD_DIM
     new = _turned(
-        qkv, place + one, there, k_norm, cos_sin, part_size, eps, dtype, HEAD_DIM, DIM, HALF, PARTS, "", False
+        qkv, place + one, there, k_norm, 1.0, cos_sin, part_size, eps, dtype, HEAD_DIM, DIM, HALF, PARTS, "", False
     )
     tl.store(value + to, encoded(new, tl.load(value_scale + head), value.dtype.element_ty), mask=mask)
     tl.debug_barrier()
@@ -101,7 +132,8 @@ def _rope_decode_share(
     BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr,
     KEY_CODE: tl.constexpr, VALUE_CODE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr,
     MERGED_ROWS: tl.constexpr, MERGED_SHARES: tl.constexpr, ROUND_GROUP: tl.constexpr, ROW_BLOCK: tl.constexpr,
-    PARTS: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr, ROTATES: tl.constexpr,
+    PARTS: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr, Q_WIDTH: tl.constexpr, K_WIDTH: tl.constexpr,
+    ROTATES: tl.constexpr,
 ):  # fmt: skip
     first, queries, length, begin, share, parts = shares(
         sequence, seq_lens, query_starts, window, BLOCK_N, LEAST, MOST, HAS_WINDOW
@@ -117,11 +149,15 @@ def _rope_decode_share(
             _write_new(
                 qkv, row + (GROUP * kv_heads + head) * HEAD_DIM, k_norm, angles, key, value, key_scale, value_scale,
                 tl.load(slots + token), head, kv_heads, part_size, eps,
-                dtype, HEAD_DIM, DIM, HALF, BLOCK_SIZE, PARTS, K_NORM, ROTATES,
+                dtype, HEAD_DIM, DIM, HALF, BLOCK_SIZE, PARTS, K_NORM, K_WIDTH, ROTATES,
             )  # fmt: skip
         r = tl.arange(0, ROWS)
+        weight, whole = _norm_of(
+            qkv, row, GROUP * kv_heads * HEAD_DIM, q_norm, (head * GROUP + tl.minimum(r, GROUP - 1)) * HEAD_DIM,
+            part_size, eps, dtype, PARTS, Q_NORM, Q_WIDTH,
+        )  # fmt: skip
         turned = _turned(
-            qkv, row + (head * GROUP + r) * HEAD_DIM, r < GROUP, q_norm, angles, part_size, eps,
+            qkv, row + (head * GROUP + r) * HEAD_DIM, r < GROUP, weight, whole, angles, part_size, eps,
             dtype, HEAD_DIM, DIM, HALF, PARTS, Q_NORM, ROTATES,
         )  # fmt: skip
         even, odd, unit = as_factors(narrow(turned, dtype), key_words, DIM, KEY_CODE)
@@ -148,8 +184,8 @@ def _rope_decode(
     BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr,
     KEY_CODE: tl.constexpr, VALUE_CODE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr,
     MERGED_ROWS: tl.constexpr, MERGED_SHARES: tl.constexpr, ROUND_GROUP: tl.constexpr, ROW_BLOCK: tl.constexpr,
-    PARTS: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr, ROTATES: tl.constexpr,
-    SEQUENCES: tl.constexpr, OVERLAPS: tl.constexpr,
+    PARTS: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr, Q_WIDTH: tl.constexpr, K_WIDTH: tl.constexpr,
+    ROTATES: tl.constexpr, SEQUENCES: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     await_previous(OVERLAPS)
     rounding = (codes, scales, stored, places, last_counter, row_width)
@@ -160,7 +196,7 @@ def _rope_decode(
             seq_lens, query_starts, table_width, kv_heads, most_parts, part_size, eps, scale, window, soft_cap,
             rounding, HEAD_DIM, DIM, GROUP, ROWS, HALF, BLOCK_SIZE, BLOCK_N, LEAST, MOST, KEY_CODE,
             VALUE_CODE, HAS_WINDOW, HAS_CAP, MERGED_ROWS, MERGED_SHARES, ROUND_GROUP, ROW_BLOCK, PARTS, Q_NORM,
-            K_NORM, ROTATES,
+            K_NORM, Q_WIDTH, K_WIDTH, ROTATES,
         )  # fmt: skip
     else:
         ends = shares_end(seq_lens, query_starts, sequences, window, SEQUENCES, 1, BLOCK_N, LEAST, MOST, HAS_WINDOW)
@@ -172,7 +208,7 @@ def _rope_decode(
                 seq_lens, query_starts, table_width, kv_heads, most_parts, part_size, eps, scale, window, soft_cap,
                 rounding, HEAD_DIM, DIM, GROUP, ROWS, HALF, BLOCK_SIZE, BLOCK_N, LEAST, MOST, KEY_CODE,
                 VALUE_CODE, HAS_WINDOW, HAS_CAP, MERGED_ROWS, MERGED_SHARES, ROUND_GROUP, ROW_BLOCK, PARTS, Q_NORM,
-                K_NORM, ROTATES,
+                K_NORM, Q_WIDTH, K_WIDTH, ROTATES,
             )  # fmt: skip
 
 
@@ -184,7 +220,7 @@ def rope_decode(
 ) -> Launch:  # fmt: skip
     """`rope` on qkv, and `decode` of the queries into out [T, Hq, D], for every sequence with one new token."""
     d = shape.head_dim
-    expect(out=(out, (qkv.shape[-2], shape.num_heads, d)), q_norm=(q_norm, d), k_norm=(k_norm, d))
+    expect(out=(out, (qkv.shape[-2], shape.num_heads, d)))
     plain = decode(out, inputs, cache, shape, out, partial, lse, counters, into=into, wants=wants, **sizes)
     cached = {"key_words": plain.arguments["key"], "value_words": plain.arguments["value"]}
     added = rope_arguments(qkv, inputs, cache, shape, cos_sin, q_norm, k_norm, eps)
@@ -203,7 +239,7 @@ def rope_and_attention(
     In a decode step it is rounded as `wants` says. One with prompts is left plain, for the GEMM behind to round: its
     tokens are of two kernels, and rounding is little beside what prompts take.
     """
-    if inputs.max_query_len > 1 or any(w is not None and w.numel() != shape.head_dim for w in (q_norm, k_norm)):
+    if inputs.max_query_len > 1 or not _reads_rows_again(qkv, shape, q_norm, k_norm):
         q = rope_and_cache(qkv, inputs, cache, shape, cos_sin, q_norm, k_norm, eps, dtype)
         if inputs.max_query_len > 1:
             return paged_attention(q, inputs, cache, shape)
@@ -216,6 +252,19 @@ def rope_and_attention(
         **sizes,
     )()  # fmt: skip
     return out.flatten(1) if into is None else into
+
+
+def _reads_rows_again(qkv: Tensor, shape: AttentionShape, *norms: Tensor | None) -> bool:
+    """Whether programs may read whole rows of qkv for norms over all heads, if there are any: the table has a limit.
+
+    A head's share of 256 tokens in bf16 is 128 KiB; with 16 heads of 128 in 4 partial sums 32 KiB of q come to it.
+    """
+    if all(w is None or w.numel() == shape.head_dim for w in norms):
+        return True
+    parts = qkv.shape[0] if qkv.dim() == 3 else 1
+    columns = shape.num_heads * shape.head_dim
+    kib = parts * qkv.shape[-2] * columns * qkv.element_size() // 1024
+    return tables.choose("norms over heads", kib, columns, parts)["again"] == 1
 
 
 def proofs() -> dict[str, Proof]:
@@ -232,6 +281,8 @@ def proofs() -> dict[str, Proof]:
         "fp16, 9 / 3 heads of 64": ((9, 3, 64, fp16, fp16, fp16), 1, 64, False, 1),
         "bf16, 8 / 4 heads of 256, window, cap": ((8, 4, 256, bf16, bf16, bf16, 4096, 50.0), 4, 256, True, 1),
         "bf16, 32 heads of 80 of which 32 rotate": ((32, 32, 80, bf16, bf16, bf16), 1, 32, False, 1),
+        "fp8, 16 heads of 128, a norm over all, of 4 partial sums": ((16, 16, 128, bf16, fp8, fp8), 4, 128, True, 1),
+        "bf16, 40 / 8 heads of 128, a norm over all": ((40, 8, 128, bf16, bf16, bf16), 1, 128, True, 32),
     }
     rounds = {"to fp8": Rounding(fp8), "to fp8 in groups": Rounding(fp8, 128)}
     made: dict[str, Proof] = {}
@@ -239,18 +290,16 @@ def proofs() -> dict[str, Proof]:
         q, inputs, cache, shape = on_meta(*example)
         width = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
         qkv = q.new_empty(64, width) if parts == 1 else q.new_empty(parts, 64, width, dtype=torch.float32)
-        table, weight = (q.new_empty(*size, dtype=torch.float32) for size in ((8192, rotary), (shape.head_dim,)))
-        norm = weight if normed else None
+        heads = (shape.num_heads, shape.num_kv_heads) if "over all" in name else (1, 1)
+        norms = [meta(count * shape.head_dim) if normed else None for count in heads]
         group = shape.num_heads // shape.num_kv_heads
         sizes = tables.choose("paged decode", group, shape.head_dim, cache.key.element_size())
-        lse, counters = (
-            meta(64, shape.num_kv_heads, most_parts, group),
-            inputs.seq_lens.new_empty(64 * (shape.num_kv_heads + 1)),
-        )
+        lse = meta(64, shape.num_kv_heads, most_parts, group)
+        counters = inputs.seq_lens.new_empty(64 * (shape.num_kv_heads + 1))
         wants = rounds.get(name.split(", ")[-1])
         launch = rope_decode(
-            qkv, inputs, cache, shape, table, norm, norm, 1e-5, q, lse, lse, counters, into=room_of_rows(q, wants),
-            wants=wants, **sizes,
+            qkv, inputs, cache, shape, meta(8192, rotary), norms[0], norms[1], 1e-5, q, lse, lse, counters,
+            into=room_of_rows(q, wants), wants=wants, **sizes,
         )  # fmt: skip
         expects = (r"HMMA\.16816", r"LDGSTS\.E\.BYPASS.*128", "ATOMG", PAST_L1)
         made[f"rope and decode {name}"] = Proof(launch, expects, (r"LDS\.[US]8",))
