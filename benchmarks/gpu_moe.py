@@ -1,7 +1,8 @@
 """Cases of a mixture of experts in Qwen3-30B-A3B's sizes: steps of decoding and a prefill (row 11).
 
 The stock chain is torch's: rows gathered by expert, two `_grouped_mm` with silu * up between, and each token's sum. Its
-rows are sorted before the clock starts; octavo's time has the router, routing and sorting in it.
+rows are sorted before the clock starts; octavo's time has the router, routing and sorting in it. And in
+Qwen1.5-MoE-A2.7B's sizes, whose shared expert is run in slices with the others, beside those alone.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from octavo.kernels.moe.gpu import int4 as moe_int4
 from octavo.kernels.moe.gpu.fused import Experts, Weights, fused_moe
 
 CONFIG = shapes.CONFIGS["qwen3-30b-a3b"]
-GROUPED, OUR_BF16 = "_grouped_mm chain, bf16", "octavo, bf16"
+GROUPED, OUR_BF16, ALONE = "_grouped_mm chain, bf16", "octavo, bf16", "octavo, no shared expert"
 GROUP = 128
 
 
@@ -69,8 +70,11 @@ def of_expert(weights: Weights, e: int) -> Tensor:
     return codes * (spread(weights.scale[e], GROUP, GROUP) if weights.blocks else weights.scale[e].double()[:, None])
 
 
-def exact(x: Tensor, logits: Tensor, top_k: int, gate_up: Weights, down: Weights, kind: str) -> Tensor:
-    """The mixture in float64, but for what is between the GEMMs, which is bf16; inputs rounded to e4m3 if they are."""
+def exact(x: Tensor, logits: Tensor, top_k: int, gate_up: Weights, down: Weights, kind: str, shared: int = 0) -> Tensor:
+    """The mixture in float64, but for what is between the GEMMs, which is bf16; inputs rounded to e4m3 if they are.
+
+    With a shared expert, in slices, its gate's logit is the last.
+    """
 
     def rounded(t: Tensor) -> Tensor:
         if not kind.startswith("fp8"):
@@ -79,12 +83,19 @@ def exact(x: Tensor, logits: Tensor, top_k: int, gate_up: Weights, down: Weights
         codes, scale = to_fp8(t, width)
         return codes.double() * scale.double().repeat_interleave(width, 1)
 
-    chosen, weights = chosen_of(logits, top_k)
+    def acted(x: Tensor, e: int) -> Tensor:
+        gate, up = (x @ of_expert(gate_up, e).T).bfloat16().double().chunk(2, 1)
+        return F.silu(gate) * up
+
+    chosen, weights = chosen_of(logits[:, :-1] if shared else logits, top_k)
     out, x = torch.zeros_like(x, dtype=torch.float64), rounded(x)
     for e in chosen.unique().tolist():
         token, j = (chosen == e).nonzero(as_tuple=True)
-        gate, up = (x[token] @ of_expert(gate_up, e).T).bfloat16().double().chunk(2, 1)
-        out.index_add_(0, token, rounded(F.silu(gate) * up) @ of_expert(down, e).T * weights[token, j, None])
+        out.index_add_(0, token, rounded(acted(x[token], e)) @ of_expert(down, e).T * weights[token, j, None])
+    if shared:
+        behind = range(logits.shape[1] - 1, logits.shape[1] - 1 + shared)
+        row = rounded(torch.cat([acted(x, e) for e in behind], 1))
+        out += row @ torch.cat([of_expert(down, e) for e in behind], 1).T * logits[:, -1:].double().sigmoid()
     return out
 
 
@@ -120,9 +131,50 @@ def mixture(tokens: int, kind: str, sizes: tuple[int, int, int, int], device: to
     )
 
 
+def shared_mixture(tokens: int, kind: str, sizes: tuple[int, int, int, int, int], device: torch.device) -> Bodies:
+    """Beside the same experts without the shared one: what that costs."""
+    num, top_k, hidden, inner, shared = sizes
+    gate_up, _ = experts(num + shared, 2 * inner, hidden, kind, device)
+    down, _ = experts(num + shared, hidden, inner, kind, device)
+    x, chooses = clear_tokens(tokens, num, top_k, hidden, device)
+    router = torch.cat([chooses, (torch.randn(1, hidden, device=device) / hidden**0.5).bfloat16()])
+    others, logits, rows = first(gate_up, num), x.double() @ router.double().T, some_rows(tokens, device, 64)
+    return Bodies(
+        run=lambda: [fused_moe(x, router, top_k, gate_up, down, normalize=True, shared=shared)],
+        expected=lambda: [exact(x[rows], logits[rows], top_k, gate_up, down, kind, shared)],
+        baselines={ALONE: lambda: fused_moe(x, chooses, top_k, others, first(down, num), normalize=True)},
+        rows=rows,
+    )
+
+
+def first(weights: Weights, num: int) -> Weights:
+    """The first experts."""
+    if isinstance(weights, moe_int4.PackedExperts):
+        return replace(weights, words=weights.words[:num], scale=weights.scale[:num])
+    return Experts(weights.weight[:num], None if weights.scale is None else weights.scale[:num])
+
+
+def shared_cases(tiny: bool) -> list[Case]:
+    made = []
+    num, top_k, hidden, inner, shared = (4, 2, 256, 128, 2) if tiny else (60, 4, 2048, 1408, 4)
+    for tokens, kind in ((1, "bf16"), (16, "fp8"), (16, "int4"), (4096, "bf16")):
+        t = min(tokens, 5) if tiny else tokens
+        hit = shapes.experts_hit({"num_experts": num, "num_experts_per_tok": top_k}, t) + shared
+        read = hit * 3 * hidden * inner * shapes.WEIGHT_BYTES[kind] + (2 * t + num) * hidden * 2
+        made.append(
+            Case(
+                "11", f"mixture with a shared expert, {kind}", f"{t} tokens, {top_k} of {num} experts", int(read),
+                2 * t * (top_k + shared) * 3 * hidden * inner,
+                lambda device, a=(t, kind, (num, top_k, hidden, inner, shared)): shared_mixture(*a, device), FEW_BITS,
+                (), False,
+            )
+        )  # fmt: skip
+    return made
+
+
 def cases(tiny: bool = False) -> list[Case]:
     """Row 11."""
-    made = []
+    made = shared_cases(tiny)
     sizes = (
         CONFIG["num_experts"],
         CONFIG["num_experts_per_tok"],

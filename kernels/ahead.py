@@ -56,6 +56,7 @@ ROOMS = (  # modules that have `proofs() -> dict[str, Proof]`
     "moe.gpu.int4",
     "moe.gpu.route",
     "moe.gpu.router",
+    "moe.gpu.slices",
     "sampling.gpu.change",
     "sampling.gpu.draw",
 )

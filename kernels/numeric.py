@@ -100,6 +100,13 @@ def reciprocal(x):
 
 
 @triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x)), by an exponential that can't overflow."""
+    e = tl.exp2(tl.abs(x) * -1.4426950408889634)
+    return tl.where(x < 0.0, e, 1.0) * reciprocal(1.0 + e)
+
+
+@triton.jit
 def to_e4m3(x):
     """float32 to e4m3, to nearest even, saturating at 448; NaN stays."""
     if _INTERPRETED or not tl.target_info.cuda_capability_geq(8, 9):

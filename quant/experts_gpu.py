@@ -40,15 +40,44 @@ class Stacked:
 
 
 def stack_experts(
-    gate_ups: list[list[Weight]], downs: list[list[Weight]], dtype: torch.dtype, device: torch.device, capability: int
+    experts: list[tuple[list[Weight], Weight]], dtype: torch.dtype, device: torch.device, capability: int
 ) -> Stacked | None:
-    """Each expert's [gate, up] and [down]; None where no grouped GEMM has their scheme, or they have several."""
-    joined = [[join_parts(parts) for parts in way] for way in (gate_ups, downs)]
+    """Each expert's [gate, up] and down; None where no grouped GEMM has their scheme, or they have several."""
+    joined: list[list[Weight | None]] = [[join_parts(gate_up) for gate_up, _ in experts], [down for _, down in experts]]
     schemes = {_scheme(weight, dtype) for way in joined for weight in way}
     if len(schemes) != 1 or None in schemes:
         return None
     gate_up, down = (_stack([w for w in way if w is not None], dtype, device, capability) for way in joined)
     return None if gate_up is None or down is None else Stacked(gate_up, down, str(schemes.pop()))
+
+
+def slices(gate_up: list[Weight], down: Weight, width: int) -> list[tuple[list[Weight], Weight]] | None:
+    """A gated MLP's [gate, up] and down as several MLPs of `width` columns between, whose outputs add up to its own.
+
+    None where its own isn't a multiple of width, or where scales don't end there.
+    """
+    count, rest = divmod(down.shape[1], width)
+    if rest or not all(_can_cut(weight, width) for weight in (*gate_up, down)):
+        return None
+    edges = [(i * width, (i + 1) * width) for i in range(count)]
+    return [([_rows(part, *edge) for part in gate_up], _columns(down, *edge)) for edge in edges]
+
+
+def _can_cut(weight: Weight, width: int) -> bool:
+    """Whether groups of columns, or blocks of both, end at multiples of width."""
+    if isinstance(weight, Tensor):
+        return True
+    granularity = weight.scheme.weight.granularity
+    sides = granularity.block or (granularity.group_size or 1,)
+    return weight.g_idx is None and all(width % side == 0 for side in sides)
+
+
+def _rows(weight: Weight, begin: int, stop: int) -> Weight:
+    return weight[begin:stop] if isinstance(weight, Tensor) else weight.rows(begin, stop)
+
+
+def _columns(weight: Weight, begin: int, stop: int) -> Weight:
+    return weight[:, begin:stop] if isinstance(weight, Tensor) else weight.columns(begin, stop)
 
 
 def _scheme(weight: Weight | None, dtype: torch.dtype) -> str | None:

@@ -69,6 +69,17 @@ class QuantizedWeight:
             zero_point = zero_point[groups] if zero_point is not None else None
         return replace(self, codes=self.codes[begin:stop], scale=scale, zero_point=zero_point)
 
+    def columns(self, begin: int, stop: int) -> QuantizedWeight:
+        """Some of its columns, as views, of a weight without g_idx; with groups or blocks on their edges."""
+        scale, zero_point = self.scale, self.zero_point
+        granularity = self.scheme.weight.granularity
+        side = granularity.block[1] if granularity.block else granularity.group_size
+        if side:
+            groups = slice(begin // side, -(-stop // side))
+            scale = scale[:, groups]
+            zero_point = zero_point[:, groups] if zero_point is not None else None
+        return replace(self, codes=self.codes[:, begin:stop], scale=scale, zero_point=zero_point)
+
     def _expand(self, per_group: Tensor, n: int, k: int) -> Tensor:
         """Spread one value per group, block, channel or tensor over the weight's elements, [N, K]."""
         granularity = self.scheme.weight.granularity

@@ -177,7 +177,7 @@ class Decoder:
         for layer in self._layers:
             if isinstance(layer.mlp, GroupedMoe):
                 of_kind["experts"] += 1
-                counts[("experts", layer.mlp.experts.scheme, "grouped by expert")] += 1
+                counts[("experts", layer.mlp.experts.scheme, layer.mlp.body)] += 1
         rows = [
             (kind if count == of_kind[kind] else f"{kind} ({count} of {of_kind[kind]})", scheme, body)
             for (kind, scheme, body), count in counts.items()

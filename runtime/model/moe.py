@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -101,7 +102,9 @@ def add_shared(x: Tensor, routed: Tensor, shared: GatedMlp | None, gate: Tensor 
 class GroupedMoe:
     """MoeMlp on a GPU: all chosen experts in one grouped GEMM each way, and no size that depends on what was chosen.
 
-    router  [num_experts, H] float32, or of the model's type where that holds it exactly
+    router  [num_experts, H] float32, or of the model's type where that holds it exactly; the shared expert's gate is
+            another row where that is in slices
+    slices  how many of the experts, the last, are slices of the shared one; with 0 that is run by itself, if there is
     The other fields are MoeMlp's.
     """
 
@@ -109,6 +112,7 @@ class GroupedMoe:
     experts: Stacked
     top_k: int
     normalize: bool
+    slices: int = 0
     shared: GatedMlp | None = None
     shared_gate: Tensor | None = None
 
@@ -117,22 +121,29 @@ class GroupedMoe:
         """The router reads plain numbers, and so does a shared expert."""
         return self.experts.wants if self.shared is None else None
 
+    @property
+    def body(self) -> str:
+        """What runs the experts, for the table that is printed at start."""
+        return f"grouped by expert{f', a shared one in {self.slices}' if self.slices else ''}"
+
     def forward(self, x: Hidden) -> Tensor:
         from octavo.kernels.moe.gpu.fused import fused_moe
 
         assert isinstance(x, Tensor)
-        experts = self.experts
-        routed = fused_moe(x, self.router, self.top_k, experts.gate_up, experts.down, normalize=self.normalize)
+        routed = fused_moe(x, *self._mixture, normalize=self.normalize, shared=self.slices)
         return add_shared(x, routed, self.shared, self.shared_gate)
 
     def partial(self, x: Hidden) -> Tensor:
-        """As forward; without a shared expert [top_k, T, H], what each chosen one gives."""
+        """As forward; without a shared expert of its own [top_k + slices, T, H], what each expert gives."""
         from octavo.kernels.moe.gpu.fused import partial_moe
 
         if self.shared is not None:
             return self.forward(x)
-        experts = self.experts
-        return partial_moe(x, self.router, self.top_k, experts.gate_up, experts.down, normalize=self.normalize)
+        return partial_moe(x, *self._mixture, normalize=self.normalize, shared=self.slices)
+
+    @property
+    def _mixture(self) -> tuple[Tensor, int, Any, Any]:
+        return self.router, self.top_k, self.experts.gate_up, self.experts.down
 
     def linears(self) -> dict[str, Linear]:
         """'shared.gate_up' and 'shared.down', where there are: the experts are no linear layers here."""

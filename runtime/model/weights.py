@@ -7,6 +7,7 @@ Complete or not at all: a tensor that nothing reads, or one that isn't there, is
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from octavo.kernels.attention.cache import AttentionShape
 from octavo.quant.act_order import sort_inner
 from octavo.quant.checkpoint import Checkpoint, read_config
-from octavo.quant.experts_gpu import Stacked, stack_experts
+from octavo.quant.experts_gpu import slices, stack_experts
 from octavo.quant.linear import Linear, make_linear
 from octavo.quant.linear_gpu import lacks_fp8
 from octavo.quant.qparams import QuantizedWeight, quantize_weight
@@ -24,6 +25,7 @@ from octavo.quant.scheme import CHANNEL, PRESETS, QuantScheme, WeightScheme, gro
 from octavo.runtime.config import Dtype, EngineConfig
 from octavo.runtime.device import capability, choose_device, take_tables
 from octavo.runtime.model.decoder import Decoder, DecoderLayer
+from octavo.runtime.model.experts import MoeSpec
 from octavo.runtime.model.mlp import GatedMlp, Mlp
 from octavo.runtime.model.model import KVScales, Model
 from octavo.runtime.model.moe import GroupedMoe, MoeMlp
@@ -216,28 +218,47 @@ class DecoderBuilder:
         spec, moe = self.spec, self.spec.moe
         if moe is None or not spec.layers[index].sparse:
             return self._gated(*self._read_gated(parts, ""))
-        experts = self._experts(parts, moe.num_experts)
-        shared = None if moe.shared_intermediate_size is None else self._gated(*self._read_gated(parts, "shared."))
         modules = routers(spec, index, self.source.prefix, self.source.has)
         gates = [self._router(module, rows) for module, rows in modules.items()]
-        gate = None if shared is None else gates[1]
-        if isinstance(experts, Stacked):
-            narrow = gates[0].to(self.dtype)
-            router = narrow if torch.equal(narrow.float(), gates[0]) else gates[0]
-            return GroupedMoe(router, experts, moe.top_k, moe.normalize, shared, gate)
-        return MoeMlp(gates[0], experts, moe.top_k, moe.normalize, shared, gate)
-
-    def _experts(self, parts: dict[str, LinearParts], count: int) -> Stacked | tuple[GatedMlp, ...]:
-        """On a GPU the experts stacked for its grouped GEMMs; each as an MLP where those can't have them."""
-        experts: Iterable[tuple[Parts, Parts]] = (self._read_gated(parts, f"experts.{i}.") for i in range(count))
-        if self.capability and self.dtype != torch.float32 and self.spec.activation == "silu":
+        shared = None if moe.shared_intermediate_size is None else self._read_gated(parts, "shared.")
+        experts: Iterable[tuple[Parts, Parts]] = (
+            self._read_gated(parts, f"experts.{i}.") for i in range(moe.num_experts)
+        )
+        if self.capability and self.dtype != torch.float32 and spec.activation == "silu":
             experts = list(experts)
-            if all(bias is None for expert in experts for _, biases in expert for bias in biases):
-                gate_ups, downs = ([expert[way][0] for expert in experts] for way in (0, 1))
-                stacked = stack_experts(gate_ups, downs, self.dtype, self.device, self.capability)
-                if stacked is not None:
-                    return stacked
-        return tuple(self._gated(*expert) for expert in experts)
+            grouped = self._grouped(moe, gates, experts, shared)
+            if grouped is not None:
+                return grouped
+        mlps = tuple(self._gated(*expert) for expert in experts)
+        alone = () if shared is None else (self._gated(*shared), gates[1])
+        return MoeMlp(gates[0], mlps, moe.top_k, moe.normalize, *alone)
+
+    def _grouped(
+        self, moe: MoeSpec, gates: list[Tensor], experts: list[tuple[Parts, Parts]], shared: tuple[Parts, Parts] | None
+    ) -> GroupedMoe | None:
+        """Experts stacked for a GPU's grouped GEMMs, the shared one in slices or beside them; None: it can't be."""
+        if any(bias is not None for expert in experts for _, biases in expert for bias in biases):
+            return None
+        plain = [(gate_up, down) for (gate_up, _), ((down,), _) in experts]
+        stack = partial(stack_experts, dtype=self.dtype, device=self.device, capability=self.capability)
+        if shared is None:
+            stacked = stack(plain)
+            return None if stacked is None else GroupedMoe(self._narrowed(gates), stacked, moe.top_k, moe.normalize)
+        (gate_up, biases), ((down,), (last,)) = shared
+        cut = slices(gate_up, down, moe.intermediate_size) if {*biases, last} == {None} else None
+        stacked = None if cut is None else stack([*plain, *cut])
+        if cut is not None and stacked is not None:
+            return GroupedMoe(self._narrowed(gates), stacked, moe.top_k, moe.normalize, len(cut))
+        stacked, router = stack(plain), self._narrowed(gates[:1])
+        if stacked is None:
+            return None
+        return GroupedMoe(router, stacked, moe.top_k, moe.normalize, 0, self._gated(*shared), gates[1])
+
+    def _narrowed(self, gates: list[Tensor]) -> Tensor:
+        """All rows as one weight, of the model's type where that holds them exactly."""
+        rows = torch.cat(gates)
+        narrow = rows.to(self.dtype)
+        return narrow if torch.equal(narrow.float(), rows) else rows
 
     def _gated(self, gate_up: Parts, down: Parts) -> GatedMlp:
         return GatedMlp(self._linear(*gate_up), self._linear(*down), self.act)

@@ -8,11 +8,13 @@ import torch.nn.functional as F
 from chosen_experts import routed
 from torch import Tensor
 
+from octavo.kernels.fused.gpu.activation import silu_and_mul
 from octavo.kernels.int4 import reference as int4
 from octavo.kernels.moe import reference
 from octavo.kernels.moe.gpu import fused, route
 from octavo.kernels.moe.gpu.grouped import grouped
 from octavo.kernels.moe.gpu.int4 import grouped_int4, pack
+from octavo.kernels.moe.gpu.slices import silu_and_mul_slices
 
 
 def random(*shape: int, seed: int, device: torch.device) -> Tensor:
@@ -35,6 +37,25 @@ def test_routing(shape: tuple[int, int, int], normalize: bool, device: torch.dev
     assert torch.equal(chosen.long(), expected)
     # exp's error of some 2^-21 at the worst, in a sum and a numerator, then two divisions
     torch.testing.assert_close(weights, shares, rtol=2**-19, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(70, 5, 3, 2), (3, 60, 4, 4), (2, 8, 1, 1)], ids=str)
+def test_routing_to_slices_of_a_shared_expert(shape: tuple[int, int, int, int], device: torch.device) -> None:
+    """Weighted by the sigmoid of the logit behind the experts', large or small; the others as without it."""
+    num_tokens, num_experts, top_k, shared = shape
+    logits = random(num_tokens, num_experts + 1, seed=1, device=device)
+    logits[:2, -1] = torch.tensor([90.0, -80.0])
+    chosen = torch.full((num_tokens, top_k + shared), -1, dtype=torch.int32, device=device)
+    weights = poisoned(num_tokens, top_k + shared, dtype=torch.float32, device=device)
+    route.route(logits, chosen, weights, normalize=True, shared=shared)()
+    alone, shares = torch.zeros_like(chosen[:, :top_k]), torch.zeros_like(weights[:, :top_k])
+    route.route(logits[:, :-1].contiguous(), alone, shares, normalize=True)()
+    assert torch.equal(chosen[:, :top_k], alone)
+    assert torch.equal(weights[:, :top_k], shares)
+    assert chosen[:, top_k:].tolist() == [list(range(num_experts, num_experts + shared))] * num_tokens
+    gate = logits[:, -1:].double().sigmoid().expand(-1, shared)
+    off = 2**-21 + float(logits[:, -1].abs().max()) * 2**-23 + 2**-22  # exp, its argument, a sum and a reciprocal
+    torch.testing.assert_close(weights[:, top_k:].double(), gate, rtol=off, atol=0)
 
 
 def test_of_equal_experts_the_first_are_chosen(device: torch.device) -> None:
@@ -244,18 +265,19 @@ def silu(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 7])
 @pytest.mark.parametrize("kind", ["bf16", "fp8", "fp8 blocks", "int4"])
-def test_the_whole_way(kind: str, num_tokens: int, device: torch.device) -> None:
+@pytest.mark.parametrize("shared", [0, 3])
+def test_the_whole_way(kind: str, num_tokens: int, shared: int, device: torch.device) -> None:
     """Between two ends, which part by what a kernel may be off and are rounded where it rounds.
 
     Rounding swaps no two numbers, so that what lay between the ends still does. Mostly they meet again there; where
     the truth is next to the middle of two codes they come to be a whole step apart.
     """
     num_experts, hidden, width, top_k = 6, 192, 128, 2
-    gate_up, true_gate_up = experts(kind, num_experts, 2 * width, hidden, 13, device)
-    down, true_down = experts(kind, num_experts, hidden, width, 14, device)
+    gate_up, true_gate_up = experts(kind, num_experts + shared, 2 * width, hidden, 13, device)
+    down, true_down = experts(kind, num_experts + shared, hidden, width, 14, device)
     x = random(num_tokens, hidden, seed=15, device=device).bfloat16()
-    router = (random(num_experts, hidden, seed=16, device=device) / hidden**0.5).bfloat16()
-    out = fused.fused_moe(x, router, top_k, gate_up, down, normalize=True)
+    router = (random(num_experts + min(shared, 1), hidden, seed=16, device=device) / hidden**0.5).bfloat16()
+    out = fused.fused_moe(x, router, top_k, gate_up, down, normalize=True, shared=shared)
     assert out.dtype == x.dtype
     assert out.shape == x.shape
     if num_tokens == 0:
@@ -266,16 +288,53 @@ def test_the_whole_way(kind: str, num_tokens: int, device: torch.device) -> None
             return e4m3(t, 128 if kind == "fp8 blocks" else t.shape[-1])
         return t.bfloat16().double()
 
-    chosen, weights, share = routed(x, router, top_k, normalize=True)
-    tokens = rounded(x.double().expand(2, -1, -1)).repeat_interleave(top_k, 1)
+    def rounded_acts(t: Tensor) -> Tensor:
+        """Of [2, T * each, I]: the slices of a token's shared expert are one row."""
+        routed, slices = t.unflatten(1, (num_tokens, -1)).split([top_k, shared], 2)
+        whole = rounded(slices.flatten(2)).view(slices.shape) if shared else slices
+        return torch.cat([rounded(routed), whole], 2).flatten(1, 2)
+
+    chosen, weights, share = routed(x, router[:num_experts], top_k, normalize=True)
+    if shared:
+        behind = torch.arange(num_experts, num_experts + shared, device=device).expand(num_tokens, -1)
+        gate = (x.double() @ router[-1].double()).sigmoid()[:, None].expand(-1, shared)
+        chosen, weights = torch.cat([chosen, behind], 1), torch.cat([weights, gate], 1)
+    each = top_k + shared
+    tokens = rounded(x.double().expand(2, -1, -1)).repeat_interleave(each, 1)
     between = product(tokens, true_gate_up, chosen, loose(hidden, kind, device)).bfloat16().double()
     gate, up = between.chunk(2, dim=-1)
     exp = 16 * 2**-24  # as test_gpu_activation.py counts
-    acted = rounded(times(times(silu(gate), up), (1 - exp, 1 + exp)))
+    acted = rounded_acts(times(times(silu(gate), up), (1 - exp, 1 + exp)))
     rows = product(acted, true_down, chosen, loose(width, kind, device)) * weights.flatten()[:, None]
     rows = times(rows, (1 - share, 1 + share)).bfloat16()
-    least, most = sum(rows.float().unflatten(1, (-1, top_k)).unbind(2), torch.zeros((), device=device)).bfloat16()
+    least, most = sum(rows.float().unflatten(1, (-1, each)).unbind(2), torch.zeros((), device=device)).bfloat16()
     assert bool(((least <= out) & (out <= most)).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8], ids=str)
+@pytest.mark.parametrize("shape", [(1, 4, 4, 176), (3, 2, 1, 40), (2, 1, 3, 1408)], ids=str)
+def test_slices_are_rounded_as_the_row_that_they_are(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Bit for bit what `silu_and_mul` makes of them side by side, and of the other rows; a NaN is its whole row's."""
+    num_tokens, top_k, shared, width = shape
+    x = random(num_tokens, top_k + shared, 2 * width, seed=20, device=device).bfloat16() * 3
+    x[-1, -1, 7] = torch.nan
+    codes = torch.full((num_tokens, top_k + shared, width), 99, device=device).to(dtype)
+    scale = poisoned(num_tokens, top_k + shared, dtype=torch.float32, device=device)
+    silu_and_mul_slices(x.flatten(0, 1), codes.flatten(0, 1), scale.view(-1, 1), top_k, shared)()
+    gate, up = x[:, top_k:].chunk(2, dim=2)
+    for rows, got, of_rows in (
+        (x[:, :top_k].flatten(0, 1), codes[:, :top_k].flatten(0, 1), scale[:, :top_k].reshape(-1, 1)),
+        (torch.cat([gate.flatten(1), up.flatten(1)], 1), codes[:, top_k:].flatten(1), scale[:, top_k:]),
+    ):
+        out, step = torch.empty_like(got), poisoned(len(got), 1, dtype=torch.float32, device=device)
+        silu_and_mul(rows.contiguous(), out, scale=step)()
+        assert torch.equal(of_rows.isnan(), step.isnan().expand_as(of_rows))
+        real = ~step.isnan().flatten()
+        assert torch.equal(of_rows[real], step[real].expand_as(of_rows[real]))
+        assert torch.equal(got[real].view(torch.uint8), out[real].view(torch.uint8))
+    assert scale[-1, top_k:].isnan().all()
 
 
 def test_what_does_not_go_together_is_refused(device: torch.device) -> None:

@@ -39,6 +39,7 @@ from octavo.kernels.moe.gpu import fused, route
 from octavo.kernels.moe.gpu import int4 as experts
 from octavo.kernels.moe.gpu.grouped import grouped
 from octavo.kernels.moe.gpu.router import router
+from octavo.kernels.moe.gpu.slices import silu_and_mul_slices
 from octavo.kernels.rounded import Rounded, Rounding
 from octavo.kernels.sampling.gpu import change, draw
 
@@ -72,6 +73,7 @@ ROWS, CODES = of(M, K, dtype=BF16), of(M, K, dtype=E4M3)
 PACKED8 = w8a16.pack(of(N, K, dtype=INT8), of(N, 2, dtype=BF16), 32)
 PACKED4 = packing.pack(of(N, K, dtype=INT8), of(N, 2, dtype=BF16), None, torch.arange(K) // 32)
 PAIRS = route.unaligned(M * 2, EXPERTS, 16, "cpu")
+MORE = route.unaligned(M * 3, EXPERTS + 2, 16, "cpu")
 IN_TILES = {"order": PAIRS.order, "tile_expert": PAIRS.tile_expert}
 OF_EXPERTS = {"x": of(M, K, dtype=BF16), "out": of(2 * M, N), "router": of(M, 2), **IN_TILES}
 SHAPE, PLACES = AttentionShape(4, 2, 32, 1.0), dict.fromkeys(("positions", "slot_mapping"), of(2, dtype=torch.int64))
@@ -170,6 +172,21 @@ CASES = {
             "weights": of(M, 2), **IN_TILES,
         },
         "x size, chosen size",
+    ),
+    "router with a shared expert": Case(
+        lambda **t: router(
+            t.pop("x"), t.pop("router"), pairs=aligned(t), normalize=True, shared=2, block_e=16, block_k=64, **t
+        ),
+        {
+            "x": ROWS, "router": of(EXPERTS + 1, K, dtype=BF16), "partial": of(4, M, EXPERTS + 1),
+            "marks": of(M, EXPERTS + 2, dtype=INT32), "counters": of(2, dtype=INT32),
+            "chosen": of(M, 3, dtype=INT32), "weights": of(M, 3), "order": MORE.order, "tile_expert": MORE.tile_expert,
+        },
+        "x size, chosen size",
+    ),
+    "slices": Case(
+        lambda **t: silu_and_mul_slices(**t, top_k=1, shared=2), {"x": of(M, 2 * K), "out": CODES, "scale": of(M, 1)},
+        "out size",
     ),
     "grouped": Case(
         lambda **t: grouped(pairs=aligned(t), divisor=2, **t),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from backwards import backwards
-from chosen_experts import clear, routed
+from chosen_experts import clear, errors, routed
 from torch import Tensor
 
 from octavo.kernels import tables
@@ -37,13 +38,13 @@ class Routed:
 
 
 def inputs(
-    num_tokens: int, num_experts: int, top_k: int, hidden: int, dtype: torch.dtype, device: torch.device
+    num_tokens: int, num_experts: int, top_k: int, hidden: int, dtype: torch.dtype, device: torch.device, more: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """x [T, H], and a router [E, H], whose logits are of some size 2; tokens of which it is clear whom they choose."""
+    """x [T, H], and a router [E + more, H], whose logits are of some size 2; it is clear whom of E tokens choose."""
     generator = torch.Generator().manual_seed(num_tokens + 1000 * num_experts)
-    x, router = (torch.randn(rows, hidden, generator=generator) for rows in (8 * num_tokens, num_experts))
+    x, router = (torch.randn(rows, hidden, generator=generator) for rows in (8 * num_tokens, num_experts + more))
     x, router = x.to(dtype).to(device), (router * 2 / hidden**0.5).to(dtype).to(device)
-    x = x[clear(x, router, top_k)][:num_tokens].contiguous()
+    x = x[clear(x, router[:num_experts], top_k)][:num_tokens].contiguous()
     assert len(x) == num_tokens
     return x, router
 
@@ -57,10 +58,13 @@ def room(num_tokens: int, num_experts: int, top_k: int, block_m: int, device: to
     return Routed(chosen, torch.full(chosen.shape, torch.nan, device=device), pairs)
 
 
-def launched(x: Tensor, weight: Tensor, top_k: int, *, normalize: bool = True, block_m: int = 16) -> Routed:
+def launched(
+    x: Tensor, weight: Tensor, top_k: int, *, normalize: bool = True, block_m: int = 16, shared: int = 0
+) -> Routed:
     """By one launch, whose scratch holds what is wrong and whose counters are zeros again."""
-    found = room(len(x), len(weight), top_k, block_m, x.device)
-    (launch,) = router.routing(x, weight, found.chosen, found.weights, found.pairs, normalize=normalize)
+    found = room(len(x), len(weight) + max(shared - 1, 0), top_k + shared, block_m, x.device)
+    how = {"normalize": normalize, "shared": shared}
+    (launch,) = router.routing(x, weight, found.chosen, found.weights, found.pairs, **how)
     launch.arguments["partial"].fill_(torch.nan)
     launch.arguments["marks"].fill_(-2)
     launch()
@@ -90,6 +94,31 @@ def test_experts_weights_and_order(
     assert torch.equal(found.chosen.long(), chosen)
     torch.testing.assert_close(found.weights.double(), weights, rtol=share, atol=0)
     assert_sorted(found, num_experts)
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 60, 4, 4, 256), (16, 5, 1, 1, 96), (33, 6, 3, 2, 136), (64, 61, 4, 3, 64), (3, 5, 4, 8, 64)], ids=str
+)
+@pytest.mark.parametrize("normalize", [True, False])
+def test_all_tokens_go_to_the_slices_of_a_shared_expert(
+    shape: tuple[int, int, int, int, int], normalize: bool, device: torch.device
+) -> None:
+    """Experts behind those that are chosen, with the sigmoid of the last logit; what is chosen knows nothing of it."""
+    num_tokens, num_experts, top_k, shared, hidden = shape
+    x, weight = inputs(num_tokens, num_experts, top_k, hidden, torch.bfloat16, device, more=1)
+    found = launched(x, weight, top_k, normalize=normalize, shared=shared)
+    chosen, weights, share = routed(x, weight[:-1], top_k, normalize=normalize)
+    assert torch.equal(found.chosen[:, :top_k].long(), chosen)
+    torch.testing.assert_close(found.weights[:, :top_k].double(), weights, rtol=share, atol=0)
+    assert found.chosen[:, top_k:].tolist() == [list(range(num_experts, num_experts + shared))] * num_tokens
+    gate = (x.double() @ weight[-1].double()).sigmoid()[:, None].expand(-1, shared)
+    off = math.expm1(errors(x, weight)) + 4 * 2**-24  # 1 / (1 + exp) of what `errors` says; a sum and a reciprocal
+    torch.testing.assert_close(found.weights[:, top_k:].double(), gate, rtol=off, atol=0)
+    assert_sorted(found, num_experts + shared)
+    x[-1, 5] = torch.nan
+    other = launched(x, weight, top_k, normalize=normalize, shared=shared)
+    assert other.weights.isnan().all(1).nonzero().flatten().tolist() == [num_tokens - 1]
+    assert_sorted(other, num_experts + shared)
 
 
 @pytest.mark.parametrize("num_tokens", [3, 40])

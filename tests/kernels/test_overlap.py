@@ -27,6 +27,7 @@ from octavo.kernels.launch import Launch, meta
 from octavo.kernels.overlap import TILES, group_lines, row_lines, tile_lines
 
 ADDRESSES = {
+    "logits_of",
     *("program_id", "arange", "minimum", "cdiv", "zeros", "to", "await_previous"),
     *("prefetch", "row_lines", "tile_lines", "group_lines", "tile_of", "_corner"),
 }

@@ -19,15 +19,8 @@ from octavo.kernels import tables
 from octavo.kernels.expect import expect
 from octavo.kernels.fused.gpu.rounding import expect_scale, store_rounded
 from octavo.kernels.launch import Launch, Proof, cdiv, meta, power_of_two
-from octavo.kernels.numeric import reciprocal
+from octavo.kernels.numeric import sigmoid
 from octavo.kernels.overlap import await_previous
-
-
-@triton.jit
-def _sigmoid(x):
-    """1 / (1 + exp(-x)), by an exponential that can't overflow."""
-    e = tl.exp2(tl.abs(x) * -1.4426950408889634)
-    return tl.where(x < 0.0, e, 1.0) * reciprocal(1.0 + e)
 
 
 @triton.jit
@@ -49,7 +42,7 @@ def _gated(
     z = gate
     if GELU:
         z = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
-    value = gate * _sigmoid(z) * up
+    value = gate * sigmoid(z) * up
     store_rounded(value, out, scale, stored, places, token, first, width, GROUP, STATIC, MOVED, BLOCK)
 
 

@@ -3,6 +3,9 @@
 out[t] = sum over j of weights[t, j] * down(silu(gate(x[t])) * up(x[t])) of expert chosen[t, j], the sum in float32 in
 the order of j: the same bits whatever else is in the batch with the same tiles. Every launch's size comes from the
 number of tokens alone, so that a CUDA graph holds them all. Reference: `moe.reference.grouped`.
+
+An expert that all tokens go to is several of the others' size, which add up to it: `shared` slices behind the others,
+which the router doesn't choose but weights with the sigmoid of its last row's logit. So nothing is launched for it.
 Limit: the experts that are hit once each, over 3.0 TB/s on an H100; see `grouped` and `int4`.
 """
 
@@ -25,6 +28,7 @@ from octavo.kernels.moe.gpu.grouped import BLOCK, grouped
 from octavo.kernels.moe.gpu.int4 import PackedExperts, grouped_int4
 from octavo.kernels.moe.gpu.route import Aligned, unaligned
 from octavo.kernels.moe.gpu.router import routing
+from octavo.kernels.moe.gpu.slices import silu_and_mul_slices
 from octavo.kernels.numeric import narrow
 from octavo.kernels.overlap import await_previous
 from octavo.kernels.rounded import Hidden, Rounded, Rounding
@@ -73,38 +77,47 @@ def add_up(pairs: Tensor, out: Tensor, top_k: int) -> Launch:
 
 
 def launches(
-    x: Hidden, router: Tensor, top_k: int, gate_up: Weights, down: Weights, results: Tensor, *, normalize: bool
-) -> tuple[Launch, ...]:
+    x: Hidden, router: Tensor, top_k: int, gate_up: Weights, down: Weights, results: Tensor, *, normalize: bool,
+    shared: int = 0,
+) -> tuple[Launch, ...]:  # fmt: skip
     """All that happens but the sum, in order; memory between them is allocated here.
 
     x        [T, H] bf16 or fp16, or rounded as `wants` has it
     router   [E, H] of x's type, or float32
     gate_up  [E, 2 I, H], down [E, H, I]: both plain, both e4m3, or both of 4 bits
     results  [T * top_k, H] of x's type: what each of a token's experts gives it, times its weight
+    shared   how many more experts, slices of a shared one: then router [E + 1, H], gate_up [E + shared, 2 I, H], down
+             [E + shared, H, I], results [T * (top_k + shared), H]
     """
     (num_experts, width, hidden), kind, plain = gate_up.shape, _kind(gate_up), _plain(x)
     num_tokens = plain.shape[0]
     if kind != _kind(down) or down.shape != (num_experts, hidden, width // 2) or plain.shape[1] != hidden:
         raise ValueError(f"x {list(plain.shape)}, gate_up {kind} {gate_up.shape} and down {_kind(down)} {down.shape}")
-    expect(router=(router, (num_experts, hidden)))
-    num_pairs, group_size = num_tokens * top_k, BLOCK if kind == "fp8 blocks" else 0
+    expect(router=(router, (num_experts - max(shared - 1, 0), hidden)))
+    each = top_k + shared
+    num_pairs, group_size = num_tokens * each, BLOCK if kind == "fp8 blocks" else 0
     size: dict[str, Any] = tables.choose(f"moe {kind}", cdiv(num_pairs, num_experts), width, hidden)
     pairs = unaligned(num_pairs, num_experts, size.pop("block_m"), results.device)
-    chosen = torch.empty(num_tokens, top_k, dtype=torch.int32, device=results.device)
-    weights = torch.empty(num_tokens, top_k, dtype=torch.float32, device=results.device)
+    chosen = torch.empty(num_tokens, each, dtype=torch.int32, device=results.device)
+    weights = torch.empty(num_tokens, each, dtype=torch.float32, device=results.device)
     between = results.new_empty(num_pairs, width)
     acted, acted_scale = _rows(results, num_pairs, width // 2, kind)
-    steps = [*routing(plain, router, chosen, weights, pairs, normalize=normalize)]
+    steps = [*routing(plain, router, chosen, weights, pairs, normalize=normalize, shared=shared)]
     if kind.startswith("fp8") and isinstance(x, Tensor):
         codes, x_scale = _rows(x, num_tokens, hidden, kind)
         assert x_scale is not None
         steps.append(quantize(x, codes, x_scale, group_size=group_size))
         x = Rounded(codes, x_scale)
     first, first_scale = (x.codes, x.scale) if isinstance(x, Rounded) else (x, None)
+    if kind == "fp8" and shared > 1:
+        assert acted_scale is not None
+        activation = silu_and_mul_slices(between, acted, acted_scale, top_k, shared)
+    else:
+        activation = silu_and_mul(between, acted, scale=acted_scale, group_size=group_size)
     return (
         *steps,
-        _gemm(first, first_scale, gate_up, pairs, between, top_k, None, size),
-        silu_and_mul(between, acted, scale=acted_scale, group_size=group_size),
+        _gemm(first, first_scale, gate_up, pairs, between, each, None, size),
+        activation,
         _gemm(acted, acted_scale, down, pairs, results, 1, weights, size),
     )
 
@@ -148,21 +161,26 @@ def _gemm(
     return grouped(x, weights.weight, pairs, out, divisor=divisor, router=router, **scales, **size)
 
 
-def fused_moe(x: Hidden, router: Tensor, top_k: int, gate_up: Weights, down: Weights, *, normalize: bool) -> Tensor:
-    """The mixture's output for x [T, H], with a router [E, H] of x's type or float32: `partial_moe` summed, rounded."""
-    results = partial_moe(x, router, top_k, gate_up, down, normalize=normalize)
+def fused_moe(
+    x: Hidden, router: Tensor, top_k: int, gate_up: Weights, down: Weights, *, normalize: bool, shared: int = 0
+) -> Tensor:
+    """The mixture's output for x [T, H], of what `launches` takes: `partial_moe` summed, rounded."""
+    results = partial_moe(x, router, top_k, gate_up, down, normalize=normalize, shared=shared)
     out = results.new_empty(results.shape[1:])
-    add_up(results.transpose(0, 1).flatten(0, 1), out, top_k)()
+    add_up(results.transpose(0, 1).flatten(0, 1), out, len(results))()
     return out
 
 
-def partial_moe(x: Hidden, router: Tensor, top_k: int, gate_up: Weights, down: Weights, *, normalize: bool) -> Tensor:
-    """What each token's experts give it [top_k, T, H], for the next kernel to add up; a token's lie side by side."""
-    num_tokens, hidden = _plain(x).shape
-    results = _plain(x).new_empty(num_tokens * top_k, hidden)
-    for launch in launches(x, router, top_k, gate_up, down, results, normalize=normalize):
+def partial_moe(
+    x: Hidden, router: Tensor, top_k: int, gate_up: Weights, down: Weights, *, normalize: bool, shared: int = 0
+) -> Tensor:
+    """What each token's experts give it [top_k + shared, T, H], for the next kernel to add up; a token's lie side by
+    side."""
+    (num_tokens, hidden), each = _plain(x).shape, top_k + shared
+    results = _plain(x).new_empty(num_tokens * each, hidden)
+    for launch in launches(x, router, top_k, gate_up, down, results, normalize=normalize, shared=shared):
         launch()
-    return results.view(num_tokens, top_k, hidden).transpose(0, 1)
+    return results.view(num_tokens, each, hidden).transpose(0, 1)
 
 
 def _plain(x: Hidden) -> Tensor:

@@ -2,6 +2,8 @@
 
 route   softmax over all experts in float32, its top_k largest, the lowest expert first among equals: what
         `moe.reference.route` does after its GEMM. A token with a NaN has NaN weights, and different experts even so.
+        Behind those experts there may be some that every token goes to, the slices of a shared expert: all have the
+        same weight, the sigmoid of the logit behind the experts'.
 align   pair t * top_k + j goes to expert chosen[t, j]. Each expert's pairs lie together in ascending order, filled up
         to a multiple of BLOCK_M rows, which is what a program of a grouped GEMM has. Everything stays on the device
         and all sizes come from the number of pairs, so that a CUDA graph holds it; no atomics, so that it is always
@@ -21,22 +23,31 @@ from torch import Tensor
 from octavo.kernels import tables
 from octavo.kernels.expect import expect
 from octavo.kernels.launch import Launch, Proof, cdiv, power_of_two
-from octavo.kernels.numeric import divided
+from octavo.kernels.numeric import divided, sigmoid
 from octavo.kernels.overlap import await_previous
+
+
+@triton.jit
+def logits_of(num_experts, SHARED: tl.constexpr):
+    """How many logits a token has: one for all slices of a shared expert."""
+    return num_experts - (SHARED - 1 if SHARED > 1 else 0)
 
 
 @triton.jit
 def choose(
     logits, t, chosen, weights, num_tokens, num_experts,
-    TOP_K: tl.constexpr, NORMALIZE: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr, CHOICES: tl.constexpr,
+    TOP_K: tl.constexpr, SHARED: tl.constexpr, NORMALIZE: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr,
+    CHOICES: tl.constexpr,
 ):  # fmt: skip
     """Store what `_route` does of tokens t [ROWS], out of their logits [ROWS, EXPERTS] in float32.
 
-    Returns marks [ROWS, EXPERTS]: -2 - j for a token's j-th expert, which are all different, more for the others.
-    Shares are compared by their bits: of integers a warp finds the largest in one instruction, of floats in ten.
+    SHARED of the experts, the last, are everyone's. Returns marks [ROWS, EXPERTS]: -2 - j for a token's j-th expert,
+    which are all different, more for the others. Shares are compared by their bits: of integers a warp finds the
+    largest in one instruction, of floats in ten.
     """
     e, j = tl.arange(0, EXPERTS), tl.arange(0, CHOICES)
-    real = (e < num_experts)[None, :]
+    routed = num_experts - SHARED
+    real = (e < routed)[None, :]
     top = tl.max(tl.where(real, logits, float("-inf")), axis=1)
     share = tl.exp(tl.where(real, logits - top[:, None], float("-inf")))
     whole = tl.sum(share, axis=1)
@@ -46,15 +57,20 @@ def choose(
     experts = tl.zeros((ROWS, CHOICES), tl.int32)
     for i in tl.static_range(TOP_K):
         largest = tl.max(marks, axis=1)
-        where = tl.min(tl.where(marks == largest[:, None], e[None, :], num_experts - 1), axis=1)
+        where = tl.min(tl.where(marks == largest[:, None], e[None, :], routed - 1), axis=1)
         best = tl.where((j == i)[None, :], largest[:, None], best)
         experts = tl.where((j == i)[None, :], where[:, None], experts)
         marks = tl.where(e[None, :] == where[:, None], -2 - i, marks)
     best = divided(best.to(tl.float32, bitcast=True), whole[:, None])
     if NORMALIZE:
         best = divided(best, tl.sum(best, axis=1)[:, None])
-    to = t.to(tl.int64)[:, None] * TOP_K + j[None, :]
-    seen = (t < num_tokens)[:, None] & (j < TOP_K)[None, :]
+    if SHARED > 0:
+        gate = sigmoid(tl.sum(tl.where((e == routed)[None, :], logits, 0.0), axis=1))
+        best = tl.where((j < TOP_K)[None, :], best, gate[:, None])
+        experts = tl.where((j < TOP_K)[None, :], experts, (routed - TOP_K + j)[None, :])
+        marks = tl.where(((e >= routed) & (e < num_experts))[None, :], (routed - TOP_K - 2 - e)[None, :], marks)
+    to = t.to(tl.int64)[:, None] * (TOP_K + SHARED) + j[None, :]
+    seen = (t < num_tokens)[:, None] & (j < TOP_K + SHARED)[None, :]
     tl.store(chosen + to, experts, mask=seen)
     tl.store(weights + to, best, mask=seen)
     return marks
@@ -63,15 +79,16 @@ def choose(
 @triton.jit
 def _route(
     logits, chosen, weights, num_tokens, num_experts,
-    TOP_K: tl.constexpr, NORMALIZE: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr, CHOICES: tl.constexpr,
-    OVERLAPS: tl.constexpr,
+    TOP_K: tl.constexpr, SHARED: tl.constexpr, NORMALIZE: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr,
+    CHOICES: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     await_previous(OVERLAPS)
     t, e = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, EXPERTS)
-    at = t.to(tl.int64)[:, None] * num_experts + e[None, :]
-    seen = (e < num_experts)[None, :] & (t < num_tokens)[:, None]
+    num_logits = logits_of(num_experts, SHARED)
+    at = t.to(tl.int64)[:, None] * num_logits + e[None, :]
+    seen = (e < num_logits)[None, :] & (t < num_tokens)[:, None]
     x = tl.load(logits + at, mask=seen, other=0.0).to(tl.float32)
-    choose(x, t, chosen, weights, num_tokens, num_experts, TOP_K, NORMALIZE, ROWS, EXPERTS, CHOICES)
+    choose(x, t, chosen, weights, num_tokens, num_experts, TOP_K, SHARED, NORMALIZE, ROWS, EXPERTS, CHOICES)
 
 
 @triton.jit
@@ -121,17 +138,28 @@ class Aligned:
     block_m: int
 
 
-def route(logits: Tensor, chosen: Tensor, weights: Tensor, *, normalize: bool) -> Launch:
-    """The top_k experts of logits [T, E], the likeliest first: chosen [T, top_k] int32, weights [T, top_k] float32."""
-    (num_tokens, num_experts), top_k = logits.shape, chosen.shape[1]
-    expect(logits=(logits, (num_tokens, num_experts)))
-    expect(chosen=(chosen, (num_tokens, min(top_k, num_experts))), weights=(weights, (num_tokens, top_k)))
+def experts_of(num_logits: int, shared: int) -> int:
+    """How many experts there are, with the slices of a shared one, which have one logit."""
+    return num_logits + max(shared - 1, 0)
+
+
+def route(logits: Tensor, chosen: Tensor, weights: Tensor, *, normalize: bool, shared: int = 0) -> Launch:
+    """The top_k experts of logits [T, E], the likeliest first: chosen [T, top_k] int32, weights [T, top_k] float32.
+
+    shared  experts behind these E that all tokens go to, weighted by the sigmoid of another logit: logits [T, E + 1],
+            chosen and weights [T, top_k + shared]
+    """
+    (num_tokens, num_logits), each = logits.shape, chosen.shape[1]
+    num_experts = experts_of(num_logits, shared)
+    expect(logits=(logits, (num_tokens, num_logits)))
+    expect(chosen=(chosen, (num_tokens, min(each, num_experts))), weights=(weights, (num_tokens, each)))
     block = max(power_of_two(num_experts), 4)
-    sizes = tables.choose("moe route", num_tokens, num_experts, top_k)
+    sizes = tables.choose("moe route", num_tokens, num_experts, each)
     rows = max(1, min(power_of_two(num_tokens), sizes.pop("block") // block))
     arguments = {
         "logits": logits, "chosen": chosen, "weights": weights, "num_tokens": num_tokens, "num_experts": num_experts,
-        "TOP_K": top_k, "NORMALIZE": normalize, "ROWS": rows, "EXPERTS": block, "CHOICES": power_of_two(top_k),
+        "TOP_K": each - shared, "SHARED": shared, "NORMALIZE": normalize, "ROWS": rows, "EXPERTS": block,
+        "CHOICES": power_of_two(each),
     }  # fmt: skip
     return Launch(_route, (cdiv(num_tokens, rows),), arguments, **sizes, num_stages=1)
 

@@ -20,7 +20,7 @@ from octavo.kernels import tables
 from octavo.kernels.arrivals import PAST_L1, counters_for, is_last
 from octavo.kernels.expect import expect
 from octavo.kernels.launch import Launch, Proof, cdiv, meta, power_of_two
-from octavo.kernels.moe.gpu.route import Aligned, align, choose, expect_aligned, route, unaligned
+from octavo.kernels.moe.gpu.route import Aligned, align, choose, expect_aligned, experts_of, logits_of, route, unaligned
 from octavo.kernels.numeric import dot
 from octavo.kernels.overlap import await_previous, prefetch
 
@@ -31,34 +31,34 @@ SORTED = 4096  # tokens times experts that the last program has in registers
 
 @triton.jit
 def _multiply(
-    x, router, partial, first_t, first_e, part, num_tokens, num_experts, hidden, columns,
+    x, router, partial, first_t, first_e, part, num_tokens, num_logits, hidden, columns,
     BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Sums over a part's columns for ROWS tokens and BLOCK_E experts, stored; past the end the last one again."""
+    """Sums over a part's columns for ROWS tokens and BLOCK_E logits, stored; past the end the last one again."""
     k, begin = tl.arange(0, BLOCK_K), part * columns
     t = first_t + tl.arange(0, ROWS)
     e = first_e + tl.arange(0, BLOCK_E)
     x_at = x + (tl.minimum(t, num_tokens - 1) * hidden)[:, None] + k[None, :]
-    router_at = router + (tl.minimum(e, num_experts - 1) * hidden)[:, None] + k[None, :]
+    router_at = router + (tl.minimum(e, num_logits - 1) * hidden)[:, None] + k[None, :]
     acc = tl.zeros((BLOCK_E, ROWS), tl.float32)
     for at in range(begin, tl.minimum(begin + columns, hidden), BLOCK_K):
         seen = (k < hidden - at)[None, :]
         a = tl.load(router_at + at, mask=seen, other=0.0)
         b = tl.load(x_at + at, mask=seen, other=0.0)
         acc = dot(a, b.T, acc)
-    to = (part * num_tokens + t)[:, None] * num_experts + e[None, :]
-    tl.store(partial + to, acc.T, mask=(t < num_tokens)[:, None] & (e < num_experts)[None, :])
+    to = (part * num_tokens + t)[:, None] * num_logits + e[None, :]
+    tl.store(partial + to, acc.T, mask=(t < num_tokens)[:, None] & (e < num_logits)[None, :])
 
 
 @triton.jit
 def _sort(
     marks, first, used, order, tile_expert, num_tokens, num_tiles,
-    TOP_K: tl.constexpr, BLOCK_M: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
+    PAIRS: tl.constexpr, BLOCK_M: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Place the pairs of WIDTH experts from `first` on, behind the tiles that are used; returns how many then are.
 
-    marks  [TOKENS, WIDTH], as `route.choose` returns them: a token has an expert once, so that its pair's place among
-           the expert's is the number of tokens above that have it, too
+    marks  [TOKENS, WIDTH], as `route.choose` returns them: a token has an expert once, and PAIRS of them, so that its
+           pair's place among the expert's is the number of tokens above that have it, too
     """
     t, e = tl.arange(0, TOKENS), first + tl.arange(0, WIDTH)
     is_pair = (marks <= -2) & (t < num_tokens)[:, None]
@@ -69,10 +69,10 @@ def _sort(
     tile = end - tiles
     nowhere = num_tiles * BLOCK_M  # what nothing reads: a mask would go through shared memory byte by byte
     place = tl.where(is_pair, (tile * BLOCK_M)[None, :] + tl.cumsum(one, axis=0) - one, nowhere)
-    tl.store(order + place, t[:, None] * TOP_K - 2 - marks)
+    tl.store(order + place, t[:, None] * PAIRS - 2 - marks)
     filling = (tile * BLOCK_M + count)[None, :] + tl.arange(0, BLOCK_M)[:, None]
     filling = tl.where(filling < (end * BLOCK_M)[None, :], filling, nowhere)
-    tl.store(order + filling, tl.zeros((BLOCK_M, WIDTH), tl.int32) + num_tokens * TOP_K)
+    tl.store(order + filling, tl.zeros((BLOCK_M, WIDTH), tl.int32) + num_tokens * PAIRS)
     for i in range(tl.max(tiles, axis=0)):
         tl.store(tile_expert + tile + i, e, mask=i < tiles)
     return used + tl.sum(tiles, axis=0)
@@ -91,90 +91,86 @@ def _marks(marks, first, num_tokens, num_experts, TOKENS: tl.constexpr, WIDTH: t
 def _router(
     x, router, partial, marks, counters, chosen, weights, order, tile_expert,
     num_tokens, num_experts, hidden, columns, num_tiles,
-    TOP_K: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK_M: tl.constexpr, PARTS: tl.constexpr, ALONE: tl.constexpr,
-    BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, LINES: tl.constexpr, ROWS: tl.constexpr, CHOSEN: tl.constexpr,
-    EXPERTS: tl.constexpr, CHOICES: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr, OVERLAPS: tl.constexpr,
+    TOP_K: tl.constexpr, SHARED: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK_M: tl.constexpr, PARTS: tl.constexpr,
+    ALONE: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, LINES: tl.constexpr, ROWS: tl.constexpr,
+    CHOSEN: tl.constexpr, EXPERTS: tl.constexpr, CHOICES: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
+    num_logits, PAIRS = logits_of(num_experts, SHARED), TOP_K + SHARED
     block, part, first_e = tl.program_id(0), tl.program_id(1) % PARTS, tl.program_id(1) // PARTS * BLOCK_E
     if OVERLAPS:
-        row = tl.minimum(first_e + tl.arange(0, BLOCK_E), num_experts - 1)
+        row = tl.minimum(first_e + tl.arange(0, BLOCK_E), num_logits - 1)
         line = tl.minimum(part * columns + tl.arange(0, LINES) * 64, hidden - 1)
         prefetch(router + row[:, None] * hidden + line[None, :])
     await_previous(OVERLAPS)
     _multiply(
-        x, router, partial, block * ROWS, first_e, part, num_tokens, num_experts, hidden, columns,
+        x, router, partial, block * ROWS, first_e, part, num_tokens, num_logits, hidden, columns,
         BLOCK_E, BLOCK_K, ROWS,
     )  # fmt: skip
     if not is_last(counters + block, tl.num_programs(1)):
         return
     t, e = block * ROWS + tl.arange(0, CHOSEN), tl.arange(0, EXPERTS)
-    at = t[:, None] * num_experts + e[None, :]
-    seen = (t < num_tokens)[:, None] & (e < num_experts)[None, :]
+    at = t[:, None] * num_logits + e[None, :]
+    seen = (t < num_tokens)[:, None] & (e < num_logits)[None, :]
     logits = tl.zeros((CHOSEN, EXPERTS), tl.float32)
     for n in tl.static_range(PARTS):  # other SMs wrote them: past L1
-        place = partial + n * num_tokens * num_experts + at
+        place = partial + n * num_tokens * num_logits + at
         logits += tl.load(place, mask=seen, other=0.0, cache_modifier=".cg")
-    own = choose(logits, t, chosen, weights, num_tokens, num_experts, TOP_K, NORMALIZE, CHOSEN, EXPERTS, CHOICES)
+    own = choose(
+        logits, t, chosen, weights, num_tokens, num_experts, TOP_K, SHARED, NORMALIZE, CHOSEN, EXPERTS, CHOICES
+    )  # fmt: skip
     used = num_tiles * 0
     if ALONE:
-        used = _sort(own, 0, used, order, tile_expert, num_tokens, num_tiles, TOP_K, BLOCK_M, CHOSEN, EXPERTS)
+        used = _sort(own, 0, used, order, tile_expert, num_tokens, num_tiles, PAIRS, BLOCK_M, CHOSEN, EXPERTS)
     else:
-        tl.store(marks + at, own, mask=seen)
+        at = t[:, None] * num_experts + e[None, :]
+        tl.store(marks + at, own, mask=(t < num_tokens)[:, None] & (e < num_experts)[None, :])
         if not is_last(counters + tl.num_programs(0), tl.num_programs(0)):
             return
         for first in range(0, EXPERTS, WIDTH):
             each = _marks(marks, first, num_tokens, num_experts, TOKENS, WIDTH)
-            used = _sort(each, first, used, order, tile_expert, num_tokens, num_tiles, TOP_K, BLOCK_M, TOKENS, WIDTH)
+            used = _sort(each, first, used, order, tile_expert, num_tokens, num_tiles, PAIRS, BLOCK_M, TOKENS, WIDTH)
     for start in range(used, num_tiles, EXPERTS):  # what is left over is nobody's
         i = start + tl.arange(0, EXPERTS)
         tl.store(tile_expert + i, tl.full((EXPERTS,), -1, tl.int32), mask=i < num_tiles)
 
 
 def router(
-    x: Tensor,
-    weight: Tensor,
-    partial: Tensor,
-    marks: Tensor,
-    counters: Tensor,
-    chosen: Tensor,
-    weights: Tensor,
-    pairs: Aligned,
-    *,
-    normalize: bool,
-    block_e: int,
-    block_k: int,
-    num_warps: int = 4,
-    num_stages: int = 4,
-) -> Launch:
+    x: Tensor, weight: Tensor, partial: Tensor, marks: Tensor, counters: Tensor, chosen: Tensor, weights: Tensor,
+    pairs: Aligned, *,
+    normalize: bool, shared: int = 0, block_e: int, block_k: int, num_warps: int = 4, num_stages: int = 4,
+) -> Launch:  # fmt: skip
     """Of x [T, H] and a router's weight [E, H], both bf16 or fp16: chosen, weights and pairs as `route` and `align` do.
 
     partial   [parts, T, E] float32: sums over a part of the columns; with T * H and E * H under 2^31 numbers
     marks     [T, E] int32: what `route.choose` says of blocks of tokens
     counters  [ceil(T / 16) + 1 or more] int32, zeros before and after: see `counters_for`
     chosen    [T, top_k] int32; weights [T, top_k] float32
+    shared    as of `route`: then weight [E + 1, H], partial [parts, T, E + 1], marks [T, E + shared]
     """
-    (num_tokens, hidden), num_experts, parts, top_k = x.shape, weight.shape[0], partial.shape[0], chosen.shape[1]
-    blocks = cdiv(num_tokens, ROWS)
+    (num_tokens, hidden), num_logits, parts, each = x.shape, weight.shape[0], partial.shape[0], chosen.shape[1]
+    num_experts, top_k, blocks = experts_of(num_logits, shared), each - shared, cdiv(num_tokens, ROWS)
     experts = max(power_of_two(num_experts), 32 if top_k == 1 else 4)  # Triton 3.6 fails at few of which one is chosen
     expect(
-        x=(x, (num_tokens, hidden)), router=(weight, (num_experts, hidden)),
-        partial=(partial, (parts, num_tokens, num_experts)), marks=(marks, (num_tokens, num_experts)),
+        x=(x, (num_tokens, hidden)), router=(weight, (num_logits, hidden)),
+        partial=(partial, (parts, num_tokens, num_logits)), marks=(marks, (num_tokens, num_experts)),
         counters=(counters, max(counters.numel(), blocks + 1)),
-        chosen=(chosen, (num_tokens, min(top_k, num_experts))), weights=(weights, (num_tokens, top_k)),
+        chosen=(chosen, (num_tokens, min(each, num_experts))), weights=(weights, (num_tokens, each)),
     )  # fmt: skip
-    expect_aligned(pairs, num_tokens * top_k, num_experts)
+    expect_aligned(pairs, num_tokens * each, num_experts)
     columns, tokens = cdiv(cdiv(hidden, block_k), parts) * block_k, power_of_two(max(num_tokens, ROWS + 1))
     return Launch(
         _router,
-        (blocks, cdiv(num_experts, block_e) * parts),
+        (blocks, cdiv(num_logits, block_e) * parts),
         {
             "x": x, "router": weight, "partial": partial, "marks": marks, "counters": counters, "chosen": chosen,
             "weights": weights, "order": pairs.order, "tile_expert": pairs.tile_expert, "num_tokens": num_tokens,
             "num_experts": num_experts, "hidden": hidden, "columns": columns, "num_tiles": len(pairs.tile_expert),
-            "TOP_K": top_k, "NORMALIZE": normalize, "BLOCK_M": pairs.block_m, "PARTS": parts, "ALONE": blocks == 1,
-            "BLOCK_E": block_e, "BLOCK_K": block_k, "LINES": power_of_two(cdiv(columns, 64)), "ROWS": ROWS,
+            "TOP_K": top_k, "SHARED": shared, "NORMALIZE": normalize, "BLOCK_M": pairs.block_m, "PARTS": parts,
+            "ALONE": blocks == 1, "BLOCK_E": block_e, "BLOCK_K": block_k, "ROWS": ROWS,
+            "LINES": power_of_two(cdiv(columns, 64)),
             "CHOSEN": min(max(power_of_two(num_tokens), num_warps), ROWS),  # one's experts in one warp: no barriers
-            "EXPERTS": experts, "CHOICES": power_of_two(top_k), "TOKENS": tokens,
+            "EXPERTS": experts, "CHOICES": power_of_two(each), "TOKENS": tokens,
             "WIDTH": min(experts, max(SORTED // tokens, 4)),
         },
         num_warps=num_warps,
@@ -183,23 +179,29 @@ def router(
 
 
 def routing(
-    x: Tensor, weight: Tensor, chosen: Tensor, weights: Tensor, pairs: Aligned, *, normalize: bool
+    x: Tensor, weight: Tensor, chosen: Tensor, weights: Tensor, pairs: Aligned, *, normalize: bool, shared: int = 0
 ) -> tuple[Launch, ...]:
     """The experts of x [T, H], chosen by a router's weight [E, H] of x's type or float32, and the pairs sorted.
 
     One launch for few tokens. Else, and where the weight is float32, two after torch's product, which is on its way
-    when this returns.
+    when this returns. shared is as of `route`: the weight's last row is the shared expert's then.
     """
-    (num_tokens, hidden), num_experts = x.shape, weight.shape[0]
+    (num_tokens, hidden), num_logits = x.shape, weight.shape[0]
+    num_experts = experts_of(num_logits, shared)
     sizes = tables.choose("moe router", num_tokens, num_experts, hidden)
     most, parts = sizes.pop("most"), sizes.pop("parts")
     if num_tokens > most or num_experts > MOST_EXPERTS or weight.dtype != x.dtype or x.dtype == torch.float32:
-        return route(_logits(x, weight), chosen, weights, normalize=normalize), align(chosen, num_experts, pairs)
+        logits = _logits(x, weight)
+        chooses = route(logits, chosen, weights, normalize=normalize, shared=shared)
+        return chooses, align(chosen, num_experts, pairs)
     parts = min(parts, cdiv(hidden, sizes["block_k"]))
-    partial = torch.empty(parts, num_tokens, num_experts, device=x.device)
+    partial = torch.empty(parts, num_tokens, num_logits, device=x.device)
     marks = torch.empty(num_tokens, num_experts, dtype=torch.int32, device=x.device)
     counters = counters_for(cdiv(num_tokens, ROWS) + 1, x.device)
-    return (router(x, weight, partial, marks, counters, chosen, weights, pairs, normalize=normalize, **sizes),)
+    launch = router(
+        x, weight, partial, marks, counters, chosen, weights, pairs, normalize=normalize, shared=shared, **sizes
+    )
+    return (launch,)
 
 
 def _logits(x: Tensor, weight: Tensor) -> Tensor:
@@ -210,17 +212,19 @@ def _logits(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def proofs() -> dict[str, Proof]:
-    """Qwen3's, Mixtral's and Qwen3-Next's routers: tensor cores, and weights copied 16 bytes at a time."""
+    """Qwen3's, Mixtral's, Qwen3-Next's and Qwen1.5's routers: tensor cores, and weights copied 16 bytes at a time."""
     made: dict[str, Proof] = {}
-    for num_experts, top_k, hidden, num_tokens, dtype in (
-        (128, 8, 2048, 1, torch.bfloat16), (128, 8, 2048, 16, torch.bfloat16), (128, 8, 2048, 64, torch.bfloat16),
-        (16, 1, 2048, 1, torch.bfloat16), (8, 2, 4096, 1, torch.bfloat16), (8, 2, 4096, 64, torch.float16),
-        (512, 10, 2048, 64, torch.bfloat16),
+    for num_experts, top_k, shared, hidden, num_tokens, dtype in (
+        (128, 8, 0, 2048, 1, torch.bfloat16), (128, 8, 0, 2048, 16, torch.bfloat16),
+        (128, 8, 0, 2048, 64, torch.bfloat16), (16, 1, 0, 2048, 1, torch.bfloat16), (8, 2, 0, 4096, 1, torch.bfloat16),
+        (8, 2, 0, 4096, 64, torch.float16), (512, 10, 0, 2048, 64, torch.bfloat16), (60, 4, 4, 2048, 1, torch.bfloat16),
+        (60, 4, 4, 2048, 64, torch.bfloat16),
     ):  # fmt: skip
-        x, weight = meta(num_tokens, hidden, dtype=dtype), meta(num_experts, hidden, dtype=dtype)
-        chosen, weights = meta(num_tokens, top_k, dtype=torch.int32), meta(num_tokens, top_k)
-        pairs = unaligned(num_tokens * top_k, num_experts, 16, "meta")
-        (launch,) = routing(x, weight, chosen, weights, pairs, normalize=True)
+        x, weight = (meta(rows, hidden, dtype=dtype) for rows in (num_tokens, num_experts + min(shared, 1)))
+        chosen, weights = meta(num_tokens, top_k + shared, dtype=torch.int32), meta(num_tokens, top_k + shared)
+        pairs = unaligned(chosen.numel(), num_experts + shared, 16, "meta")
+        (launch,) = routing(x, weight, chosen, weights, pairs, normalize=True, shared=shared)
         name = f"{str(dtype).removeprefix('torch.')}, {top_k} of {num_experts}, {num_tokens} tokens"
+        name += f", {shared} for all" if shared else ""
         made[name] = Proof(launch, (r"H[GM]*MMA\.", r"LDGSTS\.E\.BYPASS.*128", "ATOMG", PAST_L1))
     return made

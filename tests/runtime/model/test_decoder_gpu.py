@@ -37,10 +37,10 @@ SCHEMES = {
 }  # others differ in their linear layers alone: tests/quant/test_linear_gpu.py
 
 
-def tiny(name: str, directory: Path) -> Path:
+def tiny(name: str, directory: Path, **sizes: int) -> Path:
     """A case of the oracle's in two layers: the interpreter takes its time."""
     family, overrides = CASES[name]
-    return save(make_hf(family, {**overrides, "num_hidden_layers": 2}).bfloat16(), directory)
+    return save(make_hf(family, {**overrides, "num_hidden_layers": 2, **sizes}).bfloat16(), directory)
 
 
 def logits(model: Model, prompts: range) -> Tensor:
@@ -141,6 +141,34 @@ def test_experts_are_run_together(scheme: str, tmp_path: Path, monkeypatch: pyte
     assert isinstance(model, Decoder)
     assert model.can_be_captured
     assert "grouped by expert" in {body for _, _, body in model.report_layers()}
+
+
+@pytest.mark.parametrize(
+    ("scheme", "width", "shared", "body"),
+    [
+        (None, 40, 80, "grouped by expert, a shared one in 2"),
+        ("FP8_DYNAMIC", 40, 120, "grouped by expert, a shared one in 3"),
+        ("FP8_BLOCK", 128, 256, "grouped by expert, a shared one in 2"),
+        ("W4A16_ASYM@32", 64, 128, "grouped by expert, a shared one in 2"),
+        ("W4A16@32", 64, 96, "grouped by expert"),  # which isn't several experts' size
+        ("FP8_DYNAMIC but it", 40, 80, "grouped by expert"),
+    ],
+)
+def test_a_shared_expert_runs_with_the_others_in_slices(
+    scheme: str | None, width: int, shared: int, body: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"moe_intermediate_size": width, "shared_expert_intermediate_size": shared}
+    directory = tiny("qwen2_moe", tmp_path / "plain", **sizes)
+    if scheme is not None:
+        ignore = ("re:.*shared_expert.*",) if scheme.endswith("but it") else ()
+        quantize_model(directory, tmp_path / "quantized", Recipe(scheme.removesuffix(" but it"), ignore=ignore))
+        directory = tmp_path / "quantized"
+    model = check(directory, monkeypatch)
+    assert isinstance(model, Decoder)
+    assert model.can_be_captured
+    rows = {kind: of_kind for kind, _, of_kind in model.report_layers()}
+    assert rows["experts"] == body
+    assert ("shared.down" in rows) == (body == "grouped by expert")
 
 
 def test_experts_that_no_grouped_gemm_has_run_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

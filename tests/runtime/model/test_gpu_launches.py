@@ -30,6 +30,10 @@ VIEWS = {"numpy_T", "view", "_unsafe_view", "reshape", "select", "slice", "t", "
 """What of torch launches nothing: it makes room, or looks at it in another way, where it doesn't copy."""
 
 
+SIZES = {"qwen2_moe": {"moe_intermediate_size": 64, "shared_expert_intermediate_size": 256}}
+"""Such as Qwen's own have: a shared expert of several others' size. Of its two layers the second is a mixture."""
+
+
 class Counted(TorchDispatchMode):
     """Names of torch's operators that compute, in their order."""
 
@@ -88,7 +92,8 @@ def of_a_layer(
     counts = []
     for layers in (1, 2):
         family, overrides = CASES[architecture]
-        model = make_hf(family, {**overrides, "num_hidden_layers": layers}).bfloat16()  # as checkpoints are
+        overrides = {**overrides, **SIZES.get(architecture, {}), "num_hidden_layers": layers}
+        model = make_hf(family, overrides).bfloat16()  # as checkpoints are
         plain = save(model, tmp_path / f"plain{layers}")
         quantized = tmp_path / f"quantized{layers}"
         quantize_model(plain, quantized, recipe)
@@ -114,6 +119,8 @@ def of_a_layer(
         ("mixtral", "FP8_DYNAMIC", 9),
         ("olmoe", "FP8_DYNAMIC", 9),
         ("olmoe", "W4A16@32", 9),
+        ("qwen2_moe", "FP8_DYNAMIC", 9),
+        ("qwen2_moe", "W4A16@32", 9),
     ],
 )
 def test_a_layer_has_few_launches(
@@ -126,7 +133,7 @@ def test_a_layer_has_few_launches(
     """
     found = of_a_layer(architecture, Recipe(scheme), tmp_path, monkeypatch)
     assert found.total() == number, found
-    assert found["_router"] == (architecture in ("mixtral", "olmoe"))
+    assert found["_router"] == (architecture in ("mixtral", "olmoe", "qwen2_moe"))
 
 
 def test_stored_scales_take_no_launch_more(fixtures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
