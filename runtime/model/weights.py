@@ -151,9 +151,13 @@ class DecoderBuilder:
         dtype: torch.dtype,
         device: torch.device,
         notes: list[str],
+        *,
+        stacks_experts: bool = True,
     ) -> None:
+        """stacks_experts: on a GPU, for its grouped GEMMs; then none is a linear layer whose input could be seen."""
         self.config, self.spec, self.source = config, spec, source
         self.dtype, self.device, self.notes = dtype, device, notes
+        self.stacks_experts = stacks_experts
         self.capability = capability(device)
         self.ops = select_ops(device, dtype)
         self.act = {"silu": self.ops.silu_and_mul, "gelu_tanh": self.ops.gelu_tanh_and_mul}[spec.activation]
@@ -224,7 +228,8 @@ class DecoderBuilder:
         experts: Iterable[tuple[Parts, Parts]] = (
             self._read_gated(parts, f"experts.{i}.") for i in range(moe.num_experts)
         )
-        if self.capability and self.dtype != torch.float32 and spec.activation == "silu":
+        on_gpu = self.capability > 0 and self.dtype != torch.float32
+        if self.stacks_experts and on_gpu and spec.activation == "silu":
             experts = list(experts)
             grouped = self._grouped(moe, gates, experts, shared)
             if grouped is not None:

@@ -15,6 +15,7 @@ from octavo.kernels.attention.step import StepInputs
 from octavo.quant.checkpoint import Checkpoint
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.kv_cache import allocate
+from octavo.runtime.model import weights
 from octavo.runtime.model.blocks import BlockRunner
 from octavo.runtime.model.weights import load_model
 
@@ -68,6 +69,17 @@ def test_blocks_in_a_row_are_the_decoder(fixtures: Path, name: str) -> None:
     logits = (normed @ checkpoint.tensor(head_name).float().t()).view(3, LENGTH, -1)
     # Batches differ in how a GEMM splits its sums: float32 rounding, over some hundred products of numbers near 1.
     torch.testing.assert_close(logits, whole_model(directory, token_ids), rtol=1e-4, atol=1e-4)
+
+
+def test_a_gpu_sees_every_expert_s_input(fixtures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serving stacks experts there for grouped GEMMs; calibration has them one by one, as on a CPU."""
+    monkeypatch.setattr(weights, "capability", lambda _: 90)
+    checkpoint = Checkpoint.open(fixtures / "tiny-moe")
+    runner = BlockRunner(checkpoint.config | {"dtype": "bfloat16"}, "model.", LENGTH, device="cpu")
+    assert runner.dtype == torch.bfloat16
+    layer = runner.build(0, {n: checkpoint.tensor(n) for n in checkpoint.names if ".layers.0." in n})
+    assert [group.name for group in runner.groups(0, layer)] == ["qkv", "o", "experts.gate_up", *EXPERT_DOWNS]
+    assert runner.expert_counts is not None
 
 
 EXPERT_DOWNS = [f"experts.{i}.down" for i in range(4)]
