@@ -39,6 +39,10 @@ def experts(num: int, n: int, k: int, kind: str, device: torch.device) -> tuple[
         wide = scale.repeat_interleave(GROUP, 0).repeat_interleave(GROUP, 1)
         dense = (codes.float() * wide).bfloat16()
         return Experts(codes.reshape(w.shape), scale.reshape(num, n // GROUP, -1)), dense.reshape(w.shape)
+    if kind == "int8":
+        scale = w.float().abs().amax(-1) / 127
+        codes = (w.float() / scale[..., None]).round().to(torch.int8)
+        return Experts(codes, scale), (codes.float() * scale[..., None]).bfloat16()
     codes, scale = to_int4(w.flatten(0, 1), min(GROUP, k))
     scale = scale.reshape(num, n, -1)
     packed = moe_int4.pack(codes.reshape(w.shape), scale, None, min(GROUP, k))
@@ -77,6 +81,9 @@ def exact(x: Tensor, logits: Tensor, top_k: int, gate_up: Weights, down: Weights
     """
 
     def rounded(t: Tensor) -> Tensor:
+        if kind == "int8":
+            step = t.float().abs().amax(1, keepdim=True) / 127.5
+            return (t.float() / step).round().clamp(-128, 127).double() * step.double()
         if not kind.startswith("fp8"):
             return t.double()
         width = GROUP if kind == "fp8 blocks" else t.shape[1]
@@ -184,13 +191,14 @@ def cases(tiny: bool = False) -> list[Case]:
     num, top_k, hidden, inner = (4, 2, 256, 128) if tiny else sizes
     config = {"num_experts": num, "num_experts_per_tok": top_k}
     kinds = [(t, kind) for t in (1, 16, 128, 4096) for kind in ("bf16", "fp8", "int4")]
-    for tokens, kind in [*kinds, (16, "fp8 blocks"), (4096, "fp8 blocks")]:
+    for tokens, kind in [*kinds, (16, "fp8 blocks"), (4096, "fp8 blocks"), (16, "int8"), (4096, "int8")]:
         t = min(tokens, 5) if tiny else tokens
         read = shapes.experts_hit(config, t) * 3 * hidden * inner * shapes.WEIGHT_BYTES[kind.removesuffix(" blocks")]
         read += (2 * t + num) * hidden * 2
         goals = [Goal("copy", 0.55)] if 16 <= tokens <= 128 else []
         if tokens == 4096:
-            goals = [Goal(GROUPED, {"bf16": 0.9, "fp8": 1.3, "fp8 blocks": 1.0, "int4": 0.7}[kind])]
+            than = {"bf16": 0.9, "fp8": 1.3, "fp8 blocks": 1.0, "int4": 0.7}
+            goals = [Goal(GROUPED, than[kind])] if kind in than else []
         made.append(
             Case(
                 "11", f"mixture, {kind}", f"{t} tokens, {top_k} of {num} experts", int(read),

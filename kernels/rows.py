@@ -26,7 +26,8 @@ from octavo.kernels.moe.gpu.route import unaligned
 BF16, FP16, E4M3, INT16 = torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int16
 N, K, EXPERTS, PAIRS = 4096, 4096, 8, 512
 FAMILIES = (
-    "fp8", "fp8 blocks", "int8", "w8a16", "int4", "int4 fp8", "moe bf16", "moe fp8", "moe fp8 blocks", "moe int4"
+    "fp8", "fp8 blocks", "int8", "w8a16", "int4", "int4 fp8", "moe bf16", "moe fp8", "moe fp8 blocks", "moe int8",
+    "moe int4",
 )  # fmt: skip
 
 Sizes = dict[str, int]
@@ -112,11 +113,11 @@ def _pairs(sizes: Sizes) -> dict[str, Any]:
 
 
 def _moe(family: str, sizes: Sizes) -> Launch:
-    dtype, blocks = BF16 if family == "moe bf16" else E4M3, family == "moe fp8 blocks"
+    dtype, blocks = {"moe bf16": BF16, "moe int8": torch.int8}.get(family, E4M3), family == "moe fp8 blocks"
     x, w, out = meta(PAIRS, K, dtype=dtype), meta(EXPERTS, N, K, dtype=dtype), meta(PAIRS, N, dtype=BF16)
     pairs = unaligned(PAIRS, EXPERTS, sizes["block_m"], "meta")
     scales: dict[str, Any] = {}
-    if dtype == E4M3:
+    if dtype != BF16:
         x_scale = meta(K // 128, PAIRS).T if blocks else meta(PAIRS, 1)
         scales = {"x_scale": x_scale, "w_scale": meta(EXPERTS, N // 128, K // 128) if blocks else meta(EXPERTS, N)}
     return grouped(x, w, pairs, out, blocks=blocks, **scales, **_pairs(sizes))

@@ -14,7 +14,7 @@ from octavo.quant.body import tensors_of
 from octavo.quant.linear import join_parts
 from octavo.quant.linear_gpu import FP8_CAPABILITY
 from octavo.quant.qparams import QuantizedWeight
-from octavo.quant.scheme import CHANNEL
+from octavo.quant.scheme import CHANNEL, PRESETS, QuantScheme
 
 Weight = QuantizedWeight | Tensor
 
@@ -93,16 +93,27 @@ def _stack(experts: list[Weight], dtype: torch.dtype, device: torch.device, capa
     quantized = [e for e in experts if isinstance(e, QuantizedWeight)]
     if not quantized:
         return Experts(torch.stack([e.to(device, dtype) for e in experts if isinstance(e, Tensor)]))
-    weight, activation = quantized[0].scheme.weight, quantized[0].scheme.activation
-    if activation is None:
+    scheme = quantized[0].scheme
+    if scheme.activation is None:
         return _few_bits(quantized, device)
-    if weight.dtype != "fp8_e4m3" or not activation.dynamic or capability < FP8_CAPABILITY:
-        return None
-    by_row = weight.granularity == CHANNEL and activation.granularity == CHANNEL
-    if not by_row and (weight.granularity.block != (128, 128) or activation.granularity.group_size != 128):
+    if not _multiplies(scheme, quantized[0].shape[1], capability):
         return None
     codes, scale = (torch.stack([getattr(e, name) for e in quantized]).to(device) for name in ("codes", "scale"))
+    by_row = scheme.weight.granularity == CHANNEL
     return Experts(codes, scale.float().squeeze(2).contiguous() if by_row else scale.float().contiguous())
+
+
+def _multiplies(scheme: QuantScheme, columns: int, capability: int) -> bool:
+    """Whether a grouped GEMM has weights and activations of 8 bits of this scheme."""
+    from octavo.kernels.int8.gpu.gemm import MAX_COLUMNS
+
+    weight, activation = scheme.weight, scheme.activation
+    if scheme == PRESETS["W8A8"]:
+        return columns <= MAX_COLUMNS
+    if activation is None or weight.dtype != "fp8_e4m3" or not activation.dynamic or capability < FP8_CAPABILITY:
+        return False
+    by_row = weight.granularity == CHANNEL and activation.granularity == CHANNEL
+    return by_row or (weight.granularity.block == (128, 128) and activation.granularity.group_size == 128)
 
 
 def _few_bits(experts: list[QuantizedWeight], device: torch.device) -> Any | None:

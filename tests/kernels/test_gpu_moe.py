@@ -111,8 +111,10 @@ def by_pairs(x: Tensor, weight: Tensor, chosen: Tensor) -> Tensor:
 def loose(k: int, kind: str, device: torch.device) -> float:
     """Of the sum of their sizes, what k exact products are off by in float32 in any order, with three factors.
 
-    A GPU's e4m3 sums keep 14 bits of each BLOCK_K columns.
+    A GPU's e4m3 sums keep 14 bits of each BLOCK_K columns. Those of int8 are exact until they are float32.
     """
+    if kind == "int8":
+        return 5 * 2**-24
     return (k + 4) * 2**-24 + (2**-12 if kind.startswith("fp8") and device.type == "cuda" else 0)
 
 
@@ -123,7 +125,7 @@ TILES = [(16, 64, 4), (64, 128, 4)]  # both ways round
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(("block_m", "block_n", "warps"), TILES)
-@pytest.mark.parametrize("kind", ["bf16", "fp16", "fp8", "fp8 blocks"])
+@pytest.mark.parametrize("kind", ["bf16", "fp16", "fp8", "fp8 blocks", "int8"])
 def test_grouped_gemm(
     shape: tuple[int, int, int, int, int], block_m: int, block_n: int, warps: int, kind: str, device: torch.device
 ) -> None:
@@ -133,11 +135,14 @@ def test_grouped_gemm(
     w[-1] = torch.nan  # nobody's
     router = random(num_tokens, top_k, seed=6, device=device)
     scales: dict[str, Tensor | bool] = {}
-    if kind.startswith("fp8"):
+    if kind.startswith("fp8") or kind == "int8":
         x, w = ((t.clamp(-3, 3) * 100).to(torch.float8_e4m3fn) for t in (x, w))
+        if kind == "int8":
+            x, w = ((t.float().nan_to_num(1.0) * 0.42).round().to(torch.int8) for t in (x, w))
         rows = (num_experts, -(-n // 128), -(-k // 128)) if kind == "fp8 blocks" else (num_experts, n)
         x_scale = random(num_tokens, -(-k // 128) if kind == "fp8 blocks" else 1, seed=7, device=device).exp()
         w_scale = random(*rows, seed=8, device=device).exp() / 1e4
+        w_scale[-1] = torch.nan
         scales = {"x_scale": x_scale, "w_scale": w_scale, "blocks": kind == "fp8 blocks"}
         wide = x_scale.repeat_interleave(128, 1)[:, :k] if kind == "fp8 blocks" else x_scale
         tall = (
@@ -220,6 +225,10 @@ def experts(
         return packed, packed.unpack().double()
     if kind == "bf16":
         return fused.Experts(w.bfloat16()), w.bfloat16().double()
+    if kind == "int8":
+        scale = w.abs().amax(-1) / 127
+        codes = (w / scale[..., None]).round().to(torch.int8)
+        return fused.Experts(codes, scale), codes.double() * scale[..., None]
     if kind == "fp8":
         scale = w.abs().amax(-1) / 448
         codes = (w / scale[..., None]).to(torch.float8_e4m3fn)
@@ -248,12 +257,14 @@ def product(x: Tensor, weight: Tensor, chosen: Tensor, share: float) -> Tensor:
     return by_pairs(middle, weight, chosen) + torch.stack([-off, off])
 
 
-def e4m3(x: Tensor, group_size: int) -> Tensor:
-    """Codes times their scale, the largest size / 448 in group_size columns of what lies between x's ends."""
+def coded(x: Tensor, group_size: int, kind: str) -> Tensor:
+    """Codes times their scale, the largest size / 448 or, of int8, / 127.5 in group_size columns between x's ends."""
+    most = 127.5 if kind == "int8" else 448
     groups = F.pad(x, (0, -x.shape[-1] % group_size)).unflatten(-1, (-1, group_size))
     sizes = torch.stack([torch.maximum(groups[0], -groups[1]).clamp_min(0), torch.maximum(-groups[0], groups[1])])
-    scale = (sizes.amax(-1, keepdim=True) / 448).float().double()
-    codes = span(*(v / s for v in groups for s in scale)).clamp(-448, 448).to(torch.float8_e4m3fn)
+    scale = (sizes.amax(-1, keepdim=True) / most).float().double()
+    codes = span(*(v / s for v in groups for s in scale)).float()
+    codes = codes.round().clamp(-128, 127) if kind == "int8" else codes.clamp(-448, 448).to(torch.float8_e4m3fn)
     return times(codes.double(), scale).flatten(-2)[..., : x.shape[-1]]
 
 
@@ -264,7 +275,7 @@ def silu(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 7])
-@pytest.mark.parametrize("kind", ["bf16", "fp8", "fp8 blocks", "int4"])
+@pytest.mark.parametrize("kind", ["bf16", "fp8", "fp8 blocks", "int8", "int4"])
 @pytest.mark.parametrize("shared", [0, 3])
 def test_the_whole_way(kind: str, num_tokens: int, shared: int, device: torch.device) -> None:
     """Between two ends, which part by what a kernel may be off and are rounded where it rounds.
@@ -284,8 +295,8 @@ def test_the_whole_way(kind: str, num_tokens: int, shared: int, device: torch.de
         return
 
     def rounded(t: Tensor) -> Tensor:
-        if kind.startswith("fp8"):
-            return e4m3(t, 128 if kind == "fp8 blocks" else t.shape[-1])
+        if kind.startswith("fp8") or kind == "int8":
+            return coded(t, 128 if kind == "fp8 blocks" else t.shape[-1], kind)
         return t.bfloat16().double()
 
     def rounded_acts(t: Tensor) -> Tensor:

@@ -36,7 +36,8 @@ from octavo.kernels.rounded import Hidden, Rounded, Rounding
 
 @dataclass(frozen=True)
 class Experts:
-    """Weights [E, N, K] of bf16 or fp16, or of e4m3 with float32 scales: [E, N], or of blocks [E, N / 128, K / 128]."""
+    """Weights [E, N, K] of bf16 or fp16, or with float32 scales: [E, N] of e4m3 or int8, of blocks of e4m3 [E, N / 128,
+    K / 128]."""
 
     weight: Tensor
     scale: Tensor | None = None
@@ -53,6 +54,8 @@ class Experts:
 
 
 Weights = Experts | PackedExperts
+CODES = {"fp8": torch.float8_e4m3fn, "fp8 blocks": torch.float8_e4m3fn, "int8": torch.int8}
+"""What the GEMMs of some weights read, each with a scale of its row, or of 128 columns of it."""
 
 
 @triton.jit
@@ -84,7 +87,7 @@ def launches(
 
     x        [T, H] bf16 or fp16, or rounded as `wants` has it
     router   [E, H] of x's type, or float32
-    gate_up  [E, 2 I, H], down [E, H, I]: both plain, both e4m3, or both of 4 bits
+    gate_up  [E, 2 I, H], down [E, H, I]: both plain, both e4m3, both int8, or both of 4 bits
     results  [T * top_k, H] of x's type: what each of a token's experts gives it, times its weight
     shared   how many more experts, slices of a shared one: then router [E + 1, H], gate_up [E + shared, 2 I, H], down
              [E + shared, H, I], results [T * (top_k + shared), H]
@@ -103,13 +106,13 @@ def launches(
     between = results.new_empty(num_pairs, width)
     acted, acted_scale = _rows(results, num_pairs, width // 2, kind)
     steps = [*routing(plain, router, chosen, weights, pairs, normalize=normalize, shared=shared)]
-    if kind.startswith("fp8") and isinstance(x, Tensor):
+    if kind in CODES and isinstance(x, Tensor):
         codes, x_scale = _rows(x, num_tokens, hidden, kind)
         assert x_scale is not None
         steps.append(quantize(x, codes, x_scale, group_size=group_size))
         x = Rounded(codes, x_scale)
     first, first_scale = (x.codes, x.scale) if isinstance(x, Rounded) else (x, None)
-    if kind == "fp8" and shared > 1:
+    if kind in CODES and not group_size and shared > 1:
         assert acted_scale is not None
         activation = silu_and_mul_slices(between, acted, acted_scale, top_k, shared)
     else:
@@ -125,23 +128,25 @@ def launches(
 def wants(gate_up: Weights) -> Rounding | None:
     """How experts take what they read, if the norm before rounds it: the router reads it, too."""
     kind = _kind(gate_up)
-    if not kind.startswith("fp8"):
+    if kind not in CODES:
         return None
-    return Rounding(torch.float8_e4m3fn, BLOCK if kind == "fp8 blocks" else 0, keeps_plain=True)
+    return Rounding(CODES[kind], BLOCK if kind == "fp8 blocks" else 0, keeps_plain=True)
 
 
 def _kind(weights: Weights) -> str:
     if isinstance(weights, PackedExperts):
         return "int4"
-    return "bf16" if weights.scale is None else "fp8 blocks" if weights.blocks else "fp8"
+    if weights.scale is None:
+        return "bf16"
+    return "int8" if weights.weight.dtype == torch.int8 else "fp8 blocks" if weights.blocks else "fp8"
 
 
 def _rows(x: Tensor, rows: int, columns: int, kind: str) -> tuple[Tensor, Tensor | None]:
     """Memory for what a GEMM reads, and its scales if it has any."""
-    if not kind.startswith("fp8"):
+    if kind not in CODES:
         return x.new_empty(rows, columns), None
     groups = cdiv(columns, BLOCK) if kind == "fp8 blocks" else 1
-    codes = torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=x.device)
+    codes = torch.empty(rows, columns, dtype=CODES[kind], device=x.device)
     return codes, torch.empty(rows, groups, dtype=torch.float32, device=x.device)
 
 

@@ -1,4 +1,4 @@
-"""Triton body of grouped GEMMs: each pair of token and expert times its expert's weight, in bf16, fp16 or e4m3.
+"""Triton body of grouped GEMMs: each pair of token and expert times its expert's weight, in bf16, fp16, e4m3 or int8.
 
 out[pair] = x[pair // divisor] @ w[expert]^T (* x_scale * w_scale) (* router[pair]), for pairs as `route.align` sorts
 them: x has a row for each token (divisor = top_k: the first GEMM) or for each pair (1: the second). A program has
@@ -8,10 +8,10 @@ and the pairs its columns (acc [N, M]), as in `fp8.gpu.few`: 64 rows is the leas
 Programs are fixed in number, and one whose tile isn't used ends at once: an expert without tokens is never read. Tiles
 of sorted pairs go through the weight GROUP_M at a time, so that both stay in the L2 cache.
 
-e4m3 codes have a scale for each row of x and of the weight, or for each 1 x 128 and 128 x 128 of them. Sums of them are
-added to a float32 accumulator each BLOCK_K columns, as the tensor core's own keeps some 14 bits.
-Reference: `moe.reference.grouped`. Limit: the bytes of the experts that are hit, over 3.0 TB/s on an H100; with many
-tokens 2 * pairs * N * K operations over 989 T/s (bf16) or 1979 T/s (e4m3).
+Codes have a scale for each row of x and of the weight, or for each 1 x 128 and 128 x 128 of e4m3. Sums of e4m3 are
+added to a float32 accumulator each BLOCK_K columns, as the tensor core's own keeps some 14 bits; those of int8 are
+exact in int32. Reference: `moe.reference.grouped`. Limit: the bytes of the experts that are hit, over 3.0 TB/s on an
+H100; with many tokens 2 * pairs * N * K operations over 989 T/s (bf16) or 1979 T/s (8 bits).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels.expect import expect, refuse
+from octavo.kernels.fp8.gpu.few import multiply
 from octavo.kernels.launch import Launch, Proof, cdiv, meta
 from octavo.kernels.moe.gpu.route import Aligned, expect_aligned, unaligned
 from octavo.kernels.numeric import dot, narrow
@@ -83,7 +84,8 @@ def _grouped(
     if SCALES == "blocks":
         groups = tl.cdiv(K, BLOCK_K)
         w_scale += (expert * tl.cdiv(N, 128) + first_n // 128) * groups
-    acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
+    sums: tl.constexpr = tl.int32 if w.dtype.element_ty == tl.int8 else tl.float32
+    acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), sums)
     for at in range(0, K, BLOCK_K):
         seen = (k < K - at)[None, :]
         a = tl.load(x_at + at, mask=seen, other=0.0)
@@ -92,16 +94,17 @@ def _grouped(
             step = tl.load(x_scale + at // BLOCK_K * x_scale_group) * tl.load(w_scale + at // BLOCK_K)
             acc += dot(b, a.T) * step[None, :] if SWAP else dot(a, b.T) * step[:, None]
         elif SCALES == "rows":
-            acc += dot(b, a.T) if SWAP else dot(a, b.T)
+            acc = multiply(b, a.T, acc, True) if SWAP else multiply(a, b.T, acc, True)
         else:
             acc = dot(b, a.T, acc) if SWAP else dot(a, b.T, acc)
+    total = acc.to(tl.float32)
     if SCALES == "rows":
         step, rows = tl.load(x_scale), tl.load(w_scale + expert * N + n)
-        acc *= rows[:, None] * step[None, :] if SWAP else rows[None, :] * step[:, None]
+        total *= rows[:, None] * step[None, :] if SWAP else rows[None, :] * step[:, None]
     if HAS_ROUTER:
         weight = tl.load(router + pair, mask=real, other=0.0)
-        acc *= weight[None, :] if SWAP else weight[:, None]
-    store(acc, out, pair, real, first_n, N, SWAP, BLOCK_N)
+        total *= weight[None, :] if SWAP else weight[:, None]
+    store(total, out, pair, real, first_n, N, SWAP, BLOCK_N)
 
 
 def expect_pairs(
@@ -143,14 +146,14 @@ def grouped(
 
     divisor  pairs for each row of x
     router   [T, top_k] float32, multiplied to each pair's row
-    x_scale  where x and w are e4m3: float32 [rows, 1]; of blocks [rows, ceil(K / 128)], in any order of memory
+    x_scale  where x and w are e4m3 or int8: float32 [rows, 1]; of blocks [rows, ceil(K / 128)], in any order of memory
     w_scale  float32 [E, N]; of blocks [E, ceil(N / 128), ceil(K / 128)]
     """
     num_pairs, block_m = out.shape[0], pairs.block_m
     n, k = expect_pairs(x, w.shape, pairs, out, divisor, router)
-    if (x_scale is None) != (w_scale is None) or (x_scale is None) != (x.dtype != torch.float8_e4m3fn):
+    if x.dtype != w.dtype or (x_scale is None) != (w_scale is None) or (x_scale is None) == (x.element_size() == 1):
         raise ValueError(f"a grouped GEMM of {x.dtype} with{'out' if x_scale is None else ''} scales")
-    if blocks and (BLOCK % block_n or block_k != BLOCK):
+    if blocks and (BLOCK % block_n or block_k != BLOCK or x.dtype != torch.float8_e4m3fn):
         raise ValueError(f"{block_n} x {block_k} codes cross blocks of {BLOCK}")
     _expect_weight(x, w, x_scale, w_scale, blocks)
     num_tiles = len(pairs.tile_expert)
@@ -178,22 +181,23 @@ def proofs() -> dict[str, Proof]:
     fp8, num_experts, n, k, num_pairs = torch.float8_e4m3fn, 8, 4096, 14336, 512
     for block_m, block_n, warps, stages in ((16, 64, 4, 5), (32, 128, 4, 4), (64, 128, 4, 3), (128, 128, 8, 3)):
         pairs, router = unaligned(num_pairs, num_experts, block_m, "meta"), meta(256, 2)
-        for kind, dtype in {"bf16": torch.bfloat16, "fp8": fp8, "fp8 blocks": fp8}.items():
-            if (kind, block_m) in (("bf16", 32), ("bf16", 64), ("fp8", 64), ("fp8 blocks", 32)):  # as the others
+        for kind, dtype in {"bf16": torch.bfloat16, "fp8": fp8, "fp8 blocks": fp8, "int8": torch.int8}.items():
+            alike = (("bf16", 32), ("bf16", 64), ("fp8", 64), ("fp8 blocks", 32), ("int8", 32), ("int8", 64))
+            if (kind, block_m) in alike:
                 continue
             x, w, out = meta(num_pairs, k, dtype=dtype), meta(num_experts, n, k, dtype=dtype), meta(num_pairs, n)
             out = out.to(torch.bfloat16)
             x_scale = w_scale = None
-            if dtype == fp8:
+            if dtype != torch.bfloat16:
                 in_blocks = kind == "fp8 blocks"
                 x_scale = meta(k // 128, num_pairs).T if in_blocks else meta(num_pairs, 1)
                 w_scale = meta(num_experts, n // 128, k // 128) if in_blocks else meta(num_experts, n)
-            more = {"block_n": block_n, "block_k": 128 if dtype == fp8 else 64, "num_stages": stages}
+            more = {"block_n": block_n, "block_k": 64 if dtype == torch.bfloat16 else 128, "num_stages": stages}
             launch = grouped(
                 x, w, pairs, out, divisor=1, router=router, x_scale=x_scale, w_scale=w_scale,
                 blocks=kind == "fp8 blocks", num_warps=warps, **more,
             )  # fmt: skip
             columns = block_m if block_m <= SWAPPED else block_n
-            op = rf"QGMMA\.64x{columns}x32" if dtype == fp8 else rf"HGMMA\.64x{columns}x16"
+            op = {fp8: "QGMMA", torch.int8: "IGMMA"}.get(dtype, "HGMMA") + rf"\.64x{columns}x"
             made[f"{kind} {block_m} x {block_n}"] = Proof(launch, (op, r"LDGSTS\.E\.BYPASS.*128"), ("HMMA",))
     return made

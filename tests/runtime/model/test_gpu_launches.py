@@ -117,6 +117,7 @@ def of_a_layer(
         ("olmo2", "FP8_DYNAMIC", 8),
         ("mixtral", "W4A16@32", 9),
         ("mixtral", "FP8_DYNAMIC", 9),
+        ("mixtral", "W8A8", 9),
         ("olmoe", "FP8_DYNAMIC", 9),
         ("olmoe", "W4A16@32", 9),
         ("qwen2_moe", "FP8_DYNAMIC", 9),
