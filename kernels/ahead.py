@@ -51,6 +51,7 @@ ROOMS = (  # modules that have `proofs() -> dict[str, Proof]`
     "fp8.gpu.few",
     "fp8.gpu.many",
     "int8.gpu.weights",
+    "moe.gpu.columns",
     "moe.gpu.fused",
     "moe.gpu.grouped",
     "moe.gpu.int4",

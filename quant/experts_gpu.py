@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from octavo.kernels.int4.reference import group_of_column
 from octavo.kernels.rounded import Rounding
 from octavo.quant.body import tensors_of
 from octavo.quant.linear import join_parts
@@ -42,12 +43,16 @@ class Stacked:
 def stack_experts(
     experts: list[tuple[list[Weight], Weight]], dtype: torch.dtype, device: torch.device, capability: int
 ) -> Stacked | None:
-    """Each expert's [gate, up] and down; None where no grouped GEMM has their scheme, or they have several."""
-    joined: list[list[Weight | None]] = [[join_parts(gate_up) for gate_up, _ in experts], [down for _, down in experts]]
-    schemes = {_scheme(weight, dtype) for way in joined for weight in way}
-    if len(schemes) != 1 or None in schemes:
+    """Each expert's [gate, up] and down; None where no grouped GEMM has their scheme, or they have several.
+
+    Nor has one a down with act-order, which `sort_inner` has undone before.
+    """
+    gate_ups, downs = [join_parts(gate_up) for gate_up, _ in experts], [down for _, down in experts]
+    schemes = {_scheme(weight, dtype) for weight in (*gate_ups, *downs)}
+    if len(schemes) != 1 or None in schemes or any(_has_act_order(down) for down in downs):
         return None
-    gate_up, down = (_stack([w for w in way if w is not None], dtype, device, capability) for way in joined)
+    ways = [weight for weight in gate_ups if weight is not None], downs
+    gate_up, down = (_stack(way, dtype, device, capability) for way in ways)
     return None if gate_up is None or down is None else Stacked(gate_up, down, str(schemes.pop()))
 
 
@@ -57,19 +62,23 @@ def slices(gate_up: list[Weight], down: Weight, width: int) -> list[tuple[list[W
     None where its own isn't a multiple of width, or where scales don't end there.
     """
     count, rest = divmod(down.shape[1], width)
-    if rest or not all(_can_cut(weight, width) for weight in (*gate_up, down)):
+    if rest or not all(_ends_at(part, 0, width) for part in gate_up) or not _ends_at(down, 1, width):
         return None
     edges = [(i * width, (i + 1) * width) for i in range(count)]
     return [([_rows(part, *edge) for part in gate_up], _columns(down, *edge)) for edge in edges]
 
 
-def _can_cut(weight: Weight, width: int) -> bool:
-    """Whether groups of columns, or blocks of both, end at multiples of width."""
+def _ends_at(weight: Weight, dim: int, width: int) -> bool:
+    """Whether what shares a scale ends at multiples of width along a dimension."""
     if isinstance(weight, Tensor):
         return True
     granularity = weight.scheme.weight.granularity
-    sides = granularity.block or (granularity.group_size or 1,)
-    return weight.g_idx is None and all(width % side == 0 for side in sides)
+    sides = granularity.block or (1, granularity.group_size or 1)
+    return width % sides[dim] == 0 and (dim == 0 or not _has_act_order(weight))
+
+
+def _has_act_order(weight: Weight) -> bool:
+    return isinstance(weight, QuantizedWeight) and weight.g_idx is not None
 
 
 def _rows(weight: Weight, begin: int, stop: int) -> Weight:
@@ -81,7 +90,7 @@ def _columns(weight: Weight, begin: int, stop: int) -> Weight:
 
 
 def _scheme(weight: Weight | None, dtype: torch.dtype) -> str | None:
-    if weight is None or (isinstance(weight, QuantizedWeight) and weight.g_idx is not None):
+    if weight is None:
         return None
     return str(weight.scheme) if isinstance(weight, QuantizedWeight) else str(dtype).removeprefix("torch.")
 
@@ -127,4 +136,8 @@ def _few_bits(experts: list[QuantizedWeight], device: torch.device) -> Any | Non
         return None
     codes, scale = (torch.stack([getattr(e, name) for e in experts]).to(device) for name in ("codes", "scale"))
     zeros = [e.zero_point for e in experts if e.zero_point is not None]
-    return pack(codes, scale, torch.stack(zeros).to(device) if zeros else None, size)
+    in_order = group_of_column(k, size)
+    g_idx = torch.stack([in_order if e.g_idx is None else e.g_idx.cpu().long() for e in experts])
+    if not torch.equal(g_idx.sort(dim=1)[0], in_order.expand_as(g_idx)):  # groups of other sizes
+        return None
+    return pack(codes, scale, torch.stack(zeros).to(device) if zeros else None, size, g_idx.to(device))

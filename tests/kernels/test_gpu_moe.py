@@ -12,6 +12,7 @@ from octavo.kernels.fused.gpu.activation import silu_and_mul
 from octavo.kernels.int4 import reference as int4
 from octavo.kernels.moe import reference
 from octavo.kernels.moe.gpu import fused, route
+from octavo.kernels.moe.gpu.columns import of_pairs
 from octavo.kernels.moe.gpu.grouped import grouped
 from octavo.kernels.moe.gpu.int4 import grouped_int4, pack
 from octavo.kernels.moe.gpu.slices import silu_and_mul_slices
@@ -209,6 +210,41 @@ def test_grouped_int4_gemm(
     assert bool(((out.double() - expected).abs() <= magnitude * loose(k, "int4", device)).all())
 
 
+@pytest.mark.parametrize(("group_size", "k"), [(32, 200), (64, 192), (128, 300), (300, 300)])
+def test_experts_with_act_order_are_the_experts(group_size: int, k: int) -> None:
+    """Each in an order of its own, the last groups short; what is packed unpacks to it."""
+    num_experts, n, groups = 3, 8, -(-k // group_size)
+    generator = torch.Generator().manual_seed(21)
+    codes = torch.randint(-8, 8, (num_experts, n, k), generator=generator).to(torch.int8)
+    scale = torch.rand(num_experts, n, groups, generator=generator) + 0.5
+    zero = torch.randint(-8, 8, (num_experts, n, groups), generator=generator).to(torch.int8)
+    g_idx = torch.stack([torch.randperm(k, generator=generator) // group_size for _ in range(num_experts)])
+    for zeros in (zero, None):
+        packed = pack(codes, scale, zeros, group_size, g_idx)
+        assert (packed.order is None) == (groups == 1)
+        for e, own in enumerate(packed.unpack()):
+            expected = int4.dequantize(codes[e], scale[e], None if zeros is None else zeros[e], g_idx[e])
+            assert torch.equal(own, expected)
+    assert pack(codes, scale, None, group_size, g_idx.sort(dim=1)[0]).order is None
+    if groups > 1:
+        g_idx[1, 0] = g_idx[1, 0] ^ 1
+        with pytest.raises(ValueError, match=f"haven't {group_size} columns"):
+            pack(codes, scale, None, group_size, g_idx)
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 4, 200), (5, 3, 6, 4100)], ids=str)
+def test_columns_of_pairs(shape: tuple[int, int, int, int], device: torch.device) -> None:
+    num_tokens, each, num_experts, columns = shape
+    generator = torch.Generator().manual_seed(22)
+    x = random(num_tokens, columns, seed=23, device=device).bfloat16()
+    order = torch.stack([torch.randperm(columns, generator=generator) for _ in range(num_experts)]).int().to(device)
+    chosen = torch.randint(0, num_experts, (num_tokens, each), generator=generator).int().to(device)
+    out = poisoned(num_tokens * each, columns, dtype=torch.bfloat16, device=device)
+    of_pairs(x, order, chosen, out)()
+    expected = [x[t][order[e].long()] for t, experts_of in enumerate(chosen.tolist()) for e in experts_of]
+    assert torch.equal(out, torch.stack(expected))
+
+
 def test_groups_that_cross_tiles_are_refused() -> None:
     with pytest.raises(ValueError, match="cross tiles"):
         pack(torch.zeros(1, 8, 96, dtype=torch.int8), torch.ones(1, 8, 2), None, 48)
@@ -219,9 +255,13 @@ def experts(
 ) -> tuple[fused.Weights, Tensor]:
     """Weights [E, N, K] in a form, and what they are in float64."""
     w = random(num_experts, n, k, seed=seed, device=device) / k**0.5
-    if kind == "int4":
+    if kind.startswith("int4"):
         scale = w.view(num_experts, n, -1, 64).abs().amax(-1) / 7
-        packed = pack((w / scale.repeat_interleave(64, 2)).round().to(torch.int8), scale, None, 64)
+        groups = None
+        if kind == "int4, act-order":
+            shares = torch.rand(num_experts, k, generator=torch.Generator().manual_seed(seed))
+            groups = shares.argsort(1).to(device) // 64
+        packed = pack((w / scale.repeat_interleave(64, 2)).round().to(torch.int8), scale, None, 64, groups)
         return packed, packed.unpack().double()
     if kind == "bf16":
         return fused.Experts(w.bfloat16()), w.bfloat16().double()
@@ -275,7 +315,7 @@ def silu(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 7])
-@pytest.mark.parametrize("kind", ["bf16", "fp8", "fp8 blocks", "int8", "int4"])
+@pytest.mark.parametrize("kind", ["bf16", "fp8", "fp8 blocks", "int8", "int4", "int4, act-order"])
 @pytest.mark.parametrize("shared", [0, 3])
 def test_the_whole_way(kind: str, num_tokens: int, shared: int, device: torch.device) -> None:
     """Between two ends, which part by what a kernel may be off and are rounded where it rounds.
@@ -285,7 +325,7 @@ def test_the_whole_way(kind: str, num_tokens: int, shared: int, device: torch.de
     """
     num_experts, hidden, width, top_k = 6, 192, 128, 2
     gate_up, true_gate_up = experts(kind, num_experts + shared, 2 * width, hidden, 13, device)
-    down, true_down = experts(kind, num_experts + shared, hidden, width, 14, device)
+    down, true_down = experts(kind.split(",")[0], num_experts + shared, hidden, width, 14, device)
     x = random(num_tokens, hidden, seed=15, device=device).bfloat16()
     router = (random(num_experts + min(shared, 1), hidden, seed=16, device=device) / hidden**0.5).bfloat16()
     out = fused.fused_moe(x, router, top_k, gate_up, down, normalize=True, shared=shared)
@@ -354,3 +394,7 @@ def test_what_does_not_go_together_is_refused(device: torch.device) -> None:
     x = torch.ones(1, 32, device=device).bfloat16()
     with pytest.raises(ValueError, match="gate_up bf16"):
         fused.launches(x, x.expand(2, 32), 1, bf16, other, x, normalize=True)
+    packed, moved = (experts(kind, 2, n, 128, 19, device)[0] for kind, n in (("int4", 256), ("int4, act-order", 128)))
+    x = torch.ones(1, 128, device=device).bfloat16()
+    with pytest.raises(ValueError, match="down has act-order"):
+        fused.launches(x, x.expand(2, 128), 1, packed, moved, x, normalize=True)

@@ -37,6 +37,7 @@ from octavo.kernels.int8.gpu import gemm as int8
 from octavo.kernels.int8.gpu import weights as w8a16
 from octavo.kernels.moe.gpu import fused, route
 from octavo.kernels.moe.gpu import int4 as experts
+from octavo.kernels.moe.gpu.columns import of_pairs
 from octavo.kernels.moe.gpu.grouped import grouped
 from octavo.kernels.moe.gpu.router import router
 from octavo.kernels.moe.gpu.slices import silu_and_mul_slices
@@ -182,6 +183,11 @@ CASES = {
             "marks": of(M, EXPERTS + 2, dtype=INT32), "counters": of(2, dtype=INT32),
             "chosen": of(M, 3, dtype=INT32), "weights": of(M, 3), "order": MORE.order, "tile_expert": MORE.tile_expert,
         },
+        "x size, chosen size",
+    ),
+    "columns of pairs": Case(
+        of_pairs,
+        {"x": ROWS, "order": of(EXPERTS, K, dtype=INT32), "chosen": of(M, 2, dtype=INT32), "out": of(2 * M, K)},
         "x size, chosen size",
     ),
     "slices": Case(

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-SAME_INPUT = re.compile(r"\.(?:[qkv]|gate|up)_proj\.")
+SAME_INPUT = re.compile(r"\.(?:(?:[qkv]|gate|up)_proj|w1|w3)\.")
 
 
 def shuffle_groups(directory: Path) -> None:

@@ -24,6 +24,7 @@ from octavo.kernels.expect import expect
 from octavo.kernels.fp8.gpu.quantize import quantize
 from octavo.kernels.fused.gpu.activation import silu_and_mul
 from octavo.kernels.launch import Launch, Proof, cdiv
+from octavo.kernels.moe.gpu.columns import of_pairs
 from octavo.kernels.moe.gpu.grouped import BLOCK, grouped
 from octavo.kernels.moe.gpu.int4 import PackedExperts, grouped_int4
 from octavo.kernels.moe.gpu.route import Aligned, unaligned
@@ -96,6 +97,8 @@ def launches(
     num_tokens = plain.shape[0]
     if kind != _kind(down) or down.shape != (num_experts, hidden, width // 2) or plain.shape[1] != hidden:
         raise ValueError(f"x {list(plain.shape)}, gate_up {kind} {gate_up.shape} and down {_kind(down)} {down.shape}")
+    if _order(down) is not None:
+        raise ValueError("down has act-order: gate and up are to make its columns in the order of its groups")
     expect(router=(router, (num_experts - max(shared - 1, 0), hidden)))
     each = top_k + shared
     num_pairs, group_size = num_tokens * each, BLOCK if kind == "fp8 blocks" else 0
@@ -106,12 +109,7 @@ def launches(
     between = results.new_empty(num_pairs, width)
     acted, acted_scale = _rows(results, num_pairs, width // 2, kind)
     steps = [*routing(plain, router, chosen, weights, pairs, normalize=normalize, shared=shared)]
-    if kind in CODES and isinstance(x, Tensor):
-        codes, x_scale = _rows(x, num_tokens, hidden, kind)
-        assert x_scale is not None
-        steps.append(quantize(x, codes, x_scale, group_size=group_size))
-        x = Rounded(codes, x_scale)
-    first, first_scale = (x.codes, x.scale) if isinstance(x, Rounded) else (x, None)
+    first, first_scale, divisor = _first(x, gate_up, chosen, group_size, steps)
     if kind in CODES and not group_size and shared > 1:
         assert acted_scale is not None
         activation = silu_and_mul_slices(between, acted, acted_scale, top_k, shared)
@@ -119,10 +117,31 @@ def launches(
         activation = silu_and_mul(between, acted, scale=acted_scale, group_size=group_size)
     return (
         *steps,
-        _gemm(first, first_scale, gate_up, pairs, between, each, None, size),
+        _gemm(first, first_scale, gate_up, pairs, between, divisor, None, size),
         activation,
         _gemm(acted, acted_scale, down, pairs, results, 1, weights, size),
     )
+
+
+def _first(
+    x: Hidden, gate_up: Weights, chosen: Tensor, group_size: int, steps: list[Launch]
+) -> tuple[Tensor, Tensor | None, int]:
+    """What the first GEMM reads, its scales, and the pairs that share a row of it; what makes it joins the steps."""
+    kind, order, (num_tokens, each) = _kind(gate_up), _order(gate_up), chosen.shape
+    if isinstance(x, Tensor) and order is not None:
+        moved = x.new_empty(num_tokens * each, x.shape[1])
+        steps.append(of_pairs(x, order, chosen, moved))
+        return moved, None, 1
+    if isinstance(x, Tensor) and kind in CODES:
+        codes, scale = _rows(x, num_tokens, x.shape[1], kind)
+        assert scale is not None
+        steps.append(quantize(x, codes, scale, group_size=group_size))
+        x = Rounded(codes, scale)
+    return (*((x.codes, x.scale) if isinstance(x, Rounded) else (x, None)), each)
+
+
+def _order(weights: Weights) -> Tensor | None:
+    return weights.order if isinstance(weights, PackedExperts) else None
 
 
 def wants(gate_up: Weights) -> Rounding | None:

@@ -37,6 +37,7 @@ class PackedExperts:
     zero   None when symmetric, else [E, groups, N] float32: the zero points as fields, 0..16
     share  columns that share a scale: 32, 64 or a multiple of 128
     k      columns
+    order  None, or [E, k] int32: which column of the weight, and so of a token, each expert has at a place (act-order)
     """
 
     words: Tensor
@@ -44,14 +45,16 @@ class PackedExperts:
     zero: Tensor | None
     share: int
     k: int
+    order: Tensor | None = None
 
     def __post_init__(self) -> None:
         e, n, _ = self.shape
         tiles = cdiv(self.k, packing.TILE)
         groups = tiles * (packing.TILE // self.share) if self.share < packing.TILE else cdiv(self.k, self.share)
         expect(
-            words=(self.words, (e, tiles, n, 32)), scale=(self.scale, (e, groups, n)), zero=(self.zero, (e, groups, n))
-        )
+            words=(self.words, (e, tiles, n, 32)), scale=(self.scale, (e, groups, n)), zero=(self.zero, (e, groups, n)),
+            order=(self.order, (e, self.k)),
+        )  # fmt: skip
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -64,13 +67,19 @@ class PackedExperts:
         fields = torch.stack(slices, 3).permute(0, 2, 1, 3, 4).flatten(2)[:, :, : self.k].float()  # [E, N, K]
         group = torch.arange(self.k, device=fields.device) // self.share
         zero = 8.0 if self.zero is None else self.zero[:, group].mT
-        return (fields - zero) * self.scale[:, group].mT
+        weights = (fields - zero) * self.scale[:, group].mT
+        if self.order is None:
+            return weights
+        return torch.empty_like(weights).scatter_(2, self.order.long()[:, None].expand_as(weights), weights)
 
 
-def pack(codes: Tensor, scale: Tensor, zero_point: Tensor | None, group_size: int) -> PackedExperts:
+def pack(
+    codes: Tensor, scale: Tensor, zero_point: Tensor | None, group_size: int, g_idx: Tensor | None = None
+) -> PackedExperts:
     """Lay out codes [E, N, K] int8, -8..7, with scale and zero_point [E, N, G] of groups of group_size columns.
 
     group_size  32, 64 or a multiple of 128, or K; the last group may be short
+    g_idx       [E, K]: the group of each column, if they aren't in order; each group has group_size columns, as above
     """
     num_experts, n, k = codes.shape
     groups = (num_experts, n, cdiv(k, group_size))
@@ -80,6 +89,9 @@ def pack(codes: Tensor, scale: Tensor, zero_point: Tensor | None, group_size: in
     share = cdiv(k, packing.TILE) * packing.TILE if group_size >= k else group_size
     if share not in (32, 64) and share % packing.TILE:
         raise ValueError(f"groups of {group_size} columns cross tiles of {packing.TILE}")
+    order = None if g_idx is None else _order(g_idx, group_size)
+    if order is not None:
+        codes = codes.gather(2, order.long()[:, None].expand_as(codes))
     one = codes.new_zeros(k, dtype=torch.int64)
     words = [packing.pack(e, scale.new_ones(e.shape[0], 1), None, one).words for e in codes]
     tiles = cdiv(k, packing.TILE)
@@ -91,7 +103,16 @@ def pack(codes: Tensor, scale: Tensor, zero_point: Tensor | None, group_size: in
         return out
 
     zero = None if zero_point is None else by_group(zero_point.float() + 8)
-    return PackedExperts(torch.stack(words), by_group(scale), zero, share, k)
+    return PackedExperts(torch.stack(words), by_group(scale), zero, share, k, order)
+
+
+def _order(g_idx: Tensor, group_size: int) -> Tensor | None:
+    """Columns group after group, [E, K] int32; None where they stand so."""
+    sizes, order = g_idx.long().sort(dim=1, stable=True)
+    in_order = torch.arange(g_idx.shape[1], device=g_idx.device)
+    if not bool((sizes == in_order // group_size).all()):
+        raise ValueError(f"groups that haven't {group_size} columns each")
+    return None if bool((order == in_order).all()) else order.int()
 
 
 @triton.jit

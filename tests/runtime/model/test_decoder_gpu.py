@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from hf_oracle import CASES, Sequences, make_hf, save, scattered_logits
+from shuffled import shuffle_groups
 from torch import Tensor
 from trimmed import whole
 
@@ -23,6 +24,7 @@ from octavo.runtime.config import EngineConfig
 from octavo.runtime.model import weights
 from octavo.runtime.model.decoder import Decoder
 from octavo.runtime.model.model import Model
+from octavo.runtime.model.moe import GroupedMoe
 from octavo.runtime.ops import REFERENCE
 from octavo.runtime.ops_gpu import make_ops
 
@@ -141,6 +143,20 @@ def test_experts_are_run_together(scheme: str, tmp_path: Path, monkeypatch: pyte
     assert isinstance(model, Decoder)
     assert model.can_be_captured
     assert "grouped by expert" in {body for _, _, body in model.report_layers()}
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
+def test_experts_with_act_order_are_run_together(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each in an order of its own."""
+    sizes = {"moe_intermediate_size": 64, "shared_expert_intermediate_size": 128} if name == "qwen2_moe" else {}
+    quantize_model(tiny(name, tmp_path / "plain", **sizes), tmp_path / "act", Recipe("W4A16@32", format="gptq"))
+    shuffle_groups(tmp_path / "act")
+    model = check(tmp_path / "act", monkeypatch)
+    assert isinstance(model, Decoder)
+    assert model.can_be_captured
+    mixture = next(layer.mlp for layer in model._layers if isinstance(layer.mlp, GroupedMoe))
+    assert mixture.experts.gate_up.order is not None
+    assert mixture.slices == (2 if sizes else 0)
 
 
 @pytest.mark.parametrize(

@@ -158,3 +158,5 @@ def test_act_order_takes_no_launch_more(tmp_path: Path, monkeypatch: pytest.Monk
     """Norms and attention put columns where the GEMMs have them; what down reads is made in the order of its groups."""
     found = of_a_layer("llama", Recipe("W4A16@32", format="gptq"), tmp_path, monkeypatch, act_order=True)
     assert found.total() == 8, found
+    found = of_a_layer("mixtral", Recipe("W4A16@32", format="gptq"), tmp_path / "mixture", monkeypatch, act_order=True)
+    assert found.total() == 10, found  # each expert has an order of its own, which the norm before doesn't know
