@@ -58,6 +58,7 @@ ROOMS = (  # modules that have `proofs() -> dict[str, Proof]`
     "moe.gpu.route",
     "moe.gpu.router",
     "moe.gpu.slices",
+    "moe.gpu.stored",
     "sampling.gpu.change",
     "sampling.gpu.draw",
 )

@@ -12,10 +12,10 @@ from torch import Tensor
 from octavo.kernels.int4.reference import group_of_column
 from octavo.kernels.rounded import Rounding
 from octavo.quant.body import tensors_of
-from octavo.quant.linear import join_parts
+from octavo.quant.linear import join_parts, per_channel
 from octavo.quant.linear_gpu import FP8_CAPABILITY
 from octavo.quant.qparams import QuantizedWeight
-from octavo.quant.scheme import CHANNEL, PRESETS, QuantScheme
+from octavo.quant.scheme import CHANNEL, PRESETS, TENSOR, QuantScheme
 
 Weight = QuantizedWeight | Tensor
 
@@ -47,7 +47,7 @@ def stack_experts(
 
     Nor has one a down with act-order, which `sort_inner` has undone before.
     """
-    gate_ups, downs = [join_parts(gate_up) for gate_up, _ in experts], [down for _, down in experts]
+    gate_ups, downs = [join_parts(gate_up) for gate_up, _ in experts], [per_channel(down) for _, down in experts]
     schemes = {_scheme(weight, dtype) for weight in (*gate_ups, *downs)}
     if len(schemes) != 1 or None in schemes or any(_has_act_order(down) for down in downs):
         return None
@@ -108,8 +108,15 @@ def _stack(experts: list[Weight], dtype: torch.dtype, device: torch.device, capa
     if not _multiplies(scheme, quantized[0].shape[1], capability):
         return None
     codes, scale = (torch.stack([getattr(e, name) for e in quantized]).to(device) for name in ("codes", "scale"))
-    by_row = scheme.weight.granularity == CHANNEL
-    return Experts(codes, scale.float().squeeze(2).contiguous() if by_row else scale.float().contiguous())
+    stored = None
+    if not scheme.activation.dynamic:
+        inputs = [e.input_scale for e in quantized if e.input_scale is not None]
+        if len(inputs) != len(quantized):  # make_linear says what is missing
+            return None
+        stored = torch.stack(inputs).flatten().to(device, torch.float32)
+    if scheme.weight.granularity == CHANNEL:
+        scale = scale.squeeze(2)
+    return Experts(codes, scale.float().contiguous(), stored)
 
 
 def _multiplies(scheme: QuantScheme, columns: int, capability: int) -> bool:
@@ -119,9 +126,11 @@ def _multiplies(scheme: QuantScheme, columns: int, capability: int) -> bool:
     weight, activation = scheme.weight, scheme.activation
     if scheme == PRESETS["W8A8"]:
         return columns <= MAX_COLUMNS
-    if activation is None or weight.dtype != "fp8_e4m3" or not activation.dynamic or capability < FP8_CAPABILITY:
+    if activation is None or weight.dtype != "fp8_e4m3" or capability < FP8_CAPABILITY:
         return False
     by_row = weight.granularity == CHANNEL and activation.granularity == CHANNEL
+    if not activation.dynamic:
+        return weight.granularity == CHANNEL and activation.granularity == TENSOR
     return by_row or (weight.granularity.block == (128, 128) and activation.granularity.group_size == 128)
 
 

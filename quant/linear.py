@@ -102,7 +102,7 @@ def _join_biases(
 def _runs(parts: list[QuantizedWeight | Tensor]) -> list[list[QuantizedWeight | Tensor]]:
     """Neighbours that can be one weight, together: q and k of int4 beside a v of int8 are two runs."""
     runs: list[list[QuantizedWeight | Tensor]] = []
-    for part in parts if len(parts) == 1 else map(_per_channel, parts):
+    for part in parts if len(parts) == 1 else map(per_channel, parts):
         if runs and _can_fuse(runs[-1], part):
             runs[-1].append(part)
         else:
@@ -137,7 +137,7 @@ def _present(tensor: Tensor | None) -> Tensor:
     return tensor
 
 
-def _per_channel(w: QuantizedWeight | Tensor) -> QuantizedWeight | Tensor:
+def per_channel(w: QuantizedWeight | Tensor) -> QuantizedWeight | Tensor:
     """A weight with one scale as one with a scale per row, so that parts with different scales can be joined."""
     if isinstance(w, Tensor) or w.scheme.weight.granularity != TENSOR:
         return w

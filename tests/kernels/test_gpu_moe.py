@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from chosen_experts import routed
 from torch import Tensor
 
+from octavo.kernels.fp8.gpu.quantize import quantize
 from octavo.kernels.fused.gpu.activation import silu_and_mul
 from octavo.kernels.int4 import reference as int4
 from octavo.kernels.moe import reference
@@ -16,6 +17,7 @@ from octavo.kernels.moe.gpu.columns import of_pairs
 from octavo.kernels.moe.gpu.grouped import grouped
 from octavo.kernels.moe.gpu.int4 import grouped_int4, pack
 from octavo.kernels.moe.gpu.slices import silu_and_mul_slices
+from octavo.kernels.moe.gpu.stored import by_stored
 
 
 def random(*shape: int, seed: int, device: torch.device) -> Tensor:
@@ -245,6 +247,30 @@ def test_columns_of_pairs(shape: tuple[int, int, int, int], device: torch.device
     assert torch.equal(out, torch.stack(expected))
 
 
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("shape", [(1, 2, 4, 200), (5, 3, 6, 1100)], ids=str)
+def test_pairs_are_rounded_by_their_experts_scales(
+    shape: tuple[int, int, int, int], gated: bool, device: torch.device
+) -> None:
+    """Bit for bit what `quantize` and `silu_and_mul` make of a row with that scale."""
+    num_tokens, each, num_experts, width = shape
+    pairs = num_tokens * each
+    x = random(pairs if gated else num_tokens, width * (1 + gated), seed=24, device=device).bfloat16()
+    x[-1, 3] = torch.inf
+    stored = (torch.rand(num_experts, generator=torch.Generator().manual_seed(25)) / 200).to(device)
+    chosen = torch.arange(pairs, device=device).flip(0).int().reshape(num_tokens, each) % num_experts
+    codes = torch.full((pairs, width), 99, device=device).to(torch.float8_e4m3fn)
+    scale = poisoned(pairs, 1, dtype=torch.float32, device=device)
+    by_stored(x, stored, chosen, codes, scale, gated=gated)()
+    for pair, expert in enumerate(chosen.flatten().tolist()):
+        out, step = torch.empty_like(codes[:1]), poisoned(1, 1, dtype=torch.float32, device=device)
+        row, own = x[pair if gated else pair // each][None], stored[expert : expert + 1].clone()
+        (silu_and_mul if gated else quantize)(row, out, scale=step, static_scale=own)()
+        assert torch.equal(codes[pair].view(torch.uint8), out[0].view(torch.uint8))
+        assert scale[pair].isnan() == (pair == pairs - 1 or (not gated and pair // each == num_tokens - 1))
+        assert scale[pair].isnan() or scale[pair] == stored[expert]
+
+
 def test_groups_that_cross_tiles_are_refused() -> None:
     with pytest.raises(ValueError, match="cross tiles"):
         pack(torch.zeros(1, 8, 96, dtype=torch.int8), torch.ones(1, 8, 2), None, 48)
@@ -269,10 +295,13 @@ def experts(
         scale = w.abs().amax(-1) / 127
         codes = (w / scale[..., None]).round().to(torch.int8)
         return fused.Experts(codes, scale), codes.double() * scale[..., None]
-    if kind == "fp8":
+    if kind in ("fp8", "fp8 static"):
         scale = w.abs().amax(-1) / 448
         codes = (w / scale[..., None]).to(torch.float8_e4m3fn)
-        return fused.Experts(codes, scale), codes.double() * scale[..., None]
+        stored = None  # for what they read, of which some is larger
+        if kind == "fp8 static":
+            stored = (1 + torch.rand(num_experts, generator=torch.Generator().manual_seed(seed))).to(device) / 448
+        return fused.Experts(codes, scale, stored), codes.double() * scale[..., None]
     tiles = F.pad(w, (0, -k % 128, 0, -n % 128)).unfold(1, 128, 128).unfold(2, 128, 128)
     scale = tiles.abs().amax((-1, -2)) / 448
     wide = scale.repeat_interleave(128, 1).repeat_interleave(128, 2)[:, :n, :k]
@@ -297,6 +326,13 @@ def product(x: Tensor, weight: Tensor, chosen: Tensor, share: float) -> Tensor:
     return by_pairs(middle, weight, chosen) + torch.stack([-off, off])
 
 
+def coded_by(x: Tensor, scale: Tensor) -> Tensor:
+    """e4m3 codes of rows times the scales that they are to have."""
+    step = scale.double()[:, None]
+    codes = span(*(v / step for v in x)).clamp(-448, 448).to(torch.float8_e4m3fn)
+    return codes.double() * step
+
+
 def coded(x: Tensor, group_size: int, kind: str) -> Tensor:
     """Codes times their scale, the largest size / 448 or, of int8, / 127.5 in group_size columns between x's ends."""
     most = 127.5 if kind == "int8" else 448
@@ -315,7 +351,7 @@ def silu(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 7])
-@pytest.mark.parametrize("kind", ["bf16", "fp8", "fp8 blocks", "int8", "int4", "int4, act-order"])
+@pytest.mark.parametrize("kind", ["bf16", "fp8", "fp8 static", "fp8 blocks", "int8", "int4", "int4, act-order"])
 @pytest.mark.parametrize("shared", [0, 3])
 def test_the_whole_way(kind: str, num_tokens: int, shared: int, device: torch.device) -> None:
     """Between two ends, which part by what a kernel may be off and are rounded where it rounds.
@@ -351,11 +387,13 @@ def test_the_whole_way(kind: str, num_tokens: int, shared: int, device: torch.de
         gate = (x.double() @ router[-1].double()).sigmoid()[:, None].expand(-1, shared)
         chosen, weights = torch.cat([chosen, behind], 1), torch.cat([weights, gate], 1)
     each = top_k + shared
-    tokens = rounded(x.double().expand(2, -1, -1)).repeat_interleave(each, 1)
+    tokens = x.double().expand(2, -1, -1).repeat_interleave(each, 1)
+    tokens = coded_by(tokens, gate_up.input_scale[chosen.flatten()]) if kind == "fp8 static" else rounded(tokens)
     between = product(tokens, true_gate_up, chosen, loose(hidden, kind, device)).bfloat16().double()
     gate, up = between.chunk(2, dim=-1)
     exp = 16 * 2**-24  # as test_gpu_activation.py counts
-    acted = rounded_acts(times(times(silu(gate), up), (1 - exp, 1 + exp)))
+    acted = times(times(silu(gate), up), (1 - exp, 1 + exp))
+    acted = coded_by(acted, down.input_scale[chosen.flatten()]) if kind == "fp8 static" else rounded_acts(acted)
     rows = product(acted, true_down, chosen, loose(width, kind, device)) * weights.flatten()[:, None]
     rows = times(rows, (1 - share, 1 + share)).bfloat16()
     least, most = sum(rows.float().unflatten(1, (-1, each)).unbind(2), torch.zeros((), device=device)).bfloat16()

@@ -41,6 +41,7 @@ from octavo.kernels.moe.gpu.columns import of_pairs
 from octavo.kernels.moe.gpu.grouped import grouped
 from octavo.kernels.moe.gpu.router import router
 from octavo.kernels.moe.gpu.slices import silu_and_mul_slices
+from octavo.kernels.moe.gpu.stored import by_stored
 from octavo.kernels.rounded import Rounded, Rounding
 from octavo.kernels.sampling.gpu import change, draw
 
@@ -189,6 +190,17 @@ CASES = {
         of_pairs,
         {"x": ROWS, "order": of(EXPERTS, K, dtype=INT32), "chosen": of(M, 2, dtype=INT32), "out": of(2 * M, K)},
         "x size, chosen size",
+    ),
+    "stored": Case(
+        by_stored,
+        {"x": ROWS, "stored": of(EXPERTS), "chosen": of(M, 2, dtype=INT32), "out": of(2 * M, K, dtype=E4M3)}
+        | {"scale": of(2 * M, 1)},
+        "x size, stored size, chosen size, out size",
+    ),
+    "stored silu": Case(
+        lambda **t: by_stored(**t, gated=True),
+        {"x": of(M, 2 * K), "stored": of(EXPERTS), "chosen": of(M, 1, dtype=INT32), "out": CODES, "scale": of(M, 1)},
+        "stored size, chosen size, out size",
     ),
     "slices": Case(
         lambda **t: silu_and_mul_slices(**t, top_k=1, shared=2), {"x": of(M, 2 * K), "out": CODES, "scale": of(M, 1)},

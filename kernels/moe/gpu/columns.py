@@ -1,6 +1,6 @@
 """Triton body that gives each pair of token and expert its token's columns in the order in which its expert was packed.
 
-out[pair, k] = x[pair // each, order[chosen[pair], k]]: experts with act-order (GPTQ's g_idx) have an order each. To move
+out[pair, k] = x[pair // each, order[chosen[pair], k]]: experts with act-order (GPTQ's g_idx) have one each. To move
 columns once for a pair is cheaper than in the GEMM, whose every program along N would read scattered ones.
 Reference: `x[pair // each][order[chosen[pair]]]`. Limit: 4 bytes an element of bf16 and 4 of the order of each expert
 that is hit, over 3.0 TB/s on an H100.

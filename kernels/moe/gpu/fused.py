@@ -30,6 +30,7 @@ from octavo.kernels.moe.gpu.int4 import PackedExperts, grouped_int4
 from octavo.kernels.moe.gpu.route import Aligned, unaligned
 from octavo.kernels.moe.gpu.router import routing
 from octavo.kernels.moe.gpu.slices import silu_and_mul_slices
+from octavo.kernels.moe.gpu.stored import by_stored
 from octavo.kernels.numeric import narrow
 from octavo.kernels.overlap import await_previous
 from octavo.kernels.rounded import Hidden, Rounded, Rounding
@@ -37,11 +38,16 @@ from octavo.kernels.rounded import Hidden, Rounded, Rounding
 
 @dataclass(frozen=True)
 class Experts:
-    """Weights [E, N, K] of bf16 or fp16, or with float32 scales: [E, N] of e4m3 or int8, of blocks of e4m3 [E, N / 128,
-    K / 128]."""
+    """All experts' weights, one behind another.
+
+    weight       [E, N, K] bf16, fp16, e4m3 or int8
+    scale        of codes, float32 [E, N]; of blocks of e4m3 [E, ceil(N / 128), ceil(K / 128)]
+    input_scale  [E] float32, of e4m3: a checkpoint's scale of what an expert reads; None: each row has its own
+    """
 
     weight: Tensor
     scale: Tensor | None = None
+    input_scale: Tensor | None = None
 
     @property
     def blocks(self) -> bool:
@@ -97,6 +103,8 @@ def launches(
     num_tokens = plain.shape[0]
     if kind != _kind(down) or down.shape != (num_experts, hidden, width // 2) or plain.shape[1] != hidden:
         raise ValueError(f"x {list(plain.shape)}, gate_up {kind} {gate_up.shape} and down {_kind(down)} {down.shape}")
+    if (_stored(gate_up) is None) != (_stored(down) is None):
+        raise ValueError("gate_up and down have input_scale both, or neither")
     if _order(down) is not None:
         raise ValueError("down has act-order: gate and up are to make its columns in the order of its groups")
     expect(router=(router, (num_experts - max(shared - 1, 0), hidden)))
@@ -110,15 +118,10 @@ def launches(
     acted, acted_scale = _rows(results, num_pairs, width // 2, kind)
     steps = [*routing(plain, router, chosen, weights, pairs, normalize=normalize, shared=shared)]
     first, first_scale, divisor = _first(x, gate_up, chosen, group_size, steps)
-    if kind in CODES and not group_size and shared > 1:
-        assert acted_scale is not None
-        activation = silu_and_mul_slices(between, acted, acted_scale, top_k, shared)
-    else:
-        activation = silu_and_mul(between, acted, scale=acted_scale, group_size=group_size)
     return (
         *steps,
         _gemm(first, first_scale, gate_up, pairs, between, divisor, None, size),
-        activation,
+        _activation(between, acted, acted_scale, group_size, _stored(down), chosen, shared),
         _gemm(acted, acted_scale, down, pairs, results, 1, weights, size),
     )
 
@@ -132,12 +135,30 @@ def _first(
         moved = x.new_empty(num_tokens * each, x.shape[1])
         steps.append(of_pairs(x, order, chosen, moved))
         return moved, None, 1
+    stored = _stored(gate_up)
     if isinstance(x, Tensor) and kind in CODES:
-        codes, scale = _rows(x, num_tokens, x.shape[1], kind)
+        codes, scale = _rows(x, num_tokens * (1 if stored is None else each), x.shape[1], kind)
         assert scale is not None
+        if stored is not None:
+            steps.append(by_stored(x, stored, chosen, codes, scale))
+            return codes, scale, 1
         steps.append(quantize(x, codes, scale, group_size=group_size))
         x = Rounded(codes, scale)
     return (*((x.codes, x.scale) if isinstance(x, Rounded) else (x, None)), each)
+
+
+def _activation(
+    x: Tensor, out: Tensor, scale: Tensor | None, group_size: int, stored: Tensor | None, chosen: Tensor, shared: int
+) -> Launch:
+    if scale is not None and stored is not None:
+        return by_stored(x, stored, chosen, out, scale, gated=True)
+    if scale is not None and not group_size and shared > 1:
+        return silu_and_mul_slices(x, out, scale, chosen.shape[1] - shared, shared)
+    return silu_and_mul(x, out, scale=scale, group_size=group_size)
+
+
+def _stored(weights: Weights) -> Tensor | None:
+    return None if isinstance(weights, PackedExperts) else weights.input_scale
 
 
 def _order(weights: Weights) -> Tensor | None:
@@ -147,7 +168,7 @@ def _order(weights: Weights) -> Tensor | None:
 def wants(gate_up: Weights) -> Rounding | None:
     """How experts take what they read, if the norm before rounds it: the router reads it, too."""
     kind = _kind(gate_up)
-    if kind not in CODES:
+    if kind not in CODES or _stored(gate_up) is not None:  # the chosen experts' scales
         return None
     return Rounding(CODES[kind], BLOCK if kind == "fp8 blocks" else 0, keeps_plain=True)
 

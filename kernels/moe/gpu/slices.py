@@ -23,7 +23,7 @@ from octavo.kernels.overlap import await_previous
 
 
 @triton.jit
-def _acted(x, row, width, BLOCK: tl.constexpr):
+def acted(x, row, width, BLOCK: tl.constexpr):
     """silu(gate) * up of a row of x [rows, 2 width], in float32; zeros from width on."""
     at = tl.arange(0, BLOCK)
     of_row = x + row.to(tl.int64) * (2 * width) + at
@@ -41,17 +41,17 @@ def _gated_slices(
     row = token * (TOP_K + SHARED) + j
     if j < TOP_K:
         store_rounded(
-            _acted(x, row, width, BLOCK), out, scale, None, None, row, 0, width, 0, False, False, BLOCK
+            acted(x, row, width, BLOCK), out, scale, None, None, row, 0, width, 0, False, False, BLOCK
         )  # fmt: skip
         return
     kind: tl.constexpr = out.dtype.element_ty
     most = tl.zeros((BLOCK,), tl.int32)
     for s in range(SHARED):
-        most = tl.maximum(most, tl.abs(_acted(x, row + s, width, BLOCK)).to(tl.int32, bitcast=True))
+        most = tl.maximum(most, tl.abs(acted(x, row + s, width, BLOCK)).to(tl.int32, bitcast=True))
     step = step_of(largest(most.to(tl.float32, bitcast=True), 0), kind)
     at = tl.arange(0, BLOCK)
     for s in range(SHARED):
-        code = to_codes(divided(_acted(x, row + s, width, BLOCK), step), kind)
+        code = to_codes(divided(acted(x, row + s, width, BLOCK), step), kind)
         tl.store(out + (row + s).to(tl.int64) * width + at, code, mask=at < width)
         tl.store(scale + row + s, step)
 

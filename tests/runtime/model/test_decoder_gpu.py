@@ -14,6 +14,7 @@ import pytest
 import torch
 from hf_oracle import CASES, Sequences, make_hf, save, scattered_logits
 from shuffled import shuffle_groups
+from stored_scales import store_scales
 from torch import Tensor
 from trimmed import whole
 
@@ -143,6 +144,20 @@ def test_experts_are_run_together(scheme: str, tmp_path: Path, monkeypatch: pyte
     assert isinstance(model, Decoder)
     assert model.can_be_captured
     assert "grouped by expert" in {body for _, _, body in model.report_layers()}
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
+def test_experts_round_by_stored_scales(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each by its own."""
+    sizes = {"shared_expert_intermediate_size": 80} if name == "qwen2_moe" else {}
+    quantize_model(tiny(name, tmp_path / "plain", **sizes), tmp_path / "static", Recipe("FP8_DYNAMIC"))
+    store_scales(tmp_path / "static")
+    model = check(tmp_path / "static", monkeypatch)
+    assert isinstance(model, Decoder)
+    assert model.can_be_captured
+    mixture = next(layer.mlp for layer in model._layers if isinstance(layer.mlp, GroupedMoe))
+    assert len(mixture.experts.down.input_scale.unique()) > 1
+    assert mixture.slices == (2 if sizes else 0)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])

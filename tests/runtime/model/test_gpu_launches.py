@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 from hf_oracle import CASES, make_hf, save
 from shuffled import shuffle_groups
+from stored_scales import store_scales
 from torch.utils._python_dispatch import TorchDispatchMode
 from trimmed import whole
 
@@ -86,7 +88,12 @@ def launches(directory: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def of_a_layer(
-    architecture: str, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, act_order: bool = False
+    architecture: str,
+    recipe: Recipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    change: Callable[[Path], None] | None = None,
 ) -> Counter[str]:
     """How often a layer launches each kernel: what a model with one more has more."""
     counts = []
@@ -97,8 +104,8 @@ def of_a_layer(
         plain = save(model, tmp_path / f"plain{layers}")
         quantized = tmp_path / f"quantized{layers}"
         quantize_model(plain, quantized, recipe)
-        if act_order:
-            shuffle_groups(quantized)
+        if change is not None:
+            change(quantized)
         counts.append(Counter(launches(quantized, monkeypatch)))
     counts[1].subtract(counts[0])
     return counts[1]
@@ -156,7 +163,14 @@ def test_logits_of_some_rows_are_those_of_all(scheme: str, tmp_path: Path, monke
 
 def test_act_order_takes_no_launch_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Norms and attention put columns where the GEMMs have them; what down reads is made in the order of its groups."""
-    found = of_a_layer("llama", Recipe("W4A16@32", format="gptq"), tmp_path, monkeypatch, act_order=True)
+    found = of_a_layer("llama", Recipe("W4A16@32", format="gptq"), tmp_path, monkeypatch, change=shuffle_groups)
     assert found.total() == 8, found
-    found = of_a_layer("mixtral", Recipe("W4A16@32", format="gptq"), tmp_path / "mixture", monkeypatch, act_order=True)
-    assert found.total() == 10, found  # each expert has an order of its own, which the norm before doesn't know
+
+
+def test_what_only_the_chosen_experts_know_takes_one_launch_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An order of columns, or a scale: the norm before the router can't move or round for them."""
+    gptq, fp8 = Recipe("W4A16@32", format="gptq"), Recipe("FP8_DYNAMIC")
+    assert of_a_layer("mixtral", gptq, tmp_path / "act", monkeypatch, change=shuffle_groups).total() == 10
+    assert of_a_layer("mixtral", fp8, tmp_path / "static", monkeypatch, change=store_scales).total() == 10
