@@ -45,7 +45,7 @@ def experts(num: int, n: int, k: int, kind: str, device: torch.device) -> tuple[
         return Experts(codes, scale), (codes.float() * scale[..., None]).bfloat16()
     codes, scale = to_int4(w.flatten(0, 1), min(GROUP, k))
     scale = scale.reshape(num, n, -1)
-    packed = moe_int4.pack(codes.reshape(w.shape), scale, None, min(GROUP, k))
+    packed = moe_int4.pack(codes.reshape(w.shape), scale, None, min(GROUP, k), fp8=kind == "int4 fp8")
     return packed, packed.unpack().bfloat16()
 
 
@@ -84,7 +84,7 @@ def exact(x: Tensor, logits: Tensor, top_k: int, gate_up: Weights, down: Weights
         if kind == "int8":
             step = t.float().abs().amax(1, keepdim=True) / 127.5
             return (t.float() / step).round().clamp(-128, 127).double() * step.double()
-        if not kind.startswith("fp8"):
+        if "fp8" not in kind:
             return t.double()
         width = GROUP if kind == "fp8 blocks" else t.shape[1]
         codes, scale = to_fp8(t, width)
@@ -191,9 +191,16 @@ def cases(tiny: bool = False) -> list[Case]:
     num, top_k, hidden, inner = (4, 2, 256, 128) if tiny else sizes
     config = {"num_experts": num, "num_experts_per_tok": top_k}
     kinds = [(t, kind) for t in (1, 16, 128, 4096) for kind in ("bf16", "fp8", "int4")]
-    for tokens, kind in [*kinds, (16, "fp8 blocks"), (4096, "fp8 blocks"), (16, "int8"), (4096, "int8")]:
+    for tokens, kind in [
+        *kinds,
+        (16, "fp8 blocks"),
+        (4096, "fp8 blocks"),
+        (16, "int8"),
+        (4096, "int8"),
+        (16, "int4 fp8"),
+    ]:
         t = min(tokens, 5) if tiny else tokens
-        read = shapes.experts_hit(config, t) * 3 * hidden * inner * shapes.WEIGHT_BYTES[kind.removesuffix(" blocks")]
+        read = shapes.experts_hit(config, t) * 3 * hidden * inner * shapes.WEIGHT_BYTES[kind.split()[0]]
         read += (2 * t + num) * hidden * 2
         goals = [Goal("copy", 0.55)] if 16 <= tokens <= 128 else []
         if tokens == 4096:

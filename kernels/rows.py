@@ -27,7 +27,7 @@ BF16, FP16, E4M3, INT16 = torch.bfloat16, torch.float16, torch.float8_e4m3fn, to
 N, K, EXPERTS, PAIRS = 4096, 4096, 8, 512
 FAMILIES = (
     "fp8", "fp8 blocks", "int8", "w8a16", "int4", "int4 fp8", "moe bf16", "moe fp8", "moe fp8 blocks", "moe int8",
-    "moe int4",
+    "moe int4", "moe int4 fp8",
 )  # fmt: skip
 
 Sizes = dict[str, int]
@@ -78,9 +78,9 @@ def _launches(family: str, row: Sizes) -> dict[str, Launch]:
                 if "fp8" not in family:
                     found[", 2 bits, groups of 32 with zeros"] = _int4(x, 2, 32, True, out, sizes)
             return found
-        case "moe int4":
-            found = {", groups of 128": _moe_int4(128, False, sizes)}
-            return {**found, ", groups of 32 with zeros": _moe_int4(32, True, sizes)}
+        case "moe int4" | "moe int4 fp8":
+            found = {", groups of 128": _moe_int4(family, 128, False, sizes)}
+            return {**found, ", groups of 32 with zeros": _moe_int4(family, 32, True, sizes)}
     return {"": _moe(family, sizes)}
 
 
@@ -123,9 +123,12 @@ def _moe(family: str, sizes: Sizes) -> Launch:
     return grouped(x, w, pairs, out, blocks=blocks, **scales, **_pairs(sizes))
 
 
-def _moe_int4(share: int, has_zeros: bool, sizes: Sizes) -> Launch:
+def _moe_int4(family: str, share: int, has_zeros: bool, sizes: Sizes) -> Launch:
     table = meta(EXPERTS, K // share, N)
     words = meta(EXPERTS, K // 128, N, 32, dtype=INT16)
     packed = PackedExperts(words, table, table if has_zeros else None, share, K)
     pairs = unaligned(PAIRS, EXPERTS, sizes["block_m"], "meta")
-    return grouped_int4(meta(PAIRS, K, dtype=BF16), packed, pairs, meta(PAIRS, N, dtype=BF16), **_pairs(sizes))
+    x, x_scale = meta(PAIRS, K, dtype=BF16), None
+    if family == "moe int4 fp8":
+        x, x_scale = meta(PAIRS, K, dtype=E4M3), meta(PAIRS, 1)
+    return grouped_int4(x, packed, pairs, meta(PAIRS, N, dtype=BF16), x_scale=x_scale, **_pairs(sizes))

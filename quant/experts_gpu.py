@@ -103,7 +103,8 @@ def _stack(experts: list[Weight], dtype: torch.dtype, device: torch.device, capa
     if not quantized:
         return Experts(torch.stack([e.to(device, dtype) for e in experts if isinstance(e, Tensor)]))
     scheme = quantized[0].scheme
-    if scheme.activation is None:
+    few_bits = scheme.weight.dtype in ("int4", "int3", "int2")
+    if scheme.activation is None or (few_bits and _rounds_rows_to_fp8(scheme, capability)):
         return _few_bits(quantized, device)
     if not _multiplies(scheme, quantized[0].shape[1], capability):
         return None
@@ -119,6 +120,14 @@ def _stack(experts: list[Weight], dtype: torch.dtype, device: torch.device, capa
     return Experts(codes, scale.float().contiguous(), stored)
 
 
+def _rounds_rows_to_fp8(scheme: QuantScheme, capability: int) -> bool:
+    """Whether tokens are rounded to e4m3, each by its own largest number, on a GPU that multiplies it."""
+    activation = scheme.activation
+    if activation is None or activation.dtype != "fp8_e4m3" or capability < FP8_CAPABILITY:
+        return False
+    return activation.dynamic and activation.granularity == CHANNEL
+
+
 def _multiplies(scheme: QuantScheme, columns: int, capability: int) -> bool:
     """Whether a grouped GEMM has weights and activations of 8 bits of this scheme."""
     from octavo.kernels.int8.gpu.gemm import MAX_COLUMNS
@@ -128,10 +137,11 @@ def _multiplies(scheme: QuantScheme, columns: int, capability: int) -> bool:
         return columns <= MAX_COLUMNS
     if activation is None or weight.dtype != "fp8_e4m3" or capability < FP8_CAPABILITY:
         return False
-    by_row = weight.granularity == CHANNEL and activation.granularity == CHANNEL
     if not activation.dynamic:
         return weight.granularity == CHANNEL and activation.granularity == TENSOR
-    return by_row or (weight.granularity.block == (128, 128) and activation.granularity.group_size == 128)
+    if weight.granularity == CHANNEL:
+        return _rounds_rows_to_fp8(scheme, capability)
+    return weight.granularity.block == (128, 128) and activation.granularity.group_size == 128
 
 
 def _few_bits(experts: list[QuantizedWeight], device: torch.device) -> Any | None:
@@ -143,10 +153,11 @@ def _few_bits(experts: list[QuantizedWeight], device: torch.device) -> Any | Non
         return None
     if size < k and size not in (32, 64) and size % 128:
         return None
+    fp8 = experts[0].scheme.activation is not None
     codes, scale = (torch.stack([getattr(e, name) for e in experts]).to(device) for name in ("codes", "scale"))
     zeros = [e.zero_point for e in experts if e.zero_point is not None]
     in_order = group_of_column(k, size)
     g_idx = torch.stack([in_order if e.g_idx is None else e.g_idx.cpu().long() for e in experts])
     if not torch.equal(g_idx.sort(dim=1)[0], in_order.expand_as(g_idx)):  # groups of other sizes
         return None
-    return pack(codes, scale, torch.stack(zeros).to(device) if zeros else None, size, g_idx.to(device))
+    return pack(codes, scale, torch.stack(zeros).to(device) if zeros else None, size, g_idx.to(device), fp8=fp8)

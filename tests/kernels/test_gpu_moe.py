@@ -118,7 +118,7 @@ def loose(k: int, kind: str, device: torch.device) -> float:
     """
     if kind == "int8":
         return 5 * 2**-24
-    return (k + 4) * 2**-24 + (2**-12 if kind.startswith("fp8") and device.type == "cuda" else 0)
+    return (k + 4) * 2**-24 + (2**-12 if "fp8" in kind and device.type == "cuda" else 0)
 
 
 # Tokens, top_k, experts, N, K: an expert with one token, with a few and a short last group, with a tile and one more.
@@ -179,8 +179,9 @@ def test_grouped_gemm(
     [(32, 9, 16), (64, 9, 16), (128, 9, 16), (256, 9, 16), (1000, 9, 16), (1000, 1, 16), (128, 17, 16), (32, 17, 64)],
 )
 @pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("fp8", [False, True])
 def test_grouped_int4_gemm(
-    group_size: int, num_tokens: int, block_m: int, symmetric: bool, device: torch.device
+    group_size: int, num_tokens: int, block_m: int, symmetric: bool, fp8: bool, device: torch.device
 ) -> None:
     n, k = 72, 392  # the last group is short, the tile too
     top_k, num_experts = (1, 2) if num_tokens == 17 else (2, 4)  # all tokens to one expert, a tile's rows and one more
@@ -201,15 +202,21 @@ def test_grouped_int4_gemm(
         random(num_tokens, k, seed=11, device=device).to(dtype),
         random(num_tokens, top_k, seed=12, device=device),
     )
-    repeated = x.repeat_interleave(top_k, 0)
+    truth, x_scale = x.double(), None
+    if fp8:
+        x_scale = random(num_tokens, 1, seed=26, device=device).exp()
+        x = (x.float() * 50).to(torch.float8_e4m3fn)
+        truth = x.double() * x_scale
+    repeated = truth.repeat_interleave(top_k, 0)
     out = poisoned(num_tokens * top_k, n, dtype=torch.float32, device=device)
-    grouped_int4(x, packed, pairs, out, divisor=top_k, router=router)()
+    grouped_int4(x, packed, pairs, out, divisor=top_k, router=router, x_scale=x_scale)()
     factor = router.double().flatten()[:, None]
     expected = by_pairs(repeated, weight, chosen) * factor
     # Zero points are subtracted from codes, not from sums, so nothing cancels. Sums of k exact products in float32, a
     # scale, a sum of groups, a factor.
     magnitude = by_pairs(repeated.abs(), weight.abs(), chosen) * factor.abs()
-    assert bool(((out.double() - expected).abs() <= magnitude * loose(k, "int4", device)).all())
+    limit = magnitude * loose(k, "fp8" if fp8 else "int4", device)
+    assert bool(((out.double() - expected).abs() <= limit).all())
 
 
 @pytest.mark.parametrize(("group_size", "k"), [(32, 200), (64, 192), (128, 300), (300, 300)])
@@ -284,10 +291,11 @@ def experts(
     if kind.startswith("int4"):
         scale = w.view(num_experts, n, -1, 64).abs().amax(-1) / 7
         groups = None
-        if kind == "int4, act-order":
+        if kind.endswith("act-order"):
             shares = torch.rand(num_experts, k, generator=torch.Generator().manual_seed(seed))
             groups = shares.argsort(1).to(device) // 64
-        packed = pack((w / scale.repeat_interleave(64, 2)).round().to(torch.int8), scale, None, 64, groups)
+        codes = (w / scale.repeat_interleave(64, 2)).round().to(torch.int8)
+        packed = pack(codes, scale, None, 64, groups, fp8=kind == "int4 fp8")
         return packed, packed.unpack().double()
     if kind == "bf16":
         return fused.Experts(w.bfloat16()), w.bfloat16().double()
@@ -351,7 +359,9 @@ def silu(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 7])
-@pytest.mark.parametrize("kind", ["bf16", "fp8", "fp8 static", "fp8 blocks", "int8", "int4", "int4, act-order"])
+@pytest.mark.parametrize(
+    "kind", ["bf16", "fp8", "fp8 static", "fp8 blocks", "int8", "int4", "int4, act-order", "int4 fp8"]
+)
 @pytest.mark.parametrize("shared", [0, 3])
 def test_the_whole_way(kind: str, num_tokens: int, shared: int, device: torch.device) -> None:
     """Between two ends, which part by what a kernel may be off and are rounded where it rounds.
@@ -371,7 +381,7 @@ def test_the_whole_way(kind: str, num_tokens: int, shared: int, device: torch.de
         return
 
     def rounded(t: Tensor) -> Tensor:
-        if kind.startswith("fp8") or kind == "int8":
+        if kind in fused.CODES:
             return coded(t, 128 if kind == "fp8 blocks" else t.shape[-1], kind)
         return t.bfloat16().double()
 

@@ -61,7 +61,7 @@ class Experts:
 
 
 Weights = Experts | PackedExperts
-CODES = {"fp8": torch.float8_e4m3fn, "fp8 blocks": torch.float8_e4m3fn, "int8": torch.int8}
+CODES = {**dict.fromkeys(("fp8", "fp8 blocks", "int4 fp8"), torch.float8_e4m3fn), "int8": torch.int8}
 """What the GEMMs of some weights read, each with a scale of its row, or of 128 columns of it."""
 
 
@@ -130,21 +130,21 @@ def _first(
     x: Hidden, gate_up: Weights, chosen: Tensor, group_size: int, steps: list[Launch]
 ) -> tuple[Tensor, Tensor | None, int]:
     """What the first GEMM reads, its scales, and the pairs that share a row of it; what makes it joins the steps."""
-    kind, order, (num_tokens, each) = _kind(gate_up), _order(gate_up), chosen.shape
-    if isinstance(x, Tensor) and order is not None:
-        moved = x.new_empty(num_tokens * each, x.shape[1])
+    if isinstance(x, Rounded):
+        return x.codes, x.scale, chosen.shape[1]
+    kind, order, stored, divisor = _kind(gate_up), _order(gate_up), _stored(gate_up), chosen.shape[1]
+    if order is not None:
+        moved, divisor = x.new_empty(chosen.numel(), x.shape[1]), 1
         steps.append(of_pairs(x, order, chosen, moved))
-        return moved, None, 1
-    stored = _stored(gate_up)
-    if isinstance(x, Tensor) and kind in CODES:
-        codes, scale = _rows(x, num_tokens * (1 if stored is None else each), x.shape[1], kind)
-        assert scale is not None
-        if stored is not None:
-            steps.append(by_stored(x, stored, chosen, codes, scale))
-            return codes, scale, 1
-        steps.append(quantize(x, codes, scale, group_size=group_size))
-        x = Rounded(codes, scale)
-    return (*((x.codes, x.scale) if isinstance(x, Rounded) else (x, None)), each)
+        x = moved
+    codes, scale = _rows(x, x.shape[0] if stored is None else chosen.numel(), x.shape[1], kind)
+    if scale is None:
+        return x, None, divisor
+    if stored is not None:
+        steps.append(by_stored(x, stored, chosen, codes, scale))
+        return codes, scale, 1
+    steps.append(quantize(x, codes, scale, group_size=group_size))
+    return codes, scale, divisor
 
 
 def _activation(
@@ -168,14 +168,14 @@ def _order(weights: Weights) -> Tensor | None:
 def wants(gate_up: Weights) -> Rounding | None:
     """How experts take what they read, if the norm before rounds it: the router reads it, too."""
     kind = _kind(gate_up)
-    if kind not in CODES or _stored(gate_up) is not None:  # the chosen experts' scales
+    if kind not in CODES or _stored(gate_up) is not None or _order(gate_up) is not None:  # the chosen experts' own
         return None
     return Rounding(CODES[kind], BLOCK if kind == "fp8 blocks" else 0, keeps_plain=True)
 
 
 def _kind(weights: Weights) -> str:
     if isinstance(weights, PackedExperts):
-        return "int4"
+        return "int4 fp8" if weights.fp8 else "int4"
     if weights.scale is None:
         return "bf16"
     return "int8" if weights.weight.dtype == torch.int8 else "fp8 blocks" if weights.blocks else "fp8"
@@ -201,7 +201,7 @@ def _gemm(
     size: dict[str, Any],
 ) -> Launch:
     if isinstance(weights, PackedExperts):
-        return grouped_int4(x, weights, pairs, out, divisor=divisor, router=router, **size)
+        return grouped_int4(x, weights, pairs, out, divisor=divisor, router=router, x_scale=x_scale, **size)
     scales: dict[str, Any] = {"x_scale": x_scale, "w_scale": weights.scale, "blocks": weights.blocks}
     return grouped(x, weights.weight, pairs, out, divisor=divisor, router=router, **scales, **size)
 

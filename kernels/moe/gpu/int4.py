@@ -1,4 +1,4 @@
-"""Triton body of grouped GEMMs with 4-bit weights and bf16 or fp16 tokens, and the layout of the experts' weights.
+"""Triton body of grouped GEMMs with 4-bit weights and tokens of bf16, fp16 or e4m3, and the layout of experts' weights.
 
 out[pair] = x[pair // divisor] @ ((codes - zero) * scale)^T (* router[pair]), for pairs as `route.align` sorts them. As
 in `int4.gpu`: the weight's rows are the tensor core's (acc [N, M], however many pairs), so that its numbers go from
@@ -7,6 +7,7 @@ exact integers over a group are scaled once. Scales, and zero points, are read a
 bytes for a thread they aren't what the compiler copies ahead of the loop.
 Reference: `int4.reference.linear` for each expert. Limit: the bytes of the experts that are hit, 4.25 bits a weight in
 groups of 128 with float32 scales, over 3.0 TB/s on an H100; from some 70 pairs an expert, the tensor core's bf16 rate.
+e4m3 tokens have a scale for each row; sums of them inside the tensor core keep some 14 bits, of a group at most.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from octavo.kernels.expect import expect, refuse
 from octavo.kernels.int4.gpu import packing
-from octavo.kernels.int4.gpu.decode import weights
+from octavo.kernels.int4.gpu.decode import E4M3_ONE, weights
 from octavo.kernels.launch import Launch, Proof, cdiv, meta
 from octavo.kernels.moe.gpu.grouped import corner, expect_pairs, store, tokens_of
 from octavo.kernels.moe.gpu.route import Aligned, unaligned
@@ -37,6 +38,7 @@ class PackedExperts:
     zero   None when symmetric, else [E, groups, N] float32: the zero points as fields, 0..16
     share  columns that share a scale: 32, 64 or a multiple of 128
     k      columns
+    fp8    tokens are to be rounded to e4m3, by rows
     order  None, or [E, k] int32: which column of the weight, and so of a token, each expert has at a place (act-order)
     """
 
@@ -46,6 +48,7 @@ class PackedExperts:
     share: int
     k: int
     order: Tensor | None = None
+    fp8: bool = False
 
     def __post_init__(self) -> None:
         e, n, _ = self.shape
@@ -74,8 +77,9 @@ class PackedExperts:
 
 
 def pack(
-    codes: Tensor, scale: Tensor, zero_point: Tensor | None, group_size: int, g_idx: Tensor | None = None
-) -> PackedExperts:
+    codes: Tensor, scale: Tensor, zero_point: Tensor | None, group_size: int, g_idx: Tensor | None = None,
+    *, fp8: bool = False,
+) -> PackedExperts:  # fmt: skip
     """Lay out codes [E, N, K] int8, -8..7, with scale and zero_point [E, N, G] of groups of group_size columns.
 
     group_size  32, 64 or a multiple of 128, or K; the last group may be short
@@ -103,7 +107,7 @@ def pack(
         return out
 
     zero = None if zero_point is None else by_group(zero_point.float() + 8)
-    return PackedExperts(torch.stack(words), by_group(scale), zero, share, k, order)
+    return PackedExperts(torch.stack(words), by_group(scale), zero, share, k, order, fp8)
 
 
 def _order(g_idx: Tensor, group_size: int) -> Tensor | None:
@@ -147,7 +151,7 @@ def _add_tile(
 
 @triton.jit
 def _grouped_int4(
-    x, words, scale, zero, router, order, tile_expert, out, num_pairs, num_tiles, N, K, tiles, groups,
+    x, words, scale, zero, x_scale, router, order, tile_expert, out, num_pairs, num_tiles, N, K, tiles, groups,
     DIVISOR: tl.constexpr, HAS_ROUTER: tl.constexpr, HAS_ZERO: tl.constexpr, SHARE: tl.constexpr,
     EVEN: tl.constexpr, GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     OVERLAPS: tl.constexpr,
@@ -174,6 +178,8 @@ def _grouped_int4(
         acc = _add_tile(acc, tl.load(words_at), x_at + at * 128, K - at * 128, scales, zeros, HAS_ZERO, SHARE, EVEN)
         words_at += N * 32
         scales, zeros = next_scales, next_zeros
+    if x.dtype.element_ty == tl.float8e4nv:
+        acc *= tl.load(x_scale + row)[None, :] * E4M3_ONE
     if HAS_ROUTER:
         acc *= tl.load(router + pair, mask=real, other=0.0)[None, :]
     store(acc, out, pair, real, first_n, N, True, BLOCK_N)
@@ -187,16 +193,21 @@ def grouped_int4(
     *,
     divisor: int,
     router: Tensor | None = None,
+    x_scale: Tensor | None = None,
     block_n: int = 64,
     group_m: int = 8,
     num_warps: int = 4,
     num_stages: int = 4,
 ) -> Launch:
-    """x [tokens or pairs, K] bf16 or fp16 @ the weight of each pair's expert, transposed, into out [pairs, N].
+    """x [tokens or pairs, K] bf16, fp16 or e4m3 @ the weight of each pair's expert, transposed, into out [pairs, N].
 
     divisor  pairs for each row of x
     router   [T, top_k] float32, multiplied to each pair's row
+    x_scale  float32 [tokens or pairs, 1], where x is e4m3
     """
+    if (x_scale is None) != (x.dtype != torch.float8_e4m3fn):
+        raise ValueError(f"a grouped GEMM of {x.dtype} with{'out' if x_scale is None else ''} x_scale")
+    expect(x_scale=(x_scale, (x.shape[0], 1)))
     n, k = expect_pairs(x, packed.shape, pairs, out, divisor, router)
     num_tiles = len(pairs.tile_expert)
     if packed.share < 128 and pairs.block_m > 64:  # each tile has several groups' scales in registers: 128 rows spill
@@ -207,6 +218,7 @@ def grouped_int4(
         {
             "x": x, "words": packed.words, "scale": packed.scale,
             "zero": packed.scale if packed.zero is None else packed.zero, "router": out if router is None else router,
+            "x_scale": out if x_scale is None else x_scale,
             "order": pairs.order, "tile_expert": pairs.tile_expert, "out": out, "num_pairs": out.shape[0],
             "num_tiles": num_tiles, "N": n, "K": k, "tiles": packed.words.shape[1], "groups": packed.scale.shape[1],
             "DIVISOR": divisor, "HAS_ROUTER": router is not None, "HAS_ZERO": packed.zero is not None,
