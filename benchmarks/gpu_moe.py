@@ -17,6 +17,7 @@ from benchmarks.gpu_case import FEW_BITS, Bodies, Case, Goal, some_rows, spread,
 from torch import Tensor
 
 from octavo.kernels.moe.gpu import int4 as moe_int4
+from octavo.kernels.moe.gpu import int8 as moe_int8
 from octavo.kernels.moe.gpu.fused import Experts, Weights, fused_moe
 
 CONFIG = shapes.CONFIGS["qwen3-30b-a3b"]
@@ -39,6 +40,12 @@ def experts(num: int, n: int, k: int, kind: str, device: torch.device) -> tuple[
         wide = scale.repeat_interleave(GROUP, 0).repeat_interleave(GROUP, 1)
         dense = (codes.float() * wide).bfloat16()
         return Experts(codes.reshape(w.shape), scale.reshape(num, n // GROUP, -1)), dense.reshape(w.shape)
+    if kind == "w8a16":
+        scale = w.float().unflatten(2, (-1, GROUP)).abs().amax(-1) / 127
+        packed = moe_int8.pack(
+            (w.float() / scale.repeat_interleave(GROUP, 2)).round().to(torch.int8), scale, None, GROUP
+        )
+        return packed, packed.unpack().bfloat16()
     if kind == "int8":
         scale = w.float().abs().amax(-1) / 127
         codes = (w.float() / scale[..., None]).round().to(torch.int8)
@@ -66,7 +73,7 @@ def chosen_of(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
 def of_expert(weights: Weights, e: int) -> Tensor:
     """Exactly what an expert's weights are, [N, K] in float64."""
-    if isinstance(weights, moe_int4.PackedExperts):
+    if not isinstance(weights, Experts):
         return replace(weights, words=weights.words[e : e + 1], scale=weights.scale[e : e + 1]).unpack()[0].double()
     codes = weights.weight[e].double()
     if weights.scale is None:
@@ -156,7 +163,7 @@ def shared_mixture(tokens: int, kind: str, sizes: tuple[int, int, int, int, int]
 
 def first(weights: Weights, num: int) -> Weights:
     """The first experts."""
-    if isinstance(weights, moe_int4.PackedExperts):
+    if not isinstance(weights, Experts):
         return replace(weights, words=weights.words[:num], scale=weights.scale[:num])
     return Experts(weights.weight[:num], None if weights.scale is None else weights.scale[:num])
 
@@ -198,6 +205,7 @@ def cases(tiny: bool = False) -> list[Case]:
         (16, "int8"),
         (4096, "int8"),
         (16, "int4 fp8"),
+        (16, "w8a16"),
     ]:
         t = min(tokens, 5) if tiny else tokens
         read = shapes.experts_hit(config, t) * 3 * hidden * inner * shapes.WEIGHT_BYTES[kind.split()[0]]

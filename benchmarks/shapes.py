@@ -87,8 +87,8 @@ CONFIGS: dict[str, Config] = {
     },
 }
 
-WEIGHT_BYTES = {"bf16": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.5 + 2 / 128}
-"""Bytes of a weight; int4 in groups of 128 with a bf16 scale each. Scales of rows are left out: 4 bytes for K."""
+WEIGHT_BYTES = {"bf16": 2.0, "fp8": 1.0, "int8": 1.0, "w8a16": 1 + 2 / 128, "int4": 0.5 + 2 / 128}
+"""Bytes of a weight; w8a16 and int4 in groups of 128 with a bf16 scale each, without rows' scales: 4 bytes for K."""
 KV_BYTES = {"bf16": 2, "fp8": 1}
 
 

@@ -3,10 +3,10 @@
     PYTHONPATH=src python -m benchmarks.tune fp8 [--seconds 500] [--output FILE] [--dry-run]
 
 Families are the tables' names (`kernels.tables`): fp8, 'fp8 blocks', int8, w8a16, int4, 'int4 fp8', 'paged decode',
-'paged prefill', 'moe bf16', 'moe fp8', 'moe fp8 blocks', 'moe int8', 'moe int4', 'moe int4 fp8', and those of what
-stands around them (norm, activation, rope, ...: `SMALL`), which `around` takes all together. Each size is a case of the
-benchmarks' own; each candidate is put into the table as its only row, so that what is timed is what octavo would
-launch. What doesn't compile or doesn't fit is left out, and a winner whose output is wrong is no winner. Only the
+'paged prefill', 'moe bf16', 'moe fp8', 'moe fp8 blocks', 'moe int8', 'moe w8a16', 'moe int4', 'moe int4 fp8', and those
+of what stands around them (norm, activation, rope, ...: `SMALL`), which `around` takes all together. Each size is a
+case of the benchmarks' own; each candidate is put into the table as its only row, so that what is timed is what octavo
+would launch. What doesn't compile or doesn't fit is left out, and a winner whose output is wrong is no winner. Only the
 family's rows are replaced; a card without a file begins with what it takes now. Bounds of rows: M at the most, and
 which of Llama-3.1-8B's layers a shape is like: wide (N from 16,384), deep (K from 8,192), or neither; of a mixture M is
 the tokens of an expert, on average; what stands around them keeps the bounds that it has, and is measured at 64 tokens.
@@ -47,7 +47,7 @@ GEMMS = {
     "int4": "W4A16",
     "int4 fp8": "W4A8",
 }
-MIXTURES = ("moe bf16", "moe fp8", "moe fp8 blocks", "moe int8", "moe int4", "moe int4 fp8")
+MIXTURES = ("moe bf16", "moe fp8", "moe fp8 blocks", "moe int8", "moe w8a16", "moe int4", "moe int4 fp8")
 TOKENS = 64  # of what stands around the GEMMs
 WARPS = (1, 2, 4, 8, 16, 32)
 
@@ -92,7 +92,7 @@ def persistent_rows(family: str) -> list[Row]:
 def mixture_rows(family: str, m: int) -> list[Row]:
     """Candidates for experts of at most m tokens; m MANY_TOKENS: for more."""
     shape = {"block_m": (min(m, 128),) if m <= 32 else (64, 128), "block_n": (64, 128), "group_m": (1, 8)}
-    if not family.startswith("moe int4"):
+    if family not in ("moe w8a16", "moe int4", "moe int4 fp8"):
         shape["block_k"] = (64, 128) if family == "moe bf16" else (128,)
     return grid(**shape, num_warps=(4, 8), num_stages=(3, 4, 5))
 

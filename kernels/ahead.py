@@ -55,6 +55,7 @@ ROOMS = (  # modules that have `proofs() -> dict[str, Proof]`
     "moe.gpu.fused",
     "moe.gpu.grouped",
     "moe.gpu.int4",
+    "moe.gpu.int8",
     "moe.gpu.route",
     "moe.gpu.router",
     "moe.gpu.slices",
@@ -62,7 +63,15 @@ ROOMS = (  # modules that have `proofs() -> dict[str, Proof]`
     "sampling.gpu.change",
     "sampling.gpu.draw",
 )
-HOPPER = ("int4.gpu.gemm", "fp8.gpu.few", "fp8.gpu.many", "int8.gpu.weights", "moe.gpu.grouped", "moe.gpu.int4")
+HOPPER = (
+    "int4.gpu.gemm",
+    "fp8.gpu.few",
+    "fp8.gpu.many",
+    "int8.gpu.weights",
+    "moe.gpu.grouped",
+    "moe.gpu.int4",
+    "moe.gpu.int8",
+)
 """Rooms whose proofs have an H100's sizes and instructions; `rows` has every size of any card's table."""
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 120: 101_376}
 """Bytes that a block may use, by compute capability."""

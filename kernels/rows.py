@@ -21,13 +21,14 @@ from octavo.kernels.int8.gpu.weights import Packed, weights
 from octavo.kernels.launch import Launch, Proof, meta
 from octavo.kernels.moe.gpu.grouped import grouped
 from octavo.kernels.moe.gpu.int4 import PackedExperts, grouped_int4
+from octavo.kernels.moe.gpu.int8 import ByteExperts, grouped_int8
 from octavo.kernels.moe.gpu.route import unaligned
 
 BF16, FP16, E4M3, INT16 = torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int16
 N, K, EXPERTS, PAIRS = 4096, 4096, 8, 512
 FAMILIES = (
     "fp8", "fp8 blocks", "int8", "w8a16", "int4", "int4 fp8", "moe bf16", "moe fp8", "moe fp8 blocks", "moe int8",
-    "moe int4", "moe int4 fp8",
+    "moe w8a16", "moe int4", "moe int4 fp8",
 )  # fmt: skip
 
 Sizes = dict[str, int]
@@ -78,6 +79,8 @@ def _launches(family: str, row: Sizes) -> dict[str, Launch]:
                 if "fp8" not in family:
                     found[", 2 bits, groups of 32 with zeros"] = _int4(x, 2, 32, True, out, sizes)
             return found
+        case "moe w8a16":
+            return {", groups of 128": _moe_w8a16(128, sizes), ", groups of 32 with zeros": _moe_w8a16(32, sizes)}
         case "moe int4" | "moe int4 fp8":
             found = {", groups of 128": _moe_int4(family, 128, False, sizes)}
             return {**found, ", groups of 32 with zeros": _moe_int4(family, 32, True, sizes)}
@@ -121,6 +124,15 @@ def _moe(family: str, sizes: Sizes) -> Launch:
         x_scale = meta(K // 128, PAIRS).T if blocks else meta(PAIRS, 1)
         scales = {"x_scale": x_scale, "w_scale": meta(EXPERTS, N // 128, K // 128) if blocks else meta(EXPERTS, N)}
     return grouped(x, w, pairs, out, blocks=blocks, **scales, **_pairs(sizes))
+
+
+def _moe_w8a16(group: int, sizes: Sizes) -> Launch:
+    words, table = meta(EXPERTS, K // group, N, group // 2, dtype=INT16), meta(EXPERTS, K // group, N)
+    zero = meta(EXPERTS, K // group, N, dtype=torch.int8) if group == 32 else None
+    pairs, x = unaligned(PAIRS, EXPERTS, sizes["block_m"], "meta"), meta(PAIRS, K, dtype=BF16)
+    return grouped_int8(
+        x, ByteExperts(words, table, zero, K, group), pairs, meta(PAIRS, N, dtype=BF16), **_pairs(sizes)
+    )
 
 
 def _moe_int4(family: str, share: int, has_zeros: bool, sizes: Sizes) -> Launch:

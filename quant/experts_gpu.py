@@ -18,6 +18,7 @@ from octavo.quant.qparams import QuantizedWeight
 from octavo.quant.scheme import CHANNEL, PRESETS, TENSOR, QuantScheme
 
 Weight = QuantizedWeight | Tensor
+FEW_BITS = ("int4", "int3", "int2")
 
 
 @dataclass(frozen=True)
@@ -103,9 +104,8 @@ def _stack(experts: list[Weight], dtype: torch.dtype, device: torch.device, capa
     if not quantized:
         return Experts(torch.stack([e.to(device, dtype) for e in experts if isinstance(e, Tensor)]))
     scheme = quantized[0].scheme
-    few_bits = scheme.weight.dtype in ("int4", "int3", "int2")
-    if scheme.activation is None or (few_bits and _rounds_rows_to_fp8(scheme, capability)):
-        return _few_bits(quantized, device)
+    if scheme.activation is None or (scheme.weight.dtype in FEW_BITS and _rounds_rows_to_fp8(scheme, capability)):
+        return _packed(quantized, device)
     if not _multiplies(scheme, quantized[0].shape[1], capability):
         return None
     codes, scale = (torch.stack([getattr(e, name) for e in quantized]).to(device) for name in ("codes", "scale"))
@@ -144,20 +144,21 @@ def _multiplies(scheme: QuantScheme, columns: int, capability: int) -> bool:
     return weight.granularity.block == (128, 128) and activation.granularity.group_size == 128
 
 
-def _few_bits(experts: list[QuantizedWeight], device: torch.device) -> Any | None:
-    from octavo.kernels.moe.gpu.int4 import pack
+def _packed(experts: list[QuantizedWeight], device: torch.device) -> Any | None:
+    """Integers that are decoded in registers, in groups of columns that a tile has whole, or is within."""
+    from octavo.kernels.moe.gpu import int4, int8
 
     weight, k = experts[0].scheme.weight, experts[0].shape[1]
-    size = weight.granularity.group_size or k
-    if weight.dtype not in ("int4", "int3", "int2") or weight.granularity.kind not in ("group", "channel"):
+    size, is_int8 = weight.granularity.group_size or k, weight.dtype == "int8"
+    if not (is_int8 or weight.dtype in FEW_BITS) or weight.granularity.kind not in ("group", "channel"):
         return None
-    if size < k and size not in (32, 64) and size % 128:
+    if size < k and (size % 32 if is_int8 else size not in (32, 64) and size % 128):
         return None
-    fp8 = experts[0].scheme.activation is not None
     codes, scale = (torch.stack([getattr(e, name) for e in experts]).to(device) for name in ("codes", "scale"))
     zeros = [e.zero_point for e in experts if e.zero_point is not None]
     in_order = group_of_column(k, size)
     g_idx = torch.stack([in_order if e.g_idx is None else e.g_idx.cpu().long() for e in experts])
     if not torch.equal(g_idx.sort(dim=1)[0], in_order.expand_as(g_idx)):  # groups of other sizes
         return None
-    return pack(codes, scale, torch.stack(zeros).to(device) if zeros else None, size, g_idx.to(device), fp8=fp8)
+    found = codes, scale, torch.stack(zeros).to(device) if zeros else None, size, g_idx.to(device)
+    return int8.pack(*found) if is_int8 else int4.pack(*found, fp8=experts[0].scheme.activation is not None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,9 @@ from octavo.kernels.moe import reference
 from octavo.kernels.moe.gpu import fused, route
 from octavo.kernels.moe.gpu.columns import of_pairs
 from octavo.kernels.moe.gpu.grouped import grouped
-from octavo.kernels.moe.gpu.int4 import grouped_int4, pack
+from octavo.kernels.moe.gpu.int4 import PackedExperts, grouped_int4, pack
+from octavo.kernels.moe.gpu.int8 import ByteExperts, grouped_int8
+from octavo.kernels.moe.gpu.int8 import pack as pack8
 from octavo.kernels.moe.gpu.slices import silu_and_mul_slices
 from octavo.kernels.moe.gpu.stored import by_stored
 
@@ -219,8 +223,43 @@ def test_grouped_int4_gemm(
     assert bool(((out.double() - expected).abs() <= limit).all())
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(
+    ("group_size", "num_tokens", "block_m"), [(32, 9, 16), (96, 9, 16), (256, 9, 16), (1000, 1, 16), (128, 17, 64)]
+)
+def test_grouped_gemm_of_int8_weights(
+    group_size: int, num_tokens: int, block_m: int, symmetric: bool, device: torch.device
+) -> None:
+    """As of 4 bits; some codes are at the ends, and zero points so far away that a difference needs 9 bits."""
+    n, k = 72, 392
+    top_k, num_experts = (1, 2) if num_tokens == 17 else (2, 4)
+    dtype = torch.float16 if group_size == 96 else torch.bfloat16
+    pairs, chosen = sorted_pairs(num_tokens, top_k, num_experts, block_m, device)
+    generator = torch.Generator().manual_seed(27)
+    codes = torch.randint(-128, 128, (num_experts, n, k), generator=generator).to(torch.int8).to(device)
+    scale = random(num_experts, n, -(-k // group_size), seed=28, device=device).exp()
+    zero = torch.randint(-128, 128, scale.shape, generator=generator).to(torch.int8).to(device)
+    codes[0, 0, :2], zero[0, 0, 0] = torch.tensor([-128, 127], dtype=torch.int8), 127
+    packed = pack8(codes, scale, None if symmetric else zero, group_size)
+    of_column = torch.arange(k, device=device) // group_size
+    rows = [int4.dequantize(codes[e], scale[e], None if symmetric else zero[e], of_column) for e in range(num_experts)]
+    weight = torch.stack(rows)
+    assert torch.equal(packed.unpack(), weight)
+    x = random(num_tokens, k, seed=29, device=device).to(dtype)
+    router = random(num_tokens, top_k, seed=30, device=device)
+    out = poisoned(num_tokens * top_k, n, dtype=torch.float32, device=device)
+    grouped_int8(x, packed, pairs, out, divisor=top_k, router=router)()
+    repeated, factor = x.repeat_interleave(top_k, 0), router.double().flatten()[:, None]
+    magnitude = by_pairs(repeated.abs(), weight.abs(), chosen) * factor.abs()
+    off = (out.double() - by_pairs(repeated, weight, chosen) * factor).abs()
+    assert bool((off <= magnitude * loose(k, "w8a16", device)).all())
+
+
+@pytest.mark.parametrize("layout", [pack, pack8])
 @pytest.mark.parametrize(("group_size", "k"), [(32, 200), (64, 192), (128, 300), (300, 300)])
-def test_experts_with_act_order_are_the_experts(group_size: int, k: int) -> None:
+def test_experts_with_act_order_are_the_experts(
+    group_size: int, k: int, layout: Callable[..., PackedExperts | ByteExperts]
+) -> None:
     """Each in an order of its own, the last groups short; what is packed unpacks to it."""
     num_experts, n, groups = 3, 8, -(-k // group_size)
     generator = torch.Generator().manual_seed(21)
@@ -229,16 +268,16 @@ def test_experts_with_act_order_are_the_experts(group_size: int, k: int) -> None
     zero = torch.randint(-8, 8, (num_experts, n, groups), generator=generator).to(torch.int8)
     g_idx = torch.stack([torch.randperm(k, generator=generator) // group_size for _ in range(num_experts)])
     for zeros in (zero, None):
-        packed = pack(codes, scale, zeros, group_size, g_idx)
+        packed = layout(codes, scale, zeros, group_size, g_idx)
         assert (packed.order is None) == (groups == 1)
         for e, own in enumerate(packed.unpack()):
             expected = int4.dequantize(codes[e], scale[e], None if zeros is None else zeros[e], g_idx[e])
             assert torch.equal(own, expected)
-    assert pack(codes, scale, None, group_size, g_idx.sort(dim=1)[0]).order is None
+    assert layout(codes, scale, None, group_size, g_idx.sort(dim=1)[0]).order is None
     if groups > 1:
         g_idx[1, 0] = g_idx[1, 0] ^ 1
         with pytest.raises(ValueError, match=f"haven't {group_size} columns"):
-            pack(codes, scale, None, group_size, g_idx)
+            layout(codes, scale, None, group_size, g_idx)
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 4, 200), (5, 3, 6, 4100)], ids=str)
@@ -288,6 +327,10 @@ def experts(
 ) -> tuple[fused.Weights, Tensor]:
     """Weights [E, N, K] in a form, and what they are in float64."""
     w = random(num_experts, n, k, seed=seed, device=device) / k**0.5
+    if kind == "w8a16":
+        scale = w.view(num_experts, n, -1, 64).abs().amax(-1) / 127
+        bytes_ = pack8((w / scale.repeat_interleave(64, 2)).round().to(torch.int8), scale, None, 64)
+        return bytes_, bytes_.unpack().double()
     if kind.startswith("int4"):
         scale = w.view(num_experts, n, -1, 64).abs().amax(-1) / 7
         groups = None
@@ -360,7 +403,7 @@ def silu(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 7])
 @pytest.mark.parametrize(
-    "kind", ["bf16", "fp8", "fp8 static", "fp8 blocks", "int8", "int4", "int4, act-order", "int4 fp8"]
+    "kind", ["bf16", "fp8", "fp8 static", "fp8 blocks", "int8", "int4", "int4, act-order", "int4 fp8", "w8a16"]
 )
 @pytest.mark.parametrize("shared", [0, 3])
 def test_the_whole_way(kind: str, num_tokens: int, shared: int, device: torch.device) -> None:

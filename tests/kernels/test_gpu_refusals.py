@@ -39,6 +39,7 @@ from octavo.kernels.moe.gpu import fused, route
 from octavo.kernels.moe.gpu import int4 as experts
 from octavo.kernels.moe.gpu.columns import of_pairs
 from octavo.kernels.moe.gpu.grouped import grouped
+from octavo.kernels.moe.gpu.int8 import ByteExperts, grouped_int8
 from octavo.kernels.moe.gpu.router import router
 from octavo.kernels.moe.gpu.slices import silu_and_mul_slices
 from octavo.kernels.moe.gpu.stored import by_stored
@@ -210,6 +211,15 @@ CASES = {
         lambda **t: grouped(pairs=aligned(t), divisor=2, **t),
         {**OF_EXPERTS, "x": CODES, "w": of(EXPERTS, N, K, dtype=E4M3), "x_scale": of(M, 1), "w_scale": of(EXPERTS, N)},
         "w size, x_scale rows, x_scale columns",
+    ),
+    "grouped int8 weights": Case(
+        lambda **t: grouped_int8(
+            t.pop("x"), ByteExperts(t.pop("words"), t.pop("scale"), t.pop("zero"), K, 32, t.pop("of_columns")),
+            aligned(t), t.pop("out"), divisor=2, **t,
+        ),
+        {**OF_EXPERTS, "words": of(EXPERTS, 2, N, 16, dtype=INT16), "scale": of(EXPERTS, 2, N)}
+        | {"zero": of(EXPERTS, 2, N, dtype=INT8), "of_columns": of(EXPERTS, K, dtype=INT32)},
+        "words size, of_columns size, of_columns rows, of_columns columns",
     ),
     "grouped int4": Case(
         lambda **t: experts.grouped_int4(

@@ -23,7 +23,7 @@ CARDS = [
     ("NVIDIA GeForce RTX 5090", 120, "5090", "l40s"),
     ("Graphics Device", 90, "graphics-device", "h100"),
 ]
-GEMMS = {"w8a16", "int8", "int4", "moe bf16", "moe int8", "moe int4"}
+GEMMS = {"w8a16", "int8", "int4", "moe bf16", "moe int8", "moe w8a16", "moe int4"}
 FP8_GEMMS = {"fp8", "fp8 blocks", "int4 fp8", "moe fp8", "moe fp8 blocks", "moe int4 fp8"}
 OTHERS = {
     "paged decode", "paged prefill", "rope", "norm", "activation", "activation rows", "embedding", "quantize rows",

@@ -66,7 +66,7 @@ MAX_TILE = 128
 
 
 @triton.jit
-def _decode(words, dtype: tl.constexpr):
+def decode(words, dtype: tl.constexpr):
     """The codes of low bytes and of high bytes, in the activations' type."""
     if _INTERPRETED:
         wide = words.to(tl.int32)
@@ -83,7 +83,7 @@ def _decode(words, dtype: tl.constexpr):
 
 
 @triton.jit
-def _less(low, high, zero, dtype: tl.constexpr):
+def less(low, high, zero, dtype: tl.constexpr):
     """Both halves less the zero point of their row."""
     if _INTERPRETED:
         low -= zero.to(tl.float32)[:, None]
@@ -123,9 +123,9 @@ def _weights(
     for tile in range(first, tl.minimum(tiles, first + tiles_of_part)):
         at = tile * TILE
         group = (at // GROUP if GROUP else 0) * N + first_n + n
-        low, high = _decode(tl.load(words), dtype)
+        low, high = decode(tl.load(words), dtype)
         if HAS_ZERO:
-            low, high = _less(low, high, tl.load(zero + group), dtype)
+            low, high = less(low, high, tl.load(zero + group), dtype)
         total = dot(low, tl.load(x + at, mask=(k < K - at)[:, None], other=0.0))
         total = dot(high, tl.load(x + at + HALF, mask=(k < K - at - HALF)[:, None], other=0.0), total)
         if GROUP:

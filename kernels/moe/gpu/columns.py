@@ -43,6 +43,15 @@ def of_pairs(x: Tensor, order: Tensor, chosen: Tensor, out: Tensor) -> Launch:
     return Launch(_of_pairs, (len(out), cdiv(columns, block)), arguments, **sizes, num_stages=1)
 
 
+def in_order(g_idx: Tensor, group_size: int) -> Tensor | None:
+    """Each expert's columns group after group, by g_idx [E, K]: [E, K] int32; None where they stand so."""
+    groups, order = g_idx.long().sort(dim=1, stable=True)
+    places = torch.arange(g_idx.shape[1], device=g_idx.device)
+    if not bool((groups == places // group_size).all()):
+        raise ValueError(f"groups that haven't {group_size} columns each")
+    return None if bool((order == places).all()) else order.int()
+
+
 def proofs() -> dict[str, Proof]:
     """Mixtral's: the order is read, and pairs written, in wide pieces; x itself is scattered."""
     x, out = (meta(rows, 4096, dtype=torch.bfloat16) for rows in (64, 128))

@@ -27,6 +27,7 @@ from octavo.kernels.launch import Launch, Proof, cdiv
 from octavo.kernels.moe.gpu.columns import of_pairs
 from octavo.kernels.moe.gpu.grouped import BLOCK, grouped
 from octavo.kernels.moe.gpu.int4 import PackedExperts, grouped_int4
+from octavo.kernels.moe.gpu.int8 import ByteExperts, grouped_int8
 from octavo.kernels.moe.gpu.route import Aligned, unaligned
 from octavo.kernels.moe.gpu.router import routing
 from octavo.kernels.moe.gpu.slices import silu_and_mul_slices
@@ -60,7 +61,7 @@ class Experts:
         return e, n, k
 
 
-Weights = Experts | PackedExperts
+Weights = Experts | PackedExperts | ByteExperts
 CODES = {**dict.fromkeys(("fp8", "fp8 blocks", "int4 fp8"), torch.float8_e4m3fn), "int8": torch.int8}
 """What the GEMMs of some weights read, each with a scale of its row, or of 128 columns of it."""
 
@@ -94,7 +95,7 @@ def launches(
 
     x        [T, H] bf16 or fp16, or rounded as `wants` has it
     router   [E, H] of x's type, or float32
-    gate_up  [E, 2 I, H], down [E, H, I]: both plain, both e4m3, both int8, or both of 4 bits
+    gate_up  [E, 2 I, H], down [E, H, I]: both plain, both e4m3, both int8, or both of 4 or 8 bits beside plain tokens
     results  [T * top_k, H] of x's type: what each of a token's experts gives it, times its weight
     shared   how many more experts, slices of a shared one: then router [E + 1, H], gate_up [E + shared, 2 I, H], down
              [E + shared, H, I], results [T * (top_k + shared), H]
@@ -158,11 +159,11 @@ def _activation(
 
 
 def _stored(weights: Weights) -> Tensor | None:
-    return None if isinstance(weights, PackedExperts) else weights.input_scale
+    return weights.input_scale if isinstance(weights, Experts) else None
 
 
 def _order(weights: Weights) -> Tensor | None:
-    return weights.order if isinstance(weights, PackedExperts) else None
+    return None if isinstance(weights, Experts) else weights.order
 
 
 def wants(gate_up: Weights) -> Rounding | None:
@@ -176,6 +177,8 @@ def wants(gate_up: Weights) -> Rounding | None:
 def _kind(weights: Weights) -> str:
     if isinstance(weights, PackedExperts):
         return "int4 fp8" if weights.fp8 else "int4"
+    if isinstance(weights, ByteExperts):
+        return "w8a16"
     if weights.scale is None:
         return "bf16"
     return "int8" if weights.weight.dtype == torch.int8 else "fp8 blocks" if weights.blocks else "fp8"
@@ -202,6 +205,8 @@ def _gemm(
 ) -> Launch:
     if isinstance(weights, PackedExperts):
         return grouped_int4(x, weights, pairs, out, divisor=divisor, router=router, x_scale=x_scale, **size)
+    if isinstance(weights, ByteExperts):
+        return grouped_int8(x, weights, pairs, out, divisor=divisor, router=router, **size)
     scales: dict[str, Any] = {"x_scale": x_scale, "w_scale": weights.scale, "blocks": weights.blocks}
     return grouped(x, weights.weight, pairs, out, divisor=divisor, router=router, **scales, **size)
 

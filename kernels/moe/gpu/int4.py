@@ -23,6 +23,7 @@ from octavo.kernels.expect import expect, refuse
 from octavo.kernels.int4.gpu import packing
 from octavo.kernels.int4.gpu.decode import E4M3_ONE, weights
 from octavo.kernels.launch import Launch, Proof, cdiv, meta
+from octavo.kernels.moe.gpu.columns import in_order
 from octavo.kernels.moe.gpu.grouped import corner, expect_pairs, store, tokens_of
 from octavo.kernels.moe.gpu.route import Aligned, unaligned
 from octavo.kernels.numeric import dot
@@ -93,7 +94,7 @@ def pack(
     share = cdiv(k, packing.TILE) * packing.TILE if group_size >= k else group_size
     if share not in (32, 64) and share % packing.TILE:
         raise ValueError(f"groups of {group_size} columns cross tiles of {packing.TILE}")
-    order = None if g_idx is None else _order(g_idx, group_size)
+    order = None if g_idx is None else in_order(g_idx, group_size)
     if order is not None:
         codes = codes.gather(2, order.long()[:, None].expand_as(codes))
     one = codes.new_zeros(k, dtype=torch.int64)
@@ -108,15 +109,6 @@ def pack(
 
     zero = None if zero_point is None else by_group(zero_point.float() + 8)
     return PackedExperts(torch.stack(words), by_group(scale), zero, share, k, order, fp8)
-
-
-def _order(g_idx: Tensor, group_size: int) -> Tensor | None:
-    """Columns group after group, [E, K] int32; None where they stand so."""
-    sizes, order = g_idx.long().sort(dim=1, stable=True)
-    in_order = torch.arange(g_idx.shape[1], device=g_idx.device)
-    if not bool((sizes == in_order // group_size).all()):
-        raise ValueError(f"groups that haven't {group_size} columns each")
-    return None if bool((order == in_order).all()) else order.int()
 
 
 @triton.jit

@@ -137,7 +137,7 @@ def test_act_order_within_the_mlp_is_undone_at_load(
     assert torch.equal(ours, gathering)
 
 
-@pytest.mark.parametrize("scheme", ["W4A16_ASYM@32", "W4AFP8@32", "FP8_DYNAMIC", "W8A8"])
+@pytest.mark.parametrize("scheme", ["W4A16_ASYM@32", "W8A16@32", "W4AFP8@32", "FP8_DYNAMIC", "W8A8"])
 def test_experts_are_run_together(scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quantize_model(tiny("mixtral", tmp_path / "plain"), tmp_path / "quantized", Recipe(scheme))
     model = check(tmp_path / "quantized", monkeypatch)
@@ -204,7 +204,7 @@ def test_a_shared_expert_runs_with_the_others_in_slices(
 
 
 def test_experts_that_no_grouped_gemm_has_run_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    quantize_model(tiny("mixtral", tmp_path / "plain"), tmp_path / "quantized", Recipe("W8A16@32"))
+    quantize_model(tiny("mixtral", tmp_path / "plain"), tmp_path / "quantized", Recipe("W4A8@32"))
     model = check(tmp_path / "quantized", monkeypatch)
     assert isinstance(model, Decoder)
     assert not model.can_be_captured

@@ -126,6 +126,7 @@ def of_a_layer(
         ("mixtral", "FP8_DYNAMIC", 9),
         ("mixtral", "W8A8", 9),
         ("mixtral", "W4AFP8@32", 9),
+        ("mixtral", "W8A16@32", 9),
         ("olmoe", "FP8_DYNAMIC", 9),
         ("olmoe", "W4A16@32", 9),
         ("qwen2_moe", "FP8_DYNAMIC", 9),

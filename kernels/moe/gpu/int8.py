@@ -1,0 +1,195 @@
+"""Triton body of grouped GEMMs with int8 weights and bf16 or fp16 tokens, and the layout of the experts' weights.
+
+out[pair] = x[pair // divisor] @ ((codes - zero) * scale)^T (* router[pair]), for pairs as `route.align` sorts them. As
+in `int8.gpu.weights`: the weight's rows are the tensor core's (acc [N, M], however many pairs), words of two bytes are
+decoded in registers, and the sums of exact integers over a group are scaled once.
+Reference: `int4.reference.linear` for each expert. Limit: the bytes of the experts that are hit over 3.0 TB/s on an
+H100; from some 130 pairs an expert, the tensor core's bf16 rate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from octavo.kernels.expect import expect, refuse
+from octavo.kernels.int8.gpu import weights as one_layer
+from octavo.kernels.int8.gpu.weights import decode, less
+from octavo.kernels.launch import Launch, Proof, cdiv, meta
+from octavo.kernels.moe.gpu.columns import in_order
+from octavo.kernels.moe.gpu.grouped import corner, expect_pairs, store, tokens_of
+from octavo.kernels.moe.gpu.route import Aligned, unaligned
+from octavo.kernels.numeric import dot
+from octavo.kernels.overlap import await_previous
+
+
+@dataclass(frozen=True)
+class ByteExperts:
+    """Weights [E, N, K] of 8 bits, as `int8.gpu.weights` lays out one.
+
+    words       [E, tiles, N, TILE / 2] int16
+    scale       [E, groups, N] float32
+    zero        None when symmetric, else [E, groups, N] int8
+    k           columns
+    group_size  columns that share a scale, a multiple of TILE; 0: all of a row
+    order       None, or [E, k] int32: which column of the weight, and so of a token, each expert has at a place
+    """
+
+    words: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    k: int
+    group_size: int
+    order: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        e, n, _ = self.shape
+        tiles, half = cdiv(self.k, 2 * self.words.shape[3]), self.words.shape[3]
+        groups = cdiv(self.k, self.group_size) if self.group_size else 1
+        expect(
+            words=(self.words, (e, tiles, n, half)), scale=(self.scale, (e, groups, n)),
+            zero=(self.zero, (e, groups, n)), order=(self.order, (e, self.k)),
+        )  # fmt: skip
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(E, N, K) of the weights."""
+        return self.words.shape[0], self.words.shape[2], self.k
+
+    def unpack(self) -> Tensor:
+        """The weights [E, N, K] in float32."""
+        tables = [None] * len(self.words) if self.zero is None else self.zero
+        rows = zip(self.words, self.scale, tables, strict=True)
+        layers = [one_layer.Packed(w, s, z, None, self.k, self.group_size) for w, s, z in rows]
+        weights = torch.stack([one_layer.unpack(layer) for layer in layers])
+        if self.order is None:
+            return weights
+        return torch.empty_like(weights).scatter_(2, self.order.long()[:, None].expand_as(weights), weights)
+
+
+def pack(
+    codes: Tensor, scale: Tensor, zero_point: Tensor | None, group_size: int, g_idx: Tensor | None = None
+) -> ByteExperts:
+    """Lay out codes [E, N, K] int8 with scale and zero_point [E, N, G] of groups of group_size columns.
+
+    group_size  a multiple of 32, or K; the last group may be short
+    g_idx       [E, K]: the group of each column, if they aren't in order; each group has group_size columns, as above
+    """
+    num_experts, n, k = codes.shape
+    groups = (num_experts, n, cdiv(k, group_size))
+    for name, values in (("scale", scale), ("zero_point", zero_point)):
+        if values is not None and values.shape != groups:
+            refuse(name, values, groups)
+    order = None if g_idx is None else in_order(g_idx, group_size)
+    if order is not None:
+        codes = codes.gather(2, order.long()[:, None].expand_as(codes))
+    size = -1 if group_size >= k else group_size
+    layers = [one_layer.pack(e, s, size) for e, s in zip(codes, scale.float(), strict=True)]
+    zero = None if zero_point is None else zero_point.to(torch.int8).mT.contiguous()
+    words, scales = (torch.stack(tensors) for tensors in zip(*((x.words, x.scale) for x in layers), strict=True))
+    return ByteExperts(words, scales, zero, k, layers[0].group_size, order)
+
+
+@triton.jit
+def _grouped_int8(
+    x, words, scale, zero, router, order, tile_expert, out, num_pairs, num_tiles, N, K, tiles, groups,
+    DIVISOR: tl.constexpr, HAS_ROUTER: tl.constexpr, HAS_ZERO: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr,
+    GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    await_previous(OVERLAPS)
+    tile, first_n = corner(num_tiles, N, BLOCK_N, GROUP_M)
+    expert = tl.load(tile_expert + tile).to(tl.int64)
+    if expert < 0:
+        return
+    dtype: tl.constexpr = x.dtype.element_ty
+    HALF: tl.constexpr = TILE // 2
+    pair, real, row = tokens_of(order, tile, num_pairs, DIVISOR, BLOCK_M)
+    k = tl.arange(0, HALF)
+    n = first_n + tl.minimum(tl.arange(0, BLOCK_N), N - 1 - first_n)  # past the end the last row again, never stored
+    x_at = x + row[None, :] * K + k[:, None]
+    words_at = words + expert * tiles * N * HALF + (n[:, None] * HALF + k[None, :])
+    scale += expert * groups * N + n
+    zero += expert * groups * N + n
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for each in range(tiles):
+        at = each * TILE
+        group = at // GROUP * N if GROUP else 0
+        low, high = decode(tl.load(words_at), dtype)
+        if HAS_ZERO:
+            low, high = less(low, high, tl.load(zero + group), dtype)
+        total = dot(low, tl.load(x_at + at, mask=(k < K - at)[:, None], other=0.0))
+        total = dot(high, tl.load(x_at + at + HALF, mask=(k < K - at - HALF)[:, None], other=0.0), total)
+        if GROUP:
+            total *= tl.load(scale + group)[:, None]
+        acc += total
+        words_at += N * HALF
+    if not GROUP:
+        acc *= tl.load(scale)[:, None]
+    if HAS_ROUTER:
+        acc *= tl.load(router + pair, mask=real, other=0.0)[None, :]
+    store(acc, out, pair, real, first_n, N, True, BLOCK_N)
+
+
+def grouped_int8(
+    x: Tensor,
+    packed: ByteExperts,
+    pairs: Aligned,
+    out: Tensor,
+    *,
+    divisor: int,
+    router: Tensor | None = None,
+    block_n: int = 64,
+    group_m: int = 8,
+    num_warps: int = 4,
+    num_stages: int = 4,
+) -> Launch:
+    """x [tokens or pairs, K] bf16 or fp16 @ the weight of each pair's expert, transposed, into out [pairs, N].
+
+    divisor  pairs for each row of x
+    router   [T, top_k] float32, multiplied to each pair's row
+    """
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"int8 weights times {x.dtype}: bfloat16 and float16 work")
+    n, k = expect_pairs(x, packed.shape, pairs, out, divisor, router)
+    num_tiles = len(pairs.tile_expert)
+    return Launch(
+        _grouped_int8,
+        (num_tiles * cdiv(n, block_n),),
+        {
+            "x": x, "words": packed.words, "scale": packed.scale,
+            "zero": packed.words if packed.zero is None else packed.zero, "router": out if router is None else router,
+            "order": pairs.order, "tile_expert": pairs.tile_expert, "out": out, "num_pairs": out.shape[0],
+            "num_tiles": num_tiles, "N": n, "K": k, "tiles": packed.words.shape[1], "groups": packed.scale.shape[1],
+            "DIVISOR": divisor, "HAS_ROUTER": router is not None, "HAS_ZERO": packed.zero is not None,
+            "GROUP": packed.group_size, "TILE": 2 * packed.words.shape[3], "GROUP_M": group_m,
+            "BLOCK_M": pairs.block_m, "BLOCK_N": block_n,
+        },
+        num_warps=num_warps,
+        num_stages=num_stages,
+    )  # fmt: skip
+
+
+def proofs() -> dict[str, Proof]:
+    """Mixtral's second GEMM: weights go from registers into full-rate instructions, copied 16 bytes at a time."""
+    made: dict[str, Proof] = {}
+    num_experts, n, k, num_pairs, bf16, fp16 = 8, 4096, 14336, 512, torch.bfloat16, torch.float16
+    for dtype, group, has_zero, block_m, block_n, warps in (
+        (bf16, 128, False, 16, 64, 4), (bf16, 32, True, 16, 64, 4), (fp16, 128, True, 16, 64, 4),
+        (bf16, 0, False, 64, 128, 8),
+    ):  # fmt: skip
+        groups, tile = k // (group or k), min(group or 128, 128)
+        words, table = meta(num_experts, k // tile, n, tile // 2, dtype=torch.int16), meta(num_experts, groups, n)
+        zero = meta(num_experts, groups, n, dtype=torch.int8) if has_zero else None
+        pairs, router = unaligned(num_pairs, num_experts, block_m, "meta"), meta(256, 2)
+        launch = grouped_int8(
+            meta(num_pairs, k, dtype=dtype), ByteExperts(words, table, zero, k, group), pairs,
+            meta(num_pairs, n, dtype=dtype), divisor=1, router=router, block_n=block_n, num_warps=warps,
+        )  # fmt: skip
+        name = f"{str(dtype).removeprefix('torch.')} {f'groups of {group}' if group else 'rows'}"
+        expects = (rf"HGMMA\.64x{block_m}x16", r"LDGSTS\.E\.BYPASS.*128")
+        made[f"{name}{' with zeros' if has_zero else ''} {block_m} x {block_n}"] = Proof(launch, expects, ("HMMA",))
+    return made
