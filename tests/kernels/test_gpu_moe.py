@@ -22,6 +22,7 @@ from octavo.kernels.moe.gpu.int8 import ByteExperts, grouped_int8
 from octavo.kernels.moe.gpu.int8 import pack as pack8
 from octavo.kernels.moe.gpu.slices import silu_and_mul_slices
 from octavo.kernels.moe.gpu.stored import by_stored
+from octavo.kernels.rounded import Rounded
 
 
 def random(*shape: int, seed: int, device: torch.device) -> Tensor:
@@ -487,5 +488,9 @@ def test_what_does_not_go_together_is_refused(device: torch.device) -> None:
         fused.launches(x, x.expand(2, 32), 1, bf16, other, x, normalize=True)
     packed, moved = (experts(kind, 2, n, 128, 19, device)[0] for kind, n in (("int4", 256), ("int4, act-order", 128)))
     x = torch.ones(1, 128, device=device).bfloat16()
+    rounded = Rounded(x.to(torch.float8_e4m3fn), torch.ones(1, 1, device=device), x)
+    down = experts("int4", 2, 128, 128, 19, device)[0]
+    with pytest.raises(ValueError, match="read plain numbers"):
+        fused.launches(rounded, x.expand(2, 128).contiguous(), 1, packed, down, x, normalize=True)
     with pytest.raises(ValueError, match="down has act-order"):
         fused.launches(x, x.expand(2, 128), 1, packed, moved, x, normalize=True)

@@ -132,6 +132,8 @@ def _first(
 ) -> tuple[Tensor, Tensor | None, int]:
     """What the first GEMM reads, its scales, and the pairs that share a row of it; what makes it joins the steps."""
     if isinstance(x, Rounded):
+        if wants(gate_up) is None:
+            raise ValueError("x is rounded, and these experts read plain numbers")
         return x.codes, x.scale, chosen.shape[1]
     kind, order, stored, divisor = _kind(gate_up), _order(gate_up), _stored(gate_up), chosen.shape[1]
     if order is not None:
