@@ -9,7 +9,8 @@ case of the benchmarks' own; each candidate is put into the table as its only ro
 would launch. What doesn't compile or doesn't fit is left out, and a winner whose output is wrong is no winner. Only the
 family's rows are replaced; a card without a file begins with what it takes now. Bounds of rows: M at the most, and
 which of Llama-3.1-8B's layers a shape is like: wide (N from 16,384), deep (K from 8,192), or neither; of a mixture M is
-the tokens of an expert, on average; what stands around them keeps the bounds that it has, and is measured at 64 tokens.
+the tokens of an expert, on average; what stands around them keeps the bounds that it has, and is measured at 64 tokens,
+or at twice the highest bound. Of norms over heads M is KiB of q, not tokens.
 """
 
 from __future__ import annotations
@@ -212,10 +213,11 @@ def problems(family: str) -> Iterator[Problem]:
             yield Problem(bounds, rows, (m, 2 * inner, hidden), make, num * hidden * inner, FEW_BITS)
         return
     if family in SMALL:
-        small = SMALL[family]
-        for row in tables.rows_of(tables.card)[family]:
+        small, those = SMALL[family], tables.rows_of(tables.card)[family]
+        beyond = max(TOKENS, *(2 * row.get("m", 0) for row in those))  # all bounds
+        for row in those:
             bounds = {name: bound for name, bound in row.items() if name in tables.BOUNDS}
-            size = row.get("m", TOKENS), power_of_two(row["n"]) if "n" in row else small.usual
+            size = row.get("m", beyond), power_of_two(row["n"]) if "n" in row else small.usual
             yield Problem(bounds, small.rows, (*size, 0), partial(_made, small.make, size), 1 << 22, small.tolerance)
         return
     decodes = family == "paged decode"

@@ -161,6 +161,17 @@ def test_every_family_of_the_tables_can_be_tuned() -> None:
             assert all(set(row) == names for row in problem.rows), (family, problem.bounds)
 
 
+def test_what_no_row_bounds_is_tuned_beyond_all_bounds() -> None:
+    """Or the last row would be measured at a size that another has, and become that one."""
+    for family in tune.SMALL:
+        rows, work = tables.rows_of("h100")[family], list(tune.problems(family))
+        bounds = [row["m"] for row in rows if "m" in row]
+        for row, problem in zip(rows, work, strict=True):
+            assert problem.size[0] == row["m"] if "m" in row else problem.size[0] > max(bounds, default=0)
+    over_heads = list(tune.problems("norms over heads"))
+    assert [tables.choose("norms over heads", *problem.size)["again"] for problem in over_heads] == [0, 1, 0]
+
+
 def test_tuning_takes_the_fastest_that_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of real candidates in the interpreter, with a clock that prefers some; one block is no power of two."""
 

@@ -1,6 +1,6 @@
 """From a model directory to a model that can be run: layer by layer, each weight read, packed and dropped at once.
 
-Never holds two copies of the weights: the largest thing that is held twice is one layer's MLP.
+Never holds two copies of the weights: the largest thing that is held more than once is one layer's MLP.
 Complete or not at all: a tensor that nothing reads, or one that isn't there, is an error that names it.
 """
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from octavo.kernels.fp8.gpu.quantize import quantize
 from octavo.kernels.fused.gpu.activation import silu_and_mul
 from octavo.kernels.int4 import reference as int4
+from octavo.kernels.int8.gpu.gemm import MAX_COLUMNS
 from octavo.kernels.moe import reference
 from octavo.kernels.moe.gpu import fused, route
 from octavo.kernels.moe.gpu.columns import of_pairs
@@ -406,7 +407,7 @@ def silu(x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     "kind", ["bf16", "fp8", "fp8 static", "fp8 blocks", "int8", "int4", "int4, act-order", "int4 fp8", "w8a16"]
 )
-@pytest.mark.parametrize("shared", [0, 3])
+@pytest.mark.parametrize("shared", [0, 2])
 def test_the_whole_way(kind: str, num_tokens: int, shared: int, device: torch.device) -> None:
     """Between two ends, which part by what a kernel may be off and are rounded where it rounds.
 
@@ -492,5 +493,20 @@ def test_what_does_not_go_together_is_refused(device: torch.device) -> None:
     down = experts("int4", 2, 128, 128, 19, device)[0]
     with pytest.raises(ValueError, match="read plain numbers"):
         fused.launches(rounded, x.expand(2, 128).contiguous(), 1, packed, down, x, normalize=True)
+    codes = torch.ones(2, 64, 32, device=device).to(torch.float8_e4m3fn)
+    scale, stored = torch.ones(2, 64, device=device), torch.ones(2, device=device)
+    static, x32 = fused.Experts(codes, scale, stored), torch.ones(1, 32, device=device).bfloat16()
+    blocks = fused.Experts(codes, scale[:, :1, None].contiguous(), stored)
+    for gate_up, last in ((static, other), (blocks, fused.Experts(codes[:, :32], scale[:, :1, None], stored))):
+        with pytest.raises(ValueError, match="input_scale both"):
+            fused.launches(x32, x32.expand(2, 32), 1, gate_up, last, x32, normalize=True)
+    with pytest.raises(ValueError, match=r"3 rows .* 2 experts and 2 slices"):
+        silu_and_mul_slices(torch.ones(3, 8), codes[0, :3, :4].contiguous(), torch.ones(3, 1), 2, 2)
+    with pytest.raises(ValueError, match=r"int8: float8_e4m3fn works"):
+        by_stored(x32, stored, torch.zeros(1, 1).int(), torch.zeros(1, 32).to(torch.int8), torch.ones(1, 1))
+    wide, one = torch.zeros(1, 1, MAX_COLUMNS + 1, dtype=torch.int8), torch.ones(1, 1)
+    pairs = route.unaligned(1, 1, 16, "cpu")
+    with pytest.raises(ValueError, match=f"holds {MAX_COLUMNS} columns"):
+        grouped(wide[0], wide, pairs, one, divisor=1, x_scale=one, w_scale=one)
     with pytest.raises(ValueError, match="down has act-order"):
         fused.launches(x, x.expand(2, 128), 1, packed, moved, x, normalize=True)

@@ -15,7 +15,7 @@ from octavo.kernels.attention import reference
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
 from octavo.kernels.attention.gpu import rope
 from octavo.kernels.attention.gpu.decode import share_count
-from octavo.kernels.attention.gpu.rope_decode import rope_and_attention, rope_decode
+from octavo.kernels.attention.gpu.rope_decode import reads_rows_again, rope_and_attention, rope_decode
 from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.launch import Launch
 
@@ -155,7 +155,23 @@ def test_a_slot_of_minus_one_writes_nothing(device: torch.device) -> None:
     assert bool(changed.flatten(1)[inputs.slot_mapping[0] // 8, inputs.slot_mapping[0] % 8])
 
 
-@pytest.mark.parametrize("case", ["prompt", "a norm over all", "a norm over all of many", "decode"])
+def test_partial_sums_count_where_whole_rows_are_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """512 numbers of q for a token are 1 KiB in bf16, 6 in three parts; norms of heads read nothing again."""
+    monkeypatch.setitem(tables.rows_of(tables.card), "norms over heads", [{"m": 6, "again": 1}, {"again": 0}])
+    tables.row_of.cache_clear()
+    shape, whole, head = AttentionShape(4, 2, 128, 1.0), torch.ones(512), torch.ones(128)
+    for tokens, parts, norm, again in ((6, 1, whole, True), (7, 1, whole, False), (1, 3, whole, True)):
+        qkv = torch.empty(tokens, 1024).bfloat16() if parts == 1 else torch.empty(parts, tokens, 1024)
+        assert reads_rows_again(qkv, shape, norm, None) == again
+    assert not reads_rows_again(torch.empty(4, 1, 1024), shape, whole, head)
+    assert not reads_rows_again(torch.empty(4, 1, 1024), shape, None, whole)
+    assert reads_rows_again(torch.empty(4, 9, 1024), shape, head, head)
+    tables.row_of.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "case", ["prompt", "a norm over all", "a norm over all of many", "a norm over all, one KV head, of many", "decode"]
+)
 def test_what_is_better_done_in_two_launches_is(
     case: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,7 +179,8 @@ def test_what_is_better_done_in_two_launches_is(
     launched: list[str] = []
     run_it = Launch.__call__
     monkeypatch.setattr(Launch, "__call__", lambda self: (launched.append(self.kernel.__name__), run_it(self)))
-    shape = AttentionShape(4, 2, 32, 32**-0.5)
+    kv_heads = 1 if "one KV head" in case else 2  # whose norm over all is one over a head
+    shape = AttentionShape(4, kv_heads, 32, 32**-0.5)
     inputs = step_of([7, 20], device)
     if case == "prompt":
         starts = torch.tensor([0, 2, 3], dtype=torch.int32, device=device)
@@ -174,15 +191,15 @@ def test_what_is_better_done_in_two_launches_is(
         monkeypatch.setitem(tables.rows_of(tables.card), "norms over heads", rows)
         tables.row_of.cache_clear()
     width = 4 * 32 if case.startswith("a norm over all") else 32
-    norms = (torch.rand(width, device=device), torch.rand(width // (width // 32 // 2 or 1), device=device))
-    qkv = torch.randn(int(inputs.query_starts[-1]), 8 * 32, device=device)
+    norms = (torch.rand(width, device=device), torch.rand(kv_heads * 32 if width > 32 else 32, device=device))
+    qkv = torch.randn(int(inputs.query_starts[-1]), (4 + 2 * kv_heads) * 32, device=device)
     angle = torch.rand(32, 16) * 6
     cos_sin = torch.cat((angle.cos(), angle.sin()), dim=1).to(device)
-    cache = make_cache(4, 2, 8, 32, torch.float32, torch.float32, device)
+    cache = make_cache(4, kv_heads, 8, 32, torch.float32, torch.float32, device)
     expected = copy_of(cache)
     got = rope_and_attention(qkv, inputs, cache, shape, cos_sin, *norms, EPS)
     tables.row_of.cache_clear()
-    assert len(launched) == {"prompt": 3, "a norm over all of many": 2}.get(case, 1), launched
+    assert len(launched) == (3 if case == "prompt" else 2 if case.endswith("many") else 1), launched
     reference.rope_and_cache(qkv, inputs, expected, shape, cos_sin, *norms, EPS)
     check_keys(cache.key, expected.key)
     q, off = queries(qkv, inputs, shape, cos_sin, norms[0], torch.float32)

@@ -121,6 +121,19 @@ def test_all_tokens_go_to_the_slices_of_a_shared_expert(
     assert_sorted(other, num_experts + shared)
 
 
+def test_more_experts_than_a_program_has_take_more_launches(device: torch.device) -> None:
+    """Slices of a shared one count: 505 and 8 have 506 logits."""
+    for num_experts, shared, launches in ((504, 8, 1), (505, 8, 2), (512, 0, 1), (513, 0, 2)):
+        x, weight = inputs(1, num_experts, 2, 64, torch.bfloat16, device, more=min(shared, 1))
+        found = room(1, num_experts + shared, 2 + shared, 16, device)
+        steps = router.routing(x, weight, found.chosen, found.weights, found.pairs, normalize=True, shared=shared)
+        assert len(steps) == launches
+        for step in steps:
+            step()
+        assert torch.equal(found.chosen[:, :2].long(), routed(x, weight[:num_experts], 2, normalize=True)[0])
+        assert_sorted(found, num_experts + shared)
+
+
 @pytest.mark.parametrize("num_tokens", [3, 40])
 def test_two_launches_give_the_same_bits(num_tokens: int, device: torch.device) -> None:
     """Whichever of their programs is the last."""

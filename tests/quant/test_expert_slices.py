@@ -65,6 +65,13 @@ def test_what_does_not_end_with_a_slice_is_left_whole(name: str, width: int, of_
     assert slices(*mlp(name, width), of_slice) is None
 
 
+def test_rows_that_share_a_scale_stay_together() -> None:
+    """Whatever down allows."""
+    gate_up, _ = mlp("fp8-block", 2 * 192)
+    assert slices(gate_up, part(HIDDEN, 2 * 192, None, 4), 192) is None
+    assert slices(gate_up, part(HIDDEN, 3 * 128, None, 4), 128) is not None
+
+
 def test_columns_in_another_order_are_left_whole() -> None:
     gate_up, down = mlp("int4-group", COUNT * WIDTH)
     assert isinstance(down, QuantizedWeight)

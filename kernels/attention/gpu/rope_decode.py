@@ -4,8 +4,8 @@
 own queries of qkv, which may be split-K partial sums: they are read once more for every share of the sequence, out of
 L2. The program of a KV head's last share, which has the new token, also makes its key and value and writes them to the
 cache before it reads there; no other may read them, so sequences of a step must not share a block that one of them
-writes to. Of a norm over all heads at once every program reads the whole row, for its factor: with more than a few
-tokens `gpu.rope`, a launch of its own, takes less time. Rows may be rounded for the GEMM behind (`gpu.row`).
+writes to. Of a norm over all heads at once every program reads the whole row, for its factor; for more than a few
+tokens, by the table, `gpu.rope` is a launch of its own. Rows may be rounded for the GEMM behind (`gpu.row`).
 Reference: `attention.reference.rope_and_cache`, then `paged_attention`. Limit: bytes, those of both.
 """
 
@@ -239,7 +239,7 @@ def rope_and_attention(
     In a decode step it is rounded as `wants` says. One with prompts is left plain, for the GEMM behind to round: its
     tokens are of two kernels, and rounding is little beside what prompts take.
     """
-    if inputs.max_query_len > 1 or not _reads_rows_again(qkv, shape, q_norm, k_norm):
+    if inputs.max_query_len > 1 or not reads_rows_again(qkv, shape, q_norm, k_norm):
         q = rope_and_cache(qkv, inputs, cache, shape, cos_sin, q_norm, k_norm, eps, dtype)
         if inputs.max_query_len > 1:
             return paged_attention(q, inputs, cache, shape)
@@ -254,10 +254,11 @@ def rope_and_attention(
     return out.flatten(1) if into is None else into
 
 
-def _reads_rows_again(qkv: Tensor, shape: AttentionShape, *norms: Tensor | None) -> bool:
+def reads_rows_again(qkv: Tensor, shape: AttentionShape, *norms: Tensor | None) -> bool:
     """Whether programs may read whole rows of qkv for norms over all heads, if there are any: the table has a limit.
 
-    A head's share of 256 tokens in bf16 is 128 KiB; with 16 heads of 128 in 4 partial sums 32 KiB of q come to it.
+    To a head's share of 256 tokens in bf16, 128 KiB, come 32 KiB of q with 16 heads of 128 in 4 partial sums: for many
+    tokens more than a launch takes, by the L2 cache's bandwidth. Not measured.
     """
     if all(w is None or w.numel() == shape.head_dim for w in norms):
         return True
@@ -283,6 +284,8 @@ def proofs() -> dict[str, Proof]:
         "bf16, 32 heads of 80 of which 32 rotate": ((32, 32, 80, bf16, bf16, bf16), 1, 32, False, 1),
         "fp8, 16 heads of 128, a norm over all, of 4 partial sums": ((16, 16, 128, bf16, fp8, fp8), 4, 128, True, 1),
         "bf16, 40 / 8 heads of 128, a norm over all": ((40, 8, 128, bf16, bf16, bf16), 1, 128, True, 32),
+        "bf16, 16 heads of 128, a norm over all, listed": ((16, 16, 128, bf16, bf16, bf16), 1, 128, True, 32),
+        "bf16, 32 heads, a norm over all, 4 parts, listed": ((32, 32, 128, bf16, bf16, bf16), 4, 128, True, 32),
     }
     rounds = {"to fp8": Rounding(fp8), "to fp8 in groups": Rounding(fp8, 128)}
     made: dict[str, Proof] = {}
@@ -292,6 +295,8 @@ def proofs() -> dict[str, Proof]:
         qkv = q.new_empty(64, width) if parts == 1 else q.new_empty(parts, 64, width, dtype=torch.float32)
         heads = (shape.num_heads, shape.num_kv_heads) if "over all" in name else (1, 1)
         norms = [meta(count * shape.head_dim) if normed else None for count in heads]
+        if not reads_rows_again(qkv[..., :1, :], shape, *norms):  # a card whose registers don't hold it
+            continue
         group = shape.num_heads // shape.num_kv_heads
         sizes = tables.choose("paged decode", group, shape.head_dim, cache.key.element_size())
         lse = meta(64, shape.num_kv_heads, most_parts, group)

@@ -1,4 +1,4 @@
-"""A mixture's way on a GPU: route and sort, round, the first grouped GEMM, SiLU * up, the second, each token's sum.
+"""A mixture's way on a GPU: route and sort, round or move, grouped GEMM, SiLU * up, grouped GEMM, each token's sum.
 
 out[t] = sum over j of weights[t, j] * down(silu(gate(x[t])) * up(x[t])) of expert chosen[t, j], the sum in float32 in
 the order of j: the same bits whatever else is in the batch with the same tiles. Every launch's size comes from the
@@ -43,7 +43,7 @@ class Experts:
 
     weight       [E, N, K] bf16, fp16, e4m3 or int8
     scale        of codes, float32 [E, N]; of blocks of e4m3 [E, ceil(N / 128), ceil(K / 128)]
-    input_scale  [E] float32, of e4m3: a checkpoint's scale of what an expert reads; None: each row has its own
+    input_scale  [E] float32, of e4m3 with scales of rows: a checkpoint's for what an expert reads; None: each row's own
     """
 
     weight: Tensor
@@ -95,7 +95,7 @@ def launches(
 
     x        [T, H] bf16 or fp16, or rounded as `wants` has it
     router   [E, H] of x's type, or float32
-    gate_up  [E, 2 I, H], down [E, H, I]: both plain, both e4m3, both int8, or both of 4 or 8 bits beside plain tokens
+    gate_up  [E, 2 I, H], down [E, H, I]: both plain, both e4m3, both int8, both packed with 4 bits, or with 8
     results  [T * top_k, H] of x's type: what each of a token's experts gives it, times its weight
     shared   how many more experts, slices of a shared one: then router [E + 1, H], gate_up [E + shared, 2 I, H], down
              [E + shared, H, I], results [T * (top_k + shared), H]
@@ -104,8 +104,11 @@ def launches(
     num_tokens = plain.shape[0]
     if kind != _kind(down) or down.shape != (num_experts, hidden, width // 2) or plain.shape[1] != hidden:
         raise ValueError(f"x {list(plain.shape)}, gate_up {kind} {gate_up.shape} and down {_kind(down)} {down.shape}")
-    if (_stored(gate_up) is None) != (_stored(down) is None):
-        raise ValueError("gate_up and down have input_scale both, or neither")
+    stored = _stored(gate_up), _stored(down)
+    if (stored[0] is None) != (stored[1] is None) or (stored[0] is not None and kind != "fp8"):
+        raise ValueError(
+            f"gate_up and down, {kind}, have input_scale both, as e4m3 with a scale for each row, or neither"
+        )
     if _order(down) is not None:
         raise ValueError("down has act-order: gate and up are to make its columns in the order of its groups")
     expect(router=(router, (num_experts - max(shared - 1, 0), hidden)))
@@ -122,7 +125,7 @@ def launches(
     return (
         *steps,
         _gemm(first, first_scale, gate_up, pairs, between, divisor, None, size),
-        _activation(between, acted, acted_scale, group_size, _stored(down), chosen, shared),
+        _activation(between, acted, acted_scale, group_size, stored[1], chosen, shared),
         _gemm(acted, acted_scale, down, pairs, results, 1, weights, size),
     )
 

@@ -1,7 +1,7 @@
 """Triton body of grouped GEMMs: each pair of token and expert times its expert's weight, in bf16, fp16, e4m3 or int8.
 
 out[pair] = x[pair // divisor] @ w[expert]^T (* x_scale * w_scale) (* router[pair]), for pairs as `route.align` sorts
-them: x has a row for each token (divisor = top_k: the first GEMM) or for each pair (1: the second). A program has
+them: x has a row for each token (divisor: its pairs) or for each pair (1: as behind the first GEMM). A program has
 BLOCK_M sorted pairs of one expert and BLOCK_N of its rows. Up to 32 pairs an expert's rows are the tensor core's rows
 and the pairs its columns (acc [N, M]), as in `fp8.gpu.few`: 64 rows is the least it multiplies.
 
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from octavo.kernels.expect import expect, refuse
 from octavo.kernels.fp8.gpu.few import multiply
+from octavo.kernels.int8.gpu.gemm import MAX_COLUMNS
 from octavo.kernels.launch import Launch, Proof, cdiv, meta
 from octavo.kernels.moe.gpu.route import Aligned, expect_aligned, unaligned
 from octavo.kernels.numeric import dot, narrow
@@ -145,12 +146,14 @@ def grouped(
     """x [tokens or pairs, K] @ w [E, N, K]^T of each pair's expert into out [pairs, N] bf16, fp16 or float32.
 
     divisor  pairs for each row of x
-    router   [T, top_k] float32, multiplied to each pair's row
+    router   float32, a number for each pair, multiplied to its row
     x_scale  where x and w are e4m3 or int8: float32 [rows, 1]; of blocks [rows, ceil(K / 128)], in any order of memory
     w_scale  float32 [E, N]; of blocks [E, ceil(N / 128), ceil(K / 128)]
     """
     num_pairs, block_m = out.shape[0], pairs.block_m
     n, k = expect_pairs(x, w.shape, pairs, out, divisor, router)
+    if x.dtype == torch.int8 and k > MAX_COLUMNS:
+        raise ValueError(f"an int32 sum holds {MAX_COLUMNS} columns, not {k}")
     if x.dtype != w.dtype or (x_scale is None) != (w_scale is None) or (x_scale is None) == (x.element_size() == 1):
         raise ValueError(f"a grouped GEMM of {x.dtype} with{'out' if x_scale is None else ''} scales")
     if blocks and (BLOCK % block_n or block_k != BLOCK or x.dtype != torch.float8_e4m3fn):

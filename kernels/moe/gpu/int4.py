@@ -194,7 +194,7 @@ def grouped_int4(
     """x [tokens or pairs, K] bf16, fp16 or e4m3 @ the weight of each pair's expert, transposed, into out [pairs, N].
 
     divisor  pairs for each row of x
-    router   [T, top_k] float32, multiplied to each pair's row
+    router   float32, a number for each pair, multiplied to its row
     x_scale  float32 [tokens or pairs, 1], where x is e4m3
     """
     if (x_scale is None) != (x.dtype != torch.float8_e4m3fn):

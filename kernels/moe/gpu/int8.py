@@ -150,7 +150,7 @@ def grouped_int8(
     """x [tokens or pairs, K] bf16 or fp16 @ the weight of each pair's expert, transposed, into out [pairs, N].
 
     divisor  pairs for each row of x
-    router   [T, top_k] float32, multiplied to each pair's row
+    router   float32, a number for each pair, multiplied to its row
     """
     if x.dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"int8 weights times {x.dtype}: bfloat16 and float16 work")

@@ -1,0 +1,181 @@
+"""Which experts grouped GEMMs have, and how they are stacked: against the weights themselves."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from octavo.calibration.recipe import parse_scheme
+from octavo.kernels.int8.gpu.gemm import MAX_COLUMNS
+from octavo.quant.experts_gpu import Stacked, stack_experts
+from octavo.quant.qparams import QuantizedWeight, quantize_weight
+from octavo.quant.scheme import (
+    CHANNEL,
+    PRESETS,
+    TENSOR,
+    ActivationScheme,
+    QuantScheme,
+    WeightScheme,
+    group,
+)
+
+Weight = QuantizedWeight | Tensor
+Expert = tuple[list[Weight], Weight]
+HIDDEN, WIDTH, COUNT = 128, 64, 3
+STATIC = PRESETS["FP8"]
+ROWS_STATIC = QuantScheme(PRESETS["FP8_DYNAMIC"].weight, STATIC.activation)
+
+
+def weight(rows: int, columns: int, scheme: QuantScheme | None, seed: int) -> Weight:
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(rows, columns, generator=generator) * (1 + seed)
+    if scheme is None:
+        return values
+    found = quantize_weight(values, scheme)
+    is_static = scheme.activation is not None and not scheme.activation.dynamic
+    return replace(found, input_scale=torch.tensor(0.01 * (1 + seed // 2))) if is_static else found
+
+
+def experts(scheme: QuantScheme | None, *, width: int = WIDTH) -> list[Expert]:
+    """Gate and up of an expert have one input, and so one scale of it."""
+    return [
+        ([weight(width, HIDDEN, scheme, 4 * e + i) for i in (0, 1)], weight(HIDDEN, width, scheme, 4 * e + 2))
+        for e in range(COUNT)
+    ]
+
+
+def stacked(of: list[Expert], capability: int = 90) -> Stacked | None:
+    return stack_experts(of, torch.bfloat16, torch.device("cpu"), capability)
+
+
+def values(weight: Weight) -> Tensor:
+    return weight.dequantize() if isinstance(weight, QuantizedWeight) else weight.bfloat16().float()
+
+
+def unstacked(way: object) -> Tensor:
+    """[E, N, K] float32."""
+    if hasattr(way, "unpack"):
+        return way.unpack()  # type: ignore[no-any-return]
+    codes, scale = way.weight.float(), way.scale  # type: ignore[attr-defined]
+    if scale is None:
+        return codes
+    if scale.dim() == 2:
+        return codes * scale[..., None]
+    wide = scale.repeat_interleave(128, 1).repeat_interleave(128, 2)
+    return codes * wide[:, : codes.shape[1], : codes.shape[2]]
+
+
+OF_ROWS = [
+    QuantScheme(WeightScheme("int4", CHANNEL)),
+    QuantScheme(WeightScheme("int8", CHANNEL, symmetric=False)),
+    QuantScheme(WeightScheme("fp8_e4m3", TENSOR), ActivationScheme("fp8_e4m3", CHANNEL)),
+]
+IN_GROUPS = [
+    parse_scheme(f"{name}@{size}")
+    for name, size in (
+        ("W4A16", 32), ("W4A16_ASYM", 64), ("W3A16", 32), ("W2A16", 32), ("W8A16", 32), ("W4AFP8", 32)
+    )
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [None, *IN_GROUPS, *OF_ROWS, PRESETS["W8A8"], PRESETS["FP8_DYNAMIC"], STATIC, ROWS_STATIC],
+    ids=str,
+)
+def test_what_is_stacked_is_the_experts(scheme: QuantScheme | None) -> None:
+    of = experts(scheme)
+    found = stacked(of)
+    assert found is not None
+    assert torch.equal(
+        unstacked(found.gate_up), torch.stack([torch.cat([values(p) for p in parts]) for parts, _ in of])
+    )
+    assert torch.equal(unstacked(found.down), torch.stack([values(down) for _, down in of]))
+    if scheme in (STATIC, ROWS_STATIC):
+        for way, weights in ((found.gate_up, [parts[0] for parts, _ in of]), (found.down, [down for _, down in of])):
+            scales = [w.input_scale for w in weights if isinstance(w, QuantizedWeight)]
+            assert torch.equal(way.input_scale, torch.tensor(scales))
+    elif hasattr(found.down, "input_scale"):
+        assert found.gate_up.input_scale is None
+        assert found.down.input_scale is None
+
+
+def test_fp8_blocks() -> None:
+    of = experts(PRESETS["FP8_BLOCK"], width=128)
+    found = stacked(of)
+    assert found is not None
+    assert torch.equal(unstacked(found.down), torch.stack([values(down) for _, down in of]))
+
+
+@pytest.mark.parametrize("scheme", ["FP8_DYNAMIC", "FP8", "FP8_BLOCK", "W4AFP8@32"])
+def test_a_card_without_fp8_units_multiplies_none(scheme: str) -> None:
+    of = experts(parse_scheme(scheme), width=128)
+    assert stacked(of, 89) is not None
+    assert stacked(of, 86) is None
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        parse_scheme("W4A8@32"),
+        QuantScheme(WeightScheme("int4", group(32)), STATIC.activation),
+        QuantScheme(PRESETS["FP8_DYNAMIC"].weight, ActivationScheme("fp8_e4m3", TENSOR)),
+        QuantScheme(PRESETS["FP8_DYNAMIC"].weight, ActivationScheme("fp8_e4m3", group(32))),
+        QuantScheme(PRESETS["W8A8"].weight, ActivationScheme("int8", TENSOR, dynamic=False)),
+    ],
+    ids=str,
+)
+def test_no_grouped_gemm_has_other_schemes(scheme: QuantScheme) -> None:
+    assert stacked(experts(scheme)) is None
+
+
+def test_nor_experts_of_several_schemes() -> None:
+    of = experts(PRESETS["FP8_DYNAMIC"])
+    gate_up, down = of[1]
+    assert stacked([of[0], (gate_up, values(down)), of[2]]) is None
+    assert stacked([of[0], ([gate_up[0], values(gate_up[1])], down), of[2]]) is None
+
+
+def test_nor_stored_scales_that_are_missing_or_differ() -> None:
+    """Between gate and up, that is: each expert has its own."""
+    of = experts(ROWS_STATIC)
+    gate_up, down = of[1]
+    gate, up = gate_up
+    assert isinstance(down, QuantizedWeight)
+    assert isinstance(up, QuantizedWeight)
+    assert stacked([of[0], (gate_up, replace(down, input_scale=None)), of[2]]) is None
+    assert stacked([of[0], ([gate, replace(up, input_scale=torch.tensor(0.5))], down), of[2]]) is None
+
+
+def test_nor_down_with_act_order_or_groups_of_other_sizes() -> None:
+    of = experts(parse_scheme("W4A16@32"))
+    gate_up, down = of[1]
+    gate, up = gate_up
+    assert isinstance(gate, QuantizedWeight)
+    assert isinstance(up, QuantizedWeight)
+    assert isinstance(down, QuantizedWeight)
+    shuffled = torch.randperm(HIDDEN, generator=torch.Generator().manual_seed(1)).int() // 32
+    with_order: list[Weight] = [replace(part, g_idx=shuffled) for part in (gate, up)]
+    found = stacked([of[0], (with_order, down), of[2]])
+    assert found is not None
+    assert torch.equal(found.gate_up.unpack()[1], torch.cat([values(part) for part in with_order]))
+    assert torch.equal(found.gate_up.unpack()[0], torch.cat([values(part) for part in of[0][0]]))
+    uneven = shuffled.clone()
+    uneven[0] = (uneven[0] + 1) % 4
+    lopsided: list[Weight] = [replace(part, g_idx=uneven) for part in (gate, up)]
+    assert stacked([of[0], (lopsided, down), of[2]]) is None
+    moved = replace(down, g_idx=torch.arange(WIDTH).flip(0).int() // 32)
+    assert stacked([of[0], (gate_up, moved), of[2]]) is None
+
+
+def test_nor_more_columns_of_int8_than_a_sum_holds() -> None:
+    scheme, columns = PRESETS["W8A8"], MAX_COLUMNS + 1
+
+    def wide(rows: int, k: int) -> QuantizedWeight:
+        return QuantizedWeight(scheme, torch.ones(rows, k, dtype=torch.int8), torch.ones(rows, 1))
+
+    assert stacked([([wide(1, columns), wide(1, columns)], wide(columns, 1))]) is None
+    assert stacked([([wide(1, columns - 1), wide(1, columns - 1)], wide(columns - 1, 1))]) is not None
