@@ -125,11 +125,14 @@ def test_a_card_without_fp8_units_multiplies_none(scheme: str) -> None:
         QuantScheme(PRESETS["FP8_DYNAMIC"].weight, ActivationScheme("fp8_e4m3", TENSOR)),
         QuantScheme(PRESETS["FP8_DYNAMIC"].weight, ActivationScheme("fp8_e4m3", group(32))),
         QuantScheme(PRESETS["W8A8"].weight, ActivationScheme("int8", TENSOR, dynamic=False)),
+        QuantScheme(WeightScheme("fp8_e4m3", group(32)), STATIC.activation),
+        QuantScheme(WeightScheme("int8", group(16))),
+        QuantScheme(WeightScheme("int4", group(16))),
     ],
     ids=str,
 )
 def test_no_grouped_gemm_has_other_schemes(scheme: QuantScheme) -> None:
-    assert stacked(experts(scheme)) is None
+    assert stacked(experts(scheme, width=128)) is None
 
 
 def test_nor_experts_of_several_schemes() -> None:
