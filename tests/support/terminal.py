@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 CTRL_C, CTRL_D = "\x03", "\x04"
 # setsid alone gives no terminal: it has to be taken
@@ -34,7 +35,20 @@ class Terminal:
         self.printed = ""
 
     def press(self, keys: str) -> None:
+        """Ctrl-C when the program waits: CPython's input() loses one between its prompt and its wait for keys."""
+        deadline = time.monotonic() + 60.0
+        while CTRL_C in keys and not self._sleeps():
+            assert time.monotonic() < deadline, "the program doesn't wait for keys"
+            time.sleep(0.01)
         os.write(self._fd, keys.encode())
+
+    def _sleeps(self) -> bool:
+        """Whether its main thread does; a program that is gone needs no waiting for."""
+        try:
+            stat = Path(f"/proc/{self.process.pid}/stat").read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return True
+        return stat.rpartition(")")[2].split()[0] not in ("R", "D")
 
     def wait_for(self, text: str, seconds: float = 60.0) -> str:
         """Read until `text` is printed; returns, and forgets, what was printed up to its end."""
