@@ -62,7 +62,9 @@ def _launches(family: str, row: Sizes) -> dict[str, Launch]:
     parts, m = sizes.pop("parts"), sizes["block_m"]
     out = meta(parts, m, N) if parts > 1 else meta(m, N, dtype=BF16)
     match family:
-        case "fp8" | "fp8 blocks" | "int8":
+        case "fp8 blocks":
+            return {"": _eight_bits(family, m, out, {**sizes}), ", of rows": _eight_bits(family, m, out, sizes, 1)}
+        case "fp8" | "int8":
             return {"": _eight_bits(family, m, out, sizes)}
         case "w8a16":
             return {
@@ -87,10 +89,11 @@ def _launches(family: str, row: Sizes) -> dict[str, Launch]:
     return {"": _moe(family, sizes)}
 
 
-def _eight_bits(family: str, m: int, out: Tensor, sizes: Sizes) -> Launch:
+def _eight_bits(family: str, m: int, out: Tensor, sizes: Sizes, rows: int = 128) -> Launch:
+    """rows: of a block."""
     dtype, blocks = torch.int8 if family == "int8" else E4M3, family == "fp8 blocks"
     x, w = meta(m, K, dtype=dtype), meta(N, K, dtype=dtype)
-    scales = (meta(K // 128, m).T, meta(N // 128, K // 128)) if blocks else (meta(m, 1), meta(N, 1))
+    scales = (meta(K // 128, m).T, meta(N // rows, K // 128)) if blocks else (meta(m, 1), meta(N, 1))
     body: Callable[..., Launch] = few if sizes.pop("is_few") else many
     return body(x, w, *scales, out, blocks=blocks, **sizes)
 

@@ -83,7 +83,7 @@ def make_linear(
     bias = _join_biases(parts, biases, out, device)
     inside = bias if len(fused) == 1 else None
     bodies = [_choose(part, inside, dtype, device, out, capability) for part in fused]
-    schemes = dict.fromkeys(str(p.scheme) if isinstance(p, QuantizedWeight) else str(dtype)[6:] for p in fused)
+    schemes = dict.fromkeys(str(p.scheme) if isinstance(p, QuantizedWeight) else str(dtype)[6:] for p in parts)
     return Linear(" + ".join(schemes), bodies, None if bodies[0].has_bias else bias)
 
 
@@ -102,7 +102,11 @@ def _join_biases(
 def _runs(parts: list[QuantizedWeight | Tensor]) -> list[list[QuantizedWeight | Tensor]]:
     """Neighbours that can be one weight, together: q and k of int4 beside a v of int8 are two runs."""
     runs: list[list[QuantizedWeight | Tensor]] = []
-    for part in parts if len(parts) == 1 else map(per_channel, parts):
+    if len(parts) > 1:
+        parts = [per_channel(part) for part in parts]
+        if any(_ends_within_a_block(part) for part in parts[:-1]):
+            parts = [_rows_of_blocks(part) for part in parts]
+    for part in parts:
         if runs and _can_fuse(runs[-1], part):
             runs[-1].append(part)
         else:
@@ -150,19 +154,38 @@ def per_channel(w: QuantizedWeight | Tensor) -> QuantizedWeight | Tensor:
     )
 
 
+def _ends_within_a_block(w: QuantizedWeight | Tensor) -> bool:
+    block = w.scheme.weight.granularity.block if isinstance(w, QuantizedWeight) else None
+    return block is not None and w.shape[0] % block[0] != 0
+
+
+def _rows_of_blocks(w: QuantizedWeight | Tensor) -> QuantizedWeight | Tensor:
+    """A weight with a scale per block as one with a scale per row of a block, behind which any row may begin."""
+    block = w.scheme.weight.granularity.block if isinstance(w, QuantizedWeight) else None
+    if isinstance(w, Tensor) or block is None:
+        return w
+    n, old, (rows, columns) = w.shape[0], w.scheme.weight, block
+    return replace(
+        w,
+        scheme=QuantScheme(
+            WeightScheme(old.dtype, Granularity("block", block=(1, columns)), old.symmetric), w.scheme.activation
+        ),
+        scale=w.scale.repeat_interleave(rows, dim=0)[:n],
+        zero_point=None if w.zero_point is None else w.zero_point.repeat_interleave(rows, dim=0)[:n],
+    )
+
+
 def _can_fuse(run: list[QuantizedWeight | Tensor], part: QuantizedWeight | Tensor) -> bool:
     """Whether a part can be joined behind those of a run. Static scales of the input must be the same."""
     last = run[-1]
     if isinstance(last, Tensor) or isinstance(part, Tensor):
         return isinstance(last, Tensor) and isinstance(part, Tensor)
-    block = last.scheme.weight.granularity.block
     return (
         part.scheme == last.scheme
         and part.scale.dtype == last.scale.dtype
         and _same(part.g_idx, last.g_idx)
         and _same(part.input_scale, last.input_scale)
         and (part.zero_point is None) == (last.zero_point is None)
-        and (block is None or last.shape[0] % block[0] == 0)  # else this part would start inside a short block
     )
 
 

@@ -64,7 +64,7 @@ def _fp8(part: QuantizedWeight, bias: Tensor | None, out: torch.dtype) -> Body |
 
     granularity, activation = part.scheme.weight.granularity, part.scheme.activation
     assert activation is not None
-    blocks, inputs = granularity.block == (BLOCK, BLOCK), activation.granularity
+    blocks, inputs = granularity.block in ((BLOCK, BLOCK), (1, BLOCK)), activation.granularity
     if blocks and not (activation.dynamic and inputs.kind == "group" and inputs.group_size == BLOCK):
         return None
     if not blocks and (granularity.kind not in ("tensor", "channel") or (activation.dynamic and inputs != CHANNEL)):

@@ -96,12 +96,15 @@ def test_many_tokens(
 @pytest.mark.parametrize("shape", [(1, 128, 128), (17, 200, 400), (130, 264, 272)], ids=str)
 @pytest.mark.parametrize("body", ["few", "few in parts", "many", "many by pointers"])
 @pytest.mark.parametrize("tokens_side_by_side", [True, False])
-def test_blocks(shape: tuple[int, int, int], body: str, tokens_side_by_side: bool, device: torch.device) -> None:
+@pytest.mark.parametrize("rows", [128, 1])  # that share a scale
+def test_blocks(
+    shape: tuple[int, int, int], body: str, tokens_side_by_side: bool, rows: int, device: torch.device
+) -> None:
     (m, n, k), groups = shape, -(-shape[2] // 128)
     x, w = (codes(rows, k, kind=FP8, seed=rows, device=device) for rows in (m, n))
     x_scale = scales(groups, m, seed=3, device=device).T
     x_scale = x_scale if tokens_side_by_side else x_scale.contiguous()
-    w_scale = scales(-(-n // 128), groups, seed=4, device=device)
+    w_scale = scales(-(-n // rows), groups, seed=4, device=device)
     if body.startswith("few"):
         out = torch.full((2 if "parts" in body else 1, m, n), torch.nan, device=device)
         few(x, w, x_scale, w_scale, out, blocks=True, block_m=32)()
@@ -111,7 +114,7 @@ def test_blocks(shape: tuple[int, int, int], body: str, tokens_side_by_side: boo
         many(x, w, x_scale, w_scale, out, blocks=True, tma=int(body == "many"), programs=3)()
     # Scales are multiplied once for each block, which is one more rounding.
     check(
-        out, x.double() * spread(x_scale, m, k, 1), w.double() * spread(w_scale, n, k, 128), None,
+        out, x.double() * spread(x_scale, m, k, 1), w.double() * spread(w_scale, n, k, rows), None,
         bits_of(FP8, k, device),
     )  # fmt: skip
 

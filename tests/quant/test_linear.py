@@ -14,7 +14,7 @@ from torch import Tensor
 
 import octavo.kernels.processor
 from octavo.kernels.int8 import reference as int8_reference
-from octavo.quant.linear import Linear, make_linear
+from octavo.quant.linear import Linear, join_parts, make_linear
 from octavo.quant.qparams import QuantizedWeight
 from octavo.quant.scheme import CHANNEL, PRESETS, TENSOR, ActivationScheme, QuantScheme, WeightScheme, group
 
@@ -255,6 +255,25 @@ def test_torch_s_product_adds_the_bias_and_rounds_once() -> None:
     padded = torch.cat([torch.zeros(24), bias[24:]]).half()
     assert torch.equal(layer.forward(x), torch.nn.functional.linear(x, weight, padded))
     assert not torch.equal(layer.forward(x), torch.nn.functional.linear(x, weight) + padded)
+
+
+@pytest.mark.parametrize("rows", [(192, 64, 64), (100, 30), (128, 256)])
+def test_parts_that_end_within_a_block_are_fused(rows: tuple[int, ...], device: torch.device) -> None:
+    """Each row has its block's scales then; a GPU's body, which adds along columns alone, gives the very same."""
+    torch.manual_seed(0)
+    parts = [weight(n, 300, PRESETS["FP8_BLOCK"]) for n in rows]
+    both = join_parts(list(parts))
+    assert isinstance(both, QuantizedWeight)
+    assert torch.equal(both.dequantize(), torch.cat([part.dequantize() for part in parts]))
+    assert both.scale.shape[0] == (3 if rows == (128, 256) else sum(rows))
+
+    def linear(some: list[QuantizedWeight]) -> Linear:
+        return make_linear([*some], [None] * len(some), dtype=torch.bfloat16, device=device, capability=90)
+
+    fused, apart = linear(parts), [linear([part]) for part in parts]
+    assert fused.describe() == apart[0].describe() == (str(PRESETS["FP8_BLOCK"]), "fp8 x fp8, blocks")
+    x = torch.randn(5, 300).bfloat16().to(device)
+    assert torch.equal(fused(x), torch.cat([one(x) for one in apart], dim=1))
 
 
 def test_parts_of_different_inputs_are_refused() -> None:

@@ -46,7 +46,7 @@ def multiply(a, b, acc, PROMOTE: tl.constexpr):
 def _few(
     x, w, x_scale, w_scale, bias, out, M, N, K, columns,
     x_scale_row, x_scale_group, w_scale_row, w_scale_group,
-    BLOCKS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BLOCKS: tl.constexpr, ROWS: tl.constexpr, HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     first_n, part, first_m = tl.program_id(0) * BLOCK_N, tl.program_id(1), tl.program_id(2) * BLOCK_M
@@ -57,7 +57,7 @@ def _few(
     w_at = w + first_n.to(tl.int64) * K + (n[:, None] * K + k[None, :])
     x_at = x + first_m.to(tl.int64) * K + (m[None, :] * K + k[:, None])
     x_scale += (first_m + m) * x_scale_row
-    w_scale += (first_n // BLOCKS if BLOCKS else first_n + n) * w_scale_row
+    w_scale += (first_n + n if ROWS else first_n // BLOCKS) * w_scale_row
     first = part * columns
     if OVERLAPS and BLOCK_M <= MOST:
         prefetch(row_lines(w, first, first_n, N, K, BLOCK_N))
@@ -70,8 +70,12 @@ def _few(
         tokens = tl.load(x_at + at, mask=seen[:, None], other=0.0)
         if BLOCKS:
             group = at // BLOCKS
-            scale = tl.load(x_scale + group * x_scale_group) * tl.load(w_scale + group * w_scale_group)
-            acc += dot(codes, tokens) * scale[None, :]
+            scale, own = tl.load(x_scale + group * x_scale_group), tl.load(w_scale + group * w_scale_group)
+            if ROWS:
+                acc += dot(codes, tokens) * (scale[None, :] * own[:, None])
+            else:
+                scale = scale * own
+                acc += dot(codes, tokens) * scale[None, :]
         else:
             acc = multiply(codes, tokens, acc, True)
     total = acc.to(tl.float32)
@@ -101,11 +105,12 @@ def scale_arguments(
         raise ValueError(f"{block_n} x {block_k} codes of {x.dtype} cross blocks of {BLOCK} e4m3 codes")
     m, (n, k) = x.shape[0], w.shape
     _expect_scale("x_scale", x_scale, m, cdiv(k, BLOCK) if blocks else 0)
-    _expect_scale("w_scale", w_scale, cdiv(n, BLOCK) if blocks else n, cdiv(k, BLOCK) if blocks else 0)
+    of_rows = not blocks or w_scale.shape[0] == n
+    _expect_scale("w_scale", w_scale, n if of_rows else cdiv(n, BLOCK), cdiv(k, BLOCK) if blocks else 0)
     x_row, w_row = (0 if scale.numel() == 1 and not blocks else scale.stride(0) for scale in (x_scale, w_scale))
     x_group, w_group = (scale.stride(1) if blocks else 0 for scale in (x_scale, w_scale))
     return {
-        "x_scale": x_scale, "w_scale": w_scale, "BLOCKS": BLOCK if blocks else 0,
+        "x_scale": x_scale, "w_scale": w_scale, "BLOCKS": BLOCK if blocks else 0, "ROWS": of_rows,
         "x_scale_row": x_row, "x_scale_group": x_group, "w_scale_row": w_row, "w_scale_group": w_group,
     }  # fmt: skip
 
@@ -169,12 +174,14 @@ def proofs() -> dict[str, Proof]:
         "fp8 128 x 128": (fp8, {"block_m": 128, "block_n": 128, "num_warps": 8}),
         "fp8 blocks 16 x 64": (fp8, {"blocks": True, "num_stages": 5}),
         "fp8 blocks 64 x 64": (fp8, {"blocks": True, "block_m": 64}),
+        "fp8 rows of blocks 16 x 64": (fp8, {"blocks": True, "num_stages": 5}),
         "int8 16 x 64": (int8, {"num_stages": 5}),
         "int8 64 x 64": (int8, {"block_m": 64}),
     }
     for name, (dtype, size) in configurations.items():
         m, in_blocks = size.get("block_m", 16), "blocks" in size
         x_scale, w_scale = (meta(k // 128, m).T, meta(n // 128, k // 128)) if in_blocks else (meta(m), meta(n))
+        w_scale = meta(n, k // 128) if "rows" in name else w_scale
         launch = few(meta(m, k, dtype=dtype), meta(n, k, dtype=dtype), x_scale, w_scale, meta(4, m, n), **size)
         op = "QGMMA" if dtype == fp8 else "IGMMA"
         expects = (rf"{op}\.64x{m}x32", r"LDGSTS\.E\.BYPASS.*128", r"STG\.E\.128")

@@ -26,7 +26,7 @@ class Packed:
     """A weight of 8-bit codes.
 
     codes        [N, K] float8_e4m3fn or int8
-    scale        float32 [1], [N], or of blocks [ceil(N / 128), ceil(K / 128)]
+    scale        float32 [1], [N], or of blocks [ceil(N / 128), ceil(K / 128)], or [N, ceil(K / 128)] of rows of blocks
     bias         [N] or None
     input_scale  [1] float32: what activations are rounded with; None: their own
     blocks       128 x 128 codes share a scale, and a token's 128 columns
@@ -54,9 +54,10 @@ def pack(
     *,
     blocks: bool = False,
 ) -> Packed:
-    """codes [N, K] e4m3; scale of any float type, [] or [1], [N, 1], or of blocks [ceil(N / 128), ceil(K / 128)]."""
+    """codes [N, K] e4m3; scale of any float type, [] or [1], [N, 1], or of blocks as `Packed` has it."""
     n, k = codes.shape
-    shape = (cdiv(n, BLOCK), cdiv(k, BLOCK)) if blocks else (scale.numel(),)
+    rows = n if scale.dim() == 2 and scale.shape[0] == n else cdiv(n, BLOCK)
+    shape = (rows, cdiv(k, BLOCK)) if blocks else (scale.numel(),)
     if codes.dtype != torch.float8_e4m3fn or (scale.shape != shape if blocks else scale.numel() not in (1, n)):
         raise ValueError(f"{codes.dtype} codes [{n}, {k}] have no scale of shape {list(scale.shape)}")
     if blocks and input_scale is not None:
@@ -75,7 +76,8 @@ def unpack(packed: Packed) -> Tensor:
     n, k = packed.codes.shape
     scale = packed.scale.reshape(-1, 1)
     if packed.blocks:
-        scale = packed.scale.repeat_interleave(BLOCK, 0)[:n].repeat_interleave(BLOCK, 1)[:, :k]
+        rows = packed.scale if packed.scale.shape[0] == n else packed.scale.repeat_interleave(BLOCK, 0)[:n]
+        scale = rows.repeat_interleave(BLOCK, 1)[:, :k]
     return packed.codes.float() * scale
 
 

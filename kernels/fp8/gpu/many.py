@@ -55,8 +55,8 @@ def _rows(matrix, first, num_rows, K, at, ROWS: tl.constexpr, BLOCK_K: tl.conste
 def _many(
     x, w, x_scale, w_scale, bias, out, M, N, K,
     x_scale_row, x_scale_group, w_scale_row, w_scale_group,
-    PROGRAMS: tl.constexpr, TMA: tl.constexpr, INT8: tl.constexpr, BLOCKS: tl.constexpr, PROMOTE: tl.constexpr,
-    HAS_BIAS: tl.constexpr, GROUP_M: tl.constexpr, SUBTILES: tl.constexpr,
+    PROGRAMS: tl.constexpr, TMA: tl.constexpr, INT8: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr,
+    PROMOTE: tl.constexpr, HAS_BIAS: tl.constexpr, GROUP_M: tl.constexpr, SUBTILES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     await_previous(OVERLAPS)
@@ -71,8 +71,13 @@ def _many(
             if BLOCKS:
                 group = at // BLOCKS
                 scale = tl.load(x_scale + row * x_scale_row + group * x_scale_group)
-                scale *= tl.load(w_scale + n // BLOCKS * w_scale_row + group * w_scale_group)
-                acc += dot(a, b.T) * scale[:, None]
+                if ROWS:
+                    column = tl.minimum(n + tl.arange(0, BLOCK_N), N - 1)
+                    own = tl.load(w_scale + column * w_scale_row + group * w_scale_group)
+                    acc += dot(a, b.T) * (scale[:, None] * own[None, :])
+                else:
+                    scale *= tl.load(w_scale + n // BLOCKS * w_scale_row + group * w_scale_group)
+                    acc += dot(a, b.T) * scale[:, None]
             else:
                 acc = multiply(a, b.T, acc, PROMOTE)
         if SUBTILES == 2:
@@ -170,6 +175,7 @@ def proofs() -> dict[str, Proof]:
         "fp8 128 x 128 promoted": (torch.float8_e4m3fn, {"promote": 1}),
         "fp8 128 x 128 pointers": (torch.float8_e4m3fn, {"tma": 0}),
         "fp8 blocks": (torch.float8_e4m3fn, {"blocks": True}),
+        "fp8 rows of blocks": (torch.float8_e4m3fn, {"blocks": True}),
         "int8 128 x 256": (torch.int8, {"block_n": 256, "subtiles": 2}),  # Triton takes two halves
         "int8 128 x 128": (torch.int8, {"num_warps": 4}),
     }
@@ -178,7 +184,7 @@ def proofs() -> dict[str, Proof]:
         x, w = meta(m, k, dtype=dtype), meta(n, k, dtype=dtype)
         in_blocks = "blocks" in size
         x_scale = meta(k // 128, m).T if in_blocks else meta(m, 1)
-        w_scale = meta(n // 128, k // 128) if in_blocks else meta(n, 1)
+        w_scale = meta(n if "rows" in name else n // 128, k // 128) if in_blocks else meta(n, 1)
         op = "IGMMA" if dtype == torch.int8 else "QGMMA"
         width = 128 if dtype == torch.int8 else size.get("block_n", 128)
         loads = r"UTMALDG" if size.get("tma", 1) else r"LDGSTS\.E\.BYPASS.*128"

@@ -117,6 +117,7 @@ def of_a_layer(
         ("llama", "W4A16@32", 8),
         ("llama", "FP8_DYNAMIC", 8),
         ("llama", "W8A8", 8),
+        ("llama", "FP8_BLOCK", 8),  # whose parts end within blocks
         ("llama", "W4AFP8@32", 8),
         ("qwen3", "FP8_DYNAMIC", 8),
         ("gemma2", "W4A16@32", 8),
