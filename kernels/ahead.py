@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import json
 import re
 import subprocess
 import tempfile
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
@@ -26,8 +28,8 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -178,19 +180,12 @@ def compile_ahead(launch: Launch, capability: int = 90) -> Compiled:
     """Compile a launch for a compute capability (90: H100)."""
     if INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET is set: kernels are interpreted in this process, so none can be compiled")
-    built = _compile(launch, GPUTarget("cuda", capability, 32))
+    built, said = _compile(launch, GPUTarget("cuda", capability, 32))
     with tempfile.TemporaryDirectory() as directory:
         cubin = Path(directory) / "kernel.cubin"
         cubin.write_bytes(built.asm["cubin"])
         usage = _run("cuobjdump", "--dump-resource-usage", str(cubin))
         listing = _run("nvdisasm", "-c", str(cubin))
-        said = ""
-        if "GMMA" in listing:  # those alone can be serialized, and Triton keeps to itself what ptxas says
-            ptx = Path(directory) / "kernel.ptx"
-            ptx.write_text(built.asm["ptx"])
-            arch = re.search(r"\.target (\w+)", built.asm["ptx"])
-            assert arch is not None
-            said = _run(get_ptxas(capability).path, "-v", f"--gpu-name={arch[1]}", "-o", str(cubin), str(ptx))
     resources = dict(re.findall(r"(REG|STACK):(\d+)", usage))
     names = [name + (".RS" if registers else "") for _, name, registers in _LINE.findall(listing)]
     return Compiled(
@@ -264,15 +259,26 @@ def loop_of(listing: str) -> int:
     return min(found, default=0)
 
 
-def _compile(launch: Launch, target: GPUTarget) -> Any:
-    """Kernels that branch on the target ask Triton's driver for it: while they are compiled, it has just that."""
+def _compile(launch: Launch, target: GPUTarget) -> tuple[Any, str]:
+    """A kernel, and what ptxas said of it, which Triton prints when asked to, and when it compiles.
+
+    Kernels that branch on the target ask Triton's driver for it: while they are compiled, it has just that.
+    """
     arguments, options = launch.on(target.arch)
-    before = driver._active
+    before, said = driver._active, io.StringIO()
     driver.set_active(SimpleNamespace(get_current_target=lambda: target))
     try:
-        return triton.compile(_source(launch.kernel, arguments), target=target, options=options)
+        with knobs.nvidia.scope(), knobs.compilation.scope(), redirect_stdout(said):
+            knobs.nvidia.dump_ptxas_log = True
+            knobs.compilation.always_compile = True
+            built = triton.compile(_source(launch.kernel, arguments), target=target, options=options)
     finally:
         driver._active = before
+    if not re.search(r"Used \d+ registers", said.getvalue()):
+        raise RuntimeError(
+            f"Triton {triton.__version__} doesn't tell what ptxas says: whether it serializes is unknown"
+        )
+    return built, said.getvalue()
 
 
 def _source(kernel: Any, arguments: dict[str, Any]) -> ASTSource:

@@ -82,8 +82,10 @@ def _launches(family: str, row: Sizes) -> dict[str, Launch]:
                     found[", 2 bits, groups of 32 with zeros"] = _int4(x, 2, 32, True, out, sizes)
             return found
         case "moe w8a16":
-            return {", groups of 128": _moe_w8a16(128, sizes), ", groups of 32 with zeros": _moe_w8a16(32, sizes)}
-        case "moe int4" | "moe int4 fp8":
+            return {", groups of 128 with zeros": _moe_w8a16(128, sizes)}
+        case "moe int4 fp8":
+            return {", groups of 32 with zeros": _moe_int4(family, 32, True, sizes)}
+        case "moe int4":
             found = {", groups of 128": _moe_int4(family, 128, False, sizes)}
             return {**found, ", groups of 32 with zeros": _moe_int4(family, 32, True, sizes)}
     return {"": _moe(family, sizes)}
@@ -131,7 +133,7 @@ def _moe(family: str, sizes: Sizes) -> Launch:
 
 def _moe_w8a16(group: int, sizes: Sizes) -> Launch:
     words, table = meta(EXPERTS, K // group, N, group // 2, dtype=INT16), meta(EXPERTS, K // group, N)
-    zero = meta(EXPERTS, K // group, N, dtype=torch.int8) if group == 32 else None
+    zero = meta(EXPERTS, K // group, N, dtype=torch.int8)
     pairs, x = unaligned(PAIRS, EXPERTS, sizes["block_m"], "meta"), meta(PAIRS, K, dtype=BF16)
     return grouped_int8(
         x, ByteExperts(words, table, zero, K, group), pairs, meta(PAIRS, N, dtype=BF16), **_pairs(sizes)

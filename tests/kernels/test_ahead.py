@@ -59,10 +59,10 @@ def test_the_gpu_machine_s_triton_has_a_table() -> None:
 # The rest is compiled by `python -m octavo.kernels.ahead OUT.json --capability 80`, or 89. On an A100 e4m3 is
 # rounded and read without instructions for it; the others multiply it.
 SAMPLES = {
-    80: r"(norm|silu|decode|prefill) fp8( 4096| 14336|, 32 / 8 heads of 128)$|rope and decode fp8.*listed"
+    80: r"(norm|silu|decode|prefill) fp8( 4096| 14336|, 32 / 8 heads of 128)$|rope and decode fp8.*listed, to fp8"
     r"|prefill bf16, 8 / 4|rows: (w8a16|int4), groups of (64|128) with .*128 x|rows: int8 128 x 128, 8"
     r"|rows: moe (bf16|int8) 128 x|rows: moe int4, groups of 32.*64 x",
-    89: r"norm fp8 4096|prefill fp8, 32 / 8 heads of 128$|rows: (|moe )fp8( blocks)? 128 x|rows: int8 16 x"
+    89: r"norm fp8 4096|prefill fp8, 32 / 8 heads of 128$|rows: (fp8|moe fp8 blocks) 128 x|rows: int8 16 x"
     r"|rows: w8a16, groups of 128 .*128 x|rows: int4( fp8|), groups of 64 .*128 x",
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -26,8 +27,8 @@ UNWRITTEN = 0x55
 LENGTHS = [1, 90, 0, 37]  # a share, three, a graph's padding, two
 HEADS = (9, 3, 64)  # query heads, KV heads, dimension
 CASES = [
-    *((HEADS, form) for form in ("fp8", "int8", "fp8 groups", "moved")),
-    *(((3, 1, 80), form) for form in ("fp8 groups", "fp8 static")),
+    *((HEADS, form) for form in ("fp8 groups", "moved")),
+    *(((3, 1, 80), form) for form in ("fp8", "int8", "fp8 groups", "fp8 static")),
     *(((10, 2, 128), form) for form in ("fp8", "int8 static")),
     ((4, 2, 256), "fp8 moved"),
 ]
@@ -104,6 +105,12 @@ def run(
     return out, into
 
 
+@cache
+def not_rounded(kernel: str, heads: tuple[int, int, int], shares: int, device: torch.device) -> Tensor:
+    """What a launch that doesn't round gives, in some of `SHARES`."""
+    return run(kernel, *make(heads, device), None, **SHARES[shares])[0]
+
+
 def separately(x: Tensor, wants: Rounding) -> Rounded:
     """Plain rows [T, K] as `quantize` rounds them, then moved."""
     made = Rounded.empty(*x.shape, wants, x.device, x.dtype)
@@ -151,14 +158,14 @@ def test_a_row_is_rounded_as_in_a_launch_of_its_own(
 ) -> None:
     step = make(heads, device)
     wants = wanted(form, heads[0] * heads[2], device)
-    for sizes in SHARES:
+    for i, sizes in enumerate(SHARES):
         plain, got = run(kernel, *step, wants, **sizes)
-        assert torch.equal(plain, run(kernel, *step, None, **sizes)[0])
+        assert torch.equal(plain, not_rounded(kernel, heads, i, device))
         assert torch.equal(values_of(got, wants), reference(plain, wants))
         check(got, plain, wants)
     with backwards():  # on the same counters, and another program is the last
         again, got = run(kernel, *step, wants, **SHARES[0])
-    assert torch.equal(again, run(kernel, *step, None, **SHARES[0])[0])
+    assert torch.equal(again, not_rounded(kernel, heads, 0, device))
     check(got, again, wants)
 
 

@@ -282,9 +282,7 @@ def proofs() -> dict[str, Proof]:
         "fp16, 9 / 3 heads of 64": ((9, 3, 64, fp16, fp16, fp16), 1, 64, False, 1),
         "bf16, 8 / 4 heads of 256, window, cap": ((8, 4, 256, bf16, bf16, bf16, 4096, 50.0), 4, 256, True, 1),
         "bf16, 32 heads of 80 of which 32 rotate": ((32, 32, 80, bf16, bf16, bf16), 1, 32, False, 1),
-        "fp8, 16 heads of 128, a norm over all, of 4 partial sums": ((16, 16, 128, bf16, fp8, fp8), 4, 128, True, 1),
         "bf16, 40 / 8 heads of 128, a norm over all": ((40, 8, 128, bf16, bf16, bf16), 1, 128, True, 32),
-        "bf16, 16 heads of 128, a norm over all, listed": ((16, 16, 128, bf16, bf16, bf16), 1, 128, True, 32),
         "bf16, 32 heads, a norm over all, 4 parts, listed": ((32, 32, 128, bf16, bf16, bf16), 4, 128, True, 32),
     }
     rounds = {"to fp8": Rounding(fp8), "to fp8 in groups": Rounding(fp8, 128)}

@@ -174,14 +174,12 @@ def proofs() -> dict[str, Proof]:
         "fp8 128 x 128": (fp8, {"block_m": 128, "block_n": 128, "num_warps": 8}),
         "fp8 blocks 16 x 64": (fp8, {"blocks": True, "num_stages": 5}),
         "fp8 blocks 64 x 64": (fp8, {"blocks": True, "block_m": 64}),
-        "fp8 rows of blocks 16 x 64": (fp8, {"blocks": True, "num_stages": 5}),
         "int8 16 x 64": (int8, {"num_stages": 5}),
         "int8 64 x 64": (int8, {"block_m": 64}),
     }
     for name, (dtype, size) in configurations.items():
         m, in_blocks = size.get("block_m", 16), "blocks" in size
         x_scale, w_scale = (meta(k // 128, m).T, meta(n // 128, k // 128)) if in_blocks else (meta(m), meta(n))
-        w_scale = meta(n, k // 128) if "rows" in name else w_scale
         launch = few(meta(m, k, dtype=dtype), meta(n, k, dtype=dtype), x_scale, w_scale, meta(4, m, n), **size)
         op = "QGMMA" if dtype == fp8 else "IGMMA"
         expects = (rf"{op}\.64x{m}x32", r"LDGSTS\.E\.BYPASS.*128", r"STG\.E\.128")

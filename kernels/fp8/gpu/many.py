@@ -175,7 +175,6 @@ def proofs() -> dict[str, Proof]:
         "fp8 128 x 128 promoted": (torch.float8_e4m3fn, {"promote": 1}),
         "fp8 128 x 128 pointers": (torch.float8_e4m3fn, {"tma": 0}),
         "fp8 blocks": (torch.float8_e4m3fn, {"blocks": True}),
-        "fp8 rows of blocks": (torch.float8_e4m3fn, {"blocks": True}),
         "int8 128 x 256": (torch.int8, {"block_n": 256, "subtiles": 2}),  # Triton takes two halves
         "int8 128 x 128": (torch.int8, {"num_warps": 4}),
     }
@@ -184,7 +183,7 @@ def proofs() -> dict[str, Proof]:
         x, w = meta(m, k, dtype=dtype), meta(n, k, dtype=dtype)
         in_blocks = "blocks" in size
         x_scale = meta(k // 128, m).T if in_blocks else meta(m, 1)
-        w_scale = meta(n if "rows" in name else n // 128, k // 128) if in_blocks else meta(n, 1)
+        w_scale = meta(n // 128, k // 128) if in_blocks else meta(n, 1)
         op = "IGMMA" if dtype == torch.int8 else "QGMMA"
         width = 128 if dtype == torch.int8 else size.get("block_n", 128)
         loads = r"UTMALDG" if size.get("tma", 1) else r"LDGSTS\.E\.BYPASS.*128"

@@ -185,7 +185,15 @@ def proofs() -> dict[str, Proof]:
     for block_m, block_n, warps, stages in ((16, 64, 4, 5), (32, 128, 4, 4), (64, 128, 4, 3), (128, 128, 8, 3)):
         pairs, router = unaligned(num_pairs, num_experts, block_m, "meta"), meta(256, 2)
         for kind, dtype in {"bf16": torch.bfloat16, "fp8": fp8, "fp8 blocks": fp8, "int8": torch.int8}.items():
-            alike = (("bf16", 32), ("bf16", 64), ("fp8", 64), ("fp8 blocks", 32), ("int8", 32), ("int8", 64))
+            alike = (
+                ("bf16", 32),
+                ("bf16", 64),
+                ("fp8", 32),
+                ("fp8", 64),
+                ("fp8 blocks", 32),
+                ("int8", 32),
+                ("int8", 64),
+            )
             if (kind, block_m) in alike:
                 continue
             x, w, out = meta(num_pairs, k, dtype=dtype), meta(num_experts, n, k, dtype=dtype), meta(num_pairs, n)

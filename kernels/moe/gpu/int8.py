@@ -178,8 +178,7 @@ def proofs() -> dict[str, Proof]:
     made: dict[str, Proof] = {}
     num_experts, n, k, num_pairs, bf16, fp16 = 8, 4096, 14336, 512, torch.bfloat16, torch.float16
     for dtype, group, has_zero, block_m, block_n, warps in (
-        (bf16, 128, False, 16, 64, 4), (bf16, 32, True, 16, 64, 4), (fp16, 128, True, 16, 64, 4),
-        (bf16, 0, False, 64, 128, 8),
+        (bf16, 32, True, 16, 64, 4), (fp16, 128, True, 16, 64, 4), (bf16, 0, False, 64, 128, 8),
     ):  # fmt: skip
         groups, tile = k // (group or k), min(group or 128, 128)
         words, table = meta(num_experts, k // tile, n, tile // 2, dtype=torch.int16), meta(num_experts, groups, n)
