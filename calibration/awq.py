@@ -106,8 +106,7 @@ def _weight_means(weights: Sequence[Tensor], schemes: Sequence[QuantScheme]) -> 
     """[K]: the mean over all outputs of |w| relative to the largest of its group (its row, without groups)."""
     total = torch.zeros(weights[0].shape[1], device=weights[0].device)
     for weight, scheme in zip(weights, schemes, strict=True):
-        granularity = scheme.weight.granularity
-        size = granularity.group_size or (granularity.block[1] if granularity.block else weight.shape[1])
+        size = scheme.weight.granularity.tile(*weight.shape)[1]
         for columns in range(0, weight.shape[1], size):
             part = weight[:, columns : columns + size].float().abs()
             total[columns : columns + size] += (part / (part.amax(1, keepdim=True) + 1e-6)).sum(0)

@@ -123,7 +123,7 @@ class _Run:
         n, k = weight.shape
         w = scheme.weight
         self.scheme, self.dtype, self.search = scheme, dtype, search
-        self.group_size = w.granularity.group_size or (w.granularity.block[1] if w.granularity.block else k)
+        self.group_size = w.granularity.tile(n, k)[1]
         energy = stats.moments.diagonal()
         self.order = None if act_order == "none" else energy.argsort(descending=True, stable=True)
         self.regrouped = act_order == "group" and w.granularity.kind == "group"
@@ -140,11 +140,11 @@ class _Run:
 
     def set_all_scales(self, weight: Tensor) -> None:
         """Choose all scales from the weight as it came."""
-        w, n = self.scheme.weight, weight.shape[0]
+        w, (n, k) = self.scheme.weight, weight.shape
         if w.granularity.kind in ("tensor", "block"):
             scale = quantize_weight(weight.float(), self.scheme, self.search).scale
             self.stored = storable(scale, self.dtype)
-            rows = w.granularity.block[0] if w.granularity.block else n
+            rows = w.granularity.tile(n, k)[0]
             self.scales.copy_(self.stored.repeat_interleave(rows, dim=0)[:n].t())
         elif self.regrouped or self.order is None:
             self._search(0, self.values.shape[0])

@@ -73,9 +73,8 @@ def _ends_at(weight: Weight, dim: int, width: int) -> bool:
     """Whether what shares a scale ends at multiples of width along a dimension."""
     if isinstance(weight, Tensor):
         return True
-    granularity = weight.scheme.weight.granularity
-    sides = granularity.block or (1, granularity.group_size or 1)
-    return width % sides[dim] == 0 and (dim == 0 or not _has_act_order(weight))
+    side = weight.scheme.weight.granularity.tile(width, width)[dim]
+    return width % side == 0 and (dim == 0 or not _has_act_order(weight))
 
 
 def _has_act_order(weight: Weight) -> bool:

@@ -155,8 +155,7 @@ def per_channel(w: QuantizedWeight | Tensor) -> QuantizedWeight | Tensor:
 
 
 def _ends_within_a_block(w: QuantizedWeight | Tensor) -> bool:
-    block = w.scheme.weight.granularity.block if isinstance(w, QuantizedWeight) else None
-    return block is not None and w.shape[0] % block[0] != 0
+    return isinstance(w, QuantizedWeight) and w.shape[0] % w.scheme.weight.granularity.tile(*w.shape)[0] != 0
 
 
 def _rows_of_blocks(w: QuantizedWeight | Tensor) -> QuantizedWeight | Tensor:

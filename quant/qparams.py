@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from octavo.quant.scheme import Granularity, QuantScheme, SchemeError, WeightScheme
+from octavo.quant.scheme import QuantScheme, SchemeError, WeightScheme
 
 FP8_MAX = 448.0  # float8_e4m3fn's largest
 
@@ -60,25 +60,24 @@ class QuantizedWeight:
 
     def rows(self, begin: int, stop: int) -> QuantizedWeight:
         """Some of its rows, as views; with blocks, `begin` lies on a block's edge."""
-        scale, zero_point = self.scale, self.zero_point
-        granularity = self.scheme.weight.granularity
-        if granularity.kind != "tensor":
-            side = granularity.block[0] if granularity.block else 1
-            groups = slice(begin // side, -(-stop // side))
-            scale = scale[groups]
-            zero_point = zero_point[groups] if zero_point is not None else None
-        return replace(self, codes=self.codes[begin:stop], scale=scale, zero_point=zero_point)
+        return self._between(0, begin, stop)
 
     def columns(self, begin: int, stop: int) -> QuantizedWeight:
-        """Some of its columns, as views, of a weight without g_idx; with groups or blocks on their edges."""
-        scale, zero_point = self.scale, self.zero_point
+        """Some of its columns, as views, of a weight without g_idx; with groups or blocks, `begin` lies on an edge."""
+        return self._between(1, begin, stop)
+
+    def _between(self, dim: int, begin: int, stop: int) -> QuantizedWeight:
         granularity = self.scheme.weight.granularity
-        side = granularity.block[1] if granularity.block else granularity.group_size
-        if side:
-            groups = slice(begin // side, -(-stop // side))
-            scale = scale[:, groups]
-            zero_point = zero_point[:, groups] if zero_point is not None else None
-        return replace(self, codes=self.codes[:, begin:stop], scale=scale, zero_point=zero_point)
+
+        def cut(values: Tensor, side: int) -> Tensor:
+            part = slice(begin // side, -(-stop // side))
+            return values[part] if dim == 0 else values[:, part]
+
+        scale, zero_point = self.scale, self.zero_point
+        if granularity.kind != "tensor":
+            side = granularity.tile(*self.shape)[dim]
+            scale, zero_point = cut(scale, side), None if zero_point is None else cut(zero_point, side)
+        return replace(self, codes=cut(self.codes, 1), scale=scale, zero_point=zero_point)
 
     def _expand(self, per_group: Tensor, n: int, k: int) -> Tensor:
         """Spread one value per group, block, channel or tensor over the weight's elements, [N, K]."""
@@ -127,7 +126,7 @@ def quantize_weight(
     codes = torch.empty(n, k, dtype=torch.float8_e4m3fn if w.dtype == "fp8_e4m3" else torch.int8)
     scale = torch.empty(w.granularity.scale_shape(n, k), dtype=stored)
     zero_point = None if w.symmetric else torch.empty(scale.shape, dtype=torch.int8)
-    rows, columns = _tile(w.granularity, n, k)
+    rows, columns = w.granularity.tile(n, k)
     step = rows * max(1, CHUNK // (rows * k))
     for begin in range(0, n, step):
         here = slice(begin, min(begin + step, n))
@@ -139,21 +138,6 @@ def quantize_weight(
         if zero_point is not None:
             zero_point[groups] = z.flatten(1).to(torch.int8)
     return QuantizedWeight(scheme, codes, scale, zero_point)
-
-
-def _tile(granularity: Granularity, n: int, k: int) -> tuple[int, int]:
-    """Rows and columns that share a scale."""
-    match granularity.kind:
-        case "tensor":
-            return n, k
-        case "channel":
-            return 1, k
-        case "group":
-            assert granularity.group_size is not None
-            return 1, granularity.group_size
-        case "block":
-            assert granularity.block is not None
-            return granularity.block
 
 
 class _Tiles:

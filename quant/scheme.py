@@ -46,6 +46,20 @@ class Granularity:
         if self.block is not None and min(self.block) < 1:
             raise SchemeError(f"block {self.block} must have positive sides")
 
+    def tile(self, out_features: int, in_features: int) -> tuple[int, int]:
+        """Rows and columns that share a scale of a weight [out_features, in_features]."""
+        match self.kind:
+            case "tensor":
+                return out_features, in_features
+            case "channel":
+                return 1, in_features
+            case "group":
+                assert self.group_size is not None
+                return 1, self.group_size
+            case "block":
+                assert self.block is not None
+                return self.block
+
     def scale_shape(self, out_features: int, in_features: int) -> tuple[int, int]:
         """Shape of the scale of a weight [out_features, in_features]; a short last group or edge block counts."""
         match self.kind:
