@@ -23,6 +23,7 @@ from octavo.kernels.moe.gpu.fused import Experts, Weights, fused_moe
 CONFIG = shapes.CONFIGS["qwen3-30b-a3b"]
 GROUPED, OUR_BF16, ALONE = "_grouped_mm chain, bf16", "octavo, bf16", "octavo, no shared expert"
 GROUP = 128
+Packed = moe_int4.PackedExperts | moe_int8.ByteExperts
 
 
 @cache
@@ -71,10 +72,15 @@ def chosen_of(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     return chosen, weights / weights.sum(1, keepdim=True)
 
 
+def between(weights: Packed, begin: int, end: int) -> Packed:
+    """Some experts of those without zero points and act-order."""
+    return replace(weights, words=weights.words[begin:end], scale=weights.scale[begin:end])
+
+
 def of_expert(weights: Weights, e: int) -> Tensor:
     """Exactly what an expert's weights are, [N, K] in float64."""
     if not isinstance(weights, Experts):
-        return replace(weights, words=weights.words[e : e + 1], scale=weights.scale[e : e + 1]).unpack()[0].double()
+        return between(weights, e, e + 1).unpack()[0].double()
     codes = weights.weight[e].double()
     if weights.scale is None:
         return codes
@@ -164,7 +170,7 @@ def shared_mixture(tokens: int, kind: str, sizes: tuple[int, int, int, int, int]
 def first(weights: Weights, num: int) -> Weights:
     """The first experts."""
     if not isinstance(weights, Experts):
-        return replace(weights, words=weights.words[:num], scale=weights.scale[:num])
+        return between(weights, 0, num)
     return Experts(weights.weight[:num], None if weights.scale is None else weights.scale[:num])
 
 
@@ -198,15 +204,8 @@ def cases(tiny: bool = False) -> list[Case]:
     num, top_k, hidden, inner = (4, 2, 256, 128) if tiny else sizes
     config = {"num_experts": num, "num_experts_per_tok": top_k}
     kinds = [(t, kind) for t in (1, 16, 128, 4096) for kind in ("bf16", "fp8", "int4")]
-    for tokens, kind in [
-        *kinds,
-        (16, "fp8 blocks"),
-        (4096, "fp8 blocks"),
-        (16, "int8"),
-        (4096, "int8"),
-        (16, "int4 fp8"),
-        (16, "w8a16"),
-    ]:
+    kinds += [(t, kind) for kind in ("fp8 blocks", "int8") for t in (16, 4096)]
+    for tokens, kind in [*kinds, (16, "int4 fp8"), (16, "w8a16")]:
         t = min(tokens, 5) if tiny else tokens
         read = shapes.experts_hit(config, t) * 3 * hidden * inner * shapes.WEIGHT_BYTES[kind.split()[0]]
         read += (2 * t + num) * hidden * 2

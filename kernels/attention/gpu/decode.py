@@ -315,11 +315,8 @@ def room_for(
 
 def room_of_rows(out: Tensor, wants: Rounding | None) -> Rounded | None:
     """`into` of `decode`, for out [T, Hq, D]."""
-    return (
-        None
-        if wants is None
-        else Rounded.empty(out.shape[0], out.shape[1] * out.shape[2], wants, out.device, out.dtype)
-    )
+    tokens, heads, dim = out.shape
+    return None if wants is None else Rounded.empty(tokens, heads * dim, wants, out.device, out.dtype)
 
 
 def decode_attention(

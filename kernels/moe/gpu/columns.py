@@ -43,13 +43,27 @@ def of_pairs(x: Tensor, order: Tensor, chosen: Tensor, out: Tensor) -> Launch:
     return Launch(_of_pairs, (len(out), cdiv(columns, block)), arguments, **sizes, num_stages=1)
 
 
-def in_order(g_idx: Tensor, group_size: int) -> Tensor | None:
-    """Each expert's columns group after group, by g_idx [E, K]: [E, K] int32; None where they stand so."""
+def in_order(codes: Tensor, g_idx: Tensor | None, group_size: int) -> tuple[Tensor, Tensor | None]:
+    """Experts' codes [E, N, K] group after group, and which column each place has then, [E, K] int32.
+
+    g_idx  [E, K]: the group of each column. As they are, and None, where they stand so, and without g_idx.
+    """
+    if g_idx is None:
+        return codes, None
     groups, order = g_idx.long().sort(dim=1, stable=True)
     places = torch.arange(g_idx.shape[1], device=g_idx.device)
     if not bool((groups == places // group_size).all()):
         raise ValueError(f"groups that haven't {group_size} columns each")
-    return None if bool((order == places).all()) else order.int()
+    if bool((order == places).all()):
+        return codes, None
+    return codes.gather(2, order[:, None].expand_as(codes)), order.int()
+
+
+def put_back(weights: Tensor, order: Tensor | None) -> Tensor:
+    """Weights [E, N, K] with their columns where they were before `in_order`."""
+    if order is None:
+        return weights
+    return torch.empty_like(weights).scatter_(2, order.long()[:, None].expand_as(weights), weights)
 
 
 def proofs() -> dict[str, Proof]:

@@ -156,6 +156,7 @@ def _first(
 def _activation(
     x: Tensor, out: Tensor, scale: Tensor | None, group_size: int, stored: Tensor | None, chosen: Tensor, shared: int
 ) -> Launch:
+    """SiLU * up of each pair, rounded as down reads it: by its expert's scale, its own, or that of all slices."""
     if scale is not None and stored is not None:
         return by_stored(x, stored, chosen, out, scale, gated=True)
     if scale is not None and not group_size and shared > 1:

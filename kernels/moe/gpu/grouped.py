@@ -16,6 +16,8 @@ H100; with many tokens 2 * pairs * N * K operations over 989 T/s (bf16) or 1979 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -108,14 +110,18 @@ def _grouped(
     store(total, out, pair, real, first_n, N, SWAP, BLOCK_N)
 
 
-def expect_pairs(
+def pair_arguments(
     x: Tensor, weight: tuple[int, ...], pairs: Aligned, out: Tensor, divisor: int, router: Tensor | None
-) -> tuple[int, int]:
-    """Whether all that a grouped GEMM of a weight [E, N, K] reads and writes has its size; N and K."""
+) -> dict[str, Any]:
+    """What a grouped GEMM of a weight [E, N, K] is told of its pairs; whether all has its size."""
     (num_experts, n, k), num_pairs = weight, out.shape[0]
     expect(x=(x, (cdiv(num_pairs, divisor), k)), router=(router, num_pairs), out=(out, (num_pairs, n)))
     expect_aligned(pairs, num_pairs, num_experts)
-    return n, k
+    return {
+        "x": x, "router": out if router is None else router, "order": pairs.order, "tile_expert": pairs.tile_expert,
+        "out": out, "num_pairs": num_pairs, "num_tiles": len(pairs.tile_expert), "N": n, "K": k, "DIVISOR": divisor,
+        "HAS_ROUTER": router is not None, "BLOCK_M": pairs.block_m,
+    }  # fmt: skip
 
 
 def _expect_weight(x: Tensor, w: Tensor, x_scale: Tensor | None, w_scale: Tensor | None, blocks: bool) -> None:
@@ -150,8 +156,8 @@ def grouped(
     x_scale  where x and w are e4m3 or int8: float32 [rows, 1]; of blocks [rows, ceil(K / 128)], in any order of memory
     w_scale  float32 [E, N]; of blocks [E, ceil(N / 128), ceil(K / 128)]
     """
-    num_pairs, block_m = out.shape[0], pairs.block_m
-    n, k = expect_pairs(x, w.shape, pairs, out, divisor, router)
+    arguments = pair_arguments(x, w.shape, pairs, out, divisor, router)
+    _, n, k = w.shape
     if x.dtype == torch.int8 and k > MAX_COLUMNS:
         raise ValueError(f"an int32 sum holds {MAX_COLUMNS} columns, not {k}")
     if x.dtype != w.dtype or (x_scale is None) != (w_scale is None) or (x_scale is None) == (x.element_size() == 1):
@@ -159,19 +165,16 @@ def grouped(
     if blocks and (BLOCK % block_n or block_k != BLOCK or x.dtype != torch.float8_e4m3fn):
         raise ValueError(f"{block_n} x {block_k} codes cross blocks of {BLOCK}")
     _expect_weight(x, w, x_scale, w_scale, blocks)
-    num_tiles = len(pairs.tile_expert)
     return Launch(
         _grouped,
-        (num_tiles * cdiv(n, block_n),),
+        (len(pairs.tile_expert) * cdiv(n, block_n),),
         {
-            "x": x, "w": w, "x_scale": out if x_scale is None else x_scale, "router": out if router is None else router,
-            "w_scale": out if w_scale is None else w_scale, "order": pairs.order, "tile_expert": pairs.tile_expert,
-            "out": out, "num_pairs": num_pairs, "num_tiles": num_tiles, "N": n, "K": k,
+            **arguments, "w": w, "x_scale": out if x_scale is None else x_scale,
+            "w_scale": out if w_scale is None else w_scale,
             "x_scale_row": 0 if x_scale is None else x_scale.stride(0),
             "x_scale_group": 0 if x_scale is None else x_scale.stride(1),
-            "DIVISOR": divisor, "HAS_ROUTER": router is not None,
             "SCALES": "none" if x_scale is None else "blocks" if blocks else "rows",
-            "SWAP": block_m <= SWAPPED, "GROUP_M": group_m, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k,
+            "SWAP": pairs.block_m <= SWAPPED, "GROUP_M": group_m, "BLOCK_N": block_n, "BLOCK_K": block_k,
         },
         num_warps=num_warps,
         num_stages=num_stages,
@@ -182,19 +185,10 @@ def proofs() -> dict[str, Proof]:
     """Mixtral's second GEMM, with the router's weights: full-rate instructions, weights copied 16 bytes at a time."""
     made: dict[str, Proof] = {}
     fp8, num_experts, n, k, num_pairs = torch.float8_e4m3fn, 8, 4096, 14336, 512
-    for block_m, block_n, warps, stages in ((16, 64, 4, 5), (32, 128, 4, 4), (64, 128, 4, 3), (128, 128, 8, 3)):
+    for block_m, block_n, warps, stages in ((16, 64, 4, 5), (64, 128, 4, 3), (128, 128, 8, 3)):
         pairs, router = unaligned(num_pairs, num_experts, block_m, "meta"), meta(256, 2)
         for kind, dtype in {"bf16": torch.bfloat16, "fp8": fp8, "fp8 blocks": fp8, "int8": torch.int8}.items():
-            alike = (
-                ("bf16", 32),
-                ("bf16", 64),
-                ("fp8", 32),
-                ("fp8", 64),
-                ("fp8 blocks", 32),
-                ("int8", 32),
-                ("int8", 64),
-            )
-            if (kind, block_m) in alike:
+            if block_m == 64 and kind != "fp8 blocks":  # as the others
                 continue
             x, w, out = meta(num_pairs, k, dtype=dtype), meta(num_experts, n, k, dtype=dtype), meta(num_pairs, n)
             out = out.to(torch.bfloat16)

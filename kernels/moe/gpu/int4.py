@@ -23,8 +23,8 @@ from octavo.kernels.expect import expect, refuse
 from octavo.kernels.int4.gpu import packing
 from octavo.kernels.int4.gpu.decode import E4M3_ONE, weights
 from octavo.kernels.launch import Launch, Proof, cdiv, meta
-from octavo.kernels.moe.gpu.columns import in_order
-from octavo.kernels.moe.gpu.grouped import corner, expect_pairs, store, tokens_of
+from octavo.kernels.moe.gpu.columns import in_order, put_back
+from octavo.kernels.moe.gpu.grouped import corner, pair_arguments, store, tokens_of
 from octavo.kernels.moe.gpu.route import Aligned, unaligned
 from octavo.kernels.numeric import dot
 from octavo.kernels.overlap import await_previous
@@ -71,10 +71,7 @@ class PackedExperts:
         fields = torch.stack(slices, 3).permute(0, 2, 1, 3, 4).flatten(2)[:, :, : self.k].float()  # [E, N, K]
         group = torch.arange(self.k, device=fields.device) // self.share
         zero = 8.0 if self.zero is None else self.zero[:, group].mT
-        weights = (fields - zero) * self.scale[:, group].mT
-        if self.order is None:
-            return weights
-        return torch.empty_like(weights).scatter_(2, self.order.long()[:, None].expand_as(weights), weights)
+        return put_back((fields - zero) * self.scale[:, group].mT, self.order)
 
 
 def pack(
@@ -94,9 +91,7 @@ def pack(
     share = cdiv(k, packing.TILE) * packing.TILE if group_size >= k else group_size
     if share not in (32, 64) and share % packing.TILE:
         raise ValueError(f"groups of {group_size} columns cross tiles of {packing.TILE}")
-    order = None if g_idx is None else in_order(g_idx, group_size)
-    if order is not None:
-        codes = codes.gather(2, order.long()[:, None].expand_as(codes))
+    codes, order = in_order(codes, g_idx, group_size)
     one = codes.new_zeros(k, dtype=torch.int64)
     words = [packing.pack(e, scale.new_ones(e.shape[0], 1), None, one).words for e in codes]
     tiles = cdiv(k, packing.TILE)
@@ -200,22 +195,19 @@ def grouped_int4(
     if (x_scale is None) != (x.dtype != torch.float8_e4m3fn):
         raise ValueError(f"a grouped GEMM of {x.dtype} with{'out' if x_scale is None else ''} x_scale")
     expect(x_scale=(x_scale, (x.shape[0], 1)))
-    n, k = expect_pairs(x, packed.shape, pairs, out, divisor, router)
-    num_tiles = len(pairs.tile_expert)
+    arguments = pair_arguments(x, packed.shape, pairs, out, divisor, router)
+    _, n, k = packed.shape
     if packed.share < 128 and pairs.block_m > 64:  # each tile has several groups' scales in registers: 128 rows spill
         block_n = min(block_n, 64)
     return Launch(
         _grouped_int4,
-        (num_tiles * cdiv(n, block_n),),
+        (len(pairs.tile_expert) * cdiv(n, block_n),),
         {
-            "x": x, "words": packed.words, "scale": packed.scale,
-            "zero": packed.scale if packed.zero is None else packed.zero, "router": out if router is None else router,
-            "x_scale": out if x_scale is None else x_scale,
-            "order": pairs.order, "tile_expert": pairs.tile_expert, "out": out, "num_pairs": out.shape[0],
-            "num_tiles": num_tiles, "N": n, "K": k, "tiles": packed.words.shape[1], "groups": packed.scale.shape[1],
-            "DIVISOR": divisor, "HAS_ROUTER": router is not None, "HAS_ZERO": packed.zero is not None,
-            "SHARE": packed.share, "EVEN": k % packing.TILE == 0, "GROUP_M": group_m, "BLOCK_M": pairs.block_m,
-            "BLOCK_N": block_n,
+            **arguments, "words": packed.words, "scale": packed.scale,
+            "zero": packed.scale if packed.zero is None else packed.zero,
+            "x_scale": out if x_scale is None else x_scale, "tiles": packed.words.shape[1],
+            "groups": packed.scale.shape[1], "HAS_ZERO": packed.zero is not None, "SHARE": packed.share,
+            "EVEN": k % packing.TILE == 0, "GROUP_M": group_m, "BLOCK_N": block_n,
         },
         num_warps=num_warps,
         num_stages=num_stages,

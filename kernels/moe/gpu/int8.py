@@ -20,8 +20,8 @@ from octavo.kernels.expect import expect, refuse
 from octavo.kernels.int8.gpu import weights as one_layer
 from octavo.kernels.int8.gpu.weights import decode, less
 from octavo.kernels.launch import Launch, Proof, cdiv, meta
-from octavo.kernels.moe.gpu.columns import in_order
-from octavo.kernels.moe.gpu.grouped import corner, expect_pairs, store, tokens_of
+from octavo.kernels.moe.gpu.columns import in_order, put_back
+from octavo.kernels.moe.gpu.grouped import corner, pair_arguments, store, tokens_of
 from octavo.kernels.moe.gpu.route import Aligned, unaligned
 from octavo.kernels.numeric import dot
 from octavo.kernels.overlap import await_previous
@@ -65,10 +65,7 @@ class ByteExperts:
         tables = [None] * len(self.words) if self.zero is None else self.zero
         rows = zip(self.words, self.scale, tables, strict=True)
         layers = [one_layer.Packed(w, s, z, None, self.k, self.group_size) for w, s, z in rows]
-        weights = torch.stack([one_layer.unpack(layer) for layer in layers])
-        if self.order is None:
-            return weights
-        return torch.empty_like(weights).scatter_(2, self.order.long()[:, None].expand_as(weights), weights)
+        return put_back(torch.stack([one_layer.unpack(layer) for layer in layers]), self.order)
 
 
 def pack(
@@ -84,9 +81,7 @@ def pack(
     for name, values in (("scale", scale), ("zero_point", zero_point)):
         if values is not None and values.shape != groups:
             refuse(name, values, groups)
-    order = None if g_idx is None else in_order(g_idx, group_size)
-    if order is not None:
-        codes = codes.gather(2, order.long()[:, None].expand_as(codes))
+    codes, order = in_order(codes, g_idx, group_size)
     size = -1 if group_size >= k else group_size
     layers = [one_layer.pack(e, s, size) for e, s in zip(codes, scale.float(), strict=True)]
     zero = None if zero_point is None else zero_point.to(torch.int8).mT.contiguous()
@@ -154,19 +149,15 @@ def grouped_int8(
     """
     if x.dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"int8 weights times {x.dtype}: bfloat16 and float16 work")
-    n, k = expect_pairs(x, packed.shape, pairs, out, divisor, router)
-    num_tiles = len(pairs.tile_expert)
+    arguments = pair_arguments(x, packed.shape, pairs, out, divisor, router)
     return Launch(
         _grouped_int8,
-        (num_tiles * cdiv(n, block_n),),
+        (len(pairs.tile_expert) * cdiv(packed.shape[1], block_n),),
         {
-            "x": x, "words": packed.words, "scale": packed.scale,
-            "zero": packed.words if packed.zero is None else packed.zero, "router": out if router is None else router,
-            "order": pairs.order, "tile_expert": pairs.tile_expert, "out": out, "num_pairs": out.shape[0],
-            "num_tiles": num_tiles, "N": n, "K": k, "tiles": packed.words.shape[1], "groups": packed.scale.shape[1],
-            "DIVISOR": divisor, "HAS_ROUTER": router is not None, "HAS_ZERO": packed.zero is not None,
-            "GROUP": packed.group_size, "TILE": 2 * packed.words.shape[3], "GROUP_M": group_m,
-            "BLOCK_M": pairs.block_m, "BLOCK_N": block_n,
+            **arguments, "words": packed.words, "scale": packed.scale,
+            "zero": packed.words if packed.zero is None else packed.zero, "tiles": packed.words.shape[1],
+            "groups": packed.scale.shape[1], "HAS_ZERO": packed.zero is not None, "GROUP": packed.group_size,
+            "TILE": 2 * packed.words.shape[3], "GROUP_M": group_m, "BLOCK_N": block_n,
         },
         num_warps=num_warps,
         num_stages=num_stages,
