@@ -13,12 +13,12 @@ from octavo.kernels.int4.reference import group_of_column
 from octavo.kernels.rounded import Rounding
 from octavo.quant.body import tensors_of
 from octavo.quant.linear import join_parts, per_channel
-from octavo.quant.linear_gpu import FP8_CAPABILITY
+from octavo.quant.linear_gpu import FEW_BITS, FP8_CAPABILITY, rounds_rows_to_fp8
 from octavo.quant.qparams import QuantizedWeight
 from octavo.quant.scheme import CHANNEL, PRESETS, TENSOR, QuantScheme
 
 Weight = QuantizedWeight | Tensor
-FEW_BITS = ("int4", "int3", "int2")
+Expert = tuple[list[Weight], Weight]  # [gate, up] and down
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,7 @@ class Stacked:
         yield from tensors_of(self.down)
 
 
-def stack_experts(
-    experts: list[tuple[list[Weight], Weight]], dtype: torch.dtype, device: torch.device, capability: int
-) -> Stacked | None:
+def stack_experts(experts: list[Expert], dtype: torch.dtype, device: torch.device, capability: int) -> Stacked | None:
     """Each expert's [gate, up] and down; None where no grouped GEMM has their scheme, or they have several.
 
     Nor has one a down with act-order, which `sort_inner` has undone before.
@@ -57,7 +55,7 @@ def stack_experts(
     return None if gate_up is None or down is None else Stacked(gate_up, down, str(schemes.pop()))
 
 
-def slices(gate_up: list[Weight], down: Weight, width: int) -> list[tuple[list[Weight], Weight]] | None:
+def slices(gate_up: list[Weight], down: Weight, width: int) -> list[Expert] | None:
     """A gated MLP's [gate, up] and down as several MLPs of `width` columns between, whose outputs add up to its own.
 
     None where its own isn't a multiple of width, or where scales don't end there.
@@ -103,7 +101,7 @@ def _stack(experts: list[Weight], dtype: torch.dtype, device: torch.device, capa
     if not quantized:
         return Experts(torch.stack([e.to(device, dtype) for e in experts if isinstance(e, Tensor)]))
     scheme = quantized[0].scheme
-    if scheme.activation is None or (scheme.weight.dtype in FEW_BITS and _rounds_rows_to_fp8(scheme, capability)):
+    if scheme.activation is None or (scheme.weight.dtype in FEW_BITS and rounds_rows_to_fp8(scheme, capability)):
         return _packed(quantized, device)
     if not _multiplies(scheme, quantized[0].shape[1], capability):
         return None
@@ -119,14 +117,6 @@ def _stack(experts: list[Weight], dtype: torch.dtype, device: torch.device, capa
     return Experts(codes, scale.float().contiguous(), stored)
 
 
-def _rounds_rows_to_fp8(scheme: QuantScheme, capability: int) -> bool:
-    """Whether tokens are rounded to e4m3, each by its own largest number, on a GPU that multiplies it."""
-    activation = scheme.activation
-    if activation is None or activation.dtype != "fp8_e4m3" or capability < FP8_CAPABILITY:
-        return False
-    return activation.dynamic and activation.granularity == CHANNEL
-
-
 def _multiplies(scheme: QuantScheme, columns: int, capability: int) -> bool:
     """Whether a grouped GEMM has weights and activations of 8 bits of this scheme."""
     from octavo.kernels.int8.gpu.gemm import MAX_COLUMNS
@@ -139,7 +129,7 @@ def _multiplies(scheme: QuantScheme, columns: int, capability: int) -> bool:
     if not activation.dynamic:
         return weight.granularity == CHANNEL and activation.granularity == TENSOR
     if weight.granularity == CHANNEL:
-        return _rounds_rows_to_fp8(scheme, capability)
+        return rounds_rows_to_fp8(scheme, capability)
     return weight.granularity.block == (128, 128) and activation.granularity.group_size == 128
 
 
@@ -155,9 +145,12 @@ def _packed(experts: list[QuantizedWeight], device: torch.device) -> Any | None:
         return None
     codes, scale = (torch.stack([getattr(e, name) for e in experts]).to(device) for name in ("codes", "scale"))
     zeros = [e.zero_point for e in experts if e.zero_point is not None]
-    in_order = group_of_column(k, size)
-    g_idx = torch.stack([in_order if e.g_idx is None else e.g_idx.cpu().long() for e in experts])
-    if not torch.equal(g_idx.sort(dim=1)[0], in_order.expand_as(g_idx)):  # groups of other sizes
-        return None
-    found = codes, scale, torch.stack(zeros).to(device) if zeros else None, size, g_idx.to(device)
+    g_idx = None
+    if any(_has_act_order(e) for e in experts):
+        plain = group_of_column(k, size)
+        g_idx = torch.stack([plain if e.g_idx is None else e.g_idx.cpu().long() for e in experts])
+        if not torch.equal(g_idx.sort(dim=1)[0], plain.expand_as(g_idx)):  # groups of other sizes
+            return None
+        g_idx = g_idx.to(device)
+    found = codes, scale, torch.stack(zeros).to(device) if zeros else None, size, g_idx
     return int8.pack(*found) if is_int8 else int4.pack(*found, fp8=experts[0].scheme.activation is not None)

@@ -20,6 +20,7 @@ from octavo.quant.qparams import QuantizedWeight
 from octavo.quant.scheme import CHANNEL, PRESETS, QuantScheme
 
 FP8_CAPABILITY = 89
+FEW_BITS = ("int4", "int3", "int2")
 
 
 def lacks_fp8(scheme: QuantScheme, dtype: torch.dtype, capability: int) -> str | None:
@@ -52,10 +53,17 @@ def gpu_body(part: QuantizedWeight, bias: Tensor | None, out: torch.dtype, capab
         if part.shape[1] > int8.MAX_COLUMNS:
             return None
         return _eight_bits("int8 x int8", int8.pack(part.codes, part.scale, bias), out, Rounding(torch.int8))
-    per_token = activation.dynamic and activation.granularity == CHANNEL
-    if activation.dtype == "fp8_e4m3" and per_token and weight.dtype in ("int4", "int3", "int2") and fp8_units:
+    if weight.dtype in FEW_BITS and rounds_rows_to_fp8(part.scheme, capability):
         return _few_bits(part, bias, out, Rounding(torch.float8_e4m3fn))
     return None
+
+
+def rounds_rows_to_fp8(scheme: QuantScheme, capability: int) -> bool:
+    """Whether tokens are rounded to e4m3, each by its own largest number, on a GPU that multiplies it."""
+    activation = scheme.activation
+    if activation is None or activation.dtype != "fp8_e4m3" or capability < FP8_CAPABILITY:
+        return False
+    return activation.dynamic and activation.granularity == CHANNEL
 
 
 def _fp8(part: QuantizedWeight, bias: Tensor | None, out: torch.dtype) -> Body | None:

@@ -66,8 +66,9 @@ class BlockRunner:
         self._parts: dict[int, dict[str, LinearParts]] = {}  # of the blocks that were built
         self._routers: dict[int, dict[str, int]] = {}
         self.expert_counts: Tensor | None = None
-        where = (self.dtype, self.device)
-        self._builder = DecoderBuilder(engine, self.spec, self._source, *where, [], stacks_experts=False)
+        self._builder = DecoderBuilder(
+            engine, self.spec, self._source, self.dtype, self.device, [], stacks_experts=False
+        )  # fmt: skip
 
     @property
     def embedding_name(self) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 from octavo.kernels.attention.cache import AttentionShape
 from octavo.quant.act_order import sort_inner
 from octavo.quant.checkpoint import Checkpoint, read_config
-from octavo.quant.experts_gpu import slices, stack_experts
+from octavo.quant.experts_gpu import Expert, slices, stack_experts
 from octavo.quant.linear import Linear, make_linear
 from octavo.quant.linear_gpu import lacks_fp8
 from octavo.quant.qparams import QuantizedWeight, quantize_weight
@@ -242,22 +242,20 @@ class DecoderBuilder:
         self, moe: MoeSpec, gates: list[Tensor], experts: list[tuple[Parts, Parts]], shared: tuple[Parts, Parts] | None
     ) -> GroupedMoe | None:
         """Experts stacked for a GPU's grouped GEMMs, the shared one in slices or beside them; None: it can't be."""
-        if any(bias is not None for expert in experts for _, biases in expert for bias in biases):
+        if any(_has_bias(expert) for expert in experts):
             return None
-        plain = [(gate_up, down) for (gate_up, _), ((down,), _) in experts]
         stack = partial(stack_experts, dtype=self.dtype, device=self.device, capability=self.capability)
-        if shared is None:
-            stacked = stack(plain)
-            return None if stacked is None else GroupedMoe(self._narrowed(gates), stacked, moe.top_k, moe.normalize)
-        (gate_up, biases), ((down,), (last,)) = shared
-        cut = slices(gate_up, down, moe.intermediate_size) if {*biases, last} == {None} else None
-        stacked = None if cut is None else stack([*plain, *cut])
-        if cut is not None and stacked is not None:
+        plain = [(gate_up, down) for (gate_up, _), ((down,), _) in experts]
+        cut: list[Expert] | None = []
+        if shared is not None:
+            (gate_up, _), ((down,), _) = shared
+            cut = None if _has_bias(shared) else slices(gate_up, down, moe.intermediate_size)
+        if cut is not None and (stacked := stack([*plain, *cut])) is not None:
             return GroupedMoe(self._narrowed(gates), stacked, moe.top_k, moe.normalize, len(cut))
-        stacked, router = stack(plain), self._narrowed(gates[:1])
-        if stacked is None:
+        if shared is None or (stacked := stack(plain)) is None:
             return None
-        return GroupedMoe(router, stacked, moe.top_k, moe.normalize, 0, self._gated(*shared), gates[1])
+        alone = self._gated(*shared), gates[1]
+        return GroupedMoe(self._narrowed(gates[:1]), stacked, moe.top_k, moe.normalize, 0, *alone)
 
     def _narrowed(self, gates: list[Tensor]) -> Tensor:
         """All rows as one weight, of the model's type where that holds them exactly."""
@@ -347,6 +345,10 @@ class DecoderBuilder:
             self._tables[rope] = cos_sin_table(rope, self.max_position).to(self.device)
             self.notes += rope_notes(rope, self.max_position)
         return self._tables[rope]
+
+
+def _has_bias(mlp: tuple[Parts, Parts]) -> bool:
+    return any(bias is not None for _, biases in mlp for bias in biases)
 
 
 def load_scheme(dtype: str, module: str, in_features: int) -> QuantScheme:
