@@ -119,8 +119,11 @@ def of_a_layer(
         ("llama", "W8A8", 8),
         ("llama", "FP8_BLOCK", 8),  # whose parts end within blocks
         ("llama", "W4AFP8@32", 8),
+        ("qwen3", "FP8_DYNAMIC", 8),
         ("gemma2", "W4A16@32", 8),
+        ("granite", "W4A16@32", 8),
         ("olmo2", "FP8_DYNAMIC", 8),
+        ("mixtral", "W4A16@32", 9),
         ("mixtral", "FP8_DYNAMIC", 9),
         ("mixtral", "W8A8", 9),
         ("mixtral", "W4AFP8@32", 9),
