@@ -154,7 +154,7 @@ class Compiler:
     def __call__(self, launch: Launch) -> Resources:
         key = f"{triton.__version__} {key_of(launch)}"
         if key not in self.known:
-            made = ahead.compile_ahead(launch)
+            (made,) = ahead.compile_ahead([launch])
             self.known[key] = Resources(made.registers, made.shared, sum(made.instructions.values()), made.loop)
             if self.file:
                 rows = {k: [r.registers, r.shared, r.instructions, r.loop] for k, r in self.known.items()}

@@ -14,13 +14,13 @@ import importlib
 import io
 import json
 import re
-import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import dataclass
-from itertools import repeat
+from itertools import chain, repeat
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,7 +34,7 @@ from triton.compiler import ASTSource
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from octavo.kernels import tables
+from octavo.kernels import sass, tables
 from octavo.kernels.launch import INTERPRETED, Launch, Proof
 
 ROOMS = (  # modules that have `proofs() -> dict[str, Proof]`
@@ -77,6 +77,8 @@ HOPPER = (
 """Rooms whose proofs have an H100's sizes and instructions; `rows` has every size of any card's table."""
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 120: 101_376}
 """Bytes that a block may use, by compute capability."""
+TOGETHER = 8
+"""Proofs that are disassembled in one run: a run's start takes as long as compiling a small kernel."""
 FP8_PRODUCTS = re.compile(r"rows: .*fp8")
 TYPES = {
     torch.float64: "fp64",
@@ -90,13 +92,6 @@ TYPES = {
     torch.int32: "i32",
     torch.int64: "i64",
 }
-# An instruction of a listing: predicate, name, and whether the first factor of a wgmma lies in registers.
-_LINE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)(\s+R\d+, R\d+, gdesc)?", re.MULTILINE)
-# What reads or writes memory, lets the next kernel in, or goes another way.
-_ACTS = re.compile(
-    r"LD(?!C)|ST|ATOM|RED(?!UX)|U?TMA|UBLK|CCTL(?!\.E\.PF2)|MEMBAR|PREEXIT|B[RS]|JM|CALL|RET|EXIT|WARPSYNC"
-)
-_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
 @dataclass(frozen=True)
@@ -108,11 +103,10 @@ class Compiled:
     shared        bytes of shared memory a block has
     serialized    ptxas gave up overlapping tensor-core instructions (its warning C7510 to C7519)
     overlaps      it may start while the kernel before still runs (`overlap`)
-    waits         it waits for that kernel before all else (`waits_first`)
-    counts        it counts itself, if at all, after what it has stored, and sees what others have (`counts_after`)
-    loop          instructions of the loop that its products stand in (`loop_of`); 0: none is in a loop
-    instructions  how often each opcode stands in the machine code, with its modifiers; ".RS" is put behind a wgmma
-                  whose first factor lies in registers
+    waits         it waits for that kernel before all else (`sass.waits_first`)
+    counts        it counts itself, if at all, after it has stored, and sees what others have (`sass.counts_after`)
+    loop          instructions of the loop that its products stand in (`sass.loop_of`); 0: none is in a loop
+    instructions  how often each stands in the machine code, by its name there (`sass.Instruction`)
     """
 
     registers: int
@@ -176,87 +170,33 @@ def proofs(capability: int = 90) -> dict[str, tuple[str, str]]:
     return {name: place for name, place in found.items() if capability >= 89 or not FP8_PRODUCTS.match(name)}
 
 
-def compile_ahead(launch: Launch, capability: int = 90) -> Compiled:
-    """Compile a launch for a compute capability (90: H100)."""
+def compile_ahead(launches: Sequence[Launch], capability: int = 90) -> list[Compiled]:
+    """Compile launches for a compute capability (90: H100)."""
     if INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET is set: kernels are interpreted in this process, so none can be compiled")
-    built, said = _compile(launch, GPUTarget("cuda", capability, 32))
+    built = [_compile(launch, GPUTarget("cuda", capability, 32)) for launch in launches]
+    codes = sass.disassemble([sass.text_of(b.asm["cubin"], b.metadata.name) for b, _ in built], capability)
+    return [_compiled(of, said, code) for (of, said), code in zip(built, codes, strict=True)]
+
+
+def _compiled(built: Any, said: str, code: sass.Code) -> Compiled:
+    """What to know of a kernel: from its file, from what ptxas said, and from its instructions."""
     with tempfile.TemporaryDirectory() as directory:
         cubin = Path(directory) / "kernel.cubin"
         cubin.write_bytes(built.asm["cubin"])
-        usage = _run("cuobjdump", "--dump-resource-usage", str(cubin))
-        listing = _run("nvdisasm", "-c", str(cubin))
+        usage = sass.run("cuobjdump", "--dump-resource-usage", str(cubin))
     resources = dict(re.findall(r"(REG|STACK):(\d+)", usage))
-    names = [name + (".RS" if registers else "") for _, name, registers in _LINE.findall(listing)]
     return Compiled(
         registers=int(resources["REG"]),
         stack=int(resources["STACK"]),
         shared=built.metadata.shared,
         serialized=re.search(r"C751\d", said) is not None,
         overlaps=built.metadata.launch_pdl,
-        waits=waits_first(listing),
-        counts=counts_after(listing),
-        loop=loop_of(listing),
-        instructions=Counter(names),
+        waits=sass.waits_first(code),
+        counts=sass.counts_after(code),
+        loop=sass.loop_of(code),
+        instructions=Counter(one.name for one in code),
     )
-
-
-def waits_first(listing: str) -> bool:
-    """Whether every thread waits for the kernel before (ACQBULK) ahead of all that reads or writes memory.
-
-    Only a straight line from the entry counts: without a label, a branch, a call or an end, and the wait is under no
-    predicate. On it, arguments (constant memory) may be read, lines prefetched into L2; the next kernel isn't let in.
-    """
-    entry = listing[listing.rfind(".text.", 0, listing.find("/*0000*/")) :]
-    for predicate, name, _ in _LINE.findall(entry.split("\n.L_")[0]):
-        if name == "ACQBULK":
-            return not predicate
-        if _ACTS.match(name):
-            return False
-    return False
-
-
-def counts_after(listing: str) -> bool:
-    """Whether every addition to a counter comes behind a barrier and a fence, and drops old copies in L1.
-
-    So the last program to count itself sees what all threads of all programs have stored (`arrivals`).
-    """
-    acts = [
-        name for _, name, _ in _LINE.findall(listing) if re.match(r"STG|BAR|MEMBAR|ATOMG|RED\b|REDG|CCTL\.IVALL", name)
-    ]
-    places = [i for i, name in enumerate(acts) if name.startswith(("ATOMG", "RED"))]
-    order = re.compile(r"BAR\.SYNC\S* MEMBAR\.\S*GPU ATOMG\S*\.STRONG\.GPU CCTL\.IVALL")
-    return all(i >= 2 and order.fullmatch(" ".join(acts[i - 2 : i + 2])) for i in places)
-
-
-def loop_of(listing: str) -> int:
-    """Instructions of the shortest loop that has some of the tensor core: from a label to the branch back to it.
-
-    Attention has two, of which the one without a mask is the shorter; what goes round a loop of products is longer.
-    What a branch forward may leave out, and no product is in, isn't counted: in a persistent GEMM that is a tile's end.
-    """
-    labels: dict[str, int] = {}
-    products: list[int] = []
-    branches: list[tuple[int, str]] = []
-    at = 0
-    for line in listing.splitlines():
-        if named := re.match(r"(\.L_x_\d+):", line):
-            labels[named[1]] = at
-        elif instruction := _LINE.match(line):
-            products += [at] if "MMA." in instruction[2] else []
-            branches += [(at, target) for target in re.findall(r"BRA.*`\((\.L_x_\d+)\)", line)]
-            at += 1
-
-    def is_busy(begin: int, end: int) -> bool:
-        return any(begin <= product < end for product in products)
-
-    jumps = [(begin, labels[target]) for begin, target in branches]
-    skipped = [(begin + 1, end) for begin, end in jumps if end > begin and not is_busy(begin, end)]
-    found = []
-    for end, begin in ((begin + 1, end) for begin, end in jumps if end <= begin and is_busy(end, begin)):
-        left_out = {i for first, last in skipped if begin <= first and last <= end for i in range(first, last)}
-        found.append(end - begin - len(left_out))
-    return min(found, default=0)
 
 
 def _compile(launch: Launch, target: GPUTarget) -> tuple[Any, str]:
@@ -314,20 +254,14 @@ def _is_multiple_of_16(value: Any) -> bool:
     return isinstance(value, int) and value % 16 == 0
 
 
-def _run(tool: str, *arguments: str) -> str:
-    done = subprocess.run([_TOOLS / tool, *arguments], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{tool} ended with {done.returncode}: {done.stderr.strip()[-500:]}")
-    return done.stdout + done.stderr
-
-
-def check(place: tuple[str, str], capability: int = 90) -> dict[str, Any]:
-    """Compile one proof: its facts, and the objections to it."""
-    module, name = place
+def check(places: Sequence[tuple[str, str]], capability: int = 90) -> list[dict[str, Any]]:
+    """Compile some proofs: the facts of each, and the objections to it."""
     with tables.taken(tables.of_capability(capability)):
-        proof = importlib.import_module(module).proofs()[name]
-    compiled = compile_ahead(proof.launch, capability)
-    return {**compiled.facts(), "objections": compiled.objections(proof, capability)}
+        found = [importlib.import_module(module).proofs()[name] for module, name in places]
+    made = compile_ahead([proof.launch for proof in found], capability)
+    return [
+        {**of.facts(), "objections": of.objections(proof, capability)} for of, proof in zip(made, found, strict=True)
+    ]
 
 
 def main() -> None:
@@ -340,9 +274,12 @@ def main() -> None:
     wanted = {name: place for name, place in proofs(args.capability).items() if re.search(args.only, name)}
     if not wanted:
         parser.error(f"--only {args.only}: no proof's name holds that")
+    places = list(wanted.values())
+    together = [places[at : at + TOGETHER] for at in range(0, len(places), TOGETHER)]
     with ProcessPoolExecutor() as pool:
-        table = dict(zip(wanted, pool.map(check, wanted.values(), repeat(args.capability)), strict=True))
-    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(facts)}" for name, facts in table.items())
+        facts = chain.from_iterable(pool.map(check, together, repeat(args.capability)))
+        table = dict(zip(wanted, facts, strict=True))
+    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(of)}" for name, of in table.items())
     args.out.write_text(f"{{\n{lines}\n}}\n")
 
 

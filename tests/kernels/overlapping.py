@@ -86,10 +86,11 @@ def launch_of(kernel: object) -> Launch:
 def main() -> None:
     """Compile all."""
     kernels = (_copy, _never, _reads_before, _writes_before, _adds_before, _ends_before, _waits_only, _plain)
-    found = {str(kernel.__name__): compile_ahead(launch_of(kernel)) for kernel in kernels}
-    found["on 89"] = compile_ahead(launch_of(_copy), 89)
+    made = compile_ahead([launch_of(kernel) for kernel in kernels])
+    found = {str(kernel.__name__): of for kernel, of in zip(kernels, made, strict=True)}
+    (found["on 89"],) = compile_ahead([launch_of(_copy)], 89)
     launch.overlap = False
-    found["off"] = compile_ahead(launch_of(_copy))
+    (found["off"],) = compile_ahead([launch_of(_copy)])
     print(json.dumps({name: said_of(compiled) for name, compiled in found.items()}))
 
 

@@ -74,16 +74,3 @@ def test_kernels_compile_for_other_cards_in_their_tables_sizes(capability: int, 
     assert {name: of["objections"] for name, of in facts.items() if of["objections"]} == {}
     cores = {op.split(".")[0] for of in facts.values() for op in of["tensor cores"]}
     assert cores == ({"HMMA", "IMMA"} if capability == 80 else {"HMMA", "IMMA", "QMMA"})
-
-
-def test_the_loop_of_products_is_found() -> None:
-    """Around it another loop, beside it one without products, in it a wait, and a tile's end that is jumped over."""
-    lines = (
-        "BRA `(.L_x_9)", ".L_x_0:", "IADD3 R1, R2, R3, R4", ".L_x_9:", "NOP", ".L_x_1:", "IMAD R1, R2, R3, R4",
-        ".L_x_2:", "SYNCS.PHASECHK.TRANS64.TRYWAIT P0", "@!P0 BRA `(.L_x_2)", "QGMMA.64x16x32.F32.E4M3.E4M3 R24",
-        "@P3 BRA `(.L_x_4)", "STG.E.128 [R1], R2", "STG.E.128 [R1], R2", ".L_x_4:",
-        "@P1 BRA `(.L_x_1)", "NOP", "@P2 BRA `(.L_x_0)", ".L_x_3:", "LDG.E R2, desc[UR4][R2.64]", "@P0 BRA `(.L_x_3)",
-    )  # fmt: skip
-    text = "\n".join(line if line.startswith(".") else f"        /*0000*/    {line} ;" for line in lines)
-    assert ahead.loop_of(text) == 6
-    assert ahead.loop_of(text.replace("QGMMA", "FFMA")) == 0

@@ -62,62 +62,6 @@ def test_what_does_not_overlap_has_nothing_of_it(compiled: dict[str, dict[str, A
     assert compiled[kernel] == {"overlaps": False, "waits": False, "steps": 0, "said": []}
 
 
-def listing(*lines: str) -> str:
-    """A disassembler's, of these instructions and labels."""
-    body = [line if line.startswith(".L") else f"        /*{16 * i:04x}*/    {line} ;" for i, line in enumerate(lines)]
-    return "\n".join(['\t.section\t.text.f,"ax",@progbits', ".text.f:", *body])
-
-
-@pytest.mark.parametrize(
-    ("lines", "waits"),
-    [
-        (("LDC R1, c[0x0][0x28]", "CCTL.E.PF2 [R2]", "ACQBULK", "LDG.E R2, desc[UR4][R2.64]"), True),
-        (("IMAD R1, R2, R3, R4", "LDG.E R2, desc[UR4][R2.64]", "ACQBULK"), False),
-        (("@!P0 LDG.E R2, desc[UR4][R2.64]", "ACQBULK"), False),
-        (("LDGSTS.E.BYPASS.128 [R1], desc[UR4][R2.64]", "ACQBULK"), False),
-        (("UTMALDG.2D [UR8], [UR6]", "ACQBULK"), False),
-        (("ATOMG.E.ADD.STRONG.GPU PT, R2, desc[UR4][R2.64], R5", "ACQBULK"), False),
-        (("REDG.E.ADD.STRONG.GPU desc[UR4][R2.64], R5", "ACQBULK"), False),
-        (("REDUX.MAX.S32 UR4, R5", "ACQBULK", "LDG.E R2, desc[UR4][R2.64]"), True),
-        (("STG.E desc[UR4][R2.64], R5", "ACQBULK"), False),
-        (("CCTL.IVALL", "ACQBULK"), False),
-        (("PREEXIT", "ACQBULK"), False),
-        (("@P0 EXIT", "ACQBULK"), False),
-        (("@P0 BRA `(.L_x_1)", "ACQBULK"), False),
-        (("NOP", ".L_x_1:", "ACQBULK"), False),
-        (("@P0 ACQBULK", "LDG.E R2, desc[UR4][R2.64]"), False),
-        (("NOP", "EXIT"), False),
-    ],
-)
-def test_what_counts_as_waiting_first(lines: tuple[str, ...], waits: bool) -> None:
-    assert ahead.waits_first(listing(*lines)) is waits
-
-
-STORE, BARRIER, FENCE, COUNT, FRESH = (
-    "STG.E desc[UR4][R2.64], R5", "BAR.SYNC.DEFER_BLOCKING 0x0", "@P1 MEMBAR.ALL.GPU",
-    "@P1 ATOMG.E.ADD.STRONG.GPU PT, R2, desc[UR4][R2.64], R5", "@P1 CCTL.IVALL",
-)  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("lines", "counts"),
-    [
-        ((STORE, BARRIER, "NOP", FENCE, COUNT, FRESH, STORE), True),
-        ((STORE, BARRIER, FENCE, COUNT, FRESH, STORE, BARRIER, FENCE, COUNT, FRESH), True),
-        ((STORE, BARRIER), True),
-        ((STORE, FENCE, COUNT, FRESH), False),
-        ((BARRIER, STORE, FENCE, COUNT, FRESH), False),
-        ((STORE, BARRIER, COUNT, FRESH), False),
-        ((STORE, BARRIER, FENCE, COUNT), False),
-        ((STORE, BARRIER, "MEMBAR.ALL.CTA", COUNT, FRESH), False),
-        ((STORE, BARRIER, FENCE, "REDG.E.ADD.STRONG.GPU desc[UR4][R2.64], R5", FRESH), False),
-        ((STORE, BARRIER, FENCE, COUNT, FRESH, STORE, FENCE, COUNT, FRESH), False),
-    ],
-)
-def test_what_counts_itself_after_it_has_stored(lines: tuple[str, ...], counts: bool) -> None:
-    assert ahead.counts_after(listing(*lines)) is counts
-
-
 def kernels_of(room: str) -> list[Any]:
     """The Triton kernels of a module of `ahead.ROOMS` that may overlap."""
     module = importlib.import_module(f"octavo.kernels.{room}")
