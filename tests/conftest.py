@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,6 +44,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out = [item for item in items if any(item.get_closest_marker(mark) for mark in unasked)]
     items[:] = [item for item in items if item not in left_out]
     config.hook.pytest_deselected(items=left_out)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _spare_interpreter() -> None:
+    """Half of what Triton's interpreter does changes nothing. Whoever runs a kernel has imported Triton by now."""
+    if not HAS_GPU and "triton" in sys.modules:
+        from interpreter import spare
+
+        spare()
 
 
 @pytest.fixture(scope="session")
