@@ -23,18 +23,15 @@ Expert = tuple[list[Weight], Weight]  # [gate, up] and down
 
 @dataclass(frozen=True)
 class Stacked:
-    """All experts' weights, gate and up fused, as `octavo.kernels.moe.gpu.fused` takes them, and their scheme."""
+    """All experts' weights, gate and up fused, as `octavo.kernels.moe.gpu.fused` takes them, and their scheme.
+
+    wants  how the norm before may round or move what all of them read
+    """
 
     gate_up: Any
     down: Any
     scheme: str
-
-    @property
-    def wants(self) -> Rounding | None:
-        """How the norm before may round what they read."""
-        from octavo.kernels.moe.gpu.fused import wants
-
-        return wants(self.gate_up)
+    wants: Rounding | None
 
     def tensors(self) -> Iterator[Tensor]:
         yield from tensors_of(self.gate_up)
@@ -46,13 +43,17 @@ def stack_experts(experts: list[Expert], dtype: torch.dtype, device: torch.devic
 
     Nor has one a down with act-order, which `sort_inner` has undone before.
     """
+    from octavo.kernels.moe.gpu.fused import wants
+
     gate_ups, downs = [join_parts(gate_up) for gate_up, _ in experts], [per_channel(down) for _, down in experts]
     schemes = {_scheme(weight, dtype) for weight in (*gate_ups, *downs)}
     if len(schemes) != 1 or None in schemes or any(_has_act_order(down) for down in downs):
         return None
     ways = [weight for weight in gate_ups if weight is not None], downs
     gate_up, down = (_stack(way, dtype, device, capability) for way in ways)
-    return None if gate_up is None or down is None else Stacked(gate_up, down, str(schemes.pop()))
+    if gate_up is None or down is None:
+        return None
+    return Stacked(gate_up, down, str(schemes.pop()), wants(gate_up))
 
 
 def slices(gate_up: list[Weight], down: Weight, width: int) -> list[Expert] | None:

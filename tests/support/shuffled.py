@@ -10,9 +10,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 SAME_INPUT = re.compile(r"\.(?:(?:[qkv]|gate|up)_proj|w1|w3)\.")
+OF_EXPERTS = re.compile(r"\.(?:experts\.\d+|shared_expert)\.(?=gate|up|w1|w3)")
 
 
-def shuffle_groups(directory: Path) -> None:
+def input_of(name: str, alike: bool) -> str:
+    """Names what a layer reads. alike: experts have seen all tokens in calibration, not those they were chosen for."""
+    return SAME_INPUT.sub(".", OF_EXPERTS.sub(".", name) if alike else name)
+
+
+def shuffle_groups(directory: Path, *, alike: bool = False) -> None:
     """Put the columns' groups of a GPTQ checkpoint's layers in any order, in place.
 
     Layers with the same input have the same order, as GPTQ finds it from that input.
@@ -21,7 +27,7 @@ def shuffle_groups(directory: Path) -> None:
     tensors = load_file(path)
     inputs: dict[str, int] = {}
     for name in sorted(name for name in tensors if name.endswith(".g_idx")):
-        seed = inputs.setdefault(SAME_INPUT.sub(".", name), len(inputs))
+        seed = inputs.setdefault(input_of(name, alike), len(inputs))
         order = torch.randperm(len(tensors[name]), generator=torch.Generator().manual_seed(seed))
         tensors[name] = tensors[name][order]
     save_file(tensors, path)

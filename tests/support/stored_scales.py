@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from shuffled import SAME_INPUT
+from shuffled import input_of
 
 
-def store_scales(directory: Path) -> None:
+def store_scales(directory: Path, *, alike: bool = False) -> None:
     """Give each layer of an FP8_DYNAMIC checkpoint a scale for its input, in place: layers of one input have the same.
 
     Inputs of up to 2 to 6 are left as they are; few are larger, and are cut off.
@@ -20,7 +20,7 @@ def store_scales(directory: Path) -> None:
     inputs: dict[str, int] = {}
     for name in sorted(name for name in tensors if name.endswith(".weight_scale")):
         module = name.removesuffix(".weight_scale")
-        number = inputs.setdefault(SAME_INPUT.sub(".", name), len(inputs))
+        number = inputs.setdefault(input_of(name, alike), len(inputs))
         tensors[f"{module}.input_scale"] = torch.tensor([(2 + 4 * (number * 7 % 10) / 10) / 448])
     save_file(tensors, path)
     config = json.loads((directory / "config.json").read_text())

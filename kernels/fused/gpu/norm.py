@@ -159,11 +159,14 @@ def proofs() -> dict[str, Proof]:
         "fp8 of 8 experts, and plain": norm(
             pairs, weight, 1e-6, fp8, scale=scale, residual=rows, total=rows, plain=rows
         ),
-        "fp8 static": norm(rows, weight, 1e-6, fp8, scale=scale, residual=rows, total=rows, static_scale=stored),
+        "fp8 static, and plain": norm(
+            rows, weight, 1e-6, fp8, scale=scale, residual=rows, total=rows, static_scale=stored, plain=rows
+        ),
     }.items():
         made[f"norm {name} 2048"] = Proof(launch, expects=(r"LDG\.E\.128", r"STG\.E\.128"))
-    launch = norm(rows, weight, 1e-6, rows, residual=rows, total=rows, places=places)
-    made["norm moved 2048"] = Proof(launch, expects=(r"LDG\.E\.128", r"STG\.E\.U16"))
+    for name, plain in (("moved", None), ("moved, and plain", rows)):
+        launch = norm(rows, weight, 1e-6, rows, residual=rows, total=rows, places=places, plain=plain)
+        made[f"norm {name} 2048"] = Proof(launch, expects=(r"LDG\.E\.128", r"STG\.E\.U16"))
     rows, scale, weight = example(64, 3584), example(64, 1, dtype=torch.float32), example(3584, dtype=torch.float32)
     sums, fp8 = example(4, 64, 3584, dtype=torch.float32), example(64, 3584, dtype=torch.float8_e4m3fn)
     launch = norm(sums, weight, 1e-6, fp8, scale=scale, residual=rows, total=rows, after=weight)

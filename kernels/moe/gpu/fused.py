@@ -93,7 +93,7 @@ def launches(
 ) -> tuple[Launch, ...]:  # fmt: skip
     """All that happens but the sum, in order; memory between them is allocated here.
 
-    x        [T, H] bf16 or fp16, or rounded as `wants` has it
+    x        [T, H] bf16 or fp16, or rounded as `wants` of gate_up has it
     router   [E, H] of x's type, or float32
     gate_up  [E, 2 I, H], down [E, H, I]: both plain, both e4m3, both int8, both packed with 4 bits, or with 8
     results  [T * top_k, H] of x's type: what each of a token's experts gives it, times its weight
@@ -134,11 +134,12 @@ def _first(
     x: Hidden, gate_up: Weights, chosen: Tensor, group_size: int, steps: list[Launch]
 ) -> tuple[Tensor, Tensor | None, int]:
     """What the first GEMM reads, its scales, and the pairs that share a row of it; what makes it joins the steps."""
-    if isinstance(x, Rounded):
-        if wants(gate_up) is None:
-            raise ValueError("x is rounded, and these experts read plain numbers")
-        return x.codes, x.scale, chosen.shape[1]
     kind, order, stored, divisor = _kind(gate_up), _order(gate_up), _stored(gate_up), chosen.shape[1]
+    if isinstance(x, Rounded):
+        if x.codes.dtype != CODES.get(kind, _plain(x).dtype) or (kind not in CODES and order is None):
+            reads = CODES.get(kind, "plain numbers")
+            raise ValueError(f"x is rounded to {x.codes.dtype}, and these experts, {kind}, read {reads}")
+        return x.codes, x.scale if kind in CODES else None, divisor
     if order is not None:
         moved, divisor = x.new_empty(chosen.numel(), x.shape[1]), 1
         steps.append(of_pairs(x, order, chosen, moved))
@@ -173,11 +174,19 @@ def _order(weights: Weights) -> Tensor | None:
 
 
 def wants(gate_up: Weights) -> Rounding | None:
-    """How experts take what they read, if the norm before rounds it: the router reads it, too."""
-    kind = _kind(gate_up)
-    if kind not in CODES or _stored(gate_up) is not None or _order(gate_up) is not None:  # the chosen experts' own
+    """How all experts take what they read, if they take it alike: the norm before makes it then, and a plain one.
+
+    Whoever calibrates every expert with all tokens finds one scale for them, and one order. To be asked at load, as
+    it looks into the tensors.
+    """
+    kind, order, stored = _kind(gate_up), _order(gate_up), _stored(gate_up)
+    alike = all(of is None or bool((of == of[0]).all()) for of in (order, stored))
+    if not alike or (kind not in CODES and order is None):
         return None
-    return Rounding(CODES[kind], BLOCK if kind == "fp8 blocks" else 0, keeps_plain=True)
+    return Rounding(
+        CODES.get(kind), BLOCK if kind == "fp8 blocks" else 0, None if stored is None else stored[:1], keeps_plain=True,
+        places=None if order is None else order[0].argsort().int(),
+    )  # fmt: skip
 
 
 def _kind(weights: Weights) -> str:

@@ -146,30 +146,34 @@ def test_experts_are_run_together(scheme: str, tmp_path: Path, monkeypatch: pyte
     assert "grouped by expert" in {body for _, _, body in model.report_layers()}
 
 
-def test_experts_round_by_stored_scales(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each by its own."""
+@pytest.mark.parametrize("alike", [False, True])
+def test_experts_round_by_stored_scales(alike: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each by its own, or all by one, which the norm before the router has."""
     plain = tiny("qwen2_moe", tmp_path / "plain", shared_expert_intermediate_size=80)
     quantize_model(plain, tmp_path / "static", Recipe("FP8_DYNAMIC"))
-    store_scales(tmp_path / "static")
+    store_scales(tmp_path / "static", alike=alike)
     model = check(tmp_path / "static", monkeypatch)
     assert isinstance(model, Decoder)
     assert model.can_be_captured
     mixture = next(layer.mlp for layer in model._layers if isinstance(layer.mlp, GroupedMoe))
     assert len(mixture.experts.down.input_scale.unique()) > 1
+    assert (mixture.wants is not None) == alike
     assert mixture.slices == 2
 
 
-def test_experts_with_act_order_are_run_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each in an order of its own."""
+@pytest.mark.parametrize("alike", [False, True])
+def test_experts_with_act_order_are_run_together(alike: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each in an order of its own, or all in one, in which the norm before the router puts columns."""
     sizes = {"moe_intermediate_size": 64, "shared_expert_intermediate_size": 128}
     plain = tiny("qwen2_moe", tmp_path / "plain", **sizes)
     quantize_model(plain, tmp_path / "act", Recipe("W4A16@32", format="gptq"))
-    shuffle_groups(tmp_path / "act")
+    shuffle_groups(tmp_path / "act", alike=alike)
     model = check(tmp_path / "act", monkeypatch)
     assert isinstance(model, Decoder)
     assert model.can_be_captured
     mixture = next(layer.mlp for layer in model._layers if isinstance(layer.mlp, GroupedMoe))
     assert mixture.experts.gate_up.order is not None
+    assert (mixture.wants is not None) == alike
     assert mixture.slices == 2
 
 
