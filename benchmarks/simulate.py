@@ -201,7 +201,7 @@ def mixture_works(config: shapes.Config, weights: str, batch: int) -> list[Work]
     for launch in steps:
         name = launch.kernel.__name__.strip("_")
         if name == "router":  # its parts are merged, and its blocks of tokens; the weight's way from memory is two
-            between, trips = 2 * launch.arguments["partial"].nbytes, 5 if launch.grid[0] == 1 else 7
+            between, trips = 2 * launch.arguments["partial"].nbytes, 5 if launch.grid[0] == 1 else 8
             works.append(Work(name, launch, read + between, trips=trips, near=True))
         elif name == "route":
             works += [Work("router", None, read), Work(name, launch, batch * num * 4, near=True)]

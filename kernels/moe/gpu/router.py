@@ -2,8 +2,9 @@
 
 logits[t, e] = x[t] . router[e], in float32; then `route.choose`, then what `route.align` writes. A program multiplies
 ROWS tokens, BLOCK_E experts and a share of the columns (experts are the tensor core's rows, tokens its columns) into
-its place of partial [PARTS, T, E]. The last of a block of tokens adds the parts up in their order and chooses; the last
-of those sorts all pairs. Nothing depends on who is last, so that it is always the same, and no size on what is chosen.
+its place of partial [PARTS, T, E]. The last of a block of tokens adds the parts up in their order, chooses, and counts
+each expert's pairs; the last of those adds up the counts and sorts all pairs by them. Nothing depends on who is last,
+so that it is always the same, and no size on what is chosen.
 Reference: `moe.reference.route`. Limit: E * H * 2 bytes over 3.0 TB/s on an H100 (Qwen3-30B-A3B 512 KB, Mixtral 64 KB):
 less than the latency of what it does one after the other.
 """
@@ -26,7 +27,8 @@ from octavo.kernels.overlap import await_previous, prefetch
 
 ROWS = 16  # tokens of a program: the tensor core's least
 MOST_EXPERTS = 512  # which a program has side by side when it chooses
-SORTED = 4096  # tokens times experts that the last program has in registers
+COUNTED = 4096  # blocks of tokens times experts that the last program has in registers
+SORTED = 1024  # and pairs
 
 
 @triton.jit
@@ -51,50 +53,87 @@ def _multiply(
 
 
 @triton.jit
-def _sort(
-    marks, first, used, order, tile_expert, num_tokens, num_tiles,
-    PAIRS: tl.constexpr, BLOCK_M: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
+def _fill(
+    count, e, used, order, tile_expert, num_pairs, num_tiles, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
-    """Place the pairs of WIDTH experts from `first` on, behind the tiles that are used; returns how many then are.
+    """Give WIDTH experts e their tiles, behind those that are used; returns the first of each, and how many are used.
 
-    marks  [TOKENS, WIDTH], as `route.choose` returns them: a token has an expert once, and PAIRS of them, so that its
-           pair's place among the expert's is the number of tokens above that have it, too
+    Of the rows of an expert's tiles those are filled up that none of its `count` pairs has.
     """
-    t, e = tl.arange(0, TOKENS), first + tl.arange(0, WIDTH)
-    is_pair = (marks <= -2) & (t < num_tokens)[:, None]
-    one = is_pair.to(tl.int32)
-    count = tl.sum(one, axis=0)
     tiles = (count + BLOCK_M - 1) // BLOCK_M
     end = used + tl.cumsum(tiles, axis=0)
     tile = end - tiles
-    nowhere = num_tiles * BLOCK_M  # what nothing reads: a mask would go through shared memory byte by byte
-    place = tl.where(is_pair, (tile * BLOCK_M)[None, :] + tl.cumsum(one, axis=0) - one, nowhere)
-    tl.store(order + place, t[:, None] * PAIRS - 2 - marks)
     filling = (tile * BLOCK_M + count)[None, :] + tl.arange(0, BLOCK_M)[:, None]
-    filling = tl.where(filling < (end * BLOCK_M)[None, :], filling, nowhere)
-    tl.store(order + filling, tl.zeros((BLOCK_M, WIDTH), tl.int32) + num_tokens * PAIRS)
+    filling = tl.where(filling < (end * BLOCK_M)[None, :], filling, num_tiles * BLOCK_M)
+    tl.store(order + filling, tl.zeros((BLOCK_M, WIDTH), tl.int32) + num_pairs)
     for i in range(tl.max(tiles, axis=0)):
         tl.store(tile_expert + tile + i, e, mask=i < tiles)
-    return used + tl.sum(tiles, axis=0)
+    return tile, used + tl.sum(tiles, axis=0)
 
 
 @triton.jit
-def _marks(marks, first, num_tokens, num_experts, TOKENS: tl.constexpr, WIDTH: tl.constexpr):
-    """Those of all tokens and WIDTH experts; other SMs wrote them."""
-    t, e = tl.arange(0, TOKENS), first + tl.arange(0, WIDTH)
-    seen = (t < num_tokens)[:, None] & (e < num_experts)[None, :]
-    at = marks + t[:, None] * num_experts + e[None, :]
-    return tl.load(at, mask=seen, other=0, cache_modifier=".cg")
+def _places(marks, t, num_tokens, nowhere, PAIRS: tl.constexpr):
+    """Of `route.choose`'s marks [TOKENS, EXPERTS]: the pair of each, nowhere if there is none; 1 where there is one.
+
+    A token has an expert once, and PAIRS of them. What is stored nowhere, nothing reads: a mask would go through shared
+    memory byte by byte, as would any truth that another layout needs. So of what is under -1, and of t under
+    num_tokens, it is the sign that is looked at.
+    """
+    one = (((marks + 1) & (t - num_tokens)[:, None]) >> 31) & 1
+    return nowhere + one * (t[:, None] * PAIRS - 2 - marks - nowhere), one
+
+
+@triton.jit
+def _begin(
+    counts, first, used, order, tile_expert, num_blocks, num_pairs, num_tiles,
+    BLOCK_M: tl.constexpr, EXPERTS: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Where the pairs of each block of tokens begin, of WIDTH experts from `first` on, in the place of their counts.
+
+    counts  [blocks, EXPERTS]; other SMs wrote them. Returns how many tiles are used then.
+    """
+    b, e = tl.arange(0, BLOCKS), first + tl.arange(0, WIDTH)
+    at, seen = counts + b[:, None] * EXPERTS + e[None, :], (b < num_blocks)[:, None]
+    of_block = tl.load(at, mask=seen, other=0, cache_modifier=".cg")
+    tile, used = _fill(tl.sum(of_block, axis=0), e, used, order, tile_expert, num_pairs, num_tiles, BLOCK_M, WIDTH)
+    tl.store(at, (tile * BLOCK_M)[None, :] + tl.cumsum(of_block, axis=0) - of_block, mask=seen)
+    return used
+
+
+@triton.jit
+def _sort(
+    chosen, ranks, counts, order, tile_expert, num_blocks, num_pairs, num_tiles,
+    BLOCK_M: tl.constexpr, OF_BLOCK: tl.constexpr, EXPERTS: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr,
+    SORTED: tl.constexpr,
+):  # fmt: skip
+    """Put each pair behind its expert's pairs above it: those of the blocks before, and those of its own, its rank.
+
+    A block has OF_BLOCK pairs. Returns how many tiles are used.
+    """
+    used = num_tiles * 0
+    for first in range(0, EXPERTS, WIDTH):
+        used = _begin(
+            counts, first, used, order, tile_expert, num_blocks, num_pairs, num_tiles, BLOCK_M, EXPERTS, BLOCKS, WIDTH
+        )  # fmt: skip
+    tl.debug_barrier()  # other warps have stored where pairs begin
+    for start in range(0, num_pairs, SORTED):
+        i = start + tl.arange(0, SORTED)
+        seen = i < num_pairs
+        expert = tl.load(chosen + i, mask=seen, other=0, cache_modifier=".cg")
+        rank = tl.load(ranks + i, mask=seen, other=0, cache_modifier=".cg")
+        begin = tl.load(counts + i // OF_BLOCK * EXPERTS + expert, mask=seen, other=0, cache_modifier=".cg")
+        tl.store(order + begin + rank, i, mask=seen)
+    return used
 
 
 @triton.jit
 def _router(
-    x, router, partial, marks, counters, chosen, weights, order, tile_expert,
+    x, router, partial, counts, ranks, counters, chosen, weights, order, tile_expert,
     num_tokens, num_experts, hidden, columns, num_tiles,
     TOP_K: tl.constexpr, SHARED: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK_M: tl.constexpr, PARTS: tl.constexpr,
     ALONE: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, LINES: tl.constexpr, ROWS: tl.constexpr,
-    CHOSEN: tl.constexpr, EXPERTS: tl.constexpr, CHOICES: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
-    OVERLAPS: tl.constexpr,
+    CHOSEN: tl.constexpr, EXPERTS: tl.constexpr, CHOICES: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr,
+    SORTED: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     num_logits, PAIRS = logits_of(num_experts, SHARED), TOP_K + SHARED
     block, part, first_e = tl.program_id(0), tl.program_id(1) % PARTS, tl.program_id(1) // PARTS * BLOCK_E
@@ -119,63 +158,76 @@ def _router(
     own = choose(
         logits, t, chosen, weights, num_tokens, num_experts, TOP_K, SHARED, NORMALIZE, CHOSEN, EXPERTS, CHOICES
     )  # fmt: skip
-    used = num_tiles * 0
+    num_pairs, num_blocks = num_tokens * PAIRS, tl.num_programs(0)
+    pair, one = _places(own, t, num_tokens, num_pairs, PAIRS)
+    count, rank = tl.sum(one, axis=0), tl.cumsum(one, axis=0) - one
     if ALONE:
-        used = _sort(own, 0, used, order, tile_expert, num_tokens, num_tiles, PAIRS, BLOCK_M, CHOSEN, EXPERTS)
+        tile, used = _fill(count, e, num_tiles * 0, order, tile_expert, num_pairs, num_tiles, BLOCK_M, EXPERTS)
+        tl.store(order + tl.where(one > 0, (tile * BLOCK_M)[None, :] + rank, num_tiles * BLOCK_M), pair)
     else:
-        at = t[:, None] * num_experts + e[None, :]
-        tl.store(marks + at, own, mask=(t < num_tokens)[:, None] & (e < num_experts)[None, :])
-        if not is_last(counters + tl.num_programs(0), tl.num_programs(0)):
+        tl.store(ranks + pair, rank)
+        tl.store(counts + block * EXPERTS + e, count)
+        if not is_last(counters + num_blocks, num_blocks):
             return
-        for first in range(0, EXPERTS, WIDTH):
-            each = _marks(marks, first, num_tokens, num_experts, TOKENS, WIDTH)
-            used = _sort(each, first, used, order, tile_expert, num_tokens, num_tiles, PAIRS, BLOCK_M, TOKENS, WIDTH)
+        used = _sort(
+            chosen, ranks, counts, order, tile_expert, num_blocks, num_pairs, num_tiles,
+            BLOCK_M, ROWS * PAIRS, EXPERTS, BLOCKS, WIDTH, SORTED,
+        )  # fmt: skip
     for start in range(used, num_tiles, EXPERTS):  # what is left over is nobody's
         i = start + tl.arange(0, EXPERTS)
         tl.store(tile_expert + i, tl.full((EXPERTS,), -1, tl.int32), mask=i < num_tiles)
 
 
 def router(
-    x: Tensor, weight: Tensor, partial: Tensor, marks: Tensor, counters: Tensor, chosen: Tensor, weights: Tensor,
-    pairs: Aligned, *,
+    x: Tensor, weight: Tensor, partial: Tensor, counts: Tensor, ranks: Tensor, counters: Tensor, chosen: Tensor,
+    weights: Tensor, pairs: Aligned, *,
     normalize: bool, shared: int = 0, block_e: int, block_k: int, num_warps: int = 4, num_stages: int = 4,
 ) -> Launch:  # fmt: skip
     """Of x [T, H] and a router's weight [E, H], both bf16 or fp16: chosen, weights and pairs as `route` and `align` do.
 
     partial   [parts, T, E] float32: sums over a part of the columns; with T * H and E * H under 2^31 numbers
-    marks     [T, E] int32: what `route.choose` says of blocks of tokens
+    counts    [ceil(T / 16), a power of two from E on] int32: pairs of each block of tokens, then where they begin
+    ranks     [T * top_k + 1] int32: how many pairs of its expert its block has above a pair; nothing reads the last
     counters  [ceil(T / 16) + 1 or more] int32, zeros before and after: see `counters_for`
     chosen    [T, top_k] int32; weights [T, top_k] float32
-    shared    as of `route`: then weight [E + 1, H], partial [parts, T, E + 1], marks [T, E + shared]
+    shared    as of `route`: then weight [E + 1, H], partial [parts, T, E + 1], and the others are of E + shared experts
+              and of top_k + shared of each token
     """
     (num_tokens, hidden), num_logits, parts, each = x.shape, weight.shape[0], partial.shape[0], chosen.shape[1]
     num_experts, top_k, blocks = experts_of(num_logits, shared), each - shared, cdiv(num_tokens, ROWS)
-    experts = max(power_of_two(num_experts), 32 if top_k == 1 else 4)  # Triton 3.6 fails at few of which one is chosen
+    experts = _side_by_side(num_experts, top_k)
     expect(
         x=(x, (num_tokens, hidden)), router=(weight, (num_logits, hidden)),
-        partial=(partial, (parts, num_tokens, num_logits)), marks=(marks, (num_tokens, num_experts)),
+        partial=(partial, (parts, num_tokens, num_logits)),
+        counts=(counts, (blocks, experts)), ranks=(ranks, num_tokens * each + 1),
         counters=(counters, max(counters.numel(), blocks + 1)),
         chosen=(chosen, (num_tokens, min(each, num_experts))), weights=(weights, (num_tokens, each)),
     )  # fmt: skip
     expect_aligned(pairs, num_tokens * each, num_experts)
-    columns, tokens = cdiv(cdiv(hidden, block_k), parts) * block_k, power_of_two(max(num_tokens, ROWS + 1))
+    columns, side = cdiv(cdiv(hidden, block_k), parts) * block_k, power_of_two(max(blocks, 2))
     return Launch(
         _router,
         (blocks, cdiv(num_logits, block_e) * parts),
         {
-            "x": x, "router": weight, "partial": partial, "marks": marks, "counters": counters, "chosen": chosen,
-            "weights": weights, "order": pairs.order, "tile_expert": pairs.tile_expert, "num_tokens": num_tokens,
-            "num_experts": num_experts, "hidden": hidden, "columns": columns, "num_tiles": len(pairs.tile_expert),
+            "x": x, "router": weight, "partial": partial, "counts": counts, "ranks": ranks, "counters": counters,
+            "chosen": chosen, "weights": weights, "order": pairs.order, "tile_expert": pairs.tile_expert,
+            "num_tokens": num_tokens, "num_experts": num_experts, "hidden": hidden, "columns": columns,
+            "num_tiles": len(pairs.tile_expert),
             "TOP_K": top_k, "SHARED": shared, "NORMALIZE": normalize, "BLOCK_M": pairs.block_m, "PARTS": parts,
             "ALONE": blocks == 1, "BLOCK_E": block_e, "BLOCK_K": block_k, "ROWS": ROWS,
             "LINES": power_of_two(cdiv(columns, 64)),
             "CHOSEN": min(max(power_of_two(num_tokens), num_warps), ROWS),  # one's experts in one warp: no barriers
-            "EXPERTS": experts, "CHOICES": power_of_two(each), "TOKENS": tokens,
-            "WIDTH": min(experts, max(SORTED // tokens, 4)),
+            "EXPERTS": experts, "CHOICES": power_of_two(each), "BLOCKS": side,
+            "WIDTH": min(experts, max(COUNTED // side, 4)), "SORTED": min(SORTED, power_of_two(num_tokens * each)),
         },
         num_warps=num_warps,
         num_stages=num_stages,
     )  # fmt: skip
+
+
+def _side_by_side(num_experts: int, top_k: int) -> int:
+    """Experts that a program has: a power of two. Triton 3.6 fails at few of which one is chosen."""
+    return max(power_of_two(num_experts), 32 if top_k == 1 else 4)
 
 
 def routing(
@@ -196,11 +248,15 @@ def routing(
         return chooses, align(chosen, num_experts, pairs)
     parts = min(parts, cdiv(hidden, sizes["block_k"]))
     partial = torch.empty(parts, num_tokens, num_logits, device=x.device)
-    marks = torch.empty(num_tokens, num_experts, dtype=torch.int32, device=x.device)
-    counters = counters_for(cdiv(num_tokens, ROWS) + 1, x.device)
+    blocks = cdiv(num_tokens, ROWS)
+    width = _side_by_side(num_experts, chosen.shape[1] - shared)
+    counts = torch.empty(blocks, width, dtype=torch.int32, device=x.device)
+    ranks = torch.empty(chosen.numel() + 1, dtype=torch.int32, device=x.device)
+    counters = counters_for(blocks + 1, x.device)
     launch = router(
-        x, weight, partial, marks, counters, chosen, weights, pairs, normalize=normalize, shared=shared, **sizes
-    )
+        x, weight, partial, counts, ranks, counters, chosen, weights, pairs,
+        normalize=normalize, shared=shared, **sizes,
+    )  # fmt: skip
     return (launch,)
 
 
@@ -214,11 +270,11 @@ def _logits(x: Tensor, weight: Tensor) -> Tensor:
 def proofs() -> dict[str, Proof]:
     """Qwen3's, Mixtral's, Qwen3-Next's and Qwen1.5's routers: tensor cores, and weights copied 16 bytes at a time."""
     made: dict[str, Proof] = {}
+    half, bf16 = torch.float16, torch.bfloat16
     for num_experts, top_k, shared, hidden, num_tokens, dtype in (
-        (128, 8, 0, 2048, 1, torch.bfloat16), (128, 8, 0, 2048, 16, torch.bfloat16),
-        (128, 8, 0, 2048, 64, torch.bfloat16), (16, 1, 0, 2048, 1, torch.bfloat16), (8, 2, 0, 4096, 1, torch.bfloat16),
-        (8, 2, 0, 4096, 64, torch.float16), (512, 10, 0, 2048, 64, torch.bfloat16), (60, 4, 4, 2048, 1, torch.bfloat16),
-        (60, 4, 4, 2048, 64, torch.bfloat16),
+        (128, 8, 0, 2048, 1, bf16), (128, 8, 0, 2048, 16, bf16), (128, 8, 0, 2048, 64, bf16),
+        (128, 8, 0, 2048, 256, bf16), (16, 1, 0, 2048, 1, bf16), (8, 2, 0, 4096, 1, bf16), (8, 2, 0, 4096, 256, half),
+        (512, 10, 0, 2048, 256, bf16), (60, 4, 4, 2048, 1, bf16), (60, 4, 4, 2048, 64, bf16),
     ):  # fmt: skip
         x, weight = (meta(rows, hidden, dtype=dtype) for rows in (num_tokens, num_experts + min(shared, 1)))
         chosen, weights = meta(num_tokens, top_k + shared, dtype=torch.int32), meta(num_tokens, top_k + shared)
