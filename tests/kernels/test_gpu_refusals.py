@@ -171,7 +171,7 @@ CASES = {
         lambda **t: router(t.pop("x"), t.pop("router"), pairs=aligned(t), normalize=True, block_e=16, block_k=64, **t),
         {
             "x": ROWS, "router": of(EXPERTS, K, dtype=BF16), "partial": of(4, M, EXPERTS),
-            "counts": of(1, 4, dtype=INT32), "ranks": of(2 * M + 1, dtype=INT32), "counters": of(2, dtype=INT32),
+            "counts": of(2, 1, 4, dtype=INT32), "ranks": of(2 * M + 1, dtype=INT32), "counters": of(2, dtype=INT32),
             "chosen": of(M, 2, dtype=INT32), "weights": of(M, 2), **IN_TILES,
         },
         "x size, chosen size",
@@ -182,7 +182,7 @@ CASES = {
         ),
         {
             "x": ROWS, "router": of(EXPERTS + 1, K, dtype=BF16), "partial": of(4, M, EXPERTS + 1),
-            "counts": of(1, 32, dtype=INT32), "ranks": of(3 * M + 1, dtype=INT32), "counters": of(2, dtype=INT32),
+            "counts": of(2, 1, 32, dtype=INT32), "ranks": of(3 * M + 1, dtype=INT32), "counters": of(2, dtype=INT32),
             "chosen": of(M, 3, dtype=INT32), "weights": of(M, 3), "order": MORE.order, "tile_expert": MORE.tile_expert,
         },
         "x size, chosen size",

@@ -17,10 +17,11 @@ from octavo.kernels.moe.gpu import router
 from octavo.kernels.moe.gpu.route import Aligned, align, unaligned
 
 # Tokens, experts, top_k, H: a block of tokens and a part of one, several blocks and a short one; a last part, and a
-# last step of it, that are short; fewer experts than a program's.
+# last step of it, that are short; fewer experts than a program's. More blocks and experts than are counted at a time,
+# and more pairs than are sorted.
 SHAPES = [
     (1, 8, 2, 64), (1, 128, 8, 2000), (2, 60, 4, 1040), (16, 8, 1, 300), (17, 8, 2, 4096), (17, 512, 8, 520),
-    (33, 5, 3, 136), (64, 128, 8, 640), (64, 60, 1, 129), (150, 72, 5, 48), (256, 12, 2, 40),
+    (33, 5, 3, 136), (64, 128, 8, 640), (64, 60, 1, 129), (144, 512, 8, 48), (256, 12, 2, 40),
 ]  # fmt: skip
 
 

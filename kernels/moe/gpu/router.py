@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels import tables
-from octavo.kernels.arrivals import PAST_L1, counters_for, is_last
+from octavo.kernels.arrivals import PAST_L1, WITHIN_L1, counters_for, is_last
 from octavo.kernels.expect import expect
 from octavo.kernels.launch import Launch, Proof, cdiv, meta, power_of_two
 from octavo.kernels.moe.gpu.route import Aligned, align, choose, expect_aligned, experts_of, logits_of, route, unaligned
@@ -85,18 +85,19 @@ def _places(marks, t, num_tokens, nowhere, PAIRS: tl.constexpr):
 
 @triton.jit
 def _begin(
-    counts, first, used, order, tile_expert, num_blocks, num_pairs, num_tiles,
+    counts, begins, first, used, order, tile_expert, num_blocks, num_pairs, num_tiles,
     BLOCK_M: tl.constexpr, EXPERTS: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Where the pairs of each block of tokens begin, of WIDTH experts from `first` on, in the place of their counts.
+    """Where the pairs of each block of tokens begin, of WIDTH experts from `first` on, out of how many there are.
 
-    counts  [blocks, EXPERTS]; other SMs wrote them. Returns how many tiles are used then.
+    counts, begins  [blocks, EXPERTS]. Not one in the other's place: what is small each warp has all of, and one warp
+    would store while another still loads. Returns how many tiles are used then.
     """
     b, e = tl.arange(0, BLOCKS), first + tl.arange(0, WIDTH)
-    at, seen = counts + b[:, None] * EXPERTS + e[None, :], (b < num_blocks)[:, None]
-    of_block = tl.load(at, mask=seen, other=0, cache_modifier=".cg")
+    at, seen = b[:, None] * EXPERTS + e[None, :], (b < num_blocks)[:, None]
+    of_block = tl.load(counts + at, mask=seen, other=0, cache_modifier=".cg")
     tile, used = _fill(tl.sum(of_block, axis=0), e, used, order, tile_expert, num_pairs, num_tiles, BLOCK_M, WIDTH)
-    tl.store(at, (tile * BLOCK_M)[None, :] + tl.cumsum(of_block, axis=0) - of_block, mask=seen)
+    tl.store(begins + at, (tile * BLOCK_M)[None, :] + tl.cumsum(of_block, axis=0) - of_block, mask=seen)
     return used
 
 
@@ -110,10 +111,11 @@ def _sort(
 
     A block has OF_BLOCK pairs. Returns how many tiles are used.
     """
-    used = num_tiles * 0
+    used, begins = num_tiles * 0, counts + num_blocks * EXPERTS
     for first in range(0, EXPERTS, WIDTH):
         used = _begin(
-            counts, first, used, order, tile_expert, num_blocks, num_pairs, num_tiles, BLOCK_M, EXPERTS, BLOCKS, WIDTH
+            counts, begins, first, used, order, tile_expert, num_blocks, num_pairs, num_tiles,
+            BLOCK_M, EXPERTS, BLOCKS, WIDTH,
         )  # fmt: skip
     tl.debug_barrier()  # other warps have stored where pairs begin
     for start in range(0, num_pairs, SORTED):
@@ -121,7 +123,7 @@ def _sort(
         seen = i < num_pairs
         expert = tl.load(chosen + i, mask=seen, other=0, cache_modifier=".cg")
         rank = tl.load(ranks + i, mask=seen, other=0, cache_modifier=".cg")
-        begin = tl.load(counts + i // OF_BLOCK * EXPERTS + expert, mask=seen, other=0, cache_modifier=".cg")
+        begin = tl.load(begins + i // OF_BLOCK * EXPERTS + expert, mask=seen, other=0, cache_modifier=".cg")
         tl.store(order + begin + rank, i, mask=seen)
     return used
 
@@ -186,7 +188,7 @@ def router(
     """Of x [T, H] and a router's weight [E, H], both bf16 or fp16: chosen, weights and pairs as `route` and `align` do.
 
     partial   [parts, T, E] float32: sums over a part of the columns; with T * H and E * H under 2^31 numbers
-    counts    [ceil(T / 16), a power of two from E on] int32: pairs of each block of tokens, then where they begin
+    counts    [2, ceil(T / 16), side_by_side(E, top_k)] int32: pairs of each block of tokens, and where they begin
     ranks     [T * top_k + 1] int32: how many pairs of its expert its block has above a pair; nothing reads the last
     counters  [ceil(T / 16) + 1 or more] int32, zeros before and after: see `counters_for`
     chosen    [T, top_k] int32; weights [T, top_k] float32
@@ -195,11 +197,11 @@ def router(
     """
     (num_tokens, hidden), num_logits, parts, each = x.shape, weight.shape[0], partial.shape[0], chosen.shape[1]
     num_experts, top_k, blocks = experts_of(num_logits, shared), each - shared, cdiv(num_tokens, ROWS)
-    experts = _side_by_side(num_experts, top_k)
+    experts = side_by_side(num_experts, top_k)
     expect(
         x=(x, (num_tokens, hidden)), router=(weight, (num_logits, hidden)),
         partial=(partial, (parts, num_tokens, num_logits)),
-        counts=(counts, (blocks, experts)), ranks=(ranks, num_tokens * each + 1),
+        counts=(counts, (2, blocks, experts)), ranks=(ranks, num_tokens * each + 1),
         counters=(counters, max(counters.numel(), blocks + 1)),
         chosen=(chosen, (num_tokens, min(each, num_experts))), weights=(weights, (num_tokens, each)),
     )  # fmt: skip
@@ -225,7 +227,7 @@ def router(
     )  # fmt: skip
 
 
-def _side_by_side(num_experts: int, top_k: int) -> int:
+def side_by_side(num_experts: int, top_k: int) -> int:
     """Experts that a program has: a power of two. Triton 3.6 fails at few of which one is chosen."""
     return max(power_of_two(num_experts), 32 if top_k == 1 else 4)
 
@@ -249,8 +251,8 @@ def routing(
     parts = min(parts, cdiv(hidden, sizes["block_k"]))
     partial = torch.empty(parts, num_tokens, num_logits, device=x.device)
     blocks = cdiv(num_tokens, ROWS)
-    width = _side_by_side(num_experts, chosen.shape[1] - shared)
-    counts = torch.empty(blocks, width, dtype=torch.int32, device=x.device)
+    width = side_by_side(num_experts, chosen.shape[1] - shared)
+    counts = torch.empty(2, blocks, width, dtype=torch.int32, device=x.device)
     ranks = torch.empty(chosen.numel() + 1, dtype=torch.int32, device=x.device)
     counters = counters_for(blocks + 1, x.device)
     launch = router(
@@ -282,5 +284,5 @@ def proofs() -> dict[str, Proof]:
         (launch,) = routing(x, weight, chosen, weights, pairs, normalize=True, shared=shared)
         name = f"{str(dtype).removeprefix('torch.')}, {top_k} of {num_experts}, {num_tokens} tokens"
         name += f", {shared} for all" if shared else ""
-        made[name] = Proof(launch, (r"H[GM]*MMA\.", r"LDGSTS\.E\.BYPASS.*128", "ATOMG", PAST_L1))
+        made[name] = Proof(launch, (r"H[GM]*MMA\.", r"LDGSTS\.E\.BYPASS.*128", "ATOMG", PAST_L1), (WITHIN_L1,))
     return made
