@@ -22,13 +22,15 @@ Code = Sequence["Instruction"]
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 _SIZE = 16  # bytes of an instruction
 _LINE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;", re.MULTILINE)
-_GOES = re.compile(r"B[RS]|JM|CALL|WARPSYNC")
 # What reads or writes memory, lets the next kernel in, or goes another way.
-_ACTS = re.compile(rf"LD(?!C)|ST|ATOM|RED(?!UX)|U?TMA|UBLK|CCTL(?!\.E\.PF2)|MEMBAR|PREEXIT|RET|EXIT|{_GOES.pattern}")
+_ACTS = re.compile(
+    r"LD(?!C)|ST|ATOM|RED(?!UX)|U?TMA|UBLK|CCTL(?!\.E\.PF2)|MEMBAR|PREEXIT|BR(?!EV)|BS|JM|CALL|RET|EXIT|WARPSYNC"
+)
+_GOES = re.compile(r"BRA|BSSY|CALL|WARPSYNC\.COLLECTIVE")  # to a place that it names
 
 
 class Instruction(NamedTuple):
-    """One of a kernel.
+    """An instruction of a kernel.
 
     predicate  what it runs under ("@!P0"); empty: always
     name       the opcode with its modifiers; ".RS" is put behind a wgmma whose first factor lies in registers
@@ -62,7 +64,7 @@ def read(listing: str, lengths: Sequence[int]) -> list[Code]:
 
 
 def _instruction(predicate: str, name: str, operands: str, first: int) -> Instruction:
-    place = re.search(r"0x([0-9a-f]+)$", operands) if _GOES.match(name) else None
+    place = re.search(r"(?:^| )0x([0-9a-f]+)$", operands) if _GOES.match(name) else None
     target = int(place[1], 16) // _SIZE - first if place else None
     return Instruction(predicate.strip(), name + (".RS" if re.match(r"R\d+, R\d+, gdesc", operands) else ""), target)
 

@@ -34,6 +34,8 @@ def code(*lines: str) -> sass.Code:
         (("NOP", "ACQBULK", "@P0 BRA P1, 0x30"), False),
         (("NOP", "ACQBULK", "NOP", "@P0 BRA 0x40"), True),
         (("NOP", "ACQBULK", "BRX R4 -0x30"), False),
+        (("BREV R4, R5", "ACQBULK", "WARPSYNC 0x30"), True),
+        (("NOP", "ACQBULK", "WARPSYNC.COLLECTIVE R4, 0x30"), False),
         (("@P0 ACQBULK", "LDG.E R2, desc[UR4][R2.64]"), False),
         (("NOP", "EXIT"), False),
     ],
@@ -84,6 +86,13 @@ def test_the_loop_of_products_is_found() -> None:
 def test_a_first_factor_in_registers_is_named() -> None:
     first, second = code("HGMMA.64x16x16.F32.BF16 R24, R4, gdesc[UR8], R24", "HGMMA.64x16x16.F32.BF16 R24, gdesc[UR8]")
     assert (first.name, second.name) == ("HGMMA.64x16x16.F32.BF16.RS", "HGMMA.64x16x16.F32.BF16")
+
+
+def test_a_kernel_is_the_same_wherever_it_lies() -> None:
+    lines = [f"        /*{16 * i:04x}*/    {line} ;" for i, line in enumerate(("BRX R4 -0x10", "BRA 0x0", "NOP"))]
+    lines += ["        /*0030*/    BRX R4 -0x10 ;", "        /*0040*/    BRA 0x30 ;", "        /*0050*/    NOP ;"]
+    first, second = sass.read("\n".join(lines), [3, 3])
+    assert first == second
 
 
 def test_a_listing_that_is_not_wholly_read_is_refused() -> None:
