@@ -25,7 +25,7 @@ Expert = tuple[list[Weight], Weight]  # [gate, up] and down
 class Stacked:
     """All experts' weights, gate and up fused, as `octavo.kernels.moe.gpu.fused` takes them, and their scheme.
 
-    wants  how the norm before may round or move what all of them read
+    wants  how the norm before rounds or moves what all of them read, if they read the same
     """
 
     gate_up: Any
@@ -36,6 +36,8 @@ class Stacked:
     def tensors(self) -> Iterator[Tensor]:
         yield from tensors_of(self.gate_up)
         yield from tensors_of(self.down)
+        if self.wants is not None and self.wants.places is not None:
+            yield self.wants.places
 
 
 def stack_experts(experts: list[Expert], dtype: torch.dtype, device: torch.device, capability: int) -> Stacked | None:
@@ -96,6 +98,7 @@ def _scheme(weight: Weight | None, dtype: torch.dtype) -> str | None:
 
 def _stack(experts: list[Weight], dtype: torch.dtype, device: torch.device, capability: int) -> Any | None:
     """Weights [N, K] of one scheme."""
+    from octavo.kernels.moe.gpu.columns import once
     from octavo.kernels.moe.gpu.fused import Experts
 
     quantized = [e for e in experts if isinstance(e, QuantizedWeight)]
@@ -112,7 +115,7 @@ def _stack(experts: list[Weight], dtype: torch.dtype, device: torch.device, capa
         inputs = [e.input_scale for e in quantized if e.input_scale is not None]
         if len(inputs) != len(quantized):  # make_linear says what is missing
             return None
-        stored = torch.stack(inputs).flatten().to(device, torch.float32)
+        stored = once(torch.stack(inputs).flatten().to(device, torch.float32))
     if scheme.weight.granularity == CHANNEL:
         scale = scale.squeeze(2)
     return Experts(codes, scale.float().contiguous(), stored)

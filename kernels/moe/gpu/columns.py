@@ -44,7 +44,7 @@ def of_pairs(x: Tensor, order: Tensor, chosen: Tensor, out: Tensor) -> Launch:
 
 
 def in_order(codes: Tensor, g_idx: Tensor | None, group_size: int) -> tuple[Tensor, Tensor | None]:
-    """Experts' codes [E, N, K] group after group, and which column each place has then, [E, K] int32.
+    """Experts' codes [E, N, K] group after group, and which column each place has then, as `expect_order` has it.
 
     g_idx  [E, K]: the group of each column. As they are, and None, where they stand so, and without g_idx.
     """
@@ -56,7 +56,17 @@ def in_order(codes: Tensor, g_idx: Tensor | None, group_size: int) -> tuple[Tens
         raise ValueError(f"groups that haven't {group_size} columns each")
     if bool((order == places).all()):
         return codes, None
-    return codes.gather(2, order[:, None].expand_as(codes)), order.int()
+    return codes.gather(2, order[:, None].expand_as(codes)), once(order.int())
+
+
+def expect_order(order: Tensor | None, experts: int, columns: int) -> None:
+    """None, or int32 [E, K]: which column each expert has at a place; [1, K]: all of them."""
+    expect(order=(order, (experts if order is None or len(order) > 1 else 1, columns)))
+
+
+def once(values: Tensor) -> Tensor:
+    """What each expert has [E, ...]: [1, ...] where all have the same."""
+    return values[:1].clone() if bool((values == values[0]).all()) else values
 
 
 def put_back(weights: Tensor, order: Tensor | None) -> Tensor:

@@ -23,6 +23,7 @@ from octavo.kernels import tables
 from octavo.kernels.expect import expect
 from octavo.kernels.fp8.gpu.quantize import quantize
 from octavo.kernels.fused.gpu.activation import silu_and_mul
+from octavo.kernels.int4.gpu.columns import gather
 from octavo.kernels.launch import Launch, Proof, cdiv
 from octavo.kernels.moe.gpu.columns import of_pairs
 from octavo.kernels.moe.gpu.grouped import BLOCK, grouped
@@ -43,7 +44,8 @@ class Experts:
 
     weight       [E, N, K] bf16, fp16, e4m3 or int8
     scale        of codes, float32 [E, N]; of blocks of e4m3 [E, ceil(N / 128), ceil(K / 128)]
-    input_scale  [E] float32, of e4m3 with scales of rows: a checkpoint's for what an expert reads; None: each row's own
+    input_scale  float32, of e4m3 with scales of rows: a checkpoint's [E] for what each expert reads, or [1] for all;
+                 None: each row's own
     """
 
     weight: Tensor
@@ -136,21 +138,24 @@ def _first(
     """What the first GEMM reads, its scales, and the pairs that share a row of it; what makes it joins the steps."""
     kind, order, stored, divisor = _kind(gate_up), _order(gate_up), _stored(gate_up), chosen.shape[1]
     if isinstance(x, Rounded):
-        if x.codes.dtype != CODES.get(kind, _plain(x).dtype) or (kind not in CODES and order is None):
-            reads = CODES.get(kind, "plain numbers")
-            raise ValueError(f"x is rounded to {x.codes.dtype}, and these experts, {kind}, read {reads}")
+        if not _is_made_before(gate_up) or x.codes.dtype != CODES.get(kind, _plain(x).dtype):
+            raise ValueError(f"x is made for other experts, as {x.codes.dtype}, than these, {kind}: see wants(gate_up)")
         return x.codes, x.scale if kind in CODES else None, divisor
-    if order is not None:
-        moved, divisor = x.new_empty(chosen.numel(), x.shape[1]), 1
-        steps.append(of_pairs(x, order, chosen, moved))
-        x = moved
-    codes, scale = _rows(x, x.shape[0] if stored is None else chosen.numel(), x.shape[1], kind)
-    if scale is None:
+    if order is not None and len(order) == 1:
+        plain, x = x, torch.empty_like(x)
+        steps.append(gather(plain, order[0], x))
+    elif order is not None:
+        plain, x, divisor = x, x.new_empty(chosen.numel(), x.shape[1]), 1
+        steps.append(of_pairs(plain, order, chosen, x))
+    if kind not in CODES:
         return x, None, divisor
-    if stored is not None:
-        steps.append(by_stored(x, stored, chosen, codes, scale))
+    own = None if stored is None or len(stored) == 1 else stored
+    codes, scale = _rows(x, x.shape[0] if own is None else chosen.numel(), x.shape[1], kind)
+    assert scale is not None
+    if own is not None:
+        steps.append(by_stored(x, own, chosen, codes, scale))
         return codes, scale, 1
-    steps.append(quantize(x, codes, scale, group_size=group_size))
+    steps.append(quantize(x, codes, scale, group_size=group_size, static_scale=stored))
     return codes, scale, divisor
 
 
@@ -158,11 +163,11 @@ def _activation(
     x: Tensor, out: Tensor, scale: Tensor | None, group_size: int, stored: Tensor | None, chosen: Tensor, shared: int
 ) -> Launch:
     """SiLU * up of each pair, rounded as down reads it: by its expert's scale, its own, or that of all slices."""
-    if scale is not None and stored is not None:
+    if scale is not None and stored is not None and len(stored) > 1:
         return by_stored(x, stored, chosen, out, scale, gated=True)
-    if scale is not None and not group_size and shared > 1:
+    if scale is not None and stored is None and not group_size and shared > 1:
         return silu_and_mul_slices(x, out, scale, chosen.shape[1] - shared, shared)
-    return silu_and_mul(x, out, scale=scale, group_size=group_size)
+    return silu_and_mul(x, out, scale=scale, group_size=group_size, static_scale=stored)
 
 
 def _stored(weights: Weights) -> Tensor | None:
@@ -174,19 +179,22 @@ def _order(weights: Weights) -> Tensor | None:
 
 
 def wants(gate_up: Weights) -> Rounding | None:
-    """How all experts take what they read, if they take it alike: the norm before makes it then, and a plain one.
+    """What all experts read, if it is the same, and not x itself: the norm before makes it then, and x for the router.
 
-    Whoever calibrates every expert with all tokens finds one scale for them, and one order. To be asked at load, as
-    it looks into the tensors.
+    Whoever calibrates every expert with all tokens finds one scale for them, and one order.
     """
-    kind, order, stored = _kind(gate_up), _order(gate_up), _stored(gate_up)
-    alike = all(of is None or bool((of == of[0]).all()) for of in (order, stored))
-    if not alike or (kind not in CODES and order is None):
+    if not _is_made_before(gate_up):
         return None
-    return Rounding(
-        CODES.get(kind), BLOCK if kind == "fp8 blocks" else 0, None if stored is None else stored[:1], keeps_plain=True,
-        places=None if order is None else order[0].argsort().int(),
-    )  # fmt: skip
+    kind, order = _kind(gate_up), _order(gate_up)
+    places = None if order is None else order[0].argsort().int()
+    size = BLOCK if kind == "fp8 blocks" else 0
+    return Rounding(CODES.get(kind), size, _stored(gate_up), keeps_plain=True, places=places)
+
+
+def _is_made_before(gate_up: Weights) -> bool:
+    order, stored = _order(gate_up), _stored(gate_up)
+    same = all(of is None or len(of) == 1 for of in (order, stored))
+    return same and (_kind(gate_up) in CODES or order is not None)
 
 
 def _kind(weights: Weights) -> str:

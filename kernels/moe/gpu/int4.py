@@ -23,7 +23,7 @@ from octavo.kernels.expect import expect, refuse
 from octavo.kernels.int4.gpu import packing
 from octavo.kernels.int4.gpu.decode import E4M3_ONE, weights
 from octavo.kernels.launch import Launch, Proof, cdiv, meta
-from octavo.kernels.moe.gpu.columns import in_order, put_back
+from octavo.kernels.moe.gpu.columns import expect_order, in_order, put_back
 from octavo.kernels.moe.gpu.grouped import corner, pair_arguments, store, tokens_of
 from octavo.kernels.moe.gpu.route import Aligned, unaligned
 from octavo.kernels.numeric import dot
@@ -40,7 +40,7 @@ class PackedExperts:
     share  columns that share a scale: 32, 64 or a multiple of 128
     k      columns
     fp8    tokens are to be rounded to e4m3, by rows
-    order  None, or [E, k] int32: which column of the weight, and so of a token, each expert has at a place (act-order)
+    order  None, or which column of the weight, and so of a token, is where (act-order): as `expect_order` has it
     """
 
     words: Tensor
@@ -57,8 +57,8 @@ class PackedExperts:
         groups = tiles * (packing.TILE // self.share) if self.share < packing.TILE else cdiv(self.k, self.share)
         expect(
             words=(self.words, (e, tiles, n, 32)), scale=(self.scale, (e, groups, n)), zero=(self.zero, (e, groups, n)),
-            order=(self.order, (e, self.k)),
         )  # fmt: skip
+        expect_order(self.order, e, self.k)
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -20,7 +20,7 @@ from octavo.kernels.expect import expect, refuse
 from octavo.kernels.int8.gpu import weights as one_layer
 from octavo.kernels.int8.gpu.weights import decode, less
 from octavo.kernels.launch import Launch, Proof, cdiv, meta
-from octavo.kernels.moe.gpu.columns import in_order, put_back
+from octavo.kernels.moe.gpu.columns import expect_order, in_order, put_back
 from octavo.kernels.moe.gpu.grouped import corner, pair_arguments, store, tokens_of
 from octavo.kernels.moe.gpu.route import Aligned, unaligned
 from octavo.kernels.numeric import dot
@@ -36,7 +36,7 @@ class ByteExperts:
     zero        None when symmetric, else [E, groups, N] int8
     k           columns
     group_size  columns that share a scale, a multiple of TILE; 0: all of a row
-    order       None, or [E, k] int32: which column of the weight, and so of a token, each expert has at a place
+    order       None, or which column of the weight, and so of a token, is where: as `expect_order` has it
     """
 
     words: Tensor
@@ -52,8 +52,9 @@ class ByteExperts:
         groups = cdiv(self.k, self.group_size) if self.group_size else 1
         expect(
             words=(self.words, (e, tiles, n, half)), scale=(self.scale, (e, groups, n)),
-            zero=(self.zero, (e, groups, n)), order=(self.order, (e, self.k)),
+            zero=(self.zero, (e, groups, n)),
         )  # fmt: skip
+        expect_order(self.order, e, self.k)
 
     @property
     def shape(self) -> tuple[int, int, int]:

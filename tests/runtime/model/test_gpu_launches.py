@@ -171,10 +171,10 @@ def test_act_order_takes_no_launch_more(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(("alike", "number"), [(True, 9), (False, 10)])
-def test_what_only_the_chosen_experts_know_takes_one_launch_more(
+def test_an_order_or_a_scale_of_each_expert_takes_one_launch_more(
     alike: bool, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An order of columns, or a scale, that not all experts have: the norm before the router can't know it."""
+    """Which the norm before the router can't know. What all experts have is no launch's."""
     for kind, recipe, change in (
         ("act", Recipe("W4A16@32", format="gptq"), shuffle_groups),
         ("static", Recipe("FP8_DYNAMIC"), store_scales),
