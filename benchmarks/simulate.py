@@ -331,16 +331,16 @@ def of_kernels(results: dict[str, Any], compiled: Compiled) -> Iterator[tuple[st
     """Name, predicted and measured microseconds of what kernels.py wrote."""
     for result in results["results"]:
         name = f"{result['row']} {result['kernel']}, {result['shape']}"
-        work = case_work(name) if result["us"] else None
+        work = case_work(name) if result["us"] and not result["failure"] else None
         if work is not None:
             yield name, 1e6 * predict(work, compiled).seconds, result["us"]
 
 
 def of_steps(results: dict[str, Any], compiled: Compiled) -> Iterator[tuple[str, float, float]]:
-    """The same of gpu_step.py's decode steps, greedy sampling beside them."""
+    """The same of gpu_step.py's decode steps, a greedy choice behind them, where top-p's launches are predicted."""
     weights, kv = results["weights"], results["kv"]
     for record in results["records"] if weights in ("bf16", "fp8", "int4") else ():
-        if "forward" in record and "failure" not in record:
+        if "sampling" in record and "failure" not in record:
             batch, context = record["batch"], record["context"]
             predicted = step(shapes.CONFIGS[results["model"]], weights, kv, batch, context, compiled)
             name = f"step, {weights}, {kv} KV, {batch} sequences of {context}"
@@ -348,11 +348,16 @@ def of_steps(results: dict[str, Any], compiled: Compiled) -> Iterator[tuple[str,
 
 
 def errors(directory: Path, compiled: Compiled) -> list[str]:
-    """Predicted against measured, for every table that kernels.py and gpu_step.py wrote there."""
+    """Predicted against measured, for every table of an H100's that kernels.py and gpu_step.py wrote there."""
     lines: list[str] = []
     for path in sorted([*directory.glob("kernels-*.json"), *directory.glob("gpu_step-*.json")]):
         pairs = of_kernels if path.name.startswith("kernels") else of_steps
-        found = list(pairs(json.loads(path.read_text()), compiled))
+        results = json.loads(path.read_text())
+        card = results["facts"].get("card", "no GPU")
+        if tables.stem(card) != tables.card:
+            lines += ["", f"{path.name} isn't compared: it is of {card}, and an H100 is predicted."]
+            continue
+        found = list(pairs(results, compiled))
         if found:
             ratios = [predicted / us for _, predicted, us in found]
             lines += ["", f"## Predicted and measured ({path.name})", ""]
