@@ -1,6 +1,7 @@
 # make demo   a real model: quantize, serve, stream an answer
 # make test   the whole test suite, as CI runs it
 # make check  style and types
+# make gpu    on a machine with a GPU, in PYTHON's own environment: tests, tables of kernels and steps
 # make install  the environment .venv, which all of the above use
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo test check clean
+.PHONY: install demo test gpu check clean
 
 install: $(INSTALLED)
 
@@ -28,6 +29,16 @@ check: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Each goes on where the one before has failed; tables come to benchmarks/results.
+gpu: export PYTHONPATH := src
+gpu:
+	failed=0; \
+	$(PYTHON) -m pytest -m cuda tests/kernels tests/quant tests/runtime || failed=1; \
+	$(PYTHON) -m benchmarks.kernels || failed=1; \
+	$(PYTHON) -m benchmarks.gpu_step --dtype fp8 || failed=1; \
+	$(PYTHON) -m benchmarks.gpu_step --dtype int4 || failed=1; \
+	exit $$failed
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

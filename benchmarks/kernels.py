@@ -1,13 +1,14 @@
 """Every Triton kernel on a GPU: right on fresh random inputs, then timed beside torch's own operators.
 
-    PYTHONPATH=src python -m benchmarks.kernels [--only WORD] [--quick] [--output DIR] [--seconds 500]
+    PYTHONPATH=src python -m benchmarks.kernels [--only WORD] [--quick] [--output DIR] [--seconds 480]
     PYTHONPATH=src TRITON_INTERPRET=1 python -m benchmarks.kernels --rehearse     without a GPU: tiny shapes, no speeds
 
 Needs torch and Triton, and of octavo the kernels alone. Each case: outputs poisoned, one run compared with float64;
 then kernel and baselines in CUDA graphs over rotated inputs, replayed in turns (`gpu_clock`). The card's copy and read
 bandwidth are measured first, and again at the end. A process of its own does the work, case by case: one that raises,
 hangs or breaks the GPU's context is a row that says so, and the next begins in a new process. What the time doesn't
-suffice for is named. Writes kernels-DATE.md and .json after each case; ends with 1 if a kernel failed.
+suffice for is named, and so is all that is left when two processes have ended before they had a GPU. Writes
+kernels-DATE.md and .json after each case; ends with 1 if a kernel failed.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ OWN = "octavo"
 MOST_SETS = 24  # of inputs
 CASE_SECONDS = 75.0  # after which a case counts as hanging; compiling is in it
 START_SECONDS = 120.0
+END_SECONDS = 10.0  # the bandwidth once more
+STARTS = 2  # without a GPU, after which no other is tried
 
 
 def all_cases(args: argparse.Namespace) -> list[Case]:
@@ -74,7 +77,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--only", default="", metavar="WORD", help="cases whose name holds this, such as 'W4A16'")
     parser.add_argument("--quick", action="store_true", help="the most telling cases of each row")
     parser.add_argument("--rehearse", action="store_true", help="tiny shapes, timed by the host: shows that all runs")
-    parser.add_argument("--seconds", type=float, default=500.0, help="after which no case begins (default 500)")
+    parser.add_argument("--seconds", type=float, default=480.0, help="after which all is stopped (default 480)")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder of the tables")
     args = parser.parse_args()
     if args.rehearse:
@@ -85,40 +88,53 @@ def parse_arguments() -> argparse.Namespace:
 def results_of(
     cases: list[Case], args: argparse.Namespace, facts: dict[str, Any], begun: float
 ) -> Iterator[Result]:  # fmt: skip
-    """Each case's result, whatever becomes of the process that measures it."""
+    """Each case's result, whatever becomes of the process that measures it, within the time."""
     context = multiprocessing.get_context("spawn")
-    at = 0
-    while at < len(cases):
+    at, failed_starts, why = 0, 0, f"{args.seconds:.0f} s were over"
+
+    def left() -> float:
+        return float(args.seconds - END_SECONDS - (time.monotonic() - begun))
+
+    while at < len(cases) and left() > 0:
         ours, theirs = context.Pipe()
-        process = context.Process(target=work, args=(args, at, theirs, begun), daemon=True)
+        process = context.Process(target=work, args=(args, at, theirs), daemon=True)
         process.start()
         theirs.close()
+        started = False
         try:
             patience = START_SECONDS
             while at < len(cases):
-                if not ours.poll(patience):
-                    raise TimeoutError(f"no answer in {patience:.0f} s")
+                late = left() < patience
+                if not ours.poll(max(min(patience, left()), 0.0)):
+                    raise TimeoutError(f"not run: {why}" if late else f"no answer in {patience:.0f} s")
                 kind, value = ours.recv()
                 patience = CASE_SECONDS
                 if kind == "facts":
+                    started = True
                     facts.update(value)
                 else:
                     at += 1
                     yield value
-            if ours.poll(30):  # the bandwidth once more
+            if ours.poll(END_SECONDS):  # the bandwidth once more
                 facts.update(ours.recv()[1])
         except (EOFError, TimeoutError, ConnectionError) as error:
             if at < len(cases):
                 case = cases[at]
-                reason = one_line(error) if isinstance(error, TimeoutError) else "its process ended"
+                reason = str(error) if isinstance(error, TimeoutError) else "its process ended"
                 at += 1
                 yield Result(case.row, case.kernel, case.shape, failure=reason)
+            failed_starts += not started
         finally:
             process.kill()
             process.join()
+        if failed_starts == STARTS:
+            why = f"{STARTS} processes ended before they had a GPU"
+            break
+    for case in cases[at:]:
+        yield Result(case.row, case.kernel, case.shape, failure=f"not run: {why}")
 
 
-def work(args: argparse.Namespace, first: int, connection: Any, begun: float) -> None:
+def work(args: argparse.Namespace, first: int, connection: Any) -> None:
     """Measure the cases from one on; the process ends where the GPU can't be used any more."""
     cases = all_cases(args)
     clock: Clock = HostClock() if args.rehearse else CudaClock()
@@ -128,11 +144,7 @@ def work(args: argparse.Namespace, first: int, connection: Any, begun: float) ->
     bandwidth = clock.bandwidth()
     connection.send(("facts", {f"{name}, GB/s": round(value) for name, value in bandwidth.items()}))
     for case in cases[first:]:
-        if time.monotonic() - begun > args.seconds:
-            result = Result(case.row, case.kernel, case.shape, failure=f"not run: {args.seconds:.0f} s were over")
-        else:
-            result = measure(case, clock, bandwidth["copy"])
-        connection.send(("result", result))
+        connection.send(("result", measure(case, clock, bandwidth["copy"])))
         try:
             clock.forget()
         except Exception:  # an error that sticks: the next process begins anew

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # whoever runs `pytest` and not `python -m pytest` doesn't have it there
 
-from benchmarks import gpu_around, gpu_gemms, gpu_rows, kernels, shapes, simulate, tune  # noqa: E402
+from benchmarks import gpu_around, gpu_gemms, gpu_rows, gpu_step, kernels, shapes, simulate, tune  # noqa: E402
 from benchmarks.gpu_case import FEW_BITS, Bodies, Case, Goal, error_of  # noqa: E402
 from benchmarks.gpu_clock import HostClock, Timing, summarize  # noqa: E402
 from benchmarks.gpu_table import Result, derive, geomeans, write  # noqa: E402
@@ -117,6 +119,26 @@ def test_case_names_are_all_different() -> None:
     names = [c.name for room in (gpu_rows, gpu_gemms, kernels.gpu_attention, kernels.gpu_moe) for c in room.cases()]
     assert len(set(names)) == len(names)
     assert {name.split()[0] for name in names} >= {str(row) for row in range(1, 12)}
+
+
+@pytest.mark.parametrize(("seconds", "why"), [(5.0, "5 s were over"), (480.0, "2 processes ended before")])
+def test_what_is_not_run_is_named(seconds: float, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No process begins without time to end it; two that end at once are enough."""
+    monkeypatch.setattr(kernels, "work", print)  # takes any arguments, and ends
+    cases = [case(2.0, first=bool(i)) for i in range(4)]
+    args = argparse.Namespace(seconds=seconds)
+    found = [str(result.failure) for result in kernels.results_of(cases, args, {}, time.monotonic())]
+    assert len(found) == 4
+    assert all(failure.startswith(f"not run: {why}") for failure in found[-2:])
+    assert found[:2] == (found[2:] if seconds < 10 else ["its process ended"] * 2)
+
+
+def test_a_step_that_reaches_its_goal_says_so_and_one_without_room_is_no_failure() -> None:
+    record = {"batch": 1, "context": 1024, "forward": 3.5, "sampling": 0.05, "limit": 3.0, "goal": 3.6}
+    assert gpu_step.row_of(record).endswith("| 3.6 reached |")
+    assert gpu_step.row_of({**record, "forward": 3.6}).endswith("| 3.6 missed |")
+    assert gpu_step.row_of({**record, "goal": None}).endswith("| 282 |  |")
+    assert "| no room |" in gpu_step.row_of({"batch": 256, "context": 4096, "left out": "no room"})
 
 
 def test_the_table_says_what_was_reached(tmp_path: Path) -> None:
@@ -278,13 +300,28 @@ def test_cases_that_are_modelled_are_found_by_their_names() -> None:
     assert sum(simulate.case_work(name) is not None for name in names) > 40
 
 
+H100 = {"card": "NVIDIA H100 80GB HBM3"}
+
+
+def test_predictions_are_not_compared_with_another_card_s_times(tmp_path: Path) -> None:
+    result = Result("7", "silu to fp8", "64 tokens x 14336", us=5.0)
+    path = write(tmp_path, "kernels", "Kernels", [result], {"card": "NVIDIA A100-SXM4-80GB"})
+    expected = (
+        f"{path.with_suffix('.json').name} isn't compared: it is of NVIDIA A100-SXM4-80GB, and an H100 is predicted."
+    )
+    assert simulate.errors(tmp_path, small) == ["", expected]
+
+
 def test_predictions_are_compared_with_what_was_measured(tmp_path: Path) -> None:
     result = Result("7", "silu to fp8", "64 tokens x 14336", us=5.0)
-    write(tmp_path, "kernels", "Kernels", [result], {})
+    wrong = Result("7", "silu to fp8", "1 tokens x 14336", us=5.0, failure="wrong: error 9e-1")
+    write(tmp_path, "kernels", "Kernels", [result, wrong], H100)
     record = {"batch": 32, "context": 1024, "forward": 4.0, "sampling": 0.5}
-    step = {"model": "llama-3.1-8b", "weights": "fp8", "kv": "fp8", "records": [record, {**record, "failure": "no"}]}
+    of = {"model": "llama-3.1-8b", "weights": "fp8", "kv": "fp8", "facts": H100}
+    step = {**of, "records": [record, {**record, "failure": "no"}]}
     (tmp_path / "gpu_step-of-a-day.json").write_text(json.dumps(step))
     lines = simulate.errors(tmp_path, small)
+    assert sum("7 silu to fp8" in line for line in lines) == 1
     assert any("7 silu to fp8, 64 tokens x 14336" in line for line in lines)
     predicted = 1e3 * simulate.step(LLAMA, "fp8", "fp8", 32, 1024, small).ms
     rows = [line for line in lines if "step, fp8, fp8 KV, 32 sequences of 1024" in line]
