@@ -17,7 +17,7 @@ from octavo.kernels.rounded import Hidden, Rounded, Rounding
 from octavo.kernels.tables import choose
 from octavo.quant.body import Body, tensors_of
 from octavo.quant.qparams import QuantizedWeight
-from octavo.quant.scheme import CHANNEL, PRESETS, QuantScheme
+from octavo.quant.scheme import CHANNEL, TENSOR, QuantScheme
 
 FP8_CAPABILITY = 89
 FEW_BITS = ("int4", "int3", "int2")
@@ -47,12 +47,8 @@ def gpu_body(part: QuantizedWeight, bias: Tensor | None, out: torch.dtype, capab
     fp8_units = capability >= FP8_CAPABILITY
     if activation.dtype == "fp8_e4m3" and weight.dtype == "fp8_e4m3":
         return _fp8(part, bias, out) if fp8_units else None
-    if part.scheme == PRESETS["W8A8"]:
-        from octavo.kernels.int8.gpu import gemm as int8
-
-        if part.shape[1] > int8.MAX_COLUMNS:
-            return None
-        return _eight_bits("int8 x int8", int8.pack(part.codes, part.scale, bias), out, Rounding(torch.int8))
+    if activation.dtype == weight.dtype == "int8":
+        return _int8(part, bias, out)
     if weight.dtype in FEW_BITS and rounds_rows_to_fp8(part.scheme, capability):
         return _few_bits(part, bias, out, Rounding(torch.float8_e4m3fn))
     return None
@@ -83,6 +79,20 @@ def _fp8(part: QuantizedWeight, bias: Tensor | None, out: torch.dtype) -> Body |
     return _eight_bits(name, packed, out, wants)
 
 
+def _int8(part: QuantizedWeight, bias: Tensor | None, out: torch.dtype) -> Body | None:
+    from octavo.kernels.int8.gpu import gemm
+
+    weight, activation = part.scheme.weight, part.scheme.activation
+    assert activation is not None
+    if not weight.symmetric or weight.granularity.kind not in ("tensor", "channel"):
+        return None
+    if part.shape[1] > gemm.MAX_COLUMNS or activation.granularity != (CHANNEL if activation.dynamic else TENSOR):
+        return None
+    packed = gemm.pack(part.codes, part.scale, bias, part.input_scale)
+    name = f"int8 x int8{'' if activation.dynamic else ', static'}"
+    return _eight_bits(name, packed, out, Rounding(torch.int8, static_scale=packed.input_scale))
+
+
 def _eight_bits(name: str, packed: Any, out: torch.dtype, wants: Rounding | None) -> Body:
     """fp8 and int8 share their GEMMs. An input that nobody rounded before is rounded by a launch of its own."""
     from octavo.kernels.fp8.gpu import gemm
@@ -110,21 +120,44 @@ def _weight_only(part: QuantizedWeight, bias: Tensor | None, out: torch.dtype) -
         return None
     if weight.dtype != "int8":
         return _few_bits(part, bias, out, None)
+    return _bytes_of_weights(part, bias, out)
+
+
+def _bytes_of_weights(part: QuantizedWeight, bias: Tensor | None, out: torch.dtype) -> Body | None:
+    """With act-order its columns lie group after group, and x's are put there, by the norm before or by a launch."""
+    from octavo.kernels.int4.gpu.columns import gather
     from octavo.kernels.int8.gpu import weights
 
-    size = weight.granularity.group_size or -1
-    if part.g_idx is not None or (size != -1 and size % 32):
+    (n, k), codes, order, wants = part.shape, part.codes, None, None
+    size = part.scheme.weight.granularity.group_size or k
+    if size < k and size % 32:
         return None
-    packed = weights.pack(part.codes, part.scale, size, part.zero_point, bias)
-    n, k = part.shape
+    if part.g_idx is not None:
+        groups, columns = part.g_idx.long().sort(stable=True)
+        if not torch.equal(groups.cpu(), group_of_column(k, size)):  # groups of other sizes
+            return None
+        codes, order, wants = codes[:, columns], columns.int(), Rounding(None, places=columns.argsort().int())
+    packed = weights.pack(codes, part.scale, -1 if size >= k else size, part.zero_point, bias)
 
-    def run(x: Tensor) -> Tensor:
-        return weights.linear(x, packed, out)
+    def arranged(x: Hidden) -> Tensor:
+        if isinstance(x, Rounded):
+            return x.codes
+        if order is None:
+            return x
+        moved = torch.empty_like(x, memory_format=torch.contiguous_format)
+        gather(x.contiguous(), order, moved)()
+        return moved
 
-    def partial(x: Tensor) -> Tensor:
-        return weights.partial_sums(x, packed) if _in_parts("w8a16", x.shape[0], n, k) else run(x)
+    def run(x: Hidden) -> Tensor:
+        return weights.linear(arranged(x), packed, out)
 
-    return Body("int8 weights", run, _bytes(packed), partial=partial, has_bias=bias is not None)
+    def partial(x: Hidden) -> Tensor:
+        x = arranged(x)
+        return (
+            weights.partial_sums(x, packed) if _in_parts("w8a16", x.shape[0], n, k) else weights.linear(x, packed, out)
+        )
+
+    return Body("int8 weights", run, _bytes(packed), wants, partial, has_bias=bias is not None)
 
 
 def _few_bits(part: QuantizedWeight, bias: Tensor | None, out: torch.dtype, wants: Rounding | None) -> Body:
