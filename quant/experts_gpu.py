@@ -91,9 +91,13 @@ def _columns(weight: Weight, begin: int, stop: int) -> Weight:
 
 
 def _scheme(weight: Weight | None, dtype: torch.dtype) -> str | None:
+    """As a checkpoint has it: gate and up that end within a block have rows of blocks as one weight."""
     if weight is None:
         return None
-    return str(weight.scheme) if isinstance(weight, QuantizedWeight) else str(dtype).removeprefix("torch.")
+    if not isinstance(weight, QuantizedWeight):
+        return str(dtype).removeprefix("torch.")
+    rows = weight.scheme.weight.granularity.block == (1, 128)
+    return str(PRESETS["FP8_BLOCK"] if rows and weight.scheme.weight.is_float else weight.scheme)
 
 
 def _stack(experts: list[Weight], dtype: torch.dtype, device: torch.device, capability: int) -> Any | None:
@@ -134,7 +138,7 @@ def _multiplies(scheme: QuantScheme, columns: int, capability: int) -> bool:
         return weight.granularity == CHANNEL and activation.granularity == TENSOR
     if weight.granularity == CHANNEL:
         return rounds_rows_to_fp8(scheme, capability)
-    return weight.granularity.block == (128, 128) and activation.granularity.group_size == 128
+    return weight.granularity.block in ((128, 128), (1, 128)) and activation.granularity.group_size == 128
 
 
 def _packed(experts: list[QuantizedWeight], device: torch.device) -> Any | None:

@@ -134,7 +134,7 @@ TILES = [(16, 64, 4), (64, 128, 4)]  # both ways round
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(("block_m", "block_n", "warps"), TILES)
-@pytest.mark.parametrize("kind", ["bf16", "fp16", "fp8", "fp8 blocks", "int8"])
+@pytest.mark.parametrize("kind", ["bf16", "fp16", "fp8", "fp8 blocks", "fp8 rows of blocks", "int8"])
 def test_grouped_gemm(
     shape: tuple[int, int, int, int, int], block_m: int, block_n: int, warps: int, kind: str, device: torch.device
 ) -> None:
@@ -148,15 +148,14 @@ def test_grouped_gemm(
         x, w = ((t.clamp(-3, 3) * 100).to(torch.float8_e4m3fn) for t in (x, w))
         if kind == "int8":
             x, w = ((t.float().nan_to_num(1.0) * 0.42).round().to(torch.int8) for t in (x, w))
-        rows = (num_experts, -(-n // 128), -(-k // 128)) if kind == "fp8 blocks" else (num_experts, n)
-        x_scale = random(num_tokens, -(-k // 128) if kind == "fp8 blocks" else 1, seed=7, device=device).exp()
-        w_scale = random(*rows, seed=8, device=device).exp() / 1e4
+        blocks, rows = "blocks" in kind, (-(-n // 128), -(-k // 128)) if kind == "fp8 blocks" else (n, -(-k // 128))
+        x_scale = random(num_tokens, -(-k // 128) if blocks else 1, seed=7, device=device).exp()
+        w_scale = random(num_experts, *(rows if blocks else (n,)), seed=8, device=device).exp() / 1e4
         w_scale[-1] = torch.nan
-        scales = {"x_scale": x_scale, "w_scale": w_scale, "blocks": kind == "fp8 blocks"}
-        wide = x_scale.repeat_interleave(128, 1)[:, :k] if kind == "fp8 blocks" else x_scale
-        tall = (
-            w_scale.repeat_interleave(128, 1).repeat_interleave(128, 2) if kind == "fp8 blocks" else w_scale[..., None]
-        )
+        scales = {"x_scale": x_scale, "w_scale": w_scale, "blocks": blocks}
+        wide = x_scale.repeat_interleave(128, 1)[:, :k] if blocks else x_scale
+        tall = w_scale.repeat_interleave(128, 2) if blocks else w_scale[..., None]
+        tall = tall.repeat_interleave(128, 1) if kind == "fp8 blocks" else tall
         true_x, true_w = x.double() * wide, w.double() * tall[:, :n, :k]
     else:
         x, w = (t.to({"bf16": torch.bfloat16, "fp16": torch.float16}[kind]) for t in (x, w))

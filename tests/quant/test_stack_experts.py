@@ -64,7 +64,8 @@ def unstacked(way: object) -> Tensor:
         return codes
     if scale.dim() == 2:
         return codes * scale[..., None]
-    wide = scale.repeat_interleave(128, 1).repeat_interleave(128, 2)
+    tall = scale if scale.shape[1] == codes.shape[1] else scale.repeat_interleave(128, 1)
+    wide = tall.repeat_interleave(128, 2)
     return codes * wide[:, : codes.shape[1], : codes.shape[2]]
 
 
@@ -103,10 +104,16 @@ def test_what_is_stacked_is_the_experts(scheme: QuantScheme | None) -> None:
         assert found.down.input_scale is None
 
 
-def test_fp8_blocks() -> None:
-    of = experts(PRESETS["FP8_BLOCK"], width=128)
+@pytest.mark.parametrize("width", [128, 72])
+def test_fp8_blocks(width: int) -> None:
+    """Where gate ends within a block each row has its block's scales."""
+    of = experts(PRESETS["FP8_BLOCK"], width=width)
     found = stacked(of)
     assert found is not None
+    assert found.scheme == str(PRESETS["FP8_BLOCK"])
+    assert found.gate_up.scale.shape[1] == (2 if width == 128 else 2 * width)
+    both = [torch.cat([values(part) for part in parts]) for parts, _ in of]
+    assert torch.equal(unstacked(found.gate_up), torch.stack(both))
     assert torch.equal(unstacked(found.down), torch.stack([values(down) for _, down in of]))
 
 

@@ -43,7 +43,7 @@ class Experts:
     """All experts' weights, one behind another.
 
     weight       [E, N, K] bf16, fp16, e4m3 or int8
-    scale        of codes, float32 [E, N]; of blocks of e4m3 [E, ceil(N / 128), ceil(K / 128)]
+    scale        of codes, float32 [E, N]; of blocks of e4m3 [E, ceil(N / 128), ceil(K / 128)], or [E, N, ceil(K / 128)]
     input_scale  float32, of e4m3 with scales of rows: a checkpoint's [E] for what each expert reads, or [1] for all;
                  None: each row's own
     """

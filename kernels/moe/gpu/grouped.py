@@ -8,7 +8,8 @@ and the pairs its columns (acc [N, M]), as in `fp8.gpu.few`: 64 rows is the leas
 Programs are fixed in number, and one whose tile isn't used ends at once: an expert without tokens is never read. Tiles
 of sorted pairs go through the weight GROUP_M at a time, so that both stay in the L2 cache.
 
-Codes have a scale for each row of x and of the weight, or for each 1 x 128 and 128 x 128 of e4m3. Sums of e4m3 are
+Codes have a scale for each row of x and of the weight, or of e4m3 for each 1 x 128 of x and 128 x 128, or 1 x 128
+where parts that are one weight ended within blocks, of the weight. Sums of e4m3 are
 added to a float32 accumulator each BLOCK_K columns, as the tensor core's own keeps some 14 bits; those of int8 are
 exact in int32. Reference: `moe.reference.grouped`. Limit: the bytes of the experts that are hit, over 3.0 TB/s on an
 H100; with many tokens 2 * pairs * N * K operations over 989 T/s (bf16) or 1979 T/s (8 bits).
@@ -31,6 +32,9 @@ from octavo.kernels.moe.gpu.route import Aligned, expect_aligned, unaligned
 from octavo.kernels.numeric import dot, narrow
 from octavo.kernels.overlap import await_previous
 
+NARROW = (
+    64  # rows of the weight that a program has at the most where each has scales: more of them, and registers spill
+)
 BLOCK = 128  # rows and columns of a weight that share a scale, and columns of activations
 SWAPPED = 32  # pairs in a tile at the most for which the weight's rows are the tensor core's
 
@@ -84,9 +88,11 @@ def _grouped(
     x_at = x + row[:, None] * K + k[None, :]
     w_at = w + expert * N * K + n.to(tl.int64)[:, None] * K + k[None, :]
     x_scale += row * x_scale_row
+    groups = tl.cdiv(K, BLOCK_K)
     if SCALES == "blocks":
-        groups = tl.cdiv(K, BLOCK_K)
         w_scale += (expert * tl.cdiv(N, 128) + first_n // 128) * groups
+    elif SCALES == "rows of blocks":
+        w_scale += expert * N * groups
     sums: tl.constexpr = tl.int32 if w.dtype.element_ty == tl.int8 else tl.float32
     acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), sums)
     for at in range(0, K, BLOCK_K):
@@ -96,6 +102,10 @@ def _grouped(
         if SCALES == "blocks":
             step = tl.load(x_scale + at // BLOCK_K * x_scale_group) * tl.load(w_scale + at // BLOCK_K)
             acc += dot(b, a.T) * step[None, :] if SWAP else dot(a, b.T) * step[:, None]
+        elif SCALES == "rows of blocks":
+            step = tl.load(x_scale + at // BLOCK_K * x_scale_group)
+            own = tl.load(w_scale + n * groups + at // BLOCK_K)
+            acc += dot(b, a.T) * own[:, None] * step[None, :] if SWAP else dot(a, b.T) * own[None, :] * step[:, None]
         elif SCALES == "rows":
             acc = multiply(b, a.T, acc, True) if SWAP else multiply(a, b.T, acc, True)
         else:
@@ -127,9 +137,15 @@ def pair_arguments(
 def _expect_weight(x: Tensor, w: Tensor, x_scale: Tensor | None, w_scale: Tensor | None, blocks: bool) -> None:
     e, n, k = w.shape
     groups = cdiv(k, BLOCK) if blocks else 1
-    expect(w=(w, (e, n, k)), w_scale=(w_scale, (e, cdiv(n, BLOCK), groups) if blocks else (e, n)))
+    rows = n if _of_rows(w, w_scale) else cdiv(n, BLOCK)
+    expect(w=(w, (e, n, k)), w_scale=(w_scale, (e, rows, groups) if blocks else (e, n)))
     if x_scale is not None and x_scale.shape != (x.shape[0], groups):  # in any order of memory
         refuse("x_scale", x_scale, (x.shape[0], groups))
+
+
+def _of_rows(w: Tensor, w_scale: Tensor | None) -> bool:
+    """Whether each row has scales of its own."""
+    return w_scale is not None and w_scale.shape[1] == w.shape[1]
 
 
 def grouped(
@@ -154,7 +170,7 @@ def grouped(
     divisor  pairs for each row of x
     router   float32, a number for each pair, multiplied to its row
     x_scale  where x and w are e4m3 or int8: float32 [rows, 1]; of blocks [rows, ceil(K / 128)], in any order of memory
-    w_scale  float32 [E, N]; of blocks [E, ceil(N / 128), ceil(K / 128)]
+    w_scale  float32 [E, N]; of blocks [E, ceil(N / 128), ceil(K / 128)], or of their rows [E, N, ceil(K / 128)]
     """
     arguments = pair_arguments(x, w.shape, pairs, out, divisor, router)
     _, n, k = w.shape
@@ -165,6 +181,9 @@ def grouped(
     if blocks and (BLOCK % block_n or block_k != BLOCK or x.dtype != torch.float8_e4m3fn):
         raise ValueError(f"{block_n} x {block_k} codes cross blocks of {BLOCK}")
     _expect_weight(x, w, x_scale, w_scale, blocks)
+    of_rows = "rows of blocks" if blocks else "rows"
+    if blocks and _of_rows(w, w_scale):
+        block_n = min(block_n, NARROW)
     return Launch(
         _grouped,
         (len(pairs.tile_expert) * cdiv(n, block_n),),
@@ -173,7 +192,7 @@ def grouped(
             "w_scale": out if w_scale is None else w_scale,
             "x_scale_row": 0 if x_scale is None else x_scale.stride(0),
             "x_scale_group": 0 if x_scale is None else x_scale.stride(1),
-            "SCALES": "none" if x_scale is None else "blocks" if blocks else "rows",
+            "SCALES": "none" if x_scale is None else of_rows if _of_rows(w, w_scale) else "blocks",
             "SWAP": pairs.block_m <= SWAPPED, "GROUP_M": group_m, "BLOCK_N": block_n, "BLOCK_K": block_k,
         },
         num_warps=num_warps,
@@ -185,24 +204,27 @@ def proofs() -> dict[str, Proof]:
     """Mixtral's second GEMM, with the router's weights: full-rate instructions, weights copied 16 bytes at a time."""
     made: dict[str, Proof] = {}
     fp8, num_experts, n, k, num_pairs = torch.float8_e4m3fn, 8, 4096, 14336, 512
+    kinds = {"bf16": torch.bfloat16, "fp8": fp8, "fp8 blocks": fp8, "fp8 rows of blocks": fp8, "int8": torch.int8}
     for block_m, block_n, warps, stages in ((16, 64, 4, 5), (64, 128, 4, 3), (128, 128, 8, 3)):
         pairs, router = unaligned(num_pairs, num_experts, block_m, "meta"), meta(256, 2)
-        for kind, dtype in {"bf16": torch.bfloat16, "fp8": fp8, "fp8 blocks": fp8, "int8": torch.int8}.items():
-            if block_m == 64 and kind != "fp8 blocks":  # as the others
+        for kind, dtype in kinds.items():
+            if block_m == 64 and "blocks" not in kind:  # as the others
                 continue
             x, w, out = meta(num_pairs, k, dtype=dtype), meta(num_experts, n, k, dtype=dtype), meta(num_pairs, n)
             out = out.to(torch.bfloat16)
             x_scale = w_scale = None
             if dtype != torch.bfloat16:
-                in_blocks = kind == "fp8 blocks"
+                in_blocks, rows = "blocks" in kind, n // 128 if kind == "fp8 blocks" else n
                 x_scale = meta(k // 128, num_pairs).T if in_blocks else meta(num_pairs, 1)
-                w_scale = meta(num_experts, n // 128, k // 128) if in_blocks else meta(num_experts, n)
+                w_scale = meta(num_experts, rows, k // 128) if in_blocks else meta(num_experts, n)
             more = {"block_n": block_n, "block_k": 64 if dtype == torch.bfloat16 else 128, "num_stages": stages}
             launch = grouped(
                 x, w, pairs, out, divisor=1, router=router, x_scale=x_scale, w_scale=w_scale,
-                blocks=kind == "fp8 blocks", num_warps=warps, **more,
+                blocks="blocks" in kind, num_warps=warps, **more,
             )  # fmt: skip
-            columns = block_m if block_m <= SWAPPED else block_n
+            columns = block_m if block_m <= SWAPPED else launch.arguments["BLOCK_N"]
             op = {fp8: "QGMMA", torch.int8: "IGMMA"}.get(dtype, "HGMMA") + rf"\.64x{columns}x"
-            made[f"{kind} {block_m} x {block_n}"] = Proof(launch, (op, r"LDGSTS\.E\.BYPASS.*128"), ("HMMA",))
+            made[f"{kind} {block_m} x {launch.arguments['BLOCK_N']}"] = Proof(
+                launch, (op, r"LDGSTS\.E\.BYPASS.*128"), ("HMMA",)
+            )
     return made

@@ -137,7 +137,7 @@ def test_act_order_within_the_mlp_is_undone_at_load(
     assert torch.equal(ours, gathering)
 
 
-@pytest.mark.parametrize("scheme", ["FP8_DYNAMIC", "W8A8"])
+@pytest.mark.parametrize("scheme", ["FP8_DYNAMIC", "FP8_BLOCK", "W8A8"])
 def test_experts_are_run_together(scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quantize_model(tiny("mixtral", tmp_path / "plain"), tmp_path / "quantized", Recipe(scheme))
     model = check(tmp_path / "quantized", monkeypatch)

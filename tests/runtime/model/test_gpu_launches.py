@@ -129,6 +129,8 @@ def of_a_layer(
         ("mixtral", "W8A8", 9),
         ("mixtral", "W4AFP8@32", 9),
         ("mixtral", "W8A16@32", 9),
+        ("mixtral", "FP8_BLOCK", 9),  # as above
+        ("qwen3_moe", "FP8_DYNAMIC", 9),
         ("olmoe", "FP8_DYNAMIC", 9),
         ("qwen2_moe", "FP8_DYNAMIC", 9),
         ("qwen2_moe", "W4A16@32", 9),
@@ -144,7 +146,7 @@ def test_a_layer_has_few_launches(
     """
     found = of_a_layer(architecture, Recipe(scheme), tmp_path, monkeypatch)
     assert found.total() == number, found
-    assert found["_router"] == (architecture in ("mixtral", "olmoe", "qwen2_moe"))
+    assert found["_router"] == (architecture in ("mixtral", "qwen3_moe", "olmoe", "qwen2_moe"))
 
 
 def test_stored_scales_take_no_launch_more(fixtures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
