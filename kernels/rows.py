@@ -41,45 +41,53 @@ def proofs() -> dict[str, Proof]:
     for family, rows in tables.rows_of(tables.card).items():
         for row in _distinct(rows) if family in FAMILIES else ():
             wide = f"{row['block_m']} x {row['block_n']}, {row['num_warps']} warps, {row['num_stages']} stages"
+            wide += ", in parts" if row["parts"] > 1 else ""
             for name, launch in _launches(family, row).items():
                 made[f"{family}{name} {wide}"] = Proof(launch, (cores,))
     return made
 
 
 def _distinct(rows: list[Sizes]) -> list[Sizes]:
-    """Block sizes without bounds, each once: in parts, where any row has it so."""
-    found: dict[tuple[tuple[str, int], ...], int] = {}
+    """Block sizes without bounds, each once whole and once in parts, where any row has it so."""
+    found: dict[tuple[tuple[tuple[str, int], ...], bool], int] = {}
     for row in rows:
         size = {name: value for name, value in row.items() if name not in (*tables.BOUNDS, "parts", "dequantize")}
-        key = tuple(size.items())
-        found[key] = max(found.get(key, 1), row.get("parts", 1))
-    return [{**dict(key), "parts": parts} for key, parts in found.items()]
+        parts = row.get("parts", 1)
+        key = (tuple(size.items()), parts > 1)
+        found[key] = max(found.get(key, 1), parts)
+    return [{**dict(size), "parts": parts} for (size, _), parts in found.items()]
 
 
 def _launches(family: str, row: Sizes) -> dict[str, Launch]:
-    """The kernel's launches in these sizes by variant: what packed weights may have beside their codes."""
+    """The kernel's launches in these sizes by variant: what packed weights may have beside their codes.
+
+    What isn't in parts has a bias, and of the smallest tile one token: Triton compiles an argument that is 1 apart.
+    """
     sizes = dict(row)
     parts, m = sizes.pop("parts"), sizes["block_m"]
+    m = 1 if parts == 1 and m == 16 else m
     out = meta(parts, m, N) if parts > 1 else meta(m, N, dtype=BF16)
+    bias = None if parts > 1 else meta(N, dtype=BF16)
     match family:
         case "fp8 blocks":
-            return {"": _eight_bits(family, m, out, {**sizes}), ", of rows": _eight_bits(family, m, out, sizes, 1)}
+            of_rows = _eight_bits(family, m, out, bias, {**sizes}, 1)
+            return {"": _eight_bits(family, m, out, bias, sizes), ", of rows": of_rows}
         case "fp8" | "int8":
-            return {"": _eight_bits(family, m, out, sizes)}
+            return {"": _eight_bits(family, m, out, bias, sizes)}
         case "w8a16":
             return {
-                ", rows": _w8a16(0, BF16, m, out, sizes),
-                ", groups of 128 with zeros": _w8a16(128, BF16, m, out, sizes),
-                ", groups of 32 with zeros, fp16": _w8a16(32, FP16, m, out, sizes),
+                ", rows": _w8a16(0, BF16, m, out, bias, sizes),
+                ", groups of 128 with zeros": _w8a16(128, BF16, m, out, bias, sizes),
+                ", groups of 32 with zeros, fp16": _w8a16(32, FP16, m, out, bias, sizes),
             }
         case "int4" | "int4 fp8":
             x = meta(m, K, dtype=E4M3 if "fp8" in family else BF16)
-            found = {", groups of 128": _int4(x, 4, 128, False, out, sizes)}
-            found[", groups of 64 with zeros"] = _int4(x, 4, 64, True, out, sizes)
+            found = {", groups of 128": _int4(x, 4, 128, False, out, bias, sizes)}
+            found[", groups of 64 with zeros"] = _int4(x, 4, 64, True, out, bias, sizes)
             if m <= 64:  # as `int4.gpu.linear` has it
-                found[", groups of 32 with zeros"] = _int4(x, 4, 32, True, out, sizes)
+                found[", groups of 32 with zeros"] = _int4(x, 4, 32, True, out, bias, sizes)
                 if "fp8" not in family:
-                    found[", 2 bits, groups of 32 with zeros"] = _int4(x, 2, 32, True, out, sizes)
+                    found[", 2 bits, groups of 32 with zeros"] = _int4(x, 2, 32, True, out, bias, sizes)
             return found
         case "moe w8a16":
             return {", groups of 128 with zeros": _moe_w8a16(128, sizes)}
@@ -91,27 +99,33 @@ def _launches(family: str, row: Sizes) -> dict[str, Launch]:
     return {"": _moe(family, sizes)}
 
 
-def _eight_bits(family: str, m: int, out: Tensor, sizes: Sizes, rows: int = 128) -> Launch:
+def _eight_bits(
+    family: str, m: int, out: Tensor, bias: Tensor | None, sizes: Sizes, rows: int = 128
+) -> Launch:  # fmt: skip
     """rows: of a block."""
     dtype, blocks = torch.int8 if family == "int8" else E4M3, family == "fp8 blocks"
     x, w = meta(m, K, dtype=dtype), meta(N, K, dtype=dtype)
     scales = (meta(K // 128, m).T, meta(N // rows, K // 128)) if blocks else (meta(m, 1), meta(N, 1))
     body: Callable[..., Launch] = few if sizes.pop("is_few") else many
-    return body(x, w, *scales, out, blocks=blocks, **sizes)
+    return body(x, w, *scales, out, bias, blocks=blocks, **sizes)
 
 
-def _w8a16(group: int, dtype: torch.dtype, m: int, out: Tensor, sizes: Sizes) -> Launch:
+def _w8a16(
+    group: int, dtype: torch.dtype, m: int, out: Tensor, bias: Tensor | None, sizes: Sizes
+) -> Launch:  # fmt: skip
     groups, tile = K // (group or K), min(group or 128, 128)
     zero = meta(groups, N, dtype=torch.int8) if group else None
     words = meta(K // tile, N, tile // 2, dtype=INT16)
-    packed = Packed(words, meta(groups, N, dtype=BF16), zero, None, K, group)
+    packed = Packed(words, meta(groups, N, dtype=BF16), zero, bias, K, group)
     return weights(meta(m, K, dtype=dtype), packed, out, **sizes)
 
 
-def _int4(x: Tensor, bits: int, share: int, has_zeros: bool, out: Tensor, sizes: Sizes) -> Launch:
+def _int4(
+    x: Tensor, bits: int, share: int, has_zeros: bool, out: Tensor, bias: Tensor | None, sizes: Sizes
+) -> Launch:  # fmt: skip
     shape = (K // share, N, 2) if has_zeros else (K // share, N)
     words, columns = meta(K // 128, N, 8 * bits, dtype=INT16), meta(K, dtype=torch.int64)
-    packed = PackedInt4(words, meta(*shape, dtype=BF16), bits, share, None, None, columns)
+    packed = PackedInt4(words, meta(*shape, dtype=BF16), bits, share, None, None, columns, bias)
     return gemm(x, packed, out, meta(x.shape[0], 1) if x.dtype == E4M3 else None, **sizes)
 
 

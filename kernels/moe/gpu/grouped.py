@@ -32,9 +32,7 @@ from octavo.kernels.moe.gpu.route import Aligned, expect_aligned, unaligned
 from octavo.kernels.numeric import dot, narrow
 from octavo.kernels.overlap import await_previous
 
-NARROW = (
-    64  # rows of the weight that a program has at the most where each has scales: more of them, and registers spill
-)
+NARROW = 64  # rows of the weight in a program where each has scales of its own: of 128, registers spill
 BLOCK = 128  # rows and columns of a weight that share a scale, and columns of activations
 SWAPPED = 32  # pairs in a tile at the most for which the weight's rows are the tensor core's
 
