@@ -40,6 +40,10 @@ HEAD_INT8 = QuantScheme(WeightScheme("int8", CHANNEL))
 GROUP_SIZES = (128, 64, 32)  # for int4 at load, the largest that fits
 Parts = tuple[list[Weight], list[Tensor | None]]  # of modules that share their input: weights [N_i, K], biases [N_i]
 
+ONE_BY_ONE = (
+    "a mixture's experts run one by one, and decode steps without CUDA graphs: no grouped GEMM has what they are here"
+)
+
 
 def load_model(config: EngineConfig) -> Model:
     """The model of `config.model`, a local directory, ready to run.
@@ -234,6 +238,8 @@ class DecoderBuilder:
             grouped = self._grouped(moe, gates, experts, shared)
             if grouped is not None:
                 return grouped
+            if ONE_BY_ONE not in self.notes:
+                self.notes.append(ONE_BY_ONE)
         mlps = tuple(self._gated(*expert) for expert in experts)
         alone = () if shared is None else (self._gated(*shared), gates[1])
         return MoeMlp(gates[0], mlps, moe.top_k, moe.normalize, *alone)

@@ -143,6 +143,7 @@ def test_experts_are_run_together(scheme: str, tmp_path: Path, monkeypatch: pyte
     model = check(tmp_path / "quantized", monkeypatch)
     assert isinstance(model, Decoder)
     assert model.can_be_captured
+    assert weights.ONE_BY_ONE not in model.notes
     assert "grouped by expert" in {body for _, _, body in model.report_layers()}
 
 
@@ -206,3 +207,4 @@ def test_experts_that_no_grouped_gemm_has_run_one_by_one(tmp_path: Path, monkeyp
     model = check(tmp_path / "quantized", monkeypatch)
     assert isinstance(model, Decoder)
     assert not model.can_be_captured
+    assert weights.ONE_BY_ONE in model.notes
