@@ -1,7 +1,8 @@
 """Columns of x in the order in which a weight with act-order (GPTQ's g_idx) was packed.
 
 out [M, C] = x [M, order [C]], zero where order is -1. Once for x is cheaper than in the GEMM, whose every program along
-N would read scattered columns. Limit: 4 bytes an element of bf16 over 3.0 TB/s on an H100.
+N would read scattered columns. Reference: torch's `x[:, order]`. Limit: 4 bytes an element of bf16 over 3.0 TB/s on an
+H100.
 """
 
 from __future__ import annotations
