@@ -125,7 +125,7 @@ def _weight_only(part: QuantizedWeight, bias: Tensor | None, out: torch.dtype) -
 
 def _bytes_of_weights(part: QuantizedWeight, bias: Tensor | None, out: torch.dtype) -> Body | None:
     """With act-order its columns lie group after group, and x's are put there, by the norm before or by a launch."""
-    from octavo.kernels.int4.gpu.columns import gather
+    from octavo.kernels.int4.gpu.columns import gathered
     from octavo.kernels.int8.gpu import weights
 
     (n, k), codes, order, wants = part.shape, part.codes, None, None
@@ -142,20 +142,16 @@ def _bytes_of_weights(part: QuantizedWeight, bias: Tensor | None, out: torch.dty
     def arranged(x: Hidden) -> Tensor:
         if isinstance(x, Rounded):
             return x.codes
-        if order is None:
-            return x
-        moved = torch.empty_like(x, memory_format=torch.contiguous_format)
-        gather(x.contiguous(), order, moved)()
-        return moved
+        return x if order is None else gathered(x, order)
 
     def run(x: Hidden) -> Tensor:
         return weights.linear(arranged(x), packed, out)
 
     def partial(x: Hidden) -> Tensor:
-        x = arranged(x)
-        return (
-            weights.partial_sums(x, packed) if _in_parts("w8a16", x.shape[0], n, k) else weights.linear(x, packed, out)
-        )
+        ready = arranged(x)
+        if _in_parts("w8a16", ready.shape[0], n, k):
+            return weights.partial_sums(ready, packed)
+        return weights.linear(ready, packed, out)
 
     return Body("int8 weights", run, _bytes(packed), wants, partial, has_bias=bias is not None)
 

@@ -42,6 +42,13 @@ def gather(x: Tensor, order: Tensor, out: Tensor) -> Launch:
     return Launch(_gather, (x.shape[0], cdiv(columns, block)), arguments, **sizes, num_stages=1)
 
 
+def gathered(x: Tensor, order: Tensor) -> Tensor:
+    """x [M, K] by order [C] int32: [M, C], by a launch of its own."""
+    out = x.new_empty(x.shape[0], order.shape[0])
+    gather(x.contiguous(), order, out)()
+    return out
+
+
 def proofs() -> dict[str, Proof]:
     """The order is read, and x written, in wide pieces; x itself is scattered."""
     x = torch.empty(64, 4096, dtype=torch.bfloat16, device="meta")

@@ -15,7 +15,7 @@ from torch import Tensor
 from octavo.kernels.expect import refuse
 from octavo.kernels.fp8.gpu.quantize import quantize
 from octavo.kernels.fused.gpu.sums import add_up
-from octavo.kernels.int4.gpu.columns import gather
+from octavo.kernels.int4.gpu.columns import gathered
 from octavo.kernels.int4.gpu.dequantize import dequantize
 from octavo.kernels.int4.gpu.gemm import gemm
 from octavo.kernels.int4.gpu.packing import PackedInt4
@@ -89,6 +89,4 @@ def _arranged(x: Tensor, packed: PackedInt4, already: bool = False) -> Tensor:
         refuse("x", x, (x.shape[0], packed.shape[1]))
     if packed.order is None or already:
         return x if x.stride(1) == 1 else x.contiguous()
-    out = torch.empty(x.shape[0], packed.columns, dtype=x.dtype, device=x.device)
-    gather(x.contiguous(), packed.order, out)()
-    return out
+    return gathered(x, packed.order)
