@@ -233,7 +233,7 @@ class DecoderBuilder:
             self._read_gated(parts, f"experts.{i}.") for i in range(moe.num_experts)
         )
         on_gpu = self.capability > 0 and self.dtype != torch.float32
-        if self.stacks_experts and on_gpu and spec.activation == "silu":
+        if self.stacks_experts and on_gpu:
             experts = list(experts)
             grouped = self._grouped(moe, gates, experts, shared)
             if grouped is not None:
@@ -248,7 +248,7 @@ class DecoderBuilder:
         self, moe: MoeSpec, gates: list[Tensor], experts: list[tuple[Parts, Parts]], shared: tuple[Parts, Parts] | None
     ) -> GroupedMoe | None:
         """Experts stacked for a GPU's grouped GEMMs, the shared one in slices or beside them; None: it can't be."""
-        if any(_has_bias(expert) for expert in experts):
+        if self.spec.activation != "silu" or any(_has_bias(expert) for expert in experts):
             return None
         stack = partial(stack_experts, dtype=self.dtype, device=self.device, capability=self.capability)
         plain = [(gate_up, down) for (gate_up, _), ((down,), _) in experts]
