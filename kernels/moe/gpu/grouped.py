@@ -8,11 +8,11 @@ and the pairs its columns (acc [N, M]), as in `fp8.gpu.few`: 64 rows is the leas
 Programs are fixed in number, and one whose tile isn't used ends at once: an expert without tokens is never read. Tiles
 of sorted pairs go through the weight GROUP_M at a time, so that both stay in the L2 cache.
 
-Codes have a scale for each row of x and of the weight, or of e4m3 for each 1 x 128 of x and 128 x 128, or 1 x 128
-where parts that are one weight ended within blocks, of the weight. Sums of e4m3 are
-added to a float32 accumulator each BLOCK_K columns, as the tensor core's own keeps some 14 bits; those of int8 are
-exact in int32. Reference: `moe.reference.grouped`. Limit: the bytes of the experts that are hit, over 3.0 TB/s on an
-H100; with many tokens 2 * pairs * N * K operations over 989 T/s (bf16) or 1979 T/s (8 bits).
+Codes have a scale for each row of x and of the weight, or, of e4m3, for each 1 x 128 of x and each 128 x 128 of the
+weight: 1 x 128, where parts that are one weight ended within a block. Sums of e4m3 are added to a float32 accumulator
+each BLOCK_K columns, as the tensor core's own keeps some 14 bits; those of int8 are exact in int32. Reference:
+`moe.reference.grouped`. Limit: the bytes of the experts that are hit, over 3.0 TB/s on an H100; with many tokens
+2 * pairs * N * K operations over 989 T/s (bf16) or 1979 T/s (8 bits).
 """
 
 from __future__ import annotations
@@ -132,18 +132,22 @@ def pair_arguments(
     }  # fmt: skip
 
 
-def _expect_weight(x: Tensor, w: Tensor, x_scale: Tensor | None, w_scale: Tensor | None, blocks: bool) -> None:
+def _expect_weight(x: Tensor, w: Tensor, x_scale: Tensor | None, w_scale: Tensor | None, scales: str) -> None:
     e, n, k = w.shape
-    groups = cdiv(k, BLOCK) if blocks else 1
-    rows = n if _of_rows(w, w_scale) else cdiv(n, BLOCK)
-    expect(w=(w, (e, n, k)), w_scale=(w_scale, (e, rows, groups) if blocks else (e, n)))
+    groups = cdiv(k, BLOCK) if "blocks" in scales else 1
+    wanted = {"rows": (e, n), "blocks": (e, cdiv(n, BLOCK), groups), "rows of blocks": (e, n, groups)}
+    expect(w=(w, (e, n, k)), w_scale=(w_scale, wanted.get(scales, ())))
     if x_scale is not None and x_scale.shape != (x.shape[0], groups):  # in any order of memory
         refuse("x_scale", x_scale, (x.shape[0], groups))
 
 
-def _of_rows(w: Tensor, w_scale: Tensor | None) -> bool:
-    """Whether each row has scales of its own."""
-    return w_scale is not None and w_scale.shape[1] == w.shape[1]
+def _scales(w: Tensor, w_scale: Tensor | None, blocks: bool) -> str:
+    """What of the weight has a scale."""
+    if w_scale is None:
+        return "none"
+    if not blocks:
+        return "rows"
+    return "rows of blocks" if w_scale.shape[1] == w.shape[1] else "blocks"
 
 
 def grouped(
@@ -178,9 +182,9 @@ def grouped(
         raise ValueError(f"a grouped GEMM of {x.dtype} with{'out' if x_scale is None else ''} scales")
     if blocks and (BLOCK % block_n or block_k != BLOCK or x.dtype != torch.float8_e4m3fn):
         raise ValueError(f"{block_n} x {block_k} codes cross blocks of {BLOCK}")
-    _expect_weight(x, w, x_scale, w_scale, blocks)
-    of_rows = "rows of blocks" if blocks else "rows"
-    if blocks and _of_rows(w, w_scale):
+    scales = _scales(w, w_scale, blocks)
+    _expect_weight(x, w, x_scale, w_scale, scales)
+    if scales == "rows of blocks":
         block_n = min(block_n, NARROW)
     return Launch(
         _grouped,
@@ -190,8 +194,8 @@ def grouped(
             "w_scale": out if w_scale is None else w_scale,
             "x_scale_row": 0 if x_scale is None else x_scale.stride(0),
             "x_scale_group": 0 if x_scale is None else x_scale.stride(1),
-            "SCALES": "none" if x_scale is None else of_rows if _of_rows(w, w_scale) else "blocks",
-            "SWAP": pairs.block_m <= SWAPPED, "GROUP_M": group_m, "BLOCK_N": block_n, "BLOCK_K": block_k,
+            "SCALES": scales, "SWAP": pairs.block_m <= SWAPPED, "GROUP_M": group_m, "BLOCK_N": block_n,
+            "BLOCK_K": block_k,
         },
         num_warps=num_warps,
         num_stages=num_stages,
