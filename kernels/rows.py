@@ -41,9 +41,13 @@ def proofs() -> dict[str, Proof]:
     for family, rows in tables.rows_of(tables.card).items():
         for row in _distinct(rows) if family in FAMILIES else ():
             wide = f"{row['block_m']} x {row['block_n']}, {row['num_warps']} warps, {row['num_stages']} stages"
+            wide += f", {row['group_m']} down" if "group_m" in row else ""
             wide += ", in parts" if row["parts"] > 1 else ""
-            for name, launch in _launches(family, row).items():
-                made[f"{family}{name} {wide}"] = Proof(launch, (cores,))
+            for variant, launch in _launches(family, row).items():
+                name = f"{family}{variant} {wide}"
+                if name in made:
+                    raise ValueError(f"tuning/{tables.card}.json: two rows are called {name}")
+                made[name] = Proof(launch, (cores,))
     return made
 
 
