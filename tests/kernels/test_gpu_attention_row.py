@@ -27,7 +27,7 @@ UNWRITTEN = 0x55
 LENGTHS = [1, 90, 0, 37]  # a share, three, a graph's padding, two
 HEADS = (9, 3, 64)  # query heads, KV heads, dimension
 CASES = [
-    *((HEADS, form) for form in ("fp8 groups", "moved")),
+    *((HEADS, form) for form in ("fp8", "int8", "fp8 groups", "moved")),
     *(((3, 1, 80), form) for form in ("fp8", "int8", "fp8 groups", "fp8 static")),
     *(((10, 2, 128), form) for form in ("fp8", "int8 static")),
     ((4, 2, 256), "fp8 moved"),

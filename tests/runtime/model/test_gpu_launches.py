@@ -132,6 +132,7 @@ def of_a_layer(
         ("mixtral", "FP8_BLOCK", 9),  # as above
         ("qwen3_moe", "FP8_DYNAMIC", 9),
         ("olmoe", "FP8_DYNAMIC", 9),
+        ("olmoe", "W4A16@32", 9),
         ("qwen2_moe", "FP8_DYNAMIC", 9),
         ("qwen2_moe", "W4A16@32", 9),
     ],
