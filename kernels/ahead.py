@@ -1,7 +1,8 @@
 """Compiling a launch for a GPU that isn't there, and reading what came out: registers, memory, instructions.
 
 Needs the compiler, assembler and disassembler that Triton's wheel brings, and no GPU. What is compiled is what the
-launch would run: the same specialization on types, on multiples of 16 and on arguments that are 1.
+launch would run: the same specialization on types, on multiples of 16 and on arguments that are 1, where the kernel
+doesn't rule it out.
 
 `python -m octavo.kernels.ahead OUT.json` compiles the proofs of every room, on all cores: a name for each, and `facts`.
 With `--capability 80` or 89 they are compiled for an A100, or for an L40S and a 4090, in the sizes of the card's table.
@@ -228,12 +229,14 @@ def _source(kernel: Any, arguments: dict[str, Any]) -> ASTSource:
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for i, parameter in enumerate(kernel.params):
         value = arguments.get(parameter.name, parameter.default)
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+        is_one = type(value) is int and value == 1 and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or is_one:
             signature[parameter.name] = "constexpr"
             constants[(i,)] = value
             continue
         signature[parameter.name] = _type(value)
-        if _is_multiple_of_16(value):
+        any_multiple = parameter.do_not_specialize or parameter.do_not_specialize_on_alignment
+        if not any_multiple and _is_multiple_of_16(value):
             attributes[(i,)] = [["tt.divisibility", 16]]
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
 

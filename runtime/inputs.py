@@ -5,6 +5,9 @@ The block tables of running sequences stand in one array, a row each, that grows
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -83,3 +86,23 @@ def _logits_index(works: list[Work], query_starts: NDArray[np.int64]) -> NDArray
         else:
             index += range(begin + work.first_logit - work.start, begin + work.end - work.start)
     return np.array(index, dtype=np.int64)
+
+
+def empty_step(sizes: Sequence[int], max_seq_len: int, block_size: int, device: torch.device) -> StepInputs:
+    """A step of sequences with so many tokens each that go nowhere: nothing is written, and attention is over nothing.
+
+    max_seq_len  how long the longest is said to be: kernels are given the room that this takes
+    """
+    starts = torch.tensor([0, *accumulate(sizes)], dtype=torch.int32)
+    tokens = torch.zeros(sum(sizes), dtype=torch.int64)
+    return StepInputs(
+        token_ids=tokens,
+        positions=tokens,
+        slot_mapping=tokens - 1,
+        block_tables=torch.zeros(len(sizes), -(-max_seq_len // block_size), dtype=torch.int32),
+        seq_lens=torch.zeros(len(sizes), dtype=torch.int32),
+        query_starts=starts,
+        logits_index=starts[1:].long() - 1,
+        max_query_len=max(sizes),
+        max_seq_len=max_seq_len,
+    ).to(device)

@@ -16,6 +16,7 @@ from octavo.kernels.attention.cache import LayerCache
 from octavo.kernels.attention.step import StepInputs
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.device import free_memory, peak_memory, total_memory
+from octavo.runtime.inputs import empty_step
 from octavo.runtime.model.model import KVScales, Model
 from octavo.runtime.scheduler import MAX_PROMPT_LOGITS
 
@@ -110,7 +111,8 @@ def step_bytes(model: Model, config: EngineConfig) -> int:
     length = min(config.max_num_batched_tokens, model.max_position)
     caches = allocate(model, 1, length, model.dtype)
     prefill = _one_prefill(torch.zeros(length, dtype=torch.int64, device=model.device))
-    decode = _empty_decode(config.max_num_seqs, config.max_model_len or model.max_position, length, model.device)
+    longest = config.max_model_len or model.max_position
+    decode = empty_step([1] * config.max_num_seqs, longest, length, model.device)
     prefills = peak_memory(lambda: model.forward(prefill, caches), model.device)
     decodes = peak_memory(lambda: model.forward(decode, caches), model.device)
     of_logits = config.max_num_seqs * SAMPLED_BYTES + MAX_PROMPT_LOGITS * LISTED_BYTES
@@ -217,22 +219,6 @@ def _one_prefill(token_ids: torch.Tensor) -> StepInputs:
         logits_index=positions[-1:],
         max_query_len=length,
         max_seq_len=length,
-    )
-
-
-def _empty_decode(sequences: int, max_seq_len: int, block_size: int, device: torch.device) -> StepInputs:
-    """A decode step of sequences without a token, in the sizes that a graph's has; nothing is written."""
-    whole, starts = torch.zeros(sequences, dtype=torch.int64, device=device), torch.arange(sequences + 1, device=device)
-    return StepInputs(
-        token_ids=whole,
-        positions=whole,
-        slot_mapping=whole - 1,
-        block_tables=torch.zeros((sequences, -(-max_seq_len // block_size)), dtype=torch.int32, device=device),
-        seq_lens=whole.int(),
-        query_starts=starts.int(),
-        logits_index=starts[:-1],
-        max_query_len=1,
-        max_seq_len=max_seq_len,
     )
 
 

@@ -15,8 +15,9 @@ from octavo.runtime.graphs import StepGraphs
 from octavo.runtime.model.decoder import Decoder
 from octavo.runtime.model.model import Model
 from octavo.runtime.model.weights import load_model
-from octavo.runtime.request import AddRequest, Ready, SamplingParams, StartupReport
+from octavo.runtime.request import Ready, StartupReport
 from octavo.runtime.scheduler import SchedulerConfig
+from octavo.runtime.warm_up import run_requests, run_steps
 
 COUNTS = ("block_size", "num_blocks", "kv_cache_memory_bytes", "max_num_seqs", "max_num_batched_tokens", "num_threads")
 MAX_PROMPT_LOGITS_BYTES = 64 << 20  # what one step may spend on logits for prompt_logprobs
@@ -102,22 +103,17 @@ def choose_max_model_len(config: EngineConfig, max_position: int, capacity: int,
 
 
 def warm_up(model: Model, caches: list[LayerCache], limits: SchedulerConfig) -> None:
-    """Run a prompt and two tokens, greedy and sampled, so that whatever compiles or is built at first use is there.
+    """Run what compiles or is built at first use.
 
     Also the first sign of broken weights: raises ValueError if the model's logits are not finite.
     """
-    engine = Engine(model, caches, limits)
-    length = min(64, limits.max_model_len - 2, limits.num_blocks * limits.block_size // 2 - 1)
-    prompt = [token % model.vocab_size for token in range(1, max(1, length) + 1)]
-    for temperature in (0.0, 1.0):
-        params = SamplingParams(max_tokens=2, temperature=temperature, top_p=0.9, logprobs=1)
-        engine.add(AddRequest(f"warm-up {temperature}", prompt, params, 0.0))
-    while engine.scheduler.has_work:
-        for output in engine.step():
-            if output.error is not None:
-                narrow = model.dtype == torch.float16
-                hint = "; float16 may lack the range that its activations need: --dtype bfloat16" if narrow else ""
-                raise ValueError(f"the model can't be run: {output.error}{hint}")
+    problem = run_requests(model, caches, limits)
+    if problem is not None:
+        narrow = model.dtype == torch.float16
+        hint = "; float16 may lack the range that its activations need: --dtype bfloat16" if narrow else ""
+        raise ValueError(f"the model can't be run: {problem}{hint}")
+    if model.device.type == "cuda" and isinstance(model, Decoder):
+        run_steps(model, caches, limits)
 
 
 class _Phases:

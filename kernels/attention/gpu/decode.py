@@ -27,6 +27,7 @@ from octavo.kernels.attention.gpu.paged import (
     MASKED_SCORE,
     attend,
     expect_paged,
+    list_size,
     load_queries,
     mixed,
     nothing_yet,
@@ -202,7 +203,7 @@ def _decode_share(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sequences", "table_width", "most_parts"])
 def _decode(
     q, out, partial, lse, counters, key, value, key_scale, value_scale, block_tables, seq_lens, query_starts,
     sequences, table_width, kv_heads, most_parts, scale, window, soft_cap,
@@ -286,7 +287,7 @@ def decode(
             "value": words(cache.value), "key_scale": cache.key_scale, "value_scale": cache.value_scale,
             "block_tables": inputs.block_tables, "seq_lens": inputs.seq_lens, "query_starts": inputs.query_starts,
             "sequences": grid[0], "table_width": inputs.block_tables.shape[1], "kv_heads": shape.num_kv_heads,
-            "most_parts": grid[2], "SEQUENCES": power_of_two(grid[0]) if listed else 0,
+            "most_parts": grid[2], "SEQUENCES": list_size(grid[0]) if listed else 0,
             "scale": shape.scale, "window": shape.window or 0, "soft_cap": shape.soft_cap or 1.0,
             "HEAD_DIM": shape.head_dim, "DIM": dim, "GROUP": group, "QUERIES": queries, "ROWS": max(merged, 16),
             "BLOCK_SIZE": cache.block_size, "BLOCK_N": block_n, "LEAST": least, "MOST": most,

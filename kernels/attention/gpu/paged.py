@@ -21,7 +21,7 @@ from torch import Tensor
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
 from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.expect import expect
-from octavo.kernels.launch import INTERPRETED, meta
+from octavo.kernels.launch import INTERPRETED, meta, power_of_two
 from octavo.kernels.numeric import dot, narrow
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -83,6 +83,11 @@ def expect_paged(q: Tensor, inputs: StepInputs, cache: LayerCache, shape: Attent
         seq_lens=(inputs.seq_lens, sequences), query_starts=(inputs.query_starts, sequences + 1),
     )  # fmt: skip
     cache.expect_heads(shape)
+
+
+def list_size(sequences: int) -> int:
+    """Of a list with an entry for each sequence, in a program: a warp's lanes at least, so that few are compiled."""
+    return max(power_of_two(sequences), 32)
 
 
 def words(store: Tensor) -> Tensor:

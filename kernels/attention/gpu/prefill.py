@@ -25,6 +25,7 @@ from octavo.kernels.attention.gpu.paged import (
     LOG2_E,
     attend,
     expect_paged,
+    list_size,
     load_queries,
     mixed,
     nothing_yet,
@@ -61,7 +62,7 @@ def _spans(begin, seen_by_first, seen_by_last, BLOCK_N: tl.constexpr):
     return tl.minimum(edge, full), full
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sequences", "table_width"])
 def _prefill(
     q, out, key, value, key_scale, value_scale, block_tables, seq_lens, query_starts,
     sequences, table_width, kv_heads, scale, window, soft_cap, fewest,
@@ -131,7 +132,7 @@ def prefill(
             "table_width": inputs.block_tables.shape[1], "kv_heads": shape.num_kv_heads, "scale": shape.scale,
             "window": shape.window or 0, "soft_cap": shape.soft_cap or 1.0, "fewest": fewest,
             "HEAD_DIM": shape.head_dim, "DIM": max(power_of_two(shape.head_dim), 32), "GROUP": group,
-            "SEQUENCES": power_of_two(sequences), "BLOCK_SIZE": cache.block_size, "BLOCK_M": block_m,
+            "SEQUENCES": list_size(sequences), "BLOCK_SIZE": cache.block_size, "BLOCK_M": block_m,
             "BLOCK_N": block_n, "KEY_CODE": CODES.get(cache.key.dtype, ""),
             "VALUE_CODE": CODES.get(cache.value.dtype, ""), "HAS_WINDOW": shape.window is not None,
             "HAS_CAP": shape.soft_cap is not None,

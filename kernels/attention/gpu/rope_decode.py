@@ -174,7 +174,7 @@ def _rope_decode_share(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sequences", "table_width", "most_parts"])
 def _rope_decode(
     qkv, positions, slots, cos_sin, q_norm, k_norm, out, partial, lse, counters, key, value, key_words, value_words,
     key_scale, value_scale, block_tables, seq_lens, query_starts,

@@ -42,7 +42,7 @@ def multiply(a, b, acc, PROMOTE: tl.constexpr):
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["M", "x_scale_group"])
 def _few(
     x, w, x_scale, w_scale, bias, out, M, N, K, columns,
     x_scale_row, x_scale_group, w_scale_row, w_scale_group,

@@ -51,7 +51,7 @@ def _rows(matrix, first, num_rows, K, at, ROWS: tl.constexpr, BLOCK_K: tl.conste
     return codes
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["M", "x_scale_group"])
 def _many(
     x, w, x_scale, w_scale, bias, out, M, N, K,
     x_scale_row, x_scale_group, w_scale_row, w_scale_group,

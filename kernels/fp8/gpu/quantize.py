@@ -46,7 +46,7 @@ def _quantize_rows(
     tl.store(out + row + at, to_codes(divided(value, step), kind), mask=seen)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["num_tokens", "scale_group"])
 def _quantize_groups(
     x, out, scale, num_tokens, width, scale_row, scale_group,
     GROUP: tl.constexpr, ROWS: tl.constexpr, OVERLAPS: tl.constexpr,

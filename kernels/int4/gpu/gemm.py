@@ -32,7 +32,7 @@ from octavo.kernels.numeric import dot
 from octavo.kernels.overlap import MOST, await_previous, group_lines, prefetch, tile_lines
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["M"])
 def _gemm(
     x, words, scale, x_scale, bias, out, M, N, K, x_row, tiles, tiles_of_part,
     BITS: tl.constexpr, SHARE: tl.constexpr, SCALE: tl.constexpr, HAS_X_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr,

@@ -98,7 +98,7 @@ def less(low, high, zero, dtype: tl.constexpr):
     return low, high
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["M"])
 def _weights(
     x, words, scale, zero, bias, out, M, N, K, tiles, tiles_of_part,
     GROUP: tl.constexpr, HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, GROUP_M: tl.constexpr,

@@ -68,7 +68,7 @@ def store(total, out, pair, real, first_n, N, SWAP: tl.constexpr, BLOCK_N: tl.co
     tl.store(out + at, narrow(total, out.dtype.element_ty), mask=seen)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["num_pairs", "num_tiles", "x_scale_group"])
 def _grouped(
     x, w, x_scale, w_scale, router, order, tile_expert, out, num_pairs, num_tiles, N, K, x_scale_row, x_scale_group,
     DIVISOR: tl.constexpr, HAS_ROUTER: tl.constexpr, SCALES: tl.constexpr, SWAP: tl.constexpr,

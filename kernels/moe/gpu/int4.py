@@ -136,7 +136,7 @@ def _add_tile(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["num_pairs", "num_tiles"])
 def _grouped_int4(
     x, words, scale, zero, x_scale, router, order, tile_expert, out, num_pairs, num_tiles, N, K, tiles, groups,
     DIVISOR: tl.constexpr, HAS_ROUTER: tl.constexpr, HAS_ZERO: tl.constexpr, SHARE: tl.constexpr,

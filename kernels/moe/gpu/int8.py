@@ -90,7 +90,7 @@ def pack(
     return ByteExperts(words, scales, zero, k, layers[0].group_size, order)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["num_pairs", "num_tiles"])
 def _grouped_int8(
     x, words, scale, zero, router, order, tile_expert, out, num_pairs, num_tiles, N, K, tiles, groups,
     DIVISOR: tl.constexpr, HAS_ROUTER: tl.constexpr, HAS_ZERO: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr,

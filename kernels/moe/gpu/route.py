@@ -76,7 +76,7 @@ def choose(
     return marks
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _route(
     logits, chosen, weights, num_tokens, num_experts,
     TOP_K: tl.constexpr, SHARED: tl.constexpr, NORMALIZE: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr,
@@ -91,7 +91,7 @@ def _route(
     choose(x, t, chosen, weights, num_tokens, num_experts, TOP_K, SHARED, NORMALIZE, ROWS, EXPERTS, CHOICES)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles"])
 def _align(
     chosen, order, tile_expert, num_pairs, num_experts, num_tiles,
     BLOCK_M: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,

@@ -128,7 +128,7 @@ def _sort(
     return used
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_tiles"])
 def _router(
     x, router, partial, counts, ranks, counters, chosen, weights, order, tile_expert,
     num_tokens, num_experts, hidden, columns, num_tiles,

@@ -22,7 +22,7 @@ from octavo.kernels.numeric import narrow
 from octavo.kernels.overlap import await_previous
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tokens", "biases", "count"])
 def _add_biases(logits, rows, tokens, biases, count, vocab, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr):
     await_previous(OVERLAPS)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -33,7 +33,7 @@ def _add_biases(logits, rows, tokens, biases, count, vocab, BLOCK: tl.constexpr,
     tl.store(logits + at, narrow(value, logits.dtype.element_ty), mask=seen)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tokens", "counts", "repetition", "frequency", "presence", "count"])
 def _punish(
     logits, rows, tokens, counts, repetition, frequency, presence, count, vocab,
     BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,

@@ -82,7 +82,7 @@ def _peak(peaks, row, chunks, CHUNKS: tl.constexpr):
     return highest, peak, (peak > float("-inf")) & (peak < float("inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["temperature", "min_p"])
 def _masses(
     logits, peaks, temperature, min_p, masses, vocab, chunks,
     CHUNKS: tl.constexpr, ROWS: tl.constexpr, OVERLAPS: tl.constexpr,
@@ -221,7 +221,7 @@ def _draw_all(
     return chunk * _CHUNK + _walk(kept, held, 0.0, tl.maximum(target - before, 0.0), _CHUNK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["temperature", "top_k", "top_p", "min_p", "uniforms"])
 def _choose(
     logits, peaks, masses, temperature, top_k, top_p, min_p, uniforms, kept, places, tokens, vocab, chunks,
     CHUNKS: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,

@@ -1,0 +1,69 @@
+"""Steps of every kind, run once at start, so that what compiles at first use doesn't do so while requests wait.
+
+Triton compiles a kernel anew for other block sizes, and where a number that it is told is 1 or a multiple of 16.
+Block sizes go by how many tokens there are, with bounds at powers of two; lists in a kernel by how many sequences; how
+a decode step is laid out by the longest context too. What a step is said to hold decides, not what it holds: here that
+is nothing, as in a graph that is filled up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from octavo.kernels.attention.cache import LayerCache
+from octavo.runtime.engine import Engine
+from octavo.runtime.inputs import empty_step
+from octavo.runtime.model.model import Model
+from octavo.runtime.request import AddRequest, SamplingParams
+from octavo.runtime.scheduler import SchedulerConfig
+
+EVERYTHING = SamplingParams(
+    max_tokens=2, top_k=20, top_p=0.9, min_p=0.01, presence_penalty=0.1, logit_bias={0: -1.0}, logprobs=1,
+    prompt_logprobs=1,
+)  # fmt: skip
+"""What can be asked of a sampler."""
+
+
+def run_requests(model: Model, caches: list[LayerCache], limits: SchedulerConfig) -> str | None:
+    """Answer two requests with two tokens, greedily and with all that a sampler can do; returns what was wrong."""
+    engine = Engine(model, caches, limits)
+    length = min(64, limits.max_model_len - 2, limits.num_blocks * limits.block_size // 2 - 1)
+    prompt = [token % model.vocab_size for token in range(1, max(1, length) + 1)]
+    for name, params in {"greedy": SamplingParams(max_tokens=2, temperature=0.0), "sampled": EVERYTHING}.items():
+        engine.add(AddRequest(f"warm-up, {name}", prompt, params, 0.0))
+    problem = None
+    while engine.scheduler.has_work:
+        for output in engine.step():
+            problem = problem or output.error
+    return problem
+
+
+def run_steps(model: Model, caches: list[LayerCache], limits: SchedulerConfig) -> None:
+    """Whatever number of tokens and sequences a step has, and however long they are: its kernels have run then."""
+    for sizes, longest, rows in _steps(limits):
+        step = empty_step(sizes, longest, limits.block_size, model.device)
+        if rows:
+            step = replace(step, logits_index=torch.arange(rows, device=model.device))
+        model.forward(step, caches)
+
+
+def _steps(limits: SchedulerConfig) -> Iterator[tuple[list[int], int, int]]:
+    """Tokens of each sequence, the longest's length, and of how many tokens there are logits (0: the last of each).
+
+    Decode steps, steps with a prompt among them, and prompts alone, whose log-probabilities are wanted.
+    """
+    for sequences in _ends_of_ranges(limits.max_num_seqs):
+        for longest in (limits.block_size, limits.max_model_len):
+            yield [1] * sequences, longest, 0
+            yield [2] + [1] * (sequences - 1), longest, 0
+    for tokens in _ends_of_ranges(limits.max_num_batched_tokens):
+        yield [tokens], limits.max_model_len, min(tokens, limits.max_prompt_logits + limits.max_num_seqs)
+
+
+def _ends_of_ranges(most: int) -> list[int]:
+    """Of each range from one power of two to the next, up to the most: a multiple of 16, and a number that is none."""
+    powers = [2**k for k in range(most.bit_length())]
+    return sorted({most, max(most // 16 * 16, 1), *powers, *(power + 1 for power in powers if power < most)})
