@@ -1,0 +1,36 @@
+"""Has Triton's dispatcher compile a few launches for an H100, and prints which of them it found in its cache."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from types import SimpleNamespace
+from typing import Any
+
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+ROOMS = ("fused.gpu.norm", "fp8.gpu.quantize", "fp8.gpu.few", "sampling.gpu.change")
+
+
+def main() -> None:
+    found: dict[str, bool] = {}
+    target = GPUTarget("cuda", 90, 32)
+    driver.set_active(
+        SimpleNamespace(get_current_target=lambda: target, get_current_device=lambda: 0, get_current_stream=lambda _: 0)
+    )
+
+    def note(*, src: Any, cache_hit: bool, **_: Any) -> None:
+        found[src.fn.__name__] = cache_hit
+
+    knobs.compilation.listener = note
+    for room in ROOMS:
+        launch = next(iter(importlib.import_module(f"octavo.kernels.{room}").proofs().values())).launch
+        arguments, options = launch.on(90)
+        launch.kernel.warmup(grid=launch.grid, **arguments, **options)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
