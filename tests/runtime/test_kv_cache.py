@@ -14,10 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from toy_model import ToyModel
 
+from octavo.kernels.attention.cache import LayerCache
+from octavo.kernels.attention.step import StepInputs
 from octavo.runtime import kv_cache
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.kv_cache import CacheError, choose_dtype, choose_scales, plan_cache
 from octavo.runtime.model.weights import load_model
+from octavo.runtime.scheduler import MAX_PROMPT_LOGITS
 
 ONE = torch.ones(2)
 
@@ -32,6 +35,55 @@ def quantized_model() -> ToyModel:
     model.kv_dtype = "fp8_e4m3"
     model.kv_scales = [(torch.tensor([0.5, 2.0]), ONE * 4)]
     return model
+
+
+class CudaMemory:
+    """What torch.cuda tells of a GPU's memory, of 80 GB."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.held, self.peak = 1 << 30, 0
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: self.held)
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: setattr(self, "peak", self.held))
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: self.peak)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (70_000_000_000, 80_000_000_000))
+
+    def take(self, num_bytes: int) -> None:
+        """For a moment."""
+        self.peak = max(self.peak, self.held + num_bytes)
+
+
+class Hungry(ToyModel):
+    """Takes a kilobyte for each token, and a megabyte for each block that a decode step's sequences could have."""
+
+    def __init__(self, memory: CudaMemory, max_position: int) -> None:
+        super().__init__(max_position)
+        self.memory = memory
+
+    def forward(self, inputs: StepInputs, caches: list[LayerCache]) -> Tensor:
+        of_lengths = inputs.block_tables.numel() << 20 if inputs.max_query_len == 1 else 0
+        self.memory.take((inputs.token_ids.shape[0] << 10) + of_lengths)
+        return super().forward(inputs, caches)
+
+
+def test_steps_get_what_the_largest_of_each_kind_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prefill of 2,048 tokens, a decode step of 7 sequences of 4,096 (two blocks of 2,048), and logits."""
+    model = Hungry(CudaMemory(monkeypatch), max_position=4096)
+    of_logits = (7 * kv_cache.SAMPLED_BYTES + MAX_PROMPT_LOGITS * kv_cache.LISTED_BYTES) * model.vocab_size
+    steps = (2048 << 10) + (7 << 10) + (7 * 2 << 20)
+    assert kv_cache.step_bytes(model, config(max_num_seqs=7)) == steps + of_logits
+    short = Hungry(model.memory, max_position=1000)  # a step of 2,048 tokens is three prompts of at most 1,000
+    steps = 3 * (1000 << 10) + (7 << 10) + (7 << 20)
+    assert kv_cache.step_bytes(short, config(max_num_seqs=7)) == steps + of_logits
+
+
+def test_a_gpu_s_cache_gets_what_steps_and_others_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 80 GB 70 are free, and 8 stay so (--gpu-memory-utilization 0.9); steps take 2."""
+    model = Hungry(CudaMemory(monkeypatch), max_position=1 << 40)
+    model.device = torch.device("cuda")
+    plan = plan_cache(model, config(), 70_000_000_000 - 2_000_000_000, [])
+    assert plan.num_blocks == 60_000_000_000 // (2 * 16 * 4)
+    assert plan.num_bytes == 60_000_000_000
 
 
 def test_blocks_are_what_fits_and_no_more_than_can_be_used() -> None:
