@@ -117,15 +117,16 @@ def quantize_weight(
     2^(b-1) - 1] with scale absmax / (2^b - 1) * 2, or (max - min) / (2^b - 1) and a zero point; fp8 absmax / 448.
     mse: of the scales that cover 1 to 0.5 of it, the one with the least squared error.
     Scales are kept in `scale_dtype` (None: the weight's own type), and codes are computed against the scale as stored,
-    in float32, rounded half to even. Raises WeightError for NaN or infinity, and for a scale too large for its type.
+    in float32, rounded half to even; both on the weight's device. Raises WeightError for NaN or infinity, and for a
+    scale too large for its type.
     """
     n, k = weight.shape
     w, stored = scheme.weight, scale_dtype or weight.dtype
     if w.dtype == "fp4_e2m1":
         raise SchemeError("fp4_e2m1 weights are read from checkpoints and served, but not made here")
-    codes = torch.empty(n, k, dtype=torch.float8_e4m3fn if w.dtype == "fp8_e4m3" else torch.int8)
-    scale = torch.empty(w.granularity.scale_shape(n, k), dtype=stored)
-    zero_point = None if w.symmetric else torch.empty(scale.shape, dtype=torch.int8)
+    codes = weight.new_empty(n, k, dtype=torch.float8_e4m3fn if w.dtype == "fp8_e4m3" else torch.int8)
+    scale = weight.new_empty(w.granularity.scale_shape(n, k), dtype=stored)
+    zero_point = None if w.symmetric else torch.empty_like(scale, dtype=torch.int8)
     rows, columns = w.granularity.tile(n, k)
     step = rows * max(1, CHUNK // (rows * k))
     for begin in range(0, n, step):

@@ -89,7 +89,8 @@ def _load_decoder(config: EngineConfig, spec: DecoderSpec, hf_config: dict[str, 
     dtype = choose_dtype(config.dtype, spec.dtype, device, notes)
     if config.load_format == "dummy":
         notes.append("the weights are random (--load-format dummy)")
-        return DecoderBuilder(config, spec, DummySource(hf_config, dtype, config.seed), dtype, device, notes).build()
+        dummy = DummySource(hf_config, dtype, device, config.seed)
+        return DecoderBuilder(config, spec, dummy, dtype, device, notes).build()
     checkpoint = Checkpoint.open(directory)
     source = CheckpointSource(checkpoint)
     source.require(required_modules(spec, source.prefix, source.has))
@@ -299,7 +300,7 @@ class DecoderBuilder:
         return make_linear(weights, biases, dtype=self.dtype, device=self.device, capability=self.capability)
 
     def _quantize(self, module: str, weight: Weight) -> Weight:
-        """Apply --dtype fp8, int8 or int4 to a dense weight."""
+        """Apply --dtype fp8, int8 or int4 to a dense weight. A GPU rounds it; it stays where its source has it."""
         wanted = self.config.dtype
         if wanted not in ("fp8", "int8", "int4"):
             return weight
@@ -310,7 +311,8 @@ class DecoderBuilder:
                 f"{module} is quantized already ({weight.scheme}), so --dtype {wanted} can't be had; "
                 "--dtype auto serves the checkpoint as it is"
             )
-        return quantize_weight(weight, load_scheme(wanted, module, weight.shape[1]), "absmax")
+        scheme = load_scheme(wanted, module, weight.shape[1])
+        return quantize_weight(weight.to(self.device), scheme, "absmax").to(weight.device)
 
     @property
     def _head_is_embedding(self) -> bool:
@@ -325,7 +327,7 @@ class DecoderBuilder:
         if self.config.lm_head_dtype == "int8":
             if isinstance(weight, QuantizedWeight):
                 raise LoadError(f"{name} is quantized already ({weight.scheme}); leave --lm-head-dtype out")
-            weight = quantize_weight(weight, HEAD_INT8, "absmax")
+            weight = quantize_weight(weight.to(self.device), HEAD_INT8, "absmax")
         return make_linear(
             [weight],
             [None],
