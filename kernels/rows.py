@@ -83,6 +83,7 @@ def _launches(family: str, row: Sizes) -> dict[str, Launch]:
                 ", rows": _w8a16(0, BF16, m, out, bias, sizes),
                 ", groups of 128 with zeros": _w8a16(128, BF16, m, out, bias, sizes),
                 ", groups of 32 with zeros, fp16": _w8a16(32, FP16, m, out, bias, sizes),
+                ", e4m3, groups of 128": _w8a16(128, BF16, m, out, bias, sizes, is_e4m3=True),
             }
         case "int4" | "int4 fp8":
             x = meta(m, K, dtype=E4M3 if "fp8" in family else BF16)
@@ -94,7 +95,8 @@ def _launches(family: str, row: Sizes) -> dict[str, Launch]:
                     found[", 2 bits, groups of 32 with zeros"] = _int4(x, 2, 32, True, out, bias, sizes)
             return found
         case "moe w8a16":
-            return {", groups of 128 with zeros": _moe_w8a16(128, sizes)}
+            found = {", groups of 128 with zeros": _moe_w8a16(128, sizes)}
+            return {**found, ", e4m3, groups of 128": _moe_w8a16(128, sizes, is_e4m3=True)}
         case "moe int4 fp8":
             return {", groups of 32 with zeros": _moe_int4(family, 32, True, sizes)}
         case "moe int4":
@@ -115,12 +117,12 @@ def _eight_bits(
 
 
 def _w8a16(
-    group: int, dtype: torch.dtype, m: int, out: Tensor, bias: Tensor | None, sizes: Sizes
+    group: int, dtype: torch.dtype, m: int, out: Tensor, bias: Tensor | None, sizes: Sizes, *, is_e4m3: bool = False
 ) -> Launch:  # fmt: skip
     groups, tile = K // (group or K), min(group or 128, 128)
-    zero = meta(groups, N, dtype=torch.int8) if group else None
+    zero = meta(groups, N, dtype=torch.int8) if group and not is_e4m3 else None
     words = meta(K // tile, N, tile // 2, dtype=INT16)
-    packed = Packed(words, meta(groups, N, dtype=BF16), zero, bias, K, group)
+    packed = Packed(words, meta(groups, N, dtype=BF16), zero, bias, K, group, is_e4m3)
     return weights(meta(m, K, dtype=dtype), packed, out, **sizes)
 
 
@@ -149,13 +151,12 @@ def _moe(family: str, sizes: Sizes) -> Launch:
     return grouped(x, w, pairs, out, blocks=blocks, **scales, **_pairs(sizes))
 
 
-def _moe_w8a16(group: int, sizes: Sizes) -> Launch:
+def _moe_w8a16(group: int, sizes: Sizes, *, is_e4m3: bool = False) -> Launch:
     words, table = meta(EXPERTS, K // group, N, group // 2, dtype=INT16), meta(EXPERTS, K // group, N)
-    zero = meta(EXPERTS, K // group, N, dtype=torch.int8)
+    zero = None if is_e4m3 else meta(EXPERTS, K // group, N, dtype=torch.int8)
     pairs, x = unaligned(PAIRS, EXPERTS, sizes["block_m"], "meta"), meta(PAIRS, K, dtype=BF16)
-    return grouped_int8(
-        x, ByteExperts(words, table, zero, K, group), pairs, meta(PAIRS, N, dtype=BF16), **_pairs(sizes)
-    )
+    packed = ByteExperts(words, table, zero, K, group, is_e4m3=is_e4m3)
+    return grouped_int8(x, packed, pairs, meta(PAIRS, N, dtype=BF16), **_pairs(sizes))
 
 
 def _moe_int4(family: str, share: int, has_zeros: bool, sizes: Sizes) -> Launch:

@@ -13,9 +13,9 @@ from octavo.kernels.int4.reference import group_of_column
 from octavo.kernels.rounded import Rounding
 from octavo.quant.body import tensors_of
 from octavo.quant.linear import join_parts, per_channel
-from octavo.quant.linear_gpu import FEW_BITS, FP8_CAPABILITY, rounds_rows_to_fp8
+from octavo.quant.linear_gpu import FEW_BITS, multiplies, scales_of_columns
 from octavo.quant.qparams import QuantizedWeight
-from octavo.quant.scheme import CHANNEL, PRESETS, TENSOR, QuantScheme
+from octavo.quant.scheme import CHANNEL, PRESETS, QuantScheme
 
 Weight = QuantizedWeight | Tensor
 Expert = tuple[list[Weight], Weight]  # [gate, up] and down
@@ -109,13 +109,12 @@ def _stack(experts: list[Weight], dtype: torch.dtype, device: torch.device, capa
     if not quantized:
         return Experts(torch.stack([e.to(device, dtype) for e in experts if isinstance(e, Tensor)]))
     scheme = quantized[0].scheme
-    if scheme.activation is None or (scheme.weight.dtype in FEW_BITS and rounds_rows_to_fp8(scheme, capability)):
-        return _packed(quantized, device)
-    if not _multiplies(scheme, quantized[0].shape[1], capability):
-        return None
+    rounds = _multiplies(scheme, quantized[0].shape[1], capability)
+    if not rounds or scheme.weight.dtype in FEW_BITS:
+        return _packed(quantized, device, fp8=rounds)
     codes, scale = (torch.stack([getattr(e, name) for e in quantized]).to(device) for name in ("codes", "scale"))
     stored = None
-    if not scheme.activation.dynamic:
+    if scheme.activation is not None and not scheme.activation.dynamic:
         inputs = [e.input_scale for e in quantized if e.input_scale is not None]
         if len(inputs) != len(quantized):  # make_linear says what is missing
             return None
@@ -126,33 +125,31 @@ def _stack(experts: list[Weight], dtype: torch.dtype, device: torch.device, capa
 
 
 def _multiplies(scheme: QuantScheme, columns: int, capability: int) -> bool:
-    """Whether a grouped GEMM has weights and activations of 8 bits of this scheme."""
-    from octavo.kernels.int8.gpu.gemm import MAX_COLUMNS
-
-    weight, activation = scheme.weight, scheme.activation
-    if scheme == PRESETS["W8A8"]:
-        return columns <= MAX_COLUMNS
-    if activation is None or weight.dtype != "fp8_e4m3" or capability < FP8_CAPABILITY:
-        return False
-    if not activation.dynamic:
-        return weight.granularity == CHANNEL and activation.granularity == TENSOR
-    if weight.granularity == CHANNEL:
-        return rounds_rows_to_fp8(scheme, capability)
-    return weight.granularity.block in ((128, 128), (1, 128)) and activation.granularity.group_size == 128
+    """Whether a grouped GEMM has what a layer's has: not int8 activations with stored scales."""
+    activation = scheme.activation
+    stored = activation is not None and not activation.dynamic and activation.dtype == "int8"
+    return multiplies(scheme, columns, capability) and not stored
 
 
-def _packed(experts: list[QuantizedWeight], device: torch.device) -> Any | None:
-    """Integers that are decoded in registers, in groups of columns that a tile has whole, or is within."""
+def _packed(experts: list[QuantizedWeight], device: torch.device, *, fp8: bool) -> Any | None:
+    """Codes that are decoded in registers, in groups of columns that a tile has whole, or is within.
+
+    fp8: activations are rounded to it; of 4 bits and fewer.
+    """
+    from octavo.kernels.int8.gpu.weights import has_nan
     from octavo.kernels.moe.gpu import int4, int8
 
-    weight, k = experts[0].scheme.weight, experts[0].shape[1]
-    size, is_int8 = weight.granularity.group_size or k, weight.dtype == "int8"
-    if not (is_int8 or weight.dtype in FEW_BITS) or weight.granularity.kind not in ("group", "channel"):
+    weight, (n, k) = experts[0].scheme.weight, experts[0].shape
+    size, is_bytes = weight.granularity.tile(n, k)[1], weight.dtype in ("int8", "fp8_e4m3")
+    if not (is_bytes or (weight.dtype in FEW_BITS and weight.granularity.kind in ("group", "channel"))):
         return None
-    if size < k and (size % 32 if is_int8 else size not in (32, 64) and size % 128):
+    if size < k and (size % 32 if is_bytes else size not in (32, 64) and size % 128):
         return None
-    codes, scale = (torch.stack([getattr(e, name) for e in experts]).to(device) for name in ("codes", "scale"))
-    zeros = [e.zero_point for e in experts if e.zero_point is not None]
+    if any(has_nan(e.codes) for e in experts):
+        return None
+    tables = [scales_of_columns(e) for e in experts]
+    codes, scale = torch.stack([e.codes for e in experts]).to(device), torch.stack([s for s, *_ in tables]).to(device)
+    zeros = [zero for _, zero, _ in tables if zero is not None]
     g_idx = None
     if any(_has_act_order(e) for e in experts):
         plain = group_of_column(k, size)
@@ -161,4 +158,4 @@ def _packed(experts: list[QuantizedWeight], device: torch.device) -> Any | None:
             return None
         g_idx = g_idx.to(device)
     found = codes, scale, torch.stack(zeros).to(device) if zeros else None, size, g_idx
-    return int8.pack(*found) if is_int8 else int4.pack(*found, fp8=experts[0].scheme.activation is not None)
+    return int8.pack(*found) if is_bytes else int4.pack(*found, fp8=fp8)

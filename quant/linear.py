@@ -209,7 +209,8 @@ def _choose(
     native = device.type == "cpu" and dtype != torch.float32 and processor.has_dot_products()
     if isinstance(part, Tensor):
         return _dense(part, bias, None, dtype, device, native, out)
-    if capability and dtype != torch.float32:
+    on_gpu = capability > 0 and dtype != torch.float32
+    if on_gpu:
         found = gpu_body(part.to(device), bias, out, capability)
         if found is not None:
             return found
@@ -219,7 +220,7 @@ def _choose(
             return body
     if native and part.scheme == PRESETS["W8A8"] and part.shape[1] <= MAX_INT8_COLUMNS:
         return _int8(part, out)
-    rounds = input_rounding(part.scheme.activation, part.input_scale, device)
+    rounds = None if on_gpu else input_rounding(part.scheme.activation, part.input_scale, device)
     return _dense(part.dequantize(dtype), bias, rounds, dtype, device, native, out, "dequantized at load, ")
 
 

@@ -1,7 +1,8 @@
 """Which Triton body runs a quantized weight on a GPU: a pure function of its scheme, its shape and the GPU.
 
-FP8 needs the units of compute capability 8.9 (L40S, 4090) or 9.0 (H100); what an A100 can't multiply is dequantized at
-load, as is whatever no kernel has. Kernels are imported when a weight asks for one.
+FP8 needs the units of compute capability 8.9 (L40S, 4090) or 9.0 (H100). Where there is no product of a weight with
+what its scheme rounds activations to, as on an A100, the weight is decoded in registers and activations stay as they
+are; a weight that no kernel has at all is dequantized at load. Kernels are imported when a weight asks for one.
 """
 
 from __future__ import annotations
@@ -23,17 +24,36 @@ FP8_CAPABILITY = 89
 FEW_BITS = ("int4", "int3", "int2")
 
 
-def lacks_fp8(scheme: QuantScheme, dtype: torch.dtype, capability: int) -> str | None:
-    """What to tell a user whose GPU (0: none) can't multiply a scheme's fp8 activations; None where it needn't."""
+def multiplies(scheme: QuantScheme, columns: int, capability: int) -> bool:
+    """Whether a GPU has a product of a scheme's weight [N, columns] with activations rounded as it says."""
+    from octavo.kernels.fp8.gpu.few import BLOCK
+    from octavo.kernels.int8.gpu.gemm import MAX_COLUMNS
+
+    weight, activation = scheme.weight, scheme.activation
+    if activation is None:
+        return False
+    if weight.dtype in FEW_BITS:
+        return rounds_rows_to_fp8(scheme, capability)
+    per, inputs = weight.granularity, activation.granularity
+    of_rows = per.kind in ("tensor", "channel") and inputs == (CHANNEL if activation.dynamic else TENSOR)
+    if weight.dtype == activation.dtype == "int8":
+        return of_rows and weight.symmetric and columns <= MAX_COLUMNS
+    if not weight.dtype == activation.dtype == "fp8_e4m3" or capability < FP8_CAPABILITY:
+        return False
+    of_blocks = per.block in ((BLOCK, BLOCK), (1, BLOCK)) and inputs.kind == "group" and inputs.group_size == BLOCK
+    return of_rows or (of_blocks and activation.dynamic)
+
+
+def keeps_inputs(scheme: QuantScheme, columns: int, dtype: torch.dtype, capability: int) -> str | None:
+    """What to tell a user whose GPU (0: none) doesn't round the input that a scheme rounds; None where it does."""
     activation = scheme.activation
-    if activation is None or activation.dtype != "fp8_e4m3" or dtype == torch.float32:
+    if activation is None or dtype == torch.float32 or not capability or multiplies(scheme, columns, capability):
         return None
-    if not 0 < capability < FP8_CAPABILITY:
-        return None
-    return (
-        f"{scheme} is emulated: fp8 products need compute capability 8.9 (L40S, 4090, H100) and this GPU has "
-        f"{capability // 10}.{capability % 10}; its weights are dequantized to {str(dtype)[6:]} at load"
-    )
+    said = f"{scheme}: inputs stay in {str(dtype)[6:]}, and weights are what is quantized: "
+    if activation.dtype == "fp8_e4m3" and capability < FP8_CAPABILITY:
+        major, minor = divmod(capability, 10)
+        return f"{said}fp8 products need compute capability 8.9 (L40S, 4090, H100) and this GPU has {major}.{minor}"
+    return f"{said}no kernel has such products"
 
 
 def gpu_body(part: QuantizedWeight, bias: Tensor | None, out: torch.dtype, capability: int) -> Body | None:
@@ -41,17 +61,12 @@ def gpu_body(part: QuantizedWeight, bias: Tensor | None, out: torch.dtype, capab
 
     part and bias [N] lie on the GPU; the body computes with x in bf16 or fp16.
     """
-    weight, activation = part.scheme.weight, part.scheme.activation
-    if activation is None:
+    scheme = part.scheme
+    if not multiplies(scheme, part.shape[1], capability):
         return _weight_only(part, bias, out)
-    fp8_units = capability >= FP8_CAPABILITY
-    if activation.dtype == "fp8_e4m3" and weight.dtype == "fp8_e4m3":
-        return _fp8(part, bias, out) if fp8_units else None
-    if activation.dtype == weight.dtype == "int8":
-        return _int8(part, bias, out)
-    if weight.dtype in FEW_BITS and rounds_rows_to_fp8(part.scheme, capability):
+    if scheme.weight.dtype in FEW_BITS:
         return _few_bits(part, bias, out, Rounding(torch.float8_e4m3fn))
-    return None
+    return _int8(part, bias, out) if scheme.weight.dtype == "int8" else _fp8(part, bias, out)
 
 
 def rounds_rows_to_fp8(scheme: QuantScheme, capability: int) -> bool:
@@ -62,34 +77,22 @@ def rounds_rows_to_fp8(scheme: QuantScheme, capability: int) -> bool:
     return activation.dynamic and activation.granularity == CHANNEL
 
 
-def _fp8(part: QuantizedWeight, bias: Tensor | None, out: torch.dtype) -> Body | None:
+def _fp8(part: QuantizedWeight, bias: Tensor | None, out: torch.dtype) -> Body:
     from octavo.kernels.fp8.gpu import gemm
     from octavo.kernels.fp8.gpu.few import BLOCK
 
-    granularity, activation = part.scheme.weight.granularity, part.scheme.activation
-    assert activation is not None
-    blocks, inputs = granularity.block in ((BLOCK, BLOCK), (1, BLOCK)), activation.granularity
-    if blocks and not (activation.dynamic and inputs.kind == "group" and inputs.group_size == BLOCK):
-        return None
-    if not blocks and (granularity.kind not in ("tensor", "channel") or (activation.dynamic and inputs != CHANNEL)):
-        return None
+    blocks, activation = part.scheme.weight.granularity.kind == "block", part.scheme.activation
     packed = gemm.pack(part.codes, part.scale, bias, part.input_scale, blocks=blocks)
-    name = f"fp8 x fp8, {'blocks' if blocks else 'token' if activation.dynamic else 'static'}"
+    name = f"fp8 x fp8, {'blocks' if blocks else 'token' if activation and activation.dynamic else 'static'}"
     wants = Rounding(torch.float8_e4m3fn, BLOCK if blocks else 0, packed.input_scale)
     return _eight_bits(name, packed, out, wants)
 
 
-def _int8(part: QuantizedWeight, bias: Tensor | None, out: torch.dtype) -> Body | None:
+def _int8(part: QuantizedWeight, bias: Tensor | None, out: torch.dtype) -> Body:
     from octavo.kernels.int8.gpu import gemm
 
-    weight, activation = part.scheme.weight, part.scheme.activation
-    assert activation is not None
-    if not weight.symmetric or weight.granularity.kind not in ("tensor", "channel"):
-        return None
-    if part.shape[1] > gemm.MAX_COLUMNS or activation.granularity != (CHANNEL if activation.dynamic else TENSOR):
-        return None
     packed = gemm.pack(part.codes, part.scale, bias, part.input_scale)
-    name = f"int8 x int8{'' if activation.dynamic else ', static'}"
+    name = f"int8 x int8{'' if packed.input_scale is None else ', static'}"
     return _eight_bits(name, packed, out, Rounding(torch.int8, static_scale=packed.input_scale))
 
 
@@ -116,11 +119,20 @@ def _eight_bits(name: str, packed: Any, out: torch.dtype, wants: Rounding | None
 
 def _weight_only(part: QuantizedWeight, bias: Tensor | None, out: torch.dtype) -> Body | None:
     weight = part.scheme.weight
-    if weight.is_float or weight.granularity.kind not in ("channel", "group"):
-        return None
-    if weight.dtype != "int8":
+    if weight.dtype in FEW_BITS and weight.granularity.kind in ("channel", "group"):
         return _few_bits(part, bias, out, None)
-    return _bytes_of_weights(part, bias, out)
+    return _bytes_of_weights(part, bias, out) if weight.dtype in ("int8", "fp8_e4m3") else None
+
+
+def scales_of_columns(part: QuantizedWeight) -> tuple[Tensor, Tensor | None, int]:
+    """Its scales [N, G] and zero points, and how many columns share one; K, where a row has one scale."""
+    (n, k), zero = part.shape, part.zero_point
+    rows, size = part.scheme.weight.granularity.tile(n, k)
+
+    def of_rows(table: Tensor) -> Tensor:
+        return table.repeat_interleave(rows, 0)[:n]
+
+    return of_rows(part.scale), None if zero is None else of_rows(zero), size
 
 
 def _bytes_of_weights(part: QuantizedWeight, bias: Tensor | None, out: torch.dtype) -> Body | None:
@@ -129,15 +141,15 @@ def _bytes_of_weights(part: QuantizedWeight, bias: Tensor | None, out: torch.dty
     from octavo.kernels.int8.gpu import weights
 
     (n, k), codes, order, wants = part.shape, part.codes, None, None
-    size = part.scheme.weight.granularity.group_size or k
-    if size < k and size % 32:
+    scale, zero_point, size = scales_of_columns(part)
+    if (size < k and size % 32) or weights.has_nan(codes):
         return None
     if part.g_idx is not None:
         groups, columns = part.g_idx.long().sort(stable=True)
         if not torch.equal(groups.cpu(), group_of_column(k, size)):  # groups of other sizes
             return None
         codes, order, wants = codes[:, columns], columns.int(), Rounding(None, places=columns.argsort().int())
-    packed = weights.pack(codes, part.scale, -1 if size >= k else size, part.zero_point, bias)
+    packed = weights.pack(codes, scale, -1 if size >= k else size, zero_point, bias)
 
     def arranged(x: Hidden) -> Tensor:
         if isinstance(x, Rounded):
@@ -153,7 +165,14 @@ def _bytes_of_weights(part: QuantizedWeight, bias: Tensor | None, out: torch.dty
             return weights.partial_sums(ready, packed)
         return weights.linear(ready, packed, out)
 
-    return Body("int8 weights", run, _bytes(packed), wants, partial, has_bias=bias is not None)
+    return Body(
+        f"{'fp8' if packed.is_e4m3 else 'int8'} weights, 16 bits",
+        run,
+        _bytes(packed),
+        wants,
+        partial,
+        has_bias=bias is not None,
+    )
 
 
 def _few_bits(part: QuantizedWeight, bias: Tensor | None, out: torch.dtype, wants: Rounding | None) -> Body:

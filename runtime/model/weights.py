@@ -19,7 +19,7 @@ from octavo.quant.act_order import sort_inner
 from octavo.quant.checkpoint import Checkpoint, read_config
 from octavo.quant.experts_gpu import Expert, slices, stack_experts
 from octavo.quant.linear import Linear, make_linear
-from octavo.quant.linear_gpu import lacks_fp8
+from octavo.quant.linear_gpu import keeps_inputs
 from octavo.quant.qparams import QuantizedWeight, quantize_weight
 from octavo.quant.scheme import CHANNEL, PRESETS, QuantScheme, WeightScheme, group
 from octavo.runtime.config import Dtype, EngineConfig
@@ -251,6 +251,7 @@ class DecoderBuilder:
         """Experts stacked for a GPU's grouped GEMMs, the shared one in slices or beside them; None: it can't be."""
         if self.spec.activation != "silu" or any(_has_bias(expert) for expert in experts):
             return None
+        self._note_inputs(weight for (gate_up, _), (down, _) in experts for weight in (*gate_up, *down))
         stack = partial(stack_experts, dtype=self.dtype, device=self.device, capability=self.capability)
         plain = [(gate_up, down) for (gate_up, _), ((down,), _) in experts]
         cut: list[Expert] | None = []
@@ -295,9 +296,15 @@ class DecoderBuilder:
 
     def _linear(self, weights: list[Weight], biases: list[Tensor | None]) -> Linear:
         """One module out of those that share their input, fused along their outputs."""
-        lacking = [lacks_fp8(w.scheme, self.dtype, self.capability) for w in weights if isinstance(w, QuantizedWeight)]
-        self.notes += [note for note in dict.fromkeys(lacking) if note and note not in self.notes]
+        self._note_inputs(weights)
         return make_linear(weights, biases, dtype=self.dtype, device=self.device, capability=self.capability)
+
+    def _note_inputs(self, weights: Iterable[Weight]) -> None:
+        """Say once of each scheme that its activations aren't rounded on this GPU."""
+        for weight in weights:
+            if isinstance(weight, QuantizedWeight):
+                note = keeps_inputs(weight.scheme, weight.shape[1], self.dtype, self.capability)
+                self.notes += [note] if note and note not in self.notes else []
 
     def _quantize(self, module: str, weight: Weight) -> Weight:
         """Apply --dtype fp8, int8 or int4 to a dense weight. A GPU rounds it; it stays where its source has it."""

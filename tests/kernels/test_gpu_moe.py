@@ -332,6 +332,10 @@ def experts(
         scale = w.view(num_experts, n, -1, 64).abs().amax(-1) / 127
         bytes_ = pack8((w / scale.repeat_interleave(64, 2)).round().to(torch.int8), scale, None, 64)
         return bytes_, bytes_.unpack().double()
+    if kind == "w8a16 of e4m3":
+        scale = w.abs().amax(-1, keepdim=True) / 448
+        codes = (w / scale).to(torch.float8_e4m3fn)
+        return pack8(codes, scale, None, k), codes.double() * scale.double()
     if kind.startswith("int4"):
         scale = w.view(num_experts, n, -1, 64).abs().amax(-1) / 7
         groups = None
@@ -404,8 +408,12 @@ def silu(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(("num_tokens", "shared"), [(0, 2), (1, 0), (1, 2), (7, 0), (5, 2)])
 @pytest.mark.parametrize(
-    "kind", ["bf16", "fp8", "fp8 static", "fp8 blocks", "int8", "int4", "int4, act-order", "int4 fp8", "w8a16"]
-)
+    "kind",
+    [
+        "bf16", "fp8", "fp8 static", "fp8 blocks", "int8", "int4", "int4, act-order", "int4 fp8", "w8a16",
+        "w8a16 of e4m3",
+    ],
+)  # fmt: skip
 def test_the_whole_way(kind: str, num_tokens: int, shared: int, device: torch.device) -> None:
     """Between two ends, which part by what a kernel may be off and are rounded where it rounds.
 

@@ -63,6 +63,23 @@ def test_parts(
     assert close(out.sum(0), expected, sizes, k)
 
 
+@pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
+@pytest.mark.parametrize(("group_size", "dtype"), [(-1, torch.bfloat16), (128, torch.float16), (32, torch.bfloat16)])
+def test_e4m3(shape: tuple[int, int, int], group_size: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Every code but NaN, subnormal ones too."""
+    m, n, k = shape
+    bytes_, scale, _ = layer(n, k, group_size, device, False)
+    codes = torch.where(bytes_ & 0x7F == 0x7F, 1, bytes_).view(torch.float8_e4m3fn)
+    x = torch.randn(m, k, generator=torch.Generator().manual_seed(m)).to(dtype).to(device)
+    packed = pack(codes, scale, group_size)
+    size = k if group_size == -1 else group_size
+    weight = codes.float() * scale.float().repeat_interleave(size, dim=1)[:, :k]
+    assert torch.equal(unpack(packed), weight)
+    out, exact = torch.full((2, m, n), torch.nan, device=device), weight.double()
+    weights(x, packed, out, block_m=16 if m < 33 else 64)()
+    assert close(out.sum(0), x.double() @ exact.T, x.double().abs() @ exact.abs().T, k)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_linear(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> None:
@@ -117,6 +134,12 @@ def test_what_does_not_fit_is_refused(device: torch.device) -> None:
         pack(codes, scale, 32)
     with pytest.raises(ValueError, match="from -128 to 127"):
         pack(codes, scale[:, :1], -1, torch.full((24, 1), 128))
+    e4m3 = codes.view(torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match="no zero points"):
+        pack(e4m3, scale[:, :1], -1, torch.zeros(24, 1))
+    e4m3.view(torch.int8)[0, 0] = 0x7F
+    with pytest.raises(ValueError, match="no NaN"):
+        pack(e4m3, scale[:, :1], -1)
     packed = pack(codes, scale[:, :1], -1)
     with pytest.raises(ValueError, match="don't go with 64 columns"):
         linear(torch.ones(1, 64, device=device), packed)

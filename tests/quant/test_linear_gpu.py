@@ -10,9 +10,9 @@ from octavo.calibration.recipe import parse_scheme
 from octavo.kernels.fp8.gpu.quantize import quantize
 from octavo.kernels.rounded import Rounded
 from octavo.quant.linear import input_rounding
-from octavo.quant.linear_gpu import gpu_body, lacks_fp8
+from octavo.quant.linear_gpu import gpu_body, keeps_inputs
 from octavo.quant.qparams import QuantizedWeight, quantize_weight
-from octavo.quant.scheme import PRESETS, TENSOR, ActivationScheme, QuantScheme, WeightScheme
+from octavo.quant.scheme import CHANNEL, PRESETS, TENSOR, ActivationScheme, QuantScheme, WeightScheme
 
 BODIES = {
     "W4A16@64": "int4 weights, 16 bits",
@@ -20,7 +20,7 @@ BODIES = {
     "W4A16@-1": "int4 weights, 16 bits",
     "W3A16@128": "int3 weights in 4 bits, 16 bits",
     "W2A16@64": "int2 weights, 16 bits",
-    "W8A16@-1": "int8 weights",
+    "W8A16@-1": "int8 weights, 16 bits",
     "W8A8": "int8 x int8",
     "W8A8, static": "int8 x int8, static",
     "W8A8, one scale": "int8 x int8",
@@ -32,6 +32,7 @@ BODIES = {
 OTHERS = {
     "W8A8, static": QuantScheme(PRESETS["W8A8"].weight, ActivationScheme("int8", TENSOR, dynamic=False)),
     "W8A8, one scale": QuantScheme(WeightScheme("int8", TENSOR), PRESETS["W8A8"].activation),
+    "W8A8, asymmetric": QuantScheme(WeightScheme("int8", CHANNEL, symmetric=False), PRESETS["W8A8"].activation),
 }
 """Which no preset is, and compressed-tensors can say."""
 N, K = 80, 320  # no multiple of a tile, nor of a block
@@ -87,20 +88,52 @@ def test_an_input_that_was_rounded_before(name: str, device: torch.device) -> No
     assert torch.equal(body.run(ready), body.run(x))
 
 
-@pytest.mark.parametrize("name", ["FP8", "FP8_DYNAMIC", "FP8_BLOCK", "W4AFP8@128"])
-def test_a_card_without_fp8_units_has_no_fp8_body(name: str, device: torch.device) -> None:
-    assert gpu_body(part_of(name, device), None, torch.bfloat16, 80) is None
-    assert gpu_body(part_of(name, device), None, torch.bfloat16, 89) is not None
-    said = lacks_fp8(parse_scheme(name), torch.bfloat16, 80)
+ALONE = {
+    ("FP8", 80): "fp8 weights, 16 bits",
+    ("FP8_DYNAMIC", 86): "fp8 weights, 16 bits",
+    ("FP8_BLOCK", 80): "fp8 weights, 16 bits",
+    ("W4AFP8@128", 86): "int4 weights, 16 bits",
+    ("W4A8@32", 90): "int4 weights, 16 bits",
+    ("W8A8, asymmetric", 90): "int8 weights, 16 bits",
+}
+
+
+@pytest.mark.parametrize(("name", "capability"), ALONE)
+@pytest.mark.parametrize("m", [1, 21])
+def test_inputs_stay_as_they_are_where_there_is_no_product(
+    name: str, capability: int, m: int, device: torch.device
+) -> None:
+    part, x = part_of(name, device), random(m, K, seed=2).bfloat16().to(device)
+    body = gpu_body(part, None, torch.float32, capability)
+    assert body is not None
+    assert (body.name, body.wants) == (ALONE[name, capability], None)
+    assert body.weight_bytes < 1.5 * N * K  # dequantized it is 2
+    weight = part.dequantize().double()
+    bound = K * 2**-24 * (x.double().abs() @ weight.abs().T)  # float32 sums, in any order
+    assert bool(((body.run(x).double() - x.double() @ weight.T).abs() <= bound).all())
+    assert body.partial is not None
+    sums = body.partial(x).double().reshape(-1, m, N).sum(0)
+    assert bool(((sums - x.double() @ weight.T).abs() <= bound).all())
+
+
+def test_a_user_is_told_of_inputs_that_stay_as_they_are() -> None:
+    fp8, w4a8 = parse_scheme("FP8_DYNAMIC"), parse_scheme("W4A8@32")
+    said = keeps_inputs(fp8, K, torch.bfloat16, 80)
     assert said is not None
-    assert "is emulated: fp8 products need compute capability 8.9" in said
-    assert "this GPU has 8.0; its weights are dequantized to bfloat16 at load" in said
-    assert lacks_fp8(parse_scheme(name), torch.bfloat16, 89) is None
+    assert "inputs stay in bfloat16" in said
+    assert "fp8 products need compute capability 8.9 (L40S, 4090, H100) and this GPU has 8.0" in said
+    assert "no kernel has such products" in str(keeps_inputs(w4a8, K, torch.float16, 90))
+    for quiet in ((fp8, torch.bfloat16, 89), (fp8, torch.bfloat16, 0), (w4a8, torch.float32, 90)):
+        scheme, dtype, capability = quiet
+        assert keeps_inputs(scheme, K, dtype, capability) is None
+    assert keeps_inputs(parse_scheme("W4A16@32"), K, torch.bfloat16, 80) is None
 
 
 def test_what_no_kernel_has_is_left_to_be_dequantized(device: torch.device) -> None:
-    for name in ("W8A16@16", "W4A8@32"):
-        assert gpu_body(part_of(name, device), None, torch.bfloat16, 90) is None
+    assert gpu_body(part_of("W8A16@16", device), None, torch.bfloat16, 90) is None
+    fp8 = part_of("FP8_DYNAMIC", device)
+    fp8.codes.view(torch.int8)[3, 5] = 0x7F  # NaN, which is decoded to 480
+    assert gpu_body(fp8, None, torch.bfloat16, 80) is None
     w8a16, uneven = part_of("W8A16@64", device), torch.arange(K, device=device).int() // 64
     uneven[0] = 1
     shuffled = QuantizedWeight(w8a16.scheme, w8a16.codes, w8a16.scale, g_idx=uneven)

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from octavo.calibration.recipe import parse_scheme
 from octavo.kernels.int8.gpu.gemm import MAX_COLUMNS
+from octavo.kernels.moe.gpu.fused import Experts
+from octavo.kernels.moe.gpu.int8 import ByteExperts
 from octavo.quant.experts_gpu import Stacked, stack_experts
 from octavo.quant.qparams import QuantizedWeight, quantize_weight
 from octavo.quant.scheme import (
@@ -117,29 +119,56 @@ def test_fp8_blocks(width: int) -> None:
     assert torch.equal(unstacked(found.down), torch.stack([values(down) for _, down in of]))
 
 
-@pytest.mark.parametrize("scheme", ["FP8_DYNAMIC", "FP8", "FP8_BLOCK", "W4AFP8@32"])
-def test_a_card_without_fp8_units_multiplies_none(scheme: str) -> None:
-    of = experts(parse_scheme(scheme), width=128)
-    assert stacked(of, 89) is not None
-    assert stacked(of, 86) is None
+NO_PRODUCT = [
+    parse_scheme("W4A8@32"),
+    QuantScheme(WeightScheme("int4", group(32)), STATIC.activation),
+    QuantScheme(PRESETS["FP8_DYNAMIC"].weight, ActivationScheme("fp8_e4m3", TENSOR)),
+    QuantScheme(PRESETS["FP8_DYNAMIC"].weight, ActivationScheme("fp8_e4m3", group(32))),
+    QuantScheme(PRESETS["W8A8"].weight, ActivationScheme("int8", TENSOR, dynamic=False)),
+    QuantScheme(WeightScheme("int8", CHANNEL, symmetric=False), PRESETS["W8A8"].activation),
+    QuantScheme(WeightScheme("fp8_e4m3", group(32)), STATIC.activation),
+]
 
 
 @pytest.mark.parametrize(
-    "scheme",
+    ("scheme", "capability"),
     [
-        parse_scheme("W4A8@32"),
-        QuantScheme(WeightScheme("int4", group(32)), STATIC.activation),
-        QuantScheme(PRESETS["FP8_DYNAMIC"].weight, ActivationScheme("fp8_e4m3", TENSOR)),
-        QuantScheme(PRESETS["FP8_DYNAMIC"].weight, ActivationScheme("fp8_e4m3", group(32))),
-        QuantScheme(PRESETS["W8A8"].weight, ActivationScheme("int8", TENSOR, dynamic=False)),
-        QuantScheme(WeightScheme("fp8_e4m3", group(32)), STATIC.activation),
-        QuantScheme(WeightScheme("int8", group(16))),
-        QuantScheme(WeightScheme("int4", group(16))),
+        *((parse_scheme(name), 86) for name in ("FP8_DYNAMIC", "FP8", "FP8_BLOCK", "W4AFP8@32")),
+        *((scheme, 90) for scheme in NO_PRODUCT),
     ],
     ids=str,
 )
-def test_no_grouped_gemm_has_other_schemes(scheme: QuantScheme) -> None:
-    assert stacked(experts(scheme, width=128)) is None
+def test_inputs_stay_as_they_are_where_there_is_no_product(scheme: QuantScheme, capability: int) -> None:
+    of = experts(scheme, width=128)
+    found = stacked(of, capability)
+    assert found is not None
+    assert found.wants is None
+    both = [torch.cat([values(part) for part in parts]) for parts, _ in of]
+    assert torch.equal(found.gate_up.unpack(), torch.stack(both))
+    assert torch.equal(found.down.unpack(), torch.stack([values(down) for _, down in of]))
+
+
+@pytest.mark.parametrize("width", [128, 72])
+def test_blocks_where_there_is_no_product(width: int) -> None:
+    of = experts(PRESETS["FP8_BLOCK"], width=width)
+    found = stacked(of, 80)
+    assert found is not None
+    both = [torch.cat([values(part) for part in parts]) for parts, _ in of]
+    assert torch.equal(found.gate_up.unpack(), torch.stack(both))
+    assert torch.equal(found.down.unpack(), torch.stack([values(down) for _, down in of]))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_no_grouped_gemm_has_groups_of_16(dtype: str) -> None:
+    assert stacked(experts(QuantScheme(WeightScheme(dtype, group(16))), width=128)) is None
+
+
+def test_nor_a_nan() -> None:
+    of = experts(PRESETS["FP8_DYNAMIC"])
+    down = of[1][1]
+    assert isinstance(down, QuantizedWeight)
+    down.codes.view(torch.int8)[3, 5] = -1
+    assert stacked(of, 80) is None
 
 
 def test_nor_experts_of_several_schemes() -> None:
@@ -181,11 +210,13 @@ def test_nor_down_with_act_order_or_groups_of_other_sizes() -> None:
     assert stacked([of[0], (gate_up, moved), of[2]]) is None
 
 
-def test_nor_more_columns_of_int8_than_a_sum_holds() -> None:
+def test_more_columns_of_int8_than_a_sum_holds() -> None:
     scheme, columns = PRESETS["W8A8"], MAX_COLUMNS + 1
 
     def wide(rows: int, k: int) -> QuantizedWeight:
         return QuantizedWeight(scheme, torch.ones(rows, k, dtype=torch.int8), torch.ones(rows, 1))
 
-    assert stacked([([wide(1, columns), wide(1, columns)], wide(columns, 1))]) is None
-    assert stacked([([wide(1, columns - 1), wide(1, columns - 1)], wide(columns - 1, 1))]) is not None
+    for k, kind in ((columns, ByteExperts), (columns - 1, Experts)):
+        found = stacked([([wide(1, k), wide(1, k)], wide(k, 1))])
+        assert found is not None
+        assert isinstance(found.gate_up, kind)

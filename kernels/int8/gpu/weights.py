@@ -1,4 +1,4 @@
-"""W8A16 linear layers on a GPU: int8 weights, decoded in registers, times bf16 or fp16 activations.
+"""W8A16 linear layers on a GPU: int8 or e4m3 weights, decoded in registers, times bf16 or fp16 activations.
 
 y [M, N] = x [M, K] @ ((codes - zero_point) [N, K] * scale)^T + bias, with a scale (and a zero point) for each row and
 group of columns. Reference: `int4.reference.linear`. The weight's rows are the tensor core's rows, acc [N, M], because
@@ -11,9 +11,15 @@ core expects it: the two halves of a tile are two products, with two slices of x
     bf16   (word & 0x7F | 0x4300) - (word & 0x80 | 0x4300)   128 + 7 bits, less 128 or, of a negative code, 256
     fp16   ((word & 0xFF) ^ 0x6480) - 0x6480                 1024 + 128 + code, less 1152
 
-Both are exact, and so is a code less a zero point, -255 to 255. A group's sum is scaled in float32, after its two
-products: scaled weights would be rounded, and the compiler serializes products whose operands wait for arithmetic.
-Limit: N * K bytes over 3.0 TB/s for few tokens, 2 * M * N * K operations over 989 T/s from some 130, on an H100.
+e4m3's exponent and mantissa are put where bf16 or fp16 has its own, times 2 to the difference of the exponents' biases:
+
+    bf16   (word & 0x7F) << 4 | (word & 0x80) << 8, times 2^120
+    fp16   (word & 0x7F) << 7 | (word & 0x80) << 8, times 2^8
+
+All are exact, subnormal codes too, and so is a code less a zero point, -255 to 255. A group's sum is scaled in float32,
+after its two products: scaled weights would be rounded, and the compiler serializes products whose operands wait for
+arithmetic. Limit: N * K bytes over 3.0 TB/s for few tokens, 2 * M * N * K operations over 989 T/s from some 130, on an
+H100.
 """
 
 from __future__ import annotations
@@ -58,6 +64,34 @@ _FP16 = tl.constexpr("""{
     lop3.b32 a, s, 0x00ff00ff, b, 0x6a;
     sub.f16x2 $1, a, b;
 }""")
+_E4M3_TO_BF16 = tl.constexpr("""{
+    .reg .b32 a, b, s, c, z;
+    mov.b32 c, 0x7b807b80;
+    mov.b32 z, 0x80008000;
+    shl.b32 a, $2, 4;
+    shl.b32 s, $2, 8;
+    shr.b32 b, $2, 4;
+    and.b32 a, a, 0x07f007f0;
+    and.b32 b, b, 0x07f007f0;
+    lop3.b32 a, s, z, a, 0xea;
+    lop3.b32 b, $2, z, b, 0xea;
+    fma.rn.bf16x2 $0, a, c, z;
+    fma.rn.bf16x2 $1, b, c, z;
+}""")
+_E4M3_TO_FP16 = tl.constexpr("""{
+    .reg .b32 a, b, s, c, z;
+    mov.b32 c, 0x5c005c00;
+    mov.b32 z, 0x80008000;
+    shl.b32 a, $2, 7;
+    shl.b32 s, $2, 8;
+    shr.b32 b, $2, 1;
+    and.b32 a, a, 0x3f803f80;
+    and.b32 b, b, 0x3f803f80;
+    lop3.b32 a, s, z, a, 0xea;
+    lop3.b32 b, $2, z, b, 0xea;
+    mul.rn.f16x2 $0, a, c;
+    mul.rn.f16x2 $1, b, c;
+}""")
 _BF16_LESS = tl.constexpr(
     "{ .reg .b32 m; mov.b32 m, 0xbf80bf80; fma.rn.bf16x2 $0, $4, m, $2; fma.rn.bf16x2 $1, $4, m, $3; }"
 )
@@ -66,18 +100,23 @@ MAX_TILE = 128
 
 
 @triton.jit
-def decode(words, dtype: tl.constexpr):
+def decode(words, dtype: tl.constexpr, E4M3: tl.constexpr):
     """The codes of low bytes and of high bytes, in the activations' type."""
-    if _INTERPRETED:
+    if _INTERPRETED and E4M3:
+        low = (words & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float32)
+        high = ((words >> 8) & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    elif _INTERPRETED:
         wide = words.to(tl.int32)
         low, high = ((wide << 24) >> 24).to(tl.float32), (wide >> 8).to(tl.float32)
     elif dtype == tl.bfloat16:
+        to_bf16: tl.constexpr = _E4M3_TO_BF16 if E4M3 else _BF16
         low, high = tl.inline_asm_elementwise(
-            _BF16, "=r,=r,r", [words], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2
+            to_bf16, "=r,=r,r", [words], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2
         )
     else:
+        to_fp16: tl.constexpr = _E4M3_TO_FP16 if E4M3 else _FP16
         low, high = tl.inline_asm_elementwise(
-            _FP16, "=r,=r,r", [words], dtype=(tl.float16, tl.float16), is_pure=True, pack=2
+            to_fp16, "=r,=r,r", [words], dtype=(tl.float16, tl.float16), is_pure=True, pack=2
         )
     return low, high
 
@@ -101,7 +140,7 @@ def less(low, high, zero, dtype: tl.constexpr):
 @triton.jit(do_not_specialize_on_alignment=["M"])
 def _weights(
     x, words, scale, zero, bias, out, M, N, K, tiles, tiles_of_part,
-    GROUP: tl.constexpr, HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, GROUP_M: tl.constexpr,
+    E4M3: tl.constexpr, GROUP: tl.constexpr, HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILE: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):  # fmt: skip
@@ -123,7 +162,7 @@ def _weights(
     for tile in range(first, tl.minimum(tiles, first + tiles_of_part)):
         at = tile * TILE
         group = (at // GROUP if GROUP else 0) * N + first_n + n
-        low, high = decode(tl.load(words), dtype)
+        low, high = decode(tl.load(words), dtype, E4M3)
         if HAS_ZERO:
             low, high = less(low, high, tl.load(zero + group), dtype)
         total = dot(low, tl.load(x + at, mask=(k < K - at)[:, None], other=0.0))
@@ -149,6 +188,7 @@ class Packed:
     bias         [N] or None
     num_columns  K
     group_size   columns of a group, a multiple of TILE; 0: one group
+    is_e4m3      what the bytes of words are; else they are int8
     """
 
     words: Tensor
@@ -157,6 +197,7 @@ class Packed:
     bias: Tensor | None
     num_columns: int
     group_size: int
+    is_e4m3: bool = False
 
     def __post_init__(self) -> None:
         _, n, half = self.words.shape
@@ -167,23 +208,33 @@ class Packed:
         )  # fmt: skip
 
 
+def has_nan(codes: Tensor) -> bool:
+    """Whether there is one among e4m3 codes, which would be decoded to 480; int8 has none."""
+    return codes.dtype == torch.float8_e4m3fn and bool((codes.view(torch.int8) & 0x7F == 0x7F).any())
+
+
 def pack(
     codes: Tensor, scale: Tensor, group_size: int, zero_point: Tensor | None = None, bias: Tensor | None = None
 ) -> Packed:
-    """codes [N, K] int8; scale [N, G] of any float type and zero_point [N, G], both [N, 1] with group size -1.
+    """codes [N, K] int8 or e4m3; scale [N, G] of any float type and zero_point [N, G], both [N, 1] with group size -1.
 
-    A group size is a multiple of 32; the last group may be short.
+    A group size is a multiple of 32; the last group may be short. e4m3 has no zero points, and may hold no NaN.
     """
     n, k = codes.shape
     groups = 1 if group_size == -1 else cdiv(k, group_size)
     tile = gcd(group_size, MAX_TILE) if groups > 1 else MAX_TILE
     if tile < 32:
         raise ValueError(f"groups of {group_size} columns: the kernel takes multiples of 32")
-    if codes.dtype != torch.int8 or scale.shape != (n, groups):
+    is_e4m3 = codes.dtype == torch.float8_e4m3fn
+    if not (is_e4m3 or codes.dtype == torch.int8) or scale.shape != (n, groups):
         raise ValueError(f"{codes.dtype} codes [{n}, {k}] have no scale of shape {list(scale.shape)}")
     if zero_point is not None and bool((zero_point.to(torch.int8) != zero_point).any()):
         raise ValueError("zero points are from -128 to 127")
-    bytes_ = torch.nn.functional.pad(codes, (0, -k % tile)).reshape(n, -1, 2, tile // 2).permute(1, 0, 3, 2)
+    if is_e4m3 and (zero_point is not None or has_nan(codes)):
+        raise ValueError("e4m3 codes have no zero points, and the kernel has no NaN")
+    bytes_ = (
+        torch.nn.functional.pad(codes.view(torch.int8), (0, -k % tile)).reshape(n, -1, 2, tile // 2).permute(1, 0, 3, 2)
+    )
     return Packed(
         words=bytes_.contiguous().view(torch.int16).squeeze(-1),
         scale=scale.T.contiguous(),
@@ -191,6 +242,7 @@ def pack(
         bias=bias,
         num_columns=k,
         group_size=group_size if groups > 1 else 0,
+        is_e4m3=is_e4m3,
     )
 
 
@@ -198,7 +250,8 @@ def unpack(packed: Packed) -> Tensor:
     """(codes - zero_point) * scale, [N, K] float32."""
     tiles, n, half = packed.words.shape
     bytes_ = packed.words.unsqueeze(-1).view(torch.int8)  # [tiles, N, TILE / 2, 2]
-    values = bytes_.permute(1, 0, 3, 2).reshape(n, tiles * half * 2)[:, : packed.num_columns].float()
+    codes = bytes_.permute(1, 0, 3, 2).reshape(n, tiles * half * 2)[:, : packed.num_columns]
+    values = (codes.view(torch.float8_e4m3fn) if packed.is_e4m3 else codes).float()
     size = packed.group_size or packed.num_columns
 
     def spread(rows: Tensor) -> Tensor:
@@ -234,7 +287,7 @@ def weights(
             "zero": packed.words if packed.zero_point is None else packed.zero_point,
             "bias": packed.scale if packed.bias is None else packed.bias, "out": out,
             "M": m, "N": n, "K": packed.num_columns, "tiles": tiles, "tiles_of_part": cdiv(tiles, parts),
-            "GROUP": packed.group_size, "HAS_ZERO": packed.zero_point is not None,
+            "E4M3": packed.is_e4m3, "GROUP": packed.group_size, "HAS_ZERO": packed.zero_point is not None,
             "HAS_BIAS": packed.bias is not None, "GROUP_M": group_m,
             "BLOCK_M": block_m, "BLOCK_N": block_n, "TILE": 2 * half,
         },
@@ -269,6 +322,8 @@ def proofs() -> dict[str, Proof]:
     n, k = 4096, 4096
     bf16, fp16 = torch.bfloat16, torch.float16
     configurations: dict[str, tuple[int, torch.dtype, bool, dict[str, Any]]] = {
+        "e4m3 row 16": (0, bf16, False, {"num_stages": 5}),
+        "e4m3 g128 64 fp16": (128, fp16, False, {"block_m": 64}),
         "row 16": (0, bf16, False, {"num_stages": 5}),
         "g128 16": (128, bf16, False, {"num_stages": 5}),
         "g128 16 fp16": (128, fp16, True, {"num_stages": 5}),
@@ -281,7 +336,7 @@ def proofs() -> dict[str, Proof]:
         m, tile, groups = size.get("block_m", 16), min(group or 128, 128), k // (group or k)
         zero = meta(groups, n, dtype=torch.int8) if has_zero else None
         words = meta(k // tile, n, tile // 2, dtype=torch.int16)
-        packed = Packed(words, meta(groups, n, dtype=torch.bfloat16), zero, None, k, group)
+        packed = Packed(words, meta(groups, n, dtype=torch.bfloat16), zero, None, k, group, "e4m3" in name)
         launch = weights(meta(m, k, dtype=dtype), packed, meta(4, m, n), **size)
         expects = (rf"HGMMA\.64x{m}x16.*\.RS", r"LDGSTS\.E\.BYPASS.*128", r"STG\.E\.128")
         made[name] = Proof(launch, expects, forbids=("HMMA", r"I2F\.S8", r"STS\.U16"))

@@ -1,4 +1,4 @@
-"""Triton body of grouped GEMMs with int8 weights and bf16 or fp16 tokens, and the layout of the experts' weights.
+"""Triton body of grouped GEMMs with int8 or e4m3 weights and bf16 or fp16 tokens, and the experts' layout.
 
 out[pair] = x[pair // divisor] @ ((codes - zero) * scale)^T (* router[pair]), for pairs as `route.align` sorts them. As
 in `int8.gpu.weights`: the weight's rows are the tensor core's (acc [N, M], however many pairs), words of two bytes are
@@ -37,6 +37,7 @@ class ByteExperts:
     k           columns
     group_size  columns that share a scale, a multiple of TILE; 0: all of a row
     order       None, or which column of the weight, and so of a token, is where: as `expect_order` has it
+    is_e4m3     what the bytes of words are; else they are int8
     """
 
     words: Tensor
@@ -45,6 +46,7 @@ class ByteExperts:
     k: int
     group_size: int
     order: Tensor | None = None
+    is_e4m3: bool = False
 
     def __post_init__(self) -> None:
         e, n, _ = self.shape
@@ -65,14 +67,14 @@ class ByteExperts:
         """The weights [E, N, K] in float32."""
         tables = [None] * len(self.words) if self.zero is None else self.zero
         rows = zip(self.words, self.scale, tables, strict=True)
-        layers = [one_layer.Packed(w, s, z, None, self.k, self.group_size) for w, s, z in rows]
+        layers = [one_layer.Packed(w, s, z, None, self.k, self.group_size, self.is_e4m3) for w, s, z in rows]
         return put_back(torch.stack([one_layer.unpack(layer) for layer in layers]), self.order)
 
 
 def pack(
     codes: Tensor, scale: Tensor, zero_point: Tensor | None, group_size: int, g_idx: Tensor | None = None
 ) -> ByteExperts:
-    """Lay out codes [E, N, K] int8 with scale and zero_point [E, N, G] of groups of group_size columns.
+    """Lay out codes [E, N, K] int8 or e4m3 with scale and zero_point [E, N, G] of groups of group_size columns.
 
     group_size  a multiple of 32, or K; the last group may be short
     g_idx       [E, K]: the group of each column, if they aren't in order; each group has group_size columns, as above
@@ -87,14 +89,14 @@ def pack(
     layers = [one_layer.pack(e, s, size) for e, s in zip(codes, scale.float(), strict=True)]
     zero = None if zero_point is None else zero_point.to(torch.int8).mT.contiguous()
     words, scales = (torch.stack(tensors) for tensors in zip(*((x.words, x.scale) for x in layers), strict=True))
-    return ByteExperts(words, scales, zero, k, layers[0].group_size, order)
+    return ByteExperts(words, scales, zero, k, layers[0].group_size, order, layers[0].is_e4m3)
 
 
 @triton.jit(do_not_specialize_on_alignment=["num_pairs", "num_tiles"])
 def _grouped_int8(
     x, words, scale, zero, router, order, tile_expert, out, num_pairs, num_tiles, N, K, tiles, groups,
-    DIVISOR: tl.constexpr, HAS_ROUTER: tl.constexpr, HAS_ZERO: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr,
-    GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, OVERLAPS: tl.constexpr,
+    DIVISOR: tl.constexpr, HAS_ROUTER: tl.constexpr, E4M3: tl.constexpr, HAS_ZERO: tl.constexpr, GROUP: tl.constexpr,
+    TILE: tl.constexpr, GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     await_previous(OVERLAPS)
     tile, first_n = corner(num_tiles, N, BLOCK_N, GROUP_M)
@@ -114,7 +116,7 @@ def _grouped_int8(
     for each in range(tiles):
         at = each * TILE
         group = at // GROUP * N if GROUP else 0
-        low, high = decode(tl.load(words_at), dtype)
+        low, high = decode(tl.load(words_at), dtype, E4M3)
         if HAS_ZERO:
             low, high = less(low, high, tl.load(zero + group), dtype)
         total = dot(low, tl.load(x_at + at, mask=(k < K - at)[:, None], other=0.0))
@@ -149,7 +151,7 @@ def grouped_int8(
     router   float32, a number for each pair, multiplied to its row
     """
     if x.dtype not in (torch.bfloat16, torch.float16):
-        raise ValueError(f"int8 weights times {x.dtype}: bfloat16 and float16 work")
+        raise ValueError(f"weights of 8 bits times {x.dtype}: bfloat16 and float16 work")
     arguments = pair_arguments(x, packed.shape, pairs, out, divisor, router)
     return Launch(
         _grouped_int8,
@@ -157,8 +159,8 @@ def grouped_int8(
         {
             **arguments, "words": packed.words, "scale": packed.scale,
             "zero": packed.words if packed.zero is None else packed.zero, "tiles": packed.words.shape[1],
-            "groups": packed.scale.shape[1], "HAS_ZERO": packed.zero is not None, "GROUP": packed.group_size,
-            "TILE": 2 * packed.words.shape[3], "GROUP_M": group_m, "BLOCK_N": block_n,
+            "groups": packed.scale.shape[1], "E4M3": packed.is_e4m3, "HAS_ZERO": packed.zero is not None,
+            "GROUP": packed.group_size, "TILE": 2 * packed.words.shape[3], "GROUP_M": group_m, "BLOCK_N": block_n,
         },
         num_warps=num_warps,
         num_stages=num_stages,
@@ -171,16 +173,19 @@ def proofs() -> dict[str, Proof]:
     num_experts, n, k, num_pairs, bf16, fp16 = 8, 4096, 14336, 512, torch.bfloat16, torch.float16
     for dtype, group, has_zero, block_m, block_n, warps in (
         (bf16, 32, True, 16, 64, 4), (fp16, 128, True, 16, 64, 4), (bf16, 0, False, 64, 128, 8),
+        (bf16, 128, False, 16, 64, 4),
     ):  # fmt: skip
+        is_e4m3 = group == 128 and not has_zero
         groups, tile = k // (group or k), min(group or 128, 128)
         words, table = meta(num_experts, k // tile, n, tile // 2, dtype=torch.int16), meta(num_experts, groups, n)
         zero = meta(num_experts, groups, n, dtype=torch.int8) if has_zero else None
         pairs, router = unaligned(num_pairs, num_experts, block_m, "meta"), meta(256, 2)
         launch = grouped_int8(
-            meta(num_pairs, k, dtype=dtype), ByteExperts(words, table, zero, k, group), pairs,
+            meta(num_pairs, k, dtype=dtype), ByteExperts(words, table, zero, k, group, is_e4m3=is_e4m3), pairs,
             meta(num_pairs, n, dtype=dtype), divisor=1, router=router, block_n=block_n, num_warps=warps,
         )  # fmt: skip
         name = f"{str(dtype).removeprefix('torch.')} {f'groups of {group}' if group else 'rows'}"
         expects = (rf"HGMMA\.64x{block_m}x16", r"LDGSTS\.E\.BYPASS.*128")
+        name = f"e4m3 {name}" if is_e4m3 else name
         made[f"{name}{' with zeros' if has_zero else ''} {block_m} x {block_n}"] = Proof(launch, expects, ("HMMA",))
     return made

@@ -6,7 +6,9 @@ bf16 are: rounding differs in place and order, not in size. How much its size va
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -55,14 +57,15 @@ def logits(model: Model, prompts: range) -> Tensor:
     return torch.cat(scattered_logits(model, token_ids)).unflatten(0, (len(prompts), -1))
 
 
-def on_gpu(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Model:
-    """The model as an H100 serves it."""
-    if "TRITON_INTERPRET" not in os.environ:
-        return weights.load_model(EngineConfig(model=str(directory), dtype="bfloat16", device="cuda"))
+def on_gpu(directory: Path, monkeypatch: pytest.MonkeyPatch, capability: int = 90) -> Model:
+    """The model as a GPU of that compute capability serves it."""
+    interpreted = "TRITON_INTERPRET" in os.environ
     with monkeypatch.context() as patch:
-        patch.setattr(weights, "select_ops", lambda _, dtype: make_ops(dtype))
-        patch.setattr(weights, "capability", lambda _: 90)
-        return weights.load_model(EngineConfig(model=str(directory), dtype="bfloat16", device="cpu"))
+        patch.setattr(weights, "capability", lambda _: capability)
+        if interpreted:
+            patch.setattr(weights, "select_ops", lambda _, dtype: make_ops(dtype))
+        device = "cpu" if interpreted else "cuda"
+        return weights.load_model(EngineConfig(model=str(directory), dtype="bfloat16", device=device))
 
 
 def by_torch(directory: Path, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> Model:
@@ -80,13 +83,18 @@ def sizes(error: Tensor) -> Tensor:
     return torch.stack([squares.log().mean(-1), squares.mean(-1).log()]) / 2
 
 
-def check(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Model:
-    """Our error on one prompt passes for one of torch's errors on others.
+def check(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, truth_of: Path | None = None, capability: int = 90
+) -> Model:  # fmt: skip
+    """truth_of: the model that it is to be, where it isn't the same.
+
+    Our error on one prompt passes for one of torch's errors on others.
 
     Logarithms of their sizes are close to normal: a 65th prompt's is more than 4 standard deviations above the mean of
     64 once in 10,000 times (Student's t, 63 degrees of freedom). Tokens near a tie of experts widen that limit.
     """
-    model, plain, theirs = on_gpu(directory, monkeypatch), *(by_torch(directory, t, monkeypatch) for t in DTYPES)
+    model = on_gpu(directory, monkeypatch, capability)
+    plain, theirs = (by_torch(truth_of or directory, dtype, monkeypatch) for dtype in DTYPES)
     truth = logits(plain, range(1))
     batches = [range(first, first + AT_ONCE) for first in range(1, 1 + PROMPTS, AT_ONCE)]
     drawn = torch.cat([sizes(logits(theirs, batch) - logits(plain, batch)) for batch in batches], dim=1)
@@ -208,8 +216,29 @@ def test_a_shared_expert_runs_with_the_others_in_slices(
     assert ("shared.down" in rows) == (body == "grouped by expert")
 
 
+@pytest.mark.parametrize(
+    ("name", "scheme", "capability"),
+    [("llama", "FP8_BLOCK", 80), ("mixtral", "FP8_DYNAMIC", 86), ("llama", "W4A8@32", 90)],
+)
+def test_a_gpu_without_a_product_keeps_the_input(
+    name: str, scheme: str, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is the model whose config says nothing of activations, and a note says why."""
+    quantized, alone = tmp_path / "quantized", tmp_path / "alone"
+    quantize_model(tiny(name, tmp_path / "plain"), quantized, Recipe(scheme))
+    shutil.copytree(quantized, alone)
+    config = json.loads((alone / "config.json").read_text())
+    for group in config["quantization_config"]["config_groups"].values():
+        group["input_activations"] = None
+    (alone / "config.json").write_text(json.dumps(config))
+    model = check(quantized, monkeypatch, alone, capability)
+    assert isinstance(model, Decoder)
+    assert model.can_be_captured
+    assert sum("inputs stay in bfloat16" in note for note in model.notes) == 1
+
+
 def test_experts_that_no_grouped_gemm_has_run_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    quantize_model(tiny("mixtral", tmp_path / "plain"), tmp_path / "quantized", Recipe("W4A8@32"))
+    quantize_model(tiny("mixtral", tmp_path / "plain"), tmp_path / "quantized", Recipe("W8A16@16"))
     model = check(tmp_path / "quantized", monkeypatch)
     assert isinstance(model, Decoder)
     assert not model.can_be_captured
