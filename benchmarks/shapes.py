@@ -89,7 +89,7 @@ CONFIGS: dict[str, Config] = {
 
 WEIGHT_BYTES = {"bf16": 2.0, "fp8": 1.0, "int8": 1.0, "w8a16": 1 + 2 / 128, "int4": 0.5 + 2 / 128}
 """Bytes of a weight; w8a16 and int4 in groups of 128 with a bf16 scale each, without rows' scales: 4 bytes for K."""
-KV_BYTES = {"bf16": 2, "fp8": 1}
+KV_BYTES = {"bf16": 2, "fp8": 1, "int8": 1}
 
 
 def is_mixture(config: Config) -> bool:
@@ -155,9 +155,15 @@ def gemm_bytes(m: int, n: int, k: int, weight: float, x: int, out: int = 2) -> i
     return int(n * k * weight + m * k * x + m * n * out)
 
 
-def prefill_flops(heads: int, d: int, queries: int, prefix: int = 0) -> int:
+def prefill_flops(heads: int, d: int, queries: int, prefix: int = 0, window: int | None = None) -> int:
     """Causal attention of `queries` new tokens behind `prefix` old ones: q k^T and the mean of v, 4 d a pair."""
-    return 4 * heads * d * (queries * prefix + queries * (queries + 1) // 2)
+
+    def pairs(tokens: int) -> int:
+        """Of all tokens up to one; each sees at most a window."""
+        short = min(tokens, window or tokens)
+        return short * (short + 1) // 2 + (tokens - short) * short
+
+    return 4 * heads * d * (pairs(prefix + queries) - pairs(prefix))
 
 
 def shrunk(config: Config) -> Config:

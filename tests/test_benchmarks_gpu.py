@@ -59,6 +59,8 @@ def test_shapes_of_gemms() -> None:
     assert shapes.gemm_flops(8192, 8192, 8192) == 1_099_511_627_776
     assert shapes.gemm_bytes(1, 4096, 4096, shapes.WEIGHT_BYTES["int4"], 2) == 8_650_752 + 2 * 4096 + 2 * 4096
     assert shapes.prefill_flops(32, 128, 8192) == pytest.approx(2 * 32 * 128 * 8192**2, rel=1e-3)
+    assert shapes.prefill_flops(1, 1, 3, 5, window=4) == 4 * (4 + 4 + 4)
+    assert shapes.prefill_flops(1, 1, 3, 1, window=3) == 4 * (2 + 3 + 3)
 
 
 def test_experts_that_a_step_hits() -> None:
