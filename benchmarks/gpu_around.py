@@ -7,8 +7,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from benchmarks.gpu_case import EXACT, Bodies, Case, Goal, some_rows, spread
-from benchmarks.gpu_gemms import GROUP, packed_int4
+from benchmarks.gpu_case import EXACT, Bodies, Case, Goal, some_rows
+from benchmarks.gpu_gemms import GROUP, int_weight
 from benchmarks.gpu_moe import CONFIG, chosen_of, clear_tokens
 from torch import Tensor
 
@@ -36,17 +36,17 @@ def gather_case(tokens: int, width: int, device: torch.device) -> Bodies:
 
 
 def dequantize_case(n: int, k: int, device: torch.device) -> Bodies:
-    packed, codes, scale = packed_int4((torch.randn(n, k, device=device) * 0.02).bfloat16())
+    weight = int_weight((torch.randn(n, k, device=device) * 0.02).bfloat16())
     out, rows = torch.empty(n, k, dtype=BF16, device=device), some_rows(n, device)
 
     def run() -> list[Tensor]:
-        dequantize(packed, out)()
+        dequantize(weight.packed, out)()
         return [out]
 
     def eager() -> object:
-        return (codes.reshape(n, -1, GROUP) * scale[:, :, None]).reshape(n, k)
+        return (weight.codes.reshape(n, -1, GROUP) * weight.scale[:, :, None]).reshape(n, k)
 
-    return Bodies(run, lambda: [(codes.double() * spread(scale, GROUP))[rows]], {EAGER: eager}, rows=rows)
+    return Bodies(run, lambda: [weight.exact()[rows]], {EAGER: eager}, rows=rows)
 
 
 def add_up_case(parts: int, tokens: int, width: int, device: torch.device) -> Bodies:

@@ -115,10 +115,10 @@ def spread(scale: Tensor, columns: int, rows: int = 1) -> Tensor:
     return scale.double().repeat_interleave(rows, 0).repeat_interleave(columns, 1)
 
 
-def to_int4(w: Tensor, group: int = 128) -> tuple[Tensor, Tensor]:
-    """Codes -8..7 int8 and bf16 scales [N, K / group], symmetric."""
-    n, k = w.shape
+def to_ints(w: Tensor, group: int = 128, bits: int = 4) -> tuple[Tensor, Tensor]:
+    """Codes int8 (-8..7 of 4 bits) and bf16 scales [N, K / group], symmetric."""
+    (n, k), half = w.shape, 1 << (bits - 1)
     groups = w.float().reshape(n, k // group, group)
-    scale = (groups.abs().amax(2, keepdim=True) / 7.5).bfloat16()
-    codes = (groups / scale.float()).round().clamp(-8, 7)
+    scale = (groups.abs().amax(2, keepdim=True) / (half - 0.5)).bfloat16()
+    codes = (groups / scale.float()).round().clamp(-half, half - 1)
     return codes.reshape(n, k).to(torch.int8), scale[..., 0].contiguous()

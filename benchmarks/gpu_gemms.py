@@ -1,10 +1,14 @@
-"""Cases of GEMMs: FP8 by rows and by blocks, INT8, INT4 with bf16 and with FP8 activations (rows 1 to 5)."""
+"""Cases of GEMMs: FP8 by rows and by blocks, INT8, 2 to 4 bits with bf16, INT4 with FP8 activations (rows 1 to 5)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
 import torch
 from benchmarks import shapes
-from benchmarks.gpu_case import FEW_BITS, Bodies, Case, Goal, some_rows, spread, to_fp8, to_int4
+from benchmarks.gpu_case import FEW_BITS, Bodies, Case, Goal, some_rows, spread, to_fp8, to_ints
 from torch import Tensor
 
 from octavo.kernels.fp8.gpu import gemm as fp8
@@ -100,59 +104,104 @@ def int8_weights(m: int, n: int, k: int, device: torch.device) -> Bodies:
     )
 
 
-def packed_int4(w: Tensor) -> tuple[packing.PackedInt4, Tensor, Tensor]:
-    """The weight as octavo's kernels read it, its codes and its scales."""
-    codes, scale = to_int4(w, GROUP)
-    groups = torch.arange(w.shape[1], device=w.device) // GROUP
-    return packing.pack(codes, scale, None, groups), codes, scale
+@dataclass(frozen=True)
+class Ints:
+    """How a weight is integers: columns of a group in order, or (act-order) anywhere; zero points or none."""
+
+    bits: int = 4
+    group: int = GROUP
+    has_zero: bool = False
+    act_order: bool = False
+
+    @property
+    def num_bytes(self) -> float:
+        """Of a weight, as octavo packs it: 3 bits take 4."""
+        return (0.25 if self.bits == 2 else 0.5) + (4 if self.has_zero else 2) / self.group
 
 
-def tinygemm(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+INT4 = Ints()
+
+
+@dataclass(frozen=True)
+class IntWeight:
+    """A weight as octavo's kernels read it, and out of what: codes [N, K], scale and zero [N, G], groups [K]."""
+
+    packed: packing.PackedInt4
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    groups: Tensor
+
+    def exact(self) -> Tensor:
+        codes, groups = self.codes.double(), self.groups.to(self.codes.device)
+        return (codes if self.zero is None else codes - self.zero[:, groups]) * self.scale.double()[:, groups]
+
+
+def int_weight(w: Tensor, ints: Ints = INT4) -> IntWeight:
+    """w [N, K] rounded; what zero points there are move it by up to two steps."""
+    codes, scale = to_ints(w, ints.group, ints.bits)
+    zero = torch.randint(-2, 3, scale.shape, device=w.device).to(torch.int8) if ints.has_zero else None
+    groups = (torch.randperm if ints.act_order else torch.arange)(w.shape[1]) // ints.group
+    return IntWeight(packing.pack(codes, scale, zero, groups, bits=ints.bits), codes, scale, zero, groups)
+
+
+def tinygemm(weight: IntWeight) -> tuple[Tensor, Tensor]:
     """A weight as torch's own int4 operator reads it on a GPU: two codes a byte, scale and zero point of groups."""
-    fields = (codes + 8).to(torch.uint8)
+    fields = (weight.codes + 8).to(torch.uint8)
     pairs = (fields[:, ::2] << 4) | fields[:, 1::2]
     packed = torch.ops.aten._convert_weight_to_int4pack(pairs.contiguous(), 8)
-    return packed, torch.stack([scale.T, torch.zeros_like(scale.T)], -1).contiguous()
+    shift = torch.zeros_like(weight.scale) if weight.zero is None else -weight.zero * weight.scale
+    return packed, torch.stack([weight.scale.T, shift.T], -1).contiguous()
 
 
-def w4a16(m: int, n: int, k: int, device: torch.device) -> Bodies:
+def int_rows(m: int, n: int, k: int, device: torch.device, ints: Ints = INT4) -> Bodies:
+    """bf16 tokens; beside torch's operator where it has one, and other weights than INT4 beside that."""
     x, w = inputs(m, n, k, device)
-    packed, codes, scale = packed_int4(w)
-    rows, stock = some_rows(m, device), None
-    if device.type == "cuda":
-        stock = tinygemm(codes, scale)
+    weight, rows = int_weight(w, ints), some_rows(m, device)
+    baselines: dict[str, Callable[[], object]] = {DENSE: lambda: x @ w.T}
+    if ints.bits == 4 and not ints.act_order:
+        stock = tinygemm(weight) if device.type == "cuda" else None
 
-    def their() -> Tensor:
-        assert stock is not None, "the operator for GPUs"
-        return torch.ops.aten._weight_int4pack_mm(x, stock[0], GROUP, stock[1])
+        def their() -> Tensor:
+            assert stock is not None, "the operator for GPUs"
+            return torch.ops.aten._weight_int4pack_mm(x, stock[0], ints.group, stock[1])
 
+        baselines[TINYGEMM] = their
+    if ints != INT4:
+        plain = int_weight(w).packed
+        baselines[OUR_W4A16] = lambda: int4.linear(x, plain)
     return Bodies(
-        run=lambda: [int4.linear(x, packed)],
-        expected=lambda: product(x, codes.double() * spread(scale, GROUP), rows),
-        baselines={TINYGEMM: their, DENSE: lambda: x @ w.T},
-        rows=rows,
+        lambda: [int4.linear(x, weight.packed)], lambda: product(x, weight.exact(), rows), baselines, rows=rows
     )
 
 
 def w4a8(m: int, n: int, k: int, device: torch.device) -> Bodies:
     x, w = inputs(m, n, k, device)
-    packed, codes, scale = packed_int4(w)
-    (x_codes, x_scale), rows = to_fp8(x), some_rows(m, device)
+    weight, (x_codes, x_scale), rows = int_weight(w), to_fp8(x), some_rows(m, device)
     return Bodies(
-        run=lambda: [int4.matmul(x_codes, packed, x_scale, BF16)],
-        expected=lambda: product(x_codes.double() * x_scale, codes.double() * spread(scale, GROUP), rows),
-        baselines={OUR_W4A16: lambda: int4.linear(x, packed), DENSE: lambda: x @ w.T},
+        run=lambda: [int4.matmul(x_codes, weight.packed, x_scale, BF16)],
+        expected=lambda: product(x_codes.double() * x_scale, weight.exact(), rows),
+        baselines={OUR_W4A16: lambda: int4.linear(x, weight.packed), DENSE: lambda: x @ w.T},
         rows=rows,
     )
 
 
+OTHER_INTS = {
+    "W4A16 in groups of 32": Ints(group=32),
+    "W4A16 in groups of 64": Ints(group=64),
+    "W4A16 with zero points": Ints(has_zero=True),
+    "W4A16 in act-order": Ints(act_order=True),
+    "W3A16": Ints(bits=3),
+    "W2A16": Ints(bits=2),
+}
 KINDS = {  # a body, bytes of a weight and of an input, and what a sum may be off
     "fp8 rows": (fp8_rows, 1.0, 1, FEW_BITS),
     "fp8 blocks": (fp8_blocks, 1.0, 1, FEW_BITS),
     "int8 rows": (int8_rows, 1.0, 1, 5e-3),
     "W8A16": (int8_weights, 1 + 2 / GROUP, 2, 5e-3),
-    "W4A16": (w4a16, shapes.WEIGHT_BYTES["int4"], 2, 5e-3),
+    "W4A16": (int_rows, shapes.WEIGHT_BYTES["int4"], 2, 5e-3),
     "W4A8": (w4a8, shapes.WEIGHT_BYTES["int4"], 1, FEW_BITS),
+    **{kind: (partial(int_rows, ints=ints), ints.num_bytes, 2, 5e-3) for kind, ints in OTHER_INTS.items()},
 }
 
 
@@ -223,3 +272,7 @@ def _int4(add) -> None:  # type: ignore[no-untyped-def]
         goals = ([Goal(OUR_W4A16, 1.3)] if m <= 512 else []) + ([Goal(DENSE, 1.2)] if m >= 512 else [])
         add("5", "W4A8", m, "gate_up", goals, m == 512)
     add("5", "W4A8", 16, "gate_up", [])
+    for kind in OTHER_INTS:
+        add("4", kind, 16, "gate_up", [Goal(DENSE, 2.0)])
+    for kind in ("W4A16 in groups of 32", "W4A16 with zero points", "W4A16 in act-order", "W2A16"):
+        add("4", kind, 2048, "gate_up", [Goal(DENSE, 0.8)])

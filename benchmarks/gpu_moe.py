@@ -13,7 +13,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from benchmarks import shapes
-from benchmarks.gpu_case import FEW_BITS, Bodies, Case, Goal, some_rows, spread, to_fp8, to_int4
+from benchmarks.gpu_case import FEW_BITS, Bodies, Case, Goal, some_rows, spread, to_fp8, to_ints
 from torch import Tensor
 
 from octavo.kernels.moe.gpu import int4 as moe_int4
@@ -51,7 +51,7 @@ def experts(num: int, n: int, k: int, kind: str, device: torch.device) -> tuple[
         scale = w.float().abs().amax(-1) / 127
         codes = (w.float() / scale[..., None]).round().to(torch.int8)
         return Experts(codes, scale), (codes.float() * scale[..., None]).bfloat16()
-    codes, scale = to_int4(w.flatten(0, 1), min(GROUP, k))
+    codes, scale = to_ints(w.flatten(0, 1), min(GROUP, k))
     scale = scale.reshape(num, n, -1)
     packed = moe_int4.pack(codes.reshape(w.shape), scale, None, min(GROUP, k), fp8=kind == "int4 fp8")
     return packed, packed.unpack().bfloat16()
