@@ -81,7 +81,7 @@ def paged(sizes: Sizes, kind: str, device: torch.device) -> tuple[Tensor, StepIn
 
 def some_of(count: int, device: torch.device, most: int = 24) -> Tensor:
     """Queries to compare: the first, the last, and some between."""
-    return torch.linspace(0, count - 1, min(most, count), device=device).round().long().unique()
+    return torch.arange(min(most, count), device=device) * (count - 1) // max(min(most, count) - 1, 1)
 
 
 def exact(q: Tensor, inputs: StepInputs, cache: LayerCache, shape: AttentionShape, rows: Tensor) -> Tensor:

@@ -123,7 +123,7 @@ def stock_chain(x: Tensor, logits: Tensor, top_k: int, gate_up: Tensor, down: Te
     chosen, weights = chosen_of(logits, top_k)
     order = chosen.flatten().argsort()
     token, factor = order // top_k, weights.flatten()[order, None].bfloat16()
-    ends = torch.bincount(chosen.flatten(), minlength=gate_up.shape[0]).cumsum(0).int()
+    ends = (chosen.flatten()[:, None] == torch.arange(len(gate_up), device=x.device)).sum(0).cumsum(0).int()
 
     def run() -> Tensor:
         gate, up = torch._grouped_mm(x[token], gate_up.mT, offs=ends).chunk(2, 1)
