@@ -12,9 +12,9 @@ Assumptions, to be replaced by what is measured: copy 3.0 TB/s; a loaded memory'
 where the kernel before has just written what is read (norms, activations, rope: in L2, though their bytes are counted
 as memory's); 1.0 us between two kernels of a graph; 2 trips in a row for each kernel, 3 in attention (lengths, block
 table, keys), 5 where shares are merged (counter, shares), 3 more of 0.35 us where it rounds its rows (counter, the row
-twice); tensor cores at 800 (bf16) and 1300 TFLOP/s; 1.7 GHz. bf16
-GEMMs are the library's: bytes at 85 % of copy. Kernels don't overlap. Blocks are spread evenly over the SMs,
-ceil(blocks / 132) on the busiest. What the host does between steps isn't in it.
+twice); tensor cores at 800 (bf16) and 1300 TFLOP/s (8 bits); 1.7 GHz. bf16 GEMMs, and an argmax, are the library's:
+bytes at 85 % of copy. Kernels don't overlap. Blocks are spread evenly over the SMs, ceil(blocks / 132) on the busiest.
+What the host does between steps isn't in it.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ COPY, LATENCY, L2_LATENCY, GAP = 3.0e12, 0.8e-6, 0.35e-6, 1.0e-6
 SM_RATE = 64 * CLOCK  # bytes/s that an SM can take in
 PEAK = {"bf16": 800e12, "fp8": 1300e12, "": float("inf")}
 LIBRARY = 0.85  # of copy, for the library's bf16 GEMMs with few tokens
+L2_BYTES = 50 << 20
 REGISTERS, SHARED, THREADS, BLOCKS = 65536, 227 << 10, 2048, 32
 
 

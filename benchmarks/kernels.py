@@ -38,12 +38,13 @@ END_SECONDS = 10.0  # the bandwidth once more
 STARTS = 2  # without a GPU, after which no other is tried
 
 
+def every_case(tiny: bool = False) -> list[Case]:
+    return [case for room in (gpu_rows, gpu_gemms, gpu_attention, gpu_moe, gpu_around) for case in room.cases(tiny)]
+
+
 def all_cases(args: argparse.Namespace) -> list[Case]:
     """Those that are asked for, a quick run's first."""
-    made = [
-        case for room in (gpu_rows, gpu_gemms, gpu_attention, gpu_moe, gpu_around) for case in room.cases(args.rehearse)
-    ]
-    wanted = [case for case in made if args.only in case.name and (case.first or not args.quick)]
+    wanted = [case for case in every_case(args.rehearse) if args.only in case.name and (case.first or not args.quick)]
     return sorted(wanted, key=lambda case: not case.first)
 
 
@@ -166,7 +167,7 @@ def measure(case: Case, clock: Clock, copy: float) -> Result:
         if not result.error <= case.tolerance:
             result.failure = f"wrong: error {result.error:.1e}, at most {case.tolerance:.0e}"
         count = number_of_sets(case, clock.l2_bytes)
-        result.warm = count * case.num_bytes < 3 * clock.l2_bytes
+        result.warm = is_warm(case, clock.l2_bytes)
         sets = [bodies, *(case.make(device) for _ in range(count - 1))]
         times, problems = clock.together(by_body(sets))
         if OWN not in times:
@@ -182,6 +183,11 @@ def measure(case: Case, clock: Clock, copy: float) -> Result:
 def number_of_sets(case: Case, l2_bytes: int) -> int:
     """Sets of inputs that are more than three L2 caches together, two at the least."""
     return min(max(2, -(-3 * l2_bytes // max(case.num_bytes, 1))), MOST_SETS)
+
+
+def is_warm(case: Case, l2_bytes: int) -> bool:
+    """All sets of its inputs are fewer bytes than that."""
+    return number_of_sets(case, l2_bytes) * case.num_bytes < 3 * l2_bytes
 
 
 def by_body(sets: list[Bodies]) -> dict[str, list[Call]]:

@@ -1,9 +1,10 @@
-"""What a GPU that isn't there would take, predicted: each kernel, and each decode step of the models of shapes.py.
+"""What a GPU that isn't there would take, predicted: each case of kernels.py, and decode steps of shapes.py's models.
 
     PYTHONPATH=src python -m benchmarks.simulate [--models NAME,...] [--output FILE] [--measured DIR]
 
-No measurement. Every launch is the one that octavo's decoder makes, on `meta` tensors, compiled for sm_90 by
-`kernels.ahead`; its time is what `gpu_model` says of it, whose docstring has the model and its assumptions.
+No measurement. Every launch is the one that octavo's decoder, or the case, makes, on `meta` tensors, compiled for sm_90
+by `kernels.ahead`; its time is what `gpu_model` says of it, whose docstring has the model and its assumptions. What a
+case's launches move and compute is derived in `gpu_launches`; what a step's do is written here.
 
 With --measured, what kernels.py and gpu_step.py wrote there is compared with what is predicted for the same cases.
 """
@@ -12,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +21,11 @@ from typing import Any
 
 import torch
 import triton
-from benchmarks import shapes
+from benchmarks import gpu_launches, kernels, shapes
 from benchmarks.gpu_attention import Sizes
-from benchmarks.gpu_model import COPY, L2_LATENCY, LATENCY, Compiler, Resources, Work, predict
+from benchmarks.gpu_case import Case
+from benchmarks.gpu_launches import habits
+from benchmarks.gpu_model import COPY, Compiler, Resources, Work, predict
 from torch import Tensor
 
 from octavo.kernels import tables
@@ -69,18 +71,14 @@ def gemm_work(name: str, weights: str, m: int, n: int, k: int) -> tuple[Work, in
     if weights == "fp8":
         is_few = sizes.pop("is_few")
         x, w, scales = meta(m, k, dtype=E4M3), meta(n, k, dtype=E4M3), (meta(m, 1), meta(n))
-        launch, turns = (few if is_few else many)(x, w, *scales, out, **sizes), cdiv(k, sizes["block_k"])
-        if not is_few:
-            turns *= cdiv(cdiv(m, sizes["block_m"]) * cdiv(n, sizes["block_n"]), launch.grid[0])
+        launch = (few if is_few else many)(x, w, *scales, out, **sizes)
     else:
         words, scale = meta(cdiv(k, 128), n, 32, dtype=torch.int16), meta(cdiv(k, 128), n, dtype=BF16)
         packed = PackedInt4(words, scale, 4, 128, None, None, meta(k, dtype=torch.int64))
-        launch, turns = int4_gemm(meta(m, k, dtype=BF16), packed, out, **sizes), cdiv(k, 128)
-    padded = cdiv(m, sizes["block_m"]) * sizes["block_m"]
-    peak = "fp8" if weights == "fp8" else "bf16"
-    return Work(name, launch, num_bytes, shapes.gemm_flops(padded, n, k), peak, turns=cdiv(turns, parts)), parts * (
-        parts > 1
-    )
+        launch = int4_gemm(meta(m, k, dtype=BF16), packed, out, **sizes)
+    peak, h = "fp8" if weights == "fp8" else "bf16", habits(launch)
+    flops = shapes.gemm_flops(m, n, k) * h.padding
+    return Work(name, launch, num_bytes, flops, peak, turns=h.turns), parts if parts > 1 else 0
 
 
 def summed(m: int, n: int, parts: int) -> Tensor:
@@ -113,9 +111,9 @@ def silu_work(m: int, n: int, parts: int, fp8: bool) -> Work:
 
 
 def attention_work(
-    sizes: Sizes, kv: str, qkv_parts: int | None, longest: int, qk_norm: bool = False, fp8: bool = False
+    sizes: Sizes, kv: str, qkv_parts: int, longest: int, qk_norm: bool = False, fp8: bool = False
 ) -> Work:
-    """From qkv on (None: from q on), with the merge; longest: what the grid must hold, as in a CUDA graph.
+    """From qkv on, with the merge; longest: what the grid must hold, as in a CUDA graph.
 
     fp8: rows are rounded, too: read back out of L2 for that, twice.
     """
@@ -133,27 +131,17 @@ def attention_work(
     programs = attention.share_count(longest, shape, least=block["least"], most=block["most"])
     lse = meta(batch, s.kv_heads, programs, group)
     partial = meta(batch, s.kv_heads, programs, group, s.d)
-    share = cdiv(max(cdiv(s.length, block["most"]), block["least"]), block["block_n"]) * block["block_n"]
-    parts = cdiv(s.length, share)
     cached = batch * 2 * s.kv_heads * s.d * shapes.KV_BYTES[kv]
     num_bytes = s.length * cached + 2 * batch * s.heads * s.d
-    between = parts * batch * s.heads * (s.d + 1) * 4 if parts > 1 else 0
-    if qkv_parts is None:
-        launch, trips = attention.decode(q, inputs, layer, shape, q, partial, lse, ints, **block), 3
-        num_bytes += 2 * batch * s.heads * s.d
-    else:
-        rotation = (meta(longest, s.d), weight, weight, 1e-5)
-        qkv, room = summed(batch, width, qkv_parts), (q, partial, lse, ints)
-        wants = Rounding(E4M3) if fp8 else None
-        into = {"into": attention.room_of_rows(q, wants), "wants": wants}
-        launch, trips = rope_decode(qkv, inputs, layer, shape, *rotation, *room, **into, **block), 5.0
-        trips += 3 * fp8 * L2_LATENCY / LATENCY
-        num_bytes += read_bytes(batch, width, qkv_parts) + cached + batch * s.heads * s.d * fp8
-    return Work(
-        "attention", launch, num_bytes + 2 * between,
-        4 * max(group, 16) * s.kv_heads * s.d * s.length * batch, "bf16", batch * s.kv_heads * parts,
-        cdiv(min(share, s.length), block["block_n"]), trips + 2 * (parts > 1),
-    )  # fmt: skip
+    rotation = (meta(longest, s.d), weight, weight, 1e-5)
+    qkv, room = summed(batch, width, qkv_parts), (q, partial, lse, ints)
+    wants = Rounding(E4M3) if fp8 else None
+    into = {"into": attention.room_of_rows(q, wants), "wants": wants}
+    launch = rope_decode(qkv, inputs, layer, shape, *rotation, *room, **into, **block)
+    num_bytes += read_bytes(batch, width, qkv_parts) + cached + batch * s.heads * s.d * fp8
+    h = habits(launch, length=s.length)
+    flops = 4 * s.heads * s.d * s.length * batch * h.padding
+    return Work("attention", launch, num_bytes + h.num_bytes, flops, "bf16", h.blocks, h.turns, h.trips)
 
 
 def layer_works(config: shapes.Config, weights: str, kv: str, batch: int, context: int) -> list[Work]:
@@ -199,21 +187,17 @@ def mixture_works(config: shapes.Config, weights: str, batch: int) -> list[Work]
     works: list[Work] = []
     sizes, gemms = {width: hidden, hidden: inner}, 0
     for launch in steps:
-        name = launch.kernel.__name__.strip("_")
-        if name == "router":  # its parts are merged, and its blocks of tokens; the weight's way from memory is two
-            between, trips = 2 * launch.arguments["partial"].nbytes, 5 if launch.grid[0] == 1 else 8
-            works.append(Work(name, launch, read + between, trips=trips, near=True))
+        name, h = launch.kernel.__name__.strip("_"), habits(launch, hit)
+        if name == "router":
+            works.append(Work(name, launch, read + h.num_bytes, turns=h.turns, trips=h.trips, near=h.near))
         elif name == "route":
             works += [Work("router", None, read), Work(name, launch, batch * num * 4, near=True)]
         elif "grouped" in name:
             n, k = ((width, hidden), (hidden, inner))[gemms]
             gemms += 1
-            tiles = round(hit * max(1, cdiv(cdiv(pairs, max(round(hit), 1)), launch.arguments["BLOCK_M"])))
             num_bytes = hit * n * k * shapes.WEIGHT_BYTES[weights] + pairs * (2 * n + sizes[n] * 2)
-            flops = 2 * tiles * launch.arguments["BLOCK_M"] * n * k
-            blocks = tiles * cdiv(n, launch.arguments["BLOCK_N"])
-            peak = "fp8" if weights == "fp8" else "bf16"
-            works.append(Work(f"experts {n} x {k}", launch, num_bytes, flops, peak, blocks, cdiv(k, 128), 3))
+            flops, peak = shapes.gemm_flops(pairs, n, k) * h.padding, "fp8" if weights == "fp8" else "bf16"
+            works.append(Work(f"experts {n} x {k}", launch, num_bytes, flops, peak, h.blocks, h.turns, h.trips))
         else:
             works.append(Work(name, launch, pairs * (width + hidden) * 2, near=True))
     return works
@@ -222,23 +206,27 @@ def mixture_works(config: shapes.Config, weights: str, batch: int) -> list[Work]
 def end_works(config: shapes.Config, batch: int) -> list[Work]:
     """What comes once in a step: embedding and first norm, the head, and drawing tokens."""
     vocab, hidden = config["vocab_size"], config["hidden_size"]
-    row = meta(batch)
-    logits, whole, double = meta(batch, vocab), meta(batch, dtype=torch.int64), meta(batch, dtype=torch.float64)
+    whole, logits = meta(batch, dtype=torch.int64), 4 * batch * vocab
+    first = embed(whole, meta(vocab, hidden, dtype=BF16), meta(batch, hidden, dtype=BF16))
+    flops = shapes.gemm_flops(batch, vocab, hidden)
+    return [
+        Work("embedding", first, 4 * batch * hidden),
+        norm_work(batch, hidden, 0, False),
+        Work("head", None, shapes.head_bytes(config) + logits, flops, "bf16"),
+        *drawing_works(batch, vocab),
+    ]
+
+
+def drawing_works(batch: int, vocab: int) -> list[Work]:
+    """Tokens drawn with top-p."""
+    row, whole = meta(batch), meta(batch, dtype=torch.int64)
     memory = sampling.scratch(batch, vocab, "meta")
-    drawn = sampling.launches(logits, row, whole, row, row, double, whole, memory)
-    head = Work(
-        "head", None, shapes.head_bytes(config) + 4 * batch * vocab, shapes.gemm_flops(batch, vocab, hidden), "bf16"
+    *passes, choose = sampling.launches(
+        meta(batch, vocab), row, whole, row, row, meta(batch, dtype=torch.float64), whole, memory
     )
     return [
-        Work(
-            "embedding",
-            embed(whole, meta(vocab, hidden, dtype=BF16), meta(batch, hidden, dtype=BF16)),
-            4 * batch * hidden,
-        ),
-        norm_work(batch, hidden, 0, False),
-        head,
-        *(Work(launch.kernel.__name__.strip("_"), launch, 4 * batch * vocab, near=True) for launch in drawn[:2]),
-        Work("choose", drawn[2], 2 * batch * vocab, trips=6, near=True),
+        *(Work(launch.kernel.__name__.strip("_"), launch, 4 * batch * vocab, near=True) for launch in passes),
+        Work("choose", choose, 2 * batch * vocab, trips=habits(choose).trips, near=True),
     ]
 
 
@@ -312,28 +300,32 @@ def kernel_table(name: str, weights: str, kv: str, batch: int, context: int, com
     return lines
 
 
-def case_work(name: str) -> Work | None:
-    """The kernel of a case of kernels.py, by its name; None of one that isn't modelled."""
-    if found := re.fullmatch(r"\S+ (fp8 rows|W4A16), M (\d+), .* (\d+) x (\d+)", name):
-        m, n, k = (int(number) for number in found.groups()[1:])
-        return gemm_work(name, "fp8" if found[1] == "fp8 rows" else "int4", m, n, k)[0]
-    if found := re.fullmatch(r"6 norm to fp8(?: of (\d) sums)?, (\d+) tokens x (\d+)", name):
-        return norm_work(int(found[2]), int(found[3]), int(found[1] or 0), True)
-    if found := re.fullmatch(r"7 silu to fp8, (\d+) tokens x (\d+)", name):
-        return silu_work(int(found[1]), int(found[2]), 0, True)
-    if found := re.fullmatch(r"9 decode attention, (\w+) cache, (\d+) x (\d+) tokens, (\d+) / (\d+)", name):
-        batch, length, heads, kv_heads = (int(number) for number in found.groups()[1:])
-        return attention_work(Sizes(batch, 1, length - 1, heads, kv_heads, 128), found[1], None, length)
-    return None
+def predicted(case: Case, compiled: Compiled) -> tuple[float, str, int]:
+    """Microseconds of a case of kernels.py, what bounds the longest of its launches, and how many there are."""
+    works = gpu_launches.works(case)
+    parts = [predict(work, compiled) for work in works]
+    longest, work = max(zip(parts, works, strict=True), key=lambda pair: pair[0].seconds)
+    bound = longest.bound if len(parts) == 1 else f"{work.name}: {longest.bound}"
+    return 1e6 * sum(part.seconds for part in parts), bound, len(parts)
+
+
+def case_table(compiled: Compiled) -> list[str]:
+    lines = ["", "## Kernel cases, predicted", ""]
+    lines += ["| case | MB | limit, us | predicted, us | launches | bound by |", "|---" * 6 + "|"]
+    for case in kernels.every_case():
+        us, bound, launches = predicted(case, compiled)
+        megabytes, limit = case.num_bytes / 1e6, 1e6 * case.num_bytes / COPY
+        lines.append(f"| {case.name} | {megabytes:.2f} | {limit:.1f} | {us:.1f} | {launches} | {bound} |")
+    return lines
 
 
 def of_kernels(results: dict[str, Any], compiled: Compiled) -> Iterator[tuple[str, float, float]]:
     """Name, predicted and measured microseconds of what kernels.py wrote."""
+    cases = {case.name: case for case in kernels.every_case()}
     for result in results["results"]:
         name = f"{result['row']} {result['kernel']}, {result['shape']}"
-        work = case_work(name) if result["us"] and not result["failure"] else None
-        if work is not None:
-            yield name, 1e6 * predict(work, compiled).seconds, result["us"]
+        if result["us"] and not result["failure"] and name in cases:
+            yield name, predicted(cases[name], compiled)[0], result["us"]
 
 
 def of_steps(results: dict[str, Any], compiled: Compiled) -> Iterator[tuple[str, float, float]]:
@@ -342,9 +334,9 @@ def of_steps(results: dict[str, Any], compiled: Compiled) -> Iterator[tuple[str,
     for record in results["records"] if weights in ("bf16", "fp8", "int4") else ():
         if "sampling" in record and "failure" not in record:
             batch, context = record["batch"], record["context"]
-            predicted = step(shapes.CONFIGS[results["model"]], weights, kv, batch, context, compiled)
+            whole = step(shapes.CONFIGS[results["model"]], weights, kv, batch, context, compiled)
             name = f"step, {weights}, {kv} KV, {batch} sequences of {context}"
-            yield name, 1e3 * predicted.ms, 1e3 * (record["forward"] + record["sampling"])
+            yield name, 1e3 * whole.ms, 1e3 * (record["forward"] + record["sampling"])
 
 
 def errors(directory: Path, compiled: Compiled) -> list[str]:
@@ -387,9 +379,11 @@ def main() -> None:
     lines += [
         "Out of bytes, FLOPs, launches and what the compiler made of each launch; the model and its assumptions are in"
     ]
-    lines += [f"benchmarks/gpu_model.py. Triton {triton.__version__}. Limit: bytes over {COPY / 1e12:.1f} TB/s."]
+    lines += [f"benchmarks/gpu_model.py, of cases in gpu_launches.py. Triton {triton.__version__}."]
+    lines += [f"Limit: bytes over {COPY / 1e12:.1f} TB/s."]
     for weights, kv, batch in (("fp8", "fp8", 1), ("fp8", "fp8", 32), ("int4", "fp8", 1), ("int4", "fp8", 32)):
         lines += kernel_table(args.models.split(",")[0], weights, kv, batch, 1024, compiled)
+    lines += case_table(compiled)
     for name in args.models.split(","):
         lines += step_table(name, compiled, numbers(args.batches), numbers(args.contexts))
     lines += errors(args.measured, compiled)

@@ -16,7 +16,17 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # whoever runs `pytest` and not `python -m pytest` doesn't have it there
 
-from benchmarks import gpu_around, gpu_gemms, gpu_rows, gpu_step, kernels, shapes, simulate, tune  # noqa: E402
+from benchmarks import (  # noqa: E402
+    gpu_around,
+    gpu_gemms,
+    gpu_launches,
+    gpu_rows,
+    gpu_step,
+    kernels,
+    shapes,
+    simulate,
+    tune,
+)
 from benchmarks.gpu_case import FEW_BITS, Bodies, Case, Goal, error_of  # noqa: E402
 from benchmarks.gpu_clock import HostClock, Timing, summarize  # noqa: E402
 from benchmarks.gpu_table import Result, derive, geomeans, write  # noqa: E402
@@ -118,7 +128,7 @@ def test_cases_of_octavo_s_kernels_run_and_are_right(kind: str) -> None:
 
 
 def test_case_names_are_all_different() -> None:
-    names = [c.name for room in (gpu_rows, gpu_gemms, kernels.gpu_attention, kernels.gpu_moe) for c in room.cases()]
+    names = [c.name for c in kernels.every_case()]
     assert len(set(names)) == len(names)
     assert {name.split()[0] for name in names} >= {str(row) for row in range(1, 12)}
 
@@ -297,9 +307,53 @@ def test_a_step_is_slower_than_its_limit_and_has_the_decoder_s_launches(name: st
         assert step.launches == config["num_hidden_layers"] * (8 + shapes.is_mixture(config)) + 6
 
 
-def test_cases_that_are_modelled_are_found_by_their_names() -> None:
-    names = [c.name for c in (*gpu_gemms.cases(), *gpu_rows.cases(), *kernels.gpu_attention.cases())]
-    assert sum(simulate.case_work(name) is not None for name in names) > 40
+def test_every_case_is_predicted_and_moves_and_computes_what_it_says() -> None:
+    for c in kernels.every_case():
+        works = gpu_launches.works(c)
+        assert works, c.name
+        assert sum(work.num_bytes for work in works) >= c.num_bytes * (1 - 1e-9), c.name
+        assert sum(work.flops for work in works) >= c.flops * (1 - 1e-9), c.name
+        us, bound, launches = simulate.predicted(c, small)
+        assert us > 1e6 * c.num_bytes / simulate.COPY, c.name
+        assert (":" in bound) == (launches > 1), c.name
+
+
+def test_a_gemm_s_bytes_are_those_of_its_tensors() -> None:
+    for c in gpu_gemms.cases():
+        (first, *others) = gpu_launches.started_by(c).started
+        if not others:
+            assert sum(t.nbytes for t in first.tensors.values()) == pytest.approx(c.num_bytes, rel=0.02), c.name
+            assert first.products == c.flops / 2
+
+
+def test_a_mixture_s_bytes_are_shared_out_among_its_launches() -> None:
+    (c,) = (c for c in kernels.gpu_moe.cases() if "mixture, fp8, 16 tokens" in c.name)
+    works = gpu_launches.works(c)
+    assert [work.name for work in works] == ["router", "quantize_rows", "grouped", "gated", "grouped", "sum"]
+    assert works[2].num_bytes == pytest.approx(2 * works[4].num_bytes, rel=0.01)  # gate and up, and down
+    assert works[2].flops == pytest.approx(2 * works[4].flops)
+    assert [work.near for work in works] == [True, True, False, True, False, True]
+    assert works[5].num_bytes == 16 * 8 * 2048 * 2  # what the second GEMM left
+
+
+def test_a_weight_without_memory_is_packed_as_one_that_has_some() -> None:
+    for ints in gpu_gemms.OTHER_INTS.values():
+        weight = gpu_gemms.int_weight(torch.randn(48, 256), ints)
+        packed, wanted = gpu_launches.pack_on_meta(
+            weight.codes.to("meta"), weight.scale.to("meta"), weight.zero, weight.groups, bits=ints.bits
+        ), weight.packed  # fmt: skip
+        assert (packed.bits, packed.share, packed.num_bytes) == (wanted.bits, wanted.share, wanted.num_bytes)
+        assert (packed.scale.shape, packed.scale.dtype) == (wanted.scale.shape, wanted.scale.dtype)
+        assert (packed.order is None) == (wanted.order is None) == (not ints.act_order)
+
+
+def test_what_nothing_predicts_is_refused() -> None:
+    def sums(device: torch.device) -> Bodies:
+        x = torch.ones(4, device=device)
+        return Bodies(lambda: [x.cumsum(0)], lambda: [x.double()])
+
+    with pytest.raises(NotImplementedError, match="aten::cumsum takes time"):
+        gpu_launches.works(Case("-", "sums", "4", 16, 0, sums))
 
 
 H100 = {"card": "NVIDIA H100 80GB HBM3"}
