@@ -203,8 +203,8 @@ def mixture_works(config: shapes.Config, weights: str, batch: int) -> list[Work]
     return works
 
 
-def end_works(config: shapes.Config, batch: int) -> list[Work]:
-    """What comes once in a step: embedding and first norm, the head, and drawing tokens."""
+def end_works(config: shapes.Config, batch: int, greedy: bool = False) -> list[Work]:
+    """What comes once in a step: embedding and first norm, the head, and tokens: drawn, or the library's argmax."""
     vocab, hidden = config["vocab_size"], config["hidden_size"]
     whole, logits = meta(batch, dtype=torch.int64), 4 * batch * vocab
     first = embed(whole, meta(vocab, hidden, dtype=BF16), meta(batch, hidden, dtype=BF16))
@@ -213,7 +213,7 @@ def end_works(config: shapes.Config, batch: int) -> list[Work]:
         Work("embedding", first, 4 * batch * hidden),
         norm_work(batch, hidden, 0, False),
         Work("head", None, shapes.head_bytes(config) + logits, flops, "bf16"),
-        *drawing_works(batch, vocab),
+        *([Work("argmax", None, logits, near=True)] if greedy else drawing_works(batch, vocab)),
     ]
 
 
@@ -240,9 +240,11 @@ class Step:
     launches: int
 
 
-def step(config: shapes.Config, weights: str, kv: str, batch: int, context: int, compiled: Compiled) -> Step:
+def step(
+    config: shapes.Config, weights: str, kv: str, batch: int, context: int, compiled: Compiled, *, greedy: bool = False
+) -> Step:
     layer = [predict(work, compiled) for work in layer_works(config, weights, kv, batch, context)]
-    end = [predict(work, compiled) for work in end_works(config, batch)]
+    end = [predict(work, compiled) for work in end_works(config, batch, greedy)]
     layers = config["num_hidden_layers"]
     each = layers * sum(p.seconds for p in layer) + sum(p.seconds for p in end)
     overhead = layers * sum(p.overhead for p in layer) + sum(p.overhead for p in end)
@@ -329,12 +331,12 @@ def of_kernels(results: dict[str, Any], compiled: Compiled) -> Iterator[tuple[st
 
 
 def of_steps(results: dict[str, Any], compiled: Compiled) -> Iterator[tuple[str, float, float]]:
-    """The same of gpu_step.py's decode steps, a greedy choice behind them, where top-p's launches are predicted."""
+    """The same of gpu_step.py's decode steps, with the greedy choice behind them."""
     weights, kv = results["weights"], results["kv"]
     for record in results["records"] if weights in ("bf16", "fp8", "int4") else ():
         if "sampling" in record and "failure" not in record:
             batch, context = record["batch"], record["context"]
-            whole = step(shapes.CONFIGS[results["model"]], weights, kv, batch, context, compiled)
+            whole = step(shapes.CONFIGS[results["model"]], weights, kv, batch, context, compiled, greedy=True)
             name = f"step, {weights}, {kv} KV, {batch} sequences of {context}"
             yield name, 1e3 * whole.ms, 1e3 * (record["forward"] + record["sampling"])
 
