@@ -104,6 +104,18 @@ def int8_weights(m: int, n: int, k: int, device: torch.device) -> Bodies:
     )
 
 
+def fp8_weights(m: int, n: int, k: int, device: torch.device) -> Bodies:
+    x, w = inputs(m, n, k, device)
+    codes, scale = to_fp8(w)
+    packed, rows = w8a16.pack(codes, scale, -1), some_rows(m, device)
+    return Bodies(
+        run=lambda: [w8a16.linear(x, packed)],
+        expected=lambda: product(x, codes.double() * scale.double(), rows),
+        baselines={DENSE: lambda: x @ w.T},
+        rows=rows,
+    )
+
+
 @dataclass(frozen=True)
 class Ints:
     """How a weight is integers: columns of a group in order, or (act-order) anywhere; zero points or none."""
@@ -199,6 +211,7 @@ KINDS = {  # a body, bytes of a weight and of an input, and what a sum may be of
     "fp8 blocks": (fp8_blocks, 1.0, 1, FEW_BITS),
     "int8 rows": (int8_rows, 1.0, 1, 5e-3),
     "W8A16": (int8_weights, 1 + 2 / GROUP, 2, 5e-3),
+    "fp8 weights": (fp8_weights, 1.0, 2, 5e-3),
     "W4A16": (int_rows, shapes.WEIGHT_BYTES["int4"], 2, 5e-3),
     "W4A8": (w4a8, shapes.WEIGHT_BYTES["int4"], 1, FEW_BITS),
     **{kind: (partial(int_rows, ints=ints), ints.num_bytes, 2, 5e-3) for kind, ints in OTHER_INTS.items()},
@@ -226,7 +239,8 @@ def cases(tiny: bool = False) -> list[Case]:
     _int4(add)
     for m in (16, 4096):
         add("-", "int8 rows", m, "gate_up", [Goal(DENSE, 1.5)], m == 4096)
-    add("-", "W8A16", 16, "gate_up", [Goal(DENSE, 1.5)])
+    for kind in ("W8A16", "fp8 weights"):
+        add("-", kind, 16, "gate_up", [Goal(DENSE, 1.5)])
     return made
 
 
