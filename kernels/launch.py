@@ -6,6 +6,9 @@ A launcher is a pure function of tensors (on any device, `meta` too) that return
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -15,6 +18,7 @@ import triton
 from torch import Tensor
 
 overlap = True  # let kernels that can overlap the one before them; benchmarks compare with False
+compiles_only = False  # launches have their kernels compiled and run nothing: `compiled_together`
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # as Triton itself decides it when kernels are defined
 
 
@@ -32,7 +36,7 @@ class Launch:
         """Start it on the current stream. An empty grid is no launch."""
         if all(self.grid):
             arguments, options = self.on(_capability())
-            self.kernel[self.grid](**arguments, **options)
+            self.kernel.run(grid=self.grid, warmup=compiles_only, **arguments, **options)
 
     def on(self, capability: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """All arguments, and what the compiler is told, for a compute capability (0: the interpreter).
@@ -59,6 +63,18 @@ class Launch:
 def _capability() -> int:
     """Of the GPU that kernels run on; 0 in the interpreter."""
     return 0 if INTERPRETED else int(triton.runtime.driver.active.get_current_target().arch)
+
+
+@contextmanager
+def compiled_together(workers: int) -> Iterator[None]:
+    """Meanwhile launches run nothing: their kernels are compiled, so many at a time, and are ready in the end."""
+    global compiles_only
+    compiles_only = True
+    try:
+        with ThreadPoolExecutor(workers) as pool, triton.AsyncCompileMode(pool):
+            yield
+    finally:
+        compiles_only = False
 
 
 @dataclass(frozen=True, slots=True)

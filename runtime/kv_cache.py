@@ -15,7 +15,7 @@ import torch
 from octavo.kernels.attention.cache import LayerCache
 from octavo.kernels.attention.step import StepInputs
 from octavo.runtime.config import EngineConfig
-from octavo.runtime.device import free_memory, peak_memory, total_memory
+from octavo.runtime.device import free_memory, give_back_unused, peak_memory, total_memory
 from octavo.runtime.inputs import empty_step
 from octavo.runtime.model.model import KVScales, Model
 from octavo.runtime.scheduler import MAX_PROMPT_LOGITS
@@ -59,6 +59,7 @@ class CachePlan:
 
 def create(model: Model, config: EngineConfig, notes: list[str]) -> tuple[list[LayerCache], CachePlan]:
     """The caches that a config asks for; what a person should know about them is added to notes."""
+    give_back_unused(model.device)  # what rounding weights took, say
     free = free_memory(model.device)
     if model.device.type == "cuda" and config.num_blocks is None and config.kv_cache_memory_bytes is None:
         free -= step_bytes(model, config)

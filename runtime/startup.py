@@ -17,7 +17,7 @@ from octavo.runtime.model.model import Model
 from octavo.runtime.model.weights import load_model
 from octavo.runtime.request import Ready, StartupReport
 from octavo.runtime.scheduler import SchedulerConfig
-from octavo.runtime.warm_up import run_requests, run_steps
+from octavo.runtime.warm_up import compile_steps, run_requests, run_steps
 
 COUNTS = ("block_size", "num_blocks", "kv_cache_memory_bytes", "max_num_seqs", "max_num_batched_tokens", "num_threads")
 MAX_PROMPT_LOGITS_BYTES = 64 << 20  # what one step may spend on logits for prompt_logprobs
@@ -38,6 +38,9 @@ def load_engine(config: EngineConfig, spawn_time: float) -> tuple[Engine, Ready]
     with torch.inference_mode():
         model = load_model(config)
         clock.end("weights")
+        if runs_triton(model):
+            compile_steps(model, config)
+            clock.end("compiling")
         notes = list(model.notes)
         caches, plan = kv_cache.create(model, config, notes)
         clock.end("kv cache")
@@ -112,8 +115,13 @@ def warm_up(model: Model, caches: list[LayerCache], limits: SchedulerConfig) -> 
         narrow = model.dtype == torch.float16
         hint = "; float16 may lack the range that its activations need: --dtype bfloat16" if narrow else ""
         raise ValueError(f"the model can't be run: {problem}{hint}")
-    if model.device.type == "cuda" and isinstance(model, Decoder):
+    if runs_triton(model):
         run_steps(model, caches, limits)
+
+
+def runs_triton(model: Model) -> bool:
+    """Whether there are kernels that Triton compiles."""
+    return isinstance(model, Decoder) and model.ops.name == "triton"
 
 
 class _Phases:

@@ -1,7 +1,8 @@
 """Which kernels a served model has Triton compile at start, and which later: `python first_launches.py DIR DTYPE KV`.
 
 Needs no GPU: Triton's own dispatcher runs as on an H100, up to the compiler, which isn't called. What a kernel would
-write is zeros. Prints {"start": number of kernels, "later": names of those that only requests met}.
+write is zeros. Prints names: of kernels that are compiled together, that start meets one by one, and that only requests
+met.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from octavo.runtime.model import weights
 from octavo.runtime.ops_gpu import make_ops
 from octavo.runtime.request import AddRequest, SamplingParams
 from octavo.runtime.scheduler import SchedulerConfig
-from octavo.runtime.warm_up import run_requests, run_steps
+from octavo.runtime.warm_up import compile_steps, run_requests, run_steps
 
 SEQUENCES, TOKENS, LENGTH = 80, 700, 1500
 
@@ -73,7 +74,13 @@ def main() -> None:
     torch.set_num_threads(1)
     seen: set[tuple[str, str]] = set()
     become_an_h100(seen)
-    model = weights.load_model(EngineConfig(model=directory, dtype=dtype, device="cpu"))  # type: ignore[arg-type]
+    config = EngineConfig(
+        model=directory, dtype=dtype, kv_cache_dtype=kv, device="cpu", block_size=16, max_model_len=LENGTH,  # type: ignore[arg-type]
+        max_num_seqs=SEQUENCES, max_num_batched_tokens=TOKENS,
+    )  # fmt: skip
+    model = weights.load_model(config)
+    compile_steps(model, config)
+    together = set(seen)
     limits = SchedulerConfig(
         num_blocks=3000, block_size=16, max_model_len=LENGTH, max_num_seqs=SEQUENCES, max_num_batched_tokens=TOKENS
     )
@@ -83,7 +90,8 @@ def main() -> None:
     graphs = StepGraphs(model, caches, SEQUENCES, LENGTH) if model.can_be_captured else None
     start = set(seen)
     serve(Engine(model, caches, limits, graphs=graphs), random.Random(0))
-    print(json.dumps({"start": len(start), "later": sorted(name for name, _ in seen - start)}))
+    found = {"together": together, "start": start - together, "later": seen - start}
+    print(json.dumps({when: sorted(name for name, _ in kernels) for when, kernels in found.items()}))
 
 
 if __name__ == "__main__":
