@@ -63,7 +63,8 @@ SAMPLES = {
     r"|prefill bf16, 8 / 4|rows: (w8a16|int4), groups of (64|128) with .*128 x|rows: int8 128 x 128, 8"
     r"|rows: moe (bf16|int8) 128 x|rows: moe int4, groups of 32.*64 x|rows: (moe |)w8a16, e4m3.*128 x",
     89: r"norm fp8 4096|prefill fp8, 32 / 8 heads of 128$|rows: (fp8|moe fp8 blocks) 128 x|rows: int8 16 x"
-    r"|rows: w8a16, groups of 128 .*128 x|rows: int4( fp8|), groups of 64 .*128 x",
+    r"|rows: w8a16, groups of 128 .*128 x|rows: int4( fp8|), groups of 64 .*128 x"
+    r"|rows: int4 fp8, groups of 32 .* 32 x",
 }
 
 
