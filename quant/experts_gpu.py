@@ -15,7 +15,7 @@ from octavo.quant.body import tensors_of
 from octavo.quant.linear import join_parts, per_channel
 from octavo.quant.linear_gpu import FEW_BITS, multiplies, scales_of_columns
 from octavo.quant.qparams import QuantizedWeight
-from octavo.quant.scheme import CHANNEL, PRESETS, QuantScheme
+from octavo.quant.scheme import CHANNEL, PRESETS, TENSOR, QuantScheme
 
 Weight = QuantizedWeight | Tensor
 Expert = tuple[list[Weight], Weight]  # [gate, up] and down
@@ -40,10 +40,17 @@ class Stacked:
             yield self.wants.places
 
 
-def stack_experts(experts: list[Expert], dtype: torch.dtype, device: torch.device, capability: int) -> Stacked | None:
+def stack_experts(
+    experts: list[Expert],
+    dtype: torch.dtype,
+    device: torch.device,
+    capability: int,
+    *,
+    rounds_inputs: bool = False,
+) -> Stacked | None:
     """Each expert's [gate, up] and down; None where no grouped GEMM has their scheme, or they have several.
 
-    Nor has one a down with act-order, which `sort_inner` has undone before.
+    Nor has one a down with act-order, which `sort_inner` has undone before. rounds_inputs: as of `make_linear`.
     """
     from octavo.kernels.moe.gpu.fused import wants
 
@@ -52,7 +59,13 @@ def stack_experts(experts: list[Expert], dtype: torch.dtype, device: torch.devic
     if len(schemes) != 1 or None in schemes or any(_has_act_order(down) for down in downs):
         return None
     ways = [weight for weight in gate_ups if weight is not None], downs
-    gate_up, down = (_stack(way, dtype, device, capability) for way in ways)
+    quantized = [weight for way in ways for weight in way if isinstance(weight, QuantizedWeight)]
+    if any(_says_no_rounding(weight) for weight in quantized):
+        return None
+    rounds = all(multiplies_experts(weight.scheme, weight.shape[1], capability) for weight in quantized)
+    if rounds_inputs and not rounds and quantized[0].scheme.activation is not None:
+        return None
+    gate_up, down = (_stack(way, dtype, device, rounds=rounds) for way in ways)
     if gate_up is None or down is None:
         return None
     return Stacked(gate_up, down, str(schemes.pop()), wants(gate_up))
@@ -100,8 +113,16 @@ def _scheme(weight: Weight | None, dtype: torch.dtype) -> str | None:
     return str(PRESETS["FP8_BLOCK"] if rows and weight.scheme.weight.is_float else weight.scheme)
 
 
-def _stack(experts: list[Weight], dtype: torch.dtype, device: torch.device, capability: int) -> Any | None:
-    """Weights [N, K] of one scheme."""
+def _says_no_rounding(weight: QuantizedWeight) -> bool:
+    """Whether its scheme rounds inputs in a way that nothing has, or misses a scale for: `make_linear` says which."""
+    activation = weight.scheme.activation
+    if activation is None:
+        return False
+    return activation.granularity == TENSOR if activation.dynamic else weight.input_scale is None
+
+
+def _stack(experts: list[Weight], dtype: torch.dtype, device: torch.device, *, rounds: bool) -> Any | None:
+    """Weights [N, K] of one scheme, for inputs that are rounded or not."""
     from octavo.kernels.moe.gpu.columns import once
     from octavo.kernels.moe.gpu.fused import Experts
 
@@ -109,23 +130,20 @@ def _stack(experts: list[Weight], dtype: torch.dtype, device: torch.device, capa
     if not quantized:
         return Experts(torch.stack([e.to(device, dtype) for e in experts if isinstance(e, Tensor)]))
     scheme = quantized[0].scheme
-    rounds = _multiplies(scheme, quantized[0].shape[1], capability)
     if not rounds or scheme.weight.dtype in FEW_BITS:
         return _packed(quantized, device, fp8=rounds)
     codes, scale = (torch.stack([getattr(e, name) for e in quantized]).to(device) for name in ("codes", "scale"))
     stored = None
     if scheme.activation is not None and not scheme.activation.dynamic:
         inputs = [e.input_scale for e in quantized if e.input_scale is not None]
-        if len(inputs) != len(quantized):  # make_linear says what is missing
-            return None
         stored = once(torch.stack(inputs).flatten().to(device, torch.float32))
     if scheme.weight.granularity == CHANNEL:
         scale = scale.squeeze(2)
     return Experts(codes, scale.float().contiguous(), stored)
 
 
-def _multiplies(scheme: QuantScheme, columns: int, capability: int) -> bool:
-    """Whether a grouped GEMM has what a layer's has: not int8 activations with stored scales."""
+def multiplies_experts(scheme: QuantScheme, columns: int, capability: int) -> bool:
+    """Whether a grouped GEMM has the product that a layer's has (`multiplies`): not int8's with stored scales."""
     activation = scheme.activation
     stored = activation is not None and not activation.dynamic and activation.dtype == "int8"
     return multiplies(scheme, columns, capability) and not stored
@@ -134,7 +152,7 @@ def _multiplies(scheme: QuantScheme, columns: int, capability: int) -> bool:
 def _packed(experts: list[QuantizedWeight], device: torch.device, *, fp8: bool) -> Any | None:
     """Codes that are decoded in registers, in groups of columns that a tile has whole, or is within.
 
-    fp8: activations are rounded to it; of 4 bits and fewer.
+    fp8: what they are decoded to, and inputs are rounded to; integers of 4 bits and fewer have that, too.
     """
     from octavo.kernels.int8.gpu.weights import has_nan
     from octavo.kernels.moe.gpu import int4, int8

@@ -18,7 +18,7 @@ from octavo.kernels.fp8 import reference as fp8_reference
 from octavo.kernels.int8 import reference as int8_reference
 from octavo.kernels.rounded import Hidden, Rounding
 from octavo.quant.body import Body
-from octavo.quant.linear_gpu import gpu_body
+from octavo.quant.linear_gpu import gpu_body, multiplies
 from octavo.quant.qparams import QuantizedWeight
 from octavo.quant.scheme import CHANNEL, PRESETS, TENSOR, ActivationScheme, Granularity, QuantScheme, WeightScheme
 
@@ -67,11 +67,13 @@ def make_linear(
     device: torch.device,
     out_dtype: torch.dtype | None = None,
     capability: int = 0,
+    rounds_inputs: bool = False,
 ) -> Linear:
     """One layer out of parts that share their input (q, k, v; gate, up), each [N_i, K], with a bias [N_i] or None.
 
     out_dtype: the output's type where it isn't `dtype`: float32 for logits, which bf16 would round to 8 bits.
     capability: a GPU's, 90 for an H100: which kernels it can run. 0 on a CPU.
+    rounds_inputs: also where a GPU has no product of rounded inputs, which leaves them as they are otherwise.
     Raises ValueError when the parts' K differ. With dtype float32 everything is computed in float32, activations
     rounded as the scheme says: the truth that the other bodies are compared with.
     """
@@ -82,7 +84,7 @@ def make_linear(
     out = out_dtype or dtype
     bias = _join_biases(parts, biases, out, device)
     inside = bias if len(fused) == 1 else None
-    bodies = [_choose(part, inside, dtype, device, out, capability) for part in fused]
+    bodies = [_choose(part, inside, dtype, device, out, capability, rounds_inputs) for part in fused]
     schemes = dict.fromkeys(str(p.scheme) if isinstance(p, QuantizedWeight) else str(dtype)[6:] for p in parts)
     return Linear(" + ".join(schemes), bodies, None if bodies[0].has_bias else bias)
 
@@ -201,6 +203,7 @@ def _choose(
     device: torch.device,
     out: torch.dtype,
     capability: int,
+    rounds_inputs: bool,
 ) -> Body:
     """The body for one weight: what runs it natively here, else the weight dequantized at load.
 
@@ -209,18 +212,19 @@ def _choose(
     native = device.type == "cpu" and dtype != torch.float32 and processor.has_dot_products()
     if isinstance(part, Tensor):
         return _dense(part, bias, None, dtype, device, native, out)
-    on_gpu = capability > 0 and dtype != torch.float32
-    if on_gpu:
-        found = gpu_body(part.to(device), bias, out, capability)
+    rounds = input_rounding(part.scheme.activation, part.input_scale, device)
+    if capability and dtype != torch.float32:
+        lacks_product = rounds is not None and not multiplies(part.scheme, part.shape[1], capability)
+        found = None if lacks_product and rounds_inputs else gpu_body(part.to(device), bias, out, capability)
         if found is not None:
             return found
+        rounds = rounds if rounds_inputs else None
     if native and dtype == torch.bfloat16 and part.scheme.activation is None:
         body = _weight_only(part, out)
         if body is not None:
             return body
     if native and part.scheme == PRESETS["W8A8"] and part.shape[1] <= MAX_INT8_COLUMNS:
         return _int8(part, out)
-    rounds = None if on_gpu else input_rounding(part.scheme.activation, part.input_scale, device)
     return _dense(part.dequantize(dtype), bias, rounds, dtype, device, native, out, "dequantized at load, ")
 
 

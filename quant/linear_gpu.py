@@ -33,7 +33,7 @@ def multiplies(scheme: QuantScheme, columns: int, capability: int) -> bool:
     if activation is None:
         return False
     if weight.dtype in FEW_BITS:
-        return rounds_rows_to_fp8(scheme, capability)
+        return weight.granularity.kind in ("channel", "group") and rounds_rows_to_fp8(scheme, capability)
     per, inputs = weight.granularity, activation.granularity
     of_rows = per.kind in ("tensor", "channel") and inputs == (CHANNEL if activation.dynamic else TENSOR)
     if weight.dtype == activation.dtype == "int8":
@@ -44,16 +44,13 @@ def multiplies(scheme: QuantScheme, columns: int, capability: int) -> bool:
     return of_rows or (of_blocks and activation.dynamic)
 
 
-def keeps_inputs(scheme: QuantScheme, columns: int, dtype: torch.dtype, capability: int) -> str | None:
-    """What to tell a user whose GPU (0: none) doesn't round the input that a scheme rounds; None where it does."""
-    activation = scheme.activation
-    if activation is None or dtype == torch.float32 or not capability or multiplies(scheme, columns, capability):
-        return None
+def keeps_inputs(scheme: QuantScheme, dtype: torch.dtype, capability: int) -> str:
+    """What to tell a user whose GPU has no product of a scheme's weight with inputs that are rounded as it says."""
     said = f"{scheme}: inputs stay in {str(dtype)[6:]}, and weights are what is quantized: "
-    if activation.dtype == "fp8_e4m3" and capability < FP8_CAPABILITY:
+    if scheme.activation and scheme.activation.dtype == "fp8_e4m3" and capability < FP8_CAPABILITY:
         major, minor = divmod(capability, 10)
         return f"{said}fp8 products need compute capability 8.9 (L40S, 4090, H100) and this GPU has {major}.{minor}"
-    return f"{said}no kernel has such products"
+    return f"{said}no kernel here has such products"
 
 
 def gpu_body(part: QuantizedWeight, bias: Tensor | None, out: torch.dtype, capability: int) -> Body | None:

@@ -38,7 +38,7 @@ def load_engine(config: EngineConfig, spawn_time: float) -> tuple[Engine, Ready]
     with torch.inference_mode():
         model = load_model(config)
         clock.end("weights")
-        if runs_triton(model):
+        if isinstance(model, Decoder) and model.runs_triton:
             compile_steps(model, config)
             clock.end("compiling")
         notes = list(model.notes)
@@ -115,13 +115,8 @@ def warm_up(model: Model, caches: list[LayerCache], limits: SchedulerConfig) -> 
         narrow = model.dtype == torch.float16
         hint = "; float16 may lack the range that its activations need: --dtype bfloat16" if narrow else ""
         raise ValueError(f"the model can't be run: {problem}{hint}")
-    if runs_triton(model):
+    if isinstance(model, Decoder) and model.runs_triton:
         run_steps(model, caches, limits)
-
-
-def runs_triton(model: Model) -> bool:
-    """Whether there are kernels that Triton compiles."""
-    return isinstance(model, Decoder) and model.ops.name == "triton"
 
 
 class _Phases:

@@ -1,9 +1,9 @@
 """Steps of every kind, run once at start, so that what compiles at first use doesn't do so while requests wait.
 
 Triton compiles a kernel anew for other block sizes, and where a number that it is told is 1 or a multiple of 16.
-Block sizes go by how many tokens there are, with bounds at powers of two; lists in a kernel by how many sequences; how
-a decode step is laid out by the longest context too. What a step is said to hold decides, not what it holds: here that
-is nothing, as in a graph that is filled up.
+Block sizes go by how many tokens there are, or pairs of them with experts, or such pairs an expert, with bounds at
+powers of two; lists in a kernel by how many sequences; how a decode step is laid out by the longest context too. What a
+step is said to hold decides, not what it holds: here that is nothing, as in a graph that is filled up.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from octavo.runtime import kv_cache
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.engine import Engine
 from octavo.runtime.inputs import empty_step
+from octavo.runtime.model.decoder import Decoder
+from octavo.runtime.model.experts import MoeSpec
 from octavo.runtime.model.model import Model
 from octavo.runtime.request import AddRequest, SamplingParams
 from octavo.runtime.scheduler import SchedulerConfig
@@ -43,7 +45,7 @@ def run_requests(model: Model, caches: list[LayerCache], limits: SchedulerConfig
     return problem
 
 
-def compile_steps(model: Model, config: EngineConfig) -> None:
+def compile_steps(model: Decoder, config: EngineConfig) -> None:
     """Have the kernels of `run_steps` compiled, on all cores at once, before there is a cache."""
     from octavo.kernels.launch import compiled_together
 
@@ -59,29 +61,45 @@ def compile_steps(model: Model, config: EngineConfig) -> None:
         run_steps(model, kv_cache.allocate(model, 1, config.block_size, dtype), limits)
 
 
-def run_steps(model: Model, caches: list[LayerCache], limits: SchedulerConfig) -> None:
+def run_steps(model: Decoder, caches: list[LayerCache], limits: SchedulerConfig) -> None:
     """Whatever number of tokens and sequences a step has, and however long they are: its kernels have run then."""
-    for sizes, longest, rows in _steps(limits):
+    for sizes, longest, rows in _steps(limits, model.spec.moe):
         step = empty_step(sizes, longest, limits.block_size, model.device)
         if rows:
             step = replace(step, logits_index=torch.arange(rows, device=model.device))
         model.forward(step, caches)
 
 
-def _steps(limits: SchedulerConfig) -> Iterator[tuple[list[int], int, int]]:
+def _steps(limits: SchedulerConfig, moe: MoeSpec | None) -> Iterator[tuple[list[int], int, int]]:
     """Tokens of each sequence, the longest's length, and of how many tokens there are logits (0: the last of each).
 
     Decode steps, steps with a prompt among them, and prompts alone, whose log-probabilities are wanted.
     """
-    for sequences in _ends_of_ranges(limits.max_num_seqs):
+    most = limits.max_num_batched_tokens
+    for sequences in _ends_of_ranges(min(limits.max_num_seqs, most)):
         for longest in (limits.block_size, limits.max_model_len):
             yield [1] * sequences, longest, 0
-            yield [2] + [1] * (sequences - 1), longest, 0
-    for tokens in _ends_of_ranges(limits.max_num_batched_tokens):
+            if sequences < most:
+                yield [2] + [1] * (sequences - 1), longest, 0
+    for tokens in _ends_of_ranges(most, *_pairs(moe)):
         yield [tokens], limits.max_model_len, min(tokens, limits.max_prompt_logits + limits.max_num_seqs)
 
 
-def _ends_of_ranges(most: int) -> list[int]:
-    """Of each range from one power of two to the next, up to the most: a multiple of 16, and a number that is none."""
+def _pairs(moe: MoeSpec | None) -> tuple[float, ...]:
+    """Of a token with experts, and such pairs an expert; the slices of a shared expert are experts to its kernels."""
+    if moe is None:
+        return ()
+    slices, rest = divmod(moe.shared_intermediate_size or 0, moe.intermediate_size)
+    each, num_experts = moe.top_k + (0 if rest else slices), moe.num_experts + (0 if rest else slices)
+    return each, each / num_experts
+
+
+def _ends_of_ranges(most: int, *per_token: float) -> list[int]:
+    """Where any of some multiples goes from one power of two to the next, up to the most: both ends.
+
+    And of each range of the number itself a multiple of 16, and a number that is none.
+    """
     powers = [2**k for k in range(most.bit_length())]
-    return sorted({most, max(most // 16 * 16, 1), *powers, *(power + 1 for power in powers if power < most)})
+    ends = {int(2**k / each) + more for each in per_token for k in range(most.bit_length() + 8) for more in (0, 1)}
+    own = {most, max(most // 16 * 16, 1), *powers, *(power + 1 for power in powers)}
+    return sorted(number for number in own | ends if 1 <= number <= most)

@@ -61,7 +61,7 @@ class BlockRunner:
         self.num_blocks = len(self.spec.layers)
         self._prefix, self._seq_len = prefix, seq_len
         self._ops = select_ops(self.device, self.dtype)
-        engine = EngineConfig(model=str(Path()), max_model_len=seq_len)
+        engine = EngineConfig(model=str(Path()), max_model_len=seq_len, rounds_inputs=True)
         self._source = _Tensors(prefix)
         self._parts: dict[int, dict[str, LinearParts]] = {}  # of the blocks that were built
         self._routers: dict[int, dict[str, int]] = {}

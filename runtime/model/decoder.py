@@ -108,9 +108,14 @@ class Decoder:
         return len(self._layers)
 
     @property
+    def runs_triton(self) -> bool:
+        """Whether its kernels are compiled at their first use."""
+        return self.ops.name == "triton"
+
+    @property
     def can_be_captured(self) -> bool:
         """Whether all that a step of a given size launches is known beforehand, as a CUDA graph asks."""
-        return self.ops.name == "triton" and not any(isinstance(layer.mlp, MoeMlp) for layer in self._layers)
+        return self.runs_triton and not any(isinstance(layer.mlp, MoeMlp) for layer in self._layers)
 
     @torch.inference_mode()
     def forward(self, inputs: StepInputs, caches: list[LayerCache], tap: Tap | None = None) -> Tensor:
@@ -120,7 +125,8 @@ class Decoder:
         """
         ops, eps = self.ops, self.spec.norm_eps
         last = len(self._layers) - 1
-        cuts_rows = inputs.logits_index.shape[0] != inputs.token_ids.shape[0]  # of the last layer: nothing reads them
+        some_rows = inputs.logits_index.shape[0] != inputs.token_ids.shape[0]
+        cuts_rows = some_rows and inputs.max_query_len > 1  # of the last layer: nothing reads them, and they are many
 
         residual = ops.embed(inputs.token_ids, self._embedding, self._embedding_scale)
         first_norm, rounding = self._layers[0].before_attention, _rounding(self._layers[0].qkv.wants)
@@ -143,7 +149,7 @@ class Decoder:
             )
             if tap is not None:
                 tap(i, residual)
-        return self._logits(hidden)
+        return self._logits(hidden[inputs.logits_index] if some_rows and not cuts_rows else hidden)
 
     def _add_and_norm(
         self,

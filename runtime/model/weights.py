@@ -6,7 +6,7 @@ Complete or not at all: a tensor that nothing reads, or one that isn't there, is
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ from torch import Tensor
 from octavo.kernels.attention.cache import AttentionShape
 from octavo.quant.act_order import sort_inner
 from octavo.quant.checkpoint import Checkpoint, read_config
-from octavo.quant.experts_gpu import Expert, slices, stack_experts
+from octavo.quant.experts_gpu import Expert, multiplies_experts, slices, stack_experts
 from octavo.quant.linear import Linear, make_linear
-from octavo.quant.linear_gpu import keeps_inputs
+from octavo.quant.linear_gpu import keeps_inputs, multiplies
 from octavo.quant.qparams import QuantizedWeight, quantize_weight
 from octavo.quant.scheme import CHANNEL, PRESETS, QuantScheme, WeightScheme, group
 from octavo.runtime.config import Dtype, EngineConfig
@@ -238,6 +238,8 @@ class DecoderBuilder:
             experts = list(experts)
             grouped = self._grouped(moe, gates, experts, shared)
             if grouped is not None:
+                read = (weight for (gate_up, _), (down, _) in experts for weight in (*gate_up, *down))
+                self._note_inputs(read, multiplies_experts)
                 return grouped
             if ONE_BY_ONE not in self.notes:
                 self.notes.append(ONE_BY_ONE)
@@ -251,8 +253,13 @@ class DecoderBuilder:
         """Experts stacked for a GPU's grouped GEMMs, the shared one in slices or beside them; None: it can't be."""
         if self.spec.activation != "silu" or any(_has_bias(expert) for expert in experts):
             return None
-        self._note_inputs(weight for (gate_up, _), (down, _) in experts for weight in (*gate_up, *down))
-        stack = partial(stack_experts, dtype=self.dtype, device=self.device, capability=self.capability)
+        stack = partial(
+            stack_experts,
+            dtype=self.dtype,
+            device=self.device,
+            capability=self.capability,
+            rounds_inputs=self.config.rounds_inputs,
+        )
         plain = [(gate_up, down) for (gate_up, _), ((down,), _) in experts]
         cut: list[Expert] | None = []
         if shared is not None:
@@ -296,15 +303,26 @@ class DecoderBuilder:
 
     def _linear(self, weights: list[Weight], biases: list[Tensor | None]) -> Linear:
         """One module out of those that share their input, fused along their outputs."""
-        self._note_inputs(weights)
-        return make_linear(weights, biases, dtype=self.dtype, device=self.device, capability=self.capability)
+        self._note_inputs(weights, multiplies)
+        return make_linear(
+            weights,
+            biases,
+            dtype=self.dtype,
+            device=self.device,
+            capability=self.capability,
+            rounds_inputs=self.config.rounds_inputs,
+        )
 
-    def _note_inputs(self, weights: Iterable[Weight]) -> None:
-        """Say once of each scheme that its activations aren't rounded on this GPU."""
+    def _note_inputs(self, weights: Iterable[Weight], has_product: Callable[[QuantScheme, int, int], bool]) -> None:
+        """Say once of each scheme that its inputs aren't rounded on this GPU."""
+        if not self.capability or self.dtype == torch.float32 or self.config.rounds_inputs:
+            return
         for weight in weights:
-            if isinstance(weight, QuantizedWeight):
-                note = keeps_inputs(weight.scheme, weight.shape[1], self.dtype, self.capability)
-                self.notes += [note] if note and note not in self.notes else []
+            if isinstance(weight, Tensor) or weight.scheme.activation is None:
+                continue
+            if not has_product(weight.scheme, weight.shape[1], self.capability):
+                note = keeps_inputs(weight.scheme, self.dtype, self.capability)
+                self.notes += [] if note in self.notes else [note]
 
     def _quantize(self, module: str, weight: Weight) -> Weight:
         """Apply --dtype fp8, int8 or int4 to a dense weight. A GPU rounds it; it stays where its source has it."""

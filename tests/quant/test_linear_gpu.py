@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from octavo.calibration.recipe import parse_scheme
 from octavo.kernels.fp8.gpu.quantize import quantize
+from octavo.kernels.int8.gpu.gemm import MAX_COLUMNS
 from octavo.kernels.rounded import Rounded
-from octavo.quant.linear import input_rounding
-from octavo.quant.linear_gpu import gpu_body, keeps_inputs
+from octavo.quant.linear import input_rounding, make_linear
+from octavo.quant.linear_gpu import gpu_body, keeps_inputs, multiplies
 from octavo.quant.qparams import QuantizedWeight, quantize_weight
-from octavo.quant.scheme import CHANNEL, PRESETS, TENSOR, ActivationScheme, QuantScheme, WeightScheme
+from octavo.quant.scheme import CHANNEL, PRESETS, TENSOR, ActivationScheme, QuantScheme, WeightScheme, group
 
 BODIES = {
     "W4A16@64": "int4 weights, 16 bits",
@@ -32,6 +36,7 @@ BODIES = {
 OTHERS = {
     "W8A8, static": QuantScheme(PRESETS["W8A8"].weight, ActivationScheme("int8", TENSOR, dynamic=False)),
     "W8A8, one scale": QuantScheme(WeightScheme("int8", TENSOR), PRESETS["W8A8"].activation),
+    "W8A8, one zero point": QuantScheme(WeightScheme("int8", TENSOR, symmetric=False), PRESETS["W8A8"].activation),
     "W8A8, asymmetric": QuantScheme(WeightScheme("int8", CHANNEL, symmetric=False), PRESETS["W8A8"].activation),
 }
 """Which no preset is, and compressed-tensors can say."""
@@ -95,6 +100,7 @@ ALONE = {
     ("W4AFP8@128", 86): "int4 weights, 16 bits",
     ("W4A8@32", 90): "int4 weights, 16 bits",
     ("W8A8, asymmetric", 90): "int8 weights, 16 bits",
+    ("W8A8, one zero point", 90): "int8 weights, 16 bits",
 }
 
 
@@ -116,21 +122,57 @@ def test_inputs_stay_as_they_are_where_there_is_no_product(
     assert bool(((sums - x.double() @ weight.T).abs() <= bound).all())
 
 
+def test_which_products_there_are() -> None:
+    of_groups = ActivationScheme("fp8_e4m3", group(64))
+    for scheme, columns, least in (
+        (parse_scheme("FP8_DYNAMIC"), K, 89),
+        (parse_scheme("FP8_BLOCK"), K, 89),
+        (QuantScheme(PRESETS["FP8_BLOCK"].weight, of_groups), K, 999),
+        (QuantScheme(PRESETS["FP8_DYNAMIC"].weight, of_groups), K, 999),
+        (parse_scheme("W8A8"), MAX_COLUMNS, 80),
+        (parse_scheme("W8A8"), MAX_COLUMNS + 1, 999),
+        (OTHERS["W8A8, asymmetric"], K, 999),
+        (parse_scheme("W4AFP8@32"), K, 89),
+        (QuantScheme(WeightScheme("int4", TENSOR), PRESETS["FP8_DYNAMIC"].activation), K, 999),
+        (parse_scheme("W4A8@32"), K, 999),
+        (parse_scheme("W4A16@32"), K, 999),
+    ):
+        for capability in (80, 86, 89, 90):
+            assert multiplies(scheme, columns, capability) == (capability >= least), (scheme, columns, capability)
+
+
 def test_a_user_is_told_of_inputs_that_stay_as_they_are() -> None:
-    fp8, w4a8 = parse_scheme("FP8_DYNAMIC"), parse_scheme("W4A8@32")
-    said = keeps_inputs(fp8, K, torch.bfloat16, 80)
-    assert said is not None
+    said = keeps_inputs(parse_scheme("FP8_DYNAMIC"), torch.bfloat16, 80)
     assert "inputs stay in bfloat16" in said
     assert "fp8 products need compute capability 8.9 (L40S, 4090, H100) and this GPU has 8.0" in said
-    assert "no kernel has such products" in str(keeps_inputs(w4a8, K, torch.float16, 90))
-    for quiet in ((fp8, torch.bfloat16, 89), (fp8, torch.bfloat16, 0), (w4a8, torch.float32, 90)):
-        scheme, dtype, capability = quiet
-        assert keeps_inputs(scheme, K, dtype, capability) is None
-    assert keeps_inputs(parse_scheme("W4A16@32"), K, torch.bfloat16, 80) is None
+    assert "no kernel here has such products" in keeps_inputs(parse_scheme("W4A8@32"), torch.float16, 90)
+
+
+@pytest.mark.parametrize(("name", "capability"), ALONE)
+def test_whoever_measures_has_inputs_rounded_all_the_same(name: str, capability: int, device: torch.device) -> None:
+    """By torch, from dequantized weights: what the checkpoint says, whatever the GPU."""
+    part, x = part_of(name, device), random(5, K, seed=2).bfloat16().to(device)
+    rounds = input_rounding(part.scheme.activation, part.input_scale, device)
+    assert rounds is not None
+    settings = {"dtype": torch.bfloat16, "device": device, "capability": capability}
+    linear = make_linear([part], [None], **settings, rounds_inputs=True)
+    assert torch.equal(linear.forward(x), F.linear(rounds(x).bfloat16(), part.dequantize(torch.bfloat16)))
+    plain = make_linear([part], [None], **settings)
+    assert not torch.equal(plain.forward(x), linear.forward(x))
+
+
+def test_a_scale_that_is_missing_is_told_on_every_gpu(device: torch.device) -> None:
+    part = replace(part_of("FP8", device), input_scale=None)
+    for capability in (80, 90):
+        with pytest.raises(ValueError, match="stores no input_scale"):
+            make_linear([part], [None], dtype=torch.bfloat16, device=device, capability=capability)
 
 
 def test_what_no_kernel_has_is_left_to_be_dequantized(device: torch.device) -> None:
     assert gpu_body(part_of("W8A16@16", device), None, torch.bfloat16, 90) is None
+    for activation in (None, PRESETS["FP8_DYNAMIC"].activation):
+        one = quantize_weight(random(N, K, seed=1), QuantScheme(WeightScheme("int4", TENSOR), activation)).to(device)
+        assert gpu_body(one, None, torch.bfloat16, 90) is None
     fp8 = part_of("FP8_DYNAMIC", device)
     fp8.codes.view(torch.int8)[3, 5] = 0x7F  # NaN, which is decoded to 480
     assert gpu_body(fp8, None, torch.bfloat16, 80) is None

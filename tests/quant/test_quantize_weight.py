@@ -106,6 +106,17 @@ def test_zero_groups_and_tiny_weights_stay_finite(name: str, search: str, dtype:
     assert (decoded[1:, :128] == 0).all()
 
 
+@pytest.mark.parametrize("search", ["absmax", "mse"])
+@pytest.mark.parametrize("name", PRESETS)
+def test_codes_and_scales_lie_where_the_weight_does(name: str, search: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, say; where there is none, the device without memory refuses the host's tensors as well."""
+    monkeypatch.setattr(torch.Tensor, "__bool__", lambda _: True)  # that all is finite
+    weight = torch.empty(300, 256, dtype=torch.bfloat16, device="meta")
+    result = quantize_weight(weight, PRESETS[name], "mse" if search == "mse" else "absmax")
+    held = [result.codes, result.scale, result.scale if result.zero_point is None else result.zero_point]
+    assert {tensor.device.type for tensor in held} == {"meta"}
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_nan_and_infinity_are_refused(bad: float) -> None:
     weight = random_weight()

@@ -49,8 +49,8 @@ def experts(scheme: QuantScheme | None, *, width: int = WIDTH) -> list[Expert]:
     ]
 
 
-def stacked(of: list[Expert], capability: int = 90) -> Stacked | None:
-    return stack_experts(of, torch.bfloat16, torch.device("cpu"), capability)
+def stacked(of: list[Expert], capability: int = 90, *, rounds_inputs: bool = False) -> Stacked | None:
+    return stack_experts(of, torch.bfloat16, torch.device("cpu"), capability, rounds_inputs=rounds_inputs)
 
 
 def values(weight: Weight) -> Tensor:
@@ -122,7 +122,6 @@ def test_fp8_blocks(width: int) -> None:
 NO_PRODUCT = [
     parse_scheme("W4A8@32"),
     QuantScheme(WeightScheme("int4", group(32)), STATIC.activation),
-    QuantScheme(PRESETS["FP8_DYNAMIC"].weight, ActivationScheme("fp8_e4m3", TENSOR)),
     QuantScheme(PRESETS["FP8_DYNAMIC"].weight, ActivationScheme("fp8_e4m3", group(32))),
     QuantScheme(PRESETS["W8A8"].weight, ActivationScheme("int8", TENSOR, dynamic=False)),
     QuantScheme(WeightScheme("int8", CHANNEL, symmetric=False), PRESETS["W8A8"].activation),
@@ -146,6 +145,7 @@ def test_inputs_stay_as_they_are_where_there_is_no_product(scheme: QuantScheme, 
     both = [torch.cat([values(part) for part in parts]) for parts, _ in of]
     assert torch.equal(found.gate_up.unpack(), torch.stack(both))
     assert torch.equal(found.down.unpack(), torch.stack([values(down) for _, down in of]))
+    assert stacked(of, capability, rounds_inputs=True) is None  # whoever measures has them rounded, one by one
 
 
 @pytest.mark.parametrize("width", [128, 72])
@@ -158,9 +158,30 @@ def test_blocks_where_there_is_no_product(width: int) -> None:
     assert torch.equal(found.down.unpack(), torch.stack([values(down) for _, down in of]))
 
 
+@pytest.mark.parametrize("rounds_inputs", [False, True])
+def test_inputs_that_are_rounded_are_whoever_asks(rounds_inputs: bool) -> None:
+    for scheme in ("FP8_DYNAMIC", "FP8_BLOCK", "W8A8", "W4AFP8@32"):
+        found = stacked(experts(parse_scheme(scheme), width=128), 90, rounds_inputs=rounds_inputs)
+        assert found is not None
+        assert found.wants is not None
+    assert stacked(experts(parse_scheme("W4A16@32")), 90, rounds_inputs=rounds_inputs) is not None
+
+
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
 def test_no_grouped_gemm_has_groups_of_16(dtype: str) -> None:
     assert stacked(experts(QuantScheme(WeightScheme(dtype, group(16))), width=128)) is None
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_nor_inputs_that_nothing_rounds(capability: int) -> None:
+    """`make_linear` says so."""
+    for dtype in ("fp8_e4m3", "int4"):
+        scheme = QuantScheme(WeightScheme(dtype, CHANNEL), ActivationScheme("fp8_e4m3", TENSOR))
+        assert stacked(experts(scheme), capability) is None
+    of = experts(ROWS_STATIC)
+    gate_up, down = of[1]
+    assert isinstance(down, QuantizedWeight)
+    assert stacked([of[0], (gate_up, replace(down, input_scale=None)), of[2]], capability) is None
 
 
 def test_nor_a_nan() -> None:
@@ -220,3 +241,4 @@ def test_more_columns_of_int8_than_a_sum_holds() -> None:
         found = stacked([([wide(1, k), wide(1, k)], wide(k, 1))])
         assert found is not None
         assert isinstance(found.gate_up, kind)
+        assert isinstance(found.down, kind)  # which would have the product

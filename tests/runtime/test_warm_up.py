@@ -10,35 +10,62 @@ from pathlib import Path
 
 import first_launches
 import pytest
+import torch
 from hf_oracle import CASES, make_hf, save
 
-SIZES = {"qwen3_moe": {"moe_intermediate_size": 64}}  # of whole groups
+from octavo.runtime import kv_cache
+from octavo.runtime.config import EngineConfig
+from octavo.runtime.model import weights
+from octavo.runtime.model.decoder import Decoder
+from octavo.runtime.ops import REFERENCE
+from octavo.runtime.scheduler import SchedulerConfig
+from octavo.runtime.warm_up import run_steps
+
+SAMPLERS = {"_add_biases", "_choose", "_masses", "_peaks", "_punish"}
+MEASURED = {"_rope", "_prefill", "_decode"}  # by a step into a cache of the computing type, for the scales of another
+SIZES = {"qwen2_moe": {"moe_intermediate_size": 64, "shared_expert_intermediate_size": 256}}
 
 
 @pytest.mark.parametrize(
-    ("architecture", "dtype", "kv"),
+    ("architecture", "dtype", "kv", "sequences", "tokens", "mode", "most"),
     [
-        ("llama", "fp8", "fp8_e4m3"),
-        ("llama", "int4", "bfloat16"),
-        ("gemma2", "int8", "int8"),
-        ("mixtral", "fp8", "bfloat16"),
-        ("qwen3_moe", "int4", "fp8_e4m3"),
+        ("llama", "fp8", "fp8_e4m3", 80, 700, "graphs", 22),
+        ("llama", "int4", "bfloat16", 80, 700, "eager", 31),
+        ("gemma2", "int8", "int8", 80, 700, "graphs", 33),
+        ("mixtral", "fp8", "bfloat16", 64, 64, "graphs", 28),
+        ("qwen2_moe", "int4", "fp8_e4m3", 80, 700, "graphs", 81),
     ],
 )
-def test_no_kernel_is_compiled_while_serving(architecture: str, dtype: str, kv: str, tmp_path: Path) -> None:
+def test_no_kernel_is_compiled_while_serving(
+    architecture: str, dtype: str, kv: str, sequences: int, tokens: int, mode: str, most: int, tmp_path: Path
+) -> None:
+    """Nor are there more than there have to be, so that a start doesn't take longer than it has to."""
     family, overrides = CASES[architecture]
-    overrides = {
-        **overrides,
-        **SIZES.get(architecture, {}),
-        "num_hidden_layers": 2,
-        "max_position_embeddings": first_launches.LENGTH,
-    }
+    overrides = {**overrides, **SIZES.get(architecture, {}), "num_hidden_layers": 2}
+    overrides["max_position_embeddings"] = first_launches.LENGTH
     directory = save(make_hf(family, overrides).bfloat16(), tmp_path / "model")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(Path(first_launches.__file__)), str(directory), dtype, kv]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    command = [sys.executable, first_launches.__file__, directory, dtype, kv, sequences, tokens, mode]
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert len(found["together"]) > 20
-    assert set(found["start"]) == {"_add_biases", "_choose", "_masses", "_peaks", "_punish"}  # a sampler's
+    assert most // 2 < len(found["together"]) <= most
+    if tokens > sequences:  # else graphs are for more tokens than a step can have
+        assert SAMPLERS <= set(found["start"]) <= SAMPLERS | MEASURED | {"_align"}
     assert found["later"] == []
+
+
+def test_steps_that_warm_up_write_nothing(fixtures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "select_ops", lambda *_: REFERENCE)
+    model = weights.load_model(EngineConfig(model=str(fixtures / "tiny"), dtype="float32", device="cpu"))
+    assert isinstance(model, Decoder)
+    limits = SchedulerConfig(num_blocks=4, block_size=16, max_model_len=40, max_num_seqs=5, max_num_batched_tokens=20)
+    caches = kv_cache.allocate(model, limits.num_blocks, limits.block_size, torch.float32)
+    for cache in caches:
+        cache.key.uniform_()
+        cache.value.uniform_()
+    before = [(cache.key.clone(), cache.value.clone()) for cache in caches]
+    run_steps(model, caches, limits)
+    for cache, (key, value) in zip(caches, before, strict=True):
+        assert torch.equal(cache.key, key)
+        assert torch.equal(cache.value, value)

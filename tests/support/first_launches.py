@@ -1,4 +1,6 @@
-"""Which kernels a served model has Triton compile at start, and which later: `python first_launches.py DIR DTYPE KV`.
+"""Which kernels a served model has Triton compile at start, and which later.
+
+    python first_launches.py DIR DTYPE KV MAX_NUM_SEQS MAX_NUM_BATCHED_TOKENS eager|graphs
 
 Needs no GPU: Triton's own dispatcher runs as on an H100, up to the compiler, which isn't called. What a kernel would
 write is zeros. Prints names: of kernels that are compiled together, that start meets one by one, and that only requests
@@ -10,6 +12,7 @@ from __future__ import annotations
 import json
 import random
 import sys
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,18 +21,15 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from octavo.runtime import kv_cache, sampler
+from octavo.runtime import ops, sampler, startup
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.draw import select_sampling
 from octavo.runtime.engine import Engine
-from octavo.runtime.graphs import StepGraphs
 from octavo.runtime.model import weights
 from octavo.runtime.ops_gpu import make_ops
 from octavo.runtime.request import AddRequest, SamplingParams
-from octavo.runtime.scheduler import SchedulerConfig
-from octavo.runtime.warm_up import compile_steps, run_requests, run_steps
 
-SEQUENCES, TOKENS, LENGTH = 80, 700, 1500
+LENGTH = 1500
 
 
 def become_an_h100(seen: set[tuple[str, str]]) -> None:
@@ -41,6 +41,7 @@ def become_an_h100(seen: set[tuple[str, str]]) -> None:
     JITFunction._do_compile = lambda self, key, *_: seen.add((self.__name__, key))
     weights.select_ops = lambda _, dtype: make_ops(dtype)
     weights.capability = lambda _: 90
+    ops.warm_up = lambda _: 0.0
     sampler.select_sampling = lambda _: select_sampling(torch.device("cuda"))
     torch.empty, torch.empty_like = torch.zeros, torch.zeros_like
     torch.Tensor.new_empty = torch.Tensor.new_zeros
@@ -59,37 +60,45 @@ def some_request(number: int, rng: random.Random, vocab: int) -> AddRequest:
 
 
 def serve(engine: Engine, rng: random.Random) -> None:
-    """Bursts of requests, of which few or many run at a time, to the last token."""
+    """Bursts of requests, of which few or many run at a time, to the last token; then a crowd."""
     for burst in (1, 3, 30, 2, 150, 5):
         for number in range(burst):
             assert engine.add(some_request(number, rng, engine.model.vocab_size)) is None
-        while engine.scheduler.has_work:
-            for output in engine.step():
-                assert output.error is None, output.error
+        finish(engine)
+    for number in range(engine.scheduler.config.max_num_seqs - 1):
+        engine.add(AddRequest(str(number), [1], SamplingParams(max_tokens=8, temperature=0.0), 0.0))
+    for _ in range(2):
+        engine.step()
+    engine.add(AddRequest("late", [1] * 30, SamplingParams(max_tokens=2), 0.0))  # a step may have room for one token
+    finish(engine)
 
 
-@torch.inference_mode()
+def finish(engine: Engine) -> None:
+    while engine.scheduler.has_work:
+        for output in engine.step():
+            assert output.error is None, output.error
+
+
 def main() -> None:
-    directory, dtype, kv = sys.argv[1:]
-    torch.set_num_threads(1)
+    directory, dtype, kv, sequences, tokens, eager = sys.argv[1:]
     seen: set[tuple[str, str]] = set()
     become_an_h100(seen)
     config = EngineConfig(
-        model=directory, dtype=dtype, kv_cache_dtype=kv, device="cpu", block_size=16, max_model_len=LENGTH,  # type: ignore[arg-type]
-        max_num_seqs=SEQUENCES, max_num_batched_tokens=TOKENS,
+        model=directory, dtype=dtype, kv_cache_dtype=kv, device="cpu", num_blocks=3000, max_model_len=LENGTH,  # type: ignore[arg-type]
+        max_num_seqs=int(sequences), max_num_batched_tokens=int(tokens), enforce_eager=eager == "eager", num_threads=1,
     )  # fmt: skip
-    model = weights.load_model(config)
-    compile_steps(model, config)
-    together = set(seen)
-    limits = SchedulerConfig(
-        num_blocks=3000, block_size=16, max_model_len=LENGTH, max_num_seqs=SEQUENCES, max_num_batched_tokens=TOKENS
-    )
-    caches = kv_cache.allocate(model, limits.num_blocks, limits.block_size, kv_cache.DTYPES[kv])
-    assert run_requests(model, caches, limits) is None
-    run_steps(model, caches, limits)
-    graphs = StepGraphs(model, caches, SEQUENCES, LENGTH) if model.can_be_captured else None
+    together: set[tuple[str, str]] = set()
+    compile_steps = startup.compile_steps
+
+    def compile_and_note(*arguments: Any) -> None:
+        compile_steps(*arguments)
+        together.update(seen)
+
+    startup.compile_steps = compile_and_note
+    engine, _ = startup.load_engine(config, time.time())
     start = set(seen)
-    serve(Engine(model, caches, limits, graphs=graphs), random.Random(0))
+    with torch.inference_mode():
+        serve(engine, random.Random(0))
     found = {"together": together, "start": start - together, "later": seen - start}
     print(json.dumps({when: sorted(name for name, _ in kernels) for when, kernels in found.items()}))
 

@@ -157,7 +157,7 @@ def test_stored_scales_take_no_launch_more(fixtures: Path, tmp_path: Path, monke
 
 @pytest.mark.parametrize("scheme", ["FP8_DYNAMIC", "W8A8"])
 def test_logits_of_some_rows_are_those_of_all(scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last layer's attention is cut to the rows that are read before it is rounded."""
+    """Those of a decode step are cut behind the last layer, whose kernels are then the same."""
     family, overrides = CASES["llama"]
     plain = save(make_hf(family, {**overrides, "num_hidden_layers": 2}), tmp_path / "plain")
     quantize_model(plain, tmp_path / "quantized", Recipe(scheme))
