@@ -2,7 +2,7 @@
 
 Triton compiles a kernel anew for other block sizes, and where a number that it is told is 1 or a multiple of 16.
 Block sizes go by how many tokens there are, or pairs of them with experts, or such pairs an expert, with bounds at
-powers of two; lists in a kernel by how many sequences; how a decode step is laid out by the longest context too. What a
+powers of two; lists in a kernel by how many sequences, where the longest context that there may be makes lists. What a
 step is said to hold decides, not what it holds: here that is nothing, as in a graph that is filled up.
 """
 
@@ -63,26 +63,25 @@ def compile_steps(model: Decoder, config: EngineConfig) -> None:
 
 def run_steps(model: Decoder, caches: list[LayerCache], limits: SchedulerConfig) -> None:
     """Whatever number of tokens and sequences a step has, and however long they are: its kernels have run then."""
-    for sizes, longest, rows in _steps(limits, model.spec.moe):
-        step = empty_step(sizes, longest, limits.block_size, model.device)
+    for sizes, rows in _steps(limits, model.spec.moe):
+        step = empty_step(sizes, limits.max_model_len, limits.block_size, model.device)
         if rows:
             step = replace(step, logits_index=torch.arange(rows, device=model.device))
         model.forward(step, caches)
 
 
-def _steps(limits: SchedulerConfig, moe: MoeSpec | None) -> Iterator[tuple[list[int], int, int]]:
-    """Tokens of each sequence, the longest's length, and of how many tokens there are logits (0: the last of each).
+def _steps(limits: SchedulerConfig, moe: MoeSpec | None) -> Iterator[tuple[list[int], int]]:
+    """Tokens of each sequence, and of how many tokens there are logits (0: the last of each).
 
     Decode steps, steps with a prompt among them, and prompts alone, whose log-probabilities are wanted.
     """
     most = limits.max_num_batched_tokens
     for sequences in _ends_of_ranges(min(limits.max_num_seqs, most)):
-        for longest in (limits.block_size, limits.max_model_len):
-            yield [1] * sequences, longest, 0
-            if sequences < most:
-                yield [2] + [1] * (sequences - 1), longest, 0
+        yield [1] * sequences, 0
+        if sequences < most:
+            yield [2] + [1] * (sequences - 1), 0
     for tokens in _ends_of_ranges(most, *_pairs(moe)):
-        yield [tokens], limits.max_model_len, min(tokens, limits.max_prompt_logits + limits.max_num_seqs)
+        yield [tokens], min(tokens, limits.max_prompt_logits + limits.max_num_seqs)
 
 
 def _pairs(moe: MoeSpec | None) -> tuple[float, ...]:

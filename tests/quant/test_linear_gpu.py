@@ -173,6 +173,9 @@ def test_what_no_kernel_has_is_left_to_be_dequantized(device: torch.device) -> N
     for activation in (None, PRESETS["FP8_DYNAMIC"].activation):
         one = quantize_weight(random(N, K, seed=1), QuantScheme(WeightScheme("int4", TENSOR), activation)).to(device)
         assert gpu_body(one, None, torch.bfloat16, 90) is None
+        linear = make_linear([one], [None], dtype=torch.bfloat16, device=device, capability=90)
+        x = random(3, K, seed=2).bfloat16().to(device)
+        assert torch.equal(linear.forward(x), F.linear(x, one.dequantize(torch.bfloat16)))
     fp8 = part_of("FP8_DYNAMIC", device)
     fp8.codes.view(torch.int8)[3, 5] = 0x7F  # NaN, which is decoded to 480
     assert gpu_body(fp8, None, torch.bfloat16, 80) is None

@@ -29,7 +29,7 @@ from octavo.runtime.model import weights
 from octavo.runtime.ops_gpu import make_ops
 from octavo.runtime.request import AddRequest, SamplingParams
 
-LENGTH = 1500
+LENGTH = 4000
 
 
 def become_an_h100(seen: set[tuple[str, str]]) -> None:

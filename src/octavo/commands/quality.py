@@ -62,6 +62,7 @@ def measure_quality(
 ) -> Quality:
     """Run both models, one after the other, as the server would, and compare them over max_tokens tokens of a text.
 
+    Inputs are rounded as checkpoints say, also on a GPU whose server leaves them as they are (`keeps_inputs`).
     text is a file, None the built-in held-out text. dtype is for both, but fp8, int8 and int4, which quantize at load,
     are for `quantized` alone. Raises QualityError for memory, disk, text or models that don't go together,
     or that can't be served, CheckpointError, and NotFiniteError for a model that gives NaN.
