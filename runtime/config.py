@@ -26,8 +26,6 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     max_num_batched_tokens  tokens of one step; a longer prompt is prefilled in chunks
     enforce_eager           on a GPU, launch each kernel of a step by itself instead of replaying a CUDA graph
     num_threads             CPU threads of the engine; None: all cores
-    rounds_inputs           round inputs as the checkpoint says on a GPU without such products too, from dequantized
-                            weights: slower than leaving them as they are, and what a measurement of quality is of
     """
 
     model: str
@@ -48,5 +46,4 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     enable_prefix_caching: bool = True
     enforce_eager: bool = False
     num_threads: int | None = None
-    rounds_inputs: bool = False
     seed: int = 0

@@ -36,10 +36,17 @@ Size = tuple[int, int]  # tokens, sequences; as many of both in a decode step
 class StepGraphs:
     """`forward` of a model over its caches, through graphs where there is one."""
 
-    def __init__(self, model: Model, caches: list[LayerCache], max_num_seqs: int, max_model_len: int) -> None:
-        """Captures all buckets that max_num_seqs sequences can need, the largest first, so that they share memory."""
+    def __init__(
+        self,
+        model: Model,
+        caches: list[LayerCache],
+        max_num_seqs: int,
+        max_model_len: int,
+        max_num_batched_tokens: int = MOST_TOKENS,
+    ) -> None:
+        """Captures all buckets that a step can need, the largest first, so that they share memory."""
         self._model, self._caches = model, caches
-        self._sizes = sizes_for(max_num_seqs)
+        self._sizes = sizes_for(max_num_seqs, max_num_batched_tokens)
         width = -(-max_model_len // caches[0].block_size)
         most_tokens, most_seqs = (max(column) for column in zip(*self._sizes, strict=True))
         self._buffers = StepBuffers(most_tokens, most_seqs, width, model.device)
@@ -71,11 +78,16 @@ class StepGraphs:
         return capture(lambda: logits.copy_(self._model.forward(inputs, self._caches)), self._model.device)
 
 
-def sizes_for(max_num_seqs: int) -> list[Size]:
+def sizes_for(max_num_seqs: int, max_num_batched_tokens: int = MOST_TOKENS) -> list[Size]:
     """The sizes that have a graph, ascending: decode steps of up to max_num_seqs sequences, and steps with prompts."""
-    above = next((size for size in BUCKETS if size >= max_num_seqs), BUCKETS[-1])
-    decodes = [(size, size) for size in BUCKETS if size <= above]
-    prompts = [(tokens, seqs + 1) for tokens, seqs in product(PROMPT_BUCKETS, (FEW_SEQUENCES - 1, max_num_seqs))]
+
+    def up_to(buckets: tuple[int, ...], most: int) -> list[int]:
+        above = next((size for size in buckets if size >= most), buckets[-1])
+        return [size for size in buckets if size <= above]
+
+    decodes = [(size, size) for size in up_to(BUCKETS, max_num_seqs)]
+    of_prompts = product(up_to(PROMPT_BUCKETS, max_num_batched_tokens), (FEW_SEQUENCES - 1, max_num_seqs))
+    prompts = [(tokens, seqs + 1) for tokens, seqs in of_prompts]
     prompts = [(tokens, min(seqs, tokens + 1, max_num_seqs + 1)) for tokens, seqs in prompts]
     return sorted({*decodes, *(size for size in prompts if size[0] != size[1])})
 

@@ -57,7 +57,7 @@ def load_engine(config: EngineConfig, spawn_time: float) -> tuple[Engine, Ready]
         clock.end("warm-up")
         graphs = None
         if not config.enforce_eager and isinstance(model, Decoder) and model.can_be_captured:
-            graphs = StepGraphs(model, caches, limits.max_num_seqs, limits.max_model_len)
+            graphs = StepGraphs(model, caches, limits.max_num_seqs, limits.max_model_len, config.max_num_batched_tokens)
             clock.end("cuda graphs")
     report = StartupReport(
         model=config.model,

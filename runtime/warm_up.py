@@ -76,10 +76,9 @@ def _steps(limits: SchedulerConfig, moe: MoeSpec | None) -> Iterator[tuple[list[
     Decode steps, steps with a prompt among them, and prompts alone, whose log-probabilities are wanted.
     """
     most = limits.max_num_batched_tokens
-    for sequences in _ends_of_ranges(min(limits.max_num_seqs, most)):
+    for sequences in _ends_of_ranges(min(limits.max_num_seqs, most) + 1):  # one of a graph's for what fills it up
         yield [1] * sequences, 0
-        if sequences < most:
-            yield [2] + [1] * (sequences - 1), 0
+        yield [2] + [1] * (sequences - 1), 0
     for tokens in _ends_of_ranges(most, *_pairs(moe)):
         yield [tokens], min(tokens, limits.max_prompt_logits + limits.max_num_seqs)
 

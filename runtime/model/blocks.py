@@ -61,13 +61,13 @@ class BlockRunner:
         self.num_blocks = len(self.spec.layers)
         self._prefix, self._seq_len = prefix, seq_len
         self._ops = select_ops(self.device, self.dtype)
-        engine = EngineConfig(model=str(Path()), max_model_len=seq_len, rounds_inputs=True)
+        engine = EngineConfig(model=str(Path()), max_model_len=seq_len)
         self._source = _Tensors(prefix)
         self._parts: dict[int, dict[str, LinearParts]] = {}  # of the blocks that were built
         self._routers: dict[int, dict[str, int]] = {}
         self.expert_counts: Tensor | None = None
         self._builder = DecoderBuilder(
-            engine, self.spec, self._source, self.dtype, self.device, [], stacks_experts=False
+            engine, self.spec, self._source, self.dtype, self.device, [], stacks_experts=False, rounds_inputs=True
         )  # fmt: skip
 
     @property

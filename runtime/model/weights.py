@@ -45,12 +45,15 @@ ONE_BY_ONE = (
 )
 
 
-def load_model(config: EngineConfig) -> Model:
+def load_model(config: EngineConfig, *, rounds_inputs: bool = False) -> Model:
     """The model of `config.model`, a local directory, ready to run.
 
     The decoder's, or with --model-impl hf transformers' own; 'auto' is the decoder, and transformers' for a model_type
     that the decoder doesn't have. What it has, but not with the value that a config gives it, is refused: whoever wants
     transformers' code for that says so.
+
+    rounds_inputs: as the checkpoint says also on a GPU without such products, from dequantized weights: slower than
+    leaving them as they are, and what a measurement of quality is of.
 
     Raises UnsupportedModelError (a feature that isn't known), CheckpointError (files), LoadError (what is in them).
     """
@@ -67,7 +70,7 @@ def load_model(config: EngineConfig) -> Model:
             return _load_hf(config, hf_config, reason)
         except LoadError as error:
             raise LoadError(f"{reason}; {error}") from error
-    return _load_decoder(config, spec, hf_config)
+    return _load_decoder(config, spec, hf_config, rounds_inputs)
 
 
 def _load_hf(config: EngineConfig, hf_config: dict[str, Any], reason: str) -> Model:
@@ -82,7 +85,9 @@ def _load_hf(config: EngineConfig, hf_config: dict[str, Any], reason: str) -> Mo
     return model
 
 
-def _load_decoder(config: EngineConfig, spec: DecoderSpec, hf_config: dict[str, Any]) -> Decoder:
+def _load_decoder(
+    config: EngineConfig, spec: DecoderSpec, hf_config: dict[str, Any], rounds_inputs: bool
+) -> Decoder:  # fmt: skip
     device, directory = choose_device(config.device), Path(config.model)
     notes = take_tables(device)
     notes += [f"config.json has {key}, which octavo doesn't know and doesn't use" for key in spec.unknown_keys]
@@ -94,7 +99,7 @@ def _load_decoder(config: EngineConfig, spec: DecoderSpec, hf_config: dict[str, 
     checkpoint = Checkpoint.open(directory)
     source = CheckpointSource(checkpoint)
     source.require(required_modules(spec, source.prefix, source.has))
-    builder = DecoderBuilder(config, spec, source, dtype, device, notes)
+    builder = DecoderBuilder(config, spec, source, dtype, device, notes, rounds_inputs=rounds_inputs)
     builder.kv_scales = _kv_scales(checkpoint, spec, source.prefix)
     builder.kv_dtype = checkpoint.kv_cache_dtype
     if builder.kv_dtype is None and any(key is None for key, _ in builder.kv_scales or []):
@@ -158,11 +163,15 @@ class DecoderBuilder:
         notes: list[str],
         *,
         stacks_experts: bool = True,
+        rounds_inputs: bool = False,
     ) -> None:
-        """stacks_experts: on a GPU, for its grouped GEMMs; then none is a linear layer whose input could be seen."""
+        """stacks_experts: on a GPU, for its grouped GEMMs; then none is a linear layer whose input could be seen.
+
+        rounds_inputs: as of `load_model`.
+        """
         self.config, self.spec, self.source = config, spec, source
         self.dtype, self.device, self.notes = dtype, device, notes
-        self.stacks_experts = stacks_experts
+        self.stacks_experts, self.rounds_inputs = stacks_experts, rounds_inputs
         self.capability = capability(device)
         self.ops = select_ops(device, dtype)
         self.act = {"silu": self.ops.silu_and_mul, "gelu_tanh": self.ops.gelu_tanh_and_mul}[spec.activation]
@@ -258,7 +267,7 @@ class DecoderBuilder:
             dtype=self.dtype,
             device=self.device,
             capability=self.capability,
-            rounds_inputs=self.config.rounds_inputs,
+            rounds_inputs=self.rounds_inputs,
         )
         plain = [(gate_up, down) for (gate_up, _), ((down,), _) in experts]
         cut: list[Expert] | None = []
@@ -310,12 +319,12 @@ class DecoderBuilder:
             dtype=self.dtype,
             device=self.device,
             capability=self.capability,
-            rounds_inputs=self.config.rounds_inputs,
+            rounds_inputs=self.rounds_inputs,
         )
 
     def _note_inputs(self, weights: Iterable[Weight], has_product: Callable[[QuantScheme, int, int], bool]) -> None:
         """Say once of each scheme that its inputs aren't rounded on this GPU."""
-        if not self.capability or self.dtype == torch.float32 or self.config.rounds_inputs:
+        if not self.capability or self.dtype == torch.float32 or self.rounds_inputs:
             return
         for weight in weights:
             if isinstance(weight, Tensor) or weight.scheme.activation is None:

@@ -65,6 +65,8 @@ def test_a_bucket_holds_every_number_of_sequences() -> None:
         prompts = [(tokens, seqs) for tokens, seqs in sizes if tokens != seqs]
         assert max(prompts)[0] == MOST_TOKENS
         assert max(seqs for _, seqs in prompts) == min(most, MOST_TOKENS) + 1  # one for the tokens left over
+    for most_tokens, bucket in ((1, 16), (64, 64), (65, 96), (256, 256), (2048, 256)):
+        assert max(tokens for tokens, seqs in sizes_for(8, most_tokens) if tokens != seqs) == bucket
     assert [a for a, b in sizes_for(10_000) if a == b] == list(BUCKETS), "larger batches run without a graph"
 
 

@@ -182,7 +182,7 @@ def _load(config: EngineConfig, token_ids: list[int], prefix: list[int], window:
     directory = Path(config.model)
     _check_memory(directory)
     try:
-        model = load_model(msgspec.structs.replace(config, rounds_inputs=True))
+        model = load_model(config, rounds_inputs=True)
     except (ValueError, OSError) as e:
         raise QualityError(f"{directory.name} can't be run: {e}") from e
     if max(token_ids) >= model.vocab_size:
