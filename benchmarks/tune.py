@@ -150,7 +150,7 @@ SMALL = {
     ),
     "moe router": Small(
         grid(
-            most=(256,), parts=(2, 4, 8, 16, 32), block_e=(16, 32, 64), block_k=(64, 128, 256), num_warps=(4, 8),
+            most=(512,), parts=(2, 4, 8, 16, 32), block_e=(16, 32, 64), block_k=(64, 128, 256), num_warps=(4, 8),
             num_stages=(4,),
         ),
         EXPERTS[0],

@@ -39,20 +39,14 @@ def load_engine(config: EngineConfig, spawn_time: float) -> tuple[Engine, Ready]
         model = load_model(config)
         clock.end("weights")
         if isinstance(model, Decoder) and model.runs_triton:
-            compile_steps(model, config)
+            limits = limits_of(config, model, 1, config.max_model_len or model.max_position)
+            compile_steps(model, limits, kv_cache.choose_dtype(model, config.kv_cache_dtype, []))
             clock.end("compiling")
         notes = list(model.notes)
         caches, plan = kv_cache.create(model, config, notes)
         clock.end("kv cache")
-        limits = SchedulerConfig(
-            num_blocks=plan.num_blocks,
-            block_size=plan.block_size,
-            max_model_len=choose_max_model_len(config, model.max_position, plan.num_blocks * plan.block_size, notes),
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            enable_prefix_caching=config.enable_prefix_caching,
-            max_prompt_logits=max(16, MAX_PROMPT_LOGITS_BYTES // (4 * model.vocab_size)),
-        )
+        longest = choose_max_model_len(config, model.max_position, plan.num_blocks * plan.block_size, notes)
+        limits = limits_of(config, model, plan.num_blocks, longest)
         warm_up(model, caches, limits)
         clock.end("warm-up")
         graphs = None
@@ -73,6 +67,19 @@ def load_engine(config: EngineConfig, spawn_time: float) -> tuple[Engine, Ready]
     )
     engine = Engine(model, caches, limits, config.seed, graphs)
     return engine, Ready(limits.max_model_len, plan.num_blocks, plan.block_size, model.vocab_size, report)
+
+
+def limits_of(config: EngineConfig, model: Model, num_blocks: int, max_model_len: int) -> SchedulerConfig:
+    """Of steps over a cache of so many blocks."""
+    return SchedulerConfig(
+        num_blocks=num_blocks,
+        block_size=config.block_size,
+        max_model_len=max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        enable_prefix_caching=config.enable_prefix_caching,
+        max_prompt_logits=max(16, MAX_PROMPT_LOGITS_BYTES // (4 * model.vocab_size)),
+    )
 
 
 def check_limits(config: EngineConfig) -> None:

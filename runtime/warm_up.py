@@ -15,7 +15,6 @@ import torch
 
 from octavo.kernels.attention.cache import LayerCache
 from octavo.runtime import kv_cache
-from octavo.runtime.config import EngineConfig
 from octavo.runtime.engine import Engine
 from octavo.runtime.inputs import empty_step
 from octavo.runtime.model.decoder import Decoder
@@ -45,20 +44,12 @@ def run_requests(model: Model, caches: list[LayerCache], limits: SchedulerConfig
     return problem
 
 
-def compile_steps(model: Decoder, config: EngineConfig) -> None:
-    """Have the kernels of `run_steps` compiled, on all cores at once, before there is a cache."""
+def compile_steps(model: Decoder, limits: SchedulerConfig, cache_dtype: torch.dtype) -> None:
+    """Have the kernels of `run_steps` compiled, on all cores at once, before there is a cache but of one block."""
     from octavo.kernels.launch import compiled_together
 
-    limits = SchedulerConfig(
-        num_blocks=1,
-        block_size=config.block_size,
-        max_model_len=config.max_model_len or model.max_position,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-    )
-    dtype = kv_cache.choose_dtype(model, config.kv_cache_dtype, [])
     with compiled_together(torch.get_num_threads()):
-        run_steps(model, kv_cache.allocate(model, 1, config.block_size, dtype), limits)
+        run_steps(model, kv_cache.allocate(model, 1, limits.block_size, cache_dtype), limits)
 
 
 def run_steps(model: Decoder, caches: list[LayerCache], limits: SchedulerConfig) -> None:

@@ -275,8 +275,9 @@ def proofs() -> dict[str, Proof]:
     half, bf16 = torch.float16, torch.bfloat16
     for num_experts, top_k, shared, hidden, num_tokens, dtype in (
         (128, 8, 0, 2048, 1, bf16), (128, 8, 0, 2048, 16, bf16), (128, 8, 0, 2048, 64, bf16),
-        (128, 8, 0, 2048, 256, bf16), (16, 1, 0, 2048, 1, bf16), (8, 2, 0, 4096, 1, bf16), (8, 2, 0, 4096, 256, half),
-        (512, 10, 0, 2048, 256, bf16), (60, 4, 4, 2048, 1, bf16), (60, 4, 4, 2048, 64, bf16),
+        (128, 8, 0, 2048, 256, bf16), (128, 8, 0, 2048, 512, bf16), (16, 1, 0, 2048, 1, bf16),
+        (8, 2, 0, 4096, 1, bf16), (8, 2, 0, 4096, 512, half), (512, 10, 0, 2048, 512, bf16),
+        (60, 4, 4, 2048, 1, bf16), (60, 4, 4, 2048, 64, bf16),
     ):  # fmt: skip
         x, weight = (meta(rows, hidden, dtype=dtype) for rows in (num_tokens, num_experts + min(shared, 1)))
         chosen, weights = meta(num_tokens, top_k + shared, dtype=torch.int32), meta(num_tokens, top_k + shared)
