@@ -8,7 +8,6 @@ What a version of Triton made of them stands in `sass/triton-VERSION.json`, so t
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from importlib.metadata import version
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from compiling import environment
 
 from octavo.kernels import ahead
 
@@ -25,9 +25,8 @@ TABLES = Path(__file__).parent / "sass"
 def compile_all(directory: Path, *flags: str) -> dict[str, dict[str, Any]]:
     """What `ahead` writes, in processes that don't interpret."""
     out = directory / "facts.json"
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(directory / "cache")
-    subprocess.run([sys.executable, "-m", "octavo.kernels.ahead", str(out), *flags], check=True, env=environment)
+    own = environment(TRITON_CACHE_DIR=str(directory / "cache"))
+    subprocess.run([sys.executable, "-m", "octavo.kernels.ahead", str(out), *flags], check=True, env=own)
     found: dict[str, dict[str, Any]] = json.loads(out.read_text())
     return found
 

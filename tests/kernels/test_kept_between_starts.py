@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import compile_some
+from compiling import printed
 
 
 def found_in_cache(directory: Path, hash_seed: str) -> dict[str, bool]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(directory), "PYTHONHASHSEED": hash_seed}
-    command = [sys.executable, compile_some.__file__]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-    found: dict[str, bool] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, bool] = printed(
+        compile_some.__file__, TRITON_CACHE_DIR=str(directory), PYTHONHASHSEED=hash_seed
+    )  # fmt: skip
     return found
 
 

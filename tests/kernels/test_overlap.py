@@ -8,10 +8,6 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
-import json
-import os
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -20,6 +16,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from compiling import printed
 
 from octavo.kernels import ahead, launch
 from octavo.kernels.fused.gpu.embedding import embed
@@ -37,10 +34,8 @@ ADDRESSES = {
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """What `overlapping` prints, from a process that doesn't interpret."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("overlap"))
-    command = [sys.executable, str(Path(__file__).parent / "overlapping.py")]
-    found: dict[str, dict[str, Any]] = json.loads(subprocess.check_output(command, env=environment))
+    script, cache = Path(__file__).parent / "overlapping.py", tmp_path_factory.mktemp("overlap")
+    found: dict[str, dict[str, Any]] = printed(script, TRITON_CACHE_DIR=str(cache))
     return found
 
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import first_launches
 import pytest
 import torch
+from compiling import printed
 from hf_oracle import CASES, make_hf, save
 
 from octavo.runtime import kv_cache
@@ -44,11 +41,7 @@ def test_no_kernel_is_compiled_while_serving(
     overrides = {**overrides, **SIZES.get(architecture, {}), "num_hidden_layers": 2}
     overrides["max_position_embeddings"] = first_launches.LENGTH
     directory = save(make_hf(family, overrides).bfloat16(), tmp_path / "model")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, first_launches.__file__, directory, dtype, kv, sequences, tokens, mode]
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = printed(first_launches.__file__, directory, dtype, kv, sequences, tokens, mode)
     assert most // 2 < len(found["together"]) <= most
     assert SAMPLERS <= set(found["start"]) <= SAMPLERS | MEASURED
     assert found["later"] == []

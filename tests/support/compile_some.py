@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
-from types import SimpleNamespace
 from typing import Any
 
+from compiling import be_an_h100
 from triton import knobs
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
 
 from octavo.kernels.launch import compiled_together
 
@@ -18,10 +16,7 @@ ROOMS = ("fused.gpu.norm", "fp8.gpu.quantize", "fp8.gpu.few", "sampling.gpu.chan
 
 def main() -> None:
     found: dict[str, bool] = {}
-    target = GPUTarget("cuda", 90, 32)
-    driver.set_active(
-        SimpleNamespace(get_current_target=lambda: target, get_current_device=lambda: 0, get_current_stream=lambda _: 0)
-    )
+    be_an_h100()
 
     def note(*, src: Any, cache_hit: bool, **_: Any) -> None:
         found[src.fn.__name__] = cache_hit

@@ -13,12 +13,10 @@ import json
 import random
 import sys
 import time
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
+from compiling import be_an_h100
 from triton.runtime.jit import JITFunction
 
 from octavo.runtime import ops, sampler, startup
@@ -34,10 +32,7 @@ LENGTH = 4000
 
 def become_an_h100(seen: set[tuple[str, str]]) -> None:
     """From now on models take a GPU's bodies, whose launches end where one would be compiled, and are noted."""
-    target = GPUTarget("cuda", 90, 32)
-    driver.set_active(
-        SimpleNamespace(get_current_target=lambda: target, get_current_device=lambda: 0, get_current_stream=lambda _: 0)
-    )
+    be_an_h100()
     JITFunction._do_compile = lambda self, key, *_: seen.add((self.__name__, key))
     weights.select_ops = lambda _, dtype: make_ops(dtype)
     weights.capability = lambda _: 90
