@@ -22,7 +22,7 @@ from octavo.kernels.attention.cache import AttentionShape, LayerCache
 from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.expect import expect
 from octavo.kernels.launch import INTERPRETED, meta, power_of_two
-from octavo.kernels.numeric import dot, narrow
+from octavo.kernels.numeric import bytes_of, dot, narrow
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 MASKED_SCORE = tl.constexpr(-1e30)
@@ -100,8 +100,8 @@ def _bytes_of(word, CODE: tl.constexpr):
     """The numbers that stand in the low bytes of words, and in the high ones, as fp16."""
     if _INTERPRETED:
         kind: tl.constexpr = tl.float8e4nv if CODE == "e4m3" else tl.int8
-        low = (word & 0xFF).to(tl.uint8).to(kind, bitcast=True).to(tl.float16)
-        high = ((word >> 8) & 0xFF).to(tl.uint8).to(kind, bitcast=True).to(tl.float16)
+        low, high = bytes_of(word, kind)
+        low, high = low.to(tl.float16), high.to(tl.float16)
     else:  # results are written before the word is read for the last time: "&" keeps them in registers of their own
         e4m3: tl.constexpr = _FROM_E4M3 if tl.target_info.cuda_capability_geq(8, 9) else _FROM_E4M3_BITS
         asm: tl.constexpr = e4m3 if CODE == "e4m3" else _FROM_INT8

@@ -38,7 +38,7 @@ from octavo.kernels.fp8.gpu.few import store_transposed
 from octavo.kernels.fp8.gpu.many import tile_of
 from octavo.kernels.fused.gpu.sums import add_up
 from octavo.kernels.launch import INTERPRETED, Launch, Proof, cdiv, meta
-from octavo.kernels.numeric import dot
+from octavo.kernels.numeric import bytes_of, dot
 from octavo.kernels.overlap import MOST, await_previous, group_lines, prefetch, tile_lines
 from octavo.kernels.tables import choose
 
@@ -64,34 +64,29 @@ _FP16 = tl.constexpr("""{
     lop3.b32 a, s, 0x00ff00ff, b, 0x6a;
     sub.f16x2 $1, a, b;
 }""")
-_E4M3_TO_BF16 = tl.constexpr("""{
+
+
+def _from_e4m3(shift: int, factor: str, times: str) -> tl.constexpr:
+    """As above: bits moved by `shift` in their half of a register, times the factor."""
+    mask = f"0x{0x7F << shift:04x}{0x7F << shift:04x}"
+    return tl.constexpr(f"""{{
     .reg .b32 a, b, s, c, z;
-    mov.b32 c, 0x7b807b80;
+    mov.b32 c, 0x{factor}{factor};
     mov.b32 z, 0x80008000;
-    shl.b32 a, $2, 4;
+    shl.b32 a, $2, {shift};
     shl.b32 s, $2, 8;
-    shr.b32 b, $2, 4;
-    and.b32 a, a, 0x07f007f0;
-    and.b32 b, b, 0x07f007f0;
+    shr.b32 b, $2, {8 - shift};
+    and.b32 a, a, {mask};
+    and.b32 b, b, {mask};
     lop3.b32 a, s, z, a, 0xea;
     lop3.b32 b, $2, z, b, 0xea;
-    fma.rn.bf16x2 $0, a, c, z;
-    fma.rn.bf16x2 $1, b, c, z;
-}""")
-_E4M3_TO_FP16 = tl.constexpr("""{
-    .reg .b32 a, b, s, c, z;
-    mov.b32 c, 0x5c005c00;
-    mov.b32 z, 0x80008000;
-    shl.b32 a, $2, 7;
-    shl.b32 s, $2, 8;
-    shr.b32 b, $2, 1;
-    and.b32 a, a, 0x3f803f80;
-    and.b32 b, b, 0x3f803f80;
-    lop3.b32 a, s, z, a, 0xea;
-    lop3.b32 b, $2, z, b, 0xea;
-    mul.rn.f16x2 $0, a, c;
-    mul.rn.f16x2 $1, b, c;
-}""")
+    {times.format("$0, a")};
+    {times.format("$1, b")};
+}}""")
+
+
+_E4M3_TO_BF16 = _from_e4m3(4, "7b80", "fma.rn.bf16x2 {}, c, z")
+_E4M3_TO_FP16 = _from_e4m3(7, "5c00", "mul.rn.f16x2 {}, c")
 _BF16_LESS = tl.constexpr(
     "{ .reg .b32 m; mov.b32 m, 0xbf80bf80; fma.rn.bf16x2 $0, $4, m, $2; fma.rn.bf16x2 $1, $4, m, $3; }"
 )
@@ -102,13 +97,10 @@ MAX_TILE = 128
 @triton.jit
 def decode(words, dtype: tl.constexpr, E4M3: tl.constexpr):
     """The codes of low bytes and of high bytes, in the activations' type."""
-    if _INTERPRETED and E4M3:
-        low = (words & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float32)
-        high = ((words >> 8) & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float32)
-    elif _INTERPRETED:
-        wide = words.to(tl.int32)
-        low, high = ((wide << 24) >> 24).to(tl.float32), (wide >> 8).to(tl.float32)
-    elif dtype == tl.bfloat16:
+    if _INTERPRETED:
+        low, high = bytes_of(words, tl.float8e4nv if E4M3 else tl.int8)
+        low, high = low.to(tl.float32), high.to(tl.float32)
+    elif dtype == tl.bfloat16:  # a result's type is no expression to Triton
         to_bf16: tl.constexpr = _E4M3_TO_BF16 if E4M3 else _BF16
         low, high = tl.inline_asm_elementwise(
             to_bf16, "=r,=r,r", [words], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2
