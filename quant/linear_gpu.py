@@ -30,15 +30,16 @@ def multiplies(scheme: QuantScheme, columns: int, capability: int) -> bool:
     from octavo.kernels.int8.gpu.gemm import MAX_COLUMNS
 
     weight, activation = scheme.weight, scheme.activation
-    if activation is None:
+    if activation is None or (activation.dtype == "fp8_e4m3" and capability < FP8_CAPABILITY):
         return False
-    if weight.dtype in FEW_BITS:
-        return weight.granularity.kind in ("channel", "group") and rounds_rows_to_fp8(scheme, capability)
     per, inputs = weight.granularity, activation.granularity
+    if weight.dtype in FEW_BITS:
+        of_tokens = activation.dtype == "fp8_e4m3" and activation.dynamic and inputs == CHANNEL
+        return of_tokens and per.kind in ("channel", "group")
     of_rows = per.kind in ("tensor", "channel") and inputs == (CHANNEL if activation.dynamic else TENSOR)
     if weight.dtype == activation.dtype == "int8":
         return of_rows and weight.symmetric and columns <= MAX_COLUMNS
-    if not weight.dtype == activation.dtype == "fp8_e4m3" or capability < FP8_CAPABILITY:
+    if not weight.dtype == activation.dtype == "fp8_e4m3":
         return False
     of_blocks = per.block in ((BLOCK, BLOCK), (1, BLOCK)) and inputs.kind == "group" and inputs.group_size == BLOCK
     return of_rows or (of_blocks and activation.dynamic)
@@ -64,14 +65,6 @@ def gpu_body(part: QuantizedWeight, bias: Tensor | None, out: torch.dtype, capab
     if scheme.weight.dtype in FEW_BITS:
         return _few_bits(part, bias, out, Rounding(torch.float8_e4m3fn))
     return _int8(part, bias, out) if scheme.weight.dtype == "int8" else _fp8(part, bias, out)
-
-
-def rounds_rows_to_fp8(scheme: QuantScheme, capability: int) -> bool:
-    """Whether tokens are rounded to e4m3, each by its own largest number, on a GPU that multiplies it."""
-    activation = scheme.activation
-    if activation is None or activation.dtype != "fp8_e4m3" or capability < FP8_CAPABILITY:
-        return False
-    return activation.dynamic and activation.granularity == CHANNEL
 
 
 def _fp8(part: QuantizedWeight, bias: Tensor | None, out: torch.dtype) -> Body:

@@ -18,7 +18,6 @@ from octavo.runtime import kv_cache
 from octavo.runtime.engine import Engine
 from octavo.runtime.inputs import empty_step
 from octavo.runtime.model.decoder import Decoder
-from octavo.runtime.model.experts import MoeSpec
 from octavo.runtime.model.model import Model
 from octavo.runtime.request import AddRequest, SamplingParams
 from octavo.runtime.scheduler import SchedulerConfig
@@ -54,14 +53,14 @@ def compile_steps(model: Decoder, limits: SchedulerConfig, cache_dtype: torch.dt
 
 def run_steps(model: Decoder, caches: list[LayerCache], limits: SchedulerConfig) -> None:
     """Whatever number of tokens and sequences a step has, and however long they are: its kernels have run then."""
-    for sizes, rows in _steps(limits, model.spec.moe):
+    for sizes, rows in _steps(limits, _pairs(model)):
         step = empty_step(sizes, limits.max_model_len, limits.block_size, model.device)
         if rows:
             step = replace(step, logits_index=torch.arange(rows, device=model.device))
         model.forward(step, caches)
 
 
-def _steps(limits: SchedulerConfig, moe: MoeSpec | None) -> Iterator[tuple[list[int], int]]:
+def _steps(limits: SchedulerConfig, pairs: set[float]) -> Iterator[tuple[list[int], int]]:
     """Tokens of each sequence, and of how many tokens there are logits (0: the last of each).
 
     Decode steps, steps with a prompt among them, and prompts alone, whose log-probabilities are wanted.
@@ -70,17 +69,17 @@ def _steps(limits: SchedulerConfig, moe: MoeSpec | None) -> Iterator[tuple[list[
     for sequences in _ends_of_ranges(min(limits.max_num_seqs, most) + 1):  # one of a graph's for what fills it up
         yield [1] * sequences, 0
         yield [2] + [1] * (sequences - 1), 0
-    for tokens in _ends_of_ranges(most, *_pairs(moe)):
+    for tokens in _ends_of_ranges(most, *pairs):
         yield [tokens], min(tokens, limits.max_prompt_logits + limits.max_num_seqs)
 
 
-def _pairs(moe: MoeSpec | None) -> tuple[float, ...]:
+def _pairs(model: Decoder) -> set[float]:
     """Of a token with experts, and such pairs an expert; the slices of a shared expert are experts to its kernels."""
-    if moe is None:
-        return ()
-    slices, rest = divmod(moe.shared_intermediate_size or 0, moe.intermediate_size)
-    each, num_experts = moe.top_k + (0 if rest else slices), moe.num_experts + (0 if rest else slices)
-    return each, each / num_experts
+    found: set[float] = set()
+    for mixture in model.mixtures:
+        each, num_experts = mixture.top_k + mixture.slices, mixture.experts.down.shape[0]
+        found |= {each, each / num_experts}
+    return found
 
 
 def _ends_of_ranges(most: int, *per_token: float) -> list[int]:

@@ -113,6 +113,11 @@ class Decoder:
         return self.ops.name == "triton"
 
     @property
+    def mixtures(self) -> list[GroupedMoe]:
+        """Of layers whose experts run together."""
+        return [layer.mlp for layer in self._layers if isinstance(layer.mlp, GroupedMoe)]
+
+    @property
     def can_be_captured(self) -> bool:
         """Whether all that a step of a given size launches is known beforehand, as a CUDA graph asks."""
         return self.runs_triton and not any(isinstance(layer.mlp, MoeMlp) for layer in self._layers)
@@ -180,10 +185,9 @@ class Decoder:
             kind = re.sub(r"\.\d+\.", ".*.", name)  # all experts together
             of_kind[kind] += 1
             counts[(kind, *linear.describe())] += 1
-        for layer in self._layers:
-            if isinstance(layer.mlp, GroupedMoe):
-                of_kind["experts"] += 1
-                counts[("experts", layer.mlp.experts.scheme, layer.mlp.body)] += 1
+        for mixture in self.mixtures:
+            of_kind["experts"] += 1
+            counts[("experts", mixture.experts.scheme, mixture.body)] += 1
         rows = [
             (kind if count == of_kind[kind] else f"{kind} ({count} of {of_kind[kind]})", scheme, body)
             for (kind, scheme, body), count in counts.items()

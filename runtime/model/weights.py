@@ -95,7 +95,7 @@ def _load_decoder(
     if config.load_format == "dummy":
         notes.append("the weights are random (--load-format dummy)")
         dummy = DummySource(hf_config, dtype, device, config.seed)
-        return DecoderBuilder(config, spec, dummy, dtype, device, notes).build()
+        return DecoderBuilder(config, spec, dummy, dtype, device, notes, rounds_inputs=rounds_inputs).build()
     checkpoint = Checkpoint.open(directory)
     source = CheckpointSource(checkpoint)
     source.require(required_modules(spec, source.prefix, source.has))
@@ -250,8 +250,7 @@ class DecoderBuilder:
                 read = (weight for (gate_up, _), (down, _) in experts for weight in (*gate_up, *down))
                 self._note_inputs(read, multiplies_experts)
                 return grouped
-            if ONE_BY_ONE not in self.notes:
-                self.notes.append(ONE_BY_ONE)
+            self._say_once(ONE_BY_ONE)
         mlps = tuple(self._gated(*expert) for expert in experts)
         alone = () if shared is None else (self._gated(*shared), gates[1])
         return MoeMlp(gates[0], mlps, moe.top_k, moe.normalize, *alone)
@@ -330,8 +329,11 @@ class DecoderBuilder:
             if isinstance(weight, Tensor) or weight.scheme.activation is None:
                 continue
             if not has_product(weight.scheme, weight.shape[1], self.capability):
-                note = keeps_inputs(weight.scheme, self.dtype, self.capability)
-                self.notes += [] if note in self.notes else [note]
+                self._say_once(keeps_inputs(weight.scheme, self.dtype, self.capability))
+
+    def _say_once(self, note: str) -> None:
+        if note not in self.notes:
+            self.notes.append(note)
 
     def _quantize(self, module: str, weight: Weight) -> Weight:
         """Apply --dtype fp8, int8 or int4 to a dense weight. A GPU rounds it; it stays where its source has it."""
