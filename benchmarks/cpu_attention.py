@@ -14,17 +14,17 @@ import time
 from itertools import accumulate
 from unittest import mock
 
-from octavo.kernels.threads import ENVIRONMENT
+from octavo.kernels.native.environment import ENVIRONMENT
 
 os.environ.update({**ENVIRONMENT, **os.environ})  # before torch is imported: as the server's process has it
 
 import torch
 from torch import Tensor
 
-from octavo.kernels import processor
 from octavo.kernels.attention import cpu
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
 from octavo.kernels.attention.step import StepInputs
+from octavo.kernels.native import cpu_features
 
 BLOCK = 16
 CACHES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
@@ -60,7 +60,7 @@ def step(new: list[int], lengths: list[int]) -> StepInputs:
 def seconds(q: Tensor, inputs: StepInputs, cache: LayerCache, shape: AttentionShape, kernel: bool) -> list[float]:
     """Of a few calls, behind one that wakes the threads: in a step the layers before have done so."""
     taken = []
-    with mock.patch.object(processor, "has_dot_products", return_value=kernel):
+    with mock.patch.object(cpu_features, "has_dot_products", return_value=kernel):
         for _ in range(4):
             begin = time.perf_counter()
             cpu.paged_attention(q, inputs, cache, shape)

@@ -30,7 +30,8 @@ from octavo.kernels.attention.step import StepInputs
 from octavo.quant.linear import make_linear
 from octavo.quant.qparams import QuantizedWeight
 from octavo.quant.scheme import CHANNEL, PRESETS, QuantScheme, WeightScheme, group
-from octavo.runtime.ops import Ops, select_ops, warm_up
+from octavo.runtime.model.operators import Ops
+from octavo.runtime.model.select_operators import select_ops, warm_up
 
 LAYERS, HIDDEN, HEADS, KV_HEADS, DIM, INTER, VOCAB = 30, 576, 9, 3, 64, 1536, 49152
 BLOCK = 16

@@ -21,7 +21,7 @@ import zmq
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.engine import Engine
 from octavo.runtime.launch import start_engine
-from octavo.runtime.request import AddRequest, Failed, FromEngine, Ready, SamplingParams, StepOutputs
+from octavo.runtime.messages import AddRequest, Failed, FromEngine, Ready, SamplingParams, StepOutputs
 from octavo.runtime.startup import load_engine
 
 PARTS = ("plan", "inputs", "model", "sample", "commit", "encode")

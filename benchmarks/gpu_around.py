@@ -12,12 +12,12 @@ from benchmarks.gpu_gemms import GROUP, int_weight
 from benchmarks.gpu_moe import CONFIG, chosen_of, clear_tokens
 from torch import Tensor
 
-from octavo.kernels.fused.gpu.sums import add_up
-from octavo.kernels.int4.gpu.columns import gather
 from octavo.kernels.int4.gpu.dequantize import dequantize
+from octavo.kernels.int4.gpu.permute_columns import gather
 from octavo.kernels.moe.gpu import fused
 from octavo.kernels.moe.gpu.route import align, route, unaligned
 from octavo.kernels.moe.gpu.router import routing
+from octavo.kernels.norm.gpu.split_k_sum import add_up
 from octavo.kernels.sampling.gpu.change import punish
 
 BF16 = torch.bfloat16

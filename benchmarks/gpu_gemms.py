@@ -11,11 +11,11 @@ from benchmarks import shapes
 from benchmarks.gpu_case import FEW_BITS, Bodies, Case, Goal, some_rows, spread, to_fp8, to_ints
 from torch import Tensor
 
-from octavo.kernels.fp8.gpu import gemm as fp8
+from octavo.kernels.fp8.gpu import linear as fp8
+from octavo.kernels.gemm.gpu import w8a16_gemm as w8a16
 from octavo.kernels.int4.gpu import linear as int4
 from octavo.kernels.int4.gpu import packing
-from octavo.kernels.int8.gpu import gemm as int8
-from octavo.kernels.int8.gpu import weights as w8a16
+from octavo.kernels.int8.gpu import linear as int8
 
 BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
 ROWWISE, TENSORWISE, BLOCKWISE, DENSE = "_scaled_mm rows", "_scaled_mm tensor", "_scaled_mm blocks", "matmul bf16"

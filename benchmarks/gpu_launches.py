@@ -30,9 +30,9 @@ from benchmarks.gpu_model import L2_BYTES, L2_LATENCY, LATENCY, Work
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from octavo.kernels.gemm.gpu import w8a16_gemm
 from octavo.kernels.int4.gpu import packing
-from octavo.kernels.int8.gpu import weights
-from octavo.kernels.launch import Launch, cdiv
+from octavo.kernels.launching.launch import Launch, cdiv
 from octavo.kernels.moe.gpu import router
 
 PRODUCT = "matrix product"  # of torch's library
@@ -119,7 +119,7 @@ def on_meta(recorder: Recorder) -> Iterator[None]:
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(packing, "pack", pack_on_meta))
-        stack.enter_context(patch.object(weights, "has_nan", lambda _: False))
+        stack.enter_context(patch.object(w8a16_gemm, "has_nan", lambda _: False))
         stack.enter_context(patch.object(router, "_logits", logits))
         stack.enter_context(patch.object(Launch, "__call__", lambda launch: recorder.launch(launch)))
         yield

@@ -29,7 +29,7 @@ import triton
 from torch import Tensor
 
 from octavo.kernels import ahead
-from octavo.kernels.launch import Launch, cdiv
+from octavo.kernels.launching.launch import Launch, cdiv
 
 SMS, CLOCK = 132, 1.7e9
 COPY, LATENCY, L2_LATENCY, GAP = 3.0e12, 0.8e-6, 0.35e-6, 1.0e-6

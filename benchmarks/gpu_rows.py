@@ -11,9 +11,9 @@ from octavo.kernels.attention.cache import AttentionShape, LayerCache
 from octavo.kernels.attention.gpu.rope import rope
 from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.fp8.gpu.quantize import quantize
-from octavo.kernels.fused.gpu.activation import silu_and_mul
-from octavo.kernels.fused.gpu.embedding import embed
-from octavo.kernels.fused.gpu.norm import norm
+from octavo.kernels.norm.gpu.activation import silu_and_mul
+from octavo.kernels.norm.gpu.embedding import embed
+from octavo.kernels.norm.gpu.norm import norm
 from octavo.kernels.sampling.gpu import draw as sampling
 
 BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn

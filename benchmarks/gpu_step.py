@@ -30,13 +30,13 @@ from benchmarks import shapes
 from benchmarks.gpu_clock import environment, one_line
 from torch import Tensor
 
-from octavo.kernels import launch
 from octavo.kernels.attention.step import StepInputs
+from octavo.kernels.launching import launch
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.engine import Engine
-from octavo.runtime.graphs import StepGraphs
-from octavo.runtime.request import AddRequest, SamplingParams
+from octavo.runtime.messages import AddRequest, SamplingParams
 from octavo.runtime.startup import load_engine
+from octavo.runtime.worker.graphs import StepGraphs
 
 LIMIT = 3.0e12  # bytes/s
 GOALS = {

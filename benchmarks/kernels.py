@@ -27,8 +27,8 @@ from benchmarks.gpu_case import Bodies, Case, error_of
 from benchmarks.gpu_clock import Call, Clock, CudaClock, HostClock, environment, one_line, poisoned
 from benchmarks.gpu_table import Result, derive, geomeans, write
 
-from octavo.kernels.launch import INTERPRETED
-from octavo.runtime.device import take_tables
+from octavo.kernels.launching.launch import INTERPRETED
+from octavo.runtime.worker.device import take_tables
 
 OWN = "octavo"
 MOST_SETS = 24  # of inputs

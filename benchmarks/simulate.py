@@ -28,22 +28,22 @@ from benchmarks.gpu_launches import habits
 from benchmarks.gpu_model import COPY, Compiler, Resources, Work, predict
 from torch import Tensor
 
-from octavo.kernels import tables
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
 from octavo.kernels.attention.gpu import decode as attention
 from octavo.kernels.attention.gpu.rope_decode import rope_decode
 from octavo.kernels.attention.step import StepInputs
-from octavo.kernels.fp8.gpu.few import few
-from octavo.kernels.fp8.gpu.many import many
-from octavo.kernels.fused.gpu.activation import silu_and_mul
-from octavo.kernels.fused.gpu.embedding import embed
-from octavo.kernels.fused.gpu.norm import norm
-from octavo.kernels.int4.gpu.gemm import gemm as int4_gemm
+from octavo.kernels.gemm.gpu.gemm_persistent import many
+from octavo.kernels.gemm.gpu.gemm_swap_ab import few
+from octavo.kernels.gemm.gpu.w4a16_gemm import gemm as int4_gemm
 from octavo.kernels.int4.gpu.packing import PackedInt4
-from octavo.kernels.launch import Launch, cdiv
+from octavo.kernels.launching import tuning
+from octavo.kernels.launching.launch import Launch, cdiv
 from octavo.kernels.moe.gpu import fused as moe
 from octavo.kernels.moe.gpu.int4 import PackedExperts
-from octavo.kernels.rounded import Rounded, Rounding
+from octavo.kernels.norm.gpu.activation import silu_and_mul
+from octavo.kernels.norm.gpu.embedding import embed
+from octavo.kernels.norm.gpu.norm import norm
+from octavo.kernels.quantized_activation import Rounded, Rounding
 from octavo.kernels.sampling.gpu import draw as sampling
 
 Compiled = Callable[[Launch], Resources]
@@ -62,7 +62,7 @@ def gemm_work(name: str, weights: str, m: int, n: int, k: int) -> tuple[Work, in
     if weights == "bf16":
         return Work(name, None, shapes.gemm_bytes(m, n, k, 2.0, 2), flops, "bf16"), 0
     kind, x_bytes = ("fp8", 1) if weights == "fp8" else ("int4", 2)
-    sizes = dict(tables.choose(kind, m, n, k))
+    sizes = dict(tuning.choose(kind, m, n, k))
     if sizes.pop("dequantize", 0):
         return Work(name, None, n * k * 4.5 + m * (n + k) * 2, flops, "bf16"), 0
     parts = sizes.pop("parts")
@@ -127,7 +127,7 @@ def attention_work(
     inputs = StepInputs(whole, whole, whole, table, ints[:batch], ints, whole, 1, longest)
     q, width = meta(batch, s.heads, s.d, dtype=BF16), (s.heads + 2 * s.kv_heads) * s.d
     weight = meta(s.d) if qk_norm else None
-    block = tables.choose("paged decode", group, s.d, stores[0].element_size())
+    block = tuning.choose("paged decode", group, s.d, stores[0].element_size())
     programs = attention.share_count(longest, shape, least=block["least"], most=block["most"])
     lse = meta(batch, s.kv_heads, programs, group)
     partial = meta(batch, s.kv_heads, programs, group, s.d)
@@ -348,7 +348,7 @@ def errors(directory: Path, compiled: Compiled) -> list[str]:
         pairs = of_kernels if path.name.startswith("kernels") else of_steps
         results = json.loads(path.read_text())
         card = results["facts"].get("card", "no GPU")
-        if tables.stem(card) != tables.card:
+        if tuning.stem(card) != tuning.card:
             lines += ["", f"{path.name} isn't compared: it is of {card}, and an H100 is predicted."]
             continue
         found = list(pairs(results, compiled))

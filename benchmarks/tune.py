@@ -32,9 +32,9 @@ from benchmarks.gpu_attention import Sizes
 from benchmarks.gpu_case import FEW_BITS, Bodies, error_of
 from benchmarks.gpu_clock import Clock, CudaClock, one_line, poisoned
 
-from octavo.kernels import tables
-from octavo.kernels.launch import power_of_two
-from octavo.runtime.device import take_tables
+from octavo.kernels.launching import tuning
+from octavo.kernels.launching.launch import power_of_two
+from octavo.runtime.worker.device import take_tables
 
 Row = dict[str, int]
 CLASSES: tuple[tuple[Row, str], ...] = (({"n": 16384}, "gate_up"), ({"k": 8192}, "down"), ({}, "qkv"))
@@ -75,7 +75,7 @@ def gemm_rows(family: str, m: int) -> list[Row]:
 
 def persistent_rows(family: str) -> list[Row]:
     """Candidates of 8-bit codes' body for many tokens."""
-    last = tables.rows_of(tables.card)[family][-1]  # what the card has: processors, and the memory accelerator
+    last = tuning.rows_of(tuning.card)[family][-1]  # what the card has: processors, and the memory accelerator
     tma = (1, 0) if last.get("tma", 1) else (0,)
     shape: dict[str, tuple[int, ...]] = {
         "is_few": (0,),
@@ -100,7 +100,7 @@ def mixture_rows(family: str, m: int) -> list[Row]:
 
 def attention_rows(family: str) -> list[Row]:
     if family == "paged decode":
-        programs = (tables.rows_of(tables.card)[family][-1]["programs"],)
+        programs = (tuning.rows_of(tuning.card)[family][-1]["programs"],)
         shape = {"block_n": (32, 64, 128), "least": (128, 256, 512), "most": (16, 32), "programs": programs}
         return grid(**shape, num_warps=(4, 8), num_stages=(2, 3, 4, 5))
     return grid(block_m=(64, 128), block_n=(32, 64, 128), num_warps=(4, 8), num_stages=(2, 3, 4))
@@ -213,10 +213,10 @@ def problems(family: str) -> Iterator[Problem]:
             yield Problem(bounds, rows, (m, 2 * inner, hidden), make, num * hidden * inner, FEW_BITS)
         return
     if family in SMALL:
-        small, those = SMALL[family], tables.rows_of(tables.card)[family]
+        small, those = SMALL[family], tuning.rows_of(tuning.card)[family]
         beyond = max(TOKENS, *(2 * row.get("m", 0) for row in those))  # all bounds
         for row in those:
-            bounds = {name: bound for name, bound in row.items() if name in tables.BOUNDS}
+            bounds = {name: bound for name, bound in row.items() if name in tuning.BOUNDS}
             size = row.get("m", beyond), power_of_two(row["n"]) if "n" in row else small.usual
             yield Problem(bounds, small.rows, (*size, 0), partial(_made, small.make, size), 1 << 22, small.tolerance)
         return
@@ -239,8 +239,8 @@ def untouched(family: str, before: list[Row]) -> list[Row]:
 
 def install(family: str, row: Row) -> None:
     """Let every size of a family take this row."""
-    tables.rows_of(tables.card)[family] = [row]
-    tables.row_of.cache_clear()
+    tuning.rows_of(tuning.card)[family] = [row]
+    tuning.row_of.cache_clear()
 
 
 def best_of(
@@ -288,8 +288,8 @@ def merge(path: Path, family: str, rows: list[Row], base: Path | None = None) ->
 def tuned(family: str, device: torch.device, clock: Clock, seconds: float) -> list[Row]:
     """The family's rows for this card, which take them from now on."""
     begun, work = time.monotonic(), list(problems(family))
-    old = [dict(tables.choose(family, *problem.size)) for problem in work]
-    rows = untouched(family, list(tables.rows_of(tables.card)[family]))
+    old = [dict(tuning.choose(family, *problem.size)) for problem in work]
+    rows = untouched(family, list(tuning.rows_of(tuning.card)[family]))
     for number, problem in enumerate(work):
         ends = begun + seconds * (number + 1) / len(work)
         row: Row | None = None
@@ -304,8 +304,8 @@ def tuned(family: str, device: torch.device, clock: Clock, seconds: float) -> li
         print(f"{time.monotonic() - begun:5.0f} s {family} {rows[-1]}: {found}", flush=True)
         sets = []
         clock.forget()
-    tables.rows_of(tables.card)[family] = rows
-    tables.row_of.cache_clear()
+    tuning.rows_of(tuning.card)[family] = rows
+    tuning.row_of.cache_clear()
     return rows
 
 
@@ -320,12 +320,12 @@ def main() -> None:
         raise SystemExit("no CUDA device to tune for")
     device, clock = torch.device("cuda"), CudaClock(rounds=5)
     print(*take_tables(device))
-    path = args.output or tables.TUNING / f"{tables.stem(torch.cuda.get_device_name(0))}.json"
+    path = args.output or tuning.TUNING / f"{tuning.stem(torch.cuda.get_device_name(0))}.json"
     families = list(SMALL) if args.family == "around" else [args.family]
     for family in families:
         rows = tuned(family, device, clock, args.seconds / len(families))
         if not args.dry_run:
-            merge(path, family, rows, tables.TUNING / f"{tables.card}.json")
+            merge(path, family, rows, tuning.TUNING / f"{tuning.card}.json")
 
 
 if __name__ == "__main__":

@@ -14,18 +14,18 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from octavo.calibration.awq import awq_clip, awq_scales
-from octavo.calibration.channel_scales import ScaleSearch
-from octavo.calibration.folding import fold_scales, tie_scales
-from octavo.calibration.gptq import gptq_loss, gptq_weight
-from octavo.calibration.hidden import Hidden
+from octavo.calibration.algorithms.awq import awq_clip, awq_scales
+from octavo.calibration.algorithms.channel_scale_search import ScaleSearch
+from octavo.calibration.algorithms.gptq import gptq_loss, gptq_weight
+from octavo.calibration.algorithms.group_scales import static_input_scale
+from octavo.calibration.algorithms.input_statistics import InputStats, StatsCollector
+from octavo.calibration.algorithms.scale_folding import fold_scales, tie_scales
+from octavo.calibration.algorithms.smoothquant import smoothquant_scales
+from octavo.calibration.hidden_states_file import Hidden
 from octavo.calibration.kv import KVCollector
 from octavo.calibration.layers import QuantizeError
 from octavo.calibration.output import scale_dtype
 from octavo.calibration.recipe import Recipe
-from octavo.calibration.scales import static_input_scale
-from octavo.calibration.smoothquant import smoothquant_scales
-from octavo.calibration.stats import InputStats, StatsCollector
 from octavo.quant.block_map import Fold, InputGroup
 from octavo.quant.qparams import QuantizedWeight, WeightError, quantize_weight
 from octavo.quant.scheme import QuantScheme

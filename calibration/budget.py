@@ -18,13 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from octavo.calibration.algorithms.gptq import gptq_loss, output_energy
+from octavo.calibration.algorithms.input_statistics import InputStats, StatsCollector
 from octavo.calibration.block import Runner
-from octavo.calibration.gptq import gptq_loss, output_energy
-from octavo.calibration.hidden import BATCH_TOKENS
+from octavo.calibration.hidden_states_file import BATCH_TOKENS
 from octavo.calibration.output import make_format, scale_dtype
 from octavo.calibration.plan import Item, Plan
 from octavo.calibration.recipe import Recipe, RecipeError, parse_scheme
-from octavo.calibration.stats import InputStats, StatsCollector
 from octavo.quant.checkpoint import Checkpoint
 from octavo.quant.qparams import quantize_weight
 

@@ -16,9 +16,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from octavo.calibration.auxiliary_files import copy_other_files, without_paths, write_json
 from octavo.calibration.layers import EMBEDDING, FLOATS, QuantizeError
 from octavo.calibration.quantize_model import check_out
-from octavo.calibration.sidecars import copy_other_files, without_paths, write_json
 from octavo.calibration.workspace import Workspace, recover, workspace
 from octavo.quant.checkpoint import INDEX, KV_SCALES, SINGLE, Checkpoint
 from octavo.quant.formats.awq import AWQFormat, write_awq_config

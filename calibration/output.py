@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -13,9 +14,6 @@ from octavo.quant.formats.format import QuantFormat
 from octavo.quant.formats.fp8 import Fp8Format, write_fp8_config
 from octavo.quant.formats.gptq import GPTQFormat, Version, write_gptq_config
 from octavo.quant.scheme import QuantScheme
-
-if TYPE_CHECKING:
-    from octavo.calibration.plan import Plan
 
 
 def make_format(recipe: Recipe, scheme: QuantScheme, dtype: torch.dtype) -> QuantFormat:
@@ -41,18 +39,17 @@ def scale_dtype(recipe: Recipe, dtype: torch.dtype) -> torch.dtype:
     return torch.float16
 
 
-def quantization_config(recipe: Recipe, plan: Plan) -> dict[str, Any]:
-    """config.json's `quantization_config`."""
-    ignore = plan.selection.ignore
+def quantization_config(recipe: Recipe, schemes: Mapping[str, QuantScheme], ignore: list[str]) -> dict[str, Any]:
+    """config.json's `quantization_config`, of layers with these schemes and of names that stay as they are."""
     match recipe.format:
         case "compressed-tensors":
-            return write_config(plan.schemes, ignore, _observer(recipe), recipe.kv, _actorder(recipe))
+            return write_config(schemes, ignore, _observer(recipe), recipe.kv, _actorder(recipe))
         case "gptq" | "gptq_v2":
-            return write_gptq_config(plan.schemes, ignore, version=_version(recipe), desc_act=_desc_act(recipe))
+            return write_gptq_config(schemes, ignore, version=_version(recipe), desc_act=_desc_act(recipe))
         case "awq":
-            return write_awq_config(plan.schemes, ignore)
+            return write_awq_config(schemes, ignore)
         case "fp8":
-            return write_fp8_config(plan.schemes, ignore)
+            return write_fp8_config(schemes, ignore)
 
 
 def _version(recipe: Recipe) -> Version:

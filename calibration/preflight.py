@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from octavo.calibration.hidden import BATCH_TOKENS
+from octavo.calibration.hidden_states_file import BATCH_TOKENS
 from octavo.calibration.layers import Linear
 from octavo.calibration.plan import Plan, Unit
 from octavo.calibration.recipe import Recipe

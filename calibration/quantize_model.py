@@ -19,16 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from octavo.calibration.auxiliary_files import copy_other_files, without_paths, write_json
 from octavo.calibration.block import Block, Runner
 from octavo.calibration.experts import rare_experts
-from octavo.calibration.hidden import Hidden, Shape
+from octavo.calibration.hidden_states_file import Hidden, Shape
 from octavo.calibration.kv import KVError, KVReport, kv_advice
 from octavo.calibration.layers import FLOATS, Linear, QuantizeError, Selection, portability_warnings
 from octavo.calibration.output import make_format, quantization_config, scale_dtype
 from octavo.calibration.plan import Item, Plan, Unit, make_plan, source_digest, weight_map
 from octavo.calibration.recipe import Recipe, to_json
-from octavo.calibration.sidecars import copy_other_files, without_paths, write_json
-from octavo.calibration.weight_error import LayerRow, layer_row, squared_error
+from octavo.calibration.report.weight_error import LayerRow, layer_row, squared_error
 from octavo.calibration.workspace import MANIFEST, ResumeError, Workspace, finished, partial_of, recover, workspace
 from octavo.quant.checkpoint import INDEX, Checkpoint, quantization_dict, read_config
 from octavo.quant.qparams import QuantizedWeight, WeightError, quantize_weight
@@ -98,7 +98,9 @@ def quantize_model(
     if recipe.needs_data and calibration is None:
         raise QuantizeError(f"{recipe.algorithm} with scheme {recipe.scheme} needs calibration text")
     try:
-        quantization_config(recipe, plan)  # what a config can't say is found before anything is done
+        quantization_config(
+            recipe, plan.schemes, plan.selection.ignore
+        )  # what a config can't say is found before anything is done
     except ValueError as e:
         raise QuantizeError(f"format {recipe.format}: {e}") from e
     job = _job(checkpoint, plan, recipe, calibration)
@@ -370,7 +372,7 @@ def _config(checkpoint: Checkpoint, plan: Plan, recipe: Recipe) -> dict[str, Any
     config: dict[str, Any] = without_paths(checkpoint.config)
     if not any(config.get(key) for key in ("dtype", "torch_dtype")) and "text_config" not in config:
         config["dtype"] = str(plan.dtype).removeprefix("torch.")
-    config["quantization_config"] = quantization_config(recipe, plan)
+    config["quantization_config"] = quantization_config(recipe, plan.schemes, plan.selection.ignore)
     return config
 
 

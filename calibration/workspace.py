@@ -21,9 +21,9 @@ from typing import Any
 
 from torch import Tensor
 
-from octavo.calibration.hidden import Hidden
+from octavo.calibration.auxiliary_files import write_json
+from octavo.calibration.hidden_states_file import Hidden
 from octavo.calibration.layers import QuantizeError
-from octavo.calibration.sidecars import write_json
 from octavo.quant.safetensors_file import SafetensorsWriter, TensorSpec
 
 MANIFEST = "quantization_manifest.json"

@@ -35,8 +35,9 @@ from triton.compiler import ASTSource
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from octavo.kernels import sass, tables
-from octavo.kernels.launch import INTERPRETED, Launch, Proof
+from octavo.kernels import sass
+from octavo.kernels.launching import tuning
+from octavo.kernels.launching.launch import INTERPRETED, Launch, Proof
 
 ROOMS = (  # modules that have `proofs() -> dict[str, Proof]`
     "fused.gpu.norm",
@@ -162,7 +163,7 @@ class Compiled:
 def proofs(capability: int = 90) -> dict[str, tuple[str, str]]:
     """All proofs of all rooms by name, with the card's table: where each is found, as its module and its name there."""
     rooms = (*(room for room in ROOMS if capability == 90 or room not in HOPPER), "rows")
-    with tables.taken(tables.of_capability(capability)):
+    with tuning.taken(tuning.of_capability(capability)):
         found = {
             f"{room.replace('.gpu.', ' ')}: {name}": (f"octavo.kernels.{room}", name)
             for room in rooms
@@ -259,7 +260,7 @@ def _is_multiple_of_16(value: Any) -> bool:
 
 def check(places: Sequence[tuple[str, str]], capability: int = 90) -> list[dict[str, Any]]:
     """Compile some proofs: the facts of each, and the objections to it."""
-    with tables.taken(tables.of_capability(capability)):
+    with tuning.taken(tuning.of_capability(capability)):
         found = [importlib.import_module(module).proofs()[name] for module, name in places]
     made = compile_ahead([proof.launch for proof in found], capability)
     return [

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from octavo.kernels import tables
-from octavo.kernels.fp8.gpu.few import few
-from octavo.kernels.fp8.gpu.many import many
-from octavo.kernels.int4.gpu.gemm import gemm
+from octavo.kernels.gemm.gpu.gemm_persistent import many
+from octavo.kernels.gemm.gpu.gemm_swap_ab import few
+from octavo.kernels.gemm.gpu.w4a16_gemm import gemm
+from octavo.kernels.gemm.gpu.w8a16_gemm import Packed, weights
 from octavo.kernels.int4.gpu.packing import PackedInt4
-from octavo.kernels.int8.gpu.weights import Packed, weights
-from octavo.kernels.launch import Launch, Proof, meta
+from octavo.kernels.launching import tuning
+from octavo.kernels.launching.launch import Launch, Proof, meta
 from octavo.kernels.moe.gpu.grouped import grouped
 from octavo.kernels.moe.gpu.int4 import PackedExperts, grouped_int4
 from octavo.kernels.moe.gpu.int8 import ByteExperts, grouped_int8
@@ -35,10 +35,10 @@ Sizes = dict[str, int]
 
 
 def proofs() -> dict[str, Proof]:
-    """For the card that `octavo.kernels.tables` has been told."""
-    cores = r"[HIQ]GMMA\." if tables.card == "h100" else r"[HIQ]G?MMA\."
+    """For the card that `octavo.kernels.launching.tuning` has been told."""
+    cores = r"[HIQ]GMMA\." if tuning.card == "h100" else r"[HIQ]G?MMA\."
     made: dict[str, Proof] = {}
-    for family, rows in tables.rows_of(tables.card).items():
+    for family, rows in tuning.rows_of(tuning.card).items():
         for row in _distinct(rows) if family in FAMILIES else ():
             wide = f"{row['block_m']} x {row['block_n']}, {row['num_warps']} warps, {row['num_stages']} stages"
             wide += f", {row['group_m']} down" if "group_m" in row else ""
@@ -46,7 +46,7 @@ def proofs() -> dict[str, Proof]:
             for variant, launch in _launches(family, row).items():
                 name = f"{family}{variant} {wide}"
                 if name in made:
-                    raise ValueError(f"tuning/{tables.card}.json: two rows are called {name}")
+                    raise ValueError(f"tuning/{tuning.card}.json: two rows are called {name}")
                 made[name] = Proof(launch, (cores,))
     return made
 
@@ -55,7 +55,7 @@ def _distinct(rows: list[Sizes]) -> list[Sizes]:
     """Block sizes without bounds, each once whole and once in parts, where any row has it so."""
     found: dict[tuple[tuple[tuple[str, int], ...], bool], int] = {}
     for row in rows:
-        size = {name: value for name, value in row.items() if name not in (*tables.BOUNDS, "parts", "dequantize")}
+        size = {name: value for name, value in row.items() if name not in (*tuning.BOUNDS, "parts", "dequantize")}
         parts = row.get("parts", 1)
         key = (tuple(size.items()), parts > 1)
         found[key] = max(found.get(key, 1), parts)

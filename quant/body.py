@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from octavo.kernels.rounded import Rounding
+from octavo.kernels.quantized_activation import Rounding
 
 
 @dataclass(frozen=True)

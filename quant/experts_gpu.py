@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from octavo.kernels.int4.reference import group_of_column
-from octavo.kernels.rounded import Rounding
+from octavo.kernels.quantized_activation import Rounding
 from octavo.quant.body import tensors_of
 from octavo.quant.linear import join_parts, per_channel
 from octavo.quant.linear_gpu import FEW_BITS, multiplies, scales_of_columns
@@ -123,8 +123,8 @@ def _says_no_rounding(weight: QuantizedWeight) -> bool:
 
 def _stack(experts: list[Weight], dtype: torch.dtype, device: torch.device, *, rounds: bool) -> Any | None:
     """Weights [N, K] of one scheme, for inputs that are rounded or not."""
-    from octavo.kernels.moe.gpu.columns import once
     from octavo.kernels.moe.gpu.fused import Experts
+    from octavo.kernels.moe.gpu.permute_columns import once
 
     quantized = [e for e in experts if isinstance(e, QuantizedWeight)]
     if not quantized:
@@ -154,7 +154,7 @@ def _packed(experts: list[QuantizedWeight], device: torch.device, *, fp8: bool) 
 
     fp8: what they are decoded to, and inputs are rounded to; integers of 4 bits and fewer have that, too.
     """
-    from octavo.kernels.int8.gpu.weights import has_nan
+    from octavo.kernels.gemm.gpu.w8a16_gemm import has_nan
     from octavo.kernels.moe.gpu import int4, int8
 
     weight, (n, k) = experts[0].scheme.weight, experts[0].shape

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from octavo.kernels import processor
 from octavo.kernels.fp8 import reference as fp8_reference
 from octavo.kernels.int8 import reference as int8_reference
-from octavo.kernels.rounded import Hidden, Rounding
+from octavo.kernels.native import cpu_features
+from octavo.kernels.quantized_activation import Hidden, Rounding
 from octavo.quant.body import Body
 from octavo.quant.linear_gpu import gpu_body, multiplies
 from octavo.quant.qparams import QuantizedWeight
@@ -209,7 +209,7 @@ def _choose(
 
     float32 is never native: it is the truth that the native bodies are compared with.
     """
-    native = device.type == "cpu" and dtype != torch.float32 and processor.has_dot_products()
+    native = device.type == "cpu" and dtype != torch.float32 and cpu_features.has_dot_products()
     if isinstance(part, Tensor):
         return _dense(part, bias, None, dtype, device, native, out)
     rounds = input_rounding(part.scheme.activation, part.input_scale, device)

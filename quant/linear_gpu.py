@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from octavo.kernels.int4.reference import group_of_column
-from octavo.kernels.rounded import Hidden, Rounded, Rounding
-from octavo.kernels.tables import choose
+from octavo.kernels.launching.tuning import choose
+from octavo.kernels.quantized_activation import Hidden, Rounded, Rounding
 from octavo.quant.body import Body, tensors_of
 from octavo.quant.qparams import QuantizedWeight
 from octavo.quant.scheme import CHANNEL, TENSOR, QuantScheme
@@ -26,8 +26,8 @@ FEW_BITS = ("int4", "int3", "int2")
 
 def multiplies(scheme: QuantScheme, columns: int, capability: int) -> bool:
     """Whether a GPU has a product of a scheme's weight [N, columns] with activations rounded as it says."""
-    from octavo.kernels.fp8.gpu.few import BLOCK
-    from octavo.kernels.int8.gpu.gemm import MAX_COLUMNS
+    from octavo.kernels.gemm.gpu.gemm_swap_ab import BLOCK
+    from octavo.kernels.int8.gpu.linear import MAX_COLUMNS
 
     weight, activation = scheme.weight, scheme.activation
     if activation is None or (activation.dtype == "fp8_e4m3" and capability < FP8_CAPABILITY):
@@ -68,41 +68,41 @@ def gpu_body(part: QuantizedWeight, bias: Tensor | None, out: torch.dtype, capab
 
 
 def _fp8(part: QuantizedWeight, bias: Tensor | None, out: torch.dtype) -> Body:
-    from octavo.kernels.fp8.gpu import gemm
-    from octavo.kernels.fp8.gpu.few import BLOCK
+    from octavo.kernels.fp8.gpu import linear
+    from octavo.kernels.gemm.gpu.gemm_swap_ab import BLOCK
 
     blocks, activation = part.scheme.weight.granularity.kind == "block", part.scheme.activation
-    packed = gemm.pack(part.codes, part.scale, bias, part.input_scale, blocks=blocks)
+    packed = linear.pack(part.codes, part.scale, bias, part.input_scale, blocks=blocks)
     name = f"fp8 x fp8, {'blocks' if blocks else 'token' if activation and activation.dynamic else 'static'}"
     wants = Rounding(torch.float8_e4m3fn, BLOCK if blocks else 0, packed.input_scale)
     return _eight_bits(name, packed, out, wants)
 
 
 def _int8(part: QuantizedWeight, bias: Tensor | None, out: torch.dtype) -> Body:
-    from octavo.kernels.int8.gpu import gemm
+    from octavo.kernels.int8.gpu import linear
 
-    packed = gemm.pack(part.codes, part.scale, bias, part.input_scale)
+    packed = linear.pack(part.codes, part.scale, bias, part.input_scale)
     name = f"int8 x int8{'' if packed.input_scale is None else ', static'}"
     return _eight_bits(name, packed, out, Rounding(torch.int8, static_scale=packed.input_scale))
 
 
 def _eight_bits(name: str, packed: Any, out: torch.dtype, wants: Rounding | None) -> Body:
     """fp8 and int8 share their GEMMs. An input that nobody rounded before is rounded by a launch of its own."""
-    from octavo.kernels.fp8.gpu import gemm
+    from octavo.kernels.fp8.gpu import linear
 
     n, k = packed.codes.shape
 
     def codes_of(x: Hidden) -> tuple[Tensor, Tensor]:
-        return (x.codes, x.scale) if isinstance(x, Rounded) else gemm.rounded(x, packed)
+        return (x.codes, x.scale) if isinstance(x, Rounded) else linear.rounded(x, packed)
 
     def run(x: Hidden) -> Tensor:
-        return gemm.matmul(*codes_of(x), packed, out)
+        return linear.matmul(*codes_of(x), packed, out)
 
     def partial(x: Hidden) -> Tensor:
         codes, scale = codes_of(x)
         if _in_parts(packed.kind, codes.shape[0], n, k):
-            return gemm.partial_sums(codes, scale, packed)
-        return gemm.matmul(codes, scale, packed, out)
+            return linear.partial_sums(codes, scale, packed)
+        return linear.matmul(codes, scale, packed, out)
 
     return Body(name, run, _bytes(packed), wants, partial, has_bias=packed.bias is not None)
 
@@ -127,19 +127,19 @@ def scales_of_columns(part: QuantizedWeight) -> tuple[Tensor, Tensor | None, int
 
 def _bytes_of_weights(part: QuantizedWeight, bias: Tensor | None, out: torch.dtype) -> Body | None:
     """With act-order its columns lie group after group, and x's are put there, by the norm before or by a launch."""
-    from octavo.kernels.int4.gpu.columns import gathered
-    from octavo.kernels.int8.gpu import weights
+    from octavo.kernels.gemm.gpu import w8a16_gemm
+    from octavo.kernels.int4.gpu.permute_columns import gathered
 
     (n, k), codes, order, wants = part.shape, part.codes, None, None
     scale, zero_point, size = scales_of_columns(part)
-    if (size < k and size % 32) or weights.has_nan(codes):
+    if (size < k and size % 32) or w8a16_gemm.has_nan(codes):
         return None
     if part.g_idx is not None:
         groups, columns = part.g_idx.long().sort(stable=True)
         if not torch.equal(groups.cpu(), group_of_column(k, size)):  # groups of other sizes
             return None
         codes, order, wants = codes[:, columns], columns.int(), Rounding(None, places=columns.argsort().int())
-    packed = weights.pack(codes, scale, -1 if size >= k else size, zero_point, bias)
+    packed = w8a16_gemm.pack(codes, scale, -1 if size >= k else size, zero_point, bias)
 
     def arranged(x: Hidden) -> Tensor:
         if isinstance(x, Rounded):
@@ -147,13 +147,13 @@ def _bytes_of_weights(part: QuantizedWeight, bias: Tensor | None, out: torch.dty
         return x if order is None else gathered(x, order)
 
     def run(x: Hidden) -> Tensor:
-        return weights.linear(arranged(x), packed, out)
+        return w8a16_gemm.linear(arranged(x), packed, out)
 
     def partial(x: Hidden) -> Tensor:
         ready = arranged(x)
         if _in_parts("w8a16", ready.shape[0], n, k):
-            return weights.partial_sums(ready, packed)
-        return weights.linear(ready, packed, out)
+            return w8a16_gemm.partial_sums(ready, packed)
+        return w8a16_gemm.linear(ready, packed, out)
 
     return Body(
         f"{'fp8' if packed.is_e4m3 else 'int8'} weights, 16 bits",

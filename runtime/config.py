@@ -20,7 +20,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     lm_head_dtype           'int8' quantizes the output head's copy of its weight (per channel), also where it is tied
     kv_cache_dtype          'auto' is the computing type
     num_blocks              size of the KV cache in blocks; None: from kv_cache_memory_bytes, and if that is None
-                            too, from the memory that is free (see runtime/kv_cache.py)
+                            too, from the memory that is free (see runtime/worker/kv_cache.py)
     gpu_memory_utilization  share of a GPU's memory that weights and KV cache may take together
     max_model_len           None: what the model says, less if the cache can't hold that many tokens
     max_num_batched_tokens  tokens of one step; a longer prompt is prefilled in chunks

@@ -7,13 +7,13 @@ from torch import Tensor
 
 from octavo.kernels.attention.cache import LayerCache
 from octavo.kernels.attention.step import StepInputs
-from octavo.runtime.graphs import StepGraphs
-from octavo.runtime.inputs import InputBuilder
+from octavo.runtime.messages import AddRequest, TokenOutput
 from octavo.runtime.model.model import Model
-from octavo.runtime.request import AddRequest, TokenOutput
-from octavo.runtime.sampler import Sampler
-from octavo.runtime.scheduler import Scheduler, SchedulerConfig
+from octavo.runtime.scheduling.scheduler import Scheduler, SchedulerConfig
 from octavo.runtime.validation import problem_of
+from octavo.runtime.worker.graphs import StepGraphs
+from octavo.runtime.worker.sampler import Sampler
+from octavo.runtime.worker.step_inputs import InputBuilder
 
 
 class Engine:

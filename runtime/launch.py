@@ -1,6 +1,6 @@
 """Starting the engine process and holding on to it. Imported by the server: no torch here.
 
-The two talk through one ZeroMQ socket each (DEALER, msgpack of runtime/request.py); the server binds `address`, the
+The two talk through one ZeroMQ socket each (DEALER, msgpack of runtime/messages.py); the server binds `address`, the
 engine connects to it. The engine's stdin is its lifeline: it ends when the pipe closes, so it can't outlive the server.
 """
 
@@ -17,7 +17,7 @@ from shutil import rmtree
 import msgspec
 
 import octavo
-from octavo.kernels.threads import ENVIRONMENT
+from octavo.kernels.native.environment import ENVIRONMENT
 from octavo.runtime.config import EngineConfig
 
 

@@ -17,7 +17,7 @@ import msgspec
 import zmq
 
 from octavo.runtime.launch import EngineStart, remove_socket
-from octavo.runtime.request import (
+from octavo.runtime.messages import (
     AbortRequest,
     AddRequest,
     Failed,

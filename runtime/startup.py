@@ -7,17 +7,18 @@ import time
 import torch
 
 from octavo.kernels.attention.cache import LayerCache
-from octavo.runtime import kv_cache, ops
 from octavo.runtime.config import EngineConfig
-from octavo.runtime.device import choose_device, set_threads
 from octavo.runtime.engine import Engine
-from octavo.runtime.graphs import StepGraphs
+from octavo.runtime.messages import Ready, StartupReport
+from octavo.runtime.model import select_operators
 from octavo.runtime.model.decoder import Decoder
 from octavo.runtime.model.model import Model
 from octavo.runtime.model.weights import load_model
-from octavo.runtime.request import Ready, StartupReport
-from octavo.runtime.scheduler import SchedulerConfig
-from octavo.runtime.warm_up import compile_steps, run_requests, run_steps
+from octavo.runtime.scheduling.scheduler import SchedulerConfig
+from octavo.runtime.worker import kv_cache
+from octavo.runtime.worker.device import choose_device, set_threads
+from octavo.runtime.worker.graphs import StepGraphs
+from octavo.runtime.worker.warm_up import compile_steps, run_requests, run_steps
 
 COUNTS = ("block_size", "num_blocks", "kv_cache_memory_bytes", "max_num_seqs", "max_num_batched_tokens", "num_threads")
 MAX_PROMPT_LOGITS_BYTES = 64 << 20  # what one step may spend on logits for prompt_logprobs
@@ -33,7 +34,7 @@ def load_engine(config: EngineConfig, spawn_time: float) -> tuple[Engine, Ready]
     check_limits(config)
     device = choose_device(config.device)
     num_threads = set_threads(config.num_threads)
-    ops.warm_up(device)
+    select_operators.warm_up(device)
     clock.end("kernels")
     with torch.inference_mode():
         model = load_model(config)

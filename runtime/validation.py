@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from math import inf, isfinite
 
-from octavo.runtime.request import AddRequest, SamplingParams
+from octavo.runtime.messages import AddRequest, SamplingParams
 
 
 def problem_of(request: AddRequest, vocab_size: int) -> str | None:

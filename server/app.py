@@ -17,14 +17,8 @@ from fastapi.responses import Response
 from pydantic import Discriminator, Tag
 
 from octavo.server import errors
-from octavo.server.answers import Answer, ChatAnswer, CompletionAnswer, events, fold
-from octavo.server.engine_client import EngineClient
-from octavo.server.errors import RESPONSES, ApiError
-from octavo.server.generation import generate
-from octavo.server.metrics import CONTENT_TYPE, Metrics
-from octavo.server.middleware import Authentication, BodyLimit
-from octavo.server.model import ServedModel
-from octavo.server.protocol import (
+from octavo.server.dialects.answers import Answer, ChatAnswer, CompletionAnswer, events, fold
+from octavo.server.dialects.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
@@ -33,7 +27,13 @@ from octavo.server.protocol import (
     TokenizeCompletionRequest,
     TokenizeResponse,
 )
-from octavo.server.sampling import chat_prompt, chat_token_ids, completion_prompts, encode, in_vocabulary
+from octavo.server.engine_client import EngineClient
+from octavo.server.errors import RESPONSES, ApiError
+from octavo.server.generation import generate
+from octavo.server.metrics import CONTENT_TYPE, Metrics
+from octavo.server.middleware import Authentication, BodyLimit
+from octavo.server.prompts import chat_prompt, chat_token_ids, completion_prompts, encode, in_vocabulary
+from octavo.server.served_model import ServedModel
 from octavo.server.streaming import EventStream, encode_json, unless_hung_up
 from octavo.server.strict_json import StrictRoute
 from octavo.version import VERSION

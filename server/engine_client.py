@@ -17,7 +17,7 @@ import msgspec
 import zmq
 
 from octavo.runtime.launch import EngineProcess
-from octavo.runtime.request import (
+from octavo.runtime.messages import (
     AbortRequest,
     AddRequest,
     EngineStats,

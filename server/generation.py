@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 
-from octavo.runtime.request import AddRequest, Logprobs, TokenOutput
-from octavo.server.detokenizer import Detokenizer, IncrementalDecoder
+from octavo.runtime.messages import AddRequest, Logprobs, TokenOutput
+from octavo.server.dialects.protocol import GenerationRequest
 from octavo.server.engine_client import EngineClient, EngineDeadError
 from octavo.server.errors import ApiError
 from octavo.server.metrics import Metrics, Timeline
-from octavo.server.model import ServedModel
-from octavo.server.protocol import GenerationRequest
+from octavo.server.served_model import ServedModel
+from octavo.text.detokenizer import Detokenizer, IncrementalDecoder
 
 
 @dataclass(slots=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.process_collector import ProcessCollector
 
-from octavo.runtime.request import EngineStats, Ready, StepOutputs, TokenOutput
+from octavo.runtime.messages import EngineStats, Ready, StepOutputs, TokenOutput
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 

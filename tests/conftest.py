@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from octavo.kernels.threads import ENVIRONMENT
+from octavo.kernels.native.environment import ENVIRONMENT
 
 if TYPE_CHECKING:
     import torch

@@ -31,8 +31,8 @@ from benchmarks.gpu_case import FEW_BITS, Bodies, Case, Goal, error_of  # noqa: 
 from benchmarks.gpu_clock import HostClock, Timing, summarize  # noqa: E402
 from benchmarks.gpu_table import Result, derive, geomeans, write  # noqa: E402
 
-from octavo.kernels import tables  # noqa: E402
-from octavo.kernels.launch import Launch  # noqa: E402
+from octavo.kernels.launching import tuning  # noqa: E402
+from octavo.kernels.launching.launch import Launch  # noqa: E402
 from octavo.runtime.config import EngineConfig  # noqa: E402
 from octavo.runtime.model.weights import load_model  # noqa: E402
 
@@ -186,25 +186,25 @@ def test_tuning_keeps_the_others_rows(tmp_path: Path) -> None:
 
 
 def test_every_family_of_the_tables_can_be_tuned() -> None:
-    assert set(tune.FAMILIES) == set(tables.rows_of("h100"))
+    assert set(tune.FAMILIES) == set(tuning.rows_of("h100"))
     for family in tune.FAMILIES:
         work = list(tune.problems(family))
         assert work[-1].bounds == {}
         for problem in work if family in tune.SMALL else ():
-            names = set(tables.choose(family, *problem.size))
+            names = set(tuning.choose(family, *problem.size))
             assert all(set(row) == names for row in problem.rows), (family, problem.bounds)
 
 
 def test_what_no_row_bounds_is_tuned_beyond_all_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Or the last row would be measured at a size that another has, and become that one."""
-    monkeypatch.setattr(tables, "card", "h100")
+    monkeypatch.setattr(tuning, "card", "h100")
     for family in tune.SMALL:
-        rows, work = tables.rows_of("h100")[family], list(tune.problems(family))
+        rows, work = tuning.rows_of("h100")[family], list(tune.problems(family))
         bounds = [row["m"] for row in rows if "m" in row]
         for row, problem in zip(rows, work, strict=True):
             assert problem.size[0] == row["m"] if "m" in row else problem.size[0] > max(bounds, default=0)
     over_heads = list(tune.problems("norms over heads"))
-    assert [tables.choose("norms over heads", *problem.size)["again"] for problem in over_heads] == [0, 1, 0]
+    assert [tuning.choose("norms over heads", *problem.size)["again"] for problem in over_heads] == [0, 1, 0]
 
 
 def test_tuning_takes_the_fastest_that_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,21 +213,21 @@ def test_tuning_takes_the_fastest_that_is_right(monkeypatch: pytest.MonkeyPatch)
     class Told(HostClock):
         def together(self, bodies: dict[str, list[Any]]) -> Any:
             found, problems = super().together(bodies)
-            row = tables.rows_of(tables.card)["moe sum"][0]
+            row = tuning.rows_of(tuning.card)["moe sum"][0]
             return {name: Timing(abs(row["block"] - 500) + row["num_warps"], 0.0) for name in found}, problems
 
     rows = [{"block": 500, "num_warps": 1}, *tune.SMALL["moe sum"].rows]
     small = tune.Small(rows, 2048, lambda _, n, device: gpu_around.sum_case(2, n, 2, device))
     monkeypatch.setitem(tune.SMALL, "moe sum", small)
-    monkeypatch.setitem(tables.rows_of(tables.card), "moe sum", tables.rows_of(tables.card)["moe sum"])
+    monkeypatch.setitem(tuning.rows_of(tuning.card), "moe sum", tuning.rows_of(tuning.card)["moe sum"])
     assert tune.tuned("moe sum", torch.device("cpu"), Told(), 60.0) == [{"block": 512, "num_warps": 1}]
-    assert tables.choose("moe sum", 64, 2048, 8) == {"block": 512, "num_warps": 1}
-    tables.row_of.cache_clear()
+    assert tuning.choose("moe sum", 64, 2048, 8) == {"block": 512, "num_warps": 1}
+    tuning.row_of.cache_clear()
 
 
 @pytest.mark.parametrize("family", ["fp8", "int4"])
 def test_candidates_are_what_launchers_take(family: str) -> None:
-    kept = {**tables.rows_of("h100")}[family]
+    kept = {**tuning.rows_of("h100")}[family]
     try:
         for m in (16, 256, tune.MANY_TOKENS):
             for row in tune.gemm_rows(family, m):
@@ -236,29 +236,29 @@ def test_candidates_are_what_launchers_take(family: str) -> None:
                 assert work.launch is None or work.launch.num_stages == row["num_stages"]
                 assert parts == (row["parts"] if row.get("parts", 1) > 1 else 0)
     finally:
-        tables.rows_of("h100")[family] = kept
-        tables.row_of.cache_clear()
+        tuning.rows_of("h100")[family] = kept
+        tuning.row_of.cache_clear()
 
 
 @pytest.mark.parametrize("family", tune.MIXTURES)
 def test_candidates_are_what_mixtures_take(family: str, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     """Each row is one of the table's, by its names, and a mixture launched with it has its sizes."""
-    kept = tables.rows_of("h100")[family]
+    kept = tuning.rows_of("h100")[family]
     names = set(kept[-1])
     assert all(set(row) == names for m in (16, 64, tune.MANY_TOKENS) for row in tune.mixture_rows(family, m))
-    monkeypatch.setitem(tables.rows_of("h100"), family, kept)
+    monkeypatch.setitem(tuning.rows_of("h100"), family, kept)
     try:
         tune.install(family, tune.mixture_rows(family, 16)[0])
         bodies = kernels.gpu_moe.mixture(5, family.removeprefix("moe "), (4, 2, 256, 128), device)
         assert error_of(bodies, bodies.run()) < FEW_BITS
     finally:
-        tables.row_of.cache_clear()
+        tuning.row_of.cache_clear()
 
 
 @pytest.mark.parametrize("family", [*tune.GEMMS, *tune.MIXTURES, "paged decode", "paged prefill"])
 def test_a_tuned_table_has_a_row_for_every_size(family: str) -> None:
     problems = list(tune.problems(family))
-    before = tables.rows_of("h100")[family]
+    before = tuning.rows_of("h100")[family]
     rows = [*tune.untouched(family, before), *(problem.bounds for problem in problems)]
     assert problems[-1].bounds == {}
     assert all(problem.rows for problem in problems)

@@ -1,4 +1,4 @@
-"""The house keeps its rules: import direction, room names, one file for torch.cuda, file and function sizes."""
+"""The house keeps its rules: import direction, no circles, one file for torch.cuda, file and function sizes."""
 
 from __future__ import annotations
 
@@ -7,31 +7,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import house
 import pytest
 
-ROOT = Path(__file__).parent.parent
-FLOORS = ["kernels", "quant", "calibration", "runtime", "server"]
+ROOT = house.ROOT
 MAX_LINES = 500
 MAX_FUNCTION_LINES = 50
 
 
 def sources() -> list[Path]:
-    """Every Python file of the package, in the real folders."""
-    rooms = [path for room in FLOORS for path in (ROOT / room).rglob("*.py")]
-    above = [*(ROOT / "src/octavo").glob("*.py"), *(ROOT / "src/octavo/commands").glob("*.py")]
-    return sorted(rooms + above)
-
-
-def imports(path: Path) -> list[str]:
-    """Full names of the modules that a file imports, at whatever depth in the file."""
-    found: list[str] = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}:{node.lineno}: relative import; write octavo.ROOM"
-            found += [f"{node.module}.{alias.name}" for alias in node.names]
-    return found
+    """Every Python file of the package, in the real folders, `__init__` files too."""
+    rooms = [path for room in house.LINKED for path in (ROOT / room).rglob("*.py")]
+    above = [
+        path for path in house.PACKAGE.rglob("*.py") if path.relative_to(house.PACKAGE).parts[0] not in house.LINKED
+    ]
+    return sorted({*rooms, *above})
 
 
 def test_there_are_sources() -> None:
@@ -39,7 +29,7 @@ def test_there_are_sources() -> None:
 
 
 def test_links_lead_to_the_rooms() -> None:
-    for room in FLOORS:
+    for room in house.LINKED:
         link = ROOT / "src/octavo" / room
         assert link.is_symlink()
         assert str(link.readlink()) == f"../../{room}", f"{link} must be a relative link"
@@ -50,36 +40,38 @@ def test_kernels_is_a_namespace() -> None:
     assert not (ROOT / "kernels/__init__.py").exists()
 
 
+def test_no_import_goes_up() -> None:
+    assert house.forbidden_imports() == []
+
+
+def test_no_circle_of_files() -> None:
+    assert house.circles() == []
+
+
+def test_every_room_has_a_floor() -> None:
+    assert {house.room_of(module) for module in house.modules()} == set(house.FLOOR_OF)
+
+
 @pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_go_down(path: Path) -> None:
-    room = path.relative_to(ROOT).parts[0]
-    if room not in FLOORS:
-        return  # the commands stand above all rooms
-    allowed = set(FLOORS[: FLOORS.index(room) + 1])
-    if room == "runtime":
-        allowed -= {"calibration"}
-    for name in imports(path):
-        parts = name.split(".")
-        if parts[0] in FLOORS:
-            raise AssertionError(f"{path}: imports bare {parts[0]!r}; write octavo.{parts[0]}")
-        if parts[0] == "octavo" and len(parts) > 1 and parts[1] not in {"version", "__version__"}:
-            assert parts[1] in allowed, f"{path}: {room} may not import octavo.{parts[1]}"
+def test_rooms_are_imported_through_the_package(path: Path) -> None:
+    for name in house.imported_names(path):
+        assert name.split(".")[0] not in house.LINKED, f"{path}: imports bare {name!r}; write octavo.{name}"
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(ROOT)))
 def test_cuda_is_spoken_in_one_file(path: Path) -> None:
-    if path == ROOT / "runtime/device.py":
+    if path == ROOT / "runtime/worker/device.py":
         return
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             assert (node.value.id, node.attr) != ("torch", "cuda"), (
-                f"{path}:{node.lineno}: torch.cuda belongs in runtime/device.py"
+                f"{path}:{node.lineno}: torch.cuda belongs in runtime/worker/device.py"
             )
 
 
 def test_the_server_knows_no_tensor() -> None:
     for path in (ROOT / "server").rglob("*.py"):
-        assert not {"torch", "numpy"} & {name.split(".")[0] for name in imports(path)}, (
+        assert not {"torch", "numpy"} & {name.split(".")[0] for name in house.imported_names(path)}, (
             f"{path} imports a tensor library"
         )
 
@@ -103,16 +95,21 @@ def test_every_module_says_what_it_is(path: Path) -> None:
 
 def is_kernel_body(path: Path) -> bool:
     """Written in numba or Triton: whoever imports it asks for a kernel."""
-    return bool({"numba", "llvmlite", "triton"} & {name.split(".")[0] for name in imports(path)})
+    return bool({"numba", "llvmlite", "triton"} & {name.split(".")[0] for name in house.imported_names(path)})
 
 
 def test_importing_compiles_nothing() -> None:
     """Importing every module but the kernels' own starts neither numba nor Triton, nor transformers."""
-    paths = [path for room in FLOORS for path in (ROOT / room).rglob("*.py")]
+    paths = [path for room in house.LINKED for path in (ROOT / room).rglob("*.py")]
     bodies = [path for path in paths if is_kernel_body(path)]
     assert bodies
     assert all(path.is_relative_to(ROOT / "kernels") for path in bodies), "kernels are written in one room"
-    askers = {*bodies, *(p for p in paths if "gpu" in p.parts), ROOT / "kernels/rows.py", ROOT / "runtime/ops_gpu.py"}
+    askers = {
+        *bodies,
+        *(p for p in paths if "gpu" in p.parts),
+        ROOT / "kernels/rows.py",
+        ROOT / "runtime/model/operators_gpu.py",
+    }
     modules = [".".join(("octavo", *p.relative_to(ROOT).with_suffix("").parts)) for p in paths if p not in askers]
     names = sorted(module.removesuffix(".__init__") for module in modules)
     program = (

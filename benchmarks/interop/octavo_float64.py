@@ -18,14 +18,13 @@ import torch
 from torch import Tensor
 
 from octavo import __version__
-from octavo.kernels import processor
 from octavo.kernels.attention import reference as attention_reference
+from octavo.kernels.native import cpu_features
 from octavo.quant import linear
-from octavo.runtime import ops
 from octavo.runtime.config import EngineConfig
-from octavo.runtime.kv_cache import _one_prefill, allocate
-from octavo.runtime.model import weights
+from octavo.runtime.model import operators, weights
 from octavo.runtime.model.model import Model
+from octavo.runtime.worker.kv_cache import _one_prefill, allocate
 
 
 def main() -> None:
@@ -48,8 +47,8 @@ def compute_in_float64() -> None:
     names = {name: getattr(torch, name) for name in dir(torch)} | {"float32": torch.float64}
     attention_reference.torch = SimpleNamespace(**names)  # type: ignore[assignment]
     weights.DTYPES["float32"] = torch.float64
-    weights.select_ops = lambda *_: ops.REFERENCE
-    processor.has_dot_products = lambda: False
+    weights.select_ops = lambda *_: operators.REFERENCE
+    cpu_features.has_dot_products = lambda: False
     Tensor.float = Tensor.double  # type: ignore[method-assign]
 
 

@@ -12,7 +12,7 @@ import argparse
 import json
 from pathlib import Path
 
-from octavo.commands.quality import measure_quality
+from octavo.jobs.quality import measure_quality
 from octavo.quant.checkpoint import Checkpoint
 
 HEAD = ("scheme", "tool", "MB", "KL mean", "KL 99 %", "perplexity", "same top token")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from octavo.commands.calibration_flags import make_data
+from octavo.jobs.calibration_data import make_data
 
 
 def main() -> None:

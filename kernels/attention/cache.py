@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from octavo.kernels.expect import expect, refuse
+from octavo.kernels.launching.checks import expect, refuse
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from octavo.kernels.attention import prefill_cpu, reference
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
+from octavo.kernels.attention.decode_vectors import add_weighted_rows, dot_rows, fetch
 from octavo.kernels.attention.step import StepInputs
-from octavo.kernels.attention.vectors import add_weighted_rows, dot_rows, fetch
-from octavo.kernels.convert import BF16, FLOAT32, KINDS, exp, load_row, size_of, store_row
-from octavo.kernels.native import kernel, next_item, threads_for, view
+from octavo.kernels.native.dtypes import BF16, FLOAT32, KINDS, exp, load_row, size_of, store_row
+from octavo.kernels.native.jit import kernel, next_item, threads_for, view
 
 MAX_KERNEL_QUERIES = 2
 """Sequences with more new tokens than this go through `prefill_cpu`, where it fits. Tuned on 2 cores of a Zen 5."""

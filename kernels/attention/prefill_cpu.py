@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from octavo.kernels import processor
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
 from octavo.kernels.attention.prefill_vectors import (
     LANES,
@@ -34,8 +33,9 @@ from octavo.kernels.attention.prefill_vectors import (
     store_outputs16,
 )
 from octavo.kernels.attention.step import StepInputs
-from octavo.kernels.convert import BF16, KINDS, load_row, size_of
-from octavo.kernels.native import kernel, next_item, threads_for, view
+from octavo.kernels.native import cpu_features
+from octavo.kernels.native.dtypes import BF16, KINDS, load_row, size_of
+from octavo.kernels.native.jit import kernel, next_item, threads_for, view
 
 CHUNK = 128
 """Keys of a chunk."""
@@ -228,7 +228,7 @@ def _prefill(args):  # type: ignore[no-untyped-def]
 def fits(q: Tensor, shape: AttentionShape) -> bool:
     """Whether `attend` can take these queries."""
     takes = q.dtype == torch.bfloat16 and shape.head_dim % 16 == 0 and shape.head_dim >= 32
-    return takes and processor.has_dot_products()
+    return takes and cpu_features.has_dot_products()
 
 
 def attend(

@@ -21,7 +21,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from octavo.kernels.llvm import (
+from octavo.kernels.native.llvm import (
     BF16X16,
     BF16X32,
     F32X16,

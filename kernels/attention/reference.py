@@ -7,7 +7,7 @@ from torch import Tensor
 
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
 from octavo.kernels.attention.step import StepInputs
-from octavo.kernels.fused.reference import rms_norm
+from octavo.kernels.norm.reference import rms_norm
 
 
 def rope_and_cache(

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
 from octavo.kernels.attention.step import StepInputs
-from octavo.kernels.convert import KINDS, load_row, size_of, store_row
-from octavo.kernels.fused.cpu import normalize
-from octavo.kernels.native import kernel, next_item, threads_for, view
+from octavo.kernels.native.dtypes import KINDS, load_row, size_of, store_row
+from octavo.kernels.native.jit import kernel, next_item, threads_for, view
+from octavo.kernels.norm.cpu import normalize
 
 
 @numba.njit

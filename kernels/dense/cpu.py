@@ -13,9 +13,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from octavo.kernels.convert import KINDS, bf16_to_float, size_of
-from octavo.kernels.native import kernel, next_item, threads_for, view
-from octavo.kernels.tile import BF16, LANES, STEP_BYTES, STEP_COLUMNS, W4, W8, make_grouped_tile, make_tile, sum_bf16
+from octavo.kernels.native.dtypes import KINDS, bf16_to_float, size_of
+from octavo.kernels.native.gemm_tile import (
+    BF16,
+    LANES,
+    STEP_BYTES,
+    STEP_COLUMNS,
+    W4,
+    W8,
+    make_grouped_tile,
+    make_tile,
+    sum_bf16,
+)
+from octavo.kernels.native.jit import kernel, next_item, threads_for, view
 
 _CHUNK = 128
 _T1, _T2, _T4, _T8 = make_tile(1, 4), make_tile(2, 4), make_tile(4, 4), make_tile(8, 3)

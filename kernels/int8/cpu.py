@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from octavo.kernels.convert import KINDS, size_of
-from octavo.kernels.int8.rows_cpu import quantize_row
-from octavo.kernels.native import kernel, next_item, threads_for, view
-from octavo.kernels.tile import LANES, make_int8_tile
+from octavo.kernels.int8.quantize_cpu import quantize_row
+from octavo.kernels.native.dtypes import KINDS, size_of
+from octavo.kernels.native.gemm_tile import LANES, make_int8_tile
+from octavo.kernels.native.jit import kernel, next_item, threads_for, view
 
 MAX_COLUMNS = 65_792
 _FEW_ROWS = 8  # rows that every thread rounds for itself

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from octavo.kernels.convert import exp
-from octavo.kernels.native import kernel, next_item, view
+from octavo.kernels.native.dtypes import exp
+from octavo.kernels.native.jit import kernel, next_item, view
 from octavo.kernels.sampling import reference
 
 _REASSOCIATE = {"reassoc", "contract", "nsz", "nnan"}

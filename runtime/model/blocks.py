@@ -17,18 +17,18 @@ from torch import Tensor
 
 from octavo.kernels.attention.cache import LayerCache
 from octavo.kernels.attention.step import StepInputs
-from octavo.kernels.rounded import Hidden
+from octavo.kernels.quantized_activation import Hidden
 from octavo.quant.block_map import Fold, InputGroup
 from octavo.quant.linear import Linear, make_linear
 from octavo.runtime.config import EngineConfig
-from octavo.runtime.device import choose_device
 from octavo.runtime.model.decoder import DecoderLayer, embedding_scale
 from octavo.runtime.model.moe import MoeMlp
 from octavo.runtime.model.names import NORMS, LinearParts, head_name, layer_linears, routers
+from octavo.runtime.model.select_operators import select_ops
 from octavo.runtime.model.sources import LoadError, Weight
 from octavo.runtime.model.spec import DecoderSpec
 from octavo.runtime.model.weights import DecoderBuilder, choose_dtype
-from octavo.runtime.ops import select_ops
+from octavo.runtime.worker.device import choose_device
 
 Record = Callable[[str, Tensor], None]  # (group's name, its input [T, K])
 RecordKV = Callable[[Tensor, Tensor], None]  # keys after rope, values, [T, Hkv, D]

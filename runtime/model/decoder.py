@@ -1,7 +1,7 @@
 """The decoder: one forward pass over a mixed batch, for every architecture that a DecoderSpec can describe.
 
 It knows no file and no quantization: layers come with their linear modules built (runtime/model/weights.py), the
-other operators come as one value (runtime/ops.py). All that a step needs is in its StepInputs.
+other operators come as one value (runtime/model/operators.py). All that a step needs is in its StepInputs.
 
 The loop is lean on purpose: at one stream a layer's kernels take some 100 us, so linear modules are called through
 their `forward` (no hooks), and nothing is computed in a step that could be computed at load.
@@ -20,13 +20,13 @@ from torch import Tensor
 
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
 from octavo.kernels.attention.step import StepInputs
-from octavo.kernels.rounded import Rounding
+from octavo.kernels.quantized_activation import Rounding
 from octavo.quant.linear import Linear
 from octavo.runtime.model.mlp import Change, Mlp
 from octavo.runtime.model.model import KVScales, LayerRow
 from octavo.runtime.model.moe import GroupedMoe, MoeMlp
+from octavo.runtime.model.operators import Ops
 from octavo.runtime.model.spec import DecoderSpec
-from octavo.runtime.ops import Ops
 
 Tap = Callable[[int, Tensor], None]  # layer, residual [num_tokens, hidden]; of the last only logits_index's rows
 

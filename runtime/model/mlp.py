@@ -11,11 +11,11 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from octavo.kernels.rounded import Hidden, Rounding
+from octavo.kernels.quantized_activation import Hidden, Rounding
 from octavo.quant.linear import Linear
 
 Change = Callable[[str, Linear], Linear]  # (name in the layer, linear layer) -> what stands in its place
-Activation = Callable[..., Any]  # [T, 2 I], gate then up -> [T, I], as octavo.runtime.ops has it
+Activation = Callable[..., Any]  # [T, 2 I], gate then up -> [T, I], as octavo.runtime.model.operators has it
 
 
 class Mlp(Protocol):

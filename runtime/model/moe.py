@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from octavo.kernels.moe import reference as moe
-from octavo.kernels.rounded import Hidden, Rounding
+from octavo.kernels.quantized_activation import Hidden, Rounding
 from octavo.quant.experts_gpu import Stacked
 from octavo.quant.linear import Linear
 from octavo.runtime.model.mlp import Change, GatedMlp

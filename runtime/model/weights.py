@@ -23,7 +23,6 @@ from octavo.quant.linear_gpu import keeps_inputs, multiplies
 from octavo.quant.qparams import QuantizedWeight, quantize_weight
 from octavo.quant.scheme import CHANNEL, PRESETS, QuantScheme, WeightScheme, group
 from octavo.runtime.config import Dtype, EngineConfig
-from octavo.runtime.device import capability, choose_device, take_tables
 from octavo.runtime.model.decoder import Decoder, DecoderLayer
 from octavo.runtime.model.experts import MoeSpec
 from octavo.runtime.model.mlp import GatedMlp, Mlp
@@ -31,9 +30,10 @@ from octavo.runtime.model.model import KVScales, Model
 from octavo.runtime.model.moe import GroupedMoe, MoeMlp
 from octavo.runtime.model.names import NORMS, LinearParts, head_name, layer_linears, required_modules, routers
 from octavo.runtime.model.rope import RopeSpec, cos_sin_table
+from octavo.runtime.model.select_operators import select_ops
 from octavo.runtime.model.sources import CheckpointSource, DummySource, LoadError, Source, Weight
 from octavo.runtime.model.spec import DecoderSpec, UnknownArchitectureError, stored_dtype
-from octavo.runtime.ops import select_ops
+from octavo.runtime.worker.device import capability, choose_device, take_tables
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HEAD_INT8 = QuantScheme(WeightScheme("int8", CHANNEL))
@@ -75,7 +75,7 @@ def load_model(config: EngineConfig, *, rounds_inputs: bool = False) -> Model:
 
 def _load_hf(config: EngineConfig, hf_config: dict[str, Any], reason: str) -> Model:
     """Transformers' own model, with a line that says so, and why."""
-    from octavo.runtime.model.hf import load_hf_model
+    from octavo.runtime.model.hf.model import load_hf_model
 
     device = choose_device(config.device)
     notes = take_tables(device)

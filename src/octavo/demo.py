@@ -22,7 +22,7 @@ from typing import Any
 
 from rich.console import Console
 
-from octavo.calibration.report import REPORT, ReportError, print_report, read_report
+from octavo.calibration.report.report import REPORT, ReportError, print_report, read_report
 from octavo.demo_models import DEMO_MODELS, DemoError, fetch_model
 
 QUESTION = "Why is the sky blue? Answer in three sentences."

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from octavo.calibration.awq import awq_clip, awq_scales
-from octavo.calibration.channel_scales import ScaleTrials
-from octavo.calibration.folding import tie_scales
-from octavo.calibration.gptq import gptq_loss
-from octavo.calibration.scales import FRACTIONS
-from octavo.calibration.stats import InputStats, StatsCollector
+from octavo.calibration.algorithms.awq import awq_clip, awq_scales
+from octavo.calibration.algorithms.channel_scale_search import ScaleTrials
+from octavo.calibration.algorithms.gptq import gptq_loss
+from octavo.calibration.algorithms.group_scales import FRACTIONS
+from octavo.calibration.algorithms.input_statistics import InputStats, StatsCollector
+from octavo.calibration.algorithms.scale_folding import tie_scales
 from octavo.quant.block_map import Fold
 from octavo.quant.qparams import WeightError, quantize_weight
 from octavo.quant.scheme import CHANNEL, PRESETS, QuantScheme, WeightScheme, group

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from octavo.calibration.data import (
+from octavo.calibration.text.data import (
     CalibrationData,
     ConversationError,
     Sizes,
@@ -25,8 +25,8 @@ from octavo.calibration.data import (
     from_records,
     from_token_ids,
 )
-from octavo.calibration.documents import DataError
-from octavo.calibration.records import Message
+from octavo.calibration.text.documents import DataError
+from octavo.calibration.text.records import Message
 
 BOS, END = 1, 2
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from octavo.calibration.dataset_files import choose_files, find_dataset
-from octavo.calibration.documents import DataError
+from octavo.calibration.text.dataset_files import choose_files, find_dataset
+from octavo.calibration.text.documents import DataError
 
 # File lists as they are on the Hub.
 ULTRACHAT = [
@@ -132,8 +132,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 PROGRAM = """
 import sys
-from octavo.calibration.dataset_files import find_dataset
-from octavo.calibration.documents import DataError
+from octavo.calibration.text.dataset_files import find_dataset
+from octavo.calibration.text.documents import DataError
 try:
     files = find_dataset(sys.argv[1])
     print(files.label, *(files.fetch(name).read_text().strip() for name in files.names), sep="|")

@@ -11,8 +11,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from octavo.calibration import documents as module
-from octavo.calibration.documents import DataError, open_documents
+from octavo.calibration.text import documents as module
+from octavo.calibration.text.documents import DataError, open_documents
 
 
 def write(path: Path, content: str | bytes) -> Path:

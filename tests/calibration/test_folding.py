@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from octavo.calibration.folding import fold_scales, tie_scales
-from octavo.calibration.stats import InputStats, StatsCollector
+from octavo.calibration.algorithms.input_statistics import InputStats, StatsCollector
+from octavo.calibration.algorithms.scale_folding import fold_scales, tie_scales
 from octavo.quant.block_map import Fold
 from octavo.quant.qparams import WeightError
 

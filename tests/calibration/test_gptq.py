@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from octavo.calibration.gptq import ActOrder, gptq_loss, gptq_weight
-from octavo.calibration.stats import InputStats, StatsCollector
+from octavo.calibration.algorithms.gptq import ActOrder, gptq_loss, gptq_weight
+from octavo.calibration.algorithms.input_statistics import InputStats, StatsCollector
 from octavo.quant.qparams import Search, WeightError, quantize_weight
 from octavo.quant.scheme import CHANNEL, TENSOR, Granularity, QuantScheme, WeightScheme, group
 

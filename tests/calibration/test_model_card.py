@@ -9,8 +9,8 @@ import pytest
 import yaml
 from report_example import report
 
-from octavo.calibration.model_card import model_card, parse_card
-from octavo.calibration.weight_error import KindRow
+from octavo.calibration.report.model_card import model_card, parse_card
+from octavo.calibration.report.weight_error import KindRow
 
 ORIGINAL = """---
 license: other

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from octavo.calibration.layers import QuantizeError
 from octavo.calibration.quantize_model import Quantized, quantize_model
 from octavo.calibration.recipe import Recipe, RecipeError
-from octavo.calibration.weight_error import snr_db
+from octavo.calibration.report.weight_error import snr_db
 from octavo.quant.checkpoint import INDEX, Checkpoint, CheckpointError
 from octavo.quant.qparams import QuantizedWeight, quantize_weight
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from octavo.calibration.records import Document, RecordError, parse_record
+from octavo.calibration.text.records import Document, RecordError, parse_record
 
 USER, ASSISTANT = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
 

@@ -13,11 +13,11 @@ import torch
 from report_example import QUALITY, report, row
 from rich.console import Console
 
-from octavo.calibration.report import Report, ReportError, print_report
-from octavo.calibration.report_files import write_reports, write_whole
-from octavo.calibration.report_html import render_html
+from octavo.calibration.report.files import write_reports, write_whole
+from octavo.calibration.report.html import render_html
+from octavo.calibration.report.report import Report, ReportError, print_report
+from octavo.calibration.report.weight_error import by_kind, squared_error
 from octavo.calibration.verify import BlockSnr
-from octavo.calibration.weight_error import by_kind, squared_error
 from octavo.quant.qparams import quantize_weight
 from octavo.quant.scheme import PRESETS
 
@@ -73,7 +73,7 @@ def test_kinds_add_up_their_layers() -> None:
 @pytest.mark.parametrize("name", ["W4A16_ASYM", "FP8_BLOCK"])
 def test_squared_error_is_that_of_the_whole_matrix(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In pieces of rows, also where a piece ends within a block of scales."""
-    monkeypatch.setattr("octavo.calibration.weight_error.ROWS_AT_A_TIME", 1000)
+    monkeypatch.setattr("octavo.calibration.report.weight_error.ROWS_AT_A_TIME", 1000)
     weight = torch.randn(300, 256, generator=torch.Generator().manual_seed(0))
     quantized = quantize_weight(weight, PRESETS[name])
     difference = weight.double() - quantized.dequantize().double()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from octavo.calibration.stats import StatsCollector
+from octavo.calibration.algorithms.input_statistics import StatsCollector
 
 CPU = torch.device("cpu")
 

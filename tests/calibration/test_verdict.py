@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from octavo.calibration.verdict import Verdict, default_max_kl, judge
+from octavo.calibration.report.verdict import Verdict, default_max_kl, judge
+from octavo.calibration.report.weight_error import LayerRow, layer_row
 from octavo.calibration.verify import BlockSnr, Quality
-from octavo.calibration.weight_error import LayerRow, layer_row
 from octavo.quant.scheme import PRESETS, QuantScheme, group
 
 BAD = Quality("text", 256, 100, 10.0, 99.0, 5.0, 9.0, 0.1, (100,), (BlockSnr(0, 30.0), BlockSnr(1, 3.0)))

@@ -31,8 +31,8 @@ from scripted_server import (
     whole,
 )
 
+from octavo.bench.prompts import WORDS, custom_prompts
 from octavo.cli import main
-from octavo.commands.bench_prompts import WORDS, custom_prompts
 from octavo.commands.chat_server import OwnServer
 
 ENGLISH = {"The", *WORDS}

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from octavo.commands.bench_load import LoadResult, Record, Usage, arrival_times
-from octavo.commands.bench_metrics import (
+from octavo.bench.load import LoadResult, Record, Usage, arrival_times
+from octavo.bench.metrics import (
     cost,
     dollars_per_million,
     latencies,
@@ -18,7 +18,7 @@ from octavo.commands.bench_metrics import (
     peak_concurrency,
     peak_output_per_s,
 )
-from octavo.commands.sse import EventSplitter, error_message, http_error
+from octavo.bench.sse import EventSplitter, error_message, http_error
 
 
 def record(start: float, times: list[float], completion: int | None = None, **more: Any) -> Record:

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from trimmed import whole
 
-from octavo.calibration.compare_checkpoints import compare_checkpoints
-from octavo.calibration.report import read_report
+from octavo.calibration.report.compare_checkpoints import compare_checkpoints
+from octavo.calibration.report.report import read_report
 from octavo.cli import main
 from octavo.quant.checkpoint import Checkpoint
 

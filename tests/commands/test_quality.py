@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from octavo.calibration.verify import held_out_text
-from octavo.commands.quality import WINDOW, QualityError, measure_quality, perplexity_of
+from octavo.jobs.quality import WINDOW, QualityError, measure_quality, perplexity_of
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.model import weights
 

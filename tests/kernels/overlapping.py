@@ -10,10 +10,10 @@ import json
 import triton
 import triton.language as tl
 
-from octavo.kernels import launch
 from octavo.kernels.ahead import Compiled, compile_ahead
-from octavo.kernels.launch import Launch, Proof, meta
-from octavo.kernels.overlap import await_previous, prefetch
+from octavo.kernels.launching import launch
+from octavo.kernels.launching.dependent_launch import await_previous, prefetch
+from octavo.kernels.launching.launch import Launch, Proof, meta
 
 
 @triton.jit

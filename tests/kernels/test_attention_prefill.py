@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from octavo.kernels import processor
 from octavo.kernels.attention import cpu, prefill_cpu
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
 from octavo.kernels.attention.prefill_cpu import CHUNK, MAX_STRIPS, STRIP
 from octavo.kernels.attention.step import StepInputs
+from octavo.kernels.native import cpu_features
 
 BF16, FP8, INT8 = torch.bfloat16, torch.float8_e4m3fn, torch.int8
-pytestmark = pytest.mark.skipif(not processor.has_dot_products(), reason="needs AVX-512 BF16")
+pytestmark = pytest.mark.skipif(not cpu_features.has_dot_products(), reason="needs AVX-512 BF16")
 
 
 @dataclass(frozen=True)
@@ -293,5 +293,5 @@ def test_other_models_and_machines_take_torch_s_attention(monkeypatch: pytest.Mo
         Batch(batch.q.to(dtype), batch.inputs, batch.cache, batch.shape).run()
     narrow = make_batch([60], [100], shaped(dim=16))
     assert narrow.run().isfinite().all()
-    monkeypatch.setattr(processor, "has_dot_products", lambda: False)
+    monkeypatch.setattr(cpu_features, "has_dot_products", lambda: False)
     assert torch.allclose(batch.run().float(), expected.float(), atol=0.05)

@@ -7,10 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from octavo.kernels.compiled import sources_hash
+from octavo.kernels.native.compile_cache import sources_hash
 
 ROOM = Path(__file__).parents[2] / "kernels"
-PROGRAM = "from octavo.kernels.fused.cpu import _rms_norm; _rms_norm.compile()"
+PROGRAM = "from octavo.kernels.norm.cpu import _rms_norm; _rms_norm.compile()"
 
 
 def test_the_hash_is_of_every_source(tmp_path: Path) -> None:

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from octavo.kernels.fp8 import reference as fp8
-from octavo.kernels.fused import reference
-from octavo.kernels.fused.gpu.activation import gelu_tanh_and_mul, silu_and_mul
-from octavo.kernels.fused.gpu.embedding import embed
 from octavo.kernels.int8 import reference as int8
+from octavo.kernels.norm import reference
+from octavo.kernels.norm.gpu.activation import gelu_tanh_and_mul, silu_and_mul
+from octavo.kernels.norm.gpu.embedding import embed
 
 PAIRS = [(silu_and_mul, reference.silu_and_mul), (gelu_tanh_and_mul, reference.gelu_tanh_and_mul)]
 

@@ -7,12 +7,12 @@ import torch
 from attention_steps import UNIT, check, make_cache, make_step
 from torch import Tensor
 
-from octavo.kernels.arrivals import counters_for
 from octavo.kernels.attention import reference
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
 from octavo.kernels.attention.gpu.decode import decode, share_count
 from octavo.kernels.attention.gpu.prefill import paged_attention, prefill
 from octavo.kernels.attention.step import StepInputs
+from octavo.kernels.launching.last_block import counters_for
 
 HEADS = [(9, 3, 64), (3, 1, 80)]  # query heads, KV heads, dimension
 FEW = ([1, 1, 2, 1, 0], [1, 37, 90, 0, 5])  # one share, several, two queries, no tokens, no queries

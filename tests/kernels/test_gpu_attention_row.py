@@ -11,7 +11,6 @@ from attention_steps import make_cache, make_step
 from backwards import backwards
 from torch import Tensor
 
-from octavo.kernels.arrivals import counters_for
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
 from octavo.kernels.attention.gpu.decode import decode, room_of_rows, share_count
 from octavo.kernels.attention.gpu.rope_decode import rope_and_attention, rope_decode
@@ -19,8 +18,9 @@ from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.fp8 import reference as fp8
 from octavo.kernels.fp8.gpu.quantize import quantize
 from octavo.kernels.int8 import reference as int8
-from octavo.kernels.launch import Launch
-from octavo.kernels.rounded import Rounded, Rounding
+from octavo.kernels.launching.last_block import counters_for
+from octavo.kernels.launching.launch import Launch
+from octavo.kernels.quantized_activation import Rounded, Rounding
 
 BF16, E4M3, INT8 = torch.bfloat16, torch.float8_e4m3fn, torch.int8
 UNWRITTEN = 0x55

@@ -11,10 +11,10 @@ import triton.language as tl
 from ptx import run
 from torch import Tensor
 
-from octavo.kernels import numeric
 from octavo.kernels.attention.gpu import paged
+from octavo.kernels.gemm.gpu import w8a16_gemm as int8
 from octavo.kernels.int4.gpu import decode as int4
-from octavo.kernels.int8.gpu import weights as int8
+from octavo.kernels.launching import numerics
 
 WORDS = torch.arange(1 << 16)  # all pairs of bytes
 
@@ -100,8 +100,8 @@ def test_a_zero_point_is_taken_off_exactly(dtype: torch.dtype) -> None:
 def _round(x, by_bits, rounded, size, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(x + at, mask=at < size, other=0.0)
-    tl.store(by_bits + at, numeric._e4m3_codes(value), mask=at < size)
-    tl.store(rounded + at, numeric.to_e4m3(value).to(tl.uint8, bitcast=True), mask=at < size)
+    tl.store(by_bits + at, numerics._e4m3_codes(value), mask=at < size)
+    tl.store(rounded + at, numerics.to_e4m3(value).to(tl.uint8, bitcast=True), mask=at < size)
 
 
 def test_e4m3_is_rounded_the_same_with_and_without_an_instruction(device: torch.device) -> None:
@@ -152,7 +152,7 @@ def _divide(x, step, out, size, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(x + at, mask=at < size, other=1.0)
     by = tl.load(step + at, mask=at < size, other=1.0)
-    tl.store(out + at, numeric.divided(value, by), mask=at < size)
+    tl.store(out + at, numerics.divided(value, by), mask=at < size)
 
 
 def test_a_kernel_s_quotient_is_division_s(device: torch.device) -> None:

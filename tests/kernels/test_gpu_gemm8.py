@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from octavo.kernels.fp8.gpu.few import few
-from octavo.kernels.fp8.gpu.many import fits_tma, many
-from octavo.kernels.fused.gpu.sums import add_up
+from octavo.kernels.gemm.gpu.gemm_persistent import fits_tma, many
+from octavo.kernels.gemm.gpu.gemm_swap_ab import few
+from octavo.kernels.norm.gpu.split_k_sum import add_up
 
 FP8, INT8 = torch.float8_e4m3fn, torch.int8
 SHAPES = [(1, 64, 128), (17, 72, 256), (5, 200, 400), (33, 129, 136), (64, 40, 48)]  # M, N, K

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from octavo.kernels.fp8.reference import fake_quantize_per_token
+from octavo.kernels.gemm.gpu.w4a16_gemm import gemm
 from octavo.kernels.int4 import reference
 from octavo.kernels.int4.gpu import linear as layer
 from octavo.kernels.int4.gpu.dequantize import dequantize
-from octavo.kernels.int4.gpu.gemm import gemm
 from octavo.kernels.int4.gpu.packing import PackedInt4, pack, unpack
 
 ROW = 1 << 30  # a group that holds any row

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from octavo.kernels.fp8 import reference as fp8
-from octavo.kernels.fp8.gpu import gemm as fp8_gemm
+from octavo.kernels.fp8.gpu import linear as fp8_gemm
 from octavo.kernels.int8 import reference as int8
-from octavo.kernels.int8.gpu import gemm as int8_gemm
+from octavo.kernels.int8.gpu import linear as int8_gemm
 
 FP8 = torch.float8_e4m3fn
 SHAPES = [(1, 200, 400), (17, 64, 256), (65, 136, 144)]  # M, N, K

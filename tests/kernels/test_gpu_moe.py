@@ -11,19 +11,19 @@ from chosen_experts import routed
 from torch import Tensor
 
 from octavo.kernels.fp8.gpu.quantize import quantize
-from octavo.kernels.fused.gpu.activation import silu_and_mul
 from octavo.kernels.int4 import reference as int4
-from octavo.kernels.int8.gpu.gemm import MAX_COLUMNS
+from octavo.kernels.int8.gpu.linear import MAX_COLUMNS
 from octavo.kernels.moe import reference
 from octavo.kernels.moe.gpu import fused, route
-from octavo.kernels.moe.gpu.columns import of_pairs
 from octavo.kernels.moe.gpu.grouped import grouped
 from octavo.kernels.moe.gpu.int4 import PackedExperts, grouped_int4, pack
 from octavo.kernels.moe.gpu.int8 import ByteExperts, grouped_int8
 from octavo.kernels.moe.gpu.int8 import pack as pack8
-from octavo.kernels.moe.gpu.slices import silu_and_mul_slices
-from octavo.kernels.moe.gpu.stored import by_stored
-from octavo.kernels.rounded import Rounded
+from octavo.kernels.moe.gpu.permute_columns import of_pairs
+from octavo.kernels.moe.gpu.shared_expert_activation import silu_and_mul_slices
+from octavo.kernels.moe.gpu.static_quantize import by_stored
+from octavo.kernels.norm.gpu.activation import silu_and_mul
+from octavo.kernels.quantized_activation import Rounded
 
 
 def random(*shape: int, seed: int, device: torch.device) -> Tensor:

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from octavo.kernels.fp8.gpu.quantize import quantize
-from octavo.kernels.launch import cdiv
+from octavo.kernels.launching.launch import cdiv
 from octavo.kernels.moe.gpu import fused
 from octavo.kernels.moe.gpu.int4 import pack
 from octavo.kernels.moe.gpu.int8 import pack as pack8
-from octavo.kernels.rounded import Rounded
+from octavo.kernels.quantized_activation import Rounded
 
 EXPERTS, HIDDEN, WIDTH, TOP_K = 4, 192, 64, 2
 

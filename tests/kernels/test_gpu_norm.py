@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from octavo.kernels.fp8 import reference as fp8
-from octavo.kernels.fused import reference
-from octavo.kernels.fused.gpu.norm import norm
 from octavo.kernels.int8 import reference as int8
+from octavo.kernels.norm import reference
+from octavo.kernels.norm.gpu.norm import norm
 
 EPS = 1e-5
 SHAPES = [(1, 576), (17, 128), (3, 1000), (2, 4096)]

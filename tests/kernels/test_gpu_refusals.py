@@ -20,30 +20,30 @@ from octavo.kernels.attention.gpu.decode import decode
 from octavo.kernels.attention.gpu.prefill import prefill
 from octavo.kernels.attention.gpu.rope import rope
 from octavo.kernels.attention.gpu.rope_decode import rope_decode
-from octavo.kernels.fp8.gpu import gemm as fp8
-from octavo.kernels.fp8.gpu.few import few
-from octavo.kernels.fp8.gpu.many import many
+from octavo.kernels.fp8.gpu import linear as fp8
 from octavo.kernels.fp8.gpu.quantize import quantize
-from octavo.kernels.fused.gpu.activation import gelu_tanh_and_mul, silu_and_mul
-from octavo.kernels.fused.gpu.embedding import embed
-from octavo.kernels.fused.gpu.norm import norm
-from octavo.kernels.fused.gpu.sums import add_up
+from octavo.kernels.gemm.gpu import w8a16_gemm as w8a16
+from octavo.kernels.gemm.gpu.gemm_persistent import many
+from octavo.kernels.gemm.gpu.gemm_swap_ab import few
+from octavo.kernels.gemm.gpu.w4a16_gemm import gemm
 from octavo.kernels.int4.gpu import linear as int4
 from octavo.kernels.int4.gpu import packing
-from octavo.kernels.int4.gpu.columns import gather
 from octavo.kernels.int4.gpu.dequantize import dequantize
-from octavo.kernels.int4.gpu.gemm import gemm
-from octavo.kernels.int8.gpu import gemm as int8
-from octavo.kernels.int8.gpu import weights as w8a16
+from octavo.kernels.int4.gpu.permute_columns import gather
+from octavo.kernels.int8.gpu import linear as int8
 from octavo.kernels.moe.gpu import fused, route
 from octavo.kernels.moe.gpu import int4 as experts
-from octavo.kernels.moe.gpu.columns import of_pairs
 from octavo.kernels.moe.gpu.grouped import grouped
 from octavo.kernels.moe.gpu.int8 import ByteExperts, grouped_int8
+from octavo.kernels.moe.gpu.permute_columns import of_pairs
 from octavo.kernels.moe.gpu.router import router
-from octavo.kernels.moe.gpu.slices import silu_and_mul_slices
-from octavo.kernels.moe.gpu.stored import by_stored
-from octavo.kernels.rounded import Rounded, Rounding
+from octavo.kernels.moe.gpu.shared_expert_activation import silu_and_mul_slices
+from octavo.kernels.moe.gpu.static_quantize import by_stored
+from octavo.kernels.norm.gpu.activation import gelu_tanh_and_mul, silu_and_mul
+from octavo.kernels.norm.gpu.embedding import embed
+from octavo.kernels.norm.gpu.norm import norm
+from octavo.kernels.norm.gpu.split_k_sum import add_up
+from octavo.kernels.quantized_activation import Rounded, Rounding
 from octavo.kernels.sampling.gpu import change, draw
 
 E4M3, BF16, INT8, INT16, INT32 = torch.float8_e4m3fn, torch.bfloat16, torch.int8, torch.int16, torch.int32

@@ -9,15 +9,15 @@ import torch
 from attention_steps import check, make_cache, make_step
 from torch import Tensor
 
-from octavo.kernels import tables
-from octavo.kernels.arrivals import counters_for
 from octavo.kernels.attention import reference
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
 from octavo.kernels.attention.gpu import rope
 from octavo.kernels.attention.gpu.decode import share_count
 from octavo.kernels.attention.gpu.rope_decode import reads_rows_again, rope_and_attention, rope_decode
 from octavo.kernels.attention.step import StepInputs
-from octavo.kernels.launch import Launch
+from octavo.kernels.launching import tuning
+from octavo.kernels.launching.last_block import counters_for
+from octavo.kernels.launching.launch import Launch
 
 EPS = 1e-6
 SHARES = {"block_n": 16, "least": 32, "most": 2, "programs": 1 << 20}
@@ -157,8 +157,8 @@ def test_a_slot_of_minus_one_writes_nothing(device: torch.device) -> None:
 
 def test_partial_sums_count_where_whole_rows_are_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """512 numbers of q for a token are 1 KiB in bf16, 6 in three parts; norms of heads read nothing again."""
-    monkeypatch.setitem(tables.rows_of(tables.card), "norms over heads", [{"m": 6, "again": 1}, {"again": 0}])
-    tables.row_of.cache_clear()
+    monkeypatch.setitem(tuning.rows_of(tuning.card), "norms over heads", [{"m": 6, "again": 1}, {"again": 0}])
+    tuning.row_of.cache_clear()
     shape, whole, head = AttentionShape(4, 2, 128, 1.0), torch.ones(512), torch.ones(128)
     for tokens, parts, norm, again in ((6, 1, whole, True), (7, 1, whole, False), (1, 3, whole, True)):
         qkv = torch.empty(tokens, 1024).bfloat16() if parts == 1 else torch.empty(parts, tokens, 1024)
@@ -166,7 +166,7 @@ def test_partial_sums_count_where_whole_rows_are_read_again(monkeypatch: pytest.
     assert not reads_rows_again(torch.empty(4, 1, 1024), shape, whole, head)
     assert not reads_rows_again(torch.empty(4, 1, 1024), shape, None, whole)
     assert reads_rows_again(torch.empty(4, 9, 1024), shape, head, head)
-    tables.row_of.cache_clear()
+    tuning.row_of.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -188,8 +188,8 @@ def test_what_is_better_done_in_two_launches_is(
         inputs = replace(inputs, query_starts=starts, max_query_len=2, slot_mapping=slots, positions=slots * 0 + 3)
     if case.endswith("many"):
         rows = [{"m": 0, "again": 1}, {"again": 0}]
-        monkeypatch.setitem(tables.rows_of(tables.card), "norms over heads", rows)
-        tables.row_of.cache_clear()
+        monkeypatch.setitem(tuning.rows_of(tuning.card), "norms over heads", rows)
+        tuning.row_of.cache_clear()
     width = 4 * 32 if case.startswith("a norm over all") else 32
     norms = (torch.rand(width, device=device), torch.rand(kv_heads * 32 if width > 32 else 32, device=device))
     qkv = torch.randn(int(inputs.query_starts[-1]), (4 + 2 * kv_heads) * 32, device=device)
@@ -198,7 +198,7 @@ def test_what_is_better_done_in_two_launches_is(
     cache = make_cache(4, kv_heads, 8, 32, torch.float32, torch.float32, device)
     expected = copy_of(cache)
     got = rope_and_attention(qkv, inputs, cache, shape, cos_sin, *norms, EPS)
-    tables.row_of.cache_clear()
+    tuning.row_of.cache_clear()
     assert len(launched) == (3 if case == "prompt" else 2 if case.endswith("many") else 1), launched
     reference.rope_and_cache(qkv, inputs, expected, shape, cos_sin, *norms, EPS)
     check_keys(cache.key, expected.key)

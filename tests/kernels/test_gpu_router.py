@@ -11,8 +11,8 @@ from backwards import backwards
 from chosen_experts import clear, errors, routed
 from torch import Tensor
 
-from octavo.kernels import tables
-from octavo.kernels.launch import Launch
+from octavo.kernels.launching import tuning
+from octavo.kernels.launching.launch import Launch
 from octavo.kernels.moe.gpu import router
 from octavo.kernels.moe.gpu.route import Aligned, align, unaligned
 
@@ -206,15 +206,15 @@ def test_a_row_of_the_table_gives_the_parts(device: torch.device, monkeypatch: p
     chosen, _, _ = routed(x, weight, 4, normalize=True)
     row = {"most": 20, "block_e": 32, "block_k": 64, "num_warps": 32, "num_stages": 3}
     for parts in (1, 3, 99):
-        monkeypatch.setitem(tables.rows_of(tables.card), "moe router", [{**row, "parts": parts}])
-        tables.row_of.cache_clear()
+        monkeypatch.setitem(tuning.rows_of(tuning.card), "moe router", [{**row, "parts": parts}])
+        tuning.row_of.cache_clear()
         (launch,) = launches(x, weight)
         assert launch.grid == (2, 2 * min(parts, 16))
         assert launch.arguments["CHOSEN"] == router.ROWS  # a block's tokens, and none of the next one's
         found = launched(x, weight, 4)
         assert torch.equal(found.chosen.long(), chosen)
         assert_sorted(found, 40)
-    tables.row_of.cache_clear()
+    tuning.row_of.cache_clear()
 
 
 def test_a_launch_takes_what_lies_elsewhere(device: torch.device) -> None:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from octavo.kernels.gemm.gpu.w8a16_gemm import Packed, linear, pack, partial_sums, unpack, weights
 from octavo.kernels.int4 import reference
-from octavo.kernels.int8.gpu.weights import Packed, linear, pack, partial_sums, unpack, weights
 
 SHAPES = [(1, 64, 256), (17, 72, 400), (33, 130, 144), (65, 136, 160)]  # M, N, K
 GROUPS = [-1, 32, 64, 128, 256, 96]

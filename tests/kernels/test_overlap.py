@@ -18,10 +18,11 @@ import triton
 import triton.language as tl
 from compiling import printed
 
-from octavo.kernels import ahead, launch
-from octavo.kernels.fused.gpu.embedding import embed
-from octavo.kernels.launch import Launch, meta
-from octavo.kernels.overlap import TILES, group_lines, row_lines, tile_lines
+from octavo.kernels import ahead
+from octavo.kernels.launching import launch
+from octavo.kernels.launching.dependent_launch import TILES, group_lines, row_lines, tile_lines
+from octavo.kernels.launching.launch import Launch, meta
+from octavo.kernels.norm.gpu.embedding import embed
 
 ADDRESSES = {
     "logits_of",

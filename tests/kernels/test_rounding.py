@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from octavo.kernels.rounding import cpu, reference
-from octavo.kernels.rounding.grid import Grid
+from octavo.kernels.gptq import cpu, reference
+from octavo.kernels.gptq.grid import Grid
 
 GRIDS = [Grid(-8, 7), Grid(-128, 127), Grid(-2, 1), Grid(-448, 448, fp8=True)]
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from octavo.kernels import ahead, rows, tables
+from octavo.kernels import ahead, rows
+from octavo.kernels.launching import tuning
 
 CARDS = [
     ("NVIDIA H100 80GB HBM3", 90, "h100", "h100"),
@@ -35,14 +36,14 @@ CHOICES = {"norms over heads"}  # of launches, which have their own sizes
 
 @pytest.fixture(autouse=True)
 def _card_of_other_tests(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "card", tables.card)
+    monkeypatch.setattr(tuning, "card", tuning.card)
 
 
 @pytest.mark.parametrize(("name", "capability", "own", "taken"), CARDS, ids=lambda value: str(value))
 def test_a_card_takes_its_table(name: str, capability: int, own: str, taken: str) -> None:
-    assert tables.stem(name) == own
-    note = tables.use(name, capability)
-    assert tables.card == taken
+    assert tuning.stem(name) == own
+    note = tuning.use(name, capability)
+    assert tuning.card == taken
     if own == taken:
         assert note is None
     else:
@@ -51,30 +52,30 @@ def test_a_card_takes_its_table(name: str, capability: int, own: str, taken: str
 
 @pytest.mark.parametrize(("name", "capability", "said"), [("Tesla T4", 75, "7.5"), ("Tesla V100-SXM2-16GB", 70, "7.0")])
 def test_a_card_without_kernels_is_refused(name: str, capability: int, said: str) -> None:
-    before = tables.card
+    before = tuning.card
     with pytest.raises(ValueError, match=rf"{name}: compute capability {said}, .* need 8\.0 .*--device cpu works"):
-        tables.use(name, capability)
-    assert tables.card == before
+        tuning.use(name, capability)
+    assert tuning.card == before
 
 
 def test_a_process_s_kernels_have_its_card_s_sizes() -> None:
-    tables.use("NVIDIA H100 80GB HBM3", 90)
-    assert tables.choose("int8", 4096, 4096, 4096)["tma"] == 1
-    tables.use("NVIDIA A100-SXM4-80GB", 80)
-    assert tables.choose("int8", 4096, 4096, 4096)["tma"] == 0
-    with tables.taken("l40s"):
-        assert tables.choose("int8", 4096, 4096, 4096)["programs"] == 142
-    assert tables.card == "a100"
+    tuning.use("NVIDIA H100 80GB HBM3", 90)
+    assert tuning.choose("int8", 4096, 4096, 4096)["tma"] == 1
+    tuning.use("NVIDIA A100-SXM4-80GB", 80)
+    assert tuning.choose("int8", 4096, 4096, 4096)["tma"] == 0
+    with tuning.taken("l40s"):
+        assert tuning.choose("int8", 4096, 4096, 4096)["programs"] == 142
+    assert tuning.card == "a100"
 
 
-@pytest.mark.parametrize("path", sorted(tables.TUNING.glob("*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(tuning.TUNING.glob("*.json")), ids=lambda path: path.stem)
 def test_a_table_has_a_row_for_every_size(path: object) -> None:
     stem = getattr(path, "stem", "")
-    table = tables.rows_of(stem)
+    table = tuning.rows_of(stem)
     assert set(table) == GEMMS | OTHERS | CHOICES | (
         set() if stem == "a100" else FP8_GEMMS
     )  # an A100 multiplies no fp8
-    assert {name: tables.BOUNDS for name, those in table.items() if set(those[-1]) & set(tables.BOUNDS)} == {}
+    assert {name: tuning.BOUNDS for name, those in table.items() if set(those[-1]) & set(tuning.BOUNDS)} == {}
     if stem in ("a100", "l40s"):
         assert not any(row.get("tma") for those in table.values() for row in those)  # no memory accelerator before 9.0
 
@@ -84,18 +85,18 @@ def test_proofs_take_every_row(capability: int, monkeypatch: pytest.MonkeyPatch)
     """What is compiled ahead has all sizes of a card's table: a GEMM's by `rows`, all others by the rooms' examples."""
     assert set(rows.FAMILIES) == GEMMS | FP8_GEMMS
     taken: dict[str, list[dict[str, int]]] = {}
-    row_of = tables.row_of
+    row_of = tuning.row_of
 
     def noted(kernel: str, *size: int | str) -> dict[str, int]:
         row = row_of(kernel, *size)
         taken.setdefault(kernel, []).append(row)
         return row
 
-    monkeypatch.setattr(tables, "row_of", noted)
+    monkeypatch.setattr(tuning, "row_of", noted)
     ahead.proofs(capability)
-    table = tables.rows_of(tables.of_capability(capability))
+    table = tuning.rows_of(tuning.of_capability(capability))
     bare = {
-        kernel: [{name: size for name, size in row.items() if name not in tables.BOUNDS} for row in table[kernel]]
+        kernel: [{name: size for name, size in row.items() if name not in tuning.BOUNDS} for row in table[kernel]]
         for kernel in OTHERS
     }
     missing = {kernel: [row for row in those if row not in taken.get(kernel, [])] for kernel, those in bare.items()}

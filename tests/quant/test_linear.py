@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import octavo.kernels.processor
+import octavo.kernels.native.cpu_features
 from octavo.kernels.int8 import reference as int8_reference
 from octavo.quant.linear import Linear, join_parts, make_linear
 from octavo.quant.qparams import QuantizedWeight
@@ -305,7 +305,7 @@ def test_processors_without_these_instructions_compute_the_same(name: str, monke
     part = torch.randn(40, 96).bfloat16() if name == "none" else weight(40, 96, PRESETS[name])
     if not isinstance(part, Tensor) and part.scheme.weight.granularity.kind == "group":
         part = weight(40, 96, QuantScheme(WeightScheme(part.scheme.weight.dtype, group(32))))
-    monkeypatch.setattr(octavo.kernels.processor, "has_dot_products", lambda: False)
+    monkeypatch.setattr(octavo.kernels.native.cpu_features, "has_dot_products", lambda: False)
     plain, exact = run([part]), run([part], torch.float32)
     assert "torch bfloat16" in plain.describe()[1]
     x = torch.randn(7, 96).bfloat16()

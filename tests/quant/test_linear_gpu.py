@@ -11,8 +11,8 @@ from torch import Tensor
 
 from octavo.calibration.recipe import parse_scheme
 from octavo.kernels.fp8.gpu.quantize import quantize
-from octavo.kernels.int8.gpu.gemm import MAX_COLUMNS
-from octavo.kernels.rounded import Rounded
+from octavo.kernels.int8.gpu.linear import MAX_COLUMNS
+from octavo.kernels.quantized_activation import Rounded
 from octavo.quant.linear import input_rounding, make_linear
 from octavo.quant.linear_gpu import gpu_body, keeps_inputs, multiplies
 from octavo.quant.qparams import QuantizedWeight, quantize_weight

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from octavo.calibration.recipe import parse_scheme
-from octavo.kernels.int8.gpu.gemm import MAX_COLUMNS
+from octavo.kernels.int8.gpu.linear import MAX_COLUMNS
 from octavo.kernels.moe.gpu.fused import Experts
 from octavo.kernels.moe.gpu.int8 import ByteExperts
 from octavo.quant.experts_gpu import Stacked, stack_experts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from octavo.runtime.block_pool import ROOT, BlockPool, hash_block
+from octavo.runtime.scheduling.block_pool import ROOT, BlockPool, hash_block
 
 
 def name(*tokens: int, parent: bytes = ROOT) -> bytes:

@@ -17,11 +17,11 @@ from trimmed import whole
 
 from octavo.demo_models import DEMO_MODELS, fetch_model
 from octavo.quant.linear import make_linear
-from octavo.runtime import kv_cache
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.engine import Engine
 from octavo.runtime.model.weights import load_model
 from octavo.runtime.startup import load_engine
+from octavo.runtime.worker import kv_cache
 
 pytestmark = pytest.mark.cuda
 PROMPTS = [[5, 17, 40, 3, 22], [9], list(range(3, 40))]

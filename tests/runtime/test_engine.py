@@ -18,7 +18,7 @@ from toy_model import (
 )
 
 from octavo.runtime.engine import Engine
-from octavo.runtime.request import AddRequest
+from octavo.runtime.messages import AddRequest
 
 
 def greedy(request: AddRequest) -> list[int]:

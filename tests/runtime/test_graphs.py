@@ -14,7 +14,7 @@ from toy_model import VOCAB, ToyModel, logits_after, make_engine, make_request, 
 
 from octavo.kernels.attention.cache import LayerCache
 from octavo.kernels.attention.step import StepInputs
-from octavo.runtime.graphs import BUCKETS, MOST_TOKENS, StepGraphs, sizes_for
+from octavo.runtime.worker.graphs import BUCKETS, MOST_TOKENS, StepGraphs, sizes_for
 
 
 class Recorder(ToyModel):

@@ -15,7 +15,7 @@ from octavo.kernels import processor
 if sys.argv[2] == "old":
     processor.has_dot_products = lambda: False
 from octavo.runtime.config import EngineConfig
-from octavo.runtime.request import AddRequest, SamplingParams
+from octavo.runtime.messages import AddRequest, SamplingParams
 from octavo.runtime.startup import load_engine
 config = EngineConfig(model=sys.argv[1], num_blocks=64, max_model_len=256, kv_cache_dtype="int8")
 engine, ready = load_engine(config, time.time())

@@ -19,7 +19,7 @@ import zmq
 import octavo
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.launch import EngineProcess, start_engine
-from octavo.runtime.request import (
+from octavo.runtime.messages import (
     AbortRequest,
     AddRequest,
     Failed,
@@ -141,7 +141,7 @@ def test_ready_tells_what_was_started(served: tuple[Client, Ready]) -> None:
 
 
 def test_the_server_imports_no_torch_with_the_seam() -> None:
-    code = "import sys, octavo.runtime.launch, octavo.runtime.request; sys.exit('torch' in sys.modules)"
+    code = "import sys, octavo.runtime.launch, octavo.runtime.messages; sys.exit('torch' in sys.modules)"
     environment = os.environ | {"PYTHONPATH": str(Path(octavo.__file__).parent.parent)}
     assert subprocess.run([sys.executable, "-P", "-c", code], env=environment).returncode == 0
 

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from toy_model import make_request
 
-from octavo.runtime import sampler
-from octavo.runtime.draw import SamplingOps, select_sampling, uniform
-from octavo.runtime.logits import change_logits
-from octavo.runtime.penalties import TokenCounts
-from octavo.runtime.sampler import Sampler
-from octavo.runtime.scheduler import Sampled, StepPlan, Work
-from octavo.runtime.sequence import Sequence
+from octavo.runtime.scheduling.penalties import TokenCounts
+from octavo.runtime.scheduling.scheduler import Sampled, StepPlan, Work
+from octavo.runtime.scheduling.sequence import Sequence
+from octavo.runtime.worker import sampler
+from octavo.runtime.worker.logits_processors import change_logits
+from octavo.runtime.worker.sampler import Sampler
+from octavo.runtime.worker.sampling_ops import SamplingOps, select_sampling, uniform
 
 VOCAB = 40
 

@@ -9,8 +9,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from octavo.runtime.request import AddRequest, SamplingParams, TokenOutput
-from octavo.runtime.scheduler import Sampled, Scheduler, SchedulerConfig, StepPlan
+from octavo.runtime.messages import AddRequest, SamplingParams, TokenOutput
+from octavo.runtime.scheduling.scheduler import Sampled, Scheduler, SchedulerConfig, StepPlan
 
 STOP = 7
 

@@ -11,13 +11,13 @@ import torch
 from toy_model import ToyModel, make_request, run_to_end, run_with_arrivals, tokens_of
 
 from octavo.kernels.attention.cache import LayerCache
-from octavo.runtime import kv_cache
 from octavo.runtime.config import EngineConfig
-from octavo.runtime.device import choose_device
 from octavo.runtime.engine import Engine
-from octavo.runtime.request import AddRequest
-from octavo.runtime.scheduler import SchedulerConfig
+from octavo.runtime.messages import AddRequest
+from octavo.runtime.scheduling.scheduler import SchedulerConfig
 from octavo.runtime.startup import COUNTS, check_limits, choose_max_model_len, load_engine, warm_up
+from octavo.runtime.worker import kv_cache
+from octavo.runtime.worker.device import choose_device
 
 
 def config(**settings: object) -> EngineConfig:

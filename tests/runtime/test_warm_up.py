@@ -10,13 +10,13 @@ import torch
 from compiling import printed
 from hf_oracle import CASES, make_hf, save
 
-from octavo.runtime import kv_cache
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.model import weights
 from octavo.runtime.model.decoder import Decoder
-from octavo.runtime.ops import REFERENCE
-from octavo.runtime.scheduler import SchedulerConfig
-from octavo.runtime.warm_up import run_steps
+from octavo.runtime.model.operators import REFERENCE
+from octavo.runtime.scheduling.scheduler import SchedulerConfig
+from octavo.runtime.worker import kv_cache
+from octavo.runtime.worker.warm_up import run_steps
 
 SAMPLERS = {"_add_biases", "_choose", "_masses", "_peaks", "_punish"}
 MEASURED = {"_rope", "_prefill", "_decode"}  # by a step into a cache of the computing type, for the scales of another

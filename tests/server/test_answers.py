@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from octavo.runtime.request import Logprobs
-from octavo.server import answers
+from octavo.runtime.messages import Logprobs
+from octavo.server.dialects import answers
 from octavo.server.errors import ApiError
 from octavo.server.generation import Delta
 

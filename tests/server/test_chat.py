@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from octavo.server.chat import ChatTemplate, ChatTemplateError
+from octavo.text.chat_template import ChatTemplate, ChatTemplateError
 
 TINY = Path(__file__).parent.parent / "fixtures" / "tiny"
 SPECIAL = {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"}

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from octavo.runtime.request import AddRequest, SamplingParams, TokenOutput
+from octavo.runtime.messages import AddRequest, SamplingParams, TokenOutput
 from octavo.server import engine_client
 from octavo.server.engine_client import EngineDeadError, Stream
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from octavo.server.detokenizer import Detokenizer, IncrementalDecoder, StopStrings
-from octavo.server.tokenizer import Tokenizer, TokenizerError
+from octavo.text.detokenizer import Detokenizer, IncrementalDecoder, StopStrings
+from octavo.text.tokenizer import Tokenizer, TokenizerError
 
 TINY = Path(__file__).parent.parent / "fixtures" / "tiny"
 BYTE_LEVEL = Tokenizer.open(TINY)
@@ -204,8 +204,8 @@ def test_a_silent_end_token_counts_but_adds_no_text() -> None:
 
 def test_tokenizing_imports_neither_torch_nor_transformers() -> None:
     code = (
-        "import sys, pathlib; from octavo.server.tokenizer import Tokenizer; import octavo.server.chat, "
-        "octavo.server.detokenizer; Tokenizer.open(pathlib.Path(sys.argv[1])); "
+        "import sys, pathlib; from octavo.text.tokenizer import Tokenizer; import octavo.text.chat_template, "
+        "octavo.text.detokenizer; Tokenizer.open(pathlib.Path(sys.argv[1])); "
         "sys.exit(bool({'torch', 'transformers', 'numba'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code, str(TINY)], check=False).returncode == 0

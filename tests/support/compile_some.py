@@ -9,7 +9,7 @@ from typing import Any
 from compiling import be_an_h100
 from triton import knobs
 
-from octavo.kernels.launch import compiled_together
+from octavo.kernels.launching.launch import compiled_together
 
 ROOMS = ("fused.gpu.norm", "fp8.gpu.quantize", "fp8.gpu.few", "sampling.gpu.change")
 

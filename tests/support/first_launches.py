@@ -19,13 +19,14 @@ import torch
 from compiling import be_an_h100
 from triton.runtime.jit import JITFunction
 
-from octavo.runtime import ops, sampler, startup
+from octavo.runtime import startup
 from octavo.runtime.config import EngineConfig
-from octavo.runtime.draw import select_sampling
 from octavo.runtime.engine import Engine
-from octavo.runtime.model import weights
-from octavo.runtime.ops_gpu import make_ops
-from octavo.runtime.request import AddRequest, SamplingParams
+from octavo.runtime.messages import AddRequest, SamplingParams
+from octavo.runtime.model import select_operators, weights
+from octavo.runtime.model.operators_gpu import make_ops
+from octavo.runtime.worker import sampler
+from octavo.runtime.worker.sampling_ops import select_sampling
 
 LENGTH = 4000
 
@@ -36,7 +37,7 @@ def become_an_h100(seen: set[tuple[str, str]]) -> None:
     JITFunction._do_compile = lambda self, key, *_: seen.add((self.__name__, key))
     weights.select_ops = lambda _, dtype: make_ops(dtype)
     weights.capability = lambda _: 90
-    ops.warm_up = lambda _: 0.0
+    select_operators.warm_up = lambda _: 0.0
     sampler.select_sampling = lambda _: select_sampling(torch.device("cuda"))
     torch.empty, torch.empty_like = torch.zeros, torch.zeros_like
     torch.Tensor.new_empty = torch.Tensor.new_zeros

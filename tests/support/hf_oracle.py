@@ -13,8 +13,8 @@ from torch import Tensor
 
 from octavo.kernels.attention.cache import LayerCache
 from octavo.kernels.attention.step import StepInputs
-from octavo.runtime import kv_cache
 from octavo.runtime.model.model import Model
+from octavo.runtime.worker import kv_cache
 
 BLOCK_SIZE, NUM_BLOCKS = 4, 64
 SIZES = {

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from octavo.calibration.report import Calibration, Report, build_report
-from octavo.calibration.verdict import Verdict
+from octavo.calibration.report.report import Calibration, Report, build_report
+from octavo.calibration.report.verdict import Verdict
+from octavo.calibration.report.weight_error import LayerRow, layer_row
 from octavo.calibration.verify import KL_EDGES, BlockSnr, Quality
-from octavo.calibration.weight_error import LayerRow, layer_row
 
 QUALITY = Quality(
     text="octavo's held-out text",

@@ -10,8 +10,8 @@ from torch import Tensor
 from octavo.kernels.attention.cache import LayerCache
 from octavo.kernels.attention.step import StepInputs
 from octavo.runtime.engine import Engine
-from octavo.runtime.request import AddRequest, SamplingParams, TokenOutput
-from octavo.runtime.scheduler import SchedulerConfig
+from octavo.runtime.messages import AddRequest, SamplingParams, TokenOutput
+from octavo.runtime.scheduling.scheduler import SchedulerConfig
 
 VOCAB = 61
 _PRIME = 2_147_483_647

@@ -18,8 +18,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels import tables
-from octavo.kernels.arrivals import PAST_L1, counters_for, is_last
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
 from octavo.kernels.attention.gpu.paged import (
     CODES,
@@ -36,11 +34,13 @@ from octavo.kernels.attention.gpu.paged import (
 )
 from octavo.kernels.attention.gpu.row import round_row, row_arguments
 from octavo.kernels.attention.step import StepInputs
-from octavo.kernels.expect import expect
-from octavo.kernels.launch import Launch, Proof, cdiv, power_of_two
-from octavo.kernels.numeric import narrow
-from octavo.kernels.overlap import await_previous
-from octavo.kernels.rounded import Hidden, Rounded, Rounding
+from octavo.kernels.launching import tuning
+from octavo.kernels.launching.checks import expect
+from octavo.kernels.launching.dependent_launch import await_previous
+from octavo.kernels.launching.last_block import PAST_L1, counters_for, is_last
+from octavo.kernels.launching.launch import Launch, Proof, cdiv, power_of_two
+from octavo.kernels.launching.numerics import narrow
+from octavo.kernels.quantized_activation import Hidden, Rounded, Rounding
 
 
 @triton.jit
@@ -306,7 +306,7 @@ def room_for(
 ) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, int]]:
     """For sequences with one query: `partial`, `lse` and `counters` of `decode`, and the block sizes of the table."""
     group = shape.num_heads // shape.num_kv_heads
-    sizes = tables.choose("paged decode", group, shape.head_dim, cache.key.element_size())
+    sizes = tuning.choose("paged decode", group, shape.head_dim, cache.key.element_size())
     programs = share_count(inputs.max_seq_len, shape, least=sizes["least"], most=sizes["most"])
     device, sequences = inputs.seq_lens.device, inputs.seq_lens.shape[0]
     lse = torch.empty(sequences, shape.num_kv_heads, programs, group, device=device)
@@ -356,7 +356,7 @@ def proofs() -> dict[str, Proof]:
     for name, (example, queries, most_parts) in examples.items():
         q, inputs, cache, shape = on_meta(*example)
         group = shape.num_heads // shape.num_kv_heads
-        sizes = tables.choose("paged decode", group, shape.head_dim, cache.key.element_size())
+        sizes = tuning.choose("paged decode", group, shape.head_dim, cache.key.element_size())
         counters = inputs.seq_lens.new_empty(64 * (shape.num_kv_heads + 1))
         lse = q.new_empty(64, shape.num_kv_heads, most_parts, queries * group, dtype=torch.float32)
         wants = rounds.get(name.split(", ")[-1])

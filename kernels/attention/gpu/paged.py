@@ -20,9 +20,9 @@ from torch import Tensor
 
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
 from octavo.kernels.attention.step import StepInputs
-from octavo.kernels.expect import expect
-from octavo.kernels.launch import INTERPRETED, meta, power_of_two
-from octavo.kernels.numeric import bytes_of, dot, narrow
+from octavo.kernels.launching.checks import expect
+from octavo.kernels.launching.launch import INTERPRETED, meta, power_of_two
+from octavo.kernels.launching.numerics import bytes_of, dot, narrow
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 MASKED_SCORE = tl.constexpr(-1e30)

@@ -17,7 +17,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels import tables
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
 from octavo.kernels.attention.gpu.decode import decode_attention
 from octavo.kernels.attention.gpu.paged import (
@@ -33,9 +32,10 @@ from octavo.kernels.attention.gpu.paged import (
     words,
 )
 from octavo.kernels.attention.step import StepInputs
-from octavo.kernels.launch import Launch, Proof, power_of_two
-from octavo.kernels.numeric import narrow
-from octavo.kernels.overlap import await_previous
+from octavo.kernels.launching import tuning
+from octavo.kernels.launching.dependent_launch import await_previous
+from octavo.kernels.launching.launch import Launch, Proof, power_of_two
+from octavo.kernels.launching.numerics import narrow
 
 
 @triton.jit
@@ -150,7 +150,7 @@ def paged_attention(q: Tensor, inputs: StepInputs, cache: LayerCache, shape: Att
     out = torch.empty_like(q)
     decode_attention(q, inputs, cache, shape, out)
     if inputs.max_query_len > 1:
-        sizes = tables.choose("paged prefill", shape.num_heads, shape.head_dim, cache.key.element_size())
+        sizes = tuning.choose("paged prefill", shape.num_heads, shape.head_dim, cache.key.element_size())
         prefill(q, inputs, cache, shape, out, fewest=2, **sizes)()
     return out.flatten(1)
 
@@ -172,7 +172,7 @@ def proofs() -> dict[str, Proof]:
     made: dict[str, Proof] = {}
     for name, example in examples.items():
         q, inputs, cache, shape = on_meta(*example)
-        sizes = tables.choose("paged prefill", shape.num_heads, shape.head_dim, cache.key.element_size())
+        sizes = tuning.choose("paged prefill", shape.num_heads, shape.head_dim, cache.key.element_size())
         launch = prefill(q, inputs, cache, shape, q, **sizes)
         expects = ("FFMA",) if q.dtype == torch.float32 else (r"HGMMA\.64x", r"LDGSTS\.E\.BYPASS.*128")
         made[f"prefill {name}"] = Proof(launch, expects, ("HMMA", r"LDS\.[US]8"))

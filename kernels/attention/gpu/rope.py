@@ -16,14 +16,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels import tables
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
 from octavo.kernels.attention.gpu.paged import on_meta
 from octavo.kernels.attention.step import StepInputs
-from octavo.kernels.expect import expect
-from octavo.kernels.launch import Launch, Proof, cdiv, power_of_two
-from octavo.kernels.numeric import narrow, to_e4m3, to_int8
-from octavo.kernels.overlap import await_previous
+from octavo.kernels.launching import tuning
+from octavo.kernels.launching.checks import expect
+from octavo.kernels.launching.dependent_launch import await_previous
+from octavo.kernels.launching.launch import Launch, Proof, cdiv, power_of_two
+from octavo.kernels.launching.numerics import narrow, to_e4m3, to_int8
 
 
 @triton.jit
@@ -221,7 +221,7 @@ def rope(
             **arguments, "q": q, "KV_HEADS": together, "HEADS": heads, "HALVES": power_of_two(half),
             "RESTS": power_of_two(d - 2 * half),
         },
-        **tables.choose("rope", q.shape[0], heads * d, arguments["PARTS"]),
+        **tuning.choose("rope", q.shape[0], heads * d, arguments["PARTS"]),
         num_stages=1,
     )  # fmt: skip
 

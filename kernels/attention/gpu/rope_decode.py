@@ -19,8 +19,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels import tables
-from octavo.kernels.arrivals import PAST_L1
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
 from octavo.kernels.attention.gpu.decode import (
     attend_share,
@@ -37,11 +35,13 @@ from octavo.kernels.attention.gpu.paged import as_factors, on_meta
 from octavo.kernels.attention.gpu.prefill import paged_attention
 from octavo.kernels.attention.gpu.rope import encoded, factor_of, rope_and_cache, rope_arguments, summed, whole_factor
 from octavo.kernels.attention.step import StepInputs
-from octavo.kernels.expect import expect
-from octavo.kernels.launch import Launch, Proof, meta
-from octavo.kernels.numeric import narrow
-from octavo.kernels.overlap import await_previous
-from octavo.kernels.rounded import Hidden, Rounded, Rounding
+from octavo.kernels.launching import tuning
+from octavo.kernels.launching.checks import expect
+from octavo.kernels.launching.dependent_launch import await_previous
+from octavo.kernels.launching.last_block import PAST_L1
+from octavo.kernels.launching.launch import Launch, Proof, meta
+from octavo.kernels.launching.numerics import narrow
+from octavo.kernels.quantized_activation import Hidden, Rounded, Rounding
 
 
 @triton.jit
@@ -263,7 +263,7 @@ def reads_rows_again(qkv: Tensor, shape: AttentionShape, *norms: Tensor | None) 
     if all(w is None or w.numel() == shape.head_dim for w in norms):
         return True
     rows, columns = qkv.numel() // qkv.shape[-1], shape.num_heads * shape.head_dim  # of q, in all partial sums
-    return tables.choose("norms over heads", rows * columns * qkv.element_size() // 1024, columns, 0)["again"] == 1
+    return tuning.choose("norms over heads", rows * columns * qkv.element_size() // 1024, columns, 0)["again"] == 1
 
 
 def proofs() -> dict[str, Proof]:
@@ -294,7 +294,7 @@ def proofs() -> dict[str, Proof]:
         if not reads_rows_again(qkv[..., :1, :], shape, *norms):  # a card whose registers don't hold it
             continue
         group = shape.num_heads // shape.num_kv_heads
-        sizes = tables.choose("paged decode", group, shape.head_dim, cache.key.element_size())
+        sizes = tuning.choose("paged decode", group, shape.head_dim, cache.key.element_size())
         lse = meta(64, shape.num_kv_heads, most_parts, group)
         counters = inputs.seq_lens.new_empty(64 * (shape.num_kv_heads + 1))
         wants = rounds.get(name.split(", ")[-1])

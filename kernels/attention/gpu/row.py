@@ -15,11 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels.expect import expect
-from octavo.kernels.fused.gpu.rounding import expect_scale
-from octavo.kernels.launch import cdiv, power_of_two
-from octavo.kernels.numeric import divided, if_finite, largest, narrow, step_of, to_codes, within_codes
-from octavo.kernels.rounded import Rounded, Rounding
+from octavo.kernels.launching.checks import expect
+from octavo.kernels.launching.launch import cdiv, power_of_two
+from octavo.kernels.launching.numerics import divided, if_finite, largest, narrow, step_of, to_codes, within_codes
+from octavo.kernels.norm.gpu.store_quantized import expect_scale
+from octavo.kernels.quantized_activation import Rounded, Rounding
 
 
 @triton.jit

@@ -13,11 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels import tables
-from octavo.kernels.expect import expect, refuse
-from octavo.kernels.launch import Launch, Proof, cdiv, meta, power_of_two
-from octavo.kernels.numeric import divided, largest, step_of, stored_step, to_codes
-from octavo.kernels.overlap import await_previous
+from octavo.kernels.launching import tuning
+from octavo.kernels.launching.checks import expect, refuse
+from octavo.kernels.launching.dependent_launch import await_previous
+from octavo.kernels.launching.launch import Launch, Proof, cdiv, meta, power_of_two
+from octavo.kernels.launching.numerics import divided, largest, step_of, stored_step, to_codes
 
 
 @triton.jit
@@ -80,7 +80,7 @@ def quantize(
             raise ValueError("a stored scale has no groups")
         if scale.shape != (m, cdiv(k, group_size)):
             refuse("scale", scale, (m, cdiv(k, group_size)))
-        sizes = tables.choose("quantize groups", m, k, group_size)
+        sizes = tuning.choose("quantize groups", m, k, group_size)
         rows = min(sizes.pop("rows"), power_of_two(m))
         arguments = {
             "x": x, "out": out, "scale": scale, "num_tokens": m, "width": k,
@@ -93,7 +93,7 @@ def quantize(
         "x": x, "out": out, "scale": scale, "stored": scale if static_scale is None else static_scale,
         "width": k, "STATIC": static_scale is not None, "BLOCK": block,
     }  # fmt: skip
-    return Launch(_quantize_rows, (m,), arguments, **tables.choose("quantize rows", m, k, 0), num_stages=1)
+    return Launch(_quantize_rows, (m,), arguments, **tuning.choose("quantize rows", m, k, 0), num_stages=1)
 
 
 def proofs() -> dict[str, Proof]:

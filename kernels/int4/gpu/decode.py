@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels.launch import INTERPRETED
-from octavo.kernels.numeric import narrow, to_e4m3
+from octavo.kernels.launching.launch import INTERPRETED
+from octavo.kernels.launching.numerics import narrow, to_e4m3
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 # Operands: $1 two words, $2 the shift, $4 masks, $5 the larger numbers, $6 what is subtracted. 0xea: (a & b) | c.

@@ -12,13 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels import tables
-from octavo.kernels.expect import expect
 from octavo.kernels.int4.gpu.decode import integers, scale_type, scales, split, weights
 from octavo.kernels.int4.gpu.packing import PackedInt4
-from octavo.kernels.launch import Launch, Proof, cdiv
-from octavo.kernels.numeric import narrow
-from octavo.kernels.overlap import await_previous
+from octavo.kernels.launching import tuning
+from octavo.kernels.launching.checks import expect
+from octavo.kernels.launching.dependent_launch import await_previous
+from octavo.kernels.launching.launch import Launch, Proof, cdiv
+from octavo.kernels.launching.numerics import narrow
 
 
 @triton.jit
@@ -52,7 +52,7 @@ def dequantize(packed: PackedInt4, out: Tensor) -> Launch:
     """The weight into out [N, columns] bf16 or fp16, its columns in the GEMM's order."""
     tiles, n, _ = packed.words.shape
     expect(out=(out, (n, packed.columns)))
-    sizes = tables.choose("dequantize", 0, n, packed.columns)
+    sizes = tuning.choose("dequantize", 0, n, packed.columns)
     block_n = sizes.pop("block_n")
     return Launch(
         _dequantize,

@@ -12,15 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from octavo.kernels.expect import refuse
 from octavo.kernels.fp8.gpu.quantize import quantize
-from octavo.kernels.fused.gpu.sums import add_up
-from octavo.kernels.int4.gpu.columns import gathered
+from octavo.kernels.gemm.gpu.w4a16_gemm import gemm
 from octavo.kernels.int4.gpu.dequantize import dequantize
-from octavo.kernels.int4.gpu.gemm import gemm
 from octavo.kernels.int4.gpu.packing import PackedInt4
-from octavo.kernels.rounded import Rounded, Rounding
-from octavo.kernels.tables import choose
+from octavo.kernels.int4.gpu.permute_columns import gathered
+from octavo.kernels.launching.checks import refuse
+from octavo.kernels.launching.tuning import choose
+from octavo.kernels.norm.gpu.split_k_sum import add_up
+from octavo.kernels.quantized_activation import Rounded, Rounding
 
 
 def linear(x: Tensor, packed: PackedInt4) -> Tensor:

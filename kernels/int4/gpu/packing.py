@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from octavo.kernels.expect import expect
+from octavo.kernels.launching.checks import expect
 
 TILE = 128  # columns
 

@@ -19,23 +19,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels import tables
-from octavo.kernels.expect import expect
 from octavo.kernels.fp8.gpu.quantize import quantize
-from octavo.kernels.fused.gpu.activation import silu_and_mul
-from octavo.kernels.int4.gpu.columns import gather
-from octavo.kernels.launch import Launch, Proof, cdiv
-from octavo.kernels.moe.gpu.columns import of_pairs
+from octavo.kernels.int4.gpu.permute_columns import gather
+from octavo.kernels.launching import tuning
+from octavo.kernels.launching.checks import expect
+from octavo.kernels.launching.dependent_launch import await_previous
+from octavo.kernels.launching.launch import Launch, Proof, cdiv
+from octavo.kernels.launching.numerics import narrow
 from octavo.kernels.moe.gpu.grouped import BLOCK, grouped
 from octavo.kernels.moe.gpu.int4 import PackedExperts, grouped_int4
 from octavo.kernels.moe.gpu.int8 import ByteExperts, grouped_int8
+from octavo.kernels.moe.gpu.permute_columns import of_pairs
 from octavo.kernels.moe.gpu.route import Aligned, unaligned
 from octavo.kernels.moe.gpu.router import routing
-from octavo.kernels.moe.gpu.slices import silu_and_mul_slices
-from octavo.kernels.moe.gpu.stored import by_stored
-from octavo.kernels.numeric import narrow
-from octavo.kernels.overlap import await_previous
-from octavo.kernels.rounded import Hidden, Rounded, Rounding
+from octavo.kernels.moe.gpu.shared_expert_activation import silu_and_mul_slices
+from octavo.kernels.moe.gpu.static_quantize import by_stored
+from octavo.kernels.norm.gpu.activation import silu_and_mul
+from octavo.kernels.quantized_activation import Hidden, Rounded, Rounding
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def add_up(pairs: Tensor, out: Tensor, top_k: int) -> Launch:
     """pairs [T * top_k, H] summed over the top_k of each token, first to last, into out [T, H]."""
     num_tokens, width = out.shape
     expect(pairs=(pairs, (num_tokens * top_k, width)), out=(out, (num_tokens, width)))
-    sizes = tables.choose("moe sum", num_tokens, width, top_k)
+    sizes = tuning.choose("moe sum", num_tokens, width, top_k)
     block = sizes.pop("block")
     arguments = {"pairs": pairs, "out": out, "width": width, "TOP_K": top_k, "BLOCK": block}
     return Launch(_sum, (num_tokens, cdiv(width, block)), arguments, **sizes, num_stages=1)
@@ -116,7 +116,7 @@ def launches(
     expect(router=(router, (num_experts - max(shared - 1, 0), hidden)))
     each = top_k + shared
     num_pairs, group_size = num_tokens * each, BLOCK if kind == "fp8 blocks" else 0
-    size: dict[str, Any] = tables.choose(f"moe {kind}", cdiv(num_pairs, num_experts), width, hidden)
+    size: dict[str, Any] = tuning.choose(f"moe {kind}", cdiv(num_pairs, num_experts), width, hidden)
     pairs = unaligned(num_pairs, num_experts, size.pop("block_m"), results.device)
     chosen = torch.empty(num_tokens, each, dtype=torch.int32, device=results.device)
     weights = torch.empty(num_tokens, each, dtype=torch.float32, device=results.device)

@@ -24,13 +24,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels.expect import expect, refuse
-from octavo.kernels.fp8.gpu.few import multiply
-from octavo.kernels.int8.gpu.gemm import MAX_COLUMNS
-from octavo.kernels.launch import Launch, Proof, cdiv, meta
+from octavo.kernels.gemm.gpu.gemm_swap_ab import multiply
+from octavo.kernels.int8.gpu.linear import MAX_COLUMNS
+from octavo.kernels.launching.checks import expect, refuse
+from octavo.kernels.launching.dependent_launch import await_previous
+from octavo.kernels.launching.launch import Launch, Proof, cdiv, meta
+from octavo.kernels.launching.numerics import dot, narrow
 from octavo.kernels.moe.gpu.route import Aligned, expect_aligned, unaligned
-from octavo.kernels.numeric import dot, narrow
-from octavo.kernels.overlap import await_previous
 
 NARROW = 64  # rows of the weight in a program where each has scales of its own: of 128, registers spill
 BLOCK = 128  # rows and columns of a weight that share a scale, and columns of activations

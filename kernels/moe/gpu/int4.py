@@ -19,15 +19,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels.expect import expect, refuse
 from octavo.kernels.int4.gpu import packing
 from octavo.kernels.int4.gpu.decode import E4M3_ONE, weights
-from octavo.kernels.launch import Launch, Proof, cdiv, meta
-from octavo.kernels.moe.gpu.columns import expect_order, in_order, put_back
+from octavo.kernels.launching.checks import expect, refuse
+from octavo.kernels.launching.dependent_launch import await_previous
+from octavo.kernels.launching.launch import Launch, Proof, cdiv, meta
+from octavo.kernels.launching.numerics import dot
 from octavo.kernels.moe.gpu.grouped import corner, pair_arguments, store, tokens_of
+from octavo.kernels.moe.gpu.permute_columns import expect_order, in_order, put_back
 from octavo.kernels.moe.gpu.route import Aligned, unaligned
-from octavo.kernels.numeric import dot
-from octavo.kernels.overlap import await_previous
 
 
 @dataclass(frozen=True)

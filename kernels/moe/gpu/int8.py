@@ -16,15 +16,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels.expect import expect, refuse
-from octavo.kernels.int8.gpu import weights as one_layer
-from octavo.kernels.int8.gpu.weights import decode, less
-from octavo.kernels.launch import Launch, Proof, cdiv, meta
-from octavo.kernels.moe.gpu.columns import expect_order, in_order, put_back
+from octavo.kernels.gemm.gpu import w8a16_gemm as one_layer
+from octavo.kernels.gemm.gpu.w8a16_gemm import decode, less
+from octavo.kernels.launching.checks import expect, refuse
+from octavo.kernels.launching.dependent_launch import await_previous
+from octavo.kernels.launching.launch import Launch, Proof, cdiv, meta
+from octavo.kernels.launching.numerics import dot
 from octavo.kernels.moe.gpu.grouped import corner, pair_arguments, store, tokens_of
+from octavo.kernels.moe.gpu.permute_columns import expect_order, in_order, put_back
 from octavo.kernels.moe.gpu.route import Aligned, unaligned
-from octavo.kernels.numeric import dot
-from octavo.kernels.overlap import await_previous
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels import tables
-from octavo.kernels.expect import expect
-from octavo.kernels.launch import Launch, Proof, cdiv, power_of_two
-from octavo.kernels.numeric import divided, sigmoid
-from octavo.kernels.overlap import await_previous
+from octavo.kernels.launching import tuning
+from octavo.kernels.launching.checks import expect
+from octavo.kernels.launching.dependent_launch import await_previous
+from octavo.kernels.launching.launch import Launch, Proof, cdiv, power_of_two
+from octavo.kernels.launching.numerics import divided, sigmoid
 
 
 @triton.jit
@@ -154,7 +154,7 @@ def route(logits: Tensor, chosen: Tensor, weights: Tensor, *, normalize: bool, s
     expect(logits=(logits, (num_tokens, num_logits)))
     expect(chosen=(chosen, (num_tokens, min(each, num_experts))), weights=(weights, (num_tokens, each)))
     block = max(power_of_two(num_experts), 4)
-    sizes = tables.choose("moe route", num_tokens, num_experts, each)
+    sizes = tuning.choose("moe route", num_tokens, num_experts, each)
     rows = max(1, min(power_of_two(num_tokens), sizes.pop("block") // block))
     arguments = {
         "logits": logits, "chosen": chosen, "weights": weights, "num_tokens": num_tokens, "num_experts": num_experts,
@@ -187,7 +187,7 @@ def align(chosen: Tensor, num_experts: int, out: Aligned) -> Launch:
     num_pairs = chosen.numel()
     expect(chosen=(chosen, num_pairs))
     expect_aligned(out, num_pairs, num_experts)
-    sizes = tables.choose("moe align", num_pairs, num_experts, out.block_m)
+    sizes = tuning.choose("moe align", num_pairs, num_experts, out.block_m)
     arguments = {
         "chosen": chosen, "order": out.order, "tile_expert": out.tile_expert, "num_pairs": num_pairs,
         "num_experts": num_experts, "num_tiles": len(out.tile_expert), "BLOCK_M": out.block_m,

@@ -17,13 +17,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels import tables
-from octavo.kernels.arrivals import PAST_L1, WITHIN_L1, counters_for, is_last
-from octavo.kernels.expect import expect
-from octavo.kernels.launch import Launch, Proof, cdiv, meta, power_of_two
+from octavo.kernels.launching import tuning
+from octavo.kernels.launching.checks import expect
+from octavo.kernels.launching.dependent_launch import await_previous, prefetch
+from octavo.kernels.launching.last_block import PAST_L1, WITHIN_L1, counters_for, is_last
+from octavo.kernels.launching.launch import Launch, Proof, cdiv, meta, power_of_two
+from octavo.kernels.launching.numerics import dot
 from octavo.kernels.moe.gpu.route import Aligned, align, choose, expect_aligned, experts_of, logits_of, route, unaligned
-from octavo.kernels.numeric import dot
-from octavo.kernels.overlap import await_previous, prefetch
 
 ROWS = 16  # tokens of a program: the tensor core's least
 MOST_EXPERTS = 512  # which a program has side by side when it chooses
@@ -242,7 +242,7 @@ def routing(
     """
     (num_tokens, hidden), num_logits = x.shape, weight.shape[0]
     num_experts = experts_of(num_logits, shared)
-    sizes = tables.choose("moe router", num_tokens, num_experts, hidden)
+    sizes = tuning.choose("moe router", num_tokens, num_experts, hidden)
     most, parts = sizes.pop("most"), sizes.pop("parts")
     if num_tokens > most or num_experts > MOST_EXPERTS or weight.dtype != x.dtype or x.dtype == torch.float32:
         logits = _logits(x, weight)

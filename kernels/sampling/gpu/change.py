@@ -15,11 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels import tables
-from octavo.kernels.expect import expect
-from octavo.kernels.launch import Launch, Proof, cdiv, meta
-from octavo.kernels.numeric import narrow
-from octavo.kernels.overlap import await_previous
+from octavo.kernels.launching import tuning
+from octavo.kernels.launching.checks import expect
+from octavo.kernels.launching.dependent_launch import await_previous
+from octavo.kernels.launching.launch import Launch, Proof, cdiv, meta
+from octavo.kernels.launching.numerics import narrow
 
 
 @triton.jit(do_not_specialize=["rows", "tokens", "biases", "count"])
@@ -79,7 +79,7 @@ def punish(
 
 
 def _launch(kernel: Any, arguments: dict[str, Any]) -> Launch:
-    sizes = tables.choose("sampling lists", arguments["count"], arguments["vocab"], 0)
+    sizes = tuning.choose("sampling lists", arguments["count"], arguments["vocab"], 0)
     block = sizes.pop("block")
     return Launch(kernel, (cdiv(arguments["count"], block),), {**arguments, "BLOCK": block}, **sizes, num_stages=1)
 

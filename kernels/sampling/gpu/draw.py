@@ -26,11 +26,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels import tables
-from octavo.kernels.expect import expect
-from octavo.kernels.launch import Launch, Proof, cdiv, power_of_two
-from octavo.kernels.numeric import divided
-from octavo.kernels.overlap import await_previous
+from octavo.kernels.launching import tuning
+from octavo.kernels.launching.checks import expect
+from octavo.kernels.launching.dependent_launch import await_previous
+from octavo.kernels.launching.launch import Launch, Proof, cdiv, power_of_two
+from octavo.kernels.launching.numerics import divided
 
 CHUNK = 256  # tokens that share an entry of `peaks` and `masses`
 _CHUNK = tl.constexpr(CHUNK)
@@ -280,8 +280,8 @@ def launches(
         places=(places, (memory, width)),
     )  # fmt: skip
     sizes = {"vocab": vocab, "chunks": chunks, "logits": logits, "peaks": peaks}
-    first = tables.choose("sampling chunks", rows, vocab, logits.element_size())
-    last = tables.choose("sampling choice", rows, vocab, logits.element_size())
+    first = tuning.choose("sampling chunks", rows, vocab, logits.element_size())
+    last = tuning.choose("sampling choice", rows, vocab, logits.element_size())
     each, walked, block = first.pop("rows"), last.pop("block"), max(power_of_two(chunks), 16)
     grid = rows, cdiv(chunks, each)
     of_rows = {"temperature": temperature, "min_p": min_p, "masses": masses, "CHUNKS": block}

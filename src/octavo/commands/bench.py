@@ -19,10 +19,10 @@ from typing import Any
 
 import uvloop
 
+from octavo.bench.http import Client, HttpError
+from octavo.bench.load import LoadResult, Record, Request, arrival_times, run_load
+from octavo.bench.prompts import Prompt, PromptError, custom_prompts, measure_vocabulary, random_prompts
 from octavo.commands.bench_flags import BenchError, configure, resolve
-from octavo.commands.bench_http import Client, HttpError
-from octavo.commands.bench_load import LoadResult, Record, Request, arrival_times, run_load
-from octavo.commands.bench_prompts import Prompt, PromptError, custom_prompts, measure_vocabulary, random_prompts
 
 __all__ = ["configure", "run"]
 
@@ -186,7 +186,8 @@ def _progress(args: argparse.Namespace, total: int) -> Iterator[Callable[[Record
 
 
 def _report(args: argparse.Namespace, model: str, result: LoadResult) -> int:
-    from octavo.commands import bench_metrics, bench_report
+    from octavo.bench import metrics as bench_metrics
+    from octavo.bench import report as bench_report
 
     metrics = bench_metrics.measure(result, args.metric_percentiles, dict(args.goodput))
     prices = None if args.cost_per_hour is None else bench_metrics.cost(metrics, args.cost_per_hour, args.num_gpus)

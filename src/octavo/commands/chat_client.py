@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from octavo.commands.sse import EventSplitter, error_message, http_error, one_line
+from octavo.bench.sse import EventSplitter, error_message, http_error, one_line
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 

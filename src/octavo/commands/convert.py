@@ -12,7 +12,7 @@ from pathlib import Path
 
 from octavo.commands.failure import one_line
 from octavo.commands.termination import unwinding_when_terminated
-from octavo.kernels.threads import ENVIRONMENT
+from octavo.kernels.native.environment import ENVIRONMENT
 
 FORMATS = ("compressed-tensors", "gptq", "gptq_v2", "awq", "fp8")
 

@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 from octavo.commands.failure import one_line
 from octavo.commands.flag_types import parse_count, parse_nats
-from octavo.kernels.threads import ENVIRONMENT
+from octavo.kernels.native.environment import ENVIRONMENT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from rich.console import Console
 
-    from octavo.calibration.report import Report
-    from octavo.commands.quality import Progress
+    from octavo.calibration.report.report import Report
+    from octavo.jobs.quality import Progress
     from octavo.quant.scheme import QuantScheme
     from octavo.runtime.config import EngineConfig
 
@@ -89,9 +89,9 @@ def run(args: argparse.Namespace) -> int:
 
     from rich.console import Console
 
-    from octavo.calibration.report import print_report
+    from octavo.calibration.report.report import print_report
     from octavo.calibration.verify import NotFiniteError
-    from octavo.commands.quality import QualityError
+    from octavo.jobs.quality import QualityError
     from octavo.quant.checkpoint import CheckpointError
 
     console = Console()
@@ -134,8 +134,8 @@ def _config(args: argparse.Namespace, directory: Path) -> EngineConfig:
 
 
 def _alone(args: argparse.Namespace, console: Console) -> None:
-    from octavo.calibration.report_files import write_whole
-    from octavo.commands.quality import perplexity_of
+    from octavo.calibration.report.files import write_whole
+    from octavo.jobs.quality import perplexity_of
     from octavo.quant.hub import resolve_model
 
     directory = resolve_model(args.model, args.revision)
@@ -152,10 +152,10 @@ def _alone(args: argparse.Namespace, console: Console) -> None:
 
 
 def _against(args: argparse.Namespace) -> Report:
-    from octavo.calibration.compare_checkpoints import compare_checkpoints
-    from octavo.calibration.report import build_report
-    from octavo.calibration.verdict import judge
-    from octavo.commands.quality import compare
+    from octavo.calibration.report.compare_checkpoints import compare_checkpoints
+    from octavo.calibration.report.report import build_report
+    from octavo.calibration.report.verdict import judge
+    from octavo.jobs.quality import compare
     from octavo.quant.checkpoint import Checkpoint
     from octavo.quant.hub import resolve_model
     from octavo.runtime.config import EngineConfig
@@ -219,8 +219,8 @@ def _kv_cache(args: argparse.Namespace, stored: str | None) -> str | None:
 
 
 def _write(args: argparse.Namespace, report: Report) -> None:
-    from octavo.calibration.report_files import write_whole
-    from octavo.calibration.report_html import render_html
+    from octavo.calibration.report.files import write_whole
+    from octavo.calibration.report.html import render_html
 
     if args.json is not None:
         write_whole(args.json, report.to_json())

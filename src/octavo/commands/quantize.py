@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from octavo.commands.failure import one_line
 from octavo.commands.quantize_flags import configure, job_from_args
 from octavo.commands.termination import unwinding_when_terminated
-from octavo.kernels.threads import ENVIRONMENT
+from octavo.kernels.native.environment import ENVIRONMENT
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,19 +30,19 @@ def run(args: argparse.Namespace) -> int:
 
     from rich.console import Console
 
-    from octavo import api
-    from octavo.calibration.documents import DataError
     from octavo.calibration.layers import QuantizeError
     from octavo.calibration.recipe import RecipeError
-    from octavo.calibration.report import print_report
+    from octavo.calibration.report.report import print_report
+    from octavo.calibration.text.documents import DataError
+    from octavo.jobs import quantize
     from octavo.quant.checkpoint import CheckpointError
     from octavo.quant.safetensors_file import SafetensorsError
 
     console = Console()
     try:
         with unwinding_when_terminated("octavo quantize"), _Bar(console) as bar:
-            listener = api.Listener(bar.estimate, bar.progress, bar.phase)
-            report = api.run(job_from_args(args, listener))
+            listener = quantize.Listener(bar.estimate, bar.progress, bar.phase)
+            report = quantize.run(job_from_args(args, listener))
     except KeyboardInterrupt:
         print(f"octavo quantize: interrupted{_what_is_left(args)}", file=sys.stderr)
         return 130

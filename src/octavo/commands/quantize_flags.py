@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from octavo.api import DataOptions, Job, Listener
 from octavo.calibration.choices import ActOrder, Algorithm, Format
 from octavo.commands.calibration_flags import add_data_arguments
 from octavo.commands.flag_types import parse_count, parse_nats, parse_size
+from octavo.jobs.quantize import DataOptions, Job, Listener
 from octavo.quant.scheme import GROUP_SIZES, PRESETS
 
 if TYPE_CHECKING:

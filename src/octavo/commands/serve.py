@@ -25,7 +25,7 @@ from octavo.commands.serve_flags import configure, engine_config
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from octavo.runtime.request import Ready
+    from octavo.runtime.messages import Ready
     from octavo.server.engine_client import EngineClient
     from octavo.server.metrics import Metrics
 
@@ -64,7 +64,7 @@ def _serve(args: argparse.Namespace, begun: float) -> bool:
         engine = start_engine(engine_config(args, directory))  # it loads while the server's own modules are imported
         import uvloop
 
-        from octavo.server.listen import EngineStartError, ListenOptions, serve
+        from octavo.server.lifecycle import EngineStartError, ListenOptions, serve
 
         _allow_many_connections()
         make_app = _app_maker(args, directory, begun)
@@ -169,10 +169,10 @@ def _app_maker(
 ) -> Callable[[EngineClient, Ready], tuple[FastAPI, Metrics]]:
     """Read the text side of the model now, while the engine loads; the rest when the engine is ready."""
     from octavo.server.app import ServerOptions, build_app
-    from octavo.server.chat import ChatTemplate, ChatTemplateError
     from octavo.server.metrics import Metrics
-    from octavo.server.model import ServedModel, end_token_ids, sampling_defaults
-    from octavo.server.tokenizer import Tokenizer, TokenizerError
+    from octavo.server.served_model import ServedModel, end_token_ids, sampling_defaults
+    from octavo.text.chat_template import ChatTemplate, ChatTemplateError
+    from octavo.text.tokenizer import Tokenizer, TokenizerError
 
     try:
         text_side = Path(args.tokenizer) if args.tokenizer else directory

@@ -356,7 +356,7 @@ def _strings(text: str) -> list[str]:
 
 
 def _sampling_values(text: str) -> dict[str, float]:
-    from octavo.server.model import SAMPLING_DEFAULTS
+    from octavo.server.served_model import SAMPLING_DEFAULTS
 
     values = _json(text)
     if not isinstance(values, dict) or not set(values) <= set(SAMPLING_DEFAULTS):

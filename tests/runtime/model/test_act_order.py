@@ -13,7 +13,7 @@ from torch import Tensor
 
 from octavo.calibration.quantize_model import quantize_model
 from octavo.calibration.recipe import Recipe
-from octavo.kernels import processor
+from octavo.kernels.native import cpu_features
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.model import weights
 
@@ -50,7 +50,7 @@ def test_logits_are_those_of_gathering(
     monkeypatch.setattr(weights, "sort_inner", gathering)
     theirs = logits(tmp_path / "act", dtype)
     assert set(changed) == {True}
-    if dtype == "bfloat16" and processor.has_dot_products():
+    if dtype == "bfloat16" and cpu_features.has_dot_products():
         assert torch.equal(ours, theirs)
     elif dtype == "float32":
         torch.testing.assert_close(ours, theirs, rtol=0, atol=FLOAT_NOISE)

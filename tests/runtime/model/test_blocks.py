@@ -9,15 +9,15 @@ import torch
 from hf_oracle import CASES, make_hf, save
 from torch import Tensor
 
-from octavo.calibration.folding import fold_scales
-from octavo.calibration.stats import InputStats
+from octavo.calibration.algorithms.input_statistics import InputStats
+from octavo.calibration.algorithms.scale_folding import fold_scales
 from octavo.kernels.attention.step import StepInputs
 from octavo.quant.checkpoint import Checkpoint
 from octavo.runtime.config import EngineConfig
-from octavo.runtime.kv_cache import allocate
 from octavo.runtime.model import weights
 from octavo.runtime.model.blocks import BlockRunner
 from octavo.runtime.model.weights import load_model
+from octavo.runtime.worker.kv_cache import allocate
 
 LENGTH = 24
 

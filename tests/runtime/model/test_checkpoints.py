@@ -25,8 +25,8 @@ from octavo.kernels.int8 import reference as int8_reference
 from octavo.quant.checkpoint import Checkpoint
 from octavo.quant.qparams import QuantizedWeight
 from octavo.runtime.config import EngineConfig
+from octavo.runtime.model.operators import REFERENCE
 from octavo.runtime.model.weights import load_model
-from octavo.runtime.ops import REFERENCE
 
 NEW_TOKENS = 64
 WEIGHT_ONLY = (

@@ -29,8 +29,8 @@ from octavo.runtime.model import weights
 from octavo.runtime.model.decoder import Decoder
 from octavo.runtime.model.model import Model
 from octavo.runtime.model.moe import GroupedMoe
-from octavo.runtime.ops import REFERENCE
-from octavo.runtime.ops_gpu import make_ops
+from octavo.runtime.model.operators import REFERENCE
+from octavo.runtime.model.operators_gpu import make_ops
 
 DTYPES = ("float32", "bfloat16")
 LENGTHS = (9, 3)  # of a prompt's two sequences
@@ -73,7 +73,7 @@ def by_torch(directory: Path, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> Mo
     """The model by the reference operators, weights dequantized at load."""
     with monkeypatch.context() as patch:
         patch.setattr(weights, "select_ops", lambda *_: REFERENCE)
-        patch.setattr("octavo.kernels.processor.has_dot_products", lambda: False)
+        patch.setattr("octavo.kernels.native.cpu_features.has_dot_products", lambda: False)
         return weights.load_model(EngineConfig(model=str(directory), dtype=dtype, device="cpu"))
 
 

@@ -22,11 +22,11 @@ from octavo.calibration.quantize_model import quantize_model
 from octavo.calibration.recipe import Recipe
 from octavo.kernels.attention.cache import LayerCache
 from octavo.kernels.attention.step import StepInputs
-from octavo.kernels.launch import Launch
+from octavo.kernels.launching.launch import Launch
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.model import weights
 from octavo.runtime.model.model import Model
-from octavo.runtime.ops_gpu import make_ops
+from octavo.runtime.model.operators_gpu import make_ops
 
 ROOM = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"}
 VIEWS = {"numpy_T", "view", "_unsafe_view", "reshape", "select", "slice", "t", "transpose", "unsqueeze", "flatten"}

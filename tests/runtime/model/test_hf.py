@@ -20,16 +20,18 @@ from torch import Tensor
 from toy_model import make_request, run_to_end
 
 from octavo.quant.checkpoint import CheckpointError
-from octavo.runtime import kv_cache
 from octavo.runtime.config import EngineConfig
-from octavo.runtime.model import hf, hf_attention, hf_checks
-from octavo.runtime.model.hf import HFModel
-from octavo.runtime.model.hf_attention import HFModelError
+from octavo.runtime.model.hf import attention as hf_attention
+from octavo.runtime.model.hf import checks as hf_checks
+from octavo.runtime.model.hf import model as hf
+from octavo.runtime.model.hf.attention import HFModelError
+from octavo.runtime.model.hf.model import HFModel
 from octavo.runtime.model.model import Model
 from octavo.runtime.model.sources import LoadError
 from octavo.runtime.model.spec import UnsupportedModelError
 from octavo.runtime.model.weights import load_model
 from octavo.runtime.startup import load_engine
+from octavo.runtime.worker import kv_cache
 
 MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 HYBRID = {"layer_types": ["conv", "full_attention", "conv", "full_attention"]}

@@ -1,0 +1,1 @@
+"""GPTQ, AWQ, SmoothQuant and the searches they share."""

@@ -1,0 +1,1 @@
+"""Reports of a quantization: figures, verdict, HTML page, model card."""

@@ -1,0 +1,88 @@
+"""Two checkpoints side by side, weight by weight: what an evaluation can tell of a quantization that others did."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from octavo.calibration.layers import BLOCK
+from octavo.calibration.report.weight_error import LayerRow, layer_row, squared_error
+from octavo.quant.checkpoint import Checkpoint
+from octavo.quant.qparams import QuantizedWeight
+from octavo.quant.scheme import QuantScheme
+
+SAME_NORM = 0.02  # relative; a quantizer that only stores norms in float16 or bfloat16 changes them by 0.004 at most
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """schemes: of all quantized layers. rows: empty, with a note that says why, where weights can't be compared."""
+
+    schemes: tuple[QuantScheme, ...]
+    rows: tuple[LayerRow, ...]
+    notes: tuple[str, ...]
+
+
+def compare_checkpoints(original: Checkpoint, quantized: Checkpoint) -> SideBySide:
+    """Read every quantized layer of the decoder's blocks, one at a time, and compare it with the original's weight.
+
+    Raises CheckpointError for what can't be read.
+    """
+    modules = _quantized_modules(quantized)
+    schemes = tuple(dict.fromkeys(modules.values()))
+    scaled = _scaled_norm(original, quantized)
+    if scaled is not None:
+        note = f"{scaled} differs: the quantizer folded scales into it (AWQ, SmoothQuant), so weights aren't compared"
+        return SideBySide(schemes, (), (note,))
+    rows = [row for module in modules if (row := _row(module, original, quantized)) is not None]
+    missing = len(modules) - len(rows)
+    notes = (f"{missing} quantized layers have no weight of that name and shape in the original",) if missing else ()
+    return SideBySide(schemes, tuple(rows), notes)
+
+
+def _quantized_modules(checkpoint: Checkpoint) -> dict[str, QuantScheme]:
+    """Linear layers in blocks that have a scheme, in the order of their names."""
+    if checkpoint.quantization is None:
+        return {}
+    modules = sorted({name.rpartition(".")[0] for name in checkpoint.names})
+    formats = {m: checkpoint.quantization.format_of(m, suffixes) for m in modules if (suffixes := _of(checkpoint, m))}
+    return {module: format_.scheme for module, format_ in formats.items() if format_ is not None}
+
+
+def _of(checkpoint: Checkpoint, module: str) -> list[str]:
+    """Its tensors, if it may be a linear layer: norms have a `weight` too, of one dimension."""
+    suffixes = checkpoint.suffixes(module) if BLOCK.match(f"{module}.weight") else []
+    return suffixes if any(len(checkpoint.spec(f"{module}.{suffix}").shape) > 1 for suffix in suffixes) else []
+
+
+def _row(module: str, original: Checkpoint, quantized: Checkpoint) -> LayerRow | None:
+    match = BLOCK.match(f"{module}.weight")
+    weight = quantized.linear(module)
+    name = f"{module}.weight"
+    if match is None or not isinstance(weight, QuantizedWeight) or not original.has(name):
+        return None
+    before = original.tensor(name)
+    shape = weight.shape
+    if tuple(before.shape) != shape:
+        return None
+    return layer_row(
+        module,
+        int(match["index"]),
+        match["kind"],
+        shape,
+        scheme=weight.scheme,
+        bytes_before=before.nbytes,
+        bytes_after=sum(quantized.spec(f"{module}.{suffix}").nbytes for suffix in quantized.suffixes(module)),
+        error=squared_error(before, weight),
+    )
+
+
+def _scaled_norm(original: Checkpoint, quantized: Checkpoint) -> str | None:
+    """The first norm of a block whose weight is another one in the two."""
+    for name in sorted(original.names & quantized.names):
+        if BLOCK.match(name) and name.endswith("norm.weight"):
+            before, after = (checkpoint.tensor(name).float() for checkpoint in (original, quantized))
+            if before.shape != after.shape or not torch.allclose(before, after, rtol=SAME_NORM, atol=1e-6):
+                return name
+    return None

@@ -1,0 +1,43 @@
+"""The three files that a report becomes beside the weights: JSON, an HTML page, and the model card."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from octavo.calibration.report.html import render_html
+from octavo.calibration.report.model_card import model_card
+from octavo.calibration.report.report import PAGE, REPORT, Report
+
+CARD = "README.md"
+
+
+def write_reports(directory: Path, report: Report, *, source: Path) -> None:
+    """Write quantization_report.json, quantization_report.html and README.md into a quantized checkpoint.
+
+    source is the original checkpoint: the text of its README.md goes below the new one, under "Original model card".
+    Each file appears whole or not at all, and may be written again. Raises OSError.
+    """
+    write_whole(directory / REPORT, report.to_json())
+    write_whole(directory / PAGE, render_html(report))
+    write_whole(directory / CARD, model_card(report, directory.resolve().name, _original_card(source)))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file beside its place and move it there: a run that is killed leaves the old one, or none."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _original_card(source: Path) -> str | None:
+    """A README.md that is not UTF-8 is read as what it can be: it is for people."""
+    path = source / CARD
+    return path.read_text("utf-8", errors="replace") if path.is_file() else None

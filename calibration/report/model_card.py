@@ -1,0 +1,154 @@
+"""The model card (README.md) of a quantized checkpoint, as the Hub reads it, with the original's own card below it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from octavo.calibration.report.report import Report
+
+INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
+FEW_BITS = ("int2", "int3")  # which vLLM doesn't read from compressed-tensors
+
+
+@dataclass(frozen=True)
+class Card:
+    """A README.md of the Hub: its YAML front matter, and the text below."""
+
+    metadata: dict[str, Any] = field(default_factory=dict)
+    text: str = ""
+
+
+def parse_card(content: str) -> Card:
+    """A card from a file's content. Front matter that is not YAML is left in the text: nothing of it is lost."""
+    from huggingface_hub import RepoCard  # takes a second to import
+
+    content = content.removeprefix("\ufeff").replace("\r\n", "\n")
+    if not content.startswith("---"):
+        return Card(text=content)
+    try:
+        card = RepoCard(content, ignore_metadata_errors=True)
+        return Card(dict(vars(card.data)), card.text)
+    except Exception:  # whatever the YAML of a stranger makes a parser raise
+        return Card(text=content)
+
+
+def model_card(report: Report, directory: str, original: str | None) -> str:
+    """README.md of the checkpoint in the directory of that name; original: the content of the original's, or None.
+
+    Licence, language and task are the original card's. Its text stands below, under "Original model card".
+    """
+    from huggingface_hub.repocard_data import CardData
+
+    card = parse_card(original or "")
+    parts = [
+        f"---\n{CardData(**_metadata(report, card)).to_yaml()}\n---",
+        f"# {report.model} {report.scheme}",
+        _introduction(report),
+        _quality(report),
+        _serving(report, directory),
+        _making(report),
+        _license(card),
+    ]
+    if card.text.strip():
+        parts.append(f"## Original model card\n\n{card.text.strip()}")
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _metadata(report: Report, card: Card) -> dict[str, Any]:
+    inherited = {key: card.metadata[key] for key in INHERITED if card.metadata.get(key) is not None}
+    relation = {"base_model": report.base_model, "base_model_relation": "quantized"} if report.base_model else {}
+    theirs = card.metadata.get("tags")
+    tags = [*_tags(report), *(map(str, theirs) if isinstance(theirs, list) else ())]
+    return {
+        **relation,
+        "library_name": "transformers",
+        **({"pipeline_tag": "text-generation"} | inherited),
+        "tags": list(dict.fromkeys(tags)),
+    }
+
+
+def _tags(report: Report) -> list[str]:
+    tags = ["octavo", report.format, report.algorithm, report.scheme.partition("@")[0].lower()]
+    bits = {scheme.partition("/")[0] for kind in report.kinds for scheme in kind.schemes}
+    names = {"int2": "2-bit", "int3": "3-bit", "int4": "4-bit", "int8": "8-bit", "fp8_e4m3": "fp8"}
+    return tags + [names[name] for name in sorted(bits) if name in names]
+
+
+def _introduction(report: Report) -> str:
+    hub_id = report.base_model
+    original = f"[{hub_id}](https://huggingface.co/{hub_id})" if hub_id else report.model
+    schemes = ", ".join(f"`{scheme}`" for scheme in dict.fromkeys(s for kind in report.kinds for s in kind.schemes))
+    size = report.sizes
+    return (
+        f"{original} quantized to {report.scheme} ({schemes}) by octavo {report.versions['octavo']}: "
+        f"{size.before / 1e6:,.1f} MB of weights became {size.after / 1e6:,.1f} MB, {size.ratio:.2f} times smaller."
+    )
+
+
+def _quality(report: Report) -> str:
+    quality = report.quality
+    if quality is None:
+        return "## Quality\n\nIt was not measured."
+    rows = [
+        ("perplexity", f"{quality.perplexity_before:.3f}", f"{quality.perplexity_after:.3f}"),
+        ("KL to the original per token, mean, nats", "0", f"{quality.mean_kl:.4f}"),
+        ("KL to the original per token, 99th percentile, nats", "0", f"{quality.p99_kl:.4f}"),
+        ("same most likely token as the original", "100%", f"{quality.top1_agreement:.1%}"),
+    ]
+    lines = [
+        "## Quality",
+        "",
+        "| | original | this model |",
+        "|---|---|---|",
+        *(f"| {' | '.join(row)} |" for row in rows),
+        "",
+        f"Measured over {quality.num_tokens:,} tokens of {quality.text}, in windows of {quality.window}, through "
+        "octavo's serving path. `quantization_report.html` has the plots, `quantization_report.json` every figure.",
+    ]
+    if report.verdict is not None and not report.verdict.passed:
+        lines += ["", *(f"**{line}**  " for line in report.verdict.lines()[:1])]
+    return "\n".join(lines)
+
+
+def _serving(report: Report, directory: str) -> str:
+    few = any(scheme.startswith(FEW_BITS) for kind in report.kinds for scheme in kind.schemes)
+    unread = few and report.format == "compressed-tensors"
+    path = shlex.quote(f"./{directory}")
+    vllm = "" if unread else f"vllm serve {path}\n"
+    note = "\n\nvLLM reads only 4 and 8 bits from compressed-tensors." if unread else ""
+    return f"## Serving\n\n```sh\noctavo serve {path}\n{vllm}```{note}{_listed(report.warnings)}"
+
+
+def _making(report: Report) -> str:
+    facts = [f"format: {report.format}", f"algorithm: {report.algorithm}"]
+    facts += [f"{name}: {value}" for name, value in report.options.items() if value is not None]
+    if report.kv_cache:
+        facts.append(f"KV cache: {report.kv_cache}")
+    data = report.calibration
+    if data is not None:
+        made = "text that the model itself generated" if data.generated else data.source
+        facts.append(f"calibration text: {made}, {data.samples} samples, {data.tokens:,} tokens, seed {data.seed}")
+    kept = [name for name in report.ignore if name != "lm_head"]
+    head = "lm_head, " if "lm_head" in report.ignore else ""
+    facts.append(f"not quantized: {head}embeddings, norms{_counted(kept)}")
+    return f"## How it was made{_listed(facts)}"
+
+
+def _license(card: Card) -> str:
+    if card.metadata.get("license"):
+        return ""
+    return "## License\n\nThe original's card names no license; its terms, whatever they are, hold for this copy too."
+
+
+def _counted(names: list[str], most: int = 6) -> str:
+    shown = ", ".join(f"`{name}`" for name in names[:most])
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f", {shown}{more}" if names else ""
+
+
+def _listed(lines: Iterable[str]) -> str:
+    items = "\n".join(f"- {line}" for line in lines)
+    return f"\n\n{items}" if items else ""

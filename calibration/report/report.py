@@ -1,0 +1,254 @@
+"""The report of a quantization or an evaluation: what was done, what it saved, what it cost. Frozen, and JSON.
+
+The JSON is stable: `schema_version` counts up when a field changes its meaning or goes; new fields may come at any
+time, and a reader ignores what it doesn't know. docs/evaluation.md describes every field.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from octavo.calibration.kv import KVRow
+from octavo.calibration.report.verdict import Verdict
+from octavo.calibration.report.weight_error import KindRow, LayerRow, by_kind
+from octavo.calibration.verify import Quality
+from octavo.version import VERSION
+
+SCHEMA_VERSION = 1
+REPORT = "quantization_report.json"
+PAGE = "quantization_report.html"
+
+Option = str | int | float | bool | None
+
+
+class ReportError(ValueError):
+    """A file that is no report, or one of a later octavo."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The text that an algorithm looked at. generated: by the model itself, since no data was given."""
+
+    source: str
+    samples: int
+    tokens: int
+    seed: int
+    generated: bool
+    fingerprint: str | None = None
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of all tensors. bits_per_weight: of the quantized layers, scales and zero points counted."""
+
+    before: int
+    after: int
+    saved: int
+    ratio: float
+    bits_per_weight: float | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was measured, as plain values; no path of this machine.
+
+    task          'quantize', or 'eval' (of a checkpoint that was there already)
+    model         its name; base_model: its Hub id, where that is known
+    scheme        as it was asked for; the layers' own are in `layers` and `kinds`
+    options       of the algorithm: how scales were searched for and the like
+    kv_cache      the KV cache's scheme, where it is quantized; kv_layers: what was seen of its keys and values
+    ignore        linear layers that were left as they are
+    seconds       what each phase took
+    """
+
+    task: Literal["quantize", "eval"]
+    model: str
+    base_model: str | None
+    architecture: str | None
+    scheme: str
+    format: str
+    algorithm: str
+    options: dict[str, Option]
+    kv_cache: str | None
+    calibration: Calibration | None
+    sizes: Sizes
+    quality: Quality | None
+    verdict: Verdict | None
+    kinds: tuple[KindRow, ...]
+    layers: tuple[LayerRow, ...]
+    ignore: tuple[str, ...]
+    warnings: tuple[str, ...]
+    versions: dict[str, str]
+    seconds: dict[str, float] = field(default_factory=dict)
+    kv_layers: tuple[KVRow, ...] = ()
+    schema_version: int = SCHEMA_VERSION
+
+    def to_json(self) -> str:
+        """Indented, with a line's end at the end."""
+        return msgspec.json.format(msgspec.json.encode(self), indent=2).decode() + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Report:
+        """Raises ReportError."""
+        try:
+            version = msgspec.json.decode(text, type=_Version).schema_version
+            if version != SCHEMA_VERSION:
+                raise ReportError(f"the report is of schema {version}; this octavo {VERSION} reads {SCHEMA_VERSION}")
+            return msgspec.json.decode(text, type=cls)
+        except msgspec.MsgspecError as e:
+            raise ReportError(f"this is no report that octavo wrote: {e}") from e
+
+
+class _Version(msgspec.Struct):
+    schema_version: int
+
+
+def build_report(
+    *,
+    model: str,
+    scheme: str,
+    format: str,
+    algorithm: str,
+    layers: Sequence[LayerRow],
+    bytes_before: int,
+    bytes_after: int,
+    task: Literal["quantize", "eval"] = "quantize",
+    base_model: str | None = None,
+    architecture: str | None = None,
+    options: Mapping[str, Option] | None = None,
+    kv_cache: str | None = None,
+    calibration: Calibration | None = None,
+    quality: Quality | None = None,
+    verdict: Verdict | None = None,
+    ignore: Sequence[str] = (),
+    warnings: Sequence[str] = (),
+    seconds: Mapping[str, float] | None = None,
+    kv_layers: Sequence[KVRow] = (),
+) -> Report:
+    """Put a report together: rows by kind, sizes and versions are worked out here. `replace` adds a quality later."""
+    weights = sum(layer.out_features * layer.in_features for layer in layers)
+    bits = 8 * sum(layer.bytes_after for layer in layers) / weights if weights else None
+    return Report(
+        task=task,
+        model=model,
+        base_model=base_model,
+        architecture=architecture,
+        scheme=scheme,
+        format=format,
+        algorithm=algorithm,
+        options=dict(options or {}),
+        kv_cache=kv_cache,
+        calibration=calibration,
+        sizes=Sizes(bytes_before, bytes_after, bytes_before - bytes_after, bytes_before / bytes_after, bits),
+        quality=quality,
+        verdict=verdict,
+        kinds=by_kind(layers),
+        layers=tuple(sorted(layers, key=lambda layer: (layer.block, layer.kind))),
+        ignore=tuple(ignore),
+        warnings=tuple(warnings),
+        versions={"octavo": VERSION, "torch": str(torch.__version__), "python": platform.python_version()},
+        seconds={phase: round(value, 2) for phase, value in (seconds or {}).items()},
+        kv_layers=tuple(kv_layers),
+    )
+
+
+def read_report(path: Path) -> Report:
+    """A quantization_report.json. Raises ReportError and OSError."""
+    return Report.from_json(path.read_bytes())
+
+
+def print_report(report: Report, console: Console) -> None:
+    """The report as a table, and lines on sizes, quality and the verdict."""
+    if report.kinds:
+        console.print(_table(report))
+    if report.kv_layers:
+        console.print(_kv_table(report))
+    sizes = report.sizes
+    bits = f", {sizes.bits_per_weight:.2f} bits a quantized weight" if sizes.bits_per_weight else ""
+    lines = [f"weights {sizes.before / 1e6:.1f} MB -> {sizes.after / 1e6:.1f} MB ({sizes.ratio:.2f}x smaller{bits})"]
+    lines += quality_lines(report.quality)
+    if report.verdict is not None:
+        lines += report.verdict.lines()
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    for warning in report.warnings:
+        console.print("[yellow]warning:[/yellow]", end=" ")
+        console.print(warning, highlight=False, markup=False, soft_wrap=True)
+
+
+def quality_lines(quality: Quality | None) -> list[str]:
+    """For a person."""
+    if quality is None:
+        return ["quality was not measured"]
+    lines = [
+        f"perplexity {quality.perplexity_before:.3f} -> {quality.perplexity_after:.3f} "
+        f"({quality.perplexity_change:+.2%}), KL mean {quality.mean_kl:.4f} p99 {quality.p99_kl:.4f} nats, "
+        f"same top token {quality.top1_agreement:.1%}, over {quality.num_tokens:,} tokens of {quality.text}"
+    ]
+    known = [block for block in quality.blocks if block.snr_db is not None]
+    if known:
+        first, last = known[0], known[-1]
+        lines.append(
+            f"hidden states: signal over noise {first.snr_db:.1f} dB behind block {first.block}, "
+            f"{last.snr_db:.1f} dB behind block {last.block}"
+        )
+    return lines
+
+
+def _table(report: Report) -> Table:
+    """Eighty columns are enough when all layers have one scheme: it stands in the title then."""
+    schemes = dict.fromkeys(scheme for row in report.kinds for scheme in row.schemes)
+    title = report.scheme
+    if report.task == "quantize":
+        title += f"{f' ({next(iter(schemes))})' if len(schemes) == 1 else ''}, {report.algorithm}"
+    table = Table(title=f"{title}, {report.format}")
+    table.add_column("layers", overflow="fold")
+    for heading in ("count", "shape", "MB before", "MB after", "SNR dB", "worst"):
+        table.add_column(heading, justify="right")
+    if len(schemes) > 1:
+        table.add_column("scheme", overflow="fold")
+    for row in report.kinds:
+        table.add_row(
+            row.kind,
+            str(row.count),
+            "x".join(map(str, row.shape)),
+            f"{row.bytes_before / 1e6:.1f}",
+            f"{row.bytes_after / 1e6:.1f}",
+            decibels(row.snr_db),
+            decibels(row.worst_snr_db),
+            *([" ".join(row.schemes)] if len(schemes) > 1 else []),
+        )
+    return table
+
+
+KV_HEADS = ("block", "of", "stored as", "largest", "its limit", "beyond it", "clipped", "SNR dB")
+
+
+def kv_cells(row: KVRow) -> tuple[str, ...]:
+    """Keys or values of a block, as a table has them under KV_HEADS."""
+    limit, snr = ("" if row.limit is None else f"{row.limit:g}"), ("" if row.snr_db is None else f"{row.snr_db:.1f}")
+    shares = (f"{row.beyond:.2%}", "" if row.limit is None else f"{row.clipped:.2%}")
+    return (str(row.block), row.side, row.dtype, f"{row.amax:.4g}", limit, *shares, snr)
+
+
+def _kv_table(report: Report) -> Table:
+    table = Table(title=f"KV cache: {report.kv_cache}")
+    for heading in KV_HEADS:
+        table.add_column(heading, justify="right")
+    for row in report.kv_layers:
+        table.add_row(*kv_cells(row))
+    return table
+
+
+def decibels(value: float | None) -> str:
+    """A ratio as a table has it."""
+    return "exact" if value is None else f"{value:.1f}"

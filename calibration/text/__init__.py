@@ -1,0 +1,1 @@
+"""Calibration text: data sets, documents, records, and the token ids drawn from them."""

@@ -1,0 +1,1 @@
+"""GEMM bodies, whatever their weights' storage."""

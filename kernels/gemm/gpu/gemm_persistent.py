@@ -1,0 +1,199 @@
+"""Triton body of scaled GEMMs of 8-bit codes for many tokens: prefill. e4m3 and int8 alike.
+
+out [M, N] = (x [M, K] * x_scale) @ (w [N, K] * w_scale)^T + bias. As many programs as the GPU has processors stay, and
+take tile after tile of the output; GROUP_M tiles below each other come in turn, so that their weights are still in the
+L2 cache. Two ways to bring the codes in: copies by the tensor memory accelerator, for what begins and goes on at
+multiples of 16 bytes, and copies through pointers for every shape. The first hold no address in registers, so that the
+largest tile fits.
+
+Sums of e4m3 codes inside the tensor core keep some 14 bits; with `promote`, and always where blocks have scales, each
+BLOCK_K columns are added to a float32 accumulator instead. Limit: 2 * M * N * K operations over 1979 T/s on an H100,
+of which its power leaves some two thirds. Reference: as of `few`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from octavo.kernels.gemm.gpu.gemm_swap_ab import multiply, scale_arguments
+from octavo.kernels.launching.checks import expect
+from octavo.kernels.launching.dependent_launch import await_previous
+from octavo.kernels.launching.launch import Launch, Proof, cdiv, meta
+from octavo.kernels.launching.numerics import dot, narrow
+
+
+@triton.jit
+def tile_of(index, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """First row and first column of a tile, in an order that goes down GROUP_M tiles before it goes right."""
+    rows, columns = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    above = index // (GROUP_M * columns) * GROUP_M
+    height = tl.minimum(rows - above, GROUP_M)
+    inside = index % (GROUP_M * columns)
+    return (above + inside % height) * BLOCK_M, inside // height * BLOCK_N
+
+
+@triton.jit
+def _rows(matrix, first, num_rows, K, at, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr):
+    """ROWS x BLOCK_K codes. Past the last row come zeros, or the last row again: neither is stored."""
+    if TMA:
+        codes = matrix.load([first, at])
+    else:
+        row = tl.minimum(tl.arange(0, ROWS), num_rows - 1 - first)
+        k = tl.arange(0, BLOCK_K)
+        start = matrix + first.to(tl.int64) * K + at
+        codes = tl.load(start + (row[:, None] * K + k[None, :]), mask=(k < K - at)[None, :], other=0.0)
+    return codes
+
+
+@triton.jit(do_not_specialize_on_alignment=["M", "x_scale_group"])
+def _many(
+    x, w, x_scale, w_scale, bias, out, M, N, K,
+    x_scale_row, x_scale_group, w_scale_row, w_scale_group,
+    PROGRAMS: tl.constexpr, TMA: tl.constexpr, INT8: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr,
+    PROMOTE: tl.constexpr, HAS_BIAS: tl.constexpr, GROUP_M: tl.constexpr, SUBTILES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    await_previous(OVERLAPS)
+    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    for index in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=TMA):
+        m, n = tile_of(index, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        row = tl.minimum(m + tl.arange(0, BLOCK_M), M - 1)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32 if INT8 else tl.float32)
+        for at in range(0, K, BLOCK_K):
+            a = _rows(x, m, M, K, at, BLOCK_M, BLOCK_K, TMA)
+            b = _rows(w, n, N, K, at, BLOCK_N, BLOCK_K, TMA)
+            if BLOCKS:
+                group = at // BLOCKS
+                scale = tl.load(x_scale + row * x_scale_row + group * x_scale_group)
+                if ROWS:
+                    column = tl.minimum(n + tl.arange(0, BLOCK_N), N - 1)
+                    own = tl.load(w_scale + column * w_scale_row + group * w_scale_group)
+                    acc += dot(a, b.T) * (scale[:, None] * own[None, :])
+                else:
+                    scale *= tl.load(w_scale + n // BLOCKS * w_scale_row + group * w_scale_group)
+                    acc += dot(a, b.T) * scale[:, None]
+            else:
+                acc = multiply(a, b.T, acc, PROMOTE)
+        if SUBTILES == 2:
+            halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
+            left, right = tl.split(halves)
+            _store(left, x_scale, w_scale, bias, out, m, n, M, N, x_scale_row, w_scale_row,
+                   BLOCKS, HAS_BIAS, BLOCK_M, BLOCK_N // 2)  # fmt: skip
+            _store(right, x_scale, w_scale, bias, out, m, n + BLOCK_N // 2, M, N, x_scale_row, w_scale_row,
+                   BLOCKS, HAS_BIAS, BLOCK_M, BLOCK_N // 2)  # fmt: skip
+        else:
+            _store(acc, x_scale, w_scale, bias, out, m, n, M, N, x_scale_row, w_scale_row,
+                   BLOCKS, HAS_BIAS, BLOCK_M, BLOCK_N)  # fmt: skip
+
+
+@triton.jit
+def _store(
+    acc, x_scale, w_scale, bias, out, first_m, first_n, M, N, x_scale_row, w_scale_row,
+    BLOCKS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    m, n = first_m + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
+    total = acc.to(tl.float32)
+    if not BLOCKS:
+        rows = tl.load(x_scale + m * x_scale_row, mask=m < M, other=0.0)
+        columns = tl.load(w_scale + n * w_scale_row, mask=n < N, other=0.0)
+        total = total * columns[None, :] * rows[:, None]
+    if HAS_BIAS:
+        total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    at = m.to(tl.int64)[:, None] * N + n[None, :]
+    tl.store(out + at, narrow(total, out.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
+
+
+def fits_tma(*matrices: Tensor) -> bool:
+    """Whether each begins at a multiple of 16 bytes, and each of its rows too, whose columns lie side by side."""
+    return all(
+        t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 and t.stride(1) == 1 for t in matrices
+    )
+
+
+def many(
+    x: Tensor,
+    w: Tensor,
+    x_scale: Tensor,
+    w_scale: Tensor,
+    out: Tensor,
+    bias: Tensor | None = None,
+    *,
+    blocks: bool = False,
+    block_m: int = 128,
+    block_n: int = 128,
+    block_k: int = 128,
+    group_m: int = 8,
+    subtiles: int = 1,
+    tma: int = 1,
+    promote: int = 0,
+    programs: int = 132,
+    num_warps: int = 8,
+    num_stages: int = 4,
+) -> Launch:
+    """x [M, K] @ w [N, K]^T, both e4m3 or both int8, times their scales, into out [M, N] bf16, fp16 or float32.
+
+    Scales and blocks are those of `few`. Where the memory accelerator can't read x or w, pointers do.
+    """
+    m, (n, k) = x.shape[0], w.shape
+    expect(x=(x, (m, k)), w=(w, (n, k)), bias=(bias, n), out=(out, (1, m, n) if out.dim() == 3 else (m, n)))
+    accelerated = bool(tma) and m > 0 and fits_tma(x, w)
+    if accelerated and out.dtype == torch.float32 and block_n == 256:
+        num_stages = min(num_stages, 3)  # on its way out a tile lies in shared memory beside them
+    if k % 16:  # rows begin anywhere: codes come byte by byte through registers, of which large tiles have none left
+        block_m, block_n, block_k, subtiles, num_warps = 64, 64, 64, 1, 4
+    scales = scale_arguments(x, w, x_scale, w_scale, blocks=blocks, block_n=block_n, block_k=block_k)
+    tiles = cdiv(m, block_m) * cdiv(n, block_n)
+    return Launch(
+        _many,
+        (min(programs, tiles),),
+        {
+            "x": TensorDescriptor.from_tensor(x, [block_m, block_k]) if accelerated else x,
+            "w": TensorDescriptor.from_tensor(w, [block_n, block_k]) if accelerated else w,
+            **scales, "bias": w_scale if bias is None else bias, "out": out, "M": m, "N": n, "K": k,
+            "PROGRAMS": programs, "TMA": accelerated, "INT8": x.dtype == torch.int8,
+            "PROMOTE": bool(promote), "HAS_BIAS": bias is not None,
+            "GROUP_M": group_m, "SUBTILES": subtiles, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k,
+        },
+        num_warps=num_warps,
+        num_stages=num_stages,
+    )  # fmt: skip
+
+
+def proofs() -> dict[str, Proof]:
+    """8192 x 8192 x 4096: the instructions of the whole tile's width, and codes that come by the accelerator."""
+    m, n, k = 8192, 8192, 4096
+    out = meta(m, n, dtype=torch.bfloat16)
+    configurations: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+        "fp8 128 x 256": (torch.float8_e4m3fn, {"block_n": 256, "subtiles": 2}),
+        "fp8 128 x 128": (torch.float8_e4m3fn, {"num_warps": 4}),
+        "fp8 128 x 128 promoted": (torch.float8_e4m3fn, {"promote": 1}),
+        "fp8 128 x 128 pointers": (torch.float8_e4m3fn, {"tma": 0}),
+        "fp8 blocks": (torch.float8_e4m3fn, {"blocks": True}),
+        "int8 128 x 256": (torch.int8, {"block_n": 256, "subtiles": 2}),  # Triton takes two halves
+        "int8 128 x 128": (torch.int8, {"num_warps": 4}),
+    }
+    made: dict[str, Proof] = {}
+    for name, (dtype, size) in configurations.items():
+        x, w = meta(m, k, dtype=dtype), meta(n, k, dtype=dtype)
+        in_blocks = "blocks" in size
+        x_scale = meta(k // 128, m).T if in_blocks else meta(m, 1)
+        w_scale = meta(n // 128, k // 128) if in_blocks else meta(n, 1)
+        op = "IGMMA" if dtype == torch.int8 else "QGMMA"
+        width = 128 if dtype == torch.int8 else size.get("block_n", 128)
+        loads = r"UTMALDG" if size.get("tma", 1) else r"LDGSTS\.E\.BYPASS.*128"
+        launch = many(x, w, x_scale, w_scale, out, **size)
+        made[name] = Proof(launch, (rf"{op}\.64x{width}x32", loads, r"STG\.E\.128"), forbids=("HMMA", "IMMA"))
+    x, w, fp8 = meta(m, k, dtype=torch.float8_e4m3fn), meta(n, k, dtype=torch.float8_e4m3fn), (r"QGMMA\.64x",)
+    launch = many(x, w, meta(m, 1), meta(n, 1), meta(m, n), block_n=256, subtiles=2)
+    made["fp8 128 x 256 to float32"] = Proof(launch, (r"QGMMA\.64x256x32", r"UTMALDG"))
+    x, w = meta(m, k + 4, dtype=torch.float8_e4m3fn), meta(n, k + 4, dtype=torch.float8_e4m3fn)
+    for name, scales in {"": (meta(m, 1), meta(n, 1)), " in blocks": (meta(33, m).T, meta(n // 128, 33))}.items():
+        launch = many(x, w, *scales, out, block_n=128 if name else 256, subtiles=1 if name else 2, blocks=bool(name))
+        made[f"fp8 rows of 4100{name}"] = Proof(launch, fp8)
+    return made

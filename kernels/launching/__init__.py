@@ -1,0 +1,1 @@
+"""Triton's toolbox: launches as values, tuning tables, programmatic dependent launch, numerics, checks."""

@@ -1,0 +1,1 @@
+"""The CPU's toolbox: machine code out of numba and LLVM, its cache, threads, and GEMM tiles."""

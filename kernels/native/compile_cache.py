@@ -1,0 +1,43 @@
+"""C functions out of numba functions, cached on disk between processes.
+
+numba's own cache looks at the one file in which a function stands. What the function calls stands in others, and code
+compiled from an older one of them would run unnoticed, so here the cache's directory is named by a hash of them all.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numba
+from numba import types
+
+
+def c_function(body: Callable[[Any], None]) -> Any:
+    """`body`, a numba function of one pointer, compiled or loaded; its `address` is the C function's."""
+    given = numba.config.CACHE_DIR
+    numba.config.CACHE_DIR = str(_directory())
+    try:
+        decorate = numba.cfunc(types.void(types.voidptr), nopython=True, cache=True, error_model="numpy")
+        return decorate(body)
+    finally:
+        numba.config.CACHE_DIR = given
+
+
+@functools.cache
+def _directory() -> Path:
+    """In NUMBA_CACHE_DIR, XDG_CACHE_HOME or ~/.cache, whichever is the first that is set."""
+    named = os.environ.get("NUMBA_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME")
+    return Path(named or Path.home() / ".cache") / "octavo" / f"kernels-{sources_hash(Path(__file__).parent.parent)}"
+
+
+def sources_hash(room: Path) -> str:
+    """A name for the contents of all Python files under `room`, and their places."""
+    digest = sha256()
+    for file in sorted(room.rglob("*.py")):
+        digest.update(f"{file.relative_to(room)}\0".encode() + sha256(file.read_bytes()).digest())
+    return digest.hexdigest()[:16]

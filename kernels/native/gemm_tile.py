@@ -1,0 +1,340 @@
+"""Register tiles of a GEMM as LLVM vector code: up to 8 rows of x times up to 64 rows of the weight, along all of K.
+
+Weights lie in slabs of 16 rows (N): [N / 16, steps, 16 lanes, bytes per lane and step], N padded with zeros. One
+step of a lane is
+  INT8  4 columns, 4 bytes, each code + 128 as uint8 (AVX-512 VNNI multiplies unsigned by signed bytes)
+  BF16  2 columns, bf16
+  W8    2 columns, 2 signed bytes, converted to bf16 in registers
+  W4    8 columns, an int32: code + 8 of column 2p at bits 4p, of column 2p + 1 at bits 16 + 4p. Masked and joined
+        with 0x4300 a nibble q is the bf16 number 128 + q exactly; the 136 is taken off by the sums of x.
+A tile reads its rows of x at `x`, `row_bytes` apart, and its slabs of the weight at `weight`, `slab_bytes` apart; rows
+and slabs past the last repeat it. It writes its part of the output at `out`, `out_bytes` from row to row, straight from
+the registers: `width` columns, by masked stores, of the rows up to last_row. So edges need no other code.
+`ahead` is how far from its own the weights lie that this thread wants next, in bytes; `part` which of its slabs are
+fetched from there meanwhile, -1 being all: a tile of many rows spreads the fetching over several calls.
+"""
+# ruff: noqa: ARG001 (numba looks at the names of what it compiles)
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from octavo.kernels.native import dtypes
+from octavo.kernels.native.llvm import (
+    BF16X16,
+    BF16X32,
+    F32,
+    F32X16,
+    I8,
+    I16,
+    I32,
+    I32X16,
+    I64,
+    broadcast,
+    call,
+    load16,
+    masked_store,
+    multiply_add,
+    prefetch,
+    sum_lanes,
+)
+
+INT8, BF16, W8, W4 = range(4)
+LANES = 16
+STEP_COLUMNS = (4, 2, 2, 8)
+STEP_BYTES = (64, 64, 32, 64)
+
+
+def _at(builder: Any, base: Any, index: Any, step: int) -> Any:
+    return builder.add(base, builder.mul(index, ir.Constant(I64, step)))
+
+
+def _load(builder: Any, address: Any, type_: Any) -> Any:
+    return builder.load(builder.inttoptr(address, type_.as_pointer()), align=1)
+
+
+def _dot(builder: Any, kind: int, total: Any, x: Any, w: Any) -> Any:
+    """total + the dot products of each lane's step columns; x is the step of one row of x, as an i32."""
+    spread = broadcast(builder, x)
+    if kind == INT8:
+        return call(builder, "llvm.x86.avx512.vpdpbusd.512", I32X16, total, w, spread)
+    spread = builder.bitcast(spread, BF16X32)
+    return call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", F32X16, total, spread, w)
+
+
+def _decode(builder: Any, kind: int, address: Any) -> list[Any]:
+    """The vectors of one step of a slab, ready for `_dot`: one, or four of two columns each for W4."""
+    if kind == INT8:
+        return [_load(builder, address, I32X16)]
+    if kind == BF16:
+        return [builder.bitcast(_load(builder, address, I32X16), BF16X32)]
+    if kind == W8:
+        halves = []
+        for offset in (0, 16):
+            codes = _load(builder, builder.add(address, ir.Constant(I64, offset)), ir.VectorType(I8, 16))
+            halves.append(builder.sitofp(builder.sext(codes, I32X16), F32X16))
+        return [call(builder, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", BF16X32, halves[1], halves[0])]
+    word = _load(builder, address, I32X16)
+    pairs = []
+    for p in range(4):
+        nibbles = builder.lshr(word, ir.Constant(I32X16, [4 * p] * 16)) if p else word
+        nibbles = builder.and_(nibbles, ir.Constant(I32X16, [0x000F000F] * 16))
+        nibbles = builder.or_(nibbles, ir.Constant(I32X16, [0x43004300] * 16))
+        pairs.append(builder.bitcast(nibbles, BF16X32))
+    return pairs
+
+
+class _Tile:
+    """Emits one tile: addresses of its rows and slabs, accumulators, and the loop over steps."""
+
+    def __init__(self, builder: Any, kind: int, rows: int, vectors: int, args: list[Any]) -> None:
+        x, row_bytes, self.last_row, weight, slab_bytes, self.last_slab = args
+        self.builder, self.kind = builder, kind
+        self.x = [builder.add(x, builder.mul(row_bytes, self.row(r))) for r in range(rows)]
+        self.w = [builder.add(weight, builder.mul(slab_bytes, self.slab(v))) for v in range(vectors)]
+        self.vector = I32X16 if kind == INT8 else F32X16
+        self.totals = [[cgutils.alloca_once(builder, self.vector) for _ in range(vectors)] for _ in range(rows)]
+
+    def row(self, index: int) -> Any:
+        """The number of a row, not past the last one."""
+        return self._clamp(index, self.last_row)
+
+    def slab(self, index: int) -> Any:
+        """The number of a slab, not past the last one."""
+        return self._clamp(index, self.last_slab)
+
+    def _clamp(self, index: int, last: Any) -> Any:
+        constant = ir.Constant(I64, index)
+        return self.builder.select(self.builder.icmp_signed("<", constant, last), constant, last)
+
+    def look_ahead(self, ahead: Any, part: Any) -> list[Any]:
+        """How far from each slab's weights those lie that are fetched into L2 meanwhile; 0: nowhere."""
+        builder, zero = self.builder, ir.Constant(I64, 0)
+        wanted = [builder.icmp_signed("==", part, ir.Constant(I64, v)) for v in range(len(self.w))]
+        every = builder.icmp_signed("<", part, zero)
+        return [builder.select(builder.or_(every, this), ahead, zero) for this in wanted]
+
+    def accumulate(self, first: Any, steps: Any, ahead: list[Any]) -> None:
+        """Clear the accumulators and run steps first .. first + steps."""
+        builder, kind = self.builder, self.kind
+        for row in self.totals:
+            for total in row:
+                builder.store(ir.Constant(self.vector, [0] * 16), total)
+        with cgutils.for_range(builder, steps) as loop:
+            step = builder.add(first, loop.index)
+            at = [_at(builder, w, step, STEP_BYTES[kind]) for w in self.w]
+            for address, distance in zip(at, ahead, strict=True):
+                prefetch(builder, builder.add(address, distance), 2)
+            weights = [_decode(builder, kind, address) for address in at]
+            for part in range(len(weights[0])):
+                for x, row in zip(self.x, self.totals, strict=True):
+                    at = builder.add(_at(builder, x, step, 16 if kind == W4 else 4), ir.Constant(I64, 4 * part))
+                    columns = _load(builder, at, I32)
+                    for w, total in zip(weights, row, strict=True):
+                        builder.store(_dot(builder, kind, builder.load(total), columns, w[part]), total)
+
+    def total(self, row: int, vector: int) -> Any:
+        return self.builder.load(self.totals[row][vector])
+
+    def store(self, values: Callable[[int], list[Any]], kind: Any, out: Any, out_bytes: Any, width: Any) -> None:
+        """Write the float32 vectors that `values` makes for a row, as numbers of `kind` (see `kernels.convert`)."""
+        builder = self.builder
+        columns = builder.trunc(width, I32)
+        lanes = [ir.Constant(I32X16, list(range(16 * v, 16 * v + 16))) for v in range(len(self.w))]
+        masks = [builder.icmp_signed("<", lane, broadcast(builder, columns)) for lane in lanes]
+        for r in range(len(self.x)):
+            with builder.if_then(builder.icmp_signed("<=", ir.Constant(I64, r), self.last_row), likely=True):
+                row = builder.add(out, builder.mul(out_bytes, ir.Constant(I64, r)))
+                _store_row(builder, values(r), masks, kind, row)
+
+
+def _store_row(builder: Any, values: list[Any], masks: list[Any], kind: Any, row: Any) -> None:
+    def store(size: int, convert: Callable[[Any], Any]) -> None:
+        for v, (value, mask) in enumerate(zip(values, masks, strict=True)):
+            masked_store(builder, convert(value), builder.add(row, ir.Constant(I64, 16 * size * v)), mask)
+
+    is_kind = {k: builder.icmp_signed("==", kind, ir.Constant(I64, k)) for k in (dtypes.BF16, dtypes.FP16)}
+    with builder.if_else(is_kind[dtypes.BF16], likely=True) as (then, otherwise):
+        with then:
+            store(2, lambda value: _to_bf16(builder, value))
+        with otherwise, builder.if_else(is_kind[dtypes.FP16]) as (half, single):
+            with half:
+                store(2, lambda value: builder.fptrunc(value, ir.VectorType(ir.HalfType(), 16)))
+            with single:
+                store(4, lambda value: value)
+
+
+def _to_bf16(builder: Any, value: Any) -> Any:
+    rounded = call(builder, "llvm.x86.avx512bf16.cvtneps2bf16.512", BF16X16, value)
+    return builder.bitcast(rounded, ir.VectorType(I16, 16))
+
+
+def make_tile(rows: int, vectors: int) -> Any:
+    """For BF16: tile(x, row_bytes, last_row, weight, slab_bytes, last_slab, out_kind, out, out_bytes, width, steps,
+    ahead, part), all int64; `out_kind` is of `kernels.convert`.
+    """
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def tile(
+        typingctx: Any,
+        x: Any,
+        row_bytes: Any,
+        last_row: Any,
+        weight: Any,
+        slab_bytes: Any,
+        last_slab: Any,
+        out_kind: Any,
+        out: Any,
+        out_bytes: Any,
+        width: Any,
+        steps: Any,
+        ahead: Any,
+        part: Any,
+    ) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            emitted = _Tile(builder, BF16, rows, vectors, args[:6])
+            emitted.accumulate(ir.Constant(I64, 0), args[10], emitted.look_ahead(*args[11:13]))
+            emitted.store(lambda r: [emitted.total(r, v) for v in range(vectors)], *args[6:10])
+            return context.get_dummy_value()
+
+        return types.void(*(types.int64,) * 13), codegen
+
+    return tile
+
+
+def make_int8_tile(rows: int, vectors: int) -> Any:
+    """For INT8: as make_tile, with (..., part, x_scales, x_sums, scales) at the end:
+
+    out[r, c] = (dot - x_sums[r]) * x_scales[r] * scales[c]; x_sums int32, scales float32.
+    """
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def tile(
+        typingctx: Any,
+        x: Any,
+        row_bytes: Any,
+        last_row: Any,
+        weight: Any,
+        slab_bytes: Any,
+        last_slab: Any,
+        out_kind: Any,
+        out: Any,
+        out_bytes: Any,
+        width: Any,
+        steps: Any,
+        ahead: Any,
+        part: Any,
+        x_scales: Any,
+        x_sums: Any,
+        scales: Any,
+    ) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            emitted = _Tile(builder, INT8, rows, vectors, args[:6])
+            emitted.accumulate(ir.Constant(I64, 0), args[10], emitted.look_ahead(*args[11:13]))
+            x_scales, x_sums, scales = args[13:]
+            at = [_at(builder, scales, emitted.slab(v), 64) for v in range(vectors)]
+            w_scales = [load16(builder, address, -1) for address in at]
+
+            def values(r: int) -> list[Any]:
+                offset = ir.Constant(I64, 4 * r)
+                less = broadcast(builder, _load(builder, builder.add(x_sums, offset), I32))
+                scale = broadcast(builder, _load(builder, builder.add(x_scales, offset), F32))
+                whole = [builder.sub(emitted.total(r, v), less) for v in range(vectors)]
+                floats = [builder.fmul(builder.sitofp(number, F32X16), scale) for number in whole]
+                return [builder.fmul(a, b) for a, b in zip(floats, w_scales, strict=True)]
+
+            emitted.store(values, *args[6:10])
+            return context.get_dummy_value()
+
+        return types.void(*(types.int64,) * 16), codegen
+
+    return tile
+
+
+def make_grouped_tile(kind: int, rows: int, vectors: int) -> Any:
+    """For W4 and W8: as make_tile, with (..., part, groups, scales, offsets, sums) at the end:
+
+    out = sum over groups g of scales[g] * (dot over g - offsets[g] * sums[row, g]), with `steps` steps in a group,
+    scales and offsets float32 [N / 16, groups, 16], and sums float32 [M, groups].
+    """
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def tile(
+        typingctx: Any,
+        x: Any,
+        row_bytes: Any,
+        last_row: Any,
+        weight: Any,
+        slab_bytes: Any,
+        last_slab: Any,
+        out_kind: Any,
+        out: Any,
+        out_bytes: Any,
+        width: Any,
+        steps: Any,
+        ahead: Any,
+        part: Any,
+        groups: Any,
+        scales: Any,
+        offsets: Any,
+        sums: Any,
+    ) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            emitted = _Tile(builder, kind, rows, vectors, args[:6])
+            finals = _sum_groups(builder, emitted, *args[10:])
+            emitted.store(lambda r: [builder.load(final) for final in finals[r]], *args[6:10])
+            return context.get_dummy_value()
+
+        return types.void(*(types.int64,) * 17), codegen
+
+    return tile
+
+
+def _sum_groups(
+    builder: Any, tile: _Tile, steps: Any, ahead: Any, part: Any, groups: Any, scales: Any, offsets: Any, sums: Any
+) -> list[list[Any]]:
+    distances = tile.look_ahead(ahead, part)
+    finals = [[cgutils.alloca_once(builder, F32X16) for _ in row] for row in tile.totals]
+    for row in finals:
+        for final in row:
+            builder.store(ir.Constant(F32X16, [0.0] * 16), final)
+    with cgutils.for_range(builder, groups) as loop:
+        group = loop.index
+        tile.accumulate(builder.mul(group, steps), steps, distances)
+        parts = []
+        for v in range(len(tile.w)):
+            slab = builder.mul(tile.slab(v), groups)
+            at = _at(builder, ir.Constant(I64, 0), builder.add(slab, group), 64)
+            parts.append([load16(builder, builder.add(base, at), -1) for base in (scales, offsets)])
+        for r, row in enumerate(finals):
+            at = builder.add(builder.mul(tile.row(r), groups), group)
+            total = broadcast(builder, builder.fneg(_load(builder, _at(builder, sums, at, 4), F32)))
+            for v, final in enumerate(row):
+                scale, offset = parts[v]
+                value = multiply_add(builder, total, offset, tile.total(r, v))
+                builder.store(multiply_add(builder, scale, value, builder.load(final)), final)
+    return finals
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def sum_bf16(typingctx: Any, address: Any, vectors: Any) -> Any:
+    """The float32 sum of 32 * vectors bf16 numbers at an address."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        address, vectors = args
+        ones = builder.bitcast(ir.Constant(I32X16, [0x3F803F80] * 16), BF16X32)
+        total = cgutils.alloca_once(builder, F32X16)
+        builder.store(ir.Constant(F32X16, [0.0] * 16), total)
+        with cgutils.for_range(builder, vectors) as loop:
+            x = builder.bitcast(_load(builder, _at(builder, address, loop.index, 64), I32X16), BF16X32)
+            more = call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", F32X16, builder.load(total), x, ones)
+            builder.store(more, total)
+        return sum_lanes(builder, builder.load(total))
+
+    return types.float32(types.int64, types.int64), codegen

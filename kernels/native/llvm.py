@@ -1,0 +1,87 @@
+"""LLVM's vectors of 16 numbers as numba's intrinsics emit them: types, and instructions that llvmlite doesn't name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils
+
+from octavo.kernels.native.dtypes import BF16
+
+I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+F32 = ir.FloatType()
+I32X16, F32X16 = ir.VectorType(I32, 16), ir.VectorType(F32, 16)
+
+
+class BFloat(ir.Type):  # type: ignore[misc]
+    """LLVM's bfloat, which llvmlite has no name for."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BFloat)
+
+    def __hash__(self) -> int:
+        return hash(BFloat)
+
+
+BF16X16, BF16X32 = ir.VectorType(BFloat(), 16), ir.VectorType(BFloat(), 32)
+
+
+def call(builder: Any, name: str, result: Any, *args: Any) -> Any:
+    """Call one of LLVM's own functions."""
+    function = ir.FunctionType(result, [a.type for a in args])
+    return builder.call(cgutils.get_or_insert_function(builder.module, function, name), args)
+
+
+def load16(builder: Any, address: Any, kind: int) -> Any:
+    """16 bf16 or float32 numbers at an i64 address, as <16 x float>."""
+    if kind == BF16:
+        bits = builder.load(builder.inttoptr(address, ir.VectorType(I16, 16).as_pointer()), align=2)
+        wide = builder.zext(bits, ir.VectorType(I32, 16))
+        return builder.bitcast(builder.shl(wide, ir.Constant(wide.type, [16] * 16)), F32X16)
+    return builder.load(builder.inttoptr(address, F32X16.as_pointer()), align=4)
+
+
+def store16(builder: Any, value: Any, address: Any) -> None:
+    """<16 x float> to an i64 address."""
+    builder.store(value, builder.inttoptr(address, F32X16.as_pointer()), align=4)
+
+
+def broadcast(builder: Any, scalar: Any) -> Any:
+    """A scalar in all 16 lanes."""
+    vector = ir.VectorType(scalar.type, 16)
+    first = builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, ir.Constant(I32, 0))
+    return builder.shuffle_vector(first, first, ir.Constant(ir.VectorType(I32, 16), [0] * 16))
+
+
+def multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    """a * b + c, one rounding."""
+    function = ir.FunctionType(F32X16, [F32X16] * 3)
+    return builder.call(cgutils.get_or_insert_function(builder.module, function, "llvm.fma.v16f32"), [a, b, c])
+
+
+def masked_store(builder: Any, vector: Any, address: Any, mask: Any) -> None:
+    """Store the lanes that `mask` ([16] of i1) names."""
+    element = vector.type.element
+    name = f"i{element.width}" if isinstance(element, ir.IntType) else {F32: "f32"}.get(element, "f16")
+    pointer = builder.inttoptr(address, vector.type.as_pointer())
+    kind = ir.FunctionType(ir.VoidType(), [vector.type, pointer.type, I32, mask.type])
+    store = cgutils.get_or_insert_function(builder.module, kind, f"llvm.masked.store.v16{name}.p0")
+    builder.call(store, [vector, pointer, ir.Constant(I32, 1), mask])
+
+
+def sum_lanes(builder: Any, vector: Any) -> Any:
+    """The sum of a <16 x float>, in any order."""
+    function = ir.FunctionType(F32, [F32, F32X16])
+    reduce = cgutils.get_or_insert_function(builder.module, function, "llvm.vector.reduce.fadd.v16f32")
+    return builder.call(reduce, [ir.Constant(F32, 0.0), vector], fastmath=("reassoc",))
+
+
+def prefetch(builder: Any, address: Any, level: int) -> None:
+    """Ask for the cache line at an address, which may be any, to be brought into the cache of that level."""
+    pointer = builder.inttoptr(address, I8.as_pointer())
+    read, locality, data = (ir.Constant(I32, number) for number in (0, 4 - level, 1))
+    call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, read, locality, data)

@@ -1,0 +1,189 @@
+"""The threads that kernels run on: as many as torch has, less the caller's own.
+
+The caller publishes a job (a function and its arguments), works on it itself, closes it, and waits only for the
+workers that have joined in the meantime. A worker that the system did not run in time is not waited for: it finds the
+job closed. That is why there is a pool here beside OpenMP's, which waits for all of its threads at the end of every
+parallel region: with a second busy process on the same cores (the HTTP server) such a step took tens of times as
+long, since the wait lasts until the scheduler's slice is over.
+
+A worker without work spins for about 0.1 ms, giving way to any other runnable thread, and then sleeps, 50 us at
+first and 2 ms at the longest. Workers never hold the GIL.
+"""
+# ruff: noqa: ARG001 (numba looks at the names of what it compiles)
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import threading
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from octavo.kernels.native.compile_cache import c_function
+
+# The control block, one cache line (8 int64) for each: the number of the latest job; 1 while it is open; how many
+# workers are in it; and, written before a job is opened, the function's and the arguments' address.
+_JOB, _OPEN, _INSIDE, _FUNCTION, _ARGUMENTS = 0, 8, 16, 24, 25
+_SPINS = 2000
+_I64 = ir.IntType(64)
+
+
+def _slot(builder: Any, control: Any, index: Any) -> Any:
+    return builder.gep(builder.bitcast(control, _I64.as_pointer()), [index])
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _read(typingctx: Any, control: Any, index: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.load_atomic(_slot(builder, *args), "seq_cst", 8)
+
+    return types.int64(types.voidptr, types.int64), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _add(typingctx: Any, control: Any, index: Any, amount: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.atomic_rmw("add", _slot(builder, *args[:2]), args[2], "seq_cst")
+
+    return types.int64(types.voidptr, types.int64, types.int64), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _write(typingctx: Any, control: Any, index: Any, value: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.atomic_rmw("xchg", _slot(builder, *args[:2]), args[2], "seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(types.voidptr, types.int64, types.int64), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _call(typingctx: Any, function: Any, argument: Any) -> Any:
+    """Call the C function void (*)(void *) at an address."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t])
+        argument = builder.inttoptr(args[1], cgutils.voidptr_t)
+        builder.call(builder.inttoptr(args[0], kind.as_pointer()), [argument])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _pause(typingctx: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if platform.machine() in ("x86_64", "AMD64"):
+            kind = ir.FunctionType(ir.VoidType(), [])
+            builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.sse2.pause"), [])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _give_way(typingctx: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = ir.FunctionType(ir.IntType(32), [])
+        builder.call(cgutils.get_or_insert_function(builder.module, kind, "sched_yield"), [])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _sleep(typingctx: Any, microseconds: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = ir.FunctionType(ir.IntType(32), [ir.IntType(32)])
+        sleep = cgutils.get_or_insert_function(builder.module, kind, "usleep")
+        builder.call(sleep, [builder.trunc(args[0], ir.IntType(32))])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+def _serve(control):  # type: ignore[no-untyped-def]
+    """A worker, for ever: join jobs as they are opened; without a new one spin, then sleep longer and longer."""
+    idle, seen = 0, -1
+    while True:
+        job = _read(control, _JOB)
+        if job == seen or _read(control, _OPEN) == 0:
+            idle += 1
+            if idle > _SPINS:
+                _sleep(min(50 * (1 + (idle - _SPINS) // 8), 2000))
+            elif idle % 64 == 0:
+                _give_way()
+            else:
+                _pause()
+            continue
+        seen, idle = job, 0
+        _add(control, _INSIDE, 1)  # from here on the caller waits, if the job is still open
+        if _read(control, _OPEN) == 1:
+            seen = _read(control, _JOB)
+            _call(_read(control, _FUNCTION), _read(control, _ARGUMENTS))
+        _add(control, _INSIDE, -1)
+
+
+def _submit(control):  # type: ignore[no-untyped-def]
+    """The caller: open the job whose function and arguments stand in the block, work on it, close it, wait."""
+    _add(control, _JOB, 1)
+    _write(control, _OPEN, 1)
+    _call(_read(control, _FUNCTION), _read(control, _ARGUMENTS))
+    _write(control, _OPEN, 0)
+    spins = 0
+    while _read(control, _INSIDE) > 0:
+        spins += 1
+        if spins % 256 == 0:
+            _give_way()
+        else:
+            _pause()
+
+
+_ENTRY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+class Pool:
+    """Worker threads and their control block; `run` is the whole of its use."""
+
+    def __init__(self, workers: int) -> None:
+        self._compiled = c_function(_serve), c_function(_submit)
+        self._serve, self._submit = (_ENTRY(c.address) for c in self._compiled)
+        memory = np.zeros(32 + 8, np.int64)
+        skip = -memory.ctypes.data % 64 // 8
+        self._memory, self._block = memory, memory[skip : skip + 32]
+        self._control = self._block.ctypes.data
+        self._lock = threading.Lock()
+        for number in range(workers):
+            name = f"octavo-kernel-{number}"
+            threading.Thread(target=self._serve, args=(self._control,), name=name, daemon=True).start()
+
+    def run(self, function: int, entry: Any, arguments: Any) -> None:
+        """Run a kernel on the caller's thread and on every worker that is awake in time.
+
+        A second caller at the same time runs its kernel alone.
+        """
+        if not self._lock.acquire(blocking=False):
+            entry(arguments)
+            return
+        try:
+            self._block[_FUNCTION] = function
+            self._block[_ARGUMENTS] = ctypes.addressof(arguments)
+            self._submit(self._control)
+        finally:
+            self._lock.release()
+
+
+_pool: list[Pool] = []
+
+
+def pool() -> Pool:
+    """The process's pool, made when it is first asked for, with torch's number of threads at that moment."""
+    if not _pool:
+        _pool.append(Pool(torch.get_num_threads() - 1))
+    return _pool[0]

@@ -1,0 +1,116 @@
+"""Triton bodies of gated activations, f(gate) * up, stored as they are or rounded to fp8 or int8 on the way.
+
+f is silu or the tanh-approximated gelu; both are g * sigmoid(z), with z = g or 2 sqrt(2 / pi) (g + 0.044715 g^3). A
+program has a token's whole row where that has one scale, else a stretch of it. The input may be split-K partial sums.
+References: `fused.reference`, `fp8.reference`, `int8.reference`; what is rounded to codes is the float32 product, as
+elsewhere in this room. Limit: bytes; 5 for each output element with bf16 in and fp8 out, over 3.0 TB/s on an H100.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from octavo.kernels.launching import tuning
+from octavo.kernels.launching.checks import expect
+from octavo.kernels.launching.dependent_launch import await_previous
+from octavo.kernels.launching.launch import Launch, Proof, cdiv, meta, power_of_two
+from octavo.kernels.launching.numerics import sigmoid
+from octavo.kernels.norm.gpu.store_quantized import expect_scale, store_rounded
+
+
+@triton.jit
+def _gated(
+    x, out, scale, stored, places, part_size, width,
+    GELU: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr, STATIC: tl.constexpr, MOVED: tl.constexpr,
+    BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    await_previous(OVERLAPS)
+    token, first = tl.program_id(0), tl.program_id(1) * BLOCK
+    at = first + tl.arange(0, BLOCK)
+    seen = at < width
+    row = x + token.to(tl.int64) * (2 * width) + at
+    gate = tl.load(row, mask=seen, other=0.0).to(tl.float32)
+    up = tl.load(row + width, mask=seen, other=0.0).to(tl.float32)
+    for part in tl.static_range(1, PARTS):
+        gate += tl.load(row + part * part_size, mask=seen, other=0.0)
+        up += tl.load(row + part * part_size + width, mask=seen, other=0.0)
+    z = gate
+    if GELU:
+        z = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
+    value = gate * sigmoid(z) * up
+    store_rounded(value, out, scale, stored, places, token, first, width, GROUP, STATIC, MOVED, BLOCK)
+
+
+def silu_and_mul(
+    x: Tensor, out: Tensor, *, scale: Tensor | None = None, group_size: int = 0, static_scale: Tensor | None = None,
+    places: Tensor | None = None,
+) -> Launch:  # fmt: skip
+    """silu(gate) * up of x = gate, up [T, 2 I], or of the sum of x [S, T, 2 I] float32, into out [T, I].
+
+    out is bf16, fp16 or float32; or float8_e4m3fn or int8 with scale [T, ceil(I / group_size)] float32, a scale for
+    each group of columns, or [T, 1] with group_size 0; group_size is a power of two. static_scale [1] float32: as of
+    `fp8.gpu.quantize`. places [I] int32: where each column goes in out; not with groups.
+    """
+    return _launch(x, out, scale, group_size, static_scale, places, gelu=False)
+
+
+def gelu_tanh_and_mul(
+    x: Tensor, out: Tensor, *, scale: Tensor | None = None, group_size: int = 0, static_scale: Tensor | None = None,
+    places: Tensor | None = None,
+) -> Launch:  # fmt: skip
+    """gelu(gate) * up, tanh-approximated; all else as in `silu_and_mul`."""
+    return _launch(x, out, scale, group_size, static_scale, places, gelu=True)
+
+
+def _launch(
+    x: Tensor, out: Tensor, scale: Tensor | None, group_size: int, static_scale: Tensor | None, places: Tensor | None,
+    *, gelu: bool,
+) -> Launch:  # fmt: skip
+    expect_scale("an activation", out, scale, group_size, places)
+    (tokens, width), parts = out.shape, x.shape[0] if x.dim() == 3 else 1
+    expect(x=(x, (parts, tokens, 2 * width) if x.dim() == 3 else (tokens, 2 * width)), out=(out, (tokens, width)))
+    expect(scale=(scale, (tokens, cdiv(width, group_size) if group_size else 1)), static_scale=(static_scale, 1))
+    expect(places=(places, (width,)))
+    block = max(power_of_two(width), group_size)
+    if scale is not None and group_size == 0:
+        sizes = tuning.choose("activation rows", tokens, width, parts)
+    else:
+        sizes = tuning.choose("activation", tokens, width, parts)
+        block = min(block, max(sizes.pop("block"), group_size))
+    return Launch(
+        _gated,
+        (tokens, cdiv(width, block)),
+        {
+            "x": x, "out": out, "scale": out if scale is None else scale, "part_size": tokens * 2 * width,
+            "stored": out if static_scale is None else static_scale, "STATIC": static_scale is not None,
+            "places": out if places is None else places, "MOVED": places is not None,
+            "width": width, "GELU": gelu, "PARTS": parts, "GROUP": group_size, "BLOCK": block,
+        },
+        **sizes,
+        num_stages=1,
+    )  # fmt: skip
+
+
+def proofs() -> dict[str, Proof]:
+    """Widths of Llamas and of SmolLM: 128-bit loads throughout."""
+    example = partial(meta, dtype=torch.bfloat16)
+    width = 14336
+    rows, out, scale = example(64, 2 * width), example(64, width), example(64, 112, dtype=torch.float32)
+    fp8, int8 = example(64, width, dtype=torch.float8_e4m3fn), example(64, width, dtype=torch.int8)
+    sums = example(4, 64, 2 * width, dtype=torch.float32)
+    made = {
+        "silu": silu_and_mul(rows, out),
+        "silu fp8": silu_and_mul(rows, fp8, scale=scale),
+        "silu fp8 groups of 4 partial sums": silu_and_mul(sums, fp8, scale=scale, group_size=128),
+        "gelu int8": gelu_tanh_and_mul(rows, int8, scale=scale),
+    }
+    made = {f"{name} {width}": launch for name, launch in made.items()}
+    for width in (1536, 8192, 28672):
+        rows, fp8 = example(64, 2 * width), example(64, width, dtype=torch.float8_e4m3fn)
+        made[f"silu fp8 {width}"] = silu_and_mul(rows, fp8, scale=scale[:, :1])
+    return {name: Proof(launch, (r"LDG\.E\.128", r"STG\.E\.(128|64)")) for name, launch in made.items()}

@@ -1,0 +1,174 @@
+"""Triton body of all that stands between two sublayers: norm, residual, norm, and rounding to fp8 or int8, in one pass.
+
+y = (x + r) / sqrt(mean((x + r)^2) + eps) * w, a program for each token, the whole row in registers. x may be split-K
+partial sums of the GEMM before, which are added up on the way, and may be normed or scaled before the sum.
+References: `fused.reference`, `fp8.reference`, `int8.reference`. Limit: bytes; with a residual and an fp8 output 7 an
+element (3 without), over 3.0 TB/s on an H100.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from octavo.kernels.launching import tuning
+from octavo.kernels.launching.checks import expect, refuse
+from octavo.kernels.launching.dependent_launch import await_previous, prefetch
+from octavo.kernels.launching.launch import Launch, Proof, cdiv, meta, power_of_two
+from octavo.kernels.launching.numerics import narrow
+from octavo.kernels.norm.gpu.store_quantized import expect_scale, store_rounded
+
+
+@triton.jit
+def _normed(value, weight, width, eps, BLOCK: tl.constexpr):
+    """RMSNorm of a row, zeros from width on."""
+    at = tl.arange(0, BLOCK)
+    value *= tl.rsqrt(tl.sum(value * value) / width + eps)
+    return value * tl.load(weight + at, mask=at < width, other=0.0)
+
+
+@triton.jit
+def _norm(
+    x, after, weight, residual, out, scale, stored, places, plain, total, x_part, x_row, width, eps, multiplier,
+    PARTS: tl.constexpr, HAS_AFTER: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    HAS_PLAIN: tl.constexpr, HAS_OUT: tl.constexpr, GROUP: tl.constexpr, STATIC: tl.constexpr, MOVED: tl.constexpr,
+    BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    if OVERLAPS:
+        line = tl.minimum(tl.arange(0, (BLOCK + 31) // 32) * 32, width - 1)
+        if HAS_AFTER:
+            prefetch(after + line)
+        if HAS_WEIGHT:
+            prefetch(weight + line)
+    await_previous(OVERLAPS)
+    token = tl.program_id(0)
+    at = tl.arange(0, BLOCK)
+    seen = at < width
+    row = token.to(tl.int64) * width
+    of_x = x + token.to(tl.int64) * x_row + at
+    value = tl.load(of_x, mask=seen, other=0.0).to(tl.float32)
+    for part in tl.static_range(1, PARTS):
+        value += tl.load(of_x + part * x_part, mask=seen, other=0.0)
+    if HAS_RESIDUAL:
+        dtype: tl.constexpr = residual.dtype.element_ty
+        if x.dtype.element_ty != dtype or PARTS > 1:  # as the GEMM would have rounded it
+            value = narrow(value, dtype).to(tl.float32)
+        if HAS_AFTER:
+            value = narrow(_normed(value, after, width, eps, BLOCK), dtype).to(tl.float32)
+        value = narrow(value * multiplier, dtype).to(tl.float32)
+        value += tl.load(residual + row + at, mask=seen, other=0.0).to(tl.float32)
+        rounded = narrow(value, dtype)
+        tl.store(total + row + at, rounded, mask=seen)
+        value = rounded.to(tl.float32)
+    if HAS_WEIGHT:
+        value = _normed(value, weight, width, eps, BLOCK)
+    if HAS_PLAIN:
+        tl.store(plain + row + at, narrow(value, plain.dtype.element_ty), mask=seen)
+    if HAS_OUT:
+        store_rounded(value, out, scale, stored, places, token, 0, width, GROUP, STATIC, MOVED, BLOCK)
+
+
+def norm(
+    x: Tensor, weight: Tensor | None, eps: float, out: Tensor, *,
+    residual: Tensor | None = None, total: Tensor | None = None, after: Tensor | None = None, multiplier: float = 1.0,
+    scale: Tensor | None = None, group_size: int = 0, static_scale: Tensor | None = None, plain: Tensor | None = None,
+    places: Tensor | None = None,
+) -> Launch:  # fmt: skip
+    """RMSNorm of x [T, H], or of the sum of x [S, T, H], float32 or of a token's S experts, into out [T, H].
+
+    weight    [H] float32; None: only the sum is asked for, and out isn't written unless it is of codes: of the sum
+    residual  [T, H], added first; total [T, H] receives the sum in its type, which is then normed
+    after     [H] float32: x is normed by it, and multiplied by the multiplier, before the residual is added
+    out       bf16, fp16 or float32; or float8_e4m3fn or int8 with scale [T, ceil(H / group_size)] float32, a scale for
+              each group of columns, or [T, 1] with group_size 0; group_size is a power of two
+    static_scale  [1] float32: as of `fp8.gpu.quantize`
+    plain     [T, H] bf16, fp16 or float32: receives what out has codes of, too
+    places    [H] int32: where each column goes in out; not with groups
+    """
+    parts, (num_tokens, width) = (x.shape[0] if x.dim() == 3 else 1), x.shape[-2:]
+    rows, groups = (num_tokens, width), cdiv(width, group_size) if group_size else 1
+    expect_scale("a norm", out, scale, group_size, places)
+    expect(
+        residual=(residual, rows), total=(total, rows), weight=(weight, width), after=(after, width),
+        scale=(scale, (num_tokens, groups)), static_scale=(static_scale, 1), plain=(plain, rows),
+        places=(places, (width,)), out=(None if weight is None and scale is None else out, rows),
+    )  # fmt: skip
+    _expect_what_is_added(x, weight, residual, total, after, multiplier)
+    block = max(power_of_two(width), group_size)
+    return Launch(
+        _norm,
+        (num_tokens,),
+        {
+            "x": x, "after": x if after is None else after, "weight": x if weight is None else weight,
+            "residual": x if residual is None else residual, "out": out, "multiplier": multiplier,
+            "scale": out if scale is None else scale, "total": out if total is None else total,
+            "stored": out if static_scale is None else static_scale, "STATIC": static_scale is not None,
+            "plain": out if plain is None else plain, "HAS_PLAIN": plain is not None,
+            "places": out if places is None else places, "MOVED": places is not None,
+            "HAS_OUT": weight is not None or scale is not None,
+            "x_part": x.stride(0) if x.dim() == 3 else 0, "x_row": x.stride(-2), "width": width, "eps": eps,
+            "PARTS": parts, "HAS_AFTER": after is not None, "HAS_RESIDUAL": residual is not None,
+            "HAS_WEIGHT": weight is not None, "GROUP": group_size, "BLOCK": block,
+        },
+        **tuning.choose("norm", num_tokens, width, parts),
+        num_stages=1,
+    )  # fmt: skip
+
+
+def _expect_what_is_added(
+    x: Tensor, weight: Tensor | None, residual: Tensor | None, total: Tensor | None, after: Tensor | None,
+    multiplier: float,
+) -> None:  # fmt: skip
+    """Raises ValueError. x's rows may lie anywhere: parts one behind another, or each token's side by side."""
+    if x.stride(-1) != 1:
+        refuse("x", x, tuple(x.shape))
+    if (residual is None) != (total is None):
+        raise ValueError("residual and total come together")
+    if residual is None and (weight is None or after is not None or multiplier != 1.0):
+        raise ValueError("without a residual there is one norm, and nothing but it")
+
+
+def proofs() -> dict[str, Proof]:
+    """Widths of SmolLM and of Llamas: 128-bit loads and stores throughout."""
+    example = partial(meta, dtype=torch.bfloat16)
+    made: dict[str, Proof] = {}
+    for width in (576, 4096, 8192):
+        rows, weight = example(64, width), example(width, dtype=torch.float32)
+        sums = example(4, 64, width, dtype=torch.float32)
+        scale = example(64, 1, dtype=torch.float32)
+        fp8, int8 = example(64, width, dtype=torch.float8_e4m3fn), example(64, width, dtype=torch.int8)
+        for name, launch in {
+            "norm": norm(rows, weight, 1e-5, rows, residual=rows, total=rows),
+            "norm fp8": norm(rows, weight, 1e-5, fp8, scale=scale, residual=rows, total=rows),
+            "norm fp8 groups": norm(rows, weight, 1e-5, fp8, scale=scale, group_size=128, residual=rows, total=rows),
+            "norm int8 of 4 partial sums": norm(sums, weight, 1e-5, int8, scale=scale, residual=rows, total=rows),
+        }.items():
+            made[f"{name} {width}"] = Proof(launch, expects=(r"LDG\.E\.128", r"STG\.E\.128"))
+    for width in (16384, 18432):
+        rows, weight = example(64, width), example(width, dtype=torch.float32)
+        launch = norm(rows, weight, 1e-5, rows, residual=rows, total=rows)
+        made[f"norm {width}"] = Proof(launch, expects=(r"LDG\.E\.128", r"STG\.E\.128"))
+    rows, weight, scale = example(64, 2048), example(2048, dtype=torch.float32), example(64, 1, dtype=torch.float32)
+    fp8, pairs = example(64, 2048, dtype=torch.float8_e4m3fn), example(64, 8, 2048).transpose(0, 1)
+    stored, places = example(1, dtype=torch.float32), example(2048, dtype=torch.int32)
+    for name, launch in {
+        "fp8 of 8 experts, and plain": norm(
+            pairs, weight, 1e-6, fp8, scale=scale, residual=rows, total=rows, plain=rows
+        ),
+        "fp8 static, and plain": norm(
+            rows, weight, 1e-6, fp8, scale=scale, residual=rows, total=rows, static_scale=stored, plain=rows
+        ),
+    }.items():
+        made[f"norm {name} 2048"] = Proof(launch, expects=(r"LDG\.E\.128", r"STG\.E\.128"))
+    for name, plain in (("moved", None), ("moved, and plain", rows)):
+        launch = norm(rows, weight, 1e-6, rows, residual=rows, total=rows, places=places, plain=plain)
+        made[f"norm {name} 2048"] = Proof(launch, expects=(r"LDG\.E\.128", r"STG\.E\.U16"))
+    rows, scale, weight = example(64, 3584), example(64, 1, dtype=torch.float32), example(3584, dtype=torch.float32)
+    sums, fp8 = example(4, 64, 3584, dtype=torch.float32), example(64, 3584, dtype=torch.float8_e4m3fn)
+    launch = norm(sums, weight, 1e-6, fp8, scale=scale, residual=rows, total=rows, after=weight)
+    made["norms fp8 of 4 partial sums 3584"] = Proof(launch, expects=(r"LDG\.E\.128", r"STG\.E\.128"))
+    return made

@@ -1,0 +1,1 @@
+"""--model-impl hf: transformers' own modelling code over the paged KV cache."""

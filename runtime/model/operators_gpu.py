@@ -1,0 +1,81 @@
+"""The decoder's operators on a GPU: Triton launches with room made for what they return.
+
+Each may be given partial sums of the GEMM before, and be asked to round for the GEMM behind
+(kernels/quantized_activation.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from octavo.kernels.attention.gpu.prefill import paged_attention
+from octavo.kernels.attention.gpu.rope import rope_and_cache
+from octavo.kernels.attention.gpu.rope_decode import rope_and_attention
+from octavo.kernels.launching.launch import Launch
+from octavo.kernels.norm.gpu.activation import gelu_tanh_and_mul, silu_and_mul
+from octavo.kernels.norm.gpu.embedding import embed
+from octavo.kernels.norm.gpu.norm import norm
+from octavo.kernels.quantized_activation import Hidden, Rounded, Rounding
+from octavo.runtime.model.operators import Ops
+
+
+def make_ops(dtype: torch.dtype) -> Ops:
+    """The bodies for a model that computes in bf16 or fp16."""
+    return Ops(
+        name="triton",
+        embed=_embed,
+        rms_norm=partial(_rms_norm, dtype),
+        add_rms_norm=_add_rms_norm,
+        silu_and_mul=partial(_gated, dtype, silu_and_mul),
+        gelu_tanh_and_mul=partial(_gated, dtype, gelu_tanh_and_mul),
+        rope_and_cache=partial(rope_and_cache, dtype=dtype),
+        attention=paged_attention,
+        rope_and_attention=partial(rope_and_attention, dtype=dtype),
+    )
+
+
+def _embed(token_ids: Tensor, table: Tensor, factor: float) -> Tensor:
+    out = table.new_empty(token_ids.shape[0], table.shape[1])
+    embed(token_ids, table, out, factor)()
+    return out
+
+
+def _room(x: Tensor, columns: int, dtype: torch.dtype, wants: Rounding | None) -> tuple[Hidden, Tensor, dict[str, Any]]:
+    """What is returned, the tensor that a kernel writes it to, and what it is told of rounding."""
+    if wants is None:
+        plain = torch.empty(x.shape[-2], columns, dtype=dtype, device=x.device)
+        return plain, plain, {}
+    rounded = Rounded.empty(x.shape[-2], columns, wants, x.device, dtype)
+    how = {"group_size": wants.group_size, "static_scale": wants.static_scale, "places": wants.places}
+    how |= {} if wants.dtype is None else {"scale": rounded.scale}
+    return rounded, rounded.codes, how if rounded.plain is None else {**how, "plain": rounded.plain}
+
+
+def _rms_norm(dtype: torch.dtype, x: Tensor, weight: Tensor, eps: float, wants: Rounding | None = None) -> Hidden:
+    result, out, rounding = _room(x, x.shape[-1], dtype, wants)
+    norm(x, weight, eps, out, **rounding)()
+    return result
+
+
+def _add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, after: Tensor | None = None,
+    multiplier: float = 1.0, wants: Rounding | None = None,
+) -> tuple[Hidden, Tensor]:  # fmt: skip
+    total = torch.empty_like(residual)
+    plain = weight is None and wants is None
+    result, out, rounding = (total, total, {}) if plain else _room(x, x.shape[-1], residual.dtype, wants)
+    norm(x, weight, eps, out, residual=residual, total=total, after=after, multiplier=multiplier, **rounding)()
+    return result, total
+
+
+def _gated(
+    dtype: torch.dtype, activation: Callable[..., Launch], gate_up: Tensor, wants: Rounding | None = None
+) -> Hidden:
+    result, out, rounding = _room(gate_up, gate_up.shape[-1] // 2, dtype, wants)
+    activation(gate_up, out, **rounding)()
+    return result

@@ -1,0 +1,57 @@
+"""Which bodies of the decoder's operators serve a device, and their compiling at start."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from octavo.kernels.native import cpu_features
+from octavo.kernels.norm import reference as fused_reference
+from octavo.runtime.model.operators import REFERENCE, Ops, one_after_the_other
+
+
+def select_ops(device: torch.device, dtype: torch.dtype) -> Ops:
+    """The bodies for a device. float32 on the CPU takes the fast bodies too: they compute in float32 throughout.
+
+    float32 on a GPU takes the reference, whose products are float32's: tensor cores would round to tf32.
+    """
+    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        from octavo.runtime.model.operators_gpu import make_ops
+
+        return make_ops(dtype)
+    if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return REFERENCE
+    from octavo.kernels.attention import cpu as attention_cpu
+    from octavo.kernels.attention import rope_cpu
+    from octavo.kernels.norm import cpu as fused_cpu
+
+    return Ops(
+        name="cpu",
+        embed=fused_reference.embed,
+        rms_norm=fused_cpu.rms_norm,
+        add_rms_norm=fused_cpu.add_rms_norm,
+        silu_and_mul=fused_cpu.silu_and_mul,
+        gelu_tanh_and_mul=fused_cpu.gelu_tanh_and_mul,
+        rope_and_cache=rope_cpu.rope_and_cache,
+        attention=attention_cpu.paged_attention,
+        rope_and_attention=one_after_the_other(rope_cpu.rope_and_cache, attention_cpu.paged_attention),
+    )
+
+
+def warm_up(device: torch.device) -> float:
+    """Compile the device's kernels, or load them from numba's cache; returns the seconds that it took."""
+    begin = time.perf_counter()
+    if device.type == "cpu":
+        from octavo.kernels.attention import cpu as attention_cpu
+        from octavo.kernels.attention import prefill_cpu, rope_cpu
+        from octavo.kernels.dense import cpu as dense_cpu
+        from octavo.kernels.int8 import cpu as int8_cpu
+        from octavo.kernels.norm import cpu as fused_cpu
+
+        rooms = [fused_cpu, rope_cpu, attention_cpu]
+        if cpu_features.has_dot_products():
+            rooms += [prefill_cpu, int8_cpu, dense_cpu]
+        for kernel in (kernel for room in rooms for kernel in room.KERNELS):
+            kernel.compile()
+    return time.perf_counter() - begin

@@ -1,0 +1,1 @@
+"""One device's share of the work: caches, graphs, step inputs, sampling."""

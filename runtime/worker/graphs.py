@@ -1,0 +1,159 @@
+"""Steps as CUDA graphs: a step's kernels launched at once, one graph for each bucket of sizes.
+
+A graph replays what was captured, with the same addresses and grids. So its inputs stand in buffers that a step is
+copied into; a batch is filled up to its bucket with sequences of no tokens, whose slots are -1 (nothing is written)
+and whose attention is over nothing; and grids are those of the longest sequence that there may be.
+
+Decode steps have a graph up to 512 sequences. Steps with prompts in them have one up to MOST_TOKENS tokens, where an
+H100 computes less time than a host takes for some 300 launches; of the sequences left over, the first owns the tokens
+that fill the step up. Larger steps run as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import accumulate, product
+
+import torch
+from torch import Tensor
+
+from octavo.kernels.attention.cache import LayerCache
+from octavo.kernels.attention.step import StepInputs
+from octavo.runtime.model.model import Model
+from octavo.runtime.worker.device import Mark, capture, give_back_unused
+
+BUCKETS = (1, 2, 4, *range(8, 257, 8), *range(272, 513, 16))
+PROMPT_BUCKETS = (16, 32, 64, 96, 128, 192, 256)
+MOST_TOKENS = PROMPT_BUCKETS[-1]
+FEW_SEQUENCES = 8  # of a step with prompts: it computes logits for as many rows as its bucket has sequences
+
+TYPES = dict.fromkeys(("token_ids", "positions", "slot_mapping", "logits_index"), torch.int64)
+TYPES |= dict.fromkeys(("seq_lens", "query_starts"), torch.int32)
+
+Size = tuple[int, int]  # tokens, sequences; as many of both in a decode step
+
+
+class StepGraphs:
+    """`forward` of a model over its caches, through graphs where there is one."""
+
+    def __init__(
+        self,
+        model: Model,
+        caches: list[LayerCache],
+        max_num_seqs: int,
+        max_model_len: int,
+        max_num_batched_tokens: int = MOST_TOKENS,
+    ) -> None:
+        """Captures all buckets that a step can need, the largest first, so that they share memory."""
+        self._model, self._caches = model, caches
+        self._sizes = sizes_for(max_num_seqs, max_num_batched_tokens)
+        width = -(-max_model_len // caches[0].block_size)
+        most_tokens, most_seqs = (max(column) for column in zip(*self._sizes, strict=True))
+        self._buffers = StepBuffers(most_tokens, most_seqs, width, model.device)
+        self._logits = torch.empty(most_seqs, model.vocab_size, device=model.device)  # of whichever ran last
+        self._graphs = {size: self._capture(size, max_model_len) for size in reversed(self._sizes)}
+        give_back_unused(model.device)  # what each run before its capture took
+
+    def forward(self, inputs: StepInputs) -> Tensor:
+        """Logits as the model's own forward returns them, for inputs on the CPU; valid until the next call."""
+        size = self._size_of(inputs)
+        if size is None:
+            return self._model.forward(inputs.to(self._model.device), self._caches)
+        self._buffers.fill(inputs, size)
+        self._graphs[size]()
+        return self._logits[: inputs.logits_index.shape[0]]
+
+    def _size_of(self, inputs: StepInputs) -> Size | None:
+        """The least bucket that holds a step; one with prompts in it takes one sequence more, for what is left over."""
+        tokens, seqs, rows = (x.shape[0] for x in (inputs.token_ids, inputs.seq_lens, inputs.logits_index))
+        if inputs.max_query_len == 1:
+            return next((size for size in self._sizes if size[0] == size[1] >= tokens and rows == seqs), None)
+        least = max(seqs + 1, rows)
+        return next((size for size in self._sizes if size[0] >= tokens and size[0] != size[1] >= least), None)
+
+    def _capture(self, size: Size, max_model_len: int) -> Callable[[], object]:
+        self._buffers.empty(size)
+        inputs = self._buffers.view(size, max_model_len)
+        logits = self._logits[: size[1]]
+        return capture(lambda: logits.copy_(self._model.forward(inputs, self._caches)), self._model.device)
+
+
+def sizes_for(max_num_seqs: int, max_num_batched_tokens: int = MOST_TOKENS) -> list[Size]:
+    """The sizes that have a graph, ascending: decode steps of up to max_num_seqs sequences, and steps with prompts."""
+
+    def up_to(buckets: tuple[int, ...], most: int) -> list[int]:
+        above = next((size for size in buckets if size >= most), buckets[-1])
+        return [size for size in buckets if size <= above]
+
+    decodes = [(size, size) for size in up_to(BUCKETS, max_num_seqs)]
+    of_prompts = product(up_to(PROMPT_BUCKETS, max_num_batched_tokens), (FEW_SEQUENCES - 1, max_num_seqs))
+    prompts = [(tokens, seqs + 1) for tokens, seqs in of_prompts]
+    prompts = [(tokens, min(seqs, tokens + 1, max_num_seqs + 1)) for tokens, seqs in prompts]
+    return sorted({*decodes, *(size for size in prompts if size[0] != size[1])})
+
+
+class StepBuffers:
+    """The inputs of all graphs on the device, and once more in the host's memory, where a step is put together.
+
+    All but the block tables lie one behind another, so that one copy brings them over.
+    """
+
+    def __init__(self, most_tokens: int, most_seqs: int, width: int, device: torch.device) -> None:
+        lengths = _lengths(most_tokens, most_seqs)
+        self._tables = torch.zeros(most_seqs, width, dtype=torch.int32, device=device)
+        ends = list(accumulate(-(-n * TYPES[name].itemsize // 16) * 16 for name, n in lengths.items()))
+        self._packed_host = torch.zeros(ends[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
+        self._packed = self._packed_host.to(device, copy=True)
+        self._copied = Mark(device)
+
+        def parts(packed: Tensor) -> dict[str, Tensor]:
+            """Each begins at a multiple of 16 bytes, as kernels may have been told."""
+            begins = zip(lengths.items(), [0, *ends], strict=False)
+            return {
+                name: packed[begin : begin + n * TYPES[name].itemsize].view(TYPES[name]) for (name, n), begin in begins
+            }
+
+        self._host, self._device = parts(self._packed_host), parts(self._packed)
+
+    def view(self, size: Size, max_seq_len: int) -> StepInputs:
+        """What a graph of that size is captured with: always the same memory."""
+        tokens, seqs = size
+        return StepInputs(
+            **{name: self._device[name][:n] for name, n in _lengths(tokens, seqs).items()},
+            block_tables=self._tables[:seqs],
+            max_query_len=1 if tokens == seqs else tokens,
+            max_seq_len=max_seq_len,
+        )
+
+    def empty(self, size: Size) -> None:
+        """A step of sequences that have no token in the cache."""
+        for values in self._host.values():
+            values.zero_()
+        self._fill_up(0, 0, size)
+        self._packed.copy_(self._packed_host)
+
+    def fill(self, inputs: StepInputs, size: Size) -> None:
+        """Copy a step on the CPU to the device, filled up to a size."""
+        self._copied.wait()  # the last step's may still be under way: one that samples nothing is waited for by nobody
+        for name, held in self._host.items():
+            given = getattr(inputs, name)
+            held[: given.shape[0]] = given
+            held[given.shape[0] :] = 0
+        tokens, seqs = inputs.token_ids.shape[0], inputs.seq_lens.shape[0]
+        self._fill_up(tokens, seqs, size)
+        self._packed.copy_(self._packed_host, non_blocking=True)
+        self._copied.set()
+        tables = inputs.block_tables.to(self._tables.device, non_blocking=True)
+        self._tables[:seqs, : tables.shape[1]] = tables
+
+    def _fill_up(self, tokens: int, seqs: int, size: Size) -> None:
+        """Behind a step of so many: tokens that go nowhere, one a sequence in a decode step, else all the first's."""
+        self._host["slot_mapping"][tokens:] = -1
+        starts = self._host["query_starts"][seqs + 1 :]
+        starts[:] = torch.arange(seqs + 1, seqs + 1 + len(starts)) if size[0] == size[1] else size[0]
+
+
+def _lengths(tokens: int, seqs: int) -> dict[str, int]:
+    """Of the tensors of a step: how long each is."""
+    of_tokens = dict.fromkeys(("token_ids", "positions", "slot_mapping"), tokens)
+    return of_tokens | {"logits_index": seqs, "seq_lens": seqs, "query_starts": seqs + 1}

@@ -1,0 +1,227 @@
+"""The paged KV cache of a model: how many blocks there is memory for, their type and scales, and the tensors.
+
+Layout and meaning of a LayerCache are stated in kernels/attention/cache.py; which block belongs to whom is decided
+in block_pool.py.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from octavo.kernels.attention.cache import LayerCache
+from octavo.kernels.attention.step import StepInputs
+from octavo.runtime.config import EngineConfig
+from octavo.runtime.model.model import KVScales, Model
+from octavo.runtime.scheduling.scheduler import MAX_PROMPT_LOGITS
+from octavo.runtime.worker.device import free_memory, give_back_unused, peak_memory, total_memory
+from octavo.runtime.worker.step_inputs import empty_step
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "int8": torch.int8,
+}
+LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}  # of a stored number, where scales are needed
+
+CPU_BUDGET = 4 << 30  # vLLM's default for CPUs (VLLM_CPU_KVCACHE_SPACE), so that a comparison is one of equals
+CPU_SHARE = 0.5  # of the memory that is free once the weights are there
+
+# Measured scales: how many tokens are looked at, and what the largest value seen is multiplied by. fp8 is floating:
+# a wide margin costs no precision. An int8 cache pays log2(margin) bits for what the measurement didn't see.
+MEASURED_TOKENS = 256
+MARGIN = {torch.float8_e4m3fn: 2.0, torch.int8: 1.5}
+
+
+LISTED_BYTES = 4 + 4 + 4  # of a logit whose row's log-probabilities are wanted: itself, a copy, its own
+SAMPLED_BYTES = LISTED_BYTES + 4 + 4 + 8  # of one that is sampled from: where graphs leave it, a copy, `draw.scratch`
+
+
+class CacheError(ValueError):
+    """A cache that can't be had; the message has the figures."""
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """What is to be allocated. num_bytes covers all layers. wide_keys: of how many layers keys stay as computed."""
+
+    dtype: torch.dtype
+    num_blocks: int
+    block_size: int
+    num_bytes: int
+    wide_keys: int = 0
+
+
+def create(model: Model, config: EngineConfig, notes: list[str]) -> tuple[list[LayerCache], CachePlan]:
+    """The caches that a config asks for; what a person should know about them is added to notes."""
+    give_back_unused(model.device)  # what rounding weights took, say
+    free = free_memory(model.device)
+    if model.device.type == "cuda" and config.num_blocks is None and config.kv_cache_memory_bytes is None:
+        free -= step_bytes(model, config)
+    plan = plan_cache(model, config, free, notes)
+    scales = choose_scales(model, plan.dtype, notes)
+    return allocate(model, plan.num_blocks, plan.block_size, plan.dtype, scales), plan
+
+
+def plan_cache(model: Model, config: EngineConfig, free_bytes: int, notes: list[str]) -> CachePlan:
+    """Choose type and number of blocks; `free_bytes` is what the device has left. Raises CacheError."""
+    dtype = choose_dtype(model, config.kv_cache_dtype, notes)
+    per_block = bytes_per_block(model, config.block_size, dtype)
+    num_blocks = config.num_blocks
+    if num_blocks is None:
+        num_blocks = _blocks_for(model, config, free_bytes, per_block)
+    wide = sum(key_dtype(model, layer, dtype) != dtype for layer in range(len(model.kv_shapes)))
+    return CachePlan(dtype, num_blocks, config.block_size, num_blocks * per_block, wide)
+
+
+def choose_dtype(model: Model, name: str, notes: list[str]) -> torch.dtype:
+    """`auto` is what the checkpoint was calibrated for, and the computing type where that is nothing."""
+    if name != "auto":
+        return DTYPES[name]
+    if model.kv_dtype is None:
+        return model.dtype
+    notes.append(f"the checkpoint asks for a KV cache in {model.kv_dtype}; --kv-cache-dtype chooses another")
+    return DTYPES[model.kv_dtype]
+
+
+def key_dtype(model: Model, layer: int, dtype: torch.dtype) -> torch.dtype:
+    """The type of a layer's keys in a cache of `dtype`: another where the checkpoint has scales for values alone."""
+    wide = dtype in LARGEST and model.kv_scales is not None and model.kv_scales[layer][0] is None
+    return model.dtype if wide else dtype
+
+
+def bytes_per_block(model: Model, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one block in all layers, keys and values."""
+    return sum(
+        heads * head_dim * block_size * (key_dtype(model, layer, dtype).itemsize + dtype.itemsize)
+        for layer, (heads, head_dim) in enumerate(model.kv_shapes)
+    )
+
+
+def step_bytes(model: Model, config: EngineConfig) -> int:
+    """What steps need beside weights and cache, on a GPU: the largest of both kinds are run, and their peaks counted.
+
+    Prefills take theirs from torch's memory, decode steps from that of their graphs. To this comes what a sampler does
+    with the logits of all sequences, and of a step's share of a prompt's.
+    """
+    length = min(config.max_num_batched_tokens, model.max_position)
+    caches = allocate(model, 1, length, model.dtype)
+    prefill = _one_prefill(torch.zeros(length, dtype=torch.int64, device=model.device))
+    longest = config.max_model_len or model.max_position
+    decode = empty_step([1] * config.max_num_seqs, longest, length, model.device)
+    prefills = peak_memory(lambda: model.forward(prefill, caches), model.device)
+    decodes = peak_memory(lambda: model.forward(decode, caches), model.device)
+    of_logits = config.max_num_seqs * SAMPLED_BYTES + MAX_PROMPT_LOGITS * LISTED_BYTES
+    return prefills * -(-config.max_num_batched_tokens // length) + decodes + of_logits * model.vocab_size
+
+
+def _blocks_for(model: Model, config: EngineConfig, free_bytes: int, per_block: int) -> int:
+    budget = config.kv_cache_memory_bytes
+    if budget is None:
+        if model.device.type == "cpu":
+            budget = min(CPU_BUDGET, int(free_bytes * CPU_SHARE))
+        else:
+            budget = free_bytes - int(total_memory(model.device) * (1 - config.gpu_memory_utilization))
+    longest = config.max_model_len or model.max_position
+    usable = config.max_num_seqs * -(-longest // config.block_size)
+    if budget < per_block:
+        raise CacheError(
+            f"{budget / 1e6:.0f} MB for the KV cache don't hold one block of {config.block_size} tokens "
+            f"({per_block / 1e6:.2f} MB); --kv-cache-memory-bytes gives it more"
+        )
+    return min(usable, budget // per_block)
+
+
+def allocate(
+    model: Model, num_blocks: int, block_size: int, dtype: torch.dtype, scales: KVScales | None = None
+) -> list[LayerCache]:
+    """Empty caches of all layers. Without scales they are 1, and keys without one are in the computing type.
+
+    Zeroed, not just reserved: a kernel may multiply a masked slot by 0, and what memory happens to hold may be NaN.
+    On a CPU the zeros come from the system (calloc), page by page at the first write: an unused cache costs nothing.
+    """
+    caches = []
+    for layer, (heads, head_dim) in enumerate(model.kv_shapes):
+        shape = (num_blocks, heads, block_size, head_dim)
+        one = torch.ones(heads, device=model.device)
+        key_scale, value_scale = scales[layer] if scales is not None else (one, one)
+        key = _zeros(shape, model.dtype if key_scale is None else dtype, model.device)
+        value = _zeros(shape, dtype, model.device)
+        key_scale = one if key_scale is None else key_scale.to(model.device)
+        caches.append(LayerCache(key, value, key_scale, value_scale.to(model.device)))
+    return caches
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """torch.zeros writes its zeros at once on a CPU: three seconds for 4 GiB; numpy's asks calloc for them."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
+
+
+def choose_scales(model: Model, dtype: torch.dtype, notes: list[str]) -> KVScales | None:
+    """Scales for a cache of that type: the checkpoint's, else measured; None where stored numbers need none."""
+    if dtype not in LARGEST:
+        return None
+    if model.kv_scales is None:
+        return measure_scales(model, dtype, notes)
+    if wide := sum(key is None for key, _ in model.kv_scales):
+        notes.append(
+            f"the checkpoint has KV scales for the values alone in {wide} of {len(model.kv_scales)} layers: keys stay "
+            f"in {_name(model.dtype)} there"
+        )
+    ratio = LARGEST[DTYPES[model.kv_dtype or "fp8_e4m3"]] / LARGEST[dtype]
+    if ratio == 1:
+        return model.kv_scales
+    notes.append(f"the checkpoint's KV scales are for {model.kv_dtype}; restated for {_name(dtype)}")
+    return [(None if key is None else key * ratio, value * ratio) for key, value in model.kv_scales]
+
+
+def measure_scales(model: Model, dtype: torch.dtype, notes: list[str]) -> KVScales:
+    """Scales per head from a forward pass over fixed tokens into a cache of the computing type.
+
+    The runtime knows no text, so the tokens are drawn (always the same ones), low ids more often than high ones as
+    in a tokenizer's own order of frequency.
+    """
+    length = min(MEASURED_TOKENS, model.max_position)
+    uniform = torch.rand(length, generator=torch.Generator().manual_seed(0))
+    token_ids = (uniform**3 * model.vocab_size).long().clamp(max=model.vocab_size - 1)
+    caches = allocate(model, 1, length, model.dtype)
+    model.forward(_one_prefill(token_ids.to(model.device)), caches)
+    full_range = LARGEST[dtype] / MARGIN[dtype]
+
+    def scale(stored: torch.Tensor) -> torch.Tensor:
+        largest = stored.float().abs().amax(dim=(0, 2, 3))
+        return (largest / full_range).clamp(min=torch.finfo(torch.float32).tiny)  # 0 / 0 where a head is all zero
+
+    notes.append(
+        f"KV cache in {_name(dtype)}: the checkpoint has no scales, so they were measured over {length} drawn tokens "
+        f"with a margin of {MARGIN[dtype]}; check the quality, or take a checkpoint with k_scale and v_scale"
+    )
+    return [(scale(cache.key), scale(cache.value)) for cache in caches]
+
+
+def _one_prefill(token_ids: torch.Tensor) -> StepInputs:
+    """One sequence that fills one block."""
+    length, device = token_ids.shape[0], token_ids.device
+    positions = torch.arange(length, device=device)
+    return StepInputs(
+        token_ids=token_ids,
+        positions=positions,
+        slot_mapping=positions,
+        block_tables=torch.zeros((1, 1), dtype=torch.int32, device=device),
+        seq_lens=torch.tensor([length], dtype=torch.int32, device=device),
+        query_starts=torch.tensor([0, length], dtype=torch.int32, device=device),
+        logits_index=positions[-1:],
+        max_query_len=length,
+        max_seq_len=length,
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return next(name for name, known in DTYPES.items() if known == dtype)

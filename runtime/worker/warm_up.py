@@ -1,0 +1,93 @@
+"""Steps of every kind, run once at start, so that what compiles at first use doesn't do so while requests wait.
+
+Triton compiles a kernel anew for other block sizes, and where a number that it is told is 1 or a multiple of 16.
+Block sizes go by how many tokens there are, or pairs of them with experts, or such pairs an expert, with bounds at
+powers of two; lists in a kernel by how many sequences, where the longest context that there may be makes lists. What a
+step is said to hold decides, not what it holds: here that is nothing, as in a graph that is filled up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from octavo.kernels.attention.cache import LayerCache
+from octavo.runtime.engine import Engine
+from octavo.runtime.messages import AddRequest, SamplingParams
+from octavo.runtime.model.decoder import Decoder
+from octavo.runtime.model.model import Model
+from octavo.runtime.scheduling.scheduler import SchedulerConfig
+from octavo.runtime.worker import kv_cache
+from octavo.runtime.worker.step_inputs import empty_step
+
+EVERYTHING = SamplingParams(
+    max_tokens=2, top_k=20, top_p=0.9, min_p=0.01, presence_penalty=0.1, logit_bias={0: -1.0}, logprobs=1,
+    prompt_logprobs=1,
+)  # fmt: skip
+"""What can be asked of a sampler."""
+
+
+def run_requests(model: Model, caches: list[LayerCache], limits: SchedulerConfig) -> str | None:
+    """Answer two requests with two tokens, greedily and with all that a sampler can do; returns what was wrong."""
+    engine = Engine(model, caches, limits)
+    length = min(64, limits.max_model_len - 2, limits.num_blocks * limits.block_size // 2 - 1)
+    prompt = [token % model.vocab_size for token in range(1, max(1, length) + 1)]
+    for name, params in {"greedy": SamplingParams(max_tokens=2, temperature=0.0), "sampled": EVERYTHING}.items():
+        engine.add(AddRequest(f"warm-up, {name}", prompt, params, 0.0))
+    problem = None
+    while engine.scheduler.has_work:
+        for output in engine.step():
+            problem = problem or output.error
+    return problem
+
+
+def compile_steps(model: Decoder, limits: SchedulerConfig, cache_dtype: torch.dtype) -> None:
+    """Have the kernels of `run_steps` compiled, on all cores at once, before there is a cache but of one block."""
+    from octavo.kernels.launching.launch import compiled_together
+
+    with compiled_together(torch.get_num_threads()):
+        run_steps(model, kv_cache.allocate(model, 1, limits.block_size, cache_dtype), limits)
+
+
+def run_steps(model: Decoder, caches: list[LayerCache], limits: SchedulerConfig) -> None:
+    """Whatever number of tokens and sequences a step has, and however long they are: its kernels have run then."""
+    for sizes, rows in _steps(limits, _pairs(model)):
+        step = empty_step(sizes, limits.max_model_len, limits.block_size, model.device)
+        if rows:
+            step = replace(step, logits_index=torch.arange(rows, device=model.device))
+        model.forward(step, caches)
+
+
+def _steps(limits: SchedulerConfig, pairs: set[float]) -> Iterator[tuple[list[int], int]]:
+    """Tokens of each sequence, and of how many tokens there are logits (0: the last of each).
+
+    Decode steps, steps with a prompt among them, and prompts alone, whose log-probabilities are wanted.
+    """
+    most = limits.max_num_batched_tokens
+    for sequences in _ends_of_ranges(min(limits.max_num_seqs, most) + 1):  # one of a graph's for what fills it up
+        yield [1] * sequences, 0
+        yield [2] + [1] * (sequences - 1), 0
+    for tokens in _ends_of_ranges(most, *pairs):
+        yield [tokens], min(tokens, limits.max_prompt_logits + limits.max_num_seqs)
+
+
+def _pairs(model: Decoder) -> set[float]:
+    """Of a token with experts, and such pairs an expert; the slices of a shared expert are experts to its kernels."""
+    found: set[float] = set()
+    for mixture in model.mixtures:
+        each, num_experts = mixture.top_k + mixture.slices, mixture.experts.down.shape[0]
+        found |= {each, each / num_experts}
+    return found
+
+
+def _ends_of_ranges(most: int, *per_token: float) -> list[int]:
+    """Where any of some multiples goes from one power of two to the next, up to the most: both ends.
+
+    And of each range of the number itself a multiple of 16, and a number that is none.
+    """
+    powers = [2**k for k in range(most.bit_length())]
+    ends = {int(2**k / each) + more for each in per_token for k in range(most.bit_length() + 8) for more in (0, 1)}
+    own = {most, max(most // 16 * 16, 1), *powers, *(power + 1 for power in powers)}
+    return sorted(number for number in own | ends if 1 <= number <= most)

@@ -1,0 +1,1 @@
+"""The APIs that clients speak: their requests, and answers in their shapes."""

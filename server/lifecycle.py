@@ -1,0 +1,202 @@
+"""The server's life: wait for the engine, say what was loaded, listen, and at SIGTERM finish what is under way.
+
+Draining: no new connection is taken, /health says 503, running requests get `shutdown_timeout` seconds; what is left
+then ends with an error object. A second SIGINT ends at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+
+import uvicorn
+from fastapi import FastAPI
+
+from octavo.runtime.launch import EngineProcess
+from octavo.runtime.messages import Ready, StepOutputs
+from octavo.server.connection import Connection
+from octavo.server.engine_client import EngineClient, EngineDeadError
+from octavo.server.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+STATS_SECONDS = 10.0
+LAST_WORDS_SECONDS = 2.0  # for the error objects of requests that were not finished in time
+DRAINING = "the server is shutting down"
+
+
+@dataclass(frozen=True)
+class ListenOptions:
+    """Where and how to listen. A socket is bound before anything is loaded, so that a taken port is known at once."""
+
+    sockets: list[socket.socket]
+    url: str
+    shutdown_timeout: float = 30.0
+    ssl_keyfile: str | None = None
+    ssl_certfile: str | None = None
+    ssl_ca_certs: str | None = None
+    log_level: str = "warning"
+    access_log: bool = False
+    log_stats: bool = True
+
+
+class EngineStartError(RuntimeError):
+    """The engine could not start; the message is its own."""
+
+
+async def serve(
+    engine: EngineProcess,
+    make_app: Callable[[EngineClient, Ready], tuple[FastAPI, Metrics]],
+    options: ListenOptions,
+) -> bool:
+    """Serve until told to stop; whether the engine was alive then. Raises EngineStartError."""
+    client = EngineClient(engine)
+    stop = _Stop()
+    try:
+        if not await stop.comes_before(client.ready()):
+            app, metrics = make_app(client, await client.ready())
+            log = StepLog(metrics)
+            client.on_step = log.step if options.log_stats else metrics.step
+            ticker = asyncio.create_task(log.tick_forever())
+            stop.server = _Server(_uvicorn_config(app, options), client, options)
+            await stop.server.serve(sockets=options.sockets)
+            ticker.cancel()
+        return client.death is None
+    except EngineDeadError as error:
+        raise EngineStartError(str(error)) from error
+    finally:
+        await client.close()
+
+
+class _Stop:
+    """SIGINT and SIGTERM: before the server listens they end the wait for the engine, then they let it drain."""
+
+    def __init__(self) -> None:
+        self.server: uvicorn.Server | None = None
+        loop = asyncio.get_running_loop()
+        self._early: asyncio.Future[None] = loop.create_future()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._come, number)
+
+    def _come(self, number: int) -> None:
+        if self.server is not None:
+            self.server.handle_exit(number, None)
+        elif not self._early.done():
+            self._early.set_result(None)
+
+    async def comes_before(self, ready: Awaitable[Ready]) -> bool:
+        """Wait for either; raises what `ready` raises."""
+        waiting = asyncio.ensure_future(ready)
+        try:
+            await asyncio.wait((waiting, self._early), return_when=asyncio.FIRST_COMPLETED)
+            if not self._early.done():
+                waiting.result()
+            return self._early.done()
+        finally:
+            waiting.cancel()
+
+
+def _uvicorn_config(app: FastAPI, options: ListenOptions) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http=Connection,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        log_level=options.log_level,
+        access_log=options.access_log,
+        server_header=False,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=int(options.shutdown_timeout + LAST_WORDS_SECONDS) + 1,
+        ssl_keyfile=options.ssl_keyfile,
+        ssl_certfile=options.ssl_certfile,
+        ssl_ca_certs=options.ssl_ca_certs,
+    )
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, which stops listening and waits for what is under way; here it is told when to stop waiting."""
+
+    def __init__(self, config: uvicorn.Config, client: EngineClient, options: ListenOptions) -> None:
+        super().__init__(config)
+        self._client, self._options = client, options
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """They are `_Stop`'s."""
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        logger.info("serving on %s", self._options.url)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        client, limit = self._client, self._options.shutdown_timeout
+        client.refuse(DRAINING)
+        if client.num_open:
+            logger.info("shutting down: %d requests get %g s to finish", client.num_open, limit)
+        loop = asyncio.get_running_loop()
+        timers = (
+            loop.call_later(limit, client.fail_all, f"{DRAINING}, and did not wait longer"),
+            loop.call_later(limit + LAST_WORDS_SECONDS, self._hang_up),
+        )
+        try:
+            await super().shutdown(sockets)
+        finally:
+            for timer in timers:
+                timer.cancel()
+        if self.force_exit and self.server_state.tasks:
+            self._hang_up()  # ends every task in its own way; cancelled with the loop, each would log a traceback
+            await asyncio.wait(self.server_state.tasks, timeout=LAST_WORDS_SECONDS)
+
+    def _hang_up(self) -> None:
+        """On clients that do not read, and on those whose request is not here yet."""
+        for connection in tuple(self.server_state.connections):
+            assert isinstance(connection, Connection)
+            connection.transport.abort()
+
+
+class StepLog:
+    """A line every ten seconds while there is work: what the engine did since the last one."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._num_generated = 0
+        self._num_prompt = 0
+        self._last: StepOutputs | None = None
+
+    def step(self, step: StepOutputs) -> None:
+        """Count a step, for the log and for the metrics."""
+        self._metrics.step(step)
+        generated = sum(len(output.token_ids) for output in step.outputs)
+        self._num_generated += generated
+        self._num_prompt += max(0, step.stats.step_tokens - generated) if step.outputs else 0
+        self._last = step
+
+    async def tick_forever(self) -> None:
+        """Log until cancelled."""
+        begin = time.monotonic()
+        while True:
+            await asyncio.sleep(STATS_SECONDS)
+            seconds, begin = time.monotonic() - begin, time.monotonic()
+            if self._last is None:
+                continue
+            stats = self._last.stats
+            logger.info(
+                "prompt %.0f tokens/s, generation %.0f tokens/s, running %d, waiting %d, KV cache %.1f%%, "
+                "prefix cache hits %.1f%%",
+                self._num_prompt / seconds,
+                self._num_generated / seconds,
+                stats.num_running,
+                stats.num_waiting,
+                100 * stats.kv_cache_usage,
+                100 * stats.prefix_cache_hits / max(1, stats.prefix_cache_queries),
+            )
+            self._num_generated = self._num_prompt = 0
+            self._last = self._last if stats.num_running or stats.num_waiting else None

@@ -1,0 +1,215 @@
+"""The report: vLLM's lines on the screen, which people parse, and vLLM's key names in the JSON file.
+
+What octavo adds has lines and keys of its own: cached input, token goodput, dollars.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from octavo.bench.load import LoadResult, Record
+from octavo.bench.metrics import Cost, Metrics
+
+WIDTH = 50
+MAX_REASONS = 5
+TITLES = {
+    "ttft": ("TTFT", "Time to First Token"),
+    "tpot": ("TPOT", "Time per Output Token (excl. 1st token)"),
+    "itl": ("ITL", "Inter-token Latency"),
+    "e2el": ("E2EL", "End-to-end Latency"),
+}
+
+
+def report_lines(
+    metrics: Metrics, args: argparse.Namespace, metric_names: Sequence[str], prices: Cost | None, num_unfinished: int
+) -> list[str]:
+    """The text report."""
+    lines = [f"{' Serving Benchmark Result ':=^{WIDTH}}"]
+    lines.append(_line("Successful requests:", metrics.completed))
+    lines.append(_line("Failed requests:", metrics.failed))
+    if num_unfinished:
+        lines.append(_line("Unfinished requests (not counted):", num_unfinished))
+    if args.max_concurrency is not None:
+        lines.append(_line("Maximum request concurrency:", args.max_concurrency))
+    if args.request_rate != float("inf"):
+        lines.append(_line("Request rate configured (RPS):", args.request_rate))
+    lines.append(_line("Benchmark duration (s):", metrics.duration))
+    lines.append(_line("Total input tokens:", metrics.total_input))
+    if metrics.cached_input is not None:
+        lines.append(_line("Cached input tokens:", metrics.cached_input))
+    lines.append(_line("Total generated tokens:", metrics.total_output))
+    lines.append(_line("Request throughput (req/s):", metrics.request_throughput))
+    if metrics.request_goodput is not None and metrics.output_goodput is not None:
+        lines.append(_line("Request goodput (req/s):", metrics.request_goodput))
+        lines.append(_line("Output token goodput (tok/s):", metrics.output_goodput))
+    lines.append(_line("Output token throughput (tok/s):", metrics.output_throughput))
+    lines.append(_line("Peak output token throughput (tok/s):", metrics.max_output_per_s))
+    lines.append(_line("Peak concurrent requests:", float(metrics.max_concurrent)))
+    lines.append(_line("Total token throughput (tok/s):", metrics.total_throughput))
+    for name in metric_names:
+        lines += _latency_lines(metrics, name)
+    if prices is not None:
+        lines += _cost_lines(prices, args)
+    lines.append("=" * WIDTH)
+    return lines
+
+
+def _line(label: str, value: float) -> str:
+    return f"{label:<40} {value:<10}" if isinstance(value, int) else f"{label:<40} {value:<10.2f}"
+
+
+def _latency_lines(metrics: Metrics, name: str) -> list[str]:
+    short, title = TITLES[name]
+    found = metrics.latencies[name]
+    return [
+        f"{title:-^{WIDTH}}",
+        _line(f"Mean {short} (ms):", found.mean),
+        _line(f"Median {short} (ms):", found.median),
+        *(_line(f"P{_percentile(p)} {short} (ms):", value) for p, value in found.percentiles.items()),
+    ]
+
+
+def _percentile(p: float) -> str:
+    return str(int(p)) if p == int(p) else str(p)
+
+
+def _cost_lines(prices: Cost, args: argparse.Namespace) -> list[str]:
+    gpus = f" x {args.num_gpus} GPUs" if args.num_gpus > 1 else ""
+    lines = [
+        f"{f'Cost at ${args.cost_per_hour:g}/h{gpus}':-^{WIDTH}}",
+        _dollars("$ per 1M output tokens:", prices.per_1m_output),
+        _dollars("$ per 1M total tokens:", prices.per_1m_total),
+    ]
+    if args.goodput:
+        lines.append(_dollars("$ per 1M output tokens within the SLO:", prices.per_1m_output_at_slo))
+    return lines
+
+
+def _dollars(label: str, value: float | None) -> str:
+    return f"{label:<40} {'n/a' if value is None else f'{value:.4f}':<10}"
+
+
+def notes(result: LoadResult) -> list[str]:
+    """What has to be known about how the numbers came to be; nothing where the server counted."""
+    good = [record for record in result.records if record.error is None]
+    lines = []
+    uncounted = sum(not record.counted_by_server for record in good)
+    if uncounted:
+        lines.append(
+            f"note: {uncounted} of {len(good)} answers came without usage: their generated tokens are the events that "
+            "carried some, and their input tokens are as asked for (0 where that isn't known)"
+        )
+    if result.num_unfinished:
+        lines.append(
+            f"note: interrupted; {result.num_unfinished} requests were under way or not yet sent, and count nowhere"
+        )
+    return lines
+
+
+def failure_lines(records: Sequence[Record]) -> list[str]:
+    """The distinct reasons of failures, the most frequent first."""
+    reasons = Counter(record.error for record in records if record.error is not None)
+    lines = [f"{count} failed: {reason}" for reason, count in reasons.most_common(MAX_REASONS)]
+    if len(reasons) > MAX_REASONS:
+        more = len(reasons) - MAX_REASONS
+        lines.append(f"... and for {more} more reason{'s' if more > 1 else ''}")
+    return lines
+
+
+def result_json(
+    args: argparse.Namespace,
+    model: str,
+    result: LoadResult,
+    metrics: Metrics,
+    metric_names: Sequence[str],
+    prices: Cost | None,
+) -> dict[str, Any]:
+    """What --save-result writes; with --save-detailed, a list per request under each of vLLM's names."""
+    found: dict[str, Any] = {
+        "date": datetime.now().strftime("%Y%m%d-%H%M%S"),
+        "endpoint_type": args.backend,
+        "backend": args.backend,
+        "label": args.label,
+        "model_id": model,
+        "tokenizer_id": None,
+        "num_prompts": args.num_prompts,
+        **dict(args.metadata),
+        "request_rate": "inf" if args.request_rate == float("inf") else args.request_rate,
+        "burstiness": args.burstiness,
+        "max_concurrency": args.max_concurrency,
+        "seed": args.seed,
+        "duration": metrics.duration,
+        "completed": metrics.completed,
+        "failed": metrics.failed,
+        "unfinished": result.num_unfinished,
+        "total_input_tokens": metrics.total_input,
+        "cached_input_tokens": metrics.cached_input,
+        "total_output_tokens": metrics.total_output,
+        "request_throughput": metrics.request_throughput,
+        "request_goodput": metrics.request_goodput,
+        "output_throughput": metrics.output_throughput,
+        "output_goodput": metrics.output_goodput,
+        "total_token_throughput": metrics.total_throughput,
+        "max_output_tokens_per_s": metrics.max_output_per_s,
+        "max_concurrent_requests": metrics.max_concurrent,
+    }
+    if args.save_detailed:
+        found |= _detailed(result.records)
+    for name in metric_names:
+        found |= _latency_json(metrics, name)
+    if prices is not None:
+        found |= _cost_json(prices, args)
+    return found
+
+
+def _latency_json(metrics: Metrics, name: str) -> dict[str, float]:
+    found = metrics.latencies[name]
+    return {
+        f"mean_{name}_ms": found.mean,
+        f"median_{name}_ms": found.median,
+        f"std_{name}_ms": found.std,
+        **{f"p{_percentile(p)}_{name}_ms": value for p, value in found.percentiles.items()},
+    }
+
+
+def _cost_json(prices: Cost, args: argparse.Namespace) -> dict[str, float | None]:
+    return {
+        "cost_per_hour": args.cost_per_hour,
+        "num_gpus": args.num_gpus,
+        "usd_per_1m_output_tokens": prices.per_1m_output,
+        "usd_per_1m_total_tokens": prices.per_1m_total,
+        "usd_per_1m_output_tokens_at_slo": prices.per_1m_output_at_slo,
+    }
+
+
+def _detailed(records: Sequence[Record]) -> dict[str, list[Any]]:
+    """A failed request has what came of it, and its error; an output length of 0, as with vLLM."""
+    return {
+        "input_lens": [record.input_len for record in records],
+        "output_lens": [record.output_len if record.error is None else 0 for record in records],
+        "ttfts": [record.ttft for record in records],
+        "itls": [record.itls for record in records],
+        "latencies": [record.latency for record in records],
+        "start_times": [record.start for record in records],
+        "generated_texts": ["".join(record.pieces) for record in records],
+        "errors": [record.error or "" for record in records],
+    }
+
+
+def save(content: Mapping[str, Any], args: argparse.Namespace, model: str) -> Path:
+    """Write the JSON file under --result-dir; returns its path."""
+    concurrency = "" if args.max_concurrency is None else f"-concurrency{args.max_concurrency}"
+    name = args.result_filename or (
+        f"{args.label or args.backend}-{args.request_rate}qps{concurrency}"
+        f"-{model.rstrip('/').rpartition('/')[2]}-{content['date']}.json"
+    )
+    path = Path(args.result_dir or ".") / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content) + "\n", encoding="utf-8")
+    return path

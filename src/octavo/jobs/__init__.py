@@ -1,0 +1,1 @@
+"""What commands do, as a library: quantize, measure quality, write calibration text."""

@@ -1,0 +1,314 @@
+"""Quality of a checkpoint, through the path that serves it: the wiring between calibration and runtime.
+
+One model is in memory at a time. What the original says (all logits and hidden states, in float32) waits in temporary
+files for what the quantized model says; the directory of those files is Python's (TMPDIR).
+"""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+import msgspec
+import numpy as np
+import torch
+from torch import Tensor
+
+from octavo.calibration.verify import (
+    HELD_OUT,
+    BlockNoise,
+    Comparison,
+    Likelihood,
+    Perplexity,
+    Quality,
+    held_out_text,
+    windows,
+)
+from octavo.kernels.attention.step import StepInputs
+from octavo.quant.checkpoint import Checkpoint
+from octavo.runtime.config import Dtype, EngineConfig
+from octavo.runtime.model.decoder import Decoder, Tap
+from octavo.runtime.model.model import Model
+from octavo.runtime.model.weights import load_model
+from octavo.runtime.worker import kv_cache
+from octavo.runtime.worker.device import choose_device, free_memory
+
+if TYPE_CHECKING:
+    from octavo.jobs.model_text import ModelText
+
+WINDOW = 256
+BLOCK = 16
+AT_LOAD = ("fp8", "int8", "int4")  # quantized by the server itself while it loads
+Progress = Callable[[int, int, str], None]  # windows done, windows in all, which model
+
+
+class QualityError(RuntimeError):
+    """Quality can't be measured here; the message says why. The checkpoint itself is good."""
+
+
+def measure_quality(
+    original: Path,
+    quantized: Path,
+    *,
+    max_tokens: int,
+    text: Path | None = None,
+    dtype: Dtype = "auto",
+    progress: Progress | None = None,
+) -> Quality:
+    """Run both models, one after the other, as the server would, and compare them over max_tokens tokens of a text.
+
+    Inputs are rounded as checkpoints say, also on a GPU whose server leaves them as they are (`keeps_inputs`).
+    text is a file, None the built-in held-out text. dtype is for both, but fp8, int8 and int4, which quantize at load,
+    are for `quantized` alone. Raises QualityError for memory, disk, text or models that don't go together,
+    or that can't be served, CheckpointError, and NotFiniteError for a model that gives NaN.
+    """
+    configs = (
+        EngineConfig(model=str(original), dtype="auto" if dtype in AT_LOAD else dtype),
+        EngineConfig(model=str(quantized), dtype=dtype),
+    )
+    return compare(*configs, max_tokens=max_tokens, text=text, progress=progress)
+
+
+def compare(
+    original: EngineConfig,
+    quantized: EngineConfig,
+    *,
+    max_tokens: int,
+    text: Path | None = None,
+    progress: Progress | None = None,
+) -> Quality:
+    """measure_quality with all that a server can be told: also types of the KV cache and of the output head."""
+    directories = Path(original.model), Path(quantized.model)
+    for directory in directories:  # before minutes are spent on the first
+        Checkpoint.open(directory)
+    token_ids, prefix, source = _tokens(directories[0], text, max_tokens)
+    with torch.inference_mode(), tempfile.TemporaryFile() as logits, tempfile.TemporaryFile() as hidden:
+        runner = _load(original, token_ids, prefix)
+        facts, window = runner.facts, runner.window
+        record = _Recording(logits), _Recording(hidden)
+        _check_disk(runner)
+        for number, token_window in enumerate(runner.windows):
+            record[0].write(runner.run(token_window, lambda _, states: record[1].write(states)))
+            _tell(progress, number, runner, "original")
+        del runner
+        gc.collect()
+        runner = _load(quantized, token_ids, prefix, window)
+        _check_alike(directories[0], facts, directories[1], runner.facts)
+        return _compare(runner, record, progress, source)
+
+
+def perplexity_of(
+    model: EngineConfig, *, max_tokens: int, text: Path | None = None, progress: Progress | None = None
+) -> Perplexity:
+    """Perplexity of one model. Raises what measure_quality does."""
+    Checkpoint.open(Path(model.model))
+    token_ids, prefix, source = _tokens(Path(model.model), text, max_tokens)
+    likelihood = Likelihood()
+    with torch.inference_mode():
+        runner = _load(model, token_ids, prefix)
+        for number, token_window in enumerate(runner.windows):
+            likelihood.add(token_window, runner.run(token_window))
+            _tell(progress, number, runner, "model")
+    return Perplexity(source, runner.window, likelihood.num_tokens, likelihood.perplexity)
+
+
+class _Recording:
+    """Tensors in a file, as float32, to be read back in the order in which they were written."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._read = 0
+
+    def write(self, tensor: Tensor) -> None:
+        try:
+            self._file.write(tensor.float().contiguous().cpu().numpy().data)
+        except OSError as e:
+            raise QualityError(f"{tempfile.gettempdir()} can't take the original's logits: {e.strerror}") from e
+
+    def read(self, like: Tensor) -> Tensor:
+        """The next tensor, of the same shape."""
+        if self._read == 0:
+            self._file.flush()
+        self._file.seek(self._read)
+        numbers = np.fromfile(self._file, dtype=np.float32, count=like.numel())
+        self._read += numbers.nbytes
+        return torch.from_numpy(numbers).view(like.shape)
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What two models must have in common to be compared."""
+
+    architecture: str
+    vocab_size: int
+    num_layers: int
+    hidden_size: int | None
+
+    def __str__(self) -> str:
+        return f"{self.architecture}, {self.num_layers} layers of {self.hidden_size}, a vocabulary of {self.vocab_size}"
+
+
+class _Runner:
+    """A model that runs window by window over a cache as the server would give it."""
+
+    def __init__(self, model: Model, config: EngineConfig, token_windows: list[Tensor], window: int) -> None:
+        self.model = model
+        self.window = window
+        self.windows = token_windows
+        sized = msgspec.structs.replace(config, block_size=BLOCK, num_blocks=-(-window // BLOCK))
+        self._caches, _ = kv_cache.create(model, sized, [])
+        hidden = model.spec.hidden_size if isinstance(model, Decoder) else None
+        self.facts = _Facts(model.architecture, model.vocab_size, model.num_layers, hidden)
+
+    @property
+    def num_blocks(self) -> int:
+        """Of which hidden states can be had."""
+        return self.model.num_layers if isinstance(self.model, Decoder) else 0
+
+    def run(self, token_ids: Tensor, tap: Tap | None = None) -> Tensor:
+        """All logits [T, vocab] of one window, in one prefill step."""
+        step = _whole_window(token_ids.to(self.model.device))
+        if isinstance(self.model, Decoder):
+            return self.model.forward(step, self._caches, tap).float().cpu()
+        return self.model.forward(step, self._caches).float().cpu()
+
+
+def _load(config: EngineConfig, token_ids: list[int], prefix: list[int], window: int | None = None) -> _Runner:
+    directory = Path(config.model)
+    _check_memory(directory)
+    try:
+        model = load_model(config, rounds_inputs=True)
+    except (ValueError, OSError) as e:
+        raise QualityError(f"{directory.name} can't be run: {e}") from e
+    if max(token_ids) >= model.vocab_size:
+        raise QualityError(f"the tokenizer gives token {max(token_ids)}, and {directory} has {model.vocab_size}")
+    if window is not None and window > model.max_position:
+        raise QualityError(f"{directory} has {model.max_position} positions, and the original {window} or more")
+    window = window or min(WINDOW, model.max_position)
+    return _Runner(model, config, windows(token_ids, window, prefix), window)
+
+
+def _compare(runner: _Runner, record: tuple[_Recording, _Recording], progress: Progress | None, source: str) -> Quality:
+    comparison, noise = Comparison(), BlockNoise(runner.num_blocks)
+
+    def tap(block: int, states: Tensor) -> None:
+        states = states.float().cpu()
+        noise.add(block, record[1].read(states), states)
+
+    for number, token_window in enumerate(runner.windows):
+        after = runner.run(token_window, tap)
+        comparison.add(token_window, record[0].read(after), after)
+        _tell(progress, number, runner, "quantized")
+    return comparison.result(source, runner.window, noise.result())
+
+
+def _tell(progress: Progress | None, number: int, runner: _Runner, which: str) -> None:
+    if progress is not None:
+        progress(number + 1, len(runner.windows), which)
+
+
+def _check_alike(original: Path, before: _Facts, quantized: Path, after: _Facts) -> None:
+    if before != after:
+        raise QualityError(
+            f"{quantized.name} ({after}) is no quantization of {original.name} ({before}): they can't be compared"
+        )
+
+
+def _check_memory(directory: Path) -> None:
+    needed = 1.2 * _bytes_to_serve(directory)
+    free = free_memory(choose_device("auto"))
+    if needed > free:
+        raise QualityError(
+            f"{directory.name} takes some {needed / 1e9:.1f} GB of memory to run and {free / 1e9:.1f} GB are free"
+        )
+
+
+def _check_disk(runner: _Runner) -> None:
+    tokens = sum(len(token_window) for token_window in runner.windows)
+    facts = runner.facts
+    needed = 4 * tokens * (facts.vocab_size + runner.num_blocks * (facts.hidden_size or 0))
+    directory = tempfile.gettempdir()
+    free = shutil.disk_usage(directory).free
+    if needed * 1.01 > free:
+        raise QualityError(
+            f"the original's logits and hidden states over {tokens} tokens take {needed / 1e9:.2f} GB and {directory} "
+            f"has {free / 1e9:.2f} GB free; fewer tokens need less, and TMPDIR names another directory"
+        )
+
+
+def _bytes_to_serve(directory: Path) -> int:
+    """What a checkpoint's tensors take in memory; a CPU keeps fp8 as bf16."""
+    checkpoint = Checkpoint.open(directory)
+    specs = [checkpoint.spec(name) for name in checkpoint.names]
+    return sum(spec.nbytes * (2 if spec.dtype == torch.float8_e4m3fn else 1) for spec in specs)
+
+
+def _tokens(directory: Path, text: Path | None, max_tokens: int) -> tuple[list[int], list[int], str]:
+    """A text's first max_tokens tokens, what goes before each window (the BOS token, if the tokenizer puts one
+    there), and what to call the text."""
+    from octavo.calibration.text.documents import DataError
+    from octavo.jobs.model_text import ModelText
+
+    try:
+        model_text = ModelText(directory)
+        source = HELD_OUT if text is None else text.name
+        content = held_out_text() if text is None else _read_text(text, model_text)
+    except DataError as e:
+        raise QualityError(str(e)) from e
+    plain, framed = (model_text.encode("a", add_special_tokens=special) for special in (False, True))
+    token_ids = _encode(model_text, content, max_tokens)
+    if len(token_ids) < 2:
+        raise QualityError(f"{source} has {len(token_ids)} tokens; 2 are the fewest that say anything")
+    if max(token_ids) >= model_text.vocab_size:
+        raise QualityError(f"the tokenizer gives token {max(token_ids)}, and the model has {model_text.vocab_size}")
+    return token_ids, framed[: framed.index(plain[0])], source
+
+
+def _read_text(path: Path, model_text: ModelText) -> str:
+    """A text as it is; of a data set (.jsonl, .json, .parquet, any of them .gz) its documents, blank lines between."""
+    from octavo.calibration.text.data import ConversationError
+    from octavo.calibration.text.documents import SUFFIXES, DataError, open_documents
+
+    try:
+        if path.suffix.lower() == ".txt" or not path.name.lower().endswith(SUFFIXES):
+            return path.read_text("utf-8")
+        with open_documents([path]) as documents:
+            found = [documents[i] for i in range(len(documents))]
+        return "\n\n".join(d.text if d.text is not None else model_text.render(d.messages) for d in found)
+    except OSError as e:
+        raise QualityError(f"the text {path} can't be read: {e.strerror}") from e
+    except UnicodeDecodeError as e:
+        raise QualityError(f"the text {path} is not UTF-8: byte {e.start} is {e.object[e.start]:#04x}") from e
+    except ConversationError as e:
+        raise DataError(f"{path} has conversations: {e}") from e
+
+
+def _encode(model_text: ModelText, text: str, max_tokens: int) -> list[int]:
+    """The first max_tokens tokens of a text; of a large file no more is tokenized than that takes."""
+    length = 32 * max_tokens
+    while True:
+        token_ids = model_text.encode(text[:length], add_special_tokens=False)
+        if length >= len(text) or len(token_ids) >= 2 * max_tokens:
+            return token_ids[:max_tokens]
+        length *= 2
+
+
+def _whole_window(token_ids: Tensor) -> StepInputs:
+    length, device = token_ids.shape[0], token_ids.device
+    positions = torch.arange(length, device=device)
+    return StepInputs(
+        token_ids=token_ids,
+        positions=positions,
+        slot_mapping=positions,
+        block_tables=torch.arange(-(-length // BLOCK), dtype=torch.int32, device=device).unsqueeze(0),
+        seq_lens=torch.tensor([length], dtype=torch.int32, device=device),
+        query_starts=torch.tensor([0, length], dtype=torch.int32, device=device),
+        logits_index=positions,
+        max_query_len=length,
+        max_seq_len=length,
+    )

@@ -1,0 +1,365 @@
+"""`octavo.quantize`: all of `octavo quantize` as a function. The command is a thin layer over it.
+
+Wires the rooms: calibration decides and writes, the runtime runs blocks and serves what is measured.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from octavo.calibration.choices import ActOrder, Algorithm, Format
+
+if TYPE_CHECKING:
+    from octavo.calibration.plan import Plan
+    from octavo.calibration.preflight import Estimate
+    from octavo.calibration.quantize_model import Calibration, Quantized
+    from octavo.calibration.recipe import Recipe
+    from octavo.calibration.report.report import Report
+    from octavo.calibration.text.data import CalibrationData
+    from octavo.quant.checkpoint import Checkpoint
+    from octavo.quant.qparams import Search
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class Listener:
+    """Told what goes on: by the command to its progress bar, or nobody.
+
+    estimate  before anything is written
+    progress  (done, total, what), in any unit
+    phase     what begins: 'generating text', 'quantizing', 'measuring quality'
+    """
+
+    estimate: Callable[[Estimate], None] = lambda _: None
+    progress: Callable[[float, float, str], None] = lambda *_: None
+    phase: Callable[[str], None] = lambda _: None
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Calibration text, as `octavo.jobs.calibration_data.make_data` takes it."""
+
+    dataset: Any = None
+    num_samples: int | None = None
+    max_seq_length: int = 512
+    seed: int = 0
+    chat_template: str | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that `quantize` was asked for. Fields as there."""
+
+    model: str
+    output: Path
+    recipe: Recipe
+    data: DataOptions = field(default_factory=DataOptions)
+    bits_budget: float | None = None
+    revision: str | None = None
+    offload_dir: Path | None = None
+    max_shard_bytes: int = 5_000_000_000
+    overwrite: bool = False
+    resume: bool = False
+    evaluate: bool = True
+    eval_tokens: int = 2048
+    max_kl: float | None = None
+    device: Device = "auto"
+    listener: Listener = field(default_factory=Listener)
+
+
+def quantize(
+    model: str | Path,
+    output: str | Path,
+    *,
+    scheme: str = "W4A16",
+    algorithm: Algorithm = "rtn",
+    format: Format = "compressed-tensors",
+    data: Any = None,
+    num_calibration_samples: int | None = None,
+    max_seq_length: int = 512,
+    seed: int = 0,
+    ignore: str | tuple[str, ...] | list[str] = (),
+    layers: dict[str, str] | None = None,
+    recipe: Recipe | str | Path | None = None,
+    search: Search | None = None,
+    act_order: ActOrder = "static",
+    kv_cache: str | None = None,
+    **options: Any,
+) -> Report:
+    """Write a quantized copy of a checkpoint, measure what it cost, and return the report.
+
+    model       a local directory, or a Hub id
+    output      the directory to write; all of it or nothing
+    scheme      a preset of compressed-tensors, with '@' and a group size where it isn't the preset's: 'W4A16@64'
+    algorithm   rtn needs no data, the others do; format is what vLLM and transformers call it
+    data        a file, a data set's id, texts, records, or tensors of token ids; None: the model generates its text
+    layers      pattern -> scheme (or 'none') of layers that differ
+    recipe      a recipe, or its file, instead of all of the above but data
+    kv_cache    'fp8', 'int8', 'fp8/head', 'k=bf16,v=fp8': calibrate scales for the KV cache
+    options     further fields of `Job`: resume, overwrite, evaluate, max_kl, bits_budget, offload_dir, listener, ...
+
+    Raises RecipeError, QuantizeError, DataError, CheckpointError or OSError with one line that says what and why.
+    """
+    from octavo.calibration.recipe import Recipe
+
+    if recipe is None:
+        recipe = Recipe(
+            scheme=scheme,
+            algorithm=algorithm,
+            format=format,
+            layers=layers or {},
+            ignore=(ignore,) if isinstance(ignore, str) else tuple(ignore),
+            search=search,
+            act_order=act_order,
+            kv_cache=kv_cache,
+        )
+    text = DataOptions(data, num_calibration_samples, max_seq_length, seed)
+    return run(Job(str(model), Path(output), _read(recipe), text, **options))
+
+
+def _read(recipe: Recipe | str | Path) -> Recipe:
+    from octavo.calibration.recipe import Recipe, RecipeError, read_recipe
+
+    if not isinstance(recipe, Recipe | str | Path):
+        raise RecipeError(f"recipe is a {type(recipe).__name__}; a Recipe or a file's path is needed")
+    return recipe if isinstance(recipe, Recipe) else read_recipe(Path(recipe))
+
+
+def run(job: Job) -> Report:
+    """Do a job; see `quantize`."""
+    from octavo.calibration.plan import make_plan
+    from octavo.calibration.quantize_model import check_out, open_source, quantize_model
+    from octavo.calibration.report.files import write_reports
+    from octavo.quant.hub import resolve_model
+
+    seconds: dict[str, float] = {}
+    source = resolve_model(job.model, job.revision)
+    check_out(source, job.output, job.overwrite, job.resume)
+    _check_options(job)
+    checkpoint = open_source(source)
+    notes = _check_source(job, checkpoint)
+    plan = make_plan(checkpoint, job.recipe, job.max_shard_bytes)
+    _check_budget(job, plan)
+    data, calibration = None, None
+    if _runs_blocks(job):
+        begin = time.perf_counter()
+        data, calibration = _calibration(job, source, checkpoint)
+        seconds["data"] = time.perf_counter() - begin
+    if job.bits_budget is not None:
+        begin = time.perf_counter()
+        assert calibration is not None
+        job = _with_budget(job, job.bits_budget, checkpoint, plan, calibration)
+        plan = make_plan(checkpoint, job.recipe, job.max_shard_bytes)
+        calibration = calibration if job.recipe.needs_data else None
+        seconds["sensitivity"] = time.perf_counter() - begin
+    _check_fits(job, plan, calibration)
+
+    begin = time.perf_counter()
+    job.listener.phase("quantizing")
+    result = quantize_model(
+        source,
+        job.output,
+        job.recipe,
+        calibration=calibration,
+        max_shard_bytes=job.max_shard_bytes,
+        overwrite=job.overwrite,
+        resume=job.resume,
+        progress=job.listener.progress,
+    )
+    seconds["quantize"] = time.perf_counter() - begin
+    del calibration
+    report = _report(job, checkpoint, result, data, notes, seconds)
+    write_reports(job.output, report, source=source)
+    if job.evaluate:
+        report = _with_quality(job, source, report)
+        write_reports(job.output, report, source=source)
+    return report
+
+
+def _runs_blocks(job: Job) -> bool:
+    return job.recipe.needs_data or job.bits_budget is not None
+
+
+def _check_options(job: Job) -> None:
+    """Refuse what would be left unused without a word: who gives text and forgets the algorithm wants no rounding."""
+    from octavo.calibration.recipe import RecipeError
+
+    if (job.data.dataset is not None or job.data.num_samples is not None) and not _runs_blocks(job):
+        raise RecipeError(
+            f"algorithm {job.recipe.algorithm} with scheme {job.recipe.scheme} uses no calibration text: leave the "
+            "data out, or take an algorithm that learns from it, such as gptq"
+        )
+
+
+def _check_budget(job: Job, plan: Plan) -> None:
+    from octavo.calibration.budget import candidates, check_budget
+
+    if job.bits_budget is not None:
+        check_budget(plan, job.recipe, job.bits_budget, candidates(job.recipe, job.bits_budget))
+
+
+def _check_source(job: Job, checkpoint: Checkpoint) -> list[str]:
+    """Refuse what is no whole model, before anything is done; what the report must say where that can't be told."""
+    from octavo.calibration.layers import QuantizeError
+    from octavo.runtime.model.config_types import ModelConfigError
+    from octavo.runtime.model.inventory import check_dense
+    from octavo.runtime.model.rope import RopeError
+    from octavo.runtime.model.sources import LoadError
+    from octavo.runtime.model.spec import UnsupportedModelError
+
+    try:
+        check_dense(checkpoint)
+    except (UnsupportedModelError, RopeError) as e:
+        if _runs_blocks(job):
+            raise QuantizeError(
+                f"calibration runs the model block by block, which this one can't be: {e}; algorithm rtn with a scheme "
+                "whose activations are dynamic, such as W4A16 or W8A8, needs no model"
+            ) from e
+        return [f"octavo doesn't have this model's code, so that no tensor's shape was checked: {e}"]
+    except (LoadError, ModelConfigError) as e:
+        raise QuantizeError(f"{checkpoint.directory.name} is not a whole model: {e}") from e
+    return []
+
+
+def _calibration(job: Job, source: Path, checkpoint: Checkpoint) -> tuple[CalibrationData, Calibration]:
+    """Text, and the model block by block. The model is checked first: text may take long."""
+    import torch
+
+    from octavo.calibration.layers import QuantizeError
+    from octavo.calibration.quantize_model import Calibration
+    from octavo.jobs.calibration_data import make_data
+    from octavo.runtime.model.blocks import BlockRunner
+    from octavo.runtime.model.sources import CheckpointSource
+
+    options = job.data
+    try:
+        runner = BlockRunner(checkpoint.config, CheckpointSource(checkpoint).prefix, options.max_seq_length, job.device)
+    except ValueError as e:  # more positions than there are, a device that isn't there
+        raise QuantizeError(str(e)) from e
+    job.listener.phase("calibration text")
+    data = make_data(
+        source,
+        options.dataset,
+        num_samples=options.num_samples,
+        max_seq_length=options.max_seq_length,
+        seed=options.seed,
+        chat_template=options.chat_template,
+        device=job.device,
+        progress=lambda done, total: job.listener.progress(done, total, "generating text"),
+    )
+    token_ids = torch.stack(list(data.samples))
+    known = {"fingerprint": data.fingerprint, "samples": token_ids.shape[0], "tokens": token_ids.numel()}
+    return data, Calibration(token_ids, runner, known, job.offload_dir and Path(job.offload_dir))
+
+
+def _with_budget(job: Job, budget: float, checkpoint: Checkpoint, plan: Plan, calibration: Calibration) -> Job:
+    """The job with the recipe that the model's sensitivity and the budget give."""
+    from octavo.calibration.budget import budgeted, candidates, carried_bytes, measure
+
+    job.listener.phase("measuring sensitivity")
+    _check_memory(carried_bytes(calibration.runner), "a smaller model or a recipe of your own works")
+    schemes = candidates(job.recipe, budget)
+    units = measure(
+        checkpoint, plan, job.recipe, calibration.runner, calibration.token_ids, schemes, job.listener.progress
+    )
+    return replace(job, recipe=budgeted(job.recipe, units, budget))
+
+
+def _check_fits(job: Job, plan: Plan, calibration: Calibration | None) -> None:
+    """Tell what it will take, and stop before it starts if it doesn't fit."""
+    from octavo.calibration.preflight import estimate
+    from octavo.calibration.quantize_model import check_disk, hidden_bytes
+
+    tokens = 0 if calibration is None else calibration.token_ids.numel()
+    expected = estimate(plan, job.recipe, tokens, hidden_bytes(calibration))
+    job.listener.estimate(expected)
+    check_disk(job.output, plan, calibration)
+    _check_memory(expected.memory, "rtn works tensor by tensor and needs least, and a model with smaller blocks less")
+
+
+def _check_memory(needed: int, what_works: str) -> None:
+    from octavo.calibration.layers import QuantizeError
+    from octavo.runtime.worker.device import choose_device, free_memory
+
+    free = free_memory(choose_device("cpu"))
+    if needed > free:
+        raise QuantizeError(
+            f"some {needed / 1e9:.1f} GB of memory are needed and {free / 1e9:.1f} GB are free; {what_works}"
+        )
+
+
+def _report(
+    job: Job,
+    checkpoint: Checkpoint,
+    result: Quantized,
+    data: CalibrationData | None,
+    notes: list[str],
+    seconds: dict[str, float],
+) -> Report:
+    """What is known before the quality is."""
+    from octavo.calibration.kv import kv_rows
+    from octavo.calibration.report.report import Calibration, build_report
+
+    local = Path(job.model).expanduser().is_dir()
+    recipe = result.recipe
+    calibration = (
+        None
+        if data is None
+        else Calibration(
+            source=data.source,
+            samples=len(data.samples),
+            tokens=data.num_tokens,
+            seed=data.seed,
+            generated=job.data.dataset is None,
+            fingerprint=data.fingerprint,
+        )
+    )
+    return build_report(
+        model=Path(job.model).expanduser().resolve().name if local else job.model.rpartition("/")[2],
+        base_model=None if local else job.model,
+        architecture=str(checkpoint.config.get("model_type")),
+        scheme=recipe.scheme,
+        format=recipe.format,
+        algorithm=recipe.algorithm,
+        options=recipe.options(),
+        kv_cache=recipe.kv_cache,
+        calibration=calibration,
+        layers=result.layers,
+        bytes_before=result.bytes_before,
+        bytes_after=result.bytes_after,
+        ignore=result.selection.ignore,
+        warnings=[*notes, *result.warnings, *(() if data is None else data.notes)],
+        seconds=seconds,
+        kv_layers=kv_rows(result.kv),
+    )
+
+
+def _with_quality(job: Job, source: Path, report: Report) -> Report:
+    """Measure and judge, or say why not: the checkpoint is written and whole either way."""
+    from octavo.calibration.report.verdict import broken, judge
+    from octavo.calibration.verify import NotFiniteError
+    from octavo.jobs.quality import measure_quality
+
+    job.listener.phase("measuring quality")
+    begin = time.perf_counter()
+    try:
+        quality = measure_quality(source, job.output, max_tokens=job.eval_tokens, progress=job.listener.progress)
+    except (RuntimeError, ValueError) as e:
+        if isinstance(e, NotFiniteError) and e.side == "quantized":
+            return replace(report, verdict=broken(e))
+        return replace(report, warnings=(*report.warnings, f"quality could not be measured: {e}"))
+    seconds = {**report.seconds, "quality": time.perf_counter() - begin}
+    verdict = judge(
+        quality,
+        job.recipe.schemes,
+        job.max_kl,
+        layers=report.layers,
+        algorithm=report.algorithm,
+        kv_cache=report.kv_cache,
+    )
+    return replace(report, quality=quality, verdict=verdict, seconds=seconds)

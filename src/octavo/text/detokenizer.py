@@ -1,0 +1,143 @@
+"""Text out of tokens that arrive one by one: split characters, leading spaces, skipped tokens and stop strings.
+
+Tokens become bytes, bytes become text through one incremental UTF-8 decoder, so the pieces joined are always the text
+decoded as a whole. (A window of tokens decoded twice, as others do it, costs two calls a token and is wrong at
+invalid bytes.) Only this differs from transformers: there one invalid byte in a run of byte-fallback tokens spoils the
+whole run, here the valid characters of the run stay, since they may have been sent already.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+
+from octavo.text.tokenizer import Tokenizer
+
+_PROMPT_TAIL = 4  # tokens; a character has at most four bytes, and a token at least one
+
+
+class IncrementalDecoder:
+    """Bytes of tokens to text. What follows a prompt continues it: prompt text + new text is the text of both."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = (), *, skip_special_tokens: bool = True) -> None:
+        self._token_bytes = tokenizer.token_bytes
+        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._leading = tokenizer.strip_left
+        if prompt:
+            shown = [token_id for token_id in prompt[-64:] if token_id not in self._skipped]
+            if shown or len(prompt) > 64:
+                self._leading = 0
+            self.push(shown[-_PROMPT_TAIL:])
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        """The text that these tokens complete; an unfinished character waits for its other bytes."""
+        raw = b"".join(self._token_bytes(token_id) for token_id in token_ids if token_id not in self._skipped)
+        return self._strip(self._utf8.decode(raw)) if raw else ""
+
+    def finish(self) -> str:
+        """The replacement character of an unfinished end, if there is one."""
+        return self._utf8.decode(b"", final=True)
+
+    def _strip(self, text: str) -> str:
+        while self._leading and text:
+            if not text.startswith(" "):
+                self._leading = 0
+            else:
+                text = text[1:]
+                self._leading -= 1
+        return text
+
+
+class StopStrings:
+    """Where a text ends: at the first place at which any of the stop strings is complete.
+
+    That place does not depend on how the text was cut into pieces. Of strings that end there the longest counts.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = sorted(stops, key=len, reverse=True)
+        self._overlap = len(self._stops[0]) - 1 if stops else 0
+
+    def find(self, text: str, start: int) -> tuple[int, str] | None:
+        """(where it begins, the stop string) for the first completed at or after `start`, or None."""
+        best: tuple[int, str] | None = None
+        for stop in self._stops:
+            at = text.find(stop, max(0, start - len(stop) + 1))
+            if at >= 0 and (best is None or at + len(stop) < best[0] + len(best[1])):
+                best = (at, stop)
+        return best
+
+    def held_back(self, text: str) -> int:
+        """How many characters at the end may be the beginning of a stop string, and so can't be sent yet."""
+        for length in range(min(self._overlap, len(text)), 0, -1):
+            tail = text[-length:]
+            if any(stop.startswith(tail) and len(stop) > length for stop in self._stops):
+                return length
+        return 0
+
+
+class Detokenizer:
+    """One sequence's text: push tokens, get what may be sent. `stopped_by` is the stop string that ended it.
+
+    min_tokens: stop strings completed before so many tokens don't count.
+    """
+
+    def __init__(
+        self,
+        decoder: IncrementalDecoder,
+        stops: Sequence[str] = (),
+        *,
+        include_stop: bool = False,
+        min_tokens: int = 0,
+    ) -> None:
+        self._decoder = decoder
+        self._stops = StopStrings(stops) if stops else None
+        self._include_stop = include_stop
+        self._min_tokens = min_tokens
+        self._unsent = ""
+        self._num_searched = 0  # characters of `_unsent` in which no stop string can end any more
+        self.num_tokens = 0
+        self.length = 0  # characters decoded so far, sent or not
+        self.stopped_by: str | None = None
+
+    def push(self, token_id: int, *, silent: bool = False) -> str:
+        """Take one token; the text that may be sent now. A `silent` token (an end token) adds no text of its own."""
+        self.num_tokens += 1
+        if silent:
+            return ""
+        text = self._decoder.push((token_id,))
+        self.length += len(text)
+        if self._stops is None:
+            return text
+        self._unsent += text
+        return self._release(self._stops)
+
+    def finish(self) -> str:
+        """What is left when the tokens have ended; nothing after a stop string."""
+        if self.stopped_by is not None:
+            return ""
+        text = self._decoder.finish()
+        self.length += len(text)
+        if self._stops is None:
+            return text
+        self._unsent += text
+        released = self._release(self._stops)
+        if self.stopped_by is None:
+            released, self._unsent = released + self._unsent, ""
+        return released
+
+    def _release(self, stops: StopStrings) -> str:
+        text = self._unsent
+        if self.num_tokens >= self._min_tokens:
+            found = stops.find(text, self._num_searched)
+            if found is not None:
+                at, self.stopped_by = found
+                end = at + len(self.stopped_by) if self._include_stop else at
+                self.length -= len(text) - end
+                self._unsent = ""
+                return text[:end]
+        held = stops.held_back(text)
+        sent, self._unsent = text[: len(text) - held], text[len(text) - held :]
+        self._num_searched = held
+        return sent
