@@ -148,7 +148,8 @@ class Block:
         """Scales for the input of some layers."""
         weights = [self.tensors[f"{m}.weight"].to(stats.moments.device) for m in modules]
         schemes = [self.schemes[m] for m in modules]
-        search, stored = self.recipe.search_of(schemes[0]), scale_dtype(self.recipe, weights[0].dtype)
+        search = self.recipe.search_of(schemes[0])
+        stored = scale_dtype(self.recipe, weights[0].dtype)
 
         def tie(scales: Tensor) -> Tensor:
             return tie_scales(scales, fold)
@@ -183,12 +184,14 @@ class Block:
 
     def _runs(self, modules: list[str]) -> Iterator[list[str]]:
         """Layers that are solved together: all, but of a hundred experts no more than make a large layer."""
-        run, rows = list[str](), 0
+        run = list[str]()
+        rows = 0
         for module in modules:
             count = self.tensors[f"{module}.weight"].shape[0]
             if run and rows + count > MAX_ROWS:
                 yield run
-                run, rows = [], 0
+                run = []
+                rows = 0
             run.append(module)
             rows += count
         yield run

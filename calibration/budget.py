@@ -101,9 +101,14 @@ def carried_bytes(runner: Runner) -> int:
 
 
 def measure(
-    checkpoint: Checkpoint, plan: Plan, recipe: Recipe, runner: Runner, token_ids: Tensor, schemes: Sequence[str],
+    checkpoint: Checkpoint,
+    plan: Plan,
+    recipe: Recipe,
+    runner: Runner,
+    token_ids: Tensor,
+    schemes: Sequence[str],
     progress: Progress,
-) -> list[Sensitivity]:  # fmt: skip
+) -> list[Sensitivity]:
     """Sensitivity of every unit, one block in memory at a time, over the first MAX_TOKENS of token_ids [S, T]."""
     samples = token_ids[: max(1, MAX_TOKENS // token_ids.shape[1])]
     original = runner.embed(samples, checkpoint.tensor(runner.embedding_name))
@@ -163,15 +168,19 @@ def _forward(runner: Runner, layer: Any, hidden: Tensor, record: Callable[[str, 
 
 
 def _round(
-    items: Sequence[Item], tensors: Mapping[str, Tensor], stats: Mapping[str, InputStats], recipe: Recipe,
+    items: Sequence[Item],
+    tensors: Mapping[str, Tensor],
+    stats: Mapping[str, InputStats],
+    recipe: Recipe,
     schemes: Sequence[str],
-) -> tuple[dict[str, Tensor], dict[str, float]]:  # fmt: skip
+) -> tuple[dict[str, Tensor], dict[str, float]]:
     """A unit's weights rounded with the recipe's scheme, and the energy of its output's error with each scheme."""
     rounded: dict[str, Tensor] = {}
     errors = dict.fromkeys(schemes, 1e-30)  # a unit that is exact with one scheme has a ratio all the same
     for item in items:
         assert item.linear is not None
-        weight, seen = tensors[item.name], stats[item.linear.module]
+        weight = tensors[item.name]
+        seen = stats[item.linear.module]
         signal = output_energy(weight.float(), seen.moments)
         for spelled in schemes:
             scheme = parse_scheme(spelled)
@@ -235,7 +244,8 @@ def choose(units: Sequence[Sensitivity], budget: float) -> dict[str, str]:
             costs.append(shifted)
         best, pick = torch.stack(costs).min(0)
         picks.append(pick)
-    chosen, left = {}, STEPS
+    chosen = {}
+    left = STEPS
     for unit, pick in zip(reversed(units), reversed(picks), strict=True):
         choice = unit.choices[int(pick[left])]
         chosen[unit.name] = choice.scheme

@@ -244,7 +244,8 @@ def _config(
     for owner in (config, config.get("text_config") or {}):
         for key in ("quantization_config", "compression_config"):
             owner.pop(key, None)
-    kv, ignore = _kv_scheme(checkpoint, target), _unquantized(checkpoint, found)
+    kv = _kv_scheme(checkpoint, target)
+    ignore = _unquantized(checkpoint, found)
     desc_act = any(not entry.in_order for entry in found.values())
     try:
         match target:

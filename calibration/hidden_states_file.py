@@ -40,7 +40,8 @@ class Hidden:
     """One file [num_samples, seq_len, hidden_size], written once from front to back, read any number of times."""
 
     def __init__(self, path: Path, shape: Shape, *, again: bool = False) -> None:
-        self.path, self.shape = path, shape
+        self.path = path
+        self.shape = shape
         self._file = path.open("rb" if again else "wb+", buffering=0)
         self._hash = hashlib.sha256()
 

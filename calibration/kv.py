@@ -145,7 +145,8 @@ class KVCollector:
 
     def __init__(self, scheme: KVScheme) -> None:
         self.scheme = scheme
-        self._key, self._value = _Seen(scheme.key), _Seen(scheme.value)
+        self._key = _Seen(scheme.key)
+        self._value = _Seen(scheme.value)
 
     def add(self, k: Tensor, v: Tensor) -> None:
         """k (after rope) and v, [T, num_kv_heads, head_dim]."""
@@ -169,7 +170,8 @@ class _Seen:
         self._limit = RANGE.get(kind, RANGE["fp8_e4m3"])
         self._amax: Tensor | None = None
         self._beyond = self._count = self._tokens = 0
-        self._every, self._kept = 1, list[Tensor]()
+        self._every = 1
+        self._kept = list[Tensor]()
 
     def add(self, x: Tensor) -> None:
         magnitudes = x.float().abs()
@@ -190,7 +192,8 @@ class _Seen:
         amax = self._amax if per_head else self._amax.amax().view(1)
         if not bool(self._amax.isfinite().all()):
             raise KVError(f"{name} hold NaN or infinity: no scale covers them")
-        beyond, heads = self._beyond / self._count, self._amax.tolist()
+        beyond = self._beyond / self._count
+        heads = self._amax.tolist()
         if kind == "bf16":
             return KVSide(None, heads, beyond, 0.0, math.inf)
         if not bool((amax > 0).all()):
@@ -207,7 +210,8 @@ class _Seen:
         return KVSide(scale.view(shape), heads, beyond, clipped, snr)
 
     def _measure(self, scale: Tensor, kind: str, centered: bool) -> tuple[float, float]:
-        x, spread = torch.cat(self._kept), scale.view(1, -1, 1)
+        x = torch.cat(self._kept)
+        spread = scale.view(1, -1, 1)
         clipped = float(((x / spread).abs() > RANGE[kind] * (1 + 2.0**-20)).double().mean())  # a unit of the division
         if kind == "fp8_e4m3":
             rounded = round_to_e4m3(x, spread)

@@ -84,7 +84,8 @@ def select_linears(checkpoint: Checkpoint, patterns: list[str]) -> Selection:
     found, others = _find(checkpoint)
     _check_blocks(checkpoint.config, found)
     used: set[str] = set()
-    linears, ignore = {}, ["lm_head"]
+    linears = {}
+    ignore = ["lm_head"]
     for linear in found:
         hits = [p for p in patterns if _hit(linear.module, linear.kind, p)]
         used.update(hits)
@@ -102,14 +103,16 @@ def select_linears(checkpoint: Checkpoint, patterns: list[str]) -> Selection:
 
 def _find(checkpoint: Checkpoint) -> tuple[list[Linear], list[str]]:
     """Linear layers in decoder blocks, and modules elsewhere that a reader may take for linear layers."""
-    found, others = [], []
+    found = []
+    others = []
     for file in checkpoint.files.values():
         for name, spec in file.specs.items():
             if len(spec.shape) == 3 and ".experts." in name:
                 raise QuantizeError(f"{name} {list(spec.shape)}: experts fused into one tensor can't be quantized yet")
             if len(spec.shape) != 2 or not name.endswith(".weight"):
                 continue
-            module, match = name.removesuffix(".weight"), BLOCK.match(name)
+            module = name.removesuffix(".weight")
+            match = BLOCK.match(name)
             if match and not OTHER_TOWERS.search(match["prefix"]):
                 if spec.dtype not in FLOATS:
                     raise QuantizeError(f"{name} is {spec.dtype}: the checkpoint is quantized already")

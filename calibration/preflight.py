@@ -46,7 +46,8 @@ def estimate(plan: Plan, recipe: Recipe, tokens: int, hidden_bytes: int) -> Esti
         return Estimate(PROCESS_BYTES + 4 * largest, disk, seconds)
     blocks = [unit for unit in plan.units if unit.index is not None]
     memory = PROCESS_BYTES + max(_block_memory(unit, recipe) for unit in blocks)
-    slow, fast = _speed(torch.float32), _speed(torch.bfloat16)
+    slow = _speed(torch.float32)
+    fast = _speed(torch.bfloat16)
     layers = [_inputs(unit) for unit in blocks]
     forward = sum(2 * 2 * n * k * tokens for unit in layers for k, n in unit)
     exact = 0.0

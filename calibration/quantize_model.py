@@ -288,7 +288,8 @@ class _Steps:
     """Progress within a block: each step counts as much as the others, which is near enough for an estimate."""
 
     def __init__(self, run: _Run, unit: Unit) -> None:
-        self._run, self._unit = run, unit
+        self._run = run
+        self._unit = unit
         linears = sum(item.linear is not None for item in unit.items)
         self._share = unit.nbytes / (linears / 2 + 4)  # some share an input and are solved together
         self._count = 0
@@ -398,7 +399,8 @@ def _finite(item: Item) -> Iterator[Tensor]:
 
 def check_out(source: Path, out: Path, overwrite: bool, resume: bool) -> None:
     """Refuse an output that is the source, or holds something else than a checkpoint that may be replaced."""
-    here, there = source.resolve(), out.resolve()
+    here = source.resolve()
+    there = out.resolve()
     if here == there or here in there.parents or there in here.parents:
         raise QuantizeError(f"the output {out} and the model {source} must not contain each other")
     above = next(parent for parent in there.parents if parent.exists())

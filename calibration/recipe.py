@@ -139,7 +139,8 @@ def _check_format(recipe: Recipe) -> None:
     """Refuse what the output format can't say."""
     name = recipe.format
     for scheme in recipe.schemes:
-        w, a = scheme.weight, scheme.activation
+        w = scheme.weight
+        a = scheme.activation
         if name in ("gptq", "gptq_v2") and (w.dtype == "fp8_e4m3" or a is not None):
             raise RecipeError(f"format {name} holds integer weights with plain inputs, not {scheme}; W4A16 is one")
         if name == "gptq" and not w.symmetric:

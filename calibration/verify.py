@@ -133,14 +133,16 @@ class Comparison:
     """Adds up what two models say of the same text, window by window, in float64."""
 
     def __init__(self) -> None:
-        self._before, self._after = Likelihood("original"), Likelihood("quantized")
+        self._before = Likelihood("original")
+        self._after = Likelihood("quantized")
         self._agree = 0
         self._kl: list[Tensor] = []
 
     def add(self, token_ids: Tensor, before: Tensor, after: Tensor) -> None:
         """token_ids [T] and both models' logits [T, vocab] behind each. Raises NotFiniteError."""
         for rows in _chunks(len(token_ids) - 1):
-            p, q = _log_probs(before[rows], "original"), _log_probs(after[rows], "quantized")
+            p = _log_probs(before[rows], "original")
+            q = _log_probs(after[rows], "quantized")
             targets = token_ids[rows.start + 1 : rows.stop + 1]
             self._before.add_rows(targets, p)
             self._after.add_rows(targets, q)

@@ -146,9 +146,11 @@ class Compiled:
         A proof names sm_90's instructions; elsewhere any of the tensor core stands for one of them, and the rest is
         left open.
         """
-        expects, forbids = proof.expects, proof.forbids
+        expects = proof.expects
+        forbids = proof.forbids
         if capability != 90:
-            expects, forbids = (r"[A-Z]*MMA\.",) if any("MMA" in pattern for pattern in expects) else (), ()
+            expects = (r"[A-Z]*MMA\.",) if any("MMA" in pattern for pattern in expects) else ()
+            forbids = ()
         said = [f"no {pattern}" for pattern in expects if not self.count(pattern)]
         said += [f"{self.count(p)} x {p}" for p in (*forbids, r"STS\.U8", "LDL", "STL") if self.count(p)]
         said += [f"{self.stack} bytes of stack: registers spill"] if self.stack else []
@@ -207,7 +209,8 @@ def _compile(launch: Launch, target: GPUTarget) -> tuple[Any, str]:
     Kernels that branch on the target ask Triton's driver for it: while they are compiled, it has just that.
     """
     arguments, options = launch.on(target.arch)
-    before, said = driver._active, io.StringIO()
+    before = driver._active
+    said = io.StringIO()
     driver.set_active(SimpleNamespace(get_current_target=lambda: target))
     try:
         with knobs.nvidia.scope(), knobs.compilation.scope(), redirect_stdout(said):

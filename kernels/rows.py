@@ -24,8 +24,14 @@ from octavo.kernels.moe.gpu.int4 import PackedExperts, grouped_int4
 from octavo.kernels.moe.gpu.int8 import ByteExperts, grouped_int8
 from octavo.kernels.moe.gpu.route import unaligned
 
-BF16, FP16, E4M3, INT16 = torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int16
-N, K, EXPERTS, PAIRS = 4096, 4096, 8, 512
+BF16 = torch.bfloat16
+FP16 = torch.float16
+E4M3 = torch.float8_e4m3fn
+INT16 = torch.int16
+N = 4096
+K = 4096
+EXPERTS = 8
+PAIRS = 512
 FAMILIES = (
     "fp8", "fp8 blocks", "int8", "w8a16", "int4", "int4 fp8", "moe bf16", "moe fp8", "moe fp8 blocks", "moe int8",
     "moe w8a16", "moe int4", "moe int4 fp8",
@@ -68,7 +74,8 @@ def _launches(family: str, row: Sizes) -> dict[str, Launch]:
     What isn't in parts has a bias, and of the smallest tile one token: Triton compiles an argument that is 1 apart.
     """
     sizes = dict(row)
-    parts, m = sizes.pop("parts"), sizes["block_m"]
+    parts = sizes.pop("parts")
+    m = sizes["block_m"]
     m = 1 if parts == 1 and m == 16 else m
     out = meta(parts, m, N) if parts > 1 else meta(m, N, dtype=BF16)
     bias = None if parts > 1 else meta(N, dtype=BF16)
@@ -105,12 +112,12 @@ def _launches(family: str, row: Sizes) -> dict[str, Launch]:
     return {"": _moe(family, sizes)}
 
 
-def _eight_bits(
-    family: str, m: int, out: Tensor, bias: Tensor | None, sizes: Sizes, rows: int = 128
-) -> Launch:  # fmt: skip
+def _eight_bits(family: str, m: int, out: Tensor, bias: Tensor | None, sizes: Sizes, rows: int = 128) -> Launch:
     """rows: of a block."""
-    dtype, blocks = torch.int8 if family == "int8" else E4M3, family == "fp8 blocks"
-    x, w = meta(m, K, dtype=dtype), meta(N, K, dtype=dtype)
+    dtype = torch.int8 if family == "int8" else E4M3
+    blocks = family == "fp8 blocks"
+    x = meta(m, K, dtype=dtype)
+    w = meta(N, K, dtype=dtype)
     scales = (meta(K // 128, m).T, meta(N // rows, K // 128)) if blocks else (meta(m, 1), meta(N, 1))
     body: Callable[..., Launch] = few if sizes.pop("is_few") else many
     return body(x, w, *scales, out, bias, blocks=blocks, **sizes)
@@ -118,19 +125,19 @@ def _eight_bits(
 
 def _w8a16(
     group: int, dtype: torch.dtype, m: int, out: Tensor, bias: Tensor | None, sizes: Sizes, *, is_e4m3: bool = False
-) -> Launch:  # fmt: skip
-    groups, tile = K // (group or K), min(group or 128, 128)
+) -> Launch:
+    groups = K // (group or K)
+    tile = min(group or 128, 128)
     zero = meta(groups, N, dtype=torch.int8) if group and not is_e4m3 else None
     words = meta(K // tile, N, tile // 2, dtype=INT16)
     packed = Packed(words, meta(groups, N, dtype=BF16), zero, bias, K, group, is_e4m3)
     return weights(meta(m, K, dtype=dtype), packed, out, **sizes)
 
 
-def _int4(
-    x: Tensor, bits: int, share: int, has_zeros: bool, out: Tensor, bias: Tensor | None, sizes: Sizes
-) -> Launch:  # fmt: skip
+def _int4(x: Tensor, bits: int, share: int, has_zeros: bool, out: Tensor, bias: Tensor | None, sizes: Sizes) -> Launch:
     shape = (K // share, N, 2) if has_zeros else (K // share, N)
-    words, columns = meta(K // 128, N, 8 * bits, dtype=INT16), meta(K, dtype=torch.int64)
+    words = meta(K // 128, N, 8 * bits, dtype=INT16)
+    columns = meta(K, dtype=torch.int64)
     packed = PackedInt4(words, meta(*shape, dtype=BF16), bits, share, None, None, columns, bias)
     return gemm(x, packed, out, meta(x.shape[0], 1) if x.dtype == E4M3 else None, **sizes)
 
@@ -141,8 +148,11 @@ def _pairs(sizes: Sizes) -> dict[str, Any]:
 
 
 def _moe(family: str, sizes: Sizes) -> Launch:
-    dtype, blocks = {"moe bf16": BF16, "moe int8": torch.int8}.get(family, E4M3), family == "moe fp8 blocks"
-    x, w, out = meta(PAIRS, K, dtype=dtype), meta(EXPERTS, N, K, dtype=dtype), meta(PAIRS, N, dtype=BF16)
+    dtype = {"moe bf16": BF16, "moe int8": torch.int8}.get(family, E4M3)
+    blocks = family == "moe fp8 blocks"
+    x = meta(PAIRS, K, dtype=dtype)
+    w = meta(EXPERTS, N, K, dtype=dtype)
+    out = meta(PAIRS, N, dtype=BF16)
     pairs = unaligned(PAIRS, EXPERTS, sizes["block_m"], "meta")
     scales: dict[str, Any] = {}
     if dtype != BF16:
@@ -152,9 +162,11 @@ def _moe(family: str, sizes: Sizes) -> Launch:
 
 
 def _moe_w8a16(group: int, sizes: Sizes, *, is_e4m3: bool = False) -> Launch:
-    words, table = meta(EXPERTS, K // group, N, group // 2, dtype=INT16), meta(EXPERTS, K // group, N)
+    words = meta(EXPERTS, K // group, N, group // 2, dtype=INT16)
+    table = meta(EXPERTS, K // group, N)
     zero = None if is_e4m3 else meta(EXPERTS, K // group, N, dtype=torch.int8)
-    pairs, x = unaligned(PAIRS, EXPERTS, sizes["block_m"], "meta"), meta(PAIRS, K, dtype=BF16)
+    pairs = unaligned(PAIRS, EXPERTS, sizes["block_m"], "meta")
+    x = meta(PAIRS, K, dtype=BF16)
     packed = ByteExperts(words, table, zero, K, group, is_e4m3=is_e4m3)
     return grouped_int8(x, packed, pairs, meta(PAIRS, N, dtype=BF16), **_pairs(sizes))
 
@@ -164,7 +176,9 @@ def _moe_int4(family: str, share: int, has_zeros: bool, sizes: Sizes) -> Launch:
     words = meta(EXPERTS, K // 128, N, 32, dtype=INT16)
     packed = PackedExperts(words, table, table if has_zeros else None, share, K)
     pairs = unaligned(PAIRS, EXPERTS, sizes["block_m"], "meta")
-    x, x_scale = meta(PAIRS, K, dtype=BF16), None
+    x = meta(PAIRS, K, dtype=BF16)
+    x_scale = None
     if family == "moe int4 fp8":
-        x, x_scale = meta(PAIRS, K, dtype=E4M3), meta(PAIRS, 1)
+        x = meta(PAIRS, K, dtype=E4M3)
+        x_scale = meta(PAIRS, 1)
     return grouped_int4(x, packed, pairs, meta(PAIRS, N, dtype=BF16), x_scale=x_scale, **_pairs(sizes))

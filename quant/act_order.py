@@ -63,6 +63,7 @@ def _with_rows(part: QuantizedWeight | Tensor, rows: Tensor) -> QuantizedWeight 
 def _with_columns(down: QuantizedWeight, order: Tensor) -> QuantizedWeight:
     """down [N, I] with its columns in the order of order [I]; no g_idx where each group is then where it belongs."""
     assert down.g_idx is not None
-    g_idx, k = down.g_idx[order], len(order)
+    g_idx = down.g_idx[order]
+    k = len(order)
     in_place = torch.equal(g_idx.long(), group_of_column(k, down.scheme.weight.granularity.group_size or k))
     return replace(down, codes=down.codes[:, order], g_idx=None if in_place else g_idx)

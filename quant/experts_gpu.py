@@ -54,7 +54,8 @@ def stack_experts(
     """
     from octavo.kernels.moe.gpu.fused import wants
 
-    gate_ups, downs = [join_parts(gate_up) for gate_up, _ in experts], [per_channel(down) for _, down in experts]
+    gate_ups = [join_parts(gate_up) for gate_up, _ in experts]
+    downs = [per_channel(down) for _, down in experts]
     schemes = {_scheme(weight, dtype) for weight in (*gate_ups, *downs)}
     if len(schemes) != 1 or None in schemes or any(_has_act_order(down) for down in downs):
         return None
@@ -157,8 +158,10 @@ def _packed(experts: list[QuantizedWeight], device: torch.device, *, fp8: bool) 
     from octavo.kernels.gemm.gpu.w8a16_gemm import has_nan
     from octavo.kernels.moe.gpu import int4, int8
 
-    weight, (n, k) = experts[0].scheme.weight, experts[0].shape
-    size, is_bytes = weight.granularity.tile(n, k)[1], weight.dtype in ("int8", "fp8_e4m3")
+    weight = experts[0].scheme.weight
+    n, k = experts[0].shape
+    size = weight.granularity.tile(n, k)[1]
+    is_bytes = weight.dtype in ("int8", "fp8_e4m3")
     if not (is_bytes or (weight.dtype in FEW_BITS and weight.granularity.kind in ("group", "channel"))):
         return None
     if size < k and (size % 32 if is_bytes else size not in (32, 64) and size % 128):
@@ -166,7 +169,8 @@ def _packed(experts: list[QuantizedWeight], device: torch.device, *, fp8: bool) 
     if any(has_nan(e.codes) for e in experts):
         return None
     tables = [scales_of_columns(e) for e in experts]
-    codes, scale = torch.stack([e.codes for e in experts]).to(device), torch.stack([s for s, *_ in tables]).to(device)
+    codes = torch.stack([e.codes for e in experts]).to(device)
+    scale = torch.stack([s for s, *_ in tables]).to(device)
     zeros = [zero for _, zero, _ in tables if zero is not None]
     g_idx = None
     if any(_has_act_order(e) for e in experts):

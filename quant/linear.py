@@ -36,7 +36,9 @@ class Linear(nn.Module):
 
     def __init__(self, scheme: str, bodies: list[Body], bias: Tensor | None) -> None:
         super().__init__()
-        self._scheme, self._bodies, self._bias = scheme, bodies, bias
+        self._scheme = scheme
+        self._bodies = bodies
+        self._bias = bias
         alone = bodies[0] if len(bodies) == 1 and bias is None else None
         self.wants: Rounding | None = None if alone is None else alone.wants
         self._partial = None if alone is None else alone.partial
@@ -147,7 +149,8 @@ def per_channel(w: QuantizedWeight | Tensor) -> QuantizedWeight | Tensor:
     """A weight with one scale as one with a scale per row, so that parts with different scales can be joined."""
     if isinstance(w, Tensor) or w.scheme.weight.granularity != TENSOR:
         return w
-    n, old = w.shape[0], w.scheme.weight
+    n = w.shape[0]
+    old = w.scheme.weight
     return replace(
         w,
         scheme=QuantScheme(WeightScheme(old.dtype, CHANNEL, old.symmetric), w.scheme.activation),
@@ -165,7 +168,9 @@ def _rows_of_blocks(w: QuantizedWeight | Tensor) -> QuantizedWeight | Tensor:
     block = w.scheme.weight.granularity.block if isinstance(w, QuantizedWeight) else None
     if isinstance(w, Tensor) or block is None:
         return w
-    n, old, (rows, columns) = w.shape[0], w.scheme.weight, block
+    n = w.shape[0]
+    old = w.scheme.weight
+    rows, columns = block
     return replace(
         w,
         scheme=QuantScheme(
@@ -241,7 +246,8 @@ def _weight_only(part: QuantizedWeight, out: torch.dtype) -> Body | None:
 
     if part.scheme.weight.is_float or part.scheme.weight.granularity.kind not in ("channel", "group"):
         return None
-    k, groups = part.shape[1], part.scale.shape[1]
+    k = part.shape[1]
+    groups = part.scale.shape[1]
     bits = 8 if part.scheme.weight.dtype == "int8" else 4
     if k % groups or not dense_cpu.fits(bits, k, k // groups):
         return None
@@ -293,7 +299,8 @@ def _dense(
         x = x if rounds is None else rounds(x).to(dtype)
         return torch.mm(x, weight.T, out_dtype=out) if sums else F.linear(x, weight, inside).to(out)
 
-    name, num_bytes = f"{how}torch {str(dtype)[6:]}", weight.numel() * weight.element_size()
+    name = f"{how}torch {str(dtype)[6:]}"
+    num_bytes = weight.numel() * weight.element_size()
     return Body(name, run, num_bytes, has_bias=inside is not None)
 
 

@@ -29,10 +29,12 @@ def multiplies(scheme: QuantScheme, columns: int, capability: int) -> bool:
     from octavo.kernels.gemm.gpu.gemm_swap_ab import BLOCK
     from octavo.kernels.int8.gpu.linear import MAX_COLUMNS
 
-    weight, activation = scheme.weight, scheme.activation
+    weight = scheme.weight
+    activation = scheme.activation
     if activation is None or (activation.dtype == "fp8_e4m3" and capability < FP8_CAPABILITY):
         return False
-    per, inputs = weight.granularity, activation.granularity
+    per = weight.granularity
+    inputs = activation.granularity
     if weight.dtype in FEW_BITS:
         of_tokens = activation.dtype == "fp8_e4m3" and activation.dynamic and inputs == CHANNEL
         return of_tokens and per.kind in ("channel", "group")
@@ -71,7 +73,8 @@ def _fp8(part: QuantizedWeight, bias: Tensor | None, out: torch.dtype) -> Body:
     from octavo.kernels.fp8.gpu import linear
     from octavo.kernels.gemm.gpu.gemm_swap_ab import BLOCK
 
-    blocks, activation = part.scheme.weight.granularity.kind == "block", part.scheme.activation
+    blocks = part.scheme.weight.granularity.kind == "block"
+    activation = part.scheme.activation
     packed = linear.pack(part.codes, part.scale, bias, part.input_scale, blocks=blocks)
     name = f"fp8 x fp8, {'blocks' if blocks else 'token' if activation and activation.dynamic else 'static'}"
     wants = Rounding(torch.float8_e4m3fn, BLOCK if blocks else 0, packed.input_scale)
@@ -116,7 +119,8 @@ def _weight_only(part: QuantizedWeight, bias: Tensor | None, out: torch.dtype) -
 
 def scales_of_columns(part: QuantizedWeight) -> tuple[Tensor, Tensor | None, int]:
     """Its scales [N, G] and zero points, and how many columns share one; K, where a row has one scale."""
-    (n, k), zero = part.shape, part.zero_point
+    n, k = part.shape
+    zero = part.zero_point
     rows, size = part.scheme.weight.granularity.tile(n, k)
 
     def of_rows(table: Tensor) -> Tensor:
@@ -130,7 +134,10 @@ def _bytes_of_weights(part: QuantizedWeight, bias: Tensor | None, out: torch.dty
     from octavo.kernels.gemm.gpu import w8a16_gemm
     from octavo.kernels.int4.gpu.permute_columns import gathered
 
-    (n, k), codes, order, wants = part.shape, part.codes, None, None
+    n, k = part.shape
+    codes = part.codes
+    order = None
+    wants = None
     scale, zero_point, size = scales_of_columns(part)
     if (size < k and size % 32) or w8a16_gemm.has_nan(codes):
         return None
@@ -138,7 +145,9 @@ def _bytes_of_weights(part: QuantizedWeight, bias: Tensor | None, out: torch.dty
         groups, columns = part.g_idx.long().sort(stable=True)
         if not torch.equal(groups.cpu(), group_of_column(k, size)):  # groups of other sizes
             return None
-        codes, order, wants = codes[:, columns], columns.int(), Rounding(None, places=columns.argsort().int())
+        codes = codes[:, columns]
+        order = columns.int()
+        wants = Rounding(None, places=columns.argsort().int())
     packed = w8a16_gemm.pack(codes, scale, -1 if size >= k else size, zero_point, bias)
 
     def arranged(x: Hidden) -> Tensor:
@@ -174,7 +183,8 @@ def _few_bits(part: QuantizedWeight, bias: Tensor | None, out: torch.dtype, want
         groups = group_of_column(k, part.scheme.weight.granularity.group_size or k).to(part.codes.device)
     bits = 2 if part.scheme.weight.bits == 2 else 4  # 3 bits lie in the fields of 4
     packed = packing.pack(part.codes, part.scale, part.zero_point, groups.long(), bias, bits=bits)
-    fp8, places = wants is not None, packed.places
+    fp8 = wants is not None
+    places = packed.places
     if places is not None:
         wants = replace(wants or Rounding(None), places=places)
 

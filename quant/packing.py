@@ -54,7 +54,8 @@ def is_padded(words: Tensor, bits: int, columns: int) -> bool:
 
     Where both are as wide (3 bits: some column counts that 32 doesn't divide), by the top bits that padding leaves 0.
     """
-    width, dense = words.shape[1], packed_columns(columns, bits)
+    width = words.shape[1]
+    dense = packed_columns(columns, bits)
     if 32 % bits == 0 or width != -(-columns // (32 // bits)):
         return False
     unused = -(1 << (32 // bits * bits))  # the word's top 32 % bits bits, as an int32

@@ -73,10 +73,12 @@ class QuantizedWeight:
             part = slice(begin // side, -(-stop // side))
             return values[part] if dim == 0 else values[:, part]
 
-        scale, zero_point = self.scale, self.zero_point
+        scale = self.scale
+        zero_point = self.zero_point
         if granularity.kind != "tensor":
             side = granularity.tile(*self.shape)[dim]
-            scale, zero_point = cut(scale, side), None if zero_point is None else cut(zero_point, side)
+            scale = cut(scale, side)
+            zero_point = None if zero_point is None else cut(zero_point, side)
         return replace(self, codes=cut(self.codes, 1), scale=scale, zero_point=zero_point)
 
     def _expand(self, per_group: Tensor, n: int, k: int) -> Tensor:
@@ -121,7 +123,8 @@ def quantize_weight(
     scale too large for its type.
     """
     n, k = weight.shape
-    w, stored = scheme.weight, scale_dtype or weight.dtype
+    w = scheme.weight
+    stored = scale_dtype or weight.dtype
     if w.dtype == "fp4_e2m1":
         raise SchemeError("fp4_e2m1 weights are read from checkpoints and served, but not made here")
     codes = weight.new_empty(n, k, dtype=torch.float8_e4m3fn if w.dtype == "fp8_e4m3" else torch.int8)
@@ -185,7 +188,8 @@ class _Tiles:
             error = self._error(w, scale, zero)
             better = error < best
             best = torch.where(better, error, best)
-            best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
+            best_scale = torch.where(better, scale, best_scale)
+            best_zero = torch.where(better, zero, best_zero)
         return best_scale, best_zero
 
     def round(self, w: WeightScheme, scale: Tensor, zero_point: Tensor) -> Tensor:

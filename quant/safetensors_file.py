@@ -90,7 +90,8 @@ class SafetensorsFile:
         """The tensor as a view of the mapped file: no copy, its pages are read when they are touched."""
         if self._map is None:
             self._map = torch.from_file(str(self.path), shared=False, size=self.size, dtype=torch.uint8)
-        spec, begin = self.specs[name], self._begin[name]
+        spec = self.specs[name]
+        begin = self._begin[name]
         raw = self._map[begin : begin + spec.nbytes]
         if begin % spec.dtype.itemsize:
             raw = raw.clone()  # some writers don't align; a typed view must be aligned
@@ -106,20 +107,24 @@ class SafetensorsFile:
 
     def chunks(self, name: str, chunk_bytes: int = 1 << 24) -> Iterator[Tensor]:
         """The tensor's bytes [n] uint8, piece by piece, each valid until the next: to copy what must not be held."""
-        begin, left = self._begin[name], self.specs[name].nbytes
+        begin = self._begin[name]
+        left = self.specs[name].nbytes
         buffer = torch.empty(min(chunk_bytes, left), dtype=torch.uint8)
         with self.path.open("rb", buffering=0) as file:
             while left > 0:
                 part = buffer[:left]
                 self._fill(file.fileno(), part, begin)
                 yield part
-                begin, left = begin + part.numel(), left - part.numel()
+                begin = begin + part.numel()
+                left = left - part.numel()
 
     def divide(self, name: str, parts: Mapping[str, tuple[int, ...]]) -> None:
         """See a tensor as several, by name and shape, that follow each other in its bytes."""
-        spec, begin = self.specs.pop(name), self._begin.pop(name)
+        spec = self.specs.pop(name)
+        begin = self._begin.pop(name)
         for part, shape in parts.items():
-            self.specs[part], self._begin[part] = TensorSpec(spec.dtype, shape), begin
+            self.specs[part] = TensorSpec(spec.dtype, shape)
+            self._begin[part] = begin
             begin += self.specs[part].nbytes
 
     def _fill(self, fd: int, out: Tensor, offset: int) -> None:
@@ -128,7 +133,8 @@ class SafetensorsFile:
             count = os.preadv(fd, [target], offset)
             if count == 0:
                 raise SafetensorsError(f"{self.path.name} ended at byte {offset} while it was read")
-            target, offset = target[count:], offset + count
+            target = target[count:]
+            offset = offset + count
 
     def _read_header(self) -> tuple[dict[str, Any], int]:
         with self.path.open("rb") as file:
@@ -163,7 +169,9 @@ class SafetensorsFile:
 
     def _parse_entry(self, name: str, entry: Any) -> tuple[TensorSpec, int]:
         try:
-            dtype, shape, (begin, end) = str(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
+            dtype = str(entry["dtype"])
+            shape = tuple(entry["shape"])
+            begin, end = entry["data_offsets"]
         except (TypeError, KeyError, ValueError) as e:
             raise SafetensorsError(f"{self.path.name}: malformed header entry for {name}") from e
         if dtype not in DTYPES:
@@ -190,7 +198,8 @@ class SafetensorsWriter:
         self.path = path
         self.specs = dict(sorted(specs.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        offsets, offset = {}, 0
+        offsets = {}
+        offset = 0
         for name, spec in self.specs.items():
             offsets[name] = offset
             header[name] = {
@@ -233,10 +242,12 @@ class SafetensorsWriter:
 
     def stored(self, name: str, chunk_bytes: int = 1 << 24) -> Iterator[bytes]:
         """A tensor's bytes as the file has them, fewer where it ends."""
-        begin, left = self._start + self._offsets[name], self.specs[name].nbytes
+        begin = self._start + self._offsets[name]
+        left = self.specs[name].nbytes
         while left > 0 and (chunk := os.pread(self._fd, min(chunk_bytes, left), begin)):
             yield chunk
-            begin, left = begin + len(chunk), left - len(chunk)
+            begin = begin + len(chunk)
+            left = left - len(chunk)
 
     def sync(self) -> None:
         """Have on the disk what was written so far."""
@@ -248,7 +259,8 @@ class SafetensorsWriter:
                 count = os.pwrite(self._fd, data, offset)
             except OSError as e:
                 raise OSError(e.errno, e.strerror, str(self.path)) from None
-            data, offset = data[count:], offset + count
+            data = data[count:]
+            offset = offset + count
 
     def __enter__(self) -> SafetensorsWriter:
         return self

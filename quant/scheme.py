@@ -154,7 +154,8 @@ class QuantScheme:
     activation: ActivationScheme | None = None
 
     def __post_init__(self) -> None:
-        a, w = self.activation, self.weight
+        a = self.activation
+        w = self.weight
         if a is not None and a.dtype == "int8" and w.is_float:
             raise SchemeError(f"int8 activations with {w.dtype} weights: no format and no kernel has that")
         if a is not None and w.granularity.kind == "block" and a.granularity.kind != "group":

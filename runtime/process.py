@@ -43,7 +43,8 @@ def main() -> int:
         signal.signal(number, signal.SIG_IGN)
     if len(sys.argv) != 2:
         raise SystemExit("the engine process is started by octavo itself: see octavo serve")
-    address, line = sys.argv[1], _read_line(0)
+    address = sys.argv[1]
+    line = _read_line(0)
     if not line:  # whoever started it was ended at the same moment
         remove_socket(address)
         return 0

@@ -96,7 +96,8 @@ def choose_max_model_len(config: EngineConfig, max_position: int, capacity: int,
 
     capacity is the cache's, in tokens. A length that was asked for and can't be is an error with the largest that can.
     """
-    wanted, largest = config.max_model_len, min(max_position, capacity)
+    wanted = config.max_model_len
+    largest = min(max_position, capacity)
     if wanted is None:
         if capacity < max_position:
             notes.append(f"max_model_len is {capacity}, not the model's {max_position}: the KV cache holds no more")

@@ -93,7 +93,10 @@ class _Routes:
     """The handlers, over the values that they share."""
 
     def __init__(self, model: ServedModel, client: EngineClient, metrics: Metrics, options: ServerOptions) -> None:
-        self._model, self._client, self._metrics, self._options = model, client, metrics, options
+        self._model = model
+        self._client = client
+        self._metrics = metrics
+        self._options = options
 
     def generation(self) -> APIRouter:
         """/v1/completions and /v1/chat/completions."""

@@ -70,7 +70,8 @@ class Stream:
             await self._waiter
             if not self._pending:
                 raise EngineDeadError(self._error or "the engine is gone")
-        outputs, self._pending = self._pending, []
+        outputs = self._pending
+        self._pending = []
         return outputs
 
     def end(self, request_ids: Iterable[str]) -> None:

@@ -115,13 +115,16 @@ def explain(error: dict[str, Any]) -> tuple[str, str | None]:
 
     An error's place begins with "body"; names in <> in it are the options of a union, no fields.
     """
-    kind, context, (_, *place) = error["type"], error.get("ctx", {}), error["loc"]
+    kind = error["type"]
+    context = error.get("ctx", {})
+    _, *place = error["loc"]
     if kind == "field":
         return error["msg"], context["field"]
     names = [str(part) for part in place[:-1] if not str(part).startswith("<")]
     if kind == "extra_forbidden" or (place and not str(place[-1]).startswith("<")):
         names.append(str(place[-1]))
-    path, param = ".".join(names), names[0] if names else None
+    path = ".".join(names)
+    param = names[0] if names else None
     if kind == "extra_forbidden":
         return f"{path}: octavo does not support this field, and refuses it rather than ignore it", param
     if kind == "none_required" or (kind == "too_long" and context["max_length"] == 0):

@@ -49,7 +49,8 @@ class Delta:
         self.token_ids += later.token_ids
         self.logprobs += later.logprobs
         self.offsets += later.offsets
-        self.finish_reason, self.stop_reason = later.finish_reason, later.stop_reason
+        self.finish_reason = later.finish_reason
+        self.stop_reason = later.stop_reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +96,8 @@ class Choice:
             raise ApiError(500, output.error or "the engine failed on this request")
         delta = Delta(self.index, "", [], [], [], prompt_logprobs=output.prompt_logprobs)
         if output.num_cached_tokens is not None:  # comes once, with the first token
-            self.num_cached, delta.is_first = output.num_cached_tokens, True
+            self.num_cached = output.num_cached_tokens
+            delta.is_first = True
         for position, token_id in enumerate(output.token_ids if self.num_wanted else ()):
             self._push(token_id, output, position, delta)
             if self.detokenizer.stopped_by is not None:
@@ -118,7 +120,8 @@ class Choice:
                 return
             delta.text += self.detokenizer.finish()
         if self.detokenizer.stopped_by is not None:
-            delta.finish_reason, delta.stop_reason = "stop", self.detokenizer.stopped_by
+            delta.finish_reason = "stop"
+            delta.stop_reason = self.detokenizer.stopped_by
         else:
             delta.finish_reason = output.finish_reason if self.num_wanted else "length"
             if output.stop_token_id in self.own_stops:
@@ -148,7 +151,8 @@ async def generate(
 ) -> AsyncGenerator[list[Delta], None]:
     """What each step brings, until every choice has ended. Raises ApiError when the engine fails or is dead."""
     by_id = {choice.request.request_id: choice for choice in choices}
-    num_open, outcome = len(choices), "abort"
+    num_open = len(choices)
+    outcome = "abort"
     try:
         async with client.open([choice.request for choice in choices]) as stream:
             while num_open:

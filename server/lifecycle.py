@@ -125,7 +125,8 @@ class _Server(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config, client: EngineClient, options: ListenOptions) -> None:
         super().__init__(config)
-        self._client, self._options = client, options
+        self._client = client
+        self._options = options
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -137,7 +138,8 @@ class _Server(uvicorn.Server):
         logger.info("serving on %s", self._options.url)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        client, limit = self._client, self._options.shutdown_timeout
+        client = self._client
+        limit = self._options.shutdown_timeout
         client.refuse(DRAINING)
         if client.num_open:
             logger.info("shutting down: %d requests get %g s to finish", client.num_open, limit)
@@ -184,7 +186,8 @@ class StepLog:
         begin = time.monotonic()
         while True:
             await asyncio.sleep(STATS_SECONDS)
-            seconds, begin = time.monotonic() - begin, time.monotonic()
+            seconds = time.monotonic() - begin
+            begin = time.monotonic()
             if self._last is None:
                 continue
             stats = self._last.stats

@@ -106,8 +106,10 @@ class Metrics:
 
     def step(self, step: StepOutputs) -> None:
         """Take the engine's own figures; called for each of its steps."""
-        stats, before = step.stats, self._totals
-        gauges, counters = self._gauges, self._counters
+        stats = step.stats
+        before = self._totals
+        gauges = self._gauges
+        counters = self._counters
         gauges["num_requests_running"].set(stats.num_running)
         gauges["num_requests_waiting"].set(stats.num_waiting)
         gauges["kv_cache_usage_perc"].set(stats.kv_cache_usage)

@@ -58,7 +58,8 @@ class BodyLimit:
             response.headers["Connection"] = "close"  # the body is not read
             await response(scope, receive, send)
             return
-        num_received, is_whole = 0, False
+        num_received = 0
+        is_whole = False
 
         async def limited() -> Message:
             nonlocal num_received, is_whole

@@ -160,12 +160,14 @@ def _logprobs(request: GenerationRequest, model: ServedModel) -> tuple[int | Non
     """(logprobs, prompt_logprobs): an echoed prompt's are reported as the answer's are."""
     prompt_logprobs = request.prompt_logprobs
     if isinstance(request, CompletionRequest):
-        name, logprobs = "logprobs", request.logprobs
+        name = "logprobs"
+        logprobs = request.logprobs
         if request.echo and logprobs is not None:
             prompt_logprobs = max(prompt_logprobs or 0, logprobs)
     else:
         assert isinstance(request, ChatCompletionRequest)
-        name, logprobs = "top_logprobs", (request.top_logprobs or 0) if request.logprobs else None
+        name = "top_logprobs"
+        logprobs = (request.top_logprobs or 0) if request.logprobs else None
     for field, count in ((name, logprobs), ("prompt_logprobs", prompt_logprobs)):
         if count is not None and count > model.max_logprobs:
             raise bad_request(f"{field} {count} is above this server's limit, {model.max_logprobs}", field)

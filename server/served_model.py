@@ -81,7 +81,8 @@ def sampling_defaults(directory: Path, source: str, override: dict[str, float]) 
 
 def end_token_ids(directory: Path, tokenizer: Tokenizer) -> frozenset[int]:
     """All tokens that end an answer: the tokenizer's, and generation_config.json's, or else config.json's."""
-    generation, config = _read(directory / "generation_config.json"), _read(directory / "config.json")
+    generation = _read(directory / "generation_config.json")
+    config = _read(directory / "config.json")
     text_config = config.get("text_config") or {}
     listed = generation.get("eos_token_id", config.get("eos_token_id", text_config.get("eos_token_id")))
     ids = {listed} if isinstance(listed, int) else set(listed or ())

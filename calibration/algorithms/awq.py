@@ -48,7 +48,8 @@ def awq_scales(
 
     def search_ratio(duo: bool) -> Tensor:
         tried: dict[int, float] = {}
-        top, step = 0, 4
+        top = 0
+        step = 4
         places = range(0, num_grid + 1, step)
         while step:
             tried |= {p: trials.loss(scales(duo, p)) for p in places if 0 <= p <= num_grid and p not in tried}
@@ -74,14 +75,17 @@ def awq_clip(
     mse: a group's error is d^T H d, H its own block of the moments (a whole row: its diagonal alone). absmax: no
     clipping. Raises WeightError for NaN or infinity.
     """
-    w, dtype = scheme.weight, scale_dtype or weight.dtype
+    w = scheme.weight
+    dtype = scale_dtype or weight.dtype
     if w.granularity.kind in ("tensor", "block") or search == "absmax":
         return quantize_weight(weight, scheme, search, scale_dtype=dtype)
     if not bool(weight.isfinite().all()):
         raise WeightError("it holds NaN or infinity")
     k = weight.shape[1]
     size = w.granularity.group_size or k
-    codes, scales, zeros = [], [], []
+    codes = []
+    scales = []
+    zeros = []
     for part in torch.split(weight, max(1, ROUND_ROWS // k)):
         values = part.t().float().contiguous()
         if size < k:

@@ -58,7 +58,8 @@ class ScaleTrials:
         scale_dtype: torch.dtype | None = None,
         rows: int = ROWS,
     ) -> None:
-        self.stats, self._search = stats, search
+        self.stats = stats
+        self._search = search
         self._dtype = weights[0].dtype
         self._stored = scale_dtype or self._dtype
         self._layers: list[tuple[Tensor, QuantScheme, float]] = []  # [K, rows], scheme, rows that one stands for

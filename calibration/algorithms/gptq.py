@@ -66,7 +66,8 @@ def gptq_weight(
     two of that, some 2 K^2 float32 are allocated. Raises WeightError for NaN, infinity, or wrong shapes.
     """
     _check(weight, stats)
-    w, k = scheme.weight, weight.shape[1]
+    w = scheme.weight
+    k = weight.shape[1]
     run = _Run(weight, stats, scheme, act_order, scale_dtype or weight.dtype, search)
     inverse, used = _inverse_factor(stats.moments, run.order, dampening)
     run.importance = inverse.diagonal().flip(0).square().reciprocal()
@@ -117,12 +118,19 @@ class _Run:
     """One weight on its way: values [K, N] float32 in the order of rounding, codes where a row is done."""
 
     def __init__(
-        self, weight: Tensor, stats: InputStats, scheme: QuantScheme, act_order: ActOrder, dtype: torch.dtype,
+        self,
+        weight: Tensor,
+        stats: InputStats,
+        scheme: QuantScheme,
+        act_order: ActOrder,
+        dtype: torch.dtype,
         search: Search,
-    ) -> None:  # fmt: skip
+    ) -> None:
         n, k = weight.shape
         w = scheme.weight
-        self.scheme, self.dtype, self.search = scheme, dtype, search
+        self.scheme = scheme
+        self.dtype = dtype
+        self.search = search
         self.group_size = w.granularity.tile(n, k)[1]
         energy = stats.moments.diagonal()
         self.order = None if act_order == "none" else energy.argsort(descending=True, stable=True)
@@ -140,7 +148,8 @@ class _Run:
 
     def set_all_scales(self, weight: Tensor) -> None:
         """Choose all scales from the weight as it came."""
-        w, (n, k) = self.scheme.weight, weight.shape
+        w = self.scheme.weight
+        n, k = weight.shape
         if w.granularity.kind in ("tensor", "block"):
             scale = quantize_weight(weight.float(), self.scheme, self.search).scale
             self.stored = storable(scale, self.dtype)
@@ -149,14 +158,16 @@ class _Run:
         elif self.regrouped or self.order is None:
             self._search(0, self.values.shape[0])
         else:
-            values, importance = weight.t().float().contiguous(), self.importance[self.order.argsort()]
+            values = weight.t().float().contiguous()
+            importance = self.importance[self.order.argsort()]
             self.scales, self.zeros = search_scales(values, importance, self.group_size, w, self.dtype, self.search)
         self.ready = True
 
     def round_block(self, begin: int, stop: int, factor: Tensor) -> Tensor:
         """Round the rows begin..stop with U's diagonal block; returns their errors, for the rows behind them."""
         values = self.values[begin:stop]
-        scales, errors = torch.empty_like(values), torch.empty_like(values)
+        scales = torch.empty_like(values)
+        errors = torch.empty_like(values)
         zeros = None if self.zeros is None else torch.empty_like(values)
         body = rounding_body(values.device)
         step = stop - begin if self.ready else self.group_size  # a block holds whole groups, or lies within one
@@ -178,7 +189,8 @@ class _Run:
         k = self.values.shape[0]
         order = torch.arange(k, device=weight.device) if self.order is None else self.order
         extra = dampening * float(moments.diagonal().mean())
-        body, grid = rounding_body(weight.device), grid_of(self.scheme.weight)
+        body = rounding_body(weight.device)
+        grid = grid_of(self.scheme.weight)
         blocks = [slice(begin, min(begin + block_size, k)) for begin in range(0, k, block_size)]
         change = torch.empty_like(self.values)
         for here in blocks:
@@ -210,9 +222,13 @@ class _Run:
     def _search(self, first: int, last: int) -> None:
         """Set the scales of the groups of the rows first..last, which are runs of rows."""
         scales, zeros = search_scales(
-            self.values[first:last], self.importance[first:last], self.group_size, self.scheme.weight, self.dtype,
+            self.values[first:last],
+            self.importance[first:last],
+            self.group_size,
+            self.scheme.weight,
+            self.dtype,
             self.search,
-        )  # fmt: skip
+        )
         here = slice(first // self.group_size, -(-last // self.group_size))
         self.scales[here] = scales
         if self.zeros is not None and zeros is not None:
@@ -283,7 +299,9 @@ def _invert_lower(triangle: Tensor) -> None:
         triangle.copy_(torch.linalg.solve_triangular(triangle, eye, upper=False))
         return
     half = k // 2
-    first, corner, second = triangle[:half, :half], triangle[half:, :half], triangle[half:, half:]
+    first = triangle[:half, :half]
+    corner = triangle[half:, :half]
+    second = triangle[half:, half:]
     _invert_lower(first)
     _invert_lower(second)
     corner.copy_(-(second @ (corner @ first)))

@@ -112,7 +112,8 @@ def search_scales_jointly(
     least = torch.full((groups, n), torch.inf, device=values.device)
     grid = grid_of(w)
     for c in range(scales.shape[0]):
-        scale, zero = scales[c][:, None], None if zeros is None else zeros[c][:, None]
+        scale = scales[c][:, None]
+        zero = None if zeros is None else zeros[c][:, None]
         change = reference.from_grid(reference.to_grid(tiles, scale, zero, grid), scale, zero).sub_(tiles)
         error = torch.bmm(blocks, change).mul_(change).sum(1)
         best[error < least] = c

@@ -64,7 +64,8 @@ def render_html(report: Report) -> str:
 
 
 def _tiles(report: Report) -> str:
-    sizes, quality = report.sizes, report.quality
+    sizes = report.sizes
+    quality = report.quality
     tiles = [(f"{sizes.after / 1e6:,.1f} MB", f"{sizes.ratio:.2f} times smaller than {sizes.before / 1e6:,.1f} MB")]
     if sizes.bits_per_weight is not None:
         tiles.append((f"{sizes.bits_per_weight:.2f} bits", "a weight of the quantized layers, scales included"))
@@ -89,7 +90,8 @@ def _verdict(report: Report) -> str:
 
 
 def _plots(report: Report) -> str:
-    quality, parts = report.quality, []
+    quality = report.quality
+    parts = []
     if quality is not None:
         histogram = kl_histogram(quality.kl_histogram, quality.mean_kl, quality.p99_kl)
         parts += ["<h2>KL divergence per token</h2>", histogram]

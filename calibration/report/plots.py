@@ -9,8 +9,12 @@ from html import escape
 from octavo.calibration.report.weight_error import KindRow
 from octavo.calibration.verify import KL_EDGES, BlockSnr
 
-WIDTH, HEIGHT = 720, 260
-LEFT, RIGHT, TOP, BOTTOM = 56, 16, 16, 44
+WIDTH = 720
+HEIGHT = 260
+LEFT = 56
+RIGHT = 16
+TOP = 16
+BOTTOM = 44
 ROW = 26  # of a horizontal bar
 
 
@@ -67,7 +71,8 @@ def block_snr(blocks: Sequence[BlockSnr]) -> str:
 
 def kind_snr(kinds: Sequence[KindRow]) -> str:
     """The weights' signal over noise, a bar for each kind of layer and a stroke at the kind's worst layer."""
-    left, known = 210, [row for row in kinds if row.snr_db is not None]
+    left = 210
+    known = [row for row in kinds if row.snr_db is not None]
     top = max([row.snr_db or 0.0 for row in known], default=1.0) or 1.0
     scale = (WIDTH - left - 70) / top
     body = []

@@ -196,7 +196,8 @@ def quality_lines(quality: Quality | None) -> list[str]:
     ]
     known = [block for block in quality.blocks if block.snr_db is not None]
     if known:
-        first, last = known[0], known[-1]
+        first = known[0]
+        last = known[-1]
         lines.append(
             f"hidden states: signal over noise {first.snr_db:.1f} dB behind block {first.block}, "
             f"{last.snr_db:.1f} dB behind block {last.block}"
@@ -235,7 +236,8 @@ KV_HEADS = ("block", "of", "stored as", "largest", "its limit", "beyond it", "cl
 
 def kv_cells(row: KVRow) -> tuple[str, ...]:
     """Keys or values of a block, as a table has them under KV_HEADS."""
-    limit, snr = ("" if row.limit is None else f"{row.limit:g}"), ("" if row.snr_db is None else f"{row.snr_db:.1f}")
+    limit = "" if row.limit is None else f"{row.limit:g}"
+    snr = "" if row.snr_db is None else f"{row.snr_db:.1f}"
     shares = (f"{row.beyond:.2%}", "" if row.limit is None else f"{row.clipped:.2%}")
     return (str(row.block), row.side, row.dtype, f"{row.amax:.4g}", limit, *shares, snr)
 

@@ -82,7 +82,8 @@ def judge(
     coarsest = max(schemes, key=default_max_kl, default=None)
     why = "--max-kl"
     if max_kl is None:
-        max_kl, why = default_max_kl(coarsest, kv_cache), f"the default for {coarsest or 'unquantized weights'}"
+        max_kl = default_max_kl(coarsest, kv_cache)
+        why = f"the default for {coarsest or 'unquantized weights'}"
         why += f" with a KV cache in {kv_cache}" if kv_cache else ""
     if quality.mean_kl <= max_kl:
         return Verdict(True, quality.mean_kl, max_kl, why)
@@ -138,7 +139,8 @@ def _remedies(
 
 def _other_ways(scheme: QuantScheme, algorithm: str, layers: Sequence[LayerRow]) -> list[str]:
     ways = []
-    weight, activation = scheme.weight, scheme.activation
+    weight = scheme.weight
+    activation = scheme.activation
     integers = weight.dtype.startswith("int")
     if integers and weight.bits < 8 and "gptq" not in algorithm:
         ways.append("--algorithm gptq rounds by what the layers' inputs are, at the same size")

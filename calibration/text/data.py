@@ -143,7 +143,8 @@ def from_documents(documents: Documents, encoder: TextEncoder, sizes: Sizes, sou
     that was too little, come the rest of the longer ones. Every window begins with what the tokenizer puts before a
     text (BOS): a model's first token draws most of the attention, and another one there gives inputs that it never has.
     """
-    framing, length = _Framing.of(encoder), sizes.max_seq_length
+    framing = _Framing.of(encoder)
+    length = sizes.max_seq_length
     if length < framing.shortest:
         raise DataError(f"--max-seq-length {length}: {framing.shortest} at least are needed")
     if len(documents) == 0:
@@ -197,8 +198,10 @@ class _Stream:
     def __init__(
         self, documents: Documents, order: list[int], encoder: TextEncoder, framing: _Framing, num_wanted: int
     ) -> None:
-        self._documents, self._order = documents, order
-        self._encoder, self._framing = encoder, framing
+        self._documents = documents
+        self._order = order
+        self._encoder = encoder
+        self._framing = framing
         self._num_wanted = num_wanted
         self.num_taken = 0
         self.num_tokens = 0

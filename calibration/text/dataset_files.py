@@ -101,7 +101,8 @@ def _hub_files(repo: str, split: str | None) -> DatasetFiles:
 
     try:
         info = HfApi().dataset_info(repo)
-        names, commit = [sibling.rfilename for sibling in info.siblings or []], info.sha
+        names = [sibling.rfilename for sibling in info.siblings or []]
+        commit = info.sha
     except OfflineModeIsEnabled:
         directory = _cached(snapshot_download, repo)
         names = [file.relative_to(directory).as_posix() for file in directory.rglob("*") if file.is_file()]

@@ -75,8 +75,10 @@ class JsonLines:
     """One JSON object a line; blank lines and empty documents don't count."""
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
-        self._file, self._path = file, path
-        self._offsets, self._numbers = array("Q"), array("Q")
+        self._file = file
+        self._path = path
+        self._offsets = array("Q")
+        self._numbers = array("Q")
         offset = number = 0
         file.seek(0)
         while line := file.readline(MAX_LINE + 1):
@@ -100,7 +102,8 @@ class JsonLines:
         return f"{self._path}:{self._numbers[index]}"
 
     def _parse(self, line: bytes, offset: int, number: int) -> Document:
-        place, raw = f"{self._path}:{number}", line.rstrip(b"\r\n")
+        place = f"{self._path}:{number}"
+        raw = line.rstrip(b"\r\n")
         return _parse(_decode_json(raw.removeprefix(BOM) if offset == 0 else raw, place), place)
 
 
@@ -108,19 +111,23 @@ class TextSections:
     """A plain text, cut at blank lines into sections of SECTION bytes or somewhat more, in the file's order."""
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
-        self._file, self._path = file, path
-        self._begins, self._lines = array("Q"), array("Q")
+        self._file = file
+        self._path = path
+        self._begins = array("Q")
+        self._lines = array("Q")
         begin = begin_line = end = 0
         holds_text = False
         for offset, number, piece in _text_pieces(file, path):
             if end == begin:
-                begin, begin_line = offset, number
+                begin = offset
+                begin_line = number
             end = offset + len(piece)
             is_blank = not piece.strip()
             holds_text |= not is_blank
             if (is_blank and end - begin >= SECTION) or end - begin >= PIECE:
                 self._add(begin, begin_line, holds_text)
-                begin, holds_text = end, False
+                begin = end
+                holds_text = False
         if end > begin:
             self._add(begin, begin_line, holds_text)
         self._end = end
@@ -261,7 +268,8 @@ def _decode_json(raw: bytes, place: str) -> Any:
 
 def _text_pieces(file: BinaryIO, path: Path) -> Iterator[tuple[int, int, bytes]]:
     """(offset, number of the line, bytes) of each line, or of PIECE bytes of a long one; all checked to be UTF-8."""
-    offset, number = 0, 1
+    offset = 0
+    number = 1
     file.seek(0)
     while piece := file.readline(PIECE):
         if len(piece) == PIECE and not piece.endswith(b"\n"):

@@ -24,7 +24,8 @@ class LayerCache:
     value_scale: Tensor
 
     def __post_init__(self) -> None:
-        shape, heads = self.key.shape, self.key.shape[1]
+        shape = self.key.shape
+        heads = self.key.shape[1]
         expect(key=(self.key, shape), value=(self.value, shape))
         expect(key_scale=(self.key_scale, heads), value_scale=(self.value_scale, heads))
 

@@ -92,7 +92,8 @@ def _fetch(a, table, head, j, length, store, kind):  # type: ignore[no-untyped-d
 @_inner
 def _score(a, table, head, begin, length, rows, q, tile, scores):  # type: ignore[no-untyped-def]
     """scores[r] = q[r] . keys begin .. length."""
-    dim, kind = a[_DIM], a[_KEY_KIND]
+    dim = a[_DIM]
+    kind = a[_KEY_KIND]
     ahead = _AHEAD // (dim * size_of(kind))
     j = begin
     while j < length:
@@ -110,7 +111,8 @@ def _score(a, table, head, begin, length, rows, q, tile, scores):  # type: ignor
 @_inner
 def _mix(a, table, head, begin, length, rows, scores, tile, out, later):  # type: ignore[no-untyped-def]
     """out[r] += scores[r] . values begin .. length; meanwhile the keys of item `later` are fetched."""
-    dim, kind = a[_DIM], a[_VALUE_KIND]
+    dim = a[_DIM]
+    kind = a[_VALUE_KIND]
     ahead = _AHEAD // (dim * size_of(kind))
     later_table, later_head, later_begin, later_length = later
     j = begin
@@ -132,22 +134,31 @@ def _decode(args):  # type: ignore[no-untyped-def]
     """Items: (sequence, KV head, group of query heads). Sequences with more than _MOST new tokens are left out."""
     a = numba.carray(args, (24,), np.int64)
     f = numba.carray(args, (24,), np.float64)
-    seqs, heads, kv_heads, dim, window = a[_SEQS], a[_HEADS], a[_KV_HEADS], a[_DIM], a[_WINDOW]
-    scale, soft_cap = np.float32(f[_SCALE]), np.float32(f[_SOFT_CAP])
+    seqs = a[_SEQS]
+    heads = a[_HEADS]
+    kv_heads = a[_KV_HEADS]
+    dim = a[_DIM]
+    window = a[_WINDOW]
+    scale = np.float32(f[_SCALE])
+    soft_cap = np.float32(f[_SOFT_CAP])
     tables = view(a[_TABLES], (seqs, a[_TABLE_WIDTH]), np.int32)
-    lengths, starts = view(a[_LENGTHS], (seqs,), np.int32), view(a[_STARTS], (seqs + 1,), np.int32)
+    lengths = view(a[_LENGTHS], (seqs,), np.int32)
+    starts = view(a[_STARTS], (seqs + 1,), np.int32)
     key_scale = view(a[_KEY_SCALE], (kv_heads,), np.float32)
     value_scale = view(a[_VALUE_SCALE], (kv_heads,), np.float32)
     share = heads // kv_heads
     groups = (share + 3) // 4
     q_row = dim * size_of(a[_Q_KIND])
-    q, out = np.empty((4, dim), np.float32), np.empty((4, dim), np.float32)
-    tile, sums = np.empty(a[_BLOCK] * dim, np.float32), np.empty(4, np.float32)
+    q = np.empty((4, dim), np.float32)
+    out = np.empty((4, dim), np.float32)
+    tile = np.empty(a[_BLOCK] * dim, np.float32)
+    sums = np.empty(4, np.float32)
     while True:
         item = next_item(args)
         if item >= seqs * kv_heads * groups:
             break
-        seq, head = item // (kv_heads * groups), (item // groups) % kv_heads
+        seq = item // (kv_heads * groups)
+        head = (item // groups) % kv_heads
         first = share * (item % groups) // groups
         rows = share * (item % groups + 1) // groups - first
         new = starts[seq + 1] - starts[seq]
@@ -186,13 +197,30 @@ def _run_decode(
     threads = threads_for(reads)
     _decode.start(
         threads,
-        q.data_ptr(), out.data_ptr(), cache.key.data_ptr(), cache.value.data_ptr(),
-        inputs.block_tables.data_ptr(), inputs.seq_lens.data_ptr(), inputs.query_starts.data_ptr(),
-        cache.key_scale.data_ptr(), cache.value_scale.data_ptr(), blocks,
-        KINDS[q.dtype], KINDS[cache.key.dtype], KINDS[cache.value.dtype],
-        seqs, shape.num_heads, shape.num_kv_heads, shape.head_dim, cache.block_size,
-        shape.window or 0, most, threads, shape.scale, shape.soft_cap or 0.0,
-    )  # fmt: skip
+        q.data_ptr(),
+        out.data_ptr(),
+        cache.key.data_ptr(),
+        cache.value.data_ptr(),
+        inputs.block_tables.data_ptr(),
+        inputs.seq_lens.data_ptr(),
+        inputs.query_starts.data_ptr(),
+        cache.key_scale.data_ptr(),
+        cache.value_scale.data_ptr(),
+        blocks,
+        KINDS[q.dtype],
+        KINDS[cache.key.dtype],
+        KINDS[cache.value.dtype],
+        seqs,
+        shape.num_heads,
+        shape.num_kv_heads,
+        shape.head_dim,
+        cache.block_size,
+        shape.window or 0,
+        most,
+        threads,
+        shape.scale,
+        shape.soft_cap or 0.0,
+    )
 
 
 def paged_attention(q: Tensor, inputs: StepInputs, cache: LayerCache, shape: AttentionShape) -> Tensor:
@@ -223,7 +251,8 @@ def paged_attention(q: Tensor, inputs: StepInputs, cache: LayerCache, shape: Att
 
 def _prefill(q: Tensor, table: Tensor, length: int, cache: LayerCache, shape: AttentionShape) -> Tensor:
     """One sequence: q [n, Hq, D] over its `length` cached tokens -> [n, Hq, D]."""
-    n, first = q.shape[0], 0
+    n = q.shape[0]
+    first = 0
     if shape.window is not None:
         first = max(0, length - n - shape.window + 1) // cache.block_size  # blocks before it are seen by no query
     table = table[first : -(-length // cache.block_size)].long()

@@ -140,7 +140,8 @@ def add_weighted_rows(rows, out, dim, values, is_bf16, count, weights, width):  
     size = 2 if is_bf16 else 4
     column = 0
     while column < dim:
-        o, v = out + 4 * column, values + size * column
+        o = out + 4 * column
+        v = values + size * column
         if is_bf16 and column + 64 <= dim:
             if rows == 1:
                 _A1(o, dim, v, count, weights, width)

@@ -45,8 +45,12 @@ _DECODED = 16  # rows decoded at once
 STRIP = VECTORS * LANES
 _LOG2E = 1.4426950408889634
 
-_S1, _S2, _S3 = make_score_tile(16, 1), make_score_tile(8, 2), make_score_tile(8, 3)
-_V1, _V2, _V3 = make_value_tile(16, 1), make_value_tile(8, 2), make_value_tile(8, 3)
+_S1 = make_score_tile(16, 1)
+_S2 = make_score_tile(8, 2)
+_S3 = make_score_tile(8, 3)
+_V1 = make_value_tile(16, 1)
+_V2 = make_value_tile(8, 2)
+_V3 = make_value_tile(8, 3)
 
 # Called by kernels only: without the wrappers for callers in Python and C, which take longer to compile than the body.
 _inner = numba.njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
@@ -65,9 +69,20 @@ def _lay_out(dim, strips, base, w):  # type: ignore[no-untyped-def]
     """Fill w with the addresses of the parts, each of whole cache lines."""
     rows = CHUNK * dim * 2
     sizes = (
-        rows, rows, rows, CHUNK * LINE, strips * dim * LINE // 2, strips * dim * LINE,
-        strips * LINE, strips * LINE, strips * LINE, strips * LINE, LINE, strips * STRIP * 8, _DECODED * dim * 4,
-    )  # fmt: skip
+        rows,
+        rows,
+        rows,
+        CHUNK * LINE,
+        strips * dim * LINE // 2,
+        strips * dim * LINE,
+        strips * LINE,
+        strips * LINE,
+        strips * LINE,
+        strips * LINE,
+        LINE,
+        strips * STRIP * 8,
+        _DECODED * dim * 4,
+    )
     at = base
     for part, size in enumerate(sizes):
         w[part] = at
@@ -78,7 +93,8 @@ def _lay_out(dim, strips, base, w):  # type: ignore[no-untyped-def]
 @_inner
 def _find(item, a, starts):  # type: ignore[no-untyped-def]
     """An item's sequence, KV head and rows first .. last of the new * share; long items come first."""
-    share, size = a[_HEADS] // a[_KV_HEADS], a[_STRIPS] * STRIP
+    share = a[_HEADS] // a[_KV_HEADS]
+    size = a[_STRIPS] * STRIP
     for seq in range(a[_SEQS]):
         new = np.int64(starts[seq + 1]) - starts[seq]
         blocks = (new * share + size - 1) // size if new >= a[_LEAST] else 0
@@ -92,7 +108,8 @@ def _find(item, a, starts):  # type: ignore[no-untyped-def]
 @_inner
 def _load_chunk(store, kind, a, table, head, begin, end, floats, rows):  # type: ignore[no-untyped-def]
     """Keys or values begin .. end (not included) as bf16 rows, and rows of zeros up to a multiple of 16."""
-    dim, block_size = a[_DIM], a[_BLOCK]
+    dim = a[_DIM]
+    block_size = a[_BLOCK]
     size = dim * size_of(kind)
     j = begin
     while j < end:
@@ -112,8 +129,10 @@ def _load_chunk(store, kind, a, table, head, begin, end, floats, rows):  # type:
 @_inner
 def _begin(a, w, head, start, new, length, first, last):  # type: ignore[no-untyped-def]
     """Rows first .. last of an item: their queries, the keys that they see, empty sums. Rows after last repeat it."""
-    share, strips = a[_HEADS] // a[_KV_HEADS], (last - first) // STRIP + 1
-    low, high = view(w[_LOW], (strips * STRIP,), np.int32), view(w[_HIGH], (strips * STRIP,), np.int32)
+    share = a[_HEADS] // a[_KV_HEADS]
+    strips = (last - first) // STRIP + 1
+    low = view(w[_LOW], (strips * STRIP,), np.int32)
+    high = view(w[_HIGH], (strips * STRIP,), np.int32)
     places = view(w[_PLACES], (strips * STRIP,), np.int64)
     top = view(w[_TOP], (strips * STRIP,), np.float32)
     for i in range(strips * STRIP):
@@ -137,7 +156,8 @@ def _begin(a, w, head, start, new, length, first, last):  # type: ignore[no-unty
 def _scores(vectors, w, dim, keys, q, factor):  # type: ignore[no-untyped-def]
     step = 16 if vectors == 1 else 8
     for key in range(0, keys, step):
-        rows, scores = w[_KEYS] + key * dim * 2, w[_SCORES] + key * LINE
+        rows = w[_KEYS] + key * dim * 2
+        scores = w[_SCORES] + key * LINE
         if vectors == 3:
             _S3(rows, dim * 2, q, dim // 2, scores, factor)
         elif vectors == 2:
@@ -150,7 +170,8 @@ def _scores(vectors, w, dim, keys, q, factor):  # type: ignore[no-untyped-def]
 def _add_values(vectors, w, dim, keys, out):  # type: ignore[no-untyped-def]
     step = 16 if vectors == 1 else 8
     for d in range(0, dim, step):
-        values, sums = w[_VALUES] + d // 16 * CHUNK * 32 + d % 16 * 4, out + d * LINE
+        values = w[_VALUES] + d // 16 * CHUNK * 32 + d % 16 * 4
+        sums = out + d * LINE
         if vectors == 3:
             _V3(values, w[_SCORES], keys // 2, sums, w[_FACTOR])
         elif vectors == 2:
@@ -164,14 +185,16 @@ def _attend(a, w, strip, rows, begin, end, factor, cap):  # type: ignore[no-unty
     """Add keys begin .. end (not included) to a strip of `rows` rows."""
     low = view(w[_LOW] + strip * LINE, (STRIP,), np.int32)
     high = view(w[_HIGH] + strip * LINE, (STRIP,), np.int32)
-    dim, vectors = a[_DIM], (rows + LANES - 1) // LANES
+    dim = a[_DIM]
+    vectors = (rows + LANES - 1) // LANES
     count = min(end, high[STRIP - 1] + 1) - begin
     if count <= 0 or end <= low[0]:
         return
     keys = (count + 7) // 8 * 8  # of the 16 at a time that _S1 takes, the chunk has the rest as zeros
     _scores(vectors, w, dim, keys, w[_QUERIES] + strip * dim // 2 * LINE, factor)
     for v in range(vectors):
-        at, line = w[_SCORES] + v * 64, strip * LINE + v * 64
+        at = w[_SCORES] + v * 64
+        line = strip * LINE + v * 64
         if cap > 0:
             cap16(at, keys, cap)
         if begin + keys - 1 > high[0] or begin < low[STRIP - 1]:
@@ -192,9 +215,12 @@ def _prefill(args):  # type: ignore[no-untyped-def]
     """Items: (sequence, block of rows, KV head); see `_find`."""
     a = numba.carray(args, (23,), np.int64)
     f = numba.carray(args, (23,), np.float64)
-    dim, seqs, kv_heads = a[_DIM], a[_SEQS], a[_KV_HEADS]
+    dim = a[_DIM]
+    seqs = a[_SEQS]
+    kv_heads = a[_KV_HEADS]
     tables = view(a[_TABLES], (seqs, a[_TABLE_WIDTH]), np.int32)
-    lengths, starts = view(a[_LENGTHS], (seqs,), np.int32), view(a[_STARTS], (seqs + 1,), np.int32)
+    lengths = view(a[_LENGTHS], (seqs,), np.int32)
+    starts = view(a[_STARTS], (seqs + 1,), np.int32)
     key_scale = view(a[_KEY_SCALE], (kv_heads,), np.float32)
     value_scale = view(a[_VALUE_SCALE], (kv_heads,), np.float32)
     cap = f[_SOFT_CAP]
@@ -208,9 +234,11 @@ def _prefill(args):  # type: ignore[no-untyped-def]
         seq, head, first, last = _find(next_item(args), a, starts)
         if seq < 0:
             break
-        start, length = np.int64(starts[seq]), np.int64(lengths[seq])
+        start = np.int64(starts[seq])
+        length = np.int64(lengths[seq])
         _begin(a, w, head, start, starts[seq + 1] - start, length, first, last)
-        rows, strips = last - first + 1, (last - first) // STRIP + 1
+        rows = last - first + 1
+        strips = (last - first) // STRIP + 1
         low = view(w[_LOW], (strips * STRIP,), np.int32)[0]
         stop = view(w[_HIGH], (strips * STRIP,), np.int32)[strips * STRIP - 1] + 1
         for begin in range(low // CHUNK * CHUNK, stop, CHUNK):
@@ -240,13 +268,29 @@ def attend(
     threads = threads_for(strips * STRIP * shape.head_dim * inputs.max_seq_len // 64, 16384)
     _prefill.start(
         threads,
-        q.data_ptr(), out.data_ptr(), cache.key.data_ptr(), cache.value.data_ptr(),
-        inputs.block_tables.data_ptr(), inputs.seq_lens.data_ptr(), inputs.query_starts.data_ptr(),
-        cache.key_scale.data_ptr(), cache.value_scale.data_ptr(), inputs.block_tables.shape[1],
-        KINDS[cache.key.dtype], KINDS[cache.value.dtype], inputs.block_tables.shape[0],
-        shape.num_heads, shape.num_kv_heads, shape.head_dim, cache.block_size, shape.window or 0,
-        min(MAX_STRIPS, max(1, strips // (8 * threads))), least, shape.scale, shape.soft_cap or 0.0,
-    )  # fmt: skip
+        q.data_ptr(),
+        out.data_ptr(),
+        cache.key.data_ptr(),
+        cache.value.data_ptr(),
+        inputs.block_tables.data_ptr(),
+        inputs.seq_lens.data_ptr(),
+        inputs.query_starts.data_ptr(),
+        cache.key_scale.data_ptr(),
+        cache.value_scale.data_ptr(),
+        inputs.block_tables.shape[1],
+        KINDS[cache.key.dtype],
+        KINDS[cache.value.dtype],
+        inputs.block_tables.shape[0],
+        shape.num_heads,
+        shape.num_kv_heads,
+        shape.head_dim,
+        cache.block_size,
+        shape.window or 0,
+        min(MAX_STRIPS, max(1, strips // (8 * threads))),
+        least,
+        shape.scale,
+        shape.soft_cap or 0.0,
+    )
 
 
 KERNELS = (_prefill,)

@@ -91,7 +91,8 @@ def _exp2(builder: Any, x: Any) -> Any:
     p = _all(_POWERS[-1])
     for c in reversed(_POWERS[:-1]):
         p = multiply_add(builder, p, r, _all(c))
-    mask, rounding = ir.Constant(I16, -1), ir.Constant(I32, 4)
+    mask = ir.Constant(I16, -1)
+    rounding = ir.Constant(I32, 4)
     return call(builder, "llvm.x86.avx512.mask.scalef.ps.512", F32X16, p, n, _all(0.0), mask, rounding)
 
 
@@ -103,7 +104,8 @@ def _transpose(builder: Any, vectors: list[Any]) -> list[Any]:
         turned = list(vectors)
         for i in range(16):
             if not i & bit:
-                a, b = vectors[i], vectors[i | bit]
+                a = vectors[i]
+                b = vectors[i | bit]
                 turned[i] = builder.shuffle_vector(a, b, low)
                 turned[i | bit] = builder.shuffle_vector(a, b, high)
         vectors = turned

@@ -21,12 +21,16 @@ def rope_and_cache(
     eps: float,
 ) -> Tensor:
     """Split qkv [T, (Hq + 2 Hkv) D], norm and rotate q and k, write k and v into the cache; return q [T, Hq, D]."""
-    d, hq, hkv = shape.head_dim, shape.num_heads, shape.num_kv_heads
+    d = shape.head_dim
+    hq = shape.num_heads
+    hkv = shape.num_kv_heads
     q, k, v = torch.split(qkv, [hq * d, hkv * d, hkv * d], dim=-1)
-    q, k = _norm_heads(q, q_norm, d, eps), _norm_heads(k, k_norm, d, eps)
+    q = _norm_heads(q, q_norm, d, eps)
+    k = _norm_heads(k, k_norm, d, eps)
     if cos_sin is not None:
         rows = cos_sin[inputs.positions]  # [T, rotary_dim]
-        q, k = rotate(q, rows), rotate(k, rows)
+        q = rotate(q, rows)
+        k = rotate(k, rows)
     write_cache(k, v.reshape(-1, hkv, d), inputs.slot_mapping, cache)
     return q
 
@@ -51,8 +55,11 @@ def rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
 def write_cache(k: Tensor, v: Tensor, slot_mapping: Tensor, cache: LayerCache) -> None:
     """Store k and v [T, Hkv, D] at their slots, divided by the scales, rounded to the nearest, saturated."""
     kept = slot_mapping >= 0
-    k, v, slot_mapping = k[kept], v[kept], slot_mapping[kept]
-    block, offset = slot_mapping // cache.block_size, slot_mapping % cache.block_size
+    k = k[kept]
+    v = v[kept]
+    slot_mapping = slot_mapping[kept]
+    block = slot_mapping // cache.block_size
+    offset = slot_mapping % cache.block_size
     for x, store, scale in ((k, cache.key, cache.key_scale), (v, cache.value, cache.value_scale)):
         store[block, :, offset] = encode(x, scale.reshape(-1, 1), store.dtype)
 
@@ -73,14 +80,17 @@ def paged_attention(q: Tensor, inputs: StepInputs, cache: LayerCache, shape: Att
     at or before it; with a window w, only the last w of those.
     """
     out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
-    starts, lengths = inputs.query_starts.tolist(), inputs.seq_lens.tolist()
+    starts = inputs.query_starts.tolist()
+    lengths = inputs.seq_lens.tolist()
     for s, length in enumerate(lengths):
-        begin, end = starts[s], starts[s + 1]
+        begin = starts[s]
+        end = starts[s + 1]
         table = inputs.block_tables[s, : -(-length // cache.block_size)].long()
         k = _gather(cache.key, cache.key_scale, table, length)  # [Hkv, L, D]
         v = _gather(cache.value, cache.value_scale, table, length)
         repeat = shape.num_heads // shape.num_kv_heads
-        k, v = k.repeat_interleave(repeat, dim=0), v.repeat_interleave(repeat, dim=0)
+        k = k.repeat_interleave(repeat, dim=0)
+        v = v.repeat_interleave(repeat, dim=0)
         scores = q[begin:end].transpose(0, 1).float() @ k.transpose(1, 2) * shape.scale  # [Hq, n, L]
         if shape.soft_cap is not None:
             scores = shape.soft_cap * torch.tanh(scores / shape.soft_cap)

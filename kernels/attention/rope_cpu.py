@@ -19,7 +19,8 @@ from octavo.kernels.norm.cpu import normalize
 @numba.njit
 def _rotate(row, cos_sin, half):  # type: ignore[no-untyped-def]
     for i in range(half):
-        x, y = row[i], row[i + half]
+        x = row[i]
+        y = row[i + half]
         row[i] = x * cos_sin[i] - y * cos_sin[i + half]
         row[i + half] = y * cos_sin[i] + x * cos_sin[i + half]
 
@@ -29,13 +30,27 @@ def _rope(args):  # type: ignore[no-untyped-def]
     """The arguments' order is that of the call in `rope_and_cache`. Items are tokens."""
     a = numba.carray(args, (24,), np.int64)
     eps = numba.carray(args, (24,), np.float64)[23]
-    tokens, heads, kv_heads, dim, block_size, rotary = a[12], a[13], a[14], a[15], a[16], a[17]
-    kind, key_kind, value_kind, q_norm_size, k_norm_size = a[18], a[19], a[20], a[21], a[22]
-    positions, slots = view(a[3], (tokens,), np.int64), view(a[4], (tokens,), np.int64)
-    key_scale, value_scale = view(a[8], (kv_heads,), np.float32), view(a[9], (kv_heads,), np.float32)
-    q_norm, k_norm = view(a[10], (q_norm_size,), np.float32), view(a[11], (k_norm_size,), np.float32)
-    row_size, q_size = (heads + 2 * kv_heads) * dim * size_of(kind), heads * dim * size_of(kind)
-    key_size, value_size = dim * size_of(key_kind), dim * size_of(value_kind)
+    tokens = a[12]
+    heads = a[13]
+    kv_heads = a[14]
+    dim = a[15]
+    block_size = a[16]
+    rotary = a[17]
+    kind = a[18]
+    key_kind = a[19]
+    value_kind = a[20]
+    q_norm_size = a[21]
+    k_norm_size = a[22]
+    positions = view(a[3], (tokens,), np.int64)
+    slots = view(a[4], (tokens,), np.int64)
+    key_scale = view(a[8], (kv_heads,), np.float32)
+    value_scale = view(a[9], (kv_heads,), np.float32)
+    q_norm = view(a[10], (q_norm_size,), np.float32)
+    k_norm = view(a[11], (k_norm_size,), np.float32)
+    row_size = (heads + 2 * kv_heads) * dim * size_of(kind)
+    q_size = heads * dim * size_of(kind)
+    key_size = dim * size_of(key_kind)
+    value_size = dim * size_of(value_kind)
     row = np.empty((heads + 2 * kv_heads) * dim, np.float32)
     while True:
         t = next_item(args)
@@ -53,10 +68,12 @@ def _rope(args):  # type: ignore[no-untyped-def]
             for h in range(heads + kv_heads):
                 _rotate(row[h * dim : h * dim + rotary], cos_sin, rotary // 2)
         store_row(row, np.float32(1), a[5] + t * q_size, kind, heads * dim)
-        block, offset = slots[t] // block_size, slots[t] % block_size
+        block = slots[t] // block_size
+        offset = slots[t] % block_size
         for h in range(kv_heads):
             slot = (block * kv_heads + h) * block_size + offset
-            k, v = (heads + h) * dim, (heads + kv_heads + h) * dim
+            k = (heads + h) * dim
+            v = (heads + kv_heads + h) * dim
             store_row(row[k : k + dim], key_scale[h], a[6] + slot * key_size, key_kind, dim)
             store_row(row[v : v + dim], value_scale[h], a[7] + slot * value_size, value_kind, dim)
 
@@ -77,15 +94,30 @@ def rope_and_cache(
     q = qkv.new_empty(tokens, shape.num_heads, shape.head_dim)
     _rope.start(
         threads_for(qkv.numel()),
-        qkv.data_ptr(), 0 if cos_sin is None else cos_sin.data_ptr(),
-        inputs.positions.data_ptr(), inputs.slot_mapping.data_ptr(), q.data_ptr(),
-        cache.key.data_ptr(), cache.value.data_ptr(), cache.key_scale.data_ptr(), cache.value_scale.data_ptr(),
-        0 if q_norm is None else q_norm.data_ptr(), 0 if k_norm is None else k_norm.data_ptr(),
-        tokens, shape.num_heads, shape.num_kv_heads, shape.head_dim, cache.block_size,
+        qkv.data_ptr(),
+        0 if cos_sin is None else cos_sin.data_ptr(),
+        inputs.positions.data_ptr(),
+        inputs.slot_mapping.data_ptr(),
+        q.data_ptr(),
+        cache.key.data_ptr(),
+        cache.value.data_ptr(),
+        cache.key_scale.data_ptr(),
+        cache.value_scale.data_ptr(),
+        0 if q_norm is None else q_norm.data_ptr(),
+        0 if k_norm is None else k_norm.data_ptr(),
+        tokens,
+        shape.num_heads,
+        shape.num_kv_heads,
+        shape.head_dim,
+        cache.block_size,
         0 if cos_sin is None else cos_sin.shape[1],
-        KINDS[qkv.dtype], KINDS[cache.key.dtype], KINDS[cache.value.dtype],
-        0 if q_norm is None else q_norm.numel(), 0 if k_norm is None else k_norm.numel(), eps,
-    )  # fmt: skip
+        KINDS[qkv.dtype],
+        KINDS[cache.key.dtype],
+        KINDS[cache.value.dtype],
+        0 if q_norm is None else q_norm.numel(),
+        0 if k_norm is None else k_norm.numel(),
+        eps,
+    )
     return q
 
 

@@ -28,7 +28,10 @@ from octavo.kernels.native.gemm_tile import (
 from octavo.kernels.native.jit import kernel, next_item, threads_for, view
 
 _CHUNK = 128
-_T1, _T2, _T4, _T8 = make_tile(1, 4), make_tile(2, 4), make_tile(4, 4), make_tile(8, 3)
+_T1 = make_tile(1, 4)
+_T2 = make_tile(2, 4)
+_T4 = make_tile(4, 4)
+_T8 = make_tile(8, 3)
 _SIZES = ((1, 4), (2, 4), (4, 2), (8, 2))
 _F1, _F2, _F4, _F8 = (make_grouped_tile(W4, r, v) for r, v in _SIZES)
 _E1, _E2, _E4, _E8 = (make_grouped_tile(W8, r, v) for r, v in _SIZES)
@@ -54,10 +57,21 @@ class Packed:
         """What of the kernel's arguments is the same in every call, in their order."""
         steps = self.num_columns // self.num_groups // STEP_COLUMNS[self.kind]
         scale, offset = (0 if t is None else t.data_ptr() for t in (self.scale, self.offset))
-        n, k, slabs = self.num_rows, self.num_columns, self.slabs.shape[0]
+        n = self.num_rows
+        k = self.num_columns
+        slabs = self.slabs.shape[0]
         return (
-            self.slabs.data_ptr(), scale, offset, self.kind, n, k, slabs, self.num_groups, STEP_BYTES[self.kind], steps,
-        )  # fmt: skip
+            self.slabs.data_ptr(),
+            scale,
+            offset,
+            self.kind,
+            n,
+            k,
+            slabs,
+            self.num_groups,
+            STEP_BYTES[self.kind],
+            steps,
+        )
 
     @property
     def num_bytes(self) -> int:
@@ -87,7 +101,8 @@ def pack_int(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int)
         nibbles = (codes.to(torch.int32) + 8).reshape(codes.shape[0], k // 8, 4, 2)
         shifts = 4 * torch.arange(4, dtype=torch.int32)
         words = ((nibbles[..., 0] << shifts).sum(-1) | ((nibbles[..., 1] << shifts).sum(-1) << 16)).to(torch.int32)
-        slabs, offset = _slabs(words, 1), offset + 136
+        slabs = _slabs(words, 1)
+        offset = offset + 136
     else:
         slabs = _slabs(codes, 2)
     scale, offset = (_slabs(torch.nn.functional.pad(t.float(), pad), 1)[..., 0] for t in (scale, offset))
@@ -166,31 +181,46 @@ def _w8_rows(vectors, x, xb, xe, w, wb, we, kind, out, ob, width, steps, ahead, 
 def _gemm(args):  # type: ignore[no-untyped-def]
     """Items: (chunk of x's rows, tile of slabs)."""
     a = numba.carray(args, (17,), np.int64)
-    weights, m, n, k, slabs, groups = a[_WEIGHTS], a[_M], a[_N], a[_K], a[_SLABS], a[_GROUPS]
-    vectors, steps, kind = a[_VECTORS], a[_STEPS], a[_OUT_KIND]
+    weights = a[_WEIGHTS]
+    m = a[_M]
+    n = a[_N]
+    k = a[_K]
+    slabs = a[_SLABS]
+    groups = a[_GROUPS]
+    vectors = a[_VECTORS]
+    steps = a[_STEPS]
+    kind = a[_OUT_KIND]
     sums = np.empty((_CHUNK, groups), np.float32)
     have = -1  # the chunk whose sums stand in `sums`
     tiles = (slabs + vectors - 1) // vectors
     size = size_of(kind)
-    xb, ob, wb = k * 2, n * size, a[_STEP_BYTES] * steps * groups  # from row to row of x, of out, from slab to slab
+    xb = k * 2  # from row to row of x, of out, from slab to slab
+    ob = n * size
+    wb = a[_STEP_BYTES] * steps * groups
     ahead = a[_THREADS] * vectors * wb if m > 4 or weights == W4 else 0  # else the processor's own fetching is as good
     while True:
         item = next_item(args)
         if item >= tiles * ((m + _CHUNK - 1) // _CHUNK):
             break
-        slab, chunk = (item % tiles) * vectors, item // tiles
-        first, last = chunk * _CHUNK, min(m, (chunk + 1) * _CHUNK)
+        slab = (item % tiles) * vectors
+        chunk = item // tiles
+        first = chunk * _CHUNK
+        last = min(m, (chunk + 1) * _CHUNK)
         if weights != BF16 and have != chunk:
             for i in range(first, last):
                 _sum_groups(a[_X] + i * xb, sums[i - first], groups, k // groups)
             have = chunk
-        w, we = a[_WEIGHT] + slab * wb, slabs - 1 - slab
-        sc, of = a[_SCALE] + slab * groups * 64, a[_OFFSET] + slab * groups * 64
+        w = a[_WEIGHT] + slab * wb
+        we = slabs - 1 - slab
+        sc = a[_SCALE] + slab * groups * 64
+        of = a[_OFFSET] + slab * groups * 64
         width = min(vectors * LANES, n - slab * LANES)
         i = first
         while i < last:
             part = (i - first) // 8 if last - first > 16 else -1
-            x, xe, out = a[_X] + i * xb, last - 1 - i, a[_OUT] + (i * n + slab * LANES) * size
+            x = a[_X] + i * xb
+            xe = last - 1 - i
+            out = a[_OUT] + (i * n + slab * LANES) * size
             s = sums.ctypes.data + (i - first) * groups * 4
             if weights == BF16:
                 i += _bf16_rows(vectors, x, xb, xe, w, wb, we, kind, out, ob, width, steps, ahead, part)
@@ -207,7 +237,9 @@ def _gemm(args):  # type: ignore[no-untyped-def]
 def linear(x: Tensor, packed: Packed, out_dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """x [M, K] bf16 -> [M, N] bf16, fp16 or float32."""
     x = x.contiguous()
-    m, n, kind = x.shape[0], packed.num_rows, packed.kind
+    m = x.shape[0]
+    n = packed.num_rows
+    kind = packed.kind
     out = x.new_empty(m, n, dtype=out_dtype)
     vectors = 4 if m <= (4 if kind == BF16 else 2) else (3 if kind == BF16 else 2)
     threads = threads_for(n * packed.num_columns)

@@ -32,14 +32,21 @@ def _to_grid(values, scales, zeros, least, most, fp8, codes, count):  # type: ig
 def _round_columns(args):  # type: ignore[no-untyped-def]
     """values, factor, scales, zeros or 0, errors, rows, columns, begin, stop, least, most, fp8, strips."""
     a = numba.carray(args, (14,), np.int64)
-    rows, columns, begin, stop = a[6], a[7], a[8], a[9]
-    least, most, fp8 = np.float32(a[10]), np.float32(a[11]), a[12]
+    rows = a[6]
+    columns = a[7]
+    begin = a[8]
+    stop = a[9]
+    least = np.float32(a[10])
+    most = np.float32(a[11])
+    fp8 = a[12]
     values = view(a[1], (rows, columns), np.float32)
     factor = view(a[2], (rows, rows), np.float32)
     scales = view(a[3], (rows, columns), np.float32)
     errors = view(a[5], (rows, columns), np.float32)
     strip = np.empty((rows, STRIP), np.float32)
-    codes, error, zeros = np.empty(STRIP, np.float32), np.empty(STRIP, np.float32), np.zeros(STRIP, np.float32)
+    codes = np.empty(STRIP, np.float32)
+    error = np.empty(STRIP, np.float32)
+    zeros = np.zeros(STRIP, np.float32)
     while True:
         item = next_item(args)
         if item >= a[13]:
@@ -73,15 +80,20 @@ def _round_columns(args):  # type: ignore[no-untyped-def]
 def _descend_columns(args):  # type: ignore[no-untyped-def]
     """codes, gradient, moments, scales, zeros or 0, steps, rows, columns, least, most, fp8, strips."""
     a = numba.carray(args, (13,), np.int64)
-    rows, columns, fp8 = a[7], a[8], a[11]
-    least, most = np.float32(a[9]), np.float32(a[10])
+    rows = a[7]
+    columns = a[8]
+    fp8 = a[11]
+    least = np.float32(a[9])
+    most = np.float32(a[10])
     codes = view(a[1], (rows, columns), np.float32)
     gradient = view(a[2], (rows, columns), np.float32)
     moments = view(a[3], (rows, rows), np.float32)
     scales = view(a[4], (rows, columns), np.float32)
     steps = view(a[6], (rows, columns), np.float32)
     strip = np.empty((rows, STRIP), np.float32)
-    new, old, step = np.empty(STRIP, np.float32), np.empty(STRIP, np.float32), np.empty(STRIP, np.float32)
+    new = np.empty(STRIP, np.float32)
+    old = np.empty(STRIP, np.float32)
+    step = np.empty(STRIP, np.float32)
     zeros = np.zeros(STRIP, np.float32)
     while True:
         item = next_item(args)
@@ -119,20 +131,29 @@ def _descend_columns(args):  # type: ignore[no-untyped-def]
 def _best_candidate(args):  # type: ignore[no-untyped-def]
     """values, importance, scales, zeros or 0, best, K, N, group size, candidates, groups, least, most, fp8."""
     a = numba.carray(args, (14,), np.int64)
-    k, n, size, candidates, groups = a[6], a[7], a[8], a[9], a[10]
-    least, most, fp8 = np.float32(a[11]), np.float32(a[12]), a[13]
+    k = a[6]
+    n = a[7]
+    size = a[8]
+    candidates = a[9]
+    groups = a[10]
+    least = np.float32(a[11])
+    most = np.float32(a[12])
+    fp8 = a[13]
     values = view(a[1], (k, n), np.float32)
     importance = view(a[2], (k,), np.float32)
     scales = view(a[3], (candidates, groups, n), np.float32)
     best = view(a[5], (groups, n), np.int32)
-    codes, zeros = np.empty(STRIP, np.float32), np.zeros(STRIP, np.float32)
-    total, smallest = np.empty(STRIP, np.float32), np.empty(STRIP, np.float32)
+    codes = np.empty(STRIP, np.float32)
+    zeros = np.zeros(STRIP, np.float32)
+    total = np.empty(STRIP, np.float32)
+    smallest = np.empty(STRIP, np.float32)
     strips = (n + STRIP - 1) // STRIP
     while True:
         item = next_item(args)
         if item >= strips * groups:
             break
-        g, first = item // strips, item % strips * STRIP
+        g = item // strips
+        first = item % strips * STRIP
         count = min(STRIP, n - first)
         smallest[:] = np.inf
         for c in range(candidates):
@@ -162,22 +183,42 @@ def best_candidate(
     candidates, groups, _ = scales.shape
     best = torch.zeros(groups, n, dtype=torch.int32)
     _best_candidate.start(
-        threads_for(k * n), *_addresses(values, importance, scales, zeros, best), k, n, group_size, candidates, groups,
-        grid.least, grid.most, grid.fp8,
-    )  # fmt: skip
+        threads_for(k * n),
+        *_addresses(values, importance, scales, zeros, best),
+        k,
+        n,
+        group_size,
+        candidates,
+        groups,
+        grid.least,
+        grid.most,
+        grid.fp8,
+    )
     return best
 
 
 def round_columns(
-    values: Tensor, factor: Tensor, span: tuple[int, int], scales: Tensor, zeros: Tensor | None, grid: Grid,
+    values: Tensor,
+    factor: Tensor,
+    span: tuple[int, int],
+    scales: Tensor,
+    zeros: Tensor | None,
+    grid: Grid,
     errors: Tensor,
-) -> None:  # fmt: skip
+) -> None:
     """`rounding.reference.round_columns`."""
     rows, columns = values.shape
     _round_columns.start(
-        threads_for(rows * columns), *_addresses(values, factor, scales, zeros, errors), rows, columns, *span,
-        grid.least, grid.most, grid.fp8, -(-columns // STRIP),
-    )  # fmt: skip
+        threads_for(rows * columns),
+        *_addresses(values, factor, scales, zeros, errors),
+        rows,
+        columns,
+        *span,
+        grid.least,
+        grid.most,
+        grid.fp8,
+        -(-columns // STRIP),
+    )
 
 
 def descend_columns(
@@ -186,9 +227,15 @@ def descend_columns(
     """`rounding.reference.descend_columns`."""
     rows, columns = codes.shape
     _descend_columns.start(
-        threads_for(rows * columns), *_addresses(codes, gradient, moments, scales, zeros, steps), rows, columns,
-        grid.least, grid.most, grid.fp8, -(-columns // STRIP),
-    )  # fmt: skip
+        threads_for(rows * columns),
+        *_addresses(codes, gradient, moments, scales, zeros, steps),
+        rows,
+        columns,
+        grid.least,
+        grid.most,
+        grid.fp8,
+        -(-columns // STRIP),
+    )
 
 
 def _addresses(*tensors: Tensor | None) -> list[int]:

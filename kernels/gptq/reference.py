@@ -43,7 +43,8 @@ def best_candidate(
         rows = slice(g * group_size, min((g + 1) * group_size, k))
         least = torch.full((n,), torch.inf, device=values.device)
         for c in range(scales.shape[0]):
-            scale, zero = scales[c, g], None if zeros is None else zeros[c, g]
+            scale = scales[c, g]
+            zero = None if zeros is None else zeros[c, g]
             error = from_grid(to_grid(values[rows], scale, zero, grid), scale, zero).sub_(values[rows])
             total = importance[rows] @ error.square_()
             better = total < least
@@ -53,9 +54,14 @@ def best_candidate(
 
 
 def round_columns(
-    values: Tensor, factor: Tensor, span: tuple[int, int], scales: Tensor, zeros: Tensor | None, grid: Grid,
+    values: Tensor,
+    factor: Tensor,
+    span: tuple[int, int],
+    scales: Tensor,
+    zeros: Tensor | None,
+    grid: Grid,
     errors: Tensor,
-) -> None:  # fmt: skip
+) -> None:
     """GPTQ's recursion over the rows begin..stop = span of a block [B, N], in place.
 
     For each row i in turn: q = the code of values[i] with scales[i]; errors[i] = (values[i] - decoded q) / U[i, i];

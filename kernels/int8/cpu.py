@@ -62,8 +62,12 @@ def pack(codes: Tensor, scale: Tensor) -> PackedInt8:
 def _quantize(args):  # type: ignore[no-untyped-def]
     """x, codes, scales, sums, kind, rows, columns, columns of codes (padded with zeros). Items are rows."""
     a = numba.carray(args, (9,), np.int64)
-    kind, rows, count, width = a[5], a[6], a[7], a[8]
-    scales, sums = view(a[3], (rows,), np.float32), view(a[4], (rows,), np.int32)
+    kind = a[5]
+    rows = a[6]
+    count = a[7]
+    width = a[8]
+    scales = view(a[3], (rows,), np.float32)
+    sums = view(a[4], (rows,), np.int32)
     row = np.zeros((count + 15) // 16 * 16, np.float32)
     while True:
         i = next_item(args)
@@ -100,33 +104,52 @@ def _gemm(args):  # type: ignore[no-untyped-def]
     Where the codes' address is 0 every thread rounds x for itself: for few rows that costs less than a pass of its own.
     """
     a = numba.carray(args, (17,), np.int64)
-    x_kind, m, vectors, kind = a[_X_KIND], a[_M], a[_VECTORS], a[_OUT_KIND]
-    n, k, slabs, steps = a[_N], a[_K], a[_SLABS], a[_STEPS]
+    x_kind = a[_X_KIND]
+    m = a[_M]
+    vectors = a[_VECTORS]
+    kind = a[_OUT_KIND]
+    n = a[_N]
+    k = a[_K]
+    slabs = a[_SLABS]
+    steps = a[_STEPS]
     own = a[_CODES] == 0
     x_codes = np.empty((m if own else 0, steps * 4), np.int8)
-    x_scales, x_sums = np.empty(m if own else 0, np.float32), np.empty(m if own else 0, np.int32)
-    codes, x_scale, x_sum = a[_CODES], a[_X_SCALE], a[_X_SUM]
+    x_scales = np.empty(m if own else 0, np.float32)
+    x_sums = np.empty(m if own else 0, np.int32)
+    codes = a[_CODES]
+    x_scale = a[_X_SCALE]
+    x_sum = a[_X_SUM]
     if own:
         row = np.zeros((k + 15) // 16 * 16, np.float32)
-        codes, x_scale, x_sum = x_codes.ctypes.data, x_scales.ctypes.data, x_sums.ctypes.data
+        codes = x_codes.ctypes.data
+        x_scale = x_scales.ctypes.data
+        x_sum = x_sums.ctypes.data
         for i in range(m):
             at = codes + i * steps * 4
             x_scales[i], x_sums[i] = quantize_row(a[_X] + i * k * size_of(x_kind), x_kind, k, row, at, steps * 4)
     tiles = (slabs + vectors - 1) // vectors
-    xb, ob, wb = steps * 4, n * size_of(kind), steps * 64  # from row to row of x, of out, from slab to slab
+    xb = steps * 4  # from row to row of x, of out, from slab to slab
+    ob = n * size_of(kind)
+    wb = steps * 64
     ahead = a[_THREADS] * vectors * wb if m > 4 else 0  # else the processor's own fetching is as good
     while True:
         item = next_item(args)
         if item >= tiles * ((m + _CHUNK - 1) // _CHUNK):
             break
         slab = (item % tiles) * vectors
-        first, last = (item // tiles) * _CHUNK, min(m, (item // tiles + 1) * _CHUNK)
-        w, we, sc = a[_WEIGHT] + slab * wb, slabs - 1 - slab, a[_SCALE] + slab * 64
+        first = (item // tiles) * _CHUNK
+        last = min(m, (item // tiles + 1) * _CHUNK)
+        w = a[_WEIGHT] + slab * wb
+        we = slabs - 1 - slab
+        sc = a[_SCALE] + slab * 64
         width = min(vectors * LANES, n - slab * LANES)
         i = first
         while i < last:
             part = (i - first) // 8 if last - first > 16 else -1
-            x, xs, xt, xe = codes + i * xb, x_scale + i * 4, x_sum + i * 4, last - 1 - i
+            x = codes + i * xb
+            xs = x_scale + i * 4
+            xt = x_sum + i * 4
+            xe = last - 1 - i
             out = a[_OUT] + i * ob + slab * LANES * size_of(kind)
             i += _rows(vectors, x, xb, xe, w, wb, we, kind, out, ob, width, steps, ahead, part, xs, xt, sc)
 
@@ -134,20 +157,30 @@ def _gemm(args):  # type: ignore[no-untyped-def]
 def linear(x: Tensor, packed: PackedInt8, out_dtype: torch.dtype | None = None) -> Tensor:
     """x [M, K] bf16, fp16 or float32 -> [M, N] in one of these types: x's own, unless one is named."""
     x = x.contiguous()
-    m, n, kind = x.shape[0], packed.num_rows, KINDS[x.dtype]
+    m = x.shape[0]
+    n = packed.num_rows
+    kind = KINDS[x.dtype]
     rounded = (0, 0, 0)
     if m > _FEW_ROWS:
         width = packed.slabs.shape[1] * 4
-        codes, numbers = torch.empty(m, width, dtype=torch.int8), torch.empty(2, m)  # scales; sums, which are int32
+        codes = torch.empty(m, width, dtype=torch.int8)  # scales; sums, which are int32
+        numbers = torch.empty(2, m)
         rounded = (codes.data_ptr(), numbers.data_ptr(), numbers.data_ptr() + 4 * m)
         _quantize.start(threads_for(x.numel()), x.data_ptr(), *rounded, kind, m, packed.num_columns, width)
     out = x.new_empty(m, n, dtype=out_dtype or x.dtype)
     threads = threads_for(n * packed.num_columns)
     _gemm.start(
         threads,
-        x.data_ptr(), *rounded, kind, m, 3 if m > 4 else 4, out.data_ptr(), threads, KINDS[out.dtype],
+        x.data_ptr(),
+        *rounded,
+        kind,
+        m,
+        3 if m > 4 else 4,
+        out.data_ptr(),
+        threads,
+        KINDS[out.dtype],
         *packed.arguments,
-    )  # fmt: skip
+    )
     return out
 
 

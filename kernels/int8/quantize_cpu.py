@@ -44,12 +44,14 @@ def _largest(typingctx: Any, row: Any, vectors: Any) -> Any:
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         row, vectors = args
-        top, poison = cgutils.alloca_once(builder, F32X16), cgutils.alloca_once(builder, F32X16)
+        top = cgutils.alloca_once(builder, F32X16)
+        poison = cgutils.alloca_once(builder, F32X16)
         builder.store(_constant(0), top)
         builder.store(_constant(0), poison)
         with cgutils.for_range(builder, vectors) as loop:
             x = load16(builder, builder.add(row, builder.mul(loop.index, ir.Constant(I64, 64))), -1)
-            size, largest = call(builder, "llvm.fabs.v16f32", F32X16, x), builder.load(top)
+            size = call(builder, "llvm.fabs.v16f32", F32X16, x)
+            largest = builder.load(top)
             builder.store(builder.select(builder.fcmp_ordered(">", size, largest), size, largest), top)
             builder.store(multiply_add(builder, x, _constant(0), builder.load(poison)), poison)
         most = call(builder, "llvm.vector.reduce.fmax.v16f32", F32, builder.load(top))
@@ -67,7 +69,8 @@ def _round(typingctx: Any, row: Any, vectors: Any, scale: Any, codes: Any, width
         row, vectors, scale, codes, width = args
         total = cgutils.alloca_once(builder, I32X16)
         builder.store(ir.Constant(I32X16, [0] * 16), total)
-        divisor, columns = broadcast(builder, scale), broadcast(builder, builder.trunc(width, I32))
+        divisor = broadcast(builder, scale)
+        columns = broadcast(builder, builder.trunc(width, I32))
         with cgutils.for_range(builder, vectors) as loop:
             first = builder.mul(loop.index, ir.Constant(I64, 16))
             x = load16(builder, builder.add(row, builder.mul(first, ir.Constant(I64, 4))), -1)

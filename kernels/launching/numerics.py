@@ -27,7 +27,8 @@ def dot(a, b, acc=None):
 @triton.jit
 def bytes_of(words, kind: tl.constexpr):
     """The low bytes of words of 16 bits, and the high ones, as numbers of a type of 8: what assembly does on a GPU."""
-    low, high = (words & 0xFF).to(tl.uint8), ((words >> 8) & 0xFF).to(tl.uint8)
+    low = (words & 0xFF).to(tl.uint8)
+    high = ((words >> 8) & 0xFF).to(tl.uint8)
     return low.to(kind, bitcast=True), high.to(kind, bitcast=True)
 
 

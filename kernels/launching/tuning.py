@@ -64,7 +64,8 @@ def use(name: str, capability: int) -> str | None:
 def taken(stem_of_file: str) -> Iterator[None]:
     """A card's table for the time of a `with`: to compile for a card that isn't there."""
     global card
-    before, card = card, stem_of_file
+    before = card
+    card = stem_of_file
     try:
         yield
     finally:

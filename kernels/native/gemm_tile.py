@@ -95,7 +95,8 @@ class _Tile:
 
     def __init__(self, builder: Any, kind: int, rows: int, vectors: int, args: list[Any]) -> None:
         x, row_bytes, self.last_row, weight, slab_bytes, self.last_slab = args
-        self.builder, self.kind = builder, kind
+        self.builder = builder
+        self.kind = kind
         self.x = [builder.add(x, builder.mul(row_bytes, self.row(r))) for r in range(rows)]
         self.w = [builder.add(weight, builder.mul(slab_bytes, self.slab(v))) for v in range(vectors)]
         self.vector = I32X16 if kind == INT8 else F32X16
@@ -115,14 +116,16 @@ class _Tile:
 
     def look_ahead(self, ahead: Any, part: Any) -> list[Any]:
         """How far from each slab's weights those lie that are fetched into L2 meanwhile; 0: nowhere."""
-        builder, zero = self.builder, ir.Constant(I64, 0)
+        builder = self.builder
+        zero = ir.Constant(I64, 0)
         wanted = [builder.icmp_signed("==", part, ir.Constant(I64, v)) for v in range(len(self.w))]
         every = builder.icmp_signed("<", part, zero)
         return [builder.select(builder.or_(every, this), ahead, zero) for this in wanted]
 
     def accumulate(self, first: Any, steps: Any, ahead: list[Any]) -> None:
         """Clear the accumulators and run steps first .. first + steps."""
-        builder, kind = self.builder, self.kind
+        builder = self.builder
+        kind = self.kind
         for row in self.totals:
             for total in row:
                 builder.store(ir.Constant(self.vector, [0] * 16), total)

@@ -11,7 +11,8 @@ from octavo.kernels.native.dtypes import BF16
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 F32 = ir.FloatType()
-I32X16, F32X16 = ir.VectorType(I32, 16), ir.VectorType(F32, 16)
+I32X16 = ir.VectorType(I32, 16)
+F32X16 = ir.VectorType(F32, 16)
 
 
 class BFloat(ir.Type):  # type: ignore[misc]
@@ -27,7 +28,8 @@ class BFloat(ir.Type):  # type: ignore[misc]
         return hash(BFloat)
 
 
-BF16X16, BF16X32 = ir.VectorType(BFloat(), 16), ir.VectorType(BFloat(), 32)
+BF16X16 = ir.VectorType(BFloat(), 16)
+BF16X32 = ir.VectorType(BFloat(), 32)
 
 
 def call(builder: Any, name: str, result: Any, *args: Any) -> Any:

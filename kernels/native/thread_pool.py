@@ -29,7 +29,11 @@ from octavo.kernels.native.compile_cache import c_function
 
 # The control block, one cache line (8 int64) for each: the number of the latest job; 1 while it is open; how many
 # workers are in it; and, written before a job is opened, the function's and the arguments' address.
-_JOB, _OPEN, _INSIDE, _FUNCTION, _ARGUMENTS = 0, 8, 16, 24, 25
+_JOB = 0
+_OPEN = 8
+_INSIDE = 16
+_FUNCTION = 24
+_ARGUMENTS = 25
 _SPINS = 2000
 _I64 = ir.IntType(64)
 
@@ -110,7 +114,8 @@ def _sleep(typingctx: Any, microseconds: Any) -> Any:
 
 def _serve(control):  # type: ignore[no-untyped-def]
     """A worker, for ever: join jobs as they are opened; without a new one spin, then sleep longer and longer."""
-    idle, seen = 0, -1
+    idle = 0
+    seen = -1
     while True:
         job = _read(control, _JOB)
         if job == seen or _read(control, _OPEN) == 0:
@@ -122,7 +127,8 @@ def _serve(control):  # type: ignore[no-untyped-def]
             else:
                 _pause()
             continue
-        seen, idle = job, 0
+        seen = job
+        idle = 0
         _add(control, _INSIDE, 1)  # from here on the caller waits, if the job is still open
         if _read(control, _OPEN) == 1:
             seen = _read(control, _JOB)
@@ -156,7 +162,8 @@ class Pool:
         self._serve, self._submit = (_ENTRY(c.address) for c in self._compiled)
         memory = np.zeros(32 + 8, np.int64)
         skip = -memory.ctypes.data % 64 // 8
-        self._memory, self._block = memory, memory[skip : skip + 32]
+        self._memory = memory
+        self._block = memory[skip : skip + 32]
         self._control = self._block.ctypes.data
         self._lock = threading.Lock()
         for number in range(workers):

@@ -35,7 +35,9 @@ def _rms_norm(args):  # type: ignore[no-untyped-def]
     """x, residual or 0, weight, out, total (when residual), kind, rows, columns, eps; items are single rows."""
     a = numba.carray(args, (10,), np.int64)
     eps = numba.carray(args, (10,), np.float64)[9]
-    kind, rows, count = a[6], a[7], a[8]
+    kind = a[6]
+    rows = a[7]
+    count = a[8]
     stride = count * size_of(kind)
     weight = view(a[3], (count,), np.float32)
     row = np.empty(count, np.float32)
@@ -73,7 +75,9 @@ def _gelu_tanh(gate, up, count):  # type: ignore[no-untyped-def]
 def _gated(args):  # type: ignore[no-untyped-def]
     """gate_up, out, kind, rows, columns of out, 0 for silu or 1 for gelu_tanh; items are single rows."""
     a = numba.carray(args, (7,), np.int64)
-    kind, rows, count = a[3], a[4], a[5]
+    kind = a[3]
+    rows = a[4]
+    count = a[5]
     size = count * size_of(kind)
     gate = np.empty(count, np.float32)
     up = np.empty(count, np.float32)
@@ -120,13 +124,23 @@ def add_rms_norm(
     if weight is None:
         total = x + residual
         return total, total
-    x, residual = x.contiguous(), residual.contiguous()
-    out, total = torch.empty_like(x), torch.empty_like(x)
+    x = x.contiguous()
+    residual = residual.contiguous()
+    out = torch.empty_like(x)
+    total = torch.empty_like(x)
     rows, columns = x.shape
     _rms_norm.start(
-        threads_for(x.numel()), x.data_ptr(), residual.data_ptr(), weight.data_ptr(), out.data_ptr(),
-        total.data_ptr(), KINDS[x.dtype], rows, columns, eps,
-    )  # fmt: skip
+        threads_for(x.numel()),
+        x.data_ptr(),
+        residual.data_ptr(),
+        weight.data_ptr(),
+        out.data_ptr(),
+        total.data_ptr(),
+        KINDS[x.dtype],
+        rows,
+        columns,
+        eps,
+    )
     return out, total
 
 

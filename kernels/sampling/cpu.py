@@ -121,7 +121,8 @@ def _invert(weights, sums, vocab, least, uniform):
 def _draw(args):
     """logits, [rows, 3] of temperature, top_p, min_p, top_k, uniforms, tokens, rows, vocab; items are single rows."""
     a = numba.carray(args, (8,), np.int64)
-    rows, vocab = a[6], a[7]
+    rows = a[6]
+    vocab = a[7]
     params = view(a[2], (rows, 3), np.float32)
     top_k = view(a[3], (rows,), np.int64)
     uniforms = view(a[4], (rows,), np.float64)
@@ -176,7 +177,9 @@ def _top(row, vocab, ids, values, count):
 def _logprobs(args):
     """logits, chosen, logprobs, ranks, top ids, top logprobs, rows, vocab, count; items are single rows."""
     a = numba.carray(args, (10,), np.int64)
-    rows, vocab, count = a[7], a[8], a[9]
+    rows = a[7]
+    vocab = a[8]
+    count = a[9]
     chosen = view(a[2], (rows,), np.int64)
     found = view(a[3], (rows,), np.float32)
     ranks = view(a[4], (rows,), np.int64)
@@ -208,9 +211,15 @@ def draw(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_
     tokens = torch.empty(rows, dtype=torch.int64)
     threads = min(rows, torch.get_num_threads())
     _draw.start(
-        threads, logits.data_ptr(), params.data_ptr(), top_k.data_ptr(), uniforms.data_ptr(), tokens.data_ptr(), rows,
+        threads,
+        logits.data_ptr(),
+        params.data_ptr(),
+        top_k.data_ptr(),
+        uniforms.data_ptr(),
+        tokens.data_ptr(),
+        rows,
         vocab,
-    )  # fmt: skip
+    )
     return tokens
 
 
@@ -220,11 +229,21 @@ def logprobs(logits: Tensor, chosen: Tensor, count: int) -> tuple[Tensor, Tensor
         return reference.logprobs(logits, chosen, count)
     logits = logits.contiguous()
     rows, vocab = logits.shape
-    found, ranks = torch.empty(rows), torch.empty(rows, dtype=torch.int64)
-    top_ids, top_values = torch.empty(rows, count, dtype=torch.int64), torch.empty(rows, count)
+    found = torch.empty(rows)
+    ranks = torch.empty(rows, dtype=torch.int64)
+    top_ids = torch.empty(rows, count, dtype=torch.int64)
+    top_values = torch.empty(rows, count)
     threads = min(rows, torch.get_num_threads())
     _logprobs.start(
-        threads, logits.data_ptr(), chosen.data_ptr(), found.data_ptr(), ranks.data_ptr(), top_ids.data_ptr(),
-        top_values.data_ptr(), rows, vocab, count,
-    )  # fmt: skip
+        threads,
+        logits.data_ptr(),
+        chosen.data_ptr(),
+        found.data_ptr(),
+        ranks.data_ptr(),
+        top_ids.data_ptr(),
+        top_values.data_ptr(),
+        rows,
+        vocab,
+        count,
+    )
     return found, ranks, top_ids, top_values

@@ -51,7 +51,8 @@ def least_weight(weights: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -
 
 def _cut(weights: Tensor, highest: Tensor, least: Tensor, top_k: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
     """The cut-off of each row if its `highest` weights are enough to tell, and whether they are."""
-    size, vocab = highest.shape[1], weights.shape[1]
+    size = highest.shape[1]
+    vocab = weights.shape[1]
     k_known = (top_k <= size) | (top_k == vocab)
     kth = highest.gather(1, (top_k.clamp(max=size) - 1).unsqueeze(1)).squeeze(1)
     cut = torch.where(top_k < vocab, torch.maximum(least, kth), least)

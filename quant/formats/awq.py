@@ -55,7 +55,9 @@ class AWQFormat:
 
     def tensors(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
         """What `write` will return for a weight of this shape. Raises FormatError where its sides don't fit."""
-        n, k, size = out_features, in_features, self.scheme.weight.granularity.group_size
+        n = out_features
+        k = in_features
+        size = self.scheme.weight.granularity.group_size
         if self.layout != "gemm":
             raise FormatError(f"awq is written in the gemm layout, not {self.layout}")
         if n % 8:
@@ -89,7 +91,9 @@ class AWQFormat:
     def read(self, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
         """The canonical weight. Raises FormatError when a tensor is missing, left over, or not as the scheme says."""
         left = dict(tensors)
-        words, qzeros, scale = take_words(left, "qweight"), take_words(left, "qzeros"), take_scales(left, "scales")
+        words = take_words(left, "qweight")
+        qzeros = take_words(left, "qzeros")
+        scale = take_scales(left, "scales")
         if left:
             raise FormatError(f"{', '.join(sorted(left))} not expected beside awq's qweight")
         read = self._read_gemm if self.layout == "gemm" else self._read_gemv
@@ -101,7 +105,8 @@ class AWQFormat:
         return QuantizedWeight(self.scheme, codes, scale)
 
     def _read_gemm(self, words: Tensor, qzeros: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        k, n = words.shape[0], words.shape[1] * 8
+        k = words.shape[0]
+        n = words.shape[1] * 8
         groups = self.scheme.weight.granularity.scale_shape(n, k)[1]
         why = f"of qweight {list(words.shape)} in the gemm layout and {self.scheme}"
         check_shape("scales", scale, (groups, n), why)
@@ -109,8 +114,10 @@ class AWQFormat:
         return _unpack(words).t().contiguous(), scale.t().contiguous(), _unpack(qzeros).t().contiguous()
 
     def _read_gemv(self, words: Tensor, qzeros: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        n, k = words.shape[0], words.shape[1] * 8
-        groups, width = self.scheme.weight.granularity.scale_shape(n, k)[1], qzeros.shape[1]
+        n = words.shape[0]
+        k = words.shape[1] * 8
+        groups = self.scheme.weight.granularity.scale_shape(n, k)[1]
+        width = qzeros.shape[1]
         if 8 * width < groups or qzeros.shape[0] != n:
             raise FormatError(f"qzeros is {list(qzeros.shape)} for [{n}, {k}] and {groups} groups in the gemv layout")
         check_shape("scales", scale, (n, 8 * width), f"of qzeros {list(qzeros.shape)} in the gemv layout")
@@ -126,7 +133,8 @@ def _pack(codes: Tensor) -> Tensor:
 
 def _unpack(words: Tensor) -> Tensor:
     """The inverse of `_pack`."""
-    rows, columns = words.shape[0], words.shape[1] * 8
+    rows = words.shape[0]
+    columns = words.shape[1] * 8
     return unpack(words, 4, columns).view(rows, columns // 8, 8)[:, :, PLACE].reshape(rows, columns)
 
 

@@ -59,7 +59,8 @@ class CompressedTensorsFormat:
     @property
     def layout(self) -> Layout:
         """The layout to write, as vLLM reads it: packed for weight-only integers, and for int4 with fp8 input."""
-        w, a = self.scheme.weight, self.scheme.activation
+        w = self.scheme.weight
+        a = self.scheme.activation
         if w.is_float:
             return "plain"
         return "packed" if a is None or (a.dtype == "fp8_e4m3" and w.bits < 8) else "plain"
@@ -75,7 +76,9 @@ class CompressedTensorsFormat:
 
     def tensors(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
         """What `write` will return for a weight of this shape."""
-        n, k, w = out_features, in_features, self.scheme.weight
+        n = out_features
+        k = in_features
+        w = self.scheme.weight
         scale_shape = w.granularity.scale_shape(n, k)
         # One scale for all is stored as [1]; vLLM's loader takes no [1, 1].
         specs = {"weight_scale": TensorSpec(self.scale_dtype, (1,) if w.granularity.kind == "tensor" else scale_shape)}
@@ -158,7 +161,8 @@ class CompressedTensorsFormat:
     def _read_codes(self, left: dict[str, Tensor]) -> Tensor:
         w = self.scheme.weight
         if "weight_packed" in left:
-            words, (n, k) = left.pop("weight_packed"), read_shape(take(left, "weight_shape"))
+            words = left.pop("weight_packed")
+            n, k = read_shape(take(left, "weight_shape"))
             if words.dtype != torch.int32 or words.ndim != 2 or words.shape[0] != n or w.is_float:
                 raise FormatError(f"weight_packed is {words.dtype} {list(words.shape)} for {w.dtype} [{n}, {k}]")
             try:
@@ -301,7 +305,8 @@ def _group(
     scheme: QuantScheme, targets: list[str], observer: str, actorder: Literal["group", "static"] | None
 ) -> dict[str, Any]:
     """One entry of config_groups."""
-    w, a = scheme.weight, scheme.activation
+    w = scheme.weight
+    a = scheme.activation
     weights = _args(
         actorder=actorder,
         num_bits=w.bits,

@@ -197,7 +197,8 @@ def _fp4_format(weights: Mapping[str, Any], activation: ActivationScheme | None,
 
 def parse_weights(args: Mapping[str, Any]) -> WeightScheme:
     """compressed-tensors' QuantizationArgs of a weight. Raises SchemeError with the reason."""
-    bits, kind = args.get("num_bits", 8), args.get("type", "int")
+    bits = args.get("num_bits", 8)
+    kind = args.get("type", "int")
     symmetric = args.get("symmetric", True)
     if args.get("dynamic"):
         raise SchemeError("dynamic weight scales mean nothing")
@@ -211,7 +212,8 @@ def parse_weights(args: Mapping[str, Any]) -> WeightScheme:
 
 
 def _weight_granularity(args: Mapping[str, Any]) -> Granularity:
-    size, block = args.get("group_size"), args.get("block_structure")
+    size = args.get("group_size")
+    block = args.get("block_structure")
     strategy = args.get("strategy")
     if strategy is None:  # compressed-tensors infers it
         strategy = "tensor" if size is None else "channel" if size == -1 else "group"
@@ -235,7 +237,9 @@ def parse_activations(args: Mapping[str, Any] | None) -> ActivationScheme | None
     """compressed-tensors' QuantizationArgs of a layer's input. Raises SchemeError with the reason."""
     if not args:
         return None
-    bits, kind, strategy = args.get("num_bits", 8), args.get("type", "int"), args.get("strategy")
+    bits = args.get("num_bits", 8)
+    kind = args.get("type", "int")
+    strategy = args.get("strategy")
     dynamic = args.get("dynamic", False)
     if bits != 8:
         raise SchemeError(f"{bits}-bit {kind} activations are not supported; 8 bits are")
@@ -257,8 +261,11 @@ def parse_activations(args: Mapping[str, Any] | None) -> ActivationScheme | None
 def _parse_kv_cache(args: Mapping[str, Any] | None) -> str | None:
     if not args:
         return None
-    bits, kind, strategy = args.get("num_bits"), args.get("type"), args.get("strategy")
-    dynamic, symmetric = args.get("dynamic", False), args.get("symmetric", True)
+    bits = args.get("num_bits")
+    kind = args.get("type")
+    strategy = args.get("strategy")
+    dynamic = args.get("dynamic", False)
+    symmetric = args.get("symmetric", True)
     if bits != 8 or kind not in ("float", "int") or strategy not in ("tensor", "attn_head") or dynamic or not symmetric:
         raise FormatError(
             f"kv_cache_scheme with {bits}-bit {kind}, strategy {strategy}, dynamic {dynamic}, symmetric {symmetric}: "

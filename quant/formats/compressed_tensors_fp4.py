@@ -24,7 +24,8 @@ from octavo.quant.scheme import QuantScheme, WeightScheme, group
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of the low three bits; the fourth is the sign
 GROUP = {"nvfp4": 16, "mxfp4": 32}
-MX_BIAS, MX_NAN = 127, 255
+MX_BIAS = 127
+MX_NAN = 255
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ class Fp4Format:
             raise FormatError(
                 f"weight_packed is {packed.dtype} {list(packed.shape)}; {self.kind} stores uint8 [N, K / 2]"
             )
-        n, k = packed.shape[0], 2 * packed.shape[1]
+        n = packed.shape[0]
+        k = 2 * packed.shape[1]
         stored = take(left, "weight_scale")
         spec = self.tensors(n, k)["weight_scale"]
         if stored.dtype != spec.dtype or tuple(stored.shape) != spec.shape:

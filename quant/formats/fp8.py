@@ -28,7 +28,8 @@ from octavo.quant.qparams import QuantizedWeight
 from octavo.quant.safetensors_file import TensorSpec
 from octavo.quant.scheme import CHANNEL, TENSOR, ActivationScheme, Granularity, QuantScheme, WeightScheme, group
 
-WEIGHT_SCALES, INPUT_SCALES = ("weight_scale_inv", "weight_scale"), ("input_scale", "activation_scale")
+WEIGHT_SCALES = ("weight_scale_inv", "weight_scale")
+INPUT_SCALES = ("input_scale", "activation_scale")
 SUFFIXES = ("weight", *WEIGHT_SCALES, *INPUT_SCALES)
 NEVER_QUANTIZED = re.compile(r"(^|\.)(lm_head|gate|router)$")  # where there is no file to ask
 
@@ -160,7 +161,8 @@ def _scheme(config: _Config) -> QuantScheme:
 
 def check_writable(scheme: QuantScheme) -> None:
     """Raise FormatError with the reason when native FP8 has no word for a scheme."""
-    weight, activation = scheme.weight, scheme.activation
+    weight = scheme.weight
+    activation = scheme.activation
     if weight.dtype != "fp8_e4m3":
         raise FormatError(f"native fp8 has fp8_e4m3 weights, not {weight.dtype}; compressed-tensors carries {scheme}")
     block = weight.granularity.block
@@ -187,7 +189,8 @@ def write_fp8_config(schemes: QuantScheme | Mapping[str, QuantScheme], ignore: l
         )
     scheme = distinct.pop()
     check_writable(scheme)
-    block, activation = scheme.weight.granularity.block, scheme.activation
+    block = scheme.weight.granularity.block
+    activation = scheme.activation
     static = activation is not None and not activation.dynamic
     return {
         "activation_scheme": "static" if static else "dynamic",

@@ -64,7 +64,9 @@ class GPTQFormat:
 
     def tensors(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
         """What `write` will return for a weight of this shape. Raises FormatError where its sides don't fill words."""
-        n, k, bits = out_features, in_features, self.scheme.weight.bits
+        n = out_features
+        k = in_features
+        bits = self.scheme.weight.bits
         per_row = 32 if bits == 3 else 32 // bits
         for name, size in (("in_features", k), ("out_features", n)):
             if size % per_row:
@@ -97,9 +99,11 @@ class GPTQFormat:
 
     def read(self, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
         """The canonical weight. Raises FormatError when a tensor is missing, left over, or not as the scheme says."""
-        left, bits = dict(tensors), self.scheme.weight.bits
+        left = dict(tensors)
+        bits = self.scheme.weight.bits
         words = take_words(left, "qweight")
-        k, n = words.shape[0] * 32 // bits, words.shape[1]
+        k = words.shape[0] * 32 // bits
+        n = words.shape[1]
         if packed_columns(k, bits) != words.shape[0]:
             raise FormatError(f"qweight has {words.shape[0]} rows of words, which {bits}-bit weights don't fill")
         groups = self.scheme.weight.granularity.scale_shape(n, k)[1]

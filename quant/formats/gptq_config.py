@@ -91,7 +91,8 @@ def _merge(base: Mapping[str, Any], override: Mapping[str, Any] | None) -> dict[
 
 def make_format(settings: Mapping[str, Any], version: Version, whole_words: bool, where: str) -> GPTQFormat:
     """A layer's format by its bits, group_size, desc_act and sym. Raises FormatError, which begins with `where`."""
-    bits, size = settings["bits"], settings["group_size"]
+    bits = settings["bits"]
+    size = settings["group_size"]
     if bits not in INT_DTYPES:
         planar = ", which GPTQModel stores in a layout of their own (planar)" if bits in (5, 6, 7) else ""
         raise FormatError(f"{where}gptq with {bits} bits{planar} is not supported; {sorted(INT_DTYPES)} are")

@@ -59,7 +59,8 @@ class BlockRunner:
             self.dtype = choose_dtype("auto", self.spec.dtype, self.device, [])
         self.hidden_size = self.spec.hidden_size
         self.num_blocks = len(self.spec.layers)
-        self._prefix, self._seq_len = prefix, seq_len
+        self._prefix = prefix
+        self._seq_len = seq_len
         self._ops = select_ops(self.device, self.dtype)
         engine = EngineConfig(model=str(Path()), max_model_len=seq_len)
         self._source = _Tensors(prefix)
@@ -68,7 +69,7 @@ class BlockRunner:
         self.expert_counts: Tensor | None = None
         self._builder = DecoderBuilder(
             engine, self.spec, self._source, self.dtype, self.device, [], stacks_experts=False, rounds_inputs=True
-        )  # fmt: skip
+        )
 
     @property
     def embedding_name(self) -> str:
@@ -119,20 +120,27 @@ class BlockRunner:
 
     def folds(self, index: int) -> list[Fold]:
         """Where a scale per input channel can be hidden in the op before."""
-        spec, name = self.spec, f"{self._prefix}layers.{index}"
+        spec = self.spec
+        name = f"{self._prefix}layers.{index}"
         before_attention, _, before_mlp, _ = NORMS[spec.norms]
-        width, kv_width = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+        width = spec.num_heads * spec.head_dim
+        kv_width = spec.num_kv_heads * spec.head_dim
         folds = []
         if before_attention is not None:
             folds.append(Fold("qkv", f"{name}.{before_attention}", "norm", offset=spec.norm_offset))
-        v, up = f"{name}.self_attn.v_proj", f"{name}.mlp.up_proj"
-        v_rows, up_rows = None, None
+        v = f"{name}.self_attn.v_proj"
+        up = f"{name}.mlp.up_proj"
+        v_rows = None
+        up_rows = None
         if spec.fused:
-            v, v_rows = f"{name}.self_attn.qkv_proj", (width + kv_width, width + 2 * kv_width)
-            up, up_rows = f"{name}.mlp.gate_up_proj", (spec.intermediate_size, 2 * spec.intermediate_size)
+            v = f"{name}.self_attn.qkv_proj"
+            v_rows = (width + kv_width, width + 2 * kv_width)
+            up = f"{name}.mlp.gate_up_proj"
+            up_rows = (spec.intermediate_size, 2 * spec.intermediate_size)
         repeats = spec.num_heads // spec.num_kv_heads
         folds.append(Fold("o", v, "rows", rows=v_rows, repeats=repeats, head_dim=spec.head_dim))
-        sparse, also = spec.layers[index].sparse, tuple(self._routers[index])
+        sparse = spec.layers[index].sparse
+        also = tuple(self._routers[index])
         if before_mlp is not None:
             group = "experts.gate_up" if sparse else "gate_up"
             folds.append(Fold(group, f"{name}.{before_mlp}", "norm", offset=spec.norm_offset, also=also))
@@ -155,8 +163,11 @@ class BlockRunner:
         if record is not None:
             layer = self._recorded(layer, record)
         batch, length, width = hidden.shape
-        ops, eps, residual = self._ops, self.spec.norm_eps, hidden.reshape(batch * length, width)
-        inputs, cache = _step(batch, length, self.device), self._cache(batch)
+        ops = self._ops
+        eps = self.spec.norm_eps
+        residual = hidden.reshape(batch * length, width)
+        inputs = _step(batch, length, self.device)
+        cache = self._cache(batch)
 
         normed = residual if layer.before_attention is None else ops.rms_norm(residual, layer.before_attention, eps)
         qkv = layer.qkv.forward(normed)
@@ -164,7 +175,8 @@ class BlockRunner:
         if record_kv is not None:
             record_kv(*(t.transpose(1, 2).flatten(0, 1) for t in (cache.key, cache.value)))
         attended = layer.o.forward(ops.attention(q, inputs, cache, layer.shape))
-        after, multiplier = layer.after_attention, self.spec.residual_multiplier
+        after = layer.after_attention
+        multiplier = self.spec.residual_multiplier
         normed, residual = ops.add_rms_norm(attended, residual, layer.before_mlp, eps, after, multiplier)
         _, residual = ops.add_rms_norm(layer.mlp.forward(normed), residual, None, eps, layer.after_mlp, multiplier)
         return residual.view(batch, length, width)
@@ -203,7 +215,8 @@ class _Recorded(Linear):
 
     def __init__(self, inner: Linear, name: str, record: Record) -> None:
         super().__init__(inner._scheme, inner._bodies, inner._bias)
-        self._name, self._record = name, record
+        self._name = name
+        self._record = record
 
     def forward(self, x: Hidden) -> Tensor:
         assert isinstance(x, Tensor)  # calibration's layers are dense: none wants a rounded input

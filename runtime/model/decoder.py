@@ -128,22 +128,26 @@ class Decoder:
 
         tap is called after each layer with its number and the residual stream, for whoever measures.
         """
-        ops, eps = self.ops, self.spec.norm_eps
+        ops = self.ops
+        eps = self.spec.norm_eps
         last = len(self._layers) - 1
         some_rows = inputs.logits_index.shape[0] != inputs.token_ids.shape[0]
         cuts_rows = some_rows and inputs.max_query_len > 1  # of the last layer: nothing reads them, and they are many
 
         residual = ops.embed(inputs.token_ids, self._embedding, self._embedding_scale)
-        first_norm, rounding = self._layers[0].before_attention, _rounding(self._layers[0].qkv.wants)
+        first_norm = self._layers[0].before_attention
+        rounding = _rounding(self._layers[0].qkv.wants)
         hidden = residual if first_norm is None else ops.rms_norm(residual, first_norm, eps, **rounding)
 
         for i, (layer, cache) in enumerate(zip(self._layers, caches, strict=True)):
             qkv = layer.qkv.partial(hidden)
-            rotation, is_cut = (layer.cos_sin, layer.q_norm, layer.k_norm, eps), cuts_rows and i == last
+            rotation = (layer.cos_sin, layer.q_norm, layer.k_norm, eps)
+            is_cut = cuts_rows and i == last
             rounding = _rounding(None if is_cut else layer.o.wants)
             hidden = ops.rope_and_attention(qkv, inputs, cache, layer.shape, *rotation, **rounding)
             if is_cut:
-                hidden, residual = hidden[inputs.logits_index], residual[inputs.logits_index]
+                hidden = hidden[inputs.logits_index]
+                residual = residual[inputs.logits_index]
             hidden, residual = self._add_and_norm(
                 layer.o.partial(hidden), residual, layer.after_attention, layer.before_mlp, layer.mlp.wants
             )
@@ -165,10 +169,9 @@ class Decoder:
         wants: Rounding | None,
     ) -> tuple[Any, Tensor]:
         """A sublayer's output onto the residual: (input of the next sublayer, rounded as it wants; new residual)."""
-        multiplier, rounding = self.spec.residual_multiplier, _rounding(wants)
-        return self.ops.add_rms_norm(
-            hidden, residual, before_next, self.spec.norm_eps, after, multiplier, **rounding
-        )  # fmt: skip
+        multiplier = self.spec.residual_multiplier
+        rounding = _rounding(wants)
+        return self.ops.add_rms_norm(hidden, residual, before_next, self.spec.norm_eps, after, multiplier, **rounding)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         logits = self._lm_head.forward(hidden)

@@ -58,5 +58,6 @@ def sparse_layers(settings: Mapping[str, Any], moe: MoeSpec | None, row: Archite
         return [False] * count
     if row.experts == "all":
         return [True] * count
-    step, dense = settings["decoder_sparse_step"], settings["mlp_only_layers"]
+    step = settings["decoder_sparse_step"]
+    dense = settings["mlp_only_layers"]
     return [(i + 1) % step == 0 and i not in dense for i in range(count)]

@@ -17,7 +17,8 @@ def check_dense(checkpoint: Checkpoint) -> DecoderSpec:
     Raises UnsupportedModelError for a config that the decoder doesn't have, and LoadError or CheckpointError for a
     tensor that is missing, of another shape, no float, or one too many.
     """
-    spec, source = DecoderSpec.from_hf(checkpoint.config), CheckpointSource(checkpoint)
+    spec = DecoderSpec.from_hf(checkpoint.config)
+    source = CheckpointSource(checkpoint)
     prefix = source.prefix
     source.require(required_modules(spec, prefix, source.has))
     source.tensor(f"{prefix}embed_tokens.weight", (spec.vocab_size, spec.hidden_size))

@@ -61,7 +61,8 @@ class GatedMlp:
         return self.down.forward(self.act(self.gate_up.forward(x)))
 
     def partial(self, x: Hidden) -> Tensor:
-        gate_up, wants = self.gate_up.partial(x), self.down.wants
+        gate_up = self.gate_up.partial(x)
+        wants = self.down.wants
         return self.down.partial(self.act(gate_up) if wants is None else self.act(gate_up, wants))
 
     def linears(self) -> dict[str, Linear]:

@@ -10,7 +10,8 @@ from octavo.runtime.model.spec import DecoderSpec
 
 Has = Callable[[str], bool]  # whether a checkpoint has any tensor of a module
 
-QKV, GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+QKV = ("q_proj", "k_proj", "v_proj")
+GATE_UP = ("gate_proj", "up_proj")
 NORMS = {  # (before attention, after attention, before the MLP, after the MLP)
     "pre": ("input_layernorm", None, "post_attention_layernorm", None),
     "sandwich": (
@@ -64,8 +65,10 @@ def expert_names(spec: DecoderSpec, layer: str, has: Has) -> ExpertNames:
 
 def layer_linears(spec: DecoderSpec, index: int, prefix: str, has: Has) -> dict[str, LinearParts]:
     """All linear layers of layer `index`, by the names that DecoderLayer.linears has, in the order of computing."""
-    layer, hidden = f"{prefix}layers.{index}", spec.hidden_size
-    width, kv_width = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    layer = f"{prefix}layers.{index}"
+    hidden = spec.hidden_size
+    width = spec.num_heads * spec.head_dim
+    kv_width = spec.num_kv_heads * spec.head_dim
     qkv = dict(zip(QKV, (width, kv_width, kv_width), strict=True))
     if spec.fused:
         qkv = {"qkv_proj": width + 2 * kv_width}

@@ -63,9 +63,14 @@ def _rms_norm(dtype: torch.dtype, x: Tensor, weight: Tensor, eps: float, wants: 
 
 
 def _add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, after: Tensor | None = None,
-    multiplier: float = 1.0, wants: Rounding | None = None,
-) -> tuple[Hidden, Tensor]:  # fmt: skip
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    after: Tensor | None = None,
+    multiplier: float = 1.0,
+    wants: Rounding | None = None,
+) -> tuple[Hidden, Tensor]:
     total = torch.empty_like(residual)
     plain = weight is None and wants is None
     result, out, rounding = (total, total, {}) if plain else _room(x, x.shape[-1], residual.dtype, wants)

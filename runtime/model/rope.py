@@ -92,7 +92,8 @@ class RopeSpec:
                 case "linear" | "dynamic":
                     return cls(*common, factor=float(rope["factor"]))
                 case "llama3":
-                    low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
+                    low = float(rope["low_freq_factor"])
+                    high = float(rope["high_freq_factor"])
                     return cls(*common, factor=float(rope["factor"]), low_freq_factor=low, high_freq_factor=high)
                 case "yarn":
                     return cls(
@@ -123,7 +124,8 @@ def _yarn_attention_factor(rope: dict[str, Any]) -> float:
 
 
 def _longrope_fields(rope: dict[str, Any], rotary_dim: int, max_position: int, original: int) -> dict[str, Any]:
-    short, long = tuple(rope["short_factor"]), tuple(rope["long_factor"])
+    short = tuple(rope["short_factor"])
+    long = tuple(rope["long_factor"])
     for name, factors in (("short_factor", short), ("long_factor", long)):
         if len(factors) != rotary_dim // 2:
             raise RopeError(f"longrope: {name} has {len(factors)} entries; rotary_dim {rotary_dim} needs half as many")
@@ -181,10 +183,13 @@ def _yarn(spec: RopeSpec, frequencies: Tensor) -> Tensor:
         turns = math.log(spec.original_max_position / (rotations * 2 * math.pi))
         return (spec.rotary_dim * turns) / (2 * math.log(spec.theta))
 
-    low, high = correction_dim(spec.beta_fast), correction_dim(spec.beta_slow)
+    low = correction_dim(spec.beta_fast)
+    high = correction_dim(spec.beta_slow)
     if spec.truncate:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, spec.rotary_dim - 1)
+        low = math.floor(low)
+        high = math.ceil(high)
+    low = max(low, 0)
+    high = min(high, spec.rotary_dim - 1)
     if low == high:
         high += 0.001  # the ramp divides by their difference
     ramp = torch.arange(spec.rotary_dim // 2, dtype=torch.float32)

@@ -121,7 +121,8 @@ class DummySource:
     def __init__(self, config: dict[str, Any], dtype: torch.dtype, device: torch.device, seed: int) -> None:
         quantization = quantization_dict(config)
         self._quantization = parse_quantization(quantization) if quantization is not None else None
-        self._dtype, self._device = dtype, device
+        self._dtype = dtype
+        self._device = device
         self._generator = torch.Generator(device).manual_seed(seed)
 
     def has(self, module: str) -> bool:  # noqa: ARG002

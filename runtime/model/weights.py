@@ -85,10 +85,9 @@ def _load_hf(config: EngineConfig, hf_config: dict[str, Any], reason: str) -> Mo
     return model
 
 
-def _load_decoder(
-    config: EngineConfig, spec: DecoderSpec, hf_config: dict[str, Any], rounds_inputs: bool
-) -> Decoder:  # fmt: skip
-    device, directory = choose_device(config.device), Path(config.model)
+def _load_decoder(config: EngineConfig, spec: DecoderSpec, hf_config: dict[str, Any], rounds_inputs: bool) -> Decoder:
+    device = choose_device(config.device)
+    directory = Path(config.model)
     notes = take_tables(device)
     notes += [f"config.json has {key}, which octavo doesn't know and doesn't use" for key in spec.unknown_keys]
     dtype = choose_dtype(config.dtype, spec.dtype, device, notes)
@@ -169,9 +168,14 @@ class DecoderBuilder:
 
         rounds_inputs: as of `load_model`.
         """
-        self.config, self.spec, self.source = config, spec, source
-        self.dtype, self.device, self.notes = dtype, device, notes
-        self.stacks_experts, self.rounds_inputs = stacks_experts, rounds_inputs
+        self.config = config
+        self.spec = spec
+        self.source = source
+        self.dtype = dtype
+        self.device = device
+        self.notes = notes
+        self.stacks_experts = stacks_experts
+        self.rounds_inputs = rounds_inputs
         self.capability = capability(device)
         self.ops = select_ops(device, dtype)
         self.act = {"silu": self.ops.silu_and_mul, "gelu_tanh": self.ops.gelu_tanh_and_mul}[spec.activation]
@@ -183,7 +187,8 @@ class DecoderBuilder:
         self._tables: dict[RopeSpec, Tensor] = {}
 
     def build(self) -> Decoder:
-        spec, prefix = self.spec, self.source.prefix
+        spec = self.spec
+        prefix = self.source.prefix
         shape = (spec.vocab_size, spec.hidden_size)
         embedding = self.source.tensor(f"{prefix}embed_tokens.weight", shape).to(self.device, self.dtype, copy=True)
         layers = [self.layer(i) for i in range(len(spec.layers))]
@@ -204,11 +209,13 @@ class DecoderBuilder:
 
     def layer(self, index: int) -> DecoderLayer:
         spec = self.spec
-        layer, name = spec.layers[index], f"{self.source.prefix}layers.{index}"
+        layer = spec.layers[index]
+        name = f"{self.source.prefix}layers.{index}"
         parts = layer_linears(spec, index, self.source.prefix, self.source.has)
         qkv, o = (self._linear(*self._read(parts[kind])) for kind in ("qkv", "o"))
         mlp = self._mlp(index, parts)
-        width, kv_width = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+        width = spec.num_heads * spec.head_dim
+        kv_width = spec.num_kv_heads * spec.head_dim
         norms = [self._norm(f"{name}.{norm}", spec.hidden_size) if norm else None for norm in NORMS[spec.norms]]
         q_norm, k_norm = self._qk_norms(f"{name}.self_attn", width, kv_width)
         return DecoderLayer(
@@ -233,7 +240,8 @@ class DecoderBuilder:
         )
 
     def _mlp(self, index: int, parts: dict[str, LinearParts]) -> Mlp:
-        spec, moe = self.spec, self.spec.moe
+        spec = self.spec
+        moe = self.spec.moe
         if moe is None or not spec.layers[index].sparse:
             return self._gated(*self._read_gated(parts, ""))
         modules = routers(spec, index, self.source.prefix, self.source.has)

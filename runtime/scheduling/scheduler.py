@@ -112,7 +112,8 @@ class Scheduler:
         return None
 
     def _refusal(self, request: AddRequest) -> str | None:
-        config, num_prompt = self.config, len(request.token_ids)
+        config = self.config
+        num_prompt = len(request.token_ids)
         if num_prompt == 0:
             return "the prompt is empty: at least one token is needed"
         if num_prompt >= config.max_model_len:
@@ -285,7 +286,8 @@ class Scheduler:
         )
 
     def _finish_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
-        params, length = sequence.params, len(sequence.token_ids)
+        params = sequence.params
+        length = len(sequence.token_ids)
         num_outputs = length - sequence.num_prompt
         if token in params.stop_token_ids and num_outputs > params.min_tokens:
             return "stop"
@@ -314,7 +316,9 @@ class Scheduler:
     def _release(self, sequence: Sequence) -> None:
         self.pool.release(sequence.blocks)
         self._free_rows.append(sequence.row)
-        sequence.blocks, sequence.row, sequence.num_computed = [], -1, 0
+        sequence.blocks = []
+        sequence.row = -1
+        sequence.num_computed = 0
 
     def stats(self) -> EngineStats:
         return EngineStats(

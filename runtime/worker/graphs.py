@@ -45,7 +45,8 @@ class StepGraphs:
         max_num_batched_tokens: int = MOST_TOKENS,
     ) -> None:
         """Captures all buckets that a step can need, the largest first, so that they share memory."""
-        self._model, self._caches = model, caches
+        self._model = model
+        self._caches = caches
         self._sizes = sizes_for(max_num_seqs, max_num_batched_tokens)
         width = -(-max_model_len // caches[0].block_size)
         most_tokens, most_seqs = (max(column) for column in zip(*self._sizes, strict=True))
@@ -113,7 +114,8 @@ class StepBuffers:
                 name: packed[begin : begin + n * TYPES[name].itemsize].view(TYPES[name]) for (name, n), begin in begins
             }
 
-        self._host, self._device = parts(self._packed_host), parts(self._packed)
+        self._host = parts(self._packed_host)
+        self._device = parts(self._packed)
 
     def view(self, size: Size, max_seq_len: int) -> StepInputs:
         """What a graph of that size is captured with: always the same memory."""
@@ -139,7 +141,8 @@ class StepBuffers:
             given = getattr(inputs, name)
             held[: given.shape[0]] = given
             held[given.shape[0] :] = 0
-        tokens, seqs = inputs.token_ids.shape[0], inputs.seq_lens.shape[0]
+        tokens = inputs.token_ids.shape[0]
+        seqs = inputs.seq_lens.shape[0]
         self._fill_up(tokens, seqs, size)
         self._packed.copy_(self._packed_host, non_blocking=True)
         self._copied.set()

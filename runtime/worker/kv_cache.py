@@ -208,7 +208,8 @@ def measure_scales(model: Model, dtype: torch.dtype, notes: list[str]) -> KVScal
 
 def _one_prefill(token_ids: torch.Tensor) -> StepInputs:
     """One sequence that fills one block."""
-    length, device = token_ids.shape[0], token_ids.device
+    length = token_ids.shape[0]
+    device = token_ids.device
     positions = torch.arange(length, device=device)
     return StepInputs(
         token_ids=token_ids,

@@ -50,7 +50,9 @@ def _biases(sequence: Sequence, vocab: int) -> dict[int, float]:
 
 def _punish(logits: Tensor, punished: Rows[tuple[int, Sequence]], ops: SamplingOps) -> None:
     """All rows at once, over the tokens that have occurred: the others have nothing to be punished for."""
-    tokens, counts, sizes = [], [], []
+    tokens = []
+    counts = []
+    sizes = []
     penalties = np.zeros((3, len(logits)), dtype=np.float32)
     for row, sequence in punished:
         if sequence.token_counts is None:

@@ -95,7 +95,8 @@ class Sampler:
         found: dict[int, list[Logprobs]] = {}
         begin = 0
         for index, work in enumerate(plan.works):
-            sequence, last = work.sequence, min(work.end, work.sequence.num_prompt - 1)
+            sequence = work.sequence
+            last = min(work.end, work.sequence.num_prompt - 1)
             if sequence.wants_prompt_logprobs and last > work.first_logit and index not in errors:
                 targets = sequence.token_ids[work.first_logit + 1 : last + 1]
                 count = sequence.params.prompt_logprobs or 0

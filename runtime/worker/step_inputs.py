@@ -35,7 +35,8 @@ class InputBuilder:
         query_starts = np.zeros(len(works) + 1, dtype=np.int64)
         np.cumsum(sizes, out=query_starts[1:])
         if plan.num_tokens == len(works):  # one token each: a decode step
-            positions, token_rows = starts, rows
+            positions = starts
+            token_rows = rows
         else:
             positions = np.arange(plan.num_tokens) + np.repeat(starts - query_starts[:-1], sizes)
             token_rows = np.repeat(rows, sizes)
@@ -61,7 +62,8 @@ class InputBuilder:
         if work.is_new:
             self._tables[row] = 0
             self._num_filled[row] = 0
-        filled, held = self._num_filled[row], len(sequence.blocks)
+        filled = self._num_filled[row]
+        held = len(sequence.blocks)
         if filled < held:
             self._tables[row, filled:held] = sequence.blocks[filled:]
             self._num_filled[row] = held

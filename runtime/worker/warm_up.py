@@ -23,9 +23,15 @@ from octavo.runtime.worker import kv_cache
 from octavo.runtime.worker.step_inputs import empty_step
 
 EVERYTHING = SamplingParams(
-    max_tokens=2, top_k=20, top_p=0.9, min_p=0.01, presence_penalty=0.1, logit_bias={0: -1.0}, logprobs=1,
+    max_tokens=2,
+    top_k=20,
+    top_p=0.9,
+    min_p=0.01,
+    presence_penalty=0.1,
+    logit_bias={0: -1.0},
+    logprobs=1,
     prompt_logprobs=1,
-)  # fmt: skip
+)
 """What can be asked of a sampler."""
 
 
@@ -77,7 +83,8 @@ def _pairs(model: Decoder) -> set[float]:
     """Of a token with experts, and such pairs an expert; the slices of a shared expert are experts to its kernels."""
     found: set[float] = set()
     for mixture in model.mixtures:
-        each, num_experts = mixture.top_k + mixture.slices, mixture.experts.down.shape[0]
+        each = mixture.top_k + mixture.slices
+        num_experts = mixture.experts.down.shape[0]
         found |= {each, each / num_experts}
     return found
 

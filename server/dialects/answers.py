@@ -99,15 +99,20 @@ class CompletionAnswer:
         return {**self._head, "choices": choices}
 
     def _choice(self, delta: Delta) -> Json:
-        request, tokenizer = self.request, self._model.tokenizer
+        request = self.request
+        tokenizer = self._model.tokenizer
         prompt_ids = self.choices[delta.index].request.token_ids
-        text, ids, offsets = delta.text, delta.token_ids, delta.offsets
+        text = delta.text
+        ids = delta.token_ids
+        offsets = delta.offsets
         entries: list[Any] = delta.logprobs
         if request.echo:
             echo, starts = self._echoes[delta.index // request.num_choices]
             offsets = [offset + len(echo) for offset in offsets]
             if delta.is_first:
-                text, ids, offsets = echo + text, prompt_ids + ids, starts + offsets
+                text = echo + text
+                ids = prompt_ids + ids
+                offsets = starts + offsets
                 entries = (delta.prompt_logprobs or []) + entries
         content: Json = {
             "index": delta.index,

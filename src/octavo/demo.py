@@ -162,7 +162,8 @@ def _stream_answer(url: str) -> None:
     client = _client(url)
     model = client.models.list().data[0].id
     begun = time.monotonic()
-    first, usage = 0.0, None
+    first = 0.0
+    usage = None
     print(f"\n   > {QUESTION}\n   ", end="", flush=True)
     for chunk in client.chat.completions.create(
         model=model,

@@ -45,9 +45,15 @@ from octavo.kernels.quantized_activation import Hidden, Rounded, Rounding
 
 @triton.jit
 def shares(
-    sequence, seq_lens, query_starts, window,
-    BLOCK_N: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr, HAS_WINDOW: tl.constexpr,
-):  # fmt: skip
+    sequence,
+    seq_lens,
+    query_starts,
+    window,
+    BLOCK_N: tl.constexpr,
+    LEAST: tl.constexpr,
+    MOST: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+):
     """Of a sequence: its first query, how many, its tokens, the first that is seen, a share's length, the shares."""
     first = tl.load(query_starts + sequence)
     queries = tl.load(query_starts + sequence + 1) - first
@@ -60,11 +66,20 @@ def shares(
 
 @triton.jit
 def _store(
-    out, result, row, first, queries, head, kv_heads,
-    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
+    out,
+    result,
+    row,
+    first,
+    queries,
+    head,
+    kv_heads,
+    HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr,
+    GROUP: tl.constexpr,
+):
     """Rows [R] of a KV head's queries, the first of which is `first` of all, into out."""
-    query, at = row // GROUP, tl.arange(0, DIM)
+    query = row // GROUP
+    at = tl.arange(0, DIM)
     place = ((first + query).to(tl.int64) * kv_heads + head) * GROUP + row % GROUP
     here = (query < queries)[:, None] & (at < HEAD_DIM)[None, :]
     tl.store(out + place[:, None] * HEAD_DIM + at[None, :], narrow(result, out.dtype.element_ty), mask=here)
@@ -72,15 +87,25 @@ def _store(
 
 @triton.jit
 def _merged(
-    partial, lse, place, parts, rows,
-    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, ALL_ROWS: tl.constexpr, ROWS: tl.constexpr, SHARES: tl.constexpr,
-):  # fmt: skip
+    partial,
+    lse,
+    place,
+    parts,
+    rows,
+    HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr,
+    ALL_ROWS: tl.constexpr,
+    ROWS: tl.constexpr,
+    SHARES: tl.constexpr,
+):
     """Weighted means [ROWS, DIM] of what the shares from row `place` on have found, in the order of their numbers.
 
     Other SMs wrote them: loads go past L1. SHARES at a time are in registers: few enough to leave `attend` its blocks.
     """
-    row, at = tl.arange(0, ROWS), tl.arange(0, DIM)
-    top, total = tl.full((ROWS,), MASKED_SCORE, tl.float32), tl.zeros((ROWS,), tl.float32)
+    row = tl.arange(0, ROWS)
+    at = tl.arange(0, DIM)
+    top = tl.full((ROWS,), MASKED_SCORE, tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
     result = tl.zeros((ROWS, DIM), tl.float32)
     for start in range(0, parts, SHARES):
         part = start + tl.arange(0, SHARES)
@@ -92,7 +117,8 @@ def _merged(
             partial + at_row[:, :, None] * HEAD_DIM + at[None, None, :], mask=mask, other=0.0, cache_modifier=".cg"
         )
         higher = tl.maximum(top, tl.max(size, axis=0))
-        weight, shrink = tl.exp2(size - higher[None, :]), tl.exp2(top - higher)
+        weight = tl.exp2(size - higher[None, :])
+        shrink = tl.exp2(top - higher)
         top = higher
         total = total * shrink + tl.sum(weight, axis=0)
         result = result * shrink[:, None] + tl.sum(each * weight[:, :, None], axis=0)
@@ -101,32 +127,92 @@ def _merged(
 
 @triton.jit
 def attend_share(
-    queries, unit, key, value, key_scale, value_scale, table, head, kv_heads, begin, end, position,
-    scale, window, soft_cap,
-    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
-    KEY_CODE: tl.constexpr, VALUE_CODE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr,
-):  # fmt: skip
+    queries,
+    unit,
+    key,
+    value,
+    key_scale,
+    value_scale,
+    table,
+    head,
+    kv_heads,
+    begin,
+    end,
+    position,
+    scale,
+    window,
+    soft_cap,
+    HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    KEY_CODE: tl.constexpr,
+    VALUE_CODE: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+):
     """Of the tokens begin .. end: the weighted mean of values [R, DIM], largest score and sum of weights [R]."""
     factor = unit * (scale * tl.load(key_scale + head) * (1.0 if HAS_CAP else LOG2_E))
     state = attend(
-        nothing_yet(unit.shape[0], DIM, VALUE_CODE), queries, factor, key, value, table, head, kv_heads, begin, end,
-        position, window, soft_cap, HEAD_DIM, DIM, BLOCK_SIZE, BLOCK_N, KEY_CODE, VALUE_CODE, HAS_WINDOW, HAS_CAP, True,
-    )  # fmt: skip
+        nothing_yet(unit.shape[0], DIM, VALUE_CODE),
+        queries,
+        factor,
+        key,
+        value,
+        table,
+        head,
+        kv_heads,
+        begin,
+        end,
+        position,
+        window,
+        soft_cap,
+        HEAD_DIM,
+        DIM,
+        BLOCK_SIZE,
+        BLOCK_N,
+        KEY_CODE,
+        VALUE_CODE,
+        HAS_WINDOW,
+        HAS_CAP,
+        True,
+    )
     return mixed(state, tl.load(value_scale + head), VALUE_CODE), state[0], state[1]
 
 
 @triton.jit
 def finish_share(
-    result, top, total, out, partial, lse, counters, sequence, head, kv_heads, part, parts, most_parts, first, queries,
+    result,
+    top,
+    total,
+    out,
+    partial,
+    lse,
+    counters,
+    sequence,
+    head,
+    kv_heads,
+    part,
+    parts,
+    most_parts,
+    first,
+    queries,
     rounding,
-    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr,
-    MERGED_ROWS: tl.constexpr, MERGED_SHARES: tl.constexpr, ROUND_GROUP: tl.constexpr, ROW_BLOCK: tl.constexpr,
-):  # fmt: skip
+    HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr,
+    GROUP: tl.constexpr,
+    QUERIES: tl.constexpr,
+    MERGED_ROWS: tl.constexpr,
+    MERGED_SHARES: tl.constexpr,
+    ROUND_GROUP: tl.constexpr,
+    ROW_BLOCK: tl.constexpr,
+):
     """Store what `attend_share` found: into out where a share is all, else aside, and merge where it is the last.
 
     rounding: what `row_arguments` names; where it has codes, who stores the last of a sequence's heads rounds the row.
     """
-    row, at = tl.arange(0, top.shape[0]), tl.arange(0, DIM)
+    row = tl.arange(0, top.shape[0])
+    at = tl.arange(0, DIM)
     is_whole = parts == 1
     if is_whole:
         _store(out, result, row, first, queries, head, kv_heads, HEAD_DIM, DIM, GROUP)
@@ -142,9 +228,17 @@ def finish_share(
         is_whole = is_last(counters + pair, parts)
         if is_whole:
             whole = _merged(
-                partial, lse, pair * most_parts * all_rows, parts, queries * GROUP,
-                HEAD_DIM, DIM, all_rows, MERGED_ROWS, MERGED_SHARES,
-            )  # fmt: skip
+                partial,
+                lse,
+                pair * most_parts * all_rows,
+                parts,
+                queries * GROUP,
+                HEAD_DIM,
+                DIM,
+                all_rows,
+                MERGED_ROWS,
+                MERGED_SHARES,
+            )
             _store(out, whole, tl.arange(0, MERGED_ROWS), first, queries, head, kv_heads, HEAD_DIM, DIM, GROUP)
     codes, scales, stored, places, last_counter, row_width = rounding
     if codes is not None and is_whole and queries == 1:
@@ -155,9 +249,17 @@ def finish_share(
 
 @triton.jit
 def shares_end(
-    seq_lens, query_starts, sequences, window, SEQUENCES: tl.constexpr, QUERIES: tl.constexpr,
-    BLOCK_N: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr, HAS_WINDOW: tl.constexpr,
-):  # fmt: skip
+    seq_lens,
+    query_starts,
+    sequences,
+    window,
+    SEQUENCES: tl.constexpr,
+    QUERIES: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    LEAST: tl.constexpr,
+    MOST: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+):
     """Where each sequence's shares end in a list of all shares [SEQUENCES]; with more than QUERIES it has none."""
     s = tl.arange(0, SEQUENCES)
     _, queries, _, _, _, parts = shares(
@@ -175,13 +277,46 @@ def share_at(place, ends):
 
 @triton.jit
 def _decode_share(
-    sequence, head, part, q, out, partial, lse, counters, key, value, key_scale, value_scale, block_tables, seq_lens,
-    query_starts, table_width, kv_heads, most_parts, scale, window, soft_cap, rounding,
-    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr,
-    KEY_CODE: tl.constexpr, VALUE_CODE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr,
-    MERGED_ROWS: tl.constexpr, MERGED_SHARES: tl.constexpr, ROUND_GROUP: tl.constexpr, ROW_BLOCK: tl.constexpr,
-):  # fmt: skip
+    sequence,
+    head,
+    part,
+    q,
+    out,
+    partial,
+    lse,
+    counters,
+    key,
+    value,
+    key_scale,
+    value_scale,
+    block_tables,
+    seq_lens,
+    query_starts,
+    table_width,
+    kv_heads,
+    most_parts,
+    scale,
+    window,
+    soft_cap,
+    rounding,
+    HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr,
+    GROUP: tl.constexpr,
+    QUERIES: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    LEAST: tl.constexpr,
+    MOST: tl.constexpr,
+    KEY_CODE: tl.constexpr,
+    VALUE_CODE: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    MERGED_ROWS: tl.constexpr,
+    MERGED_SHARES: tl.constexpr,
+    ROUND_GROUP: tl.constexpr,
+    ROW_BLOCK: tl.constexpr,
+):
     first, queries, length, begin, share, parts = shares(
         sequence, seq_lens, query_starts, window, BLOCK_N, LEAST, MOST, HAS_WINDOW
     )
@@ -192,37 +327,149 @@ def _decode_share(
         even, odd, unit = load_queries(q, place, query < queries, key, HEAD_DIM, DIM, KEY_CODE)
         begin += part * share
         result, top, total = attend_share(
-            (even, odd), unit, key, value, key_scale, value_scale, block_tables + sequence.to(tl.int64) * table_width,
-            head, kv_heads, begin, tl.minimum(begin + share, length), length - queries + query, scale, window, soft_cap,
-            HEAD_DIM, DIM, BLOCK_SIZE, BLOCK_N, KEY_CODE, VALUE_CODE, HAS_WINDOW, HAS_CAP,
-        )  # fmt: skip
+            (even, odd),
+            unit,
+            key,
+            value,
+            key_scale,
+            value_scale,
+            block_tables + sequence.to(tl.int64) * table_width,
+            head,
+            kv_heads,
+            begin,
+            tl.minimum(begin + share, length),
+            length - queries + query,
+            scale,
+            window,
+            soft_cap,
+            HEAD_DIM,
+            DIM,
+            BLOCK_SIZE,
+            BLOCK_N,
+            KEY_CODE,
+            VALUE_CODE,
+            HAS_WINDOW,
+            HAS_CAP,
+        )
         finish_share(
-            result, top, total, out, partial, lse, counters, sequence, head, kv_heads, part, parts, most_parts,
-            first, queries, rounding, HEAD_DIM, DIM, GROUP, QUERIES, MERGED_ROWS, MERGED_SHARES,
-            ROUND_GROUP, ROW_BLOCK,
-        )  # fmt: skip
+            result,
+            top,
+            total,
+            out,
+            partial,
+            lse,
+            counters,
+            sequence,
+            head,
+            kv_heads,
+            part,
+            parts,
+            most_parts,
+            first,
+            queries,
+            rounding,
+            HEAD_DIM,
+            DIM,
+            GROUP,
+            QUERIES,
+            MERGED_ROWS,
+            MERGED_SHARES,
+            ROUND_GROUP,
+            ROW_BLOCK,
+        )
 
 
 @triton.jit(do_not_specialize=["sequences", "table_width", "most_parts"])
 def _decode(
-    q, out, partial, lse, counters, key, value, key_scale, value_scale, block_tables, seq_lens, query_starts,
-    sequences, table_width, kv_heads, most_parts, scale, window, soft_cap,
-    codes, scales, stored, places, last_counter, row_width,
-    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr,
-    KEY_CODE: tl.constexpr, VALUE_CODE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr,
-    MERGED_ROWS: tl.constexpr, MERGED_SHARES: tl.constexpr, ROUND_GROUP: tl.constexpr, ROW_BLOCK: tl.constexpr,
-    SEQUENCES: tl.constexpr, OVERLAPS: tl.constexpr,
-):  # fmt: skip
+    q,
+    out,
+    partial,
+    lse,
+    counters,
+    key,
+    value,
+    key_scale,
+    value_scale,
+    block_tables,
+    seq_lens,
+    query_starts,
+    sequences,
+    table_width,
+    kv_heads,
+    most_parts,
+    scale,
+    window,
+    soft_cap,
+    codes,
+    scales,
+    stored,
+    places,
+    last_counter,
+    row_width,
+    HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr,
+    GROUP: tl.constexpr,
+    QUERIES: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    LEAST: tl.constexpr,
+    MOST: tl.constexpr,
+    KEY_CODE: tl.constexpr,
+    VALUE_CODE: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    MERGED_ROWS: tl.constexpr,
+    MERGED_SHARES: tl.constexpr,
+    ROUND_GROUP: tl.constexpr,
+    ROW_BLOCK: tl.constexpr,
+    SEQUENCES: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
     await_previous(OVERLAPS)
     rounding = (codes, scales, stored, places, last_counter, row_width)
     if SEQUENCES == 0:
         _decode_share(
-            tl.program_id(0), tl.program_id(1), tl.program_id(2), q, out, partial, lse, counters, key, value,
-            key_scale, value_scale, block_tables, seq_lens, query_starts, table_width, kv_heads, most_parts, scale,
-            window, soft_cap, rounding, HEAD_DIM, DIM, GROUP, QUERIES, ROWS, BLOCK_SIZE, BLOCK_N, LEAST,
-            MOST, KEY_CODE, VALUE_CODE, HAS_WINDOW, HAS_CAP, MERGED_ROWS, MERGED_SHARES, ROUND_GROUP, ROW_BLOCK,
-        )  # fmt: skip
+            tl.program_id(0),
+            tl.program_id(1),
+            tl.program_id(2),
+            q,
+            out,
+            partial,
+            lse,
+            counters,
+            key,
+            value,
+            key_scale,
+            value_scale,
+            block_tables,
+            seq_lens,
+            query_starts,
+            table_width,
+            kv_heads,
+            most_parts,
+            scale,
+            window,
+            soft_cap,
+            rounding,
+            HEAD_DIM,
+            DIM,
+            GROUP,
+            QUERIES,
+            ROWS,
+            BLOCK_SIZE,
+            BLOCK_N,
+            LEAST,
+            MOST,
+            KEY_CODE,
+            VALUE_CODE,
+            HAS_WINDOW,
+            HAS_CAP,
+            MERGED_ROWS,
+            MERGED_SHARES,
+            ROUND_GROUP,
+            ROW_BLOCK,
+        )
     else:
         ends = shares_end(
             seq_lens, query_starts, sequences, window, SEQUENCES, QUERIES, BLOCK_N, LEAST, MOST, HAS_WINDOW
@@ -230,11 +477,46 @@ def _decode(
         for item in tl.range(tl.program_id(0), tl.max(ends) * kv_heads, tl.num_programs(0), disable_licm=True):
             sequence, part = share_at(item // kv_heads, ends)
             _decode_share(
-                sequence, item % kv_heads, part, q, out, partial, lse, counters, key, value, key_scale, value_scale,
-                block_tables, seq_lens, query_starts, table_width, kv_heads, most_parts, scale, window, soft_cap,
-                rounding, HEAD_DIM, DIM, GROUP, QUERIES, ROWS, BLOCK_SIZE, BLOCK_N, LEAST, MOST,
-                KEY_CODE, VALUE_CODE, HAS_WINDOW, HAS_CAP, MERGED_ROWS, MERGED_SHARES, ROUND_GROUP, ROW_BLOCK,
-            )  # fmt: skip
+                sequence,
+                item % kv_heads,
+                part,
+                q,
+                out,
+                partial,
+                lse,
+                counters,
+                key,
+                value,
+                key_scale,
+                value_scale,
+                block_tables,
+                seq_lens,
+                query_starts,
+                table_width,
+                kv_heads,
+                most_parts,
+                scale,
+                window,
+                soft_cap,
+                rounding,
+                HEAD_DIM,
+                DIM,
+                GROUP,
+                QUERIES,
+                ROWS,
+                BLOCK_SIZE,
+                BLOCK_N,
+                LEAST,
+                MOST,
+                KEY_CODE,
+                VALUE_CODE,
+                HAS_WINDOW,
+                HAS_CAP,
+                MERGED_ROWS,
+                MERGED_SHARES,
+                ROUND_GROUP,
+                ROW_BLOCK,
+            )
 
 
 def share_count(max_seq_len: int, shape: AttentionShape, *, least: int, most: int, queries: int = 1) -> int:
@@ -244,26 +526,49 @@ def share_count(max_seq_len: int, shape: AttentionShape, *, least: int, most: in
 
 
 def _expect_room(
-    q: Tensor, inputs: StepInputs, cache: LayerCache, shape: AttentionShape, out: Tensor,
-    room: tuple[Tensor, Tensor, Tensor], queries: int, least: int, most: int,
-) -> None:  # fmt: skip
+    q: Tensor,
+    inputs: StepInputs,
+    cache: LayerCache,
+    shape: AttentionShape,
+    out: Tensor,
+    room: tuple[Tensor, Tensor, Tensor],
+    queries: int,
+    least: int,
+    most: int,
+) -> None:
     """Whether all that `decode` is given has its size; where no sequence has two shares, `partial` isn't used."""
     expect_paged(q, inputs, cache, shape, out)
-    sequences, (partial, lse, counters) = inputs.seq_lens.shape[0], room
+    sequences = inputs.seq_lens.shape[0]
+    partial, lse, counters = room
     parts = share_count(inputs.max_seq_len, shape, least=least, most=most, queries=queries)
     rows = (sequences, shape.num_kv_heads, parts, queries * (shape.num_heads // shape.num_kv_heads))
     expect(
-        lse=(lse, rows), partial=(None if parts == 1 else partial, (*rows, shape.head_dim)),
+        lse=(lse, rows),
+        partial=(None if parts == 1 else partial, (*rows, shape.head_dim)),
         counters=(counters, max(counters.numel(), sequences * (shape.num_kv_heads + 1))),
-    )  # fmt: skip
+    )
 
 
 def decode(
-    q: Tensor, inputs: StepInputs, cache: LayerCache, shape: AttentionShape,
-    out: Tensor, partial: Tensor, lse: Tensor, counters: Tensor, *,
-    into: Rounded | None = None, wants: Rounding | None = None, queries: int = 1,
-    block_n: int, least: int, most: int, programs: int, num_warps: int = 4, num_stages: int = 3,
-) -> Launch:  # fmt: skip
+    q: Tensor,
+    inputs: StepInputs,
+    cache: LayerCache,
+    shape: AttentionShape,
+    out: Tensor,
+    partial: Tensor,
+    lse: Tensor,
+    counters: Tensor,
+    *,
+    into: Rounded | None = None,
+    wants: Rounding | None = None,
+    queries: int = 1,
+    block_n: int,
+    least: int,
+    most: int,
+    programs: int,
+    num_warps: int = 4,
+    num_stages: int = 3,
+) -> Launch:
     """Attention of q [T, Hq, D] into out [T, Hq, D], for every sequence with at most `queries` queries.
 
     partial  [S, Hkv, P, queries * Hq / Hkv, D] float32, P = `share_count` of the longest sequence
@@ -276,29 +581,55 @@ def decode(
              longest contexts, and a program with nothing to do costs time too
     """
     _expect_room(q, inputs, cache, shape, out, (partial, lse, counters), queries, least, most)
-    grid, listed = lse.shape[:3], math.prod(lse.shape[:3]) > programs
-    group, dim = shape.num_heads // shape.num_kv_heads, max(power_of_two(shape.head_dim), 32)
+    grid = lse.shape[:3]
+    listed = math.prod(lse.shape[:3]) > programs
+    group = shape.num_heads // shape.num_kv_heads
+    dim = max(power_of_two(shape.head_dim), 32)
     merged = power_of_two(queries * group)
     return Launch(
         _decode,
         (programs,) if listed else grid,
         {
-            "q": q, "out": out, "partial": partial, "lse": lse, "counters": counters, "key": words(cache.key),
-            "value": words(cache.value), "key_scale": cache.key_scale, "value_scale": cache.value_scale,
-            "block_tables": inputs.block_tables, "seq_lens": inputs.seq_lens, "query_starts": inputs.query_starts,
-            "sequences": grid[0], "table_width": inputs.block_tables.shape[1], "kv_heads": shape.num_kv_heads,
-            "most_parts": grid[2], "SEQUENCES": list_size(grid[0]) if listed else 0,
-            "scale": shape.scale, "window": shape.window or 0, "soft_cap": shape.soft_cap or 1.0,
-            "HEAD_DIM": shape.head_dim, "DIM": dim, "GROUP": group, "QUERIES": queries, "ROWS": max(merged, 16),
-            "BLOCK_SIZE": cache.block_size, "BLOCK_N": block_n, "LEAST": least, "MOST": most,
-            "KEY_CODE": CODES.get(cache.key.dtype, ""), "VALUE_CODE": CODES.get(cache.value.dtype, ""),
-            "HAS_WINDOW": shape.window is not None, "HAS_CAP": shape.soft_cap is not None, "MERGED_ROWS": merged,
+            "q": q,
+            "out": out,
+            "partial": partial,
+            "lse": lse,
+            "counters": counters,
+            "key": words(cache.key),
+            "value": words(cache.value),
+            "key_scale": cache.key_scale,
+            "value_scale": cache.value_scale,
+            "block_tables": inputs.block_tables,
+            "seq_lens": inputs.seq_lens,
+            "query_starts": inputs.query_starts,
+            "sequences": grid[0],
+            "table_width": inputs.block_tables.shape[1],
+            "kv_heads": shape.num_kv_heads,
+            "most_parts": grid[2],
+            "SEQUENCES": list_size(grid[0]) if listed else 0,
+            "scale": shape.scale,
+            "window": shape.window or 0,
+            "soft_cap": shape.soft_cap or 1.0,
+            "HEAD_DIM": shape.head_dim,
+            "DIM": dim,
+            "GROUP": group,
+            "QUERIES": queries,
+            "ROWS": max(merged, 16),
+            "BLOCK_SIZE": cache.block_size,
+            "BLOCK_N": block_n,
+            "LEAST": least,
+            "MOST": most,
+            "KEY_CODE": CODES.get(cache.key.dtype, ""),
+            "VALUE_CODE": CODES.get(cache.value.dtype, ""),
+            "HAS_WINDOW": shape.window is not None,
+            "HAS_CAP": shape.soft_cap is not None,
+            "MERGED_ROWS": merged,
             **row_arguments(out, into, wants, counters, num_warps),
             "MERGED_SHARES": max(min(32 * 32 * num_warps // (merged * dim), power_of_two(most)), 1),
         },
         num_warps=num_warps,
         num_stages=num_stages,
-    )  # fmt: skip
+    )
 
 
 def room_for(
@@ -308,7 +639,8 @@ def room_for(
     group = shape.num_heads // shape.num_kv_heads
     sizes = tuning.choose("paged decode", group, shape.head_dim, cache.key.element_size())
     programs = share_count(inputs.max_seq_len, shape, least=sizes["least"], most=sizes["most"])
-    device, sequences = inputs.seq_lens.device, inputs.seq_lens.shape[0]
+    device = inputs.seq_lens.device
+    sequences = inputs.seq_lens.shape[0]
     lse = torch.empty(sequences, shape.num_kv_heads, programs, group, device=device)
     partial = lse.new_empty(*lse.shape, shape.head_dim) if programs > 1 else lse
     return (partial, lse, counters_for(sequences * (shape.num_kv_heads + 1), device)), sizes
@@ -335,7 +667,10 @@ def decode_attention(
 
 def proofs() -> dict[str, Proof]:
     """The 16-row tensor-core instructions, and keys and values fetched by 16 bytes, whatever they are."""
-    bf16, fp16, fp8, int8 = torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8
+    bf16 = torch.bfloat16
+    fp16 = torch.float16
+    fp8 = torch.float8_e4m3fn
+    int8 = torch.int8
     examples: dict[str, tuple[tuple[Any, ...], int, int]] = {  # queries, shares of a sequence at most
         "bf16, 32 / 8 heads of 128": ((32, 8, 128, bf16, bf16, bf16), 1, 1),
         "fp8, 32 / 8 heads of 128": ((32, 8, 128, bf16, fp8, fp8), 1, 1),
@@ -361,9 +696,19 @@ def proofs() -> dict[str, Proof]:
         lse = q.new_empty(64, shape.num_kv_heads, most_parts, queries * group, dtype=torch.float32)
         wants = rounds.get(name.split(", ")[-1])
         launch = decode(
-            q, inputs, cache, shape, q, lse, lse, counters, into=room_of_rows(q, wants), wants=wants, queries=queries,
+            q,
+            inputs,
+            cache,
+            shape,
+            q,
+            lse,
+            lse,
+            counters,
+            into=room_of_rows(q, wants),
+            wants=wants,
+            queries=queries,
             **sizes,
-        )  # fmt: skip
+        )
         products = ("FFMA",) if q.dtype == torch.float32 else (r"HMMA\.16816", r"LDGSTS\.E\.BYPASS.*128")
         made[f"decode {name}"] = Proof(launch, (*products, r"ATOMG", PAST_L1), (r"LDS\.[US]8",))
     return made

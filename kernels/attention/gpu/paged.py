@@ -77,11 +77,15 @@ CODES = {torch.float8_e4m3fn: "e4m3", torch.int8: "int8"}
 
 def expect_paged(q: Tensor, inputs: StepInputs, cache: LayerCache, shape: AttentionShape, out: Tensor) -> None:
     """Whether all that attention over a paged cache reads and writes has its size."""
-    rows, (sequences, width) = (q.shape[0], shape.num_heads, shape.head_dim), inputs.block_tables.shape
+    rows = (q.shape[0], shape.num_heads, shape.head_dim)
+    sequences, width = inputs.block_tables.shape
     expect(
-        q=(None if q is out else q, rows), out=(out, rows), block_tables=(inputs.block_tables, (sequences, width)),
-        seq_lens=(inputs.seq_lens, sequences), query_starts=(inputs.query_starts, sequences + 1),
-    )  # fmt: skip
+        q=(None if q is out else q, rows),
+        out=(out, rows),
+        block_tables=(inputs.block_tables, (sequences, width)),
+        seq_lens=(inputs.seq_lens, sequences),
+        query_starts=(inputs.query_starts, sequences + 1),
+    )
     cache.expect_heads(shape)
 
 
@@ -101,7 +105,8 @@ def _bytes_of(word, CODE: tl.constexpr):
     if _INTERPRETED:
         kind: tl.constexpr = tl.float8e4nv if CODE == "e4m3" else tl.int8
         low, high = bytes_of(word, kind)
-        low, high = low.to(tl.float16), high.to(tl.float16)
+        low = low.to(tl.float16)
+        high = high.to(tl.float16)
     else:  # results are written before the word is read for the last time: "&" keeps them in registers of their own
         e4m3: tl.constexpr = _FROM_E4M3 if tl.target_info.cuda_capability_geq(8, 9) else _FROM_E4M3_BITS
         asm: tl.constexpr = e4m3 if CODE == "e4m3" else _FROM_INT8
@@ -144,7 +149,8 @@ def as_factors(tile, key, DIM: tl.constexpr, KEY_CODE: tl.constexpr):
             unit = tl.where(unit == 0.0, 1.0, unit)
             tile = tile / unit[:, None]
         tile = narrow(tile, kind)
-    even, odd = tile, tile
+    even = tile
+    odd = tile
     if KEY_CODE != "":
         even, odd = tl.split(tl.reshape(tile, (tile.shape[0], DIM // 2, 2)))
     return even, odd, unit
@@ -152,9 +158,18 @@ def as_factors(tile, key, DIM: tl.constexpr, KEY_CODE: tl.constexpr):
 
 @triton.jit
 def _load_tile(
-    store, table, head, kv_heads, token, end, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    CODE: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
+    store,
+    table,
+    head,
+    kv_heads,
+    token,
+    end,
+    HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    CODE: tl.constexpr,
+    MASKED: tl.constexpr,
+):
     """The rows of tokens [N] out of keys or values: even and odd columns; tokens from end on are zeros where MASKED."""
     each: tl.constexpr = 1 if CODE == "" else 2  # elements of a word
     at = tl.arange(0, DIM // each)
@@ -172,7 +187,8 @@ def _load_tile(
         tile = tl.load(place, mask=(at < HEAD_DIM // each)[None, :], other=0)
     else:
         tile = tl.load(place)
-    even, odd = tile, tile
+    even = tile
+    odd = tile
     if CODE != "":
         even, odd = _bytes_of(tile, CODE)
     return even, odd
@@ -188,11 +204,29 @@ def _capped(scores, soft_cap):
 
 @triton.jit
 def attend(
-    state, queries, factor, key, value, table, head, kv_heads, begin, end, position, window, soft_cap,
-    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
-    KEY_CODE: tl.constexpr, VALUE_CODE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr,
+    state,
+    queries,
+    factor,
+    key,
+    value,
+    table,
+    head,
+    kv_heads,
+    begin,
+    end,
+    position,
+    window,
+    soft_cap,
+    HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    KEY_CODE: tl.constexpr,
+    VALUE_CODE: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_CAP: tl.constexpr,
     MASKED: tl.constexpr,
-):  # fmt: skip
+):
     """Go over the tokens begin .. end with rows of queries that stand at position [R]; factor [R] scales their scores.
 
     state is the rows' largest score, sum of weights, and weighted sums of values (even and odd columns) so far; the
@@ -251,12 +285,20 @@ def mixed(state, value_scale, VALUE_CODE: tl.constexpr):
 
 
 def on_meta(
-    heads: int, kv_heads: int, dim: int, dtype: torch.dtype, key: torch.dtype, value: torch.dtype,
-    window: int | None = None, soft_cap: float | None = None,
-) -> tuple[Tensor, StepInputs, LayerCache, AttentionShape]:  # fmt: skip
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    dtype: torch.dtype,
+    key: torch.dtype,
+    value: torch.dtype,
+    window: int | None = None,
+    soft_cap: float | None = None,
+) -> tuple[Tensor, StepInputs, LayerCache, AttentionShape]:
     """What proofs compile launches for: a step of 64 tokens in 64 sequences, without memory behind it."""
-    long, table = meta(64, dtype=torch.int64), meta(64, 512, dtype=torch.int32)
-    lengths, starts = meta(64, dtype=torch.int32), meta(65, dtype=torch.int32)
+    long = meta(64, dtype=torch.int64)
+    table = meta(64, 512, dtype=torch.int32)
+    lengths = meta(64, dtype=torch.int32)
+    starts = meta(65, dtype=torch.int32)
     keys, values = (meta(4096, kv_heads, 16, dim, dtype=kind) for kind in (key, value))
     return (
         meta(64, heads, dim, dtype=dtype),

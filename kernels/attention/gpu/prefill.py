@@ -64,12 +64,35 @@ def _spans(begin, seen_by_first, seen_by_last, BLOCK_N: tl.constexpr):
 
 @triton.jit(do_not_specialize=["sequences", "table_width"])
 def _prefill(
-    q, out, key, value, key_scale, value_scale, block_tables, seq_lens, query_starts,
-    sequences, table_width, kv_heads, scale, window, soft_cap, fewest,
-    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr, SEQUENCES: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KEY_CODE: tl.constexpr, VALUE_CODE: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr, OVERLAPS: tl.constexpr,
-):  # fmt: skip
+    q,
+    out,
+    key,
+    value,
+    key_scale,
+    value_scale,
+    block_tables,
+    seq_lens,
+    query_starts,
+    sequences,
+    table_width,
+    kv_heads,
+    scale,
+    window,
+    soft_cap,
+    fewest,
+    HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr,
+    GROUP: tl.constexpr,
+    SEQUENCES: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    KEY_CODE: tl.constexpr,
+    VALUE_CODE: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
     await_previous(OVERLAPS)
     TOKENS: tl.constexpr = BLOCK_M // GROUP
     head = tl.program_id(1)
@@ -95,11 +118,29 @@ def _prefill(
     state = nothing_yet(BLOCK_M, DIM, VALUE_CODE)
     for span in tl.static_range(0 if HAS_WINDOW else 1, 3):
         state = attend(
-            state, (q, q_odd), factor, key, value, table, head, kv_heads,
-            begin if span == 0 else (edge if span == 1 else full), edge if span == 0 else (full if span == 1 else end),
-            position, window, soft_cap, HEAD_DIM, DIM, BLOCK_SIZE, BLOCK_N, KEY_CODE, VALUE_CODE,
-            HAS_WINDOW, HAS_CAP, span != 1,
-        )  # fmt: skip
+            state,
+            (q, q_odd),
+            factor,
+            key,
+            value,
+            table,
+            head,
+            kv_heads,
+            begin if span == 0 else (edge if span == 1 else full),
+            edge if span == 0 else (full if span == 1 else end),
+            position,
+            window,
+            soft_cap,
+            HEAD_DIM,
+            DIM,
+            BLOCK_SIZE,
+            BLOCK_N,
+            KEY_CODE,
+            VALUE_CODE,
+            HAS_WINDOW,
+            HAS_CAP,
+            span != 1,
+        )
     result = narrow(mixed(state, tl.load(value_scale + head), VALUE_CODE), out.dtype.element_ty)
     at = tl.arange(0, DIM)
     tl.store(out + place[:, None] * HEAD_DIM + at[None, :], result, mask=here[:, None] & (at < HEAD_DIM)[None, :])
@@ -120,26 +161,44 @@ def prefill(
 ) -> Launch:
     """Attention of q [T, Hq, D] into out [T, Hq, D], for every sequence with at least `fewest` queries."""
     expect_paged(q, inputs, cache, shape, out)
-    sequences, group = inputs.seq_lens.shape[0], shape.num_heads // shape.num_kv_heads
+    sequences = inputs.seq_lens.shape[0]
+    group = shape.num_heads // shape.num_kv_heads
     block_m = max(block_m, power_of_two(group))
     return Launch(
         _prefill,
         (q.shape[0] // (block_m // group) + sequences, shape.num_kv_heads),
         {
-            "q": q, "out": out, "key": words(cache.key), "value": words(cache.value), "key_scale": cache.key_scale,
-            "value_scale": cache.value_scale, "block_tables": inputs.block_tables, "seq_lens": inputs.seq_lens,
-            "query_starts": inputs.query_starts, "sequences": sequences,
-            "table_width": inputs.block_tables.shape[1], "kv_heads": shape.num_kv_heads, "scale": shape.scale,
-            "window": shape.window or 0, "soft_cap": shape.soft_cap or 1.0, "fewest": fewest,
-            "HEAD_DIM": shape.head_dim, "DIM": max(power_of_two(shape.head_dim), 32), "GROUP": group,
-            "SEQUENCES": list_size(sequences), "BLOCK_SIZE": cache.block_size, "BLOCK_M": block_m,
-            "BLOCK_N": block_n, "KEY_CODE": CODES.get(cache.key.dtype, ""),
-            "VALUE_CODE": CODES.get(cache.value.dtype, ""), "HAS_WINDOW": shape.window is not None,
+            "q": q,
+            "out": out,
+            "key": words(cache.key),
+            "value": words(cache.value),
+            "key_scale": cache.key_scale,
+            "value_scale": cache.value_scale,
+            "block_tables": inputs.block_tables,
+            "seq_lens": inputs.seq_lens,
+            "query_starts": inputs.query_starts,
+            "sequences": sequences,
+            "table_width": inputs.block_tables.shape[1],
+            "kv_heads": shape.num_kv_heads,
+            "scale": shape.scale,
+            "window": shape.window or 0,
+            "soft_cap": shape.soft_cap or 1.0,
+            "fewest": fewest,
+            "HEAD_DIM": shape.head_dim,
+            "DIM": max(power_of_two(shape.head_dim), 32),
+            "GROUP": group,
+            "SEQUENCES": list_size(sequences),
+            "BLOCK_SIZE": cache.block_size,
+            "BLOCK_M": block_m,
+            "BLOCK_N": block_n,
+            "KEY_CODE": CODES.get(cache.key.dtype, ""),
+            "VALUE_CODE": CODES.get(cache.value.dtype, ""),
+            "HAS_WINDOW": shape.window is not None,
             "HAS_CAP": shape.soft_cap is not None,
         },
         num_warps=num_warps,
         num_stages=num_stages,
-    )  # fmt: skip
+    )
 
 
 def paged_attention(q: Tensor, inputs: StepInputs, cache: LayerCache, shape: AttentionShape) -> Tensor:
@@ -157,7 +216,10 @@ def paged_attention(q: Tensor, inputs: StepInputs, cache: LayerCache, shape: Att
 
 def proofs() -> dict[str, Proof]:
     """Warpgroup instructions throughout, and keys and values fetched by 16 bytes; float32 has no tensor cores."""
-    bf16, fp16, fp8, int8 = torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8
+    bf16 = torch.bfloat16
+    fp16 = torch.float16
+    fp8 = torch.float8_e4m3fn
+    int8 = torch.int8
     examples: dict[str, tuple[Any, ...]] = {
         "bf16, 32 / 8 heads of 128": (32, 8, 128, bf16, bf16, bf16),
         "fp8, 32 / 8 heads of 128": (32, 8, 128, bf16, fp8, fp8),

@@ -52,17 +52,38 @@ def encoded(value, scale, kind: tl.constexpr):
 
 @triton.jit
 def _heads(
-    qkv, row, begin, head, heads, weight, whole, cos_sin, eps, out, place, slot, scale, part_size,
-    dtype: tl.constexpr, HEAD_DIM: tl.constexpr, HALF: tl.constexpr, HALVES: tl.constexpr, RESTS: tl.constexpr,
-    PARTS: tl.constexpr, NORM: tl.constexpr, ROTATES: tl.constexpr,
-):  # fmt: skip
+    qkv,
+    row,
+    begin,
+    head,
+    heads,
+    weight,
+    whole,
+    cos_sin,
+    eps,
+    out,
+    place,
+    slot,
+    scale,
+    part_size,
+    dtype: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    HALVES: tl.constexpr,
+    RESTS: tl.constexpr,
+    PARTS: tl.constexpr,
+    NORM: tl.constexpr,
+    ROTATES: tl.constexpr,
+):
     """Heads [N] of a row, normed and rotated, into out from place [N] on; nothing where slot is below 0.
 
     head counts from `begin` in the row; whole is the factor of a norm over all heads.
     """
-    at, rest = tl.arange(0, HALVES), 2 * HALF + tl.arange(0, RESTS)
+    at = tl.arange(0, HALVES)
+    rest = 2 * HALF + tl.arange(0, RESTS)
     there = ((head < heads) & (slot + tl.zeros_like(head) >= 0))[:, None]
-    half, more = there & (at < HALF)[None, :], there & (rest < HEAD_DIM)[None, :]
+    half = there & (at < HALF)[None, :]
+    more = there & (rest < HEAD_DIM)[None, :]
     column = (head * HEAD_DIM)[:, None]
     start = row + begin + column
     a = summed(qkv, start + at[None, :], half, part_size, dtype, PARTS)
@@ -87,7 +108,8 @@ def _heads(
         sin = tl.load(cos_sin + HALF + at, mask=at < HALF, other=0.0)[None, :]
         a, b = a * cos - b * sin, b * cos + a * sin
     kind: tl.constexpr = out.dtype.element_ty
-    to, scale = out + place[:, None], scale[:, None]
+    to = out + place[:, None]
+    scale = scale[:, None]
     tl.store(to + at[None, :], encoded(a, scale, kind), mask=half)
     tl.store(to + HALF + at[None, :], encoded(b, scale, kind), mask=half)
     if HEAD_DIM != 2 * HALF:
@@ -104,13 +126,36 @@ def whole_factor(qkv, start, width, eps, part_size, dtype: tl.constexpr, WIDTH: 
 
 @triton.jit
 def _rope(
-    qkv, positions, slots, cos_sin, q_norm, k_norm, q, key, value, key_scale, value_scale,
-    kv_heads, part_size, eps,
-    HEAD_DIM: tl.constexpr, GROUP: tl.constexpr, KV_HEADS: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
-    HALVES: tl.constexpr, RESTS: tl.constexpr, BLOCK_SIZE: tl.constexpr, PARTS: tl.constexpr, Q_NORM: tl.constexpr,
-    K_NORM: tl.constexpr, Q_WIDTH: tl.constexpr, K_WIDTH: tl.constexpr, ROTATES: tl.constexpr,
+    qkv,
+    positions,
+    slots,
+    cos_sin,
+    q_norm,
+    k_norm,
+    q,
+    key,
+    value,
+    key_scale,
+    value_scale,
+    kv_heads,
+    part_size,
+    eps,
+    HEAD_DIM: tl.constexpr,
+    GROUP: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    HALVES: tl.constexpr,
+    RESTS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    PARTS: tl.constexpr,
+    Q_NORM: tl.constexpr,
+    K_NORM: tl.constexpr,
+    Q_WIDTH: tl.constexpr,
+    K_WIDTH: tl.constexpr,
+    ROTATES: tl.constexpr,
     OVERLAPS: tl.constexpr,
-):  # fmt: skip
+):
     await_previous(OVERLAPS)
     token = tl.program_id(0).to(tl.int64)
     dtype: tl.constexpr = q.dtype.element_ty
@@ -119,32 +164,91 @@ def _rope(
     row = token * (q_size + 2 * k_size)
     if ROTATES:
         cos_sin += tl.load(positions + token) * (2 * HALF)
-    q_whole, k_whole = 1.0, 1.0
+    q_whole = 1.0
+    k_whole = 1.0
     if Q_NORM == "all":
         q_whole = whole_factor(qkv, row, q_size, eps, part_size, dtype, Q_WIDTH, PARTS)
     if K_NORM == "all":
         k_whole = whole_factor(qkv, row + q_size, k_size, eps, part_size, dtype, K_WIDTH, PARTS)
     slot = tl.load(slots + token)
-    block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
+    block = slot // BLOCK_SIZE
+    offset = slot % BLOCK_SIZE
     first = tl.program_id(1) * KV_HEADS
     head = first * GROUP + tl.arange(0, HEADS)
     _heads(
-        qkv, row, 0, head, tl.minimum(first + KV_HEADS, kv_heads) * GROUP, q_norm, q_whole, cos_sin, eps, q,
-        token * q_size + head * HEAD_DIM, 0, tl.zeros_like(head) + 1.0, part_size,
-        dtype, HEAD_DIM, HALF, HALVES, RESTS, PARTS, Q_NORM, ROTATES,
-    )  # fmt: skip
+        qkv,
+        row,
+        0,
+        head,
+        tl.minimum(first + KV_HEADS, kv_heads) * GROUP,
+        q_norm,
+        q_whole,
+        cos_sin,
+        eps,
+        q,
+        token * q_size + head * HEAD_DIM,
+        0,
+        tl.zeros_like(head) + 1.0,
+        part_size,
+        dtype,
+        HEAD_DIM,
+        HALF,
+        HALVES,
+        RESTS,
+        PARTS,
+        Q_NORM,
+        ROTATES,
+    )
     head = first + tl.arange(0, KV_HEADS)
     place = ((block * kv_heads + head) * BLOCK_SIZE + offset) * HEAD_DIM
     _heads(
-        qkv, row, q_size, head, kv_heads, k_norm, k_whole, cos_sin, eps, key, place, slot,
-        tl.load(key_scale + head, mask=head < kv_heads, other=1.0), part_size,
-        dtype, HEAD_DIM, HALF, HALVES, RESTS, PARTS, K_NORM, ROTATES,
-    )  # fmt: skip
+        qkv,
+        row,
+        q_size,
+        head,
+        kv_heads,
+        k_norm,
+        k_whole,
+        cos_sin,
+        eps,
+        key,
+        place,
+        slot,
+        tl.load(key_scale + head, mask=head < kv_heads, other=1.0),
+        part_size,
+        dtype,
+        HEAD_DIM,
+        HALF,
+        HALVES,
+        RESTS,
+        PARTS,
+        K_NORM,
+        ROTATES,
+    )
     _heads(
-        qkv, row, q_size + k_size, head, kv_heads, k_norm, 1.0, cos_sin, eps, value, place, slot,
-        tl.load(value_scale + head, mask=head < kv_heads, other=1.0), part_size,
-        dtype, HEAD_DIM, HALF, HALVES, RESTS, PARTS, "", False,
-    )  # fmt: skip
+        qkv,
+        row,
+        q_size + k_size,
+        head,
+        kv_heads,
+        k_norm,
+        1.0,
+        cos_sin,
+        eps,
+        value,
+        place,
+        slot,
+        tl.load(value_scale + head, mask=head < kv_heads, other=1.0),
+        part_size,
+        dtype,
+        HEAD_DIM,
+        HALF,
+        HALVES,
+        RESTS,
+        PARTS,
+        "",
+        False,
+    )
 
 
 def rope_arguments(
@@ -158,37 +262,60 @@ def rope_arguments(
     eps: float,
 ) -> dict[str, Any]:
     """What norms, rotation and the cache's write need in any launch; the tensors are `rope`'s."""
-    d, nothing = shape.head_dim, cache.key_scale  # stands for what isn't there
+    d = shape.head_dim  # stands for what isn't there
+    nothing = cache.key_scale
     norms = ["" if w is None else "head" if w.numel() == d else "all" for w in (q_norm, k_norm)]
     _expect_arguments(qkv, inputs, shape, cos_sin, q_norm, k_norm)
     return {
-        "qkv": qkv, "positions": inputs.positions, "slots": inputs.slot_mapping,
-        "cos_sin": nothing if cos_sin is None else cos_sin, "q_norm": nothing if q_norm is None else q_norm,
-        "k_norm": nothing if k_norm is None else k_norm, "key": cache.key, "value": cache.value,
-        "key_scale": cache.key_scale, "value_scale": cache.value_scale, "kv_heads": shape.num_kv_heads,
-        "part_size": qkv.shape[-2] * qkv.shape[-1], "eps": eps, "HEAD_DIM": d,
-        "GROUP": shape.num_heads // shape.num_kv_heads, "HALF": (d if cos_sin is None else cos_sin.shape[1]) // 2,
-        "BLOCK_SIZE": cache.block_size, "PARTS": qkv.shape[0] if qkv.dim() == 3 else 1,
-        "Q_NORM": norms[0], "K_NORM": norms[1], "Q_WIDTH": power_of_two(shape.num_heads * d),
-        "K_WIDTH": power_of_two(shape.num_kv_heads * d), "ROTATES": cos_sin is not None,
-    }  # fmt: skip
+        "qkv": qkv,
+        "positions": inputs.positions,
+        "slots": inputs.slot_mapping,
+        "cos_sin": nothing if cos_sin is None else cos_sin,
+        "q_norm": nothing if q_norm is None else q_norm,
+        "k_norm": nothing if k_norm is None else k_norm,
+        "key": cache.key,
+        "value": cache.value,
+        "key_scale": cache.key_scale,
+        "value_scale": cache.value_scale,
+        "kv_heads": shape.num_kv_heads,
+        "part_size": qkv.shape[-2] * qkv.shape[-1],
+        "eps": eps,
+        "HEAD_DIM": d,
+        "GROUP": shape.num_heads // shape.num_kv_heads,
+        "HALF": (d if cos_sin is None else cos_sin.shape[1]) // 2,
+        "BLOCK_SIZE": cache.block_size,
+        "PARTS": qkv.shape[0] if qkv.dim() == 3 else 1,
+        "Q_NORM": norms[0],
+        "K_NORM": norms[1],
+        "Q_WIDTH": power_of_two(shape.num_heads * d),
+        "K_WIDTH": power_of_two(shape.num_kv_heads * d),
+        "ROTATES": cos_sin is not None,
+    }
 
 
 def _expect_arguments(
-    qkv: Tensor, inputs: StepInputs, shape: AttentionShape, cos_sin: Tensor | None,
-    q_norm: Tensor | None, k_norm: Tensor | None,
-) -> None:  # fmt: skip
+    qkv: Tensor,
+    inputs: StepInputs,
+    shape: AttentionShape,
+    cos_sin: Tensor | None,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+) -> None:
     """Whether each has its size."""
-    tokens, d, heads, kv_heads = qkv.shape[-2], shape.head_dim, shape.num_heads, shape.num_kv_heads
+    tokens = qkv.shape[-2]
+    d = shape.head_dim
+    heads = shape.num_heads
+    kv_heads = shape.num_kv_heads
     width = (heads + 2 * kv_heads) * d
     angles = (0, 0) if cos_sin is None else cos_sin.shape
     expect(
         qkv=(qkv, (qkv.shape[0], tokens, width) if qkv.dim() == 3 else (tokens, width)),
         cos_sin=(cos_sin, (angles[0], min(angles[1], d) // 2 * 2)),
-        positions=(inputs.positions, tokens), slot_mapping=(inputs.slot_mapping, tokens),
+        positions=(inputs.positions, tokens),
+        slot_mapping=(inputs.slot_mapping, tokens),
         q_norm=(q_norm, d if q_norm is None or q_norm.numel() == d else heads * d),
         k_norm=(k_norm, d if k_norm is None or k_norm.numel() == d else kv_heads * d),
-    )  # fmt: skip
+    )
 
 
 def rope(
@@ -207,29 +334,42 @@ def rope(
     cos_sin   [positions, rotary] float32; None rotates nothing
     q_norm    [D] norms each head, [Hq D] all together; k_norm likewise; None norms nothing
     """
-    d, group = shape.head_dim, shape.num_heads // shape.num_kv_heads
+    d = shape.head_dim
+    group = shape.num_heads // shape.num_kv_heads
     arguments = rope_arguments(qkv, inputs, cache, shape, cos_sin, q_norm, k_norm, eps)
     expect(q=(q, (qkv.shape[-2], shape.num_heads, d)))
     cache.expect_heads(shape)
-    norms, half = (arguments["Q_NORM"], arguments["K_NORM"]), arguments["HALF"]
+    norms = (arguments["Q_NORM"], arguments["K_NORM"])
+    half = arguments["HALF"]
     together = power_of_two(shape.num_kv_heads) if "all" in norms else 1  # KV heads of a program: a norm is taken once
     heads = power_of_two(together * group)
     return Launch(
         _rope,
         (q.shape[0], cdiv(shape.num_kv_heads, together)),
         {
-            **arguments, "q": q, "KV_HEADS": together, "HEADS": heads, "HALVES": power_of_two(half),
+            **arguments,
+            "q": q,
+            "KV_HEADS": together,
+            "HEADS": heads,
+            "HALVES": power_of_two(half),
             "RESTS": power_of_two(d - 2 * half),
         },
         **tuning.choose("rope", q.shape[0], heads * d, arguments["PARTS"]),
         num_stages=1,
-    )  # fmt: skip
+    )
 
 
 def rope_and_cache(
-    qkv: Tensor, inputs: StepInputs, cache: LayerCache, shape: AttentionShape, cos_sin: Tensor | None,
-    q_norm: Tensor | None, k_norm: Tensor | None, eps: float, dtype: torch.dtype | None = None,
-) -> Tensor:  # fmt: skip
+    qkv: Tensor,
+    inputs: StepInputs,
+    cache: LayerCache,
+    shape: AttentionShape,
+    cos_sin: Tensor | None,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """`attention.reference.rope_and_cache`; dtype is that of q where qkv holds partial sums."""
     q = qkv.new_empty(qkv.shape[-2], shape.num_heads, shape.head_dim, dtype=dtype or qkv.dtype)
     rope(qkv, inputs, cache, shape, cos_sin, q_norm, k_norm, eps, q)()
@@ -238,7 +378,9 @@ def rope_and_cache(
 
 def proofs() -> dict[str, Proof]:
     """Every load and store of a head by 16 bytes (by 8 where a half of one is less)."""
-    bf16, fp8, int8 = torch.bfloat16, torch.float8_e4m3fn, torch.int8
+    bf16 = torch.bfloat16
+    fp8 = torch.float8_e4m3fn
+    int8 = torch.int8
     made: dict[str, Proof] = {}
     for name, example, parts, norm in (
         ("bf16, 32 / 8 heads of 128", (32, 8, 128, bf16, bf16, bf16), 1, 0),
@@ -250,7 +392,8 @@ def proofs() -> dict[str, Proof]:
         q, inputs, cache, shape = on_meta(*example)
         width = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
         qkv = q.new_empty(64, width) if parts == 1 else q.new_empty(parts, 64, width, dtype=torch.float32)
-        table, weight = q.new_empty(8192, 128, dtype=torch.float32), q.new_empty(norm, dtype=torch.float32)
+        table = q.new_empty(8192, 128, dtype=torch.float32)
+        weight = q.new_empty(norm, dtype=torch.float32)
         weights = weight if norm else None
         made[f"rope {name}"] = Proof(
             rope(qkv, inputs, cache, shape, table, weights, weights, 1e-5, q), (r"LDG\.E\.128", r"STG\.E\.(128|64)")

@@ -46,9 +46,18 @@ from octavo.kernels.quantized_activation import Hidden, Rounded, Rounding
 
 @triton.jit
 def _norm_of(
-    qkv, start, columns, weight, column, part_size, eps,
-    dtype: tl.constexpr, PARTS: tl.constexpr, NORM: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
+    qkv,
+    start,
+    columns,
+    weight,
+    column,
+    part_size,
+    eps,
+    dtype: tl.constexpr,
+    PARTS: tl.constexpr,
+    NORM: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     """Where the norm's weights of heads at column [R] begin, and its factor if it is over all columns from start on."""
     whole = 1.0
     if NORM == "all":
@@ -61,17 +70,30 @@ def _norm_of(
 def _weights(weight, at, mask, NORM: tl.constexpr):
     """Those of heads' elements `at`: of each head, or the same for all."""
     if NORM == "all":
-        at, mask = at[None, :], mask[None, :]
+        at = at[None, :]
+        mask = mask[None, :]
     found = tl.load(weight + at, mask=mask, other=0.0)
     return found if NORM == "all" else found[None, :]
 
 
 @triton.jit
 def _turned(
-    qkv, place, there, weight, whole, cos_sin, part_size, eps,
-    dtype: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, PARTS: tl.constexpr,
-    NORM: tl.constexpr, ROTATES: tl.constexpr,
-):  # fmt: skip
+    qkv,
+    place,
+    there,
+    weight,
+    whole,
+    cos_sin,
+    part_size,
+    eps,
+    dtype: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    PARTS: tl.constexpr,
+    NORM: tl.constexpr,
+    ROTATES: tl.constexpr,
+):
     """Heads [R, DIM] that begin at place [R] of qkv, normed and rotated, in float32; a column's partner is read too."""
     at = tl.arange(0, DIM)
     mask = there[:, None] & (at < HEAD_DIM)[None, :]
@@ -84,8 +106,10 @@ def _turned(
     if NORM != "":
         turned *= factor[:, None] * _weights(weight, at, at < HEAD_DIM, NORM)
     if ROTATES:
-        turns, first = at < 2 * HALF, at < HALF
-        angle, partner = tl.where(first, at, at - HALF), tl.where(first, at + HALF, at - HALF)
+        turns = at < 2 * HALF
+        first = at < HALF
+        angle = tl.where(first, at, at - HALF)
+        partner = tl.where(first, at + HALF, at - HALF)
         other = summed(qkv, place[:, None] + partner[None, :], mask & turns[None, :], part_size, dtype, PARTS)
         if NORM != "":
             other *= factor[:, None] * _weights(weight, partner, turns, NORM)
@@ -97,23 +121,65 @@ def _turned(
 
 @triton.jit
 def _write_new(
-    qkv, place, k_norm, cos_sin, key, value, key_scale, value_scale, slot, head, kv_heads, part_size, eps,
-    dtype: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    PARTS: tl.constexpr, K_NORM: tl.constexpr, K_WIDTH: tl.constexpr, ROTATES: tl.constexpr,
-):  # fmt: skip
+    qkv,
+    place,
+    k_norm,
+    cos_sin,
+    key,
+    value,
+    key_scale,
+    value_scale,
+    slot,
+    head,
+    kv_heads,
+    part_size,
+    eps,
+    dtype: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    PARTS: tl.constexpr,
+    K_NORM: tl.constexpr,
+    K_WIDTH: tl.constexpr,
+    ROTATES: tl.constexpr,
+):
     """The key that lies at a place of qkv, and its value, into the cache, for all threads of the program to read."""
-    at, one = tl.arange(0, DIM)[None, :], tl.zeros((1,), tl.int64)
+    at = tl.arange(0, DIM)[None, :]
+    one = tl.zeros((1,), tl.int64)
     there = one + slot >= 0
     mask = there[:, None] & (at < HEAD_DIM)
     to = ((slot // BLOCK_SIZE * kv_heads + head) * BLOCK_SIZE + slot % BLOCK_SIZE) * HEAD_DIM + at
     weight, whole = _norm_of(
-        qkv, place - head * HEAD_DIM, kv_heads * HEAD_DIM, k_norm, head * HEAD_DIM + tl.arange(0, 1), part_size, eps,
-        dtype, PARTS, K_NORM, K_WIDTH,
-    )  # fmt: skip
+        qkv,
+        place - head * HEAD_DIM,
+        kv_heads * HEAD_DIM,
+        k_norm,
+        head * HEAD_DIM + tl.arange(0, 1),
+        part_size,
+        eps,
+        dtype,
+        PARTS,
+        K_NORM,
+        K_WIDTH,
+    )
     new = _turned(
-        qkv, place + one, there, weight, whole, cos_sin, part_size, eps,
-        dtype, HEAD_DIM, DIM, HALF, PARTS, K_NORM, ROTATES,
-    )  # fmt: skip
+        qkv,
+        place + one,
+        there,
+        weight,
+        whole,
+        cos_sin,
+        part_size,
+        eps,
+        dtype,
+        HEAD_DIM,
+        DIM,
+        HALF,
+        PARTS,
+        K_NORM,
+        ROTATES,
+    )
     tl.store(key + to, encoded(new, tl.load(key_scale + head), key.dtype.element_ty), mask=mask)
     place += kv_heads * HEAD_DIM
     new = _turned(
@@ -125,16 +191,61 @@ def _write_new(
 
 @triton.jit
 def _rope_decode_share(
-    sequence, head, part, qkv, positions, slots, cos_sin, q_norm, k_norm, out, partial, lse, counters, key, value,
-    key_words, value_words, key_scale, value_scale, block_tables, seq_lens, query_starts,
-    table_width, kv_heads, most_parts, part_size, eps, scale, window, soft_cap, rounding,
-    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr,
-    KEY_CODE: tl.constexpr, VALUE_CODE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr,
-    MERGED_ROWS: tl.constexpr, MERGED_SHARES: tl.constexpr, ROUND_GROUP: tl.constexpr, ROW_BLOCK: tl.constexpr,
-    PARTS: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr, Q_WIDTH: tl.constexpr, K_WIDTH: tl.constexpr,
+    sequence,
+    head,
+    part,
+    qkv,
+    positions,
+    slots,
+    cos_sin,
+    q_norm,
+    k_norm,
+    out,
+    partial,
+    lse,
+    counters,
+    key,
+    value,
+    key_words,
+    value_words,
+    key_scale,
+    value_scale,
+    block_tables,
+    seq_lens,
+    query_starts,
+    table_width,
+    kv_heads,
+    most_parts,
+    part_size,
+    eps,
+    scale,
+    window,
+    soft_cap,
+    rounding,
+    HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    LEAST: tl.constexpr,
+    MOST: tl.constexpr,
+    KEY_CODE: tl.constexpr,
+    VALUE_CODE: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    MERGED_ROWS: tl.constexpr,
+    MERGED_SHARES: tl.constexpr,
+    ROUND_GROUP: tl.constexpr,
+    ROW_BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
+    Q_NORM: tl.constexpr,
+    K_NORM: tl.constexpr,
+    Q_WIDTH: tl.constexpr,
+    K_WIDTH: tl.constexpr,
     ROTATES: tl.constexpr,
-):  # fmt: skip
+):
     first, queries, length, begin, share, parts = shares(
         sequence, seq_lens, query_starts, window, BLOCK_N, LEAST, MOST, HAS_WINDOW
     )
@@ -147,77 +258,316 @@ def _rope_decode_share(
             angles += tl.load(positions + token) * (2 * HALF)
         if part == parts - 1:
             _write_new(
-                qkv, row + (GROUP * kv_heads + head) * HEAD_DIM, k_norm, angles, key, value, key_scale, value_scale,
-                tl.load(slots + token), head, kv_heads, part_size, eps,
-                dtype, HEAD_DIM, DIM, HALF, BLOCK_SIZE, PARTS, K_NORM, K_WIDTH, ROTATES,
-            )  # fmt: skip
+                qkv,
+                row + (GROUP * kv_heads + head) * HEAD_DIM,
+                k_norm,
+                angles,
+                key,
+                value,
+                key_scale,
+                value_scale,
+                tl.load(slots + token),
+                head,
+                kv_heads,
+                part_size,
+                eps,
+                dtype,
+                HEAD_DIM,
+                DIM,
+                HALF,
+                BLOCK_SIZE,
+                PARTS,
+                K_NORM,
+                K_WIDTH,
+                ROTATES,
+            )
         r = tl.arange(0, ROWS)
         weight, whole = _norm_of(
-            qkv, row, GROUP * kv_heads * HEAD_DIM, q_norm, (head * GROUP + tl.minimum(r, GROUP - 1)) * HEAD_DIM,
-            part_size, eps, dtype, PARTS, Q_NORM, Q_WIDTH,
-        )  # fmt: skip
+            qkv,
+            row,
+            GROUP * kv_heads * HEAD_DIM,
+            q_norm,
+            (head * GROUP + tl.minimum(r, GROUP - 1)) * HEAD_DIM,
+            part_size,
+            eps,
+            dtype,
+            PARTS,
+            Q_NORM,
+            Q_WIDTH,
+        )
         turned = _turned(
-            qkv, row + (head * GROUP + r) * HEAD_DIM, r < GROUP, weight, whole, angles, part_size, eps,
-            dtype, HEAD_DIM, DIM, HALF, PARTS, Q_NORM, ROTATES,
-        )  # fmt: skip
+            qkv,
+            row + (head * GROUP + r) * HEAD_DIM,
+            r < GROUP,
+            weight,
+            whole,
+            angles,
+            part_size,
+            eps,
+            dtype,
+            HEAD_DIM,
+            DIM,
+            HALF,
+            PARTS,
+            Q_NORM,
+            ROTATES,
+        )
         even, odd, unit = as_factors(narrow(turned, dtype), key_words, DIM, KEY_CODE)
         begin += part * share
         result, top, total = attend_share(
-            (even, odd), unit, key_words, value_words, key_scale, value_scale,
-            block_tables + sequence.to(tl.int64) * table_width, head, kv_heads, begin,
-            tl.minimum(begin + share, length), length - 1 + r * 0, scale, window, soft_cap,
-            HEAD_DIM, DIM, BLOCK_SIZE, BLOCK_N, KEY_CODE, VALUE_CODE, HAS_WINDOW, HAS_CAP,
-        )  # fmt: skip
+            (even, odd),
+            unit,
+            key_words,
+            value_words,
+            key_scale,
+            value_scale,
+            block_tables + sequence.to(tl.int64) * table_width,
+            head,
+            kv_heads,
+            begin,
+            tl.minimum(begin + share, length),
+            length - 1 + r * 0,
+            scale,
+            window,
+            soft_cap,
+            HEAD_DIM,
+            DIM,
+            BLOCK_SIZE,
+            BLOCK_N,
+            KEY_CODE,
+            VALUE_CODE,
+            HAS_WINDOW,
+            HAS_CAP,
+        )
         finish_share(
-            result, top, total, out, partial, lse, counters, sequence, head, kv_heads, part, parts, most_parts,
-            first, 1, rounding, HEAD_DIM, DIM, GROUP, 1, MERGED_ROWS, MERGED_SHARES, ROUND_GROUP, ROW_BLOCK,
-        )  # fmt: skip
+            result,
+            top,
+            total,
+            out,
+            partial,
+            lse,
+            counters,
+            sequence,
+            head,
+            kv_heads,
+            part,
+            parts,
+            most_parts,
+            first,
+            1,
+            rounding,
+            HEAD_DIM,
+            DIM,
+            GROUP,
+            1,
+            MERGED_ROWS,
+            MERGED_SHARES,
+            ROUND_GROUP,
+            ROW_BLOCK,
+        )
 
 
 @triton.jit(do_not_specialize=["sequences", "table_width", "most_parts"])
 def _rope_decode(
-    qkv, positions, slots, cos_sin, q_norm, k_norm, out, partial, lse, counters, key, value, key_words, value_words,
-    key_scale, value_scale, block_tables, seq_lens, query_starts,
-    sequences, table_width, kv_heads, most_parts, part_size, eps, scale, window, soft_cap,
-    codes, scales, stored, places, last_counter, row_width,
-    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr,
-    KEY_CODE: tl.constexpr, VALUE_CODE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr,
-    MERGED_ROWS: tl.constexpr, MERGED_SHARES: tl.constexpr, ROUND_GROUP: tl.constexpr, ROW_BLOCK: tl.constexpr,
-    PARTS: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr, Q_WIDTH: tl.constexpr, K_WIDTH: tl.constexpr,
-    ROTATES: tl.constexpr, SEQUENCES: tl.constexpr, OVERLAPS: tl.constexpr,
-):  # fmt: skip
+    qkv,
+    positions,
+    slots,
+    cos_sin,
+    q_norm,
+    k_norm,
+    out,
+    partial,
+    lse,
+    counters,
+    key,
+    value,
+    key_words,
+    value_words,
+    key_scale,
+    value_scale,
+    block_tables,
+    seq_lens,
+    query_starts,
+    sequences,
+    table_width,
+    kv_heads,
+    most_parts,
+    part_size,
+    eps,
+    scale,
+    window,
+    soft_cap,
+    codes,
+    scales,
+    stored,
+    places,
+    last_counter,
+    row_width,
+    HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    LEAST: tl.constexpr,
+    MOST: tl.constexpr,
+    KEY_CODE: tl.constexpr,
+    VALUE_CODE: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    MERGED_ROWS: tl.constexpr,
+    MERGED_SHARES: tl.constexpr,
+    ROUND_GROUP: tl.constexpr,
+    ROW_BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
+    Q_NORM: tl.constexpr,
+    K_NORM: tl.constexpr,
+    Q_WIDTH: tl.constexpr,
+    K_WIDTH: tl.constexpr,
+    ROTATES: tl.constexpr,
+    SEQUENCES: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
     await_previous(OVERLAPS)
     rounding = (codes, scales, stored, places, last_counter, row_width)
     if SEQUENCES == 0:
         _rope_decode_share(
-            tl.program_id(0), tl.program_id(1), tl.program_id(2), qkv, positions, slots, cos_sin, q_norm, k_norm,
-            out, partial, lse, counters, key, value, key_words, value_words, key_scale, value_scale, block_tables,
-            seq_lens, query_starts, table_width, kv_heads, most_parts, part_size, eps, scale, window, soft_cap,
-            rounding, HEAD_DIM, DIM, GROUP, ROWS, HALF, BLOCK_SIZE, BLOCK_N, LEAST, MOST, KEY_CODE,
-            VALUE_CODE, HAS_WINDOW, HAS_CAP, MERGED_ROWS, MERGED_SHARES, ROUND_GROUP, ROW_BLOCK, PARTS, Q_NORM,
-            K_NORM, Q_WIDTH, K_WIDTH, ROTATES,
-        )  # fmt: skip
+            tl.program_id(0),
+            tl.program_id(1),
+            tl.program_id(2),
+            qkv,
+            positions,
+            slots,
+            cos_sin,
+            q_norm,
+            k_norm,
+            out,
+            partial,
+            lse,
+            counters,
+            key,
+            value,
+            key_words,
+            value_words,
+            key_scale,
+            value_scale,
+            block_tables,
+            seq_lens,
+            query_starts,
+            table_width,
+            kv_heads,
+            most_parts,
+            part_size,
+            eps,
+            scale,
+            window,
+            soft_cap,
+            rounding,
+            HEAD_DIM,
+            DIM,
+            GROUP,
+            ROWS,
+            HALF,
+            BLOCK_SIZE,
+            BLOCK_N,
+            LEAST,
+            MOST,
+            KEY_CODE,
+            VALUE_CODE,
+            HAS_WINDOW,
+            HAS_CAP,
+            MERGED_ROWS,
+            MERGED_SHARES,
+            ROUND_GROUP,
+            ROW_BLOCK,
+            PARTS,
+            Q_NORM,
+            K_NORM,
+            Q_WIDTH,
+            K_WIDTH,
+            ROTATES,
+        )
     else:
         ends = shares_end(seq_lens, query_starts, sequences, window, SEQUENCES, 1, BLOCK_N, LEAST, MOST, HAS_WINDOW)
         for item in tl.range(tl.program_id(0), tl.max(ends) * kv_heads, tl.num_programs(0), disable_licm=True):
             sequence, part = share_at(item // kv_heads, ends)
             _rope_decode_share(
-                sequence, item % kv_heads, part, qkv, positions, slots, cos_sin, q_norm, k_norm,
-                out, partial, lse, counters, key, value, key_words, value_words, key_scale, value_scale, block_tables,
-                seq_lens, query_starts, table_width, kv_heads, most_parts, part_size, eps, scale, window, soft_cap,
-                rounding, HEAD_DIM, DIM, GROUP, ROWS, HALF, BLOCK_SIZE, BLOCK_N, LEAST, MOST, KEY_CODE,
-                VALUE_CODE, HAS_WINDOW, HAS_CAP, MERGED_ROWS, MERGED_SHARES, ROUND_GROUP, ROW_BLOCK, PARTS, Q_NORM,
-                K_NORM, Q_WIDTH, K_WIDTH, ROTATES,
-            )  # fmt: skip
+                sequence,
+                item % kv_heads,
+                part,
+                qkv,
+                positions,
+                slots,
+                cos_sin,
+                q_norm,
+                k_norm,
+                out,
+                partial,
+                lse,
+                counters,
+                key,
+                value,
+                key_words,
+                value_words,
+                key_scale,
+                value_scale,
+                block_tables,
+                seq_lens,
+                query_starts,
+                table_width,
+                kv_heads,
+                most_parts,
+                part_size,
+                eps,
+                scale,
+                window,
+                soft_cap,
+                rounding,
+                HEAD_DIM,
+                DIM,
+                GROUP,
+                ROWS,
+                HALF,
+                BLOCK_SIZE,
+                BLOCK_N,
+                LEAST,
+                MOST,
+                KEY_CODE,
+                VALUE_CODE,
+                HAS_WINDOW,
+                HAS_CAP,
+                MERGED_ROWS,
+                MERGED_SHARES,
+                ROUND_GROUP,
+                ROW_BLOCK,
+                PARTS,
+                Q_NORM,
+                K_NORM,
+                Q_WIDTH,
+                K_WIDTH,
+                ROTATES,
+            )
 
 
 def rope_decode(
-    qkv: Tensor, inputs: StepInputs, cache: LayerCache, shape: AttentionShape, cos_sin: Tensor | None,
-    q_norm: Tensor | None, k_norm: Tensor | None, eps: float,
-    out: Tensor, partial: Tensor, lse: Tensor, counters: Tensor, *, into: Rounded | None = None,
-    wants: Rounding | None = None, **sizes: int,
-) -> Launch:  # fmt: skip
+    qkv: Tensor,
+    inputs: StepInputs,
+    cache: LayerCache,
+    shape: AttentionShape,
+    cos_sin: Tensor | None,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    out: Tensor,
+    partial: Tensor,
+    lse: Tensor,
+    counters: Tensor,
+    *,
+    into: Rounded | None = None,
+    wants: Rounding | None = None,
+    **sizes: int,
+) -> Launch:
     """`rope` on qkv, and `decode` of the queries into out [T, Hq, D], for every sequence with one new token."""
     d = shape.head_dim
     expect(out=(out, (qkv.shape[-2], shape.num_heads, d)))
@@ -230,10 +580,17 @@ def rope_decode(
 
 
 def rope_and_attention(
-    qkv: Tensor, inputs: StepInputs, cache: LayerCache, shape: AttentionShape, cos_sin: Tensor | None,
-    q_norm: Tensor | None, k_norm: Tensor | None, eps: float, dtype: torch.dtype | None = None,
+    qkv: Tensor,
+    inputs: StepInputs,
+    cache: LayerCache,
+    shape: AttentionShape,
+    cos_sin: Tensor | None,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    dtype: torch.dtype | None = None,
     wants: Rounding | None = None,
-) -> Hidden:  # fmt: skip
+) -> Hidden:
     """`attention.reference.rope_and_cache` and `paged_attention` [T, Hq D]; dtype as in `rope_and_cache`.
 
     In a decode step it is rounded as `wants` says. One with prompts is left plain, for the GEMM behind to round: its
@@ -248,9 +605,22 @@ def rope_and_attention(
     (partial, lse, counters), sizes = room_for(inputs, cache, shape)
     into = room_of_rows(out, wants)
     rope_decode(
-        qkv, inputs, cache, shape, cos_sin, q_norm, k_norm, eps, out, partial, lse, counters, into=into, wants=wants,
+        qkv,
+        inputs,
+        cache,
+        shape,
+        cos_sin,
+        q_norm,
+        k_norm,
+        eps,
+        out,
+        partial,
+        lse,
+        counters,
+        into=into,
+        wants=wants,
         **sizes,
-    )()  # fmt: skip
+    )()
     return out.flatten(1) if into is None else into
 
 
@@ -262,13 +632,17 @@ def reads_rows_again(qkv: Tensor, shape: AttentionShape, *norms: Tensor | None) 
     """
     if all(w is None or w.numel() == shape.head_dim for w in norms):
         return True
-    rows, columns = qkv.numel() // qkv.shape[-1], shape.num_heads * shape.head_dim  # of q, in all partial sums
+    rows = qkv.numel() // qkv.shape[-1]  # of q, in all partial sums
+    columns = shape.num_heads * shape.head_dim
     return tuning.choose("norms over heads", rows * columns * qkv.element_size() // 1024, columns, 0)["again"] == 1
 
 
 def proofs() -> dict[str, Proof]:
     """As in `decode`; the new key and value are in memory before the loop begins to fetch."""
-    bf16, fp16, fp8, int8 = torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8
+    bf16 = torch.bfloat16
+    fp16 = torch.float16
+    fp8 = torch.float8_e4m3fn
+    int8 = torch.int8
     examples: dict[str, tuple[tuple[Any, ...], int, int, bool, int]] = {
         "bf16, 32 / 8 heads of 128": ((32, 8, 128, bf16, bf16, bf16), 1, 128, False, 1),
         "fp8, 32 / 8 heads of 128, of 4 partial sums": ((32, 8, 128, bf16, fp8, fp8), 4, 128, False, 1),
@@ -299,9 +673,22 @@ def proofs() -> dict[str, Proof]:
         counters = inputs.seq_lens.new_empty(64 * (shape.num_kv_heads + 1))
         wants = rounds.get(name.split(", ")[-1])
         launch = rope_decode(
-            qkv, inputs, cache, shape, meta(8192, rotary), norms[0], norms[1], 1e-5, q, lse, lse, counters,
-            into=room_of_rows(q, wants), wants=wants, **sizes,
-        )  # fmt: skip
+            qkv,
+            inputs,
+            cache,
+            shape,
+            meta(8192, rotary),
+            norms[0],
+            norms[1],
+            1e-5,
+            q,
+            lse,
+            lse,
+            counters,
+            into=room_of_rows(q, wants),
+            wants=wants,
+            **sizes,
+        )
         expects = (r"HMMA\.16816", r"LDGSTS\.E\.BYPASS.*128", "ATOMG", PAST_L1)
         made[f"rope and decode {name}"] = Proof(launch, expects, (r"LDS\.[US]8",))
     return made

@@ -45,7 +45,8 @@ def _by_groups(value, scale, first, groups, kind: tl.constexpr, GROUP: tl.conste
     count: tl.constexpr = value.shape[0] // GROUP
     value = tl.reshape(value, (count, GROUP))
     most = largest(value, 1)
-    steps, g = if_finite(step_of(most, kind), most), first + tl.arange(0, count)
+    steps = if_finite(step_of(most, kind), most)
+    g = first + tl.arange(0, count)
     tl.store(scale + g, steps, mask=g < groups)
     return tl.reshape(to_codes(divided(value, steps[:, None]), kind), (count * GROUP,))
 
@@ -57,7 +58,8 @@ def round_row(out, token, width, codes, scale, stored, places, GROUP: tl.constex
     stored: the checkpoint's scale, or None. Column k becomes column places [k], if there are places.
     """
     kind: tl.constexpr = codes.dtype.element_ty
-    row, step = token * width, 1.0
+    row = token * width
+    step = 1.0
     if GROUP == 0 and scale is not None:
         most = _largest_of_row(out + row, width, BLOCK)
         step = if_finite(step_of(most, kind), most) if stored is None else tl.load(stored)
@@ -88,15 +90,24 @@ def row_arguments(
     if into is None or wants is None:
         nothing = dict.fromkeys(("codes", "scales", "stored", "places", "last_counter", "row_width"))
         return {**nothing, "ROUND_GROUP": 0, "ROW_BLOCK": 0}
-    (tokens, heads, dim), group = out.shape, wants.group_size
-    columns, scale = heads * dim, None if wants.dtype is None else into.scale
+    tokens, heads, dim = out.shape
+    group = wants.group_size
+    columns = heads * dim
+    scale = None if wants.dtype is None else into.scale
     expect_scale("attention", into.codes, scale, group, wants.places)
     expect(
-        codes=(into.codes, (tokens, columns)), scale=(scale, (tokens, cdiv(columns, group) if group else 1)),
-        static_scale=(wants.static_scale, 1), places=(wants.places, (columns,)),
-    )  # fmt: skip
+        codes=(into.codes, (tokens, columns)),
+        scale=(scale, (tokens, cdiv(columns, group) if group else 1)),
+        static_scale=(wants.static_scale, 1),
+        places=(wants.places, (columns,)),
+    )
     return {
-        "codes": into.codes, "scales": scale, "stored": wants.static_scale, "places": wants.places,
-        "last_counter": counters.numel() - 1, "row_width": columns, "ROUND_GROUP": group,
+        "codes": into.codes,
+        "scales": scale,
+        "stored": wants.static_scale,
+        "places": wants.places,
+        "last_counter": counters.numel() - 1,
+        "row_width": columns,
+        "ROUND_GROUP": group,
         "ROW_BLOCK": max(min(power_of_two(columns), 512 * num_warps), group),
-    }  # fmt: skip
+    }

@@ -96,14 +96,16 @@ def rounded(x: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
 
 def partial_sums(x: Tensor, x_scale: Tensor, packed: Packed) -> Tensor:
     """x [M, K], rounded, times the weight, bias included: [S, M, N] float32 for the next kernel to add up."""
-    m, (n, k) = x.shape[0], packed.codes.shape
+    m = x.shape[0]
+    n, k = packed.codes.shape
     sizes = choose(packed.kind, m, n, k)
     return _into(torch.empty(sizes["parts"], m, n, device=x.device), x, x_scale, packed, **sizes)
 
 
 def matmul(x: Tensor, x_scale: Tensor, packed: Packed, dtype: torch.dtype) -> Tensor:
     """x [M, K], rounded (`rounded`, or a norm that rounds), times the weight: [M, N] bf16, fp16 or float32."""
-    m, (n, k) = x.shape[0], packed.codes.shape
+    m = x.shape[0]
+    n, k = packed.codes.shape
     out = torch.empty(m, n, dtype=dtype, device=x.device)
     sizes = choose(packed.kind, m, n, k)
     if sizes["parts"] == 1:

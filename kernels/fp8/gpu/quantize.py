@@ -28,9 +28,7 @@ def _step(value, kind: tl.constexpr):
 
 
 @triton.jit
-def _quantize_rows(
-    x, out, scale, stored, width, STATIC: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr
-):  # fmt: skip
+def _quantize_rows(x, out, scale, stored, width, STATIC: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr):
     await_previous(OVERLAPS)
     token = tl.program_id(0)
     at = tl.arange(0, BLOCK)
@@ -48,12 +46,22 @@ def _quantize_rows(
 
 @triton.jit(do_not_specialize_on_alignment=["num_tokens", "scale_group"])
 def _quantize_groups(
-    x, out, scale, num_tokens, width, scale_row, scale_group,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, OVERLAPS: tl.constexpr,
-):  # fmt: skip
+    x,
+    out,
+    scale,
+    num_tokens,
+    width,
+    scale_row,
+    scale_group,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
     await_previous(OVERLAPS)
-    first, group = tl.program_id(0) * ROWS, tl.program_id(1)
-    m, k = tl.arange(0, ROWS), group * GROUP + tl.arange(0, GROUP)
+    first = tl.program_id(0) * ROWS
+    group = tl.program_id(1)
+    m = tl.arange(0, ROWS)
+    k = group * GROUP + tl.arange(0, GROUP)
     seen = m < num_tokens - first
     both = seen[:, None] & (k < width)[None, :]
     at = first.to(tl.int64) * width + (m[:, None] * width + k[None, :])
@@ -83,22 +91,35 @@ def quantize(
         sizes = tuning.choose("quantize groups", m, k, group_size)
         rows = min(sizes.pop("rows"), power_of_two(m))
         arguments = {
-            "x": x, "out": out, "scale": scale, "num_tokens": m, "width": k,
-            "scale_row": scale.stride(0), "scale_group": scale.stride(1), "GROUP": group_size, "ROWS": rows,
-        }  # fmt: skip
+            "x": x,
+            "out": out,
+            "scale": scale,
+            "num_tokens": m,
+            "width": k,
+            "scale_row": scale.stride(0),
+            "scale_group": scale.stride(1),
+            "GROUP": group_size,
+            "ROWS": rows,
+        }
         return Launch(_quantize_groups, (cdiv(m, rows), cdiv(k, group_size)), arguments, **sizes, num_stages=1)
     expect(scale=(scale, m))
     block = power_of_two(k)
     arguments = {
-        "x": x, "out": out, "scale": scale, "stored": scale if static_scale is None else static_scale,
-        "width": k, "STATIC": static_scale is not None, "BLOCK": block,
-    }  # fmt: skip
+        "x": x,
+        "out": out,
+        "scale": scale,
+        "stored": scale if static_scale is None else static_scale,
+        "width": k,
+        "STATIC": static_scale is not None,
+        "BLOCK": block,
+    }
     return Launch(_quantize_rows, (m,), arguments, **tuning.choose("quantize rows", m, k, 0), num_stages=1)
 
 
 def proofs() -> dict[str, Proof]:
     """Llamas' and SmolLM's widths: 128-bit loads throughout."""
-    m, k = 64, 14336
+    m = 64
+    k = 14336
     x, fp8, int8 = (meta(m, k, dtype=t) for t in (torch.bfloat16, torch.float8_e4m3fn, torch.int8))
     launches = {
         "fp8 rows": quantize(x, fp8, meta(m, 1)),
@@ -106,6 +127,7 @@ def proofs() -> dict[str, Proof]:
         "fp8 groups": quantize(x, fp8, meta(k // 128, m).T, group_size=128),
     }
     for k in (1536, 4096):
-        x, fp8 = meta(m, k, dtype=torch.bfloat16), meta(m, k, dtype=torch.float8_e4m3fn)
+        x = meta(m, k, dtype=torch.bfloat16)
+        fp8 = meta(m, k, dtype=torch.float8_e4m3fn)
         launches[f"fp8 rows {k}"] = quantize(x, fp8, meta(m, 1))
     return {name: Proof(launch, (r"LDG\.E\.128", r"STG\.E\.(64|128)")) for name, launch in launches.items()}

@@ -31,7 +31,8 @@ from octavo.kernels.launching.numerics import dot, narrow
 @triton.jit
 def tile_of(index, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
     """First row and first column of a tile, in an order that goes down GROUP_M tiles before it goes right."""
-    rows, columns = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    rows = tl.cdiv(M, BLOCK_M)
+    columns = tl.cdiv(N, BLOCK_N)
     above = index // (GROUP_M * columns) * GROUP_M
     height = tl.minimum(rows - above, GROUP_M)
     inside = index % (GROUP_M * columns)
@@ -53,12 +54,33 @@ def _rows(matrix, first, num_rows, K, at, ROWS: tl.constexpr, BLOCK_K: tl.conste
 
 @triton.jit(do_not_specialize_on_alignment=["M", "x_scale_group"])
 def _many(
-    x, w, x_scale, w_scale, bias, out, M, N, K,
-    x_scale_row, x_scale_group, w_scale_row, w_scale_group,
-    PROGRAMS: tl.constexpr, TMA: tl.constexpr, INT8: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr,
-    PROMOTE: tl.constexpr, HAS_BIAS: tl.constexpr, GROUP_M: tl.constexpr, SUBTILES: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAPS: tl.constexpr,
-):  # fmt: skip
+    x,
+    w,
+    x_scale,
+    w_scale,
+    bias,
+    out,
+    M,
+    N,
+    K,
+    x_scale_row,
+    x_scale_group,
+    w_scale_row,
+    w_scale_group,
+    PROGRAMS: tl.constexpr,
+    TMA: tl.constexpr,
+    INT8: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    ROWS: tl.constexpr,
+    PROMOTE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    SUBTILES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
     await_previous(OVERLAPS)
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     for index in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=TMA):
@@ -83,21 +105,80 @@ def _many(
         if SUBTILES == 2:
             halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
             left, right = tl.split(halves)
-            _store(left, x_scale, w_scale, bias, out, m, n, M, N, x_scale_row, w_scale_row,
-                   BLOCKS, HAS_BIAS, BLOCK_M, BLOCK_N // 2)  # fmt: skip
-            _store(right, x_scale, w_scale, bias, out, m, n + BLOCK_N // 2, M, N, x_scale_row, w_scale_row,
-                   BLOCKS, HAS_BIAS, BLOCK_M, BLOCK_N // 2)  # fmt: skip
+            _store(
+                left,
+                x_scale,
+                w_scale,
+                bias,
+                out,
+                m,
+                n,
+                M,
+                N,
+                x_scale_row,
+                w_scale_row,
+                BLOCKS,
+                HAS_BIAS,
+                BLOCK_M,
+                BLOCK_N // 2,
+            )
+            _store(
+                right,
+                x_scale,
+                w_scale,
+                bias,
+                out,
+                m,
+                n + BLOCK_N // 2,
+                M,
+                N,
+                x_scale_row,
+                w_scale_row,
+                BLOCKS,
+                HAS_BIAS,
+                BLOCK_M,
+                BLOCK_N // 2,
+            )
         else:
-            _store(acc, x_scale, w_scale, bias, out, m, n, M, N, x_scale_row, w_scale_row,
-                   BLOCKS, HAS_BIAS, BLOCK_M, BLOCK_N)  # fmt: skip
+            _store(
+                acc,
+                x_scale,
+                w_scale,
+                bias,
+                out,
+                m,
+                n,
+                M,
+                N,
+                x_scale_row,
+                w_scale_row,
+                BLOCKS,
+                HAS_BIAS,
+                BLOCK_M,
+                BLOCK_N,
+            )
 
 
 @triton.jit
 def _store(
-    acc, x_scale, w_scale, bias, out, first_m, first_n, M, N, x_scale_row, w_scale_row,
-    BLOCKS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    m, n = first_m + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
+    acc,
+    x_scale,
+    w_scale,
+    bias,
+    out,
+    first_m,
+    first_n,
+    M,
+    N,
+    x_scale_row,
+    w_scale_row,
+    BLOCKS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    m = first_m + tl.arange(0, BLOCK_M)
+    n = first_n + tl.arange(0, BLOCK_N)
     total = acc.to(tl.float32)
     if not BLOCKS:
         rows = tl.load(x_scale + m * x_scale_row, mask=m < M, other=0.0)
@@ -140,13 +221,18 @@ def many(
 
     Scales and blocks are those of `few`. Where the memory accelerator can't read x or w, pointers do.
     """
-    m, (n, k) = x.shape[0], w.shape
+    m = x.shape[0]
+    n, k = w.shape
     expect(x=(x, (m, k)), w=(w, (n, k)), bias=(bias, n), out=(out, (1, m, n) if out.dim() == 3 else (m, n)))
     accelerated = bool(tma) and m > 0 and fits_tma(x, w)
     if accelerated and out.dtype == torch.float32 and block_n == 256:
         num_stages = min(num_stages, 3)  # on its way out a tile lies in shared memory beside them
     if k % 16:  # rows begin anywhere: codes come byte by byte through registers, of which large tiles have none left
-        block_m, block_n, block_k, subtiles, num_warps = 64, 64, 64, 1, 4
+        block_m = 64
+        block_n = 64
+        block_k = 64
+        subtiles = 1
+        num_warps = 4
     scales = scale_arguments(x, w, x_scale, w_scale, blocks=blocks, block_n=block_n, block_k=block_k)
     tiles = cdiv(m, block_m) * cdiv(n, block_n)
     return Launch(
@@ -155,19 +241,33 @@ def many(
         {
             "x": TensorDescriptor.from_tensor(x, [block_m, block_k]) if accelerated else x,
             "w": TensorDescriptor.from_tensor(w, [block_n, block_k]) if accelerated else w,
-            **scales, "bias": w_scale if bias is None else bias, "out": out, "M": m, "N": n, "K": k,
-            "PROGRAMS": programs, "TMA": accelerated, "INT8": x.dtype == torch.int8,
-            "PROMOTE": bool(promote), "HAS_BIAS": bias is not None,
-            "GROUP_M": group_m, "SUBTILES": subtiles, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k,
+            **scales,
+            "bias": w_scale if bias is None else bias,
+            "out": out,
+            "M": m,
+            "N": n,
+            "K": k,
+            "PROGRAMS": programs,
+            "TMA": accelerated,
+            "INT8": x.dtype == torch.int8,
+            "PROMOTE": bool(promote),
+            "HAS_BIAS": bias is not None,
+            "GROUP_M": group_m,
+            "SUBTILES": subtiles,
+            "BLOCK_M": block_m,
+            "BLOCK_N": block_n,
+            "BLOCK_K": block_k,
         },
         num_warps=num_warps,
         num_stages=num_stages,
-    )  # fmt: skip
+    )
 
 
 def proofs() -> dict[str, Proof]:
     """8192 x 8192 x 4096: the instructions of the whole tile's width, and codes that come by the accelerator."""
-    m, n, k = 8192, 8192, 4096
+    m = 8192
+    n = 8192
+    k = 4096
     out = meta(m, n, dtype=torch.bfloat16)
     configurations: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
         "fp8 128 x 256": (torch.float8_e4m3fn, {"block_n": 256, "subtiles": 2}),
@@ -180,7 +280,8 @@ def proofs() -> dict[str, Proof]:
     }
     made: dict[str, Proof] = {}
     for name, (dtype, size) in configurations.items():
-        x, w = meta(m, k, dtype=dtype), meta(n, k, dtype=dtype)
+        x = meta(m, k, dtype=dtype)
+        w = meta(n, k, dtype=dtype)
         in_blocks = "blocks" in size
         x_scale = meta(k // 128, m).T if in_blocks else meta(m, 1)
         w_scale = meta(n // 128, k // 128) if in_blocks else meta(n, 1)
@@ -189,10 +290,13 @@ def proofs() -> dict[str, Proof]:
         loads = r"UTMALDG" if size.get("tma", 1) else r"LDGSTS\.E\.BYPASS.*128"
         launch = many(x, w, x_scale, w_scale, out, **size)
         made[name] = Proof(launch, (rf"{op}\.64x{width}x32", loads, r"STG\.E\.128"), forbids=("HMMA", "IMMA"))
-    x, w, fp8 = meta(m, k, dtype=torch.float8_e4m3fn), meta(n, k, dtype=torch.float8_e4m3fn), (r"QGMMA\.64x",)
+    x = meta(m, k, dtype=torch.float8_e4m3fn)
+    w = meta(n, k, dtype=torch.float8_e4m3fn)
+    fp8 = (r"QGMMA\.64x",)
     launch = many(x, w, meta(m, 1), meta(n, 1), meta(m, n), block_n=256, subtiles=2)
     made["fp8 128 x 256 to float32"] = Proof(launch, (r"QGMMA\.64x256x32", r"UTMALDG"))
-    x, w = meta(m, k + 4, dtype=torch.float8_e4m3fn), meta(n, k + 4, dtype=torch.float8_e4m3fn)
+    x = meta(m, k + 4, dtype=torch.float8_e4m3fn)
+    w = meta(n, k + 4, dtype=torch.float8_e4m3fn)
     for name, scales in {"": (meta(m, 1), meta(n, 1)), " in blocks": (meta(33, m).T, meta(n // 128, 33))}.items():
         launch = many(x, w, *scales, out, block_n=128 if name else 256, subtiles=1 if name else 2, blocks=bool(name))
         made[f"fp8 rows of 4100{name}"] = Proof(launch, fp8)

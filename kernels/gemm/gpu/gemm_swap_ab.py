@@ -44,12 +44,31 @@ def multiply(a, b, acc, PROMOTE: tl.constexpr):
 
 @triton.jit(do_not_specialize_on_alignment=["M", "x_scale_group"])
 def _few(
-    x, w, x_scale, w_scale, bias, out, M, N, K, columns,
-    x_scale_row, x_scale_group, w_scale_row, w_scale_group,
-    BLOCKS: tl.constexpr, ROWS: tl.constexpr, HAS_BIAS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAPS: tl.constexpr,
-):  # fmt: skip
-    first_n, part, first_m = tl.program_id(0) * BLOCK_N, tl.program_id(1), tl.program_id(2) * BLOCK_M
+    x,
+    w,
+    x_scale,
+    w_scale,
+    bias,
+    out,
+    M,
+    N,
+    K,
+    columns,
+    x_scale_row,
+    x_scale_group,
+    w_scale_row,
+    w_scale_group,
+    BLOCKS: tl.constexpr,
+    ROWS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
+    first_n = tl.program_id(0) * BLOCK_N
+    part = tl.program_id(1)
+    first_m = tl.program_id(2) * BLOCK_M
     # What lies past the end repeats the last row: read from the cache, and never stored.
     n = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - first_n)
     m = tl.minimum(tl.arange(0, BLOCK_M), M - 1 - first_m)
@@ -70,7 +89,8 @@ def _few(
         tokens = tl.load(x_at + at, mask=seen[:, None], other=0.0)
         if BLOCKS:
             group = at // BLOCKS
-            scale, own = tl.load(x_scale + group * x_scale_group), tl.load(w_scale + group * w_scale_group)
+            scale = tl.load(x_scale + group * x_scale_group)
+            own = tl.load(w_scale + group * w_scale_group)
             if ROWS:
                 acc += dot(codes, tokens) * (scale[None, :] * own[:, None])
             else:
@@ -87,11 +107,10 @@ def _few(
 
 
 @triton.jit
-def store_transposed(
-    total, out, part, first_m, first_n, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):  # fmt: skip
+def store_transposed(total, out, part, first_m, first_n, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """total [BLOCK_N, BLOCK_M] into out [S, M, N]."""
-    m, n = tl.arange(0, BLOCK_M)[None, :], tl.arange(0, BLOCK_N)[:, None]
+    m = tl.arange(0, BLOCK_M)[None, :]
+    n = tl.arange(0, BLOCK_N)[:, None]
     row = part.to(tl.int64) * M + first_m
     seen = (m < M - first_m) & (n < N - first_n)
     tl.store(out + row * N + first_n + (m * N + n), narrow(total, out.dtype.element_ty), mask=seen)
@@ -103,16 +122,23 @@ def scale_arguments(
     """What a launch is told of the scales of x and w: where they are, how far the next row and the next group are."""
     if blocks and (BLOCK % block_n or BLOCK % block_k or x.dtype != torch.float8_e4m3fn):
         raise ValueError(f"{block_n} x {block_k} codes of {x.dtype} cross blocks of {BLOCK} e4m3 codes")
-    m, (n, k) = x.shape[0], w.shape
+    m = x.shape[0]
+    n, k = w.shape
     _expect_scale("x_scale", x_scale, m, cdiv(k, BLOCK) if blocks else 0)
     of_rows = not blocks or w_scale.shape[0] == n
     _expect_scale("w_scale", w_scale, n if of_rows else cdiv(n, BLOCK), cdiv(k, BLOCK) if blocks else 0)
     x_row, w_row = (0 if scale.numel() == 1 and not blocks else scale.stride(0) for scale in (x_scale, w_scale))
     x_group, w_group = (scale.stride(1) if blocks else 0 for scale in (x_scale, w_scale))
     return {
-        "x_scale": x_scale, "w_scale": w_scale, "BLOCKS": BLOCK if blocks else 0, "ROWS": of_rows,
-        "x_scale_row": x_row, "x_scale_group": x_group, "w_scale_row": w_row, "w_scale_group": w_group,
-    }  # fmt: skip
+        "x_scale": x_scale,
+        "w_scale": w_scale,
+        "BLOCKS": BLOCK if blocks else 0,
+        "ROWS": of_rows,
+        "x_scale_row": x_row,
+        "x_scale_group": x_group,
+        "w_scale_row": w_row,
+        "w_scale_group": w_group,
+    }
 
 
 def _expect_scale(name: str, scale: Tensor, rows: int, groups: int) -> None:
@@ -146,7 +172,8 @@ def few(
     out       [M, N] bf16, fp16 or float32; or [S, M, N] float32, sums over S parts of K
     blocks    128 x 128 blocks of an e4m3 weight, and each token's groups of 128, have a scale
     """
-    m, (n, k) = x.shape[0], w.shape
+    m = x.shape[0]
+    n, k = w.shape
     parts = out.shape[0] if out.dim() == 3 else 1
     expect(x=(x, (m, k)), w=(w, (n, k)), bias=(bias, n), out=(out, (parts, m, n) if out.dim() == 3 else (m, n)))
     scales = scale_arguments(x, w, x_scale, w_scale, blocks=blocks, block_n=block_n, block_k=block_k)
@@ -154,19 +181,32 @@ def few(
         _few,
         (cdiv(n, block_n), parts, cdiv(m, block_m)),
         {
-            **scales, "x": x, "w": w, "bias": w_scale if bias is None else bias, "HAS_BIAS": bias is not None,
-            "out": out, "M": m, "N": n, "K": k, "columns": cdiv(cdiv(k, block_k), parts) * block_k,
-            "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k,
+            **scales,
+            "x": x,
+            "w": w,
+            "bias": w_scale if bias is None else bias,
+            "HAS_BIAS": bias is not None,
+            "out": out,
+            "M": m,
+            "N": n,
+            "K": k,
+            "columns": cdiv(cdiv(k, block_k), parts) * block_k,
+            "BLOCK_M": block_m,
+            "BLOCK_N": block_n,
+            "BLOCK_K": block_k,
         },
         num_warps=num_warps,
         num_stages=num_stages,
-    )  # fmt: skip
+    )
 
 
 def proofs() -> dict[str, Proof]:
     """Llama's shapes for 16 to 64 tokens: 8-bit instructions of 64 rows, weights copied 16 bytes at a time."""
-    fp8, int8, made = torch.float8_e4m3fn, torch.int8, {}
-    n, k = 4096, 4096
+    fp8 = torch.float8_e4m3fn
+    int8 = torch.int8
+    made = {}
+    n = 4096
+    k = 4096
     configurations: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
         "fp8 16 x 64": (fp8, {"num_stages": 5}),
         "fp8 32 x 64": (fp8, {"block_m": 32, "num_stages": 5}),
@@ -178,7 +218,8 @@ def proofs() -> dict[str, Proof]:
         "int8 64 x 64": (int8, {"block_m": 64}),
     }
     for name, (dtype, size) in configurations.items():
-        m, in_blocks = size.get("block_m", 16), "blocks" in size
+        m = size.get("block_m", 16)
+        in_blocks = "blocks" in size
         x_scale, w_scale = (meta(k // 128, m).T, meta(n // 128, k // 128)) if in_blocks else (meta(m), meta(n))
         launch = few(meta(m, k, dtype=dtype), meta(n, k, dtype=dtype), x_scale, w_scale, meta(4, m, n), **size)
         op = "QGMMA" if dtype == fp8 else "IGMMA"

@@ -34,11 +34,29 @@ from octavo.kernels.launching.numerics import dot
 
 @triton.jit(do_not_specialize_on_alignment=["M"])
 def _gemm(
-    x, words, scale, x_scale, bias, out, M, N, K, x_row, tiles, tiles_of_part,
-    BITS: tl.constexpr, SHARE: tl.constexpr, SCALE: tl.constexpr, HAS_X_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr,
-    EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr,
+    x,
+    words,
+    scale,
+    x_scale,
+    bias,
+    out,
+    M,
+    N,
+    K,
+    x_row,
+    tiles,
+    tiles_of_part,
+    BITS: tl.constexpr,
+    SHARE: tl.constexpr,
+    SCALE: tl.constexpr,
+    HAS_X_SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GROUP_M: tl.constexpr,
     OVERLAPS: tl.constexpr,
-):  # fmt: skip
+):
     first_m, first_n = _corner(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     part = tl.program_id(1)
     WIDTH: tl.constexpr = 8 * BITS
@@ -67,7 +85,7 @@ def _gemm(
             current = scales(scale, tile, all_rows, SHARE)
         acc = _tile(
             acc, w, x_at + tile * 128, m[:, None] < M - first_m, K - tile * 128, current, BITS, SHARE, SCALE, EVEN
-        )  # fmt: skip
+        )
     if HAS_X_SCALE:
         unit: tl.constexpr = E4M3_ONE if x.dtype.element_ty == tl.float8e4nv else 1.0
         acc *= unit * tl.load(x_scale + first_m + m, mask=m < M - first_m, other=0.0)[None, :]
@@ -81,21 +99,31 @@ def _corner(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.cons
     """The first token and row of a program's tile; GROUP_M tiles of tokens go through the weight together."""
     program = tl.program_id(0)
     if GROUP_M == 1:
-        row, column = tl.program_id(2), program
+        row = tl.program_id(2)
+        column = program
     else:
         columns = tl.cdiv(N, BLOCK_N)
         group = program // (GROUP_M * columns)
         height = tl.minimum(tl.cdiv(M, BLOCK_M) - group * GROUP_M, GROUP_M)
         inside = program - group * GROUP_M * columns
-        row, column = group * GROUP_M + inside % height, inside // height
+        row = group * GROUP_M + inside % height
+        column = inside // height
     return row * BLOCK_M, column * BLOCK_N
 
 
 @triton.jit
 def _tile(
-    acc, words, x_at, present, columns, current,
-    BITS: tl.constexpr, SHARE: tl.constexpr, SCALE: tl.constexpr, EVEN: tl.constexpr,
-):  # fmt: skip
+    acc,
+    words,
+    x_at,
+    present,
+    columns,
+    current,
+    BITS: tl.constexpr,
+    SHARE: tl.constexpr,
+    SCALE: tl.constexpr,
+    EVEN: tl.constexpr,
+):
     """acc + a tile of 128 columns, whose groups' sums of exact integers are scaled one after the other.
 
     x [BLOCK_M, 128] is read a slice at a time: nothing cuts a tile in registers.
@@ -138,7 +166,8 @@ def gemm(
     out      [M, N] bf16, fp16 or float32; or [S, M, N] float32, sums over S parts of K
     group_m  tiles of tokens that go through the weight together: 1 where there is only one
     """
-    (m, k), n = x.shape, packed.shape[0]
+    m, k = x.shape
+    n = packed.shape[0]
     if k != packed.columns or x.stride(1) != 1:
         raise ValueError(f"x has {k} columns of stride {x.stride(1)}, not {packed.columns} side by side")
     fp8 = x.dtype == torch.float8_e4m3fn
@@ -147,22 +176,37 @@ def gemm(
     parts = out.shape[0] if out.dim() == 3 else 1
     expect(x_scale=(x_scale, m), out=(out, (parts, m, n) if out.dim() == 3 else (m, n)))
     tiles = packed.words.shape[0]
-    rows, columns = cdiv(m, block_m), cdiv(n, block_n)
+    rows = cdiv(m, block_m)
+    columns = cdiv(n, block_n)
     return Launch(
         _gemm,
         (columns, parts, rows) if group_m == 1 else (rows * columns, parts),
         {
-            "x": x, "words": packed.words, "scale": integers(packed.scale),
+            "x": x,
+            "words": packed.words,
+            "scale": integers(packed.scale),
             "x_scale": packed.scale if x_scale is None else x_scale,
-            "bias": packed.scale if packed.bias is None else packed.bias, "out": out, "M": m, "N": n, "K": k,
-            "x_row": x.stride(0), "tiles": tiles, "tiles_of_part": cdiv(tiles, parts),
-            "BITS": packed.bits, "SHARE": packed.share, "SCALE": scale_type(packed.scale),
-            "HAS_X_SCALE": x_scale is not None, "HAS_BIAS": packed.bias is not None,
-            "EVEN": k % TILE == 0, "BLOCK_M": block_m, "BLOCK_N": block_n, "GROUP_M": group_m,
+            "bias": packed.scale if packed.bias is None else packed.bias,
+            "out": out,
+            "M": m,
+            "N": n,
+            "K": k,
+            "x_row": x.stride(0),
+            "tiles": tiles,
+            "tiles_of_part": cdiv(tiles, parts),
+            "BITS": packed.bits,
+            "SHARE": packed.share,
+            "SCALE": scale_type(packed.scale),
+            "HAS_X_SCALE": x_scale is not None,
+            "HAS_BIAS": packed.bias is not None,
+            "EVEN": k % TILE == 0,
+            "BLOCK_M": block_m,
+            "BLOCK_N": block_n,
+            "GROUP_M": group_m,
         },
         num_warps=num_warps,
         num_stages=num_stages,
-    )  # fmt: skip
+    )
 
 
 _FEW: dict[str, int] = {"block_m": 16, "block_n": 64}
@@ -195,15 +239,18 @@ _KINDS: tuple[tuple[str, int, int, bool, torch.dtype, dict[str, int]], ...] = (
 def proofs() -> dict[str, Proof]:
     """Llama's shapes: decoded weights go from registers into the tensor core, words are copied 16 bytes at a time."""
     example = partial(meta, dtype=torch.bfloat16)
-    n, k = 4096, 4096
+    n = 4096
+    k = 4096
     made: dict[str, Proof] = {}
     for name, bits, share, zero, dtype, sizes in _KINDS:
-        bm, fp8 = sizes["block_m"], dtype == torch.float8_e4m3fn
+        bm = sizes["block_m"]
+        fp8 = dtype == torch.float8_e4m3fn
         scale = example(k // share, n, 2) if zero else example(k // share, n)
         words = example(k // TILE, n, 8 * bits, dtype=torch.int16)
         packed = PackedInt4(words, scale, bits, share, None, None, example(k, dtype=torch.int64))
         out = example(4, bm, n, dtype=torch.float32) if bm < 128 else example(bm, n)
-        x, x_scale = example(bm, k, dtype=dtype), example(bm, 1, dtype=torch.float32) if fp8 else None
+        x = example(bm, k, dtype=dtype)
+        x_scale = example(bm, 1, dtype=torch.float32) if fp8 else None
         op = rf"QGMMA\.64x{bm}x32.*\.RS" if fp8 else rf"HGMMA\.64x{bm}x16.*\.RS"
         made[f"{name} {bm} x {sizes['block_n']}"] = Proof(
             gemm(x, packed, out, x_scale, **sizes),

@@ -99,7 +99,8 @@ def decode(words, dtype: tl.constexpr, E4M3: tl.constexpr):
     """The codes of low bytes and of high bytes, in the activations' type."""
     if _INTERPRETED:
         low, high = bytes_of(words, tl.float8e4nv if E4M3 else tl.int8)
-        low, high = low.to(tl.float32), high.to(tl.float32)
+        low = low.to(tl.float32)
+        high = high.to(tl.float32)
     elif dtype == tl.bfloat16:  # a result's type is no expression to Triton
         to_bf16: tl.constexpr = _E4M3_TO_BF16 if E4M3 else _BF16
         low, high = tl.inline_asm_elementwise(
@@ -131,11 +132,27 @@ def less(low, high, zero, dtype: tl.constexpr):
 
 @triton.jit(do_not_specialize_on_alignment=["M"])
 def _weights(
-    x, words, scale, zero, bias, out, M, N, K, tiles, tiles_of_part,
-    E4M3: tl.constexpr, GROUP: tl.constexpr, HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, GROUP_M: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILE: tl.constexpr,
+    x,
+    words,
+    scale,
+    zero,
+    bias,
+    out,
+    M,
+    N,
+    K,
+    tiles,
+    tiles_of_part,
+    E4M3: tl.constexpr,
+    GROUP: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TILE: tl.constexpr,
     OVERLAPS: tl.constexpr,
-):  # fmt: skip
+):
     dtype: tl.constexpr = x.dtype.element_ty
     HALF: tl.constexpr = TILE // 2
     part = tl.program_id(1)
@@ -195,9 +212,11 @@ class Packed:
         _, n, half = self.words.shape
         groups = cdiv(self.num_columns, self.group_size) if self.group_size else 1
         expect(
-            words=(self.words, (cdiv(self.num_columns, 2 * half), n, half)), scale=(self.scale, (groups, n)),
-            zero_point=(self.zero_point, (groups, n)), bias=(self.bias, n),
-        )  # fmt: skip
+            words=(self.words, (cdiv(self.num_columns, 2 * half), n, half)),
+            scale=(self.scale, (groups, n)),
+            zero_point=(self.zero_point, (groups, n)),
+            bias=(self.bias, n),
+        )
 
 
 def has_nan(codes: Tensor) -> bool:
@@ -266,7 +285,8 @@ def weights(
     num_stages: int = 4,
 ) -> Launch:
     """x [M, K] bf16 or fp16 through the layer, into out [M, N] bf16, fp16 or float32, or [S, M, N] float32 parts."""
-    m, (tiles, n, half) = x.shape[0], packed.words.shape
+    m = x.shape[0]
+    tiles, n, half = packed.words.shape
     if x.dtype not in (torch.bfloat16, torch.float16) or x.shape[1] != packed.num_columns:
         raise ValueError(f"{x.dtype} activations {list(x.shape)} don't go with {packed.num_columns} columns")
     parts = out.shape[0] if out.dim() == 3 else 1
@@ -275,22 +295,35 @@ def weights(
         _weights,
         (cdiv(m, block_m) * cdiv(n, block_n), parts),
         {
-            "x": x, "words": packed.words, "scale": packed.scale,
+            "x": x,
+            "words": packed.words,
+            "scale": packed.scale,
             "zero": packed.words if packed.zero_point is None else packed.zero_point,
-            "bias": packed.scale if packed.bias is None else packed.bias, "out": out,
-            "M": m, "N": n, "K": packed.num_columns, "tiles": tiles, "tiles_of_part": cdiv(tiles, parts),
-            "E4M3": packed.is_e4m3, "GROUP": packed.group_size, "HAS_ZERO": packed.zero_point is not None,
-            "HAS_BIAS": packed.bias is not None, "GROUP_M": group_m,
-            "BLOCK_M": block_m, "BLOCK_N": block_n, "TILE": 2 * half,
+            "bias": packed.scale if packed.bias is None else packed.bias,
+            "out": out,
+            "M": m,
+            "N": n,
+            "K": packed.num_columns,
+            "tiles": tiles,
+            "tiles_of_part": cdiv(tiles, parts),
+            "E4M3": packed.is_e4m3,
+            "GROUP": packed.group_size,
+            "HAS_ZERO": packed.zero_point is not None,
+            "HAS_BIAS": packed.bias is not None,
+            "GROUP_M": group_m,
+            "BLOCK_M": block_m,
+            "BLOCK_N": block_n,
+            "TILE": 2 * half,
         },
         num_warps=num_warps,
         num_stages=num_stages,
-    )  # fmt: skip
+    )
 
 
 def partial_sums(x: Tensor, packed: Packed) -> Tensor:
     """x [M, K] through the layer: [S, M, N] float32 for the next kernel to add up."""
-    m, n = x.shape[0], packed.words.shape[1]
+    m = x.shape[0]
+    n = packed.words.shape[1]
     sizes = {**choose("w8a16", m, n, packed.num_columns)}
     out = torch.empty(sizes.pop("parts"), m, n, device=x.device)
     weights(x.contiguous(), packed, out, **sizes)()
@@ -299,7 +332,8 @@ def partial_sums(x: Tensor, packed: Packed) -> Tensor:
 
 def linear(x: Tensor, packed: Packed, dtype: torch.dtype | None = None) -> Tensor:
     """x [M, K] bf16 or fp16 through the layer: [M, N] bf16, fp16 or float32; None: of x's type."""
-    m, n = x.shape[0], packed.words.shape[1]
+    m = x.shape[0]
+    n = packed.words.shape[1]
     out = torch.empty(m, n, dtype=dtype or x.dtype, device=x.device)
     sizes = {**choose("w8a16", m, n, packed.num_columns)}
     if sizes.pop("parts") == 1:
@@ -311,8 +345,10 @@ def linear(x: Tensor, packed: Packed, dtype: torch.dtype | None = None) -> Tenso
 
 def proofs() -> dict[str, Proof]:
     """Weights as the tensor core's operand from registers, and no conversion but the bit formula."""
-    n, k = 4096, 4096
-    bf16, fp16 = torch.bfloat16, torch.float16
+    n = 4096
+    k = 4096
+    bf16 = torch.bfloat16
+    fp16 = torch.float16
     configurations: dict[str, tuple[int, torch.dtype, bool, dict[str, Any]]] = {
         "e4m3 row 16": (0, bf16, False, {"num_stages": 5}),
         "e4m3 g128 64 fp16": (128, fp16, False, {"block_m": 64}),
@@ -325,7 +361,9 @@ def proofs() -> dict[str, Proof]:
     }
     made: dict[str, Proof] = {}
     for name, (group, dtype, has_zero, size) in configurations.items():
-        m, tile, groups = size.get("block_m", 16), min(group or 128, 128), k // (group or k)
+        m = size.get("block_m", 16)
+        tile = min(group or 128, 128)
+        groups = k // (group or k)
         zero = meta(groups, n, dtype=torch.int8) if has_zero else None
         words = meta(k // tile, n, tile // 2, dtype=torch.int16)
         packed = Packed(words, meta(groups, n, dtype=torch.bfloat16), zero, None, k, group, "e4m3" in name)

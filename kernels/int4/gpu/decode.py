@@ -65,7 +65,8 @@ def weights(words, zero, J: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexp
         number -= (1 << (BITS - 1)) if zero is None else zero
         number = to_e4m3(number / E4M3_ONE) if fp8 else narrow(number, dtype)
     elif fp8 and zero is None:
-        which, shift = tl.full((1, 1), 0x7531 if J >= 2 else 0x6420, tl.int16), tl.full((1, 1), J % 2 * 4, tl.int16)
+        which = tl.full((1, 1), 0x7531 if J >= 2 else 0x6420, tl.int16)
+        shift = tl.full((1, 1), J % 2 * 4, tl.int16)
         operands = [words, which, shift]
         number = tl.inline_asm_elementwise(_TO_E4M3, _TWO, operands, dtype=tl.float8e4nv, is_pure=True, pack=4)
     else:
@@ -103,9 +104,11 @@ def scales(scale, tile, all_rows, SHARE: tl.constexpr):
 def split(pair, SCALE: tl.constexpr):
     """A scale and a zero point, numbers of one type side by side, as float32."""
     if pair.dtype == tl.int64:
-        low, high = pair.to(tl.int32), (pair >> 32).to(tl.int32)
+        low = pair.to(tl.int32)
+        high = (pair >> 32).to(tl.int32)
     else:
-        low, high = pair.to(tl.int16), (pair >> 16).to(tl.int16)
+        low = pair.to(tl.int16)
+        high = (pair >> 16).to(tl.int16)
     return low.to(SCALE, bitcast=True).to(tl.float32), high.to(SCALE, bitcast=True).to(tl.float32)
 
 

@@ -23,22 +23,32 @@ from octavo.kernels.launching.numerics import narrow
 
 @triton.jit
 def _dequantize(
-    words, scale, out, N, columns,
-    BITS: tl.constexpr, SHARE: tl.constexpr, SCALE: tl.constexpr, BLOCK_N: tl.constexpr, OVERLAPS: tl.constexpr,
-):  # fmt: skip
+    words,
+    scale,
+    out,
+    N,
+    columns,
+    BITS: tl.constexpr,
+    SHARE: tl.constexpr,
+    SCALE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
     await_previous(OVERLAPS)
     WIDTH: tl.constexpr = 8 * BITS
     SLICES: tl.constexpr = 128 // WIDTH
     GROUPS: tl.constexpr = 128 // SHARE if SHARE < 128 else 1
     tile = tl.program_id(0)
-    n, i = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, WIDTH)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    i = tl.arange(0, WIDTH)
     inside = tl.minimum(n, N - 1)
     fields = tl.load(words + (tile.to(tl.int64) * N + inside)[:, None] * WIDTH + i[None, :])
     found = scales(scale + inside, tile, tl.cast(N, tl.int64), SHARE)
     at = out + n.to(tl.int64)[:, None] * columns + i[None, :]
     for j in tl.static_range(SLICES):
         if SCALE is None:
-            step, zero = found[j * GROUPS // SLICES].to(tl.float32), None
+            step = found[j * GROUPS // SLICES].to(tl.float32)
+            zero = None
         else:
             step, zero = split(found[j * GROUPS // SLICES], SCALE)
             zero = zero[:, None]
@@ -58,17 +68,26 @@ def dequantize(packed: PackedInt4, out: Tensor) -> Launch:
         _dequantize,
         (tiles, cdiv(n, block_n)),
         {
-            "words": packed.words, "scale": integers(packed.scale), "out": out, "N": n, "columns": packed.columns,
-            "BITS": packed.bits, "SHARE": packed.share, "SCALE": scale_type(packed.scale), "BLOCK_N": block_n,
+            "words": packed.words,
+            "scale": integers(packed.scale),
+            "out": out,
+            "N": n,
+            "columns": packed.columns,
+            "BITS": packed.bits,
+            "SHARE": packed.share,
+            "SCALE": scale_type(packed.scale),
+            "BLOCK_N": block_n,
         },
         **sizes,
         num_stages=1,
-    )  # fmt: skip
+    )
 
 
 def proofs() -> dict[str, Proof]:
     """Words are read and weights written 8 bytes or more at a time."""
-    n, k, groups = 4096, 4096, torch.empty(4096, dtype=torch.int64, device="meta")
+    n = 4096
+    k = 4096
+    groups = torch.empty(4096, dtype=torch.int64, device="meta")
     words = torch.empty(k // 128, n, 32, dtype=torch.int16, device="meta")
     out = torch.empty(n, k, dtype=torch.bfloat16, device="meta")
     made: dict[str, Proof] = {}

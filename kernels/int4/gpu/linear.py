@@ -48,7 +48,8 @@ def matmul(
 
     is_arranged: its columns are where `packed.places` has them.
     """
-    sizes, n = _sizes(x, packed), packed.shape[0]
+    sizes = _sizes(x, packed)
+    n = packed.shape[0]
     x = _arranged(x, packed, is_arranged)
     if sizes.pop("dequantize", 0) and x_scale is None and x.dtype == dtype:
         weight = torch.empty(n, packed.columns, dtype=dtype, device=x.device)

@@ -46,12 +46,15 @@ class PackedInt4:
     bias: Tensor | None = None
 
     def __post_init__(self) -> None:
-        n, tiles = self.words.shape[1], -(-self.columns // TILE)
+        n = self.words.shape[1]
+        tiles = -(-self.columns // TILE)
         groups = tiles * (TILE // self.share) if self.share < TILE else -(-self.columns // self.share)
         expect(
-            words=(self.words, (tiles, n, 8 * self.bits)), order=(self.order, self.columns), bias=(self.bias, n),
+            words=(self.words, (tiles, n, 8 * self.bits)),
+            order=(self.order, self.columns),
+            bias=(self.bias, n),
             scale=(self.scale, (groups, n) if self.symmetric else (groups, n, 2)),
-        )  # fmt: skip
+        )
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -125,7 +128,8 @@ def _expect_within(what: str, values: Tensor, least: int, most: int) -> None:
 
 def _arrange(groups: Tensor, counts: Tensor) -> tuple[int, Tensor | None, Tensor | None]:
     """How many columns share a scale, the order of x's columns, and where scales come from; None: as they are."""
-    k, first = groups.shape[0], int(counts[0])
+    k = groups.shape[0]
+    first = int(counts[0])
     order = groups.argsort(stable=True)
     if counts.shape[0] == 1:
         return -(-k // TILE) * TILE, None, None
@@ -143,7 +147,8 @@ def _arrange(groups: Tensor, counts: Tensor) -> tuple[int, Tensor | None, Tensor
 
 def _words(codes: Tensor, field: int, low: int) -> Tensor:
     """codes [N, columns] as words [tiles, N, 8 * field] int16."""
-    n, width = codes.shape[0], 8 * field
+    n = codes.shape[0]
+    width = 8 * field
     tiles = F.pad(codes, (0, -codes.shape[1] % TILE)).view(n, -1, TILE // width, width)
     words = torch.zeros(tiles.shape[1], n, width, dtype=torch.int16, device=codes.device)
     for j in range(TILE // width):
@@ -153,7 +158,9 @@ def _words(codes: Tensor, field: int, low: int) -> Tensor:
 
 def unpack(packed: PackedInt4) -> tuple[Tensor, Tensor, Tensor | None]:
     """The codes [N, K], and the scale and zero_point [N, G], that `pack` was given."""
-    (n, k), low, width = packed.shape, -(1 << (packed.bits - 1)), 8 * packed.bits
+    n, k = packed.shape
+    low = -(1 << (packed.bits - 1))
+    width = 8 * packed.bits
     fields = [(packed.words >> (packed.bits * j)) & ((1 << packed.bits) - 1) for j in range(TILE // width)]
     codes = (torch.stack(fields, 2) + low).to(torch.int8)  # [tiles, N, slices, width]
     codes = codes.transpose(0, 1).reshape(n, -1)[:, : packed.columns]

@@ -34,7 +34,8 @@ def gather(x: Tensor, order: Tensor, out: Tensor) -> Launch:
     if x.stride(1) != 1:
         refuse("x", x, x.shape)
     if x.element_size() == 1:
-        x, out = x.view(torch.uint8), out.view(torch.uint8)
+        x = x.view(torch.uint8)
+        out = out.view(torch.uint8)
     columns = order.shape[0]
     sizes = tuning.choose("gather", x.shape[0], columns, x.element_size())
     block = sizes.pop("block")

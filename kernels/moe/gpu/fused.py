@@ -71,7 +71,8 @@ CODES = {**dict.fromkeys(("fp8", "fp8 blocks", "int4 fp8"), torch.float8_e4m3fn)
 @triton.jit
 def _sum(pairs, out, width, TOP_K: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr):
     await_previous(OVERLAPS)
-    token, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    token = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     seen = at < width
     total = tl.zeros((BLOCK,), tl.float32)
     for j in tl.static_range(TOP_K):
@@ -90,9 +91,16 @@ def add_up(pairs: Tensor, out: Tensor, top_k: int) -> Launch:
 
 
 def launches(
-    x: Hidden, router: Tensor, top_k: int, gate_up: Weights, down: Weights, results: Tensor, *, normalize: bool,
+    x: Hidden,
+    router: Tensor,
+    top_k: int,
+    gate_up: Weights,
+    down: Weights,
+    results: Tensor,
+    *,
+    normalize: bool,
     shared: int = 0,
-) -> tuple[Launch, ...]:  # fmt: skip
+) -> tuple[Launch, ...]:
     """All that happens but the sum, in order; memory between them is allocated here.
 
     x        [T, H] bf16 or fp16, or rounded as `wants` of gate_up has it
@@ -102,7 +110,9 @@ def launches(
     shared   how many more experts, slices of a shared one: then router [E + 1, H], gate_up [E + shared, 2 I, H], down
              [E + shared, H, I], results [T * (top_k + shared), H]
     """
-    (num_experts, width, hidden), kind, plain = gate_up.shape, _kind(gate_up), _plain(x)
+    num_experts, width, hidden = gate_up.shape
+    kind = _kind(gate_up)
+    plain = _plain(x)
     num_tokens = plain.shape[0]
     if kind != _kind(down) or down.shape != (num_experts, hidden, width // 2) or plain.shape[1] != hidden:
         raise ValueError(f"x {list(plain.shape)}, gate_up {kind} {gate_up.shape} and down {_kind(down)} {down.shape}")
@@ -115,7 +125,8 @@ def launches(
         raise ValueError("down has act-order: gate and up are to make its columns in the order of its groups")
     expect(router=(router, (num_experts - max(shared - 1, 0), hidden)))
     each = top_k + shared
-    num_pairs, group_size = num_tokens * each, BLOCK if kind == "fp8 blocks" else 0
+    num_pairs = num_tokens * each
+    group_size = BLOCK if kind == "fp8 blocks" else 0
     size: dict[str, Any] = tuning.choose(f"moe {kind}", cdiv(num_pairs, num_experts), width, hidden)
     pairs = unaligned(num_pairs, num_experts, size.pop("block_m"), results.device)
     chosen = torch.empty(num_tokens, each, dtype=torch.int32, device=results.device)
@@ -136,16 +147,22 @@ def _first(
     x: Hidden, gate_up: Weights, chosen: Tensor, group_size: int, steps: list[Launch]
 ) -> tuple[Tensor, Tensor | None, int]:
     """What the first GEMM reads, its scales, and the pairs that share a row of it; what makes it joins the steps."""
-    kind, order, stored, divisor = _kind(gate_up), _order(gate_up), _stored(gate_up), chosen.shape[1]
+    kind = _kind(gate_up)
+    order = _order(gate_up)
+    stored = _stored(gate_up)
+    divisor = chosen.shape[1]
     if isinstance(x, Rounded):
         if not _is_made_before(gate_up) or x.codes.dtype != CODES.get(kind, _plain(x).dtype):
             raise ValueError(f"x is made for other experts, as {x.codes.dtype}, than these, {kind}: see wants(gate_up)")
         return x.codes, x.scale if kind in CODES else None, divisor
     if order is not None and len(order) == 1:
-        plain, x = x, torch.empty_like(x)
+        plain = x
+        x = torch.empty_like(x)
         steps.append(gather(plain, order[0], x))
     elif order is not None:
-        plain, x, divisor = x, x.new_empty(chosen.numel(), x.shape[1]), 1
+        plain = x
+        x = x.new_empty(chosen.numel(), x.shape[1])
+        divisor = 1
         steps.append(of_pairs(plain, order, chosen, x))
     if kind not in CODES:
         return x, None, divisor
@@ -185,14 +202,16 @@ def wants(gate_up: Weights) -> Rounding | None:
     """
     if not _is_made_before(gate_up):
         return None
-    kind, order = _kind(gate_up), _order(gate_up)
+    kind = _kind(gate_up)
+    order = _order(gate_up)
     places = None if order is None else order[0].argsort().int()
     size = BLOCK if kind == "fp8 blocks" else 0
     return Rounding(CODES.get(kind), size, _stored(gate_up), keeps_plain=True, places=places)
 
 
 def _is_made_before(gate_up: Weights) -> bool:
-    order, stored = _order(gate_up), _stored(gate_up)
+    order = _order(gate_up)
+    stored = _stored(gate_up)
     same = all(of is None or len(of) == 1 for of in (order, stored))
     return same and (_kind(gate_up) in CODES or order is not None)
 
@@ -249,7 +268,8 @@ def partial_moe(
 ) -> Tensor:
     """What each token's experts give it [top_k + shared, T, H], for the next kernel to add up; a token's lie side by
     side."""
-    (num_tokens, hidden), each = _plain(x).shape, top_k + shared
+    num_tokens, hidden = _plain(x).shape
+    each = top_k + shared
     results = _plain(x).new_empty(num_tokens * each, hidden)
     for launch in launches(x, router, top_k, gate_up, down, results, normalize=normalize, shared=shared):
         launch()

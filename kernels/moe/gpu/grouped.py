@@ -62,19 +62,40 @@ def store(total, out, pair, real, first_n, N, SWAP: tl.constexpr, BLOCK_N: tl.co
     n = first_n + tl.arange(0, BLOCK_N)
     row = pair.to(tl.int64) * N
     if SWAP:
-        at, seen = row[None, :] + n[:, None], real[None, :] & (n < N)[:, None]
+        at = row[None, :] + n[:, None]
+        seen = real[None, :] & (n < N)[:, None]
     else:
-        at, seen = row[:, None] + n[None, :], real[:, None] & (n < N)[None, :]
+        at = row[:, None] + n[None, :]
+        seen = real[:, None] & (n < N)[None, :]
     tl.store(out + at, narrow(total, out.dtype.element_ty), mask=seen)
 
 
 @triton.jit(do_not_specialize_on_alignment=["num_pairs", "num_tiles", "x_scale_group"])
 def _grouped(
-    x, w, x_scale, w_scale, router, order, tile_expert, out, num_pairs, num_tiles, N, K, x_scale_row, x_scale_group,
-    DIVISOR: tl.constexpr, HAS_ROUTER: tl.constexpr, SCALES: tl.constexpr, SWAP: tl.constexpr,
-    GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x,
+    w,
+    x_scale,
+    w_scale,
+    router,
+    order,
+    tile_expert,
+    out,
+    num_pairs,
+    num_tiles,
+    N,
+    K,
+    x_scale_row,
+    x_scale_group,
+    DIVISOR: tl.constexpr,
+    HAS_ROUTER: tl.constexpr,
+    SCALES: tl.constexpr,
+    SWAP: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     OVERLAPS: tl.constexpr,
-):  # fmt: skip
+):
     await_previous(OVERLAPS)
     tile, first_n = corner(num_tiles, N, BLOCK_N, GROUP_M)
     expert = tl.load(tile_expert + tile).to(tl.int64)
@@ -110,7 +131,8 @@ def _grouped(
             acc = dot(b, a.T, acc) if SWAP else dot(a, b.T, acc)
     total = acc.to(tl.float32)
     if SCALES == "rows":
-        step, rows = tl.load(x_scale), tl.load(w_scale + expert * N + n)
+        step = tl.load(x_scale)
+        rows = tl.load(w_scale + expert * N + n)
         total *= rows[:, None] * step[None, :] if SWAP else rows[None, :] * step[:, None]
     if HAS_ROUTER:
         weight = tl.load(router + pair, mask=real, other=0.0)
@@ -122,14 +144,24 @@ def pair_arguments(
     x: Tensor, weight: tuple[int, ...], pairs: Aligned, out: Tensor, divisor: int, router: Tensor | None
 ) -> dict[str, Any]:
     """What a grouped GEMM of a weight [E, N, K] is told of its pairs; whether all has its size."""
-    (num_experts, n, k), num_pairs = weight, out.shape[0]
+    num_experts, n, k = weight
+    num_pairs = out.shape[0]
     expect(x=(x, (cdiv(num_pairs, divisor), k)), router=(router, num_pairs), out=(out, (num_pairs, n)))
     expect_aligned(pairs, num_pairs, num_experts)
     return {
-        "x": x, "router": out if router is None else router, "order": pairs.order, "tile_expert": pairs.tile_expert,
-        "out": out, "num_pairs": num_pairs, "num_tiles": len(pairs.tile_expert), "N": n, "K": k, "DIVISOR": divisor,
-        "HAS_ROUTER": router is not None, "BLOCK_M": pairs.block_m,
-    }  # fmt: skip
+        "x": x,
+        "router": out if router is None else router,
+        "order": pairs.order,
+        "tile_expert": pairs.tile_expert,
+        "out": out,
+        "num_pairs": num_pairs,
+        "num_tiles": len(pairs.tile_expert),
+        "N": n,
+        "K": k,
+        "DIVISOR": divisor,
+        "HAS_ROUTER": router is not None,
+        "BLOCK_M": pairs.block_m,
+    }
 
 
 def _expect_weight(x: Tensor, w: Tensor, x_scale: Tensor | None, w_scale: Tensor | None, scales: str) -> None:
@@ -190,40 +222,62 @@ def grouped(
         _grouped,
         (len(pairs.tile_expert) * cdiv(n, block_n),),
         {
-            **arguments, "w": w, "x_scale": out if x_scale is None else x_scale,
+            **arguments,
+            "w": w,
+            "x_scale": out if x_scale is None else x_scale,
             "w_scale": out if w_scale is None else w_scale,
             "x_scale_row": 0 if x_scale is None else x_scale.stride(0),
             "x_scale_group": 0 if x_scale is None else x_scale.stride(1),
-            "SCALES": scales, "SWAP": pairs.block_m <= SWAPPED, "GROUP_M": group_m, "BLOCK_N": block_n,
+            "SCALES": scales,
+            "SWAP": pairs.block_m <= SWAPPED,
+            "GROUP_M": group_m,
+            "BLOCK_N": block_n,
             "BLOCK_K": block_k,
         },
         num_warps=num_warps,
         num_stages=num_stages,
-    )  # fmt: skip
+    )
 
 
 def proofs() -> dict[str, Proof]:
     """Mixtral's second GEMM, with the router's weights: full-rate instructions, weights copied 16 bytes at a time."""
     made: dict[str, Proof] = {}
-    fp8, num_experts, n, k, num_pairs = torch.float8_e4m3fn, 8, 4096, 14336, 512
+    fp8 = torch.float8_e4m3fn
+    num_experts = 8
+    n = 4096
+    k = 14336
+    num_pairs = 512
     kinds = {"bf16": torch.bfloat16, "fp8": fp8, "fp8 blocks": fp8, "fp8 rows of blocks": fp8, "int8": torch.int8}
     for block_m, block_n, warps, stages in ((16, 64, 4, 5), (64, 128, 4, 3), (128, 128, 8, 3)):
-        pairs, router = unaligned(num_pairs, num_experts, block_m, "meta"), meta(256, 2)
+        pairs = unaligned(num_pairs, num_experts, block_m, "meta")
+        router = meta(256, 2)
         for kind, dtype in kinds.items():
             if block_m == 64 and "blocks" not in kind:  # as the others
                 continue
-            x, w, out = meta(num_pairs, k, dtype=dtype), meta(num_experts, n, k, dtype=dtype), meta(num_pairs, n)
+            x = meta(num_pairs, k, dtype=dtype)
+            w = meta(num_experts, n, k, dtype=dtype)
+            out = meta(num_pairs, n)
             out = out.to(torch.bfloat16)
             x_scale = w_scale = None
             if dtype != torch.bfloat16:
-                in_blocks, rows = "blocks" in kind, n // 128 if kind == "fp8 blocks" else n
+                in_blocks = "blocks" in kind
+                rows = n // 128 if kind == "fp8 blocks" else n
                 x_scale = meta(k // 128, num_pairs).T if in_blocks else meta(num_pairs, 1)
                 w_scale = meta(num_experts, rows, k // 128) if in_blocks else meta(num_experts, n)
             more = {"block_n": block_n, "block_k": 64 if dtype == torch.bfloat16 else 128, "num_stages": stages}
             launch = grouped(
-                x, w, pairs, out, divisor=1, router=router, x_scale=x_scale, w_scale=w_scale,
-                blocks="blocks" in kind, num_warps=warps, **more,
-            )  # fmt: skip
+                x,
+                w,
+                pairs,
+                out,
+                divisor=1,
+                router=router,
+                x_scale=x_scale,
+                w_scale=w_scale,
+                blocks="blocks" in kind,
+                num_warps=warps,
+                **more,
+            )
             columns = block_m if block_m <= SWAPPED else launch.arguments["BLOCK_N"]
             op = {fp8: "QGMMA", torch.int8: "IGMMA"}.get(dtype, "HGMMA") + rf"\.64x{columns}x"
             made[f"{kind} {block_m} x {launch.arguments['BLOCK_N']}"] = Proof(

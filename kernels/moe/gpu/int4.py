@@ -56,8 +56,10 @@ class PackedExperts:
         tiles = cdiv(self.k, packing.TILE)
         groups = tiles * (packing.TILE // self.share) if self.share < packing.TILE else cdiv(self.k, self.share)
         expect(
-            words=(self.words, (e, tiles, n, 32)), scale=(self.scale, (e, groups, n)), zero=(self.zero, (e, groups, n)),
-        )  # fmt: skip
+            words=(self.words, (e, tiles, n, 32)),
+            scale=(self.scale, (e, groups, n)),
+            zero=(self.zero, (e, groups, n)),
+        )
         expect_order(self.order, e, self.k)
 
     @property
@@ -75,9 +77,14 @@ class PackedExperts:
 
 
 def pack(
-    codes: Tensor, scale: Tensor, zero_point: Tensor | None, group_size: int, g_idx: Tensor | None = None,
-    *, fp8: bool = False,
-) -> PackedExperts:  # fmt: skip
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    group_size: int,
+    g_idx: Tensor | None = None,
+    *,
+    fp8: bool = False,
+) -> PackedExperts:
     """Lay out codes [E, N, K] int8, -8..7, with scale and zero_point [E, N, G] of groups of group_size columns.
 
     group_size  32, 64 or a multiple of 128, or K; the last group may be short
@@ -119,7 +126,7 @@ def _of_tile(table, tile, N, SHARE: tl.constexpr):
 @triton.jit
 def _add_tile(
     acc, words, x_at, columns, scales, zeros, HAS_ZERO: tl.constexpr, SHARE: tl.constexpr, EVEN: tl.constexpr
-):  # fmt: skip
+):
     """acc + a tile of 128 columns."""
     GROUPS: tl.constexpr = 128 // SHARE if SHARE < 128 else 1
     i = tl.arange(0, 32)
@@ -138,11 +145,31 @@ def _add_tile(
 
 @triton.jit(do_not_specialize_on_alignment=["num_pairs", "num_tiles"])
 def _grouped_int4(
-    x, words, scale, zero, x_scale, router, order, tile_expert, out, num_pairs, num_tiles, N, K, tiles, groups,
-    DIVISOR: tl.constexpr, HAS_ROUTER: tl.constexpr, HAS_ZERO: tl.constexpr, SHARE: tl.constexpr,
-    EVEN: tl.constexpr, GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    x,
+    words,
+    scale,
+    zero,
+    x_scale,
+    router,
+    order,
+    tile_expert,
+    out,
+    num_pairs,
+    num_tiles,
+    N,
+    K,
+    tiles,
+    groups,
+    DIVISOR: tl.constexpr,
+    HAS_ROUTER: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+    SHARE: tl.constexpr,
+    EVEN: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     OVERLAPS: tl.constexpr,
-):  # fmt: skip
+):
     await_previous(OVERLAPS)
     tile, first_n = corner(num_tiles, N, BLOCK_N, GROUP_M)
     expert = tl.load(tile_expert + tile).to(tl.int64)
@@ -164,7 +191,8 @@ def _grouped_int4(
         next_zeros = _of_tile(zero, coming, N, SHARE) if HAS_ZERO else next_scales
         acc = _add_tile(acc, tl.load(words_at), x_at + at * 128, K - at * 128, scales, zeros, HAS_ZERO, SHARE, EVEN)
         words_at += N * 32
-        scales, zeros = next_scales, next_zeros
+        scales = next_scales
+        zeros = next_zeros
     if x.dtype.element_ty == tl.float8e4nv:
         acc *= tl.load(x_scale + row)[None, :] * E4M3_ONE
     if HAS_ROUTER:
@@ -203,33 +231,54 @@ def grouped_int4(
         _grouped_int4,
         (len(pairs.tile_expert) * cdiv(n, block_n),),
         {
-            **arguments, "words": packed.words, "scale": packed.scale,
+            **arguments,
+            "words": packed.words,
+            "scale": packed.scale,
             "zero": packed.scale if packed.zero is None else packed.zero,
-            "x_scale": out if x_scale is None else x_scale, "tiles": packed.words.shape[1],
-            "groups": packed.scale.shape[1], "HAS_ZERO": packed.zero is not None, "SHARE": packed.share,
-            "EVEN": k % packing.TILE == 0, "GROUP_M": group_m, "BLOCK_N": block_n,
+            "x_scale": out if x_scale is None else x_scale,
+            "tiles": packed.words.shape[1],
+            "groups": packed.scale.shape[1],
+            "HAS_ZERO": packed.zero is not None,
+            "SHARE": packed.share,
+            "EVEN": k % packing.TILE == 0,
+            "GROUP_M": group_m,
+            "BLOCK_N": block_n,
         },
         num_warps=num_warps,
         num_stages=num_stages,
-    )  # fmt: skip
+    )
 
 
 def proofs() -> dict[str, Proof]:
     """Mixtral's second GEMM: weights go from registers into full-rate instructions, copied 16 bytes at a time."""
     made: dict[str, Proof] = {}
-    num_experts, n, k, num_pairs, bf16, fp16 = 8, 4096, 14336, 512, torch.bfloat16, torch.float16
+    num_experts = 8
+    n = 4096
+    k = 14336
+    num_pairs = 512
+    bf16 = torch.bfloat16
+    fp16 = torch.float16
     for dtype, share, has_zero, block_m, block_n, warps in (
-        (bf16, 128, False, 16, 64, 4), (bf16, 32, True, 16, 64, 4), (fp16, 128, True, 16, 64, 4),
+        (bf16, 128, False, 16, 64, 4),
+        (bf16, 32, True, 16, 64, 4),
+        (fp16, 128, True, 16, 64, 4),
         (bf16, 64, False, 64, 128, 8),
-    ):  # fmt: skip
+    ):
         table = meta(num_experts, k // share, n)
         words = meta(num_experts, k // 128, n, 32, dtype=torch.int16)
         packed = PackedExperts(words, table, table if has_zero else None, share, k)
-        pairs, router = unaligned(num_pairs, num_experts, block_m, "meta"), meta(256, 2)
+        pairs = unaligned(num_pairs, num_experts, block_m, "meta")
+        router = meta(256, 2)
         launch = grouped_int4(
-            meta(num_pairs, k, dtype=dtype), packed, pairs, meta(num_pairs, n, dtype=dtype), divisor=1, router=router,
-            block_n=block_n, num_warps=warps,
-        )  # fmt: skip
+            meta(num_pairs, k, dtype=dtype),
+            packed,
+            pairs,
+            meta(num_pairs, n, dtype=dtype),
+            divisor=1,
+            router=router,
+            block_n=block_n,
+            num_warps=warps,
+        )
         name = f"{str(dtype).removeprefix('torch.')} groups of {share}{' with zeros' if has_zero else ''}"
         expects = (rf"HGMMA\.64x{block_m}x16.*\.RS", r"LDGSTS\.E\.BYPASS.*128")
         made[f"{name} {block_m} x {block_n}"] = Proof(launch, expects, ("HMMA", "PRMT"))

@@ -50,12 +50,14 @@ class ByteExperts:
 
     def __post_init__(self) -> None:
         e, n, _ = self.shape
-        tiles, half = cdiv(self.k, 2 * self.words.shape[3]), self.words.shape[3]
+        tiles = cdiv(self.k, 2 * self.words.shape[3])
+        half = self.words.shape[3]
         groups = cdiv(self.k, self.group_size) if self.group_size else 1
         expect(
-            words=(self.words, (e, tiles, n, half)), scale=(self.scale, (e, groups, n)),
+            words=(self.words, (e, tiles, n, half)),
+            scale=(self.scale, (e, groups, n)),
             zero=(self.zero, (e, groups, n)),
-        )  # fmt: skip
+        )
         expect_order(self.order, e, self.k)
 
     @property
@@ -94,10 +96,31 @@ def pack(
 
 @triton.jit(do_not_specialize_on_alignment=["num_pairs", "num_tiles"])
 def _grouped_int8(
-    x, words, scale, zero, router, order, tile_expert, out, num_pairs, num_tiles, N, K, tiles, groups,
-    DIVISOR: tl.constexpr, HAS_ROUTER: tl.constexpr, E4M3: tl.constexpr, HAS_ZERO: tl.constexpr, GROUP: tl.constexpr,
-    TILE: tl.constexpr, GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, OVERLAPS: tl.constexpr,
-):  # fmt: skip
+    x,
+    words,
+    scale,
+    zero,
+    router,
+    order,
+    tile_expert,
+    out,
+    num_pairs,
+    num_tiles,
+    N,
+    K,
+    tiles,
+    groups,
+    DIVISOR: tl.constexpr,
+    HAS_ROUTER: tl.constexpr,
+    E4M3: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+    GROUP: tl.constexpr,
+    TILE: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
     await_previous(OVERLAPS)
     tile, first_n = corner(num_tiles, N, BLOCK_N, GROUP_M)
     expert = tl.load(tile_expert + tile).to(tl.int64)
@@ -157,33 +180,57 @@ def grouped_int8(
         _grouped_int8,
         (len(pairs.tile_expert) * cdiv(packed.shape[1], block_n),),
         {
-            **arguments, "words": packed.words, "scale": packed.scale,
-            "zero": packed.words if packed.zero is None else packed.zero, "tiles": packed.words.shape[1],
-            "groups": packed.scale.shape[1], "E4M3": packed.is_e4m3, "HAS_ZERO": packed.zero is not None,
-            "GROUP": packed.group_size, "TILE": 2 * packed.words.shape[3], "GROUP_M": group_m, "BLOCK_N": block_n,
+            **arguments,
+            "words": packed.words,
+            "scale": packed.scale,
+            "zero": packed.words if packed.zero is None else packed.zero,
+            "tiles": packed.words.shape[1],
+            "groups": packed.scale.shape[1],
+            "E4M3": packed.is_e4m3,
+            "HAS_ZERO": packed.zero is not None,
+            "GROUP": packed.group_size,
+            "TILE": 2 * packed.words.shape[3],
+            "GROUP_M": group_m,
+            "BLOCK_N": block_n,
         },
         num_warps=num_warps,
         num_stages=num_stages,
-    )  # fmt: skip
+    )
 
 
 def proofs() -> dict[str, Proof]:
     """Mixtral's second GEMM: weights go from registers into full-rate instructions, copied 16 bytes at a time."""
     made: dict[str, Proof] = {}
-    num_experts, n, k, num_pairs, bf16, fp16 = 8, 4096, 14336, 512, torch.bfloat16, torch.float16
+    num_experts = 8
+    n = 4096
+    k = 14336
+    num_pairs = 512
+    bf16 = torch.bfloat16
+    fp16 = torch.float16
     for dtype, group, has_zero, block_m, block_n, warps in (
-        (bf16, 32, True, 16, 64, 4), (fp16, 128, True, 16, 64, 4), (bf16, 0, False, 64, 128, 8),
+        (bf16, 32, True, 16, 64, 4),
+        (fp16, 128, True, 16, 64, 4),
+        (bf16, 0, False, 64, 128, 8),
         (bf16, 128, False, 16, 64, 4),
-    ):  # fmt: skip
+    ):
         is_e4m3 = group == 128 and not has_zero
-        groups, tile = k // (group or k), min(group or 128, 128)
-        words, table = meta(num_experts, k // tile, n, tile // 2, dtype=torch.int16), meta(num_experts, groups, n)
+        groups = k // (group or k)
+        tile = min(group or 128, 128)
+        words = meta(num_experts, k // tile, n, tile // 2, dtype=torch.int16)
+        table = meta(num_experts, groups, n)
         zero = meta(num_experts, groups, n, dtype=torch.int8) if has_zero else None
-        pairs, router = unaligned(num_pairs, num_experts, block_m, "meta"), meta(256, 2)
+        pairs = unaligned(num_pairs, num_experts, block_m, "meta")
+        router = meta(256, 2)
         launch = grouped_int8(
-            meta(num_pairs, k, dtype=dtype), ByteExperts(words, table, zero, k, group, is_e4m3=is_e4m3), pairs,
-            meta(num_pairs, n, dtype=dtype), divisor=1, router=router, block_n=block_n, num_warps=warps,
-        )  # fmt: skip
+            meta(num_pairs, k, dtype=dtype),
+            ByteExperts(words, table, zero, k, group, is_e4m3=is_e4m3),
+            pairs,
+            meta(num_pairs, n, dtype=dtype),
+            divisor=1,
+            router=router,
+            block_n=block_n,
+            num_warps=warps,
+        )
         name = f"{str(dtype).removeprefix('torch.')} {f'groups of {group}' if group else 'rows'}"
         expects = (rf"HGMMA\.64x{block_m}x16", r"LDGSTS\.E\.BYPASS.*128")
         name = f"e4m3 {name}" if is_e4m3 else name

@@ -32,11 +32,14 @@ def _of_pairs(x, order, chosen, out, columns, EACH: tl.constexpr, BLOCK: tl.cons
 
 def of_pairs(x: Tensor, order: Tensor, chosen: Tensor, out: Tensor) -> Launch:
     """x [T, K] of any type into out [T * each, K], by order [E, K] int32 of the experts chosen [T, each] int32."""
-    (num_tokens, columns), each = x.shape, chosen.shape[1]
+    num_tokens, columns = x.shape
+    each = chosen.shape[1]
     expect(
-        x=(x, (num_tokens, columns)), order=(order, (order.shape[0], columns)), chosen=(chosen, (num_tokens, each)),
+        x=(x, (num_tokens, columns)),
+        order=(order, (order.shape[0], columns)),
+        chosen=(chosen, (num_tokens, each)),
         out=(out, (num_tokens * each, columns)),
-    )  # fmt: skip
+    )
     sizes = tuning.choose("gather", len(out), columns, x.element_size())
     block = sizes.pop("block")
     arguments = {"x": x, "order": order, "chosen": chosen, "out": out, "columns": columns, "EACH": each, "BLOCK": block}

@@ -35,17 +35,27 @@ def logits_of(num_experts, SHARED: tl.constexpr):
 
 @triton.jit
 def choose(
-    logits, t, chosen, weights, num_tokens, num_experts,
-    TOP_K: tl.constexpr, SHARED: tl.constexpr, NORMALIZE: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr,
+    logits,
+    t,
+    chosen,
+    weights,
+    num_tokens,
+    num_experts,
+    TOP_K: tl.constexpr,
+    SHARED: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    EXPERTS: tl.constexpr,
     CHOICES: tl.constexpr,
-):  # fmt: skip
+):
     """Store what `_route` does of tokens t [ROWS], out of their logits [ROWS, EXPERTS] in float32.
 
     SHARED of the experts, the last, are everyone's. Returns marks [ROWS, EXPERTS]: -2 - j for a token's j-th expert,
     which are all different, more for the others. Shares are compared by their bits: of integers a warp finds the
     largest in one instruction, of floats in ten.
     """
-    e, j = tl.arange(0, EXPERTS), tl.arange(0, CHOICES)
+    e = tl.arange(0, EXPERTS)
+    j = tl.arange(0, CHOICES)
     routed = num_experts - SHARED
     real = (e < routed)[None, :]
     top = tl.max(tl.where(real, logits, float("-inf")), axis=1)
@@ -78,12 +88,22 @@ def choose(
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _route(
-    logits, chosen, weights, num_tokens, num_experts,
-    TOP_K: tl.constexpr, SHARED: tl.constexpr, NORMALIZE: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr,
-    CHOICES: tl.constexpr, OVERLAPS: tl.constexpr,
-):  # fmt: skip
+    logits,
+    chosen,
+    weights,
+    num_tokens,
+    num_experts,
+    TOP_K: tl.constexpr,
+    SHARED: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    CHOICES: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
     await_previous(OVERLAPS)
-    t, e = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, EXPERTS)
+    t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    e = tl.arange(0, EXPERTS)
     num_logits = logits_of(num_experts, SHARED)
     at = t.to(tl.int64)[:, None] * num_logits + e[None, :]
     seen = (e < num_logits)[None, :] & (t < num_tokens)[:, None]
@@ -93,9 +113,17 @@ def _route(
 
 @triton.jit(do_not_specialize=["num_tiles"])
 def _align(
-    chosen, order, tile_expert, num_pairs, num_experts, num_tiles,
-    BLOCK_M: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
-):  # fmt: skip
+    chosen,
+    order,
+    tile_expert,
+    num_pairs,
+    num_experts,
+    num_tiles,
+    BLOCK_M: tl.constexpr,
+    BINS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
     await_previous(OVERLAPS)
     expert = tl.program_id(0)
     bins = tl.arange(0, BINS)
@@ -104,7 +132,8 @@ def _align(
         i = start + tl.arange(0, BLOCK)
         counts += tl.histogram(tl.load(chosen + i, mask=i < num_pairs, other=num_experts), BINS)
     tiles = tl.where(bins < num_experts, (counts + BLOCK_M - 1) // BLOCK_M, 0)
-    first, own = tl.sum(tl.where(bins < expert, tiles, 0)), tl.sum(tl.where(bins == expert, tiles, 0))
+    first = tl.sum(tl.where(bins < expert, tiles, 0))
+    own = tl.sum(tl.where(bins == expert, tiles, 0))
     if expert == num_experts - 1:  # what is left over is nobody's
         for start in range(first + own, num_tiles, BLOCK):
             i = start + tl.arange(0, BLOCK)
@@ -149,7 +178,8 @@ def route(logits: Tensor, chosen: Tensor, weights: Tensor, *, normalize: bool, s
     shared  experts behind these E that all tokens go to, weighted by the sigmoid of another logit: logits [T, E + 1],
             chosen and weights [T, top_k + shared]
     """
-    (num_tokens, num_logits), each = logits.shape, chosen.shape[1]
+    num_tokens, num_logits = logits.shape
+    each = chosen.shape[1]
     num_experts = experts_of(num_logits, shared)
     expect(logits=(logits, (num_tokens, num_logits)))
     expect(chosen=(chosen, (num_tokens, min(each, num_experts))), weights=(weights, (num_tokens, each)))
@@ -157,10 +187,18 @@ def route(logits: Tensor, chosen: Tensor, weights: Tensor, *, normalize: bool, s
     sizes = tuning.choose("moe route", num_tokens, num_experts, each)
     rows = max(1, min(power_of_two(num_tokens), sizes.pop("block") // block))
     arguments = {
-        "logits": logits, "chosen": chosen, "weights": weights, "num_tokens": num_tokens, "num_experts": num_experts,
-        "TOP_K": each - shared, "SHARED": shared, "NORMALIZE": normalize, "ROWS": rows, "EXPERTS": block,
+        "logits": logits,
+        "chosen": chosen,
+        "weights": weights,
+        "num_tokens": num_tokens,
+        "num_experts": num_experts,
+        "TOP_K": each - shared,
+        "SHARED": shared,
+        "NORMALIZE": normalize,
+        "ROWS": rows,
+        "EXPERTS": block,
         "CHOICES": power_of_two(each),
-    }  # fmt: skip
+    }
     return Launch(_route, (cdiv(num_tokens, rows),), arguments, **sizes, num_stages=1)
 
 
@@ -189,10 +227,16 @@ def align(chosen: Tensor, num_experts: int, out: Aligned) -> Launch:
     expect_aligned(out, num_pairs, num_experts)
     sizes = tuning.choose("moe align", num_pairs, num_experts, out.block_m)
     arguments = {
-        "chosen": chosen, "order": out.order, "tile_expert": out.tile_expert, "num_pairs": num_pairs,
-        "num_experts": num_experts, "num_tiles": len(out.tile_expert), "BLOCK_M": out.block_m,
-        "BINS": power_of_two(num_experts + 1), "BLOCK": min(max(power_of_two(num_pairs), 128), sizes.pop("block")),
-    }  # fmt: skip
+        "chosen": chosen,
+        "order": out.order,
+        "tile_expert": out.tile_expert,
+        "num_pairs": num_pairs,
+        "num_experts": num_experts,
+        "num_tiles": len(out.tile_expert),
+        "BLOCK_M": out.block_m,
+        "BINS": power_of_two(num_experts + 1),
+        "BLOCK": min(max(power_of_two(num_pairs), 128), sizes.pop("block")),
+    }
     return Launch(_align, (num_experts if num_pairs else 0,), arguments, **sizes, num_stages=1)
 
 

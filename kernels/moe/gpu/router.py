@@ -33,11 +33,23 @@ SORTED = 1024  # and pairs
 
 @triton.jit
 def _multiply(
-    x, router, partial, first_t, first_e, part, num_tokens, num_logits, hidden, columns,
-    BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+    x,
+    router,
+    partial,
+    first_t,
+    first_e,
+    part,
+    num_tokens,
+    num_logits,
+    hidden,
+    columns,
+    BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     """Sums over a part's columns for ROWS tokens and BLOCK_E logits, stored; past the end the last one again."""
-    k, begin = tl.arange(0, BLOCK_K), part * columns
+    k = tl.arange(0, BLOCK_K)
+    begin = part * columns
     t = first_t + tl.arange(0, ROWS)
     e = first_e + tl.arange(0, BLOCK_E)
     x_at = x + (tl.minimum(t, num_tokens - 1) * hidden)[:, None] + k[None, :]
@@ -53,9 +65,7 @@ def _multiply(
 
 
 @triton.jit
-def _fill(
-    count, e, used, order, tile_expert, num_pairs, num_tiles, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr
-):  # fmt: skip
+def _fill(count, e, used, order, tile_expert, num_pairs, num_tiles, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr):
     """Give WIDTH experts e their tiles, behind those that are used; returns the first of each, and how many are used.
 
     Of the rows of an expert's tiles those are filled up that none of its `count` pairs has.
@@ -85,16 +95,29 @@ def _places(marks, t, num_tokens, nowhere, PAIRS: tl.constexpr):
 
 @triton.jit
 def _begin(
-    counts, begins, first, used, order, tile_expert, num_blocks, num_pairs, num_tiles,
-    BLOCK_M: tl.constexpr, EXPERTS: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
+    counts,
+    begins,
+    first,
+    used,
+    order,
+    tile_expert,
+    num_blocks,
+    num_pairs,
+    num_tiles,
+    BLOCK_M: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     """Where the pairs of each block of tokens begin, of WIDTH experts from `first` on, out of how many there are.
 
     counts, begins  [blocks, EXPERTS]. Not one in the other's place: what is small each warp has all of, and one warp
     would store while another still loads. Returns how many tiles are used then.
     """
-    b, e = tl.arange(0, BLOCKS), first + tl.arange(0, WIDTH)
-    at, seen = b[:, None] * EXPERTS + e[None, :], (b < num_blocks)[:, None]
+    b = tl.arange(0, BLOCKS)
+    e = first + tl.arange(0, WIDTH)
+    at = b[:, None] * EXPERTS + e[None, :]
+    seen = (b < num_blocks)[:, None]
     of_block = tl.load(counts + at, mask=seen, other=0, cache_modifier=".cg")
     tile, used = _fill(tl.sum(of_block, axis=0), e, used, order, tile_expert, num_pairs, num_tiles, BLOCK_M, WIDTH)
     tl.store(begins + at, (tile * BLOCK_M)[None, :] + tl.cumsum(of_block, axis=0) - of_block, mask=seen)
@@ -103,20 +126,43 @@ def _begin(
 
 @triton.jit
 def _sort(
-    chosen, ranks, counts, order, tile_expert, num_blocks, num_pairs, num_tiles,
-    BLOCK_M: tl.constexpr, OF_BLOCK: tl.constexpr, EXPERTS: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr,
+    chosen,
+    ranks,
+    counts,
+    order,
+    tile_expert,
+    num_blocks,
+    num_pairs,
+    num_tiles,
+    BLOCK_M: tl.constexpr,
+    OF_BLOCK: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    WIDTH: tl.constexpr,
     SORTED: tl.constexpr,
-):  # fmt: skip
+):
     """Put each pair behind its expert's pairs above it: those of the blocks before, and those of its own, its rank.
 
     A block has OF_BLOCK pairs. Returns how many tiles are used.
     """
-    used, begins = num_tiles * 0, counts + num_blocks * EXPERTS
+    used = num_tiles * 0
+    begins = counts + num_blocks * EXPERTS
     for first in range(0, EXPERTS, WIDTH):
         used = _begin(
-            counts, begins, first, used, order, tile_expert, num_blocks, num_pairs, num_tiles,
-            BLOCK_M, EXPERTS, BLOCKS, WIDTH,
-        )  # fmt: skip
+            counts,
+            begins,
+            first,
+            used,
+            order,
+            tile_expert,
+            num_blocks,
+            num_pairs,
+            num_tiles,
+            BLOCK_M,
+            EXPERTS,
+            BLOCKS,
+            WIDTH,
+        )
     tl.debug_barrier()  # other warps have stored where pairs begin
     for start in range(0, num_pairs, SORTED):
         i = start + tl.arange(0, SORTED)
@@ -130,27 +176,68 @@ def _sort(
 
 @triton.jit(do_not_specialize=["num_tokens", "num_tiles"])
 def _router(
-    x, router, partial, counts, ranks, counters, chosen, weights, order, tile_expert,
-    num_tokens, num_experts, hidden, columns, num_tiles,
-    TOP_K: tl.constexpr, SHARED: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK_M: tl.constexpr, PARTS: tl.constexpr,
-    ALONE: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, LINES: tl.constexpr, ROWS: tl.constexpr,
-    CHOSEN: tl.constexpr, EXPERTS: tl.constexpr, CHOICES: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr,
-    SORTED: tl.constexpr, OVERLAPS: tl.constexpr,
-):  # fmt: skip
-    num_logits, PAIRS = logits_of(num_experts, SHARED), TOP_K + SHARED
-    block, part, first_e = tl.program_id(0), tl.program_id(1) % PARTS, tl.program_id(1) // PARTS * BLOCK_E
+    x,
+    router,
+    partial,
+    counts,
+    ranks,
+    counters,
+    chosen,
+    weights,
+    order,
+    tile_expert,
+    num_tokens,
+    num_experts,
+    hidden,
+    columns,
+    num_tiles,
+    TOP_K: tl.constexpr,
+    SHARED: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    PARTS: tl.constexpr,
+    ALONE: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    LINES: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHOSEN: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    CHOICES: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SORTED: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
+    num_logits = logits_of(num_experts, SHARED)
+    PAIRS = TOP_K + SHARED
+    block = tl.program_id(0)
+    part = tl.program_id(1) % PARTS
+    first_e = tl.program_id(1) // PARTS * BLOCK_E
     if OVERLAPS:
         row = tl.minimum(first_e + tl.arange(0, BLOCK_E), num_logits - 1)
         line = tl.minimum(part * columns + tl.arange(0, LINES) * 64, hidden - 1)
         prefetch(router + row[:, None] * hidden + line[None, :])
     await_previous(OVERLAPS)
     _multiply(
-        x, router, partial, block * ROWS, first_e, part, num_tokens, num_logits, hidden, columns,
-        BLOCK_E, BLOCK_K, ROWS,
-    )  # fmt: skip
+        x,
+        router,
+        partial,
+        block * ROWS,
+        first_e,
+        part,
+        num_tokens,
+        num_logits,
+        hidden,
+        columns,
+        BLOCK_E,
+        BLOCK_K,
+        ROWS,
+    )
     if not is_last(counters + block, tl.num_programs(1)):
         return
-    t, e = block * ROWS + tl.arange(0, CHOSEN), tl.arange(0, EXPERTS)
+    t = block * ROWS + tl.arange(0, CHOSEN)
+    e = tl.arange(0, EXPERTS)
     at = t[:, None] * num_logits + e[None, :]
     seen = (t < num_tokens)[:, None] & (e < num_logits)[None, :]
     logits = tl.zeros((CHOSEN, EXPERTS), tl.float32)
@@ -159,10 +246,12 @@ def _router(
         logits += tl.load(place, mask=seen, other=0.0, cache_modifier=".cg")
     own = choose(
         logits, t, chosen, weights, num_tokens, num_experts, TOP_K, SHARED, NORMALIZE, CHOSEN, EXPERTS, CHOICES
-    )  # fmt: skip
-    num_pairs, num_blocks = num_tokens * PAIRS, tl.num_programs(0)
+    )
+    num_pairs = num_tokens * PAIRS
+    num_blocks = tl.num_programs(0)
     pair, one = _places(own, t, num_tokens, num_pairs, PAIRS)
-    count, rank = tl.sum(one, axis=0), tl.cumsum(one, axis=0) - one
+    count = tl.sum(one, axis=0)
+    rank = tl.cumsum(one, axis=0) - one
     if ALONE:
         tile, used = _fill(count, e, num_tiles * 0, order, tile_expert, num_pairs, num_tiles, BLOCK_M, EXPERTS)
         tl.store(order + tl.where(one > 0, (tile * BLOCK_M)[None, :] + rank, num_tiles * BLOCK_M), pair)
@@ -172,19 +261,44 @@ def _router(
         if not is_last(counters + num_blocks, num_blocks):
             return
         used = _sort(
-            chosen, ranks, counts, order, tile_expert, num_blocks, num_pairs, num_tiles,
-            BLOCK_M, ROWS * PAIRS, EXPERTS, BLOCKS, WIDTH, SORTED,
-        )  # fmt: skip
+            chosen,
+            ranks,
+            counts,
+            order,
+            tile_expert,
+            num_blocks,
+            num_pairs,
+            num_tiles,
+            BLOCK_M,
+            ROWS * PAIRS,
+            EXPERTS,
+            BLOCKS,
+            WIDTH,
+            SORTED,
+        )
     for start in range(used, num_tiles, EXPERTS):  # what is left over is nobody's
         i = start + tl.arange(0, EXPERTS)
         tl.store(tile_expert + i, tl.full((EXPERTS,), -1, tl.int32), mask=i < num_tiles)
 
 
 def router(
-    x: Tensor, weight: Tensor, partial: Tensor, counts: Tensor, ranks: Tensor, counters: Tensor, chosen: Tensor,
-    weights: Tensor, pairs: Aligned, *,
-    normalize: bool, shared: int = 0, block_e: int, block_k: int, num_warps: int = 4, num_stages: int = 4,
-) -> Launch:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    partial: Tensor,
+    counts: Tensor,
+    ranks: Tensor,
+    counters: Tensor,
+    chosen: Tensor,
+    weights: Tensor,
+    pairs: Aligned,
+    *,
+    normalize: bool,
+    shared: int = 0,
+    block_e: int,
+    block_k: int,
+    num_warps: int = 4,
+    num_stages: int = 4,
+) -> Launch:
     """Of x [T, H] and a router's weight [E, H], both bf16 or fp16: chosen, weights and pairs as `route` and `align` do.
 
     partial   [parts, T, E] float32: sums over a part of the columns; with T * H and E * H under 2^31 numbers
@@ -195,36 +309,66 @@ def router(
     shared    as of `route`: then weight [E + 1, H], partial [parts, T, E + 1], and the others are of E + shared experts
               and of top_k + shared of each token
     """
-    (num_tokens, hidden), num_logits, parts, each = x.shape, weight.shape[0], partial.shape[0], chosen.shape[1]
-    num_experts, top_k, blocks = experts_of(num_logits, shared), each - shared, cdiv(num_tokens, ROWS)
+    num_tokens, hidden = x.shape
+    num_logits = weight.shape[0]
+    parts = partial.shape[0]
+    each = chosen.shape[1]
+    num_experts = experts_of(num_logits, shared)
+    top_k = each - shared
+    blocks = cdiv(num_tokens, ROWS)
     experts = side_by_side(num_experts, top_k)
     expect(
-        x=(x, (num_tokens, hidden)), router=(weight, (num_logits, hidden)),
+        x=(x, (num_tokens, hidden)),
+        router=(weight, (num_logits, hidden)),
         partial=(partial, (parts, num_tokens, num_logits)),
-        counts=(counts, (2, blocks, experts)), ranks=(ranks, num_tokens * each + 1),
+        counts=(counts, (2, blocks, experts)),
+        ranks=(ranks, num_tokens * each + 1),
         counters=(counters, max(counters.numel(), blocks + 1)),
-        chosen=(chosen, (num_tokens, min(each, num_experts))), weights=(weights, (num_tokens, each)),
-    )  # fmt: skip
+        chosen=(chosen, (num_tokens, min(each, num_experts))),
+        weights=(weights, (num_tokens, each)),
+    )
     expect_aligned(pairs, num_tokens * each, num_experts)
-    columns, side = cdiv(cdiv(hidden, block_k), parts) * block_k, power_of_two(max(blocks, 2))
+    columns = cdiv(cdiv(hidden, block_k), parts) * block_k
+    side = power_of_two(max(blocks, 2))
     return Launch(
         _router,
         (blocks, cdiv(num_logits, block_e) * parts),
         {
-            "x": x, "router": weight, "partial": partial, "counts": counts, "ranks": ranks, "counters": counters,
-            "chosen": chosen, "weights": weights, "order": pairs.order, "tile_expert": pairs.tile_expert,
-            "num_tokens": num_tokens, "num_experts": num_experts, "hidden": hidden, "columns": columns,
+            "x": x,
+            "router": weight,
+            "partial": partial,
+            "counts": counts,
+            "ranks": ranks,
+            "counters": counters,
+            "chosen": chosen,
+            "weights": weights,
+            "order": pairs.order,
+            "tile_expert": pairs.tile_expert,
+            "num_tokens": num_tokens,
+            "num_experts": num_experts,
+            "hidden": hidden,
+            "columns": columns,
             "num_tiles": len(pairs.tile_expert),
-            "TOP_K": top_k, "SHARED": shared, "NORMALIZE": normalize, "BLOCK_M": pairs.block_m, "PARTS": parts,
-            "ALONE": blocks == 1, "BLOCK_E": block_e, "BLOCK_K": block_k, "ROWS": ROWS,
+            "TOP_K": top_k,
+            "SHARED": shared,
+            "NORMALIZE": normalize,
+            "BLOCK_M": pairs.block_m,
+            "PARTS": parts,
+            "ALONE": blocks == 1,
+            "BLOCK_E": block_e,
+            "BLOCK_K": block_k,
+            "ROWS": ROWS,
             "LINES": power_of_two(cdiv(columns, 64)),
             "CHOSEN": min(max(power_of_two(num_tokens), num_warps), ROWS),  # one's experts in one warp: no barriers
-            "EXPERTS": experts, "CHOICES": power_of_two(each), "BLOCKS": side,
-            "WIDTH": min(experts, max(COUNTED // side, 4)), "SORTED": min(SORTED, power_of_two(num_tokens * each)),
+            "EXPERTS": experts,
+            "CHOICES": power_of_two(each),
+            "BLOCKS": side,
+            "WIDTH": min(experts, max(COUNTED // side, 4)),
+            "SORTED": min(SORTED, power_of_two(num_tokens * each)),
         },
         num_warps=num_warps,
         num_stages=num_stages,
-    )  # fmt: skip
+    )
 
 
 def side_by_side(num_experts: int, top_k: int) -> int:
@@ -240,10 +384,12 @@ def routing(
     One launch for few tokens. Else, and where the weight is float32, two after torch's product, which is on its way
     when this returns. shared is as of `route`: the weight's last row is the shared expert's then.
     """
-    (num_tokens, hidden), num_logits = x.shape, weight.shape[0]
+    num_tokens, hidden = x.shape
+    num_logits = weight.shape[0]
     num_experts = experts_of(num_logits, shared)
     sizes = tuning.choose("moe router", num_tokens, num_experts, hidden)
-    most, parts = sizes.pop("most"), sizes.pop("parts")
+    most = sizes.pop("most")
+    parts = sizes.pop("parts")
     if num_tokens > most or num_experts > MOST_EXPERTS or weight.dtype != x.dtype or x.dtype == torch.float32:
         logits = _logits(x, weight)
         chooses = route(logits, chosen, weights, normalize=normalize, shared=shared)
@@ -256,9 +402,19 @@ def routing(
     ranks = torch.empty(chosen.numel() + 1, dtype=torch.int32, device=x.device)
     counters = counters_for(blocks + 1, x.device)
     launch = router(
-        x, weight, partial, counts, ranks, counters, chosen, weights, pairs,
-        normalize=normalize, shared=shared, **sizes,
-    )  # fmt: skip
+        x,
+        weight,
+        partial,
+        counts,
+        ranks,
+        counters,
+        chosen,
+        weights,
+        pairs,
+        normalize=normalize,
+        shared=shared,
+        **sizes,
+    )
     return (launch,)
 
 
@@ -272,15 +428,24 @@ def _logits(x: Tensor, weight: Tensor) -> Tensor:
 def proofs() -> dict[str, Proof]:
     """Qwen3's, Mixtral's, Qwen3-Next's and Qwen1.5's routers: tensor cores, and weights copied 16 bytes at a time."""
     made: dict[str, Proof] = {}
-    half, bf16 = torch.float16, torch.bfloat16
+    half = torch.float16
+    bf16 = torch.bfloat16
     for num_experts, top_k, shared, hidden, num_tokens, dtype in (
-        (128, 8, 0, 2048, 1, bf16), (128, 8, 0, 2048, 16, bf16), (128, 8, 0, 2048, 64, bf16),
-        (128, 8, 0, 2048, 256, bf16), (128, 8, 0, 2048, 512, bf16), (16, 1, 0, 2048, 1, bf16),
-        (8, 2, 0, 4096, 1, bf16), (8, 2, 0, 4096, 512, half), (512, 10, 0, 2048, 512, bf16),
-        (60, 4, 4, 2048, 1, bf16), (60, 4, 4, 2048, 64, bf16),
-    ):  # fmt: skip
+        (128, 8, 0, 2048, 1, bf16),
+        (128, 8, 0, 2048, 16, bf16),
+        (128, 8, 0, 2048, 64, bf16),
+        (128, 8, 0, 2048, 256, bf16),
+        (128, 8, 0, 2048, 512, bf16),
+        (16, 1, 0, 2048, 1, bf16),
+        (8, 2, 0, 4096, 1, bf16),
+        (8, 2, 0, 4096, 512, half),
+        (512, 10, 0, 2048, 512, bf16),
+        (60, 4, 4, 2048, 1, bf16),
+        (60, 4, 4, 2048, 64, bf16),
+    ):
         x, weight = (meta(rows, hidden, dtype=dtype) for rows in (num_tokens, num_experts + min(shared, 1)))
-        chosen, weights = meta(num_tokens, top_k + shared, dtype=torch.int32), meta(num_tokens, top_k + shared)
+        chosen = meta(num_tokens, top_k + shared, dtype=torch.int32)
+        weights = meta(num_tokens, top_k + shared)
         pairs = unaligned(chosen.numel(), num_experts + shared, 16, "meta")
         (launch,) = routing(x, weight, chosen, weights, pairs, normalize=True, shared=shared)
         name = f"{str(dtype).removeprefix('torch.')}, {top_k} of {num_experts}, {num_tokens} tokens"

@@ -34,15 +34,21 @@ def acted(x, row, width, BLOCK: tl.constexpr):
 
 @triton.jit
 def _gated_slices(
-    x, out, scale, width, TOP_K: tl.constexpr, SHARED: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
-):  # fmt: skip
+    x,
+    out,
+    scale,
+    width,
+    TOP_K: tl.constexpr,
+    SHARED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
     await_previous(OVERLAPS)
-    token, j = tl.program_id(0) // (TOP_K + 1), tl.program_id(0) % (TOP_K + 1)
+    token = tl.program_id(0) // (TOP_K + 1)
+    j = tl.program_id(0) % (TOP_K + 1)
     row = token * (TOP_K + SHARED) + j
     if j < TOP_K:
-        store_rounded(
-            acted(x, row, width, BLOCK), out, scale, None, None, row, 0, width, 0, False, False, BLOCK
-        )  # fmt: skip
+        store_rounded(acted(x, row, width, BLOCK), out, scale, None, None, row, 0, width, 0, False, False, BLOCK)
         return
     kind: tl.constexpr = out.dtype.element_ty
     most = tl.zeros((BLOCK,), tl.int32)
@@ -69,19 +75,27 @@ def silu_and_mul_slices(x: Tensor, out: Tensor, scale: Tensor, top_k: int, share
         _gated_slices,
         (rows // (top_k + shared) * (top_k + 1),),
         {
-            "x": x, "out": out, "scale": scale, "width": width, "TOP_K": top_k, "SHARED": shared,
+            "x": x,
+            "out": out,
+            "scale": scale,
+            "width": width,
+            "TOP_K": top_k,
+            "SHARED": shared,
             "BLOCK": power_of_two(width),
         },
         **tuning.choose("activation rows", rows, width, 1),
         num_stages=1,
-    )  # fmt: skip
+    )
 
 
 def proofs() -> dict[str, Proof]:
     """Qwen2-57B's: 128-bit loads, and stores of what a thread has."""
-    width, top_k, shared = 2560, 8, 8
+    width = 2560
+    top_k = 8
+    shared = 8
     rows = 64 * (top_k + shared)
-    x, out = meta(rows, 2 * width, dtype=torch.bfloat16), meta(rows, width, dtype=torch.float8_e4m3fn)
+    x = meta(rows, 2 * width, dtype=torch.bfloat16)
+    out = meta(rows, width, dtype=torch.float8_e4m3fn)
     launch = silu_and_mul_slices(x, out, meta(rows, 1), top_k, shared)
     name = f"silu fp8, {top_k} experts and {shared} slices of {width}"
     return {name: Proof(launch, (r"LDG\.E\.128", r"STG\.E\.(128|64)"))}

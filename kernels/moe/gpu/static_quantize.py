@@ -22,9 +22,17 @@ from octavo.kernels.norm.gpu.store_quantized import store_rounded
 
 @triton.jit
 def _by_stored(
-    x, stored, chosen, out, scale, width,
-    EACH: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
-):  # fmt: skip
+    x,
+    stored,
+    chosen,
+    out,
+    scale,
+    width,
+    EACH: tl.constexpr,
+    GATED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
     await_previous(OVERLAPS)
     pair = tl.program_id(0)
     if GATED:
@@ -42,29 +50,41 @@ def by_stored(x: Tensor, stored: Tensor, chosen: Tensor, out: Tensor, scale: Ten
     gated  x [T * each, 2 K] is gate, up of each pair, and out is of silu(gate) * up
     A scale is the expert's, or NaN where something of the row isn't finite. out is float8_e4m3fn, chosen int32.
     """
-    (pairs, width), (tokens, each) = out.shape, chosen.shape
+    pairs, width = out.shape
+    tokens, each = chosen.shape
     expect(
-        x=(x, (pairs, 2 * width) if gated else (tokens, width)), stored=(stored, (stored.shape[0],)),
-        chosen=(chosen, (tokens, each)), out=(out, (tokens * each, width)), scale=(scale, (pairs, 1)),
-    )  # fmt: skip
+        x=(x, (pairs, 2 * width) if gated else (tokens, width)),
+        stored=(stored, (stored.shape[0],)),
+        chosen=(chosen, (tokens, each)),
+        out=(out, (tokens * each, width)),
+        scale=(scale, (pairs, 1)),
+    )
     if out.dtype != torch.float8_e4m3fn:
         raise ValueError(f"rounding by stored scales into {out.dtype}: float8_e4m3fn works")
     return Launch(
         _by_stored,
         (pairs,),
         {
-            "x": x, "stored": stored, "chosen": chosen, "out": out, "scale": scale, "width": width, "EACH": each,
-            "GATED": gated, "BLOCK": power_of_two(width),
+            "x": x,
+            "stored": stored,
+            "chosen": chosen,
+            "out": out,
+            "scale": scale,
+            "width": width,
+            "EACH": each,
+            "GATED": gated,
+            "BLOCK": power_of_two(width),
         },
         **tuning.choose("activation rows" if gated else "quantize rows", pairs, width, int(gated)),
         num_stages=1,
-    )  # fmt: skip
+    )
 
 
 def proofs() -> dict[str, Proof]:
     """Mixtral's: 128-bit loads and stores."""
     made: dict[str, Proof] = {}
-    chosen, stored = meta(64, 2, dtype=torch.int32), meta(8)
+    chosen = meta(64, 2, dtype=torch.int32)
+    stored = meta(8)
     for width, gated in ((4096, False), (14336, True)):
         x = meta(128 if gated else 64, width * (1 + gated), dtype=torch.bfloat16)
         out = meta(128, width, dtype=torch.float8_e4m3fn)

@@ -25,12 +25,24 @@ from octavo.kernels.norm.gpu.store_quantized import expect_scale, store_rounded
 
 @triton.jit
 def _gated(
-    x, out, scale, stored, places, part_size, width,
-    GELU: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr, STATIC: tl.constexpr, MOVED: tl.constexpr,
-    BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
-):  # fmt: skip
+    x,
+    out,
+    scale,
+    stored,
+    places,
+    part_size,
+    width,
+    GELU: tl.constexpr,
+    PARTS: tl.constexpr,
+    GROUP: tl.constexpr,
+    STATIC: tl.constexpr,
+    MOVED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
     await_previous(OVERLAPS)
-    token, first = tl.program_id(0), tl.program_id(1) * BLOCK
+    token = tl.program_id(0)
+    first = tl.program_id(1) * BLOCK
     at = first + tl.arange(0, BLOCK)
     seen = at < width
     row = x + token.to(tl.int64) * (2 * width) + at
@@ -47,9 +59,14 @@ def _gated(
 
 
 def silu_and_mul(
-    x: Tensor, out: Tensor, *, scale: Tensor | None = None, group_size: int = 0, static_scale: Tensor | None = None,
+    x: Tensor,
+    out: Tensor,
+    *,
+    scale: Tensor | None = None,
+    group_size: int = 0,
+    static_scale: Tensor | None = None,
     places: Tensor | None = None,
-) -> Launch:  # fmt: skip
+) -> Launch:
     """silu(gate) * up of x = gate, up [T, 2 I], or of the sum of x [S, T, 2 I] float32, into out [T, I].
 
     out is bf16, fp16 or float32; or float8_e4m3fn or int8 with scale [T, ceil(I / group_size)] float32, a scale for
@@ -60,19 +77,31 @@ def silu_and_mul(
 
 
 def gelu_tanh_and_mul(
-    x: Tensor, out: Tensor, *, scale: Tensor | None = None, group_size: int = 0, static_scale: Tensor | None = None,
+    x: Tensor,
+    out: Tensor,
+    *,
+    scale: Tensor | None = None,
+    group_size: int = 0,
+    static_scale: Tensor | None = None,
     places: Tensor | None = None,
-) -> Launch:  # fmt: skip
+) -> Launch:
     """gelu(gate) * up, tanh-approximated; all else as in `silu_and_mul`."""
     return _launch(x, out, scale, group_size, static_scale, places, gelu=True)
 
 
 def _launch(
-    x: Tensor, out: Tensor, scale: Tensor | None, group_size: int, static_scale: Tensor | None, places: Tensor | None,
-    *, gelu: bool,
-) -> Launch:  # fmt: skip
+    x: Tensor,
+    out: Tensor,
+    scale: Tensor | None,
+    group_size: int,
+    static_scale: Tensor | None,
+    places: Tensor | None,
+    *,
+    gelu: bool,
+) -> Launch:
     expect_scale("an activation", out, scale, group_size, places)
-    (tokens, width), parts = out.shape, x.shape[0] if x.dim() == 3 else 1
+    tokens, width = out.shape
+    parts = x.shape[0] if x.dim() == 3 else 1
     expect(x=(x, (parts, tokens, 2 * width) if x.dim() == 3 else (tokens, 2 * width)), out=(out, (tokens, width)))
     expect(scale=(scale, (tokens, cdiv(width, group_size) if group_size else 1)), static_scale=(static_scale, 1))
     expect(places=(places, (width,)))
@@ -86,22 +115,34 @@ def _launch(
         _gated,
         (tokens, cdiv(width, block)),
         {
-            "x": x, "out": out, "scale": out if scale is None else scale, "part_size": tokens * 2 * width,
-            "stored": out if static_scale is None else static_scale, "STATIC": static_scale is not None,
-            "places": out if places is None else places, "MOVED": places is not None,
-            "width": width, "GELU": gelu, "PARTS": parts, "GROUP": group_size, "BLOCK": block,
+            "x": x,
+            "out": out,
+            "scale": out if scale is None else scale,
+            "part_size": tokens * 2 * width,
+            "stored": out if static_scale is None else static_scale,
+            "STATIC": static_scale is not None,
+            "places": out if places is None else places,
+            "MOVED": places is not None,
+            "width": width,
+            "GELU": gelu,
+            "PARTS": parts,
+            "GROUP": group_size,
+            "BLOCK": block,
         },
         **sizes,
         num_stages=1,
-    )  # fmt: skip
+    )
 
 
 def proofs() -> dict[str, Proof]:
     """Widths of Llamas and of SmolLM: 128-bit loads throughout."""
     example = partial(meta, dtype=torch.bfloat16)
     width = 14336
-    rows, out, scale = example(64, 2 * width), example(64, width), example(64, 112, dtype=torch.float32)
-    fp8, int8 = example(64, width, dtype=torch.float8_e4m3fn), example(64, width, dtype=torch.int8)
+    rows = example(64, 2 * width)
+    out = example(64, width)
+    scale = example(64, 112, dtype=torch.float32)
+    fp8 = example(64, width, dtype=torch.float8_e4m3fn)
+    int8 = example(64, width, dtype=torch.int8)
     sums = example(4, 64, 2 * width, dtype=torch.float32)
     made = {
         "silu": silu_and_mul(rows, out),
@@ -111,6 +152,7 @@ def proofs() -> dict[str, Proof]:
     }
     made = {f"{name} {width}": launch for name, launch in made.items()}
     for width in (1536, 8192, 28672):
-        rows, fp8 = example(64, 2 * width), example(64, width, dtype=torch.float8_e4m3fn)
+        rows = example(64, 2 * width)
+        fp8 = example(64, width, dtype=torch.float8_e4m3fn)
         made[f"silu fp8 {width}"] = silu_and_mul(rows, fp8, scale=scale[:, :1])
     return {name: Proof(launch, (r"LDG\.E\.128", r"STG\.E\.(128|64)")) for name, launch in made.items()}

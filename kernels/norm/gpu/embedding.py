@@ -37,12 +37,16 @@ def embed(token_ids: Tensor, table: Tensor, out: Tensor, factor: float = 1.0) ->
         _embed,
         (tokens, cdiv(width, block)),
         {
-            "token_ids": token_ids, "table": table, "out": out, "width": width, "factor": float(factor),
+            "token_ids": token_ids,
+            "table": table,
+            "out": out,
+            "width": width,
+            "factor": float(factor),
             "BLOCK": block,
         },
         **sizes,
         num_stages=1,
-    )  # fmt: skip
+    )
 
 
 def proofs() -> dict[str, Proof]:

@@ -33,11 +33,33 @@ def _normed(value, weight, width, eps, BLOCK: tl.constexpr):
 
 @triton.jit
 def _norm(
-    x, after, weight, residual, out, scale, stored, places, plain, total, x_part, x_row, width, eps, multiplier,
-    PARTS: tl.constexpr, HAS_AFTER: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-    HAS_PLAIN: tl.constexpr, HAS_OUT: tl.constexpr, GROUP: tl.constexpr, STATIC: tl.constexpr, MOVED: tl.constexpr,
-    BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
-):  # fmt: skip
+    x,
+    after,
+    weight,
+    residual,
+    out,
+    scale,
+    stored,
+    places,
+    plain,
+    total,
+    x_part,
+    x_row,
+    width,
+    eps,
+    multiplier,
+    PARTS: tl.constexpr,
+    HAS_AFTER: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_PLAIN: tl.constexpr,
+    HAS_OUT: tl.constexpr,
+    GROUP: tl.constexpr,
+    STATIC: tl.constexpr,
+    MOVED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
     if OVERLAPS:
         line = tl.minimum(tl.arange(0, (BLOCK + 31) // 32) * 32, width - 1)
         if HAS_AFTER:
@@ -73,11 +95,21 @@ def _norm(
 
 
 def norm(
-    x: Tensor, weight: Tensor | None, eps: float, out: Tensor, *,
-    residual: Tensor | None = None, total: Tensor | None = None, after: Tensor | None = None, multiplier: float = 1.0,
-    scale: Tensor | None = None, group_size: int = 0, static_scale: Tensor | None = None, plain: Tensor | None = None,
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    out: Tensor,
+    *,
+    residual: Tensor | None = None,
+    total: Tensor | None = None,
+    after: Tensor | None = None,
+    multiplier: float = 1.0,
+    scale: Tensor | None = None,
+    group_size: int = 0,
+    static_scale: Tensor | None = None,
+    plain: Tensor | None = None,
     places: Tensor | None = None,
-) -> Launch:  # fmt: skip
+) -> Launch:
     """RMSNorm of x [T, H], or of the sum of x [S, T, H], float32 or of a token's S experts, into out [T, H].
 
     weight    [H] float32; None: only the sum is asked for, and out isn't written unless it is of codes: of the sum
@@ -89,40 +121,67 @@ def norm(
     plain     [T, H] bf16, fp16 or float32: receives what out has codes of, too
     places    [H] int32: where each column goes in out; not with groups
     """
-    parts, (num_tokens, width) = (x.shape[0] if x.dim() == 3 else 1), x.shape[-2:]
-    rows, groups = (num_tokens, width), cdiv(width, group_size) if group_size else 1
+    parts = x.shape[0] if x.dim() == 3 else 1
+    num_tokens, width = x.shape[-2:]
+    rows = (num_tokens, width)
+    groups = cdiv(width, group_size) if group_size else 1
     expect_scale("a norm", out, scale, group_size, places)
     expect(
-        residual=(residual, rows), total=(total, rows), weight=(weight, width), after=(after, width),
-        scale=(scale, (num_tokens, groups)), static_scale=(static_scale, 1), plain=(plain, rows),
-        places=(places, (width,)), out=(None if weight is None and scale is None else out, rows),
-    )  # fmt: skip
+        residual=(residual, rows),
+        total=(total, rows),
+        weight=(weight, width),
+        after=(after, width),
+        scale=(scale, (num_tokens, groups)),
+        static_scale=(static_scale, 1),
+        plain=(plain, rows),
+        places=(places, (width,)),
+        out=(None if weight is None and scale is None else out, rows),
+    )
     _expect_what_is_added(x, weight, residual, total, after, multiplier)
     block = max(power_of_two(width), group_size)
     return Launch(
         _norm,
         (num_tokens,),
         {
-            "x": x, "after": x if after is None else after, "weight": x if weight is None else weight,
-            "residual": x if residual is None else residual, "out": out, "multiplier": multiplier,
-            "scale": out if scale is None else scale, "total": out if total is None else total,
-            "stored": out if static_scale is None else static_scale, "STATIC": static_scale is not None,
-            "plain": out if plain is None else plain, "HAS_PLAIN": plain is not None,
-            "places": out if places is None else places, "MOVED": places is not None,
+            "x": x,
+            "after": x if after is None else after,
+            "weight": x if weight is None else weight,
+            "residual": x if residual is None else residual,
+            "out": out,
+            "multiplier": multiplier,
+            "scale": out if scale is None else scale,
+            "total": out if total is None else total,
+            "stored": out if static_scale is None else static_scale,
+            "STATIC": static_scale is not None,
+            "plain": out if plain is None else plain,
+            "HAS_PLAIN": plain is not None,
+            "places": out if places is None else places,
+            "MOVED": places is not None,
             "HAS_OUT": weight is not None or scale is not None,
-            "x_part": x.stride(0) if x.dim() == 3 else 0, "x_row": x.stride(-2), "width": width, "eps": eps,
-            "PARTS": parts, "HAS_AFTER": after is not None, "HAS_RESIDUAL": residual is not None,
-            "HAS_WEIGHT": weight is not None, "GROUP": group_size, "BLOCK": block,
+            "x_part": x.stride(0) if x.dim() == 3 else 0,
+            "x_row": x.stride(-2),
+            "width": width,
+            "eps": eps,
+            "PARTS": parts,
+            "HAS_AFTER": after is not None,
+            "HAS_RESIDUAL": residual is not None,
+            "HAS_WEIGHT": weight is not None,
+            "GROUP": group_size,
+            "BLOCK": block,
         },
         **tuning.choose("norm", num_tokens, width, parts),
         num_stages=1,
-    )  # fmt: skip
+    )
 
 
 def _expect_what_is_added(
-    x: Tensor, weight: Tensor | None, residual: Tensor | None, total: Tensor | None, after: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    residual: Tensor | None,
+    total: Tensor | None,
+    after: Tensor | None,
     multiplier: float,
-) -> None:  # fmt: skip
+) -> None:
     """Raises ValueError. x's rows may lie anywhere: parts one behind another, or each token's side by side."""
     if x.stride(-1) != 1:
         refuse("x", x, tuple(x.shape))
@@ -137,10 +196,12 @@ def proofs() -> dict[str, Proof]:
     example = partial(meta, dtype=torch.bfloat16)
     made: dict[str, Proof] = {}
     for width in (576, 4096, 8192):
-        rows, weight = example(64, width), example(width, dtype=torch.float32)
+        rows = example(64, width)
+        weight = example(width, dtype=torch.float32)
         sums = example(4, 64, width, dtype=torch.float32)
         scale = example(64, 1, dtype=torch.float32)
-        fp8, int8 = example(64, width, dtype=torch.float8_e4m3fn), example(64, width, dtype=torch.int8)
+        fp8 = example(64, width, dtype=torch.float8_e4m3fn)
+        int8 = example(64, width, dtype=torch.int8)
         for name, launch in {
             "norm": norm(rows, weight, 1e-5, rows, residual=rows, total=rows),
             "norm fp8": norm(rows, weight, 1e-5, fp8, scale=scale, residual=rows, total=rows),
@@ -149,12 +210,17 @@ def proofs() -> dict[str, Proof]:
         }.items():
             made[f"{name} {width}"] = Proof(launch, expects=(r"LDG\.E\.128", r"STG\.E\.128"))
     for width in (16384, 18432):
-        rows, weight = example(64, width), example(width, dtype=torch.float32)
+        rows = example(64, width)
+        weight = example(width, dtype=torch.float32)
         launch = norm(rows, weight, 1e-5, rows, residual=rows, total=rows)
         made[f"norm {width}"] = Proof(launch, expects=(r"LDG\.E\.128", r"STG\.E\.128"))
-    rows, weight, scale = example(64, 2048), example(2048, dtype=torch.float32), example(64, 1, dtype=torch.float32)
-    fp8, pairs = example(64, 2048, dtype=torch.float8_e4m3fn), example(64, 8, 2048).transpose(0, 1)
-    stored, places = example(1, dtype=torch.float32), example(2048, dtype=torch.int32)
+    rows = example(64, 2048)
+    weight = example(2048, dtype=torch.float32)
+    scale = example(64, 1, dtype=torch.float32)
+    fp8 = example(64, 2048, dtype=torch.float8_e4m3fn)
+    pairs = example(64, 8, 2048).transpose(0, 1)
+    stored = example(1, dtype=torch.float32)
+    places = example(2048, dtype=torch.int32)
     for name, launch in {
         "fp8 of 8 experts, and plain": norm(
             pairs, weight, 1e-6, fp8, scale=scale, residual=rows, total=rows, plain=rows
@@ -167,8 +233,11 @@ def proofs() -> dict[str, Proof]:
     for name, plain in (("moved", None), ("moved, and plain", rows)):
         launch = norm(rows, weight, 1e-6, rows, residual=rows, total=rows, places=places, plain=plain)
         made[f"norm {name} 2048"] = Proof(launch, expects=(r"LDG\.E\.128", r"STG\.E\.U16"))
-    rows, scale, weight = example(64, 3584), example(64, 1, dtype=torch.float32), example(3584, dtype=torch.float32)
-    sums, fp8 = example(4, 64, 3584, dtype=torch.float32), example(64, 3584, dtype=torch.float8_e4m3fn)
+    rows = example(64, 3584)
+    scale = example(64, 1, dtype=torch.float32)
+    weight = example(3584, dtype=torch.float32)
+    sums = example(4, 64, 3584, dtype=torch.float32)
+    fp8 = example(64, 3584, dtype=torch.float8_e4m3fn)
     launch = norm(sums, weight, 1e-6, fp8, scale=scale, residual=rows, total=rows, after=weight)
     made["norms fp8 of 4 partial sums 3584"] = Proof(launch, expects=(r"LDG\.E\.128", r"STG\.E\.128"))
     return made

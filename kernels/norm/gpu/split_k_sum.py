@@ -32,7 +32,8 @@ def _add_up(parts, out, size, PARTS: tl.constexpr, BLOCK_SIZE: tl.constexpr, OVE
 
 def add_up(parts: Tensor, out: Tensor) -> Launch:
     """The sum of parts [S, M, N] float32, first to last, rounded into out [M, N]."""
-    (number, m, n), size = parts.shape, out.numel()
+    number, m, n = parts.shape
+    size = out.numel()
     expect(parts=(parts, (number, m, n)), out=(out, (m, n)))
     sizes = tuning.choose("add up", m, n, number)
     block = sizes.pop("block")

@@ -15,9 +15,19 @@ from octavo.kernels.launching.numerics import divided, largest, narrow, step_of,
 
 @triton.jit
 def store_rounded(
-    value, out, scale, stored, places, token, first, width,
-    GROUP: tl.constexpr, STATIC: tl.constexpr, MOVED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    value,
+    out,
+    scale,
+    stored,
+    places,
+    token,
+    first,
+    width,
+    GROUP: tl.constexpr,
+    STATIC: tl.constexpr,
+    MOVED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """The columns first .. first + BLOCK of a token's row; with GROUP 0 and codes that must be the whole row.
 
     Columns from width on are zeros and aren't stored. first is a multiple of GROUP. STATIC: by the scale at `stored`.

@@ -35,9 +35,18 @@ def _add_biases(logits, rows, tokens, biases, count, vocab, BLOCK: tl.constexpr,
 
 @triton.jit(do_not_specialize=["rows", "tokens", "counts", "repetition", "frequency", "presence", "count"])
 def _punish(
-    logits, rows, tokens, counts, repetition, frequency, presence, count, vocab,
-    BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
-):  # fmt: skip
+    logits,
+    rows,
+    tokens,
+    counts,
+    repetition,
+    frequency,
+    presence,
+    count,
+    vocab,
+    BLOCK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
     await_previous(OVERLAPS)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     seen = i < count
@@ -70,7 +79,8 @@ def punish(
     presence: Tensor,
 ) -> Launch:
     """`sampling.reference.punish`; the lists are int32 or int64, the penalties float32."""
-    num_rows, count = logits.shape[0], len(rows)
+    num_rows = logits.shape[0]
+    count = len(rows)
     expect(logits=(logits, logits.shape), rows=(rows, count), tokens=(tokens, count), counts=(counts, count))
     expect(repetition=(repetition, num_rows), frequency=(frequency, num_rows), presence=(presence, num_rows))
     lists = {"rows": rows, "tokens": tokens, "counts": counts, "count": count, "vocab": logits.shape[1]}
@@ -86,7 +96,9 @@ def _launch(kernel: Any, arguments: dict[str, Any]) -> Launch:
 
 def proofs() -> dict[str, Proof]:
     """Lists of int64, as TokenCounts keeps them, and rows of float32."""
-    logits, of_row, listed = meta(64, 128_256), meta(64), meta(4096, dtype=torch.int64)
+    logits = meta(64, 128_256)
+    of_row = meta(64)
+    listed = meta(4096, dtype=torch.int64)
     return {
         "biases": Proof(add_biases(logits, listed, listed, of_row)),
         "penalties": Proof(punish(logits, listed, listed, listed, of_row, of_row, of_row)),

@@ -67,7 +67,8 @@ def _weigh(logit, peak, temperature):
 @triton.jit
 def _peaks(logits, peaks, vocab, chunks, ROWS: tl.constexpr, OVERLAPS: tl.constexpr):
     await_previous(OVERLAPS)
-    row, c = tl.program_id(0).to(tl.int64), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     at = c[:, None] * _CHUNK + tl.arange(0, _CHUNK)[None, :]
     x = tl.load(logits + row * vocab + at, mask=at < vocab, other=float("-inf")).to(tl.float32)
     x = tl.where(x == x, x, float("inf"))  # so that a NaN is seen in the row's peak
@@ -84,11 +85,20 @@ def _peak(peaks, row, chunks, CHUNKS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["temperature", "min_p"])
 def _masses(
-    logits, peaks, temperature, min_p, masses, vocab, chunks,
-    CHUNKS: tl.constexpr, ROWS: tl.constexpr, OVERLAPS: tl.constexpr,
-):  # fmt: skip
+    logits,
+    peaks,
+    temperature,
+    min_p,
+    masses,
+    vocab,
+    chunks,
+    CHUNKS: tl.constexpr,
+    ROWS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
     await_previous(OVERLAPS)
-    row, c = tl.program_id(0).to(tl.int64), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     _, peak, fine = _peak(peaks, row, chunks, CHUNKS)
     if fine:
         at = c[:, None] * _CHUNK + tl.arange(0, _CHUNK)[None, :]
@@ -148,9 +158,7 @@ def _bound(highest, total, k, p, vocab):
 
 
 @triton.jit
-def _copy_aside(
-    row_logits, row_peaks, peak, temperature, bound, kept, places, vocab, chunks, BLOCK: tl.constexpr
-):  # fmt: skip
+def _copy_aside(row_logits, row_peaks, peak, temperature, bound, kept, places, vocab, chunks, BLOCK: tl.constexpr):
     """The weights >= bound and their tokens, in order; how many."""
     held = 0
     for start in range(0, vocab, BLOCK):
@@ -203,9 +211,7 @@ def _draw_kept(kept, places, held, k, p, min_p, total, uniform, BLOCK: tl.conste
 
 
 @triton.jit
-def _draw_all(
-    row_logits, row_masses, peak, temperature, total, uniform, kept, vocab, chunks, BLOCK: tl.constexpr
-):  # fmt: skip
+def _draw_all(row_logits, row_masses, peak, temperature, total, uniform, kept, vocab, chunks, BLOCK: tl.constexpr):
     """Through the chunks' sums to a chunk, and through its weights to a token."""
     target = uniform * total
     chunk = _walk(row_masses, chunks, 0.0, target, BLOCK)
@@ -223,14 +229,30 @@ def _draw_all(
 
 @triton.jit(do_not_specialize=["temperature", "top_k", "top_p", "min_p", "uniforms"])
 def _choose(
-    logits, peaks, masses, temperature, top_k, top_p, min_p, uniforms, kept, places, tokens, vocab, chunks,
-    CHUNKS: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
-):  # fmt: skip
+    logits,
+    peaks,
+    masses,
+    temperature,
+    top_k,
+    top_p,
+    min_p,
+    uniforms,
+    kept,
+    places,
+    tokens,
+    vocab,
+    chunks,
+    CHUNKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
     await_previous(OVERLAPS)
     row = tl.program_id(0).to(tl.int64)
     highest, peak, fine = _peak(peaks, row, chunks, CHUNKS)
-    t, least = tl.load(temperature + row), tl.load(min_p + row)
-    k, p = tl.load(top_k + row), tl.load(top_p + row)
+    t = tl.load(temperature + row)
+    least = tl.load(min_p + row)
+    k = tl.load(top_k + row)
+    p = tl.load(top_p + row)
     token = tl.full((), -1, tl.int32)
     if fine:
         greedy = t < _GREEDY_BELOW
@@ -239,7 +261,8 @@ def _choose(
         uniform = tl.where(greedy, 0.0, tl.load(uniforms + row))
         c = tl.arange(0, CHUNKS)
         total = tl.sum(tl.load(masses + row * chunks + c, mask=c < chunks, other=0.0))
-        at, aside = row * vocab, row * (chunks + 1) * _CHUNK
+        at = row * vocab
+        aside = row * (chunks + 1) * _CHUNK
         if (k > 0) | (p < 1.0) | (least > 0.0) | greedy:
             weights = tl.where(c < chunks, _weigh(highest, peak, t), -1.0)
             bound = tl.maximum(tl.minimum(least, 1.0), _bound(weights, total, k, p, vocab))
@@ -269,20 +292,31 @@ def launches(
     temperature, top_p, min_p  [R] float32; top_k [R] int64 or int32; uniforms [R] float64; off: 0 for top_k, 1, 0
     scratch                    what `scratch` makes
     """
-    (rows, vocab), (peaks, masses, kept, places) = logits.shape, scratch
+    rows, vocab = logits.shape
+    peaks, masses, kept, places = scratch
     expect(
-        logits=(logits, (rows, vocab)), temperature=(temperature, rows), top_k=(top_k, rows), top_p=(top_p, rows),
-        min_p=(min_p, rows), uniforms=(uniforms, rows), tokens=(tokens, rows),
-    )  # fmt: skip
-    memory, (chunks, width) = max(rows, *(t.shape[0] for t in scratch)), _widths(vocab)
+        logits=(logits, (rows, vocab)),
+        temperature=(temperature, rows),
+        top_k=(top_k, rows),
+        top_p=(top_p, rows),
+        min_p=(min_p, rows),
+        uniforms=(uniforms, rows),
+        tokens=(tokens, rows),
+    )
+    memory = max(rows, *(t.shape[0] for t in scratch))
+    chunks, width = _widths(vocab)
     expect(
-        peaks=(peaks, (memory, chunks)), masses=(masses, (memory, chunks)), kept=(kept, (memory, width)),
+        peaks=(peaks, (memory, chunks)),
+        masses=(masses, (memory, chunks)),
+        kept=(kept, (memory, width)),
         places=(places, (memory, width)),
-    )  # fmt: skip
+    )
     sizes = {"vocab": vocab, "chunks": chunks, "logits": logits, "peaks": peaks}
     first = tuning.choose("sampling chunks", rows, vocab, logits.element_size())
     last = tuning.choose("sampling choice", rows, vocab, logits.element_size())
-    each, walked, block = first.pop("rows"), last.pop("block"), max(power_of_two(chunks), 16)
+    each = first.pop("rows")
+    walked = last.pop("block")
+    block = max(power_of_two(chunks), 16)
     grid = rows, cdiv(chunks, each)
     of_rows = {"temperature": temperature, "min_p": min_p, "masses": masses, "CHUNKS": block}
     return (
@@ -292,13 +326,20 @@ def launches(
             _choose,
             (rows,),
             {
-                **sizes, **of_rows, "top_k": top_k, "top_p": top_p, "uniforms": uniforms, "kept": kept,
-                "places": places, "tokens": tokens, "BLOCK": walked,
+                **sizes,
+                **of_rows,
+                "top_k": top_k,
+                "top_p": top_p,
+                "uniforms": uniforms,
+                "kept": kept,
+                "places": places,
+                "tokens": tokens,
+                "BLOCK": walked,
             },
             **last,
             num_stages=1,
         ),
-    )  # fmt: skip
+    )
 
 
 def scratch(rows: int, vocab: int, device: torch.device | str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -340,7 +381,8 @@ def proofs() -> dict[str, Proof]:
             return torch.empty(64, dtype=dtype, device="meta")
 
         logits = torch.empty(64, vocab, dtype=dtype, device="meta")
-        whole, doubles = row(torch.int64), row(torch.float64)
+        whole = row(torch.int64)
+        doubles = row(torch.float64)
         memory = scratch(64, vocab, "meta")
         steps = launches(logits, row(), whole, row(), row(), doubles, whole, memory)
         for name, launch in zip(("peaks", "masses", "choose"), steps, strict=True):

@@ -20,7 +20,8 @@ from octavo.kernels.attention.step import StepInputs
 from octavo.runtime.model.operators import Ops
 from octavo.runtime.model.sources import LoadError
 
-SERVE, PROBE = "octavo_paged", "octavo_probe"
+SERVE = "octavo_paged"
+PROBE = "octavo_probe"
 STEP = "octavo_step"  # the keyword that the step travels as
 
 # Keywords of an attention call that `shape_of` reads, or that leave attention's result alone.
@@ -89,7 +90,8 @@ def register() -> None:
 
 def call(model: Any, token_ids: Tensor, positions: Tensor, step: Step | Probe, **keywords: Any) -> Tensor:
     """One forward pass over tokens [T], all in one row: logits [T, vocab_size]."""
-    ids, position_ids = token_ids.unsqueeze(0), positions.unsqueeze(0)
+    ids = token_ids.unsqueeze(0)
+    position_ids = positions.unsqueeze(0)
     out = model(input_ids=ids, position_ids=position_ids, use_cache=False, **{STEP: step}, **keywords)
     logits: Tensor = out.logits[0]
     return logits
@@ -98,7 +100,8 @@ def call(model: Any, token_ids: Tensor, positions: Tensor, step: Step | Probe, *
 def attend(query: Tensor, key: Tensor, value: Tensor, step: Step, layer: int) -> Tensor:
     """Paged attention of one layer: query [1, Hq, T, D], key and value [1, Hkv, T, D] -> [1, T, Hq, D]."""
     _, num_heads, num_tokens, head_dim = query.shape
-    cache, shape = step.caches[layer], step.shapes[layer]
+    cache = step.caches[layer]
+    shape = step.shapes[layer]
     qkv = torch.cat([x[0].transpose(0, 1).reshape(num_tokens, -1) for x in (query, key, value)], dim=-1)
     q = step.ops.rope_and_cache(qkv, step.inputs, cache, shape, None, None, None, 0.0)
     return step.ops.attention(q, step.inputs, cache, shape).view(1, num_tokens, num_heads, head_dim)
@@ -116,7 +119,8 @@ def _probe(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **keywords: Any
 ) -> tuple[Tensor, None]:
     """Record the call. The answer, q + k + v, mixes no tokens: see `hf_checks.check_tokens_stand_alone`."""
-    name, layer = type(module).__name__, getattr(module, "layer_idx", None)
+    name = type(module).__name__
+    layer = getattr(module, "layer_idx", None)
     if STEP not in keywords:
         raise HFModelError(f"{name} doesn't pass its keyword arguments on to attention")
     probe: Probe = keywords[STEP]
@@ -135,7 +139,8 @@ def _probe(
         raise HFModelError(f"{name} makes its own mask, or none, instead of asking transformers for one")
     probe.calls[layer] = Call(module, _shape_of(name, query, key, keywords), attention_mask, keywords)
     repeat = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(repeat, dim=1), value.repeat_interleave(repeat, dim=1)
+    key = key.repeat_interleave(repeat, dim=1)
+    value = value.repeat_interleave(repeat, dim=1)
     return (query + key + value).transpose(1, 2), None
 
 

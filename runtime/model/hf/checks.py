@@ -53,7 +53,8 @@ class Proven:
 @torch.inference_mode()
 def probe_model(model: Any, dtype: torch.dtype, ops: Ops, max_position: int) -> Proven:
     """Checks 1 to 4 of a model that is on its device, computes in dtype and has the attention PROBE."""
-    name, probe = type(model).__name__, Probe()
+    name = type(model).__name__
+    probe = Probe()
     positions = torch.arange(BLOCK_SIZE, device=model.device)
     token_ids = (positions + 1) % _num_embeddings(model)
     logits = call(model, token_ids, positions, probe)
@@ -140,7 +141,9 @@ def _telling_rows(window: int | None, length: int) -> list[int]:
 
 def check_formula(layer: int, made: Call, ops: Ops, device: torch.device) -> None:
     """Check 3, in float32, with scores of some 30, from which a cap of 50 takes a ninth."""
-    module, shape, n = made.module, made.shape, BLOCK_SIZE
+    module = made.module
+    shape = made.shape
+    n = BLOCK_SIZE
     eager = inspect.unwrap(type(module).forward).__globals__.get("eager_attention_forward")
     if eager is None:
         raise HFModelError(f"{type(module).__name__} has no eager_attention_forward to compare the paged cache with")
@@ -154,7 +157,8 @@ def check_formula(layer: int, made: Call, ops: Ops, device: torch.device) -> Non
     sees = made.mask.sees(ids[0], ids[:1].view(1, 1, 1), ids.view(1, n, 1), ids.view(1, 1, n)).expand(1, n, n)
     mask = torch.zeros((1, 1, n, n), device=device).masked_fill(~sees, torch.finfo(torch.float32).min)
     theirs = eager(module, query, key, value, mask, **made.keywords)[0]
-    one, store = torch.ones(shape.num_kv_heads, device=device), torch.zeros(1, shape.num_kv_heads, n, shape.head_dim)
+    one = torch.ones(shape.num_kv_heads, device=device)
+    store = torch.zeros(1, shape.num_kv_heads, n, shape.head_dim)
     cache = LayerCache(store.to(device), store.to(device, copy=True), one, one)
     inputs = chunks([[0] * n], [0], [n], device)
     ours = attend(query, key, value, Step(ops, inputs, [shape], [cache]), 0)
@@ -171,11 +175,15 @@ def check_tokens_stand_alone(model: Any, shapes: list[AttentionShape], dtype: to
 
     So a few tokens of neighbouring positions give what they give among all others, out of order, up to the last one.
     """
-    generator, device, last = torch.Generator().manual_seed(1), model.device, max_position - 1
+    generator = torch.Generator().manual_seed(1)
+    device = model.device
+    last = max_position - 1
     positions = torch.tensor(sorted({0, last, *(min(int(1.6**i), last) for i in range(32))}))
     ids = torch.randint(_num_embeddings(model), positions.shape, generator=generator)
-    order, probe = torch.randperm(len(ids), generator=generator).to(device), Probe()
-    ids, positions = ids.to(device), positions.to(device)
+    order = torch.randperm(len(ids), generator=generator).to(device)
+    probe = Probe()
+    ids = ids.to(device)
+    positions = positions.to(device)
     few = [call(model, ids[i : i + 4], positions[i : i + 4], Probe()) for i in range(0, len(ids), 4)]
     together = call(model, ids[order], positions[order], probe)
     if [probe.calls[layer].shape for layer in range(len(shapes))] != shapes:

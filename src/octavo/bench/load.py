@@ -137,7 +137,8 @@ def arrival_times(count: int, rate: float, burstiness: float, rng: random.Random
     """
     if rate == float("inf"):
         return [0.0] * count
-    times, now = [], 0.0
+    times = []
+    now = 0.0
     for _ in range(count):
         now += rng.gammavariate(burstiness, 1 / (rate * burstiness))
         times.append(now)
@@ -175,7 +176,8 @@ async def run_load(
                     await asyncio.sleep(wait)
                 group.create_task(one(i))
 
-    load, stopped = asyncio.create_task(all_of_them()), asyncio.create_task(stop.wait())
+    load = asyncio.create_task(all_of_them())
+    stopped = asyncio.create_task(stop.wait())
     try:
         await asyncio.wait((load, stopped), return_when=asyncio.FIRST_COMPLETED)
         duration = perf_counter() - begun
@@ -192,7 +194,8 @@ async def run_load(
 async def ask(client: Client, path: str, request: Request) -> Record:
     """Send one request and read its answer to the end; whatever goes wrong is in the record's error."""
     record = Record(request.prompt_len)
-    splitter, raw = EventSplitter(), bytearray()
+    splitter = EventSplitter()
+    raw = bytearray()
 
     def sink(now: float, piece: bytes) -> None:
         if len(raw) < MAX_RAW:

@@ -129,7 +129,8 @@ def _filler(vocabulary: Vocabulary, rng: random.Random) -> Callable[[int], tuple
     fitting = [[(w, c) for w, c in vocabulary.words if c <= room] for room in range(largest + 1)]
 
     def fill(num_tokens: int) -> tuple[list[str], int]:
-        words, room = [], num_tokens - vocabulary.base
+        words = []
+        room = num_tokens - vocabulary.base
         while room > 0 and (choices := fitting[min(room, largest)]):
             word, cost = rng.choice(choices)
             words.append(word)

@@ -56,7 +56,8 @@ async def _measure(args: argparse.Namespace) -> tuple[str, LoadResult]:
         prompts, how = await _prompts(args, client, model, rng)
         print(f"Model: {model}. Prompts: {how} Seed: {args.seed}.", flush=True)
         requests = [_request(args, model, prompt) for prompt in prompts]
-        warmups, requests = requests[: args.num_warmups], requests[args.num_warmups :]
+        warmups = requests[: args.num_warmups]
+        requests = requests[args.num_warmups :]
         if warmups:
             await _warm_up(args, client, warmups)
         arrivals = arrival_times(len(requests), args.request_rate, args.burstiness, rng)
@@ -85,7 +86,8 @@ async def _prompts(
     if args.dataset_name == "custom":
         return custom_prompts(args.dataset_path, count, args.output_len, rng), f"{args.dataset_path}, shuffled."
     vocabulary = await measure_vocabulary(client, model, chat=args.backend == "openai-chat")
-    length, ratio = args.random_input_len, args.random_range_ratio
+    length = args.random_input_len
+    ratio = args.random_range_ratio
     prompts = random_prompts(vocabulary, count, length, args.output_len, ratio, rng)
     if vocabulary.exact:
         tokens = sorted({prompt.num_tokens or 0 for prompt in prompts})

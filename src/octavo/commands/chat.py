@@ -30,7 +30,8 @@ Ctrl-C         stop an answer; what came of it stays in the conversation"""
 COMMAND = re.compile(r"/([a-z]+)(?:\s+(.*))?", re.DOTALL)
 # A model's text must not steer the terminal: control characters but tab and newline are left out there
 UNPRINTABLE = {code: None for code in (*range(32), *range(127, 160)) if code not in (9, 10)}
-DIM, PLAIN = "\x1b[2m", "\x1b[0m"
+DIM = "\x1b[2m"
+PLAIN = "\x1b[0m"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -192,7 +193,8 @@ def _show(pieces: Generator[tuple[str, bool]], *, with_reasoning: bool) -> None:
     terminal = sys.stdout.isatty()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # what the terminal's encoding lacks must not end the answer
-    last, dim = "\n", False
+    last = "\n"
+    dim = False
     try:
         with closing(pieces):
             for piece, is_reasoning in pieces:

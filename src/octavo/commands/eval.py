@@ -175,7 +175,8 @@ def _against(args: argparse.Namespace) -> Report:
     checkpoints = Checkpoint.open(original), Checkpoint.open(directory)
     sides = compare_checkpoints(*checkpoints)
     before, after = (sum(c.spec(name).nbytes for name in c.names) for c in checkpoints)
-    schemes, kv_cache = _schemes(args, sides.schemes), _kv_cache(args, checkpoints[1].kv_cache_dtype)
+    schemes = _schemes(args, sides.schemes)
+    kv_cache = _kv_cache(args, checkpoints[1].kv_cache_dtype)
     verdict = None
     if schemes or kv_cache or args.max_kl is not None:
         verdict = judge(quality, schemes, args.max_kl, layers=sides.rows, algorithm="unknown", kv_cache=kv_cache)

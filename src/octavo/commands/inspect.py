@@ -72,7 +72,8 @@ def _layers(checkpoint: Checkpoint) -> list[dict[str, Any]]:
         modules.setdefault(SUFFIX.sub("", name), []).append(name)
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for module, names in sorted(modules.items()):
-        kind, scheme = INDEX_IN_NAME.sub(".*", module), _scheme(checkpoint, module, names)
+        kind = INDEX_IN_NAME.sub(".*", module)
+        scheme = _scheme(checkpoint, module, names)
         row = rows.setdefault((kind, scheme), {"kind": kind, "scheme": scheme, "count": 0, "parameters": 0, "bytes": 0})
         row["count"] += 1
         row["bytes"] += sum(checkpoint.spec(name).nbytes for name in names)
@@ -101,7 +102,8 @@ def _parameters(checkpoint: Checkpoint, module: str) -> int:
     """Weights and biases of a module, scales not counted. A packed weight's shape is read: 16 bytes."""
     from octavo.quant.formats.compressed_tensors import read_shape
 
-    count, format_ = 0, _format(checkpoint, module)
+    count = 0
+    format_ = _format(checkpoint, module)
     if checkpoint.has(f"{module}.weight_shape"):
         n, k = read_shape(checkpoint.tensor(f"{module}.weight_shape"))
         count += n * k

@@ -233,7 +233,8 @@ def print_report(ready: Ready, seconds: float) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    report, console = ready.report, Console(soft_wrap=True, markup=False)
+    report = ready.report
+    console = Console(soft_wrap=True, markup=False)
     table = Table(title=f"{report.architecture}, {report.dtype} on {report.device}", title_justify="left")
     for heading in ("layers", "scheme", "body"):
         table.add_column(heading)

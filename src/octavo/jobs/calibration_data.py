@@ -73,7 +73,8 @@ def default_num_samples(config: dict[str, Any], max_seq_length: int) -> int:
     """
     text_config = config.get("text_config") or config
     widths = [text_config.get(key) for key in ("hidden_size", "intermediate_size")]
-    heads, head_dim = text_config.get("num_attention_heads"), text_config.get("head_dim")
+    heads = text_config.get("num_attention_heads")
+    head_dim = text_config.get("head_dim")
     widths.append(heads * head_dim if isinstance(heads, int) and isinstance(head_dim, int) else None)
     widest = max((width for width in widths if isinstance(width, int)), default=0)
     needed = -(-TOKENS_PER_INPUT * widest // max_seq_length)

@@ -89,7 +89,8 @@ def compare(
     token_ids, prefix, source = _tokens(directories[0], text, max_tokens)
     with torch.inference_mode(), tempfile.TemporaryFile() as logits, tempfile.TemporaryFile() as hidden:
         runner = _load(original, token_ids, prefix)
-        facts, window = runner.facts, runner.window
+        facts = runner.facts
+        window = runner.window
         record = _Recording(logits), _Recording(hidden)
         _check_disk(runner)
         for number, token_window in enumerate(runner.windows):
@@ -194,7 +195,8 @@ def _load(config: EngineConfig, token_ids: list[int], prefix: list[int], window:
 
 
 def _compare(runner: _Runner, record: tuple[_Recording, _Recording], progress: Progress | None, source: str) -> Quality:
-    comparison, noise = Comparison(), BlockNoise(runner.num_blocks)
+    comparison = Comparison()
+    noise = BlockNoise(runner.num_blocks)
 
     def tap(block: int, states: Tensor) -> None:
         states = states.float().cpu()
@@ -299,7 +301,8 @@ def _encode(model_text: ModelText, text: str, max_tokens: int) -> list[int]:
 
 
 def _whole_window(token_ids: Tensor) -> StepInputs:
-    length, device = token_ids.shape[0], token_ids.device
+    length = token_ids.shape[0]
+    device = token_ids.device
     positions = torch.arange(length, device=device)
     return StepInputs(
         token_ids=token_ids,

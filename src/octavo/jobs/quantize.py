@@ -145,7 +145,8 @@ def run(job: Job) -> Report:
     notes = _check_source(job, checkpoint)
     plan = make_plan(checkpoint, job.recipe, job.max_shard_bytes)
     _check_budget(job, plan)
-    data, calibration = None, None
+    data = None
+    calibration = None
     if _runs_blocks(job):
         begin = time.perf_counter()
         data, calibration = _calibration(job, source, checkpoint)

@@ -180,7 +180,8 @@ def generate(request: GenerationRequest, progress: Callable[[int], None]) -> lis
 def _run(engine: Engine, request: GenerationRequest, progress: Callable[[int], None]) -> list[list[int]]:
     from octavo.runtime.messages import AddRequest, SamplingParams
 
-    length, limits = request.max_seq_length, engine.scheduler.config
+    length = request.max_seq_length
+    limits = engine.scheduler.config
     texts = [list(prompt) for prompt in request.prompts]
     at_once = max(1, limits.num_blocks // -(-length // limits.block_size))  # more would take blocks from each other
     num_added = num_live = num_done = steps = 0
@@ -213,7 +214,8 @@ def _check_memory(request: GenerationRequest) -> None:
     checkpoint = Checkpoint.open(Path(request.model))
     specs: list[Any] = [checkpoint.spec(name) for name in checkpoint.names]
     weights = sum(spec.numel * min(spec.dtype.itemsize, 2) for spec in specs)  # float32 is computed in bfloat16
-    needed, free = weights * 1.2 + CACHE_BYTES, free_memory(choose_device(request.device))
+    needed = weights * 1.2 + CACHE_BYTES
+    free = free_memory(choose_device(request.device))
     if needed > free:
         raise MemoryError(f"it takes {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free")
 

@@ -124,7 +124,8 @@ class Detokenizer:
         self._unsent += text
         released = self._release(self._stops)
         if self.stopped_by is None:
-            released, self._unsent = released + self._unsent, ""
+            released = released + self._unsent
+            self._unsent = ""
         return released
 
     def _release(self, stops: StopStrings) -> str:
@@ -138,6 +139,7 @@ class Detokenizer:
                 self._unsent = ""
                 return text[:end]
         held = stops.held_back(text)
-        sent, self._unsent = text[: len(text) - held], text[len(text) - held :]
+        sent = text[: len(text) - held]
+        self._unsent = text[len(text) - held :]
         self._num_searched = held
         return sent

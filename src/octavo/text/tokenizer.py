@@ -186,7 +186,8 @@ class Tokenizer:
             side: self.special_tokens.get(f"{side}_token") if self.config.get(f"add_{side}_token") else None
             for side in ("bos", "eos")
         }
-        bos, eos = names["bos"], names["eos"]
+        bos = names["bos"]
+        eos = names["eos"]
         self._backend.post_processor = processors.TemplateProcessing(
             single=[*([bos] if bos else []), "$A", *([eos] if eos else [])],
             special_tokens=[(token, self.token_id(token)) for token in {bos, eos} if token],
