@@ -56,12 +56,16 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
 
 
 class AddRequest(msgspec.Struct, frozen=True, tag="add"):
-    """A prompt to complete. n > 1 is n requests (the prefix cache makes the later ones cheap)."""
+    """A prompt to complete. n > 1 is n requests (the prefix cache makes the later ones cheap).
+
+    cache_salt: only requests with the same salt share cached prefixes.
+    """
 
     request_id: str
     token_ids: list[int]
     params: SamplingParams
     arrival_time: float  # time.time() in the server, for the queue-time metrics
+    cache_salt: str = ""
 
 
 class AbortRequest(msgspec.Struct, frozen=True, tag="abort"):

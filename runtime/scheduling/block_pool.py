@@ -16,6 +16,15 @@ from hashlib import sha256
 ROOT = b""
 
 
+def salted_root(salt: str) -> bytes:
+    """The parent of a first block under this cache salt; requests with other salts never find its blocks.
+
+    It is longer than any block's name. Were it a plain digest, a salt spelled like a block's tokens would name that
+    block, and its owner would be given keys and values of other positions.
+    """
+    return b"salt" + sha256(salt.encode()).digest() if salt else ROOT
+
+
 def hash_block(parent: bytes, token_ids: Sequence[int]) -> bytes:
     """Name a full block by its tokens and, through its parent's name, by all tokens before them.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from octavo.runtime.messages import AddRequest, Logprobs, SamplingParams
-from octavo.runtime.scheduling.block_pool import ROOT, hash_block
+from octavo.runtime.scheduling.block_pool import hash_block, salted_root
 from octavo.runtime.scheduling.penalties import TokenCounts
 
 
@@ -15,6 +15,7 @@ class Sequence:
     row              its row in the tables of inputs.py while it runs, else -1
     number           how many requests came before it: the seed of a request without a seed
     prompt_logprobs  None unless asked for; grows with the prefill, sent with the first token
+    root             the parent of the first block's name; requests with other cache salts have another one
     token_counts     the sampler's, for penalties; made when first needed
     """
 
@@ -31,6 +32,7 @@ class Sequence:
         "params",
         "prompt_logprobs",
         "request_id",
+        "root",
         "row",
         "scheduled_time",
         "token_counts",
@@ -48,6 +50,7 @@ class Sequence:
         self.num_cached: int | None = None
         self.blocks: list[int] = []
         self.block_names: list[bytes] = []
+        self.root = salted_root(request.cache_salt)
         self.row = -1
         self.scheduled_time: float | None = None
         self.first_token_time: float | None = None
@@ -71,7 +74,7 @@ class Sequence:
         names = self.block_names
         while len(names) < count:
             begin = len(names) * block_size
-            parent = names[-1] if names else ROOT
+            parent = names[-1] if names else self.root
             names.append(hash_block(parent, self.token_ids[begin : begin + block_size]))
         return names[:count]
 

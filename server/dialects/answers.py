@@ -67,7 +67,7 @@ def make_choices(
         for number in range(request.num_choices):
             if own.seed is not None and number:
                 own = msgspec.structs.replace(own, seed=own.seed + 1)
-            add = AddRequest(f"request-{next(_unique)}", prompt.token_ids, own, arrival)
+            add = AddRequest(f"request-{next(_unique)}", prompt.token_ids, own, arrival, request.cache_salt or "")
             wanted = 0 if max_tokens == 0 else own.max_tokens
             choices.append(make_choice(len(choices), add, request, model, num_wanted=wanted))
     return choices

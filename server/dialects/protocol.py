@@ -99,7 +99,12 @@ class NoOps(Strict):
     bad_words: Unsupported | None = None
     spaces_between_special_tokens: Literal[True] | None = None
     structured_outputs: None = None
-    cache_salt: None = None
+    # gateways (sglang-router, vllm-router) add these to every request
+    no_stop_trim: Literal[False] | None = None
+    separate_reasoning: Literal[True] | None = None
+    stream_reasoning: Literal[True] | None = None
+    return_hidden_states: Literal[False] | None = None
+    include_reasoning: Literal[True] | None = None
 
 
 class GenerationRequest(NoOps):
@@ -135,6 +140,7 @@ class GenerationRequest(NoOps):
     prompt_logprobs: Count | None = None
     allowed_token_ids: Annotated[list[TokenId], Field(min_length=1, max_length=2**18, fail_fast=True)] | None = None
     return_token_ids: Flag | None = None
+    cache_salt: Annotated[str, StringConstraints(strict=True, min_length=1, max_length=1024)] | None = None
     request_id: Annotated[str, StringConstraints(strict=True, min_length=1, max_length=256)] | None = None
 
     @property
@@ -285,7 +291,6 @@ class ChatCompletionRequest(ChatOptions, GenerationRequest):
     web_search_options: None = None
     reasoning_effort: None = None
     verbosity: None = None
-    include_reasoning: Literal[True] | None = None
     thinking_token_budget: None = None
     mm_processor_kwargs: None = None
 

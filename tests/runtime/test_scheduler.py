@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 
 import pytest
@@ -210,6 +211,18 @@ def test_a_block_that_one_token_fills_is_shared_from_the_next_step_on() -> None:
     plan, _ = step(it)
     assert [(work.sequence.request_id, work.start, work.end) for work in plan.works] == [("a", 8, 9), ("c", 8, 9)]
     assert plan.works[1].sequence.num_cached == 8
+
+
+def test_prefixes_are_shared_under_one_cache_salt_alone() -> None:
+    def num_cached(salt: str, prompt: list[int]) -> int | None:
+        it.add(AddRequest("one", prompt, SamplingParams(max_tokens=1), 0.0, cache_salt=salt))
+        return step(it)[1][0].num_cached_tokens
+
+    it = scheduler()
+    prompt = list(range(9))
+    assert [num_cached(salt, prompt) for salt in ("", "", "a", "a", "b")] == [0, 8, 0, 8, 0]
+    spelled = array("I", prompt[:4]).tobytes().decode()  # a salt of the bytes that name the first block
+    assert num_cached(spelled, [4, 5, 6, 7, 9]) == 0
 
 
 def test_prefix_caching_can_be_off() -> None:

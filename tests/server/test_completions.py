@@ -162,6 +162,16 @@ def test_a_repeated_prompt_comes_out_of_the_cache(client: httpx.Client, oracle: 
     assert first["choices"] == second["choices"]
 
 
+def test_a_cache_salt_keeps_others_from_learning_what_was_asked(client: httpx.Client) -> None:
+    def num_cached(**salt: str) -> int:
+        answer = complete(client, "salted: " + "one two three four " * 10, max_tokens=2, **GREEDY, **salt)
+        return answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+    assert num_cached(cache_salt="mine") == 0
+    assert num_cached(cache_salt="mine") > 0
+    assert [num_cached(), num_cached(cache_salt="yours")] == [0, 0]
+
+
 def test_a_prompt_is_cut_where_the_request_says_so(client: httpx.Client, oracle: Oracle) -> None:
     ids = oracle.ids("one two three four five six seven")
     cut = choice(client, ids, max_tokens=4, truncate_prompt_tokens=5, return_token_ids=True, **GREEDY)

@@ -52,7 +52,13 @@ def test_an_unknown_field_is_named(client: httpx.Client, path: str, name: str) -
         (COMPLETIONS, "use_beam_search", True),
         (COMPLETIONS, "response_format", {"type": "json_object"}),
         (COMPLETIONS, "structured_outputs", {"regex": "a"}),
-        (COMPLETIONS, "cache_salt", "x"),
+        (COMPLETIONS, "cache_salt", ""),
+        (COMPLETIONS, "cache_salt", "x" * 1025),
+        (COMPLETIONS, "no_stop_trim", True),
+        (COMPLETIONS, "return_hidden_states", True),
+        (CHAT, "separate_reasoning", False),
+        (CHAT, "stream_reasoning", False),
+        (CHAT, "include_reasoning", False),
         (COMPLETIONS, "priority", 1),
         (COMPLETIONS, "bad_words", ["x"]),
         (COMPLETIONS, "length_penalty", 2),
@@ -144,13 +150,14 @@ def test_values_that_ask_for_nothing_are_taken(client: httpx.Client) -> None:
         "use_beam_search": False, "length_penalty": 1.0, "response_format": {"type": "text"}, "bad_words": [],
         "structured_outputs": None, "cache_salt": None, "logit_bias": None, "stop": None, "n": None,
         "stop_token_ids": [], "temperature": None, "top_p": 1, "top_k": -1, "min_p": 0, "presence_penalty": 0,
-        "request_id": "mine",
+        "request_id": "mine", "no_stop_trim": False, "separate_reasoning": True, "stream_reasoning": True,
+        "return_hidden_states": False, "include_reasoning": True,
     }  # fmt: skip
     answer = client.post(COMPLETIONS, json=VALID[COMPLETIONS] | nothing | {"suffix": None})
     assert answer.status_code == 200, answer.text
     assert answer.json()["id"] == "cmpl-mine"
     chat = {"tools": [], "tool_choice": "auto", "parallel_tool_calls": True, "modalities": ["text"], "audio": None}
-    chat |= {"functions": None, "reasoning_effort": None, "prediction": None, "include_reasoning": True}
+    chat |= {"functions": None, "reasoning_effort": None, "prediction": None}
     answer = client.post(CHAT, json=VALID[CHAT] | nothing | chat)
     assert answer.status_code == 200, answer.text
 
