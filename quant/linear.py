@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.fp8 import reference as fp8_reference
 from octavo.kernels.int8 import reference as int8_reference
 from octavo.kernels.native import cpu_features
@@ -43,13 +44,14 @@ class Linear(nn.Module):
         self.wants: Rounding | None = None if alone is None else alone.wants
         self._partial = None if alone is None else alone.partial
 
-    def forward(self, x: Hidden) -> Tensor:
+    def forward(self, x: Hidden, step: StepInputs | None = None) -> Tensor:  # noqa: ARG002
+        """step: what the step is told beside x, for what a layer does per token: an adapter, a rank's sum."""
         out = self._bodies[0].run(x) if len(self._bodies) == 1 else torch.cat([b.run(x) for b in self._bodies], dim=-1)
         return out if self._bias is None else out.add_(self._bias)
 
-    def partial(self, x: Hidden) -> Tensor:
+    def partial(self, x: Hidden, step: StepInputs | None = None) -> Tensor:
         """As forward, or [S, T, N] float32 for the next kernel to add up."""
-        return self.forward(x) if self._partial is None else self._partial(x)
+        return self.forward(x, step) if self._partial is None else self._partial(x)
 
     def describe(self) -> tuple[str, str]:
         """(scheme, body), for the table that is printed at start."""

@@ -218,10 +218,10 @@ class _Recorded(Linear):
         self._name = name
         self._record = record
 
-    def forward(self, x: Hidden) -> Tensor:
+    def forward(self, x: Hidden, step: StepInputs | None = None) -> Tensor:
         assert isinstance(x, Tensor)  # calibration's layers are dense: none wants a rounded input
         self._record(self._name, x)
-        return super().forward(x)
+        return super().forward(x, step)
 
 
 class _Tensors:
