@@ -12,8 +12,8 @@ from octavo.cli import main
     [
         (["--goodput", "itl:5"], "not METRIC:MS"),
         (["--goodput", "ttft:soon"], "'soon' is not a number"),
-        (["--request-rate", "0"], "not above 0"),
-        (["--random-range-ratio", "1"], "not in [0, 1)"),
+        (["--request-rate", "0"], "not a number above 0"),
+        (["--random-range-ratio", "1"], "not a number from 0 to below 1"),
         (["--num-prompts", "0"], "not a whole number from 1 up"),
         (["--percentile-metrics", "ttft,speed"], "'speed' is none of"),
         (["--metric-percentiles", "101"], "from 0 to 100"),

@@ -27,7 +27,7 @@ FLOORS = (
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 LINKED = ("kernels", "quant", "calibration", "runtime", "server")  # folders of the repository's root
-GROUND = ("octavo.version",)  # imports nothing, so everybody may import it
+GROUND = ("octavo.version", "octavo.flags")  # import nothing of the package, so everybody may import them
 ENTRY = ("octavo", "octavo.__main__", "octavo.cli")  # what starts commands, or offers all of the package
 
 

@@ -5,7 +5,6 @@ What octavo adds has lines and keys of its own: cached input, token goodput, dol
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 
 from octavo.bench.load import LoadResult, Record
 from octavo.bench.metrics import Cost, Metrics
+from octavo.bench.options import BenchOptions
 
 WIDTH = 50
 MAX_REASONS = 5
@@ -26,19 +26,17 @@ TITLES = {
 }
 
 
-def report_lines(
-    metrics: Metrics, args: argparse.Namespace, metric_names: Sequence[str], prices: Cost | None, num_unfinished: int
-) -> list[str]:
+def report_lines(metrics: Metrics, options: BenchOptions, prices: Cost | None, num_unfinished: int) -> list[str]:
     """The text report."""
     lines = [f"{' Serving Benchmark Result ':=^{WIDTH}}"]
     lines.append(_line("Successful requests:", metrics.completed))
     lines.append(_line("Failed requests:", metrics.failed))
     if num_unfinished:
         lines.append(_line("Unfinished requests (not counted):", num_unfinished))
-    if args.max_concurrency is not None:
-        lines.append(_line("Maximum request concurrency:", args.max_concurrency))
-    if args.request_rate != float("inf"):
-        lines.append(_line("Request rate configured (RPS):", args.request_rate))
+    if options.max_concurrency is not None:
+        lines.append(_line("Maximum request concurrency:", options.max_concurrency))
+    if options.request_rate != float("inf"):
+        lines.append(_line("Request rate configured (RPS):", options.request_rate))
     lines.append(_line("Benchmark duration (s):", metrics.duration))
     lines.append(_line("Total input tokens:", metrics.total_input))
     if metrics.cached_input is not None:
@@ -52,10 +50,10 @@ def report_lines(
     lines.append(_line("Peak output token throughput (tok/s):", metrics.max_output_per_s))
     lines.append(_line("Peak concurrent requests:", float(metrics.max_concurrent)))
     lines.append(_line("Total token throughput (tok/s):", metrics.total_throughput))
-    for name in metric_names:
+    for name in options.percentile_metrics:
         lines += _latency_lines(metrics, name)
     if prices is not None:
-        lines += _cost_lines(prices, args)
+        lines += _cost_lines(prices, options)
     lines.append("=" * WIDTH)
     return lines
 
@@ -79,14 +77,14 @@ def _percentile(p: float) -> str:
     return str(int(p)) if p == int(p) else str(p)
 
 
-def _cost_lines(prices: Cost, args: argparse.Namespace) -> list[str]:
-    gpus = f" x {args.num_gpus} GPUs" if args.num_gpus > 1 else ""
+def _cost_lines(prices: Cost, options: BenchOptions) -> list[str]:
+    gpus = f" x {options.num_gpus} GPUs" if options.num_gpus > 1 else ""
     lines = [
-        f"{f'Cost at ${args.cost_per_hour:g}/h{gpus}':-^{WIDTH}}",
+        f"{f'Cost at ${options.cost_per_hour:g}/h{gpus}':-^{WIDTH}}",
         _dollars("$ per 1M output tokens:", prices.per_1m_output),
         _dollars("$ per 1M total tokens:", prices.per_1m_total),
     ]
-    if args.goodput:
+    if options.goodput:
         lines.append(_dollars("$ per 1M output tokens within the SLO:", prices.per_1m_output_at_slo))
     return lines
 
@@ -123,27 +121,26 @@ def failure_lines(records: Sequence[Record]) -> list[str]:
 
 
 def result_json(
-    args: argparse.Namespace,
+    options: BenchOptions,
     model: str,
     result: LoadResult,
     metrics: Metrics,
-    metric_names: Sequence[str],
     prices: Cost | None,
 ) -> dict[str, Any]:
     """What --save-result writes; with --save-detailed, a list per request under each of vLLM's names."""
     found: dict[str, Any] = {
         "date": datetime.now().strftime("%Y%m%d-%H%M%S"),
-        "endpoint_type": args.backend,
-        "backend": args.backend,
-        "label": args.label,
+        "endpoint_type": options.backend,
+        "backend": options.backend,
+        "label": options.label,
         "model_id": model,
         "tokenizer_id": None,
-        "num_prompts": args.num_prompts,
-        **dict(args.metadata),
-        "request_rate": "inf" if args.request_rate == float("inf") else args.request_rate,
-        "burstiness": args.burstiness,
-        "max_concurrency": args.max_concurrency,
-        "seed": args.seed,
+        "num_prompts": options.num_prompts,
+        **dict(options.metadata),
+        "request_rate": "inf" if options.request_rate == float("inf") else options.request_rate,
+        "burstiness": options.burstiness,
+        "max_concurrency": options.max_concurrency,
+        "seed": options.seed,
         "duration": metrics.duration,
         "completed": metrics.completed,
         "failed": metrics.failed,
@@ -159,12 +156,12 @@ def result_json(
         "max_output_tokens_per_s": metrics.max_output_per_s,
         "max_concurrent_requests": metrics.max_concurrent,
     }
-    if args.save_detailed:
+    if options.save_detailed:
         found |= _detailed(result.records)
-    for name in metric_names:
+    for name in options.percentile_metrics:
         found |= _latency_json(metrics, name)
     if prices is not None:
-        found |= _cost_json(prices, args)
+        found |= _cost_json(prices, options)
     return found
 
 
@@ -178,10 +175,10 @@ def _latency_json(metrics: Metrics, name: str) -> dict[str, float]:
     }
 
 
-def _cost_json(prices: Cost, args: argparse.Namespace) -> dict[str, float | None]:
+def _cost_json(prices: Cost, options: BenchOptions) -> dict[str, float | None]:
     return {
-        "cost_per_hour": args.cost_per_hour,
-        "num_gpus": args.num_gpus,
+        "cost_per_hour": options.cost_per_hour,
+        "num_gpus": options.num_gpus,
         "usd_per_1m_output_tokens": prices.per_1m_output,
         "usd_per_1m_total_tokens": prices.per_1m_total,
         "usd_per_1m_output_tokens_at_slo": prices.per_1m_output_at_slo,
@@ -202,14 +199,14 @@ def _detailed(records: Sequence[Record]) -> dict[str, list[Any]]:
     }
 
 
-def save(content: Mapping[str, Any], args: argparse.Namespace, model: str) -> Path:
+def save(content: Mapping[str, Any], options: BenchOptions, model: str) -> Path:
     """Write the JSON file under --result-dir; returns its path."""
-    concurrency = "" if args.max_concurrency is None else f"-concurrency{args.max_concurrency}"
-    name = args.result_filename or (
-        f"{args.label or args.backend}-{args.request_rate}qps{concurrency}"
+    concurrency = "" if options.max_concurrency is None else f"-concurrency{options.max_concurrency}"
+    name = options.result_filename or (
+        f"{options.label or options.backend}-{options.request_rate}qps{concurrency}"
         f"-{model.rstrip('/').rpartition('/')[2]}-{content['date']}.json"
     )
-    path = Path(args.result_dir or ".") / name
+    path = Path(options.result_dir or ".") / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content) + "\n", encoding="utf-8")
     return path

@@ -21,24 +21,29 @@ import uvloop
 
 from octavo.bench.http import Client, HttpError
 from octavo.bench.load import LoadResult, Record, Request, arrival_times, run_load
+from octavo.bench.options import BenchError, BenchOptions, resolve
 from octavo.bench.prompts import Prompt, PromptError, custom_prompts, measure_vocabulary, random_prompts
-from octavo.commands.bench_flags import BenchError, configure, resolve
-
-__all__ = ["configure", "run"]
+from octavo.commands.progress_bar import progress_bar
+from octavo.flags import add_flags, flags_of, read
 
 PROG = "octavo bench"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    add_flags(parser, flags_of(BenchOptions))
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure and report; returns the exit code: 1 if a request failed or nothing could be measured, 130 on Ctrl-C."""
     _allow_many_sockets()
     try:
-        resolve(args)
-        model, result = uvloop.run(_measure(args))
+        options = resolve(read(BenchOptions, args))
+        model, result = uvloop.run(_measure(options))
     except (BenchError, HttpError, PromptError, OSError) as e:
         print(f"{PROG}: {e}", file=sys.stderr)
         return 1
-    return _report(args, model, result)
+    return _report(options, model, result)
 
 
 def _allow_many_sockets() -> None:
@@ -47,28 +52,28 @@ def _allow_many_sockets() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-async def _measure(args: argparse.Namespace) -> tuple[str, LoadResult]:
+async def _measure(options: BenchOptions) -> tuple[str, LoadResult]:
     """The model's name, and what was measured."""
-    client = Client(args.base_url, _headers(args), insecure=args.insecure)
+    client = Client(options.base_url, _headers(options), insecure=options.insecure)
     try:
-        model = args.model or await _first_model(client)
-        rng = random.Random(args.seed)
-        prompts, how = await _prompts(args, client, model, rng)
-        print(f"Model: {model}. Prompts: {how} Seed: {args.seed}.", flush=True)
-        requests = [_request(args, model, prompt) for prompt in prompts]
-        warmups = requests[: args.num_warmups]
-        requests = requests[args.num_warmups :]
+        model = options.model or await _first_model(client)
+        rng = random.Random(options.seed)
+        prompts, how = await _prompts(options, client, model, rng)
+        print(f"Model: {model}. Prompts: {how} Seed: {options.seed}.", flush=True)
+        requests = [_request(options, model, prompt) for prompt in prompts]
+        warmups = requests[: options.num_warmups]
+        requests = requests[options.num_warmups :]
         if warmups:
-            await _warm_up(args, client, warmups)
-        arrivals = arrival_times(len(requests), args.request_rate, args.burstiness, rng)
-        return model, await _load(args, client, requests, arrivals)
+            await _warm_up(options, client, warmups)
+        arrivals = arrival_times(len(requests), options.request_rate, options.burstiness, rng)
+        return model, await _load(options, client, requests, arrivals)
     finally:
         client.close()
 
 
-def _headers(args: argparse.Namespace) -> dict[str, str]:
-    key = args.api_key or os.environ.get("OPENAI_API_KEY")
-    return ({"Authorization": f"Bearer {key}"} if key else {}) | dict(args.header)
+def _headers(options: BenchOptions) -> dict[str, str]:
+    key = options.api_key or os.environ.get("OPENAI_API_KEY")
+    return ({"Authorization": f"Bearer {key}"} if key else {}) | dict(options.header)
 
 
 async def _first_model(client: Client) -> str:
@@ -78,17 +83,16 @@ async def _first_model(client: Client) -> str:
         raise HttpError("GET /v1/models names no model; --model does") from e
 
 
-async def _prompts(
-    args: argparse.Namespace, client: Client, model: str, rng: random.Random
-) -> tuple[list[Prompt], str]:
+async def _prompts(options: BenchOptions, client: Client, model: str, rng: random.Random) -> tuple[list[Prompt], str]:
     """The prompts, those of the warm-up first, and how they were made."""
-    count = args.num_warmups + args.num_prompts
-    if args.dataset_name == "custom":
-        return custom_prompts(args.dataset_path, count, args.output_len, rng), f"{args.dataset_path}, shuffled."
-    vocabulary = await measure_vocabulary(client, model, chat=args.backend == "openai-chat")
-    length = args.random_input_len
-    ratio = args.random_range_ratio
-    prompts = random_prompts(vocabulary, count, length, args.output_len, ratio, rng)
+    count = options.num_warmups + options.num_prompts
+    if options.dataset_path is not None:
+        prompts = custom_prompts(options.dataset_path, count, options.output_len, rng)
+        return prompts, f"{options.dataset_path}, shuffled."
+    vocabulary = await measure_vocabulary(client, model, chat=options.backend == "openai-chat")
+    length = options.random_input_len
+    ratio = options.random_range_ratio
+    prompts = random_prompts(vocabulary, count, length, options.output_len, ratio, rng)
     if vocabulary.exact:
         tokens = sorted({prompt.num_tokens or 0 for prompt in prompts})
         span = f"{tokens[0]}" if len(tokens) == 1 else f"{tokens[0]} to {tokens[-1]}"
@@ -96,28 +100,28 @@ async def _prompts(
     return prompts, f"random words, about {length} tokens: the server has no /tokenize to make them exact."
 
 
-def _request(args: argparse.Namespace, model: str, prompt: Prompt) -> Request:
+def _request(options: BenchOptions, model: str, prompt: Prompt) -> Request:
     body: dict[str, Any] = {"model": model, "stream": True, "stream_options": {"include_usage": True}}
-    if args.backend == "openai-chat":
+    if options.backend == "openai-chat":
         body["messages"] = [{"role": "user", "content": prompt.text}]
         body["max_completion_tokens"] = prompt.output_len
     else:
         body["prompt"] = prompt.text
         body["max_tokens"] = prompt.output_len
-    if args.ignore_eos:
+    if options.ignore_eos:
         body["ignore_eos"] = True
-    if args.temperature is not None:
-        body["temperature"] = args.temperature
-    return Request(json.dumps(body | args.extra_body).encode(), prompt.num_tokens)
+    if options.temperature is not None:
+        body["temperature"] = options.temperature
+    return Request(json.dumps(body | options.extra_body).encode(), prompt.num_tokens)
 
 
-async def _warm_up(args: argparse.Namespace, client: Client, requests: Sequence[Request]) -> None:
+async def _warm_up(options: BenchOptions, client: Client, requests: Sequence[Request]) -> None:
     result = await run_load(
         client,
-        args.endpoint,
+        options.endpoint,
         requests,
         arrivals=[0.0] * len(requests),
-        max_concurrency=args.max_concurrency,
+        max_concurrency=options.max_concurrency,
         stop=asyncio.Event(),
         on_done=lambda _: None,
     )
@@ -127,17 +131,17 @@ async def _warm_up(args: argparse.Namespace, client: Client, requests: Sequence[
 
 
 async def _load(
-    args: argparse.Namespace, client: Client, requests: Sequence[Request], arrivals: Sequence[float]
+    options: BenchOptions, client: Client, requests: Sequence[Request], arrivals: Sequence[float]
 ) -> LoadResult:
     """The measurement itself, which the first Ctrl-C ends early."""
     stop = asyncio.Event()
-    with _progress(args, len(requests)) as on_done, _first_interrupt(stop.set):
+    with _progress(options, len(requests)) as on_done, _first_interrupt(stop.set):
         return await run_load(
             client,
-            args.endpoint,
+            options.endpoint,
             requests,
             arrivals=arrivals,
-            max_concurrency=args.max_concurrency,
+            max_concurrency=options.max_concurrency,
             stop=stop,
             on_done=on_done,
         )
@@ -160,47 +164,41 @@ def _first_interrupt(then: Callable[[], None]) -> Iterator[None]:
 
 
 @contextmanager
-def _progress(args: argparse.Namespace, total: int) -> Iterator[Callable[[Record], None]]:
-    """A bar on stderr, where that is a terminal; gives what to call for each request that ended."""
-    if args.disable_tqdm or not sys.stderr.isatty():
+def _progress(options: BenchOptions, total: int) -> Iterator[Callable[[Record], None]]:
+    """A bar on stderr; gives what to call for each request that ended."""
+    if options.disable_tqdm:
         yield lambda _: None
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    ended = 0
+    failed = 0
 
-    columns = (
-        TextColumn("requests"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True, refresh_per_second=2) as progress:
-        task = progress.add_task("", total=total)
-        failed = 0
+    with progress_bar("requests") as bar:
 
         def on_done(record: Record) -> None:
-            nonlocal failed
+            nonlocal ended, failed
+            ended += 1
             failed += record.error is not None
-            progress.update(task, advance=1, description=f"{failed} failed" if failed else "")
+            bar.progress(ended, total, f"requests, {failed} failed" if failed else "requests")
 
         yield on_done
 
 
-def _report(args: argparse.Namespace, model: str, result: LoadResult) -> int:
+def _report(options: BenchOptions, model: str, result: LoadResult) -> int:
     from octavo.bench import metrics as bench_metrics
     from octavo.bench import report as bench_report
 
-    metrics = bench_metrics.measure(result, args.metric_percentiles, dict(args.goodput))
-    prices = None if args.cost_per_hour is None else bench_metrics.cost(metrics, args.cost_per_hour, args.num_gpus)
-    lines = bench_report.report_lines(metrics, args, args.percentile_metrics, prices, result.num_unfinished)
+    metrics = bench_metrics.measure(result, options.metric_percentiles, dict(options.goodput))
+    prices = (
+        None if options.cost_per_hour is None else bench_metrics.cost(metrics, options.cost_per_hour, options.num_gpus)
+    )
+    lines = bench_report.report_lines(metrics, options, prices, result.num_unfinished)
     print("\n".join([*lines, *bench_report.notes(result)]), flush=True)
     for line in bench_report.failure_lines(result.records):
         print(f"{PROG}: {line}", file=sys.stderr)
-    if args.save_result:
-        content = bench_report.result_json(args, model, result, metrics, args.percentile_metrics, prices)
+    if options.save_result:
+        content = bench_report.result_json(options, model, result, metrics, prices)
         try:
-            print(f"written: {bench_report.save(content, args, model)}")
+            print(f"written: {bench_report.save(content, options, model)}")
         except OSError as e:
             print(f"{PROG}: {e}", file=sys.stderr)
             return 1
