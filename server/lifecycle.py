@@ -22,6 +22,7 @@ from octavo.runtime.launch import EngineProcess
 from octavo.runtime.messages import Ready, StepOutputs
 from octavo.server.connection import Connection
 from octavo.server.engine_client import EngineClient, EngineDeadError
+from octavo.server.listen_sockets import BACKLOG, listen
 from octavo.server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ DRAINING = "the server is shutting down"
 
 @dataclass(frozen=True)
 class ListenOptions:
-    """Where and how to listen. A socket is bound before anything is loaded, so that a taken port is known at once."""
+    """Where and how to listen; the sockets are reserved already (see listen_sockets.py)."""
 
     sockets: list[socket.socket]
     url: str
@@ -112,6 +113,7 @@ def _uvicorn_config(app: FastAPI, options: ListenOptions) -> uvicorn.Config:
         log_level=options.log_level,
         access_log=options.access_log,
         server_header=False,
+        backlog=BACKLOG,
         timeout_keep_alive=75,
         timeout_graceful_shutdown=int(options.shutdown_timeout + LAST_WORDS_SECONDS) + 1,
         ssl_keyfile=options.ssl_keyfile,
@@ -134,6 +136,7 @@ class _Server(uvicorn.Server):
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        listen(self._options.sockets)
         await super().startup(sockets)
         logger.info("serving on %s", self._options.url)
 

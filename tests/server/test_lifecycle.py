@@ -18,7 +18,7 @@ from typing import Any
 
 import httpx
 import pytest
-from octavo_server import PATIENCE, Server, events, num_in_flight, serving, started, value, wait_until
+from octavo_server import PATIENCE, SMALL, Server, events, num_in_flight, serving, started, value, wait_until
 
 LONG = {
     "prompt": ["x"] * 2,
@@ -152,8 +152,7 @@ def test_a_second_sigint_does_not_wait_for_a_client_that_does_not_read() -> None
 def test_a_stop_while_the_engine_loads() -> None:
     for number, code in ((signal.SIGTERM, 0), (signal.SIGINT, 130)):
         with TemporaryDirectory(dir="/tmp") as directory, started(environment={"TMPDIR": directory}) as server:
-            while not Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text():
-                assert server.process.poll() is None, server.said
+            wait_until_loading(server)
             server.send_signal(number)
             assert server.exit_code() in (0, code)
             assert "Traceback" not in server.said
@@ -203,7 +202,51 @@ def test_a_port_that_is_taken() -> None:
     """Told before anything is loaded: the model is not even looked for."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
+        said = said_at_once("no/such/model/here", "--port", str(port))
+    assert f"--port {port}: Address already in use" in said
+    assert f"127.0.0.1:{port}" in said
+    assert "--port 0" in said
+
+
+def wait_until_loading(server: Server) -> None:
+    """Until the engine's process is there: by then the address has been reserved."""
+    while not Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text():
+        assert server.process.poll() is None, server.said
+
+
+def free_port(*, with_lingering_connection: bool) -> int:
+    """A port that was free a moment ago; a closed connection of an earlier server may still be known on it."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        if with_lingering_connection:
+            with socket.create_connection(("127.0.0.1", port)) as client:
+                listener.accept()[0].close()  # who closes first keeps the connection, in TIME_WAIT
+                assert client.recv(1) == b""
+    return port
+
+
+@pytest.mark.parametrize("with_lingering_connection", [False, True])
+def test_a_port_belongs_to_the_first_who_loads(with_lingering_connection: bool) -> None:
+    """Nobody listens yet when the second comes, and until the first can answer, clients are refused."""
+    port = free_port(with_lingering_connection=with_lingering_connection)
+    with started(*SMALL, "--port", str(port)) as first:
+        wait_until_loading(first)
         assert f"--port {port}: Address already in use" in said_at_once("no/such/model/here", "--port", str(port))
+        if not first.url:
+            with pytest.raises(ConnectionRefusedError):
+                socket.create_connection(("127.0.0.1", port))
+        first.wait_until_ready()
+        with first.client() as client:
+            assert client.get("/health", headers={"Connection": "close"}).status_code == 200
+
+
+def test_a_path_belongs_to_the_first_who_loads(tmp_path: Path) -> None:
+    path = str(tmp_path / "socket")
+    with started(*SMALL, "--uds", path) as first:
+        wait_until_loading(first)
+        assert f"--uds {path}: Address already in use" in said_at_once("no/such/model/here", "--uds", path)
+        with httpx.Client(transport=httpx.HTTPTransport(uds=path), base_url="http://x", timeout=PATIENCE) as client:
+            assert client.get("/health").status_code == 200
 
 
 def test_a_model_that_can_not_be_served(fixtures: Path, tmp_path: Path) -> None:

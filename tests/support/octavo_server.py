@@ -21,7 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 import octavo
 
 TINY = Path(__file__).parents[1] / "fixtures" / "tiny"
-PATIENCE = 90.0  # seconds; not a measurement, only so that a hang is a failure
+PATIENCE = 300.0  # seconds; not a measurement, only so that a hang is a failure
 SMALL = ("--dtype", "float32", "--num-threads", "1", "--num-gpu-blocks-override", "512", "--block-size", "16")
 
 

@@ -6,14 +6,12 @@ Flags are vLLM's; SGLang's names for them are accepted too.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
 import os
 import resource
 import signal
 import socket
 import ssl
-import stat
 import sys
 import time
 from collections.abc import Callable
@@ -65,6 +63,7 @@ def _serve(args: argparse.Namespace, begun: float) -> bool:
         import uvloop
 
         from octavo.server.lifecycle import EngineStartError, ListenOptions, serve
+        from octavo.server.listen_sockets import BindError
 
         _allow_many_connections()
         make_app = _app_maker(args, directory, begun)
@@ -81,7 +80,7 @@ def _serve(args: argparse.Namespace, begun: float) -> bool:
         )
         try:
             return uvloop.run(serve(engine, make_app, options))
-        except EngineStartError as error:
+        except (EngineStartError, BindError) as error:
             raise ServeError(str(error)) from error
     finally:
         if engine is not None:
@@ -131,37 +130,18 @@ def _allow_many_connections() -> None:
 
 
 def _bind(args: argparse.Namespace) -> tuple[list[socket.socket], str]:
-    """The socket to listen on, and its address for people."""
-    if args.uds is not None:
-        return [_bind_uds(args.uds)], f"unix:{args.uds}"
+    """The reserved socket, and its address for people."""
+    from octavo.server.listen_sockets import BindError, reserve_path, reserve_port
+
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(args.host, args.port, type=socket.SOCK_STREAM)[0]
-        bound = socket.socket(family, kind, protocol)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
-    except OSError as error:
-        raise ServeError(f"--host {args.host} --port {args.port}: {error.strerror}") from None
+        if args.uds is not None:
+            return [reserve_path(args.uds)], f"unix:{args.uds}"
+        bound = reserve_port(args.host, args.port)
+    except BindError as error:
+        raise ServeError(str(error)) from None
     host, port = bound.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     return [bound], f"http{'s' if args.ssl_certfile else ''}://{shown}:{port}"
-
-
-def _bind_uds(path: str) -> socket.socket:
-    """A Unix socket at `path`; one that a killed server left there is taken away first."""
-    bound = socket.socket(socket.AF_UNIX)
-    try:
-        with contextlib.suppress(FileNotFoundError, ConnectionRefusedError), socket.socket(socket.AF_UNIX) as probe:
-            probe.connect(path)
-            raise ServeError(f"--uds {path}: another server listens there")
-        if stat.S_ISSOCK(os.stat(path).st_mode):
-            os.unlink(path)
-    except FileNotFoundError:
-        pass
-    try:
-        bound.bind(path)
-    except OSError as error:
-        raise ServeError(f"--uds {path}: {error.strerror or error}") from None
-    return bound
 
 
 def _app_maker(

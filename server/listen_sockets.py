@@ -1,0 +1,89 @@
+"""The socket that a server will listen on: reserved before the model is loaded, opened to clients once it can answer.
+
+A reserved TCP port refuses connections, so that a load balancer sees no server yet, and can't be taken by anybody else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import stat
+from collections.abc import Sequence
+
+BACKLOG = 2048  # connections that wait to be accepted; uvicorn's default
+
+
+class BindError(ValueError):
+    """The address can't be had; the message names the flags, the reason, and what would work."""
+
+
+def reserve_port(host: str, port: int) -> socket.socket:
+    """A bound TCP socket that doesn't listen yet. Port 0 takes a free port. Raises BindError.
+
+    Linux lets two sockets with SO_REUSEADDR be bound to one port until one of them listens, so this one is bound
+    without it. Only where connections of an earlier server linger (TIME_WAIT) does that fail although the port is free;
+    then the option is set to bind, and cleared again to keep others away.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise _tcp_error(host, port, error) from None
+    bound = socket.socket(family, kind, protocol)
+    try:
+        try:
+            bound.bind(address)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(address)
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
+    except OSError as error:
+        bound.close()
+        raise _tcp_error(host, port, error) from None
+    return bound
+
+
+def reserve_path(path: str) -> socket.socket:
+    """A Unix socket at `path`, which replaces one that a killed server left there. Raises BindError.
+
+    It listens already: a Unix socket that is bound only can't be told from one whose server is gone, and a second
+    server would remove it. Clients that connect while the model is loaded wait.
+    """
+    bound = socket.socket(socket.AF_UNIX)
+    try:
+        with contextlib.suppress(FileNotFoundError, ConnectionRefusedError), socket.socket(socket.AF_UNIX) as probe:
+            probe.connect(path)
+            raise BindError(f"--uds {path}: Address already in use: a server listens there; another path works")
+        with contextlib.suppress(FileNotFoundError):
+            if stat.S_ISSOCK(os.stat(path).st_mode):
+                os.unlink(path)
+        bound.bind(path)
+        bound.listen(BACKLOG)
+    except OSError as error:
+        bound.close()
+        raise BindError(f"--uds {path}: {error.strerror or error}") from None
+    except BindError:
+        bound.close()
+        raise
+    return bound
+
+
+def listen(sockets: Sequence[socket.socket]) -> None:
+    """Open reserved sockets to clients. Raises BindError; uvloop would listen too, but keeps its failure to itself."""
+    for bound in sockets:
+        try:
+            if bound.family != socket.AF_UNIX:  # its connections inherit this, and the next server can bind at once
+                bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.listen(BACKLOG)
+        except OSError as error:
+            raise BindError(f"listening on {bound.getsockname()}: {error.strerror}") from None
+
+
+def _tcp_error(host: str, port: int, error: OSError) -> BindError:
+    hint = ""
+    if error.errno == errno.EADDRINUSE:
+        hint = f": another program has {host}:{port}. Another --port works; --port 0 takes a free one"
+    return BindError(f"--host {host} --port {port}: {error.strerror}{hint}")
