@@ -26,6 +26,7 @@ from octavo.kernels.native.gemm_tile import (
     sum_bf16,
 )
 from octavo.kernels.native.jit import kernel, next_item, threads_for, view
+from octavo.kernels.packed_weight import PackedWeight, present
 
 _CHUNK = 128
 _T1 = make_tile(1, 4)
@@ -38,7 +39,7 @@ _E1, _E2, _E4, _E8 = (make_grouped_tile(W8, r, v) for r, v in _SIZES)
 
 
 @dataclass(frozen=True)
-class Packed:
+class Packed(PackedWeight):
     """slabs as in `kernels.tile`; scale and offset float32 [N / 16, groups, 16], or None for bf16 weights."""
 
     kind: int
@@ -73,10 +74,20 @@ class Packed:
             steps,
         )
 
-    @property
-    def num_bytes(self) -> int:
-        extra = 0 if self.scale is None else 8 * self.scale.numel()
-        return self.slabs.numel() * self.slabs.element_size() + extra
+    def tensors(self) -> tuple[Tensor, ...]:
+        return present(self.slabs, self.scale, self.offset)
+
+    def unpack(self) -> Tensor:
+        slabs = self.slabs
+        if self.kind == W4:
+            shifts = (16 * half + 4 * pair for pair in range(4) for half in range(2))
+            slabs = torch.cat([(slabs >> shift) & 15 for shift in shifts], dim=-1) + 128
+        values = _rows(slabs).float()
+        if self.scale is not None and self.offset is not None:
+            size = self.num_columns // self.num_groups
+            scale, offset = (_rows(t[..., None]).repeat_interleave(size, 1) for t in (self.scale, self.offset))
+            values = (values - offset) * scale
+        return values[: self.num_rows, : self.num_columns]
 
 
 def fits(bits: int, num_columns: int, group_size: int) -> bool:
@@ -112,6 +123,11 @@ def pack_int(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int)
 def _slabs(rows: Tensor, columns: int) -> Tensor:
     """[N, K] -> [N / 16, K / columns, 16, columns]."""
     return rows.reshape(-1, LANES, rows.shape[1] // columns, columns).transpose(1, 2).contiguous()
+
+
+def _rows(slabs: Tensor) -> Tensor:
+    """[N / 16, steps, 16, columns] -> [N, steps * columns]."""
+    return slabs.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
 @numba.njit(fastmath={"reassoc", "contract", "nsz"})

@@ -14,12 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from octavo.kernels.gemm.limits import MAX_INT8_COLUMNS_CPU
 from octavo.kernels.int8.quantize_cpu import quantize_row
 from octavo.kernels.native.dtypes import KINDS, size_of
 from octavo.kernels.native.gemm_tile import LANES, make_int8_tile
 from octavo.kernels.native.jit import kernel, next_item, threads_for, view
+from octavo.kernels.packed_weight import PackedWeight
 
-MAX_COLUMNS = 65_792
+MAX_COLUMNS = MAX_INT8_COLUMNS_CPU
 _FEW_ROWS = 8  # rows that every thread rounds for itself
 _CHUNK = 128  # rows of x that one item of work passes over with a tile of weights in the L1 cache
 
@@ -28,7 +30,7 @@ _T1, _T2, _T4, _T8 = (make_int8_tile(rows, vectors) for rows, vectors in _SIZES)
 
 
 @dataclass(frozen=True)
-class PackedInt8:
+class PackedInt8(PackedWeight):
     """slabs: uint8 [ceil(N / 16), ceil(K / 4), 16, 4]; scale: float32 [ceil(N / 16) * 16]."""
 
     slabs: Tensor
@@ -42,9 +44,12 @@ class PackedInt8:
         slabs, steps = self.slabs.shape[:2]
         return self.slabs.data_ptr(), self.scale.data_ptr(), self.num_rows, self.num_columns, slabs, steps
 
-    @property
-    def num_bytes(self) -> int:
-        return self.slabs.numel() + 4 * self.scale.numel()
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.slabs, self.scale
+
+    def unpack(self) -> Tensor:
+        codes = self.slabs.transpose(1, 2).flatten(2).flatten(0, 1).float() - 128
+        return (codes * self.scale[:, None])[: self.num_rows, : self.num_columns]
 
 
 def pack(codes: Tensor, scale: Tensor) -> PackedInt8:

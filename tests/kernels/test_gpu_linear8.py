@@ -40,7 +40,7 @@ def test_fp8(shape: tuple[int, int, int], how: str, device: torch.device) -> Non
     scale = random(*size, seed=4, device=device).abs() + 0.1
     stored = torch.tensor(0.01, device=device) if how == "stored" else None
     packed = fp8_gemm.pack(codes, scale, bias, stored, blocks=how == "blocks")
-    weight = fp8_gemm.unpack(packed)
+    weight = packed.unpack()
     spread = scale.repeat_interleave(128, 0)[:n].repeat_interleave(128, 1)[:, :k] if how == "blocks" else scale
     assert torch.equal(weight, codes.float() * spread)
     if stored is not None:
@@ -60,7 +60,7 @@ def test_int8(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.dev
     codes = (random(n, k, seed=2, device=device) * 50).clamp(-128, 127).to(torch.int8)
     scale = random(n, 1, seed=3, device=device).abs() + 0.1
     packed = int8_gemm.pack(codes, scale)
-    assert torch.equal(int8_gemm.unpack(packed), codes.float() * scale)
+    assert torch.equal(packed.unpack(), codes.float() * scale)
     got = int8_gemm.linear(x, packed)
     # Each part's exact sum is rounded to float32, scaled twice, and the at most 8 are added: of its size, not of the
     # terms' sizes, unless parts cancel.

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from octavo.kernels.gemm.gpu.w8a16_gemm import Packed, linear, pack, partial_sums, unpack, weights
+from octavo.kernels.gemm.gpu.w8a16_gemm import Packed, linear, pack, partial_sums, weights
 from octavo.kernels.int4 import reference
 
 SHAPES = [(1, 64, 256), (17, 72, 400), (33, 130, 144), (65, 136, 160)]  # M, N, K
@@ -55,7 +55,7 @@ def test_parts(
     bias = None if zero else torch.arange(n, device=device).to(dtype)
     packed = pack(codes, scale, group_size, points, bias)
     weight, expected, sizes = truth(x, codes, scale, points, group_size)
-    assert torch.equal(unpack(packed), weight)
+    assert torch.equal(packed.unpack(), weight)
     if bias is not None:
         expected, sizes = expected + bias.double(), sizes + bias.double()
     out = torch.full((2, m, n), torch.nan, device=device)
@@ -74,7 +74,7 @@ def test_e4m3(shape: tuple[int, int, int], group_size: int, dtype: torch.dtype, 
     packed = pack(codes, scale, group_size)
     size = k if group_size == -1 else group_size
     weight = codes.float() * scale.float().repeat_interleave(size, dim=1)[:, :k]
-    assert torch.equal(unpack(packed), weight)
+    assert torch.equal(packed.unpack(), weight)
     out, exact = torch.full((2, m, n), torch.nan, device=device), weight.double()
     weights(x, packed, out, block_m=16 if m < 33 else 64)()
     assert close(out.sum(0), x.double() @ exact.T, x.double().abs() @ exact.abs().T, k)
@@ -106,7 +106,7 @@ def test_the_bit_formula_is_exact_for_every_code_and_zero_point(dtype: torch.dty
     low, high = torch.meshgrid(torch.arange(-128, 128), torch.arange(-128, 128), indexing="ij")
     words = ((low & 0xFF) | (high << 8)).reshape(-1).to(torch.int16)
     packed = Packed(words[:, None].repeat(1, 16)[None], torch.ones(1, 65536), None, None, 32, 0)
-    assert torch.equal(unpack(packed)[:, [0, 31]], torch.stack((low, high), -1).reshape(-1, 2).float())
+    assert torch.equal(packed.unpack()[:, [0, 31]], torch.stack((low, high), -1).reshape(-1, 2).float())
 
     def half(bits: Tensor) -> Tensor:
         return bits.to(torch.int16).view(dtype)

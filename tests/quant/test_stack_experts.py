@@ -59,16 +59,18 @@ def values(weight: Weight) -> Tensor:
 
 def unstacked(way: object) -> Tensor:
     """[E, N, K] float32."""
-    if hasattr(way, "unpack"):
-        return way.unpack()  # type: ignore[no-any-return]
-    codes, scale = way.weight.float(), way.scale  # type: ignore[attr-defined]
+    if not isinstance(way, Experts):
+        return way.unpack()  # type: ignore[attr-defined, no-any-return]
+    codes, scale = way.weight.float(), way.scale
     if scale is None:
         return codes
     if scale.dim() == 2:
         return codes * scale[..., None]
     tall = scale if scale.shape[1] == codes.shape[1] else scale.repeat_interleave(128, 1)
     wide = tall.repeat_interleave(128, 2)
-    return codes * wide[:, : codes.shape[1], : codes.shape[2]]
+    values = codes * wide[:, : codes.shape[1], : codes.shape[2]]
+    assert torch.equal(way.unpack(), values)
+    return values
 
 
 OF_ROWS = [

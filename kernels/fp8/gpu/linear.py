@@ -21,10 +21,11 @@ from octavo.kernels.gemm.gpu.gemm_persistent import many
 from octavo.kernels.gemm.gpu.gemm_swap_ab import BLOCK, few
 from octavo.kernels.launching.tuning import choose
 from octavo.kernels.norm.gpu.split_k_sum import add_up
+from octavo.kernels.packed_weight import PackedWeight, present
 
 
 @dataclass(frozen=True)
-class Packed:
+class Packed(PackedWeight):
     """A weight of 8-bit codes.
 
     codes        [N, K] float8_e4m3fn or int8
@@ -46,6 +47,17 @@ class Packed:
         if self.codes.dtype == torch.int8:
             return "int8"
         return "fp8 blocks" if self.blocks else "fp8"
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return present(self.codes, self.scale, self.bias, self.input_scale)
+
+    def unpack(self) -> Tensor:
+        n, k = self.codes.shape
+        scale = self.scale.reshape(-1, 1)
+        if self.blocks:
+            rows = self.scale if self.scale.shape[0] == n else self.scale.repeat_interleave(BLOCK, 0)[:n]
+            scale = rows.repeat_interleave(BLOCK, 1)[:, :k]
+        return self.codes.float() * scale
 
 
 def pack(
@@ -71,16 +83,6 @@ def pack(
         None if input_scale is None else input_scale.float().reshape(1),
         blocks,
     )
-
-
-def unpack(packed: Packed) -> Tensor:
-    """codes * scale, [N, K] float32."""
-    n, k = packed.codes.shape
-    scale = packed.scale.reshape(-1, 1)
-    if packed.blocks:
-        rows = packed.scale if packed.scale.shape[0] == n else packed.scale.repeat_interleave(BLOCK, 0)[:n]
-        scale = rows.repeat_interleave(BLOCK, 1)[:, :k]
-    return packed.codes.float() * scale
 
 
 def rounded(x: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:

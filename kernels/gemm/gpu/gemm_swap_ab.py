@@ -22,12 +22,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo.kernels.gemm.limits import FP8_BLOCK
 from octavo.kernels.launching.checks import expect, refuse
 from octavo.kernels.launching.dependent_launch import MOST, await_previous, prefetch, row_lines
 from octavo.kernels.launching.launch import Launch, Proof, cdiv, meta
 from octavo.kernels.launching.numerics import dot, narrow
 
-BLOCK = 128  # rows and columns of a weight that share a scale, and columns of activations
+BLOCK = FP8_BLOCK
 
 
 @triton.jit

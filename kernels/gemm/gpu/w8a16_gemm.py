@@ -41,6 +41,7 @@ from octavo.kernels.launching.launch import INTERPRETED, Launch, Proof, cdiv, me
 from octavo.kernels.launching.numerics import bytes_of, dot
 from octavo.kernels.launching.tuning import choose
 from octavo.kernels.norm.gpu.split_k_sum import add_up
+from octavo.kernels.packed_weight import PackedWeight, present
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 # bf16 is subtracted as -1 * b + a: what Hopper makes of `sub.bf16x2` too, which older cards' assemblers don't have.
@@ -188,7 +189,7 @@ def _weights(
 
 
 @dataclass(frozen=True)
-class Packed:
+class Packed(PackedWeight):
     """A weight in the kernel's layout.
 
     words        int16 [tiles, N, TILE / 2]; what fills up the last tile is 0
@@ -217,6 +218,23 @@ class Packed:
             zero_point=(self.zero_point, (groups, n)),
             bias=(self.bias, n),
         )
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return present(self.words, self.scale, self.zero_point, self.bias)
+
+    def unpack(self) -> Tensor:
+        tiles, n, half = self.words.shape
+        bytes_ = self.words.unsqueeze(-1).view(torch.int8)  # [tiles, N, TILE / 2, 2]
+        codes = bytes_.permute(1, 0, 3, 2).reshape(n, tiles * half * 2)[:, : self.num_columns]
+        values = (codes.view(torch.float8_e4m3fn) if self.is_e4m3 else codes).float()
+        size = self.group_size or self.num_columns
+
+        def spread(rows: Tensor) -> Tensor:
+            return rows.T.float().repeat_interleave(size, dim=1)[:, : self.num_columns]
+
+        if self.zero_point is not None:
+            values = values - spread(self.zero_point)
+        return values * spread(self.scale)
 
 
 def has_nan(codes: Tensor) -> bool:
@@ -255,22 +273,6 @@ def pack(
         group_size=group_size if groups > 1 else 0,
         is_e4m3=is_e4m3,
     )
-
-
-def unpack(packed: Packed) -> Tensor:
-    """(codes - zero_point) * scale, [N, K] float32."""
-    tiles, n, half = packed.words.shape
-    bytes_ = packed.words.unsqueeze(-1).view(torch.int8)  # [tiles, N, TILE / 2, 2]
-    codes = bytes_.permute(1, 0, 3, 2).reshape(n, tiles * half * 2)[:, : packed.num_columns]
-    values = (codes.view(torch.float8_e4m3fn) if packed.is_e4m3 else codes).float()
-    size = packed.group_size or packed.num_columns
-
-    def spread(rows: Tensor) -> Tensor:
-        return rows.T.float().repeat_interleave(size, dim=1)[:, : packed.num_columns]
-
-    if packed.zero_point is not None:
-        values = values - spread(packed.zero_point)
-    return values * spread(packed.scale)
 
 
 def weights(

@@ -16,13 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from octavo.kernels.int4.reference import dequantize
 from octavo.kernels.launching.checks import expect
+from octavo.kernels.packed_weight import PackedWeight, present
 
 TILE = 128  # columns
 
 
 @dataclass(frozen=True)
-class PackedInt4:
+class PackedInt4(PackedWeight):
     """A weight [N, K] of a GEMM with G groups of columns.
 
     words   [tiles, N, 8 * bits] int16
@@ -77,10 +79,11 @@ class PackedInt4:
             return None
         return self.order.argsort().int()
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes that one pass over the weight reads."""
-        return self.words.nbytes + self.scale.nbytes
+    def tensors(self) -> tuple[Tensor, ...]:
+        return present(self.words, self.scale, self.order, self.source, self.groups, self.bias)
+
+    def unpack(self) -> Tensor:
+        return dequantize(*unpack(self), self.groups)
 
 
 def pack(

@@ -11,11 +11,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from octavo.kernels.fp8.gpu.linear import Packed, linear, matmul, partial_sums, rounded, unpack
+from octavo.kernels.fp8.gpu.linear import Packed, linear, matmul, partial_sums, rounded
+from octavo.kernels.gemm.limits import MAX_INT8_COLUMNS_GPU
 
-__all__ = ["Packed", "linear", "matmul", "pack", "partial_sums", "rounded", "unpack"]
+__all__ = ["Packed", "linear", "matmul", "pack", "partial_sums", "rounded"]
 
-MAX_COLUMNS = (2**31 - 1) // 128**2
+MAX_COLUMNS = MAX_INT8_COLUMNS_GPU
 
 
 def pack(codes: Tensor, scale: Tensor, bias: Tensor | None = None, input_scale: Tensor | None = None) -> Packed:

@@ -35,11 +35,12 @@ from octavo.kernels.moe.gpu.router import routing
 from octavo.kernels.moe.gpu.shared_expert_activation import silu_and_mul_slices
 from octavo.kernels.moe.gpu.static_quantize import by_stored
 from octavo.kernels.norm.gpu.activation import silu_and_mul
+from octavo.kernels.packed_weight import PackedWeight, present
 from octavo.kernels.quantized_activation import Hidden, Rounded, Rounding
 
 
 @dataclass(frozen=True)
-class Experts:
+class Experts(PackedWeight):
     """All experts' weights, one behind another.
 
     weight       [E, N, K] bf16, fp16, e4m3 or int8
@@ -61,6 +62,19 @@ class Experts:
         """(E, N, K) of the weights."""
         e, n, k = self.weight.shape
         return e, n, k
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return present(self.weight, self.scale, self.input_scale)
+
+    def unpack(self) -> Tensor:
+        values = self.weight.float()
+        if self.scale is None:
+            return values
+        if not self.blocks:
+            return values * self.scale[..., None]
+        _, n, k = self.shape
+        rows = self.scale if self.scale.shape[1] == n else self.scale.repeat_interleave(BLOCK, 1)[:, :n]
+        return values * rows.repeat_interleave(BLOCK, 2)[..., :k]
 
 
 Weights = Experts | PackedExperts | ByteExperts

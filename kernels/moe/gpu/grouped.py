@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels.gemm.gpu.gemm_swap_ab import multiply
+from octavo.kernels.gemm.limits import FP8_BLOCK
 from octavo.kernels.int8.gpu.linear import MAX_COLUMNS
 from octavo.kernels.launching.checks import expect, refuse
 from octavo.kernels.launching.dependent_launch import await_previous
@@ -33,7 +34,7 @@ from octavo.kernels.launching.numerics import dot, narrow
 from octavo.kernels.moe.gpu.route import Aligned, expect_aligned, unaligned
 
 NARROW = 64  # rows of the weight in a program where each has scales of its own: of 128, registers spill
-BLOCK = 128  # rows and columns of a weight that share a scale, and columns of activations
+BLOCK = FP8_BLOCK
 SWAPPED = 32  # pairs in a tile at the most for which the weight's rows are the tensor core's
 
 

@@ -28,10 +28,11 @@ from octavo.kernels.launching.numerics import dot
 from octavo.kernels.moe.gpu.grouped import corner, pair_arguments, store, tokens_of
 from octavo.kernels.moe.gpu.permute_columns import expect_order, in_order, put_back
 from octavo.kernels.moe.gpu.route import Aligned, unaligned
+from octavo.kernels.packed_weight import PackedWeight, present
 
 
 @dataclass(frozen=True)
-class PackedExperts:
+class PackedExperts(PackedWeight):
     """Weights [E, N, K] of 4 bits, as `int4.gpu.packing` lays out one.
 
     words  [E, tiles, N, 32] int16
@@ -67,8 +68,10 @@ class PackedExperts:
         """(E, N, K) of the weights."""
         return self.words.shape[0], self.words.shape[2], self.k
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        return present(self.words, self.scale, self.zero, self.order)
+
     def unpack(self) -> Tensor:
-        """The weights [E, N, K] in float32."""
         slices = [(self.words >> (4 * j)) & 15 for j in range(4)]
         fields = torch.stack(slices, 3).permute(0, 2, 1, 3, 4).flatten(2)[:, :, : self.k].float()  # [E, N, K]
         group = torch.arange(self.k, device=fields.device) // self.share

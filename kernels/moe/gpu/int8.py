@@ -25,10 +25,11 @@ from octavo.kernels.launching.numerics import dot
 from octavo.kernels.moe.gpu.grouped import corner, pair_arguments, store, tokens_of
 from octavo.kernels.moe.gpu.permute_columns import expect_order, in_order, put_back
 from octavo.kernels.moe.gpu.route import Aligned, unaligned
+from octavo.kernels.packed_weight import PackedWeight, present
 
 
 @dataclass(frozen=True)
-class ByteExperts:
+class ByteExperts(PackedWeight):
     """Weights [E, N, K] of 8 bits, as `int8.gpu.weights` lays out one.
 
     words       [E, tiles, N, TILE / 2] int16
@@ -65,12 +66,14 @@ class ByteExperts:
         """(E, N, K) of the weights."""
         return self.words.shape[0], self.words.shape[2], self.k
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        return present(self.words, self.scale, self.zero, self.order)
+
     def unpack(self) -> Tensor:
-        """The weights [E, N, K] in float32."""
         tables = [None] * len(self.words) if self.zero is None else self.zero
         rows = zip(self.words, self.scale, tables, strict=True)
         layers = [one_layer.Packed(w, s, z, None, self.k, self.group_size, self.is_e4m3) for w, s, z in rows]
-        return put_back(torch.stack([one_layer.unpack(layer) for layer in layers]), self.order)
+        return put_back(torch.stack([layer.unpack() for layer in layers]), self.order)
 
 
 def pack(
