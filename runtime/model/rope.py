@@ -31,6 +31,8 @@ PARAMETERS: dict[str, frozenset[str]] = {
         {"factor", "attention_factor", "short_factor", "long_factor", "original_max_position_embeddings"}
     ),
 }
+MAX_ROTARY_DIM = 1 << 16
+MAX_FREQUENCY = 1e6  # radians a position; a model's fastest pair turns by about 1, and float32 must hold the angles
 _ALWAYS = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned"})
 
 
@@ -76,8 +78,15 @@ class RopeSpec:
     def parse(cls, rope: dict[str, Any], *, theta: float, head_dim: int, max_position: int) -> RopeSpec:
         """Read one rope dictionary (`rope_parameters`, or transformers 4's `rope_scaling`); theta is the fallback.
 
-        Raises RopeError on an unknown type, and on a key that the type doesn't have: it would change the rotation.
+        Raises RopeError on an unknown type, on a key that the type doesn't have (it would change the rotation), and
+        on numbers that give no rotation.
         """
+        spec = cls._read(rope, theta, head_dim, max_position)
+        _refuse_impossible(spec, head_dim)
+        return spec
+
+    @classmethod
+    def _read(cls, rope: dict[str, Any], theta: float, head_dim: int, max_position: int) -> RopeSpec:
         rope = {key: value for key, value in rope.items() if value is not None}
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         if rope_type not in PARAMETERS:
@@ -130,9 +139,44 @@ def _longrope_fields(rope: dict[str, Any], rotary_dim: int, max_position: int, o
         if len(factors) != rotary_dim // 2:
             raise RopeError(f"longrope: {name} has {len(factors)} entries; rotary_dim {rotary_dim} needs half as many")
     factor = float(rope.get("factor", max_position / original))
-    stretched = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
-    attention_factor = float(rope.get("attention_factor", stretched))
-    return {"factor": factor, "attention_factor": attention_factor, "short_factor": short, "long_factor": long}
+    attention_factor = rope.get("attention_factor")
+    if attention_factor is None:
+        attention_factor = _longrope_attention_factor(factor, original)
+    return {"factor": factor, "attention_factor": float(attention_factor), "short_factor": short, "long_factor": long}
+
+
+def _longrope_attention_factor(factor: float, original: int) -> float:
+    if factor <= 1:
+        return 1.0
+    if original < 2:
+        raise RopeError(
+            f"longrope: original_max_position_embeddings {original} gives no attention factor, which divides by its "
+            "logarithm; 2 or more does, or an attention_factor of its own"
+        )
+    return math.sqrt(1 + math.log(factor) / math.log(original))
+
+
+def _refuse_impossible(spec: RopeSpec, head_dim: int) -> None:
+    """Raise RopeError for numbers that are of the right type, but give no rotation."""
+    if not 1 <= spec.rotary_dim <= head_dim:
+        raise RopeError(
+            f"partial_rotary_factor rotates {spec.rotary_dim} of the head's {head_dim} elements; above 0 to 1 works"
+        )
+    if spec.rotary_dim > MAX_ROTARY_DIM:
+        raise RopeError(f"head_dim {head_dim} is more than any model's; at most {MAX_ROTARY_DIM} elements rotate")
+    if spec.rope_type == "yarn":
+        if spec.theta <= 1:
+            raise RopeError(f"yarn: rope_theta {spec.theta} must be above 1, since its logarithm is divided by")
+        for name, beta in (("beta_fast", spec.beta_fast), ("beta_slow", spec.beta_slow)):
+            if not 1e-6 <= beta <= 1e6:
+                raise RopeError(f"yarn: {name} {beta} is not from 1e-6 to 1e6; 32 for beta_fast and 1 for beta_slow")
+    lengths = (spec.original_max_position, spec.original_max_position + 1)  # longrope's short and long factors
+    for frequencies in (inverse_frequencies(spec, length) for length in lengths):
+        if not bool(((frequencies > 0) & (frequencies <= MAX_FREQUENCY)).all()):
+            raise RopeError(
+                f"rope type {spec.rope_type!r} with rope_theta {spec.theta} and factor {spec.factor} rotates by up to "
+                f"{float(frequencies.max()):.3g} radians a position; above 0 to {MAX_FREQUENCY:.0e} works"
+            )
 
 
 def cos_sin_table(spec: RopeSpec, length: int) -> Tensor:
