@@ -11,7 +11,6 @@ import argparse
 import os
 import statistics
 import time
-from itertools import accumulate
 from unittest import mock
 
 from octavo.kernels.native.environment import ENVIRONMENT
@@ -43,18 +42,8 @@ CASES = [  # new tokens and the length of each sequence
 
 def step(new: list[int], lengths: list[int]) -> StepInputs:
     per = -(-max(lengths) // BLOCK)
-    unused = torch.zeros(1, dtype=torch.int64)
-    return StepInputs(
-        token_ids=unused,
-        positions=unused,
-        slot_mapping=unused,
-        block_tables=torch.randperm(per * len(new), dtype=torch.int32).reshape(len(new), per),
-        seq_lens=torch.tensor(lengths, dtype=torch.int32),
-        query_starts=torch.tensor([0, *accumulate(new)], dtype=torch.int32),
-        logits_index=unused,
-        max_query_len=max(new),
-        max_seq_len=max(lengths),
-    )
+    tables = torch.randperm(per * len(new), dtype=torch.int32).reshape(len(new), per)
+    return StepInputs.prefill(lengths, BLOCK, sizes=new, tables=tables)
 
 
 def seconds(q: Tensor, inputs: StepInputs, cache: LayerCache, shape: AttentionShape, kernel: bool) -> list[float]:

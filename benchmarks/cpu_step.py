@@ -19,7 +19,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -127,33 +127,11 @@ def build(scheme: str, head: str, blocks: int) -> Stack:
 
 
 def decode_inputs(batch: int, context: int) -> StepInputs:
-    per = -(-context // BLOCK)
-    tables = torch.arange(batch * per, dtype=torch.int32).reshape(batch, per)
-    slots = tables[:, (context - 1) // BLOCK].long() * BLOCK + (context - 1) % BLOCK
-    return StepInputs(
-        token_ids=torch.randint(VOCAB, (batch,)),
-        positions=torch.full((batch,), context - 1),
-        slot_mapping=slots,
-        block_tables=tables,
-        seq_lens=torch.full((batch,), context, dtype=torch.int32),
-        query_starts=torch.arange(batch + 1, dtype=torch.int32),
-        logits_index=torch.arange(batch),
-        max_query_len=1,
-        max_seq_len=context,
-    )
+    return StepInputs.decode([context] * batch, BLOCK, token_ids=torch.randint(VOCAB, (batch,)))
 
 
 def prefill_inputs(tokens: int) -> StepInputs:
-    one = decode_inputs(1, tokens)
-    return replace(
-        one,
-        token_ids=torch.randint(VOCAB, (tokens,)),
-        positions=torch.arange(tokens),
-        slot_mapping=torch.arange(tokens),
-        query_starts=torch.tensor([0, tokens], dtype=torch.int32),
-        logits_index=torch.tensor([tokens - 1]),
-        max_query_len=tokens,
-    )
+    return StepInputs.prefill([tokens], BLOCK, token_ids=torch.randint(VOCAB, (tokens,)))
 
 
 def measure(name: str, stack: Stack, inputs: StepInputs, seconds: float) -> None:

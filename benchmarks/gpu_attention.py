@@ -63,15 +63,10 @@ class Sizes:
 def paged(sizes: Sizes, kind: str, device: torch.device) -> tuple[Tensor, StepInputs, LayerCache, AttentionShape]:
     """Random queries, and a cache of random keys and values in blocks of random order."""
     s, blocks = sizes, -(-sizes.length // BLOCK)
-    tables = torch.randperm(s.sequences * blocks, device=device).reshape(s.sequences, blocks).int()
+    tables = torch.randperm(s.sequences * blocks).reshape(s.sequences, blocks).int()
     tokens = s.sequences * s.queries
-    positions = (torch.arange(s.queries, device=device) + s.prefix).repeat(s.sequences)
-    of = torch.arange(s.sequences, device=device).repeat_interleave(s.queries)
-    slots = tables[of, positions // BLOCK].long() * BLOCK + positions % BLOCK
-    inputs = StepInputs(
-        positions, positions, slots, tables, torch.full((s.sequences,), s.length, dtype=torch.int32, device=device),
-        torch.arange(s.sequences + 1, device=device).int() * s.queries, of, s.queries, s.length,
-    )  # fmt: skip
+    new = [s.queries] * s.sequences
+    inputs = StepInputs.prefill([s.length] * s.sequences, BLOCK, sizes=new, tables=tables).to(device)
     size, scale = (s.sequences * blocks, s.kv_heads, BLOCK, s.d), torch.full((s.kv_heads,), SCALES[kind], device=device)
     stores = [encode(torch.randn(size, device=device, dtype=BF16), scale[0], KINDS[kind]) for _ in range(2)]
     q = torch.randn(tokens, s.heads, s.d, device=device).bfloat16()

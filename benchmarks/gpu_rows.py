@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from benchmarks.gpu_case import FEW_BITS, Bodies, Case, Goal, some_rows, spread
@@ -126,12 +128,6 @@ def embed_case(tokens: int, width: int, vocab: int, device: torch.device) -> Bod
     return Bodies(run, lambda: [table[ids[rows]].double()], {EAGER: lambda: F.embedding(ids, table)}, rows=rows)
 
 
-def step_of(slots: Tensor, positions: Tensor) -> StepInputs:
-    """What `rope` reads of a step."""
-    nothing = torch.zeros(1, dtype=torch.int32, device=slots.device)
-    return StepInputs(slots, positions, slots, nothing[None], nothing, nothing, slots, 1, 1)
-
-
 def eager_rope(qkv: Tensor, table: Tensor, at: Tensor, slots: Tensor, cache: LayerCache, heads: int) -> object:
     tokens, kv_heads, d = qkv.shape[0], cache.key.shape[1], cache.key.shape[3]
     q, k, v = qkv.view(tokens, -1, d).split([heads, kv_heads, kv_heads], 1)
@@ -161,8 +157,11 @@ def rope_case(tokens: int, heads: int, kv_heads: int, d: int, device: torch.devi
     shape = AttentionShape(heads, kv_heads, d, d**-0.5)
     q = torch.empty(tokens, heads, d, dtype=BF16, device=device)
 
+    step = StepInputs.decode(positions + 1, BLOCK).to(device)
+    step = replace(step, slot_mapping=slots)
+
     def timed() -> None:
-        rope(qkv, step_of(slots, positions), cache, shape, table, None, None, EPS, q)()
+        rope(qkv, step, cache, shape, table, None, None, EPS, q)()
 
     def run() -> list[Tensor]:
         timed()

@@ -147,18 +147,8 @@ def decode_inputs(engine: Engine, batch: int, context: int) -> StepInputs:
     if batch * blocks > cache.key.shape[0]:
         raise NoRoomError(f"no room: {batch * blocks} blocks, and the cache has {cache.key.shape[0]}")
     table = torch.randperm(cache.key.shape[0])[: batch * blocks].reshape(batch, blocks)
-    last = context - 1
-    return StepInputs(
-        token_ids=torch.randint(engine.model.vocab_size, (batch,)),
-        positions=torch.full((batch,), last),
-        slot_mapping=table[:, last // size] * size + last % size,
-        block_tables=table.int(),
-        seq_lens=torch.full((batch,), context, dtype=torch.int32),
-        query_starts=torch.arange(batch + 1, dtype=torch.int32),
-        logits_index=torch.arange(batch),
-        max_query_len=1,
-        max_seq_len=context,
-    )
+    token_ids = torch.randint(engine.model.vocab_size, (batch,))
+    return StepInputs.decode([context] * batch, size, token_ids=token_ids, tables=table)
 
 
 def milliseconds(runs: list[Callable[[], object]], device: torch.device, rounds: int = 20) -> list[float]:

@@ -122,22 +122,21 @@ def attention_work(
     shape = AttentionShape(s.heads, s.kv_heads, s.d, s.d**-0.5)
     stores = [meta(cdiv(longest, 16) * batch, s.kv_heads, 16, s.d, dtype=kind) for _ in range(2)]
     layer = LayerCache(*stores, meta(s.kv_heads), meta(s.kv_heads))
-    whole, ints = meta(batch, dtype=torch.int64), meta(batch + 1, dtype=torch.int32)
-    table = meta(batch, cdiv(longest, 16), dtype=torch.int32)
-    inputs = StepInputs(whole, whole, whole, table, ints[:batch], ints, whole, 1, longest)
+    step = StepInputs.decode([longest] * batch, 16).to(torch.device("meta"))
     q, width = meta(batch, s.heads, s.d, dtype=BF16), (s.heads + 2 * s.kv_heads) * s.d
     weight = meta(s.d) if qk_norm else None
     block = tuning.choose("paged decode", group, s.d, stores[0].element_size())
     programs = attention.share_count(longest, shape, least=block["least"], most=block["most"])
     lse = meta(batch, s.kv_heads, programs, group)
     partial = meta(batch, s.kv_heads, programs, group, s.d)
+    counters = meta(batch + 1, dtype=torch.int32)
     cached = batch * 2 * s.kv_heads * s.d * shapes.KV_BYTES[kv]
     num_bytes = s.length * cached + 2 * batch * s.heads * s.d
     rotation = (meta(longest, s.d), weight, weight, 1e-5)
-    qkv, room = summed(batch, width, qkv_parts), (q, partial, lse, ints)
+    qkv, room = summed(batch, width, qkv_parts), (q, partial, lse, counters)
     wants = Rounding(E4M3) if fp8 else None
     into = {"into": attention.room_of_rows(q, wants), "wants": wants}
-    launch = rope_decode(qkv, inputs, layer, shape, *rotation, *room, **into, **block)
+    launch = rope_decode(qkv, step, layer, shape, *rotation, *room, **into, **block)
     num_bytes += read_bytes(batch, width, qkv_parts) + cached + batch * s.heads * s.d * fp8
     h = habits(launch, length=s.length)
     flops = 4 * s.heads * s.d * s.length * batch * h.padding

@@ -9,7 +9,6 @@ logits come out in float32.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from types import SimpleNamespace
@@ -19,12 +18,13 @@ from torch import Tensor
 
 from octavo import __version__
 from octavo.kernels.attention import reference as attention_reference
+from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.native import cpu_features
 from octavo.quant import linear
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.model import operators, weights
 from octavo.runtime.model.model import Model
-from octavo.runtime.worker.kv_cache import _one_prefill, allocate
+from octavo.runtime.worker.kv_cache import allocate
 
 
 def main() -> None:
@@ -63,23 +63,17 @@ def divide_by(divisor: float) -> None:
 
 def greedy(model: Model, prompt: list[int], max_tokens: int) -> list[int]:
     """The most likely token, max_tokens times, through the paged cache."""
-    caches = allocate(model, 1, len(prompt) + max_tokens, model.dtype)
-    chosen = [int(model.forward(_one_prefill(torch.tensor(prompt)), caches).argmax())]
-    for place in range(len(prompt), len(prompt) + max_tokens - 1):
-        position = torch.tensor([place])
-        step = dataclasses.replace(
-            _one_prefill(torch.tensor(chosen[-1:])),
-            positions=position,
-            slot_mapping=position,
-            seq_lens=(position + 1).int(),
-            max_seq_len=place + 1,
-        )
+    size = len(prompt) + max_tokens
+    caches = allocate(model, 1, size, model.dtype)
+    chosen = [int(model.forward(StepInputs.prefill([len(prompt)], size, token_ids=prompt), caches).argmax())]
+    for length in range(len(prompt) + 1, size):
+        step = StepInputs.decode([length], size, token_ids=chosen[-1:])
         chosen.append(int(model.forward(step, caches).argmax()))
     return chosen
 
 
 def score(model: Model, ids: list[int], count: int) -> list[object]:
-    step = dataclasses.replace(_one_prefill(torch.tensor(ids)), logits_index=torch.arange(len(ids)))
+    step = StepInputs.prefill([len(ids)], len(ids), token_ids=ids, logits_index=range(len(ids)))
     rows = model.forward(step, allocate(model, 1, len(ids), model.dtype))[:-1].double().log_softmax(-1)
     values, tokens = (tensor.tolist() for tensor in rows.topk(count))
     following = rows.gather(1, torch.tensor(ids[1:]).unsqueeze(1)).squeeze(1).tolist()

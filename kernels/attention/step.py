@@ -1,12 +1,21 @@
-"""One step as a value: the tensors that a forward pass over a batch needs."""
+"""One step as a value: the tensors that a forward pass over a batch needs, and how they are made of lengths and tables.
+
+Steps are put together in numpy, in the host's memory, and moved to a device with `to`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+Integers = Sequence[int] | NDArray[np.integer[Any]] | Tensor
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,92 @@ class StepInputs:
     max_query_len: int
     max_seq_len: int
 
+    @classmethod
+    def prefill(
+        cls,
+        lengths: Integers,
+        block_size: int,
+        *,
+        sizes: Integers | None = None,
+        token_ids: Integers | None = None,
+        tables: Integers | Sequence[Sequence[int]] | None = None,
+        logits_index: Integers | None = None,
+    ) -> StepInputs:
+        """A step on the CPU in which sequence s computes the last sizes[s] of its lengths[s] tokens.
+
+        lengths       tokens of each sequence in the cache once the step has written its own
+        sizes         new tokens of each sequence, prefill chunks and decodes mixed; None: all of its tokens
+        token_ids     of the new tokens, sequence by sequence; None: zeros, for those who only want attention
+        tables        block ids [S, B]; None: consecutive blocks, sequence s in blocks s * B .. (s + 1) * B
+        logits_index  tokens whose logits are wanted; None: the last one of each sequence
+        """
+        seq_lens = _array(lengths, np.int32)
+        new = seq_lens if sizes is None else _array(sizes, np.int32)
+        max_query_len = int(new.max(initial=0))
+        max_seq_len = int(seq_lens.max(initial=0))
+        query_starts = np.zeros(len(new) + 1, dtype=np.int64)
+        np.cumsum(new, out=query_starts[1:])
+        num_tokens = int(query_starts[-1])
+        first = seq_lens.astype(np.int64) - new
+        if max_query_len == 1 and num_tokens == len(new):  # decode: one token each, as in most steps that are served
+            positions = first
+            owners = np.arange(num_tokens)
+        else:
+            positions = np.arange(num_tokens) + np.repeat(first - query_starts[:-1], new)
+            owners = np.repeat(np.arange(len(new)), new)
+        if tables is None:
+            width = -(-max_seq_len // block_size)
+            block_tables = np.arange(len(new) * width, dtype=np.int32).reshape(len(new), width)
+        else:
+            block_tables = _array(tables, np.int32)
+        blocks, offsets = np.divmod(positions, block_size)
+        slots = block_tables[owners, blocks] * np.int64(block_size) + offsets
+        ids = np.zeros(num_tokens, dtype=np.int64) if token_ids is None else _array(token_ids, np.int64)
+        index = query_starts[1:] - 1 if logits_index is None else _array(logits_index, np.int64)
+        return cls(
+            token_ids=torch.from_numpy(ids),
+            positions=torch.from_numpy(positions),
+            slot_mapping=torch.from_numpy(slots),
+            block_tables=torch.from_numpy(block_tables),
+            seq_lens=torch.from_numpy(seq_lens),
+            query_starts=torch.from_numpy(query_starts.astype(np.int32)),
+            logits_index=torch.from_numpy(index),
+            max_query_len=max_query_len,
+            max_seq_len=max_seq_len,
+        )
+
+    @classmethod
+    def decode(
+        cls,
+        lengths: Integers,
+        block_size: int,
+        *,
+        token_ids: Integers | None = None,
+        tables: Integers | Sequence[Sequence[int]] | None = None,
+    ) -> StepInputs:
+        """A step on the CPU in which each sequence computes its last token; arguments as of `prefill`."""
+        return cls.prefill(lengths, block_size, sizes=[1] * len(lengths), token_ids=token_ids, tables=tables)
+
+    @classmethod
+    def empty(cls, sizes: Sequence[int], max_seq_len: int, block_size: int) -> StepInputs:
+        """A step on the CPU whose tokens, sizes[s] of each sequence, are written nowhere and attend to nothing.
+
+        max_seq_len  how long the longest is said to be: kernels are given the memory that this takes
+        """
+        starts = torch.tensor([0, *accumulate(sizes)], dtype=torch.int32)
+        tokens = torch.zeros(sum(sizes), dtype=torch.int64)
+        return cls(
+            token_ids=tokens,
+            positions=tokens,
+            slot_mapping=tokens - 1,
+            block_tables=torch.zeros(len(sizes), -(-max_seq_len // block_size), dtype=torch.int32),
+            seq_lens=torch.zeros(len(sizes), dtype=torch.int32),
+            query_starts=starts,
+            logits_index=starts[1:].long() - 1,
+            max_query_len=max(sizes),
+            max_seq_len=max_seq_len,
+        )
+
     def to(self, device: torch.device) -> StepInputs:
         """The same on a device."""
         if self.token_ids.device == device:
@@ -47,3 +142,8 @@ class StepInputs:
             if isinstance(value, Tensor):
                 values[name] = value.to(device, non_blocking=True)
         return StepInputs(**values)
+
+
+def _array(values: Integers | Sequence[Sequence[int]], dtype: type[np.signedinteger[Any]]) -> NDArray[Any]:
+    """Values as a numpy array; of a GPU's tensor a copy."""
+    return np.asarray(values.cpu() if isinstance(values, Tensor) else values, dtype=dtype)

@@ -255,15 +255,5 @@ class _Tensors:
 
 def _step(batch: int, length: int, device: torch.device) -> StepInputs:
     """`batch` sequences of `length` tokens, each prefilled at once into a cache block of its own."""
-    slots = torch.arange(batch * length, device=device)
-    return StepInputs(
-        token_ids=slots,  # hidden states come in instead
-        positions=slots % length,
-        slot_mapping=slots,
-        block_tables=torch.arange(batch, dtype=torch.int32, device=device).unsqueeze(1),
-        seq_lens=torch.full((batch,), length, dtype=torch.int32, device=device),
-        query_starts=torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=device),
-        logits_index=slots,
-        max_query_len=length,
-        max_seq_len=length,
-    )
+    every = torch.arange(batch * length)
+    return StepInputs.prefill([length] * batch, length, logits_index=every).to(device)

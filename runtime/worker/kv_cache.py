@@ -18,7 +18,6 @@ from octavo.runtime.config import EngineConfig
 from octavo.runtime.model.model import KVScales, Model
 from octavo.runtime.scheduling.scheduler import MAX_PROMPT_LOGITS
 from octavo.runtime.worker.device import free_memory, give_back_unused, peak_memory, total_memory
-from octavo.runtime.worker.step_inputs import empty_step
 
 DTYPES = {
     "float32": torch.float32,
@@ -111,9 +110,9 @@ def step_bytes(model: Model, config: EngineConfig) -> int:
     """
     length = min(config.max_num_batched_tokens, model.max_position)
     caches = allocate(model, 1, length, model.dtype)
-    prefill = _one_prefill(torch.zeros(length, dtype=torch.int64, device=model.device))
+    prefill = StepInputs.prefill([length], length).to(model.device)
     longest = config.max_model_len or model.max_position
-    decode = empty_step([1] * config.max_num_seqs, longest, length, model.device)
+    decode = StepInputs.empty([1] * config.max_num_seqs, longest, length).to(model.device)
     prefills = peak_memory(lambda: model.forward(prefill, caches), model.device)
     decodes = peak_memory(lambda: model.forward(decode, caches), model.device)
     of_logits = config.max_num_seqs * SAMPLED_BYTES + MAX_PROMPT_LOGITS * LISTED_BYTES
@@ -192,7 +191,7 @@ def measure_scales(model: Model, dtype: torch.dtype, notes: list[str]) -> KVScal
     uniform = torch.rand(length, generator=torch.Generator().manual_seed(0))
     token_ids = (uniform**3 * model.vocab_size).long().clamp(max=model.vocab_size - 1)
     caches = allocate(model, 1, length, model.dtype)
-    model.forward(_one_prefill(token_ids.to(model.device)), caches)
+    model.forward(StepInputs.prefill([length], length, token_ids=token_ids).to(model.device), caches)
     full_range = LARGEST[dtype] / MARGIN[dtype]
 
     def scale(stored: torch.Tensor) -> torch.Tensor:
@@ -204,24 +203,6 @@ def measure_scales(model: Model, dtype: torch.dtype, notes: list[str]) -> KVScal
         f"with a margin of {MARGIN[dtype]}; check the quality, or take a checkpoint with k_scale and v_scale"
     )
     return [(scale(cache.key), scale(cache.value)) for cache in caches]
-
-
-def _one_prefill(token_ids: torch.Tensor) -> StepInputs:
-    """One sequence that fills one block."""
-    length = token_ids.shape[0]
-    device = token_ids.device
-    positions = torch.arange(length, device=device)
-    return StepInputs(
-        token_ids=token_ids,
-        positions=positions,
-        slot_mapping=positions,
-        block_tables=torch.zeros((1, 1), dtype=torch.int32, device=device),
-        seq_lens=torch.tensor([length], dtype=torch.int32, device=device),
-        query_starts=torch.tensor([0, length], dtype=torch.int32, device=device),
-        logits_index=positions[-1:],
-        max_query_len=length,
-        max_seq_len=length,
-    )
 
 
 def _name(dtype: torch.dtype) -> str:

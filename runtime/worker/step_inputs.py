@@ -5,11 +5,7 @@ The block tables of running sequences stand in one array, a row each, that grows
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import accumulate
-
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from octavo.kernels.attention.step import StepInputs
@@ -29,30 +25,16 @@ class InputBuilder:
         """The tensors of this step, in the order of the plan's works. Call once for each plan, in turn."""
         works = plan.works
         rows = np.array([self._update_row(work) for work in works], dtype=np.int64)
-        starts = np.array([work.start for work in works], dtype=np.int64)
         seq_lens = np.array([work.end for work in works], dtype=np.int32)
-        sizes = seq_lens - starts
-        query_starts = np.zeros(len(works) + 1, dtype=np.int64)
-        np.cumsum(sizes, out=query_starts[1:])
-        if plan.num_tokens == len(works):  # one token each: a decode step
-            positions = starts
-            token_rows = rows
-        else:
-            positions = np.arange(plan.num_tokens) + np.repeat(starts - query_starts[:-1], sizes)
-            token_rows = np.repeat(rows, sizes)
-        blocks, offsets = np.divmod(positions, self._block_size)
-        slots = self._tables[token_rows, blocks] * np.int64(self._block_size) + offsets
-        max_seq_len = int(seq_lens.max())
-        return StepInputs(
-            token_ids=torch.from_numpy(_token_ids(works)),
-            positions=torch.from_numpy(positions),
-            slot_mapping=torch.from_numpy(slots),
-            block_tables=torch.from_numpy(self._tables[rows, : -(-max_seq_len // self._block_size)]),
-            seq_lens=torch.from_numpy(seq_lens),
-            query_starts=torch.from_numpy(query_starts.astype(np.int32)),
-            logits_index=torch.from_numpy(_logits_index(works, query_starts)),
-            max_query_len=int(sizes.max()),
-            max_seq_len=max_seq_len,
+        sizes = seq_lens - np.array([work.start for work in works], dtype=np.int32)
+        width = -(-int(seq_lens.max()) // self._block_size)
+        return StepInputs.prefill(
+            seq_lens,
+            self._block_size,
+            sizes=sizes,
+            token_ids=_token_ids(works),
+            tables=self._tables[rows, :width],
+            logits_index=_logits_index(works),
         )
 
     def _update_row(self, work: Work) -> int:
@@ -80,31 +62,14 @@ def _token_ids(works: list[Work]) -> NDArray[np.int64]:
     return np.array(tokens, dtype=np.int64)
 
 
-def _logits_index(works: list[Work], query_starts: NDArray[np.int64]) -> NDArray[np.int64]:
+def _logits_index(works: list[Work]) -> NDArray[np.int64]:
     index: list[int] = []
-    for work, begin in zip(works, query_starts.tolist(), strict=False):
+    begin = 0  # of the sequence's tokens in the step
+    for work in works:
+        end = begin + work.end - work.start
         if work.samples and work.first_logit == work.end - 1:
-            index.append(begin + work.end - 1 - work.start)
+            index.append(end - 1)
         else:
-            index += range(begin + work.first_logit - work.start, begin + work.end - work.start)
+            index += range(begin + work.first_logit - work.start, end)
+        begin = end
     return np.array(index, dtype=np.int64)
-
-
-def empty_step(sizes: Sequence[int], max_seq_len: int, block_size: int, device: torch.device) -> StepInputs:
-    """A step of sequences with so many tokens each that go nowhere: nothing is written, and attention is over nothing.
-
-    max_seq_len  how long the longest is said to be: kernels are given the room that this takes
-    """
-    starts = torch.tensor([0, *accumulate(sizes)], dtype=torch.int32)
-    tokens = torch.zeros(sum(sizes), dtype=torch.int64)
-    return StepInputs(
-        token_ids=tokens,
-        positions=tokens,
-        slot_mapping=tokens - 1,
-        block_tables=torch.zeros(len(sizes), -(-max_seq_len // block_size), dtype=torch.int32),
-        seq_lens=torch.zeros(len(sizes), dtype=torch.int32),
-        query_starts=starts,
-        logits_index=starts[1:].long() - 1,
-        max_query_len=max(sizes),
-        max_seq_len=max_seq_len,
-    ).to(device)

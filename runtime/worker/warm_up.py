@@ -14,13 +14,13 @@ from dataclasses import replace
 import torch
 
 from octavo.kernels.attention.cache import LayerCache
+from octavo.kernels.attention.step import StepInputs
 from octavo.runtime.engine import Engine
 from octavo.runtime.messages import AddRequest, SamplingParams
 from octavo.runtime.model.decoder import Decoder
 from octavo.runtime.model.model import Model
 from octavo.runtime.scheduling.scheduler import SchedulerConfig
 from octavo.runtime.worker import kv_cache
-from octavo.runtime.worker.step_inputs import empty_step
 
 EVERYTHING = SamplingParams(
     max_tokens=2,
@@ -60,10 +60,10 @@ def compile_steps(model: Decoder, limits: SchedulerConfig, cache_dtype: torch.dt
 def run_steps(model: Decoder, caches: list[LayerCache], limits: SchedulerConfig) -> None:
     """Whatever number of tokens and sequences a step has, and however long they are: its kernels have run then."""
     for sizes, rows in _steps(limits, _pairs(model)):
-        step = empty_step(sizes, limits.max_model_len, limits.block_size, model.device)
+        step = StepInputs.empty(sizes, limits.max_model_len, limits.block_size)
         if rows:
-            step = replace(step, logits_index=torch.arange(rows, device=model.device))
-        model.forward(step, caches)
+            step = replace(step, logits_index=torch.arange(rows))
+        model.forward(step.to(model.device), caches)
 
 
 def _steps(limits: SchedulerConfig, pairs: set[float]) -> Iterator[tuple[list[int], int]]:

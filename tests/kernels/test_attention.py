@@ -29,19 +29,7 @@ def make_step(new: list[int], lengths: list[int], block_size: int) -> StepInputs
     tables = torch.zeros(len(new), max(counts), dtype=torch.int32)
     for s, (count, end) in enumerate(zip(counts, accumulate(counts), strict=True)):
         tables[s, :count] = blocks[end - count : end]
-    positions = [torch.arange(length - n, length) for n, length in zip(new, lengths, strict=True)]
-    slots = [tables[s].long()[p // block_size] * block_size + p % block_size for s, p in enumerate(positions)]
-    return StepInputs(
-        token_ids=torch.zeros(sum(new), dtype=torch.int64),
-        positions=torch.cat(positions),
-        slot_mapping=torch.cat(slots),
-        block_tables=tables,
-        seq_lens=torch.tensor(lengths, dtype=torch.int32),
-        query_starts=torch.tensor([0, *accumulate(new)], dtype=torch.int32),
-        logits_index=torch.zeros(1, dtype=torch.int64),
-        max_query_len=max(new),
-        max_seq_len=max(lengths),
-    )
+    return StepInputs.prefill(lengths, block_size, sizes=new, tables=tables)
 
 
 def make_cache(kv_heads: int, block_size: int, dim: int, dtype: torch.dtype) -> LayerCache:

@@ -36,21 +36,6 @@ class Batch:
         return slice(int(self.inputs.query_starts[s]), int(self.inputs.query_starts[s + 1]))
 
 
-def make_inputs(new: Sequence[int], lengths: Sequence[int], tables: Tensor) -> StepInputs:
-    unused = torch.zeros(1, dtype=torch.int64)
-    return StepInputs(
-        token_ids=unused,
-        positions=unused,
-        slot_mapping=unused,
-        block_tables=tables,
-        seq_lens=torch.tensor(lengths, dtype=torch.int32),
-        query_starts=torch.tensor([0, *accumulate(new)], dtype=torch.int32),
-        logits_index=unused,
-        max_query_len=max(new),
-        max_seq_len=max(lengths),
-    )
-
-
 def make_batch(
     new: Sequence[int],
     lengths: Sequence[int],
@@ -77,7 +62,8 @@ def make_batch(
     key, value = (store.to(stored) for store in stores)
     scales = [torch.rand(kv_heads) / spread + 0.01 if stored in (FP8, INT8) else torch.ones(kv_heads) for _ in range(2)]
     q = (torch.randn(sum(new), shape.num_heads, dim) * size).to(BF16)
-    return Batch(q, make_inputs(new, lengths, tables), LayerCache(key, value, *scales), shape)
+    inputs = StepInputs.prefill(lengths, block_size, sizes=new, tables=tables)
+    return Batch(q, inputs, LayerCache(key, value, *scales), shape)
 
 
 def truth_and_bound(batch: Batch) -> tuple[Tensor, Tensor]:
@@ -210,7 +196,8 @@ def test_a_row_does_not_depend_on_its_batch_or_on_how_a_prompt_is_cut() -> None:
         assert torch.equal(Batch(whole.q, whole.inputs, whole.cache, shape).run(), expected)
         for cuts in ([length], [5, length], [3, 50, CHUNK, CHUNK + 3, length], [1 * CHUNK, 2 * CHUNK, length]):
             for begin, end in zip([0, *cuts], cuts, strict=False):
-                inputs = make_inputs([end - begin], [end], whole.inputs.block_tables[:1].contiguous())
+                tables = whole.inputs.block_tables[:1].contiguous()
+                inputs = StepInputs.prefill([end], whole.cache.block_size, sizes=[end - begin], tables=tables)
                 part = Batch(whole.q[begin:end], inputs, whole.cache, shape).run()
                 assert torch.equal(part, expected[begin:end]), (begin, end)
 
@@ -219,7 +206,8 @@ def test_decode_rows_in_a_mixed_step_are_those_of_a_decode_step() -> None:
     batch = make_batch([1, 30, 1], [77, 200, 130], shaped())
     got = batch.run()
     for s in (0, 2):
-        inputs = make_inputs([1], batch.inputs.seq_lens[s : s + 1].tolist(), batch.inputs.block_tables[s : s + 1])
+        tables = batch.inputs.block_tables[s : s + 1]
+        inputs = StepInputs.decode(batch.inputs.seq_lens[s : s + 1], batch.cache.block_size, tables=tables)
         assert torch.equal(Batch(batch.q[batch.rows(s)], inputs, batch.cache, batch.shape).run(), got[batch.rows(s)])
 
 

@@ -116,11 +116,8 @@ def test_a_batch_of_both_and_each_of_its_sequences_alone(
     for s in (0, 1, 3):
         rows = slice(*inputs.query_starts[s : s + 2].tolist())
         length = inputs.seq_lens[s : s + 1]
-        starts = torch.tensor([0, rows.stop - rows.start], dtype=torch.int32, device=device)
-        some = inputs.token_ids
-        alone = StepInputs(
-            some, some, some, inputs.block_tables[s : s + 1], length, starts, some, int(starts[1]), int(length)
-        )
+        alone = StepInputs.prefill(length, 16, sizes=[rows.stop - rows.start], tables=inputs.block_tables[s : s + 1])
+        alone = alone.to(device)
         assert torch.equal(paged_attention(q[rows], alone, cache, shape), got[rows])
 
 
@@ -134,11 +131,8 @@ def test_queries_beyond_fp16_are_scaled_into_it(device: torch.device) -> None:
 
 
 def test_no_tokens_are_no_launch(device: torch.device) -> None:
-    q, inputs, cache, shape = make(([1], [4]), (2, 1, 64), STORED[0], (None, None), device)
-    none = StepInputs(
-        *(t[:0] for t in (inputs.token_ids, inputs.positions, inputs.slot_mapping, inputs.block_tables)),
-        inputs.seq_lens[:0], inputs.query_starts[:1], inputs.logits_index, 0, 0,
-    )  # fmt: skip
+    q, _, cache, shape = make(([1], [4]), (2, 1, 64), STORED[0], (None, None), device)
+    none = StepInputs.prefill([], 16).to(device)
     assert paged_attention(q[:0], none, cache, shape).shape == (0, 128)
 
 

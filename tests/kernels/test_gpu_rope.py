@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -18,11 +20,9 @@ STORED = [None, torch.float8_e4m3fn, torch.int8]
 
 
 def make_inputs(device: torch.device, slots: list[int]) -> StepInputs:
-    def ints(values: list[int]) -> Tensor:
-        return torch.tensor(values, device=device)
-
-    nothing = ints([0])
-    return StepInputs(nothing, ints([5, 0, 63]), ints(slots), nothing, nothing, nothing, nothing, 1, 1)
+    """Tokens at positions 5, 0 and 63, each of a sequence of its own; slots say where their keys and values go."""
+    step = StepInputs.decode([6, 1, 64], BLOCK_SIZE)
+    return replace(step, slot_mapping=torch.tensor(slots)).to(device)
 
 
 def make_cache(kv_heads: int, dim: int, dtype: torch.dtype, device: torch.device) -> LayerCache:

@@ -38,10 +38,7 @@ CASES = [  # heads, KV heads, dimension, how much of it rotates; what is cached;
 
 def step_of(lengths: list[int], device: torch.device, block_size: int = 8) -> StepInputs:
     """One new token each, at its place."""
-    inputs = make_step([1] * len(lengths), lengths, block_size, device)
-    positions = inputs.seq_lens.long() - 1
-    blocks = inputs.block_tables.gather(1, (positions // block_size)[:, None])[:, 0].long()
-    return replace(inputs, positions=positions, slot_mapping=blocks * block_size + positions % block_size)
+    return make_step([1] * len(lengths), lengths, block_size, device)
 
 
 def copy_of(cache: LayerCache) -> LayerCache:

@@ -24,10 +24,7 @@ def make_step(new: list[int], lengths: list[int], block_size: int, device: torch
     tables = torch.zeros(len(new), max(counts), dtype=torch.int32)
     for s, (count, end) in enumerate(zip(counts, accumulate(counts), strict=True)):
         tables[s, :count] = blocks[end - count : end]
-    starts, nothing = torch.tensor([0, *accumulate(new)], dtype=torch.int32), torch.zeros(1, dtype=torch.int64)
-    lens = torch.tensor(lengths, dtype=torch.int32)
-    made = (t.to(device) for t in (nothing, nothing, nothing, tables, lens, starts, nothing))
-    return StepInputs(*made, max(new), max(lengths))
+    return StepInputs.prefill(lengths, block_size, sizes=new, tables=tables).to(device)
 
 
 def make_cache(

@@ -145,35 +145,24 @@ class Sequences:
 
     def step(self, counts: dict[int, int]) -> list[tuple[int, int, Tensor]]:
         """Compute the next counts[s] tokens of each sequence s: (sequence, position, logits) of every token."""
-        tokens, positions, slots, starts, lengths, owners = [], [], [], [0], [], []
+        owners = [(s, p) for s, count in counts.items() for p in range(self.done[s], self.done[s] + count)]
         for s, count in counts.items():
-            for p in range(self.done[s], self.done[s] + count):
-                tokens.append(self.token_ids[s][p])
-                positions.append(p)
-                slots.append(self.tables[s][p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE)
-                owners.append((s, p))
             self.done[s] += count
-            starts.append(len(tokens))
-            lengths.append(self.done[s])
+        lengths = [self.done[s] for s in counts]
         width = max(-(-length // BLOCK_SIZE) for length in lengths)
         tables = torch.zeros(len(counts), width, dtype=torch.int32)
         for row, (s, length) in enumerate(zip(counts, lengths, strict=True)):
             used = self.tables[s][: -(-length // BLOCK_SIZE)]
             tables[row, : len(used)] = torch.tensor(used, dtype=torch.int32)
-        inputs = StepInputs(
-            token_ids=torch.tensor(tokens),
-            positions=torch.tensor(positions),
-            slot_mapping=torch.tensor(slots),
-            block_tables=tables,
-            seq_lens=torch.tensor(lengths, dtype=torch.int32),
-            query_starts=torch.tensor(starts, dtype=torch.int32),
-            logits_index=torch.arange(len(tokens)),
-            max_query_len=max(counts.values()),
-            max_seq_len=max(lengths),
+        inputs = StepInputs.prefill(
+            lengths,
+            BLOCK_SIZE,
+            sizes=list(counts.values()),
+            token_ids=[self.token_ids[s][p] for s, p in owners],
+            tables=tables,
+            logits_index=range(len(owners)),
         )
-        device = self.model.device
-        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(inputs).items()}
-        logits = self.model.forward(StepInputs(**moved), self.caches).cpu()
+        logits = self.model.forward(inputs.to(self.model.device), self.caches).cpu()
         return [(s, p, row) for (s, p), row in zip(owners, logits, strict=True)]
 
 

@@ -294,15 +294,11 @@ def on_meta(
     window: int | None = None,
     soft_cap: float | None = None,
 ) -> tuple[Tensor, StepInputs, LayerCache, AttentionShape]:
-    """What proofs compile launches for: a step of 64 tokens in 64 sequences, without memory behind it."""
-    long = meta(64, dtype=torch.int64)
-    table = meta(64, 512, dtype=torch.int32)
-    lengths = meta(64, dtype=torch.int32)
-    starts = meta(65, dtype=torch.int32)
+    """What proofs compile launches for: 64 sequences of 8192 tokens, 64 of them new, without memory behind them."""
     keys, values = (meta(4096, kv_heads, 16, dim, dtype=kind) for kind in (key, value))
     return (
         meta(64, heads, dim, dtype=dtype),
-        StepInputs(long, long, long, table, lengths, starts, long, 64, 8192),
+        StepInputs.prefill([8192] * 64, 16, sizes=[64] + [0] * 63).to(torch.device("meta")),
         LayerCache(keys, values, meta(kv_heads), meta(kv_heads)),
         AttentionShape(heads, kv_heads, dim, dim**-0.5, window, soft_cap),
     )

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -248,17 +247,11 @@ def chunks(prompts: list[list[int]], begins: list[int], ends: list[int], device:
     """Tokens begin .. end of each prompt that has any, prompt s in block s alone; the logits of all of them."""
     parts = [(s, begin, end) for s, (begin, end) in enumerate(zip(begins, ends, strict=True)) if begin < end]
     tokens = [token for s, begin, end in parts for token in prompts[s][begin:end]]
-    positions = torch.cat([torch.arange(begin, end) for _, begin, end in parts])
-    slots = torch.cat([torch.arange(begin, end) + s * BLOCK_SIZE for s, begin, end in parts])
-    sizes = [end - begin for _, begin, end in parts]
-    return StepInputs(
-        token_ids=torch.tensor(tokens, device=device),
-        positions=positions.to(device),
-        slot_mapping=slots.to(device),
-        block_tables=torch.tensor([[s] for s, _, _ in parts], dtype=torch.int32, device=device),
-        seq_lens=torch.tensor([end for _, _, end in parts], dtype=torch.int32, device=device),
-        query_starts=torch.tensor([0, *accumulate(sizes)], dtype=torch.int32, device=device),
-        logits_index=torch.arange(len(tokens), device=device),
-        max_query_len=max(sizes),
-        max_seq_len=max(end for _, _, end in parts),
-    )
+    return StepInputs.prefill(
+        [end for _, _, end in parts],
+        BLOCK_SIZE,
+        sizes=[end - begin for _, begin, end in parts],
+        token_ids=tokens,
+        tables=[[s] for s, _, _ in parts],
+        logits_index=range(len(tokens)),
+    ).to(device)

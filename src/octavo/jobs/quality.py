@@ -173,7 +173,9 @@ class _Runner:
 
     def run(self, token_ids: Tensor, tap: Tap | None = None) -> Tensor:
         """All logits [T, vocab] of one window, in one prefill step."""
-        step = _whole_window(token_ids.to(self.model.device))
+        length = len(token_ids)
+        step = StepInputs.prefill([length], BLOCK, token_ids=token_ids, logits_index=range(length))
+        step = step.to(self.model.device)
         if isinstance(self.model, Decoder):
             return self.model.forward(step, self._caches, tap).float().cpu()
         return self.model.forward(step, self._caches).float().cpu()
@@ -298,20 +300,3 @@ def _encode(model_text: ModelText, text: str, max_tokens: int) -> list[int]:
         if length >= len(text) or len(token_ids) >= 2 * max_tokens:
             return token_ids[:max_tokens]
         length *= 2
-
-
-def _whole_window(token_ids: Tensor) -> StepInputs:
-    length = token_ids.shape[0]
-    device = token_ids.device
-    positions = torch.arange(length, device=device)
-    return StepInputs(
-        token_ids=token_ids,
-        positions=positions,
-        slot_mapping=positions,
-        block_tables=torch.arange(-(-length // BLOCK), dtype=torch.int32, device=device).unsqueeze(0),
-        seq_lens=torch.tensor([length], dtype=torch.int32, device=device),
-        query_starts=torch.tensor([0, length], dtype=torch.int32, device=device),
-        logits_index=positions,
-        max_query_len=length,
-        max_seq_len=length,
-    )

@@ -25,20 +25,9 @@ LENGTH = 24
 def whole_model(directory: Path, token_ids: Tensor) -> Tensor:
     """Logits [B, T, vocab] of the serving path, one sequence at a time."""
     model = load_model(EngineConfig(model=str(directory), dtype="float32"))
-    positions = torch.arange(LENGTH)
     rows = []
     for row in token_ids:
-        step = StepInputs(
-            token_ids=row,
-            positions=positions,
-            slot_mapping=positions,
-            block_tables=torch.zeros((1, 1), dtype=torch.int32),
-            seq_lens=torch.tensor([LENGTH], dtype=torch.int32),
-            query_starts=torch.tensor([0, LENGTH], dtype=torch.int32),
-            logits_index=positions,
-            max_query_len=LENGTH,
-            max_seq_len=LENGTH,
-        )
+        step = StepInputs.prefill([LENGTH], LENGTH, token_ids=row, logits_index=range(LENGTH))
         rows.append(model.forward(step, allocate(model, 1, LENGTH, model.dtype)))
     return torch.stack(rows)
 

@@ -54,12 +54,7 @@ class Counted(TorchDispatchMode):
 
 def decode_step(device: torch.device) -> StepInputs:
     """Of two sequences with five and nine tokens, in blocks of 16."""
-    lengths = torch.tensor([5, 9], device=device)
-    blocks = torch.tensor([[0], [1]], device=device)
-    return StepInputs(
-        lengths, lengths - 1, blocks[:, 0] * 16 + lengths - 1, blocks.int(), lengths.int(),
-        torch.arange(3, device=device).int(), torch.arange(2, device=device), 1, 9,
-    )  # fmt: skip
+    return StepInputs.decode([5, 9], 16, token_ids=[5, 9]).to(device)
 
 
 def loaded(directory: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Model, list[LayerCache], StepInputs]:
