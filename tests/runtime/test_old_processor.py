@@ -11,9 +11,9 @@ from pathlib import Path
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 PROGRAM = """
 import json, sys, time
-from octavo.kernels import processor
+from octavo.kernels.native import cpu_features
 if sys.argv[2] == "old":
-    processor.has_dot_products = lambda: False
+    cpu_features.has_dot_products = lambda: False
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.messages import AddRequest, SamplingParams
 from octavo.runtime.startup import load_engine
