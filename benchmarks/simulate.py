@@ -3,8 +3,8 @@
     PYTHONPATH=src python -m benchmarks.simulate [--models NAME,...] [--output FILE] [--measured DIR]
 
 No measurement. Every launch is the one that octavo's decoder, or the case, makes, on `meta` tensors, compiled for sm_90
-by `kernels.ahead`; its time is what `gpu_model` says of it, whose docstring has the model and its assumptions. What a
-case's launches move and compute is derived in `gpu_launches`; what a step's do is written here.
+by tests/kernels/compile/ahead.py; its time is what `gpu_model` says of it, whose docstring has the model and its
+assumptions. What a case's launches move and compute is derived in `gpu_launches`; what a step's do is written here.
 
 With --measured, what kernels.py and gpu_step.py wrote there is compared with what is predicted for the same cases.
 """

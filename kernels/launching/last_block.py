@@ -9,11 +9,6 @@ from torch import Tensor
 
 from octavo.kernels.launching.launch import power_of_two
 
-PAST_L1 = r"LDG\.E\S*\.STRONG\.GPU"
-"""What a load past L1 is in machine code, for proofs."""
-WITHIN_L1 = r"LDG\.(?!\S*STRONG\.GPU)"
-"""And any other, but for copies to shared memory: forbidden where other programs wrote all that is loaded."""
-
 
 @triton.jit
 def is_last(counter, programs):

@@ -1,7 +1,7 @@
 """A launch of a Triton kernel as a value: what runs on a GPU, in the interpreter, and through the compiler without one.
 
 A launcher is a pure function of tensors (on any device, `meta` too) that returns a Launch. Calling the launch runs it;
-`octavo.kernels.ahead` compiles the very same launch for a GPU that isn't there.
+The tests compile the very same launch for a GPU that isn't there.
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import torch
 import triton
-from torch import Tensor
 
 overlap = True  # let kernels that can overlap the one before them; benchmarks compare with False
 compiles_only = False  # launches have their kernels compiled and run nothing: `compiled_together`
@@ -75,24 +73,6 @@ def compiled_together(workers: int) -> Iterator[None]:
             yield
     finally:
         compiles_only = False
-
-
-@dataclass(frozen=True, slots=True)
-class Proof:
-    """A launch on tensors of the `meta` device that the suite compiles ahead of time, and what must come out.
-
-    expects  regular expressions of opcodes that must occur, such as r"QGMMA\\.64x16x32"
-    forbids  those that must not; byte stores to shared memory never may
-    """
-
-    launch: Launch
-    expects: tuple[str, ...] = ()
-    forbids: tuple[str, ...] = ()
-
-
-def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A tensor without memory behind it, for proofs."""
-    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def cdiv(a: int, b: int) -> int:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ahead
 import pytest
+from proofs import card_tables
 
-from octavo.kernels import ahead, rows
 from octavo.kernels.launching import tuning
 
 CARDS = [
@@ -83,7 +84,7 @@ def test_a_table_has_a_row_for_every_size(path: object) -> None:
 @pytest.mark.parametrize("capability", [80, 89, 90])
 def test_proofs_take_every_row(capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is compiled ahead has all sizes of a card's table: a GEMM's by `rows`, all others by the rooms' examples."""
-    assert set(rows.FAMILIES) == GEMMS | FP8_GEMMS
+    assert set(card_tables.FAMILIES) == GEMMS | FP8_GEMMS
     taken: dict[str, list[dict[str, int]]] = {}
     row_of = tuning.row_of
 

@@ -12,8 +12,9 @@ from typing import Any
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Of a process that doesn't interpret."""
-    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | more
+    """The environment of a process that doesn't interpret, and imports what this one can."""
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return {**kept, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **more}
 
 
 def printed(script: str | Path, *words: object, **more: str) -> Any:

@@ -11,7 +11,6 @@ Reference: `attention.reference.paged_attention`. Limit: bytes, tokens * 2 Hkv D
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import triton
@@ -29,7 +28,6 @@ from octavo.kernels.attention.gpu.paged import (
     load_queries,
     mixed,
     nothing_yet,
-    on_meta,
     words,
 )
 from octavo.kernels.attention.gpu.row import round_row, row_arguments
@@ -37,8 +35,8 @@ from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.launching import tuning
 from octavo.kernels.launching.checks import expect
 from octavo.kernels.launching.dependent_launch import await_previous
-from octavo.kernels.launching.last_block import PAST_L1, counters_for, is_last
-from octavo.kernels.launching.launch import Launch, Proof, cdiv, power_of_two
+from octavo.kernels.launching.last_block import counters_for, is_last
+from octavo.kernels.launching.launch import Launch, cdiv, power_of_two
 from octavo.kernels.launching.numerics import narrow
 from octavo.kernels.quantized_activation import Hidden, Rounded, Rounding
 
@@ -663,52 +661,3 @@ def decode_attention(
     into = room_of_rows(out, wants)
     decode(q, inputs, cache, shape, out, partial, lse, counters, into=into, wants=wants, **sizes)()
     return out.flatten(1) if into is None else into
-
-
-def proofs() -> dict[str, Proof]:
-    """The 16-row tensor-core instructions, and keys and values fetched by 16 bytes, whatever they are."""
-    bf16 = torch.bfloat16
-    fp16 = torch.float16
-    fp8 = torch.float8_e4m3fn
-    int8 = torch.int8
-    examples: dict[str, tuple[tuple[Any, ...], int, int]] = {  # queries, shares of a sequence at most
-        "bf16, 32 / 8 heads of 128": ((32, 8, 128, bf16, bf16, bf16), 1, 1),
-        "fp8, 32 / 8 heads of 128": ((32, 8, 128, bf16, fp8, fp8), 1, 1),
-        "bf16, 32 / 8 heads of 128, listed": ((32, 8, 128, bf16, bf16, bf16), 1, 32),
-        "fp8, 32 / 8 heads of 128, listed": ((32, 8, 128, bf16, fp8, fp8), 1, 32),
-        "int8, 32 / 8 heads of 128": ((32, 8, 128, bf16, int8, int8), 1, 1),
-        "bf16 and fp8, 32 / 8 heads of 128": ((32, 8, 128, bf16, bf16, fp8), 1, 1),
-        "fp16, 9 / 3 heads of 64": ((9, 3, 64, fp16, fp16, fp16), 1, 1),
-        "bf16, 8 / 4 heads of 256, window, cap": ((8, 4, 256, bf16, bf16, bf16, 4096, 50.0), 1, 1),
-        "bf16, 32 heads of 80": ((32, 32, 80, bf16, bf16, bf16), 1, 1),
-        "float32, 32 / 8 heads of 128": ((32, 8, 128, *(torch.float32,) * 3), 1, 1),
-        "fp8, 32 / 8 heads of 128, 4 queries": ((32, 8, 128, bf16, fp8, fp8), 4, 1),
-        "bf16, 32 heads of 128, listed, to fp8": ((32, 32, 128, bf16, bf16, bf16), 1, 32),
-        "int8, 32 / 8 heads of 128, to int8": ((32, 8, 128, bf16, int8, int8), 1, 1),
-    }
-    rounds = {"to fp8": Rounding(fp8), "to int8": Rounding(int8)}
-    made: dict[str, Proof] = {}
-    for name, (example, queries, most_parts) in examples.items():
-        q, inputs, cache, shape = on_meta(*example)
-        group = shape.num_heads // shape.num_kv_heads
-        sizes = tuning.choose("paged decode", group, shape.head_dim, cache.key.element_size())
-        counters = inputs.seq_lens.new_empty(64 * (shape.num_kv_heads + 1))
-        lse = q.new_empty(64, shape.num_kv_heads, most_parts, queries * group, dtype=torch.float32)
-        wants = rounds.get(name.split(", ")[-1])
-        launch = decode(
-            q,
-            inputs,
-            cache,
-            shape,
-            q,
-            lse,
-            lse,
-            counters,
-            into=room_of_rows(q, wants),
-            wants=wants,
-            queries=queries,
-            **sizes,
-        )
-        products = ("FFMA",) if q.dtype == torch.float32 else (r"HMMA\.16816", r"LDGSTS\.E\.BYPASS.*128")
-        made[f"decode {name}"] = Proof(launch, (*products, r"ATOMG", PAST_L1), (r"LDS\.[US]8",))
-    return made

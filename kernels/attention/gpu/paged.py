@@ -21,7 +21,7 @@ from torch import Tensor
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
 from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.launching.checks import expect
-from octavo.kernels.launching.launch import INTERPRETED, meta, power_of_two
+from octavo.kernels.launching.launch import INTERPRETED, power_of_two
 from octavo.kernels.launching.numerics import bytes_of, dot, narrow
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -282,23 +282,3 @@ def mixed(state, value_scale, VALUE_CODE: tl.constexpr):
         even = tl.reshape(tl.join(even, odd), (even.shape[0], 2 * even.shape[1]))
     nothing = total == 0.0
     return even * tl.where(nothing, 0.0, value_scale / tl.where(nothing, 1.0, total))[:, None]
-
-
-def on_meta(
-    heads: int,
-    kv_heads: int,
-    dim: int,
-    dtype: torch.dtype,
-    key: torch.dtype,
-    value: torch.dtype,
-    window: int | None = None,
-    soft_cap: float | None = None,
-) -> tuple[Tensor, StepInputs, LayerCache, AttentionShape]:
-    """What proofs compile launches for: 64 sequences of 8192 tokens, 64 of them new, without memory behind them."""
-    keys, values = (meta(4096, kv_heads, 16, dim, dtype=kind) for kind in (key, value))
-    return (
-        meta(64, heads, dim, dtype=dtype),
-        StepInputs.prefill([8192] * 64, 16, sizes=[64] + [0] * 63).to(torch.device("meta")),
-        LayerCache(keys, values, meta(kv_heads), meta(kv_heads)),
-        AttentionShape(heads, kv_heads, dim, dim**-0.5, window, soft_cap),
-    )

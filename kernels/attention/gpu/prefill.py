@@ -10,8 +10,6 @@ at a GPU's peak (an H100's is about 800 TFLOP/s in bf16); exponentials are the s
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -28,13 +26,12 @@ from octavo.kernels.attention.gpu.paged import (
     load_queries,
     mixed,
     nothing_yet,
-    on_meta,
     words,
 )
 from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.launching import tuning
 from octavo.kernels.launching.dependent_launch import await_previous
-from octavo.kernels.launching.launch import Launch, Proof, power_of_two
+from octavo.kernels.launching.launch import Launch, power_of_two
 from octavo.kernels.launching.numerics import narrow
 
 
@@ -212,30 +209,3 @@ def paged_attention(q: Tensor, inputs: StepInputs, cache: LayerCache, shape: Att
         sizes = tuning.choose("paged prefill", shape.num_heads, shape.head_dim, cache.key.element_size())
         prefill(q, inputs, cache, shape, out, fewest=2, **sizes)()
     return out.flatten(1)
-
-
-def proofs() -> dict[str, Proof]:
-    """Warpgroup instructions throughout, and keys and values fetched by 16 bytes; float32 has no tensor cores."""
-    bf16 = torch.bfloat16
-    fp16 = torch.float16
-    fp8 = torch.float8_e4m3fn
-    int8 = torch.int8
-    examples: dict[str, tuple[Any, ...]] = {
-        "bf16, 32 / 8 heads of 128": (32, 8, 128, bf16, bf16, bf16),
-        "fp8, 32 / 8 heads of 128": (32, 8, 128, bf16, fp8, fp8),
-        "int8, 32 / 8 heads of 128": (32, 8, 128, bf16, int8, int8),
-        "bf16 and fp8, 32 / 8 heads of 128, window": (32, 8, 128, bf16, bf16, fp8, 4096),
-        "fp16, 9 / 3 heads of 64": (9, 3, 64, fp16, fp16, fp16),
-        "bf16, 8 / 4 heads of 256, window, cap": (8, 4, 256, bf16, bf16, bf16, 4096, 50.0),
-        "bf16, 32 heads of 80": (32, 32, 80, bf16, bf16, bf16),
-        "float32, 32 / 8 heads of 128": (32, 8, 128, *(torch.float32,) * 3),
-        "float32, 8 / 4 heads of 256": (8, 4, 256, *(torch.float32,) * 3),
-    }
-    made: dict[str, Proof] = {}
-    for name, example in examples.items():
-        q, inputs, cache, shape = on_meta(*example)
-        sizes = tuning.choose("paged prefill", shape.num_heads, shape.head_dim, cache.key.element_size())
-        launch = prefill(q, inputs, cache, shape, q, **sizes)
-        expects = ("FFMA",) if q.dtype == torch.float32 else (r"HGMMA\.64x", r"LDGSTS\.E\.BYPASS.*128")
-        made[f"prefill {name}"] = Proof(launch, expects, ("HMMA", r"LDS\.[US]8"))
-    return made

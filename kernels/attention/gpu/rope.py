@@ -17,12 +17,11 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
-from octavo.kernels.attention.gpu.paged import on_meta
 from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.launching import tuning
 from octavo.kernels.launching.checks import expect
 from octavo.kernels.launching.dependent_launch import await_previous
-from octavo.kernels.launching.launch import Launch, Proof, cdiv, power_of_two
+from octavo.kernels.launching.launch import Launch, cdiv, power_of_two
 from octavo.kernels.launching.numerics import narrow, to_e4m3, to_int8
 
 
@@ -374,28 +373,3 @@ def rope_and_cache(
     q = qkv.new_empty(qkv.shape[-2], shape.num_heads, shape.head_dim, dtype=dtype or qkv.dtype)
     rope(qkv, inputs, cache, shape, cos_sin, q_norm, k_norm, eps, q)()
     return q
-
-
-def proofs() -> dict[str, Proof]:
-    """Every load and store of a head by 16 bytes (by 8 where a half of one is less)."""
-    bf16 = torch.bfloat16
-    fp8 = torch.float8_e4m3fn
-    int8 = torch.int8
-    made: dict[str, Proof] = {}
-    for name, example, parts, norm in (
-        ("bf16, 32 / 8 heads of 128", (32, 8, 128, bf16, bf16, bf16), 1, 0),
-        ("fp8, 32 / 8 heads of 128, of 4 partial sums", (32, 8, 128, bf16, fp8, fp8), 4, 0),
-        ("int8, 32 / 8 heads of 128, head norms", (32, 8, 128, bf16, int8, int8), 1, 128),
-        ("fp8, 16 heads of 128, a norm over all", (16, 16, 128, bf16, fp8, fp8), 1, 2048),
-        ("bf16, 40 heads of 128, a norm over all", (40, 40, 128, bf16, bf16, bf16), 1, 5120),
-    ):
-        q, inputs, cache, shape = on_meta(*example)
-        width = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
-        qkv = q.new_empty(64, width) if parts == 1 else q.new_empty(parts, 64, width, dtype=torch.float32)
-        table = q.new_empty(8192, 128, dtype=torch.float32)
-        weight = q.new_empty(norm, dtype=torch.float32)
-        weights = weight if norm else None
-        made[f"rope {name}"] = Proof(
-            rope(qkv, inputs, cache, shape, table, weights, weights, 1e-5, q), (r"LDG\.E\.128", r"STG\.E\.(128|64)")
-        )
-    return made

@@ -12,7 +12,6 @@ Reference: `attention.reference.rope_and_cache`, then `paged_attention`. Limit: 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 import triton
@@ -31,15 +30,14 @@ from octavo.kernels.attention.gpu.decode import (
     shares,
     shares_end,
 )
-from octavo.kernels.attention.gpu.paged import as_factors, on_meta
+from octavo.kernels.attention.gpu.paged import as_factors
 from octavo.kernels.attention.gpu.prefill import paged_attention
 from octavo.kernels.attention.gpu.rope import encoded, factor_of, rope_and_cache, rope_arguments, summed, whole_factor
 from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.launching import tuning
 from octavo.kernels.launching.checks import expect
 from octavo.kernels.launching.dependent_launch import await_previous
-from octavo.kernels.launching.last_block import PAST_L1
-from octavo.kernels.launching.launch import Launch, Proof, meta
+from octavo.kernels.launching.launch import Launch
 from octavo.kernels.launching.numerics import narrow
 from octavo.kernels.quantized_activation import Hidden, Rounded, Rounding
 
@@ -635,60 +633,3 @@ def reads_rows_again(qkv: Tensor, shape: AttentionShape, *norms: Tensor | None) 
     rows = qkv.numel() // qkv.shape[-1]  # of q, in all partial sums
     columns = shape.num_heads * shape.head_dim
     return tuning.choose("norms over heads", rows * columns * qkv.element_size() // 1024, columns, 0)["again"] == 1
-
-
-def proofs() -> dict[str, Proof]:
-    """As in `decode`; the new key and value are in memory before the loop begins to fetch."""
-    bf16 = torch.bfloat16
-    fp16 = torch.float16
-    fp8 = torch.float8_e4m3fn
-    int8 = torch.int8
-    examples: dict[str, tuple[tuple[Any, ...], int, int, bool, int]] = {
-        "bf16, 32 / 8 heads of 128": ((32, 8, 128, bf16, bf16, bf16), 1, 128, False, 1),
-        "fp8, 32 / 8 heads of 128, of 4 partial sums": ((32, 8, 128, bf16, fp8, fp8), 4, 128, False, 1),
-        "fp8, 32 / 8 heads of 128, of 4 partial sums, listed": ((32, 8, 128, bf16, fp8, fp8), 4, 128, False, 32),
-        "fp8, 32 / 8 heads of 128, 4 partial sums, listed, to fp8": ((32, 8, 128, bf16, fp8, fp8), 4, 128, False, 32),
-        "bf16, 32 / 8 heads of 128, listed, to fp8 in groups": ((32, 8, 128, bf16, bf16, bf16), 1, 128, False, 32),
-        "bf16, 32 / 8 heads of 128, head norms, listed": ((32, 8, 128, bf16, bf16, bf16), 1, 128, True, 32),
-        "int8, 32 / 8 heads of 128, head norms": ((32, 8, 128, bf16, int8, int8), 4, 128, True, 1),
-        "fp16, 9 / 3 heads of 64": ((9, 3, 64, fp16, fp16, fp16), 1, 64, False, 1),
-        "bf16, 8 / 4 heads of 256, window, cap": ((8, 4, 256, bf16, bf16, bf16, 4096, 50.0), 4, 256, True, 1),
-        "bf16, 32 heads of 80 of which 32 rotate": ((32, 32, 80, bf16, bf16, bf16), 1, 32, False, 1),
-        "bf16, 40 / 8 heads of 128, a norm over all": ((40, 8, 128, bf16, bf16, bf16), 1, 128, True, 32),
-        "bf16, 32 heads, a norm over all, 4 parts, listed": ((32, 32, 128, bf16, bf16, bf16), 4, 128, True, 32),
-    }
-    rounds = {"to fp8": Rounding(fp8), "to fp8 in groups": Rounding(fp8, 128)}
-    made: dict[str, Proof] = {}
-    for name, (example, parts, rotary, normed, most_parts) in examples.items():
-        q, inputs, cache, shape = on_meta(*example)
-        width = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
-        qkv = q.new_empty(64, width) if parts == 1 else q.new_empty(parts, 64, width, dtype=torch.float32)
-        heads = (shape.num_heads, shape.num_kv_heads) if "over all" in name else (1, 1)
-        norms = [meta(count * shape.head_dim) if normed else None for count in heads]
-        if not reads_rows_again(qkv[..., :1, :], shape, *norms):  # a card whose registers don't hold it
-            continue
-        group = shape.num_heads // shape.num_kv_heads
-        sizes = tuning.choose("paged decode", group, shape.head_dim, cache.key.element_size())
-        lse = meta(64, shape.num_kv_heads, most_parts, group)
-        counters = inputs.seq_lens.new_empty(64 * (shape.num_kv_heads + 1))
-        wants = rounds.get(name.split(", ")[-1])
-        launch = rope_decode(
-            qkv,
-            inputs,
-            cache,
-            shape,
-            meta(8192, rotary),
-            norms[0],
-            norms[1],
-            1e-5,
-            q,
-            lse,
-            lse,
-            counters,
-            into=room_of_rows(q, wants),
-            wants=wants,
-            **sizes,
-        )
-        expects = (r"HMMA\.16816", r"LDGSTS\.E\.BYPASS.*128", "ATOMG", PAST_L1)
-        made[f"rope and decode {name}"] = Proof(launch, expects, (r"LDS\.[US]8",))
-    return made

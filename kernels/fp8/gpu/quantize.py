@@ -8,7 +8,6 @@ could. Limit: bytes, 3 an element (bf16 in, a code out), over 3.0 TB/s on an H10
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -16,7 +15,7 @@ from torch import Tensor
 from octavo.kernels.launching import tuning
 from octavo.kernels.launching.checks import expect, refuse
 from octavo.kernels.launching.dependent_launch import await_previous
-from octavo.kernels.launching.launch import Launch, Proof, cdiv, meta, power_of_two
+from octavo.kernels.launching.launch import Launch, cdiv, power_of_two
 from octavo.kernels.launching.numerics import divided, largest, step_of, stored_step, to_codes
 
 
@@ -114,20 +113,3 @@ def quantize(
         "BLOCK": block,
     }
     return Launch(_quantize_rows, (m,), arguments, **tuning.choose("quantize rows", m, k, 0), num_stages=1)
-
-
-def proofs() -> dict[str, Proof]:
-    """Llamas' and SmolLM's widths: 128-bit loads throughout."""
-    m = 64
-    k = 14336
-    x, fp8, int8 = (meta(m, k, dtype=t) for t in (torch.bfloat16, torch.float8_e4m3fn, torch.int8))
-    launches = {
-        "fp8 rows": quantize(x, fp8, meta(m, 1)),
-        "int8 rows": quantize(x, int8, meta(m, 1)),
-        "fp8 groups": quantize(x, fp8, meta(k // 128, m).T, group_size=128),
-    }
-    for k in (1536, 4096):
-        x = meta(m, k, dtype=torch.bfloat16)
-        fp8 = meta(m, k, dtype=torch.float8_e4m3fn)
-        launches[f"fp8 rows {k}"] = quantize(x, fp8, meta(m, 1))
-    return {name: Proof(launch, (r"LDG\.E\.128", r"STG\.E\.(64|128)")) for name, launch in launches.items()}

@@ -13,8 +13,6 @@ of which its power leaves some two thirds. Reference: as of `few`.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -24,7 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from octavo.kernels.gemm.gpu.gemm_swap_ab import multiply, scale_arguments
 from octavo.kernels.launching.checks import expect
 from octavo.kernels.launching.dependent_launch import await_previous
-from octavo.kernels.launching.launch import Launch, Proof, cdiv, meta
+from octavo.kernels.launching.launch import Launch, cdiv
 from octavo.kernels.launching.numerics import dot, narrow
 
 
@@ -261,43 +259,3 @@ def many(
         num_warps=num_warps,
         num_stages=num_stages,
     )
-
-
-def proofs() -> dict[str, Proof]:
-    """8192 x 8192 x 4096: the instructions of the whole tile's width, and codes that come by the accelerator."""
-    m = 8192
-    n = 8192
-    k = 4096
-    out = meta(m, n, dtype=torch.bfloat16)
-    configurations: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
-        "fp8 128 x 256": (torch.float8_e4m3fn, {"block_n": 256, "subtiles": 2}),
-        "fp8 128 x 128": (torch.float8_e4m3fn, {"num_warps": 4}),
-        "fp8 128 x 128 promoted": (torch.float8_e4m3fn, {"promote": 1}),
-        "fp8 128 x 128 pointers": (torch.float8_e4m3fn, {"tma": 0}),
-        "fp8 blocks": (torch.float8_e4m3fn, {"blocks": True}),
-        "int8 128 x 256": (torch.int8, {"block_n": 256, "subtiles": 2}),  # Triton takes two halves
-        "int8 128 x 128": (torch.int8, {"num_warps": 4}),
-    }
-    made: dict[str, Proof] = {}
-    for name, (dtype, size) in configurations.items():
-        x = meta(m, k, dtype=dtype)
-        w = meta(n, k, dtype=dtype)
-        in_blocks = "blocks" in size
-        x_scale = meta(k // 128, m).T if in_blocks else meta(m, 1)
-        w_scale = meta(n // 128, k // 128) if in_blocks else meta(n, 1)
-        op = "IGMMA" if dtype == torch.int8 else "QGMMA"
-        width = 128 if dtype == torch.int8 else size.get("block_n", 128)
-        loads = r"UTMALDG" if size.get("tma", 1) else r"LDGSTS\.E\.BYPASS.*128"
-        launch = many(x, w, x_scale, w_scale, out, **size)
-        made[name] = Proof(launch, (rf"{op}\.64x{width}x32", loads, r"STG\.E\.128"), forbids=("HMMA", "IMMA"))
-    x = meta(m, k, dtype=torch.float8_e4m3fn)
-    w = meta(n, k, dtype=torch.float8_e4m3fn)
-    fp8 = (r"QGMMA\.64x",)
-    launch = many(x, w, meta(m, 1), meta(n, 1), meta(m, n), block_n=256, subtiles=2)
-    made["fp8 128 x 256 to float32"] = Proof(launch, (r"QGMMA\.64x256x32", r"UTMALDG"))
-    x = meta(m, k + 4, dtype=torch.float8_e4m3fn)
-    w = meta(n, k + 4, dtype=torch.float8_e4m3fn)
-    for name, scales in {"": (meta(m, 1), meta(n, 1)), " in blocks": (meta(33, m).T, meta(n // 128, 33))}.items():
-        launch = many(x, w, *scales, out, block_n=128 if name else 256, subtiles=1 if name else 2, blocks=bool(name))
-        made[f"fp8 rows of 4100{name}"] = Proof(launch, fp8)
-    return made

@@ -25,7 +25,7 @@ from torch import Tensor
 from octavo.kernels.gemm.limits import FP8_BLOCK
 from octavo.kernels.launching.checks import expect, refuse
 from octavo.kernels.launching.dependent_launch import MOST, await_previous, prefetch, row_lines
-from octavo.kernels.launching.launch import Launch, Proof, cdiv, meta
+from octavo.kernels.launching.launch import Launch, cdiv
 from octavo.kernels.launching.numerics import dot, narrow
 
 BLOCK = FP8_BLOCK
@@ -199,31 +199,3 @@ def few(
         num_warps=num_warps,
         num_stages=num_stages,
     )
-
-
-def proofs() -> dict[str, Proof]:
-    """Llama's shapes for 16 to 64 tokens: 8-bit instructions of 64 rows, weights copied 16 bytes at a time."""
-    fp8 = torch.float8_e4m3fn
-    int8 = torch.int8
-    made = {}
-    n = 4096
-    k = 4096
-    configurations: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
-        "fp8 16 x 64": (fp8, {"num_stages": 5}),
-        "fp8 32 x 64": (fp8, {"block_m": 32, "num_stages": 5}),
-        "fp8 64 x 64": (fp8, {"block_m": 64}),
-        "fp8 128 x 128": (fp8, {"block_m": 128, "block_n": 128, "num_warps": 8}),
-        "fp8 blocks 16 x 64": (fp8, {"blocks": True, "num_stages": 5}),
-        "fp8 blocks 64 x 64": (fp8, {"blocks": True, "block_m": 64}),
-        "int8 16 x 64": (int8, {"num_stages": 5}),
-        "int8 64 x 64": (int8, {"block_m": 64}),
-    }
-    for name, (dtype, size) in configurations.items():
-        m = size.get("block_m", 16)
-        in_blocks = "blocks" in size
-        x_scale, w_scale = (meta(k // 128, m).T, meta(n // 128, k // 128)) if in_blocks else (meta(m), meta(n))
-        launch = few(meta(m, k, dtype=dtype), meta(n, k, dtype=dtype), x_scale, w_scale, meta(4, m, n), **size)
-        op = "QGMMA" if dtype == fp8 else "IGMMA"
-        expects = (rf"{op}\.64x{m}x32", r"LDGSTS\.E\.BYPASS.*128", r"STG\.E\.128")
-        made[name] = Proof(launch, expects, forbids=("HMMA", "IMMA"))
-    return made

@@ -16,8 +16,6 @@ Limit on an H100: N * K / 2 bytes over 3.0 TB/s up to some 64 tokens (112 of e4m
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 import triton
 import triton.language as tl
@@ -28,7 +26,7 @@ from octavo.kernels.int4.gpu.decode import E4M3_ONE, integers, scale_type, scale
 from octavo.kernels.int4.gpu.packing import TILE, PackedInt4
 from octavo.kernels.launching.checks import expect
 from octavo.kernels.launching.dependent_launch import MOST, await_previous, group_lines, prefetch, tile_lines
-from octavo.kernels.launching.launch import Launch, Proof, cdiv, meta
+from octavo.kernels.launching.launch import Launch, cdiv
 from octavo.kernels.launching.numerics import dot
 
 
@@ -207,54 +205,3 @@ def gemm(
         num_warps=num_warps,
         num_stages=num_stages,
     )
-
-
-_FEW: dict[str, int] = {"block_m": 16, "block_n": 64}
-_SOME: dict[str, int] = {"block_m": 64, "block_n": 128, "num_warps": 8}
-_MANY: dict[str, int] = {"block_m": 128, "block_n": 128, "group_m": 8, "num_warps": 8}
-# What is compiled ahead: a name, bits, columns that share a scale, whether there are zero points, x's type, sizes.
-_KINDS: tuple[tuple[str, int, int, bool, torch.dtype, dict[str, int]], ...] = (
-    ("row", 4, 4096, False, torch.bfloat16, _FEW),
-    ("g128", 4, 128, False, torch.bfloat16, _FEW),
-    ("g128", 4, 128, False, torch.bfloat16, {**_FEW, "block_m": 32}),
-    ("g128", 4, 128, False, torch.bfloat16, _SOME),
-    ("g128", 4, 128, False, torch.bfloat16, _MANY),
-    ("g128 zero", 4, 128, True, torch.bfloat16, _FEW),
-    ("g128 zero", 4, 128, True, torch.bfloat16, _MANY),
-    ("g128 zero fp16", 4, 128, True, torch.float16, _FEW),
-    ("g64 zero", 4, 64, True, torch.bfloat16, _FEW),
-    ("g64 zero", 4, 64, True, torch.bfloat16, _MANY),
-    ("g32", 4, 32, False, torch.bfloat16, _FEW),
-    ("g32 zero", 4, 32, True, torch.bfloat16, _FEW),
-    ("g32 zero", 4, 32, True, torch.bfloat16, {**_SOME, "group_m": 8}),
-    ("2 bits g128", 2, 128, False, torch.bfloat16, _FEW),
-    ("2 bits g32 zero fp16", 2, 32, True, torch.float16, _FEW),
-    ("e4m3 g128", 4, 128, False, torch.float8_e4m3fn, _FEW),
-    ("e4m3 g128", 4, 128, False, torch.float8_e4m3fn, _SOME),
-    ("e4m3 g128", 4, 128, False, torch.float8_e4m3fn, _MANY),
-    ("e4m3 g32 zero", 4, 32, True, torch.float8_e4m3fn, _FEW),
-)
-
-
-def proofs() -> dict[str, Proof]:
-    """Llama's shapes: decoded weights go from registers into the tensor core, words are copied 16 bytes at a time."""
-    example = partial(meta, dtype=torch.bfloat16)
-    n = 4096
-    k = 4096
-    made: dict[str, Proof] = {}
-    for name, bits, share, zero, dtype, sizes in _KINDS:
-        bm = sizes["block_m"]
-        fp8 = dtype == torch.float8_e4m3fn
-        scale = example(k // share, n, 2) if zero else example(k // share, n)
-        words = example(k // TILE, n, 8 * bits, dtype=torch.int16)
-        packed = PackedInt4(words, scale, bits, share, None, None, example(k, dtype=torch.int64))
-        out = example(4, bm, n, dtype=torch.float32) if bm < 128 else example(bm, n)
-        x = example(bm, k, dtype=dtype)
-        x_scale = example(bm, 1, dtype=torch.float32) if fp8 else None
-        op = rf"QGMMA\.64x{bm}x32.*\.RS" if fp8 else rf"HGMMA\.64x{bm}x16.*\.RS"
-        made[f"{name} {bm} x {sizes['block_n']}"] = Proof(
-            gemm(x, packed, out, x_scale, **sizes),
-            expects=(op, r"LDGSTS\.E\.BYPASS.*128", r"STG\.E\.128"),
-            forbids=(r"[HQ]GMMA\.(?!.*\.RS)", "HMMA", r"I2F(?!\.RP)"),
-        )
-    return made

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import gcd
-from typing import Any
 
 import torch
 import triton
@@ -37,7 +36,7 @@ from octavo.kernels.gemm.gpu.gemm_persistent import tile_of
 from octavo.kernels.gemm.gpu.gemm_swap_ab import store_transposed
 from octavo.kernels.launching.checks import expect
 from octavo.kernels.launching.dependent_launch import MOST, await_previous, group_lines, prefetch, tile_lines
-from octavo.kernels.launching.launch import INTERPRETED, Launch, Proof, cdiv, meta
+from octavo.kernels.launching.launch import INTERPRETED, Launch, cdiv
 from octavo.kernels.launching.numerics import bytes_of, dot
 from octavo.kernels.launching.tuning import choose
 from octavo.kernels.norm.gpu.split_k_sum import add_up
@@ -343,33 +342,3 @@ def linear(x: Tensor, packed: Packed, dtype: torch.dtype | None = None) -> Tenso
     else:
         add_up(partial_sums(x, packed), out)()
     return out
-
-
-def proofs() -> dict[str, Proof]:
-    """Weights as the tensor core's operand from registers, and no conversion but the bit formula."""
-    n = 4096
-    k = 4096
-    bf16 = torch.bfloat16
-    fp16 = torch.float16
-    configurations: dict[str, tuple[int, torch.dtype, bool, dict[str, Any]]] = {
-        "e4m3 row 16": (0, bf16, False, {"num_stages": 5}),
-        "e4m3 g128 64 fp16": (128, fp16, False, {"block_m": 64}),
-        "row 16": (0, bf16, False, {"num_stages": 5}),
-        "g128 16": (128, bf16, False, {"num_stages": 5}),
-        "g128 16 fp16": (128, fp16, True, {"num_stages": 5}),
-        "g128 zero 64": (128, bf16, True, {"block_m": 64}),
-        "g32 zero 16": (32, bf16, True, {"num_stages": 6}),
-        "g128 128": (128, bf16, False, {"block_m": 128, "block_n": 128, "num_warps": 8}),
-    }
-    made: dict[str, Proof] = {}
-    for name, (group, dtype, has_zero, size) in configurations.items():
-        m = size.get("block_m", 16)
-        tile = min(group or 128, 128)
-        groups = k // (group or k)
-        zero = meta(groups, n, dtype=torch.int8) if has_zero else None
-        words = meta(k // tile, n, tile // 2, dtype=torch.int16)
-        packed = Packed(words, meta(groups, n, dtype=torch.bfloat16), zero, None, k, group, "e4m3" in name)
-        launch = weights(meta(m, k, dtype=dtype), packed, meta(4, m, n), **size)
-        expects = (rf"HGMMA\.64x{m}x16.*\.RS", r"LDGSTS\.E\.BYPASS.*128", r"STG\.E\.128")
-        made[name] = Proof(launch, expects, forbids=("HMMA", r"I2F\.S8", r"STS\.U16"))
-    return made

@@ -7,7 +7,6 @@ over 3.0 TB/s on an H100; the product reads 2 of them again.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -17,7 +16,7 @@ from octavo.kernels.int4.gpu.packing import PackedInt4
 from octavo.kernels.launching import tuning
 from octavo.kernels.launching.checks import expect
 from octavo.kernels.launching.dependent_launch import await_previous
-from octavo.kernels.launching.launch import Launch, Proof, cdiv
+from octavo.kernels.launching.launch import Launch, cdiv
 from octavo.kernels.launching.numerics import narrow
 
 
@@ -81,18 +80,3 @@ def dequantize(packed: PackedInt4, out: Tensor) -> Launch:
         **sizes,
         num_stages=1,
     )
-
-
-def proofs() -> dict[str, Proof]:
-    """Words are read and weights written 8 bytes or more at a time."""
-    n = 4096
-    k = 4096
-    groups = torch.empty(4096, dtype=torch.int64, device="meta")
-    words = torch.empty(k // 128, n, 32, dtype=torch.int16, device="meta")
-    out = torch.empty(n, k, dtype=torch.bfloat16, device="meta")
-    made: dict[str, Proof] = {}
-    for name, share, shape in (("g128", 128, (k // 128, n)), ("g32 zero", 32, (k // 32, n, 2))):
-        scale = torch.empty(shape, dtype=torch.bfloat16, device="meta")
-        packed = PackedInt4(words, scale, 4, share, None, None, groups)
-        made[name] = Proof(dequantize(packed, out), (r"LDG\.E\.128", r"STG\.E\.128"), forbids=("I2F",))
-    return made

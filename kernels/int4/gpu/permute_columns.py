@@ -15,7 +15,7 @@ from torch import Tensor
 from octavo.kernels.launching import tuning
 from octavo.kernels.launching.checks import expect, refuse
 from octavo.kernels.launching.dependent_launch import await_previous
-from octavo.kernels.launching.launch import Launch, Proof, cdiv
+from octavo.kernels.launching.launch import Launch, cdiv
 
 
 @triton.jit
@@ -48,10 +48,3 @@ def gathered(x: Tensor, order: Tensor) -> Tensor:
     out = x.new_empty(x.shape[0], order.shape[0])
     gather(x.contiguous(), order, out)()
     return out
-
-
-def proofs() -> dict[str, Proof]:
-    """The order is read, and x written, in wide pieces; x itself is scattered."""
-    x = torch.empty(64, 4096, dtype=torch.bfloat16, device="meta")
-    order = torch.empty(4096, dtype=torch.int32, device="meta")
-    return {"gather": Proof(gather(x, order, x), (r"LDG\.E\.128", r"STG\.E\.128"))}

@@ -24,7 +24,7 @@ from octavo.kernels.int4.gpu.permute_columns import gather
 from octavo.kernels.launching import tuning
 from octavo.kernels.launching.checks import expect
 from octavo.kernels.launching.dependent_launch import await_previous
-from octavo.kernels.launching.launch import Launch, Proof, cdiv
+from octavo.kernels.launching.launch import Launch, cdiv
 from octavo.kernels.launching.numerics import narrow
 from octavo.kernels.moe.gpu.grouped import BLOCK, grouped
 from octavo.kernels.moe.gpu.int4 import PackedExperts, grouped_int4
@@ -294,9 +294,3 @@ def _plain(x: Hidden) -> Tensor:
     plain = x.plain if isinstance(x, Rounded) else x
     assert plain is not None
     return plain
-
-
-def proofs() -> dict[str, Proof]:
-    """The sum for Qwen3: 128-bit loads and stores."""
-    pairs, out = (torch.empty(rows, 4096, dtype=torch.bfloat16, device="meta") for rows in (512, 64))
-    return {"sum of 8": Proof(add_up(pairs, out, 8), (r"LDG\.E\.128", r"STG\.E\.128"))}

@@ -29,9 +29,9 @@ from octavo.kernels.gemm.limits import FP8_BLOCK
 from octavo.kernels.int8.gpu.linear import MAX_COLUMNS
 from octavo.kernels.launching.checks import expect, refuse
 from octavo.kernels.launching.dependent_launch import await_previous
-from octavo.kernels.launching.launch import Launch, Proof, cdiv, meta
+from octavo.kernels.launching.launch import Launch, cdiv
 from octavo.kernels.launching.numerics import dot, narrow
-from octavo.kernels.moe.gpu.route import Aligned, expect_aligned, unaligned
+from octavo.kernels.moe.gpu.route import Aligned, expect_aligned
 
 NARROW = 64  # rows of the weight in a program where each has scales of its own: of 128, registers spill
 BLOCK = FP8_BLOCK
@@ -238,50 +238,3 @@ def grouped(
         num_warps=num_warps,
         num_stages=num_stages,
     )
-
-
-def proofs() -> dict[str, Proof]:
-    """Mixtral's second GEMM, with the router's weights: full-rate instructions, weights copied 16 bytes at a time."""
-    made: dict[str, Proof] = {}
-    fp8 = torch.float8_e4m3fn
-    num_experts = 8
-    n = 4096
-    k = 14336
-    num_pairs = 512
-    kinds = {"bf16": torch.bfloat16, "fp8": fp8, "fp8 blocks": fp8, "fp8 rows of blocks": fp8, "int8": torch.int8}
-    for block_m, block_n, warps, stages in ((16, 64, 4, 5), (64, 128, 4, 3), (128, 128, 8, 3)):
-        pairs = unaligned(num_pairs, num_experts, block_m, "meta")
-        router = meta(256, 2)
-        for kind, dtype in kinds.items():
-            if block_m == 64 and "blocks" not in kind:  # as the others
-                continue
-            x = meta(num_pairs, k, dtype=dtype)
-            w = meta(num_experts, n, k, dtype=dtype)
-            out = meta(num_pairs, n)
-            out = out.to(torch.bfloat16)
-            x_scale = w_scale = None
-            if dtype != torch.bfloat16:
-                in_blocks = "blocks" in kind
-                rows = n // 128 if kind == "fp8 blocks" else n
-                x_scale = meta(k // 128, num_pairs).T if in_blocks else meta(num_pairs, 1)
-                w_scale = meta(num_experts, rows, k // 128) if in_blocks else meta(num_experts, n)
-            more = {"block_n": block_n, "block_k": 64 if dtype == torch.bfloat16 else 128, "num_stages": stages}
-            launch = grouped(
-                x,
-                w,
-                pairs,
-                out,
-                divisor=1,
-                router=router,
-                x_scale=x_scale,
-                w_scale=w_scale,
-                blocks="blocks" in kind,
-                num_warps=warps,
-                **more,
-            )
-            columns = block_m if block_m <= SWAPPED else launch.arguments["BLOCK_N"]
-            op = {fp8: "QGMMA", torch.int8: "IGMMA"}.get(dtype, "HGMMA") + rf"\.64x{columns}x"
-            made[f"{kind} {block_m} x {launch.arguments['BLOCK_N']}"] = Proof(
-                launch, (op, r"LDGSTS\.E\.BYPASS.*128"), ("HMMA",)
-            )
-    return made

@@ -23,11 +23,11 @@ from octavo.kernels.int4.gpu import packing
 from octavo.kernels.int4.gpu.decode import E4M3_ONE, weights
 from octavo.kernels.launching.checks import expect, refuse
 from octavo.kernels.launching.dependent_launch import await_previous
-from octavo.kernels.launching.launch import Launch, Proof, cdiv, meta
+from octavo.kernels.launching.launch import Launch, cdiv
 from octavo.kernels.launching.numerics import dot
 from octavo.kernels.moe.gpu.grouped import corner, pair_arguments, store, tokens_of
 from octavo.kernels.moe.gpu.permute_columns import expect_order, in_order, put_back
-from octavo.kernels.moe.gpu.route import Aligned, unaligned
+from octavo.kernels.moe.gpu.route import Aligned
 from octavo.kernels.packed_weight import PackedWeight, present
 
 
@@ -250,39 +250,3 @@ def grouped_int4(
         num_warps=num_warps,
         num_stages=num_stages,
     )
-
-
-def proofs() -> dict[str, Proof]:
-    """Mixtral's second GEMM: weights go from registers into full-rate instructions, copied 16 bytes at a time."""
-    made: dict[str, Proof] = {}
-    num_experts = 8
-    n = 4096
-    k = 14336
-    num_pairs = 512
-    bf16 = torch.bfloat16
-    fp16 = torch.float16
-    for dtype, share, has_zero, block_m, block_n, warps in (
-        (bf16, 128, False, 16, 64, 4),
-        (bf16, 32, True, 16, 64, 4),
-        (fp16, 128, True, 16, 64, 4),
-        (bf16, 64, False, 64, 128, 8),
-    ):
-        table = meta(num_experts, k // share, n)
-        words = meta(num_experts, k // 128, n, 32, dtype=torch.int16)
-        packed = PackedExperts(words, table, table if has_zero else None, share, k)
-        pairs = unaligned(num_pairs, num_experts, block_m, "meta")
-        router = meta(256, 2)
-        launch = grouped_int4(
-            meta(num_pairs, k, dtype=dtype),
-            packed,
-            pairs,
-            meta(num_pairs, n, dtype=dtype),
-            divisor=1,
-            router=router,
-            block_n=block_n,
-            num_warps=warps,
-        )
-        name = f"{str(dtype).removeprefix('torch.')} groups of {share}{' with zeros' if has_zero else ''}"
-        expects = (rf"HGMMA\.64x{block_m}x16.*\.RS", r"LDGSTS\.E\.BYPASS.*128")
-        made[f"{name} {block_m} x {block_n}"] = Proof(launch, expects, ("HMMA", "PRMT"))
-    return made

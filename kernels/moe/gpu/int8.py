@@ -20,11 +20,11 @@ from octavo.kernels.gemm.gpu import w8a16_gemm as one_layer
 from octavo.kernels.gemm.gpu.w8a16_gemm import decode, less
 from octavo.kernels.launching.checks import expect, refuse
 from octavo.kernels.launching.dependent_launch import await_previous
-from octavo.kernels.launching.launch import Launch, Proof, cdiv, meta
+from octavo.kernels.launching.launch import Launch, cdiv
 from octavo.kernels.launching.numerics import dot
 from octavo.kernels.moe.gpu.grouped import corner, pair_arguments, store, tokens_of
 from octavo.kernels.moe.gpu.permute_columns import expect_order, in_order, put_back
-from octavo.kernels.moe.gpu.route import Aligned, unaligned
+from octavo.kernels.moe.gpu.route import Aligned
 from octavo.kernels.packed_weight import PackedWeight, present
 
 
@@ -199,43 +199,3 @@ def grouped_int8(
         num_warps=num_warps,
         num_stages=num_stages,
     )
-
-
-def proofs() -> dict[str, Proof]:
-    """Mixtral's second GEMM: weights go from registers into full-rate instructions, copied 16 bytes at a time."""
-    made: dict[str, Proof] = {}
-    num_experts = 8
-    n = 4096
-    k = 14336
-    num_pairs = 512
-    bf16 = torch.bfloat16
-    fp16 = torch.float16
-    for dtype, group, has_zero, block_m, block_n, warps in (
-        (bf16, 32, True, 16, 64, 4),
-        (fp16, 128, True, 16, 64, 4),
-        (bf16, 0, False, 64, 128, 8),
-        (bf16, 128, False, 16, 64, 4),
-    ):
-        is_e4m3 = group == 128 and not has_zero
-        groups = k // (group or k)
-        tile = min(group or 128, 128)
-        words = meta(num_experts, k // tile, n, tile // 2, dtype=torch.int16)
-        table = meta(num_experts, groups, n)
-        zero = meta(num_experts, groups, n, dtype=torch.int8) if has_zero else None
-        pairs = unaligned(num_pairs, num_experts, block_m, "meta")
-        router = meta(256, 2)
-        launch = grouped_int8(
-            meta(num_pairs, k, dtype=dtype),
-            ByteExperts(words, table, zero, k, group, is_e4m3=is_e4m3),
-            pairs,
-            meta(num_pairs, n, dtype=dtype),
-            divisor=1,
-            router=router,
-            block_n=block_n,
-            num_warps=warps,
-        )
-        name = f"{str(dtype).removeprefix('torch.')} {f'groups of {group}' if group else 'rows'}"
-        expects = (rf"HGMMA\.64x{block_m}x16", r"LDGSTS\.E\.BYPASS.*128")
-        name = f"e4m3 {name}" if is_e4m3 else name
-        made[f"{name}{' with zeros' if has_zero else ''} {block_m} x {block_n}"] = Proof(launch, expects, ("HMMA",))
-    return made

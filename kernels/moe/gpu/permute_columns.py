@@ -16,7 +16,7 @@ from torch import Tensor
 from octavo.kernels.launching import tuning
 from octavo.kernels.launching.checks import expect
 from octavo.kernels.launching.dependent_launch import await_previous
-from octavo.kernels.launching.launch import Launch, Proof, cdiv, meta
+from octavo.kernels.launching.launch import Launch, cdiv
 
 
 @triton.jit
@@ -77,10 +77,3 @@ def put_back(weights: Tensor, order: Tensor | None) -> Tensor:
     if order is None:
         return weights
     return torch.empty_like(weights).scatter_(2, order.long()[:, None].expand_as(weights), weights)
-
-
-def proofs() -> dict[str, Proof]:
-    """Mixtral's: the order is read, and pairs written, in wide pieces; x itself is scattered."""
-    x, out = (meta(rows, 4096, dtype=torch.bfloat16) for rows in (64, 128))
-    order, chosen = (meta(*size, dtype=torch.int32) for size in ((8, 4096), (64, 2)))
-    return {"of pairs": Proof(of_pairs(x, order, chosen, out), (r"LDG\.E\.128", r"STG\.E\.128"))}

@@ -23,7 +23,7 @@ from torch import Tensor
 from octavo.kernels.launching import tuning
 from octavo.kernels.launching.checks import expect
 from octavo.kernels.launching.dependent_launch import await_previous
-from octavo.kernels.launching.launch import Launch, Proof, cdiv, power_of_two
+from octavo.kernels.launching.launch import Launch, cdiv, power_of_two
 from octavo.kernels.launching.numerics import divided, sigmoid
 
 
@@ -238,17 +238,3 @@ def align(chosen: Tensor, num_experts: int, out: Aligned) -> Launch:
         "BLOCK": min(max(power_of_two(num_pairs), 128), sizes.pop("block")),
     }
     return Launch(_align, (num_experts if num_pairs else 0,), arguments, **sizes, num_stages=1)
-
-
-def proofs() -> dict[str, Proof]:
-    """Qwen3's and DeepSeek-V3's routers: 128-bit loads."""
-    made: dict[str, Proof] = {}
-    for num_experts, top_k, num_tokens in ((128, 8, 1), (128, 8, 64), (256, 8, 4096)):
-        logits = torch.empty(num_tokens, num_experts, device="meta")
-        chosen = torch.empty(num_tokens, top_k, dtype=torch.int32, device="meta")
-        pairs = unaligned(chosen.numel(), num_experts, 64, "meta")
-        name = f"{top_k} of {num_experts}, {num_tokens} tokens"
-        made[f"route {name}"] = Proof(route(logits, chosen, logits, normalize=True), (r"LDG\.E\.128",))
-        if num_tokens > 1:  # 8 pairs of one are a quarter of a warp's 128-bit loads
-            made[f"align {name}"] = Proof(align(chosen, num_experts, pairs), (r"LDG\.E\.128",))
-    return made

@@ -20,10 +20,10 @@ from torch import Tensor
 from octavo.kernels.launching import tuning
 from octavo.kernels.launching.checks import expect
 from octavo.kernels.launching.dependent_launch import await_previous, prefetch
-from octavo.kernels.launching.last_block import PAST_L1, WITHIN_L1, counters_for, is_last
-from octavo.kernels.launching.launch import Launch, Proof, cdiv, meta, power_of_two
+from octavo.kernels.launching.last_block import counters_for, is_last
+from octavo.kernels.launching.launch import Launch, cdiv, power_of_two
 from octavo.kernels.launching.numerics import dot
-from octavo.kernels.moe.gpu.route import Aligned, align, choose, expect_aligned, experts_of, logits_of, route, unaligned
+from octavo.kernels.moe.gpu.route import Aligned, align, choose, expect_aligned, experts_of, logits_of, route
 
 ROWS = 16  # tokens of a program: the tensor core's least
 MOST_EXPERTS = 512  # which a program has side by side when it chooses
@@ -423,32 +423,3 @@ def _logits(x: Tensor, weight: Tensor) -> Tensor:
     if x.is_cuda and weight.dtype == x.dtype != torch.float32:
         return torch.mm(x, weight.T, out_dtype=torch.float32)
     return F.linear(x.float(), weight.float())
-
-
-def proofs() -> dict[str, Proof]:
-    """Qwen3's, Mixtral's, Qwen3-Next's and Qwen1.5's routers: tensor cores, and weights copied 16 bytes at a time."""
-    made: dict[str, Proof] = {}
-    half = torch.float16
-    bf16 = torch.bfloat16
-    for num_experts, top_k, shared, hidden, num_tokens, dtype in (
-        (128, 8, 0, 2048, 1, bf16),
-        (128, 8, 0, 2048, 16, bf16),
-        (128, 8, 0, 2048, 64, bf16),
-        (128, 8, 0, 2048, 256, bf16),
-        (128, 8, 0, 2048, 512, bf16),
-        (16, 1, 0, 2048, 1, bf16),
-        (8, 2, 0, 4096, 1, bf16),
-        (8, 2, 0, 4096, 512, half),
-        (512, 10, 0, 2048, 512, bf16),
-        (60, 4, 4, 2048, 1, bf16),
-        (60, 4, 4, 2048, 64, bf16),
-    ):
-        x, weight = (meta(rows, hidden, dtype=dtype) for rows in (num_tokens, num_experts + min(shared, 1)))
-        chosen = meta(num_tokens, top_k + shared, dtype=torch.int32)
-        weights = meta(num_tokens, top_k + shared)
-        pairs = unaligned(chosen.numel(), num_experts + shared, 16, "meta")
-        (launch,) = routing(x, weight, chosen, weights, pairs, normalize=True, shared=shared)
-        name = f"{str(dtype).removeprefix('torch.')}, {top_k} of {num_experts}, {num_tokens} tokens"
-        name += f", {shared} for all" if shared else ""
-        made[name] = Proof(launch, (r"H[GM]*MMA\.", r"LDGSTS\.E\.BYPASS.*128", "ATOMG", PAST_L1), (WITHIN_L1,))
-    return made

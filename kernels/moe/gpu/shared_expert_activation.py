@@ -17,7 +17,7 @@ from torch import Tensor
 from octavo.kernels.launching import tuning
 from octavo.kernels.launching.checks import expect
 from octavo.kernels.launching.dependent_launch import await_previous
-from octavo.kernels.launching.launch import Launch, Proof, meta, power_of_two
+from octavo.kernels.launching.launch import Launch, power_of_two
 from octavo.kernels.launching.numerics import divided, largest, sigmoid, step_of, to_codes
 from octavo.kernels.norm.gpu.store_quantized import store_rounded
 
@@ -86,16 +86,3 @@ def silu_and_mul_slices(x: Tensor, out: Tensor, scale: Tensor, top_k: int, share
         **tuning.choose("activation rows", rows, width, 1),
         num_stages=1,
     )
-
-
-def proofs() -> dict[str, Proof]:
-    """Qwen2-57B's: 128-bit loads, and stores of what a thread has."""
-    width = 2560
-    top_k = 8
-    shared = 8
-    rows = 64 * (top_k + shared)
-    x = meta(rows, 2 * width, dtype=torch.bfloat16)
-    out = meta(rows, width, dtype=torch.float8_e4m3fn)
-    launch = silu_and_mul_slices(x, out, meta(rows, 1), top_k, shared)
-    name = f"silu fp8, {top_k} experts and {shared} slices of {width}"
-    return {name: Proof(launch, (r"LDG\.E\.128", r"STG\.E\.(128|64)"))}

@@ -15,7 +15,7 @@ from torch import Tensor
 from octavo.kernels.launching import tuning
 from octavo.kernels.launching.checks import expect
 from octavo.kernels.launching.dependent_launch import await_previous
-from octavo.kernels.launching.launch import Launch, Proof, meta, power_of_two
+from octavo.kernels.launching.launch import Launch, power_of_two
 from octavo.kernels.moe.gpu.shared_expert_activation import acted
 from octavo.kernels.norm.gpu.store_quantized import store_rounded
 
@@ -78,16 +78,3 @@ def by_stored(x: Tensor, stored: Tensor, chosen: Tensor, out: Tensor, scale: Ten
         **tuning.choose("activation rows" if gated else "quantize rows", pairs, width, int(gated)),
         num_stages=1,
     )
-
-
-def proofs() -> dict[str, Proof]:
-    """Mixtral's: 128-bit loads and stores."""
-    made: dict[str, Proof] = {}
-    chosen = meta(64, 2, dtype=torch.int32)
-    stored = meta(8)
-    for width, gated in ((4096, False), (14336, True)):
-        x = meta(128 if gated else 64, width * (1 + gated), dtype=torch.bfloat16)
-        out = meta(128, width, dtype=torch.float8_e4m3fn)
-        launch = by_stored(x, stored, chosen, out, meta(128, 1), gated=gated)
-        made[f"{'silu' if gated else 'x'} fp8 {width}"] = Proof(launch, (r"LDG\.E\.128", r"STG\.E\.128"))
-    return made

@@ -8,9 +8,6 @@ elsewhere in this room. Limit: bytes; 5 for each output element with bf16 in and
 
 from __future__ import annotations
 
-from functools import partial
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,7 +15,7 @@ from torch import Tensor
 from octavo.kernels.launching import tuning
 from octavo.kernels.launching.checks import expect
 from octavo.kernels.launching.dependent_launch import await_previous
-from octavo.kernels.launching.launch import Launch, Proof, cdiv, meta, power_of_two
+from octavo.kernels.launching.launch import Launch, cdiv, power_of_two
 from octavo.kernels.launching.numerics import sigmoid
 from octavo.kernels.norm.gpu.store_quantized import expect_scale, store_rounded
 
@@ -132,27 +129,3 @@ def _launch(
         **sizes,
         num_stages=1,
     )
-
-
-def proofs() -> dict[str, Proof]:
-    """Widths of Llamas and of SmolLM: 128-bit loads throughout."""
-    example = partial(meta, dtype=torch.bfloat16)
-    width = 14336
-    rows = example(64, 2 * width)
-    out = example(64, width)
-    scale = example(64, 112, dtype=torch.float32)
-    fp8 = example(64, width, dtype=torch.float8_e4m3fn)
-    int8 = example(64, width, dtype=torch.int8)
-    sums = example(4, 64, 2 * width, dtype=torch.float32)
-    made = {
-        "silu": silu_and_mul(rows, out),
-        "silu fp8": silu_and_mul(rows, fp8, scale=scale),
-        "silu fp8 groups of 4 partial sums": silu_and_mul(sums, fp8, scale=scale, group_size=128),
-        "gelu int8": gelu_tanh_and_mul(rows, int8, scale=scale),
-    }
-    made = {f"{name} {width}": launch for name, launch in made.items()}
-    for width in (1536, 8192, 28672):
-        rows = example(64, 2 * width)
-        fp8 = example(64, width, dtype=torch.float8_e4m3fn)
-        made[f"silu fp8 {width}"] = silu_and_mul(rows, fp8, scale=scale[:, :1])
-    return {name: Proof(launch, (r"LDG\.E\.128", r"STG\.E\.(128|64)")) for name, launch in made.items()}

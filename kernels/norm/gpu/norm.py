@@ -8,9 +8,6 @@ element (3 without), over 3.0 TB/s on an H100.
 
 from __future__ import annotations
 
-from functools import partial
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,7 +15,7 @@ from torch import Tensor
 from octavo.kernels.launching import tuning
 from octavo.kernels.launching.checks import expect, refuse
 from octavo.kernels.launching.dependent_launch import await_previous, prefetch
-from octavo.kernels.launching.launch import Launch, Proof, cdiv, meta, power_of_two
+from octavo.kernels.launching.launch import Launch, cdiv, power_of_two
 from octavo.kernels.launching.numerics import narrow
 from octavo.kernels.norm.gpu.store_quantized import expect_scale, store_rounded
 
@@ -189,55 +186,3 @@ def _expect_what_is_added(
         raise ValueError("residual and total come together")
     if residual is None and (weight is None or after is not None or multiplier != 1.0):
         raise ValueError("without a residual there is one norm, and nothing but it")
-
-
-def proofs() -> dict[str, Proof]:
-    """Widths of SmolLM and of Llamas: 128-bit loads and stores throughout."""
-    example = partial(meta, dtype=torch.bfloat16)
-    made: dict[str, Proof] = {}
-    for width in (576, 4096, 8192):
-        rows = example(64, width)
-        weight = example(width, dtype=torch.float32)
-        sums = example(4, 64, width, dtype=torch.float32)
-        scale = example(64, 1, dtype=torch.float32)
-        fp8 = example(64, width, dtype=torch.float8_e4m3fn)
-        int8 = example(64, width, dtype=torch.int8)
-        for name, launch in {
-            "norm": norm(rows, weight, 1e-5, rows, residual=rows, total=rows),
-            "norm fp8": norm(rows, weight, 1e-5, fp8, scale=scale, residual=rows, total=rows),
-            "norm fp8 groups": norm(rows, weight, 1e-5, fp8, scale=scale, group_size=128, residual=rows, total=rows),
-            "norm int8 of 4 partial sums": norm(sums, weight, 1e-5, int8, scale=scale, residual=rows, total=rows),
-        }.items():
-            made[f"{name} {width}"] = Proof(launch, expects=(r"LDG\.E\.128", r"STG\.E\.128"))
-    for width in (16384, 18432):
-        rows = example(64, width)
-        weight = example(width, dtype=torch.float32)
-        launch = norm(rows, weight, 1e-5, rows, residual=rows, total=rows)
-        made[f"norm {width}"] = Proof(launch, expects=(r"LDG\.E\.128", r"STG\.E\.128"))
-    rows = example(64, 2048)
-    weight = example(2048, dtype=torch.float32)
-    scale = example(64, 1, dtype=torch.float32)
-    fp8 = example(64, 2048, dtype=torch.float8_e4m3fn)
-    pairs = example(64, 8, 2048).transpose(0, 1)
-    stored = example(1, dtype=torch.float32)
-    places = example(2048, dtype=torch.int32)
-    for name, launch in {
-        "fp8 of 8 experts, and plain": norm(
-            pairs, weight, 1e-6, fp8, scale=scale, residual=rows, total=rows, plain=rows
-        ),
-        "fp8 static, and plain": norm(
-            rows, weight, 1e-6, fp8, scale=scale, residual=rows, total=rows, static_scale=stored, plain=rows
-        ),
-    }.items():
-        made[f"norm {name} 2048"] = Proof(launch, expects=(r"LDG\.E\.128", r"STG\.E\.128"))
-    for name, plain in (("moved", None), ("moved, and plain", rows)):
-        launch = norm(rows, weight, 1e-6, rows, residual=rows, total=rows, places=places, plain=plain)
-        made[f"norm {name} 2048"] = Proof(launch, expects=(r"LDG\.E\.128", r"STG\.E\.U16"))
-    rows = example(64, 3584)
-    scale = example(64, 1, dtype=torch.float32)
-    weight = example(3584, dtype=torch.float32)
-    sums = example(4, 64, 3584, dtype=torch.float32)
-    fp8 = example(64, 3584, dtype=torch.float8_e4m3fn)
-    launch = norm(sums, weight, 1e-6, fp8, scale=scale, residual=rows, total=rows, after=weight)
-    made["norms fp8 of 4 partial sums 3584"] = Proof(launch, expects=(r"LDG\.E\.128", r"STG\.E\.128"))
-    return made

@@ -6,7 +6,6 @@ that order. Limit: bytes; 4 S + 2 an element with bf16 out, over 3.0 TB/s on an 
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -14,7 +13,7 @@ from torch import Tensor
 from octavo.kernels.launching import tuning
 from octavo.kernels.launching.checks import expect
 from octavo.kernels.launching.dependent_launch import await_previous
-from octavo.kernels.launching.launch import Launch, Proof, cdiv, meta
+from octavo.kernels.launching.launch import Launch, cdiv
 from octavo.kernels.launching.numerics import narrow
 
 
@@ -39,9 +38,3 @@ def add_up(parts: Tensor, out: Tensor) -> Launch:
     block = sizes.pop("block")
     arguments = {"parts": parts, "out": out, "size": size, "PARTS": number, "BLOCK_SIZE": block}
     return Launch(_add_up, (cdiv(size, block),), arguments, **sizes, num_stages=1)
-
-
-def proofs() -> dict[str, Proof]:
-    """128-bit loads and stores."""
-    launch = add_up(meta(4, 64, 4096), meta(64, 4096, dtype=torch.bfloat16))
-    return {"4 parts": Proof(launch, (r"LDG\.E\.128", r"STG\.E\.128"))}

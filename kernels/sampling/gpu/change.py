@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,7 +17,7 @@ from torch import Tensor
 from octavo.kernels.launching import tuning
 from octavo.kernels.launching.checks import expect
 from octavo.kernels.launching.dependent_launch import await_previous
-from octavo.kernels.launching.launch import Launch, Proof, cdiv, meta
+from octavo.kernels.launching.launch import Launch, cdiv
 from octavo.kernels.launching.numerics import narrow
 
 
@@ -92,14 +91,3 @@ def _launch(kernel: Any, arguments: dict[str, Any]) -> Launch:
     sizes = tuning.choose("sampling lists", arguments["count"], arguments["vocab"], 0)
     block = sizes.pop("block")
     return Launch(kernel, (cdiv(arguments["count"], block),), {**arguments, "BLOCK": block}, **sizes, num_stages=1)
-
-
-def proofs() -> dict[str, Proof]:
-    """Lists of int64, as TokenCounts keeps them, and rows of float32."""
-    logits = meta(64, 128_256)
-    of_row = meta(64)
-    listed = meta(4096, dtype=torch.int64)
-    return {
-        "biases": Proof(add_biases(logits, listed, listed, of_row)),
-        "penalties": Proof(punish(logits, listed, listed, listed, of_row, of_row, of_row)),
-    }

@@ -29,7 +29,7 @@ from torch import Tensor
 from octavo.kernels.launching import tuning
 from octavo.kernels.launching.checks import expect
 from octavo.kernels.launching.dependent_launch import await_previous
-from octavo.kernels.launching.launch import Launch, Proof, cdiv, power_of_two
+from octavo.kernels.launching.launch import Launch, cdiv, power_of_two
 from octavo.kernels.launching.numerics import divided
 
 CHUNK = 256  # tokens that share an entry of `peaks` and `masses`
@@ -370,21 +370,3 @@ def draw(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_
     for launch in launches(logits.contiguous(), temperature, top_k, top_p, min_p, uniforms, tokens, memory):
         launch()
     return tokens
-
-
-def proofs() -> dict[str, Proof]:
-    """Gemma's and Qwen3's vocabularies: 128-bit loads."""
-    made: dict[str, Proof] = {}
-    for vocab, dtype in ((262_144, torch.float32), (151_936, torch.bfloat16)):
-
-        def row(dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.empty(64, dtype=dtype, device="meta")
-
-        logits = torch.empty(64, vocab, dtype=dtype, device="meta")
-        whole = row(torch.int64)
-        doubles = row(torch.float64)
-        memory = scratch(64, vocab, "meta")
-        steps = launches(logits, row(), whole, row(), row(), doubles, whole, memory)
-        for name, launch in zip(("peaks", "masses", "choose"), steps, strict=True):
-            made[f"{name} {vocab} {str(dtype).removeprefix('torch.')}"] = Proof(launch, expects=(r"LDG\.E\.128",))
-    return made

@@ -9,11 +9,12 @@ import json
 
 import triton
 import triton.language as tl
+from ahead import Compiled, compile_ahead
+from proof import Proof, meta
 
-from octavo.kernels.ahead import Compiled, compile_ahead
 from octavo.kernels.launching import launch
 from octavo.kernels.launching.dependent_launch import await_previous, prefetch
-from octavo.kernels.launching.launch import Launch, Proof, meta
+from octavo.kernels.launching.launch import Launch
 
 
 @triton.jit

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from proof import Proof, meta
 from torch import Tensor
 
 from octavo.kernels.gemm.gpu.gemm_persistent import many
@@ -18,7 +19,7 @@ from octavo.kernels.gemm.gpu.w4a16_gemm import gemm
 from octavo.kernels.gemm.gpu.w8a16_gemm import Packed, weights
 from octavo.kernels.int4.gpu.packing import PackedInt4
 from octavo.kernels.launching import tuning
-from octavo.kernels.launching.launch import Launch, Proof, meta
+from octavo.kernels.launching.launch import Launch
 from octavo.kernels.moe.gpu.grouped import grouped
 from octavo.kernels.moe.gpu.int4 import PackedExperts, grouped_int4
 from octavo.kernels.moe.gpu.int8 import ByteExperts, grouped_int8
@@ -40,7 +41,7 @@ FAMILIES = (
 Sizes = dict[str, int]
 
 
-def proofs() -> dict[str, Proof]:
+def row_proofs() -> dict[str, Proof]:
     """For the card that `octavo.kernels.launching.tuning` has been told."""
     cores = r"[HIQ]GMMA\." if tuning.card == "h100" else r"[HIQ]G?MMA\."
     made: dict[str, Proof] = {}

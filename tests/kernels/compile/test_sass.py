@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-
-from octavo.kernels import sass
+import sass
 
 
 def code(*lines: str) -> sass.Code:

@@ -1,6 +1,6 @@
-"""Kernels that start early wait before all else: seen by the compiler's output, by the source, and in the objections.
+"""Kernels that start early wait before any other memory access: in the machine code and in the source.
 
-The interpreter has neither waits nor prefetches; what it can show is which addresses are prefetched.
+The interpreter has neither waits nor prefetches; it can show which addresses are prefetched.
 """
 
 from __future__ import annotations
@@ -16,20 +16,22 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from ahead import proofs
 from compiling import printed
+from proof import meta
 
-from octavo.kernels import ahead
 from octavo.kernels.launching import launch
 from octavo.kernels.launching.dependent_launch import TILES, group_lines, row_lines, tile_lines
-from octavo.kernels.launching.launch import Launch, meta
+from octavo.kernels.launching.launch import Launch
 from octavo.kernels.norm.gpu.embedding import embed
 
+KERNELS = Path(__file__).parents[3] / "kernels"
 ADDRESSES = {
     "logits_of",
     *("program_id", "arange", "minimum", "cdiv", "zeros", "to", "await_previous"),
     *("prefetch", "row_lines", "tile_lines", "group_lines", "tile_of", "_corner"),
 }
-"""What is called before the wait: nothing of it reads or writes memory."""
+"""What a kernel may call before it waits: none of it reads or writes memory."""
 
 
 @pytest.fixture(scope="module")
@@ -58,26 +60,36 @@ def test_what_does_not_overlap_has_nothing_of_it(compiled: dict[str, dict[str, A
     assert compiled[kernel] == {"overlaps": False, "waits": False, "steps": 0, "said": []}
 
 
-def kernels_of(room: str) -> list[Any]:
-    """The Triton kernels of a module of `ahead.ROOMS` that may overlap."""
-    module = importlib.import_module(f"octavo.kernels.{room}")
-    return [x for x in vars(module).values() if "OVERLAPS" in getattr(x, "arg_names", ()) and x.__name__[0] == "_"]
+def overlapping_kernels() -> list[Any]:
+    """Every Triton kernel of the product that may overlap the one before."""
+    found: dict[int, Any] = {}
+    for path in sorted(KERNELS.rglob("gpu/*.py")):
+        parts = path.relative_to(KERNELS).with_suffix("").parts
+        module = importlib.import_module(".".join(("octavo.kernels", *parts)))
+        found |= {id(x): x for x in vars(module).values() if "OVERLAPS" in getattr(x, "arg_names", ())}
+    return [kernel for kernel in found.values() if kernel.__name__.startswith("_")]
 
 
-@pytest.mark.parametrize("room", ahead.ROOMS)
-def test_whatever_overlaps_is_proven_and_waits_in_the_source(room: str) -> None:
-    kernels = kernels_of(room)
-    assert kernels
-    proven = {id(p.launch.kernel) for p in importlib.import_module(f"octavo.kernels.{room}").proofs().values()}
-    for kernel in kernels:
-        assert id(kernel) in proven, kernel.__name__
-        (function,) = ast.parse(textwrap.dedent(inspect.getsource(kernel.fn))).body
-        assert isinstance(function, ast.FunctionDef)
-        at = [ast.unparse(statement) for statement in function.body].index("await_previous(OVERLAPS)")
-        before = [node for statement in function.body[:at] for node in ast.walk(statement)]
-        called = {ast.unparse(node.func).split(".")[-1] for node in before if isinstance(node, ast.Call)}
-        assert called <= ADDRESSES, kernel.__name__
-        assert not any(isinstance(node, ast.Return | ast.While | ast.For) for node in before), kernel.__name__
+def test_there_are_overlapping_kernels() -> None:
+    assert len(overlapping_kernels()) > 20
+
+
+@pytest.fixture(scope="module")
+def proven() -> set[int]:
+    """The kernels that some proof compiles."""
+    return {id(proof.launch.kernel) for proof in proofs().values()}
+
+
+@pytest.mark.parametrize("kernel", overlapping_kernels(), ids=lambda kernel: str(kernel.__name__))
+def test_whatever_overlaps_is_proven_and_waits_in_the_source(kernel: Any, proven: set[int]) -> None:
+    assert id(kernel) in proven
+    (function,) = ast.parse(textwrap.dedent(inspect.getsource(kernel.fn))).body
+    assert isinstance(function, ast.FunctionDef)
+    at = [ast.unparse(statement) for statement in function.body].index("await_previous(OVERLAPS)")
+    before = [node for statement in function.body[:at] for node in ast.walk(statement)]
+    called = {ast.unparse(node.func).split(".")[-1] for node in before if isinstance(node, ast.Call)}
+    assert called <= ADDRESSES, kernel.__name__
+    assert not any(isinstance(node, ast.Return | ast.While | ast.For) for node in before), kernel.__name__
 
 
 def embedding() -> Launch:

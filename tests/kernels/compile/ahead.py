@@ -1,11 +1,12 @@
-"""Compiling a launch for a GPU that isn't there, and reading what came out: registers, memory, instructions.
+"""Compile launches for a GPU that isn't there, and read registers, memory and instructions from the result.
 
 Needs the compiler, assembler and disassembler that Triton's wheel brings, and no GPU. What is compiled is what the
 launch would run: the same specialization on types, on multiples of 16 and on arguments that are 1, where the kernel
 doesn't rule it out.
 
-`python -m octavo.kernels.ahead OUT.json` compiles the proofs of every room, on all cores: a name for each, and `facts`.
-With `--capability 80` or 89 they are compiled for an A100, or for an L40S and a 4090, in the sizes of the card's table.
+`python tests/kernels/compile/ahead.py OUT.json` compiles all proofs for an H100 on all cores and writes what `facts`
+and `objections` say of each. `--capability 80` or 89 compiles for an A100, or for an L40S and a 4090, in the block
+sizes of that card's table.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import json
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -26,8 +27,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import sass
 import torch
 import triton
+from proof import Proof
 from torch import Tensor
 from triton import knobs
 from triton.backends.compiler import GPUTarget
@@ -35,53 +38,16 @@ from triton.compiler import ASTSource
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from octavo.kernels import sass
 from octavo.kernels.launching import tuning
-from octavo.kernels.launching.launch import INTERPRETED, Launch, Proof
+from octavo.kernels.launching.launch import INTERPRETED, Launch
 
-ROOMS = (  # modules that have `proofs() -> dict[str, Proof]`
-    "fused.gpu.norm",
-    "fused.gpu.activation",
-    "fused.gpu.embedding",
-    "fused.gpu.sums",
-    "attention.gpu.decode",
-    "attention.gpu.prefill",
-    "attention.gpu.rope",
-    "attention.gpu.rope_decode",
-    "int4.gpu.gemm",
-    "int4.gpu.dequantize",
-    "int4.gpu.columns",
-    "fp8.gpu.quantize",
-    "fp8.gpu.few",
-    "fp8.gpu.many",
-    "int8.gpu.weights",
-    "moe.gpu.columns",
-    "moe.gpu.fused",
-    "moe.gpu.grouped",
-    "moe.gpu.int4",
-    "moe.gpu.int8",
-    "moe.gpu.route",
-    "moe.gpu.router",
-    "moe.gpu.slices",
-    "moe.gpu.stored",
-    "sampling.gpu.change",
-    "sampling.gpu.draw",
-)
-HOPPER = (
-    "int4.gpu.gemm",
-    "fp8.gpu.few",
-    "fp8.gpu.many",
-    "int8.gpu.weights",
-    "moe.gpu.grouped",
-    "moe.gpu.int4",
-    "moe.gpu.int8",
-)
-"""Rooms whose proofs have an H100's sizes and instructions; `rows` has every size of any card's table."""
+PROOFS = Path(__file__).parent / "proofs"
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 120: 101_376}
 """Bytes that a block may use, by compute capability."""
 TOGETHER = 8
-"""Proofs that are disassembled in one run: a run's start takes as long as compiling a small kernel."""
-FP8_PRODUCTS = re.compile(r"rows: .*fp8")
+"""Proofs that are disassembled in one run, since starting the disassembler takes as long as compiling a kernel."""
+FP8_PRODUCTS = re.compile(r"card_tables .*: .*fp8")
+"""Proofs that multiply e4m3, which an A100 can't: its table has no such rows."""
 TYPES = {
     torch.float64: "fp64",
     torch.float32: "fp32",
@@ -98,17 +64,18 @@ TYPES = {
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a launch became.
+    """What the compiler made of a launch.
 
     registers     a thread's
     stack         bytes of local memory a thread has: not 0 where registers spill
     shared        bytes of shared memory a block has
     serialized    ptxas gave up overlapping tensor-core instructions (its warning C7510 to C7519)
-    overlaps      it may start while the kernel before still runs (`overlap`)
-    waits         it waits for that kernel before all else (`sass.waits_first`)
-    counts        it counts itself, if at all, after it has stored, and sees what others have (`sass.counts_after`)
-    loop          instructions of the loop that its products stand in (`sass.loop_of`); 0: none is in a loop
-    instructions  how often each stands in the machine code, by its name there (`sass.Instruction`)
+    overlaps      it may start while the kernel before still runs (`launching.dependent_launch`)
+    waits         it waits for that kernel before any other memory access (`sass.waits_first`)
+    counts        it counts itself, if at all, after it has stored, and then sees what others stored
+                  (`sass.counts_after`)
+    loop          number of instructions in the loop with the tensor-core products (`sass.loop_of`); 0: no such loop
+    instructions  how often each instruction occurs in the machine code, by its name there (`sass.Instruction`)
     """
 
     registers: int
@@ -122,29 +89,19 @@ class Compiled:
     instructions: Counter[str]
 
     def count(self, pattern: str) -> int:
-        """Instructions whose name begins with a regular expression."""
+        """Number of instructions whose name matches a regular expression from its start."""
         return sum(n for name, n in self.instructions.items() if re.match(pattern, name))
 
-    def facts(self) -> dict[str, Any]:
-        """What a table keeps of it: tensor-core instructions by their shape, and how many instructions in all."""
-        found: Counter[str] = Counter()
-        for name, number in self.instructions.items():
-            if re.match(r"[A-Z]*MMA\.", name):
-                found[".".join(name.split(".")[:2])] += number
-        return {
-            "registers": self.registers,
-            "stack": self.stack,
-            "shared": self.shared,
-            "waits": self.waits,
-            "instructions": sum(self.instructions.values()),
-            "tensor cores": dict(sorted(found.items())),
-        }
+    @property
+    def tensor_cores(self) -> list[str]:
+        """The tensor-core instructions by shape, such as "QGMMA.64x16x32", each once."""
+        return sorted({".".join(name.split(".")[:2]) for name in self.instructions if re.match(r"[A-Z]*MMA\.", name)})
 
     def objections(self, proof: Proof, capability: int = 90) -> list[str]:
-        """What is wrong with it, in words; nothing, where it is as it must be.
+        """What is wrong with the machine code, in words; empty when it is as it must be.
 
-        A proof names sm_90's instructions; elsewhere any of the tensor core stands for one of them, and the rest is
-        left open.
+        A proof names sm_90's instructions. On another card any tensor-core instruction stands for the one that is
+        named, and other expectations are dropped.
         """
         expects = proof.expects
         forbids = proof.forbids
@@ -162,16 +119,38 @@ class Compiled:
         return said
 
 
-def proofs(capability: int = 90) -> dict[str, tuple[str, str]]:
-    """All proofs of all rooms by name, with the card's table: where each is found, as its module and its name there."""
-    rooms = (*(room for room in ROOMS if capability == 90 or room not in HOPPER), "rows")
+def makers() -> dict[str, Callable[[], dict[str, Proof]]]:
+    """Every function `NAME_proofs` of every file in proofs/, by "FILE NAME"."""
+    found: dict[str, Callable[[], dict[str, Proof]]] = {}
+    for path in sorted(PROOFS.glob("*.py")):
+        for name, value in vars(importlib.import_module(f"proofs.{path.stem}")).items():
+            if name.endswith("_proofs"):
+                found[f"{path.stem} {name.removesuffix('_proofs')}"] = value
+    return found
+
+
+def proofs(capability: int = 90) -> dict[str, Proof]:
+    """All proofs by name, with the block sizes of the capability's card."""
     with tuning.taken(tuning.of_capability(capability)):
-        found = {
-            f"{room.replace('.gpu.', ' ')}: {name}": (f"octavo.kernels.{room}", name)
-            for room in rooms
-            for name in importlib.import_module(f"octavo.kernels.{room}").proofs()
-        }
-    return {name: place for name, place in found.items() if capability >= 89 or not FP8_PRODUCTS.match(name)}
+        found = {f"{maker}: {name}": proof for maker, make in makers().items() for name, proof in make().items()}
+    if capability != 90:
+        found = {name: proof for name, proof in found.items() if not proof.hopper_only}
+    return {name: proof for name, proof in found.items() if capability >= 89 or not FP8_PRODUCTS.match(name)}
+
+
+def kind_of(name: str, proof: Proof) -> tuple[Any, ...]:
+    """What a proof has in common with others like it: its file and function, the kernel, and the tensors' types."""
+    arguments = proof.launch.arguments.values()
+    types = [str(value.dtype) for value in arguments if isinstance(value, Tensor)]
+    return (name.split(":")[0], proof.launch.kernel.__name__, *types)
+
+
+def sample(found: dict[str, Proof]) -> list[str]:
+    """The first proof of each kind."""
+    first: dict[tuple[Any, ...], str] = {}
+    for name, proof in found.items():
+        first.setdefault(kind_of(name, proof), name)
+    return list(first.values())
 
 
 def compile_ahead(launches: Sequence[Launch], capability: int = 90) -> list[Compiled]:
@@ -184,7 +163,7 @@ def compile_ahead(launches: Sequence[Launch], capability: int = 90) -> list[Comp
 
 
 def _compiled(built: Any, said: str, code: sass.Code) -> Compiled:
-    """What to know of a kernel: from its file, from what ptxas said, and from its instructions."""
+    """Collect the facts from the cubin, from what ptxas printed, and from the instructions."""
     with tempfile.TemporaryDirectory() as directory:
         cubin = Path(directory) / "kernel.cubin"
         cubin.write_bytes(built.asm["cubin"])
@@ -204,9 +183,9 @@ def _compiled(built: Any, said: str, code: sass.Code) -> Compiled:
 
 
 def _compile(launch: Launch, target: GPUTarget) -> tuple[Any, str]:
-    """A kernel, and what ptxas said of it, which Triton prints when asked to, and when it compiles.
+    """A compiled kernel, and what ptxas printed about it.
 
-    Kernels that branch on the target ask Triton's driver for it: while they are compiled, it has just that.
+    Kernels that branch on the target ask Triton's driver for it, so the driver is replaced while they are compiled.
     """
     arguments, options = launch.on(target.arch)
     before = driver._active
@@ -261,28 +240,29 @@ def _is_multiple_of_16(value: Any) -> bool:
     return isinstance(value, int) and value % 16 == 0
 
 
-def check(places: Sequence[tuple[str, str]], capability: int = 90) -> list[dict[str, Any]]:
-    """Compile some proofs: the facts of each, and the objections to it."""
-    with tuning.taken(tuning.of_capability(capability)):
-        found = [importlib.import_module(module).proofs()[name] for module, name in places]
-    made = compile_ahead([proof.launch for proof in found], capability)
+def check(names: Sequence[str], capability: int = 90) -> list[dict[str, Any]]:
+    """Compile some proofs: the tensor-core instructions of each, and the objections to it."""
+    known = proofs(capability)
+    made = compile_ahead([known[name].launch for name in names], capability)
     return [
-        {**of.facts(), "objections": of.objections(proof, capability)} for of, proof in zip(made, found, strict=True)
+        {"tensor cores": one.tensor_cores, "objections": one.objections(known[name], capability)}
+        for name, one in zip(names, made, strict=True)
     ]
 
 
 def main() -> None:
-    """Compile all proofs whose name holds what a regular expression says, and write what came out."""
+    """Compile all proofs whose name contains a match of a regular expression, and write what came out."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--only", default="", metavar="EXPRESSION")
+    parser.add_argument("--sample", action="store_true", help="only the first proof of each kind")
     parser.add_argument("--capability", type=int, default=90, choices=SHARED_MEMORY, help="of the card (default: 90)")
     args = parser.parse_args()
-    wanted = {name: place for name, place in proofs(args.capability).items() if re.search(args.only, name)}
+    known = proofs(args.capability)
+    wanted = [name for name in (sample(known) if args.sample else known) if re.search(args.only, name)]
     if not wanted:
-        parser.error(f"--only {args.only}: no proof's name holds that")
-    places = list(wanted.values())
-    together = [places[at : at + TOGETHER] for at in range(0, len(places), TOGETHER)]
+        parser.error(f"--only {args.only}: no proof's name matches")
+    together = [wanted[at : at + TOGETHER] for at in range(0, len(wanted), TOGETHER)]
     with ProcessPoolExecutor() as pool:
         facts = chain.from_iterable(pool.map(check, together, repeat(args.capability)))
         table = dict(zip(wanted, facts, strict=True))
