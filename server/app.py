@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, TypeVar
 
 from fastapi import APIRouter, Body, FastAPI, Request
@@ -32,7 +33,15 @@ from octavo.server.errors import RESPONSES, ApiError
 from octavo.server.generation import generate
 from octavo.server.metrics import CONTENT_TYPE, Metrics
 from octavo.server.middleware import Authentication, BodyLimit
-from octavo.server.prompts import chat_prompt, chat_token_ids, completion_prompts, encode, in_vocabulary
+from octavo.server.prompts import (
+    chat_prompt,
+    chat_token_ids,
+    completion_prompts,
+    encode,
+    in_vocabulary,
+    render_request,
+    rendered,
+)
 from octavo.server.served_model import ServedModel
 from octavo.server.streaming import EventStream, encode_json, unless_hung_up
 from octavo.server.strict_json import StrictRoute
@@ -114,7 +123,9 @@ class _Routes:
         async def chat_completions(body: ChatCompletionRequest, http: Request) -> Response:
             """Answer a conversation."""
             self._check(body.model)
-            answer = await _off_loop(http, lambda: ChatAnswer(body, chat_prompt(body, model), model))
+            asked = await _off_loop(http, lambda: render_request(body, model, body.documents))
+            text = await rendered(asked, model)
+            answer = await _off_loop(http, lambda: ChatAnswer(body, chat_prompt(text, body, model), model))
             return await self._answer(http, answer)
 
         return router
@@ -128,7 +139,11 @@ class _Routes:
         async def tokenize(body: Annotated[TokenizeRequest, Body()], http: Request) -> Response:
             """The token ids of a text, or of the prompt that the chat template makes of messages."""
             self._check_name(body.model)
-            return _json(await _off_loop(http, lambda: _tokenized(body, model)))
+            text = None
+            if isinstance(body, TokenizeChatRequest):
+                asked = await _off_loop(http, partial(render_request, body, model))
+                text = await rendered(asked, model)
+            return _json(await _off_loop(http, lambda: _tokenized(body, text, model)))
 
         @router.post("/detokenize", response_model=DetokenizeResponse)
         async def detokenize(body: DetokenizeRequest, http: Request) -> Response:
@@ -215,9 +230,13 @@ def _json(content: bytes) -> Response:
     return Response(content, media_type="application/json")
 
 
-def _tokenized(body: TokenizeCompletionRequest | TokenizeChatRequest, model: ServedModel) -> bytes:
+def _tokenized(
+    body: TokenizeCompletionRequest | TokenizeChatRequest, chat_text: str | None, model: ServedModel
+) -> bytes:
+    """The answer to /tokenize; chat_text is what the chat template made of a TokenizeChatRequest."""
     if isinstance(body, TokenizeChatRequest):
-        ids = chat_token_ids(body, model)
+        assert chat_text is not None
+        ids = chat_token_ids(chat_text, body, model)
     else:
         ids = encode(body.prompt, "prompt", model, add_special_tokens=body.add_special_tokens)
     strings = [model.tokenizer.token_text(token_id) for token_id in ids] if body.return_token_strs else None

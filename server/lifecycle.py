@@ -24,6 +24,7 @@ from octavo.server.connection import Connection
 from octavo.server.engine_client import EngineClient, EngineDeadError
 from octavo.server.listen_sockets import BACKLOG, listen
 from octavo.server.metrics import Metrics
+from octavo.server.template_renderer import TemplateRenderer
 
 logger = logging.getLogger(__name__)
 
@@ -53,19 +54,23 @@ class EngineStartError(RuntimeError):
 
 async def serve(
     engine: EngineProcess,
+    renderer: TemplateRenderer,
     make_app: Callable[[EngineClient, Ready], tuple[FastAPI, Metrics]],
     options: ListenOptions,
 ) -> bool:
-    """Serve until told to stop; whether the engine was alive then. Raises EngineStartError."""
+    """Serve until told to stop; whether the engine was alive then.
+
+    Raises EngineStartError, BindError, and ChatTemplateError for a template that can't be compiled.
+    """
     client = EngineClient(engine)
     stop = _Stop()
     try:
-        if not await stop.comes_before(client.ready()):
+        if not await stop.comes_before(_all_ready(client, renderer)):
             app, metrics = make_app(client, await client.ready())
             log = StepLog(metrics)
             client.on_step = log.step if options.log_stats else metrics.step
             ticker = asyncio.create_task(log.tick_forever())
-            stop.server = _Server(_uvicorn_config(app, options), client, options)
+            stop.server = _Server(_uvicorn_config(app, options), client, renderer, options)
             await stop.server.serve(sockets=options.sockets)
             ticker.cancel()
         return client.death is None
@@ -73,6 +78,12 @@ async def serve(
         raise EngineStartError(str(error)) from error
     finally:
         await client.close()
+        renderer.stop(DRAINING)
+
+
+async def _all_ready(client: EngineClient, renderer: TemplateRenderer) -> None:
+    """Wait for both; the first failure ends the wait."""
+    await asyncio.gather(renderer.check(), client.ready())
 
 
 class _Stop:
@@ -91,7 +102,7 @@ class _Stop:
         elif not self._early.done():
             self._early.set_result(None)
 
-    async def comes_before(self, ready: Awaitable[Ready]) -> bool:
+    async def comes_before(self, ready: Awaitable[None]) -> bool:
         """Wait for either; raises what `ready` raises."""
         waiting = asyncio.ensure_future(ready)
         try:
@@ -125,9 +136,12 @@ def _uvicorn_config(app: FastAPI, options: ListenOptions) -> uvicorn.Config:
 class _Server(uvicorn.Server):
     """uvicorn, which stops listening and waits for what is under way; here it is told when to stop waiting."""
 
-    def __init__(self, config: uvicorn.Config, client: EngineClient, options: ListenOptions) -> None:
+    def __init__(
+        self, config: uvicorn.Config, client: EngineClient, renderer: TemplateRenderer, options: ListenOptions
+    ) -> None:
         super().__init__(config)
         self._client = client
+        self._renderer = renderer
         self._options = options
 
     @contextlib.contextmanager
@@ -148,7 +162,7 @@ class _Server(uvicorn.Server):
             logger.info("shutting down: %d requests get %g s to finish", client.num_open, limit)
         loop = asyncio.get_running_loop()
         timers = (
-            loop.call_later(limit, client.fail_all, f"{DRAINING}, and did not wait longer"),
+            loop.call_later(limit, self._give_up),
             loop.call_later(limit + LAST_WORDS_SECONDS, self._hang_up),
         )
         try:
@@ -160,8 +174,15 @@ class _Server(uvicorn.Server):
             self._hang_up()  # ends every task in its own way; cancelled with the loop, each would log a traceback
             await asyncio.wait(self.server_state.tasks, timeout=LAST_WORDS_SECONDS)
 
+    def _give_up(self) -> None:
+        """End what is under way with an error."""
+        message = f"{DRAINING}, and did not wait longer"
+        self._client.fail_all(message)
+        self._renderer.stop(message)
+
     def _hang_up(self) -> None:
-        """On clients that do not read, and on those whose request is not here yet."""
+        """Close the connections of clients that don't read, or whose request has not arrived yet."""
+        self._give_up()
         for connection in tuple(self.server_state.connections):
             assert isinstance(connection, Connection)
             connection.transport.abort()

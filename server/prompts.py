@@ -15,9 +15,11 @@ from octavo.server.dialects.protocol import (
     CompletionRequest,
     GenerationRequest,
 )
-from octavo.server.errors import bad_request
+from octavo.server.errors import ApiError, bad_request
 from octavo.server.served_model import ServedModel
-from octavo.text.chat_template import ChatTemplateError
+from octavo.server.template_renderer import RendererStoppedError, RenderRequest
+from octavo.text.chat_template import REQUEST_ORIGIN, ChatTemplateError
+from octavo.text.template_process import Job
 
 MAX_ANSWERS = 4096  # of one HTTP request: prompts x n
 MAX_TEXT = 1 << 22  # characters that are tokenized, whatever the context: that takes seconds and some 400 MB
@@ -51,9 +53,9 @@ def completion_prompts(request: CompletionRequest, model: ServedModel) -> list[P
     return prompts
 
 
-def chat_prompt(request: ChatCompletionRequest, model: ServedModel) -> Prompt:
-    """The prompt that the chat template makes of the messages."""
-    ids = chat_token_ids(request, model, documents=request.documents)
+def chat_prompt(text: str, request: ChatCompletionRequest, model: ServedModel) -> Prompt:
+    """The prompt out of the text that the chat template made of the messages."""
+    ids = chat_token_ids(text, request, model)
     prompt = Prompt(_fitted(ids, request, chat_max_tokens(request), model, "messages"))
     _check_total([prompt], request, "messages")
     return prompt
@@ -71,9 +73,14 @@ def _check_total(prompts: list[Prompt], request: GenerationRequest, name: str) -
         )
 
 
+def max_characters(model: ServedModel) -> int:
+    """The longest text that is tokenized."""
+    return max(MAX_TEXT, model.max_model_len * model.tokenizer.longest_token)
+
+
 def encode(text: str, name: str, model: ServedModel, *, add_special_tokens: bool) -> list[int]:
     """Token ids of a client's text. Half a surrogate pair, which a template can write, is no text."""
-    limit = max(MAX_TEXT, model.max_model_len * model.tokenizer.longest_token)
+    limit = max_characters(model)
     if len(text) > limit:
         raise bad_request(f"{name}: {len(text)} characters; {limit} is the most that is tokenized", name)
     try:
@@ -82,28 +89,44 @@ def encode(text: str, name: str, model: ServedModel, *, add_special_tokens: bool
         raise bad_request(f"{name}: half a surrogate pair is no text", name) from None
 
 
-def chat_token_ids(
+def render_request(
     options: ChatOptions, model: ServedModel, documents: list[dict[str, Any]] | None = None
-) -> list[int]:
-    """Render messages and tokenize them; what the template refuses is a 400."""
+) -> RenderRequest:
+    """What the process that renders chat templates is asked for these messages."""
     if options.chat_template is not None and not model.trust_request_chat_template:
         raise bad_request(
             "chat_template: a template is code, and this server does not run a client's "
             "(it would with --trust-request-chat-template)",
             "chat_template",
         )
-    messages = [_plain(message.model_dump(exclude_none=True)) for message in options.messages]
+    job = Job(
+        messages=[_plain(message.model_dump(exclude_none=True)) for message in options.messages],
+        template=options.chat_template,
+        add_generation_prompt=options.add_generation_prompt,
+        continue_final_message=options.continue_final_message,
+        documents=documents,
+        variables=options.chat_template_kwargs,
+        max_characters=max_characters(model),
+    )
     try:
-        text = model.chat_template.render(
-            messages,
-            template=options.chat_template,
-            add_generation_prompt=options.add_generation_prompt,
-            continue_final_message=options.continue_final_message,
-            documents=documents,
-            variables=options.chat_template_kwargs,
-        )
+        return model.renderer.request(job)
     except ChatTemplateError as error:
         raise bad_request(str(error), "messages") from error
+
+
+async def rendered(request: RenderRequest, model: ServedModel) -> str:
+    """The prompt as text; what the template refuses, or a limit that it exceeds, is a 400."""
+    try:
+        return await model.renderer.render(request)
+    except ChatTemplateError as error:
+        param = "chat_template" if request.origin == REQUEST_ORIGIN else "messages"
+        raise bad_request(str(error), param) from error
+    except RendererStoppedError as error:
+        raise ApiError(503, str(error)) from error
+
+
+def chat_token_ids(text: str, options: ChatOptions, model: ServedModel) -> list[int]:
+    """Tokenize what the chat template made of the messages."""
     return encode(text, "messages", model, add_special_tokens=options.add_special_tokens)
 
 

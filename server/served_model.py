@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from octavo.server.dialects.protocol import GenerationRequest
 from octavo.server.errors import explain
-from octavo.text.chat_template import ChatTemplate
+from octavo.server.template_renderer import TemplateRenderer
 from octavo.text.tokenizer import Tokenizer
 
 SAMPLING_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -28,7 +28,7 @@ class ServedModel:
     names: tuple[str, ...]
     root: str
     tokenizer: Tokenizer
-    chat_template: ChatTemplate
+    renderer: TemplateRenderer
     end_ids: frozenset[int]
     defaults: dict[str, float]
     max_model_len: int

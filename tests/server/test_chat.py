@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -94,7 +95,7 @@ def test_where_templates_come_from(tmp_path: Path) -> None:
     ("template", "says"),
     [
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
-        ("{% for %}", "refused"),
+        ("x\n{% for %}", "chat template, line 2: "),
         ("{{ messages[0]['content'] + 1 }}", "refused"),
         ("{{ ''.__class__.__mro__ }}", "unsafe|refused"),
         ("{{ messages.append(1) }}", "unsafe|refused"),
@@ -104,6 +105,30 @@ def test_where_templates_come_from(tmp_path: Path) -> None:
 def test_a_failing_template_is_one_kind_of_error(template: str, says: str) -> None:
     with pytest.raises(ChatTemplateError, match=says):
         ChatTemplate({"default": template}, {}).render([{"role": "user", "content": "x"}])
+
+
+def test_a_template_that_can_not_be_compiled_is_named_with_its_line(tmp_path: Path) -> None:
+    broken = "line one\n{% if %}"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": broken}))
+    with pytest.raises(ChatTemplateError, match=r"^tokenizer_config\.json, chat_template, line 2: "):
+        ChatTemplate.open(tmp_path, {}).check()
+    (tmp_path / "chat_template.jinja").write_text("{{ messages | no_such_filter }}")
+    with pytest.raises(ChatTemplateError, match=r"^chat_template\.jinja, line 1: .*no_such_filter"):
+        ChatTemplate.open(tmp_path, {}).check()
+    with pytest.raises(ChatTemplateError, match=r"^--chat-template, line 2: "):
+        ChatTemplate.open(tmp_path, {}, broken).check()
+    (tmp_path / "chat_template.jinja").write_text("fine")
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "rag.jinja").write_text(broken)
+    with pytest.raises(ChatTemplateError, match=r"^additional_chat_templates/rag\.jinja, line 2: "):
+        ChatTemplate.open(tmp_path, {}).check()
+
+
+@pytest.mark.parametrize("template", [5, ["x"], [{"name": "default"}], {"default": 5}])
+def test_a_template_of_a_wrong_type_is_told_by_its_file(tmp_path: Path, template: object) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    with pytest.raises(ChatTemplateError, match=r"tokenizer_config\.json: chat_template must be"):
+        ChatTemplate.open(tmp_path, {})
 
 
 def test_no_template_says_what_to_do() -> None:

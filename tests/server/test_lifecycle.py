@@ -6,8 +6,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,7 +16,18 @@ from typing import Any
 
 import httpx
 import pytest
-from octavo_server import PATIENCE, SMALL, Server, events, num_in_flight, serving, started, value, wait_until
+from octavo_server import (
+    PATIENCE,
+    SMALL,
+    Server,
+    events,
+    num_in_flight,
+    said_at_once,
+    serving,
+    started,
+    value,
+    wait_until,
+)
 
 LONG = {
     "prompt": ["x"] * 2,
@@ -184,18 +193,6 @@ def test_the_engine_s_death_is_told_to_everybody() -> None:
         server.send_signal(signal.SIGTERM)
         assert server.exit_code() == 1
     assert "Traceback" not in server.said
-
-
-def said_at_once(*arguments: str, environment: dict[str, str] | None = None) -> str:
-    """The one line that a command which can't start says."""
-    command = [sys.executable, "-m", "octavo", "serve", *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=environment, check=False)
-    assert result.returncode == 1, result.stderr
-    lines = result.stderr.strip().splitlines()
-    assert "Traceback" not in result.stderr
-    assert lines[-1].startswith("octavo serve: ")
-    assert len(lines) == 1, result.stderr
-    return lines[0]
 
 
 def test_a_port_that_is_taken() -> None:

@@ -96,6 +96,18 @@ def serving(*flags: str, environment: dict[str, str] | None = None) -> Iterator[
         yield server
 
 
+def said_at_once(*arguments: str, environment: dict[str, str] | None = None) -> str:
+    """The one line that a command which can't start says."""
+    command = [sys.executable, "-m", "octavo", "serve", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=environment, check=False)
+    assert result.returncode == 1, result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert "Traceback" not in result.stderr
+    assert lines[-1].startswith("octavo serve: ")
+    assert len(lines) == 1, result.stderr
+    return lines[0]
+
+
 def events(lines: Sequence[str] | Iterator[str]) -> Iterator[Any]:
     """The JSON of a stream's events; the stream must end with [DONE]."""
     is_done = False

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from octavo.runtime.messages import Ready
     from octavo.server.engine_client import EngineClient
     from octavo.server.metrics import Metrics
+    from octavo.server.template_renderer import TemplateRenderer
 
 __all__ = ["configure", "run"]
 
@@ -64,9 +65,10 @@ def _serve(args: argparse.Namespace, begun: float) -> bool:
 
         from octavo.server.lifecycle import EngineStartError, ListenOptions, serve
         from octavo.server.listen_sockets import BindError
+        from octavo.text.chat_template import ChatTemplateError
 
         _allow_many_connections()
-        make_app = _app_maker(args, directory, begun)
+        renderer, make_app = _app_maker(args, directory, begun)
         options = ListenOptions(
             sockets=sockets,
             url=url,
@@ -79,9 +81,11 @@ def _serve(args: argparse.Namespace, begun: float) -> bool:
             log_stats=not args.disable_log_stats,
         )
         try:
-            return uvloop.run(serve(engine, make_app, options))
+            return uvloop.run(serve(engine, renderer, make_app, options))
         except (EngineStartError, BindError) as error:
             raise ServeError(str(error)) from error
+        except ChatTemplateError as error:
+            raise ServeError(f"{args.tokenizer or directory}: {error}; --chat-template FILE replaces it") from error
     finally:
         if engine is not None:
             engine.close()
@@ -146,18 +150,19 @@ def _bind(args: argparse.Namespace) -> tuple[list[socket.socket], str]:
 
 def _app_maker(
     args: argparse.Namespace, directory: Path, begun: float
-) -> Callable[[EngineClient, Ready], tuple[FastAPI, Metrics]]:
+) -> tuple[TemplateRenderer, Callable[[EngineClient, Ready], tuple[FastAPI, Metrics]]]:
     """Read the text side of the model now, while the engine loads; the rest when the engine is ready."""
     from octavo.server.app import ServerOptions, build_app
     from octavo.server.metrics import Metrics
     from octavo.server.served_model import ServedModel, end_token_ids, sampling_defaults
+    from octavo.server.template_renderer import TemplateRenderer
     from octavo.text.chat_template import ChatTemplate, ChatTemplateError
     from octavo.text.tokenizer import Tokenizer, TokenizerError
 
     try:
         text_side = Path(args.tokenizer) if args.tokenizer else directory
         tokenizer = Tokenizer.open(text_side, trust_remote_code=args.trust_remote_code)
-        template = ChatTemplate.open(text_side, tokenizer.special_tokens, args.chat_template)
+        renderer = TemplateRenderer(ChatTemplate.open(text_side, tokenizer.special_tokens, args.chat_template))
         defaults = sampling_defaults(directory, args.generation_config, args.override_generation_config)
         end_ids = end_token_ids(directory, tokenizer)
     except (TokenizerError, ChatTemplateError, ValueError) as error:
@@ -176,7 +181,7 @@ def _app_maker(
             names=tuple(args.served_model_name or [_model_of(args)]),
             root=_model_of(args),
             tokenizer=tokenizer,
-            chat_template=template,
+            renderer=renderer,
             end_ids=end_ids,
             defaults=defaults,
             max_model_len=ready.max_model_len,
@@ -189,7 +194,8 @@ def _app_maker(
         print_report(ready, time.monotonic() - begun)
         return app, metrics
 
-    return make_app
+    renderer.start()
+    return renderer, make_app
 
 
 def _api_keys(args: argparse.Namespace) -> tuple[str, ...]:

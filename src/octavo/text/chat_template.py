@@ -1,7 +1,8 @@
 """Chat templates, rendered as transformers renders them, without importing transformers.
 
-A template is code from a checkpoint or from a client: it runs in jinja2's immutable sandbox, and sees plain JSON
-values only. Every way in which it can fail is a ChatTemplateError, which the server answers with 400.
+A template is code from a checkpoint or from a client: it runs in jinja2's immutable sandbox and sees plain JSON values
+only. The sandbox limits neither time nor memory, so the server renders in a process that does (template_process.py).
+Every way in which a template can fail is a ChatTemplateError that names the template.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import copy
 import functools
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,6 +24,7 @@ import jinja2.sandbox
 
 Message = dict[str, Any]
 
+REQUEST_ORIGIN = "the request's chat_template"
 _CONTINUE_HERE = "CONTINUE_FINAL_MESSAGE_TAG "
 
 
@@ -29,12 +32,27 @@ class ChatTemplateError(ValueError):
     """No template, or one that refuses these messages or fails on them."""
 
 
+class TemplateLimitError(ChatTemplateError):
+    """A template took more time or memory, or wrote more, than it may."""
+
+
+@dataclass(frozen=True)
+class TemplateSource:
+    """A template's text, and where it comes from, for errors."""
+
+    text: str
+    origin: str
+
+
 class ChatTemplate:
     """The templates of one model: usually only 'default'. `special_tokens` are visible to them by name."""
 
-    def __init__(self, templates: dict[str, str], special_tokens: dict[str, str]) -> None:
+    def __init__(
+        self, templates: dict[str, str], special_tokens: dict[str, str], origins: dict[str, str] | None = None
+    ) -> None:
         self.templates = templates
         self._special_tokens = special_tokens
+        self._origins = origins or dict.fromkeys(templates, "chat template")
 
     @classmethod
     def open(cls, directory: Path, special_tokens: dict[str, str], override: str | None = None) -> ChatTemplate:
@@ -42,14 +60,22 @@ class ChatTemplate:
         additional_chat_templates/*.jinja, else tokenizer_config.json's chat_template (a string, or a list by name).
         """
         if override is not None:
-            return cls({"default": _inline_or_file(override)}, special_tokens)
+            source = _inline_or_file(override)
+            return cls({"default": source.text}, special_tokens, {"default": source.origin})
         templates = _from_config(directory / "tokenizer_config.json")
-        single = directory / "chat_template.jinja"
-        if single.exists():
-            templates["default"] = single.read_text(encoding="utf-8")
-        for file in sorted((directory / "additional_chat_templates").glob("*.jinja")):
-            templates[file.stem] = file.read_text(encoding="utf-8")
-        return cls(templates, special_tokens)
+        origins = dict.fromkeys(templates, "tokenizer_config.json, chat_template")
+        files = [("default", directory / "chat_template.jinja")]
+        files += [(file.stem, file) for file in sorted((directory / "additional_chat_templates").glob("*.jinja"))]
+        for name, file in files:
+            if file.exists():
+                templates[name] = _read_template(file)
+                origins[name] = str(file.relative_to(directory))
+        return cls(templates, special_tokens, origins)
+
+    def check(self) -> None:
+        """Compile every template. Raises ChatTemplateError with the file and the line of what is wrong."""
+        for name in self.templates:
+            _compiled(self.choose(name))
 
     def render(
         self,
@@ -60,60 +86,104 @@ class ChatTemplate:
         continue_final_message: bool = False,
         documents: list[dict[str, Any]] | None = None,
         variables: dict[str, Any] | None = None,
+        max_characters: int | None = None,
     ) -> str:
-        """The prompt for these messages. `template`: one by name, or a template's own text; else the default."""
-        source = self._choose(template)
+        """The prompt for these messages. `template`: one by name, or a template's own text; else the default.
+
+        Raises ChatTemplateError, and MemoryError where memory is limited.
+        """
+        source = self.choose(template)
+        compiled, wants_parts = _compiled(source)
         try:
             chat = copy.deepcopy(list(messages))
-            compiled, wants_parts = _compile(source)
             for message in chat:
                 if isinstance(message.get("content"), list) and not wants_parts:
                     message["content"] = "\n".join(part["text"] for part in message["content"])
-            text = _mark_end(chat, source) if continue_final_message else None
-            rendered: str = compiled.render(
-                **self._special_tokens
-                | (variables or {})
-                | {
-                    "messages": chat,
-                    "tools": None,
-                    "documents": documents,
-                    "add_generation_prompt": add_generation_prompt,
-                }
-            )
-        except ChatTemplateError:
+            text = _mark_end(chat, source.text) if continue_final_message else None
+            values = self._special_tokens | (variables or {})
+            values |= {
+                "messages": chat,
+                "tools": None,
+                "documents": documents,
+                "add_generation_prompt": add_generation_prompt,
+            }
+            rendered = _written(compiled, values, source.origin, max_characters)
+        except (ChatTemplateError, MemoryError):
             raise
         except Exception as error:  # a template can raise anything that Python can
             raise ChatTemplateError(
-                f"the chat template refused these messages: {error or type(error).__name__}"
+                f"the chat template refused these messages: {error or type(error).__name__} ({source.origin})"
             ) from error
         return rendered if text is None else _cut_at_mark(rendered, text)
 
-    def _choose(self, template: str | None) -> str:
-        if template is not None:
-            return self.templates.get(template, template)
-        if "default" in self.templates:
-            return self.templates["default"]
+    def choose(self, template: str | None) -> TemplateSource:
+        """The template of that name, else the text itself as a request's own; the default for None."""
+        if template is not None and template not in self.templates:
+            return TemplateSource(template, REQUEST_ORIGIN)
+        name = "default" if template is None else template
+        if name in self.templates:
+            return TemplateSource(self.templates[name], self._origins[name])
         if self.templates:
             raise ChatTemplateError(f"this model has no default chat template; name one of {sorted(self.templates)}")
         raise ChatTemplateError("this model has no chat template; see --chat-template, or use /v1/completions")
 
 
-def _inline_or_file(override: str) -> str:
+def _inline_or_file(override: str) -> TemplateSource:
     if any(mark in override for mark in "{}\n"):
-        return override
+        return TemplateSource(override, "--chat-template")
     path = Path(override)
     if not path.is_file():
         raise ChatTemplateError(f"--chat-template {override!r} is neither a file nor a template (it has no braces)")
-    return path.read_text(encoding="utf-8")
+    return TemplateSource(_read_template(path), f"--chat-template {override}")
+
+
+def _read_template(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ChatTemplateError(f"{file}: the chat template can't be read: {error}") from None
 
 
 def _from_config(file: Path) -> dict[str, str]:
     template = json.loads(file.read_text(encoding="utf-8")).get("chat_template") if file.exists() else None
-    if isinstance(template, list):
-        return {entry["name"]: entry["template"] for entry in template}
-    if isinstance(template, dict):
-        return dict(template)
-    return {"default": template} if isinstance(template, str) else {}
+    try:
+        if isinstance(template, list):
+            template = {entry["name"]: entry["template"] for entry in template}
+        named = template if isinstance(template, dict) else {} if template is None else {"default": template}
+        if all(isinstance(text, str) for text in named.values()):
+            return dict(named)
+    except (KeyError, TypeError):
+        pass
+    raise ChatTemplateError(
+        f"{file}: chat_template must be a string, or a list of objects with 'name' and 'template'; "
+        "--chat-template FILE stands in for it"
+    )
+
+
+def _compiled(source: TemplateSource) -> tuple[jinja2.Template, bool]:
+    """`_compile`, with errors that say where the template is wrong."""
+    try:
+        return _compile(source.text)
+    except jinja2.TemplateSyntaxError as error:
+        raise ChatTemplateError(f"{source.origin}, line {error.lineno}: {error.message}") from None
+    except (RecursionError, ValueError, TypeError, OverflowError) as error:  # of expressions that are constant
+        raise ChatTemplateError(f"{source.origin}: the template can't be compiled: {error}") from None
+
+
+def _written(compiled: jinja2.Template, values: dict[str, Any], origin: str, max_characters: int | None) -> str:
+    """What the template writes; TemplateLimitError as soon as it is too long."""
+    if max_characters is None:
+        return compiled.render(values)
+    pieces = []
+    length = 0
+    for piece in compiled.generate(values):
+        length += len(piece)
+        if length > max_characters:
+            raise TemplateLimitError(
+                f"the chat template wrote more than {max_characters} characters, the limit of a prompt ({origin})"
+            )
+        pieces.append(piece)
+    return "".join(pieces)
 
 
 @functools.lru_cache(maxsize=64)

@@ -1,0 +1,139 @@
+"""The process that renders chat templates: `python -m octavo.text.template_process`, started by the server.
+
+A template is code that nobody has checked: here it gets limits on CPU time, memory and output, and can be killed. The
+process ends when the server closes the socket, which is its stdin.
+
+A frame in either direction is 4 bytes of length and the content. From the server come pickles (the server is trusted;
+pickle keeps what JSON values msgpack can't, such as large integers): a Setup, then Jobs. Back come a byte of status
+and UTF-8 text, which the server does no more than decode: a template that broke out of the sandbox may have written it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import pickle
+import resource
+import signal
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from octavo.text.chat_template import ChatTemplate, ChatTemplateError, Message
+
+LENGTH_BYTES = 4
+RENDERED = b"T"
+REFUSED = b"E"  # a ChatTemplateError
+OUT_OF_MEMORY = b"M"  # the process ends after saying so
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The first frame: the templates, and the limits of one rendering. The answer is RENDERED, or what is wrong."""
+
+    template: ChatTemplate
+    cpu_seconds: int
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """The arguments of ChatTemplate.render; max_characters limits what the template may write."""
+
+    messages: list[Message]
+    template: str | None
+    add_generation_prompt: bool
+    continue_final_message: bool
+    documents: list[dict[str, Any]] | None
+    variables: dict[str, Any] | None
+    max_characters: int
+
+
+def main() -> int:
+    """Render until the socket is closed; returns the exit code."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; the server drains first, then ends us
+        signal.signal(number, signal.SIG_IGN)
+    link = socket.socket(fileno=os.dup(0))
+    first = _receive(link)
+    if first is None:
+        return 0
+    setup: Setup = pickle.loads(first)
+    _limit_memory(setup.memory_bytes)
+    _limit_time(setup.cpu_seconds)
+    if not _answer(link, setup, None):
+        return 1
+    while (frame := _receive(link)) is not None:
+        _limit_time(setup.cpu_seconds)
+        if not _answer(link, setup, frame):
+            return 1
+    return 0
+
+
+def _answer(link: socket.socket, setup: Setup, frame: bytes | None) -> bool:
+    """Check the templates (no frame), or render a job; whether the process can go on."""
+    try:
+        if frame is None:
+            setup.template.check()
+            content = RENDERED
+        else:
+            job: Job = pickle.loads(frame)
+            text = setup.template.render(
+                job.messages,
+                template=job.template,
+                add_generation_prompt=job.add_generation_prompt,
+                continue_final_message=job.continue_final_message,
+                documents=job.documents,
+                variables=job.variables,
+                max_characters=job.max_characters,
+            )
+            content = RENDERED + text.encode("utf-8", "surrogatepass")
+    except ChatTemplateError as error:
+        content = REFUSED + str(error).encode("utf-8", "surrogatepass")
+    except MemoryError:
+        content = OUT_OF_MEMORY
+    link.sendall(len(content).to_bytes(LENGTH_BYTES, "little") + content)
+    return content != OUT_OF_MEMORY
+
+
+def _receive(link: socket.socket) -> bytes | None:
+    """One frame; None when the socket is closed."""
+    size = _receive_exactly(link, LENGTH_BYTES)
+    return None if size is None else _receive_exactly(link, int.from_bytes(size, "little"))
+
+
+def _receive_exactly(link: socket.socket, size: int) -> bytes | None:
+    content = bytearray()
+    while len(content) < size:
+        piece = link.recv(min(size - len(content), 1 << 20))
+        if not piece:
+            return None
+        content += piece
+    return bytes(content)
+
+
+def _limit_time(seconds: int) -> None:
+    """CPU seconds from now on, after which the system ends the process; the server's own clock usually comes first."""
+    soft = math.ceil(time.process_time()) + seconds
+    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    if hard == resource.RLIM_INFINITY or soft < hard:
+        resource.setrlimit(resource.RLIMIT_CPU, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def _limit_memory(num_bytes: int) -> None:
+    """Bytes beside what the process has now; where the system doesn't say that (no /proc), there is no limit."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+    except OSError:
+        return
+    limit = pages * resource.getpagesize() + num_bytes
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    if hard == resource.RLIM_INFINITY or limit < hard:
+        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

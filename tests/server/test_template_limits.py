@@ -1,0 +1,110 @@
+"""Chat templates that take too much time, memory or output: the request is told, and nobody else notices."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from shutil import copytree
+from typing import Any
+
+import httpx
+import pytest
+from octavo_server import TINY, Server, said_at_once, serving, wait_until
+
+SPIN = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+GROW = "{% set ns = namespace(x='12345678') %}{% for i in range(40) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}"
+WRITE = "{% for i in range(99999) %}{{ messages[0].content * 1000 }}{% endfor %}"
+BOMBS = {"spin": (SPIN, "5 s"), "grow": (GROW, "1024 MiB"), "write": (WRITE, "4194304 characters")}
+TEMPLATE = (
+    "".join(f"{{% if messages[0].content == '{name}' %}}{bomb}{{% endif %}}" for name, (bomb, _) in BOMBS.items())
+    + "{{ messages[0].content }}"
+)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    file = tmp_path_factory.mktemp("template") / "bombs.jinja"
+    file.write_text(TEMPLATE)
+    with serving("--chat-template", str(file), "--trust-request-chat-template") as running:
+        yield running
+
+
+def ask(server: Server, content: str, **fields: Any) -> httpx.Response:
+    with server.client() as client:
+        return client.post("/tokenize", json={"messages": [{"role": "user", "content": content}]} | fields)
+
+
+def peak_bytes(pid: int) -> int:
+    """The most memory that the process ever had."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) << 10
+
+
+@pytest.mark.parametrize("name", BOMBS)
+@pytest.mark.parametrize("is_the_requests", [False, True])
+def test_a_limit_is_told_and_the_next_request_served(server: Server, name: str, is_the_requests: bool) -> None:
+    bomb, limit = BOMBS[name]
+    refused = ask(server, "x", chat_template=bomb) if is_the_requests else ask(server, name)
+    assert refused.status_code == 400, refused.text
+    error = refused.json()["error"]
+    assert limit in error["message"]
+    assert ("the request's chat_template" if is_the_requests else "bombs.jinja") in error["message"]
+    assert error["param"] == ("chat_template" if is_the_requests else "messages")
+    fields = {"chat_template": "{{ messages[0].content }}"} if is_the_requests else {}
+    assert ask(server, "after", **fields).json()["tokens"] == ask(server, "after").json()["tokens"]
+    assert peak_bytes(server.process.pid) < 1 << 30
+
+
+def test_others_are_served_meanwhile(server: Server) -> None:
+    answers: list[str] = []
+
+    def spin() -> None:
+        ask(server, "x", chat_template=SPIN)
+        answers.append("spin")
+
+    thread = threading.Thread(target=spin)
+    thread.start()
+    with server.client() as client:
+        for _ in range(20):
+            assert client.get("/health").status_code == 200
+    assert ask(server, "hello").status_code == 200
+    answers.append("others")
+    thread.join()
+    assert answers == ["others", "spin"]
+
+
+def cpu_ticks(pid: int) -> int:
+    return sum(int(field) for field in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13])
+
+
+def test_sigterm_ends_a_server_whose_template_spins() -> None:
+    answers: list[httpx.Response] = []
+    with serving("--chat-template", SPIN, "--shutdown-timeout", "0") as server:
+        renderer = int(Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()[-1])
+        ticks = cpu_ticks(renderer)
+        thread = threading.Thread(target=lambda: answers.append(ask(server, "x")))
+        thread.start()
+        wait_until(lambda: cpu_ticks(renderer) > ticks + 20)
+        server.send_signal(signal.SIGTERM)
+        assert server.exit_code() == 0
+        thread.join()
+    assert answers[0].status_code == 503
+    assert "shutting down" in answers[0].json()["error"]["message"]
+    assert "Traceback" not in server.said
+
+
+def test_a_template_that_can_not_be_compiled_does_not_start(tmp_path: Path) -> None:
+    model = Path(copytree(TINY, tmp_path / "model"))
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": "x\n{% for %}"}))
+    said = said_at_once(str(model), "--port", "0")
+    assert f"{model}: tokenizer_config.json, chat_template, line 2: " in said
+    assert "--chat-template" in said
+    file = tmp_path / "mine.jinja"
+    file.write_text("{{ 1 }}\n\n{{ messages | no_such_filter }}")
+    assert f"--chat-template {file}, line 3: " in said_at_once(str(TINY), "--port", "0", "--chat-template", str(file))
+    folded = "{{ 99999999 ** 99999999 }}"  # jinja2 computes constants when it compiles
+    assert "5 s of CPU time" in said_at_once(str(TINY), "--port", "0", "--chat-template", folded)
