@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,38 +24,74 @@ WRITTEN_HERE = (
     "quantization_config.json",
     "quant_log.csv",
 )
+CARD = "README.md"
+TEMPLATES = "additional_chat_templates"
 PATH_KEYS = ("_name_or_path", "name_or_path")  # where tokenizers and configs remember a path of some machine
 
 
-def copy_other_files(source: Path, target: Path) -> None:
-    """Copy tokenizer, generation config, chat template, licence, custom code: all but weights and hidden files.
+def other_files(source: Path) -> dict[str, Path]:
+    """Name -> file of what goes along: tokenizer, generation config, chat templates, licence, custom code.
 
-    Chat templates may lie in a folder of their own; other folders hold weights of other kinds and stay behind. Raises
-    CheckpointError for a config that is not JSON.
+    Weights, hidden files and folders stay behind, except the folder of chat templates. A stranger may have made the
+    model, and its copy may be published. So a link out of the model is refused, also in place of config.json, and so is
+    what is no regular file, since a device has no end. Raises CheckpointError.
     """
+    _regular(source / "config.json", source)
+    found: dict[str, Path] = {}
     for path in sorted(source.iterdir()):
         if path.name.startswith(".") or path.name in WRITTEN_HERE or path.name.endswith(WEIGHT_SUFFIXES):
             continue
-        if path.is_dir():
-            if path.name == "additional_chat_templates":
-                shutil.copytree(path, target / path.name, dirs_exist_ok=True)
-            continue
-        if not path.exists():
-            raise CheckpointError(f"{path} is a link to nothing: the download is incomplete, or the file was moved")
-        _copy(path, target / path.name)
+        if path.name == TEMPLATES and path.is_dir():
+            _file_of(path, source)
+            found |= {f"{TEMPLATES}/{p.name}": _regular(p, source) for p in sorted(path.iterdir()) if not p.is_dir()}
+        elif not path.is_dir():
+            found[path.name] = _regular(path, source)
+    return found
 
 
-def _copy(path: Path, target: Path) -> None:
-    if path.name.endswith("_config.json"):
-        try:
-            content = parse_json(path.read_bytes())
-        except ValueError as e:
-            raise CheckpointError(f"{path} is not JSON: {e}") from e
-        clean = without_paths(content)
-        if clean != content:
-            write_json(target, clean)
-            return
-    shutil.copyfile(path, target)  # follows links: a Hub snapshot is made of them
+def original_card(source: Path) -> str | None:
+    """The text of a model's README.md; what is not UTF-8 in it is replaced, since it is for people."""
+    path = source / CARD
+    return _regular(path, source).read_text("utf-8", errors="replace") if os.path.lexists(path) else None
+
+
+def copy_files(files: Mapping[str, Path], target: Path) -> None:
+    """Copy `other_files` into a directory. Raises CheckpointError for a config that is not JSON."""
+    for name, path in files.items():
+        (target / name).parent.mkdir(exist_ok=True)
+        if name.endswith("_config.json"):
+            try:
+                content = parse_json(path.read_bytes())
+            except ValueError as e:
+                raise CheckpointError(f"{name} is not JSON: {e}") from e
+            if (clean := without_paths(content)) != content:
+                write_json(target / name, clean)
+                continue
+        shutil.copyfile(path, target / name)
+
+
+def _regular(path: Path, source: Path) -> Path:
+    """The regular file that a path in the model stands for."""
+    if not path.exists():
+        raise CheckpointError(f"{path} is a link to nothing: the download is incomplete, or the file was moved")
+    real = _file_of(path, source)
+    if not real.is_file():
+        raise CheckpointError(f"{path} is no regular file but a device, a pipe or a socket; remove it")
+    return real
+
+
+def _file_of(path: Path, source: Path) -> Path:
+    """A path with its links followed, which may lead within the model and, in the Hub's cache, to its blobs."""
+    roots = [source.resolve()]
+    if roots[0].parent.name == "snapshots":
+        roots.append(roots[0].parent.parent / "blobs")
+    real = path.resolve()
+    if not any(real.is_relative_to(root) for root in roots):
+        raise CheckpointError(
+            f"{path} is a link to {real}, out of the model: what it leads to would be copied; a copy of the file in "
+            "its place works"
+        )
+    return real
 
 
 def without_paths(content: Any) -> Any:

@@ -24,6 +24,8 @@ from octavo.calibration.block import Runner
 from octavo.calibration.hidden_states_file import BATCH_TOKENS
 from octavo.calibration.output import make_format, scale_dtype
 from octavo.calibration.plan import Item, Plan
+from octavo.calibration.prepare import Calibration, Prepared
+from octavo.calibration.progress import Progress
 from octavo.calibration.recipe import Recipe, RecipeError, parse_scheme
 from octavo.quant.checkpoint import Checkpoint
 from octavo.quant.qparams import quantize_weight
@@ -31,7 +33,6 @@ from octavo.quant.qparams import quantize_weight
 MAX_TOKENS = 1024  # whose KL is measured: units differ by far more than its error over so many
 STEPS = 4000  # of the knapsack's budget
 LOGIT_ROWS = 256
-Progress = Callable[[float, float, str], None]
 
 
 @dataclass(frozen=True)
@@ -101,15 +102,14 @@ def carried_bytes(runner: Runner) -> int:
 
 
 def measure(
-    checkpoint: Checkpoint,
-    plan: Plan,
-    recipe: Recipe,
-    runner: Runner,
-    token_ids: Tensor,
-    schemes: Sequence[str],
-    progress: Progress,
+    planned: Prepared, calibration: Calibration, schemes: Sequence[str], progress: Progress
 ) -> list[Sensitivity]:
-    """Sensitivity of every unit, one block in memory at a time, over the first MAX_TOKENS of token_ids [S, T]."""
+    """Sensitivity of every unit, one block in memory at a time, over the first MAX_TOKENS of the text."""
+    checkpoint = planned.checkpoint
+    plan = planned.plan
+    recipe = planned.recipe
+    runner = calibration.runner
+    token_ids = calibration.token_ids
     samples = token_ids[: max(1, MAX_TOKENS // token_ids.shape[1])]
     original = runner.embed(samples, checkpoint.tensor(runner.embedding_name))
     variants: list[Tensor] = []

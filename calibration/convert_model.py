@@ -7,19 +7,20 @@ and not in the middle. Of the source one layer is held at a time; the result is 
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from octavo.calibration.auxiliary_files import copy_other_files, without_paths, write_json
+from octavo.calibration.auxiliary_files import copy_files, other_files, without_paths, write_json
+from octavo.calibration.choices import Format
 from octavo.calibration.layers import EMBEDDING, FLOATS, QuantizeError
-from octavo.calibration.quantize_model import check_out
-from octavo.calibration.workspace import Workspace, recover, workspace
+from octavo.calibration.prepare import SMALL_FILES
+from octavo.calibration.progress import Progress, silent
+from octavo.calibration.workspace import Workspace, check_output, check_space, recover, workspace
 from octavo.quant.checkpoint import INDEX, KV_SCALES, SINGLE, Checkpoint
 from octavo.quant.formats.awq import AWQFormat, write_awq_config
 from octavo.quant.formats.compressed_tensors import CompressedTensorsFormat, write_config
@@ -30,10 +31,7 @@ from octavo.quant.qparams import QuantizedWeight
 from octavo.quant.safetensors_file import TensorSpec
 from octavo.quant.scheme import KVScheme, QuantScheme
 
-Target = Literal["compressed-tensors", "gptq", "gptq_v2", "awq", "fp8"]
-TARGETS: tuple[Target, ...] = get_args(Target)
 MARKS = {"weight_scale", "weight_scale_inv", "qweight"}  # what only quantized layers have
-Progress = Callable[[int, int, str], None]  # layers done, layers in all, the layer
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ class _Piece:
 
 
 def convert_model(
-    source: Path, out: Path, target: Target, *, overwrite: bool = False, progress: Progress | None = None
+    source: Path, out: Path, target: Format, *, overwrite: bool = False, progress: Progress = silent
 ) -> Converted:
     """Write the quantized checkpoint in `source` to `out` in another format.
 
@@ -76,27 +74,29 @@ def convert_model(
     OSError, and leaves nothing behind then.
     """
     recover(out)
-    check_out(source, out, overwrite, resume=False)
+    check_output(source, out, overwrite, resume=False)
     checkpoint = Checkpoint.open(source)
     if checkpoint.quantization is None:
         raise QuantizeError(f"{source} is not quantized: octavo quantize does that")
-    report = progress or _no_progress
-    found = _look_at_all(checkpoint, target, report)
+    other = other_files(source)
+    found = _look_at_all(checkpoint, target, progress)
     formats = _formats(found, target)
     config = _config(checkpoint, {module: f.scheme for module, f in formats.items()}, found, target)
     shards = _shards(checkpoint, found, formats)
     after = sum(spec.nbytes for pieces in shards.values() for piece in pieces for spec in piece.specs.values())
     specs = {shard: {n: s for piece in pieces for n, s in piece.specs.items()} for shard, pieces in shards.items()}
-    _check_disk(out, after)
+    parent = out.resolve().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    check_space({parent: int(after * 1.01) + SMALL_FILES})
     job = {"source": source.name, "format": target}
     with workspace(out, specs, job, resume=False, overwrite=overwrite, keep=False) as work:
-        copy_other_files(source, work.directory)
+        copy_files(other, work.directory)
         done = len(found)
         for shard, pieces in shards.items():
             for piece in pieces:
                 _write_piece(checkpoint, work, piece)
                 done += piece.format is not None
-                report(done, 2 * len(found), piece.name)
+                progress(done, 2 * len(found), piece.name)
             work.finish(shard, None, {})
         if len(shards) > 1:
             names = {name: shard for shard, names in specs.items() for name in names}
@@ -108,19 +108,7 @@ def convert_model(
     return Converted(checkpoint.quantization.name, schemes, before, after, checkpoint.notes)
 
 
-def _check_disk(out: Path, nbytes: int) -> None:
-    parent = out.resolve().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(parent).free
-    if free < nbytes * 1.01 + 64_000_000:  # what is copied beside the weights is small
-        raise QuantizeError(f"{parent} has {free / 1e6:,.0f} MB free; {nbytes / 1e6:,.0f} MB will be written")
-
-
-def _no_progress(done: int, total: int, layer: str) -> None:
-    pass
-
-
-def _look_at_all(checkpoint: Checkpoint, target: Target, report: Progress) -> dict[str, _Found]:
+def _look_at_all(checkpoint: Checkpoint, target: Format, progress: Progress) -> dict[str, _Found]:
     """Every quantized layer, after the proof that the format carries it."""
     modules = sorted({name.rpartition(".")[0] for name in checkpoint.names if name.rpartition(".")[2] in MARKS})
     found: dict[str, _Found] = {}
@@ -140,13 +128,13 @@ def _look_at_all(checkpoint: Checkpoint, target: Target, report: Progress) -> di
         except FormatError as e:
             raise QuantizeError(f"{module} can't be written as {target}: {e}") from e
         found[module] = entry
-        report(len(found), 2 * len(modules), module)
+        progress(len(found), 2 * len(modules), module)
     if not found:
         raise QuantizeError(f"{checkpoint.directory} has a quantization_config, but no quantized layer")
     return found
 
 
-def _formats(found: Mapping[str, _Found], target: Target) -> dict[str, QuantFormat]:
+def _formats(found: Mapping[str, _Found], target: Format) -> dict[str, QuantFormat]:
     """Each layer's new format. Where all layers are symmetric in fact they become so by their schemes."""
     symmetric = all(entry.symmetric for entry in found.values())
     desc_act = any(not entry.in_order for entry in found.values())
@@ -158,7 +146,7 @@ def _formats(found: Mapping[str, _Found], target: Target) -> dict[str, QuantForm
     return formats
 
 
-def _format(found: _Found, target: Target, desc_act: bool) -> QuantFormat:
+def _format(found: _Found, target: Format, desc_act: bool) -> QuantFormat:
     """The format of a layer. Raises FormatError for a scheme that it doesn't have."""
     scheme = found.scheme
     if scheme.weight.dtype == "fp4_e2m1":
@@ -237,7 +225,7 @@ def _bytes(checkpoint: Checkpoint, name: str) -> Iterator[Tensor]:
 
 
 def _config(
-    checkpoint: Checkpoint, schemes: Mapping[str, QuantScheme], found: Mapping[str, _Found], target: Target
+    checkpoint: Checkpoint, schemes: Mapping[str, QuantScheme], found: Mapping[str, _Found], target: Format
 ) -> dict[str, Any]:
     """The source's config.json with the new quantization_config."""
     config: dict[str, Any] = without_paths(checkpoint.config)
@@ -273,7 +261,7 @@ def _unquantized(checkpoint: Checkpoint, found: Mapping[str, _Found]) -> list[st
     return sorted(modules)
 
 
-def _kv_scheme(checkpoint: Checkpoint, target: Target) -> KVScheme | None:
+def _kv_scheme(checkpoint: Checkpoint, target: Format) -> KVScheme | None:
     """What compressed-tensors' config is to say of the KV cache. Raises QuantizeError where scales would be lost."""
     endings = {f".{name}" for pair in KV_SCALES for name in pair}
     scales = [name for name in checkpoint.names if any(name.endswith(ending) for ending in endings)]

@@ -49,7 +49,7 @@ class QuantizeError(ValueError):
 
 
 @dataclass(frozen=True)
-class Linear:
+class LinearLayer:
     """A linear layer of a decoder block.
 
     kind  its name in the block, the same for all experts: 'self_attn.q_proj', 'mlp.experts.*.up_proj'
@@ -66,7 +66,7 @@ class Linear:
 class Selection:
     """What is quantized, by module; and the linear layers that are not, as the config's ignore list names them."""
 
-    linears: dict[str, Linear]
+    linears: dict[str, LinearLayer]
     ignore: list[str]
 
 
@@ -101,7 +101,7 @@ def select_linears(checkpoint: Checkpoint, patterns: list[str]) -> Selection:
     return Selection(linears, ignore + [o for o in others if o != "lm_head"])
 
 
-def _find(checkpoint: Checkpoint) -> tuple[list[Linear], list[str]]:
+def _find(checkpoint: Checkpoint) -> tuple[list[LinearLayer], list[str]]:
     """Linear layers in decoder blocks, and modules elsewhere that a reader may take for linear layers."""
     found = []
     others = []
@@ -117,7 +117,7 @@ def _find(checkpoint: Checkpoint) -> tuple[list[Linear], list[str]]:
                 if spec.dtype not in FLOATS:
                     raise QuantizeError(f"{name} is {spec.dtype}: the checkpoint is quantized already")
                 kind = EXPERT.sub(".experts.*.", match["kind"])
-                found.append(Linear(module, int(match["index"]), kind, *spec.shape))
+                found.append(LinearLayer(module, int(match["index"]), kind, *spec.shape))
             elif not EMBEDDING.search(module):
                 others.append(module)
     if not found:
@@ -125,7 +125,7 @@ def _find(checkpoint: Checkpoint) -> tuple[list[Linear], list[str]]:
     return found, others
 
 
-def _check_blocks(config: dict[str, Any], found: list[Linear]) -> None:
+def _check_blocks(config: dict[str, Any], found: list[LinearLayer]) -> None:
     text = config.get("text_config") or config
     count = text.get("num_hidden_layers")
     if not config.get("model_type") or type(count) is not int:
@@ -140,7 +140,7 @@ def _check_blocks(config: dict[str, Any], found: list[Linear]) -> None:
         _check_alike(found, count)
 
 
-def _check_alike(found: list[Linear], count: int) -> None:
+def _check_alike(found: list[LinearLayer], count: int) -> None:
     """Each kind of layer as often in one block as in any other."""
     by_kind: dict[str, Counter[int]] = {}
     for linear in found:
@@ -156,11 +156,11 @@ def _hit(module: str, kind: str, pattern: str) -> bool:
     return pattern in (module, kind, kind.rpartition(".")[2]) or fnmatchcase(module, pattern)
 
 
-def _kinds(linears: list[Linear]) -> str:
+def _kinds(linears: list[LinearLayer]) -> str:
     return ", ".join(dict.fromkeys(linear.kind for linear in linears))
 
 
-def check_group_size(scheme: QuantScheme, linears: dict[str, Linear]) -> None:
+def check_group_size(scheme: QuantScheme, linears: dict[str, LinearLayer]) -> None:
     """Refuse a group size that doesn't divide some layer's in_features, with all such layers and what would work."""
     size = scheme.weight.granularity.group_size
     if size is None:

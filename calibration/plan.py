@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from octavo.calibration.layers import BLOCK, Linear, QuantizeError, Selection, check_group_size, select_linears
+from octavo.calibration.layers import BLOCK, LinearLayer, QuantizeError, Selection, check_group_size, select_linears
 from octavo.calibration.output import make_format
 from octavo.calibration.recipe import Recipe, RecipeError, hits
 from octavo.quant.checkpoint import SINGLE, Checkpoint
@@ -29,7 +29,7 @@ class Item:
 
     name: str
     file: SafetensorsFile
-    linear: Linear | None
+    linear: LinearLayer | None
     scheme: QuantScheme | None
     outputs: Mapping[str, TensorSpec]
 
@@ -129,7 +129,7 @@ def _item(
     file: SafetensorsFile,
     spec: TensorSpec,
     recipe: Recipe,
-    linear: Linear | None,
+    linear: LinearLayer | None,
     schemes: Mapping[str, QuantScheme],
 ) -> Item:
     if linear is None:

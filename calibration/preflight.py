@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from octavo.calibration.hidden_states_file import BATCH_TOKENS
-from octavo.calibration.layers import Linear
+from octavo.calibration.layers import LinearLayer
 from octavo.calibration.plan import Plan, Unit
 from octavo.calibration.recipe import Recipe
 
@@ -72,7 +72,7 @@ def _block_memory(unit: Unit, recipe: Recipe) -> int:
 def _inputs(unit: Unit) -> list[tuple[int, int]]:
     """(K, N) of the layers of a block that share an input, as far as names and shapes tell."""
     shared: dict[tuple[str, int], int] = {}
-    linears: Mapping[str, Linear] = {item.name: item.linear for item in unit.items if item.linear is not None}
+    linears: Mapping[str, LinearLayer] = {item.name: item.linear for item in unit.items if item.linear is not None}
     for linear in linears.values():
         owner, _, name = linear.kind.rpartition(".")
         last = "down" if name.startswith(("down", "w2")) else "o" if name.startswith("o_") else "in"

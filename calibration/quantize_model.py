@@ -8,9 +8,7 @@ through the quantized block to the next one.
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,35 +17,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from octavo.calibration.auxiliary_files import copy_other_files, without_paths, write_json
-from octavo.calibration.block import Block, Runner
+from octavo.calibration.auxiliary_files import copy_files, without_paths, write_json
+from octavo.calibration.block import Block
 from octavo.calibration.experts import rare_experts
-from octavo.calibration.hidden_states_file import Hidden, Shape
+from octavo.calibration.hidden_states_file import Hidden
 from octavo.calibration.kv import KVError, KVReport, kv_advice
-from octavo.calibration.layers import FLOATS, Linear, QuantizeError, Selection, portability_warnings
+from octavo.calibration.layers import FLOATS, LinearLayer, QuantizeError, Selection, portability_warnings
 from octavo.calibration.output import make_format, quantization_config, scale_dtype
-from octavo.calibration.plan import Item, Plan, Unit, make_plan, source_digest, weight_map
+from octavo.calibration.plan import Item, Plan, Unit, weight_map
+from octavo.calibration.prepare import Calibration, Prepared
+from octavo.calibration.progress import Progress, silent
 from octavo.calibration.recipe import Recipe, to_json
 from octavo.calibration.report.weight_error import LayerRow, layer_row, squared_error
-from octavo.calibration.workspace import MANIFEST, ResumeError, Workspace, finished, partial_of, recover, workspace
-from octavo.quant.checkpoint import INDEX, Checkpoint, quantization_dict, read_config
+from octavo.calibration.workspace import ResumeError, Workspace, finished, partial_of, workspace
+from octavo.quant.checkpoint import INDEX, Checkpoint
 from octavo.quant.qparams import QuantizedWeight, WeightError, quantize_weight
-from octavo.version import VERSION
-
-Progress = Callable[[float, float, str], None]  # bytes done, bytes in all, what is in work
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What algorithms with data need: text as token ids [num_samples, seq_len] int64, and the model block by block.
-
-    source  what the text is, for the manifest and the report; a resumed run must have the same
-    """
-
-    token_ids: Tensor
-    runner: Runner
-    source: Mapping[str, Any]
-    offload_dir: Path | None = None
 
 
 @dataclass
@@ -67,63 +51,50 @@ class Quantized:
 class _Run:
     """What goes on from unit to unit."""
 
-    checkpoint: Checkpoint
-    plan: Plan
-    recipe: Recipe
-    calibration: Calibration | None
+    prepared: Prepared
+    work: Workspace
     progress: Progress
     done: float = 0
     hidden: Hidden | None = None
 
+    @property
+    def plan(self) -> Plan:
+        return self.prepared.plan
 
-def quantize_model(
-    source: Path,
-    out: Path,
-    recipe: Recipe,
-    *,
-    calibration: Calibration | None = None,
-    max_shard_bytes: int = 5_000_000_000,
-    overwrite: bool = False,
-    resume: bool = False,
-    progress: Progress | None = None,
-) -> Quantized:
-    """Write a quantized copy of the checkpoint in `source` to `out`.
+    @property
+    def recipe(self) -> Recipe:
+        return self.prepared.recipe
 
-    Raises QuantizeError, CheckpointError or OSError, and leaves nothing behind then. A run with calibration that is
-    interrupted or killed leaves its work, which `resume` goes on with: the result is the same to the bit.
+
+def quantize_model(prepared: Prepared, progress: Progress = silent) -> Quantized:
+    """Write the quantized copy that was prepared.
+
+    Raises QuantizeError, CheckpointError or OSError. A run with calibration that is interrupted or killed, or that runs
+    out of disk or memory, leaves its finished blocks, which a run with `resume` goes on with: the result is the same to
+    the bit. After any other error nothing is left.
     """
-    recover(out)
-    checkpoint = open_source(source)
-    plan = make_plan(checkpoint, recipe, max_shard_bytes)
-    if recipe.needs_data and calibration is None:
-        raise QuantizeError(f"{recipe.algorithm} with scheme {recipe.scheme} needs calibration text")
+    out = prepared.out
+    identity = prepared.identity
+    if prepared.resume and not prepared.overwrite and (there := finished(out, identity)) is not None:
+        return _result(prepared, there)
+    keep = prepared.calibration is not None
+    how = {"resume": prepared.resume, "overwrite": prepared.overwrite, "keep": keep}
     try:
-        quantization_config(
-            recipe, plan.schemes, plan.selection.ignore
-        )  # what a config can't say is found before anything is done
-    except ValueError as e:
-        raise QuantizeError(f"format {recipe.format}: {e}") from e
-    job = _job(checkpoint, plan, recipe, calibration)
-    check_out(source, out, overwrite, resume)
-    if resume and not overwrite and (there := finished(out, job)) is not None:
-        return _result(plan, recipe, there)
-    check_disk(out, plan, calibration)
-    run = _Run(checkpoint, plan, recipe, calibration, progress or _silent)
-    keep = calibration is not None
-    try:
-        with workspace(out, plan.shards, job, resume=resume, overwrite=overwrite, keep=keep) as work:
-            copy_other_files(source, work.directory)  # first, since a broken one is found without waiting
+        with workspace(out, prepared.plan.shards, identity, **how) as work:
+            # first, since a broken one is found without waiting
+            copy_files(prepared.other_files, work.directory)
+            run = _Run(prepared, work, progress)
             try:
-                for unit in plan.units:
-                    _unit(run, work, unit)
+                for unit in prepared.plan.units:
+                    _unit(run, unit)
             finally:
                 if run.hidden is not None:
                     run.hidden.close(remove=False)
-            _finish(run, work)
+            _finish(run)
             units = work.units
     finally:
-        _remove_offloaded(out, calibration)
-    return _result(plan, recipe, units)
+        _remove_offloaded(out, prepared.calibration)
+    return _result(prepared, units)
 
 
 def _remove_offloaded(out: Path, calibration: Calibration | None) -> None:
@@ -139,60 +110,36 @@ def _offloaded(partial: Path) -> str:
     return f"octavo-{hashlib.sha256(str(partial).encode()).hexdigest()[:12]}-hidden"
 
 
-def _silent(done: float, total: float, what: str) -> None:
-    """Nobody listens."""
-
-
-def open_source(source: Path) -> Checkpoint:
-    """The original checkpoint. Raises QuantizeError for one that is quantized, CheckpointError for a broken one."""
-    if quantization_dict(read_config(source)) is not None:
-        raise QuantizeError(
-            f"{source} is quantized already (config.json has a quantization_config): rounding twice would lose more "
-            "than the report could tell; start from the original checkpoint, or change the format with octavo convert"
-        )
-    return Checkpoint.open(source)
-
-
-def _job(checkpoint: Checkpoint, plan: Plan, recipe: Recipe, calibration: Calibration | None) -> dict[str, Any]:
-    """What decides the result, for the manifest."""
-    return {
-        "source": source_digest(checkpoint),
-        "recipe": to_json(recipe),
-        "shards": {name: len(specs) for name, specs in plan.shards.items()},
-        "data": None if calibration is None else dict(calibration.source),
-        "versions": {"octavo": VERSION, "torch": torch.__version__},
-    }
-
-
-def _unit(run: _Run, work: Workspace, unit: Unit) -> None:
+def _unit(run: _Run, unit: Unit) -> None:
     """Do one unit, unless it is done; leaves the next one's input in run.hidden."""
-    if unit.name in work.units:
+    if unit.name in run.work.units:
         run.done += unit.nbytes
-        run.hidden = _hidden_again(run, work, unit)
+        run.hidden = _hidden_again(run, unit)
         return
     run.progress(run.done, run.plan.bytes_before, unit.name)
     before = run.hidden
     rows: list[LayerRow] = []
     kv: dict[str, Any] | None = None
     experts: list[int] | None = None
-    if run.calibration is not None and unit.index is not None:
-        rows, kv, experts = _block(run, run.calibration, work, unit, unit.index)
+    calibration = run.prepared.calibration
+    if calibration is not None and unit.index is not None:
+        rows, kv, experts = _block(run, calibration, unit, unit.index)
     else:
-        rows = _one_by_one(run, work, unit)
-        if run.calibration is not None:
-            run.hidden = _embed(run, run.calibration, work)
+        rows = _one_by_one(run, unit)
+        if calibration is not None:
+            run.hidden = _embed(run, calibration)
     remember = {"layers": [asdict(row) for row in rows], "kv": kv, "experts": experts}
-    work.finish(unit.name, run.hidden, remember)
+    run.work.finish(unit.name, run.hidden, remember)
     if before is not None:
         before.close(remove=True)
 
 
-def _one_by_one(run: _Run, work: Workspace, unit: Unit) -> list[LayerRow]:
+def _one_by_one(run: _Run, unit: Unit) -> list[LayerRow]:
     """Tensor by tensor: copy what stays, round what doesn't."""
     rows = []
     for item in unit.items:
         if item.linear is None or item.scheme is None:
-            work.copy(item.name, _finite(item))
+            run.work.copy(item.name, _finite(item))
         else:
             weight = item.file.read(item.name)
             try:
@@ -206,14 +153,14 @@ def _one_by_one(run: _Run, work: Workspace, unit: Unit) -> list[LayerRow]:
                 raise QuantizeError(f"{item.name} can't be quantized: {e}") from e
             rows.append(_measured(item, item.linear, weight, quantized))
             del weight  # packing takes as much again
-            _write(run, work, item, item.linear, quantized)
+            _write(run, item, item.linear, quantized)
         run.done += item.spec.nbytes
         run.progress(run.done, run.plan.bytes_before, item.name)
     return rows
 
 
 def _block(
-    run: _Run, calibration: Calibration, work: Workspace, unit: Unit, index: int
+    run: _Run, calibration: Calibration, unit: Unit, index: int
 ) -> tuple[list[LayerRow], dict[str, Any] | None, list[int] | None]:
     """A block through calibration; leaves its output over all samples in run.hidden.
 
@@ -230,14 +177,14 @@ def _block(
         item = items[f"{solved.module}.weight"]
         assert item.linear is not None
         rows.append(_measured(item, item.linear, solved.weight, solved.quantized, solved.output_snr_db))
-        _write(run, work, item, item.linear, solved.quantized)
+        _write(run, item, item.linear, solved.quantized)
     counts = calibration.runner.expert_counts
     experts = counts.tolist() if counts is not None and run.recipe.needs_statistics else None
     for item in unit.items:
         if item.linear is None:
-            work.write(item.name, tensors[item.name])
+            run.work.write(item.name, tensors[item.name])
     last = index == calibration.runner.num_blocks - 1
-    target = _hidden(calibration, work, index + 1)
+    target = _hidden(calibration, run.work, index + 1)
     with _closed_on_errors(target):
         kv = None if last and run.recipe.kv is None else block.advance(run.hidden, target)
     run.hidden = target
@@ -250,7 +197,7 @@ def _block(
         raise QuantizeError(f"{unit.name}: {e}") from e
     found = report.scales()
     for name, spec in unit.scales.items():
-        work.write(name, found[name.rpartition(".")[2]].view(spec.shape))
+        run.work.write(name, found[name.rpartition(".")[2]].view(spec.shape))
     return rows, report.to_json(), experts
 
 
@@ -262,14 +209,14 @@ def _checked(item: Item) -> Tensor:
     return tensor
 
 
-def _write(run: _Run, work: Workspace, item: Item, linear: Linear, quantized: QuantizedWeight) -> None:
+def _write(run: _Run, item: Item, linear: LinearLayer, quantized: QuantizedWeight) -> None:
     format_ = make_format(run.recipe, quantized.scheme, item.spec.dtype)
     for suffix, tensor in format_.write(quantized).items():
-        work.write(f"{linear.module}.{suffix}", tensor)
+        run.work.write(f"{linear.module}.{suffix}", tensor)
 
 
 def _measured(
-    item: Item, linear: Linear, weight: Tensor, quantized: QuantizedWeight, output_snr_db: float | None = None
+    item: Item, linear: LinearLayer, weight: Tensor, quantized: QuantizedWeight, output_snr_db: float | None = None
 ) -> LayerRow:
     return layer_row(
         linear.module,
@@ -300,11 +247,6 @@ class _Steps:
         self._run.progress(done, self._run.plan.bytes_before, f"{self._unit.name} {what}")
 
 
-def _shape(calibration: Calibration) -> Shape:
-    num_samples, seq_len = calibration.token_ids.shape
-    return Shape(num_samples, seq_len, calibration.runner.hidden_size, calibration.runner.dtype)
-
-
 def _hidden(calibration: Calibration, work: Workspace, index: int, *, again: bool = False) -> Hidden:
     """The file of block `index`'s input."""
     directory = work.directory
@@ -312,13 +254,15 @@ def _hidden(calibration: Calibration, work: Workspace, index: int, *, again: boo
     if calibration.offload_dir is not None:
         directory = calibration.offload_dir
         name = f"{_offloaded(work.directory)}-{index}.bin"
-    return Hidden(directory / name, _shape(calibration), again=again)
+    return Hidden(directory / name, calibration.hidden_shape, again=again)
 
 
-def _embed(run: _Run, calibration: Calibration, work: Workspace) -> Hidden:
+def _embed(run: _Run, calibration: Calibration) -> Hidden:
     runner = calibration.runner
-    embedding = run.checkpoint.tensor(runner.embedding_name)  # a view: only the rows of the text's tokens are read
-    hidden = _hidden(calibration, work, 0)
+    embedding = run.prepared.checkpoint.tensor(
+        runner.embedding_name
+    )  # a view: only the rows of the text's tokens are read
+    hidden = _hidden(calibration, run.work, 0)
     with _closed_on_errors(hidden):
         for batch in torch.split(calibration.token_ids, hidden.shape.batch):
             hidden.append(runner.embed(batch, embedding))
@@ -335,15 +279,16 @@ def _closed_on_errors(hidden: Hidden) -> Iterator[None]:
         raise
 
 
-def _hidden_again(run: _Run, work: Workspace, unit: Unit) -> Hidden | None:
+def _hidden_again(run: _Run, unit: Unit) -> Hidden | None:
     """The next unit's input as an earlier run left it, if the next unit isn't done too."""
-    entry = work.units[unit.name]
+    entry = run.work.units[unit.name]
     following = run.plan.units[run.plan.units.index(unit) + 1 :]
-    if run.calibration is None or not following or following[0].name in work.units:
+    calibration = run.prepared.calibration
+    if calibration is None or not following or following[0].name in run.work.units:
         return None
     index = 0 if unit.index is None else unit.index + 1
     try:
-        hidden = _hidden(run.calibration, work, index, again=True)
+        hidden = _hidden(calibration, run.work, index, again=True)
     except FileNotFoundError as e:
         raise ResumeError(
             f"can't resume: the hidden states after {unit.name} are not in {e.filename}; --offload-dir must be the one "
@@ -358,14 +303,14 @@ def _hidden_again(run: _Run, work: Workspace, unit: Unit) -> Hidden | None:
     return hidden
 
 
-def _finish(run: _Run, work: Workspace) -> None:
+def _finish(run: _Run) -> None:
     """What makes the directory a checkpoint; config.json last."""
-    for left in work.directory.glob("hidden-*.bin"):
+    for left in run.work.directory.glob("hidden-*.bin"):
         left.unlink()
     if len(run.plan.shards) > 1:
-        write_json(work.directory / INDEX, weight_map(run.plan))
-    write_json(work.directory / "recipe.json", to_json(run.recipe))
-    write_json(work.directory / "config.json", _config(run.checkpoint, run.plan, run.recipe))
+        write_json(run.work.directory / INDEX, weight_map(run.plan))
+    write_json(run.work.directory / "recipe.json", to_json(run.recipe))
+    write_json(run.work.directory / "config.json", _config(run.prepared.checkpoint, run.plan, run.recipe))
 
 
 def _config(checkpoint: Checkpoint, plan: Plan, recipe: Recipe) -> dict[str, Any]:
@@ -377,8 +322,10 @@ def _config(checkpoint: Checkpoint, plan: Plan, recipe: Recipe) -> dict[str, Any
     return config
 
 
-def _result(plan: Plan, recipe: Recipe, units: Mapping[str, Mapping[str, Any]]) -> Quantized:
+def _result(prepared: Prepared, units: Mapping[str, Mapping[str, Any]]) -> Quantized:
     """All that the manifest remembers, whichever run did it."""
+    plan = prepared.plan
+    recipe = prepared.recipe
     layers = [LayerRow(**row) for unit in units.values() for row in unit["layers"]]
     kv = [] if recipe.kv is None else [KVReport.from_json(recipe.kv, u["kv"]) for u in units.values() if u["kv"]]
     advice = kv_advice(kv)
@@ -395,50 +342,3 @@ def _finite(item: Item) -> Iterator[Tensor]:
         if dtype in FLOATS and not bool(chunk.view(dtype).isfinite().all()):
             raise QuantizeError(f"{item.name} holds NaN or infinity: the model is broken, quantized or not")
         yield chunk
-
-
-def check_out(source: Path, out: Path, overwrite: bool, resume: bool) -> None:
-    """Refuse an output that is the source, or holds something else than a checkpoint that may be replaced."""
-    here = source.resolve()
-    there = out.resolve()
-    if here == there or here in there.parents or there in here.parents:
-        raise QuantizeError(f"the output {out} and the model {source} must not contain each other")
-    above = next(parent for parent in there.parents if parent.exists())
-    if not above.is_dir():
-        raise QuantizeError(f"{above} is a file: {out} can't be made in it")
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise QuantizeError(f"{above} can't be written to: another place for {out} works")
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise QuantizeError(f"{out} exists and is not a directory")
-    if any(out.iterdir()):
-        if resume and (out / MANIFEST).is_file():
-            return  # what a resumed run may find finished
-        if not overwrite:
-            raise QuantizeError(f"{out} exists; --overwrite replaces it")
-        if not (out / "config.json").is_file():
-            raise QuantizeError(f"{out} has no config.json: --overwrite replaces a checkpoint, and this is none")
-
-
-def hidden_bytes(calibration: Calibration | None) -> int:
-    """Bytes of all samples' hidden states between two blocks."""
-    return 0 if calibration is None else _shape(calibration).nbytes
-
-
-def check_disk(out: Path, plan: Plan, calibration: Calibration | None) -> None:
-    """Refuse when what will be written doesn't fit."""
-    parent = out.resolve().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    hidden = 2 * hidden_bytes(calibration)
-    if calibration is not None and calibration.offload_dir is not None and not calibration.offload_dir.is_dir():
-        raise QuantizeError(f"--offload-dir {calibration.offload_dir} is not a directory that is there; make it first")
-    needs = [(parent, int(plan.bytes_after * 1.01) + 64_000_000)]  # what is copied beside the weights is small
-    if hidden and calibration is not None:
-        needs.append((calibration.offload_dir or parent, hidden))
-    if len(needs) == 2 and needs[0][0] == needs[1][0]:
-        needs = [(parent, needs[0][1] + hidden)]
-    for directory, nbytes in needs:
-        free = shutil.disk_usage(directory).free
-        if free < nbytes:
-            raise QuantizeError(f"{directory} has {free / 1e6:,.0f} MB free; {nbytes / 1e6:,.0f} MB will be written")

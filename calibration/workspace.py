@@ -19,6 +19,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from octavo.calibration.auxiliary_files import write_json
@@ -28,7 +29,15 @@ from octavo.quant.safetensors_file import SafetensorsWriter, TensorSpec
 
 MANIFEST = "quantization_manifest.json"
 SPOKEN = {"data": "calibration text", "shards": "shard layout"}  # keys of a job as a person calls them
-Interruption = (KeyboardInterrupt, SystemExit)  # Ctrl-C, SIGTERM
+# What ends a run without a fault of its own, so that its finished units are worth keeping: Ctrl-C, SIGTERM, a disk that
+# is full or fails, no more memory.
+INTERRUPTIONS = (KeyboardInterrupt, SystemExit, OSError, MemoryError, torch.OutOfMemoryError)
+NO_MEMORY = "DefaultCPUAllocator"  # in the RuntimeError that torch raises for want of a CPU's memory
+
+
+def is_interruption(error: BaseException) -> bool:
+    """Whether a run that ended with this error may be resumed with the same options."""
+    return isinstance(error, INTERRUPTIONS) or (isinstance(error, RuntimeError) and NO_MEMORY in str(error))
 
 
 class ResumeError(QuantizeError):
@@ -178,7 +187,7 @@ def workspace(
 ) -> Iterator[Workspace]:
     """A Workspace that becomes `out` if all goes well, and is gone if anything goes wrong.
 
-    keep: work that a person interrupts stays to be resumed, once a unit is finished.
+    keep: work that is interrupted, or runs out of disk or memory, stays to be resumed, once a unit is finished.
     """
     out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -198,7 +207,7 @@ def workspace(
                 (partial / f"{shard}.part").rename(partial / shard)
             _appear(partial, out)
         except BaseException as e:
-            kept = isinstance(e, ResumeError) or (keep and isinstance(e, Interruption) and work.units)
+            kept = isinstance(e, ResumeError) or (keep and work.units and is_interruption(e))
             if not kept:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -293,3 +302,35 @@ def sync_directory(directory: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def check_output(source: Path, out: Path, overwrite: bool, resume: bool) -> None:
+    """Refuse an output that is the source, or holds something else than a checkpoint that may be replaced."""
+    here = source.resolve()
+    there = out.resolve()
+    if here == there or here in there.parents or there in here.parents:
+        raise QuantizeError(f"the output {out} and the model {source} must not contain each other")
+    above = next(parent for parent in there.parents if parent.exists())
+    if not above.is_dir():
+        raise QuantizeError(f"{above} is a file: {out} can't be made in it")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise QuantizeError(f"{above} can't be written to: another place for {out} works")
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise QuantizeError(f"{out} exists and is not a directory")
+    if any(out.iterdir()):
+        if resume and (out / MANIFEST).is_file():
+            return  # what a resumed run may find finished
+        if not overwrite:
+            raise QuantizeError(f"{out} exists; --overwrite replaces it")
+        if not (out / "config.json").is_file():
+            raise QuantizeError(f"{out} has no config.json: --overwrite replaces a checkpoint, and this is none")
+
+
+def check_space(needs: Mapping[Path, int]) -> None:
+    """Refuse when a directory's disk has fewer bytes free than will be written there."""
+    for directory, nbytes in needs.items():
+        free = shutil.disk_usage(directory).free
+        if free < nbytes:
+            raise QuantizeError(f"{directory} has {free / 1e6:,.0f} MB free; {nbytes / 1e6:,.0f} MB will be written")

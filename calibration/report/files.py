@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from octavo.calibration.auxiliary_files import CARD, original_card
 from octavo.calibration.report.html import render_html
 from octavo.calibration.report.model_card import model_card
 from octavo.calibration.report.report import PAGE, REPORT, Report
-
-CARD = "README.md"
 
 
 def write_reports(directory: Path, report: Report, *, source: Path) -> None:
@@ -20,7 +19,7 @@ def write_reports(directory: Path, report: Report, *, source: Path) -> None:
     """
     write_whole(directory / REPORT, report.to_json())
     write_whole(directory / PAGE, render_html(report))
-    write_whole(directory / CARD, model_card(report, directory.resolve().name, _original_card(source)))
+    write_whole(directory / CARD, model_card(report, directory.resolve().name, original_card(source)))
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -35,9 +34,3 @@ def write_whole(path: Path, text: str) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-
-
-def _original_card(source: Path) -> str | None:
-    """A README.md that is not UTF-8 is read as what it can be: it is for people."""
-    path = source / CARD
-    return path.read_text("utf-8", errors="replace") if path.is_file() else None

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from octavo.calibration.kv import KVRow
 from octavo.calibration.report.verdict import Verdict
-from octavo.calibration.report.weight_error import KindRow, LayerRow, by_kind
+from octavo.calibration.report.weight_error import KindRow, LayerRow
 from octavo.calibration.verify import Quality
 from octavo.version import VERSION
 
@@ -30,12 +30,16 @@ PAGE = "quantization_report.html"
 Option = str | int | float | bool | None
 
 
+def _versions() -> dict[str, str]:
+    return {"octavo": VERSION, "torch": str(torch.__version__), "python": platform.python_version()}
+
+
 class ReportError(ValueError):
     """A file that is no report, or one of a later octavo."""
 
 
 @dataclass(frozen=True)
-class Calibration:
+class CalibrationText:
     """The text that an algorithm looked at. generated: by the model itself, since no data was given."""
 
     source: str
@@ -57,37 +61,38 @@ class Sizes:
     bits_per_weight: float | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Report:
-    """What was measured, as plain values; no path of this machine.
+    """What was measured, as plain values; no path of this machine. `dataclasses.replace` adds a quality later.
 
     task          'quantize', or 'eval' (of a checkpoint that was there already)
     model         its name; base_model: its Hub id, where that is known
     scheme        as it was asked for; the layers' own are in `layers` and `kinds`
     options       of the algorithm: how scales were searched for and the like
     kv_cache      the KV cache's scheme, where it is quantized; kv_layers: what was seen of its keys and values
+    kinds         `by_kind` of the layers; layers: `in_order`
     ignore        linear layers that were left as they are
     seconds       what each phase took
     """
 
-    task: Literal["quantize", "eval"]
+    task: Literal["quantize", "eval"] = "quantize"
     model: str
-    base_model: str | None
-    architecture: str | None
+    base_model: str | None = None
+    architecture: str | None = None
     scheme: str
     format: str
     algorithm: str
-    options: dict[str, Option]
-    kv_cache: str | None
-    calibration: Calibration | None
+    options: dict[str, Option] = field(default_factory=dict)
+    kv_cache: str | None = None
+    calibration: CalibrationText | None = None
     sizes: Sizes
-    quality: Quality | None
-    verdict: Verdict | None
+    quality: Quality | None = None
+    verdict: Verdict | None = None
     kinds: tuple[KindRow, ...]
     layers: tuple[LayerRow, ...]
-    ignore: tuple[str, ...]
-    warnings: tuple[str, ...]
-    versions: dict[str, str]
+    ignore: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    versions: dict[str, str] = field(default_factory=_versions)
     seconds: dict[str, float] = field(default_factory=dict)
     kv_layers: tuple[KVRow, ...] = ()
     schema_version: int = SCHEMA_VERSION
@@ -112,53 +117,16 @@ class _Version(msgspec.Struct):
     schema_version: int
 
 
-def build_report(
-    *,
-    model: str,
-    scheme: str,
-    format: str,
-    algorithm: str,
-    layers: Sequence[LayerRow],
-    bytes_before: int,
-    bytes_after: int,
-    task: Literal["quantize", "eval"] = "quantize",
-    base_model: str | None = None,
-    architecture: str | None = None,
-    options: Mapping[str, Option] | None = None,
-    kv_cache: str | None = None,
-    calibration: Calibration | None = None,
-    quality: Quality | None = None,
-    verdict: Verdict | None = None,
-    ignore: Sequence[str] = (),
-    warnings: Sequence[str] = (),
-    seconds: Mapping[str, float] | None = None,
-    kv_layers: Sequence[KVRow] = (),
-) -> Report:
-    """Put a report together: rows by kind, sizes and versions are worked out here. `replace` adds a quality later."""
+def sizes_of(before: int, after: int, layers: Sequence[LayerRow]) -> Sizes:
+    """What a quantization of these layers saved of so many bytes."""
     weights = sum(layer.out_features * layer.in_features for layer in layers)
     bits = 8 * sum(layer.bytes_after for layer in layers) / weights if weights else None
-    return Report(
-        task=task,
-        model=model,
-        base_model=base_model,
-        architecture=architecture,
-        scheme=scheme,
-        format=format,
-        algorithm=algorithm,
-        options=dict(options or {}),
-        kv_cache=kv_cache,
-        calibration=calibration,
-        sizes=Sizes(bytes_before, bytes_after, bytes_before - bytes_after, bytes_before / bytes_after, bits),
-        quality=quality,
-        verdict=verdict,
-        kinds=by_kind(layers),
-        layers=tuple(sorted(layers, key=lambda layer: (layer.block, layer.kind))),
-        ignore=tuple(ignore),
-        warnings=tuple(warnings),
-        versions={"octavo": VERSION, "torch": str(torch.__version__), "python": platform.python_version()},
-        seconds={phase: round(value, 2) for phase, value in (seconds or {}).items()},
-        kv_layers=tuple(kv_layers),
-    )
+    return Sizes(before, after, before - after, before / after, bits)
+
+
+def rounded(seconds: Mapping[str, float]) -> dict[str, float]:
+    """Seconds as a report has them."""
+    return {phase: round(value, 2) for phase, value in seconds.items()}
 
 
 def read_report(path: Path) -> Report:

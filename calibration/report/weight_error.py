@@ -102,6 +102,11 @@ def by_kind(layers: Iterable[LayerRow]) -> tuple[KindRow, ...]:
     return tuple(_kind(kind, rows) for kind, rows in sorted(kinds.items()))
 
 
+def in_order(layers: Iterable[LayerRow]) -> tuple[LayerRow, ...]:
+    """Block by block, in the order of their names."""
+    return tuple(sorted(layers, key=lambda layer: (layer.block, layer.kind)))
+
+
 def worst_first(layers: Sequence[LayerRow]) -> list[LayerRow]:
     """By the error of their output where all have it, else by that of their weight."""
     if layers and all(layer.output_snr_db is not None for layer in layers):

@@ -195,19 +195,61 @@ def test_the_function_takes_what_people_write(model: Path) -> None:
         octavo.quantize(model, out, recipe={"scheme": "W4A16"})  # type: ignore[arg-type]
 
 
-def killed(model: Path, monkeypatch: pytest.MonkeyPatch, *options: Any) -> Path:
-    """What a run leaves that is interrupted behind its first block."""
+def press_ctrl_c() -> None:
+    raise KeyboardInterrupt
+
+
+def killed(
+    model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *options: Any,
+    by: Callable[[], Any] = press_ctrl_c,
+    code: int = 130,
+) -> Path:
+    """What a run leaves that ends behind its first block."""
     advance = Block.advance
 
     def interrupted(block: Block, *hidden: Any) -> Any:
         if block.index == 1:
-            raise KeyboardInterrupt
+            by()
         return advance(block, *hidden)
 
     with monkeypatch.context() as patch:
         patch.setattr(Block, "advance", interrupted)
-        assert quantize(model, *GPTQ, "--kv-cache-scheme", "fp8", *options) == 130
+        assert quantize(model, *GPTQ, "--kv-cache-scheme", "fp8", *options) == code
     return model.parent / ".out.partial"
+
+
+def fill_the_disk() -> None:
+    with open("/dev/full", "wb", buffering=0) as full:
+        full.write(b"x")
+
+
+@pytest.mark.parametrize(
+    ("by", "message"),
+    [
+        (fill_the_disk, "No space left on device; --resume goes on with it"),
+        (lambda: bytearray(1 << 62), "out of memory; --resume goes on with it"),
+        (lambda: torch.empty(1 << 60), "out of memory; --resume goes on with it"),
+    ],
+    ids=["disk", "Python's memory", "torch's memory"],
+)
+def test_finished_blocks_outlive_a_full_disk_and_full_memory(
+    model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    by: Callable[[], Any],
+    message: str,
+) -> None:
+    assert quantize(model, *GPTQ, "--kv-cache-scheme", "fp8") == 0
+    whole = (model.parent / "out").rename(model.parent / "whole")
+    capsys.readouterr()
+    partial = killed(model, monkeypatch, by=by, code=1)
+    assert capsys.readouterr().err.strip().endswith(message)
+    assert set(read_manifest(partial)["units"]) == {"outside", "model.layers.0"}
+    assert quantize(model, *GPTQ, "--kv-cache-scheme", "fp8", "--resume") == 0
+    written = (model.parent / "out" / "model.safetensors").read_bytes()
+    assert written == (whole / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from served import logits_of
 from torch import Tensor
 from trimmed import whole
 
-from octavo.calibration.convert_model import Target, convert_model
+from octavo.calibration.choices import Format
+from octavo.calibration.convert_model import convert_model
 from octavo.calibration.layers import QuantizeError
 from octavo.cli import main
 from octavo.quant.checkpoint import Checkpoint
@@ -23,7 +24,7 @@ from octavo.quant.safetensors_file import SafetensorsFile
 from octavo.quant.scheme import QuantScheme, WeightScheme, group
 
 # Each journey ends in the format that it began in.
-JOURNEYS: dict[str, tuple[Target, ...]] = {
+JOURNEYS: dict[str, tuple[Format, ...]] = {
     "tiny--autogptq-w4g32": ("compressed-tensors", "gptq"),
     "tiny--gptqmodel-w4g32-v2": ("gptq", "compressed-tensors", "awq", "gptq_v2"),
     "tiny--gptqmodel-w3g32": ("gptq_v2", "compressed-tensors", "gptq"),
@@ -106,7 +107,7 @@ def test_there_and_back_again(fixtures: Path, tmp_path: Path, name: str) -> None
     ],
 )
 def test_what_cannot_be_carried_is_refused(
-    fixtures: Path, tmp_path: Path, name: str, target: Target, message: str
+    fixtures: Path, tmp_path: Path, name: str, target: Format, message: str
 ) -> None:
     source = whole(fixtures / name, tmp_path)
     before = set(tmp_path.iterdir())

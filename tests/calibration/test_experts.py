@@ -14,8 +14,10 @@ from torch import Tensor
 
 import octavo.calibration
 from octavo.calibration.experts import rare_experts
-from octavo.calibration.quantize_model import Calibration, quantize_model
+from octavo.calibration.prepare import Calibration, prepare
+from octavo.calibration.quantize_model import quantize_model
 from octavo.calibration.recipe import Recipe
+from octavo.calibration.text.data import from_token_ids
 from octavo.calibration.workspace import read_manifest
 from octavo.quant.checkpoint import Checkpoint
 from octavo.runtime.config import EngineConfig
@@ -26,7 +28,9 @@ SEQ_LEN, NUM_SAMPLES = 64, 32
 
 
 def calibration(model: Path, token_ids: Tensor) -> Calibration:
-    return Calibration(token_ids, BlockRunner(Checkpoint.open(model).config, "model.", token_ids.shape[1]), {})
+    config = Checkpoint.open(model).config
+    data = from_token_ids(list(token_ids), vocab_size=config["vocab_size"], source="a test")
+    return Calibration(data, BlockRunner(config, "model.", token_ids.shape[1]))
 
 
 def text(model: Path) -> Tensor:
@@ -46,8 +50,8 @@ def test_gptq_loses_less_than_rounding(fixtures: Path, tmp_path: Path, true_sequ
     """KL to the original on text of another kind than was calibrated on: 12% less was seen, 96 tokens."""
     model = fixtures / "tiny-moe"
     gptq = Recipe("W4A16@32", algorithm="gptq", true_sequential=true_sequential)
-    quantize_model(model, tmp_path / "rtn", Recipe("W4A16@32"))
-    quantize_model(model, tmp_path / "gptq", gptq, calibration=calibration(model, text(model)))
+    quantize_model(prepare(model, tmp_path / "rtn", Recipe("W4A16@32")))
+    quantize_model(prepare(model, tmp_path / "gptq", gptq, calibration=calibration(model, text(model))))
     token_ids = load_file(model / "expected.safetensors")["input_ids"]
     original, rtn, solved = (
         log_probabilities(directory, token_ids) for directory in (model, tmp_path / "rtn", tmp_path / "gptq")
@@ -70,7 +74,7 @@ def test_fused_experts_are_calibrated_as_single_ones(name: str, scheme: str, tmp
         hf.save_pretrained(tmp_path / kind, save_original_format=original)
         recipe = Recipe(scheme, algorithm="gptq")
         ready = calibration(tmp_path / kind, token_ids)
-        quantize_model(tmp_path / kind, tmp_path / f"{kind}-q", recipe, calibration=ready)
+        quantize_model(prepare(tmp_path / kind, tmp_path / f"{kind}-q", recipe, calibration=ready))
     files = [(tmp_path / f"{kind}-q" / "model.safetensors").read_bytes() for kind in ("hub", "fused")]
     assert files[0] == files[1]
     tensors = load_file(tmp_path / "fused-q" / "model.safetensors")
@@ -99,7 +103,7 @@ def test_many_experts_are_solved_in_runs(tmp_path: Path, monkeypatch: pytest.Mon
     for most in (1 << 15, 300, 1):
         monkeypatch.setattr("octavo.calibration.block.MAX_ROWS", most)
         ready, out = calibration(tmp_path / "model", token_ids), tmp_path / str(most)
-        quantize_model(tmp_path / "model", out, Recipe("W4A16@8", algorithm="gptq"), calibration=ready)
+        quantize_model(prepare(tmp_path / "model", out, Recipe("W4A16@8", algorithm="gptq"), calibration=ready))
         files.append(load_file(out / "model.safetensors"))
     for name, tensor in files[0].items():
         assert torch.equal(tensor, files[1][name]), name

@@ -27,8 +27,10 @@ PEAK = """
 import sys
 from pathlib import Path
 import torch
-from octavo.calibration.quantize_model import Calibration, quantize_model
+from octavo.calibration.prepare import Calibration, prepare
+from octavo.calibration.quantize_model import quantize_model
 from octavo.calibration.recipe import Recipe
+from octavo.calibration.text.data import from_token_ids
 from octavo.quant.checkpoint import Checkpoint
 from octavo.runtime.model.blocks import BlockRunner
 
@@ -41,7 +43,7 @@ before = peak()
 QUANTIZE = (
     PEAK
     + """
-quantize_model(Path(sys.argv[1]), Path(sys.argv[2]), Recipe("W4A16"), max_shard_bytes=400_000_000)
+quantize_model(prepare(Path(sys.argv[1]), Path(sys.argv[2]), Recipe("W4A16"), max_shard_bytes=400_000_000))
 print(before, peak())
 """
 )
@@ -49,9 +51,11 @@ GPTQ = (
     PEAK
     + """
 token_ids = torch.arange(8 * 64).view(8, 64) % 256
-calibration = Calibration(token_ids, BlockRunner(Checkpoint.open(Path(sys.argv[1])).config, "model.", 64), {})
+data = from_token_ids(list(token_ids), vocab_size=256, source="a test")
+calibration = Calibration(data, BlockRunner(Checkpoint.open(Path(sys.argv[1])).config, "model.", 64))
 recipe = Recipe("W4A16@64", algorithm="gptq")
-quantize_model(Path(sys.argv[1]), Path(sys.argv[2]), recipe, calibration=calibration, max_shard_bytes=20_000_000)
+model, out = map(Path, sys.argv[1:])
+quantize_model(prepare(model, out, recipe, calibration=calibration, max_shard_bytes=20_000_000))
 print(before, peak())
 """
 )

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from octavo.calibration.layers import QuantizeError
+from octavo.calibration.prepare import prepare
 from octavo.calibration.quantize_model import Quantized, quantize_model
 from octavo.calibration.recipe import Recipe, RecipeError
 from octavo.calibration.report.weight_error import snr_db
@@ -60,7 +61,7 @@ def left_behind(directory: Path) -> list[str]:
 def test_every_scheme_is_written_and_read_back(model: Path, tmp_path: Path, name: str) -> None:
     recipe = SCHEMES[name]
     scheme = recipe.default
-    result = quantize_model(model, tmp_path / "out", recipe)
+    result = quantize_model(prepare(model, tmp_path / "out", recipe))
     original, written = Checkpoint.open(model), Checkpoint.open(tmp_path / "out")
     for module in ("model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj"):
         weight = written.linear(module)
@@ -78,7 +79,7 @@ def test_every_scheme_is_written_and_read_back(model: Path, tmp_path: Path, name
 
 def test_other_files_come_along_and_nothing_of_this_machine(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    quantize_model(model, out, SCHEMES["W8A8"])
+    quantize_model(prepare(model, out, SCHEMES["W8A8"]))
     there = {path.name for path in out.iterdir()}
     expected = {path.name for path in model.iterdir()} - {"pytorch_model.bin", ".git"} | {
         "quantization_manifest.json",
@@ -99,8 +100,8 @@ def test_other_files_come_along_and_nothing_of_this_machine(model: Path, tmp_pat
 
 
 def test_shards_are_written_as_transformers_writes_them(model: Path, tmp_path: Path) -> None:
-    quantize_model(model, tmp_path / "one", SCHEMES["W4A16"])
-    result = quantize_model(model, tmp_path / "many", SCHEMES["W4A16"], max_shard_bytes=200_000)
+    quantize_model(prepare(model, tmp_path / "one", SCHEMES["W4A16"]))
+    result = quantize_model(prepare(model, tmp_path / "many", SCHEMES["W4A16"], max_shard_bytes=200_000))
     index = json.loads((tmp_path / "many" / INDEX).read_text())
     shards = sorted(set(index["weight_map"].values()))
     assert shards == [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
@@ -126,7 +127,7 @@ def quantize_model_of_shards(model: Path, tmp_path: Path) -> Quantized:
         save_file({name: tensor}, model / f"part-{i}.safetensors")
         weight_map[name] = f"part-{i}.safetensors"
     (model / INDEX).write_text(json.dumps({"weight_map": weight_map}))
-    return quantize_model(model, tmp_path / "again", SCHEMES["W4A16"])
+    return quantize_model(prepare(model, tmp_path / "again", SCHEMES["W4A16"]))
 
 
 @pytest.mark.parametrize(
@@ -140,7 +141,7 @@ def quantize_model_of_shards(model: Path, tmp_path: Path) -> Quantized:
     ],
 )
 def test_ignored_layers_stay_as_they_are(model: Path, tmp_path: Path, patterns: list[str], count: int) -> None:
-    result = quantize_model(model, tmp_path / "out", Recipe("W8A8", ignore=tuple(patterns)))
+    result = quantize_model(prepare(model, tmp_path / "out", Recipe("W8A8", ignore=tuple(patterns))))
     assert len(result.layers) == 14 - count
     ignore = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"]
     assert len(ignore) == count + 1
@@ -151,20 +152,20 @@ def test_ignored_layers_stay_as_they_are(model: Path, tmp_path: Path, patterns: 
 
 def test_a_pattern_that_means_nothing_is_refused(model: Path, tmp_path: Path) -> None:
     with pytest.raises(QuantizeError, match=r"--ignore dwon_proj: matches no linear layer; kinds are .*down_proj"):
-        quantize_model(model, tmp_path / "out", Recipe("W8A8", ignore=("dwon_proj",)))
+        quantize_model(prepare(model, tmp_path / "out", Recipe("W8A8", ignore=("dwon_proj",))))
 
 
 def test_layers_that_vllm_fuses_are_warned_about_when_they_differ(model: Path, tmp_path: Path) -> None:
-    whole = quantize_model(model, tmp_path / "a", Recipe("W8A8", ignore=("q_proj", "k_proj", "v_proj")))
+    whole = quantize_model(prepare(model, tmp_path / "a", Recipe("W8A8", ignore=("q_proj", "k_proj", "v_proj"))))
     assert whole.warnings == []
-    partly = quantize_model(model, tmp_path / "b", Recipe("W8A8", ignore=("up_proj",)))
+    partly = quantize_model(prepare(model, tmp_path / "b", Recipe("W8A8", ignore=("up_proj",))))
     assert len(partly.warnings) == 1
     assert "quantized only in part" in partly.warnings[0]
 
 
 def test_a_group_size_that_does_not_divide_is_refused_with_all_layers(model: Path, tmp_path: Path) -> None:
     with pytest.raises(QuantizeError) as error:
-        quantize_model(model, tmp_path / "out", Recipe("W4A16"))
+        quantize_model(prepare(model, tmp_path / "out", Recipe("W4A16")))
     assert str(error.value) == (
         "group_size 128 does not divide in_features of mlp.down_proj 352 (2 layers); 32 is the largest that fits all: "
         "--group-size 32"
@@ -174,11 +175,11 @@ def test_a_group_size_that_does_not_divide_is_refused_with_all_layers(model: Pat
 
 def test_an_existing_output_is_refused_or_replaced_whole(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    quantize_model(model, out, SCHEMES["W8A8"])
+    quantize_model(prepare(model, out, SCHEMES["W8A8"]))
     (out / "old").write_text("")
     with pytest.raises(QuantizeError, match="--overwrite replaces it"):
-        quantize_model(model, out, SCHEMES["FP8_DYNAMIC"])
-    quantize_model(model, out, SCHEMES["FP8_DYNAMIC"], overwrite=True)
+        quantize_model(prepare(model, out, SCHEMES["FP8_DYNAMIC"]))
+    quantize_model(prepare(model, out, SCHEMES["FP8_DYNAMIC"], overwrite=True))
     assert not (out / "old").exists()
     assert left_behind(tmp_path) == ["out"]
 
@@ -187,15 +188,15 @@ def test_only_a_checkpoint_is_replaced(model: Path, tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_bytes(b"cat")
     with pytest.raises(QuantizeError, match=r"no config\.json"):
-        quantize_model(model, tmp_path / "photos", SCHEMES["W8A8"], overwrite=True)
+        quantize_model(prepare(model, tmp_path / "photos", SCHEMES["W8A8"], overwrite=True))
     for out in (model, model / "out", tmp_path):
         with pytest.raises(QuantizeError, match="must not contain each other"):
-            quantize_model(model, out, SCHEMES["W8A8"], overwrite=True)
+            quantize_model(prepare(model, out, SCHEMES["W8A8"], overwrite=True))
 
 
 def test_an_interruption_leaves_the_old_checkpoint_and_nothing_else(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    quantize_model(model, out, SCHEMES["W8A8"])
+    quantize_model(prepare(model, out, SCHEMES["W8A8"]))
     before = (out / "model.safetensors").read_bytes()
     calls = []
 
@@ -208,7 +209,7 @@ def test_an_interruption_leaves_the_old_checkpoint_and_nothing_else(model: Path,
     for target in (out, tmp_path / "new"):
         calls.clear()
         with pytest.raises(KeyboardInterrupt):
-            quantize_model(model, target, SCHEMES["W4A16"], overwrite=True, progress=interrupt)
+            quantize_model(prepare(model, target, SCHEMES["W4A16"], overwrite=True), interrupt)
     assert left_behind(tmp_path) == ["out"]
     assert (out / "model.safetensors").read_bytes() == before
 
@@ -226,23 +227,23 @@ def test_a_full_disk_is_one_error_and_leaves_nothing(
 
     monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(OSError, match=r"No space left on device: '.*model\.safetensors\.part'"):
-        quantize_model(model, tmp_path / "out", SCHEMES["W8A8"])
+        quantize_model(prepare(model, tmp_path / "out", SCHEMES["W8A8"]))
     assert left_behind(tmp_path) == []
 
 
 def test_what_a_killed_run_left_is_cleared_up(model: Path, tmp_path: Path) -> None:
     """Killed while it wrote, or between moving the old checkpoint away and the new one in its place."""
     out = tmp_path / "out"
-    quantize_model(model, out, SCHEMES["W8A8"])
+    quantize_model(prepare(model, out, SCHEMES["W8A8"]))
     before = (out / "model.safetensors").read_bytes()
     out.rename(tmp_path / ".out.replaced")
     for stem in (".out", ".out.more", ".outer"):
         (tmp_path / f"{stem}.partial").mkdir()
         (tmp_path / f"{stem}.partial" / "model.safetensors.part").write_bytes(b"half")
     with pytest.raises(QuantizeError, match="--overwrite replaces it"):
-        quantize_model(model, out, SCHEMES["FP8_DYNAMIC"])
+        quantize_model(prepare(model, out, SCHEMES["FP8_DYNAMIC"]))
     assert (out / "model.safetensors").read_bytes() == before
-    quantize_model(model, out, SCHEMES["FP8_DYNAMIC"], overwrite=True)
+    quantize_model(prepare(model, out, SCHEMES["FP8_DYNAMIC"], overwrite=True))
     assert left_behind(tmp_path) == [".out.more.partial", ".outer.partial", "out"]
 
 
@@ -252,22 +253,17 @@ def test_a_run_that_lives_is_left_alone(model: Path, tmp_path: Path) -> None:
     fd = os.open(partial, os.O_RDONLY)
     fcntl.flock(fd, fcntl.LOCK_EX)
     with pytest.raises(QuantizeError, match=r"another octavo quantize is writing to .*\.out\.partial"):
-        quantize_model(model, tmp_path / "out", SCHEMES["W8A8"])
+        quantize_model(prepare(model, tmp_path / "out", SCHEMES["W8A8"]))
     assert partial.exists()
     os.close(fd)
-    quantize_model(model, tmp_path / "out", SCHEMES["W8A8"])
+    quantize_model(prepare(model, tmp_path / "out", SCHEMES["W8A8"]))
     assert left_behind(tmp_path) == ["out"]
 
 
 def test_progress_reaches_the_end(model: Path, tmp_path: Path) -> None:
-    calls: list[tuple[int, int]] = []
-    quantize_model(
-        model,
-        tmp_path / "out",
-        SCHEMES["W8A8"],
-        max_shard_bytes=200_000,
-        progress=lambda done, total, _: calls.append((done, total)),
-    )
+    calls: list[tuple[float, float]] = []
+    prepared = prepare(model, tmp_path / "out", SCHEMES["W8A8"], max_shard_bytes=200_000)
+    quantize_model(prepared, lambda done, total, _: calls.append((done, total)))
     assert calls == sorted(calls)
     assert calls[-1][0] == calls[-1][1]
 
@@ -288,7 +284,7 @@ def test_nan_names_the_tensor_and_leaves_nothing(
     bad.view(-1)[-3] = value
     edit_tensors(model, **{name: bad})
     with pytest.raises(QuantizeError) as error:
-        quantize_model(model, tmp_path / "out", SCHEMES["W4A16"])
+        quantize_model(prepare(model, tmp_path / "out", SCHEMES["W4A16"]))
     assert str(error.value) == f"{name} {message}"
     assert left_behind(tmp_path) == []
 
@@ -345,7 +341,7 @@ def test_broken_models_are_refused_and_nothing_is_left(
 ) -> None:
     damage(model)
     with pytest.raises(error, match=message):
-        quantize_model(model, tmp_path / "out", SCHEMES["W8A8"])
+        quantize_model(prepare(model, tmp_path / "out", SCHEMES["W8A8"]))
     assert left_behind(tmp_path) == []
 
 
@@ -353,14 +349,14 @@ def test_too_little_disk_is_refused_beforehand(model: Path, tmp_path: Path, monk
     usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(QuantizeError, match=r"has 1 MB free; 65 MB will be written"):
-        quantize_model(model, tmp_path / "out", SCHEMES["W8A8"])
+        quantize_model(prepare(model, tmp_path / "out", SCHEMES["W8A8"]))
     assert left_behind(tmp_path) == []
 
 
 def test_an_output_that_can_not_be_made_is_refused(model: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(QuantizeError, match="file is a file"):
-        quantize_model(model, tmp_path / "file" / "out", SCHEMES["W8A8"])
+        quantize_model(prepare(model, tmp_path / "file" / "out", SCHEMES["W8A8"]))
 
 
 @pytest.mark.parametrize(
@@ -370,12 +366,12 @@ def test_an_ignore_pattern_that_means_nothing_is_refused(
     model: Path, tmp_path: Path, pattern: str, message: str
 ) -> None:
     with pytest.raises((QuantizeError, RecipeError), match=message):
-        quantize_model(model, tmp_path / "out", Recipe("W8A8", ignore=(pattern,)))
+        quantize_model(prepare(model, tmp_path / "out", Recipe("W8A8", ignore=(pattern,))))
 
 
 def test_routers_are_never_quantized(model: Path, tmp_path: Path) -> None:
     edit_tensors(model, **{f"model.layers.{i}.mlp.gate.weight": torch.randn(4, 128).bfloat16() for i in range(2)})
-    quantize_model(model, tmp_path / "out", SCHEMES["W8A8"])
+    quantize_model(prepare(model, tmp_path / "out", SCHEMES["W8A8"]))
     ignore = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"]
     assert ignore == ["lm_head", "model.layers.0.mlp.gate", "model.layers.1.mlp.gate"]
 
@@ -383,7 +379,7 @@ def test_routers_are_never_quantized(model: Path, tmp_path: Path) -> None:
 def test_linears_outside_of_the_decoder_are_left_and_listed(model: Path, tmp_path: Path) -> None:
     tower = "model.vision_tower.encoder.layers.0.self_attn.q_proj"
     edit_tensors(model, **{f"{tower}.weight": torch.randn(128, 128).bfloat16()})
-    quantize_model(model, tmp_path / "out", SCHEMES["W8A8"])
+    quantize_model(prepare(model, tmp_path / "out", SCHEMES["W8A8"]))
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["quantization_config"]["ignore"] == ["lm_head", tower]
 
@@ -392,7 +388,7 @@ def test_the_error_of_each_layer_is_known(model: Path, tmp_path: Path) -> None:
     """int8 per channel keeps about 40 dB (6.02 dB a bit less the crest factor), int4 in groups about 20."""
     kinds: dict[str, dict[str, list[float]]] = {}
     for name in ("W8A8", "W4A16"):
-        result = quantize_model(model, tmp_path / name, SCHEMES[name])
+        result = quantize_model(prepare(model, tmp_path / name, SCHEMES[name]))
         assert len(result.layers) == 14
         for layer in result.layers:
             kinds.setdefault(name, {}).setdefault(layer.kind, []).append(snr_db(layer.signal, layer.noise))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from octavo.calibration.report.report import Calibration, Report, build_report
+from octavo.calibration.report.report import CalibrationText, Report, rounded, sizes_of
 from octavo.calibration.report.verdict import Verdict
-from octavo.calibration.report.weight_error import LayerRow, layer_row
+from octavo.calibration.report.weight_error import LayerRow, by_kind, in_order, layer_row
 from octavo.calibration.verify import KL_EDGES, BlockSnr, Quality
 
 QUALITY = Quality(
@@ -29,22 +29,23 @@ def row(block: int, kind: str, noise: float, scheme: str = "int4/g64") -> LayerR
 
 
 def report(**changes: object) -> Report:
-    built = build_report(
+    layers = [row(1, "mlp.up_proj", 4.0), row(0, "mlp.up_proj", 1.0), row(0, "self_attn.q_proj", 0.0, "int8/g64")]
+    built = Report(
         model="tiny",
         scheme="W4A16@64",
         format="compressed-tensors",
         algorithm="gptq",
-        layers=[row(1, "mlp.up_proj", 4.0), row(0, "mlp.up_proj", 1.0), row(0, "self_attn.q_proj", 0.0, "int8/g64")],
-        bytes_before=10_000,
-        bytes_after=2_500,
+        sizes=sizes_of(10_000, 2_500, layers),
+        kinds=by_kind(layers),
+        layers=in_order(layers),
         base_model="someone/tiny",
         architecture="LlamaForCausalLM",
         options={"search": "mse", "dampening": 0.01, "act_order": None},
-        calibration=Calibration("self-generated", 32, 16384, 7, generated=True),
+        calibration=CalibrationText("self-generated", 32, 16384, 7, generated=True),
         quality=QUALITY,
         verdict=Verdict(False, 0.02, 0.01, "--max-kl", ("model.layers.1.mlp.up_proj",), (2, 1), ("--group-size 32",)),
-        ignore=["lm_head"],
-        warnings=["a warning"],
-        seconds={"quantize": 1.2345},
+        ignore=("lm_head",),
+        warnings=("a warning",),
+        seconds=rounded({"quantize": 1.2345}),
     )
     return replace(built, **changes)

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from octavo.commands.failure import one_line
+from octavo.commands.progress_bar import progress_bar
 from octavo.commands.termination import unwinding_when_terminated
 from octavo.kernels.native.environment import ENVIRONMENT
 
@@ -36,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     """Convert and say what was done; returns the exit code."""
     os.environ.update({**ENVIRONMENT, **os.environ})  # before torch is imported
 
-    from rich.progress import Progress
+    from rich.console import Console
 
     from octavo.calibration.convert_model import convert_model
     from octavo.calibration.layers import QuantizeError
@@ -46,17 +47,13 @@ def run(args: argparse.Namespace) -> int:
 
     try:
         source = resolve_model(args.model, args.revision)
-        with (
-            unwinding_when_terminated("octavo convert"),
-            Progress(transient=True, disable=not sys.stdout.isatty()) as bar,
-        ):
-            task = bar.add_task("layers")
+        with unwinding_when_terminated("octavo convert"), progress_bar("layers", Console()) as bar:
             done = convert_model(
                 source,
                 args.output,
                 args.format,
                 overwrite=args.overwrite,
-                progress=lambda done, total, layer: bar.update(task, completed=done, total=total, description=layer),
+                progress=bar.progress,
             )
     except (QuantizeError, CheckpointError, SafetensorsError, OSError) as e:
         print(f"octavo convert: {one_line(e)}", file=sys.stderr)

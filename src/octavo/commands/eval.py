@@ -10,22 +10,19 @@ import json
 import os
 import sys
 import time
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from octavo.commands.failure import one_line
 from octavo.commands.flag_types import parse_count, parse_nats
+from octavo.commands.progress_bar import progress_bar
 from octavo.kernels.native.environment import ENVIRONMENT
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from rich.console import Console
 
     from octavo.calibration.report.report import Report
-    from octavo.jobs.quality import Progress
     from octavo.quant.scheme import QuantScheme
     from octavo.runtime.config import EngineConfig
 
@@ -139,8 +136,10 @@ def _alone(args: argparse.Namespace, console: Console) -> None:
     from octavo.quant.hub import resolve_model
 
     directory = resolve_model(args.model, args.revision)
-    with _bar() as progress:
-        found = perplexity_of(_config(args, directory), max_tokens=args.max_tokens, text=args.data, progress=progress)
+    with progress_bar("loading") as bar:
+        found = perplexity_of(
+            _config(args, directory), max_tokens=args.max_tokens, text=args.data, progress=bar.progress
+        )
     console.print(
         f"perplexity {found.perplexity:.3f} over {found.num_tokens:,} tokens of {found.text}",
         highlight=False,
@@ -153,8 +152,9 @@ def _alone(args: argparse.Namespace, console: Console) -> None:
 
 def _against(args: argparse.Namespace) -> Report:
     from octavo.calibration.report.compare_checkpoints import compare_checkpoints
-    from octavo.calibration.report.report import build_report
+    from octavo.calibration.report.report import Report, rounded, sizes_of
     from octavo.calibration.report.verdict import judge
+    from octavo.calibration.report.weight_error import by_kind, in_order
     from octavo.jobs.quality import compare
     from octavo.quant.checkpoint import Checkpoint
     from octavo.quant.hub import resolve_model
@@ -164,13 +164,13 @@ def _against(args: argparse.Namespace) -> Report:
     directory = resolve_model(args.model, args.revision)
     original = resolve_model(args.against, args.against_revision)
     dtype: Any = "auto" if args.dtype in AT_LOAD else args.dtype
-    with _bar() as progress:
+    with progress_bar("loading") as bar:
         quality = compare(
             EngineConfig(model=str(original), dtype=dtype),
             _config(args, directory),
             max_tokens=args.max_tokens,
             text=args.data,
-            progress=progress,
+            progress=bar.progress,
         )
     checkpoints = Checkpoint.open(original), Checkpoint.open(directory)
     sides = compare_checkpoints(*checkpoints)
@@ -181,7 +181,7 @@ def _against(args: argparse.Namespace) -> Report:
     if schemes or kv_cache or args.max_kl is not None:
         verdict = judge(quality, schemes, args.max_kl, layers=sides.rows, algorithm="unknown", kv_cache=kv_cache)
     quantization = checkpoints[1].quantization
-    return build_report(
+    return Report(
         task="eval",
         model=_name(args.model),
         base_model=None if Path(args.against).expanduser().is_dir() else args.against,
@@ -191,13 +191,13 @@ def _against(args: argparse.Namespace) -> Report:
         algorithm="unknown",
         options={"dtype": args.dtype, "kv_cache_dtype": args.kv_cache_dtype, "lm_head_dtype": args.lm_head_dtype},
         kv_cache=kv_cache,
-        layers=sides.rows,
-        bytes_before=before,
-        bytes_after=after,
+        sizes=sizes_of(before, after, sides.rows),
+        kinds=by_kind(sides.rows),
+        layers=in_order(sides.rows),
         quality=quality,
         verdict=verdict,
         warnings=sides.notes,
-        seconds={"evaluate": time.perf_counter() - begin},
+        seconds=rounded({"evaluate": time.perf_counter() - begin}),
     )
 
 
@@ -233,21 +233,3 @@ def _name(model: str) -> str:
     """Of a model, without where on this machine it lies."""
     path = Path(model).expanduser()
     return path.resolve().name if path.is_dir() else model.rpartition("/")[2]
-
-
-@contextmanager
-def _bar() -> Iterator[Progress]:
-    """A progress bar, on stderr, so that the result alone is on stdout."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("loading", total=None)
-
-        def update(done: int, total: int, which: str) -> None:
-            bar.update(task, completed=done, total=total, description=which)
-
-        yield update

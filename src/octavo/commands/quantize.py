@@ -8,17 +8,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from typing import TYPE_CHECKING
 
 from octavo.commands.failure import one_line
+from octavo.commands.progress_bar import progress_bar
 from octavo.commands.quantize_flags import configure, job_from_args
 from octavo.commands.termination import unwinding_when_terminated
 from octavo.kernels.native.environment import ENVIRONMENT
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from octavo.calibration.preflight import Estimate
 
 __all__ = ["configure", "run"]
 NOT_GOOD_ENOUGH = 3  # the exit code when the checkpoint is written but its KL is above --max-kl
@@ -34,20 +29,31 @@ def run(args: argparse.Namespace) -> int:
     from octavo.calibration.recipe import RecipeError
     from octavo.calibration.report.report import print_report
     from octavo.calibration.text.documents import DataError
+    from octavo.calibration.workspace import is_interruption
     from octavo.jobs import quantize
     from octavo.quant.checkpoint import CheckpointError
     from octavo.quant.safetensors_file import SafetensorsError
 
     console = Console()
     try:
-        with unwinding_when_terminated("octavo quantize"), _Bar(console) as bar:
-            listener = quantize.Listener(bar.estimate, bar.progress, bar.phase)
+        with unwinding_when_terminated("octavo quantize"), progress_bar("reading", console) as bar:
+            listener = quantize.Listener(
+                estimate=lambda estimate: console.print(f"expected: {estimate}", highlight=False),
+                progress=bar.progress,
+                phase=bar.phase,
+            )
             report = quantize.run(job_from_args(args, listener))
     except KeyboardInterrupt:
         print(f"octavo quantize: interrupted{_what_is_left(args)}", file=sys.stderr)
         return 130
-    except (QuantizeError, RecipeError, DataError, CheckpointError, SafetensorsError, OSError) as e:
+    except (QuantizeError, RecipeError, DataError, CheckpointError, SafetensorsError) as e:
         print(f"octavo quantize: {one_line(e)}", file=sys.stderr)
+        return 1
+    except (OSError, MemoryError, RuntimeError) as e:
+        if not is_interruption(e):
+            raise
+        reason = one_line(e) if isinstance(e, OSError) else "out of memory"
+        print(f"octavo quantize: {reason}{_what_is_left(args)}", file=sys.stderr)
         return 1
     print_report(report, console)
     console.print(f"written: {args.output}", highlight=False, soft_wrap=True)
@@ -61,36 +67,3 @@ def _what_is_left(args: argparse.Namespace) -> str:
     if (args.output / "config.json").is_file() and not args.overwrite:
         return f"; {args.output} is whole, its quality was not measured"
     return "; --resume goes on with it" if partial_of(args.output.resolve()).is_dir() else ""
-
-
-class _Bar:
-    """A progress bar with the time that is left, one for each phase."""
-
-    def __init__(self, console: Console) -> None:
-        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-        )
-        self._task = self._progress.add_task("reading", total=None)
-
-    def estimate(self, estimate: Estimate) -> None:
-        self._progress.console.print(f"expected: {estimate}", highlight=False)
-
-    def phase(self, what: str) -> None:
-        self._progress.reset(self._task, total=None, description=what)
-
-    def progress(self, done: float, total: float, what: str) -> None:
-        self._progress.update(self._task, completed=done, total=total, description=what)
-
-    def __enter__(self) -> _Bar:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._progress.stop()

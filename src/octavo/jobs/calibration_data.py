@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from octavo.calibration.progress import Progress, silent
+
 if TYPE_CHECKING:
     from torch import Tensor
 
     from octavo.calibration.text.data import CalibrationData
-    from octavo.jobs.self_text import Progress
 
 MAX_SEQ_LENGTH = 512
 NUM_SAMPLES = 32
@@ -27,7 +28,7 @@ def make_data(
     seed: int = 0,
     chat_template: str | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> CalibrationData:
     """Calibration data for the checkpoint in `source`.
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import shutil
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from octavo.calibration.progress import Progress, silent
 from octavo.calibration.verify import (
     HELD_OUT,
     BlockNoise,
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 WINDOW = 256
 BLOCK = 16
 AT_LOAD = ("fp8", "int8", "int4")  # quantized by the server itself while it loads
-Progress = Callable[[int, int, str], None]  # windows done, windows in all, which model
 
 
 class QualityError(RuntimeError):
@@ -58,7 +57,7 @@ def measure_quality(
     max_tokens: int,
     text: Path | None = None,
     dtype: Dtype = "auto",
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Quality:
     """Run both models, one after the other, as the server would, and compare them over max_tokens tokens of a text.
 
@@ -80,7 +79,7 @@ def compare(
     *,
     max_tokens: int,
     text: Path | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Quality:
     """measure_quality with all that a server can be told: also types of the KV cache and of the output head."""
     directories = Path(original.model), Path(quantized.model)
@@ -104,7 +103,7 @@ def compare(
 
 
 def perplexity_of(
-    model: EngineConfig, *, max_tokens: int, text: Path | None = None, progress: Progress | None = None
+    model: EngineConfig, *, max_tokens: int, text: Path | None = None, progress: Progress = silent
 ) -> Perplexity:
     """Perplexity of one model. Raises what measure_quality does."""
     Checkpoint.open(Path(model.model))
@@ -196,7 +195,7 @@ def _load(config: EngineConfig, token_ids: list[int], prefix: list[int], window:
     return _Runner(model, config, windows(token_ids, window, prefix), window)
 
 
-def _compare(runner: _Runner, record: tuple[_Recording, _Recording], progress: Progress | None, source: str) -> Quality:
+def _compare(runner: _Runner, record: tuple[_Recording, _Recording], progress: Progress, source: str) -> Quality:
     comparison = Comparison()
     noise = BlockNoise(runner.num_blocks)
 
@@ -211,9 +210,8 @@ def _compare(runner: _Runner, record: tuple[_Recording, _Recording], progress: P
     return comparison.result(source, runner.window, noise.result())
 
 
-def _tell(progress: Progress | None, number: int, runner: _Runner, which: str) -> None:
-    if progress is not None:
-        progress(number + 1, len(runner.windows), which)
+def _tell(progress: Progress, number: int, runner: _Runner, which: str) -> None:
+    progress(number + 1, len(runner.windows), which)
 
 
 def _check_alike(original: Path, before: _Facts, quantized: Path, after: _Facts) -> None:

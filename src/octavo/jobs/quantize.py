@@ -16,10 +16,11 @@ from octavo.calibration.choices import ActOrder, Algorithm, Format
 if TYPE_CHECKING:
     from octavo.calibration.plan import Plan
     from octavo.calibration.preflight import Estimate
-    from octavo.calibration.quantize_model import Calibration, Quantized
+    from octavo.calibration.prepare import Calibration, Prepared
+    from octavo.calibration.progress import Progress
+    from octavo.calibration.quantize_model import Quantized
     from octavo.calibration.recipe import Recipe
     from octavo.calibration.report.report import Report
-    from octavo.calibration.text.data import CalibrationData
     from octavo.quant.checkpoint import Checkpoint
     from octavo.quant.qparams import Search
 
@@ -36,7 +37,7 @@ class Listener:
     """
 
     estimate: Callable[[Estimate], None] = lambda _: None
-    progress: Callable[[float, float, str], None] = lambda *_: None
+    progress: Progress = lambda *_: None
     phase: Callable[[str], None] = lambda _: None
 
 
@@ -132,54 +133,54 @@ def _read(recipe: Recipe | str | Path) -> Recipe:
 
 def run(job: Job) -> Report:
     """Do a job; see `quantize`."""
-    from octavo.calibration.plan import make_plan
-    from octavo.calibration.quantize_model import check_out, open_source, quantize_model
+    from octavo.calibration.quantize_model import quantize_model
     from octavo.calibration.report.files import write_reports
+
+    prepared = prepare(job)
+    source = prepared.checkpoint.directory
+    begin = time.perf_counter()
+    job.listener.phase("quantizing")
+    result = quantize_model(prepared, job.listener.progress)
+    report = _report(job, prepared, result, time.perf_counter() - begin)
+    recipe = prepared.recipe
+    del prepared  # the text and the block runner make room for the models that are measured
+    write_reports(job.output, report, source=source)
+    if job.evaluate:
+        report = _with_quality(job, recipe, source, report)
+        write_reports(job.output, report, source=source)
+    return report
+
+
+def prepare(job: Job) -> Prepared:
+    """Check, plan and cost a job, and have its calibration text; nothing is checked or planned again after this."""
+    from octavo.calibration.prepare import complete, open_source, plan_model
     from octavo.quant.hub import resolve_model
 
-    seconds: dict[str, float] = {}
     source = resolve_model(job.model, job.revision)
-    check_out(source, job.output, job.overwrite, job.resume)
+    how = {"overwrite": job.overwrite, "resume": job.resume}
     _check_options(job)
-    checkpoint = open_source(source)
+    checkpoint = open_source(source, job.output, **how)
     notes = _check_source(job, checkpoint)
-    plan = make_plan(checkpoint, job.recipe, job.max_shard_bytes)
-    _check_budget(job, plan)
-    data = None
+    planned = plan_model(checkpoint, job.output, job.recipe, max_shard_bytes=job.max_shard_bytes, **how)
+    _check_budget(job, planned.plan)
+    seconds: dict[str, float] = {}
+    recipe = job.recipe
     calibration = None
     if _runs_blocks(job):
         begin = time.perf_counter()
-        data, calibration = _calibration(job, source, checkpoint)
+        calibration = _calibration(job, checkpoint)
         seconds["data"] = time.perf_counter() - begin
-    if job.bits_budget is not None:
-        begin = time.perf_counter()
-        assert calibration is not None
-        job = _with_budget(job, job.bits_budget, checkpoint, plan, calibration)
-        plan = make_plan(checkpoint, job.recipe, job.max_shard_bytes)
-        calibration = calibration if job.recipe.needs_data else None
-        seconds["sensitivity"] = time.perf_counter() - begin
-    _check_fits(job, plan, calibration)
-
-    begin = time.perf_counter()
-    job.listener.phase("quantizing")
-    result = quantize_model(
-        source,
-        job.output,
-        job.recipe,
-        calibration=calibration,
-        max_shard_bytes=job.max_shard_bytes,
-        overwrite=job.overwrite,
-        resume=job.resume,
-        progress=job.listener.progress,
+        if job.bits_budget is not None:
+            begin = time.perf_counter()
+            recipe = _recipe_in_budget(job, job.bits_budget, planned, calibration)
+            seconds["sensitivity"] = time.perf_counter() - begin
+    prepared = complete(planned, recipe, calibration if recipe.needs_data else None)
+    job.listener.estimate(prepared.estimate)
+    _check_memory(
+        prepared.estimate.memory, "rtn works tensor by tensor and needs least, and a model with smaller blocks less"
     )
-    seconds["quantize"] = time.perf_counter() - begin
-    del calibration
-    report = _report(job, checkpoint, result, data, notes, seconds)
-    write_reports(job.output, report, source=source)
-    if job.evaluate:
-        report = _with_quality(job, source, report)
-        write_reports(job.output, report, source=source)
-    return report
+    text = None if calibration is None else calibration.data
+    return replace(prepared, text=text, notes=tuple(notes), seconds=seconds)
 
 
 def _runs_blocks(job: Job) -> bool:
@@ -227,60 +228,43 @@ def _check_source(job: Job, checkpoint: Checkpoint) -> list[str]:
     return []
 
 
-def _calibration(job: Job, source: Path, checkpoint: Checkpoint) -> tuple[CalibrationData, Calibration]:
+def _calibration(job: Job, checkpoint: Checkpoint) -> Calibration:
     """Text, and the model block by block. The model is checked first: text may take long."""
-    import torch
-
     from octavo.calibration.layers import QuantizeError
-    from octavo.calibration.quantize_model import Calibration
+    from octavo.calibration.prepare import Calibration
     from octavo.jobs.calibration_data import make_data
     from octavo.runtime.model.blocks import BlockRunner
     from octavo.runtime.model.sources import CheckpointSource
 
-    options = job.data
+    length = job.data.max_seq_length
     try:
-        runner = BlockRunner(checkpoint.config, CheckpointSource(checkpoint).prefix, options.max_seq_length, job.device)
+        runner = BlockRunner(checkpoint.config, CheckpointSource(checkpoint).prefix, length, job.device)
     except ValueError as e:  # more positions than there are, a device that isn't there
         raise QuantizeError(str(e)) from e
     job.listener.phase("calibration text")
+    text = job.data
     data = make_data(
-        source,
-        options.dataset,
-        num_samples=options.num_samples,
-        max_seq_length=options.max_seq_length,
-        seed=options.seed,
-        chat_template=options.chat_template,
+        checkpoint.directory,
+        text.dataset,
+        num_samples=text.num_samples,
+        max_seq_length=text.max_seq_length,
+        seed=text.seed,
+        chat_template=text.chat_template,
         device=job.device,
-        progress=lambda done, total: job.listener.progress(done, total, "generating text"),
+        progress=job.listener.progress,
     )
-    token_ids = torch.stack(list(data.samples))
-    known = {"fingerprint": data.fingerprint, "samples": token_ids.shape[0], "tokens": token_ids.numel()}
-    return data, Calibration(token_ids, runner, known, job.offload_dir and Path(job.offload_dir))
+    return Calibration(data, runner, job.offload_dir)
 
 
-def _with_budget(job: Job, budget: float, checkpoint: Checkpoint, plan: Plan, calibration: Calibration) -> Job:
-    """The job with the recipe that the model's sensitivity and the budget give."""
+def _recipe_in_budget(job: Job, budget: float, planned: Prepared, calibration: Calibration) -> Recipe:
+    """The recipe that the model's sensitivity and the budget give."""
     from octavo.calibration.budget import budgeted, candidates, carried_bytes, measure
 
     job.listener.phase("measuring sensitivity")
     _check_memory(carried_bytes(calibration.runner), "a smaller model or a recipe of your own works")
     schemes = candidates(job.recipe, budget)
-    units = measure(
-        checkpoint, plan, job.recipe, calibration.runner, calibration.token_ids, schemes, job.listener.progress
-    )
-    return replace(job, recipe=budgeted(job.recipe, units, budget))
-
-
-def _check_fits(job: Job, plan: Plan, calibration: Calibration | None) -> None:
-    """Tell what it will take, and stop before it starts if it doesn't fit."""
-    from octavo.calibration.preflight import estimate
-    from octavo.calibration.quantize_model import check_disk, hidden_bytes
-
-    tokens = 0 if calibration is None else calibration.token_ids.numel()
-    expected = estimate(plan, job.recipe, tokens, hidden_bytes(calibration))
-    job.listener.estimate(expected)
-    check_disk(job.output, plan, calibration)
-    _check_memory(expected.memory, "rtn works tensor by tensor and needs least, and a model with smaller blocks less")
+    units = measure(planned, calibration, schemes, job.listener.progress)
+    return budgeted(job.recipe, units, budget)
 
 
 def _check_memory(needed: int, what_works: str) -> None:
@@ -294,24 +278,19 @@ def _check_memory(needed: int, what_works: str) -> None:
         )
 
 
-def _report(
-    job: Job,
-    checkpoint: Checkpoint,
-    result: Quantized,
-    data: CalibrationData | None,
-    notes: list[str],
-    seconds: dict[str, float],
-) -> Report:
+def _report(job: Job, prepared: Prepared, result: Quantized, seconds: float) -> Report:
     """What is known before the quality is."""
     from octavo.calibration.kv import kv_rows
-    from octavo.calibration.report.report import Calibration, build_report
+    from octavo.calibration.report.report import CalibrationText, Report, rounded, sizes_of
+    from octavo.calibration.report.weight_error import by_kind, in_order
 
     local = Path(job.model).expanduser().is_dir()
     recipe = result.recipe
+    data = prepared.text
     calibration = (
         None
         if data is None
-        else Calibration(
+        else CalibrationText(
             source=data.source,
             samples=len(data.samples),
             tokens=data.num_tokens,
@@ -320,28 +299,30 @@ def _report(
             fingerprint=data.fingerprint,
         )
     )
-    return build_report(
+    layers = result.layers
+    return Report(
         model=Path(job.model).expanduser().resolve().name if local else job.model.rpartition("/")[2],
         base_model=None if local else job.model,
-        architecture=str(checkpoint.config.get("model_type")),
+        architecture=str(prepared.checkpoint.config.get("model_type")),
         scheme=recipe.scheme,
         format=recipe.format,
         algorithm=recipe.algorithm,
         options=recipe.options(),
         kv_cache=recipe.kv_cache,
         calibration=calibration,
-        layers=result.layers,
-        bytes_before=result.bytes_before,
-        bytes_after=result.bytes_after,
-        ignore=result.selection.ignore,
-        warnings=[*notes, *result.warnings, *(() if data is None else data.notes)],
-        seconds=seconds,
-        kv_layers=kv_rows(result.kv),
+        sizes=sizes_of(result.bytes_before, result.bytes_after, layers),
+        kinds=by_kind(layers),
+        layers=in_order(layers),
+        ignore=tuple(result.selection.ignore),
+        warnings=(*prepared.notes, *result.warnings, *(() if data is None else data.notes)),
+        seconds=rounded({**prepared.seconds, "quantize": seconds}),
+        kv_layers=tuple(kv_rows(result.kv)),
     )
 
 
-def _with_quality(job: Job, source: Path, report: Report) -> Report:
+def _with_quality(job: Job, recipe: Recipe, source: Path, report: Report) -> Report:
     """Measure and judge, or say why not: the checkpoint is written and whole either way."""
+    from octavo.calibration.report.report import rounded
     from octavo.calibration.report.verdict import broken, judge
     from octavo.calibration.verify import NotFiniteError
     from octavo.jobs.quality import measure_quality
@@ -354,10 +335,10 @@ def _with_quality(job: Job, source: Path, report: Report) -> Report:
         if isinstance(e, NotFiniteError) and e.side == "quantized":
             return replace(report, verdict=broken(e))
         return replace(report, warnings=(*report.warnings, f"quality could not be measured: {e}"))
-    seconds = {**report.seconds, "quality": time.perf_counter() - begin}
+    seconds = report.seconds | rounded({"quality": time.perf_counter() - begin})
     verdict = judge(
         quality,
-        job.recipe.schemes,
+        recipe.schemes,
         job.max_kl,
         layers=report.layers,
         algorithm=report.algorithm,

@@ -22,14 +22,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
+from octavo.calibration.progress import Progress, silent
 from octavo.kernels.native.environment import ENVIRONMENT
 
 if TYPE_CHECKING:
     from octavo.calibration.text.data import CalibrationData, Sizes
     from octavo.jobs.model_text import ModelText
     from octavo.runtime.engine import Engine
-
-Progress = Callable[[int, int], None]  # tokens generated, tokens in all
 
 REPORT_STEPS = 16
 CACHE_BYTES = 1 << 30  # for keys and values: fixed, since how many texts are sampled together moves their last bits
@@ -60,7 +59,7 @@ def generate_data(
     sizes: Sizes,
     *,
     device: Literal["auto", "cpu", "cuda"] = "auto",
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> CalibrationData:
     """Texts of exactly max_seq_length tokens, out of the checkpoint in `source`. Raises DataError."""
     import torch
@@ -106,7 +105,7 @@ def _random_word(text: ModelText, rng: random.Random) -> int:
     return token_id
 
 
-def _run_child(request: GenerationRequest, progress: Progress | None) -> list[list[int]]:
+def _run_child(request: GenerationRequest, progress: Progress) -> list[list[int]]:
     from octavo.calibration.text.documents import DataError
     from octavo.runtime.launch import child_environment
 
@@ -121,8 +120,8 @@ def _run_child(request: GenerationRequest, progress: Progress | None) -> list[li
             child.stdin.close()
             for line in child.stdout:
                 reply = msgspec.json.decode(line, type=Reply)
-                if progress is not None and reply.error is None:
-                    progress(total if reply.samples is not None else reply.num_done, total)
+                if reply.error is None:
+                    progress(total if reply.samples is not None else reply.num_done, total, "generating text")
         except BrokenPipeError:
             pass  # it is dead already
         except BaseException:

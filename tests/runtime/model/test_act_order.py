@@ -11,6 +11,7 @@ from hf_oracle import CASES, make_hf, save, scattered_logits
 from shuffled import shuffle_groups
 from torch import Tensor
 
+from octavo.calibration.prepare import prepare
 from octavo.calibration.quantize_model import quantize_model
 from octavo.calibration.recipe import Recipe
 from octavo.kernels.native import cpu_features
@@ -37,7 +38,7 @@ def test_logits_are_those_of_gathering(
     family, overrides = CASES[name]
     widths = {key: width for key, width in WHOLE_GROUPS.items() if key in overrides}
     plain = save(make_hf(family, overrides | widths), tmp_path / "plain")
-    quantize_model(plain, tmp_path / "act", Recipe("W4A16@32", format="gptq"))
+    quantize_model(prepare(plain, tmp_path / "act", Recipe("W4A16@32", format="gptq")))
     shuffle_groups(tmp_path / "act")
     ours = logits(tmp_path / "act", dtype)
     changed: list[bool] = []

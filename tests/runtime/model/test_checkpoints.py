@@ -17,6 +17,7 @@ from trimmed import whole
 
 import octavo.quant.linear
 import octavo.runtime.model.weights
+from octavo.calibration.prepare import prepare
 from octavo.calibration.quantize_model import quantize_model
 from octavo.calibration.recipe import Recipe
 from octavo.demo_models import DEMO_MODELS, fetch_model
@@ -121,7 +122,7 @@ def test_what_is_written_is_served(name: str, fixtures: Path, tmp_path: Path, mo
     monkeypatch.setattr(octavo.quant.linear, "input_rounding", lambda *_: None)
     ids = load_file(fixtures / "tiny" / "expected.safetensors")["input_ids"]
     quantized, plain = tmp_path / "quantized", tmp_path / "plain"
-    quantize_model(fixtures / "tiny", quantized, Recipe(name), max_shard_bytes=300_000)
+    quantize_model(prepare(fixtures / "tiny", quantized, Recipe(name), max_shard_bytes=300_000))
     written = Checkpoint.open(quantized)
     assert len(written.files) > 1
     tensors = {tensor: written.tensor(tensor) for tensor in written.names if tensor.endswith("weight")}

@@ -21,6 +21,7 @@ from stored_scales import store_scales
 from torch import Tensor
 from trimmed import whole
 
+from octavo.calibration.prepare import prepare
 from octavo.calibration.quantize_model import quantize_model
 from octavo.calibration.recipe import Recipe
 from octavo.kernels.int4.gpu import packing
@@ -112,7 +113,7 @@ def test_architectures(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_schemes(scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    quantize_model(tiny("llama", tmp_path / "plain"), tmp_path / "quantized", Recipe(scheme))
+    quantize_model(prepare(tiny("llama", tmp_path / "plain"), tmp_path / "quantized", Recipe(scheme)))
     model = check(tmp_path / "quantized", monkeypatch)
     bodies = {kind: body for kind, _, body in model.report_layers()}
     assert bodies["qkv"] == bodies["down"] == SCHEMES[scheme]
@@ -148,7 +149,7 @@ def test_act_order_within_the_mlp_is_undone_at_load(
 
 @pytest.mark.parametrize("scheme", ["W4A16_ASYM@32", "W8A16@32", "W4AFP8@32", "FP8_DYNAMIC", "FP8_BLOCK", "W8A8"])
 def test_experts_are_run_together(scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    quantize_model(tiny("mixtral", tmp_path / "plain"), tmp_path / "quantized", Recipe(scheme))
+    quantize_model(prepare(tiny("mixtral", tmp_path / "plain"), tmp_path / "quantized", Recipe(scheme)))
     model = check(tmp_path / "quantized", monkeypatch)
     assert isinstance(model, Decoder)
     assert model.can_be_captured
@@ -160,7 +161,7 @@ def test_experts_are_run_together(scheme: str, tmp_path: Path, monkeypatch: pyte
 def test_experts_round_by_stored_scales(alike: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each by its own, or all by one, which the norm before the router has."""
     plain = tiny("qwen2_moe", tmp_path / "plain", shared_expert_intermediate_size=80)
-    quantize_model(plain, tmp_path / "static", Recipe("FP8_DYNAMIC"))
+    quantize_model(prepare(plain, tmp_path / "static", Recipe("FP8_DYNAMIC")))
     store_scales(tmp_path / "static", alike=alike)
     model = check(tmp_path / "static", monkeypatch)
     assert isinstance(model, Decoder)
@@ -176,7 +177,7 @@ def test_experts_with_act_order_are_run_together(alike: bool, tmp_path: Path, mo
     """Each in an order of its own, or all in one, in which the norm before the router puts columns."""
     sizes = {"moe_intermediate_size": 64, "shared_expert_intermediate_size": 128}
     plain = tiny("qwen2_moe", tmp_path / "plain", **sizes)
-    quantize_model(plain, tmp_path / "act", Recipe("W4A16@32", format="gptq"))
+    quantize_model(prepare(plain, tmp_path / "act", Recipe("W4A16@32", format="gptq")))
     shuffle_groups(tmp_path / "act", alike=alike)
     model = check(tmp_path / "act", monkeypatch)
     assert isinstance(model, Decoder)
@@ -207,7 +208,9 @@ def test_a_shared_expert_runs_with_the_others_in_slices(
     directory = tiny("qwen2_moe", tmp_path / "plain", **sizes)
     if scheme is not None:
         ignore = ("re:.*shared_expert.*",) if scheme.endswith("but it") else ()
-        quantize_model(directory, tmp_path / "quantized", Recipe(scheme.removesuffix(" but it"), ignore=ignore))
+        quantize_model(
+            prepare(directory, tmp_path / "quantized", Recipe(scheme.removesuffix(" but it"), ignore=ignore))
+        )
         directory = tmp_path / "quantized"
     model = check(directory, monkeypatch)
     assert isinstance(model, Decoder)
@@ -232,7 +235,9 @@ def test_a_gpu_without_a_product_keeps_the_input(
     """It is the model whose config says nothing of activations, and a note says why."""
     quantized, alone = tmp_path / "quantized", tmp_path / "alone"
     ignore = ("re:.*self_attn.*",) if name == "mixtral" else ()  # then it's the experts that are told of
-    quantize_model(tiny(name, tmp_path / "plain"), quantized, Recipe(scheme.removesuffix(", static"), ignore=ignore))
+    quantize_model(
+        prepare(tiny(name, tmp_path / "plain"), quantized, Recipe(scheme.removesuffix(", static"), ignore=ignore))
+    )
     if scheme.endswith(", static"):
         store_scales(quantized)
     shutil.copytree(quantized, alone)
@@ -249,7 +254,7 @@ def test_a_gpu_without_a_product_keeps_the_input(
 
 
 def test_experts_that_no_grouped_gemm_has_run_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    quantize_model(tiny("mixtral", tmp_path / "plain"), tmp_path / "quantized", Recipe("W8A16@16"))
+    quantize_model(prepare(tiny("mixtral", tmp_path / "plain"), tmp_path / "quantized", Recipe("W8A16@16")))
     model = check(tmp_path / "quantized", monkeypatch)
     assert isinstance(model, Decoder)
     assert not model.can_be_captured

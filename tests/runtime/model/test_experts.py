@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from octavo.calibration.layers import QuantizeError
+from octavo.calibration.prepare import prepare
 from octavo.calibration.quantize_model import quantize_model
 from octavo.calibration.recipe import Recipe
 from octavo.quant.checkpoint import Checkpoint, CheckpointError
@@ -129,7 +130,7 @@ def test_quantized_at_load_is_quantized_and_loaded(
     plain = logits(load(saved[name][0], dtype="auto"))
     at_load = load(saved[name][1], dtype=dtype)
     for kind, source in zip(("hub", "fused"), saved[name], strict=True):
-        quantize_model(source, tmp_path / kind, Recipe(scheme, search="absmax"))
+        quantize_model(prepare(source, tmp_path / kind, Recipe(scheme, search="absmax")))
         written = load(tmp_path / kind, dtype="auto")
         assert written.report_layers() == at_load.report_layers()
         assert torch.equal(logits(written), logits(at_load))
@@ -149,15 +150,15 @@ def test_a_hole_among_the_experts_is_found(saved: dict[str, tuple[Path, Path]], 
     (source / "config.json").write_bytes((saved["mixtral"][0] / "config.json").read_bytes())
     save_file(tensors, source / "model.safetensors")
     with pytest.raises(QuantizeError, match=r"^block_sparse_moe\.experts\.\*\.w3\.weight is missing in layers \[2\]$"):
-        quantize_model(source, tmp_path / "out", Recipe("W8A8"))
+        quantize_model(prepare(source, tmp_path / "out", Recipe("W8A8")))
 
 
 def test_experts_are_one_kind(saved: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
     """For what is left out, and in messages: 40 columns fit no group."""
     hub = saved["qwen3_moe"][0]
     with pytest.raises(QuantizeError, match=r"in_features of mlp\.experts\.\*\.down_proj 40 \(18 layers\), "):
-        quantize_model(hub, tmp_path / "out", Recipe("W4A16"))
-    done = quantize_model(hub, tmp_path / "out", Recipe("W8A8", ignore=("mlp.experts.*.down_proj",)))
+        quantize_model(prepare(hub, tmp_path / "out", Recipe("W4A16")))
+    done = quantize_model(prepare(hub, tmp_path / "out", Recipe("W8A8", ignore=("mlp.experts.*.down_proj",))))
     ignored = [module for module in done.selection.ignore if module != "lm_head"]
     assert sum(module.endswith(".down_proj") for module in ignored) == 18
     assert sum(module.endswith(".mlp.gate") for module in ignored) == 3
@@ -170,7 +171,7 @@ def test_a_quantized_router_is_its_codes_or_refused(
 ) -> None:
     """Some quantizers round routers: one with rounded weights is served as it is, one with rounded inputs is not."""
     quantized, plain = tmp_path / "quantized", tmp_path / "plain"
-    quantize_model(saved["qwen3_moe"][0], quantized, Recipe(spelled))
+    quantize_model(prepare(saved["qwen3_moe"][0], quantized, Recipe(spelled)))
     scheme = Recipe(spelled).default
     plain.mkdir()
     config = json.loads((quantized / "config.json").read_text())

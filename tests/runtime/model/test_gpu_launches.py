@@ -18,6 +18,7 @@ from stored_scales import store_scales
 from torch.utils._python_dispatch import TorchDispatchMode
 from trimmed import whole
 
+from octavo.calibration.prepare import prepare
 from octavo.calibration.quantize_model import quantize_model
 from octavo.calibration.recipe import Recipe
 from octavo.kernels.attention.cache import LayerCache
@@ -99,7 +100,7 @@ def of_a_layer(
         model = make_hf(family, overrides).bfloat16()  # as checkpoints are
         plain = save(model, tmp_path / f"plain{layers}")
         quantized = tmp_path / f"quantized{layers}"
-        quantize_model(plain, quantized, recipe)
+        quantize_model(prepare(plain, quantized, recipe))
         if change is not None:
             change(quantized)
         counts.append(Counter(launches(quantized, monkeypatch)))
@@ -155,7 +156,7 @@ def test_logits_of_some_rows_are_those_of_all(scheme: str, tmp_path: Path, monke
     """Those of a decode step are cut behind the last layer, whose kernels are then the same."""
     family, overrides = CASES["llama"]
     plain = save(make_hf(family, {**overrides, "num_hidden_layers": 2}), tmp_path / "plain")
-    quantize_model(plain, tmp_path / "quantized", Recipe(scheme))
+    quantize_model(prepare(plain, tmp_path / "quantized", Recipe(scheme)))
     model, caches, inputs = loaded(tmp_path / "quantized", monkeypatch)
     every = model.forward(inputs, caches)
     second = model.forward(replace(inputs, logits_index=inputs.logits_index[1:]), caches)

@@ -13,6 +13,7 @@ from hf_oracle import Sequences
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from octavo.calibration.prepare import prepare
 from octavo.calibration.quantize_model import quantize_model
 from octavo.calibration.recipe import Recipe
 from octavo.quant.checkpoint import CheckpointError
@@ -133,7 +134,7 @@ def test_a_type_that_is_none_is_refused(model: Path) -> None:
 def test_a_dtype_of_eight_bits_is_the_scheme_applied_at_load(
     model: Path, tmp_path: Path, fixtures: Path, dtype: str, scheme: str
 ) -> None:
-    quantize_model(model, tmp_path / "out", Recipe(scheme, search="absmax"))
+    quantize_model(prepare(model, tmp_path / "out", Recipe(scheme, search="absmax")))
     written, quantized = load(tmp_path / "out"), load(model, dtype=dtype)
     assert quantized.report_layers() == written.report_layers()
     assert torch.equal(logits_of(quantized, fixtures), logits_of(written, fixtures))
