@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from octavo.quant.scheme import QuantScheme, SchemeError, WeightScheme
+from octavo.quant.scheme import Granularity, QuantScheme, SchemeError, WeightScheme
 
 FP8_MAX = 448.0  # float8_e4m3fn's largest
 
@@ -66,6 +66,30 @@ class QuantizedWeight:
         """Some of its columns, as views, of a weight without g_idx; with groups or blocks, `begin` lies on an edge."""
         return self._between(1, begin, stop)
 
+    def with_scales_of_rows(self) -> QuantizedWeight:
+        """A weight with scales of blocks as one whose rows each have their own copy: any row may then begin a part."""
+        block = self.scheme.weight.granularity.block
+        assert block is not None
+        n = self.shape[0]
+        rows, columns = block
+        old = self.scheme.weight
+        granularity = Granularity("block", block=(1, columns))
+        return replace(
+            self,
+            scheme=QuantScheme(WeightScheme(old.dtype, granularity, old.symmetric), self.scheme.activation),
+            scale=self.scale.repeat_interleave(rows, dim=0)[:n],
+            zero_point=None if self.zero_point is None else self.zero_point.repeat_interleave(rows, dim=0)[:n],
+        )
+
+    def sorted_by_group(self) -> tuple[QuantizedWeight, Tensor]:
+        """A weight with act-order with its columns group after group, and the order [K] int64 of columns for that.
+
+        Its groups have the scheme's size, but the last.
+        """
+        assert self.g_idx is not None
+        order = self.g_idx.long().argsort(stable=True)
+        return replace(self, codes=self.codes[:, order], g_idx=None), order
+
     def _between(self, dim: int, begin: int, stop: int) -> QuantizedWeight:
         granularity = self.scheme.weight.granularity
 
@@ -96,6 +120,10 @@ class QuantizedWeight:
                 assert granularity.block is not None
                 rows, cols = granularity.block
                 return per_group.repeat_interleave(rows, dim=0)[:n].repeat_interleave(cols, dim=1)[:, :k]
+
+
+Weight = QuantizedWeight | Tensor
+"""A linear layer's weight [N, K]: quantized, or plain numbers."""
 
 
 class WeightError(ValueError):

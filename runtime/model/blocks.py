@@ -20,12 +20,14 @@ from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.quantized_activation import Hidden
 from octavo.quant.block_map import Fold, InputGroup
 from octavo.quant.linear import Linear, make_linear
+from octavo.quant.qparams import Weight
+from octavo.quant.shard import WHOLE, Shard
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.model.decoder import DecoderLayer, embedding_scale
 from octavo.runtime.model.moe import MoeMlp
 from octavo.runtime.model.names import NORMS, LinearParts, head_name, layer_linears, routers
 from octavo.runtime.model.select_operators import select_ops
-from octavo.runtime.model.sources import LoadError, Weight
+from octavo.runtime.model.sources import LoadError
 from octavo.runtime.model.spec import DecoderSpec
 from octavo.runtime.model.weights import DecoderBuilder, choose_dtype
 from octavo.runtime.worker.device import choose_device
@@ -234,15 +236,15 @@ class _Tensors:
     def has(self, module: str) -> bool:
         return any(name.rpartition(".")[0] == module for name in self.tensors)
 
-    def linear(self, module: str, out_features: int, in_features: int) -> Weight:
-        return self.tensor(f"{module}.weight", (out_features, in_features))
+    def linear(self, module: str, out_features: int, in_features: int, shard: Shard = WHOLE) -> Weight:
+        return shard.of(self.tensor(f"{module}.weight", (out_features, in_features)))
 
     def is_quantized(self, module: str) -> bool:  # noqa: ARG002
         return False
 
-    def bias(self, module: str, out_features: int, *, expected: bool) -> Tensor | None:
+    def bias(self, module: str, out_features: int, *, expected: bool, shard: Shard = WHOLE) -> Tensor | None:
         name = f"{module}.bias"
-        return self.tensor(name, (out_features,)) if expected or name in self.tensors else None
+        return shard.of_bias(self.tensor(name, (out_features,))) if expected or name in self.tensors else None
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         tensor = self.tensors.get(name)

@@ -20,7 +20,7 @@ from octavo.quant.checkpoint import Checkpoint, read_config
 from octavo.quant.experts_gpu import Expert, multiplies_experts, slices, stack_experts
 from octavo.quant.linear import Linear, make_linear
 from octavo.quant.linear_gpu import keeps_inputs, multiplies
-from octavo.quant.qparams import QuantizedWeight, quantize_weight
+from octavo.quant.qparams import QuantizedWeight, Weight, quantize_weight
 from octavo.quant.scheme import CHANNEL, PRESETS, QuantScheme, WeightScheme, group
 from octavo.runtime.config import Dtype, EngineConfig
 from octavo.runtime.model.decoder import Decoder, DecoderLayer
@@ -31,7 +31,7 @@ from octavo.runtime.model.moe import GroupedMoe, MoeMlp
 from octavo.runtime.model.names import NORMS, LinearParts, head_name, layer_linears, required_modules, routers
 from octavo.runtime.model.rope import RopeSpec, cos_sin_table
 from octavo.runtime.model.select_operators import select_ops
-from octavo.runtime.model.sources import CheckpointSource, DummySource, LoadError, Source, Weight
+from octavo.runtime.model.sources import CheckpointSource, DummySource, LoadError, Source
 from octavo.runtime.model.spec import DecoderSpec, UnknownArchitectureError, stored_dtype
 from octavo.runtime.worker.device import capability, choose_device, take_tables
 
