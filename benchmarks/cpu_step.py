@@ -23,13 +23,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
 from octavo.kernels.attention.step import StepInputs
-from octavo.quant.linear import make_linear
+from octavo.quant.linear import Linear, make_linear
 from octavo.quant.qparams import QuantizedWeight
 from octavo.quant.scheme import CHANNEL, PRESETS, QuantScheme, WeightScheme, group
+from octavo.quant.target import Target
 from octavo.runtime.model.operators import Ops
 from octavo.runtime.model.select_operators import select_ops, warm_up
 
@@ -60,8 +61,8 @@ def random_weight(n: int, k: int, scheme: QuantScheme | None) -> QuantizedWeight
     return QuantizedWeight(scheme, codes, scale)
 
 
-def layer(n: int, k: int, scheme: QuantScheme | None) -> nn.Module:
-    return make_linear([random_weight(n, k, scheme)], [None], dtype=torch.bfloat16, device=CPU)
+def layer(n: int, k: int, scheme: QuantScheme | None) -> Linear:
+    return make_linear([random_weight(n, k, scheme)], [None], Target.of(CPU, torch.bfloat16))
 
 
 @dataclass
@@ -85,8 +86,8 @@ class Stack:
     """A decoder's step over random weights."""
 
     ops: Ops
-    layers: list[tuple[nn.Module, nn.Module, nn.Module, nn.Module]]
-    head: nn.Module
+    layers: list[tuple[Linear, Linear, Linear, Linear]]
+    head: Linear
     caches: list[LayerCache]
     embedding: Tensor
     cos_sin: Tensor
@@ -94,7 +95,7 @@ class Stack:
 
     def step(self, inputs: StepInputs, clock: Clock | None = None) -> Tensor:
         ops, time_ = self.ops, (clock.timed if clock else lambda _, f: f)
-        linear = time_("linears", lambda module, x: module(x))
+        linear = time_("linears", lambda module, x: module.forward(x, inputs))
         norm, rope = time_("small", ops.add_rms_norm), time_("small", ops.rope_and_cache)
         gate, attend = time_("small", ops.silu_and_mul), time_("attention", ops.attention)
         residual = self.embedding[inputs.token_ids]
@@ -103,7 +104,7 @@ class Stack:
             q = rope(linear(qkv, x), inputs, cache, SHAPE, self.cos_sin, None, None, 1e-5)
             x, residual = norm(linear(out, attend(q, inputs, cache, SHAPE)), residual, self.norm, 1e-5)
             x, residual = norm(linear(down, gate(linear(gate_up, x))), residual, self.norm, 1e-5)
-        return time_("head", self.head)(x[inputs.logits_index])
+        return time_("head", self.head.forward)(x[inputs.logits_index], inputs)
 
 
 def build(scheme: str, head: str, blocks: int) -> Stack:

@@ -18,7 +18,7 @@ from octavo.calibration.algorithms.group_scales import (
     static_input_scale,
 )
 from octavo.calibration.algorithms.input_statistics import InputStats
-from octavo.quant.linear import input_rounding
+from octavo.quant.input_rounding import input_rounding
 from octavo.quant.qparams import Search, WeightError, quantize_weight
 from octavo.quant.scheme import ActivationScheme, QuantScheme
 

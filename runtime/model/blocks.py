@@ -22,6 +22,7 @@ from octavo.quant.block_map import Fold, InputGroup
 from octavo.quant.linear import Linear, make_linear
 from octavo.quant.qparams import Weight
 from octavo.quant.shard import WHOLE, Shard
+from octavo.quant.target import Target
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.model.decoder import DecoderLayer, embedding_scale
 from octavo.runtime.model.moe import MoeMlp
@@ -88,9 +89,8 @@ class BlockRunner:
         spec = self.spec
         norm = tensor(f"{self._prefix}norm.weight").to(self.device, torch.float32) + spec.norm_offset
         weight = tensor(self.embedding_name if spec.tied else head_name(self._prefix) + ".weight")
-        linear = make_linear(
-            [weight.to(self.dtype)], [None], dtype=self.dtype, device=self.device, out_dtype=torch.float32
-        )
+        target = Target.of(self.device, self.dtype)
+        linear = make_linear([weight.to(self.dtype)], [None], target, out_dtype=torch.float32)
 
         def logits(hidden: Tensor) -> Tensor:
             out = linear.forward(self._ops.rms_norm(hidden, norm, spec.norm_eps)) / spec.logits_divisor
@@ -216,7 +216,7 @@ class _Recorded(Linear):
     """A linear layer that shows its input."""
 
     def __init__(self, inner: Linear, name: str, record: Record) -> None:
-        super().__init__(inner._scheme, inner._bodies, inner._bias)
+        super().__init__(inner.scheme, inner.parts, inner.bias, inner.out_dtype)
         self._name = name
         self._record = record
 

@@ -136,14 +136,14 @@ class Decoder:
 
         residual = ops.embed(inputs.token_ids, self._embedding, self._embedding_scale)
         first_norm = self._layers[0].before_attention
-        rounding = _rounding(self._layers[0].qkv.wants)
+        rounding = _rounding(self._layers[0].qkv.input_quant)
         hidden = residual if first_norm is None else ops.rms_norm(residual, first_norm, eps, **rounding)
 
         for i, (layer, cache) in enumerate(zip(self._layers, caches, strict=True)):
             qkv = layer.qkv.partial(hidden)
             rotation = (layer.cos_sin, layer.q_norm, layer.k_norm, eps)
             is_cut = cuts_rows and i == last
-            rounding = _rounding(None if is_cut else layer.o.wants)
+            rounding = _rounding(None if is_cut else layer.o.input_quant)
             hidden = ops.rope_and_attention(qkv, inputs, cache, layer.shape, *rotation, **rounding)
             if is_cut:
                 hidden = hidden[inputs.logits_index]
@@ -152,7 +152,7 @@ class Decoder:
                 layer.o.partial(hidden), residual, layer.after_attention, layer.before_mlp, layer.mlp.wants
             )
             before_next = self._final_norm if i == last else self._layers[i + 1].before_attention
-            wants = None if i == last else self._layers[i + 1].qkv.wants
+            wants = None if i == last else self._layers[i + 1].qkv.input_quant
             hidden, residual = self._add_and_norm(
                 layer.mlp.partial(hidden), residual, layer.after_mlp, before_next, wants
             )

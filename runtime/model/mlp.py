@@ -55,14 +55,14 @@ class GatedMlp:
 
     @property
     def wants(self) -> Rounding | None:
-        return self.gate_up.wants
+        return self.gate_up.input_quant
 
     def forward(self, x: Hidden) -> Tensor:
         return self.down.forward(self.act(self.gate_up.forward(x)))
 
     def partial(self, x: Hidden) -> Tensor:
         gate_up = self.gate_up.partial(x)
-        wants = self.down.wants
+        wants = self.down.input_quant
         return self.down.partial(self.act(gate_up) if wants is None else self.act(gate_up, wants))
 
     def linears(self) -> dict[str, Linear]:

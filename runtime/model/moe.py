@@ -16,7 +16,7 @@ from torch import Tensor
 
 from octavo.kernels.moe import reference as moe
 from octavo.kernels.quantized_activation import Hidden, Rounding
-from octavo.quant.experts_gpu import Stacked
+from octavo.quant.experts import Stacked
 from octavo.quant.linear import Linear
 from octavo.runtime.model.mlp import Change, GatedMlp
 

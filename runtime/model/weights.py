@@ -6,8 +6,7 @@ Complete or not at all: a tensor that nothing reads, or one that isn't there, is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,12 @@ from torch import Tensor
 from octavo.kernels.attention.cache import AttentionShape
 from octavo.quant.act_order import sort_inner
 from octavo.quant.checkpoint import Checkpoint, read_config
-from octavo.quant.experts_gpu import Expert, multiplies_experts, slices, stack_experts
+from octavo.quant.experts import Expert, Stacked, slices, stack_experts
+from octavo.quant.kernel_table import KernelChoice, one_by_one
 from octavo.quant.linear import Linear, make_linear
-from octavo.quant.linear_gpu import keeps_inputs, multiplies
 from octavo.quant.qparams import QuantizedWeight, Weight, quantize_weight
 from octavo.quant.scheme import CHANNEL, PRESETS, QuantScheme, WeightScheme, group
+from octavo.quant.target import Target
 from octavo.runtime.config import Dtype, EngineConfig
 from octavo.runtime.model.decoder import Decoder, DecoderLayer
 from octavo.runtime.model.experts import MoeSpec
@@ -39,10 +39,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 HEAD_INT8 = QuantScheme(WeightScheme("int8", CHANNEL))
 GROUP_SIZES = (128, 64, 32)  # for int4 at load, the largest that fits
 Parts = tuple[list[Weight], list[Tensor | None]]  # of modules that share their input: weights [N_i, K], biases [N_i]
-
-ONE_BY_ONE = (
-    "a mixture's experts run one by one, and decode steps without CUDA graphs: no grouped GEMM has what they are here"
-)
 
 
 def load_model(config: EngineConfig, *, rounds_inputs: bool = False) -> Model:
@@ -175,8 +171,7 @@ class DecoderBuilder:
         self.device = device
         self.notes = notes
         self.stacks_experts = stacks_experts
-        self.rounds_inputs = rounds_inputs
-        self.capability = capability(device)
+        self.target = Target.of(device, dtype, capability(device), rounds_inputs=rounds_inputs)
         self.ops = select_ops(device, dtype)
         self.act = {"silu": self.ops.silu_and_mul, "gelu_tanh": self.ops.gelu_tanh_and_mul}[spec.activation]
         self.kv_scales: KVScales | None = None
@@ -250,43 +245,41 @@ class DecoderBuilder:
         experts: Iterable[tuple[Parts, Parts]] = (
             self._read_gated(parts, f"experts.{i}.") for i in range(moe.num_experts)
         )
-        on_gpu = self.capability > 0 and self.dtype != torch.float32
-        if self.stacks_experts and on_gpu:
+        if self.stacks_experts and self.target.capability and self.dtype != torch.float32:
             experts = list(experts)
             grouped = self._grouped(moe, gates, experts, shared)
-            if grouped is not None:
-                read = (weight for (gate_up, _), (down, _) in experts for weight in (*gate_up, *down))
-                self._note_inputs(read, multiplies_experts)
+            if isinstance(grouped, GroupedMoe):
+                self._note(grouped.experts.choice)
                 return grouped
-            self._say_once(ONE_BY_ONE)
+            self._note(grouped)
         mlps = tuple(self._gated(*expert) for expert in experts)
         alone = () if shared is None else (self._gated(*shared), gates[1])
         return MoeMlp(gates[0], mlps, moe.top_k, moe.normalize, *alone)
 
     def _grouped(
         self, moe: MoeSpec, gates: list[Tensor], experts: list[tuple[Parts, Parts]], shared: tuple[Parts, Parts] | None
-    ) -> GroupedMoe | None:
-        """Experts stacked for a GPU's grouped GEMMs, the shared one in slices or beside them; None: it can't be."""
-        if self.spec.activation != "silu" or any(_has_bias(expert) for expert in experts):
-            return None
-        stack = partial(
-            stack_experts,
-            dtype=self.dtype,
-            device=self.device,
-            capability=self.capability,
-            rounds_inputs=self.rounds_inputs,
-        )
+    ) -> GroupedMoe | KernelChoice:
+        """Experts stacked for a GPU's grouped GEMMs, the shared one in slices or beside them; or why they can't be."""
+        if self.spec.activation != "silu":
+            return one_by_one(f"grouped GEMMs have SiLU between them, not {self.spec.activation}")
+        if any(_has_bias(expert) for expert in experts):
+            return one_by_one("grouped GEMMs add no bias")
         plain = [(gate_up, down) for (gate_up, _), ((down,), _) in experts]
         cut: list[Expert] | None = []
         if shared is not None:
             (gate_up, _), ((down,), _) = shared
             cut = None if _has_bias(shared) else slices(gate_up, down, moe.intermediate_size)
-        if cut is not None and (stacked := stack([*plain, *cut])) is not None:
-            return GroupedMoe(self._narrowed(gates), stacked, moe.top_k, moe.normalize, len(cut))
-        if shared is None or (stacked := stack(plain)) is None:
-            return None
+        found = None if cut is None else stack_experts([*plain, *cut], self.target)
+        if isinstance(found, Stacked):
+            return GroupedMoe(self._narrowed(gates), found, moe.top_k, moe.normalize, len(cut or ()))
+        if shared is None and found is not None:
+            return found
+        found = stack_experts(plain, self.target)
+        if isinstance(found, KernelChoice):
+            return found
+        assert shared is not None
         alone = self._gated(*shared), gates[1]
-        return GroupedMoe(self._narrowed(gates[:1]), stacked, moe.top_k, moe.normalize, 0, *alone)
+        return GroupedMoe(self._narrowed(gates[:1]), found, moe.top_k, moe.normalize, 0, *alone)
 
     def _narrowed(self, gates: list[Tensor]) -> Tensor:
         """All rows as one weight, of the model's type where that holds them exactly."""
@@ -319,29 +312,15 @@ class DecoderBuilder:
 
     def _linear(self, weights: list[Weight], biases: list[Tensor | None]) -> Linear:
         """One module out of those that share their input, fused along their outputs."""
-        self._note_inputs(weights, multiplies)
-        return make_linear(
-            weights,
-            biases,
-            dtype=self.dtype,
-            device=self.device,
-            capability=self.capability,
-            rounds_inputs=self.rounds_inputs,
-        )
+        linear = make_linear(weights, biases, self.target)
+        self._note(*(part.choice for part in linear.parts))
+        return linear
 
-    def _note_inputs(self, weights: Iterable[Weight], has_product: Callable[[QuantScheme, int, int], bool]) -> None:
-        """Say once of each scheme that its inputs aren't rounded on this GPU."""
-        if not self.capability or self.dtype == torch.float32 or self.rounds_inputs:
-            return
-        for weight in weights:
-            if isinstance(weight, Tensor) or weight.scheme.activation is None:
-                continue
-            if not has_product(weight.scheme, weight.shape[1], self.capability):
-                self._say_once(keeps_inputs(weight.scheme, self.dtype, self.capability))
-
-    def _say_once(self, note: str) -> None:
-        if note not in self.notes:
-            self.notes.append(note)
+    def _note(self, *choices: KernelChoice) -> None:
+        """Say once why a kernel departs from what the checkpoint says."""
+        for choice in choices:
+            if choice.departs and choice.reason not in self.notes:
+                self.notes.append(choice.reason)
 
     def _quantize(self, module: str, weight: Weight) -> Weight:
         """Apply --dtype fp8, int8 or int4 to a dense weight. A GPU rounds it; it stays where its source has it."""
@@ -372,14 +351,9 @@ class DecoderBuilder:
             if isinstance(weight, QuantizedWeight):
                 raise LoadError(f"{name} is quantized already ({weight.scheme}); leave --lm-head-dtype out")
             weight = quantize_weight(weight.to(self.device), HEAD_INT8, "absmax")
-        return make_linear(
-            [weight],
-            [None],
-            dtype=self.dtype,
-            device=self.device,
-            out_dtype=torch.float32,
-            capability=self.capability,
-        )
+        head = make_linear([weight], [None], self.target, out_dtype=torch.float32)
+        self._note(*(part.choice for part in head.parts))
+        return head
 
     def _norm(self, module: str, size: int) -> Tensor:
         """A norm's weight in float32, as it is multiplied."""

@@ -10,7 +10,7 @@ from octavo.calibration.algorithms.channel_scale_search import ScaleTrials
 from octavo.calibration.algorithms.group_scales import static_input_scale
 from octavo.calibration.algorithms.input_statistics import InputStats, StatsCollector
 from octavo.calibration.algorithms.smoothquant import ALPHAS, smooth_scales, smoothquant_scales
-from octavo.quant.linear import input_rounding
+from octavo.quant.input_rounding import input_rounding
 from octavo.quant.qparams import WeightError
 from octavo.quant.scheme import PRESETS, QuantScheme
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from octavo.quant.experts_gpu import slices
+from octavo.quant.experts import slices
 from octavo.quant.qparams import QuantizedWeight, quantize_weight
 from octavo.quant.scheme import PRESETS, TENSOR, QuantScheme, WeightScheme, group
 

@@ -10,13 +10,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from layers import apply
 from torch import Tensor
 
 import octavo.kernels.native.cpu_features
 from octavo.kernels.int8 import reference as int8_reference
-from octavo.quant.linear import Linear, join_parts, make_linear
+from octavo.quant.fusion import join_parts
+from octavo.quant.linear import Linear, make_linear
 from octavo.quant.qparams import QuantizedWeight
 from octavo.quant.scheme import CHANNEL, PRESETS, TENSOR, ActivationScheme, QuantScheme, WeightScheme, group
+from octavo.quant.target import Target
 
 CPU = torch.device("cpu")
 U, V = 2.0**-24, 2.0**-8
@@ -38,7 +41,7 @@ def weight(n: int, k: int, scheme: QuantScheme) -> QuantizedWeight:
 
 
 def run(parts: list[QuantizedWeight | Tensor], dtype: torch.dtype = torch.bfloat16) -> Linear:
-    return make_linear(parts, [None] * len(parts), dtype=dtype, device=CPU)
+    return make_linear(parts, [None] * len(parts), Target.of(CPU, dtype))
 
 
 def check(got: Tensor, x: Tensor, w: Tensor, largest: Tensor) -> None:
@@ -73,7 +76,7 @@ def test_weight_only(scheme: WeightScheme) -> None:
             exact = w.dequantize(torch.bfloat16)  # rounded at load: what it then multiplies is this
         for m in ROWS:
             x = torch.randn(m, k).bfloat16()
-            check(layer(x), x, exact, largest)
+            check(apply(layer, x), x, exact, largest)
 
 
 @pytest.mark.parametrize(("n", "k"), SHAPES)
@@ -83,7 +86,7 @@ def test_bf16(n: int, k: int) -> None:
     layer = run([w])
     for m in ROWS:
         x = torch.randn(m, k).bfloat16()
-        check(layer(x), x, w, w.abs())
+        check(apply(layer, x), x, w, w.abs())
 
 
 @pytest.mark.parametrize(("n", "k"), SHAPES)
@@ -97,7 +100,7 @@ def test_w8a8(n: int, k: int) -> None:
         x[0] = 0
         truth = int8_reference.linear(x, w.codes, w.scale)
         exact_sum = k * 2 * U * truth.abs() if "VNNI" in layer.describe()[1] else V * 4 * x.float().abs().sum(1).amax()
-        assert ((layer(x).float() - truth).abs() <= V * truth.abs() + exact_sum + 1e-30).all()
+        assert ((apply(layer, x).float() - truth).abs() <= V * truth.abs() + exact_sum + 1e-30).all()
 
 
 @pytest.mark.parametrize("scheme", ["bf16", "W8A8", "W4A16", "W8A16"])
@@ -110,12 +113,12 @@ def test_output_of_another_type(scheme: str, out_dtype: torch.dtype) -> None:
     w = torch.randn(n, k).bfloat16()
     part = w if scheme == "bf16" else weight(n, k, PRESETS["W8A8"] if scheme == "W8A8" else quantized)
     layers = [
-        make_linear([part], [None], dtype=torch.bfloat16, device=torch.device("cpu"), out_dtype=out)
+        make_linear([part], [None], Target.of(CPU, torch.bfloat16), out_dtype=out)
         for out in (torch.bfloat16, torch.float32, out_dtype)
     ]
     for m in (1, 3, 9, 40):
         x = torch.randn(m, k).bfloat16()
-        narrow, exact, other = (layer(x) for layer in layers)
+        narrow, exact, other = (apply(layer, x) for layer in layers)
         assert other.dtype == out_dtype
         assert torch.equal(other, exact.to(out_dtype))
         assert torch.equal(narrow, exact.bfloat16())
@@ -131,9 +134,9 @@ def test_fp8_equals_its_float32_self(name: str) -> None:
         fast, exact = run([w]), run([w], torch.float32)
         for m in (1, 7, 33):
             x = torch.randn(m, k).bfloat16()
-            truth = exact(x.float())
+            truth = apply(exact, x.float())
             mass = x.float().abs() @ w.dequantize().abs().T * 1.1
-            assert ((fast(x).float() - truth).abs() <= V * truth.abs() + (2 * V + k * U) * mass).all()
+            assert ((apply(fast, x).float() - truth).abs() <= V * truth.abs() + (2 * V + k * U) * mass).all()
 
 
 def test_columns_in_the_order_of_their_groups() -> None:
@@ -145,14 +148,14 @@ def test_columns_in_the_order_of_their_groups() -> None:
     layer = run([w])
     assert "order" in layer.describe()[1] or "dequantized" in layer.describe()[1]
     x = torch.randn(3, k).bfloat16()
-    check(layer(x), x, w.dequantize(), w.scale.float()[:, shuffled] * 144)
+    check(apply(layer, x), x, w.dequantize(), w.scale.float()[:, shuffled] * 144)
 
 
 def test_short_last_group() -> None:
     torch.manual_seed(0)
     w = weight(20, 100, QuantScheme(WeightScheme("int4", group(32))))
     x = torch.randn(3, 100).bfloat16()
-    check(run([w])(x), x, w.dequantize(torch.bfloat16), w.dequantize().abs())
+    check(apply(run([w]), x), x, w.dequantize(torch.bfloat16), w.dequantize().abs())
 
 
 def test_static_activation_scale() -> None:
@@ -162,7 +165,7 @@ def test_static_activation_scale() -> None:
     w = QuantizedWeight(scheme, plain.codes, plain.scale, input_scale=torch.tensor(0.01))
     x = torch.randn(3, 64)
     rounded = (x / 0.01).clamp(-448, 448).to(torch.float8_e4m3fn).float() * 0.01
-    torch.testing.assert_close(run([w], torch.float32)(x), rounded @ w.dequantize().T, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(apply(run([w], torch.float32), x), rounded @ w.dequantize().T, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="input_scale"):
         run([replace(plain, input_scale=None)])
 
@@ -172,12 +175,12 @@ def test_parts_that_share_a_scheme_are_fused_and_others_are_not() -> None:
     a, b = (weight(n, 64, PRESETS["W8A8"]) for n in (20, 30))
     x = torch.randn(3, 64).bfloat16()
     bias = torch.randn(30)
-    fused = make_linear([a, b], [None, bias], dtype=torch.bfloat16, device=CPU)
-    apart = torch.cat([run([a])(x), run([b])(x) + bias.bfloat16()], dim=1)
-    assert torch.equal(fused(x), apart)
+    fused = make_linear([a, b], [None, bias], Target.of(CPU, torch.bfloat16))
+    apart = torch.cat([apply(run([a]), x), apply(run([b]), x) + bias.bfloat16()], dim=1)
+    assert torch.equal(apply(fused, x), apart)
     mixed = run([a, torch.randn(30, 64)])
-    assert mixed(x).shape == (3, 50)
-    assert torch.equal(mixed(x)[:, :20], run([a])(x))
+    assert apply(mixed, x).shape == (3, 50)
+    assert torch.equal(apply(mixed, x)[:, :20], apply(run([a]), x))
 
 
 def test_each_part_may_have_bits_of_its_own() -> None:
@@ -193,10 +196,10 @@ def test_each_part_may_have_bits_of_its_own() -> None:
         weight(9, 64, w3),
     ]
     layer = run(parts)
-    assert len(layer._bodies) == 4
+    assert len(layer.parts) == 4
     assert layer.describe()[0] == "int4/g32 + int8/channel/asym + bfloat16 + int3/g32"
     x = torch.randn(5, 64).bfloat16()
-    assert torch.equal(layer(x), torch.cat([run([part])(x) for part in parts], dim=1))
+    assert torch.equal(apply(layer, x), torch.cat([apply(run([part]), x) for part in parts], dim=1))
 
 
 def test_static_scales_that_differ_stay_each_parts_own() -> None:
@@ -210,10 +213,10 @@ def test_static_scales_that_differ_stay_each_parts_own() -> None:
         rounded = (x.double() / scale).clamp(-448, 448).float().to(torch.float8_e4m3fn).double() * scale
         expected.append(rounded @ w.dequantize().double().T)
     layer = run(parts, torch.float32)
-    assert len(layer._bodies) == 2
+    assert len(layer.parts) == 2
     truth = torch.cat(expected, dim=1)
     mass = x.abs().clamp(max=5).sum() * 6  # of |x w|: |w| is 448 * 0.011 at most
-    assert ((layer(x).double() - truth).abs() <= 64 * U * mass).all()
+    assert ((apply(layer, x).double() - truth).abs() <= 64 * U * mass).all()
 
 
 @pytest.mark.parametrize("name", ["W4A8", "W4AFP8"])
@@ -231,7 +234,7 @@ def test_int4_with_rounded_inputs(name: str) -> None:
     layer = run([w], torch.float32)
     assert layer.describe() == (str(PRESETS[name]), "dequantized at load, torch float32")
     mass = rounded.abs() @ w.dequantize().double().abs().T
-    assert ((layer(x).double() - rounded @ w.dequantize().double().T).abs() <= (256 + 4) * U * mass).all()
+    assert ((apply(layer, x).double() - rounded @ w.dequantize().double().T).abs() <= (256 + 4) * U * mass).all()
 
 
 @pytest.mark.parametrize("size", [16, 32])
@@ -244,17 +247,17 @@ def test_fp4(size: int) -> None:
     layer = run([w])
     assert layer.describe()[1].startswith("dequantized at load")
     x = torch.randn(5, 96).bfloat16()
-    check(layer(x), x, w.dequantize(torch.bfloat16), w.dequantize().abs())
+    check(apply(layer, x), x, w.dequantize(torch.bfloat16), w.dequantize().abs())
 
 
 def test_torch_s_product_adds_the_bias_and_rounds_once() -> None:
     """A launch less on a GPU; rounding the product first gives other numbers."""
     generator = torch.Generator().manual_seed(3)
     x, weight, bias = (torch.randn(size, generator=generator).half() for size in ((5, 96), (40, 96), (40,)))
-    layer = make_linear([weight[:24], weight[24:]], [None, bias[24:]], dtype=torch.float16, device=x.device)
+    layer = make_linear([weight[:24], weight[24:]], [None, bias[24:]], Target.of(x.device, torch.float16))
     padded = torch.cat([torch.zeros(24), bias[24:]]).half()
-    assert torch.equal(layer.forward(x), torch.nn.functional.linear(x, weight, padded))
-    assert not torch.equal(layer.forward(x), torch.nn.functional.linear(x, weight) + padded)
+    assert torch.equal(apply(layer, x), torch.nn.functional.linear(x, weight, padded))
+    assert not torch.equal(apply(layer, x), torch.nn.functional.linear(x, weight) + padded)
 
 
 @pytest.mark.parametrize("rows", [(192, 64, 64), (100, 30), (128, 256)])
@@ -268,12 +271,12 @@ def test_parts_that_end_within_a_block_are_fused(rows: tuple[int, ...], device: 
     assert both.scale.shape[0] == (3 if rows == (128, 256) else sum(rows))
 
     def linear(some: list[QuantizedWeight]) -> Linear:
-        return make_linear([*some], [None] * len(some), dtype=torch.bfloat16, device=device, capability=90)
+        return make_linear([*some], [None] * len(some), Target.of(device, torch.bfloat16, 90))
 
     fused, apart = linear(parts), [linear([part]) for part in parts]
     assert fused.describe() == apart[0].describe() == (str(PRESETS["FP8_BLOCK"]), "fp8 x fp8, blocks")
     x = torch.randn(5, 300).bfloat16().to(device)
-    assert torch.equal(fused(x), torch.cat([one(x) for one in apart], dim=1))
+    assert torch.equal(apply(fused, x), torch.cat([apply(one, x) for one in apart], dim=1))
 
 
 def test_parts_of_different_inputs_are_refused() -> None:
@@ -290,9 +293,9 @@ def test_a_number_that_is_none_never_becomes_one(name: str, dtype: torch.dtype, 
     layer = run([torch.randn(40, 128) if name == "none" else weight(40, 128, PRESETS[name])], dtype)
     for m in (1, 9, 33):
         x = torch.randn(m, 128).to(dtype)
-        clean = layer(x)
+        clean = apply(layer, x)
         x[m // 2, 5] = bad
-        out = layer(x)
+        out = apply(layer, x)
         assert not out[m // 2].isfinite().any()
         others = torch.arange(m) != m // 2
         assert torch.equal(out[others], clean[others])
@@ -309,7 +312,7 @@ def test_processors_without_these_instructions_compute_the_same(name: str, monke
     plain, exact = run([part]), run([part], torch.float32)
     assert "torch bfloat16" in plain.describe()[1]
     x = torch.randn(7, 96).bfloat16()
-    truth = exact(x.float())
+    truth = apply(exact, x.float())
     dense = part if isinstance(part, Tensor) else part.dequantize()
     mass = x.float().abs() @ dense.float().abs().T * 1.1
-    assert ((plain(x).float() - truth).abs() <= V * truth.abs() + (2 * V + 96 * U) * mass).all()
+    assert ((apply(plain, x).float() - truth).abs() <= V * truth.abs() + (2 * V + 96 * U) * mass).all()

@@ -7,16 +7,20 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from layers import apply, step_of
 from torch import Tensor
 
 from octavo.calibration.recipe import parse_scheme
 from octavo.kernels.fp8.gpu.quantize import quantize
 from octavo.kernels.int8.gpu.linear import MAX_COLUMNS
 from octavo.kernels.quantized_activation import Rounded
-from octavo.quant.linear import input_rounding, make_linear
-from octavo.quant.linear_gpu import gpu_body, keeps_inputs, multiplies
+from octavo.quant.input_rounding import input_rounding
+from octavo.quant.kernel import LayerShape
+from octavo.quant.kernel_table import choose_for, choose_kernel
+from octavo.quant.linear import Linear, make_linear
 from octavo.quant.qparams import QuantizedWeight, quantize_weight
 from octavo.quant.scheme import CHANNEL, PRESETS, TENSOR, ActivationScheme, QuantScheme, WeightScheme, group
+from octavo.quant.target import Target
 
 BODIES = {
     "W4A16@64": "int4 weights, 16 bits",
@@ -57,40 +61,48 @@ def part_of(name: str, device: torch.device) -> QuantizedWeight:
     return part.to(device)
 
 
+def layer_of(part: QuantizedWeight, bias: Tensor | None, out_dtype: torch.dtype, capability: int) -> Linear:
+    target = Target.of(part.codes.device, torch.bfloat16, capability)
+    assert choose_for(part, target).kernel.where == "gpu"
+    return make_linear([part], [bias], target, out_dtype=out_dtype)
+
+
+def is_left(part: QuantizedWeight, capability: int) -> bool:
+    """Whether no GPU kernel takes a weight."""
+    return choose_for(part, Target.of(part.codes.device, torch.bfloat16, capability)).kernel.where != "gpu"
+
+
 @pytest.mark.parametrize("name", BODIES)
 @pytest.mark.parametrize("m", [1, 21])
 def test_a_body_computes_its_scheme(name: str, m: int, device: torch.device) -> None:
     part, x = part_of(name, device), random(m, K, seed=2).bfloat16().to(device)
     bias = random(N, seed=5).to(device)
-    body = gpu_body(part, bias, torch.float32, 90)
-    assert body is not None
-    assert (body.name, body.has_bias) == (BODIES[name], True)
+    body = layer_of(part, bias, torch.float32, 90)
+    assert (body.describe()[1], body.bias) == (BODIES[name], None)
     assert body.weight_bytes >= N * K * part.scheme.weight.bits / 8
     rounds = input_rounding(part.scheme.activation, part.input_scale, device)
     rounded = x.double() if rounds is None else rounds(x).double()
     expected = rounded @ part.dequantize().double().T + bias
-    got = body.run(x)
+    got = apply(body, x)
     assert got.dtype == torch.float32
     # K products are summed in float32, each with an error of 2^-24 of the largest partial sum; of e4m3's a GPU's tensor
     # core keeps 13 bits and more.
     fp8 = device.type == "cuda" and rounds is not None and "W8A8" not in name
     bound = (2**-11 if fp8 else K * 2**-24) * (rounded.abs() @ part.dequantize().double().abs().T)
     assert bool(((got.double() - expected).abs() <= bound).all())
-    assert body.partial is not None
-    sums = body.partial(x)
+    sums = body.partial(x, step_of(x))
     assert bool(((sums.double().reshape(-1, m, N).sum(0) - expected).abs() <= bound).all())
 
 
 @pytest.mark.parametrize("name", ["W8A8", "FP8_DYNAMIC", "FP8_BLOCK", "W4AFP8@128"])
 def test_an_input_that_was_rounded_before(name: str, device: torch.device) -> None:
     """By a norm, say: the same codes and scales, laid out by tokens."""
-    body = gpu_body(part_of(name, device), None, torch.bfloat16, 90)
-    assert body is not None
-    assert body.wants is not None
+    body = layer_of(part_of(name, device), None, torch.bfloat16, 90)
+    assert body.input_quant is not None
     x = random(5, K, seed=2).bfloat16().to(device)
-    ready = Rounded.empty(5, K, body.wants, device)
-    quantize(x, ready.codes, ready.scale, group_size=body.wants.group_size)()
-    assert torch.equal(body.run(ready), body.run(x))
+    ready = Rounded.empty(5, K, body.input_quant, device)
+    quantize(x, ready.codes, ready.scale, group_size=body.input_quant.group_size)()
+    assert torch.equal(apply(body, ready), apply(body, x))
 
 
 ALONE = {
@@ -110,15 +122,13 @@ def test_inputs_stay_as_they_are_where_there_is_no_product(
     name: str, capability: int, m: int, device: torch.device
 ) -> None:
     part, x = part_of(name, device), random(m, K, seed=2).bfloat16().to(device)
-    body = gpu_body(part, None, torch.float32, capability)
-    assert body is not None
-    assert (body.name, body.wants) == (ALONE[name, capability], None)
+    body = layer_of(part, None, torch.float32, capability)
+    assert (body.describe()[1], body.input_quant) == (ALONE[name, capability], None)
     assert body.weight_bytes < 1.5 * N * K  # dequantized it is 2
     weight = part.dequantize().double()
     bound = K * 2**-24 * (x.double().abs() @ weight.abs().T)  # float32 sums, in any order
-    assert bool(((body.run(x).double() - x.double() @ weight.T).abs() <= bound).all())
-    assert body.partial is not None
-    sums = body.partial(x).double().reshape(-1, m, N).sum(0)
+    assert bool(((apply(body, x).double() - x.double() @ weight.T).abs() <= bound).all())
+    sums = body.partial(x, step_of(x)).double().reshape(-1, m, N).sum(0)
     assert bool(((sums - x.double() @ weight.T).abs() <= bound).all())
 
 
@@ -138,14 +148,24 @@ def test_which_products_there_are() -> None:
         (parse_scheme("W4A16@32"), K, 999),
     ):
         for capability in (80, 86, 89, 90):
-            assert multiplies(scheme, columns, capability) == (capability >= least), (scheme, columns, capability)
+            target = Target(torch.device("cuda"), torch.bfloat16, capability)
+            found = choose_kernel(scheme, LayerShape(N, columns), target)
+            rounds = scheme.activation is not None and scheme.activation in found.kernel.inputs
+            assert rounds == (capability >= least), (scheme, columns, capability)
+            assert found.departs == (scheme.activation is not None and not rounds)
 
 
 def test_a_user_is_told_of_inputs_that_stay_as_they_are() -> None:
-    said = keeps_inputs(parse_scheme("FP8_DYNAMIC"), torch.bfloat16, 80)
+    def told(name: str, dtype: torch.dtype, capability: int) -> str:
+        return choose_kernel(
+            parse_scheme(name), LayerShape(N, K), Target(torch.device("cuda"), dtype, capability)
+        ).reason
+
+    said = told("FP8_DYNAMIC", torch.bfloat16, 80)
     assert "inputs stay in bfloat16" in said
     assert "fp8 products need compute capability 8.9 (L40S, 4090, H100) and this GPU has 8.0" in said
-    assert "no kernel here has such products" in keeps_inputs(parse_scheme("W4A8@32"), torch.float16, 90)
+    assert "inputs stay in float16" in told("W4A8@32", torch.float16, 90)
+    assert "no kernel here has such products" in told("W4A8@32", torch.float16, 90)
 
 
 @pytest.mark.parametrize(("name", "capability"), ALONE)
@@ -154,35 +174,34 @@ def test_whoever_measures_has_inputs_rounded_all_the_same(name: str, capability:
     part, x = part_of(name, device), random(5, K, seed=2).bfloat16().to(device)
     rounds = input_rounding(part.scheme.activation, part.input_scale, device)
     assert rounds is not None
-    settings = {"dtype": torch.bfloat16, "device": device, "capability": capability}
-    linear = make_linear([part], [None], **settings, rounds_inputs=True)
-    assert torch.equal(linear.forward(x), F.linear(rounds(x).bfloat16(), part.dequantize(torch.bfloat16)))
-    plain = make_linear([part], [None], **settings)
-    assert not torch.equal(plain.forward(x), linear.forward(x))
+    linear = make_linear([part], [None], Target.of(device, torch.bfloat16, capability, rounds_inputs=True))
+    assert torch.equal(apply(linear, x), F.linear(rounds(x).bfloat16(), part.dequantize(torch.bfloat16)))
+    plain = make_linear([part], [None], Target.of(device, torch.bfloat16, capability))
+    assert not torch.equal(apply(plain, x), apply(linear, x))
 
 
 def test_a_scale_that_is_missing_is_told_on_every_gpu(device: torch.device) -> None:
     part = replace(part_of("FP8", device), input_scale=None)
     for capability in (80, 90):
         with pytest.raises(ValueError, match="stores no input_scale"):
-            make_linear([part], [None], dtype=torch.bfloat16, device=device, capability=capability)
+            make_linear([part], [None], Target.of(device, torch.bfloat16, capability))
 
 
 def test_what_no_kernel_has_is_left_to_be_dequantized(device: torch.device) -> None:
-    assert gpu_body(part_of("W8A16@16", device), None, torch.bfloat16, 90) is None
+    assert is_left(part_of("W8A16@16", device), 90)
     for activation in (None, PRESETS["FP8_DYNAMIC"].activation):
         one = quantize_weight(random(N, K, seed=1), QuantScheme(WeightScheme("int4", TENSOR), activation)).to(device)
-        assert gpu_body(one, None, torch.bfloat16, 90) is None
-        linear = make_linear([one], [None], dtype=torch.bfloat16, device=device, capability=90)
+        assert is_left(one, 90)
+        linear = make_linear([one], [None], Target.of(device, torch.bfloat16, 90))
         x = random(3, K, seed=2).bfloat16().to(device)
-        assert torch.equal(linear.forward(x), F.linear(x, one.dequantize(torch.bfloat16)))
+        assert torch.equal(apply(linear, x), F.linear(x, one.dequantize(torch.bfloat16)))
     fp8 = part_of("FP8_DYNAMIC", device)
     fp8.codes.view(torch.int8)[3, 5] = 0x7F  # NaN, which is decoded to 480
-    assert gpu_body(fp8, None, torch.bfloat16, 80) is None
+    assert is_left(fp8, 80)
     w8a16, uneven = part_of("W8A16@64", device), torch.arange(K, device=device).int() // 64
     uneven[0] = 1
     shuffled = QuantizedWeight(w8a16.scheme, w8a16.codes, w8a16.scale, g_idx=uneven)
-    assert gpu_body(shuffled, None, torch.bfloat16, 90) is None
+    assert is_left(shuffled, 90)
 
 
 @pytest.mark.parametrize("name", ["W4A16@64", "W8A16@64"])
@@ -192,15 +211,13 @@ def test_act_order_is_undone(name: str, device: torch.device) -> None:
     order = torch.randperm(K, generator=torch.Generator().manual_seed(4))
     g_idx = (torch.arange(K) // 64)[order].int().to(device)
     shuffled = QuantizedWeight(part.scheme, part.codes[:, order], part.scale, g_idx=g_idx)
-    found = gpu_body(shuffled, None, torch.float32, 90)
-    assert found is not None
+    found = layer_of(shuffled, None, torch.float32, 90)
     exact = x.double() @ shuffled.dequantize().double().T
     bound = K * 2**-24 * (x.double().abs() @ shuffled.dequantize().double().abs().T)  # float32 sums, in any order
-    assert bool(((found.run(x).double() - exact).abs() <= bound).all())
-    assert found.wants is not None
-    assert found.wants.places is not None
-    made = Rounded.empty(3, K, found.wants, device, x.dtype)
-    made.codes[:, found.wants.places.long()] = x
-    assert torch.equal(found.run(made), found.run(x))
-    assert found.partial is not None
-    assert torch.equal(found.partial(made), found.partial(x))
+    assert bool(((apply(found, x).double() - exact).abs() <= bound).all())
+    assert found.input_quant is not None
+    assert found.input_quant.places is not None
+    made = Rounded.empty(3, K, found.input_quant, device, x.dtype)
+    made.codes[:, found.input_quant.places.long()] = x
+    assert torch.equal(apply(found, made), apply(found, x))
+    assert torch.equal(found.partial(made, step_of(made)), found.partial(x, step_of(x)))

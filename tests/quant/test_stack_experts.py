@@ -12,7 +12,8 @@ from octavo.calibration.recipe import parse_scheme
 from octavo.kernels.int8.gpu.linear import MAX_COLUMNS
 from octavo.kernels.moe.gpu.fused import Experts
 from octavo.kernels.moe.gpu.int8 import ByteExperts
-from octavo.quant.experts_gpu import Stacked, stack_experts
+from octavo.quant.experts import Stacked, stack_experts
+from octavo.quant.kernel_table import ONE_BY_ONE
 from octavo.quant.qparams import QuantizedWeight, quantize_weight
 from octavo.quant.scheme import (
     CHANNEL,
@@ -23,6 +24,7 @@ from octavo.quant.scheme import (
     WeightScheme,
     group,
 )
+from octavo.quant.target import Target
 
 Weight = QuantizedWeight | Tensor
 Expert = tuple[list[Weight], Weight]
@@ -50,7 +52,12 @@ def experts(scheme: QuantScheme | None, *, width: int = WIDTH) -> list[Expert]:
 
 
 def stacked(of: list[Expert], capability: int = 90, *, rounds_inputs: bool = False) -> Stacked | None:
-    return stack_experts(of, torch.bfloat16, torch.device("cpu"), capability, rounds_inputs=rounds_inputs)
+    target = Target.of(torch.device("cpu"), torch.bfloat16, capability, rounds_inputs=rounds_inputs)
+    found = stack_experts(of, target)
+    if isinstance(found, Stacked):
+        return found
+    assert ONE_BY_ONE in found.reason
+    return None
 
 
 def values(weight: Weight) -> Tensor:

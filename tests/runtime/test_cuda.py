@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from hf_oracle import CASES, Sequences, make_hf, save
+from layers import apply
 from safetensors.torch import load_file
 from toy_model import make_request, run_to_end, tokens_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -17,6 +18,7 @@ from trimmed import whole
 
 from octavo.demo_models import DEMO_MODELS, fetch_model
 from octavo.quant.linear import make_linear
+from octavo.quant.target import Target
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.engine import Engine
 from octavo.runtime.model.weights import load_model
@@ -78,9 +80,9 @@ def test_logits_of_a_bf16_head_are_float32_sums() -> None:
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(rows, 256, generator=generator).bfloat16() for rows in (5, 1000))
     device = torch.device("cuda")
-    head = make_linear([weight], [None], dtype=torch.bfloat16, device=device, out_dtype=torch.float32, capability=90)
+    head = make_linear([weight], [None], Target.of(device, torch.bfloat16, 90), out_dtype=torch.float32)
     size = x.double().abs() @ weight.double().abs().T
-    error = (head(x.to(device)).cpu().double() - x.double() @ weight.double().T).abs()
+    error = (apply(head, x.to(device)).cpu().double() - x.double() @ weight.double().T).abs()
     assert bool((error <= 256 * 2**-24 * size).all())
 
 

@@ -32,6 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo.kernels.fp8.reference import has_nan
 from octavo.kernels.gemm.gpu.gemm_persistent import tile_of
 from octavo.kernels.gemm.gpu.gemm_swap_ab import store_transposed
 from octavo.kernels.launching.checks import expect
@@ -234,11 +235,6 @@ class Packed(PackedWeight):
         if self.zero_point is not None:
             values = values - spread(self.zero_point)
         return values * spread(self.scale)
-
-
-def has_nan(codes: Tensor) -> bool:
-    """Whether there is one among e4m3 codes, which would be decoded to 480; int8 has none."""
-    return codes.dtype == torch.float8_e4m3fn and bool((codes.view(torch.int8) & 0x7F == 0x7F).any())
 
 
 def pack(

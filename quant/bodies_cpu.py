@@ -1,0 +1,83 @@
+"""The CPU's kernels (AVX-512), from the canonical weight to their packed ones. Each is imported when a layer asks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from octavo.kernels.packed_weight import PackedWeight
+from octavo.quant.body import Body, PackOptions, PermutedColumns, RoundedInput, dense_of
+from octavo.quant.input_rounding import input_rounding
+from octavo.quant.qparams import QuantizedWeight, Weight
+
+
+def int8() -> Body:
+    """Products of int8 codes; the kernel rounds each token."""
+    from octavo.kernels.int8 import cpu
+
+    def pack(weight: QuantizedWeight, options: PackOptions) -> PackedWeight:  # noqa: ARG001
+        return cpu.pack(weight.codes, weight.scale)
+
+    return Body(pack, cpu.linear)
+
+
+def integers() -> Body:
+    """Integers decoded to bf16 in registers, 2 and 3 bits in int4's layout."""
+    from octavo.kernels.dense import cpu
+
+    return Body(_pack_integers, cpu.linear)
+
+
+def permuted_integers() -> Body:
+    """As `integers`, with act-order: x's columns are put into the order of the groups before each product."""
+    from octavo.kernels.dense import cpu
+
+    def pack(weight: QuantizedWeight, options: PackOptions) -> PackedWeight:
+        sorted_, order = weight.sorted_by_group()
+        return PermutedColumns(_pack_integers(sorted_, options), order)
+
+    def run(x: Tensor, packed: Any, out_dtype: torch.dtype) -> Tensor:
+        return cpu.linear(x[:, packed.order], packed.inner, out_dtype)
+
+    return Body(pack, run)
+
+
+def bf16() -> Body:
+    """Of a weight that isn't quantized."""
+    from octavo.kernels.dense import cpu
+
+    return Body(_pack_bf16, cpu.linear)
+
+
+def dequantized() -> Body:
+    return bf16()
+
+
+def dequantized_rounding() -> Body:
+    """As `dequantized`, with inputs rounded as the scheme says."""
+    from octavo.kernels.dense import cpu
+
+    def pack(weight: QuantizedWeight, options: PackOptions) -> PackedWeight:
+        rounds = input_rounding(weight.scheme.activation, weight.input_scale, options.target.device)
+        assert rounds is not None
+        return RoundedInput(_pack_bf16(weight, options), rounds)
+
+    def run(x: Tensor, packed: Any, out_dtype: torch.dtype) -> Tensor:
+        return cpu.linear(packed.rounds(x).to(torch.bfloat16), packed.inner, out_dtype)
+
+    return Body(pack, run)
+
+
+def _pack_integers(weight: QuantizedWeight, options: PackOptions) -> PackedWeight:  # noqa: ARG001
+    from octavo.kernels.dense import cpu
+
+    bits = 8 if weight.scheme.weight.dtype == "int8" else 4
+    return cpu.pack_int(weight.codes, weight.scale, weight.zero_point, bits)
+
+
+def _pack_bf16(weight: Weight, options: PackOptions) -> PackedWeight:
+    from octavo.kernels.dense import cpu
+
+    return cpu.pack_bf16(dense_of(weight, options.target.dtype))
