@@ -1,14 +1,18 @@
-"""`octavo inspect` of the formats of GPTQ and AWQ."""
+"""`octavo inspect` of the formats of GPTQ and AWQ, and of the kernels that would serve a checkpoint."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from trimmed import whole
 
 from octavo.cli import main
+from octavo.runtime.config import EngineConfig
+from octavo.runtime.model.decoder import Decoder
+from octavo.runtime.model.weights import load_model
 
 # name -> (format, scheme, bytes of the two down_proj [128, 352], whose 11 groups are scales of two bytes)
 SCALES = 11 * 128 * 2
@@ -42,3 +46,69 @@ def test_layers_of_other_formats(fixtures: Path, tmp_path: Path, capsys: pytest.
         *(f"model.layers.*.self_attn.{kind}_proj" for kind in "qkvo"),
     }
     assert "problem" not in facts["to_serve"]
+
+
+SERVED = sorted(path.name for path in (Path(__file__).parents[1] / "fixtures").iterdir() if "--" in path.name)
+FUSED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
+
+
+def kernels_of(facts: dict[str, Any]) -> dict[str, str]:
+    """Kernels by the loader's names for layers; of a tied head, whose module is the embedding, too."""
+    found = {}
+    for row in facts["layers"]:
+        module = row["kind"].rpartition(".")[2]
+        if row["kernel"] is not None:
+            name = FUSED.get(module, module.removesuffix("_proj")).replace("embed_tokens", "lm_head")
+            assert found.setdefault(name, row["kernel"]) == row["kernel"]
+    return found
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_inspect_names_the_kernels_that_the_loader_chooses(
+    fixtures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    model = whole(fixtures / name, tmp_path)
+    assert main(["inspect", str(model), "--json", "--device", "cpu"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    loaded = load_model(EngineConfig(model=str(model), device="cpu"))
+    assert isinstance(loaded, Decoder)
+    rows = {kind.rpartition(".")[2]: kernel for kind, _, kernel in loaded.report_layers()}
+    assert kernels_of(facts) == {kind: rows[kind] for kind in ("qkv", "o", "gate_up", "down", "lm_head")}
+    reasons = {row["reason"] for row in facts["layers"] if row["kernel"] and "dequantized" in row["kernel"]}
+    assert reasons <= set(loaded.notes)
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "kernel", "said"),
+    [
+        ("tiny--llmc-w8a8", "cuda:8.0", "int8 x int8", "int8 products, inputs rounded per token"),
+        ("tiny--llmc-fp8-dynamic", "cuda:9.0", "fp8 x fp8, token", "fp8 products, inputs rounded per token"),
+        ("tiny--llmc-fp8-dynamic", "cuda:8.0", "fp8 weights, 16 bits", "need compute capability 8.9"),
+        ("tiny--gptqmodel-w4g32-act", "cuda:9.0", "int4 weights, 16 bits", "int4 weights decoded in registers"),
+        (
+            "tiny-moe--llmc-fp8-dynamic",
+            "cuda:8.9",
+            "grouped by expert, fp8 x fp8, token",
+            "inputs rounded per token",
+        ),
+        ("tiny-moe--llmc-w4a16-g32", "cuda:8.6", "grouped by expert, int4 weights, 16 bits", "decoded in registers"),
+    ],
+)
+def test_inspect_names_kernels_of_another_machine(
+    fixtures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, device: str, kernel: str, said: str
+) -> None:
+    model = str(whole(fixtures / name, tmp_path))
+    assert main(["inspect", model, "--json", "--device", device]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["to_serve"]["device"] == f"a GPU of compute capability {device.removeprefix('cuda:')}"
+    (down,) = (row for row in facts["layers"] if row["kind"].endswith("down_proj"))
+    assert down["kernel"] == kernel
+    assert said in down["reason"]
+    assert main(["inspect", model, "--device", device]) == 0
+    assert kernel in " ".join(capsys.readouterr().out.split())
+
+
+def test_inspect_refuses_a_device_that_is_none(fixtures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["inspect", str(fixtures / "tiny"), "--device", "cuda:H100"])
+    assert "'cuda:H100' is none of auto, cpu, cuda and such as cuda:9.0" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,9 @@ from octavo.commands.failure import one_line
 if TYPE_CHECKING:
     from octavo.quant.checkpoint import Checkpoint
     from octavo.quant.formats.format import QuantFormat
+    from octavo.quant.kernel_table import KernelChoice
+    from octavo.quant.target import Target
+    from octavo.runtime.model.spec import DecoderSpec
 
 INDEX_IN_NAME = re.compile(r"\.\d+(?=\.|$)")
 SUFFIX = re.compile(r"\.(weight\w*|qweight|qzeros|scales|g_idx|bias|(input|activation)_scale|input_zero_point)$")
@@ -23,6 +27,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("model", help="a local directory, or a Hugging Face Hub id")
     parser.add_argument("--revision", help="branch, tag or commit of a Hub id (default: its main branch)")
+    parser.add_argument(
+        "--device",
+        type=_device,
+        default="auto",
+        metavar="cpu|cuda|cuda:X.Y",
+        help="say which kernels serve the model there, cuda:9.0 on a GPU of that compute capability, wherever it is "
+        "(default: this machine's GPU, or its CPU)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables (default: tables)")
 
 
@@ -34,8 +46,8 @@ def run(args: argparse.Namespace) -> int:
 
     try:
         checkpoint = Checkpoint.open(resolve_model(args.model, args.revision))
-        facts = inspect(checkpoint)
-    except (CheckpointError, FormatError, OSError) as e:
+        facts = inspect(checkpoint, args.device)
+    except (CheckpointError, FormatError, OSError, DeviceError) as e:
         print(f"octavo inspect: {one_line(e)}", file=sys.stderr)
         return 1
     if args.json:
@@ -45,12 +57,23 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def inspect(checkpoint: Checkpoint) -> dict[str, Any]:
+class DeviceError(ValueError):
+    """A device that isn't here."""
+
+
+def _device(spelled: str) -> str:
+    if spelled not in ("auto", "cpu", "cuda") and not re.fullmatch(r"cuda:\d+\.\d", spelled):
+        raise argparse.ArgumentTypeError(f"{spelled!r} is none of auto, cpu, cuda and such as cuda:9.0")
+    return spelled
+
+
+def inspect(checkpoint: Checkpoint, device: str = "auto") -> dict[str, Any]:
     """What `octavo inspect --json` prints."""
     from octavo.quant.checkpoint import KV_SCALES
 
     config = checkpoint.config
-    layers = _layers(checkpoint)
+    to_serve, kernels = _to_serve(checkpoint, device)
+    layers = _layers(checkpoint, kernels)
     endings = tuple(f".{name}" for pair in KV_SCALES for name in pair)
     scales = [name for name in checkpoint.names if name.endswith(endings)]
     return {
@@ -61,20 +84,24 @@ def inspect(checkpoint: Checkpoint) -> dict[str, Any]:
         "tensors": len(checkpoint.names),
         "layers": layers,
         "kv_cache": {"dtype": checkpoint.kv_cache_dtype, "scales": len(scales)},
-        "to_serve": _to_serve(checkpoint),
+        "to_serve": to_serve,
     }
 
 
-def _layers(checkpoint: Checkpoint) -> list[dict[str, Any]]:
-    """Rows by kind of module (block numbers made '*'), scheme and shape, in the order of their names."""
+def _layers(checkpoint: Checkpoint, kernels: Mapping[str, KernelChoice]) -> list[dict[str, Any]]:
+    """Rows by kind of module (block numbers made '*'), scheme and kernel, in the order of their names."""
     modules: dict[str, list[str]] = {}
     for name in checkpoint.names:
         modules.setdefault(SUFFIX.sub("", name), []).append(name)
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    rows: dict[tuple[str, str, str | None], dict[str, Any]] = {}
     for module, names in sorted(modules.items()):
         kind = INDEX_IN_NAME.sub(".*", module)
         scheme = _scheme(checkpoint, module, names)
-        row = rows.setdefault((kind, scheme), {"kind": kind, "scheme": scheme, "count": 0, "parameters": 0, "bytes": 0})
+        choice = kernels.get(module)
+        kernel = None if choice is None else choice.kernel.name
+        reason = None if choice is None else choice.reason
+        new = {"kind": kind, "scheme": scheme, "count": 0, "parameters": 0, "bytes": 0}
+        row = rows.setdefault((kind, scheme, kernel), {**new, "kernel": kernel, "reason": reason})
         row["count"] += 1
         row["bytes"] += sum(checkpoint.spec(name).nbytes for name in names)
         row["parameters"] += _parameters(checkpoint, module)
@@ -117,9 +144,14 @@ def _parameters(checkpoint: Checkpoint, module: str) -> int:
     return count
 
 
-def _to_serve(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Memory for weights as they are stored, and for 1,000 tokens of KV cache; or why octavo can't serve it."""
+def _to_serve(checkpoint: Checkpoint, device: str) -> tuple[dict[str, Any], dict[str, KernelChoice]]:
+    """Memory for weights as they are stored, and for 1,000 tokens of KV cache; or why octavo can't serve it.
+
+    And each linear module's kernel, where the decoder serves the model.
+    """
+    from octavo.quant.scheme import SchemeError
     from octavo.runtime.model.config_types import ModelConfigError
+    from octavo.runtime.model.kernel_plan import plan_kernels
     from octavo.runtime.model.names import required_modules
     from octavo.runtime.model.sources import CheckpointSource, LoadError
     from octavo.runtime.model.spec import DecoderSpec, UnknownArchitectureError, UnsupportedModelError
@@ -129,17 +161,52 @@ def _to_serve(checkpoint: Checkpoint) -> dict[str, Any]:
         spec = DecoderSpec.from_hf(checkpoint.config)
         source = CheckpointSource(checkpoint)
         source.require(required_modules(spec, source.prefix, source.has))
+        target = _target(device, spec)
+        kernels = plan_kernels(checkpoint, spec, target)
     except UnknownArchitectureError as e:
-        return {"weight_bytes": weights, "note": f"{e.model_type} is served in transformers' own code, if that has it"}
-    except (UnsupportedModelError, ModelConfigError, LoadError) as e:
-        return {"weight_bytes": weights, "problem": str(e)}
+        note = f"{e.model_type} is served in transformers' own code, if that has it"
+        return {"weight_bytes": weights, "note": note}, {}
+    except (UnsupportedModelError, ModelConfigError, LoadError, SchemeError) as e:
+        return {"weight_bytes": weights, "problem": str(e)}, {}
     numbers = 2 * len(spec.layers) * spec.num_kv_heads * spec.head_dim  # keys and values of one token
     per_1k = {"bfloat16": 2000 * numbers, "fp8_e4m3": 1000 * numbers, "int8": 1000 * numbers}
-    return {
+    facts = {
         "weight_bytes": weights,
+        "device": str(target),
         "kv_bytes_per_1k_tokens": {"auto": per_1k[checkpoint.kv_cache_dtype or "bfloat16"]} | per_1k,
         "max_position": spec.max_position,
     }
+    return facts, kernels
+
+
+def _target(device: str, spec: DecoderSpec) -> Target:
+    """The device that a user named, computing in the type that a server would choose there."""
+    import torch
+
+    from octavo.quant.target import Target
+    from octavo.runtime.model.weights import choose_dtype
+    from octavo.runtime.worker.device import capability, choose_device
+
+    name, _, version = device.partition(":")
+    if version:
+        there = torch.device("cuda")
+        return Target(there, choose_dtype("auto", spec.dtype, there, []), int(version.replace(".", "")))
+    try:
+        here = choose_device(name)  # type: ignore[arg-type]
+    except ValueError as e:
+        raise DeviceError(f"{e}; such as --device cuda:9.0 asks about a GPU that isn't here") from e
+    return Target.of(here, choose_dtype("auto", spec.dtype, here, []), capability(here))
+
+
+def _kernel_lines(facts: dict[str, Any]) -> list[str]:
+    """One for each kernel and reason, with the layers that it serves."""
+    served: dict[tuple[str, str], list[str]] = {}
+    for row in facts["layers"]:
+        if row["kernel"]:
+            served.setdefault((row["kernel"], row["reason"]), []).append(row["kind"].rpartition(".")[2])
+    lines = [f"kernels on {facts['to_serve']['device']}:"]
+    lines += [f"  {kernel} for {', '.join(kinds)}: {reason}" for (kernel, reason), kinds in served.items()]
+    return lines
 
 
 def _print(facts: dict[str, Any], model: str) -> None:
@@ -162,6 +229,8 @@ def _print(facts: dict[str, Any], model: str) -> None:
         )
     console.print(table)
     lines = [f"{facts['tensors']} tensors in {facts['files']} files"]
+    if "device" in facts["to_serve"]:
+        lines += _kernel_lines(facts)
     cache = facts["kv_cache"]
     if cache["scales"]:
         lines.append(f"KV cache: {cache['scales']} scales for {cache['dtype'] or 'a quantized cache'}")

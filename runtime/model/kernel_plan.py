@@ -1,0 +1,81 @@
+"""Which kernel would serve each linear layer of a checkpoint on some device, from config and headers alone.
+
+The same `choose_kernel` is asked that the loader asks. What only a weight's numbers tell is taken for granted: parts of
+a layer can be fused, static input scales are there, and no e4m3 code is NaN. g_idx is read: it is no weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from octavo.quant.checkpoint import Checkpoint
+from octavo.quant.fusion import scheme_per_channel
+from octavo.quant.kernel import LayerShape, Order, order_of
+from octavo.quant.kernel_table import KernelChoice, choose_kernel
+from octavo.quant.scheme import QuantScheme
+from octavo.quant.target import Target
+from octavo.runtime.model.names import LinearParts, head_name, layer_linears
+from octavo.runtime.model.sources import CheckpointSource
+from octavo.runtime.model.spec import DecoderSpec
+
+
+def plan_kernels(checkpoint: Checkpoint, spec: DecoderSpec, target: Target) -> dict[str, KernelChoice]:
+    """The kernel of each linear module of a decoder, by full name.
+
+    Raises FormatError and SchemeError for schemes that octavo doesn't serve.
+    """
+    plan = _Plan(checkpoint, spec, target)
+    source = CheckpointSource(checkpoint)
+    found: dict[str, KernelChoice] = {}
+    for index in range(len(spec.layers)):
+        for kind, parts in layer_linears(spec, index, source.prefix, source.has).items():
+            found |= plan.of_layer(kind, parts)
+    head = head_name(source.prefix)
+    if spec.tied and not source.is_quantized(head):
+        head = f"{source.prefix}embed_tokens"
+    found |= plan.of_layer("lm_head", LinearParts({head: spec.vocab_size}, spec.hidden_size))
+    return found
+
+
+@dataclass(frozen=True)
+class _Plan:
+    checkpoint: Checkpoint
+    spec: DecoderSpec
+    target: Target
+
+    def of_layer(self, kind: str, parts: LinearParts) -> dict[str, KernelChoice]:
+        """The kernel of each module of a linear layer, which are fused."""
+        return {module: self._of_module(kind, module, rows, parts) for module, rows in parts.modules.items()}
+
+    def _of_module(self, kind: str, module: str, rows: int, parts: LinearParts) -> KernelChoice:
+        scheme = self._scheme(module)
+        moe = self.spec.moe
+        is_expert = moe is not None and kind.startswith("experts.") and self.target.capability > 0
+        if scheme is not None and (len(parts.modules) > 1 or is_expert):
+            scheme = scheme_per_channel(scheme)
+        shape = LayerShape(rows, parts.in_features, order=self._order(kind, module, scheme, parts.in_features))
+        if is_expert and moe is not None:
+            widest = max(self.spec.hidden_size, moe.intermediate_size)
+            together = LayerShape(rows, widest, moe.num_experts, shape.order)
+            choice = choose_kernel(scheme, together, self.target)
+            if choice.kernel.where == "gpu":
+                return choice
+        return choose_kernel(scheme, shape, self.target)
+
+    def _scheme(self, module: str) -> QuantScheme | None:
+        quantization = self.checkpoint.quantization
+        suffixes = self.checkpoint.suffixes(module)
+        if quantization is None or not {"weight_scale", "weight_scale_inv", "qweight"} & set(suffixes):
+            return None
+        format_ = quantization.format_of(module, suffixes)
+        return None if format_ is None else format_.scheme
+
+    def _order(self, kind: str, module: str, scheme: QuantScheme | None, columns: int) -> Order:
+        """As the loader finds it: `sort_inner` removes act-order from down projections beforehand."""
+        stored = [name for suffix in ("g_idx", "weight_g_idx") if self.checkpoint.has(name := f"{module}.{suffix}")]
+        if scheme is None or not stored:
+            return "sorted"
+        activation = scheme.activation
+        if kind.endswith("down") and (activation is None or activation.granularity.kind != "group"):
+            return "sorted"
+        return order_of(self.checkpoint.tensor(stored[0]), scheme.weight.granularity.tile(1, columns)[1])
