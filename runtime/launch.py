@@ -2,10 +2,12 @@
 
 The two talk through one ZeroMQ socket each (DEALER, msgpack of runtime/messages.py); the server binds `address`, the
 engine connects to it. The engine's stdin is its lifeline: it ends when the pipe closes, so it can't outlive the server.
+A second pair of sockets carries the heartbeat, by which the server tells a frozen engine process from a busy one.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -20,6 +22,9 @@ import octavo
 from octavo.kernels.native.environment import ENVIRONMENT
 from octavo.runtime.config import EngineConfig
 
+DIRECTORY_PREFIX = "octavo-engine-"
+SOCKETS = {"engine", "heartbeat"}
+
 
 class EngineStart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The first line on the engine's stdin. spawn_time: time.time() before the process was started."""
@@ -31,9 +36,14 @@ class EngineStart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class EngineProcess:
     """A running engine process: its address, and its end."""
 
-    def __init__(self, process: subprocess.Popen[bytes], address: str) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], directory: SocketDirectory) -> None:
         self.process = process
-        self.address = address
+        self._directory = directory
+
+    @property
+    def address(self) -> str:
+        """Of the socket for messages; the server binds it."""
+        return f"ipc://{self._directory.path}/engine"
 
     def exit_code(self) -> int | None:
         """None while it runs; a signal's number, negative, when one killed it."""
@@ -48,19 +58,84 @@ class EngineProcess:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        remove_socket(self.address)
+        self._directory.remove()
+
+
+class SocketDirectory:
+    """A directory that only this user can enter, with paths short enough for Unix sockets (107 bytes).
+
+    Its lock says that its server lives; without one, the next server that starts removes it.
+    """
+
+    def __init__(self) -> None:
+        self.path = ""
+        while not self._is_locked():  # another server, which found no lock yet, may have removed it
+            parent = tempfile.gettempdir()
+            parent = parent if len(parent) <= 70 else "/tmp"
+            self.path = tempfile.mkdtemp(prefix=DIRECTORY_PREFIX, dir=parent)
+
+    def _is_locked(self) -> bool:
+        if not self.path:
+            return False
+        try:
+            self._descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            return False
+        if _lock(self._descriptor) and os.path.exists(self.path):
+            return True
+        os.close(self._descriptor)
+        return False
+
+    def remove(self) -> None:
+        """Remove it with its sockets. May be called again."""
+        if self._descriptor >= 0:
+            rmtree(self.path, ignore_errors=True)
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def remove_abandoned() -> None:
+    """Remove the socket directories of servers that were killed together with their engines.
+
+    Only this user's, with nothing but our sockets in them, and only those that nobody has locked.
+    """
+    for parent in {tempfile.gettempdir(), "/tmp"}:
+        for path in Path(parent).glob(f"{DIRECTORY_PREFIX}*"):
+            try:
+                descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            except OSError:
+                continue
+            is_ours = os.fstat(descriptor).st_uid == os.getuid() and set(os.listdir(descriptor)) <= SOCKETS
+            if is_ours and _lock(descriptor):
+                rmtree(path, ignore_errors=True)
+            os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    """Whether the lock, which ends with the process, is this process's now."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def heartbeat_address(address: str) -> str:
+    """Of the socket beside `address` at which the engine process echoes what it receives."""
+    return address.removesuffix("engine") + "heartbeat"
 
 
 def remove_socket(address: str) -> None:
-    """Remove the directory of an engine's socket; the engine does it too, for a server that was killed."""
+    """Remove the directory of an engine's socket: the engine does it for a server that was killed."""
     rmtree(Path(address.removeprefix("ipc://")).parent, ignore_errors=True)
 
 
 def start_engine(config: EngineConfig) -> EngineProcess:
     """Start the engine process; it sends Ready or Failed to whoever binds `address`. Returns at once."""
-    address = f"ipc://{_socket_directory()}/engine"
+    remove_abandoned()
+    directory = SocketDirectory()
     # -P: a file in the user's directory is no module
-    command = [sys.executable, "-P", "-m", "octavo.runtime.process", address]
+    command = [sys.executable, "-P", "-m", "octavo.runtime.process", f"ipc://{directory.path}/engine"]
     start = EngineStart(config, time.time())
     process = subprocess.Popen(command, stdin=subprocess.PIPE, env=child_environment(config.num_threads))
     assert process.stdin is not None
@@ -69,16 +144,7 @@ def start_engine(config: EngineConfig) -> EngineProcess:
         process.stdin.flush()
     except BrokenPipeError:
         pass  # it is dead already: exit_code tells
-    return EngineProcess(process, address)
-
-
-def _socket_directory() -> str:
-    """A directory that only this user can enter, with a path short enough for a Unix socket (107 bytes)."""
-    directory = tempfile.mkdtemp(prefix="octavo-")
-    if len(directory) > 90:
-        os.rmdir(directory)
-        directory = tempfile.mkdtemp(prefix="octavo-", dir="/tmp")
-    return directory
+    return EngineProcess(process, directory)
 
 
 def child_environment(num_threads: int | None) -> dict[str, str]:

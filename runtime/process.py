@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import zmq
 
-from octavo.runtime.launch import EngineStart, remove_socket
+from octavo.runtime.launch import EngineStart, heartbeat_address, remove_socket
 from octavo.runtime.messages import (
     AbortRequest,
     AddRequest,
@@ -50,6 +50,7 @@ def main() -> int:
         return 0
     start = msgspec.json.decode(line, type=EngineStart)
     threading.Thread(target=_end_with_parent, args=(address,), daemon=True).start()
+    start_heartbeat(heartbeat_address(address))
     context = zmq.Context()
     link = Link(context, address)
     is_loaded = False
@@ -93,6 +94,19 @@ def serve(engine: Engine, link: Link) -> None:
         if engine.scheduler.has_work:
             outputs += engine.step()
         link.send(StepOutputs(outputs, engine.scheduler.stats()))
+
+
+def start_heartbeat(address: str) -> None:
+    """Echo whatever the server sends to `address`, for as long as this process runs.
+
+    libzmq's proxy does it in C, without the interpreter's lock: a process in a long step, even in a kernel that holds
+    the lock, still answers, and one that is stopped does not.
+    """
+    context = zmq.Context()  # never terminated: that would wait for the proxy, which ends with the process
+    echo = context.socket(zmq.ROUTER)
+    echo.setsockopt(zmq.RECONNECT_IVL, 10)
+    echo.connect(address)
+    threading.Thread(target=zmq.proxy, args=(echo, echo), name="octavo-heartbeat", daemon=True).start()
 
 
 class Link:

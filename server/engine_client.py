@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 import msgspec
 import zmq
 
-from octavo.runtime.launch import EngineProcess
+from octavo.runtime.launch import EngineProcess, heartbeat_address
 from octavo.runtime.messages import (
     AbortRequest,
     AddRequest,
@@ -32,6 +32,7 @@ from octavo.runtime.messages import (
     ToEngine,
     TokenOutput,
 )
+from octavo.server.heartbeat import Heartbeat
 
 logger = logging.getLogger(__name__)
 
@@ -109,9 +110,11 @@ class EngineClient:
     """A connection to one engine process. Use from one event loop only.
 
     on_step is called with each step's outputs and stats, for the metrics; `stats` is the last of the latter.
+    on_death is called once, when the engine is dead and all streams have been told.
+    silence_limit: seconds after which an engine process that doesn't echo is taken for frozen, and killed.
     """
 
-    def __init__(self, engine: EngineProcess) -> None:
+    def __init__(self, engine: EngineProcess, silence_limit: float = 20.0) -> None:
         self._engine = engine
         self._loop = asyncio.get_running_loop()
         self._context = zmq.Context()
@@ -130,6 +133,9 @@ class EngineClient:
         self.refusal: str | None = None  # why no new request is taken; None while they are
         self.stats: EngineStats | None = None
         self.on_step: Callable[[StepOutputs], None] | None = None
+        self.on_death: Callable[[], None] | None = None
+        self._heartbeat = Heartbeat(self._context, heartbeat_address(engine.address))
+        self._silence = self._loop.create_task(self._end_when_silent(silence_limit))
         self._watch_process(self._loop)
 
     @property
@@ -166,8 +172,8 @@ class EngineClient:
         self._send(ResetPrefixCache())
 
     def refuse(self, message: str) -> None:
-        """Take no new requests; those that are open go on."""
-        self.refusal = message
+        """Take no new requests; those that are open go on. Of a dead engine, its death stays the reason."""
+        self.refusal = self.death or message
 
     def fail_all(self, message: str) -> None:
         """End every open stream with an error, and abort its requests in the engine."""
@@ -179,9 +185,11 @@ class EngineClient:
         if self.death is None:
             self._send(Shutdown())
             self._die("the server is shutting down")
+        self._silence.cancel()
         await asyncio.to_thread(self._engine.close)
         self._loop.remove_reader(self._descriptor)
         self._socket.close(linger=0)
+        self._heartbeat.close()
         self._context.term()
 
     def _send(self, message: ToEngine) -> None:
@@ -254,6 +262,13 @@ class EngineClient:
                 answer.set_exception(EngineDeadError(message))
         self.fail_all(message)
         self._streams.clear()
+        if self.on_death is not None:
+            self.on_death()
+
+    async def _end_when_silent(self, limit: float) -> None:
+        await self._heartbeat.silence(limit)
+        self._die(f"the engine process is frozen: not a sign of life for {limit:g} s (--engine-timeout)")
+        self._engine.process.kill()
 
     def _watch_process(self, loop: asyncio.AbstractEventLoop) -> None:
         """A thread that waits for the process's end, however it comes."""

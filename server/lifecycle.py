@@ -1,7 +1,7 @@
 """The server's life: wait for the engine, say what was loaded, listen, and at SIGTERM finish what is under way.
 
-Draining: no new connection is taken, /health says 503, running requests get `shutdown_timeout` seconds; what is left
-then ends with an error object. A second SIGINT ends at once.
+Draining: /health and new requests get 503, running requests get `shutdown_timeout` seconds; what is left then ends with
+an error object. A second SIGINT ends at once. When the engine dies, its requests are told, and the server ends too.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 STATS_SECONDS = 10.0
 LAST_WORDS_SECONDS = 2.0  # for the error objects of requests that were not finished in time
+DRAIN_POLL_SECONDS = 0.05
 DRAINING = "the server is shutting down"
 
 
@@ -40,6 +41,8 @@ class ListenOptions:
     sockets: list[socket.socket]
     url: str
     shutdown_timeout: float = 30.0
+    engine_timeout: float = 20.0
+    outlive_engine: bool = False
     ssl_keyfile: str | None = None
     ssl_certfile: str | None = None
     ssl_ca_certs: str | None = None
@@ -62,7 +65,7 @@ async def serve(
 
     Raises EngineStartError, BindError, and ChatTemplateError for a template that can't be compiled.
     """
-    client = EngineClient(engine)
+    client = EngineClient(engine, options.engine_timeout)
     stop = _Stop()
     try:
         if not await stop.comes_before(_all_ready(client, renderer)):
@@ -71,6 +74,9 @@ async def serve(
             client.on_step = log.step if options.log_stats else metrics.step
             ticker = asyncio.create_task(log.tick_forever())
             stop.server = _Server(_uvicorn_config(app, options), client, renderer, options)
+            client.on_death = stop.server.end_without_engine
+            if client.death is not None:
+                stop.server.end_without_engine()
             await stop.server.serve(sockets=options.sockets)
             ticker.cancel()
         return client.death is None
@@ -154,9 +160,15 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         logger.info("serving on %s", self._options.url)
 
+    def end_without_engine(self) -> None:
+        """The engine is dead: end, unless the server was told to stay."""
+        logger.error("%s", self._client.death)
+        if not self._options.outlive_engine:
+            self.should_exit = True
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         client = self._client
-        limit = self._options.shutdown_timeout
+        limit = self._options.shutdown_timeout if client.death is None else 0.0
         client.refuse(DRAINING)
         if client.num_open:
             logger.info("shutting down: %d requests get %g s to finish", client.num_open, limit)
@@ -166,6 +178,7 @@ class _Server(uvicorn.Server):
             loop.call_later(limit + LAST_WORDS_SECONDS, self._hang_up),
         )
         try:
+            await self._drain()
             await super().shutdown(sockets)
         finally:
             for timer in timers:
@@ -174,9 +187,14 @@ class _Server(uvicorn.Server):
             self._hang_up()  # ends every task in its own way; cancelled with the loop, each would log a traceback
             await asyncio.wait(self.server_state.tasks, timeout=LAST_WORDS_SECONDS)
 
+    async def _drain(self) -> None:
+        """Wait for open requests, while new ones, and /health, are still answered: with 503."""
+        while self._client.num_open and not self.force_exit:
+            await asyncio.sleep(DRAIN_POLL_SECONDS)
+
     def _give_up(self) -> None:
         """End what is under way with an error."""
-        message = f"{DRAINING}, and did not wait longer"
+        message = self._client.death or f"{DRAINING}, and did not wait longer"
         self._client.fail_all(message)
         self._renderer.stop(message)
 

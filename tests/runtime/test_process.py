@@ -250,3 +250,37 @@ def test_it_does_not_outlive_its_parent_nor_leave_its_socket() -> None:
         assert select.select([engine], [], [], PATIENCE_MS / 1000)[0], "the engine is still there"
         os.close(engine)
         assert not os.listdir(directory)
+
+
+def test_a_busy_process_echoes_the_heartbeat_and_a_stopped_one_does_not(tmp_path: Path) -> None:
+    """Busy means the worst: it never gives the interpreter's lock back (pause, called with the lock held)."""
+    address = f"ipc://{tmp_path}/heartbeat"
+    code = (
+        "import ctypes, sys; from octavo.runtime.process import start_heartbeat\n"
+        "start_heartbeat(sys.argv[1]); print('busy', flush=True); ctypes.PyDLL(None).pause()"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(octavo.__file__).parent.parent)}
+    command = [sys.executable, "-P", "-c", code, address]
+    context = zmq.Context()
+    with (
+        context.socket(zmq.DEALER) as beats,
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as process,
+    ):
+        beats.linger = 0
+        try:
+            beats.bind(address)
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"busy\n"
+            for i in range(20):
+                beats.send(bytes([i]))
+                assert beats.poll(PATIENCE_MS), "no echo of a busy process"
+                assert beats.recv() == bytes([i])
+            process.send_signal(signal.SIGSTOP)
+            os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+            beats.send(b"stopped")
+            assert not beats.poll(300)
+            process.send_signal(signal.SIGCONT)
+            assert beats.poll(PATIENCE_MS), "no echo of a process that goes on"
+        finally:
+            process.kill()
+    context.term()

@@ -45,15 +45,14 @@ def host_and_port(server: Server) -> tuple[str, int]:
     return host, int(port)
 
 
-def wait_until_refused(server: Server) -> None:
-    """Until nobody listens there any more."""
-    while True:
-        try:
-            socket.create_connection(host_and_port(server), timeout=PATIENCE).close()
-        except ConnectionRefusedError:
-            return
-        except ConnectionResetError:  # it is being closed right now
-            pass
+def wait_until_draining(server: Server) -> None:
+    """Until /health, asked on a new connection each time, says that the server is shutting down."""
+
+    def is_draining() -> bool:
+        health = httpx.get(f"{server.url}/health", timeout=PATIENCE)
+        return health.status_code == 503 and "shutting down" in health.json()["error"]["message"]
+
+    wait_until(is_draining)
 
 
 @contextmanager
@@ -92,10 +91,10 @@ def test_sigterm_lets_what_runs_finish() -> None:
             with server.client() as second:
                 wait_until(lambda: num_in_flight(second) == 40)
                 server.send_signal(signal.SIGTERM)
-                refused_late = second.build_request("POST", PATH, json={"prompt": "x"})
-                wait_until_refused(server)
-                with pytest.raises(httpx.TransportError):
-                    second.send(refused_late)
+                wait_until_draining(server)
+                refused = second.post(PATH, json={"prompt": "x"})
+                assert refused.status_code == 503
+                assert "shutting down" in refused.json()["error"]["message"]
             chunks = list(events(iter([first, *lines])))
         assert server.exit_code() == 0
     finished = [choice for chunk in chunks for choice in chunk["choices"] if choice["finish_reason"]]
@@ -135,7 +134,7 @@ def test_clients_that_neither_read_nor_write_do_not_hold_the_end_up() -> None:
 def test_a_second_sigint_ends_at_once() -> None:
     with serving() as server, streamed_request(server):
         server.send_signal(signal.SIGINT)
-        wait_until_refused(server)
+        wait_until_draining(server)
         assert server.process.poll() is None, "the first one waits"
         server.send_signal(signal.SIGINT)
         assert server.exit_code() == 0
@@ -152,7 +151,7 @@ def test_a_second_sigint_does_not_wait_for_a_client_that_does_not_read() -> None
         with server.client() as client:
             wait_until(lambda: value(client, "vllm:generation_tokens_total") > 2000)  # over a kilobyte each
         server.send_signal(signal.SIGINT)
-        wait_until_refused(server)
+        wait_until_draining(server)
         server.send_signal(signal.SIGINT)
         assert server.exit_code() == 0
     assert "Traceback" not in server.said
@@ -169,7 +168,9 @@ def test_a_stop_while_the_engine_loads() -> None:
 
 
 def test_the_engine_s_death_is_told_to_everybody() -> None:
-    with serving("--enable-log-requests") as server, server.client() as client:
+    """By a server that is told to go on without it."""
+    flags = ("--enable-log-requests", "--keep-alive-on-engine-death")
+    with serving(*flags) as server, server.client() as client:
         with whole_request(server, LONG) as answers, streamed_request(server) as lines:
             assert client.get("/health").status_code == 200
             os.kill(server.engine_pid, signal.SIGKILL)
@@ -193,6 +194,65 @@ def test_the_engine_s_death_is_told_to_everybody() -> None:
         server.send_signal(signal.SIGTERM)
         assert server.exit_code() == 1
     assert "Traceback" not in server.said
+
+
+def test_a_server_ends_with_its_engine_once_its_clients_are_told() -> None:
+    with serving() as server:
+        with whole_request(server, LONG) as answers, streamed_request(server) as lines:
+            os.kill(server.engine_pid, signal.SIGKILL)
+            *_, last = events(lines)
+        assert server.exit_code() == 1
+    assert last["error"]["code"] == answers[0].status_code == 503
+    assert "killed by signal 9" in last["error"]["message"]
+    assert answers[0].json()["error"]["message"] == last["error"]["message"]
+    assert "Traceback" not in server.said
+
+
+def test_a_frozen_engine_is_a_dead_one() -> None:
+    """Its process is stopped: it can't even say that it fails."""
+    with serving("--engine-timeout", "3") as server:
+        pid = server.engine_pid
+        with whole_request(server, LONG) as answers, streamed_request(server) as lines:
+            os.kill(pid, signal.SIGSTOP)
+            *_, last = events(lines)
+        assert server.exit_code() == 1
+        assert not Path(f"/proc/{pid}").exists()
+    assert last["error"]["code"] == answers[0].status_code == 503
+    assert "--engine-timeout" in last["error"]["message"]
+    assert answers[0].json()["error"]["message"] == last["error"]["message"]
+    assert "Traceback" not in server.said
+
+
+def test_health_tells_of_a_frozen_engine() -> None:
+    with serving("--engine-timeout", "3", "--keep-alive-on-engine-death") as server, server.client() as client:
+        assert client.get("/health").status_code == 200
+        os.kill(server.engine_pid, signal.SIGSTOP)
+        health = client.get("/health")
+        assert health.status_code == 503
+        assert "--engine-timeout" in health.json()["error"]["message"]
+
+
+def test_sockets_of_a_server_that_died_with_its_engine_are_removed_at_the_next_start() -> None:
+    """And nobody else's: not those of a server that lives, nor what only has such a name."""
+    with TemporaryDirectory(dir="/tmp") as directory:
+        environment = {"TMPDIR": directory}
+        with serving(environment=environment) as server:
+            (left_over,) = os.listdir(directory)
+            os.kill(server.engine_pid, signal.SIGSTOP)  # so that it can't remove them when its server is gone
+            engine = server.engine_pid
+            server.send_signal(signal.SIGKILL)
+            server.process.wait()
+            os.kill(engine, signal.SIGKILL)
+        assert os.listdir(directory) == [left_over]
+        other = Path(directory, left_over.rstrip(left_over[-1]) + "other")
+        other.mkdir()
+        (other / "file").touch()
+        with serving(environment=environment) as living:
+            assert left_over not in os.listdir(directory)
+            (used,) = set(os.listdir(directory)) - {other.name}
+            with serving(environment=environment), living.client() as client:
+                assert {used, other.name} < set(os.listdir(directory))
+                assert client.get("/health").status_code == 200
 
 
 def test_a_port_that_is_taken() -> None:

@@ -73,6 +73,8 @@ def _serve(args: argparse.Namespace, begun: float) -> bool:
             sockets=sockets,
             url=url,
             shutdown_timeout=args.shutdown_timeout,
+            engine_timeout=args.engine_timeout,
+            outlive_engine=args.keep_alive_on_engine_death,
             ssl_keyfile=args.ssl_keyfile,
             ssl_certfile=args.ssl_certfile,
             ssl_ca_certs=args.ssl_ca_certs,

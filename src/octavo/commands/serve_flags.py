@@ -288,6 +288,21 @@ def _configure_http(group: argparse._ArgumentGroup) -> None:
         metavar="SECONDS",
         help="how long requests may go on after SIGTERM; what is left then ends with an error",
     )
+    _add(
+        group,
+        "--engine-timeout",
+        type=_timeout,
+        default=20.0,
+        metavar="SECONDS",
+        help="how long the engine process may show no sign of life before it counts as dead; a process that computes, "
+        "however long its step takes, does show some",
+    )
+    _add(
+        group,
+        "--keep-alive-on-engine-death",
+        action="store_true",
+        help="answer 503 when the engine has died, instead of ending with exit code 1",
+    )
     _add(group, "--disable-fastapi-docs", action="store_true", help="no /docs and no /openapi.json")
 
 
@@ -346,6 +361,10 @@ def _fraction(text: str) -> float:
 
 def _seconds(text: str) -> float:
     return _number(text, float, 0, 1e9, "a number of seconds")
+
+
+def _timeout(text: str) -> float:
+    return _number(text, float, 0.1, 1e9, "a number of seconds, 0.1 at least")
 
 
 def _strings(text: str) -> list[str]:
