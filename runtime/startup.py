@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 import torch
@@ -16,11 +17,13 @@ from octavo.runtime.model.model import Model
 from octavo.runtime.model.weights import load_model
 from octavo.runtime.scheduling.scheduler import SchedulerConfig
 from octavo.runtime.worker import kv_cache
-from octavo.runtime.worker.device import choose_device, set_threads
+from octavo.runtime.worker.device import choose_device, free_memory, set_threads
 from octavo.runtime.worker.graphs import StepGraphs
 from octavo.runtime.worker.warm_up import compile_steps, run_requests, run_steps
 
 COUNTS = ("block_size", "num_blocks", "kv_cache_memory_bytes", "max_num_seqs", "max_num_batched_tokens", "num_threads")
+BLOCK_ID_BYTES = 4  # of an entry in the block tables
+SEQUENCE_BYTES = 48  # of a sequence beside them: a free slot's number, and the count of its blocks
 MAX_PROMPT_LOGITS_BYTES = 64 << 20  # what one step may spend on logits for prompt_logprobs
 
 
@@ -33,6 +36,7 @@ def load_engine(config: EngineConfig, spawn_time: float) -> tuple[Engine, Ready]
     clock.end("import")
     check_limits(config)
     device = choose_device(config.device)
+    check_machine(config, free_memory(device))
     num_threads = set_threads(config.num_threads)
     select_operators.warm_up(device)
     clock.end("kernels")
@@ -47,6 +51,7 @@ def load_engine(config: EngineConfig, spawn_time: float) -> tuple[Engine, Ready]
         caches, plan = kv_cache.create(model, config, notes)
         clock.end("kv cache")
         longest = choose_max_model_len(config, model.max_position, plan.num_blocks * plan.block_size, notes)
+        check_num_seqs(config, longest, _left_on_host(plan.num_bytes, device))
         limits = limits_of(config, model, plan.num_blocks, longest)
         warm_up(model, caches, limits)
         clock.end("warm-up")
@@ -89,6 +94,47 @@ def check_limits(config: EngineConfig) -> None:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be 1 at least")
+    if config.max_model_len is not None and config.max_model_len < 2:
+        raise ValueError(
+            f"--max-model-len {config.max_model_len}: a prompt and an answer take 2 tokens at least; 2 or more works"
+        )
+
+
+def check_machine(config: EngineConfig, free_bytes: int) -> None:
+    """Raise ValueError for a number that this machine can't have; free_bytes is the device's memory.
+
+    Before anything is loaded. What the weights leave is known later: see kv_cache.plan_cache.
+    """
+    num_cpus = os.cpu_count() or 1
+    if config.num_threads is not None and config.num_threads > num_cpus:
+        raise ValueError(
+            f"--num-threads {config.num_threads}: this machine has {num_cpus} CPUs, and threads beyond them only wait; "
+            f"--num-threads {num_cpus} works"
+        )
+    kv_cache.check_budget(config, free_bytes)
+    check_num_seqs(config, None, free_memory(torch.device("cpu")))
+
+
+def check_num_seqs(config: EngineConfig, max_model_len: int | None, free_bytes: int) -> None:
+    """Raise ValueError where the host's memory doesn't hold the tables of so many sequences.
+
+    max_model_len None: not known yet, so that one block a sequence is counted.
+    """
+    per_sequence = SEQUENCE_BYTES + BLOCK_ID_BYTES * -(-(max_model_len or 1) // config.block_size)
+    if config.max_num_seqs * per_sequence > free_bytes:
+        default = EngineConfig(model="").max_num_seqs
+        works = default if max_model_len is None else max(1, int(0.9 * free_bytes) // per_sequence)
+        raise ValueError(
+            f"--max-num-seqs {config.max_num_seqs}: the tables of that many sequences take at least "
+            f"{config.max_num_seqs * per_sequence / 1e9:,.1f} GB, and {free_bytes / 1e9:,.1f} GB of memory are "
+            f"free; --max-num-seqs {works} works"
+        )
+
+
+def _left_on_host(cache_bytes: int, device: torch.device) -> int:
+    """Free memory of the host once a cache that lies there is filled: until then its pages count as free."""
+    free = free_memory(torch.device("cpu"))
+    return free - cache_bytes if device.type == "cpu" else free
 
 
 def choose_max_model_len(config: EngineConfig, max_position: int, capacity: int, notes: list[str]) -> int:
@@ -109,8 +155,6 @@ def choose_max_model_len(config: EngineConfig, max_position: int, capacity: int,
             f"--max-model-len {wanted}: the KV cache holds {capacity} tokens; --max-model-len {largest} works, or a "
             "larger cache (--kv-cache-memory-bytes), or one of smaller numbers (--kv-cache-dtype)"
         )
-    if wanted < 2:
-        raise ValueError(f"--max-model-len {wanted}: a prompt and an answer need 2 at least; {largest} works")
     return wanted
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from octavo.server.template_renderer import TemplateRenderer
 from octavo.text.tokenizer import Tokenizer
 
 SAMPLING_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+LARGEST_TOKEN_ID = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -58,39 +60,76 @@ class ServedModel:
 def sampling_defaults(directory: Path, source: str, override: dict[str, float]) -> dict[str, float]:
     """Default sampling values: of the checkpoint's generation_config.json ('auto'), or none ('vllm'), then `override`.
 
-    Another value of `source` is a directory, or a file, to read instead. ValueError for a value that no request may
-    have.
+    Another value of `source` is a directory, or a file, to read instead. ValueError, which names the file or the flag,
+    for a value that no request may have.
     """
-    config = {}
+    defaults = {}
     if source != "vllm":
         path = directory if source == "auto" else Path(source)
-        config = _read(path if path.is_file() else path / "generation_config.json")
+        file = path if path.is_file() else path / "generation_config.json"
+        config = _read(file)
         if source != "auto" and not config:
             raise ValueError(
                 f"--generation-config {source!r}: no generation_config.json there; 'auto' and 'vllm' are names"
             )
-    defaults = {name: config[name] for name in SAMPLING_DEFAULTS if config.get(name) is not None} | override
+        defaults = {name: config[name] for name in SAMPLING_DEFAULTS if config.get(name) is not None}
+        defaults = {name: value for name, value in defaults.items() if name not in override}
+        _check_defaults(defaults, f"{file}", "; --generation-config vllm ignores the file")
+    _check_defaults(override, "--override-generation-config", "")
+    return defaults | override
+
+
+def _check_defaults(defaults: dict[str, float], where: str, remedy: str) -> None:
     try:
         GenerationRequest.model_validate(defaults)
     except ValidationError as error:
         first = error.errors()[0]
         message, _ = explain({**first, "loc": ("defaults", *first["loc"])})
-        raise ValueError(f"--generation-config, --override-generation-config: {message}") from None
-    return defaults
+        raise ValueError(f"{where}: {message}{remedy}") from None
 
 
 def end_token_ids(directory: Path, tokenizer: Tokenizer) -> frozenset[int]:
-    """All tokens that end an answer: the tokenizer's, and generation_config.json's, or else config.json's."""
-    generation = _read(directory / "generation_config.json")
+    """All tokens that end an answer: the tokenizer's, and generation_config.json's, or else config.json's.
+
+    Raises ValueError, which names the file and the key, for what is no token id.
+    """
     config = _read(directory / "config.json")
-    text_config = config.get("text_config") or {}
-    listed = generation.get("eos_token_id", config.get("eos_token_id", text_config.get("eos_token_id")))
-    ids = {listed} if isinstance(listed, int) else set(listed or ())
+    text_config = config.get("text_config")
+    places = [
+        (directory / "generation_config.json", "eos_token_id", _read(directory / "generation_config.json")),
+        (directory / "config.json", "eos_token_id", config),
+        (directory / "config.json", "text_config.eos_token_id", text_config if isinstance(text_config, dict) else {}),
+    ]
+    ids = set()
+    for file, key, content in places:
+        if "eos_token_id" in content:
+            ids = _token_ids(content["eos_token_id"], file, key)
+            break
     if tokenizer.eos_id is not None:
         ids.add(tokenizer.eos_id)
     return frozenset(ids)
 
 
+def _token_ids(value: object, file: Path, key: str) -> set[int]:
+    """A token id, a list of them, or null for none."""
+    listed = value if isinstance(value, list) else [] if value is None else [value]
+    for token in listed:
+        if type(token) is not int or not 0 <= token <= LARGEST_TOKEN_ID:
+            raise ValueError(
+                f"{file}: {key} is {reprlib.repr(value)}; it must be a token id (an integer from 0 to "
+                f"{LARGEST_TOKEN_ID}), a list of token ids, or null"
+            )
+    return set(listed)
+
+
 def _read(file: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    """A JSON object; empty where there is no such file."""
+    if not file.exists():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} can't be read as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must be a JSON object, not {type(content).__name__}")
     return content

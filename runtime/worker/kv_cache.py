@@ -69,13 +69,40 @@ def create(model: Model, config: EngineConfig, notes: list[str]) -> tuple[list[L
 
 def plan_cache(model: Model, config: EngineConfig, free_bytes: int, notes: list[str]) -> CachePlan:
     """Choose type and number of blocks; `free_bytes` is what the device has left. Raises CacheError."""
+    check_budget(config, free_bytes)
     dtype = choose_dtype(model, config.kv_cache_dtype, notes)
     per_block = bytes_per_block(model, config.block_size, dtype)
     num_blocks = config.num_blocks
-    if num_blocks is None:
+    if num_blocks is not None:
+        _check_num_blocks(num_blocks, per_block, free_bytes)
+    else:
         num_blocks = _blocks_for(model, config, free_bytes, per_block)
     wide = sum(key_dtype(model, layer, dtype) != dtype for layer in range(len(model.kv_shapes)))
     return CachePlan(dtype, num_blocks, config.block_size, num_blocks * per_block, wide)
+
+
+def check_budget(config: EngineConfig, free_bytes: int) -> None:
+    """Raise CacheError where the device has less memory than the cache was given."""
+    budget = config.kv_cache_memory_bytes
+    if budget is not None and budget > free_bytes:
+        raise CacheError(
+            f"--kv-cache-memory-bytes {budget}: {budget / 1e9:,.1f} GB, and {free_bytes / 1e9:,.1f} GB of memory are "
+            f"free; --kv-cache-memory-bytes {_most(free_bytes) >> 20}MiB works"
+        )
+
+
+def _check_num_blocks(num_blocks: int, per_block: int, free_bytes: int) -> None:
+    if num_blocks * per_block > free_bytes:
+        raise CacheError(
+            f"--num-gpu-blocks-override {num_blocks}: blocks of {per_block / 1e6:,.2f} MB take "
+            f"{num_blocks * per_block / 1e9:,.1f} GB, and {free_bytes / 1e9:,.1f} GB of memory are free; "
+            f"--num-gpu-blocks-override {_most(free_bytes) // per_block} works"
+        )
+
+
+def _most(free_bytes: int) -> int:
+    """What an error proposes: some memory stays for the steps themselves."""
+    return int(0.9 * free_bytes)
 
 
 def choose_dtype(model: Model, name: str, notes: list[str]) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from toy_model import ToyModel
 
+from octavo.flags import parse_size
 from octavo.kernels.attention.cache import LayerCache
 from octavo.kernels.attention.step import StepInputs
 from octavo.runtime.config import EngineConfig
@@ -97,13 +99,29 @@ def test_blocks_are_what_fits_and_no_more_than_can_be_used() -> None:
         ({"kv_cache_memory_bytes": 1 << 30, "max_num_seqs": 8, "max_model_len": 32}, 8 * 2),
         ({"max_num_seqs": 10**6}, 100 * 128 // 2 // 128),  # half of what is free
     ):
-        plan = plan_cache(model, config(**settings), 100 * 128, [])
+        free = max(100 * 128, settings.get("kv_cache_memory_bytes", 0))
+        plan = plan_cache(model, config(**settings), free, [])
         assert (plan.num_blocks, plan.num_bytes) == (blocks, blocks * 32 * plan.dtype.itemsize)
 
 
 def test_a_budget_of_less_than_a_block_is_refused_with_the_figures() -> None:
     with pytest.raises(CacheError, match=r"don't hold one block of 16 tokens .*--kv-cache-memory-bytes"):
         plan_cache(ToyModel(), config(kv_cache_memory_bytes=100), 1 << 30, [])
+
+
+@pytest.mark.parametrize(
+    ("flag", "field", "unit"),
+    [("--num-gpu-blocks-override", "num_blocks", 128), ("--kv-cache-memory-bytes", "kv_cache_memory_bytes", 1)],
+)
+def test_a_cache_larger_than_the_memory_is_refused_with_one_that_fits(flag: str, field: str, unit: int) -> None:
+    model = ToyModel()
+    free = 100 << 20
+    value = 10**12 // unit
+    with pytest.raises(CacheError, match=rf"{flag} {value}: .* free; {flag} (\w+) works") as error:
+        plan_cache(model, config(**{field: value}), free, [])
+    proposed = re.findall(rf"{flag} (\w+) works", str(error.value))[0]
+    plan = plan_cache(model, config(**{field: parse_size(proposed)}), free, [])
+    assert free // 2 < plan.num_bytes <= free or plan.num_blocks == 256 * -(-model.max_position // plan.block_size)
 
 
 def test_auto_is_what_the_checkpoint_was_calibrated_for() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import re
 import time
 from pathlib import Path
 
@@ -10,12 +12,20 @@ import pytest
 import torch
 from toy_model import ToyModel, make_request, run_to_end, run_with_arrivals, tokens_of
 
+from octavo.flags import parse_size
 from octavo.kernels.attention.cache import LayerCache
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.engine import Engine
 from octavo.runtime.messages import AddRequest
 from octavo.runtime.scheduling.scheduler import SchedulerConfig
-from octavo.runtime.startup import COUNTS, check_limits, choose_max_model_len, load_engine, warm_up
+from octavo.runtime.startup import (
+    COUNTS,
+    check_limits,
+    check_machine,
+    choose_max_model_len,
+    load_engine,
+    warm_up,
+)
 from octavo.runtime.worker import kv_cache
 from octavo.runtime.worker.device import choose_device
 
@@ -42,7 +52,6 @@ def test_a_small_cache_shortens_what_nobody_asked_for() -> None:
     [
         (513, "--max-model-len 513: the model has 512 positions; 160 works"),
         (161, "--max-model-len 161: the KV cache holds 160 tokens; --max-model-len 160 works"),
-        (1, "--max-model-len 1: a prompt and an answer need 2 at least; 160 works"),
     ],
 )
 def test_a_length_that_can_not_be_is_refused_with_one_that_can(wanted: int, message: str) -> None:
@@ -55,6 +64,33 @@ def test_counts_are_positive(name: str) -> None:
     check_limits(config(**{name: 1}))
     with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} 0: must be 1 at least"):
         check_limits(config(**{name: 0}))
+
+
+def test_a_context_holds_a_prompt_and_an_answer() -> None:
+    check_limits(config(max_model_len=2))
+    with pytest.raises(ValueError, match="--max-model-len 1: a prompt and an answer take 2 tokens at least; 2 or more"):
+        check_limits(config(max_model_len=1))
+
+
+GB = 10**9
+
+
+@pytest.mark.parametrize(
+    ("settings", "fits", "message"),
+    [
+        ({"kv_cache_memory_bytes": 100 * GB}, {"kv_cache_memory_bytes": 19 * GB}, "--kv-cache-memory-bytes"),
+        ({"num_threads": 100_000}, {"num_threads": os.cpu_count()}, "--num-threads"),
+        ({"max_num_seqs": GB}, {"max_num_seqs": 256}, "--max-num-seqs"),
+    ],
+)
+def test_sizes_that_the_machine_does_not_have(settings: dict[str, int], fits: dict[str, int], message: str) -> None:
+    """What the error proposes works."""
+    check_machine(config(**fits), 20 * GB)
+    ((name, value),) = settings.items()
+    with pytest.raises(ValueError, match=f"{message} {value}: .* works") as error:
+        check_machine(config(**settings), 20 * GB)
+    proposed = re.findall(rf"{message} (\w+) works", str(error.value))[0]
+    check_machine(config(**{name: parse_size(proposed)}), 20 * GB)
 
 
 def test_a_gpu_is_used_or_its_absence_told() -> None:
