@@ -22,9 +22,11 @@ from octavo.runtime.config import EngineConfig
 from octavo.runtime.engine import Engine
 from octavo.runtime.launch import start_engine
 from octavo.runtime.messages import AddRequest, Failed, FromEngine, Ready, SamplingParams, StepOutputs
+from octavo.runtime.parallel.order import make_order
 from octavo.runtime.startup import load_engine
+from octavo.runtime.worker.step_inputs import with_tokens
 
-PARTS = ("plan", "inputs", "model", "sample", "commit", "encode")
+PARTS = ("plan", "order", "model", "sample", "commit", "encode")
 
 
 def main() -> None:
@@ -99,27 +101,35 @@ def over_socket(
 
 @torch.inference_mode()
 def by_part(engine: Engine, work: list[AddRequest]) -> dict[str, float]:
-    """Engine.step, taken apart: median milliseconds of each part over the steps in which all streams decode."""
+    """Engine.step, taken apart: median milliseconds of each part over the steps in which all streams decode.
+
+    Here each part waits for the one before it; in the engine 'plan', 'order', 'commit' and 'encode' belong to the
+    thread that plans while a step is computed.
+    """
     encoder = msgspec.msgpack.Encoder()
-    engine.scheduler.reset_prefix_cache()
+    scheduler = engine.scheduler
+    sampler = engine.executor.sampler
+    scheduler.reset_prefix_cache()
     for request in work:
         engine.add(request)
     seconds: dict[str, list[float]] = {part: [] for part in PARTS}
-    while engine.scheduler.has_work:
+    while scheduler.has_work:
         marks = [time.perf_counter()]
-        plan = engine.scheduler.plan()
+        plan = scheduler.plan()
         marks.append(time.perf_counter())
-        inputs = engine.inputs.build(plan)
+        order = make_order(plan, 0)
+        inputs = engine.worker.prepare(order)
         marks.append(time.perf_counter())
-        logits = engine.forward(inputs)
+        order.fill_tokens(sampler.last_tokens)
+        logits = engine.worker.forward(with_tokens(inputs, order))
         marks.append(time.perf_counter())
-        sampled = engine.sampler.sample(logits, plan)
+        result = sampler.sample(logits, plan)
         marks.append(time.perf_counter())
-        outputs = engine.scheduler.commit(plan, sampled)
+        outputs = scheduler.commit(plan, result)
         marks.append(time.perf_counter())
-        encoder.encode(StepOutputs(outputs, engine.scheduler.stats()))
+        encoder.encode(StepOutputs(outputs, scheduler.stats()))
         marks.append(time.perf_counter())
-        if plan.num_tokens == len(plan.works) == len(work):
+        if plan.num_tokens == len(plan.scheduled) == len(work):
             for i, part in enumerate(PARTS):
                 seconds[part].append(marks[i + 1] - marks[i])
     return {part: statistics.median(values) * 1000 for part, values in seconds.items()}

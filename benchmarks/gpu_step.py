@@ -142,12 +142,12 @@ class NoRoomError(Exception):
 
 def decode_inputs(engine: Engine, batch: int, context: int) -> StepInputs:
     """A decode step of sequences of `context` tokens, this step's own among them, on the CPU. Raises NoRoomError."""
-    cache = engine.caches[0]
+    cache = engine.worker.caches[0]
     size, blocks = cache.block_size, -(-context // cache.block_size)
     if batch * blocks > cache.key.shape[0]:
         raise NoRoomError(f"no room: {batch * blocks} blocks, and the cache has {cache.key.shape[0]}")
     table = torch.randperm(cache.key.shape[0])[: batch * blocks].reshape(batch, blocks)
-    token_ids = torch.randint(engine.model.vocab_size, (batch,))
+    token_ids = torch.randint(engine.worker.model.vocab_size, (batch,))
     return StepInputs.decode([context] * batch, size, token_ids=token_ids, tables=table)
 
 
@@ -168,19 +168,19 @@ def milliseconds(runs: list[Callable[[], object]], device: torch.device, rounds:
 @contextmanager
 def apart(engine: Engine, graphs: StepGraphs | None) -> Iterator[None]:
     """Meanwhile no kernel overlaps the one before it: steps through graphs that hold none, and launches."""
-    kept, engine.graphs, launch.overlap = engine.graphs, graphs, False
+    kept, engine.worker.graphs, launch.overlap = engine.worker.graphs, graphs, False
     try:
         yield
     finally:
-        engine.graphs, launch.overlap = kept, True
+        engine.worker.graphs, launch.overlap = kept, True
 
 
 def graphs_apart(engine: Engine, args: argparse.Namespace) -> StepGraphs | None:
     """The engine's graphs once more, if it has any, of kernels that don't overlap."""
-    if engine.graphs is None:
+    if engine.worker.graphs is None:
         return None
     with apart(engine, None):
-        return StepGraphs(engine.model, engine.caches, args.streams, args.max_model_len)
+        return StepGraphs(engine.worker.model, engine.worker.caches, args.streams, args.max_model_len)
 
 
 @torch.inference_mode()
@@ -195,16 +195,16 @@ def measure_step(
     """With --apart through graphs of kernels that don't overlap too, and by how much its logits differ at the most."""
     record: dict[str, Any] = {"batch": batch, "context": context}
     try:
-        inputs, device = decode_inputs(engine, batch, context), engine.model.device
-        logits = engine.forward(inputs).clone()
+        inputs, device = decode_inputs(engine, batch, context), engine.worker.model.device
+        logits = engine.worker.forward(inputs).clone()
         if not bool(logits.isfinite().all()):
             raise ValueError("logits that aren't finite")
 
         def step_apart() -> Tensor:
             with apart(engine, graphs):
-                return engine.forward(inputs)
+                return engine.worker.forward(inputs)
 
-        runs: list[Callable[[], object]] = [lambda: engine.forward(inputs)]
+        runs: list[Callable[[], object]] = [lambda: engine.worker.forward(inputs)]
         if args.apart:
             record["difference"] = (step_apart() - logits).abs().max().item()
             runs.append(step_apart)
@@ -239,14 +239,14 @@ def row_of(record: dict[str, Any]) -> str:
 def measure_load(engine: Engine, args: argparse.Namespace, prompt: int, answer: int) -> dict[str, Any]:
     """All streams at once through `Engine.step`, greedy, to the last token of the last answer."""
     engine.scheduler.reset_prefix_cache()
-    params, vocab = SamplingParams(max_tokens=answer, temperature=0.0), engine.model.vocab_size
+    params, vocab = SamplingParams(max_tokens=answer, temperature=0.0), engine.worker.model.vocab_size
     for i in range(args.streams):
         ids = [(1 + i * 7919 + j * 104729) % vocab for j in range(prompt)]
         refused = engine.add(AddRequest(f"{prompt}-{i}", ids, params, 0.0))
         if refused is not None:
             return {"failure": refused.error, "out": 0.0, "all": 0.0, "seconds": 0.0}
     begin, tokens = time.perf_counter(), 0
-    while engine.scheduler.has_work:
+    while engine.has_work:
         tokens += sum(len(output.token_ids) for output in engine.step())
     seconds = time.perf_counter() - begin
     record = {"prompt": prompt, "answer": answer, "streams": args.streams, "tokens": tokens, "seconds": seconds}

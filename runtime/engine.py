@@ -1,57 +1,80 @@
-"""The engine: a scheduler, a model and a sampler around one paged cache, advanced one step at a time."""
+"""The engine: a scheduler that plans steps and an executor that computes them, one step ahead of each other."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections import deque
 
-from octavo.kernels.attention.cache import LayerCache
-from octavo.kernels.attention.step import StepInputs
 from octavo.runtime.messages import AddRequest, TokenOutput
-from octavo.runtime.model.model import Model
-from octavo.runtime.scheduling.scheduler import Scheduler, SchedulerConfig
+from octavo.runtime.parallel.executor import Executor, StepHandle
+from octavo.runtime.parallel.order import make_order
+from octavo.runtime.scheduling.plan import SchedulerConfig, StepPlan
+from octavo.runtime.scheduling.scheduler import Scheduler
 from octavo.runtime.validation import problem_of
-from octavo.runtime.worker.graphs import StepGraphs
 from octavo.runtime.worker.sampler import Sampler
-from octavo.runtime.worker.step_inputs import InputBuilder
+from octavo.runtime.worker.worker import Worker
+
+MOST_UNDER_WAY = 2  # steps: one that is computed, and one that begins when it ends
 
 
 class Engine:
-    """Token ids in, token ids out. Not thread-safe: one loop owns it."""
+    """Token ids in, token ids out. Not thread-safe: one loop owns it.
 
-    def __init__(
-        self,
-        model: Model,
-        caches: list[LayerCache],
-        config: SchedulerConfig,
-        seed: int = 0,
-        graphs: StepGraphs | None = None,
-    ) -> None:
-        self.model = model
-        self.caches = caches
-        self.graphs = graphs
+    The loop calls `advance`, which orders steps ahead, and then `finish`, which waits for the oldest one's result;
+    `step` is both.
+    """
+
+    def __init__(self, worker: Worker, config: SchedulerConfig, seed: int = 0) -> None:
+        self.worker = worker
         self.scheduler = Scheduler(config)
-        self.inputs = InputBuilder(config)
-        self.sampler = Sampler(seed, model.device)
+        self.executor = Executor(worker, Sampler(seed, worker.model.device, config.max_num_seqs))
+        self._under_way: deque[StepHandle] = deque()
+        self._num_ordered = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step is under way, or could be."""
+        return bool(self._under_way) or self.scheduler.has_work
+
+    @property
+    def is_computing(self) -> bool:
+        """Whether a step is under way, for which `finish` would wait."""
+        return bool(self._under_way)
 
     def add(self, request: AddRequest) -> TokenOutput | None:
         """Accept a request, or return the output that says why not."""
-        problem = problem_of(request, self.model.vocab_size)
+        problem = problem_of(request, self.worker.model.vocab_size)
         if problem is not None:
             return TokenOutput(request.request_id, [], finish_reason="error", error=problem)
         return self.scheduler.add(request)
 
-    @torch.inference_mode()
     def step(self) -> list[TokenOutput]:
-        """Compute one batch; call while `scheduler.has_work`."""
-        plan = self.scheduler.plan()
-        inputs = self.inputs.build(plan)
-        logits = self.forward(inputs)
-        sampled = self.sampler.sample(logits, plan)
-        return self.scheduler.commit(plan, sampled)
+        """Compute one batch and plan the next; call while `has_work`. Without outputs where nothing is ready yet."""
+        self.advance()
+        return self.finish()
 
-    def forward(self, inputs: StepInputs) -> Tensor:
-        """The model's logits of a step on the CPU, through a CUDA graph where there is one for it."""
-        if self.graphs is not None:
-            return self.graphs.forward(inputs)
-        return self.model.forward(inputs.to(self.model.device), self.caches)
+    def advance(self) -> None:
+        """Order steps as far ahead as may be."""
+        while len(self._under_way) < MOST_UNDER_WAY:
+            plan = self.scheduler.plan()
+            if not plan.scheduled:
+                return
+            self._submit(plan)
+
+    def admit(self) -> None:
+        """Take new requests into the step that was ordered last, if it has not begun: or they would wait for two."""
+        if len(self._under_way) == MOST_UNDER_WAY and self.executor.withdraw():
+            handle = self._under_way.pop()
+            self._num_ordered -= 1
+            self._submit(self.scheduler.extend(handle.plan))
+
+    def finish(self) -> list[TokenOutput]:
+        """Wait for the oldest step under way and return what it brought."""
+        if not self._under_way:
+            return []
+        handle = self._under_way.popleft()
+        return self.scheduler.commit(handle.plan, self.executor.result(handle))
+
+    def _submit(self, plan: StepPlan) -> None:
+        order = make_order(plan, self._num_ordered)
+        self._num_ordered += 1
+        self._under_way.append(self.executor.submit(order, plan))

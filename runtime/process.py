@@ -1,7 +1,8 @@
 """The engine process: `python -m octavo.runtime.process`, started by launch.py and spoken to through a socket.
 
-It sends Ready or Failed first. Then its loop takes what has arrived, computes a step, sends what the step brought;
-without work it sleeps on the socket. It ends on Shutdown, when its stdin closes (its parent is gone), or after Failed.
+It sends Ready or Failed first. Then its loop takes what has arrived, orders the next step while one is computed, takes
+what arrives meanwhile, and sends what the step brought; without work it sleeps on the socket. It ends on Shutdown, when
+its stdin closes (its parent is gone), or after Failed.
 """
 
 from __future__ import annotations
@@ -75,25 +76,36 @@ def serve(engine: Engine, link: Link) -> None:
     """The loop. Returns on Shutdown."""
     while True:
         outputs: list[TokenOutput] = []
-        for message in link.receive(wait=not engine.scheduler.has_work):
-            match message:
-                case AddRequest():
-                    refused = engine.add(message)
-                    if refused is not None:
-                        outputs.append(refused)
-                case AbortRequest():
-                    engine.scheduler.abort(message.request_ids)
-                case Ping():
-                    link.send(Pong(message.nonce))
-                case ResetPrefixCache():
-                    engine.scheduler.reset_prefix_cache()
-                case TokenOutput():
-                    outputs.append(message)
-                case Shutdown():
-                    return
-        if engine.scheduler.has_work:
-            outputs += engine.step()
+        if not take_messages(engine, link, outputs, wait=not engine.has_work):
+            return
+        engine.advance()
+        while engine.is_computing and link.comes_before(engine.executor.done):
+            if not take_messages(engine, link, outputs):
+                return
+            engine.admit()
+        outputs += engine.finish()
         link.send(StepOutputs(outputs, engine.scheduler.stats()))
+
+
+def take_messages(engine: Engine, link: Link, outputs: list[TokenOutput], wait: bool = False) -> bool:
+    """Do what messages ask that have arrived; what is refused is added to outputs. False on Shutdown."""
+    for message in link.receive(wait):
+        match message:
+            case AddRequest():
+                refused = engine.add(message)
+                if refused is not None:
+                    outputs.append(refused)
+            case AbortRequest():
+                engine.scheduler.abort(message.request_ids)
+            case Ping():
+                link.send(Pong(message.nonce))
+            case ResetPrefixCache():
+                engine.scheduler.reset_prefix_cache()
+            case TokenOutput():
+                outputs.append(message)
+            case Shutdown():
+                return False
+    return True
 
 
 def start_heartbeat(address: str) -> None:
@@ -119,6 +131,14 @@ class Link:
         self._socket.connect(address)
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(ToEngine)
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+
+    def comes_before(self, descriptor: int) -> bool:
+        """Wait for a message or for a file descriptor to be readable; whether there is a message and it is not."""
+        self._poller.register(descriptor, zmq.POLLIN)
+        ready = dict(self._poller.poll())
+        return descriptor not in ready
 
     def send(self, message: FromEngine) -> None:
         self._socket.send(self._encoder.encode(message))

@@ -15,11 +15,12 @@ from octavo.runtime.model import select_operators
 from octavo.runtime.model.decoder import Decoder
 from octavo.runtime.model.model import Model
 from octavo.runtime.model.weights import load_model
-from octavo.runtime.scheduling.scheduler import SchedulerConfig
+from octavo.runtime.scheduling.plan import SchedulerConfig
 from octavo.runtime.worker import kv_cache
 from octavo.runtime.worker.device import choose_device, free_memory, set_threads
 from octavo.runtime.worker.graphs import StepGraphs
 from octavo.runtime.worker.warm_up import compile_steps, run_requests, run_steps
+from octavo.runtime.worker.worker import Worker
 
 COUNTS = ("block_size", "num_blocks", "kv_cache_memory_bytes", "max_num_seqs", "max_num_batched_tokens", "num_threads")
 BLOCK_ID_BYTES = 4  # of an entry in the block tables
@@ -71,7 +72,7 @@ def load_engine(config: EngineConfig, spawn_time: float) -> tuple[Engine, Ready]
         seconds=clock.seconds,
         notes=notes,
     )
-    engine = Engine(model, caches, limits, config.seed, graphs)
+    engine = Engine(Worker(model, caches, limits, graphs), limits, config.seed)
     return engine, Ready(limits.max_model_len, plan.num_blocks, plan.block_size, model.vocab_size, report)
 
 

@@ -3,81 +3,44 @@
 First come, first served. A step holds, within a budget of tokens: the next token of every running sequence, then the
 rest of prompts that are being prefilled, in chunks, then new arrivals. When blocks run out, the sequence that came
 last gives all of its own back and starts again later (recomputation, mostly out of the prefix cache). `running` is
-always in order of arrival and all of `waiting` came later, so the victim is `running[-1]`, and a preempted sequence
-waits at the front.
+always in order of arrival, so the victim is `running[-1]`, and so is `waiting`. One that is not ready is passed over.
 
-Blocks that a chunk fills are offered to the prefix cache when it is planned, not when it is computed: every layer
-writes the keys and values of such a step before it attends, so a sequence may share a block with one of the same step
-(that is what makes n answers to one prompt cheap). For that to be sound, what has been planned is never taken out of
-the plan. In a step of single tokens a GPU attends while it writes: a block that one token fills is offered afterwards.
+Steps run in the order in which they are planned, and a step may be planned while earlier ones are under way. A sequence
+whose token is still being sampled goes on from it by reference (`last_token_of`); what a step under way computes for a
+sequence that has ended is dropped. Blocks may be given away while a step under way writes to them: whoever gets them
+writes later. Only a preempted sequence waits for its steps before it is admitted again.
+
+The prefix cache is offered the blocks that a step has filled when its result is there, as far as drafts were right. A
+chunk of a prompt is the exception: its tokens are known, every layer writes the keys and values of such a step before
+it attends, and what has been planned is never taken out of a plan. So its blocks are offered when it is planned, and a
+sequence may share a block with one of the same step: that is what makes n answers to one prompt cheap. (In a step of
+single tokens a GPU attends while it writes: those blocks are offered afterwards. So is the block of the token that is
+sampled from, which is computed once more where that brings none.)
 """
 
 from __future__ import annotations
 
 import time
+from bisect import insort
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from itertools import takewhile
 
 from octavo.runtime.messages import AddRequest, EngineStats, FinishReason, Logprobs, TokenOutput
 from octavo.runtime.scheduling.block_pool import BlockPool
-from octavo.runtime.scheduling.sequence import Sequence
-
-MAX_PROMPT_LOGITS = 256
-
-
-class Work(NamedTuple):
-    """One sequence's share of a step: its tokens start .. end are computed, and logits of first_logit .. end wanted.
-
-    With `samples`, the logits of the last one give the sequence's next token; all others are for prompt_logprobs.
-    is_new says that the sequence has been admitted in this step: its row of the block tables is another's.
-    """
-
-    sequence: Sequence
-    start: int
-    end: int
-    first_logit: int
-    samples: bool
-    is_new: bool
-
-
-@dataclass(frozen=True, slots=True)
-class StepPlan:
-    """The scheduler's decision: the works of one step, in the order in which their tokens stand in the batch."""
-
-    works: list[Work]
-    num_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Sampled:
-    """What the sampler made of a step. token_ids: one for each work that samples, in order; the rest by work index."""
-
-    token_ids: list[int]
-    logprobs: dict[int, Logprobs] = field(default_factory=dict)
-    prompt_logprobs: dict[int, list[Logprobs]] = field(default_factory=dict)
-    errors: dict[int, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerConfig:
-    """Limits of one step and of one sequence.
-
-    max_prompt_logits  rows of logits that one step may spend on prompt_logprobs: each is vocab_size floats
-    """
-
-    num_blocks: int
-    block_size: int
-    max_model_len: int
-    max_num_seqs: int = 256
-    max_num_batched_tokens: int = 2048
-    enable_prefix_caching: bool = True
-    max_prompt_logits: int = MAX_PROMPT_LOGITS
+from octavo.runtime.scheduling.plan import (
+    ScheduledSequence,
+    SchedulerConfig,
+    StepPlan,
+    StepResult,
+    last_token_of,
+)
+from octavo.runtime.scheduling.sequence import Sequence, is_stop
 
 
 class Scheduler:
-    """Sequences from arrival to their last token. One `plan`, then one `commit` of that plan, in turns."""
+    """Sequences from arrival to their last token. Each `plan` has one `commit`, in the same order."""
 
     def __init__(self, config: SchedulerConfig, clock: Callable[[], float] = time.time) -> None:
         self.config = config
@@ -85,31 +48,42 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.waiting: OrderedDict[str, Sequence] = OrderedDict()
         self._live: dict[str, Sequence] = {}
-        self._free_rows = list(range(config.max_num_seqs - 1, -1, -1))
+        self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
         self._clock = clock
         self._num_added = 0
         self._num_preemptions = 0
+        self._num_released = 0
         self._num_queries = 0
         self._num_hits = 0
         self._step_tokens = 0
 
     @property
     def has_work(self) -> bool:
-        return bool(self._live)
+        """Whether there is a sequence that runs or may be admitted."""
+        return bool(self.running) or any(sequence.is_ready for sequence in self.waiting.values())
 
-    def add(self, request: AddRequest) -> TokenOutput | None:
-        """Queue a request, or return the output that says why it can't ever run."""
+    def add(self, request: AddRequest, *, is_ready: bool = True) -> TokenOutput | None:
+        """Queue a request, or return the output that says why it can't ever run.
+
+        Without is_ready it is passed over until `set_ready`.
+        """
         problem = self._refusal(request)
         if request.request_id in self._live:
             self.abort([request.request_id])
             problem = f"request id {request.request_id!r} is in use; both requests are ended"
         if problem is not None:
             return TokenOutput(request.request_id, [], finish_reason="error", error=problem)
-        sequence = Sequence(request, self._num_added)
+        sequence = Sequence(request, self._num_added, is_ready=is_ready)
         self._num_added += 1
         self._live[request.request_id] = sequence
         self.waiting[request.request_id] = sequence
         return None
+
+    def set_ready(self, request_id: str) -> None:
+        """What this request waited for outside is there; unknown ids are ignored."""
+        sequence = self._live.get(request_id)
+        if sequence is not None:
+            sequence.is_ready = True
 
     def _refusal(self, request: AddRequest) -> str | None:
         config = self.config
@@ -131,51 +105,94 @@ class Scheduler:
         return None
 
     def abort(self, request_ids: Iterable[str]) -> None:
-        """Drop these requests, waiting or running; unknown ids are ignored. Not between a plan and its commit."""
+        """Drop these requests, waiting or running; unknown ids are ignored."""
         for request_id in request_ids:
             sequence = self._live.get(request_id)
             if sequence is not None:
                 self._drop(sequence)
 
     def reset_prefix_cache(self) -> None:
+        """Forget all cached prefixes that no running sequence holds."""
         self.pool.forget_unheld()
 
     def plan(self) -> StepPlan:
-        """Choose the tokens of the next step and give them blocks. Never empty while `has_work`."""
+        """Choose the tokens of the next step and give them blocks.
+
+        Empty only where all that there is to do waits for the results of steps under way.
+        """
         step = _Step(self.config.max_num_batched_tokens, self.config.max_prompt_logits)
         self._plan_decodes(step)
         starved = self._plan_prefills(step)
-        while starved and not step.works:
+        while starved and not step.scheduled:
             self._preempt(self.running[-1])
             starved = self._plan_prefills(step)
         if not starved:
             self._admit(step)
-        self._step_tokens = self.config.max_num_batched_tokens - step.tokens_left
-        return StepPlan(step.works, self._step_tokens)
+        return self._plan_of(step, starved)
+
+    def extend(self, plan: StepPlan) -> StepPlan:
+        """The last plan once more, with requests that have come since, as far as it has room.
+
+        Blocks and slots that were given back since are still used by the plan as it is: then it stays so.
+        """
+        if plan.is_starved or plan.num_released != self._num_released:
+            return plan
+        step = _Step(
+            self.config.max_num_batched_tokens - plan.num_tokens,
+            self.config.max_prompt_logits - plan.num_prompt_logits,
+            list(plan.scheduled),
+        )
+        self._admit(step)
+        return self._plan_of(step, is_starved=False)
+
+    def _plan_of(self, step: _Step, is_starved: bool) -> StepPlan:
+        return StepPlan(
+            step.scheduled,
+            num_tokens=self.config.max_num_batched_tokens - step.tokens_left,
+            num_prompt_logits=self.config.max_prompt_logits - step.prompt_logits_left,
+            is_starved=is_starved,
+            num_released=self._num_released,
+        )
 
     def _plan_decodes(self, step: _Step) -> None:
         """One token for each sequence that lacks only its newest; those that came last make room for the others."""
         block_size = self.config.block_size
         for sequence in tuple(self.running):
-            length = len(sequence.token_ids)
-            if sequence.num_computed != length - 1 or step.tokens_left == 0 or sequence.row < 0:
+            length = sequence.length
+            if sequence.num_planned != length - 1 or step.tokens_left == 0 or sequence.slot < 0:
                 continue
-            if length > len(sequence.blocks) * block_size:
-                while self.pool.num_free == 0 and sequence.row >= 0:
+            if sequence.checks_drafts or (sequence.num_sampling and self._is_full(sequence, length)):
+                continue
+            num_held = len(sequence.blocks)
+            if length > num_held * block_size:
+                while self.pool.num_free == 0 and sequence.slot >= 0:
                     self._preempt(self.running[-1])
-                if sequence.row < 0:  # it was itself the last to come
+                if sequence.slot < 0:  # it was itself the last to come
                     continue
                 sequence.blocks += self.pool.allocate(1)
-            self._put(step, sequence, length)
+            num_drafts = self._room_for_drafts(step, sequence) if sequence.drafts else 0
+            self._put(step, sequence, length + num_drafts, num_held, num_drafts=num_drafts)
+
+    def _room_for_drafts(self, step: _Step, sequence: Sequence) -> int:
+        """How many drafts the next step can check: nobody is preempted for them, and no answer gets too long."""
+        known = len(sequence.token_ids)
+        most = min(sequence.num_prompt + sequence.params.max_tokens, self.config.max_model_len) - 1
+        count = min(len(sequence.drafts), step.tokens_left - 1, most - known)
+        if sequence.num_sampling or count <= 0:
+            return 0
+        block_size = self.config.block_size
+        missing = -(-(known + count) // block_size) - len(sequence.blocks)
+        sequence.blocks += self.pool.allocate(min(missing, self.pool.num_free))
+        return min(count, len(sequence.blocks) * block_size - known)
 
     def _plan_prefills(self, step: _Step) -> bool:
         """A chunk for each prompt under way, as far as tokens and free blocks go; whether one lacked blocks."""
         for sequence in self.running:
-            remaining = len(sequence.token_ids) - sequence.num_computed
+            remaining = sequence.length - sequence.num_planned
             size = self._chunk(step, sequence, remaining)
             if remaining == 1 or size == 0:
                 continue
-            room = (len(sequence.blocks) + self.pool.num_free) * self.config.block_size - sequence.num_computed
+            room = (len(sequence.blocks) + self.pool.num_free) * self.config.block_size - sequence.num_planned
             if room <= 0:
                 return True
             self._extend(step, sequence, min(size, room))
@@ -184,98 +201,188 @@ class Scheduler:
     def _admit(self, step: _Step) -> None:
         """Start waiting sequences in order, while a step has room and the cache could hold all of their tokens."""
         block_size = self.config.block_size
-        while self.waiting and self._free_rows and step.tokens_left:
-            sequence = next(iter(self.waiting.values()))
+        admitted: list[Sequence] = []
+        for sequence in self.waiting.values():
+            if not self._free_slots or not step.tokens_left:
+                break
+            if not sequence.is_ready:
+                continue
+            if sequence.num_steps:  # preempted a moment ago
+                break
             blocks = self._cached_prefix(sequence)
             size = self._chunk(step, sequence, len(sequence.token_ids) - len(blocks) * block_size)
             needed = -(-len(sequence.token_ids) // block_size) - len(blocks) + self.pool.num_unheld(blocks)
             headroom = len(self.running)  # a block of growth each, or the next step would preempt what this admits
             if size == 0 or needed + headroom > self.pool.num_free:
-                return
-            self.waiting.popitem(last=False)
-            self.running.append(sequence)
-            sequence.row = self._free_rows.pop()
-            self.pool.hold(blocks)
-            sequence.blocks = blocks
-            sequence.num_computed = len(blocks) * block_size
-            if sequence.num_cached is None:
-                sequence.num_cached = sequence.num_computed
-                sequence.scheduled_time = self._clock()
-                self._num_queries += sequence.num_prompt
-                self._num_hits += sequence.num_cached
+                break
+            admitted.append(sequence)
+            self._start(sequence, blocks)
             self._extend(step, sequence, size, is_new=True)
+        for sequence in admitted:
+            del self.waiting[sequence.request_id]
+
+    def _start(self, sequence: Sequence, blocks: list[int]) -> None:
+        """Let a waiting sequence run, with the blocks of a cached prefix."""
+        insort(self.running, sequence, key=lambda other: other.number)
+        sequence.slot = self._free_slots.pop()
+        self.pool.hold(blocks)
+        sequence.blocks = blocks
+        sequence.num_planned = len(blocks) * self.config.block_size
+        if sequence.num_cached is None:
+            sequence.num_cached = sequence.num_planned
+            sequence.scheduled_time = self._clock()
+            self._num_queries += sequence.num_prompt
+            self._num_hits += sequence.num_cached
 
     def _cached_prefix(self, sequence: Sequence) -> list[int]:
         """The blocks of the longest remembered prefix; the last token is always left to be computed, for its logits."""
         if not self.config.enable_prefix_caching or sequence.wants_prompt_logprobs:
             return []
         count = (len(sequence.token_ids) - 1) // self.config.block_size
-        return self.pool.find_prefix(sequence.name_blocks(count, self.config.block_size))
+        return self.pool.find_prefix(sequence.block_hashes(count, self.config.block_size))
 
     def _chunk(self, step: _Step, sequence: Sequence, remaining: int) -> int:
         size = min(remaining, step.tokens_left)
         return min(size, step.prompt_logits_left) if sequence.wants_prompt_logprobs else size
 
     def _extend(self, step: _Step, sequence: Sequence, size: int, is_new: bool = False) -> None:
-        end = sequence.num_computed + size
+        end = sequence.num_planned + size
+        num_held = 0 if is_new else len(sequence.blocks)
         missing = -(-end // self.config.block_size) - len(sequence.blocks)
         sequence.blocks += self.pool.allocate(missing)
-        self._put(step, sequence, end, is_new)
+        self._put(step, sequence, end, num_held, is_new)
 
-    def _put(self, step: _Step, sequence: Sequence, end: int, is_new: bool = False) -> None:
-        """Add tokens num_computed .. end to the step; their blocks are there."""
-        start = sequence.num_computed
-        samples = end == len(sequence.token_ids)
-        first_logit = end - 1 if samples else end
+    def _put(
+        self, step: _Step, sequence: Sequence, end: int, num_held: int, is_new: bool = False, num_drafts: int = 0
+    ) -> None:
+        """Add tokens num_planned .. end to the step. Their blocks are there; the first num_held are not new."""
+        start = sequence.num_planned
+        known = end - num_drafts
+        samples = known == sequence.length
+        first_logit = known - 1 if samples else end
         if sequence.wants_prompt_logprobs:
-            assert sequence.prompt_logprobs is not None
-            first_logit = min(first_logit, max(start, len(sequence.prompt_logprobs) - 1))
+            first_logit = min(first_logit, max(start, sequence.num_listed - 1))
             step.prompt_logits_left -= end - first_logit
-        step.works.append(Work(sequence, start, end, first_logit, samples, is_new))
+            sequence.num_listed = max(sequence.num_listed, min(end + 1, sequence.num_prompt))
+        if samples and sequence.num_sampling:
+            tokens = [last_token_of(sequence.slot)]
+        else:
+            tokens = sequence.token_ids[start:known] + sequence.drafts[:num_drafts]
+        step.scheduled.append(
+            ScheduledSequence(
+                sequence=sequence,
+                slot=sequence.slot,
+                start=start,
+                end=end,
+                tokens=tokens,
+                first_logit=first_logit,
+                wants="token" if samples else "nothing",
+                is_new=is_new,
+                first_new_block=num_held,
+                new_blocks=sequence.blocks[num_held:],
+                num_outputs=sequence.length - sequence.num_prompt,
+                num_drafts=num_drafts,
+            )
+        )
         step.tokens_left -= end - start
-        if end - start > 1:
-            self._offer(sequence, start, end)
+        sequence.num_planned = known
+        sequence.num_sampling += samples
+        sequence.num_steps += 1
+        if num_drafts:
+            sequence.checks_drafts = True
+        if samples:
+            sequence.drafts = []
+        if end - start > 1 and end <= sequence.num_prompt:  # all of them the prompt's own
+            self._offer(sequence, start, end - samples)
 
     def _offer(self, sequence: Sequence, start: int, end: int) -> None:
         """Let later sequences find the blocks that tokens start .. end fill."""
         full = end // self.config.block_size
         if self.config.enable_prefix_caching and full > start // self.config.block_size:
-            names = sequence.name_blocks(full, self.config.block_size)
+            hashes = sequence.block_hashes(full, self.config.block_size)
             for index in range(start // self.config.block_size, full):
-                self.pool.remember(sequence.blocks[index], names[index])
+                self.pool.remember(sequence.blocks[index], hashes[index])
 
-    def commit(self, plan: StepPlan, sampled: Sampled) -> list[TokenOutput]:
-        """Record what the step computed: extend sequences by their tokens, end those that are done."""
+    def commit(self, plan: StepPlan, result: StepResult) -> list[TokenOutput]:
+        """Record what a step brought: extend sequences by their tokens, end those that are done."""
         outputs: list[TokenOutput] = []
-        tokens = iter(sampled.token_ids)
         now = self._clock()
-        for index, (sequence, start, end, _, samples, _) in enumerate(plan.works):
-            sequence.num_computed = end
-            if end - start == 1:
-                self._offer(sequence, start, end)
-            token = next(tokens) if samples else None
-            if index in sampled.prompt_logprobs:
+        self._step_tokens = plan.num_tokens
+        for index, (scheduled, tokens) in enumerate(zip(plan.scheduled, result.tokens, strict=True)):
+            sequence = scheduled.sequence
+            sequence.num_steps -= 1
+            if sequence.has_ended:
+                continue
+            if sequence.num_void_steps:
+                sequence.num_void_steps -= 1
+                continue
+            if index in result.prompt_logprobs:
                 assert sequence.prompt_logprobs is not None
-                sequence.prompt_logprobs += sampled.prompt_logprobs[index]
-            if index in sampled.errors:
-                outputs.append(self._end_with_error(sequence, sampled.errors[index]))
-            elif token is not None:
-                outputs.append(self._append(sequence, token, sampled.logprobs.get(index), now))
+                sequence.prompt_logprobs += result.prompt_logprobs[index]
+            if index in result.errors:
+                outputs.append(self._end_with_error(sequence, result.errors[index]))
+                continue
+            output = self._take(scheduled, tokens, result.logprobs.get(index), now)
+            if output is not None:
+                outputs.append(output)
         return outputs
 
-    def _append(self, sequence: Sequence, token: int, logprobs: Logprobs | None, now: float) -> TokenOutput:
-        sequence.token_ids.append(token)
-        finish_reason = self._finish_reason(sequence, token)
+    def _take(
+        self, scheduled: ScheduledSequence, tokens: list[int], logprobs: list[Logprobs] | None, now: float
+    ) -> TokenOutput | None:
+        """One sequence's share of a result: its new tokens up to one that ends it, and the blocks that are full now."""
+        sequence = scheduled.sequence
+        if scheduled.wants == "token":
+            sequence.num_sampling -= 1
+            sequence.checks_drafts = False
+            if not tokens:
+                self._go_back(sequence)
+        num_known = len(sequence.token_ids)
+        finish_reason = self._append(sequence, tokens)
+        if sequence.slot >= 0:
+            num_right = max(len(tokens) - 1, 0)  # drafts; the last token is the model's own
+            sequence.num_planned += num_right
+            end = scheduled.end - scheduled.num_drafts + num_right
+            self._offer(sequence, scheduled.start, min(end, sequence.num_planned, len(sequence.token_ids)))
         if finish_reason is not None:
             self._drop(sequence)
-        listed = None if logprobs is None else [logprobs]
-        stop_token_id = token if finish_reason == "stop" else None
+        taken = sequence.token_ids[num_known:]
+        if not taken:
+            return None
+        return self._output(sequence, taken, finish_reason, logprobs, now)
+
+    def _go_back(self, sequence: Sequence) -> None:
+        """A token did not come: its position is planned again, and steps that were planned behind it are void."""
+        sequence.num_sampling = 0
+        sequence.num_void_steps = sequence.num_steps
+        if sequence.slot >= 0:
+            sequence.num_planned = len(sequence.token_ids) - 1
+
+    def _append(self, sequence: Sequence, tokens: list[int]) -> FinishReason | None:
+        """Extend a sequence up to the token that ends it, and return why that one does."""
+        for token in tokens:
+            sequence.token_ids.append(token)
+            finish_reason = self._finish_reason(sequence, token)
+            if finish_reason is not None:
+                return finish_reason
+        return None
+
+    def _output(
+        self,
+        sequence: Sequence,
+        tokens: list[int],
+        finish_reason: FinishReason | None,
+        logprobs: list[Logprobs] | None,
+        now: float,
+    ) -> TokenOutput:
+        listed = None if logprobs is None else logprobs[: len(tokens)]
+        stop_token_id = tokens[-1] if finish_reason == "stop" else None
         if sequence.first_token_time is not None:
-            return TokenOutput(sequence.request_id, [token], finish_reason, stop_token_id, logprobs=listed)
+            return TokenOutput(sequence.request_id, tokens, finish_reason, stop_token_id, logprobs=listed)
         sequence.first_token_time = now
         return TokenOutput(
             sequence.request_id,
-            [token],
+            tokens,
             finish_reason,
             stop_token_id,
             logprobs=listed,
@@ -286,14 +393,13 @@ class Scheduler:
         )
 
     def _finish_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
-        params = sequence.params
-        length = len(sequence.token_ids)
-        num_outputs = length - sequence.num_prompt
-        if token in params.stop_token_ids and num_outputs > params.min_tokens:
+        if is_stop(sequence.params, token, len(sequence.token_ids) - sequence.num_prompt):
             return "stop"
-        if num_outputs >= params.max_tokens or length >= self.config.max_model_len:
-            return "length"
-        return None
+        return "length" if self._is_full(sequence, len(sequence.token_ids)) else None
+
+    def _is_full(self, sequence: Sequence, length: int) -> bool:
+        """Whether a sequence of so many tokens has all that it may get."""
+        return length - sequence.num_prompt >= sequence.params.max_tokens or length >= self.config.max_model_len
 
     def _end_with_error(self, sequence: Sequence, error: str) -> TokenOutput:
         self.pool.forget(sequence.blocks)  # whatever made its logits unusable may stand in its keys and values
@@ -301,6 +407,7 @@ class Scheduler:
         return TokenOutput(sequence.request_id, [], finish_reason="error", error=error)
 
     def _drop(self, sequence: Sequence) -> None:
+        sequence.has_ended = True
         del self._live[sequence.request_id]
         if self.waiting.pop(sequence.request_id, None) is None:
             self.running.remove(sequence)
@@ -309,18 +416,22 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self._release(sequence)
+        older = [*takewhile(lambda other: other.number < sequence.number, self.waiting.values())]  # were not ready
         self.waiting[sequence.request_id] = sequence
-        self.waiting.move_to_end(sequence.request_id, last=False)
+        for first in (sequence, *reversed(older)):
+            self.waiting.move_to_end(first.request_id, last=False)
         self._num_preemptions += 1
 
     def _release(self, sequence: Sequence) -> None:
+        self._num_released += 1
         self.pool.release(sequence.blocks)
-        self._free_rows.append(sequence.row)
+        self._free_slots.append(sequence.slot)
         sequence.blocks = []
-        sequence.row = -1
-        sequence.num_computed = 0
+        sequence.slot = -1
+        sequence.num_planned = 0
 
     def stats(self) -> EngineStats:
+        """Gauges and counters as they are now."""
         return EngineStats(
             num_running=len(self.running),
             num_waiting=len(self.waiting),
@@ -338,4 +449,4 @@ class _Step:
 
     tokens_left: int
     prompt_logits_left: int
-    works: list[Work] = field(default_factory=list)
+    scheduled: list[ScheduledSequence] = field(default_factory=list)

@@ -4,79 +4,108 @@ from __future__ import annotations
 
 from octavo.runtime.messages import AddRequest, Logprobs, SamplingParams
 from octavo.runtime.scheduling.block_pool import hash_block, salted_root
-from octavo.runtime.scheduling.penalties import TokenCounts
 
 
 class Sequence:
-    """Prompt and output tokens in one list; the scheduler owns everything about blocks, rows and progress.
+    """Prompt and output tokens in one list; the scheduler owns everything about blocks, slots and progress.
 
-    num_computed     tokens whose keys and values are in the cache; back to 0 on preemption
+    Steps are planned before the results of earlier ones are there: `token_ids` are the tokens that are known,
+    `num_planned` and `num_sampling` say what the steps under way will add.
+
+    num_planned      tokens whose keys and values are in the cache once all planned steps have run; 0 on preemption
+    num_sampling     tokens beyond token_ids that the steps under way bring for sure
+    num_steps        steps under way that compute some of its tokens
+    num_void_steps   how many of those don't count: an earlier step did not bring the token that they go on from
+    drafts           guesses of the tokens behind token_ids, for the next step to check
+    checks_drafts    a step under way does so: how many tokens it brings is only known afterwards
+    is_ready         whether it may be admitted: what it still waits for outside, such as its grammar, may take long
+    has_ended        it was answered, or is to be forgotten: what steps under way bring for it is dropped
     blocks           the block table
-    row              its row in the tables of inputs.py while it runs, else -1
-    number           how many requests came before it: the seed of a request without a seed
+    slot             its row in the block tables of all ranks while it runs, else -1
+    number           how many requests came before it: its place in the queue, and the seed of a request without one
     prompt_logprobs  None unless asked for; grows with the prefill, sent with the first token
-    root             the parent of the first block's name; requests with other cache salts have another one
-    token_counts     the sampler's, for penalties; made when first needed
+    num_listed       prompt tokens whose log-probabilities are there or under way; the first token has none
+    root             the parent of the first block's hash; requests with other cache salts have another one
     """
 
     __slots__ = (
+        "_hashes",
         "arrival_time",
-        "block_names",
         "blocks",
+        "checks_drafts",
+        "drafts",
         "first_token_time",
+        "has_ended",
         "is_plain_greedy",
+        "is_ready",
         "num_cached",
-        "num_computed",
+        "num_listed",
+        "num_planned",
         "num_prompt",
+        "num_sampling",
+        "num_steps",
+        "num_void_steps",
         "number",
         "params",
         "prompt_logprobs",
         "request_id",
         "root",
-        "row",
         "scheduled_time",
-        "token_counts",
+        "slot",
         "token_ids",
     )
 
-    def __init__(self, request: AddRequest, number: int) -> None:
+    def __init__(self, request: AddRequest, number: int, *, is_ready: bool = True) -> None:
         self.request_id = request.request_id
         self.params = request.params
         self.token_ids = list(request.token_ids)
         self.num_prompt = len(request.token_ids)
         self.arrival_time = request.arrival_time
         self.number = number
-        self.num_computed = 0
+        self.num_planned = 0
+        self.num_sampling = 0
+        self.num_steps = 0
+        self.num_void_steps = 0
+        self.drafts: list[int] = []
+        self.checks_drafts = False
+        self.is_ready = is_ready
+        self.has_ended = False
         self.num_cached: int | None = None
         self.blocks: list[int] = []
-        self.block_names: list[bytes] = []
+        self._hashes: list[bytes] = []
         self.root = salted_root(request.cache_salt)
-        self.row = -1
+        self.slot = -1
         self.scheduled_time: float | None = None
         self.first_token_time: float | None = None
         self.prompt_logprobs: list[Logprobs | None] | None = None
         if request.params.prompt_logprobs is not None:
             self.prompt_logprobs = [None]
-        self.token_counts: TokenCounts | None = None
+        self.num_listed = 1
         self.is_plain_greedy = _is_plain_greedy(request.params)
 
     @property
-    def num_outputs(self) -> int:
-        return len(self.token_ids) - self.num_prompt
+    def length(self) -> int:
+        """All of its tokens, with those that steps under way are sampling."""
+        return len(self.token_ids) + self.num_sampling
 
     @property
     def wants_prompt_logprobs(self) -> bool:
-        """Whether logits of prompt positions are still missing; then the prefix cache can't help."""
-        return self.prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt
+        """Whether logits of prompt positions are still to be planned; then the prefix cache can't help."""
+        return self.prompt_logprobs is not None and self.num_listed < self.num_prompt
 
-    def name_blocks(self, count: int, block_size: int) -> list[bytes]:
-        """The hashes of the first `count` blocks, which must be full of tokens."""
-        names = self.block_names
-        while len(names) < count:
-            begin = len(names) * block_size
-            parent = names[-1] if names else self.root
-            names.append(hash_block(parent, self.token_ids[begin : begin + block_size]))
-        return names[:count]
+    def block_hashes(self, count: int, block_size: int) -> list[bytes]:
+        """The hashes of the first `count` blocks, which must be full of known tokens."""
+        hashes = self._hashes
+        while len(hashes) < count:
+            begin = len(hashes) * block_size
+            parent = hashes[-1] if hashes else self.root
+            hashes.append(hash_block(parent, self.token_ids[begin : begin + block_size]))
+        return hashes[:count]
+
+
+def is_stop(params: SamplingParams, token: int, num_outputs: int) -> bool:
+    """Whether a sequence ends with this token, the num_outputs-th of its answer."""
+    return token in params.stop_token_ids and num_outputs > params.min_tokens
 
 
 def _is_plain_greedy(params: SamplingParams) -> bool:

@@ -16,7 +16,7 @@ from octavo.kernels.attention.cache import LayerCache
 from octavo.kernels.attention.step import StepInputs
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.model.model import KVScales, Model
-from octavo.runtime.scheduling.scheduler import MAX_PROMPT_LOGITS
+from octavo.runtime.scheduling.plan import MAX_PROMPT_LOGITS
 from octavo.runtime.worker.device import free_memory, give_back_unused, peak_memory, total_memory
 
 DTYPES = {

@@ -1,69 +1,155 @@
 """What a request may change about the model's logits before a token is chosen, in vLLM's order and meaning.
 
 allowed_token_ids, then min_tokens (stop tokens can't come yet), then logit_bias, then the penalties: repetition over
-prompt and output, frequency and presence over the output. Temperature and truncation come later, in draw.py.
+prompt and output, frequency and presence over the output. Temperature and truncation come later, in sampling_ops.py.
+
+What a request names is turned into arrays once (`LogitChanges`), whatever the number of its answers and steps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from octavo.runtime.scheduling.penalties import TokenCounts
-from octavo.runtime.scheduling.sequence import Sequence
+from octavo.runtime.messages import SamplingParams
+from octavo.runtime.scheduling.plan import ScheduledSequence
 from octavo.runtime.worker.sampling_ops import SamplingOps
+from octavo.runtime.worker.token_counts import TokenCounts
+
+_NO_BIASES = (np.empty(0, np.int64), np.empty(0, np.float32))
 
 
-def change_logits(logits: Tensor, rows: Rows[int], sequences: Rows[Sequence], ops: SamplingOps) -> None:
-    """Change logits [L, vocab] in place: row rows[i] is the next token of sequences[i]."""
-    for row, sequence in zip(rows, sequences, strict=True):
-        if sequence.params.allowed_token_ids is not None:
-            _keep_only(logits[row], sequence.params.allowed_token_ids)
-    biased = [(row, _biases(sequence, logits.shape[1])) for row, sequence in zip(rows, sequences, strict=True)]
-    entries = [(row, token, bias) for row, biases in biased for token, bias in biases.items()]
-    if entries:
-        at_rows, tokens, biases = (torch.tensor(column, device=logits.device) for column in zip(*entries, strict=True))
-        ops.add_biases(logits, at_rows, tokens, biases)
-    punished = [(row, sequence) for row, sequence in zip(rows, sequences, strict=True) if sequence.params.has_penalties]
+class LogitChanges:
+    """What the parameters of a request say about single tokens, as arrays.
+
+    allowed       None, or the only tokens that may be sampled, on the logits' device
+    biases        tokens and what is added to the logit of each
+    early_biases  the same before min_tokens: -inf for the tokens that would end the answer
+    """
+
+    def __init__(self, params: SamplingParams, vocab: int, device: torch.device) -> None:
+        self.params = params
+        self.allowed: Tensor | None = None
+        if params.allowed_token_ids is not None:
+            self.allowed = torch.tensor(params.allowed_token_ids, device=device)
+        self.biases = _arrays(params.logit_bias)
+        self.early_biases = self.biases
+        if params.min_tokens:
+            stops = {token: float("-inf") for token in params.stop_token_ids if token < vocab}
+            self.early_biases = _arrays(params.logit_bias | stops)
+
+    def biases_of(self, num_outputs: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """(tokens, biases) for the token that follows so many of the answer."""
+        return self.early_biases if num_outputs < self.params.min_tokens else self.biases
+
+
+def _arrays(biases: dict[int, float]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    if not biases:
+        return _NO_BIASES
+    return np.fromiter(biases, np.int64, len(biases)), np.fromiter(biases.values(), np.float32, len(biases))
+
+
+class ChangesCache:
+    """The LogitChanges of all live requests; answers that share their parameters share them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._of_params: WeakValueDictionary[int, LogitChanges] = WeakValueDictionary()
+
+    def get(self, params: SamplingParams, vocab: int) -> LogitChanges:
+        """They hold on to their parameters, so that an id in the cache is never another object's."""
+        changes = self._of_params.get(id(params))
+        if changes is None:
+            changes = LogitChanges(params, vocab, self._device)
+            self._of_params[id(params)] = changes
+        return changes
+
+
+@dataclass(slots=True)
+class ChangedSequence:
+    """A sequence whose logits are changed: what by, and its tokens so far, where penalties count them."""
+
+    changes: LogitChanges
+    counts: TokenCounts | None = None
+
+
+def change_logits(
+    logits: Tensor,
+    rows: Rows[int],
+    scheduled: Rows[ScheduledSequence],
+    states: Rows[ChangedSequence],
+    ops: SamplingOps,
+) -> None:
+    """Change logits [L, vocab] in place: row rows[i] is the next token of scheduled[i], whose state is states[i]."""
+    _keep_allowed(logits, rows, states)
+    biases = [state.changes.biases_of(it.num_outputs) for it, state in zip(scheduled, states, strict=True)]
+    sizes = [len(tokens) for tokens, _ in biases]
+    if any(sizes):
+        entries = (
+            np.repeat(np.array(rows, np.int64), sizes),
+            np.concatenate([tokens for tokens, _ in biases]),
+            np.concatenate([values for _, values in biases]),
+        )
+        ops.add_biases(logits, *(torch.from_numpy(column).to(logits.device) for column in entries))
+    punished = [
+        (row, it, state)
+        for row, it, state in zip(rows, scheduled, states, strict=True)
+        if state.changes.params.has_penalties
+    ]
     if punished:
         _punish(logits, punished, ops)
 
 
-def _keep_only(row: Tensor, token_ids: Rows[int]) -> None:
-    index = torch.tensor(token_ids, device=row.device)
-    kept = row[index]
-    row.fill_(float("-inf"))
-    row[index] = kept
+def _keep_allowed(logits: Tensor, rows: Rows[int], states: Rows[ChangedSequence]) -> None:
+    """Set all but the allowed tokens to -inf; rows that allow the same ones go together."""
+    rows_of: dict[int, list[int]] = {}
+    allowed_of: dict[int, Tensor] = {}
+    for row, state in zip(rows, states, strict=True):
+        allowed = state.changes.allowed
+        if allowed is not None:
+            rows_of.setdefault(id(allowed), []).append(row)
+            allowed_of[id(allowed)] = allowed
+    for key, same in rows_of.items():
+        row_index = torch.tensor(same, device=logits.device)
+        places = (row_index.unsqueeze(1), allowed_of[key].unsqueeze(0))
+        kept = logits[places]
+        logits.index_fill_(0, row_index, float("-inf"))
+        logits[places] = kept
 
 
-def _biases(sequence: Sequence, vocab: int) -> dict[int, float]:
-    """What is added to which token; -inf to those that would end the answer too early."""
-    params = sequence.params
-    biases = dict(params.logit_bias or {})
-    if sequence.num_outputs < params.min_tokens:
-        biases |= {token: float("-inf") for token in params.stop_token_ids if token < vocab}
-    return biases
-
-
-def _punish(logits: Tensor, punished: Rows[tuple[int, Sequence]], ops: SamplingOps) -> None:
+def _punish(logits: Tensor, punished: Rows[tuple[int, ScheduledSequence, ChangedSequence]], ops: SamplingOps) -> None:
     """All rows at once, over the tokens that have occurred: the others have nothing to be punished for."""
     tokens = []
     counts = []
     sizes = []
     penalties = np.zeros((3, len(logits)), dtype=np.float32)
-    for row, sequence in punished:
-        if sequence.token_counts is None:
-            sequence.token_counts = TokenCounts(sequence.num_prompt)
-        sequence.token_counts.catch_up(sequence.token_ids)
-        tokens.append(sequence.token_counts.token_ids)
-        counts.append(sequence.token_counts.output_counts)
+    for row, it, state in punished:
+        counted = _counts(it, state)
+        tokens.append(counted.token_ids)
+        counts.append(counted.output_counts)
         sizes.append(len(tokens[-1]))
-        params = sequence.params
+        params = state.changes.params
         penalties[:, row] = params.repetition_penalty, params.frequency_penalty, params.presence_penalty
-    rows = np.array([row for row, _ in punished]).repeat(sizes)
+    rows = np.array([row for row, _, _ in punished]).repeat(sizes)
     entries = np.stack((rows, np.concatenate(tokens), np.concatenate(counts)))
     of_entry, of_row = (torch.from_numpy(array).to(logits.device) for array in (entries, penalties))
     ops.punish(logits, *of_entry.unbind(), *of_row.unbind())
+
+
+def _counts(it: ScheduledSequence, state: ChangedSequence) -> TokenCounts:
+    """Counts of all tokens before the one that is sampled now.
+
+    The sampler adds each token that it samples. Where that does not lead to here (the sequence is new in its slot, or
+    a token was taken back), all of them are known to the sequence.
+    """
+    length = it.sequence.num_prompt + it.num_outputs
+    if state.counts is None or state.counts.num_counted != length:
+        state.counts = TokenCounts(it.sequence.num_prompt)
+        state.counts.extend(it.sequence.token_ids[:length])
+    return state.counts

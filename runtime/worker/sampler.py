@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from octavo.runtime.messages import Logprobs
-from octavo.runtime.scheduling.scheduler import Sampled, StepPlan
+from octavo.runtime.scheduling.plan import ScheduledSequence, StepPlan, StepResult
 from octavo.runtime.scheduling.sequence import Sequence
-from octavo.runtime.worker.logits_processors import change_logits
+from octavo.runtime.worker.logits_processors import ChangedSequence, ChangesCache, change_logits
 from octavo.runtime.worker.sampling_ops import GREEDY_BELOW, select_sampling, uniform
 
 BAD_LOGITS = "the model's logits for this request are not finite numbers (NaN or infinity): its answer would be noise"
@@ -20,66 +20,107 @@ NOTHING_ALLOWED = "no token may be sampled: allowed_token_ids, logit_bias and mi
 
 
 class Sampler:
-    """Holds no state of a request: what a token depends on besides its logits is in the sequence."""
+    """The driver's. Plans come in the order of their steps, each when its logits are there.
 
-    def __init__(self, seed: int, device: torch.device) -> None:
+    It runs ahead of the scheduler's `commit`, so what a token depends on beside logits and parameters is here: the
+    token sampled last in each slot, which the next step goes on from, and the counts that penalties need.
+    """
+
+    def __init__(self, seed: int, device: torch.device, max_num_seqs: int) -> None:
+        self.last_tokens = np.zeros(max_num_seqs, dtype=np.int32)
         self._seed = seed
         self._ops = select_sampling(device)
+        self._changes = ChangesCache(device)
+        self._changed: dict[int, tuple[Sequence, ChangedSequence]] = {}  # by slot
 
-    def sample(self, logits: Tensor, plan: StepPlan) -> Sampled:
+    def sample(self, logits: Tensor, plan: StepPlan) -> StepResult:
         """logits [L, vocab] float32, of which L = the plan's wanted rows; they may be overwritten."""
         best, peaks = _argmax(logits)
-        rows: list[int] = []  # the row of each work that samples
+        places: list[int] = []  # of those that sample, among the plan's
+        rows: list[int] = []  # the row of each
         end = 0
-        for work in plan.works:
-            end += work.end - work.first_logit
-            if work.samples:
+        for place, it in enumerate(plan.scheduled):
+            end += it.end - it.first_logit
+            if it.wants == "token":
+                places.append(place)
                 rows.append(end - 1)
+        sampling = [plan.scheduled[place] for place in places]
+        if any(it.num_drafts for it in sampling):
+            raise ValueError("a plan has drafts, and this sampler checks none: it chooses one token a sequence")
         errors = {} if np.isfinite(peaks).all() else _find_bad(plan, peaks)
-        sequences = [work.sequence for work in plan.works if work.samples]
-        if all(sequence.is_plain_greedy for sequence in sequences) and end == len(rows):
-            return Sampled(best.tolist(), errors=errors)
-        sampling = [index for index, work in enumerate(plan.works) if work.samples]
-        wanting = [place for place, sequence in enumerate(sequences) if sequence.params.logprobs is not None]
-        raw = logits[[rows[place] for place in wanting]]  # a copy: _choose changes logits
+        if end == len(rows) and all(it.sequence.is_plain_greedy for it in sampling):
+            result = StepResult([[] for _ in plan.scheduled], errors=errors)
+            chosen: list[int] = best.tolist()
+        else:
+            chosen, result = self._sample_each(logits, plan, best, places, rows, errors)
+        for place, token in zip(places, chosen, strict=True):
+            result.tokens[place].append(token)
+        self.last_tokens[[it.slot for it in sampling]] = chosen
+        return result
+
+    def _sample_each(
+        self,
+        logits: Tensor,
+        plan: StepPlan,
+        best: np.ndarray,
+        places: list[int],
+        rows: list[int],
+        errors: dict[int, str],
+    ) -> tuple[list[int], StepResult]:
+        """(the tokens of those that sample, a result without tokens)."""
+        sampling = [plan.scheduled[place] for place in places]
+        wanting = [i for i, it in enumerate(sampling) if it.sequence.params.logprobs is not None]
+        raw = logits[[rows[i] for i in wanting]]  # a copy: _choose changes logits
         prompt_logprobs = self._prompt_logprobs(logits, plan, errors)
-        token_ids, stuck = self._choose(logits, best, rows, sequences)
-        counts = [sequences[place].params.logprobs or 0 for place in wanting]
-        found = self._logprobs(raw, [token_ids[place] for place in wanting], counts)
-        logprobs = dict(zip([sampling[place] for place in wanting], found, strict=True))
-        errors = {sampling[place]: NOTHING_ALLOWED for place in stuck} | errors
-        return Sampled(token_ids, logprobs, prompt_logprobs, errors)
+        chosen, stuck = self._choose(logits, best, rows, sampling)
+        counts = [sampling[i].sequence.params.logprobs or 0 for i in wanting]
+        found = self._logprobs(raw, [chosen[i] for i in wanting], counts)
+        logprobs = {places[i]: [entry] for i, entry in zip(wanting, found, strict=True)}
+        errors = {places[i]: NOTHING_ALLOWED for i in stuck} | errors
+        return chosen, StepResult([[] for _ in plan.scheduled], logprobs, prompt_logprobs, errors)
 
     def _choose(
-        self, logits: Tensor, best: np.ndarray, rows: list[int], sequences: list[Sequence]
+        self, logits: Tensor, best: np.ndarray, rows: list[int], sampling: list[ScheduledSequence]
     ) -> tuple[list[int], list[int]]:
-        """The next token of each sequence, and the places of sequences that may have none (theirs is a stand-in)."""
-        token_ids: list[int] = best[rows].tolist()
+        """The next token of each, and which of them may have none (theirs is a stand-in)."""
+        chosen: list[int] = best[rows].tolist()
         stuck: list[int] = []
-        changed = [i for i, sequence in enumerate(sequences) if sequence.params.changes_logits]
+        changed = [i for i, it in enumerate(sampling) if it.sequence.params.changes_logits]
+        states = [self._state(sampling[i], logits.shape[1]) for i in changed]
         if changed:
-            change_logits(logits, [rows[i] for i in changed], [sequences[i] for i in changed], self._ops)
+            change_logits(logits, [rows[i] for i in changed], [sampling[i] for i in changed], states, self._ops)
             best, peaks = _argmax(logits)
             for i in changed:
-                token_ids[i] = int(best[rows[i]])
+                chosen[i] = int(best[rows[i]])
                 if peaks[rows[i]] == float("-inf"):
                     stuck.append(i)
         random = [
-            i for i, sequence in enumerate(sequences) if sequence.params.temperature >= GREEDY_BELOW and i not in stuck
+            i for i, it in enumerate(sampling) if it.sequence.params.temperature >= GREEDY_BELOW and i not in stuck
         ]
         if random:
-            drawn = self._draw(logits, [rows[i] for i in random], [sequences[i] for i in random])
+            drawn = self._draw(logits, [rows[i] for i in random], [sampling[i] for i in random])
             for i, token in zip(random, drawn, strict=True):
-                token_ids[i] = token
-        return token_ids, stuck
+                chosen[i] = token
+        for i, state in zip(changed, states, strict=True):
+            if state.counts is not None:
+                state.counts.extend([chosen[i]])
+        return chosen, stuck
 
-    def _draw(self, logits: Tensor, rows: list[int], sequences: list[Sequence]) -> list[int]:
-        params = [sequence.params for sequence in sequences]
+    def _state(self, it: ScheduledSequence, vocab: int) -> ChangedSequence:
+        """What changes the logits of the sequence in a slot, which may have come there in this step."""
+        sequence, state = self._changed.get(it.slot, (None, None))
+        if state is None or sequence is not it.sequence:
+            state = ChangedSequence(self._changes.get(it.sequence.params, vocab))
+            self._changed[it.slot] = (it.sequence, state)
+        return state
+
+    def _draw(self, logits: Tensor, rows: list[int], drawing: list[ScheduledSequence]) -> list[int]:
+        params = [it.sequence.params for it in drawing]
         columns = zip(*((p.temperature, p.top_p, p.min_p) for p in params), strict=True)
         floats = torch.tensor(tuple(columns), dtype=torch.float32, device=logits.device)
         temperature, top_p, min_p = floats  # rows of it: a kernel reads each as lying side by side
         top_k = torch.tensor([p.top_k for p in params], device=logits.device)
-        uniforms = [uniform(self._key(sequence), sequence.num_outputs) for sequence in sequences]
+        uniforms = [uniform(self._key(it.sequence), it.num_outputs) for it in drawing]
         uniforms_of = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)
         chosen = logits if len(rows) == logits.shape[0] else logits[rows]
         tokens: list[int] = self._ops.draw(chosen, temperature, top_k, top_p, min_p, uniforms_of).tolist()
@@ -94,14 +135,13 @@ class Sampler:
         """The logits at position p are about prompt token p + 1; the last position's are for sampling."""
         found: dict[int, list[Logprobs]] = {}
         begin = 0
-        for index, work in enumerate(plan.works):
-            sequence = work.sequence
-            last = min(work.end, work.sequence.num_prompt - 1)
-            if sequence.wants_prompt_logprobs and last > work.first_logit and index not in errors:
-                targets = sequence.token_ids[work.first_logit + 1 : last + 1]
-                count = sequence.params.prompt_logprobs or 0
-                found[index] = self._logprobs(logits[begin : begin + len(targets)], targets, [count] * len(targets))
-            begin += work.end - work.first_logit
+        for place, it in enumerate(plan.scheduled):
+            last = min(it.end, it.sequence.num_prompt - 1)
+            count = it.sequence.params.prompt_logprobs
+            if count is not None and last > it.first_logit and place not in errors:
+                targets = it.sequence.token_ids[it.first_logit + 1 : last + 1]
+                found[place] = self._logprobs(logits[begin : begin + len(targets)], targets, [count] * len(targets))
+            begin += it.end - it.first_logit
         return found
 
     def _logprobs(self, logits: Tensor, chosen: list[int], counts: list[int]) -> list[Logprobs]:
@@ -129,12 +169,12 @@ def _argmax(logits: Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _find_bad(plan: StepPlan, peaks: np.ndarray) -> dict[int, str]:
-    """Which works have a row without a finite largest logit."""
+    """Which sequences have a row without a finite largest logit."""
     errors: dict[int, str] = {}
     begin = 0
-    for index, work in enumerate(plan.works):
-        end = begin + work.end - work.first_logit
+    for place, it in enumerate(plan.scheduled):
+        end = begin + it.end - it.first_logit
         if not np.isfinite(peaks[begin:end]).all():
-            errors[index] = BAD_LOGITS
+            errors[place] = BAD_LOGITS
         begin = end
     return errors

@@ -1,75 +1,71 @@
-"""From a plan to tensors: the StepInputs of one step, built in numpy, in the host's memory.
+"""From an order to tensors: the StepInputs of one step, built in numpy, in the host's memory.
 
-The block tables of running sequences stand in one array, a row each, that grows with them; a step gathers its rows.
+The block tables of running sequences stand in one array, a row for each slot, that grows with them; a step gathers its
+rows. Every rank builds its inputs so, from the same orders.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from octavo.kernels.attention.step import StepInputs
-from octavo.runtime.scheduling.scheduler import SchedulerConfig, StepPlan, Work
+from octavo.runtime.parallel.order import StepOrder
+from octavo.runtime.scheduling.plan import SchedulerConfig
 
 
 class InputBuilder:
-    """Owns the block tables as arrays: row r belongs to the running sequence whose `row` is r."""
+    """Owns the block tables as arrays [group, slot, block]."""
 
-    def __init__(self, config: SchedulerConfig) -> None:
+    def __init__(self, config: SchedulerConfig, num_groups: int = 1) -> None:
         self._block_size = config.block_size
         width = -(-config.max_model_len // config.block_size)
-        self._tables = np.zeros((config.max_num_seqs, width), dtype=np.int32)
-        self._num_filled = [0] * config.max_num_seqs
+        self._tables = np.zeros((num_groups, config.max_num_seqs, width), dtype=np.int32)
 
-    def build(self, plan: StepPlan) -> StepInputs:
-        """The tensors of this step, in the order of the plan's works. Call once for each plan, in turn."""
-        works = plan.works
-        rows = np.array([self._update_row(work) for work in works], dtype=np.int64)
-        seq_lens = np.array([work.end for work in works], dtype=np.int32)
-        sizes = seq_lens - np.array([work.start for work in works], dtype=np.int32)
-        width = -(-int(seq_lens.max()) // self._block_size)
+    def build(self, order: StepOrder) -> StepInputs:
+        """The tensors of this step, its tokens in the sequence that the order has. Call for each order in turn.
+
+        token_ids are the order's as they are now: `with_tokens` takes them once all of them are known.
+        """
+        self._update_tables(order)
+        width = -(-int(order.ends.max()) // self._block_size)
         return StepInputs.prefill(
-            seq_lens,
+            order.ends,
             self._block_size,
-            sizes=sizes,
-            token_ids=_token_ids(works),
-            tables=self._tables[rows, :width],
-            logits_index=_logits_index(works),
+            sizes=order.ends - order.starts,
+            token_ids=order.token_ids,
+            tables=self._tables[0, order.slots, :width],
+            logits_index=_logits_index(order),
         )
 
-    def _update_row(self, work: Work) -> int:
-        """Copy the blocks that this sequence got since its last step into its row."""
-        sequence = work.sequence
-        row = sequence.row
-        if work.is_new:
-            self._tables[row] = 0
-            self._num_filled[row] = 0
-        filled = self._num_filled[row]
-        held = len(sequence.blocks)
-        if filled < held:
-            self._tables[row, filled:held] = sequence.blocks[filled:]
-            self._num_filled[row] = held
-        return row
+    def _update_tables(self, order: StepOrder) -> None:
+        """Clear the rows of slots that changed hands, and write the blocks that sequences were given in this step.
+
+        An order that was withdrawn and made again may come twice.
+        """
+        if order.is_new.any():
+            self._tables[:, order.slots[order.is_new != 0]] = 0
+        begin = 0
+        for group, place in zip(*order.new_block_counts.nonzero(), strict=True):
+            count = order.new_block_counts[group, place]
+            first = order.first_new_blocks[group, place]
+            row = self._tables[group, order.slots[place]]
+            row[first : first + count] = order.new_blocks[begin : begin + count]
+            begin += count
 
 
-def _token_ids(works: list[Work]) -> NDArray[np.int64]:
-    tokens: list[int] = []
-    for work in works:
-        if work.end - work.start == 1:
-            tokens.append(work.sequence.token_ids[work.start])
-        else:
-            tokens += work.sequence.token_ids[work.start : work.end]
-    return np.array(tokens, dtype=np.int64)
+def with_tokens(inputs: StepInputs, order: StepOrder) -> StepInputs:
+    """The same inputs with the order's token ids, all of which are known now."""
+    return replace(inputs, token_ids=torch.from_numpy(order.token_ids.astype(np.int64)))
 
 
-def _logits_index(works: list[Work]) -> NDArray[np.int64]:
-    index: list[int] = []
-    begin = 0  # of the sequence's tokens in the step
-    for work in works:
-        end = begin + work.end - work.start
-        if work.samples and work.first_logit == work.end - 1:
-            index.append(end - 1)
-        else:
-            index += range(begin + work.first_logit - work.start, end)
-        begin = end
-    return np.array(index, dtype=np.int64)
+def _logits_index(order: StepOrder) -> NDArray[np.int64]:
+    """Where tokens of positions first_logits .. ends stand in the batch."""
+    counts = (order.ends - order.first_logits).astype(np.int64)
+    ends = np.cumsum(order.ends - order.starts, dtype=np.int64)
+    first = ends - counts - (np.cumsum(counts) - counts)  # of each sequence, less those that stand before it
+    index: NDArray[np.int64] = np.arange(counts.sum()) + np.repeat(first, counts)
+    return index

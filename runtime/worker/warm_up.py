@@ -19,8 +19,9 @@ from octavo.runtime.engine import Engine
 from octavo.runtime.messages import AddRequest, SamplingParams
 from octavo.runtime.model.decoder import Decoder
 from octavo.runtime.model.model import Model
-from octavo.runtime.scheduling.scheduler import SchedulerConfig
+from octavo.runtime.scheduling.plan import SchedulerConfig
 from octavo.runtime.worker import kv_cache
+from octavo.runtime.worker.worker import Worker
 
 EVERYTHING = SamplingParams(
     max_tokens=2,
@@ -37,13 +38,13 @@ EVERYTHING = SamplingParams(
 
 def run_requests(model: Model, caches: list[LayerCache], limits: SchedulerConfig) -> str | None:
     """Answer two requests with two tokens, greedily and with all that a sampler can do; returns what was wrong."""
-    engine = Engine(model, caches, limits)
+    engine = Engine(Worker(model, caches, limits), limits)
     length = min(64, limits.max_model_len - 2, limits.num_blocks * limits.block_size // 2 - 1)
     prompt = [token % model.vocab_size for token in range(1, max(1, length) + 1)]
     for name, params in {"greedy": SamplingParams(max_tokens=2, temperature=0.0), "sampled": EVERYTHING}.items():
         engine.add(AddRequest(f"warm-up, {name}", prompt, params, 0.0))
     problem = None
-    while engine.scheduler.has_work:
+    while engine.has_work:
         for output in engine.step():
             problem = problem or output.error
     return problem

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+import threading
 
 import pytest
 import torch
+from torch import Tensor
 from toy_model import (
     VOCAB,
     ToyModel,
@@ -17,6 +19,8 @@ from toy_model import (
     tokens_of,
 )
 
+from octavo.kernels.attention.cache import LayerCache
+from octavo.kernels.attention.step import StepInputs
 from octavo.runtime.engine import Engine
 from octavo.runtime.messages import AddRequest
 
@@ -180,3 +184,72 @@ def test_bad_parameters_end_their_request(params: dict[str, object], message: st
 def test_a_prompt_outside_the_vocabulary_is_refused(token: int) -> None:
     outputs = run_to_end(make_engine(), [make_request("bad", [1, token])])
     assert f"prompt token id {token} is not in the vocabulary of {VOCAB} tokens" in (outputs["bad"][0].error or "")
+
+
+class _Gate(ToyModel):
+    """Computes a step when it is let through, and counts them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open = threading.Semaphore(0)
+        self.has_begun = threading.Semaphore(0)
+        self.num_steps = 0
+
+    def forward(self, inputs: StepInputs, caches: list[LayerCache]) -> Tensor:
+        self.num_steps += 1
+        self.has_begun.release()
+        self.open.acquire()
+        return super().forward(inputs, caches)
+
+
+def test_requests_that_come_while_a_step_is_computed_join_the_next() -> None:
+    model = _Gate()
+    engine = make_engine(model)
+    assert engine.add(make_request("a", [1, 2, 3])) is None
+    engine.advance()
+    model.has_begun.acquire()
+    assert engine.add(make_request("b", [4, 5, 6])) is None
+    engine.admit()  # the second step is planned, and waits for the first
+    model.open.release(100)
+    assert [output.request_id for output in engine.finish()] == ["a"]
+    assert [output.request_id for output in engine.finish()] == ["a", "b"]
+
+
+def test_a_step_that_has_begun_is_left_as_it_is() -> None:
+    model = _Gate()
+    engine = make_engine(model)
+    engine.add(make_request("a", [1, 2, 3]))
+    engine.advance()
+    model.open.release(100)
+    for _ in range(2):
+        model.has_begun.acquire()
+    engine.add(make_request("b", [4, 5, 6]))
+    engine.admit()
+    assert [output.request_id for output in engine.finish()] == ["a"]
+    assert [output.request_id for output in engine.finish()] == ["a"]
+    assert {output.request_id for output in engine.step()} == {"a", "b"}
+
+
+def test_nobody_waits_for_a_step_behind_the_last_stop_token() -> None:
+    model = _Gate()
+    model.open.release(100)
+    engine = make_engine(model)
+    requests = []
+    for name, prompt in (("a", [1, 2, 3]), ("b", [4, 5, 6])):
+        last = greedy(make_request(name, prompt, max_tokens=3))[-1]
+        requests.append(make_request(name, prompt, stop_token_ids=(last,)))
+    outputs = run_to_end(engine, requests)
+    assert [outputs[name][-1].finish_reason for name in ("a", "b")] == ["stop", "stop"]
+    assert model.num_steps == 3
+
+
+class _Broken(ToyModel):
+    def forward(self, *_: object) -> Tensor:
+        raise MemoryError("no room for the step")
+
+
+def test_what_a_step_raises_is_raised_where_its_result_is_awaited() -> None:
+    engine = make_engine(_Broken())
+    engine.add(make_request("a", [1, 2, 3]))
+    with pytest.raises(MemoryError, match="no room for the step"):
+        engine.step()

@@ -36,7 +36,7 @@ def test_answers_are_those_without_graphs(seed: int) -> None:
     rng = random.Random(seed)
     model = Recorder()
     engine = make_engine(model, max_num_seqs=11, max_model_len=64)
-    engine.graphs = StepGraphs(model, engine.caches, 11, 64)
+    engine.worker.graphs = StepGraphs(model, engine.worker.caches, 11, 64)
     requests = [
         make_request(
             f"r{i}", [rng.randrange(VOCAB) for _ in range(rng.randrange(1, 30))], max_tokens=rng.randrange(1, 20)
@@ -74,7 +74,7 @@ def test_a_bucket_holds_every_number_of_sequences() -> None:
 def test_long_prompts_run_as_they_are(tokens: int, is_held: bool) -> None:
     model = Recorder()
     engine = make_engine(model, max_num_seqs=2, max_model_len=300, num_blocks=100, max_num_batched_tokens=300)
-    engine.graphs = StepGraphs(model, engine.caches, 2, 300)
+    engine.worker.graphs = StepGraphs(model, engine.worker.caches, 2, 300)
     model.sizes.clear()
     request = make_request("r", [i % VOCAB for i in range(tokens)], max_tokens=3)
     outputs = run_with_arrivals(engine, [request], random.Random(1))
@@ -86,7 +86,7 @@ def test_prompt_logprobs_have_a_row_for_each_token() -> None:
     """More rows than a bucket has: the step runs as it is."""
     model = Recorder()
     plain, graphed = make_engine(max_num_seqs=2, max_model_len=64), make_engine(model, max_num_seqs=2, max_model_len=64)
-    graphed.graphs = StepGraphs(model, graphed.caches, 2, 64)
+    graphed.worker.graphs = StepGraphs(model, graphed.worker.caches, 2, 64)
     request = make_request("r", list(range(20)), max_tokens=3, prompt_logprobs=2, logprobs=2)
     ours, theirs = (run_with_arrivals(engine, [request], random.Random(1))["r"] for engine in (graphed, plain))
     assert [(o.token_ids, o.logprobs, o.prompt_logprobs) for o in ours] == [
@@ -97,7 +97,7 @@ def test_prompt_logprobs_have_a_row_for_each_token() -> None:
 def test_a_batch_that_no_bucket_holds_runs_as_it_is() -> None:
     model = Recorder()
     engine = make_engine(model, max_num_seqs=6, max_model_len=64)
-    engine.graphs = StepGraphs(model, engine.caches, 3, 64)  # up to 4 sequences
+    engine.worker.graphs = StepGraphs(model, engine.worker.caches, 3, 64)  # up to 4 sequences
     model.sizes.clear()
     requests = [make_request(f"r{i}", [i], max_tokens=9) for i in range(6)]
     run_with_arrivals(engine, requests, random.Random(1))

@@ -20,7 +20,7 @@ from octavo.kernels.attention.cache import LayerCache
 from octavo.kernels.attention.step import StepInputs
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.model.weights import load_model
-from octavo.runtime.scheduling.scheduler import MAX_PROMPT_LOGITS
+from octavo.runtime.scheduling.plan import MAX_PROMPT_LOGITS
 from octavo.runtime.worker import kv_cache
 from octavo.runtime.worker.kv_cache import CacheError, choose_dtype, choose_scales, plan_cache
 

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from toy_model import make_request
 
-from octavo.runtime.scheduling.penalties import TokenCounts
-from octavo.runtime.scheduling.scheduler import Sampled, StepPlan, Work
+from octavo.runtime.scheduling.plan import ScheduledSequence, StepPlan, StepResult
 from octavo.runtime.scheduling.sequence import Sequence
 from octavo.runtime.worker import sampler
-from octavo.runtime.worker.logits_processors import change_logits
+from octavo.runtime.worker.logits_processors import ChangedSequence, LogitChanges, change_logits
 from octavo.runtime.worker.sampler import Sampler
 from octavo.runtime.worker.sampling_ops import SamplingOps, select_sampling, uniform
+from octavo.runtime.worker.token_counts import TokenCounts
 
 VOCAB = 40
 
@@ -25,15 +25,31 @@ def sequence(prompt: list[int], output: list[int] | None = None, **params: objec
     return it
 
 
-def sample(logits: Tensor, *sequences: Sequence) -> Sampled:
+def decode(it: Sequence, slot: int = 0) -> ScheduledSequence:
+    """Its share of a step that decodes: its last token is computed, and the next one wanted."""
+    start = len(it.token_ids) - 1
+    end = start + 1
+    return ScheduledSequence(
+        it, slot, start, end, it.token_ids[start:], start, "token", False, 0, [], end - it.num_prompt
+    )
+
+
+def sample(logits: Tensor, *sequences: Sequence) -> StepResult:
     """Sample one step in which each sequence decodes."""
-    works = [Work(s, len(s.token_ids) - 1, len(s.token_ids), len(s.token_ids) - 1, True, False) for s in sequences]
-    return Sampler(0, torch.device("cpu")).sample(logits.clone(), StepPlan(works, len(works)))
+    scheduled = [decode(it, slot) for slot, it in enumerate(sequences)]
+    sampler = Sampler(0, torch.device("cpu"), max_num_seqs=len(sequences))
+    return sampler.sample(logits.clone(), StepPlan(scheduled, len(scheduled)))
+
+
+def change(logits: Tensor, rows: list[int], sequences: list[Sequence], ops: SamplingOps) -> None:
+    """Change rows[i] as sequences[i] asks."""
+    states = [ChangedSequence(LogitChanges(it.params, logits.shape[1], logits.device)) for it in sequences]
+    change_logits(logits, rows, [decode(it) for it in sequences], states, ops)
 
 
 def changed(row: Tensor, it: Sequence) -> Tensor:
     logits = torch.stack((torch.zeros(VOCAB), row))
-    change_logits(logits, [1], [it], select_sampling(logits.device))
+    change(logits, [1], [it], select_sampling(logits.device))
     assert not logits[0].any(), "another request's row was touched"
     return logits[1]
 
@@ -59,7 +75,7 @@ def test_counts_grow_with_the_sequence() -> None:
     tokens = [5, 6, 5]
     for token in [6, *range(200), 6]:
         tokens.append(token)
-        counts.catch_up(tokens)
+        counts.extend(tokens[counts.num_counted :])
     found = dict(zip(counts.token_ids.tolist(), counts.output_counts.tolist(), strict=True))
     assert found == {token: tokens[3:].count(token) for token in set(tokens)}
 
@@ -89,7 +105,7 @@ def test_a_gpu_changes_logits_as_a_cpu_does(device: torch.device) -> None:
     ]
     on_cpu, on_gpu = logits.clone(), logits.clone().to(device)
     for changed_there, ops in ((on_cpu, torch.device("cpu")), (on_gpu, torch.device("cuda"))):
-        change_logits(changed_there, [4, 1, 2], sequences, select_sampling(ops))
+        change(changed_there, [4, 1, 2], sequences, select_sampling(ops))
     assert torch.equal(on_cpu[[0, 3]], logits[[0, 3]])
     torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=0, atol=2e-6)  # as above
 
@@ -105,7 +121,7 @@ def test_each_request_is_sampled_by_its_own_rule() -> None:
         sequence([1], logit_bias={11: 50.0}),
         sequence([1], temperature=1e-9),
     )
-    assert sampled.token_ids == [best[0], best[1], 8, 11, best[4]]
+    assert sampled.tokens == [[best[0]], [best[1]], [8], [11], [best[4]]]
     assert not sampled.errors
 
 
@@ -121,13 +137,13 @@ def test_logprobs_are_the_models_own_whatever_changes_the_choice() -> None:
     )
     assert set(sampled.logprobs) == {0, 2, 3}
     for index, count in ((0, 2), (2, 0), (3, VOCAB)):
-        entry, row = sampled.logprobs[index], truth[index]
-        assert entry.token_id == sampled.token_ids[index]
+        (entry,), row = sampled.logprobs[index], truth[index]
+        assert [entry.token_id] == sampled.tokens[index]
         assert entry.logprob == pytest.approx(float(row[entry.token_id]), abs=4e-6)  # float32: numbers below 16
         assert entry.rank == int((row > row[entry.token_id]).sum()) + 1
         assert entry.top_ids == row.topk(count).indices.tolist()
         assert entry.top_logprobs == pytest.approx(row.topk(count).values.tolist(), abs=4e-6)
-    assert sampled.token_ids[2] == 17
+    assert sampled.tokens[2] == [17]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -138,7 +154,7 @@ def test_a_row_that_is_not_finite_is_an_error_of_its_request(bad: float, params:
     logits[1, 20] = bad
     sampled = sample(logits, sequence([1]), sequence([1], **params), sequence([1]))
     assert set(sampled.errors) == {1}
-    assert (sampled.token_ids[0], sampled.token_ids[2]) == (3, 3)
+    assert (sampled.tokens[0], sampled.tokens[2]) == ([3], [3])
 
 
 def test_uniform_is_uniform_and_depends_on_key_and_position() -> None:
@@ -162,7 +178,7 @@ def test_a_gpu_draws_each_row_with_its_own_parameters(
     ]
     rows = torch.stack([row] * 6).to(device)
     sequences = [sequence([1], seed=seed, **kinds[seed % 3]) for seed in range(6)]
-    expected = sample(rows.cpu(), *sequences).token_ids
+    expected = sample(rows.cpu(), *sequences).tokens
     monkeypatch.setattr(sampler, "select_sampling", lambda _: SamplingOps(draw))
-    assert sample(rows, *sequences).token_ids == expected
-    assert len(set(expected)) > 1
+    assert sample(rows, *sequences).tokens == expected
+    assert len({token for (token,) in expected}) > 1

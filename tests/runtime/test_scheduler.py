@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections import Counter
+from collections import Counter, deque
 
 import pytest
 from hypothesis import settings
@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from octavo.runtime.messages import AddRequest, SamplingParams, TokenOutput
-from octavo.runtime.scheduling.scheduler import Sampled, Scheduler, SchedulerConfig, StepPlan
+from octavo.runtime.scheduling.plan import ScheduledSequence, SchedulerConfig, StepPlan, StepResult, last_token_of
+from octavo.runtime.scheduling.scheduler import Scheduler
 
 STOP = 7
 
@@ -31,9 +32,10 @@ def next_token(token_ids: list[int]) -> int:
 
 
 def step(it: Scheduler) -> tuple[StepPlan, list[TokenOutput]]:
+    """One step, planned when the one before it is committed."""
     plan = it.plan()
-    sampled = Sampled([next_token(work.sequence.token_ids) for work in plan.works if work.samples])
-    return plan, it.commit(plan, sampled)
+    tokens = [[next_token(at.sequence.token_ids)] if at.wants == "token" else [] for at in plan.scheduled]
+    return plan, it.commit(plan, StepResult(tokens))
 
 
 def run(it: Scheduler) -> dict[str, list[int]]:
@@ -44,8 +46,55 @@ def run(it: Scheduler) -> dict[str, list[int]]:
     return tokens
 
 
+class Device:
+    """Computes plans as ranks and driver do, from plans alone: what it reads are the tokens that steps have written."""
+
+    def __init__(self, block_size: int) -> None:
+        self.block_size = block_size
+        self.cache: dict[tuple[int, int], int] = {}  # (block, offset): token
+        self.tables: dict[int, list[int]] = {}  # of each slot
+        self.last: Counter[int] = Counter()  # of each slot, 0 at first
+
+    def run(self, plan: StepPlan, brings_nothing: frozenset[int] = frozenset()) -> StepResult:
+        """All of a step's tokens are written before any is read. brings_nothing: places without a token."""
+        for at in plan.scheduled:
+            self.write(at)
+        return StepResult(
+            [
+                self.sample(at) if at.wants == "token" and place not in brings_nothing else []
+                for place, at in enumerate(plan.scheduled)
+            ]
+        )
+
+    def write(self, at: ScheduledSequence) -> None:
+        table = self.tables.setdefault(at.slot, [])
+        if at.is_new:
+            table.clear()
+        assert at.first_new_block == len(table)
+        table += at.new_blocks
+        assert len(at.tokens) == at.end - at.start
+        for position, token in enumerate(at.tokens, start=at.start):
+            known = token if token >= 0 else self.last[last_token_of(token)]
+            self.cache[table[position // self.block_size], position % self.block_size] = known
+
+    def sample(self, at: ScheduledSequence) -> list[int]:
+        """The token behind the known ones and, as long as drafts are right, those behind them."""
+        table = self.tables[at.slot]
+        read = [self.cache[table[i // self.block_size], i % self.block_size] for i in range(at.end)]
+        known = at.end - at.num_drafts
+        tokens = [next_token(read[:known])]
+        while known < at.end and read[known] == tokens[-1]:
+            known += 1
+            tokens.append(next_token(read[:known]))
+        self.last[at.slot] = tokens[-1]
+        return tokens
+
+
 class Traffic(RuleBasedStateMachine):
-    """Adds, aborts, steps and resets in any order; the invariants hold after each."""
+    """Adds, aborts, plans, commits and resets in any order; the invariants hold after each.
+
+    Up to three steps are under way at once; results bring no token, one or several.
+    """
 
     block_size = 2
     max_model_len = 24
@@ -55,7 +104,10 @@ class Traffic(RuleBasedStateMachine):
         self.it = scheduler(
             num_blocks=12, block_size=2, max_model_len=24, max_num_seqs=4, max_num_batched_tokens=7, max_prompt_logits=3
         )
+        self.device = Device(self.block_size)
+        self.under_way: deque[StepPlan] = deque()
         self.live: dict[str, AddRequest] = {}
+        self.not_ready: set[str] = set()
         self.tokens: dict[str, list[int]] = {}
         self.ends: Counter[str] = Counter()
         self.num_added = 0
@@ -65,15 +117,23 @@ class Traffic(RuleBasedStateMachine):
         max_tokens=st.integers(1, 12),
         stops=st.booleans(),
         prompt_logprobs=st.sampled_from([None, None, None, 0]),
+        is_ready=st.sampled_from([True, True, True, False]),
     )
-    def add(self, tokens: list[int], max_tokens: int, stops: bool, prompt_logprobs: int | None) -> None:
+    def add(self, tokens: list[int], max_tokens: int, stops: bool, prompt_logprobs: int | None, is_ready: bool) -> None:
         name = f"r{self.num_added}"
         self.num_added += 1
         stop_ids = (STOP,) if stops else ()
         it = request(name, tokens, max_tokens=max_tokens, stop_token_ids=stop_ids, prompt_logprobs=prompt_logprobs)
-        assert self.it.add(it) is None
+        assert self.it.add(it, is_ready=is_ready) is None
         self.live[name] = it
         self.tokens[name] = []
+        if not is_ready:
+            self.not_ready.add(name)
+
+    @precondition(lambda self: self.not_ready)
+    @rule()
+    def set_ready(self) -> None:
+        self.it.set_ready(self.not_ready.pop())
 
     @precondition(lambda self: self.live)
     @rule(data=st.data())
@@ -82,55 +142,110 @@ class Traffic(RuleBasedStateMachine):
         self.it.abort([*names, "unknown"])
         for name in names:
             self.live.pop(name, None)
+            self.not_ready.discard(name)
 
     @rule()
     def reset_prefix_cache(self) -> None:
         self.it.reset_prefix_cache()
 
-    @precondition(lambda self: self.live)
-    @rule(count=st.integers(1, 12))
-    def steps(self, count: int) -> None:
-        for _ in range(count):
-            if self.it.has_work:
-                self.step()
+    @precondition(lambda self: self.it.running)
+    @rule(data=st.data(), right=st.integers(0, 3), wrong=st.integers(0, 2))
+    def guess(self, data: st.DataObject, right: int, wrong: int) -> None:
+        """Somebody proposes drafts behind a sequence's known tokens."""
+        sequence = data.draw(st.sampled_from(self.it.running))
+        drafts: list[int] = []
+        for _ in range(right):
+            drafts.append(next_token(sequence.token_ids + drafts))
+        sequence.drafts = [*drafts, *[12] * wrong]
 
-    def step(self) -> None:
+    @precondition(lambda self: self.live)
+    @rule(count=st.integers(1, 12), ahead=st.integers(0, 2))
+    def steps(self, count: int, ahead: int) -> None:
+        """With so many steps under way when a result is committed."""
+        for _ in range(count):
+            while len(self.under_way) <= ahead and self.plan():
+                pass
+            if self.under_way:
+                self.commit()
+
+    @precondition(lambda self: self.under_way)
+    @rule(data=st.data())
+    def bring_nothing(self, data: st.DataObject) -> None:
+        """A step that samples for some sequences only."""
+        places = st.sampled_from(range(len(self.under_way[0].scheduled)))
+        self.commit(data.draw(st.frozensets(places)))
+
+    @precondition(lambda self: self.under_way)
+    @rule()
+    def extend(self) -> None:
+        """The last step has not begun, and takes what has come since."""
+        before = self.under_way.pop()
+        after = self.it.extend(before)
+        assert after.scheduled[: len(before.scheduled)] == before.scheduled
+        self.check_plan(after, len(before.scheduled))
+        self.under_way.append(after)
+
+    def plan(self) -> bool:
+        lengths = {sequence.request_id: sequence.num_planned for sequence in self.it.running}
         plan = self.it.plan()
-        assert plan.works, "a step must advance something"
-        assert plan.num_tokens == sum(work.end - work.start for work in plan.works) <= 7
-        assert sum(w.end - w.first_logit for w in plan.works if w.sequence.wants_prompt_logprobs) <= 3
-        if plan.num_tokens == len(plan.works):  # whom a GPU would have read what another writes
-            held = Counter(block for work in plan.works for block in work.sequence.blocks)
-            assert all(held[work.sequence.blocks[work.start // self.block_size]] == 1 for work in plan.works)
-        for work in plan.works:
-            sequence = work.sequence
-            assert sequence.num_computed == work.start < work.end <= len(sequence.token_ids)
-            assert len(sequence.blocks) == -(-work.end // 2)
-            assert work.samples == (work.end == len(sequence.token_ids))
+        for at in plan.scheduled:
+            assert at.is_new or lengths[at.sequence.request_id] == at.start
+        if not plan.scheduled:
+            assert self.under_way or not self.it.has_work, "a step must advance something"
+            return False
+        self.check_plan(plan)
+        self.under_way.append(plan)
+        return True
+
+    def check_plan(self, plan: StepPlan, begin: int = 0) -> None:
+        scheduled = plan.scheduled
+        assert plan.num_tokens == sum(at.end - at.start for at in scheduled) <= 7
+        lists = [at for at in scheduled if at.sequence.params.prompt_logprobs is not None]
+        assert sum(min(at.end, at.sequence.num_prompt - 1) - at.first_logit for at in lists if self.lists(at)) <= 3
+        if plan.num_tokens == len(scheduled):  # or a GPU would read these blocks while another sequence writes them
+            held = Counter(block for at in scheduled for block in at.sequence.blocks)
+            running = [at for at in scheduled if at.sequence.slot >= 0]
+            assert all(held[at.sequence.blocks[at.start // self.block_size]] == 1 for at in running)
+        for at in scheduled[begin:]:
+            sequence = at.sequence
+            assert at.sequence.request_id not in self.not_ready
+            assert at.start < at.end
+            assert sequence.num_planned == at.end - at.num_drafts <= sequence.length
+            assert sequence.num_planned < self.max_model_len
+            assert len(sequence.blocks) >= -(-at.end // 2)
+            assert (at.wants == "token") == (at.end - at.num_drafts == sequence.num_prompt + at.num_outputs)
         self.it.pool.check([sequence.blocks for sequence in self.it.running])
-        prompt_logprobs = {
-            index: [None] * (min(work.end, work.sequence.num_prompt - 1) - work.first_logit)
-            for index, work in enumerate(plan.works)
-            if work.sequence.wants_prompt_logprobs
-        }
-        tokens = [next_token(work.sequence.token_ids) for work in plan.works if work.samples]
-        for output in self.it.commit(plan, Sampled(tokens, prompt_logprobs=prompt_logprobs)):
+
+    def lists(self, at: ScheduledSequence) -> bool:
+        return min(at.end, at.sequence.num_prompt - 1) > at.first_logit
+
+    def commit(self, brings_nothing: frozenset[int] = frozenset()) -> None:
+        plan = self.under_way.popleft()
+        result = self.device.run(plan, brings_nothing)
+        for place, at in enumerate(plan.scheduled):
+            if at.sequence.params.prompt_logprobs is not None and self.lists(at):
+                result.prompt_logprobs[place] = [None] * (min(at.end, at.sequence.num_prompt - 1) - at.first_logit)
+        for output in self.it.commit(plan, result):
             self.receive(output)
 
     def receive(self, output: TokenOutput) -> None:
         it = self.live[output.request_id]
         mine = self.tokens[output.request_id]
+        assert output.token_ids
         if not mine and it.params.prompt_logprobs is not None:
             assert output.prompt_logprobs is not None
             assert len(output.prompt_logprobs) == len(it.token_ids)
             assert output.num_cached_tokens == 0
         for token in output.token_ids:
             assert token == next_token(it.token_ids + mine)
+            assert not (mine and mine[-1] in it.params.stop_token_ids), "a token behind the end"
             mine.append(token)
+        length = len(it.token_ids) + len(mine)
+        assert len(mine) <= it.params.max_tokens
+        assert length <= self.max_model_len
         if output.finish_reason is not None:
             self.ends[output.request_id] += 1
             del self.live[output.request_id]
-            length = len(it.token_ids) + len(mine)
             if output.finish_reason == "stop":
                 assert mine[-1] in it.params.stop_token_ids
             else:
@@ -141,19 +256,25 @@ class Traffic(RuleBasedStateMachine):
     def books_are_right(self) -> None:
         self.it.pool.check([sequence.blocks for sequence in self.it.running])
         running, waiting = self.it.running, list(self.it.waiting.values())
-        rows = [sequence.row for sequence in running]
-        assert len(set(rows)) == len(rows) <= 4
-        assert min(rows, default=0) >= 0
-        assert all(sequence.row == -1 and not sequence.blocks for sequence in waiting)
-        order = [sequence.number for sequence in running + waiting]
-        assert order == sorted(order), "first come, first served"
+        slots = [sequence.slot for sequence in running]
+        assert len(set(slots)) == len(slots) <= 4
+        assert min(slots, default=0) >= 0
+        assert all(sequence.slot == -1 and not sequence.blocks for sequence in waiting)
+        for sequences in (running, waiting):
+            order = [sequence.number for sequence in sequences]
+            assert order == sorted(order), "first come, first served"
         assert {sequence.request_id for sequence in running + waiting} == set(self.live)
 
     def teardown(self) -> None:
+        for name in self.not_ready:
+            self.it.set_ready(name)
+        self.not_ready.clear()
         for _ in range(10_000):
-            if not self.it.has_work:
+            if not self.it.has_work and not self.under_way:
                 break
-            self.step()
+            while len(self.under_way) < 2 and self.plan():
+                pass
+            self.commit()
         assert not self.live
         assert set(self.ends.values()) <= {1}
         assert self.it.pool.num_free == 12
@@ -172,7 +293,7 @@ def test_decodes_come_first_then_prompts_in_chunks() -> None:
     sizes = []
     for _ in range(4):
         plan, _ = step(it)
-        sizes.append([(work.sequence.request_id, work.end - work.start) for work in plan.works])
+        sizes.append([(at.sequence.request_id, at.end - at.start) for at in plan.scheduled])
     assert sizes[:3] == [[("a", 1), ("b", 9)]] * 3
     assert sizes[3] == [("a", 1), ("b", 3)]
 
@@ -184,7 +305,7 @@ def test_a_prefix_is_computed_once_and_its_last_token_always() -> None:
     run(it)
     it.add(request("b", prompt, max_tokens=1))
     plan, outputs = step(it)
-    assert [(work.start, work.end) for work in plan.works] == [(4, 8)]
+    assert [(at.start, at.end) for at in plan.scheduled] == [(4, 8)]
     assert outputs[0].num_cached_tokens == 4
     stats = it.stats()
     assert (stats.prefix_cache_queries, stats.prefix_cache_hits) == (16, 4)
@@ -195,7 +316,7 @@ def test_requests_of_one_step_share_their_prompt() -> None:
     for name in ("a", "b", "c"):
         it.add(request(name, list(range(10)), max_tokens=1))
     plan, _ = step(it)
-    assert [(work.start, work.end) for work in plan.works] == [(0, 10), (8, 10), (8, 10)]
+    assert [(at.start, at.end) for at in plan.scheduled] == [(0, 10), (8, 10), (8, 10)]
 
 
 def test_a_block_that_one_token_fills_is_shared_from_the_next_step_on() -> None:
@@ -206,11 +327,11 @@ def test_a_block_that_one_token_fills_is_shared_from_the_next_step_on() -> None:
     tokens = it.running[0].token_ids[:8]
     it.add(request("b", [*tokens, 9], max_tokens=1))
     plan, _ = step(it)
-    assert [(work.sequence.request_id, work.start, work.end) for work in plan.works] == [("a", 7, 8), ("b", 4, 9)]
+    assert [(at.sequence.request_id, at.start, at.end) for at in plan.scheduled] == [("a", 7, 8), ("b", 4, 9)]
     it.add(request("c", [*tokens, 8], max_tokens=1))
     plan, _ = step(it)
-    assert [(work.sequence.request_id, work.start, work.end) for work in plan.works] == [("a", 8, 9), ("c", 8, 9)]
-    assert plan.works[1].sequence.num_cached == 8
+    assert [(at.sequence.request_id, at.start, at.end) for at in plan.scheduled] == [("a", 8, 9), ("c", 8, 9)]
+    assert plan.scheduled[1].sequence.num_cached == 8
 
 
 def test_prefixes_are_shared_under_one_cache_salt_alone() -> None:
@@ -230,7 +351,7 @@ def test_prefix_caching_can_be_off() -> None:
     for name in ("a", "b"):
         it.add(request(name, list(range(10)), max_tokens=1))
     plan, _ = step(it)
-    assert [(work.start, work.end) for work in plan.works] == [(0, 10), (0, 10)]
+    assert [(at.start, at.end) for at in plan.scheduled] == [(0, 10), (0, 10)]
 
 
 def test_a_reset_forgets_what_nobody_holds() -> None:
@@ -240,7 +361,7 @@ def test_a_reset_forgets_what_nobody_holds() -> None:
     it.reset_prefix_cache()
     it.add(request("b", list(range(8)), max_tokens=1))
     plan, _ = step(it)
-    assert plan.works[0].start == 0
+    assert plan.scheduled[0].start == 0
 
 
 def test_the_latest_arrival_gives_way_and_loses_nothing() -> None:
@@ -309,13 +430,13 @@ def test_an_error_ends_one_request_and_its_blocks_are_not_trusted_again() -> Non
     for name in ("a", "b"):
         it.add(request(name, [ord(name)] * 9))
     plan = it.plan()
-    outputs = it.commit(plan, Sampled([0, 0], errors={0: "NaN"}))
+    outputs = it.commit(plan, StepResult([[0], [0]], errors={0: "NaN"}))
     assert [(o.request_id, o.error, o.finish_reason) for o in outputs] == [("a", "NaN", "error"), ("b", None, None)]
     it.abort(["b"])
     it.pool.check([])
     it.add(request("c", [ord("a")] * 9))
     it.add(request("d", [ord("b")] * 9))
-    assert [work.start for work in it.plan().works] == [0, 8]
+    assert [at.start for at in it.plan().scheduled] == [0, 8]
 
 
 def test_the_first_output_brings_the_times() -> None:
@@ -326,3 +447,113 @@ def test_the_first_output_brings_the_times() -> None:
     _, (second,) = step(it)
     assert (first.scheduled_time, first.first_token_time) == (100.0, 101.0)
     assert (second.scheduled_time, second.first_token_time, second.num_cached_tokens) == (None, None, None)
+
+
+def test_a_step_goes_on_from_a_token_that_another_is_still_sampling() -> None:
+    it = scheduler()
+    it.add(request("a", [1, 2, 3], max_tokens=3))
+    first = it.plan()
+    second = it.plan()
+    (at,) = second.scheduled
+    assert (at.start, at.end, at.tokens, at.num_outputs) == (3, 4, [last_token_of(at.slot)], 1)
+    (output,) = it.commit(first, StepResult([[5]]))
+    assert output.token_ids == [5]
+    (output,) = it.commit(second, StepResult([[6]]))
+    assert output.token_ids == [6]
+    assert it.running[0].token_ids == [1, 2, 3, 5, 6]
+
+
+def test_nothing_is_planned_behind_the_last_token_that_may_come() -> None:
+    for limits, params in (({}, {"max_tokens": 1}), ({"max_model_len": 4}, {"max_tokens": 9})):
+        it = scheduler(**limits)
+        it.add(request("a", [1, 2, 3], **params))
+        first = it.plan()
+        assert not it.plan().scheduled
+        (output,) = it.commit(first, StepResult([[5]]))
+        assert output.finish_reason == "length"
+
+
+def test_what_a_step_computes_behind_a_stop_token_is_dropped() -> None:
+    it = scheduler()
+    it.add(request("a", [1, 2, 3], stop_token_ids=(5,)))
+    first = it.plan()
+    second = it.plan()
+    (output,) = it.commit(first, StepResult([[5]]))
+    assert output.finish_reason == "stop"
+    assert not it.has_work
+    it.add(request("a", [1, 2, 3]))  # the same id again is another request
+    assert it.commit(second, StepResult([[6]])) == []
+    assert it.waiting["a"].token_ids == [1, 2, 3]
+
+
+def test_a_preempted_sequence_waits_for_the_steps_that_compute_it() -> None:
+    it = scheduler(num_blocks=5)
+    it.add(request("a", [1] * 7, max_tokens=6))
+    it.add(request("b", [2] * 7, max_tokens=6))
+    first = it.plan()
+    second = it.plan()
+    third = it.plan()  # both want a third block, and there is one
+    assert [at.sequence.request_id for at in third.scheduled] == ["a"]
+    assert it.waiting["b"].num_steps == 2
+    it.abort(["a"])
+    assert not it.plan().scheduled, "its tokens are not known yet"
+    it.commit(first, StepResult([[3], [4]]))
+    it.commit(second, StepResult([[3], [5]]))
+    (at,) = it.plan().scheduled
+    assert at.tokens == [2, 2, 2, 4, 5]
+    assert at.start == 4, "the prompt's block was remembered"
+    it.commit(third, StepResult([[9]]))
+
+
+@pytest.mark.parametrize(("num_right", "num_cached"), [(0, 4), (2, 4), (3, 8), (5, 8), (7, 12)])
+def test_the_prefix_cache_is_offered_what_is_right_of_drafts(num_right: int, num_cached: int) -> None:
+    it = scheduler()
+    it.add(request("a", [0, 1, 2, 3], max_tokens=40))
+    step(it)
+    sequence = it.running[0]
+    drafts: list[int] = []
+    for _ in range(7):
+        drafts.append(next_token(sequence.token_ids + drafts))
+    sequence.drafts = [*drafts[:num_right], *[12] * (7 - num_right)]
+    plan = it.plan()
+    (at,) = plan.scheduled
+    assert (at.start, at.end, at.num_drafts, at.first_logit) == (4, 12, 7, 4)
+    assert not it.plan().scheduled, "how far it got is not known yet"
+    result = Device(4)
+    result.tables[at.slot] = list(sequence.blocks[:1])
+    result.cache = {(sequence.blocks[0], offset): offset for offset in range(4)}
+    (output,) = it.commit(plan, result.run(plan))
+    assert output.token_ids == [*drafts[:num_right], next_token(sequence.token_ids[: 5 + num_right])]
+    known = sequence.token_ids[:5] + sequence.drafts
+    it.add(request("right", [*sequence.token_ids, 12], max_tokens=1))
+    it.add(request("wrong", [*known[:5], *[12] * 8], max_tokens=1))
+    scheduled = {at.sequence.request_id: at for at in it.plan().scheduled}
+    assert scheduled["right"].start == num_cached
+    assert scheduled["wrong"].start == 4
+
+
+def test_a_sequence_that_is_not_ready_is_passed_over() -> None:
+    it = scheduler()
+    it.add(request("a", [1, 2, 3]), is_ready=False)
+    assert not it.has_work
+    assert not it.plan().scheduled
+    it.add(request("b", [4, 5, 6]))
+    plan, _ = step(it)
+    assert [at.sequence.request_id for at in plan.scheduled] == ["b"]
+    it.set_ready("a")
+    plan, _ = step(it)
+    assert [at.sequence.request_id for at in plan.scheduled] == ["b", "a"]
+    assert [sequence.request_id for sequence in it.running] == ["a", "b"], "who came last gives way first"
+
+
+def test_a_step_that_brings_no_token_is_planned_again() -> None:
+    it = scheduler()
+    it.add(request("a", [1, 2, 3, 4]))
+    first = it.plan()
+    second = it.plan()
+    assert it.commit(first, StepResult([[]])) == []
+    third = it.plan()
+    assert [(at.start, at.tokens) for at in third.scheduled] == [(3, [4])]
+    assert it.commit(second, StepResult([[9]])) == [], "it went on from a token that never came"
+    (output,) = it.commit(third, StepResult([[5]]))
+    assert output.token_ids == [5]

@@ -16,8 +16,9 @@ from octavo.flags import parse_size
 from octavo.kernels.attention.cache import LayerCache
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.engine import Engine
-from octavo.runtime.messages import AddRequest
-from octavo.runtime.scheduling.scheduler import SchedulerConfig
+from octavo.runtime.messages import AddRequest, TokenOutput
+from octavo.runtime.parallel.order import make_order
+from octavo.runtime.scheduling.plan import SchedulerConfig
 from octavo.runtime.startup import (
     COUNTS,
     check_limits,
@@ -28,6 +29,7 @@ from octavo.runtime.startup import (
 )
 from octavo.runtime.worker import kv_cache
 from octavo.runtime.worker.device import choose_device
+from octavo.runtime.worker.worker import Worker
 
 
 def config(**settings: object) -> EngineConfig:
@@ -110,8 +112,9 @@ def tiny(fixtures: Path) -> Engine:
 def with_limits(engine: Engine, **limits: object) -> Engine:
     """Another engine over the same model and a cache of its own."""
     settings = SchedulerConfig(**({"block_size": 16, "max_model_len": 160} | limits))
-    caches = kv_cache.allocate(engine.model, settings.num_blocks, settings.block_size, torch.float32)
-    return Engine(engine.model, caches, settings)
+    model = engine.worker.model
+    caches = kv_cache.allocate(model, settings.num_blocks, settings.block_size, torch.float32)
+    return Engine(Worker(model, caches, settings), settings)
 
 
 def random_requests(rng: random.Random) -> list[AddRequest]:
@@ -150,6 +153,57 @@ def test_greedy_tokens_of_the_decoder_do_not_depend_on_the_schedule(tiny: Engine
     together = run_with_arrivals(tight, requests, rng)
     assert {name: tokens_of(together[name]) for name in alone} == alone
     tight.scheduler.pool.check([])
+
+
+@torch.inference_mode()
+def run_in_turns(tiny: Engine, requests: list[AddRequest]) -> dict[str, list[TokenOutput]]:
+    """What a loop brings that plans a step when the one before it is committed, without threads."""
+    engine = with_limits(tiny, num_blocks=40)
+    scheduler = engine.scheduler
+    sampler = engine.executor.sampler
+    outputs: dict[str, list[TokenOutput]] = {request.request_id: [] for request in requests}
+    for request in requests:
+        assert engine.add(request) is None
+    while scheduler.has_work:
+        plan = scheduler.plan()
+        order = make_order(plan, 0)
+        assert order.token_ids.min() >= 0
+        logits = engine.worker.forward(engine.worker.prepare(order))
+        for output in scheduler.commit(plan, sampler.sample(logits, plan)):
+            outputs[output.request_id].append(output)
+    return outputs
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_results_that_come_a_step_late_change_no_answer(tiny: Engine, seed: int) -> None:
+    """Greedy, drawn, under penalties and with log-probabilities: tokens, ends and numbers are the same."""
+    rng = random.Random(seed)
+    settings: list[dict[str, object]] = [
+        {},
+        {"temperature": 1.0, "seed": seed},
+        {"temperature": 0.8, "top_p": 0.9, "seed": seed, "frequency_penalty": 0.5, "repetition_penalty": 1.3},
+        {"presence_penalty": 1.5, "min_tokens": 3, "logprobs": 2},
+        {"temperature": 1.0, "seed": seed, "logit_bias": {5: 4.0}, "prompt_logprobs": 1},
+        {"temperature": 2.0, "seed": seed, "allowed_token_ids": tuple(range(40)), "repetition_penalty": 2.0},
+    ]
+    requests = []
+    for i, request in enumerate(random_requests(rng)):
+        stops = tuple(rng.randrange(1024) for _ in range(60))
+        params = {"max_tokens": request.params.max_tokens, "stop_token_ids": stops} | settings[i % len(settings)]
+        requests.append(make_request(request.request_id, request.token_ids, **params))
+    ahead = run_to_end(with_limits(tiny, num_blocks=40), requests)
+    in_turns = run_in_turns(tiny, requests)
+    for name, outputs in in_turns.items():
+        assert tokens_of(ahead[name]) == tokens_of(outputs)
+        assert [o.finish_reason for o in ahead[name]] == [o.finish_reason for o in outputs]
+        entries = [entry for o in outputs for entry in [*(o.logprobs or []), *(o.prompt_logprobs or [])]]
+        found = [entry for o in ahead[name] for entry in [*(o.logprobs or []), *(o.prompt_logprobs or [])]]
+        for entry, truth in zip(found, entries, strict=True):
+            assert (entry is None) == (truth is None)
+            if entry is not None:
+                assert (entry.token_id, entry.rank, entry.top_ids) == (truth.token_id, truth.rank, truth.top_ids)
+                # a sequence that has stopped may be in one step more, and sums go by how many there are: float32
+                assert entry.top_logprobs == pytest.approx(truth.top_logprobs, abs=8e-6)
 
 
 def test_those_schedules_do_preempt_and_hit_the_prefix_cache(tiny: Engine) -> None:

@@ -14,7 +14,7 @@ from octavo.runtime.config import EngineConfig
 from octavo.runtime.model import weights
 from octavo.runtime.model.decoder import Decoder
 from octavo.runtime.model.operators import REFERENCE
-from octavo.runtime.scheduling.scheduler import SchedulerConfig
+from octavo.runtime.scheduling.plan import SchedulerConfig
 from octavo.runtime.worker import kv_cache
 from octavo.runtime.worker.warm_up import run_steps
 

@@ -11,7 +11,8 @@ from octavo.kernels.attention.cache import LayerCache
 from octavo.kernels.attention.step import StepInputs
 from octavo.runtime.engine import Engine
 from octavo.runtime.messages import AddRequest, SamplingParams, TokenOutput
-from octavo.runtime.scheduling.scheduler import SchedulerConfig
+from octavo.runtime.scheduling.plan import SchedulerConfig
+from octavo.runtime.worker.worker import Worker
 
 VOCAB = 61
 _PRIME = 2_147_483_647
@@ -74,7 +75,7 @@ def make_engine(model: ToyModel | None = None, **limits: int) -> Engine:
     shape = (config.num_blocks, 1, config.block_size, 1)
     one = torch.ones(1)
     cache = LayerCache(torch.full(shape, -99.0), torch.empty(shape), one, one)
-    return Engine(model or ToyModel(), [cache], config)
+    return Engine(Worker(model or ToyModel(), [cache], config), config)
 
 
 def make_request(request_id: str, token_ids: list[int], **params: object) -> AddRequest:
@@ -90,7 +91,7 @@ def run_to_end(engine: Engine, requests: list[AddRequest]) -> dict[str, list[Tok
         refused = engine.add(request)
         if refused is not None:
             outputs[request.request_id].append(refused)
-    while engine.scheduler.has_work:
+    while engine.has_work:
         for output in engine.step():
             outputs[output.request_id].append(output)
     return outputs
@@ -101,7 +102,7 @@ def run_with_arrivals(engine: Engine, requests: list[AddRequest], rng: random.Ra
     outputs: dict[str, list[TokenOutput]] = {request.request_id: [] for request in requests}
     pending = list(requests)
     extras = 0
-    while pending or engine.scheduler.has_work:
+    while pending or engine.has_work:
         while pending and rng.random() < 0.4:
             assert engine.add(pending.pop(0)) is None
         if pending and rng.random() < 0.2:
@@ -109,7 +110,7 @@ def run_with_arrivals(engine: Engine, requests: list[AddRequest], rng: random.Ra
             engine.add(make_request(f"extra{extras}", rng.choice(requests).token_ids, max_tokens=20))
         if rng.random() < 0.1 and extras:
             engine.scheduler.abort([f"extra{rng.randrange(extras) + 1}"])
-        if engine.scheduler.has_work:
+        if engine.has_work:
             for output in engine.step():
                 outputs.setdefault(output.request_id, []).append(output)
     return outputs

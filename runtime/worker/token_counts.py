@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -9,27 +11,25 @@ from numpy.typing import NDArray
 class TokenCounts:
     """The distinct tokens of a prompt and its output, and how often each stands in the output.
 
-    Sparse, since a dense count per request is vocab_size integers; grows with the sequence and never shrinks, so
-    preemption doesn't touch it.
+    Sparse, since a dense count per request is vocab_size integers; grows with the sequence and never shrinks.
     """
 
     def __init__(self, num_prompt: int) -> None:
         self._num_prompt = num_prompt
-        self._num_counted = 0
+        self.num_counted = 0
         self._index: dict[int, int] = {}
         self._ids = np.empty(64, dtype=np.int64)
         self._counts = np.empty(64, dtype=np.int64)
 
-    def catch_up(self, token_ids: list[int]) -> None:
-        """Count the tokens that came since the last call."""
-        for position in range(self._num_counted, len(token_ids)):
-            token = token_ids[position]
+    def extend(self, token_ids: Sequence[int]) -> None:
+        """Count the next tokens of the sequence."""
+        for position, token in enumerate(token_ids, start=self.num_counted):
             index = self._index.get(token)
             if index is None:
                 index = self._append(token)
             if position >= self._num_prompt:
                 self._counts[index] += 1
-        self._num_counted = len(token_ids)
+        self.num_counted += len(token_ids)
 
     def _append(self, token: int) -> int:
         index = len(self._index)

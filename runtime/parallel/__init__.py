@@ -1,0 +1,1 @@
+"""How the ranks of one engine are told what to compute."""

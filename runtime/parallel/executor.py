@@ -1,0 +1,125 @@
+"""Steps under way: a thread that computes one after another, while the scheduler plans the next ones.
+
+The thread is to the scheduler what a stream is to a GPU's host: what is submitted runs in order, and a step that waits
+begins the moment the one before it ends. Python code of both threads takes turns (one interpreter lock), but kernels
+run without the lock.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+
+import torch
+
+from octavo.kernels.attention.step import StepInputs
+from octavo.runtime.parallel.order import Int32s, StepOrder
+from octavo.runtime.scheduling.plan import ScheduledSequence, StepPlan, StepResult
+from octavo.runtime.scheduling.sequence import is_stop
+from octavo.runtime.worker.sampler import Sampler
+from octavo.runtime.worker.step_inputs import with_tokens
+from octavo.runtime.worker.worker import Worker
+
+
+@dataclass(slots=True)
+class StepHandle:
+    """A submitted step, and what came of it: None until it is done."""
+
+    order: StepOrder
+    plan: StepPlan
+    inputs: StepInputs
+    outcome: StepResult | BaseException | None = None
+
+
+class Executor:
+    """The driver: it computes on its own worker and samples.
+
+    done  a file descriptor: readable while there is a finished step whose result was not taken
+    """
+
+    def __init__(self, worker: Worker, sampler: Sampler) -> None:
+        self.worker = worker
+        self.sampler = sampler
+        self.done = os.eventfd(0, os.EFD_SEMAPHORE | os.EFD_CLOEXEC)
+        self._steps = _Steps()
+        arguments = (self._steps, worker, sampler, self.done)
+        threading.Thread(target=_compute, args=arguments, name="octavo-steps", daemon=True).start()
+        weakref.finalize(self, self._steps.put, None)
+
+    def submit(self, order: StepOrder, plan: StepPlan) -> StepHandle:
+        """Order a step; its inputs are built here, at once, while others are computed."""
+        handle = StepHandle(order, plan, self.worker.prepare(order))
+        self._steps.put(handle)
+        return handle
+
+    def withdraw(self) -> bool:
+        """Take back the step that was submitted last; False if it has begun."""
+        return self._steps.take_last()
+
+    def result(self, handle: StepHandle) -> StepResult:
+        """Wait for the oldest step whose result was not taken, and return it; raises what its computing raised."""
+        os.eventfd_read(self.done)
+        outcome = handle.outcome
+        assert outcome is not None, "results are taken in the order of the steps"
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+
+class _Steps:
+    """A queue whose last entry can be taken back. Tickets and steps are as many, but for a moment."""
+
+    def __init__(self) -> None:
+        self._tickets: SimpleQueue[None] = SimpleQueue()
+        self._steps: deque[StepHandle | None] = deque()
+
+    def put(self, step: StepHandle | None) -> None:
+        self._steps.append(step)
+        self._tickets.put(None)
+
+    def take_first(self) -> StepHandle | None:
+        """Wait for a step; None is the end."""
+        self._tickets.get()
+        return self._steps.popleft()
+
+    def take_last(self) -> bool:
+        """Whether there was one: whoever has a ticket leaves a step for everybody else who has."""
+        try:
+            self._tickets.get_nowait()
+        except Empty:
+            return False
+        self._steps.pop()
+        return True
+
+
+def _compute(steps: _Steps, worker: Worker, sampler: Sampler, done: int) -> None:
+    """The thread: compute steps as they come, until there is a None."""
+    with torch.inference_mode():
+        while (step := steps.take_first()) is not None:
+            try:
+                step.outcome = _run(step, worker, sampler)
+            except BaseException as error:
+                step.outcome = error
+            os.eventfd_write(done, 1)
+            del step  # or it would be kept until the next one comes
+    os.close(done)
+
+
+def _run(step: StepHandle, worker: Worker, sampler: Sampler) -> StepResult:
+    if _have_stopped(step.plan.scheduled, sampler.last_tokens):
+        return StepResult([[] for _ in step.plan.scheduled])
+    step.order.fill_tokens(sampler.last_tokens)
+    logits = worker.forward(with_tokens(step.inputs, step.order))
+    return sampler.sample(logits, step.plan)
+
+
+def _have_stopped(scheduled: Sequence[ScheduledSequence], last_tokens: Int32s) -> bool:
+    """Whether all sequences of a step have been ended by the token that it would go on from: nobody waits for it."""
+    return all(
+        it.tokens[0] < 0 and is_stop(it.sequence.params, int(last_tokens[it.slot]), it.num_outputs) for it in scheduled
+    )

@@ -1,0 +1,101 @@
+"""What every rank is told about a step: the plan without its sequences, as int32 numbers in one buffer.
+
+Only what has changed travels: a rank keeps the block tables of all slots and is told the new blocks alone. Token ids
+that are still being sampled when the order is made stand in it as `last_token_of(slot)`. The driver puts them in when
+the step begins (`fill_tokens`), so that no other rank samples.
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import numpy as np
+from numpy.typing import NDArray
+
+from octavo.runtime.scheduling.plan import StepPlan
+
+Int32s = NDArray[np.int32]
+
+_HEADER = ("number", "num_groups", "num_sequences", "num_tokens", "num_new_blocks", "answers")
+_COLUMNS = ("slots", "starts", "ends", "first_logits", "is_new")
+
+
+class StepOrder:
+    """Views into one buffer of int32.
+
+    With S sequences, T tokens, G groups of layers that share block tables, and B new blocks:
+
+    number            how many steps were ordered before
+    answers           1 where followers hand their logits to the driver, else 0
+    slots             [S] each sequence's row in the block tables
+    starts, ends      [S] positions of its tokens in this step
+    first_logits      [S] logits of positions first_logits .. ends are wanted
+    is_new            [S] 1 where the slot was another sequence's before
+    first_new_blocks  [G, S] place in the block table of the first new block
+    new_block_counts  [G, S]
+    token_ids         [T]
+    new_blocks        [B] of all groups and sequences, in order
+    """
+
+    __slots__ = (
+        "answers",
+        "buffer",
+        "ends",
+        "first_logits",
+        "first_new_blocks",
+        "is_new",
+        "new_block_counts",
+        "new_blocks",
+        "number",
+        "slots",
+        "starts",
+        "token_ids",
+    )
+
+    def __init__(self, buffer: Int32s) -> None:
+        self.buffer = buffer
+        self.number, groups, sequences, tokens, blocks, self.answers = buffer[: len(_HEADER)].tolist()
+        columns = buffer[len(_HEADER) :]
+        self.slots, self.starts, self.ends, self.first_logits, self.is_new = (
+            columns[i * sequences : (i + 1) * sequences] for i in range(len(_COLUMNS))
+        )
+        begin = len(_COLUMNS) * sequences
+        size = groups * sequences
+        self.first_new_blocks = columns[begin : begin + size].reshape(groups, sequences)
+        begin += size
+        self.new_block_counts = columns[begin : begin + size].reshape(groups, sequences)
+        begin += size
+        self.token_ids = columns[begin : begin + tokens]
+        begin += tokens
+        self.new_blocks = columns[begin : begin + blocks]
+
+    def fill_tokens(self, last_tokens: Int32s) -> None:
+        """Put in the tokens that were being sampled when the order was made. last_tokens: of each slot."""
+        unknown = self.token_ids < 0
+        self.token_ids[unknown] = last_tokens[-1 - self.token_ids[unknown]]
+
+
+def make_order(plan: StepPlan, number: int, *, answers: bool = False) -> StepOrder:
+    """The order of a plan, in which all layers are one group."""
+    scheduled = plan.scheduled
+    num_groups = 1
+    new_blocks = [block for it in scheduled if it.new_blocks for block in it.new_blocks]
+    numbers = chain(
+        (number, num_groups, len(scheduled), plan.num_tokens, len(new_blocks), answers),
+        [it.slot for it in scheduled],
+        [it.start for it in scheduled],
+        [it.end for it in scheduled],
+        [it.first_logit for it in scheduled],
+        [it.is_new for it in scheduled],
+        [it.first_new_block for it in scheduled],
+        [len(it.new_blocks) for it in scheduled],
+        chain.from_iterable([it.tokens for it in scheduled]),
+        new_blocks,
+    )
+    return StepOrder(np.array(list(numbers), dtype=np.int32))
+
+
+def largest_order(max_num_seqs: int, max_num_batched_tokens: int, blocks_per_sequence: int, num_groups: int = 1) -> int:
+    """How many numbers an order can have: a sequence may be given a whole cached prefix in one step."""
+    per_sequence = len(_COLUMNS) + num_groups * (2 + blocks_per_sequence)
+    return len(_HEADER) + per_sequence * max_num_seqs + max_num_batched_tokens

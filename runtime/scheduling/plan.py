@@ -1,0 +1,91 @@
+"""One step as the scheduler sees it: what is computed, and what that brought. Pure Python, no tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from octavo.runtime.messages import Logprobs
+from octavo.runtime.scheduling.sequence import Sequence
+
+MAX_PROMPT_LOGITS = 256
+
+Wants = Literal["token", "pooled", "nothing"]
+"""What a step shall bring for a sequence: its next token, its pooled hidden state, or keys and values alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """Limits of one step and of one sequence.
+
+    max_prompt_logits  rows of logits that one step may spend on prompt_logprobs: each is vocab_size floats
+    """
+
+    num_blocks: int
+    block_size: int
+    max_model_len: int
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    enable_prefix_caching: bool = True
+    max_prompt_logits: int = MAX_PROMPT_LOGITS
+
+
+class ScheduledSequence(NamedTuple):
+    """One sequence's share of a step: the tokens at positions start .. end are computed.
+
+    What may change before the step has run is copied here: the scheduler goes on planning meanwhile.
+
+    slot             the sequence's row in the block tables of each rank
+    tokens           ids of positions start .. end; a negative one is being sampled by a step under way: `last_token_of`
+    first_logit      logits of positions first_logit .. end are wanted: the last one's for the next token where `wants`
+                     is "token", all others for prompt_logprobs or to confirm drafts
+    is_new           admitted in this step: the slot was another sequence's
+    first_new_block  place in the sequence's block table of the first of `new_blocks`
+    new_blocks       what the sequence was given in this step
+    num_outputs      tokens of the answer before those that this step brings
+    num_drafts       how many of the last tokens are guesses: the result says how many of them were right
+    """
+
+    sequence: Sequence
+    slot: int
+    start: int
+    end: int
+    tokens: list[int]
+    first_logit: int
+    wants: Wants
+    is_new: bool
+    first_new_block: int
+    new_blocks: list[int]
+    num_outputs: int
+    num_drafts: int = 0
+
+
+def last_token_of(slot: int) -> int:
+    """In place of a token id: the token that was sampled last for the sequence in this slot. Its own inverse."""
+    return -1 - slot
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """The scheduler's decision: the sequences of one step, in the order in which their tokens stand in the batch.
+
+    num_prompt_logits  rows of logits that are spent on prompt_logprobs
+    is_starved         a prompt under way lacked blocks, so that no request may be admitted
+    num_released       how many times sequences had given their blocks back when this was planned
+    """
+
+    scheduled: list[ScheduledSequence]
+    num_tokens: int
+    num_prompt_logits: int = 0
+    is_starved: bool = False
+    num_released: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step brought. tokens: none, one or several for each scheduled sequence; the rest by its index."""
+
+    tokens: list[list[int]]
+    logprobs: dict[int, list[Logprobs]] = field(default_factory=dict)
+    prompt_logprobs: dict[int, list[Logprobs]] = field(default_factory=dict)
+    errors: dict[int, str] = field(default_factory=dict)

@@ -1,0 +1,35 @@
+"""One device's share of an engine: the model, its caches and graphs, and the inputs of its steps."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from octavo.kernels.attention.cache import LayerCache
+from octavo.kernels.attention.step import StepInputs
+from octavo.runtime.model.model import Model
+from octavo.runtime.parallel.order import StepOrder
+from octavo.runtime.scheduling.plan import SchedulerConfig
+from octavo.runtime.worker.graphs import StepGraphs
+from octavo.runtime.worker.step_inputs import InputBuilder
+
+
+class Worker:
+    """Does what orders say, in their order. Every rank of an engine has one; none of them samples."""
+
+    def __init__(
+        self, model: Model, caches: list[LayerCache], config: SchedulerConfig, graphs: StepGraphs | None = None
+    ) -> None:
+        self.model = model
+        self.caches = caches
+        self.graphs = graphs
+        self._inputs = InputBuilder(config)
+
+    def prepare(self, order: StepOrder) -> StepInputs:
+        """The inputs of a step, which may be built while an earlier one is computed; call in the order of the steps."""
+        return self._inputs.build(order)
+
+    def forward(self, inputs: StepInputs) -> Tensor:
+        """The model's logits of a step on the CPU, through a CUDA graph where there is one for it."""
+        if self.graphs is not None:
+            return self.graphs.forward(inputs)
+        return self.model.forward(inputs.to(self.model.device), self.caches)
