@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import msgspec
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -259,4 +260,6 @@ def budgeted(recipe: Recipe, units: Sequence[Sensitivity], budget: float) -> Rec
     layers = {module: chosen[unit.name] for unit in units for module in unit.modules}
     counted = [chosen[unit.name] for unit in units for _ in unit.modules]
     most = max(dict.fromkeys(counted), key=counted.count)
-    return replace(recipe, scheme=most, layers={m: s for m, s in layers.items() if s != most} | dict(recipe.layers))
+    return msgspec.structs.replace(
+        recipe, scheme=most, layers={m: s for m, s in layers.items() if s != most} | dict(recipe.layers)
+    )

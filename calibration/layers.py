@@ -9,13 +9,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 
+from octavo.calibration.recipe import means_layer
 from octavo.quant.checkpoint import Checkpoint
-from octavo.quant.formats.compressed_tensors_config import matches
 from octavo.quant.scheme import GROUP_SIZES, QuantScheme
 
 BLOCK = re.compile(r"^(?P<prefix>(?:\w+\.)*)layers\.(?P<index>\d+)\.(?P<kind>.+)\.weight$")
@@ -76,24 +75,19 @@ def select_linears(checkpoint: Checkpoint, patterns: list[str]) -> Selection:
     A pattern is a module's full name, its name in the block, a glob ('*.down_proj') or a regex ('re:.*mlp'). Raises
     QuantizeError for one that matches nothing, for blocks that are missing, and when no block is found.
     """
-    for pattern in patterns:
-        try:
-            _hit("", "", pattern)
-        except re.error as e:
-            raise QuantizeError(f"--ignore {pattern}: not a regex: {e}") from None
     found, others = _find(checkpoint)
     _check_blocks(checkpoint.config, found)
     used: set[str] = set()
     linears = {}
     ignore = ["lm_head"]
     for linear in found:
-        hits = [p for p in patterns if _hit(linear.module, linear.kind, p)]
-        used.update(hits)
-        if hits or ROUTER.search(linear.kind):
+        matching = [p for p in patterns if means_layer(p, linear.module, linear.kind)]
+        used.update(matching)
+        if matching or ROUTER.search(linear.kind):
             ignore.append(linear.module)
         else:
             linears[linear.module] = linear
-    unused = [p for p in patterns if p not in used and not any(_hit(o, o, p) for o in (*others, "lm_head"))]
+    unused = [p for p in patterns if p not in used and not any(means_layer(p, o, o) for o in (*others, "lm_head"))]
     if unused:
         raise QuantizeError(f"--ignore {' '.join(unused)}: matches no linear layer; kinds are {_kinds(found)}")
     if not linears:
@@ -148,12 +142,6 @@ def _check_alike(found: list[LinearLayer], count: int) -> None:
     for kind, blocks in by_kind.items():
         if holes := [index for index in range(count) if blocks[index] < max(blocks.values())]:
             raise QuantizeError(f"{kind}.weight is missing in layers {holes}")
-
-
-def _hit(module: str, kind: str, pattern: str) -> bool:
-    if pattern.startswith("re:"):
-        return matches(module, pattern)
-    return pattern in (module, kind, kind.rpartition(".")[2]) or fnmatchcase(module, pattern)
 
 
 def _kinds(linears: list[LinearLayer]) -> str:

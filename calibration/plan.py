@@ -15,7 +15,7 @@ import torch
 
 from octavo.calibration.layers import BLOCK, LinearLayer, QuantizeError, Selection, check_group_size, select_linears
 from octavo.calibration.output import make_format
-from octavo.calibration.recipe import Recipe, RecipeError, hits
+from octavo.calibration.recipe import Recipe, RecipeError, means_layer
 from octavo.quant.checkpoint import SINGLE, Checkpoint
 from octavo.quant.safetensors_file import SafetensorsFile, TensorSpec
 from octavo.quant.scheme import QuantScheme
@@ -92,7 +92,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, max_shard_bytes: int) -> P
 def _schemes(selection: Selection, recipe: Recipe) -> tuple[Selection, dict[str, QuantScheme]]:
     """Each layer's scheme; what a recipe's `layers` leave as they are goes to the ignored."""
     every = selection.linears
-    unused = [p for p in recipe.layers if not any(hits(m, x.kind, p) for m, x in every.items())]
+    unused = [p for p in recipe.layers if not any(means_layer(p, m, x.kind) for m, x in every.items())]
     if unused:
         raise QuantizeError(f"recipe: {' '.join(unused)} matches no linear layer that is to be quantized")
     found = {module: recipe.scheme_of(module, linear.kind) for module, linear in every.items()}

@@ -11,50 +11,120 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import msgspec
+from msgspec import Meta
 
 from octavo.calibration.choices import ActOrder, Algorithm, Format
-from octavo.quant.formats.compressed_tensors_config import matches
-from octavo.quant.qparams import Search
-from octavo.quant.scheme import PRESETS, KVScheme, QuantScheme, SchemeError, group
+from octavo.quant.scheme import PRESETS, KVScheme, QuantScheme, SchemeError, Search, group
 
 KEEP = "none"  # a layer's scheme in a recipe's `layers`: left as it is
+WHAT = "what to quantize, and how"  # headings of the flags
+HOW = "algorithm"
 
 
 class RecipeError(ValueError):
     """A recipe that can't be; the message says what, and what would work."""
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How to quantize.
+class Recipe(msgspec.Struct, frozen=True):
+    """How to quantize. Fields with a description are flags of `octavo quantize`.
 
     scheme      of every linear layer that `layers` and `ignore` don't name, as spelled: 'W4A16@64'
     layers      pattern -> scheme, or 'none'; the first that matches holds
-    ignore      patterns of layers to leave as they are
-    search      how scales are chosen; None: mse for fewer than 8 bits, else absmax
-    dampening   GPTQ's, as a share of the mean of the Hessian's diagonal. More than the paper's 0.01: some ten thousand
-                tokens tell the moments of a few thousand inputs badly, and another kind of text has others. Calibrated
-                on docstrings, KL on prose fell from 0.207 to 0.185 (SmolLM2) and 0.113 to 0.089 (Qwen2 0.5B) at W4 g64
-    smoothing   SmoothQuant's alpha; None: 0.8 behind norms, the best of several behind linear layers
+    dampening   more than the paper's 0.01: some ten thousand tokens tell the moments of a few thousand inputs badly,
+                and another kind of text has others. Calibrated on docstrings, KL on prose fell from 0.207 to 0.185
+                (SmolLM2) and from 0.113 to 0.089 (Qwen2 0.5B) at W4 g64
     """
 
     scheme: str
-    algorithm: Algorithm = "rtn"
-    format: Format = "compressed-tensors"
-    layers: Mapping[str, str] = field(default_factory=dict)
-    ignore: tuple[str, ...] = ()
-    search: Search | None = None
-    act_order: ActOrder = "static"
-    dampening: float = 0.1
-    true_sequential: bool = False
-    smoothing: float | None = None
-    kv_cache: str | None = None
+    algorithm: Annotated[
+        Algorithm,
+        Meta(
+            description="rtn: round each weight by itself, without data. gptq: correct each column's error in the "
+            "columns that follow. awq: scale channels by their inputs first. smoothquant: the same for W8A8",
+            extra={"group": HOW},
+        ),
+    ] = "rtn"
+    format: Annotated[
+        Format,
+        Meta(
+            description="compressed-tensors; gptq (v1, what every engine reads) or gptq_v2; awq (GEMM); fp8 "
+            "(DeepSeek's native block format, for FP8_BLOCK and FP8)",
+            extra={"group": "output"},
+        ),
+    ] = "compressed-tensors"
+    layers: Mapping[str, str] = {}
+    ignore: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="linear layers to leave as they are: a name ('model.layers.0.mlp.down_proj', 'down_proj'), a "
+            "glob ('*.layers.0.*') or a regex ('re:.*o_proj'); lm_head, embeddings and routers always are",
+            extra={"group": WHAT, "metavar": "PATTERN", "default": "none"},
+        ),
+    ] = ()
+    search: Annotated[
+        Search | None,
+        Meta(
+            description="how scales are chosen: to cover every weight (absmax, also called minmax), or for the least "
+            "squared error (mse)",
+            extra={
+                "group": HOW,
+                "flag": "--observer",
+                "spellings": {"minmax": "absmax"},
+                "default": "mse for fewer than 8 bits, else absmax",
+            },
+        ),
+    ] = None
+    act_order: Annotated[
+        ActOrder,
+        Meta(
+            description="GPTQ's order of columns: as they stand (none), by importance within the groups that they had "
+            "before (static), or with groups formed in that order, which needs g_idx (group; --format gptq)"
+        ),
+    ] = "static"
+    dampening: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=1,
+            description="GPTQ's dampening, as a share of the Hessian's mean diagonal; raised where it isn't enough",
+            extra={"flag": "--dampening-frac", "metavar": "X"},
+        ),
+    ] = 0.1
+    true_sequential: Annotated[
+        bool,
+        Meta(
+            description="measure the inputs of each part of a block once the parts before it are quantized; four times "
+            "the forwards",
+            extra={"default": "measure each block once"},
+        ),
+    ] = False
+    smoothing: Annotated[
+        float | None,
+        Meta(
+            ge=0,
+            le=1,
+            description="SmoothQuant's alpha, from 0 (weights as they are) to 1",
+            extra={
+                "flag": "--smoothing-strength",
+                "metavar": "ALPHA",
+                "default": "0.8 behind norms, the best of several behind linear layers",
+            },
+        ),
+    ] = None
+    kv_cache: Annotated[
+        str | None,
+        Meta(
+            description="calibrate scales for a KV cache in fp8 or int8, one for a layer or, with /head, for each KV "
+            "head: fp8, int8/head, k=bf16,v=fp8",
+            extra={"group": WHAT, "flag": "--kv-cache-scheme", "metavar": "KV", "default": "none"},
+        ),
+    ] = None
 
     def __post_init__(self) -> None:
         _check_values(self)
@@ -96,7 +166,7 @@ class Recipe:
     def scheme_of(self, module: str, kind: str) -> QuantScheme | None:
         """A linear layer's scheme by its full name and its name in the block; None: left as it is."""
         for pattern, spelled in self.layers.items():
-            if hits(module, kind, pattern):
+            if means_layer(pattern, module, kind):
                 return None if spelled == KEEP else parse_scheme(spelled)
         return self.default
 
@@ -113,23 +183,25 @@ class Recipe:
 
 def _check_values(recipe: Recipe) -> None:
     """Refuse other types, values out of range, patterns that are none, and settings of another algorithm."""
-    try:
-        msgspec.convert(to_json(recipe), type=_File)
-    except (msgspec.ValidationError, TypeError, ValueError) as e:
-        raise RecipeError(f"this is no recipe: {e}") from None
+    for name, kind in _TYPES.items():
+        value = getattr(recipe, name)
+        try:
+            msgspec.convert(value, type=kind)
+        except msgspec.ValidationError as e:
+            raise RecipeError(f"this is no recipe: {name} is {value!r}: {e}") from None
     for name in ("dampening", "smoothing"):
         value = getattr(recipe, name)
         if value is not None and not 0 <= value <= 1:
             raise RecipeError(f"{name} is {value:g}; it is from 0 to 1")
     for pattern in (*recipe.layers, *recipe.ignore):
         try:
-            hits("", "", pattern)
+            means_layer(pattern, "", "")
         except re.error as e:
             raise RecipeError(f"pattern {pattern!r} is not a regex: {e}") from None
     if recipe.smoothing is not None and recipe.scaling != "smoothquant":
         raise RecipeError(f"smoothing is SmoothQuant's, and the algorithm is {recipe.algorithm}; smoothquant has it")
     for name in ("act_order", "dampening"):
-        if getattr(recipe, name) != Recipe.__dataclass_fields__[name].default and recipe.solver != "gptq":
+        if getattr(recipe, name) != _DEFAULTS[name] and recipe.solver != "gptq":
             raise RecipeError(f"{name} is GPTQ's, and the algorithm is {recipe.algorithm}; gptq has it")
     if recipe.true_sequential and not recipe.needs_statistics:
         raise RecipeError(f"true_sequential is for algorithms that measure inputs, which {recipe.algorithm} does not")
@@ -199,47 +271,39 @@ def parse_kv(spelled: str) -> KVScheme:
         raise RecipeError(str(e)) from None
 
 
-def hits(module: str, kind: str, pattern: str) -> bool:
+def means_layer(pattern: str, module: str, kind: str) -> bool:
     """Whether a pattern means a layer: its full name, its name in the block or the last part, a glob, 're:' a regex."""
     if pattern.startswith("re:"):
+        from octavo.quant.formats.compressed_tensors_config import matches  # imports torch, which flags do without
+
         return matches(module, pattern)
     return pattern in (module, kind, kind.rpartition(".")[2]) or fnmatchcase(module, pattern)
 
 
-def _default(known: Field[Any]) -> Any:
-    """A dataclass field's default, as msgspec has it."""
-    if known.default_factory is not MISSING:
-        return msgspec.field(default_factory=known.default_factory)
-    return known.default
-
-
 _TYPES = get_type_hints(Recipe)
-# A recipe file is a Recipe with a version, and without keys that it doesn't know.
-_File = msgspec.defstruct(
-    "_File",
-    [
-        ("octavo_recipe", int),
-        ("scheme", str),
-        *((f.name, _TYPES[f.name], _default(f)) for f in fields(Recipe) if f.name != "scheme"),
-    ],
-    forbid_unknown_fields=True,
-)
+_DEFAULTS = {known.name: known.default for known in msgspec.structs.fields(Recipe)}
 
 
 def to_json(recipe: Recipe) -> dict[str, Any]:
     """What `read_recipe` reads back as the same recipe."""
-    values = {f.name: getattr(recipe, f.name) for f in fields(recipe)}
-    return {"octavo_recipe": 1, **values, "layers": dict(recipe.layers), "ignore": list(recipe.ignore)}
+    return {"octavo_recipe": 1, **msgspec.to_builtins(recipe)}
 
 
 def read_recipe(path: Path) -> Recipe:
     """A recipe file. Raises RecipeError for one that isn't, naming the key that is wrong."""
     try:
-        file: Any = msgspec.json.decode(path.read_bytes(), type=_File)
+        values = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
     except OSError as e:
         raise RecipeError(f"{path} can't be read: {e.strerror}") from e
     except (msgspec.DecodeError, UnicodeDecodeError) as e:
         raise RecipeError(f"{path} is not a recipe: {e}") from e
-    if file.octavo_recipe != 1:
-        raise RecipeError(f"{path}: octavo_recipe is {file.octavo_recipe}; 1 is what this octavo reads")
-    return Recipe(**{f.name: getattr(file, f.name) for f in fields(Recipe)})
+    version = values.pop("octavo_recipe", None)
+    if version != 1:
+        raise RecipeError(f"{path}: octavo_recipe is {version!r}; 1 is what this octavo reads")
+    if unknown := sorted(values.keys() - _TYPES.keys()):
+        raise RecipeError(f"{path} is not a recipe: it has the unknown field `{unknown[0]}`")
+    if "scheme" not in values:
+        raise RecipeError(f"{path} is not a recipe: it has no `scheme`")
+    if isinstance(values.get("ignore"), list):
+        values["ignore"] = tuple(values["ignore"])
+    return Recipe(**values)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from octavo.quant.scheme import Granularity, QuantScheme, SchemeError, WeightScheme
+from octavo.quant.scheme import Granularity, QuantScheme, SchemeError, Search, WeightScheme
 
 FP8_MAX = 448.0  # float8_e4m3fn's largest
 
@@ -129,8 +128,6 @@ Weight = QuantizedWeight | Tensor
 class WeightError(ValueError):
     """A weight that can't be quantized, such as one with a NaN in it."""
 
-
-Search = Literal["absmax", "mse"]
 
 # Fractions of the full range that the MSE search tries, the full range first so that it wins a tie. Below a half no
 # group of a trained weight was seen to gain.

@@ -14,7 +14,7 @@ from typing import Literal
 
 WeightDtype = Literal["fp8_e4m3", "fp4_e2m1", "int8", "int4", "int3", "int2", "bf16"]
 ActivationDtype = Literal["fp8_e4m3", "int8"]
-KVDtype = Literal["auto", "float32", "bf16", "fp16", "fp8_e4m3", "int8"]
+Search = Literal["absmax", "mse"]  # how a scale is chosen: to cover every weight, or for the least squared error
 
 BITS: dict[str, int] = {"fp8_e4m3": 8, "fp4_e2m1": 4, "int8": 8, "int4": 4, "int3": 3, "int2": 2, "bf16": 16}
 GROUP_SIZES = (32, 64, 128)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from octavo.jobs.calibration_data import make_data
+from octavo.jobs.calibration_data import DataOptions, make_data
 
 
 def main() -> None:
@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=512)
     args = parser.parse_args()
-    data = make_data(args.model, args.text, num_samples=args.samples, max_seq_length=args.tokens)
+    data = make_data(args.model, DataOptions(args.text, num_samples=args.samples, max_seq_length=args.tokens))
     torch.save(torch.stack(list(data.samples)), args.out)
     print(data.fingerprint, data.source)
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from octavo.calibration.algorithms.channel_scale_search import ScaleSearch, ScaleTrials, Tie, normalized, untied
 from octavo.calibration.algorithms.group_scales import round_to_groups, search_scales, search_scales_jointly
 from octavo.calibration.algorithms.input_statistics import InputStats
-from octavo.quant.qparams import QuantizedWeight, Search, WeightError, quantize_weight
-from octavo.quant.scheme import QuantScheme
+from octavo.quant.qparams import QuantizedWeight, WeightError, quantize_weight
+from octavo.quant.scheme import QuantScheme, Search
 
 ROUND_ROWS = 1 << 21  # elements of a weight whose scales are searched at a time
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from octavo.calibration.algorithms.group_scales import grid_of, rounding_body, search_scales, storable
 from octavo.calibration.algorithms.input_statistics import InputStats
 from octavo.kernels.gptq import reference
-from octavo.quant.qparams import QuantizedWeight, Search, WeightError, quantize_weight
-from octavo.quant.scheme import QuantScheme
+from octavo.quant.qparams import QuantizedWeight, WeightError, quantize_weight
+from octavo.quant.scheme import QuantScheme, Search
 
 ActOrder = Literal["none", "static", "group"]
 

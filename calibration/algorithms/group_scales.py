@@ -15,8 +15,8 @@ from torch import Tensor
 
 from octavo.kernels.gptq import reference
 from octavo.kernels.gptq.grid import Grid
-from octavo.quant.qparams import FP8_MAX, Search, WeightError
-from octavo.quant.scheme import ActivationDtype, WeightScheme
+from octavo.quant.qparams import FP8_MAX, WeightError
+from octavo.quant.scheme import ActivationDtype, Search, WeightScheme
 
 # Fractions of a group's range that the search tries, the whole range first so that it wins a tie. Above 1 the largest
 # weight is not clipped to the 7 of -8..7, and there is room for the errors that GPTQ adds to columns; below 0.5 nothing

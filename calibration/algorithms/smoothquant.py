@@ -12,8 +12,7 @@ from torch import Tensor
 
 from octavo.calibration.algorithms.channel_scale_search import ScaleSearch, ScaleTrials, Tie, normalized, untied
 from octavo.calibration.algorithms.input_statistics import InputStats
-from octavo.quant.qparams import Search
-from octavo.quant.scheme import QuantScheme
+from octavo.quant.scheme import QuantScheme, Search
 
 ALPHAS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 

@@ -31,7 +31,7 @@ class Option(TypedDict, total=False):
     flag        the flag, or several; default: '--' and the field's name. '--no-...' sets the field to False
     aliases     other names, which --help doesn't show
     positional  an argument without a name; one that has a default may be left out
-    group       the heading in --help and docs, for this field and those after it
+    group       the heading in --help and docs, for this field and those after it; '' for none
     metavar     the placeholder of the value
     default     what the default means, where the value doesn't say it; '' for nothing
     what        what the value must be, for the error: 'a number of tokens from 2 up'
@@ -74,8 +74,10 @@ class Flag:
 
 
 def flags_of(*structs: type[msgspec.Struct]) -> list[Flag]:
-    """The flags of all fields that have a description, in the order of the fields."""
-    return [flag for struct in structs for flag in _flags(struct)]
+    """The flags of all fields that have a description: by heading, under each one in the order of the fields."""
+    flags = [flag for struct in structs for flag in _flags(struct)]
+    groups = list(dict.fromkeys([None, *(flag.group for flag in flags)]))
+    return sorted(flags, key=lambda flag: groups.index(flag.group))
 
 
 def add_flags(parser: argparse.ArgumentParser, flags: Iterable[Flag]) -> None:
@@ -119,7 +121,7 @@ def markdown(flags: Iterable[Flag]) -> str:
         value = str(flag.arguments.get("metavar") or "")
         if choices := flag.arguments.get("choices"):
             value = "{" + ",".join(map(str, choices)) + "}"
-        names = " ".join((", ".join(flag.names) or flag.field.upper(), value)).strip()
+        names = f"{', '.join(flag.names)} {value}".strip() or flag.field.upper()
         also = f" (also {', '.join(f'`{alias}`' for alias in flag.aliases)})" if flag.aliases else ""
         cells = (f"`{names}`{also}", flag.default, flag.description)
         lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
@@ -204,7 +206,7 @@ def _flags(struct: type[msgspec.Struct]) -> Iterable[Flag]:
         option = cast(Option, meta.extra or {})
         if unknown := option.keys() - Option.__annotations__.keys():
             raise TypeError(f"{struct.__name__}.{field.name}: unknown keys of an option: {', '.join(sorted(unknown))}")
-        group = option.get("group", group)
+        group = option.get("group", group) or None
         names = option.get("flag", "--" + field.name.replace("_", "-"))
         names = () if option.get("positional") else (names,) if isinstance(names, str) else names
         default = None if field.required else _default(field)

@@ -134,7 +134,6 @@ def test_activations_that_overflow(model: Path, capsys: pytest.CaptureFixture[st
         ((*W4, "--smoothing-strength", "0.5"), "smoothing is SmoothQuant's"),
         ((*W4, "--act-order", "none"), "act_order is GPTQ's"),
         ((*W4, "--true-sequential"), "true_sequential is for algorithms that measure inputs"),
-        ((*W4, "--bits-budget", "nan"), "bits per weight are a number above 0"),
         ((*W4, "--bits-budget", "1"), "the smallest schemes take 2.50 bits per weight"),
         ((*W4, "--bits-budget", "5", "--format", "awq"), "format awq has one for all"),
         ((*GPTQ, "--offload-dir", "/nowhere/at/all"), "is not a directory that is there"),
@@ -191,6 +190,8 @@ def test_the_function_takes_what_people_write(model: Path) -> None:
     out = model.parent / "out"
     report = octavo.quantize(model, out, scheme="W4A16@32", ignore="down_proj", evaluate=False)
     assert {layer.kind for layer in report.layers} & {"mlp.down_proj"} == set()
+    with pytest.raises(RecipeError, match="--bits-budget nan: bits per weight are a number above 0"):
+        octavo.quantize(model, out, scheme="W4A16@32", bits_budget=float("nan"), overwrite=True)
     with pytest.raises(RecipeError, match="recipe is a dict"):
         octavo.quantize(model, out, recipe={"scheme": "W4A16"})  # type: ignore[arg-type]
 

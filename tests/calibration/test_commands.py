@@ -127,6 +127,7 @@ def test_sizes_are_read(model: Path, tmp_path: Path, size: str) -> None:
     [
         *(f"--max-shard-size={size}" for size in ("", "GB", "-1GB", "0", "5XB")),
         *(f"--eval-tokens={count}" for count in ("", "1", "-5", "many")),
+        *(f"--bits-budget={bits}" for bits in ("", "0", "-1", "nan", "many")),
         *(f"--max-kl={nats}" for nats in ("", "-1", "inf", "nan", "much")),
     ],
 )

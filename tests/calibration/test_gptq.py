@@ -10,8 +10,8 @@ from torch import Tensor
 
 from octavo.calibration.algorithms.gptq import ActOrder, gptq_loss, gptq_weight
 from octavo.calibration.algorithms.input_statistics import InputStats, StatsCollector
-from octavo.quant.qparams import Search, WeightError, quantize_weight
-from octavo.quant.scheme import CHANNEL, TENSOR, Granularity, QuantScheme, WeightScheme, group
+from octavo.quant.qparams import WeightError, quantize_weight
+from octavo.quant.scheme import CHANNEL, TENSOR, Granularity, QuantScheme, Search, WeightScheme, group
 
 N, K = 40, 160  # two groups and a half of 64, one and a quarter of 128
 BLOCK = Granularity("block", block=(32, 64))

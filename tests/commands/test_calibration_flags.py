@@ -19,8 +19,8 @@ from tokenizers import processors
 from octavo.calibration.text.data import CalibrationData, Sizes
 from octavo.calibration.text.documents import DataError
 from octavo.calibration.verify import held_out_text
-from octavo.commands.calibration_flags import add_data_arguments
-from octavo.jobs.calibration_data import default_num_samples, make_data
+from octavo.flags import add_flags, flags_of, read
+from octavo.jobs.calibration_data import DataOptions, default_num_samples, make_data
 from octavo.jobs.model_text import ModelText
 from octavo.jobs.self_text import GenerationRequest, _run, choose_prompts, generate
 from octavo.runtime.config import EngineConfig
@@ -46,20 +46,12 @@ def oracle() -> Oracle:
 
 def data_of(args: argparse.Namespace, source: Path, **how: Any) -> CalibrationData:
     """What the flags mean for the checkpoint in `source`, as `octavo quantize` hands them on."""
-    return make_data(
-        source,
-        args.dataset,
-        num_samples=args.num_calibration_samples,
-        max_seq_length=args.max_seq_length,
-        seed=args.seed,
-        chat_template=args.chat_template,
-        **how,
-    )
+    return make_data(source, read(DataOptions, args), **how)
 
 
 def arguments(*flags: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    add_data_arguments(parser)
+    add_flags(parser, flags_of(DataOptions))
     return parser.parse_args(flags)
 
 
@@ -121,10 +113,10 @@ def test_texts_are_tokenized_as_transformers_does(fixtures: Path, tmp_path: Path
     tokenizer = hf_tokenizer(directory)
     text = "Returns the number of bytes. " * 20
     expected = tokenizer(text if bos else text + "\n\n")["input_ids"]
-    data = make_data(directory, [text], num_samples=1, max_seq_length=len(expected))
+    data = make_data(directory, DataOptions([text], num_samples=1, max_seq_length=len(expected)))
     assert joined(data) == expected
     assert (expected[0] == tokenizer.bos_token_id) == bos
-    windows = make_data(directory, [text], num_samples=2, max_seq_length=len(expected) // 2)
+    windows = make_data(directory, DataOptions([text], num_samples=2, max_seq_length=len(expected) // 2))
     assert joined(windows)[: len(expected) // 2] == expected[: len(expected) // 2]
     assert (int(windows.samples[1][0]) == tokenizer.bos_token_id) == bos
 
@@ -141,16 +133,18 @@ def test_the_same_flags_give_the_same_data(fixtures: Path, tmp_path: Path) -> No
 
 def test_what_python_may_hand_over(fixtures: Path) -> None:
     tiny, texts = fixtures / "tiny", ["Returns the number of bytes. " * 20, "Raises an error if there is none. " * 20]
-    expected = make_data(tiny, texts, num_samples=2, max_seq_length=32)
+    expected = make_data(tiny, DataOptions(texts, num_samples=2, max_seq_length=32))
     for records in (tuple(texts), [{"text": text} for text in texts]):
-        assert make_data(tiny, records, num_samples=2, max_seq_length=32).fingerprint == expected.fingerprint
+        assert (
+            make_data(tiny, DataOptions(records, num_samples=2, max_seq_length=32)).fingerprint == expected.fingerprint
+        )
     stacked = torch.stack(expected.samples)
     for token_ids in (stacked, expected.samples, stacked.int()):
-        assert make_data(tiny, token_ids).fingerprint == expected.fingerprint
+        assert make_data(tiny, DataOptions(token_ids)).fingerprint == expected.fingerprint
     with pytest.raises(DataError, match="there is no sample"):
-        make_data(tiny, stacked[:0])
+        make_data(tiny, DataOptions(stacked[:0]))
     with pytest.raises(DataError, match="the records given holds no text"):
-        make_data(tiny, [])
+        make_data(tiny, DataOptions([]))
 
 
 def test_without_a_dataset_the_model_writes_its_own(fixtures: Path, oracle: Oracle) -> None:
@@ -238,23 +232,23 @@ def test_a_model_that_cannot_run_says_what_helps(fixtures: Path, tmp_path: Path)
     with pytest.raises(
         DataError, match=r"without --dataset the model itself generates .*no weights for .*; give a text with --dataset"
     ):
-        make_data(model, num_samples=1, max_seq_length=8)
+        make_data(model, DataOptions(num_samples=1, max_seq_length=8))
 
 
 def test_what_cannot_be_meant_is_refused(fixtures: Path, tmp_path: Path) -> None:
     tiny = fixtures / "tiny"
     with pytest.raises(DataError, match=r"--max-seq-length 100000: the model has (\d+) positions; \1 works"):
-        make_data(tiny, ["text"], max_seq_length=100_000)
+        make_data(tiny, DataOptions(["text"], max_seq_length=100_000))
     with pytest.raises(DataError, match="--max-seq-length 1: 2 at least"):
-        make_data(tiny, max_seq_length=1)
+        make_data(tiny, DataOptions(max_seq_length=1))
     with pytest.raises(DataError, match=r"octavo's held-out text, on which quality is measured"):
-        make_data(tiny, [held_out_text()], num_samples=2, max_seq_length=64)
+        make_data(tiny, DataOptions([held_out_text()], num_samples=2, max_seq_length=64))
     with pytest.raises(DataError, match=r"sample 1 has token 99999"):
-        make_data(tiny, [torch.tensor([1, 2]), torch.tensor([1, 99999])])
+        make_data(tiny, DataOptions([torch.tensor([1, 2]), torch.tensor([1, 99999])]))
     with pytest.raises(DataError, match="neither a file nor a template"):
-        make_data(tiny, ["text"], chat_template="missing.jinja")
+        make_data(tiny, DataOptions(["text"], chat_template="missing.jinja"))
     with pytest.raises(DataError, match=r"nowhere\.jsonl: no such file or directory"):
-        make_data(tiny, "nowhere.jsonl")
+        make_data(tiny, DataOptions("nowhere.jsonl"))
     for name, content, message in [
         ("tokenizer.json", "{", "the tokenizer can't be loaded"),
         ("tokenizer_config.json", "{", "the tokenizer can't be loaded"),
@@ -263,7 +257,7 @@ def test_what_cannot_be_meant_is_refused(fixtures: Path, tmp_path: Path) -> None
         shutil.copytree(tiny, model)
         (model / name).write_text(content)
         with pytest.raises(DataError, match=message):
-            make_data(model, ["text"])
+            make_data(model, DataOptions(["text"]))
 
 
 def test_a_smaller_vocabulary_than_the_tokenizers_is_refused(fixtures: Path, tmp_path: Path) -> None:
@@ -272,7 +266,7 @@ def test_a_smaller_vocabulary_than_the_tokenizers_is_refused(fixtures: Path, tmp
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"vocab_size": 50}))
     with pytest.raises(DataError, match=r"entry 1: the tokenizer gives token \d+, and the model has 50: it is another"):
-        make_data(model, ["hello world " * 50], num_samples=1, max_seq_length=8)
+        make_data(model, DataOptions(["hello world " * 50], num_samples=1, max_seq_length=8))
 
 
 @pytest.mark.parametrize(
@@ -308,5 +302,4 @@ def test_bad_numbers_are_refused(flags: list[str], capsys: pytest.CaptureFixture
 
 
 def test_defaults() -> None:
-    args = arguments()
-    assert (args.dataset, args.num_calibration_samples, args.max_seq_length, args.seed) == (None, None, 512, 0)
+    assert read(DataOptions, arguments()) == DataOptions(None, None, 512, 0, None)

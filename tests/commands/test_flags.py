@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
+import option_tables
 import pytest
 from msgspec import Meta
 
@@ -125,6 +126,16 @@ def test_docs_say_the_same() -> None:
     assert "**files**\n\n| option | default | what it does |" in table
     assert "| `--count N` (also `--number`) | 8 | how many |\n" in table
     assert "| `--dtype {auto,fp8_e4m3,fp8}` | auto | type |\n" in table
+
+
+def test_the_documentation_is_what_the_structs_say() -> None:
+    """`python tests/support/option_tables.py` writes it anew."""
+    shown: list[str] = []
+    for page in option_tables.DOCS.glob("*.md"):
+        text = page.read_text("utf-8")
+        assert option_tables.current(text) == text, f"{page.name} is out of date"
+        shown += [match[2] for match in option_tables.TABLE.finditer(text)]
+    assert sorted(shown) == sorted(option_tables.TABLES)
 
 
 def test_a_key_that_no_option_has_is_an_error() -> None:

@@ -9,28 +9,46 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import Annotated
 
+import msgspec
+from msgspec import Meta
+
+from octavo.calibration.choices import Format
 from octavo.commands.failure import one_line
 from octavo.commands.progress_bar import progress_bar
 from octavo.commands.termination import unwinding_when_terminated
+from octavo.flags import add_flags, flags_of, read
 from octavo.kernels.native.environment import ENVIRONMENT
 
-FORMATS = ("compressed-tensors", "gptq", "gptq_v2", "awq", "fp8")
+
+class ConvertOptions(msgspec.Struct, frozen=True):
+    """The flags of `octavo convert`."""
+
+    model: Annotated[
+        str,
+        Meta(
+            description="a quantized checkpoint: a local directory, or a Hugging Face Hub id",
+            extra={"positional": True},
+        ),
+    ]
+    output: Annotated[Path, Meta(description="the directory to write", extra={"positional": True, "metavar": "OUT"})]
+    format: Annotated[
+        Format,
+        Meta(
+            description="compressed-tensors: any scheme. gptq, gptq_v2: weights of 2, 3, 4 or 8 bits, also with "
+            "desc_act; v2 holds every zero point. awq: weights of 4 bits. fp8: fp8 in blocks or per tensor"
+        ),
+    ]
+    revision: Annotated[
+        str | None, Meta(description="branch, tag or commit of a Hub id", extra={"default": "its main branch"})
+    ] = None
+    overwrite: Annotated[bool, Meta(description="replace OUT if it is there", extra={"default": "refuse"})] = False
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("model", help="a quantized checkpoint: a local directory, or a Hugging Face Hub id")
-    parser.add_argument("output", type=Path, metavar="OUT", help="the directory to write")
-    parser.add_argument(
-        "--format",
-        required=True,
-        choices=FORMATS,
-        help="compressed-tensors: any scheme. gptq, gptq_v2: weights of 2, 3, 4 or 8 bits, also with desc_act; v2 "
-        "holds every zero point. awq: weights of 4 bits. fp8: fp8 in blocks or per tensor",
-    )
-    parser.add_argument("--revision", help="branch, tag or commit of a Hub id (default: its main branch)")
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is there (default: refuse)")
+    add_flags(parser, flags_of(ConvertOptions))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -45,14 +63,15 @@ def run(args: argparse.Namespace) -> int:
     from octavo.quant.hub import resolve_model
     from octavo.quant.safetensors_file import SafetensorsError
 
+    options = read(ConvertOptions, args)
     try:
-        source = resolve_model(args.model, args.revision)
+        source = resolve_model(options.model, options.revision)
         with unwinding_when_terminated("octavo convert"), progress_bar("layers", Console()) as bar:
             done = convert_model(
                 source,
-                args.output,
-                args.format,
-                overwrite=args.overwrite,
+                options.output,
+                options.format,
+                overwrite=options.overwrite,
                 progress=bar.progress,
             )
     except (QuantizeError, CheckpointError, SafetensorsError, OSError) as e:
@@ -62,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
         print(note)
     schemes = ", ".join(dict.fromkeys(str(scheme) for scheme in done.schemes.values()))
     print(
-        f"{args.output}: {len(done.schemes)} layers ({schemes}) from {done.source_format} to {args.format}, "
+        f"{options.output}: {len(done.schemes)} layers ({schemes}) from {done.source_format} to {options.format}, "
         f"{done.bytes_before / 1e6:,.1f} MB to {done.bytes_after / 1e6:,.1f} MB, every number the same"
     )
     return 0

@@ -12,72 +12,103 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
 
 from octavo.commands.failure import one_line
-from octavo.commands.flag_types import parse_count, parse_nats
 from octavo.commands.progress_bar import progress_bar
+from octavo.flags import add_flags, flags_of, read
 from octavo.kernels.native.environment import ENVIRONMENT
+from octavo.runtime.config import Dtype
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from octavo.calibration.report.report import Report
+    from octavo.calibration.verify import Quality
     from octavo.quant.scheme import QuantScheme
     from octavo.runtime.config import EngineConfig
 
 PROG = "octavo eval"
-NOT_GOOD_ENOUGH = 3
-DTYPES = ("auto", "float32", "bfloat16", "float16", "fp8", "int8", "int4")
-AT_LOAD = ("fp8", "int8", "int4")
+NOT_GOOD_ENOUGH = 3  # the exit code when MODEL is worse than --max-kl
 
 
 class EvalError(ValueError):
     """One line that says what was asked for and can't be had."""
 
 
+class EvalOptions(msgspec.Struct, frozen=True):
+    """The flags of `octavo eval`."""
+
+    model: Annotated[
+        str,
+        Meta(
+            description="a local directory, or a Hugging Face Hub id, in any format that is served",
+            extra={"positional": True},
+        ),
+    ]
+    revision: Annotated[
+        str | None, Meta(description="branch, tag or commit of a Hub id", extra={"default": "its main branch"})
+    ] = None
+    against: Annotated[
+        str | None,
+        Meta(description="the model that MODEL was made of", extra={"metavar": "ORIGINAL", "default": "none"}),
+    ] = None
+    against_revision: Annotated[
+        str | None, Meta(description="its revision", extra={"metavar": "REVISION", "default": "its main branch"})
+    ] = None
+    data: Annotated[
+        Path | None,
+        Meta(
+            description="a text file, or .jsonl, .json, .parquet or .csv as for calibration",
+            extra={"group": "the text", "metavar": "FILE", "default": "octavo's held-out text"},
+        ),
+    ] = None
+    max_tokens: Annotated[
+        int,
+        Meta(
+            ge=2,
+            description="tokens of it to measure on",
+            extra={"metavar": "N", "what": "a number of tokens from 2 up"},
+        ),
+    ] = 2048
+    dtype: Annotated[
+        Dtype,
+        Meta(
+            description="what to compute in; fp8, int8 and int4 quantize MODEL while loading it, and only that",
+            extra={"group": "how the models run, as in `octavo serve`"},
+        ),
+    ] = "auto"
+    kv_cache_dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16", "fp8", "fp8_e4m3", "int8"],
+        Meta(description="type of MODEL's KV cache"),
+    ] = "auto"
+    lm_head_dtype: Annotated[Literal["auto", "int8"], Meta(description="type of MODEL's output head")] = "auto"
+    max_kl: Annotated[
+        float | None,
+        Meta(
+            ge=0,
+            le=1e300,
+            description="exit with 3 when the mean KL is above X nats a token",
+            extra={
+                "group": "the result",
+                "metavar": "X",
+                "default": "by MODEL's scheme; without one, no limit",
+                "what": "a number of nats from 0 up",
+            },
+        ),
+    ] = None
+    json: Annotated[Path | None, Meta(description="write the figures there", extra={"metavar": "OUT"})] = None
+    html: Annotated[
+        Path | None, Meta(description="write a page with plots there; needs --against", extra={"metavar": "OUT"})
+    ] = None
+
+
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("model", help="a local directory, or a Hugging Face Hub id, in any format that is served")
-    parser.add_argument("--revision", help="branch, tag or commit of a Hub id (default: its main branch)")
-    parser.add_argument("--against", metavar="ORIGINAL", help="the model that MODEL was made of (default: none)")
-    parser.add_argument("--against-revision", metavar="REVISION", help="its revision (default: its main branch)")
-
-    text = parser.add_argument_group("the text")
-    text.add_argument(
-        "--data",
-        type=Path,
-        metavar="FILE",
-        help="a text file, or .jsonl, .json or .parquet as for calibration (default: octavo's held-out text)",
-    )
-    text.add_argument(
-        "--max-tokens", type=parse_count, default=2048, metavar="N", help="tokens of it to measure on (default: 2048)"
-    )
-
-    how = parser.add_argument_group("how the models run", "as in `octavo serve`")
-    how.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        default="auto",
-        help="what to compute in; fp8, int8 and int4 quantize MODEL while loading it, and only that (default: auto)",
-    )
-    how.add_argument(
-        "--kv-cache-dtype",
-        choices=("auto", "float32", "bfloat16", "float16", "fp8", "fp8_e4m3", "int8"),
-        default="auto",
-        help="of MODEL's KV cache (default: auto)",
-    )
-    how.add_argument("--lm-head-dtype", choices=("auto", "int8"), default="auto", help="of MODEL (default: auto)")
-
-    output = parser.add_argument_group("the result")
-    output.add_argument(
-        "--max-kl",
-        type=parse_nats,
-        metavar="X",
-        help="exit with 3 when the mean KL is above X nats a token (default: by MODEL's scheme; without one, no limit)",
-    )
-    output.add_argument("--json", type=Path, metavar="OUT", help="write the figures there")
-    output.add_argument("--html", type=Path, metavar="OUT", help="write a page with plots there; needs --against")
+    add_flags(parser, flags_of(EvalOptions))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -93,12 +124,13 @@ def run(args: argparse.Namespace) -> int:
 
     console = Console()
     try:
-        _check(args)
-        if args.against is None:
-            _alone(args, console)
+        options = read(EvalOptions, args)
+        _check(options)
+        if options.against is None:
+            _alone(options, console)
             return 0
-        report = _against(args)
-        _write(args, report)
+        report = _against(options, options.against)
+        _write(options, report)
     except NotFiniteError as e:
         print(f"{PROG}: {e}", file=sys.stderr)
         return NOT_GOOD_ENOUGH if e.side == "quantized" else 1
@@ -109,36 +141,38 @@ def run(args: argparse.Namespace) -> int:
     return NOT_GOOD_ENOUGH if report.verdict is not None and not report.verdict.passed else 0
 
 
-def _check(args: argparse.Namespace) -> None:
+def _check(options: EvalOptions) -> None:
     """Refuse what goes with --against alone, and outputs that could not be written, before minutes are spent."""
-    if args.against is None:
+    if options.against is None:
         for flag in ("against_revision", "max_kl", "html"):
-            if getattr(args, flag) is not None:
+            if getattr(options, flag) is not None:
                 raise EvalError(f"--{flag.replace('_', '-')} compares two models: --against names the original")
     for flag in ("json", "html"):
-        path: Path | None = getattr(args, flag)
+        path: Path | None = getattr(options, flag)
         if path is not None and (path.is_dir() or not path.parent.is_dir()):
             what = "is a directory" if path.is_dir() else f"can't be written: {path.parent} is no directory"
             raise EvalError(f"--{flag} {path} {what}")
 
 
-def _config(args: argparse.Namespace, directory: Path) -> EngineConfig:
+def _config(options: EvalOptions, directory: Path) -> EngineConfig:
     """How MODEL runs."""
     from octavo.runtime.config import EngineConfig
 
-    kv: Any = "fp8_e4m3" if args.kv_cache_dtype == "fp8" else args.kv_cache_dtype
-    return EngineConfig(model=str(directory), dtype=args.dtype, kv_cache_dtype=kv, lm_head_dtype=args.lm_head_dtype)
+    kv: Any = "fp8_e4m3" if options.kv_cache_dtype == "fp8" else options.kv_cache_dtype
+    return EngineConfig(
+        model=str(directory), dtype=options.dtype, kv_cache_dtype=kv, lm_head_dtype=options.lm_head_dtype
+    )
 
 
-def _alone(args: argparse.Namespace, console: Console) -> None:
+def _alone(options: EvalOptions, console: Console) -> None:
     from octavo.calibration.report.files import write_whole
     from octavo.jobs.quality import perplexity_of
     from octavo.quant.hub import resolve_model
 
-    directory = resolve_model(args.model, args.revision)
+    directory = resolve_model(options.model, options.revision)
     with progress_bar("loading") as bar:
         found = perplexity_of(
-            _config(args, directory), max_tokens=args.max_tokens, text=args.data, progress=bar.progress
+            _config(options, directory), max_tokens=options.max_tokens, text=options.data, progress=bar.progress
         )
     console.print(
         f"perplexity {found.perplexity:.3f} over {found.num_tokens:,} tokens of {found.text}",
@@ -146,50 +180,44 @@ def _alone(args: argparse.Namespace, console: Console) -> None:
         markup=False,
         soft_wrap=True,
     )
-    if args.json is not None:
-        write_whole(args.json, json.dumps({"model": _name(args.model), **asdict(found)}, indent=2) + "\n")
+    if options.json is not None:
+        write_whole(options.json, json.dumps({"model": _name(options.model), **asdict(found)}, indent=2) + "\n")
 
 
-def _against(args: argparse.Namespace) -> Report:
+def _against(options: EvalOptions, against: str) -> Report:
     from octavo.calibration.report.compare_checkpoints import compare_checkpoints
     from octavo.calibration.report.report import Report, rounded, sizes_of
     from octavo.calibration.report.verdict import judge
     from octavo.calibration.report.weight_error import by_kind, in_order
-    from octavo.jobs.quality import compare
     from octavo.quant.checkpoint import Checkpoint
     from octavo.quant.hub import resolve_model
-    from octavo.runtime.config import EngineConfig
 
     begin = time.perf_counter()
-    directory = resolve_model(args.model, args.revision)
-    original = resolve_model(args.against, args.against_revision)
-    dtype: Any = "auto" if args.dtype in AT_LOAD else args.dtype
-    with progress_bar("loading") as bar:
-        quality = compare(
-            EngineConfig(model=str(original), dtype=dtype),
-            _config(args, directory),
-            max_tokens=args.max_tokens,
-            text=args.data,
-            progress=bar.progress,
-        )
+    directory = resolve_model(options.model, options.revision)
+    original = resolve_model(against, options.against_revision)
+    quality = _quality(options, original, directory)
     checkpoints = Checkpoint.open(original), Checkpoint.open(directory)
     sides = compare_checkpoints(*checkpoints)
     before, after = (sum(c.spec(name).nbytes for name in c.names) for c in checkpoints)
-    schemes = _schemes(args, sides.schemes)
-    kv_cache = _kv_cache(args, checkpoints[1].kv_cache_dtype)
+    schemes = _schemes(options, sides.schemes)
+    kv_cache = _kv_cache(options, checkpoints[1].kv_cache_dtype)
     verdict = None
-    if schemes or kv_cache or args.max_kl is not None:
-        verdict = judge(quality, schemes, args.max_kl, layers=sides.rows, algorithm="unknown", kv_cache=kv_cache)
+    if schemes or kv_cache or options.max_kl is not None:
+        verdict = judge(quality, schemes, options.max_kl, layers=sides.rows, algorithm="unknown", kv_cache=kv_cache)
     quantization = checkpoints[1].quantization
     return Report(
         task="eval",
-        model=_name(args.model),
-        base_model=None if Path(args.against).expanduser().is_dir() else args.against,
+        model=_name(options.model),
+        base_model=None if Path(against).expanduser().is_dir() else against,
         architecture=str(checkpoints[1].config.get("model_type")),
         scheme=", ".join(map(str, schemes)) or "unquantized",
         format=quantization.name if quantization else "unquantized",
         algorithm="unknown",
-        options={"dtype": args.dtype, "kv_cache_dtype": args.kv_cache_dtype, "lm_head_dtype": args.lm_head_dtype},
+        options={
+            "dtype": options.dtype,
+            "kv_cache_dtype": options.kv_cache_dtype,
+            "lm_head_dtype": options.lm_head_dtype,
+        },
         kv_cache=kv_cache,
         sizes=sizes_of(before, after, sides.rows),
         kinds=by_kind(sides.rows),
@@ -201,32 +229,47 @@ def _against(args: argparse.Namespace) -> Report:
     )
 
 
-def _schemes(args: argparse.Namespace, stored: tuple[QuantScheme, ...]) -> tuple[QuantScheme, ...]:
+def _quality(options: EvalOptions, original: Path, directory: Path) -> Quality:
+    from octavo.jobs.quality import AT_LOAD, compare
+    from octavo.runtime.config import EngineConfig
+
+    dtype: Any = "auto" if options.dtype in AT_LOAD else options.dtype
+    with progress_bar("loading") as bar:
+        return compare(
+            EngineConfig(model=str(original), dtype=dtype),
+            _config(options, directory),
+            max_tokens=options.max_tokens,
+            text=options.data,
+            progress=bar.progress,
+        )
+
+
+def _schemes(options: EvalOptions, stored: tuple[QuantScheme, ...]) -> tuple[QuantScheme, ...]:
     """What is rounded: in the checkpoint, while it is loaded, and in the output head."""
     from octavo.quant.scheme import CHANNEL, PRESETS, QuantScheme, WeightScheme
 
     presets = {"fp8": "FP8_DYNAMIC", "int8": "W8A8", "int4": "W4A16"}
-    at_load = [PRESETS[presets[args.dtype]]] if args.dtype in presets else []
-    head = [QuantScheme(WeightScheme("int8", CHANNEL))] if args.lm_head_dtype == "int8" else []
+    at_load = [PRESETS[presets[options.dtype]]] if options.dtype in presets else []
+    head = [QuantScheme(WeightScheme("int8", CHANNEL))] if options.lm_head_dtype == "int8" else []
     return (*stored, *at_load, *head)
 
 
-def _kv_cache(args: argparse.Namespace, stored: str | None) -> str | None:
+def _kv_cache(options: EvalOptions, stored: str | None) -> str | None:
     """The type of MODEL's KV cache where it is an 8-bit one."""
-    if args.kv_cache_dtype == "auto":
+    if options.kv_cache_dtype == "auto":
         return stored
-    kind: str = args.kv_cache_dtype
+    kind: str = options.kv_cache_dtype
     return kind if kind in ("fp8", "fp8_e4m3", "int8") else None
 
 
-def _write(args: argparse.Namespace, report: Report) -> None:
+def _write(options: EvalOptions, report: Report) -> None:
     from octavo.calibration.report.files import write_whole
     from octavo.calibration.report.html import render_html
 
-    if args.json is not None:
-        write_whole(args.json, report.to_json())
-    if args.html is not None:
-        write_whole(args.html, render_html(report))
+    if options.json is not None:
+        write_whole(options.json, report.to_json())
+    if options.html is not None:
+        write_whole(options.html, render_html(report))
 
 
 def _name(model: str) -> str:

@@ -2,39 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
 
 from octavo.calibration.progress import Progress, silent
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from octavo.calibration.text.data import CalibrationData
 
-MAX_SEQ_LENGTH = 512
 NUM_SAMPLES = 32
 TOKENS_PER_INPUT = 4  # of the widest layer; see default_num_samples
 MAX_DEFAULT_SAMPLES = 512
 
 
+class DataOptions(msgspec.Struct, frozen=True):
+    """Which calibration text: flags with llm-compressor's names.
+
+    dataset: what --dataset takes; or a list of texts, or of dicts as a line of a .jsonl file holds them; or token ids,
+    a list of tensors [max_seq_length] or one of all, taken as they are; or None, for text that the model generates.
+    """
+
+    dataset: Annotated[
+        Any,
+        Meta(
+            description="a .txt, .jsonl, .json or .parquet file, a directory of them, or a data set of the Hub "
+            "('owner/name', 'owner/name:split')",
+            extra={
+                "group": "calibration data",
+                "metavar": "DATA",
+                "default": "none; the model generates its text itself",
+            },
+        ),
+    ] = None
+    num_samples: Annotated[
+        int | None,
+        Meta(
+            ge=1,
+            description="windows of text",
+            extra={
+                "flag": "--num-calibration-samples",
+                "metavar": "N",
+                "default": f"{NUM_SAMPLES}; more for wide layers, so that there are {TOKENS_PER_INPUT} tokens for each "
+                "of their inputs",
+            },
+        ),
+    ] = None
+    max_seq_length: Annotated[int, Meta(ge=1, description="tokens of each window", extra={"metavar": "N"})] = 512
+    seed: Annotated[
+        int,
+        Meta(
+            ge=0,
+            lt=2**32,
+            description="seed of the choice of samples, and of text that the model generates",
+            extra={"metavar": "N", "what": "a whole number from 0 to 2^32 - 1"},
+        ),
+    ] = 0
+    chat_template: Annotated[
+        str | None,
+        Meta(
+            description="a Jinja file, or a template itself, for conversations in the data",
+            extra={"metavar": "TEMPLATE", "default": "the model's own"},
+        ),
+    ] = None
+
+
 def make_data(
     source: Path,
-    dataset: str | Path | Sequence[Any] | Tensor | None = None,
-    *,
-    num_samples: int | None = None,
-    max_seq_length: int = MAX_SEQ_LENGTH,
-    seed: int = 0,
-    chat_template: str | None = None,
+    options: DataOptions,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     progress: Progress = silent,
 ) -> CalibrationData:
     """Calibration data for the checkpoint in `source`.
 
-    dataset: what --dataset takes; or a list of texts, or of dicts as a line of a .jsonl file holds them; or token ids,
-    a list of tensors [max_seq_length] or one of all, taken as they are; or None, for text that the model generates.
-    progress is called while it generates. Raises DataError, and CheckpointError for a checkpoint that is none.
+    progress is called while the model generates text. Raises DataError, and CheckpointError for a checkpoint that is
+    none.
     """
     import torch
 
@@ -45,7 +89,10 @@ def make_data(
     from octavo.jobs.self_text import generate_data
     from octavo.quant.checkpoint import read_config
 
-    text = ModelText(source, chat_template)
+    dataset = options.dataset
+    max_seq_length = options.max_seq_length
+    seed = options.seed
+    text = ModelText(source, options.chat_template)
     given = None if dataset is None or isinstance(dataset, str | Path) else list(dataset)
     if isinstance(dataset, torch.Tensor) or (given and isinstance(given[0], torch.Tensor)):
         return from_token_ids(given or [], vocab_size=text.vocab_size, source="the token ids given", seed=seed)
@@ -53,7 +100,7 @@ def make_data(
         raise DataError(
             f"--max-seq-length {max_seq_length}: the model has {text.max_position} positions; {text.max_position} works"
         )
-    count = num_samples if num_samples is not None else default_num_samples(read_config(source), max_seq_length)
+    count = options.num_samples or default_num_samples(read_config(source), max_seq_length)
     sizes = Sizes(count, max_seq_length, seed)
     if dataset is None:
         return generate_data(source, text, sizes, device=device, progress=progress)

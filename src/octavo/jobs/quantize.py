@@ -7,11 +7,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
 
 from octavo.calibration.choices import ActOrder, Algorithm, Format
+from octavo.calibration.recipe import WHAT, Recipe, RecipeError, read_recipe
+from octavo.flags import parse_size
+from octavo.jobs.calibration_data import DataOptions
 
 if TYPE_CHECKING:
     from octavo.calibration.plan import Plan
@@ -19,10 +25,9 @@ if TYPE_CHECKING:
     from octavo.calibration.prepare import Calibration, Prepared
     from octavo.calibration.progress import Progress
     from octavo.calibration.quantize_model import Quantized
-    from octavo.calibration.recipe import Recipe
     from octavo.calibration.report.report import Report
     from octavo.quant.checkpoint import Checkpoint
-    from octavo.quant.qparams import Search
+    from octavo.quant.scheme import Search
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -41,36 +46,72 @@ class Listener:
     phase: Callable[[str], None] = lambda _: None
 
 
-@dataclass(frozen=True)
-class DataOptions:
-    """Calibration text, as `octavo.jobs.calibration_data.make_data` takes it."""
+class Job(msgspec.Struct, frozen=True):
+    """Everything that `quantize` was asked for. Fields with a description are flags of the command."""
 
-    dataset: Any = None
-    num_samples: int | None = None
-    max_seq_length: int = 512
-    seed: int = 0
-    chat_template: str | None = None
-
-
-@dataclass(frozen=True)
-class Job:
-    """Everything that `quantize` was asked for. Fields as there."""
-
-    model: str
-    output: Path
+    model: Annotated[str, Meta(description="a local directory, or a Hugging Face Hub id", extra={"positional": True})]
+    output: Annotated[
+        Path, Meta(description="the directory to write", extra={"flag": ("-o", "--output"), "metavar": "OUT"})
+    ]
     recipe: Recipe
-    data: DataOptions = field(default_factory=DataOptions)
-    bits_budget: float | None = None
-    revision: str | None = None
-    offload_dir: Path | None = None
-    max_shard_bytes: int = 5_000_000_000
-    overwrite: bool = False
-    resume: bool = False
-    evaluate: bool = True
-    eval_tokens: int = 2048
-    max_kl: float | None = None
-    device: Device = "auto"
-    listener: Listener = field(default_factory=Listener)
+    data: DataOptions = DataOptions()
+    bits_budget: Annotated[
+        float | None,
+        Meta(
+            gt=0,
+            description="mixed precision: measure each layer's sensitivity and choose schemes of BITS bits per weight "
+            "on average, scales included; the choice is written to OUT/recipe.json",
+            extra={"group": WHAT, "metavar": "BITS", "default": "one scheme for all"},
+        ),
+    ] = None
+    revision: Annotated[
+        str | None,
+        Meta(description="branch, tag or commit of a Hub id", extra={"group": "", "default": "its main branch"}),
+    ] = None
+    offload_dir: Annotated[
+        Path | None,
+        Meta(
+            description="where the calibration samples' hidden states lie while the run lasts",
+            extra={"group": "output", "metavar": "DIR", "default": "beside OUT"},
+        ),
+    ] = None
+    max_shard_bytes: Annotated[
+        int,
+        Meta(
+            description="largest weight file",
+            extra={"flag": "--max-shard-size", "metavar": "SIZE", "parse": parse_size, "default": "5GB"},
+        ),
+    ] = 5_000_000_000
+    overwrite: Annotated[bool, Meta(description="replace OUT if it is there", extra={"default": "refuse"})] = False
+    resume: Annotated[
+        bool, Meta(description="go on with a run that was killed", extra={"default": "refuse to lose its work"})
+    ] = False
+    evaluate: Annotated[
+        bool,
+        Meta(
+            description="don't measure quality",
+            extra={"group": "quality", "flag": "--no-eval", "default": "measure it"},
+        ),
+    ] = True
+    eval_tokens: Annotated[
+        int,
+        Meta(
+            ge=2,
+            description="tokens of the built-in held-out text to measure on; it has some 3,500",
+            extra={"metavar": "N", "what": "a number of tokens from 2 up"},
+        ),
+    ] = 2048
+    max_kl: Annotated[
+        float | None,
+        Meta(
+            ge=0,
+            le=1e300,
+            description="exit with 3 when the mean KL to the original is above X nats a token",
+            extra={"metavar": "X", "default": "by scheme", "what": "a number of nats from 0 up"},
+        ),
+    ] = None
+    device: Annotated[Device, Meta(description="where blocks are run", extra={"group": "output"})] = "auto"
+    listener: Listener = Listener()
 
 
 def quantize(
@@ -106,8 +147,6 @@ def quantize(
 
     Raises RecipeError, QuantizeError, DataError, CheckpointError or OSError with one line that says what and why.
     """
-    from octavo.calibration.recipe import Recipe
-
     if recipe is None:
         recipe = Recipe(
             scheme=scheme,
@@ -124,8 +163,6 @@ def quantize(
 
 
 def _read(recipe: Recipe | str | Path) -> Recipe:
-    from octavo.calibration.recipe import Recipe, RecipeError, read_recipe
-
     if not isinstance(recipe, Recipe | str | Path):
         raise RecipeError(f"recipe is a {type(recipe).__name__}; a Recipe or a file's path is needed")
     return recipe if isinstance(recipe, Recipe) else read_recipe(Path(recipe))
@@ -189,8 +226,6 @@ def _runs_blocks(job: Job) -> bool:
 
 def _check_options(job: Job) -> None:
     """Refuse what would be left unused without a word: who gives text and forgets the algorithm wants no rounding."""
-    from octavo.calibration.recipe import RecipeError
-
     if (job.data.dataset is not None or job.data.num_samples is not None) and not _runs_blocks(job):
         raise RecipeError(
             f"algorithm {job.recipe.algorithm} with scheme {job.recipe.scheme} uses no calibration text: leave the "
@@ -242,17 +277,7 @@ def _calibration(job: Job, checkpoint: Checkpoint) -> Calibration:
     except ValueError as e:  # more positions than there are, a device that isn't there
         raise QuantizeError(str(e)) from e
     job.listener.phase("calibration text")
-    text = job.data
-    data = make_data(
-        checkpoint.directory,
-        text.dataset,
-        num_samples=text.num_samples,
-        max_seq_length=text.max_seq_length,
-        seed=text.seed,
-        chat_template=text.chat_template,
-        device=job.device,
-        progress=job.listener.progress,
-    )
+    data = make_data(checkpoint.directory, job.data, job.device, job.listener.progress)
     return Calibration(data, runner, job.offload_dir)
 
 

@@ -1,0 +1,48 @@
+"""The tables of options in docs/, made from the structs that the flags are made from.
+
+A table stands between `<!-- options: NAME -->` and `<!-- end of options -->`; `python tests/support/option_tables.py`
+writes all of them anew. A command's own documentation may take any of the tables below.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from octavo.bench.options import BenchOptions
+from octavo.commands.convert import ConvertOptions
+from octavo.commands.eval import EvalOptions
+from octavo.commands.quantize_flags import FLAGS
+from octavo.flags import flags_of, markdown
+from octavo.jobs.calibration_data import DataOptions
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+TABLES: dict[str, Callable[[], str]] = {
+    "quantize": lambda: markdown(flag for flag in FLAGS if flag.group != "calibration data"),
+    "calibration data": lambda: markdown(flags_of(DataOptions)),
+    "convert": lambda: markdown(flags_of(ConvertOptions)),
+    "eval": lambda: markdown(flags_of(EvalOptions)),
+    "bench": lambda: markdown(flags_of(BenchOptions)),
+}
+TABLE = re.compile(r"(<!-- options: (.+?) -->\n).*?(<!-- end of options -->)", re.DOTALL)
+
+
+def current(text: str) -> str:
+    """A page with its tables as they are now."""
+    return TABLE.sub(lambda match: f"{match[1]}\n{TABLES[match[2]]()}\n{match[3]}", text)
+
+
+def main() -> int:
+    """Write all pages that have tables."""
+    for page in DOCS.glob("*.md"):
+        text = page.read_text("utf-8")
+        if (fresh := current(text)) != text:
+            page.write_text(fresh, "utf-8")
+            print(f"written: {page.name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
