@@ -239,7 +239,7 @@ def method(rng: random.Random) -> Case:
 def headers(rng: random.Random) -> Case:
     """Headers that lie, repeat, overflow or aren't headers."""
     body = _encode(VALID["/v1/completions"])
-    start = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    start = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     raw = rng.choice(
         (
             start + b"Content-Length: -1\r\n\r\n" + body,

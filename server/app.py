@@ -18,6 +18,7 @@ from fastapi.responses import Response
 from pydantic import Discriminator, Tag
 
 from octavo.server import errors
+from octavo.server.access import ANY_HOST, Access
 from octavo.server.dialects.answers import Answer, ChatAnswer, CompletionAnswer, events, fold
 from octavo.server.dialects.protocol import (
     ChatCompletionRequest,
@@ -32,7 +33,7 @@ from octavo.server.engine_client import EngineClient
 from octavo.server.errors import RESPONSES, ApiError
 from octavo.server.generation import generate
 from octavo.server.metrics import CONTENT_TYPE, Metrics
-from octavo.server.middleware import Authentication, BodyLimit
+from octavo.server.middleware import AllowedHosts, Authentication, BodyLimit
 from octavo.server.prompts import (
     chat_prompt,
     chat_token_ids,
@@ -62,9 +63,9 @@ TokenizeRequest = Annotated[
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """What the HTTP side is told on the command line. No api_keys: everybody is served."""
+    """What the HTTP side is told on the command line."""
 
-    api_keys: tuple[str, ...] = ()
+    access: Access
     allowed_origins: tuple[str, ...] = ()
     max_body_bytes: int = 32 << 20
     root_path: str = ""
@@ -89,12 +90,14 @@ def build_app(model: ServedModel, client: EngineClient, metrics: Metrics, option
     app.include_router(routes.text())
     app.include_router(routes.operation())
     app.add_middleware(BodyLimit, limit=options.max_body_bytes)
-    if options.api_keys:
-        app.add_middleware(Authentication, keys=options.api_keys)
+    if options.access.keys:
+        app.add_middleware(Authentication, access=options.access)
     if options.allowed_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=options.allowed_origins, allow_methods=["*"], allow_headers=["*"]
         )
+    if ANY_HOST not in options.access.hosts:
+        app.add_middleware(AllowedHosts, hosts=options.access.hosts)
     return app
 
 

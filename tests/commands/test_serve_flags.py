@@ -131,10 +131,24 @@ def test_help_tells_every_flag_once_in_groups() -> None:
 
 def test_keys_come_from_the_environment_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OCTAVO_API_KEY", "secret")
-    assert serve._api_keys(parse("m")) == ("secret",)
-    assert serve._api_keys(parse("m", "--api-key", "a")) == ("a",)
+    assert serve._access(parse("m")).keys == ("secret",)
+    assert serve._access(parse("m", "--api-key", "a")).keys == ("a",)
     monkeypatch.delenv("OCTAVO_API_KEY")
-    assert serve._api_keys(parse("m")) == ()
+    assert serve._access(parse("m")).keys == ()
+
+
+def test_hosts_are_names(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parse("m", "--allowed-hosts", "a.example", "*.b.example", "*").allowed_hosts == [
+        "a.example",
+        "*.b.example",
+        "*",
+    ]
+    assert serve._access(parse("m", "--allowed-hosts", "a")).hosts == ("a",)
+    assert serve._access(parse("m", "--uds", "x")).hosts == ("*",)
+    for value in ("http://a.example", "a.*.example", "*a.example", "", "a,b"):
+        with pytest.raises(SystemExit):
+            parse("m", "--allowed-hosts", value)
+        assert "host name" in capsys.readouterr().err
 
 
 FLAGS = (

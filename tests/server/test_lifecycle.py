@@ -37,7 +37,9 @@ LONG = {
     "ignore_eos": True,
 }  # it won't be waited for
 PATH = "/v1/completions"
-HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+HEAD = (
+    b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+)
 
 
 def host_and_port(server: Server) -> tuple[str, int]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from octavo.commands.serve_flags import configure, engine_config
+from octavo.server.access import Access, api_keys, default_hosts
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -56,6 +57,7 @@ def _serve(args: argparse.Namespace, begun: float) -> bool:
 
     model = _model_of(args)
     _check_tls(args)
+    access = _access(args)
     sockets, url = _bind(args)  # before the model is loaded: a port that is taken is known now
     engine = None
     try:
@@ -68,7 +70,7 @@ def _serve(args: argparse.Namespace, begun: float) -> bool:
         from octavo.text.chat_template import ChatTemplateError
 
         _allow_many_connections()
-        renderer, make_app = _app_maker(args, directory, begun)
+        renderer, make_app = _app_maker(args, directory, begun, access)
         options = ListenOptions(
             sockets=sockets,
             url=url,
@@ -151,7 +153,7 @@ def _bind(args: argparse.Namespace) -> tuple[list[socket.socket], str]:
 
 
 def _app_maker(
-    args: argparse.Namespace, directory: Path, begun: float
+    args: argparse.Namespace, directory: Path, begun: float, access: Access
 ) -> tuple[TemplateRenderer, Callable[[EngineClient, Ready], tuple[FastAPI, Metrics]]]:
     """Read the text side of the model now, while the engine loads; the rest when the engine is ready."""
     from octavo.server.app import ServerOptions, build_app
@@ -170,7 +172,7 @@ def _app_maker(
     except (TokenizerError, ChatTemplateError, ValueError) as error:
         raise ServeError(str(error)) from error
     options = ServerOptions(
-        api_keys=_api_keys(args),
+        access=access,
         allowed_origins=tuple(args.allowed_origins),
         max_body_bytes=args.max_body_bytes,
         root_path=args.root_path,
@@ -200,10 +202,16 @@ def _app_maker(
     return renderer, make_app
 
 
-def _api_keys(args: argparse.Namespace) -> tuple[str, ...]:
-    """Of the command line, else of OCTAVO_API_KEY: there nobody reads it in the list of processes."""
-    given: list[str] = args.api_key or [os.environ.get("OCTAVO_API_KEY", "")]
-    return tuple(key for key in given if key)
+def _access(args: argparse.Namespace) -> Access:
+    """Who may ask. Keys of the environment are not seen in the list of processes."""
+    try:
+        keys = api_keys(args.api_key, os.environ)
+    except ValueError as error:
+        raise ServeError(str(error)) from error
+    if args.protect_all and not keys:
+        raise ServeError("--protect-all asks for a key everywhere, and there is none: give one with --api-key")
+    hosts = args.allowed_hosts or default_hosts(None if args.uds else args.host)
+    return Access(keys, args.protect_all, tuple(hosts))
 
 
 def _cache_facts(args: argparse.Namespace, ready: Ready) -> dict[str, str]:

@@ -265,7 +265,23 @@ def _configure_http(group: argparse._ArgumentGroup) -> None:
         nargs="+",
         action="extend",
         metavar="KEY",
-        help="serve only requests with one of these keys (default: OCTAVO_API_KEY, or everybody)",
+        help="serve only requests with one of these keys (default: OCTAVO_API_KEY, or everybody). /health and /ping "
+        "need none, nor do /metrics, /version, /docs and /openapi.json without --protect-all",
+    )
+    _add(
+        group,
+        "--protect-all",
+        action="store_true",
+        help="ask for a key on /metrics, /version, /docs and /openapi.json too",
+    )
+    _add(
+        group,
+        "--allowed-hosts",
+        nargs="+",
+        type=_host_pattern,
+        metavar="NAME",
+        help="Host headers to answer to, without a port: names, *.name, or * for any (default: on a loopback address "
+        "localhost, 127.0.0.1, [::1] and --host, so that no web page can ask by DNS rebinding; elsewhere any)",
     )
     _add(
         group,
@@ -365,6 +381,13 @@ def _seconds(text: str) -> float:
 
 def _timeout(text: str) -> float:
     return _number(text, float, 0.1, 1e9, "a number of seconds, 0.1 at least")
+
+
+def _host_pattern(text: str) -> str:
+    name = text.removeprefix("*.")
+    if text != "*" and (not name or any(character in name for character in "*/, ")):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a host name, *.name, or *")
+    return text
 
 
 def _strings(text: str) -> list[str]:
