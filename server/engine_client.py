@@ -1,7 +1,8 @@
 """The server's end of the engine: requests out, outputs in, and what happens when the engine dies.
 
 The hot path is `_dispatch`: one message a step, with the outputs of all requests in it, is decoded once and put on the
-lists of the streams that wait. A stream is closed by its reader's `finally`, which aborts what is still running.
+lists of the streams that wait. A stream is closed by its reader's `finally`, which aborts what is still running. What
+waits for readers is bounded in bytes, for each of them and for all together.
 """
 
 from __future__ import annotations
@@ -37,11 +38,28 @@ from octavo.server.heartbeat import Heartbeat
 logger = logging.getLogger(__name__)
 
 
-MAX_PENDING = 1 << 16  # outputs that wait for one reader: 20 MB, or 100 MB with log-probabilities
+MAX_PENDING = 64 << 20  # bytes of outputs that wait for one reader; a first output may have more, and is kept
+MAX_ALL_PENDING = 512 << 20  # of all readers
+MAX_AT_ONCE = 4 << 20  # bytes that one `next` hands out, so that what they become is bounded too
+OUTPUT_BYTES = 300  # of an output as an object; measured, as are the two below
+LOGPROBS_BYTES = 300  # of one position's log-probabilities
+TOP_BYTES = 72  # of each of its most likely tokens
 
 
 class EngineDeadError(RuntimeError):
-    """No more outputs come: the engine process has ended, or never could start, or ...; the message says why."""
+    """No more outputs come; the message says why, such as that the engine process has ended."""
+
+
+def num_bytes(output: TokenOutput) -> int:
+    """What an output takes in memory, about. Positions of one output have equal numbers of likely tokens."""
+    if output.logprobs is None and output.prompt_logprobs is None:
+        return OUTPUT_BYTES
+    total = OUTPUT_BYTES
+    for entries in (output.logprobs, output.prompt_logprobs):
+        if entries:
+            last = entries[-1]
+            total += len(entries) * (LOGPROBS_BYTES + TOP_BYTES * (0 if last is None else len(last.top_ids)))
+    return total
 
 
 class Stream:
@@ -52,6 +70,7 @@ class Stream:
         self._requests = list(requests)
         self._open = {request.request_id for request in self._requests}
         self._pending: list[TokenOutput] = []
+        self.num_pending = 0  # bytes
         self._waiter: asyncio.Future[None] | None = None
         self._error: str | None = None
 
@@ -61,9 +80,14 @@ class Stream:
 
     async def __aexit__(self, *_: object) -> None:
         self.end(set(self._open))
+        self._drop_pending()
+        self._client._leave(self)
 
     async def next(self) -> list[TokenOutput]:
-        """All outputs since the last call; waits for at least one. EngineDeadError once the engine is gone."""
+        """The outputs since the last call, as far as they fit into MAX_AT_ONCE; waits for at least one.
+
+        Raises EngineDeadError once the engine is gone.
+        """
         if not self._pending:
             if self._error is not None:
                 raise EngineDeadError(self._error)
@@ -72,8 +96,23 @@ class Stream:
             if not self._pending:
                 raise EngineDeadError(self._error or "the engine is gone")
         outputs = self._pending
+        if self.num_pending > MAX_AT_ONCE:
+            return self._take_some(outputs)
+        self._client.num_pending -= self.num_pending
+        self.num_pending = 0
         self._pending = []
         return outputs
+
+    def _take_some(self, outputs: list[TokenOutput]) -> list[TokenOutput]:
+        size = 0
+        count = 0
+        while count < len(outputs) and size <= MAX_AT_ONCE:
+            size += num_bytes(outputs[count])
+            count += 1
+        self._pending = outputs[count:]
+        self.num_pending -= size
+        self._client.num_pending -= size
+        return outputs[:count]
 
     def end(self, request_ids: Iterable[str]) -> None:
         """The reader has enough of these (a stop string was found): the engine shall stop them now."""
@@ -83,9 +122,12 @@ class Stream:
 
     def _put(self, output: TokenOutput) -> None:
         if output.request_id in self._open:
-            if len(self._pending) == MAX_PENDING:
+            size = num_bytes(output)
+            if self._pending and self.num_pending + size > MAX_PENDING:
                 self._overflow()
                 return
+            self.num_pending += size
+            self._client.num_pending += size
             self._pending.append(output)
             if output.finish_reason is not None:
                 self._open.discard(output.request_id)
@@ -93,9 +135,15 @@ class Stream:
 
     def _overflow(self) -> None:
         """The client doesn't read what it asked for: the engine stops, and when it reads on it gets an error."""
-        self._pending.clear()
+        self._drop_pending()
         self._error = "the answer was not read as fast as it came, and is too long to be kept"
         self.end(set(self._open))
+        self._wake()
+
+    def _drop_pending(self) -> None:
+        self._pending = []
+        self._client.num_pending -= self.num_pending
+        self.num_pending = 0
 
     def _fail(self, message: str) -> None:
         self._error = message
@@ -123,7 +171,8 @@ class EngineClient:
         self._socket.bind(engine.address)
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
-        self._streams: dict[str, Stream] = {}
+        self._streams: dict[str, Stream] = {}  # by request; without those that the engine has finished
+        self._readers: set[Stream] = set()
         self._pings: dict[int, asyncio.Future[None]] = {}
         self._nonces = itertools.count(1)
         self._ready: asyncio.Future[Ready] = self._loop.create_future()
@@ -132,6 +181,7 @@ class EngineClient:
         self.death: str | None = None  # why the engine is dead; None while it lives
         self.refusal: str | None = None  # why no new request is taken; None while they are
         self.stats: EngineStats | None = None
+        self.num_pending = 0  # bytes of outputs that wait for their readers
         self.on_step: Callable[[StepOutputs], None] | None = None
         self.on_death: Callable[[], None] | None = None
         self._heartbeat = Heartbeat(self._context, heartbeat_address(engine.address))
@@ -201,9 +251,13 @@ class EngineClient:
     def _add(self, stream: Stream, requests: list[AddRequest]) -> None:
         if self.refusal is not None:
             raise EngineDeadError(self.refusal)
+        self._readers.add(stream)
         for request in requests:
             self._streams[request.request_id] = stream
             self._send(request)
+
+    def _leave(self, stream: Stream) -> None:
+        self._readers.discard(stream)
 
     def _abort(self, request_ids: list[str]) -> None:
         for request_id in request_ids:
@@ -246,7 +300,9 @@ class EngineClient:
                 continue  # aborted a moment ago
             stream._put(output)
             if output.finish_reason is not None:
-                del self._streams[request_id]
+                self._streams.pop(request_id, None)  # an overflow may have done so
+        while self.num_pending > MAX_ALL_PENDING:
+            max(self._readers, key=lambda stream: stream.num_pending)._overflow()
         if self.on_step is not None:
             self.on_step(step)
 
