@@ -239,9 +239,9 @@ def _tokenized(
     """The answer to /tokenize; chat_text is what the chat template made of a TokenizeChatRequest."""
     if isinstance(body, TokenizeChatRequest):
         assert chat_text is not None
-        ids = chat_token_ids(chat_text, body, model)
+        ids = chat_token_ids(chat_text, body, model, must_fit=False)
     else:
-        ids = encode(body.prompt, "prompt", model, add_special_tokens=body.add_special_tokens)
+        ids = encode(body.prompt, "prompt", model, add_special_tokens=body.add_special_tokens, must_fit=False)
     strings = [model.tokenizer.token_text(token_id) for token_id in ids] if body.return_token_strs else None
     return encode_json({"count": len(ids), "max_model_len": model.max_model_len, "tokens": ids, "token_strs": strings})
 

@@ -20,9 +20,11 @@ from octavo.server.served_model import ServedModel
 from octavo.server.template_renderer import RendererStoppedError, RenderRequest
 from octavo.text.chat_template import REQUEST_ORIGIN, ChatTemplateError
 from octavo.text.template_process import Job
+from octavo.text.tokenizer import EncodingError
 
 MAX_ANSWERS = 4096  # of one HTTP request: prompts x n
-MAX_TEXT = 1 << 22  # characters that are tokenized, whatever the context: that takes seconds and some 400 MB
+LONG_TOKEN = 64  # bytes; only of a tokenizer one of whose tokens may stand for any number of them
+MAX_TEXT = 1 << 22  # bytes of text that are tokenized where the context sets no limit; that takes seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +49,8 @@ def completion_prompts(request: CompletionRequest, model: ServedModel) -> list[P
         if text is None:
             ids: list[int] = part  # type: ignore[assignment]  # mypy doesn't see that the first element tells the type
         else:
-            ids = encode(text, "prompt", model, add_special_tokens=request.add_special_tokens)
+            must_fit = request.truncate_prompt_tokens is None
+            ids = encode(text, "prompt", model, add_special_tokens=request.add_special_tokens, must_fit=must_fit)
         prompts.append(Prompt(_fitted(ids, request, request.max_tokens, model, "prompt"), text))
     _check_total(prompts, request, "prompt")
     return prompts
@@ -55,7 +58,7 @@ def completion_prompts(request: CompletionRequest, model: ServedModel) -> list[P
 
 def chat_prompt(text: str, request: ChatCompletionRequest, model: ServedModel) -> Prompt:
     """The prompt out of the text that the chat template made of the messages."""
-    ids = chat_token_ids(text, request, model)
+    ids = chat_token_ids(text, request, model, must_fit=request.truncate_prompt_tokens is None)
     prompt = Prompt(_fitted(ids, request, chat_max_tokens(request), model, "messages"))
     _check_total([prompt], request, "messages")
     return prompt
@@ -73,20 +76,33 @@ def _check_total(prompts: list[Prompt], request: GenerationRequest, name: str) -
         )
 
 
-def max_characters(model: ServedModel) -> int:
-    """The longest text that is tokenized."""
-    return max(MAX_TEXT, model.max_model_len * model.tokenizer.longest_token)
+def max_text_bytes(model: ServedModel, *, must_fit: bool) -> int:
+    """The longest text that is tokenized; must_fit: that can fit into the context."""
+    per_token = model.tokenizer.max_token_bytes
+    in_context = model.max_model_len * (per_token or LONG_TOKEN)
+    return in_context if must_fit and per_token is not None else max(MAX_TEXT, in_context)
 
 
-def encode(text: str, name: str, model: ServedModel, *, add_special_tokens: bool) -> list[int]:
-    """Token ids of a client's text. Half a surrogate pair, which a template can write, is no text."""
-    limit = max_characters(model)
-    if len(text) > limit:
-        raise bad_request(f"{name}: {len(text)} characters; {limit} is the most that is tokenized", name)
+def encode(text: str, name: str, model: ServedModel, *, add_special_tokens: bool, must_fit: bool) -> list[int]:
+    """Token ids of a client's text. must_fit: one that can't fit into the context is refused, and not tokenized."""
+    limit = max_text_bytes(model, must_fit=must_fit)
+    size = _num_bytes(text, limit)
+    if size > limit:
+        why = f"{limit} is the most that is tokenized"
+        if must_fit and model.tokenizer.max_token_bytes is not None:
+            why = f"the context of this model is {model.max_model_len} tokens, and no text above {limit} bytes fits"
+        raise bad_request(f"{name}: {size} bytes of text; {why}", name)
     try:
         return model.tokenizer.encode(text, add_special_tokens=add_special_tokens)
-    except (UnicodeEncodeError, TypeError):  # which of them depends on the version of tokenizers
-        raise bad_request(f"{name}: half a surrogate pair is no text", name) from None
+    except EncodingError as error:
+        raise bad_request(f"{name}: {error}", name) from None
+
+
+def _num_bytes(text: str, limit: int) -> int:
+    """The size of a text in UTF-8; of one that is far from the limit, about."""
+    if not limit / 4 < len(text) <= limit:
+        return len(text)
+    return len(text.encode("utf-8", "surrogatepass"))
 
 
 def render_request(
@@ -106,7 +122,7 @@ def render_request(
         continue_final_message=options.continue_final_message,
         documents=documents,
         variables=options.chat_template_kwargs,
-        max_characters=max_characters(model),
+        max_characters=max_text_bytes(model, must_fit=False),
     )
     try:
         return model.renderer.request(job)
@@ -125,9 +141,9 @@ async def rendered(request: RenderRequest, model: ServedModel) -> str:
         raise ApiError(503, str(error)) from error
 
 
-def chat_token_ids(text: str, options: ChatOptions, model: ServedModel) -> list[int]:
+def chat_token_ids(text: str, options: ChatOptions, model: ServedModel, *, must_fit: bool) -> list[int]:
     """Tokenize what the chat template made of the messages."""
-    return encode(text, "messages", model, add_special_tokens=options.add_special_tokens)
+    return encode(text, "messages", model, add_special_tokens=options.add_special_tokens, must_fit=must_fit)
 
 
 def chat_max_tokens(request: ChatCompletionRequest) -> int | None:

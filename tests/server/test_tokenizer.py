@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from octavo.text.detokenizer import Detokenizer, IncrementalDecoder, StopStrings
-from octavo.text.tokenizer import Tokenizer, TokenizerError
+from octavo.text.tokenizer import EncodingError, Tokenizer, TokenizerError
 
 TINY = Path(__file__).parent.parent / "fixtures" / "tiny"
 BYTE_LEVEL = Tokenizer.open(TINY)
@@ -46,6 +47,70 @@ def _sentencepiece_like() -> Tokenizer:
 
 
 SENTENCEPIECE = _sentencepiece_like()
+
+
+QWEN = Tokenizer.open(TINY.parent / "tiny-qwen2")  # NFC, and a pattern that splits
+
+
+@pytest.mark.parametrize("tokenizer", [BYTE_LEVEL, SENTENCEPIECE, QWEN], ids=["byte level", "sentencepiece", "NFC"])
+@given(text=TEXTS)
+@settings(max_examples=300, deadline=None)
+def test_no_token_stands_for_more_bytes_than_it_may(tokenizer: Tokenizer, text: str) -> None:
+    assert tokenizer.max_token_bytes is not None
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert len(text.encode()) <= tokenizer.max_token_bytes * len(ids)
+
+
+def test_the_longest_token_is_the_limit_where_nothing_is_normalized() -> None:
+    assert max(len(BYTE_LEVEL.token_bytes(i)) for i in range(BYTE_LEVEL.num_tokens)) == BYTE_LEVEL.max_token_bytes
+
+
+def test_nfc_writes_at_most_three_bytes_as_one() -> None:
+    for code in range(sys.maxunicode + 1):
+        if not 0xD800 <= code < 0xE000:
+            whole = unicodedata.normalize("NFC", chr(code))
+            for parts in (chr(code), unicodedata.normalize("NFD", whole)):
+                assert len(parts.encode()) <= 3 * len(unicodedata.normalize("NFC", parts).encode())
+
+
+def _over_all_bytes(**changes: object) -> Tokenizer:
+    alphabet = {character: i for i, character in enumerate(pre_tokenizers.ByteLevel.alphabet())}
+    backend = Backend(models.BPE(alphabet, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    for name, value in changes.items():
+        setattr(backend, name, value)
+    return Tokenizer(backend, {})
+
+
+def test_without_a_limit_where_a_tokenizer_drops_text() -> None:
+    assert _over_all_bytes().max_token_bytes == 4
+    removed = pre_tokenizers.Sequence([pre_tokenizers.Split(" ", "removed"), pre_tokenizers.ByteLevel()])
+    for changes in (
+        {"normalizer": normalizers.Strip()},
+        {"normalizer": normalizers.Replace("  ", " ")},
+        {"normalizer": normalizers.Sequence([normalizers.NFC(), normalizers.StripAccents()])},
+        {"normalizer": normalizers.Replace(Regex(" +"), " ")},
+        {"pre_tokenizer": removed},
+        {"pre_tokenizer": pre_tokenizers.Whitespace()},
+        {"model": models.BPE({"a": 0, "[UNK]": 1}, [], unk_token="[UNK]", fuse_unk=True)},
+        {"model": models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]")},
+    ):
+        assert _over_all_bytes(**changes).max_token_bytes is None, changes
+    greedy = _over_all_bytes()
+    greedy._backend.add_special_tokens([AddedToken("<mask>", lstrip=True)])
+    assert Tokenizer(greedy._backend, {}).max_token_bytes is None
+
+
+def test_a_pattern_that_never_ends_is_an_ordinary_error() -> None:
+    """The library panics, which is no Exception."""
+    endless = pre_tokenizers.Split(Regex("(a+)+$"), "isolated")
+    tokenizer = _over_all_bytes(pre_tokenizer=pre_tokenizers.Sequence([endless, pre_tokenizers.ByteLevel()]))
+    with pytest.raises(EncodingError, match="gives up"):
+        tokenizer.encode("a" * 40 + "b")
+    with pytest.raises(EncodingError, match="surrogate"):
+        tokenizer.encode("\ud800")
+    assert tokenizer.encode("aab", add_special_tokens=False)
 
 
 def _in_pieces(tokenizer: Tokenizer, ids: list[int], *, skip: bool) -> str:

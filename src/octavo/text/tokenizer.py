@@ -26,6 +26,10 @@ class TokenizerError(ValueError):
     """The checkpoint's tokenizer is missing, or is of a kind that can't be decoded token by token."""
 
 
+class EncodingError(ValueError):
+    """The tokenizer can't make tokens of this text; the message says why."""
+
+
 @dataclass(frozen=True)
 class DecodeRules:
     """How a token's string becomes bytes, and what is dropped where a text begins.
@@ -89,7 +93,7 @@ class Tokenizer:
         )
         vocabulary = backend.get_vocab()
         self.num_tokens: int = max(vocabulary.values()) + 1  # ids run from 0; some may be unused
-        self.longest_token = max(map(len, vocabulary))  # in characters, or in bytes of a byte-level vocabulary
+        self.max_token_bytes = self._max_token_bytes(vocabulary)
 
     @classmethod
     def open(cls, directory: Path, *, trust_remote_code: bool = False) -> Tokenizer:
@@ -121,9 +125,20 @@ class Tokenizer:
         return None if token is None else self._backend.token_to_id(token)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text; special tokens written out in it count as special tokens, as in transformers."""
-        # of the library's ways this is the one that lets go of the GIL; its `encode` would stop every other stream
-        ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        """Token ids of a text; special tokens written out in it count as special tokens, as in transformers.
+
+        Raises EncodingError.
+        """
+        try:
+            # of the library's ways this is the one that lets go of the GIL; its `encode` would stop every other stream
+            ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        except (UnicodeEncodeError, TypeError):  # which of them depends on the version of tokenizers
+            raise EncodingError("half a surrogate pair is no text") from None
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":
+                raise
+            # Rust code in a panic, which is no Exception: a pattern of the tokenizer's has met its limit of steps
+            raise EncodingError(f"the tokenizer gives up on this text: {_first_line(error)}") from None
         return ids
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
@@ -163,6 +178,24 @@ class Tokenizer:
             token = token.replace(old, new)
         return token.encode()
 
+    def _max_token_bytes(self, vocabulary: dict[str, int]) -> int | None:
+        """The most bytes of a text that one token can stand for; None where there is no such limit.
+
+        There is one where every byte of a text ends up in a token: in BPE over all 256 bytes, without steps before it
+        that drop text. NFC writes at most three bytes as one.
+        """
+        alphabet = _BYTE_OF_CHARACTER if self._rules.byte_level else [f"<0x{byte:02X}>" for byte in range(256)]
+        if type(self._backend.model).__name__ != "BPE" or not all(byte in vocabulary for byte in alphabet):
+            return None
+        if any(token.lstrip or token.rstrip for token in self._backend.get_added_tokens_decoder().values()):
+            return None  # such a token takes all whitespace beside it
+        normalizers = _steps(self._backend.normalizer, "normalizers")
+        if not all(map(_keeps_text, [*normalizers, *_steps(self._backend.pre_tokenizer, "pretokenizers")])):
+            return None
+        longest = max(map(len, vocabulary))  # in characters, of which each is four bytes at most
+        sizes = [len(self._to_bytes(token)) for token in vocabulary if 4 * len(token) >= longest]
+        return max(4, *sizes) * (3 if any(step["type"] == "NFC" for step in normalizers) else 1)
+
     def _add_missing_tokens(self) -> None:
         """Tokens that only tokenizer_config.json names, as old checkpoints have them."""
         known = {token.content for token in self._backend.get_added_tokens_decoder().values()}
@@ -194,6 +227,27 @@ class Tokenizer:
         )
 
 
+def _steps(part: Any, name: str) -> list[dict[str, Any]]:
+    """The steps of a normalizer or pre-tokenizer as tokenizer.json has them."""
+    if part is None:
+        return []
+    state = json.loads(part.__getstate__())
+    steps: list[dict[str, Any]] = state[name] if state["type"] == "Sequence" else [state]
+    return steps
+
+
+def _keeps_text(step: dict[str, Any]) -> bool:
+    """Whether a step before the model drops no text, as far as octavo knows it."""
+    match step:
+        case {"type": "NFC" | "Prepend" | "ByteLevel" | "Metaspace" | "Digits"}:
+            return True
+        case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)}:
+            return len(new.encode()) >= len(old.encode())
+        case {"type": "Split", "behavior": behavior}:
+            return bool(behavior != "Removed")
+    return False
+
+
 def _content(token: object) -> str | None:
     """A special token's string; configs write it plainly or as a dict with flags."""
     if isinstance(token, dict):
@@ -219,7 +273,7 @@ def _backend_from_transformers(directory: Path, trust_remote_code: bool) -> Back
     return backend
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0]
 
 
