@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, TypeVar
@@ -15,10 +16,10 @@ from typing import Annotated, TypeVar
 from fastapi import APIRouter, Body, FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import Response
-from pydantic import Discriminator, Tag
 
 from octavo.server import errors
 from octavo.server.access import ANY_HOST, Access
+from octavo.server.bodies import Bodies
 from octavo.server.dialects.answers import Answer, ChatAnswer, CompletionAnswer, events, fold
 from octavo.server.dialects.protocol import (
     ChatCompletionRequest,
@@ -27,13 +28,14 @@ from octavo.server.dialects.protocol import (
     DetokenizeResponse,
     TokenizeChatRequest,
     TokenizeCompletionRequest,
+    TokenizeRequest,
     TokenizeResponse,
 )
 from octavo.server.engine_client import EngineClient
 from octavo.server.errors import RESPONSES, ApiError
 from octavo.server.generation import generate
 from octavo.server.metrics import CONTENT_TYPE, Metrics
-from octavo.server.middleware import AllowedHosts, Authentication, BodyLimit
+from octavo.server.middleware import AllowedHosts, Authentication
 from octavo.server.prompts import (
     chat_prompt,
     chat_token_ids,
@@ -45,20 +47,16 @@ from octavo.server.prompts import (
 )
 from octavo.server.served_model import ServedModel
 from octavo.server.streaming import EventStream, encode_json, unless_hung_up
-from octavo.server.strict_json import StrictRoute
+from octavo.server.strict_json import HUNG_UP, StrictRoute
 from octavo.version import VERSION
 
 logger = logging.getLogger(__name__)
 
 HEALTH_SECONDS = 30.0  # one step of a large model on a slow machine may take seconds; nothing healthy takes this
 LONG_BODY = 1 << 16  # bytes
-HUNG_UP = 499  # nginx's number for a client that went away; nobody reads it
+VERY_LONG_BODY = 1 << 20
 
 T = TypeVar("T")
-TokenizeRequest = Annotated[
-    Annotated[TokenizeCompletionRequest, Tag("<text>")] | Annotated[TokenizeChatRequest, Tag("<chat>")],
-    Discriminator(lambda body: "<chat>" if isinstance(body, dict) and "messages" in body else "<text>"),
-]
 
 
 @dataclass(frozen=True)
@@ -68,6 +66,7 @@ class ServerOptions:
     access: Access
     allowed_origins: tuple[str, ...] = ()
     max_body_bytes: int = 32 << 20
+    max_total_body_bytes: int = 256 << 20
     root_path: str = ""
     log_requests: bool = False
     docs: bool = True
@@ -85,11 +84,12 @@ def build_app(model: ServedModel, client: EngineClient, metrics: Metrics, option
         redirect_slashes=False,
     )
     errors.install(app)
+    app.state.bodies = Bodies(options.max_body_bytes, options.max_total_body_bytes)
+    app.state.long_work = ThreadPoolExecutor(1, "octavo-long")
     routes = _Routes(model, client, metrics, options)
     app.include_router(routes.generation())
     app.include_router(routes.text())
     app.include_router(routes.operation())
-    app.add_middleware(BodyLimit, limit=options.max_body_bytes)
     if options.access.keys:
         app.add_middleware(Authentication, access=options.access)
     if options.allowed_origins:
@@ -223,10 +223,16 @@ class _Routes:
 
 
 async def _off_loop(http: Request, work: Callable[[], T]) -> T:
-    """Do what takes long for a long prompt: here when it is short, in a thread when it would hold up the others."""
-    if int(http.headers.get("content-length", LONG_BODY)) < LONG_BODY:
+    """Do what takes long for a long prompt: here when it is short, in a thread when it would hold up the others.
+
+    What a very long body asks for is done one at a time: tokenizing 4 MB takes 150 MB, which a thread's heap keeps.
+    """
+    length = int(http.headers.get("content-length", VERY_LONG_BODY))
+    if length < LONG_BODY:
         return work()
-    return await asyncio.to_thread(work)
+    if length < VERY_LONG_BODY:
+        return await asyncio.to_thread(work)
+    return await asyncio.get_running_loop().run_in_executor(http.app.state.long_work, work)
 
 
 def _json(content: bytes) -> Response:

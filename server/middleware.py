@@ -1,21 +1,18 @@
-"""What every request passes before a route sees it: the Host header, the key, the body's size and pace. Plain ASGI."""
+"""What every request passes before a route sees it: the Host header and the API key. Plain ASGI."""
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 from collections.abc import Sequence
 
 from starlette.datastructures import Headers
-from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from octavo.server.access import Access, host_name
 from octavo.server.errors import error_response
 
 PROBES = frozenset({"/health", "/ping"})  # who asks them has no key, and learns one bit
 OPEN_PATHS = frozenset({"/metrics", "/version", "/docs", "/openapi.json"})  # unless --protect-all closes them
-BODY_SECONDS = 60.0  # for the next piece of a body
 
 
 class Authentication:
@@ -68,45 +65,3 @@ class AllowedHosts:
                 await error_response(421, message)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
-
-
-class BodyLimit:
-    """413 for a body of more than `limit` bytes, by its Content-Length or, without one, as soon as it gets there.
-
-    408 for a body of which nothing comes for BODY_SECONDS.
-    """
-
-    def __init__(self, app: ASGIApp, limit: int) -> None:
-        self._app = app
-        self._limit = limit
-        self._message = f"the body is larger than {limit} bytes (--max-body-bytes)"
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        length = Headers(scope=scope).get("content-length", "")
-        if length.isdigit() and int(length) > self._limit:
-            response = error_response(413, self._message)
-            response.headers["Connection"] = "close"  # the body is not read
-            await response(scope, receive, send)
-            return
-        num_received = 0
-        is_whole = False
-
-        async def limited() -> Message:
-            nonlocal num_received, is_whole
-            if is_whole:
-                return await receive()  # that the client hangs up, some day
-            try:
-                async with asyncio.timeout(BODY_SECONDS):
-                    message = await receive()
-            except TimeoutError:
-                raise HTTPException(408, "the body did not come", {"Connection": "close"}) from None
-            num_received += len(message.get("body", b""))
-            is_whole = not message.get("more_body", False)
-            if num_received > self._limit:
-                raise HTTPException(413, self._message, {"Connection": "close"})
-            return message
-
-        await self._app(scope, limited, send)

@@ -1,41 +1,37 @@
-"""A request's body as JSON by the letter: UTF-8, no NaN, no half of a surrogate pair, nothing behind the value.
+"""Routes whose requests are read by bodies.py instead of FastAPI.
 
-json.loads, which FastAPI would use, takes all of these, and a lone surrogate then breaks whatever encodes it first.
+FastAPI takes JSON that isn't (NaN, halves of surrogate pairs, which break whatever encodes them first), and keeps the
+body, and all that was decoded of it, until the answer has been sent.
 """
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-import msgspec
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
-from starlette.exceptions import HTTPException
+from pydantic import TypeAdapter
 
-
-class StrictRequest(Request):
-    """A request whose `json` is strict."""
-
-    async def json(self) -> Any:
-        """The body, decoded; a 400 that says where it is no JSON."""
-        body = await self.body()
-        try:
-            return msgspec.json.decode(body)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise HTTPException(400, f"the body is not JSON: {error}") from None
-        except RecursionError:
-            raise HTTPException(400, "the body is nested too deeply") from None
+HUNG_UP = 499  # nginx's number for a client that went away; nobody reads it
 
 
 class StrictRoute(APIRoute):
-    """A route whose requests are strict."""
+    """A route whose handler takes `body`, decoded and checked, and `http`; or neither."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """FastAPI's own handler, given a StrictRequest."""
-        handle = super().get_route_handler()
+        """What answers a request: FastAPI's own handler where there is no body."""
+        if self.body_field is None:
+            return super().get_route_handler()
+        annotation = typing.get_type_hints(self.endpoint, include_extras=True)["body"]
+        kind: TypeAdapter[Any] = TypeAdapter(annotation)
+        endpoint: Callable[..., Coroutine[Any, Any, Response]] = self.endpoint
 
-        async def strict(request: Request) -> Response:
-            return await handle(StrictRequest(request.scope, request.receive))
+        async def handle(http: Request) -> Response:
+            body = await http.app.state.bodies.decoded(http, kind, annotation)
+            if body is None:
+                return Response(status_code=HUNG_UP)
+            return await endpoint(body=body, http=http)
 
-        return strict
+        return handle

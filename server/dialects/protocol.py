@@ -7,6 +7,7 @@ fits) is checked in server/prompts.py.
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -25,6 +26,8 @@ from octavo.server.errors import field_error
 MAX_CHOICES = 128
 MAX_TOKENS_SENT = 1 << 22  # to the engine for one request, where each answer's prompt counts; they take 200 MB there
 MAX_ENTRIES = 1024  # of an object; pydantic makes an error of each that is wrong, and they must not fill the memory
+MAX_PARTS = 1 << 14  # messages of a conversation, with their parts and calls; each is an object, and takes 5 us
+MAX_TEMPLATE_DATA = 1 << 20  # bytes, as JSON, of what goes to the chat template beside the messages
 INT64 = 2**63
 
 Text = Annotated[str, StringConstraints(strict=True)]
@@ -46,6 +49,26 @@ def _few(value: Any) -> Any:
     """Not an object of a million entries, each of which would get an error of its own."""
     if isinstance(value, dict) and len(value) > MAX_ENTRIES:
         raise ValueError(f"an object of {len(value)} entries; {MAX_ENTRIES} is the most")
+    return value
+
+
+def _little(value: Any) -> Any:
+    """Not megabytes of values, which a chat template would walk over."""
+    size = len(json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+    if size > MAX_TEMPLATE_DATA:
+        raise ValueError(f"{size} bytes as JSON; {MAX_TEMPLATE_DATA} is the most")
+    return value
+
+
+def _few_parts(value: Any) -> Any:
+    """Not a conversation of a million messages, parts and calls."""
+    if isinstance(value, list):
+        lists = [
+            message.get(name) for message in value if isinstance(message, dict) for name in ("content", "tool_calls")
+        ]
+        count = len(value) + sum(len(parts) for parts in lists if isinstance(parts, list))
+        if count > MAX_PARTS:
+            raise ValueError(f"{count} messages, parts and calls; {MAX_PARTS} is the most")
     return value
 
 
@@ -256,11 +279,11 @@ class ChatMessage(Strict):
 class ChatOptions(Strict):
     """How messages become a prompt; shared by chat completions and /tokenize."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True), BeforeValidator(_few_parts)]
     add_generation_prompt: Flag = True
     continue_final_message: Flag = False
     chat_template: Text | None = None
-    chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(_few)] | None = None
+    chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(_little)] | None = None
     add_special_tokens: Flag = False
 
     @model_validator(mode="after")
@@ -278,7 +301,7 @@ class ChatCompletionRequest(ChatOptions, GenerationRequest):
     logprobs: Flag | None = None
     top_logprobs: Count | None = None
     echo: Flag = False
-    documents: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
+    documents: Annotated[list[dict[str, Any]], Field(fail_fast=True), BeforeValidator(_little)] | None = None
     # not supported: accepted only where they ask for nothing
     tools: Unsupported | None = None
     tool_choice: Literal["none", "auto"] | None = None
@@ -322,6 +345,16 @@ class DetokenizeRequest(Strict):
 
     model: Text | None = None
     tokens: Annotated[list[TokenId], Field(max_length=MAX_TOKENS_SENT, fail_fast=True)]
+
+
+def _kind_of_text(body: object) -> str:
+    return "<chat>" if isinstance(body, dict) and "messages" in body else "<text>"
+
+
+TokenizeRequest = Annotated[
+    Annotated[TokenizeCompletionRequest, Tag("<text>")] | Annotated[TokenizeChatRequest, Tag("<chat>")],
+    Discriminator(_kind_of_text),
+]
 
 
 class TokenizeResponse(BaseModel):

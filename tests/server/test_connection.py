@@ -11,35 +11,28 @@ import logging
 import socket
 import struct
 import termios
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 
 import pytest
-import uvicorn
+from socket_app import connected
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from octavo.server import connection, middleware
-from octavo.server.connection import MAX_HEAD, Connection
-from octavo.server.errors import error_response
-from octavo.server.middleware import BodyLimit
+from octavo.server import connection
+from octavo.server.connection import MAX_HEAD
 
 HEAD = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n"
 CHUNKED = b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
 Test = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
-async def echo(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer with the body; an HTTPException as octavo's handlers would."""
+async def echo(scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG001
+    """Answer with the body."""
     body = b""
-    try:
-        while not body.endswith(b"."):
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return
-            body += message.get("body", b"")
-    except middleware.HTTPException as error:
-        await error_response(error.status_code, str(error.detail))(scope, receive, send)
-        return
+    while not body.endswith(b"."):
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return
+        body += message.get("body", b"")
     await answer(send, body)
 
 
@@ -72,24 +65,9 @@ STREAMED = b"transfer-encoding: chunked\r\n\r\n3\r\none\r\n"
 STREAMED_END = b"3\r\ntwo\r\n0\r\n\r\n"
 
 
-@asynccontextmanager
-async def connected(app: ASGIApp) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-    config = uvicorn.Config(app, http=Connection, ws="none", lifespan="off", log_config=None, port=0)
-    server = uvicorn.Server(config)
-    config.load()
-    server.lifespan = config.lifespan_class(config)
-    await server.startup()
-    reader, writer = await asyncio.open_connection(*server.servers[0].sockets[0].getsockname(), limit=1 << 20)
-    try:
-        yield reader, writer
-    finally:
-        writer.close()
-        await server.shutdown()
-
-
 def run(test: Test, app: ASGIApp | None = None) -> None:
     async def inside() -> None:
-        async with connected(app or BodyLimit(echo, 100)) as (reader, writer):
+        async with connected(app or echo) as (reader, writer):
             await asyncio.wait_for(test(reader, writer), 60)
 
     asyncio.run(inside())
@@ -124,16 +102,6 @@ def test_the_head_of_a_second_request_that_does_not_come(monkeypatch: pytest.Mon
         monkeypatch.setattr(connection, "HEAD_SECONDS", 0.01)
         writer.write(HEAD[:-2])
         assert await reader.read() == b""
-
-    run(test)
-
-
-def test_a_body_that_does_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(middleware, "BODY_SECONDS", 0.01)
-
-    async def test(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(HEAD + b"1234")
-        assert (await reader.readline()).startswith(b"HTTP/1.1 408 ")
 
     run(test)
 

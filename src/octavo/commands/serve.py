@@ -175,6 +175,7 @@ def _app_maker(
         access=access,
         allowed_origins=tuple(args.allowed_origins),
         max_body_bytes=args.max_body_bytes,
+        max_total_body_bytes=args.max_total_body_bytes,
         root_path=args.root_path,
         log_requests=args.enable_log_requests,
         docs=not args.disable_fastapi_docs,

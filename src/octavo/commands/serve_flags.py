@@ -259,30 +259,7 @@ def _configure_http(group: argparse._ArgumentGroup) -> None:
     _add(group, "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is every network's")
     _add(group, "--port", type=_port, default=8000, help="port to listen on; 0 takes a free one")
     _add(group, "--uds", metavar="PATH", help="listen on a Unix socket instead")
-    _add(
-        group,
-        "--api-key",
-        nargs="+",
-        action="extend",
-        metavar="KEY",
-        help="serve only requests with one of these keys (default: OCTAVO_API_KEY, or everybody). /health and /ping "
-        "need none, nor do /metrics, /version, /docs and /openapi.json without --protect-all",
-    )
-    _add(
-        group,
-        "--protect-all",
-        action="store_true",
-        help="ask for a key on /metrics, /version, /docs and /openapi.json too",
-    )
-    _add(
-        group,
-        "--allowed-hosts",
-        nargs="+",
-        type=_host_pattern,
-        metavar="NAME",
-        help="Host headers to answer to, without a port: names, *.name, or * for any (default: on a loopback address "
-        "localhost, 127.0.0.1, [::1] and --host, so that no web page can ask by DNS rebinding; elsewhere any)",
-    )
+    _configure_access(group)
     _add(
         group,
         "--allowed-origins",
@@ -293,6 +270,14 @@ def _configure_http(group: argparse._ArgumentGroup) -> None:
     )
     _add(group, "--root-path", default="", metavar="PATH", help="what a proxy in front strips from paths")
     _add(group, "--max-body-bytes", type=parse_size, default="32MiB", metavar="SIZE", help="largest request")
+    _add(
+        group,
+        "--max-total-body-bytes",
+        type=parse_size,
+        default="256MiB",
+        metavar="SIZE",
+        help="all requests that are being received, above 64 KiB each; what exceeds it gets 503",
+    )
     _add(group, "--ssl-keyfile", metavar="FILE", help="TLS: the private key")
     _add(group, "--ssl-certfile", metavar="FILE", help="TLS: the certificate")
     _add(group, "--ssl-ca-certs", metavar="FILE", help="TLS: whom to trust")
@@ -320,6 +305,33 @@ def _configure_http(group: argparse._ArgumentGroup) -> None:
         help="answer 503 when the engine has died, instead of ending with exit code 1",
     )
     _add(group, "--disable-fastapi-docs", action="store_true", help="no /docs and no /openapi.json")
+
+
+def _configure_access(group: argparse._ArgumentGroup) -> None:
+    _add(
+        group,
+        "--api-key",
+        nargs="+",
+        action="extend",
+        metavar="KEY",
+        help="serve only requests with one of these keys (default: OCTAVO_API_KEY, or everybody). /health and /ping "
+        "need none, nor do /metrics, /version, /docs and /openapi.json without --protect-all",
+    )
+    _add(
+        group,
+        "--protect-all",
+        action="store_true",
+        help="ask for a key on /metrics, /version, /docs and /openapi.json too",
+    )
+    _add(
+        group,
+        "--allowed-hosts",
+        nargs="+",
+        type=_host_pattern,
+        metavar="NAME",
+        help="Host headers to answer to, without a port: names, *.name, or * for any (default: on a loopback address "
+        "localhost, 127.0.0.1, [::1] and --host, so that no web page can ask by DNS rebinding; elsewhere any)",
+    )
 
 
 def _configure_logs(group: argparse._ArgumentGroup) -> None:

@@ -61,7 +61,7 @@ def main() -> int:
     if first is None:
         return 0
     setup: Setup = pickle.loads(first)
-    _limit_memory(setup.memory_bytes)
+    limit_memory(setup.memory_bytes)
     _limit_time(setup.cpu_seconds)
     if not _answer(link, setup, None):
         return 1
@@ -123,7 +123,7 @@ def _limit_time(seconds: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def _limit_memory(num_bytes: int) -> None:
+def limit_memory(num_bytes: int) -> None:
     """Bytes beside what the process has now; where the system doesn't say that (no /proc), there is no limit."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[0])

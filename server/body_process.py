@@ -1,0 +1,57 @@
+"""The process that decodes large bodies: `python -m octavo.server.body_process`, started by the server.
+
+It gets pickles of (type, body) from the server, which is trusted, and answers with a pickle of the checked value or
+with what is wrong. It ends when the server closes the socket, which is its stdin.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import pickle
+import signal
+import socket
+import sys
+from typing import Any
+
+import msgspec
+from pydantic import TypeAdapter
+
+from octavo.server.bodies import DECODED, OUT_OF_MEMORY, REFUSED, validated
+from octavo.server.errors import ApiError
+from octavo.server.frame_process import LENGTH_BYTES
+from octavo.text.template_process import limit_memory
+
+MEMORY_BYTES = 1 << 30  # beside what the process has at start; 4 million token ids, the most, take 400 MB
+
+
+def main() -> int:
+    """Decode until the socket is closed; returns the exit code."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; the server drains first, then ends us
+        signal.signal(number, signal.SIG_IGN)
+    limit_memory(MEMORY_BYTES)
+    gc.disable()  # what is decoded has no circles, and looking for them takes most of the time
+    link = socket.socket(fileno=os.dup(0)).makefile("rwb")
+    while len(size := link.read(LENGTH_BYTES)) == LENGTH_BYTES:
+        answer = _answer(link.read(int.from_bytes(size, "little")))
+        link.write(len(answer).to_bytes(LENGTH_BYTES, "little"))
+        link.write(answer)
+        link.flush()
+        if answer == OUT_OF_MEMORY:
+            return 1
+    return 0
+
+
+def _answer(frame: bytes) -> bytes:
+    try:
+        annotation, content = pickle.loads(frame)
+        kind: TypeAdapter[Any] = TypeAdapter(annotation)
+        return DECODED + pickle.dumps(validated(content, kind), protocol=5)
+    except ApiError as error:
+        return REFUSED + msgspec.msgpack.encode((error.status, error.message, error.param))
+    except MemoryError:
+        return OUT_OF_MEMORY
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,27 @@
+"""An ASGI application behind octavo's own HTTP protocol, on a real socket of this process."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from octavo.server.connection import Connection
+
+
+@asynccontextmanager
+async def connected(app: ASGIApp) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    config = uvicorn.Config(app, http=Connection, ws="none", lifespan="off", log_config=None, port=0)
+    server = uvicorn.Server(config)
+    config.load()
+    server.lifespan = config.lifespan_class(config)
+    await server.startup()
+    reader, writer = await asyncio.open_connection(*server.servers[0].sockets[0].getsockname(), limit=1 << 20)
+    try:
+        yield reader, writer
+    finally:
+        writer.close()
+        await server.shutdown()
