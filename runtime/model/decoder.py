@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +26,7 @@ from octavo.runtime.model.mlp import Change, Mlp
 from octavo.runtime.model.model import KVScales, LayerRow
 from octavo.runtime.model.moe import GroupedMoe, MoeMlp
 from octavo.runtime.model.operators import Ops
+from octavo.runtime.model.rope import RopeTable
 from octavo.runtime.model.spec import DecoderSpec
 
 Tap = Callable[[int, Tensor], None]  # layer, residual [num_tokens, hidden]; of the last only logits_index's rows
@@ -78,16 +79,21 @@ class Decoder:
         lm_head: Linear,
         ops: Ops,
         max_position: int,
+        growing_tables: Sequence[RopeTable] = (),
         head_shares_embedding: bool = False,
         kv_scales: KVScales | None = None,
         kv_dtype: str | None = None,
         notes: list[str] | None = None,
     ) -> None:
-        """embedding is [vocab, hidden], in the type that the model computes in and on its device."""
+        """embedding is [vocab, hidden], in the type that the model computes in and on its device.
+
+        growing_tables: the layers' cos_sin, where their rows are computed only as sequences get there.
+        """
         self.spec = spec
         self.architecture = spec.architecture
         self.vocab_size = spec.vocab_size
         self.max_position = max_position
+        self._growing_tables = growing_tables
         self.kv_shapes = [(spec.num_kv_heads, spec.head_dim)] * len(layers)
         self.kv_scales = kv_scales
         self.kv_dtype = kv_dtype
@@ -128,6 +134,8 @@ class Decoder:
 
         tap is called after each layer with its number and the residual stream, for whoever measures.
         """
+        for table in self._growing_tables:
+            table.cover(inputs.max_seq_len)
         ops = self.ops
         eps = self.spec.norm_eps
         last = len(self._layers) - 1

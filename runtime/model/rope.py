@@ -31,6 +31,8 @@ PARAMETERS: dict[str, frozenset[str]] = {
         {"factor", "attention_factor", "short_factor", "long_factor", "original_max_position_embeddings"}
     ),
 }
+FIRST_ROWS = 4096  # of a RopeTable, computed when the model is loaded
+ROWS_AT_ONCE = 1 << 14  # so that what is computed on the way stays small
 MAX_ROTARY_DIM = 1 << 16
 MAX_FREQUENCY = 1e6  # radians a position; a model's fastest pair turns by about 1, and float32 must hold the angles
 _ALWAYS = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned"})
@@ -184,9 +186,37 @@ def cos_sin_table(spec: RopeSpec, length: int) -> Tensor:
 
     length is the longest sequence that is served: it chooses longrope's factors.
     """
-    positions = torch.arange(length, dtype=torch.float32).unsqueeze(1)
-    angles = positions * inverse_frequencies(spec, length)
+    return _rows(spec, inverse_frequencies(spec, length), 0, length)
+
+
+def _rows(spec: RopeSpec, frequencies: Tensor, begin: int, end: int) -> Tensor:
+    """The table's rows of these positions."""
+    angles = torch.arange(begin, end, dtype=torch.float32).unsqueeze(1) * frequencies
     return torch.cat((angles.cos(), angles.sin()), dim=1) * spec.attention_factor
+
+
+class RopeTable:
+    """The table of `cos_sin_table`, computed as far as sequences have got: a config may promise ten million positions.
+
+    values [length, rotary_dim] lie on the CPU, whose system gives memory page by page when it is written. Rows from
+    num_rows on hold nothing yet.
+    """
+
+    def __init__(self, spec: RopeSpec, length: int) -> None:
+        self.values = torch.empty((length, spec.rotary_dim), dtype=torch.float32)
+        self.num_rows = 0
+        self._spec = spec
+        self._frequencies = inverse_frequencies(spec, length)
+
+    def cover(self, num_rows: int) -> None:
+        """Compute rows up to `num_rows`, and ahead: at least as many as there are."""
+        if num_rows <= self.num_rows:
+            return
+        end = min(max(num_rows, 2 * self.num_rows), self.values.shape[0])
+        for begin in range(self.num_rows, end, ROWS_AT_ONCE):
+            stop = min(begin + ROWS_AT_ONCE, end)
+            self.values[begin:stop] = _rows(self._spec, self._frequencies, begin, stop)
+        self.num_rows = end
 
 
 def inverse_frequencies(spec: RopeSpec, length: int) -> Tensor:

@@ -29,7 +29,7 @@ from octavo.runtime.model.mlp import GatedMlp, Mlp
 from octavo.runtime.model.model import KVScales, Model
 from octavo.runtime.model.moe import GroupedMoe, MoeMlp
 from octavo.runtime.model.names import NORMS, LinearParts, head_name, layer_linears, required_modules, routers
-from octavo.runtime.model.rope import RopeSpec, cos_sin_table
+from octavo.runtime.model.rope import FIRST_ROWS, RopeSpec, RopeTable
 from octavo.runtime.model.select_operators import select_ops
 from octavo.runtime.model.sources import CheckpointSource, DummySource, LoadError, Source
 from octavo.runtime.model.spec import DecoderSpec, UnknownArchitectureError, stored_dtype
@@ -180,6 +180,7 @@ class DecoderBuilder:
             raise LoadError(f"--max-model-len {config.max_model_len}: the model has {spec.max_position} positions")
         self.max_position = config.max_model_len or spec.max_position
         self._tables: dict[RopeSpec, Tensor] = {}
+        self._growing: list[RopeTable] = []
 
     def build(self) -> Decoder:
         spec = self.spec
@@ -197,6 +198,7 @@ class DecoderBuilder:
             head_shares_embedding=self._head_is_embedding and self.config.lm_head_dtype == "auto",
             ops=self.ops,
             max_position=self.max_position,
+            growing_tables=self._growing,
             kv_scales=self.kv_scales,
             kv_dtype=self.kv_dtype,
             notes=self.notes,
@@ -367,8 +369,17 @@ class DecoderBuilder:
         return self._norm(f"{attention}.q_norm", sizes[0]), self._norm(f"{attention}.k_norm", sizes[1])
 
     def _table(self, rope: RopeSpec) -> Tensor:
+        """The rotation's table, shared by its layers.
+
+        A length that was asked for is computed now, and so is every length on a GPU, whose graphs read the table.
+        """
         if rope not in self._tables:
-            self._tables[rope] = cos_sin_table(rope, self.max_position).to(self.device)
+            table = RopeTable(rope, self.max_position)
+            grows = self.config.max_model_len is None and self.device.type == "cpu"
+            table.cover(min(FIRST_ROWS, self.max_position) if grows else self.max_position)
+            if grows:
+                self._growing.append(table)
+            self._tables[rope] = table.values.to(self.device)
             self.notes += rope_notes(rope, self.max_position)
         return self._tables[rope]
 
