@@ -6,6 +6,7 @@ from collections import deque
 
 from octavo.runtime.messages import AddRequest, TokenOutput
 from octavo.runtime.parallel.executor import Executor, StepHandle
+from octavo.runtime.parallel.followers import Followers
 from octavo.runtime.parallel.order import make_order
 from octavo.runtime.scheduling.plan import SchedulerConfig, StepPlan
 from octavo.runtime.scheduling.scheduler import Scheduler
@@ -23,10 +24,13 @@ class Engine:
     `step` is both.
     """
 
-    def __init__(self, worker: Worker, config: SchedulerConfig, seed: int = 0) -> None:
+    def __init__(
+        self, worker: Worker, config: SchedulerConfig, seed: int = 0, followers: Followers | None = None
+    ) -> None:
         self.worker = worker
         self.scheduler = Scheduler(config)
-        self.executor = Executor(worker, Sampler(seed, worker.model.device, config.max_num_seqs))
+        sampler = Sampler(seed, worker.model.device, config.max_num_seqs)
+        self.executor = Executor(worker, sampler, followers)
         self._under_way: deque[StepHandle] = deque()
         self._num_ordered = 0
 
@@ -75,6 +79,6 @@ class Engine:
         return self.scheduler.commit(handle.plan, self.executor.result(handle))
 
     def _submit(self, plan: StepPlan) -> None:
-        order = make_order(plan, self._num_ordered)
+        order = make_order(plan, self._num_ordered, answers=self.executor.compares_ranks)
         self._num_ordered += 1
         self._under_way.append(self.executor.submit(order, plan))

@@ -31,6 +31,7 @@ from octavo.runtime.messages import (
     ToEngine,
     TokenOutput,
 )
+from octavo.runtime.parallel.lifeline import end_with_parent, read_line
 
 if TYPE_CHECKING:
     from octavo.runtime.engine import Engine
@@ -45,12 +46,12 @@ def main() -> int:
     if len(sys.argv) != 2:
         raise SystemExit("the engine process is started by octavo itself: see octavo serve")
     address = sys.argv[1]
-    line = _read_line(0)
+    line = read_line(0)
     if not line:  # whoever started it was ended at the same moment
         remove_socket(address)
         return 0
     start = msgspec.json.decode(line, type=EngineStart)
-    threading.Thread(target=_end_with_parent, args=(address,), daemon=True).start()
+    end_with_parent(lambda: remove_socket(address))
     start_heartbeat(heartbeat_address(address))
     context = zmq.Context()
     link = Link(context, address)
@@ -167,28 +168,6 @@ class Link:
 
     def close(self) -> None:
         self._socket.close(linger=FLUSH_MS)
-
-
-def _read_line(descriptor: int) -> bytes:
-    """One line, read byte by byte: a buffered reader would hold a lock that the interpreter wants at its end.
-
-    Empty where there is no whole one.
-    """
-    line = bytearray()
-    while not line.endswith(b"\n"):
-        byte = os.read(descriptor, 1)
-        if not byte:
-            return b""
-        line += byte
-    return bytes(line)
-
-
-def _end_with_parent(address: str) -> None:
-    """Wait for the end of stdin, then end this process, whatever it is doing."""
-    while os.read(0, 4096):
-        pass
-    remove_socket(address)
-    os._exit(0)
 
 
 def _says_it_all(error: Exception) -> bool:

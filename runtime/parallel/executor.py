@@ -18,6 +18,7 @@ from queue import Empty, SimpleQueue
 import torch
 
 from octavo.kernels.attention.step import StepInputs
+from octavo.runtime.parallel.followers import Followers
 from octavo.runtime.parallel.order import Int32s, StepOrder
 from octavo.runtime.scheduling.plan import ScheduledSequence, StepPlan, StepResult
 from octavo.runtime.scheduling.sequence import is_stop
@@ -37,18 +38,21 @@ class StepHandle:
 
 
 class Executor:
-    """The driver: it computes on its own worker and samples.
+    """The driver: it tells other ranks each step, computes it on its own worker, and samples.
 
     done  a file descriptor: readable while there is a finished step whose result was not taken
     """
 
-    def __init__(self, worker: Worker, sampler: Sampler) -> None:
+    def __init__(self, worker: Worker, sampler: Sampler, followers: Followers | None = None) -> None:
         self.worker = worker
         self.sampler = sampler
+        self.compares_ranks = followers is not None and followers.compares
         self.done = os.eventfd(0, os.EFD_SEMAPHORE | os.EFD_CLOEXEC)
         self._steps = _Steps()
-        arguments = (self._steps, worker, sampler, self.done)
-        threading.Thread(target=_compute, args=arguments, name="octavo-steps", daemon=True).start()
+        driver = _Driver(worker, sampler, followers)
+        threading.Thread(
+            target=_compute, args=(self._steps, driver, self.done), name="octavo-steps", daemon=True
+        ).start()
         weakref.finalize(self, self._steps.put, None)
 
     def submit(self, order: StepOrder, plan: StepPlan) -> StepHandle:
@@ -97,25 +101,40 @@ class _Steps:
         return True
 
 
-def _compute(steps: _Steps, worker: Worker, sampler: Sampler, done: int) -> None:
+@dataclass(frozen=True, slots=True)
+class _Driver:
+    """What the thread computes with."""
+
+    worker: Worker
+    sampler: Sampler
+    followers: Followers | None
+
+    def run(self, step: StepHandle) -> StepResult:
+        last_tokens = self.sampler.last_tokens
+        if _have_stopped(step.plan.scheduled, last_tokens):
+            return StepResult([[] for _ in step.plan.scheduled])
+        order = step.order
+        order.fill_tokens(last_tokens)
+        if self.followers is not None:
+            self.followers.send(order)
+        logits = self.worker.forward(with_tokens(step.inputs, order))
+        if order.answers:
+            assert self.followers is not None
+            self.followers.compare(order, logits)
+        return self.sampler.sample(logits, step.plan)
+
+
+def _compute(steps: _Steps, driver: _Driver, done: int) -> None:
     """The thread: compute steps as they come, until there is a None."""
     with torch.inference_mode():
         while (step := steps.take_first()) is not None:
             try:
-                step.outcome = _run(step, worker, sampler)
+                step.outcome = driver.run(step)
             except BaseException as error:
                 step.outcome = error
             os.eventfd_write(done, 1)
             del step  # or it would be kept until the next one comes
     os.close(done)
-
-
-def _run(step: StepHandle, worker: Worker, sampler: Sampler) -> StepResult:
-    if _have_stopped(step.plan.scheduled, sampler.last_tokens):
-        return StepResult([[] for _ in step.plan.scheduled])
-    step.order.fill_tokens(sampler.last_tokens)
-    logits = worker.forward(with_tokens(step.inputs, step.order))
-    return sampler.sample(logits, step.plan)
 
 
 def _have_stopped(scheduled: Sequence[ScheduledSequence], last_tokens: Int32s) -> bool:

@@ -1,0 +1,33 @@
+"""A child process's stdin: its start as one line, and then a pipe whose end is the parent's end."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+
+
+def read_line(descriptor: int) -> bytes:
+    """One line, read byte by byte: a buffered reader would hold a lock that the interpreter wants at its end.
+
+    Empty where there is no whole one.
+    """
+    line = bytearray()
+    while not line.endswith(b"\n"):
+        byte = os.read(descriptor, 1)
+        if not byte:
+            return b""
+        line += byte
+    return bytes(line)
+
+
+def end_with_parent(clean_up: Callable[[], object] = lambda: None) -> None:
+    """From now on this process ends when its stdin does, whatever it is doing; what must be removed is removed."""
+
+    def watch() -> None:
+        while os.read(0, 4096):
+            pass
+        clean_up()
+        os._exit(0)
+
+    threading.Thread(target=watch, name="octavo-lifeline", daemon=True).start()

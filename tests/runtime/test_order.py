@@ -1,0 +1,65 @@
+"""Orders: what a rank makes of them is what the scheduler holds."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+
+from octavo.runtime.messages import AddRequest, SamplingParams
+from octavo.runtime.parallel.order import StepOrder, largest_order, make_order
+from octavo.runtime.scheduling.plan import SchedulerConfig, StepResult, last_token_of
+from octavo.runtime.scheduling.scheduler import Scheduler
+from octavo.runtime.worker.step_inputs import InputBuilder, with_tokens
+
+CONFIG = SchedulerConfig(num_blocks=14, block_size=4, max_model_len=32, max_num_seqs=4, max_num_batched_tokens=11)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_inputs_lead_to_the_blocks_that_sequences_hold(seed: int) -> None:
+    """Through bytes, as a follower gets them, while sequences come, go and are preempted."""
+    rng = random.Random(seed)
+    scheduler = Scheduler(CONFIG)
+    builder = InputBuilder(CONFIG)
+    last = np.zeros(CONFIG.max_num_seqs, np.int32)
+    most = largest_order(CONFIG.max_num_seqs, CONFIG.max_num_batched_tokens, 8)
+    for number in range(60):
+        if rng.random() < 0.4:
+            prompt = [rng.randrange(2) for _ in range(rng.randrange(1, 20))]
+            scheduler.add(AddRequest(f"r{number}", prompt, SamplingParams(max_tokens=rng.randrange(1, 12)), 0.0))
+        if not scheduler.has_work:
+            continue
+        plan = scheduler.plan()
+        held = [list(at.sequence.blocks) for at in plan.scheduled]
+        order = StepOrder(np.frombuffer(make_order(plan, number).buffer.tobytes(), np.int32).copy())
+        assert len(order.buffer) <= most
+        assert (order.number, order.answers) == (number, 0)
+        inputs = with_tokens(builder.build(order), order)
+        assert inputs.seq_lens.tolist() == [at.end for at in plan.scheduled]
+        assert inputs.token_ids.tolist() == [token for at in plan.scheduled for token in at.tokens]
+        rows = iter(zip(inputs.positions.tolist(), inputs.slot_mapping.tolist(), strict=True))
+        wanted = []
+        for place, (at, blocks) in enumerate(zip(plan.scheduled, held, strict=True)):
+            assert inputs.block_tables[place, : len(blocks)].tolist() == blocks
+            begin = int(inputs.query_starts[place])
+            for position in range(at.start, at.end):
+                assert next(rows) == (position, blocks[position // 4] * 4 + position % 4)
+            wanted += [begin + position - at.start for position in range(at.first_logit, at.end)]
+        assert inputs.logits_index.tolist() == wanted
+        assert next(rows, None) is None
+        last[[at.slot for at in plan.scheduled]] = 1
+        scheduler.commit(plan, StepResult([[1] if at.wants == "token" else [] for at in plan.scheduled]))
+
+
+def test_tokens_that_are_being_sampled_are_put_in_by_slot() -> None:
+    scheduler = Scheduler(CONFIG)
+    for name in ("a", "b"):
+        scheduler.add(AddRequest(name, [3, 4], SamplingParams(max_tokens=4), 0.0))
+    scheduler.plan()
+    plan = scheduler.plan()
+    order = make_order(plan, 1)
+    slots = [at.slot for at in plan.scheduled]
+    assert order.token_ids.tolist() == [last_token_of(slot) for slot in slots]
+    order.fill_tokens(np.arange(50, 54, dtype=np.int32))
+    assert order.token_ids.tolist() == [50 + slot for slot in slots]
