@@ -95,30 +95,34 @@ class Mark:
             self._event.synchronize()
 
 
-_CAPTURING: dict[torch.device, tuple[Any, Any]] = {}
-"""A device's stream and pool for all of its graphs: they share memory, as one runs at a time, and memory is shared
-within one stream alone."""
+class GraphCapture:
+    """Captures CUDA graphs that share memory: one runs at a time, and torch shares it within one stream and pool."""
 
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream: Any = None
+        self._pool: Any = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self._pool = torch.cuda.graph_pool_handle()
 
-def capture(run: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """Run twice, the second time into a CUDA graph, and return what replays it. On a CPU, which has none: run again.
+    def capture(self, run: Callable[[], object]) -> Callable[[], object]:
+        """Run twice, the second time into a graph, and return what replays it. On a CPU, which has none: run again.
 
-    What it allocates may be given to the next graph, so it leaves its results in memory that was there before.
-    """
-    if device.type == "cpu":
-        run()
-        return run
-    if device not in _CAPTURING:
-        _CAPTURING[device] = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call]
-    stream, pool = _CAPTURING[device]
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        run()  # what compiles or allocates at first use may not be captured
-    torch.cuda.current_stream(device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, stream=stream):
-        run()
-    return graph.replay
+        What it allocates may be given to the next graph, so it leaves its results in memory that was there before.
+        """
+        if self._stream is None:
+            run()
+            return run
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            run()  # what compiles or allocates at first use may not be captured
+        current.wait_stream(self._stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            run()
+        return graph.replay
 
 
 def give_back_unused(device: torch.device) -> None:

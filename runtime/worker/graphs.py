@@ -20,7 +20,7 @@ from torch import Tensor
 from octavo.kernels.attention.cache import LayerCache
 from octavo.kernels.attention.step import StepInputs
 from octavo.runtime.model.model import Model
-from octavo.runtime.worker.device import Mark, capture, give_back_unused
+from octavo.runtime.worker.device import GraphCapture, Mark, give_back_unused
 
 BUCKETS = (1, 2, 4, *range(8, 257, 8), *range(272, 513, 16))
 PROMPT_BUCKETS = (16, 32, 64, 96, 128, 192, 256)
@@ -52,7 +52,8 @@ class StepGraphs:
         most_tokens, most_seqs = (max(column) for column in zip(*self._sizes, strict=True))
         self._buffers = StepBuffers(most_tokens, most_seqs, width, model.device)
         self._logits = torch.empty(most_seqs, model.vocab_size, device=model.device)  # of whichever ran last
-        self._graphs = {size: self._capture(size, max_model_len) for size in reversed(self._sizes)}
+        capture = GraphCapture(model.device)
+        self._graphs = {size: self._capture(capture, size, max_model_len) for size in reversed(self._sizes)}
         give_back_unused(model.device)  # what each run before its capture took
 
     def forward(self, inputs: StepInputs) -> Tensor:
@@ -72,11 +73,11 @@ class StepGraphs:
         least = max(seqs + 1, rows)
         return next((size for size in self._sizes if size[0] >= tokens and size[0] != size[1] >= least), None)
 
-    def _capture(self, size: Size, max_model_len: int) -> Callable[[], object]:
+    def _capture(self, capture: GraphCapture, size: Size, max_model_len: int) -> Callable[[], object]:
         self._buffers.empty(size)
         inputs = self._buffers.view(size, max_model_len)
         logits = self._logits[: size[1]]
-        return capture(lambda: logits.copy_(self._model.forward(inputs, self._caches)), self._model.device)
+        return capture.capture(lambda: logits.copy_(self._model.forward(inputs, self._caches)))
 
 
 def sizes_for(max_num_seqs: int, max_num_batched_tokens: int = MOST_TOKENS) -> list[Size]:

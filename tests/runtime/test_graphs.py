@@ -1,7 +1,7 @@
 """Steps through buckets: what is padded and copied must not be seen.
 
-On a CPU a replay runs the model again on the graph's own buffers (`device.capture`): all but CUDA itself is tested, and
-`test_cuda` has that.
+On a CPU a replay runs the model again on the graph's own buffers (`device.GraphCapture`): all but CUDA itself is
+tested, and `test_cuda` has that.
 """
 
 from __future__ import annotations
