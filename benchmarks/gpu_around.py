@@ -17,7 +17,7 @@ from octavo.kernels.int4.gpu.permute_columns import gather
 from octavo.kernels.moe.gpu import fused
 from octavo.kernels.moe.gpu.route import align, route, unaligned
 from octavo.kernels.moe.gpu.router import routing
-from octavo.kernels.norm.gpu.split_k_sum import add_up
+from octavo.kernels.norm.gpu.split_k_sum import split_k_sum
 from octavo.kernels.sampling.gpu.change import punish
 
 BF16 = torch.bfloat16
@@ -53,7 +53,7 @@ def add_up_case(parts: int, tokens: int, width: int, device: torch.device) -> Bo
     sums, out = torch.randn(parts, tokens, width, device=device), torch.empty(tokens, width, dtype=BF16, device=device)
 
     def run() -> list[Tensor]:
-        add_up(sums, out)()
+        split_k_sum(sums, out)()
         return [out]
 
     return Bodies(run, lambda: [sums.double().sum(0)], {EAGER: lambda: sums.sum(0).bfloat16()})
@@ -135,7 +135,7 @@ def sum_case(tokens: int, width: int, top_k: int, device: torch.device) -> Bodie
     out = torch.empty(tokens, width, dtype=BF16, device=device)
 
     def run() -> list[Tensor]:
-        fused.add_up(pairs, out, top_k)()
+        fused.split_k_sum(pairs, out, top_k)()
         return [out]
 
     each = pairs.view(tokens, top_k, width)

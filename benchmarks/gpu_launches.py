@@ -178,7 +178,7 @@ def movements(started: list[Started], made: dict[int, Tensor]) -> Iterator[Movem
 def products_of(launch: Launch) -> float:
     """How many a GEMM makes; 1 of attention, which is alone in its case; 0 of what makes none."""
     name, a = launch.kernel.__name__, launch.arguments
-    if name in ("_gemm", "_weights", "_few", "_many"):
+    if name in ("_w4a16_gemm", "_w8a16_gemm", "_gemm_swap_ab", "_gemm_persistent"):
         return float(a["M"] * a["N"] * a["K"])
     if name.startswith("_grouped"):
         return float(a["num_pairs"] * a["N"] * a["K"])
@@ -213,11 +213,11 @@ class Habits:
 def habits(launch: Launch, hit: float = 0.0, length: int = 0) -> Habits:
     """hit: experts, of a mixture; length: tokens of a sequence, where its block table has room for more."""
     name, a = launch.kernel.__name__, launch.arguments
-    if name in ("_gemm", "_weights"):
+    if name in ("_w4a16_gemm", "_w8a16_gemm"):
         return Habits(a["tiles_of_part"], padding=filled_up(a))
-    if name == "_few":
+    if name == "_gemm_swap_ab":
         return Habits(cdiv(a["columns"], a["BLOCK_K"]), padding=filled_up(a))
-    if name == "_many":
+    if name == "_gemm_persistent":
         tiles = cdiv(a["M"], a["BLOCK_M"]) * cdiv(a["N"], a["BLOCK_N"])
         return Habits(cdiv(a["K"], a["BLOCK_K"]) * cdiv(tiles, launch.grid[0]), padding=filled_up(a))
     if name.startswith("_grouped"):
@@ -241,7 +241,7 @@ def filled_up(a: dict[str, Any]) -> float:
 def decoding(a: dict[str, Any], length: int) -> Habits:
     """Shares of sequences, merged where there are more than one; with rope, and where rows are rounded, it waits."""
     seen = min(length, a["window"]) if a["HAS_WINDOW"] else length
-    share = cdiv(max(cdiv(seen, a["MOST"]), a["LEAST"]), a["BLOCK_N"]) * a["BLOCK_N"]
+    share = cdiv(max(cdiv(seen, a["MAX_SPLITS"]), a["MIN_SPLIT_TOKENS"]), a["BLOCK_N"]) * a["BLOCK_N"]
     pairs, parts = a["sequences"] * a["kv_heads"], cdiv(seen, share)
     between = parts * pairs * a["GROUP"] * (a["HEAD_DIM"] + 1) * 4 if parts > 1 else 0
     trips = (3 if "q" in a else 5) + 3 * (a["codes"] is not None) * L2_LATENCY / LATENCY + 2 * (parts > 1)

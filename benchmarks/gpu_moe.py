@@ -93,7 +93,7 @@ def exact(x: Tensor, logits: Tensor, top_k: int, gate_up: Weights, down: Weights
     With a shared expert, in slices, its gate's logit is the last.
     """
 
-    def rounded(t: Tensor) -> Tensor:
+    def quantize_input(t: Tensor) -> Tensor:
         if kind == "int8":
             step = t.float().abs().amax(1, keepdim=True) / 127.5
             return (t.float() / step).round().clamp(-128, 127).double() * step.double()
@@ -108,13 +108,13 @@ def exact(x: Tensor, logits: Tensor, top_k: int, gate_up: Weights, down: Weights
         return F.silu(gate) * up
 
     chosen, weights = chosen_of(logits[:, :-1] if shared else logits, top_k)
-    out, x = torch.zeros_like(x, dtype=torch.float64), rounded(x)
+    out, x = torch.zeros_like(x, dtype=torch.float64), quantize_input(x)
     for e in chosen.unique().tolist():
         token, j = (chosen == e).nonzero(as_tuple=True)
-        out.index_add_(0, token, rounded(acted(x[token], e)) @ of_expert(down, e).T * weights[token, j, None])
+        out.index_add_(0, token, quantize_input(acted(x[token], e)) @ of_expert(down, e).T * weights[token, j, None])
     if shared:
         behind = range(logits.shape[1] - 1, logits.shape[1] - 1 + shared)
-        row = rounded(torch.cat([acted(x, e) for e in behind], 1))
+        row = quantize_input(torch.cat([acted(x, e) for e in behind], 1))
         out += row @ torch.cat([of_expert(down, e) for e in behind], 1).T * logits[:, -1:].double().sigmoid()
     return out
 

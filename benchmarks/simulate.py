@@ -32,9 +32,9 @@ from octavo.kernels.attention.cache import AttentionShape, LayerCache
 from octavo.kernels.attention.gpu import decode as attention
 from octavo.kernels.attention.gpu.rope_decode import rope_decode
 from octavo.kernels.attention.step import StepInputs
-from octavo.kernels.gemm.gpu.gemm_persistent import many
-from octavo.kernels.gemm.gpu.gemm_swap_ab import few
-from octavo.kernels.gemm.gpu.w4a16_gemm import gemm as int4_gemm
+from octavo.kernels.gemm.gpu.gemm_persistent import gemm_persistent
+from octavo.kernels.gemm.gpu.gemm_swap_ab import gemm_swap_ab
+from octavo.kernels.gemm.gpu.w4a16_gemm import w4a16_gemm
 from octavo.kernels.int4.gpu.packing import PackedInt4
 from octavo.kernels.launching import tuning
 from octavo.kernels.launching.launch import Launch, cdiv
@@ -43,7 +43,7 @@ from octavo.kernels.moe.gpu.int4 import PackedExperts
 from octavo.kernels.norm.gpu.activation import silu_and_mul
 from octavo.kernels.norm.gpu.embedding import embed
 from octavo.kernels.norm.gpu.norm import norm
-from octavo.kernels.quantized_activation import Rounded, Rounding
+from octavo.kernels.quantized_activation import ActivationQuant, QuantizedActivation
 from octavo.kernels.sampling.gpu import draw as sampling
 
 Compiled = Callable[[Launch], Resources]
@@ -65,17 +65,17 @@ def gemm_work(name: str, weights: str, m: int, n: int, k: int) -> tuple[Work, in
     sizes = dict(tuning.choose(kind, m, n, k))
     if sizes.pop("dequantize", 0):
         return Work(name, None, n * k * 4.5 + m * (n + k) * 2, flops, "bf16"), 0
-    parts = sizes.pop("parts")
+    parts = sizes.pop("split_k")
     out = meta(parts, m, n) if parts > 1 else meta(m, n, dtype=BF16)
     num_bytes = shapes.gemm_bytes(m, n, k, shapes.WEIGHT_BYTES[weights], x_bytes, 4 * parts if parts > 1 else 2)
     if weights == "fp8":
-        is_few = sizes.pop("is_few")
+        swap_ab = sizes.pop("swap_ab")
         x, w, scales = meta(m, k, dtype=E4M3), meta(n, k, dtype=E4M3), (meta(m, 1), meta(n))
-        launch = (few if is_few else many)(x, w, *scales, out, **sizes)
+        launch = (gemm_swap_ab if swap_ab else gemm_persistent)(x, w, *scales, out, **sizes)
     else:
         words, scale = meta(cdiv(k, 128), n, 32, dtype=torch.int16), meta(cdiv(k, 128), n, dtype=BF16)
         packed = PackedInt4(words, scale, 4, 128, None, None, meta(k, dtype=torch.int64))
-        launch = int4_gemm(meta(m, k, dtype=BF16), packed, out, **sizes)
+        launch = w4a16_gemm(meta(m, k, dtype=BF16), packed, out, **sizes)
     peak, h = "fp8" if weights == "fp8" else "bf16", habits(launch)
     flops = shapes.gemm_flops(m, n, k) * h.padding
     return Work(name, launch, num_bytes, flops, peak, turns=h.turns), parts if parts > 1 else 0
@@ -90,13 +90,13 @@ def read_bytes(m: int, n: int, parts: int) -> int:
     return m * n * (4 * parts if parts else 2)
 
 
-def rounded(m: int, n: int, fp8: bool) -> tuple[Tensor, Tensor | None]:
+def quantize_input(m: int, n: int, fp8: bool) -> tuple[Tensor, Tensor | None]:
     return (meta(m, n, dtype=E4M3), meta(m, 1)) if fp8 else (meta(m, n, dtype=BF16), None)
 
 
 def norm_work(m: int, n: int, parts: int, fp8: bool, *, keeps_plain: bool = False, experts: int = 0) -> Work:
     """Of a GEMM's parts, or of what so many experts give a token."""
-    out, scale = rounded(m, n, fp8)
+    out, scale = quantize_input(m, n, fp8)
     residual, plain = meta(m, n, dtype=BF16), meta(m, n, dtype=BF16) if keeps_plain and fp8 else None
     x = meta(m, experts, n, dtype=BF16).transpose(0, 1) if experts else summed(m, n, parts)
     launch = norm(x, meta(n), 1e-5, out, residual=residual, total=residual, scale=scale, plain=plain)
@@ -105,7 +105,7 @@ def norm_work(m: int, n: int, parts: int, fp8: bool, *, keeps_plain: bool = Fals
 
 
 def silu_work(m: int, n: int, parts: int, fp8: bool) -> Work:
-    out, scale = rounded(m, n, fp8)
+    out, scale = quantize_input(m, n, fp8)
     launch = silu_and_mul(summed(m, 2 * n, parts), out, scale=scale)
     return Work("silu", launch, read_bytes(m, 2 * n, parts) + m * n * out.element_size(), near=True)
 
@@ -126,7 +126,9 @@ def attention_work(
     q, width = meta(batch, s.heads, s.d, dtype=BF16), (s.heads + 2 * s.kv_heads) * s.d
     weight = meta(s.d) if qk_norm else None
     block = tuning.choose("paged decode", group, s.d, stores[0].element_size())
-    programs = attention.share_count(longest, shape, least=block["least"], most=block["most"])
+    programs = attention.split_count(
+        longest, shape, min_split_tokens=block["min_split_tokens"], max_splits=block["max_splits"]
+    )
     lse = meta(batch, s.kv_heads, programs, group)
     partial = meta(batch, s.kv_heads, programs, group, s.d)
     counters = meta(batch + 1, dtype=torch.int32)
@@ -134,8 +136,8 @@ def attention_work(
     num_bytes = s.length * cached + 2 * batch * s.heads * s.d
     rotation = (meta(longest, s.d), weight, weight, 1e-5)
     qkv, room = summed(batch, width, qkv_parts), (q, partial, lse, counters)
-    wants = Rounding(E4M3) if fp8 else None
-    into = {"into": attention.room_of_rows(q, wants), "wants": wants}
+    input_quant = ActivationQuant(E4M3) if fp8 else None
+    into = {"into": attention.quantized_rows(q, input_quant), "input_quant": input_quant}
     launch = rope_decode(qkv, step, layer, shape, *rotation, *room, **into, **block)
     num_bytes += read_bytes(batch, width, qkv_parts) + cached + batch * s.heads * s.d * fp8
     h = habits(launch, length=s.length)
@@ -178,8 +180,8 @@ def mixture_works(config: shapes.Config, weights: str, batch: int) -> list[Work]
             else moe.Experts(meta(num, n, k, dtype=BF16))
         )
 
-    codes, scale = rounded(batch, hidden, weights == "fp8")
-    x = codes if scale is None else Rounded(codes, scale, meta(batch, hidden, dtype=BF16))
+    codes, scale = quantize_input(batch, hidden, weights == "fp8")
+    x = codes if scale is None else QuantizedActivation(codes, scale, meta(batch, hidden, dtype=BF16))
     results, router = meta(batch * top_k, hidden, dtype=BF16), meta(num, hidden, dtype=BF16)
     steps = moe.launches(x, router, top_k, experts(width, hidden), experts(hidden, inner), results, normalize=True)
     hit, pairs, read = shapes.experts_hit(config, batch), batch * top_k, router.nbytes + batch * hidden * 2

@@ -66,10 +66,10 @@ def gemm_rows(family: str, m: int) -> list[Row]:
             return persistent_rows(family)
         rows = grid(parts=(1,), block_m=(128,), block_n=(128,), group_m=(8,), num_warps=(4, 8), num_stages=(3, 4))
         return rows + ([{"dequantize": 1}] if family == "int4" else [])
-    shape = {"parts": (1, 2, 4, 8), "block_m": (min(wide, 64), wide) if wide > 64 else (wide,), "block_n": (64, 128)}
+    shape = {"split_k": (1, 2, 4, 8), "block_m": (min(wide, 64), wide) if wide > 64 else (wide,), "block_n": (64, 128)}
     rest = {"num_warps": (4, 8), "num_stages": (3, 4, 5, 6)}
     if of_codes:
-        return grid(is_few=(1,), **shape, block_k=(128,), **rest) + (persistent_rows(family) if m > 128 else [])
+        return grid(swap_ab=(1,), **shape, block_k=(128,), **rest) + (persistent_rows(family) if m > 128 else [])
     return grid(**shape, group_m=(1,) if family.startswith("int4") else (8,), **rest)
 
 
@@ -78,8 +78,8 @@ def persistent_rows(family: str) -> list[Row]:
     last = tuning.rows_of(tuning.card)[family][-1]  # what the card has: processors, and the memory accelerator
     tma = (1, 0) if last.get("tma", 1) else (0,)
     shape: dict[str, tuple[int, ...]] = {
-        "is_few": (0,),
-        "parts": (1,),
+        "swap_ab": (0,),
+        "split_k": (1,),
         "block_m": (128,),
         "block_k": (128,),
         "group_m": (8,),
@@ -101,7 +101,12 @@ def mixture_rows(family: str, m: int) -> list[Row]:
 def attention_rows(family: str) -> list[Row]:
     if family == "paged decode":
         programs = (tuning.rows_of(tuning.card)[family][-1]["programs"],)
-        shape = {"block_n": (32, 64, 128), "least": (128, 256, 512), "most": (16, 32), "programs": programs}
+        shape = {
+            "block_n": (32, 64, 128),
+            "min_split_tokens": (128, 256, 512),
+            "max_splits": (16, 32),
+            "programs": programs,
+        }
         return grid(**shape, num_warps=(4, 8), num_stages=(2, 3, 4, 5))
     return grid(block_m=(64, 128), block_n=(32, 64, 128), num_warps=(4, 8), num_stages=(2, 3, 4))
 

@@ -1,6 +1,6 @@
-"""A layer's input as it passes between kernels: plain, in partial sums of the GEMM before, or rounded to codes.
+"""A layer's input as it passes between kernels: plain, as split-K partial sums, or quantized to codes.
 
-A norm, an activation or attention that rounds what it computes saves the GEMM behind it a launch, and the first two
+A norm, an activation or attention that quantizes its own output saves the next GEMM a launch; the first two also save
 the bytes of a plain tensor.
 """
 
@@ -13,27 +13,30 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class Rounding:
-    """How a GEMM wants its input [T, K]: codes of float8_e4m3fn or int8, a scale per token and `group_size` columns.
+class ActivationQuant:
+    """How a GEMM reads its input [T, K]: as codes with a scale for each token and group of `group_size` columns.
 
-    dtype None: plain numbers, in another order. places [K] int32: where each column goes.
-    group_size 0: one scale for each token. static_scale [1] float32: the checkpoint's, for all of them.
-    keeps_plain: the plain tensor as well, for a router.
+    dtype               of the codes, float8_e4m3fn or int8; None: plain numbers with permuted columns
+    group_size          0: one scale for each token
+    static_scale        [1] float32: the checkpoint's scale for all tokens
+    keeps_plain         the plain tensor is needed as well, by a router
+    column_permutation  [K] int32: the position that each column moves to
     """
 
     dtype: torch.dtype | None
     group_size: int = 0
     static_scale: Tensor | None = None
     keeps_plain: bool = False
-    places: Tensor | None = None
+    column_permutation: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Rounded:
-    """codes [T, K], and float32 scales [T, 1] or [T, ceil(K / group_size)] that they are multiplied by; [T, 0]
-    of plain numbers.
+class QuantizedActivation:
+    """A quantized layer input; codes * scale is what it stands for.
 
-    plain [T, K]: what they were rounded from, where that was asked for.
+    codes  [T, K]
+    scale  float32 [T, 1] or [T, ceil(K / group_size)]; [T, 0] for plain numbers
+    plain  [T, K] before quantization, when `ActivationQuant.keeps_plain` asks for it
     """
 
     codes: Tensor
@@ -42,13 +45,13 @@ class Rounded:
 
     @staticmethod
     def empty(
-        tokens: int, columns: int, wants: Rounding, device: torch.device, dtype: torch.dtype | None = None
-    ) -> Rounded:
-        """Room for them; dtype is that of plain numbers."""
-        groups = -(-columns // wants.group_size) if wants.group_size else int(wants.dtype is not None)
-        codes = torch.empty(tokens, columns, dtype=wants.dtype or dtype, device=device)
-        plain = torch.empty(tokens, columns, dtype=dtype, device=device) if wants.keeps_plain else None
-        return Rounded(codes, torch.empty(tokens, groups, device=device), plain)
+        tokens: int, columns: int, input_quant: ActivationQuant, device: torch.device, dtype: torch.dtype | None = None
+    ) -> QuantizedActivation:
+        """Allocate one; dtype is the type of plain numbers."""
+        groups = -(-columns // input_quant.group_size) if input_quant.group_size else int(input_quant.dtype is not None)
+        codes = torch.empty(tokens, columns, dtype=input_quant.dtype or dtype, device=device)
+        plain = torch.empty(tokens, columns, dtype=dtype, device=device) if input_quant.keeps_plain else None
+        return QuantizedActivation(codes, torch.empty(tokens, groups, device=device), plain)
 
 
-Hidden = Tensor | Rounded
+Hidden = Tensor | QuantizedActivation

@@ -1,7 +1,7 @@
 """The GPU's kernels (Triton), from the canonical weight to their packed ones. Each is imported when a layer asks.
 
 Weights and biases lie on the GPU already; x is bf16 or fp16. An input that the kernel before has rounded, or whose
-columns it has moved, comes as `Rounded`.
+columns it has moved, comes as `QuantizedActivation`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from octavo.kernels.int4.reference import group_of_column
 from octavo.kernels.launching.tuning import choose
 from octavo.kernels.packed_weight import PackedWeight
-from octavo.kernels.quantized_activation import Hidden, Rounded, Rounding
+from octavo.kernels.quantized_activation import ActivationQuant, Hidden, QuantizedActivation
 from octavo.quant.body import Body, PackOptions, PermutedColumns
 from octavo.quant.qparams import QuantizedWeight
 
@@ -32,11 +32,11 @@ def eight_bits() -> Body:
         blocks = weight.scheme.weight.granularity.kind == "block"
         return fp8.pack(weight.codes, weight.scale, options.bias, weight.input_scale, blocks=blocks)
 
-    def input_quant(packed: Any) -> Rounding:
-        return Rounding(packed.codes.dtype, FP8_BLOCK if packed.blocks else 0, packed.input_scale)
+    def input_quant(packed: Any) -> ActivationQuant:
+        return ActivationQuant(packed.codes.dtype, FP8_BLOCK if packed.blocks else 0, packed.input_scale)
 
     def rounded(x: Hidden, packed: Any) -> tuple[Tensor, Tensor]:
-        return (x.codes, x.scale) if isinstance(x, Rounded) else fp8.rounded(x, packed)
+        return (x.codes, x.scale) if isinstance(x, QuantizedActivation) else fp8.quantize_input(x, packed)
 
     def run(x: Hidden, packed: Any, out_dtype: torch.dtype) -> Tensor:
         return fp8.matmul(*rounded(x, packed), packed, out_dtype)
@@ -44,7 +44,7 @@ def eight_bits() -> Body:
     def split_k(x: Hidden, packed: Any, out_dtype: torch.dtype) -> Tensor:
         codes, scale = rounded(x, packed)
         if _splits_k(packed.kind, codes.shape[0], *packed.codes.shape):
-            return fp8.partial_sums(codes, scale, packed)
+            return fp8.split_k_partials(codes, scale, packed)
         return fp8.matmul(codes, scale, packed, out_dtype)
 
     return Body(pack, run, split_k, input_quant, adds_bias=True)
@@ -60,7 +60,7 @@ def bytes_of_weights() -> Body:
 
     def split_k(x: Tensor, packed: Any, out_dtype: torch.dtype) -> Tensor:
         if _splits_k("w8a16", x.shape[0], packed.words.shape[1], packed.num_columns):
-            return w8a16_gemm.partial_sums(x, packed)
+            return w8a16_gemm.split_k_partials(x, packed)
         return w8a16_gemm.linear(x, packed, out_dtype)
 
     return Body(pack, w8a16_gemm.linear, split_k, adds_bias=True)
@@ -78,11 +78,11 @@ def permuted_bytes_of_weights() -> Body:
         sorted_, order = weight.sorted_by_group()
         return PermutedColumns(plain.pack(sorted_, options), order.int())
 
-    def input_quant(packed: Any) -> Rounding:
-        return Rounding(None, places=packed.order.argsort().int())
+    def input_quant(packed: Any) -> ActivationQuant:
+        return ActivationQuant(None, column_permutation=packed.order.argsort().int())
 
     def arranged(x: Hidden, packed: Any) -> Tensor:
-        return x.codes if isinstance(x, Rounded) else gathered(x, packed.order)
+        return x.codes if isinstance(x, QuantizedActivation) else gathered(x, packed.order)
 
     def run(x: Hidden, packed: Any, out_dtype: torch.dtype) -> Tensor:
         return plain.run(arranged(x, packed), packed.inner, out_dtype)
@@ -112,37 +112,37 @@ def few_bits() -> Body:
 
 def few_bits_fp8() -> Body:
     """Weights of 2 to 4 bits, decoded to e4m3, times tokens rounded to e4m3."""
-    return _few_bits(Rounding(torch.float8_e4m3fn))
+    return _few_bits(ActivationQuant(torch.float8_e4m3fn))
 
 
-def _few_bits(rounding: Rounding | None) -> Body:
+def _few_bits(rounding: ActivationQuant | None) -> Body:
     from octavo.kernels.int4.gpu import linear
 
     kind = "int4" if rounding is None else "int4 fp8"
 
-    def input_quant(packed: Any) -> Rounding | None:
-        places = packed.places
-        return rounding if places is None else replace(rounding or Rounding(None), places=places)
+    def input_quant(packed: Any) -> ActivationQuant | None:
+        permutation = packed.column_permutation
+        return rounding if permutation is None else replace(rounding or ActivationQuant(None), column_permutation=permutation)
 
     def codes_of(x: Hidden, packed: Any) -> tuple[Tensor, Tensor | None, bool]:
         """x's numbers, their scales, and whether their columns are in the weight's order already."""
-        if isinstance(x, Rounded):
+        if isinstance(x, QuantizedActivation):
             is_permuted = packed.order is not None and packed.columns == packed.shape[1]
             return x.codes, None if rounding is None else x.scale, is_permuted
         if rounding is None:
             return x, None, False
-        ready = linear.rounded(x)
+        ready = linear.quantize_input(x)
         return ready.codes, ready.scale, False
 
     def run(x: Hidden, packed: Any, out_dtype: torch.dtype) -> Tensor:
-        codes, scale, is_arranged = codes_of(x, packed)
-        return linear.matmul(codes, packed, scale, out_dtype, is_arranged=is_arranged)
+        codes, scale, is_permuted = codes_of(x, packed)
+        return linear.matmul(codes, packed, scale, out_dtype, is_permuted=is_permuted)
 
     def split_k(x: Hidden, packed: Any, out_dtype: torch.dtype) -> Tensor:
-        codes, scale, is_arranged = codes_of(x, packed)
+        codes, scale, is_permuted = codes_of(x, packed)
         if _splits_k(kind, codes.shape[0], packed.shape[0], packed.columns):
-            return linear.partial_sums(codes, packed, scale, is_arranged=is_arranged)
-        return linear.matmul(codes, packed, scale, out_dtype, is_arranged=is_arranged)
+            return linear.split_k_partials(codes, packed, scale, is_permuted=is_permuted)
+        return linear.matmul(codes, packed, scale, out_dtype, is_permuted=is_permuted)
 
     return Body(_pack_few_bits, run, split_k, input_quant, adds_bias=True)
 
@@ -161,4 +161,4 @@ def _pack_few_bits(weight: QuantizedWeight, options: PackOptions) -> PackedWeigh
 def _splits_k(kind: str, m: int, n: int, k: int) -> bool:
     """Whether the card's table has a GEMM of this size split along K."""
     row = choose(kind, m, n, k)
-    return row["parts"] > 1 and not row.get("dequantize")
+    return row["split_k"] > 1 and not row.get("dequantize")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from octavo.kernels.packed_weight import PackedWeight
-from octavo.kernels.quantized_activation import Rounding
+from octavo.kernels.quantized_activation import ActivationQuant
 from octavo.quant.input_rounding import Round
 from octavo.quant.qparams import Weight
 from octavo.quant.target import Target
@@ -33,7 +33,7 @@ Pack = Callable[[Any, PackOptions], PackedWeight]
 Run = Callable[[Any, Any, torch.dtype], Tensor]
 
 
-def takes_plain_inputs(packed: PackedWeight) -> Rounding | None:  # noqa: ARG001
+def takes_plain_inputs(packed: PackedWeight) -> ActivationQuant | None:  # noqa: ARG001
     """The `input_quant` of a kernel that rounds its input by itself, or not at all."""
     return None
 
@@ -52,7 +52,7 @@ class Body:
     pack: Pack
     run: Run
     split_k: Run | None = None
-    input_quant: Callable[[Any], Rounding | None] = takes_plain_inputs
+    input_quant: Callable[[Any], ActivationQuant | None] = takes_plain_inputs
     adds_bias: bool = False
 
 

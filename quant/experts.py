@@ -11,7 +11,7 @@ from torch import Tensor
 
 from octavo.kernels.fp8.reference import has_nan
 from octavo.kernels.int4.reference import group_of_column
-from octavo.kernels.quantized_activation import Rounding
+from octavo.kernels.quantized_activation import ActivationQuant
 from octavo.quant.bodies_gpu import scales_of_columns
 from octavo.quant.fusion import join_parts, per_channel
 from octavo.quant.kernel import Kernel, LayerShape, Order, shape_of
@@ -27,21 +27,21 @@ Expert = tuple[list[Weight], Weight]  # [gate, up] and down
 class Stacked:
     """All experts' weights, gate and up fused, as `octavo.kernels.moe.gpu.fused` takes them, and their scheme.
 
-    wants  how the norm before rounds or moves what all of them read, if they read the same
+    input_quant  how the norm before quantizes or permutes the input, when all experts read the same one
     """
 
     gate_up: Any
     down: Any
     scheme: str
     choice: KernelChoice
-    wants: Rounding | None
+    input_quant: ActivationQuant | None
 
     def tensors(self) -> Iterator[Tensor]:
         """Both ways' tensors, and where the norm puts columns."""
         yield from self.gate_up.tensors()
         yield from self.down.tensors()
-        if self.wants is not None and self.wants.places is not None:
-            yield self.wants.places
+        if self.input_quant is not None and self.input_quant.column_permutation is not None:
+            yield self.input_quant.column_permutation
 
 
 def stack_experts(experts: list[Expert], target: Target) -> Stacked | KernelChoice:
@@ -49,7 +49,7 @@ def stack_experts(experts: list[Expert], target: Target) -> Stacked | KernelChoi
 
     The down projection must not have act-order; `sort_inner` removes it beforehand.
     """
-    from octavo.kernels.moe.gpu.fused import wants
+    from octavo.kernels.moe.gpu.fused import input_quant
 
     joined = [join_parts(gate_up) for gate_up, _ in experts]
     downs = [per_channel(down) for _, down in experts]
@@ -68,7 +68,7 @@ def stack_experts(experts: list[Expert], target: Target) -> Stacked | KernelChoi
         return choice
     gate_up, down = (_pack(weights, choice.kernel, target) for weights in (gate_ups, downs))
     scheme = schemes.pop()
-    return Stacked(gate_up, down, target.dtype_name if scheme is None else str(scheme), choice, wants(gate_up))
+    return Stacked(gate_up, down, target.dtype_name if scheme is None else str(scheme), choice, input_quant(gate_up))
 
 
 def _choose(gate_ups: list[Weight], downs: list[Weight], target: Target) -> KernelChoice:
@@ -154,7 +154,7 @@ def _pack(experts: list[Weight], kernel: Kernel, target: Target) -> Any:
 def _stack_codes(experts: list[QuantizedWeight], device: torch.device) -> Any:
     """Codes as they are stored, for products of rounded inputs."""
     from octavo.kernels.moe.gpu.fused import Experts
-    from octavo.kernels.moe.gpu.permute_columns import once
+    from octavo.kernels.moe.gpu.permute_columns import collapse_equal
 
     scheme = experts[0].scheme
     codes = torch.stack([weight.codes for weight in experts]).to(device)
@@ -164,7 +164,7 @@ def _stack_codes(experts: list[QuantizedWeight], device: torch.device) -> Any:
     stored = None
     if scheme.activation is not None and not scheme.activation.dynamic:
         inputs = [weight.input_scale for weight in experts if weight.input_scale is not None]
-        stored = once(torch.stack(inputs).flatten().to(device, torch.float32))
+        stored = collapse_equal(torch.stack(inputs).flatten().to(device, torch.float32))
     return Experts(codes, scale.float().contiguous(), stored)
 
 

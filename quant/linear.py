@@ -14,7 +14,7 @@ from torch import Tensor
 
 from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.packed_weight import PackedWeight
-from octavo.kernels.quantized_activation import Hidden, Rounding
+from octavo.kernels.quantized_activation import ActivationQuant, Hidden
 from octavo.quant.body import Body, PackOptions, Run
 from octavo.quant.fusion import fuse
 from octavo.quant.input_rounding import input_rounding
@@ -41,7 +41,7 @@ class Linear:
     scheme       of its weights, for the table at start
     bias         [N] of the output's type, added here; None: there is none, or the kernel adds it
     out_dtype    the output's type
-    input_quant  how the kernel before may round x, which then comes as `Rounded`; None: x is a plain tensor
+    input_quant  how the kernel before may round x, which then comes as `QuantizedActivation`; None: x is a plain tensor
     """
 
     def __init__(self, scheme: str, parts: Sequence[PackedPart], bias: Tensor | None, out_dtype: torch.dtype) -> None:
@@ -49,7 +49,7 @@ class Linear:
         self.parts = tuple(parts)
         self.bias = bias
         self.out_dtype = out_dtype
-        self.input_quant: Rounding | None = None
+        self.input_quant: ActivationQuant | None = None
         self._split_k: Run | None = None
         # bound here, so that a call of the usual layer, of one part, costs one plain function call more than its kernel
         self._run: Run = self._run_side_by_side

@@ -178,9 +178,9 @@ def test_a_median_and_its_spread() -> None:
 
 def test_tuning_keeps_the_others_rows(tmp_path: Path) -> None:
     base, path = tmp_path / "h100.json", tmp_path / "h200.json"
-    base.write_text(json.dumps({"fp8": [{"parts": 1}], "int4": [{"parts": 2}]}))
-    tune.merge(path, "fp8", [{"m": 16, "parts": 4}, {"parts": 1}], base)
-    assert json.loads(path.read_text()) == {"fp8": [{"m": 16, "parts": 4}, {"parts": 1}], "int4": [{"parts": 2}]}
+    base.write_text(json.dumps({"fp8": [{"split_k": 1}], "int4": [{"split_k": 2}]}))
+    tune.merge(path, "fp8", [{"m": 16, "split_k": 4}, {"split_k": 1}], base)
+    assert json.loads(path.read_text()) == {"fp8": [{"m": 16, "split_k": 4}, {"split_k": 1}], "int4": [{"split_k": 2}]}
     tune.merge(path, "moe", [{"block_m": 16}])
     assert list(json.loads(path.read_text())) == ["fp8", "int4", "moe"]
 
@@ -234,7 +234,7 @@ def test_candidates_are_what_launchers_take(family: str) -> None:
                 tune.install(family, row)
                 work, parts = simulate.gemm_work("a layer", family, m, 4096, 4096)
                 assert work.launch is None or work.launch.num_stages == row["num_stages"]
-                assert parts == (row["parts"] if row.get("parts", 1) > 1 else 0)
+                assert parts == (row["split_k"] if row.get("split_k", 1) > 1 else 0)
     finally:
         tuning.rows_of("h100")[family] = kept
         tuning.row_of.cache_clear()

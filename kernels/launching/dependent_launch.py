@@ -26,8 +26,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-TILES = tl.constexpr(4)  # of a program's weight, fetched before it waits: 16 to 32 KB, of which a processor has several
-MOST = tl.constexpr(64)  # tokens of a program for which it fetches: with more it is the products that take long
+PREFETCH_TILES = tl.constexpr(
+    4
+)  # of a program's weight, fetched before it waits: 16 to 32 KB, of which a processor has several
+PREFETCH_TOKENS = tl.constexpr(
+    64
+)  # tokens of a program for which it fetches: with more it is the products that take long
 
 
 @triton.jit
@@ -50,14 +54,14 @@ def prefetch(pointers):
 def row_lines(w, at, first_n, N, K, BLOCK_N: tl.constexpr):
     """TILES lines of each of BLOCK_N rows, from one row and column on, of bytes w [N, K]; past the end the last one."""
     n = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - first_n)
-    k = tl.minimum(at + tl.arange(0, TILES) * 128, K - 1)
+    k = tl.minimum(at + tl.arange(0, PREFETCH_TILES) * 128, K - 1)
     return w + first_n.to(tl.int64) * K + (n[:, None] * K + k[None, :])
 
 
 @triton.jit
 def tile_lines(words, first, tiles, first_n, N, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr):
     """The lines of BLOCK_N rows of TILES tiles, from one row and tile on, of words int16 [tiles, N, WIDTH]."""
-    tile = tl.minimum(first + tl.arange(0, TILES), tiles - 1).to(tl.int64)
+    tile = tl.minimum(first + tl.arange(0, PREFETCH_TILES), tiles - 1).to(tl.int64)
     word = tl.minimum(tl.arange(0, BLOCK_N * WIDTH // 64) * 64, (N - first_n) * WIDTH - 1)
     return words + ((tile * N + first_n) * WIDTH)[:, None] + word[None, :]
 
@@ -65,6 +69,6 @@ def tile_lines(words, first, tiles, first_n, N, WIDTH: tl.constexpr, BLOCK_N: tl
 @triton.jit
 def group_lines(scale, first, tiles, first_n, N, TILE: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr):
     """The scales [groups, N] that go with `tile_lines`: of the first group in each tile. GROUP 0: all columns share."""
-    tile = tl.minimum(first + tl.arange(0, TILES), tiles - 1).to(tl.int64)
+    tile = tl.minimum(first + tl.arange(0, PREFETCH_TILES), tiles - 1).to(tl.int64)
     group = tile * TILE // GROUP if GROUP else tile * 0
     return scale + (group * N)[:, None] + tl.minimum(first_n + tl.arange(0, BLOCK_N), N - 1)[None, :]

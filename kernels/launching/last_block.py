@@ -11,7 +11,7 @@ from octavo.kernels.launching.launch import power_of_two
 
 
 @triton.jit
-def is_last(counter, programs):
+def last_block(counter, programs):
     """Whether a program is the last of so many that come here with what they have stored; the counter is 0 again then.
 
     All warps have stored before one thread counts, releasing that; whoever sees the last number may read it all, past

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
 from octavo.kernels.attention.step import StepInputs
-from octavo.kernels.quantized_activation import Rounding
+from octavo.kernels.quantized_activation import ActivationQuant
 from octavo.quant.linear import Linear
 from octavo.runtime.model.mlp import Change, Mlp
 from octavo.runtime.model.model import KVScales, LayerRow
@@ -157,12 +157,12 @@ class Decoder:
                 hidden = hidden[inputs.logits_index]
                 residual = residual[inputs.logits_index]
             hidden, residual = self._add_and_norm(
-                layer.o.partial(hidden), residual, layer.after_attention, layer.before_mlp, layer.mlp.wants
+                layer.o.partial(hidden), residual, layer.after_attention, layer.before_mlp, layer.mlp.input_quant
             )
             before_next = self._final_norm if i == last else self._layers[i + 1].before_attention
-            wants = None if i == last else self._layers[i + 1].qkv.input_quant
+            input_quant = None if i == last else self._layers[i + 1].qkv.input_quant
             hidden, residual = self._add_and_norm(
-                layer.mlp.partial(hidden), residual, layer.after_mlp, before_next, wants
+                layer.mlp.partial(hidden), residual, layer.after_mlp, before_next, input_quant
             )
             if tap is not None:
                 tap(i, residual)
@@ -174,11 +174,11 @@ class Decoder:
         residual: Tensor,
         after: Tensor | None,
         before_next: Tensor | None,
-        wants: Rounding | None,
+        input_quant: ActivationQuant | None,
     ) -> tuple[Any, Tensor]:
         """A sublayer's output onto the residual: (input of the next sublayer, rounded as it wants; new residual)."""
         multiplier = self.spec.residual_multiplier
-        rounding = _rounding(wants)
+        rounding = _rounding(input_quant)
         return self.ops.add_rms_norm(hidden, residual, before_next, self.spec.norm_eps, after, multiplier, **rounding)
 
     def _logits(self, hidden: Tensor) -> Tensor:
@@ -212,9 +212,9 @@ class Decoder:
         ]
 
 
-def _rounding(wants: Rounding | None) -> dict[str, Rounding]:
+def _rounding(input_quant: ActivationQuant | None) -> dict[str, ActivationQuant]:
     """The argument of an operator that is asked to round: a CPU's have none."""
-    return {} if wants is None else {"wants": wants}
+    return {} if input_quant is None else {"input_quant": input_quant}
 
 
 def embedding_scale(spec: DecoderSpec, dtype: torch.dtype) -> float:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from octavo.kernels.quantized_activation import Hidden, Rounding
+from octavo.kernels.quantized_activation import ActivationQuant, Hidden
 from octavo.quant.linear import Linear
 
 Change = Callable[[str, Linear], Linear]  # (name in the layer, linear layer) -> what stands in its place
@@ -22,7 +22,7 @@ class Mlp(Protocol):
     """x [T, H] -> [T, H], as an immutable value."""
 
     @property
-    def wants(self) -> Rounding | None:
+    def input_quant(self) -> ActivationQuant | None:
         """How the norm before may round x."""
         ...
 
@@ -54,7 +54,7 @@ class GatedMlp:
     act: Activation
 
     @property
-    def wants(self) -> Rounding | None:
+    def input_quant(self) -> ActivationQuant | None:
         return self.gate_up.input_quant
 
     def forward(self, x: Hidden) -> Tensor:
@@ -62,8 +62,8 @@ class GatedMlp:
 
     def partial(self, x: Hidden) -> Tensor:
         gate_up = self.gate_up.partial(x)
-        wants = self.down.input_quant
-        return self.down.partial(self.act(gate_up) if wants is None else self.act(gate_up, wants))
+        input_quant = self.down.input_quant
+        return self.down.partial(self.act(gate_up) if input_quant is None else self.act(gate_up, input_quant))
 
     def linears(self) -> dict[str, Linear]:
         return {"gate_up": self.gate_up, "down": self.down}

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from octavo.kernels.moe import reference as moe
-from octavo.kernels.quantized_activation import Hidden, Rounding
+from octavo.kernels.quantized_activation import ActivationQuant, Hidden
 from octavo.quant.experts import Stacked
 from octavo.quant.linear import Linear
 from octavo.runtime.model.mlp import Change, GatedMlp
@@ -27,7 +27,7 @@ class _Plain:
     __slots__ = ()
 
     @property
-    def wants(self) -> Rounding | None:
+    def input_quant(self) -> ActivationQuant | None:
         return None
 
     def forward(self, x: Hidden) -> Tensor:
@@ -117,9 +117,9 @@ class GroupedMoe:
     shared_gate: Tensor | None = None
 
     @property
-    def wants(self) -> Rounding | None:
+    def input_quant(self) -> ActivationQuant | None:
         """The router reads plain numbers, and so does a shared expert."""
-        return self.experts.wants if self.shared is None else None
+        return self.experts.input_quant if self.shared is None else None
 
     @property
     def body(self) -> str:

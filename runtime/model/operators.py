@@ -55,9 +55,10 @@ class Ops:
         keys and values already
     rope_and_attention  of rope_and_cache's arguments: attention of what that returns
 
-    A GPU's bodies take x, gate_up and qkv in partial sums [S, T, ...] float32 as well; norms, activations and
-    rope_and_attention a last argument `wants`, a Rounding, and return what they return as Rounded then, attention only
-    in a decode step. The others are given neither: linear layers on a CPU make no partial sums and want no rounding.
+    A GPU's bodies also take x, gate_up and qkv as split-K partial sums [S, T, ...] float32. Their norms, activations
+    and rope_and_attention take a last argument `input_quant`, an ActivationQuant; with it they return a
+    QuantizedActivation (attention in a decode step only). The CPU's get neither: its linear layers make no partial sums
+    and quantize their own input.
     """
 
     name: str

@@ -20,7 +20,7 @@ from octavo.kernels.launching.launch import Launch
 from octavo.kernels.norm.gpu.activation import gelu_tanh_and_mul, silu_and_mul
 from octavo.kernels.norm.gpu.embedding import embed
 from octavo.kernels.norm.gpu.norm import norm
-from octavo.kernels.quantized_activation import Hidden, Rounded, Rounding
+from octavo.kernels.quantized_activation import ActivationQuant, Hidden, QuantizedActivation
 from octavo.runtime.model.operators import Ops
 
 
@@ -45,19 +45,27 @@ def _embed(token_ids: Tensor, table: Tensor, factor: float) -> Tensor:
     return out
 
 
-def _room(x: Tensor, columns: int, dtype: torch.dtype, wants: Rounding | None) -> tuple[Hidden, Tensor, dict[str, Any]]:
+def _room(
+    x: Tensor, columns: int, dtype: torch.dtype, input_quant: ActivationQuant | None
+) -> tuple[Hidden, Tensor, dict[str, Any]]:
     """What is returned, the tensor that a kernel writes it to, and what it is told of rounding."""
-    if wants is None:
+    if input_quant is None:
         plain = torch.empty(x.shape[-2], columns, dtype=dtype, device=x.device)
         return plain, plain, {}
-    rounded = Rounded.empty(x.shape[-2], columns, wants, x.device, dtype)
-    how = {"group_size": wants.group_size, "static_scale": wants.static_scale, "places": wants.places}
-    how |= {} if wants.dtype is None else {"scale": rounded.scale}
+    rounded = QuantizedActivation.empty(x.shape[-2], columns, input_quant, x.device, dtype)
+    how = {
+        "group_size": input_quant.group_size,
+        "static_scale": input_quant.static_scale,
+        "column_permutation": input_quant.column_permutation,
+    }
+    how |= {} if input_quant.dtype is None else {"scale": rounded.scale}
     return rounded, rounded.codes, how if rounded.plain is None else {**how, "plain": rounded.plain}
 
 
-def _rms_norm(dtype: torch.dtype, x: Tensor, weight: Tensor, eps: float, wants: Rounding | None = None) -> Hidden:
-    result, out, rounding = _room(x, x.shape[-1], dtype, wants)
+def _rms_norm(
+    dtype: torch.dtype, x: Tensor, weight: Tensor, eps: float, input_quant: ActivationQuant | None = None
+) -> Hidden:
+    result, out, rounding = _room(x, x.shape[-1], dtype, input_quant)
     norm(x, weight, eps, out, **rounding)()
     return result
 
@@ -69,18 +77,18 @@ def _add_rms_norm(
     eps: float,
     after: Tensor | None = None,
     multiplier: float = 1.0,
-    wants: Rounding | None = None,
+    input_quant: ActivationQuant | None = None,
 ) -> tuple[Hidden, Tensor]:
     total = torch.empty_like(residual)
-    plain = weight is None and wants is None
-    result, out, rounding = (total, total, {}) if plain else _room(x, x.shape[-1], residual.dtype, wants)
+    plain = weight is None and input_quant is None
+    result, out, rounding = (total, total, {}) if plain else _room(x, x.shape[-1], residual.dtype, input_quant)
     norm(x, weight, eps, out, residual=residual, total=total, after=after, multiplier=multiplier, **rounding)()
     return result, total
 
 
 def _gated(
-    dtype: torch.dtype, activation: Callable[..., Launch], gate_up: Tensor, wants: Rounding | None = None
+    dtype: torch.dtype, activation: Callable[..., Launch], gate_up: Tensor, input_quant: ActivationQuant | None = None
 ) -> Hidden:
-    result, out, rounding = _room(gate_up, gate_up.shape[-1] // 2, dtype, wants)
+    result, out, rounding = _room(gate_up, gate_up.shape[-1] // 2, dtype, input_quant)
     activation(gate_up, out, **rounding)()
     return result

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from octavo.kernels.attention import reference
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
-from octavo.kernels.attention.gpu.decode import decode, share_count
+from octavo.kernels.attention.gpu.decode import decode, split_count
 from octavo.kernels.attention.gpu.prefill import paged_attention, prefill
 from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.launching.last_block import counters_for
@@ -34,7 +34,7 @@ CASES = [
     (HEADS[1], STORED[0], (7, None)),
     (HEADS[1], STORED[0], (None, 6.0)),
 ]
-SHARES = {"block_n": 16, "least": 32, "most": 2, "programs": 1 << 20}
+SPLITS = {"block_n": 16, "min_split_tokens": 32, "max_splits": 2, "programs": 1 << 20}
 
 
 def make(
@@ -54,9 +54,11 @@ def make(
 def run_decode(
     q: Tensor, inputs: StepInputs, cache: LayerCache, shape: AttentionShape, queries: int, **other: int
 ) -> Tensor:
-    sizes = {**SHARES, **other}
-    most = sizes["most"]
-    programs = share_count(inputs.max_seq_len, shape, least=sizes["least"], most=most, queries=queries)
+    sizes = {**SPLITS, **other}
+    max_splits = sizes["max_splits"]
+    programs = split_count(
+        inputs.max_seq_len, shape, min_split_tokens=sizes["min_split_tokens"], max_splits=max_splits, queries=queries
+    )
     rows = queries * shape.num_heads // shape.num_kv_heads
     lse = torch.full((len(inputs.seq_lens), shape.num_kv_heads, programs, rows), torch.nan, device=q.device)
     partial = torch.full((*lse.shape, shape.head_dim), torch.nan, device=q.device)
@@ -84,9 +86,9 @@ def test_decode(
 def test_shares_are_merged_by_the_last_whatever_their_number(device: torch.device) -> None:
     """Several rounds of shares, more than are in registers at a time; twice, since the counters must be 0 again."""
     q, inputs, cache, shape = make(([2, 1, 1], [330, 165, 70]), HEADS[1], STORED[0], (None, None), device)
-    got = run_decode(q, inputs, cache, shape, queries=2, most=11)
+    got = run_decode(q, inputs, cache, shape, queries=2, max_splits=11)
     check(got, q, inputs, cache, shape)
-    assert torch.equal(run_decode(q, inputs, cache, shape, queries=2, most=11), got)
+    assert torch.equal(run_decode(q, inputs, cache, shape, queries=2, max_splits=11), got)
 
 
 @pytest.mark.parametrize(("heads", "stored", "masks"), CASES, ids=str)

@@ -12,7 +12,7 @@ from backwards import backwards
 from torch import Tensor
 
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
-from octavo.kernels.attention.gpu.decode import decode, room_of_rows, share_count
+from octavo.kernels.attention.gpu.decode import decode, quantized_rows, split_count
 from octavo.kernels.attention.gpu.rope_decode import rope_and_attention, rope_decode
 from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.fp8 import reference as fp8
@@ -20,7 +20,7 @@ from octavo.kernels.fp8.gpu.quantize import quantize
 from octavo.kernels.int8 import reference as int8
 from octavo.kernels.launching.last_block import counters_for
 from octavo.kernels.launching.launch import Launch
-from octavo.kernels.quantized_activation import Rounded, Rounding
+from octavo.kernels.quantized_activation import ActivationQuant, QuantizedActivation
 
 BF16, E4M3, INT8 = torch.bfloat16, torch.float8_e4m3fn, torch.int8
 UNWRITTEN = 0x55
@@ -32,28 +32,30 @@ CASES = [
     *(((10, 2, 128), form) for form in ("fp8", "int8 static")),
     ((4, 2, 256), "fp8 moved"),
 ]
-SHARES = [
-    {"block_n": 16, "least": 32, "most": 3, "programs": 1 << 20},
-    {"block_n": 16, "least": 32, "most": 3, "programs": 4},  # listed
-    {"block_n": 16, "least": 96, "most": 3, "programs": 1 << 20},  # one for each
+SPLITS = [
+    {"block_n": 16, "min_split_tokens": 32, "max_splits": 3, "programs": 1 << 20},
+    {"block_n": 16, "min_split_tokens": 32, "max_splits": 3, "programs": 4},  # listed
+    {"block_n": 16, "min_split_tokens": 96, "max_splits": 3, "programs": 1 << 20},  # one for each
 ]
 FORMS = {
-    "fp8": Rounding(E4M3),
-    "int8": Rounding(INT8),
-    "fp8 groups": Rounding(E4M3, 128),
-    "fp8 static": Rounding(E4M3, static_scale=torch.tensor([0.0037])),
-    "int8 static": Rounding(INT8, static_scale=torch.tensor([0.0037])),
-    "fp8 moved": Rounding(E4M3, places=torch.empty(0)),
-    "moved": Rounding(None, places=torch.empty(0)),
+    "fp8": ActivationQuant(E4M3),
+    "int8": ActivationQuant(INT8),
+    "fp8 groups": ActivationQuant(E4M3, 128),
+    "fp8 static": ActivationQuant(E4M3, static_scale=torch.tensor([0.0037])),
+    "int8 static": ActivationQuant(INT8, static_scale=torch.tensor([0.0037])),
+    "fp8 moved": ActivationQuant(E4M3, column_permutation=torch.empty(0)),
+    "moved": ActivationQuant(None, column_permutation=torch.empty(0)),
 }
 
 
-def wanted(name: str, columns: int, device: torch.device) -> Rounding:
+def wanted(name: str, columns: int, device: torch.device) -> ActivationQuant:
     """A form for rows of so many columns."""
     form = FORMS[name]
     stored = None if form.static_scale is None else form.static_scale.to(device)
-    places = None if form.places is None else torch.randperm(columns, dtype=torch.int32).to(device)
-    return replace(form, static_scale=stored, places=places)
+    column_permutation = (
+        None if form.column_permutation is None else torch.randperm(columns, dtype=torch.int32).to(device)
+    )
+    return replace(form, static_scale=stored, column_permutation=column_permutation)
 
 
 def make(heads: tuple[int, int, int], device: torch.device) -> tuple[Tensor, StepInputs, LayerCache, AttentionShape]:
@@ -69,24 +71,31 @@ def make(heads: tuple[int, int, int], device: torch.device) -> tuple[Tensor, Ste
 
 
 def prepared(
-    kernel: str, qkv: Tensor, inputs: StepInputs, cache: LayerCache, shape: AttentionShape, wants: Rounding | None,
+    kernel: str,
+    qkv: Tensor,
+    inputs: StepInputs,
+    cache: LayerCache,
+    shape: AttentionShape,
+    input_quant: ActivationQuant | None,
     **sizes: int,
-) -> tuple[Launch, Tensor, Rounded]:  # fmt: skip
+) -> tuple[Launch, Tensor, QuantizedActivation]:
     """A launch, its plain rows [T, Hq D], and room for rounded ones; what isn't written can be told from what is.
 
     The room has a row more than is shown.
     """
     sequences, tokens, device = len(inputs.seq_lens), len(qkv), qkv.device
     heads, kv_heads, dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
-    parts = share_count(inputs.max_seq_len, shape, least=sizes["least"], most=sizes["most"])
+    parts = split_count(
+        inputs.max_seq_len, shape, min_split_tokens=sizes["min_split_tokens"], max_splits=sizes["max_splits"]
+    )
     lse = torch.full((sequences, kv_heads, parts, heads // kv_heads), torch.nan, device=device)
     partial = torch.full((*lse.shape, dim), torch.nan, device=device)
     out = torch.full((tokens, heads, dim), torch.nan, dtype=BF16, device=device)
-    into = Rounded.empty(tokens + 1, heads * dim, wants or Rounding(None), device, BF16)
+    into = QuantizedActivation.empty(tokens + 1, heads * dim, input_quant or ActivationQuant(None), device, BF16)
     into.codes.view(torch.uint8).fill_(UNWRITTEN)
-    into = Rounded(into.codes[:tokens], into.scale.fill_(-1)[:tokens])
+    into = QuantizedActivation(into.codes[:tokens], into.scale.fill_(-1)[:tokens])
     room = (out, partial, lse, counters_for(sequences * (kv_heads + 1), device))
-    more = {} if wants is None else {"into": into, "wants": wants}
+    more = {} if input_quant is None else {"into": into, "input_quant": input_quant}
     sizes["num_warps"] = 1  # 512 columns at a time: some of these rows are longer
     if kernel == "decode":
         q = qkv[:, : heads * dim].reshape(-1, heads, dim)
@@ -96,59 +105,72 @@ def prepared(
 
 
 def run(
-    kernel: str, qkv: Tensor, inputs: StepInputs, cache: LayerCache, shape: AttentionShape, wants: Rounding | None,
+    kernel: str,
+    qkv: Tensor,
+    inputs: StepInputs,
+    cache: LayerCache,
+    shape: AttentionShape,
+    input_quant: ActivationQuant | None,
     **sizes: int,
-) -> tuple[Tensor, Rounded]:  # fmt: skip
-    launch, out, into = prepared(kernel, qkv, inputs, cache, shape, wants, **sizes)
+) -> tuple[Tensor, QuantizedActivation]:
+    launch, out, into = prepared(kernel, qkv, inputs, cache, shape, input_quant, **sizes)
     launch()
     assert not bool(launch.arguments["counters"].any())
     return out, into
 
 
 @cache
-def not_rounded(kernel: str, heads: tuple[int, int, int], shares: int, device: torch.device) -> Tensor:
-    """What a launch that doesn't round gives, in some of `SHARES`."""
-    return run(kernel, *make(heads, device), None, **SHARES[shares])[0]
+def not_rounded(kernel: str, heads: tuple[int, int, int], kv_splits: int, device: torch.device) -> Tensor:
+    """What a launch that doesn't round gives, in some of `SPLITS`."""
+    return run(kernel, *make(heads, device), None, **SPLITS[kv_splits])[0]
 
 
-def separately(x: Tensor, wants: Rounding) -> Rounded:
+def separately(x: Tensor, input_quant: ActivationQuant) -> QuantizedActivation:
     """Plain rows [T, K] as `quantize` rounds them, then moved."""
-    made = Rounded.empty(*x.shape, wants, x.device, x.dtype)
-    if wants.dtype is None:
+    made = QuantizedActivation.empty(*x.shape, input_quant, x.device, x.dtype)
+    if input_quant.dtype is None:
         made.codes.copy_(x)
     else:
-        quantize(x, made.codes, made.scale, group_size=wants.group_size, static_scale=wants.static_scale)()
-    codes = made.codes.view(torch.uint8 if wants.dtype else x.dtype)
-    moved = codes if wants.places is None else codes[:, wants.places.argsort()]
-    return Rounded(moved.view(made.codes.dtype), made.scale)
+        quantize(x, made.codes, made.scale, group_size=input_quant.group_size, static_scale=input_quant.static_scale)()
+    codes = made.codes.view(torch.uint8 if input_quant.dtype else x.dtype)
+    moved = codes if input_quant.column_permutation is None else codes[:, input_quant.column_permutation.argsort()]
+    return QuantizedActivation(moved.view(made.codes.dtype), made.scale)
 
 
-def check(got: Rounded, x: Tensor, wants: Rounding) -> None:
+def check(got: QuantizedActivation, x: Tensor, input_quant: ActivationQuant) -> None:
     """That it is what a launch more makes of plain rows, to the last bit."""
-    expected = separately(x, wants)
+    expected = separately(x, input_quant)
     assert torch.equal(got.codes.view(torch.uint8), expected.codes.view(torch.uint8))
     assert torch.equal(got.scale.view(torch.int32), expected.scale.view(torch.int32))
 
 
-def values_of(rounded: Rounded, wants: Rounding) -> Tensor:
+def values_of(rounded: QuantizedActivation, input_quant: ActivationQuant) -> Tensor:
     """What codes stand for, columns where they were."""
-    codes = rounded.codes.float() if wants.places is None else rounded.codes.float()[:, wants.places.long()]
-    if wants.dtype is None:
+    codes = (
+        rounded.codes.float()
+        if input_quant.column_permutation is None
+        else rounded.codes.float()[:, input_quant.column_permutation.long()]
+    )
+    if input_quant.dtype is None:
         return codes
-    scale = rounded.scale.repeat_interleave(wants.group_size, 1)[:, : codes.shape[1]] if wants.group_size else None
+    scale = (
+        rounded.scale.repeat_interleave(input_quant.group_size, 1)[:, : codes.shape[1]]
+        if input_quant.group_size
+        else None
+    )
     return codes * (rounded.scale if scale is None else scale)
 
 
-def reference(x: Tensor, wants: Rounding) -> Tensor:
+def reference(x: Tensor, input_quant: ActivationQuant) -> Tensor:
     """What the codes of rows [T, K] should stand for."""
-    if wants.dtype is None:
+    if input_quant.dtype is None:
         return x.float()
-    if wants.group_size:
-        return fp8.fake_quantize_per_group(x, wants.group_size)
-    of = fp8 if wants.dtype == E4M3 else int8
-    if wants.static_scale is None:
+    if input_quant.group_size:
+        return fp8.fake_quantize_per_group(x, input_quant.group_size)
+    of = fp8 if input_quant.dtype == E4M3 else int8
+    if input_quant.static_scale is None:
         return of.fake_quantize_per_token(x)
-    return of.fake_quantize_static(x, wants.static_scale[0])
+    return of.fake_quantize_static(x, input_quant.static_scale[0])
 
 
 @pytest.mark.parametrize("kernel", ["decode", "rope and decode"])
@@ -157,16 +179,16 @@ def test_a_row_is_rounded_as_in_a_launch_of_its_own(
     heads: tuple[int, int, int], form: str, kernel: str, device: torch.device
 ) -> None:
     step = make(heads, device)
-    wants = wanted(form, heads[0] * heads[2], device)
-    for i, sizes in enumerate(SHARES):
-        plain, got = run(kernel, *step, wants, **sizes)
+    input_quant = wanted(form, heads[0] * heads[2], device)
+    for i, sizes in enumerate(SPLITS):
+        plain, got = run(kernel, *step, input_quant, **sizes)
         assert torch.equal(plain, not_rounded(kernel, heads, i, device))
-        assert torch.equal(values_of(got, wants), reference(plain, wants))
-        check(got, plain, wants)
+        assert torch.equal(values_of(got, input_quant), reference(plain, input_quant))
+        check(got, plain, input_quant)
     with backwards():  # on the same counters, and another program is the last
-        again, got = run(kernel, *step, wants, **SHARES[0])
+        again, got = run(kernel, *step, input_quant, **SPLITS[0])
     assert torch.equal(again, not_rounded(kernel, heads, 0, device))
-    check(got, again, wants)
+    check(got, again, input_quant)
 
 
 @pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
@@ -175,19 +197,19 @@ def test_what_is_not_finite_makes_its_scale_nan(form: str, wrong: float, device:
     """In a value that the second head of the second sequence sees: in one column of each query head of its group."""
     qkv, inputs, cache, shape = make((6, 2, 64), device)
     cache.value[inputs.block_tables[1, 3], 1, 5, 40] = wrong
-    wants = wanted(form, 6 * 64, device)
-    plain, got = run("decode", qkv, inputs, cache, shape, wants, **SHARES[0])
+    input_quant = wanted(form, 6 * 64, device)
+    plain, got = run("decode", qkv, inputs, cache, shape, input_quant, **SPLITS[0])
     expected = torch.zeros_like(got.scale, dtype=torch.bool)
-    expected[1, 1 if wants.group_size else 0 :] = True  # columns 192 + 40, + 64, + 64: in groups 1, 2 and 2
+    expected[1, 1 if input_quant.group_size else 0 :] = True  # columns 192 + 40, + 64, + 64: in groups 1, 2 and 2
     assert torch.equal(got.scale.isnan(), expected)
-    check(got, plain, wants)
+    check(got, plain, input_quant)
 
 
 @pytest.mark.parametrize("kernel", ["decode", "rope and decode"])
 def test_nothing_is_rounded_before_all_heads_are_stored(kernel: str, device: torch.device) -> None:
     """Programs of all heads but one: they have counted themselves, and no more."""
-    step, wants = make(HEADS, device), wanted("fp8", 9 * 64, device)
-    launch, _, into = prepared(kernel, *step, wants, **SHARES[0])
+    step, input_quant = make(HEADS, device), wanted("fp8", 9 * 64, device)
+    launch, _, into = prepared(kernel, *step, input_quant, **SPLITS[0])
     replace(launch, grid=(launch.grid[0], launch.grid[1] - 1, launch.grid[2]))()
     counters = launch.arguments["counters"]
     counted = counters.tolist()
@@ -201,9 +223,9 @@ def test_a_sequence_of_no_query_rounds_no_row(device: torch.device) -> None:
     """It has none: the place of its first is behind the last."""
     qkv, inputs, cache, shape = make(HEADS, device)
     starts = torch.tensor([0, 1, 2, 3, 3], dtype=torch.int32, device=device)
-    wants = wanted("fp8", 9 * 64, device)
-    plain, got = run("decode", qkv[:3], replace(inputs, query_starts=starts), cache, shape, wants, **SHARES[0])
-    check(got, plain, wants)
+    input_quant = wanted("fp8", 9 * 64, device)
+    plain, got = run("decode", qkv[:3], replace(inputs, query_starts=starts), cache, shape, input_quant, **SPLITS[0])
+    check(got, plain, input_quant)
     behind = got.codes.as_strided((1, 9 * 64), (9 * 64, 1), got.codes.numel()).view(torch.uint8)
     assert bool((behind == UNWRITTEN).all())
 
@@ -213,12 +235,14 @@ def test_a_sequence_of_no_query_rounds_no_row(device: torch.device) -> None:
 def test_a_decode_step_is_rounded_whatever_its_norms(form: str, norm: str, device: torch.device) -> None:
     """Norms over all heads take a launch of their own before attention."""
     qkv, inputs, cache, shape = make(HEADS, device)
-    wants = wanted(form, 9 * 64, device)
+    input_quant = wanted(form, 9 * 64, device)
     norms = [torch.rand(64 if norm == "head" else n * 64, device=device) for n in HEADS[:2]]
-    plain, got = (rope_and_attention(qkv, inputs, cache, shape, None, *norms, 1e-6, wants=w) for w in (None, wants))
+    plain, got = (
+        rope_and_attention(qkv, inputs, cache, shape, None, *norms, 1e-6, input_quant=w) for w in (None, input_quant)
+    )
     assert isinstance(plain, Tensor)
-    assert isinstance(got, Rounded)
-    check(got, plain, wants)
+    assert isinstance(got, QuantizedActivation)
+    check(got, plain, input_quant)
 
 
 def test_a_step_with_a_prompt_is_left_plain(device: torch.device) -> None:
@@ -229,7 +253,8 @@ def test_a_step_with_a_prompt_is_left_plain(device: torch.device) -> None:
         max_query_len=3, positions=place.expand(4).contiguous(), slot_mapping=place.expand(4) - 1,
     )  # fmt: skip
     plain, got = (
-        rope_and_attention(qkv, inputs, cache, shape, None, None, None, 1e-6, wants=w) for w in (None, Rounding(E4M3))
+        rope_and_attention(qkv, inputs, cache, shape, None, None, None, 1e-6, input_quant=w)
+        for w in (None, ActivationQuant(E4M3))
     )
     assert isinstance(plain, Tensor)
     assert isinstance(got, Tensor)
@@ -238,14 +263,14 @@ def test_a_step_with_a_prompt_is_left_plain(device: torch.device) -> None:
 
 def test_room_without_a_rounding_is_refused(device: torch.device) -> None:
     step = make(HEADS, device)
-    into = Rounded.empty(len(LENGTHS), 9 * 64, Rounding(E4M3), device)
+    into = QuantizedActivation.empty(len(LENGTHS), 9 * 64, ActivationQuant(E4M3), device)
     lse = torch.empty(len(LENGTHS), 3, 1, 3, device=device)
     out, counters = torch.empty(len(LENGTHS), 9, 64, device=device), counters_for(len(LENGTHS) * 4, device)
     with pytest.raises(ValueError, match="come together"):
-        decode(out, *step[1:], out, lse, lse, counters, into=into, **SHARES[2])
+        decode(out, *step[1:], out, lse, lse, counters, into=into, **SPLITS[2])
 
 
 def test_no_tokens_have_no_codes(device: torch.device) -> None:
-    into = room_of_rows(torch.empty(0, 9, 64, device=device), Rounding(E4M3, 128))
+    into = quantized_rows(torch.empty(0, 9, 64, device=device), ActivationQuant(E4M3, 128))
     assert into is not None
     assert (into.codes.shape, into.scale.shape) == ((0, 576), (0, 5))

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from octavo.kernels.gemm.gpu.gemm_persistent import fits_tma, many
-from octavo.kernels.gemm.gpu.gemm_swap_ab import few
-from octavo.kernels.norm.gpu.split_k_sum import add_up
+from octavo.kernels.gemm.gpu.gemm_persistent import fits_tma, gemm_persistent
+from octavo.kernels.gemm.gpu.gemm_swap_ab import gemm_swap_ab
+from octavo.kernels.norm.gpu.split_k_sum import split_k_sum
 
 FP8, INT8 = torch.float8_e4m3fn, torch.int8
 SHAPES = [(1, 64, 128), (17, 72, 256), (5, 200, 400), (33, 129, 136), (64, 40, 48)]  # M, N, K
@@ -62,10 +62,10 @@ def test_few_tokens(shape: tuple[int, int, int], kind: torch.dtype, parts: int, 
     bias = codes(n, kind=INT8, seed=5, device=device).bfloat16() if parts != 1 else None
     out = torch.full((parts, m, n) if parts else (m, n), torch.nan, device=device)
     out = out if parts else out.bfloat16()
-    few(x, w, x_scale, w_scale, out, bias, block_m=16 if m < 33 else 32, block_k=64)()
+    gemm_swap_ab(x, w, x_scale, w_scale, out, bias, block_m=16 if m < 33 else 32, block_k=64)()
     if parts:
         total = torch.full((m, n), torch.nan, device=device, dtype=torch.float16)
-        add_up(out, total)()
+        split_k_sum(out, total)()
         assert torch.equal(total, sum(out[1:], out[0]).half())
         out = sum(out[1:], out[0])
     check(
@@ -86,7 +86,7 @@ def test_many_tokens(
     bias = codes(n, kind=INT8, seed=5, device=device).to(dtype) if tma else None
     out = torch.full((m, n), torch.nan, device=device, dtype=dtype)
     sizes: dict[str, Any] = {"block_m": 64, "block_n": 128, "block_k": 128, "group_m": 2, "subtiles": 1 + tma}
-    many(x, w, x_scale, w_scale, out, bias, tma=tma, promote=tma, programs=2, **sizes)()
+    gemm_persistent(x, w, x_scale, w_scale, out, bias, tma=tma, promote=tma, programs=2, **sizes)()
     check(
         out, x.double() * spread(x_scale, m, k, 1), w.double() * spread(w_scale, n, k, 1), bias,
         bits_of(kind, k, device),
@@ -107,11 +107,11 @@ def test_blocks(
     w_scale = scales(-(-n // rows), groups, seed=4, device=device)
     if body.startswith("few"):
         out = torch.full((2 if "parts" in body else 1, m, n), torch.nan, device=device)
-        few(x, w, x_scale, w_scale, out, blocks=True, block_m=32)()
+        gemm_swap_ab(x, w, x_scale, w_scale, out, blocks=True, block_m=32)()
         out = out.sum(0)
     else:
         out = torch.full((m, n), torch.nan, device=device)
-        many(x, w, x_scale, w_scale, out, blocks=True, tma=int(body == "many"), programs=3)()
+        gemm_persistent(x, w, x_scale, w_scale, out, blocks=True, tma=int(body == "many"), programs=3)()
     # Scales are multiplied once for each block, which is one more rounding.
     check(
         out, x.double() * spread(x_scale, m, k, 1), w.double() * spread(w_scale, n, k, rows), None,
@@ -123,8 +123,8 @@ def test_one_scale_for_all(device: torch.device) -> None:
     x, w = codes(3, 64, kind=FP8, seed=1, device=device), codes(80, 64, kind=FP8, seed=2, device=device)
     x_scale, w_scale = scales(1, seed=3, device=device), scales(1, seed=4, device=device)
     first, second = torch.full((3, 80), torch.nan, device=device), torch.full((3, 80), torch.nan, device=device)
-    few(x, w, x_scale, w_scale, first)()
-    many(x, w, x_scale, w_scale, second)()
+    gemm_swap_ab(x, w, x_scale, w_scale, first)()
+    gemm_persistent(x, w, x_scale, w_scale, second)()
     for out in (first, second):
         check(out, x.double() * x_scale, w.double() * w_scale, None, bits_of(FP8, 64, device))
 
@@ -135,7 +135,7 @@ def test_what_the_memory_accelerator_cannot_read(device: torch.device) -> None:
     assert not fits_tma(x)
     assert not fits_tma(torch.zeros(32, 32, device=device).T)
     out = torch.full((8, 8), torch.nan, device=device)
-    launch = many(x, x, torch.ones(1, device=device), torch.ones(1, device=device), out)
+    launch = gemm_persistent(x, x, torch.ones(1, device=device), torch.ones(1, device=device), out)
     assert not launch.arguments["TMA"]
     launch()
     assert not bool(out.any())
@@ -144,7 +144,7 @@ def test_what_the_memory_accelerator_cannot_read(device: torch.device) -> None:
 def test_no_tokens_are_no_launch(device: torch.device) -> None:
     x, w = codes(0, 64, kind=INT8, seed=1, device=device), codes(80, 64, kind=INT8, seed=2, device=device)
     one = torch.ones(1, device=device)
-    for launch in (few(x, w, one, one, torch.ones(0, 80)), many(x, w, one, one, torch.ones(0, 80))):
+    for launch in (gemm_swap_ab(x, w, one, one, torch.ones(0, 80)), gemm_persistent(x, w, one, one, torch.ones(0, 80))):
         assert 0 in launch.grid
         launch()
 
@@ -152,6 +152,6 @@ def test_no_tokens_are_no_launch(device: torch.device) -> None:
 def test_tiles_that_cross_blocks_are_refused(device: torch.device) -> None:
     x, one = codes(8, 256, kind=FP8, seed=1, device=device), torch.ones(1, 2, device=device)
     with pytest.raises(ValueError, match="cross blocks"):
-        few(x, x, one, one, torch.ones(8, 8), blocks=True, block_n=256)
+        gemm_swap_ab(x, x, one, one, torch.ones(8, 8), blocks=True, block_n=256)
     with pytest.raises(ValueError, match="cross blocks"):
-        many(x.to(INT8), x.to(INT8), one, one, torch.ones(8, 8), blocks=True)
+        gemm_persistent(x.to(INT8), x.to(INT8), one, one, torch.ones(8, 8), blocks=True)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from octavo.kernels.fp8.reference import fake_quantize_per_token
-from octavo.kernels.gemm.gpu.w4a16_gemm import gemm
+from octavo.kernels.gemm.gpu.w4a16_gemm import w4a16_gemm
 from octavo.kernels.int4 import reference
 from octavo.kernels.int4.gpu import linear as layer
 from octavo.kernels.int4.gpu.dequantize import dequantize
@@ -104,7 +104,7 @@ def test_parts_of_k(m: int, shape: tuple[int, int, int, int, bool, bool], device
     packed = weight.packed(device, None if bias is None else bias.to(device))
     out = torch.full((2, m, n), torch.nan, device=device)
     seen = layer._arranged(x.to(device), packed)
-    gemm(seen, packed, out, group_m=m)()  # 1, or more than there are
+    w4a16_gemm(seen, packed, out, group_m=m)()  # 1, or more than there are
     assert close(out[0] + out[1], x, weight.dequantized(), bias)
 
 
@@ -114,7 +114,7 @@ def test_scales_of_other_types(scales: torch.dtype, zero: bool, device: torch.de
     weight = Weight(40, 160, 64, 4, zero, False, scales)
     x = weight.x(3, torch.bfloat16)
     out = torch.full((3, 40), torch.nan, device=device)
-    gemm(x.to(device), weight.packed(device), out, block_n=32)()
+    w4a16_gemm(x.to(device), weight.packed(device), out, block_n=32)()
     assert close(out, x, weight.dequantized())
 
 
@@ -123,7 +123,7 @@ def test_tiles_of_tokens_share_the_weight(device: torch.device) -> None:
     x = weight.x(70, torch.bfloat16)
     for group_m in (1, 2, 3, 8):  # 5 tiles of 16 tokens, 2 of rows
         out = torch.full((70, 70), torch.nan, device=device)
-        gemm(x.to(device), weight.packed(device), out, group_m=group_m)()
+        w4a16_gemm(x.to(device), weight.packed(device), out, group_m=group_m)()
         assert close(out, x, weight.dequantized())
 
 
@@ -131,7 +131,7 @@ def test_more_parts_than_tiles(device: torch.device) -> None:
     weight = Weight(16, 128, 128, 4, False, False)
     x = weight.x(2, torch.bfloat16)
     out = torch.full((3, 2, 16), torch.nan, device=device)
-    gemm(x.to(device), weight.packed(device), out)()
+    w4a16_gemm(x.to(device), weight.packed(device), out)()
     assert close(out.sum(0), x, weight.dequantized())
     assert not bool(out[1:].any())
 
@@ -158,7 +158,7 @@ def test_linear(m: int, device: torch.device) -> None:
     got = layer.linear(x.to(device), packed)
     assert got.dtype == torch.bfloat16
     assert close(got, x, weight.dequantized(), bias)
-    parts = layer.partial_sums(x.to(device), packed)
+    parts = layer.split_k_partials(x.to(device), packed)
     assert close(parts.sum(0), x, weight.dequantized(), bias)
 
 
@@ -226,10 +226,10 @@ def test_what_does_not_fit_is_refused(device: torch.device) -> None:
     packed, x = pack(codes.to(device), scale.to(device), None, groups), torch.ones(1, 64, device=device)
     two_bits = pack(codes.to(device), scale.to(device), None, groups, bits=2)
     with pytest.raises(ValueError, match="63 columns"):
-        gemm(x[:, :63].bfloat16(), packed, x)
+        w4a16_gemm(x[:, :63].bfloat16(), packed, x)
     with pytest.raises(ValueError, match="without scales"):
-        gemm(x.to(torch.float8_e4m3fn), packed, x)
+        w4a16_gemm(x.to(torch.float8_e4m3fn), packed, x)
     with pytest.raises(ValueError, match="2 bits"):
-        gemm(x.to(torch.float8_e4m3fn), two_bits, x, x[0, :1])
+        w4a16_gemm(x.to(torch.float8_e4m3fn), two_bits, x, x[0, :1])
     with pytest.raises(ValueError, match="float32"):
-        gemm(x, packed, x)
+        w4a16_gemm(x, packed, x)

@@ -83,8 +83,8 @@ def test_partial_sums_are_what_a_norm_adds_up(device: torch.device) -> None:
     x = random(2, 1000, seed=1, device=device).bfloat16()
     codes, bias = random(72, 1000, seed=2, device=device).to(FP8), random(72, seed=3, device=device)
     packed = fp8_gemm.pack(codes, torch.tensor(0.5, device=device), bias)
-    rounded, scale = fp8_gemm.rounded(x, packed)
-    parts = fp8_gemm.partial_sums(rounded, scale, packed)
+    rounded, scale = fp8_gemm.quantize_input(x, packed)
+    parts = fp8_gemm.split_k_partials(rounded, scale, packed)
     assert parts.shape[0] > 1
     total = parts[0]
     for part in parts[1:]:

@@ -19,11 +19,11 @@ from octavo.kernels.moe.gpu.grouped import grouped
 from octavo.kernels.moe.gpu.int4 import PackedExperts, grouped_int4, pack
 from octavo.kernels.moe.gpu.int8 import ByteExperts, grouped_int8
 from octavo.kernels.moe.gpu.int8 import pack as pack8
-from octavo.kernels.moe.gpu.permute_columns import of_pairs
-from octavo.kernels.moe.gpu.shared_expert_activation import silu_and_mul_slices
-from octavo.kernels.moe.gpu.static_quantize import by_stored
+from octavo.kernels.moe.gpu.permute_columns import permute_columns
+from octavo.kernels.moe.gpu.shared_expert_activation import shared_expert_activation
+from octavo.kernels.moe.gpu.static_quantize import static_quantize
 from octavo.kernels.norm.gpu.activation import silu_and_mul
-from octavo.kernels.quantized_activation import Rounded
+from octavo.kernels.quantized_activation import QuantizedActivation
 
 
 def random(*shape: int, seed: int, device: torch.device) -> Tensor:
@@ -289,7 +289,7 @@ def test_columns_of_pairs(shape: tuple[int, int, int, int], device: torch.device
     order = torch.stack([torch.randperm(columns, generator=generator) for _ in range(num_experts)]).int().to(device)
     chosen = torch.randint(0, num_experts, (num_tokens, each), generator=generator).int().to(device)
     out = poisoned(num_tokens * each, columns, dtype=torch.bfloat16, device=device)
-    of_pairs(x, order, chosen, out)()
+    permute_columns(x, order, chosen, out)()
     expected = [x[t][order[e].long()] for t, experts_of in enumerate(chosen.tolist()) for e in experts_of]
     assert torch.equal(out, torch.stack(expected))
 
@@ -308,7 +308,7 @@ def test_pairs_are_rounded_by_their_experts_scales(
     chosen = torch.arange(pairs, device=device).flip(0).int().reshape(num_tokens, each) % num_experts
     codes = torch.full((pairs, width), 99, device=device).to(torch.float8_e4m3fn)
     scale = poisoned(pairs, 1, dtype=torch.float32, device=device)
-    by_stored(x, stored, chosen, codes, scale, gated=gated)()
+    static_quantize(x, stored, chosen, codes, scale, gated=gated)()
     for pair, expert in enumerate(chosen.flatten().tolist()):
         out, step = torch.empty_like(codes[:1]), poisoned(1, 1, dtype=torch.float32, device=device)
         row, own = x[pair if gated else pair // each][None], stored[expert : expert + 1].clone()
@@ -472,7 +472,7 @@ def test_slices_are_rounded_as_the_row_that_they_are(
     x[-1, -1, 7] = torch.nan
     codes = torch.full((num_tokens, top_k + shared, width), 99, device=device).to(dtype)
     scale = poisoned(num_tokens, top_k + shared, dtype=torch.float32, device=device)
-    silu_and_mul_slices(x.flatten(0, 1), codes.flatten(0, 1), scale.view(-1, 1), top_k, shared)()
+    shared_expert_activation(x.flatten(0, 1), codes.flatten(0, 1), scale.view(-1, 1), top_k, shared)()
     gate, up = x[:, top_k:].chunk(2, dim=2)
     for rows, got, of_rows in (
         (x[:, :top_k].flatten(0, 1), codes[:, :top_k].flatten(0, 1), scale[:, :top_k].reshape(-1, 1)),
@@ -495,7 +495,7 @@ def test_what_does_not_go_together_is_refused(device: torch.device) -> None:
         fused.launches(x, x.expand(2, 32), 1, bf16, other, x, normalize=True)
     packed, moved = (experts(kind, 2, n, 128, 19, device)[0] for kind, n in (("int4", 256), ("int4, act-order", 128)))
     x = torch.ones(1, 128, device=device).bfloat16()
-    rounded = Rounded(x.to(torch.float8_e4m3fn), torch.ones(1, 1, device=device), x)
+    rounded = QuantizedActivation(x.to(torch.float8_e4m3fn), torch.ones(1, 1, device=device), x)
     down = experts("int4", 2, 128, 128, 19, device)[0]
     with pytest.raises(ValueError, match="made for other experts"):
         fused.launches(rounded, x.expand(2, 128).contiguous(), 1, packed, down, x, normalize=True)
@@ -507,9 +507,9 @@ def test_what_does_not_go_together_is_refused(device: torch.device) -> None:
         with pytest.raises(ValueError, match="input_scale both"):
             fused.launches(x32, x32.expand(2, 32), 1, gate_up, last, x32, normalize=True)
     with pytest.raises(ValueError, match=r"3 rows .* 2 experts and 2 slices"):
-        silu_and_mul_slices(torch.ones(3, 8), codes[0, :3, :4].contiguous(), torch.ones(3, 1), 2, 2)
+        shared_expert_activation(torch.ones(3, 8), codes[0, :3, :4].contiguous(), torch.ones(3, 1), 2, 2)
     with pytest.raises(ValueError, match=r"int8: float8_e4m3fn works"):
-        by_stored(x32, stored, torch.zeros(1, 1).int(), torch.zeros(1, 32).to(torch.int8), torch.ones(1, 1))
+        static_quantize(x32, stored, torch.zeros(1, 1).int(), torch.zeros(1, 32).to(torch.int8), torch.ones(1, 1))
     wide, one = torch.zeros(1, 1, MAX_COLUMNS + 1, dtype=torch.int8), torch.ones(1, 1)
     pairs = route.unaligned(1, 1, 16, "cpu")
     with pytest.raises(ValueError, match=f"holds {MAX_COLUMNS} columns"):

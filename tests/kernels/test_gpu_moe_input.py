@@ -11,7 +11,7 @@ from octavo.kernels.launching.launch import cdiv
 from octavo.kernels.moe.gpu import fused
 from octavo.kernels.moe.gpu.int4 import pack
 from octavo.kernels.moe.gpu.int8 import pack as pack8
-from octavo.kernels.quantized_activation import Rounded
+from octavo.kernels.quantized_activation import QuantizedActivation
 
 EXPERTS, HIDDEN, WIDTH, TOP_K = 4, 192, 64, 2
 
@@ -33,7 +33,9 @@ def floats(n: int, k: int, stored: Tensor) -> fused.Experts:
     return fused.Experts(codes, torch.full((EXPERTS, n), k**-0.5, device=stored.device), stored)
 
 
-def output(x: Tensor | Rounded, gate_up: fused.Weights, down: fused.Weights, device: torch.device) -> Tensor:
+def output(
+    x: Tensor | QuantizedActivation, gate_up: fused.Weights, down: fused.Weights, device: torch.device
+) -> Tensor:
     router = torch.randn(EXPERTS, HIDDEN, generator=torch.Generator().manual_seed(2)).bfloat16().to(device)
     return fused.fused_moe(x, router, TOP_K, gate_up, down, normalize=True)
 
@@ -48,23 +50,23 @@ def test_columns_in_the_order_of_all_experts_give_what_each_would_take_out(kind:
     x, generator = hidden(device), torch.Generator().manual_seed(3)
     order = (torch.randperm(HIDDEN, generator=generator) // 32).expand(EXPERTS, HIDDEN).to(device)
     gate_up, down = integers(kind, 2 * WIDTH, HIDDEN, order, device), integers(kind, HIDDEN, WIDTH, None, device)
-    wants = fused.wants(gate_up)
-    assert wants is not None
-    assert wants.keeps_plain
-    assert wants.places is not None
-    made = Rounded.empty(3, HIDDEN, wants, x.device, x.dtype)
+    input_quant = fused.input_quant(gate_up)
+    assert input_quant is not None
+    assert input_quant.keeps_plain
+    assert input_quant.column_permutation is not None
+    made = QuantizedActivation.empty(3, HIDDEN, input_quant, x.device, x.dtype)
     codes = x.view(torch.int16)
     if kind == "int4 fp8":
         quantize(x, made.codes, made.scale)()
         codes = made.codes.view(torch.int8)
     moved = torch.empty_like(codes)
-    moved[:, wants.places.long()] = codes
-    rounded = Rounded(moved.view(made.codes.dtype), made.scale, x)
+    moved[:, input_quant.column_permutation.long()] = codes
+    rounded = QuantizedActivation(moved.view(made.codes.dtype), made.scale, x)
     assert torch.equal(output(rounded, gate_up, down, device), output(x, gate_up, down, device))
     others = order.clone()
     others[2] = others[2].flip(0)
     differ = integers(kind, 2 * WIDTH, HIDDEN, others, device)
-    assert fused.wants(differ) is None
+    assert fused.input_quant(differ) is None
     with pytest.raises(ValueError, match=f"made for other experts, .* than these, {kind}"):
         output(rounded, differ, down, device)
 
@@ -74,20 +76,20 @@ def test_rounded_by_the_scale_of_all_experts_is_what_each_would_round(device: to
     x, scale = hidden(device), torch.full((1,), 0.01, device=device)
     downs = torch.arange(1, EXPERTS + 1, device=device) / 100
     gate_up, down = floats(2 * WIDTH, HIDDEN, scale), floats(HIDDEN, WIDTH, downs)
-    wants = fused.wants(gate_up)
-    assert wants is not None
-    assert wants.keeps_plain
-    made = Rounded.empty(3, HIDDEN, wants, x.device, x.dtype)
-    quantize(x, made.codes, made.scale, static_scale=wants.static_scale)()
-    rounded = Rounded(made.codes, made.scale, x)
+    input_quant = fused.input_quant(gate_up)
+    assert input_quant is not None
+    assert input_quant.keeps_plain
+    made = QuantizedActivation.empty(3, HIDDEN, input_quant, x.device, x.dtype)
+    quantize(x, made.codes, made.scale, static_scale=input_quant.static_scale)()
+    rounded = QuantizedActivation(made.codes, made.scale, x)
     each = floats(2 * WIDTH, HIDDEN, scale.repeat(EXPERTS))
     for plain in (gate_up, each):
         assert torch.equal(output(rounded, gate_up, down, device), output(x, plain, down, device))
-    assert fused.wants(each) is None
+    assert fused.input_quant(each) is None
 
 
 def test_codes_that_experts_do_not_read_are_refused(device: torch.device) -> None:
     x, one = hidden(device), torch.ones(3, 1, device=device)
     gate_up, down = (integers("int4 fp8", *size, None, device) for size in ((2 * WIDTH, HIDDEN), (HIDDEN, WIDTH)))
     with pytest.raises(ValueError, match=r"as torch\.int8, than these, int4 fp8"):
-        output(Rounded(x.to(torch.int8), one, x), gate_up, down, device)
+        output(QuantizedActivation(x.to(torch.int8), one, x), gate_up, down, device)

@@ -188,11 +188,19 @@ def test_a_sum_is_rounded_without_a_norm(device: torch.device) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
 def test_columns_go_where_they_are_wanted(dtype: torch.dtype, device: torch.device) -> None:
     x, weight = random(3, 200, seed=1, device=device).bfloat16(), random(200, seed=2, device=device)
-    places = torch.randperm(200, generator=torch.Generator().manual_seed(3)).int().to(device)
+    column_permutation = torch.randperm(200, generator=torch.Generator().manual_seed(3)).int().to(device)
     out, moved = (torch.full((3, 200), 9.0, device=device).to(dtype) for _ in range(2))
     scale = torch.empty(3, 1, device=device) if dtype == torch.float8_e4m3fn else None
     norm(x, weight, EPS, out, scale=scale)()
-    norm(x, weight, EPS, moved, scale=scale, places=places)()
-    assert torch.equal(moved.float()[:, places.long()], out.float())
+    norm(x, weight, EPS, moved, scale=scale, column_permutation=column_permutation)()
+    assert torch.equal(moved.float()[:, column_permutation.long()], out.float())
     with pytest.raises(ValueError, match="groups of 64 columns can't move"):
-        norm(x, weight, EPS, out.to(torch.int8), scale=torch.empty(3, 4, device=device), group_size=64, places=places)
+        norm(
+            x,
+            weight,
+            EPS,
+            out.to(torch.int8),
+            scale=torch.empty(3, 4, device=device),
+            group_size=64,
+            column_permutation=column_permutation,
+        )

@@ -23,9 +23,9 @@ from octavo.kernels.attention.gpu.rope_decode import rope_decode
 from octavo.kernels.fp8.gpu import linear as fp8
 from octavo.kernels.fp8.gpu.quantize import quantize
 from octavo.kernels.gemm.gpu import w8a16_gemm as w8a16
-from octavo.kernels.gemm.gpu.gemm_persistent import many
-from octavo.kernels.gemm.gpu.gemm_swap_ab import few
-from octavo.kernels.gemm.gpu.w4a16_gemm import gemm
+from octavo.kernels.gemm.gpu.gemm_persistent import gemm_persistent
+from octavo.kernels.gemm.gpu.gemm_swap_ab import gemm_swap_ab
+from octavo.kernels.gemm.gpu.w4a16_gemm import w4a16_gemm
 from octavo.kernels.int4.gpu import linear as int4
 from octavo.kernels.int4.gpu import packing
 from octavo.kernels.int4.gpu.dequantize import dequantize
@@ -35,15 +35,15 @@ from octavo.kernels.moe.gpu import fused, route
 from octavo.kernels.moe.gpu import int4 as experts
 from octavo.kernels.moe.gpu.grouped import grouped
 from octavo.kernels.moe.gpu.int8 import ByteExperts, grouped_int8
-from octavo.kernels.moe.gpu.permute_columns import of_pairs
+from octavo.kernels.moe.gpu.permute_columns import permute_columns
 from octavo.kernels.moe.gpu.router import router
-from octavo.kernels.moe.gpu.shared_expert_activation import silu_and_mul_slices
-from octavo.kernels.moe.gpu.static_quantize import by_stored
+from octavo.kernels.moe.gpu.shared_expert_activation import shared_expert_activation
+from octavo.kernels.moe.gpu.static_quantize import static_quantize
 from octavo.kernels.norm.gpu.activation import gelu_tanh_and_mul, silu_and_mul
 from octavo.kernels.norm.gpu.embedding import embed
 from octavo.kernels.norm.gpu.norm import norm
-from octavo.kernels.norm.gpu.split_k_sum import add_up
-from octavo.kernels.quantized_activation import Rounded, Rounding
+from octavo.kernels.norm.gpu.split_k_sum import split_k_sum
+from octavo.kernels.quantized_activation import ActivationQuant, QuantizedActivation
 from octavo.kernels.sampling.gpu import change, draw
 
 E4M3, BF16, INT8, INT16, INT32 = torch.float8_e4m3fn, torch.bfloat16, torch.int8, torch.int16, torch.int32
@@ -85,9 +85,9 @@ CACHE = make_cache(17, 2, 8, 32, BF16, BF16, torch.device("cpu"))
 STEPS = {name: getattr(STEP, name) for name in ("block_tables", "seq_lens", "query_starts")}
 QKV = {"qkv": of(2, 8 * 32), "cos_sin": of(99, 32), "q_norm": of(32), "k_norm": of(32)}
 ROOM = {"out": of(2, 4, 32), "partial": of(2, 2, 2, 2, 32), "lse": of(2, 2, 2, 2), "counters": of(6, dtype=INT32)}
-SHARES = {"block_n": 16, "least": 32, "most": 2, "programs": 99}
+SHARES = {"block_n": 16, "min_split_tokens": 32, "max_splits": 2, "programs": 99}
 ROUNDED = {"codes": of(2, 128, dtype=E4M3), "scale": of(2, 1), "static_scale": of(1)}
-MOVED = {"codes": of(2, 128), "places": of(128, dtype=INT32)}
+MOVED = {"codes": of(2, 128), "column_permutation": of(128, dtype=INT32)}
 
 
 def in_step(launch: Callable[..., object], **sizes: Any) -> Callable[..., object]:
@@ -105,10 +105,14 @@ def rounding(launch: Callable[..., object], **sizes: Any) -> Callable[..., objec
     """`in_step`, of attention that rounds its rows into codes and scale, by a stored one or by places."""
 
     def launched(codes: Tensor, **tensors: Tensor) -> object:
-        scale, stored, places = (tensors.pop(name, None) for name in ("scale", "static_scale", "places"))
-        wants = Rounding(None if scale is None else codes.dtype, 0, stored, places=places)
-        into = Rounded(codes, of(2, 0) if scale is None else scale)
-        return in_step(launch, **sizes, into=into, wants=wants)(**tensors)
+        scale, stored, column_permutation = (
+            tensors.pop(name, None) for name in ("scale", "static_scale", "column_permutation")
+        )
+        input_quant = ActivationQuant(
+            None if scale is None else codes.dtype, 0, stored, column_permutation=column_permutation
+        )
+        into = QuantizedActivation(codes, of(2, 0) if scale is None else scale)
+        return in_step(launch, **sizes, into=into, input_quant=input_quant)(**tensors)
 
     return launched
 
@@ -118,10 +122,10 @@ def aligned(tensors: dict[str, Tensor]) -> route.Aligned:
 
 
 CASES = {
-    "few": Case(few, {**EIGHT, "out": of(2, M, N)}, STRIDED),
-    "few in blocks": Case(lambda **t: few(**t, blocks=True), {**IN_BLOCKS, "out": of(M, N)}, STRIDED),
-    "many": Case(many, {**EIGHT, "out": of(M, N)}, STRIDED),
-    "many by pointers": Case(lambda **t: many(**t, tma=0), {**EIGHT, "out": of(M, N)}, STRIDED),
+    "swap-AB": Case(gemm_swap_ab, {**EIGHT, "out": of(2, M, N)}, STRIDED),
+    "swap-AB in blocks": Case(lambda **t: gemm_swap_ab(**t, blocks=True), {**IN_BLOCKS, "out": of(M, N)}, STRIDED),
+    "persistent": Case(gemm_persistent, {**EIGHT, "out": of(M, N)}, STRIDED),
+    "persistent by pointers": Case(lambda **t: gemm_persistent(**t, tma=0), {**EIGHT, "out": of(M, N)}, STRIDED),
     "quantize": Case(quantize, {"x": ROWS, "out": CODES, "scale": of(M, 1), "static_scale": of(1)}, "x size"),
     "quantize groups": Case(
         lambda **t: quantize(**t, group_size=32), {"x": ROWS, "out": CODES, "scale": of(M, 2)},
@@ -142,9 +146,9 @@ CASES = {
         "out size",
     ),
     "embed": Case(embed, {"token_ids": of(M, dtype=INT32), "table": of(9, K), "out": ROWS}, "out size"),
-    "add up": Case(add_up, {"parts": of(2, M, N), "out": of(M, N)}, "parts size"),
+    "add up": Case(split_k_sum, {"partials": of(2, M, N), "out": of(M, N)}, "partials size"),
     "int8 weights": Case(
-        lambda **t: w8a16.weights(packed=PACKED8, **t), {"x": ROWS, "out": of(M, N)}, "x size"
+        lambda **t: w8a16.w8a16_gemm(packed=PACKED8, **t), {"x": ROWS, "out": of(M, N)}, "x size"
     ),
     "int8 packed": Case(
         lambda **t: w8a16.Packed(**t, num_columns=K, group_size=32),
@@ -153,10 +157,10 @@ CASES = {
     "gather": Case(gather, {"x": ROWS, "order": of(80, dtype=INT32), "out": of(M, 80)}, "x size, x rows, order size"),
     "dequantize": Case(lambda out: dequantize(PACKED4, out), {"out": of(N, K)}),
     "int4": Case(
-        lambda **t: gemm(packed=PACKED4, **t), {"x": CODES, "x_scale": of(M, 1), "out": of(2, M, N)}, "x rows"
+        lambda **t: w4a16_gemm(packed=PACKED4, **t), {"x": CODES, "x_scale": of(M, 1), "out": of(2, M, N)}, "x rows"
     ),
     "int4 packed": Case(
-        lambda **t: packing.PackedInt4(bits=4, share=32, source=None, groups=PACKED4.groups, **t),
+        lambda **t: packing.PackedInt4(bits=4, group_size=32, source=None, groups=PACKED4.groups, **t),
         {"words": PACKED4.words, "scale": of(4, N, 2), "order": of(K, dtype=INT32), "bias": of(N)}, "order size",
     ),
     "route": Case(
@@ -188,24 +192,24 @@ CASES = {
         "x size, chosen size",
     ),
     "columns of pairs": Case(
-        of_pairs,
+        permute_columns,
         {"x": ROWS, "order": of(EXPERTS, K, dtype=INT32), "chosen": of(M, 2, dtype=INT32), "out": of(2 * M, K)},
         "x size, chosen size",
     ),
     "stored": Case(
-        by_stored,
+        static_quantize,
         {"x": ROWS, "stored": of(EXPERTS), "chosen": of(M, 2, dtype=INT32), "out": of(2 * M, K, dtype=E4M3)}
         | {"scale": of(2 * M, 1)},
         "x size, stored size, chosen size, out size",
     ),
     "stored silu": Case(
-        lambda **t: by_stored(**t, gated=True),
+        lambda **t: static_quantize(**t, gated=True),
         {"x": of(M, 2 * K), "stored": of(EXPERTS), "chosen": of(M, 1, dtype=INT32), "out": CODES, "scale": of(M, 1)},
         "stored size, chosen size, out size",
     ),
     "slices": Case(
-        lambda **t: silu_and_mul_slices(**t, top_k=1, shared=2), {"x": of(M, 2 * K), "out": CODES, "scale": of(M, 1)},
-        "out size",
+        lambda **t: shared_expert_activation(**t, top_k=1, shared=2),
+        {"x": of(M, 2 * K), "out": CODES, "scale": of(M, 1)}, "out size",
     ),
     "grouped": Case(
         lambda **t: grouped(pairs=aligned(t), divisor=2, **t),
@@ -229,10 +233,10 @@ CASES = {
         OF_EXPERTS,
     ),
     "experts packed": Case(
-        lambda **t: experts.PackedExperts(**t, share=32, k=K),
+        lambda **t: experts.PackedExperts(**t, group_size=32, k=K),
         {"words": of(EXPERTS, 1, N, 32, dtype=INT16), "scale": of(EXPERTS, 4, N), "zero": of(EXPERTS, 4, N)},
     ),
-    "sum of pairs": Case(lambda **t: fused.add_up(**t, top_k=2), {"pairs": of(2 * M, K), "out": ROWS}, "out size"),
+    "sum of pairs": Case(lambda **t: fused.split_k_sum(**t, top_k=2), {"pairs": of(2 * M, K), "out": ROWS}, "out size"),
     "biases": Case(
         change.add_biases, {"logits": of(M, 9), "rows": of(5), "tokens": of(5), "biases": of(5)},
         "logits size, rows size",
@@ -343,6 +347,6 @@ def test_what_is_said_names_the_tensor_and_what_would_work() -> None:
     with pytest.raises(
         ValueError, match=r"^out has the shape \[3, 9\]; with the other arguments it needs .* \[3, 24\]$"
     ):
-        add_up(of(2, M, N), of(M, 9))
+        split_k_sum(of(2, M, N), of(M, 9))
     with pytest.raises(ValueError, match=r"^parts \[2, 3, 24\] has strides \[96, 32, 1\]; .* contiguous\(\) makes it$"):
-        add_up(of(2, M, 32)[..., :N], of(M, N))
+        split_k_sum(of(2, M, 32)[..., :N], of(M, N))

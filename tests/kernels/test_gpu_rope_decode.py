@@ -12,7 +12,7 @@ from torch import Tensor
 from octavo.kernels.attention import reference
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
 from octavo.kernels.attention.gpu import rope
-from octavo.kernels.attention.gpu.decode import share_count
+from octavo.kernels.attention.gpu.decode import split_count
 from octavo.kernels.attention.gpu.rope_decode import reads_rows_again, rope_and_attention, rope_decode
 from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.launching import tuning
@@ -20,7 +20,7 @@ from octavo.kernels.launching.last_block import counters_for
 from octavo.kernels.launching.launch import Launch
 
 EPS = 1e-6
-SHARES = {"block_n": 16, "least": 32, "most": 2, "programs": 1 << 20}
+SPLITS = {"block_n": 16, "min_split_tokens": 32, "max_splits": 2, "programs": 1 << 20}
 LENGTHS = [1, 37, 90, 64]  # one token, a share, several whose last is short, several that are full
 BF16, E4M3, INT8 = torch.bfloat16, torch.float8_e4m3fn, torch.int8
 CASES = [  # heads, KV heads, dimension, how much of it rotates; what is cached; what norms are over; window, cap
@@ -51,13 +51,15 @@ def run(
 ) -> Tensor:  # fmt: skip
     """In shares small enough for there to be several; what isn't written stays NaN."""
     tokens, device = qkv.shape[-2], qkv.device
-    programs = share_count(inputs.max_seq_len, shape, least=SHARES["least"], most=SHARES["most"])
+    programs = split_count(
+        inputs.max_seq_len, shape, min_split_tokens=SPLITS["min_split_tokens"], max_splits=SPLITS["max_splits"]
+    )
     lse = torch.full((tokens, shape.num_kv_heads, programs, shape.num_heads // shape.num_kv_heads), torch.nan)
     partial = torch.full((*lse.shape, shape.head_dim), torch.nan, device=device)
     out = torch.full((tokens, shape.num_heads, shape.head_dim), torch.nan, dtype=dtype, device=device)
     counters = counters_for(tokens * (shape.num_kv_heads + 1), device)
     room = (out, partial, lse.to(device), counters)
-    rope_decode(qkv, inputs, cache, shape, cos_sin, *norms, EPS, *room, **{**SHARES, **other})()
+    rope_decode(qkv, inputs, cache, shape, cos_sin, *norms, EPS, *room, **{**SPLITS, **other})()
     assert not bool(counters.any())
     return out
 

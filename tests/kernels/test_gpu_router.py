@@ -191,22 +191,22 @@ def test_many_tokens_or_a_wide_router_have_two_launches(device: torch.device) ->
     assert len(launches(torch.cat([x, x[:1]]), weight)) == 2
     assert len(launches(x, weight.repeat(65, 1))) == 2
     assert len(launches(x.float(), weight.float())) == 2
-    few, apart = launched(x, weight, 2), room(512, 8, 2, 16, device)
+    gemm_swap_ab, apart = launched(x, weight, 2), room(512, 8, 2, 16, device)
     steps = router.routing(x, weight.float(), apart.chosen, apart.weights, apart.pairs, normalize=True)
     assert len(steps) == 2
     for step in steps:
         step()
-    assert torch.equal(few.chosen, apart.chosen)
-    assert torch.equal(few.pairs.tile_expert, apart.pairs.tile_expert)
+    assert torch.equal(gemm_swap_ab.chosen, apart.chosen)
+    assert torch.equal(gemm_swap_ab.pairs.tile_expert, apart.pairs.tile_expert)
 
 
 def test_a_row_of_the_table_gives_the_parts(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many there are, and warps; no more parts than there are steps of columns."""
     x, weight = inputs(20, 40, 4, 1000, torch.bfloat16, device)
     chosen, _, _ = routed(x, weight, 4, normalize=True)
-    row = {"most": 20, "block_e": 32, "block_k": 64, "num_warps": 32, "num_stages": 3}
+    row = {"max_tokens": 20, "block_e": 32, "block_k": 64, "num_warps": 32, "num_stages": 3}
     for parts in (1, 3, 99):
-        monkeypatch.setitem(tuning.rows_of(tuning.card), "moe router", [{**row, "parts": parts}])
+        monkeypatch.setitem(tuning.rows_of(tuning.card), "moe router", [{**row, "split_k": parts}])
         tuning.row_of.cache_clear()
         (launch,) = launches(x, weight)
         assert launch.grid == (2, 2 * min(parts, 16))

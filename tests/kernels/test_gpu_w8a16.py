@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from octavo.kernels.gemm.gpu.w8a16_gemm import Packed, linear, pack, partial_sums, weights
+from octavo.kernels.gemm.gpu.w8a16_gemm import Packed, linear, pack, split_k_partials, w8a16_gemm
 from octavo.kernels.int4 import reference
 
 SHAPES = [(1, 64, 256), (17, 72, 400), (33, 130, 144), (65, 136, 160)]  # M, N, K
@@ -59,7 +59,7 @@ def test_parts(
     if bias is not None:
         expected, sizes = expected + bias.double(), sizes + bias.double()
     out = torch.full((2, m, n), torch.nan, device=device)
-    weights(x, packed, out, block_m=16 if m < 33 else 64, group_m=1 + zero)()
+    w8a16_gemm(x, packed, out, block_m=16 if m < 33 else 64, group_m=1 + zero)()
     assert close(out.sum(0), expected, sizes, k)
 
 
@@ -76,7 +76,7 @@ def test_e4m3(shape: tuple[int, int, int], group_size: int, dtype: torch.dtype, 
     weight = codes.float() * scale.float().repeat_interleave(size, dim=1)[:, :k]
     assert torch.equal(packed.unpack(), weight)
     out, exact = torch.full((2, m, n), torch.nan, device=device), weight.double()
-    weights(x, packed, out, block_m=16 if m < 33 else 64)()
+    w8a16_gemm(x, packed, out, block_m=16 if m < 33 else 64)()
     assert close(out.sum(0), x.double() @ exact.T, x.double().abs() @ exact.abs().T, k)
 
 
@@ -91,7 +91,7 @@ def test_linear(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.d
     got = linear(x, packed)
     assert got.dtype == dtype
     assert close(got, expected, sizes, k)
-    total = partial_sums(x, packed)
+    total = split_k_partials(x, packed)
     assert torch.equal(sum(total[1:], total[0]).to(dtype), got)
 
 

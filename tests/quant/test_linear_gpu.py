@@ -13,7 +13,7 @@ from torch import Tensor
 from octavo.calibration.recipe import parse_scheme
 from octavo.kernels.fp8.gpu.quantize import quantize
 from octavo.kernels.int8.gpu.linear import MAX_COLUMNS
-from octavo.kernels.quantized_activation import Rounded
+from octavo.kernels.quantized_activation import QuantizedActivation
 from octavo.quant.input_rounding import input_rounding
 from octavo.quant.kernel import LayerShape
 from octavo.quant.kernel_table import choose_for, choose_kernel
@@ -100,7 +100,7 @@ def test_an_input_that_was_rounded_before(name: str, device: torch.device) -> No
     body = layer_of(part_of(name, device), None, torch.bfloat16, 90)
     assert body.input_quant is not None
     x = random(5, K, seed=2).bfloat16().to(device)
-    ready = Rounded.empty(5, K, body.input_quant, device)
+    ready = QuantizedActivation.empty(5, K, body.input_quant, device)
     quantize(x, ready.codes, ready.scale, group_size=body.input_quant.group_size)()
     assert torch.equal(apply(body, ready), apply(body, x))
 
@@ -216,8 +216,8 @@ def test_act_order_is_undone(name: str, device: torch.device) -> None:
     bound = K * 2**-24 * (x.double().abs() @ shuffled.dequantize().double().abs().T)  # float32 sums, in any order
     assert bool(((apply(found, x).double() - exact).abs() <= bound).all())
     assert found.input_quant is not None
-    assert found.input_quant.places is not None
-    made = Rounded.empty(3, K, found.input_quant, device, x.dtype)
-    made.codes[:, found.input_quant.places.long()] = x
+    assert found.input_quant.column_permutation is not None
+    made = QuantizedActivation.empty(3, K, found.input_quant, device, x.dtype)
+    made.codes[:, found.input_quant.column_permutation.long()] = x
     assert torch.equal(apply(found, made), apply(found, x))
     assert torch.equal(found.partial(made, step_of(made)), found.partial(x, step_of(x)))

@@ -150,7 +150,7 @@ def test_inputs_stay_as_they_are_where_there_is_no_product(scheme: QuantScheme, 
     of = experts(scheme, width=128)
     found = stacked(of, capability)
     assert found is not None
-    assert found.wants is None
+    assert found.input_quant is None
     both = [torch.cat([values(part) for part in parts]) for parts, _ in of]
     assert torch.equal(found.gate_up.unpack(), torch.stack(both))
     assert torch.equal(found.down.unpack(), torch.stack([values(down) for _, down in of]))
@@ -172,7 +172,7 @@ def test_inputs_that_are_rounded_are_whoever_asks(rounds_inputs: bool) -> None:
     for scheme in ("FP8_DYNAMIC", "FP8_BLOCK", "W8A8", "W4AFP8@32"):
         found = stacked(experts(parse_scheme(scheme), width=128), 90, rounds_inputs=rounds_inputs)
         assert found is not None
-        assert found.wants is not None
+        assert found.input_quant is not None
     assert stacked(experts(parse_scheme("W4A16@32")), 90, rounds_inputs=rounds_inputs) is not None
 
 

@@ -22,12 +22,12 @@ from octavo.kernels.attention.gpu.paged import (
     CODES,
     LOG2_E,
     MASKED_SCORE,
-    attend,
+    accumulate_softmax,
     expect_paged,
+    finalize_softmax,
+    init_state,
     list_size,
     load_queries,
-    mixed,
-    nothing_yet,
     words,
 )
 from octavo.kernels.attention.gpu.row import round_row, row_arguments
@@ -35,21 +35,21 @@ from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.launching import tuning
 from octavo.kernels.launching.checks import expect
 from octavo.kernels.launching.dependent_launch import await_previous
-from octavo.kernels.launching.last_block import counters_for, is_last
+from octavo.kernels.launching.last_block import counters_for, last_block
 from octavo.kernels.launching.launch import Launch, cdiv, power_of_two
 from octavo.kernels.launching.numerics import narrow
-from octavo.kernels.quantized_activation import Hidden, Rounded, Rounding
+from octavo.kernels.quantized_activation import ActivationQuant, Hidden, QuantizedActivation
 
 
 @triton.jit
-def shares(
+def kv_splits(
     sequence,
     seq_lens,
     query_starts,
     window,
     BLOCK_N: tl.constexpr,
-    LEAST: tl.constexpr,
-    MOST: tl.constexpr,
+    MIN_SPLIT_TOKENS: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
 ):
     """Of a sequence: its first query, how many, its tokens, the first that is seen, a share's length, the shares."""
@@ -57,9 +57,9 @@ def shares(
     queries = tl.load(query_starts + sequence + 1) - first
     length = tl.load(seq_lens + sequence)
     begin = tl.maximum(length - queries - window + 1, 0) if HAS_WINDOW else 0
-    share = tl.maximum(tl.cdiv(length - begin, MOST), LEAST)
-    share = tl.cdiv(share, BLOCK_N) * BLOCK_N
-    return first, queries, length, begin, share, tl.maximum(tl.cdiv(length - begin, share), 1)
+    split_tokens = tl.maximum(tl.cdiv(length - begin, MAX_SPLITS), MIN_SPLIT_TOKENS)
+    split_tokens = tl.cdiv(split_tokens, BLOCK_N) * BLOCK_N
+    return first, queries, length, begin, split_tokens, tl.maximum(tl.cdiv(length - begin, split_tokens), 1)
 
 
 @triton.jit
@@ -88,27 +88,28 @@ def _merged(
     partial,
     lse,
     place,
-    parts,
+    splits,
     rows,
     HEAD_DIM: tl.constexpr,
     DIM: tl.constexpr,
     ALL_ROWS: tl.constexpr,
     ROWS: tl.constexpr,
-    SHARES: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
     """Weighted means [ROWS, DIM] of what the shares from row `place` on have found, in the order of their numbers.
 
-    Other SMs wrote them: loads go past L1. SHARES at a time are in registers: few enough to leave `attend` its blocks.
+    Other SMs wrote them, so loads go past L1. SPLITS at a time are in registers: few enough to leave
+    `accumulate_softmax` its blocks.
     """
     row = tl.arange(0, ROWS)
     at = tl.arange(0, DIM)
     top = tl.full((ROWS,), MASKED_SCORE, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     result = tl.zeros((ROWS, DIM), tl.float32)
-    for start in range(0, parts, SHARES):
-        part = start + tl.arange(0, SHARES)
-        here = (part < parts)[:, None] & (row < rows)[None, :]
-        at_row = place + part[:, None] * ALL_ROWS + row[None, :]
+    for start in range(0, splits, SPLITS):
+        split = start + tl.arange(0, SPLITS)
+        here = (split < splits)[:, None] & (row < rows)[None, :]
+        at_row = place + split[:, None] * ALL_ROWS + row[None, :]
         size = tl.load(lse + at_row, mask=here, other=MASKED_SCORE, cache_modifier=".cg")
         mask = here[:, :, None] & (at < HEAD_DIM)[None, None, :]
         each = tl.load(
@@ -124,7 +125,7 @@ def _merged(
 
 
 @triton.jit
-def attend_share(
+def attend_split(
     queries,
     unit,
     key,
@@ -151,8 +152,8 @@ def attend_share(
 ):
     """Of the tokens begin .. end: the weighted mean of values [R, DIM], largest score and sum of weights [R]."""
     factor = unit * (scale * tl.load(key_scale + head) * (1.0 if HAS_CAP else LOG2_E))
-    state = attend(
-        nothing_yet(unit.shape[0], DIM, VALUE_CODE),
+    state = accumulate_softmax(
+        init_state(unit.shape[0], DIM, VALUE_CODE),
         queries,
         factor,
         key,
@@ -175,11 +176,11 @@ def attend_share(
         HAS_CAP,
         True,
     )
-    return mixed(state, tl.load(value_scale + head), VALUE_CODE), state[0], state[1]
+    return finalize_softmax(state, tl.load(value_scale + head), VALUE_CODE), state[0], state[1]
 
 
 @triton.jit
-def finish_share(
+def finish_split(
     result,
     top,
     total,
@@ -190,9 +191,9 @@ def finish_share(
     sequence,
     head,
     kv_heads,
-    part,
-    parts,
-    most_parts,
+    split,
+    splits,
+    grid_splits,
     first,
     queries,
     rounding,
@@ -201,52 +202,54 @@ def finish_share(
     GROUP: tl.constexpr,
     QUERIES: tl.constexpr,
     MERGED_ROWS: tl.constexpr,
-    MERGED_SHARES: tl.constexpr,
+    MERGED_SPLITS: tl.constexpr,
     ROUND_GROUP: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
 ):
-    """Store what `attend_share` found: into out where a share is all, else aside, and merge where it is the last.
+    """Store what `attend_split` found: into out where a share is all, else aside, and merge where it is the last.
 
     rounding: what `row_arguments` names; where it has codes, who stores the last of a sequence's heads rounds the row.
     """
     row = tl.arange(0, top.shape[0])
     at = tl.arange(0, DIM)
-    is_whole = parts == 1
+    is_whole = splits == 1
     if is_whole:
         _store(out, result, row, first, queries, head, kv_heads, HEAD_DIM, DIM, GROUP)
     else:
         all_rows: tl.constexpr = QUERIES * GROUP
         pair = sequence.to(tl.int64) * kv_heads + head
-        place = (pair * most_parts + part) * all_rows + row
+        place = (pair * grid_splits + split) * all_rows + row
         here = row // GROUP < queries
         tl.store(
             partial + place[:, None] * HEAD_DIM + at[None, :], result, mask=here[:, None] & (at < HEAD_DIM)[None, :]
         )
         tl.store(lse + place, top + tl.log2(total), mask=here)
-        is_whole = is_last(counters + pair, parts)
+        is_whole = last_block(counters + pair, splits)
         if is_whole:
             whole = _merged(
                 partial,
                 lse,
-                pair * most_parts * all_rows,
-                parts,
+                pair * grid_splits * all_rows,
+                splits,
                 queries * GROUP,
                 HEAD_DIM,
                 DIM,
                 all_rows,
                 MERGED_ROWS,
-                MERGED_SHARES,
+                MERGED_SPLITS,
             )
             _store(out, whole, tl.arange(0, MERGED_ROWS), first, queries, head, kv_heads, HEAD_DIM, DIM, GROUP)
-    codes, scales, stored, places, last_counter, row_width = rounding
+    codes, scales, stored, column_permutation, last_counter, row_width = rounding
     if codes is not None and is_whole and queries == 1:
-        has_all_heads = is_last(counters + (last_counter - sequence), kv_heads)
+        has_all_heads = last_block(counters + (last_counter - sequence), kv_heads)
         if has_all_heads:
-            round_row(out, first.to(tl.int64), row_width, codes, scales, stored, places, ROUND_GROUP, ROW_BLOCK)
+            round_row(
+                out, first.to(tl.int64), row_width, codes, scales, stored, column_permutation, ROUND_GROUP, ROW_BLOCK
+            )
 
 
 @triton.jit
-def shares_end(
+def splits_end(
     seq_lens,
     query_starts,
     sequences,
@@ -254,30 +257,30 @@ def shares_end(
     SEQUENCES: tl.constexpr,
     QUERIES: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    LEAST: tl.constexpr,
-    MOST: tl.constexpr,
+    MIN_SPLIT_TOKENS: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
 ):
     """Where each sequence's shares end in a list of all shares [SEQUENCES]; with more than QUERIES it has none."""
     s = tl.arange(0, SEQUENCES)
-    _, queries, _, _, _, parts = shares(
-        tl.minimum(s, sequences - 1), seq_lens, query_starts, window, BLOCK_N, LEAST, MOST, HAS_WINDOW
+    _, queries, _, _, _, splits = kv_splits(
+        tl.minimum(s, sequences - 1), seq_lens, query_starts, window, BLOCK_N, MIN_SPLIT_TOKENS, MAX_SPLITS, HAS_WINDOW
     )
-    return tl.cumsum(tl.where((s < sequences) & (queries <= QUERIES), parts, 0), axis=0)
+    return tl.cumsum(tl.where((s < sequences) & (queries <= QUERIES), splits, 0), axis=0)
 
 
 @triton.jit
-def share_at(place, ends):
+def split_at(place, ends):
     """The sequence and the number of a share in the list of all."""
     before = ends <= place
     return tl.sum(before.to(tl.int32)), place - tl.max(tl.where(before, ends, 0))
 
 
 @triton.jit
-def _decode_share(
+def _decode_split(
     sequence,
     head,
-    part,
+    split,
     q,
     out,
     partial,
@@ -292,7 +295,7 @@ def _decode_share(
     query_starts,
     table_width,
     kv_heads,
-    most_parts,
+    grid_splits,
     scale,
     window,
     soft_cap,
@@ -304,27 +307,27 @@ def _decode_share(
     ROWS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    LEAST: tl.constexpr,
-    MOST: tl.constexpr,
+    MIN_SPLIT_TOKENS: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
     KEY_CODE: tl.constexpr,
     VALUE_CODE: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_CAP: tl.constexpr,
     MERGED_ROWS: tl.constexpr,
-    MERGED_SHARES: tl.constexpr,
+    MERGED_SPLITS: tl.constexpr,
     ROUND_GROUP: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
 ):
-    first, queries, length, begin, share, parts = shares(
-        sequence, seq_lens, query_starts, window, BLOCK_N, LEAST, MOST, HAS_WINDOW
+    first, queries, length, begin, split_tokens, splits = kv_splits(
+        sequence, seq_lens, query_starts, window, BLOCK_N, MIN_SPLIT_TOKENS, MAX_SPLITS, HAS_WINDOW
     )
-    if queries <= QUERIES and part < parts:
+    if queries <= QUERIES and split < splits:
         row = tl.arange(0, ROWS)
         query = row // GROUP
         place = ((first + query).to(tl.int64) * kv_heads + head) * GROUP + row % GROUP
         even, odd, unit = load_queries(q, place, query < queries, key, HEAD_DIM, DIM, KEY_CODE)
-        begin += part * share
-        result, top, total = attend_share(
+        begin += split * split_tokens
+        result, top, total = attend_split(
             (even, odd),
             unit,
             key,
@@ -335,7 +338,7 @@ def _decode_share(
             head,
             kv_heads,
             begin,
-            tl.minimum(begin + share, length),
+            tl.minimum(begin + split_tokens, length),
             length - queries + query,
             scale,
             window,
@@ -349,7 +352,7 @@ def _decode_share(
             HAS_WINDOW,
             HAS_CAP,
         )
-        finish_share(
+        finish_split(
             result,
             top,
             total,
@@ -360,9 +363,9 @@ def _decode_share(
             sequence,
             head,
             kv_heads,
-            part,
-            parts,
-            most_parts,
+            split,
+            splits,
+            grid_splits,
             first,
             queries,
             rounding,
@@ -371,13 +374,13 @@ def _decode_share(
             GROUP,
             QUERIES,
             MERGED_ROWS,
-            MERGED_SHARES,
+            MERGED_SPLITS,
             ROUND_GROUP,
             ROW_BLOCK,
         )
 
 
-@triton.jit(do_not_specialize=["sequences", "table_width", "most_parts"])
+@triton.jit(do_not_specialize=["sequences", "table_width", "grid_splits"])
 def _decode(
     q,
     out,
@@ -394,14 +397,14 @@ def _decode(
     sequences,
     table_width,
     kv_heads,
-    most_parts,
+    grid_splits,
     scale,
     window,
     soft_cap,
     codes,
     scales,
     stored,
-    places,
+    column_permutation,
     last_counter,
     row_width,
     HEAD_DIM: tl.constexpr,
@@ -411,23 +414,23 @@ def _decode(
     ROWS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    LEAST: tl.constexpr,
-    MOST: tl.constexpr,
+    MIN_SPLIT_TOKENS: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
     KEY_CODE: tl.constexpr,
     VALUE_CODE: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_CAP: tl.constexpr,
     MERGED_ROWS: tl.constexpr,
-    MERGED_SHARES: tl.constexpr,
+    MERGED_SPLITS: tl.constexpr,
     ROUND_GROUP: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
     SEQUENCES: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
     await_previous(OVERLAPS)
-    rounding = (codes, scales, stored, places, last_counter, row_width)
+    rounding = (codes, scales, stored, column_permutation, last_counter, row_width)
     if SEQUENCES == 0:
-        _decode_share(
+        _decode_split(
             tl.program_id(0),
             tl.program_id(1),
             tl.program_id(2),
@@ -445,7 +448,7 @@ def _decode(
             query_starts,
             table_width,
             kv_heads,
-            most_parts,
+            grid_splits,
             scale,
             window,
             soft_cap,
@@ -457,27 +460,36 @@ def _decode(
             ROWS,
             BLOCK_SIZE,
             BLOCK_N,
-            LEAST,
-            MOST,
+            MIN_SPLIT_TOKENS,
+            MAX_SPLITS,
             KEY_CODE,
             VALUE_CODE,
             HAS_WINDOW,
             HAS_CAP,
             MERGED_ROWS,
-            MERGED_SHARES,
+            MERGED_SPLITS,
             ROUND_GROUP,
             ROW_BLOCK,
         )
     else:
-        ends = shares_end(
-            seq_lens, query_starts, sequences, window, SEQUENCES, QUERIES, BLOCK_N, LEAST, MOST, HAS_WINDOW
+        ends = splits_end(
+            seq_lens,
+            query_starts,
+            sequences,
+            window,
+            SEQUENCES,
+            QUERIES,
+            BLOCK_N,
+            MIN_SPLIT_TOKENS,
+            MAX_SPLITS,
+            HAS_WINDOW,
         )
         for item in tl.range(tl.program_id(0), tl.max(ends) * kv_heads, tl.num_programs(0), disable_licm=True):
-            sequence, part = share_at(item // kv_heads, ends)
-            _decode_share(
+            sequence, split = split_at(item // kv_heads, ends)
+            _decode_split(
                 sequence,
                 item % kv_heads,
-                part,
+                split,
                 q,
                 out,
                 partial,
@@ -492,7 +504,7 @@ def _decode(
                 query_starts,
                 table_width,
                 kv_heads,
-                most_parts,
+                grid_splits,
                 scale,
                 window,
                 soft_cap,
@@ -504,23 +516,25 @@ def _decode(
                 ROWS,
                 BLOCK_SIZE,
                 BLOCK_N,
-                LEAST,
-                MOST,
+                MIN_SPLIT_TOKENS,
+                MAX_SPLITS,
                 KEY_CODE,
                 VALUE_CODE,
                 HAS_WINDOW,
                 HAS_CAP,
                 MERGED_ROWS,
-                MERGED_SHARES,
+                MERGED_SPLITS,
                 ROUND_GROUP,
                 ROW_BLOCK,
             )
 
 
-def share_count(max_seq_len: int, shape: AttentionShape, *, least: int, most: int, queries: int = 1) -> int:
+def split_count(
+    max_seq_len: int, shape: AttentionShape, *, min_split_tokens: int, max_splits: int, queries: int = 1
+) -> int:
     """Into how many shares a sequence of at most max_seq_len tokens can fall: how many programs it is given."""
     seen = max_seq_len if shape.window is None else min(max_seq_len, shape.window + queries - 1)
-    return max(min(most, cdiv(seen, least)), 1)
+    return max(min(max_splits, cdiv(seen, min_split_tokens)), 1)
 
 
 def _expect_room(
@@ -531,18 +545,20 @@ def _expect_room(
     out: Tensor,
     room: tuple[Tensor, Tensor, Tensor],
     queries: int,
-    least: int,
-    most: int,
+    min_split_tokens: int,
+    max_splits: int,
 ) -> None:
     """Whether all that `decode` is given has its size; where no sequence has two shares, `partial` isn't used."""
     expect_paged(q, inputs, cache, shape, out)
     sequences = inputs.seq_lens.shape[0]
     partial, lse, counters = room
-    parts = share_count(inputs.max_seq_len, shape, least=least, most=most, queries=queries)
-    rows = (sequences, shape.num_kv_heads, parts, queries * (shape.num_heads // shape.num_kv_heads))
+    splits = split_count(
+        inputs.max_seq_len, shape, min_split_tokens=min_split_tokens, max_splits=max_splits, queries=queries
+    )
+    rows = (sequences, shape.num_kv_heads, splits, queries * (shape.num_heads // shape.num_kv_heads))
     expect(
         lse=(lse, rows),
-        partial=(None if parts == 1 else partial, (*rows, shape.head_dim)),
+        partial=(None if splits == 1 else partial, (*rows, shape.head_dim)),
         counters=(counters, max(counters.numel(), sequences * (shape.num_kv_heads + 1))),
     )
 
@@ -557,28 +573,28 @@ def decode(
     lse: Tensor,
     counters: Tensor,
     *,
-    into: Rounded | None = None,
-    wants: Rounding | None = None,
+    into: QuantizedActivation | None = None,
+    input_quant: ActivationQuant | None = None,
     queries: int = 1,
     block_n: int,
-    least: int,
-    most: int,
+    min_split_tokens: int,
+    max_splits: int,
     programs: int,
     num_warps: int = 4,
     num_stages: int = 3,
 ) -> Launch:
     """Attention of q [T, Hq, D] into out [T, Hq, D], for every sequence with at most `queries` queries.
 
-    partial  [S, Hkv, P, queries * Hq / Hkv, D] float32, P = `share_count` of the longest sequence
+    partial  [S, Hkv, P, queries * Hq / Hkv, D] float32, P = `split_count` of the longest sequence
     lse      [S, Hkv, P, queries * Hq / Hkv] float32, log2 of the sum of exponentials
     counters [S * (Hkv + 1) or more] int32, zeros before and after, of pairs from the first on, of sequences back from
              the last: see `counters_for`
-    into     receives, beside out, rows [T, Hq D] rounded as `wants` says, of the sequences with one query
+    into     receives, beside out, rows [T, Hq D] rounded as `input_quant` says, of the sequences with one query
     least    tokens of a share at least; most: shares of a sequence at most, however long it is
     programs go through a list of the shares that there are, where the grid would have more: a CUDA graph's is for the
              longest contexts, and a program with nothing to do costs time too
     """
-    _expect_room(q, inputs, cache, shape, out, (partial, lse, counters), queries, least, most)
+    _expect_room(q, inputs, cache, shape, out, (partial, lse, counters), queries, min_split_tokens, max_splits)
     grid = lse.shape[:3]
     listed = math.prod(lse.shape[:3]) > programs
     group = shape.num_heads // shape.num_kv_heads
@@ -603,7 +619,7 @@ def decode(
             "sequences": grid[0],
             "table_width": inputs.block_tables.shape[1],
             "kv_heads": shape.num_kv_heads,
-            "most_parts": grid[2],
+            "grid_splits": grid[2],
             "SEQUENCES": list_size(grid[0]) if listed else 0,
             "scale": shape.scale,
             "window": shape.window or 0,
@@ -615,15 +631,15 @@ def decode(
             "ROWS": max(merged, 16),
             "BLOCK_SIZE": cache.block_size,
             "BLOCK_N": block_n,
-            "LEAST": least,
-            "MOST": most,
+            "MIN_SPLIT_TOKENS": min_split_tokens,
+            "MAX_SPLITS": max_splits,
             "KEY_CODE": CODES.get(cache.key.dtype, ""),
             "VALUE_CODE": CODES.get(cache.value.dtype, ""),
             "HAS_WINDOW": shape.window is not None,
             "HAS_CAP": shape.soft_cap is not None,
             "MERGED_ROWS": merged,
-            **row_arguments(out, into, wants, counters, num_warps),
-            "MERGED_SHARES": max(min(32 * 32 * num_warps // (merged * dim), power_of_two(most)), 1),
+            **row_arguments(out, into, input_quant, counters, num_warps),
+            "MERGED_SPLITS": max(min(32 * 32 * num_warps // (merged * dim), power_of_two(max_splits)), 1),
         },
         num_warps=num_warps,
         num_stages=num_stages,
@@ -636,7 +652,9 @@ def room_for(
     """For sequences with one query: `partial`, `lse` and `counters` of `decode`, and the block sizes of the table."""
     group = shape.num_heads // shape.num_kv_heads
     sizes = tuning.choose("paged decode", group, shape.head_dim, cache.key.element_size())
-    programs = share_count(inputs.max_seq_len, shape, least=sizes["least"], most=sizes["most"])
+    programs = split_count(
+        inputs.max_seq_len, shape, min_split_tokens=sizes["min_split_tokens"], max_splits=sizes["max_splits"]
+    )
     device = inputs.seq_lens.device
     sequences = inputs.seq_lens.shape[0]
     lse = torch.empty(sequences, shape.num_kv_heads, programs, group, device=device)
@@ -644,20 +662,29 @@ def room_for(
     return (partial, lse, counters_for(sequences * (shape.num_kv_heads + 1), device)), sizes
 
 
-def room_of_rows(out: Tensor, wants: Rounding | None) -> Rounded | None:
+def quantized_rows(out: Tensor, input_quant: ActivationQuant | None) -> QuantizedActivation | None:
     """`into` of `decode`, for out [T, Hq, D]."""
     tokens, heads, dim = out.shape
-    return None if wants is None else Rounded.empty(tokens, heads * dim, wants, out.device, out.dtype)
+    return (
+        None
+        if input_quant is None
+        else QuantizedActivation.empty(tokens, heads * dim, input_quant, out.device, out.dtype)
+    )
 
 
 def decode_attention(
-    q: Tensor, inputs: StepInputs, cache: LayerCache, shape: AttentionShape, out: Tensor, wants: Rounding | None = None
+    q: Tensor,
+    inputs: StepInputs,
+    cache: LayerCache,
+    shape: AttentionShape,
+    out: Tensor,
+    input_quant: ActivationQuant | None = None,
 ) -> Hidden:
     """Attention of q [T, Hq, D] into out [T, Hq, D] for every sequence with one query; others' rows are left alone.
 
-    Returns out [T, Hq D], or what `wants` makes of it.
+    Returns out [T, Hq D], or what `input_quant` makes of it.
     """
     (partial, lse, counters), sizes = room_for(inputs, cache, shape)
-    into = room_of_rows(out, wants)
-    decode(q, inputs, cache, shape, out, partial, lse, counters, into=into, wants=wants, **sizes)()
+    into = quantized_rows(out, input_quant)
+    decode(q, inputs, cache, shape, out, partial, lse, counters, into=into, input_quant=input_quant, **sizes)()
     return out.flatten(1) if into is None else into

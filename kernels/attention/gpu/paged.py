@@ -203,7 +203,7 @@ def _capped(scores, soft_cap):
 
 
 @triton.jit
-def attend(
+def accumulate_softmax(
     state,
     queries,
     factor,
@@ -267,7 +267,7 @@ def attend(
 
 
 @triton.jit
-def nothing_yet(ROWS: tl.constexpr, DIM: tl.constexpr, VALUE_CODE: tl.constexpr):
+def init_state(ROWS: tl.constexpr, DIM: tl.constexpr, VALUE_CODE: tl.constexpr):
     """The state before the first token."""
     width: tl.constexpr = DIM if VALUE_CODE == "" else DIM // 2
     zeros = tl.zeros((ROWS, width), tl.float32)
@@ -275,7 +275,7 @@ def nothing_yet(ROWS: tl.constexpr, DIM: tl.constexpr, VALUE_CODE: tl.constexpr)
 
 
 @triton.jit
-def mixed(state, value_scale, VALUE_CODE: tl.constexpr):
+def finalize_softmax(state, value_scale, VALUE_CODE: tl.constexpr):
     """The weighted mean of values [R, DIM], zeros where nothing was seen."""
     _, total, even, odd = state
     if VALUE_CODE != "":

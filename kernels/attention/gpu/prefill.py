@@ -20,12 +20,12 @@ from octavo.kernels.attention.gpu.decode import decode_attention
 from octavo.kernels.attention.gpu.paged import (
     CODES,
     LOG2_E,
-    attend,
+    accumulate_softmax,
     expect_paged,
+    finalize_softmax,
+    init_state,
     list_size,
     load_queries,
-    mixed,
-    nothing_yet,
     words,
 )
 from octavo.kernels.attention.step import StepInputs
@@ -112,9 +112,9 @@ def _prefill(
     factor = unit * (scale * tl.load(key_scale + head) * (1.0 if HAS_CAP else LOG2_E))
     table = block_tables + sequence.to(tl.int64) * table_width
     position = length - queries + query
-    state = nothing_yet(BLOCK_M, DIM, VALUE_CODE)
+    state = init_state(BLOCK_M, DIM, VALUE_CODE)
     for span in tl.static_range(0 if HAS_WINDOW else 1, 3):
-        state = attend(
+        state = accumulate_softmax(
             state,
             (q, q_odd),
             factor,
@@ -138,7 +138,7 @@ def _prefill(
             HAS_CAP,
             span != 1,
         )
-    result = narrow(mixed(state, tl.load(value_scale + head), VALUE_CODE), out.dtype.element_ty)
+    result = narrow(finalize_softmax(state, tl.load(value_scale + head), VALUE_CODE), out.dtype.element_ty)
     at = tl.arange(0, DIM)
     tl.store(out + place[:, None] * HEAD_DIM + at[None, :], result, mask=here[:, None] & (at < HEAD_DIM)[None, :])
 

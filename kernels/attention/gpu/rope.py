@@ -26,11 +26,11 @@ from octavo.kernels.launching.numerics import narrow, to_e4m3, to_int8
 
 
 @triton.jit
-def summed(qkv, place, mask, part_size, dtype: tl.constexpr, PARTS: tl.constexpr):
+def summed(qkv, place, mask, split_size, dtype: tl.constexpr, SPLIT_K: tl.constexpr):
     """A part of the row in float32; partial sums are rounded as the GEMM would have rounded its output."""
     value = tl.load(qkv + place, mask=mask, other=0.0).to(tl.float32)
-    for part in tl.static_range(1, PARTS):
-        value += tl.load(qkv + part * part_size + place, mask=mask, other=0.0)
+    for part in tl.static_range(1, SPLIT_K):
+        value += tl.load(qkv + part * split_size + place, mask=mask, other=0.0)
     return value if qkv.dtype.element_ty == dtype else narrow(value, dtype).to(tl.float32)
 
 
@@ -64,13 +64,13 @@ def _heads(
     place,
     slot,
     scale,
-    part_size,
+    split_size,
     dtype: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HALF: tl.constexpr,
     HALVES: tl.constexpr,
     RESTS: tl.constexpr,
-    PARTS: tl.constexpr,
+    SPLIT_K: tl.constexpr,
     NORM: tl.constexpr,
     ROTATES: tl.constexpr,
 ):
@@ -85,10 +85,10 @@ def _heads(
     more = there & (rest < HEAD_DIM)[None, :]
     column = (head * HEAD_DIM)[:, None]
     start = row + begin + column
-    a = summed(qkv, start + at[None, :], half, part_size, dtype, PARTS)
-    b = summed(qkv, start + HALF + at[None, :], half, part_size, dtype, PARTS)
+    a = summed(qkv, start + at[None, :], half, split_size, dtype, SPLIT_K)
+    b = summed(qkv, start + HALF + at[None, :], half, split_size, dtype, SPLIT_K)
     if HEAD_DIM != 2 * HALF:
-        c = summed(qkv, start + rest[None, :], more, part_size, dtype, PARTS)
+        c = summed(qkv, start + rest[None, :], more, split_size, dtype, SPLIT_K)
     if NORM != "":
         factor = tl.zeros_like(head).to(tl.float32) + whole
         if NORM == "head":
@@ -116,10 +116,10 @@ def _heads(
 
 
 @triton.jit
-def whole_factor(qkv, start, width, eps, part_size, dtype: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr):
+def whole_factor(qkv, start, width, eps, split_size, dtype: tl.constexpr, WIDTH: tl.constexpr, SPLIT_K: tl.constexpr):
     """The factor of a norm over `width` columns of a row."""
     at = tl.arange(0, WIDTH)
-    value = summed(qkv, start + at, at < width, part_size, dtype, PARTS)
+    value = summed(qkv, start + at, at < width, split_size, dtype, SPLIT_K)
     return factor_of(tl.sum(value * value), width, eps)
 
 
@@ -137,7 +137,7 @@ def _rope(
     key_scale,
     value_scale,
     kv_heads,
-    part_size,
+    split_size,
     eps,
     HEAD_DIM: tl.constexpr,
     GROUP: tl.constexpr,
@@ -147,7 +147,7 @@ def _rope(
     HALVES: tl.constexpr,
     RESTS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
-    PARTS: tl.constexpr,
+    SPLIT_K: tl.constexpr,
     Q_NORM: tl.constexpr,
     K_NORM: tl.constexpr,
     Q_WIDTH: tl.constexpr,
@@ -166,9 +166,9 @@ def _rope(
     q_whole = 1.0
     k_whole = 1.0
     if Q_NORM == "all":
-        q_whole = whole_factor(qkv, row, q_size, eps, part_size, dtype, Q_WIDTH, PARTS)
+        q_whole = whole_factor(qkv, row, q_size, eps, split_size, dtype, Q_WIDTH, SPLIT_K)
     if K_NORM == "all":
-        k_whole = whole_factor(qkv, row + q_size, k_size, eps, part_size, dtype, K_WIDTH, PARTS)
+        k_whole = whole_factor(qkv, row + q_size, k_size, eps, split_size, dtype, K_WIDTH, SPLIT_K)
     slot = tl.load(slots + token)
     block = slot // BLOCK_SIZE
     offset = slot % BLOCK_SIZE
@@ -188,13 +188,13 @@ def _rope(
         token * q_size + head * HEAD_DIM,
         0,
         tl.zeros_like(head) + 1.0,
-        part_size,
+        split_size,
         dtype,
         HEAD_DIM,
         HALF,
         HALVES,
         RESTS,
-        PARTS,
+        SPLIT_K,
         Q_NORM,
         ROTATES,
     )
@@ -214,13 +214,13 @@ def _rope(
         place,
         slot,
         tl.load(key_scale + head, mask=head < kv_heads, other=1.0),
-        part_size,
+        split_size,
         dtype,
         HEAD_DIM,
         HALF,
         HALVES,
         RESTS,
-        PARTS,
+        SPLIT_K,
         K_NORM,
         ROTATES,
     )
@@ -238,13 +238,13 @@ def _rope(
         place,
         slot,
         tl.load(value_scale + head, mask=head < kv_heads, other=1.0),
-        part_size,
+        split_size,
         dtype,
         HEAD_DIM,
         HALF,
         HALVES,
         RESTS,
-        PARTS,
+        SPLIT_K,
         "",
         False,
     )
@@ -277,13 +277,13 @@ def rope_arguments(
         "key_scale": cache.key_scale,
         "value_scale": cache.value_scale,
         "kv_heads": shape.num_kv_heads,
-        "part_size": qkv.shape[-2] * qkv.shape[-1],
+        "split_size": qkv.shape[-2] * qkv.shape[-1],
         "eps": eps,
         "HEAD_DIM": d,
         "GROUP": shape.num_heads // shape.num_kv_heads,
         "HALF": (d if cos_sin is None else cos_sin.shape[1]) // 2,
         "BLOCK_SIZE": cache.block_size,
-        "PARTS": qkv.shape[0] if qkv.dim() == 3 else 1,
+        "SPLIT_K": qkv.shape[0] if qkv.dim() == 3 else 1,
         "Q_NORM": norms[0],
         "K_NORM": norms[1],
         "Q_WIDTH": power_of_two(shape.num_heads * d),
@@ -353,7 +353,7 @@ def rope(
             "HALVES": power_of_two(half),
             "RESTS": power_of_two(d - 2 * half),
         },
-        **tuning.choose("rope", q.shape[0], heads * d, arguments["PARTS"]),
+        **tuning.choose("rope", q.shape[0], heads * d, arguments["SPLIT_K"]),
         num_stages=1,
     )
 

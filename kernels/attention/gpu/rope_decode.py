@@ -20,15 +20,15 @@ from torch import Tensor
 
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
 from octavo.kernels.attention.gpu.decode import (
-    attend_share,
+    attend_split,
     decode,
     decode_attention,
-    finish_share,
+    finish_split,
+    kv_splits,
+    quantized_rows,
     room_for,
-    room_of_rows,
-    share_at,
-    shares,
-    shares_end,
+    split_at,
+    splits_end,
 )
 from octavo.kernels.attention.gpu.paged import as_factors
 from octavo.kernels.attention.gpu.prefill import paged_attention
@@ -39,7 +39,7 @@ from octavo.kernels.launching.checks import expect
 from octavo.kernels.launching.dependent_launch import await_previous
 from octavo.kernels.launching.launch import Launch
 from octavo.kernels.launching.numerics import narrow
-from octavo.kernels.quantized_activation import Hidden, Rounded, Rounding
+from octavo.kernels.quantized_activation import ActivationQuant, Hidden, QuantizedActivation
 
 
 @triton.jit
@@ -49,10 +49,10 @@ def _norm_of(
     columns,
     weight,
     column,
-    part_size,
+    split_size,
     eps,
     dtype: tl.constexpr,
-    PARTS: tl.constexpr,
+    SPLIT_K: tl.constexpr,
     NORM: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -60,7 +60,7 @@ def _norm_of(
     whole = 1.0
     if NORM == "all":
         weight += column[:, None]
-        whole = whole_factor(qkv, start, columns, eps, part_size, dtype, WIDTH, PARTS)
+        whole = whole_factor(qkv, start, columns, eps, split_size, dtype, WIDTH, SPLIT_K)
     return weight, whole
 
 
@@ -82,20 +82,20 @@ def _turned(
     weight,
     whole,
     cos_sin,
-    part_size,
+    split_size,
     eps,
     dtype: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM: tl.constexpr,
     HALF: tl.constexpr,
-    PARTS: tl.constexpr,
+    SPLIT_K: tl.constexpr,
     NORM: tl.constexpr,
     ROTATES: tl.constexpr,
 ):
     """Heads [R, DIM] that begin at place [R] of qkv, normed and rotated, in float32; a column's partner is read too."""
     at = tl.arange(0, DIM)
     mask = there[:, None] & (at < HEAD_DIM)[None, :]
-    turned = summed(qkv, place[:, None] + at[None, :], mask, part_size, dtype, PARTS)
+    turned = summed(qkv, place[:, None] + at[None, :], mask, split_size, dtype, SPLIT_K)
     factor = tl.full((place.shape[0],), 1.0, tl.float32)
     if NORM == "head":
         factor = factor_of(tl.sum(turned * turned, axis=1), HEAD_DIM, eps)
@@ -108,7 +108,7 @@ def _turned(
         first = at < HALF
         angle = tl.where(first, at, at - HALF)
         partner = tl.where(first, at + HALF, at - HALF)
-        other = summed(qkv, place[:, None] + partner[None, :], mask & turns[None, :], part_size, dtype, PARTS)
+        other = summed(qkv, place[:, None] + partner[None, :], mask & turns[None, :], split_size, dtype, SPLIT_K)
         if NORM != "":
             other *= factor[:, None] * _weights(weight, partner, turns, NORM)
         cos = tl.load(cos_sin + angle, mask=turns, other=1.0)
@@ -130,14 +130,14 @@ def _write_new(
     slot,
     head,
     kv_heads,
-    part_size,
+    split_size,
     eps,
     dtype: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
-    PARTS: tl.constexpr,
+    SPLIT_K: tl.constexpr,
     K_NORM: tl.constexpr,
     K_WIDTH: tl.constexpr,
     ROTATES: tl.constexpr,
@@ -154,10 +154,10 @@ def _write_new(
         kv_heads * HEAD_DIM,
         k_norm,
         head * HEAD_DIM + tl.arange(0, 1),
-        part_size,
+        split_size,
         eps,
         dtype,
-        PARTS,
+        SPLIT_K,
         K_NORM,
         K_WIDTH,
     )
@@ -168,30 +168,30 @@ def _write_new(
         weight,
         whole,
         cos_sin,
-        part_size,
+        split_size,
         eps,
         dtype,
         HEAD_DIM,
         DIM,
         HALF,
-        PARTS,
+        SPLIT_K,
         K_NORM,
         ROTATES,
     )
     tl.store(key + to, encoded(new, tl.load(key_scale + head), key.dtype.element_ty), mask=mask)
     place += kv_heads * HEAD_DIM
     new = _turned(
-        qkv, place + one, there, k_norm, 1.0, cos_sin, part_size, eps, dtype, HEAD_DIM, DIM, HALF, PARTS, "", False
+        qkv, place + one, there, k_norm, 1.0, cos_sin, split_size, eps, dtype, HEAD_DIM, DIM, HALF, SPLIT_K, "", False
     )
     tl.store(value + to, encoded(new, tl.load(value_scale + head), value.dtype.element_ty), mask=mask)
     tl.debug_barrier()
 
 
 @triton.jit
-def _rope_decode_share(
+def _rope_decode_split(
     sequence,
     head,
-    part,
+    split,
     qkv,
     positions,
     slots,
@@ -213,8 +213,8 @@ def _rope_decode_share(
     query_starts,
     table_width,
     kv_heads,
-    most_parts,
-    part_size,
+    grid_splits,
+    split_size,
     eps,
     scale,
     window,
@@ -227,34 +227,34 @@ def _rope_decode_share(
     HALF: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    LEAST: tl.constexpr,
-    MOST: tl.constexpr,
+    MIN_SPLIT_TOKENS: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
     KEY_CODE: tl.constexpr,
     VALUE_CODE: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_CAP: tl.constexpr,
     MERGED_ROWS: tl.constexpr,
-    MERGED_SHARES: tl.constexpr,
+    MERGED_SPLITS: tl.constexpr,
     ROUND_GROUP: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
-    PARTS: tl.constexpr,
+    SPLIT_K: tl.constexpr,
     Q_NORM: tl.constexpr,
     K_NORM: tl.constexpr,
     Q_WIDTH: tl.constexpr,
     K_WIDTH: tl.constexpr,
     ROTATES: tl.constexpr,
 ):
-    first, queries, length, begin, share, parts = shares(
-        sequence, seq_lens, query_starts, window, BLOCK_N, LEAST, MOST, HAS_WINDOW
+    first, queries, length, begin, split_tokens, splits = kv_splits(
+        sequence, seq_lens, query_starts, window, BLOCK_N, MIN_SPLIT_TOKENS, MAX_SPLITS, HAS_WINDOW
     )
-    if queries == 1 and part < parts:
+    if queries == 1 and split < splits:
         dtype: tl.constexpr = out.dtype.element_ty
         token = first.to(tl.int64)
         row = token * ((GROUP + 2) * kv_heads * HEAD_DIM)
         angles = cos_sin
         if ROTATES:
             angles += tl.load(positions + token) * (2 * HALF)
-        if part == parts - 1:
+        if split == splits - 1:
             _write_new(
                 qkv,
                 row + (GROUP * kv_heads + head) * HEAD_DIM,
@@ -267,14 +267,14 @@ def _rope_decode_share(
                 tl.load(slots + token),
                 head,
                 kv_heads,
-                part_size,
+                split_size,
                 eps,
                 dtype,
                 HEAD_DIM,
                 DIM,
                 HALF,
                 BLOCK_SIZE,
-                PARTS,
+                SPLIT_K,
                 K_NORM,
                 K_WIDTH,
                 ROTATES,
@@ -286,10 +286,10 @@ def _rope_decode_share(
             GROUP * kv_heads * HEAD_DIM,
             q_norm,
             (head * GROUP + tl.minimum(r, GROUP - 1)) * HEAD_DIM,
-            part_size,
+            split_size,
             eps,
             dtype,
-            PARTS,
+            SPLIT_K,
             Q_NORM,
             Q_WIDTH,
         )
@@ -300,19 +300,19 @@ def _rope_decode_share(
             weight,
             whole,
             angles,
-            part_size,
+            split_size,
             eps,
             dtype,
             HEAD_DIM,
             DIM,
             HALF,
-            PARTS,
+            SPLIT_K,
             Q_NORM,
             ROTATES,
         )
         even, odd, unit = as_factors(narrow(turned, dtype), key_words, DIM, KEY_CODE)
-        begin += part * share
-        result, top, total = attend_share(
+        begin += split * split_tokens
+        result, top, total = attend_split(
             (even, odd),
             unit,
             key_words,
@@ -323,7 +323,7 @@ def _rope_decode_share(
             head,
             kv_heads,
             begin,
-            tl.minimum(begin + share, length),
+            tl.minimum(begin + split_tokens, length),
             length - 1 + r * 0,
             scale,
             window,
@@ -337,7 +337,7 @@ def _rope_decode_share(
             HAS_WINDOW,
             HAS_CAP,
         )
-        finish_share(
+        finish_split(
             result,
             top,
             total,
@@ -348,9 +348,9 @@ def _rope_decode_share(
             sequence,
             head,
             kv_heads,
-            part,
-            parts,
-            most_parts,
+            split,
+            splits,
+            grid_splits,
             first,
             1,
             rounding,
@@ -359,13 +359,13 @@ def _rope_decode_share(
             GROUP,
             1,
             MERGED_ROWS,
-            MERGED_SHARES,
+            MERGED_SPLITS,
             ROUND_GROUP,
             ROW_BLOCK,
         )
 
 
-@triton.jit(do_not_specialize=["sequences", "table_width", "most_parts"])
+@triton.jit(do_not_specialize=["sequences", "table_width", "grid_splits"])
 def _rope_decode(
     qkv,
     positions,
@@ -389,8 +389,8 @@ def _rope_decode(
     sequences,
     table_width,
     kv_heads,
-    most_parts,
-    part_size,
+    grid_splits,
+    split_size,
     eps,
     scale,
     window,
@@ -398,7 +398,7 @@ def _rope_decode(
     codes,
     scales,
     stored,
-    places,
+    column_permutation,
     last_counter,
     row_width,
     HEAD_DIM: tl.constexpr,
@@ -408,17 +408,17 @@ def _rope_decode(
     HALF: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    LEAST: tl.constexpr,
-    MOST: tl.constexpr,
+    MIN_SPLIT_TOKENS: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
     KEY_CODE: tl.constexpr,
     VALUE_CODE: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_CAP: tl.constexpr,
     MERGED_ROWS: tl.constexpr,
-    MERGED_SHARES: tl.constexpr,
+    MERGED_SPLITS: tl.constexpr,
     ROUND_GROUP: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
-    PARTS: tl.constexpr,
+    SPLIT_K: tl.constexpr,
     Q_NORM: tl.constexpr,
     K_NORM: tl.constexpr,
     Q_WIDTH: tl.constexpr,
@@ -428,9 +428,9 @@ def _rope_decode(
     OVERLAPS: tl.constexpr,
 ):
     await_previous(OVERLAPS)
-    rounding = (codes, scales, stored, places, last_counter, row_width)
+    rounding = (codes, scales, stored, column_permutation, last_counter, row_width)
     if SEQUENCES == 0:
-        _rope_decode_share(
+        _rope_decode_split(
             tl.program_id(0),
             tl.program_id(1),
             tl.program_id(2),
@@ -455,8 +455,8 @@ def _rope_decode(
             query_starts,
             table_width,
             kv_heads,
-            most_parts,
-            part_size,
+            grid_splits,
+            split_size,
             eps,
             scale,
             window,
@@ -469,17 +469,17 @@ def _rope_decode(
             HALF,
             BLOCK_SIZE,
             BLOCK_N,
-            LEAST,
-            MOST,
+            MIN_SPLIT_TOKENS,
+            MAX_SPLITS,
             KEY_CODE,
             VALUE_CODE,
             HAS_WINDOW,
             HAS_CAP,
             MERGED_ROWS,
-            MERGED_SHARES,
+            MERGED_SPLITS,
             ROUND_GROUP,
             ROW_BLOCK,
-            PARTS,
+            SPLIT_K,
             Q_NORM,
             K_NORM,
             Q_WIDTH,
@@ -487,13 +487,15 @@ def _rope_decode(
             ROTATES,
         )
     else:
-        ends = shares_end(seq_lens, query_starts, sequences, window, SEQUENCES, 1, BLOCK_N, LEAST, MOST, HAS_WINDOW)
+        ends = splits_end(
+            seq_lens, query_starts, sequences, window, SEQUENCES, 1, BLOCK_N, MIN_SPLIT_TOKENS, MAX_SPLITS, HAS_WINDOW
+        )
         for item in tl.range(tl.program_id(0), tl.max(ends) * kv_heads, tl.num_programs(0), disable_licm=True):
-            sequence, part = share_at(item // kv_heads, ends)
-            _rope_decode_share(
+            sequence, split = split_at(item // kv_heads, ends)
+            _rope_decode_split(
                 sequence,
                 item % kv_heads,
-                part,
+                split,
                 qkv,
                 positions,
                 slots,
@@ -515,8 +517,8 @@ def _rope_decode(
                 query_starts,
                 table_width,
                 kv_heads,
-                most_parts,
-                part_size,
+                grid_splits,
+                split_size,
                 eps,
                 scale,
                 window,
@@ -529,17 +531,17 @@ def _rope_decode(
                 HALF,
                 BLOCK_SIZE,
                 BLOCK_N,
-                LEAST,
-                MOST,
+                MIN_SPLIT_TOKENS,
+                MAX_SPLITS,
                 KEY_CODE,
                 VALUE_CODE,
                 HAS_WINDOW,
                 HAS_CAP,
                 MERGED_ROWS,
-                MERGED_SHARES,
+                MERGED_SPLITS,
                 ROUND_GROUP,
                 ROW_BLOCK,
-                PARTS,
+                SPLIT_K,
                 Q_NORM,
                 K_NORM,
                 Q_WIDTH,
@@ -562,14 +564,14 @@ def rope_decode(
     lse: Tensor,
     counters: Tensor,
     *,
-    into: Rounded | None = None,
-    wants: Rounding | None = None,
+    into: QuantizedActivation | None = None,
+    input_quant: ActivationQuant | None = None,
     **sizes: int,
 ) -> Launch:
     """`rope` on qkv, and `decode` of the queries into out [T, Hq, D], for every sequence with one new token."""
     d = shape.head_dim
     expect(out=(out, (qkv.shape[-2], shape.num_heads, d)))
-    plain = decode(out, inputs, cache, shape, out, partial, lse, counters, into=into, wants=wants, **sizes)
+    plain = decode(out, inputs, cache, shape, out, partial, lse, counters, into=into, input_quant=input_quant, **sizes)
     cached = {"key_words": plain.arguments["key"], "value_words": plain.arguments["value"]}
     added = rope_arguments(qkv, inputs, cache, shape, cos_sin, q_norm, k_norm, eps)
     arguments = {**plain.arguments, **cached, **added}
@@ -587,21 +589,21 @@ def rope_and_attention(
     k_norm: Tensor | None,
     eps: float,
     dtype: torch.dtype | None = None,
-    wants: Rounding | None = None,
+    input_quant: ActivationQuant | None = None,
 ) -> Hidden:
     """`attention.reference.rope_and_cache` and `paged_attention` [T, Hq D]; dtype as in `rope_and_cache`.
 
-    In a decode step it is rounded as `wants` says. One with prompts is left plain, for the GEMM behind to round: its
-    tokens are of two kernels, and rounding is little beside what prompts take.
+    A decode step's output is quantized as `input_quant` says. The output of a step with prompts stays plain, for the
+    next GEMM to quantize: two kernels compute its tokens, and quantizing takes little of such a step's time.
     """
     if inputs.max_query_len > 1 or not reads_rows_again(qkv, shape, q_norm, k_norm):
         q = rope_and_cache(qkv, inputs, cache, shape, cos_sin, q_norm, k_norm, eps, dtype)
         if inputs.max_query_len > 1:
             return paged_attention(q, inputs, cache, shape)
-        return decode_attention(q, inputs, cache, shape, torch.empty_like(q), wants)
+        return decode_attention(q, inputs, cache, shape, torch.empty_like(q), input_quant)
     out = qkv.new_empty(qkv.shape[-2], shape.num_heads, shape.head_dim, dtype=dtype or qkv.dtype)
     (partial, lse, counters), sizes = room_for(inputs, cache, shape)
-    into = room_of_rows(out, wants)
+    into = quantized_rows(out, input_quant)
     rope_decode(
         qkv,
         inputs,
@@ -616,7 +618,7 @@ def rope_and_attention(
         lse,
         counters,
         into=into,
-        wants=wants,
+        input_quant=input_quant,
         **sizes,
     )()
     return out.flatten(1) if into is None else into

@@ -19,7 +19,7 @@ from octavo.kernels.launching.checks import expect
 from octavo.kernels.launching.launch import cdiv, power_of_two
 from octavo.kernels.launching.numerics import divided, if_finite, largest, narrow, step_of, to_codes, within_codes
 from octavo.kernels.norm.gpu.store_quantized import expect_scale
-from octavo.kernels.quantized_activation import Rounded, Rounding
+from octavo.kernels.quantized_activation import ActivationQuant, QuantizedActivation
 
 
 @triton.jit
@@ -52,7 +52,7 @@ def _by_groups(value, scale, first, groups, kind: tl.constexpr, GROUP: tl.conste
 
 
 @triton.jit
-def round_row(out, token, width, codes, scale, stored, places, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+def round_row(out, token, width, codes, scale, stored, column_permutation, GROUP: tl.constexpr, BLOCK: tl.constexpr):
     """A token's row of out [T, width], as codes [T, width] with scale [T, ceil(width / GROUP)], or [T] with GROUP 0.
 
     stored: the checkpoint's scale, or None. Column k becomes column places [k], if there are places.
@@ -73,39 +73,39 @@ def round_row(out, token, width, codes, scale, stored, places, GROUP: tl.constex
             code = _by_groups(value, scale + token * groups, start // GROUP, groups, kind, GROUP)
         else:
             code = to_codes(divided(value if stored is None else within_codes(value, step), step), kind)
-        place = at if places is None else tl.load(places + at, mask=at < width, other=0)
+        place = at if column_permutation is None else tl.load(column_permutation + at, mask=at < width, other=0)
         tl.store(codes + row + place, code, mask=at < width)
 
 
 def row_arguments(
-    out: Tensor, into: Rounded | None, wants: Rounding | None, counters: Tensor, num_warps: int
+    out: Tensor, into: QuantizedActivation | None, input_quant: ActivationQuant | None, counters: Tensor, num_warps: int
 ) -> dict[str, Any]:
-    """What a kernel is given to round rows of out [T, Hq, D] into `into`, as `wants` says; nothing, without.
+    """What a kernel is given to round rows of out [T, Hq, D] into `into`, as `input_quant` says; nothing, without.
 
     Numbers that it could compute are arguments too: one that is known before a loop over shares would hold a register
     all through attention, an argument holds none. Raises ValueError.
     """
-    if (into is None) != (wants is None):
-        raise ValueError("into and wants come together")
-    if into is None or wants is None:
-        nothing = dict.fromkeys(("codes", "scales", "stored", "places", "last_counter", "row_width"))
+    if (into is None) != (input_quant is None):
+        raise ValueError("into and input_quant come together")
+    if into is None or input_quant is None:
+        nothing = dict.fromkeys(("codes", "scales", "stored", "column_permutation", "last_counter", "row_width"))
         return {**nothing, "ROUND_GROUP": 0, "ROW_BLOCK": 0}
     tokens, heads, dim = out.shape
-    group = wants.group_size
+    group = input_quant.group_size
     columns = heads * dim
-    scale = None if wants.dtype is None else into.scale
-    expect_scale("attention", into.codes, scale, group, wants.places)
+    scale = None if input_quant.dtype is None else into.scale
+    expect_scale("attention", into.codes, scale, group, input_quant.column_permutation)
     expect(
         codes=(into.codes, (tokens, columns)),
         scale=(scale, (tokens, cdiv(columns, group) if group else 1)),
-        static_scale=(wants.static_scale, 1),
-        places=(wants.places, (columns,)),
+        static_scale=(input_quant.static_scale, 1),
+        column_permutation=(input_quant.column_permutation, (columns,)),
     )
     return {
         "codes": into.codes,
         "scales": scale,
-        "stored": wants.static_scale,
-        "places": wants.places,
+        "stored": input_quant.static_scale,
+        "column_permutation": input_quant.column_permutation,
         "last_counter": counters.numel() - 1,
         "row_width": columns,
         "ROUND_GROUP": group,

@@ -17,10 +17,10 @@ from torch import Tensor
 from triton import cdiv
 
 from octavo.kernels.fp8.gpu.quantize import quantize
-from octavo.kernels.gemm.gpu.gemm_persistent import many
-from octavo.kernels.gemm.gpu.gemm_swap_ab import BLOCK, few
+from octavo.kernels.gemm.gpu.gemm_persistent import gemm_persistent
+from octavo.kernels.gemm.gpu.gemm_swap_ab import BLOCK, gemm_swap_ab
 from octavo.kernels.launching.tuning import choose
-from octavo.kernels.norm.gpu.split_k_sum import add_up
+from octavo.kernels.norm.gpu.split_k_sum import split_k_sum
 from octavo.kernels.packed_weight import PackedWeight, present
 
 
@@ -85,7 +85,7 @@ def pack(
     )
 
 
-def rounded(x: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
+def quantize_input(x: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
     """x [M, K] as codes of the weight's type, and their scales: [M, 1], or of blocks [M, ceil(K / 128)]."""
     m, k = x.shape
     codes = torch.empty(m, k, dtype=packed.codes.dtype, device=x.device)
@@ -96,34 +96,36 @@ def rounded(x: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
     return codes, scale
 
 
-def partial_sums(x: Tensor, x_scale: Tensor, packed: Packed) -> Tensor:
+def split_k_partials(x: Tensor, x_scale: Tensor, packed: Packed) -> Tensor:
     """x [M, K], rounded, times the weight, bias included: [S, M, N] float32 for the next kernel to add up."""
     m = x.shape[0]
     n, k = packed.codes.shape
     sizes = choose(packed.kind, m, n, k)
-    return _into(torch.empty(sizes["parts"], m, n, device=x.device), x, x_scale, packed, **sizes)
+    return _into(torch.empty(sizes["split_k"], m, n, device=x.device), x, x_scale, packed, **sizes)
 
 
 def matmul(x: Tensor, x_scale: Tensor, packed: Packed, dtype: torch.dtype) -> Tensor:
-    """x [M, K], rounded (`rounded`, or a norm that rounds), times the weight: [M, N] bf16, fp16 or float32."""
+    """x [M, K], rounded (`quantize_input`, or a norm that rounds), times the weight: [M, N] bf16, fp16 or float32."""
     m = x.shape[0]
     n, k = packed.codes.shape
     out = torch.empty(m, n, dtype=dtype, device=x.device)
     sizes = choose(packed.kind, m, n, k)
-    if sizes["parts"] == 1:
+    if sizes["split_k"] == 1:
         return _into(out, x, x_scale, packed, **sizes)
-    add_up(partial_sums(x, x_scale, packed), out)()
+    split_k_sum(split_k_partials(x, x_scale, packed), out)()
     return out
 
 
-def _into(out: Tensor, x: Tensor, x_scale: Tensor, packed: Packed, *, is_few: int, parts: int, **sizes: int) -> Tensor:
-    """A row of the tables says which body: `is_few` or not; and in how many parts, which out has already."""
-    assert out.dim() == 2 or out.shape[0] == parts
-    body = few if is_few else many
+def _into(
+    out: Tensor, x: Tensor, x_scale: Tensor, packed: Packed, *, swap_ab: int, split_k: int, **sizes: int
+) -> Tensor:
+    """A row of the tables says which body: `swap_ab` or not; and in how many parts, which out has already."""
+    assert out.dim() == 2 or out.shape[0] == split_k
+    body = gemm_swap_ab if swap_ab else gemm_persistent
     body(x, packed.codes, x_scale, packed.scale, out, packed.bias, blocks=packed.blocks, **sizes)()
     return out
 
 
 def linear(x: Tensor, packed: Packed) -> Tensor:
     """x [M, K] bf16, fp16 or float32, through the layer: [M, N] of x's type."""
-    return matmul(*rounded(x, packed), packed, x.dtype)
+    return matmul(*quantize_input(x, packed), packed, x.dtype)

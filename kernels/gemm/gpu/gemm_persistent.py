@@ -8,7 +8,7 @@ largest tile fits.
 
 Sums of e4m3 codes inside the tensor core keep some 14 bits; with `promote`, and always where blocks have scales, each
 BLOCK_K columns are added to a float32 accumulator instead. Limit: 2 * M * N * K operations over 1979 T/s on an H100,
-of which its power leaves some two thirds. Reference: as of `few`.
+of which its power leaves some two thirds. Reference: as of `gemm_swap_ab`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _rows(matrix, first, num_rows, K, at, ROWS: tl.constexpr, BLOCK_K: tl.conste
 
 
 @triton.jit(do_not_specialize_on_alignment=["M", "x_scale_group"])
-def _many(
+def _gemm_persistent(
     x,
     w,
     x_scale,
@@ -195,7 +195,7 @@ def fits_tma(*matrices: Tensor) -> bool:
     )
 
 
-def many(
+def gemm_persistent(
     x: Tensor,
     w: Tensor,
     x_scale: Tensor,
@@ -217,7 +217,7 @@ def many(
 ) -> Launch:
     """x [M, K] @ w [N, K]^T, both e4m3 or both int8, times their scales, into out [M, N] bf16, fp16 or float32.
 
-    Scales and blocks are those of `few`. Where the memory accelerator can't read x or w, pointers do.
+    Scales and blocks are those of `gemm_swap_ab`. Where the memory accelerator can't read x or w, pointers do.
     """
     m = x.shape[0]
     n, k = w.shape
@@ -234,7 +234,7 @@ def many(
     scales = scale_arguments(x, w, x_scale, w_scale, blocks=blocks, block_n=block_n, block_k=block_k)
     tiles = cdiv(m, block_m) * cdiv(n, block_n)
     return Launch(
-        _many,
+        _gemm_persistent,
         (min(programs, tiles),),
         {
             "x": TensorDescriptor.from_tensor(x, [block_m, block_k]) if accelerated else x,

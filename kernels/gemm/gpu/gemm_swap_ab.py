@@ -24,7 +24,7 @@ from torch import Tensor
 
 from octavo.kernels.gemm.limits import FP8_BLOCK
 from octavo.kernels.launching.checks import expect, refuse
-from octavo.kernels.launching.dependent_launch import MOST, await_previous, prefetch, row_lines
+from octavo.kernels.launching.dependent_launch import PREFETCH_TOKENS, await_previous, prefetch, row_lines
 from octavo.kernels.launching.launch import Launch, cdiv
 from octavo.kernels.launching.numerics import dot, narrow
 
@@ -44,7 +44,7 @@ def multiply(a, b, acc, PROMOTE: tl.constexpr):
 
 
 @triton.jit(do_not_specialize_on_alignment=["M", "x_scale_group"])
-def _few(
+def _gemm_swap_ab(
     x,
     w,
     x_scale,
@@ -79,7 +79,7 @@ def _few(
     x_scale += (first_m + m) * x_scale_row
     w_scale += (first_n + n if ROWS else first_n // BLOCKS) * w_scale_row
     first = part * columns
-    if OVERLAPS and BLOCK_M <= MOST:
+    if OVERLAPS and BLOCK_M <= PREFETCH_TOKENS:
         prefetch(row_lines(w, first, first_n, N, K, BLOCK_N))
         prefetch(w_scale)
     await_previous(OVERLAPS)
@@ -151,7 +151,7 @@ def _expect_scale(name: str, scale: Tensor, rows: int, groups: int) -> None:
         refuse(name, scale, (rows, 1))
 
 
-def few(
+def gemm_swap_ab(
     x: Tensor,
     w: Tensor,
     x_scale: Tensor,
@@ -175,12 +175,12 @@ def few(
     """
     m = x.shape[0]
     n, k = w.shape
-    parts = out.shape[0] if out.dim() == 3 else 1
-    expect(x=(x, (m, k)), w=(w, (n, k)), bias=(bias, n), out=(out, (parts, m, n) if out.dim() == 3 else (m, n)))
+    split_k = out.shape[0] if out.dim() == 3 else 1
+    expect(x=(x, (m, k)), w=(w, (n, k)), bias=(bias, n), out=(out, (split_k, m, n) if out.dim() == 3 else (m, n)))
     scales = scale_arguments(x, w, x_scale, w_scale, blocks=blocks, block_n=block_n, block_k=block_k)
     return Launch(
-        _few,
-        (cdiv(n, block_n), parts, cdiv(m, block_m)),
+        _gemm_swap_ab,
+        (cdiv(n, block_n), split_k, cdiv(m, block_m)),
         {
             **scales,
             "x": x,
@@ -191,7 +191,7 @@ def few(
             "M": m,
             "N": n,
             "K": k,
-            "columns": cdiv(cdiv(k, block_k), parts) * block_k,
+            "columns": cdiv(cdiv(k, block_k), split_k) * block_k,
             "BLOCK_M": block_m,
             "BLOCK_N": block_n,
             "BLOCK_K": block_k,

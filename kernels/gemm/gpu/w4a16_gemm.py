@@ -22,16 +22,16 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels.gemm.gpu.gemm_swap_ab import store_transposed
-from octavo.kernels.int4.gpu.decode import E4M3_ONE, integers, scale_type, scales, split, weights
+from octavo.kernels.int4.gpu.decode import E4M3_ONE, decode_field, integers, scale_type, scales, split
 from octavo.kernels.int4.gpu.packing import TILE, PackedInt4
 from octavo.kernels.launching.checks import expect
-from octavo.kernels.launching.dependent_launch import MOST, await_previous, group_lines, prefetch, tile_lines
+from octavo.kernels.launching.dependent_launch import PREFETCH_TOKENS, await_previous, group_lines, prefetch, tile_lines
 from octavo.kernels.launching.launch import Launch, cdiv
 from octavo.kernels.launching.numerics import dot
 
 
 @triton.jit(do_not_specialize_on_alignment=["M"])
-def _gemm(
+def _w4a16_gemm(
     x,
     words,
     scale,
@@ -45,7 +45,7 @@ def _gemm(
     tiles,
     tiles_of_part,
     BITS: tl.constexpr,
-    SHARE: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
     SCALE: tl.constexpr,
     HAS_X_SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -55,13 +55,13 @@ def _gemm(
     GROUP_M: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    first_m, first_n = _corner(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    first_m, first_n = tile_offsets(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     part = tl.program_id(1)
     WIDTH: tl.constexpr = 8 * BITS
     first = part * tiles_of_part
-    if OVERLAPS and BLOCK_M <= MOST:
+    if OVERLAPS and BLOCK_M <= PREFETCH_TOKENS:
         prefetch(tile_lines(words, first, tiles, first_n, N, WIDTH, BLOCK_N))
-        prefetch(group_lines(scale, first, tiles, first_n, N, 128, SHARE, BLOCK_N))
+        prefetch(group_lines(scale, first, tiles, first_n, N, 128, GROUP_SIZE, BLOCK_N))
     await_previous(OVERLAPS)
     # Rows of the weight past the end repeat the last one, and are never stored; tokens past the end aren't read.
     n = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - first_n)
@@ -73,16 +73,16 @@ def _gemm(
     all_rows = tl.cast(N, tl.int64)
     end = tl.minimum(first + tiles_of_part, tiles)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    coming = scales(scale, tl.minimum(first, tiles - 1), all_rows, SHARE)
+    coming = scales(scale, tl.minimum(first, tiles - 1), all_rows, GROUP_SIZE)
     for tile in range(first, end):
         w = tl.load(words_at + tile * (all_rows * WIDTH))
         if SCALE is None:  # no product hangs on them, so the compiler doesn't copy them ahead: here, by one tile
             current = coming
-            coming = scales(scale, tl.minimum(tile + 1, tiles - 1), all_rows, SHARE)
+            coming = scales(scale, tl.minimum(tile + 1, tiles - 1), all_rows, GROUP_SIZE)
         else:
-            current = scales(scale, tile, all_rows, SHARE)
+            current = scales(scale, tile, all_rows, GROUP_SIZE)
         acc = _tile(
-            acc, w, x_at + tile * 128, m[:, None] < M - first_m, K - tile * 128, current, BITS, SHARE, SCALE, EVEN
+            acc, w, x_at + tile * 128, m[:, None] < M - first_m, K - tile * 128, current, BITS, GROUP_SIZE, SCALE, EVEN
         )
     if HAS_X_SCALE:
         unit: tl.constexpr = E4M3_ONE if x.dtype.element_ty == tl.float8e4nv else 1.0
@@ -93,7 +93,7 @@ def _gemm(
 
 
 @triton.jit
-def _corner(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+def tile_offsets(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
     """The first token and row of a program's tile; GROUP_M tiles of tokens go through the weight together."""
     program = tl.program_id(0)
     if GROUP_M == 1:
@@ -118,7 +118,7 @@ def _tile(
     columns,
     current,
     BITS: tl.constexpr,
-    SHARE: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
     SCALE: tl.constexpr,
     EVEN: tl.constexpr,
 ):
@@ -127,7 +127,7 @@ def _tile(
     x [BLOCK_M, 128] is read a slice at a time: nothing cuts a tile in registers.
     """
     WIDTH: tl.constexpr = 8 * BITS
-    GROUPS: tl.constexpr = 128 // SHARE if SHARE < 128 else 1
+    GROUPS: tl.constexpr = 128 // GROUP_SIZE if GROUP_SIZE < 128 else 1
     SLICES: tl.constexpr = 128 // WIDTH // GROUPS
     i = tl.arange(0, WIDTH)
     for g in tl.static_range(GROUPS):
@@ -141,12 +141,12 @@ def _tile(
         for s in tl.static_range(SLICES):
             at = (g * SLICES + s) * WIDTH
             tokens = tl.load(x_at + at, mask=present if EVEN else present & (i < columns - at)[None, :], other=0.0)
-            total = dot(weights(words, zero, g * SLICES + s, BITS, tokens.dtype), tokens.T, total)
+            total = dot(decode_field(words, zero, g * SLICES + s, BITS, tokens.dtype), tokens.T, total)
         acc += total * step[:, None]
     return acc
 
 
-def gemm(
+def w4a16_gemm(
     x: Tensor,
     packed: PackedInt4,
     out: Tensor,
@@ -171,14 +171,14 @@ def gemm(
     fp8 = x.dtype == torch.float8_e4m3fn
     if x.dtype not in (torch.bfloat16, torch.float16) and not (fp8 and x_scale is not None and packed.bits == 4):
         raise ValueError(f"x of {x.dtype} {'with' if x_scale is not None else 'without'} scales, {packed.bits} bits")
-    parts = out.shape[0] if out.dim() == 3 else 1
-    expect(x_scale=(x_scale, m), out=(out, (parts, m, n) if out.dim() == 3 else (m, n)))
+    split_k = out.shape[0] if out.dim() == 3 else 1
+    expect(x_scale=(x_scale, m), out=(out, (split_k, m, n) if out.dim() == 3 else (m, n)))
     tiles = packed.words.shape[0]
     rows = cdiv(m, block_m)
     columns = cdiv(n, block_n)
     return Launch(
-        _gemm,
-        (columns, parts, rows) if group_m == 1 else (rows * columns, parts),
+        _w4a16_gemm,
+        (columns, split_k, rows) if group_m == 1 else (rows * columns, split_k),
         {
             "x": x,
             "words": packed.words,
@@ -191,9 +191,9 @@ def gemm(
             "K": k,
             "x_row": x.stride(0),
             "tiles": tiles,
-            "tiles_of_part": cdiv(tiles, parts),
+            "tiles_of_part": cdiv(tiles, split_k),
             "BITS": packed.bits,
-            "SHARE": packed.share,
+            "GROUP_SIZE": packed.group_size,
             "SCALE": scale_type(packed.scale),
             "HAS_X_SCALE": x_scale is not None,
             "HAS_BIAS": packed.bias is not None,

@@ -36,11 +36,11 @@ from octavo.kernels.fp8.reference import has_nan
 from octavo.kernels.gemm.gpu.gemm_persistent import tile_of
 from octavo.kernels.gemm.gpu.gemm_swap_ab import store_transposed
 from octavo.kernels.launching.checks import expect
-from octavo.kernels.launching.dependent_launch import MOST, await_previous, group_lines, prefetch, tile_lines
+from octavo.kernels.launching.dependent_launch import PREFETCH_TOKENS, await_previous, group_lines, prefetch, tile_lines
 from octavo.kernels.launching.launch import INTERPRETED, Launch, cdiv
 from octavo.kernels.launching.numerics import bytes_of, dot
 from octavo.kernels.launching.tuning import choose
-from octavo.kernels.norm.gpu.split_k_sum import add_up
+from octavo.kernels.norm.gpu.split_k_sum import split_k_sum
 from octavo.kernels.packed_weight import PackedWeight, present
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
@@ -96,7 +96,7 @@ MAX_TILE = 128
 
 
 @triton.jit
-def decode(words, dtype: tl.constexpr, E4M3: tl.constexpr):
+def dequantize(words, dtype: tl.constexpr, E4M3: tl.constexpr):
     """The codes of low bytes and of high bytes, in the activations' type."""
     if _INTERPRETED:
         low, high = bytes_of(words, tl.float8e4nv if E4M3 else tl.int8)
@@ -116,7 +116,7 @@ def decode(words, dtype: tl.constexpr, E4M3: tl.constexpr):
 
 
 @triton.jit
-def less(low, high, zero, dtype: tl.constexpr):
+def subtract_zero_point(low, high, zero, dtype: tl.constexpr):
     """Both halves less the zero point of their row."""
     if _INTERPRETED:
         low -= zero.to(tl.float32)[:, None]
@@ -132,7 +132,7 @@ def less(low, high, zero, dtype: tl.constexpr):
 
 
 @triton.jit(do_not_specialize_on_alignment=["M"])
-def _weights(
+def _w8a16_gemm(
     x,
     words,
     scale,
@@ -159,7 +159,7 @@ def _weights(
     part = tl.program_id(1)
     first_m, first_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     first = part * tiles_of_part
-    if OVERLAPS and BLOCK_M <= MOST:
+    if OVERLAPS and BLOCK_M <= PREFETCH_TOKENS:
         prefetch(tile_lines(words, first, tiles, first_n, N, HALF, BLOCK_N))
         prefetch(group_lines(scale, first, tiles, first_n, N, TILE, GROUP, BLOCK_N))
     await_previous(OVERLAPS)
@@ -172,9 +172,9 @@ def _weights(
     for tile in range(first, tl.minimum(tiles, first + tiles_of_part)):
         at = tile * TILE
         group = (at // GROUP if GROUP else 0) * N + first_n + n
-        low, high = decode(tl.load(words), dtype, E4M3)
+        low, high = dequantize(tl.load(words), dtype, E4M3)
         if HAS_ZERO:
-            low, high = less(low, high, tl.load(zero + group), dtype)
+            low, high = subtract_zero_point(low, high, tl.load(zero + group), dtype)
         total = dot(low, tl.load(x + at, mask=(k < K - at)[:, None], other=0.0))
         total = dot(high, tl.load(x + at + HALF, mask=(k < K - at - HALF)[:, None], other=0.0), total)
         if GROUP:
@@ -270,7 +270,7 @@ def pack(
     )
 
 
-def weights(
+def w8a16_gemm(
     x: Tensor,
     packed: Packed,
     out: Tensor,
@@ -286,11 +286,11 @@ def weights(
     tiles, n, half = packed.words.shape
     if x.dtype not in (torch.bfloat16, torch.float16) or x.shape[1] != packed.num_columns:
         raise ValueError(f"{x.dtype} activations {list(x.shape)} don't go with {packed.num_columns} columns")
-    parts = out.shape[0] if out.dim() == 3 else 1
-    expect(x=(x, (m, packed.num_columns)), out=(out, (parts, m, n) if out.dim() == 3 else (m, n)))
+    split_k = out.shape[0] if out.dim() == 3 else 1
+    expect(x=(x, (m, packed.num_columns)), out=(out, (split_k, m, n) if out.dim() == 3 else (m, n)))
     return Launch(
-        _weights,
-        (cdiv(m, block_m) * cdiv(n, block_n), parts),
+        _w8a16_gemm,
+        (cdiv(m, block_m) * cdiv(n, block_n), split_k),
         {
             "x": x,
             "words": packed.words,
@@ -302,7 +302,7 @@ def weights(
             "N": n,
             "K": packed.num_columns,
             "tiles": tiles,
-            "tiles_of_part": cdiv(tiles, parts),
+            "tiles_of_part": cdiv(tiles, split_k),
             "E4M3": packed.is_e4m3,
             "GROUP": packed.group_size,
             "HAS_ZERO": packed.zero_point is not None,
@@ -317,13 +317,13 @@ def weights(
     )
 
 
-def partial_sums(x: Tensor, packed: Packed) -> Tensor:
+def split_k_partials(x: Tensor, packed: Packed) -> Tensor:
     """x [M, K] through the layer: [S, M, N] float32 for the next kernel to add up."""
     m = x.shape[0]
     n = packed.words.shape[1]
     sizes = {**choose("w8a16", m, n, packed.num_columns)}
-    out = torch.empty(sizes.pop("parts"), m, n, device=x.device)
-    weights(x.contiguous(), packed, out, **sizes)()
+    out = torch.empty(sizes.pop("split_k"), m, n, device=x.device)
+    w8a16_gemm(x.contiguous(), packed, out, **sizes)()
     return out
 
 
@@ -333,8 +333,8 @@ def linear(x: Tensor, packed: Packed, dtype: torch.dtype | None = None) -> Tenso
     n = packed.words.shape[1]
     out = torch.empty(m, n, dtype=dtype or x.dtype, device=x.device)
     sizes = {**choose("w8a16", m, n, packed.num_columns)}
-    if sizes.pop("parts") == 1:
-        weights(x.contiguous(), packed, out, **sizes)()
+    if sizes.pop("split_k") == 1:
+        w8a16_gemm(x.contiguous(), packed, out, **sizes)()
     else:
-        add_up(partial_sums(x, packed), out)()
+        split_k_sum(split_k_partials(x, packed), out)()
     return out

@@ -53,7 +53,7 @@ E4M3_ONE = tl.constexpr(512.0)  # units of an e4m3 weight in 1
 
 
 @triton.jit
-def weights(words, zero, J: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexpr):
+def decode_field(words, zero, J: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexpr):
     """Field J of each word [N, WIDTH] less zero, as bf16 or fp16; as e4m3 divided by `E4M3_ONE`, of 4 bits.
 
     zero: whole numbers [N, 1] float32; or None for 2^(BITS-1), which must be a constant of the compiler's: a number
@@ -72,13 +72,13 @@ def weights(words, zero, J: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexp
     else:
         large: tl.constexpr = 0x4300 if dtype == tl.bfloat16 else 0x4000 if fp8 else 0x6400  # 128, 2 or 1024
         if zero is None:
-            less = tl.full((1, 1), large + (1 << (BITS - 1)), tl.int16)
+            subtrahend = tl.full((1, 1), large + (1 << (BITS - 1)), tl.int16)
         elif dtype == tl.bfloat16:
-            less = (zero + 128.0).to(tl.bfloat16).to(tl.int16, bitcast=True)
+            subtrahend = (zero + 128.0).to(tl.bfloat16).to(tl.int16, bitcast=True)
         else:
-            less = (zero / E4M3_ONE + 2.0 if fp8 else zero + 1024.0).to(tl.float16).to(tl.int16, bitcast=True)
+            subtrahend = (zero / E4M3_ONE + 2.0 if fp8 else zero + 1024.0).to(tl.float16).to(tl.int16, bitcast=True)
         mask = tl.full((1, 1), (1 << BITS) - 1, tl.int16)
-        operands = [words, BITS * J, mask, tl.full((1, 1), large, tl.int16), less]
+        operands = [words, BITS * J, mask, tl.full((1, 1), large, tl.int16), subtrahend]
         if dtype == tl.bfloat16:
             number = tl.inline_asm_elementwise(_TO_BF16, _TWO, operands, dtype=tl.bfloat16, is_pure=True, pack=2)
         elif dtype == tl.float16:
@@ -91,11 +91,11 @@ def weights(words, zero, J: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexp
 
 
 @triton.jit
-def scales(scale, tile, all_rows, SHARE: tl.constexpr):
+def scales(scale, tile, all_rows, GROUP_SIZE: tl.constexpr):
     """The scales [BLOCK_N] of a tile's groups."""
     found = ()
-    for g in tl.static_range(128 // SHARE if SHARE < 128 else 1):
-        group = tile * (128 // SHARE) + g if SHARE < 128 else tile // (SHARE // 128)
+    for g in tl.static_range(128 // GROUP_SIZE if GROUP_SIZE < 128 else 1):
+        group = tile * (128 // GROUP_SIZE) + g if GROUP_SIZE < 128 else tile // (GROUP_SIZE // 128)
         found += (tl.load(scale + group * all_rows),)  # type: ignore[assignment]
     return found
 

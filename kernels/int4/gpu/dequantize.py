@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels.int4.gpu.decode import integers, scale_type, scales, split, weights
+from octavo.kernels.int4.gpu.decode import decode_field, integers, scale_type, scales, split
 from octavo.kernels.int4.gpu.packing import PackedInt4
 from octavo.kernels.launching import tuning
 from octavo.kernels.launching.checks import expect
@@ -28,7 +28,7 @@ def _dequantize(
     N,
     columns,
     BITS: tl.constexpr,
-    SHARE: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
     SCALE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     OVERLAPS: tl.constexpr,
@@ -36,13 +36,13 @@ def _dequantize(
     await_previous(OVERLAPS)
     WIDTH: tl.constexpr = 8 * BITS
     SLICES: tl.constexpr = 128 // WIDTH
-    GROUPS: tl.constexpr = 128 // SHARE if SHARE < 128 else 1
+    GROUPS: tl.constexpr = 128 // GROUP_SIZE if GROUP_SIZE < 128 else 1
     tile = tl.program_id(0)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     i = tl.arange(0, WIDTH)
     inside = tl.minimum(n, N - 1)
     fields = tl.load(words + (tile.to(tl.int64) * N + inside)[:, None] * WIDTH + i[None, :])
-    found = scales(scale + inside, tile, tl.cast(N, tl.int64), SHARE)
+    found = scales(scale + inside, tile, tl.cast(N, tl.int64), GROUP_SIZE)
     at = out + n.to(tl.int64)[:, None] * columns + i[None, :]
     for j in tl.static_range(SLICES):
         if SCALE is None:
@@ -51,7 +51,7 @@ def _dequantize(
         else:
             step, zero = split(found[j * GROUPS // SLICES], SCALE)
             zero = zero[:, None]
-        exact = weights(fields, zero, j, BITS, out.dtype.element_ty).to(tl.float32)
+        exact = decode_field(fields, zero, j, BITS, out.dtype.element_ty).to(tl.float32)
         first = tile * 128 + j * WIDTH
         seen = (n < N)[:, None] & (first + i < columns)[None, :]
         tl.store(at + first, narrow(exact * step[:, None], out.dtype.element_ty), mask=seen)
@@ -73,7 +73,7 @@ def dequantize(packed: PackedInt4, out: Tensor) -> Launch:
             "N": n,
             "columns": packed.columns,
             "BITS": packed.bits,
-            "SHARE": packed.share,
+            "GROUP_SIZE": packed.group_size,
             "SCALE": scale_type(packed.scale),
             "BLOCK_N": block_n,
         },

@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from octavo.kernels.fp8.gpu.quantize import quantize
-from octavo.kernels.gemm.gpu.w4a16_gemm import gemm
+from octavo.kernels.gemm.gpu.w4a16_gemm import w4a16_gemm
 from octavo.kernels.int4.gpu.dequantize import dequantize
 from octavo.kernels.int4.gpu.packing import PackedInt4
 from octavo.kernels.int4.gpu.permute_columns import gathered
 from octavo.kernels.launching.checks import refuse
 from octavo.kernels.launching.tuning import choose
-from octavo.kernels.norm.gpu.split_k_sum import add_up
-from octavo.kernels.quantized_activation import Rounded, Rounding
+from octavo.kernels.norm.gpu.split_k_sum import split_k_sum
+from octavo.kernels.quantized_activation import ActivationQuant, QuantizedActivation
 
 
 def linear(x: Tensor, packed: PackedInt4) -> Tensor:
@@ -30,19 +30,19 @@ def linear(x: Tensor, packed: PackedInt4) -> Tensor:
 
 def linear_fp8(x: Tensor, packed: PackedInt4) -> Tensor:
     """x [M, K] bf16, fp16 or float32, each token rounded to e4m3, through the layer: [M, N] of x's type."""
-    ready = rounded(x)
+    ready = quantize_input(x)
     return matmul(ready.codes, packed, ready.scale, x.dtype)
 
 
-def rounded(x: Tensor) -> Rounded:
+def quantize_input(x: Tensor) -> QuantizedActivation:
     """Each token of x [M, K] rounded to e4m3."""
-    ready = Rounded.empty(x.shape[0], x.shape[1], Rounding(torch.float8_e4m3fn), x.device)
+    ready = QuantizedActivation.empty(x.shape[0], x.shape[1], ActivationQuant(torch.float8_e4m3fn), x.device)
     quantize(x.contiguous(), ready.codes, ready.scale)()
     return ready
 
 
 def matmul(
-    x: Tensor, packed: PackedInt4, x_scale: Tensor | None, dtype: torch.dtype, *, is_arranged: bool = False
+    x: Tensor, packed: PackedInt4, x_scale: Tensor | None, dtype: torch.dtype, *, is_permuted: bool = False
 ) -> Tensor:
     """x [M, K] bf16 or fp16, or e4m3 with x_scale [M, 1] float32, times the weight: [M, N] bf16, fp16 or float32.
 
@@ -50,26 +50,28 @@ def matmul(
     """
     sizes = _sizes(x, packed)
     n = packed.shape[0]
-    x = _arranged(x, packed, is_arranged)
+    x = _arranged(x, packed, is_permuted)
     if sizes.pop("dequantize", 0) and x_scale is None and x.dtype == dtype:
         weight = torch.empty(n, packed.columns, dtype=dtype, device=x.device)
         dequantize(packed, weight)()
         return F.linear(x, weight, None if packed.bias is None else packed.bias.to(dtype))
     out = torch.empty(x.shape[0], n, dtype=dtype, device=x.device)
-    parts = sizes.pop("parts")
-    into = out if parts == 1 else torch.empty(parts, *out.shape, device=x.device)
-    gemm(x, packed, into, x_scale, **sizes)()
-    if parts > 1:
-        add_up(into, out)()
+    split_k = sizes.pop("split_k")
+    into = out if split_k == 1 else torch.empty(split_k, *out.shape, device=x.device)
+    w4a16_gemm(x, packed, into, x_scale, **sizes)()
+    if split_k > 1:
+        split_k_sum(into, out)()
     return out
 
 
-def partial_sums(x: Tensor, packed: PackedInt4, x_scale: Tensor | None = None, *, is_arranged: bool = False) -> Tensor:
+def split_k_partials(
+    x: Tensor, packed: PackedInt4, x_scale: Tensor | None = None, *, is_permuted: bool = False
+) -> Tensor:
     """`matmul`'s product, bias included: [S, M, N] float32 for the next kernel to add up."""
     sizes = _sizes(x, packed)
     sizes.pop("dequantize", 0)
-    out = torch.empty(sizes.pop("parts"), x.shape[0], packed.shape[0], device=x.device)
-    gemm(_arranged(x, packed, is_arranged), packed, out, x_scale, **sizes)()
+    out = torch.empty(sizes.pop("split_k"), x.shape[0], packed.shape[0], device=x.device)
+    w4a16_gemm(_arranged(x, packed, is_permuted), packed, out, x_scale, **sizes)()
     return out
 
 
@@ -77,7 +79,7 @@ def _sizes(x: Tensor, packed: PackedInt4) -> dict[str, int]:
     """The table's row, as the caller's own."""
     fp8 = x.dtype == torch.float8_e4m3fn
     sizes = {**choose("int4 fp8" if fp8 else "int4", x.shape[0], packed.shape[0], packed.columns)}
-    if packed.share == 32:
+    if packed.group_size == 32:
         sizes["block_m"] = min(sizes["block_m"], 64)  # with four sums of 128 tokens in turn, registers spill
     return sizes
 

@@ -41,7 +41,7 @@ class PackedInt4(PackedWeight):
     words: Tensor
     scale: Tensor
     bits: int
-    share: int
+    group_size: int
     order: Tensor | None
     source: Tensor | None
     groups: Tensor
@@ -50,7 +50,7 @@ class PackedInt4(PackedWeight):
     def __post_init__(self) -> None:
         n = self.words.shape[1]
         tiles = -(-self.columns // TILE)
-        groups = tiles * (TILE // self.share) if self.share < TILE else -(-self.columns // self.share)
+        groups = tiles * (TILE // self.group_size) if self.group_size < TILE else -(-self.columns // self.group_size)
         expect(
             words=(self.words, (tiles, n, 8 * self.bits)),
             order=(self.order, self.columns),
@@ -73,7 +73,7 @@ class PackedInt4(PackedWeight):
         return self.groups.shape[0] if self.order is None else self.order.shape[0]
 
     @property
-    def places(self) -> Tensor | None:
+    def column_permutation(self) -> Tensor | None:
         """Where each of x's columns goes, [K] int32; None where they stay, or zeros come between them."""
         if self.order is None or self.order.shape[0] != self.groups.shape[0]:
             return None
@@ -110,7 +110,7 @@ def pack(
     counts = torch.bincount(groups, minlength=scale.shape[1])
     if counts.shape[0] != scale.shape[1] or int(counts.min()) == 0:
         raise ValueError(f"groups must name each of the scale's {scale.shape[1]} groups")
-    share, order, source = _arrange(groups, counts)
+    group_size, order, source = _arrange(groups, counts)
     if order is not None:
         codes = F.pad(codes, (0, 1))[:, order.long()]  # -1 is the column that was put at the end
     rows = scale.T if source is None else scale.T[source]
@@ -118,10 +118,10 @@ def pack(
         _expect_within("zero points", zero_point, low, low + 16)  # their distance to a code is exact in e4m3 up to 16
         fields = zero_point.T.to(torch.int16) - low
         rows = torch.stack([rows, (fields if source is None else fields[source]).to(rows.dtype)], -1)
-    if share < TILE:
-        missing = -(-codes.shape[1] // TILE) * (TILE // share) - rows.shape[0]
+    if group_size < TILE:
+        missing = -(-codes.shape[1] // TILE) * (TILE // group_size) - rows.shape[0]
         rows = torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])])
-    return PackedInt4(_words(codes, field, low), rows.contiguous(), field, share, order, source, groups, bias)
+    return PackedInt4(_words(codes, field, low), rows.contiguous(), field, group_size, order, source, groups, bias)
 
 
 def _expect_within(what: str, values: Tensor, least: int, most: int) -> None:

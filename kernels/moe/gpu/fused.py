@@ -29,14 +29,14 @@ from octavo.kernels.launching.numerics import narrow
 from octavo.kernels.moe.gpu.grouped import BLOCK, grouped
 from octavo.kernels.moe.gpu.int4 import PackedExperts, grouped_int4
 from octavo.kernels.moe.gpu.int8 import ByteExperts, grouped_int8
-from octavo.kernels.moe.gpu.permute_columns import of_pairs
+from octavo.kernels.moe.gpu.permute_columns import permute_columns
 from octavo.kernels.moe.gpu.route import Aligned, unaligned
 from octavo.kernels.moe.gpu.router import routing
-from octavo.kernels.moe.gpu.shared_expert_activation import silu_and_mul_slices
-from octavo.kernels.moe.gpu.static_quantize import by_stored
+from octavo.kernels.moe.gpu.shared_expert_activation import shared_expert_activation
+from octavo.kernels.moe.gpu.static_quantize import static_quantize
 from octavo.kernels.norm.gpu.activation import silu_and_mul
 from octavo.kernels.packed_weight import PackedWeight, present
-from octavo.kernels.quantized_activation import Hidden, Rounded, Rounding
+from octavo.kernels.quantized_activation import ActivationQuant, Hidden, QuantizedActivation
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def _sum(pairs, out, width, TOP_K: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: 
     tl.store(out + token * width + at, narrow(total, out.dtype.element_ty), mask=seen)
 
 
-def add_up(pairs: Tensor, out: Tensor, top_k: int) -> Launch:
+def sum_experts(pairs: Tensor, out: Tensor, top_k: int) -> Launch:
     """pairs [T * top_k, H] summed over the top_k of each token, first to last, into out [T, H]."""
     num_tokens, width = out.shape
     expect(pairs=(pairs, (num_tokens * top_k, width)), out=(out, (num_tokens, width)))
@@ -117,7 +117,7 @@ def launches(
 ) -> tuple[Launch, ...]:
     """All that happens but the sum, in order; memory between them is allocated here.
 
-    x        [T, H] bf16 or fp16, or rounded as `wants` of gate_up has it
+    x        [T, H] bf16 or fp16, or rounded as `input_quant` of gate_up has it
     router   [E, H] of x's type, or float32
     gate_up  [E, 2 I, H], down [E, H, I]: both plain, both e4m3, both int8, both packed with 4 bits, or with 8
     results  [T * top_k, H] of x's type: what each of a token's experts gives it, times its weight
@@ -146,14 +146,14 @@ def launches(
     chosen = torch.empty(num_tokens, each, dtype=torch.int32, device=results.device)
     weights = torch.empty(num_tokens, each, dtype=torch.float32, device=results.device)
     between = results.new_empty(num_pairs, width)
-    acted, acted_scale = _rows(results, num_pairs, width // 2, kind)
+    activated, activated_scale = _rows(results, num_pairs, width // 2, kind)
     steps = [*routing(plain, router, chosen, weights, pairs, normalize=normalize, shared=shared)]
     first, first_scale, divisor = _first(x, gate_up, chosen, group_size, steps)
     return (
         *steps,
         _gemm(first, first_scale, gate_up, pairs, between, divisor, None, size),
-        _activation(between, acted, acted_scale, group_size, stored[1], chosen, shared),
-        _gemm(acted, acted_scale, down, pairs, results, 1, weights, size),
+        _activation(between, activated, activated_scale, group_size, stored[1], chosen, shared),
+        _gemm(activated, activated_scale, down, pairs, results, 1, weights, size),
     )
 
 
@@ -165,9 +165,11 @@ def _first(
     order = _order(gate_up)
     stored = _stored(gate_up)
     divisor = chosen.shape[1]
-    if isinstance(x, Rounded):
+    if isinstance(x, QuantizedActivation):
         if not _is_made_before(gate_up) or x.codes.dtype != CODES.get(kind, _plain(x).dtype):
-            raise ValueError(f"x is made for other experts, as {x.codes.dtype}, than these, {kind}: see wants(gate_up)")
+            raise ValueError(
+                f"x is made for other experts, as {x.codes.dtype}, than these, {kind}: see input_quant(gate_up)"
+            )
         return x.codes, x.scale if kind in CODES else None, divisor
     if order is not None and len(order) == 1:
         plain = x
@@ -177,14 +179,14 @@ def _first(
         plain = x
         x = x.new_empty(chosen.numel(), x.shape[1])
         divisor = 1
-        steps.append(of_pairs(plain, order, chosen, x))
+        steps.append(permute_columns(plain, order, chosen, x))
     if kind not in CODES:
         return x, None, divisor
     own = None if stored is None or len(stored) == 1 else stored
     codes, scale = _rows(x, x.shape[0] if own is None else chosen.numel(), x.shape[1], kind)
     assert scale is not None
     if own is not None:
-        steps.append(by_stored(x, own, chosen, codes, scale))
+        steps.append(static_quantize(x, own, chosen, codes, scale))
         return codes, scale, 1
     steps.append(quantize(x, codes, scale, group_size=group_size, static_scale=stored))
     return codes, scale, divisor
@@ -195,9 +197,9 @@ def _activation(
 ) -> Launch:
     """SiLU * up of each pair, rounded as down reads it: by its expert's scale, its own, or that of all slices."""
     if scale is not None and stored is not None and len(stored) > 1:
-        return by_stored(x, stored, chosen, out, scale, gated=True)
+        return static_quantize(x, stored, chosen, out, scale, gated=True)
     if scale is not None and stored is None and not group_size and shared > 1:
-        return silu_and_mul_slices(x, out, scale, chosen.shape[1] - shared, shared)
+        return shared_expert_activation(x, out, scale, chosen.shape[1] - shared, shared)
     return silu_and_mul(x, out, scale=scale, group_size=group_size, static_scale=stored)
 
 
@@ -209,7 +211,7 @@ def _order(weights: Weights) -> Tensor | None:
     return None if isinstance(weights, Experts) else weights.order
 
 
-def wants(gate_up: Weights) -> Rounding | None:
+def input_quant(gate_up: Weights) -> ActivationQuant | None:
     """What all experts read, if it is the same, and not x itself: the norm before makes it then, and x for the router.
 
     Whoever calibrates every expert with all tokens finds one scale for them, and one order.
@@ -218,9 +220,11 @@ def wants(gate_up: Weights) -> Rounding | None:
         return None
     kind = _kind(gate_up)
     order = _order(gate_up)
-    places = None if order is None else order[0].argsort().int()
+    column_permutation = None if order is None else order[0].argsort().int()
     size = BLOCK if kind == "fp8 blocks" else 0
-    return Rounding(CODES.get(kind), size, _stored(gate_up), keeps_plain=True, places=places)
+    return ActivationQuant(
+        CODES.get(kind), size, _stored(gate_up), keeps_plain=True, column_permutation=column_permutation
+    )
 
 
 def _is_made_before(gate_up: Weights) -> bool:
@@ -273,7 +277,7 @@ def fused_moe(
     """The mixture's output for x [T, H], of what `launches` takes: `partial_moe` summed, rounded."""
     results = partial_moe(x, router, top_k, gate_up, down, normalize=normalize, shared=shared)
     out = results.new_empty(results.shape[1:])
-    add_up(results.transpose(0, 1).flatten(0, 1), out, len(results))()
+    sum_experts(results.transpose(0, 1).flatten(0, 1), out, len(results))()
     return out
 
 
@@ -291,6 +295,6 @@ def partial_moe(
 
 
 def _plain(x: Hidden) -> Tensor:
-    plain = x.plain if isinstance(x, Rounded) else x
+    plain = x.plain if isinstance(x, QuantizedActivation) else x
     assert plain is not None
     return plain

@@ -3,7 +3,7 @@
 out[pair] = x[pair // divisor] @ w[expert]^T (* x_scale * w_scale) (* router[pair]), for pairs as `route.align` sorts
 them: x has a row for each token (divisor: its pairs) or for each pair (1: as behind the first GEMM). A program has
 BLOCK_M sorted pairs of one expert and BLOCK_N of its rows. Up to 32 pairs an expert's rows are the tensor core's rows
-and the pairs its columns (acc [N, M]), as in `fp8.gpu.few`: 64 rows is the least it multiplies.
+and the pairs its columns (acc [N, M]), as in `fp8.gpu.gemm_swap_ab`: 64 rows is the least it multiplies.
 
 Programs are fixed in number, and one whose tile isn't used ends at once: an expert without tokens is never read. Tiles
 of sorted pairs go through the weight GROUP_M at a time, so that both stay in the L2 cache.
@@ -39,7 +39,7 @@ SWAPPED = 32  # pairs in a tile at the most for which the weight's rows are the 
 
 
 @triton.jit
-def corner(num_tiles, N, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+def tile_offsets(num_tiles, N, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
     """A program's tile of sorted pairs and first row of the weight, down GROUP_M tiles before it goes right."""
     program = tl.program_id(0)
     columns = tl.cdiv(N, BLOCK_N)
@@ -98,7 +98,7 @@ def _grouped(
     OVERLAPS: tl.constexpr,
 ):
     await_previous(OVERLAPS)
-    tile, first_n = corner(num_tiles, N, BLOCK_N, GROUP_M)
+    tile, first_n = tile_offsets(num_tiles, N, BLOCK_N, GROUP_M)
     expert = tl.load(tile_expert + tile).to(tl.int64)
     if expert < 0:
         return

@@ -20,12 +20,12 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels.int4.gpu import packing
-from octavo.kernels.int4.gpu.decode import E4M3_ONE, weights
+from octavo.kernels.int4.gpu.decode import E4M3_ONE, decode_field
 from octavo.kernels.launching.checks import expect, refuse
 from octavo.kernels.launching.dependent_launch import await_previous
 from octavo.kernels.launching.launch import Launch, cdiv
 from octavo.kernels.launching.numerics import dot
-from octavo.kernels.moe.gpu.grouped import corner, pair_arguments, store, tokens_of
+from octavo.kernels.moe.gpu.grouped import pair_arguments, store, tile_offsets, tokens_of
 from octavo.kernels.moe.gpu.permute_columns import expect_order, in_order, put_back
 from octavo.kernels.moe.gpu.route import Aligned
 from octavo.kernels.packed_weight import PackedWeight, present
@@ -47,7 +47,7 @@ class PackedExperts(PackedWeight):
     words: Tensor
     scale: Tensor
     zero: Tensor | None
-    share: int
+    group_size: int
     k: int
     order: Tensor | None = None
     fp8: bool = False
@@ -55,7 +55,11 @@ class PackedExperts(PackedWeight):
     def __post_init__(self) -> None:
         e, n, _ = self.shape
         tiles = cdiv(self.k, packing.TILE)
-        groups = tiles * (packing.TILE // self.share) if self.share < packing.TILE else cdiv(self.k, self.share)
+        groups = (
+            tiles * (packing.TILE // self.group_size)
+            if self.group_size < packing.TILE
+            else cdiv(self.k, self.group_size)
+        )
         expect(
             words=(self.words, (e, tiles, n, 32)),
             scale=(self.scale, (e, groups, n)),
@@ -74,7 +78,7 @@ class PackedExperts(PackedWeight):
     def unpack(self) -> Tensor:
         slices = [(self.words >> (4 * j)) & 15 for j in range(4)]
         fields = torch.stack(slices, 3).permute(0, 2, 1, 3, 4).flatten(2)[:, :, : self.k].float()  # [E, N, K]
-        group = torch.arange(self.k, device=fields.device) // self.share
+        group = torch.arange(self.k, device=fields.device) // self.group_size
         zero = 8.0 if self.zero is None else self.zero[:, group].mT
         return put_back((fields - zero) * self.scale[:, group].mT, self.order)
 
@@ -98,14 +102,14 @@ def pack(
     for name, values in (("scale", scale), ("zero_point", zero_point)):
         if values is not None and values.shape != groups:
             refuse(name, values, groups)
-    share = cdiv(k, packing.TILE) * packing.TILE if group_size >= k else group_size
-    if share not in (32, 64) and share % packing.TILE:
+    group_size = cdiv(k, packing.TILE) * packing.TILE if group_size >= k else group_size
+    if group_size not in (32, 64) and group_size % packing.TILE:
         raise ValueError(f"groups of {group_size} columns cross tiles of {packing.TILE}")
     codes, order = in_order(codes, g_idx, group_size)
     one = codes.new_zeros(k, dtype=torch.int64)
     words = [packing.pack(e, scale.new_ones(e.shape[0], 1), None, one).words for e in codes]
     tiles = cdiv(k, packing.TILE)
-    rows = max(tiles * packing.TILE // share, 1) if share < packing.TILE else scale.shape[2]
+    rows = max(tiles * packing.TILE // group_size, 1) if group_size < packing.TILE else scale.shape[2]
 
     def by_group(values: Tensor) -> Tensor:
         out = values.new_zeros(num_experts, rows, values.shape[1], dtype=torch.float32)
@@ -113,25 +117,25 @@ def pack(
         return out
 
     zero = None if zero_point is None else by_group(zero_point.float() + 8)
-    return PackedExperts(torch.stack(words), by_group(scale), zero, share, k, order, fp8)
+    return PackedExperts(torch.stack(words), by_group(scale), zero, group_size, k, order, fp8)
 
 
 @triton.jit
-def _of_tile(table, tile, N, SHARE: tl.constexpr):
+def _of_tile(table, tile, N, GROUP_SIZE: tl.constexpr):
     """What a table [groups, N] holds for the groups of a tile of 128 columns."""
     found = ()
-    for g in tl.static_range(128 // SHARE if SHARE < 128 else 1):
-        group = tile * (128 // SHARE) + g if SHARE < 128 else tile // (SHARE // 128)
+    for g in tl.static_range(128 // GROUP_SIZE if GROUP_SIZE < 128 else 1):
+        group = tile * (128 // GROUP_SIZE) + g if GROUP_SIZE < 128 else tile // (GROUP_SIZE // 128)
         found += (tl.load(table + group * N),)  # type: ignore[assignment]
     return found
 
 
 @triton.jit
 def _add_tile(
-    acc, words, x_at, columns, scales, zeros, HAS_ZERO: tl.constexpr, SHARE: tl.constexpr, EVEN: tl.constexpr
+    acc, words, x_at, columns, scales, zeros, HAS_ZERO: tl.constexpr, GROUP_SIZE: tl.constexpr, EVEN: tl.constexpr
 ):
     """acc + a tile of 128 columns."""
-    GROUPS: tl.constexpr = 128 // SHARE if SHARE < 128 else 1
+    GROUPS: tl.constexpr = 128 // GROUP_SIZE if GROUP_SIZE < 128 else 1
     i = tl.arange(0, 32)
     for g in tl.static_range(GROUPS):
         total = tl.zeros_like(acc)
@@ -141,7 +145,7 @@ def _add_tile(
             else:
                 tokens = tl.load(x_at + s * 32, mask=(i < columns - s * 32)[None, :], other=0.0)
             zero = zeros[g][:, None] if HAS_ZERO else None
-            total = dot(weights(words, zero, s, 4, tokens.dtype), tokens.T, total)
+            total = dot(decode_field(words, zero, s, 4, tokens.dtype), tokens.T, total)
         acc += total * scales[g][:, None]
     return acc
 
@@ -166,7 +170,7 @@ def _grouped_int4(
     DIVISOR: tl.constexpr,
     HAS_ROUTER: tl.constexpr,
     HAS_ZERO: tl.constexpr,
-    SHARE: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
     EVEN: tl.constexpr,
     GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -174,7 +178,7 @@ def _grouped_int4(
     OVERLAPS: tl.constexpr,
 ):
     await_previous(OVERLAPS)
-    tile, first_n = corner(num_tiles, N, BLOCK_N, GROUP_M)
+    tile, first_n = tile_offsets(num_tiles, N, BLOCK_N, GROUP_M)
     expert = tl.load(tile_expert + tile).to(tl.int64)
     if expert < 0:
         return
@@ -186,13 +190,15 @@ def _grouped_int4(
     scale += expert * groups * N + n
     zero += expert * groups * N + n
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    scales = _of_tile(scale, 0, N, SHARE)
-    zeros = _of_tile(zero, 0, N, SHARE) if HAS_ZERO else scales
+    scales = _of_tile(scale, 0, N, GROUP_SIZE)
+    zeros = _of_tile(zero, 0, N, GROUP_SIZE) if HAS_ZERO else scales
     for at in range(tiles):
         coming = tl.minimum(at + 1, tiles - 1)
-        next_scales = _of_tile(scale, coming, N, SHARE)
-        next_zeros = _of_tile(zero, coming, N, SHARE) if HAS_ZERO else next_scales
-        acc = _add_tile(acc, tl.load(words_at), x_at + at * 128, K - at * 128, scales, zeros, HAS_ZERO, SHARE, EVEN)
+        next_scales = _of_tile(scale, coming, N, GROUP_SIZE)
+        next_zeros = _of_tile(zero, coming, N, GROUP_SIZE) if HAS_ZERO else next_scales
+        acc = _add_tile(
+            acc, tl.load(words_at), x_at + at * 128, K - at * 128, scales, zeros, HAS_ZERO, GROUP_SIZE, EVEN
+        )
         words_at += N * 32
         scales = next_scales
         zeros = next_zeros
@@ -228,7 +234,9 @@ def grouped_int4(
     expect(x_scale=(x_scale, (x.shape[0], 1)))
     arguments = pair_arguments(x, packed.shape, pairs, out, divisor, router)
     _, n, k = packed.shape
-    if packed.share < 128 and pairs.block_m > 64:  # each tile has several groups' scales in registers: 128 rows spill
+    if (
+        packed.group_size < 128 and pairs.block_m > 64
+    ):  # each tile has several groups' scales in registers: 128 rows spill
         block_n = min(block_n, 64)
     return Launch(
         _grouped_int4,
@@ -242,7 +250,7 @@ def grouped_int4(
             "tiles": packed.words.shape[1],
             "groups": packed.scale.shape[1],
             "HAS_ZERO": packed.zero is not None,
-            "SHARE": packed.share,
+            "GROUP_SIZE": packed.group_size,
             "EVEN": k % packing.TILE == 0,
             "GROUP_M": group_m,
             "BLOCK_N": block_n,

@@ -17,12 +17,12 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels.gemm.gpu import w8a16_gemm as one_layer
-from octavo.kernels.gemm.gpu.w8a16_gemm import decode, less
+from octavo.kernels.gemm.gpu.w8a16_gemm import dequantize, subtract_zero_point
 from octavo.kernels.launching.checks import expect, refuse
 from octavo.kernels.launching.dependent_launch import await_previous
 from octavo.kernels.launching.launch import Launch, cdiv
 from octavo.kernels.launching.numerics import dot
-from octavo.kernels.moe.gpu.grouped import corner, pair_arguments, store, tokens_of
+from octavo.kernels.moe.gpu.grouped import pair_arguments, store, tile_offsets, tokens_of
 from octavo.kernels.moe.gpu.permute_columns import expect_order, in_order, put_back
 from octavo.kernels.moe.gpu.route import Aligned
 from octavo.kernels.packed_weight import PackedWeight, present
@@ -125,7 +125,7 @@ def _grouped_int8(
     OVERLAPS: tl.constexpr,
 ):
     await_previous(OVERLAPS)
-    tile, first_n = corner(num_tiles, N, BLOCK_N, GROUP_M)
+    tile, first_n = tile_offsets(num_tiles, N, BLOCK_N, GROUP_M)
     expert = tl.load(tile_expert + tile).to(tl.int64)
     if expert < 0:
         return
@@ -142,9 +142,9 @@ def _grouped_int8(
     for each in range(tiles):
         at = each * TILE
         group = at // GROUP * N if GROUP else 0
-        low, high = decode(tl.load(words_at), dtype, E4M3)
+        low, high = dequantize(tl.load(words_at), dtype, E4M3)
         if HAS_ZERO:
-            low, high = less(low, high, tl.load(zero + group), dtype)
+            low, high = subtract_zero_point(low, high, tl.load(zero + group), dtype)
         total = dot(low, tl.load(x_at + at, mask=(k < K - at)[:, None], other=0.0))
         total = dot(high, tl.load(x_at + at + HALF, mask=(k < K - at - HALF)[:, None], other=0.0), total)
         if GROUP:

@@ -20,7 +20,7 @@ from octavo.kernels.launching.launch import Launch, cdiv
 
 
 @triton.jit
-def _of_pairs(x, order, chosen, out, columns, EACH: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr):
+def _permute_columns(x, order, chosen, out, columns, EACH: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr):
     await_previous(OVERLAPS)
     pair = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -30,7 +30,7 @@ def _of_pairs(x, order, chosen, out, columns, EACH: tl.constexpr, BLOCK: tl.cons
     tl.store(out + pair * columns + at, tl.load(x + pair // EACH * columns + source, mask=seen), mask=seen)
 
 
-def of_pairs(x: Tensor, order: Tensor, chosen: Tensor, out: Tensor) -> Launch:
+def permute_columns(x: Tensor, order: Tensor, chosen: Tensor, out: Tensor) -> Launch:
     """x [T, K] of any type into out [T * each, K], by order [E, K] int32 of the experts chosen [T, each] int32."""
     num_tokens, columns = x.shape
     each = chosen.shape[1]
@@ -43,7 +43,7 @@ def of_pairs(x: Tensor, order: Tensor, chosen: Tensor, out: Tensor) -> Launch:
     sizes = tuning.choose("gather", len(out), columns, x.element_size())
     block = sizes.pop("block")
     arguments = {"x": x, "order": order, "chosen": chosen, "out": out, "columns": columns, "EACH": each, "BLOCK": block}
-    return Launch(_of_pairs, (len(out), cdiv(columns, block)), arguments, **sizes, num_stages=1)
+    return Launch(_permute_columns, (len(out), cdiv(columns, block)), arguments, **sizes, num_stages=1)
 
 
 def in_order(codes: Tensor, g_idx: Tensor | None, group_size: int) -> tuple[Tensor, Tensor | None]:
@@ -54,12 +54,12 @@ def in_order(codes: Tensor, g_idx: Tensor | None, group_size: int) -> tuple[Tens
     if g_idx is None:
         return codes, None
     groups, order = g_idx.long().sort(dim=1, stable=True)
-    places = torch.arange(g_idx.shape[1], device=g_idx.device)
-    if not bool((groups == places // group_size).all()):
+    positions = torch.arange(g_idx.shape[1], device=g_idx.device)
+    if not bool((groups == positions // group_size).all()):
         raise ValueError(f"groups that haven't {group_size} columns each")
-    if bool((order == places).all()):
+    if bool((order == positions).all()):
         return codes, None
-    return codes.gather(2, order[:, None].expand_as(codes)), once(order.int())
+    return codes.gather(2, order[:, None].expand_as(codes)), collapse_equal(order.int())
 
 
 def expect_order(order: Tensor | None, experts: int, columns: int) -> None:
@@ -67,7 +67,7 @@ def expect_order(order: Tensor | None, experts: int, columns: int) -> None:
     expect(order=(order, (experts if order is None or len(order) > 1 else 1, columns)))
 
 
-def once(values: Tensor) -> Tensor:
+def collapse_equal(values: Tensor) -> Tensor:
     """What each expert has [E, ...]: [1, ...] where all have the same."""
     return values[:1].clone() if bool((values == values[0]).all()) else values
 

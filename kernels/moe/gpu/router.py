@@ -20,7 +20,7 @@ from torch import Tensor
 from octavo.kernels.launching import tuning
 from octavo.kernels.launching.checks import expect
 from octavo.kernels.launching.dependent_launch import await_previous, prefetch
-from octavo.kernels.launching.last_block import counters_for, is_last
+from octavo.kernels.launching.last_block import counters_for, last_block
 from octavo.kernels.launching.launch import Launch, cdiv, power_of_two
 from octavo.kernels.launching.numerics import dot
 from octavo.kernels.moe.gpu.route import Aligned, align, choose, expect_aligned, experts_of, logits_of, route
@@ -195,7 +195,7 @@ def _router(
     SHARED: tl.constexpr,
     NORMALIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    PARTS: tl.constexpr,
+    SPLIT_K: tl.constexpr,
     ALONE: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -212,8 +212,8 @@ def _router(
     num_logits = logits_of(num_experts, SHARED)
     PAIRS = TOP_K + SHARED
     block = tl.program_id(0)
-    part = tl.program_id(1) % PARTS
-    first_e = tl.program_id(1) // PARTS * BLOCK_E
+    part = tl.program_id(1) % SPLIT_K
+    first_e = tl.program_id(1) // SPLIT_K * BLOCK_E
     if OVERLAPS:
         row = tl.minimum(first_e + tl.arange(0, BLOCK_E), num_logits - 1)
         line = tl.minimum(part * columns + tl.arange(0, LINES) * 64, hidden - 1)
@@ -234,14 +234,14 @@ def _router(
         BLOCK_K,
         ROWS,
     )
-    if not is_last(counters + block, tl.num_programs(1)):
+    if not last_block(counters + block, tl.num_programs(1)):
         return
     t = block * ROWS + tl.arange(0, CHOSEN)
     e = tl.arange(0, EXPERTS)
     at = t[:, None] * num_logits + e[None, :]
     seen = (t < num_tokens)[:, None] & (e < num_logits)[None, :]
     logits = tl.zeros((CHOSEN, EXPERTS), tl.float32)
-    for n in tl.static_range(PARTS):  # other SMs wrote them: past L1
+    for n in tl.static_range(SPLIT_K):  # other SMs wrote them: past L1
         place = partial + n * num_tokens * num_logits + at
         logits += tl.load(place, mask=seen, other=0.0, cache_modifier=".cg")
     own = choose(
@@ -258,7 +258,7 @@ def _router(
     else:
         tl.store(ranks + pair, rank)
         tl.store(counts + block * EXPERTS + e, count)
-        if not is_last(counters + num_blocks, num_blocks):
+        if not last_block(counters + num_blocks, num_blocks):
             return
         used = _sort(
             chosen,
@@ -311,7 +311,7 @@ def router(
     """
     num_tokens, hidden = x.shape
     num_logits = weight.shape[0]
-    parts = partial.shape[0]
+    split_k = partial.shape[0]
     each = chosen.shape[1]
     num_experts = experts_of(num_logits, shared)
     top_k = each - shared
@@ -320,7 +320,7 @@ def router(
     expect(
         x=(x, (num_tokens, hidden)),
         router=(weight, (num_logits, hidden)),
-        partial=(partial, (parts, num_tokens, num_logits)),
+        partial=(partial, (split_k, num_tokens, num_logits)),
         counts=(counts, (2, blocks, experts)),
         ranks=(ranks, num_tokens * each + 1),
         counters=(counters, max(counters.numel(), blocks + 1)),
@@ -328,11 +328,11 @@ def router(
         weights=(weights, (num_tokens, each)),
     )
     expect_aligned(pairs, num_tokens * each, num_experts)
-    columns = cdiv(cdiv(hidden, block_k), parts) * block_k
+    columns = cdiv(cdiv(hidden, block_k), split_k) * block_k
     side = power_of_two(max(blocks, 2))
     return Launch(
         _router,
-        (blocks, cdiv(num_logits, block_e) * parts),
+        (blocks, cdiv(num_logits, block_e) * split_k),
         {
             "x": x,
             "router": weight,
@@ -353,7 +353,7 @@ def router(
             "SHARED": shared,
             "NORMALIZE": normalize,
             "BLOCK_M": pairs.block_m,
-            "PARTS": parts,
+            "SPLIT_K": split_k,
             "ALONE": blocks == 1,
             "BLOCK_E": block_e,
             "BLOCK_K": block_k,
@@ -388,14 +388,14 @@ def routing(
     num_logits = weight.shape[0]
     num_experts = experts_of(num_logits, shared)
     sizes = tuning.choose("moe router", num_tokens, num_experts, hidden)
-    most = sizes.pop("most")
-    parts = sizes.pop("parts")
-    if num_tokens > most or num_experts > MOST_EXPERTS or weight.dtype != x.dtype or x.dtype == torch.float32:
+    max_tokens = sizes.pop("max_tokens")
+    split_k = sizes.pop("split_k")
+    if num_tokens > max_tokens or num_experts > MOST_EXPERTS or weight.dtype != x.dtype or x.dtype == torch.float32:
         logits = _logits(x, weight)
         chooses = route(logits, chosen, weights, normalize=normalize, shared=shared)
         return chooses, align(chosen, num_experts, pairs)
-    parts = min(parts, cdiv(hidden, sizes["block_k"]))
-    partial = torch.empty(parts, num_tokens, num_logits, device=x.device)
+    split_k = min(split_k, cdiv(hidden, sizes["block_k"]))
+    partial = torch.empty(split_k, num_tokens, num_logits, device=x.device)
     blocks = cdiv(num_tokens, ROWS)
     width = side_by_side(num_experts, chosen.shape[1] - shared)
     counts = torch.empty(2, blocks, width, dtype=torch.int32, device=x.device)

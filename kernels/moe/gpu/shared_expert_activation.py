@@ -23,7 +23,7 @@ from octavo.kernels.norm.gpu.store_quantized import store_rounded
 
 
 @triton.jit
-def acted(x, row, width, BLOCK: tl.constexpr):
+def silu_and_mul_row(x, row, width, BLOCK: tl.constexpr):
     """silu(gate) * up of a row of x [rows, 2 width], in float32; zeros from width on."""
     at = tl.arange(0, BLOCK)
     of_row = x + row.to(tl.int64) * (2 * width) + at
@@ -33,7 +33,7 @@ def acted(x, row, width, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _gated_slices(
+def _shared_expert_activation(
     x,
     out,
     scale,
@@ -48,21 +48,23 @@ def _gated_slices(
     j = tl.program_id(0) % (TOP_K + 1)
     row = token * (TOP_K + SHARED) + j
     if j < TOP_K:
-        store_rounded(acted(x, row, width, BLOCK), out, scale, None, None, row, 0, width, 0, False, False, BLOCK)
+        store_rounded(
+            silu_and_mul_row(x, row, width, BLOCK), out, scale, None, None, row, 0, width, 0, False, False, BLOCK
+        )
         return
     kind: tl.constexpr = out.dtype.element_ty
     most = tl.zeros((BLOCK,), tl.int32)
     for s in range(SHARED):
-        most = tl.maximum(most, tl.abs(acted(x, row + s, width, BLOCK)).to(tl.int32, bitcast=True))
+        most = tl.maximum(most, tl.abs(silu_and_mul_row(x, row + s, width, BLOCK)).to(tl.int32, bitcast=True))
     step = step_of(largest(most.to(tl.float32, bitcast=True), 0), kind)
     at = tl.arange(0, BLOCK)
     for s in range(SHARED):
-        code = to_codes(divided(acted(x, row + s, width, BLOCK), step), kind)
+        code = to_codes(divided(silu_and_mul_row(x, row + s, width, BLOCK), step), kind)
         tl.store(out + (row + s).to(tl.int64) * width + at, code, mask=at < width)
         tl.store(scale + row + s, step)
 
 
-def silu_and_mul_slices(x: Tensor, out: Tensor, scale: Tensor, top_k: int, shared: int) -> Launch:
+def shared_expert_activation(x: Tensor, out: Tensor, scale: Tensor, top_k: int, shared: int) -> Launch:
     """silu(gate) * up of x = gate, up [T * (top_k + shared), 2 I] into codes out [T * (top_k + shared), I].
 
     out is float8_e4m3fn or int8 with scale [T * (top_k + shared), 1] float32; a token's last `shared` rows have one.
@@ -72,7 +74,7 @@ def silu_and_mul_slices(x: Tensor, out: Tensor, scale: Tensor, top_k: int, share
     if out.dtype not in (torch.float8_e4m3fn, torch.int8) or rows % (top_k + shared):
         raise ValueError(f"{rows} rows of {out.dtype} for tokens of {top_k} experts and {shared} slices")
     return Launch(
-        _gated_slices,
+        _shared_expert_activation,
         (rows // (top_k + shared) * (top_k + 1),),
         {
             "x": x,

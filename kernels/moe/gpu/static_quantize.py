@@ -16,12 +16,12 @@ from octavo.kernels.launching import tuning
 from octavo.kernels.launching.checks import expect
 from octavo.kernels.launching.dependent_launch import await_previous
 from octavo.kernels.launching.launch import Launch, power_of_two
-from octavo.kernels.moe.gpu.shared_expert_activation import acted
+from octavo.kernels.moe.gpu.shared_expert_activation import silu_and_mul_row
 from octavo.kernels.norm.gpu.store_quantized import store_rounded
 
 
 @triton.jit
-def _by_stored(
+def _static_quantize(
     x,
     stored,
     chosen,
@@ -36,7 +36,7 @@ def _by_stored(
     await_previous(OVERLAPS)
     pair = tl.program_id(0)
     if GATED:
-        value = acted(x, pair, width, BLOCK)
+        value = silu_and_mul_row(x, pair, width, BLOCK)
     else:
         at = tl.arange(0, BLOCK)
         value = tl.load(x + (pair // EACH).to(tl.int64) * width + at, mask=at < width, other=0.0).to(tl.float32)
@@ -44,7 +44,9 @@ def _by_stored(
     store_rounded(value, out, scale, own, None, pair, 0, width, 0, True, False, BLOCK)
 
 
-def by_stored(x: Tensor, stored: Tensor, chosen: Tensor, out: Tensor, scale: Tensor, *, gated: bool = False) -> Launch:
+def static_quantize(
+    x: Tensor, stored: Tensor, chosen: Tensor, out: Tensor, scale: Tensor, *, gated: bool = False
+) -> Launch:
     """x [T, K] into codes out [T * each, K] and scale [T * each, 1], by stored [E] of the experts chosen [T, each].
 
     gated  x [T * each, 2 K] is gate, up of each pair, and out is of silu(gate) * up
@@ -62,7 +64,7 @@ def by_stored(x: Tensor, stored: Tensor, chosen: Tensor, out: Tensor, scale: Ten
     if out.dtype != torch.float8_e4m3fn:
         raise ValueError(f"rounding by stored scales into {out.dtype}: float8_e4m3fn works")
     return Launch(
-        _by_stored,
+        _static_quantize,
         (pairs,),
         {
             "x": x,

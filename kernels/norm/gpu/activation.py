@@ -26,11 +26,11 @@ def _gated(
     out,
     scale,
     stored,
-    places,
-    part_size,
+    column_permutation,
+    split_size,
     width,
     GELU: tl.constexpr,
-    PARTS: tl.constexpr,
+    SPLIT_K: tl.constexpr,
     GROUP: tl.constexpr,
     STATIC: tl.constexpr,
     MOVED: tl.constexpr,
@@ -45,14 +45,14 @@ def _gated(
     row = x + token.to(tl.int64) * (2 * width) + at
     gate = tl.load(row, mask=seen, other=0.0).to(tl.float32)
     up = tl.load(row + width, mask=seen, other=0.0).to(tl.float32)
-    for part in tl.static_range(1, PARTS):
-        gate += tl.load(row + part * part_size, mask=seen, other=0.0)
-        up += tl.load(row + part * part_size + width, mask=seen, other=0.0)
+    for split in tl.static_range(1, SPLIT_K):
+        gate += tl.load(row + split * split_size, mask=seen, other=0.0)
+        up += tl.load(row + split * split_size + width, mask=seen, other=0.0)
     z = gate
     if GELU:
         z = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
     value = gate * sigmoid(z) * up
-    store_rounded(value, out, scale, stored, places, token, first, width, GROUP, STATIC, MOVED, BLOCK)
+    store_rounded(value, out, scale, stored, column_permutation, token, first, width, GROUP, STATIC, MOVED, BLOCK)
 
 
 def silu_and_mul(
@@ -62,7 +62,7 @@ def silu_and_mul(
     scale: Tensor | None = None,
     group_size: int = 0,
     static_scale: Tensor | None = None,
-    places: Tensor | None = None,
+    column_permutation: Tensor | None = None,
 ) -> Launch:
     """silu(gate) * up of x = gate, up [T, 2 I], or of the sum of x [S, T, 2 I] float32, into out [T, I].
 
@@ -70,7 +70,7 @@ def silu_and_mul(
     each group of columns, or [T, 1] with group_size 0; group_size is a power of two. static_scale [1] float32: as of
     `fp8.gpu.quantize`. places [I] int32: where each column goes in out; not with groups.
     """
-    return _launch(x, out, scale, group_size, static_scale, places, gelu=False)
+    return _launch(x, out, scale, group_size, static_scale, column_permutation, gelu=False)
 
 
 def gelu_tanh_and_mul(
@@ -80,10 +80,10 @@ def gelu_tanh_and_mul(
     scale: Tensor | None = None,
     group_size: int = 0,
     static_scale: Tensor | None = None,
-    places: Tensor | None = None,
+    column_permutation: Tensor | None = None,
 ) -> Launch:
     """gelu(gate) * up, tanh-approximated; all else as in `silu_and_mul`."""
-    return _launch(x, out, scale, group_size, static_scale, places, gelu=True)
+    return _launch(x, out, scale, group_size, static_scale, column_permutation, gelu=True)
 
 
 def _launch(
@@ -92,21 +92,21 @@ def _launch(
     scale: Tensor | None,
     group_size: int,
     static_scale: Tensor | None,
-    places: Tensor | None,
+    column_permutation: Tensor | None,
     *,
     gelu: bool,
 ) -> Launch:
-    expect_scale("an activation", out, scale, group_size, places)
+    expect_scale("an activation", out, scale, group_size, column_permutation)
     tokens, width = out.shape
-    parts = x.shape[0] if x.dim() == 3 else 1
-    expect(x=(x, (parts, tokens, 2 * width) if x.dim() == 3 else (tokens, 2 * width)), out=(out, (tokens, width)))
+    split_k = x.shape[0] if x.dim() == 3 else 1
+    expect(x=(x, (split_k, tokens, 2 * width) if x.dim() == 3 else (tokens, 2 * width)), out=(out, (tokens, width)))
     expect(scale=(scale, (tokens, cdiv(width, group_size) if group_size else 1)), static_scale=(static_scale, 1))
-    expect(places=(places, (width,)))
+    expect(column_permutation=(column_permutation, (width,)))
     block = max(power_of_two(width), group_size)
     if scale is not None and group_size == 0:
-        sizes = tuning.choose("activation rows", tokens, width, parts)
+        sizes = tuning.choose("activation rows", tokens, width, split_k)
     else:
-        sizes = tuning.choose("activation", tokens, width, parts)
+        sizes = tuning.choose("activation", tokens, width, split_k)
         block = min(block, max(sizes.pop("block"), group_size))
     return Launch(
         _gated,
@@ -115,14 +115,14 @@ def _launch(
             "x": x,
             "out": out,
             "scale": out if scale is None else scale,
-            "part_size": tokens * 2 * width,
+            "split_size": tokens * 2 * width,
             "stored": out if static_scale is None else static_scale,
             "STATIC": static_scale is not None,
-            "places": out if places is None else places,
-            "MOVED": places is not None,
+            "column_permutation": out if column_permutation is None else column_permutation,
+            "MOVED": column_permutation is not None,
             "width": width,
             "GELU": gelu,
-            "PARTS": parts,
+            "SPLIT_K": split_k,
             "GROUP": group_size,
             "BLOCK": block,
         },

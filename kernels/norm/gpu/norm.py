@@ -37,15 +37,15 @@ def _norm(
     out,
     scale,
     stored,
-    places,
+    column_permutation,
     plain,
     total,
-    x_part,
+    x_split,
     x_row,
     width,
     eps,
     multiplier,
-    PARTS: tl.constexpr,
+    SPLIT_K: tl.constexpr,
     HAS_AFTER: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
@@ -70,11 +70,11 @@ def _norm(
     row = token.to(tl.int64) * width
     of_x = x + token.to(tl.int64) * x_row + at
     value = tl.load(of_x, mask=seen, other=0.0).to(tl.float32)
-    for part in tl.static_range(1, PARTS):
-        value += tl.load(of_x + part * x_part, mask=seen, other=0.0)
+    for split in tl.static_range(1, SPLIT_K):
+        value += tl.load(of_x + split * x_split, mask=seen, other=0.0)
     if HAS_RESIDUAL:
         dtype: tl.constexpr = residual.dtype.element_ty
-        if x.dtype.element_ty != dtype or PARTS > 1:  # as the GEMM would have rounded it
+        if x.dtype.element_ty != dtype or SPLIT_K > 1:  # as the GEMM would have rounded it
             value = narrow(value, dtype).to(tl.float32)
         if HAS_AFTER:
             value = narrow(_normed(value, after, width, eps, BLOCK), dtype).to(tl.float32)
@@ -88,7 +88,7 @@ def _norm(
     if HAS_PLAIN:
         tl.store(plain + row + at, narrow(value, plain.dtype.element_ty), mask=seen)
     if HAS_OUT:
-        store_rounded(value, out, scale, stored, places, token, 0, width, GROUP, STATIC, MOVED, BLOCK)
+        store_rounded(value, out, scale, stored, column_permutation, token, 0, width, GROUP, STATIC, MOVED, BLOCK)
 
 
 def norm(
@@ -105,7 +105,7 @@ def norm(
     group_size: int = 0,
     static_scale: Tensor | None = None,
     plain: Tensor | None = None,
-    places: Tensor | None = None,
+    column_permutation: Tensor | None = None,
 ) -> Launch:
     """RMSNorm of x [T, H], or of the sum of x [S, T, H], float32 or of a token's S experts, into out [T, H].
 
@@ -118,11 +118,11 @@ def norm(
     plain     [T, H] bf16, fp16 or float32: receives what out has codes of, too
     places    [H] int32: where each column goes in out; not with groups
     """
-    parts = x.shape[0] if x.dim() == 3 else 1
+    split_k = x.shape[0] if x.dim() == 3 else 1
     num_tokens, width = x.shape[-2:]
     rows = (num_tokens, width)
     groups = cdiv(width, group_size) if group_size else 1
-    expect_scale("a norm", out, scale, group_size, places)
+    expect_scale("a norm", out, scale, group_size, column_permutation)
     expect(
         residual=(residual, rows),
         total=(total, rows),
@@ -131,7 +131,7 @@ def norm(
         scale=(scale, (num_tokens, groups)),
         static_scale=(static_scale, 1),
         plain=(plain, rows),
-        places=(places, (width,)),
+        column_permutation=(column_permutation, (width,)),
         out=(None if weight is None and scale is None else out, rows),
     )
     _expect_what_is_added(x, weight, residual, total, after, multiplier)
@@ -152,21 +152,21 @@ def norm(
             "STATIC": static_scale is not None,
             "plain": out if plain is None else plain,
             "HAS_PLAIN": plain is not None,
-            "places": out if places is None else places,
-            "MOVED": places is not None,
+            "column_permutation": out if column_permutation is None else column_permutation,
+            "MOVED": column_permutation is not None,
             "HAS_OUT": weight is not None or scale is not None,
-            "x_part": x.stride(0) if x.dim() == 3 else 0,
+            "x_split": x.stride(0) if x.dim() == 3 else 0,
             "x_row": x.stride(-2),
             "width": width,
             "eps": eps,
-            "PARTS": parts,
+            "SPLIT_K": split_k,
             "HAS_AFTER": after is not None,
             "HAS_RESIDUAL": residual is not None,
             "HAS_WEIGHT": weight is not None,
             "GROUP": group_size,
             "BLOCK": block,
         },
-        **tuning.choose("norm", num_tokens, width, parts),
+        **tuning.choose("norm", num_tokens, width, split_k),
         num_stages=1,
     )
 

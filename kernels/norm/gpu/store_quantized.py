@@ -19,7 +19,7 @@ def store_rounded(
     out,
     scale,
     stored,
-    places,
+    column_permutation,
     token,
     first,
     width,
@@ -35,7 +35,9 @@ def store_rounded(
     """
     kind: tl.constexpr = out.dtype.element_ty
     at = first + tl.arange(0, BLOCK)
-    place = out + token.to(tl.int64) * width + (tl.load(places + at, mask=at < width, other=0) if MOVED else at)
+    place = (
+        out + token.to(tl.int64) * width + (tl.load(column_permutation + at, mask=at < width, other=0) if MOVED else at)
+    )
     if kind == tl.float8e4nv or kind == tl.int8:
         if STATIC:
             step, value = stored_step(value, scale, stored, token)
@@ -57,9 +59,11 @@ def store_rounded(
         tl.store(place, narrow(value, kind), mask=at < width)
 
 
-def expect_scale(what: str, out: Tensor, scale: Tensor | None, group_size: int, places: Tensor | None) -> None:
+def expect_scale(
+    what: str, out: Tensor, scale: Tensor | None, group_size: int, column_permutation: Tensor | None
+) -> None:
     """Codes have a scale, and nothing else has; columns that share one stay together. Raises ValueError."""
     if (out.dtype in (torch.float8_e4m3fn, torch.int8)) != (scale is not None):
         raise ValueError(f"{what} into {out.dtype} {'needs' if scale is None else 'has no'} scale")
-    if group_size and places is not None:
+    if group_size and column_permutation is not None:
         raise ValueError(f"{what} in groups of {group_size} columns can't move them")

@@ -21,7 +21,7 @@ from compiling import printed
 from proof import meta
 
 from octavo.kernels.launching import launch
-from octavo.kernels.launching.dependent_launch import TILES, group_lines, row_lines, tile_lines
+from octavo.kernels.launching.dependent_launch import PREFETCH_TILES, group_lines, row_lines, tile_lines
 from octavo.kernels.launching.launch import Launch
 from octavo.kernels.norm.gpu.embedding import embed
 
@@ -130,7 +130,7 @@ def test_what_is_prefetched_exists_and_is_what_comes_first(at: int, first_n: int
     arguments = {"at": at, "first_n": first_n, "tiles": tiles, "N": n, "K": k, "BLOCK_N": block}
     Launch(_addresses, (1,), {"words": words, **arguments, **dict(zip(OUTPUTS, room, strict=True))})()
     rows, found, scales = (x.cpu() for x in room)
-    assert TILES.value == 4
+    assert PREFETCH_TILES.value == 4
     n_of = (first_n + torch.arange(block)).clamp(max=n - 1)
     tile = (at + torch.arange(4)).clamp(max=tiles - 1)
     assert torch.equal(rows, n_of[:, None] * k + (at + 128 * torch.arange(4)).clamp(max=k - 1))

@@ -169,7 +169,7 @@ def test_experts_round_by_stored_scales(alike: bool, tmp_path: Path, monkeypatch
     assert model.can_be_captured
     mixture = next(layer.mlp for layer in model._layers if isinstance(layer.mlp, GroupedMoe))
     assert len(mixture.experts.down.input_scale.unique()) > 1
-    assert (mixture.wants is not None) == alike
+    assert (mixture.input_quant is not None) == alike
     assert mixture.slices == 2
 
 
@@ -185,7 +185,7 @@ def test_experts_with_act_order_are_run_together(alike: bool, tmp_path: Path, mo
     assert model.can_be_captured
     mixture = next(layer.mlp for layer in model._layers if isinstance(layer.mlp, GroupedMoe))
     assert mixture.experts.gate_up.order is not None
-    assert (mixture.wants is not None) == alike
+    assert (mixture.input_quant is not None) == alike
     assert mixture.slices == 2
 
 

@@ -9,13 +9,13 @@ from proof import PAST_L1, Proof, meta
 from torch import Tensor
 
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
-from octavo.kernels.attention.gpu.decode import decode, room_of_rows
+from octavo.kernels.attention.gpu.decode import decode, quantized_rows
 from octavo.kernels.attention.gpu.prefill import prefill
 from octavo.kernels.attention.gpu.rope import rope
 from octavo.kernels.attention.gpu.rope_decode import reads_rows_again, rope_decode
 from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.launching import tuning
-from octavo.kernels.quantized_activation import Rounding
+from octavo.kernels.quantized_activation import ActivationQuant
 
 
 def step_on_meta(
@@ -59,7 +59,7 @@ def decode_proofs() -> dict[str, Proof]:
         "bf16, 32 heads of 128, listed, to fp8": ((32, 32, 128, bf16, bf16, bf16), 1, 32),
         "int8, 32 / 8 heads of 128, to int8": ((32, 8, 128, bf16, int8, int8), 1, 1),
     }
-    rounds = {"to fp8": Rounding(fp8), "to int8": Rounding(int8)}
+    rounds = {"to fp8": ActivationQuant(fp8), "to int8": ActivationQuant(int8)}
     made: dict[str, Proof] = {}
     for name, (example, queries, most_parts) in examples.items():
         q, inputs, cache, shape = step_on_meta(*example)
@@ -67,7 +67,7 @@ def decode_proofs() -> dict[str, Proof]:
         sizes = tuning.choose("paged decode", group, shape.head_dim, cache.key.element_size())
         counters = inputs.seq_lens.new_empty(64 * (shape.num_kv_heads + 1))
         lse = q.new_empty(64, shape.num_kv_heads, most_parts, queries * group, dtype=torch.float32)
-        wants = rounds.get(name.split(", ")[-1])
+        input_quant = rounds.get(name.split(", ")[-1])
         launch = decode(
             q,
             inputs,
@@ -77,8 +77,8 @@ def decode_proofs() -> dict[str, Proof]:
             lse,
             lse,
             counters,
-            into=room_of_rows(q, wants),
-            wants=wants,
+            into=quantized_rows(q, input_quant),
+            input_quant=input_quant,
             queries=queries,
             **sizes,
         )
@@ -159,7 +159,7 @@ def rope_decode_proofs() -> dict[str, Proof]:
         "bf16, 40 / 8 heads of 128, a norm over all": ((40, 8, 128, bf16, bf16, bf16), 1, 128, True, 32),
         "bf16, 32 heads, a norm over all, 4 parts, listed": ((32, 32, 128, bf16, bf16, bf16), 4, 128, True, 32),
     }
-    rounds = {"to fp8": Rounding(fp8), "to fp8 in groups": Rounding(fp8, 128)}
+    rounds = {"to fp8": ActivationQuant(fp8), "to fp8 in groups": ActivationQuant(fp8, 128)}
     made: dict[str, Proof] = {}
     for name, (example, parts, rotary, normed, most_parts) in examples.items():
         q, inputs, cache, shape = step_on_meta(*example)
@@ -173,7 +173,7 @@ def rope_decode_proofs() -> dict[str, Proof]:
         sizes = tuning.choose("paged decode", group, shape.head_dim, cache.key.element_size())
         lse = meta(64, shape.num_kv_heads, most_parts, group)
         counters = inputs.seq_lens.new_empty(64 * (shape.num_kv_heads + 1))
-        wants = rounds.get(name.split(", ")[-1])
+        input_quant = rounds.get(name.split(", ")[-1])
         launch = rope_decode(
             qkv,
             inputs,
@@ -187,8 +187,8 @@ def rope_decode_proofs() -> dict[str, Proof]:
             lse,
             lse,
             counters,
-            into=room_of_rows(q, wants),
-            wants=wants,
+            into=quantized_rows(q, input_quant),
+            input_quant=input_quant,
             **sizes,
         )
         expects = (r"HMMA\.16816", r"LDGSTS\.E\.BYPASS.*128", "ATOMG", PAST_L1)

@@ -13,10 +13,10 @@ import torch
 from proof import Proof, meta
 from torch import Tensor
 
-from octavo.kernels.gemm.gpu.gemm_persistent import many
-from octavo.kernels.gemm.gpu.gemm_swap_ab import few
-from octavo.kernels.gemm.gpu.w4a16_gemm import gemm
-from octavo.kernels.gemm.gpu.w8a16_gemm import Packed, weights
+from octavo.kernels.gemm.gpu.gemm_persistent import gemm_persistent
+from octavo.kernels.gemm.gpu.gemm_swap_ab import gemm_swap_ab
+from octavo.kernels.gemm.gpu.w4a16_gemm import w4a16_gemm
+from octavo.kernels.gemm.gpu.w8a16_gemm import Packed, w8a16_gemm
 from octavo.kernels.int4.gpu.packing import PackedInt4
 from octavo.kernels.launching import tuning
 from octavo.kernels.launching.launch import Launch
@@ -49,7 +49,7 @@ def row_proofs() -> dict[str, Proof]:
         for row in _distinct(rows) if family in FAMILIES else ():
             wide = f"{row['block_m']} x {row['block_n']}, {row['num_warps']} warps, {row['num_stages']} stages"
             wide += f", {row['group_m']} down" if "group_m" in row else ""
-            wide += ", in parts" if row["parts"] > 1 else ""
+            wide += ", in parts" if row["split_k"] > 1 else ""
             for variant, launch in _launches(family, row).items():
                 name = f"{family}{variant} {wide}"
                 if name in made:
@@ -62,11 +62,11 @@ def _distinct(rows: list[Sizes]) -> list[Sizes]:
     """Block sizes without bounds, each once whole and once in parts, where any row has it so."""
     found: dict[tuple[tuple[tuple[str, int], ...], bool], int] = {}
     for row in rows:
-        size = {name: value for name, value in row.items() if name not in (*tuning.BOUNDS, "parts", "dequantize")}
-        parts = row.get("parts", 1)
+        size = {name: value for name, value in row.items() if name not in (*tuning.BOUNDS, "split_k", "dequantize")}
+        parts = row.get("split_k", 1)
         key = (tuple(size.items()), parts > 1)
         found[key] = max(found.get(key, 1), parts)
-    return [{**dict(size), "parts": parts} for (size, _), parts in found.items()]
+    return [{**dict(size), "split_k": parts} for (size, _), parts in found.items()]
 
 
 def _launches(family: str, row: Sizes) -> dict[str, Launch]:
@@ -75,7 +75,7 @@ def _launches(family: str, row: Sizes) -> dict[str, Launch]:
     What isn't in parts has a bias, and of the smallest tile one token: Triton compiles an argument that is 1 apart.
     """
     sizes = dict(row)
-    parts = sizes.pop("parts")
+    parts = sizes.pop("split_k")
     m = sizes["block_m"]
     m = 1 if parts == 1 and m == 16 else m
     out = meta(parts, m, N) if parts > 1 else meta(m, N, dtype=BF16)
@@ -120,7 +120,7 @@ def _eight_bits(family: str, m: int, out: Tensor, bias: Tensor | None, sizes: Si
     x = meta(m, K, dtype=dtype)
     w = meta(N, K, dtype=dtype)
     scales = (meta(K // 128, m).T, meta(N // rows, K // 128)) if blocks else (meta(m, 1), meta(N, 1))
-    body: Callable[..., Launch] = few if sizes.pop("is_few") else many
+    body: Callable[..., Launch] = gemm_swap_ab if sizes.pop("swap_ab") else gemm_persistent
     return body(x, w, *scales, out, bias, blocks=blocks, **sizes)
 
 
@@ -132,15 +132,17 @@ def _w8a16(
     zero = meta(groups, N, dtype=torch.int8) if group and not is_e4m3 else None
     words = meta(K // tile, N, tile // 2, dtype=INT16)
     packed = Packed(words, meta(groups, N, dtype=BF16), zero, bias, K, group, is_e4m3)
-    return weights(meta(m, K, dtype=dtype), packed, out, **sizes)
+    return w8a16_gemm(meta(m, K, dtype=dtype), packed, out, **sizes)
 
 
-def _int4(x: Tensor, bits: int, share: int, has_zeros: bool, out: Tensor, bias: Tensor | None, sizes: Sizes) -> Launch:
-    shape = (K // share, N, 2) if has_zeros else (K // share, N)
+def _int4(
+    x: Tensor, bits: int, group_size: int, has_zeros: bool, out: Tensor, bias: Tensor | None, sizes: Sizes
+) -> Launch:
+    shape = (K // group_size, N, 2) if has_zeros else (K // group_size, N)
     words = meta(K // 128, N, 8 * bits, dtype=INT16)
     columns = meta(K, dtype=torch.int64)
-    packed = PackedInt4(words, meta(*shape, dtype=BF16), bits, share, None, None, columns, bias)
-    return gemm(x, packed, out, meta(x.shape[0], 1) if x.dtype == E4M3 else None, **sizes)
+    packed = PackedInt4(words, meta(*shape, dtype=BF16), bits, group_size, None, None, columns, bias)
+    return w4a16_gemm(x, packed, out, meta(x.shape[0], 1) if x.dtype == E4M3 else None, **sizes)
 
 
 def _pairs(sizes: Sizes) -> dict[str, Any]:
@@ -172,10 +174,10 @@ def _moe_w8a16(group: int, sizes: Sizes, *, is_e4m3: bool = False) -> Launch:
     return grouped_int8(x, packed, pairs, meta(PAIRS, N, dtype=BF16), **_pairs(sizes))
 
 
-def _moe_int4(family: str, share: int, has_zeros: bool, sizes: Sizes) -> Launch:
-    table = meta(EXPERTS, K // share, N)
+def _moe_int4(family: str, group_size: int, has_zeros: bool, sizes: Sizes) -> Launch:
+    table = meta(EXPERTS, K // group_size, N)
     words = meta(EXPERTS, K // 128, N, 32, dtype=INT16)
-    packed = PackedExperts(words, table, table if has_zeros else None, share, K)
+    packed = PackedExperts(words, table, table if has_zeros else None, group_size, K)
     pairs = unaligned(PAIRS, EXPERTS, sizes["block_m"], "meta")
     x = meta(PAIRS, K, dtype=BF16)
     x_scale = None

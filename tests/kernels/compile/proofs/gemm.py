@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from proof import Proof, meta
 
-from octavo.kernels.gemm.gpu.gemm_persistent import many
-from octavo.kernels.gemm.gpu.gemm_swap_ab import few
-from octavo.kernels.gemm.gpu.w4a16_gemm import gemm
-from octavo.kernels.gemm.gpu.w8a16_gemm import Packed, weights
+from octavo.kernels.gemm.gpu.gemm_persistent import gemm_persistent
+from octavo.kernels.gemm.gpu.gemm_swap_ab import gemm_swap_ab
+from octavo.kernels.gemm.gpu.w4a16_gemm import w4a16_gemm
+from octavo.kernels.gemm.gpu.w8a16_gemm import Packed, w8a16_gemm
 from octavo.kernels.int4.gpu.packing import TILE, PackedInt4
 
 
@@ -36,7 +36,7 @@ def swap_ab_proofs() -> dict[str, Proof]:
         m = size.get("block_m", 16)
         in_blocks = "blocks" in size
         x_scale, w_scale = (meta(k // 128, m).T, meta(n // 128, k // 128)) if in_blocks else (meta(m), meta(n))
-        launch = few(meta(m, k, dtype=dtype), meta(n, k, dtype=dtype), x_scale, w_scale, meta(4, m, n), **size)
+        launch = gemm_swap_ab(meta(m, k, dtype=dtype), meta(n, k, dtype=dtype), x_scale, w_scale, meta(4, m, n), **size)
         op = "QGMMA" if dtype == fp8 else "IGMMA"
         expects = (rf"{op}\.64x{m}x32", r"LDGSTS\.E\.BYPASS.*128", r"STG\.E\.128")
         made[name] = Proof(launch, expects, forbids=("HMMA", "IMMA"), hopper_only=True)
@@ -68,19 +68,21 @@ def persistent_proofs() -> dict[str, Proof]:
         op = "IGMMA" if dtype == torch.int8 else "QGMMA"
         width = 128 if dtype == torch.int8 else size.get("block_n", 128)
         loads = r"UTMALDG" if size.get("tma", 1) else r"LDGSTS\.E\.BYPASS.*128"
-        launch = many(x, w, x_scale, w_scale, out, **size)
+        launch = gemm_persistent(x, w, x_scale, w_scale, out, **size)
         made[name] = Proof(
             launch, (rf"{op}\.64x{width}x32", loads, r"STG\.E\.128"), forbids=("HMMA", "IMMA"), hopper_only=True
         )
     x = meta(m, k, dtype=torch.float8_e4m3fn)
     w = meta(n, k, dtype=torch.float8_e4m3fn)
     fp8 = (r"QGMMA\.64x",)
-    launch = many(x, w, meta(m, 1), meta(n, 1), meta(m, n), block_n=256, subtiles=2)
+    launch = gemm_persistent(x, w, meta(m, 1), meta(n, 1), meta(m, n), block_n=256, subtiles=2)
     made["fp8 128 x 256 to float32"] = Proof(launch, (r"QGMMA\.64x256x32", r"UTMALDG"), hopper_only=True)
     x = meta(m, k + 4, dtype=torch.float8_e4m3fn)
     w = meta(n, k + 4, dtype=torch.float8_e4m3fn)
     for name, scales in {"": (meta(m, 1), meta(n, 1)), " in blocks": (meta(33, m).T, meta(n // 128, 33))}.items():
-        launch = many(x, w, *scales, out, block_n=128 if name else 256, subtiles=1 if name else 2, blocks=bool(name))
+        launch = gemm_persistent(
+            x, w, *scales, out, block_n=128 if name else 256, subtiles=1 if name else 2, blocks=bool(name)
+        )
         made[f"fp8 rows of 4100{name}"] = Proof(launch, fp8, hopper_only=True)
     return made
 
@@ -118,18 +120,18 @@ def w4a16_proofs() -> dict[str, Proof]:
     n = 4096
     k = 4096
     made: dict[str, Proof] = {}
-    for name, bits, share, zero, dtype, sizes in _KINDS:
+    for name, bits, group_size, zero, dtype, sizes in _KINDS:
         bm = sizes["block_m"]
         fp8 = dtype == torch.float8_e4m3fn
-        scale = example(k // share, n, 2) if zero else example(k // share, n)
+        scale = example(k // group_size, n, 2) if zero else example(k // group_size, n)
         words = example(k // TILE, n, 8 * bits, dtype=torch.int16)
-        packed = PackedInt4(words, scale, bits, share, None, None, example(k, dtype=torch.int64))
+        packed = PackedInt4(words, scale, bits, group_size, None, None, example(k, dtype=torch.int64))
         out = example(4, bm, n, dtype=torch.float32) if bm < 128 else example(bm, n)
         x = example(bm, k, dtype=dtype)
         x_scale = example(bm, 1, dtype=torch.float32) if fp8 else None
         op = rf"QGMMA\.64x{bm}x32.*\.RS" if fp8 else rf"HGMMA\.64x{bm}x16.*\.RS"
         made[f"{name} {bm} x {sizes['block_n']}"] = Proof(
-            gemm(x, packed, out, x_scale, **sizes),
+            w4a16_gemm(x, packed, out, x_scale, **sizes),
             expects=(op, r"LDGSTS\.E\.BYPASS.*128", r"STG\.E\.128"),
             forbids=(r"[HQ]GMMA\.(?!.*\.RS)", "HMMA", r"I2F(?!\.RP)"),
             hopper_only=True,
@@ -161,7 +163,7 @@ def w8a16_proofs() -> dict[str, Proof]:
         zero = meta(groups, n, dtype=torch.int8) if has_zero else None
         words = meta(k // tile, n, tile // 2, dtype=torch.int16)
         packed = Packed(words, meta(groups, n, dtype=torch.bfloat16), zero, None, k, group, "e4m3" in name)
-        launch = weights(meta(m, k, dtype=dtype), packed, meta(4, m, n), **size)
+        launch = w8a16_gemm(meta(m, k, dtype=dtype), packed, meta(4, m, n), **size)
         expects = (rf"HGMMA\.64x{m}x16.*\.RS", r"LDGSTS\.E\.BYPASS.*128", r"STG\.E\.128")
         made[name] = Proof(launch, expects, forbids=("HMMA", r"I2F\.S8", r"STS\.U16"), hopper_only=True)
     return made

@@ -18,9 +18,9 @@ def dequantize_proofs() -> dict[str, Proof]:
     words = torch.empty(k // 128, n, 32, dtype=torch.int16, device="meta")
     out = torch.empty(n, k, dtype=torch.bfloat16, device="meta")
     made: dict[str, Proof] = {}
-    for name, share, shape in (("g128", 128, (k // 128, n)), ("g32 zero", 32, (k // 32, n, 2))):
+    for name, group_size, shape in (("g128", 128, (k // 128, n)), ("g32 zero", 32, (k // 32, n, 2))):
         scale = torch.empty(shape, dtype=torch.bfloat16, device="meta")
-        packed = PackedInt4(words, scale, 4, share, None, None, groups)
+        packed = PackedInt4(words, scale, 4, group_size, None, None, groups)
         made[name] = Proof(dequantize(packed, out), (r"LDG\.E\.128", r"STG\.E\.128"), forbids=("I2F",))
     return made
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 from proof import PAST_L1, WITHIN_L1, Proof, meta
 
-from octavo.kernels.moe.gpu.fused import add_up
+from octavo.kernels.moe.gpu.fused import sum_experts
 from octavo.kernels.moe.gpu.grouped import SWAPPED, grouped
 from octavo.kernels.moe.gpu.int4 import PackedExperts, grouped_int4
 from octavo.kernels.moe.gpu.int8 import ByteExperts, grouped_int8
-from octavo.kernels.moe.gpu.permute_columns import of_pairs
+from octavo.kernels.moe.gpu.permute_columns import permute_columns
 from octavo.kernels.moe.gpu.route import align, route, unaligned
 from octavo.kernels.moe.gpu.router import routing
-from octavo.kernels.moe.gpu.shared_expert_activation import silu_and_mul_slices
-from octavo.kernels.moe.gpu.static_quantize import by_stored
+from octavo.kernels.moe.gpu.shared_expert_activation import shared_expert_activation
+from octavo.kernels.moe.gpu.static_quantize import static_quantize
 
 
 def route_proofs() -> dict[str, Proof]:
@@ -63,7 +63,7 @@ def permute_columns_proofs() -> dict[str, Proof]:
     """Mixtral's: the order is read, and pairs written, in wide pieces; x itself is scattered."""
     x, out = (meta(rows, 4096, dtype=torch.bfloat16) for rows in (64, 128))
     order, chosen = (meta(*size, dtype=torch.int32) for size in ((8, 4096), (64, 2)))
-    return {"of pairs": Proof(of_pairs(x, order, chosen, out), (r"LDG\.E\.128", r"STG\.E\.128"))}
+    return {"of pairs": Proof(permute_columns(x, order, chosen, out), (r"LDG\.E\.128", r"STG\.E\.128"))}
 
 
 def static_quantize_proofs() -> dict[str, Proof]:
@@ -74,7 +74,7 @@ def static_quantize_proofs() -> dict[str, Proof]:
     for width, gated in ((4096, False), (14336, True)):
         x = meta(128 if gated else 64, width * (1 + gated), dtype=torch.bfloat16)
         out = meta(128, width, dtype=torch.float8_e4m3fn)
-        launch = by_stored(x, stored, chosen, out, meta(128, 1), gated=gated)
+        launch = static_quantize(x, stored, chosen, out, meta(128, 1), gated=gated)
         made[f"{'silu' if gated else 'x'} fp8 {width}"] = Proof(launch, (r"LDG\.E\.128", r"STG\.E\.128"))
     return made
 
@@ -87,7 +87,7 @@ def shared_expert_activation_proofs() -> dict[str, Proof]:
     rows = 64 * (top_k + shared)
     x = meta(rows, 2 * width, dtype=torch.bfloat16)
     out = meta(rows, width, dtype=torch.float8_e4m3fn)
-    launch = silu_and_mul_slices(x, out, meta(rows, 1), top_k, shared)
+    launch = shared_expert_activation(x, out, meta(rows, 1), top_k, shared)
     name = f"silu fp8, {top_k} experts and {shared} slices of {width}"
     return {name: Proof(launch, (r"LDG\.E\.128", r"STG\.E\.(128|64)"))}
 
@@ -148,15 +148,15 @@ def int4_proofs() -> dict[str, Proof]:
     num_pairs = 512
     bf16 = torch.bfloat16
     fp16 = torch.float16
-    for dtype, share, has_zero, block_m, block_n, warps in (
+    for dtype, group_size, has_zero, block_m, block_n, warps in (
         (bf16, 128, False, 16, 64, 4),
         (bf16, 32, True, 16, 64, 4),
         (fp16, 128, True, 16, 64, 4),
         (bf16, 64, False, 64, 128, 8),
     ):
-        table = meta(num_experts, k // share, n)
+        table = meta(num_experts, k // group_size, n)
         words = meta(num_experts, k // 128, n, 32, dtype=torch.int16)
-        packed = PackedExperts(words, table, table if has_zero else None, share, k)
+        packed = PackedExperts(words, table, table if has_zero else None, group_size, k)
         pairs = unaligned(num_pairs, num_experts, block_m, "meta")
         router = meta(256, 2)
         launch = grouped_int4(
@@ -169,7 +169,7 @@ def int4_proofs() -> dict[str, Proof]:
             block_n=block_n,
             num_warps=warps,
         )
-        name = f"{str(dtype).removeprefix('torch.')} groups of {share}{' with zeros' if has_zero else ''}"
+        name = f"{str(dtype).removeprefix('torch.')} groups of {group_size}{' with zeros' if has_zero else ''}"
         expects = (rf"HGMMA\.64x{block_m}x16.*\.RS", r"LDGSTS\.E\.BYPASS.*128")
         made[f"{name} {block_m} x {block_n}"] = Proof(launch, expects, ("HMMA", "PRMT"), hopper_only=True)
     return made
@@ -220,4 +220,4 @@ def int8_proofs() -> dict[str, Proof]:
 def fused_proofs() -> dict[str, Proof]:
     """The sum for Qwen3: 128-bit loads and stores."""
     pairs, out = (torch.empty(rows, 4096, dtype=torch.bfloat16, device="meta") for rows in (512, 64))
-    return {"sum of 8": Proof(add_up(pairs, out, 8), (r"LDG\.E\.128", r"STG\.E\.128"))}
+    return {"sum of 8": Proof(sum_experts(pairs, out, 8), (r"LDG\.E\.128", r"STG\.E\.128"))}

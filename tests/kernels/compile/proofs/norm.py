@@ -10,7 +10,7 @@ from proof import Proof, meta
 from octavo.kernels.norm.gpu.activation import gelu_tanh_and_mul, silu_and_mul
 from octavo.kernels.norm.gpu.embedding import embed
 from octavo.kernels.norm.gpu.norm import norm
-from octavo.kernels.norm.gpu.split_k_sum import add_up
+from octavo.kernels.norm.gpu.split_k_sum import split_k_sum
 
 
 def norm_proofs() -> dict[str, Proof]:
@@ -42,7 +42,7 @@ def norm_proofs() -> dict[str, Proof]:
     fp8 = example(64, 2048, dtype=torch.float8_e4m3fn)
     pairs = example(64, 8, 2048).transpose(0, 1)
     stored = example(1, dtype=torch.float32)
-    places = example(2048, dtype=torch.int32)
+    column_permutation = example(2048, dtype=torch.int32)
     for name, launch in {
         "fp8 of 8 experts, and plain": norm(
             pairs, weight, 1e-6, fp8, scale=scale, residual=rows, total=rows, plain=rows
@@ -53,7 +53,9 @@ def norm_proofs() -> dict[str, Proof]:
     }.items():
         made[f"norm {name} 2048"] = Proof(launch, expects=(r"LDG\.E\.128", r"STG\.E\.128"))
     for name, plain in (("moved", None), ("moved, and plain", rows)):
-        launch = norm(rows, weight, 1e-6, rows, residual=rows, total=rows, places=places, plain=plain)
+        launch = norm(
+            rows, weight, 1e-6, rows, residual=rows, total=rows, column_permutation=column_permutation, plain=plain
+        )
         made[f"norm {name} 2048"] = Proof(launch, expects=(r"LDG\.E\.128", r"STG\.E\.U16"))
     rows = example(64, 3584)
     scale = example(64, 1, dtype=torch.float32)
@@ -98,5 +100,5 @@ def embedding_proofs() -> dict[str, Proof]:
 
 def split_k_sum_proofs() -> dict[str, Proof]:
     """128-bit loads and stores."""
-    launch = add_up(meta(4, 64, 4096), meta(64, 4096, dtype=torch.bfloat16))
+    launch = split_k_sum(meta(4, 64, 4096), meta(64, 4096, dtype=torch.bfloat16))
     return {"4 parts": Proof(launch, (r"LDG\.E\.128", r"STG\.E\.128"))}
