@@ -135,7 +135,7 @@ def sum_case(tokens: int, width: int, top_k: int, device: torch.device) -> Bodie
     out = torch.empty(tokens, width, dtype=BF16, device=device)
 
     def run() -> list[Tensor]:
-        fused.split_k_sum(pairs, out, top_k)()
+        fused.sum_experts(pairs, out, top_k)()
         return [out]
 
     each = pairs.view(tokens, top_k, width)

@@ -57,7 +57,7 @@ class Started:
         """Decoding attention among prompts, which leaves them to another kernel. Its programs ask and end."""
         if self.name != "decode" or self.launch is None:
             return False
-        a = self.launch.arguments
+        a = flat(self.launch.arguments)
         return bool(a["q"].shape[0] > a["sequences"] * a["QUERIES"])
 
 
@@ -84,7 +84,15 @@ class Recorder(TorchDispatchMode):
 
     def launch(self, launch: Launch) -> None:
         if all(launch.grid):
-            self.started.append(Started(launch, by_memory(launch.arguments.values()), products_of(launch)))
+            self.started.append(Started(launch, by_memory(flat(launch.arguments).values()), products_of(launch)))
+
+
+def flat(arguments: dict[str, Any]) -> dict[str, Any]:
+    """A launch's arguments by name, the fields of named tuples among them."""
+    fields: dict[str, Any] = {}
+    for value in arguments.values():
+        fields |= value._asdict() if hasattr(value, "_asdict") else {}
+    return fields | {name: value for name, value in arguments.items() if not hasattr(value, "_asdict")}
 
 
 def by_memory(values: Any) -> dict[int, Tensor]:
@@ -212,7 +220,7 @@ class Habits:
 
 def habits(launch: Launch, hit: float = 0.0, length: int = 0) -> Habits:
     """hit: experts, of a mixture; length: tokens of a sequence, where its block table has room for more."""
-    name, a = launch.kernel.__name__, launch.arguments
+    name, a = launch.kernel.__name__, flat(launch.arguments)
     if name in ("_w4a16_gemm", "_w8a16_gemm"):
         return Habits(a["tiles_of_part"], padding=filled_up(a))
     if name == "_gemm_swap_ab":
@@ -239,13 +247,13 @@ def filled_up(a: dict[str, Any]) -> float:
 
 
 def decoding(a: dict[str, Any], length: int) -> Habits:
-    """Shares of sequences, merged where there are more than one; with rope, and where rows are rounded, it waits."""
+    """Splits of sequences, merged where there are several; with rope, and where rows are quantized, it waits."""
     seen = min(length, a["window"]) if a["HAS_WINDOW"] else length
-    share = cdiv(max(cdiv(seen, a["MAX_SPLITS"]), a["MIN_SPLIT_TOKENS"]), a["BLOCK_N"]) * a["BLOCK_N"]
-    pairs, parts = a["sequences"] * a["kv_heads"], cdiv(seen, share)
+    tokens = cdiv(max(cdiv(seen, a["MAX_SPLITS"]), a["MIN_SPLIT_TOKENS"]), a["BLOCK_N"]) * a["BLOCK_N"]
+    pairs, parts = a["sequences"] * a["kv_heads"], cdiv(seen, tokens)
     between = parts * pairs * a["GROUP"] * (a["HEAD_DIM"] + 1) * 4 if parts > 1 else 0
     trips = (3 if "q" in a else 5) + 3 * (a["codes"] is not None) * L2_LATENCY / LATENCY + 2 * (parts > 1)
-    turns = cdiv(min(share, seen), a["BLOCK_N"])
+    turns = cdiv(min(tokens, seen), a["BLOCK_N"])
     return Habits(turns, pairs * parts, trips, padding=a["ROWS"] / a["GROUP"], num_bytes=2 * between)
 
 

@@ -135,6 +135,8 @@ def key_of(launch: Launch) -> tuple[Any, ...]:
             return str(value.dtype)
         if hasattr(value, "block_shape"):
             return str(value.base.dtype), tuple(value.block_shape)
+        if isinstance(value, tuple):
+            return tuple(of(field) for field in value)
         if type(value) is int:
             return value == 1, value % 16 == 0, value >= 1 << 31
         return "float" if isinstance(value, float) else value

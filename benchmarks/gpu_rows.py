@@ -146,7 +146,8 @@ def eager_rope(qkv: Tensor, table: Tensor, at: Tensor, slots: Tensor, cache: Lay
 
 def rope_case(tokens: int, heads: int, kv_heads: int, d: int, device: torch.device) -> Bodies:
     qkv = random(tokens, (heads + 2 * kv_heads) * d, device=device)
-    positions = torch.randint(4096, (tokens,), device=device)
+    lengths = torch.randint(1, 4097, (tokens,))
+    positions = (lengths - 1).to(device)
     angle = torch.arange(4096, device=device)[:, None] / 10000 ** (torch.arange(d // 2, device=device) / (d // 2))
     table = torch.cat([angle.cos(), angle.sin()], 1)
     blocks = -(-tokens // BLOCK) + 1
@@ -157,7 +158,7 @@ def rope_case(tokens: int, heads: int, kv_heads: int, d: int, device: torch.devi
     shape = AttentionShape(heads, kv_heads, d, d**-0.5)
     q = torch.empty(tokens, heads, d, dtype=BF16, device=device)
 
-    step = StepInputs.decode(positions + 1, BLOCK).to(device)
+    step = StepInputs.decode(lengths, BLOCK).to(device)
     step = replace(step, slot_mapping=slots)
 
     def timed() -> None:

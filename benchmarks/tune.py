@@ -64,7 +64,7 @@ def gemm_rows(family: str, m: int) -> list[Row]:
     if m >= MANY_TOKENS:
         if of_codes:
             return persistent_rows(family)
-        rows = grid(parts=(1,), block_m=(128,), block_n=(128,), group_m=(8,), num_warps=(4, 8), num_stages=(3, 4))
+        rows = grid(split_k=(1,), block_m=(128,), block_n=(128,), group_m=(8,), num_warps=(4, 8), num_stages=(3, 4))
         return rows + ([{"dequantize": 1}] if family == "int4" else [])
     shape = {"split_k": (1, 2, 4, 8), "block_m": (min(wide, 64), wide) if wide > 64 else (wide,), "block_n": (64, 128)}
     rest = {"num_warps": (4, 8), "num_stages": (3, 4, 5, 6)}
@@ -155,7 +155,8 @@ SMALL = {
     ),
     "moe router": Small(
         grid(
-            most=(512,), parts=(2, 4, 8, 16, 32), block_e=(16, 32, 64), block_k=(64, 128, 256), num_warps=(4, 8),
+            max_tokens=(512,), split_k=(2, 4, 8, 16, 32), block_e=(16, 32, 64), block_k=(64, 128, 256),
+            num_warps=(4, 8),
             num_stages=(4,),
         ),
         EXPERTS[0],

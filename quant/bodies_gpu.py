@@ -121,8 +121,9 @@ def _few_bits(rounding: ActivationQuant | None) -> Body:
     kind = "int4" if rounding is None else "int4 fp8"
 
     def input_quant(packed: Any) -> ActivationQuant | None:
-        permutation = packed.column_permutation
-        return rounding if permutation is None else replace(rounding or ActivationQuant(None), column_permutation=permutation)
+        if packed.column_permutation is None:
+            return rounding
+        return replace(rounding or ActivationQuant(None), column_permutation=packed.column_permutation)
 
     def codes_of(x: Hidden, packed: Any) -> tuple[Tensor, Tensor | None, bool]:
         """x's numbers, their scales, and whether their columns are in the weight's order already."""

@@ -342,7 +342,7 @@ def test_a_weight_without_memory_is_packed_as_one_that_has_some() -> None:
         packed, wanted = gpu_launches.pack_on_meta(
             weight.codes.to("meta"), weight.scale.to("meta"), weight.zero, weight.groups, bits=ints.bits
         ), weight.packed  # fmt: skip
-        assert (packed.bits, packed.share, packed.num_bytes) == (wanted.bits, wanted.share, wanted.num_bytes)
+        assert (packed.bits, packed.group_size, packed.num_bytes) == (wanted.bits, wanted.group_size, wanted.num_bytes)
         assert (packed.scale.shape, packed.scale.dtype) == (wanted.scale.shape, wanted.scale.dtype)
         assert (packed.order is None) == (wanted.order is None) == (not ints.act_order)
 

@@ -115,7 +115,7 @@ def run(
 ) -> tuple[Tensor, QuantizedActivation]:
     launch, out, into = prepared(kernel, qkv, inputs, cache, shape, input_quant, **sizes)
     launch()
-    assert not bool(launch.arguments["counters"].any())
+    assert not bool(launch.arguments["output"].counters.any())
     return out, into
 
 
@@ -211,7 +211,7 @@ def test_nothing_is_rounded_before_all_heads_are_stored(kernel: str, device: tor
     step, input_quant = make(HEADS, device), wanted("fp8", 9 * 64, device)
     launch, _, into = prepared(kernel, *step, input_quant, **SPLITS[0])
     replace(launch, grid=(launch.grid[0], launch.grid[1] - 1, launch.grid[2]))()
-    counters = launch.arguments["counters"]
+    counters = launch.arguments["output"].counters
     counted = counters.tolist()
     counters.zero_()
     assert counted == [0] * (len(counted) - len(LENGTHS)) + [2] * len(LENGTHS)

@@ -236,7 +236,7 @@ CASES = {
         lambda **t: experts.PackedExperts(**t, group_size=32, k=K),
         {"words": of(EXPERTS, 1, N, 32, dtype=INT16), "scale": of(EXPERTS, 4, N), "zero": of(EXPERTS, 4, N)},
     ),
-    "sum of pairs": Case(lambda **t: fused.split_k_sum(**t, top_k=2), {"pairs": of(2 * M, K), "out": ROWS}, "out size"),
+    "sum of pairs": Case(lambda **t: fused.sum_experts(**t, top_k=2), {"pairs": of(2 * M, K), "out": ROWS}, "out size"),
     "biases": Case(
         change.add_biases, {"logits": of(M, 9), "rows": of(5), "tokens": of(5), "biases": of(5)},
         "logits size, rows size",
@@ -348,5 +348,7 @@ def test_what_is_said_names_the_tensor_and_what_would_work() -> None:
         ValueError, match=r"^out has the shape \[3, 9\]; with the other arguments it needs .* \[3, 24\]$"
     ):
         split_k_sum(of(2, M, N), of(M, 9))
-    with pytest.raises(ValueError, match=r"^parts \[2, 3, 24\] has strides \[96, 32, 1\]; .* contiguous\(\) makes it$"):
+    with pytest.raises(
+        ValueError, match=r"^partials \[2, 3, 24\] has strides \[96, 32, 1\]; .* contiguous\(\) makes it$"
+    ):
         split_k_sum(of(2, M, 32)[..., :N], of(M, N))

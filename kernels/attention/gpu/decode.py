@@ -1,16 +1,17 @@
-"""Triton body of attention of few queries over a long paged cache: split by tokens, merged by whoever ends last.
+"""Triton body of attention of few queries over a long paged cache: split by tokens, merged by the last program.
 
-out = softmax(scale q k^T) v. A program has one KV head of one sequence and a share of its tokens: the G query heads
+out = softmax(scale q k^T) v. A program has one KV head of one sequence and a split of its tokens: the G query heads
 that share the KV head are rows of one tile (padded to 16, a tensor core's least), so that keys and values are read
-once. A sequence's share length follows from its own length alone, on the device: nothing that is launched depends on
-the lengths, so a CUDA graph can hold it, and what a sequence gets doesn't depend on its neighbours. Who stores the last
-of a token's heads may round its row for the GEMM behind (`gpu.row`).
+once. A split's length follows from its sequence's length alone, on the device: no launch depends on lengths, so a CUDA
+graph can hold it, and a sequence's result doesn't depend on its neighbors. The program that stores the last of a
+token's heads may quantize its row for the next GEMM (`gpu.row`).
 Reference: `attention.reference.paged_attention`. Limit: bytes, tokens * 2 Hkv D * bytes of an element / 3.0 TB/s.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -18,8 +19,15 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
+from octavo.kernels.attention.gpu.arguments import (
+    Output,
+    Splits,
+    batch_arguments,
+    cache_arguments,
+    scores_of,
+    shape_constants,
+)
 from octavo.kernels.attention.gpu.paged import (
-    CODES,
     LOG2_E,
     MASKED_SCORE,
     accumulate_softmax,
@@ -28,7 +36,6 @@ from octavo.kernels.attention.gpu.paged import (
     init_state,
     list_size,
     load_queries,
-    words,
 )
 from octavo.kernels.attention.gpu.row import round_row, row_arguments
 from octavo.kernels.attention.step import StepInputs
@@ -42,79 +49,50 @@ from octavo.kernels.quantized_activation import ActivationQuant, Hidden, Quantiz
 
 
 @triton.jit
-def kv_splits(
-    sequence,
-    seq_lens,
-    query_starts,
-    window,
-    BLOCK_N: tl.constexpr,
-    MIN_SPLIT_TOKENS: tl.constexpr,
-    MAX_SPLITS: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-):
-    """Of a sequence: its first query, how many, its tokens, the first that is seen, a share's length, the shares."""
-    first = tl.load(query_starts + sequence)
-    queries = tl.load(query_starts + sequence + 1) - first
-    length = tl.load(seq_lens + sequence)
+def kv_splits(sequence, batch, window, splits: tl.constexpr, HAS_WINDOW: tl.constexpr):
+    """A sequence's first query, its queries, its tokens, the first that is seen, a split's tokens, and its splits."""
+    first = tl.load(batch.query_starts + sequence)
+    queries = tl.load(batch.query_starts + sequence + 1) - first
+    length = tl.load(batch.seq_lens + sequence)
     begin = tl.maximum(length - queries - window + 1, 0) if HAS_WINDOW else 0
-    split_tokens = tl.maximum(tl.cdiv(length - begin, MAX_SPLITS), MIN_SPLIT_TOKENS)
-    split_tokens = tl.cdiv(split_tokens, BLOCK_N) * BLOCK_N
+    split_tokens = tl.maximum(tl.cdiv(length - begin, splits.MAX_SPLITS), splits.MIN_SPLIT_TOKENS)
+    split_tokens = tl.cdiv(split_tokens, splits.BLOCK_N) * splits.BLOCK_N
     return first, queries, length, begin, split_tokens, tl.maximum(tl.cdiv(length - begin, split_tokens), 1)
 
 
 @triton.jit
-def _store(
-    out,
-    result,
-    row,
-    first,
-    queries,
-    head,
-    kv_heads,
-    HEAD_DIM: tl.constexpr,
-    DIM: tl.constexpr,
-    GROUP: tl.constexpr,
-):
+def _store(out, result, row, first, queries, head, kv_heads, shape: tl.constexpr):
     """Rows [R] of a KV head's queries, the first of which is `first` of all, into out."""
-    query = row // GROUP
-    at = tl.arange(0, DIM)
-    place = ((first + query).to(tl.int64) * kv_heads + head) * GROUP + row % GROUP
-    here = (query < queries)[:, None] & (at < HEAD_DIM)[None, :]
-    tl.store(out + place[:, None] * HEAD_DIM + at[None, :], narrow(result, out.dtype.element_ty), mask=here)
+    query = row // shape.GROUP
+    at = tl.arange(0, shape.DIM)
+    place = ((first + query).to(tl.int64) * kv_heads + head) * shape.GROUP + row % shape.GROUP
+    here = (query < queries)[:, None] & (at < shape.HEAD_DIM)[None, :]
+    tl.store(out + place[:, None] * shape.HEAD_DIM + at[None, :], narrow(result, out.dtype.element_ty), mask=here)
 
 
 @triton.jit
-def _merged(
-    partial,
-    lse,
-    place,
-    splits,
-    rows,
-    HEAD_DIM: tl.constexpr,
-    DIM: tl.constexpr,
-    ALL_ROWS: tl.constexpr,
-    ROWS: tl.constexpr,
-    SPLITS: tl.constexpr,
-):
-    """Weighted means [ROWS, DIM] of what the shares from row `place` on have found, in the order of their numbers.
+def _merged(output, place, count, rows, shape: tl.constexpr, splits: tl.constexpr):
+    """Weighted means [MERGED_ROWS, DIM] of the results of `count` splits from row `place` on, in their order.
 
-    Other SMs wrote them, so loads go past L1. SPLITS at a time are in registers: few enough to leave
+    Other SMs wrote them, so loads go past L1. MERGED_SPLITS at a time are in registers: few enough to leave
     `accumulate_softmax` its blocks.
     """
+    all_rows: tl.constexpr = splits.QUERIES * shape.GROUP
+    ROWS: tl.constexpr = splits.MERGED_ROWS
+    DIM: tl.constexpr = shape.DIM
     row = tl.arange(0, ROWS)
     at = tl.arange(0, DIM)
     top = tl.full((ROWS,), MASKED_SCORE, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     result = tl.zeros((ROWS, DIM), tl.float32)
-    for start in range(0, splits, SPLITS):
-        split = start + tl.arange(0, SPLITS)
-        here = (split < splits)[:, None] & (row < rows)[None, :]
-        at_row = place + split[:, None] * ALL_ROWS + row[None, :]
-        size = tl.load(lse + at_row, mask=here, other=MASKED_SCORE, cache_modifier=".cg")
-        mask = here[:, :, None] & (at < HEAD_DIM)[None, None, :]
-        each = tl.load(
-            partial + at_row[:, :, None] * HEAD_DIM + at[None, None, :], mask=mask, other=0.0, cache_modifier=".cg"
-        )
+    for start in range(0, count, splits.MERGED_SPLITS):
+        split = start + tl.arange(0, splits.MERGED_SPLITS)
+        here = (split < count)[:, None] & (row < rows)[None, :]
+        at_row = place + split[:, None] * all_rows + row[None, :]
+        size = tl.load(output.lse + at_row, mask=here, other=MASKED_SCORE, cache_modifier=".cg")
+        mask = here[:, :, None] & (at < shape.HEAD_DIM)[None, None, :]
+        from_row = output.partial + at_row[:, :, None] * shape.HEAD_DIM + at[None, None, :]
+        each = tl.load(from_row, mask=mask, other=0.0, cache_modifier=".cg")
         higher = tl.maximum(top, tl.max(size, axis=0))
         weight = tl.exp2(size - higher[None, :])
         shrink = tl.exp2(top - higher)
@@ -128,150 +106,81 @@ def _merged(
 def attend_split(
     queries,
     unit,
-    key,
-    value,
-    key_scale,
-    value_scale,
+    cache,
     table,
     head,
     kv_heads,
     begin,
     end,
     position,
-    scale,
-    window,
-    soft_cap,
-    HEAD_DIM: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
+    scores,
+    shape: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    KEY_CODE: tl.constexpr,
-    VALUE_CODE: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_CAP: tl.constexpr,
 ):
-    """Of the tokens begin .. end: the weighted mean of values [R, DIM], largest score and sum of weights [R]."""
-    factor = unit * (scale * tl.load(key_scale + head) * (1.0 if HAS_CAP else LOG2_E))
+    """For the tokens begin .. end: the weighted mean of values [R, DIM], largest score and sum of weights [R]."""
+    factor = unit * (scores.scale * tl.load(cache.key_scale + head) * (1.0 if shape.HAS_CAP else LOG2_E))
     state = accumulate_softmax(
-        init_state(unit.shape[0], DIM, VALUE_CODE),
+        init_state(unit.shape[0], shape),
         queries,
         factor,
-        key,
-        value,
+        cache,
         table,
         head,
         kv_heads,
         begin,
         end,
         position,
-        window,
-        soft_cap,
-        HEAD_DIM,
-        DIM,
-        BLOCK_SIZE,
+        scores,
+        shape,
         BLOCK_N,
-        KEY_CODE,
-        VALUE_CODE,
-        HAS_WINDOW,
-        HAS_CAP,
         True,
     )
-    return finalize_softmax(state, tl.load(value_scale + head), VALUE_CODE), state[0], state[1]
+    return finalize_softmax(state, tl.load(cache.value_scale + head), shape), state[0], state[1]
 
 
 @triton.jit
-def finish_split(
-    result,
-    top,
-    total,
-    out,
-    partial,
-    lse,
-    counters,
-    sequence,
-    head,
-    kv_heads,
-    split,
-    splits,
-    grid_splits,
-    first,
-    queries,
-    rounding,
-    HEAD_DIM: tl.constexpr,
-    DIM: tl.constexpr,
-    GROUP: tl.constexpr,
-    QUERIES: tl.constexpr,
-    MERGED_ROWS: tl.constexpr,
-    MERGED_SPLITS: tl.constexpr,
-    ROUND_GROUP: tl.constexpr,
-    ROW_BLOCK: tl.constexpr,
-):
-    """Store what `attend_split` found: into out where a share is all, else aside, and merge where it is the last.
+def finish_split(found, output, where, kv_heads, grid_splits, row_quant, shape: tl.constexpr, splits: tl.constexpr):
+    """Store what `attend_split` found: into out if a sequence has one split, else aside, and the last one merges.
 
-    rounding: what `row_arguments` names; where it has codes, who stores the last of a sequence's heads rounds the row.
+    where: the sequence, KV head, split, number of splits, first query and number of queries. The program that stores
+    the last of a sequence's heads quantizes the row, if `row_quant` has codes.
     """
+    result, top, total = found
+    sequence, head, split, count, first, queries = where
     row = tl.arange(0, top.shape[0])
-    at = tl.arange(0, DIM)
-    is_whole = splits == 1
+    at = tl.arange(0, shape.DIM)
+    is_whole = count == 1
     if is_whole:
-        _store(out, result, row, first, queries, head, kv_heads, HEAD_DIM, DIM, GROUP)
+        _store(output.out, result, row, first, queries, head, kv_heads, shape)
     else:
-        all_rows: tl.constexpr = QUERIES * GROUP
+        all_rows: tl.constexpr = splits.QUERIES * shape.GROUP
         pair = sequence.to(tl.int64) * kv_heads + head
         place = (pair * grid_splits + split) * all_rows + row
-        here = row // GROUP < queries
-        tl.store(
-            partial + place[:, None] * HEAD_DIM + at[None, :], result, mask=here[:, None] & (at < HEAD_DIM)[None, :]
-        )
-        tl.store(lse + place, top + tl.log2(total), mask=here)
-        is_whole = last_block(counters + pair, splits)
+        here = row // shape.GROUP < queries
+        mask = here[:, None] & (at < shape.HEAD_DIM)[None, :]
+        tl.store(output.partial + place[:, None] * shape.HEAD_DIM + at[None, :], result, mask=mask)
+        tl.store(output.lse + place, top + tl.log2(total), mask=here)
+        is_whole = last_block(output.counters + pair, count)
         if is_whole:
-            whole = _merged(
-                partial,
-                lse,
-                pair * grid_splits * all_rows,
-                splits,
-                queries * GROUP,
-                HEAD_DIM,
-                DIM,
-                all_rows,
-                MERGED_ROWS,
-                MERGED_SPLITS,
-            )
-            _store(out, whole, tl.arange(0, MERGED_ROWS), first, queries, head, kv_heads, HEAD_DIM, DIM, GROUP)
-    codes, scales, stored, column_permutation, last_counter, row_width = rounding
-    if codes is not None and is_whole and queries == 1:
-        has_all_heads = last_block(counters + (last_counter - sequence), kv_heads)
+            whole = _merged(output, pair * grid_splits * all_rows, count, queries * shape.GROUP, shape, splits)
+            _store(output.out, whole, tl.arange(0, splits.MERGED_ROWS), first, queries, head, kv_heads, shape)
+    if row_quant.codes is not None and is_whole and queries == 1:
+        has_all_heads = last_block(output.counters + (row_quant.last_counter - sequence), kv_heads)
         if has_all_heads:
-            round_row(
-                out, first.to(tl.int64), row_width, codes, scales, stored, column_permutation, ROUND_GROUP, ROW_BLOCK
-            )
+            round_row(output.out, first.to(tl.int64), row_quant, splits.ROUND_GROUP, splits.ROW_BLOCK)
 
 
 @triton.jit
-def splits_end(
-    seq_lens,
-    query_starts,
-    sequences,
-    window,
-    SEQUENCES: tl.constexpr,
-    QUERIES: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MIN_SPLIT_TOKENS: tl.constexpr,
-    MAX_SPLITS: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-):
-    """Where each sequence's shares end in a list of all shares [SEQUENCES]; with more than QUERIES it has none."""
+def splits_end(batch, sequences, window, SEQUENCES: tl.constexpr, splits: tl.constexpr, HAS_WINDOW: tl.constexpr):
+    """Where each sequence's splits end in a list of all splits [SEQUENCES]; with more than QUERIES it has none."""
     s = tl.arange(0, SEQUENCES)
-    _, queries, _, _, _, splits = kv_splits(
-        tl.minimum(s, sequences - 1), seq_lens, query_starts, window, BLOCK_N, MIN_SPLIT_TOKENS, MAX_SPLITS, HAS_WINDOW
-    )
-    return tl.cumsum(tl.where((s < sequences) & (queries <= QUERIES), splits, 0), axis=0)
+    _, queries, _, _, _, count = kv_splits(tl.minimum(s, sequences - 1), batch, window, splits, HAS_WINDOW)
+    return tl.cumsum(tl.where((s < sequences) & (queries <= splits.QUERIES), count, 0), axis=0)
 
 
 @triton.jit
 def split_at(place, ends):
-    """The sequence and the number of a share in the list of all."""
+    """The sequence, and the number in it, of the split at a place in the list of all."""
     before = ends <= place
     return tl.sum(before.to(tl.int32)), place - tl.max(tl.where(before, ends, 0))
 
@@ -282,208 +191,81 @@ def _decode_split(
     head,
     split,
     q,
-    out,
-    partial,
-    lse,
-    counters,
-    key,
-    value,
-    key_scale,
-    value_scale,
-    block_tables,
-    seq_lens,
-    query_starts,
+    output,
+    cache,
+    batch,
+    scores,
+    row_quant,
     table_width,
     kv_heads,
     grid_splits,
-    scale,
-    window,
-    soft_cap,
-    rounding,
-    HEAD_DIM: tl.constexpr,
-    DIM: tl.constexpr,
-    GROUP: tl.constexpr,
-    QUERIES: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MIN_SPLIT_TOKENS: tl.constexpr,
-    MAX_SPLITS: tl.constexpr,
-    KEY_CODE: tl.constexpr,
-    VALUE_CODE: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    MERGED_ROWS: tl.constexpr,
-    MERGED_SPLITS: tl.constexpr,
-    ROUND_GROUP: tl.constexpr,
-    ROW_BLOCK: tl.constexpr,
+    shape: tl.constexpr,
+    splits: tl.constexpr,
 ):
-    first, queries, length, begin, split_tokens, splits = kv_splits(
-        sequence, seq_lens, query_starts, window, BLOCK_N, MIN_SPLIT_TOKENS, MAX_SPLITS, HAS_WINDOW
+    first, queries, length, begin, split_tokens, count = kv_splits(
+        sequence, batch, scores.window, splits, shape.HAS_WINDOW
     )
-    if queries <= QUERIES and split < splits:
-        row = tl.arange(0, ROWS)
-        query = row // GROUP
-        place = ((first + query).to(tl.int64) * kv_heads + head) * GROUP + row % GROUP
-        even, odd, unit = load_queries(q, place, query < queries, key, HEAD_DIM, DIM, KEY_CODE)
+    if queries <= splits.QUERIES and split < count:
+        row = tl.arange(0, splits.ROWS)
+        query = row // shape.GROUP
+        place = ((first + query).to(tl.int64) * kv_heads + head) * shape.GROUP + row % shape.GROUP
+        even, odd, unit = load_queries(q, place, query < queries, cache.key, shape)
         begin += split * split_tokens
-        result, top, total = attend_split(
+        found = attend_split(
             (even, odd),
             unit,
-            key,
-            value,
-            key_scale,
-            value_scale,
-            block_tables + sequence.to(tl.int64) * table_width,
+            cache,
+            batch.block_tables + sequence.to(tl.int64) * table_width,
             head,
             kv_heads,
             begin,
             tl.minimum(begin + split_tokens, length),
             length - queries + query,
-            scale,
-            window,
-            soft_cap,
-            HEAD_DIM,
-            DIM,
-            BLOCK_SIZE,
-            BLOCK_N,
-            KEY_CODE,
-            VALUE_CODE,
-            HAS_WINDOW,
-            HAS_CAP,
+            scores,
+            shape,
+            splits.BLOCK_N,
         )
-        finish_split(
-            result,
-            top,
-            total,
-            out,
-            partial,
-            lse,
-            counters,
-            sequence,
-            head,
-            kv_heads,
-            split,
-            splits,
-            grid_splits,
-            first,
-            queries,
-            rounding,
-            HEAD_DIM,
-            DIM,
-            GROUP,
-            QUERIES,
-            MERGED_ROWS,
-            MERGED_SPLITS,
-            ROUND_GROUP,
-            ROW_BLOCK,
-        )
+        where = (sequence, head, split, count, first, queries)
+        finish_split(found, output, where, kv_heads, grid_splits, row_quant, shape, splits)
 
 
 @triton.jit(do_not_specialize=["sequences", "table_width", "grid_splits"])
 def _decode(
     q,
-    out,
-    partial,
-    lse,
-    counters,
-    key,
-    value,
-    key_scale,
-    value_scale,
-    block_tables,
-    seq_lens,
-    query_starts,
+    output,
+    cache,
+    batch,
+    scores,
+    row_quant,
     sequences,
     table_width,
     kv_heads,
     grid_splits,
-    scale,
-    window,
-    soft_cap,
-    codes,
-    scales,
-    stored,
-    column_permutation,
-    last_counter,
-    row_width,
-    HEAD_DIM: tl.constexpr,
-    DIM: tl.constexpr,
-    GROUP: tl.constexpr,
-    QUERIES: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MIN_SPLIT_TOKENS: tl.constexpr,
-    MAX_SPLITS: tl.constexpr,
-    KEY_CODE: tl.constexpr,
-    VALUE_CODE: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    MERGED_ROWS: tl.constexpr,
-    MERGED_SPLITS: tl.constexpr,
-    ROUND_GROUP: tl.constexpr,
-    ROW_BLOCK: tl.constexpr,
+    shape: tl.constexpr,
+    splits: tl.constexpr,
     SEQUENCES: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
     await_previous(OVERLAPS)
-    rounding = (codes, scales, stored, column_permutation, last_counter, row_width)
     if SEQUENCES == 0:
         _decode_split(
             tl.program_id(0),
             tl.program_id(1),
             tl.program_id(2),
             q,
-            out,
-            partial,
-            lse,
-            counters,
-            key,
-            value,
-            key_scale,
-            value_scale,
-            block_tables,
-            seq_lens,
-            query_starts,
+            output,
+            cache,
+            batch,
+            scores,
+            row_quant,
             table_width,
             kv_heads,
             grid_splits,
-            scale,
-            window,
-            soft_cap,
-            rounding,
-            HEAD_DIM,
-            DIM,
-            GROUP,
-            QUERIES,
-            ROWS,
-            BLOCK_SIZE,
-            BLOCK_N,
-            MIN_SPLIT_TOKENS,
-            MAX_SPLITS,
-            KEY_CODE,
-            VALUE_CODE,
-            HAS_WINDOW,
-            HAS_CAP,
-            MERGED_ROWS,
-            MERGED_SPLITS,
-            ROUND_GROUP,
-            ROW_BLOCK,
+            shape,
+            splits,
         )
     else:
-        ends = splits_end(
-            seq_lens,
-            query_starts,
-            sequences,
-            window,
-            SEQUENCES,
-            QUERIES,
-            BLOCK_N,
-            MIN_SPLIT_TOKENS,
-            MAX_SPLITS,
-            HAS_WINDOW,
-        )
+        ends = splits_end(batch, sequences, scores.window, SEQUENCES, splits, shape.HAS_WINDOW)
         for item in tl.range(tl.program_id(0), tl.max(ends) * kv_heads, tl.num_programs(0), disable_licm=True):
             sequence, split = split_at(item // kv_heads, ends)
             _decode_split(
@@ -491,48 +273,23 @@ def _decode(
                 item % kv_heads,
                 split,
                 q,
-                out,
-                partial,
-                lse,
-                counters,
-                key,
-                value,
-                key_scale,
-                value_scale,
-                block_tables,
-                seq_lens,
-                query_starts,
+                output,
+                cache,
+                batch,
+                scores,
+                row_quant,
                 table_width,
                 kv_heads,
                 grid_splits,
-                scale,
-                window,
-                soft_cap,
-                rounding,
-                HEAD_DIM,
-                DIM,
-                GROUP,
-                QUERIES,
-                ROWS,
-                BLOCK_SIZE,
-                BLOCK_N,
-                MIN_SPLIT_TOKENS,
-                MAX_SPLITS,
-                KEY_CODE,
-                VALUE_CODE,
-                HAS_WINDOW,
-                HAS_CAP,
-                MERGED_ROWS,
-                MERGED_SPLITS,
-                ROUND_GROUP,
-                ROW_BLOCK,
+                shape,
+                splits,
             )
 
 
 def split_count(
     max_seq_len: int, shape: AttentionShape, *, min_split_tokens: int, max_splits: int, queries: int = 1
 ) -> int:
-    """Into how many shares a sequence of at most max_seq_len tokens can fall: how many programs it is given."""
+    """How many splits a sequence of at most max_seq_len tokens can have: the programs that it is given."""
     seen = max_seq_len if shape.window is None else min(max_seq_len, shape.window + queries - 1)
     return max(min(max_splits, cdiv(seen, min_split_tokens)), 1)
 
@@ -548,7 +305,7 @@ def _expect_room(
     min_split_tokens: int,
     max_splits: int,
 ) -> None:
-    """Whether all that `decode` is given has its size; where no sequence has two shares, `partial` isn't used."""
+    """Check every size that `decode` is given; where no sequence has two splits, `partial` isn't used."""
     expect_paged(q, inputs, cache, shape, out)
     sequences = inputs.seq_lens.shape[0]
     partial, lse, counters = room
@@ -587,63 +344,65 @@ def decode(
 
     partial  [S, Hkv, P, queries * Hq / Hkv, D] float32, P = `split_count` of the longest sequence
     lse      [S, Hkv, P, queries * Hq / Hkv] float32, log2 of the sum of exponentials
-    counters [S * (Hkv + 1) or more] int32, zeros before and after, of pairs from the first on, of sequences back from
-             the last: see `counters_for`
-    into     receives, beside out, rows [T, Hq D] rounded as `input_quant` says, of the sequences with one query
-    least    tokens of a share at least; most: shares of a sequence at most, however long it is
-    programs go through a list of the shares that there are, where the grid would have more: a CUDA graph's is for the
-             longest contexts, and a program with nothing to do costs time too
+    counters [S * (Hkv + 1) or more] int32, zeros before and after: those of pairs from the first on, those of sequences
+             back from the last; see `counters_for`
+    into     receives, beside out, rows [T, Hq D] quantized as `input_quant` says, for sequences with one query
+    programs loop over a list of the splits that exist when the grid would have more programs: a CUDA graph's grid is
+             for the longest contexts, and a program with nothing to do costs time too
     """
     _expect_room(q, inputs, cache, shape, out, (partial, lse, counters), queries, min_split_tokens, max_splits)
-    grid = lse.shape[:3]
-    listed = math.prod(lse.shape[:3]) > programs
-    group = shape.num_heads // shape.num_kv_heads
-    dim = max(power_of_two(shape.head_dim), 32)
-    merged = power_of_two(queries * group)
-    return Launch(
-        _decode,
-        (programs,) if listed else grid,
-        {
-            "q": q,
-            "out": out,
-            "partial": partial,
-            "lse": lse,
-            "counters": counters,
-            "key": words(cache.key),
-            "value": words(cache.value),
-            "key_scale": cache.key_scale,
-            "value_scale": cache.value_scale,
-            "block_tables": inputs.block_tables,
-            "seq_lens": inputs.seq_lens,
-            "query_starts": inputs.query_starts,
-            "sequences": grid[0],
-            "table_width": inputs.block_tables.shape[1],
-            "kv_heads": shape.num_kv_heads,
-            "grid_splits": grid[2],
-            "SEQUENCES": list_size(grid[0]) if listed else 0,
-            "scale": shape.scale,
-            "window": shape.window or 0,
-            "soft_cap": shape.soft_cap or 1.0,
-            "HEAD_DIM": shape.head_dim,
-            "DIM": dim,
-            "GROUP": group,
-            "QUERIES": queries,
-            "ROWS": max(merged, 16),
-            "BLOCK_SIZE": cache.block_size,
-            "BLOCK_N": block_n,
-            "MIN_SPLIT_TOKENS": min_split_tokens,
-            "MAX_SPLITS": max_splits,
-            "KEY_CODE": CODES.get(cache.key.dtype, ""),
-            "VALUE_CODE": CODES.get(cache.value.dtype, ""),
-            "HAS_WINDOW": shape.window is not None,
-            "HAS_CAP": shape.soft_cap is not None,
-            "MERGED_ROWS": merged,
-            **row_arguments(out, into, input_quant, counters, num_warps),
-            "MERGED_SPLITS": max(min(32 * 32 * num_warps // (merged * dim), power_of_two(max_splits)), 1),
-        },
-        num_warps=num_warps,
-        num_stages=num_stages,
+    sizes = {"BLOCK_N": block_n, "MIN_SPLIT_TOKENS": min_split_tokens, "MAX_SPLITS": max_splits}
+    arguments = decode_arguments(
+        inputs, cache, shape, Output(out, partial, lse, counters), into, input_quant, queries, num_warps, sizes
     )
+    grid, more = grid_of(lse, programs)
+    return Launch(_decode, grid, {"q": q, **arguments, **more}, num_warps=num_warps, num_stages=num_stages)
+
+
+def grid_of(lse: Tensor, programs: int) -> tuple[tuple[int, ...], dict[str, Any]]:
+    """A program for each split that there can be, or so many that go through a list of those that there are."""
+    sequences = lse.shape[0]
+    is_listed = math.prod(lse.shape[:3]) > programs
+    return (programs,) if is_listed else lse.shape[:3], {"SEQUENCES": list_size(sequences) if is_listed else 0}
+
+
+def decode_arguments(
+    inputs: StepInputs,
+    cache: LayerCache,
+    shape: AttentionShape,
+    output: Output,
+    into: QuantizedActivation | None,
+    input_quant: ActivationQuant | None,
+    queries: int,
+    num_warps: int,
+    sizes: dict[str, int],
+) -> dict[str, Any]:
+    """What every kernel of decoding attention is told, but for its queries and its list."""
+    constants = shape_constants(cache, shape)
+    merged = power_of_two(queries * constants.GROUP)
+    row_quant, round_group, row_block = row_arguments(output.out, into, input_quant, output.counters, num_warps)
+    at_a_time = min(32 * 32 * num_warps // (merged * constants.DIM), power_of_two(sizes["MAX_SPLITS"]))
+    return {
+        "output": output,
+        "cache": cache_arguments(cache),
+        "batch": batch_arguments(inputs),
+        "scores": scores_of(shape),
+        "row_quant": row_quant,
+        "sequences": output.lse.shape[0],
+        "table_width": inputs.block_tables.shape[1],
+        "kv_heads": shape.num_kv_heads,
+        "grid_splits": output.lse.shape[2],
+        "shape": constants,
+        "splits": Splits(
+            **sizes,
+            QUERIES=queries,
+            ROWS=max(merged, 16),
+            MERGED_ROWS=merged,
+            MERGED_SPLITS=max(at_a_time, 1),
+            ROUND_GROUP=round_group,
+            ROW_BLOCK=row_block,
+        ),
+    }
 
 
 def room_for(

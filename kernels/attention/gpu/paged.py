@@ -1,9 +1,9 @@
 """What decode and prefill share: reading a paged cache by tiles of tokens, and the online softmax over them.
 
-Tokens come in tiles whose size has nothing to do with the cache's blocks: each row of a tile finds its block in the
-table. Scores are kept in units of log2, so that a weight is one exp2. A masked score is -1e30 and no infinity: the
-difference of two infinities would be NaN. What a row with nothing to see yet has added up is wiped by its first
-visible score.
+A tile's size has nothing to do with the cache's blocks: each row of a tile looks up its block in the table. Scores are
+kept in units of log2, so that a weight is one exp2. A masked score is -1e30 instead of infinity, because the difference
+of two infinities would be NaN. Until a row has seen a token its sums are meaningless; its first visible score resets
+them.
 
 8-bit caches are read as 16-bit words of two neighbouring elements, the smallest thing that `ldmatrix` moves; a word's
 bytes go to two tiles, the even and the odd columns. q . k is then two products that are added up, weights @ v two
@@ -13,7 +13,6 @@ them exactly, and which sm_89 and sm_90 make of e4m3 in one instruction (bf16 ta
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -71,8 +70,6 @@ _FROM_INT8 = tl.constexpr("""{
     lop3.b32 t, t, 0x00FF00FF, c, 0x6A;
     sub.rn.f16x2 $1, t, c;
 }""")
-CODES = {torch.float8_e4m3fn: "e4m3", torch.int8: "int8"}
-"""What the bytes of a cache's tensor are; floats, which are read as they are, have no entry."""
 
 
 def expect_paged(q: Tensor, inputs: StepInputs, cache: LayerCache, shape: AttentionShape, out: Tensor) -> None:
@@ -92,11 +89,6 @@ def expect_paged(q: Tensor, inputs: StepInputs, cache: LayerCache, shape: Attent
 def list_size(sequences: int) -> int:
     """Of a list with an entry for each sequence, in a program: a warp's lanes at least, so that few are compiled."""
     return max(power_of_two(sequences), 32)
-
-
-def words(store: Tensor) -> Tensor:
-    """Keys or values as the kernels take them: 8-bit ones by twos."""
-    return store.view(torch.int16) if store.dtype in CODES else store
 
 
 @triton.jit
@@ -125,21 +117,22 @@ def _product(a, b, acc=None):
 
 
 @triton.jit
-def load_queries(q, row, here, key, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, KEY_CODE: tl.constexpr):
+def load_queries(q, row, here, key, shape: tl.constexpr):
     """Rows of queries, as `as_factors` makes them."""
-    at = tl.arange(0, DIM)
-    mask = here[:, None] & (at < HEAD_DIM)[None, :]
-    return as_factors(tl.load(q + row[:, None] * HEAD_DIM + at[None, :], mask=mask, other=0.0), key, DIM, KEY_CODE)
+    at = tl.arange(0, shape.DIM)
+    mask = here[:, None] & (at < shape.HEAD_DIM)[None, :]
+    tile = tl.load(q + row[:, None] * shape.HEAD_DIM + at[None, :], mask=mask, other=0.0)
+    return as_factors(tile, key, shape)
 
 
 @triton.jit
-def as_factors(tile, key, DIM: tl.constexpr, KEY_CODE: tl.constexpr):
+def as_factors(tile, key, shape: tl.constexpr):
     """Queries [R, DIM] in the type that keys are multiplied in, and what their scores are multiplied by [R].
 
     For 8-bit keys these are the even columns and the odd ones [R, DIM / 2]; otherwise the same twice. fp16's range is
     shorter than bf16's: each row is divided by the power of two of its largest element.
     """
-    kind: tl.constexpr = tl.float16 if KEY_CODE != "" else key.dtype.element_ty
+    kind: tl.constexpr = tl.float16 if shape.KEY_CODE != "" else key.dtype.element_ty
     unit = tl.full((tile.shape[0],), 1.0, tl.float32)
     if kind != tile.dtype:
         tile = tile.to(tl.float32)
@@ -151,40 +144,29 @@ def as_factors(tile, key, DIM: tl.constexpr, KEY_CODE: tl.constexpr):
         tile = narrow(tile, kind)
     even = tile
     odd = tile
-    if KEY_CODE != "":
-        even, odd = tl.split(tl.reshape(tile, (tile.shape[0], DIM // 2, 2)))
+    if shape.KEY_CODE != "":
+        even, odd = tl.split(tl.reshape(tile, (tile.shape[0], shape.DIM // 2, 2)))
     return even, odd, unit
 
 
 @triton.jit
-def _load_tile(
-    store,
-    table,
-    head,
-    kv_heads,
-    token,
-    end,
-    HEAD_DIM: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    CODE: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """The rows of tokens [N] out of keys or values: even and odd columns; tokens from end on are zeros where MASKED."""
+def _load_tile(store, table, head, kv_heads, token, end, shape: tl.constexpr, CODE: tl.constexpr, MASKED: tl.constexpr):
+    """The rows of tokens [N] from keys or values: even and odd columns; tokens from end on are zeros where MASKED."""
     each: tl.constexpr = 1 if CODE == "" else 2  # elements of a word
-    at = tl.arange(0, DIM // each)
+    width: tl.constexpr = shape.HEAD_DIM // each
+    at = tl.arange(0, shape.DIM // each)
     if MASKED:
-        block = tl.load(table + token // BLOCK_SIZE, mask=token < end, other=0).to(tl.int64)
+        block = tl.load(table + token // shape.BLOCK_SIZE, mask=token < end, other=0).to(tl.int64)
     else:
-        block = tl.load(table + token // BLOCK_SIZE).to(tl.int64)
-    row = ((block * kv_heads + head) * BLOCK_SIZE + token % BLOCK_SIZE) * (HEAD_DIM // each)
+        block = tl.load(table + token // shape.BLOCK_SIZE).to(tl.int64)
+    row = ((block * kv_heads + head) * shape.BLOCK_SIZE + token % shape.BLOCK_SIZE) * width
     place = store + row[:, None] + at[None, :]
-    if MASKED and HEAD_DIM != DIM:
-        tile = tl.load(place, mask=(token < end)[:, None] & (at < HEAD_DIM // each)[None, :], other=0)
+    if MASKED and shape.HEAD_DIM != shape.DIM:
+        tile = tl.load(place, mask=(token < end)[:, None] & (at < width)[None, :], other=0)
     elif MASKED:
         tile = tl.load(place, mask=(token < end)[:, None], other=0)
-    elif HEAD_DIM != DIM:
-        tile = tl.load(place, mask=(at < HEAD_DIM // each)[None, :], other=0)
+    elif shape.HEAD_DIM != shape.DIM:
+        tile = tl.load(place, mask=(at < width)[None, :], other=0)
     else:
         tile = tl.load(place)
     even = tile
@@ -207,24 +189,16 @@ def accumulate_softmax(
     state,
     queries,
     factor,
-    key,
-    value,
+    cache,
     table,
     head,
     kv_heads,
     begin,
     end,
     position,
-    window,
-    soft_cap,
-    HEAD_DIM: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
+    scores,
+    shape: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    KEY_CODE: tl.constexpr,
-    VALUE_CODE: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_CAP: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """Go over the tokens begin .. end with rows of queries that stand at position [R]; factor [R] scales their scores.
@@ -232,53 +206,55 @@ def accumulate_softmax(
     state is the rows' largest score, sum of weights, and weighted sums of values (even and odd columns) so far; the
     new one is returned. Without MASKED every row sees every token, and end - begin is a multiple of BLOCK_N.
     """
+    KEY_CODE: tl.constexpr = shape.KEY_CODE
+    VALUE_CODE: tl.constexpr = shape.VALUE_CODE
     top, total, even, odd = state
     q, q_odd = queries
     for start in range(begin, end, BLOCK_N):
         token = start + tl.arange(0, BLOCK_N)
-        k, k_odd = _load_tile(key, table, head, kv_heads, token, end, HEAD_DIM, DIM, BLOCK_SIZE, KEY_CODE, MASKED)
-        scores = _product(q, tl.trans(k))
-        if KEY_CODE != "":
-            scores = _product(q_odd, tl.trans(k_odd), scores)
-        if HAS_CAP:
-            scores = _capped(scores * factor[:, None], soft_cap) * LOG2_E
+        k, k_odd = _load_tile(cache.key, table, head, kv_heads, token, end, shape, KEY_CODE, MASKED)
+        score = _product(q, tl.trans(k))
+        if shape.KEY_CODE != "":
+            score = _product(q_odd, tl.trans(k_odd), score)
+        if shape.HAS_CAP:
+            score = _capped(score * factor[:, None], scores.soft_cap) * LOG2_E
         elif MASKED:
-            scores *= factor[:, None]
+            score *= factor[:, None]
         if MASKED:
             seen = token[None, :] <= position[:, None]
-            if HAS_WINDOW:
-                seen = seen & (token[None, :] > position[:, None] - window)
-            scores = tl.where(seen, scores, MASKED_SCORE)
-        if MASKED or HAS_CAP:
-            higher = tl.maximum(top, tl.max(scores, axis=1))
-            weights = tl.exp2(scores - higher[:, None])
+            if shape.HAS_WINDOW:
+                seen = seen & (token[None, :] > position[:, None] - scores.window)
+            score = tl.where(seen, score, MASKED_SCORE)
+        if MASKED or shape.HAS_CAP:
+            higher = tl.maximum(top, tl.max(score, axis=1))
+            weights = tl.exp2(score - higher[:, None])
         else:  # one multiply-add for a score
-            higher = tl.maximum(top, tl.max(scores, axis=1) * factor)
-            weights = tl.exp2(scores * factor[:, None] - higher[:, None])
+            higher = tl.maximum(top, tl.max(score, axis=1) * factor)
+            weights = tl.exp2(score * factor[:, None] - higher[:, None])
         shrink = tl.exp2(top - higher)
         top = higher
         total = total * shrink + tl.sum(weights, axis=1)
-        v, v_odd = _load_tile(value, table, head, kv_heads, token, end, HEAD_DIM, DIM, BLOCK_SIZE, VALUE_CODE, MASKED)
+        v, v_odd = _load_tile(cache.value, table, head, kv_heads, token, end, shape, VALUE_CODE, MASKED)
         weights = narrow(weights, v.dtype)
         even = _product(weights, v, even * shrink[:, None])
-        if VALUE_CODE != "":
+        if shape.VALUE_CODE != "":
             odd = _product(weights, v_odd, odd * shrink[:, None])
     return top, total, even, odd
 
 
 @triton.jit
-def init_state(ROWS: tl.constexpr, DIM: tl.constexpr, VALUE_CODE: tl.constexpr):
+def init_state(ROWS: tl.constexpr, shape: tl.constexpr):
     """The state before the first token."""
-    width: tl.constexpr = DIM if VALUE_CODE == "" else DIM // 2
+    width: tl.constexpr = shape.DIM if shape.VALUE_CODE == "" else shape.DIM // 2
     zeros = tl.zeros((ROWS, width), tl.float32)
     return tl.full((ROWS,), MASKED_SCORE, tl.float32), tl.zeros((ROWS,), tl.float32), zeros, zeros
 
 
 @triton.jit
-def finalize_softmax(state, value_scale, VALUE_CODE: tl.constexpr):
+def finalize_softmax(state, value_scale, shape: tl.constexpr):
     """The weighted mean of values [R, DIM], zeros where nothing was seen."""
     _, total, even, odd = state
-    if VALUE_CODE != "":
+    if shape.VALUE_CODE != "":
         even = tl.reshape(tl.join(even, odd), (even.shape[0], 2 * even.shape[1]))
     nothing = total == 0.0
     return even * tl.where(nothing, 0.0, value_scale / tl.where(nothing, 1.0, total))[:, None]

@@ -1,9 +1,9 @@
 """Triton body of attention of many queries over a paged cache: chunks of prompts on whatever prefix, in mixed batches.
 
-out = softmax(scale q k^T) v, causal. A program has a block of neighbouring queries of one sequence, each with the G
-heads that share a KV head: BLOCK_M rows. Tokens that all rows see are gone over without a mask, then the diagonal with
-one; with a window its edge is masked too. Which sequence a program works for is found on the device: there are as many
-programs as the batch could need at most, and those left over end at once.
+out = softmax(scale q k^T) v, causal. A program has a block of neighboring queries of one sequence, each with the G
+heads that share a KV head: BLOCK_M rows. It reads the tokens that all rows see without a mask, then the diagonal with
+one; a window's edge is masked too. A program finds its sequence on the device: the grid has as many programs as the
+batch could need, and those that are left over end at once.
 Reference: `attention.reference.paged_attention`. Limit: 4 D multiply-adds' FLOPs for each query head and visible token,
 at a GPU's peak (an H100's is about 800 TFLOP/s in bf16); exponentials are the second.
 """
@@ -16,9 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
+from octavo.kernels.attention.gpu.arguments import batch_arguments, cache_arguments, scores_of, shape_constants
 from octavo.kernels.attention.gpu.decode import decode_attention
 from octavo.kernels.attention.gpu.paged import (
-    CODES,
     LOG2_E,
     accumulate_softmax,
     expect_paged,
@@ -26,7 +26,6 @@ from octavo.kernels.attention.gpu.paged import (
     init_state,
     list_size,
     load_queries,
-    words,
 )
 from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.launching import tuning
@@ -63,84 +62,63 @@ def _spans(begin, seen_by_first, seen_by_last, BLOCK_N: tl.constexpr):
 def _prefill(
     q,
     out,
-    key,
-    value,
-    key_scale,
-    value_scale,
-    block_tables,
-    seq_lens,
-    query_starts,
+    cache,
+    batch,
+    scores,
     sequences,
     table_width,
     kv_heads,
-    scale,
-    window,
-    soft_cap,
     fewest,
-    HEAD_DIM: tl.constexpr,
-    DIM: tl.constexpr,
-    GROUP: tl.constexpr,
+    shape: tl.constexpr,
     SEQUENCES: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    KEY_CODE: tl.constexpr,
-    VALUE_CODE: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_CAP: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
     await_previous(OVERLAPS)
-    TOKENS: tl.constexpr = BLOCK_M // GROUP
+    TOKENS: tl.constexpr = BLOCK_M // shape.GROUP
     head = tl.program_id(1)
     program = tl.num_programs(0) - 1 - tl.program_id(0)  # a prompt's last queries have most to do: they begin
-    sequence, begun = _block_of(program, query_starts, sequences, TOKENS, SEQUENCES)
-    first = tl.load(query_starts + sequence)
-    queries = tl.load(query_starts + sequence + 1) - first
+    sequence, begun = _block_of(program, batch.query_starts, sequences, TOKENS, SEQUENCES)
+    first = tl.load(batch.query_starts + sequence)
+    queries = tl.load(batch.query_starts + sequence + 1) - first
     if begun >= queries or queries < fewest:
         return
-    length = tl.load(seq_lens + sequence)
+    length = tl.load(batch.seq_lens + sequence)
     row = tl.arange(0, BLOCK_M)
-    query = begun + row // GROUP
-    here = (query < queries) & (row < TOKENS * GROUP)
-    place = ((first + query).to(tl.int64) * kv_heads + head) * GROUP + row % GROUP
-    q, q_odd, unit = load_queries(q, place, here, key, HEAD_DIM, DIM, KEY_CODE)
+    query = begun + row // shape.GROUP
+    here = (query < queries) & (row < TOKENS * shape.GROUP)
+    place = ((first + query).to(tl.int64) * kv_heads + head) * shape.GROUP + row % shape.GROUP
+    q, q_odd, unit = load_queries(q, place, here, cache.key, shape)
     earliest = length - queries + begun  # where the first row stands
     end = tl.minimum(earliest + TOKENS, length)
-    begin = tl.maximum(earliest - window + 1, 0) if HAS_WINDOW else 0
-    edge, full = _spans(begin, earliest + 1, end - window if HAS_WINDOW else 0, BLOCK_N)
-    factor = unit * (scale * tl.load(key_scale + head) * (1.0 if HAS_CAP else LOG2_E))
-    table = block_tables + sequence.to(tl.int64) * table_width
+    begin = tl.maximum(earliest - scores.window + 1, 0) if shape.HAS_WINDOW else 0
+    edge, full = _spans(begin, earliest + 1, end - scores.window if shape.HAS_WINDOW else 0, BLOCK_N)
+    factor = unit * (scores.scale * tl.load(cache.key_scale + head) * (1.0 if shape.HAS_CAP else LOG2_E))
+    table = batch.block_tables + sequence.to(tl.int64) * table_width
     position = length - queries + query
-    state = init_state(BLOCK_M, DIM, VALUE_CODE)
-    for span in tl.static_range(0 if HAS_WINDOW else 1, 3):
+    state = init_state(BLOCK_M, shape)
+    for span in tl.static_range(0 if shape.HAS_WINDOW else 1, 3):
         state = accumulate_softmax(
             state,
             (q, q_odd),
             factor,
-            key,
-            value,
+            cache,
             table,
             head,
             kv_heads,
             begin if span == 0 else (edge if span == 1 else full),
             edge if span == 0 else (full if span == 1 else end),
             position,
-            window,
-            soft_cap,
-            HEAD_DIM,
-            DIM,
-            BLOCK_SIZE,
+            scores,
+            shape,
             BLOCK_N,
-            KEY_CODE,
-            VALUE_CODE,
-            HAS_WINDOW,
-            HAS_CAP,
             span != 1,
         )
-    result = narrow(finalize_softmax(state, tl.load(value_scale + head), VALUE_CODE), out.dtype.element_ty)
-    at = tl.arange(0, DIM)
-    tl.store(out + place[:, None] * HEAD_DIM + at[None, :], result, mask=here[:, None] & (at < HEAD_DIM)[None, :])
+    result = narrow(finalize_softmax(state, tl.load(cache.value_scale + head), shape), out.dtype.element_ty)
+    at = tl.arange(0, shape.DIM)
+    mask = here[:, None] & (at < shape.HEAD_DIM)[None, :]
+    tl.store(out + place[:, None] * shape.HEAD_DIM + at[None, :], result, mask=mask)
 
 
 def prefill(
@@ -167,31 +145,17 @@ def prefill(
         {
             "q": q,
             "out": out,
-            "key": words(cache.key),
-            "value": words(cache.value),
-            "key_scale": cache.key_scale,
-            "value_scale": cache.value_scale,
-            "block_tables": inputs.block_tables,
-            "seq_lens": inputs.seq_lens,
-            "query_starts": inputs.query_starts,
+            "cache": cache_arguments(cache),
+            "batch": batch_arguments(inputs),
+            "scores": scores_of(shape),
             "sequences": sequences,
             "table_width": inputs.block_tables.shape[1],
             "kv_heads": shape.num_kv_heads,
-            "scale": shape.scale,
-            "window": shape.window or 0,
-            "soft_cap": shape.soft_cap or 1.0,
             "fewest": fewest,
-            "HEAD_DIM": shape.head_dim,
-            "DIM": max(power_of_two(shape.head_dim), 32),
-            "GROUP": group,
+            "shape": shape_constants(cache, shape),
             "SEQUENCES": list_size(sequences),
-            "BLOCK_SIZE": cache.block_size,
             "BLOCK_M": block_m,
             "BLOCK_N": block_n,
-            "KEY_CODE": CODES.get(cache.key.dtype, ""),
-            "VALUE_CODE": CODES.get(cache.value.dtype, ""),
-            "HAS_WINDOW": shape.window is not None,
-            "HAS_CAP": shape.soft_cap is not None,
         },
         num_warps=num_warps,
         num_stages=num_stages,

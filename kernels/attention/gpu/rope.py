@@ -1,4 +1,4 @@
-"""Triton body of what stands between the qkv GEMM and attention: head norms, rotation, and the write into the cache.
+"""Triton body of the steps between the qkv GEMM and attention: head norms, rotation, and the write into the cache.
 
 A program has some KV heads of one token, with the query heads that share them; numbers are float32 from the load to
 the store. A head comes in three pieces: the first and the second half of what rotates, and what doesn't. qkv may be
@@ -9,7 +9,7 @@ cached element written for each token, over 3.0 TB/s on an H100.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -17,12 +17,22 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
+from octavo.kernels.attention.gpu.arguments import Cache, Rope, RopeShape
 from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.launching import tuning
 from octavo.kernels.launching.checks import expect
 from octavo.kernels.launching.dependent_launch import await_previous
 from octavo.kernels.launching.launch import Launch, cdiv, power_of_two
 from octavo.kernels.launching.numerics import narrow, to_e4m3, to_int8
+
+
+class Pieces(NamedTuple):
+    """Sizes in a program, powers of two: its KV heads and query heads, half of what rotates, and what doesn't."""
+
+    KV_HEADS: int
+    HEADS: int
+    HALVES: int
+    RESTS: int
 
 
 @triton.jit
@@ -52,43 +62,40 @@ def encoded(value, scale, kind: tl.constexpr):
 @triton.jit
 def _heads(
     qkv,
-    row,
-    begin,
+    start,
     head,
     heads,
     weight,
     whole,
     cos_sin,
     eps,
-    out,
-    place,
+    split_size,
+    to,
     slot,
     scale,
-    split_size,
     dtype: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    HALF: tl.constexpr,
-    HALVES: tl.constexpr,
-    RESTS: tl.constexpr,
-    SPLIT_K: tl.constexpr,
+    pieces: tl.constexpr,
+    rope: tl.constexpr,
     NORM: tl.constexpr,
     ROTATES: tl.constexpr,
 ):
-    """Heads [N] of a row, normed and rotated, into out from place [N] on; nothing where slot is below 0.
+    """Heads [N] of a row, which begin at `start`, normed and rotated, to the places `to` [N]; none where slot < 0.
 
-    head counts from `begin` in the row; whole is the factor of a norm over all heads.
+    whole is the factor of a norm over all heads.
     """
-    at = tl.arange(0, HALVES)
-    rest = 2 * HALF + tl.arange(0, RESTS)
+    HALF: tl.constexpr = rope.HALF
+    at = tl.arange(0, pieces.HALVES)
+    rest = 2 * HALF + tl.arange(0, pieces.RESTS)
     there = ((head < heads) & (slot + tl.zeros_like(head) >= 0))[:, None]
     half = there & (at < HALF)[None, :]
     more = there & (rest < HEAD_DIM)[None, :]
     column = (head * HEAD_DIM)[:, None]
-    start = row + begin + column
-    a = summed(qkv, start + at[None, :], half, split_size, dtype, SPLIT_K)
-    b = summed(qkv, start + HALF + at[None, :], half, split_size, dtype, SPLIT_K)
+    start += column
+    a = summed(qkv, start + at[None, :], half, split_size, dtype, rope.SPLIT_K)
+    b = summed(qkv, start + HALF + at[None, :], half, split_size, dtype, rope.SPLIT_K)
     if HEAD_DIM != 2 * HALF:
-        c = summed(qkv, start + rest[None, :], more, split_size, dtype, SPLIT_K)
+        c = summed(qkv, start + rest[None, :], more, split_size, dtype, rope.SPLIT_K)
     if NORM != "":
         factor = tl.zeros_like(head).to(tl.float32) + whole
         if NORM == "head":
@@ -106,8 +113,8 @@ def _heads(
         cos = tl.load(cos_sin + at, mask=at < HALF, other=0.0)[None, :]
         sin = tl.load(cos_sin + HALF + at, mask=at < HALF, other=0.0)[None, :]
         a, b = a * cos - b * sin, b * cos + a * sin
-    kind: tl.constexpr = out.dtype.element_ty
-    to = out + place[:, None]
+    kind: tl.constexpr = to.dtype.element_ty
+    to = to[:, None]
     scale = scale[:, None]
     tl.store(to + at[None, :], encoded(a, scale, kind), mask=half)
     tl.store(to + HALF + at[None, :], encoded(b, scale, kind), mask=half)
@@ -126,125 +133,98 @@ def whole_factor(qkv, start, width, eps, split_size, dtype: tl.constexpr, WIDTH:
 @triton.jit
 def _rope(
     qkv,
-    positions,
-    slots,
-    cos_sin,
-    q_norm,
-    k_norm,
+    tensors,
     q,
-    key,
-    value,
-    key_scale,
-    value_scale,
+    new,
     kv_heads,
     split_size,
     eps,
     HEAD_DIM: tl.constexpr,
     GROUP: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    HEADS: tl.constexpr,
-    HALF: tl.constexpr,
-    HALVES: tl.constexpr,
-    RESTS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    Q_NORM: tl.constexpr,
-    K_NORM: tl.constexpr,
-    Q_WIDTH: tl.constexpr,
-    K_WIDTH: tl.constexpr,
-    ROTATES: tl.constexpr,
+    pieces: tl.constexpr,
+    rope: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
     await_previous(OVERLAPS)
+    Q_NORM: tl.constexpr = rope.Q_NORM
+    K_NORM: tl.constexpr = rope.K_NORM
     token = tl.program_id(0).to(tl.int64)
     dtype: tl.constexpr = q.dtype.element_ty
     q_size = kv_heads * GROUP * HEAD_DIM
     k_size = kv_heads * HEAD_DIM
     row = token * (q_size + 2 * k_size)
-    if ROTATES:
-        cos_sin += tl.load(positions + token) * (2 * HALF)
+    cos_sin = tensors.cos_sin
+    if rope.ROTATES:
+        cos_sin += tl.load(tensors.positions + token) * (2 * rope.HALF)
     q_whole = 1.0
     k_whole = 1.0
     if Q_NORM == "all":
-        q_whole = whole_factor(qkv, row, q_size, eps, split_size, dtype, Q_WIDTH, SPLIT_K)
+        q_whole = whole_factor(qkv, row, q_size, eps, split_size, dtype, rope.Q_WIDTH, rope.SPLIT_K)
     if K_NORM == "all":
-        k_whole = whole_factor(qkv, row + q_size, k_size, eps, split_size, dtype, K_WIDTH, SPLIT_K)
-    slot = tl.load(slots + token)
-    block = slot // BLOCK_SIZE
-    offset = slot % BLOCK_SIZE
-    first = tl.program_id(1) * KV_HEADS
-    head = first * GROUP + tl.arange(0, HEADS)
+        k_whole = whole_factor(qkv, row + q_size, k_size, eps, split_size, dtype, rope.K_WIDTH, rope.SPLIT_K)
+    slot = tl.load(tensors.slots + token)
+    first = tl.program_id(1) * pieces.KV_HEADS
+    head = first * GROUP + tl.arange(0, pieces.HEADS)
     _heads(
         qkv,
         row,
-        0,
         head,
-        tl.minimum(first + KV_HEADS, kv_heads) * GROUP,
-        q_norm,
+        tl.minimum(first + pieces.KV_HEADS, kv_heads) * GROUP,
+        tensors.q_norm,
         q_whole,
         cos_sin,
         eps,
-        q,
-        token * q_size + head * HEAD_DIM,
+        split_size,
+        q + token * q_size + head * HEAD_DIM,
         0,
         tl.zeros_like(head) + 1.0,
-        split_size,
         dtype,
         HEAD_DIM,
-        HALF,
-        HALVES,
-        RESTS,
-        SPLIT_K,
+        pieces,
+        rope,
         Q_NORM,
-        ROTATES,
+        rope.ROTATES,
     )
-    head = first + tl.arange(0, KV_HEADS)
-    place = ((block * kv_heads + head) * BLOCK_SIZE + offset) * HEAD_DIM
+    head = first + tl.arange(0, pieces.KV_HEADS)
+    place = ((slot // BLOCK_SIZE * kv_heads + head) * BLOCK_SIZE + slot % BLOCK_SIZE) * HEAD_DIM
     _heads(
         qkv,
-        row,
-        q_size,
+        row + q_size,
         head,
         kv_heads,
-        k_norm,
+        tensors.k_norm,
         k_whole,
         cos_sin,
         eps,
-        key,
-        place,
-        slot,
-        tl.load(key_scale + head, mask=head < kv_heads, other=1.0),
         split_size,
+        new.key + place,
+        slot,
+        tl.load(new.key_scale + head, mask=head < kv_heads, other=1.0),
         dtype,
         HEAD_DIM,
-        HALF,
-        HALVES,
-        RESTS,
-        SPLIT_K,
+        pieces,
+        rope,
         K_NORM,
-        ROTATES,
+        rope.ROTATES,
     )
     _heads(
         qkv,
-        row,
-        q_size + k_size,
+        row + q_size + k_size,
         head,
         kv_heads,
-        k_norm,
+        tensors.k_norm,
         1.0,
         cos_sin,
         eps,
-        value,
-        place,
-        slot,
-        tl.load(value_scale + head, mask=head < kv_heads, other=1.0),
         split_size,
+        new.value + place,
+        slot,
+        tl.load(new.value_scale + head, mask=head < kv_heads, other=1.0),
         dtype,
         HEAD_DIM,
-        HALF,
-        HALVES,
-        RESTS,
-        SPLIT_K,
+        pieces,
+        rope,
         "",
         False,
     )
@@ -260,35 +240,33 @@ def rope_arguments(
     k_norm: Tensor | None,
     eps: float,
 ) -> dict[str, Any]:
-    """What norms, rotation and the cache's write need in any launch; the tensors are `rope`'s."""
-    d = shape.head_dim  # stands for what isn't there
-    nothing = cache.key_scale
+    """What norms, rotation and the cache's write need in any kernel; the tensors are `rope`'s."""
+    d = shape.head_dim
+    absent = cache.key_scale
     norms = ["" if w is None else "head" if w.numel() == d else "all" for w in (q_norm, k_norm)]
     _expect_arguments(qkv, inputs, shape, cos_sin, q_norm, k_norm)
     return {
         "qkv": qkv,
-        "positions": inputs.positions,
-        "slots": inputs.slot_mapping,
-        "cos_sin": nothing if cos_sin is None else cos_sin,
-        "q_norm": nothing if q_norm is None else q_norm,
-        "k_norm": nothing if k_norm is None else k_norm,
-        "key": cache.key,
-        "value": cache.value,
-        "key_scale": cache.key_scale,
-        "value_scale": cache.value_scale,
+        "tensors": Rope(
+            inputs.positions,
+            inputs.slot_mapping,
+            absent if cos_sin is None else cos_sin,
+            absent if q_norm is None else q_norm,
+            absent if k_norm is None else k_norm,
+        ),
+        "new": Cache(cache.key, cache.value, cache.key_scale, cache.value_scale),
         "kv_heads": shape.num_kv_heads,
         "split_size": qkv.shape[-2] * qkv.shape[-1],
         "eps": eps,
-        "HEAD_DIM": d,
-        "GROUP": shape.num_heads // shape.num_kv_heads,
-        "HALF": (d if cos_sin is None else cos_sin.shape[1]) // 2,
-        "BLOCK_SIZE": cache.block_size,
-        "SPLIT_K": qkv.shape[0] if qkv.dim() == 3 else 1,
-        "Q_NORM": norms[0],
-        "K_NORM": norms[1],
-        "Q_WIDTH": power_of_two(shape.num_heads * d),
-        "K_WIDTH": power_of_two(shape.num_kv_heads * d),
-        "ROTATES": cos_sin is not None,
+        "rope": RopeShape(
+            HALF=(d if cos_sin is None else cos_sin.shape[1]) // 2,
+            SPLIT_K=qkv.shape[0] if qkv.dim() == 3 else 1,
+            Q_NORM=norms[0],
+            K_NORM=norms[1],
+            Q_WIDTH=power_of_two(shape.num_heads * d),
+            K_WIDTH=power_of_two(shape.num_kv_heads * d),
+            ROTATES=cos_sin is not None,
+        ),
     }
 
 
@@ -300,7 +278,7 @@ def _expect_arguments(
     q_norm: Tensor | None,
     k_norm: Tensor | None,
 ) -> None:
-    """Whether each has its size."""
+    """Check each size."""
     tokens = qkv.shape[-2]
     d = shape.head_dim
     heads = shape.num_heads
@@ -328,7 +306,7 @@ def rope(
     eps: float,
     q: Tensor,
 ) -> Launch:
-    """Of qkv [T, (Hq + 2 Hkv) D], or partial sums of it [S, T, ...] float32: q [T, Hq, D], and keys and values cached.
+    """Compute q [T, Hq, D] from qkv [T, (Hq + 2 Hkv) D], or from partial sums [S, T, ...] float32, and fill the cache.
 
     cos_sin   [positions, rotary] float32; None rotates nothing
     q_norm    [D] norms each head, [Hq D] all together; k_norm likewise; None norms nothing
@@ -338,22 +316,27 @@ def rope(
     arguments = rope_arguments(qkv, inputs, cache, shape, cos_sin, q_norm, k_norm, eps)
     expect(q=(q, (qkv.shape[-2], shape.num_heads, d)))
     cache.expect_heads(shape)
-    norms = (arguments["Q_NORM"], arguments["K_NORM"])
-    half = arguments["HALF"]
-    together = power_of_two(shape.num_kv_heads) if "all" in norms else 1  # KV heads of a program: a norm is taken once
-    heads = power_of_two(together * group)
+    constants = arguments["rope"]
+    # A program has all KV heads where a norm goes over them, so that it is computed once.
+    together = power_of_two(shape.num_kv_heads) if "all" in (constants.Q_NORM, constants.K_NORM) else 1
+    pieces = Pieces(
+        KV_HEADS=together,
+        HEADS=power_of_two(together * group),
+        HALVES=power_of_two(constants.HALF),
+        RESTS=power_of_two(d - 2 * constants.HALF),
+    )
     return Launch(
         _rope,
         (q.shape[0], cdiv(shape.num_kv_heads, together)),
         {
             **arguments,
             "q": q,
-            "KV_HEADS": together,
-            "HEADS": heads,
-            "HALVES": power_of_two(half),
-            "RESTS": power_of_two(d - 2 * half),
+            "HEAD_DIM": d,
+            "GROUP": group,
+            "BLOCK_SIZE": cache.block_size,
+            "pieces": pieces,
         },
-        **tuning.choose("rope", q.shape[0], heads * d, arguments["SPLIT_K"]),
+        **tuning.choose("rope", q.shape[0], pieces.HEADS * d, constants.SPLIT_K),
         num_stages=1,
     )
 

@@ -1,11 +1,11 @@
 """Triton body of a decode step's attention from the qkv GEMM on: head norms, rotation, the cache's write, attention.
 
-`gpu.rope` and `gpu.decode` in one launch, for steps in which every sequence has one new token. Each program makes its
-own queries of qkv, which may be split-K partial sums: they are read once more for every share of the sequence, out of
-L2. The program of a KV head's last share, which has the new token, also makes its key and value and writes them to the
-cache before it reads there; no other may read them, so sequences of a step must not share a block that one of them
-writes to. Of a norm over all heads at once every program reads the whole row, for its factor; for more than a few
-tokens, by the table, `gpu.rope` is a launch of its own. Rows may be rounded for the GEMM behind (`gpu.row`).
+`gpu.rope` and `gpu.decode` in one launch, for steps in which every sequence has one new token. Each program computes
+its own queries from qkv, which may be split-K partial sums: every split of the sequence reads them once more, from L2.
+The program of a KV head's last split, which has the new token, also computes that token's key and value and writes them
+to the cache before it reads them there. No other program may read them, so sequences of a step must not share a block
+that one of them writes to. For a norm over all heads every program reads the whole row; for more than a few tokens, as
+the tuning table says, `gpu.rope` is a launch of its own. Rows may be quantized for the next GEMM (`gpu.row`).
 Reference: `attention.reference.rope_and_cache`, then `paged_attention`. Limit: bytes, those of both.
 """
 
@@ -66,7 +66,7 @@ def _norm_of(
 
 @triton.jit
 def _weights(weight, at, mask, NORM: tl.constexpr):
-    """Those of heads' elements `at`: of each head, or the same for all."""
+    """The weights of heads' elements `at`: of each head, or the same for all."""
     if NORM == "all":
         at = at[None, :]
         mask = mask[None, :]
@@ -75,46 +75,48 @@ def _weights(weight, at, mask, NORM: tl.constexpr):
 
 
 @triton.jit
-def _turned(
+def _rotated(
     qkv,
     place,
     there,
-    weight,
-    whole,
+    norm,
     cos_sin,
     split_size,
     eps,
     dtype: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    DIM: tl.constexpr,
-    HALF: tl.constexpr,
-    SPLIT_K: tl.constexpr,
+    shape: tl.constexpr,
+    rope: tl.constexpr,
     NORM: tl.constexpr,
     ROTATES: tl.constexpr,
 ):
-    """Heads [R, DIM] that begin at place [R] of qkv, normed and rotated, in float32; a column's partner is read too."""
-    at = tl.arange(0, DIM)
-    mask = there[:, None] & (at < HEAD_DIM)[None, :]
-    turned = summed(qkv, place[:, None] + at[None, :], mask, split_size, dtype, SPLIT_K)
+    """Heads [R, DIM] that begin at place [R] of qkv, normed and rotated, in float32; a column's partner is read too.
+
+    norm: what `_norm_of` returns.
+    """
+    weight, whole = norm
+    at = tl.arange(0, shape.DIM)
+    mask = there[:, None] & (at < shape.HEAD_DIM)[None, :]
+    value = summed(qkv, place[:, None] + at[None, :], mask, split_size, dtype, rope.SPLIT_K)
     factor = tl.full((place.shape[0],), 1.0, tl.float32)
     if NORM == "head":
-        factor = factor_of(tl.sum(turned * turned, axis=1), HEAD_DIM, eps)
+        factor = factor_of(tl.sum(value * value, axis=1), shape.HEAD_DIM, eps)
     if NORM == "all":
         factor *= whole
     if NORM != "":
-        turned *= factor[:, None] * _weights(weight, at, at < HEAD_DIM, NORM)
+        value *= factor[:, None] * _weights(weight, at, at < shape.HEAD_DIM, NORM)
     if ROTATES:
+        HALF: tl.constexpr = rope.HALF
         turns = at < 2 * HALF
         first = at < HALF
         angle = tl.where(first, at, at - HALF)
         partner = tl.where(first, at + HALF, at - HALF)
-        other = summed(qkv, place[:, None] + partner[None, :], mask & turns[None, :], split_size, dtype, SPLIT_K)
+        other = summed(qkv, place[:, None] + partner[None, :], mask & turns[None, :], split_size, dtype, rope.SPLIT_K)
         if NORM != "":
             other *= factor[:, None] * _weights(weight, partner, turns, NORM)
         cos = tl.load(cos_sin + angle, mask=turns, other=1.0)
         sin = tl.load(cos_sin + HALF + angle, mask=turns, other=0.0)
-        turned = turned * cos[None, :] + other * tl.where(first, -sin, sin)[None, :]
-    return turned
+        value = value * cos[None, :] + other * tl.where(first, -sin, sin)[None, :]
+    return value
 
 
 @triton.jit
@@ -123,32 +125,26 @@ def _write_new(
     place,
     k_norm,
     cos_sin,
-    key,
-    value,
-    key_scale,
-    value_scale,
+    new,
     slot,
     head,
     kv_heads,
     split_size,
     eps,
     dtype: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    DIM: tl.constexpr,
-    HALF: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    K_NORM: tl.constexpr,
-    K_WIDTH: tl.constexpr,
-    ROTATES: tl.constexpr,
+    shape: tl.constexpr,
+    rope: tl.constexpr,
 ):
     """The key that lies at a place of qkv, and its value, into the cache, for all threads of the program to read."""
-    at = tl.arange(0, DIM)[None, :]
+    HEAD_DIM: tl.constexpr = shape.HEAD_DIM
+    K_NORM: tl.constexpr = rope.K_NORM
+    at = tl.arange(0, shape.DIM)[None, :]
     one = tl.zeros((1,), tl.int64)
     there = one + slot >= 0
     mask = there[:, None] & (at < HEAD_DIM)
-    to = ((slot // BLOCK_SIZE * kv_heads + head) * BLOCK_SIZE + slot % BLOCK_SIZE) * HEAD_DIM + at
-    weight, whole = _norm_of(
+    to = slot // shape.BLOCK_SIZE * kv_heads + head
+    to = (to * shape.BLOCK_SIZE + slot % shape.BLOCK_SIZE) * HEAD_DIM + at
+    norm = _norm_of(
         qkv,
         place - head * HEAD_DIM,
         kv_heads * HEAD_DIM,
@@ -157,33 +153,16 @@ def _write_new(
         split_size,
         eps,
         dtype,
-        SPLIT_K,
+        rope.SPLIT_K,
         K_NORM,
-        K_WIDTH,
+        rope.K_WIDTH,
     )
-    new = _turned(
-        qkv,
-        place + one,
-        there,
-        weight,
-        whole,
-        cos_sin,
-        split_size,
-        eps,
-        dtype,
-        HEAD_DIM,
-        DIM,
-        HALF,
-        SPLIT_K,
-        K_NORM,
-        ROTATES,
-    )
-    tl.store(key + to, encoded(new, tl.load(key_scale + head), key.dtype.element_ty), mask=mask)
+    key = _rotated(qkv, place + one, there, norm, cos_sin, split_size, eps, dtype, shape, rope, K_NORM, rope.ROTATES)
+    tl.store(new.key + to, encoded(key, tl.load(new.key_scale + head), new.key.dtype.element_ty), mask=mask)
     place += kv_heads * HEAD_DIM
-    new = _turned(
-        qkv, place + one, there, k_norm, 1.0, cos_sin, split_size, eps, dtype, HEAD_DIM, DIM, HALF, SPLIT_K, "", False
-    )
-    tl.store(value + to, encoded(new, tl.load(value_scale + head), value.dtype.element_ty), mask=mask)
+    norm = (k_norm, 1.0)
+    value = _rotated(qkv, place + one, there, norm, cos_sin, split_size, eps, dtype, shape, rope, "", False)
+    tl.store(new.value + to, encoded(value, tl.load(new.value_scale + head), new.value.dtype.element_ty), mask=mask)
     tl.debug_barrier()
 
 
@@ -193,303 +172,134 @@ def _rope_decode_split(
     head,
     split,
     qkv,
-    positions,
-    slots,
-    cos_sin,
-    q_norm,
-    k_norm,
-    out,
-    partial,
-    lse,
-    counters,
-    key,
-    value,
-    key_words,
-    value_words,
-    key_scale,
-    value_scale,
-    block_tables,
-    seq_lens,
-    query_starts,
+    tensors,
+    new,
+    output,
+    cache,
+    batch,
+    scores,
+    row_quant,
     table_width,
     kv_heads,
     grid_splits,
     split_size,
     eps,
-    scale,
-    window,
-    soft_cap,
-    rounding,
-    HEAD_DIM: tl.constexpr,
-    DIM: tl.constexpr,
-    GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
-    HALF: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MIN_SPLIT_TOKENS: tl.constexpr,
-    MAX_SPLITS: tl.constexpr,
-    KEY_CODE: tl.constexpr,
-    VALUE_CODE: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    MERGED_ROWS: tl.constexpr,
-    MERGED_SPLITS: tl.constexpr,
-    ROUND_GROUP: tl.constexpr,
-    ROW_BLOCK: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    Q_NORM: tl.constexpr,
-    K_NORM: tl.constexpr,
-    Q_WIDTH: tl.constexpr,
-    K_WIDTH: tl.constexpr,
-    ROTATES: tl.constexpr,
+    shape: tl.constexpr,
+    rope: tl.constexpr,
+    splits: tl.constexpr,
 ):
-    first, queries, length, begin, split_tokens, splits = kv_splits(
-        sequence, seq_lens, query_starts, window, BLOCK_N, MIN_SPLIT_TOKENS, MAX_SPLITS, HAS_WINDOW
+    first, queries, length, begin, split_tokens, count = kv_splits(
+        sequence, batch, scores.window, splits, shape.HAS_WINDOW
     )
-    if queries == 1 and split < splits:
-        dtype: tl.constexpr = out.dtype.element_ty
+    if queries == 1 and split < count:
+        HEAD_DIM: tl.constexpr = shape.HEAD_DIM
+        GROUP: tl.constexpr = shape.GROUP
+        Q_NORM: tl.constexpr = rope.Q_NORM
+        dtype: tl.constexpr = output.out.dtype.element_ty
         token = first.to(tl.int64)
         row = token * ((GROUP + 2) * kv_heads * HEAD_DIM)
-        angles = cos_sin
-        if ROTATES:
-            angles += tl.load(positions + token) * (2 * HALF)
-        if split == splits - 1:
+        angles = tensors.cos_sin
+        if rope.ROTATES:
+            angles += tl.load(tensors.positions + token) * (2 * rope.HALF)
+        if split == count - 1:
             _write_new(
                 qkv,
                 row + (GROUP * kv_heads + head) * HEAD_DIM,
-                k_norm,
+                tensors.k_norm,
                 angles,
-                key,
-                value,
-                key_scale,
-                value_scale,
-                tl.load(slots + token),
+                new,
+                tl.load(tensors.slots + token),
                 head,
                 kv_heads,
                 split_size,
                 eps,
                 dtype,
-                HEAD_DIM,
-                DIM,
-                HALF,
-                BLOCK_SIZE,
-                SPLIT_K,
-                K_NORM,
-                K_WIDTH,
-                ROTATES,
+                shape,
+                rope,
             )
-        r = tl.arange(0, ROWS)
-        weight, whole = _norm_of(
+        r = tl.arange(0, splits.ROWS)
+        norm = _norm_of(
             qkv,
             row,
             GROUP * kv_heads * HEAD_DIM,
-            q_norm,
+            tensors.q_norm,
             (head * GROUP + tl.minimum(r, GROUP - 1)) * HEAD_DIM,
             split_size,
             eps,
             dtype,
-            SPLIT_K,
+            rope.SPLIT_K,
             Q_NORM,
-            Q_WIDTH,
+            rope.Q_WIDTH,
         )
-        turned = _turned(
-            qkv,
-            row + (head * GROUP + r) * HEAD_DIM,
-            r < GROUP,
-            weight,
-            whole,
-            angles,
-            split_size,
-            eps,
-            dtype,
-            HEAD_DIM,
-            DIM,
-            HALF,
-            SPLIT_K,
-            Q_NORM,
-            ROTATES,
-        )
-        even, odd, unit = as_factors(narrow(turned, dtype), key_words, DIM, KEY_CODE)
+        place = row + (head * GROUP + r) * HEAD_DIM
+        q = _rotated(qkv, place, r < GROUP, norm, angles, split_size, eps, dtype, shape, rope, Q_NORM, rope.ROTATES)
+        even, odd, unit = as_factors(narrow(q, dtype), cache.key, shape)
         begin += split * split_tokens
-        result, top, total = attend_split(
+        found = attend_split(
             (even, odd),
             unit,
-            key_words,
-            value_words,
-            key_scale,
-            value_scale,
-            block_tables + sequence.to(tl.int64) * table_width,
+            cache,
+            batch.block_tables + sequence.to(tl.int64) * table_width,
             head,
             kv_heads,
             begin,
             tl.minimum(begin + split_tokens, length),
             length - 1 + r * 0,
-            scale,
-            window,
-            soft_cap,
-            HEAD_DIM,
-            DIM,
-            BLOCK_SIZE,
-            BLOCK_N,
-            KEY_CODE,
-            VALUE_CODE,
-            HAS_WINDOW,
-            HAS_CAP,
+            scores,
+            shape,
+            splits.BLOCK_N,
         )
-        finish_split(
-            result,
-            top,
-            total,
-            out,
-            partial,
-            lse,
-            counters,
-            sequence,
-            head,
-            kv_heads,
-            split,
-            splits,
-            grid_splits,
-            first,
-            1,
-            rounding,
-            HEAD_DIM,
-            DIM,
-            GROUP,
-            1,
-            MERGED_ROWS,
-            MERGED_SPLITS,
-            ROUND_GROUP,
-            ROW_BLOCK,
-        )
+        where = (sequence, head, split, count, first, 1)
+        finish_split(found, output, where, kv_heads, grid_splits, row_quant, shape, splits)
 
 
 @triton.jit(do_not_specialize=["sequences", "table_width", "grid_splits"])
 def _rope_decode(
     qkv,
-    positions,
-    slots,
-    cos_sin,
-    q_norm,
-    k_norm,
-    out,
-    partial,
-    lse,
-    counters,
-    key,
-    value,
-    key_words,
-    value_words,
-    key_scale,
-    value_scale,
-    block_tables,
-    seq_lens,
-    query_starts,
+    tensors,
+    new,
+    output,
+    cache,
+    batch,
+    scores,
+    row_quant,
     sequences,
     table_width,
     kv_heads,
     grid_splits,
     split_size,
     eps,
-    scale,
-    window,
-    soft_cap,
-    codes,
-    scales,
-    stored,
-    column_permutation,
-    last_counter,
-    row_width,
-    HEAD_DIM: tl.constexpr,
-    DIM: tl.constexpr,
-    GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
-    HALF: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MIN_SPLIT_TOKENS: tl.constexpr,
-    MAX_SPLITS: tl.constexpr,
-    KEY_CODE: tl.constexpr,
-    VALUE_CODE: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    MERGED_ROWS: tl.constexpr,
-    MERGED_SPLITS: tl.constexpr,
-    ROUND_GROUP: tl.constexpr,
-    ROW_BLOCK: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    Q_NORM: tl.constexpr,
-    K_NORM: tl.constexpr,
-    Q_WIDTH: tl.constexpr,
-    K_WIDTH: tl.constexpr,
-    ROTATES: tl.constexpr,
+    shape: tl.constexpr,
+    rope: tl.constexpr,
+    splits: tl.constexpr,
     SEQUENCES: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
     await_previous(OVERLAPS)
-    rounding = (codes, scales, stored, column_permutation, last_counter, row_width)
     if SEQUENCES == 0:
         _rope_decode_split(
             tl.program_id(0),
             tl.program_id(1),
             tl.program_id(2),
             qkv,
-            positions,
-            slots,
-            cos_sin,
-            q_norm,
-            k_norm,
-            out,
-            partial,
-            lse,
-            counters,
-            key,
-            value,
-            key_words,
-            value_words,
-            key_scale,
-            value_scale,
-            block_tables,
-            seq_lens,
-            query_starts,
+            tensors,
+            new,
+            output,
+            cache,
+            batch,
+            scores,
+            row_quant,
             table_width,
             kv_heads,
             grid_splits,
             split_size,
             eps,
-            scale,
-            window,
-            soft_cap,
-            rounding,
-            HEAD_DIM,
-            DIM,
-            GROUP,
-            ROWS,
-            HALF,
-            BLOCK_SIZE,
-            BLOCK_N,
-            MIN_SPLIT_TOKENS,
-            MAX_SPLITS,
-            KEY_CODE,
-            VALUE_CODE,
-            HAS_WINDOW,
-            HAS_CAP,
-            MERGED_ROWS,
-            MERGED_SPLITS,
-            ROUND_GROUP,
-            ROW_BLOCK,
-            SPLIT_K,
-            Q_NORM,
-            K_NORM,
-            Q_WIDTH,
-            K_WIDTH,
-            ROTATES,
+            shape,
+            rope,
+            splits,
         )
     else:
-        ends = splits_end(
-            seq_lens, query_starts, sequences, window, SEQUENCES, 1, BLOCK_N, MIN_SPLIT_TOKENS, MAX_SPLITS, HAS_WINDOW
-        )
+        ends = splits_end(batch, sequences, scores.window, SEQUENCES, splits, shape.HAS_WINDOW)
         for item in tl.range(tl.program_id(0), tl.max(ends) * kv_heads, tl.num_programs(0), disable_licm=True):
             sequence, split = split_at(item // kv_heads, ends)
             _rope_decode_split(
@@ -497,56 +307,21 @@ def _rope_decode(
                 item % kv_heads,
                 split,
                 qkv,
-                positions,
-                slots,
-                cos_sin,
-                q_norm,
-                k_norm,
-                out,
-                partial,
-                lse,
-                counters,
-                key,
-                value,
-                key_words,
-                value_words,
-                key_scale,
-                value_scale,
-                block_tables,
-                seq_lens,
-                query_starts,
+                tensors,
+                new,
+                output,
+                cache,
+                batch,
+                scores,
+                row_quant,
                 table_width,
                 kv_heads,
                 grid_splits,
                 split_size,
                 eps,
-                scale,
-                window,
-                soft_cap,
-                rounding,
-                HEAD_DIM,
-                DIM,
-                GROUP,
-                ROWS,
-                HALF,
-                BLOCK_SIZE,
-                BLOCK_N,
-                MIN_SPLIT_TOKENS,
-                MAX_SPLITS,
-                KEY_CODE,
-                VALUE_CODE,
-                HAS_WINDOW,
-                HAS_CAP,
-                MERGED_ROWS,
-                MERGED_SPLITS,
-                ROUND_GROUP,
-                ROW_BLOCK,
-                SPLIT_K,
-                Q_NORM,
-                K_NORM,
-                Q_WIDTH,
-                K_WIDTH,
-                ROTATES,
+                shape,
+                rope,
+                splits,
             )
 
 
@@ -569,13 +344,10 @@ def rope_decode(
     **sizes: int,
 ) -> Launch:
     """`rope` on qkv, and `decode` of the queries into out [T, Hq, D], for every sequence with one new token."""
-    d = shape.head_dim
-    expect(out=(out, (qkv.shape[-2], shape.num_heads, d)))
+    expect(out=(out, (qkv.shape[-2], shape.num_heads, shape.head_dim)))
     plain = decode(out, inputs, cache, shape, out, partial, lse, counters, into=into, input_quant=input_quant, **sizes)
-    cached = {"key_words": plain.arguments["key"], "value_words": plain.arguments["value"]}
-    added = rope_arguments(qkv, inputs, cache, shape, cos_sin, q_norm, k_norm, eps)
-    arguments = {**plain.arguments, **cached, **added}
-    del arguments["q"], arguments["QUERIES"]
+    arguments = {**plain.arguments, **rope_arguments(qkv, inputs, cache, shape, cos_sin, q_norm, k_norm, eps)}
+    del arguments["q"]  # which are made in the kernel
     return replace(plain, kernel=_rope_decode, arguments=arguments)
 
 

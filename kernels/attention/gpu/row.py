@@ -9,12 +9,11 @@ Limit: latency; 2 to 4 bytes of a row from L2 for each element, and a code.
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo.kernels.attention.gpu.arguments import RowQuant
 from octavo.kernels.launching.checks import expect
 from octavo.kernels.launching.launch import cdiv, power_of_two
 from octavo.kernels.launching.numerics import divided, if_finite, largest, narrow, step_of, to_codes, within_codes
@@ -52,11 +51,12 @@ def _by_groups(value, scale, first, groups, kind: tl.constexpr, GROUP: tl.conste
 
 
 @triton.jit
-def round_row(out, token, width, codes, scale, stored, column_permutation, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+def round_row(out, token, row_quant, GROUP: tl.constexpr, BLOCK: tl.constexpr):
     """A token's row of out [T, width], as codes [T, width] with scale [T, ceil(width / GROUP)], or [T] with GROUP 0.
 
-    stored: the checkpoint's scale, or None. Column k becomes column places [k], if there are places.
+    stored: the checkpoint's scale, or None. Column k becomes column column_permutation [k], if there is one.
     """
+    codes, scale, stored, column_permutation, _, width = row_quant
     kind: tl.constexpr = codes.dtype.element_ty
     row = token * width
     step = 1.0
@@ -79,17 +79,16 @@ def round_row(out, token, width, codes, scale, stored, column_permutation, GROUP
 
 def row_arguments(
     out: Tensor, into: QuantizedActivation | None, input_quant: ActivationQuant | None, counters: Tensor, num_warps: int
-) -> dict[str, Any]:
-    """What a kernel is given to round rows of out [T, Hq, D] into `into`, as `input_quant` says; nothing, without.
+) -> tuple[RowQuant, int, int]:
+    """Arguments to quantize rows of out [T, Hq, D] into `into` as `input_quant` says, ROUND_GROUP and ROW_BLOCK.
 
-    Numbers that it could compute are arguments too: one that is known before a loop over shares would hold a register
+    Numbers that a kernel could compute are arguments too: computed before a loop over splits they would hold a register
     all through attention, an argument holds none. Raises ValueError.
     """
     if (into is None) != (input_quant is None):
         raise ValueError("into and input_quant come together")
     if into is None or input_quant is None:
-        nothing = dict.fromkeys(("codes", "scales", "stored", "column_permutation", "last_counter", "row_width"))
-        return {**nothing, "ROUND_GROUP": 0, "ROW_BLOCK": 0}
+        return RowQuant(), 0, 0
     tokens, heads, dim = out.shape
     group = input_quant.group_size
     columns = heads * dim
@@ -101,13 +100,7 @@ def row_arguments(
         static_scale=(input_quant.static_scale, 1),
         column_permutation=(input_quant.column_permutation, (columns,)),
     )
-    return {
-        "codes": into.codes,
-        "scales": scale,
-        "stored": input_quant.static_scale,
-        "column_permutation": input_quant.column_permutation,
-        "last_counter": counters.numel() - 1,
-        "row_width": columns,
-        "ROUND_GROUP": group,
-        "ROW_BLOCK": max(min(power_of_two(columns), 512 * num_warps), group),
-    }
+    row_quant = RowQuant(
+        into.codes, scale, input_quant.static_scale, input_quant.column_permutation, counters.numel() - 1, columns
+    )
+    return row_quant, group, max(min(power_of_two(columns), 512 * num_warps), group)

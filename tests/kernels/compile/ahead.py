@@ -207,20 +207,31 @@ def _compile(launch: Launch, target: GPUTarget) -> tuple[Any, str]:
 
 def _source(kernel: Any, arguments: dict[str, Any]) -> ASTSource:
     """The kernel as Triton's own dispatcher would specialize it for these arguments."""
-    signature: dict[str, str] = {}
+    signature: dict[str, Any] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+
+    def specialize(value: Any, path: tuple[int, ...], takes_one: bool, aligns: bool) -> Any:
+        """The type of an argument, or of each field of a tuple; notes what is constant and what is a multiple of 16."""
+        if isinstance(value, tuple):
+            types = [specialize(field, (*path, i), takes_one, aligns) for i, field in enumerate(value)]
+            return type(value)(*types) if hasattr(value, "_fields") else tuple(types)
+        if value is None or (type(value) is int and value == 1 and takes_one):
+            constants[path] = value
+            return "constexpr"
+        if aligns and _is_multiple_of_16(value):
+            attributes[path] = [["tt.divisibility", 16]]
+        return _type(value)
+
     for i, parameter in enumerate(kernel.params):
         value = arguments.get(parameter.name, parameter.default)
-        is_one = type(value) is int and value == 1 and not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or is_one:
+        if parameter.is_constexpr:
             signature[parameter.name] = "constexpr"
             constants[(i,)] = value
             continue
-        signature[parameter.name] = _type(value)
-        any_multiple = parameter.do_not_specialize or parameter.do_not_specialize_on_alignment
-        if not any_multiple and _is_multiple_of_16(value):
-            attributes[(i,)] = [["tt.divisibility", 16]]
+        takes_one = not parameter.do_not_specialize
+        aligns = not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment)
+        signature[parameter.name] = specialize(value, (i,), takes_one, aligns)
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
