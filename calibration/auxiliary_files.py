@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from octavo.quant.checkpoint import PICKLE_SUFFIXES, CheckpointError
-from octavo.quant.safetensors_file import parse_json
+from octavo.quant.checkpoint import PICKLE_SUFFIXES
+from octavo.quant.model_files import ANEW, CheckpointError, parse_json
 
 WEIGHT_SUFFIXES = (*PICKLE_SUFFIXES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".npz", ".index.json")
 WRITTEN_HERE = (
@@ -63,7 +63,7 @@ def copy_files(files: Mapping[str, Path], target: Path) -> None:
             try:
                 content = parse_json(path.read_bytes())
             except ValueError as e:
-                raise CheckpointError(f"{name} is not JSON: {e}") from e
+                raise CheckpointError(f"{name} is not JSON: {e}; {ANEW}") from e
             if (clean := without_paths(content)) != content:
                 write_json(target / name, clean)
                 continue

@@ -6,7 +6,6 @@ afterwards what it did not ask for. Only safetensors: a pickle is a program, and
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,10 @@ from torch import Tensor
 from octavo.quant.formats.format import FormatError, QuantizationConfig
 from octavo.quant.formats.select import SUFFIXES, parse_quantization
 from octavo.quant.fused_experts import divide_experts
+from octavo.quant.model_files import CheckpointError, read_object
+from octavo.quant.printable import shown, some
 from octavo.quant.qparams import QuantizedWeight
-from octavo.quant.safetensors_file import SafetensorsError, SafetensorsFile, TensorSpec, parse_json
+from octavo.quant.safetensors_file import SafetensorsError, SafetensorsFile, TensorSpec
 
 # Where old GPTQ and AWQ writers, and ModelOpt, keep theirs.
 SIDE_CONFIGS = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
@@ -39,10 +40,7 @@ CONFIG_TYPES = {
     "quantization_config": dict,
     "compression_config": dict,
 }
-
-
-class CheckpointError(ValueError):
-    """A directory that is not a checkpoint that can be served or quantized; the message says what is wrong with it."""
+KINDS = {str: "a string", list: "an array", dict: "an object"}
 
 
 class Checkpoint:
@@ -69,20 +67,27 @@ class Checkpoint:
         self._file_of = {name: file for file in files.values() for name in file.specs}
         self.names = frozenset(self._file_of)
         self._unread = set(self.names)
+        self._suffixes: dict[str, list[str]] = {}
+        for name in self._file_of:
+            module, _, suffix = name.rpartition(".")
+            if suffix in SUFFIXES:
+                self._suffixes.setdefault(module, []).append(suffix)
 
     @classmethod
     def open(cls, directory: Path) -> Checkpoint:
         """Read the config and the headers of all shards; no tensor yet. Raises CheckpointError."""
         if not directory.is_dir():
             raise CheckpointError(f"{directory} is not a directory")
-        config = read_config(directory)
+        config, quantization_file = _read_configs(directory)
         files = _open_shards(directory, _find_shards(directory))
         try:
             divide_experts(files.values(), str(config.get("model_type")))
             checkpoint = cls(directory, config, files, _parse_quantization(config))
             checkpoint._check_formats()
-        except (FormatError, SafetensorsError) as e:
+        except SafetensorsError as e:
             raise CheckpointError(f"{directory.name}: {e}") from e
+        except FormatError as e:
+            raise CheckpointError(f"{quantization_file}: {e}") from e
         return checkpoint
 
     def has(self, name: str) -> bool:
@@ -117,7 +122,7 @@ class Checkpoint:
 
     def suffixes(self, module: str) -> list[str]:
         """Which tensors there are of a linear layer, in any format, biases aside: ['weight', 'weight_scale']."""
-        return [suffix for suffix in SUFFIXES if self.has(f"{module}.{suffix}")]
+        return sorted(self._suffixes.get(module, ()), key=SUFFIXES.index)
 
     @property
     def kv_cache_dtype(self) -> str | None:
@@ -173,37 +178,30 @@ def read_config(directory: Path) -> dict[str, Any]:
 
     Raises CheckpointError.
     """
+    return _read_configs(directory)[0]
+
+
+def _read_configs(directory: Path) -> tuple[dict[str, Any], Path]:
+    """`read_config`'s dict, and the file that its quantization_config is from."""
     path = directory / "config.json"
     try:
-        config = _read_object(path)
+        config = read_object(path)
     except FileNotFoundError:
         raise CheckpointError(f"{directory} has no config.json: not a Hugging Face checkpoint") from None
-    owners = [owner for owner in (config, config.get("text_config")) if isinstance(owner, dict)]
-    for owner in owners:
-        for key, kind in CONFIG_TYPES.items():
-            if not isinstance(owner.get(key), kind | None):
-                raise CheckpointError(f"{path}: {key} is {owner[key]!r}, no {kind.__name__}")
+    _check_types(config, path, "")
+    _check_types(config.get("text_config") or {}, path, "text_config.")
     if quantization_dict(config) is None:
         for name, method in SIDE_CONFIGS.items():
-            if (directory / name).is_file():
-                config["quantization_config"] = {"quant_method": method} | _read_object(directory / name)
-                break
-    return config
+            side = directory / name
+            if side.exists():
+                return config | {"quantization_config": {"quant_method": method} | read_object(side)}, side
+    return config, path
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    """A JSON object in a file."""
-    try:
-        content = parse_json(path.read_bytes())
-    except FileNotFoundError:
-        raise
-    except OSError as e:
-        raise CheckpointError(f"{path} can't be read: {e.strerror}") from e
-    except ValueError as e:
-        raise CheckpointError(f"{path} is not JSON: {e}") from e
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is not a JSON object")
-    return content
+def _check_types(owner: dict[str, Any], path: Path, prefix: str) -> None:
+    for key, kind in CONFIG_TYPES.items():
+        if not isinstance(owner.get(key), kind | None):
+            raise CheckpointError(f"{path}: {prefix}{key} is {shown(owner[key])}; {KINDS[kind]} or null is needed")
 
 
 def quantization_dict(config: dict[str, Any]) -> dict[str, Any] | None:
@@ -232,32 +230,31 @@ def _find_shards(directory: Path) -> dict[str, list[str] | None]:
     if len(safetensors) == 1:
         return {safetensors[0]: None}
     if safetensors:
-        raise CheckpointError(f"{directory} has {', '.join(safetensors)} but neither {SINGLE} nor {INDEX}")
+        raise CheckpointError(f"{directory} has {some(safetensors)} but neither {SINGLE} nor {INDEX}")
     pickles = [name for name in present if name.endswith(PICKLE_SUFFIXES)]
     if pickles:
         raise CheckpointError(
-            f"{directory} has its weights in pickle files ({', '.join(pickles)}), which can run code when they are "
+            f"{directory} has its weights in pickle files ({some(pickles)}), which can run code when they are "
             "loaded and are not read; convert them with transformers' save_pretrained"
         )
     raise CheckpointError(f"{directory} has no safetensors file")
 
 
 def _read_index(directory: Path) -> dict[str, list[str] | None]:
-    try:
-        weight_map = parse_json((directory / INDEX).read_bytes())["weight_map"]
-        items = sorted((str(file), str(name)) for name, file in weight_map.items())
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise CheckpointError(f"{directory / INDEX} is not an index with a weight_map: {e}") from e
+    path = directory / INDEX
+    weight_map = read_object(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(f"{path} has no weight_map from tensors' names to files' names, as an index has")
     shards: dict[str, list[str] | None] = {}
-    for file, name in items:
-        if file != Path(file).name or not file.endswith(".safetensors"):
-            raise CheckpointError(f"{INDEX} names {file!r}, which is not a safetensors file beside it")
+    for name, file in sorted(weight_map.items(), key=lambda item: (item[1], item[0])):
+        if file != Path(file).name or not file.endswith(".safetensors") or "\0" in file:
+            raise CheckpointError(f"{path} names {shown(file)}, which is not a safetensors file beside it")
         listed = shards.setdefault(file, [])
         assert listed is not None
         listed.append(name)
     missing = [file for file in shards if not (directory / file).is_file()]
     if missing:
-        raise CheckpointError(f"{INDEX} names {', '.join(missing)}, not in {directory}: the download is incomplete")
+        raise CheckpointError(f"{INDEX} names {some(missing)}, not in {directory}: the download is incomplete")
     return shards
 
 
@@ -271,18 +268,12 @@ def _open_shards(directory: Path, shards: dict[str, list[str] | None]) -> dict[s
             raise CheckpointError(f"{directory.name}: {e}") from e
         absent = [tensor for tensor in listed or () if tensor not in file.specs]
         if absent:
-            raise CheckpointError(f"{name} lacks {_some(absent)}, which {INDEX} says it has")
+            raise CheckpointError(f"{name} lacks {some(absent)}, which {INDEX} says it has")
         twice = [tensor for tensor in file.specs if tensor in seen]
         if twice:
-            raise CheckpointError(f"{name} and {seen[twice[0]]} both have {_some(twice)}")
+            raise CheckpointError(f"{name} and {seen[twice[0]]} both have {some(twice)}")
         seen.update(dict.fromkeys(file.specs, name))
         files[name] = file
     if not seen:
         raise CheckpointError(f"{directory} has safetensors files or an index, but no tensor is in them")
     return files
-
-
-def _some(names: Iterable[str], most: int = 4) -> str:
-    """The first few of many names."""
-    names = list(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -15,6 +15,7 @@ from octavo.quant.safetensors_file import SafetensorsError, SafetensorsFile
 
 FUSED = re.compile(r"^(?P<layer>.+)\.mlp\.experts\.(?P<kind>gate_up_proj|down_proj)$")
 ROUTER = re.compile(r"^(?P<layer>.+)\.mlp\.gate\.weight$")
+MAX_EXPERTS = 1 << 16
 QWEN = ("mlp", "gate_proj", "up_proj", "down_proj")
 OWN_NAMES = {  # owner, gate, up and down in a checkpoint of one tensor per expert
     "mixtral": ("block_sparse_moe", "w1", "w3", "w2"),
@@ -38,7 +39,11 @@ def divide_experts(files: Iterable[SafetensorsFile], model_type: str) -> None:
     for file in files:
         for name, spec in list(file.specs.items()):
             parts: dict[str, tuple[int, ...]] = {}
-            if (match := FUSED.match(name)) and len(spec.shape) == 3:
+            if (match := FUSED.match(name)) and len(spec.shape) == 3 and spec.numel:
+                if spec.shape[0] > MAX_EXPERTS:
+                    raise SafetensorsError(
+                        f"{file.path.name}: {name} has {spec.shape[0]:,} experts; {MAX_EXPERTS:,} are the most"
+                    )
                 parts = dict(_parts(f"{match['layer']}.{names[0]}.experts", match["kind"], spec.shape, names))
             elif (match := ROUTER.match(name)) and match["layer"] in layers:
                 parts = {f"{match['layer']}.{names[0]}.gate.weight": spec.shape}

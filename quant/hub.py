@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NoReturn
 
+from octavo.quant.model_files import CheckpointError
+
 # What a model's directory holds apart from weights of other kinds: no pickle is fetched, and no GGUF or ONNX.
 ALLOWED = [
     "*.safetensors",
@@ -48,6 +50,4 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
 
 
 def _refuse(message: str, cause: Exception | None = None) -> NoReturn:
-    from octavo.quant.checkpoint import CheckpointError  # imports torch, which takes seconds, and the server needs none
-
     raise CheckpointError(message) from cause

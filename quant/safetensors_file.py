@@ -18,6 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from octavo.quant.model_files import ANEW, parse_json
+from octavo.quant.printable import printable, shown
+
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -35,18 +38,13 @@ DTYPES: dict[str, torch.dtype] = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER_BYTES = 100_000_000  # the safetensors package's own limit
+MAX_SIZE = 1 << 48  # of a dimension or an offset
+MAX_DIMENSIONS = 8
+MAX_NAME = 10_000  # characters; a config's regexes are matched against names
 
 
 class SafetensorsError(ValueError):
     """A file that is not a whole, well-formed safetensors file; the message names it."""
-
-
-def parse_json(raw: str | bytes) -> Any:
-    """json.loads, for files that came from anywhere: whatever is wrong with them is a ValueError."""
-    try:
-        return json.loads(raw)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
 
 
 @dataclass(frozen=True)
@@ -143,12 +141,12 @@ class SafetensorsFile:
             if len(prefix) < 8 or length > min(self.size - 8, MAX_HEADER_BYTES):
                 raise SafetensorsError(
                     f"{self.path.name} is truncated or not a safetensors file: {self.size} bytes, "
-                    f"of which the header claims {length}"
+                    f"of which the header claims {length}; {ANEW}"
                 )
             try:
-                header = parse_json(file.read(length))
+                header = parse_json(file.read(length), unique_keys=True)
             except ValueError as e:
-                raise SafetensorsError(f"{self.path.name}: its header is not JSON ({e})") from e
+                raise SafetensorsError(f"{self.path.name}: its header is not JSON ({e}); {ANEW}") from e
         if not isinstance(header, dict):
             raise SafetensorsError(f"{self.path.name}: its header is not a JSON object")
         return header, 8 + length
@@ -158,32 +156,50 @@ class SafetensorsFile:
         for name in sorted(self.specs, key=lambda name: (self._begin[name], self.specs[name].nbytes)):
             if self._begin[name] != end:
                 what = "a gap before" if self._begin[name] > end else "another tensor's bytes in"
-                raise SafetensorsError(f"{self.path.name}: its header has {what} {name}")
+                raise SafetensorsError(f"{self.path.name}: its header has {what} {_short(name)}; {ANEW}")
             end += self.specs[name].nbytes
         if end < self.size:
-            raise SafetensorsError(f"{self.path.name} has {self.size - end} bytes more than its header tells of")
+            raise SafetensorsError(
+                f"{self.path.name} has {self.size - end} bytes more than its header tells of; {ANEW}"
+            )
         if end > self.size:
             raise SafetensorsError(
-                f"{self.path.name} is truncated: its header promises {end} bytes, it has {self.size}"
+                f"{self.path.name} is truncated: its header promises {end} bytes, it has {self.size}; {ANEW}"
             )
 
     def _parse_entry(self, name: str, entry: Any) -> tuple[TensorSpec, int]:
         try:
-            dtype = str(entry["dtype"])
+            dtype = entry["dtype"]
             shape = tuple(entry["shape"])
             begin, end = entry["data_offsets"]
+            name.encode()  # half a surrogate pair can't be printed, nor written to another file
         except (TypeError, KeyError, ValueError) as e:
-            raise SafetensorsError(f"{self.path.name}: malformed header entry for {name}") from e
-        if dtype not in DTYPES:
-            raise SafetensorsError(f"{self.path.name}: {name} has dtype {dtype}; known are {', '.join(DTYPES)}")
-        if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
-            raise SafetensorsError(f"{self.path.name}: malformed header entry for {name}")
+            raise SafetensorsError(f"{self.path.name}: malformed header entry for {_short(name)}") from e
+        if not isinstance(dtype, str) or dtype not in DTYPES:
+            raise SafetensorsError(
+                f"{self.path.name}: {_short(name)} has dtype {_short(str(dtype))}; known are {', '.join(DTYPES)}"
+            )
+        if not all(type(n) is int and 0 <= n <= MAX_SIZE for n in (*shape, begin, end)) or len(shape) > MAX_DIMENSIONS:
+            raise SafetensorsError(
+                f"{self.path.name}: malformed header entry for {_short(name)}: shape {shown(list(shape))}, "
+                f"data_offsets {shown([begin, end])}"
+            )
+        if len(name) > MAX_NAME:
+            raise SafetensorsError(
+                f"{self.path.name}: the name of {_short(name)} has {len(name):,} characters; {MAX_NAME:,} are the most"
+            )
         spec = TensorSpec(DTYPES[dtype], shape)
         if end - begin != spec.nbytes:
             raise SafetensorsError(
-                f"{self.path.name}: {name} is {dtype} {list(shape)}, {spec.nbytes} bytes, but {end - begin} are stored"
+                f"{self.path.name}: {_short(name)} is {dtype} {list(shape)}, {spec.nbytes} bytes, but {end - begin} "
+                "are stored"
             )
         return spec, begin
+
+
+def _short(name: str) -> str:
+    """Text out of a header, in a message; it may be megabytes long."""
+    return printable(name, 200)
 
 
 class SafetensorsWriter:

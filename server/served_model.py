@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import reprlib
 import time
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from octavo.quant.model_files import read_object_if_any
 from octavo.server.dialects.protocol import GenerationRequest
 from octavo.server.errors import explain
 from octavo.server.template_renderer import TemplateRenderer
@@ -66,8 +66,8 @@ def sampling_defaults(directory: Path, source: str, override: dict[str, float]) 
     defaults = {}
     if source != "vllm":
         path = directory if source == "auto" else Path(source)
-        file = path if path.is_file() else path / "generation_config.json"
-        config = _read(file)
+        file = path / "generation_config.json" if path.is_dir() else path
+        config = read_object_if_any(file)
         if source != "auto" and not config:
             raise ValueError(
                 f"--generation-config {source!r}: no generation_config.json there; 'auto' and 'vllm' are names"
@@ -93,10 +93,10 @@ def end_token_ids(directory: Path, tokenizer: Tokenizer) -> frozenset[int]:
 
     Raises ValueError, which names the file and the key, for what is no token id.
     """
-    config = _read(directory / "config.json")
+    config = read_object_if_any(directory / "config.json")
     text_config = config.get("text_config")
     places = [
-        (directory / "generation_config.json", "eos_token_id", _read(directory / "generation_config.json")),
+        (directory / "generation_config.json", "eos_token_id", read_object_if_any(directory / "generation_config.json")),
         (directory / "config.json", "eos_token_id", config),
         (directory / "config.json", "text_config.eos_token_id", text_config if isinstance(text_config, dict) else {}),
     ]
@@ -120,16 +120,3 @@ def _token_ids(value: object, file: Path, key: str) -> set[int]:
                 f"{LARGEST_TOKEN_ID}), a list of token ids, or null"
             )
     return set(listed)
-
-
-def _read(file: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is no such file."""
-    if not file.exists():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} can't be read as JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} must be a JSON object, not {type(content).__name__}")
-    return content

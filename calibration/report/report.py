@@ -16,11 +16,13 @@ import msgspec
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from octavo.calibration.kv import KVRow
 from octavo.calibration.report.verdict import Verdict
 from octavo.calibration.report.weight_error import KindRow, LayerRow
 from octavo.calibration.verify import Quality
+from octavo.quant.printable import printable
 from octavo.version import VERSION
 
 SCHEMA_VERSION = 1
@@ -147,10 +149,10 @@ def print_report(report: Report, console: Console) -> None:
     if report.verdict is not None:
         lines += report.verdict.lines()
     for line in lines:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
     for warning in report.warnings:
         console.print("[yellow]warning:[/yellow]", end=" ")
-        console.print(warning, highlight=False, markup=False, soft_wrap=True)
+        console.print(printable(warning), highlight=False, markup=False, soft_wrap=True)
 
 
 def quality_lines(quality: Quality | None) -> list[str]:
@@ -187,7 +189,7 @@ def _table(report: Report) -> Table:
         table.add_column("scheme", overflow="fold")
     for row in report.kinds:
         table.add_row(
-            row.kind,
+            Text(printable(row.kind, 200)),  # a name may look like rich's markup
             str(row.count),
             "x".join(map(str, row.shape)),
             f"{row.bytes_before / 1e6:.1f}",

@@ -18,6 +18,7 @@ from octavo.quant.formats.awq import AWQFormat, make_awq
 from octavo.quant.formats.format import FormatError
 from octavo.quant.formats.gptq import GPTQFormat
 from octavo.quant.formats.gptq_config import IN_BLOCK, check_types, make_format
+from octavo.quant.formats.patterns import Regexes
 
 # packing_format: which tensors, and how GPTQ's zero points are stored (minus 1 is version 1).
 PACKINGS: dict[str, int | str] = {
@@ -56,6 +57,7 @@ class AutoRoundConfig:
     base: Mapping[str, Any]
     packing: int | str
     extra: Mapping[str, Mapping[str, Any]]
+    extra_regexes: tuple[tuple[Regexes, Mapping[str, Any]], ...] = ()
     name: str = "auto-round"
     kv_cache: str | None = None
 
@@ -70,8 +72,7 @@ class AutoRoundConfig:
     def _extra(self, module: str) -> Mapping[str, Any]:
         if module in self.extra:
             return self.extra[module]
-        patterns = (name for name in self.extra if REGEX_CHARACTERS.search(name))
-        return next((self.extra[name] for name in patterns if re.search(name, module)), {})
+        return next((settings for regexes, settings in self.extra_regexes if regexes.search(module)), {})
 
     def _make(self, settings: Mapping[str, Any], where: str) -> GPTQFormat | AWQFormat:
         if settings["data_type"] != "int":
@@ -90,12 +91,9 @@ def parse_auto_round(raw: Mapping[str, Any]) -> AutoRoundConfig:
     if packing not in PACKINGS:
         raise FormatError(f"packing_format {packing!r} is not supported; {', '.join(PACKINGS)} are")
     extra = raw.get("extra_config") or {}
-    for pattern in extra:
-        if REGEX_CHARACTERS.search(pattern):
-            try:
-                re.compile(pattern)
-            except re.error as e:
-                raise FormatError(f"quantization_config: extra_config {pattern!r} is not a regex: {e}") from None
+    regexes = tuple(
+        (Regexes([name], "extra_config"), settings) for name, settings in extra.items() if REGEX_CHARACTERS.search(name)
+    )
     base = {
         "bits": config.bits,
         "group_size": config.group_size,
@@ -104,6 +102,6 @@ def parse_auto_round(raw: Mapping[str, Any]) -> AutoRoundConfig:
         "act_bits": config.act_bits or 16,
         "desc_act": False,
     }
-    parsed = AutoRoundConfig(base, PACKINGS[packing], extra)
+    parsed = AutoRoundConfig(base, PACKINGS[packing], extra, regexes)
     parsed._make(base, "")
     return parsed

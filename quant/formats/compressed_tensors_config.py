@@ -8,8 +8,9 @@ that no layer uses does no harm.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal
 
 import msgspec
@@ -17,6 +18,8 @@ import msgspec
 from octavo.quant.formats.compressed_tensors import CompressedTensorsFormat
 from octavo.quant.formats.compressed_tensors_fp4 import GROUP, Fp4Format
 from octavo.quant.formats.format import FormatError, QuantFormat
+from octavo.quant.formats.patterns import Regexes
+from octavo.quant.printable import some
 from octavo.quant.scheme import (
     CHANNEL,
     PRESETS,
@@ -68,12 +71,28 @@ FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantize
 ANY_FORMAT = (*FP4_FORMATS, "mixed-precision")
 
 
+class Targets:
+    """A list of `targets` or `ignore`: layers by their full names, by 're:' and a regex, or all by the class Linear."""
+
+    def __init__(self, patterns: Sequence[str], key: str) -> None:
+        """Raises FormatError, which names `key`, for a regex that is none."""
+        regexes = [pattern.removeprefix("re:") for pattern in patterns if pattern.startswith("re:")]
+        self.patterns = tuple(patterns)
+        self.has_class = "Linear" in patterns
+        self.names = frozenset(patterns) - {"Linear"}
+        self.regexes = Regexes(regexes, key)
+
+    def match(self, module: str) -> bool:
+        """Whether any entry means this linear layer."""
+        return self.has_class or module in self.names or self.regexes.match(module)
+
+
 @dataclass(frozen=True)
 class ConfigGroup:
     """One entry of config_groups: the layers it is for, and their format, or why there can't be one."""
 
     name: str
-    targets: tuple[str, ...]
+    targets: Targets
     format: QuantFormat | None
     problem: str = ""
 
@@ -83,7 +102,7 @@ class CompressedTensorsConfig:
     """Scheme by layer. kv_cache: the cache's type, 'fp8_e4m3' or 'int8', when the checkpoint has scales for it."""
 
     groups: tuple[ConfigGroup, ...]
-    ignore: tuple[str, ...]
+    ignore: Targets
     kv_cache: str | None = None
     name: str = "compressed-tensors"
 
@@ -92,35 +111,25 @@ class CompressedTensorsConfig:
 
         Raises FormatError when its scheme is one that octavo doesn't have.
         """
-        if any(matches(module, pattern) for pattern in self.ignore):
+        group_ = None if self.ignore.match(module) else self._group_of(module)
+        if group_ is None:
             return None
-        # Names before regexes before the class: compressed-tensors' own order (`match_targets`).
-        for rank in (_is_name, _is_regex, _is_class):
-            for group_ in self.groups:
-                if any(rank(target) and matches(module, target) for target in group_.targets):
-                    if group_.format is None:
-                        raise FormatError(
-                            f"{module}: config group {group_.name!r} (targets {list(group_.targets)}): {group_.problem}"
-                        )
-                    return group_.format
-        return None
+        if group_.format is None:
+            targets = some(group_.targets.patterns)
+            raise FormatError(f"{module}: config group {group_.name!r} (targets {targets}): {group_.problem}")
+        return group_.format
 
-
-def _is_class(target: str) -> bool:
-    return target == "Linear"
-
-
-def _is_regex(target: str) -> bool:
-    return target.startswith("re:")
-
-
-def _is_name(target: str) -> bool:
-    return not _is_class(target) and not _is_regex(target)
+    def _group_of(self, module: str) -> ConfigGroup | None:
+        """Names before regexes before the class: compressed-tensors' own order (`match_targets`)."""
+        by_name = (group_ for group_ in self.groups if module in group_.targets.names)
+        by_regex = (group_ for group_ in self.groups if group_.targets.regexes.match(module))
+        by_class = (group_ for group_ in self.groups if group_.targets.has_class)
+        return next(chain(by_name, by_regex, by_class), None)
 
 
 def matches(module: str, pattern: str) -> bool:
-    """Whether a target or an ignore entry means this linear layer: 'Linear', its full name, or 're:' and a regex."""
-    if _is_regex(pattern):
+    """Whether a target means this linear layer, where the user wrote it: 'Linear', its full name, or a regex."""
+    if pattern.startswith("re:"):
         return re.match(pattern.removeprefix("re:"), module) is not None
     return pattern in ("Linear", module)
 
@@ -143,27 +152,19 @@ def parse_config(raw: Mapping[str, Any]) -> CompressedTensorsConfig:
             groups.append(_preset_group(name, entry))
         else:
             groups.append(_parse_group(name, entry, entry.get("format") or stored))
-    ignore = tuple(raw.get("ignore") or ())
-    for pattern in (*ignore, *(target for group_ in groups for target in group_.targets)):
-        _check_regex(pattern)
+    ignore = Targets(raw.get("ignore") or (), "ignore")
     return CompressedTensorsConfig(tuple(groups), ignore, _parse_kv_cache(raw.get("kv_cache_scheme")))
-
-
-def _check_regex(pattern: str) -> None:
-    try:
-        matches("", pattern)
-    except re.error as e:
-        raise FormatError(f"quantization_config: {pattern!r} is not a regex: {e}") from None
 
 
 def _preset_group(name: str, targets: list[str]) -> ConfigGroup:
     scheme = PRESETS.get(name.upper())
     problem = "" if scheme else f"preset {name!r} is unknown here; known are {', '.join(PRESETS)}"
-    return ConfigGroup(name, tuple(targets), CompressedTensorsFormat(scheme) if scheme else None, problem)
+    format_ = CompressedTensorsFormat(scheme) if scheme else None
+    return ConfigGroup(name, Targets(targets, f"config_groups.{name}"), format_, problem)
 
 
 def _parse_group(name: str, entry: Mapping[str, Any], stored: str) -> ConfigGroup:
-    targets = tuple(entry.get("targets") or ())
+    targets = Targets(entry.get("targets") or (), f"config_groups.{name}.targets")
     try:
         if entry.get("output_activations"):
             raise SchemeError("output_activations: quantized outputs are not supported")

@@ -19,6 +19,7 @@ import msgspec
 from octavo.quant.formats.compressed_tensors_config import INT_DTYPES
 from octavo.quant.formats.format import FormatError
 from octavo.quant.formats.gptq import GPTQFormat, Version
+from octavo.quant.formats.patterns import Regexes
 from octavo.quant.scheme import QuantScheme, SchemeError, WeightScheme, group
 
 VERSIONS: dict[str, Version] = {"gptq": 1, "gptq_v2": 2}
@@ -52,18 +53,27 @@ class _Config(msgspec.Struct):
 
 
 @dataclass(frozen=True)
+class DynamicRule:
+    """One entry of `dynamic`."""
+
+    pattern: str
+    regexes: Regexes
+    override: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
 class GPTQConfig:
     """Scheme by layer.
 
     base        bits, group_size, desc_act and sym of a layer without an override
-    dynamic     GPTQModel's: (regex, override), in their order; None for an override: not quantized
+    dynamic     GPTQModel's: which layers, and what differs for them, in their order; None: they are not quantized
     listed      the layers' names in their block, or parts of names, where the config lists them
     """
 
     base: Mapping[str, Any]
     version: Version
     whole_words: bool = False
-    dynamic: tuple[tuple[str, Mapping[str, Any] | None], ...] = ()
+    dynamic: tuple[DynamicRule, ...] = ()
     listed: tuple[str, ...] = ()
     lm_head: bool = False
     name: str = "gptq"
@@ -71,7 +81,7 @@ class GPTQConfig:
 
     def format_of(self, module: str, suffixes: Collection[str] | None = None) -> GPTQFormat | None:
         """The format of a linear layer by its full name; None when it is not quantized."""
-        override = next((found for pattern, found in self.dynamic if re.match(pattern, module)), {})
+        override = next((rule.override for rule in self.dynamic if rule.regexes.match(module)), {})
         quantized = self._expects(module, override) if suffixes is None else "qweight" in suffixes
         if not quantized:
             return None
@@ -121,8 +131,8 @@ def parse_gptq(raw: Mapping[str, Any]) -> GPTQConfig:
         name=stored_format(raw),
     )
     make_format(base, version, False, "")
-    for pattern, override in parsed.dynamic:
-        make_format(_merge(base, override), version, False, f"dynamic {pattern!r}: ")
+    for rule in parsed.dynamic:
+        make_format(_merge(base, rule.override), version, False, f"dynamic {rule.pattern!r}: ")
     return parsed
 
 
@@ -153,16 +163,12 @@ def _refuse(raw: Mapping[str, Any]) -> None:
             raise FormatError(f"{key} {raw[key]!r} is not supported: the weights alone don't give its answers")
 
 
-def parse_dynamic(raw: Mapping[str, Any]) -> tuple[tuple[str, Mapping[str, Any] | None], ...]:
+def parse_dynamic(raw: Mapping[str, Any]) -> tuple[DynamicRule, ...]:
     """GPTQModel's `dynamic`: '-:regex' leaves layers as they are, '+:regex' or 'regex' overrides settings."""
-    rules: list[tuple[str, Mapping[str, Any] | None]] = []
+    rules = []
     for pattern, override in (raw.get("dynamic") or {}).items():
         regex = pattern.removeprefix("-:").removeprefix("+:")
-        try:
-            re.compile(regex)
-        except re.error as e:
-            raise FormatError(f"quantization_config: dynamic {pattern!r} is not a regex: {e}") from None
-        rules.append((regex, None if pattern.startswith("-:") else override))
+        rules.append(DynamicRule(regex, Regexes([regex], "dynamic"), None if pattern.startswith("-:") else override))
     return tuple(rules)
 
 

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from octavo.runtime.model.config_types import ModelConfigError
+
 PARAMETERS: dict[str, frozenset[str]] = {
     "default": frozenset(),
     "linear": frozenset({"factor"}),
@@ -80,8 +82,8 @@ class RopeSpec:
     def parse(cls, rope: dict[str, Any], *, theta: float, head_dim: int, max_position: int) -> RopeSpec:
         """Read one rope dictionary (`rope_parameters`, or transformers 4's `rope_scaling`); theta is the fallback.
 
-        Raises RopeError on an unknown type, on a key that the type doesn't have (it would change the rotation), and
-        on numbers that give no rotation.
+        Raises RopeError on an unknown type and on a key that the type doesn't have (it would change the rotation), and
+        ModelConfigError on numbers that give no rotation.
         """
         spec = cls._read(rope, theta, head_dim, max_position)
         _refuse_impossible(spec, head_dim)
@@ -151,33 +153,41 @@ def _longrope_attention_factor(factor: float, original: int) -> float:
     if factor <= 1:
         return 1.0
     if original < 2:
-        raise RopeError(
-            f"longrope: original_max_position_embeddings {original} gives no attention factor, which divides by its "
-            "logarithm; 2 or more does, or an attention_factor of its own"
+        raise ModelConfigError(
+            f"config.json: longrope: original_max_position_embeddings {original} gives no attention factor, which "
+            "divides by its logarithm; 2 or more does, or an attention_factor of its own"
         )
     return math.sqrt(1 + math.log(factor) / math.log(original))
 
 
 def _refuse_impossible(spec: RopeSpec, head_dim: int) -> None:
-    """Raise RopeError for numbers that are of the right type, but give no rotation."""
+    """Raise ModelConfigError for numbers that are of the right type, but give no rotation."""
     if not 1 <= spec.rotary_dim <= head_dim:
-        raise RopeError(
-            f"partial_rotary_factor rotates {spec.rotary_dim} of the head's {head_dim} elements; above 0 to 1 works"
+        raise ModelConfigError(
+            f"config.json: partial_rotary_factor rotates {spec.rotary_dim} of the head's {head_dim} elements; above 0 "
+            "to 1 works"
         )
     if spec.rotary_dim > MAX_ROTARY_DIM:
-        raise RopeError(f"head_dim {head_dim} is more than any model's; at most {MAX_ROTARY_DIM} elements rotate")
+        raise ModelConfigError(
+            f"config.json: head_dim {head_dim} is more than any model's; at most {MAX_ROTARY_DIM} elements rotate"
+        )
     if spec.rope_type == "yarn":
         if spec.theta <= 1:
-            raise RopeError(f"yarn: rope_theta {spec.theta} must be above 1, since its logarithm is divided by")
+            raise ModelConfigError(
+                f"config.json: yarn: rope_theta {spec.theta} must be above 1, since its logarithm is divided by"
+            )
         for name, beta in (("beta_fast", spec.beta_fast), ("beta_slow", spec.beta_slow)):
             if not 1e-6 <= beta <= 1e6:
-                raise RopeError(f"yarn: {name} {beta} is not from 1e-6 to 1e6; 32 for beta_fast and 1 for beta_slow")
+                raise ModelConfigError(
+                    f"config.json: yarn: {name} {beta} is not from 1e-6 to 1e6; 32 for beta_fast and 1 for beta_slow"
+                )
     lengths = (spec.original_max_position, spec.original_max_position + 1)  # longrope's short and long factors
     for frequencies in (inverse_frequencies(spec, length) for length in lengths):
         if not bool(((frequencies > 0) & (frequencies <= MAX_FREQUENCY)).all()):
-            raise RopeError(
-                f"rope type {spec.rope_type!r} with rope_theta {spec.theta} and factor {spec.factor} rotates by up to "
-                f"{float(frequencies.max()):.3g} radians a position; above 0 to {MAX_FREQUENCY:.0e} works"
+            raise ModelConfigError(
+                f"config.json: rope type {spec.rope_type!r} with rope_theta {spec.theta} and factor {spec.factor} "
+                f"rotates by up to {float(frequencies.max()):.3g} radians a position; above 0 to {MAX_FREQUENCY:.0e} "
+                "works"
             )
 
 

@@ -30,7 +30,9 @@ class UnsupportedModelError(ValueError):
     """A model, or a feature of it, that the decoder doesn't have; the message names it and what would work."""
 
     def __init__(self, reason: str) -> None:
-        super().__init__(f"{reason}; --model-impl hf serves it through transformers' own code, if that has it")
+        super().__init__(
+            f"config.json: {reason}; --model-impl hf serves it through transformers' own code, if that has it"
+        )
 
 
 class UnknownArchitectureError(UnsupportedModelError):

@@ -252,11 +252,11 @@ def test_the_writer_misses_what_was_not_written(tmp_path: Path) -> None:
     [
         (None, "has no config.json"),
         ("{", "is not JSON"),
-        ("[]", "is not a JSON object"),
+        ("[]", "holds a JSON array, not an object"),
         ("[" * 100_000, "is not JSON: it is nested too deeply"),
-        ('{"architectures": "LlamaForCausalLM"}', "architectures is 'LlamaForCausalLM', no list"),
-        ('{"text_config": [1]}', r"text_config is \[1\], no dict"),
-        ('{"text_config": {"quantization_config": 4}}', "quantization_config is 4, no dict"),
+        ('{"architectures": "LlamaForCausalLM"}', "architectures is 'LlamaForCausalLM'; an array or null is needed"),
+        ('{"text_config": [1]}', r"text_config is \[1\]; an object or null is needed"),
+        ('{"text_config": {"quantization_config": 4}}', "quantization_config is 4; an object or null is needed"),
         ('{"quantization_config": {"quant_method": "quip"}}', "quant_method 'quip' is not supported"),
     ],
 )

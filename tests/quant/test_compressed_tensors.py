@@ -339,8 +339,8 @@ def test_an_unknown_config_is_refused(change: dict[str, Any]) -> None:
     ("change", "message"),
     [
         ({"ignore": [None]}, r"Expected `str`, got `null` - at `ignore\[0\]`"),
-        ({"ignore": ["re:["]}, r"'re:\[' is not a regex"),
-        ({"group": {"targets": ["re:(("]}}, "is not a regex"),
+        ({"ignore": ["re:["]}, r"ignore '\[' is not a regex"),
+        ({"group": {"targets": ["re:(("]}}, r"config_groups\.group_0\.targets '\(\(' is not a regex"),
         ({"weights": {"num_bits": "4"}}, "got `str` - at `config_groups.*num_bits`"),
         ({"group": {"input_activations": [8]}}, "got `array` - at `config_groups.*input_activations`"),
         ({"config_groups": ["W4A16"]}, "at `config_groups`"),

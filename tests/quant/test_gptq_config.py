@@ -125,7 +125,7 @@ def test_auto_rounds_dialect() -> None:
         (GPTQ | {"format": "gptq", "checkpoint_format": "gptq_v2"}, "contradict"),
         (GPTQ | {"pack_dtype": "int64"}, "pack_dtype 'int64' is not supported; int32 is"),
         (GPTQ | {"rotation": "hadamard"}, "rotation 'hadamard' is not supported"),
-        (GPTQ | {"dynamic": {"-:(": {}}}, r"dynamic '-:\(' is not a regex"),
+        (GPTQ | {"dynamic": {"-:(": {}}}, r"dynamic '\(' is not a regex"),
         (GPTQ | {"dynamic": {"+:.*": {"bits": 6}}}, r"dynamic '\.\*': gptq with 6 bits"),
         ({"quant_method": "gptq", "bits": 4}, "missing required field `group_size`"),
         (AWQ | {"version": "gemv_fast"}, "awq version 'gemv_fast' is not supported; gemm and gemv are"),

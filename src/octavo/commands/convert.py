@@ -59,8 +59,8 @@ def run(args: argparse.Namespace) -> int:
 
     from octavo.calibration.convert_model import convert_model
     from octavo.calibration.layers import QuantizeError
-    from octavo.quant.checkpoint import CheckpointError
     from octavo.quant.hub import resolve_model
+    from octavo.quant.model_files import CheckpointError
     from octavo.quant.safetensors_file import SafetensorsError
 
     options = read(ConvertOptions, args)

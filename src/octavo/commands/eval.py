@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
     from octavo.calibration.report.report import print_report
     from octavo.calibration.verify import NotFiniteError
     from octavo.jobs.quality import QualityError
-    from octavo.quant.checkpoint import CheckpointError
+    from octavo.quant.model_files import CheckpointError
 
     console = Console()
     try:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from octavo.quant.printable import printable
+
 
 def one_line(error: Exception) -> str:
-    """The message; of the system's errors the file and the reason, without the number."""
+    """The message, without control characters and not endless; of the system's errors the file and the reason."""
+    message = str(error)
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
-    return str(error)
+        message = f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+    return printable(message)

@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from octavo.commands.failure import one_line
+from octavo.quant.printable import printable
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from octavo.quant.checkpoint import Checkpoint
     from octavo.quant.formats.format import QuantFormat
     from octavo.quant.kernel_table import KernelChoice
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
     from octavo.runtime.model.spec import DecoderSpec
 
 INDEX_IN_NAME = re.compile(r"\.\d+(?=\.|$)")
+MAX_ROWS = 500  # of the table; the longest one that a model on the Hub makes has some 60
+MAX_CELL = 200  # characters
 SUFFIX = re.compile(r"\.(weight\w*|qweight|qzeros|scales|g_idx|bias|(input|activation)_scale|input_zero_point)$")
 
 
@@ -40,9 +45,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Inspect and print; returns the exit code."""
-    from octavo.quant.checkpoint import Checkpoint, CheckpointError
+    from octavo.quant.checkpoint import Checkpoint
     from octavo.quant.formats.format import FormatError
     from octavo.quant.hub import resolve_model
+    from octavo.quant.model_files import CheckpointError
 
     try:
         checkpoint = Checkpoint.open(resolve_model(args.model, args.revision))
@@ -96,7 +102,8 @@ def _layers(checkpoint: Checkpoint, kernels: Mapping[str, KernelChoice]) -> list
     rows: dict[tuple[str, str, str | None], dict[str, Any]] = {}
     for module, names in sorted(modules.items()):
         kind = INDEX_IN_NAME.sub(".*", module)
-        scheme = _scheme(checkpoint, module, names)
+        format_ = _format(checkpoint, module)
+        scheme = _stored_type(checkpoint, module, names) if format_ is None else str(format_.scheme)
         choice = kernels.get(module)
         kernel = None if choice is None else choice.kernel.name
         reason = None if choice is None else choice.reason
@@ -104,7 +111,7 @@ def _layers(checkpoint: Checkpoint, kernels: Mapping[str, KernelChoice]) -> list
         row = rows.setdefault((kind, scheme, kernel), {**new, "kernel": kernel, "reason": reason})
         row["count"] += 1
         row["bytes"] += sum(checkpoint.spec(name).nbytes for name in names)
-        row["parameters"] += _parameters(checkpoint, module)
+        row["parameters"] += _parameters(checkpoint, module, format_)
     return list(rows.values())
 
 
@@ -116,21 +123,17 @@ def _format(checkpoint: Checkpoint, module: str) -> QuantFormat | None:
     return checkpoint.quantization.format_of(module, suffixes)
 
 
-def _scheme(checkpoint: Checkpoint, module: str, names: list[str]) -> str:
-    """The quantization scheme of a module, or the type of an unquantized one."""
-    format_ = _format(checkpoint, module)
-    if format_ is not None:
-        return str(format_.scheme)
+def _stored_type(checkpoint: Checkpoint, module: str, names: list[str]) -> str:
+    """The type of an unquantized module."""
     main = f"{module}.weight" if f"{module}.weight" in names else names[0]
     return str(checkpoint.spec(main).dtype).removeprefix("torch.")
 
 
-def _parameters(checkpoint: Checkpoint, module: str) -> int:
+def _parameters(checkpoint: Checkpoint, module: str, format_: QuantFormat | None) -> int:
     """Weights and biases of a module, scales not counted. A packed weight's shape is read: 16 bytes."""
     from octavo.quant.formats.compressed_tensors import read_shape
 
     count = 0
-    format_ = _format(checkpoint, module)
     if checkpoint.has(f"{module}.weight_shape"):
         n, k = read_shape(checkpoint.tensor(f"{module}.weight_shape"))
         count += n * k
@@ -209,26 +212,36 @@ def _kernel_lines(facts: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _print(facts: dict[str, Any], model: str) -> None:
-    from rich.console import Console
+def _table(facts: dict[str, Any], model: str) -> Table:
+    """A row for each kind of layer, its names as they may stand on a terminal."""
     from rich.table import Table
 
-    console = Console()
-    table = Table(title=f"{Path(model).name}: {facts['architecture']} ({facts['model_type']}), {facts['format']}")
+    title = f"{Path(model).name}: {facts['architecture']} ({facts['model_type']}), {facts['format']}"
+    table = Table(title=printable(title, MAX_CELL))
     table.add_column("layers", overflow="fold")
     table.add_column("scheme")
     for heading in ("count", "parameters", "MB"):
         table.add_column(heading, justify="right")
-    for row in facts["layers"]:
+    for row in facts["layers"][:MAX_ROWS]:
         table.add_row(
-            row["kind"].removeprefix("model."),
-            row["scheme"],
+            printable(row["kind"].removeprefix("model."), MAX_CELL),
+            printable(row["scheme"], MAX_CELL),
             str(row["count"]),
             f"{row['parameters']:,}",
             f"{row['bytes'] / 1e6:.2f}",
         )
-    console.print(table)
-    lines = [f"{facts['tensors']} tensors in {facts['files']} files"]
+    return table
+
+
+def _print(facts: dict[str, Any], model: str) -> None:
+    from rich.console import Console
+
+    console = Console(markup=False)  # a name may look like rich's markup
+    console.print(_table(facts, model))
+    lines = []
+    if len(facts["layers"]) > MAX_ROWS:
+        lines.append(f"and {len(facts['layers']) - MAX_ROWS:,} kinds of layers more, which --json tells")
+    lines.append(f"{facts['tensors']:,} tensors in {facts['files']} files")
     if "device" in facts["to_serve"]:
         lines += _kernel_lines(facts)
     cache = facts["kv_cache"]
@@ -248,4 +261,4 @@ def _print(facts: dict[str, Any], model: str) -> None:
             f"context {needs['max_position']:,} tokens"
         )
     for line in lines:
-        console.print(line, highlight=False, markup=False)
+        console.print(printable(line), highlight=False)

@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     from octavo.calibration.text.documents import DataError
     from octavo.calibration.workspace import is_interruption
     from octavo.jobs import quantize
-    from octavo.quant.checkpoint import CheckpointError
+    from octavo.quant.model_files import CheckpointError
     from octavo.quant.safetensors_file import SafetensorsError
 
     console = Console()

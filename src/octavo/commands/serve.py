@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from octavo.commands.failure import one_line
 from octavo.commands.serve_flags import configure, engine_config
 from octavo.server.access import Access, api_keys, default_hosts
 
@@ -47,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         alive = _serve(args, begun)
     except (ServeError, OSError) as error:
-        print(f"{PROG}: {error}", file=sys.stderr)
+        print(f"{PROG}: {one_line(error)}", file=sys.stderr)
         return 1
     return 0 if alive else 1
 
@@ -230,13 +231,15 @@ def print_report(ready: Ready, seconds: float) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from octavo.quant.printable import printable
+
     report = ready.report
     console = Console(soft_wrap=True, markup=False)
     table = Table(title=f"{report.architecture}, {report.dtype} on {report.device}", title_justify="left")
     for heading in ("layers", "scheme", "body"):
         table.add_column(heading)
     for row in report.layers:
-        table.add_row(*row)
+        table.add_row(*map(printable, row))
     console.print(table)
     tokens = ready.num_blocks * ready.block_size
     console.print(
@@ -248,4 +251,4 @@ def print_report(ready: Ready, seconds: float) -> None:
     phases = ", ".join(f"{phase} {duration:.2f}" for phase, duration in report.seconds.items())
     console.print(f"ready after {seconds:.2f} s (the engine: {phases})", highlight=False)
     for note in report.notes:
-        console.print(f"note: {note}", style="yellow", highlight=False)
+        console.print(f"note: {printable(note)}", style="yellow", highlight=False)

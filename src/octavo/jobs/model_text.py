@@ -8,7 +8,8 @@ from pathlib import Path
 from octavo.calibration.text.data import ConversationError
 from octavo.calibration.text.documents import DataError
 from octavo.calibration.text.records import Message
-from octavo.quant.checkpoint import CheckpointError, read_config
+from octavo.quant.checkpoint import read_config
+from octavo.quant.model_files import CheckpointError
 from octavo.text.chat_template import ChatTemplate, ChatTemplateError
 from octavo.text.tokenizer import Tokenizer, TokenizerError
 

@@ -22,6 +22,8 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
+from octavo.quant.model_files import CheckpointError, read_object_if_any, read_text
+
 Message = dict[str, Any]
 
 REQUEST_ORIGIN = "the request's chat_template"
@@ -139,13 +141,13 @@ def _inline_or_file(override: str) -> TemplateSource:
 
 def _read_template(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ChatTemplateError(f"{file}: the chat template can't be read: {error}") from None
+        return read_text(file)
+    except CheckpointError as error:
+        raise ChatTemplateError(f"the chat template {error}") from None
 
 
 def _from_config(file: Path) -> dict[str, str]:
-    template = json.loads(file.read_text(encoding="utf-8")).get("chat_template") if file.exists() else None
+    template = read_object_if_any(file).get("chat_template")
     try:
         if isinstance(template, list):
             template = {entry["name"]: entry["template"] for entry in template}

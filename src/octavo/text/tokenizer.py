@@ -17,13 +17,22 @@ from typing import Any
 from tokenizers import AddedToken, processors
 from tokenizers import Tokenizer as Backend
 
+from octavo.quant.model_files import ANEW, CheckpointError, check_regular, read_object_if_any
+from octavo.quant.printable import shown
+
 logger = logging.getLogger(__name__)
 
+ADDED_TOKEN_KEYS = {"content": str, "single_word": bool, "lstrip": bool, "rstrip": bool, "normalized": bool}
+ADDED_TOKEN_KEYS |= {"special": bool}
 NAMED_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class TokenizerError(ValueError):
-    """The checkpoint's tokenizer is missing, or is of a kind that can't be decoded token by token."""
+    """The checkpoint's tokenizer is missing or broken, or is of a kind that can't be decoded token by token."""
+
+
+class _ConfigError(ValueError):
+    """A value in tokenizer_config.json; the file's name is added by `Tokenizer.open`."""
 
 
 class EncodingError(ValueError):
@@ -92,6 +101,8 @@ class Tokenizer:
             token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
         )
         vocabulary = backend.get_vocab()
+        if not backend.get_vocab_size(with_added_tokens=False):
+            raise TokenizerError("tokenizer.json has no tokens in its vocabulary")
         self.num_tokens: int = max(vocabulary.values()) + 1  # ids run from 0; some may be unused
         self.max_token_bytes = self._max_token_bytes(vocabulary)
 
@@ -101,14 +112,20 @@ class Tokenizer:
         if not directory.is_dir():
             raise TokenizerError(f"{directory}: no such directory, so no tokenizer")
         config_file = directory / "tokenizer_config.json"
-        config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.exists() else {}
-        file = directory / "tokenizer.json"
-        if file.exists():
-            return cls(Backend.from_file(str(file)), config)
-        logger.warning(
-            "no tokenizer.json in %s: transformers converts its tokenizer, which is slow to start", directory
-        )
-        return cls(_backend_from_transformers(directory, trust_remote_code), config)
+        config = read_object_if_any(config_file)
+        backend = _backend_from_file(directory / "tokenizer.json")
+        if backend is None:
+            logger.warning(
+                "no tokenizer.json in %s: transformers converts its tokenizer, which is slow to start", directory
+            )
+            backend = _backend_from_transformers(directory, trust_remote_code)
+        try:
+            _check_config(config)
+            return cls(backend, config)
+        except _ConfigError as error:
+            raise TokenizerError(f"{config_file}: {error}") from None
+        except TokenizerError as error:
+            raise TokenizerError(f"{directory}: {error}") from None
 
     @property
     def strip_left(self) -> int:
@@ -199,11 +216,9 @@ class Tokenizer:
     def _add_missing_tokens(self) -> None:
         """Tokens that only tokenizer_config.json names, as old checkpoints have them."""
         known = {token.content for token in self._backend.get_added_tokens_decoder().values()}
-        listed = sorted(self.config.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0]))
+        listed = sorted((self.config.get("added_tokens_decoder") or {}).items(), key=lambda item: int(item[0]))
         tokens = [
-            AddedToken(**{key: value for key, value in token.items() if key != "__type"})
-            for _, token in listed
-            if isinstance(token, dict)
+            AddedToken(**{key: value for key, value in token.items() if key in ADDED_TOKEN_KEYS}) for _, token in listed
         ]
         tokens += [AddedToken(text, special=True, normalized=False) for text in self.special_tokens.values()]
         for token in tokens:
@@ -221,10 +236,16 @@ class Tokenizer:
         }
         bos = names["bos"]
         eos = names["eos"]
-        self._backend.post_processor = processors.TemplateProcessing(
-            single=[*([bos] if bos else []), "$A", *([eos] if eos else [])],
-            special_tokens=[(token, self.token_id(token)) for token in {bos, eos} if token],
-        )
+        for token in (bos, eos):
+            if token is not None and token.startswith("$"):
+                raise _ConfigError(f"{shown(token)} can't begin or end a text: in a template `$` stands for the text")
+        try:
+            self._backend.post_processor = processors.TemplateProcessing(
+                single=[*([bos] if bos else []), "$A", *([eos] if eos else [])],
+                special_tokens=[(token, self.token_id(token)) for token in {bos, eos} if token],
+            )
+        except Exception as error:  # a bare one, for a token such as "$A"
+            raise _ConfigError(f"bos_token {shown(bos)} and eos_token {shown(eos)} make no template: {error}") from None
 
 
 def _steps(part: Any, name: str) -> list[dict[str, Any]]:
@@ -253,6 +274,47 @@ def _content(token: object) -> str | None:
     if isinstance(token, dict):
         token = token.get("content")
     return token if isinstance(token, str) else None
+
+
+def _check_config(config: dict[str, Any]) -> None:
+    """Raise _ConfigError for a value of tokenizer_config.json that is read here and can't be meant."""
+    for name in NAMED_SPECIAL_TOKENS:
+        token = config.get(name)
+        if token is not None and _content(token) is None:
+            raise _ConfigError(f"{name} is {shown(token)}; a string, an object with a string as content, or null works")
+    for name in ("add_bos_token", "add_eos_token"):
+        if not isinstance(config.get(name), bool | None):
+            raise _ConfigError(f"{name} is {shown(config[name])}; true, false or null works")
+    listed = config.get("added_tokens_decoder")
+    if not isinstance(listed, dict | None):
+        raise _ConfigError(f"added_tokens_decoder is {shown(listed)}; an object of ids and tokens works")
+    for token_id, token in (listed or {}).items():
+        if not (token_id.isdecimal() and token_id.isascii() and len(token_id) < 11):
+            raise _ConfigError(f"added_tokens_decoder has the id {shown(token_id)}; a number from 0 works")
+        if not isinstance(token, dict) or not isinstance(token.get("content"), str):
+            raise _ConfigError(
+                f"added_tokens_decoder: token {token_id} is {shown(token)}; an object with a string as content works"
+            )
+        for key, kind in ADDED_TOKEN_KEYS.items():
+            if not isinstance(token.get(key, kind()), kind):
+                raise _ConfigError(
+                    f"added_tokens_decoder: {key} of token {token_id} is {shown(token[key])}; true or false works"
+                )
+
+
+def _backend_from_file(file: Path) -> Backend | None:
+    """The tokenizer in a tokenizer.json; None where there is none. Raises TokenizerError for one that is broken."""
+    try:
+        check_regular(file)
+        return Backend.from_file(str(file))
+    except FileNotFoundError:
+        return None
+    except CheckpointError as error:
+        raise TokenizerError(str(error)) from None
+    except BaseException as error:  # Rust's errors are bare Exceptions, and its panics aren't even those
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        raise TokenizerError(f"{file} is not a tokenizer.json: {_first_line(error)}; {ANEW}") from None
 
 
 def _backend_from_transformers(directory: Path, trust_remote_code: bool) -> Backend:
