@@ -93,10 +93,11 @@ def end_token_ids(directory: Path, tokenizer: Tokenizer) -> frozenset[int]:
 
     Raises ValueError, which names the file and the key, for what is no token id.
     """
+    generation = read_object_if_any(directory / "generation_config.json")
     config = read_object_if_any(directory / "config.json")
     text_config = config.get("text_config")
     places = [
-        (directory / "generation_config.json", "eos_token_id", read_object_if_any(directory / "generation_config.json")),
+        (directory / "generation_config.json", "eos_token_id", generation),
         (directory / "config.json", "eos_token_id", config),
         (directory / "config.json", "text_config.eos_token_id", text_config if isinstance(text_config, dict) else {}),
     ]

@@ -15,9 +15,10 @@ from typing import Any
 import msgspec
 
 from octavo.quant.formats.awq import AWQFormat, make_awq
+from octavo.quant.formats.config_reading import check_types
 from octavo.quant.formats.format import FormatError
 from octavo.quant.formats.gptq import GPTQFormat
-from octavo.quant.formats.gptq_config import IN_BLOCK, check_types, make_format
+from octavo.quant.formats.gptq_config import IN_BLOCK, make_format
 from octavo.quant.formats.patterns import Regexes
 
 # packing_format: which tensors, and how GPTQ's zero points are stored (minus 1 is version 1).

@@ -21,9 +21,10 @@ import msgspec
 import torch
 from torch import Tensor
 
+from octavo.quant.formats.config_reading import check_types, first_given
 from octavo.quant.formats.format import FormatError
-from octavo.quant.formats.gptq_config import IN_BLOCK, check_types
-from octavo.quant.formats.reading import check_shape, exactly, take_scales, take_words
+from octavo.quant.formats.gptq_config import IN_BLOCK
+from octavo.quant.formats.reading import check_nothing_left, check_shape, exactly, take_scales, take_words
 from octavo.quant.packing import pack, unpack
 from octavo.quant.qparams import QuantizedWeight
 from octavo.quant.safetensors_file import TensorSpec
@@ -94,8 +95,7 @@ class AWQFormat:
         words = take_words(left, "qweight")
         qzeros = take_words(left, "qzeros")
         scale = take_scales(left, "scales")
-        if left:
-            raise FormatError(f"{', '.join(sorted(left))} not expected beside awq's qweight")
+        check_nothing_left(left, "beside awq's qweight")
         read = self._read_gemm if self.layout == "gemm" else self._read_gemv
         codes, scale, zeros = read(words, qzeros, scale)
         if not self.scheme.weight.symmetric:
@@ -180,17 +180,16 @@ class AWQConfig:
 def parse_awq(raw: Mapping[str, Any]) -> AWQConfig:
     """A `quantization_config` with quant_method awq, or a quant_config.json. Raises FormatError."""
     config = check_types(raw, _Config)
-    bits = config.w_bit if config.bits is None else config.bits
-    size = config.q_group_size if config.group_size is None else config.group_size
+    bits = first_given(config.bits, config.w_bit)
+    size = first_given(config.group_size, config.q_group_size)
     if bits is None or size is None:
         raise FormatError("quantization_config: awq needs bits (or w_bit) and group_size (or q_group_size)")
     if config.backend and config.backend.lower() != "autoawq":
         raise FormatError(f"awq backend {config.backend!r} packs in another layout, which is not supported")
     if raw.get("dynamic"):
         raise FormatError("quantization_config: dynamic overrides are not supported with awq")
-    zero_point = config.zero_point
-    if zero_point is None:
-        zero_point = True if config.sym is None else not config.sym
+    zero_point = first_given(config.zero_point, None if config.sym is None else not config.sym, True)
+    assert zero_point is not None
     version = (config.version or config.checkpoint_format or config.format or "gemm").lower()
     made = make_awq(bits, size, zero_point, version, "")
     return AWQConfig(made, tuple(config.modules_to_not_convert or ()), bool(config.lm_head))

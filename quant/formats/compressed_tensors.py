@@ -14,7 +14,6 @@ different ages disagree about (a W4A8 layer is found in either).
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 
 from octavo.quant.formats.format import FormatError
+from octavo.quant.formats.reading import check_input_scale, check_nothing_left, reshape, take
 from octavo.quant.packing import is_padded, pack, packed_columns, unpack
 from octavo.quant.qparams import QuantizedWeight
 from octavo.quant.safetensors_file import TensorSpec
@@ -154,8 +154,7 @@ class CompressedTensorsFormat:
             g_idx=self._read_g_idx(left, k, scale_shape[1]),
             input_scale=self._read_input_scale(left),
         )
-        if left:
-            raise FormatError(f"{', '.join(sorted(left))} not expected with scheme {self.scheme}")
+        check_nothing_left(left, f"with scheme {self.scheme}")
         return weight
 
     def _read_codes(self, left: dict[str, Tensor]) -> Tensor:
@@ -217,10 +216,7 @@ class CompressedTensorsFormat:
             raise FormatError("input_zero_point is not zero: asymmetric activations are not supported")
         if self.scheme.activation is None or self.scheme.activation.dynamic:
             return None
-        scale = reshape("input_scale", take(left, "input_scale").float(), ())
-        if not 0 < float(scale) < math.inf:
-            raise FormatError(f"input_scale is {float(scale)}; a positive number is needed")
-        return scale
+        return check_input_scale(reshape("input_scale", take(left, "input_scale").float(), ()))
 
 
 def read_shape(stored: Tensor) -> tuple[int, int]:
@@ -229,21 +225,6 @@ def read_shape(stored: Tensor) -> tuple[int, int]:
     if stored.is_floating_point() or stored.shape != (2,) or min(sizes) < 1:
         raise FormatError(f"weight_shape is {sizes}; two sizes are expected")
     return sizes[0], sizes[1]
-
-
-def take(left: dict[str, Tensor], name: str) -> Tensor:
-    """A tensor out of those that are left to read. Raises FormatError when it is missing."""
-    tensor = left.pop(name, None)
-    if tensor is None:
-        raise FormatError(f"{name} is missing")
-    return tensor
-
-
-def reshape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """`tensor` in `shape`, allowing only sides of 1 to come and go: [N] for [N, 1], [1] for []."""
-    if [s for s in tensor.shape if s != 1] != [s for s in shape if s != 1]:
-        raise FormatError(f"{name} is {list(tensor.shape)} where {list(shape)} is expected")
-    return tensor.reshape(shape)
 
 
 def write_config(

@@ -17,6 +17,7 @@ import msgspec
 
 from octavo.quant.formats.compressed_tensors import CompressedTensorsFormat
 from octavo.quant.formats.compressed_tensors_fp4 import GROUP, Fp4Format
+from octavo.quant.formats.config_reading import check_types
 from octavo.quant.formats.format import FormatError, QuantFormat
 from octavo.quant.formats.patterns import Regexes
 from octavo.quant.printable import some
@@ -136,10 +137,7 @@ def matches(module: str, pattern: str) -> bool:
 
 def parse_config(raw: Mapping[str, Any]) -> CompressedTensorsConfig:
     """A config.json's `quantization_config` with quant_method compressed-tensors. Raises FormatError."""
-    try:
-        msgspec.convert(raw, _Config)
-    except msgspec.ValidationError as e:
-        raise FormatError(f"quantization_config: {str(e).replace('`$.', '`')}") from None
+    check_types(raw, _Config)
     stored = raw.get("format") or "dense"
     if (raw.get("quantization_status") or "compressed") not in ("compressed", "frozen"):
         raise FormatError(f"quantization_status {raw['quantization_status']!r}: only finished checkpoints can be read")

@@ -16,8 +16,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from octavo.quant.formats.compressed_tensors import take
 from octavo.quant.formats.format import FormatError
+from octavo.quant.formats.reading import check_nothing_left, take
 from octavo.quant.qparams import QuantizedWeight
 from octavo.quant.safetensors_file import TensorSpec
 from octavo.quant.scheme import QuantScheme, WeightScheme, group
@@ -68,8 +68,7 @@ class Fp4Format:
             wanted = f"{self.kind} stores {spec.dtype} {list(spec.shape)}"
             raise FormatError(f"weight_scale is {stored.dtype} {list(stored.shape)}; {wanted}")
         scale = self._nv_scale(stored, left) if self.kind == "nvfp4" else _mx_scale(stored)
-        if left:
-            raise FormatError(f"{', '.join(sorted(left))} not expected with scheme {self.scheme}")
+        check_nothing_left(left, f"with scheme {self.scheme}")
         return QuantizedWeight(self.scheme, _decode(packed), scale)
 
     def _nv_scale(self, stored: Tensor, left: dict[str, Tensor]) -> Tensor:

@@ -13,7 +13,6 @@ The config's list of layers left alone is often incomplete (lm_head, routers): a
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -23,7 +22,9 @@ import msgspec
 import torch
 from torch import Tensor
 
+from octavo.quant.formats.config_reading import check_types
 from octavo.quant.formats.format import FormatError
+from octavo.quant.formats.reading import check_input_scale, check_nothing_left, reshape, take
 from octavo.quant.qparams import QuantizedWeight
 from octavo.quant.safetensors_file import TensorSpec
 from octavo.quant.scheme import CHANNEL, TENSOR, ActivationScheme, Granularity, QuantScheme, WeightScheme, group
@@ -78,27 +79,23 @@ class Fp8Format:
             raise FormatError(f"weight is {found}; float8_e4m3fn [N, K] is expected")
         n, k = codes.shape
         scale = _take_scale(left, WEIGHT_SCALES, self.scheme.weight.granularity.scale_shape(n, k))
-        static = _take_scale(left, INPUT_SCALES, (1, 1)).float().reshape(()) if self._is_static else None
-        if static is not None and not 0 < float(static) < math.inf:
-            raise FormatError(f"input_scale is {float(static)}; a positive number is needed")
-        if left:
-            raise FormatError(f"{', '.join(sorted(left))} not expected with scheme {self.scheme}")
+        static = None
+        if self._is_static:
+            static = check_input_scale(_take_scale(left, INPUT_SCALES, (1, 1)).float().reshape(()))
+        check_nothing_left(left, f"with scheme {self.scheme}")
         return QuantizedWeight(self.scheme, codes, scale, input_scale=static)
 
 
 def _take_scale(left: dict[str, Tensor], names: tuple[str, ...], shape: tuple[int, int]) -> Tensor:
     """The scale by whichever of its names is there, in `shape`; sides of 1 may come and go."""
-    name = next((name for name in names if name in left), None)
-    if name is None:
-        raise FormatError(f"{names[-1] if shape == (1, 1) else names[0]} is missing")
-    scale = left.pop(name)
+    missing = names[-1] if shape == (1, 1) else names[0]
+    name = next((name for name in names if name in left), missing)
+    scale = take(left, name)
     if not scale.is_floating_point() or scale.dtype.itemsize < 2:
         raise FormatError(f"{name} is {scale.dtype}; float32, bfloat16 or float16 is expected")
-    if [side for side in scale.shape if side != 1] != [side for side in shape if side != 1]:
-        raise FormatError(f"{name} is {list(scale.shape)} where {list(shape)} is expected")
     if not bool(scale.isfinite().all()):
         raise FormatError(f"{name} holds NaN or infinity")
-    return scale.reshape(shape)
+    return reshape(name, scale, shape)
 
 
 class _Config(msgspec.Struct):
@@ -132,10 +129,7 @@ class Fp8Config:
 
 def parse_fp8(raw: Mapping[str, Any]) -> Fp8Config:
     """A config.json's `quantization_config` with quant_method fp8. Raises FormatError."""
-    try:
-        config = msgspec.convert({key: value for key, value in raw.items() if value is not None}, _Config)
-    except msgspec.ValidationError as e:
-        raise FormatError(f"quantization_config: {str(e).replace('`$.', '`')}") from None
+    config = check_types({key: value for key, value in raw.items() if value is not None}, _Config)
     if config.fmt not in (None, "e4m3", "float8_e4m3fn"):
         raise FormatError(f"fmt {config.fmt!r} is not supported; e4m3 is")
     if config.scale_fmt not in (None, "float"):

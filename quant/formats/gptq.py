@@ -26,7 +26,7 @@ from torch import Tensor
 
 from octavo.quant.formats.compressed_tensors import scheme_targets
 from octavo.quant.formats.format import FormatError
-from octavo.quant.formats.reading import check_shape, exactly, take_scales, take_words
+from octavo.quant.formats.reading import check_nothing_left, check_shape, exactly, take_scales, take_words
 from octavo.quant.packing import pack, packed_columns, unpack
 from octavo.quant.qparams import QuantizedWeight
 from octavo.quant.safetensors_file import TensorSpec
@@ -114,8 +114,7 @@ class GPTQFormat:
         check_shape("qzeros", qzeros, (groups, packed_columns(n, bits)), why)
         zero_point, note = self._read_zeros(qzeros, n)
         g_idx = self._read_g_idx(left, k, groups)
-        if left:
-            raise FormatError(f"{', '.join(sorted(left))} not expected beside qweight")
+        check_nothing_left(left, "beside qweight")
         codes = unpack(words.t(), bits, k, padded=False)
         return QuantizedWeight(self.scheme, codes, scale.t().contiguous(), zero_point, g_idx, note=note)
 

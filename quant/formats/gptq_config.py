@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 
 from octavo.quant.formats.compressed_tensors_config import INT_DTYPES
+from octavo.quant.formats.config_reading import check_types
 from octavo.quant.formats.format import FormatError
 from octavo.quant.formats.gptq import GPTQFormat, Version
 from octavo.quant.formats.patterns import Regexes
@@ -134,14 +135,6 @@ def parse_gptq(raw: Mapping[str, Any]) -> GPTQConfig:
     for rule in parsed.dynamic:
         make_format(_merge(base, rule.override), version, False, f"dynamic {rule.pattern!r}: ")
     return parsed
-
-
-def check_types(raw: Mapping[str, Any], kind: Any) -> Any:
-    """`raw` as a msgspec Struct. Raises FormatError that names the key."""
-    try:
-        return msgspec.convert(raw, kind)
-    except msgspec.ValidationError as e:
-        raise FormatError(f"quantization_config: {str(e).replace('`$.', '`')}") from None
 
 
 def stored_format(raw: Mapping[str, Any]) -> str:

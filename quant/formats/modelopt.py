@@ -17,6 +17,7 @@ from typing import Any
 
 import msgspec
 
+from octavo.quant.formats.config_reading import check_types
 from octavo.quant.formats.format import FormatError
 from octavo.quant.formats.fp8 import WEIGHT_SCALES, Fp8Format
 from octavo.quant.scheme import PRESETS, QuantScheme
@@ -63,11 +64,7 @@ def _excludes(pattern: str, module: str) -> bool:
 
 def parse_modelopt(raw: Mapping[str, Any]) -> ModelOptConfig:
     """`hf_quant_config.json`, or a `quantization_config` with quant_method modelopt. Raises FormatError."""
-    inner = raw.get("quantization", raw)
-    try:
-        config = msgspec.convert(inner, _Config)
-    except msgspec.ValidationError as e:
-        raise FormatError(f"quantization: {str(e).replace('`$.', '`')}") from None
+    config = check_types(raw.get("quantization", raw), _Config, "quantization")
     algorithm = (config.quant_algo or "").upper()
     if algorithm not in ("", *SCHEMES):
         raise FormatError(f"ModelOpt's quant_algo {config.quant_algo!r} is not supported; {', '.join(SCHEMES)} are")

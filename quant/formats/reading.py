@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -34,6 +36,26 @@ def take_scales(left: dict[str, Tensor], name: str) -> Tensor:
     if not bool(scale.isfinite().all()):
         raise FormatError(f"{name} holds NaN or infinity")
     return scale
+
+
+def reshape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """`tensor` in `shape`, allowing only sides of 1 to come and go: [N] for [N, 1], [1] for []."""
+    if [s for s in tensor.shape if s != 1] != [s for s in shape if s != 1]:
+        raise FormatError(f"{name} is {list(tensor.shape)} where {list(shape)} is expected")
+    return tensor.reshape(shape)
+
+
+def check_input_scale(scale: Tensor) -> Tensor:
+    """A static activation scale [], which must be a positive number."""
+    if not 0 < float(scale) < math.inf:
+        raise FormatError(f"input_scale is {float(scale)}; a positive number is needed")
+    return scale
+
+
+def check_nothing_left(left: dict[str, Tensor], where: str) -> None:
+    """Raise FormatError for tensors that nobody has taken: they mean something that isn't known."""
+    if left:
+        raise FormatError(f"{', '.join(sorted(left))} not expected {where}")
 
 
 def check_shape(name: str, tensor: Tensor, wanted: tuple[int, ...], why: str) -> None:

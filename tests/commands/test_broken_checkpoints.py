@@ -205,7 +205,9 @@ CASES: dict[str, Case] = {
         quantization(quant_method="gptq", bits=4, group_size=0), READERS, ("config.json", "group_size", "0")
     ),
     "group size huge": Case(
-        quantization(quant_method="gptq", bits=4, group_size=10**12), ("convert",), ("down_proj: scales is [", "g1000000")
+        quantization(quant_method="gptq", bits=4, group_size=10**12),
+        ("convert",),
+        ("down_proj: scales is [", "g1000000"),
     ),
     "method unknown": Case(
         quantization(quant_method=NASTY), READERS, ("config.json: quant_method", "compressed-tensors, gptq")
