@@ -12,6 +12,7 @@ of 128 tokens bf16 822 and int8 871 tok/s.
 from __future__ import annotations
 
 import argparse
+import copy
 import multiprocessing
 import platform
 import statistics
@@ -19,7 +20,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -31,11 +32,13 @@ from octavo.quant.linear import Linear, make_linear
 from octavo.quant.qparams import QuantizedWeight
 from octavo.quant.scheme import CHANNEL, PRESETS, QuantScheme, WeightScheme, group
 from octavo.quant.target import Target
+from octavo.runtime.model.layers import AddNorm, Attention, DecoderLayer, GatedMlp
 from octavo.runtime.model.operators import Ops
 from octavo.runtime.model.select_operators import select_ops, warm_up
 
 LAYERS, HIDDEN, HEADS, KV_HEADS, DIM, INTER, VOCAB = 30, 576, 9, 3, 64, 1536, 49152
 BLOCK = 16
+EPS = 1e-5
 SHAPE = AttentionShape(HEADS, KV_HEADS, DIM, DIM**-0.5)
 CPU = torch.device("cpu")
 SCHEMES: dict[str, QuantScheme | None] = {
@@ -83,7 +86,7 @@ class Clock:
 
 @dataclass
 class Stack:
-    """A decoder's step over random weights."""
+    """A decoder's step over random weights, through the server's own layers."""
 
     ops: Ops
     layers: list[tuple[Linear, Linear, Linear, Linear]]
@@ -93,18 +96,39 @@ class Stack:
     cos_sin: Tensor
     norm: Tensor
 
-    def step(self, inputs: StepInputs, clock: Clock | None = None) -> Tensor:
-        ops, time_ = self.ops, (clock.timed if clock else lambda _, f: f)
-        linear = time_("linears", lambda module, x: module.forward(x, inputs))
-        norm, rope = time_("small", ops.add_rms_norm), time_("small", ops.rope_and_cache)
-        gate, attend = time_("small", ops.silu_and_mul), time_("attention", ops.attention)
-        residual = self.embedding[inputs.token_ids]
-        x = ops.rms_norm(residual, self.norm, 1e-5)
-        for (qkv, out, gate_up, down), cache in zip(self.layers, self.caches, strict=True):
-            q = rope(linear(qkv, x), inputs, cache, SHAPE, self.cos_sin, None, None, 1e-5)
-            x, residual = norm(linear(out, attend(q, inputs, cache, SHAPE)), residual, self.norm, 1e-5)
-            x, residual = norm(linear(down, gate(linear(gate_up, x))), residual, self.norm, 1e-5)
-        return time_("head", self.head.forward)(x[inputs.logits_index], inputs)
+    def steps(self, clock: Clock | None = None) -> Callable[[StepInputs], Tensor]:
+        """A forward pass, each call of an operator or linear layer timed by the clock, if there is one."""
+        ops = self.ops if clock is None else timed_ops(self.ops, clock)
+        layers = [self._layer(ops, [timed_linear(x, clock) for x in linears]) for linears in self.layers]
+        head = self.head.forward if clock is None else clock.timed("head", self.head.forward)
+
+        def step(inputs: StepInputs) -> Tensor:
+            residual = self.embedding[inputs.token_ids]
+            hidden = layers[0].enter.norm(residual)
+            for layer, cache in zip(layers, self.caches, strict=True):
+                hidden, residual = layer.forward(hidden, residual, inputs, cache)
+            return head(hidden[inputs.logits_index])
+
+        return step
+
+    def _layer(self, ops: Ops, linears: list[Linear]) -> DecoderLayer:
+        qkv, out, gate_up, down = linears
+        norm = AddNorm(ops, EPS, self.norm)
+        attention = Attention(ops, EPS, qkv, out, SHAPE, self.cos_sin, None, None)
+        return DecoderLayer(norm, attention, norm, GatedMlp(gate_up, down, ops.silu_and_mul), norm)
+
+
+def timed_ops(ops: Ops, clock: Clock) -> Ops:
+    small = {name: clock.timed("small", getattr(ops, name)) for name in ("add_rms_norm", "silu_and_mul")}
+    return replace(ops, **small, rope_and_attention=clock.timed("attention", ops.rope_and_attention))
+
+
+def timed_linear(linear: Linear, clock: Clock | None) -> Linear:
+    if clock is None:
+        return linear
+    timed = copy.copy(linear)
+    timed.partial = clock.timed("linears", linear.partial)
+    return timed
 
 
 def build(scheme: str, head: str, blocks: int) -> Stack:
@@ -118,7 +142,7 @@ def build(scheme: str, head: str, blocks: int) -> Stack:
     ]
     return Stack(
         ops=select_ops(CPU, torch.bfloat16),
-        layers=layers,  # type: ignore[arg-type]
+        layers=layers,
         head=layer(VOCAB, HIDDEN, HEAD_SCHEMES[head]),
         caches=caches,
         embedding=torch.randn(VOCAB, HIDDEN).bfloat16(),
@@ -137,19 +161,21 @@ def prefill_inputs(tokens: int) -> StepInputs:
 
 def measure(name: str, stack: Stack, inputs: StepInputs, seconds: float) -> None:
     """Median of whole steps, then the parts of further steps with clocks around each call."""
+    step = stack.steps()
     with torch.inference_mode():
-        stack.step(inputs)
+        step(inputs)
         times: list[float] = []
         end = time.perf_counter() + seconds
         while time.perf_counter() < end or len(times) < 3:
             begin = time.perf_counter()
-            stack.step(inputs)
+            step(inputs)
             times.append(time.perf_counter() - begin)
         rounds = max(1, len(times) // 4)
         clock = Clock()
+        timed_step = stack.steps(clock)
         begin = time.perf_counter()
         for _ in range(rounds):
-            stack.step(inputs, clock)
+            timed_step(inputs)
         other = time.perf_counter() - begin - sum(clock.seconds.values())
     whole, best = statistics.median(times), min(times)
     parts = "  ".join(f"{part} {1e3 * s / rounds:6.2f}" for part, s in (*clock.seconds.items(), ("python", other)))

@@ -55,3 +55,9 @@ class QuantizedActivation:
 
 
 Hidden = Tensor | QuantizedActivation
+
+
+def refuse_input_quant(input_quant: ActivationQuant | None) -> None:
+    """For a body that returns plain numbers alone, and has the argument since a GPU's bodies quantize."""
+    if input_quant is not None:
+        raise ValueError(f"only a GPU's operators quantize what they return; {input_quant} was asked of another body")

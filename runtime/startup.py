@@ -12,12 +12,12 @@ from octavo.runtime.config import EngineConfig
 from octavo.runtime.engine import Engine
 from octavo.runtime.messages import Ready, StartupReport
 from octavo.runtime.model import select_operators
-from octavo.runtime.model.decoder import Decoder
+from octavo.runtime.model.device import Device
 from octavo.runtime.model.model import Model
 from octavo.runtime.model.weights import load_model
 from octavo.runtime.scheduling.plan import SchedulerConfig
 from octavo.runtime.worker import kv_cache
-from octavo.runtime.worker.device import choose_device, free_memory, set_threads
+from octavo.runtime.worker.device import free_memory, set_threads
 from octavo.runtime.worker.graphs import StepGraphs
 from octavo.runtime.worker.warm_up import compile_steps, run_requests, run_steps
 from octavo.runtime.worker.worker import Worker
@@ -28,23 +28,24 @@ SEQUENCE_BYTES = 48  # of a sequence beside them: a free slot's number, and the 
 MAX_PROMPT_LOGITS_BYTES = 64 << 20  # what one step may spend on logits for prompt_logprobs
 
 
-def load_engine(config: EngineConfig, spawn_time: float) -> tuple[Engine, Ready]:
+def load_engine(config: EngineConfig, spawn_time: float, device: Device | None = None) -> tuple[Engine, Ready]:
     """An engine that has run once, and the table about it. Raises ValueError or OSError with what is wrong.
 
     spawn_time is time.time() of when the process was started: what came before this call is the phase 'import'.
+    device None: the one that config names.
     """
     clock = _Phases(spawn_time)
     clock.end("import")
     check_limits(config)
-    device = choose_device(config.device)
-    check_machine(config, free_memory(device))
+    device = device or Device.choose(config.device)
+    check_machine(config, free_memory(device.torch_device))
     num_threads = set_threads(config.num_threads)
-    select_operators.warm_up(device)
+    select_operators.warm_up(device.torch_device)
     clock.end("kernels")
     with torch.inference_mode():
-        model = load_model(config)
+        model = load_model(config, device)
         clock.end("weights")
-        if isinstance(model, Decoder) and model.runs_triton:
+        if model.compiles_kernels:
             limits = limits_of(config, model, 1, config.max_model_len or model.max_position)
             compile_steps(model, limits, kv_cache.choose_dtype(model, config.kv_cache_dtype, []))
             clock.end("compiling")
@@ -52,19 +53,19 @@ def load_engine(config: EngineConfig, spawn_time: float) -> tuple[Engine, Ready]
         caches, plan = kv_cache.create(model, config, notes)
         clock.end("kv cache")
         longest = choose_max_model_len(config, model.max_position, plan.num_blocks * plan.block_size, notes)
-        check_num_seqs(config, longest, _left_on_host(plan.num_bytes, device))
+        check_num_seqs(config, longest, _left_on_host(plan.num_bytes, device.torch_device))
         limits = limits_of(config, model, plan.num_blocks, longest)
         warm_up(model, caches, limits)
         clock.end("warm-up")
         graphs = None
-        if not config.enforce_eager and isinstance(model, Decoder) and model.can_be_captured:
+        if not config.enforce_eager and model.capturable:
             graphs = StepGraphs(model, caches, limits.max_num_seqs, limits.max_model_len, config.max_num_batched_tokens)
             clock.end("cuda graphs")
     report = StartupReport(
         model=config.model,
         architecture=model.architecture,
         dtype=_name(model.dtype),
-        device=f"{device}, {num_threads} threads" if device.type == "cpu" else str(device),
+        device=f"cpu, {num_threads} threads" if device.torch_device.type == "cpu" else str(device.torch_device),
         kv_cache_dtype=(f"k={_name(model.dtype)},v=" if plan.wide_keys else "") + _name(plan.dtype),
         layers=model.report_layers(),
         weight_bytes=model.weight_bytes,
@@ -169,7 +170,7 @@ def warm_up(model: Model, caches: list[LayerCache], limits: SchedulerConfig) -> 
         narrow = model.dtype == torch.float16
         hint = "; float16 may lack the range that its activations need: --dtype bfloat16" if narrow else ""
         raise ValueError(f"the model can't be run: {problem}{hint}")
-    if isinstance(model, Decoder) and model.runs_triton:
+    if model.compiles_kernels:
         run_steps(model, caches, limits)
 
 

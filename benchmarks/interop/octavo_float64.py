@@ -23,6 +23,7 @@ from octavo.kernels.native import cpu_features
 from octavo.quant import linear
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.model import operators, weights
+from octavo.runtime.model.device import Device
 from octavo.runtime.model.model import Model
 from octavo.runtime.worker.kv_cache import allocate
 
@@ -34,7 +35,8 @@ def main() -> None:
     compute_in_float64()
     if job["divisor"] is not None:
         divide_by(job["divisor"])
-    model = weights.load_model(EngineConfig(model=checkpoint, dtype="float32"))
+    device = Device(torch.device("cpu"), 0, lambda _: operators.REFERENCE)
+    model = weights.load_model(EngineConfig(model=checkpoint, dtype="float32"), device)
     assert model.dtype == torch.float64
     answer = {
         "tokens": [greedy(model, ids, job["max_tokens"]) for ids in job["prompts"]],
@@ -47,7 +49,6 @@ def compute_in_float64() -> None:
     names = {name: getattr(torch, name) for name in dir(torch)} | {"float32": torch.float64}
     attention_reference.torch = SimpleNamespace(**names)  # type: ignore[assignment]
     weights.DTYPES["float32"] = torch.float64
-    weights.select_ops = lambda *_: operators.REFERENCE
     cpu_features.has_dot_products = lambda: False
     Tensor.float = Tensor.double  # type: ignore[method-assign]
 

@@ -1,4 +1,4 @@
-"""CPU bodies of the small operators: one pass over each row, float32 inside. Reference: `fused.reference`."""
+"""CPU bodies of the small operators: one pass over each row, float32 inside. Reference: `norm.reference`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from octavo.kernels.native.dtypes import KINDS, exp, load_row, size_of, store_row
 from octavo.kernels.native.jit import kernel, next_item, threads_for, view
+from octavo.kernels.quantized_activation import ActivationQuant, refuse_input_quant
 
 _REASSOCIATE = {"reassoc", "contract", "nsz"}
 
@@ -94,8 +95,9 @@ def _gated(args):  # type: ignore[no-untyped-def]
         store_row(gate, np.float32(1), a[2] + i * size, kind, count)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`fused.reference.rms_norm`."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float, input_quant: ActivationQuant | None = None) -> Tensor:
+    """`norm.reference.rms_norm`."""
+    refuse_input_quant(input_quant)
     x = x.contiguous()
     out = torch.empty_like(x)
     columns = x.shape[-1]
@@ -116,9 +118,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, after: Tensor | None = None, multiplier: float = 1.0
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    after: Tensor | None = None,
+    multiplier: float = 1.0,
+    input_quant: ActivationQuant | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`fused.reference.add_rms_norm`."""
+    """`norm.reference.add_rms_norm`."""
+    refuse_input_quant(input_quant)
     x = x if after is None else rms_norm(x, after, eps)
     x = x if multiplier == 1.0 else x * multiplier
     if weight is None:
@@ -144,13 +153,15 @@ def add_rms_norm(
     return out, total
 
 
-def silu_and_mul(gate_up: Tensor) -> Tensor:
-    """`fused.reference.silu_and_mul`."""
+def silu_and_mul(gate_up: Tensor, input_quant: ActivationQuant | None = None) -> Tensor:
+    """`norm.reference.silu_and_mul`."""
+    refuse_input_quant(input_quant)
     return _gate(gate_up, 0)
 
 
-def gelu_tanh_and_mul(gate_up: Tensor) -> Tensor:
-    """`fused.reference.gelu_tanh_and_mul`."""
+def gelu_tanh_and_mul(gate_up: Tensor, input_quant: ActivationQuant | None = None) -> Tensor:
+    """`norm.reference.gelu_tanh_and_mul`."""
+    refuse_input_quant(input_quant)
     return _gate(gate_up, 1)
 
 

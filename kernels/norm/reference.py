@@ -1,10 +1,15 @@
-"""The specification of the small operators, in plain torch. Each computes in float32 and returns its input's type."""
+"""The specification of the small operators, in plain torch. Each computes in float32 and returns its input's type.
+
+None quantizes what it returns, as a GPU's bodies do for the GEMM behind: `input_quant` is refused.
+"""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from octavo.kernels.quantized_activation import ActivationQuant, refuse_input_quant
 
 
 def embed(token_ids: Tensor, table: Tensor, factor: float = 1.0) -> Tensor:
@@ -13,31 +18,41 @@ def embed(token_ids: Tensor, table: Tensor, factor: float = 1.0) -> Tensor:
     return rows if factor == 1.0 else rows * factor
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, input_quant: ActivationQuant | None = None) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension; weight float32 (Gemma's 1 + w is added at load)."""
+    refuse_input_quant(input_quant)
     x32 = x.float()
     return (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
 
 
 def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, after: Tensor | None = None, multiplier: float = 1.0
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    after: Tensor | None = None,
+    multiplier: float = 1.0,
+    input_quant: ActivationQuant | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(rms_norm(x + residual), x + residual); the sum is rounded to x's type before the norm.
 
     With `after` x is normed first, and multiplied by the multiplier. Without a weight the sum is returned twice.
     """
+    refuse_input_quant(input_quant)
     x = x if after is None else rms_norm(x, after, eps)
     total = (x if multiplier == 1.0 else x * multiplier) + residual
     return (total if weight is None else rms_norm(total, weight, eps)), total
 
 
-def silu_and_mul(gate_up: Tensor) -> Tensor:
+def silu_and_mul(gate_up: Tensor, input_quant: ActivationQuant | None = None) -> Tensor:
     """[T, 2 I] -> [T, I]: silu(first half) * second half."""
+    refuse_input_quant(input_quant)
     gate, up = gate_up.float().chunk(2, dim=-1)
     return (F.silu(gate) * up).to(gate_up.dtype)
 
 
-def gelu_tanh_and_mul(gate_up: Tensor) -> Tensor:
+def gelu_tanh_and_mul(gate_up: Tensor, input_quant: ActivationQuant | None = None) -> Tensor:
     """[T, 2 I] -> [T, I]: tanh-approximated gelu(first half) * second half."""
+    refuse_input_quant(input_quant)
     gate, up = gate_up.float().chunk(2, dim=-1)
     return (F.gelu(gate, approximate="tanh") * up).to(gate_up.dtype)

@@ -1,37 +1,34 @@
 """A decoder's blocks, one at a time: for calibration, which holds one block's weights and many samples' hidden states.
 
-The same layers and operators as in serving, so that what is measured is what will be served; only the loop differs:
-all samples go through one block before the next one is built.
+A block is a DecoderLayer, and runs through its `forward` as in serving, so that what is measured is what will be
+served. Only the loop differs: all samples go through one block before the next one is built.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from octavo.kernels.attention.cache import LayerCache
 from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.quantized_activation import Hidden
 from octavo.quant.block_map import Fold, InputGroup
-from octavo.quant.linear import Linear, make_linear
+from octavo.quant.linear import Linear
 from octavo.quant.qparams import Weight
 from octavo.quant.shard import WHOLE, Shard
-from octavo.quant.target import Target
 from octavo.runtime.config import EngineConfig
-from octavo.runtime.model.decoder import DecoderLayer, embedding_scale
-from octavo.runtime.model.moe import MoeMlp
+from octavo.runtime.model.device import Device
+from octavo.runtime.model.layers import DecoderLayer
 from octavo.runtime.model.names import NORMS, LinearParts, head_name, layer_linears, routers
-from octavo.runtime.model.select_operators import select_ops
 from octavo.runtime.model.sources import LoadError
 from octavo.runtime.model.spec import DecoderSpec
 from octavo.runtime.model.weights import DecoderBuilder, choose_dtype
-from octavo.runtime.worker.device import choose_device
 
 Record = Callable[[str, Tensor], None]  # (group's name, its input [T, K])
 RecordKV = Callable[[Tensor, Tensor], None]  # keys after rope, values, [T, Hkv, D]
@@ -46,17 +43,19 @@ class BlockRunner:
     Raises UnsupportedModelError for a config that the decoder doesn't have.
     """
 
-    def __init__(
-        self, config: dict[str, Any], prefix: str, seq_len: int, device: Literal["auto", "cpu", "cuda"] = "auto"
-    ) -> None:
-        """prefix stands before layer names: 'model.'; seq_len is the length of every sequence."""
+    def __init__(self, config: dict[str, Any], prefix: str, seq_len: int, device: Device | None = None) -> None:
+        """prefix stands before layer names: 'model.'; seq_len is the length of every sequence.
+
+        device None: the GPU, if there is one.
+        """
         self.spec = DecoderSpec.from_hf(config)
         if seq_len > self.spec.max_position:
             raise LoadError(
                 f"--max-seq-length {seq_len}: the model has {self.spec.max_position} positions; "
                 f"{self.spec.max_position} works"
             )
-        self.device = choose_device(device)
+        device = device or Device.choose("auto")
+        self.device = device.torch_device
         self.dtype = torch.float32
         if self.spec.dtype != "float32":
             self.dtype = choose_dtype("auto", self.spec.dtype, self.device, [])
@@ -64,14 +63,13 @@ class BlockRunner:
         self.num_blocks = len(self.spec.layers)
         self._prefix = prefix
         self._seq_len = seq_len
-        self._ops = select_ops(self.device, self.dtype)
         engine = EngineConfig(model=str(Path()), max_model_len=seq_len)
         self._source = _Tensors(prefix)
         self._parts: dict[int, dict[str, LinearParts]] = {}  # of the blocks that were built
         self._routers: dict[int, dict[str, int]] = {}
         self.expert_counts: Tensor | None = None
         self._builder = DecoderBuilder(
-            engine, self.spec, self._source, self.dtype, self.device, [], stacks_experts=False, rounds_inputs=True
+            engine, self.spec, self._source, self.dtype, device, [], stacks_experts=False, rounds_inputs=True
         )
 
     @property
@@ -80,38 +78,30 @@ class BlockRunner:
 
     def embed(self, token_ids: Tensor, embedding: Tensor) -> Tensor:
         """token_ids [B, T], embedding [vocab, H] as stored -> the first block's input [B, T, H]."""
-        hidden = F.embedding(token_ids, embedding).to(self.device, self.dtype)
-        scale = embedding_scale(self.spec, self.dtype)
-        return hidden if scale == 1.0 else hidden * scale
+        used, rows = torch.unique(token_ids, return_inverse=True)  # a vocabulary of 262144 needn't go to the device
+        table = embedding[used].to(self.device, self.dtype)
+        hidden = self._builder.embedding(table).forward(rows.flatten().to(self.device))
+        return hidden.view(*token_ids.shape, -1)
 
     def head(self, tensor: Callable[[str], Tensor]) -> Callable[[Tensor], Tensor]:
         """Hidden states [T, H] behind the last block -> logits [T, vocab] float32; `tensor` gives weights by name."""
-        spec = self.spec
-        norm = tensor(f"{self._prefix}norm.weight").to(self.device, torch.float32) + spec.norm_offset
-        weight = tensor(self.embedding_name if spec.tied else head_name(self._prefix) + ".weight")
-        target = Target.of(self.device, self.dtype)
-        linear = make_linear([weight.to(self.dtype)], [None], target, out_dtype=torch.float32)
-
-        def logits(hidden: Tensor) -> Tensor:
-            out = linear.forward(self._ops.rms_norm(hidden, norm, spec.norm_eps)) / spec.logits_divisor
-            cap = spec.final_soft_cap
-            return out if cap is None else torch.tanh(out / cap) * cap
-
-        return logits
+        name = self.embedding_name if self.spec.tied else f"{head_name(self._prefix)}.weight"
+        weight = tensor(name)
+        norm_name = f"{self._prefix}norm.weight"
+        with self._source.holding({name: weight, norm_name: tensor(norm_name)}):
+            norm = self._builder.final_norm()
+            head = self._builder.head(weight.to(self.device, self.dtype))
+        return lambda hidden: head.forward(norm.norm(hidden))
 
     def build(self, index: int, tensors: Mapping[str, Tensor]) -> DecoderLayer:
         """Block `index` out of its tensors by their names in the checkpoint, all of them dense."""
-        self._source.tensors = tensors
-        self._parts[index] = layer_linears(self.spec, index, self._prefix, self._source.has)
-        self._routers[index] = routers(self.spec, index, self._prefix, self._source.has)
-        try:
+        with self._source.holding(tensors):
+            self._parts[index] = layer_linears(self.spec, index, self._prefix, self._source.has)
+            self._routers[index] = routers(self.spec, index, self._prefix, self._source.has)
             layer = self._builder.layer(index)
-            self.expert_counts = None
-            if isinstance(layer.mlp, MoeMlp):
-                self.expert_counts = torch.zeros(len(layer.mlp.experts), dtype=torch.int64, device=self.device)
-            return layer
-        finally:
-            self._source.tensors = {}
+        num_experts = layer.mlp.observable_experts
+        self.expert_counts = torch.zeros(num_experts, dtype=torch.int64, device=self.device) if num_experts else None
+        return layer
 
     def groups(self, index: int, layer: DecoderLayer) -> list[InputGroup]:
         """The block's linear layers by the input that they share, in the order of computing."""
@@ -165,28 +155,16 @@ class BlockRunner:
         if record is not None:
             layer = self._recorded(layer, record)
         batch, length, width = hidden.shape
-        ops = self._ops
-        eps = self.spec.norm_eps
         residual = hidden.reshape(batch * length, width)
-        inputs = _step(batch, length, self.device)
         cache = self._cache(batch)
-
-        normed = residual if layer.before_attention is None else ops.rms_norm(residual, layer.before_attention, eps)
-        qkv = layer.qkv.forward(normed)
-        q = ops.rope_and_cache(qkv, inputs, cache, layer.shape, layer.cos_sin, layer.q_norm, layer.k_norm, eps)
+        _, residual = layer.forward(layer.enter.norm(residual), residual, _step(batch, length, self.device), cache)
         if record_kv is not None:
             record_kv(*(t.transpose(1, 2).flatten(0, 1) for t in (cache.key, cache.value)))
-        attended = layer.o.forward(ops.attention(q, inputs, cache, layer.shape))
-        after = layer.after_attention
-        multiplier = self.spec.residual_multiplier
-        normed, residual = ops.add_rms_norm(attended, residual, layer.before_mlp, eps, after, multiplier)
-        _, residual = ops.add_rms_norm(layer.mlp.forward(normed), residual, None, eps, layer.after_mlp, multiplier)
         return residual.view(batch, length, width)
 
     def _recorded(self, layer: DecoderLayer, record: Record) -> DecoderLayer:
         """The layer with each group's first linear layer showing its input."""
-        if isinstance(layer.mlp, MoeMlp):
-            assert self.expert_counts is not None
+        if self.expert_counts is not None:
             layer = replace(layer, mlp=layer.mlp.observed(self.expert_counts))
         shown: set[str] = set()
 
@@ -217,21 +195,38 @@ class _Recorded(Linear):
 
     def __init__(self, inner: Linear, name: str, record: Record) -> None:
         super().__init__(inner.scheme, inner.parts, inner.bias, inner.out_dtype)
+        self._inner = inner
         self._name = name
         self._record = record
 
     def forward(self, x: Hidden, step: StepInputs | None = None) -> Tensor:
-        assert isinstance(x, Tensor)  # calibration's layers are dense: none wants a rounded input
+        self._show(x)
+        return self._inner.forward(x, step)
+
+    def partial(self, x: Hidden, step: StepInputs | None = None) -> Tensor:
+        self._show(x)
+        return self._inner.partial(x, step)
+
+    def _show(self, x: Hidden) -> None:
+        assert isinstance(x, Tensor)  # calibration's layers are dense: none reads codes
         self._record(self._name, x)
-        return super().forward(x, step)
 
 
 class _Tensors:
-    """A Source over one block's tensors in memory."""
+    """A Source over tensors in memory, by their names in the checkpoint."""
 
     def __init__(self, prefix: str) -> None:
         self.prefix = prefix
         self.tensors: Mapping[str, Tensor] = {}
+
+    @contextmanager
+    def holding(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+        """While the context lasts, the source's tensors are these; behind it nothing holds them."""
+        self.tensors = tensors
+        try:
+            yield
+        finally:
+            self.tensors = {}
 
     def has(self, module: str) -> bool:
         return any(name.rpartition(".")[0] == module for name in self.tensors)

@@ -11,72 +11,33 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from octavo.kernels.attention.cache import AttentionShape, LayerCache
+from octavo.kernels.attention.cache import LayerCache
 from octavo.kernels.attention.step import StepInputs
-from octavo.kernels.quantized_activation import ActivationQuant
-from octavo.quant.linear import Linear
-from octavo.runtime.model.mlp import Change, Mlp
-from octavo.runtime.model.model import KVScales, LayerRow
-from octavo.runtime.model.moe import GroupedMoe, MoeMlp
+from octavo.runtime.model.layers import AddNorm, DecoderLayer, Embedding, GroupedExperts, Head
+from octavo.runtime.model.model import KVScales, LayerRow, Tap
 from octavo.runtime.model.operators import Ops
 from octavo.runtime.model.rope import RopeTable
 from octavo.runtime.model.spec import DecoderSpec
-
-Tap = Callable[[int, Tensor], None]  # layer, residual [num_tokens, hidden]; of the last only logits_index's rows
-
-
-@dataclass(frozen=True, slots=True)
-class DecoderLayer:
-    """The weights of one layer. Norm weights are float32, None where the architecture has no norm there.
-
-    cos_sin     [max_position, rotary_dim] float32, shared between layers; None: no positions
-    before_...  norm of the input of attention, of the MLP; after_...: of its output, before it is added
-    """
-
-    qkv: Linear
-    o: Linear
-    mlp: Mlp
-    shape: AttentionShape
-    cos_sin: Tensor | None
-    q_norm: Tensor | None
-    k_norm: Tensor | None
-    before_attention: Tensor | None
-    after_attention: Tensor | None
-    before_mlp: Tensor | None
-    after_mlp: Tensor | None
-
-    def linears(self) -> dict[str, Linear]:
-        """All of them by their names in the layer: 'qkv', 'o', and the MLP's."""
-        return {"qkv": self.qkv, "o": self.o, **self.mlp.linears()}
-
-    def map_linears(self, change: Change) -> DecoderLayer:
-        """A copy, each linear layer what `change(name, linear)` returns for it."""
-        return replace(self, qkv=change("qkv", self.qkv), o=change("o", self.o), mlp=self.mlp.map_linears(change))
-
-    def tensors(self) -> Iterator[Tensor]:
-        norms = (self.before_attention, self.after_attention, self.before_mlp, self.after_mlp)
-        yield from (t for t in (*norms, self.q_norm, self.k_norm, self.cos_sin) if t is not None)
-        yield from self.mlp.tensors()
 
 
 class Decoder:
     """A `Model` (runtime/model/model.py) made of DecoderLayers."""
 
+    gives_hidden = True
+
     def __init__(
         self,
         spec: DecoderSpec,
         *,
-        embedding: Tensor,
+        embedding: Embedding,
         layers: list[DecoderLayer],
-        final_norm: Tensor,
-        lm_head: Linear,
+        final_norm: AddNorm,
+        head: Head,
         ops: Ops,
         max_position: int,
         growing_tables: Sequence[RopeTable] = (),
@@ -85,108 +46,71 @@ class Decoder:
         kv_dtype: str | None = None,
         notes: list[str] | None = None,
     ) -> None:
-        """embedding is [vocab, hidden], in the type that the model computes in and on its device.
+        """embedding's table is in the type that the model computes in, and on its device.
 
         growing_tables: the layers' cos_sin, where their rows are computed only as sequences get there.
         """
         self.spec = spec
         self.architecture = spec.architecture
         self.vocab_size = spec.vocab_size
+        self.hidden_size = spec.hidden_size
         self.max_position = max_position
         self._growing_tables = growing_tables
         self.kv_shapes = [(spec.num_kv_heads, spec.head_dim)] * len(layers)
         self.kv_scales = kv_scales
         self.kv_dtype = kv_dtype
-        self.dtype = embedding.dtype
-        self.device = embedding.device
+        self.dtype = embedding.table.dtype
+        self.device = embedding.table.device
         self.notes = notes or []
         self.ops = ops
         self._embedding = embedding
-        self._layers = layers
-        self._final_norm = final_norm
-        self._lm_head = lm_head
-        self._embedding_scale = embedding_scale(spec, self.dtype)
-        own_head = [] if head_shares_embedding else [lm_head]
-        self.weight_bytes = _weight_bytes([embedding, final_norm], layers, own_head)
+        behind = [*(layer.enter for layer in layers[1:]), final_norm]
+        self._layers = [layer.followed_by(norm) for layer, norm in zip(layers, behind, strict=True)]
+        self._head = head
+        self.weight_bytes = self._count_bytes(head_shares_embedding)
 
     @property
     def num_layers(self) -> int:
         return len(self._layers)
 
     @property
-    def runs_triton(self) -> bool:
-        """Whether its kernels are compiled at their first use."""
-        return self.ops.name == "triton"
+    def compiles_kernels(self) -> bool:
+        return self.ops.compiles_kernels
 
     @property
-    def mixtures(self) -> list[GroupedMoe]:
-        """Of layers whose experts run together."""
-        return [layer.mlp for layer in self._layers if isinstance(layer.mlp, GroupedMoe)]
+    def capturable(self) -> bool:
+        return self.ops.compiles_kernels and all(layer.mlp.capturable for layer in self._layers)
 
     @property
-    def can_be_captured(self) -> bool:
-        """Whether all that a step of a given size launches is known beforehand, as a CUDA graph asks."""
-        return self.runs_triton and not any(isinstance(layer.mlp, MoeMlp) for layer in self._layers)
+    def mixtures(self) -> list[GroupedExperts]:
+        return [mixture for layer in self._layers if (mixture := layer.mlp.grouped) is not None]
 
     @torch.inference_mode()
-    def forward(self, inputs: StepInputs, caches: list[LayerCache], tap: Tap | None = None) -> Tensor:
-        """Logits [num logits_index, vocab_size] float32; each layer's keys and values go into its cache.
+    def forward(self, step: StepInputs, caches: list[LayerCache], tap: Tap | None = None) -> Tensor:
+        return self.logits(self.hidden(step, caches, tap))
 
-        tap is called after each layer with its number and the residual stream, for whoever measures.
-        """
+    @torch.inference_mode()
+    def hidden(self, step: StepInputs, caches: list[LayerCache], tap: Tap | None = None) -> Tensor:
+        some_rows = step.logits_index.shape[0] != step.token_ids.shape[0]
+        # Of prompts, most tokens' output is read by nothing behind the last layer's attention. A decode step that
+        # samples fewer than all of its tokens is rare, and cut at the end: its rows may be quantized by then.
+        cuts_early = some_rows and step.max_query_len > 1
         for table in self._growing_tables:
-            table.cover(inputs.max_seq_len)
-        ops = self.ops
-        eps = self.spec.norm_eps
-        last = len(self._layers) - 1
-        some_rows = inputs.logits_index.shape[0] != inputs.token_ids.shape[0]
-        cuts_rows = some_rows and inputs.max_query_len > 1  # of the last layer: nothing reads them, and they are many
-
-        residual = ops.embed(inputs.token_ids, self._embedding, self._embedding_scale)
-        first_norm = self._layers[0].before_attention
-        rounding = _rounding(self._layers[0].qkv.input_quant)
-        hidden = residual if first_norm is None else ops.rms_norm(residual, first_norm, eps, **rounding)
-
+            table.cover(step.max_seq_len)
+        last = self._layers[-1]
+        residual = self._embedding.forward(step.token_ids)
+        hidden = self._layers[0].enter.norm(residual)
         for i, (layer, cache) in enumerate(zip(self._layers, caches, strict=True)):
-            qkv = layer.qkv.partial(hidden)
-            rotation = (layer.cos_sin, layer.q_norm, layer.k_norm, eps)
-            is_cut = cuts_rows and i == last
-            rounding = _rounding(None if is_cut else layer.o.input_quant)
-            hidden = ops.rope_and_attention(qkv, inputs, cache, layer.shape, *rotation, **rounding)
-            if is_cut:
-                hidden = hidden[inputs.logits_index]
-                residual = residual[inputs.logits_index]
-            hidden, residual = self._add_and_norm(
-                layer.o.partial(hidden), residual, layer.after_attention, layer.before_mlp, layer.mlp.input_quant
-            )
-            before_next = self._final_norm if i == last else self._layers[i + 1].before_attention
-            input_quant = None if i == last else self._layers[i + 1].qkv.input_quant
-            hidden, residual = self._add_and_norm(
-                layer.mlp.partial(hidden), residual, layer.after_mlp, before_next, input_quant
-            )
+            rows = step.logits_index if cuts_early and layer is last else None
+            hidden, residual = layer.forward(hidden, residual, step, cache, rows)
             if tap is not None:
                 tap(i, residual)
-        return self._logits(hidden[inputs.logits_index] if some_rows and not cuts_rows else hidden)
+        assert isinstance(hidden, Tensor)  # the head's input isn't quantized
+        return hidden[step.logits_index] if some_rows and not cuts_early else hidden
 
-    def _add_and_norm(
-        self,
-        hidden: Tensor,
-        residual: Tensor,
-        after: Tensor | None,
-        before_next: Tensor | None,
-        input_quant: ActivationQuant | None,
-    ) -> tuple[Any, Tensor]:
-        """A sublayer's output onto the residual: (input of the next sublayer, rounded as it wants; new residual)."""
-        multiplier = self.spec.residual_multiplier
-        rounding = _rounding(input_quant)
-        return self.ops.add_rms_norm(hidden, residual, before_next, self.spec.norm_eps, after, multiplier, **rounding)
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        logits = self._lm_head.forward(hidden)
-        if self.spec.logits_divisor != 1.0:
-            logits = logits / self.spec.logits_divisor
-        cap = self.spec.final_soft_cap
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self._head.forward(hidden)
 
     def report_layers(self) -> list[LayerRow]:
         """One row for each kind of layer, scheme and body, with the number of layers where they differ."""
@@ -198,7 +122,7 @@ class Decoder:
             counts[(kind, *linear.describe())] += 1
         for mixture in self.mixtures:
             of_kind["experts"] += 1
-            counts[("experts", mixture.experts.scheme, mixture.body)] += 1
+            counts[("experts", mixture.scheme, mixture.body)] += 1
         rows = [
             (kind if count == of_kind[kind] else f"{kind} ({count} of {of_kind[kind]})", scheme, body)
             for (kind, scheme, body), count in counts.items()
@@ -207,24 +131,15 @@ class Decoder:
         return [
             ("embedding", name, "triton" if self.ops.name == "triton" else "torch"),
             *rows,
-            ("lm_head", *self._lm_head.describe()),
+            ("lm_head", *self._head.linear.describe()),
             ("norms, rope, attention", name, self.ops.name),
         ]
 
-
-def _rounding(input_quant: ActivationQuant | None) -> dict[str, ActivationQuant]:
-    """The argument of an operator that is asked to round: a CPU's have none."""
-    return {} if input_quant is None else {"input_quant": input_quant}
-
-
-def embedding_scale(spec: DecoderSpec, dtype: torch.dtype) -> float:
-    """Gemma's sqrt(hidden_size) is a tensor of the model's type: 55.4256 is 55.5 in bfloat16."""
-    scale = torch.tensor(spec.embedding_scale)
-    return float(scale.to(dtype)) if spec.round_embedding_scale else spec.embedding_scale
-
-
-def _weight_bytes(tensors: list[Tensor], layers: list[DecoderLayer], heads: list[Linear]) -> int:
-    """Bytes of all weights and tables; a table that layers share counts once."""
-    linears = [*heads, *(linear for layer in layers for linear in layer.linears().values())]
-    distinct = {t.data_ptr(): t.nbytes for t in (*tensors, *(t for layer in layers for t in layer.tensors()))}
-    return sum(linear.weight_bytes for linear in linears) + sum(distinct.values())
+    def _count_bytes(self, head_shares_embedding: bool) -> int:
+        """Bytes of all weights and tables; a table that layers share counts once."""
+        linears = [linear for layer in self._layers for linear in layer.linears().values()]
+        if not head_shares_embedding:
+            linears.append(self._head.linear)
+        tensors = [self._embedding.table, *(t for layer in self._layers for t in layer.tensors())]
+        distinct = {t.data_ptr(): t.nbytes for t in tensors}
+        return sum(linear.weight_bytes for linear in linears) + sum(distinct.values())

@@ -1,7 +1,8 @@
-"""What the runner knows of a model, whichever implementation it is."""
+"""What the engine knows of a model, whichever implementation it is."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -9,10 +10,14 @@ from torch import Tensor
 
 from octavo.kernels.attention.cache import LayerCache
 from octavo.kernels.attention.step import StepInputs
+from octavo.runtime.model.layers import GroupedExperts
 
 LayerRow = tuple[str, str, str]  # kind of layer, scheme, body
 KVScales = list[tuple[Tensor | None, Tensor]]
 """Of each layer: of keys and of values, [num_kv_heads] float32. Keys without a scale stay in the computing type."""
+Tap = Callable[[int, Tensor], None]
+"""Called after each layer with its number and the residual stream [num_tokens, hidden_size], for who measures; of the
+last layer with the rows of logits_index alone, where those are fewer."""
 
 
 class Model(Protocol):
@@ -27,6 +32,7 @@ class Model(Protocol):
 
     architecture: str
     vocab_size: int
+    hidden_size: int
     max_position: int
     kv_shapes: list[tuple[int, int]]
     kv_scales: KVScales | None
@@ -39,8 +45,36 @@ class Model(Protocol):
     @property
     def num_layers(self) -> int: ...
 
-    def forward(self, inputs: StepInputs, caches: list[LayerCache]) -> Tensor:
-        """Logits [num logits_index, vocab_size] float32 of the tokens at logits_index; writes the caches."""
+    @property
+    def compiles_kernels(self) -> bool:
+        """Whether a kernel is compiled when a step first needs it, so that steps of every size must be run at start."""
+        ...
+
+    @property
+    def capturable(self) -> bool:
+        """Whether all that a step of a given size launches is known beforehand, as a CUDA graph asks."""
+        ...
+
+    @property
+    def mixtures(self) -> list[GroupedExperts]:
+        """Of each layer whose experts run together."""
+        ...
+
+    @property
+    def gives_hidden(self) -> bool:
+        """Whether `hidden`, `logits` and a tap can be had; if not, they raise."""
+        ...
+
+    def forward(self, step: StepInputs, caches: list[LayerCache], tap: Tap | None = None) -> Tensor:
+        """`logits` of `hidden`, which every model has."""
+        ...
+
+    def hidden(self, step: StepInputs, caches: list[LayerCache], tap: Tap | None = None) -> Tensor:
+        """What the head reads: [num logits_index, hidden_size] of the tokens at logits_index; writes the caches."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[num logits_index, vocab_size] float32 of what `hidden` returns."""
         ...
 
     def report_layers(self) -> list[LayerRow]:

@@ -14,27 +14,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.moe import reference as moe
 from octavo.kernels.quantized_activation import ActivationQuant, Hidden
 from octavo.quant.experts import Stacked
 from octavo.quant.linear import Linear
-from octavo.runtime.model.mlp import Change, GatedMlp
+from octavo.runtime.model.layers import Change, GatedMlp, GroupedExperts, Mlp
 
 
 class _Plain:
-    """A block that takes its input as it is, and whose output is whole."""
+    """An MLP that takes its input plain, whose output is whole, and whose experts, if any, run one by one."""
 
     __slots__ = ()
+    capturable = False  # how many tokens an expert gets is known only while the step runs
+    grouped = None
 
     @property
     def input_quant(self) -> ActivationQuant | None:
         return None
 
-    def forward(self, x: Hidden) -> Tensor:
+    def forward(self, x: Hidden, step: StepInputs | None = None) -> Tensor:
         raise NotImplementedError
 
-    def partial(self, x: Hidden) -> Tensor:
-        return self.forward(x)
+    def partial(self, x: Hidden, step: StepInputs | None = None) -> Tensor:
+        return self.forward(x, step)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,15 +57,18 @@ class MoeMlp(_Plain):
     shared: GatedMlp | None = None
     shared_gate: Tensor | None = None
 
-    def forward(self, x: Hidden) -> Tensor:
+    @property
+    def observable_experts(self) -> int:
+        return len(self.experts)
+
+    def observed(self, counts: Tensor) -> ObservedMoe:
+        return ObservedMoe(self, counts)
+
+    def forward(self, x: Hidden, step: StepInputs | None = None) -> Tensor:
         assert isinstance(x, Tensor)
         chosen, weights = moe.route(x, self.router, self.top_k, self.normalize)
         routed = moe.grouped(x, chosen, weights, len(self.experts), self._run)
-        return add_shared(x, routed, self.shared, self.shared_gate)
-
-    def observed(self, counts: Tensor) -> ObservedMoe:
-        """The same block, which runs every expert on every token and adds to counts what they were chosen for."""
-        return ObservedMoe(self, counts)
+        return add_shared(x, routed, self.shared, self.shared_gate, step)
 
     def linears(self) -> dict[str, Linear]:
         """'experts.3.gate_up', 'experts.3.down', ... and 'shared.gate_up', 'shared.down'."""
@@ -88,11 +94,13 @@ class MoeMlp(_Plain):
         return self.experts[expert].forward(x)
 
 
-def add_shared(x: Tensor, routed: Tensor, shared: GatedMlp | None, gate: Tensor | None) -> Tensor:
+def add_shared(
+    x: Tensor, routed: Tensor, shared: GatedMlp | None, gate: Tensor | None, step: StepInputs | None
+) -> Tensor:
     """The shared expert's output, times sigmoid(x . gate) where there is a gate, added to the chosen ones'."""
     if shared is None:
         return routed
-    out = shared.forward(x)
+    out = shared.forward(x, step)
     if gate is not None:
         out = out * torch.sigmoid(F.linear(x.float(), gate)).to(x.dtype)
     return routed + out
@@ -116,29 +124,41 @@ class GroupedMoe:
     shared: GatedMlp | None = None
     shared_gate: Tensor | None = None
 
+    capturable = True
+    observable_experts = 0
+
     @property
     def input_quant(self) -> ActivationQuant | None:
         """The router reads plain numbers, and so does a shared expert."""
         return self.experts.input_quant if self.shared is None else None
 
     @property
-    def body(self) -> str:
-        """What runs the experts, for the table that is printed at start."""
-        return f"grouped by expert{f', a shared one in {self.slices}' if self.slices else ''}"
+    def grouped(self) -> GroupedExperts:
+        """The slices of a shared expert are experts to the kernels."""
+        slices = f", a shared one in {self.slices}" if self.slices else ""
+        return GroupedExperts(
+            pairs=self.top_k + self.slices,
+            num_experts=self.experts.down.shape[0],
+            scheme=self.experts.scheme,
+            body=f"grouped by expert{slices}",
+        )
 
-    def forward(self, x: Hidden) -> Tensor:
+    def observed(self, counts: Tensor) -> Mlp:  # noqa: ARG002
+        raise TypeError("experts that are stacked can't be observed; DecoderBuilder(stacks_experts=False) has others")
+
+    def forward(self, x: Hidden, step: StepInputs | None = None) -> Tensor:
         from octavo.kernels.moe.gpu.fused import fused_moe
 
         assert isinstance(x, Tensor)
         routed = fused_moe(x, *self._mixture, normalize=self.normalize, shared=self.slices)
-        return add_shared(x, routed, self.shared, self.shared_gate)
+        return add_shared(x, routed, self.shared, self.shared_gate, step)
 
-    def partial(self, x: Hidden) -> Tensor:
+    def partial(self, x: Hidden, step: StepInputs | None = None) -> Tensor:
         """As forward; without a shared expert of its own [top_k + slices, T, H], what each expert gives."""
         from octavo.kernels.moe.gpu.fused import partial_moe
 
         if self.shared is not None:
-            return self.forward(x)
+            return self.forward(x, step)
         return partial_moe(x, *self._mixture, normalize=self.normalize, shared=self.slices)
 
     @property
@@ -162,15 +182,19 @@ class GroupedMoe:
 
 @dataclass(frozen=True, slots=True)
 class ObservedMoe(_Plain):
-    """MoeMlp for calibration: forward(x) is what the block's is, but every expert sees all of x.
-
-    counts  [num_experts] int64, added to in place: tokens that each expert was chosen for
-    """
+    """MoeMlp for calibration: forward(x) is what the block's is, but every expert sees all of x."""
 
     block: MoeMlp
     counts: Tensor
 
-    def forward(self, x: Hidden) -> Tensor:
+    @property
+    def observable_experts(self) -> int:
+        return self.block.observable_experts
+
+    def observed(self, counts: Tensor) -> ObservedMoe:
+        return ObservedMoe(self.block, counts)
+
+    def forward(self, x: Hidden, step: StepInputs | None = None) -> Tensor:
         assert isinstance(x, Tensor)
         block = self.block
         chosen, weights = moe.route(x, block.router, block.top_k, block.normalize)
@@ -179,7 +203,7 @@ class ObservedMoe(_Plain):
         for i, expert in enumerate(block.experts):
             weight = torch.where(chosen == i, weights, 0.0).sum(dim=1, keepdim=True)  # [T, 1], 0 where not chosen
             total.addcmul_(expert.forward(x).float(), weight)
-        return add_shared(x, total.to(x.dtype), block.shared, block.shared_gate)
+        return add_shared(x, total.to(x.dtype), block.shared, block.shared_gate, step)
 
     def linears(self) -> dict[str, Linear]:
         return self.block.linears()

@@ -1,21 +1,66 @@
 """The operators that the decoder calls besides its linear layers, as one value chosen at load.
 
-The signatures are the contract between the decoder and the kernels room. `octavo.kernels.*.reference` is what they
-mean; a device's bodies are compared with it in tests. T tokens, H hidden, Hq and Hkv heads, D head size.
+The signatures are the contract between the decoder and the kernels room, the same for every device; arguments are
+positional. `octavo.kernels.*.reference` is what they mean; a device's bodies are compared with it in tests.
+T tokens, H hidden, Hq and Hkv heads, D head size, I inner size of an MLP.
+
+Two things are asked of a GPU's bodies alone, since only linear layers on a GPU ask for them. They take x, gate_up and
+qkv split along K as well, [S, T, ...] float32, to be summed first. And with an `input_quant` they return
+their result quantized as the GEMM behind reads it (kernels/quantized_activation.py). Other bodies refuse it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
 from octavo.kernels.attention import reference as attention_reference
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
 from octavo.kernels.attention.step import StepInputs
-from octavo.kernels.norm import reference as fused_reference
+from octavo.kernels.norm import reference as norm_reference
+from octavo.kernels.quantized_activation import ActivationQuant, Hidden, refuse_input_quant
+
+
+class Embed(Protocol):
+    """Rows of a table [V, H] at token_ids [T], times a factor: [T, H]."""
+
+    def __call__(self, token_ids: Tensor, table: Tensor, factor: float, /) -> Tensor: ...
+
+
+class RmsNorm(Protocol):
+    """x [T, H] normed, times weight [H] float32: computed in float32, returned in the model's type."""
+
+    def __call__(
+        self, x: Tensor, weight: Tensor, eps: float, input_quant: ActivationQuant | None = None, /
+    ) -> Hidden: ...
+
+
+class AddRmsNorm(Protocol):
+    """(normed sum, sum) of x [T, H] and residual [T, H]; the sum is rounded to the model's type, then normed.
+
+    x itself is normed by `after` [H] float32, where that is given, and multiplied before it is added. Without a weight
+    the sum is returned twice.
+    """
+
+    def __call__(
+        self,
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor | None,
+        eps: float,
+        after: Tensor | None = None,
+        multiplier: float = 1.0,
+        input_quant: ActivationQuant | None = None,
+        /,
+    ) -> tuple[Hidden, Tensor]: ...
+
+
+class GatedActivation(Protocol):
+    """gate_up [T, 2 I] -> act(first half) * second half [T, I]."""
+
+    def __call__(self, gate_up: Tensor, input_quant: ActivationQuant | None = None, /) -> Hidden: ...
 
 
 class RopeAndCache(Protocol):
@@ -31,68 +76,85 @@ class RopeAndCache(Protocol):
     def __call__(
         self,
         qkv: Tensor,
-        inputs: StepInputs,
+        step: StepInputs,
         cache: LayerCache,
         shape: AttentionShape,
         cos_sin: Tensor | None,
         q_norm: Tensor | None,
         k_norm: Tensor | None,
         eps: float,
+        /,
     ) -> Tensor: ...
+
+
+class PagedAttention(Protocol):
+    """q [T, Hq, D] -> [T, Hq * D]: causal over the cache, which holds this step's own keys and values already."""
+
+    def __call__(self, q: Tensor, step: StepInputs, cache: LayerCache, shape: AttentionShape, /) -> Tensor: ...
+
+
+class RopeAndAttention(Protocol):
+    """RopeAndCache, and PagedAttention of what it returns: [T, Hq * D]. Quantized in decode steps alone."""
+
+    def __call__(
+        self,
+        qkv: Tensor,
+        step: StepInputs,
+        cache: LayerCache,
+        shape: AttentionShape,
+        cos_sin: Tensor | None,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        eps: float,
+        input_quant: ActivationQuant | None = None,
+        /,
+    ) -> Hidden: ...
 
 
 @dataclass(frozen=True)
 class Ops:
-    """One body for each operator.
+    """One body for each operator; `name` says whose they are, in the table at start.
 
-    embed(token_ids [T], table [V, H], factor) -> [T, H]: rows of the table times a number
-    rms_norm(x [T, H], weight [H] float32, eps) -> [T, H]: computed in float32, returned in x's type
-    add_rms_norm(x, residual, weight, eps, after, multiplier) -> (normed, x + residual): the sum is rounded to x's type,
-        then normed; x itself is normed by `after` and multiplied before; without a weight the sum is returned twice
-    silu_and_mul(gate_up [T, 2 I]) -> [T, I]: act(first half) * second half
-    gelu_tanh_and_mul(gate_up [T, 2 I]) -> [T, I]
-    attention(q [T, Hq, D], inputs, cache, shape) -> [T, Hq * D]: causal over the cache, which holds this step's own
-        keys and values already
-    rope_and_attention  of rope_and_cache's arguments: attention of what that returns
-
-    A GPU's bodies also take x, gate_up and qkv as split-K partial sums [S, T, ...] float32. Their norms, activations
-    and rope_and_attention take a last argument `input_quant`, an ActivationQuant; with it they return a
-    QuantizedActivation (attention in a decode step only). The CPU's get neither: its linear layers make no partial sums
-    and quantize their own input.
+    compiles_kernels  bodies are compiled at their first use, by the sizes of a step
     """
 
     name: str
-    embed: Callable[[Tensor, Tensor, float], Tensor]
-    rms_norm: Callable[..., Any]
-    add_rms_norm: Callable[..., tuple[Any, Tensor]]
-    silu_and_mul: Callable[..., Any]
-    gelu_tanh_and_mul: Callable[..., Any]
-    rope_and_cache: RopeAndCache
-    attention: Callable[[Tensor, StepInputs, LayerCache, AttentionShape], Tensor]
-    rope_and_attention: Callable[..., Any]
+    embed: Embed
+    rms_norm: RmsNorm
+    add_rms_norm: AddRmsNorm
+    silu_and_mul: GatedActivation
+    gelu_tanh_and_mul: GatedActivation
+    rope_and_attention: RopeAndAttention
+    compiles_kernels: bool = False
 
 
-def one_after_the_other(
-    rope_and_cache: RopeAndCache, attention: Callable[[Tensor, StepInputs, LayerCache, AttentionShape], Tensor]
-) -> Callable[..., Tensor]:
-    """`rope_and_attention` of the two."""
+def one_after_the_other(rope_and_cache: RopeAndCache, attention: PagedAttention) -> RopeAndAttention:
+    """RopeAndAttention of the two."""
 
     def rope_and_attention(
-        qkv: Tensor, inputs: StepInputs, cache: LayerCache, shape: AttentionShape, *rotation_and_norms: Any
+        qkv: Tensor,
+        step: StepInputs,
+        cache: LayerCache,
+        shape: AttentionShape,
+        cos_sin: Tensor | None,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        eps: float,
+        input_quant: ActivationQuant | None = None,
     ) -> Tensor:
-        return attention(rope_and_cache(qkv, inputs, cache, shape, *rotation_and_norms), inputs, cache, shape)
+        refuse_input_quant(input_quant)
+        q = rope_and_cache(qkv, step, cache, shape, cos_sin, q_norm, k_norm, eps)
+        return attention(q, step, cache, shape)
 
     return rope_and_attention
 
 
 REFERENCE = Ops(
     name="reference",
-    embed=fused_reference.embed,
-    rms_norm=fused_reference.rms_norm,
-    add_rms_norm=fused_reference.add_rms_norm,
-    silu_and_mul=fused_reference.silu_and_mul,
-    gelu_tanh_and_mul=fused_reference.gelu_tanh_and_mul,
-    rope_and_cache=attention_reference.rope_and_cache,
-    attention=attention_reference.paged_attention,
+    embed=norm_reference.embed,
+    rms_norm=norm_reference.rms_norm,
+    add_rms_norm=norm_reference.add_rms_norm,
+    silu_and_mul=norm_reference.silu_and_mul,
+    gelu_tanh_and_mul=norm_reference.gelu_tanh_and_mul,
     rope_and_attention=one_after_the_other(attention_reference.rope_and_cache, attention_reference.paged_attention),
 )

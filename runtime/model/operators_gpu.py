@@ -1,6 +1,6 @@
-"""The decoder's operators on a GPU: Triton launches with room made for what they return.
+"""The decoder's operators on a GPU: Triton launches, with memory allocated for what they return.
 
-Each may be given partial sums of the GEMM before, and be asked to round for the GEMM behind
+Each may be given the partial sums of the GEMM before it, and be asked to round for the GEMM behind it
 (kernels/quantized_activation.py).
 """
 
@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from octavo.kernels.attention.gpu.prefill import paged_attention
-from octavo.kernels.attention.gpu.rope import rope_and_cache
+from octavo.kernels.attention.cache import AttentionShape, LayerCache
 from octavo.kernels.attention.gpu.rope_decode import rope_and_attention
+from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.launching.launch import Launch
 from octavo.kernels.norm.gpu.activation import gelu_tanh_and_mul, silu_and_mul
 from octavo.kernels.norm.gpu.embedding import embed
@@ -33,9 +33,8 @@ def make_ops(dtype: torch.dtype) -> Ops:
         add_rms_norm=_add_rms_norm,
         silu_and_mul=partial(_gated, dtype, silu_and_mul),
         gelu_tanh_and_mul=partial(_gated, dtype, gelu_tanh_and_mul),
-        rope_and_cache=partial(rope_and_cache, dtype=dtype),
-        attention=paged_attention,
-        rope_and_attention=partial(rope_and_attention, dtype=dtype),
+        rope_and_attention=partial(_rope_and_attention, dtype),
+        compiles_kernels=True,
     )
 
 
@@ -48,7 +47,7 @@ def _embed(token_ids: Tensor, table: Tensor, factor: float) -> Tensor:
 def _room(
     x: Tensor, columns: int, dtype: torch.dtype, input_quant: ActivationQuant | None
 ) -> tuple[Hidden, Tensor, dict[str, Any]]:
-    """What is returned, the tensor that a kernel writes it to, and what it is told of rounding."""
+    """(operator's result, not yet written; the tensor in it that the kernel writes; its arguments for quantizing)."""
     if input_quant is None:
         plain = torch.empty(x.shape[-2], columns, dtype=dtype, device=x.device)
         return plain, plain, {}
@@ -92,3 +91,18 @@ def _gated(
     result, out, rounding = _room(gate_up, gate_up.shape[-1] // 2, dtype, input_quant)
     activation(gate_up, out, **rounding)()
     return result
+
+
+def _rope_and_attention(
+    dtype: torch.dtype,
+    qkv: Tensor,
+    step: StepInputs,
+    cache: LayerCache,
+    shape: AttentionShape,
+    cos_sin: Tensor | None,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    input_quant: ActivationQuant | None = None,
+) -> Hidden:
+    return rope_and_attention(qkv, step, cache, shape, cos_sin, q_norm, k_norm, eps, dtype, input_quant)

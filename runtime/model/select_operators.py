@@ -33,8 +33,6 @@ def select_ops(device: torch.device, dtype: torch.dtype) -> Ops:
         add_rms_norm=fused_cpu.add_rms_norm,
         silu_and_mul=fused_cpu.silu_and_mul,
         gelu_tanh_and_mul=fused_cpu.gelu_tanh_and_mul,
-        rope_and_cache=rope_cpu.rope_and_cache,
-        attention=attention_cpu.paged_attention,
         rope_and_attention=one_after_the_other(rope_cpu.rope_and_cache, attention_cpu.paged_attention),
     )
 

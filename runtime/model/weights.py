@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from octavo.kernels.attention.cache import AttentionShape
+from octavo.kernels.quantized_activation import ActivationQuant
 from octavo.quant.act_order import sort_inner
 from octavo.quant.checkpoint import Checkpoint, read_config
 from octavo.quant.experts import Expert, Stacked, slices, stack_experts
@@ -23,17 +24,16 @@ from octavo.quant.qparams import QuantizedWeight, Weight, quantize_weight
 from octavo.quant.scheme import CHANNEL, PRESETS, QuantScheme, WeightScheme, group
 from octavo.quant.target import Target
 from octavo.runtime.config import Dtype, EngineConfig
-from octavo.runtime.model.decoder import Decoder, DecoderLayer
+from octavo.runtime.model.decoder import Decoder
+from octavo.runtime.model.device import Device
 from octavo.runtime.model.experts import MoeSpec
-from octavo.runtime.model.mlp import GatedMlp, Mlp
+from octavo.runtime.model.layers import AddNorm, Attention, DecoderLayer, Embedding, GatedMlp, Head, Mlp
 from octavo.runtime.model.model import KVScales, Model
 from octavo.runtime.model.moe import GroupedMoe, MoeMlp
 from octavo.runtime.model.names import NORMS, LinearParts, head_name, layer_linears, required_modules, routers
 from octavo.runtime.model.rope import FIRST_ROWS, RopeSpec, RopeTable
-from octavo.runtime.model.select_operators import select_ops
 from octavo.runtime.model.sources import CheckpointSource, DummySource, LoadError, Source
 from octavo.runtime.model.spec import DecoderSpec, UnknownArchitectureError, stored_dtype
-from octavo.runtime.worker.device import capability, choose_device, take_tables
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HEAD_INT8 = QuantScheme(WeightScheme("int8", CHANNEL))
@@ -41,21 +41,22 @@ GROUP_SIZES = (128, 64, 32)  # for int4 at load, the largest that fits
 Parts = tuple[list[Weight], list[Tensor | None]]  # of modules that share their input: weights [N_i, K], biases [N_i]
 
 
-def load_model(config: EngineConfig, *, rounds_inputs: bool = False) -> Model:
-    """The model of `config.model`, a local directory, ready to run.
+def load_model(config: EngineConfig, device: Device | None = None, *, rounds_inputs: bool = False) -> Model:
+    """The model of `config.model`, a local directory, ready to run on a device (None: the one that config names).
 
     The decoder's, or with --model-impl hf transformers' own; 'auto' is the decoder, and transformers' for a model_type
-    that the decoder doesn't have. What it has, but not with the value that a config gives it, is refused: whoever wants
-    transformers' code for that says so.
+    that the decoder doesn't have. A feature that the decoder has, with a value that it doesn't have, is refused: who
+    wants transformers' code for that says so.
 
-    rounds_inputs: as the checkpoint says also on a GPU without such products, from dequantized weights: slower than
-    leaving them as they are, and what a measurement of quality is of.
+    rounds_inputs: inputs are rounded as the checkpoint says, also on a GPU without products of rounded inputs (from
+    dequantized weights: slower than leaving them as they are), since a measurement of quality is of rounded inputs.
 
     Raises UnsupportedModelError (a feature that isn't known), CheckpointError (files), LoadError (what is in them).
     """
     hf_config = read_config(Path(config.model))
+    device = device or Device.choose(config.device)
     if config.model_impl == "hf":
-        return _load_hf(config, hf_config, "--model-impl hf")
+        return _load_hf(config, device, hf_config, "--model-impl hf")
     try:
         spec = DecoderSpec.from_hf(hf_config)
     except UnknownArchitectureError as unknown:
@@ -63,33 +64,33 @@ def load_model(config: EngineConfig, *, rounds_inputs: bool = False) -> Model:
             raise
         reason = f"model_type {unknown.model_type!r} has no decoder here"
         try:
-            return _load_hf(config, hf_config, reason)
+            return _load_hf(config, device, hf_config, reason)
         except LoadError as error:
             raise LoadError(f"{reason}; {error}") from error
-    return _load_decoder(config, spec, hf_config, rounds_inputs)
+    return _load_decoder(config, device, spec, hf_config, rounds_inputs)
 
 
-def _load_hf(config: EngineConfig, hf_config: dict[str, Any], reason: str) -> Model:
+def _load_hf(config: EngineConfig, device: Device, hf_config: dict[str, Any], reason: str) -> Model:
     """Transformers' own model, with a line that says so, and why."""
     from octavo.runtime.model.hf.model import load_hf_model
 
-    device = choose_device(config.device)
-    notes = take_tables(device)
+    notes = list(device.notes)
     stored = stored_dtype(hf_config) or stored_dtype(hf_config.get("text_config") or {})
-    model = load_hf_model(config, choose_dtype(config.dtype, stored, device, notes), device, notes)
+    model = load_hf_model(config, choose_dtype(config.dtype, stored, device.torch_device, notes), device, notes)
     notes.append(f"{reason}: {model.architecture} runs in transformers' own code, which is slower than a decoder here")
     return model
 
 
-def _load_decoder(config: EngineConfig, spec: DecoderSpec, hf_config: dict[str, Any], rounds_inputs: bool) -> Decoder:
-    device = choose_device(config.device)
+def _load_decoder(
+    config: EngineConfig, device: Device, spec: DecoderSpec, hf_config: dict[str, Any], rounds_inputs: bool
+) -> Decoder:
     directory = Path(config.model)
-    notes = take_tables(device)
+    notes = list(device.notes)
     notes += [f"config.json has {key}, which octavo doesn't know and doesn't use" for key in spec.unknown_keys]
-    dtype = choose_dtype(config.dtype, spec.dtype, device, notes)
+    dtype = choose_dtype(config.dtype, spec.dtype, device.torch_device, notes)
     if config.load_format == "dummy":
         notes.append("the weights are random (--load-format dummy)")
-        dummy = DummySource(hf_config, dtype, device, config.seed)
+        dummy = DummySource(hf_config, dtype, device.torch_device, config.seed)
         return DecoderBuilder(config, spec, dummy, dtype, device, notes, rounds_inputs=rounds_inputs).build()
     checkpoint = Checkpoint.open(directory)
     source = CheckpointSource(checkpoint)
@@ -154,13 +155,13 @@ class DecoderBuilder:
         spec: DecoderSpec,
         source: Source,
         dtype: torch.dtype,
-        device: torch.device,
+        device: Device,
         notes: list[str],
         *,
         stacks_experts: bool = True,
         rounds_inputs: bool = False,
     ) -> None:
-        """stacks_experts: on a GPU, for its grouped GEMMs; then none is a linear layer whose input could be seen.
+        """stacks_experts: on a GPU, for its grouped GEMMs; experts are no linear layers then, whose input can be seen.
 
         rounds_inputs: as of `load_model`.
         """
@@ -168,11 +169,11 @@ class DecoderBuilder:
         self.spec = spec
         self.source = source
         self.dtype = dtype
-        self.device = device
+        self.device = device.torch_device
         self.notes = notes
         self.stacks_experts = stacks_experts
-        self.target = Target.of(device, dtype, capability(device), rounds_inputs=rounds_inputs)
-        self.ops = select_ops(device, dtype)
+        self.target = Target.of(device.torch_device, dtype, device.capability, rounds_inputs=rounds_inputs)
+        self.ops = device.ops(dtype)
         self.act = {"silu": self.ops.silu_and_mul, "gelu_tanh": self.ops.gelu_tanh_and_mul}[spec.activation]
         self.kv_scales: KVScales | None = None
         self.kv_dtype: str | None = None
@@ -184,17 +185,15 @@ class DecoderBuilder:
 
     def build(self) -> Decoder:
         spec = self.spec
-        prefix = self.source.prefix
         shape = (spec.vocab_size, spec.hidden_size)
-        embedding = self.source.tensor(f"{prefix}embed_tokens.weight", shape).to(self.device, self.dtype, copy=True)
-        layers = [self.layer(i) for i in range(len(spec.layers))]
-        lm_head = self._lm_head(embedding)
+        name = f"{self.source.prefix}embed_tokens.weight"
+        table = self.source.tensor(name, shape).to(self.device, self.dtype, copy=True)
         return Decoder(
             spec,
-            embedding=embedding,
-            layers=layers,
-            final_norm=self._norm(f"{prefix}norm", spec.hidden_size),
-            lm_head=lm_head,
+            embedding=self.embedding(table),
+            layers=[self.layer(i) for i in range(len(spec.layers))],
+            final_norm=self.final_norm(),
+            head=self.head(table),
             head_shares_embedding=self._head_is_embedding and self.config.lm_head_dtype == "auto",
             ops=self.ops,
             max_position=self.max_position,
@@ -204,21 +203,50 @@ class DecoderBuilder:
             notes=self.notes,
         )
 
+    def embedding(self, table: Tensor) -> Embedding:
+        """Of a table [vocab, hidden] that is on the device, in the type to compute in."""
+        return Embedding(self.ops, table, _embedding_scale(self.spec, self.dtype))
+
+    def final_norm(self) -> AddNorm:
+        return self._add_norm(self._norm(f"{self.source.prefix}norm", self.spec.hidden_size))
+
+    def head(self, embedding: Tensor) -> Head:
+        """The language-model head; embedding [vocab, hidden] is its weight where the two are tied."""
+        return Head(self._lm_head(embedding), self.spec.logits_divisor, self.spec.final_soft_cap)
+
     def layer(self, index: int) -> DecoderLayer:
         spec = self.spec
-        layer = spec.layers[index]
         name = f"{self.source.prefix}layers.{index}"
         parts = layer_linears(spec, index, self.source.prefix, self.source.has)
-        qkv, o = (self._linear(*self._read(parts[kind])) for kind in ("qkv", "o"))
+        attention = self._attention(index, parts)
         mlp = self._mlp(index, parts)
+        before_attention, after_attention, before_mlp, after_mlp = (
+            self._norm(f"{name}.{norm}", spec.hidden_size) if norm else None for norm in NORMS[spec.norms]
+        )
+        return DecoderLayer(
+            enter=self._add_norm(before_attention, input_quant=attention.qkv.input_quant),
+            attention=attention,
+            middle=self._add_norm(before_mlp, after=after_attention, input_quant=mlp.input_quant),
+            mlp=mlp,
+            leave=self._add_norm(None, after=after_mlp),
+        )
+
+    def _add_norm(
+        self, weight: Tensor | None, *, after: Tensor | None = None, input_quant: ActivationQuant | None = None
+    ) -> AddNorm:
+        return AddNorm(self.ops, self.spec.norm_eps, weight, after, self.spec.residual_multiplier, input_quant)
+
+    def _attention(self, index: int, parts: dict[str, LinearParts]) -> Attention:
+        spec = self.spec
+        layer = spec.layers[index]
         width = spec.num_heads * spec.head_dim
         kv_width = spec.num_kv_heads * spec.head_dim
-        norms = [self._norm(f"{name}.{norm}", spec.hidden_size) if norm else None for norm in NORMS[spec.norms]]
-        q_norm, k_norm = self._qk_norms(f"{name}.self_attn", width, kv_width)
-        return DecoderLayer(
-            qkv=qkv,
-            o=o,
-            mlp=mlp,
+        q_norm, k_norm = self._qk_norms(f"{self.source.prefix}layers.{index}.self_attn", width, kv_width)
+        return Attention(
+            ops=self.ops,
+            eps=spec.norm_eps,
+            qkv=self._linear(*self._read(parts["qkv"])),
+            o=self._linear(*self._read(parts["o"])),
             shape=AttentionShape(
                 spec.num_heads,
                 spec.num_kv_heads,
@@ -230,10 +258,6 @@ class DecoderBuilder:
             cos_sin=self._table(layer.rope) if layer.rope else None,
             q_norm=q_norm,
             k_norm=k_norm,
-            before_attention=norms[0],
-            after_attention=norms[1],
-            before_mlp=norms[2],
-            after_mlp=norms[3],
         )
 
     def _mlp(self, index: int, parts: dict[str, LinearParts]) -> Mlp:
@@ -382,6 +406,12 @@ class DecoderBuilder:
             self._tables[rope] = table.values.to(self.device)
             self.notes += rope_notes(rope, self.max_position)
         return self._tables[rope]
+
+
+def _embedding_scale(spec: DecoderSpec, dtype: torch.dtype) -> float:
+    """Gemma's sqrt(hidden_size) is a tensor of the model's type: 55.4256 is 55.5 in bfloat16."""
+    scale = torch.tensor(spec.embedding_scale)
+    return float(scale.to(dtype)) if spec.round_embedding_scale else spec.embedding_scale
 
 
 def _has_bias(mlp: tuple[Parts, Parts]) -> bool:

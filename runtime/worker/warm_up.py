@@ -17,7 +17,6 @@ from octavo.kernels.attention.cache import LayerCache
 from octavo.kernels.attention.step import StepInputs
 from octavo.runtime.engine import Engine
 from octavo.runtime.messages import AddRequest, SamplingParams
-from octavo.runtime.model.decoder import Decoder
 from octavo.runtime.model.model import Model
 from octavo.runtime.scheduling.plan import SchedulerConfig
 from octavo.runtime.worker import kv_cache
@@ -50,7 +49,7 @@ def run_requests(model: Model, caches: list[LayerCache], limits: SchedulerConfig
     return problem
 
 
-def compile_steps(model: Decoder, limits: SchedulerConfig, cache_dtype: torch.dtype) -> None:
+def compile_steps(model: Model, limits: SchedulerConfig, cache_dtype: torch.dtype) -> None:
     """Have the kernels of `run_steps` compiled, on all cores at once, before there is a cache but of one block."""
     from octavo.kernels.launching.launch import compiled_together
 
@@ -58,7 +57,7 @@ def compile_steps(model: Decoder, limits: SchedulerConfig, cache_dtype: torch.dt
         run_steps(model, kv_cache.allocate(model, 1, limits.block_size, cache_dtype), limits)
 
 
-def run_steps(model: Decoder, caches: list[LayerCache], limits: SchedulerConfig) -> None:
+def run_steps(model: Model, caches: list[LayerCache], limits: SchedulerConfig) -> None:
     """Whatever number of tokens and sequences a step has, and however long they are: its kernels have run then."""
     for sizes, rows in _steps(limits, _pairs(model)):
         step = StepInputs.empty(sizes, limits.max_model_len, limits.block_size)
@@ -80,14 +79,9 @@ def _steps(limits: SchedulerConfig, pairs: set[float]) -> Iterator[tuple[list[in
         yield [tokens], min(tokens, limits.max_prompt_logits + limits.max_num_seqs)
 
 
-def _pairs(model: Decoder) -> set[float]:
-    """Of a token with experts, and such pairs an expert; the slices of a shared expert are experts to its kernels."""
-    found: set[float] = set()
-    for mixture in model.mixtures:
-        each = mixture.top_k + mixture.slices
-        num_experts = mixture.experts.down.shape[0]
-        found |= {each, each / num_experts}
-    return found
+def _pairs(model: Model) -> set[float]:
+    """Multipliers from a number of tokens to the pairs that they make with experts, and to the pairs per expert."""
+    return {factor for mixture in model.mixtures for factor in (mixture.pairs, mixture.pairs / mixture.num_experts)}
 
 
 def _ends_of_ranges(most: int, *per_token: float) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor
 from octavo.calibration.verify import held_out_text
 from octavo.jobs.quality import WINDOW, QualityError, measure_quality, perplexity_of
 from octavo.runtime.config import EngineConfig
-from octavo.runtime.model import weights
+from octavo.runtime.model.device import Device
 
 TOKENS = 700
 
@@ -120,14 +121,12 @@ def test_a_cache_that_the_checkpoint_asks_for_is_measured_too(fixtures: Path, tm
     assert with_kv.perplexity_before == without.perplexity_before
 
 
-def test_inputs_are_rounded_as_the_checkpoint_says_whatever_the_gpu(
-    fixtures: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_inputs_are_rounded_as_the_checkpoint_says_whatever_the_gpu(fixtures: Path) -> None:
     """An A100 leaves them as they are when it serves fp8; measured is what other GPUs serve, and a CPU."""
     models = fixtures / "tiny", fixtures / "tiny--llmc-fp8-dynamic"
     on_cpu = measure_quality(*models, dtype="bfloat16", max_tokens=300)
-    monkeypatch.setattr(weights, "capability", lambda _: 80)
-    assert measure_quality(*models, dtype="bfloat16", max_tokens=300) == on_cpu
+    a100 = replace(Device.choose("cpu"), capability=80)
+    assert measure_quality(*models, dtype="bfloat16", max_tokens=300, device=a100) == on_cpu
 
 
 def test_a_file_is_the_text(fixtures: Path, tmp_path: Path) -> None:

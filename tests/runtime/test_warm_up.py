@@ -11,9 +11,9 @@ from compiling import printed
 from hf_oracle import CASES, make_hf, save
 
 from octavo.runtime.config import EngineConfig
-from octavo.runtime.model import weights
-from octavo.runtime.model.decoder import Decoder
+from octavo.runtime.model.device import Device
 from octavo.runtime.model.operators import REFERENCE
+from octavo.runtime.model.weights import load_model
 from octavo.runtime.scheduling.plan import SchedulerConfig
 from octavo.runtime.worker import kv_cache
 from octavo.runtime.worker.warm_up import run_steps
@@ -47,10 +47,9 @@ def test_no_kernel_is_compiled_while_serving(
     assert found["later"] == []
 
 
-def test_steps_that_warm_up_write_nothing(fixtures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "select_ops", lambda *_: REFERENCE)
-    model = weights.load_model(EngineConfig(model=str(fixtures / "tiny"), dtype="float32", device="cpu"))
-    assert isinstance(model, Decoder)
+def test_steps_that_warm_up_write_nothing(fixtures: Path) -> None:
+    device = Device(torch.device("cpu"), 0, lambda _: REFERENCE)
+    model = load_model(EngineConfig(model=str(fixtures / "tiny"), dtype="float32"), device)
     limits = SchedulerConfig(num_blocks=4, block_size=16, max_model_len=40, max_num_seqs=5, max_num_batched_tokens=20)
     caches = kv_cache.allocate(model, limits.num_blocks, limits.block_size, torch.float32)
     for cache in caches:

@@ -23,7 +23,8 @@ from octavo.runtime import startup
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.engine import Engine
 from octavo.runtime.messages import AddRequest, SamplingParams
-from octavo.runtime.model import select_operators, weights
+from octavo.runtime.model import select_operators
+from octavo.runtime.model.device import Device
 from octavo.runtime.model.operators_gpu import make_ops
 from octavo.runtime.worker import sampler
 from octavo.runtime.worker.sampling_ops import select_sampling
@@ -35,8 +36,6 @@ def become_an_h100(seen: set[tuple[str, str]]) -> None:
     """From now on models take a GPU's bodies, whose launches end where one would be compiled, and are noted."""
     be_an_h100()
     JITFunction._do_compile = lambda self, key, *_: seen.add((self.__name__, key))
-    weights.select_ops = lambda _, dtype: make_ops(dtype)
-    weights.capability = lambda _: 90
     select_operators.warm_up = lambda _: 0.0
     sampler.select_sampling = lambda _: select_sampling(torch.device("cuda"))
     torch.empty, torch.empty_like = torch.zeros, torch.zeros_like
@@ -91,7 +90,7 @@ def main() -> None:
         together.update(seen)
 
     startup.compile_steps = compile_and_note
-    engine, _ = startup.load_engine(config, time.time())
+    engine, _ = startup.load_engine(config, time.time(), Device(torch.device("cpu"), 90, make_ops))
     start = set(seen)
     with torch.inference_mode():
         serve(engine, random.Random(0))

@@ -9,12 +9,13 @@ from hf_oracle import Sequences
 from torch import Tensor
 
 from octavo.runtime.config import EngineConfig
+from octavo.runtime.model.device import Device
 from octavo.runtime.model.weights import load_model
 
 
-def logits_of(directory: Path, token_ids: Tensor) -> Tensor:
+def logits_of(directory: Path, token_ids: Tensor, device: Device | None = None) -> Tensor:
     """[S, T, vocab] of token ids [S, T]; the KV cache in float32, whatever the checkpoint asks for."""
-    model = load_model(EngineConfig(model=str(directory), dtype="float32"))
+    model = load_model(EngineConfig(model=str(directory), dtype="float32"), device)
     return _logits(Sequences(model, token_ids.tolist(), seed=0), token_ids)
 
 

@@ -103,8 +103,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, step: Step, layer: int) ->
     cache = step.caches[layer]
     shape = step.shapes[layer]
     qkv = torch.cat([x[0].transpose(0, 1).reshape(num_tokens, -1) for x in (query, key, value)], dim=-1)
-    q = step.ops.rope_and_cache(qkv, step.inputs, cache, shape, None, None, None, 0.0)
-    return step.ops.attention(q, step.inputs, cache, shape).view(1, num_tokens, num_heads, head_dim)
+    attended = step.ops.rope_and_attention(qkv, step.inputs, cache, shape, None, None, None, 0.0)
+    assert isinstance(attended, Tensor)  # no codes were asked for
+    return attended.view(1, num_tokens, num_heads, head_dim)
 
 
 def _serve(

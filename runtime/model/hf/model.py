@@ -18,11 +18,12 @@ from octavo.kernels.attention.cache import LayerCache
 from octavo.kernels.attention.step import StepInputs
 from octavo.quant.checkpoint import Checkpoint, quantization_dict, read_config
 from octavo.runtime.config import EngineConfig
+from octavo.runtime.model.device import Device
 from octavo.runtime.model.hf.attention import PROBE, SERVE, HFModelError, Step, call, describe, register
 from octavo.runtime.model.hf.checks import BLOCK_SIZE, Proven, check_against_transformers, probe_model
-from octavo.runtime.model.model import KVScales, LayerRow
+from octavo.runtime.model.layers import GroupedExperts
+from octavo.runtime.model.model import KVScales, LayerRow, Tap
 from octavo.runtime.model.operators import Ops
-from octavo.runtime.model.select_operators import select_ops
 from octavo.runtime.model.sources import some
 
 
@@ -31,12 +32,17 @@ class HFModel:
 
     kv_scales: KVScales | None = None
     kv_dtype: str | None = None
+    # between its blocks, and behind them, is code that nobody here has read
+    gives_hidden = False
+    compiles_kernels = False
+    capturable = False
 
     def __init__(
         self, model: Any, proven: Proven, *, dtype: torch.dtype, ops: Ops, max_position: int, notes: list[str]
     ) -> None:
         self.architecture = type(model).__name__
         self.vocab_size = proven.vocab_size
+        self.hidden_size: int = model.get_input_embeddings().weight.shape[1]
         self.max_position = max_position
         self.kv_shapes = [(shape.num_kv_heads, shape.head_dim) for shape in proven.shapes]
         self.dtype = dtype
@@ -52,14 +58,32 @@ class HFModel:
     def num_layers(self) -> int:
         return len(self.kv_shapes)
 
+    @property
+    def mixtures(self) -> list[GroupedExperts]:
+        return []
+
     @torch.inference_mode()
-    def forward(self, inputs: StepInputs, caches: list[LayerCache]) -> Tensor:
+    def forward(self, step: StepInputs, caches: list[LayerCache], tap: Tap | None = None) -> Tensor:
         """Logits [num logits_index, vocab_size] float32 of the tokens at logits_index; writes the caches."""
-        step = Step(self.ops, inputs, self._proven.shapes, caches)
-        index = inputs.logits_index
+        if tap is not None:
+            raise self._no_hidden()
+        seen = Step(self.ops, step, self._proven.shapes, caches)
+        index = step.logits_index
         if self._proven.takes_index:
-            return call(self._model, inputs.token_ids, inputs.positions, step, logits_to_keep=index).float()
-        return call(self._model, inputs.token_ids, inputs.positions, step)[index].float()
+            return call(self._model, step.token_ids, step.positions, seen, logits_to_keep=index).float()
+        return call(self._model, step.token_ids, step.positions, seen)[index].float()
+
+    def hidden(self, step: StepInputs, caches: list[LayerCache], tap: Tap | None = None) -> Tensor:  # noqa: ARG002
+        raise self._no_hidden()
+
+    def logits(self, hidden: Tensor) -> Tensor:  # noqa: ARG002
+        raise self._no_hidden()
+
+    def _no_hidden(self) -> HFModelError:
+        return HFModelError(
+            f"{self.architecture} gives logits alone; hidden states can be had of octavo's own decoders "
+            "(--model-impl octavo)"
+        )
 
     def report_layers(self) -> list[LayerRow]:
         """Two rows: what transformers computes, and what octavo does."""
@@ -67,7 +91,7 @@ class HFModel:
         return [("all but attention", name, "transformers"), ("attention", name, self.ops.name)]
 
 
-def load_hf_model(config: EngineConfig, dtype: torch.dtype, device: torch.device, notes: list[str]) -> HFModel:
+def load_hf_model(config: EngineConfig, dtype: torch.dtype, device: Device, notes: list[str]) -> HFModel:
     """Load a dense checkpoint with transformers, and have it prove itself. Raises HFModelError, CheckpointError."""
     directory = Path(config.model)
     if quantization_dict(read_config(directory)) is not None or config.dtype in ("fp8", "int8", "int4"):
@@ -77,8 +101,8 @@ def load_hf_model(config: EngineConfig, dtype: torch.dtype, device: torch.device
     hf_config = read_hf_config(config, directory)
     max_position = choose_max_position(hf_config, config.max_model_len, notes)
     Checkpoint.open(directory)  # refuses pickles and incomplete downloads, by name
-    model = read_model(directory, hf_config, dtype, config.trust_remote_code).to(device)
-    ops = select_ops(device, dtype)
+    model = read_model(directory, hf_config, dtype, config.trust_remote_code).to(device.torch_device)
+    ops = device.ops(dtype)
     register()
     try:
         model.set_attn_implementation(PROBE)

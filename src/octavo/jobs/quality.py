@@ -32,8 +32,8 @@ from octavo.calibration.verify import (
 from octavo.kernels.attention.step import StepInputs
 from octavo.quant.checkpoint import Checkpoint
 from octavo.runtime.config import Dtype, EngineConfig
-from octavo.runtime.model.decoder import Decoder, Tap
-from octavo.runtime.model.model import Model
+from octavo.runtime.model.device import Device
+from octavo.runtime.model.model import Model, Tap
 from octavo.runtime.model.weights import load_model
 from octavo.runtime.worker import kv_cache
 from octavo.runtime.worker.device import choose_device, free_memory
@@ -58,6 +58,7 @@ def measure_quality(
     text: Path | None = None,
     dtype: Dtype = "auto",
     progress: Progress = silent,
+    device: Device | None = None,
 ) -> Quality:
     """Run both models, one after the other, as the server would, and compare them over max_tokens tokens of a text.
 
@@ -70,7 +71,7 @@ def measure_quality(
         EngineConfig(model=str(original), dtype="auto" if dtype in AT_LOAD else dtype),
         EngineConfig(model=str(quantized), dtype=dtype),
     )
-    return compare(*configs, max_tokens=max_tokens, text=text, progress=progress)
+    return compare(*configs, max_tokens=max_tokens, text=text, progress=progress, device=device)
 
 
 def compare(
@@ -80,6 +81,7 @@ def compare(
     max_tokens: int,
     text: Path | None = None,
     progress: Progress = silent,
+    device: Device | None = None,
 ) -> Quality:
     """measure_quality with all that a server can be told: also types of the KV cache and of the output head."""
     directories = Path(original.model), Path(quantized.model)
@@ -87,7 +89,7 @@ def compare(
         Checkpoint.open(directory)
     token_ids, prefix, source = _tokens(directories[0], text, max_tokens)
     with torch.inference_mode(), tempfile.TemporaryFile() as logits, tempfile.TemporaryFile() as hidden:
-        runner = _load(original, token_ids, prefix)
+        runner = _load(original, token_ids, prefix, device=device)
         facts = runner.facts
         window = runner.window
         record = _Recording(logits), _Recording(hidden)
@@ -97,7 +99,7 @@ def compare(
             _tell(progress, number, runner, "original")
         del runner
         gc.collect()
-        runner = _load(quantized, token_ids, prefix, window)
+        runner = _load(quantized, token_ids, prefix, window, device)
         _check_alike(directories[0], facts, directories[1], runner.facts)
         return _compare(runner, record, progress, source)
 
@@ -147,7 +149,7 @@ class _Facts:
     architecture: str
     vocab_size: int
     num_layers: int
-    hidden_size: int | None
+    hidden_size: int
 
     def __str__(self) -> str:
         return f"{self.architecture}, {self.num_layers} layers of {self.hidden_size}, a vocabulary of {self.vocab_size}"
@@ -162,29 +164,32 @@ class _Runner:
         self.windows = token_windows
         sized = msgspec.structs.replace(config, block_size=BLOCK, num_blocks=-(-window // BLOCK))
         self._caches, _ = kv_cache.create(model, sized, [])
-        hidden = model.spec.hidden_size if isinstance(model, Decoder) else None
-        self.facts = _Facts(model.architecture, model.vocab_size, model.num_layers, hidden)
+        self.facts = _Facts(model.architecture, model.vocab_size, model.num_layers, model.hidden_size)
 
     @property
     def num_blocks(self) -> int:
         """Of which hidden states can be had."""
-        return self.model.num_layers if isinstance(self.model, Decoder) else 0
+        return self.model.num_layers if self.model.gives_hidden else 0
 
     def run(self, token_ids: Tensor, tap: Tap | None = None) -> Tensor:
         """All logits [T, vocab] of one window, in one prefill step."""
         length = len(token_ids)
         step = StepInputs.prefill([length], BLOCK, token_ids=token_ids, logits_index=range(length))
         step = step.to(self.model.device)
-        if isinstance(self.model, Decoder):
-            return self.model.forward(step, self._caches, tap).float().cpu()
-        return self.model.forward(step, self._caches).float().cpu()
+        return self.model.forward(step, self._caches, tap if self.model.gives_hidden else None).float().cpu()
 
 
-def _load(config: EngineConfig, token_ids: list[int], prefix: list[int], window: int | None = None) -> _Runner:
+def _load(
+    config: EngineConfig,
+    token_ids: list[int],
+    prefix: list[int],
+    window: int | None = None,
+    device: Device | None = None,
+) -> _Runner:
     directory = Path(config.model)
     _check_memory(directory)
     try:
-        model = load_model(config, rounds_inputs=True)
+        model = load_model(config, device, rounds_inputs=True)
     except (ValueError, OSError) as e:
         raise QualityError(f"{directory.name} can't be run: {e}") from e
     if max(token_ids) >= model.vocab_size:
@@ -233,7 +238,7 @@ def _check_memory(directory: Path) -> None:
 def _check_disk(runner: _Runner) -> None:
     tokens = sum(len(token_window) for token_window in runner.windows)
     facts = runner.facts
-    needed = 4 * tokens * (facts.vocab_size + runner.num_blocks * (facts.hidden_size or 0))
+    needed = 4 * tokens * (facts.vocab_size + runner.num_blocks * facts.hidden_size)
     directory = tempfile.gettempdir()
     free = shutil.disk_usage(directory).free
     if needed * 1.01 > free:

@@ -269,11 +269,13 @@ def _calibration(job: Job, checkpoint: Checkpoint) -> Calibration:
     from octavo.calibration.prepare import Calibration
     from octavo.jobs.calibration_data import make_data
     from octavo.runtime.model.blocks import BlockRunner
+    from octavo.runtime.model.device import Device
     from octavo.runtime.model.sources import CheckpointSource
 
     length = job.data.max_seq_length
     try:
-        runner = BlockRunner(checkpoint.config, CheckpointSource(checkpoint).prefix, length, job.device)
+        device = Device.choose(job.device)
+        runner = BlockRunner(checkpoint.config, CheckpointSource(checkpoint).prefix, length, device)
     except ValueError as e:  # more positions than there are, a device that isn't there
         raise QuantizeError(str(e)) from e
     job.listener.phase("calibration text")

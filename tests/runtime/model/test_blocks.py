@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,8 @@ from octavo.calibration.algorithms.scale_folding import fold_scales
 from octavo.kernels.attention.step import StepInputs
 from octavo.quant.checkpoint import Checkpoint
 from octavo.runtime.config import EngineConfig
-from octavo.runtime.model import weights
 from octavo.runtime.model.blocks import BlockRunner
+from octavo.runtime.model.device import Device
 from octavo.runtime.model.weights import load_model
 from octavo.runtime.worker.kv_cache import allocate
 
@@ -52,19 +53,16 @@ def test_blocks_in_a_row_are_the_decoder(fixtures: Path, name: str) -> None:
         hidden = runner.forward(layer, hidden, lambda group, x: seen.__setitem__(group, x))
         assert seen.keys() == {group.name for group in groups}
 
-    norm = checkpoint.tensor("model.norm.weight").float()
-    head_name = "lm_head.weight" if checkpoint.has("lm_head.weight") else runner.embedding_name
-    normed = runner._ops.rms_norm(hidden.flatten(0, 1), norm, runner.spec.norm_eps)
-    logits = (normed @ checkpoint.tensor(head_name).float().t()).view(3, LENGTH, -1)
+    logits = runner.head(checkpoint.tensor)(hidden.flatten(0, 1)).view(3, LENGTH, -1)
     # Batches differ in how a GEMM splits its sums: float32 rounding, over some hundred products of numbers near 1.
     torch.testing.assert_close(logits, whole_model(directory, token_ids), rtol=1e-4, atol=1e-4)
 
 
-def test_a_gpu_sees_every_expert_s_input(fixtures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_sees_every_expert_s_input(fixtures: Path) -> None:
     """Serving stacks experts there for grouped GEMMs; calibration has them one by one, as on a CPU."""
-    monkeypatch.setattr(weights, "capability", lambda _: 90)
+    device = replace(Device.choose("cpu"), capability=90)
     checkpoint = Checkpoint.open(fixtures / "tiny-moe")
-    runner = BlockRunner(checkpoint.config | {"dtype": "bfloat16"}, "model.", LENGTH, device="cpu")
+    runner = BlockRunner(checkpoint.config | {"dtype": "bfloat16"}, "model.", LENGTH, device)
     assert runner.dtype == torch.bfloat16
     layer = runner.build(0, {n: checkpoint.tensor(n) for n in checkpoint.names if ".layers.0." in n})
     assert [group.name for group in runner.groups(0, layer)] == ["qkv", "o", "experts.gate_up", *EXPERT_DOWNS]

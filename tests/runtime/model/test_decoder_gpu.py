@@ -28,11 +28,12 @@ from octavo.kernels.int4.gpu import packing
 from octavo.quant.kernel_table import ONE_BY_ONE
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.model import weights
-from octavo.runtime.model.decoder import Decoder
+from octavo.runtime.model.device import Device
 from octavo.runtime.model.model import Model
 from octavo.runtime.model.moe import GroupedMoe
 from octavo.runtime.model.operators import REFERENCE
 from octavo.runtime.model.operators_gpu import make_ops
+from octavo.runtime.model.weights import load_model
 
 DTYPES = ("float32", "bfloat16")
 LENGTHS = (9, 3)  # of a prompt's two sequences
@@ -60,23 +61,18 @@ def logits(model: Model, prompts: range) -> Tensor:
     return torch.cat(scattered_logits(model, token_ids)).unflatten(0, (len(prompts), -1))
 
 
-def on_gpu(directory: Path, monkeypatch: pytest.MonkeyPatch, capability: int = 90) -> Model:
+def on_gpu(directory: Path, capability: int = 90) -> Model:
     """The model as a GPU of that compute capability serves it."""
-    interpreted = "TRITON_INTERPRET" in os.environ
-    with monkeypatch.context() as patch:
-        patch.setattr(weights, "capability", lambda _: capability)
-        if interpreted:
-            patch.setattr(weights, "select_ops", lambda _, dtype: make_ops(dtype))
-        device = "cpu" if interpreted else "cuda"
-        return weights.load_model(EngineConfig(model=str(directory), dtype="bfloat16", device=device))
+    device = torch.device("cpu" if "TRITON_INTERPRET" in os.environ else "cuda")
+    return load_model(EngineConfig(model=str(directory), dtype="bfloat16"), Device(device, capability, make_ops))
 
 
 def by_torch(directory: Path, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> Model:
     """The model by the reference operators, weights dequantized at load."""
     with monkeypatch.context() as patch:
-        patch.setattr(weights, "select_ops", lambda *_: REFERENCE)
         patch.setattr("octavo.kernels.native.cpu_features.has_dot_products", lambda: False)
-        return weights.load_model(EngineConfig(model=str(directory), dtype=dtype, device="cpu"))
+        device = Device(torch.device("cpu"), 0, lambda _: REFERENCE)
+        return load_model(EngineConfig(model=str(directory), dtype=dtype), device)
 
 
 def sizes(error: Tensor) -> Tensor:
@@ -96,7 +92,7 @@ def check(
     Logarithms of their sizes are close to normal: a 65th prompt's is more than 4 standard deviations above the mean of
     64 once in 10,000 times (Student's t, 63 degrees of freedom). Tokens near a tie of experts widen that limit.
     """
-    model = on_gpu(directory, monkeypatch, capability)
+    model = on_gpu(directory, capability)
     plain, theirs = (by_torch(truth_of or directory, dtype, monkeypatch) for dtype in DTYPES)
     truth = logits(plain, range(1))
     batches = [range(first, first + AT_ONCE) for first in range(1, 1 + PROMPTS, AT_ONCE)]
@@ -135,9 +131,7 @@ def test_act_order_within_the_mlp_is_undone_at_load(
 
     def three_tokens() -> Tensor:
         ordered.clear()
-        return torch.stack(
-            [row for _, _, row in Sequences(on_gpu(directory, monkeypatch), [[5, 6, 7]], 0).step({0: 3})]
-        )
+        return torch.stack([row for _, _, row in Sequences(on_gpu(directory), [[5, 6, 7]], 0).step({0: 3})])
 
     monkeypatch.setattr(packing, "pack", noted)
     ours = three_tokens()
@@ -152,8 +146,7 @@ def test_act_order_within_the_mlp_is_undone_at_load(
 def test_experts_are_run_together(scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quantize_model(prepare(tiny("mixtral", tmp_path / "plain"), tmp_path / "quantized", Recipe(scheme)))
     model = check(tmp_path / "quantized", monkeypatch)
-    assert isinstance(model, Decoder)
-    assert model.can_be_captured
+    assert model.capturable
     assert not any(ONE_BY_ONE in note for note in model.notes)
     assert "grouped by expert" in {body for _, _, body in model.report_layers()}
 
@@ -165,8 +158,7 @@ def test_experts_round_by_stored_scales(alike: bool, tmp_path: Path, monkeypatch
     quantize_model(prepare(plain, tmp_path / "static", Recipe("FP8_DYNAMIC")))
     store_scales(tmp_path / "static", alike=alike)
     model = check(tmp_path / "static", monkeypatch)
-    assert isinstance(model, Decoder)
-    assert model.can_be_captured
+    assert model.capturable
     mixture = next(layer.mlp for layer in model._layers if isinstance(layer.mlp, GroupedMoe))
     assert len(mixture.experts.down.input_scale.unique()) > 1
     assert (mixture.input_quant is not None) == alike
@@ -181,8 +173,7 @@ def test_experts_with_act_order_are_run_together(alike: bool, tmp_path: Path, mo
     quantize_model(prepare(plain, tmp_path / "act", Recipe("W4A16@32", format="gptq")))
     shuffle_groups(tmp_path / "act", alike=alike)
     model = check(tmp_path / "act", monkeypatch)
-    assert isinstance(model, Decoder)
-    assert model.can_be_captured
+    assert model.capturable
     mixture = next(layer.mlp for layer in model._layers if isinstance(layer.mlp, GroupedMoe))
     assert mixture.experts.gate_up.order is not None
     assert (mixture.input_quant is not None) == alike
@@ -214,8 +205,7 @@ def test_a_shared_expert_runs_with_the_others_in_slices(
         )
         directory = tmp_path / "quantized"
     model = check(directory, monkeypatch)
-    assert isinstance(model, Decoder)
-    assert model.can_be_captured
+    assert model.capturable
     rows = {kind: of_kind for kind, _, of_kind in model.report_layers()}
     assert rows["experts"] == body
     assert ("shared.down" in rows) == (body == "grouped by expert")
@@ -249,14 +239,12 @@ def test_a_gpu_without_a_product_keeps_the_input(
     weights_alone = {n: t for n, t in load_file(alone / "model.safetensors").items() if not n.endswith("input_scale")}
     save_file(weights_alone, alone / "model.safetensors", {"format": "pt"})
     model = check(quantized, monkeypatch, alone, capability)
-    assert isinstance(model, Decoder)
-    assert model.can_be_captured
+    assert model.capturable
     assert sum("inputs stay in bfloat16" in note for note in model.notes) == 1
 
 
 def test_experts_that_no_grouped_gemm_has_run_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quantize_model(prepare(tiny("mixtral", tmp_path / "plain"), tmp_path / "quantized", Recipe("W8A16@16")))
     model = check(tmp_path / "quantized", monkeypatch)
-    assert isinstance(model, Decoder)
-    assert not model.can_be_captured
+    assert not model.capturable
     assert sum(ONE_BY_ONE in note for note in model.notes) == 1

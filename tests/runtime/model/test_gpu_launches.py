@@ -25,9 +25,10 @@ from octavo.kernels.attention.cache import LayerCache
 from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.launching.launch import Launch
 from octavo.runtime.config import EngineConfig
-from octavo.runtime.model import weights
+from octavo.runtime.model.device import Device
 from octavo.runtime.model.model import Model
 from octavo.runtime.model.operators_gpu import make_ops
+from octavo.runtime.model.weights import load_model
 
 ROOM = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"}
 VIEWS = {"numpy_T", "view", "_unsafe_view", "reshape", "select", "slice", "t", "transpose", "unsqueeze", "flatten"}
@@ -58,14 +59,10 @@ def decode_step(device: torch.device) -> StepInputs:
     return StepInputs.decode([5, 9], 16, token_ids=[5, 9]).to(device)
 
 
-def loaded(directory: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Model, list[LayerCache], StepInputs]:
+def loaded(directory: Path) -> tuple[Model, list[LayerCache], StepInputs]:
     """A model with a GPU's kernels, caches of zeros, and a decode step."""
-    on_gpu = "TRITON_INTERPRET" not in os.environ
-    if not on_gpu:
-        monkeypatch.setattr(weights, "select_ops", lambda _, dtype: make_ops(dtype))
-        monkeypatch.setattr(weights, "capability", lambda _: 90)
-    config = EngineConfig(model=str(directory), dtype="bfloat16", device="cuda" if on_gpu else "cpu")
-    model = weights.load_model(config)
+    device = torch.device("cpu" if "TRITON_INTERPRET" in os.environ else "cuda")
+    model = load_model(EngineConfig(model=str(directory), dtype="bfloat16"), Device(device, 90, make_ops))
     ones = torch.ones(model.kv_shapes[0][0], device=model.device)
     caches = []
     for heads, dim in model.kv_shapes:
@@ -76,7 +73,7 @@ def loaded(directory: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Model, lis
 
 def launches(directory: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A decode step's kernels by name."""
-    model, caches, inputs = loaded(directory, monkeypatch)
+    model, caches, inputs = loaded(directory)
     model.forward(inputs, caches)  # makes what is kept, as the counters of shares
     with Counted() as counted, monkeypatch.context() as patch:
         patch.setattr(Launch, "__call__", lambda self: counted.names.append(self.kernel.__name__))
@@ -152,12 +149,12 @@ def test_stored_scales_take_no_launch_more(fixtures: Path, tmp_path: Path, monke
 
 
 @pytest.mark.parametrize("scheme", ["FP8_DYNAMIC", "W8A8"])
-def test_logits_of_some_rows_are_those_of_all(scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_of_some_rows_are_those_of_all(scheme: str, tmp_path: Path) -> None:
     """Those of a decode step are cut behind the last layer, whose kernels are then the same."""
     family, overrides = CASES["llama"]
     plain = save(make_hf(family, {**overrides, "num_hidden_layers": 2}), tmp_path / "plain")
     quantize_model(prepare(plain, tmp_path / "quantized", Recipe(scheme)))
-    model, caches, inputs = loaded(tmp_path / "quantized", monkeypatch)
+    model, caches, inputs = loaded(tmp_path / "quantized")
     every = model.forward(inputs, caches)
     second = model.forward(replace(inputs, logits_index=inputs.logits_index[1:]), caches)
     assert torch.equal(second, every[1:])

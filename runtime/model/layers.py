@@ -1,0 +1,273 @@
+"""What a decoder's layer is made of: attention, an MLP, and the sums and norms around them.
+
+`DecoderLayer.forward` is the one forward pass of a layer: the server and calibration both call it. Everything that it
+can be told at load is in the values below, so a layer is four lines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from octavo.kernels.attention.cache import AttentionShape, LayerCache
+from octavo.kernels.attention.step import StepInputs
+from octavo.kernels.quantized_activation import ActivationQuant, Hidden
+from octavo.quant.linear import Linear
+from octavo.runtime.model.operators import GatedActivation, Ops
+
+Change = Callable[[str, Linear], Linear]  # (name in the layer, linear layer) -> what stands in its place
+
+
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """Token ids [T] -> hidden states [T, H]: rows of a table [V, H], times a scale."""
+
+    ops: Ops
+    table: Tensor
+    scale: float
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        return self.ops.embed(token_ids, self.table, self.scale)
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """Normed hidden states [T, H] -> logits [T, V] float32, divided and then capped."""
+
+    linear: Linear
+    divisor: float
+    soft_cap: float | None
+
+    def forward(self, hidden: Hidden) -> Tensor:
+        logits = self.linear.forward(hidden)
+        if self.divisor != 1.0:
+            logits = logits / self.divisor
+        return logits if self.soft_cap is None else torch.tanh(logits / self.soft_cap) * self.soft_cap
+
+
+@dataclass(frozen=True, slots=True)
+class AddNorm:
+    """Adds a sublayer's output to the residual stream and norms the sum for the sublayer behind.
+
+    weight      [H] float32, of the norm behind the sum; None: the sum is passed on as it is
+    after       [H] float32, of the norm that the output goes through before it is added; None: there is none
+    multiplier  what the output is multiplied by before it is added
+    input_quant how the linear layer behind reads its input; None: plain
+    """
+
+    ops: Ops
+    eps: float
+    weight: Tensor | None
+    after: Tensor | None = None
+    multiplier: float = 1.0
+    input_quant: ActivationQuant | None = None
+
+    def forward(self, hidden: Tensor, residual: Tensor) -> tuple[Hidden, Tensor]:
+        """(input of the sublayer behind, residual stream), of hidden [T, H], or split along K, and residual [T, H]."""
+        return self.ops.add_rms_norm(
+            hidden, residual, self.weight, self.eps, self.after, self.multiplier, self.input_quant
+        )
+
+    def norm(self, residual: Tensor) -> Hidden:
+        """The input of the sublayer behind where nothing is to be added: at the decoder's beginning."""
+        if self.weight is None:
+            return residual
+        return self.ops.rms_norm(residual, self.weight, self.eps, self.input_quant)
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield from (t for t in (self.weight, self.after) if t is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """Attention with its linear layers.
+
+    cos_sin         [max_position, rotary_dim] float32, shared between layers; None: no positions
+    q_norm, k_norm  float32 weights of norms over queries and keys, or None
+    """
+
+    ops: Ops
+    eps: float
+    qkv: Linear
+    o: Linear
+    shape: AttentionShape
+    cos_sin: Tensor | None
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+
+    def forward(self, x: Hidden, step: StepInputs, cache: LayerCache, rows: Tensor | None = None) -> Tensor:
+        """x [T, H] -> [T, H], or split along K [S, T, H]; keys and values of all T tokens go into the cache.
+
+        rows: the tokens whose output is wanted, of a step with prompts in it; None: all.
+        """
+        qkv = self.qkv.partial(x, step)
+        hidden = self.ops.rope_and_attention(
+            qkv, step, cache, self.shape, self.cos_sin, self.q_norm, self.k_norm, self.eps, self.o.input_quant
+        )
+        if rows is not None:
+            assert isinstance(hidden, Tensor)  # quantized in decode steps alone
+            hidden = hidden[rows]
+        return self.o.partial(hidden, step)
+
+    def linears(self) -> dict[str, Linear]:
+        return {"qkv": self.qkv, "o": self.o}
+
+    def map_linears(self, change: Change) -> Attention:
+        return replace(self, qkv=change("qkv", self.qkv), o=change("o", self.o))
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield from (t for t in (self.q_norm, self.k_norm, self.cos_sin) if t is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupedExperts:
+    """Facts about experts that run together, in grouped GEMMs, for who prepares or prints them.
+
+    pairs        pairs of a token and an expert that each token makes
+    num_experts  how many there are, slices of a shared one among them
+    scheme, body  of their weights, and what runs them: for the table at start
+    """
+
+    pairs: int
+    num_experts: int
+    scheme: str
+    body: str
+
+
+class Mlp(Protocol):
+    """x [T, H] -> [T, H], as an immutable value: a gated MLP, or a choice among several (runtime/model/moe.py).
+
+    The decoder calls `partial`. Calibration knows the linear layers by name and can exchange them.
+    """
+
+    @property
+    def input_quant(self) -> ActivationQuant | None:
+        """How the norm before may quantize x."""
+        ...
+
+    @property
+    def capturable(self) -> bool:
+        """Whether all that a step of a given size launches is known beforehand, as a CUDA graph asks."""
+        ...
+
+    @property
+    def grouped(self) -> GroupedExperts | None:
+        """Facts about its experts where they run together."""
+        ...
+
+    @property
+    def observable_experts(self) -> int:
+        """How many experts `observed` counts tokens for; 0: none."""
+        ...
+
+    def observed(self, counts: Tensor) -> Mlp:
+        """The same function, with every token through every expert; an MLP without experts is itself.
+
+        counts  [observable_experts] int64, added to in place: the tokens that each expert was chosen for
+        """
+        ...
+
+    def forward(self, x: Hidden, step: StepInputs | None = None) -> Tensor: ...
+
+    def partial(self, x: Hidden, step: StepInputs | None = None) -> Tensor:
+        """As forward, or [S, T, H] float32 for the next kernel to add up."""
+        ...
+
+    def linears(self) -> dict[str, Linear]:
+        """Its linear layers by their names in the layer: 'gate_up', 'experts.3.down'."""
+        ...
+
+    def map_linears(self, change: Change) -> Mlp:
+        """A copy, each linear layer what `change(name, linear)` returns for it."""
+        ...
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Weights that aren't linear layers: a router's."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class GatedMlp:
+    """down(act(gate(x)) * up(x))."""
+
+    gate_up: Linear
+    down: Linear
+    act: GatedActivation
+
+    capturable = True
+    grouped = None
+    observable_experts = 0
+
+    @property
+    def input_quant(self) -> ActivationQuant | None:
+        return self.gate_up.input_quant
+
+    def observed(self, counts: Tensor) -> GatedMlp:  # noqa: ARG002
+        return self
+
+    def forward(self, x: Hidden, step: StepInputs | None = None) -> Tensor:
+        return self.down.forward(self.act(self.gate_up.forward(x, step)), step)
+
+    def partial(self, x: Hidden, step: StepInputs | None = None) -> Tensor:
+        gate_up = self.gate_up.partial(x, step)
+        return self.down.partial(self.act(gate_up, self.down.input_quant), step)
+
+    def linears(self) -> dict[str, Linear]:
+        return {"gate_up": self.gate_up, "down": self.down}
+
+    def map_linears(self, change: Change) -> GatedMlp:
+        return GatedMlp(change("gate_up", self.gate_up), change("down", self.down), self.act)
+
+    def tensors(self) -> Iterator[Tensor]:
+        return iter(())
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderLayer:
+    """One layer, as an immutable value.
+
+    enter   norms the layer's input; in a decoder the `leave` of the layer before does so
+    middle  adds attention's output, and norms the sum for the MLP
+    leave   adds the MLP's output, and norms the sum for what is `followed_by`
+    """
+
+    enter: AddNorm
+    attention: Attention
+    middle: AddNorm
+    mlp: Mlp
+    leave: AddNorm
+
+    def followed_by(self, norm: AddNorm) -> DecoderLayer:
+        """The same layer, whose output is normed, and quantized, as `norm` does: the next layer's, or the decoder's."""
+        return replace(self, leave=replace(self.leave, weight=norm.weight, input_quant=norm.input_quant))
+
+    def forward(
+        self, hidden: Hidden, residual: Tensor, step: StepInputs, cache: LayerCache, rows: Tensor | None = None
+    ) -> tuple[Hidden, Tensor]:
+        """hidden (the normed residual) and residual [T, H] -> the same behind this layer.
+
+        rows: the tokens that are wanted of the last layer, in a step with prompts in it; None: all. What is behind
+        attention computes, and returns, only those.
+        """
+        attended = self.attention.forward(hidden, step, cache, rows)
+        if rows is not None:
+            residual = residual[rows]
+        hidden, residual = self.middle.forward(attended, residual)
+        return self.leave.forward(self.mlp.partial(hidden, step), residual)
+
+    def linears(self) -> dict[str, Linear]:
+        """All of them by their names in the layer: 'qkv', 'o', and the MLP's."""
+        return self.attention.linears() | self.mlp.linears()
+
+    def map_linears(self, change: Change) -> DecoderLayer:
+        """A copy, each linear layer what `change(name, linear)` returns for it."""
+        return replace(self, attention=self.attention.map_linears(change), mlp=self.mlp.map_linears(change))
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Weights that aren't linear layers, and tables; those that layers share are in each."""
+        for part in (self.enter, self.attention, self.middle, self.mlp, self.leave):
+            yield from part.tensors()
