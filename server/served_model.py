@@ -1,8 +1,7 @@
-"""What the server knows of the model that it serves: names, tokenizer, templates, default sampling, end tokens."""
+"""The served model as the server sees it: names, tokenizer, templates, default sampling values and end tokens."""
 
 from __future__ import annotations
 
-import reprlib
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from octavo.quant.model_files import read_object_if_any
+from octavo.quant.printable import shown
 from octavo.server.dialects.protocol import GenerationRequest
 from octavo.server.errors import explain
 from octavo.server.template_renderer import TemplateRenderer
@@ -22,9 +22,11 @@ LARGEST_TOKEN_ID = 2**31 - 1
 
 @dataclass(frozen=True)
 class ServedModel:
-    """One model. `end_ids` end an answer unless a request ignores them; `defaults` stand in for absent fields.
+    """One model.
 
-    max_model_len and vocab_size are the engine's: a token id below vocab_size may still be unused by the tokenizer.
+    end_ids        the tokens that end an answer, unless a request ignores them
+    defaults       values of the sampling fields that a request leaves out
+    max_model_len  the engine's; so is vocab_size: the tokenizer may leave ids below it unused
     """
 
     names: tuple[str, ...]
@@ -45,7 +47,7 @@ class ServedModel:
         return self.names[0]
 
     def card(self, name: str) -> dict[str, Any]:
-        """The model in /v1/models, under one of its names."""
+        """The model's entry in /v1/models, under one of its names."""
         return {
             "id": name,
             "object": "model",
@@ -58,10 +60,11 @@ class ServedModel:
 
 
 def sampling_defaults(directory: Path, source: str, override: dict[str, float]) -> dict[str, float]:
-    """Default sampling values: of the checkpoint's generation_config.json ('auto'), or none ('vllm'), then `override`.
+    """Default sampling values: those of generation_config.json, replaced by those in `override`.
 
-    Another value of `source` is a directory, or a file, to read instead. ValueError, which names the file or the flag,
-    for a value that no request may have.
+    source: 'auto' reads the checkpoint's generation_config.json, 'vllm' reads none, and anything else is the directory
+    or the file to read instead. Raises ValueError, which names the file or the flag, for a value that no request may
+    have.
     """
     defaults = {}
     if source != "vllm":
@@ -89,9 +92,9 @@ def _check_defaults(defaults: dict[str, float], where: str, remedy: str) -> None
 
 
 def end_token_ids(directory: Path, tokenizer: Tokenizer) -> frozenset[int]:
-    """All tokens that end an answer: the tokenizer's, and generation_config.json's, or else config.json's.
+    """All tokens that end an answer: the tokenizer's, and those in generation_config.json or else in config.json.
 
-    Raises ValueError, which names the file and the key, for what is no token id.
+    Raises ValueError, which names the file and the key, for anything that is not a token id.
     """
     generation = read_object_if_any(directory / "generation_config.json")
     config = read_object_if_any(directory / "config.json")
@@ -117,7 +120,7 @@ def _token_ids(value: object, file: Path, key: str) -> set[int]:
     for token in listed:
         if type(token) is not int or not 0 <= token <= LARGEST_TOKEN_ID:
             raise ValueError(
-                f"{file}: {key} is {reprlib.repr(value)}; it must be a token id (an integer from 0 to "
+                f"{file}: {key} is {shown(value)}; it must be a token id (an integer from 0 to "
                 f"{LARGEST_TOKEN_ID}), a list of token ids, or null"
             )
     return set(listed)

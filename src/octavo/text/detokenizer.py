@@ -1,9 +1,9 @@
-"""Text out of tokens that arrive one by one: split characters, leading spaces, skipped tokens and stop strings.
+"""Text from tokens that arrive one by one: split characters, leading spaces, skipped tokens and stop strings.
 
-Tokens become bytes, bytes become text through one incremental UTF-8 decoder, so the pieces joined are always the text
-decoded as a whole. (A window of tokens decoded twice, as others do it, costs two calls a token and is wrong at
-invalid bytes.) Only this differs from transformers: there one invalid byte in a run of byte-fallback tokens spoils the
-whole run, here the valid characters of the run stay, since they may have been sent already.
+Tokens become bytes, and one incremental UTF-8 decoder turns the bytes into text, so that the pieces always join to the
+text decoded as a whole. (Decoding a window of tokens twice, as others do, costs two calls per token and is wrong at
+invalid bytes.) One case differs from transformers: there, one invalid byte in a run of byte-fallback tokens spoils the
+whole run; here, the valid characters of the run stay, since they may have been sent already.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _PROMPT_TAIL = 4  # tokens; a character has at most four bytes, and a token at l
 
 
 class IncrementalDecoder:
-    """Bytes of tokens to text. What follows a prompt continues it: prompt text + new text is the text of both."""
+    """Turns tokens into text. After a prompt, the prompt's text plus the new text is the text of both together."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = (), *, skip_special_tokens: bool = True) -> None:
         self._token_bytes = tokenizer.token_bytes
@@ -31,12 +31,12 @@ class IncrementalDecoder:
             self.push(shown[-_PROMPT_TAIL:])
 
     def push(self, token_ids: Sequence[int]) -> str:
-        """The text that these tokens complete; an unfinished character waits for its other bytes."""
+        """Return the text that these tokens complete; an unfinished character waits for its remaining bytes."""
         raw = b"".join(self._token_bytes(token_id) for token_id in token_ids if token_id not in self._skipped)
         return self._strip(self._utf8.decode(raw)) if raw else ""
 
     def finish(self) -> str:
-        """The replacement character of an unfinished end, if there is one."""
+        """Return the replacement character for an unfinished character at the end, if there is one."""
         return self._utf8.decode(b"", final=True)
 
     def _strip(self, text: str) -> str:
@@ -50,9 +50,9 @@ class IncrementalDecoder:
 
 
 class StopStrings:
-    """Where a text ends: at the first place at which any of the stop strings is complete.
+    """Finds where a text ends: at the first place where any stop string is complete.
 
-    That place does not depend on how the text was cut into pieces. Of strings that end there the longest counts.
+    That place does not depend on how the text was cut into pieces. If several end there, the longest one counts.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -60,7 +60,7 @@ class StopStrings:
         self._overlap = len(self._stops[0]) - 1 if stops else 0
 
     def find(self, text: str, start: int) -> tuple[int, str] | None:
-        """(where it begins, the stop string) for the first completed at or after `start`, or None."""
+        """Return (begin, stop string) of the first stop string completed at or after `start`, or None."""
         best: tuple[int, str] | None = None
         for stop in self._stops:
             at = text.find(stop, max(0, start - len(stop) + 1))
@@ -69,7 +69,7 @@ class StopStrings:
         return best
 
     def held_back(self, text: str) -> int:
-        """How many characters at the end may be the beginning of a stop string, and so can't be sent yet."""
+        """Return how many characters at the end may begin a stop string, and so can't be sent yet."""
         for length in range(min(self._overlap, len(text)), 0, -1):
             tail = text[-length:]
             if any(stop.startswith(tail) and len(stop) > length for stop in self._stops):
@@ -78,9 +78,9 @@ class StopStrings:
 
 
 class Detokenizer:
-    """One sequence's text: push tokens, get what may be sent. `stopped_by` is the stop string that ended it.
+    """One sequence's text: push tokens, get the text that may be sent. `stopped_by` is the stop string that ended it.
 
-    min_tokens: stop strings completed before so many tokens don't count.
+    min_tokens: stop strings that are complete before this many tokens don't count.
     """
 
     def __init__(
@@ -96,13 +96,13 @@ class Detokenizer:
         self._include_stop = include_stop
         self._min_tokens = min_tokens
         self._unsent = ""
-        self._num_searched = 0  # characters of `_unsent` in which no stop string can end any more
+        self._num_searched = 0  # characters of `_unsent` that no stop string can end in anymore
         self.num_tokens = 0
         self.length = 0  # characters decoded so far, sent or not
         self.stopped_by: str | None = None
 
     def push(self, token_id: int, *, silent: bool = False) -> str:
-        """Take one token; the text that may be sent now. A `silent` token (an end token) adds no text of its own."""
+        """Take one token, and return the text that may be sent now. A `silent` token (an end token) adds no text."""
         self.num_tokens += 1
         if silent:
             return ""
@@ -114,7 +114,7 @@ class Detokenizer:
         return self._release(self._stops)
 
     def finish(self) -> str:
-        """What is left when the tokens have ended; nothing after a stop string."""
+        """Return the text that is left when the tokens have ended; none after a stop string."""
         if self.stopped_by is not None:
             return ""
         text = self._decoder.finish()

@@ -1,8 +1,8 @@
 """Text to token ids and back, with the `tokenizers` library alone: no torch and no transformers at start.
 
-What a checkpoint's tokenizer.json says is taken as it stands; tokenizer_config.json adds the named special tokens and
-add_bos_token / add_eos_token, with the meaning that transformers 5 gives them. `token_bytes` is what the incremental
-detokenizer, and the `bytes` of a logprob, are made of: the exact bytes that one token stands for.
+tokenizer.json is used as it stands; tokenizer_config.json adds the named special tokens, add_bos_token and
+add_eos_token, with the meaning that transformers 5 gives them. `token_bytes` returns the exact bytes that one token
+stands for; the incremental detokenizer and the `bytes` of a logprob are built from it.
 """
 
 from __future__ import annotations
@@ -32,19 +32,21 @@ class TokenizerError(ValueError):
 
 
 class _ConfigError(ValueError):
-    """A value in tokenizer_config.json; the file's name is added by `Tokenizer.open`."""
+    """A bad value in tokenizer_config.json; `Tokenizer.open` adds the file's name."""
 
 
 class EncodingError(ValueError):
-    """The tokenizer can't make tokens of this text; the message says why."""
+    """The tokenizer can't encode this text; the message says why."""
 
 
 @dataclass(frozen=True)
 class DecodeRules:
-    """How a token's string becomes bytes, and what is dropped where a text begins.
+    """How a token's string becomes bytes, and what is dropped at the beginning of a text.
 
-    byte_level: each character is one byte, in GPT-2's alphabet. replacements: (from, to) within a token.
-    byte_fallback: a token `<0xE2>` is that byte. strip_left: so many leading spaces of the whole text are dropped.
+    byte_level     each character is one byte, in GPT-2's alphabet
+    byte_fallback  a token `<0xE2>` is that byte
+    replacements   (from, to) within a token
+    strip_left     how many leading spaces of the whole text are dropped
     """
 
     byte_level: bool = False
@@ -54,7 +56,7 @@ class DecodeRules:
 
     @classmethod
     def of(cls, backend: Backend) -> DecodeRules:
-        """Read the rules out of the tokenizer's decoder; an unknown kind raises TokenizerError."""
+        """Read the rules from the tokenizer's decoder. Raises TokenizerError for an unknown kind."""
         if backend.decoder is None:
             raise TokenizerError("tokenizer.json has no decoder, so token ids can't be turned into text")
         state = json.loads(backend.decoder.__getstate__())
@@ -78,8 +80,8 @@ class DecodeRules:
                     strip_left = 0 if part.get("prepend_scheme") == "never" else 1
                 case _:
                     raise TokenizerError(
-                        f"tokenizer.json: decoder {part} is not one that octavo knows; it knows ByteLevel, "
-                        "ByteFallback, Fuse, Metaspace, Replace of a string and Strip of leading spaces"
+                        f"tokenizer.json: decoder {shown(part)} is not supported; ByteLevel, ByteFallback, Fuse, "
+                        "Metaspace, Replace of a string and Strip of leading spaces are"
                     )
         return cls(byte_level, byte_fallback, tuple(replacements), strip_left)
 
@@ -108,7 +110,9 @@ class Tokenizer:
 
     @classmethod
     def open(cls, directory: Path, *, trust_remote_code: bool = False) -> Tokenizer:
-        """Read the tokenizer of a checkpoint; TokenizerError when there is none that can be used."""
+        """Read a checkpoint's tokenizer. Raises TokenizerError when there is none that can be used, and
+        CheckpointError for a tokenizer_config.json that can't be read.
+        """
         if not directory.is_dir():
             raise TokenizerError(f"{directory}: no such directory, so no tokenizer")
         config_file = directory / "tokenizer_config.json"
@@ -129,7 +133,7 @@ class Tokenizer:
 
     @property
     def strip_left(self) -> int:
-        """How many leading spaces of a whole text are not part of it (sentencepiece's dummy prefix)."""
+        """How many leading spaces of a decoded text are not part of it (sentencepiece's dummy prefix)."""
         return self._rules.strip_left
 
     @property
@@ -142,29 +146,29 @@ class Tokenizer:
         return None if token is None else self._backend.token_to_id(token)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text; special tokens written out in it count as special tokens, as in transformers.
+        """Token ids of a text. Special tokens spelled out in the text become special tokens, as in transformers.
 
         Raises EncodingError.
         """
         try:
-            # of the library's ways this is the one that lets go of the GIL; its `encode` would stop every other stream
+            # the only one of the library's methods that releases the GIL; `encode` would stop every other stream
             ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
-        except (UnicodeEncodeError, TypeError):  # which of them depends on the version of tokenizers
-            raise EncodingError("half a surrogate pair is no text") from None
+        except (UnicodeEncodeError, TypeError):  # which one depends on the version of tokenizers
+            raise EncodingError("half a surrogate pair is not text") from None
         except BaseException as error:
             if type(error).__name__ != "PanicException":
                 raise
-            # Rust code in a panic, which is no Exception: a pattern of the tokenizer's has met its limit of steps
+            # a Rust panic, which is not an Exception: one of the tokenizer's patterns has reached its limit of steps
             raise EncodingError(f"the tokenizer gives up on this text: {_first_line(error)}") from None
         return ids
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        """The whole text of these ids, as transformers decodes it. Unused ids are empty."""
+        """The whole text of these ids, as transformers decodes it. Unused ids give no text."""
         text: str = self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return text
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that this token adds to a text; empty for an unused id."""
+        """The bytes that this token adds to a text; none for an unused id."""
         known = self._bytes.get(token_id)
         if known is None:
             token = self._backend.id_to_token(token_id)
@@ -172,7 +176,7 @@ class Tokenizer:
         return known
 
     def token_text(self, token_id: int) -> str:
-        """A name for one token: its text, or `bytes:\\xe2\\x82` where it is not whole characters (OpenAI's way)."""
+        """A name for one token: its text, or `bytes:\\xe2\\x82` if it isn't whole characters (OpenAI's notation)."""
         raw = self.token_bytes(token_id)
         try:
             return raw.decode()
@@ -190,22 +194,22 @@ class Tokenizer:
             try:
                 return bytes([int(token[3:5], 16)])
             except ValueError:
-                pass  # it only looks like a byte
+                pass  # it only looks like a byte token
         for old, new in rules.replacements:
             token = token.replace(old, new)
         return token.encode()
 
     def _max_token_bytes(self, vocabulary: dict[str, int]) -> int | None:
-        """The most bytes of a text that one token can stand for; None where there is no such limit.
+        """The most bytes of a text that one token can stand for; None if there is no such limit.
 
-        There is one where every byte of a text ends up in a token: in BPE over all 256 bytes, without steps before it
-        that drop text. NFC writes at most three bytes as one.
+        There is a limit if every byte of a text ends up in a token: with BPE over all 256 bytes, and no step before it
+        that drops text. NFC writes at most three bytes as one.
         """
         alphabet = _BYTE_OF_CHARACTER if self._rules.byte_level else [f"<0x{byte:02X}>" for byte in range(256)]
         if type(self._backend.model).__name__ != "BPE" or not all(byte in vocabulary for byte in alphabet):
             return None
         if any(token.lstrip or token.rstrip for token in self._backend.get_added_tokens_decoder().values()):
-            return None  # such a token takes all whitespace beside it
+            return None  # such a token swallows all whitespace next to it
         normalizers = _steps(self._backend.normalizer, "normalizers")
         if not all(map(_keeps_text, [*normalizers, *_steps(self._backend.pre_tokenizer, "pretokenizers")])):
             return None
@@ -214,7 +218,7 @@ class Tokenizer:
         return max(4, *sizes) * (3 if any(step["type"] == "NFC" for step in normalizers) else 1)
 
     def _add_missing_tokens(self) -> None:
-        """Tokens that only tokenizer_config.json names, as old checkpoints have them."""
+        """Add the tokens that only tokenizer_config.json names, as in old checkpoints."""
         known = {token.content for token in self._backend.get_added_tokens_decoder().values()}
         listed = sorted((self.config.get("added_tokens_decoder") or {}).items(), key=lambda item: int(item[0]))
         tokens = [
@@ -227,7 +231,7 @@ class Tokenizer:
                 self._backend.add_tokens([token])
 
     def _set_bos_and_eos(self) -> None:
-        """tokenizer_config.json's add_bos_token and add_eos_token, when it says either, replace tokenizer.json's."""
+        """Let tokenizer_config.json's add_bos_token and add_eos_token, if either is there, replace tokenizer.json's."""
         if "add_bos_token" not in self.config and "add_eos_token" not in self.config:
             return
         names = {
@@ -244,12 +248,12 @@ class Tokenizer:
                 single=[*([bos] if bos else []), "$A", *([eos] if eos else [])],
                 special_tokens=[(token, self.token_id(token)) for token in {bos, eos} if token],
             )
-        except Exception as error:  # a bare one, for a token such as "$A"
+        except Exception as error:  # the library raises nothing narrower
             raise _ConfigError(f"bos_token {shown(bos)} and eos_token {shown(eos)} make no template: {error}") from None
 
 
 def _steps(part: Any, name: str) -> list[dict[str, Any]]:
-    """The steps of a normalizer or pre-tokenizer as tokenizer.json has them."""
+    """The steps of a normalizer or pre-tokenizer, as tokenizer.json writes them."""
     if part is None:
         return []
     state = json.loads(part.__getstate__())
@@ -258,7 +262,7 @@ def _steps(part: Any, name: str) -> list[dict[str, Any]]:
 
 
 def _keeps_text(step: dict[str, Any]) -> bool:
-    """Whether a step before the model drops no text, as far as octavo knows it."""
+    """Whether a step before the model is known to drop no text."""
     match step:
         case {"type": "NFC" | "Prepend" | "ByteLevel" | "Metaspace" | "Digits"}:
             return True
@@ -270,14 +274,14 @@ def _keeps_text(step: dict[str, Any]) -> bool:
 
 
 def _content(token: object) -> str | None:
-    """A special token's string; configs write it plainly or as a dict with flags."""
+    """A special token's string. Configs hold the string itself, or an object with flags."""
     if isinstance(token, dict):
         token = token.get("content")
     return token if isinstance(token, str) else None
 
 
 def _check_config(config: dict[str, Any]) -> None:
-    """Raise _ConfigError for a value of tokenizer_config.json that is read here and can't be meant."""
+    """Raise _ConfigError for a value of the wrong type among those that are read here."""
     for name in NAMED_SPECIAL_TOKENS:
         token = config.get(name)
         if token is not None and _content(token) is None:
@@ -303,7 +307,7 @@ def _check_config(config: dict[str, Any]) -> None:
 
 
 def _backend_from_file(file: Path) -> Backend | None:
-    """The tokenizer in a tokenizer.json; None where there is none. Raises TokenizerError for one that is broken."""
+    """The tokenizer in a tokenizer.json; None if there is no such file. Raises TokenizerError if it is broken."""
     try:
         check_regular(file)
         return Backend.from_file(str(file))
@@ -311,7 +315,7 @@ def _backend_from_file(file: Path) -> Backend | None:
         return None
     except CheckpointError as error:
         raise TokenizerError(str(error)) from None
-    except BaseException as error:  # Rust's errors are bare Exceptions, and its panics aren't even those
+    except BaseException as error:  # the library's errors are bare Exceptions, and Rust's panics not even that
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
         raise TokenizerError(f"{file} is not a tokenizer.json: {_first_line(error)}; {ANEW}") from None
