@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 # Before any test imports torch: as octavo's own processes have it, or a second busy process makes the suite crawl.
 os.environ.update({**ENVIRONMENT, **os.environ})
+# Before any test imports `datasets`: what it converts does not stay in the cache of whoever runs the tests.
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="octavo-datasets-")
 HAS_GPU = Path("/dev/nvidiactl").exists()
 if not HAS_GPU:  # before any test imports a Triton kernel
     os.environ["TRITON_INTERPRET"] = "1"

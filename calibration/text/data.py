@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from octavo.calibration.text.dataset_files import find_dataset
-from octavo.calibration.text.documents import DataError, Documents, RecordList, open_documents
+from octavo.calibration.text.documents import DataError, Documents, Joined, RecordList, open_file
 from octavo.calibration.text.records import Document, Message
 
 CHARACTERS_PER_TOKEN = 64  # no text has so many: what lies beyond that many for each token wanted is not tokenized
@@ -93,13 +94,13 @@ def fingerprint(samples: Sequence[Tensor]) -> str:
 def from_dataset(dataset: str | Path, encoder: TextEncoder, sizes: Sizes) -> CalibrationData:
     """Out of a file, a directory or a Hub id. Of a data set in many files only as many are read as it takes."""
     files = find_dataset(dataset)
-    paths: list[Path] = []
-    for i, name in enumerate(files.names):
-        paths.append(files.fetch(name))
-        label = files.label if len(files.names) == 1 else f"{files.label}, {i + 1} of {len(files.names)} files"
-        with open_documents(paths) as documents:
+    parts: list[Documents] = []
+    with ExitStack() as stack:
+        for i, name in enumerate(files.names):
+            parts.append(open_file(files.fetch(name), stack))
+            label = files.label if len(files.names) == 1 else f"{files.label}, {i + 1} of {len(files.names)} files"
             try:
-                return from_documents(documents, encoder, sizes, label)
+                return from_documents(Joined(parts), encoder, sizes, label)
             except TooFewTokensError:
                 if i + 1 == len(files.names):
                     raise

@@ -1,15 +1,16 @@
 """Files of text as sequences of documents, of which only those that are asked for are in memory.
 
-.txt, .jsonl, .json (each also .gz) and, where pyarrow is installed, .parquet. A file is checked when it is opened, to
-its last line, and what is wrong is named with the line that it stands on: a download that broke off is found even
-if none of the lines that were chosen is the broken one. (Parquet has marks of its own for that; its rows are looked
-at when they are asked for.)
+.txt, .jsonl and .json are read here: a file is checked when it is opened, to its last line, and an error names the line
+that is wrong, also where none of the chosen documents stands on it. The `datasets` library reads .parquet and .csv; a
+row's record is checked when it is chosen. All but .parquet may be compressed with gzip (.gz).
 """
 
 from __future__ import annotations
 
+import csv
 import gzip
 import importlib
+import io
 import shutil
 import tempfile
 import zlib
@@ -26,7 +27,7 @@ from octavo.calibration.text.records import KNOWN_KEYS, Document, RecordError, p
 
 PACKED = ".gz"
 PLAIN_SUFFIXES = (".jsonl", ".json", ".txt")
-SUFFIXES = (*PLAIN_SUFFIXES, *(suffix + PACKED for suffix in PLAIN_SUFFIXES), ".parquet")
+SUFFIXES = (*PLAIN_SUFFIXES, *(suffix + PACKED for suffix in PLAIN_SUFFIXES), ".csv", ".csv" + PACKED, ".parquet")
 
 SECTION = 8192  # bytes of a .txt file that make a document: it ends at the next blank line
 PIECE = 32_768  # bytes of a .txt file that are looked at together at most, and so the longest line of a section
@@ -150,34 +151,85 @@ class TextSections:
         return f"{self._path}:{self._lines[index]}"
 
 
-class ParquetRows:
-    """A row each, of the columns that are known; the table of these columns is in memory."""
+class Rows:
+    """The rows of a parquet or csv file, which `datasets` converts to a file in its cache and maps into memory."""
 
     def __init__(self, path: Path) -> None:
-        try:
-            parquet: Any = importlib.import_module("pyarrow.parquet")
-        except ImportError:
-            raise DataError(
-                f"{path} is a parquet file, which takes pyarrow to read, and that is not installed: pip install "
-                f"pyarrow, or give a data set in {', '.join(PLAIN_SUFFIXES)}"
-            ) from None
         self._path = path
+        kind = "parquet" if path.name.lower().endswith(".parquet") else "csv"
         try:
-            columns = parquet.read_schema(path).names
-            known = [name for name in KNOWN_KEYS if name in columns]
-            # without a known column all are read, one row of them, for the message about their names
-            self._table: Any = parquet.read_table(path, columns=known or None)
-        except (OSError, ValueError) as e:  # pyarrow's own errors are among them
-            raise DataError(f"{path} can't be read as parquet: {e}") from e
+            columns = _parquet_columns(path) if kind == "parquet" else _csv_columns(path)
+            _parse(dict.fromkeys(columns), self.place(0))  # no known column: say so before all is read
+            with quiet_datasets() as datasets:
+                options = _parquet_options(columns) if kind == "parquet" else _csv_options(columns, datasets)
+                self._rows: Any = datasets.load_dataset(
+                    kind,
+                    data_files=str(path),
+                    split="train",
+                    download_mode="force_redownload",  # its cache knows a file by its name and time alone
+                    **options,
+                )
+        except DataError:
+            raise
+        except Exception as e:  # of pyarrow and pandas, which `datasets` wraps
+            reason = str(e.__cause__ or e).strip().partition("\n")[0] or type(e).__name__
+            raise DataError(f"{path} can't be read as {kind}: {reason}") from e
 
     def __len__(self) -> int:
-        return int(self._table.num_rows)
+        return len(self._rows)
 
     def __getitem__(self, index: int) -> Document:
-        return _parse(self._table.slice(index, 1).to_pylist()[0], self.place(index))
+        return _parse(self._rows[index], self.place(index))
 
     def place(self, index: int) -> str:
         return f"{self._path}: row {index + 1}"
+
+
+def _parquet_columns(path: Path) -> list[str]:
+    parquet: Any = importlib.import_module("pyarrow.parquet")
+    return list(parquet.read_schema(path).names)
+
+
+def _parquet_options(columns: list[str]) -> dict[str, Any]:
+    """Only the known columns; and not all of the file in memory at once, which a look ahead would have."""
+    parquet: Any = importlib.import_module("pyarrow.dataset")
+    known = [name for name in KNOWN_KEYS if name in columns]
+    return {"columns": known, "fragment_scan_options": parquet.ParquetFragmentScanOptions(pre_buffer=False)}
+
+
+def _csv_options(columns: list[str], datasets: Any) -> dict[str, Any]:
+    """Every cell is text as it stands."""
+    texts = datasets.Features({name: datasets.Value("string") for name in columns})
+    return {"features": texts, "keep_default_na": False}
+
+
+def _csv_columns(path: Path) -> list[str]:
+    """The names in the first row, after a look at all of the file for bytes that are not UTF-8."""
+    with ExitStack() as stack:
+        file: BinaryIO = stack.enter_context(path.open("rb"))
+        if path.name.lower().endswith(PACKED):
+            file = _unpacked(file, path, stack)
+        for _ in _text_pieces(file, path):
+            pass
+        file.seek(0)
+        text = stack.enter_context(io.TextIOWrapper(file, "utf-8-sig", newline=""))
+        return next(csv.reader(text), [])
+
+
+@contextmanager
+def quiet_datasets() -> Iterator[Any]:
+    """The `datasets` library, without its progress bars and its log of errors, which are raised too."""
+    datasets: Any = importlib.import_module("datasets")  # takes a second, and few need it
+    verbosity = datasets.logging.get_verbosity()
+    had_bars = datasets.are_progress_bars_disabled() is False
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        yield datasets
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+        if had_bars:
+            datasets.enable_progress_bars()
 
 
 class Joined:
@@ -205,19 +257,16 @@ class Joined:
         return self._parts[which], index - (self._ends[which - 1] if which else 0)
 
 
-@contextmanager
-def open_documents(paths: Sequence[Path]) -> Iterator[Documents]:
-    """The documents of these files, which stay open meanwhile. Raises DataError, and OSError for what isn't there."""
-    with ExitStack() as stack:
-        yield Joined([_open(path, stack) for path in paths])
+def open_file(path: Path, stack: ExitStack) -> Documents:
+    """The documents of a file, which is open until `stack` closes.
 
-
-def _open(path: Path, stack: ExitStack) -> Documents:
+    Raises DataError, and OSError for what isn't there.
+    """
     name = path.name.lower().removesuffix(PACKED)
     if not path.name.lower().endswith(SUFFIXES):
         raise DataError(f"{path} is of no kind that can be read; files that end in {', '.join(SUFFIXES)} are")
-    if name.endswith(".parquet"):
-        return ParquetRows(path)
+    if name.endswith((".parquet", ".csv")):
+        return Rows(path)
     file: BinaryIO = stack.enter_context(path.open("rb"))
     if path.name.lower().endswith(PACKED):
         file = _unpacked(file, path, stack)

@@ -1,4 +1,4 @@
-"""Which files a data set's name means: told by names alone, and never guessed between two."""
+"""Which files a data set's name means: a split of a directory, or of a Hub repository, as `datasets` has it."""
 
 from __future__ import annotations
 
@@ -12,80 +12,84 @@ from pathlib import Path
 
 import pytest
 
-from octavo.calibration.text.dataset_files import choose_files, find_dataset
+from octavo.calibration.text.dataset_files import find_dataset
 from octavo.calibration.text.documents import DataError
 
-# File lists as they are on the Hub.
-ULTRACHAT = [
-    ".gitattributes",
-    "README.md",
-    "data/test_gen-00000-of-00001-3d4cd8309148a71f.parquet",
-    "data/test_sft-00000-of-00001-f7dfac4afe5b93f4.parquet",
-    "data/train_gen-00000-of-00003-a6c9fb894be3e50b.parquet",
-    "data/train_gen-00001-of-00003-d6a0402e417f35ca.parquet",
-    "data/train_sft-00000-of-00003-a3ecf92756993583.parquet",
-    "data/train_sft-00001-of-00003-0a1804bcb6ae68c6.parquet",
-]
-WIKITEXT = [
-    "README.md",
-    "wikitext-103-raw-v1/train-00000-of-00002.parquet",
-    "wikitext-103-raw-v1/test-00000-of-00001.parquet",
-    "wikitext-2-raw-v1/train-00000-of-00001.parquet",
-    "wikitext-2-raw-v1/test-00000-of-00001.parquet",
-]
-C4 = [f"en/c4-train.{i:05d}-of-01024.json.gz" for i in range(3)] + [
-    "en/c4-validation.00000-of-00008.json.gz",
-    "en.noblocklist/c4-train.00000-of-01024.json.gz",
-    "realnewslike/c4-train.00000-of-00512.json.gz",
-]
+CONFIGS = """---
+configs:
+- config_name: en
+  data_files:
+  - {split: train, path: en/part-*}
+  - {split: held_out, path: en/last.jsonl}
+- config_name: fr
+  data_files: fr/*
+---
+"""
+
+
+def lay_out(directory: Path, *names: str, readme: str | None = None) -> Path:
+    for name in names:
+        path = directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text('{"text": "x"}')
+    if readme is not None:
+        (directory / "README.md").write_text(readme)
+    return directory
 
 
 @pytest.mark.parametrize(
-    ("names", "split", "expected"),
+    ("names", "expected"),
     [
-        (ULTRACHAT, "train_sft", ULTRACHAT[6:8]),
-        (ULTRACHAT, "test_gen", ULTRACHAT[2:3]),
-        (WIKITEXT, "wikitext-2-raw-v1/train", WIKITEXT[3:4]),
-        (C4, "en/train", C4[:3]),
-        (C4, "validation", C4[3:4]),
-        (["alpaca_data.json"], None, ["alpaca_data.json"]),
-        (["README.md", "train.jsonl", "test.jsonl", "requirements.txt", "LICENSE.txt"], None, ["train.jsonl"]),
-        (["my_train.jsonl", "my_test.jsonl"], None, ["my_train.jsonl"]),
-        (["train/0.jsonl", "train/1.jsonl", "test/0.jsonl"], None, ["train/0.jsonl", "train/1.jsonl"]),
-        (["train.parquet", "train.jsonl"], None, ["train.jsonl"]),
-        (["train-1.jsonl.gz", "train-0.jsonl.gz"], "train", ["train-0.jsonl.gz", "train-1.jsonl.gz"]),
-        (["data/train-0.parquet", ".cache/train.jsonl"], None, ["data/train-0.parquet"]),
+        (["alpaca_data.json"], ["alpaca_data.json"]),
+        (["train.jsonl", "test.jsonl", "requirements.txt", "LICENSE.txt"], ["train.jsonl"]),
+        (["my_train.jsonl", "my_test.jsonl"], ["my_train.jsonl"]),
+        (["train/1.jsonl", "train/0.jsonl", "test/0.jsonl"], ["train/0.jsonl", "train/1.jsonl"]),
+        (["train-1.jsonl.gz", "train-0.jsonl.gz"], ["train-0.jsonl.gz", "train-1.jsonl.gz"]),
+        (["data/train-0.parquet", ".cache/train.jsonl"], ["data/train-0.parquet"]),
+        (["deep/train-0.jsonl", "deep/train-1.jsonl", "deep/test.jsonl"], ["deep/train-0.jsonl", "deep/train-1.jsonl"]),
+        (["a.csv", "b.csv"], ["a.csv", "b.csv"]),
     ],
 )
-def test_files_of_a_split(names: list[str], split: str | None, expected: list[str]) -> None:
-    assert choose_files(names, split, "it") == expected
+def test_files_of_a_directory(tmp_path: Path, names: list[str], expected: list[str]) -> None:
+    files = find_dataset(str(lay_out(tmp_path, *names)))
+    assert files.names == expected
+    assert files.fetch(expected[0]) == tmp_path / expected[0]
+    assert files.label == tmp_path.name
+
+
+def test_files_outside_of_a_data_set_are_refused(tmp_path: Path) -> None:
+    lay_out(tmp_path, "secret.jsonl")
+    readme = "---\nconfigs:\n- {config_name: x, data_files: ../secret.jsonl}\n---\n"
+    with pytest.raises(DataError, match=r"takes files from elsewhere, such as .*secret\.jsonl"):
+        find_dataset(lay_out(tmp_path / "data", "a.jsonl", readme=readme))
+
+
+def test_a_file_is_itself(tmp_path: Path) -> None:
+    file = find_dataset(lay_out(tmp_path, "test.jsonl", "train.jsonl") / "test.jsonl")
+    assert (file.names, file.fetch("test.jsonl")) == (["test.jsonl"], tmp_path / "test.jsonl")
 
 
 @pytest.mark.parametrize(
-    ("names", "split", "message"),
+    ("names", "readme", "message"),
     [
-        (["README.md", "model.bin"], None, r"it holds no file that ends in \.jsonl"),
-        (ULTRACHAT, None, r"has no split 'train'; its files are data/test_gen-00000"),  # sft or gen: not for us to say
-        (WIKITEXT, None, r"has 2 sets .*: wikitext-103-raw-v1/train, wikitext-2-raw-v1/train"),
-        (C4, "train", r"has 3 sets .*: en/train, en\.noblocklist/train, realnewslike/train"),
-        (["a.jsonl", "b.jsonl"], None, r"has no split 'train'; its files are a\.jsonl, b\.jsonl"),
-        (["a.jsonl"], "test", r"has no split 'test'; its files are a\.jsonl"),
+        (["model.bin"], None, r"can't be used: No \(supported\) data files found"),
+        (
+            ["data/train_gen-00000-of-00001.parquet", "data/train_sft-00000-of-00001.parquet"],
+            None,
+            r"has no split 'train'; there are .*:train_gen, .*:train_sft",  # which one is not for us to say
+        ),
+        (
+            ["en/part-0.jsonl", "en/last.jsonl", "fr/0.jsonl"],
+            CONFIGS,
+            r"pick one among the available configs: \['en', 'fr'\]; add it",
+        ),
+        (["a.jsonl"], "---\nconfigs: {\n---\n", "can't be used"),
+        (["a.bin"], CONFIGS, "can't be used: Unable to find '.*/en/[^']*'$"),
     ],
 )
-def test_what_is_not_clear_is_asked_for(names: list[str], split: str | None, message: str) -> None:
+def test_what_is_not_clear_is_asked_for(tmp_path: Path, names: list[str], readme: str | None, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        choose_files(names, split, "it")
-
-
-def test_local_files_and_directories(tmp_path: Path) -> None:
-    (tmp_path / "deep").mkdir()
-    for name in ("deep/train-0.jsonl", "deep/train-1.jsonl", "deep/test.jsonl"):
-        (tmp_path / name).write_text("{}")
-    file = find_dataset(tmp_path / "deep/test.jsonl")
-    assert (file.names, file.fetch("test.jsonl")) == (["test.jsonl"], tmp_path / "deep/test.jsonl")
-    directory = find_dataset(str(tmp_path))
-    assert directory.names == ["deep/train-0.jsonl", "deep/train-1.jsonl"]
-    assert directory.fetch(directory.names[1]) == tmp_path / "deep/train-1.jsonl"
+        find_dataset(lay_out(tmp_path, *names, readme=readme))
 
 
 @pytest.mark.parametrize("name", ["nowhere", "/no/such/file", "data/missing.jsonl", "a/b/c", "owner/name:"])
@@ -95,27 +99,46 @@ def test_what_is_nothing_is_refused(name: str) -> None:
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the Hub as one data set of two small files takes."""
+    """As much of the Hub as a data set of two configurations takes."""
 
     COMMIT = "0123456789abcdef0123456789abcdef01234567"
     FILES = {  # noqa: RUF012
-        "README.md": b"hello",
-        "train-00000-of-00002.jsonl": b'{"text": "one"}\n',
-        "train-00001-of-00002.jsonl": b'{"text": "two"}\n',
+        "README.md": CONFIGS.encode(),
+        "en/part-0.jsonl": b'{"text": "one"}\n',
+        "en/part-1.jsonl": b'{"text": "two"}\n',
+        "en/last.jsonl": b'{"text": "last"}\n',
+        "fr/0.jsonl": b'{"text": "un"}\n',
     }
 
     def do_GET(self) -> None:
-        if self.path == "/api/datasets/owner/name":
+        path = self.path.partition("?")[0].removeprefix("/api")
+        name = path.removeprefix("/datasets/owner/name").removeprefix("/")
+        what, _, rest = name.partition("/")
+        file = self.FILES.get(rest.partition("/")[2])
+        if not path.startswith("/datasets/owner/name"):
+            self.send_error(404)
+        elif what in ("", "revision"):
             siblings = [{"rfilename": name} for name in self.FILES]
             self._answer(json.dumps({"id": "owner/name", "sha": self.COMMIT, "siblings": siblings}).encode())
-            return
-        content = self.FILES.get(self.path.rpartition("/")[2])
-        if not self.path.startswith("/datasets/owner/name/resolve/main/") or content is None:
+        elif what == "tree":
+            self._answer(json.dumps(self._tree(rest.partition("/")[2])).encode())
+        elif what == "resolve" and file is not None:
+            self._answer(file)
+        else:
             self.send_error(404)
-            return
-        self._answer(content)
 
     do_HEAD = do_GET  # noqa: N815
+
+    def _tree(self, folder: str) -> list[dict[str, object]]:
+        """The entries right below a folder."""
+        prefix = f"{folder}/" if folder else ""
+        below = {name.removeprefix(prefix): content for name, content in self.FILES.items() if name.startswith(prefix)}
+        entries: dict[str, dict[str, object]] = {}
+        for name, content in below.items():
+            first, _, deeper = name.partition("/")
+            kind = "directory" if deeper else "file"
+            entries[first] = {"type": kind, "oid": first, "size": len(content), "path": prefix + first}
+        return list(entries.values())
 
     def _answer(self, content: bytes) -> None:
         self.send_response(200)
@@ -157,13 +180,15 @@ def test_a_dataset_of_the_hub(tmp_path: Path) -> None:
         thread.start()
         try:
             both = '{"text": "one"}|{"text": "two"}'
-            assert run("owner/name") == f"owner/name at 01234567|{both}"
-            assert run("owner/name:train") == f"owner/name:train at 01234567|{both}"
-            assert "has no split 'test'; its files are train-00000" in run("owner/name:test")
+            assert run("owner/name:en/train") == f"owner/name:en/train at 01234567|{both}"
+            assert run("owner/name:en/held_out") == 'owner/name:en/held_out at 01234567|{"text": "last"}'
+            assert "pick one among the available configs: ['en', 'fr']; add it after a colon" in run("owner/name")
+            missing = "has no split 'test'; there are owner/name:en/train, owner/name:en/held_out"
+            assert missing in run("owner/name:en/test")
             assert "other/name is no local file, and the Hub did not give it: Client error '404" in run("other/name")
         finally:
             server.shutdown()
             thread.join()
-    assert run("owner/name", HF_HUB_OFFLINE="1") == f"owner/name at 01234567|{both}"
+    assert run("owner/name:en/train", HF_HUB_OFFLINE="1") == f"owner/name:en/train at 01234567|{both}"
     assert "HF_HUB_OFFLINE is set, and nothing of it is in the cache" in run("other/name", HF_HUB_OFFLINE="1")
     assert "owner/name is no local file, and the Hub did not give it" in run("owner/name")  # nobody listens

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
-import sys
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pyarrow
@@ -12,12 +14,18 @@ import pytest
 from pyarrow import parquet
 
 from octavo.calibration.text import documents as module
-from octavo.calibration.text.documents import DataError, open_documents
+from octavo.calibration.text.documents import DataError, Documents, Joined, open_file
 
 
 def write(path: Path, content: str | bytes) -> Path:
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     return path
+
+
+@contextmanager
+def open_documents(paths: Sequence[Path]) -> Iterator[Documents]:
+    with ExitStack() as stack:
+        yield Joined([open_file(path, stack) for path in paths])
 
 
 def texts(*paths: Path) -> list[str | None]:
@@ -133,8 +141,8 @@ def test_huge_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_other_kinds_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"a\.csv is of no kind that can be read; files that end in \.jsonl, \.json"):
-        texts(write(tmp_path / "a.csv", "a,b"))
+    with pytest.raises(DataError, match=r"a\.tsv is of no kind that can be read; files that end in \.jsonl, \.json"):
+        texts(write(tmp_path / "a.tsv", "a,b"))
     with pytest.raises(OSError, match=r"nowhere\.jsonl"):
         texts(tmp_path / "nowhere.jsonl")
 
@@ -162,7 +170,34 @@ def test_parquet(tmp_path: Path) -> None:
             texts(write(tmp_path / "d.parquet", broken))
 
 
-def test_parquet_without_pyarrow_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(DataError, match=r"takes pyarrow to read, and that is not installed: pip install pyarrow"):
-        texts(write(tmp_path / "a.parquet", b"PAR1"))
+def test_csv(tmp_path: Path) -> None:
+    """Every cell is text as it stands: numbers, an empty cell and what other readers take for no value."""
+    content = '\ufefftext,id\n"a, ""b""\nc",1\n12,2\nNA,\n"",4\n'
+    expected = ['a, "b"\nc', "12", "NA", ""]
+    assert texts(write(tmp_path / "a.csv", content)) == expected
+    assert places(tmp_path / "a.csv")[2] == f"{tmp_path / 'a.csv'}: row 3"
+    assert texts(write(tmp_path / "a.csv.gz", gzip.compress(content.encode()))) == expected
+    turns = write(tmp_path / "b.csv", "instruction,output\nSay hello.,Hello!\n")
+    assert texts(turns) == ["Say hello.\n\nHello!"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "a.csv: row 1: the keys are none"),
+        (b"body\nx\n", "a.csv: row 1: the keys are 'body'; needed is one of"),
+        (b"text,id\na,1\nb,2,3\n", "a.csv can't be read as csv: .*Expected 2 fields in line 3, saw 3"),
+        (b"text\na\n\xe9\n", r"a.csv:3: byte 7 \(0xe9\) is not UTF-8"),
+    ],
+)
+def test_a_csv_that_is_wrong_is_told_where(tmp_path: Path, content: bytes, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        texts(write(tmp_path / "a.csv", content))
+
+
+def test_a_file_that_changed_is_read_again(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.csv", "text\nbefore\n")
+    time = file.stat()
+    assert texts(file) == ["before"]
+    os.utime(write(file, "text\nbehind\n"), ns=(time.st_atime_ns, time.st_mtime_ns))
+    assert texts(file) == ["behind"]

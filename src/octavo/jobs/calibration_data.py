@@ -28,8 +28,8 @@ class DataOptions(msgspec.Struct, frozen=True):
     dataset: Annotated[
         Any,
         Meta(
-            description="a .txt, .jsonl, .json or .parquet file, a directory of them, or a data set of the Hub "
-            "('owner/name', 'owner/name:split')",
+            description="a .txt, .jsonl, .json, .csv or .parquet file, a directory of them, or a data set of the Hub "
+            "('owner/name', 'owner/name:split', 'owner/name:config/split')",
             extra={
                 "group": "calibration data",
                 "metavar": "DATA",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import shutil
 import tempfile
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -277,14 +278,15 @@ def _tokens(directory: Path, text: Path | None, max_tokens: int) -> tuple[list[i
 
 
 def _read_text(path: Path, model_text: ModelText) -> str:
-    """A text as it is; of a data set (.jsonl, .json, .parquet, any of them .gz) its documents, blank lines between."""
+    """A text as it is; of a data set (.jsonl, .json, .csv, .parquet, also .gz) its documents, blank lines between."""
     from octavo.calibration.text.data import ConversationError
-    from octavo.calibration.text.documents import SUFFIXES, DataError, open_documents
+    from octavo.calibration.text.documents import SUFFIXES, DataError, open_file
 
     try:
         if path.suffix.lower() == ".txt" or not path.name.lower().endswith(SUFFIXES):
             return path.read_text("utf-8")
-        with open_documents([path]) as documents:
+        with ExitStack() as stack:
+            documents = open_file(path, stack)
             found = [documents[i] for i in range(len(documents))]
         return "\n\n".join(d.text if d.text is not None else model_text.render(d.messages) for d in found)
     except OSError as e:
