@@ -243,8 +243,8 @@ def measure_load(engine: Engine, args: argparse.Namespace, prompt: int, answer: 
     for i in range(args.streams):
         ids = [(1 + i * 7919 + j * 104729) % vocab for j in range(prompt)]
         refused = engine.add(AddRequest(f"{prompt}-{i}", ids, params, 0.0))
-        if refused is not None:
-            return {"failure": refused.error, "out": 0.0, "all": 0.0, "seconds": 0.0}
+        if refused:
+            return {"failure": refused[0].error, "out": 0.0, "all": 0.0, "seconds": 0.0}
     begin, tokens = time.perf_counter(), 0
     while engine.has_work:
         tokens += sum(len(output.token_ids) for output in engine.step())

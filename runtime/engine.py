@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 
 from octavo.runtime.messages import AddRequest, TokenOutput
 from octavo.runtime.parallel.executor import Executor, StepHandle
@@ -44,12 +45,15 @@ class Engine:
         """Whether a step is under way, for which `finish` would wait."""
         return bool(self._under_way)
 
-    def add(self, request: AddRequest) -> TokenOutput | None:
-        """Accept a request, or return the output that says why not."""
+    def add(self, request: AddRequest, request_ids: Sequence[str] | None = None) -> list[TokenOutput]:
+        """Accept a request, or some of its answers; returns the outputs that say why not."""
+        wanted = request.request_ids if request_ids is None else request_ids
         problem = problem_of(request, self.worker.model.vocab_size)
         if problem is not None:
-            return TokenOutput(request.request_id, [], finish_reason="error", error=problem)
-        return self.scheduler.add(request)
+            return [TokenOutput(request_id, [], finish_reason="error", error=problem) for request_id in wanted]
+        chosen = frozenset(wanted)
+        refused = [self.scheduler.add(answer) for answer in request.answers() if answer.request_id in chosen]
+        return [output for output in refused if output is not None]
 
     def step(self) -> list[TokenOutput]:
         """Compute one batch and plan the next; call while `has_work`. Without outputs where nothing is ready yet."""

@@ -56,9 +56,10 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
 
 
 class AddRequest(msgspec.Struct, frozen=True, tag="add"):
-    """A prompt to complete. n > 1 is n requests (the prefix cache makes the later ones cheap).
+    """A prompt to complete, once or several times: it crosses the socket once, whatever the number of its answers.
 
-    cache_salt: only requests with the same salt share cached prefixes.
+    other_ids: further answers to the same prompt, each a request of its own from then on; where there is a seed, it
+    counts up from one answer to the next. cache_salt: only requests with the same salt share cached prefixes.
     """
 
     request_id: str
@@ -66,6 +67,28 @@ class AddRequest(msgspec.Struct, frozen=True, tag="add"):
     params: SamplingParams
     arrival_time: float  # time.time() in the server, for the queue-time metrics
     cache_salt: str = ""
+    other_ids: list[str] = []
+
+    @property
+    def request_ids(self) -> list[str]:
+        """The ids of all answers."""
+        return [self.request_id, *self.other_ids]
+
+    def answers(self) -> list[AddRequest]:
+        """A request for each answer. They share the prompt's list and, without a seed, their parameters."""
+        if not self.other_ids:
+            return [self]
+        seed = self.params.seed
+        return [
+            AddRequest(
+                request_id,
+                self.token_ids,
+                self.params if seed is None else msgspec.structs.replace(self.params, seed=seed + number),
+                self.arrival_time,
+                self.cache_salt,
+            )
+            for number, request_id in enumerate(self.request_ids)
+        ]
 
 
 class AbortRequest(msgspec.Struct, frozen=True, tag="abort"):

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import zmq
 
+from octavo.runtime.arrivals import Arrivals
 from octavo.runtime.launch import EngineStart, heartbeat_address, remove_socket
 from octavo.runtime.messages import (
     AbortRequest,
@@ -36,6 +37,8 @@ from octavo.runtime.parallel.lifeline import end_with_parent, read_line
 if TYPE_CHECKING:
     from octavo.runtime.engine import Engine
 
+MAX_BYTES = 1 << 20  # of messages that are read at a time: some milliseconds; the next ones are read after a step
+SWITCH_SECONDS = 2e-4  # how long the thread that computes steps may wait for this one's Python code, and this for it
 FLUSH_MS = 2000  # how long the last message may take to leave
 
 
@@ -62,6 +65,7 @@ def main() -> int:
         engine, ready = load_engine(start.config, start.spawn_time)
         is_loaded = True
         link.send(ready)
+        sys.setswitchinterval(SWITCH_SECONDS)
         serve(engine, link)
     except Exception as error:
         is_told = _says_it_all(error) and not is_loaded  # a model or a flag that is the user's to mend
@@ -75,29 +79,33 @@ def main() -> int:
 
 def serve(engine: Engine, link: Link) -> None:
     """The loop. Returns on Shutdown."""
+    arrivals = Arrivals()
     while True:
         outputs: list[TokenOutput] = []
-        if not take_messages(engine, link, outputs, wait=not engine.has_work):
+        if not take_messages(engine, link, arrivals, outputs, wait=not engine.has_work and not arrivals):
             return
         engine.advance()
         while engine.is_computing and link.comes_before(engine.executor.done):
-            if not take_messages(engine, link, outputs):
+            if not take_messages(engine, link, arrivals, outputs):
                 return
             engine.admit()
         outputs += engine.finish()
         link.send(StepOutputs(outputs, engine.scheduler.stats()))
 
 
-def take_messages(engine: Engine, link: Link, outputs: list[TokenOutput], wait: bool = False) -> bool:
-    """Do what messages ask that have arrived; what is refused is added to outputs. False on Shutdown."""
+def take_messages(
+    engine: Engine, link: Link, arrivals: Arrivals, outputs: list[TokenOutput], wait: bool = False
+) -> bool:
+    """Do what messages ask that have arrived; what is refused is added to outputs. False on Shutdown.
+
+    Requests come last, as many as a step can wait for.
+    """
     for message in link.receive(wait):
         match message:
             case AddRequest():
-                refused = engine.add(message)
-                if refused is not None:
-                    outputs.append(refused)
+                outputs += arrivals.add(message)
             case AbortRequest():
-                engine.scheduler.abort(message.request_ids)
+                engine.scheduler.abort(arrivals.abort(message.request_ids))
             case Ping():
                 link.send(Pong(message.nonce))
             case ResetPrefixCache():
@@ -106,6 +114,8 @@ def take_messages(engine: Engine, link: Link, outputs: list[TokenOutput], wait: 
                 outputs.append(message)
             case Shutdown():
                 return False
+    for request, request_ids in arrivals.take():
+        outputs += engine.add(request, request_ids)
     return True
 
 
@@ -145,16 +155,22 @@ class Link:
         self._socket.send(self._encoder.encode(message))
 
     def receive(self, wait: bool) -> list[ToEngine | TokenOutput]:
-        """All messages that have arrived; with `wait`, at least one. An unreadable request becomes its error output."""
+        """Messages that have arrived, up to MAX_BYTES of them; with `wait`, at least one.
+
+        An unreadable request becomes its error output.
+        """
         if wait:
             self._socket.poll()
         messages: list[ToEngine | TokenOutput] = []
-        while True:
+        num_bytes = 0
+        while num_bytes < MAX_BYTES:
             try:
                 frame = self._socket.recv(zmq.NOBLOCK)
             except zmq.Again:
-                return messages
+                break
             messages.append(self._decode(frame))
+            num_bytes += len(frame)
+        return messages
 
     def _decode(self, frame: bytes) -> ToEngine | TokenOutput:
         try:

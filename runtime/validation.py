@@ -6,7 +6,7 @@ despite that ends in an error output.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import inf, isfinite
 
 from octavo.runtime.messages import AddRequest, SamplingParams
@@ -14,9 +14,9 @@ from octavo.runtime.messages import AddRequest, SamplingParams
 
 def problem_of(request: AddRequest, vocab_size: int) -> str | None:
     """The first thing about a request that the engine can't do, or None."""
-    outside = [token for token in request.token_ids if not 0 <= token < vocab_size]
-    if outside:
-        return f"prompt token id {outside[0]} is not in the vocabulary of {vocab_size} tokens"
+    outside = _first_outside(request.token_ids, vocab_size)
+    if outside is not None:
+        return f"prompt token id {outside} is not in the vocabulary of {vocab_size} tokens"
     return next(_problems(request.params, vocab_size), None)
 
 
@@ -44,9 +44,16 @@ def _problems(params: SamplingParams, vocab_size: int) -> Iterator[str]:
         yield "allowed_token_ids is empty: no token could be sampled"
     named = [("logit_bias", tuple(params.logit_bias)), ("allowed_token_ids", params.allowed_token_ids or ())]
     for name, tokens in named:
-        for token in tokens:
-            if not 0 <= token < vocab_size:
-                yield f"{name} names token id {token}, which is not in the vocabulary of {vocab_size} tokens"
+        outside = _first_outside(tokens, vocab_size)
+        if outside is not None:
+            yield f"{name} names token id {outside}, which is not in the vocabulary of {vocab_size} tokens"
     for token in params.stop_token_ids:
         if token < 0:
             yield f"stop_token_ids names token id {token}"
+
+
+def _first_outside(tokens: Sequence[int], vocab_size: int) -> int | None:
+    """The first token that is not in the vocabulary. A loop in Python over a long prompt would hold everybody up."""
+    if not tokens or (min(tokens) >= 0 and max(tokens) < vocab_size):
+        return None
+    return next(token for token in tokens if not 0 <= token < vocab_size)

@@ -68,7 +68,7 @@ class Stream:
     def __init__(self, client: EngineClient, requests: Iterable[AddRequest]) -> None:
         self._client = client
         self._requests = list(requests)
-        self._open = {request.request_id for request in self._requests}
+        self._open = {request_id for request in self._requests for request_id in request.request_ids}
         self._pending: list[TokenOutput] = []
         self.num_pending = 0  # bytes
         self._waiter: asyncio.Future[None] | None = None
@@ -253,7 +253,7 @@ class EngineClient:
             raise EngineDeadError(self.refusal)
         self._readers.add(stream)
         for request in requests:
-            self._streams[request.request_id] = stream
+            self._streams |= dict.fromkeys(request.request_ids, stream)
             self._send(request)
 
     def _leave(self, stream: Stream) -> None:

@@ -75,12 +75,14 @@ class Usage:
 class Choice:
     """One answer under way: the engine's request, and its text so far.
 
+    sent is the request as the engine gets it, for this answer and the others to the same prompt.
     num_wanted is 0 where only a prompt's log-probabilities were asked for: the engine's one token is dropped then.
     own_stops are the stop tokens that the client named, beside the model's own end tokens.
     """
 
     index: int
     request: AddRequest
+    sent: AddRequest
     detokenizer: Detokenizer
     num_wanted: int
     show_stop: bool
@@ -130,7 +132,13 @@ class Choice:
 
 
 def make_choice(
-    index: int, request: AddRequest, options: GenerationRequest, model: ServedModel, *, num_wanted: int
+    index: int,
+    request: AddRequest,
+    sent: AddRequest,
+    options: GenerationRequest,
+    model: ServedModel,
+    *,
+    num_wanted: int,
 ) -> Choice:
     """A choice at its beginning."""
     decoder = IncrementalDecoder(model.tokenizer, request.token_ids, skip_special_tokens=options.skip_special_tokens)
@@ -138,6 +146,7 @@ def make_choice(
     return Choice(
         index=index,
         request=request,
+        sent=sent,
         detokenizer=Detokenizer(decoder, options.stops, include_stop=show_stop, min_tokens=options.min_tokens),
         num_wanted=num_wanted,
         show_stop=show_stop,
@@ -154,7 +163,8 @@ async def generate(
     num_open = len(choices)
     outcome = "abort"
     try:
-        async with client.open([choice.request for choice in choices]) as stream:
+        prompts = {id(choice.sent): choice.sent for choice in choices}
+        async with client.open(prompts.values()) as stream:
             while num_open:
                 deltas = []
                 for output in await stream.next():

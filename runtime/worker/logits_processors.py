@@ -34,7 +34,7 @@ class LogitChanges:
     """
 
     def __init__(self, params: SamplingParams, vocab: int, device: torch.device) -> None:
-        self.params = params
+        self._params = params
         self.allowed: Tensor | None = None
         if params.allowed_token_ids is not None:
             self.allowed = torch.tensor(params.allowed_token_ids, device=device)
@@ -46,7 +46,7 @@ class LogitChanges:
 
     def biases_of(self, num_outputs: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """(tokens, biases) for the token that follows so many of the answer."""
-        return self.early_biases if num_outputs < self.params.min_tokens else self.biases
+        return self.early_biases if num_outputs < self._params.min_tokens else self.biases
 
 
 def _arrays(biases: dict[int, float]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
@@ -56,18 +56,20 @@ def _arrays(biases: dict[int, float]) -> tuple[NDArray[np.int64], NDArray[np.flo
 
 
 class ChangesCache:
-    """The LogitChanges of all live requests; answers that share their parameters share them."""
+    """The LogitChanges of all live requests; answers to one prompt share them, as they do what it names."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._of_params: WeakValueDictionary[int, LogitChanges] = WeakValueDictionary()
+        self._found: WeakValueDictionary[tuple[int, ...], LogitChanges] = WeakValueDictionary()
 
     def get(self, params: SamplingParams, vocab: int) -> LogitChanges:
-        """They hold on to their parameters, so that an id in the cache is never another object's."""
-        changes = self._of_params.get(id(params))
+        """They hold on to the parameters, so that an id here is never another object's."""
+        named = (params.logit_bias, params.allowed_token_ids, params.stop_token_ids)
+        key = (*map(id, named), params.min_tokens)
+        changes = self._found.get(key)
         if changes is None:
             changes = LogitChanges(params, vocab, self._device)
-            self._of_params[id(params)] = changes
+            self._found[key] = changes
         return changes
 
 
@@ -100,7 +102,7 @@ def change_logits(
     punished = [
         (row, it, state)
         for row, it, state in zip(rows, scheduled, states, strict=True)
-        if state.changes.params.has_penalties
+        if it.sequence.params.has_penalties
     ]
     if punished:
         _punish(logits, punished, ops)
@@ -134,7 +136,7 @@ def _punish(logits: Tensor, punished: Rows[tuple[int, ScheduledSequence, Changed
         tokens.append(counted.token_ids)
         counts.append(counted.output_counts)
         sizes.append(len(tokens[-1]))
-        params = state.changes.params
+        params = it.sequence.params
         penalties[:, row] = params.repetition_penalty, params.frequency_penalty, params.presence_penalty
     rows = np.array([row for row, _, _ in punished]).repeat(sizes)
     entries = np.stack((rows, np.concatenate(tokens), np.concatenate(counts)))

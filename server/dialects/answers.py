@@ -64,12 +64,11 @@ def make_choices(
     choices: list[Choice] = []
     for prompt, room in zip(prompts, rooms, strict=True):
         own = params if max_tokens is not None else msgspec.structs.replace(params, max_tokens=room)
-        for number in range(request.num_choices):
-            if own.seed is not None and number:
-                own = msgspec.structs.replace(own, seed=own.seed + 1)
-            add = AddRequest(f"request-{next(_unique)}", prompt.token_ids, own, arrival, request.cache_salt or "")
-            wanted = 0 if max_tokens == 0 else own.max_tokens
-            choices.append(make_choice(len(choices), add, request, model, num_wanted=wanted))
+        first, *others = (f"request-{next(_unique)}" for _ in range(request.num_choices))
+        sent = AddRequest(first, prompt.token_ids, own, arrival, request.cache_salt or "", others)
+        wanted = 0 if max_tokens == 0 else own.max_tokens
+        for answer in sent.answers():
+            choices.append(make_choice(len(choices), answer, sent, request, model, num_wanted=wanted))
     return choices
 
 

@@ -205,10 +205,10 @@ class _Gate(ToyModel):
 def test_requests_that_come_while_a_step_is_computed_join_the_next() -> None:
     model = _Gate()
     engine = make_engine(model)
-    assert engine.add(make_request("a", [1, 2, 3])) is None
+    assert not engine.add(make_request("a", [1, 2, 3]))
     engine.advance()
     model.has_begun.acquire()
-    assert engine.add(make_request("b", [4, 5, 6])) is None
+    assert not engine.add(make_request("b", [4, 5, 6]))
     engine.admit()  # the second step is planned, and waits for the first
     model.open.release(100)
     assert [output.request_id for output in engine.finish()] == ["a"]

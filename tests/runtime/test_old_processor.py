@@ -20,7 +20,7 @@ from octavo.runtime.startup import load_engine
 config = EngineConfig(model=sys.argv[1], num_blocks=64, max_model_len=256, kv_cache_dtype="int8")
 engine, ready = load_engine(config, time.time())
 params = SamplingParams(max_tokens=1, temperature=0.0, logprobs=5, prompt_logprobs=5)
-assert engine.add(AddRequest("a", list(range(3, 40)), params, 0.0)) is None
+assert not engine.add(AddRequest("a", list(range(3, 40)), params, 0.0))
 (output,) = engine.step()
 entries = [*output.prompt_logprobs[1:], *output.logprobs]
 print(json.dumps([{t: p for t, p in zip(e.top_ids, e.top_logprobs)} for e in entries]))

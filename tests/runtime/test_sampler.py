@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -11,7 +14,7 @@ from toy_model import make_request
 from octavo.runtime.scheduling.plan import ScheduledSequence, StepPlan, StepResult
 from octavo.runtime.scheduling.sequence import Sequence
 from octavo.runtime.worker import sampler
-from octavo.runtime.worker.logits_processors import ChangedSequence, LogitChanges, change_logits
+from octavo.runtime.worker.logits_processors import ChangedSequence, ChangesCache, LogitChanges, change_logits
 from octavo.runtime.worker.sampler import Sampler
 from octavo.runtime.worker.sampling_ops import SamplingOps, select_sampling, uniform
 from octavo.runtime.worker.token_counts import TokenCounts
@@ -94,6 +97,20 @@ def test_bias_is_added_allowed_tokens_remain_and_stop_tokens_wait(row: Tensor) -
 def test_a_bias_does_not_lift_what_is_not_allowed(row: Tensor) -> None:
     it = sequence([1], allowed_token_ids=(3,), logit_bias={5: 100.0, 3: -100.0}, repetition_penalty=2.0)
     assert changed(row, it).isfinite().nonzero().flatten().tolist() == [3]
+
+
+def test_what_a_request_names_is_made_into_arrays_once() -> None:
+    """For all of its answers and steps, also where each answer has a seed of its own; and forgotten with the last."""
+    sent = make_request("r", [1], allowed_token_ids=tuple(range(30)), logit_bias={3: 1.0}, seed=5)
+    answers = msgspec.structs.replace(sent, other_ids=["s", "t"]).answers()
+    cache = ChangesCache(torch.device("cpu"))
+    first, *others = [cache.get(answer.params, VOCAB) for answer in answers]
+    assert all(other is first for other in others)
+    same = make_request("u", [1], allowed_token_ids=tuple(range(30)), logit_bias={3: 1.0})
+    assert cache.get(same.params, VOCAB) is not first, "another request's"
+    gone = weakref.ref(first)
+    del first, others
+    assert gone() is None
 
 
 def test_a_gpu_changes_logits_as_a_cpu_does(device: torch.device) -> None:

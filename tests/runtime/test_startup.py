@@ -163,7 +163,7 @@ def run_in_turns(tiny: Engine, requests: list[AddRequest]) -> dict[str, list[Tok
     sampler = engine.executor.sampler
     outputs: dict[str, list[TokenOutput]] = {request.request_id: [] for request in requests}
     for request in requests:
-        assert engine.add(request) is None
+        assert not engine.add(request)
     while scheduler.has_work:
         plan = scheduler.plan()
         order = make_order(plan, 0)

@@ -8,11 +8,33 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from octavo_server import TINY
 
 from octavo.runtime.messages import Logprobs
 from octavo.server.dialects import answers
+from octavo.server.dialects.protocol import CompletionRequest
 from octavo.server.errors import ApiError
 from octavo.server.generation import Delta
+from octavo.server.prompts import Prompt
+from octavo.text.tokenizer import Tokenizer
+
+
+def test_a_prompt_is_sent_once_whatever_the_number_of_its_answers() -> None:
+    request = CompletionRequest(model="m", prompt=[[1, 2, 3], [4, 5]], n=128, seed=7)
+    model: Any = SimpleNamespace(
+        tokenizer=Tokenizer.open(TINY),
+        max_model_len=64,
+        vocab_size=1024,
+        defaults={},
+        end_ids=frozenset({2}),
+        max_logprobs=5,
+    )
+    choices = answers.make_choices([Prompt([1, 2, 3]), Prompt([4, 5])], request, model, max_tokens=4)
+    sent = list({id(choice.sent): choice.sent for choice in choices}.values())
+    assert [(one.token_ids, len(one.request_ids)) for one in sent] == [([1, 2, 3], 128), ([4, 5], 128)]
+    assert [choice.request.request_id for choice in choices] == sent[0].request_ids + sent[1].request_ids
+    assert [choice.request.params.seed for choice in choices] == [*range(7, 135)] * 2
+    assert all(choice.request.token_ids is choice.sent.token_ids for choice in choices)
 
 
 def delta(index: int, *token_ids: int, **more: Any) -> Delta:

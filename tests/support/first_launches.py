@@ -58,7 +58,7 @@ def serve(engine: Engine, rng: random.Random) -> None:
     """Bursts of requests, of which few or many run at a time, to the last token; then a crowd."""
     for burst in (1, 3, 30, 2, 150, 5):
         for number in range(burst):
-            assert engine.add(some_request(number, rng, engine.worker.model.vocab_size)) is None
+            assert not engine.add(some_request(number, rng, engine.worker.model.vocab_size))
         finish(engine)
     for number in range(engine.scheduler.config.max_num_seqs - 1):
         engine.add(AddRequest(str(number), [1], SamplingParams(max_tokens=8, temperature=0.0), 0.0))

@@ -88,9 +88,7 @@ def run_to_end(engine: Engine, requests: list[AddRequest]) -> dict[str, list[Tok
     """All outputs of each request, when all are added first."""
     outputs: dict[str, list[TokenOutput]] = {request.request_id: [] for request in requests}
     for request in requests:
-        refused = engine.add(request)
-        if refused is not None:
-            outputs[request.request_id].append(refused)
+        outputs[request.request_id] += engine.add(request)
     while engine.has_work:
         for output in engine.step():
             outputs[output.request_id].append(output)
@@ -104,7 +102,7 @@ def run_with_arrivals(engine: Engine, requests: list[AddRequest], rng: random.Ra
     extras = 0
     while pending or engine.has_work:
         while pending and rng.random() < 0.4:
-            assert engine.add(pending.pop(0)) is None
+            assert not engine.add(pending.pop(0))
         if pending and rng.random() < 0.2:
             extras += 1
             engine.add(make_request(f"extra{extras}", rng.choice(requests).token_ids, max_tokens=20))

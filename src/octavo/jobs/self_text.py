@@ -189,8 +189,8 @@ def _run(engine: Engine, request: GenerationRequest, progress: Callable[[int], N
             prompt = texts[num_added]
             params = SamplingParams(max_tokens=length - len(prompt), seed=request.seed * 2**20 + num_added)
             refused = engine.add(AddRequest(str(num_added), prompt.copy(), params, 0.0))
-            if refused is not None:
-                raise ValueError(refused.error)
+            if refused:
+                raise ValueError(refused[0].error)
             num_added += 1
             num_live += 1
         for output in engine.step():
