@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from octavo.kernels.fp8.reference import round_to_e4m3
-from octavo.quant.scheme import KVScheme
+from octavo.quant.scheme import LARGEST, KVScheme
 
-RANGE = {"fp8_e4m3": 448.0, "int8": 127.0}
 SAMPLES = 2048  # tokens that are kept for measuring the rounding: noise is known to 2% after them
 LEAST_SNR = 20.0  # dB; e4m3 gives 31.5 and int8 20 to 40 where no channel is far larger than the rest
 ABOVE_ONE = 1.0 + 2.0**-7  # the next bfloat16
@@ -113,7 +112,7 @@ def kv_rows(layers: Sequence[KVReport]) -> list[KVRow]:
         ]
         for name, dtype, side in sides:
             snr = None if dtype == "bf16" else side.snr_db
-            rows.append(KVRow(block, name, dtype, RANGE.get(dtype), max(side.amax), side.beyond, side.clipped, snr))
+            rows.append(KVRow(block, name, dtype, LARGEST.get(dtype), max(side.amax), side.beyond, side.clipped, snr))
     return rows
 
 
@@ -167,7 +166,7 @@ class _Seen:
     """Largest magnitudes of all tokens, and an even sample of the tokens themselves."""
 
     def __init__(self, kind: str) -> None:
-        self._limit = RANGE.get(kind, RANGE["fp8_e4m3"])
+        self._limit = LARGEST.get(kind, LARGEST["fp8_e4m3"])
         self._amax: Tensor | None = None
         self._beyond = self._count = self._tokens = 0
         self._every = 1
@@ -202,7 +201,7 @@ class _Seen:
                 f"they have no scale; --kv-cache-scheme {'fp8 has one for all heads' if per_head else 'left out works'}"
             )
             raise KVError(f"{name} {where}are all zero: {what}")
-        scale = amax / RANGE[kind]
+        scale = amax / LARGEST[kind]
         # Engines take a scale of 1 for one that was never measured. The next larger number clips nothing.
         scale = torch.where(scale.bfloat16() == 1, torch.full_like(scale, ABOVE_ONE), scale)
         clipped, snr = self._measure(scale, kind, centered)
@@ -212,11 +211,11 @@ class _Seen:
     def _measure(self, scale: Tensor, kind: str, centered: bool) -> tuple[float, float]:
         x = torch.cat(self._kept)
         spread = scale.view(1, -1, 1)
-        clipped = float(((x / spread).abs() > RANGE[kind] * (1 + 2.0**-20)).double().mean())  # a unit of the division
+        clipped = float(((x / spread).abs() > LARGEST[kind] * (1 + 2.0**-20)).double().mean())  # a unit of the division
         if kind == "fp8_e4m3":
             rounded = round_to_e4m3(x, spread)
         else:
-            rounded = (x / spread).round().clamp(-RANGE[kind], RANGE[kind]) * spread
+            rounded = (x / spread).round().clamp(-LARGEST[kind], LARGEST[kind]) * spread
         signal = (x - x.mean(0)) if centered else x
         noise = (rounded - x).square().sum((0, 2), dtype=torch.float64)
         ratio = signal.square().sum((0, 2), dtype=torch.float64) / noise.clamp(min=1e-300)

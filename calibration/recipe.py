@@ -20,7 +20,7 @@ import msgspec
 from msgspec import Meta
 
 from octavo.calibration.choices import ActOrder, Algorithm, Format
-from octavo.quant.scheme import PRESETS, KVScheme, QuantScheme, SchemeError, Search, group
+from octavo.quant.scheme import KV_SHORT_NAMES, PRESETS, KVScheme, QuantScheme, SchemeError, Search, group
 
 KEEP = "none"  # a layer's scheme in a recipe's `layers`: left as it is
 WHAT = "what to quantize, and how"  # headings of the flags
@@ -252,8 +252,12 @@ def parse_scheme(spelled: str) -> QuantScheme:
 
 
 KV_NAMES: dict[str, Literal["bf16", "fp8_e4m3", "int8"]] = {
-    "bf16": "bf16", "bfloat16": "bf16", "fp8": "fp8_e4m3", "fp8_e4m3": "fp8_e4m3", "int8": "int8",
-}  # fmt: skip
+    "bf16": "bf16",
+    "bfloat16": "bf16",
+    "fp8_e4m3": "fp8_e4m3",
+    "int8": "int8",
+    **KV_SHORT_NAMES,
+}
 
 
 def parse_kv(spelled: str) -> KVScheme:

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from octavo.quant.scheme import Granularity, QuantScheme, SchemeError, Search, WeightScheme
+from octavo.quant.scheme import LARGEST, Granularity, QuantScheme, SchemeError, Search, WeightScheme
 
-FP8_MAX = 448.0  # float8_e4m3fn's largest
+FP8_MAX = LARGEST["fp8_e4m3"]
 
 
 @dataclass(frozen=True)

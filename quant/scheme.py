@@ -18,6 +18,10 @@ Search = Literal["absmax", "mse"]  # how a scale is chosen: to cover every weigh
 
 BITS: dict[str, int] = {"fp8_e4m3": 8, "fp4_e2m1": 4, "int8": 8, "int4": 4, "int3": 3, "int2": 2, "bf16": 16}
 GROUP_SIZES = (32, 64, 128)
+LARGEST = {"fp8_e4m3": 448.0, "int8": 127.0}
+"""The largest number that a code stands for where codes reach as far on both sides of zero."""
+KV_SHORT_NAMES: dict[str, Literal["fp8_e4m3"]] = {"fp8": "fp8_e4m3"}
+"""What users may call a KV cache's type, as vLLM has it."""
 
 
 class SchemeError(ValueError):
@@ -209,3 +213,24 @@ PRESETS: dict[str, QuantScheme] = {
         WeightScheme("fp8_e4m3", Granularity("block", block=(128, 128))), ActivationScheme("fp8_e4m3", group(128))
     ),
 }
+
+AT_LOAD = {"fp8": "FP8_DYNAMIC", "int8": "W8A8", "int4": "W4A16"}
+"""The presets that the server applies to a dense checkpoint while it loads one with --dtype fp8, int8 or int4."""
+HEAD_INT8 = QuantScheme(WeightScheme("int8", CHANNEL))
+"""What --lm-head-dtype int8 makes of the output head."""
+
+
+def scheme_at_load(dtype: str, in_features: int) -> QuantScheme:
+    """AT_LOAD's scheme for a layer, of integers in the largest groups that fit. Raises SchemeError where none do."""
+    preset = PRESETS[AT_LOAD[dtype]]
+    weight = preset.weight
+    if weight.granularity.kind != "group":
+        return preset
+    sizes = sorted(GROUP_SIZES, reverse=True)
+    fitting = [size for size in sizes if in_features % size == 0]
+    if not fitting:
+        raise SchemeError(
+            f"in_features {in_features} is a multiple of no group size ({', '.join(map(str, sizes))}), "
+            f"so --dtype {dtype} can't be had; int8 can"
+        )
+    return QuantScheme(WeightScheme(weight.dtype, group(fitting[0]), weight.symmetric), preset.activation)

@@ -16,13 +16,12 @@ from torch import Tensor
 from octavo.kernels.gptq import reference
 from octavo.kernels.gptq.grid import Grid
 from octavo.quant.qparams import FP8_MAX, WeightError
-from octavo.quant.scheme import ActivationDtype, Search, WeightScheme
+from octavo.quant.scheme import LARGEST, ActivationDtype, Search, WeightScheme
 
 # Fractions of a group's range that the search tries, the whole range first so that it wins a tie. Above 1 the largest
 # weight is not clipped to the 7 of -8..7, and there is room for the errors that GPTQ adds to columns; below 0.5 nothing
 # was seen to gain, from 2 bits to 8.
 FRACTIONS = (1.0, *(1 + 0.025 * i for i in range(1, 7)), *(1 - 0.025 * i for i in range(1, 21)))
-INT8_MAX = 127.0
 
 
 def rounding_body(device: torch.device) -> Any:
@@ -135,4 +134,4 @@ def static_input_scale(absmax: Tensor, dtype: ActivationDtype) -> Tensor:
             "its input was zero in the whole calibration text: there is no static scale; more text "
             "helps, or a scheme whose inputs are dynamic, such as FP8_DYNAMIC"
         )
-    return amax / (FP8_MAX if dtype == "fp8_e4m3" else INT8_MAX)
+    return amax / LARGEST[dtype]

@@ -21,7 +21,7 @@ from octavo.quant.experts import Expert, Stacked, slices, stack_experts
 from octavo.quant.kernel_table import KernelChoice, one_by_one
 from octavo.quant.linear import Linear, make_linear
 from octavo.quant.qparams import QuantizedWeight, Weight, quantize_weight
-from octavo.quant.scheme import CHANNEL, PRESETS, QuantScheme, WeightScheme, group
+from octavo.quant.scheme import AT_LOAD, HEAD_INT8, SchemeError, scheme_at_load
 from octavo.quant.target import Target
 from octavo.runtime.config import Dtype, EngineConfig
 from octavo.runtime.model.decoder import Decoder
@@ -36,8 +36,6 @@ from octavo.runtime.model.sources import CheckpointSource, DummySource, LoadErro
 from octavo.runtime.model.spec import DecoderSpec, UnknownArchitectureError, stored_dtype
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-HEAD_INT8 = QuantScheme(WeightScheme("int8", CHANNEL))
-GROUP_SIZES = (128, 64, 32)  # for int4 at load, the largest that fits
 Parts = tuple[list[Weight], list[Tensor | None]]  # of modules that share their input: weights [N_i, K], biases [N_i]
 
 
@@ -351,7 +349,7 @@ class DecoderBuilder:
     def _quantize(self, module: str, weight: Weight) -> Weight:
         """Apply --dtype fp8, int8 or int4 to a dense weight. A GPU rounds it; it stays where its source has it."""
         wanted = self.config.dtype
-        if wanted not in ("fp8", "int8", "int4"):
+        if wanted not in AT_LOAD:
             return weight
         if isinstance(weight, QuantizedWeight):
             if weight.scheme.weight.dtype.startswith(wanted):
@@ -360,7 +358,10 @@ class DecoderBuilder:
                 f"{module} is quantized already ({weight.scheme}), so --dtype {wanted} can't be had; "
                 "--dtype auto serves the checkpoint as it is"
             )
-        scheme = load_scheme(wanted, module, weight.shape[1])
+        try:
+            scheme = scheme_at_load(wanted, weight.shape[1])
+        except SchemeError as error:
+            raise LoadError(f"{module}: {error}") from error
         return quantize_weight(weight.to(self.device), scheme, "absmax").to(weight.device)
 
     @property
@@ -416,19 +417,6 @@ def _embedding_scale(spec: DecoderSpec, dtype: torch.dtype) -> float:
 
 def _has_bias(mlp: tuple[Parts, Parts]) -> bool:
     return any(bias is not None for _, biases in mlp for bias in biases)
-
-
-def load_scheme(dtype: str, module: str, in_features: int) -> QuantScheme:
-    """What --dtype fp8, int8 or int4 makes of a linear layer."""
-    if dtype != "int4":
-        return PRESETS["FP8_DYNAMIC" if dtype == "fp8" else "W8A8"]
-    size = next((size for size in GROUP_SIZES if in_features % size == 0), None)
-    if size is None:
-        raise LoadError(
-            f"{module}: in_features {in_features} is a multiple of no group size ({', '.join(map(str, GROUP_SIZES))}), "
-            "so --dtype int4 can't be had; int8 can"
-        )
-    return QuantScheme(WeightScheme("int4", group(size)))
 
 
 def rope_notes(rope: RopeSpec, max_position: int) -> list[str]:

@@ -14,6 +14,7 @@ import torch
 
 from octavo.kernels.attention.cache import LayerCache
 from octavo.kernels.attention.step import StepInputs
+from octavo.quant import scheme
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.model.model import KVScales, Model
 from octavo.runtime.scheduling.plan import MAX_PROMPT_LOGITS
@@ -26,7 +27,7 @@ DTYPES = {
     "fp8_e4m3": torch.float8_e4m3fn,
     "int8": torch.int8,
 }
-LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}  # of a stored number, where scales are needed
+LARGEST = {DTYPES[name]: largest for name, largest in scheme.LARGEST.items()}  # of types that need scales
 
 CPU_BUDGET = 4 << 30  # vLLM's default for CPUs (VLLM_CPU_KVCACHE_SPACE), so that a comparison is one of equals
 CPU_SHARE = 0.5  # of the memory that is free once the weights are there

@@ -17,6 +17,7 @@ from torch import Tensor
 from octavo.kernels.attention.cache import LayerCache
 from octavo.kernels.attention.step import StepInputs
 from octavo.quant.checkpoint import Checkpoint, quantization_dict, read_config
+from octavo.quant.scheme import AT_LOAD
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.model.device import Device
 from octavo.runtime.model.hf.attention import PROBE, SERVE, HFModelError, Step, call, describe, register
@@ -94,7 +95,7 @@ class HFModel:
 def load_hf_model(config: EngineConfig, dtype: torch.dtype, device: Device, notes: list[str]) -> HFModel:
     """Load a dense checkpoint with transformers, and have it prove itself. Raises HFModelError, CheckpointError."""
     directory = Path(config.model)
-    if quantization_dict(read_config(directory)) is not None or config.dtype in ("fp8", "int8", "int4"):
+    if quantization_dict(read_config(directory)) is not None or config.dtype in AT_LOAD:
         raise HFModelError("only dense checkpoints, in float32, bfloat16 or float16; octavo's decoder quantizes")
     if config.load_format == "dummy" or config.lm_head_dtype != "auto":
         raise HFModelError("there is no --load-format dummy and no --lm-head-dtype with it")

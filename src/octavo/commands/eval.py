@@ -21,6 +21,7 @@ from octavo.commands.failure import one_line
 from octavo.commands.progress_bar import progress_bar
 from octavo.flags import add_flags, flags_of, read
 from octavo.kernels.native.environment import ENVIRONMENT
+from octavo.quant.scheme import AT_LOAD, HEAD_INT8, KV_SHORT_NAMES, PRESETS
 from octavo.runtime.config import Dtype
 
 if TYPE_CHECKING:
@@ -158,7 +159,7 @@ def _config(options: EvalOptions, directory: Path) -> EngineConfig:
     """How MODEL runs."""
     from octavo.runtime.config import EngineConfig
 
-    kv: Any = "fp8_e4m3" if options.kv_cache_dtype == "fp8" else options.kv_cache_dtype
+    kv: Any = KV_SHORT_NAMES.get(options.kv_cache_dtype, options.kv_cache_dtype)
     return EngineConfig(
         model=str(directory), dtype=options.dtype, kv_cache_dtype=kv, lm_head_dtype=options.lm_head_dtype
     )
@@ -230,7 +231,7 @@ def _against(options: EvalOptions, against: str) -> Report:
 
 
 def _quality(options: EvalOptions, original: Path, directory: Path) -> Quality:
-    from octavo.jobs.quality import AT_LOAD, compare
+    from octavo.jobs.quality import compare
     from octavo.runtime.config import EngineConfig
 
     dtype: Any = "auto" if options.dtype in AT_LOAD else options.dtype
@@ -246,11 +247,8 @@ def _quality(options: EvalOptions, original: Path, directory: Path) -> Quality:
 
 def _schemes(options: EvalOptions, stored: tuple[QuantScheme, ...]) -> tuple[QuantScheme, ...]:
     """What is rounded: in the checkpoint, while it is loaded, and in the output head."""
-    from octavo.quant.scheme import CHANNEL, PRESETS, QuantScheme, WeightScheme
-
-    presets = {"fp8": "FP8_DYNAMIC", "int8": "W8A8", "int4": "W4A16"}
-    at_load = [PRESETS[presets[options.dtype]]] if options.dtype in presets else []
-    head = [QuantScheme(WeightScheme("int8", CHANNEL))] if options.lm_head_dtype == "int8" else []
+    at_load = [PRESETS[AT_LOAD[options.dtype]]] if options.dtype in AT_LOAD else []
+    head = [HEAD_INT8] if options.lm_head_dtype == "int8" else []
     return (*stored, *at_load, *head)
 
 

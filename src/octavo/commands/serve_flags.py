@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from octavo.commands.flag_types import parse_size
+from octavo.quant.scheme import AT_LOAD, KV_SHORT_NAMES
 from octavo.runtime.config import EngineConfig
 
-KV_DTYPES = {"fp8": "fp8_e4m3"}  # vLLM's short name
 IMPLEMENTATIONS = {"transformers": "hf"}  # vLLM's name
 DEFAULTS = EngineConfig(model="")
 Number = TypeVar("Number", int, float)
@@ -78,7 +78,7 @@ def _configure_model(group: argparse._ArgumentGroup) -> None:
         group,
         "--quantization",
         "-q",
-        choices=("fp8", "int8", "int4"),
+        choices=tuple(AT_LOAD),
         help="the same as --dtype fp8, int8 or int4 (vLLM's name)",
     )
     _add(
@@ -142,7 +142,7 @@ def _configure_cache(group: argparse._ArgumentGroup) -> None:
     _add(
         group,
         "--kv-cache-dtype",
-        type=lambda name: KV_DTYPES.get(name, name),
+        type=lambda name: KV_SHORT_NAMES.get(name, name),
         choices=_choices("kv_cache_dtype"),
         default=DEFAULTS.kv_cache_dtype,
         help="type of the KV cache; fp8 is fp8_e4m3. auto: what the checkpoint was calibrated for, else --dtype's",

@@ -32,6 +32,7 @@ from octavo.calibration.verify import (
 )
 from octavo.kernels.attention.step import StepInputs
 from octavo.quant.checkpoint import Checkpoint
+from octavo.quant.scheme import AT_LOAD
 from octavo.runtime.config import Dtype, EngineConfig
 from octavo.runtime.model.device import Device
 from octavo.runtime.model.model import Model, Tap
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
 
 WINDOW = 256
 BLOCK = 16
-AT_LOAD = ("fp8", "int8", "int4")  # quantized by the server itself while it loads
 
 
 class QualityError(RuntimeError):
