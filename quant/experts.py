@@ -18,6 +18,7 @@ from octavo.quant.kernel import Kernel, LayerShape, Order, shape_of
 from octavo.quant.kernel_table import FEW_BITS, KernelChoice, choose_kernel, one_by_one
 from octavo.quant.qparams import QuantizedWeight, Weight
 from octavo.quant.scheme import CHANNEL, PRESETS, QuantScheme, SchemeError
+from octavo.quant.shard import cut
 from octavo.quant.target import Target
 
 Expert = tuple[list[Weight], Weight]  # [gate, up] and down
@@ -97,7 +98,7 @@ def slices(gate_up: list[Weight], down: Weight, width: int) -> list[Expert] | No
     if rest or not all(_ends_at(part, 0, width) for part in gate_up) or not _ends_at(down, 1, width):
         return None
     edges = [(i * width, (i + 1) * width) for i in range(count)]
-    return [([_rows(part, *edge) for part in gate_up], _columns(down, *edge)) for edge in edges]
+    return [([cut(part, "rows", *edge) for part in gate_up], cut(down, "columns", *edge)) for edge in edges]
 
 
 def _ends_at(weight: Weight, dim: int, width: int) -> bool:
@@ -110,14 +111,6 @@ def _ends_at(weight: Weight, dim: int, width: int) -> bool:
 
 def _has_act_order(weight: Weight) -> bool:
     return isinstance(weight, QuantizedWeight) and weight.g_idx is not None
-
-
-def _rows(weight: Weight, begin: int, stop: int) -> Weight:
-    return weight[begin:stop] if isinstance(weight, Tensor) else weight.rows(begin, stop)
-
-
-def _columns(weight: Weight, begin: int, stop: int) -> Weight:
-    return weight[:, begin:stop] if isinstance(weight, Tensor) else weight.columns(begin, stop)
 
 
 def _codes(weight: Weight) -> Tensor:

@@ -269,19 +269,23 @@ def _serves(kernel: Kernel, scheme: QuantScheme | None, shape: LayerShape, targe
 
 def _with_reason(kernel: Kernel, scheme: QuantScheme | None, shape: LayerShape, target: Target) -> KernelChoice:
     if kernel is ALONE:
-        return one_by_one(_cause(scheme, shape, target))
+        asked = QuantScheme(scheme.weight) if scheme is not None and target.keeps_inputs else scheme
+        return one_by_one(_cause(asked, shape, target))
     if kernel.dequantizes and target.dtype == torch.float32:
         return KernelChoice(kernel, "float32 computes with dequantized weights, inputs rounded as the scheme says")
     kept = activation_of(scheme) not in kernel.inputs and kernel.keeps_inputs and target.keeps_inputs
     if scheme is None or not (kernel.dequantizes or kept):
         return KernelChoice(kernel, kernel.how)
-    said = [f"weights are dequantized to {target.dtype_name} at load"] if kernel.dequantizes else []
-    if kept:
-        said.append(f"inputs stay in {target.dtype_name}")
-        said += [] if kernel.dequantizes else ["weights are what is quantized"]
-    elif scheme.activation is not None:
-        said.append("inputs are rounded as the scheme says")
-    return KernelChoice(kernel, f"{scheme}: {', and '.join(said)}: {_cause(scheme, shape, target)}", departs=True)
+    why = _cause(scheme, shape, target)
+    if not kernel.dequantizes:
+        said = f"inputs stay in {target.dtype_name}, and weights are what is quantized: {why}"
+    elif kept:
+        of_weights = _cause(QuantScheme(scheme.weight), shape, target)
+        said = f"weights are dequantized to {target.dtype_name} at load: {of_weights}; inputs stay as they are: {why}"
+    else:
+        rounded = "" if scheme.activation is None else ", inputs rounded as the scheme says"
+        said = f"weights are dequantized to {target.dtype_name} at load{rounded}: {why}"
+    return KernelChoice(kernel, f"{scheme}: {said}", departs=True)
 
 
 def _cause(scheme: QuantScheme | None, shape: LayerShape, target: Target) -> str:
