@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from html import escape
 
 from octavo.calibration.report.plots import block_snr, kind_snr, kl_histogram
-from octavo.calibration.report.report import KV_HEADS, Report, decibels, kv_cells
-from octavo.calibration.report.weight_error import worst_first
-
-MOST_LAYERS = 20  # in the table of the worst
+from octavo.calibration.report.report import Report
+from octavo.calibration.report.tables import kinds_table, kv_table, worst_table
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2430; --soft: #5b6575; --line: #d5dae2; --page: #fff; --card: #f5f7fa;
@@ -49,9 +46,9 @@ def render_html(report: Report) -> str:
         _tiles(report),
         _verdict(report),
         _plots(report),
-        _kinds(report),
-        _worst(report),
-        _table("KV cache", KV_HEADS, [kv_cells(row) for row in report.kv_layers]),
+        kinds_table(report).to_html(),
+        worst_table(report).to_html(),
+        kv_table(report).to_html(),
         _details(report),
     ]
     return (
@@ -100,46 +97,6 @@ def _plots(report: Report) -> str:
     if report.kinds:
         parts += ["<h2>Weights: signal over noise, by kind of layer</h2>", kind_snr(report.kinds)]
     return "\n".join(parts)
-
-
-def _kinds(report: Report) -> str:
-    rows = [
-        (
-            row.kind,
-            " ".join(row.schemes),
-            f"{row.count}",
-            "×".join(map(str, row.shape)),
-            f"{row.bytes_before / 1e6:,.1f}",
-            f"{row.bytes_after / 1e6:,.1f}",
-            decibels(row.snr_db),
-            decibels(row.worst_snr_db),
-        )
-        for row in report.kinds
-    ]
-    heads = ("layers", "scheme", "count", "shape", "MB before", "MB after", "SNR, dB", "worst")
-    return _table("Layers by kind", heads, rows)
-
-
-def _worst(report: Report) -> str:
-    layers = worst_first(report.layers)[:MOST_LAYERS]
-    rows = [
-        (
-            row.module,
-            row.scheme,
-            decibels(row.snr_db),
-            "" if row.output_snr_db is None else f"{row.output_snr_db:.1f}",
-        )
-        for row in layers
-    ]
-    return _table("Worst layers", ("layer", "scheme", "weight SNR, dB", "output SNR, dB"), rows)
-
-
-def _table(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>\n" for row in rows)
-    if not body:
-        return ""
-    head = "".join(f"<th>{escape(name)}</th>" for name in heads)
-    return f'<h2>{escape(title)}</h2>\n<div class="scroll"><table>\n<tr>{head}</tr>\n{body}</table></div>'
 
 
 def _details(report: Report) -> str:

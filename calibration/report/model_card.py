@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from octavo.calibration.report.report import Report
+from octavo.calibration.report.tables import quality_table
 
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 FEW_BITS = ("int2", "int3")  # which vLLM doesn't read from compressed-tensors
@@ -92,18 +93,10 @@ def _quality(report: Report) -> str:
     quality = report.quality
     if quality is None:
         return "## Quality\n\nIt was not measured."
-    rows = [
-        ("perplexity", f"{quality.perplexity_before:.3f}", f"{quality.perplexity_after:.3f}"),
-        ("KL to the original per token, mean, nats", "0", f"{quality.mean_kl:.4f}"),
-        ("KL to the original per token, 99th percentile, nats", "0", f"{quality.p99_kl:.4f}"),
-        ("same most likely token as the original", "100%", f"{quality.top1_agreement:.1%}"),
-    ]
     lines = [
         "## Quality",
         "",
-        "| | original | this model |",
-        "|---|---|---|",
-        *(f"| {' | '.join(row)} |" for row in rows),
+        quality_table(report).to_markdown(),
         "",
         f"Measured over {quality.num_tokens:,} tokens of {quality.text}, in windows of {quality.window}, through "
         "octavo's serving path. `quantization_report.html` has the plots, `quantization_report.json` every figure.",

@@ -14,15 +14,11 @@ from typing import Literal
 
 import msgspec
 import torch
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from octavo.calibration.kv import KVRow
 from octavo.calibration.report.verdict import Verdict
 from octavo.calibration.report.weight_error import KindRow, LayerRow
 from octavo.calibration.verify import Quality
-from octavo.quant.printable import printable
 from octavo.version import VERSION
 
 SCHEMA_VERSION = 1
@@ -134,93 +130,3 @@ def rounded(seconds: Mapping[str, float]) -> dict[str, float]:
 def read_report(path: Path) -> Report:
     """A quantization_report.json. Raises ReportError and OSError."""
     return Report.from_json(path.read_bytes())
-
-
-def print_report(report: Report, console: Console) -> None:
-    """The report as a table, and lines on sizes, quality and the verdict."""
-    if report.kinds:
-        console.print(_table(report))
-    if report.kv_layers:
-        console.print(_kv_table(report))
-    sizes = report.sizes
-    bits = f", {sizes.bits_per_weight:.2f} bits a quantized weight" if sizes.bits_per_weight else ""
-    lines = [f"weights {sizes.before / 1e6:.1f} MB -> {sizes.after / 1e6:.1f} MB ({sizes.ratio:.2f}x smaller{bits})"]
-    lines += quality_lines(report.quality)
-    if report.verdict is not None:
-        lines += report.verdict.lines()
-    for line in lines:
-        console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
-    for warning in report.warnings:
-        console.print("[yellow]warning:[/yellow]", end=" ")
-        console.print(printable(warning), highlight=False, markup=False, soft_wrap=True)
-
-
-def quality_lines(quality: Quality | None) -> list[str]:
-    """For a person."""
-    if quality is None:
-        return ["quality was not measured"]
-    lines = [
-        f"perplexity {quality.perplexity_before:.3f} -> {quality.perplexity_after:.3f} "
-        f"({quality.perplexity_change:+.2%}), KL mean {quality.mean_kl:.4f} p99 {quality.p99_kl:.4f} nats, "
-        f"same top token {quality.top1_agreement:.1%}, over {quality.num_tokens:,} tokens of {quality.text}"
-    ]
-    known = [block for block in quality.blocks if block.snr_db is not None]
-    if known:
-        first = known[0]
-        last = known[-1]
-        lines.append(
-            f"hidden states: signal over noise {first.snr_db:.1f} dB behind block {first.block}, "
-            f"{last.snr_db:.1f} dB behind block {last.block}"
-        )
-    return lines
-
-
-def _table(report: Report) -> Table:
-    """Eighty columns are enough when all layers have one scheme: it stands in the title then."""
-    schemes = dict.fromkeys(scheme for row in report.kinds for scheme in row.schemes)
-    title = report.scheme
-    if report.task == "quantize":
-        title += f"{f' ({next(iter(schemes))})' if len(schemes) == 1 else ''}, {report.algorithm}"
-    table = Table(title=f"{title}, {report.format}")
-    table.add_column("layers", overflow="fold")
-    for heading in ("count", "shape", "MB before", "MB after", "SNR dB", "worst"):
-        table.add_column(heading, justify="right")
-    if len(schemes) > 1:
-        table.add_column("scheme", overflow="fold")
-    for row in report.kinds:
-        table.add_row(
-            Text(printable(row.kind, 200)),  # a name may look like rich's markup
-            str(row.count),
-            "x".join(map(str, row.shape)),
-            f"{row.bytes_before / 1e6:.1f}",
-            f"{row.bytes_after / 1e6:.1f}",
-            decibels(row.snr_db),
-            decibels(row.worst_snr_db),
-            *([" ".join(row.schemes)] if len(schemes) > 1 else []),
-        )
-    return table
-
-
-KV_HEADS = ("block", "of", "stored as", "largest", "its limit", "beyond it", "clipped", "SNR dB")
-
-
-def kv_cells(row: KVRow) -> tuple[str, ...]:
-    """Keys or values of a block, as a table has them under KV_HEADS."""
-    limit = "" if row.limit is None else f"{row.limit:g}"
-    snr = "" if row.snr_db is None else f"{row.snr_db:.1f}"
-    shares = (f"{row.beyond:.2%}", "" if row.limit is None else f"{row.clipped:.2%}")
-    return (str(row.block), row.side, row.dtype, f"{row.amax:.4g}", limit, *shares, snr)
-
-
-def _kv_table(report: Report) -> Table:
-    table = Table(title=f"KV cache: {report.kv_cache}")
-    for heading in KV_HEADS:
-        table.add_column(heading, justify="right")
-    for row in report.kv_layers:
-        table.add_row(*kv_cells(row))
-    return table
-
-
-def decibels(value: float | None) -> str:
-    """A ratio as a table has it."""
-    return "exact" if value is None else f"{value:.1f}"

@@ -15,7 +15,8 @@ from rich.console import Console
 
 from octavo.calibration.report.files import write_reports, write_whole
 from octavo.calibration.report.html import render_html
-from octavo.calibration.report.report import Report, ReportError, print_report
+from octavo.calibration.report.report import Report, ReportError
+from octavo.calibration.report.terminal import print_report
 from octavo.calibration.report.weight_error import by_kind, squared_error
 from octavo.calibration.verify import BlockSnr
 from octavo.quant.qparams import quantize_weight

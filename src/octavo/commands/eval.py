@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
 
     from rich.console import Console
 
-    from octavo.calibration.report.report import print_report
+    from octavo.calibration.report.terminal import print_report
     from octavo.calibration.verify import NotFiniteError
     from octavo.jobs.quality import QualityError
     from octavo.quant.model_files import CheckpointError

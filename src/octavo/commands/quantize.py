@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
 
     from octavo.calibration.layers import QuantizeError
     from octavo.calibration.recipe import RecipeError
-    from octavo.calibration.report.report import print_report
+    from octavo.calibration.report.terminal import print_report
     from octavo.calibration.text.documents import DataError
     from octavo.calibration.workspace import is_interruption
     from octavo.jobs import quantize
