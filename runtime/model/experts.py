@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from octavo.runtime.model.architectures import Architecture
 from octavo.runtime.model.config_types import ModelConfigError
+from octavo.runtime.model.families.family import Architecture, ExpertNames
 
 COUNT_KEYS = ("num_experts", "num_local_experts")  # transformers reads either for each architecture
 
@@ -16,12 +16,14 @@ COUNT_KEYS = ("num_experts", "num_local_experts")  # transformers reads either f
 class MoeSpec:
     """Of every layer that has experts.
 
+    names                     where they are in a checkpoint of this architecture
     top_k                     experts that a token goes to
     intermediate_size         of one expert
     normalize                 the chosen experts' probabilities are divided by their sum
     shared_intermediate_size  of the expert that every token goes to, behind a sigmoid gate; None: there is none
     """
 
+    names: ExpertNames
     num_experts: int
     top_k: int
     intermediate_size: int
@@ -43,6 +45,7 @@ def read_moe(settings: Mapping[str, Any], config: Mapping[str, Any], row: Archit
     if top_k > num_experts:
         raise ModelConfigError(f"config.json: num_experts_per_tok {top_k} is more than the {num_experts} experts")
     return MoeSpec(
+        row.expert_names,
         num_experts,
         top_k,
         settings["moe_intermediate_size" if "moe_intermediate_size" in row.reads else "intermediate_size"],

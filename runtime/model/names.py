@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 
 from octavo.runtime.model.experts import MoeSpec
+from octavo.runtime.model.families.family import ExpertNames
 from octavo.runtime.model.spec import DecoderSpec
 
 Has = Callable[[str], bool]  # whether a checkpoint has any tensor of a module
@@ -36,31 +38,15 @@ class LinearParts:
     bias: bool = False
 
 
-@dataclass(frozen=True)
-class ExpertNames:
-    """Where a layer's experts are: `{owner}.gate`, `{owner}.experts.3.{gate}`; gate, up, down name an expert's own."""
-
-    owner: str
-    gate: str
-    up: str
-    down: str
+# Transformers 5 and what quantizes through it may write an architecture's experts in another's spelling, too.
+_OWNERS = ("mlp", "block_sparse_moe")
+_SPELLINGS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 
 
-QWEN_EXPERTS = ExpertNames("mlp", "gate_proj", "up_proj", "down_proj")
-MIXTRAL_EXPERTS = ExpertNames("block_sparse_moe", "w1", "w3", "w2")
-# Transformers 5 and what quantizes through it may write Mixtral's experts in either spelling, under either owner.
-SPELLINGS = (
-    QWEN_EXPERTS,
-    MIXTRAL_EXPERTS,
-    ExpertNames("block_sparse_moe", "gate_proj", "up_proj", "down_proj"),
-    ExpertNames("mlp", "w1", "w3", "w2"),
-)
-
-
-def expert_names(spec: DecoderSpec, layer: str, has: Has) -> ExpertNames:
+def expert_names(moe: MoeSpec, layer: str, has: Has) -> ExpertNames:
     """How a layer's experts are spelt in this checkpoint; as its architecture has them where there are none."""
-    own = MIXTRAL_EXPERTS if spec.architecture == "mixtral" else QWEN_EXPERTS
-    return next((n for n in SPELLINGS if has(f"{layer}.{n.owner}.experts.0.{n.gate}")), own)
+    known = (ExpertNames(owner, *names) for owner, names in product(_OWNERS, _SPELLINGS))
+    return next((n for n in known if has(f"{layer}.{n.owner}.experts.0.{n.gate}")), moe.names)
 
 
 def layer_linears(spec: DecoderSpec, index: int, prefix: str, has: Has) -> dict[str, LinearParts]:
@@ -77,7 +63,7 @@ def layer_linears(spec: DecoderSpec, index: int, prefix: str, has: Has) -> dict[
         "o": LinearParts(_within(f"{layer}.self_attn", {"o_proj": hidden}), width, spec.o_bias),
     }
     if spec.moe is not None and spec.layers[index].sparse:
-        return attention | _experts(spec.moe, hidden, layer, expert_names(spec, layer, has))
+        return attention | _experts(spec.moe, hidden, layer, expert_names(spec.moe, layer, has))
     inner = spec.intermediate_size
     gate_up = {"gate_up_proj": 2 * inner} if spec.fused else dict.fromkeys(GATE_UP, inner)
     return attention | {
@@ -109,7 +95,7 @@ def routers(spec: DecoderSpec, index: int, prefix: str, has: Has) -> dict[str, i
     if spec.moe is None or not spec.layers[index].sparse:
         return {}
     layer = f"{prefix}layers.{index}"
-    owner = f"{layer}.{expert_names(spec, layer, has).owner}"
+    owner = f"{layer}.{expert_names(spec.moe, layer, has).owner}"
     shared = {} if spec.moe.shared_intermediate_size is None else {f"{owner}.shared_expert_gate": 1}
     return {f"{owner}.gate": spec.moe.num_experts, **shared}
 

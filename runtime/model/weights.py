@@ -100,7 +100,7 @@ def _load_decoder(
         builder.kv_dtype = "fp8_e4m3"  # what values alone are quantized to: no config has a word for it
     model = builder.build()
     model.notes += checkpoint.notes
-    if source.check_complete(tied=spec.tied, text_only=hf_config.get("model_type") == "gemma3"):
+    if source.check_complete(tied=spec.tied, text_only=spec.text_only):
         model.notes.append("the vision tower is not loaded: text only")
     return model
 
@@ -236,7 +236,7 @@ class DecoderBuilder:
 
     def _attention(self, index: int, parts: dict[str, LinearParts]) -> Attention:
         spec = self.spec
-        layer = spec.layers[index]
+        mixer = spec.layers[index].mixer
         width = spec.num_heads * spec.head_dim
         kv_width = spec.num_kv_heads * spec.head_dim
         q_norm, k_norm = self._qk_norms(f"{self.source.prefix}layers.{index}.self_attn", width, kv_width)
@@ -250,10 +250,10 @@ class DecoderBuilder:
                 spec.num_kv_heads,
                 spec.head_dim,
                 spec.attention_scale,
-                layer.window,
+                mixer.window,
                 spec.attention_soft_cap,
             ),
-            cos_sin=self._table(layer.rope) if layer.rope else None,
+            cos_sin=self._table(mixer.rope) if mixer.rope else None,
             q_norm=q_norm,
             k_norm=k_norm,
         )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.model import weights
-from octavo.runtime.model.spec import DecoderSpec
+from octavo.runtime.model.spec import DecoderSpec, Mixer
 
 LENGTHS = (37, 21, 30)
 
@@ -27,21 +27,23 @@ def changed(**fields: Any) -> Change:
 
 
 def layers_changed(**fields: Any) -> Change:
-    """Change a field of every layer that has something there."""
+    """Change a field of every layer's attention that has something there."""
 
     def change(spec: DecoderSpec) -> DecoderSpec:
         key = next(iter(fields))
-        layers = [dataclasses.replace(x, **fields) if getattr(x, key) is not None else x for x in spec.layers]
-        return dataclasses.replace(spec, layers=tuple(layers))
+        mixers = [x.mixer for x in spec.layers]
+        return with_mixers(
+            spec, [dataclasses.replace(x, **fields) if getattr(x, key) is not None else x for x in mixers]
+        )
 
     return change
 
 
 def rope_changed(**fields: Any) -> Change:
     def change(spec: DecoderSpec) -> DecoderSpec:
-        ropes = [x.rope and dataclasses.replace(x.rope, **fields) for x in spec.layers]
-        layers = [dataclasses.replace(x, rope=r) for x, r in zip(spec.layers, ropes, strict=True)]
-        return dataclasses.replace(spec, layers=tuple(layers))
+        mixers = [x.mixer for x in spec.layers]
+        ropes = [x.rope and dataclasses.replace(x.rope, **fields) for x in mixers]
+        return with_mixers(spec, [dataclasses.replace(x, rope=r) for x, r in zip(mixers, ropes, strict=True)])
 
     return change
 
@@ -95,14 +97,20 @@ MUTATIONS: dict[str, tuple[str, Change]] = {
 
 
 def rope_everywhere(spec: DecoderSpec) -> DecoderSpec:
-    rope = spec.layers[0].rope
-    return dataclasses.replace(spec, layers=tuple(dataclasses.replace(x, rope=rope) for x in spec.layers))
+    rope = spec.layers[0].mixer.rope
+    return with_mixers(spec, [dataclasses.replace(x.mixer, rope=rope) for x in spec.layers])
 
 
 def windows_shifted(spec: DecoderSpec) -> DecoderSpec:
     """Each layer with the window of the one before it."""
-    windows = [layer.window for layer in spec.layers]
-    layers = [dataclasses.replace(x, window=w) for x, w in zip(spec.layers, windows[-1:] + windows, strict=False)]
+    mixers = [layer.mixer for layer in spec.layers]
+    windows = [mixer.window for mixer in mixers]
+    shifted = zip(mixers, windows[-1:] + windows, strict=False)
+    return with_mixers(spec, [dataclasses.replace(mixer, window=window) for mixer, window in shifted])
+
+
+def with_mixers(spec: DecoderSpec, mixers: list[Mixer]) -> DecoderSpec:
+    layers = [dataclasses.replace(layer, mixer=mixer) for layer, mixer in zip(spec.layers, mixers, strict=True)]
     return dataclasses.replace(spec, layers=tuple(layers))
 
 

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from hf_oracle import CASES, SIZES, make_config
 
-from octavo.runtime.model.architectures import ARCHITECTURES, NEUTRAL
 from octavo.runtime.model.config_types import ModelConfigError
+from octavo.runtime.model.families.keys import NEUTRAL
+from octavo.runtime.model.families.registry import ARCHITECTURES, FAMILIES
 from octavo.runtime.model.spec import DecoderSpec, UnsupportedModelError
 
 LLAMA = SIZES | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
@@ -31,6 +32,13 @@ def test_both_spellings_make_the_same_spec(name: str) -> None:
     assert specs[0].unknown_keys == ()
 
 
+def test_a_family_is_found_by_its_file_and_claims_what_no_other_does() -> None:
+    """Every case of the decoder's comparison with transformers belongs to one."""
+    model_types = [model_type for family in FAMILIES for model_type in family.architectures]
+    assert len(set(model_types)) == len(model_types)
+    assert {make_config(*CASES[name]).model_type for name in CASES} == set(model_types)
+
+
 @pytest.mark.parametrize("key", NEUTRAL)
 def test_a_key_that_changes_the_computation_and_is_not_read_is_refused(key: str) -> None:
     """With a value that such a key has somewhere: by each architecture that doesn't read it."""
@@ -47,7 +55,7 @@ def test_a_key_that_changes_the_computation_and_is_not_read_is_refused(key: str)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type 'gpt2' has no decoder here; known are llama, mistral"),
+        ({"model_type": "gpt2"}, "model_type 'gpt2' has no decoder here; known are gemma2, .*llama, mistral"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "is not a decoder with a language-model head"),
         ({"hidden_act": "relu"}, "hidden_act 'relu' is unknown; known are silu"),
         ({"num_key_value_heads": 3}, "num_attention_heads 4 isn't a multiple of num_key_value_heads 3"),
@@ -134,7 +142,7 @@ def test_keys_that_nobody_knows_are_told() -> None:
 def test_a_vision_checkpoints_text_half_is_read() -> None:
     text = {**SIZES, "model_type": "gemma3_text", "head_dim": 24, "sliding_window": 6}
     whole = {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"], "text_config": text}
-    assert DecoderSpec.from_hf(whole) == DecoderSpec.from_hf(text)
+    assert DecoderSpec.from_hf(whole) == dataclasses.replace(DecoderSpec.from_hf(text), text_only=True)
 
 
 def test_the_longest_sequence_is_what_the_rope_is_meant_for() -> None:

@@ -1,0 +1,1 @@
+"""The architectures that the decoder has, a file for each family."""

@@ -1,0 +1,118 @@
+"""What a family of architectures says about itself: traits that no config key tells, its keys, and its oddities.
+
+A row is read off transformers' modeling_*.py and configuration_*.py. `DecoderSpec.from_hf` combines it with a
+checkpoint's config.json. A family is a module beside this one with a `FAMILY`; nothing else names it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from octavo.runtime.model.rope import RopeError
+
+Config = Mapping[str, Any]
+NormPlacement = Literal["pre", "sandwich", "post"]
+BiasRule = Literal["never", "always", "attention_bias", "mlp_bias", "qkv_bias"]
+WindowRule = Literal["none", "all", "layer_types"]
+ExpertRule = Literal["none", "all", "sparse_step"]
+LayerKind = Literal["full_attention", "sliding_attention"]
+
+WINDOW_KEYS = frozenset({"sliding_window", "layer_types"})
+MOE_KEYS = frozenset({"num_experts", "num_local_experts", "num_experts_per_tok", "norm_topk_prob"})
+
+
+class UnsupportedModelError(ValueError):
+    """A model, or a feature of it, that the decoder doesn't have; the message names it and what would work."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"{reason}; --model-impl hf serves it through transformers' own code, if that has it")
+
+
+@dataclass(frozen=True)
+class ExpertNames:
+    """Where a layer's experts are: `{owner}.gate`, `{owner}.experts.3.{gate}`; gate, up, down name an expert's own."""
+
+    owner: str
+    gate: str
+    up: str
+    down: str
+
+
+def all_rotate(settings: Config, count: int) -> list[bool]:  # noqa: ARG001
+    return [True] * count
+
+
+def has_window(settings: Config) -> bool:
+    """Whether a config switches windows on."""
+    return settings.get("sliding_window") is not None and bool(settings.get("use_sliding_window", True))
+
+
+def slide_from_max_window_layers(settings: Config, rotates: list[bool]) -> list[bool]:
+    return [has_window(settings) and i >= settings["max_window_layers"] for i in range(len(rotates))]
+
+
+def one_rope(config: Config, settings: Config, given: dict[str, Any]) -> dict[LayerKind, tuple[dict[str, Any], float]]:  # noqa: ARG001
+    """The same for each kind of layer."""
+    if "full_attention" in given or "sliding_attention" in given:
+        raise RopeError("rope_parameters per kind of layer")
+    rope = given, float(settings["rope_theta"])
+    return {"full_attention": rope, "sliding_attention": rope}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One model_type of a family: traits that no config key tells, and keys.
+
+    norms      pre: before attention and before the MLP. sandwich: before and after both. post: only after both
+    qk_norm    head: q and k are normalized over each head. width: over all heads together
+    qkv_bias, o_bias, mlp_bias  always, never, or the config key that says it
+    windows    none: no window whatever the config. all: `sliding_window` on each layer. layer_types: on those named
+    fused      qkv_proj and gate_up_proj are one tensor each on disk
+    experts    none: a dense MLP in each layer. all: experts in each layer. sparse_step: in those that
+               decoder_sparse_step counts and mlp_only_layers doesn't name
+    expert_names  where experts are in a checkpoint
+    defaults   what keys mean where they are absent, and no other architecture's default holds
+    reads      config keys that change the computation, beyond the ones that every architecture has
+
+    Oddities, with functions of the settings (the config over its defaults):
+
+    rotating_layers    which of so many layers have positions
+    sliding_layers     which layers have a window where the config has no layer_types; given which rotate
+    ropes              of each kind of layer the rope's dictionary and its theta, given the config's own dictionary
+    rope_types         other names of rope types that this architecture's configs have
+    ropes_stretch_max_position  max_position_embeddings is the length before a rope stretches it
+    """
+
+    defaults: Mapping[str, Any]
+    norms: NormPlacement = "pre"
+    norm_offset: float = 0.0
+    qk_norm: Literal["head", "width"] | None = None
+    qkv_bias: BiasRule = "never"
+    o_bias: BiasRule = "never"
+    mlp_bias: BiasRule = "never"
+    windows: WindowRule = "none"
+    activation_key: str = "hidden_act"
+    sqrt_embedding_scale: bool = False
+    fused: bool = False
+    experts: ExpertRule = "none"
+    expert_names: ExpertNames = ExpertNames("mlp", "gate_proj", "up_proj", "down_proj")
+    reads: frozenset[str] = field(default_factory=frozenset)
+    rotating_layers: Callable[[Config, int], list[bool]] = all_rotate
+    sliding_layers: Callable[[Config, list[bool]], list[bool]] = slide_from_max_window_layers
+    ropes: Callable[[Config, Config, dict[str, Any]], dict[LayerKind, tuple[dict[str, Any], float]]] = one_rope
+    rope_types: Mapping[str, str] = field(default_factory=dict)
+    ropes_stretch_max_position: bool = True
+
+
+@dataclass(frozen=True)
+class Family:
+    """Architectures that are kin.
+
+    architectures   by model_type
+    vision          model types of vision checkpoints whose `text_config` is one of the architectures, and which
+    """
+
+    architectures: Mapping[str, Architecture]
+    vision: Mapping[str, str] = field(default_factory=dict)

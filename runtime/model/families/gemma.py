@@ -1,0 +1,81 @@
+"""Gemma 2 and 3: norms around the sublayers, whose weights are stored less 1, and windows on most layers.
+
+Gemma 3 has a rope for each kind of layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from octavo.runtime.model.families.family import WINDOW_KEYS, Architecture, Config, Family, LayerKind
+
+_GEMMA = {
+    "vocab_size": 256000,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "max_position_embeddings": 8192,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "tie_word_embeddings": True,
+}
+
+
+def _every_other(settings: Config, rotates: list[bool]) -> list[bool]:  # noqa: ARG001
+    return [i % 2 == 0 for i in range(len(rotates))]
+
+
+def _all_but_every_nth(settings: Config, rotates: list[bool]) -> list[bool]:
+    return [(i + 1) % settings["sliding_window_pattern"] != 0 for i in range(len(rotates))]
+
+
+def _ropes(config: Config, settings: Config, given: dict[str, Any]) -> dict[LayerKind, tuple[dict[str, Any], float]]:  # noqa: ARG001
+    """Gemma 3: transformers 5 has a dictionary for each kind; in transformers 4 rope_scaling is the global layers'."""
+    theta = float(config.get("rope_theta") or 1e6)
+    local_theta = float(config.get("rope_local_base_freq") or 1e4)
+    local: dict[str, Any] = {}
+    if "full_attention" in given or "sliding_attention" in given:
+        local = dict(given.get("sliding_attention") or {})
+        given = dict(given.get("full_attention") or {})
+    return {"full_attention": (given, theta), "sliding_attention": (local, local_theta)}
+
+
+FAMILY = Family(
+    architectures={
+        "gemma2": Architecture(
+            defaults=_GEMMA | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+            norms="sandwich",
+            norm_offset=1.0,
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+            windows="layer_types",
+            activation_key="hidden_activation",
+            sqrt_embedding_scale=True,
+            reads=WINDOW_KEYS
+            | {"attention_bias", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"},
+            sliding_layers=_every_other,
+        ),
+        "gemma3_text": Architecture(
+            defaults=_GEMMA | {"vocab_size": 262208, "max_position_embeddings": 131072, "sliding_window_pattern": 6},
+            norms="sandwich",
+            norm_offset=1.0,
+            qk_norm="head",
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+            windows="layer_types",
+            activation_key="hidden_activation",
+            sqrt_embedding_scale=True,
+            # not attn_logit_softcapping: transformers' Gemma 3 has the key and doesn't use it
+            reads=WINDOW_KEYS
+            | {"attention_bias", "query_pre_attn_scalar", "final_logit_softcapping", "sliding_window_pattern"},
+            sliding_layers=_all_but_every_nth,
+            ropes=_ropes,
+            ropes_stretch_max_position=False,
+        ),
+    },
+    vision={"gemma3": "gemma3_text"},
+)

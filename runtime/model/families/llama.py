@@ -1,0 +1,65 @@
+"""Llama and what differs from it by little: Mistral (a window), SmolLM3 (layers without positions)."""
+
+from __future__ import annotations
+
+from octavo.runtime.model.families.family import (
+    WINDOW_KEYS,
+    Architecture,
+    Config,
+    Family,
+    UnsupportedModelError,
+    has_window,
+)
+
+
+def _rotating_layers(settings: Config, count: int) -> list[bool]:
+    """SmolLM3: no_rope_layers has, against its name, a 1 for each layer that rotates."""
+    flags = settings.get("no_rope_layers")
+    if flags is None:
+        interval = settings["no_rope_layer_interval"]
+        return [(i + 1) % interval != 0 for i in range(count)]
+    if len(flags) < count:
+        raise UnsupportedModelError(f"no_rope_layers has {len(flags)} entries for {count} layers")
+    return [bool(flag) for flag in flags[:count]]
+
+
+def _sliding_layers(settings: Config, rotates: list[bool]) -> list[bool]:
+    """SmolLM3: those without positions."""
+    return [has_window(settings) and not turns for turns in rotates]
+
+
+FAMILY = Family(
+    architectures={
+        "llama": Architecture(
+            defaults={},
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+            mlp_bias="mlp_bias",
+            reads=frozenset({"attention_bias", "mlp_bias"}),
+        ),
+        "mistral": Architecture(
+            defaults={"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
+            windows="all",
+            reads=frozenset({"sliding_window"}),
+        ),
+        "smollm3": Architecture(
+            defaults={
+                "num_key_value_heads": 4,
+                "max_position_embeddings": 32768,
+                "rope_theta": 2_000_000.0,
+                "no_rope_layer_interval": 4,
+                "use_sliding_window": False,
+                "sliding_window": None,
+                "tie_word_embeddings": True,
+            },
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+            mlp_bias="mlp_bias",
+            windows="layer_types",
+            reads=WINDOW_KEYS
+            | {"attention_bias", "mlp_bias", "no_rope_layers", "no_rope_layer_interval", "use_sliding_window"},
+            rotating_layers=_rotating_layers,
+            sliding_layers=_sliding_layers,
+        ),
+    },
+)

@@ -1,0 +1,63 @@
+"""Qwen 2 and Qwen 3, dense and with experts."""
+
+from __future__ import annotations
+
+from octavo.runtime.model.families.family import MOE_KEYS, WINDOW_KEYS, Architecture, Config, Family, has_window
+
+_QWEN_WINDOW_KEYS = WINDOW_KEYS | {"use_sliding_window", "max_window_layers"}
+_SPARSE_STEP_KEYS = MOE_KEYS | {"moe_intermediate_size", "decoder_sparse_step", "mlp_only_layers"}
+_QWEN = {
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
+_SPARSE_STEP = {"decoder_sparse_step": 1, "mlp_only_layers": (), "norm_topk_prob": False}
+
+
+def _every_other_up_to_max_window_layers(settings: Config, rotates: list[bool]) -> list[bool]:
+    """Qwen2-MoE's class, against Qwen2's."""
+    most = settings["max_window_layers"]
+    return [has_window(settings) and i % 2 == 0 and i < most for i in range(len(rotates))]
+
+
+FAMILY = Family(
+    architectures={
+        "qwen2": Architecture(
+            defaults=_QWEN,
+            qkv_bias="always",
+            windows="layer_types",
+            reads=_QWEN_WINDOW_KEYS,
+        ),
+        "qwen3": Architecture(
+            defaults=_QWEN | {"head_dim": 128},
+            qk_norm="head",
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+            windows="layer_types",
+            reads=_QWEN_WINDOW_KEYS | {"attention_bias"},
+        ),
+        "qwen2_moe": Architecture(
+            defaults=_QWEN
+            | {"num_key_value_heads": 16, "qkv_bias": True, "num_experts": 60, "num_experts_per_tok": 4}
+            | {"moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632, **_SPARSE_STEP},
+            qkv_bias="qkv_bias",
+            windows="layer_types",
+            experts="sparse_step",
+            reads=_QWEN_WINDOW_KEYS | _SPARSE_STEP_KEYS | {"qkv_bias", "shared_expert_intermediate_size"},
+            sliding_layers=_every_other_up_to_max_window_layers,
+        ),
+        "qwen3_moe": Architecture(
+            defaults=_QWEN
+            | {"num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8}
+            | {"moe_intermediate_size": 768, **_SPARSE_STEP},
+            qk_norm="head",
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+            windows="all",
+            experts="sparse_step",
+            reads=(_QWEN_WINDOW_KEYS - {"layer_types"}) | _SPARSE_STEP_KEYS | {"attention_bias"},
+        ),
+    },
+)

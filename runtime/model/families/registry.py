@@ -1,0 +1,28 @@
+"""All families, as found beside this file: a family that is added is a module that is added."""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from types import MappingProxyType
+
+from octavo.runtime.model import families
+from octavo.runtime.model.families.family import Architecture, Family
+
+
+def find_families() -> Iterator[Family]:
+    """Of every module of the package that has one."""
+    for module in pkgutil.iter_modules(families.__path__):
+        family = getattr(import_module(f"{families.__name__}.{module.name}"), "FAMILY", None)
+        if family is not None:
+            yield family
+
+
+FAMILIES = tuple(find_families())
+ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
+    {model_type: row for family in FAMILIES for model_type, row in family.architectures.items()}
+)
+VISION: Mapping[str, str] = MappingProxyType(
+    {outer: text for family in FAMILIES for outer, text in family.vision.items()}
+)
