@@ -1,49 +1,146 @@
-"""The engine's configuration: frozen, resolved once, printed at start. Unknown keys are errors."""
+"""The engine's configuration: frozen, resolved once, printed at start. Unknown keys are errors.
+
+Each option of `octavo serve` that the engine needs is stated here only: its flag, check, help and documentation are
+made of the field (see octavo/flags.py). Flags have vLLM's names; SGLang's are hidden aliases.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
+
+from octavo.flags import parse_size
+from octavo.quant.scheme import KV_SHORT_NAMES
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "fp8", "int8", "int4"]
+Count = Annotated[int, Meta(ge=1)]
+KVCacheDtype = Literal["auto", "float32", "bfloat16", "float16", "fp8_e4m3", "int8"]
 
 
 class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Everything that the engine process needs to know; it crosses the process boundary as JSON.
 
-    model                   a local directory; a Hub id has been resolved to its snapshot before this
-    dtype                   what to compute in; fp8, int8 and int4 quantize a dense checkpoint at load and compute in
-                            the checkpoint's own type
-    model_impl              'octavo' is the decoder, 'hf' transformers' own code, 'auto' the decoder and, for a
-                            model_type that it doesn't have, transformers' code
-    lm_head_dtype           'int8' quantizes the output head's copy of its weight (per channel), also where it is tied
-    kv_cache_dtype          'auto' is the computing type
-    num_blocks              size of the KV cache in blocks; None: from kv_cache_memory_bytes, and if that is None
-                            too, from the memory that is free (see runtime/worker/kv_cache.py)
-    gpu_memory_utilization  share of a GPU's memory that weights and KV cache may take together
-    max_model_len           None: what the model says, less if the cache can't hold that many tokens
-    max_num_batched_tokens  tokens of one step; a longer prompt is prefilled in chunks
-    enforce_eager           on a GPU, launch each kernel of a step by itself instead of replaying a CUDA graph
-    num_threads             CPU threads of the engine; None: all cores
+    model is a local directory: a Hub id has been resolved to its snapshot before this.
     """
 
     model: str
-    dtype: Dtype = "auto"
-    lm_head_dtype: Literal["auto", "int8"] = "auto"
-    kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "fp8_e4m3", "int8"] = "auto"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    model_impl: Literal["auto", "octavo", "hf"] = "auto"
-    load_format: Literal["auto", "safetensors", "dummy"] = "auto"
-    trust_remote_code: bool = False
-    max_model_len: int | None = None
-    block_size: int = 16
-    num_blocks: int | None = None
-    kv_cache_memory_bytes: int | None = None
-    gpu_memory_utilization: float = 0.9
-    max_num_seqs: int = 256
-    max_num_batched_tokens: int = 2048
-    enable_prefix_caching: bool = True
-    enforce_eager: bool = False
-    num_threads: int | None = None
-    seed: int = 0
+    dtype: Annotated[
+        Dtype,
+        Meta(
+            description="what to compute in; fp8, int8 and int4 quantize an unquantized checkpoint while loading it, "
+            "and compute in its own type",
+            extra={"group": "model", "default": "auto: the checkpoint's own type, on a CPU bfloat16"},
+        ),
+    ] = "auto"
+    lm_head_dtype: Annotated[
+        Literal["auto", "int8"],
+        Meta(
+            description="int8: quantize the output head's copy of its weight (per channel, also where it is tied); "
+            "fewer bytes for each token"
+        ),
+    ] = "auto"
+    model_impl: Annotated[
+        Literal["auto", "octavo", "hf"],
+        Meta(
+            description="octavo: its own decoder only. hf: transformers' modelling code, slower. auto: the former "
+            "where it can",
+            extra={"spellings": {"transformers": "hf"}},
+        ),
+    ] = "auto"
+    load_format: Annotated[
+        Literal["auto", "safetensors", "dummy"],
+        Meta(description="dummy: random weights of the model's shape, to measure speed"),
+    ] = "auto"
+    trust_remote_code: Annotated[bool, Meta(description="run Python code that lies in the checkpoint")] = False
+    device: Annotated[Literal["auto", "cpu", "cuda"], Meta(description="where to compute")] = "auto"
+    enforce_eager: Annotated[
+        bool,
+        Meta(
+            description="on a GPU, launch the kernels of a step one by one instead of replaying a CUDA graph",
+            extra={"aliases": ("--disable-cuda-graph",)},
+        ),
+    ] = False
+    num_threads: Annotated[
+        Count | None,
+        Meta(description="CPU threads of the engine", extra={"metavar": "N", "default": "all cores"}),
+    ] = None
+    max_model_len: Annotated[
+        Count | None,
+        Meta(
+            description="longest sequence, prompt and answer",
+            extra={
+                "group": "KV cache and batching",
+                "aliases": ("--context-length",),
+                "metavar": "N",
+                "default": "what the model says, less if the cache holds less",
+            },
+        ),
+    ] = None
+    kv_cache_dtype: Annotated[
+        KVCacheDtype,
+        Meta(
+            description="type of the KV cache; fp8 is fp8_e4m3",
+            extra={
+                "spellings": KV_SHORT_NAMES,
+                "default": "auto: what the checkpoint was calibrated for, else --dtype's",
+            },
+        ),
+    ] = "auto"
+    kv_cache_memory_bytes: Annotated[
+        Count | None,
+        Meta(
+            description="memory of the KV cache, such as 4GiB",
+            extra={
+                "metavar": "SIZE",
+                "parse": parse_size,
+                "default": "on a CPU 4 GiB, at most half of what is free; on a GPU see --gpu-memory-utilization",
+            },
+        ),
+    ] = None
+    gpu_memory_utilization: Annotated[
+        float,
+        Meta(
+            gt=0,
+            le=1,
+            description="share of a GPU's memory for weights and KV cache together",
+            extra={"aliases": ("--mem-fraction-static",), "metavar": "SHARE"},
+        ),
+    ] = 0.9
+    num_blocks: Annotated[
+        Count | None,
+        Meta(
+            description="size of the KV cache in blocks, instead of in bytes",
+            extra={"flag": "--num-gpu-blocks-override", "metavar": "N"},
+        ),
+    ] = None
+    block_size: Annotated[
+        int, Meta(ge=1, description="tokens of a block", extra={"aliases": ("--page-size",), "metavar": "N"})
+    ] = 16
+    max_num_seqs: Annotated[
+        int,
+        Meta(
+            ge=1,
+            description="sequences that run at once",
+            extra={"aliases": ("--max-running-requests",), "metavar": "N"},
+        ),
+    ] = 256
+    max_num_batched_tokens: Annotated[
+        int,
+        Meta(
+            ge=1,
+            description="tokens of one step; longer prompts are prefilled in chunks",
+            extra={"aliases": ("--chunked-prefill-size",), "metavar": "N"},
+        ),
+    ] = 2048
+    enable_prefix_caching: Annotated[
+        bool, Meta(description="keep the blocks of finished requests for prompts that begin in the same way")
+    ] = True
+    seed: Annotated[
+        int,
+        Meta(
+            description="of requests without a seed",
+            extra={"group": "text and sampling", "aliases": ("--random-seed",), "metavar": "N"},
+        ),
+    ] = 0

@@ -9,7 +9,6 @@ import asyncio
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, TypeVar
 
@@ -36,6 +35,7 @@ from octavo.server.errors import RESPONSES, ApiError
 from octavo.server.generation import generate
 from octavo.server.metrics import CONTENT_TYPE, Metrics
 from octavo.server.middleware import AllowedHosts, Authentication
+from octavo.server.options import ServerOptions
 from octavo.server.prompts import (
     chat_prompt,
     chat_token_ids,
@@ -59,27 +59,16 @@ VERY_LONG_BODY = 1 << 20
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class ServerOptions:
-    """What the HTTP side is told on the command line."""
-
-    access: Access
-    allowed_origins: tuple[str, ...] = ()
-    max_body_bytes: int = 32 << 20
-    max_total_body_bytes: int = 256 << 20
-    root_path: str = ""
-    log_requests: bool = False
-    docs: bool = True
-
-
-def build_app(model: ServedModel, client: EngineClient, metrics: Metrics, options: ServerOptions) -> FastAPI:
+def build_app(
+    model: ServedModel, client: EngineClient, metrics: Metrics, options: ServerOptions, access: Access
+) -> FastAPI:
     """The ASGI application over one engine."""
     app = FastAPI(
         title="octavo",
         version=VERSION,
         root_path=options.root_path,
-        docs_url="/docs" if options.docs else None,
-        openapi_url="/openapi.json" if options.docs else None,
+        docs_url=None if options.disable_fastapi_docs else "/docs",
+        openapi_url=None if options.disable_fastapi_docs else "/openapi.json",
         redoc_url=None,
         redirect_slashes=False,
     )
@@ -90,14 +79,14 @@ def build_app(model: ServedModel, client: EngineClient, metrics: Metrics, option
     app.include_router(routes.generation())
     app.include_router(routes.text())
     app.include_router(routes.operation())
-    if options.access.keys:
-        app.add_middleware(Authentication, access=options.access)
+    if access.keys:
+        app.add_middleware(Authentication, access=access)
     if options.allowed_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=options.allowed_origins, allow_methods=["*"], allow_headers=["*"]
         )
-    if ANY_HOST not in options.access.hosts:
-        app.add_middleware(AllowedHosts, hosts=options.access.hosts)
+    if ANY_HOST not in access.hosts:
+        app.add_middleware(AllowedHosts, hosts=access.hosts)
     return app
 
 
@@ -210,7 +199,7 @@ class _Routes:
 
     async def _answer(self, http: Request, answer: Answer) -> Response:
         request = answer.request
-        if self._options.log_requests:
+        if self._options.enable_log_requests:
             params = answer.choices[0].request.params
             logger.info("%s: %d choices, %s", http.url.path, len(answer.choices), params)
         steps = generate(answer.choices, self._client, self._metrics)

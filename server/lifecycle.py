@@ -13,7 +13,6 @@ import signal
 import socket
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass
 
 import uvicorn
 from fastapi import FastAPI
@@ -22,8 +21,9 @@ from octavo.runtime.launch import EngineProcess
 from octavo.runtime.messages import Ready, StepOutputs
 from octavo.server.connection import Connection
 from octavo.server.engine_client import EngineClient, EngineDeadError
-from octavo.server.listen_sockets import BACKLOG, listen
+from octavo.server.listen_sockets import BACKLOG, Listener, listen
 from octavo.server.metrics import Metrics
+from octavo.server.options import ListenOptions
 from octavo.server.template_renderer import TemplateRenderer
 
 logger = logging.getLogger(__name__)
@@ -34,23 +34,6 @@ DRAIN_POLL_SECONDS = 0.05
 DRAINING = "the server is shutting down"
 
 
-@dataclass(frozen=True)
-class ListenOptions:
-    """Where and how to listen; the sockets are reserved already (see listen_sockets.py)."""
-
-    sockets: list[socket.socket]
-    url: str
-    shutdown_timeout: float = 30.0
-    engine_timeout: float = 20.0
-    outlive_engine: bool = False
-    ssl_keyfile: str | None = None
-    ssl_certfile: str | None = None
-    ssl_ca_certs: str | None = None
-    log_level: str = "warning"
-    access_log: bool = False
-    log_stats: bool = True
-
-
 class EngineStartError(RuntimeError):
     """The engine could not start; the message is its own."""
 
@@ -59,6 +42,7 @@ async def serve(
     engine: EngineProcess,
     renderer: TemplateRenderer,
     make_app: Callable[[EngineClient, Ready], tuple[FastAPI, Metrics]],
+    listener: Listener,
     options: ListenOptions,
 ) -> bool:
     """Serve until told to stop; whether the engine was alive then.
@@ -71,13 +55,13 @@ async def serve(
         if not await stop.comes_before(_all_ready(client, renderer)):
             app, metrics = make_app(client, await client.ready())
             log = StepLog(metrics)
-            client.on_step = log.step if options.log_stats else metrics.step
+            client.on_step = metrics.step if options.disable_log_stats else log.step
             ticker = asyncio.create_task(log.tick_forever())
-            stop.server = _Server(_uvicorn_config(app, options), client, renderer, options)
+            stop.server = _Server(_uvicorn_config(app, options), client, renderer, listener, options)
             client.on_death = stop.server.end_without_engine
             if client.death is not None:
                 stop.server.end_without_engine()
-            await stop.server.serve(sockets=options.sockets)
+            await stop.server.serve(sockets=[listener.socket])
             ticker.cancel()
         return client.death is None
     except EngineDeadError as error:
@@ -127,8 +111,8 @@ def _uvicorn_config(app: FastAPI, options: ListenOptions) -> uvicorn.Config:
         ws="none",
         lifespan="off",
         log_config=None,
-        log_level=options.log_level,
-        access_log=options.access_log,
+        log_level=options.uvicorn_log_level,
+        access_log=not options.disable_uvicorn_access_log,
         server_header=False,
         backlog=BACKLOG,
         timeout_keep_alive=75,
@@ -143,9 +127,15 @@ class _Server(uvicorn.Server):
     """uvicorn, which stops listening and waits for what is under way; here it is told when to stop waiting."""
 
     def __init__(
-        self, config: uvicorn.Config, client: EngineClient, renderer: TemplateRenderer, options: ListenOptions
+        self,
+        config: uvicorn.Config,
+        client: EngineClient,
+        renderer: TemplateRenderer,
+        listener: Listener,
+        options: ListenOptions,
     ) -> None:
         super().__init__(config)
+        self._listener = listener
         self._client = client
         self._renderer = renderer
         self._options = options
@@ -156,14 +146,14 @@ class _Server(uvicorn.Server):
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        listen(self._options.sockets)
+        listen(self._listener.socket)
         await super().startup(sockets)
-        logger.info("serving on %s", self._options.url)
+        logger.info("serving on %s", self._listener.url)
 
     def end_without_engine(self) -> None:
         """The engine is dead: end, unless the server was told to stay."""
         logger.error("%s", self._client.death)
-        if not self._options.outlive_engine:
+        if not self._options.keep_alive_on_engine_death:
             self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

@@ -10,9 +10,17 @@ import errno
 import os
 import socket
 import stat
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 BACKLOG = 2048  # connections that wait to be accepted; uvicorn's default
+
+
+@dataclass(frozen=True)
+class Listener:
+    """A reserved socket, and its address for people."""
+
+    socket: socket.socket
+    url: str
 
 
 class BindError(ValueError):
@@ -71,15 +79,14 @@ def reserve_path(path: str) -> socket.socket:
     return bound
 
 
-def listen(sockets: Sequence[socket.socket]) -> None:
-    """Open reserved sockets to clients. Raises BindError; uvloop would listen too, but keeps its failure to itself."""
-    for bound in sockets:
-        try:
-            if bound.family != socket.AF_UNIX:  # its connections inherit this, and the next server can bind at once
-                bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            bound.listen(BACKLOG)
-        except OSError as error:
-            raise BindError(f"listening on {bound.getsockname()}: {error.strerror}") from None
+def listen(bound: socket.socket) -> None:
+    """Open a reserved socket to clients. Raises BindError; uvloop would listen too, but keeps its failure to itself."""
+    try:
+        if bound.family != socket.AF_UNIX:  # its connections inherit this, and the next server can bind at once
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.listen(BACKLOG)
+    except OSError as error:
+        raise BindError(f"listening on {bound.getsockname()}: {error.strerror}") from None
 
 
 def _tcp_error(host: str, port: int, error: OSError) -> BindError:

@@ -13,10 +13,10 @@ from octavo.quant.model_files import read_object_if_any
 from octavo.quant.printable import shown
 from octavo.server.dialects.protocol import GenerationRequest
 from octavo.server.errors import explain
+from octavo.server.options import SAMPLING_DEFAULTS
 from octavo.server.template_renderer import TemplateRenderer
 from octavo.text.tokenizer import Tokenizer
 
-SAMPLING_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 LARGEST_TOKEN_ID = 2**31 - 1
 
 

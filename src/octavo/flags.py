@@ -257,19 +257,32 @@ def _arguments(
         found["choices"] = tuple(dict.fromkeys((*choices, *spellings)))
         plain = type(found["choices"][0])
     if parse is None and plain in (int, float):
-        parse = number(plain, meta, option.get("what", ""))
+        parse = number(plain, _bounds(hint, meta), option.get("what", ""))
     found["type"] = _word(parse or (Path if plain is Path else str), spellings)
     return found
 
 
 def _plain(hint: Any) -> tuple[Any, bool]:
     """A type without its annotations and without None, and whether None was in it."""
-    if get_origin(hint) is Annotated:
-        hint = get_args(hint)[0]
+    hint = _bare(hint)
     if get_origin(hint) not in (Union, UnionType):
         return hint, False
     others = [kind for kind in get_args(hint) if kind is not NoneType]
-    return others[0], len(others) < len(get_args(hint))
+    return _bare(others[0]), len(others) < len(get_args(hint))
+
+
+def _bare(hint: Any) -> Any:
+    return get_args(hint)[0] if get_origin(hint) is Annotated else hint
+
+
+def _bounds(hint: Any, meta: msgspec.Meta) -> msgspec.Meta:
+    """The annotation with a number's bounds: its own in `Annotated[int, Meta(ge=1)] | None`, which msgspec can decode.
+
+    msgspec takes no bounds of a union in an annotation around it.
+    """
+    kinds = get_args(_bare(hint)) if get_origin(_bare(hint)) in (Union, UnionType) else ()
+    inner = [m for kind in kinds for m in getattr(kind, "__metadata__", ()) if isinstance(m, msgspec.Meta)]
+    return inner[0] if inner else meta
 
 
 def _bool_action(names: tuple[str, ...], both_ways: bool) -> Any:

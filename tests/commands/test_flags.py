@@ -33,6 +33,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     both: Annotated[bool | None, Meta(description="either way")] = None
     header: Annotated[list[tuple[str, str]], Meta(description="headers", extra={"parse_each": parse_pair})] = []
     ignore: Annotated[tuple[str, ...], Meta(description="names")] = ()
+    limit: Annotated[Annotated[int, Meta(ge=1)] | None, Meta(description="most")] = None
     internal: int = 3
 
 
@@ -68,6 +69,7 @@ def test_what_is_not_given_is_the_default() -> None:
         (["--no-both"], "both", False),
         (["--header", "a=1", "b=2", "--header", "c=3"], "header", [("a", "1"), ("b", "2"), ("c", "3")]),
         (["--ignore", "a", "b"], "ignore", ("a", "b")),
+        (["--limit", "1"], "limit", 1),
     ],
 )
 def test_flags_set_their_field_and_no_other(arguments: list[str], field: str, value: object) -> None:
@@ -88,6 +90,7 @@ def test_flags_set_their_field_and_no_other(arguments: list[str], field: str, va
         (["--size", "much"], "'much' is not a size such as"),
         (["--bits", "5"], "invalid choice: 5"),
         (["--header", "a"], "'a' is not NAME=VALUE"),
+        (["--limit", "0"], "argument --limit: '0' is not a whole number from 1 up"),
         (["--internal", "1"], "unrecognized arguments: --internal"),
     ],
 )

@@ -14,13 +14,14 @@ import pytest
 from octavo_server import PATIENCE, Server, serving, wait_until
 
 from octavo.commands import serve, serve_flags
+from octavo.commands.serve_flags import ServeOptions
 from octavo.runtime.config import EngineConfig
 
 
-def parse(*arguments: str) -> argparse.Namespace:
+def parse(*arguments: str) -> ServeOptions:
     parser = argparse.ArgumentParser(allow_abbrev=False)
     serve_flags.configure(parser)
-    return parser.parse_args(arguments)
+    return serve_flags.read_options(parser.parse_args(arguments))
 
 
 ALIASES = [
@@ -48,7 +49,7 @@ def test_other_values_for_the_same() -> None:
     assert parse("--disable-radix-cache") == parse("--no-enable-prefix-caching")
     assert parse("--kv-cache-dtype", "fp8") == parse("--kv-cache-dtype", "fp8_e4m3")
     assert parse("--model-impl", "transformers") == parse("--model-impl", "hf")
-    assert parse("--api-key", "a", "b", "--api-key", "c").api_key == ["a", "b", "c"]
+    assert parse("--api-key", "a", "b", "--api-key", "c").server.api_key == ("a", "b", "c")
 
 
 def test_the_engine_s_defaults_are_the_command_s() -> None:
@@ -138,11 +139,11 @@ def test_keys_come_from_the_environment_too(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_hosts_are_names(capsys: pytest.CaptureFixture[str]) -> None:
-    assert parse("m", "--allowed-hosts", "a.example", "*.b.example", "*").allowed_hosts == [
+    assert parse("m", "--allowed-hosts", "a.example", "*.b.example", "*").server.allowed_hosts == (
         "a.example",
         "*.b.example",
         "*",
-    ]
+    )
     assert serve._access(parse("m", "--allowed-hosts", "a")).hosts == ("a",)
     assert serve._access(parse("m", "--uds", "x")).hosts == ("*",)
     for value in ("http://a.example", "a.*.example", "*a.example", "", "a,b"):

@@ -12,18 +12,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 from octavo.bench.options import BenchOptions
+from octavo.commands import quantize_flags, serve_flags
 from octavo.commands.convert import ConvertOptions
 from octavo.commands.eval import EvalOptions
-from octavo.commands.quantize_flags import FLAGS
 from octavo.flags import flags_of, markdown
 from octavo.jobs.calibration_data import DataOptions
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 TABLES: dict[str, Callable[[], str]] = {
-    "quantize": lambda: markdown(flag for flag in FLAGS if flag.group != "calibration data"),
+    "quantize": lambda: markdown(flag for flag in quantize_flags.FLAGS if flag.group != "calibration data"),
     "calibration data": lambda: markdown(flags_of(DataOptions)),
     "convert": lambda: markdown(flags_of(ConvertOptions)),
     "eval": lambda: markdown(flags_of(EvalOptions)),
+    "serve": lambda: markdown(serve_flags.FLAGS),
     "bench": lambda: markdown(flags_of(BenchOptions)),
 }
 TABLE = re.compile(r"(<!-- options: (.+?) -->\n).*?(<!-- end of options -->)", re.DOTALL)

@@ -10,7 +10,6 @@ import logging
 import os
 import resource
 import signal
-import socket
 import ssl
 import sys
 import time
@@ -19,15 +18,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from octavo.commands.failure import one_line
-from octavo.commands.serve_flags import configure, engine_config
+from octavo.commands.serve_flags import ServeOptions, configure, engine_config, read_options
 from octavo.server.access import Access, api_keys, default_hosts
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+    from octavo.runtime.config import EngineConfig
     from octavo.runtime.messages import Ready
     from octavo.server.engine_client import EngineClient
+    from octavo.server.listen_sockets import Listener
     from octavo.server.metrics import Metrics
+    from octavo.server.options import ListenOptions, ModelOptions
     from octavo.server.template_renderer import TemplateRenderer
 
 __all__ = ["configure", "run"]
@@ -42,81 +44,68 @@ class ServeError(ValueError):
 def run(args: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT; returns the exit code: 1 when it could not start, or the engine died."""
     begun = time.monotonic()
-    logging.basicConfig(level=args.uvicorn_log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
+    options = read_options(args)
+    logging.basicConfig(level=options.listen.uvicorn_log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("octavo").setLevel(logging.INFO)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until the server listens; what is begun is cleared up
     try:
-        alive = _serve(args, begun)
+        alive = _serve(options, begun)
     except (ServeError, OSError) as error:
         print(f"{PROG}: {one_line(error)}", file=sys.stderr)
         return 1
     return 0 if alive else 1
 
 
-def _serve(args: argparse.Namespace, begun: float) -> bool:
+def _serve(options: ServeOptions, begun: float) -> bool:
     from octavo.runtime.launch import start_engine
 
-    model = _model_of(args)
-    _check_tls(args)
-    access = _access(args)
-    sockets, url = _bind(args)  # before the model is loaded: a port that is taken is known now
+    model = _model_of(options.model)
+    _check_tls(options.listen)
+    access = _access(options)
+    listener = _bind(options.listen)  # before the model is loaded: a port that is taken is known now
     engine = None
     try:
-        directory = _directory_of(model, args.revision)
-        engine = start_engine(engine_config(args, directory))  # it loads while the server's own modules are imported
+        directory = _directory_of(model, options.model.revision)
+        engine = start_engine(engine_config(options, directory))  # loads while the server's own modules are imported
         import uvloop
 
-        from octavo.server.lifecycle import EngineStartError, ListenOptions, serve
+        from octavo.server.lifecycle import EngineStartError, serve
         from octavo.server.listen_sockets import BindError
         from octavo.text.chat_template import ChatTemplateError
 
         _allow_many_connections()
-        renderer, make_app = _app_maker(args, directory, begun, access)
-        options = ListenOptions(
-            sockets=sockets,
-            url=url,
-            shutdown_timeout=args.shutdown_timeout,
-            engine_timeout=args.engine_timeout,
-            outlive_engine=args.keep_alive_on_engine_death,
-            ssl_keyfile=args.ssl_keyfile,
-            ssl_certfile=args.ssl_certfile,
-            ssl_ca_certs=args.ssl_ca_certs,
-            log_level=args.uvicorn_log_level,
-            access_log=not args.disable_uvicorn_access_log,
-            log_stats=not args.disable_log_stats,
-        )
+        renderer, make_app = _app_maker(options, directory, begun, access)
         try:
-            return uvloop.run(serve(engine, renderer, make_app, options))
+            return uvloop.run(serve(engine, renderer, make_app, listener, options.listen))
         except (EngineStartError, BindError) as error:
             raise ServeError(str(error)) from error
         except ChatTemplateError as error:
-            raise ServeError(f"{args.tokenizer or directory}: {error}; --chat-template FILE replaces it") from error
+            text_side = options.model.tokenizer or directory
+            raise ServeError(f"{text_side}: {error}; --chat-template FILE replaces it") from error
     finally:
         if engine is not None:
             engine.close()
-        for bound in sockets:
-            bound.close()
-        if args.uds:
-            Path(args.uds).unlink(missing_ok=True)
+        listener.socket.close()
+        if options.listen.uds:
+            Path(options.listen.uds).unlink(missing_ok=True)
 
 
-def _model_of(args: argparse.Namespace) -> str:
-    named = [name for name in (args.model, args.model_flag) if name is not None]
+def _model_of(options: ModelOptions) -> str:
+    named = [name for name in (options.model, options.model_flag) if name is not None]
     if len(named) != 1:
         raise ServeError("name one model: serve MODEL, a directory or a Hub id")
-    model: str = named[0]
-    return model
+    return named[0]
 
 
-def _check_tls(args: argparse.Namespace) -> None:
-    """The certificate's files are read when the model is loaded: too late to hear that one is missing."""
-    if not (args.ssl_certfile or args.ssl_keyfile):
+def _check_tls(options: ListenOptions) -> None:
+    """Read the certificate's files before the model is loaded: one that is missing is told at once."""
+    if not (options.ssl_certfile or options.ssl_keyfile):
         return
     try:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(args.ssl_certfile or "", args.ssl_keyfile)
-        if args.ssl_ca_certs:
-            context.load_verify_locations(args.ssl_ca_certs)
+        context.load_cert_chain(options.ssl_certfile or "", options.ssl_keyfile)
+        if options.ssl_ca_certs:
+            context.load_verify_locations(options.ssl_ca_certs)
     except OSError as error:
         raise ServeError(f"--ssl-certfile, --ssl-keyfile, --ssl-ca-certs: {error}") from None
 
@@ -138,65 +127,58 @@ def _allow_many_connections() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def _bind(args: argparse.Namespace) -> tuple[list[socket.socket], str]:
-    """The reserved socket, and its address for people."""
-    from octavo.server.listen_sockets import BindError, reserve_path, reserve_port
+def _bind(options: ListenOptions) -> Listener:
+    """Reserve the socket to listen on."""
+    from octavo.server.listen_sockets import BindError, Listener, reserve_path, reserve_port
 
     try:
-        if args.uds is not None:
-            return [reserve_path(args.uds)], f"unix:{args.uds}"
-        bound = reserve_port(args.host, args.port)
+        if options.uds is not None:
+            return Listener(reserve_path(options.uds), f"unix:{options.uds}")
+        bound = reserve_port(options.host, options.port)
     except BindError as error:
         raise ServeError(str(error)) from None
     host, port = bound.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
-    return [bound], f"http{'s' if args.ssl_certfile else ''}://{shown}:{port}"
+    return Listener(bound, f"http{'s' if options.ssl_certfile else ''}://{shown}:{port}")
 
 
 def _app_maker(
-    args: argparse.Namespace, directory: Path, begun: float, access: Access
+    options: ServeOptions, directory: Path, begun: float, access: Access
 ) -> tuple[TemplateRenderer, Callable[[EngineClient, Ready], tuple[FastAPI, Metrics]]]:
     """Read the text side of the model now, while the engine loads; the rest when the engine is ready."""
-    from octavo.server.app import ServerOptions, build_app
+    from octavo.server.app import build_app
     from octavo.server.metrics import Metrics
     from octavo.server.served_model import ServedModel, end_token_ids, sampling_defaults
     from octavo.server.template_renderer import TemplateRenderer
     from octavo.text.chat_template import ChatTemplate, ChatTemplateError
     from octavo.text.tokenizer import Tokenizer, TokenizerError
 
+    text = options.text
+    name = _model_of(options.model)
     try:
-        text_side = Path(args.tokenizer) if args.tokenizer else directory
-        tokenizer = Tokenizer.open(text_side, trust_remote_code=args.trust_remote_code)
-        renderer = TemplateRenderer(ChatTemplate.open(text_side, tokenizer.special_tokens, args.chat_template))
-        defaults = sampling_defaults(directory, args.generation_config, args.override_generation_config)
+        text_side = Path(options.model.tokenizer) if options.model.tokenizer else directory
+        tokenizer = Tokenizer.open(text_side, trust_remote_code=options.engine.trust_remote_code)
+        renderer = TemplateRenderer(ChatTemplate.open(text_side, tokenizer.special_tokens, text.chat_template))
+        defaults = sampling_defaults(directory, text.generation_config, text.override_generation_config)
         end_ids = end_token_ids(directory, tokenizer)
     except (TokenizerError, ChatTemplateError, ValueError) as error:
         raise ServeError(str(error)) from error
-    options = ServerOptions(
-        access=access,
-        allowed_origins=tuple(args.allowed_origins),
-        max_body_bytes=args.max_body_bytes,
-        max_total_body_bytes=args.max_total_body_bytes,
-        root_path=args.root_path,
-        log_requests=args.enable_log_requests,
-        docs=not args.disable_fastapi_docs,
-    )
 
     def make_app(client: EngineClient, ready: Ready) -> tuple[FastAPI, Metrics]:
         model = ServedModel(
-            names=tuple(args.served_model_name or [_model_of(args)]),
-            root=_model_of(args),
+            names=options.model.served_model_name or (name,),
+            root=name,
             tokenizer=tokenizer,
             renderer=renderer,
             end_ids=end_ids,
             defaults=defaults,
             max_model_len=ready.max_model_len,
             vocab_size=ready.vocab_size,
-            max_logprobs=ready.vocab_size if args.max_logprobs < 0 else args.max_logprobs,
-            trust_request_chat_template=args.trust_request_chat_template,
+            max_logprobs=ready.vocab_size if text.max_logprobs < 0 else text.max_logprobs,
+            trust_request_chat_template=text.trust_request_chat_template,
         )
-        metrics = Metrics(model.name, ready, _cache_facts(args, ready))
-        app = build_app(model, client, metrics, options)
+        metrics = Metrics(model.name, ready, _cache_facts(options.engine, ready))
+        app = build_app(model, client, metrics, options.server, access)
         print_report(ready, time.monotonic() - begun)
         return app, metrics
 
@@ -204,25 +186,26 @@ def _app_maker(
     return renderer, make_app
 
 
-def _access(args: argparse.Namespace) -> Access:
+def _access(options: ServeOptions) -> Access:
     """Who may ask. Keys of the environment are not seen in the list of processes."""
+    server = options.server
     try:
-        keys = api_keys(args.api_key, os.environ)
+        keys = api_keys(server.api_key, os.environ)
     except ValueError as error:
         raise ServeError(str(error)) from error
-    if args.protect_all and not keys:
+    if server.protect_all and not keys:
         raise ServeError("--protect-all asks for a key everywhere, and there is none: give one with --api-key")
-    hosts = args.allowed_hosts or default_hosts(None if args.uds else args.host)
-    return Access(keys, args.protect_all, tuple(hosts))
+    hosts = server.allowed_hosts or default_hosts(None if options.listen.uds else options.listen.host)
+    return Access(keys, server.protect_all, tuple(hosts))
 
 
-def _cache_facts(args: argparse.Namespace, ready: Ready) -> dict[str, str]:
+def _cache_facts(config: EngineConfig, ready: Ready) -> dict[str, str]:
     """The labels of vllm:cache_config_info."""
     return {
         "block_size": str(ready.block_size),
         "num_gpu_blocks": str(ready.num_blocks),
         "cache_dtype": ready.report.kv_cache_dtype,
-        "enable_prefix_caching": str(args.enable_prefix_caching),
+        "enable_prefix_caching": str(config.enable_prefix_caching),
     }
 
 

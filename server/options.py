@@ -1,0 +1,239 @@
+"""What `octavo serve` can be told beside the engine's configuration; flags, help and docs are made of these structs.
+
+See octavo/flags.py. Flags have vLLM's names; SGLang's are hidden aliases.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from octavo.flags import parse_json_object, parse_size
+from octavo.quant.scheme import AT_LOAD
+
+SAMPLING_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+
+def _parse_strings(text: str) -> tuple[str, ...]:
+    """A JSON list of strings."""
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{text} is not JSON: {error}") from None
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise ValueError(f"{text} is not a JSON list of strings")
+    return tuple(values)
+
+
+def _parse_sampling_values(text: str) -> dict[str, Any]:
+    values = parse_json_object(text)
+    if not set(values) <= set(SAMPLING_DEFAULTS):
+        raise ValueError(f"{text} is not a JSON object of {', '.join(SAMPLING_DEFAULTS)}")
+    return values
+
+
+def _parse_host_pattern(text: str) -> str:
+    name = text.removeprefix("*.")
+    if text != "*" and (not name or any(character in name for character in "*/, ")):
+        raise ValueError(f"{text!r} is not a host name, *.name, or *")
+    return text
+
+
+class ModelOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """Which model, and its text side."""
+
+    model: Annotated[
+        str | None,
+        Meta(
+            description="a local directory, or a Hugging Face Hub id",
+            extra={"group": "model", "positional": True},
+        ),
+    ] = None
+    model_flag: Annotated[
+        str | None,
+        Meta(
+            description="the same, as a flag",
+            extra={"flag": "--model", "aliases": ("--model-path",), "metavar": "MODEL"},
+        ),
+    ] = None
+    revision: Annotated[
+        str | None,
+        Meta(
+            description="branch, tag or commit of a Hub id",
+            extra={"metavar": "REVISION", "default": "its main branch"},
+        ),
+    ] = None
+    tokenizer: Annotated[
+        str | None,
+        Meta(
+            description="another directory's tokenizer",
+            extra={"aliases": ("--tokenizer-path",), "metavar": "DIR", "default": "MODEL's"},
+        ),
+    ] = None
+    served_model_name: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="names that requests may use; the first is the one in answers and metrics",
+            extra={"metavar": "NAME", "default": "MODEL as written"},
+        ),
+    ] = ()
+    quantization: Annotated[
+        str | None,
+        Meta(
+            description="the same as --dtype fp8, int8 or int4 (vLLM's name)",
+            extra={"flag": ("-q", "--quantization"), "choices": AT_LOAD},
+        ),
+    ] = None
+    tensor_parallel_size: Annotated[
+        int,
+        Meta(
+            description="GPUs to split the model over: only 1 is supported yet",
+            extra={
+                "flag": ("-tp", "--tensor-parallel-size"),
+                "aliases": ("--tp", "--tp-size"),
+                "choices": (1,),
+            },
+        ),
+    ] = 1
+
+
+class TextOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """Chat templates, and how answers are sampled where a request doesn't say."""
+
+    chat_template: Annotated[
+        str | None,
+        Meta(
+            description="a jinja template, or a file with one",
+            extra={"group": "text and sampling", "metavar": "FILE", "default": "the checkpoint's"},
+        ),
+    ] = None
+    trust_request_chat_template: Annotated[
+        bool,
+        Meta(description="let requests bring a template of their own, which is code, though sandboxed and limited"),
+    ] = False
+    generation_config: Annotated[
+        str,
+        Meta(
+            description="default sampling values: auto (the checkpoint's generation_config.json), vllm (none), or a "
+            "directory",
+            extra={"metavar": "SOURCE"},
+        ),
+    ] = "auto"
+    override_generation_config: Annotated[
+        dict[str, Any],
+        Meta(
+            description="default sampling values, such as '{\"temperature\": 0.7}', before those of "
+            "--generation-config",
+            extra={"metavar": "JSON", "parse": _parse_sampling_values},
+        ),
+    ] = {}
+    max_logprobs: Annotated[
+        int,
+        Meta(
+            ge=-1,
+            description="most logprobs that a request may ask for; -1 is the whole vocabulary",
+            extra={"metavar": "N"},
+        ),
+    ] = 20
+
+
+class ListenOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """Where to listen, how long to wait, and what to log while serving."""
+
+    host: Annotated[
+        str,
+        Meta(
+            description="address to listen on; 0.0.0.0 is every network's", extra={"group": "HTTP", "metavar": "HOST"}
+        ),
+    ] = "127.0.0.1"
+    port: Annotated[
+        int, Meta(ge=0, le=65535, description="port to listen on; 0 takes a free one", extra={"metavar": "PORT"})
+    ] = 8000
+    uds: Annotated[str | None, Meta(description="listen on a Unix socket instead", extra={"metavar": "PATH"})] = None
+    ssl_keyfile: Annotated[str | None, Meta(description="TLS: the private key", extra={"metavar": "FILE"})] = None
+    ssl_certfile: Annotated[str | None, Meta(description="TLS: the certificate", extra={"metavar": "FILE"})] = None
+    ssl_ca_certs: Annotated[str | None, Meta(description="TLS: whom to trust", extra={"metavar": "FILE"})] = None
+    shutdown_timeout: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=1e9,
+            description="how long requests may go on after SIGTERM; what is left then ends with an error",
+            extra={"metavar": "SECONDS"},
+        ),
+    ] = 30.0
+    engine_timeout: Annotated[
+        float,
+        Meta(
+            ge=0.1,
+            le=1e9,
+            description="how long the engine process may show no sign of life before it counts as dead; a process that "
+            "computes, however long its step takes, does show some",
+            extra={"metavar": "SECONDS"},
+        ),
+    ] = 20.0
+    keep_alive_on_engine_death: Annotated[
+        bool, Meta(description="answer 503 when the engine has died, instead of ending with exit code 1")
+    ] = False
+    uvicorn_log_level: Annotated[
+        Literal["critical", "error", "warning", "info", "debug"],
+        Meta(description="of the HTTP server", extra={"group": "logs", "aliases": ("--log-level",)}),
+    ] = "warning"
+    disable_uvicorn_access_log: Annotated[bool, Meta(description="no line for each request at level info")] = False
+    disable_log_stats: Annotated[bool, Meta(description="no line of statistics every ten seconds")] = False
+
+
+class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """The HTTP side."""
+
+    api_key: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="serve only requests with one of these keys; /health and /ping need none, nor do /metrics, "
+            "/version, /docs and /openapi.json without --protect-all",
+            extra={"group": "HTTP", "metavar": "KEY", "default": "OCTAVO_API_KEY, or everybody"},
+        ),
+    ] = ()
+    protect_all: Annotated[
+        bool, Meta(description="ask for a key on /metrics, /version, /docs and /openapi.json too")
+    ] = False
+    allowed_hosts: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="Host headers to answer to, without a port: names, *.name, or * for any",
+            extra={
+                "metavar": "NAME",
+                "parse_each": _parse_host_pattern,
+                "default": "on a loopback address localhost, 127.0.0.1, [::1] and --host, so that no web page can ask "
+                "by DNS rebinding; elsewhere any",
+            },
+        ),
+    ] = ()
+    allowed_origins: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="CORS: origins whose pages may call, such as '[\"*\"]'",
+            extra={"metavar": "JSON", "parse": _parse_strings, "default": "none"},
+        ),
+    ] = ()
+    max_body_bytes: Annotated[
+        int,
+        Meta(description="largest request", extra={"metavar": "SIZE", "parse": parse_size, "default": "32MiB"}),
+    ] = 32 << 20
+    max_total_body_bytes: Annotated[
+        int,
+        Meta(
+            description="all requests that are being received, above 64 KiB each; what exceeds it gets 503",
+            extra={"metavar": "SIZE", "parse": parse_size, "default": "256MiB"},
+        ),
+    ] = 256 << 20
+    root_path: Annotated[
+        str, Meta(description="what a proxy in front strips from paths", extra={"metavar": "PATH"})
+    ] = ""
+    disable_fastapi_docs: Annotated[bool, Meta(description="no /docs and no /openapi.json")] = False
+    enable_log_requests: Annotated[
+        bool, Meta(description="a line for each request, without its text", extra={"group": "logs"})
+    ] = False
