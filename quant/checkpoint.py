@@ -1,7 +1,7 @@
 """A Hugging Face checkpoint on disk: its config, and its tensors by name, mapped and strictly accounted for.
 
-Knows files and formats, not models: which layers there must be is the caller's to ask for, and `unread` tells it
-afterwards what it did not ask for. Only safetensors: a pickle is a program, and is refused by name.
+It knows files and formats, not models: the caller asks for the layers that it needs, and `unread` returns the tensors
+that nobody asked for. Weights must be safetensors files; pickles can run code and are refused by name.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from octavo.quant.printable import shown, some
 from octavo.quant.qparams import QuantizedWeight
 from octavo.quant.safetensors_file import SafetensorsError, SafetensorsFile, TensorSpec
 
-# Where old GPTQ and AWQ writers, and ModelOpt, keep theirs.
+# The files where old GPTQ and AWQ writers, and ModelOpt, keep the quantization config.
 SIDE_CONFIGS = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
 KV_SCALES = (
     ("k_scale", "v_scale"),  # compressed-tensors
@@ -44,12 +44,12 @@ KINDS = {str: "a string", list: "an array", dict: "an object"}
 
 
 class Checkpoint:
-    """An open checkpoint. Tensors are views of mapped files: cheap to ask for, to be copied by whoever keeps them.
+    """An open checkpoint. Tensors are views of mapped files: cheap to get; copy what you keep.
 
-    config    config.json as it is
+    config    config.json as stored
     names     every tensor's name
     files     the shards, by name
-    notes     what reading it brought to light that a person should know
+    notes     findings while reading that a person should know
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, directory: Path) -> Checkpoint:
-        """Read the config and the headers of all shards; no tensor yet. Raises CheckpointError."""
+        """Read the config and all shards' headers, but no tensor. Raises CheckpointError."""
         if not directory.is_dir():
             raise CheckpointError(f"{directory} is not a directory")
         config, quantization_file = _read_configs(directory)
@@ -98,13 +98,13 @@ class Checkpoint:
         return self._file(name).specs[name]
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor as it is stored, a view of the file; counts as read from now on."""
+        """A tensor as stored, as a view of the file. It counts as read from now on."""
         view = self._file(name).view(name)
         self._unread.discard(name)
         return view
 
     def linear(self, module: str) -> QuantizedWeight | Tensor:
-        """The weight [N, K] of a linear layer, such as 'model.layers.0.self_attn.q_proj': quantized, or as it is."""
+        """The weight [N, K] of a linear layer, such as 'model.layers.0.self_attn.q_proj', quantized or plain."""
         suffixes = self.suffixes(module)
         format_ = self.quantization.format_of(module, suffixes) if self.quantization else None
         if format_ is None:
@@ -121,19 +121,20 @@ class Checkpoint:
         return weight
 
     def suffixes(self, module: str) -> list[str]:
-        """Which tensors there are of a linear layer, in any format, biases aside: ['weight', 'weight_scale']."""
+        """The names of a linear layer's tensors in any format, without its bias: ['weight', 'weight_scale']."""
         return sorted(self._suffixes.get(module, ()), key=SUFFIXES.index)
 
     @property
     def kv_cache_dtype(self) -> str | None:
-        """'fp8_e4m3' or 'int8' when the checkpoint brings scales for a quantized KV cache."""
+        """'fp8_e4m3' or 'int8' if the checkpoint has scales for a quantized KV cache, else None."""
         return self.quantization.kv_cache if self.quantization else None
 
     def kv_scales(self, attention: str) -> tuple[Tensor | None, Tensor] | None:
-        """Scales of an attention layer's keys and values, [1] or [num_kv_heads] float32; None if there are none.
+        """The scales of an attention layer's keys and values, [1] or [num_kv_heads] float32; None if there are none.
 
-        Keys have none where the values alone are quantized. attention is the module's name, such as
-        'model.layers.0.self_attn'; scales stand in it by the names in KV_SCALES. CheckpointError: keys' alone.
+        The keys' scale is None if only values are quantized. `attention` is the module's name, such as
+        'model.layers.0.self_attn'; KV_SCALES lists the scales' names in it. Raises CheckpointError if only keys have
+        a scale.
         """
         for key, value in KV_SCALES:
             names = [f"{attention}.{name}" for name in (key, value)]
@@ -147,7 +148,7 @@ class Checkpoint:
         return None
 
     def unread(self) -> list[str]:
-        """Names of the tensors that nobody has asked for yet, sorted."""
+        """The names of the tensors that nobody has asked for yet, sorted."""
         return sorted(self._unread)
 
     def _file(self, name: str) -> SafetensorsFile:
@@ -157,7 +158,7 @@ class Checkpoint:
             raise CheckpointError(f"{self.directory.name} has no tensor {name}{self._hint(name)}") from None
 
     def _hint(self, name: str) -> str:
-        """What a missing name may be due to."""
+        """A likely reason why a tensor is missing."""
         module, _, suffix = name.rpartition(".")
         others = self.suffixes(module)
         if suffix == "weight" and others:
@@ -165,7 +166,7 @@ class Checkpoint:
         return ""
 
     def _check_formats(self) -> None:
-        """Refuse a scheme that octavo doesn't have before anything is loaded, and by the layer that has it."""
+        """Refuse an unsupported scheme before anything is loaded, naming the layer that has it."""
         if self.quantization is None:
             return
         marks = ("weight_scale", "qweight")
@@ -182,7 +183,7 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def _read_configs(directory: Path) -> tuple[dict[str, Any], Path]:
-    """`read_config`'s dict, and the file that its quantization_config is from."""
+    """The dict of `read_config`, and the file that its quantization_config comes from."""
     path = directory / "config.json"
     try:
         config = read_object(path)
@@ -205,7 +206,7 @@ def _check_types(owner: dict[str, Any], path: Path, prefix: str) -> None:
 
 
 def quantization_dict(config: dict[str, Any]) -> dict[str, Any] | None:
-    """The quantization config wherever config.json keeps it (older compressed-tensors: compression_config)."""
+    """The quantization config, wherever config.json keeps it (older compressed-tensors: compression_config)."""
     for owner in (config, config.get("text_config") or {}):
         for key in ("quantization_config", "compression_config"):
             if owner.get(key) is not None:
@@ -220,7 +221,7 @@ def _parse_quantization(config: dict[str, Any]) -> QuantizationConfig | None:
 
 
 def _find_shards(directory: Path) -> dict[str, list[str] | None]:
-    """Shard file names, each with the tensors that the index says it has (None without an index)."""
+    """The shards' file names, each with the tensors that the index lists for it (None without an index)."""
     if (directory / SINGLE).is_file():
         return {SINGLE: None}
     if (directory / INDEX).is_file():

@@ -1,4 +1,4 @@
-"""Experts that transformers 5 keeps in one tensor, seen as one tensor each, as checkpoints on the Hub have them.
+"""Views transformers 5's fused tensors of experts as one tensor per expert, as checkpoints on the Hub have them.
 
 In memory, and on disk after `save_pretrained(save_original_format=False)`, a layer's experts are
 `mlp.experts.gate_up_proj` [E, 2 I, H] and `mlp.experts.down_proj` [E, H, I]. Their bytes are those of the experts' own
@@ -26,9 +26,9 @@ OWN_NAMES = {  # owner, gate, up and down in a checkpoint of one tensor per expe
 
 
 def divide_experts(files: Iterable[SafetensorsFile], model_type: str) -> None:
-    """Give files a tensor per expert for each tensor of experts, and Mixtral's routers the names that go with them.
+    """Replace each tensor of experts by one tensor per expert, and rename Mixtral's routers to match.
 
-    Raises SafetensorsError where the files have an expert's own tensor too.
+    Raises SafetensorsError if the files have an expert's own tensor as well.
     """
     names = OWN_NAMES.get(model_type)
     if names is None:

@@ -7,7 +7,7 @@ from typing import NoReturn
 
 from octavo.quant.model_files import CheckpointError
 
-# What a model's directory holds apart from weights of other kinds: no pickle is fetched, and no GGUF or ONNX.
+# The files to download: everything in a model's directory but weights in pickles, GGUF or ONNX.
 ALLOWED = [
     "*.safetensors",
     "*.json",
@@ -23,9 +23,10 @@ ALLOWED = [
 
 
 def resolve_model(model: str, revision: str | None = None) -> Path:
-    """The directory of `model`: itself when it is one, else the snapshot of that Hub id, downloaded if need be.
+    """The directory of `model`: the path itself if it is a directory, else the snapshot of that Hub id.
 
-    Raises CheckpointError when it is neither. Honours HF_HOME, HF_TOKEN and HF_HUB_OFFLINE, as huggingface_hub does.
+    The snapshot is downloaded if it isn't cached. Honors HF_HOME, HF_TOKEN and HF_HUB_OFFLINE, as huggingface_hub does.
+    Raises CheckpointError if `model` is neither.
     """
     path = Path(model).expanduser()
     if path.is_dir():
@@ -46,7 +47,7 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
         _refuse(f"{model} is neither a directory nor a Hub id: {e}", e)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        _refuse(f"{model} is no local directory, and the Hub did not give it: {reason}", e)
+        _refuse(f"{model} is not a local directory, and the Hub did not provide it: {reason}", e)
 
 
 def _refuse(message: str, cause: Exception | None = None) -> NoReturn:

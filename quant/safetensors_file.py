@@ -1,8 +1,8 @@
 """Safetensors files (https://github.com/huggingface/safetensors#format), read lazily and written tensor by tensor.
 
-The safetensors package loads and saves whole files; what is needed here is a header without its data, a tensor whose
-pages leave memory with it (a mapping's pages count as resident until the file is closed), and a file that is written
-without holding it. The layout is 8 bytes of header size, a JSON header, then the tensors.
+The safetensors package loads and saves whole files. Here we need to read a header without its data, to free a tensor's
+memory with the tensor (a mapping's pages count as resident until the file is closed), and to write a file without
+holding it in memory. The layout is 8 bytes of header size, a JSON header, then the tensors.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ MAX_NAME = 10_000  # characters; a config's regexes are matched against names
 
 
 class SafetensorsError(ValueError):
-    """A file that is not a whole, well-formed safetensors file; the message names it."""
+    """A file that is not a complete, well-formed safetensors file; the message names it."""
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What a tensor is before it exists: enough to plan files and memory."""
+    """A tensor's type and shape: enough to plan files and memory before the tensor exists."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -67,7 +67,7 @@ class TensorSpec:
 
 
 class SafetensorsFile:
-    """One file's header, and its tensors on demand."""
+    """One file: its header is read at once, its tensors on demand."""
 
     def __init__(self, path: Path) -> None:
         """Read and check the header. Raises SafetensorsError for a truncated or malformed file."""
@@ -85,7 +85,7 @@ class SafetensorsFile:
         self._check_layout(data_start)
 
     def view(self, name: str) -> Tensor:
-        """The tensor as a view of the mapped file: no copy, its pages are read when they are touched."""
+        """The tensor as a view of the mapped file: nothing is copied, and pages are read when they are touched."""
         if self._map is None:
             self._map = torch.from_file(str(self.path), shared=False, size=self.size, dtype=torch.uint8)
         spec = self.specs[name]
@@ -96,7 +96,7 @@ class SafetensorsFile:
         return raw.view(spec.dtype).view(spec.shape)
 
     def read(self, name: str) -> Tensor:
-        """The tensor in memory of its own, freed when it is."""
+        """The tensor in its own memory, which is freed with it."""
         spec = self.specs[name]
         raw = torch.empty(spec.nbytes, dtype=torch.uint8)
         with self.path.open("rb", buffering=0) as file:
@@ -104,7 +104,7 @@ class SafetensorsFile:
         return raw.view(spec.dtype).view(spec.shape)
 
     def chunks(self, name: str, chunk_bytes: int = 1 << 24) -> Iterator[Tensor]:
-        """The tensor's bytes [n] uint8, piece by piece, each valid until the next: to copy what must not be held."""
+        """The tensor's bytes [n] uint8 in pieces, each valid until the next, for copying without holding the tensor."""
         begin = self._begin[name]
         left = self.specs[name].nbytes
         buffer = torch.empty(min(chunk_bytes, left), dtype=torch.uint8)
@@ -117,7 +117,7 @@ class SafetensorsFile:
                 left = left - part.numel()
 
     def divide(self, name: str, parts: Mapping[str, tuple[int, ...]]) -> None:
-        """See a tensor as several, by name and shape, that follow each other in its bytes."""
+        """Replace a tensor by several, by name and shape, that lie one after another in its bytes."""
         spec = self.specs.pop(name)
         begin = self._begin.pop(name)
         for part, shape in parts.items():
@@ -152,7 +152,7 @@ class SafetensorsFile:
         return header, 8 + length
 
     def _check_layout(self, end: int) -> None:
-        """Each byte behind the header belongs to one tensor, as the format has it: no gap, no overlap, no rest."""
+        """Check that each byte after the header belongs to exactly one tensor: no gap, no overlap, no rest."""
         for name in sorted(self.specs, key=lambda name: (self._begin[name], self.specs[name].nbytes)):
             if self._begin[name] != end:
                 what = "a gap before" if self._begin[name] > end else "another tensor's bytes in"
@@ -203,11 +203,11 @@ def _short(name: str) -> str:
 
 
 class SafetensorsWriter:
-    """A file whose tensors are known beforehand and arrive one by one, in any order; a context manager.
+    """Writes a file whose tensors are known in advance and arrive one by one, in any order; a context manager.
 
-    The header is written first and every tensor at its own place, so nothing is held. Tensors lie by falling item
-    size, then by name, as the safetensors package orders them: that keeps each one aligned. With `again` the file is
-    there, with some of its tensors: `is_there` says which.
+    The header is written first and each tensor at its own place, so nothing is held in memory. Tensors are ordered by
+    falling item size, then by name, as the safetensors package orders them, which keeps each one aligned. With `again`
+    the file exists already and holds some of its tensors; `is_there` says which.
     """
 
     def __init__(self, path: Path, specs: Mapping[str, TensorSpec], *, again: bool = False) -> None:
@@ -234,7 +234,7 @@ class SafetensorsWriter:
         self._pwrite(memoryview(len(encoded).to_bytes(8, "little") + encoded), 0)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Store one whole tensor; it must be what was announced."""
+        """Store one whole tensor, which must have the announced type and shape."""
         spec = self.specs[name]
         if (tensor.dtype, tuple(tensor.shape)) != (spec.dtype, spec.shape):
             raise ValueError(f"{name}: announced as {spec}, got {tensor.dtype} {tuple(tensor.shape)}")
@@ -253,11 +253,11 @@ class SafetensorsWriter:
         self._missing.discard(name)
 
     def is_there(self, name: str) -> None:
-        """A tensor was written by an earlier writer of this file."""
+        """Mark a tensor that an earlier writer of this file has written."""
         self._missing.discard(name)
 
     def stored(self, name: str, chunk_bytes: int = 1 << 24) -> Iterator[bytes]:
-        """A tensor's bytes as the file has them, fewer where it ends."""
+        """A tensor's bytes as stored in the file; fewer if the file ends."""
         begin = self._start + self._offsets[name]
         left = self.specs[name].nbytes
         while left > 0 and (chunk := os.pread(self._fd, min(chunk_bytes, left), begin)):
@@ -266,7 +266,7 @@ class SafetensorsWriter:
             left = left - len(chunk)
 
     def sync(self) -> None:
-        """Have on the disk what was written so far."""
+        """Force what was written so far onto the disk."""
         os.fsync(self._fd)
 
     def _pwrite(self, data: memoryview, offset: int) -> None:
@@ -282,7 +282,7 @@ class SafetensorsWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
-        """Close; on the way of no exception everything must have been written, and it is on the disk afterwards."""
+        """Close the file. Without an exception, every tensor must have been written, and is forced onto the disk."""
         try:
             if kind is None:
                 if self._missing:

@@ -40,7 +40,7 @@ class _Layer(msgspec.Struct):
 
 
 class _Config(msgspec.Struct):
-    """For checking types only."""
+    """The types of the keys, for checking only."""
 
     bits: int
     group_size: int
@@ -53,7 +53,7 @@ class _Config(msgspec.Struct):
 
 @dataclass(frozen=True)
 class AutoRoundConfig:
-    """Scheme by layer: extra_config's entry by name, else by regex, over the base."""
+    """A scheme for each layer: extra_config's entry by name, else by regex, on top of the base."""
 
     base: Mapping[str, Any]
     packing: int | str
@@ -63,7 +63,7 @@ class AutoRoundConfig:
     kv_cache: str | None = None
 
     def format_of(self, module: str, suffixes: Collection[str] | None = None) -> GPTQFormat | AWQFormat | None:
-        """The format of a linear layer by its full name; None when it is not quantized."""
+        """The format of a linear layer, given its full name; None if it is not quantized."""
         settings = {**self.base, **{k: v for k, v in self._extra(module).items() if v is not None}}
         in_block = bool(IN_BLOCK.search(module)) or module in self.extra
         if not (in_block and settings["bits"] < 16 if suffixes is None else "qweight" in suffixes):

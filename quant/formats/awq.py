@@ -1,4 +1,4 @@
-"""AWQ: what AutoAWQ, GPTQModel and AutoRound write, and vLLM, SGLang and transformers read. 4 bits only.
+"""AWQ, as AutoAWQ, GPTQModel and AutoRound write it, and vLLM, SGLang and transformers read it. 4 bits only.
 
 Source: casper-hansen/AutoAWQ, `modules/linear/gemm.py`, `gemv.py`, `models/_config.py`. A layer [N, K] with G groups:
 
@@ -38,9 +38,9 @@ PLACE = [ORDER.index(column) for column in range(8)]  # the field of each column
 
 @dataclass(frozen=True)
 class AWQFormat:
-    """One layer's tensors, by their names after the module's, to and from the canonical weight.
+    """Converts one layer's tensors, keyed by suffix, to and from the canonical weight.
 
-    scale_dtype is for writing; what is read keeps the type that it was stored in.
+    scale_dtype is for writing; a scale that is read keeps the type that it is stored in.
     """
 
     scheme: QuantScheme
@@ -51,7 +51,7 @@ class AWQFormat:
         w = self.scheme.weight
         if w.dtype != "int4" or self.scheme.activation is not None or w.granularity.kind not in ("channel", "group"):
             raise FormatError(
-                f"awq holds 4-bit integers in groups and leaves activations as they are; {self.scheme} it can't"
+                f"awq holds 4-bit integers in groups and doesn't quantize activations; it can't hold {self.scheme}"
             )
 
     def tensors(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
@@ -90,7 +90,7 @@ class AWQFormat:
         }
 
     def read(self, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
-        """The canonical weight. Raises FormatError when a tensor is missing, left over, or not as the scheme says."""
+        """The canonical weight. Raises FormatError if a tensor is missing, unexpected, or not as the scheme says."""
         left = dict(tensors)
         words = take_words(left, "qweight")
         qzeros = take_words(left, "qzeros")
@@ -139,7 +139,7 @@ def _unpack(words: Tensor) -> Tensor:
 
 
 class _Config(msgspec.Struct):
-    """For checking types only; either spelling of the first two."""
+    """The types of the keys, for checking only; the first two keys have two spellings."""
 
     bits: int | None = None
     w_bit: int | None = None
@@ -157,9 +157,9 @@ class _Config(msgspec.Struct):
 
 @dataclass(frozen=True)
 class AWQConfig:
-    """One scheme for all layers. Which are quantized is told by the tensors, as with GPTQ (see gptq_config.py).
+    """One scheme for all layers. The tensors tell which layers are quantized, as with GPTQ (see gptq_config.py).
 
-    unconverted: parts of names of layers that aren't quantized, for where there are no files
+    unconverted: parts of the names of layers that aren't quantized, used if there are no files
     """
 
     format: AWQFormat
@@ -169,7 +169,7 @@ class AWQConfig:
     kv_cache: str | None = None
 
     def format_of(self, module: str, suffixes: Collection[str] | None = None) -> AWQFormat | None:
-        """The format of a linear layer by its full name; None when it is not quantized."""
+        """The format of a linear layer, given its full name; None if it is not quantized."""
         if suffixes is not None:
             return self.format if "qweight" in suffixes else None
         kept = any(part in module for part in self.unconverted)
@@ -196,7 +196,7 @@ def parse_awq(raw: Mapping[str, Any]) -> AWQConfig:
 
 
 def make_awq(bits: int, group_size: int, zero_point: bool, version: str, where: str) -> AWQFormat:
-    """A layer's format by its config's values. Raises FormatError, which begins with `where`."""
+    """The format of a layer with these settings. Raises FormatError, whose message begins with `where`."""
     if version not in ("gemm", "gemv"):
         raise FormatError(f"{where}awq version {version!r} is not supported; gemm and gemv are")
     if bits != 4:

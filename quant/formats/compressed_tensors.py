@@ -1,4 +1,4 @@
-"""compressed-tensors: what llm-compressor writes and vLLM and transformers read. The format that octavo writes.
+"""compressed-tensors, as llm-compressor writes it, and vLLM and transformers read it. octavo's default format.
 
 Source: vllm-project/compressed-tensors, `quantization/quant_args.py`, `compressors/pack_quantized`,
 `compressors/naive_quantized`. Two layouts of a linear layer [N, K] with b-bit weights:
@@ -8,8 +8,8 @@ packed  weight_packed [N, ceil(K b / 32)] int32, along K; weight_scale [N, K / g
 plain   weight [N, K] int8 or float8_e4m3fn; weight_scale [N, 1], [N, K / g], [1] or [N / rows, K / cols]; asymmetric:
         weight_zero_point int8 of weight_scale's shape; static activations: input_scale [1].
 
-Which of the two a layer has is told by its tensors' names and not by the config's `format`, which writers of
-different ages disagree about (a W4A8 layer is found in either).
+The tensors' names tell which of the two a layer has. The config's `format` doesn't: writers of different ages disagree
+about it (a W4A8 layer occurs in either).
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ SUFFIXES = (
 
 @dataclass(frozen=True)
 class CompressedTensorsFormat:
-    """One layer's tensors, by their names after the module's, to and from the canonical weight.
+    """Converts one layer's tensors, keyed by suffix, to and from the canonical weight.
 
-    scale_dtype is for writing; what is read keeps the type that it was stored in.
+    scale_dtype is for writing; a scale that is read keeps the type that it is stored in.
     act_order: columns have their groups from weight_g_idx (actorder "group").
     """
 
@@ -75,7 +75,7 @@ class CompressedTensorsFormat:
         return "float-quantized" if self.scheme.weight.is_float else "int-quantized"
 
     def tensors(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
-        """What `write` will return for a weight of this shape."""
+        """Names, types and shapes of the tensors that `write` returns for a weight of this shape."""
         n = out_features
         k = in_features
         w = self.scheme.weight

@@ -1,8 +1,8 @@
-"""The `quantization_config` of a compressed-tensors checkpoint, parsed: which scheme each linear layer has.
+"""Parses the `quantization_config` of a compressed-tensors checkpoint into a scheme for each linear layer.
 
 Source: vllm-project/compressed-tensors, `quantization/quant_config.py`, `quantization/quant_args.py`, `utils/match.py`.
-What octavo can't compute is refused when a layer has it, by the group's name and with the reason, so that a group
-that no layer uses does no harm.
+A scheme that octavo doesn't support is refused once a layer has it, with the group's name and the reason, so that a
+group that no layer uses does no harm.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Targets:
 
 @dataclass(frozen=True)
 class ConfigGroup:
-    """One entry of config_groups: the layers it is for, and their format, or why there can't be one."""
+    """One entry of config_groups: its layers, and their format or the reason why there is none."""
 
     name: str
     targets: Targets
@@ -100,7 +100,7 @@ class ConfigGroup:
 
 @dataclass(frozen=True)
 class CompressedTensorsConfig:
-    """Scheme by layer. kv_cache: the cache's type, 'fp8_e4m3' or 'int8', when the checkpoint has scales for it."""
+    """A scheme for each layer. kv_cache: its type, 'fp8_e4m3' or 'int8', if the checkpoint has scales for it."""
 
     groups: tuple[ConfigGroup, ...]
     ignore: Targets
@@ -108,9 +108,9 @@ class CompressedTensorsConfig:
     name: str = "compressed-tensors"
 
     def format_of(self, module: str, suffixes: Collection[str] | None = None) -> QuantFormat | None:  # noqa: ARG002
-        """The format of a linear layer by its full name; None when it is not quantized.
+        """The format of a linear layer, given its full name; None if it is not quantized.
 
-        Raises FormatError when its scheme is one that octavo doesn't have.
+        Raises FormatError if octavo doesn't support its scheme.
         """
         group_ = None if self.ignore.match(module) else self._group_of(module)
         if group_ is None:

@@ -1,4 +1,4 @@
-"""compressed-tensors' 4-bit floats, weights alone: read, and served dequantized. Nothing here writes them.
+"""compressed-tensors' 4-bit floats, for weights only: read, and served dequantized. octavo doesn't write them.
 
 Source: vllm-project/compressed-tensors, `compressors/nvfp4`, `compressors/mxfp4`. A linear layer [N, K]:
 
@@ -30,7 +30,7 @@ MX_NAN = 255
 
 @dataclass(frozen=True)
 class Fp4Format:
-    """One layer's tensors, by their names after the module's, to the canonical weight."""
+    """Converts one layer's tensors, keyed by suffix, to the canonical weight."""
 
     kind: Literal["nvfp4", "mxfp4"]
 

@@ -1,7 +1,7 @@
-"""What every on-disk format is to the rest of the house: one layer's tensors to and from the canonical weight.
+"""The interface of every on-disk format: one layer's tensors to and from the canonical weight.
 
-A format is made by a `QuantizationConfig`, which says for each linear layer of a checkpoint which format, and so which
-scheme, it has. Loader, writer, memory planner and tests take names, types and shapes from `tensors` alone.
+A `QuantizationConfig` gives the format, and so the scheme, of each linear layer in a checkpoint. Loader, writer, memory
+planner and tests take names, types and shapes from `tensors` alone.
 """
 
 from __future__ import annotations
@@ -17,33 +17,33 @@ from octavo.quant.scheme import QuantScheme
 
 
 class FormatError(ValueError):
-    """Tensors or a config that the format doesn't allow, or that octavo doesn't read; the message says which."""
+    """Tensors or a config that the format doesn't allow or octavo doesn't support; the message says which."""
 
 
 class QuantFormat(Protocol):
-    """One linear layer's tensors, by their names after the module's, to and from the canonical weight [N, K]."""
+    """Converts a linear layer's tensors, keyed by suffix ('weight_scale'), to and from the canonical weight [N, K]."""
 
     @property
     def scheme(self) -> QuantScheme: ...
 
     def tensors(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
-        """What `write` will return for a weight of this shape."""
+        """Names, types and shapes of the tensors that `write` returns for a weight of this shape."""
         ...
 
     def write(self, weight: QuantizedWeight) -> dict[str, Tensor]:
-        """The tensors that `tensors` announced. Raises FormatError for what the format can't carry."""
+        """The tensors that `tensors` announces. Raises FormatError for a weight that the format can't hold."""
         ...
 
     def read(self, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
-        """The canonical weight. Raises FormatError when a tensor is missing, left over, or of a wrong shape or type."""
+        """The canonical weight. Raises FormatError if a tensor is missing, unexpected, or of a wrong shape or type."""
         ...
 
 
 class QuantizationConfig(Protocol):
     """A checkpoint's quantization config, parsed.
 
-    name      as a person calls the format: 'compressed-tensors'
-    kv_cache  the cache's type, 'fp8_e4m3' or 'int8', when the checkpoint has scales for it
+    name      the format's common name, such as 'compressed-tensors'
+    kv_cache  the KV cache's type, 'fp8_e4m3' or 'int8', if the checkpoint has scales for it
     """
 
     @property
@@ -53,9 +53,9 @@ class QuantizationConfig(Protocol):
     def kv_cache(self) -> str | None: ...
 
     def format_of(self, module: str, suffixes: Collection[str] | None = None) -> QuantFormat | None:
-        """The format of a linear layer by its full name; None when it is not quantized.
+        """The format of a linear layer, given its full name; None if it is not quantized.
 
-        suffixes: which tensors the checkpoint has of it ('qweight', 'scales'); None where there is no file to ask.
-        Raises FormatError when its scheme is one that octavo doesn't have.
+        suffixes: the tensors that the checkpoint has for it ('qweight', 'scales'); None if there is no file to ask.
+        Raises FormatError if octavo doesn't support its scheme.
         """
         ...

@@ -8,7 +8,7 @@ blocks  weight_scale_inv [ceil(N / 128), ceil(K / 128)], which multiplies despit
 tensor  weight_scale [] or [1]; input_scale the same where activation_scheme is static, else input rounded per token.
         transformers names them weight_scale_inv and activation_scale
 
-The config's list of layers left alone is often incomplete (lm_head, routers): a layer without a scale is not quantized.
+The config's list of ignored layers is often incomplete (lm_head, routers): a layer without a scale is not quantized.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from octavo.quant.scheme import CHANNEL, TENSOR, ActivationScheme, Granularity, 
 WEIGHT_SCALES = ("weight_scale_inv", "weight_scale")
 INPUT_SCALES = ("input_scale", "activation_scale")
 SUFFIXES = ("weight", *WEIGHT_SCALES, *INPUT_SCALES)
-NEVER_QUANTIZED = re.compile(r"(^|\.)(lm_head|gate|router)$")  # where there is no file to ask
+NEVER_QUANTIZED = re.compile(r"(^|\.)(lm_head|gate|router)$")  # used if there is no file to ask
 
 
 @dataclass(frozen=True)
 class Fp8Format:
-    """One layer's tensors, by their names after the module's, to and from the canonical weight."""
+    """Converts one layer's tensors, keyed by suffix, to and from the canonical weight."""
 
     scheme: QuantScheme
 
     def tensors(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
-        """What `write` will return for a weight of this shape."""
+        """Names, types and shapes of the tensors that `write` returns for a weight of this shape."""
         granularity = self.scheme.weight.granularity
         shape = granularity.scale_shape(out_features, in_features)
         specs = {"weight": TensorSpec(torch.float8_e4m3fn, (out_features, in_features))}
@@ -59,7 +59,7 @@ class Fp8Format:
         return self.scheme.activation is not None and not self.scheme.activation.dynamic
 
     def write(self, weight: QuantizedWeight) -> dict[str, Tensor]:
-        """The tensors that `tensors` announced. Raises FormatError for what the format can't carry."""
+        """The tensors that `tensors` announces. Raises FormatError for a weight that the format can't hold."""
         check_writable(self.scheme)
         specs = self.tensors(*weight.shape)
         name = "weight_scale_inv" if "weight_scale_inv" in specs else "weight_scale"
@@ -71,7 +71,7 @@ class Fp8Format:
         return out
 
     def read(self, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
-        """The canonical weight. Raises FormatError when a tensor is missing, left over, or of a wrong shape or type."""
+        """The canonical weight. Raises FormatError if a tensor is missing, unexpected, or of a wrong shape or type."""
         left = dict(tensors)
         codes = left.pop("weight", None)
         if codes is None or codes.dtype != torch.float8_e4m3fn or codes.ndim != 2:
@@ -87,7 +87,7 @@ class Fp8Format:
 
 
 def _take_scale(left: dict[str, Tensor], names: tuple[str, ...], shape: tuple[int, int]) -> Tensor:
-    """The scale by whichever of its names is there, in `shape`; sides of 1 may come and go."""
+    """Take the scale by whichever of its names is there, in `shape`; sides of 1 may come and go."""
     missing = names[-1] if shape == (1, 1) else names[0]
     name = next((name for name in names if name in left), missing)
     scale = take(left, name)
@@ -112,7 +112,7 @@ class _Config(msgspec.Struct):
 
 @dataclass(frozen=True)
 class Fp8Config:
-    """Every linear layer has one scheme, or none: by its tensors where there are some, else by the list of ignored."""
+    """One scheme for the quantized layers: those that have scales, or without files, those that aren't ignored."""
 
     scheme: QuantScheme
     ignored: tuple[str, ...]
@@ -120,7 +120,7 @@ class Fp8Config:
     name: str = "fp8"
 
     def format_of(self, module: str, suffixes: Collection[str] | None = None) -> Fp8Format | None:
-        """The format of a linear layer by its full name; None when it is not quantized."""
+        """The format of a linear layer, given its full name; None if it is not quantized."""
         if suffixes is None:
             listed = any(module == name or module.startswith(f"{name}.") for name in self.ignored)
             return None if listed or NEVER_QUANTIZED.search(module) else Fp8Format(self.scheme)
@@ -154,7 +154,7 @@ def _scheme(config: _Config) -> QuantScheme:
 
 
 def check_writable(scheme: QuantScheme) -> None:
-    """Raise FormatError with the reason when native FP8 has no word for a scheme."""
+    """Raise FormatError with the reason if native FP8 can't express a scheme."""
     weight = scheme.weight
     activation = scheme.activation
     if weight.dtype != "fp8_e4m3":
@@ -167,13 +167,13 @@ def check_writable(scheme: QuantScheme) -> None:
     else:
         raise FormatError(f"native fp8 scales per block or tensor, not per {weight.granularity}: FP8_BLOCK fits")
     if activation not in wanted:
-        raise FormatError(f"native fp8 has no way to say {scheme}; compressed-tensors has")
+        raise FormatError(f"native fp8 can't express {scheme}; compressed-tensors can")
 
 
 def write_fp8_config(schemes: QuantScheme | Mapping[str, QuantScheme], ignore: list[str]) -> dict[str, Any]:
     """The `quantization_config` of config.json; every linear layer but those in `ignore` has the one scheme.
 
-    Raises FormatError for several schemes, and for one that native FP8 has no word for.
+    Raises FormatError for several schemes, and for one that native FP8 can't express.
     """
     distinct = {schemes} if isinstance(schemes, QuantScheme) else set(schemes.values())
     if len(distinct) != 1:

@@ -1,4 +1,4 @@
-"""GPTQ: what AutoGPTQ, GPTQModel, AutoRound and optimum write, and vLLM, SGLang and transformers read.
+"""GPTQ, as AutoGPTQ, GPTQModel, AutoRound and optimum write it, and vLLM, SGLang and transformers read it.
 
 Source: AutoGPTQ, `nn_modules/qlinear/qlinear_cuda_old.py`; ModelCloud/GPTQModel, `nn_modules/qlinear/__init__.py` and
 `utils/model.py`. A linear layer [N, K] of b-bit weights with G groups of columns:
@@ -41,7 +41,7 @@ ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}  # a 1 in each field of a w
 
 @dataclass(frozen=True)
 class GPTQFormat:
-    """One layer's tensors, by their names after the module's, to and from the canonical weight.
+    """Converts one layer's tensors, keyed by suffix, to and from the canonical weight.
 
     desc_act      the config says that groups are not in the order of the columns: g_idx is needed
     scale_dtype   for writing; what is read keeps the type that it was stored in
@@ -58,7 +58,9 @@ class GPTQFormat:
     def __post_init__(self) -> None:
         w = self.scheme.weight
         if w.dtype not in ("int8", "int4", "int3", "int2") or self.scheme.activation is not None:
-            raise FormatError(f"gptq holds integer weights and leaves activations as they are; {self.scheme} it can't")
+            raise FormatError(
+                f"gptq holds integer weights and doesn't quantize activations; it can't hold {self.scheme}"
+            )
         if w.granularity.kind not in ("channel", "group"):
             raise FormatError(f"gptq has scales per channel or group, not per {w.granularity}")
 
@@ -80,7 +82,7 @@ class GPTQFormat:
         }
 
     def write(self, weight: QuantizedWeight) -> dict[str, Tensor]:
-        """The tensors that `tensors` announced. Raises FormatError for what the format can't carry."""
+        """The tensors that `tensors` announces. Raises FormatError for a weight that the format can't hold."""
         n, k = weight.shape
         self.tensors(n, k)
         if weight.scheme != self.scheme:
@@ -98,7 +100,7 @@ class GPTQFormat:
         }
 
     def read(self, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
-        """The canonical weight. Raises FormatError when a tensor is missing, left over, or not as the scheme says."""
+        """The canonical weight. Raises FormatError if a tensor is missing, unexpected, or not as the scheme says."""
         left = dict(tensors)
         bits = self.scheme.weight.bits
         words = take_words(left, "qweight")
@@ -122,7 +124,7 @@ class GPTQFormat:
         return torch.arange(k, dtype=torch.int32) // (self.scheme.weight.granularity.group_size or k)
 
     def _stored_zeros(self, weight: QuantizedWeight) -> Tensor:
-        """[G, N] int8, signed, as the version has them."""
+        """The zero points [G, N] int8, signed, as this version stores them."""
         zeros = torch.zeros_like(weight.scale, dtype=torch.int8) if weight.zero_point is None else weight.zero_point
         if self.version == 1:
             if bool((zeros == self.scheme.weight.int_range[0]).any()):
@@ -134,7 +136,7 @@ class GPTQFormat:
         return zeros.t().contiguous()
 
     def _read_zeros(self, words: Tensor, n: int) -> tuple[Tensor | None, str]:
-        """[N, G] int8, None when symmetric; and what a person should know."""
+        """The zero points [N, G] int8, None if symmetric, and a note for the user."""
         bits = self.scheme.weight.bits
         if not self.scheme.weight.symmetric:
             if self.version == 1 and self.whole_words and bits in ONES:
@@ -164,14 +166,14 @@ class GPTQFormat:
         return torch.where(zeros > most, least, zeros) if self.scheme.weight.bits < 8 else zeros
 
     def _read_g_idx(self, left: dict[str, Tensor], k: int, groups: int) -> Tensor | None:
-        """[K] int32, None where each group's columns follow the last group's."""
+        """The group of each column [K] int32, None if the columns are in the order of their groups."""
         g_idx = left.pop("g_idx", None)
         if g_idx is not None:
             check_shape("g_idx", g_idx, (k,), "one per row that qweight holds")
         if g_idx is None or (groups > 1 and not bool(g_idx.any())):  # some writers left it at zeros
             if self.desc_act and groups > 1:
                 raise FormatError(
-                    "g_idx is missing or all 0 although desc_act is true: which group a column has isn't known"
+                    "g_idx is missing or all 0 although desc_act is true: the columns' groups are unknown"
                 )
             return None
         if g_idx.is_floating_point() or int(g_idx.min()) < 0 or int(g_idx.max()) >= groups:

@@ -1,10 +1,10 @@
-"""The config of a GPTQ checkpoint, parsed: which scheme each linear layer has.
+"""Parses the config of a GPTQ checkpoint into a scheme for each linear layer.
 
 Source: ModelCloud/GPTQModel, `quantization/config.py`; AutoGPTQ, `quantization/config.py`; transformers' GPTQConfig,
-which adds keys of its own. Writers add more with each version, so keys that change nothing about the tensors pass.
+which adds keys of its own. Writers add more with each version, so keys that don't change the tensors are ignored.
 
-Which layers are quantized is told by the tensors: a layer with a `qweight` is, whatever the config lists. Only where
-there are no files (--load-format dummy) the config's lists decide.
+The tensors tell which layers are quantized: those with a `qweight`, whatever the config lists. The config's lists
+decide only if there are no files (--load-format dummy).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class _Override(msgspec.Struct):
 
 
 class _Config(msgspec.Struct):
-    """For checking types only."""
+    """The types of the keys, for checking only."""
 
     bits: int
     group_size: int
@@ -64,7 +64,7 @@ class DynamicRule:
 
 @dataclass(frozen=True)
 class GPTQConfig:
-    """Scheme by layer.
+    """A scheme for each layer.
 
     base        bits, group_size, desc_act and sym of a layer without an override
     dynamic     GPTQModel's: which layers, and what differs for them, in their order; None: they are not quantized
@@ -81,7 +81,7 @@ class GPTQConfig:
     kv_cache: str | None = None
 
     def format_of(self, module: str, suffixes: Collection[str] | None = None) -> GPTQFormat | None:
-        """The format of a linear layer by its full name; None when it is not quantized."""
+        """The format of a linear layer, given its full name; None if it is not quantized."""
         override = next((rule.override for rule in self.dynamic if rule.regexes.match(module)), {})
         quantized = self._expects(module, override) if suffixes is None else "qweight" in suffixes
         if not quantized:
@@ -101,7 +101,7 @@ def _merge(base: Mapping[str, Any], override: Mapping[str, Any] | None) -> dict[
 
 
 def make_format(settings: Mapping[str, Any], version: Version, whole_words: bool, where: str) -> GPTQFormat:
-    """A layer's format by its bits, group_size, desc_act and sym. Raises FormatError, which begins with `where`."""
+    """The format for these bits, group_size, desc_act and sym. Raises FormatError; its message begins with `where`."""
     bits = settings["bits"]
     size = settings["group_size"]
     if bits not in INT_DTYPES:
@@ -138,12 +138,12 @@ def parse_gptq(raw: Mapping[str, Any]) -> GPTQConfig:
 
 
 def stored_format(raw: Mapping[str, Any]) -> str:
-    """How the tensors are laid out: AutoGPTQ calls it checkpoint_format, GPTQModel also format; absent is version 1."""
+    """The tensors' layout: AutoGPTQ calls it checkpoint_format, GPTQModel also format; absent means version 1."""
     return str(raw.get("checkpoint_format") or raw.get("format") or "gptq").lower()
 
 
 def _refuse(raw: Mapping[str, Any]) -> None:
-    """What changes the tensors, or what they mean, in a way that isn't read here."""
+    """Refuse keys that change the tensors, or what they mean, in an unsupported way."""
     found = "marlin" if raw.get("is_marlin_format") else stored_format(raw)
     if found not in VERSIONS:
         raise FormatError(f"checkpoint_format {found!r} is not supported; {' and '.join(VERSIONS)} are")

@@ -41,7 +41,7 @@ class _Config(msgspec.Struct):
 
 @dataclass(frozen=True)
 class ModelOptConfig:
-    """Every linear layer has one scheme, or none. scheme None: the KV cache alone is quantized."""
+    """One scheme for the quantized layers. scheme None: only the KV cache is quantized."""
 
     scheme: QuantScheme | None
     excluded: tuple[str, ...]
@@ -49,7 +49,7 @@ class ModelOptConfig:
     name: str = "modelopt"
 
     def format_of(self, module: str, suffixes: Collection[str] | None = None) -> Fp8Format | None:
-        """The format of a linear layer by its full name; None when it is not quantized."""
+        """The format of a linear layer, given its full name; None if it is not quantized."""
         if self.scheme is None or any(_excludes(pattern, module) for pattern in self.excluded):
             return None
         if suffixes is not None and not any(name in suffixes for name in WEIGHT_SCALES):
@@ -58,7 +58,7 @@ class ModelOptConfig:
 
 
 def _excludes(pattern: str, module: str) -> bool:
-    """A glob over the module's name or over that of a module that it is part of."""
+    """Whether a glob matches the module's name or that of a module that contains it."""
     return fnmatchcase(module, pattern) or fnmatchcase(module, f"{pattern}.*")
 
 

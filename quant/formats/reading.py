@@ -1,4 +1,4 @@
-"""What reading a layer's tensors takes in any format: take one out of those that are there, and check it."""
+"""Helpers for reading a layer's tensors in any format: take one of those that are there, and check it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def take(left: dict[str, Tensor], name: str) -> Tensor:
-    """The tensor, gone from `left` afterwards: what is left at the end was not expected."""
+    """Remove a tensor from `left` and return it; what is left at the end was not expected."""
     tensor = left.pop(name, None)
     if tensor is None:
         raise FormatError(f"{name} is missing")
@@ -21,7 +21,7 @@ def take(left: dict[str, Tensor], name: str) -> Tensor:
 
 
 def take_words(left: dict[str, Tensor], name: str) -> Tensor:
-    """A matrix of int32 words."""
+    """Take a matrix of int32 words."""
     words = take(left, name)
     if words.dtype != torch.int32 or words.ndim != 2 or not words.numel():
         raise FormatError(f"{name} is {words.dtype} {list(words.shape)}; a matrix of int32 words is expected")
@@ -29,7 +29,7 @@ def take_words(left: dict[str, Tensor], name: str) -> Tensor:
 
 
 def take_scales(left: dict[str, Tensor], name: str) -> Tensor:
-    """A matrix of finite numbers. They may be negative: AutoRound has such."""
+    """Take a matrix of finite numbers. They may be negative: AutoRound writes such scales."""
     scale = take(left, name)
     if scale.dtype not in FLOATS or scale.ndim != 2:
         raise FormatError(f"{name} is {scale.dtype} {list(scale.shape)}; a matrix of floats is expected")
@@ -46,14 +46,14 @@ def reshape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def check_input_scale(scale: Tensor) -> Tensor:
-    """A static activation scale [], which must be a positive number."""
+    """Return a static activation scale [], which must be a positive number."""
     if not 0 < float(scale) < math.inf:
         raise FormatError(f"input_scale is {float(scale)}; a positive number is needed")
     return scale
 
 
 def check_nothing_left(left: dict[str, Tensor], where: str) -> None:
-    """Raise FormatError for tensors that nobody has taken: they mean something that isn't known."""
+    """Raise FormatError for tensors that nobody has taken, since they mean something unknown."""
     if left:
         raise FormatError(f"{', '.join(sorted(left))} not expected {where}")
 
@@ -65,7 +65,7 @@ def check_shape(name: str, tensor: Tensor, wanted: tuple[int, ...], why: str) ->
 
 
 def exactly(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """A scale in the type that a format stores, if that can hold its numbers exactly. Raises FormatError."""
+    """The scale in the type that a format stores. Raises FormatError if that can't hold its numbers exactly."""
     stored = scale.to(dtype)
     if not torch.equal(stored.to(torch.float64), scale.to(torch.float64)):
         worst = scale.flatten()[(stored.to(torch.float64) != scale.to(torch.float64)).flatten()][0]

@@ -1,4 +1,4 @@
-"""Which format a checkpoint is in, by its config's `quant_method`: one table, a row per format."""
+"""Selects a checkpoint's format by its config's `quant_method`, in a table with one row per format."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ METHODS: dict[str, Callable[[Mapping[str, Any]], QuantizationConfig]] = {
     "modelopt": parse_modelopt,
 }
 
-# Tensors that belong to a linear layer, in any format.
+# The suffixes of a linear layer's tensors, in any format.
 SUFFIXES = tuple(dict.fromkeys(compressed_tensors.SUFFIXES + gptq.SUFFIXES + awq.SUFFIXES + fp8.SUFFIXES))
 
 
 def parse_quantization(raw: Mapping[str, Any]) -> QuantizationConfig:
-    """A config.json's `quantization_config`. Raises FormatError for one that octavo doesn't read."""
+    """Parse a config.json's `quantization_config`. Raises FormatError for one that octavo doesn't support."""
     method = raw.get("quant_method")
     parse = METHODS.get(str(method).lower())
     if parse is None:

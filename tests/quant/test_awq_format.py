@@ -124,7 +124,7 @@ def test_zero_points_where_there_are_none_are_refused() -> None:
 
 def test_what_awq_cannot_hold_is_refused() -> None:
     for name in ("W8A16", "W8A8", "FP8_DYNAMIC", "W3A16"):
-        with pytest.raises(FormatError, match="awq holds 4-bit integers in groups and leaves activations as they are"):
+        with pytest.raises(FormatError, match="awq holds 4-bit integers in groups and doesn't quantize activations"):
             AWQFormat(PRESETS[name])
     weight = random_weight(SYM)
     with pytest.raises(FormatError, match="desc_act"):

@@ -104,7 +104,7 @@ def test_keys_without_a_meaning_here_are_let_be() -> None:
     [
         (PRESETS["W8A8"], "native fp8 has fp8_e4m3 weights, not int8"),
         (PRESETS["FP8_DYNAMIC"], "per block or tensor, not per channel"),
-        (QuantScheme(PRESETS["FP8"].weight), "has no way to say"),
+        (QuantScheme(PRESETS["FP8"].weight), "can't express"),
     ],
 )
 def test_what_native_fp8_has_no_word_for_is_refused(scheme: QuantScheme, message: str) -> None:

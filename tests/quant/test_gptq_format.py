@@ -223,7 +223,7 @@ def test_scales_that_change_in_float16_are_refused() -> None:
 
 def test_what_gptq_cannot_hold_is_refused() -> None:
     for name in ("W8A8", "FP8_DYNAMIC", "FP8_BLOCK"):
-        with pytest.raises(FormatError, match="gptq holds integer weights and leaves activations as they are"):
+        with pytest.raises(FormatError, match="gptq holds integer weights and doesn't quantize activations"):
             GPTQFormat(PRESETS[name])
     with pytest.raises(FormatError, match="in_features 100 is not a multiple of 8"):
         GPTQFormat(W4).tensors(64, 100)
