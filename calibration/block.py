@@ -50,7 +50,7 @@ class Solved:
 
 
 class Runner(Protocol):
-    """What calibration asks of runtime/model/blocks.py; a layer is a value that only the runner knows."""
+    """The interface to runtime/model/blocks.py that calibration uses; only the runner knows what a layer is."""
 
     device: torch.device
     dtype: torch.dtype
@@ -247,7 +247,7 @@ class Block:
 
 
 def _stages(groups: list[InputGroup]) -> list[list[InputGroup]]:
-    """What is computed one after another in a block; all experts' second layers at once."""
+    """Return the stages that a block computes one after another; all experts' second layers are one stage."""
     stages: dict[str, list[InputGroup]] = {}
     for group in groups:
         stages.setdefault(group.name.rpartition(".")[2] if "." in group.name else group.name, []).append(group)
@@ -255,7 +255,7 @@ def _stages(groups: list[InputGroup]) -> list[list[InputGroup]]:
 
 
 def _output_snr(weight: Tensor, rounded: Tensor, stats: InputStats) -> float | None:
-    """Of the layer's output over the calibration text; None when nothing was lost."""
+    """Signal to noise of the layer's output over the calibration text, in dB; None when nothing was lost."""
     device = stats.moments.device
     loss = gptq_loss(weight.to(device), rounded.to(device), stats)
     return None if loss == 0 else -10 * math.log10(loss)

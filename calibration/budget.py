@@ -38,7 +38,7 @@ LOGIT_ROWS = 256
 
 @dataclass(frozen=True)
 class Choice:
-    """What a unit would cost in bits, and the model in KL, with a scheme."""
+    """The cost of a scheme for one unit: its bits, and the KL that it adds to the model."""
 
     scheme: str
     bits: int
@@ -97,7 +97,7 @@ def _check_least(least: int, weights: int, budget: float) -> None:
 
 
 def carried_bytes(runner: Runner) -> int:
-    """What `measure` holds beside a block: the hidden states of one variant of the model for each unit."""
+    """Bytes that `measure` holds beside a block: the hidden states of one variant of the model for each unit."""
     units = 4 * runner.num_blocks  # qkv, o, gate_up and down
     return (units + 2) * MAX_TOKENS * runner.hidden_size * runner.dtype.itemsize
 
@@ -194,7 +194,7 @@ def _round(
 
 
 def _bits(items: Sequence[Item], recipe: Recipe, scheme: str) -> int:
-    """What the unit's layers take on the disk."""
+    """Bits that the unit's layers take on the disk."""
     total = 0
     for item in items:
         assert item.linear is not None

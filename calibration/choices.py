@@ -1,4 +1,4 @@
-"""What a recipe can choose from, for types and for flags. Imports nothing heavy."""
+"""The values of a recipe's fields, for types and flags. Imports nothing heavy."""
 
 from __future__ import annotations
 

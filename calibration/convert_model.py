@@ -36,7 +36,7 @@ MARKS = {"weight_scale", "weight_scale_inv", "qweight"}  # what only quantized l
 
 @dataclass(frozen=True)
 class Converted:
-    """What was done."""
+    """The result of a conversion."""
 
     source_format: str
     schemes: Mapping[str, QuantScheme]
@@ -58,7 +58,7 @@ class _Found:
 
 @dataclass(frozen=True)
 class _Piece:
-    """What becomes of a tensor of the source: a copy, or of a layer's first tensor the layer in its new format."""
+    """The output for a tensor of the source: a copy or, for a layer's first tensor, the layer in its new format."""
 
     name: str
     specs: Mapping[str, TensorSpec]
@@ -262,7 +262,7 @@ def _unquantized(checkpoint: Checkpoint, found: Mapping[str, _Found]) -> list[st
 
 
 def _kv_scheme(checkpoint: Checkpoint, target: Format) -> KVScheme | None:
-    """What compressed-tensors' config is to say of the KV cache. Raises QuantizeError where scales would be lost."""
+    """The KV cache's scheme for compressed-tensors' config. Raises QuantizeError where scales would be lost."""
     endings = {f".{name}" for pair in KV_SCALES for name in pair}
     scales = [name for name in checkpoint.names if any(name.endswith(ending) for ending in endings)]
     if not scales:

@@ -1,4 +1,4 @@
-"""How often the calibration text sent a token to each expert: experts that it hardly speaks to are named.
+"""Warns of experts that the router hardly chose for the calibration text.
 
 Every expert's statistics are over all tokens (runtime/model/blocks.py), so a rare one is still calibrated, but on
 inputs that it was not chosen for.

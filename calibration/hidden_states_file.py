@@ -73,7 +73,7 @@ class Hidden:
         return self._hash.hexdigest()
 
     def is_whole(self, sha256: str) -> bool:
-        """Whether the file still holds what had this hash."""
+        """Check the file's content against the hash of what was written."""
         self._file.seek(0)
         return hashlib.file_digest(self._file, "sha256").hexdigest() == sha256
 

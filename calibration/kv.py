@@ -68,7 +68,7 @@ class KVReport:
 
     @classmethod
     def from_json(cls, scheme: KVScheme, sides: Mapping[str, Mapping[str, Any]]) -> KVReport:
-        """What `to_json` gave."""
+        """Read the result of `to_json`."""
         key, value = (
             KVSide(
                 None, **{**sides[name], "snr_db": math.inf if sides[name]["snr_db"] is None else sides[name]["snr_db"]}
@@ -117,7 +117,7 @@ def kv_rows(layers: Sequence[KVReport]) -> list[KVRow]:
 
 
 def kv_advice(layers: Sequence[KVReport]) -> str | None:
-    """What the KV cache should be instead, with the reason; None when rounding is harmless in every layer."""
+    """Advise another KV cache, with the reason; None when rounding is harmless in every layer."""
     bad = {}
     for name in ("key", "value"):
         found = {i: getattr(x, name).snr_db for i, x in enumerate(layers) if getattr(x.scheme, name) != "bf16"}

@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint are the linear layers to quantize, told by their names, and whether a scheme fits.
+"""Finds the linear layers of a checkpoint by their tensors' names, and checks that a scheme fits them.
 
 Every decoder that transformers saves keeps its blocks under `...layers.N.`, and in them the two-dimensional `.weight`s
 are linear layers, routers aside. A checkpoint without such names (GPT-2 keeps transposed weights) is refused.
@@ -63,7 +63,7 @@ class LinearLayer:
 
 @dataclass(frozen=True)
 class Selection:
-    """What is quantized, by module; and the linear layers that are not, as the config's ignore list names them."""
+    """The layers to quantize, by module, and the names of the others for the config's ignore list."""
 
     linears: dict[str, LinearLayer]
     ignore: list[str]
@@ -166,7 +166,7 @@ def check_group_size(scheme: QuantScheme, linears: dict[str, LinearLayer]) -> No
 
 
 def portability_warnings(scheme: QuantScheme, selection: Selection, format: str = "compressed-tensors") -> list[str]:
-    """What other engines won't do with the result although octavo does."""
+    """Warn of what other engines don't load although octavo does."""
     warnings = []
     block = scheme.weight.granularity.block
     if block is not None:

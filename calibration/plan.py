@@ -44,7 +44,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Unit:
-    """What is done, or lost, at once. index: the block's; scales: names of its KV-cache scales."""
+    """One unit of work, finished or lost as a whole. index: the block's; scales: names of its KV-cache scales."""
 
     name: str
     index: int | None

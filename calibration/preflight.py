@@ -1,4 +1,4 @@
-"""What a quantization will take, told before it starts: memory, disk and time.
+"""Estimates the memory, disk and time of a quantization before it starts.
 
 Memory and disk are counted from the plan. Time is counted from the arithmetic of the algorithms and the speed of two
 small GEMMs, measured here and now: right to a factor of two, which is what a person needs to know.

@@ -33,7 +33,7 @@ SMALL_FILES = 64_000_000  # bytes of what is copied beside the weights, at most
 
 @dataclass(frozen=True)
 class Calibration:
-    """What algorithms with data need: text as token ids, and the model block by block.
+    """The inputs of algorithms that use data: text as token ids, and the model block by block.
 
     offload_dir  where hidden states are kept while the run lasts; None: beside the output
     """
@@ -49,7 +49,7 @@ class Calibration:
 
     @property
     def hidden_shape(self) -> Shape:
-        """Of all samples' hidden states between two blocks."""
+        """Shape of all samples' hidden states between two blocks."""
         num_samples, seq_len = self.token_ids.shape
         return Shape(num_samples, seq_len, self.runner.hidden_size, self.runner.dtype)
 
@@ -73,7 +73,7 @@ class Prepared:
 
     @cached_property
     def estimate(self) -> Estimate:
-        """What it will take."""
+        """The memory, disk and time that it will take."""
         if self.calibration is None:
             return estimate(self.plan, self.recipe, 0, 0)
         return estimate(
@@ -82,7 +82,7 @@ class Prepared:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What decides the result, for the manifest: a run resumes only one that has the same."""
+        """Everything that determines the result, for the manifest; a run resumes only work with the same identity."""
         data = None if self.calibration is None else self.calibration.data
         return {
             "source": source_digest(self.checkpoint),

@@ -1,4 +1,4 @@
-"""How long work tells how far it is, through the whole house."""
+"""The one type of progress callbacks."""
 
 from __future__ import annotations
 

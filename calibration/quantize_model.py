@@ -1,8 +1,8 @@
 """A checkpoint in, a quantized checkpoint out: one block in memory at a time, and all of it or nothing.
 
-Without calibration text not even that: tensors are read, rounded and put in their places one by one. With it, each
-block is loaded, its inputs are measured over all samples, its weights are solved and written, and the samples go on
-through the quantized block to the next one.
+Without calibration text, one tensor at a time is read, rounded and written. With it, each block is loaded, its inputs
+are measured over all samples, its weights are quantized and written, and the samples' outputs of the quantized block
+are the inputs of the next one.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from octavo.quant.qparams import QuantizedWeight, WeightError, quantize_weight
 
 @dataclass
 class Quantized:
-    """What was done: for the report. kv: rows of the KV-cache's calibration."""
+    """The result of a quantization, for the report. kv: the KV cache's calibration by block."""
 
     recipe: Recipe
     selection: Selection
@@ -49,7 +49,7 @@ class Quantized:
 
 @dataclass
 class _Run:
-    """What goes on from unit to unit."""
+    """State that is carried from unit to unit."""
 
     prepared: Prepared
     work: Workspace
@@ -106,7 +106,7 @@ def _remove_offloaded(out: Path, calibration: Calibration | None) -> None:
 
 
 def _offloaded(partial: Path) -> str:
-    """How the names of a run's files in --offload-dir begin: other runs may have theirs there, of the same OUT even."""
+    """Prefix of a run's files in --offload-dir, unique to its output's path: other runs may have files there too."""
     return f"octavo-{hashlib.sha256(str(partial).encode()).hexdigest()[:12]}-hidden"
 
 
@@ -271,7 +271,7 @@ def _embed(run: _Run, calibration: Calibration) -> Hidden:
 
 @contextmanager
 def _closed_on_errors(hidden: Hidden) -> Iterator[None]:
-    """Who calls from Python may go on after an error."""
+    """Close a file when an error passes: a caller from Python may go on after it."""
     try:
         yield
     except BaseException:
@@ -304,7 +304,7 @@ def _hidden_again(run: _Run, unit: Unit) -> Hidden | None:
 
 
 def _finish(run: _Run) -> None:
-    """What makes the directory a checkpoint; config.json last."""
+    """Write the files that make the directory a checkpoint, config.json last."""
     for left in run.work.directory.glob("hidden-*.bin"):
         left.unlink()
     if len(run.plan.shards) > 1:

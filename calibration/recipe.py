@@ -1,4 +1,4 @@
-"""What decides the result of a quantization, besides the model and the text: one value, which a file can keep.
+"""The options that, with the model and the text, determine the result of a quantization: one value, kept in a file.
 
 A recipe file is JSON that a person can read, edit and replay (`--recipe`):
 
@@ -140,12 +140,12 @@ class Recipe(msgspec.Struct, frozen=True):
 
     @property
     def solver(self) -> Literal["rtn", "gptq"]:
-        """How codes are found once the weights are scaled."""
+        """The algorithm that rounds the weights once they are scaled."""
         return "gptq" if self.algorithm.endswith("gptq") else "rtn"
 
     @property
     def scaling(self) -> Literal["awq", "smoothquant"] | None:
-        """Which scales per input channel are folded into the op before."""
+        """The algorithm whose scales per input channel are folded into the op before."""
         first = self.algorithm.partition("+")[0]
         return "awq" if first == "awq" else "smoothquant" if first == "smoothquant" else None
 
@@ -155,7 +155,7 @@ class Recipe(msgspec.Struct, frozen=True):
 
     @property
     def needs_statistics(self) -> bool:
-        """Whether anything depends on the inputs of linear layers."""
+        """True if anything depends on the inputs of linear layers."""
         static = any(s.activation is not None and not s.activation.dynamic for s in self.schemes)
         return self.algorithm != "rtn" or static
 
@@ -276,7 +276,7 @@ def parse_kv(spelled: str) -> KVScheme:
 
 
 def means_layer(pattern: str, module: str, kind: str) -> bool:
-    """Whether a pattern means a layer: its full name, its name in the block or the last part, a glob, 're:' a regex."""
+    """Match a layer's full name, its name in the block or its last part, with a glob, or with 're:' and a regex."""
     if pattern.startswith("re:"):
         from octavo.quant.formats.compressed_tensors_config import matches  # imports torch, which flags do without
 
@@ -289,7 +289,7 @@ _DEFAULTS = {known.name: known.default for known in msgspec.structs.fields(Recip
 
 
 def to_json(recipe: Recipe) -> dict[str, Any]:
-    """What `read_recipe` reads back as the same recipe."""
+    """The content of a recipe file, which `read_recipe` reads back as the same recipe."""
     return {"octavo_recipe": 1, **msgspec.to_builtins(recipe)}
 
 

@@ -1,4 +1,4 @@
-"""What quantization cost, measured: what the original and the quantized model say of the same text, compared.
+"""Measures the cost of quantization: compares the original's and the quantized model's logits for the same text.
 
 Knows logits and hidden states, not where they come from: the caller runs the serving path itself, one model after the
 other if it likes.
@@ -79,7 +79,7 @@ class Quality:
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Of one model alone: exp of the mean negative log-likelihood of num_tokens tokens."""
+    """Perplexity of one model: exp of the mean negative log-likelihood of num_tokens tokens."""
 
     text: str
     window: int
@@ -197,7 +197,7 @@ class BlockNoise:
 
 
 def added_noise(blocks: tuple[BlockSnr, ...]) -> list[tuple[int, float]]:
-    """What each block adds to the noise that it was handed, the most first: (block, difference of the noise)."""
+    """The noise that each block adds to its input's, the most first: (block, difference of the noise)."""
     levels = [0.0, *(block.noise for block in blocks)]
     added = [(block.block, b - a) for block, (a, b) in zip(blocks, pairwise(levels), strict=True)]
     return sorted(added, key=lambda row: -row[1])

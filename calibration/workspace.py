@@ -1,10 +1,10 @@
-"""Where a quantized checkpoint comes to be: a directory beside its place, all or nothing, that a killed run can resume.
+"""The directory, beside OUT, in which a quantized checkpoint is written: all or nothing, and resumed after a kill.
 
-The work is cut into units (the embeddings and what else stands outside of the blocks; then each block). Shards are
-laid out with their headers first, and each unit's tensors put in their places. When a unit is on the disk, and with it
-the hidden states that the next one needs, the manifest says so, with hashes; a resumed run checks them and goes on
-with the first unit that the manifest doesn't have. The directory has no config.json and its shards have no names that
-a loader would take until everything is there; then it is renamed into place.
+The work is cut into units: first everything outside of the blocks, then each block. Shards are laid out with their
+headers first, then each unit's tensors are written in their places. Once a unit and the hidden states that the next one
+needs are on the disk, the manifest says so, with hashes; a resumed run checks them and goes on with the first unit that
+the manifest doesn't have. The directory has no config.json, and its shards no names that a loader would take, until
+everything is there; then it is renamed into place.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ NO_MEMORY = "DefaultCPUAllocator"  # in the RuntimeError that torch raises for w
 
 
 def is_interruption(error: BaseException) -> bool:
-    """Whether a run that ended with this error may be resumed with the same options."""
+    """True if a run that ended with this error can be resumed with the same options."""
     return isinstance(error, INTERRUPTIONS) or (isinstance(error, RuntimeError) and NO_MEMORY in str(error))
 
 
@@ -132,7 +132,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def _is_manifest(found: Any) -> bool:
-    """Whether a JSON value is what `Workspace` writes."""
+    """True if a JSON value has the form of a manifest."""
     if not isinstance(found, dict) or not isinstance(found.get("job"), dict):
         return False
     units = found.get("units")
@@ -157,7 +157,7 @@ def finished(out: Path, job: Mapping[str, Any]) -> dict[str, dict[str, Any]] | N
 
 
 def _differences(there: Mapping[str, Any], job: Mapping[str, Any]) -> str:
-    """Which of a job's keys have another value there; of a recipe what it was."""
+    """Name the job's keys whose value differs there, with a recipe's former values."""
     found = []
     for key, value in json.loads(json.dumps(job)).items():
         before = there.get(key)
@@ -171,7 +171,7 @@ def _differences(there: Mapping[str, Any], job: Mapping[str, Any]) -> str:
 
 
 def partial_of(out: Path) -> Path:
-    """Where `out` is made."""
+    """The directory in which `out` is made."""
     return out.with_name(f".{out.name}.partial")
 
 
@@ -214,7 +214,7 @@ def workspace(
 
 
 def _prepare(partial: Path, job: Mapping[str, Any], *, resume: bool, overwrite: bool) -> bool:
-    """Whether there is work to go on with. Raises QuantizeError for work that would be lost, or is another's."""
+    """True if there is work to resume. Raises QuantizeError for work that would be lost, or of other options."""
     manifest = read_manifest(partial)
     if not manifest["units"]:
         return False

@@ -1,4 +1,4 @@
-"""What scales per input channel would cost: the error of a layer's outputs once its scaled weights are rounded.
+"""Search scales per input channel by their cost: the error of a layer's outputs once its scaled weights are rounded.
 
 For AWQ and SmoothQuant, which differ only in the scales that they propose. Only statistics are needed, no forward pass.
 """
@@ -92,7 +92,7 @@ class ScaleTrials:
         return noise / self._signal if self._signal > 0 else 0.0
 
     def _input_errors(self, activation: ActivationScheme, scales: Tensor) -> Tensor:
-        """What rounding does to the sampled tokens' inputs x / s, [R, K]."""
+        """Return the rounding errors of the sampled tokens' inputs x / s, [R, K]."""
         inputs = self.stats.rows / scales
         if inputs.shape[0] == 0:
             raise ValueError("the scheme rounds inputs, and the statistics hold no rows to try it on")
@@ -101,7 +101,7 @@ class ScaleTrials:
         return inputs if rounds is None else rounds(inputs).sub_(inputs)
 
     def best(self, candidates: Sequence[Tensor], before: float, *, joint: bool = False) -> ScaleSearch:
-        """Of some scales, and of none with the loss `before`, the one with the least loss."""
+        """Return the candidate with the least loss; not scaling, whose loss is `before`, is one."""
         best = ScaleSearch(torch.ones_like(self.stats.absmax), before, before)
         for scales in candidates:
             loss = self.loss(scales, joint=joint)

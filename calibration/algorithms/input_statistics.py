@@ -1,4 +1,4 @@
-"""What calibration remembers of a linear layer's input: enough for GPTQ, AWQ, SmoothQuant and static scales.
+"""The statistics of a linear layer's input that GPTQ, AWQ, SmoothQuant and static scales need.
 
 The squared error of a layer's output over the calibration text is a function of its weight's change D and of the
 inputs' second moments H alone: sum over tokens |D x|^2 = trace(D H D^T). What rounding the inputs themselves costs is
@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class InputStats:
-    """Of the inputs x [K] of one linear layer (or of several that share them), over num_tokens tokens.
+    """Statistics of the inputs x [K] of one linear layer, or of several that share them, over num_tokens tokens.
 
     moments  [K, K] float32: the mean over tokens of x x^T (half of GPTQ's Hessian; a factor changes nothing there);
              [0, 0] where only magnitudes were asked for

@@ -19,7 +19,7 @@ ROW = 26  # of a horizontal bar
 
 
 def kl_histogram(counts: Sequence[int], mean: float, p99: float) -> str:
-    """How many tokens have how large a KL; a bin is a quarter of a decade, the first and the last are open."""
+    """A histogram of the tokens' KL: a bin is a quarter of a decade, the first and the last are open."""
     most = max(counts)
     step = (WIDTH - LEFT - RIGHT) / len(counts)
     body = _grid(most, _ticks(most), "tokens")

@@ -116,7 +116,7 @@ class _Version(msgspec.Struct):
 
 
 def sizes_of(before: int, after: int, layers: Sequence[LayerRow]) -> Sizes:
-    """What a quantization of these layers saved of so many bytes."""
+    """Sizes of a checkpoint before and after, with the bits per weight of the quantized layers."""
     weights = sum(layer.out_features * layer.in_features for layer in layers)
     bits = 8 * sum(layer.bytes_after for layer in layers) / weights if weights else None
     return Sizes(before, after, before - after, before / after, bits)

@@ -103,7 +103,7 @@ def kv_table(report: Report) -> Table:
 
 
 def quality_table(report: Report) -> Table:
-    """What quantizing cost; no rows where it was not measured."""
+    """The cost in quality; no rows where it was not measured."""
     quality = report.quality
     rows: tuple[tuple[str, ...], ...] = ()
     if quality is not None:

@@ -1,4 +1,4 @@
-"""Whether a quantized model is good enough, and if it isn't, what is to blame and what would help."""
+"""Judges a quantized model; names the layers to blame and what would help."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def judge(
 
 
 def broken(error: NotFiniteError) -> Verdict:
-    """Of a quantized model that can't be measured, since it gives NaN or infinity."""
+    """The verdict on a quantized model that gives NaN or infinity."""
     remedies = (
         "--dtype float32 or bfloat16, if the weights or activations are beyond what float16 holds",
         "a KV cache that is not quantized, if keys or values are beyond what it holds",
@@ -122,7 +122,7 @@ def _remedies(
     blocks: tuple[int, ...],
     kv_cache: str | None,
 ) -> list[str]:
-    """What to try, the cheapest first."""
+    """Remedies to try, the cheapest first."""
     remedies = []
     if scheme is not None:
         remedies += _other_ways(scheme, algorithm, layers)

@@ -1,4 +1,4 @@
-"""How far each quantized layer's weight is from the original's, layer by layer and kind by kind."""
+"""Measures the error of each quantized layer's weight, by layer and by kind of layer."""
 
 from __future__ import annotations
 

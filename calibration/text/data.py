@@ -69,7 +69,7 @@ class CalibrationData:
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much data is wanted, and by which seed it is chosen."""
+    """The number and length of samples, and the seed that chooses them."""
 
     num_samples: int
     max_seq_length: int
@@ -174,7 +174,7 @@ def check_disjoint(data: CalibrationData, token_ids: Sequence[int], what: str) -
 
 @dataclass(frozen=True)
 class _Framing:
-    """What a tokenizer puts before a text, and whether it marks where one begins or ends."""
+    """The tokens that a tokenizer puts before a text; is_marked: it marks where a text begins or ends."""
 
     prefix: list[int]
     is_marked: bool
@@ -243,7 +243,7 @@ class _Stream:
         return ids
 
     def _text(self, document: Document, index: int) -> tuple[str, bool]:
-        """What is to be tokenized, and whether the tokenizer adds its marks; a template has them written out."""
+        """The text to tokenize, and whether the tokenizer adds special tokens; a template writes them itself."""
         if document.messages and self._encoder.has_chat_template:
             return self._encoder.render(document.messages), False
         if document.text is None:

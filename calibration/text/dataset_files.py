@@ -115,7 +115,7 @@ def _inside(files: list[str], root: str, where: str) -> list[str]:
 
 
 def _cached(snapshot_download: Callable[..., str], repo: str) -> Path:
-    """What an earlier run downloaded, where HF_HUB_OFFLINE says that nothing more will be."""
+    """The snapshot that an earlier run downloaded: HF_HUB_OFFLINE forbids another download."""
     try:
         return Path(snapshot_download(repo, repo_type="dataset", local_files_only=True))
     except OSError as e:

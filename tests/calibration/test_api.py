@@ -14,7 +14,11 @@ from safetensors.torch import load_file, save_file
 from served import logits_of
 
 import octavo
-from octavo.calibration.recipe import RecipeError
+from octavo.calibration.layers import QuantizeError
+from octavo.calibration.quantize_model import quantize_model
+from octavo.calibration.recipe import Recipe, RecipeError
+from octavo.jobs.calibration_data import DataOptions
+from octavo.jobs.quantize import Job, prepare
 from octavo.quant.checkpoint import Checkpoint
 from octavo.quant.qparams import QuantizedWeight
 
@@ -51,6 +55,26 @@ def test_calibrated_algorithms_beat_rounding(fixtures: Path, tmp_path: Path, tex
     }
     assert max(kl["gptq"], kl["awq+gptq"]) < 0.9 * kl["rtn"], kl
     assert kl["awq"] < kl["rtn"], kl  # by little: channels of these models are much alike
+
+
+def test_a_prepared_job_has_all_but_the_weights(fixtures: Path, tmp_path: Path, text: Path) -> None:
+    """Source, plan, text and cost are there before a byte is written, and doing the work is all that is left."""
+    out = tmp_path / "out"
+    options: dict[str, Any] = {"scheme": "W4A16@32", "algorithm": "gptq", "evaluate": False}
+    octavo.quantize(fixtures / "tiny", out, data=str(text), num_calibration_samples=4, max_seq_length=32, **options)
+    expected = (out / "model.safetensors").read_bytes()
+    shutil.rmtree(out)
+    recipe = Recipe("W4A16@32", algorithm="gptq")
+    prepared = prepare(Job(str(fixtures / "tiny"), out, recipe, DataOptions(str(text), 4, 32)))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [text.name]
+    assert prepared.calibration is not None
+    assert prepared.calibration.token_ids.shape == (4, 32)
+    text.unlink()  # nothing is read again
+    quantize_model(prepared)
+    assert (out / "model.safetensors").read_bytes() == expected
+    assert len(expected) < prepared.estimate.disk < 2 * len(expected)
+    with pytest.raises(QuantizeError, match="exists; --overwrite replaces it"):
+        prepare(Job(str(fixtures / "tiny"), out, recipe, DataOptions(str(tmp_path / "nowhere.txt"))))
 
 
 def with_outliers(model: Path, copy: Path) -> Path:

@@ -35,7 +35,7 @@ class _StaleError(HttpError):
 
 
 class Answer:
-    """What stood in front of a body."""
+    """The head of an answer."""
 
     def __init__(self, status: int, content_type: str) -> None:
         self.status = status

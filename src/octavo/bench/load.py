@@ -89,7 +89,7 @@ class Record:
 
     @property
     def counted_by_server(self) -> bool:
-        """Whether the server said how many tokens it generated."""
+        """True if the server said how many tokens it generated."""
         return self.usage is not None and self.usage.completion_tokens is not None
 
     @property
@@ -123,7 +123,7 @@ class Request:
 
 @dataclass(frozen=True)
 class LoadResult:
-    """What was measured: the requests that ended, in the order they were made, and the wall's seconds."""
+    """The result of a load: the requests that ended, in the order they were made, and its duration in seconds."""
 
     records: list[Record]
     duration: float

@@ -19,7 +19,7 @@ from octavo.bench.load import LoadResult, Record
 
 @dataclass(frozen=True)
 class Latencies:
-    """Of one metric, in milliseconds; zeros where there are no values. percentiles: {99.0: ms}."""
+    """Statistics of one latency, in milliseconds; zeros where there are no values. percentiles: {99.0: ms}."""
 
     mean: float
     median: float
@@ -38,7 +38,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Metrics:
-    """What the report is printed from. Throughputs are per second; the goodputs are None without an SLO."""
+    """The figures of the report. Throughputs are per second; the goodputs are None without an SLO."""
 
     completed: int
     failed: int
@@ -105,7 +105,7 @@ def tpot(record: Record) -> float:
 
 
 def meets(record: Record, goodput: Mapping[str, float]) -> bool:
-    """Whether a request stays within every limit; the limits are milliseconds, inclusive."""
+    """True if a request stays within every limit; the limits are milliseconds, inclusive."""
     values = {"ttft": record.ttft, "tpot": tpot(record), "e2el": record.latency}
     return all(values[name] * 1e3 <= limit for name, limit in goodput.items())
 
@@ -131,7 +131,7 @@ def peak_concurrency(records: Sequence[Record]) -> int:
 
 
 def cost(metrics: Metrics, cost_per_hour: float, num_gpus: int) -> Cost:
-    """What a million tokens costs at the throughput that was measured."""
+    """The price of a million tokens at the measured throughput."""
     slo = metrics.output_goodput
     return Cost(
         per_1m_output=dollars_per_million(cost_per_hour, num_gpus, metrics.output_throughput),

@@ -1,4 +1,4 @@
-"""What a benchmark of a server is asked for: the options of `octavo bench`, with vLLM's names and defaults."""
+"""The options of a server's benchmark, and of `octavo bench`, with vLLM's names and defaults."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ def _dollars(label: str, value: float | None) -> str:
 
 
 def notes(result: LoadResult) -> list[str]:
-    """What has to be known about how the numbers came to be; nothing where the server counted."""
+    """Notes on how the numbers were counted; none where the server counted."""
     good = [record for record in result.records if record.error is None]
     lines = []
     uncounted = sum(not record.counted_by_server for record in good)
@@ -127,7 +127,7 @@ def result_json(
     metrics: Metrics,
     prices: Cost | None,
 ) -> dict[str, Any]:
-    """What --save-result writes; with --save-detailed, a list per request under each of vLLM's names."""
+    """The content of --save-result's file; with --save-detailed, a list per request under each of vLLM's names."""
     found: dict[str, Any] = {
         "date": datetime.now().strftime("%Y%m%d-%H%M%S"),
         "endpoint_type": options.backend,

@@ -156,7 +156,7 @@ def _check(options: EvalOptions) -> None:
 
 
 def _config(options: EvalOptions, directory: Path) -> EngineConfig:
-    """How MODEL runs."""
+    """The configuration that MODEL runs with."""
     from octavo.runtime.config import EngineConfig
 
     kv: Any = KV_SHORT_NAMES.get(options.kv_cache_dtype, options.kv_cache_dtype)
@@ -246,7 +246,7 @@ def _quality(options: EvalOptions, original: Path, directory: Path) -> Quality:
 
 
 def _schemes(options: EvalOptions, stored: tuple[QuantScheme, ...]) -> tuple[QuantScheme, ...]:
-    """What is rounded: in the checkpoint, while it is loaded, and in the output head."""
+    """The schemes of what is rounded: in the checkpoint, at load, and in the output head."""
     at_load = [PRESETS[AT_LOAD[options.dtype]]] if options.dtype in AT_LOAD else []
     head = [HEAD_INT8] if options.lm_head_dtype == "int8" else []
     return (*stored, *at_load, *head)
@@ -271,6 +271,6 @@ def _write(options: EvalOptions, report: Report) -> None:
 
 
 def _name(model: str) -> str:
-    """Of a model, without where on this machine it lies."""
+    """A model's name without its place on this machine."""
     path = Path(model).expanduser()
     return path.resolve().name if path.is_dir() else model.rpartition("/")[2]

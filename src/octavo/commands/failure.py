@@ -1,4 +1,4 @@
-"""What a command says, on one line, of an error that ends it."""
+"""An error that ends a command, in one line."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _what_is_left(args: argparse.Namespace) -> str:
-    """What an interrupted run has left, for the line that says that it was."""
+    """A hint at the work that an interrupted run has left."""
     from octavo.calibration.workspace import partial_of
 
     if (args.output / "config.json").is_file() and not args.overwrite:

@@ -1,1 +1,1 @@
-"""What commands do, as a library: quantize, measure quality, write calibration text."""
+"""The application layer: quantize, measure quality and write calibration text, as a library."""

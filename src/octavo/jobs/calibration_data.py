@@ -19,7 +19,7 @@ MAX_DEFAULT_SAMPLES = 512
 
 
 class DataOptions(msgspec.Struct, frozen=True):
-    """Which calibration text: flags with llm-compressor's names.
+    """The choice of calibration text; its flags have llm-compressor's names.
 
     dataset: what --dataset takes; or a list of texts, or of dicts as a line of a .jsonl file holds them; or token ids,
     a list of tensors [max_seq_length] or one of all, taken as they are; or None, for text that the model generates.
@@ -113,7 +113,7 @@ def make_data(
 
 
 def default_num_samples(config: dict[str, Any], max_seq_length: int) -> int:
-    """How many windows when nobody says: 32, or as many as it takes for 4 tokens to each input of the widest layer.
+    """The default number of windows: 32, or as many as give 4 tokens to each input of the widest layer.
 
     GPTQ inverts the second moments of a layer's K inputs, a K x K matrix that fewer than K tokens leave singular and
     somewhat more leave noisy. Peers take a fixed number: 512 x 384 tokens (llm-compressor's examples), 128 x 2048

@@ -46,7 +46,7 @@ class ModelText:
             raise ConversationError(str(e)) from e
 
     def before_a_question(self) -> str | None:
-        """What the chat template writes before a user's first words; None without a template, or one that fails."""
+        """The chat template's text before a user's first words; None without a template, or with one that fails."""
         if not self.has_chat_template:
             return None
         try:

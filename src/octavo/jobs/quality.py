@@ -145,7 +145,7 @@ class _Recording:
 
 @dataclass(frozen=True)
 class _Facts:
-    """What two models must have in common to be compared."""
+    """Properties that two models must share to be compared."""
 
     architecture: str
     vocab_size: int
@@ -169,7 +169,7 @@ class _Runner:
 
     @property
     def num_blocks(self) -> int:
-        """Of which hidden states can be had."""
+        """Number of blocks whose hidden states can be had."""
         return self.model.num_layers if self.model.gives_hidden else 0
 
     def run(self, token_ids: Tensor, tap: Tap | None = None) -> Tensor:
@@ -250,7 +250,7 @@ def _check_disk(runner: _Runner) -> None:
 
 
 def _bytes_to_serve(directory: Path) -> int:
-    """What a checkpoint's tensors take in memory; a CPU keeps fp8 as bf16."""
+    """Bytes of a checkpoint's tensors in memory; a CPU keeps fp8 as bf16."""
     checkpoint = Checkpoint.open(directory)
     specs = [checkpoint.spec(name) for name in checkpoint.names]
     return sum(spec.nbytes * (2 if spec.dtype == torch.float8_e4m3fn else 1) for spec in specs)

@@ -15,6 +15,7 @@ import msgspec
 from msgspec import Meta
 
 from octavo.calibration.choices import ActOrder, Algorithm, Format
+from octavo.calibration.progress import Progress, silent
 from octavo.calibration.recipe import WHAT, Recipe, RecipeError, read_recipe
 from octavo.flags import parse_size
 from octavo.jobs.calibration_data import DataOptions
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from octavo.calibration.plan import Plan
     from octavo.calibration.preflight import Estimate
     from octavo.calibration.prepare import Calibration, Prepared
-    from octavo.calibration.progress import Progress
     from octavo.calibration.quantize_model import Quantized
     from octavo.calibration.report.report import Report
     from octavo.quant.checkpoint import Checkpoint
@@ -42,7 +42,7 @@ class Listener:
     """
 
     estimate: Callable[[Estimate], None] = lambda _: None
-    progress: Progress = lambda *_: None
+    progress: Progress = silent
     phase: Callable[[str], None] = lambda _: None
 
 
@@ -306,7 +306,7 @@ def _check_memory(needed: int, what_works: str) -> None:
 
 
 def _report(job: Job, prepared: Prepared, result: Quantized, seconds: float) -> Report:
-    """What is known before the quality is."""
+    """The report without the quality."""
     from octavo.calibration.kv import kv_rows
     from octavo.calibration.report.report import CalibrationText, Report, rounded, sizes_of
     from octavo.calibration.report.weight_error import by_kind, in_order

@@ -36,7 +36,7 @@ DRAWS = 1000  # of a first token, until one is a word
 
 
 class GenerationRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the child process reads: the prompts as token ids, and how long each text becomes."""
+    """The child process's input: the prompts as token ids, and the length of each text."""
 
     model: str
     prompts: list[list[int]]
