@@ -52,8 +52,6 @@ class EngineDeadError(RuntimeError):
 
 def num_bytes(output: TokenOutput) -> int:
     """What an output takes in memory, about. Positions of one output have equal numbers of likely tokens."""
-    if output.logprobs is None and output.prompt_logprobs is None:
-        return OUTPUT_BYTES
     total = OUTPUT_BYTES
     for entries in (output.logprobs, output.prompt_logprobs):
         if entries:
@@ -98,7 +96,6 @@ class Stream:
         outputs = self._pending
         if self.num_pending > MAX_AT_ONCE:
             return self._take_some(outputs)
-        self._client.num_pending -= self.num_pending
         self.num_pending = 0
         self._pending = []
         return outputs
@@ -111,7 +108,6 @@ class Stream:
             count += 1
         self._pending = outputs[count:]
         self.num_pending -= size
-        self._client.num_pending -= size
         return outputs[:count]
 
     def end(self, request_ids: Iterable[str]) -> None:
@@ -122,12 +118,12 @@ class Stream:
 
     def _put(self, output: TokenOutput) -> None:
         if output.request_id in self._open:
-            size = num_bytes(output)
+            is_plain = output.logprobs is None and output.prompt_logprobs is None
+            size = OUTPUT_BYTES if is_plain else num_bytes(output)
             if self._pending and self.num_pending + size > MAX_PENDING:
                 self._overflow()
                 return
             self.num_pending += size
-            self._client.num_pending += size
             self._pending.append(output)
             if output.finish_reason is not None:
                 self._open.discard(output.request_id)
@@ -142,7 +138,6 @@ class Stream:
 
     def _drop_pending(self) -> None:
         self._pending = []
-        self._client.num_pending -= self.num_pending
         self.num_pending = 0
 
     def _fail(self, message: str) -> None:
@@ -181,7 +176,6 @@ class EngineClient:
         self.death: str | None = None  # why the engine is dead; None while it lives
         self.refusal: str | None = None  # why no new request is taken; None while they are
         self.stats: EngineStats | None = None
-        self.num_pending = 0  # bytes of outputs that wait for their readers
         self.on_step: Callable[[StepOutputs], None] | None = None
         self.on_death: Callable[[], None] | None = None
         self._heartbeat = Heartbeat(self._context, heartbeat_address(engine.address))
@@ -192,6 +186,11 @@ class EngineClient:
     def num_open(self) -> int:
         """Requests that the engine is working on, or has queued."""
         return len(self._streams)
+
+    @property
+    def num_pending(self) -> int:
+        """Bytes of outputs that wait for their readers."""
+        return sum([stream.num_pending for stream in self._readers])
 
     async def ready(self) -> Ready:
         """Wait until the engine can serve; EngineDeadError, with its own words, if it can't."""

@@ -1,21 +1,33 @@
-"""From an HTTP request's choices to their text: the engine's outputs, detokenized, cut at stop strings, counted.
+"""From a request's choices to what the model says in them: the engine's outputs as parts, and counted.
 
 `generate` yields what each step brought; a streaming response sends that on, any other one folds it. Whoever stops
-reading closes the generator, and its one `finally` aborts what still runs.
+reading closes the generator, and its one `finally` aborts what still runs. No dialect is known here.
 """
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 
+import msgspec
+
 from octavo.runtime.messages import AddRequest, Logprobs, TokenOutput
-from octavo.server.dialects.protocol import GenerationRequest
+from octavo.server.dialects.fields import GenerationRequest
 from octavo.server.engine_client import EngineClient, EngineDeadError
-from octavo.server.errors import ApiError
+from octavo.server.errors import ApiError, bad_request
+from octavo.server.message.parse import Parser
+from octavo.server.message.parts import Part, append_parts
 from octavo.server.metrics import Metrics, Timeline
+from octavo.server.prompts import Prompt, Wanted, sampling_params
 from octavo.server.served_model import ServedModel
 from octavo.text.detokenizer import Detokenizer, IncrementalDecoder
+
+MAX_WHOLE = 1 << 22  # tokens and log-probabilities of an answer that isn't streamed; as objects they take 300 MB
+
+_unique = itertools.count()
 
 
 @dataclass(slots=True)
@@ -28,7 +40,7 @@ class Delta:
     """
 
     index: int
-    text: str
+    parts: list[Part]
     token_ids: list[int]
     logprobs: list[Logprobs]
     offsets: list[int]
@@ -45,12 +57,15 @@ class Delta:
 
     def extend(self, later: Delta) -> None:
         """Become both: how a whole answer is made of its deltas."""
-        self.text += later.text
+        append_parts(self.parts, later.parts)
         self.token_ids += later.token_ids
         self.logprobs += later.logprobs
         self.offsets += later.offsets
         self.finish_reason = later.finish_reason
         self.stop_reason = later.stop_reason
+
+
+Steps = AsyncGenerator[list[Delta], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +88,7 @@ class Usage:
 
 @dataclass(slots=True)
 class Choice:
-    """One answer under way: the engine's request, and its text so far.
+    """One answer under way: the engine's request, and how far the answer is.
 
     sent is the request as the engine gets it, for this answer and the others to the same prompt.
     num_wanted is 0 where only a prompt's log-probabilities were asked for: the engine's one token is dropped then.
@@ -83,7 +98,7 @@ class Choice:
     index: int
     request: AddRequest
     sent: AddRequest
-    detokenizer: Detokenizer
+    parser: Parser
     num_wanted: int
     show_stop: bool
     own_stops: frozenset[int]
@@ -93,51 +108,77 @@ class Choice:
     finish_reason: str | None = None
 
     def take(self, output: TokenOutput) -> Delta:
-        """Turn the engine's output into text. Raises ApiError where the engine says that it can't go on."""
+        """Turn the engine's output into parts. Raises ApiError where the engine says that it can't go on."""
         if output.finish_reason == "error":
             raise ApiError(500, output.error or "the engine failed on this request")
-        delta = Delta(self.index, "", [], [], [], prompt_logprobs=output.prompt_logprobs)
-        if output.num_cached_tokens is not None:  # comes once, with the first token
+        is_first = output.num_cached_tokens is not None  # comes once, with the first token
+        if output.num_cached_tokens is not None:
             self.num_cached = output.num_cached_tokens
-            delta.is_first = True
-        for position, token_id in enumerate(output.token_ids if self.num_wanted else ()):
-            self._push(token_id, output, position, delta)
-            if self.detokenizer.stopped_by is not None:
-                break
-        self._end(output, delta)
-        return delta
+        token_ids: list[int] = []
+        logprobs: list[Logprobs] = []
+        offsets: list[int] = []
+        parser = self.parser
+        if self.num_wanted:
+            for position, token_id in enumerate(output.token_ids):
+                token_ids.append(token_id)
+                offsets.append(parser.length)
+                if output.logprobs:
+                    logprobs.append(output.logprobs[position])
+                parser.push(token_id, silent=token_id == output.stop_token_id and not self.show_stop)
+                if parser.stopped_by is not None:
+                    break
+            self.num_tokens += len(token_ids)
+        stop_reason = None
+        if output.finish_reason is not None or parser.stopped_by is not None:
+            stop_reason = self._end(output)
+        return Delta(
+            self.index,
+            parser.take(),
+            token_ids,
+            logprobs,
+            offsets,
+            self.finish_reason,
+            stop_reason,
+            is_first,
+            output.prompt_logprobs,
+        )
 
-    def _push(self, token_id: int, output: TokenOutput, position: int, delta: Delta) -> None:
-        self.num_tokens += 1
-        delta.token_ids.append(token_id)
-        delta.offsets.append(self.detokenizer.length)
-        if output.logprobs:
-            delta.logprobs.append(output.logprobs[position])
-        silent = token_id == output.stop_token_id and not self.show_stop
-        delta.text += self.detokenizer.push(token_id, silent=silent)
-
-    def _end(self, output: TokenOutput, delta: Delta) -> None:
-        if self.detokenizer.stopped_by is None:
-            if output.finish_reason is None:
-                return
-            delta.text += self.detokenizer.finish()
-        if self.detokenizer.stopped_by is not None:
-            delta.finish_reason = "stop"
-            delta.stop_reason = self.detokenizer.stopped_by
-        else:
-            delta.finish_reason = output.finish_reason if self.num_wanted else "length"
-            if output.stop_token_id in self.own_stops:
-                delta.stop_reason = output.stop_token_id
-        self.finish_reason = delta.finish_reason
+    def _end(self, output: TokenOutput) -> str | int | None:
+        """Note how the answer has ended; returns the stop string or the client's stop token that ended it."""
+        parser = self.parser
+        if parser.stopped_by is None:
+            parser.finish()
+        if parser.stopped_by is not None:
+            self.finish_reason = "stop"
+            return parser.stopped_by
+        self.finish_reason = output.finish_reason if self.num_wanted else "length"
+        return output.stop_token_id if output.stop_token_id in self.own_stops else None
 
 
-def make_choice(
+def make_choices(
+    prompts: Sequence[Prompt], request: GenerationRequest, wanted: Wanted, model: ServedModel
+) -> list[Choice]:
+    """n choices for each prompt, side by side. A seed is the first one's; the others count up from it."""
+    arrival = time.time()
+    rooms = [model.max_model_len - len(prompt.token_ids) for prompt in prompts]
+    params = sampling_params(request, wanted, model, min(rooms))
+    choices: list[Choice] = []
+    for prompt, room in zip(prompts, rooms, strict=True):
+        own = params if wanted.max_tokens is not None else msgspec.structs.replace(params, max_tokens=room)
+        first, *others = (f"request-{next(_unique)}" for _ in range(request.num_choices))
+        sent = AddRequest(first, prompt.token_ids, own, arrival, request.cache_salt or "", others)
+        num_wanted = 0 if wanted.max_tokens == 0 else own.max_tokens
+        for answer in sent.answers():
+            choices.append(_make_choice(len(choices), answer, sent, request, model, num_wanted))
+    return choices
+
+
+def _make_choice(
     index: int,
     request: AddRequest,
     sent: AddRequest,
     options: GenerationRequest,
     model: ServedModel,
-    *,
     num_wanted: int,
 ) -> Choice:
     """A choice at its beginning."""
@@ -147,7 +188,7 @@ def make_choice(
         index=index,
         request=request,
         sent=sent,
-        detokenizer=Detokenizer(decoder, options.stops, include_stop=show_stop, min_tokens=options.min_tokens),
+        parser=Parser(Detokenizer(decoder, options.stops, include_stop=show_stop, min_tokens=options.min_tokens)),
         num_wanted=num_wanted,
         show_stop=show_stop,
         own_stops=frozenset(options.stop_token_ids or ()),
@@ -155,9 +196,7 @@ def make_choice(
     )
 
 
-async def generate(
-    choices: Sequence[Choice], client: EngineClient, metrics: Metrics
-) -> AsyncGenerator[list[Delta], None]:
+async def generate(choices: Sequence[Choice], client: EngineClient, metrics: Metrics) -> Steps:
     """What each step brings, until every choice has ended. Raises ApiError when the engine fails or is dead."""
     by_id = {choice.request.request_id: choice for choice in choices}
     num_open = len(choices)
@@ -192,6 +231,25 @@ async def generate(
                 metrics.end(choice.timeline, outcome, choice.num_tokens)
         longest = max(choice.num_tokens for choice in choices)
         metrics.end_all(len(choices), choices[0].request.params.max_tokens, longest)
+
+
+async def fold(steps: Steps, num_choices: int) -> list[Delta]:
+    """All deltas of each choice joined, in the order of the choices, when all steps are there."""
+    whole: dict[int, Delta] = {}
+    size = 0
+    async with aclosing(steps):
+        async for deltas in steps:
+            size += sum(delta.size for delta in deltas)
+            if size > MAX_WHOLE:
+                raise bad_request(
+                    f"the answer has more than {MAX_WHOLE} tokens and logprobs; ask for it as a stream", "stream"
+                )
+            for delta in deltas:
+                if delta.index in whole:
+                    whole[delta.index].extend(delta)
+                else:
+                    whole[delta.index] = delta
+    return [whole[index] for index in range(num_choices)]
 
 
 def usage_of(choices: Sequence[Choice]) -> Usage:

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from octavo.quant.model_files import read_object_if_any
 from octavo.quant.printable import shown
-from octavo.server.dialects.protocol import GenerationRequest
+from octavo.server.dialects.fields import GenerationRequest
 from octavo.server.errors import explain
 from octavo.server.options import SAMPLING_DEFAULTS
 from octavo.server.template_renderer import TemplateRenderer

@@ -19,13 +19,10 @@ from socket_app import connected
 
 from octavo.server import bodies, errors
 from octavo.server.bodies import LARGE, UNCOUNTED, Bodies
-from octavo.server.dialects.protocol import (
-    MAX_PARTS,
-    MAX_TEMPLATE_DATA,
-    ChatCompletionRequest,
-    CompletionRequest,
-    TokenizeRequest,
-)
+from octavo.server.dialects.completions import CompletionRequest
+from octavo.server.dialects.conversation import MAX_PARTS, MAX_TEMPLATE_DATA
+from octavo.server.dialects.openai_chat import ChatCompletionRequest
+from octavo.server.dialects.tokens import TokenizeRequest
 from octavo.server.errors import ApiError
 from octavo.server.streaming import encode_json
 from octavo.server.strict_json import StrictRoute

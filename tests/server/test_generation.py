@@ -11,16 +11,17 @@ import pytest
 from octavo_server import TINY
 
 from octavo.runtime.messages import Logprobs
-from octavo.server.dialects import answers
-from octavo.server.dialects.protocol import CompletionRequest
+from octavo.server import generation
+from octavo.server.dialects.completions import CompletionRequest, wanted_of
 from octavo.server.errors import ApiError
 from octavo.server.generation import Delta
+from octavo.server.message.parts import Part, text_of
 from octavo.server.prompts import Prompt
 from octavo.text.tokenizer import Tokenizer
 
 
 def test_a_prompt_is_sent_once_whatever_the_number_of_its_answers() -> None:
-    request = CompletionRequest(model="m", prompt=[[1, 2, 3], [4, 5]], n=128, seed=7)
+    request = CompletionRequest(model="m", prompt=[[1, 2, 3], [4, 5]], n=128, seed=7, max_tokens=4)
     model: Any = SimpleNamespace(
         tokenizer=Tokenizer.open(TINY),
         max_model_len=64,
@@ -29,7 +30,7 @@ def test_a_prompt_is_sent_once_whatever_the_number_of_its_answers() -> None:
         end_ids=frozenset({2}),
         max_logprobs=5,
     )
-    choices = answers.make_choices([Prompt([1, 2, 3]), Prompt([4, 5])], request, model, max_tokens=4)
+    choices = generation.make_choices([Prompt([1, 2, 3]), Prompt([4, 5])], request, wanted_of(request), model)
     sent = list({id(choice.sent): choice.sent for choice in choices}.values())
     assert [(one.token_ids, len(one.request_ids)) for one in sent] == [([1, 2, 3], 128), ([4, 5], 128)]
     assert [choice.request.request_id for choice in choices] == sent[0].request_ids + sent[1].request_ids
@@ -39,7 +40,9 @@ def test_a_prompt_is_sent_once_whatever_the_number_of_its_answers() -> None:
 
 def delta(index: int, *token_ids: int, **more: Any) -> Delta:
     entries = [Logprobs(token_id, -1.0, 1, [1, 2], [-1.0, -2.0]) for token_id in token_ids]
-    return Delta(index, "x" * len(token_ids), list(token_ids), entries, list(range(len(token_ids))), **more)
+    return Delta(
+        index, [Part("text", "x" * len(token_ids))], list(token_ids), entries, list(range(len(token_ids))), **more
+    )
 
 
 def fold(steps: list[list[Delta]]) -> tuple[list[Delta], bool]:
@@ -53,15 +56,19 @@ def fold(steps: list[list[Delta]]) -> tuple[list[Delta], bool]:
         finally:
             closed.append(True)
 
-    answer: Any = SimpleNamespace(choices=[None, None])
-    return asyncio.run(answers.fold(answer, generate())), bool(closed)
+    return asyncio.run(generation.fold(generate(), 2)), bool(closed)
 
 
 def test_deltas_of_each_choice_are_joined_in_order() -> None:
     steps = [[delta(1, 5)], [delta(0, 6), delta(1, 7, finish_reason="stop", stop_reason="z")]]
     steps += [[delta(0, 8, 9, finish_reason="length")]]
     (first, second), closed = fold(steps)
-    assert (first.token_ids, first.text, first.finish_reason, first.stop_reason) == ([6, 8, 9], "xxx", "length", None)
+    assert (first.token_ids, text_of(first.parts), first.finish_reason, first.stop_reason) == (
+        [6, 8, 9],
+        "xxx",
+        "length",
+        None,
+    )
     assert (second.token_ids, second.finish_reason, second.stop_reason) == ([5, 7], "stop", "z")
     assert len(first.logprobs) == 3
     assert closed
@@ -71,9 +78,9 @@ def test_an_answer_too_large_to_be_kept(monkeypatch: pytest.MonkeyPatch) -> None
     steps = [[delta(0, 1), delta(1, 2)], [delta(0, 3, prompt_logprobs=[None, Logprobs(1, -1.0, 1, [], [])])]]
     size = sum(one.size for step in steps for one in step)
     assert size == 4 + 4 + 4 + 1
-    monkeypatch.setattr(answers, "MAX_WHOLE", size)
+    monkeypatch.setattr(generation, "MAX_WHOLE", size)
     fold(steps)
-    monkeypatch.setattr(answers, "MAX_WHOLE", size - 1)
+    monkeypatch.setattr(generation, "MAX_WHOLE", size - 1)
     with pytest.raises(ApiError) as caught:
         fold(steps)
     assert (caught.value.status, caught.value.param) == (400, "stream")

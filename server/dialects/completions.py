@@ -1,0 +1,191 @@
+"""POST /v1/completions: OpenAI's older dialect, text in and text out, with vLLM's fields."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import msgspec
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from octavo.server.dialects.fields import (
+    MAX_TOKENS_SENT,
+    Count,
+    Flag,
+    GenerationRequest,
+    Text,
+    TextOption,
+    TokenId,
+)
+from octavo.server.dialects.logprobs import completion_logprobs
+from octavo.server.dialects.openai import Json, extras, head
+from octavo.server.errors import RESPONSES, bad_request, field_error
+from octavo.server.generation import Delta, make_choices, usage_of
+from octavo.server.message.parts import text_of
+from octavo.server.prompts import Prompt, Wanted, check_total, encode, fitted
+from octavo.server.served_model import ServedModel
+from octavo.server.service import Service
+from octavo.server.strict_json import StrictRoute
+from octavo.text.detokenizer import IncrementalDecoder
+
+MAX_ANSWERS = 4096  # of one HTTP request: prompts x n
+
+TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_TOKENS_SENT, fail_fast=True)]
+Texts = Annotated[list[Text], Field(min_length=1, max_length=2048, fail_fast=True)]
+TokenLists = Annotated[list[TokenIds], Field(min_length=1, max_length=2048, fail_fast=True)]
+
+
+def _kind_of_prompt(value: object) -> str:
+    """The first element tells, so that an error is about what was meant."""
+    if not isinstance(value, list):
+        return "<text>"
+    first = value[0] if value else None
+    return "<texts>" if isinstance(first, str) else "<token lists>" if isinstance(first, list) else "<tokens>"
+
+
+class CompletionRequest(GenerationRequest):
+    """POST /v1/completions. A list of prompts is answered with n choices for each."""
+
+    prompt: Annotated[
+        TextOption
+        | Annotated[TokenIds, Tag("<tokens>")]
+        | Annotated[Texts, Tag("<texts>")]
+        | Annotated[TokenLists, Tag("<token lists>")],
+        Discriminator(_kind_of_prompt),
+    ]
+    max_tokens: Count | None = 16
+    logprobs: Count | None = None
+    echo: Flag | None = None
+    add_special_tokens: Flag = True
+    suffix: None = None
+
+    @model_validator(mode="after")
+    def _check_max_tokens(self) -> CompletionRequest:
+        if self.max_tokens == 0 and not self.echo:
+            raise field_error(
+                "max_tokens", "max_tokens 0 makes sense with echo: true only, for the prompt's log-probabilities"
+            )
+        return self
+
+
+def routes(service: Service) -> APIRouter:
+    """/v1/completions."""
+    router = APIRouter(route_class=StrictRoute, responses=RESPONSES)
+    model = service.model
+
+    @router.post("/v1/completions")
+    async def completions(body: CompletionRequest, http: Request) -> Response:
+        """Complete one prompt or several."""
+        service.check(body.model)
+        answer = await service.off_loop(http, lambda: CompletionAnswer(body, prompts_of(body, model), model))
+        return await service.respond(http, answer)
+
+    return router
+
+
+def wanted_of(request: CompletionRequest) -> Wanted:
+    """An echoed prompt's log-probabilities are reported as the answer's are."""
+    prompt_logprobs = request.prompt_logprobs
+    if request.echo and request.logprobs is not None:
+        prompt_logprobs = max(prompt_logprobs or 0, request.logprobs)
+    return Wanted(request.max_tokens, request.logprobs, prompt_logprobs)
+
+
+def prompts_of(request: CompletionRequest, model: ServedModel) -> list[Prompt]:
+    """The prompts of a completion request as token ids, cut to size where the request asks for that."""
+    given = request.prompt
+    parts = given if isinstance(given, list) and not isinstance(given[0], int) else [given]
+    if len(parts) * request.num_choices > MAX_ANSWERS:
+        raise bad_request(
+            f"{len(parts)} prompts with n {request.num_choices}: a request may ask for {MAX_ANSWERS} answers", "n"
+        )
+    wanted = wanted_of(request)
+    prompts = []
+    for part in parts:
+        text = part if isinstance(part, str) else None
+        if text is None:
+            ids: list[int] = part  # type: ignore[assignment]  # mypy doesn't see that the first element tells the type
+        else:
+            must_fit = request.truncate_prompt_tokens is None
+            ids = encode(text, "prompt", model, add_special_tokens=request.add_special_tokens, must_fit=must_fit)
+        prompts.append(Prompt(fitted(ids, request, wanted, model, "prompt"), text))
+    check_total(prompts, request, "prompt")
+    return prompts
+
+
+class CompletionAnswer:
+    """POST /v1/completions. With echo, the prompt stands before the answer, its log-probabilities before the answer's.
+
+    The echoed text is the tokens', special ones written out, without those that the tokenizer put before the client's
+    own text (a BOS token).
+    """
+
+    def __init__(self, request: CompletionRequest, prompts: list[Prompt], model: ServedModel) -> None:
+        self.request = request
+        self.choices = make_choices(prompts, request, wanted_of(request), model)
+        self._model = model
+        self._head = head("cmpl-", "text_completion", request, model)
+        self._echoes = [_echo(prompt, model) for prompt in prompts] if request.echo else []
+
+    def whole(self, deltas: list[Delta]) -> Json:
+        return self.frame([self._choice(delta) for delta in deltas]) | {"usage": usage_of(self.choices).as_json()}
+
+    def chunks(self, delta: Delta) -> list[Json]:
+        rendered = self._choice(delta)
+        silent = not rendered["text"] and rendered["logprobs"] is None and delta.finish_reason is None
+        return [] if silent and not self.request.return_token_ids else [rendered]
+
+    def frame(self, choices: list[Json]) -> Json:
+        return {**self._head, "choices": choices}
+
+    def _choice(self, delta: Delta) -> Json:
+        request = self.request
+        tokenizer = self._model.tokenizer
+        prompt_ids = self.choices[delta.index].request.token_ids
+        text = text_of(delta.parts)
+        ids = delta.token_ids
+        offsets = delta.offsets
+        entries: list[Any] = delta.logprobs
+        if request.echo:
+            echo, starts = self._echoes[delta.index // request.num_choices]
+            offsets = [offset + len(echo) for offset in offsets]
+            if delta.is_first:
+                text = echo + text
+                ids = prompt_ids + ids
+                offsets = starts + offsets
+                entries = (delta.prompt_logprobs or []) + entries
+        content: Json = {
+            "index": delta.index,
+            "text": text,
+            "logprobs": None
+            if request.logprobs is None
+            else completion_logprobs(_cut(entries, request.logprobs), ids, offsets, tokenizer),
+            "finish_reason": delta.finish_reason,
+            "stop_reason": delta.stop_reason,
+        }
+        if request.return_token_ids or delta.prompt_logprobs is not None:
+            content |= extras(request, delta, prompt_ids, self._model)
+        return content
+
+
+def _echo(prompt: Prompt, model: ServedModel) -> tuple[str, list[int]]:
+    """The prompt's text, and where each of its tokens begins in it."""
+    decoder = IncrementalDecoder(model.tokenizer, skip_special_tokens=False)
+    pieces = [decoder.push((token_id,)) for token_id in prompt.token_ids]
+    starts = [0, *itertools.accumulate(map(len, pieces))][:-1]
+    text = "".join(pieces)
+    surplus = len(text) - len(prompt.text) if prompt.text is not None and text.endswith(prompt.text) else 0
+    return text[surplus:], [max(0, start - surplus) for start in starts]
+
+
+def _cut(entries: Sequence[Any], count: int) -> list[Any]:
+    """Entries with `count` of the most likely tokens: prompt_logprobs may have asked for more."""
+    return [
+        entry
+        if entry is None or len(entry.top_ids) <= count
+        else msgspec.structs.replace(entry, top_ids=entry.top_ids[:count], top_logprobs=entry.top_logprobs[:count])
+        for entry in entries
+    ]

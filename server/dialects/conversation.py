@@ -1,0 +1,158 @@
+"""Messages of a conversation, and how they become a prompt: shared by chat completions and /tokenize."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+import msgspec
+from pydantic import BeforeValidator, Discriminator, Field, StringConstraints, Tag, model_validator
+
+from octavo.server.dialects.fields import Flag, Strict, Text, TextOption, Unsupported, text_or_list
+from octavo.server.errors import ApiError, bad_request, field_error
+from octavo.server.prompts import encode, max_text_bytes
+from octavo.server.served_model import ServedModel
+from octavo.server.template_renderer import RendererStoppedError, RenderRequest
+from octavo.text.chat_template import REQUEST_ORIGIN, ChatTemplateError
+from octavo.text.template_process import Job
+
+MAX_PARTS = 1 << 14  # messages of a conversation, with their parts and calls; each is an object, and takes 5 us
+MAX_TEMPLATE_DATA = 1 << 20  # bytes, as JSON, of what goes to the chat template beside the messages
+
+
+def little_json(value: Any) -> Any:
+    """Not megabytes of values, which a chat template would walk over."""
+    size = len(json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+    if size > MAX_TEMPLATE_DATA:
+        raise ValueError(f"{size} bytes as JSON; {MAX_TEMPLATE_DATA} is the most")
+    return value
+
+
+def _few_parts(value: Any) -> Any:
+    """Not a conversation of a million messages, parts and calls."""
+    if isinstance(value, list):
+        lists = [
+            message.get(name) for message in value if isinstance(message, dict) for name in ("content", "tool_calls")
+        ]
+        count = len(value) + sum(len(parts) for parts in lists if isinstance(parts, list))
+        if count > MAX_PARTS:
+            raise ValueError(f"{count} messages, parts and calls; {MAX_PARTS} is the most")
+    return value
+
+
+class TextPart(Strict):
+    """A piece of a message; images and audio are not supported."""
+
+    type: Literal["text"]
+    text: Text
+
+
+TextParts = Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
+
+
+class FunctionCall(Strict):
+    """What an assistant asked for, in the history of a conversation."""
+
+    name: Text
+    arguments: Text
+
+
+class ToolCall(Strict):
+    """One call in an assistant's message; it is shown to the chat template."""
+
+    id: Text | None = None
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class ChatMessage(Strict):
+    """One message. Everything in it goes to the chat template as it is."""
+
+    role: Annotated[str, StringConstraints(strict=True, min_length=1, max_length=64)]
+    content: Annotated[TextOption | Annotated[TextParts, Tag("<list>")], Discriminator(text_or_list)] | None = None
+    name: Text | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
+    tool_call_id: Text | None = None
+    reasoning: Text | None = None
+    reasoning_content: Text | None = None
+    refusal: None = None
+    audio: None = None
+    function_call: None = None
+    annotations: Unsupported | None = None
+
+    @model_validator(mode="after")
+    def _check_content(self) -> ChatMessage:
+        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+            raise ValueError("content is missing; only an assistant's message with tool_calls may leave it out")
+        return self
+
+
+class ChatOptions(Strict):
+    """How messages become a prompt; shared by chat completions and /tokenize."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True), BeforeValidator(_few_parts)]
+    add_generation_prompt: Flag = True
+    continue_final_message: Flag = False
+    chat_template: Text | None = None
+    chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(little_json)] | None = None
+    add_special_tokens: Flag = False
+
+    @model_validator(mode="after")
+    def _check_ending(self) -> ChatOptions:
+        if self.continue_final_message and self.add_generation_prompt:
+            raise field_error("continue_final_message", "continue_final_message needs add_generation_prompt: false")
+        return self
+
+
+def render_request(
+    options: ChatOptions, model: ServedModel, documents: list[dict[str, Any]] | None = None
+) -> RenderRequest:
+    """What the process that renders chat templates is asked for these messages."""
+    if options.chat_template is not None and not model.trust_request_chat_template:
+        raise bad_request(
+            "chat_template: a template is code, and this server does not run a client's "
+            "(it would with --trust-request-chat-template)",
+            "chat_template",
+        )
+    job = Job(
+        messages=[_plain(message.model_dump(exclude_none=True)) for message in options.messages],
+        template=options.chat_template,
+        add_generation_prompt=options.add_generation_prompt,
+        continue_final_message=options.continue_final_message,
+        documents=documents,
+        variables=options.chat_template_kwargs,
+        max_characters=max_text_bytes(model, must_fit=False),
+    )
+    try:
+        return model.renderer.request(job)
+    except ChatTemplateError as error:
+        raise bad_request(str(error), "messages") from error
+
+
+async def rendered(request: RenderRequest, model: ServedModel) -> str:
+    """The prompt as text; what the template refuses, or a limit that it exceeds, is a 400."""
+    try:
+        return await model.renderer.render(request)
+    except ChatTemplateError as error:
+        param = "chat_template" if request.origin == REQUEST_ORIGIN else "messages"
+        raise bad_request(str(error), param) from error
+    except RendererStoppedError as error:
+        raise ApiError(503, str(error)) from error
+
+
+def chat_token_ids(text: str, options: ChatOptions, model: ServedModel, *, must_fit: bool) -> list[int]:
+    """Tokenize what the chat template made of the messages."""
+    return encode(text, "messages", model, add_special_tokens=options.add_special_tokens, must_fit=must_fit)
+
+
+def _plain(message: dict[str, Any]) -> dict[str, Any]:
+    """A message as templates expect it: the arguments of a call as an object, the content always there."""
+    for call in message.get("tool_calls", ()):
+        try:
+            call["function"]["arguments"] = msgspec.json.decode(call["function"]["arguments"] or "{}")
+        except (msgspec.DecodeError, RecursionError):
+            raise bad_request("messages: tool_calls[].function.arguments is not JSON", "messages") from None
+    if "reasoning" in message:
+        message.setdefault("reasoning_content", message["reasoning"])
+    message.setdefault("content", "")
+    return message

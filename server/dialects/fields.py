@@ -1,0 +1,168 @@
+"""What the requests of all dialects have in common: types of fields, and the fields that say how to sample.
+
+A field is either honoured, or accepted at the one value that asks for nothing (`tools: null`, `best_of: 1`), or refused
+by name: extra fields are forbidden. What only the model can decide (token ids in the vocabulary, the length that
+fits) is checked in server/prompts.py.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+    model_validator,
+)
+
+from octavo.server.errors import field_error
+
+MAX_CHOICES = 128
+MAX_TOKENS_SENT = 1 << 22  # to the engine for one request, where each answer's prompt counts; they take 200 MB there
+MAX_ENTRIES = 1024  # of an object; pydantic makes an error of each that is wrong, and they must not fill the memory
+INT64 = 2**63
+
+Text = Annotated[str, StringConstraints(strict=True)]
+TokenId = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
+Count = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
+StopString = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=1024)]
+StopStrings = Annotated[list[StopString], Field(max_length=32, fail_fast=True)]
+Flag = Annotated[bool, Field(strict=True)]
+
+
+def _number(value: object) -> object:
+    """JSON's true is no number, nor is a string of digits; pydantic alone would take both."""
+    if isinstance(value, (bool, str)):
+        raise ValueError("must be a number")
+    return value
+
+
+def few(value: Any) -> Any:
+    """Not an object of a million entries, each of which would get an error of its own."""
+    if isinstance(value, dict) and len(value) > MAX_ENTRIES:
+        raise ValueError(f"an object of {len(value)} entries; {MAX_ENTRIES} is the most")
+    return value
+
+
+def text_or_list(value: object) -> str:
+    return "<list>" if isinstance(value, list) else "<text>"
+
+
+Number = Annotated[float, BeforeValidator(_number, json_schema_input_type=float), Field(allow_inf_nan=False)]
+TextOption = Annotated[Text, Tag("<text>")]
+Unsupported = Annotated[list[Any], Field(max_length=0, fail_fast=True)]
+
+
+class Strict(BaseModel):
+    """Unknown fields are refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_size(cls, fields: Any) -> Any:
+        return few(fields)
+
+
+class StreamOptions(Strict):
+    """include_usage: a last chunk with the token counts; continuous_usage_stats: counts in every chunk (vLLM)."""
+
+    include_usage: Flag = False
+    continuous_usage_stats: Flag = False
+    include_obfuscation: Literal[False] | None = None
+
+
+class TextFormat(Strict):
+    """The only response format there is: free text."""
+
+    type: Literal["text"]
+
+
+class NoOps(Strict):
+    """Fields of OpenAI's and vLLM's that are accepted only at the values that ask for nothing."""
+
+    user: Text | None = None
+    store: Literal[False] | None = None
+    metadata: Annotated[dict[str, Text], BeforeValidator(few)] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    safety_identifier: Text | None = None
+    prompt_cache_key: Text | None = None
+    priority: Literal[0] | None = None
+    use_beam_search: Literal[False] | None = None
+    length_penalty: Literal[1] | None = None
+    response_format: TextFormat | None = None
+    bad_words: Unsupported | None = None
+    spaces_between_special_tokens: Literal[True] | None = None
+    structured_outputs: None = None
+    # gateways (sglang-router, vllm-router) add these to every request
+    no_stop_trim: Literal[False] | None = None
+    separate_reasoning: Literal[True] | None = None
+    stream_reasoning: Literal[True] | None = None
+    return_hidden_states: Literal[False] | None = None
+    include_reasoning: Literal[True] | None = None
+
+
+class GenerationRequest(NoOps):
+    """What completions and chat completions have in common."""
+
+    model: Text | None = None
+    stream: Flag | None = None
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(strict=True, ge=1, le=MAX_CHOICES)] | None = None
+    best_of: Annotated[int, Field(strict=True, ge=1, le=MAX_CHOICES)] | None = None
+    seed: Annotated[int, Field(strict=True, ge=-INT64, lt=INT64)] | None = None
+    stop: (
+        Annotated[
+            Annotated[StopString, Tag("<text>")] | Annotated[StopStrings, Tag("<list>")], Discriminator(text_or_list)
+        ]
+        | None
+    ) = None
+    temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
+    presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    logit_bias: Annotated[dict[str, Annotated[Number, Field(ge=-100, le=100)]], BeforeValidator(few)] | None = None
+    # vLLM's own
+    top_k: Annotated[int, Field(strict=True, ge=-1, lt=2**31)] | None = None
+    min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[Number, Field(ge=1e-6, le=10)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=256, fail_fast=True)] | None = None
+    include_stop_str_in_output: Flag = False
+    ignore_eos: Flag = False
+    min_tokens: Count = 0
+    skip_special_tokens: Flag = True
+    truncate_prompt_tokens: Annotated[int, Field(strict=True, ge=-1, lt=2**31)] | None = None
+    prompt_logprobs: Count | None = None
+    allowed_token_ids: Annotated[list[TokenId], Field(min_length=1, max_length=2**18, fail_fast=True)] | None = None
+    return_token_ids: Flag | None = None
+    cache_salt: Annotated[str, StringConstraints(strict=True, min_length=1, max_length=1024)] | None = None
+    request_id: Annotated[str, StringConstraints(strict=True, min_length=1, max_length=256)] | None = None
+
+    @property
+    def num_choices(self) -> int:
+        """How many answers to each prompt."""
+        return self.n or 1
+
+    @property
+    def stops(self) -> list[str]:
+        """The stop strings as a list."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> GenerationRequest:
+        if self.stream_options is not None and not self.stream:
+            raise field_error("stream_options", "stream_options is for stream: true only")
+        if self.best_of is not None and self.best_of != self.num_choices:
+            raise field_error("best_of", "best_of is supported only where it equals n: nothing is thrown away here")
+        if self.stream and self.prompt_logprobs is not None:
+            raise field_error("prompt_logprobs", "prompt_logprobs is not available with stream: true")
+        if self.truncate_prompt_tokens == 0:
+            raise field_error(
+                "truncate_prompt_tokens", "truncate_prompt_tokens must be positive, or -1 for what the context holds"
+            )
+        return self

@@ -1,0 +1,80 @@
+"""What OpenAI's two dialects have in common: the frame of an answer, its events, and vLLM's fields in both.
+
+One delta is rendered in the same way whether it is a step's or, all of a choice's deltas joined, the whole answer.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any, Protocol
+
+from octavo.server.dialects.fields import GenerationRequest
+from octavo.server.dialects.logprobs import prompt_logprobs
+from octavo.server.generation import Choice, Delta, Steps, usage_of
+from octavo.server.served_model import ServedModel
+from octavo.server.streaming import event
+
+Json = dict[str, Any]
+
+
+class Answer(Protocol):
+    """One HTTP request's answer under way."""
+
+    @property
+    def request(self) -> GenerationRequest: ...
+
+    @property
+    def choices(self) -> list[Choice]: ...
+
+    def whole(self, deltas: list[Delta]) -> Json:
+        """The response, of all choices' joined deltas in order."""
+        ...
+
+    def chunks(self, delta: Delta) -> list[Json]:
+        """The chunks that a delta is sent as; none where there is nothing to say yet."""
+        ...
+
+    def frame(self, choices: list[Json]) -> Json:
+        """A chunk around these choices."""
+        ...
+
+
+async def events(answer: Answer, steps: Steps) -> AsyncGenerator[bytes, None]:
+    """Server-sent events: the chunks of a step in one piece; at the end the usage, if it was asked for."""
+    options = answer.request.stream_options
+    usage_always = options is not None and options.continuous_usage_stats
+    async with aclosing(steps):
+        async for deltas in steps:
+            frames = [answer.frame([choice]) for delta in deltas for choice in answer.chunks(delta)]
+            if usage_always:
+                counted = {"usage": usage_of(answer.choices).as_json()}
+                frames = [frame | counted for frame in frames]
+            if frames:
+                yield b"".join(map(event, frames))
+    if options is not None and options.include_usage:
+        yield event(answer.frame([]) | {"usage": usage_of(answer.choices).as_json()})
+
+
+def head(prefix: str, kind: str, request: GenerationRequest, model: ServedModel) -> Json:
+    """The fields that stand in front of an answer's choices."""
+    return {
+        "id": prefix + (request.request_id or uuid.uuid4().hex),
+        "object": kind,
+        "created": int(time.time()),
+        "model": request.model or model.name,
+    }
+
+
+def extras(request: GenerationRequest, delta: Delta, prompt_ids: list[int], model: ServedModel) -> Json:
+    """vLLM's own fields, for those who asked."""
+    found: Json = {}
+    if request.return_token_ids:
+        found["token_ids"] = delta.token_ids
+        if delta.is_first:
+            found["prompt_token_ids"] = prompt_ids
+    if request.prompt_logprobs is not None and delta.prompt_logprobs is not None:
+        found["prompt_logprobs"] = prompt_logprobs(delta.prompt_logprobs, model.tokenizer)
+    return found

@@ -1,0 +1,144 @@
+"""POST /v1/chat/completions: OpenAI's dialect of conversations, with vLLM's fields."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+from pydantic import BeforeValidator, Field, model_validator
+
+from octavo.server.dialects.conversation import ChatOptions, chat_token_ids, little_json, render_request, rendered
+from octavo.server.dialects.fields import Count, Flag, GenerationRequest, Unsupported
+from octavo.server.dialects.logprobs import chat_logprobs
+from octavo.server.dialects.openai import Json, extras, head
+from octavo.server.errors import RESPONSES, field_error
+from octavo.server.generation import Delta, make_choices, usage_of
+from octavo.server.message.parts import text_of
+from octavo.server.prompts import Prompt, Wanted, check_total, fitted
+from octavo.server.served_model import ServedModel
+from octavo.server.service import Service
+from octavo.server.strict_json import StrictRoute
+
+
+class ChatCompletionRequest(ChatOptions, GenerationRequest):
+    """POST /v1/chat/completions."""
+
+    max_tokens: Annotated[Count, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[Count, Field(ge=1)] | None = None
+    logprobs: Flag | None = None
+    top_logprobs: Count | None = None
+    echo: Flag = False
+    documents: Annotated[list[dict[str, Any]], Field(fail_fast=True), BeforeValidator(little_json)] | None = None
+    # not supported: accepted only where they ask for nothing
+    tools: Unsupported | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: Flag | None = None
+    functions: Unsupported | None = None
+    function_call: Literal["none", "auto"] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=1, fail_fast=True)] | None = None
+    audio: None = None
+    prediction: None = None
+    web_search_options: None = None
+    reasoning_effort: None = None
+    verbosity: None = None
+    thinking_token_budget: None = None
+    mm_processor_kwargs: None = None
+
+    @model_validator(mode="after")
+    def _check_logprobs(self) -> ChatCompletionRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise field_error("top_logprobs", "top_logprobs needs logprobs: true")
+        return self
+
+
+def routes(service: Service) -> APIRouter:
+    """/v1/chat/completions."""
+    router = APIRouter(route_class=StrictRoute, responses=RESPONSES)
+    model = service.model
+
+    @router.post("/v1/chat/completions")
+    async def chat_completions(body: ChatCompletionRequest, http: Request) -> Response:
+        """Answer a conversation."""
+        service.check(body.model)
+        asked = await service.off_loop(http, lambda: render_request(body, model, body.documents))
+        text = await rendered(asked, model)
+        answer = await service.off_loop(http, lambda: ChatAnswer(body, prompt_of(text, body, model), model))
+        return await service.respond(http, answer)
+
+    return router
+
+
+def wanted_of(request: ChatCompletionRequest) -> Wanted:
+    """The limit under its new name, or its old one; log-probabilities as chat asks for them."""
+    logprobs = (request.top_logprobs or 0) if request.logprobs else None
+    limit = request.max_tokens
+    limit_name = "max_tokens"
+    if request.max_completion_tokens is not None:
+        limit = request.max_completion_tokens
+        limit_name = "max_completion_tokens"
+    return Wanted(limit, logprobs, request.prompt_logprobs, limit_name, "top_logprobs")
+
+
+def prompt_of(text: str, request: ChatCompletionRequest, model: ServedModel) -> Prompt:
+    """The prompt out of the text that the chat template made of the messages."""
+    ids = chat_token_ids(text, request, model, must_fit=request.truncate_prompt_tokens is None)
+    prompt = Prompt(fitted(ids, request, wanted_of(request), model, "messages"))
+    check_total([prompt], request, "messages")
+    return prompt
+
+
+class ChatAnswer:
+    """POST /v1/chat/completions."""
+
+    def __init__(self, request: ChatCompletionRequest, prompt: Prompt, model: ServedModel) -> None:
+        self.request = request
+        self.choices = make_choices([prompt], request, wanted_of(request), model)
+        self._model = model
+        kind = "chat.completion.chunk" if request.stream else "chat.completion"
+        self._head = head("chatcmpl-", kind, request, model)
+        self._role = "assistant"
+        self._echo = _last_words(request) if request.echo else ""
+
+    def whole(self, deltas: list[Delta]) -> Json:
+        choices = []
+        for delta in deltas:
+            message = {"role": self._role, "content": self._echo + text_of(delta.parts), "refusal": None}
+            choices.append({"index": delta.index, "message": message, **self._rest(delta)})
+        return self.frame(choices) | {"usage": usage_of(self.choices).as_json()}
+
+    def chunks(self, delta: Delta) -> list[Json]:
+        chunks: list[Json] = []
+        if delta.is_first:
+            start = {"role": self._role, "content": self._echo}
+            chunks.append({"index": delta.index, "delta": start, "logprobs": None, "finish_reason": None})
+        text = text_of(delta.parts)
+        if text or delta.logprobs or delta.finish_reason is not None or self.request.return_token_ids:
+            content = {"content": text} if text else {}
+            chunks.append({"index": delta.index, "delta": content, **self._rest(delta)})
+        return chunks
+
+    def frame(self, choices: list[Json]) -> Json:
+        return {**self._head, "choices": choices}
+
+    def _rest(self, delta: Delta) -> Json:
+        logprobs = None
+        if self.request.logprobs:
+            logprobs = {"content": chat_logprobs(delta.logprobs, self._model.tokenizer)}
+        content: Json = {
+            "logprobs": logprobs,
+            "finish_reason": delta.finish_reason,
+            "stop_reason": delta.stop_reason,
+        }
+        if self.request.return_token_ids or delta.prompt_logprobs is not None:
+            prompt_ids = self.choices[delta.index].request.token_ids
+            content |= extras(self.request, delta, prompt_ids, self._model)
+        return content
+
+
+def _last_words(request: ChatCompletionRequest) -> str:
+    """What echo puts before the answer: the last message, if it is an assistant's (vLLM's meaning of it)."""
+    last = request.messages[-1]
+    if last.role != "assistant" or last.content is None:
+        return ""
+    return last.content if isinstance(last.content, str) else "\n".join(part.text for part in last.content)

@@ -1,0 +1,86 @@
+"""What the routes of all dialects share: the model, the engine, and how an answer is sent. Work that takes long for a
+long body is kept off the event loop here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from fastapi import Request
+from fastapi.responses import Response
+
+from octavo.server.dialects.openai import Answer, events
+from octavo.server.engine_client import EngineClient
+from octavo.server.errors import ApiError
+from octavo.server.generation import fold, generate
+from octavo.server.metrics import Metrics
+from octavo.server.served_model import ServedModel
+from octavo.server.streaming import EventStream, encode_json, unless_hung_up
+from octavo.server.strict_json import HUNG_UP
+
+logger = logging.getLogger(__name__)
+
+LONG_BODY = 1 << 16  # bytes
+VERY_LONG_BODY = 1 << 20
+
+T = TypeVar("T")
+
+
+class Service:
+    """One served model, for the routes."""
+
+    def __init__(self, model: ServedModel, client: EngineClient, metrics: Metrics, *, log_requests: bool) -> None:
+        self.model = model
+        self._client = client
+        self._metrics = metrics
+        self._log_requests = log_requests
+        self._long_work = ThreadPoolExecutor(1, "octavo-long")
+
+    def check(self, name: str | None) -> None:
+        """Whether a request for the model of this name can be answered. Raises ApiError."""
+        self.check_name(name)
+        if self._client.refusal is not None:
+            raise ApiError(503, self._client.refusal)
+
+    def check_name(self, name: str | None) -> None:
+        """Whether the model of this name is served. Raises ApiError."""
+        if name is not None and name not in self.model.names:
+            served = ", ".join(self.model.names)
+            raise ApiError(
+                404, f"the model {name[:80]!r} is not served here; {served} is", param="model", code="model_not_found"
+            )
+
+    async def respond(self, http: Request, answer: Answer) -> Response:
+        """Generate the answer and send it, whole or as events."""
+        request = answer.request
+        if self._log_requests:
+            params = answer.choices[0].request.params
+            logger.info("%s: %d choices, %s", http.url.path, len(answer.choices), params)
+        steps = generate(answer.choices, self._client, self._metrics)
+        if request.stream:
+            return EventStream(events(answer, steps))
+        deltas = await unless_hung_up(http.receive, fold(steps, len(answer.choices)))
+        if deltas is None:
+            return Response(status_code=HUNG_UP)
+        return json_response(await self.off_loop(http, lambda: encode_json(answer.whole(deltas))))
+
+    async def off_loop(self, http: Request, work: Callable[[], T]) -> T:
+        """Do what takes long for a long prompt: here when it is short, in a thread when it would hold up the others.
+
+        What a very long body asks for is done one at a time: tokenizing 4 MB takes 150 MB, which a thread's heap keeps.
+        """
+        length = int(http.headers.get("content-length", VERY_LONG_BODY))
+        if length < LONG_BODY:
+            return work()
+        if length < VERY_LONG_BODY:
+            return await asyncio.to_thread(work)
+        return await asyncio.get_running_loop().run_in_executor(self._long_work, work)
+
+
+def json_response(content: bytes) -> Response:
+    """A response of JSON that is encoded already."""
+    return Response(content, media_type="application/json")
