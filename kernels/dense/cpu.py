@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numba
 import numpy as np
@@ -34,13 +35,11 @@ _T2 = make_tile(2, 4)
 _T4 = make_tile(4, 4)
 _T8 = make_tile(8, 3)
 _SIZES = ((1, 4), (2, 4), (4, 2), (8, 2))
-_F1, _F2, _F4, _F8 = (make_grouped_tile(W4, r, v) for r, v in _SIZES)
-_E1, _E2, _E4, _E8 = (make_grouped_tile(W8, r, v) for r, v in _SIZES)
 
 
 @dataclass(frozen=True)
 class Packed(PackedWeight):
-    """slabs as in `kernels.tile`; scale and offset float32 [N / 16, groups, 16], or None for bf16 weights."""
+    """slabs as in `native.gemm_tile`; scale and offset float32 [N / 16, groups, 16], or None for bf16 weights."""
 
     kind: int
     slabs: Tensor
@@ -143,49 +142,44 @@ def _sum_groups(address, sums, groups, size):  # type: ignore[no-untyped-def]
 
 
 @numba.njit
-def _bf16_rows(vectors, x, xb, xe, w, wb, we, kind, out, ob, width, steps, ahead, part):  # type: ignore[no-untyped-def]
-    """One tile of bf16 weights, as many rows as it has; returns how many (see `kernels.tile` for the arguments)."""
+def _bf16_rows(vectors, last_row, operands):  # type: ignore[no-untyped-def]
+    """One tile of bf16 weights, of as many rows as it has; returns how many. operands: see `native.gemm_tile`."""
     if vectors == 3:
-        _T8(x, xb, xe, w, wb, we, kind, out, ob, width, steps, ahead, part)
+        _T8(operands)
         return 8
-    if xe > 1:
-        _T4(x, xb, xe, w, wb, we, kind, out, ob, width, steps, ahead, part)
+    if last_row > 1:
+        _T4(operands)
         return 4
-    if xe == 1:
-        _T2(x, xb, xe, w, wb, we, kind, out, ob, width, steps, ahead, part)
+    if last_row == 1:
+        _T2(operands)
         return 2
-    _T1(x, xb, xe, w, wb, we, kind, out, ob, width, steps, ahead, part)
+    _T1(operands)
     return 1
 
 
-@numba.njit
-def _w4_rows(vectors, x, xb, xe, w, wb, we, kind, out, ob, width, steps, ahead, part, groups, sc, of, s):  # type: ignore[no-untyped-def]
-    if vectors == 2 and xe > 3:
-        _F8(x, xb, xe, w, wb, we, kind, out, ob, width, steps, ahead, part, groups, sc, of, s)
-        return 8
-    if vectors == 2:
-        _F4(x, xb, xe, w, wb, we, kind, out, ob, width, steps, ahead, part, groups, sc, of, s)
-        return 4
-    if xe >= 1:
-        _F2(x, xb, xe, w, wb, we, kind, out, ob, width, steps, ahead, part, groups, sc, of, s)
-        return 2
-    _F1(x, xb, xe, w, wb, we, kind, out, ob, width, steps, ahead, part, groups, sc, of, s)
-    return 1
+def _grouped_rows(kind: int) -> Any:
+    """As `_bf16_rows`, of weights of a kind with scales for groups."""
+    one, two, four, eight = (make_grouped_tile(kind, rows, vectors) for rows, vectors in _SIZES)
+
+    @numba.njit
+    def rows(vectors, last_row, operands):  # type: ignore[no-untyped-def]
+        if vectors == 2 and last_row > 3:
+            eight(operands)
+            return 8
+        if vectors == 2:
+            four(operands)
+            return 4
+        if last_row >= 1:
+            two(operands)
+            return 2
+        one(operands)
+        return 1
+
+    return rows
 
 
-@numba.njit
-def _w8_rows(vectors, x, xb, xe, w, wb, we, kind, out, ob, width, steps, ahead, part, groups, sc, of, s):  # type: ignore[no-untyped-def]
-    if vectors == 2 and xe > 3:
-        _E8(x, xb, xe, w, wb, we, kind, out, ob, width, steps, ahead, part, groups, sc, of, s)
-        return 8
-    if vectors == 2:
-        _E4(x, xb, xe, w, wb, we, kind, out, ob, width, steps, ahead, part, groups, sc, of, s)
-        return 4
-    if xe >= 1:
-        _E2(x, xb, xe, w, wb, we, kind, out, ob, width, steps, ahead, part, groups, sc, of, s)
-        return 2
-    _E1(x, xb, xe, w, wb, we, kind, out, ob, width, steps, ahead, part, groups, sc, of, s)
-    return 1
+_w4_rows = _grouped_rows(W4)
+_w8_rows = _grouped_rows(W8)
 
 
 # The kernel's arguments: what changes from call to call, and `Packed.arguments`.
@@ -238,16 +232,13 @@ def _gemm(args):  # type: ignore[no-untyped-def]
             xe = last - 1 - i
             out = a[_OUT] + (i * n + slab * LANES) * size
             s = sums.ctypes.data + (i - first) * groups * 4
+            grouped = (x, xb, xe, w, wb, we, kind, out, ob, width, steps, ahead, part, groups, sc, of, s)
             if weights == BF16:
-                i += _bf16_rows(vectors, x, xb, xe, w, wb, we, kind, out, ob, width, steps, ahead, part)
+                i += _bf16_rows(vectors, xe, grouped[:13])
             elif weights == W4:
-                i += _w4_rows(
-                    vectors, x, xb, xe, w, wb, we, kind, out, ob, width, steps, ahead, part, groups, sc, of, s
-                )
+                i += _w4_rows(vectors, xe, grouped)
             else:
-                i += _w8_rows(
-                    vectors, x, xb, xe, w, wb, we, kind, out, ob, width, steps, ahead, part, groups, sc, of, s
-                )
+                i += _w8_rows(vectors, xe, grouped)
 
 
 def linear(x: Tensor, packed: Packed, out_dtype: torch.dtype = torch.bfloat16) -> Tensor:

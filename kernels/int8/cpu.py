@@ -82,18 +82,18 @@ def _quantize(args):  # type: ignore[no-untyped-def]
 
 
 @numba.njit
-def _rows(vectors, x, xb, xe, w, wb, we, kind, out, ob, width, steps, ahead, part, xs, xt, sc):  # type: ignore
-    """One tile, as many rows as it has; returns how many (see `kernels.tile` for the arguments)."""
+def _rows(vectors, last_row, operands):  # type: ignore[no-untyped-def]
+    """One tile, of as many rows as it has; returns how many. operands: see `native.gemm_tile`."""
     if vectors == 3:
-        _T8(x, xb, xe, w, wb, we, kind, out, ob, width, steps, ahead, part, xs, xt, sc)
+        _T8(operands)
         return 8
-    if xe > 1:
-        _T4(x, xb, xe, w, wb, we, kind, out, ob, width, steps, ahead, part, xs, xt, sc)
+    if last_row > 1:
+        _T4(operands)
         return 4
-    if xe == 1:
-        _T2(x, xb, xe, w, wb, we, kind, out, ob, width, steps, ahead, part, xs, xt, sc)
+    if last_row == 1:
+        _T2(operands)
         return 2
-    _T1(x, xb, xe, w, wb, we, kind, out, ob, width, steps, ahead, part, xs, xt, sc)
+    _T1(operands)
     return 1
 
 
@@ -156,7 +156,8 @@ def _gemm(args):  # type: ignore[no-untyped-def]
             xt = x_sum + i * 4
             xe = last - 1 - i
             out = a[_OUT] + i * ob + slab * LANES * size_of(kind)
-            i += _rows(vectors, x, xb, xe, w, wb, we, kind, out, ob, width, steps, ahead, part, xs, xt, sc)
+            operands = (x, xb, xe, w, wb, we, kind, out, ob, width, steps, ahead, part, xs, xt, sc)
+            i += _rows(vectors, xe, operands)
 
 
 def linear(x: Tensor, packed: PackedInt8, out_dtype: torch.dtype | None = None) -> Tensor:

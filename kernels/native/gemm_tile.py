@@ -10,8 +10,8 @@ step of a lane is
 A tile reads its rows of x at `x`, `row_bytes` apart, and its slabs of the weight at `weight`, `slab_bytes` apart; rows
 and slabs past the last repeat it. It writes its part of the output at `out`, `out_bytes` from row to row, straight from
 the registers: `width` columns, by masked stores, of the rows up to last_row. So edges need no other code.
-`ahead` is how far from its own the weights lie that this thread wants next, in bytes; `part` which of its slabs are
-fetched from there meanwhile, -1 being all: a tile of many rows spreads the fetching over several calls.
+`ahead` is the distance in bytes from these weights to those that this thread needs next; `part` is the slab that is
+prefetched from there meanwhile, -1 being all: a tile of many rows spreads the prefetching over several calls.
 """
 # ruff: noqa: ARG001 (numba looks at the names of what it compiles)
 
@@ -146,7 +146,7 @@ class _Tile:
         return self.builder.load(self.totals[row][vector])
 
     def store(self, values: Callable[[int], list[Any]], kind: Any, out: Any, out_bytes: Any, width: Any) -> None:
-        """Write the float32 vectors that `values` makes for a row, as numbers of `kind` (see `kernels.convert`)."""
+        """Write the float32 vectors that `values` makes for a row, as numbers of `kind` (see `native.dtypes`)."""
         builder = self.builder
         columns = builder.trunc(width, I32)
         lanes = [ir.Constant(I32X16, list(range(16 * v, 16 * v + 16))) for v in range(len(self.w))]
@@ -178,35 +178,29 @@ def _to_bf16(builder: Any, value: Any) -> Any:
     return builder.bitcast(rounded, ir.VectorType(I16, 16))
 
 
+def _emit(operands: Any, body: Callable[[Any, list[Any]], None]) -> Any:
+    """What an intrinsic of one tuple of int64 returns: its signature and its code, `body` of the tuple's values."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        body(builder, cgutils.unpack_tuple(builder, args[0]))
+        return context.get_dummy_value()
+
+    return types.void(types.UniTuple(types.int64, len(operands))), codegen
+
+
 def make_tile(rows: int, vectors: int) -> Any:
-    """For BF16: tile(x, row_bytes, last_row, weight, slab_bytes, last_slab, out_kind, out, out_bytes, width, steps,
-    ahead, part), all int64; `out_kind` is of `kernels.convert`.
+    """For BF16: tile((x, row_bytes, last_row, weight, slab_bytes, last_slab, out_kind, out, out_bytes, width, steps,
+    ahead, part)), all int64; `out_kind` is of `native.dtypes`.
     """
 
     @intrinsic  # type: ignore[untyped-decorator]
-    def tile(
-        typingctx: Any,
-        x: Any,
-        row_bytes: Any,
-        last_row: Any,
-        weight: Any,
-        slab_bytes: Any,
-        last_slab: Any,
-        out_kind: Any,
-        out: Any,
-        out_bytes: Any,
-        width: Any,
-        steps: Any,
-        ahead: Any,
-        part: Any,
-    ) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    def tile(typingctx: Any, operands: Any) -> Any:
+        def body(builder: Any, args: list[Any]) -> None:
             emitted = _Tile(builder, BF16, rows, vectors, args[:6])
             emitted.accumulate(ir.Constant(I64, 0), args[10], emitted.look_ahead(*args[11:13]))
             emitted.store(lambda r: [emitted.total(r, v) for v in range(vectors)], *args[6:10])
-            return context.get_dummy_value()
 
-        return types.void(*(types.int64,) * 13), codegen
+        return _emit(operands, body)
 
     return tile
 
@@ -218,26 +212,8 @@ def make_int8_tile(rows: int, vectors: int) -> Any:
     """
 
     @intrinsic  # type: ignore[untyped-decorator]
-    def tile(
-        typingctx: Any,
-        x: Any,
-        row_bytes: Any,
-        last_row: Any,
-        weight: Any,
-        slab_bytes: Any,
-        last_slab: Any,
-        out_kind: Any,
-        out: Any,
-        out_bytes: Any,
-        width: Any,
-        steps: Any,
-        ahead: Any,
-        part: Any,
-        x_scales: Any,
-        x_sums: Any,
-        scales: Any,
-    ) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    def tile(typingctx: Any, operands: Any) -> Any:
+        def body(builder: Any, args: list[Any]) -> None:
             emitted = _Tile(builder, INT8, rows, vectors, args[:6])
             emitted.accumulate(ir.Constant(I64, 0), args[10], emitted.look_ahead(*args[11:13]))
             x_scales, x_sums, scales = args[13:]
@@ -246,16 +222,15 @@ def make_int8_tile(rows: int, vectors: int) -> Any:
 
             def values(r: int) -> list[Any]:
                 offset = ir.Constant(I64, 4 * r)
-                less = broadcast(builder, _load(builder, builder.add(x_sums, offset), I32))
+                correction = broadcast(builder, _load(builder, builder.add(x_sums, offset), I32))
                 scale = broadcast(builder, _load(builder, builder.add(x_scales, offset), F32))
-                whole = [builder.sub(emitted.total(r, v), less) for v in range(vectors)]
+                whole = [builder.sub(emitted.total(r, v), correction) for v in range(vectors)]
                 floats = [builder.fmul(builder.sitofp(number, F32X16), scale) for number in whole]
                 return [builder.fmul(a, b) for a, b in zip(floats, w_scales, strict=True)]
 
             emitted.store(values, *args[6:10])
-            return context.get_dummy_value()
 
-        return types.void(*(types.int64,) * 16), codegen
+        return _emit(operands, body)
 
     return tile
 
@@ -268,33 +243,13 @@ def make_grouped_tile(kind: int, rows: int, vectors: int) -> Any:
     """
 
     @intrinsic  # type: ignore[untyped-decorator]
-    def tile(
-        typingctx: Any,
-        x: Any,
-        row_bytes: Any,
-        last_row: Any,
-        weight: Any,
-        slab_bytes: Any,
-        last_slab: Any,
-        out_kind: Any,
-        out: Any,
-        out_bytes: Any,
-        width: Any,
-        steps: Any,
-        ahead: Any,
-        part: Any,
-        groups: Any,
-        scales: Any,
-        offsets: Any,
-        sums: Any,
-    ) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    def tile(typingctx: Any, operands: Any) -> Any:
+        def body(builder: Any, args: list[Any]) -> None:
             emitted = _Tile(builder, kind, rows, vectors, args[:6])
             finals = _sum_groups(builder, emitted, *args[10:])
             emitted.store(lambda r: [builder.load(final) for final in finals[r]], *args[6:10])
-            return context.get_dummy_value()
 
-        return types.void(*(types.int64,) * 17), codegen
+        return _emit(operands, body)
 
     return tile
 

@@ -210,7 +210,7 @@ def test_a_row_of_the_table_gives_the_parts(device: torch.device, monkeypatch: p
         tuning.row_of.cache_clear()
         (launch,) = launches(x, weight)
         assert launch.grid == (2, 2 * min(parts, 16))
-        assert launch.arguments["CHOSEN"] == router.ROWS  # a block's tokens, and none of the next one's
+        assert launch.arguments["sizes"].CHOSEN == router.ROWS  # a block's tokens, and none of the next one's
         found = launched(x, weight, 4)
         assert torch.equal(found.chosen.long(), chosen)
         assert_sorted(found, 40)

@@ -65,8 +65,7 @@ def _heads(
     start,
     head,
     heads,
-    weight,
-    whole,
+    norm,
     cos_sin,
     eps,
     split_size,
@@ -82,8 +81,9 @@ def _heads(
 ):
     """Heads [N] of a row, which begin at `start`, normed and rotated, to the places `to` [N]; none where slot < 0.
 
-    whole is the factor of a norm over all heads.
+    norm: its weights, and the factor of a norm over all heads.
     """
+    weight, whole = norm
     HALF: tl.constexpr = rope.HALF
     at = tl.arange(0, pieces.HALVES)
     rest = 2 * HALF + tl.arange(0, pieces.RESTS)
@@ -171,8 +171,7 @@ def _rope(
         row,
         head,
         tl.minimum(first + pieces.KV_HEADS, kv_heads) * GROUP,
-        tensors.q_norm,
-        q_whole,
+        (tensors.q_norm, q_whole),
         cos_sin,
         eps,
         split_size,
@@ -193,8 +192,7 @@ def _rope(
         row + q_size,
         head,
         kv_heads,
-        tensors.k_norm,
-        k_whole,
+        (tensors.k_norm, k_whole),
         cos_sin,
         eps,
         split_size,
@@ -213,8 +211,7 @@ def _rope(
         row + q_size + k_size,
         head,
         kv_heads,
-        tensors.k_norm,
-        1.0,
+        (tensors.k_norm, 1.0),
         cos_sin,
         eps,
         split_size,

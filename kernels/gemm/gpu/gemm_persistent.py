@@ -71,7 +71,6 @@ def _gemm_persistent(
     BLOCKS: tl.constexpr,
     ROWS: tl.constexpr,
     PROMOTE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     GROUP_M: tl.constexpr,
     SUBTILES: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -116,7 +115,6 @@ def _gemm_persistent(
                 x_scale_row,
                 w_scale_row,
                 BLOCKS,
-                HAS_BIAS,
                 BLOCK_M,
                 BLOCK_N // 2,
             )
@@ -133,7 +131,6 @@ def _gemm_persistent(
                 x_scale_row,
                 w_scale_row,
                 BLOCKS,
-                HAS_BIAS,
                 BLOCK_M,
                 BLOCK_N // 2,
             )
@@ -151,7 +148,6 @@ def _gemm_persistent(
                 x_scale_row,
                 w_scale_row,
                 BLOCKS,
-                HAS_BIAS,
                 BLOCK_M,
                 BLOCK_N,
             )
@@ -171,7 +167,6 @@ def _store(
     x_scale_row,
     w_scale_row,
     BLOCKS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -182,7 +177,7 @@ def _store(
         rows = tl.load(x_scale + m * x_scale_row, mask=m < M, other=0.0)
         columns = tl.load(w_scale + n * w_scale_row, mask=n < N, other=0.0)
         total = total * columns[None, :] * rows[:, None]
-    if HAS_BIAS:
+    if bias is not None:
         total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     at = m.to(tl.int64)[:, None] * N + n[None, :]
     tl.store(out + at, narrow(total, out.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
@@ -240,7 +235,7 @@ def gemm_persistent(
             "x": TensorDescriptor.from_tensor(x, [block_m, block_k]) if accelerated else x,
             "w": TensorDescriptor.from_tensor(w, [block_n, block_k]) if accelerated else w,
             **scales,
-            "bias": w_scale if bias is None else bias,
+            "bias": bias,
             "out": out,
             "M": m,
             "N": n,
@@ -249,7 +244,6 @@ def gemm_persistent(
             "TMA": accelerated,
             "INT8": x.dtype == torch.int8,
             "PROMOTE": bool(promote),
-            "HAS_BIAS": bias is not None,
             "GROUP_M": group_m,
             "SUBTILES": subtiles,
             "BLOCK_M": block_m,

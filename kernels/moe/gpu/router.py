@@ -11,6 +11,8 @@ less than the latency of what it does one after the other.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -29,6 +31,27 @@ ROWS = 16  # tokens of a program: the tensor core's least
 MOST_EXPERTS = 512  # which a program has side by side when it chooses
 COUNTED = 4096  # blocks of tokens times experts that the last program has in registers
 SORTED = 1024  # and pairs
+
+
+class Sizes(NamedTuple):
+    """Constants of the kernel.
+
+    ROWS     tokens of a program
+    BLOCK_E  experts, and BLOCK_K columns, of a product; LINES of 128 bytes of the weight are prefetched
+    CHOSEN   tokens, EXPERTS and CHOICES of each that are side by side when a program chooses
+    BLOCKS   of tokens, and WIDTH experts, whose counts are side by side; SORTED pairs
+    """
+
+    ROWS: int
+    BLOCK_E: int
+    BLOCK_K: int
+    LINES: int
+    CHOSEN: int
+    EXPERTS: int
+    CHOICES: int
+    BLOCKS: int
+    WIDTH: int
+    SORTED: int
 
 
 @triton.jit
@@ -197,18 +220,13 @@ def _router(
     BLOCK_M: tl.constexpr,
     SPLIT_K: tl.constexpr,
     ALONE: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    LINES: tl.constexpr,
-    ROWS: tl.constexpr,
-    CHOSEN: tl.constexpr,
-    EXPERTS: tl.constexpr,
-    CHOICES: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    SORTED: tl.constexpr,
+    sizes: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
+    ROWS: tl.constexpr = sizes.ROWS
+    BLOCK_E: tl.constexpr = sizes.BLOCK_E
+    CHOSEN: tl.constexpr = sizes.CHOSEN
+    EXPERTS: tl.constexpr = sizes.EXPERTS
     num_logits = logits_of(num_experts, SHARED)
     PAIRS = TOP_K + SHARED
     block = tl.program_id(0)
@@ -216,7 +234,7 @@ def _router(
     first_e = tl.program_id(1) // SPLIT_K * BLOCK_E
     if OVERLAPS:
         row = tl.minimum(first_e + tl.arange(0, BLOCK_E), num_logits - 1)
-        line = tl.minimum(part * columns + tl.arange(0, LINES) * 64, hidden - 1)
+        line = tl.minimum(part * columns + tl.arange(0, sizes.LINES) * 64, hidden - 1)
         prefetch(router + row[:, None] * hidden + line[None, :])
     await_previous(OVERLAPS)
     _multiply(
@@ -231,7 +249,7 @@ def _router(
         hidden,
         columns,
         BLOCK_E,
-        BLOCK_K,
+        sizes.BLOCK_K,
         ROWS,
     )
     if not last_block(counters + block, tl.num_programs(1)):
@@ -245,7 +263,7 @@ def _router(
         place = partial + n * num_tokens * num_logits + at
         logits += tl.load(place, mask=seen, other=0.0, cache_modifier=".cg")
     own = choose(
-        logits, t, chosen, weights, num_tokens, num_experts, TOP_K, SHARED, NORMALIZE, CHOSEN, EXPERTS, CHOICES
+        logits, t, chosen, weights, num_tokens, num_experts, TOP_K, SHARED, NORMALIZE, CHOSEN, EXPERTS, sizes.CHOICES
     )
     num_pairs = num_tokens * PAIRS
     num_blocks = tl.num_programs(0)
@@ -272,9 +290,9 @@ def _router(
             BLOCK_M,
             ROWS * PAIRS,
             EXPERTS,
-            BLOCKS,
-            WIDTH,
-            SORTED,
+            sizes.BLOCKS,
+            sizes.WIDTH,
+            sizes.SORTED,
         )
     for start in range(used, num_tiles, EXPERTS):  # what is left over is nobody's
         i = start + tl.arange(0, EXPERTS)
@@ -355,16 +373,18 @@ def router(
             "BLOCK_M": pairs.block_m,
             "SPLIT_K": split_k,
             "ALONE": blocks == 1,
-            "BLOCK_E": block_e,
-            "BLOCK_K": block_k,
-            "ROWS": ROWS,
-            "LINES": power_of_two(cdiv(columns, 64)),
-            "CHOSEN": min(max(power_of_two(num_tokens), num_warps), ROWS),  # one's experts in one warp: no barriers
-            "EXPERTS": experts,
-            "CHOICES": power_of_two(each),
-            "BLOCKS": side,
-            "WIDTH": min(experts, max(COUNTED // side, 4)),
-            "SORTED": min(SORTED, power_of_two(num_tokens * each)),
+            "sizes": Sizes(
+                ROWS=ROWS,
+                BLOCK_E=block_e,
+                BLOCK_K=block_k,
+                LINES=power_of_two(cdiv(columns, 64)),
+                CHOSEN=min(max(power_of_two(num_tokens), num_warps), ROWS),  # one's experts in one warp: no barriers
+                EXPERTS=experts,
+                CHOICES=power_of_two(each),
+                BLOCKS=side,
+                WIDTH=min(experts, max(COUNTED // side, 4)),
+                SORTED=min(SORTED, power_of_two(num_tokens * each)),
+            ),
         },
         num_warps=num_warps,
         num_stages=num_stages,
