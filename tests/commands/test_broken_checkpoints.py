@@ -19,7 +19,7 @@ import pytest
 from forked_commands import ForkedCommands
 
 Damage = Callable[[Path], None]
-SECONDS = 120  # a loaded machine's; what hung took hours
+SECONDS = 300  # for a loaded machine; what hung took hours
 NASTY = "\x1b[31m\x07\r\n\u202e[/red]"
 INDEX = "model.safetensors.index.json"
 
@@ -422,6 +422,28 @@ def test_no_regex_hangs(
     (model / "config.json").write_text(json.dumps(content))
     done = commands.run(*arguments(command, model), seconds=SECONDS)
     assert done.code == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", ["calibrate", "eval"])
+def test_a_tokenizer_that_gives_up_on_a_text(
+    commands: ForkedCommands, bases: dict[str, Path], tmp_path: Path, command: str
+) -> None:
+    """Its pattern meets the library's limit of steps; the library prints a panic of its own above the line."""
+    model = tmp_path / "model"
+    shutil.copytree(bases["dense"], model)
+    content = json.loads((model / "tokenizer.json").read_text())
+    pattern = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [pattern, content["pre_tokenizer"]]}
+    (model / "tokenizer.json").write_text(json.dumps(content))
+    text = tmp_path / "text.txt"
+    text.write_text(("a" * 40 + "b\n\n") * 100)
+    flags = ["--data", text] if command == "eval" else ["--dataset", text, "--max-seq-length", "32"]
+    done = commands.run(*arguments(command, model), *flags, seconds=SECONDS)
+    assert done.code == 1
+    assert "Traceback" not in done.stderr
+    line = done.stderr.splitlines()[-1]
+    assert "tokenizer.json: the tokenizer gives up on this text" in line
+    assert "other text works" in line
 
 
 def test_names_on_the_terminal_are_bounded_and_plain(commands: ForkedCommands, tmp_path: Path) -> None:

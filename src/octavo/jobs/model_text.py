@@ -11,7 +11,7 @@ from octavo.calibration.text.records import Message
 from octavo.quant.checkpoint import read_config
 from octavo.quant.model_files import CheckpointError
 from octavo.text.chat_template import ChatTemplate, ChatTemplateError
-from octavo.text.tokenizer import Tokenizer, TokenizerError
+from octavo.text.tokenizer import EncodingError, Tokenizer, TokenizerError
 
 MARK = "OCTAVO_USER_TEXT"
 
@@ -21,6 +21,7 @@ class ModelText:
 
     def __init__(self, directory: Path, chat_template: str | None = None) -> None:
         """chat_template: a file, or a template itself, in place of the checkpoint's. Raises DataError."""
+        self._directory = directory
         try:
             self.tokenizer = Tokenizer.open(directory)
             self._template = ChatTemplate.open(directory, self.tokenizer.special_tokens, chat_template)
@@ -37,7 +38,11 @@ class ModelText:
         self.has_chat_template = bool(self._template.templates)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        """Token ids of a text. Raises DataError if the tokenizer can't encode it."""
+        try:
+            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        except EncodingError as e:
+            raise DataError(f"{self._directory / 'tokenizer.json'}: {e}; other text works") from e
 
     def render(self, messages: Sequence[Message]) -> str:
         try:
