@@ -39,11 +39,15 @@ class Bodies:
         self._lock = asyncio.Lock()
 
     async def decoded(self, http: Request, kind: TypeAdapter[Any], annotation: Any) -> Any:
-        """The body as a value of `annotation`, which `kind` checks; None when the client hung up. Raises ApiError."""
+        """The body as a value of `annotation`, which `kind` checks; None when the client hung up. Raises ApiError.
+
+        Leaves its size in http.state.body_size.
+        """
         content = bytearray()
         try:
             if not await self._read(http, content):
                 return None
+            http.state.body_size = len(content)
             if content and not _is_json(http):
                 raise bad_request("the body must be a JSON object, sent with content-type: application/json")
             if len(content) < LARGE:

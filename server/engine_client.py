@@ -242,7 +242,7 @@ class EngineClient:
         self._context.term()
 
     def _send(self, message: ToEngine) -> None:
-        # the queue is unbounded; only without an engine at the other end there is none, and its end is told otherwise
+        # the queue is unbounded: a send fails only when no engine is connected, and its end is noticed elsewhere
         with contextlib.suppress(zmq.Again):
             self._socket.send(self._encoder.encode(message), zmq.NOBLOCK)
         self._loop.call_soon(self._receive)
@@ -265,7 +265,7 @@ class EngineClient:
             self._send(AbortRequest(request_ids))
 
     def _receive(self) -> None:
-        """Take all messages that are there. The descriptor tells of the first only, and may do so during a send."""
+        """Take all messages that are there. The descriptor signals the first one only, perhaps during a send."""
         try:
             while not self._socket.closed:
                 self._take(self._decoder.decode(self._socket.recv(zmq.NOBLOCK)))
@@ -311,7 +311,7 @@ class EngineClient:
         self.death = self.refusal = message
         if not self._ready.done():
             self._ready.set_exception(EngineDeadError(message))
-            self._ready.exception()  # it is told again when awaited; nobody may be waiting yet
+            self._ready.exception()  # marks it as seen: perhaps nobody waits yet
         for answer in self._pings.values():
             if not answer.done():
                 answer.set_exception(EngineDeadError(message))

@@ -1,5 +1,6 @@
-"""What the routes of all dialects share: the model, the engine, and how an answer is sent. Work that takes long for a
-long body is kept off the event loop here.
+"""What the routes of all dialects share: the model, the engine, and how an answer is sent.
+
+What takes long for a long body is kept off the event loop here.
 """
 
 from __future__ import annotations
@@ -73,10 +74,10 @@ class Service:
 
         What a very long body asks for is done one at a time: tokenizing 4 MB takes 150 MB, which a thread's heap keeps.
         """
-        length = int(http.headers.get("content-length", VERY_LONG_BODY))
-        if length < LONG_BODY:
+        size: int = http.state.body_size
+        if size < LONG_BODY:
             return work()
-        if length < VERY_LONG_BODY:
+        if size < VERY_LONG_BODY:
             return await asyncio.to_thread(work)
         return await asyncio.get_running_loop().run_in_executor(self._long_work, work)
 

@@ -74,7 +74,7 @@ async def unless_hung_up(receive: Receive, work: Awaitable[T]) -> T | None:
 
 
 async def _cancel_when_hung_up(receive: Receive, task: asyncio.Future[T]) -> None:
-    """Here and not behind a wait: else a stream that waited for its client first works off all that had piled up."""
+    """Cancels here instead of after a wait: a stream that waited for its client would first send all that piled up."""
     while (await receive())["type"] != "http.disconnect":
         pass
     task.cancel()

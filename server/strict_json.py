@@ -6,6 +6,7 @@ body, and all that was decoded of it, until the answer has been sent.
 
 from __future__ import annotations
 
+import logging
 import typing
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -13,6 +14,10 @@ from typing import Any
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from pydantic import TypeAdapter
+
+from octavo.server.errors import ApiError
+
+logger = logging.getLogger(__name__)
 
 HUNG_UP = 499  # nginx's number for a client that went away; nobody reads it
 
@@ -32,6 +37,13 @@ class StrictRoute(APIRoute):
             body = await http.app.state.bodies.decoded(http, kind, annotation)
             if body is None:
                 return Response(status_code=HUNG_UP)
-            return await endpoint(body=body, http=http)
+            try:
+                return await endpoint(body=body, http=http)
+            except BaseException as error:
+                if type(error).__name__ != "PanicException":
+                    raise
+                # of a library in Rust; it is no Exception, and uvicorn would make a plain text of it
+                logger.exception("a library panicked")
+                raise ApiError(500, "internal error: PanicException") from None
 
         return handle

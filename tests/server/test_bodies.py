@@ -42,6 +42,15 @@ async def number_of_messages(body: ChatCompletionRequest, http: Request) -> Resp
     return Response(encode_json(len(body.messages)))
 
 
+class PanicException(BaseException):  # as Rust's libraries raise it
+    pass
+
+
+@router.post("/panic")
+async def panic(body: CompletionRequest, http: Request) -> Response:  # noqa: ARG001
+    raise PanicException
+
+
 def make_app(total: int = 10 * LIMIT) -> FastAPI:
     app = FastAPI()
     errors.install(app)
@@ -232,6 +241,27 @@ def test_what_takes_too_much_memory_to_decode_is_refused() -> None:
             held.close()
 
     asyncio.run(decode())
+
+
+def test_the_process_ends_with_the_server() -> None:
+    async def decode() -> None:
+        held = Bodies(LIMIT, LIMIT)
+        await held._decode_elsewhere(bytearray(b'{"prompt": "a"}'), CompletionRequest)
+        child = held._process._process
+        assert child is not None
+        assert held._process._writer is not None
+        held._process._writer.close()
+        assert await asyncio.to_thread(child.wait, 60) == 0
+
+    asyncio.run(decode())
+
+
+def test_a_panic_is_an_error_in_openai_s_shape() -> None:
+    async def test(streams: Streams, _: Bodies) -> None:
+        status, content = await post(streams, b'{"prompt": "a"}', "/panic")
+        assert (status, content["error"]["type"]) == (500, "server_error")
+
+    run(test)
 
 
 def test_conversations_and_what_goes_to_templates_are_bounded() -> None:
