@@ -1,6 +1,8 @@
-"""Programs that count themselves, so that the last one goes on with what all of them have stored: a launch less."""
+"""Programs that count themselves, so that the last one continues with what all have stored: it saves a launch."""
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 import triton
@@ -12,10 +14,10 @@ from octavo.kernels.launching.launch import power_of_two
 
 @triton.jit
 def last_block(counter, programs):
-    """Whether a program is the last of so many that come here with what they have stored; the counter is 0 again then.
+    """Whether a program is the last of `programs` to get here after storing its results; the counter is then 0 again.
 
-    All warps have stored before one thread counts, releasing that; whoever sees the last number may read it all, past
-    L1 (`cache_modifier=".cg"`), which may hold what was there before.
+    All warps have stored before one thread counts and releases the stores. The last program may read all results, but
+    past L1 (`cache_modifier=".cg"`), which may hold old values.
     """
     tl.debug_barrier()
     last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == programs - 1
@@ -24,16 +26,16 @@ def last_block(counter, programs):
     return last
 
 
-_COUNTERS: dict[tuple[torch.device, int], Tensor] = {}  # none ever goes: a CUDA graph may hold its address
-
-
 def counters_for(count: int, device: torch.device) -> Tensor:
-    """So many int32 counters or more: zeros, which every launch leaves as zeros.
+    """At least `count` int32 counters: zeros that every launch leaves as zeros, so nothing is launched to clear them.
 
-    So nothing is launched to clear them. Launches of one device share them and may not overlap. The first call for a
-    size allocates and may not be captured.
+    All launches on a device share them and may not overlap. The first call for a size allocates, which a CUDA graph
+    may not capture.
     """
-    key = (device, power_of_two(count))
-    if key not in _COUNTERS:
-        _COUNTERS[key] = torch.zeros(key[1], dtype=torch.int32, device=device)
-    return _COUNTERS[key]
+    return _counters(power_of_two(count), device)
+
+
+@cache
+def _counters(size: int, device: torch.device) -> Tensor:
+    """Kept as long as the process lives: a CUDA graph may hold their address."""
+    return torch.zeros(size, dtype=torch.int32, device=device)

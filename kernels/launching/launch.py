@@ -1,7 +1,7 @@
-"""A launch of a Triton kernel as a value: what runs on a GPU, in the interpreter, and through the compiler without one.
+"""A launch of a Triton kernel as a value: it can run on a GPU or in the interpreter, or be compiled without a GPU.
 
 A launcher is a pure function of tensors (on any device, `meta` too) that returns a Launch. Calling the launch runs it;
-The tests compile the very same launch for a GPU that isn't there.
+the tests compile the very same launch ahead of time.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from functools import cache
 from typing import Any
 
 import triton
+from triton.runtime._async_compile import active_mode
 
-overlap = True  # let kernels that can overlap the one before them; benchmarks compare with False
-compiles_only = False  # launches have their kernels compiled and run nothing: `compiled_together`
+OVERLAPS_FROM = 90
+"""The compute capability from which kernels that can overlap the one before them do (`dependent_launch`)."""
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # as Triton itself decides it when kernels are defined
 
 
@@ -34,14 +35,15 @@ class Launch:
         """Start it on the current stream. An empty grid is no launch."""
         if all(self.grid):
             arguments, options = self.on(_capability())
-            self.kernel.run(grid=self.grid, warmup=compiles_only, **arguments, **options)
+            # Within `compiled_together` the kernel is compiled and not run; Triton itself knows that.
+            self.kernel.run(grid=self.grid, warmup=active_mode.get() is not None, **arguments, **options)
 
     def on(self, capability: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """All arguments, and what the compiler is told, for a compute capability (0: the interpreter).
 
         Multiplications and additions are fused, whatever Triton's default becomes. e4m3 may be loaded and stored on
-        every card: what an A100 can't do is convert it, and `numeric` knows that. A kernel with a parameter OVERLAPS
-        waits by itself for the kernel before (`overlap`), and no other is launched so that it must.
+        every card; an A100 can't convert it, which `numerics` does instead. A kernel with a parameter OVERLAPS waits by
+        itself for the kernel before (`dependent_launch`); only such kernels are launched early.
         """
         options: dict[str, Any] = {
             "num_warps": self.num_warps,
@@ -51,7 +53,7 @@ class Launch:
         }
         if "OVERLAPS" not in self.kernel.arg_names:
             return self.arguments, options
-        overlaps = overlap and capability >= 90
+        overlaps = capability >= OVERLAPS_FROM
         if overlaps:
             options["launch_pdl"] = True
         return {**self.arguments, "OVERLAPS": overlaps}, options
@@ -59,20 +61,15 @@ class Launch:
 
 @cache
 def _capability() -> int:
-    """Of the GPU that kernels run on; 0 in the interpreter."""
+    """The compute capability of the GPU that kernels run on; 0 in the interpreter."""
     return 0 if INTERPRETED else int(triton.runtime.driver.active.get_current_target().arch)
 
 
 @contextmanager
 def compiled_together(workers: int) -> Iterator[None]:
-    """Meanwhile launches run nothing: their kernels are compiled, so many at a time, and are ready in the end."""
-    global compiles_only
-    compiles_only = True
-    try:
-        with ThreadPoolExecutor(workers) as pool, triton.AsyncCompileMode(pool):
-            yield
-    finally:
-        compiles_only = False
+    """Meanwhile launches only compile their kernels, `workers` at a time; at the end all of them are ready."""
+    with ThreadPoolExecutor(workers) as pool, triton.AsyncCompileMode(pool):
+        yield
 
 
 def cdiv(a: int, b: int) -> int:
@@ -81,5 +78,5 @@ def cdiv(a: int, b: int) -> int:
 
 
 def power_of_two(n: int) -> int:
-    """The least power of two that is at least n; 1 for 0."""
+    """The smallest power of two that is at least n; 1 for 0."""
     return 1 << max(n - 1, 0).bit_length()

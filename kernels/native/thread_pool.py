@@ -14,6 +14,7 @@ first and 2 ms at the longest. Workers never hold the GIL.
 from __future__ import annotations
 
 import ctypes
+import functools
 import platform
 import threading
 from typing import Any
@@ -186,11 +187,7 @@ class Pool:
             self._lock.release()
 
 
-_pool: list[Pool] = []
-
-
+@functools.cache
 def pool() -> Pool:
     """The process's pool, made when it is first asked for, with torch's number of threads at that moment."""
-    if not _pool:
-        _pool.append(Pool(torch.get_num_threads() - 1))
-    return _pool[0]
+    return Pool(torch.get_num_threads() - 1)

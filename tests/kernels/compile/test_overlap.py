@@ -29,7 +29,7 @@ KERNELS = Path(__file__).parents[3] / "kernels"
 ADDRESSES = {
     "logits_of",
     *("program_id", "arange", "minimum", "cdiv", "zeros", "to", "await_previous"),
-    *("prefetch", "row_lines", "tile_lines", "group_lines", "tile_of", "_corner"),
+    *("prefetch", "row_lines", "tile_lines", "group_lines", "tile_of", "tile_offsets"),
 }
 """What a kernel may call before it waits: none of it reads or writes memory."""
 
@@ -102,7 +102,7 @@ def test_overlapping_follows_the_card_and_the_switch(monkeypatch: pytest.MonkeyP
         arguments, options = embedding().on(capability)
         assert arguments["OVERLAPS"] is overlaps
         assert ("launch_pdl" in options) is overlaps
-    monkeypatch.setattr(launch, "overlap", False)
+    monkeypatch.setattr(launch, "OVERLAPS_FROM", 91)
     arguments, options = embedding().on(90)
     assert not arguments["OVERLAPS"]
     assert "launch_pdl" not in options
