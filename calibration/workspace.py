@@ -203,6 +203,7 @@ def workspace(
             with ExitStack() as stack:
                 work.open(stack, again=again)
                 yield work
+            _check_untouched(out, resume=resume, overwrite=overwrite, keep=keep)
             for shard in shards:
                 (partial / f"{shard}.part").rename(partial / shard)
             _appear(partial, out)
@@ -254,6 +255,14 @@ def _empty(directory: Path) -> None:
             shutil.rmtree(entry)
         else:
             entry.unlink()
+
+
+def _check_untouched(out: Path, *, resume: bool, overwrite: bool, keep: bool) -> None:
+    """Refuse to replace what something else wrote to `out` while the run lasted."""
+    if overwrite or not out.is_dir() or not any(out.iterdir()) or (resume and (out / MANIFEST).is_file()):
+        return
+    problem = f"{out} was made meanwhile, by something else: move it away, then"
+    raise ResumeError(f"{problem} --resume ends the run") if keep else QuantizeError(f"{problem} start again")
 
 
 def _appear(partial: Path, out: Path) -> None:

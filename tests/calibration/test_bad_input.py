@@ -277,6 +277,26 @@ def test_work_stays_that_other_options_can_not_go_on_with(
     assert (model.parent / "out" / "tokenizer.json").is_file()
 
 
+def test_what_appears_at_the_output_meanwhile_is_not_replaced(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = model.parent / "out"
+    finish = module._finish
+
+    def somebody_else_writes(run: Any) -> None:
+        out.mkdir()
+        (out / "thesis.txt").write_text("three years of work")
+        finish(run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_finish", somebody_else_writes)
+        assert quantize(model, *GPTQ) == 1
+    assert "was made meanwhile, by something else: move it away, then --resume" in capsys.readouterr().err
+    assert (out / "thesis.txt").read_text() == "three years of work"
+    out.rename(model.parent / "elsewhere")
+    assert quantize(model, *GPTQ, "--resume") == 0
+
+
 def test_a_manifest_that_is_none_is_no_work(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
