@@ -140,7 +140,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     seed: Annotated[
         int,
         Meta(
-            description="of requests without a seed",
+            description="the seed of requests that bring none",
             extra={"group": "text and sampling", "aliases": ("--random-seed",), "metavar": "N"},
         ),
     ] = 0

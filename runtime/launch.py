@@ -1,4 +1,4 @@
-"""Starting the engine process and holding on to it. Imported by the server: no torch here.
+"""Starts the engine process, holds its lifeline, and ends it. The server imports this module, so it imports no torch.
 
 The two talk through one ZeroMQ socket each (DEALER, msgpack of runtime/messages.py); the server binds `address`, the
 engine connects to it. The engine's stdin is its lifeline: it ends when the pipe closes, so it can't outlive the server.
@@ -42,7 +42,7 @@ class EngineProcess:
 
     @property
     def address(self) -> str:
-        """Of the socket for messages; the server binds it."""
+        """The address of the socket for messages, which the server binds."""
         return f"ipc://{self._directory.path}/engine"
 
     def exit_code(self) -> int | None:
@@ -112,7 +112,7 @@ def remove_abandoned() -> None:
 
 
 def _lock(descriptor: int) -> bool:
-    """Whether the lock, which ends with the process, is this process's now."""
+    """Take the lock, which ends with this process; False when another process has it."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -121,7 +121,7 @@ def _lock(descriptor: int) -> bool:
 
 
 def heartbeat_address(address: str) -> str:
-    """Of the socket beside `address` at which the engine process echoes what it receives."""
+    """The address, beside `address`, at which the engine process echoes what it receives."""
     return address.removesuffix("engine") + "heartbeat"
 
 

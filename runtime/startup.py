@@ -23,8 +23,8 @@ from octavo.runtime.worker.warm_up import compile_steps, run_requests, run_steps
 from octavo.runtime.worker.worker import Worker
 
 COUNTS = ("block_size", "num_blocks", "kv_cache_memory_bytes", "max_num_seqs", "max_num_batched_tokens", "num_threads")
-BLOCK_ID_BYTES = 4  # of an entry in the block tables
-SEQUENCE_BYTES = 48  # of a sequence beside them: a free slot's number, and the count of its blocks
+BLOCK_ID_BYTES = 4  # an entry of the block tables
+SEQUENCE_BYTES = 48  # a sequence's share of the lists beside them: its slot number, and how many blocks it has
 MAX_PROMPT_LOGITS_BYTES = 64 << 20  # what one step may spend on logits for prompt_logprobs
 
 
@@ -78,7 +78,7 @@ def load_engine(config: EngineConfig, spawn_time: float, device: Device | None =
 
 
 def limits_of(config: EngineConfig, model: Model, num_blocks: int, max_model_len: int) -> SchedulerConfig:
-    """Of steps over a cache of so many blocks."""
+    """The scheduler's limits over a cache of `num_blocks` blocks."""
     return SchedulerConfig(
         num_blocks=num_blocks,
         block_size=config.block_size,
@@ -91,7 +91,7 @@ def limits_of(config: EngineConfig, model: Model, num_blocks: int, max_model_len
 
 
 def check_limits(config: EngineConfig) -> None:
-    """Raise ValueError for a number that can't be meant."""
+    """Raise ValueError for a number that is out of range on every machine."""
     for name in COUNTS:
         value = getattr(config, name)
         if value is not None and value < 1:
@@ -103,9 +103,9 @@ def check_limits(config: EngineConfig) -> None:
 
 
 def check_machine(config: EngineConfig, free_bytes: int) -> None:
-    """Raise ValueError for a number that this machine can't have; free_bytes is the device's memory.
+    """Raise ValueError for a size that this machine doesn't have. free_bytes is the device's free memory.
 
-    Before anything is loaded. What the weights leave is known later: see kv_cache.plan_cache.
+    Called before anything is loaded; kv_cache.plan_cache checks again with what the weights leave.
     """
     num_cpus = os.cpu_count() or 1
     if config.num_threads is not None and config.num_threads > num_cpus:
@@ -120,7 +120,7 @@ def check_machine(config: EngineConfig, free_bytes: int) -> None:
 def check_num_seqs(config: EngineConfig, max_model_len: int | None, free_bytes: int) -> None:
     """Raise ValueError where the host's memory doesn't hold the tables of so many sequences.
 
-    max_model_len None: not known yet, so that one block a sequence is counted.
+    max_model_len None means that it is not known yet: one block is counted for each sequence.
     """
     per_sequence = SEQUENCE_BYTES + BLOCK_ID_BYTES * -(-(max_model_len or 1) // config.block_size)
     if config.max_num_seqs * per_sequence > free_bytes:

@@ -1,4 +1,4 @@
-"""The server's life: wait for the engine, say what was loaded, listen, and at SIGTERM finish what is under way.
+"""The server's life: wait for the engine, print what was loaded, listen, and at SIGTERM finish what is under way.
 
 Draining: /health and new requests get 503, running requests get `shutdown_timeout` seconds; what is left then ends with
 an error object. A second SIGINT ends at once. When the engine dies, its requests are told, and the server ends too.
@@ -77,7 +77,7 @@ async def _all_ready(client: EngineClient, renderer: TemplateRenderer) -> None:
 
 
 class _Stop:
-    """SIGINT and SIGTERM: before the server listens they end the wait for the engine, then they let it drain."""
+    """Handles SIGINT and SIGTERM: before the server listens they end the wait for the engine; later they drain it."""
 
     def __init__(self) -> None:
         self.server: uvicorn.Server | None = None
@@ -93,7 +93,7 @@ class _Stop:
             self._early.set_result(None)
 
     async def comes_before(self, ready: Awaitable[None]) -> bool:
-        """Wait for either; raises what `ready` raises."""
+        """Wait until `ready` is done or a signal comes; whether it was a signal. Raises what `ready` raises."""
         waiting = asyncio.ensure_future(ready)
         try:
             await asyncio.wait((waiting, self._early), return_when=asyncio.FIRST_COMPLETED)
@@ -124,7 +124,7 @@ def _uvicorn_config(app: FastAPI, options: ListenOptions) -> uvicorn.Config:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, which stops listening and waits for what is under way; here it is told when to stop waiting."""
+    """uvicorn's server, with a drain, and a limit on how long it waits for requests that are under way."""
 
     def __init__(
         self,
@@ -142,7 +142,7 @@ class _Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """They are `_Stop`'s."""
+        """Leave signals to `_Stop`."""
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -151,7 +151,7 @@ class _Server(uvicorn.Server):
         logger.info("serving on %s", self._listener.url)
 
     def end_without_engine(self) -> None:
-        """The engine is dead: end, unless the server was told to stay."""
+        """End, since the engine is dead, unless --keep-alive-on-engine-death."""
         logger.error("%s", self._client.death)
         if not self._options.keep_alive_on_engine_death:
             self.should_exit = True
@@ -174,7 +174,7 @@ class _Server(uvicorn.Server):
             for timer in timers:
                 timer.cancel()
         if self.force_exit and self.server_state.tasks:
-            self._hang_up()  # ends every task in its own way; cancelled with the loop, each would log a traceback
+            self._hang_up()  # a task that the loop cancels instead would log a traceback
             await asyncio.wait(self.server_state.tasks, timeout=LAST_WORDS_SECONDS)
 
     async def _drain(self) -> None:
@@ -197,7 +197,7 @@ class _Server(uvicorn.Server):
 
 
 class StepLog:
-    """A line every ten seconds while there is work: what the engine did since the last one."""
+    """Logs, every ten seconds while there is work, what the engine did since the last line."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics

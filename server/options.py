@@ -1,4 +1,4 @@
-"""What `octavo serve` can be told beside the engine's configuration; flags, help and docs are made of these structs.
+"""The options of `octavo serve` beside the engine's configuration; flags, help and docs are made from these structs.
 
 See octavo/flags.py. Flags have vLLM's names; SGLang's are hidden aliases.
 """
@@ -101,7 +101,7 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TextOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """Chat templates, and how answers are sampled where a request doesn't say."""
+    """Chat templates, and the sampling values that stand in for those that a request leaves out."""
 
     chat_template: Annotated[
         str | None,
@@ -180,7 +180,7 @@ class ListenOptions(msgspec.Struct, frozen=True, kw_only=True):
     ] = False
     uvicorn_log_level: Annotated[
         Literal["critical", "error", "warning", "info", "debug"],
-        Meta(description="of the HTTP server", extra={"group": "logs", "aliases": ("--log-level",)}),
+        Meta(description="level of the HTTP server's log", extra={"group": "logs", "aliases": ("--log-level",)}),
     ] = "warning"
     disable_uvicorn_access_log: Annotated[bool, Meta(description="no line for each request at level info")] = False
     disable_log_stats: Annotated[bool, Meta(description="no line of statistics every ten seconds")] = False
@@ -231,7 +231,8 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = 256 << 20
     root_path: Annotated[
-        str, Meta(description="what a proxy in front strips from paths", extra={"metavar": "PATH"})
+        str,
+        Meta(description="prefix that a proxy in front strips from paths", extra={"metavar": "PATH"}),
     ] = ""
     disable_fastapi_docs: Annotated[bool, Meta(description="no /docs and no /openapi.json")] = False
     enable_log_requests: Annotated[

@@ -38,7 +38,7 @@ PROG = "octavo serve"
 
 
 class ServeError(ValueError):
-    """What is wrong with the command line, or with the model; one line."""
+    """The command line or the model is wrong; the message is one line."""
 
 
 def run(args: argparse.Namespace) -> int:
@@ -62,7 +62,7 @@ def _serve(options: ServeOptions, begun: float) -> bool:
     model = _model_of(options.model)
     _check_tls(options.listen)
     access = _access(options)
-    listener = _bind(options.listen)  # before the model is loaded: a port that is taken is known now
+    listener = _bind(options.listen)  # before the model is loaded, so that a port that is taken is told at once
     engine = None
     try:
         directory = _directory_of(model, options.model.revision)
@@ -120,7 +120,7 @@ def _directory_of(model: str, revision: str | None) -> Path:
 
 
 def _allow_many_connections() -> None:
-    """Each takes a file descriptor, and shells start programs with 1024."""
+    """Raise the limit of open files, of which each connection takes one: shells start programs with 1024."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 1 << 16 if hard == resource.RLIM_INFINITY else min(hard, 1 << 16)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -210,7 +210,7 @@ def _cache_facts(config: EngineConfig, ready: Ready) -> dict[str, str]:
 
 
 def print_report(ready: Ready, seconds: float) -> None:
-    """The one table of a start: what runs, by which body, in how much memory, and how long each phase took."""
+    """Print what runs, by which kernels, in how much memory, and how long each phase of the start took."""
     from rich.console import Console
     from rich.table import Table
 
