@@ -1,7 +1,7 @@
 """The types of the config.json keys that the decoder reads, checked once so that nothing behind it has to.
 
-Null is a value that every key may have. Keys that aren't listed are nobody's business here: spec.py says which of them
-are known.
+Here are those of every architecture; a family (runtime/model/families) has the types of its own. Null is a value that
+every key may have.
 """
 
 from __future__ import annotations
@@ -52,12 +52,6 @@ class _Config(msgspec.Struct):
     head_dim: Count | None = None
     max_position_embeddings: Count | None = None
     original_max_position_embeddings: Count | None = None
-    sliding_window: Index | None = None  # Qwen2-MoE's class writes 0 for none
-    sliding_window_pattern: Count | None = None
-    max_window_layers: Index | None = None
-    no_rope_layer_interval: Count | None = None
-    no_rope_layers: list[int | bool] | None = None
-    layer_types: list[str] | None = None
     hidden_act: str | None = None
     hidden_activation: str | None = None
     dtype: str | None = None
@@ -67,32 +61,19 @@ class _Config(msgspec.Struct):
     rope_local_base_freq: Positive | None = None
     rope_scaling: _Rope | None = None
     rope_parameters: _Rope | None = None
-    partial_rotary_factor: Positive | None = None
-    query_pre_attn_scalar: Positive | None = None
-    attn_logit_softcapping: Positive | None = None
-    final_logit_softcapping: Positive | None = None
-    embedding_multiplier: Positive | None = None
-    residual_multiplier: Positive | None = None
-    attention_multiplier: Positive | None = None
-    logits_scaling: Positive | None = None
-    attention_bias: bool | None = None
-    mlp_bias: bool | None = None
     tie_word_embeddings: bool | None = None
-    use_sliding_window: bool | None = None
-    qkv_bias: bool | None = None
-    num_experts: Index | None = None
-    num_local_experts: Index | None = None
-    num_experts_per_tok: Count | None = None
-    moe_intermediate_size: Count | None = None
-    shared_expert_intermediate_size: Count | None = None
-    decoder_sparse_step: Count | None = None
-    mlp_only_layers: list[Index] | None = None
-    norm_topk_prob: bool | None = None
 
 
-def check_types(config: Mapping[str, Any]) -> None:
+def config_struct(keys: Mapping[str, Any]) -> type[msgspec.Struct]:
+    """What a config must be like: keys of every architecture, and those given, with their types."""
+    return msgspec.defstruct(
+        "_FamilyConfig", [(key, kind | None, None) for key, kind in keys.items()], bases=(_Config,)
+    )
+
+
+def check_types(config: Mapping[str, Any], struct: type[msgspec.Struct]) -> None:
     """Raise ModelConfigError on the first value of a type or size that its key can't have."""
     try:
-        msgspec.convert(config, _Config)
+        msgspec.convert(config, struct)
     except msgspec.ValidationError as e:
         raise ModelConfigError(f"config.json: {str(e).replace('`$.', '`')}") from None

@@ -10,7 +10,7 @@ from collections import ChainMap
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from octavo.runtime.model.config_types import ModelConfigError, check_types
+from octavo.runtime.model.config_types import ModelConfigError, check_types, config_struct
 from octavo.runtime.model.experts import MoeSpec, read_moe, sparse_layers
 from octavo.runtime.model.families.family import Architecture, Config, LayerKind, has_window
 from octavo.runtime.model.families.family import UnsupportedModelError as UnsupportedModelError
@@ -18,6 +18,7 @@ from octavo.runtime.model.families.keys import DEFAULTS, HARMLESS, NEUTRAL, SIZE
 from octavo.runtime.model.families.registry import ARCHITECTURES, VISION
 from octavo.runtime.model.rope import RopeError, RopeSpec
 
+_KEY_TYPES = config_struct({key: kind for row in ARCHITECTURES.values() for key, kind in row.reads.items()})
 Activation = Literal["silu", "gelu_tanh"]
 ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
@@ -114,7 +115,7 @@ class DecoderSpec:
         """Read a config.json; raises UnsupportedModelError on what isn't known, ModelConfigError on what can't be."""
         text_only = config.get("model_type") in VISION
         config, name, row = _select(config)
-        check_types(config)
+        check_types(config, _KEY_TYPES)
         _refuse_unread(config, name, row)
         settings = ChainMap(dict(_given(config)), dict(row.defaults), dict(DEFAULTS))
         for key in SIZES:

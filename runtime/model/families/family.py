@@ -10,24 +10,29 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from octavo.runtime.model.config_types import Count, Index
 from octavo.runtime.model.rope import RopeError
 
 Config = Mapping[str, Any]
+Keys = dict[str, Any]
+"""Config keys with the types that their values must have, null aside."""
 NormPlacement = Literal["pre", "sandwich", "post"]
 BiasRule = Literal["never", "always", "attention_bias", "mlp_bias", "qkv_bias"]
 WindowRule = Literal["none", "all", "layer_types"]
 ExpertRule = Literal["none", "all", "sparse_step"]
 LayerKind = Literal["full_attention", "sliding_attention"]
 
-WINDOW_KEYS = frozenset({"sliding_window", "layer_types"})
-MOE_KEYS = frozenset({"num_experts", "num_local_experts", "num_experts_per_tok", "norm_topk_prob"})
+WINDOW_KEYS: Keys = {"sliding_window": Index, "layer_types": list[str]}
+MOE_KEYS: Keys = {"num_experts": Index, "num_local_experts": Index, "num_experts_per_tok": Count}
 
 
 class UnsupportedModelError(ValueError):
     """A model, or a feature of it, that the decoder doesn't have; the message names it and what would work."""
 
     def __init__(self, reason: str) -> None:
-        super().__init__(f"{reason}; --model-impl hf serves it through transformers' own code, if that has it")
+        super().__init__(
+            f"config.json: {reason}; --model-impl hf serves it through transformers' own code, if that has it"
+        )
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ class Architecture:
                decoder_sparse_step counts and mlp_only_layers doesn't name
     expert_names  where experts are in a checkpoint
     defaults   what keys mean where they are absent, and no other architecture's default holds
-    reads      config keys that change the computation, beyond the ones that every architecture has
+    reads      config keys that change the computation, beyond the ones that every architecture has, with their types
 
     Oddities, with functions of the settings (the config over its defaults):
 
@@ -98,7 +103,7 @@ class Architecture:
     fused: bool = False
     experts: ExpertRule = "none"
     expert_names: ExpertNames = ExpertNames("mlp", "gate_proj", "up_proj", "down_proj")
-    reads: frozenset[str] = field(default_factory=frozenset)
+    reads: Keys = field(default_factory=dict)
     rotating_layers: Callable[[Config, int], list[bool]] = all_rotate
     sliding_layers: Callable[[Config, list[bool]], list[bool]] = slide_from_max_window_layers
     ropes: Callable[[Config, Config, dict[str, Any]], dict[LayerKind, tuple[dict[str, Any], float]]] = one_rope

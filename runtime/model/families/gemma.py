@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from octavo.runtime.model.config_types import Count, Positive
 from octavo.runtime.model.families.family import WINDOW_KEYS, Architecture, Config, Family, LayerKind
 
 _GEMMA = {
@@ -56,7 +57,12 @@ FAMILY = Family(
             activation_key="hidden_activation",
             sqrt_embedding_scale=True,
             reads=WINDOW_KEYS
-            | {"attention_bias", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"},
+            | {
+                "attention_bias": bool,
+                "query_pre_attn_scalar": Positive,
+                "attn_logit_softcapping": Positive,
+                "final_logit_softcapping": Positive,
+            },
             sliding_layers=_every_other,
         ),
         "gemma3_text": Architecture(
@@ -71,7 +77,12 @@ FAMILY = Family(
             sqrt_embedding_scale=True,
             # not attn_logit_softcapping: transformers' Gemma 3 has the key and doesn't use it
             reads=WINDOW_KEYS
-            | {"attention_bias", "query_pre_attn_scalar", "final_logit_softcapping", "sliding_window_pattern"},
+            | {
+                "attention_bias": bool,
+                "query_pre_attn_scalar": Positive,
+                "final_logit_softcapping": Positive,
+                "sliding_window_pattern": Count,
+            },
             sliding_layers=_all_but_every_nth,
             ropes=_ropes,
             ropes_stretch_max_position=False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from octavo.runtime.model.config_types import Positive
 from octavo.runtime.model.families.family import Architecture, Family
 
 FAMILY = Family(
@@ -16,10 +17,14 @@ FAMILY = Family(
             qkv_bias="attention_bias",
             o_bias="attention_bias",
             mlp_bias="mlp_bias",
-            reads=frozenset(
-                {"attention_bias", "mlp_bias", "embedding_multiplier", "logits_scaling"}
-                | {"residual_multiplier", "attention_multiplier"}
-            ),
+            reads={
+                "attention_bias": bool,
+                "mlp_bias": bool,
+                "embedding_multiplier": Positive,
+                "logits_scaling": Positive,
+                "residual_multiplier": Positive,
+                "attention_multiplier": Positive,
+            },
         ),
     },
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from octavo.runtime.model.config_types import Count, Index
 from octavo.runtime.model.families.family import (
     WINDOW_KEYS,
     Architecture,
@@ -35,12 +36,12 @@ FAMILY = Family(
             qkv_bias="attention_bias",
             o_bias="attention_bias",
             mlp_bias="mlp_bias",
-            reads=frozenset({"attention_bias", "mlp_bias"}),
+            reads={"attention_bias": bool, "mlp_bias": bool},
         ),
         "mistral": Architecture(
             defaults={"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
             windows="all",
-            reads=frozenset({"sliding_window"}),
+            reads={"sliding_window": Index},
         ),
         "smollm3": Architecture(
             defaults={
@@ -57,7 +58,13 @@ FAMILY = Family(
             mlp_bias="mlp_bias",
             windows="layer_types",
             reads=WINDOW_KEYS
-            | {"attention_bias", "mlp_bias", "no_rope_layers", "no_rope_layer_interval", "use_sliding_window"},
+            | {
+                "attention_bias": bool,
+                "mlp_bias": bool,
+                "no_rope_layers": list[int | bool],
+                "no_rope_layer_interval": Count,
+                "use_sliding_window": bool,
+            },
             rotating_layers=_rotating_layers,
             sliding_layers=_sliding_layers,
         ),

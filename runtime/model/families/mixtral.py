@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from octavo.runtime.model.config_types import Index
 from octavo.runtime.model.families.family import MOE_KEYS, Architecture, ExpertNames, Family
 
 FAMILY = Family(
@@ -19,7 +20,7 @@ FAMILY = Family(
             },
             windows="all",
             experts="all",
-            reads=(MOE_KEYS - {"norm_topk_prob"}) | {"sliding_window"},
+            reads=MOE_KEYS | {"sliding_window": Index},
             expert_names=ExpertNames("block_sparse_moe", "w1", "w3", "w2"),
         ),
     },

@@ -12,7 +12,7 @@ FAMILY = Family(
             qk_norm="width",
             qkv_bias="attention_bias",
             o_bias="attention_bias",
-            reads=frozenset({"attention_bias"}),
+            reads={"attention_bias": bool},
         ),
         "olmoe": Architecture(
             defaults={
@@ -26,7 +26,7 @@ FAMILY = Family(
             qkv_bias="attention_bias",
             o_bias="attention_bias",
             experts="all",
-            reads=MOE_KEYS | {"attention_bias"},
+            reads=MOE_KEYS | {"norm_topk_prob": bool, "attention_bias": bool},
         ),
     },
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from octavo.runtime.model.config_types import Index, Positive
 from octavo.runtime.model.families.family import Architecture, Family
 
 FAMILY = Family(
@@ -15,7 +16,7 @@ FAMILY = Family(
             },
             windows="all",
             fused=True,
-            reads=frozenset({"sliding_window", "partial_rotary_factor"}),
+            reads={"sliding_window": Index, "partial_rotary_factor": Positive},
             rope_types={"su": "longrope", "yarn": "longrope"},
         ),
     },

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from octavo.runtime.model.config_types import Count, Index
 from octavo.runtime.model.families.family import MOE_KEYS, WINDOW_KEYS, Architecture, Config, Family, has_window
 
-_QWEN_WINDOW_KEYS = WINDOW_KEYS | {"use_sliding_window", "max_window_layers"}
-_SPARSE_STEP_KEYS = MOE_KEYS | {"moe_intermediate_size", "decoder_sparse_step", "mlp_only_layers"}
+_SWITCHED_WINDOW_KEYS = {"sliding_window": Index, "use_sliding_window": bool, "max_window_layers": Index}
+_QWEN_WINDOW_KEYS = WINDOW_KEYS | _SWITCHED_WINDOW_KEYS
+_SPARSE_STEP_KEYS = MOE_KEYS | {
+    "norm_topk_prob": bool,
+    "moe_intermediate_size": Count,
+    "decoder_sparse_step": Count,
+    "mlp_only_layers": list[Index],
+}
 _QWEN = {
     "num_key_value_heads": 32,
     "max_position_embeddings": 32768,
@@ -36,7 +43,7 @@ FAMILY = Family(
             qkv_bias="attention_bias",
             o_bias="attention_bias",
             windows="layer_types",
-            reads=_QWEN_WINDOW_KEYS | {"attention_bias"},
+            reads=_QWEN_WINDOW_KEYS | {"attention_bias": bool},
         ),
         "qwen2_moe": Architecture(
             defaults=_QWEN
@@ -45,7 +52,7 @@ FAMILY = Family(
             qkv_bias="qkv_bias",
             windows="layer_types",
             experts="sparse_step",
-            reads=_QWEN_WINDOW_KEYS | _SPARSE_STEP_KEYS | {"qkv_bias", "shared_expert_intermediate_size"},
+            reads=_QWEN_WINDOW_KEYS | _SPARSE_STEP_KEYS | {"qkv_bias": bool, "shared_expert_intermediate_size": Count},
             sliding_layers=_every_other_up_to_max_window_layers,
         ),
         "qwen3_moe": Architecture(
@@ -57,7 +64,7 @@ FAMILY = Family(
             o_bias="attention_bias",
             windows="all",
             experts="sparse_step",
-            reads=(_QWEN_WINDOW_KEYS - {"layer_types"}) | _SPARSE_STEP_KEYS | {"attention_bias"},
+            reads=_SWITCHED_WINDOW_KEYS | _SPARSE_STEP_KEYS | {"attention_bias": bool},
         ),
     },
 )
