@@ -62,16 +62,17 @@ class Linear:
                 self.input_quant = part.body.input_quant(part.weight)
                 self._split_k = part.body.split_k
 
-    def forward(self, x: Hidden, step: StepInputs | None = None) -> Tensor:  # noqa: ARG002
+    def forward(self, x: Hidden, step: StepInputs | None) -> Tensor:  # noqa: ARG002
         """x [T, K], or as `input_quant` says, to [T, N].
 
-        step: what the step is told beside x, for what a layer does per token: an adapter, a rank's sum. x's rows are
-        the step's tokens, but for experts, and behind a last layer that is cut to its logits: those see some of them.
+        step: what the step is told beside x, for what a layer does per token, such as an adapter. x's rows are its
+        tokens, or those of its logits_index behind a last layer's attention; None: x's rows are others, such as those
+        that an expert was chosen for.
         """
         out = self._run(x, self._weight, self.out_dtype)
         return out if self.bias is None else out.add_(self.bias)
 
-    def partial(self, x: Hidden, step: StepInputs | None = None) -> Tensor:
+    def partial(self, x: Hidden, step: StepInputs | None) -> Tensor:
         """As forward, or [S, T, N] float32 split along K, for the next kernel to add up."""
         if self._split_k is None:
             return self.forward(x, step)

@@ -199,11 +199,11 @@ class _Recorded(Linear):
         self._name = name
         self._record = record
 
-    def forward(self, x: Hidden, step: StepInputs | None = None) -> Tensor:
+    def forward(self, x: Hidden, step: StepInputs | None) -> Tensor:
         self._show(x)
         return self._inner.forward(x, step)
 
-    def partial(self, x: Hidden, step: StepInputs | None = None) -> Tensor:
+    def partial(self, x: Hidden, step: StepInputs | None) -> Tensor:
         self._show(x)
         return self._inner.partial(x, step)
 

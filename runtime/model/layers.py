@@ -43,7 +43,7 @@ class Head:
     soft_cap: float | None
 
     def forward(self, hidden: Hidden) -> Tensor:
-        logits = self.linear.forward(hidden)
+        logits = self.linear.forward(hidden, None)
         if self.divisor != 1.0:
             logits = logits / self.divisor
         return logits if self.soft_cap is None else torch.tanh(logits / self.soft_cap) * self.soft_cap
@@ -171,9 +171,9 @@ class Mlp(Protocol):
         """
         ...
 
-    def forward(self, x: Hidden, step: StepInputs | None = None) -> Tensor: ...
+    def forward(self, x: Hidden, step: StepInputs | None) -> Tensor: ...
 
-    def partial(self, x: Hidden, step: StepInputs | None = None) -> Tensor:
+    def partial(self, x: Hidden, step: StepInputs | None) -> Tensor:
         """As forward, or [S, T, H] float32 for the next kernel to add up."""
         ...
 
@@ -209,10 +209,10 @@ class GatedMlp:
     def observed(self, counts: Tensor) -> GatedMlp:  # noqa: ARG002
         return self
 
-    def forward(self, x: Hidden, step: StepInputs | None = None) -> Tensor:
+    def forward(self, x: Hidden, step: StepInputs | None) -> Tensor:
         return self.down.forward(self.act(self.gate_up.forward(x, step)), step)
 
-    def partial(self, x: Hidden, step: StepInputs | None = None) -> Tensor:
+    def partial(self, x: Hidden, step: StepInputs | None) -> Tensor:
         gate_up = self.gate_up.partial(x, step)
         return self.down.partial(self.act(gate_up, self.down.input_quant), step)
 

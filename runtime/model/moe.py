@@ -33,10 +33,10 @@ class _Plain:
     def input_quant(self) -> ActivationQuant | None:
         return None
 
-    def forward(self, x: Hidden, step: StepInputs | None = None) -> Tensor:
+    def forward(self, x: Hidden, step: StepInputs | None) -> Tensor:
         raise NotImplementedError
 
-    def partial(self, x: Hidden, step: StepInputs | None = None) -> Tensor:
+    def partial(self, x: Hidden, step: StepInputs | None) -> Tensor:
         return self.forward(x, step)
 
 
@@ -64,7 +64,7 @@ class MoeMlp(_Plain):
     def observed(self, counts: Tensor) -> ObservedMoe:
         return ObservedMoe(self, counts)
 
-    def forward(self, x: Hidden, step: StepInputs | None = None) -> Tensor:
+    def forward(self, x: Hidden, step: StepInputs | None) -> Tensor:
         assert isinstance(x, Tensor)
         chosen, weights = moe.route(x, self.router, self.top_k, self.normalize)
         routed = moe.grouped(x, chosen, weights, len(self.experts), self._run)
@@ -91,7 +91,7 @@ class MoeMlp(_Plain):
             yield "shared", self.shared
 
     def _run(self, expert: int, x: Tensor) -> Tensor:
-        return self.experts[expert].forward(x)
+        return self.experts[expert].forward(x, None)
 
 
 def add_shared(
@@ -146,14 +146,14 @@ class GroupedMoe:
     def observed(self, counts: Tensor) -> Mlp:  # noqa: ARG002
         raise TypeError("experts that are stacked can't be observed; DecoderBuilder(stacks_experts=False) has others")
 
-    def forward(self, x: Hidden, step: StepInputs | None = None) -> Tensor:
+    def forward(self, x: Hidden, step: StepInputs | None) -> Tensor:
         from octavo.kernels.moe.gpu.fused import fused_moe
 
         assert isinstance(x, Tensor)
         routed = fused_moe(x, *self._mixture, normalize=self.normalize, shared=self.slices)
         return add_shared(x, routed, self.shared, self.shared_gate, step)
 
-    def partial(self, x: Hidden, step: StepInputs | None = None) -> Tensor:
+    def partial(self, x: Hidden, step: StepInputs | None) -> Tensor:
         """As forward; without a shared expert of its own [top_k + slices, T, H], what each expert gives."""
         from octavo.kernels.moe.gpu.fused import partial_moe
 
@@ -194,7 +194,7 @@ class ObservedMoe(_Plain):
     def observed(self, counts: Tensor) -> ObservedMoe:
         return ObservedMoe(self.block, counts)
 
-    def forward(self, x: Hidden, step: StepInputs | None = None) -> Tensor:
+    def forward(self, x: Hidden, step: StepInputs | None) -> Tensor:
         assert isinstance(x, Tensor)
         block = self.block
         chosen, weights = moe.route(x, block.router, block.top_k, block.normalize)
@@ -202,7 +202,7 @@ class ObservedMoe(_Plain):
         total = torch.zeros_like(x, dtype=torch.float32)
         for i, expert in enumerate(block.experts):
             weight = torch.where(chosen == i, weights, 0.0).sum(dim=1, keepdim=True)  # [T, 1], 0 where not chosen
-            total.addcmul_(expert.forward(x).float(), weight)
+            total.addcmul_(expert.forward(x, None).float(), weight)
         return add_shared(x, total.to(x.dtype), block.shared, block.shared_gate, step)
 
     def linears(self) -> dict[str, Linear]:
