@@ -20,16 +20,16 @@ MAX_PARTS = 1 << 14  # messages of a conversation, with their parts and calls; e
 MAX_TEMPLATE_DATA = 1 << 20  # bytes, as JSON, of what goes to the chat template beside the messages
 
 
-def little_json(value: Any) -> Any:
-    """Not megabytes of values, which a chat template would walk over."""
+def bounded_json(value: Any) -> Any:
+    """Refuse megabytes of values, which a chat template would walk over."""
     size = len(json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass"))
     if size > MAX_TEMPLATE_DATA:
         raise ValueError(f"{size} bytes as JSON; {MAX_TEMPLATE_DATA} is the most")
     return value
 
 
-def _few_parts(value: Any) -> Any:
-    """Not a conversation of a million messages, parts and calls."""
+def _bounded_parts(value: Any) -> Any:
+    """Refuse a conversation of too many messages, parts and calls."""
     if isinstance(value, list):
         lists = [
             message.get(name) for message in value if isinstance(message, dict) for name in ("content", "tool_calls")
@@ -90,11 +90,11 @@ class ChatMessage(Strict):
 class ChatOptions(Strict):
     """How messages become a prompt; shared by chat completions and /tokenize."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True), BeforeValidator(_few_parts)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True), BeforeValidator(_bounded_parts)]
     add_generation_prompt: Flag = True
     continue_final_message: Flag = False
     chat_template: Text | None = None
-    chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(little_json)] | None = None
+    chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(bounded_json)] | None = None
     add_special_tokens: Flag = False
 
     @model_validator(mode="after")

@@ -42,8 +42,8 @@ def _number(value: object) -> object:
     return value
 
 
-def few(value: Any) -> Any:
-    """Not an object of a million entries, each of which would get an error of its own."""
+def bounded_entries(value: Any) -> Any:
+    """Refuse an object of too many entries: pydantic would make an error of each that is wrong."""
     if isinstance(value, dict) and len(value) > MAX_ENTRIES:
         raise ValueError(f"an object of {len(value)} entries; {MAX_ENTRIES} is the most")
     return value
@@ -55,6 +55,7 @@ def text_or_list(value: object) -> str:
 
 Number = Annotated[float, BeforeValidator(_number, json_schema_input_type=float), Field(allow_inf_nan=False)]
 TextOption = Annotated[Text, Tag("<text>")]
+LogitBias = Annotated[dict[str, Annotated[Number, Field(ge=-100, le=100)]], BeforeValidator(bounded_entries)]
 Unsupported = Annotated[list[Any], Field(max_length=0, fail_fast=True)]
 
 
@@ -66,7 +67,7 @@ class Strict(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _check_size(cls, fields: Any) -> Any:
-        return few(fields)
+        return bounded_entries(fields)
 
 
 class StreamOptions(Strict):
@@ -88,7 +89,7 @@ class NoOps(Strict):
 
     user: Text | None = None
     store: Literal[False] | None = None
-    metadata: Annotated[dict[str, Text], BeforeValidator(few)] | None = None
+    metadata: Annotated[dict[str, Text], BeforeValidator(bounded_entries)] | None = None
     service_tier: Literal["auto", "default"] | None = None
     safety_identifier: Text | None = None
     prompt_cache_key: Text | None = None
@@ -126,7 +127,7 @@ class GenerationRequest(NoOps):
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
     presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
-    logit_bias: Annotated[dict[str, Annotated[Number, Field(ge=-100, le=100)]], BeforeValidator(few)] | None = None
+    logit_bias: LogitBias | None = None
     # vLLM's own
     top_k: Annotated[int, Field(strict=True, ge=-1, lt=2**31)] | None = None
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = None

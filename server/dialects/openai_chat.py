@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import BeforeValidator, Field, model_validator
 
-from octavo.server.dialects.conversation import ChatOptions, chat_token_ids, little_json, render_request, rendered
+from octavo.server.dialects.conversation import ChatOptions, bounded_json, chat_token_ids, render_request, rendered
 from octavo.server.dialects.fields import Count, Flag, GenerationRequest, Unsupported
 from octavo.server.dialects.logprobs import chat_logprobs
 from octavo.server.dialects.openai import Json, extras, head
@@ -29,7 +29,7 @@ class ChatCompletionRequest(ChatOptions, GenerationRequest):
     logprobs: Flag | None = None
     top_logprobs: Count | None = None
     echo: Flag = False
-    documents: Annotated[list[dict[str, Any]], Field(fail_fast=True), BeforeValidator(little_json)] | None = None
+    documents: Annotated[list[dict[str, Any]], Field(fail_fast=True), BeforeValidator(bounded_json)] | None = None
     # not supported: accepted only where they ask for nothing
     tools: Unsupported | None = None
     tool_choice: Literal["none", "auto"] | None = None
