@@ -399,8 +399,8 @@ def rope_and_attention(
 def reads_rows_again(qkv: Tensor, shape: AttentionShape, *norms: Tensor | None) -> bool:
     """Whether programs may read whole rows of qkv for norms over all heads, if there are any: the table has a limit.
 
-    To a head's share of 256 tokens in bf16, 128 KiB, come 32 KiB of q with 16 heads of 128 in 4 partial sums: for many
-    tokens more than a launch takes, by the L2 cache's bandwidth. Not measured.
+    A head's split of 256 tokens in bf16 has 128 KiB; 16 heads of 128 in 4 partial sums add 32 KiB of q. For many tokens
+    the L2 cache needs longer for that than a launch takes. Not measured.
     """
     if all(w is None or w.numel() == shape.head_dim for w in norms):
         return True

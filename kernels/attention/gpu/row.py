@@ -1,9 +1,10 @@
-"""Rounding a token's whole row of attention's output for the GEMM behind it, in attention's own launch.
+"""Quantize a token's whole row of attention's output for the next GEMM, in attention's own launch.
 
-The program that has stored the last of a token's heads reads them all back, out of L2, and writes the row as codes of
+The program that stores the last of a token's heads reads all of them back from L2, and writes the row as codes of
 float8_e4m3fn or int8 with the scale of the row, of groups of its columns or of a checkpoint, or as plain numbers in
-another order of columns: bit for bit what `fp8.gpu.quantize` or `int4.gpu.columns` would make of them in one launch
-more. It goes by BLOCK columns, twice where the scale is the row's: few enough for attention to keep its registers.
+another order of columns: bit for bit what `fp8.gpu.quantize` or `int4.gpu.permute_columns` would compute in a launch of
+its own. It works on BLOCK columns at a time, twice if the scale is the row's: few enough for attention to keep its
+registers.
 Limit: latency; 2 to 4 bytes of a row from L2 for each element, and a code.
 """
 

@@ -119,7 +119,7 @@ def matmul(x: Tensor, x_scale: Tensor, packed: Packed, dtype: torch.dtype) -> Te
 def _into(
     out: Tensor, x: Tensor, x_scale: Tensor, packed: Packed, *, swap_ab: int, split_k: int, **sizes: int
 ) -> Tensor:
-    """A row of the tables says which body: `swap_ab` or not; and in how many parts, which out has already."""
+    """The table's row says which body: `swap_ab` or not. out already has as many splits as it says."""
     assert out.dim() == 2 or out.shape[0] == split_k
     body = gemm_swap_ab if swap_ab else gemm_persistent
     body(x, packed.codes, x_scale, packed.scale, out, packed.bias, blocks=packed.blocks, **sizes)()

@@ -4,12 +4,12 @@ out [M, N] = (x [M, K] * x_scale) @ (w [N, K] * w_scale)^T + bias. The tensor co
 weight's rows are its rows and the tokens its columns (at least 16): acc [N, M] += w [N, K] @ x [M, K]^T, stored
 transposed. The other way round 16 tokens would be widened to fp16 and run on Ampere's instructions.
 
-K may be cut in parts, for a matrix whose rows alone don't fill the GPU. Each part stores float32 sums [S, M, N] with
-the scales (and in part 0 the bias) in them already: the next kernel adds them up on its way (`fused.gpu.norm`), or
-`fused.gpu.sums` does, always in the same order.
+K may be split, for a matrix whose rows alone don't fill the GPU. Each split stores float32 sums [S, M, N] that include
+the scales (and in split 0 the bias): the next kernel adds them up (`norm.gpu.norm`), or
+`norm.gpu.split_k_sum` does, always in the same order.
 
-Sums of e4m3 codes inside the tensor core keep some 14 bits. Each BLOCK_K columns are added to a float32 accumulator by
-ordinary instructions, which the weight's way from memory hides. Limit: N * K bytes over 3.0 TB/s on an H100.
+Sums of e4m3 codes inside the tensor core keep some 14 bits. Each BLOCK_K columns are added to a float32 accumulator
+with FFMA instructions, hidden behind the weight loads. Limit: N * K bytes over 3.0 TB/s on an H100.
 Reference: the product of what the codes stand for (`fp8.reference`, `int8.reference`).
 """
 

@@ -8,8 +8,8 @@ sum is then scaled in float32. Scaling before would cost more instructions and r
 the products. A slice of 32 columns (16 with 2 bits) is one product, so groups of 32 and 64 fit into tiles of 128 and
 have sums of their own.
 
-K may be cut in parts: float32 sums [S, M, N], each with the scales, part 0 with the bias, which the next kernel adds
-up on its way, or `fused.gpu.sums` does. Sums of e4m3 inside the tensor core keep some 14 bits, of a group at most.
+K may be split: float32 sums [S, M, N], each with the scales, split 0 with the bias, which the next kernel or
+`norm.gpu.split_k_sum` adds up. Sums of e4m3 inside the tensor core keep some 14 bits, of a group at most.
 
 Limit on an H100: N * K / 2 bytes over 3.0 TB/s up to some 64 tokens (112 of e4m3), then 2 * M * N * K operations.
 """

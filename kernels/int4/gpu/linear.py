@@ -46,7 +46,7 @@ def matmul(
 ) -> Tensor:
     """x [M, K] bf16 or fp16, or e4m3 with x_scale [M, 1] float32, times the weight: [M, N] bf16, fp16 or float32.
 
-    is_arranged: its columns are where `packed.places` has them.
+    is_permuted: its columns are already in the order of `packed.column_permutation`.
     """
     sizes = _sizes(x, packed)
     n = packed.shape[0]

@@ -31,7 +31,7 @@ class PackedInt4(PackedWeight):
     scale   symmetric: [groups, N], of the type that it came in; else [groups, N, 2]: a scale and, as a number of the
             same type, its zero point as a field. After the last group, zeros up to whole tiles.
     bits    of a field: 2 or 4
-    share   columns that share a scale: 32, 64 or a multiple of 128
+    group_size  columns that share a scale: 32, 64 or a multiple of 128
     order   None, or [columns] int32: which of x's columns the GEMM sees as its own, -1 for a zero
     source  None, or [groups] int64: which group each row of `scale` came from, where groups had to be cut up
     groups  [K] int64, as `pack` took it

@@ -160,7 +160,7 @@ def launches(
 def _first(
     x: Hidden, gate_up: Weights, chosen: Tensor, group_size: int, steps: list[Launch]
 ) -> tuple[Tensor, Tensor | None, int]:
-    """What the first GEMM reads, its scales, and the pairs that share a row of it; what makes it joins the steps."""
+    """Return the first GEMM's input, its scales, and how many pairs share a row; append what produces it to `steps`."""
     kind = _kind(gate_up)
     order = _order(gate_up)
     stored = _stored(gate_up)

@@ -3,7 +3,7 @@
 out[pair] = x[pair // divisor] @ w[expert]^T (* x_scale * w_scale) (* router[pair]), for pairs as `route.align` sorts
 them: x has a row for each token (divisor: its pairs) or for each pair (1: as behind the first GEMM). A program has
 BLOCK_M sorted pairs of one expert and BLOCK_N of its rows. Up to 32 pairs an expert's rows are the tensor core's rows
-and the pairs its columns (acc [N, M]), as in `fp8.gpu.gemm_swap_ab`: 64 rows is the least it multiplies.
+and the pairs its columns (acc [N, M]), as in `gemm.gpu.gemm_swap_ab`: 64 rows is the least it multiplies.
 
 Programs are fixed in number, and one whose tile isn't used ends at once: an expert without tokens is never read. Tiles
 of sorted pairs go through the weight GROUP_M at a time, so that both stay in the L2 cache.
@@ -144,7 +144,7 @@ def _grouped(
 def pair_arguments(
     x: Tensor, weight: tuple[int, ...], pairs: Aligned, out: Tensor, divisor: int, router: Tensor | None
 ) -> dict[str, Any]:
-    """What a grouped GEMM of a weight [E, N, K] is told of its pairs; whether all has its size."""
+    """Kernel arguments that describe the sorted pairs of a weight [E, N, K]; checks all sizes."""
     num_experts, n, k = weight
     num_pairs = out.shape[0]
     expect(x=(x, (cdiv(num_pairs, divisor), k)), router=(router, num_pairs), out=(out, (num_pairs, n)))

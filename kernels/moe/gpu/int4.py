@@ -38,7 +38,7 @@ class PackedExperts(PackedWeight):
     words  [E, tiles, N, 32] int16
     scale  [E, groups, N] float32; after the last group zeros up to whole tiles
     zero   None when symmetric, else [E, groups, N] float32: the zero points as fields, 0..16
-    share  columns that share a scale: 32, 64 or a multiple of 128
+    group_size  columns that share a scale: 32, 64 or a multiple of 128
     k      columns
     fp8    tokens are to be rounded to e4m3, by rows
     order  None, or which column of the weight, and so of a token, is where (act-order): as `expect_order` has it

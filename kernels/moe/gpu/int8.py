@@ -1,8 +1,8 @@
 """Triton body of grouped GEMMs with int8 or e4m3 weights and bf16 or fp16 tokens, and the experts' layout.
 
 out[pair] = x[pair // divisor] @ ((codes - zero) * scale)^T (* router[pair]), for pairs as `route.align` sorts them. As
-in `int8.gpu.weights`: the weight's rows are the tensor core's (acc [N, M], however many pairs), words of two bytes are
-decoded in registers, and the sums of exact integers over a group are scaled once.
+in `gemm.gpu.w8a16_gemm`, the weight's rows are the tensor core's (acc [N, M], however many pairs), words of two bytes
+are decoded in registers, and the sums of exact integers over a group are scaled once.
 Reference: `int4.reference.linear` for each expert. Limit: the bytes of the experts that are hit over 3.0 TB/s on an
 H100; from some 130 pairs an expert, the tensor core's bf16 rate.
 """
@@ -30,7 +30,7 @@ from octavo.kernels.packed_weight import PackedWeight, present
 
 @dataclass(frozen=True)
 class ByteExperts(PackedWeight):
-    """Weights [E, N, K] of 8 bits, as `int8.gpu.weights` lays out one.
+    """Weights [E, N, K] of 8 bits, as `gemm.gpu.w8a16_gemm` lays out one.
 
     words       [E, tiles, N, TILE / 2] int16
     scale       [E, groups, N] float32

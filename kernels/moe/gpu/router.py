@@ -1,7 +1,7 @@
 """Triton body of a decode step's router: logits, each token's experts, and the pairs sorted by expert, in one launch.
 
 logits[t, e] = x[t] . router[e], in float32; then `route.choose`, then what `route.align` writes. A program multiplies
-ROWS tokens, BLOCK_E experts and a share of the columns (experts are the tensor core's rows, tokens its columns) into
+ROWS tokens, BLOCK_E experts and a part of the columns (experts are the tensor core's rows, tokens its columns) into
 its place of partial [PARTS, T, E]. The last of a block of tokens adds the parts up in their order, chooses, and counts
 each expert's pairs; the last of those adds up the counts and sorts all pairs by them. Nothing depends on who is last,
 so that it is always the same, and no size on what is chosen.

@@ -1,9 +1,9 @@
 """Triton body of SiLU * up for experts and a shared expert's slices, rounded to e4m3 or int8 by whole rows.
 
-A row of one expert has a scale; the slices of a token's shared expert are one row to who made the checkpoint and have
-one scale, that of the largest of all. A program has a token and one of its experts, or all slices: it goes through them
-twice, once for the scale; the second time they come out of the L1 cache.
-Reference: `fused.reference.silu_and_mul`, then `fp8.reference` or `int8.reference` per token, of the slices side by
+A row of one expert has a scale. The slices of a token's shared expert formed one row when the checkpoint was
+calibrated, so they have one scale, that of their largest value. A program has a token and one of its experts, or all
+slices: it reads them twice, the first time for the scale; the second time they come from the L1 cache.
+Reference: `norm.reference.silu_and_mul`, then `fp8.reference` or `int8.reference` per token, of the slices side by
 side. Limit: bytes; 5 for each output element with bf16 in and fp8 out, over 3.0 TB/s on an H100.
 """
 

@@ -1,8 +1,8 @@
-"""Triton body that rounds what experts read by the scales that a checkpoint has for each of them.
+"""Triton body that quantizes experts' inputs with the static scales that a checkpoint has for each expert.
 
-Of a pair of token and expert: x of the token, or silu(gate) * up of the pair's row, to e4m3 by the scale of the expert.
-A program has a pair's whole row. Reference: `fp8.reference.quantize_static` with the expert's scale. Limit: bytes; 3 an
-element of bf16 (silu: 5 of the output) over 3.0 TB/s on an H100.
+For each pair of token and expert, x of the token or silu(gate) * up of the pair's row becomes e4m3 by the expert's
+scale. A program has a pair's whole row. Reference: `fp8.reference.quantize_static` with the expert's scale. Limit:
+bytes; 3 an element of bf16 (silu: 5 of the output) over 3.0 TB/s on an H100.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Triton body of the embedding: a row of the table for each token, times a number in float32.
 
-Limit: bytes, two for each of a row's (read and written), over 3.0 TB/s on an H100. Reference: `fused.reference.embed`.
+Limit: bytes, two for each of a row's (read and written), over 3.0 TB/s on an H100. Reference: `norm.reference.embed`.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 y = (x + r) / sqrt(mean((x + r)^2) + eps) * w, a program for each token, the whole row in registers. x may be split-K
 partial sums of the GEMM before, which are added up here, and may be normed or scaled before the sum.
-References: `fused.reference`, `fp8.reference`, `int8.reference`. Limit: bytes; with a residual and an fp8 output 7 an
+References: `norm.reference`, `fp8.reference`, `int8.reference`. Limit: bytes; with a residual and an fp8 output 7 an
 element (3 without), over 3.0 TB/s on an H100.
 """
 
@@ -112,7 +112,7 @@ def norm(
               each group of columns, or [T, 1] with group_size 0; group_size is a power of two
     static_scale  [1] float32: as of `fp8.gpu.quantize`
     plain     [T, H] bf16, fp16 or float32: receives what out has codes of, too
-    places    [H] int32: where each column goes in out; not with groups
+    column_permutation  [H] int32: the position of each column in out; not with groups
     """
     split_k = x.shape[0] if x.dim() == 3 else 1
     num_tokens, width = x.shape[-2:]

@@ -1,4 +1,4 @@
-"""Storing what a kernel computed: as it is, or as fp8 or int8 codes with a scale for a row or for groups of columns.
+"""Store a kernel's result: as it is, or as fp8 or int8 codes with a scale for a row or for groups of columns.
 
 References: `fp8.reference` and `int8.reference`, per token, per group and static.
 """
@@ -31,7 +31,7 @@ def store_rounded(
     """The columns first .. first + BLOCK of a token's row; with GROUP 0 and codes that must be the whole row.
 
     Columns from width on are zeros and aren't stored. first is a multiple of GROUP. STATIC: by the scale at `stored`.
-    MOVED: column k is stored as column places [k].
+    MOVED: column k is stored as column column_permutation [k].
     """
     kind: tl.constexpr = out.dtype.element_ty
     at = first + tl.arange(0, BLOCK)

@@ -18,7 +18,7 @@ import json
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -138,18 +138,21 @@ def proofs(capability: int = 90) -> dict[str, Proof]:
     return {name: proof for name, proof in found.items() if capability >= 89 or not FP8_PRODUCTS.match(name)}
 
 
-def kind_of(name: str, proof: Proof) -> tuple[Any, ...]:
-    """What a proof has in common with others like it: its file and function, the kernel, and the tensors' types."""
-    arguments = proof.launch.arguments.values()
-    types = [str(value.dtype) for value in arguments if isinstance(value, Tensor)]
-    return (name.split(":")[0], proof.launch.kernel.__name__, *types)
+def kind_of(proof: Proof) -> tuple[Any, ...]:
+    """What a proof has in common with others like it: its kernel, and the types of the tensors that it is given."""
+
+    def types_of(values: Iterable[Any]) -> set[str]:
+        found = {str(value.dtype) for value in values if isinstance(value, Tensor)}
+        return found.union(*(types_of(value) for value in values if isinstance(value, tuple)))
+
+    return (proof.launch.kernel.__name__, *sorted(types_of(proof.launch.arguments.values())))
 
 
 def sample(found: dict[str, Proof]) -> list[str]:
     """The first proof of each kind."""
     first: dict[tuple[Any, ...], str] = {}
     for name, proof in found.items():
-        first.setdefault(kind_of(name, proof), name)
+        first.setdefault(kind_of(proof), name)
     return list(first.values())
 
 
