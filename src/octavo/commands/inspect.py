@@ -248,7 +248,11 @@ def _print(facts: dict[str, Any], model: str) -> None:
     if cache["scales"]:
         lines.append(f"KV cache: {cache['scales']} scales for {cache['dtype'] or 'a quantized cache'}")
     needs = facts["to_serve"]
-    fp8 = " (a CPU keeps fp8 weights as bf16, twice as large)" if "fp8" in str(facts["layers"]) else ""
+    fp8 = (
+        " (a CPU keeps fp8 weights as bf16, twice as large)"
+        if any("fp8" in row["scheme"] for row in facts["layers"])
+        else ""
+    )
     lines.append(f"weights: {needs['weight_bytes'] / 1e6:,.1f} MB as stored{fp8}")
     if "problem" in needs:
         lines.append(f"not served by octavo's decoder: {needs['problem']}")
