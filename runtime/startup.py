@@ -46,15 +46,15 @@ def load_engine(config: EngineConfig, spawn_time: float, device: Device | None =
         model = load_model(config, device)
         clock.end("weights")
         if model.compiles_kernels:
-            limits = limits_of(config, model, 1, config.max_model_len or model.max_position)
+            limits = limits_of(config, model, config.max_model_len or model.max_position)
             compile_steps(model, limits, kv_cache.choose_dtype(model, config.kv_cache_dtype, []))
             clock.end("compiling")
         notes = list(model.notes)
         caches, plan = kv_cache.create(model, config, notes)
         clock.end("kv cache")
-        longest = choose_max_model_len(config, model.max_position, plan.num_blocks * plan.block_size, notes)
+        longest = choose_max_model_len(config, model.max_position, plan.capacity(model.max_position), notes)
         check_num_seqs(config, longest, _left_on_host(plan.num_bytes, device.torch_device))
-        limits = limits_of(config, model, plan.num_blocks, longest)
+        limits = limits_of(config, model, longest, plan)
         warm_up(model, caches, limits)
         clock.end("warm-up")
         graphs = None
@@ -77,10 +77,13 @@ def load_engine(config: EngineConfig, spawn_time: float, device: Device | None =
     return engine, Ready(limits.max_model_len, plan.num_blocks, plan.block_size, model.vocab_size, report)
 
 
-def limits_of(config: EngineConfig, model: Model, num_blocks: int, max_model_len: int) -> SchedulerConfig:
-    """The scheduler's limits over a cache of `num_blocks` blocks."""
+def limits_of(
+    config: EngineConfig, model: Model, max_model_len: int, cache: kv_cache.CachePlan | None = None
+) -> SchedulerConfig:
+    """Limits of steps over this cache; without one, over a single block of all layers."""
     return SchedulerConfig(
-        num_blocks=num_blocks,
+        num_blocks=1 if cache is None else cache.num_blocks,
+        windows=(None,) if cache is None else cache.layout.windows,
         block_size=config.block_size,
         max_model_len=max_model_len,
         max_num_seqs=config.max_num_seqs,

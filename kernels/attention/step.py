@@ -6,9 +6,9 @@ Steps are put together in numpy, in the host's memory, and moved to a device wit
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +16,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Integers = Sequence[int] | NDArray[np.integer[Any]] | Tensor
+
+
+class GroupTables(NamedTuple):
+    """Where a group of layers has its keys and values; see StepInputs."""
+
+    slot_mapping: Tensor
+    block_tables: Tensor
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,8 @@ class StepInputs:
     seq_lens       [S] int32      tokens in the cache once this step has written its own
     query_starts   [S + 1] int32  sequence s owns tokens query_starts[s] .. query_starts[s + 1]
     logits_index   [L] int64      tokens whose logits are wanted, ascending
+    more_groups    slot_mapping and block_tables of further groups of layers, where layers don't all hold the same
+                   tokens; those above are the first group's
     max_query_len  1 when every sequence has one token: a pure decode step
     max_seq_len    largest of seq_lens
     """
@@ -46,6 +55,17 @@ class StepInputs:
     logits_index: Tensor
     max_query_len: int
     max_seq_len: int
+    more_groups: tuple[GroupTables, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("slot_mapping", "block_tables"):
+            if not getattr(self, name).is_contiguous():
+                raise ValueError(f"{name} of a step must lie row by row without gaps: kernels read it so")
+
+    def by_group(self) -> list[StepInputs]:
+        """The step as the layers of each group see it."""
+        others = [replace(self, **tables._asdict(), more_groups=()) for tables in self.more_groups]
+        return [self, *others]
 
     @classmethod
     def prefill(
@@ -63,7 +83,8 @@ class StepInputs:
         lengths       tokens of each sequence in the cache once the step has written its own
         sizes         new tokens of each sequence, prefill chunks and decodes mixed; None: all of its tokens
         token_ids     of the new tokens, sequence by sequence; None: zeros, for those who only want attention
-        tables        block ids [S, B]; None: consecutive blocks, sequence s in blocks s * B .. (s + 1) * B
+        tables        block ids [S, B], or [G, S, B] of G groups of layers; None: consecutive blocks, sequence s in
+                      blocks s * B .. (s + 1) * B
         logits_index  tokens whose logits are wanted; None: the last one of each sequence
         """
         seq_lens = _array(lengths, np.int32)
@@ -82,23 +103,29 @@ class StepInputs:
             owners = np.repeat(np.arange(len(new)), new)
         if tables is None:
             width = -(-max_seq_len // block_size)
-            block_tables = np.arange(len(new) * width, dtype=np.int32).reshape(len(new), width)
+            block_tables = np.arange(len(new) * width, dtype=np.int32).reshape(1, len(new), width)
         else:
             block_tables = _array(tables, np.int32)
+            # numpy lays what is picked by an array out first, and kernels read rows that lie without gaps
+            block_tables = np.ascontiguousarray(block_tables[None] if block_tables.ndim == 2 else block_tables)
         blocks, offsets = np.divmod(positions, block_size)
-        slots = block_tables[owners, blocks] * np.int64(block_size) + offsets
+        slots = np.ascontiguousarray(block_tables[:, owners, blocks] * np.int64(block_size) + offsets)
+        groups = [
+            GroupTables(torch.from_numpy(s), torch.from_numpy(t)) for s, t in zip(slots, block_tables, strict=True)
+        ]
         ids = np.zeros(num_tokens, dtype=np.int64) if token_ids is None else _array(token_ids, np.int64)
         index = query_starts[1:] - 1 if logits_index is None else _array(logits_index, np.int64)
         return cls(
             token_ids=torch.from_numpy(ids),
             positions=torch.from_numpy(positions),
-            slot_mapping=torch.from_numpy(slots),
-            block_tables=torch.from_numpy(block_tables),
+            slot_mapping=groups[0].slot_mapping,
+            block_tables=groups[0].block_tables,
             seq_lens=torch.from_numpy(seq_lens),
             query_starts=torch.from_numpy(query_starts.astype(np.int32)),
             logits_index=torch.from_numpy(index),
             max_query_len=max_query_len,
             max_seq_len=max_seq_len,
+            more_groups=tuple(groups[1:]),
         )
 
     @classmethod
@@ -141,6 +168,9 @@ class StepInputs:
         for name, value in values.items():
             if isinstance(value, Tensor):
                 values[name] = value.to(device, non_blocking=True)
+        values["more_groups"] = tuple(
+            GroupTables(*(x.to(device, non_blocking=True) for x in tables)) for tables in self.more_groups
+        )
         return StepInputs(**values)
 
 

@@ -57,6 +57,7 @@ class Decoder:
         self.max_position = max_position
         self._growing_tables = growing_tables
         self.kv_shapes = [(spec.num_kv_heads, spec.head_dim)] * len(layers)
+        self.kv_windows = [layer.mixer.window for layer in spec.layers]
         self.kv_scales = kv_scales
         self.kv_dtype = kv_dtype
         self.dtype = embedding.table.dtype
@@ -100,9 +101,10 @@ class Decoder:
         last = self._layers[-1]
         residual = self._embedding.forward(step.token_ids)
         hidden = self._layers[0].enter.norm(residual)
+        groups = step.by_group()
         for i, (layer, cache) in enumerate(zip(self._layers, caches, strict=True)):
             rows = step.logits_index if cuts_early and layer is last else None
-            hidden, residual = layer.forward(hidden, residual, step, cache, rows)
+            hidden, residual = layer.forward(hidden, residual, groups[cache.group], cache, rows)
             if tap is not None:
                 tap(i, residual)
         assert isinstance(hidden, Tensor)  # the head's input isn't quantized

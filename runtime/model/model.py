@@ -25,6 +25,7 @@ class Model(Protocol):
 
     max_position  the longest sequence that it can be given
     kv_shapes     (num_kv_heads, head_dim) of each layer's cache
+    kv_windows    of each layer: how many of the latest tokens a token sees, itself among them; None: all
     kv_scales     scales for a quantized cache that the checkpoint brought with it, or None
     kv_dtype      the cache type that the checkpoint asks for ("fp8_e4m3"), or None
     notes         lines that a person who starts it must see
@@ -35,6 +36,7 @@ class Model(Protocol):
     hidden_size: int
     max_position: int
     kv_shapes: list[tuple[int, int]]
+    kv_windows: list[int | None]
     kv_scales: KVScales | None
     kv_dtype: str | None
     dtype: torch.dtype

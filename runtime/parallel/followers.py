@@ -32,7 +32,7 @@ class Followers:
         self.compares = compares
         rows = limits.max_num_seqs + limits.max_prompt_logits
         blocks = -(-limits.max_model_len // limits.block_size)
-        numbers = largest_order(limits.max_num_seqs, limits.max_num_batched_tokens, blocks)
+        numbers = largest_order(limits.max_num_seqs, limits.max_num_batched_tokens, blocks, len(limits.windows))
         self._channel = DriverChannel(count, numbers, rows * vocab if compares else 0)
         self.processes = [self._start(config, limits, place) for place in range(count)]
         self._is_closed = False

@@ -17,7 +17,7 @@ from octavo.runtime.scheduling.plan import StepPlan
 Int32s = NDArray[np.int32]
 
 _HEADER = ("number", "num_groups", "num_sequences", "num_tokens", "num_new_blocks", "answers")
-_COLUMNS = ("slots", "starts", "ends", "first_logits", "is_new")
+_COLUMNS = ("slots", "starts", "ends", "first_logits", "is_new", "first_new_blocks", "new_block_counts")
 
 
 class StepOrder:
@@ -31,10 +31,10 @@ class StepOrder:
     starts, ends      [S] positions of its tokens in this step
     first_logits      [S] logits of positions first_logits .. ends are wanted
     is_new            [S] 1 where the slot was another sequence's before
-    first_new_blocks  [G, S] place in the block table of the first new block
-    new_block_counts  [G, S]
+    first_new_blocks  [S] place in the block tables of the first new entry
+    new_block_counts  [S] entries that each table has been given
     token_ids         [T]
-    new_blocks        [B] of all groups and sequences, in order
+    new_blocks        [G, B] the new entries of all sequences, in order
     """
 
     __slots__ = (
@@ -56,18 +56,13 @@ class StepOrder:
         self.buffer = buffer
         self.number, groups, sequences, tokens, blocks, self.answers = buffer[: len(_HEADER)].tolist()
         columns = buffer[len(_HEADER) :]
-        self.slots, self.starts, self.ends, self.first_logits, self.is_new = (
-            columns[i * sequences : (i + 1) * sequences] for i in range(len(_COLUMNS))
-        )
+        parts = [columns[i * sequences : (i + 1) * sequences] for i in range(len(_COLUMNS))]
+        self.slots, self.starts, self.ends, self.first_logits, self.is_new = parts[:5]
+        self.first_new_blocks, self.new_block_counts = parts[5:]
         begin = len(_COLUMNS) * sequences
-        size = groups * sequences
-        self.first_new_blocks = columns[begin : begin + size].reshape(groups, sequences)
-        begin += size
-        self.new_block_counts = columns[begin : begin + size].reshape(groups, sequences)
-        begin += size
         self.token_ids = columns[begin : begin + tokens]
         begin += tokens
-        self.new_blocks = columns[begin : begin + blocks]
+        self.new_blocks = columns[begin : begin + groups * blocks].reshape(groups, blocks)
 
     def fill_tokens(self, last_tokens: Int32s) -> None:
         """Put in the tokens that were being sampled when the order was made. last_tokens: of each slot."""
@@ -76,26 +71,27 @@ class StepOrder:
 
 
 def make_order(plan: StepPlan, number: int, *, answers: bool = False) -> StepOrder:
-    """The order of a plan, in which all layers are one group."""
+    """The order of a plan."""
     scheduled = plan.scheduled
-    num_groups = 1
-    new_blocks = [block for it in scheduled if it.new_blocks for block in it.new_blocks]
+    growing = [it for it in scheduled if it.new_blocks[0]]
+    num_groups = len(scheduled[0].new_blocks)
+    num_new_blocks = sum(len(it.new_blocks[0]) for it in growing)
     numbers = chain(
-        (number, num_groups, len(scheduled), plan.num_tokens, len(new_blocks), answers),
+        (number, num_groups, len(scheduled), plan.num_tokens, num_new_blocks, answers),
         [it.slot for it in scheduled],
         [it.start for it in scheduled],
         [it.end for it in scheduled],
         [it.first_logit for it in scheduled],
         [it.is_new for it in scheduled],
         [it.first_new_block for it in scheduled],
-        [len(it.new_blocks) for it in scheduled],
+        [len(it.new_blocks[0]) for it in scheduled],
         chain.from_iterable([it.tokens for it in scheduled]),
-        new_blocks,
+        *(it.new_blocks[group] for group in range(num_groups) for it in growing),
     )
     return StepOrder(np.array(list(numbers), dtype=np.int32))
 
 
 def largest_order(max_num_seqs: int, max_num_batched_tokens: int, blocks_per_sequence: int, num_groups: int = 1) -> int:
     """How many numbers an order can have: a sequence may be given a whole cached prefix in one step."""
-    per_sequence = len(_COLUMNS) + num_groups * (2 + blocks_per_sequence)
+    per_sequence = len(_COLUMNS) + num_groups * blocks_per_sequence
     return len(_HEADER) + per_sequence * max_num_seqs + max_num_batched_tokens

@@ -48,22 +48,16 @@ class BlockPool:
         """Blocks that `allocate` could give, remembered ones among them."""
         return len(self._free)
 
-    def find_prefix(self, hashes: Iterable[bytes]) -> list[int]:
-        """The remembered blocks of the longest prefix of `hashes`; nothing is held until `hold`."""
-        blocks: list[int] = []
-        for name in hashes:
-            block = self._block_of.get(name)
-            if block is None:
-                break
-            blocks.append(block)
-        return blocks
+    def find(self, name: bytes) -> int | None:
+        """The block that is remembered under this name; it is not held until `hold`."""
+        return self._block_of.get(name)
 
     def num_unheld(self, blocks: Iterable[int]) -> int:
         """How many of these blocks `hold` would take out of the free ones."""
         return sum(self._num_holders[block] == 0 for block in blocks)
 
     def hold(self, blocks: Iterable[int]) -> None:
-        """Add a holder to each of these blocks, which `find_prefix` returned."""
+        """Add a holder to each of these blocks, which `find` returned."""
         for block in blocks:
             if self._num_holders[block] == 0:
                 del self._free[block]

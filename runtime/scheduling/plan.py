@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from octavo.runtime.messages import Logprobs
+from octavo.runtime.scheduling.kv_groups import Windows
 from octavo.runtime.scheduling.sequence import Sequence
 
 MAX_PROMPT_LOGITS = 256
@@ -18,6 +19,7 @@ Wants = Literal["token", "pooled", "nothing"]
 class SchedulerConfig:
     """Limits of one step and of one sequence.
 
+    windows            of each group of layers that share block tables: how many of the latest tokens they see
     max_prompt_logits  rows of logits that one step may spend on prompt_logprobs: each is vocab_size floats
     """
 
@@ -28,6 +30,7 @@ class SchedulerConfig:
     max_num_batched_tokens: int = 2048
     enable_prefix_caching: bool = True
     max_prompt_logits: int = MAX_PROMPT_LOGITS
+    windows: Windows = (None,)
 
 
 class ScheduledSequence(NamedTuple):
@@ -40,8 +43,9 @@ class ScheduledSequence(NamedTuple):
     first_logit      logits of positions first_logit .. end are wanted: the last one's for the next token where `wants`
                      is "token", all others for prompt_logprobs or to confirm drafts
     is_new           admitted in this step: the slot was another sequence's
-    first_new_block  place in the sequence's block table of the first of `new_blocks`
-    new_blocks       what the sequence was given in this step
+    first_new_block  place in the sequence's block tables of the first of `new_blocks`
+    new_blocks       what the sequence was given in this step, for each group of layers; in a group with a window the
+                     first ones of a cached prefix may be void
     num_outputs      tokens of the answer before those that this step brings
     num_drafts       how many of the last tokens are guesses: the result says how many of them were right
     """
@@ -55,7 +59,7 @@ class ScheduledSequence(NamedTuple):
     wants: Wants
     is_new: bool
     first_new_block: int
-    new_blocks: list[int]
+    new_blocks: list[list[int]]
     num_outputs: int
     num_drafts: int = 0
 

@@ -29,6 +29,7 @@ from itertools import takewhile
 
 from octavo.runtime.messages import AddRequest, EngineStats, FinishReason, Logprobs, TokenOutput
 from octavo.runtime.scheduling.block_pool import BlockPool
+from octavo.runtime.scheduling.kv_groups import BlockTables, KVGroups
 from octavo.runtime.scheduling.plan import (
     ScheduledSequence,
     SchedulerConfig,
@@ -45,6 +46,7 @@ class Scheduler:
     def __init__(self, config: SchedulerConfig, clock: Callable[[], float] = time.time) -> None:
         self.config = config
         self.pool = BlockPool(config.num_blocks)
+        self._groups = KVGroups(self.pool, config.block_size, config.windows)
         self.running: list[Sequence] = []
         self.waiting: OrderedDict[str, Sequence] = OrderedDict()
         self._live: dict[str, Sequence] = {}
@@ -73,7 +75,7 @@ class Scheduler:
             problem = f"request id {request.request_id!r} is in use; both requests are ended"
         if problem is not None:
             return TokenOutput(request.request_id, [], finish_reason="error", error=problem)
-        sequence = Sequence(request, self._num_added, is_ready=is_ready)
+        sequence = Sequence(request, self._num_added, self._groups.empty(), is_ready=is_ready)
         self._num_added += 1
         self._live[request.request_id] = sequence
         self.waiting[request.request_id] = sequence
@@ -96,7 +98,7 @@ class Scheduler:
                 f"{config.max_model_len - 1} at most, so that one can follow"
             )
         most = min(num_prompt + request.params.max_tokens, config.max_model_len) - 1  # the last one is never computed
-        needed = -(-most // config.block_size)
+        needed = self._groups.most_blocks(most)
         if needed > config.num_blocks:
             return (
                 f"the request may need {most} tokens of KV cache, {needed} blocks of {config.block_size}; the cache "
@@ -165,11 +167,12 @@ class Scheduler:
                 continue
             num_held = len(sequence.blocks)
             if length > num_held * block_size:
-                while self.pool.num_free == 0 and sequence.slot >= 0:
+                self._groups.give_back_unseen(sequence.blocks, sequence.first_uncertain)
+                while not self._groups.num_free_columns and sequence.slot >= 0:
                     self._preempt(self.running[-1])
                 if sequence.slot < 0:  # it was itself the last to come
                     continue
-                sequence.blocks += self.pool.allocate(1)
+                self._groups.grow(sequence.blocks, 1)
             num_drafts = self._room_for_drafts(step, sequence) if sequence.drafts else 0
             self._put(step, sequence, length + num_drafts, num_held, num_drafts=num_drafts)
 
@@ -182,7 +185,9 @@ class Scheduler:
             return 0
         block_size = self.config.block_size
         missing = -(-(known + count) // block_size) - len(sequence.blocks)
-        sequence.blocks += self.pool.allocate(min(missing, self.pool.num_free))
+        if missing > 0:
+            self._groups.give_back_unseen(sequence.blocks, sequence.first_uncertain)
+            self._groups.grow(sequence.blocks, min(missing, self._groups.num_free_columns))
         return min(count, len(sequence.blocks) * block_size - known)
 
     def _plan_prefills(self, step: _Step) -> bool:
@@ -192,7 +197,9 @@ class Scheduler:
             size = self._chunk(step, sequence, remaining)
             if remaining == 1 or size == 0:
                 continue
-            room = (len(sequence.blocks) + self.pool.num_free) * self.config.block_size - sequence.num_planned
+            self._groups.give_back_unseen(sequence.blocks, sequence.first_uncertain)
+            columns = len(sequence.blocks) + self._groups.num_free_columns
+            room = columns * self.config.block_size - sequence.num_planned
             if room <= 0:
                 return True
             self._extend(step, sequence, min(size, room))
@@ -210,22 +217,31 @@ class Scheduler:
             if sequence.num_steps:  # preempted a moment ago
                 break
             blocks = self._cached_prefix(sequence)
-            size = self._chunk(step, sequence, len(sequence.token_ids) - len(blocks) * block_size)
-            needed = -(-len(sequence.token_ids) // block_size) - len(blocks) + self.pool.num_unheld(blocks)
-            headroom = len(self.running)  # a block of growth each, or the next step would preempt what this admits
-            if size == 0 or needed + headroom > self.pool.num_free:
+            length = len(sequence.token_ids)
+            size = self._chunk(step, sequence, length - len(blocks) * block_size)
+            if size == 0 or not self._fits(blocks, length):
                 break
             admitted.append(sequence)
             self._start(sequence, blocks)
-            self._extend(step, sequence, size, is_new=True)
+            self._extend(step, sequence, min(size, self._groups.num_free_columns * block_size), is_new=True)
         for sequence in admitted:
             del self.waiting[sequence.request_id]
 
-    def _start(self, sequence: Sequence, blocks: list[int]) -> None:
+    def _fits(self, cached: BlockTables, length: int) -> bool:
+        """Whether the cache can hold all tokens of a sequence that is to be admitted.
+
+        Each running sequence keeps a column for its growth, or the next step would preempt what this one admits.
+        """
+        num_held = sum(len(table) for table in cached.held())
+        needed = self._groups.most_blocks(length) - num_held + self._groups.num_unheld(cached)
+        headroom = len(self.running) * len(self.config.windows)
+        return needed + headroom <= self.pool.num_free
+
+    def _start(self, sequence: Sequence, blocks: BlockTables) -> None:
         """Let a waiting sequence run, with the blocks of a cached prefix."""
         insort(self.running, sequence, key=lambda other: other.number)
         sequence.slot = self._free_slots.pop()
-        self.pool.hold(blocks)
+        self._groups.hold(blocks)
         sequence.blocks = blocks
         sequence.num_planned = len(blocks) * self.config.block_size
         if sequence.num_cached is None:
@@ -234,12 +250,12 @@ class Scheduler:
             self._num_queries += sequence.num_prompt
             self._num_hits += sequence.num_cached
 
-    def _cached_prefix(self, sequence: Sequence) -> list[int]:
+    def _cached_prefix(self, sequence: Sequence) -> BlockTables:
         """The blocks of the longest remembered prefix; the last token is always left to be computed, for its logits."""
         if not self.config.enable_prefix_caching or sequence.wants_prompt_logprobs:
-            return []
+            return self._groups.empty()
         count = (len(sequence.token_ids) - 1) // self.config.block_size
-        return self.pool.find_prefix(sequence.block_hashes(count, self.config.block_size))
+        return self._groups.find_prefix(sequence.block_hashes(count, self.config.block_size))
 
     def _chunk(self, step: _Step, sequence: Sequence, remaining: int) -> int:
         size = min(remaining, step.tokens_left)
@@ -249,7 +265,7 @@ class Scheduler:
         end = sequence.num_planned + size
         num_held = 0 if is_new else len(sequence.blocks)
         missing = -(-end // self.config.block_size) - len(sequence.blocks)
-        sequence.blocks += self.pool.allocate(missing)
+        self._groups.grow(sequence.blocks, missing)
         self._put(step, sequence, end, num_held, is_new)
 
     def _put(
@@ -279,7 +295,7 @@ class Scheduler:
                 wants="token" if samples else "nothing",
                 is_new=is_new,
                 first_new_block=num_held,
-                new_blocks=sequence.blocks[num_held:],
+                new_blocks=[table[num_held:] for table in sequence.blocks.tables],
                 num_outputs=sequence.length - sequence.num_prompt,
                 num_drafts=num_drafts,
             )
@@ -300,8 +316,7 @@ class Scheduler:
         full = end // self.config.block_size
         if self.config.enable_prefix_caching and full > start // self.config.block_size:
             hashes = sequence.block_hashes(full, self.config.block_size)
-            for index in range(start // self.config.block_size, full):
-                self.pool.remember(sequence.blocks[index], hashes[index])
+            self._groups.remember(sequence.blocks, hashes, start // self.config.block_size, full)
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[TokenOutput]:
         """Record what a step brought: extend sequences by their tokens, end those that are done."""
@@ -402,7 +417,7 @@ class Scheduler:
         return length - sequence.num_prompt >= sequence.params.max_tokens or length >= self.config.max_model_len
 
     def _end_with_error(self, sequence: Sequence, error: str) -> TokenOutput:
-        self.pool.forget(sequence.blocks)  # whatever made its logits unusable may stand in its keys and values
+        self._groups.forget(sequence.blocks)  # whatever made its logits unusable may stand in its keys and values
         self._drop(sequence)
         return TokenOutput(sequence.request_id, [], finish_reason="error", error=error)
 
@@ -424,9 +439,9 @@ class Scheduler:
 
     def _release(self, sequence: Sequence) -> None:
         self._num_released += 1
-        self.pool.release(sequence.blocks)
+        self._groups.release(sequence.blocks)
         self._free_slots.append(sequence.slot)
-        sequence.blocks = []
+        sequence.blocks = self._groups.empty()
         sequence.slot = -1
         sequence.num_planned = 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from octavo.runtime.messages import AddRequest, Logprobs, SamplingParams
 from octavo.runtime.scheduling.block_pool import hash_block, salted_root
+from octavo.runtime.scheduling.kv_groups import BlockTables
 
 
 class Sequence:
@@ -20,7 +21,7 @@ class Sequence:
     checks_drafts    a step under way does so: how many tokens it brings is only known afterwards
     is_ready         whether it may be admitted: what it still waits for outside, such as its grammar, may take long
     has_ended        it was answered, or is to be forgotten: what steps under way bring for it is dropped
-    blocks           the block table
+    blocks           its block tables, one for each group of layers
     slot             its row in the block tables of all ranks while it runs, else -1
     number           how many requests came before it: its place in the queue, and the seed of a request without one
     prompt_logprobs  None unless asked for; grows with the prefill, sent with the first token
@@ -55,7 +56,7 @@ class Sequence:
         "token_ids",
     )
 
-    def __init__(self, request: AddRequest, number: int, *, is_ready: bool = True) -> None:
+    def __init__(self, request: AddRequest, number: int, blocks: BlockTables, *, is_ready: bool = True) -> None:
         self.request_id = request.request_id
         self.params = request.params
         self.token_ids = list(request.token_ids)
@@ -71,7 +72,7 @@ class Sequence:
         self.is_ready = is_ready
         self.has_ended = False
         self.num_cached: int | None = None
-        self.blocks: list[int] = []
+        self.blocks = blocks
         self._hashes: list[bytes] = []
         self.root = salted_root(request.cache_salt)
         self.slot = -1
@@ -87,6 +88,11 @@ class Sequence:
     def length(self) -> int:
         """All of its tokens, with those that steps under way are sampling."""
         return len(self.token_ids) + self.num_sampling
+
+    @property
+    def first_uncertain(self) -> int:
+        """The first position that may be planned again: a step under way may bring no token."""
+        return min(self.num_planned, len(self.token_ids) - 1)
 
     @property
     def wants_prompt_logprobs(self) -> bool:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from octavo.kernels.attention.cache import LayerCache
-from octavo.kernels.attention.step import StepInputs
+from octavo.kernels.attention.step import GroupTables, StepInputs
 from octavo.runtime.model.model import Model
 from octavo.runtime.worker.device import GraphCapture, Mark, give_back_unused
 
@@ -50,7 +50,8 @@ class StepGraphs:
         self._sizes = sizes_for(max_num_seqs, max_num_batched_tokens)
         width = -(-max_model_len // caches[0].block_size)
         most_tokens, most_seqs = (max(column) for column in zip(*self._sizes, strict=True))
-        self._buffers = StepBuffers(most_tokens, most_seqs, width, model.device)
+        num_groups = 1 + max(cache.group for cache in caches)
+        self._buffers = StepBuffers(most_tokens, most_seqs, width, model.device, num_groups)
         self._logits = torch.empty(most_seqs, model.vocab_size, device=model.device)  # of whichever ran last
         capture = GraphCapture(model.device)
         self._graphs = {size: self._capture(capture, size, max_model_len) for size in reversed(self._sizes)}
@@ -100,10 +101,12 @@ class StepBuffers:
     All but the block tables lie one behind another, so that one copy brings them over.
     """
 
-    def __init__(self, most_tokens: int, most_seqs: int, width: int, device: torch.device) -> None:
-        lengths = _lengths(most_tokens, most_seqs)
-        self._tables = torch.zeros(most_seqs, width, dtype=torch.int32, device=device)
-        ends = list(accumulate(-(-n * TYPES[name].itemsize // 16) * 16 for name, n in lengths.items()))
+    def __init__(self, most_tokens: int, most_seqs: int, width: int, device: torch.device, num_groups: int = 1) -> None:
+        self._slots = tuple(f"slots of group {group}" for group in range(1, num_groups))
+        lengths = self._lengths(most_tokens, most_seqs)
+        types = TYPES | dict.fromkeys(self._slots, torch.int64)
+        self._tables = torch.zeros(num_groups, most_seqs, width, dtype=torch.int32, device=device)
+        ends = list(accumulate(-(-n * types[name].itemsize // 16) * 16 for name, n in lengths.items()))
         self._packed_host = torch.zeros(ends[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
         self._packed = self._packed_host.to(device, copy=True)
         self._copied = Mark(device)
@@ -112,7 +115,7 @@ class StepBuffers:
             """Each begins at a multiple of 16 bytes, as kernels may have been told."""
             begins = zip(lengths.items(), [0, *ends], strict=False)
             return {
-                name: packed[begin : begin + n * TYPES[name].itemsize].view(TYPES[name]) for (name, n), begin in begins
+                name: packed[begin : begin + n * types[name].itemsize].view(types[name]) for (name, n), begin in begins
             }
 
         self._host = parts(self._packed_host)
@@ -121,11 +124,17 @@ class StepBuffers:
     def view(self, size: Size, max_seq_len: int) -> StepInputs:
         """What a graph of that size is captured with: always the same memory."""
         tokens, seqs = size
+        tensors = {name: self._device[name][:n] for name, n in self._lengths(tokens, seqs).items()}
+        groups = [
+            GroupTables(tensors.pop(name), tables[:seqs])
+            for name, tables in zip(self._slots, self._tables[1:], strict=True)
+        ]
         return StepInputs(
-            **{name: self._device[name][:n] for name, n in _lengths(tokens, seqs).items()},
-            block_tables=self._tables[:seqs],
+            **tensors,
+            block_tables=self._tables[0, :seqs],
             max_query_len=1 if tokens == seqs else tokens,
             max_seq_len=max_seq_len,
+            more_groups=tuple(groups),
         )
 
     def empty(self, size: Size) -> None:
@@ -138,8 +147,9 @@ class StepBuffers:
     def fill(self, inputs: StepInputs, size: Size) -> None:
         """Copy a step on the CPU to the device, filled up to a size."""
         self._copied.wait()  # the last step's may still be under way: one that samples nothing is waited for by nobody
+        slots = {name: group.slot_mapping for name, group in zip(self._slots, inputs.more_groups, strict=True)}
         for name, held in self._host.items():
-            given = getattr(inputs, name)
+            given = slots[name] if name in slots else getattr(inputs, name)
             held[: given.shape[0]] = given
             held[given.shape[0] :] = 0
         tokens = inputs.token_ids.shape[0]
@@ -147,17 +157,18 @@ class StepBuffers:
         self._fill_up(tokens, seqs, size)
         self._packed.copy_(self._packed_host, non_blocking=True)
         self._copied.set()
-        tables = inputs.block_tables.to(self._tables.device, non_blocking=True)
-        self._tables[:seqs, : tables.shape[1]] = tables
+        for held, group in zip(self._tables, inputs.by_group(), strict=True):
+            tables = group.block_tables.to(held.device, non_blocking=True)
+            held[:seqs, : tables.shape[1]] = tables
 
     def _fill_up(self, tokens: int, seqs: int, size: Size) -> None:
         """Behind a step of so many: tokens that go nowhere, one a sequence in a decode step, else all the first's."""
-        self._host["slot_mapping"][tokens:] = -1
+        for name in ("slot_mapping", *self._slots):
+            self._host[name][tokens:] = -1
         starts = self._host["query_starts"][seqs + 1 :]
         starts[:] = torch.arange(seqs + 1, seqs + 1 + len(starts)) if size[0] == size[1] else size[0]
 
-
-def _lengths(tokens: int, seqs: int) -> dict[str, int]:
-    """Of the tensors of a step: how long each is."""
-    of_tokens = dict.fromkeys(("token_ids", "positions", "slot_mapping"), tokens)
-    return of_tokens | {"logits_index": seqs, "seq_lens": seqs, "query_starts": seqs + 1}
+    def _lengths(self, tokens: int, seqs: int) -> dict[str, int]:
+        """Of the tensors of a step but the block tables: how long each is."""
+        of_tokens = dict.fromkeys(("token_ids", "positions", "slot_mapping", *self._slots), tokens)
+        return of_tokens | {"logits_index": seqs, "seq_lens": seqs, "query_starts": seqs + 1}

@@ -17,8 +17,10 @@ from octavo.kernels.attention.step import StepInputs
 from octavo.quant import scheme
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.model.model import KVScales, Model
+from octavo.runtime.scheduling.kv_groups import capacity, most_blocks
 from octavo.runtime.scheduling.plan import MAX_PROMPT_LOGITS
 from octavo.runtime.worker.device import free_memory, give_back_unused, peak_memory, total_memory
+from octavo.runtime.worker.kv_layout import KVLayout, choose_layout, one_group
 
 DTYPES = {
     "float32": torch.float32,
@@ -48,13 +50,21 @@ class CacheError(ValueError):
 
 @dataclass(frozen=True)
 class CachePlan:
-    """What is to be allocated. num_bytes covers all layers. wide_keys: of how many layers keys stay as computed."""
+    """What is to be allocated. num_bytes covers all layers. wide_keys: of how many layers keys stay as computed.
+
+    A block is one group's: with G groups of layers, a sequence has G tables of blocks.
+    """
 
     dtype: torch.dtype
     num_blocks: int
     block_size: int
     num_bytes: int
+    layout: KVLayout
     wide_keys: int = 0
+
+    def capacity(self, longest: int) -> int:
+        """How many tokens one sequence can have when it has the cache to itself, up to `longest`."""
+        return capacity(self.num_blocks, self.block_size, self.layout.windows, longest)
 
 
 def create(model: Model, config: EngineConfig, notes: list[str]) -> tuple[list[LayerCache], CachePlan]:
@@ -65,21 +75,30 @@ def create(model: Model, config: EngineConfig, notes: list[str]) -> tuple[list[L
         free -= step_bytes(model, config)
     plan = plan_cache(model, config, free, notes)
     scales = choose_scales(model, plan.dtype, notes)
-    return allocate(model, plan.num_blocks, plan.block_size, plan.dtype, scales), plan
+    return allocate(model, plan.num_blocks, plan.block_size, plan.dtype, scales, plan.layout), plan
 
 
 def plan_cache(model: Model, config: EngineConfig, free_bytes: int, notes: list[str]) -> CachePlan:
     """Choose type and number of blocks; `free_bytes` is what the device has left. Raises CacheError."""
     check_budget(config, free_bytes)
     dtype = choose_dtype(model, config.kv_cache_dtype, notes)
-    per_block = bytes_per_block(model, config.block_size, dtype)
+    layout = _layout_for(model, config, dtype)
+    per_block = bytes_per_block(model, config.block_size, dtype, layout)
     num_blocks = config.num_blocks
     if num_blocks is not None:
         _check_num_blocks(num_blocks, per_block, free_bytes)
     else:
-        num_blocks = _blocks_for(model, config, free_bytes, per_block)
+        num_blocks = _blocks_for(model, config, free_bytes, per_block, layout)
     wide = sum(key_dtype(model, layer, dtype) != dtype for layer in range(len(model.kv_shapes)))
-    return CachePlan(dtype, num_blocks, config.block_size, num_blocks * per_block, wide)
+    return CachePlan(dtype, num_blocks, config.block_size, num_blocks * per_block, layout, wide)
+
+
+def _layout_for(model: Model, config: EngineConfig, dtype: torch.dtype) -> KVLayout:
+    """Groups of layers share memory, so all layers must have equal blocks; otherwise all of them hold all tokens."""
+    kinds = {(shape, key_dtype(model, layer, dtype)) for layer, shape in enumerate(model.kv_shapes)}
+    if len(kinds) > 1:
+        return one_group(len(model.kv_shapes))
+    return choose_layout(model.kv_windows, config.max_model_len or model.max_position)
 
 
 def check_budget(config: EngineConfig, free_bytes: int) -> None:
@@ -122,12 +141,13 @@ def key_dtype(model: Model, layer: int, dtype: torch.dtype) -> torch.dtype:
     return model.dtype if wide else dtype
 
 
-def bytes_per_block(model: Model, block_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one block in all layers, keys and values."""
-    return sum(
+def bytes_per_block(model: Model, block_size: int, dtype: torch.dtype, layout: KVLayout) -> int:
+    """Bytes of one block in all layers of a group, keys and values."""
+    of_layers = [
         heads * head_dim * block_size * (key_dtype(model, layer, dtype).itemsize + dtype.itemsize)
         for layer, (heads, head_dim) in enumerate(model.kv_shapes)
-    )
+    ]
+    return sum(of_layers[layer] for layer in layout.layers[0])
 
 
 def step_bytes(model: Model, config: EngineConfig) -> int:
@@ -147,7 +167,7 @@ def step_bytes(model: Model, config: EngineConfig) -> int:
     return prefills * -(-config.max_num_batched_tokens // length) + decodes + of_logits * model.vocab_size
 
 
-def _blocks_for(model: Model, config: EngineConfig, free_bytes: int, per_block: int) -> int:
+def _blocks_for(model: Model, config: EngineConfig, free_bytes: int, per_block: int, layout: KVLayout) -> int:
     budget = config.kv_cache_memory_bytes
     if budget is None:
         if model.device.type == "cpu":
@@ -155,32 +175,44 @@ def _blocks_for(model: Model, config: EngineConfig, free_bytes: int, per_block: 
         else:
             budget = free_bytes - int(total_memory(model.device) * (1 - config.gpu_memory_utilization))
     longest = config.max_model_len or model.max_position
-    usable = config.max_num_seqs * -(-longest // config.block_size)
-    if budget < per_block:
+    chunk = min(longest, config.max_num_batched_tokens)
+    usable = config.max_num_seqs * most_blocks(longest, config.block_size, layout.windows, chunk)
+    least = per_block * len(layout.windows)
+    if budget < least:
         raise CacheError(
             f"{budget / 1e6:.0f} MB for the KV cache don't hold one block of {config.block_size} tokens "
-            f"({per_block / 1e6:.2f} MB); --kv-cache-memory-bytes gives it more"
+            f"({least / 1e6:.2f} MB); --kv-cache-memory-bytes gives it more"
         )
     return min(usable, budget // per_block)
 
 
 def allocate(
-    model: Model, num_blocks: int, block_size: int, dtype: torch.dtype, scales: KVScales | None = None
+    model: Model,
+    num_blocks: int,
+    block_size: int,
+    dtype: torch.dtype,
+    scales: KVScales | None = None,
+    layout: KVLayout | None = None,
 ) -> list[LayerCache]:
     """Empty caches of all layers. Without scales they are 1, and keys without one are in the computing type.
 
+    Without a layout each layer has memory of its own; with one, layer i of each group has that of the first group's.
     Zeroed, not just reserved: a kernel may multiply a masked slot by 0, and what memory happens to hold may be NaN.
     On a CPU the zeros come from the system (calloc), page by page at the first write: an unused cache costs nothing.
     """
+    layout = layout or one_group(len(model.kv_shapes))
+    tensors: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     caches = []
     for layer, (heads, head_dim) in enumerate(model.kv_shapes):
+        group, place = layout.place_of[layer]
         shape = (num_blocks, heads, block_size, head_dim)
         one = torch.ones(heads, device=model.device)
         key_scale, value_scale = scales[layer] if scales is not None else (one, one)
-        key = _zeros(shape, model.dtype if key_scale is None else dtype, model.device)
-        value = _zeros(shape, dtype, model.device)
+        if place not in tensors:
+            key = _zeros(shape, model.dtype if key_scale is None else dtype, model.device)
+            tensors[place] = key, _zeros(shape, dtype, model.device)
         key_scale = one if key_scale is None else key_scale.to(model.device)
-        caches.append(LayerCache(key, value, key_scale, value_scale.to(model.device)))
+        caches.append(LayerCache(*tensors[place], key_scale, value_scale.to(model.device), group))
     return caches
 
 

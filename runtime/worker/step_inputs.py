@@ -20,10 +20,10 @@ from octavo.runtime.scheduling.plan import SchedulerConfig
 class InputBuilder:
     """Owns the block tables as arrays [group, slot, block]."""
 
-    def __init__(self, config: SchedulerConfig, num_groups: int = 1) -> None:
+    def __init__(self, config: SchedulerConfig) -> None:
         self._block_size = config.block_size
         width = -(-config.max_model_len // config.block_size)
-        self._tables = np.zeros((num_groups, config.max_num_seqs, width), dtype=np.int32)
+        self._tables = np.zeros((len(config.windows), config.max_num_seqs, width), dtype=np.int32)
 
     def build(self, order: StepOrder) -> StepInputs:
         """The tensors of this step, its tokens in the sequence that the order has. Call for each order in turn.
@@ -37,7 +37,7 @@ class InputBuilder:
             self._block_size,
             sizes=order.ends - order.starts,
             token_ids=order.token_ids,
-            tables=self._tables[0, order.slots, :width],
+            tables=self._tables[:, order.slots, :width],
             logits_index=_logits_index(order),
         )
 
@@ -49,11 +49,11 @@ class InputBuilder:
         if order.is_new.any():
             self._tables[:, order.slots[order.is_new != 0]] = 0
         begin = 0
-        for group, place in zip(*order.new_block_counts.nonzero(), strict=True):
-            count = order.new_block_counts[group, place]
-            first = order.first_new_blocks[group, place]
-            row = self._tables[group, order.slots[place]]
-            row[first : first + count] = order.new_blocks[begin : begin + count]
+        for place in order.new_block_counts.nonzero()[0]:
+            count = order.new_block_counts[place]
+            first = order.first_new_blocks[place]
+            rows = self._tables[:, order.slots[place]]
+            rows[:, first : first + count] = order.new_blocks[:, begin : begin + count]
             begin += count
 
 

@@ -17,15 +17,14 @@ def test_a_block_is_named_by_its_tokens_and_all_before_them() -> None:
     assert name(1, 2) == name(1, 2)
 
 
-def test_remembered_blocks_come_back_in_order_up_to_the_first_gap() -> None:
+def test_remembered_blocks_come_back_by_name() -> None:
     pool = BlockPool(4)
     blocks = pool.allocate(3)
     names = [name(1), name(2), name(3)]
     for block, its_name in zip(blocks, names, strict=True):
         pool.remember(block, its_name)
-    assert pool.find_prefix(names) == blocks
-    assert pool.find_prefix([names[0], name(9), names[2]]) == blocks[:1]
-    assert pool.find_prefix([name(9), *names]) == []
+    assert [pool.find(its_name) for its_name in names] == blocks
+    assert pool.find(name(9)) is None
 
 
 def test_a_released_block_stays_findable_until_it_is_taken() -> None:
@@ -35,9 +34,9 @@ def test_a_released_block_stays_findable_until_it_is_taken() -> None:
     pool.release([block])
     assert pool.num_free == 2
     pool.allocate(1)  # the empty one goes first
-    assert pool.find_prefix([name(1)]) == [block]
+    assert pool.find(name(1)) == block
     pool.allocate(1)
-    assert pool.find_prefix([name(1)]) == []
+    assert pool.find(name(1)) is None
 
 
 def test_eviction_takes_the_least_recently_used_sequence_from_its_end() -> None:
@@ -70,7 +69,7 @@ def test_a_second_copy_of_a_block_stays_unnamed() -> None:
     first, second = pool.allocate(2)
     pool.remember(first, name(1))
     pool.remember(second, name(1))
-    assert pool.find_prefix([name(1)]) == [first]
+    assert pool.find(name(1)) == first
     pool.release([second])
     pool.release([first])
     pool.check([])
@@ -83,9 +82,9 @@ def test_forgotten_blocks_are_not_found_again() -> None:
     pool.remember(blocks[1], name(2))
     pool.release(blocks[1:])
     pool.forget_unheld()
-    assert pool.find_prefix([name(1), name(2)]) == blocks[:1]
+    assert [pool.find(name(1)), pool.find(name(2))] == [blocks[0], None]
     pool.forget(blocks[:1])
-    assert pool.find_prefix([name(1)]) == []
+    assert pool.find(name(1)) is None
     pool.check([blocks[:1]])
 
 

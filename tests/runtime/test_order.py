@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+from copy import deepcopy
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from octavo.runtime.messages import AddRequest, SamplingParams
 from octavo.runtime.parallel.order import StepOrder, largest_order, make_order
+from octavo.runtime.scheduling.kv_groups import Windows
 from octavo.runtime.scheduling.plan import SchedulerConfig, StepResult, last_token_of
 from octavo.runtime.scheduling.scheduler import Scheduler
 from octavo.runtime.worker.step_inputs import InputBuilder, with_tokens
@@ -16,14 +19,16 @@ from octavo.runtime.worker.step_inputs import InputBuilder, with_tokens
 CONFIG = SchedulerConfig(num_blocks=14, block_size=4, max_model_len=32, max_num_seqs=4, max_num_batched_tokens=11)
 
 
+@pytest.mark.parametrize("windows", [(None,), (None, 5, 2)], ids=["one group", "windows"])
 @pytest.mark.parametrize("seed", range(20))
-def test_inputs_lead_to_the_blocks_that_sequences_hold(seed: int) -> None:
+def test_inputs_lead_to_the_blocks_that_sequences_hold(seed: int, windows: Windows) -> None:
     """Through bytes, as a follower gets them, while sequences come, go and are preempted."""
     rng = random.Random(seed)
-    scheduler = Scheduler(CONFIG)
-    builder = InputBuilder(CONFIG)
+    config = replace(CONFIG, windows=windows, num_blocks=CONFIG.num_blocks * len(windows))
+    scheduler = Scheduler(config)
+    builder = InputBuilder(config)
     last = np.zeros(CONFIG.max_num_seqs, np.int32)
-    most = largest_order(CONFIG.max_num_seqs, CONFIG.max_num_batched_tokens, 8)
+    most = largest_order(CONFIG.max_num_seqs, CONFIG.max_num_batched_tokens, 8, len(windows))
     for number in range(60):
         if rng.random() < 0.4:
             prompt = [rng.randrange(2) for _ in range(rng.randrange(1, 20))]
@@ -31,23 +36,28 @@ def test_inputs_lead_to_the_blocks_that_sequences_hold(seed: int) -> None:
         if not scheduler.has_work:
             continue
         plan = scheduler.plan()
-        held = [list(at.sequence.blocks) for at in plan.scheduled]
+        held = [deepcopy(at.sequence.blocks) for at in plan.scheduled]
         order = StepOrder(np.frombuffer(make_order(plan, number).buffer.tobytes(), np.int32).copy())
         assert len(order.buffer) <= most
         assert (order.number, order.answers) == (number, 0)
         inputs = with_tokens(builder.build(order), order)
         assert inputs.seq_lens.tolist() == [at.end for at in plan.scheduled]
         assert inputs.token_ids.tolist() == [token for at in plan.scheduled for token in at.tokens]
-        rows = iter(zip(inputs.positions.tolist(), inputs.slot_mapping.tolist(), strict=True))
-        wanted = []
-        for place, (at, blocks) in enumerate(zip(plan.scheduled, held, strict=True)):
-            assert inputs.block_tables[place, : len(blocks)].tolist() == blocks
-            begin = int(inputs.query_starts[place])
-            for position in range(at.start, at.end):
-                assert next(rows) == (position, blocks[position // 4] * 4 + position % 4)
-            wanted += [begin + position - at.start for position in range(at.first_logit, at.end)]
-        assert inputs.logits_index.tolist() == wanted
-        assert next(rows, None) is None
+        for group, of_group in enumerate(inputs.by_group()):
+            rows = iter(zip(inputs.positions.tolist(), of_group.slot_mapping.tolist(), strict=True))
+            for place, (at, blocks) in enumerate(zip(plan.scheduled, held, strict=True)):
+                table = blocks.tables[group]
+                begin = blocks.begins[group]
+                assert of_group.block_tables[place, begin : len(table)].tolist() == table[begin:]
+                for position in range(at.start, at.end):
+                    assert next(rows) == (position, table[position // 4] * 4 + position % 4)
+            assert next(rows, None) is None
+        starts = inputs.query_starts.tolist()
+        assert inputs.logits_index.tolist() == [
+            starts[place] + position - at.start
+            for place, at in enumerate(plan.scheduled)
+            for position in range(at.first_logit, at.end)
+        ]
         last[[at.slot for at in plan.scheduled]] = 1
         scheduler.commit(plan, StepResult([[1] if at.wants == "token" else [] for at in plan.scheduled]))
 

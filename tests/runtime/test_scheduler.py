@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from octavo.runtime.messages import AddRequest, SamplingParams, TokenOutput
+from octavo.runtime.scheduling.kv_groups import Windows
 from octavo.runtime.scheduling.plan import ScheduledSequence, SchedulerConfig, StepPlan, StepResult, last_token_of
 from octavo.runtime.scheduling.scheduler import Scheduler
 
@@ -47,12 +48,16 @@ def run(it: Scheduler) -> dict[str, list[int]]:
 
 
 class Device:
-    """Computes plans as ranks and driver do, from plans alone: what it reads are the tokens that steps have written."""
+    """Computes plans as ranks and driver do, from plans alone: what it reads are the tokens that steps have written.
 
-    def __init__(self, block_size: int) -> None:
+    All groups of layers write into one memory, each into blocks of its own, and each reads no more than its window.
+    """
+
+    def __init__(self, block_size: int, windows: Windows) -> None:
         self.block_size = block_size
-        self.cache: dict[tuple[int, int], int] = {}  # (block, offset): token
-        self.tables: dict[int, list[int]] = {}  # of each slot
+        self.windows = windows
+        self.cache: dict[tuple[int, int], tuple[int, int]] = {}  # (block, offset): (group, token)
+        self.tables: dict[int, list[list[int]]] = {}  # of each slot, by group
         self.last: Counter[int] = Counter()  # of each slot, 0 at first
 
     def run(self, plan: StepPlan, brings_nothing: frozenset[int] = frozenset()) -> StepResult:
@@ -67,20 +72,34 @@ class Device:
         )
 
     def write(self, at: ScheduledSequence) -> None:
-        table = self.tables.setdefault(at.slot, [])
-        if at.is_new:
-            table.clear()
-        assert at.first_new_block == len(table)
-        table += at.new_blocks
+        tables = self.tables.setdefault(at.slot, [[] for _ in self.windows])
         assert len(at.tokens) == at.end - at.start
-        for position, token in enumerate(at.tokens, start=at.start):
-            known = token if token >= 0 else self.last[last_token_of(token)]
-            self.cache[table[position // self.block_size], position % self.block_size] = known
+        for group, (table, new) in enumerate(zip(tables, at.new_blocks, strict=True)):
+            if at.is_new:
+                table.clear()
+            assert at.first_new_block == len(table)
+            table += new
+            for position, token in enumerate(at.tokens, start=at.start):
+                known = token if token >= 0 else self.last[last_token_of(token)]
+                self.cache[table[position // self.block_size], position % self.block_size] = (group, known)
+
+    def read(self, at: ScheduledSequence) -> list[int]:
+        """The tokens up to the end, as the groups without a window see them; the others see the same ones."""
+        tables = self.tables[at.slot]
+        whole = self.windows.index(None)
+        tokens = [self.cache[self.place(tables[whole], i)] for i in range(at.end)]
+        for group, window in enumerate(self.windows):
+            begin = 0 if window is None else max(0, at.start - window + 1)
+            seen = [self.cache[self.place(tables[group], i)] for i in range(begin, at.end)]
+            assert seen == [(group, token) for _, token in tokens[begin:]]
+        return [token for _, token in tokens]
+
+    def place(self, table: list[int], position: int) -> tuple[int, int]:
+        return table[position // self.block_size], position % self.block_size
 
     def sample(self, at: ScheduledSequence) -> list[int]:
         """The token behind the known ones and, as long as drafts are right, those behind them."""
-        table = self.tables[at.slot]
-        read = [self.cache[table[i // self.block_size], i % self.block_size] for i in range(at.end)]
+        read = self.read(at)
         known = at.end - at.num_drafts
         tokens = [next_token(read[:known])]
         while known < at.end and read[known] == tokens[-1]:
@@ -98,13 +117,21 @@ class Traffic(RuleBasedStateMachine):
 
     block_size = 2
     max_model_len = 24
+    num_blocks = 12
+    windows: Windows = (None,)
 
     def __init__(self) -> None:
         super().__init__()
         self.it = scheduler(
-            num_blocks=12, block_size=2, max_model_len=24, max_num_seqs=4, max_num_batched_tokens=7, max_prompt_logits=3
+            num_blocks=self.num_blocks,
+            block_size=2,
+            max_model_len=24,
+            max_num_seqs=4,
+            max_num_batched_tokens=7,
+            max_prompt_logits=3,
+            windows=self.windows,
         )
-        self.device = Device(self.block_size)
+        self.device = Device(self.block_size, self.windows)
         self.under_way: deque[StepPlan] = deque()
         self.live: dict[str, AddRequest] = {}
         self.not_ready: set[str] = set()
@@ -203,9 +230,10 @@ class Traffic(RuleBasedStateMachine):
         lists = [at for at in scheduled if at.sequence.params.prompt_logprobs is not None]
         assert sum(min(at.end, at.sequence.num_prompt - 1) - at.first_logit for at in lists if self.lists(at)) <= 3
         if plan.num_tokens == len(scheduled):  # or a GPU would read these blocks while another sequence writes them
-            held = Counter(block for at in scheduled for block in at.sequence.blocks)
+            held = Counter(block for at in scheduled for table in at.sequence.blocks.held() for block in table)
             running = [at for at in scheduled if at.sequence.slot >= 0]
-            assert all(held[at.sequence.blocks[at.start // self.block_size]] == 1 for at in running)
+            written = [table[at.start // 2] for at in running for table in at.sequence.blocks.tables]
+            assert all(held[block] == 1 for block in written)
         for at in scheduled[begin:]:
             sequence = at.sequence
             assert at.sequence.request_id not in self.not_ready
@@ -214,7 +242,13 @@ class Traffic(RuleBasedStateMachine):
             assert sequence.num_planned < self.max_model_len
             assert len(sequence.blocks) >= -(-at.end // 2)
             assert (at.wants == "token") == (at.end - at.num_drafts == sequence.num_prompt + at.num_outputs)
-        self.it.pool.check([sequence.blocks for sequence in self.it.running])
+            for window, table in zip(self.windows, sequence.blocks.held(), strict=True):
+                if window is not None and at.new_blocks[0] and not at.is_new:  # given back when a table grows
+                    assert len(table) <= -(-(window - 1 + at.end - at.start + 2) // 2) + 1  # two steps are under way
+        self.check_pool()
+
+    def check_pool(self) -> None:
+        self.it.pool.check([table for sequence in self.it.running for table in sequence.blocks.held()])
 
     def lists(self, at: ScheduledSequence) -> bool:
         return min(at.end, at.sequence.num_prompt - 1) > at.first_logit
@@ -254,7 +288,7 @@ class Traffic(RuleBasedStateMachine):
 
     @invariant()
     def books_are_right(self) -> None:
-        self.it.pool.check([sequence.blocks for sequence in self.it.running])
+        self.check_pool()
         running, waiting = self.it.running, list(self.it.waiting.values())
         slots = [sequence.slot for sequence in running]
         assert len(set(slots)) == len(slots) <= 4
@@ -277,12 +311,21 @@ class Traffic(RuleBasedStateMachine):
             self.commit()
         assert not self.live
         assert set(self.ends.values()) <= {1}
-        assert self.it.pool.num_free == 12
+        assert self.it.pool.num_free == self.num_blocks
         self.it.pool.check([])
+
+
+class WindowTraffic(Traffic):
+    """The same where most layers have a window, of another length than a block's multiple."""
+
+    num_blocks = 26
+    windows = (None, 3, 5)
 
 
 TestTraffic = Traffic.TestCase
 TestTraffic.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+TestWindowTraffic = WindowTraffic.TestCase
+TestWindowTraffic.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
 
 
 def test_decodes_come_first_then_prompts_in_chunks() -> None:
@@ -519,9 +562,10 @@ def test_the_prefix_cache_is_offered_what_is_right_of_drafts(num_right: int, num
     (at,) = plan.scheduled
     assert (at.start, at.end, at.num_drafts, at.first_logit) == (4, 12, 7, 4)
     assert not it.plan().scheduled, "how far it got is not known yet"
-    result = Device(4)
-    result.tables[at.slot] = list(sequence.blocks[:1])
-    result.cache = {(sequence.blocks[0], offset): offset for offset in range(4)}
+    result = Device(4, (None,))
+    (table,) = sequence.blocks.tables
+    result.tables[at.slot] = [table[:1]]
+    result.cache = {(table[0], offset): (0, offset) for offset in range(4)}
     (output,) = it.commit(plan, result.run(plan))
     assert output.token_ids == [*drafts[:num_right], next_token(sequence.token_ids[: 5 + num_right])]
     known = sequence.token_ids[:5] + sequence.drafts

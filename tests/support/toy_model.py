@@ -49,6 +49,7 @@ class ToyModel:
     def __init__(self, max_position: int = 4096) -> None:
         self.max_position = max_position
         self.kv_shapes = [(1, 1)]
+        self.kv_windows = [None]
         self.notes: list[str] = []
 
     def forward(self, inputs: StepInputs, caches: list[LayerCache]) -> Tensor:

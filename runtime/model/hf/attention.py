@@ -43,10 +43,10 @@ def describe(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class Step:
-    """One forward pass, as attention sees it. shapes and caches: of each layer."""
+    """One forward pass, as attention sees it. inputs: of each group of layers; shapes and caches: of each layer."""
 
     ops: Ops
-    inputs: StepInputs
+    inputs: list[StepInputs]
     shapes: list[AttentionShape]
     caches: list[LayerCache]
 
@@ -101,9 +101,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, step: Step, layer: int) ->
     """Paged attention of one layer: query [1, Hq, T, D], key and value [1, Hkv, T, D] -> [1, T, Hq, D]."""
     _, num_heads, num_tokens, head_dim = query.shape
     cache = step.caches[layer]
+    inputs = step.inputs[cache.group]
     shape = step.shapes[layer]
     qkv = torch.cat([x[0].transpose(0, 1).reshape(num_tokens, -1) for x in (query, key, value)], dim=-1)
-    attended = step.ops.rope_and_attention(qkv, step.inputs, cache, shape, None, None, None, 0.0)
+    attended = step.ops.rope_and_attention(qkv, inputs, cache, shape, None, None, None, 0.0)
     assert isinstance(attended, Tensor)  # no codes were asked for
     return attended.view(1, num_tokens, num_heads, head_dim)
 

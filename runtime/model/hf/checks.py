@@ -160,7 +160,7 @@ def check_formula(layer: int, made: Call, ops: Ops, device: torch.device) -> Non
     store = torch.zeros(1, shape.num_kv_heads, n, shape.head_dim)
     cache = LayerCache(store.to(device), store.to(device, copy=True), one, one)
     inputs = chunks([[0] * n], [0], [n], device)
-    ours = attend(query, key, value, Step(ops, inputs, [shape], [cache]), 0)
+    ours = attend(query, key, value, Step(ops, [inputs], [shape], [cache]), 0)
     difference = float((ours - theirs).abs().max() / theirs.abs().max())
     if not difference < FORMULA_LIMIT:
         raise HFModelError(

@@ -46,6 +46,7 @@ class HFModel:
         self.hidden_size: int = model.get_input_embeddings().weight.shape[1]
         self.max_position = max_position
         self.kv_shapes = [(shape.num_kv_heads, shape.head_dim) for shape in proven.shapes]
+        self.kv_windows = [shape.window for shape in proven.shapes]
         self.dtype = dtype
         self.device: torch.device = model.device
         tensors = [*model.parameters(), *model.buffers()]
@@ -68,7 +69,7 @@ class HFModel:
         """Logits [num logits_index, vocab_size] float32 of the tokens at logits_index; writes the caches."""
         if tap is not None:
             raise self._no_hidden()
-        seen = Step(self.ops, step, self._proven.shapes, caches)
+        seen = Step(self.ops, step.by_group(), self._proven.shapes, caches)
         index = step.logits_index
         if self._proven.takes_index:
             return call(self._model, step.token_ids, step.positions, seen, logits_to_keep=index).float()

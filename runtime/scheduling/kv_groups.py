@@ -1,0 +1,170 @@
+"""Block tables of several groups of layers over one pool: a layer with a sliding window holds its window and no more.
+
+Layers that see the same tokens form groups of equally many layers. All groups take blocks from one pool: block b is the
+same piece of memory whichever group has it, as large as one block of all layers of a group. So a short sequence takes
+what it took in one group, a long one only grows in the groups that see all of it, and nobody has to guess beforehand
+how much memory each kind of layer will want.
+
+In a group with a window, blocks whose tokens no later token sees are given back as the sequence grows. Their entries in
+the table are void: no kernel reads a block before the window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from collections.abc import Sequence as Several
+from dataclasses import dataclass, field
+from itertools import chain
+
+from octavo.runtime.scheduling.block_pool import BlockPool
+
+TOKENS_UNDER_WAY = 3  # of a sequence that are planned and not known: blocks are given back when results are there
+
+Windows = tuple[int | None, ...]
+"""Of each group: how many of the latest tokens a token sees, itself among them; None: all."""
+
+
+@dataclass(slots=True)
+class BlockTables:
+    """One sequence's blocks. tables: of each group, all equally long; begins: the first entry that is not void."""
+
+    tables: list[list[int]]
+    begins: list[int]
+
+    def __len__(self) -> int:
+        """Entries of each table."""
+        return len(self.tables[0])
+
+    def held(self) -> list[list[int]]:
+        """The blocks of each group that are held, in order."""
+        return [table[begin:] for table, begin in zip(self.tables, self.begins, strict=True)]
+
+
+@dataclass(frozen=True)
+class KVGroups:
+    """The groups of a cache and the pool that they share."""
+
+    pool: BlockPool
+    block_size: int
+    windows: Windows = (None,)
+    has_windows: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "has_windows", any(window is not None for window in self.windows))
+
+    def empty(self) -> BlockTables:
+        """Tables of a sequence that has nothing in the cache."""
+        return BlockTables([[] for _ in self.windows], [0 for _ in self.windows])
+
+    def most_blocks(self, num_tokens: int) -> int:
+        """See the function of that name."""
+        return most_blocks(num_tokens, self.block_size, self.windows)
+
+    @property
+    def num_free_columns(self) -> int:
+        """How many more entries one sequence's tables can get."""
+        return self.pool.num_free // len(self.windows)
+
+    def grow(self, blocks: BlockTables, count: int) -> None:
+        """Append `count` entries to each table; the pool must have them."""
+        if count > 0:
+            for table in blocks.tables:
+                table += self.pool.allocate(count)
+
+    def give_back_unseen(self, blocks: BlockTables, position: int) -> None:
+        """Release what no token from this position on sees; none before it may be planned again."""
+        if not self.has_windows:
+            return
+        for group, window in enumerate(self.windows):
+            begin = min(first_seen(window, position, self.block_size), len(blocks))
+            if begin > blocks.begins[group]:
+                self.pool.release(blocks.tables[group][blocks.begins[group] : begin])
+                blocks.begins[group] = begin
+
+    def release(self, blocks: BlockTables) -> None:
+        """Give all blocks back, the end of each table to be evicted first."""
+        for table in blocks.held():
+            self.pool.release(table)
+
+    def forget(self, blocks: BlockTables) -> None:
+        """Let nobody find these blocks any more."""
+        for table in blocks.held():
+            self.pool.forget(table)
+
+    def find_prefix(self, hashes: Several[bytes]) -> BlockTables:
+        """The remembered blocks of the longest prefix that every group can go on from; nothing is held until `hold`.
+
+        A group with a window needs the blocks of the last window alone.
+        """
+        length = len(hashes)
+        for group, window in enumerate(self.windows):
+            if window is None:
+                length = self._longest(hashes, group, range(length), length)
+        while self.has_windows:
+            shorter = length
+            for group, window in enumerate(self.windows):
+                begin = first_seen(window, shorter * self.block_size, self.block_size)
+                if window is not None:
+                    shorter = self._longest(hashes, group, reversed(range(begin, shorter)), shorter)
+            if shorter == length:
+                break
+            length = shorter
+        blocks = self.empty()
+        for group, window in enumerate(self.windows):
+            begin = min(length, first_seen(window, length * self.block_size, self.block_size))
+            held = [self.pool.find(_name(name, group)) for name in hashes[begin:length]]
+            blocks.begins[group] = begin
+            blocks.tables[group] = [0] * begin + [block for block in held if block is not None]
+        return blocks
+
+    def _longest(self, hashes: Several[bytes], group: int, places: Iterable[int], length: int) -> int:
+        """The first of these places whose block is not remembered in this group; `length` if all are."""
+        return next((i for i in places if self.pool.find(_name(hashes[i], group)) is None), length)
+
+    def num_unheld(self, blocks: BlockTables) -> int:
+        """How many free blocks `hold` would take."""
+        return self.pool.num_unheld(chain.from_iterable(blocks.held()))
+
+    def hold(self, blocks: BlockTables) -> None:
+        """Add a holder to each block of tables that `find_prefix` returned."""
+        self.pool.hold(chain.from_iterable(blocks.held()))
+
+    def remember(self, blocks: BlockTables, hashes: Several[bytes], start: int, end: int) -> None:
+        """Let later sequences find entries start .. end of the tables, as far as they are still held."""
+        for group, table in enumerate(blocks.tables):
+            for i in range(max(start, blocks.begins[group]), end):
+                self.pool.remember(table[i], _name(hashes[i], group))
+
+
+def first_seen(window: int | None, position: int, block_size: int) -> int:
+    """The first block that a token at this position, or any behind it, sees."""
+    return 0 if window is None else max(0, position - window + 1) // block_size
+
+
+def most_blocks(num_tokens: int, block_size: int, windows: Windows, chunk: int = TOKENS_UNDER_WAY) -> int:
+    """The most blocks that a sequence holds on its way to num_tokens, when steps compute `chunk` of them at once.
+
+    A window and the chunk behind it, n tokens, lie in (n - 2) // block_size + 2 blocks at most.
+    """
+    columns = -(-num_tokens // block_size)
+    return sum(
+        columns if window is None else min(columns, (window + chunk - 2) // block_size + 2) for window in windows
+    )
+
+
+def _name(block_hash: bytes, group: int) -> bytes:
+    """The same tokens have another name in each group: their blocks hold other layers."""
+    return block_hash if group == 0 else block_hash + group.to_bytes(2)
+
+
+def capacity(num_blocks: int, block_size: int, windows: Windows, longest: int) -> int:
+    """How many tokens one sequence can have when it has all blocks to itself, up to `longest`."""
+    low = 0
+    high = longest
+    while low < high:
+        middle = (low + high + 1) // 2
+        if most_blocks(middle, block_size, windows) <= num_blocks:
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -1,0 +1,64 @@
+"""Which layers share block tables, and with whom each shares its memory: layers with a window apart from the others.
+
+See scheduling/kv_groups.py for what the groups are for. All groups have equally many layers, but for the last ones of a
+kind; layer i of every group lies in the same tensors, block by block whichever group has the block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from octavo.runtime.scheduling.kv_groups import Windows
+
+MOST_PADDING = 1 / 8  # of a block's memory may be nobody's, so that there are fewer groups: each costs time a step
+
+
+@dataclass(frozen=True)
+class KVLayout:
+    """layers: of each group, ascending; windows: of each group, see kv_groups.Windows."""
+
+    layers: tuple[tuple[int, ...], ...]
+    windows: Windows
+
+    @property
+    def depth(self) -> int:
+        """Layers of a whole group: so many have memory of their own."""
+        return max(len(group) for group in self.layers)
+
+    @cached_property
+    def place_of(self) -> dict[int, tuple[int, int]]:
+        """Each layer's group, and which of the group's layers it is."""
+        return {layer: (group, i) for group, layers in enumerate(self.layers) for i, layer in enumerate(layers)}
+
+
+def one_group(num_layers: int) -> KVLayout:
+    """All layers hold all tokens, each in memory of its own."""
+    return KVLayout((tuple(range(num_layers)),), (None,))
+
+
+def choose_layout(windows: Sequence[int | None], longest: int) -> KVLayout:
+    """The groups of layers with these windows, for sequences of up to `longest` tokens.
+
+    A window that holds the longest sequence is none. Layers of each kind are dealt out in groups as large as they can
+    be while the last group of each kind, filled up with nothing, leaves at most an eighth of the memory unused.
+    """
+    kinds: dict[int | None, list[int]] = {}
+    for layer, window in enumerate(windows):
+        kinds.setdefault(window if window is not None and window < longest else None, []).append(layer)
+    if set(kinds) <= {None}:
+        return one_group(len(windows))
+    depth = next(
+        depth
+        for depth in range(min(len(layers) for layers in kinds.values()), 0, -1)
+        if _padded(kinds, depth) - len(windows) <= MOST_PADDING * len(windows)
+    )
+    ordered = sorted(kinds.items(), key=lambda kind: (kind[0] is not None, kind[0] or 0))
+    groups = [(window, layers[i : i + depth]) for window, layers in ordered for i in range(0, len(layers), depth)]
+    return KVLayout(tuple(tuple(layers) for _, layers in groups), tuple(window for window, _ in groups))
+
+
+def _padded(kinds: dict[int | None, list[int]], depth: int) -> int:
+    """Layers that groups of this depth have memory for."""
+    return sum(-(-len(layers) // depth) * depth for layers in kinds.values())
