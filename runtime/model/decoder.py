@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,6 +26,20 @@ from octavo.runtime.model.rope import RopeTable
 from octavo.runtime.model.spec import DecoderSpec
 
 
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """A decoder's modules. The embedding's table is in the type that the model computes in, and on its device.
+
+    head_shares_embedding  the head's weight is the embedding's table, and takes no memory of its own
+    """
+
+    embedding: Embedding
+    layers: list[DecoderLayer]
+    final_norm: AddNorm
+    head: Head
+    head_shares_embedding: bool = False
+
+
 class Decoder:
     """A `Model` (runtime/model/model.py) made of DecoderLayers."""
 
@@ -33,42 +48,35 @@ class Decoder:
     def __init__(
         self,
         spec: DecoderSpec,
+        stack: Stack,
         *,
-        embedding: Embedding,
-        layers: list[DecoderLayer],
-        final_norm: AddNorm,
-        head: Head,
         ops: Ops,
         max_position: int,
         growing_tables: Sequence[RopeTable] = (),
-        head_shares_embedding: bool = False,
         kv_scales: KVScales | None = None,
         kv_dtype: str | None = None,
         notes: list[str] | None = None,
     ) -> None:
-        """embedding's table is in the type that the model computes in, and on its device.
-
-        growing_tables: the layers' cos_sin, where their rows are computed only as sequences get there.
-        """
+        """growing_tables: the layers' cos_sin, where their rows are computed only as sequences get there."""
         self.spec = spec
         self.architecture = spec.architecture
         self.vocab_size = spec.vocab_size
         self.hidden_size = spec.hidden_size
         self.max_position = max_position
         self._growing_tables = growing_tables
-        self.kv_shapes = [(spec.num_kv_heads, spec.head_dim)] * len(layers)
+        self.kv_shapes = [(spec.num_kv_heads, spec.head_dim)] * len(stack.layers)
         self.kv_windows = [layer.mixer.window for layer in spec.layers]
         self.kv_scales = kv_scales
         self.kv_dtype = kv_dtype
-        self.dtype = embedding.table.dtype
-        self.device = embedding.table.device
+        self.dtype = stack.embedding.table.dtype
+        self.device = stack.embedding.table.device
         self.notes = notes or []
         self.ops = ops
-        self._embedding = embedding
-        behind = [*(layer.enter for layer in layers[1:]), final_norm]
-        self._layers = [layer.followed_by(norm) for layer, norm in zip(layers, behind, strict=True)]
-        self._head = head
-        self.weight_bytes = self._count_bytes(head_shares_embedding)
+        self._embedding = stack.embedding
+        behind = [*(layer.enter for layer in stack.layers[1:]), stack.final_norm]
+        self._layers = [layer.followed_by(norm) for layer, norm in zip(stack.layers, behind, strict=True)]
+        self._head = stack.head
+        self.weight_bytes = self._count_bytes(stack.head_shares_embedding)
 
     @property
     def num_layers(self) -> int:

@@ -24,7 +24,7 @@ from octavo.quant.qparams import QuantizedWeight, Weight, quantize_weight
 from octavo.quant.scheme import AT_LOAD, HEAD_INT8, SchemeError, scheme_at_load
 from octavo.quant.target import Target
 from octavo.runtime.config import Dtype, EngineConfig
-from octavo.runtime.model.decoder import Decoder
+from octavo.runtime.model.decoder import Decoder, Stack
 from octavo.runtime.model.device import Device
 from octavo.runtime.model.experts import MoeSpec
 from octavo.runtime.model.layers import AddNorm, Attention, DecoderLayer, Embedding, GatedMlp, Head, Mlp
@@ -186,13 +186,16 @@ class DecoderBuilder:
         shape = (spec.vocab_size, spec.hidden_size)
         name = f"{self.source.prefix}embed_tokens.weight"
         table = self.source.tensor(name, shape).to(self.device, self.dtype, copy=True)
+        stack = Stack(
+            self.embedding(table),
+            [self.layer(i) for i in range(len(spec.layers))],
+            self.final_norm(),
+            self.head(table),
+            head_shares_embedding=self._head_is_embedding and self.config.lm_head_dtype == "auto",
+        )
         return Decoder(
             spec,
-            embedding=self.embedding(table),
-            layers=[self.layer(i) for i in range(len(spec.layers))],
-            final_norm=self.final_norm(),
-            head=self.head(table),
-            head_shares_embedding=self._head_is_embedding and self.config.lm_head_dtype == "auto",
+            stack,
             ops=self.ops,
             max_position=self.max_position,
             growing_tables=self._growing,
