@@ -57,11 +57,6 @@ class StepInputs:
     max_seq_len: int
     more_groups: tuple[GroupTables, ...] = ()
 
-    def __post_init__(self) -> None:
-        for name in ("slot_mapping", "block_tables"):
-            if not getattr(self, name).is_contiguous():
-                raise ValueError(f"{name} of a step must lie row by row without gaps: kernels read it so")
-
     def by_group(self) -> list[StepInputs]:
         """The step as the layers of each group see it."""
         others = [replace(self, **tables._asdict(), more_groups=()) for tables in self.more_groups]
@@ -103,15 +98,17 @@ class StepInputs:
             owners = np.repeat(np.arange(len(new)), new)
         if tables is None:
             width = -(-max_seq_len // block_size)
-            block_tables = np.arange(len(new) * width, dtype=np.int32).reshape(1, len(new), width)
+            by_group = [np.arange(len(new) * width, dtype=np.int32).reshape(len(new), width)]
         else:
-            block_tables = _array(tables, np.int32)
-            # numpy lays what is picked by an array out first, and kernels read rows that lie without gaps
-            block_tables = np.ascontiguousarray(block_tables[None] if block_tables.ndim == 2 else block_tables)
+            given = _array(tables, np.int32)
+            # Each group's own copy: rows without gaps, at an address that kernels may have been told to be aligned.
+            by_group = [np.ascontiguousarray(given)] if given.ndim == 2 else [np.array(t, order="C") for t in given]
         blocks, offsets = np.divmod(positions, block_size)
-        slots = np.ascontiguousarray(block_tables[:, owners, blocks] * np.int64(block_size) + offsets)
         groups = [
-            GroupTables(torch.from_numpy(s), torch.from_numpy(t)) for s, t in zip(slots, block_tables, strict=True)
+            GroupTables(
+                torch.from_numpy(table[owners, blocks] * np.int64(block_size) + offsets), torch.from_numpy(table)
+            )
+            for table in by_group
         ]
         ids = np.zeros(num_tokens, dtype=np.int64) if token_ids is None else _array(token_ids, np.int64)
         index = query_starts[1:] - 1 if logits_index is None else _array(logits_index, np.int64)
@@ -141,18 +138,20 @@ class StepInputs:
         return cls.prefill(lengths, block_size, sizes=[1] * len(lengths), token_ids=token_ids, tables=tables)
 
     @classmethod
-    def empty(cls, sizes: Sequence[int], max_seq_len: int, block_size: int) -> StepInputs:
+    def empty(cls, sizes: Sequence[int], max_seq_len: int, block_size: int, num_groups: int = 1) -> StepInputs:
         """A step on the CPU whose tokens, sizes[s] of each sequence, are written nowhere and attend to nothing.
 
         max_seq_len  how long the longest is said to be: kernels are given the memory that this takes
         """
         starts = torch.tensor([0, *accumulate(sizes)], dtype=torch.int32)
         tokens = torch.zeros(sum(sizes), dtype=torch.int64)
+        tables = torch.zeros(len(sizes), -(-max_seq_len // block_size), dtype=torch.int32)
         return cls(
             token_ids=tokens,
             positions=tokens,
             slot_mapping=tokens - 1,
-            block_tables=torch.zeros(len(sizes), -(-max_seq_len // block_size), dtype=torch.int32),
+            block_tables=tables,
+            more_groups=(GroupTables(tokens - 1, tables),) * (num_groups - 1),
             seq_lens=torch.zeros(len(sizes), dtype=torch.int32),
             query_starts=starts,
             logits_index=starts[1:].long() - 1,

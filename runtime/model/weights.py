@@ -344,9 +344,13 @@ class DecoderBuilder:
         return linear
 
     def _note(self, *choices: KernelChoice) -> None:
-        """Say once why a kernel departs from what the checkpoint says."""
+        """Say each cause once of a kernel's departing from what the checkpoint says.
+
+        Weights that are joined within a block have another scheme than the checkpoint's, for the same cause.
+        """
         for choice in choices:
-            if choice.departs and choice.reason not in self.notes:
+            cause = choice.reason.partition(": ")[2]
+            if choice.departs and not any(note.endswith(cause) for note in self.notes):
                 self.notes.append(choice.reason)
 
     def _quantize(self, module: str, weight: Weight) -> Weight:

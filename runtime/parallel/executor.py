@@ -50,10 +50,10 @@ class Executor:
         self.done = os.eventfd(0, os.EFD_SEMAPHORE | os.EFD_CLOEXEC)
         self._steps = _Steps()
         driver = _Driver(worker, sampler, followers)
-        threading.Thread(
-            target=_compute, args=(self._steps, driver, self.done), name="octavo-steps", daemon=True
-        ).start()
-        weakref.finalize(self, self._steps.put, None)
+        arguments = (self._steps, driver, self.done)
+        thread = threading.Thread(target=_compute, args=arguments, name="octavo-steps", daemon=True)
+        thread.start()
+        weakref.finalize(self, _end, self._steps, thread)
 
     def submit(self, order: StepOrder, plan: StepPlan) -> StepHandle:
         """Order a step; its inputs are built here, at once, while others are computed."""
@@ -122,6 +122,13 @@ class _Driver:
             assert self.followers is not None
             self.followers.compare(order, logits)
         return self.sampler.sample(logits, step.plan)
+
+
+def _end(steps: _Steps, thread: threading.Thread) -> None:
+    """Let the thread end and wait for it: one that runs while the interpreter ends takes the process down."""
+    steps.put(None)
+    if thread is not threading.current_thread():
+        thread.join()
 
 
 def _compute(steps: _Steps, driver: _Driver, done: int) -> None:

@@ -105,7 +105,7 @@ class StepBuffers:
         self._slots = tuple(f"slots of group {group}" for group in range(1, num_groups))
         lengths = self._lengths(most_tokens, most_seqs)
         types = TYPES | dict.fromkeys(self._slots, torch.int64)
-        self._tables = torch.zeros(num_groups, most_seqs, width, dtype=torch.int32, device=device)
+        self._tables = [torch.zeros(most_seqs, width, dtype=torch.int32, device=device) for _ in range(num_groups)]
         ends = list(accumulate(-(-n * types[name].itemsize // 16) * 16 for name, n in lengths.items()))
         self._packed_host = torch.zeros(ends[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
         self._packed = self._packed_host.to(device, copy=True)
@@ -131,7 +131,7 @@ class StepBuffers:
         ]
         return StepInputs(
             **tensors,
-            block_tables=self._tables[0, :seqs],
+            block_tables=self._tables[0][:seqs],
             max_query_len=1 if tokens == seqs else tokens,
             max_seq_len=max_seq_len,
             more_groups=tuple(groups),

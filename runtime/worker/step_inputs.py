@@ -33,7 +33,7 @@ class InputBuilder:
         self._update_tables(order)
         width = -(-int(order.ends.max()) // self._block_size)
         return StepInputs.prefill(
-            order.ends,
+            order.ends.copy(),  # which begins at a multiple of 16 bytes, as kernels may have been told
             self._block_size,
             sizes=order.ends - order.starts,
             token_ids=order.token_ids,

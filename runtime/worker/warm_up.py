@@ -59,8 +59,9 @@ def compile_steps(model: Model, limits: SchedulerConfig, cache_dtype: torch.dtyp
 
 def run_steps(model: Model, caches: list[LayerCache], limits: SchedulerConfig) -> None:
     """Whatever number of tokens and sequences a step has, and however long they are: its kernels have run then."""
+    num_groups = 1 + max(cache.group for cache in caches)
     for sizes, rows in _steps(limits, _pairs(model)):
-        step = StepInputs.empty(sizes, limits.max_model_len, limits.block_size)
+        step = StepInputs.empty(sizes, limits.max_model_len, limits.block_size, num_groups)
         if rows:
             step = replace(step, logits_index=torch.arange(rows))
         model.forward(step.to(model.device), caches)

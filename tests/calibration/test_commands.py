@@ -167,7 +167,7 @@ def test_inspect_tells_what_a_kv_cache_was_calibrated_for(fixtures: Path, capsys
     ("changes", "message"),
     [
         ({"num_hidden_layers": 3}, "decoder: the checkpoint has no weights for model.layers.2.self_attn.q_proj, model"),
-        ({"hidden_act": "relu"}, "decoder: hidden_act 'relu' is unknown"),
+        ({"hidden_act": "relu"}, "decoder: config.json: hidden_act 'relu' is unknown"),
         ({"vocab_size": "1024"}, "decoder: config.json: Expected `int | null`, got `str` - at `vocab_size`"),
         ({"model_type": "gpt_neox"}, "gpt_neox is served in transformers' own code"),
     ],

@@ -23,6 +23,7 @@ from octavo.flags import add_flags, flags_of, read
 from octavo.jobs.calibration_data import DataOptions, default_num_samples, make_data
 from octavo.jobs.model_text import ModelText
 from octavo.jobs.self_text import GenerationRequest, _run, choose_prompts, generate
+from octavo.quant.model_files import CheckpointError
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.startup import load_engine
 
@@ -249,14 +250,14 @@ def test_what_cannot_be_meant_is_refused(fixtures: Path, tmp_path: Path) -> None
         make_data(tiny, DataOptions(["text"], chat_template="missing.jinja"))
     with pytest.raises(DataError, match=r"nowhere\.jsonl: no such file or directory"):
         make_data(tiny, DataOptions("nowhere.jsonl"))
-    for name, content, message in [
-        ("tokenizer.json", "{", "the tokenizer can't be loaded"),
-        ("tokenizer_config.json", "{", "the tokenizer can't be loaded"),
+    for name, error, message in [
+        ("tokenizer.json", DataError, r"tokenizer\.json is not a tokenizer\.json: EOF"),
+        ("tokenizer_config.json", CheckpointError, r"tokenizer_config\.json is not JSON"),
     ]:
         model = tmp_path / name
         shutil.copytree(tiny, model)
-        (model / name).write_text(content)
-        with pytest.raises(DataError, match=message):
+        (model / name).write_text("{")
+        with pytest.raises(error, match=message):
             make_data(model, DataOptions(["text"]))
 
 

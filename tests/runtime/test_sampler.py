@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from toy_model import make_request
 
+from octavo.runtime.scheduling.kv_groups import BlockTables
 from octavo.runtime.scheduling.plan import ScheduledSequence, StepPlan, StepResult
 from octavo.runtime.scheduling.sequence import Sequence
 from octavo.runtime.worker import sampler
@@ -23,7 +24,7 @@ VOCAB = 40
 
 
 def sequence(prompt: list[int], output: list[int] | None = None, **params: object) -> Sequence:
-    it = Sequence(make_request("r", prompt, **params), 0)
+    it = Sequence(make_request("r", prompt, **params), 0, BlockTables([[]], [0]))
     it.token_ids += output or []
     return it
 
@@ -33,7 +34,7 @@ def decode(it: Sequence, slot: int = 0) -> ScheduledSequence:
     start = len(it.token_ids) - 1
     end = start + 1
     return ScheduledSequence(
-        it, slot, start, end, it.token_ids[start:], start, "token", False, 0, [], end - it.num_prompt
+        it, slot, start, end, it.token_ids[start:], start, "token", False, 0, [[]], end - it.num_prompt
     )
 
 
