@@ -344,13 +344,9 @@ class DecoderBuilder:
         return linear
 
     def _note(self, *choices: KernelChoice) -> None:
-        """Say each cause once of a kernel's departing from what the checkpoint says.
-
-        Weights that are joined within a block have another scheme than the checkpoint's, for the same cause.
-        """
+        """Say once, for each scheme, why a kernel departs from what the checkpoint says."""
         for choice in choices:
-            cause = choice.reason.partition(": ")[2]
-            if choice.departs and not any(note.endswith(cause) for note in self.notes):
+            if choice.departs and choice.reason not in self.notes:
                 self.notes.append(choice.reason)
 
     def _quantize(self, module: str, weight: Weight) -> Weight:
