@@ -296,7 +296,7 @@ def to_json(recipe: Recipe) -> dict[str, Any]:
 def read_recipe(path: Path) -> Recipe:
     """A recipe file. Raises RecipeError for one that isn't, naming the key that is wrong."""
     try:
-        values = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+        values = msgspec.json.decode(path.read_text("utf-8"), type=dict[str, Any])
     except OSError as e:
         raise RecipeError(f"{path} can't be read: {e.strerror}") from e
     except (msgspec.DecodeError, UnicodeDecodeError) as e:

@@ -305,7 +305,7 @@ def _parse(record: object, place: str) -> Document:
 
 def _decode_json(raw: bytes, place: str) -> Any:
     try:
-        return msgspec.json.decode(raw)
+        return msgspec.json.decode(raw.decode())  # msgspec's own refusal of bytes differs by its version
     except UnicodeDecodeError as e:
         raise DataError(f"{place}: not UTF-8: {e.reason} (0x{e.object[e.start]:02x})") from e
     except RecursionError:
