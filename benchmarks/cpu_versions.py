@@ -3,10 +3,11 @@
     git worktree add ../old 873c544
     PYTHONPATH=src python -m benchmarks.cpu_versions --old ../old --rounds 5 MODEL [MODEL ...]
 
-Both run in this environment, each from its own source tree; a tree is named by the directory of a checkout. A round
-visits every model with both versions, the first one alternating, so that a slow minute of the machine falls on both.
-The table has the median of each version and the median of the ratios round by round, new / old: above 1 is faster.
-`--quantize` compares the quantizer instead: seconds and peak memory of a GPTQ run.
+Both run in this environment, each from its own source tree; a tree is named by the directory of a checkout. The servers
+of both versions are up at the same time, one idle while the other is measured, and each measurement of a round is made
+with both, one right after the other, the first one alternating: a slow minute of the machine falls on both. Start-up is
+measured before that, alternating too. The table has the median of each version and the median of the ratios round by
+round, new / old: above 1 is faster. `--quantize` compares the quantizer instead: seconds and peak memory of a GPTQ run.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cpu_servers import NAME, octavo_server, running
+from benchmarks.cpu_servers import IGNORE_EOS, NAME, octavo_server, running
 
 STREAMS = (1, 8, 32)
-COLUMNS = ("start, s", *(f"decode {count}" for count in STREAMS), "prefill")
+LOADS = {f"decode {count}": ("decode", "--streams", str(count)) for count in STREAMS} | {"prefill": ("prefill",)}
 ROOT = Path(__file__).parent.parent
 Values = dict[str, list[float]]  # column -> one value a round
 
@@ -35,14 +36,11 @@ Values = dict[str, list[float]]  # column -> one value a round
 def main() -> None:
     args = parse_arguments()
     trees = {"old": args.old.resolve(), "new": args.new.resolve()}
-    visit = quantized if args.quantize else served
+    compare = compare_quantizers if args.quantize else compare_servers
     values: dict[tuple[str, str], Values] = {}
-    for number in range(args.rounds):
-        for model in args.models:
-            for version in sorted(trees, reverse=number % 2 == 0):
-                print(f"round {number + 1}, {model.name}, {version}", file=sys.stderr, flush=True)
-                for column, value in visit(model, trees[version], seed=number).items():
-                    values.setdefault((model.name, version), {}).setdefault(column, []).append(value)
+    for model in args.models:
+        found = compare(model, trees, args.rounds)
+        values |= {(model.name, version): columns for version, columns in found.items()}
         print(table([model.name for model in args.models], values), flush=True)
     print(f"\n{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {args.rounds} rounds")
 
@@ -57,21 +55,53 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def served(model: Path, tree: Path, seed: int) -> dict[str, float]:
-    """One server of one version, from its start to its end."""
-    server = replace(octavo_server(model.name, model), environment={"PYTHONPATH": str(tree / "src")})
-    client = [sys.executable, str(Path(__file__).with_name("load_client.py"))]
-    with tempfile.TemporaryDirectory() as folder, running(server, Path(folder) / "log") as run:
+def compare_servers(model: Path, trees: dict[str, Path], rounds: int) -> dict[str, Values]:
+    """Every measurement of every round with both versions, one right after the other."""
+    values: dict[str, Values] = {version: {} for version in trees}
+    servers = {
+        version: replace(octavo_server(model.name, model), environment={"PYTHONPATH": str(tree / "src")})
+        for version, tree in trees.items()
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(rounds):
+            for version in alternating(trees, number):
+                with running(servers[version], Path(folder) / version) as run:
+                    values[version].setdefault("start, s", []).append(run.health_seconds)
+        with running(servers["old"], Path(folder) / "old") as old, running(servers["new"], Path(folder) / "new") as new:
+            urls = {"old": old.url, "new": new.url}
+            for url in urls.values():  # what is allocated or compiled on first use
+                measured(url, "decode", "--tokens", "16")
+                measured(url, "prefill", "--prompts", "1")
+            for number in range(rounds):
+                print(f"{model.name}, round {number + 1}", file=sys.stderr, flush=True)
+                for column, load in LOADS.items():
+                    for version in alternating(trees, number):
+                        speed = measured(urls[version], *load, "--seed", str(number))
+                        values[version].setdefault(column, []).append(speed)
+    return values
 
-        def measure(load: str, *flags: str) -> float:
-            command = [*client, run.url, NAME, load, *flags, "--extra", server.extra, "--seed", str(seed)]
-            answer: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
-            return float(answer["tokens_per_s"])
 
-        measure("decode", "--tokens", "16")  # what is allocated or compiled on first use
-        measure("prefill", "--prompts", "1")
-        decodes = {f"decode {count}": measure("decode", "--streams", str(count)) for count in STREAMS}
-        return {"start, s": run.health_seconds, **decodes, "prefill": measure("prefill")}
+def alternating(trees: dict[str, Path], number: int) -> list[str]:
+    """Which version is first and which second in a round."""
+    return sorted(trees, reverse=number % 2 == 0)
+
+
+def measured(url: str, *load: str) -> float:
+    """Tokens per second of one load."""
+    client = [sys.executable, str(Path(__file__).with_name("load_client.py")), url, NAME, *load, "--extra", IGNORE_EOS]
+    answer: dict[str, Any] = json.loads(subprocess.run(client, check=True, capture_output=True).stdout)
+    return float(answer["tokens_per_s"])
+
+
+def compare_quantizers(model: Path, trees: dict[str, Path], rounds: int) -> dict[str, Values]:
+    """GPTQ runs of both versions, in turn."""
+    values: dict[str, Values] = {version: {} for version in trees}
+    for number in range(rounds):
+        for version in alternating(trees, number):
+            print(f"{model.name}, round {number + 1}, {version}", file=sys.stderr, flush=True)
+            for column, value in quantized(model, trees[version], seed=number).items():
+                values[version].setdefault(column, []).append(value)
+    return values
 
 
 def quantized(model: Path, tree: Path, seed: int) -> dict[str, float]:
