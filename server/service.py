@@ -20,8 +20,7 @@ from octavo.server.errors import ApiError
 from octavo.server.generation import fold, generate
 from octavo.server.metrics import Metrics
 from octavo.server.served_model import ServedModel
-from octavo.server.streaming import EventStream, encode_json, unless_hung_up
-from octavo.server.strict_json import HUNG_UP
+from octavo.server.streaming import EventStream, encode_json
 
 logger = logging.getLogger(__name__)
 
@@ -64,9 +63,7 @@ class Service:
         steps = generate(answer.choices, self._client, self._metrics)
         if request.stream:
             return EventStream(events(answer, steps))
-        deltas = await unless_hung_up(http.receive, fold(steps, len(answer.choices)))
-        if deltas is None:
-            return Response(status_code=HUNG_UP)
+        deltas = await fold(steps, len(answer.choices))
         return json_response(await self.off_loop(http, lambda: encode_json(answer.whole(deltas))))
 
     async def off_loop(self, http: Request, work: Callable[[], T]) -> T:

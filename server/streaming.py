@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import TypeVar
 
@@ -43,7 +43,7 @@ class EventStream(Response):
 
     async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        await unless_hung_up(receive, self._pump(send))
+        await unless_hung_up(receive, lambda: self._pump(send))
 
     async def _pump(self, send: Send) -> None:
         async with aclosing(self._events) as events:
@@ -59,9 +59,12 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
 
-async def unless_hung_up(receive: Receive, work: Awaitable[T]) -> T | None:
-    """The result of `work`; None, with `work` cancelled and its cleaning up done, when the client hangs up first."""
-    task = asyncio.ensure_future(work)
+async def unless_hung_up(receive: Receive, begin: Callable[[], Awaitable[T]]) -> T | None:
+    """The result of the work that `begin` begins; None, with the work cancelled, when the client hangs up first.
+
+    The work has cleaned up by then. For a client that is gone already it is not begun.
+    """
+    task = asyncio.ensure_future(_a_turn_later(begin))
     listener = asyncio.ensure_future(_cancel_when_hung_up(receive, task))
     try:
         await asyncio.wait((task,))
@@ -71,6 +74,12 @@ async def unless_hung_up(receive: Receive, work: Awaitable[T]) -> T | None:
         if not task.done():
             task.cancel()
             await asyncio.wait((task,))
+
+
+async def _a_turn_later(begin: Callable[[], Awaitable[T]]) -> T:
+    """Begin when the listener has had its turn."""
+    await asyncio.sleep(0)
+    return await begin()
 
 
 async def _cancel_when_hung_up(receive: Receive, task: asyncio.Future[T]) -> None:

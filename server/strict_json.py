@@ -1,7 +1,7 @@
 """Routes whose requests are read by bodies.py instead of FastAPI.
 
-FastAPI takes JSON that isn't (NaN, halves of surrogate pairs, which break whatever encodes them first), and keeps the
-body, and all that was decoded of it, until the answer has been sent.
+FastAPI takes JSON that isn't (NaN, halves of surrogate pairs, which break whatever encodes them first), keeps the body,
+and all that was decoded of it, until the answer has been sent, and lets a route work on for a client that has left.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from fastapi.routing import APIRoute
 from pydantic import TypeAdapter
 
 from octavo.server.errors import ApiError
+from octavo.server.streaming import unless_hung_up
 
 logger = logging.getLogger(__name__)
 
@@ -38,12 +39,13 @@ class StrictRoute(APIRoute):
             if body is None:
                 return Response(status_code=HUNG_UP)
             try:
-                return await endpoint(body=body, http=http)
+                response = await unless_hung_up(http.receive, lambda: endpoint(body=body, http=http))
             except BaseException as error:
                 if type(error).__name__ != "PanicException":
                     raise
                 # of a library in Rust; it is no Exception, and uvicorn would make a plain text of it
                 logger.exception("a library panicked")
                 raise ApiError(500, "internal error: PanicException") from None
+            return Response(status_code=HUNG_UP) if response is None else response
 
         return handle

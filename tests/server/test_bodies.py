@@ -24,7 +24,7 @@ from octavo.server.dialects.conversation import MAX_PARTS, MAX_TEMPLATE_DATA
 from octavo.server.dialects.openai_chat import ChatCompletionRequest
 from octavo.server.dialects.tokens import TokenizeRequest
 from octavo.server.errors import ApiError
-from octavo.server.streaming import encode_json
+from octavo.server.streaming import encode_json, unless_hung_up
 from octavo.server.strict_json import StrictRoute
 
 LIMIT = 4 << 20
@@ -51,11 +51,24 @@ async def panic(body: CompletionRequest, http: Request) -> Response:  # noqa: AR
     raise PanicException
 
 
+@router.post("/wait")
+async def wait(body: CompletionRequest, http: Request) -> Response:  # noqa: ARG001
+    http.app.state.begun.set()
+    try:
+        await asyncio.sleep(10)
+    except asyncio.CancelledError:
+        http.app.state.left.set()
+        raise
+    return Response()
+
+
 def make_app(total: int = 10 * LIMIT) -> FastAPI:
     app = FastAPI()
     errors.install(app)
     app.include_router(router)
     app.state.bodies = Bodies(LIMIT, total)
+    app.state.begun = asyncio.Event()
+    app.state.left = asyncio.Event()
     return app
 
 
@@ -262,6 +275,35 @@ def test_a_panic_is_an_error_in_openai_s_shape() -> None:
         assert (status, content["error"]["type"]) == (500, "server_error")
 
     run(test)
+
+
+def test_a_route_works_for_no_client_that_has_left() -> None:
+    """Where it waits for a template or a tokenizer as well."""
+
+    async def inside() -> None:
+        app = make_app()
+        async with connected(app) as (_, writer):
+            content = b'{"prompt": "a"}'
+            writer.write(head(len(content), "/wait") + content)
+            await app.state.begun.wait()
+            writer.transport.abort()
+            await asyncio.wait_for(app.state.left.wait(), 20)
+
+    asyncio.run(inside())
+
+
+def test_nothing_is_begun_for_a_client_that_is_gone() -> None:
+    """17 prompts with n 128 went to the engine before the server asked whether anybody waits for them."""
+    begun = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.disconnect"}
+
+    async def work() -> None:
+        begun.append(True)
+
+    assert asyncio.run(unless_hung_up(receive, work)) is None  # type: ignore[func-returns-value]
+    assert begun == []
 
 
 def test_conversations_and_what_goes_to_templates_are_bounded() -> None:
