@@ -1,8 +1,8 @@
 """Orders from the driver to its followers, and their logits back, in memory that the processes share.
 
 The memory has no name (memfd), so nothing of it is left when the processes are gone, however they ended. It holds a
-ring of orders, which all followers read, and one place for each follower's answer. What has been written is told by
-event counters (eventfd): a reader sleeps in the system, without the interpreter's lock, until there is something.
+ring of orders, which all followers read, and one place for each follower's answer. What has been written is counted in
+pipes, a byte for each: a reader sleeps in the system, without the interpreter's lock, until there is something.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ NUM_SLOTS = 4  # orders that may be written before a follower has read the first
 class ChannelEnds(msgspec.Struct, frozen=True):
     """What a follower is told to open its end: file descriptors that it inherits, and the layout of the memory.
 
-    orders   counts orders that it has not read
-    room     counts slots of the ring that it has read
-    answers  counts answers that it has written
+    orders   is read: counts orders that it has not read
+    room     is written: counts slots of the ring that it has read
+    answers  is written: counts its answers
     """
 
     memory: int
@@ -39,6 +39,21 @@ class ChannelEnds(msgspec.Struct, frozen=True):
     @property
     def descriptors(self) -> tuple[int, ...]:
         return (self.memory, self.orders, self.room, self.answers)
+
+
+@dataclass(frozen=True)
+class _Pipes:
+    """The two ends, (to read, to write), of the pipes between the driver and one follower."""
+
+    orders: tuple[int, int]
+    room: tuple[int, int]
+    answers: tuple[int, int]
+
+    @classmethod
+    def create(cls) -> _Pipes:
+        pipes = cls(os.pipe(), os.pipe(), os.pipe())
+        os.write(pipes.room[1], bytes(NUM_SLOTS))
+        return pipes
 
 
 @dataclass(frozen=True)
@@ -73,55 +88,48 @@ class DriverChannel:
         """order_numbers: int32 of the largest order; answer_numbers: float32 of the largest answer."""
         memory = os.memfd_create("octavo-orders", os.MFD_CLOEXEC)
         self._memory = _map(memory, order_numbers, answer_numbers, num_followers)
-        flags = os.EFD_SEMAPHORE | os.EFD_CLOEXEC
+        self._pipes = [_Pipes.create() for _ in range(num_followers)]
         self.ends = [
-            ChannelEnds(
-                memory,
-                os.eventfd(0, flags),
-                os.eventfd(NUM_SLOTS, flags),
-                os.eventfd(0, flags),
-                order_numbers,
-                answer_numbers,
-                place,
-            )
-            for place in range(num_followers)
+            ChannelEnds(memory, pipes.orders[0], pipes.room[1], pipes.answers[1], order_numbers, answer_numbers, place)
+            for place, pipes in enumerate(self._pipes)
         ]
         self._num_sent = 0
         self._failure: str | None = None
 
     def send(self, order: Int32s) -> None:
         """Tell all followers; waits for one that is NUM_SLOTS orders behind."""
-        for ends in self.ends:
-            self._wait(ends.room)
+        for pipes in self._pipes:
+            self._wait(pipes.room)
         slot = self._memory.orders[self._num_sent % NUM_SLOTS]
         slot[1 : 1 + len(order)] = order
         slot[0] = len(order)
         self._num_sent += 1
-        for ends in self.ends:
-            os.eventfd_write(ends.orders, 1)
+        for pipes in self._pipes:
+            _count(pipes.orders[1])
 
     def receive(self, place: int) -> NDArray[np.float32]:
         """Wait for a follower's answer to the last order; valid until the next order is sent."""
-        self._wait(self.ends[place].answers)
+        self._wait(self._pipes[place].answers)
         rows, columns = self._memory.answer_shapes[place].tolist()
         return self._memory.answers[place, : rows * columns].reshape(rows, columns)
 
     def fail(self, message: str) -> None:
         """From now on nothing can be sent or received; may be called from any thread."""
         self._failure = message
-        for ends in self.ends:
-            os.eventfd_write(ends.room, 1 << 20)
-            os.eventfd_write(ends.answers, 1 << 20)
+        for pipes in self._pipes:
+            _count(pipes.room[1])
+            _count(pipes.answers[1])
 
     def close(self) -> None:
         """Give the descriptors back; nobody may wait any more."""
-        for ends in self.ends:
-            for descriptor in (ends.orders, ends.room, ends.answers):
+        for pipes in self._pipes:
+            for descriptor in (*pipes.orders, *pipes.room, *pipes.answers):
                 os.close(descriptor)
         os.close(self.ends[0].memory)
 
-    def _wait(self, descriptor: int) -> None:
-        os.eventfd_read(descriptor)
+    def _wait(self, pipe: tuple[int, int]) -> None:
+        if self._failure is None:
+            os.read(pipe[0], 1)
         if self._failure is not None:
             raise RuntimeError(self._failure)
 
@@ -136,15 +144,20 @@ class FollowerChannel:
 
     def receive(self) -> Int32s:
         """Wait for the next order."""
-        os.eventfd_read(self._ends.orders)
+        os.read(self._ends.orders, 1)
         slot = self._memory.orders[self._num_read % NUM_SLOTS]
         order: Int32s = slot[1 : 1 + slot[0]].copy()
         self._num_read += 1
-        os.eventfd_write(self._ends.room, 1)
+        _count(self._ends.room)
         return order
 
     def answer(self, logits: NDArray[np.float32]) -> None:
         """Hand over logits [L, vocab] of the last order."""
         self._memory.answer_shapes[self._ends.place] = logits.shape
         self._memory.answers[self._ends.place, : logits.size] = logits.ravel()
-        os.eventfd_write(self._ends.answers, 1)
+        _count(self._ends.answers)
+
+
+def _count(descriptor: int) -> None:
+    """Add one to what a pipe counts."""
+    os.write(descriptor, b"\0")

@@ -47,13 +47,13 @@ class Executor:
         self.worker = worker
         self.sampler = sampler
         self.compares_ranks = followers is not None and followers.compares
-        self.done = os.eventfd(0, os.EFD_SEMAPHORE | os.EFD_CLOEXEC)
+        self.done, finished = os.pipe()  # a byte for each such step
         self._steps = _Steps()
         driver = _Driver(worker, sampler, followers)
-        arguments = (self._steps, driver, self.done)
+        arguments = (self._steps, driver, finished)
         thread = threading.Thread(target=_compute, args=arguments, name="octavo-steps", daemon=True)
         thread.start()
-        weakref.finalize(self, _end, self._steps, thread)
+        weakref.finalize(self, _end, self._steps, thread, self.done)
 
     def submit(self, order: StepOrder, plan: StepPlan) -> StepHandle:
         """Order a step; its inputs are built here, at once, while others are computed."""
@@ -67,7 +67,7 @@ class Executor:
 
     def result(self, handle: StepHandle) -> StepResult:
         """Wait for the oldest step whose result was not taken, and return it; raises what its computing raised."""
-        os.eventfd_read(self.done)
+        os.read(self.done, 1)
         outcome = handle.outcome
         assert outcome is not None, "results are taken in the order of the steps"
         if isinstance(outcome, BaseException):
@@ -124,14 +124,15 @@ class _Driver:
         return self.sampler.sample(logits, step.plan)
 
 
-def _end(steps: _Steps, thread: threading.Thread) -> None:
+def _end(steps: _Steps, thread: threading.Thread, done: int) -> None:
     """Let the thread end and wait for it: one that runs while the interpreter ends takes the process down."""
     steps.put(None)
     if thread is not threading.current_thread():
         thread.join()
+    os.close(done)
 
 
-def _compute(steps: _Steps, driver: _Driver, done: int) -> None:
+def _compute(steps: _Steps, driver: _Driver, finished: int) -> None:
     """The thread: compute steps as they come, until there is a None."""
     with torch.inference_mode():
         while (step := steps.take_first()) is not None:
@@ -139,9 +140,9 @@ def _compute(steps: _Steps, driver: _Driver, done: int) -> None:
                 step.outcome = driver.run(step)
             except BaseException as error:
                 step.outcome = error
-            os.eventfd_write(done, 1)
+            os.write(finished, b"\0")
             del step  # or it would be kept until the next one comes
-    os.close(done)
+    os.close(finished)
 
 
 def _have_stopped(scheduled: Sequence[ScheduledSequence], last_tokens: Int32s) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 
@@ -253,3 +254,11 @@ def test_what_a_step_raises_is_raised_where_its_result_is_awaited() -> None:
     engine.add(make_request("a", [1, 2, 3]))
     with pytest.raises(MemoryError, match="no room for the step"):
         engine.step()
+
+
+def test_steps_are_told_by_what_every_system_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python on macOS has no eventfd."""
+    for name in ("eventfd", "eventfd_read", "eventfd_write"):
+        monkeypatch.delattr(os, name, raising=False)
+    request = make_request("a", [1, 2, 3])
+    assert tokens_of(run_to_end(make_engine(), [request])["a"]) == greedy(request)
