@@ -121,14 +121,15 @@ class DriverChannel:
             _count(pipes.answers[1])
 
     def close(self) -> None:
-        """Give the descriptors back; nobody may wait any more."""
+        """Give the descriptors back: whoever sends or receives from now on is told so."""
+        self._failure = self._failure or "the channel to the other ranks is closed"
         for pipes in self._pipes:
             for descriptor in (*pipes.orders, *pipes.room, *pipes.answers):
                 os.close(descriptor)
         os.close(self.ends[0].memory)
 
     def _wait(self, pipe: tuple[int, int]) -> None:
-        if self._failure is None:
+        if self._failure is None:  # after `close` the number may be that of somebody else's file
             os.read(pipe[0], 1)
         if self._failure is not None:
             raise RuntimeError(self._failure)

@@ -178,3 +178,16 @@ def test_a_driver_that_waits_is_woken_by_a_failure() -> None:
         channel.send(np.zeros(4, np.int32))  # the ring is full
     timer.join()
     channel.close()
+
+
+@pytest.mark.parametrize("message", [None, "rank 1 is gone"])
+def test_a_closed_channel_waits_for_nothing(message: str | None) -> None:
+    """Its descriptors' numbers may be those of other files by then, from which a step under way would read."""
+    channel = DriverChannel(1, order_numbers=4, answer_numbers=4)
+    if message is not None:
+        channel.fail(message)
+    channel.close()
+    with pytest.raises(RuntimeError, match=message or "is closed"):
+        channel.send(np.zeros(4, np.int32))
+    with pytest.raises(RuntimeError, match=message or "is closed"):
+        channel.receive(0)
