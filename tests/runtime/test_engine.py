@@ -8,6 +8,7 @@ import threading
 
 import pytest
 import torch
+from slow_cases import slow
 from torch import Tensor
 from toy_model import (
     VOCAB,
@@ -60,7 +61,7 @@ def random_engine(rng: random.Random) -> Engine:
     )
 
 
-@pytest.mark.parametrize("seed", range(150))
+@pytest.mark.parametrize("seed", [*range(50), *map(slow, range(50, 150))])
 def test_greedy_tokens_do_not_depend_on_the_schedule(seed: int) -> None:
     rng = random.Random(seed)
     requests = random_requests(rng, 12)
@@ -85,7 +86,7 @@ def test_the_random_schedules_do_preempt_and_hit_the_prefix_cache() -> None:
     assert hits > 200
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", [*range(12), *map(slow, range(12, 30))])
 def test_a_seed_gives_the_same_tokens_in_any_company(seed: int) -> None:
     settings = [
         {"temperature": 1.0},
@@ -111,7 +112,7 @@ def test_without_a_seed_two_requests_differ_and_a_restart_does_not() -> None:
     assert first["a"][0].token_ids == second["a"][0].token_ids
 
 
-@pytest.mark.parametrize("seed", range(25))
+@pytest.mark.parametrize("seed", [*range(10), *map(slow, range(10, 25))])
 def test_prompt_logprobs_are_those_of_the_model_for_every_position(seed: int) -> None:
     rng = random.Random(seed)
     requests = random_requests(rng, 6, prompt_logprobs=2, logprobs=3)

@@ -3,7 +3,7 @@
 It works out for each sum and product of integers whether it overflows, and drops the answer, as it isn't debugging.
 At each call of a jitted function within a kernel it patches `triton.language`, which the kernel's launch has done.
 And for each number that it computes it builds the type and shape anew, although a kernel has but a few of them.
-Kernels compute without all that what they compute with it (Triton 3.6 and 3.9).
+Kernels compute without all that what they compute with it (Triton 3.9).
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ import torch
 from hf_oracle import CASES, Sequences, make_hf, save, scattered_logits
 from safetensors.torch import load_file, save_file
 from shuffled import shuffle_groups
+from slow_cases import slow
 from stored_scales import store_scales
 from torch import Tensor
 from trimmed import whole
@@ -142,7 +143,10 @@ def test_act_order_within_the_mlp_is_undone_at_load(
     assert torch.equal(ours, gathering)
 
 
-@pytest.mark.parametrize("scheme", ["W4A16_ASYM@32", "W8A16@32", "W4AFP8@32", "FP8_DYNAMIC", "FP8_BLOCK", "W8A8"])
+@pytest.mark.parametrize(
+    "scheme",
+    ["W4A16_ASYM@32", "FP8_BLOCK", "W8A8", *map(slow, ("W8A16@32", "W4AFP8@32", "FP8_DYNAMIC"))],
+)
 def test_experts_are_run_together(scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quantize_model(prepare(tiny("mixtral", tmp_path / "plain"), tmp_path / "quantized", Recipe(scheme)))
     model = check(tmp_path / "quantized", monkeypatch)
@@ -185,11 +189,11 @@ def test_experts_with_act_order_are_run_together(alike: bool, tmp_path: Path, mo
     [
         (None, 40, 80, "grouped by expert, a shared one in 2"),
         ("FP8_DYNAMIC", 40, 120, "grouped by expert, a shared one in 3"),
-        ("W8A8", 40, 80, "grouped by expert, a shared one in 2"),
+        slow("W8A8", 40, 80, "grouped by expert, a shared one in 2"),
         ("FP8_BLOCK", 128, 256, "grouped by expert, a shared one in 2"),
         ("W4A16_ASYM@32", 64, 128, "grouped by expert, a shared one in 2"),
         (None, 40, 60, "grouped by expert"),  # which isn't several experts' size
-        ("W4A16@32", 64, 96, "grouped by expert"),
+        slow("W4A16@32", 64, 96, "grouped by expert"),
         ("FP8_DYNAMIC but it", 40, 80, "grouped by expert"),
     ],
 )
@@ -216,7 +220,7 @@ def test_a_shared_expert_runs_with_the_others_in_slices(
     [
         ("llama", "FP8_BLOCK", 80),
         ("mixtral", "FP8_DYNAMIC", 86),
-        ("llama", "W4A8@32", 90),
+        slow("llama", "W4A8@32", 90),
         ("mixtral", "W8A8, static", 90),
     ],
 )
