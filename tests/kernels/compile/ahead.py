@@ -18,7 +18,7 @@ import json
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -138,22 +138,41 @@ def proofs(capability: int = 90) -> dict[str, Proof]:
     return {name: proof for name, proof in found.items() if capability >= 89 or not FP8_PRODUCTS.match(name)}
 
 
-def kind_of(proof: Proof) -> tuple[Any, ...]:
-    """What a proof has in common with others like it: its kernel, and the types of the tensors that it is given."""
+def features(proof: Proof) -> set[tuple[Any, ...]]:
+    """What a proof compiles of its kernel: the storage of each tensor, what is left out, and each flag's value.
 
-    def types_of(values: Iterable[Any]) -> set[str]:
-        found = {str(value.dtype) for value in values if isinstance(value, Tensor)}
-        return found.union(*(types_of(value) for value in values if isinstance(value, tuple)))
+    All floats of 16 and 32 bits are one storage: they differ in a load's width.
+    """
+    kernel = proof.launch.kernel.__name__
+    floats = (torch.float16, torch.bfloat16, torch.float32)
+    found: set[tuple[Any, ...]] = set()
 
-    return (proof.launch.kernel.__name__, *sorted(types_of(proof.launch.arguments.values())))
+    def look(value: Any, *place: str | int) -> None:
+        if isinstance(value, tuple):
+            for i, field in enumerate(value):
+                look(field, *place, i)
+        elif isinstance(value, TensorDescriptor):
+            look(value.base, *place, "described")
+        elif isinstance(value, Tensor):
+            found.add((kernel, *place, "a float" if value.dtype in floats else str(value.dtype)))
+        elif value is None or isinstance(value, bool | str | torch.dtype):
+            found.add((kernel, *place, value))
+
+    for name, value in proof.launch.arguments.items():
+        look(value, name)
+    return found
 
 
 def sample(found: dict[str, Proof]) -> list[str]:
-    """The first proof of each kind."""
-    first: dict[tuple[Any, ...], str] = {}
-    for name, proof in found.items():
-        first.setdefault(kind_of(proof), name)
-    return list(first.values())
+    """Proofs that together have every feature of each kernel: always the one next that has most of those left."""
+    of = {name: features(proof) for name, proof in found.items()}
+    left = set[tuple[Any, ...]]().union(*of.values())
+    chosen: set[str] = set()
+    while left:
+        name = max(of, key=lambda name: len(of[name] & left))
+        chosen.add(name)
+        left -= of[name]
+    return [name for name in found if name in chosen]
 
 
 def compile_ahead(launches: Sequence[Launch], capability: int = 90) -> list[Compiled]:
@@ -269,7 +288,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--only", default="", metavar="EXPRESSION")
-    parser.add_argument("--sample", action="store_true", help="only the first proof of each kind")
+    parser.add_argument("--sample", action="store_true", help="as few proofs as have every feature of each kernel")
     parser.add_argument("--capability", type=int, default=90, choices=SHARED_MEMORY, help="of the card (default: 90)")
     args = parser.parse_args()
     known = proofs(args.capability)
