@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import threading
@@ -13,6 +14,10 @@ from typing import Any
 import httpx
 import pytest
 from octavo_server import TINY, Server, said_at_once, serving, wait_until
+
+from octavo.server import template_renderer
+from octavo.server.template_renderer import TemplateRenderer
+from octavo.text.chat_template import ChatTemplate, TemplateLimitError
 
 SPIN = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 GROW = "{% set ns = namespace(x='12345678') %}{% for i in range(40) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}"
@@ -43,26 +48,32 @@ def peak_bytes(pid: int) -> int:
     return int(status.split("VmHWM:")[1].split()[0]) << 10
 
 
-@pytest.mark.parametrize("name", BOMBS)
-@pytest.mark.parametrize("is_the_requests", [False, True])
-def test_a_limit_is_told_and_the_next_request_served(server: Server, name: str, is_the_requests: bool) -> None:
-    bomb, limit = BOMBS[name]
-    refused = ask(server, "x", chat_template=bomb) if is_the_requests else ask(server, name)
+def check_refusal(refused: httpx.Response, limit: str, is_the_requests: bool) -> None:
     assert refused.status_code == 400, refused.text
     error = refused.json()["error"]
     assert limit in error["message"]
     assert ("the request's chat_template" if is_the_requests else "bombs.jinja") in error["message"]
     assert error["param"] == ("chat_template" if is_the_requests else "messages")
+
+
+@pytest.mark.parametrize(
+    ("name", "is_the_requests"), [("spin", False), ("grow", False), ("write", False), ("grow", True), ("write", True)]
+)
+def test_a_limit_is_told_and_the_next_request_served(server: Server, name: str, is_the_requests: bool) -> None:
+    bomb, limit = BOMBS[name]
+    refused = ask(server, "x", chat_template=bomb) if is_the_requests else ask(server, name)
+    check_refusal(refused, limit, is_the_requests)
     fields = {"chat_template": "{{ messages[0].content }}"} if is_the_requests else {}
     assert ask(server, "after", **fields).json()["tokens"] == ask(server, "after").json()["tokens"]
     assert peak_bytes(server.process.pid) < 1 << 30
 
 
-def test_others_are_served_meanwhile(server: Server) -> None:
+def test_others_are_served_while_a_request_s_template_spins(server: Server) -> None:
     answers: list[str] = []
+    refusals: list[httpx.Response] = []
 
     def spin() -> None:
-        ask(server, "x", chat_template=SPIN)
+        refusals.append(ask(server, "x", chat_template=SPIN))
         answers.append("spin")
 
     thread = threading.Thread(target=spin)
@@ -74,6 +85,9 @@ def test_others_are_served_meanwhile(server: Server) -> None:
     answers.append("others")
     thread.join()
     assert answers == ["others", "spin"]
+    check_refusal(refusals[0], BOMBS["spin"][1], is_the_requests=True)
+    after = ask(server, "after", chat_template="{{ messages[0].content }}")
+    assert after.json()["tokens"] == ask(server, "after").json()["tokens"]
 
 
 def cpu_ticks(pid: int) -> int:
@@ -106,5 +120,17 @@ def test_a_template_that_can_not_be_compiled_does_not_start(tmp_path: Path) -> N
     file = tmp_path / "mine.jinja"
     file.write_text("{{ 1 }}\n\n{{ messages | no_such_filter }}")
     assert f"--chat-template {file}, line 3: " in said_at_once(str(TINY), "--port", "0", "--chat-template", str(file))
-    folded = "{{ 99999999 ** 99999999 }}"  # jinja2 computes constants when it compiles
-    assert "5 s of CPU time" in said_at_once(str(TINY), "--port", "0", "--chat-template", folded)
+
+
+def test_constants_that_take_too_long_to_compute_are_refused_before_anybody_asks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """jinja2 computes them when it compiles."""
+    monkeypatch.setattr(template_renderer, "RENDER_SECONDS", 1)
+    renderer = TemplateRenderer(ChatTemplate.open(TINY, {}, "{{ 99999999 ** 99999999 }}"))
+    renderer.start()
+    try:
+        with pytest.raises(TemplateLimitError, match="exceeded 1 s of CPU time"):
+            asyncio.run(renderer.check())
+    finally:
+        renderer.stop("the test ends")
