@@ -157,38 +157,44 @@ PROGRAM = """
 import sys
 from octavo.calibration.text.dataset_files import find_dataset
 from octavo.calibration.text.documents import DataError
-try:
-    files = find_dataset(sys.argv[1])
-    print(files.label, *(files.fetch(name).read_text().strip() for name in files.names), sep="|")
-except DataError as e:
-    print(e)
+for spec in sys.argv[1:]:
+    try:
+        files = find_dataset(spec)
+        print(files.label, *(files.fetch(name).read_text().strip() for name in files.names), sep="|")
+    except DataError as e:
+        print(e)
 """
 
 
 def test_a_dataset_of_the_hub(tmp_path: Path) -> None:
     """Against a server on this machine: downloaded once, then out of the cache without one."""
 
-    def run(spec: str, **environment: str) -> str:
-        command = [sys.executable, "-W", "error", "-c", PROGRAM, spec]
+    def run(*specs: str, **environment: str) -> list[str]:
+        """What is said of each, by a process of its own: the Hub's address is read once a process."""
+        command = [sys.executable, "-W", "error", "-c", PROGRAM, *specs]
         env = os.environ | {"HF_HOME": str(tmp_path), "HF_ENDPOINT": endpoint} | environment
         source = Path(__file__).parents[2] / "src"
-        return subprocess.run(command, env=env, cwd=source, capture_output=True, text=True, check=True).stdout.strip()
+        done = subprocess.run(command, env=env, cwd=source, capture_output=True, text=True, check=True)
+        return done.stdout.splitlines()
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         endpoint = f"http://127.0.0.1:{server.server_port}"
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:
-            both = '{"text": "one"}|{"text": "two"}'
-            assert run("owner/name:en/train") == f"owner/name:en/train at 01234567|{both}"
-            assert run("owner/name:en/held_out") == 'owner/name:en/held_out at 01234567|{"text": "last"}'
-            assert "pick one among the available configs: ['en', 'fr']; add it after a colon" in run("owner/name")
-            missing = "has no split 'test'; there are owner/name:en/train, owner/name:en/held_out"
-            assert missing in run("owner/name:en/test")
-            assert "other/name is no local file, and the Hub did not give it: Client error '404" in run("other/name")
+            splits = ("owner/name:en/train", "owner/name:en/held_out", "owner/name", "owner/name:en/test", "other/name")
+            train, held_out, whole, test, other = run(*splits)
         finally:
             server.shutdown()
             thread.join()
-    assert run("owner/name:en/train", HF_HUB_OFFLINE="1") == f"owner/name:en/train at 01234567|{both}"
-    assert "HF_HUB_OFFLINE is set, and nothing of it is in the cache" in run("other/name", HF_HUB_OFFLINE="1")
-    assert "owner/name is no local file, and the Hub did not give it" in run("owner/name")  # nobody listens
+    both = '{"text": "one"}|{"text": "two"}'
+    assert train == f"owner/name:en/train at 01234567|{both}"
+    assert held_out == 'owner/name:en/held_out at 01234567|{"text": "last"}'
+    assert "pick one among the available configs: ['en', 'fr']; add it after a colon" in whole
+    assert "has no split 'test'; there are owner/name:en/train, owner/name:en/held_out" in test
+    assert "other/name is no local file, and the Hub did not give it: Client error '404" in other
+    train, other = run("owner/name:en/train", "other/name", HF_HUB_OFFLINE="1")
+    assert train == f"owner/name:en/train at 01234567|{both}"
+    assert "HF_HUB_OFFLINE is set, and nothing of it is in the cache" in other
+    (whole,) = run("owner/name")  # nobody listens
+    assert "owner/name is no local file, and the Hub did not give it" in whole
