@@ -154,6 +154,14 @@ def test_arguments_that_exclude_each_other_are_refused(
     assert reason in capsys.readouterr().err
 
 
+def test_the_flags_of_its_server_are_checked_before_it_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["chat", str(tmp_path), "--dtype", "int5", "Who?"])
+    assert "argument --dtype: invalid choice: 'int5'" in capsys.readouterr().err
+
+
 def test_a_conversation() -> None:
     """History, commands, an answer that Ctrl-C stops, an error that leaves no trace, and Ctrl-C twice to end."""
 

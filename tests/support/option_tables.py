@@ -12,9 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from octavo.bench.options import BenchOptions
-from octavo.commands import quantize_flags, serve_flags
+from octavo.commands import chat, quantize_flags, serve_flags
 from octavo.commands.convert import ConvertOptions
 from octavo.commands.eval import EvalOptions
+from octavo.commands.inspect import InspectOptions
 from octavo.flags import flags_of, markdown
 from octavo.jobs.calibration_data import DataOptions
 
@@ -26,6 +27,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "eval": lambda: markdown(flags_of(EvalOptions)),
     "serve": lambda: markdown(serve_flags.FLAGS),
     "bench": lambda: markdown(flags_of(BenchOptions)),
+    "inspect": lambda: markdown(flags_of(InspectOptions)),
+    "chat": lambda: markdown(chat.FLAGS),
 }
 TABLE = re.compile(r"(<!-- options: (.+?) -->\n).*?(<!-- end of options -->)", re.DOTALL)
 

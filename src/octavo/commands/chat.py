@@ -15,13 +15,19 @@ import re
 import sys
 from collections.abc import Generator
 from contextlib import ExitStack, closing
-from typing import Any
+from dataclasses import replace
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
 
 from octavo.commands.chat_client import ChatError, ChatServer, Conversation, ServerEndedError
+from octavo.flags import add_flags, flags_of, read
+from octavo.runtime.config import EngineConfig
 
 PROG = "octavo chat"
 DEFAULT_URL = "http://127.0.0.1:8000"
-SERVE_FLAGS = ("dtype", "kv_cache_dtype", "max_model_len")
+THE_SERVERS = "the server's own"
 HELP = """\
 /system TEXT   tell the model how to behave, from the next question on; /system alone shows it, /system - removes it
 /clear         forget the conversation; the system text stays
@@ -34,39 +40,86 @@ DIM = "\x1b[2m"
 PLAIN = "\x1b[0m"
 
 
+class ChatOptions(msgspec.Struct, frozen=True):
+    """The flags of `octavo chat`; those of the server that it may start are fields of EngineConfig."""
+
+    model: Annotated[
+        str | None,
+        Meta(
+            description="a local directory or a Hub id, to be served here",
+            extra={"positional": True, "metavar": "MODEL"},
+        ),
+    ] = None
+    question: Annotated[
+        str | None,
+        Meta(
+            description="print the answer to it, and end",
+            extra={"positional": True, "metavar": "QUESTION", "default": "a conversation"},
+        ),
+    ] = None
+    url: Annotated[
+        str | None,
+        Meta(
+            description="with or without /v1",
+            extra={"group": "a server that runs", "default": f"without a MODEL, {DEFAULT_URL}"},
+        ),
+    ] = None
+    name: Annotated[
+        str | None,
+        Meta(
+            description="the name of its model",
+            extra={"flag": "--model", "metavar": "NAME", "default": "the first of /v1/models"},
+        ),
+    ] = None
+    api_key: Annotated[
+        str | None, Meta(description="sent as a bearer token", extra={"metavar": "KEY", "default": "$OPENAI_API_KEY"})
+    ] = None
+    system: Annotated[
+        str | None,
+        Meta(
+            description="how the model is to behave",
+            extra={"group": "answers", "metavar": "TEXT", "default": "nothing is said"},
+        ),
+    ] = None
+    temperature: Annotated[
+        float | None, Meta(description="sampling temperature", extra={"metavar": "T", "default": THE_SERVERS})
+    ] = None
+    top_p: Annotated[
+        float | None,
+        Meta(
+            description="sample from the likeliest tokens that have this probability together",
+            extra={"metavar": "P", "default": THE_SERVERS},
+        ),
+    ] = None
+    max_tokens: Annotated[
+        int | None, Meta(description="tokens of an answer, at most", extra={"metavar": "N", "default": THE_SERVERS})
+    ] = None
+    seed: Annotated[int | None, Meta(description="seed of the sampling", extra={"default": "none"})] = None
+
+
+SERVE_FLAGS = [  # passed on to `octavo serve`
+    replace(flag, group="serving MODEL here, as `octavo serve` does")
+    for flag in flags_of(EngineConfig)
+    if flag.field in ("dtype", "kv_cache_dtype", "max_model_len")
+]
+FLAGS = [*flags_of(ChatOptions), *SERVE_FLAGS]
+
+
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("model", nargs="?", metavar="MODEL", help="a local directory or a Hub id, to be served here")
-    parser.add_argument(
-        "question", nargs="?", metavar="QUESTION", help="print the answer to it, and end (default: a conversation)"
-    )
-    server = parser.add_argument_group("a server that runs")
-    server.add_argument("--url", help=f"with or without /v1 (default: without a MODEL, {DEFAULT_URL})")
-    server.add_argument(
-        "--model", dest="name", metavar="NAME", help="the name of its model (default: the first of /v1/models)"
-    )
-    server.add_argument("--api-key", metavar="KEY", help="sent as a bearer token (default: $OPENAI_API_KEY)")
-
-    own = parser.add_argument_group("serving MODEL here", "passed on to `octavo serve`, whose --help tells more")
-    own.add_argument("--dtype", help="(default: auto)")
-    own.add_argument("--kv-cache-dtype", help="(default: auto)")
-    own.add_argument("--max-model-len", metavar="N", help="(default: the model's own)")
-
-    answers = parser.add_argument_group("answers")
-    answers.add_argument("--system", metavar="TEXT", help="how the model is to behave (default: nothing is said)")
-    answers.add_argument("--temperature", type=float, metavar="T", help="(default: the server's own)")
-    answers.add_argument("--top-p", type=float, metavar="P", help="(default: the server's own)")
-    answers.add_argument("--max-tokens", type=int, metavar="N", help="of an answer (default: the server's own)")
-    answers.add_argument("--seed", type=int, help="of the sampling (default: none)")
+    add_flags(parser, FLAGS)
 
 
 def run(args: argparse.Namespace) -> int:
     """Talk; returns the exit code: 1 where the only answer failed, or the server could not be reached."""
+    serve_words = [
+        word for flag in SERVE_FLAGS if flag.field in args for word in (flag.names[0], str(vars(args)[flag.field]))
+    ]
     try:
-        _sort_out(args)
-        question = _question(args)
+        options = _sorted_out(read(ChatOptions, args), serve_words)
+        question = _question(options)
         with ExitStack() as stack:
-            conversation = _begin(args, stack)
+            conversation = _begin(options, serve_words, stack)
             if question is None:
                 return _converse(conversation)
             return _answer_once(conversation, question)
@@ -75,25 +128,21 @@ def run(args: argparse.Namespace) -> int:
         return 1
 
 
-def _sort_out(args: argparse.Namespace) -> None:
-    """With --url, or --model, there is no MODEL: the one word is the question."""
-    running = args.url is not None or args.name is not None
-    if running and args.question is not None:
-        raise ChatError("a MODEL is served here, and --url and --model are for a server that runs: one or the other")
-    if running:
-        args.model, args.question = None, args.model
-    if args.model is None:
-        args.url = args.url or DEFAULT_URL
-        given = [flag for flag in SERVE_FLAGS if getattr(args, flag) is not None]
-        if given:
-            raise ChatError(f"--{given[0].replace('_', '-')} is for a MODEL that is served here, and there is none")
+def _sorted_out(options: ChatOptions, serve_words: list[str]) -> ChatOptions:
+    """The options where a lone word is the question if --url or --model is given. Raises ChatError."""
+    if options.url is not None or options.name is not None:
+        if options.question is not None:
+            raise ChatError("MODEL is served here, --url and --model are for a server that runs: give one or the other")
+        options = msgspec.structs.replace(options, model=None, question=options.model)
+    if options.model is None and serve_words:
+        raise ChatError(f"{serve_words[0]} is for a MODEL that is served here, and there is none")
+    return options
 
 
-def _question(args: argparse.Namespace) -> str | None:
+def _question(options: ChatOptions) -> str | None:
     """The one question, from the command line or a stdin that isn't a terminal; None for a conversation."""
-    if args.question is not None or sys.stdin.isatty():
-        question: str | None = args.question
-        return question
+    if options.question is not None or sys.stdin.isatty():
+        return options.question
     try:
         text = sys.stdin.read().strip()
     except UnicodeDecodeError as e:
@@ -103,26 +152,25 @@ def _question(args: argparse.Namespace) -> str | None:
     return text
 
 
-def _begin(args: argparse.Namespace, stack: ExitStack) -> Conversation:
+def _begin(options: ChatOptions, serve_words: list[str], stack: ExitStack) -> Conversation:
     """Reach the server, or start one; the stack ends it."""
-    if args.model is None:
-        server = ChatServer(args.url, args.api_key or os.environ.get("OPENAI_API_KEY"))
+    if options.model is None:
+        server = ChatServer(options.url or DEFAULT_URL, options.api_key or os.environ.get("OPENAI_API_KEY"))
     else:
-        server = _serve(args, stack)
+        server = _serve(options.model, serve_words, stack)
     stack.enter_context(closing(server))
-    wanted = {name: getattr(args, name) for name in ("temperature", "top_p", "max_tokens", "seed")}
-    options: dict[str, Any] = {name: value for name, value in wanted.items() if value is not None}
-    return Conversation(server, args.name or server.first_model(), options, args.system)
+    fields = {name: getattr(options, name) for name in ("temperature", "top_p", "max_tokens", "seed")}
+    given = {name: value for name, value in fields.items() if value is not None}
+    return Conversation(server, options.name or server.first_model(), given, options.system)
 
 
-def _serve(args: argparse.Namespace, stack: ExitStack) -> ChatServer:
+def _serve(model: str, words: list[str], stack: ExitStack) -> ChatServer:
     from rich.console import Console
 
     from octavo.commands.chat_server import own_server
 
-    flags = [(f"--{name.replace('_', '-')}", getattr(args, name)) for name in SERVE_FLAGS]
-    own = stack.enter_context(own_server(args.model, [word for flag in flags if flag[1] is not None for word in flag]))
-    with Console(stderr=True).status(f"octavo serve {args.model}"):
+    own = stack.enter_context(own_server(model, words))
+    with Console(stderr=True).status(f"octavo serve {model}"):
         own.wait_until_ready()
     return ChatServer(own.url, own.api_key, own.check)
 

@@ -8,9 +8,13 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import msgspec
+from msgspec import Meta
 
 from octavo.commands.failure import one_line
+from octavo.flags import add_flags, flags_of, read
 from octavo.quant.printable import printable
 
 if TYPE_CHECKING:
@@ -28,19 +32,38 @@ MAX_CELL = 200  # characters
 SUFFIX = re.compile(r"\.(weight\w*|qweight|qzeros|scales|g_idx|bias|(input|activation)_scale|input_zero_point)$")
 
 
+def parse_device(spelled: str) -> str:
+    """'auto', 'cpu', 'cuda' or 'cuda:9.0'. Raises ValueError."""
+    if spelled not in ("auto", "cpu", "cuda") and not re.fullmatch(r"cuda:\d+\.\d", spelled):
+        raise ValueError(f"{spelled!r} is none of auto, cpu, cuda and such as cuda:9.0")
+    return spelled
+
+
+class InspectOptions(msgspec.Struct, frozen=True):
+    """The flags of `octavo inspect`."""
+
+    model: Annotated[str, Meta(description="a local directory, or a Hugging Face Hub id", extra={"positional": True})]
+    revision: Annotated[
+        str | None, Meta(description="branch, tag or commit of a Hub id", extra={"default": "its main branch"})
+    ] = None
+    device: Annotated[
+        str,
+        Meta(
+            description="say which kernels serve the model there, cuda:9.0 on a GPU of that compute capability, "
+            "wherever it is",
+            extra={
+                "metavar": "cpu|cuda|cuda:X.Y",
+                "parse": parse_device,
+                "default": "this machine's GPU, or its CPU",
+            },
+        ),
+    ] = "auto"
+    json: Annotated[bool, Meta(description="print JSON instead of tables", extra={"default": "tables"})] = False
+
+
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("model", help="a local directory, or a Hugging Face Hub id")
-    parser.add_argument("--revision", help="branch, tag or commit of a Hub id (default: its main branch)")
-    parser.add_argument(
-        "--device",
-        type=_device,
-        default="auto",
-        metavar="cpu|cuda|cuda:X.Y",
-        help="say which kernels serve the model there, cuda:9.0 on a GPU of that compute capability, wherever it is "
-        "(default: this machine's GPU, or its CPU)",
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables (default: tables)")
+    add_flags(parser, flags_of(InspectOptions))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -50,27 +73,22 @@ def run(args: argparse.Namespace) -> int:
     from octavo.quant.hub import resolve_model
     from octavo.quant.model_files import CheckpointError
 
+    options = read(InspectOptions, args)
     try:
-        checkpoint = Checkpoint.open(resolve_model(args.model, args.revision))
-        facts = inspect(checkpoint, args.device)
+        checkpoint = Checkpoint.open(resolve_model(options.model, options.revision))
+        facts = inspect(checkpoint, options.device)
     except (CheckpointError, FormatError, OSError, DeviceError) as e:
         print(f"octavo inspect: {one_line(e)}", file=sys.stderr)
         return 1
-    if args.json:
+    if options.json:
         print(json.dumps(facts, indent=2))
     else:
-        _print(facts, args.model)
+        _print(facts, options.model)
     return 0
 
 
 class DeviceError(ValueError):
     """A device that isn't here."""
-
-
-def _device(spelled: str) -> str:
-    if spelled not in ("auto", "cpu", "cuda") and not re.fullmatch(r"cuda:\d+\.\d", spelled):
-        raise argparse.ArgumentTypeError(f"{spelled!r} is none of auto, cpu, cuda and such as cuda:9.0")
-    return spelled
 
 
 def inspect(checkpoint: Checkpoint, device: str = "auto") -> dict[str, Any]:
