@@ -95,6 +95,7 @@ class Bodies:
         async with self._lock:
             try:
                 async with asyncio.timeout(DECODE_SECONDS):
+                    await self._process.connect()
                     answer = await self._process.exchange(pickle.dumps((annotation, content), protocol=5))
             except (OSError, EOFError, TimeoutError):
                 answer = OUT_OF_MEMORY

@@ -7,16 +7,12 @@ own, so that they hold up no request that uses the model's.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import pickle
-import socket
-import subprocess
-import sys
 from dataclasses import dataclass
 
-from octavo.runtime.launch import child_environment
+from octavo.server.frame_process import FrameProcess
 from octavo.text.chat_template import REQUEST_ORIGIN, ChatTemplate, ChatTemplateError, TemplateLimitError
-from octavo.text.template_process import LENGTH_BYTES, OUT_OF_MEMORY, REFUSED, Job, Setup
+from octavo.text.template_process import OUT_OF_MEMORY, REFUSED, Job, Setup
 
 RENDER_SECONDS = 5
 START_SECONDS = 60.0
@@ -61,8 +57,7 @@ class TemplateRenderer:
     def stop(self, message: str) -> None:
         """End the processes; jobs that are under way, and later ones, get a RendererStoppedError."""
         for process in (self._for_model, self._for_requests):
-            process.refusal = message
-            process.close()
+            process.stop(message)
 
 
 @dataclass(frozen=True)
@@ -75,64 +70,51 @@ class RenderRequest:
 
 
 class _RenderProcess:
-    """One process, started when it is needed and replaced after it was killed."""
+    """A process that renders templates; it gets the templates themselves whenever it is started."""
 
     def __init__(self, template: ChatTemplate) -> None:
         self._setup = Setup(template, RENDER_SECONDS, MEMORY_BYTES)
         self._lock = asyncio.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
-        self._socket: socket.socket | None = None
-        self._reader: asyncio.StreamReader | None = None
-        self._writer: asyncio.StreamWriter | None = None
-        self.refusal: str | None = None  # why nothing is rendered any more
+        self._process = FrameProcess("octavo.text.template_process")
+        self._refusal: str | None = None  # why nothing is rendered any more
 
     def spawn(self) -> None:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            # -P: a file in the user's directory is no module
-            command = [sys.executable, "-P", "-m", "octavo.text.template_process"]
-            self._process = subprocess.Popen(command, stdin=theirs.fileno(), env=child_environment(None))
-        self._socket = ours
+        self._process.spawn()
 
     async def ready(self, origin: str) -> None:
-        """Connect to the process, start one if there is none, and have it compile the templates."""
-        if self._process is not None and self._process.poll() is not None:
-            self.close()
-        if self._process is None:
-            self.spawn()
-        if self._reader is not None:
-            return
-        self._reader, self._writer = await asyncio.open_connection(sock=self._socket)
-        await self._ask(RenderRequest(pickle.dumps(self._setup, protocol=5), origin, 0), START_SECONDS)
+        """Start the process unless it runs, and have it compile the templates. Raises ChatTemplateError."""
+        if await self._process.connect():
+            await self._ask(RenderRequest(pickle.dumps(self._setup, protocol=5), origin, 0), START_SECONDS)
 
     async def render(self, request: RenderRequest) -> str:
         async with self._lock:
-            if self.refusal is not None:
-                raise RendererStoppedError(self.refusal)
+            if self._refusal is not None:
+                raise RendererStoppedError(self._refusal)
             await self.ready(request.origin)
             return await self._ask(request, RENDER_SECONDS)
 
     async def _ask(self, request: RenderRequest, seconds: float) -> str:
         """Send a request and wait for the answer. A process that doesn't give one is ended."""
+        max_answer = MAX_ERROR_BYTES + 4 * request.max_characters  # template_process.py sends nothing longer
         try:
             async with asyncio.timeout(seconds):
-                answer = await self._exchange(request)
+                answer = await self._process.exchange(request.frame, max_answer)
         except TimeoutError:
-            self.close()
+            self._process.close()
             raise TemplateLimitError(
                 f"the chat template took longer than {seconds:g} s, the limit ({request.origin})"
             ) from None
-        except (OSError, asyncio.IncompleteReadError):
-            if self.refusal is not None:
-                raise RendererStoppedError(self.refusal) from None
-            self.close()
+        except (OSError, EOFError):
+            if self._refusal is not None:
+                raise RendererStoppedError(self._refusal) from None
+            self._process.close()
             raise TemplateLimitError(
                 f"the chat template exceeded {RENDER_SECONDS} s of CPU time or {MEMORY_BYTES >> 20} MiB of memory, the "
                 f"limits ({request.origin})"
             ) from None
         status = answer[:1]
         if status == OUT_OF_MEMORY:
-            self.close()
+            self._process.close()
             raise TemplateLimitError(
                 f"the chat template took more than {MEMORY_BYTES >> 20} MiB of memory, the limit ({request.origin})"
             )
@@ -141,25 +123,6 @@ class _RenderProcess:
             raise ChatTemplateError(text)
         return text
 
-    async def _exchange(self, request: RenderRequest) -> bytes:
-        assert self._reader is not None
-        assert self._writer is not None
-        self._writer.write(len(request.frame).to_bytes(LENGTH_BYTES, "little"))
-        self._writer.write(request.frame)
-        await self._writer.drain()
-        size = int.from_bytes(await self._reader.readexactly(LENGTH_BYTES), "little")
-        if size > MAX_ERROR_BYTES + 4 * request.max_characters:  # nothing that template_process.py would send
-            raise ConnectionError(size)
-        return await self._reader.readexactly(size)
-
-    def close(self) -> None:
-        """Kill the process, if there is one."""
-        if self._writer is not None:
-            with contextlib.suppress(RuntimeError):  # the event loop has ended, and its transports with it
-                self._writer.close()
-        elif self._socket is not None:
-            self._socket.close()
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-        self._process = self._socket = self._reader = self._writer = None
+    def stop(self, message: str) -> None:
+        self._refusal = message
+        self._process.close()
