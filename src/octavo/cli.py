@@ -45,7 +45,7 @@ def run_command(name: str, argv: Sequence[str], prog: str) -> int:
         description = (command.__doc__ or "").strip().split("\n\n")[0]
         parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
         command.configure(parser)
-        code: int = command.run(parser.parse_args(argv))
+        code: int = command.run(parser.parse_intermixed_args(argv))  # `chat MODEL --dtype int8 QUESTION`
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         return 130

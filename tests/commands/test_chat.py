@@ -244,7 +244,7 @@ def _children(pid: int) -> list[int]:
 
 
 def test_a_model_that_cannot_be_served_is_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["chat", str(tmp_path / "nowhere"), "Who?"]) == 1
+    assert main(["chat", str(tmp_path / "nowhere"), "--dtype", "float32", "Who?"]) == 1
     out, err = capsys.readouterr()
     assert out == ""
     assert "the server ended with code 1; the end of its log:\n" in err
