@@ -71,6 +71,7 @@ class StepInputs:
         sizes: Integers | None = None,
         token_ids: Integers | None = None,
         tables: Integers | Sequence[Sequence[int]] | None = None,
+        more_tables: Sequence[NDArray[np.int32]] = (),
         logits_index: Integers | None = None,
     ) -> StepInputs:
         """A step on the CPU in which sequence s computes the last sizes[s] of its lengths[s] tokens.
@@ -78,8 +79,8 @@ class StepInputs:
         lengths       tokens of each sequence in the cache once the step has written its own
         sizes         new tokens of each sequence, prefill chunks and decodes mixed; None: all of its tokens
         token_ids     of the new tokens, sequence by sequence; None: zeros, for those who only want attention
-        tables        block ids [S, B], or [G, S, B] of G groups of layers; None: consecutive blocks, sequence s in
-                      blocks s * B .. (s + 1) * B
+        tables        block ids [S, B]; None: consecutive blocks, sequence s in blocks s * B .. (s + 1) * B
+        more_tables   block ids [S, B] of each further group of layers
         logits_index  tokens whose logits are wanted; None: the last one of each sequence
         """
         seq_lens = _array(lengths, np.int32)
@@ -98,18 +99,13 @@ class StepInputs:
             owners = np.repeat(np.arange(len(new)), new)
         if tables is None:
             width = -(-max_seq_len // block_size)
-            by_group = [np.arange(len(new) * width, dtype=np.int32).reshape(len(new), width)]
-        else:
-            given = _array(tables, np.int32)
-            # Each group's own copy: rows without gaps, at an address that kernels may have been told to be aligned.
-            by_group = [np.ascontiguousarray(given)] if given.ndim == 2 else [np.array(t, order="C") for t in given]
+            tables = np.arange(len(new) * width, dtype=np.int32).reshape(len(new), width)
         blocks, offsets = np.divmod(positions, block_size)
-        groups = [
-            GroupTables(
-                torch.from_numpy(table[owners, blocks] * np.int64(block_size) + offsets), torch.from_numpy(table)
-            )
-            for table in by_group
-        ]
+        groups: list[GroupTables] = []
+        for given in (tables, *more_tables):
+            table = np.ascontiguousarray(_array(given, np.int32))
+            slots = table[owners, blocks] * np.int64(block_size) + offsets
+            groups.append(GroupTables(torch.from_numpy(slots), torch.from_numpy(table)))
         ids = np.zeros(num_tokens, dtype=np.int64) if token_ids is None else _array(token_ids, np.int64)
         index = query_starts[1:] - 1 if logits_index is None else _array(logits_index, np.int64)
         return cls(

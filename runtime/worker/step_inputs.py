@@ -32,12 +32,15 @@ class InputBuilder:
         """
         self._update_tables(order)
         width = -(-int(order.ends.max()) // self._block_size)
+        # Copies: rows without gaps, at an address that kernels may have been told to be aligned.
+        tables, *more_tables = (table[order.slots, :width] for table in self._tables)
         return StepInputs.prefill(
             order.ends.copy(),  # which begins at a multiple of 16 bytes, as kernels may have been told
             self._block_size,
             sizes=order.ends - order.starts,
             token_ids=order.token_ids,
-            tables=self._tables[:, order.slots, :width],
+            tables=tables,
+            more_tables=more_tables,
             logits_index=_logits_index(order),
         )
 
