@@ -27,6 +27,7 @@ from octavo.quant.formats.compressed_tensors import CompressedTensorsFormat, wri
 from octavo.quant.formats.format import FormatError, QuantFormat
 from octavo.quant.formats.fp8 import Fp8Format, write_fp8_config
 from octavo.quant.formats.gptq import GPTQFormat, write_gptq_config
+from octavo.quant.model_layout import NO_LAYOUTS, Layouts
 from octavo.quant.qparams import QuantizedWeight
 from octavo.quant.safetensors_file import TensorSpec
 from octavo.quant.scheme import KVScheme, QuantScheme
@@ -66,16 +67,22 @@ class _Piece:
 
 
 def convert_model(
-    source: Path, out: Path, target: Format, *, overwrite: bool = False, progress: Progress = silent
+    source: Path,
+    out: Path,
+    target: Format,
+    *,
+    overwrite: bool = False,
+    progress: Progress = silent,
+    layouts: Layouts = NO_LAYOUTS,
 ) -> Converted:
-    """Write the quantized checkpoint in `source` to `out` in another format.
+    """Write the quantized checkpoint in `source` to `out` in another format; layouts as of `Checkpoint.open`.
 
     Raises QuantizeError with the layer and the reason when the format can't carry it exactly, CheckpointError or
     OSError, and leaves nothing behind then.
     """
     recover(out)
     check_output(source, out, overwrite, resume=False)
-    checkpoint = Checkpoint.open(source)
+    checkpoint = Checkpoint.open(source, layouts)
     if checkpoint.quantization is None:
         raise QuantizeError(f"{source} is not quantized: octavo quantize does that")
     other = other_files(source)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -24,23 +23,6 @@ EXPERT = re.compile(r"\.experts\.\d+\.")
 EMBEDDING = re.compile(r"embed|wte|wpe")
 MOST_LAYERS = 10_000
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-
-# Decoders whose blocks are all alike: a kind of layer that one block lacks is a hole in the file.
-UNIFORM = {
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "phi3",
-    "gemma2",
-    "gemma3",
-    "gemma3_text",
-    "granite",
-    "smollm3",
-    "olmo2",
-    "mixtral",
-    "olmoe",
-}
 
 
 class QuantizeError(ValueError):
@@ -76,7 +58,7 @@ def select_linears(checkpoint: Checkpoint, patterns: list[str]) -> Selection:
     QuantizeError for one that matches nothing, for blocks that are missing, and when no block is found.
     """
     found, others = _find(checkpoint)
-    _check_blocks(checkpoint.config, found)
+    _check_blocks(checkpoint, found)
     used: set[str] = set()
     linears = {}
     ignore = ["lm_head"]
@@ -119,7 +101,8 @@ def _find(checkpoint: Checkpoint) -> tuple[list[LinearLayer], list[str]]:
     return found, others
 
 
-def _check_blocks(config: dict[str, Any], found: list[LinearLayer]) -> None:
+def _check_blocks(checkpoint: Checkpoint, found: list[LinearLayer]) -> None:
+    config = checkpoint.config
     text = config.get("text_config") or config
     count = text.get("num_hidden_layers")
     if not config.get("model_type") or type(count) is not int:
@@ -130,7 +113,7 @@ def _check_blocks(config: dict[str, Any], found: list[LinearLayer]) -> None:
     missing = sorted(set(range(count)) - present)
     if missing:
         raise QuantizeError(f"config.json says {count} layers, but the files hold no weights for {missing}")
-    if config["model_type"] in UNIFORM:
+    if checkpoint.layout.blocks_alike:
         _check_alike(found, count)
 
 

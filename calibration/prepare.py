@@ -26,6 +26,7 @@ from octavo.calibration.recipe import Recipe, to_json
 from octavo.calibration.text.data import CalibrationData
 from octavo.calibration.workspace import check_output, check_space, recover
 from octavo.quant.checkpoint import Checkpoint, quantization_dict, read_config
+from octavo.quant.model_layout import NO_LAYOUTS, Layouts
 from octavo.version import VERSION
 
 SMALL_FILES = 64_000_000  # bytes of what is copied beside the weights, at most
@@ -102,18 +103,19 @@ def prepare(
     max_shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
     resume: bool = False,
+    layouts: Layouts = NO_LAYOUTS,
 ) -> Prepared:
     """Check and plan a quantization of the checkpoint in `source` whose text is there already.
 
     Raises QuantizeError, CheckpointError or OSError; nothing but the output's parent directory has been made then.
     """
-    checkpoint = open_source(source, out, overwrite=overwrite, resume=resume)
+    checkpoint = open_source(source, out, overwrite=overwrite, resume=resume, layouts=layouts)
     planned = plan_model(checkpoint, out, recipe, max_shard_bytes=max_shard_bytes, overwrite=overwrite, resume=resume)
     return complete(planned, recipe, calibration)
 
 
-def open_source(source: Path, out: Path, *, overwrite: bool, resume: bool) -> Checkpoint:
-    """The original checkpoint, once `out` may be written.
+def open_source(source: Path, out: Path, *, overwrite: bool, resume: bool, layouts: Layouts = NO_LAYOUTS) -> Checkpoint:
+    """The original checkpoint, once `out` may be written; layouts as of `Checkpoint.open`.
 
     Raises QuantizeError for one that is quantized, CheckpointError for a broken one.
     """
@@ -124,7 +126,7 @@ def open_source(source: Path, out: Path, *, overwrite: bool, resume: bool) -> Ch
             f"{source} is quantized already (config.json has a quantization_config): rounding twice would lose more "
             "than the report could tell; start from the original checkpoint, or change the format with octavo convert"
         )
-    return Checkpoint.open(source)
+    return Checkpoint.open(source, layouts)
 
 
 def plan_model(

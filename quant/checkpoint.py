@@ -15,6 +15,7 @@ from octavo.quant.formats.format import FormatError, QuantizationConfig
 from octavo.quant.formats.select import SUFFIXES, parse_quantization
 from octavo.quant.fused_experts import divide_experts
 from octavo.quant.model_files import CheckpointError, read_object
+from octavo.quant.model_layout import NO_LAYOUTS, UNKNOWN, Layouts, ModelLayout
 from octavo.quant.printable import shown, some
 from octavo.quant.qparams import QuantizedWeight
 from octavo.quant.safetensors_file import SafetensorsError, SafetensorsFile, TensorSpec
@@ -47,6 +48,7 @@ class Checkpoint:
     """An open checkpoint. Tensors are views of mapped files: cheap to get; copy what you keep.
 
     config    config.json as stored
+    layout    what its model type says about its files
     names     every tensor's name
     files     the shards, by name
     notes     findings while reading that a person should know
@@ -58,11 +60,13 @@ class Checkpoint:
         config: dict[str, Any],
         files: dict[str, SafetensorsFile],
         quantization: QuantizationConfig | None,
+        layout: ModelLayout = UNKNOWN,
     ) -> None:
         self.directory = directory
         self.config = config
         self.files = files
         self.quantization = quantization
+        self.layout = layout
         self.notes: list[str] = []
         self._file_of = {name: file for file in files.values() for name in file.specs}
         self.names = frozenset(self._file_of)
@@ -74,15 +78,20 @@ class Checkpoint:
                 self._suffixes.setdefault(module, []).append(suffix)
 
     @classmethod
-    def open(cls, directory: Path) -> Checkpoint:
-        """Read the config and all shards' headers, but no tensor. Raises CheckpointError."""
+    def open(cls, directory: Path, layouts: Layouts = NO_LAYOUTS) -> Checkpoint:
+        """Read the config and all shards' headers, but no tensor. Raises CheckpointError.
+
+        layouts: of the model types that are known. Fused experts of other types stay one tensor.
+        """
         if not directory.is_dir():
             raise CheckpointError(f"{directory} is not a directory")
         config, quantization_file = _read_configs(directory)
         files = _open_shards(directory, _find_shards(directory))
+        layout = layouts.get(str(config.get("model_type")), UNKNOWN)
         try:
-            divide_experts(files.values(), str(config.get("model_type")))
-            checkpoint = cls(directory, config, files, _parse_quantization(config))
+            if layout.experts is not None:
+                divide_experts(list(files.values()), layout.experts)
+            checkpoint = cls(directory, config, files, _parse_quantization(config), layout)
             checkpoint._check_formats()
         except SafetensorsError as e:
             raise CheckpointError(f"{directory.name}: {e}") from e

@@ -3,37 +3,27 @@
 In memory, and on disk after `save_pretrained(save_original_format=False)`, a layer's experts are
 `mlp.experts.gate_up_proj` [E, 2 I, H] and `mlp.experts.down_proj` [E, H, I]. Their bytes are those of the experts' own
 weights one after another, so nothing is copied. Other architectures (gpt-oss, Llama 4) have the same names for
-transposed or interleaved weights: only those listed here are divided.
+transposed or interleaved weights: only model types whose `ModelLayout` names the experts are divided.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
+from octavo.quant.model_layout import ExpertNames
 from octavo.quant.safetensors_file import SafetensorsError, SafetensorsFile
 
 FUSED = re.compile(r"^(?P<layer>.+)\.mlp\.experts\.(?P<kind>gate_up_proj|down_proj)$")
 ROUTER = re.compile(r"^(?P<layer>.+)\.mlp\.gate\.weight$")
 MAX_EXPERTS = 1 << 16
-QWEN = ("mlp", "gate_proj", "up_proj", "down_proj")
-OWN_NAMES = {  # owner, gate, up and down in a checkpoint of one tensor per expert
-    "mixtral": ("block_sparse_moe", "w1", "w3", "w2"),
-    "olmoe": QWEN,
-    "qwen2_moe": QWEN,
-    "qwen3_moe": QWEN,
-}
 
 
-def divide_experts(files: Iterable[SafetensorsFile], model_type: str) -> None:
-    """Replace each tensor of experts by one tensor per expert, and rename Mixtral's routers to match.
+def divide_experts(files: list[SafetensorsFile], names: ExpertNames) -> None:
+    """Replace each tensor of experts by one tensor per expert of these names, and rename routers to match.
 
     Raises SafetensorsError if the files have an expert's own tensor as well.
     """
-    names = OWN_NAMES.get(model_type)
-    if names is None:
-        return
-    files = list(files)
     stored = {name for file in files for name in file.specs}
     layers = {match["layer"] for name in stored if (match := FUSED.match(name))}
     for file in files:
@@ -44,9 +34,9 @@ def divide_experts(files: Iterable[SafetensorsFile], model_type: str) -> None:
                     raise SafetensorsError(
                         f"{file.path.name}: {name} has {spec.shape[0]:,} experts; {MAX_EXPERTS:,} are the most"
                     )
-                parts = dict(_parts(f"{match['layer']}.{names[0]}.experts", match["kind"], spec.shape, names))
+                parts = dict(_parts(f"{match['layer']}.{names.owner}.experts", match["kind"], spec.shape, names))
             elif (match := ROUTER.match(name)) and match["layer"] in layers:
-                parts = {f"{match['layer']}.{names[0]}.gate.weight": spec.shape}
+                parts = {f"{match['layer']}.{names.owner}.gate.weight": spec.shape}
             if twice := (parts.keys() - {name}) & stored:
                 raise SafetensorsError(f"{file.path.name} has {name}, but there is {min(twice)} as well")
             if parts:
@@ -54,14 +44,13 @@ def divide_experts(files: Iterable[SafetensorsFile], model_type: str) -> None:
 
 
 def _parts(
-    experts: str, kind: str, shape: tuple[int, ...], names: tuple[str, ...]
+    experts: str, kind: str, shape: tuple[int, ...], names: ExpertNames
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names and shapes of the experts' weights, in the order of their bytes."""
     count, rows, columns = shape
-    _, gate, up, down = names
     for i in range(count):
         if kind == "down_proj":
-            yield f"{experts}.{i}.{down}.weight", (rows, columns)
+            yield f"{experts}.{i}.{names.down}.weight", (rows, columns)
         else:
-            yield f"{experts}.{i}.{gate}.weight", (rows - rows // 2, columns)
-            yield f"{experts}.{i}.{up}.weight", (rows // 2, columns)
+            yield f"{experts}.{i}.{names.gate}.weight", (rows - rows // 2, columns)
+            yield f"{experts}.{i}.{names.up}.weight", (rows // 2, columns)

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from octavo.quant.model_layout import ExpertNames
 from octavo.runtime.model.config_types import ModelConfigError
-from octavo.runtime.model.families.family import Architecture, ExpertNames
+from octavo.runtime.model.families.family import Architecture
 
 COUNT_KEYS = ("num_experts", "num_local_experts")  # transformers reads either for each architecture
 

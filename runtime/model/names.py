@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 
+from octavo.quant.model_layout import ExpertNames
 from octavo.runtime.model.experts import MoeSpec
-from octavo.runtime.model.families.family import ExpertNames
+from octavo.runtime.model.families.registry import LAYOUTS
 from octavo.runtime.model.spec import DecoderSpec
 
 Has = Callable[[str], bool]  # whether a checkpoint has any tensor of a module
@@ -38,9 +39,10 @@ class LinearParts:
     bias: bool = False
 
 
-# Transformers 5 and what quantizes through it may write an architecture's experts in another's spelling, too.
-_OWNERS = ("mlp", "block_sparse_moe")
-_SPELLINGS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+# Transformers 5, and tools that quantize through it, may write an architecture's experts under another's names.
+_NAMES = [layout.experts for layout in LAYOUTS.values() if layout.experts is not None]
+_OWNERS = dict.fromkeys(names.owner for names in _NAMES)
+_SPELLINGS = dict.fromkeys((names.gate, names.up, names.down) for names in _NAMES)
 
 
 def expert_names(moe: MoeSpec, layer: str, has: Has) -> ExpertNames:

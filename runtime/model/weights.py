@@ -27,6 +27,7 @@ from octavo.runtime.config import Dtype, EngineConfig
 from octavo.runtime.model.decoder import Decoder, Stack
 from octavo.runtime.model.device import Device
 from octavo.runtime.model.experts import MoeSpec
+from octavo.runtime.model.families.registry import LAYOUTS
 from octavo.runtime.model.layers import AddNorm, Attention, DecoderLayer, Embedding, GatedMlp, Head, Mlp
 from octavo.runtime.model.model import KVScales, Model
 from octavo.runtime.model.moe import GroupedMoe, MoeMlp
@@ -90,7 +91,7 @@ def _load_decoder(
         notes.append("the weights are random (--load-format dummy)")
         dummy = DummySource(hf_config, dtype, device.torch_device, config.seed)
         return DecoderBuilder(config, spec, dummy, dtype, device, notes, rounds_inputs=rounds_inputs).build()
-    checkpoint = Checkpoint.open(directory)
+    checkpoint = Checkpoint.open(directory, LAYOUTS)
     source = CheckpointSource(checkpoint)
     source.require(required_modules(spec, source.prefix, source.has))
     builder = DecoderBuilder(config, spec, source, dtype, device, notes, rounds_inputs=rounds_inputs)

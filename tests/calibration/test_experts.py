@@ -22,6 +22,7 @@ from octavo.calibration.workspace import read_manifest
 from octavo.quant.checkpoint import Checkpoint
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.model.blocks import BlockRunner
+from octavo.runtime.model.families.registry import LAYOUTS
 from octavo.runtime.model.weights import load_model
 
 SEQ_LEN, NUM_SAMPLES = 64, 32
@@ -74,7 +75,7 @@ def test_fused_experts_are_calibrated_as_single_ones(name: str, scheme: str, tmp
         hf.save_pretrained(tmp_path / kind, save_original_format=original)
         recipe = Recipe(scheme, algorithm="gptq")
         ready = calibration(tmp_path / kind, token_ids)
-        quantize_model(prepare(tmp_path / kind, tmp_path / f"{kind}-q", recipe, calibration=ready))
+        quantize_model(prepare(tmp_path / kind, tmp_path / f"{kind}-q", recipe, calibration=ready, layouts=LAYOUTS))
     files = [(tmp_path / f"{kind}-q" / "model.safetensors").read_bytes() for kind in ("hub", "fused")]
     assert files[0] == files[1]
     tensors = load_file(tmp_path / "fused-q" / "model.safetensors")

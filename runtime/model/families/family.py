@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from octavo.quant.model_layout import ExpertNames
 from octavo.runtime.model.config_types import Count, Index
 from octavo.runtime.model.rope import RopeError
 
@@ -22,6 +23,7 @@ WindowRule = Literal["none", "all", "layer_types"]
 ExpertRule = Literal["none", "all", "sparse_step"]
 LayerKind = Literal["full_attention", "sliding_attention"]
 
+MLP_EXPERTS = ExpertNames("mlp", "gate_proj", "up_proj", "down_proj")
 WINDOW_KEYS: Keys = {"sliding_window": Index, "layer_types": list[str]}
 MOE_KEYS: Keys = {"num_experts": Index, "num_local_experts": Index, "num_experts_per_tok": Count}
 
@@ -33,16 +35,6 @@ class UnsupportedModelError(ValueError):
         super().__init__(
             f"config.json: {reason}; --model-impl hf serves it through transformers' own code, if that has it"
         )
-
-
-@dataclass(frozen=True)
-class ExpertNames:
-    """Where a layer's experts are: `{owner}.gate`, `{owner}.experts.3.{gate}`; gate, up, down name an expert's own."""
-
-    owner: str
-    gate: str
-    up: str
-    down: str
 
 
 def all_rotate(settings: Config, count: int) -> list[bool]:  # noqa: ARG001
@@ -102,7 +94,7 @@ class Architecture:
     sqrt_embedding_scale: bool = False
     fused: bool = False
     experts: ExpertRule = "none"
-    expert_names: ExpertNames = ExpertNames("mlp", "gate_proj", "up_proj", "down_proj")
+    expert_names: ExpertNames = MLP_EXPERTS
     reads: Keys = field(default_factory=dict)
     rotating_layers: Callable[[Config, int], list[bool]] = all_rotate
     sliding_layers: Callable[[Config, list[bool]], list[bool]] = slide_from_max_window_layers

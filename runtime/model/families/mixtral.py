@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from octavo.quant.model_layout import ExpertNames
 from octavo.runtime.model.config_types import Index
-from octavo.runtime.model.families.family import MOE_KEYS, Architecture, ExpertNames, Family
+from octavo.runtime.model.families.family import MOE_KEYS, Architecture, Family
 
 FAMILY = Family(
     architectures={

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from importlib import import_module
 from types import MappingProxyType
 
+from octavo.quant.model_layout import Layouts, ModelLayout
 from octavo.runtime.model import families
 from octavo.runtime.model.families.family import Architecture, Family
 
@@ -25,4 +26,17 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
 )
 VISION: Mapping[str, str] = MappingProxyType(
     {outer: text for family in FAMILIES for outer, text in family.vision.items()}
+)
+
+
+def _layout(row: Architecture) -> ModelLayout:
+    """What an architecture's files hold; `sparse_step` puts experts into some blocks and a dense MLP into others."""
+    return ModelLayout(
+        experts=None if row.experts == "none" else row.expert_names, blocks_alike=row.experts != "sparse_step"
+    )
+
+
+LAYOUTS: Layouts = MappingProxyType(
+    {model_type: _layout(row) for model_type, row in ARCHITECTURES.items()}
+    | {outer: _layout(ARCHITECTURES[text]) for outer, text in VISION.items()}
 )

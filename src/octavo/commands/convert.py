@@ -62,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
     from octavo.quant.hub import resolve_model
     from octavo.quant.model_files import CheckpointError
     from octavo.quant.safetensors_file import SafetensorsError
+    from octavo.runtime.model.families.registry import LAYOUTS
 
     options = read(ConvertOptions, args)
     try:
@@ -73,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
                 options.format,
                 overwrite=options.overwrite,
                 progress=bar.progress,
+                layouts=LAYOUTS,
             )
     except (QuantizeError, CheckpointError, SafetensorsError, OSError) as e:
         print(f"octavo convert: {one_line(e)}", file=sys.stderr)

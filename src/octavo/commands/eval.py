@@ -192,12 +192,13 @@ def _against(options: EvalOptions, against: str) -> Report:
     from octavo.calibration.report.weight_error import by_kind, in_order
     from octavo.quant.checkpoint import Checkpoint
     from octavo.quant.hub import resolve_model
+    from octavo.runtime.model.families.registry import LAYOUTS
 
     begin = time.perf_counter()
     directory = resolve_model(options.model, options.revision)
     original = resolve_model(against, options.against_revision)
     quality = _quality(options, original, directory)
-    checkpoints = Checkpoint.open(original), Checkpoint.open(directory)
+    checkpoints = [Checkpoint.open(path, LAYOUTS) for path in (original, directory)]
     sides = compare_checkpoints(*checkpoints)
     before, after = (sum(c.spec(name).nbytes for name in c.names) for c in checkpoints)
     schemes = _schemes(options, sides.schemes)

@@ -72,10 +72,11 @@ def run(args: argparse.Namespace) -> int:
     from octavo.quant.formats.format import FormatError
     from octavo.quant.hub import resolve_model
     from octavo.quant.model_files import CheckpointError
+    from octavo.runtime.model.families.registry import LAYOUTS
 
     options = read(InspectOptions, args)
     try:
-        checkpoint = Checkpoint.open(resolve_model(options.model, options.revision))
+        checkpoint = Checkpoint.open(resolve_model(options.model, options.revision), LAYOUTS)
         facts = inspect(checkpoint, options.device)
     except (CheckpointError, FormatError, OSError, DeviceError) as e:
         print(f"octavo inspect: {one_line(e)}", file=sys.stderr)

@@ -35,6 +35,7 @@ from octavo.quant.checkpoint import Checkpoint
 from octavo.quant.scheme import AT_LOAD
 from octavo.runtime.config import Dtype, EngineConfig
 from octavo.runtime.model.device import Device
+from octavo.runtime.model.families.registry import LAYOUTS
 from octavo.runtime.model.model import Model, Tap
 from octavo.runtime.model.weights import load_model
 from octavo.runtime.worker import kv_cache
@@ -87,7 +88,7 @@ def compare(
     """measure_quality with all that a server can be told: also types of the KV cache and of the output head."""
     directories = Path(original.model), Path(quantized.model)
     for directory in directories:  # before minutes are spent on the first
-        Checkpoint.open(directory)
+        Checkpoint.open(directory, LAYOUTS)
     token_ids, prefix, source = _tokens(directories[0], text, max_tokens)
     with torch.inference_mode(), tempfile.TemporaryFile() as logits, tempfile.TemporaryFile() as hidden:
         runner = _load(original, token_ids, prefix, device=device)
@@ -109,7 +110,7 @@ def perplexity_of(
     model: EngineConfig, *, max_tokens: int, text: Path | None = None, progress: Progress = silent
 ) -> Perplexity:
     """Perplexity of one model. Raises what measure_quality does."""
-    Checkpoint.open(Path(model.model))
+    Checkpoint.open(Path(model.model), LAYOUTS)
     token_ids, prefix, source = _tokens(Path(model.model), text, max_tokens)
     likelihood = Likelihood()
     with torch.inference_mode():

@@ -192,11 +192,12 @@ def prepare(job: Job) -> Prepared:
     """Check, plan and cost a job, and have its calibration text; nothing is checked or planned again after this."""
     from octavo.calibration.prepare import complete, open_source, plan_model
     from octavo.quant.hub import resolve_model
+    from octavo.runtime.model.families.registry import LAYOUTS
 
     source = resolve_model(job.model, job.revision)
     how = {"overwrite": job.overwrite, "resume": job.resume}
     _check_options(job)
-    checkpoint = open_source(source, job.output, **how)
+    checkpoint = open_source(source, job.output, layouts=LAYOUTS, **how)
     notes = _check_source(job, checkpoint)
     planned = plan_model(checkpoint, job.output, job.recipe, max_shard_bytes=job.max_shard_bytes, **how)
     _check_budget(job, planned.plan)

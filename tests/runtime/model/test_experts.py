@@ -12,14 +12,17 @@ from hf_oracle import CASES, make_hf, scattered_logits
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import octavo
 from octavo.calibration.layers import QuantizeError
 from octavo.calibration.prepare import prepare
 from octavo.calibration.quantize_model import quantize_model
 from octavo.calibration.recipe import Recipe
+from octavo.cli import main
 from octavo.quant.checkpoint import Checkpoint, CheckpointError
 from octavo.quant.formats.compressed_tensors import CompressedTensorsFormat
 from octavo.quant.qparams import quantize_weight
 from octavo.runtime.config import EngineConfig
+from octavo.runtime.model.families.registry import LAYOUTS
 from octavo.runtime.model.model import Model
 from octavo.runtime.model.sources import LoadError
 from octavo.runtime.model.weights import load_model
@@ -53,12 +56,25 @@ def test_experts_in_one_tensor_are_the_experts_one_by_one(name: str, saved: dict
     hub, fused = saved[name]
     stored = load_file(fused / "model.safetensors")
     assert any(tensor.ndim == 3 for tensor in stored.values())
-    divided, whole = Checkpoint.open(fused), load_file(hub / "model.safetensors")
+    divided, whole = Checkpoint.open(fused, LAYOUTS), load_file(hub / "model.safetensors")
     assert divided.names == whole.keys()
     for tensor, value in whole.items():
         assert torch.equal(divided.tensor(tensor), value)
         assert torch.equal(divided.files["model.safetensors"].read(tensor), value)
     assert torch.equal(logits(load(fused)), logits(load(hub)))
+
+
+def test_commands_see_the_experts_one_by_one(
+    saved: dict[str, tuple[Path, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fused or not: the same rows of `inspect`, and the same tensors out of `octavo.quantize`."""
+    found = []
+    for source in saved["mixtral"]:
+        assert main(["inspect", str(source), "--json"]) == 0
+        layers = json.loads(capsys.readouterr().out)["layers"]
+        octavo.quantize(source, tmp_path / source.name, scheme="W4A16@8", evaluate=False)
+        found.append((layers, sorted(load_file(tmp_path / source.name / "model.safetensors"))))
+    assert found[0] == found[1]
 
 
 def test_both_spellings_in_one_file_are_refused(saved: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
@@ -130,7 +146,7 @@ def test_quantized_at_load_is_quantized_and_loaded(
     plain = logits(load(saved[name][0], dtype="auto"))
     at_load = load(saved[name][1], dtype=dtype)
     for kind, source in zip(("hub", "fused"), saved[name], strict=True):
-        quantize_model(prepare(source, tmp_path / kind, Recipe(scheme, search="absmax")))
+        quantize_model(prepare(source, tmp_path / kind, Recipe(scheme, search="absmax"), layouts=LAYOUTS))
         written = load(tmp_path / kind, dtype="auto")
         assert written.report_layers() == at_load.report_layers()
         assert torch.equal(logits(written), logits(at_load))
@@ -150,7 +166,7 @@ def test_a_hole_among_the_experts_is_found(saved: dict[str, tuple[Path, Path]], 
     (source / "config.json").write_bytes((saved["mixtral"][0] / "config.json").read_bytes())
     save_file(tensors, source / "model.safetensors")
     with pytest.raises(QuantizeError, match=r"^block_sparse_moe\.experts\.\*\.w3\.weight is missing in layers \[2\]$"):
-        quantize_model(prepare(source, tmp_path / "out", Recipe("W8A8")))
+        quantize_model(prepare(source, tmp_path / "out", Recipe("W8A8"), layouts=LAYOUTS))
 
 
 def test_experts_are_one_kind(saved: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:

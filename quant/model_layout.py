@@ -1,0 +1,39 @@
+"""What a model type says about its files, for those who read checkpoints and know no architecture.
+
+The values come from `runtime/model/families/`, where a family states them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+
+@dataclass(frozen=True)
+class ExpertNames:
+    """Where a layer's experts are: `{owner}.gate`, `{owner}.experts.3.{gate}`; gate, up, down name an expert's own."""
+
+    owner: str
+    gate: str
+    up: str
+    down: str
+
+
+@dataclass(frozen=True)
+class ModelLayout:
+    """What the files of a model type hold.
+
+    experts       the names of each expert's own tensors, which one fused tensor [experts, rows, columns] may stand for
+                  in the same order of bytes; None: a fused tensor is left as it is
+    blocks_alike  each decoder block has the same linear layers, so that one which a block lacks was lost
+    """
+
+    experts: ExpertNames | None = None
+    blocks_alike: bool = False
+
+
+UNKNOWN = ModelLayout()
+Layouts = Mapping[str, ModelLayout]
+"""By model_type; a type that isn't in it is UNKNOWN."""
+NO_LAYOUTS: Layouts = MappingProxyType({})
