@@ -20,6 +20,7 @@ import msgspec
 from msgspec import Meta
 
 from octavo.calibration.choices import ActOrder, Algorithm, Format
+from octavo.flags import check_bounds
 from octavo.quant.scheme import KV_SHORT_NAMES, PRESETS, KVScheme, QuantScheme, SchemeError, Search, group
 
 KEEP = "none"  # a layer's scheme in a recipe's `layers`: left as it is
@@ -189,10 +190,10 @@ def _check_values(recipe: Recipe) -> None:
             msgspec.convert(value, type=kind)
         except msgspec.ValidationError as e:
             raise RecipeError(f"this is no recipe: {name} is {value!r}: {e}") from None
-    for name in ("dampening", "smoothing"):
-        value = getattr(recipe, name)
-        if value is not None and not 0 <= value <= 1:
-            raise RecipeError(f"{name} is {value:g}; it is from 0 to 1")
+    try:
+        check_bounds(recipe)
+    except ValueError as e:
+        raise RecipeError(str(e)) from None
     for pattern in (*recipe.layers, *recipe.ignore):
         try:
             means_layer(pattern, "", "")

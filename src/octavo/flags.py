@@ -104,6 +104,18 @@ def read(struct: type[S], args: argparse.Namespace, **values: Any) -> S:
     return struct(**{k: tuple(v) if isinstance(defaults[k], tuple) else v for k, v in found.items()})
 
 
+def check_bounds(options: msgspec.Struct) -> None:
+    """Raise ValueError for a number that is out of its field's bounds, which flags check by themselves."""
+    for name, hint in get_type_hints(type(options), include_extras=True).items():
+        value = getattr(options, name)
+        meta = _meta(hint)
+        if meta is None or not isinstance(value, int | float):
+            continue
+        bounds = _bounds(hint, meta)
+        if not _within(value, bounds):
+            raise ValueError(f"{name} {value:g} is not {_in_words(_plain(hint)[0], bounds)}")
+
+
 def given(args: argparse.Namespace, flags: Iterable[Flag]) -> list[str]:
     """The flags among these that stand on the command line, by their first names."""
     return [flag.names[0] for flag in flags if flag.names and flag.field in vars(args)]
@@ -165,7 +177,7 @@ def number(kind: type[int | float], meta: msgspec.Meta | None = None, what: str 
             value = kind(text)
         except ValueError:
             value = math.nan
-        if math.isnan(value) or not _within(value, bounds):
+        if not _within(value, bounds):
             raise ValueError(f"{text!r} is not {wanted}")
         return value
 
@@ -173,7 +185,7 @@ def number(kind: type[int | float], meta: msgspec.Meta | None = None, what: str 
 
 
 def _within(value: float, bounds: msgspec.Meta) -> bool:
-    return not (
+    return not math.isnan(value) and not (
         (bounds.ge is not None and value < bounds.ge)
         or (bounds.gt is not None and value <= bounds.gt)
         or (bounds.le is not None and value > bounds.le)
@@ -200,7 +212,7 @@ def _flags(struct: type[msgspec.Struct]) -> Iterable[Flag]:
     group: str | None = None
     for field in msgspec.structs.fields(struct):
         hint = hints[field.name]
-        meta = next((m for m in getattr(hint, "__metadata__", ()) if isinstance(m, msgspec.Meta)), None)
+        meta = _meta(hint)
         if meta is None or meta.description is None:
             continue
         option = cast(Option, meta.extra or {})
@@ -219,6 +231,11 @@ def _flags(struct: type[msgspec.Struct]) -> Iterable[Flag]:
             default=option.get("default", _default_text(default)),
             arguments=_arguments(hint, meta, option, names, field.required, default),
         )
+
+
+def _meta(hint: Any) -> msgspec.Meta | None:
+    """The annotation of a field; None if it has none."""
+    return next((m for m in getattr(hint, "__metadata__", ()) if isinstance(m, msgspec.Meta)), None)
 
 
 def _default(field: Any) -> Any:

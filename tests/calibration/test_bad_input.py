@@ -148,8 +148,8 @@ def test_options_that_can_not_be(
 
 
 RECIPES: dict[str, Any] = {
-    "dampening is -1; it is from 0 to 1": {"algorithm": "gptq", "dampening": -1},
-    "smoothing is 7; it is from 0 to 1": {"algorithm": "smoothquant", "smoothing": 7},
+    "dampening -1 is not a number from 0 to 1": {"algorithm": "gptq", "dampening": -1},
+    "smoothing 7 is not a number from 0 to 1": {"algorithm": "smoothquant", "smoothing": 7},
     "pattern 're:(' is not a regex": {"layers": {"re:(": "W8A16@32"}},
     "algorithm": {"algorithm": "gtpq"},
     "format": {"format": "ggml"},
