@@ -1,8 +1,8 @@
 """CPU bodies of attention over a paged cache.
 
-Decode: one item of work is a group of at most 4 query heads that share a KV head, for one sequence. Scores of the
-whole context stand in one float32 row per head (a row of 32k tokens is 128 KB, which the L2 cache holds), so the
-softmax is exact and not rescaled. Float16 and 8-bit caches are decoded block by block into a float32 tile.
+Decode: one item of work is a group of at most 4 query heads that share a KV head, for one sequence. The scores of the
+whole context are one float32 row per head (for 32k tokens 128 KB, which fit the L2 cache), so the softmax is computed
+at once, without rescaling. Float16 and 8-bit caches are decoded block by block into a float32 tile.
 Prefill: `prefill_cpu` in bf16 on machines with AVX-512 BF16; else keys and values are gathered out of their blocks once
 and torch's flash attention runs on them.
 Reference: `attention.reference`.
@@ -26,9 +26,9 @@ from octavo.kernels.native.dtypes import BF16, FLOAT32, KINDS, exp, load_row, si
 from octavo.kernels.native.jit import kernel, next_item, threads_for, view
 
 MAX_KERNEL_QUERIES = 2
-"""Sequences with more new tokens than this go through `prefill_cpu`, where it fits. Tuned on 2 cores of a Zen 5."""
+"""Sequences with more new tokens go through `prefill_cpu`, where that fits. Tuned on 2 cores of a Zen 5."""
 MAX_TORCH_QUERIES = 8
-"""The same where it doesn't: with more new tokens torch's attention runs on gathered keys and values."""
+"""Where it doesn't fit: with more new tokens, torch's attention runs on gathered keys and values."""
 
 # Called by kernels only: without the wrappers for callers in Python and C, which take longer to compile than the body.
 _inner = numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True)
@@ -38,7 +38,7 @@ _inner = numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True)
 (_Q_KIND, _KEY_KIND, _VALUE_KIND, _SEQS, _HEADS, _KV_HEADS, _DIM, _BLOCK, _WINDOW, _MOST) = range(11, 21)
 (_THREADS, _SCALE, _SOFT_CAP) = range(21, 24)
 
-_AHEAD = 8192  # bytes of a head's keys or values between those that are computed on and those that are fetched
+_AHEAD = 8192  # bytes between the keys or values that are computed on and those that are prefetched
 
 
 @_inner
@@ -65,7 +65,10 @@ def _sum(row, count):  # type: ignore[no-untyped-def]
 
 @_inner
 def _floats(address, kind, tile, count):  # type: ignore[no-untyped-def]
-    """Where the inner loops can read a run of cached rows: in place, or decoded into the float32 tile."""
+    """The address where the inner loops read a run of cached rows, and whether it is bf16.
+
+    That is the cache itself, or the float32 tile that the run was decoded into.
+    """
     if kind in (BF16, FLOAT32):
         return address, kind == BF16
     load_row(address, kind, tile, count)
@@ -74,7 +77,7 @@ def _floats(address, kind, tile, count):  # type: ignore[no-untyped-def]
 
 @_inner
 def _run(a, table, head, j, length):  # type: ignore[no-untyped-def]
-    """The cached rows from key j on that lie one after another: how many, and which row of the cache is the first."""
+    """How many cached rows lie one after another from key j on, and which row of the cache is the first."""
     offset = j % a[_BLOCK]
     row = (np.int64(table[j // a[_BLOCK]]) * a[_KV_HEADS] + head) * a[_BLOCK] + offset
     return min(a[_BLOCK] - offset, length - j), row
@@ -82,7 +85,7 @@ def _run(a, table, head, j, length):  # type: ignore[no-untyped-def]
 
 @_inner
 def _fetch(a, table, head, j, length, store, kind):  # type: ignore[no-untyped-def]
-    """Ask for the run of cached rows that begins at key j, if there is one."""
+    """Prefetch the run of cached rows that begins at key j, if there is one."""
     if j < length:
         n, row = _run(a, table, head, j, length)
         size = a[_DIM] * size_of(kind)
@@ -110,7 +113,7 @@ def _score(a, table, head, begin, length, rows, q, tile, scores):  # type: ignor
 
 @_inner
 def _mix(a, table, head, begin, length, rows, scores, tile, out, later):  # type: ignore[no-untyped-def]
-    """out[r] += scores[r] . values begin .. length; meanwhile the keys of item `later` are fetched."""
+    """out[r] += scores[r] . values begin .. length; at their end, prefetch the keys of item `later`."""
     dim = a[_DIM]
     kind = a[_VALUE_KIND]
     ahead = _AHEAD // (dim * size_of(kind))
@@ -164,7 +167,7 @@ def _decode(args):  # type: ignore[no-untyped-def]
         new = starts[seq + 1] - starts[seq]
         if new > a[_MOST]:
             continue
-        after = min(item + a[_THREADS], seqs * kv_heads * groups - 1)  # most likely this thread's next item
+        after = min(item + a[_THREADS], seqs * kv_heads * groups - 1)  # probably this thread's next item
         end = lengths[after // (kv_heads * groups)]
         after_begin = max(0, end - window) if window > 0 else 0
         later = (tables[after // (kv_heads * groups)], (after // groups) % kv_heads, after_begin, end)
@@ -254,7 +257,7 @@ def _prefill(q: Tensor, table: Tensor, length: int, cache: LayerCache, shape: At
     n = q.shape[0]
     first = 0
     if shape.window is not None:
-        first = max(0, length - n - shape.window + 1) // cache.block_size  # blocks before it are seen by no query
+        first = max(0, length - n - shape.window + 1) // cache.block_size  # no query sees the blocks before it
     table = table[first : -(-length // cache.block_size)].long()
     length -= first * cache.block_size
     k = _gather(cache.key, cache.key_scale, table, length, q.dtype)
@@ -283,7 +286,7 @@ def _mask(n: int, length: int, window: int | None) -> Tensor:
 
 
 def _capped(q: Tensor, k: Tensor, v: Tensor, shape: AttentionShape) -> Tensor:
-    """Attention with a soft cap, which no fused kernel of torch has; 256 queries at a time bound its memory."""
+    """Attention with a soft cap, which torch's fused kernels lack; 256 queries at a time, to bound its memory."""
     assert shape.soft_cap is not None
     heads, n, _ = q.shape
     length = k.shape[1]

@@ -1,6 +1,6 @@
 """The two inner loops of decode attention as LLVM vector code: 16 numbers at a time, accumulators in registers.
 
-LLVM's own vectorizer reduces after every row and reloads what could stay in registers.
+LLVM's own vectorizer would reduce after every row and reload what can stay in registers.
 """
 
 # ruff: noqa: ARG001 (numba looks at the names of what it compiles)
@@ -86,11 +86,11 @@ def _make_add(rows: int, kind: int, vectors: int) -> Any:
     return add
 
 
-_D1, _D2, _D3, _D4 = (_make_dot(r, BF16) for r in (1, 2, 3, 4))
-_E1, _E2, _E3, _E4 = (_make_dot(r, -1) for r in (1, 2, 3, 4))
-_A1, _A2, _A3, _A4 = (_make_add(r, BF16, 4) for r in (1, 2, 3, 4))
-_B1, _B2, _B3, _B4 = (_make_add(r, BF16, 1) for r in (1, 2, 3, 4))
-_C1, _C2, _C3, _C4 = (_make_add(r, -1, 1) for r in (1, 2, 3, 4))
+_dot_bf16_1, _dot_bf16_2, _dot_bf16_3, _dot_bf16_4 = (_make_dot(r, BF16) for r in (1, 2, 3, 4))
+_dot_float32_1, _dot_float32_2, _dot_float32_3, _dot_float32_4 = (_make_dot(r, -1) for r in (1, 2, 3, 4))
+_add_bf16x64_1, _add_bf16x64_2, _add_bf16x64_3, _add_bf16x64_4 = (_make_add(r, BF16, 4) for r in (1, 2, 3, 4))
+_add_bf16x16_1, _add_bf16x16_2, _add_bf16x16_3, _add_bf16x16_4 = (_make_add(r, BF16, 1) for r in (1, 2, 3, 4))
+_add_float32x16_1, _add_float32x16_2, _add_float32x16_3, _add_float32x16_4 = (_make_add(r, -1, 1) for r in (1, 2, 3, 4))
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -104,7 +104,7 @@ def _fetch_line(typingctx: Any, address: Any) -> Any:
 
 @numba.njit
 def fetch(address, size):  # type: ignore[no-untyped-def]
-    """Ask for `size` bytes of memory, which are wanted soon; any address will do."""
+    """Prefetch `size` bytes of memory; the address may be invalid."""
     for line in range(0, size, 64):
         _fetch_line(address + line)
 
@@ -117,21 +117,21 @@ def dot_rows(rows, q, dim, keys, is_bf16, count, scores, width):  # type: ignore
     """
     if is_bf16:
         if rows == 1:
-            _D1(q, dim, keys, count, scores, width)
+            _dot_bf16_1(q, dim, keys, count, scores, width)
         elif rows == 2:
-            _D2(q, dim, keys, count, scores, width)
+            _dot_bf16_2(q, dim, keys, count, scores, width)
         elif rows == 3:
-            _D3(q, dim, keys, count, scores, width)
+            _dot_bf16_3(q, dim, keys, count, scores, width)
         else:
-            _D4(q, dim, keys, count, scores, width)
+            _dot_bf16_4(q, dim, keys, count, scores, width)
     elif rows == 1:
-        _E1(q, dim, keys, count, scores, width)
+        _dot_float32_1(q, dim, keys, count, scores, width)
     elif rows == 2:
-        _E2(q, dim, keys, count, scores, width)
+        _dot_float32_2(q, dim, keys, count, scores, width)
     elif rows == 3:
-        _E3(q, dim, keys, count, scores, width)
+        _dot_float32_3(q, dim, keys, count, scores, width)
     else:
-        _E4(q, dim, keys, count, scores, width)
+        _dot_float32_4(q, dim, keys, count, scores, width)
 
 
 @numba.njit
@@ -144,30 +144,30 @@ def add_weighted_rows(rows, out, dim, values, is_bf16, count, weights, width):  
         v = values + size * column
         if is_bf16 and column + 64 <= dim:
             if rows == 1:
-                _A1(o, dim, v, count, weights, width)
+                _add_bf16x64_1(o, dim, v, count, weights, width)
             elif rows == 2:
-                _A2(o, dim, v, count, weights, width)
+                _add_bf16x64_2(o, dim, v, count, weights, width)
             elif rows == 3:
-                _A3(o, dim, v, count, weights, width)
+                _add_bf16x64_3(o, dim, v, count, weights, width)
             else:
-                _A4(o, dim, v, count, weights, width)
+                _add_bf16x64_4(o, dim, v, count, weights, width)
             column += 64
             continue
         if is_bf16:
             if rows == 1:
-                _B1(o, dim, v, count, weights, width)
+                _add_bf16x16_1(o, dim, v, count, weights, width)
             elif rows == 2:
-                _B2(o, dim, v, count, weights, width)
+                _add_bf16x16_2(o, dim, v, count, weights, width)
             elif rows == 3:
-                _B3(o, dim, v, count, weights, width)
+                _add_bf16x16_3(o, dim, v, count, weights, width)
             else:
-                _B4(o, dim, v, count, weights, width)
+                _add_bf16x16_4(o, dim, v, count, weights, width)
         elif rows == 1:
-            _C1(o, dim, v, count, weights, width)
+            _add_float32x16_1(o, dim, v, count, weights, width)
         elif rows == 2:
-            _C2(o, dim, v, count, weights, width)
+            _add_float32x16_2(o, dim, v, count, weights, width)
         elif rows == 3:
-            _C3(o, dim, v, count, weights, width)
+            _add_float32x16_3(o, dim, v, count, weights, width)
         else:
-            _C4(o, dim, v, count, weights, width)
+            _add_float32x16_4(o, dim, v, count, weights, width)
         column += 16

@@ -1,11 +1,11 @@
 """CPU body of attention for sequences with several new tokens, in bf16 (AVX-512 BF16): flash attention.
 
 One item of work is a block of query rows of one sequence and one KV head; a row is a (token, query head of the group)
-pair. An item goes over the keys in chunks of CHUNK. A chunk is taken out of its cache blocks once, as bf16 rows (the
-codes of 8-bit caches, which bf16 holds exactly; their scales join the scores and the output), and serves all strips of
-48 rows of the item, whose softmax goes on from chunk to chunk in float32 (arXiv 2205.14135). Chunks begin at multiples
-of CHUNK and every lane of a vector does the same sums, so that a row's output doesn't depend, in any bit, on the other
-rows of the batch or on how a prompt is cut. Reference: `attention.reference`.
+pair. An item goes over the keys in chunks of CHUNK. A chunk is copied out of its cache blocks once, as bf16 rows, and
+serves all strips of 48 rows of the item. The softmax is updated from chunk to chunk in float32 (arXiv 2205.14135). bf16
+holds the codes of 8-bit caches exactly; their scales are multiplied into the scores and into the output.
+Chunks begin at multiples of CHUNK and every lane of a vector computes the same sums, so that a row's output is the same
+to the bit whatever else is in the batch and however a prompt is split. Reference: `attention.reference`.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from octavo.kernels.attention.prefill_vectors import (
     mask16,
     pack_queries16,
     pack_values,
-    round_row,
     softmax16,
     store_outputs16,
+    to_bf16,
 )
 from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.native import cpu_features
@@ -40,7 +40,7 @@ from octavo.kernels.native.jit import kernel, next_item, threads_for, view
 CHUNK = 128
 """Keys of a chunk."""
 MAX_STRIPS = 8
-"""Strips of an item at most. Tuned on 2 cores of a Zen 5."""
+"""Most strips of an item. Tuned on 2 cores of a Zen 5."""
 _DECODED = 16  # rows decoded at once
 STRIP = VECTORS * LANES
 _LOG2E = 1.4426950408889634
@@ -59,7 +59,7 @@ _inner = numba.njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapp
 (_Q, _OUT, _KEY, _VALUE, _TABLES, _LENGTHS, _STARTS, _KEY_SCALE, _VALUE_SCALE, _TABLE_WIDTH) = range(1, 11)
 (_KEY_KIND, _VALUE_KIND, _SEQS, _HEADS, _KV_HEADS, _DIM, _BLOCK, _WINDOW, _STRIPS, _LEAST) = range(11, 21)
 (_SCALE, _SOFT_CAP) = range(21, 23)
-# A thread's working memory: where each part begins. TOP, TOTAL, LOW and HIGH have a line, PLACES 8 bytes a row.
+# Where each part of a thread's working memory begins. TOP, TOTAL, LOW and HIGH: a line a strip; PLACES: 8 bytes a row.
 (_KEYS, _ROWS, _VALUES, _SCORES, _QUERIES, _SUMS, _TOP, _TOTAL, _LOW, _HIGH) = range(10)
 (_FACTOR, _PLACES, _FLOATS, _END) = range(10, 14)
 
@@ -92,7 +92,7 @@ def _lay_out(dim, strips, base, w):  # type: ignore[no-untyped-def]
 
 @_inner
 def _find(item, a, starts):  # type: ignore[no-untyped-def]
-    """An item's sequence, KV head and rows first .. last of the new * share; long items come first."""
+    """An item's sequence, its KV head, and its first and last row of the sequence's new * share; long items first."""
     share = a[_HEADS] // a[_KV_HEADS]
     size = a[_STRIPS] * STRIP
     for seq in range(a[_SEQS]):
@@ -120,7 +120,7 @@ def _load_chunk(store, kind, a, table, head, begin, end, floats, rows):  # type:
             copy(at, n * size, rows)
         else:
             load_row(at, kind, floats, n * dim)
-            round_row(floats.ctypes.data, n * dim, rows)
+            to_bf16(floats.ctypes.data, n * dim, rows)
         rows += n * dim * 2
         j += n
     clear(rows, -(end - begin) % 16 * dim * 2)
@@ -128,7 +128,7 @@ def _load_chunk(store, kind, a, table, head, begin, end, floats, rows):  # type:
 
 @_inner
 def _begin(a, w, head, start, new, length, first, last):  # type: ignore[no-untyped-def]
-    """Rows first .. last of an item: their queries, the keys that they see, empty sums. Rows after last repeat it."""
+    """Prepare rows first .. last of an item: queries, the range of visible keys, empty sums. Pads with the last row."""
     share = a[_HEADS] // a[_KV_HEADS]
     strips = (last - first) // STRIP + 1
     low = view(w[_LOW], (strips * STRIP,), np.int32)
@@ -136,7 +136,7 @@ def _begin(a, w, head, start, new, length, first, last):  # type: ignore[no-unty
     places = view(w[_PLACES], (strips * STRIP,), np.int64)
     top = view(w[_TOP], (strips * STRIP,), np.float32)
     for i in range(strips * STRIP):
-        top[i] = np.float32(-3.4028234e38)  # not infinite: the difference of two of them is no NaN
+        top[i] = np.float32(-3.4028234e38)  # not infinite: the difference of two infinities would be NaN
         row = min(first + i, last)
         position = length - new + row // share
         high[i] = position
@@ -190,7 +190,7 @@ def _attend(a, w, strip, rows, begin, end, factor, cap):  # type: ignore[no-unty
     count = min(end, high[STRIP - 1] + 1) - begin
     if count <= 0 or end <= low[0]:
         return
-    keys = (count + 7) // 8 * 8  # of the 16 at a time that _S1 takes, the chunk has the rest as zeros
+    keys = (count + 7) // 8 * 8  # _S1 takes 16 at a time; the chunk is filled up with zeros
     _scores(vectors, w, dim, keys, w[_QUERIES] + strip * dim // 2 * LINE, factor)
     for v in range(vectors):
         at = w[_SCORES] + v * 64
@@ -250,7 +250,7 @@ def _prefill(args):  # type: ignore[no-untyped-def]
             for strip in range(strips):
                 _attend(a, w, strip, min(STRIP, rows - strip * STRIP), begin, end, factor, np.float32(cap * _LOG2E))
         _finish(a, w, rows, value_scale[head])
-    memory[0] = 0  # numba frees an array after its last use by name
+    memory[0] = 0  # keeps it alive: numba frees an array after its last use by name
 
 
 def fits(q: Tensor, shape: AttentionShape) -> bool:
@@ -262,7 +262,7 @@ def fits(q: Tensor, shape: AttentionShape) -> bool:
 def attend(
     q: Tensor, out: Tensor, inputs: StepInputs, cache: LayerCache, shape: AttentionShape, counts: list[int], least: int
 ) -> None:
-    """Attention of every sequence with at least `least` new tokens, which have `counts`; q, out [T, Hq, D]."""
+    """Attention of every sequence with at least `least` new tokens; `counts` are theirs. q and out are [T, Hq, D]."""
     share = shape.num_heads // shape.num_kv_heads
     strips = sum(-(-n * share // STRIP) for n in counts) * shape.num_kv_heads
     threads = threads_for(strips * STRIP * shape.head_dim * inputs.max_seq_len // 64, 16384)

@@ -1,8 +1,8 @@
 """The inner loops of prefill attention as LLVM vector code, for AVX-512 BF16.
 
 Query rows lie across a vector's lanes and keys one below the other, so that the softmax of a row is arithmetic between
-vectors and never within one. A strip is 48 query rows, 3 vectors; every array over a strip has LINE = 192 bytes from
-one line to the next, whichever of its vectors are used:
+vectors and never within one. A strip is 48 query rows, 3 vectors. The lines of every array over a strip are LINE = 192
+bytes apart, even where fewer than 3 vectors are used:
   q       [D / 2, 48, 2] bf16     two neighbouring dimensions of each row
   scores  [keys, 48] float32      q . k * factor, where 2 ** score is the unnormalized weight; then, in the same place,
   weights [keys / 2, 48, 2] bf16  two neighbouring keys of each row
@@ -97,7 +97,7 @@ def _exp2(builder: Any, x: Any) -> Any:
 
 
 def _transpose(builder: Any, vectors: list[Any]) -> list[Any]:
-    """Element j of vector i goes to element i of vector j: each stage exchanges one bit of the two indices."""
+    """Move element j of vector i to element i of vector j; each stage exchanges one bit of the two indices."""
     for bit in (1, 2, 4, 8):
         low = ir.Constant(I32X16, [lane if not lane & bit else 16 + lane - bit for lane in range(16)])
         high = ir.Constant(I32X16, [lane + bit if not lane & bit else 16 + lane for lane in range(16)])
@@ -113,7 +113,7 @@ def _transpose(builder: Any, vectors: list[Any]) -> list[Any]:
 
 
 def _emit(count: int, body: Callable[..., None], last: Any = types.int64) -> Any:
-    """What an intrinsic of `count` int64 arguments (the last of type `last`) returns: its signature and its code."""
+    """The signature and the code of an intrinsic with `count` int64 arguments, the last of type `last`."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         body(builder, *args)
@@ -123,7 +123,7 @@ def _emit(count: int, body: Callable[..., None], last: Any = types.int64) -> Any
 
 
 def _tile(builder: Any, totals: list[list[Any]], x: Any, row: Any, step: int, w: Any, steps: Any) -> None:
-    """totals[r][v] += the products of x's row r (`row` bytes apart, `step` bytes a step) with w [steps, 48, 2]."""
+    """totals[r][v] += products of x's row r with w [steps, 48, 2]; rows are `row` bytes apart, steps `step` bytes."""
     rows = [builder.add(x, builder.mul(row, _int(r))) for r in range(len(totals))]
     with cgutils.for_range(builder, steps) as loop:
         line = _at(builder, w, loop.index, LINE)
@@ -182,10 +182,11 @@ def make_value_tile(rows: int, vectors: int) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def softmax16(typingctx: Any, scores: Any, keys: Any, top: Any, total: Any, factor: Any) -> Any:
-    """One vector of rows: scores of `keys` keys (a multiple of 8) to weights in place; the state goes on.
+    """One step of the online softmax for one vector of rows: turns the scores of `keys` keys into weights, in place.
 
-    top, total: the rows' largest score and sum of weights up to now. factor: what out of earlier keys is multiplied by.
-    The sum is of the weights as they were rounded: then they add up to 1, and a rounding error of a weight counts
+    keys is a multiple of 8. top, total: the rows' largest score and sum of weights so far, which are updated. factor:
+    receives what the output of earlier keys must be multiplied by.
+    The sum is taken over the rounded weights, so that they add up to exactly 1: a weight's rounding error then counts
     with its value's distance from the row's mean instead of with the whole value.
     """
 
@@ -220,7 +221,7 @@ def softmax16(typingctx: Any, scores: Any, keys: Any, top: Any, total: Any, fact
 
 @intrinsic  # type: ignore[untyped-decorator]
 def mask16(typingctx: Any, scores: Any, keys: Any, first: Any, lowest: Any, highest: Any) -> Any:
-    """One vector of rows: -infinity where key first + j lies outside lowest .. highest (int32 [16])."""
+    """One vector of rows: set scores to -infinity where key first + j lies outside lowest .. highest (int32 [16])."""
 
     def body(builder: Any, scores: Any, keys: Any, first: Any, lowest: Any, highest: Any) -> None:
         low, high = (_load(builder, address, I32X16) for address in (lowest, highest))
@@ -235,7 +236,7 @@ def mask16(typingctx: Any, scores: Any, keys: Any, first: Any, lowest: Any, high
 
 @intrinsic  # type: ignore[untyped-decorator]
 def cap16(typingctx: Any, scores: Any, keys: Any, cap: Any) -> Any:
-    """One vector of rows: cap * tanh of scores that come as 2 log2(e) x: tanh(x) = 1 - 2 / (e ** 2x + 1)."""
+    """One vector of rows: replace scores 2 log2(e) x by cap * tanh(x), with tanh(x) = 1 - 2 / (e ** 2x + 1)."""
 
     def body(builder: Any, scores: Any, keys: Any, cap: Any) -> None:
         cap = broadcast(builder, cap)
@@ -252,11 +253,11 @@ def cap16(typingctx: Any, scores: Any, keys: Any, cap: Any) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def pack_queries16(typingctx: Any, rows: Any, pairs: Any, q: Any) -> Any:
-    """16 rows of `pairs` >= 16 pairs of bf16 at the addresses in rows (int64 [16]) into one vector of a strip's q."""
+    """Pack 16 rows of `pairs` >= 16 pairs of bf16, at the addresses in rows (int64 [16]), into one vector of q."""
 
     def body(builder: Any, rows: Any, pairs: Any, q: Any) -> None:
         sources = [_load(builder, builder.add(rows, _int(8 * r)), I64) for r in range(16)]
-        last = builder.sub(pairs, _int(16))  # a rest repeats some of the pairs before it
+        last = builder.sub(pairs, _int(16))  # the last block may overlap the one before it
         with cgutils.for_range(builder, builder.udiv(builder.add(pairs, _int(15)), _int(16))) as loop:
             first = builder.mul(loop.index, _int(16))
             first = builder.select(builder.icmp_signed("<", first, last), first, last)
@@ -269,7 +270,7 @@ def pack_queries16(typingctx: Any, rows: Any, pairs: Any, q: Any) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def store_outputs16(typingctx: Any, out: Any, dim: Any, total: Any, rows: Any, move: Any, scale: Any) -> Any:
-    """One vector of a strip's out, times scale / total, as bf16 rows at the addresses in rows (int64 [16]) + move."""
+    """Store one vector of out, times scale / total, as bf16 rows at the addresses in rows (int64 [16]) plus `move`."""
 
     def body(builder: Any, out: Any, dim: Any, total: Any, rows: Any, move: Any, scale: Any) -> None:
         targets = [builder.add(_load(builder, builder.add(rows, _int(8 * r)), I64), move) for r in range(16)]
@@ -287,7 +288,7 @@ def store_outputs16(typingctx: Any, out: Any, dim: Any, total: Any, rows: Any, m
 
 @intrinsic  # type: ignore[untyped-decorator]
 def pack_values(typingctx: Any, rows: Any, dim: Any, keys: Any, values: Any, slab: Any) -> Any:
-    """Value rows [keys, dim] bf16, an even number of keys, to [dim / 16, keys / 2, 16, 2] with slabs `slab` bytes."""
+    """Pack value rows [keys, dim] bf16, keys even, as [dim / 16, keys / 2, 16, 2]; one slab takes `slab` bytes."""
 
     def body(builder: Any, rows: Any, dim: Any, keys: Any, values: Any, slab: Any) -> None:
         order = ir.Constant(ir.VectorType(I32, 32), [16 * (i % 2) + i // 2 for i in range(32)])
@@ -305,7 +306,7 @@ def pack_values(typingctx: Any, rows: Any, dim: Any, keys: Any, values: Any, sla
 
 @intrinsic  # type: ignore[untyped-decorator]
 def copy(typingctx: Any, source: Any, size: Any, target: Any) -> Any:
-    """`size` bytes."""
+    """Copy `size` bytes."""
 
     def body(builder: Any, source: Any, size: Any, target: Any) -> None:
         target, source = (builder.inttoptr(address, cgutils.voidptr_t) for address in (target, source))
@@ -316,7 +317,7 @@ def copy(typingctx: Any, source: Any, size: Any, target: Any) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def clear(typingctx: Any, target: Any, size: Any) -> Any:
-    """`size` bytes of zeros."""
+    """Write `size` bytes of zeros."""
 
     def body(builder: Any, target: Any, size: Any) -> None:
         cgutils.memset(builder, builder.inttoptr(target, cgutils.voidptr_t), size, 0)
@@ -325,8 +326,8 @@ def clear(typingctx: Any, target: Any, size: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def round_row(typingctx: Any, source: Any, count: Any, target: Any) -> Any:
-    """`count` float32 numbers, a multiple of 16, to bf16."""
+def to_bf16(typingctx: Any, source: Any, count: Any, target: Any) -> Any:
+    """Round `count` float32 numbers, a multiple of 16, to bf16."""
 
     def body(builder: Any, source: Any, count: Any, target: Any) -> None:
         with cgutils.for_range(builder, builder.udiv(count, _int(16))) as loop:

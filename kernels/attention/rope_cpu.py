@@ -1,6 +1,6 @@
-"""CPU body of what stands between the qkv GEMM and attention: head norms, rotation, and the write into the cache.
+"""CPU body of the steps between the qkv GEMM and attention: head norms, rotation, and the write into the cache.
 
-One pass over each token's row, in float32 from the first load to the last store. Reference: `rope_and_cache`.
+One pass over each token's row, in float32 from load to store. Reference: `attention.reference.rope_and_cache`.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _rope(args):  # type: ignore[no-untyped-def]
         if t >= tokens:
             break
         load_row(a[1] + t * row_size, kind, row, (heads + 2 * kv_heads) * dim)
-        for at in range(0, heads * dim, max(q_norm_size, 1)):  # norms over one head, or over all at once
+        for at in range(0, heads * dim, max(q_norm_size, 1)):  # a norm of each head, or of all heads together
             if q_norm_size > 0:
                 normalize(row[at : at + q_norm_size], q_norm, eps, q_norm_size)
         for at in range(heads * dim, (heads + kv_heads) * dim, max(k_norm_size, 1)):

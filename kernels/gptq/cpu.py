@@ -1,7 +1,7 @@
 """CPU bodies of the rounding kernels: a strip of outputs at a time, which stays in a core's nearest cache.
 
-Every output is computed by itself and in the same order, so the number of threads never shows in the result.
-Reference: `rounding.reference`.
+Every output is computed by itself and in the same order, so the result doesn't depend on the number of threads.
+Reference: `gptq.reference`.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ def _best_candidate(args):  # type: ignore[no-untyped-def]
 def best_candidate(
     values: Tensor, importance: Tensor, group_size: int, scales: Tensor, zeros: Tensor | None, grid: Grid
 ) -> Tensor:
-    """`rounding.reference.best_candidate`."""
+    """`gptq.reference.best_candidate`."""
     k, n = values.shape
     candidates, groups, _ = scales.shape
     best = torch.zeros(groups, n, dtype=torch.int32)
@@ -206,7 +206,7 @@ def round_columns(
     grid: Grid,
     errors: Tensor,
 ) -> None:
-    """`rounding.reference.round_columns`."""
+    """`gptq.reference.round_columns`."""
     rows, columns = values.shape
     _round_columns.start(
         threads_for(rows * columns),
@@ -224,7 +224,7 @@ def round_columns(
 def descend_columns(
     codes: Tensor, gradient: Tensor, moments: Tensor, scales: Tensor, zeros: Tensor | None, grid: Grid, steps: Tensor
 ) -> None:
-    """`rounding.reference.descend_columns`."""
+    """`gptq.reference.descend_columns`."""
     rows, columns = codes.shape
     _descend_columns.start(
         threads_for(rows * columns),
@@ -239,7 +239,7 @@ def descend_columns(
 
 
 def _addresses(*tensors: Tensor | None) -> list[int]:
-    """Where they lie, 0 for None. A kernel reads them as contiguous."""
+    """The tensors' addresses, 0 for None. The kernels read them as contiguous."""
     for tensor in tensors:
         assert tensor is None or tensor.is_contiguous()
     return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]

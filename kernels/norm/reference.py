@@ -1,6 +1,6 @@
 """The specification of the small operators, in plain torch. Each computes in float32 and returns its input's type.
 
-None quantizes what it returns, as a GPU's bodies do for the GEMM behind: `input_quant` is refused.
+`input_quant` is refused: only a GPU's bodies quantize their output for the next GEMM.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """(rms_norm(x + residual), x + residual); the sum is rounded to x's type before the norm.
 
-    With `after` x is normed first, and multiplied by the multiplier. Without a weight the sum is returned twice.
+    x is first normed by `after`, if there is one, and multiplied by the multiplier. Without a weight, returns the sum
+    twice.
     """
     refuse_input_quant(input_quant)
     x = x if after is None else rms_norm(x, after, eps)

@@ -1,8 +1,8 @@
 """CPU bodies of sampling: a few passes over each row, no sort. Reference: `sampling.reference`.
 
-The cut-off of top-k and top-p is found by radix selection: the weights are positive float32, so their bits are ordered
-as they are; a histogram over the upper bits tells in which bin the count (top-k) or the mass (top-p) is reached, and
-the next bits are looked at in that bin alone. torch's sort and topk take 20 to 100 times as long on a CPU.
+The cut-off of top-k and top-p is found by radix selection. The weights are positive float32 numbers, so their bits are
+ordered as the numbers are. A histogram over the upper bits tells in which bin the count (top-k) or the mass (top-p) is
+reached; the next bits are then counted in that bin alone. torch's sort and topk take 20 to 100 times as long on a CPU.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -19,7 +19,7 @@ from octavo.kernels.sampling import reference
 
 _REASSOCIATE = {"reassoc", "contract", "nsz", "nnan"}
 _CHUNK = 256
-_MOST_KEPT = 64  # of the top list; it is kept sorted by insertion
+_MOST_KEPT = 64  # entries of the top list, which is kept sorted by insertion
 
 
 @numba.njit(fastmath=_REASSOCIATE)
@@ -41,11 +41,11 @@ def _weigh(row, peak, temperature, weights, vocab):
 
 @numba.njit
 def _select(weights, bits, vocab, by_mass, target):
-    """Bits of the largest weight w such that those >= w are `target` in number, or in mass."""
+    """Bits of the largest weight w such that the weights >= w reach `target` in number, or in mass."""
     histogram = np.empty(2048, np.float64)
     reached = 0.0
     prefix = np.uint32(0)
-    known = np.uint32(32)  # the shift that leaves the bits which are known already
+    known = np.uint32(32)  # the shift that leaves the bits known so far
     for shift, size in ((21, 2048), (10, 2048), (0, 1024)):
         histogram[:size] = 0.0
         mask = np.uint32(size - 1)
@@ -55,7 +55,7 @@ def _select(weights, bits, vocab, by_mass, target):
         chosen = 0
         for j in range(size - 1, -1, -1):
             if histogram[j] > 0:
-                chosen = j  # the last one with anything in it, should rounding leave the target unreached
+                chosen = j  # if rounding leaves the target unreached, the last bin that isn't empty is taken
                 if reached + histogram[j] >= target:
                     break
                 reached += histogram[j]
@@ -101,7 +101,7 @@ def _invert(weights, sums, vocab, least, uniform):
     reached = 0.0
     end = 0.0
     for c in range(chunks):
-        if sums[c] > 0:  # should rounding leave the target unreached, the last one with anything in it is taken
+        if sums[c] > 0:  # if rounding leaves the target unreached, the last chunk that isn't empty is taken
             chunk = c
             reached = end
             end += sums[c]
@@ -154,7 +154,7 @@ def _log_norm(row, vocab):
 
 @numba.njit
 def _top(row, vocab, ids, values, count):
-    """The `count` largest, descending, the first of equals first; ids and values are kept sorted by insertion."""
+    """The `count` largest, descending, equal ones in the order of the row; both lists are kept sorted by insertion."""
     held = 0
     for begin in range(0, vocab, _CHUNK):
         end = min(begin + _CHUNK, vocab)

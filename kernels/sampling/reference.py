@@ -1,9 +1,9 @@
 """The specification of changing logits, drawing a token from a row of them, and its log-probability, in plain torch.
 
 Drawing is temperature, min-p, top-k, top-p, and one uniform number. A row's token depends on that row and its uniform
-number alone, so that a seed gives the same text whatever else is in the batch. That is why ties are kept together
-(top-k and top-p are thresholds on the weight, not cuts in a sorted list), and why the draw walks through the
-vocabulary in order (inverse of the cumulative distribution) instead of comparing one random number for each token.
+number alone, so that a seed gives the same text whatever else is in the batch. Therefore top-k and top-p are thresholds
+on the weight, which keep ties together, instead of cuts in a sorted list. And the draw inverts the cumulative
+distribution, in the order of the vocabulary, instead of comparing one random number for each token.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ _CHUNK = 256  # tokens whose weights are summed before the cumulative sum: two s
 
 
 def draw(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniforms: Tensor) -> Tensor:
-    """One token for each row of logits [R, vocab] float32; the others are [R], top_k 0, top_p 1, min_p 0 being off.
+    """One token for each row of logits [R, vocab] float32. The others are [R]; top_k 0, top_p 1 and min_p 0 are off.
 
-    Weights are relative to the largest, which is 1. min-p, then top-k, then top-p of what those two left.
+    Weights are relative to the largest, which is 1. min-p is applied first, then top-k, then top-p to what is left.
     Each row must have a finite largest logit. uniforms are float64.
     """
     peak = logits.amax(dim=-1, keepdim=True)
@@ -50,7 +50,7 @@ def least_weight(weights: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -
 
 
 def _cut(weights: Tensor, highest: Tensor, least: Tensor, top_k: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
-    """The cut-off of each row if its `highest` weights are enough to tell, and whether they are."""
+    """Each row's cut-off, as far as its `highest` weights determine it, and whether they do."""
     size = highest.shape[1]
     vocab = weights.shape[1]
     k_known = (top_k <= size) | (top_k == vocab)
@@ -60,7 +60,7 @@ def _cut(weights: Tensor, highest: Tensor, least: Tensor, top_k: Tensor, top_p: 
     total = torch.where(kept, weights, 0).sum(dim=-1, dtype=torch.float64)
     mass = torch.where(highest >= cut.unsqueeze(1), highest, 0).cumsum(dim=-1, dtype=torch.float64)
     wanted = top_p.double() * total
-    index = (mass < wanted.unsqueeze(1)).sum(dim=-1)  # the first at which the mass suffices
+    index = (mass < wanted.unsqueeze(1)).sum(dim=-1)  # the first at which the mass is reached
     p_known = (index < size) | (top_p >= 1)
     nucleus = highest.gather(1, index.clamp(max=size - 1).unsqueeze(1)).squeeze(1)
     if size == vocab:  # rounding may leave the whole mass a hair short
@@ -83,7 +83,7 @@ def _invert(weights: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def _first_above(cumulative: Tensor, target: Tensor) -> Tensor:
-    """Index [R, 1] of the first entry above target [R, 1]; if rounding left none, of the last one that grew."""
+    """Index [R, 1] of the first entry above target [R, 1]; if rounding leaves none, of the last one that grew."""
     last = (cumulative < cumulative[:, -1:]).sum(dim=-1, keepdim=True)
     return torch.searchsorted(cumulative, target, right=True).minimum(last)
 
@@ -114,10 +114,10 @@ def punish(
     frequency: Tensor,
     presence: Tensor,
 ) -> None:
-    """The penalties of logits [R, vocab], in place, at the distinct pairs (rows[i], tokens[i]) that have occurred.
+    """Apply penalties to logits [R, vocab], in place, at the distinct pairs (rows[i], tokens[i]) that have occurred.
 
-    counts [n] is how often the token stands in the row's output, 0 for one of the prompt alone; the penalties are [R],
-    1, 0 and 0 being none. A positive logit is divided by repetition, another multiplied.
+    counts [n] is how often the token stands in the row's output, 0 if only in its prompt. The penalties are [R]; 1, 0
+    and 0 change nothing. A positive logit is divided by repetition, any other one is multiplied by it.
     """
     values = logits[rows, tokens]
     values = torch.where(values > 0, values / repetition[rows], values * repetition[rows])

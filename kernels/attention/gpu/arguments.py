@@ -74,7 +74,7 @@ class Output(NamedTuple):
 
 
 class RowQuant(NamedTuple):
-    """Where and how a finished row is quantized (`gpu.row`); all None: not at all."""
+    """Where and how a finished row is quantized (`gpu.quantize_row`); all None: not at all."""
 
     codes: Tensor | None = None
     scales: Tensor | None = None
@@ -90,7 +90,7 @@ class Splits(NamedTuple):
     QUERIES        of a sequence, at most
     ROWS           of a program's tile of queries; MERGED_ROWS of them are real
     MERGED_SPLITS  splits that are merged at a time
-    ROUND_GROUP    columns that share a scale where rows are quantized, ROW_BLOCK columns at a time
+    ROW_GROUP      columns that share a scale where rows are quantized, ROW_BLOCK columns at a time
     """
 
     BLOCK_N: int
@@ -100,7 +100,7 @@ class Splits(NamedTuple):
     ROWS: int
     MERGED_ROWS: int
     MERGED_SPLITS: int
-    ROUND_GROUP: int
+    ROW_GROUP: int
     ROW_BLOCK: int
 
 

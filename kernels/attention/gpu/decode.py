@@ -4,7 +4,7 @@ out = softmax(scale q k^T) v. A program has one KV head of one sequence and a sp
 that share the KV head are rows of one tile (padded to 16, a tensor core's least), so that keys and values are read
 once. A split's length follows from its sequence's length alone, on the device: no launch depends on lengths, so a CUDA
 graph can hold it, and a sequence's result doesn't depend on its neighbors. The program that stores the last of a
-token's heads may quantize its row for the next GEMM (`gpu.row`).
+token's heads may quantize its row for the next GEMM (`gpu.quantize_row`).
 Reference: `attention.reference.paged_attention`. Limit: bytes, tokens * 2 Hkv D * bytes of an element / 3.0 TB/s.
 """
 
@@ -37,7 +37,7 @@ from octavo.kernels.attention.gpu.paged import (
     list_size,
     load_queries,
 )
-from octavo.kernels.attention.gpu.row import round_row, row_arguments
+from octavo.kernels.attention.gpu.quantize_row import quantize_row, row_quant_arguments
 from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.launching import tuning
 from octavo.kernels.launching.checks import expect
@@ -167,7 +167,7 @@ def finish_split(found, output, where, kv_heads, grid_splits, row_quant, shape: 
     if row_quant.codes is not None and is_whole and queries == 1:
         has_all_heads = last_block(output.counters + (row_quant.last_counter - sequence), kv_heads)
         if has_all_heads:
-            round_row(output.out, first.to(tl.int64), row_quant, splits.ROUND_GROUP, splits.ROW_BLOCK)
+            quantize_row(output.out, first.to(tl.int64), row_quant, splits.ROW_GROUP, splits.ROW_BLOCK)
 
 
 @triton.jit
@@ -380,7 +380,7 @@ def decode_arguments(
     """What every kernel of decoding attention is told, but for its queries and its list."""
     constants = shape_constants(cache, shape)
     merged = power_of_two(queries * constants.GROUP)
-    row_quant, round_group, row_block = row_arguments(output.out, into, input_quant, output.counters, num_warps)
+    row_quant, row_group, row_block = row_quant_arguments(output.out, into, input_quant, output.counters, num_warps)
     at_a_time = min(32 * 32 * num_warps // (merged * constants.DIM), power_of_two(sizes["MAX_SPLITS"]))
     return {
         "output": output,
@@ -399,7 +399,7 @@ def decode_arguments(
             ROWS=max(merged, 16),
             MERGED_ROWS=merged,
             MERGED_SPLITS=max(at_a_time, 1),
-            ROUND_GROUP=round_group,
+            ROW_GROUP=row_group,
             ROW_BLOCK=row_block,
         ),
     }

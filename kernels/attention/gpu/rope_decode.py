@@ -5,7 +5,7 @@ its own queries from qkv, which may be split-K partial sums: every split of the 
 The program of a KV head's last split, which has the new token, also computes that token's key and value and writes them
 to the cache before it reads them there. No other program may read them, so sequences of a step must not share a block
 that one of them writes to. For a norm over all heads every program reads the whole row; for more than a few tokens, as
-the tuning table says, `gpu.rope` is a launch of its own. Rows may be quantized for the next GEMM (`gpu.row`).
+the tuning table says, `gpu.rope` is a launch of its own. Rows may be quantized for the next GEMM (`gpu.quantize_row`).
 Reference: `attention.reference.rope_and_cache`, then `paged_attention`. Limit: bytes, those of both.
 """
 

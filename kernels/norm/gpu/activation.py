@@ -1,9 +1,10 @@
-"""Triton bodies of gated activations, f(gate) * up, stored as they are or rounded to fp8 or int8 on the way.
+"""Triton bodies of gated activations, f(gate) * up, stored as they are or quantized to fp8 or int8.
 
 f is silu or the tanh-approximated gelu; both are g * sigmoid(z), with z = g or 2 sqrt(2 / pi) (g + 0.044715 g^3). A
-program has a token's whole row where that has one scale, else a stretch of it. The input may be split-K partial sums.
-References: `norm.reference`, `fp8.reference`, `int8.reference`; what is rounded to codes is the float32 product, as
-elsewhere in this room. Limit: bytes; 5 for each output element with bf16 in and fp8 out, over 3.0 TB/s on an H100.
+program has a token's whole row where the row has one scale, else a part of it. The input may be split-K partial sums.
+Codes are made of the float32 product, not of one rounded to 16 bits.
+References: `norm.reference`, `fp8.reference`, `int8.reference`. Limit: bytes; 5 for each output element with bf16 in
+and fp8 out, over 3.0 TB/s on an H100.
 """
 
 from __future__ import annotations
@@ -68,8 +69,7 @@ def silu_and_mul(
 
     out is bf16, fp16 or float32; or float8_e4m3fn or int8 with scale [T, ceil(I / group_size)] float32, a scale for
     each group of columns, or [T, 1] with group_size 0; group_size is a power of two. static_scale [1] float32: as of
-    `fp8.gpu.quantize`. column_permutation [I] int32: the position of each column in out; not
-    with groups.
+    `fp8.gpu.quantize`. column_permutation [I] int32: the position of each column in out; not with groups.
     """
     return _launch(x, out, scale, group_size, static_scale, column_permutation, gelu=False)
 

@@ -22,7 +22,7 @@ from octavo.kernels.norm.gpu.store_quantized import expect_scale, store_rounded
 
 @triton.jit
 def _normed(value, weight, width, eps, BLOCK: tl.constexpr):
-    """RMSNorm of a row, zeros from width on."""
+    """RMSNorm of a row, which has zeros from width on."""
     at = tl.arange(0, BLOCK)
     value *= tl.rsqrt(tl.sum(value * value) / width + eps)
     return value * tl.load(weight + at, mask=at < width, other=0.0)
@@ -103,15 +103,16 @@ def norm(
     plain: Tensor | None = None,
     column_permutation: Tensor | None = None,
 ) -> Launch:
-    """RMSNorm of x [T, H], or of the sum of x [S, T, H], float32 or of a token's S experts, into out [T, H].
+    """RMSNorm of x [T, H], or of the sum of x [S, T, H], into out [T, H].
 
-    weight    [H] float32; None: only the sum is asked for, and out isn't written unless it is of codes: of the sum
-    residual  [T, H], added first; total [T, H] receives the sum in its type, which is then normed
+    x         [S, T, H]: float32 split-K parts, or the outputs of each token's S experts
+    weight    [H] float32; None: no norm behind the sum. out is then written only if it is of codes, those of the sum
+    residual  [T, H], added before the norm; total [T, H] receives the sum in its type, and that is what is normed
     after     [H] float32: x is normed by it, and multiplied by the multiplier, before the residual is added
     out       bf16, fp16 or float32; or float8_e4m3fn or int8 with scale [T, ceil(H / group_size)] float32, a scale for
               each group of columns, or [T, 1] with group_size 0; group_size is a power of two
     static_scale  [1] float32: as of `fp8.gpu.quantize`
-    plain     [T, H] bf16, fp16 or float32: receives what out has codes of, too
+    plain     [T, H] bf16, fp16 or float32: also receives the numbers whose codes out has
     column_permutation  [H] int32: the position of each column in out; not with groups
     """
     split_k = x.shape[0] if x.dim() == 3 else 1
@@ -171,10 +172,10 @@ def _expect_what_is_added(
     after: Tensor | None,
     multiplier: float,
 ) -> None:
-    """Raises ValueError. x's rows may lie anywhere: parts one behind another, or each token's side by side."""
+    """Raises ValueError. x's rows may have any stride: split-K parts one after another, or a token's side by side."""
     if x.stride(-1) != 1:
         refuse("x", x, tuple(x.shape))
     if (residual is None) != (total is None):
         raise ValueError("residual and total come together")
     if residual is None and (weight is None or after is not None or multiplier != 1.0):
-        raise ValueError("without a residual there is one norm, and nothing but it")
+        raise ValueError("without a residual there must be a weight, no `after` and no multiplier")

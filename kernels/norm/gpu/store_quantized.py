@@ -28,10 +28,10 @@ def store_rounded(
     MOVED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The columns first .. first + BLOCK of a token's row; with GROUP 0 and codes that must be the whole row.
+    """Store columns first .. first + BLOCK of a token's row; codes with GROUP 0 need the whole row at once.
 
-    Columns from width on are zeros and aren't stored. first is a multiple of GROUP. STATIC: by the scale at `stored`.
-    MOVED: column k is stored as column column_permutation [k].
+    Columns from width on are zeros and aren't stored. first is a multiple of GROUP. STATIC: the scale is the one at
+    `stored`. MOVED: column k is stored as column column_permutation[k].
     """
     kind: tl.constexpr = out.dtype.element_ty
     at = first + tl.arange(0, BLOCK)
@@ -62,7 +62,7 @@ def store_rounded(
 def expect_scale(
     what: str, out: Tensor, scale: Tensor | None, group_size: int, column_permutation: Tensor | None
 ) -> None:
-    """Codes have a scale, and nothing else has; columns that share one stay together. Raises ValueError."""
+    """Raises ValueError unless codes, and only codes, have a scale, and columns that share a scale aren't moved."""
     if (out.dtype in (torch.float8_e4m3fn, torch.int8)) != (scale is not None):
         raise ValueError(f"{what} into {out.dtype} {'needs' if scale is None else 'has no'} scale")
     if group_size and column_permutation is not None:

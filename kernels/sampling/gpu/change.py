@@ -1,7 +1,7 @@
-"""Changing a few logits of each row in place before a token is drawn: biases, then the penalties.
+"""Change a few logits of each row in place before a token is drawn: biases, then penalties.
 
-Both are lists over all rows, a thread for each entry: a dense table of counts would be 4 bytes for each logit to read,
-and there are some thousand entries in a row at most. A token stands in a row's list once.
+Both are lists over all rows, with a thread for each entry. A dense table of counts would take 4 bytes for each logit; a
+list has at most some thousand entries for a row. A token stands at most once in a row's list.
 Reference: `sampling.reference.add_biases` and `punish`. Limit: bytes; about 64 an entry (two sectors of the row, the
 entry's own 12 or 16), over 3.0 TB/s on an H100.
 """

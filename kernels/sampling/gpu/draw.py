@@ -5,16 +5,17 @@ and the draw as `sampling.reference.draw` defines them: what equals the smallest
 
 peaks   the largest logit of each chunk of 256 tokens, all SMs at work
 masses  the sum of each chunk's weights that min-p leaves, in float64
-choose  a program for each row. A bound on the smallest weight to keep comes out of the chunks alone: the k-th largest
-        of their largest weights (top-k); the point from which their largest weights have the mass that is wanted
-        (top-p). What reaches it is copied aside, in order, mostly some hundred tokens. A search by bits over those
-        finds the threshold; then they are walked through once. A row that cuts nothing walks through the chunks' sums.
+choose  a program for each row. The chunks alone give a lower bound of the smallest weight to keep: for top-k the k-th
+        largest of their largest weights, for top-p the weight at which their largest weights have the wanted mass.
+        Weights that reach the bound are copied aside, in order; these are mostly some hundred tokens. A search by bits
+        over them finds the threshold, and one walk over them draws the token. A row without top-k, top-p and min-p
+        walks over the chunks' sums instead.
 
-The kept set is the reference's for the same weights. Weights are within 2 units of the last place of exp's, so that the
-k largest logits are kept whatever the rounding, but logits so close that one of both has equal weights for them may be
-a tie in one and none in the other; top-p's sums are float64 in another order, which matters where a sum meets the
-target to 1e-12. A greedy row (temperature under 1e-5) takes the first of the largest logits. A row with a NaN, with
-+inf, or with nothing but -inf has no token: -1.
+For the same weights, the kept set is the reference's. Weights differ from exp's by at most 2 units in the last place.
+The k largest logits are kept whatever the rounding; but two logits so close that their weights round to one number may
+be a tie here and none in the reference, or the other way round. top-p's sums are float64 in another order than the
+reference's, which matters where a sum meets the target to 1e-12. A greedy row (temperature under 1e-5) takes the first
+of the largest logits. A row with a NaN, with +inf, or with nothing but -inf has no token: -1.
 Limit: bytes; each of the first two launches reads the logits, 4 bytes a token (2 in bf16), over 3.0 TB/s on an H100 or
 L2's rate where they fit; `choose` reads again the tiles that have something to keep.
 """
@@ -34,7 +35,7 @@ from octavo.kernels.launching.numerics import divided
 
 CHUNK = 256  # tokens that share an entry of `peaks` and `masses`
 _CHUNK = tl.constexpr(CHUNK)
-_GREEDY_BELOW = tl.constexpr(1e-5)  # runtime.draw's
+_GREEDY_BELOW = tl.constexpr(1e-5)  # as in runtime/worker/sampling_ops.py
 _ONE = tl.constexpr(0x3F800000)  # the bits of 1.0, the largest weight
 
 
@@ -146,20 +147,20 @@ def _search(kept, held, target, BY_MASS: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _bound(highest, total, k, p, vocab):
-    """A weight that the threshold can't be under: what the chunks' largest weights tell of top-k or else of top-p."""
+    """A lower bound of the threshold of top-k, or else of top-p, from the chunks' largest weights."""
     bound = 0.0
     if k > 0:
         bound = _least_of(highest, (highest >= 0.0).to(tl.float32), k.to(tl.float32))
     elif p < 1.0:
         bound = _least_of(highest, highest.to(tl.float64), p.to(tl.float64) * total)
-        # and all weights under (1 - p) total / vocab together are less than what may be cut off
+        # all weights under (1 - p) total / vocab together are less than the mass that top-p may cut off
         bound = tl.maximum(bound, ((1.0 - p.to(tl.float64)) * total / vocab * 0.999).to(tl.float32))
     return bound
 
 
 @triton.jit
 def _copy_aside(row_logits, row_peaks, peak, temperature, bound, kept, places, vocab, chunks, BLOCK: tl.constexpr):
-    """The weights >= bound and their tokens, in order; how many."""
+    """Copy the weights >= bound and their tokens aside, in order; returns how many."""
     held = 0
     for start in range(0, vocab, BLOCK):
         c = start // _CHUNK + tl.arange(0, BLOCK // _CHUNK)
@@ -169,7 +170,7 @@ def _copy_aside(row_logits, row_peaks, peak, temperature, bound, kept, places, v
             x = tl.load(row_logits + at, mask=at < vocab, other=float("-inf")).to(tl.float32)
             weight = _weigh(x, peak, temperature)
             keep = (weight >= bound) & (weight > 0.0)
-            # what isn't kept goes to a place that nothing reads: a mask would go through shared memory byte by byte
+            # others go to a place that nothing reads: a mask would go through shared memory byte by byte
             to = tl.where(keep, held + tl.cumsum(keep.to(tl.int32), axis=0) - 1, vocab)
             tl.store(kept + to, weight)
             tl.store(places + to, at)
@@ -204,7 +205,7 @@ def _draw_kept(kept, places, held, k, p, min_p, total, uniform, BLOCK: tl.conste
         least = tl.maximum(least, _search(kept, held, k.to(tl.float64), False, BLOCK))
         total = _worth_from(kept, held, least, True, BLOCK)
     if p < 1.0:
-        # what lies under top-k's threshold must not count for top-p, and doesn't: the mass above is reached first
+        # weights under top-k's threshold don't count for top-p: those above have all of `total`, and come first
         least = tl.maximum(least, _search(kept, held, p.to(tl.float64) * total, True, BLOCK))
     total = _worth_from(kept, held, least, True, BLOCK)
     return tl.load(places + _walk(kept, held, least, uniform * total, BLOCK))
@@ -212,7 +213,7 @@ def _draw_kept(kept, places, held, k, p, min_p, total, uniform, BLOCK: tl.conste
 
 @triton.jit
 def _draw_all(row_logits, row_masses, peak, temperature, total, uniform, kept, vocab, chunks, BLOCK: tl.constexpr):
-    """Through the chunks' sums to a chunk, and through its weights to a token."""
+    """Draw from all weights: walk over the chunks' sums to a chunk, then over its weights to a token."""
     target = uniform * total
     chunk = _walk(row_masses, chunks, 0.0, target, BLOCK)
     before = tl.zeros((), tl.float64)

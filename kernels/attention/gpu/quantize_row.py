@@ -3,8 +3,8 @@
 The program that stores the last of a token's heads reads all of them back from L2, and writes the row as codes of
 float8_e4m3fn or int8 with the scale of the row, of groups of its columns or of a checkpoint, or as plain numbers in
 another order of columns: bit for bit what `fp8.gpu.quantize` or `int4.gpu.permute_columns` would compute in a launch of
-its own. It works on BLOCK columns at a time, twice if the scale is the row's: few enough for attention to keep its
-registers.
+its own. It works on BLOCK columns at a time, and passes over them twice if the scale is the whole row's. BLOCK is small
+enough that attention needs no more registers than without it.
 Limit: latency; 2 to 4 bytes of a row from L2 for each element, and a code.
 """
 
@@ -24,7 +24,10 @@ from octavo.kernels.quantized_activation import ActivationQuant, QuantizedActiva
 
 @triton.jit
 def _columns(row, start, width, BLOCK: tl.constexpr):
-    """Columns from start on, and what a row has there in float32, zeros from width on. Other SMs wrote it: past L1."""
+    """Columns from start on and the row's values there in float32, zeros from width on.
+
+    Other SMs wrote them, so the loads bypass L1.
+    """
     at = start + tl.arange(0, BLOCK)
     return at, tl.load(row + at, mask=at < width, other=0.0, cache_modifier=".cg").to(tl.float32)
 
@@ -41,7 +44,7 @@ def _largest_of_row(row, width, BLOCK: tl.constexpr):
 
 @triton.jit
 def _by_groups(value, scale, first, groups, kind: tl.constexpr, GROUP: tl.constexpr):
-    """Codes of columns whose first group is `first` of a row's; each group's scale is stored."""
+    """Codes of a row's columns, which begin with group `first`; stores each group's scale."""
     count: tl.constexpr = value.shape[0] // GROUP
     value = tl.reshape(value, (count, GROUP))
     most = largest(value, 1)
@@ -52,10 +55,11 @@ def _by_groups(value, scale, first, groups, kind: tl.constexpr, GROUP: tl.conste
 
 
 @triton.jit
-def round_row(out, token, row_quant, GROUP: tl.constexpr, BLOCK: tl.constexpr):
-    """A token's row of out [T, width], as codes [T, width] with scale [T, ceil(width / GROUP)], or [T] with GROUP 0.
+def quantize_row(out, token, row_quant, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+    """Write a token's row of out [T, width] as codes [T, width].
 
-    stored: the checkpoint's scale, or None. Column k becomes column column_permutation [k], if there is one.
+    scale: [T, ceil(width / GROUP)], or [T] with GROUP 0. stored: the checkpoint's scale, or None. Column k becomes
+    column column_permutation[k], if there is a permutation.
     """
     codes, scale, stored, column_permutation, _, width = row_quant
     kind: tl.constexpr = codes.dtype.element_ty
@@ -78,13 +82,13 @@ def round_row(out, token, row_quant, GROUP: tl.constexpr, BLOCK: tl.constexpr):
         tl.store(codes + row + place, code, mask=at < width)
 
 
-def row_arguments(
+def row_quant_arguments(
     out: Tensor, into: QuantizedActivation | None, input_quant: ActivationQuant | None, counters: Tensor, num_warps: int
 ) -> tuple[RowQuant, int, int]:
-    """Arguments to quantize rows of out [T, Hq, D] into `into` as `input_quant` says, ROUND_GROUP and ROW_BLOCK.
+    """The `RowQuant`, ROW_GROUP and ROW_BLOCK with which rows of out [T, Hq, D] are quantized into `into`.
 
-    Numbers that a kernel could compute are arguments too: computed before a loop over splits they would hold a register
-    all through attention, an argument holds none. Raises ValueError.
+    Numbers that a kernel could compute are arguments too: computed before the loop over splits, each would occupy a
+    register all through attention, and an argument occupies none. Raises ValueError.
     """
     if (into is None) != (input_quant is None):
         raise ValueError("into and input_quant come together")
