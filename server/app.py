@@ -13,14 +13,14 @@ from octavo.server import errors
 from octavo.server.access import ANY_HOST, Access
 from octavo.server.bodies import Bodies
 from octavo.server.dialects import completions, openai_chat, tokens
+from octavo.server.encoding import JsonResponse, encode_json
 from octavo.server.engine_client import EngineClient
 from octavo.server.errors import RESPONSES, ApiError
 from octavo.server.metrics import CONTENT_TYPE, Metrics
 from octavo.server.middleware import AllowedHosts, Authentication
 from octavo.server.options import ServerOptions
 from octavo.server.served_model import ServedModel
-from octavo.server.service import Service, json_response
-from octavo.server.streaming import encode_json
+from octavo.server.service import Service
 from octavo.server.strict_json import StrictRoute
 from octavo.version import VERSION
 
@@ -65,13 +65,13 @@ def _models(service: Service) -> APIRouter:
     @router.get("/v1/models")
     async def models() -> Response:
         """All names of the model that is served."""
-        return json_response(encode_json({"object": "list", "data": [model.card(name) for name in model.names]}))
+        return JsonResponse(encode_json({"object": "list", "data": [model.card(name) for name in model.names]}))
 
     @router.get("/v1/models/{name:path}")
     async def one_model(name: str) -> Response:
         """The model under one of its names."""
         service.check_name(name)
-        return json_response(encode_json(model.card(name)))
+        return JsonResponse(encode_json(model.card(name)))
 
     return router
 

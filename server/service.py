@@ -15,12 +15,13 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from octavo.server.dialects.openai import Answer, events
+from octavo.server.encoding import JsonResponse, encode_in_turns
 from octavo.server.engine_client import EngineClient
 from octavo.server.errors import ApiError
 from octavo.server.generation import fold, generate
 from octavo.server.metrics import Metrics
 from octavo.server.served_model import ServedModel
-from octavo.server.streaming import EventStream, encode_json
+from octavo.server.streaming import EventStream
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ class Service:
         if request.stream:
             return EventStream(events(answer, steps))
         deltas = await fold(steps, len(answer.choices))
-        return json_response(await self.off_loop(http, lambda: encode_json(answer.whole(deltas))))
+        return JsonResponse(*await encode_in_turns(answer.whole(deltas)))
 
     async def off_loop(self, http: Request, work: Callable[[], T]) -> T:
         """Do what takes long for a long prompt: here when it is short, in a thread when it would hold up the others.
@@ -77,8 +78,3 @@ class Service:
         if size < VERY_LONG_BODY:
             return await asyncio.to_thread(work)
         return await asyncio.get_running_loop().run_in_executor(self._long_work, work)
-
-
-def json_response(content: bytes) -> Response:
-    """A response of JSON that is encoded already."""
-    return Response(content, media_type="application/json")

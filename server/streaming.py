@@ -12,10 +12,10 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import TypeVar
 
-import msgspec
 from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from octavo.server.encoding import encode_json
 from octavo.server.errors import ApiError, error_body
 
 logger = logging.getLogger(__name__)
@@ -23,7 +23,6 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 DONE = b"data: [DONE]\n\n"
-encode_json = msgspec.json.Encoder().encode
 
 
 def event(content: object) -> bytes:

@@ -131,7 +131,8 @@ class CompletionAnswer:
         self._echoes = [_echo(prompt, model) for prompt in prompts] if request.echo else []
 
     def whole(self, deltas: list[Delta]) -> Json:
-        return self.frame([self._choice(delta) for delta in deltas]) | {"usage": usage_of(self.choices).as_json()}
+        choices = (self._choice(delta) for delta in deltas)
+        return {**self._head, "choices": choices, "usage": usage_of(self.choices).as_json()}
 
     def chunks(self, delta: Delta) -> list[Json]:
         rendered = self._choice(delta)

@@ -1,8 +1,11 @@
-"""Log-probabilities in the shapes of three APIs: completions, chat completions, and vLLM's prompt_logprobs."""
+"""Log-probabilities in the shapes of three APIs: completions, chat completions, and vLLM's prompt_logprobs.
+
+Arrays are generators, since an answer may have millions of entries; see server/encoding.py.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from octavo.runtime.messages import Logprobs
@@ -13,13 +16,13 @@ LOWEST = -9999.0  # JSON has no -inf; vLLM writes this
 
 def completion_logprobs(
     entries: Sequence[Logprobs | None], token_ids: Sequence[int], offsets: Sequence[int], tokenizer: Tokenizer
-) -> dict[str, list[Any]]:
+) -> dict[str, Any]:
     """OpenAI's legacy shape: parallel lists. An entry is None where nothing predicts the token: a prompt's first."""
     name = tokenizer.token_text
     return {
-        "tokens": [name(token_id) for token_id in token_ids],
-        "token_logprobs": [None if entry is None else finite(entry.logprob) for entry in entries],
-        "top_logprobs": [None if entry is None else _by_name(entry, tokenizer) for entry in entries],
+        "tokens": (name(token_id) for token_id in token_ids),
+        "token_logprobs": (None if entry is None else finite(entry.logprob) for entry in entries),
+        "top_logprobs": (None if entry is None else _by_name(entry, tokenizer) for entry in entries),
         "text_offset": list(offsets),
     }
 
@@ -31,13 +34,11 @@ def _by_name(entry: Logprobs, tokenizer: Tokenizer) -> dict[str, float]:
     return dict(reversed(named.items()))
 
 
-def chat_logprobs(entries: Iterable[Logprobs], tokenizer: Tokenizer) -> list[dict[str, Any]]:
+def chat_logprobs(entries: Iterable[Logprobs], tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
     """OpenAI's shape for chat: one object a token, with its bytes."""
-    return [
-        _token(entry.token_id, entry.logprob, tokenizer)
-        | {"top_logprobs": [_token(token_id, logprob, tokenizer) for token_id, logprob in _top(entry)]}
-        for entry in entries
-    ]
+    for entry in entries:
+        tops = [_token(token_id, logprob, tokenizer) for token_id, logprob in _top(entry)]
+        yield _token(entry.token_id, entry.logprob, tokenizer) | {"top_logprobs": tops}
 
 
 def _token(token_id: int, logprob: float, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -48,9 +49,10 @@ def _token(token_id: int, logprob: float, tokenizer: Tokenizer) -> dict[str, Any
     }
 
 
-def prompt_logprobs(entries: Sequence[Logprobs | None], tokenizer: Tokenizer) -> list[dict[str, Any] | None]:
+def prompt_logprobs(entries: Sequence[Logprobs | None], tokenizer: Tokenizer) -> Iterator[dict[str, Any] | None]:
     """vLLM's shape: for each prompt token, token id -> log-probability, rank and text."""
-    return [None if entry is None else _ranked(entry, tokenizer) for entry in entries]
+    for entry in entries:
+        yield None if entry is None else _ranked(entry, tokenizer)
 
 
 def _ranked(entry: Logprobs, tokenizer: Tokenizer) -> dict[str, Any]:

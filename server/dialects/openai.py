@@ -30,7 +30,7 @@ class Answer(Protocol):
     def choices(self) -> list[Choice]: ...
 
     def whole(self, deltas: list[Delta]) -> Json:
-        """The response, of all choices' joined deltas in order."""
+        """The response, of all choices' joined deltas in order. Its long arrays are generators."""
         ...
 
     def chunks(self, delta: Delta) -> list[Json]:

@@ -101,11 +101,8 @@ class ChatAnswer:
         self._echo = _last_words(request) if request.echo else ""
 
     def whole(self, deltas: list[Delta]) -> Json:
-        choices = []
-        for delta in deltas:
-            message = {"role": self._role, "content": self._echo + text_of(delta.parts), "refusal": None}
-            choices.append({"index": delta.index, "message": message, **self._rest(delta)})
-        return self.frame(choices) | {"usage": usage_of(self.choices).as_json()}
+        choices = (self._choice(delta) for delta in deltas)
+        return {**self._head, "choices": choices, "usage": usage_of(self.choices).as_json()}
 
     def chunks(self, delta: Delta) -> list[Json]:
         chunks: list[Json] = []
@@ -120,6 +117,10 @@ class ChatAnswer:
 
     def frame(self, choices: list[Json]) -> Json:
         return {**self._head, "choices": choices}
+
+    def _choice(self, delta: Delta) -> Json:
+        message = {"role": self._role, "content": self._echo + text_of(delta.parts), "refusal": None}
+        return {"index": delta.index, "message": message, **self._rest(delta)}
 
     def _rest(self, delta: Delta) -> Json:
         logprobs = None

@@ -11,11 +11,11 @@ from pydantic import BaseModel, Discriminator, Field, Tag
 
 from octavo.server.dialects.conversation import ChatOptions, chat_token_ids, render_request, rendered
 from octavo.server.dialects.fields import MAX_TOKENS_SENT, Flag, Strict, Text, TokenId
+from octavo.server.encoding import JsonResponse, encode_json
 from octavo.server.errors import RESPONSES
 from octavo.server.prompts import encode, in_vocabulary
 from octavo.server.served_model import ServedModel
-from octavo.server.service import Service, json_response
-from octavo.server.streaming import encode_json
+from octavo.server.service import Service
 from octavo.server.strict_json import StrictRoute
 
 
@@ -80,13 +80,13 @@ def routes(service: Service) -> APIRouter:
         if isinstance(body, TokenizeChatRequest):
             asked = await service.off_loop(http, partial(render_request, body, model))
             text = await rendered(asked, model)
-        return json_response(await service.off_loop(http, lambda: _tokenized(body, text, model)))
+        return JsonResponse(await service.off_loop(http, lambda: _tokenized(body, text, model)))
 
     @router.post("/detokenize", response_model=DetokenizeResponse)
     async def detokenize(body: DetokenizeRequest, http: Request) -> Response:
         """The text of these token ids, special tokens written out."""
         service.check_name(body.model)
-        return json_response(await service.off_loop(http, lambda: _detokenized(body, model)))
+        return JsonResponse(await service.off_loop(http, lambda: _detokenized(body, model)))
 
     return router
 

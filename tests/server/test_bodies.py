@@ -23,8 +23,9 @@ from octavo.server.dialects.completions import CompletionRequest
 from octavo.server.dialects.conversation import MAX_PARTS, MAX_TEMPLATE_DATA
 from octavo.server.dialects.openai_chat import ChatCompletionRequest
 from octavo.server.dialects.tokens import TokenizeRequest
+from octavo.server.encoding import encode_json
 from octavo.server.errors import ApiError
-from octavo.server.streaming import encode_json, unless_hung_up
+from octavo.server.streaming import unless_hung_up
 from octavo.server.strict_json import StrictRoute
 
 LIMIT = 4 << 20
