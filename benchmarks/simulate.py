@@ -30,6 +30,7 @@ from torch import Tensor
 
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
 from octavo.kernels.attention.gpu import decode as attention
+from octavo.kernels.attention.gpu.arguments import Output
 from octavo.kernels.attention.gpu.rope_decode import rope_decode
 from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.gemm.gpu.gemm_persistent import gemm_persistent
@@ -135,10 +136,10 @@ def attention_work(
     cached = batch * 2 * s.kv_heads * s.d * shapes.KV_BYTES[kv]
     num_bytes = s.length * cached + 2 * batch * s.heads * s.d
     rotation = (meta(longest, s.d), weight, weight, 1e-5)
-    qkv, room = summed(batch, width, qkv_parts), (q, partial, lse, counters)
+    qkv, output = summed(batch, width, qkv_parts), Output(q, partial, lse, counters)
     input_quant = ActivationQuant(E4M3) if fp8 else None
     into = {"into": attention.quantized_rows(q, input_quant), "input_quant": input_quant}
-    launch = rope_decode(qkv, step, layer, shape, *rotation, *room, **into, **block)
+    launch = rope_decode(qkv, step, layer, shape, *rotation, output, **into, **block)
     num_bytes += read_bytes(batch, width, qkv_parts) + cached + batch * s.heads * s.d * fp8
     h = habits(launch, length=s.length)
     flops = 4 * s.heads * s.d * s.length * batch * h.padding

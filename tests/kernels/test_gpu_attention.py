@@ -9,6 +9,7 @@ from torch import Tensor
 
 from octavo.kernels.attention import reference
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
+from octavo.kernels.attention.gpu.arguments import Output
 from octavo.kernels.attention.gpu.decode import decode, split_count
 from octavo.kernels.attention.gpu.prefill import paged_attention, prefill
 from octavo.kernels.attention.step import StepInputs
@@ -64,7 +65,7 @@ def run_decode(
     partial = torch.full((*lse.shape, shape.head_dim), torch.nan, device=q.device)
     out = torch.full_like(q, torch.nan)
     counters = counters_for(lse.shape[0] * (lse.shape[1] + 1), q.device)
-    decode(q, inputs, cache, shape, out, partial, lse, counters, queries=queries, **sizes)()
+    decode(q, inputs, cache, shape, Output(out, partial, lse, counters), queries=queries, **sizes)()
     assert not bool(counters.any())
     return out
 

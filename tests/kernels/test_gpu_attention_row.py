@@ -13,6 +13,7 @@ from slow_cases import slow_if
 from torch import Tensor
 
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
+from octavo.kernels.attention.gpu.arguments import Output
 from octavo.kernels.attention.gpu.decode import decode, quantized_rows, split_count
 from octavo.kernels.attention.gpu.rope_decode import rope_and_attention, rope_decode
 from octavo.kernels.attention.step import StepInputs
@@ -102,13 +103,13 @@ def prepared(
     into = QuantizedActivation.empty(tokens + 1, heads * dim, input_quant or ActivationQuant(None), device, BF16)
     into.codes.view(torch.uint8).fill_(UNWRITTEN)
     into = QuantizedActivation(into.codes[:tokens], into.scale.fill_(-1)[:tokens])
-    room = (out, partial, lse, counters_for(sequences * (kv_heads + 1), device))
+    output = Output(out, partial, lse, counters_for(sequences * (kv_heads + 1), device))
     more = {} if input_quant is None else {"into": into, "input_quant": input_quant}
     sizes["num_warps"] = 1  # 512 columns at a time: some of these rows are longer
     if kernel == "decode":
         q = qkv[:, : heads * dim].reshape(-1, heads, dim)
-        return decode(q.contiguous(), inputs, cache, shape, *room, **more, **sizes), out.flatten(1), into
-    launch = rope_decode(qkv, inputs, cache, shape, None, None, None, 0.0, *room, **more, **sizes)
+        return decode(q.contiguous(), inputs, cache, shape, output, **more, **sizes), out.flatten(1), into
+    launch = rope_decode(qkv, inputs, cache, shape, None, None, None, 0.0, output, **more, **sizes)
     return launch, out.flatten(1), into
 
 
@@ -278,7 +279,7 @@ def test_room_without_a_rounding_is_refused(device: torch.device) -> None:
     lse = torch.empty(len(LENGTHS), 3, 1, 3, device=device)
     out, counters = torch.empty(len(LENGTHS), 9, 64, device=device), counters_for(len(LENGTHS) * 4, device)
     with pytest.raises(ValueError, match="come together"):
-        decode(out, *step[1:], out, lse, lse, counters, into=into, **SPLITS[2])
+        decode(out, *step[1:], Output(out, lse, lse, counters), into=into, **SPLITS[2])
 
 
 def test_no_tokens_have_no_codes(device: torch.device) -> None:

@@ -16,6 +16,7 @@ from attention_steps import make_cache, make_step
 from torch import Tensor
 
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
+from octavo.kernels.attention.gpu.arguments import Output
 from octavo.kernels.attention.gpu.decode import decode
 from octavo.kernels.attention.gpu.prefill import prefill
 from octavo.kernels.attention.gpu.rope import rope
@@ -95,8 +96,10 @@ def in_step(launch: Callable[..., object], **sizes: Any) -> Callable[..., object
 
     def launched(**tensors: Tensor) -> object:
         inputs = replace(STEP, **{name: tensors.pop(name) for name in list(tensors) if hasattr(STEP, name)})
-        eps = {"eps": 1e-5} if "qkv" in tensors else {}
-        return launch(inputs=inputs, cache=CACHE, shape=SHAPE, **eps, **tensors, **sizes)
+        more: dict[str, Any] = {"eps": 1e-5} if "qkv" in tensors else {}
+        if "lse" in tensors:
+            more["output"] = Output(*(tensors.pop(name) for name in Output._fields))
+        return launch(inputs=inputs, cache=CACHE, shape=SHAPE, **more, **tensors, **sizes)
 
     return launched
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from octavo.kernels.attention import reference
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
 from octavo.kernels.attention.gpu import rope
+from octavo.kernels.attention.gpu.arguments import Output
 from octavo.kernels.attention.gpu.decode import split_count
 from octavo.kernels.attention.gpu.rope_decode import reads_rows_again, rope_and_attention, rope_decode
 from octavo.kernels.attention.step import StepInputs
@@ -58,8 +59,8 @@ def run(
     partial = torch.full((*lse.shape, shape.head_dim), torch.nan, device=device)
     out = torch.full((tokens, shape.num_heads, shape.head_dim), torch.nan, dtype=dtype, device=device)
     counters = counters_for(tokens * (shape.num_kv_heads + 1), device)
-    room = (out, partial, lse.to(device), counters)
-    rope_decode(qkv, inputs, cache, shape, cos_sin, *norms, EPS, *room, **{**SPLITS, **other})()
+    output = Output(out, partial, lse.to(device), counters)
+    rope_decode(qkv, inputs, cache, shape, cos_sin, *norms, EPS, output, **{**SPLITS, **other})()
     assert not bool(counters.any())
     return out
 

@@ -139,14 +139,17 @@ def attend_split(
 
 
 @triton.jit
-def finish_split(found, output, where, kv_heads, grid_splits, row_quant, shape: tl.constexpr, splits: tl.constexpr):
+def finish_split(
+    found, output, where, counts, kv_heads, grid_splits, row_quant, shape: tl.constexpr, splits: tl.constexpr
+):
     """Store what `attend_split` found: into out if a sequence has one split, else aside, and the last one merges.
 
-    where: the sequence, KV head, split, number of splits, first query and number of queries. The program that stores
-    the last of a sequence's heads quantizes the row, if `row_quant` has codes.
+    where: the sequence, KV head and split. counts: the sequence's number of splits, its first query and its number of
+    queries. The program that stores the last of a sequence's heads quantizes the row, if `row_quant` has codes.
     """
     result, top, total = found
-    sequence, head, split, count, first, queries = where
+    sequence, head, split = where
+    count, first, queries = counts
     row = tl.arange(0, top.shape[0])
     at = tl.arange(0, shape.DIM)
     is_whole = count == 1
@@ -186,22 +189,10 @@ def split_at(place, ends):
 
 
 @triton.jit
-def _decode_split(
-    sequence,
-    head,
-    split,
-    q,
-    output,
-    cache,
-    batch,
-    scores,
-    row_quant,
-    table_width,
-    kv_heads,
-    grid_splits,
-    shape: tl.constexpr,
-    splits: tl.constexpr,
-):
+def _decode_split(where, q, attention, shape: tl.constexpr, splits: tl.constexpr):
+    """where: the sequence, KV head and split. attention: the arguments that `_decode` and `_rope_decode` have both."""
+    sequence, head, split = where
+    output, cache, batch, scores, row_quant, table_width, kv_heads, grid_splits = attention
     first, queries, length, begin, split_tokens, count = kv_splits(
         sequence, batch, scores.window, splits, shape.HAS_WINDOW
     )
@@ -225,8 +216,7 @@ def _decode_split(
             shape,
             splits.BLOCK_N,
         )
-        where = (sequence, head, split, count, first, queries)
-        finish_split(found, output, where, kv_heads, grid_splits, row_quant, shape, splits)
+        finish_split(found, output, where, (count, first, queries), kv_heads, grid_splits, row_quant, shape, splits)
 
 
 @triton.jit(do_not_specialize=["sequences", "table_width", "grid_splits"])
@@ -247,43 +237,14 @@ def _decode(
     OVERLAPS: tl.constexpr,
 ):
     await_previous(OVERLAPS)
+    attention = (output, cache, batch, scores, row_quant, table_width, kv_heads, grid_splits)
     if SEQUENCES == 0:
-        _decode_split(
-            tl.program_id(0),
-            tl.program_id(1),
-            tl.program_id(2),
-            q,
-            output,
-            cache,
-            batch,
-            scores,
-            row_quant,
-            table_width,
-            kv_heads,
-            grid_splits,
-            shape,
-            splits,
-        )
+        _decode_split((tl.program_id(0), tl.program_id(1), tl.program_id(2)), q, attention, shape, splits)
     else:
         ends = splits_end(batch, sequences, scores.window, SEQUENCES, splits, shape.HAS_WINDOW)
         for item in tl.range(tl.program_id(0), tl.max(ends) * kv_heads, tl.num_programs(0), disable_licm=True):
             sequence, split = split_at(item // kv_heads, ends)
-            _decode_split(
-                sequence,
-                item % kv_heads,
-                split,
-                q,
-                output,
-                cache,
-                batch,
-                scores,
-                row_quant,
-                table_width,
-                kv_heads,
-                grid_splits,
-                shape,
-                splits,
-            )
+            _decode_split((sequence, item % kv_heads, split), q, attention, shape, splits)
 
 
 def split_count(
@@ -294,21 +255,20 @@ def split_count(
     return max(min(max_splits, cdiv(seen, min_split_tokens)), 1)
 
 
-def _expect_room(
+def _expect_output(
     q: Tensor,
     inputs: StepInputs,
     cache: LayerCache,
     shape: AttentionShape,
-    out: Tensor,
-    room: tuple[Tensor, Tensor, Tensor],
+    output: Output,
     queries: int,
     min_split_tokens: int,
     max_splits: int,
 ) -> None:
     """Check every size that `decode` is given; where no sequence has two splits, `partial` isn't used."""
+    out, partial, lse, counters = output
     expect_paged(q, inputs, cache, shape, out)
     sequences = inputs.seq_lens.shape[0]
-    partial, lse, counters = room
     splits = split_count(
         inputs.max_seq_len, shape, min_split_tokens=min_split_tokens, max_splits=max_splits, queries=queries
     )
@@ -325,10 +285,7 @@ def decode(
     inputs: StepInputs,
     cache: LayerCache,
     shape: AttentionShape,
-    out: Tensor,
-    partial: Tensor,
-    lse: Tensor,
-    counters: Tensor,
+    output: Output,
     *,
     into: QuantizedActivation | None = None,
     input_quant: ActivationQuant | None = None,
@@ -340,8 +297,9 @@ def decode(
     num_warps: int = 4,
     num_stages: int = 3,
 ) -> Launch:
-    """Attention of q [T, Hq, D] into out [T, Hq, D], for every sequence with at most `queries` queries.
+    """Attention of q [T, Hq, D] into the output's out [T, Hq, D], for every sequence with at most `queries` queries.
 
+    The output's other tensors:
     partial  [S, Hkv, P, queries * Hq / Hkv, D] float32, P = `split_count` of the longest sequence
     lse      [S, Hkv, P, queries * Hq / Hkv] float32, log2 of the sum of exponentials
     counters [S * (Hkv + 1) or more] int32, zeros before and after: those of pairs from the first on, those of sequences
@@ -350,12 +308,10 @@ def decode(
     programs loop over a list of the splits that exist when the grid would have more programs: a CUDA graph's grid is
              for the longest contexts, and a program with nothing to do costs time too
     """
-    _expect_room(q, inputs, cache, shape, out, (partial, lse, counters), queries, min_split_tokens, max_splits)
+    _expect_output(q, inputs, cache, shape, output, queries, min_split_tokens, max_splits)
     sizes = {"BLOCK_N": block_n, "MIN_SPLIT_TOKENS": min_split_tokens, "MAX_SPLITS": max_splits}
-    arguments = decode_arguments(
-        inputs, cache, shape, Output(out, partial, lse, counters), into, input_quant, queries, num_warps, sizes
-    )
-    grid, more = grid_of(lse, programs)
+    arguments = decode_arguments(inputs, cache, shape, output, into, input_quant, queries, num_warps, sizes)
+    grid, more = grid_of(output.lse, programs)
     return Launch(_decode, grid, {"q": q, **arguments, **more}, num_warps=num_warps, num_stages=num_stages)
 
 
@@ -405,10 +361,10 @@ def decode_arguments(
     }
 
 
-def room_for(
-    inputs: StepInputs, cache: LayerCache, shape: AttentionShape
-) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, int]]:
-    """For sequences with one query: `partial`, `lse` and `counters` of `decode`, and the block sizes of the table."""
+def output_into(
+    out: Tensor, inputs: StepInputs, cache: LayerCache, shape: AttentionShape
+) -> tuple[Output, dict[str, int]]:
+    """The output of `decode` into `out` for sequences with one query, and the block sizes of the tuning table."""
     group = shape.num_heads // shape.num_kv_heads
     sizes = tuning.choose("paged decode", group, shape.head_dim, cache.key.element_size())
     programs = split_count(
@@ -418,7 +374,7 @@ def room_for(
     sequences = inputs.seq_lens.shape[0]
     lse = torch.empty(sequences, shape.num_kv_heads, programs, group, device=device)
     partial = lse.new_empty(*lse.shape, shape.head_dim) if programs > 1 else lse
-    return (partial, lse, counters_for(sequences * (shape.num_kv_heads + 1), device)), sizes
+    return Output(out, partial, lse, counters_for(sequences * (shape.num_kv_heads + 1), device)), sizes
 
 
 def quantized_rows(out: Tensor, input_quant: ActivationQuant | None) -> QuantizedActivation | None:
@@ -443,7 +399,7 @@ def decode_attention(
 
     Returns out [T, Hq D], or what `input_quant` makes of it.
     """
-    (partial, lse, counters), sizes = room_for(inputs, cache, shape)
+    output, sizes = output_into(out, inputs, cache, shape)
     into = quantized_rows(out, input_quant)
-    decode(q, inputs, cache, shape, out, partial, lse, counters, into=into, input_quant=input_quant, **sizes)()
+    decode(q, inputs, cache, shape, output, into=into, input_quant=input_quant, **sizes)()
     return out.flatten(1) if into is None else into

@@ -19,14 +19,15 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
+from octavo.kernels.attention.gpu.arguments import Output
 from octavo.kernels.attention.gpu.decode import (
     attend_split,
     decode,
     decode_attention,
     finish_split,
     kv_splits,
+    output_into,
     quantized_rows,
-    room_for,
     split_at,
     splits_end,
 )
@@ -44,23 +45,25 @@ from octavo.kernels.quantized_activation import ActivationQuant, Hidden, Quantiz
 
 @triton.jit
 def _norm_of(
-    qkv,
+    source,
     start,
     columns,
     weight,
     column,
-    split_size,
-    eps,
     dtype: tl.constexpr,
-    SPLIT_K: tl.constexpr,
+    rope: tl.constexpr,
     NORM: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Where the norm's weights of heads at column [R] begin, and its factor if it is over all columns from start on."""
+    """Where the norm's weights of heads at column [R] begin, and its factor if it is over all columns from start on.
+
+    source: qkv, the size of one of its partial sums, and the norm's eps.
+    """
+    qkv, split_size, eps = source
     whole = 1.0
     if NORM == "all":
         weight += column[:, None]
-        whole = whole_factor(qkv, start, columns, eps, split_size, dtype, WIDTH, SPLIT_K)
+        whole = whole_factor(qkv, start, columns, eps, split_size, dtype, WIDTH, rope.SPLIT_K)
     return weight, whole
 
 
@@ -76,13 +79,11 @@ def _weights(weight, at, mask, NORM: tl.constexpr):
 
 @triton.jit
 def _rotated(
-    qkv,
+    source,
     place,
     there,
     norm,
     cos_sin,
-    split_size,
-    eps,
     dtype: tl.constexpr,
     shape: tl.constexpr,
     rope: tl.constexpr,
@@ -93,6 +94,7 @@ def _rotated(
 
     norm: what `_norm_of` returns.
     """
+    qkv, split_size, eps = source
     weight, whole = norm
     at = tl.arange(0, shape.DIM)
     mask = there[:, None] & (at < shape.HEAD_DIM)[None, :]
@@ -121,7 +123,7 @@ def _rotated(
 
 @triton.jit
 def _write_new(
-    qkv,
+    source,
     place,
     k_norm,
     cos_sin,
@@ -129,8 +131,6 @@ def _write_new(
     slot,
     head,
     kv_heads,
-    split_size,
-    eps,
     dtype: tl.constexpr,
     shape: tl.constexpr,
     rope: tl.constexpr,
@@ -145,49 +145,32 @@ def _write_new(
     to = slot // shape.BLOCK_SIZE * kv_heads + head
     to = (to * shape.BLOCK_SIZE + slot % shape.BLOCK_SIZE) * HEAD_DIM + at
     norm = _norm_of(
-        qkv,
+        source,
         place - head * HEAD_DIM,
         kv_heads * HEAD_DIM,
         k_norm,
         head * HEAD_DIM + tl.arange(0, 1),
-        split_size,
-        eps,
         dtype,
-        rope.SPLIT_K,
+        rope,
         K_NORM,
         rope.K_WIDTH,
     )
-    key = _rotated(qkv, place + one, there, norm, cos_sin, split_size, eps, dtype, shape, rope, K_NORM, rope.ROTATES)
+    key = _rotated(source, place + one, there, norm, cos_sin, dtype, shape, rope, K_NORM, rope.ROTATES)
     tl.store(new.key + to, encoded(key, tl.load(new.key_scale + head), new.key.dtype.element_ty), mask=mask)
     place += kv_heads * HEAD_DIM
     norm = (k_norm, 1.0)
-    value = _rotated(qkv, place + one, there, norm, cos_sin, split_size, eps, dtype, shape, rope, "", False)
+    value = _rotated(source, place + one, there, norm, cos_sin, dtype, shape, rope, "", False)
     tl.store(new.value + to, encoded(value, tl.load(new.value_scale + head), new.value.dtype.element_ty), mask=mask)
     tl.debug_barrier()
 
 
 @triton.jit
 def _rope_decode_split(
-    sequence,
-    head,
-    split,
-    qkv,
-    tensors,
-    new,
-    output,
-    cache,
-    batch,
-    scores,
-    row_quant,
-    table_width,
-    kv_heads,
-    grid_splits,
-    split_size,
-    eps,
-    shape: tl.constexpr,
-    rope: tl.constexpr,
-    splits: tl.constexpr,
+    where, source, tensors, new, attention, shape: tl.constexpr, rope: tl.constexpr, splits: tl.constexpr
 ):
+    """where, attention: as of `decode._decode_split`. source: as of `_norm_of`."""
+    sequence, head, split = where
+    output, cache, batch, scores, row_quant, table_width, kv_heads, grid_splits = attention
     first, queries, length, begin, split_tokens, count = kv_splits(
         sequence, batch, scores.window, splits, shape.HAS_WINDOW
     )
@@ -203,7 +186,7 @@ def _rope_decode_split(
             angles += tl.load(tensors.positions + token) * (2 * rope.HALF)
         if split == count - 1:
             _write_new(
-                qkv,
+                source,
                 row + (GROUP * kv_heads + head) * HEAD_DIM,
                 tensors.k_norm,
                 angles,
@@ -211,28 +194,24 @@ def _rope_decode_split(
                 tl.load(tensors.slots + token),
                 head,
                 kv_heads,
-                split_size,
-                eps,
                 dtype,
                 shape,
                 rope,
             )
         r = tl.arange(0, splits.ROWS)
         norm = _norm_of(
-            qkv,
+            source,
             row,
             GROUP * kv_heads * HEAD_DIM,
             tensors.q_norm,
             (head * GROUP + tl.minimum(r, GROUP - 1)) * HEAD_DIM,
-            split_size,
-            eps,
             dtype,
-            rope.SPLIT_K,
+            rope,
             Q_NORM,
             rope.Q_WIDTH,
         )
         place = row + (head * GROUP + r) * HEAD_DIM
-        q = _rotated(qkv, place, r < GROUP, norm, angles, split_size, eps, dtype, shape, rope, Q_NORM, rope.ROTATES)
+        q = _rotated(source, place, r < GROUP, norm, angles, dtype, shape, rope, Q_NORM, rope.ROTATES)
         even, odd, unit = as_factors(narrow(q, dtype), cache.key, shape)
         begin += split * split_tokens
         found = attend_split(
@@ -249,8 +228,7 @@ def _rope_decode_split(
             shape,
             splits.BLOCK_N,
         )
-        where = (sequence, head, split, count, first, 1)
-        finish_split(found, output, where, kv_heads, grid_splits, row_quant, shape, splits)
+        finish_split(found, output, where, (count, first, 1), kv_heads, grid_splits, row_quant, shape, splits)
 
 
 @triton.jit(do_not_specialize=["sequences", "table_width", "grid_splits"])
@@ -276,53 +254,17 @@ def _rope_decode(
     OVERLAPS: tl.constexpr,
 ):
     await_previous(OVERLAPS)
+    source = (qkv, split_size, eps)
+    attention = (output, cache, batch, scores, row_quant, table_width, kv_heads, grid_splits)
     if SEQUENCES == 0:
-        _rope_decode_split(
-            tl.program_id(0),
-            tl.program_id(1),
-            tl.program_id(2),
-            qkv,
-            tensors,
-            new,
-            output,
-            cache,
-            batch,
-            scores,
-            row_quant,
-            table_width,
-            kv_heads,
-            grid_splits,
-            split_size,
-            eps,
-            shape,
-            rope,
-            splits,
-        )
+        where = (tl.program_id(0), tl.program_id(1), tl.program_id(2))
+        _rope_decode_split(where, source, tensors, new, attention, shape, rope, splits)
     else:
         ends = splits_end(batch, sequences, scores.window, SEQUENCES, splits, shape.HAS_WINDOW)
         for item in tl.range(tl.program_id(0), tl.max(ends) * kv_heads, tl.num_programs(0), disable_licm=True):
             sequence, split = split_at(item // kv_heads, ends)
-            _rope_decode_split(
-                sequence,
-                item % kv_heads,
-                split,
-                qkv,
-                tensors,
-                new,
-                output,
-                cache,
-                batch,
-                scores,
-                row_quant,
-                table_width,
-                kv_heads,
-                grid_splits,
-                split_size,
-                eps,
-                shape,
-                rope,
-                splits,
-            )
+            where = (sequence, item % kv_heads, split)
+            _rope_decode_split(where, source, tensors, new, attention, shape, rope, splits)
 
 
 def rope_decode(
@@ -334,18 +276,15 @@ def rope_decode(
     q_norm: Tensor | None,
     k_norm: Tensor | None,
     eps: float,
-    out: Tensor,
-    partial: Tensor,
-    lse: Tensor,
-    counters: Tensor,
+    output: Output,
     *,
     into: QuantizedActivation | None = None,
     input_quant: ActivationQuant | None = None,
     **sizes: int,
 ) -> Launch:
-    """`rope` on qkv, and `decode` of the queries into out [T, Hq, D], for every sequence with one new token."""
-    expect(out=(out, (qkv.shape[-2], shape.num_heads, shape.head_dim)))
-    plain = decode(out, inputs, cache, shape, out, partial, lse, counters, into=into, input_quant=input_quant, **sizes)
+    """`rope` on qkv, and `decode` of the queries into the output, for every sequence with one new token."""
+    expect(out=(output.out, (qkv.shape[-2], shape.num_heads, shape.head_dim)))
+    plain = decode(output.out, inputs, cache, shape, output, into=into, input_quant=input_quant, **sizes)
     arguments = {**plain.arguments, **rope_arguments(qkv, inputs, cache, shape, cos_sin, q_norm, k_norm, eps)}
     del arguments["q"]  # which are made in the kernel
     return replace(plain, kernel=_rope_decode, arguments=arguments)
@@ -374,25 +313,12 @@ def rope_and_attention(
             return paged_attention(q, inputs, cache, shape)
         return decode_attention(q, inputs, cache, shape, torch.empty_like(q), input_quant)
     out = qkv.new_empty(qkv.shape[-2], shape.num_heads, shape.head_dim, dtype=dtype or qkv.dtype)
-    (partial, lse, counters), sizes = room_for(inputs, cache, shape)
+    output, sizes = output_into(out, inputs, cache, shape)
     into = quantized_rows(out, input_quant)
-    rope_decode(
-        qkv,
-        inputs,
-        cache,
-        shape,
-        cos_sin,
-        q_norm,
-        k_norm,
-        eps,
-        out,
-        partial,
-        lse,
-        counters,
-        into=into,
-        input_quant=input_quant,
-        **sizes,
-    )()
+    launch = rope_decode(
+        qkv, inputs, cache, shape, cos_sin, q_norm, k_norm, eps, output, into=into, input_quant=input_quant, **sizes
+    )
+    launch()
     return out.flatten(1) if into is None else into
 
 

@@ -9,6 +9,7 @@ from proof import PAST_L1, Proof, meta
 from torch import Tensor
 
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
+from octavo.kernels.attention.gpu.arguments import Output
 from octavo.kernels.attention.gpu.decode import decode, quantized_rows
 from octavo.kernels.attention.gpu.prefill import prefill
 from octavo.kernels.attention.gpu.rope import rope
@@ -73,10 +74,7 @@ def decode_proofs() -> dict[str, Proof]:
             inputs,
             cache,
             shape,
-            q,
-            lse,
-            lse,
-            counters,
+            Output(q, lse, lse, counters),
             into=quantized_rows(q, input_quant),
             input_quant=input_quant,
             queries=queries,
@@ -183,10 +181,7 @@ def rope_decode_proofs() -> dict[str, Proof]:
             norms[0],
             norms[1],
             1e-5,
-            q,
-            lse,
-            lse,
-            counters,
+            Output(q, lse, lse, counters),
             into=quantized_rows(q, input_quant),
             input_quant=input_quant,
             **sizes,
