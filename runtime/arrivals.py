@@ -1,7 +1,7 @@
 """Requests between the socket and the scheduler: taken in order, so many tokens at a time, and aborted at no cost.
 
-A client may send much and go away at once. What it sent must not hold up everybody's next step: so aborts overtake the
-requests that they are for, and what is left becomes sequences little by little, between steps.
+A client may send much and go away at once, which must not hold up everybody's next step. So aborts overtake the
+requests that they are for, and the requests that remain become sequences a few at a time, between steps.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Arrivals:
         return bool(self._request_of)
 
     def add(self, request: AddRequest) -> list[TokenOutput]:
-        """Queue a request. Outputs that refuse answers whose id is queued already; those are ended, too."""
+        """Queue a request. Returns the outputs that refuse answers whose id is queued already; both are ended."""
         refused = []
         for request_id in request.request_ids:
             if self._request_of.pop(request_id, None) is not None:

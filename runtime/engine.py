@@ -56,7 +56,7 @@ class Engine:
         return [output for output in refused if output is not None]
 
     def step(self) -> list[TokenOutput]:
-        """Compute one batch and plan the next; call while `has_work`. Without outputs where nothing is ready yet."""
+        """Compute one batch and plan the next; call while `has_work`. Returns nothing while nothing is ready."""
         self.advance()
         return self.finish()
 
@@ -69,7 +69,7 @@ class Engine:
             self._submit(plan)
 
     def admit(self) -> None:
-        """Take new requests into the step that was ordered last, if it has not begun: or they would wait for two."""
+        """Take new requests into the step that was ordered last, if it hasn't begun, to save them a step's wait."""
         if len(self._under_way) == MOST_UNDER_WAY and self.executor.withdraw():
             handle = self._under_way.pop()
             self._num_ordered -= 1

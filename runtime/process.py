@@ -96,9 +96,9 @@ def serve(engine: Engine, link: Link) -> None:
 def take_messages(
     engine: Engine, link: Link, arrivals: Arrivals, outputs: list[TokenOutput], wait: bool = False
 ) -> bool:
-    """Do what messages ask that have arrived; what is refused is added to outputs. False on Shutdown.
+    """Do what the messages that have arrived ask for, and add to outputs what is refused. Returns False on Shutdown.
 
-    Requests come last, as many as a step can wait for.
+    Requests are taken last, and only as many as a step can wait for.
     """
     for message in link.receive(wait):
         match message:
@@ -146,7 +146,7 @@ class Link:
         self._poller.register(self._socket, zmq.POLLIN)
 
     def comes_before(self, descriptor: int) -> bool:
-        """Wait for a message or for a file descriptor to be readable; whether there is a message and it is not."""
+        """Wait until there is a message or a file descriptor is readable. Returns whether the message came first."""
         self._poller.register(descriptor, zmq.POLLIN)
         ready = dict(self._poller.poll())
         return descriptor not in ready
@@ -187,7 +187,7 @@ class Link:
 
 
 def _says_it_all(error: Exception) -> bool:
-    """Our own errors do; the others need their type."""
+    """Whether the message is enough: octavo's own errors are sentences, others need their type."""
     return isinstance(error, (ValueError, OSError)) and bool(str(error).strip())
 
 

@@ -1,4 +1,4 @@
-"""Requests' bodies: read within limits, decoded as JSON by the letter, checked against their type, and then dropped.
+"""Requests' bodies: read within limits, decoded as strict JSON, checked against their type, and then dropped.
 
 Python's decoders hold the interpreter for the whole of a body: 31 MB of small lists take seconds, in which nothing else
 is served, in a thread as well. Large bodies are therefore decoded in a process of their own (body_process.py), one
@@ -114,7 +114,7 @@ class Bodies:
 
 
 def validated(content: bytes | bytearray, kind: TypeAdapter[Any]) -> Any:
-    """A body decoded and checked. ApiError says where it is no JSON, or what is wrong with which field."""
+    """A body decoded and checked. Raises ApiError, which says where it isn't JSON or which field is wrong."""
     if not content:
         raise bad_request("the request has no JSON body")
     try:

@@ -29,7 +29,7 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; the server drains first, then ends us
         signal.signal(number, signal.SIG_IGN)
     limit_memory(MEMORY_BYTES)
-    gc.disable()  # what is decoded has no circles, and looking for them takes most of the time
+    gc.disable()  # decoded values have no reference cycles, and looking for them would take most of the time
     link = socket.socket(fileno=os.dup(0)).makefile("rwb")
     while len(size := link.read(LENGTH_BYTES)) == LENGTH_BYTES:
         answer = _answer(link.read(int.from_bytes(size, "little")))

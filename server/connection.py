@@ -39,10 +39,10 @@ class Connection(HttpToolsProtocol):
     _reads_head: what comes next belongs to a head, not to a body.
     _held_back: the end of the bytes of a head so far, while it may be the beginning of an Upgrade header.
     _head_size: bytes of an unfinished head; behind a head, bytes of finished trailers.
-    _line_size: bytes behind a head since the last one that was of a body or ended a trailer.
+    _line_size: bytes behind a head since the last byte of a body or the end of the last trailer.
     _running: the request that is being answered; later ones of the same connection wait in uvicorn's `pipeline`.
     _keeps_alive: whether the connection may stay open behind the newest request, once that request has come whole.
-    _is_deaf: nothing that the client sends from now on is read. _is_parting: neither is anything sent.
+    _is_deaf: nothing that the client sends is read any more. _is_parting: nothing is sent any more either.
     """
 
     _reads_head = True
@@ -103,7 +103,7 @@ class Connection(HttpToolsProtocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         if self._reads_head:
             super().on_header(name, value)
-        else:  # a trailer: no route asks for one, and as a header it could pass for what a proxy has checked
+        else:  # a trailer is dropped: no route asks for one, and as a header it would evade a proxy's checks
             self._head_size += len(name) + len(value)
             self._line_size = 0
 
@@ -152,7 +152,7 @@ class Connection(HttpToolsProtocol):
             self._stall_timer = None
 
     def _without_upgrade(self, data: bytes) -> bytes:
-        """These bytes of a head with its Upgrade header renamed, wherever the client has cut it into segments."""
+        """These bytes of a head with its Upgrade header renamed, even where the header comes in several pieces."""
         data = self._held_back + data
         head, end, rest = data.partition(b"\r\n\r\n")
         self._held_back = b""

@@ -193,7 +193,7 @@ class EngineClient:
         return sum([stream.num_pending for stream in self._readers])
 
     async def ready(self) -> Ready:
-        """Wait until the engine can serve; EngineDeadError, with its own words, if it can't."""
+        """Wait until the engine can serve. Raises EngineDeadError with the engine's own message if it can't."""
         return await asyncio.shield(self._ready)
 
     def open(self, requests: Iterable[AddRequest]) -> Stream:
@@ -221,7 +221,7 @@ class EngineClient:
         self._send(ResetPrefixCache())
 
     def refuse(self, message: str) -> None:
-        """Take no new requests; those that are open go on. Of a dead engine, its death stays the reason."""
+        """Take no new requests; open ones go on. If the engine is dead, that stays the reason."""
         self.refusal = self.death or message
 
     def fail_all(self, message: str) -> None:

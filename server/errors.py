@@ -113,7 +113,7 @@ def install(app: FastAPI) -> None:
 def explain(error: dict[str, Any]) -> tuple[str, str | None]:
     """(message, field) of one of pydantic's errors; a field that octavo doesn't know is named as such.
 
-    An error's place begins with "body"; names in <> in it are the options of a union, no fields.
+    An error's place begins with "body"; names in <> in it are options of a union, not fields.
     """
     kind = error["type"]
     context = error.get("ctx", {})

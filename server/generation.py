@@ -197,7 +197,7 @@ def _make_choice(
 
 
 async def generate(choices: Sequence[Choice], client: EngineClient, metrics: Metrics) -> Steps:
-    """What each step brings, until every choice has ended. Raises ApiError when the engine fails or is dead."""
+    """The deltas of each step, until every choice has ended. Raises ApiError when the engine fails or is dead."""
     by_id = {choice.request.request_id: choice for choice in choices}
     num_open = len(choices)
     outcome = "abort"

@@ -45,7 +45,7 @@ async def serve(
     listener: Listener,
     options: ListenOptions,
 ) -> bool:
-    """Serve until told to stop; whether the engine was alive then.
+    """Serve until told to stop. Returns whether the engine was alive then.
 
     Raises EngineStartError, BindError, and ChatTemplateError for a template that can't be compiled.
     """
@@ -178,7 +178,7 @@ class _Server(uvicorn.Server):
             await asyncio.wait(self.server_state.tasks, timeout=LAST_WORDS_SECONDS)
 
     async def _drain(self) -> None:
-        """Wait for open requests, while new ones, and /health, are still answered: with 503."""
+        """Wait for open requests. New ones, and /health, are answered with 503 meanwhile."""
         while self._client.num_open and not self.force_exit:
             await asyncio.sleep(DRAIN_POLL_SECONDS)
 

@@ -57,8 +57,8 @@ def reserve_port(host: str, port: int) -> socket.socket:
 def reserve_path(path: str) -> socket.socket:
     """A Unix socket at `path`, which replaces one that a killed server left there. Raises BindError.
 
-    It listens already: a Unix socket that is bound only can't be told from one whose server is gone, and a second
-    server would remove it. Clients that connect while the model is loaded wait.
+    It listens at once: a Unix socket that doesn't listen looks like one whose server is gone, and a second server would
+    remove it. Clients that connect while the model is loaded wait.
     """
     bound = socket.socket(socket.AF_UNIX)
     try:
@@ -80,7 +80,7 @@ def reserve_path(path: str) -> socket.socket:
 
 
 def listen(bound: socket.socket) -> None:
-    """Open a reserved socket to clients. Raises BindError; uvloop would listen too, but keeps its failure to itself."""
+    """Open a reserved socket to clients. Raises BindError; uvloop would listen too, but not report a failure."""
     try:
         if bound.family != socket.AF_UNIX:  # its connections inherit this, and the next server can bind at once
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,7 +1,7 @@
 """/metrics: Prometheus, under vLLM's names and with vLLM's buckets, since dashboards and autoscalers key on them.
 
-Gauges are the engine's own, from its last step. Times are the server's: what a client sees, less the network. Counters
-of a request's outcome are told by `generate` (server/generation.py), which alone knows how it ended.
+Gauges are the engine's own, from its last step. Times are the server's: what a client sees, less the network.
+`generate` (server/generation.py) reports how a request ended, since it alone knows.
 """
 
 from __future__ import annotations

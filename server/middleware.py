@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from octavo.server.access import Access, host_name
 from octavo.server.errors import error_response
 
-PROBES = frozenset({"/health", "/ping"})  # who asks them has no key, and learns one bit
+PROBES = frozenset({"/health", "/ping"})  # a probe has no key, and learns no more than whether the server works
 OPEN_PATHS = frozenset({"/metrics", "/version", "/docs", "/openapi.json"})  # unless --protect-all closes them
 
 
@@ -36,7 +36,9 @@ class Authentication:
 
     def _fits(self, scope: Scope) -> bool:
         scheme, _, given = Headers(scope=scope).get("authorization", "").encode("latin-1").partition(b" ")
-        fitting = [secrets.compare_digest(given.strip(), key) for key in self._accepted]  # all, in equal time
+        fitting = [
+            secrets.compare_digest(given.strip(), key) for key in self._accepted
+        ]  # all keys, so that the time tells nothing
         return scheme.lower() == b"bearer" and any(fitting)
 
 

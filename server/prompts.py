@@ -10,13 +10,13 @@ from octavo.server.errors import bad_request
 from octavo.server.served_model import ServedModel
 from octavo.text.tokenizer import EncodingError
 
-LONG_TOKEN = 64  # bytes; only of a tokenizer one of whose tokens may stand for any number of them
+LONG_TOKEN = 64  # bytes of a token, where a tokenizer sets no limit to what one token stands for
 MAX_TEXT = 1 << 22  # bytes of text that are tokenized where the context sets no limit; that takes seconds
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What one answer, or n, go on from. `text` is the client's own, where it gave text."""
+    """What one answer, or n of them, continue. `text` is the client's own, where it gave text."""
 
     token_ids: list[int]
     text: str | None = None
@@ -49,7 +49,7 @@ def check_total(prompts: list[Prompt], request: GenerationRequest, name: str) ->
 
 
 def max_text_bytes(model: ServedModel, *, must_fit: bool) -> int:
-    """The longest text that is tokenized; must_fit: that can fit into the context."""
+    """The longest text that is tokenized; with must_fit, the longest one that can fit into the context."""
     per_token = model.tokenizer.max_token_bytes
     in_context = model.max_model_len * (per_token or LONG_TOKEN)
     return in_context if must_fit and per_token is not None else max(MAX_TEXT, in_context)
@@ -71,7 +71,7 @@ def encode(text: str, name: str, model: ServedModel, *, add_special_tokens: bool
 
 
 def _num_bytes(text: str, limit: int) -> int:
-    """The size of a text in UTF-8; of one that is far from the limit, about."""
+    """The size of a text in UTF-8; approximate where it is far from the limit."""
     if not limit / 4 < len(text) <= limit:
         return len(text)
     return len(text.encode("utf-8", "surrogatepass"))

@@ -26,7 +26,8 @@ class ServedModel:
 
     end_ids        the tokens that end an answer, unless a request ignores them
     defaults       values of the sampling fields that a request leaves out
-    max_model_len  the engine's; so is vocab_size: the tokenizer may leave ids below it unused
+    max_model_len  the engine's
+    vocab_size     the engine's; the tokenizer may leave ids below it unused
     """
 
     names: tuple[str, ...]

@@ -68,9 +68,9 @@ class Service:
         return JsonResponse(*await encode_in_turns(answer.whole(deltas)))
 
     async def off_loop(self, http: Request, work: Callable[[], T]) -> T:
-        """Do what takes long for a long prompt: here when it is short, in a thread when it would hold up the others.
+        """Do work whose time grows with the prompt: at once for a short body, in a thread for a longer one.
 
-        What a very long body asks for is done one at a time: tokenizing 4 MB takes 150 MB, which a thread's heap keeps.
+        Work for very long bodies is done one at a time: tokenizing 4 MB takes 150 MB, which a thread's heap keeps.
         """
         size: int = http.state.body_size
         if size < LONG_BODY:

@@ -1,7 +1,7 @@
 """Routes whose requests are read by bodies.py instead of FastAPI.
 
-FastAPI takes JSON that isn't (NaN, halves of surrogate pairs, which break whatever encodes them first), keeps the body,
-and all that was decoded of it, until the answer has been sent, and lets a route work on for a client that has left.
+FastAPI accepts what is not JSON (NaN, and halves of surrogate pairs, on which the next encoder fails), keeps the body
+and all decoded values until the answer has been sent, and lets a route work on for a client that has left.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class StrictRoute(APIRoute):
             except BaseException as error:
                 if type(error).__name__ != "PanicException":
                     raise
-                # of a library in Rust; it is no Exception, and uvicorn would make a plain text of it
+                # from a library in Rust; it isn't an Exception, and uvicorn would answer it in plain text
                 logger.exception("a library panicked")
                 raise ApiError(500, "internal error: PanicException") from None
             return Response(status_code=HUNG_UP) if response is None else response

@@ -43,7 +43,7 @@ class TemplateRenderer:
     async def render(self, request: RenderRequest) -> str:
         """The prompt of these messages. Raises ChatTemplateError or RendererStoppedError."""
         process = self._for_requests if request.origin == REQUEST_ORIGIN else self._for_model
-        # shielded: a job that is under way is finished, or its answer would be taken for that of the next one
+        # shielded: a job that has begun is finished; otherwise its answer would be taken for the next job's
         return await asyncio.shield(process.render(request))
 
     def request(self, job: Job) -> RenderRequest:

@@ -21,7 +21,7 @@ NUM_SLOTS = 4  # orders that may be written before a follower has read the first
 
 
 class ChannelEnds(msgspec.Struct, frozen=True):
-    """What a follower is told to open its end: file descriptors that it inherits, and the layout of the memory.
+    """What a follower needs to open its end: file descriptors that it inherits, and the layout of the memory.
 
     orders   is read: counts orders that it has not read
     room     is written: counts slots of the ring that it has read
@@ -114,7 +114,7 @@ class DriverChannel:
         return self._memory.answers[place, : rows * columns].reshape(rows, columns)
 
     def fail(self, message: str) -> None:
-        """From now on nothing can be sent or received; may be called from any thread."""
+        """Let every later call, and those that wait, raise this message; may be called from any thread."""
         self._failure = message
         for pipes in self._pipes:
             _count(pipes.room[1])

@@ -1,8 +1,8 @@
 """Steps under way: a thread that computes one after another, while the scheduler plans the next ones.
 
-The thread is to the scheduler what a stream is to a GPU's host: what is submitted runs in order, and a step that waits
-begins the moment the one before it ends. Python code of both threads takes turns (one interpreter lock), but kernels
-run without the lock.
+The thread is to the scheduler what a stream is to a GPU's host: submitted steps run in order, and a step that waits
+begins as soon as the one before it ends. Python code of both threads takes turns (there is one interpreter lock), but
+kernels run without the lock.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class _Steps:
         return self._steps.popleft()
 
     def take_last(self) -> bool:
-        """Whether there was one: whoever has a ticket leaves a step for everybody else who has."""
+        """Take the last step back; False if there is none. A ticket is taken before its step, so there is one to pop."""
         try:
             self._tickets.get_nowait()
         except Empty:
@@ -146,7 +146,7 @@ def _compute(steps: _Steps, driver: _Driver, finished: int) -> None:
 
 
 def _have_stopped(scheduled: Sequence[ScheduledSequence], last_tokens: Int32s) -> bool:
-    """Whether all sequences of a step have been ended by the token that it would go on from: nobody waits for it."""
+    """Whether all sequences of a step ended with the token that the step continues, so that nobody waits for it."""
     return all(
         it.tokens[0] < 0 and is_stop(it.sequence.params, int(last_tokens[it.slot]), it.num_outputs) for it in scheduled
     )

@@ -61,7 +61,7 @@ class Followers:
             self._channel.fail(f"rank {place + 1} of {len(self.processes) + 1} ended ({how})")
 
     def wait(self) -> None:
-        """Until all of them are ready. RuntimeError where one has ended, here as in all other calls."""
+        """Wait until all of them are ready. Raises RuntimeError if one has ended, as all other calls do."""
         for place in range(len(self.processes)):
             self._channel.receive(place)
 

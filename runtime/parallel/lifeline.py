@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 
 def read_line(descriptor: int) -> bytes:
-    """One line, read byte by byte: a buffered reader would hold a lock that the interpreter wants at its end.
+    """One line, read byte by byte: a buffered reader would hold a lock that the interpreter needs when it exits.
 
-    Empty where there is no whole one.
+    Empty if there is no whole line.
     """
     line = bytearray()
     while not line.endswith(b"\n"):

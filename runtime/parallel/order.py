@@ -65,7 +65,7 @@ class StepOrder:
         self.new_blocks = columns[begin : begin + groups * blocks].reshape(groups, blocks)
 
     def fill_tokens(self, last_tokens: Int32s) -> None:
-        """Put in the tokens that were being sampled when the order was made. last_tokens: of each slot."""
+        """Fill in the tokens that were being sampled when the order was made. last_tokens: the latest of each slot."""
         unknown = self.token_ids < 0
         self.token_ids[unknown] = last_tokens[-1 - self.token_ids[unknown]]
 

@@ -82,7 +82,7 @@ class Scheduler:
         return None
 
     def set_ready(self, request_id: str) -> None:
-        """What this request waited for outside is there; unknown ids are ignored."""
+        """Let this request be admitted: what it waited for is there. Unknown ids are ignored."""
         sequence = self._live.get(request_id)
         if sequence is not None:
             sequence.is_ready = True

@@ -31,7 +31,7 @@ def set_threads(num_threads: int | None) -> int:
 
 
 def cpus_in_cgroup(root: Path) -> int:
-    """What a container's quota of CPU time (cgroup v2) amounts to, in whole CPUs; threads beyond it wait and spin."""
+    """A container's quota of CPU time (cgroup v2) in whole CPUs; more threads would only wait and spin."""
     try:
         quota, period = (root / "cpu.max").read_text().split()
     except (OSError, ValueError):
@@ -60,7 +60,7 @@ def capability(device: torch.device) -> int:
 
 
 def take_tables(device: torch.device) -> list[str]:
-    """Have kernels take the block sizes of this GPU from now on; returns a note where they are another's.
+    """Make kernels use this GPU's block sizes from now on; returns a note if they were tuned on another GPU.
 
     Raises ValueError for a GPU that no kernel is made for. On a CPU there is nothing to take.
     """

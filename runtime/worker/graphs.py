@@ -5,8 +5,8 @@ copied into; a batch is filled up to its bucket with sequences of no tokens, who
 and whose attention is over nothing; and grids are those of the longest sequence that there may be.
 
 Decode steps have a graph up to 512 sequences. Steps with prompts in them have one up to MOST_TOKENS tokens, where an
-H100 computes less time than a host takes for some 300 launches; of the sequences left over, the first owns the tokens
-that fill the step up. Larger steps run as they are.
+H100 computes for less time than a host needs for some 300 launches. The first of the sequences that fill the batch up
+owns the tokens that fill the step up. Larger steps run without a graph.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ class StepBuffers:
 
     def fill(self, inputs: StepInputs, size: Size) -> None:
         """Copy a step on the CPU to the device, filled up to a size."""
-        self._copied.wait()  # the last step's may still be under way: one that samples nothing is waited for by nobody
+        self._copied.wait()  # the last step's copy may still run: nobody waits for a step that samples nothing
         slots = {name: group.slot_mapping for name, group in zip(self._slots, inputs.more_groups, strict=True)}
         for name, held in self._host.items():
             given = slots[name] if name in slots else getattr(inputs, name)
@@ -162,13 +162,16 @@ class StepBuffers:
             held[:seqs, : tables.shape[1]] = tables
 
     def _fill_up(self, tokens: int, seqs: int, size: Size) -> None:
-        """Behind a step of so many: tokens that go nowhere, one a sequence in a decode step, else all the first's."""
+        """Fill up a step of so many tokens and sequences with tokens whose slot is -1.
+
+        In a decode step each belongs to a sequence of its own, otherwise all belong to the first one that is left over.
+        """
         for name in ("slot_mapping", *self._slots):
             self._host[name][tokens:] = -1
         starts = self._host["query_starts"][seqs + 1 :]
         starts[:] = torch.arange(seqs + 1, seqs + 1 + len(starts)) if size[0] == size[1] else size[0]
 
     def _lengths(self, tokens: int, seqs: int) -> dict[str, int]:
-        """Of the tensors of a step but the block tables: how long each is."""
+        """How long each tensor of a step is; block tables aside."""
         of_tokens = dict.fromkeys(("token_ids", "positions", "slot_mapping", *self._slots), tokens)
         return of_tokens | {"logits_index": seqs, "seq_lens": seqs, "query_starts": seqs + 1}

@@ -1,9 +1,9 @@
 """Steps of every kind, run once at start, so that what compiles at first use doesn't do so while requests wait.
 
-Triton compiles a kernel anew for other block sizes, and where a number that it is told is 1 or a multiple of 16.
-Block sizes go by how many tokens there are, or pairs of them with experts, or such pairs an expert, with bounds at
-powers of two; lists in a kernel by how many sequences, where the longest context that there may be makes lists. What a
-step is said to hold decides, not what it holds: here that is nothing, as in a graph that is filled up.
+Triton compiles a kernel anew for other block sizes, and for an argument that is 1 or a multiple of 16. Block sizes
+depend on the number of tokens, of pairs of a token and an expert, or of such pairs per expert, and change at powers of
+two. The size of lists in a kernel depends on the number of sequences, if the longest context needs lists. All of this
+depends on a step's sizes alone, so the steps that are run here hold nothing, as a graph's padding does.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def compile_steps(model: Model, limits: SchedulerConfig, cache_dtype: torch.dtyp
 
 
 def run_steps(model: Model, caches: list[LayerCache], limits: SchedulerConfig) -> None:
-    """Whatever number of tokens and sequences a step has, and however long they are: its kernels have run then."""
+    """Run steps of all sizes, so that the kernels of any later step have been compiled."""
     num_groups = 1 + max(cache.group for cache in caches)
     for sizes, rows in _steps(limits, _pairs(model)):
         step = StepInputs.empty(sizes, limits.max_model_len, limits.block_size, num_groups)
@@ -86,9 +86,9 @@ def _pairs(model: Model) -> set[float]:
 
 
 def _ends_of_ranges(most: int, *per_token: float) -> list[int]:
-    """Where any of some multiples goes from one power of two to the next, up to the most: both ends.
+    """Both sides of each point, up to the most, at which one of these multiples passes a power of two.
 
-    And of each range of the number itself a multiple of 16, and a number that is none.
+    And from each range between two points a multiple of 16, and a number that isn't one.
     """
     powers = [2**k for k in range(most.bit_length())]
     ends = {int(2**k / each) + more for each in per_token for k in range(most.bit_length() + 8) for more in (0, 1)}

@@ -39,7 +39,7 @@ TokenLists = Annotated[list[TokenIds], Field(min_length=1, max_length=2048, fail
 
 
 def _kind_of_prompt(value: object) -> str:
-    """The first element tells, so that an error is about what was meant."""
+    """The first element decides, so that an error message is about the kind of prompt that was meant."""
     if not isinstance(value, list):
         return "<text>"
     first = value[0] if value else None

@@ -21,7 +21,7 @@ MAX_TEMPLATE_DATA = 1 << 20  # bytes, as JSON, of what goes to the chat template
 
 
 def bounded_json(value: Any) -> Any:
-    """Refuse megabytes of values, which a chat template would walk over."""
+    """Refuse megabytes of values: a chat template would iterate over them."""
     size = len(json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass"))
     if size > MAX_TEMPLATE_DATA:
         raise ValueError(f"{size} bytes as JSON; {MAX_TEMPLATE_DATA} is the most")

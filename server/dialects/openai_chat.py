@@ -138,7 +138,7 @@ class ChatAnswer:
 
 
 def _last_words(request: ChatCompletionRequest) -> str:
-    """What echo puts before the answer: the last message, if it is an assistant's (vLLM's meaning of it)."""
+    """What echo puts before the answer, as in vLLM: the last message, if it is an assistant's."""
     last = request.messages[-1]
     if last.role != "assistant" or last.content is None:
         return ""

@@ -7,10 +7,10 @@ from octavo.text.detokenizer import Detokenizer
 
 
 class Parser:
-    """One answer's parts: push the tokens of a step, take the parts that they complete. Text is all that it knows.
+    """One answer's parts: push the tokens of a step, take the parts that they complete. So far all parts are text.
 
-    length: characters so far, sent or not: where the next token's text begins. stopped_by: the stop string that has
-    ended the answer. Plain attributes, since both are read for each token.
+    length: characters so far, sent or not, which is where the next token's text begins. stopped_by: the stop string
+    that has ended the answer. Both are plain attributes, since they are read for each token.
     """
 
     def __init__(self, detokenizer: Detokenizer) -> None:
@@ -27,7 +27,7 @@ class Parser:
         self.stopped_by = detokenizer.stopped_by
 
     def finish(self) -> None:
-        """The tokens have ended: what was held back is said."""
+        """Take the text that was held back, now that the tokens have ended."""
         self._text += self._detokenizer.finish()
         self.length = self._detokenizer.length
         self.stopped_by = self._detokenizer.stopped_by

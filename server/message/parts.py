@@ -14,7 +14,7 @@ Kind = Literal["text"]
 
 @dataclass(slots=True)
 class Part:
-    """A piece of one kind. Pieces of a kind that follow each other are one, however the steps have cut them."""
+    """A piece of one kind. Successive pieces of a kind are joined into one, however the steps have split them."""
 
     kind: Kind
     text: str
