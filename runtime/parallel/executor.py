@@ -92,7 +92,7 @@ class _Steps:
         return self._steps.popleft()
 
     def take_last(self) -> bool:
-        """Take the last step back; False if there is none. A ticket is taken before its step, so there is one to pop."""
+        """Take the last step back; False if there is none. Who has a ticket finds a step: tickets are taken first."""
         try:
             self._tickets.get_nowait()
         except Empty:
