@@ -1,10 +1,10 @@
-"""The whole way in one go: get a real model, quantize it, serve it, and stream an answer.
+"""All steps in one go: get a real model, quantize it, serve it, and stream an answer.
 
     python -m octavo.demo
 
-It does what a person would do, by the same commands (`octavo quantize`, `octavo serve`) and the official `openai`
-client. W8A8 is what it shows: no options are needed, every linear layer takes half the bytes, and it is the scheme that
-a CPU computes fastest. What that costs the model stands in the report that it prints.
+It does what a person would do, with the same commands (`octavo quantize`, `octavo serve`) and the official `openai`
+client. It shows W8A8: no options are needed, every linear layer takes half the bytes, and a CPU computes no scheme
+faster. The report that it prints says how much quality that costs.
 """
 
 from __future__ import annotations

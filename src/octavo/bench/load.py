@@ -1,8 +1,8 @@
 """The load: requests sent at their times, and a record of when each token of their answers came.
 
-What counts as a token's arrival: an event with a choice in it, as `vllm bench serve` has it, but neither a chat's
-opening event, which only names the role, nor a closing one with a finish_reason and no text, where it stands for no
-token. How many tokens there were is the server's to say (usage): an event may carry several.
+An event with a choice in it counts as a token's arrival, as in `vllm bench serve`. Exceptions are a chat's opening
+event, which only names the role, and a closing event with a finish_reason and no text, if it stands for no token. The
+number of tokens comes from the server (usage), since an event may carry several.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class Request:
 
 @dataclass(frozen=True)
 class LoadResult:
-    """The result of a load: the requests that ended, in the order they were made, and its duration in seconds."""
+    """The result of a load: the requests that ended, in the order in which they were made, and the seconds it took."""
 
     records: list[Record]
     duration: float
@@ -155,9 +155,9 @@ async def run_load(
     stop: asyncio.Event,
     on_done: Callable[[Record], None],
 ) -> LoadResult:
-    """Send all requests at their times, at most `max_concurrency` at once, until all ended or `stop` is set.
+    """Send all requests at their times, at most `max_concurrency` at once, until all have ended or `stop` is set.
 
-    What is under way then is cut off (the server sees its connection close) and is not part of the result.
+    Requests that are still open then are cut off (the server sees their connections close) and not in the result.
     """
     records: list[Record | None] = [None] * len(requests)
     gate = asyncio.Semaphore(max_concurrency or len(requests))
@@ -256,7 +256,7 @@ def _take(record: Record, now: float, data: bytes) -> None:
 
 
 def _close(record: Record) -> str | None:
-    """Drop a closing event that stands for no token; returns why what came without an error is no whole answer."""
+    """Drop a closing event that stands for no token. Returns why an answer without an error is incomplete."""
     if record.closed_empty and len(record.token_times) > 1:
         counted = record.output_len if record.counted_by_server else None
         surplus = record.finish_reason == "length" if counted is None else len(record.token_times) > counted

@@ -29,7 +29,7 @@ class Latencies:
 
 @dataclass(frozen=True)
 class Cost:
-    """Dollars per million tokens; None where no token was made (at_slo: none within it, or no --goodput)."""
+    """Dollars per million tokens; None without tokens (at_slo: without tokens within the SLO, or without --goodput)."""
 
     per_1m_output: float | None
     per_1m_total: float | None
@@ -111,7 +111,7 @@ def meets(record: Record, goodput: Mapping[str, float]) -> bool:
 
 
 def peak_output_per_s(records: Sequence[Record]) -> float:
-    """The most tokens in one of the seconds counted from the first sending; an event counts its share of its answer."""
+    """The most tokens in one second, counted from the first request on; an event counts as its share of its answer."""
     if not records:
         return 0.0
     begun = min(record.start for record in records)

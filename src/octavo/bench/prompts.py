@@ -1,9 +1,9 @@
 """Prompts: random texts of an exact number of tokens, measured by the server's own /tokenize, or lines of a file.
 
-A text is "The" and words drawn from a list. What each word adds is asked of the server beforehand, special tokens and
-chat template included (they are in the base that "The" alone takes), so the client needs no tokenizer. A server
-without /tokenize gets as many words as tokens were asked for: nearly every vocabulary has these words whole, and the
-report shows what the server counted.
+A text is "The" and words drawn from a list. The server says beforehand how many tokens each word adds, so the client
+needs no tokenizer; special tokens and the chat template are in the count of "The" alone. A server without /tokenize
+gets as many words as tokens were asked for: in nearly every vocabulary each of these words is one token, and the report
+shows what the server counted.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def _bounds(length: int, ratio: float) -> tuple[int, int]:
 
 
 def _filler(vocabulary: Vocabulary, rng: random.Random) -> Callable[[int], tuple[list[str], int]]:
-    """A function from a number of tokens to words that take them, and the number that they and the base do take."""
+    """A function from a number of tokens to words that take so many, and the number that words and base really take."""
     largest = max((cost for _, cost in vocabulary.words), default=0)
     fitting = [[(w, c) for w, c in vocabulary.words if c <= room] for room in range(largest + 1)]
 

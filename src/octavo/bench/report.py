@@ -186,7 +186,7 @@ def _cost_json(prices: Cost, options: BenchOptions) -> dict[str, float | None]:
 
 
 def _detailed(records: Sequence[Record]) -> dict[str, list[Any]]:
-    """A failed request has what came of it, and its error; an output length of 0, as with vLLM."""
+    """A failed request has the text that came, its error, and an output length of 0, as in vLLM."""
     return {
         "input_lens": [record.input_len for record in records],
         "output_lens": [record.output_len if record.error is None else 0 for record in records],

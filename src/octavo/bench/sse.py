@@ -1,7 +1,7 @@
-"""Server-sent events out of bytes that arrive in any pieces; and the one line in the many shapes of a server's error.
+"""Server-sent events from bytes that arrive in any pieces, and one line from the many shapes of servers' errors.
 
 It knows the framing and OpenAI's error object, not what an event says. Lines end with LF, CR or CRLF and nothing else:
-str.splitlines, and httpx's iter_lines with it, also split at U+2028, which JSON strings may hold as it is.
+str.splitlines, which httpx's iter_lines uses, also splits at U+2028, which JSON strings may contain unescaped.
 """
 
 from __future__ import annotations
@@ -60,6 +60,6 @@ def http_error(status: int, body: bytes) -> str:
 
 
 def one_line(text: str) -> str:
-    """White space made single spaces, and what is longer than a few lines cut."""
+    """The text with white space made single spaces, cut after a few lines."""
     line = " ".join(text.split())
     return line if len(line) <= MAX_SHOWN else line[:MAX_SHOWN] + "..."

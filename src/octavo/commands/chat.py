@@ -1,9 +1,9 @@
-"""Talk to a model in the terminal: one that a server serves, or one that is served for the conversation.
+"""Talk to a model in the terminal, through a running server or one that is started for the conversation.
 
 octavo chat MODEL                          serve a directory or a Hub id on a port of its own, and talk to it
-octavo chat --url http://127.0.0.1:8000    talk to a server that runs
+octavo chat --url http://127.0.0.1:8000    talk to a running server
 octavo chat --url URL "a question"         print the answer and nothing else
-some-command | octavo chat --url URL       the same, the question being what comes on stdin
+some-command | octavo chat --url URL       the same, with the question on stdin
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ HELP = """\
 /exit          end; so does Ctrl-D
 Ctrl-C         stop an answer; what came of it stays in the conversation"""
 COMMAND = re.compile(r"/([a-z]+)(?:\s+(.*))?", re.DOTALL)
-# A model's text must not steer the terminal: control characters but tab and newline are left out there
+# A model's text must not steer the terminal, so control characters other than tab and newline are left out there
 UNPRINTABLE = {code: None for code in (*range(32), *range(127, 160)) if code not in (9, 10)}
 DIM = "\x1b[2m"
 PLAIN = "\x1b[0m"
@@ -61,7 +61,7 @@ class ChatOptions(msgspec.Struct, frozen=True):
         str | None,
         Meta(
             description="with or without /v1",
-            extra={"group": "a server that runs", "default": f"without a MODEL, {DEFAULT_URL}"},
+            extra={"group": "a running server", "default": f"without a MODEL, {DEFAULT_URL}"},
         ),
     ] = None
     name: Annotated[
@@ -132,7 +132,7 @@ def _sorted_out(options: ChatOptions, serve_words: list[str]) -> ChatOptions:
     """The options where a lone word is the question if --url or --model is given. Raises ChatError."""
     if options.url is not None or options.name is not None:
         if options.question is not None:
-            raise ChatError("MODEL is served here, --url and --model are for a server that runs: give one or the other")
+            raise ChatError("MODEL is served here, --url and --model are for a running server: give one or the other")
         options = msgspec.structs.replace(options, model=None, question=options.model)
     if options.model is None and serve_words:
         raise ChatError(f"{serve_words[0]} is for a MODEL that is served here, and there is none")
@@ -240,7 +240,7 @@ def _show(pieces: Generator[tuple[str, bool]], *, with_reasoning: bool) -> None:
     """Print an answer as it comes, and end its line; reasoning stands dim before it, at a terminal only."""
     terminal = sys.stdout.isatty()
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # what the terminal's encoding lacks must not end the answer
+        sys.stdout.reconfigure(errors="replace")  # the terminal's encoding may lack a character of the answer
     last = "\n"
     dim = False
     try:

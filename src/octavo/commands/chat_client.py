@@ -1,7 +1,7 @@
 """A conversation with a model behind an OpenAI-compatible server: its history, and answers piece by piece.
 
-It knows messages, not terminals. Leaving an answer before its end closes the connection, on which the server stops
-generating. What was answered up to there stays in the history; a turn that ends in an error does not.
+It knows messages, not terminals. Whoever leaves an answer before its end closes the connection, and the server stops
+generating. The part that was answered stays in the history; a turn that ends in an error does not.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ class ChatError(RuntimeError):
 
 
 class ServerEndedError(ChatError):
-    """The server that was started for this conversation is no more."""
+    """The server that was started for this conversation has ended."""
 
 
 class ChatServer:
-    """The server, spoken to over HTTP. `check` is called when it can't be reached, and may raise a better reason."""
+    """A server, over HTTP. `check` is called when it can't be reached, and may raise an error that says why."""
 
     def __init__(self, url: str, api_key: str | None, check: Callable[[], None] = lambda: None) -> None:
         base = url.rstrip("/").removesuffix("/v1")
@@ -71,7 +71,7 @@ class ChatServer:
             raise self._unreachable(e) from e
 
     def close(self) -> None:
-        """Close what is kept."""
+        """Close the kept connections."""
         self._client.close()
 
     def _unreachable(self, error: httpx.HTTPError) -> ChatError:

@@ -1,7 +1,7 @@
-"""A server of one's own for the time of a conversation: `octavo serve MODEL` on a free port of 127.0.0.1.
+"""A server for the time of one conversation: `octavo serve MODEL` on a free port of 127.0.0.1.
 
-It runs in a session of its own, so that Ctrl-C at the terminal, which stops an answer, does not reach it; whoever
-started it ends it. Its log goes to a temporary file, whose end is shown when the server fails.
+It runs in a session of its own, so that Ctrl-C at the terminal, which stops an answer, does not reach it; the process
+that started it ends it. Its log goes to a temporary file, the end of which is shown if the server fails.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class OwnServer:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
-        self.api_key = secrets.token_hex()  # others on this machine have no business with it
+        self.api_key = secrets.token_hex()  # other users of this machine must not use it
         self._log = log
         command = [sys.executable, "-m", "octavo", "serve", model, "--host", "127.0.0.1", "--port", str(port), *options]
         self._process = subprocess.Popen(
@@ -48,7 +48,7 @@ class OwnServer:
         )
 
     def wait_until_ready(self) -> None:
-        """Until /health says so, however long: a model may have to be fetched first. Raises when the process ends."""
+        """Wait for /health, however long: the model may have to be downloaded. Raises when the process ends."""
         with httpx.Client(trust_env=False, timeout=5.0) as client:
             while self._process.poll() is None:
                 with suppress(httpx.TransportError):
@@ -68,7 +68,7 @@ class OwnServer:
         raise ServerEndedError(f"the server ended with code {code}; the end of its log:{shown}")
 
     def end(self) -> None:
-        """SIGTERM, then what is left of it by force."""
+        """Send SIGTERM, and kill the processes that don't end."""
         self._process.terminate()
         try:
             self._process.wait(END_SECONDS)

@@ -37,7 +37,7 @@ NOT_GOOD_ENOUGH = 3  # the exit code when MODEL is worse than --max-kl
 
 
 class EvalError(ValueError):
-    """One line that says what was asked for and can't be had."""
+    """Options that can't be followed; the message is one line."""
 
 
 class EvalOptions(msgspec.Struct, frozen=True):
@@ -143,7 +143,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(options: EvalOptions) -> None:
-    """Refuse what goes with --against alone, and outputs that could not be written, before minutes are spent."""
+    """Refuse flags that need --against, and outputs that can't be written, before minutes are spent."""
     if options.against is None:
         for flag in ("against_revision", "max_kl", "html"):
             if getattr(options, flag) is not None:
@@ -272,6 +272,6 @@ def _write(options: EvalOptions, report: Report) -> None:
 
 
 def _name(model: str) -> str:
-    """A model's name without its place on this machine."""
+    """A model's name without its path on this machine."""
     path = Path(model).expanduser()
     return path.resolve().name if path.is_dir() else model.rpartition("/")[2]

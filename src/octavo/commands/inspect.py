@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from octavo.runtime.model.spec import DecoderSpec
 
 INDEX_IN_NAME = re.compile(r"\.\d+(?=\.|$)")
-MAX_ROWS = 500  # of the table; the longest one that a model on the Hub makes has some 60
+MAX_ROWS = 500  # of the table; models on the Hub take some 60 at most
 MAX_CELL = 200  # characters
 SUFFIX = re.compile(r"\.(weight\w*|qweight|qzeros|scales|g_idx|bias|(input|activation)_scale|input_zero_point)$")
 
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 class DeviceError(ValueError):
-    """A device that isn't here."""
+    """The device isn't on this machine."""
 
 
 def inspect(checkpoint: Checkpoint, device: str = "auto") -> dict[str, Any]:
@@ -167,9 +167,9 @@ def _parameters(checkpoint: Checkpoint, module: str, format_: QuantFormat | None
 
 
 def _to_serve(checkpoint: Checkpoint, device: str) -> tuple[dict[str, Any], dict[str, KernelChoice]]:
-    """Memory for weights as they are stored, and for 1,000 tokens of KV cache; or why octavo can't serve it.
+    """The bytes of the weights as stored and of 1,000 tokens of KV cache, or why octavo can't serve the model.
 
-    And each linear module's kernel, where the decoder serves the model.
+    Also returns each linear module's kernel, if octavo's decoder serves the model.
     """
     from octavo.quant.scheme import SchemeError
     from octavo.runtime.model.config_types import ModelConfigError
@@ -259,7 +259,7 @@ def _print(facts: dict[str, Any], model: str) -> None:
     console.print(_table(facts, model))
     lines = []
     if len(facts["layers"]) > MAX_ROWS:
-        lines.append(f"and {len(facts['layers']) - MAX_ROWS:,} kinds of layers more, which --json tells")
+        lines.append(f"and {len(facts['layers']) - MAX_ROWS:,} kinds of layers more, which --json shows")
     lines.append(f"{facts['tensors']:,} tensors in {facts['files']} files")
     if "device" in facts["to_serve"]:
         lines += _kernel_lines(facts)

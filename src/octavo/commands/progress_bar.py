@@ -19,7 +19,7 @@ class ProgressBar:
         self._task = task
 
     def phase(self, what: str) -> None:
-        """Begin again at nothing done."""
+        """Begin a new phase, with nothing done."""
         self._bar.reset(self._task, total=None, description=what)
 
     def progress(self, done: float, total: float, what: str) -> None:

@@ -98,7 +98,7 @@ def _model_of(options: ModelOptions) -> str:
 
 
 def _check_tls(options: ListenOptions) -> None:
-    """Read the certificate's files before the model is loaded: one that is missing is told at once."""
+    """Read the certificate's files before the model is loaded, so that a missing one is reported at once."""
     if not (options.ssl_certfile or options.ssl_keyfile):
         return
     try:
@@ -145,7 +145,7 @@ def _bind(options: ListenOptions) -> Listener:
 def _app_maker(
     options: ServeOptions, directory: Path, begun: float, access: Access
 ) -> tuple[TemplateRenderer, Callable[[EngineClient, Ready], tuple[FastAPI, Metrics]]]:
-    """Read the text side of the model now, while the engine loads; the rest when the engine is ready."""
+    """Read the tokenizer and templates now, while the engine loads, and make the app when the engine is ready."""
     from octavo.server.app import build_app
     from octavo.server.metrics import Metrics
     from octavo.server.served_model import ServedModel, end_token_ids, sampling_defaults
@@ -187,7 +187,7 @@ def _app_maker(
 
 
 def _access(options: ServeOptions) -> Access:
-    """Who may ask. Keys of the environment are not seen in the list of processes."""
+    """Who may send requests. Keys from the environment don't show in the list of processes."""
     server = options.server
     try:
         keys = api_keys(server.api_key, os.environ)

@@ -1,7 +1,7 @@
 """Quality of a checkpoint, through the path that serves it: the wiring between calibration and runtime.
 
-One model is in memory at a time. What the original says (all logits and hidden states, in float32) waits in temporary
-files for what the quantized model says; the directory of those files is Python's (TMPDIR).
+One model is in memory at a time. The original's logits and hidden states are kept as float32 in temporary files until
+the quantized model has computed its own; TMPDIR names their directory.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ BLOCK = 16
 
 
 class QualityError(RuntimeError):
-    """Quality can't be measured here; the message says why. The checkpoint itself is good."""
+    """Quality can't be measured here; the message says why. That says nothing against the checkpoint."""
 
 
 def measure_quality(
@@ -65,9 +65,10 @@ def measure_quality(
     """Run both models, one after the other, as the server would, and compare them over max_tokens tokens of a text.
 
     Inputs are rounded as checkpoints say, also on a GPU whose server leaves them as they are (`keeps_inputs`).
-    text is a file, None the built-in held-out text. dtype is for both, but fp8, int8 and int4, which quantize at load,
-    are for `quantized` alone. Raises QualityError for memory, disk, text or models that don't go together,
-    or that can't be served, CheckpointError, and NotFiniteError for a model that gives NaN.
+    text is a file; None is the built-in held-out text. dtype is for both models, except that fp8, int8 and int4, which
+    quantize at load, are for `quantized` alone. Raises QualityError if memory or disk don't suffice, for a text that
+    can't be read, and for models that differ too much or can't be served; CheckpointError; and NotFiniteError for a
+    model that gives NaN.
     """
     configs = (
         EngineConfig(model=str(original), dtype="auto" if dtype in AT_LOAD else dtype),
@@ -85,7 +86,7 @@ def compare(
     progress: Progress = silent,
     device: Device | None = None,
 ) -> Quality:
-    """measure_quality with all that a server can be told: also types of the KV cache and of the output head."""
+    """`measure_quality` with a server's whole configuration, such as the types of the KV cache and the output head."""
     directories = Path(original.model), Path(quantized.model)
     for directory in directories:  # before minutes are spent on the first
         Checkpoint.open(directory, LAYOUTS)
@@ -258,8 +259,7 @@ def _bytes_to_serve(directory: Path) -> int:
 
 
 def _tokens(directory: Path, text: Path | None, max_tokens: int) -> tuple[list[int], list[int], str]:
-    """A text's first max_tokens tokens, what goes before each window (the BOS token, if the tokenizer puts one
-    there), and what to call the text."""
+    """A text's first max_tokens tokens, the tokens before each window (BOS, if any), and the text's name."""
     from octavo.calibration.text.documents import DataError
     from octavo.jobs.model_text import ModelText
 
@@ -279,7 +279,7 @@ def _tokens(directory: Path, text: Path | None, max_tokens: int) -> tuple[list[i
 
 
 def _read_text(path: Path, model_text: ModelText) -> str:
-    """A text as it is; of a data set (.jsonl, .json, .csv, .parquet, also .gz) its documents, blank lines between."""
+    """A text file as it is, or a data set's documents (.jsonl, .json, .csv, .parquet, .gz) joined by blank lines."""
     from octavo.calibration.text.data import ConversationError
     from octavo.calibration.text.documents import SUFFIXES, DataError, open_file
 
@@ -299,7 +299,7 @@ def _read_text(path: Path, model_text: ModelText) -> str:
 
 
 def _encode(model_text: ModelText, text: str, max_tokens: int) -> list[int]:
-    """The first max_tokens tokens of a text; of a large file no more is tokenized than that takes."""
+    """The first max_tokens tokens of a text; no more of a large file is tokenized than they take."""
     length = 32 * max_tokens
     while True:
         token_ids = model_text.encode(text[:length], add_special_tokens=False)

@@ -34,11 +34,11 @@ Device = Literal["auto", "cpu", "cuda"]
 
 @dataclass(frozen=True)
 class Listener:
-    """Told what goes on: by the command to its progress bar, or nobody.
+    """Functions that are called while a job runs: the command's show a progress bar, by default nobody listens.
 
-    estimate  before anything is written
-    progress  (done, total, what), in any unit
-    phase     what begins: 'generating text', 'quantizing', 'measuring quality'
+    estimate  called before anything is written
+    progress  called with (done, total, what), in any unit
+    phase     called with what begins: 'generating text', 'quantizing', 'measuring quality'
     """
 
     estimate: Callable[[Estimate], None] = lambda _: None
@@ -226,7 +226,7 @@ def _runs_blocks(job: Job) -> bool:
 
 
 def _check_options(job: Job) -> None:
-    """Refuse what would be left unused without a word: who gives text and forgets the algorithm wants no rounding."""
+    """Refuse data that the algorithm wouldn't use: whoever gives text and forgets --algorithm doesn't want rtn."""
     if (job.data.dataset is not None or job.data.num_samples is not None) and not _runs_blocks(job):
         raise RecipeError(
             f"algorithm {job.recipe.algorithm} with scheme {job.recipe.scheme} uses no calibration text: leave the "
@@ -242,7 +242,7 @@ def _check_budget(job: Job, plan: Plan) -> None:
 
 
 def _check_source(job: Job, checkpoint: Checkpoint) -> list[str]:
-    """Refuse what is no whole model, before anything is done; what the report must say where that can't be told."""
+    """Refuse an incomplete model before anything is done. Returns notes for the report if that can't be checked."""
     from octavo.calibration.layers import QuantizeError
     from octavo.runtime.model.config_types import ModelConfigError
     from octavo.runtime.model.inventory import check_dense
@@ -349,7 +349,7 @@ def _report(job: Job, prepared: Prepared, result: Quantized, seconds: float) -> 
 
 
 def _with_quality(job: Job, recipe: Recipe, source: Path, report: Report) -> Report:
-    """Measure and judge, or say why not: the checkpoint is written and whole either way."""
+    """The report with measured quality and a verdict, or with the reason why there are none."""
     from octavo.calibration.report.report import rounded
     from octavo.calibration.report.verdict import broken, judge
     from octavo.calibration.verify import NotFiniteError

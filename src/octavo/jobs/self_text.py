@@ -1,12 +1,12 @@
-"""Calibration text that the model itself generates, for who has none: sampled at temperature 1.0, the same by seed.
+"""Calibration text that the model itself generates, for those who have none: sampled at temperature 1.0, from a seed.
 
-As in LLM-QAT (https://arxiv.org/abs/2305.17888) a text begins with a token drawn at random, so that texts differ; where
-the model has a chat template, every other one begins as a conversation does and the model goes on with a question and
-its answer, as in Magpie (https://arxiv.org/abs/2406.08464), since a chat model meets little else when it serves.
+As in LLM-QAT (https://arxiv.org/abs/2305.17888) a text begins with a token drawn at random, so that texts differ. If
+the model has a chat template, every other text begins as a conversation does and the model continues with a question
+and its answer, as in Magpie (https://arxiv.org/abs/2406.08464): a chat model hardly sees anything else when it serves.
 
-The model runs in a process of its own, through the engine that serves it: a quantizer that holds one block at a time
-must not be left with the memory of them all. "The same by seed" holds on one machine: floats that are summed in another
-order differ in their last bits, and a sampled text may then take another way.
+The model runs in a process of its own, through the engine that serves it, so that its memory is free again before the
+quantizer begins, which holds one block at a time. A seed gives the same text on one machine only: floats that are
+summed in another order differ in their last bits, and a sampled text may then go on differently.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def generate_data(
 
 
 def choose_prompts(text: ModelText, sizes: Sizes) -> list[list[int]]:
-    """The first tokens of each text: what the tokenizer puts before any, and a word; or the begin of a conversation."""
+    """The first tokens of each text: those that the tokenizer adds and a word, or the beginning of a conversation."""
     rng = random.Random(sizes.seed)
     plain, framed = (text.encode("a", add_special_tokens=special) for special in (False, True))
     bos = framed[: framed.index(plain[0])]
@@ -93,7 +93,7 @@ def choose_prompts(text: ModelText, sizes: Sizes) -> list[list[int]]:
 
 
 def _random_word(text: ModelText, rng: random.Random) -> int:
-    """A token that is letters, of a language that the tokenizer knows; any token where such are rare."""
+    """A random token made of letters; any token if the tokenizer has few of these."""
     tokenizer = text.tokenizer
     size = min(text.vocab_size, tokenizer.num_tokens)
     token_id = 0
@@ -158,7 +158,7 @@ def _send(reply: Reply) -> None:
 
 
 def generate(request: GenerationRequest, progress: Callable[[int], None]) -> list[list[int]]:
-    """Each prompt with what the model says next, end tokens as good as any other, to max_seq_length tokens."""
+    """Continue each prompt to max_seq_length tokens; end tokens don't end it."""
     from octavo.runtime.config import EngineConfig
     from octavo.runtime.startup import load_engine
 
@@ -206,7 +206,7 @@ def _run(engine: Engine, request: GenerationRequest, progress: Callable[[int], N
 
 
 def _check_memory(request: GenerationRequest) -> None:
-    """Raise MemoryError where weights and cache don't fit: a process that the system kills can't say why."""
+    """Raise MemoryError if weights and cache don't fit: a process that the system kills can't give the reason."""
     from octavo.quant.checkpoint import Checkpoint
     from octavo.runtime.worker.device import choose_device, free_memory
 

@@ -35,7 +35,7 @@ class ChatTemplateError(ValueError):
 
 
 class TemplateLimitError(ChatTemplateError):
-    """A template took more time or memory, or wrote more, than it may."""
+    """A template exceeded its limit of time, memory or output."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ def _compiled(source: TemplateSource) -> tuple[jinja2.Template, bool]:
 
 
 def _written(compiled: jinja2.Template, values: dict[str, Any], origin: str, max_characters: int | None) -> str:
-    """What the template writes; TemplateLimitError as soon as it is too long."""
+    """The text that the template writes. Raises TemplateLimitError as soon as it is too long."""
     if max_characters is None:
         return compiled.render(values)
     pieces = []
@@ -221,7 +221,7 @@ def _iterates_content(tree: jinja2.nodes.Template) -> bool:
 
 
 def _mark_end(chat: list[Message], source: str) -> str:
-    """Put a mark behind the final message's text, and return that text."""
+    """Append a mark to the final message's text, and return that text."""
     content = chat[-1].get("content") if chat else None
     if not content or "content" not in source:
         raise ChatTemplateError("continue_final_message: the final message has no content to continue")

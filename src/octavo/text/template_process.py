@@ -115,7 +115,7 @@ def _receive_exactly(link: socket.socket, size: int) -> bytes | None:
 
 
 def _limit_time(seconds: int) -> None:
-    """CPU seconds from now on, after which the system ends the process; the server's own clock usually comes first."""
+    """Let the system end the process after so many CPU seconds; the server's own clock usually ends it first."""
     soft = math.ceil(time.process_time()) + seconds
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)
     if hard == resource.RLIM_INFINITY or soft < hard:
@@ -124,7 +124,7 @@ def _limit_time(seconds: int) -> None:
 
 
 def limit_memory(num_bytes: int) -> None:
-    """Bytes beside what the process has now; where the system doesn't say that (no /proc), there is no limit."""
+    """Limit the process to num_bytes more than it has now; there is no limit without /proc, which says how many."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
     except OSError:

@@ -151,7 +151,7 @@ class Tokenizer:
         Raises EncodingError.
         """
         try:
-            # the only one of the library's methods that releases the GIL; `encode` would stop every other stream
+            # of the library's methods only this one releases the GIL; `encode` would stop every other stream
             ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         except (UnicodeEncodeError, TypeError):  # which one depends on the version of tokenizers
             raise EncodingError("half a surrogate pair is not text") from None
