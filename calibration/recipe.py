@@ -217,7 +217,7 @@ def _check_format(recipe: Recipe) -> None:
         if name in ("gptq", "gptq_v2") and (w.dtype == "fp8_e4m3" or a is not None):
             raise RecipeError(f"format {name} holds integer weights with plain inputs, not {scheme}; W4A16 is one")
         if name == "gptq" and not w.symmetric:
-            raise RecipeError("format gptq stores zero points less one, and has none for 0; --format gptq_v2 has")
+            raise RecipeError("format gptq stores each zero point minus 1, so it can't store 0; --format gptq_v2 can")
         if name == "awq" and (w.dtype != "int4" or a is not None or w.granularity.kind != "group"):
             raise RecipeError(f"format awq holds 4-bit weights in groups, not {scheme}; W4A16 and W4A16_ASYM are")
         if name == "fp8" and (w.dtype != "fp8_e4m3" or w.granularity.kind == "channel"):
@@ -228,8 +228,8 @@ def _check_format(recipe: Recipe) -> None:
         raise RecipeError(f"format {name} has no place for KV-cache scales; --format compressed-tensors has")
     if recipe.act_order == "group" and recipe.solver == "gptq" and name not in ("gptq", "gptq_v2"):
         raise RecipeError(
-            f"act_order group needs g_idx, which format {name} doesn't have any more; 'static' needs none, and "
-            "--format gptq has it"
+            f"act_order group needs g_idx, which format {name} no longer stores; 'static' needs none, and "
+            "--format gptq stores it"
         )
 
 

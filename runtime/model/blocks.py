@@ -111,7 +111,7 @@ class BlockRunner:
         return [InputGroup(name, tuple(modules)) for name, modules in groups.items()]
 
     def folds(self, index: int) -> list[Fold]:
-        """Where a scale per input channel can be hidden in the op before."""
+        """The ops into which scales per input channel of the next linear layer can be folded."""
         spec = self.spec
         name = f"{self._prefix}layers.{index}"
         before_attention, _, before_mlp, _ = NORMS[spec.norms]
@@ -150,7 +150,7 @@ class BlockRunner:
     ) -> Tensor:
         """hidden [B, T, H] through one block -> [B, T, H]; inputs of its linear layers go to `record` on the way.
 
-        While recording, every expert sees every token, or the rare ones' inputs would be known from a handful.
+        While recording, every expert sees every token; the inputs of rarely chosen ones would be too few otherwise.
         """
         if record is not None:
             layer = self._recorded(layer, record)
@@ -221,7 +221,7 @@ class _Tensors:
 
     @contextmanager
     def holding(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-        """While the context lasts, the source's tensors are these; behind it nothing holds them."""
+        """Let the source have these tensors while the context lasts; afterwards nothing holds them."""
         self.tensors = tensors
         try:
             yield

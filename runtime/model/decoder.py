@@ -101,8 +101,9 @@ class Decoder:
     @torch.inference_mode()
     def hidden(self, step: StepInputs, caches: list[LayerCache], tap: Tap | None = None) -> Tensor:
         some_rows = step.logits_index.shape[0] != step.token_ids.shape[0]
-        # Of prompts, most tokens' output is read by nothing behind the last layer's attention. A decode step that
-        # samples fewer than all of its tokens is rare, and cut at the end: its rows may be quantized by then.
+        # Behind the last layer's attention, nothing reads the output of most of a prompt's tokens, so that only the
+        # rows of logits are computed there. A decode step that samples fewer than all of its tokens is rare. It is cut
+        # at the end, since attention may already have quantized its rows.
         cuts_early = some_rows and step.max_query_len > 1
         for table in self._growing_tables:
             table.cover(step.max_seq_len)

@@ -1,6 +1,6 @@
 """A dense checkpoint against its config, by names and shapes alone: what would fail while loading, found at once.
 
-For who works on a checkpoint for hours, or writes one, and wants to know first whether it is a whole model.
+For those who are about to spend hours on a checkpoint, or have written one, and want to know whether it is complete.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ def check_dense(checkpoint: Checkpoint) -> DecoderSpec:
     """Hold every tensor's name and shape against what the config makes of it; tensors themselves are not read.
 
     Raises UnsupportedModelError for a config that the decoder doesn't have, and LoadError or CheckpointError for a
-    tensor that is missing, of another shape, no float, or one too many.
+    tensor that is missing, has another shape, isn't a float, or isn't part of the model.
     """
     spec = DecoderSpec.from_hf(checkpoint.config)
     source = CheckpointSource(checkpoint)

@@ -1,7 +1,7 @@
 """Which kernel would serve each linear layer of a checkpoint on some device, from config and headers alone.
 
-The same `choose_kernel` is asked that the loader asks. What only a weight's numbers tell is taken for granted: parts of
-a layer can be fused, static input scales are there, and no e4m3 code is NaN. g_idx is read: it is no weight.
+It asks the same `choose_kernel` as the loader. What only a weight's values show is assumed: that the parts of a layer
+can be fused, that static input scales are there, and that no e4m3 code is NaN. g_idx is read, since it isn't a weight.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ class Head:
 
 @dataclass(frozen=True, slots=True)
 class AddNorm:
-    """Adds a sublayer's output to the residual stream and norms the sum for the sublayer behind.
+    """Adds a sublayer's output to the residual stream and norms the sum for the next sublayer.
 
     weight      [H] float32, of the norm behind the sum; None: the sum is passed on as it is
     after       [H] float32, of the norm that the output goes through before it is added; None: there is none
@@ -67,13 +67,13 @@ class AddNorm:
     input_quant: ActivationQuant | None = None
 
     def forward(self, hidden: Tensor, residual: Tensor) -> tuple[Hidden, Tensor]:
-        """(input of the sublayer behind, residual stream), of hidden [T, H], or split along K, and residual [T, H]."""
+        """The next sublayer's input and the residual stream, of hidden [T, H], or split along K, and residual."""
         return self.ops.add_rms_norm(
             hidden, residual, self.weight, self.eps, self.after, self.multiplier, self.input_quant
         )
 
     def norm(self, residual: Tensor) -> Hidden:
-        """The input of the sublayer behind where nothing is to be added: at the decoder's beginning."""
+        """The next sublayer's input where there is nothing to add: at the decoder's beginning."""
         if self.weight is None:
             return residual
         return self.ops.rms_norm(residual, self.weight, self.eps, self.input_quant)
@@ -125,7 +125,7 @@ class Attention:
 
 @dataclass(frozen=True, slots=True)
 class GroupedExperts:
-    """Facts about experts that run together, in grouped GEMMs, for who prepares or prints them.
+    """Facts about experts that run together in grouped GEMMs, for those who prepare or print them.
 
     pairs        pairs of a token and an expert that each token makes
     num_experts  how many there are, slices of a shared one among them
@@ -242,7 +242,7 @@ class DecoderLayer:
     leave: AddNorm
 
     def followed_by(self, norm: AddNorm) -> DecoderLayer:
-        """The same layer, whose output is normed, and quantized, as `norm` does: the next layer's, or the decoder's."""
+        """The same layer with its output normed and quantized by `norm`, the next layer's or the decoder's."""
         return replace(self, leave=replace(self.leave, weight=norm.weight, input_quant=norm.input_quant))
 
     def forward(

@@ -1,7 +1,7 @@
 """A mixture of experts as a layer's MLP: a router chooses a few of many gated MLPs for each token.
 
-Serving runs the chosen experts alone. Calibration needs inputs for all of them: `observed` is the same block with every
-token through every expert, and what they were chosen for is counted.
+Serving runs the chosen experts alone. Calibration needs inputs for all of them: `observed` is the same block, but sends
+every token through every expert, and counts the tokens that each was chosen for.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class GroupedMoe:
 
     router  [num_experts, H] float32, or of the model's type where that holds it exactly; the shared expert's gate is
             another row where that is in slices
-    slices  how many of the experts, the last, are slices of the shared one; with 0 that is run by itself, if there is
+    slices  how many of the experts, the last ones, are slices of the shared one; 0: it runs by itself, if there is one
     The other fields are MoeMlp's.
     """
 

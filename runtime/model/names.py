@@ -46,7 +46,7 @@ _SPELLINGS = dict.fromkeys((names.gate, names.up, names.down) for names in _NAME
 
 
 def expert_names(moe: MoeSpec, layer: str, has: Has) -> ExpertNames:
-    """How a layer's experts are spelt in this checkpoint; as its architecture has them where there are none."""
+    """The names of a layer's experts in this checkpoint; the architecture's own if the checkpoint has no experts."""
     known = (ExpertNames(owner, *names) for owner, names in product(_OWNERS, _SPELLINGS))
     return next((n for n in known if has(f"{layer}.{n.owner}.experts.0.{n.gate}")), moe.names)
 

@@ -4,9 +4,9 @@ The signatures are the contract between the decoder and the kernels room, the sa
 positional. `octavo.kernels.*.reference` is what they mean; a device's bodies are compared with it in tests.
 T tokens, H hidden, Hq and Hkv heads, D head size, I inner size of an MLP.
 
-Two things are asked of a GPU's bodies alone, since only linear layers on a GPU ask for them. They take x, gate_up and
-qkv split along K as well, [S, T, ...] float32, to be summed first. And with an `input_quant` they return
-their result quantized as the GEMM behind reads it (kernels/quantized_activation.py). Other bodies refuse it.
+A GPU's bodies do two more things, which only linear layers on a GPU need. They take split-K parts of x, gate_up and
+qkv, [S, T, ...] float32, and sum them first. And with an `input_quant` they return their result quantized as the next
+GEMM reads it (kernels/quantized_activation.py). Other bodies refuse an `input_quant`.
 """
 
 from __future__ import annotations

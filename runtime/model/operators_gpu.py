@@ -1,6 +1,6 @@
 """The decoder's operators on a GPU: Triton launches, with memory allocated for what they return.
 
-Each may be given the partial sums of the GEMM before it, and be asked to round for the GEMM behind it
+Each takes the split-K parts of the GEMM before it, and can quantize its output for the GEMM behind it
 (kernels/quantized_activation.py).
 """
 

@@ -206,7 +206,7 @@ def _rows(spec: RopeSpec, frequencies: Tensor, begin: int, end: int) -> Tensor:
 
 
 class RopeTable:
-    """The table of `cos_sin_table`, computed as far as sequences have got: a config may promise ten million positions.
+    """The table of `cos_sin_table`, computed as far as sequences have come: there may be ten million positions.
 
     values [length, rotary_dim] lie on the CPU, whose system gives memory page by page when it is written. Rows from
     num_rows on hold nothing yet.
@@ -219,7 +219,7 @@ class RopeTable:
         self._frequencies = inverse_frequencies(spec, length)
 
     def cover(self, num_rows: int) -> None:
-        """Compute rows up to `num_rows`, and ahead: at least as many as there are."""
+        """Compute rows up to `num_rows` and beyond: at least as many new rows as there are already."""
         if num_rows <= self.num_rows:
             return
         end = min(max(num_rows, 2 * self.num_rows), self.values.shape[0])

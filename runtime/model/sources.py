@@ -1,4 +1,4 @@
-"""Where a decoder's weights come from: a checkpoint on disk, or thin air (--load-format dummy).
+"""Where a decoder's weights come from: a checkpoint on disk, or a random generator (--load-format dummy).
 
 Both answer the same questions by the tensor names that Hugging Face uses, and check each answer's shape.
 """
@@ -116,7 +116,7 @@ class CheckpointSource:
 class DummySource:
     """Random weights in the shapes, and the quantization, that a config asks for: for measuring speed, not quality.
 
-    Drawn on the device: a core draws those of 70B for minutes.
+    They are generated on the device: for 70B one core would take minutes.
     """
 
     prefix = PREFIXES[0]
@@ -166,7 +166,7 @@ def _check_shape(name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> 
 
 
 def _check_float(name: str, tensor: Tensor) -> None:
-    """Codes of eight bits without a scheme are no weights."""
+    """Refuse a tensor that isn't a float: codes without a scheme mean nothing."""
     if tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         raise LoadError(f"{name} is {tensor.dtype}, and config.json doesn't say that it is quantized")
 

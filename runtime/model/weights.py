@@ -44,11 +44,11 @@ def load_model(config: EngineConfig, device: Device | None = None, *, rounds_inp
     """The model of `config.model`, a local directory, ready to run on a device (None: the one that config names).
 
     The decoder's, or with --model-impl hf transformers' own; 'auto' is the decoder, and transformers' for a model_type
-    that the decoder doesn't have. A feature that the decoder has, with a value that it doesn't have, is refused: who
-    wants transformers' code for that says so.
+    that the decoder doesn't have. A known architecture with a value that the decoder doesn't support is refused;
+    transformers' code serves it with --model-impl hf only.
 
-    rounds_inputs: inputs are rounded as the checkpoint says, also on a GPU without products of rounded inputs (from
-    dequantized weights: slower than leaving them as they are), since a measurement of quality is of rounded inputs.
+    rounds_inputs: inputs are rounded as the checkpoint says, also on a GPU that can't multiply rounded inputs. There
+    this is slower than leaving them as they are, but a measurement of quality must see rounded inputs.
 
     Raises UnsupportedModelError (a feature that isn't known), CheckpointError (files), LoadError (what is in them).
     """
@@ -370,7 +370,7 @@ class DecoderBuilder:
 
     @property
     def _head_is_embedding(self) -> bool:
-        """Tied, and not quantized apart: some quantizers write a quantized head for a tied model too."""
+        """Whether the head is tied and has no codes of its own, which some quantizers write for a tied model."""
         return self.spec.tied and not self.source.is_quantized(head_name(self.source.prefix))
 
     def _lm_head(self, embedding: Tensor) -> Linear:

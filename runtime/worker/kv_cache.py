@@ -121,12 +121,12 @@ def _check_num_blocks(num_blocks: int, per_block: int, free_bytes: int) -> None:
 
 
 def _most(free_bytes: int) -> int:
-    """What an error proposes: some memory stays for the steps themselves."""
+    """The budget that an error proposes, which leaves some memory for the steps themselves."""
     return int(0.9 * free_bytes)
 
 
 def choose_dtype(model: Model, name: str, notes: list[str]) -> torch.dtype:
-    """`auto` is what the checkpoint was calibrated for, and the computing type where that is nothing."""
+    """`auto` is the type that the checkpoint was calibrated for; without one, the type that the model computes in."""
     if name != "auto":
         return DTYPES[name]
     if model.kv_dtype is None:
@@ -151,10 +151,10 @@ def bytes_per_block(model: Model, block_size: int, dtype: torch.dtype, layout: K
 
 
 def step_bytes(model: Model, config: EngineConfig) -> int:
-    """What steps need beside weights and cache, on a GPU: the largest of both kinds are run, and their peaks counted.
+    """The memory that steps need beside weights and cache on a GPU: the peaks of the largest prefill and decode step.
 
-    Prefills take theirs from torch's memory, decode steps from that of their graphs. To this comes what a sampler does
-    with the logits of all sequences, and of a step's share of a prompt's.
+    Both are run. Prefills use torch's memory, decode steps that of their graphs. The sampler's copies of the logits of
+    all sequences, and of the prompt logits of one step, are added.
     """
     length = min(config.max_num_batched_tokens, model.max_position)
     caches = allocate(model, 1, length, model.dtype)

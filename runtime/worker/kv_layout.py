@@ -12,7 +12,7 @@ from functools import cached_property
 
 from octavo.runtime.scheduling.kv_groups import Windows
 
-MOST_PADDING = 1 / 8  # of a block's memory may be nobody's, so that there are fewer groups: each costs time a step
+MOST_PADDING = 1 / 8  # of a block's memory may be unused to have fewer groups, each of which costs time a step
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ def one_group(num_layers: int) -> KVLayout:
 def choose_layout(windows: Sequence[int | None], longest: int) -> KVLayout:
     """The groups of layers with these windows, for sequences of up to `longest` tokens.
 
-    A window that holds the longest sequence is none. Layers of each kind are dealt out in groups as large as they can
-    be while the last group of each kind, filled up with nothing, leaves at most an eighth of the memory unused.
+    A window that holds the longest sequence counts as none. Groups are as large as possible, provided that at most an
+    eighth of the memory is unused where the last group of each kind is not full.
     """
     kinds: dict[int | None, list[int]] = {}
     for layer, window in enumerate(windows):

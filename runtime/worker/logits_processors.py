@@ -75,7 +75,7 @@ class ChangesCache:
 
 @dataclass(slots=True)
 class ChangedSequence:
-    """A sequence whose logits are changed: what by, and its tokens so far, where penalties count them."""
+    """A sequence whose logits are changed: the changes, and its tokens so far if penalties count them."""
 
     changes: LogitChanges
     counts: TokenCounts | None = None
@@ -126,7 +126,7 @@ def _keep_allowed(logits: Tensor, rows: Rows[int], states: Rows[ChangedSequence]
 
 
 def _punish(logits: Tensor, punished: Rows[tuple[int, ScheduledSequence, ChangedSequence]], ops: SamplingOps) -> None:
-    """All rows at once, over the tokens that have occurred: the others have nothing to be punished for."""
+    """Apply the penalties of all rows at once to the tokens that have occurred; the others have none."""
     tokens = []
     counts = []
     sizes = []

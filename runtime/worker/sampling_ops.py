@@ -11,7 +11,7 @@ from torch import Tensor
 
 from octavo.kernels.sampling import reference
 
-GREEDY_BELOW = 1e-5  # temperatures under this divide logits into infinities; vLLM draws the same line
+GREEDY_BELOW = 1e-5  # dividing logits by a lower temperature gives infinities; vLLM has the same limit
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,13 @@
-"""What a model of transformers must prove before it is served over the paged cache. Nothing is believed.
+"""What a model of transformers must prove before it is served over the paged cache. Nothing is taken on trust.
 
 The cache serves a model right if four things hold, and each is looked at by itself:
 
 1. Each layer calls attention once, with nothing that paged attention doesn't have (hf_attention.py, while probing).
 2. Each layer's mask is causal, or causal with the layer's window, at every length that is served.
-3. Each layer's own formula of attention is paged attention's, on numbers that make a soft cap or a sink tell.
-4. Outside attention no token knows of another: not through a convolution, a state or a dropped expert, and not
-   through a rope that turns with the longest position in the batch. And each token has the position that it is given.
+3. Each layer's own formula of attention is paged attention's, on numbers for which a soft cap or a sink changes the
+   result.
+4. Outside attention no token depends on another: not through a convolution, a state or a dropped expert, and not
+   through a rope that depends on the longest position in the batch. And each token has the position that it is given.
 
 Lastly two prompts, in chunks and single tokens, must give what transformers gives for each alone with its own cache.
 """
@@ -235,8 +236,8 @@ def _alone(model: Any, prompt: list[int]) -> Tensor:
 def difference_of(ours: Tensor, theirs: Tensor, dtype: torch.dtype, share: float) -> float:
     """How far rows of logits are from what they should be, relative to their size.
 
-    In float32 the worst row tells. In 16 bits a router takes another expert now and then, which moves single rows and
-    isn't wrong, so the row tells that `share` of the rows are no worse than.
+    In float32 it is the worst row's difference. In 16 bits a router sometimes takes another expert, which moves single
+    rows and isn't wrong, so it is the difference that a `share` of the rows doesn't exceed.
     """
     theirs = theirs.float()
     rows = (ours.float() - theirs).norm(dim=-1) / theirs.norm(dim=-1)

@@ -114,7 +114,7 @@ def load_hf_model(config: EngineConfig, dtype: torch.dtype, device: Device, note
         check_against_transformers(served, model)
     except HFModelError:
         raise
-    except Exception as error:  # out of code that nobody here has read, so of any type
+    except Exception as error:  # raised by code that octavo doesn't know, so of any type
         raise HFModelError(f"{type(model).__name__} fails without its own attention ({describe(error)})") from error
     return served
 
@@ -138,7 +138,7 @@ def read_hf_config(config: EngineConfig, directory: Path) -> Any:
 
 
 def choose_max_position(hf_config: Any, wanted: int | None, notes: list[str]) -> int:
-    """The longest sequence that is served. Ropes that change with the length end where they would begin to change."""
+    """The longest sequence that is served. A rope that depends on the length is served up to where it would change."""
     text = hf_config.get_text_config(decoder=True)
     longest = getattr(text, "max_position_embeddings", None) or wanted
     if longest is None:
