@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from octavo.server.dialects.fields import GenerationRequest
 from octavo.server.dialects.logprobs import prompt_logprobs
+from octavo.server.encoding import encode_in_turns
 from octavo.server.generation import Choice, Delta, Steps, usage_of
 from octavo.server.served_model import ServedModel
 from octavo.server.streaming import event
@@ -52,10 +53,18 @@ async def events(answer: Answer, steps: Steps) -> AsyncGenerator[bytes, None]:
             if usage_always:
                 counted = {"usage": usage_of(answer.choices).as_json()}
                 frames = [frame | counted for frame in frames]
-            if frames:
+            if any(delta.prompt_logprobs is not None for delta in deltas):  # echoed with the prompt: perhaps long
+                yield b"".join([await _event_in_turns(frame) for frame in frames])
+            elif frames:
                 yield b"".join(map(event, frames))
     if options is not None and options.include_usage:
         yield event(answer.frame([]) | {"usage": usage_of(answer.choices).as_json()})
+
+
+async def _event_in_turns(frame: Json) -> bytes:
+    """`event` of a frame whose choices may be long."""
+    choices = (choice for choice in frame["choices"])
+    return b"".join([b"data: ", *await encode_in_turns(frame | {"choices": choices}), b"\n\n"])
 
 
 def head(prefix: str, kind: str, request: GenerationRequest, model: ServedModel) -> Json:
