@@ -10,6 +10,8 @@ import pytest
 from octavo_server import stream
 from tiny_oracle import Oracle
 
+from octavo.server.encoding import PIECE_BYTES
+
 PROMPTS = ["The capital of", "def f(x):\n", "日本", "naïve café “"]
 GREEDY = {"temperature": 0, "ignore_eos": True}
 NEAR = 2e-4  # two float32 computations of one log-probability
@@ -39,6 +41,19 @@ def test_greedy_text_is_transformers(client: httpx.Client, oracle: Oracle, promp
     counts = (answer["usage"][f"{name}_tokens"] for name in ("prompt", "completion", "total"))
     assert tuple(counts) == (len(ids), 48, len(ids) + 48)
     assert (answer["object"], answer["model"], answer["id"][:5]) == ("text_completion", "tiny", "cmpl-")
+
+
+def test_a_large_answer_comes_whole(client: httpx.Client) -> None:
+    """In several pieces, whose size is told beforehand."""
+    ids = [3 + i % 200 for i in range(400)]
+    fields = {"max_tokens": 1, "prompt_logprobs": 20, "n": 2, "seed": 1}
+    response = client.post("/v1/completions", json={"prompt": ids, **fields})
+    assert len(response.content) > 2 * PIECE_BYTES
+    assert response.headers["content-length"] == str(len(response.content))
+    for one in response.json()["choices"]:
+        first, *others = one["prompt_logprobs"]
+        assert first is None
+        assert [str(token) in of for token, of in zip(ids[1:], others, strict=True)] == [True] * 399
 
 
 def test_special_tokens_are_shown_when_asked_for(client: httpx.Client, oracle: Oracle) -> None:
