@@ -53,9 +53,9 @@ def api_keys(given: Sequence[str] | None, environment: Mapping[str, str]) -> tup
 def default_hosts(host: str | None) -> tuple[str, ...]:
     """The Host headers to accept where --allowed-hosts names none, for a server bound to `host`; None: a Unix socket.
 
-    On a loopback address only the machine's own names for it: a web page whose name an attacker lets point to
-    127.0.0.1 (DNS rebinding) comes with its own name. Elsewhere any: whoever reaches the server may ask it without a
-    browser's help, and its names (a proxy's, a service's) can't be known here.
+    On a loopback address only the machine's own names for it: a web page under a name that its owner points to
+    127.0.0.1 (DNS rebinding) sends that name. On other addresses any: whoever reaches the server needs no browser to
+    ask, and the names of proxies and services aren't known here.
     """
     return ("localhost", "127.0.0.1", "[::1]", host) if host is not None and _is_loopback(host) else (ANY_HOST,)
 

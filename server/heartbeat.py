@@ -22,7 +22,7 @@ class Heartbeat:
         self._socket.bind(address)
 
     async def silence(self, seconds: float) -> None:
-        """Return when no echo has come for that long. The time until the first one, of the start, doesn't count.
+        """Return when no echo has come for that long. The time before the first echo, while the engine starts, is free.
 
         Missed beats are counted rather than seconds: a server that was itself stopped sees no silence when it wakes up.
         """

@@ -51,7 +51,7 @@ TextParts = Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
 
 
 class FunctionCall(Strict):
-    """What an assistant asked for, in the history of a conversation."""
+    """A call that an assistant made earlier in the conversation."""
 
     name: Text
     arguments: Text
@@ -107,7 +107,7 @@ class ChatOptions(Strict):
 def render_request(
     options: ChatOptions, model: ServedModel, documents: list[dict[str, Any]] | None = None
 ) -> RenderRequest:
-    """What the process that renders chat templates is asked for these messages."""
+    """The job, for the process that renders chat templates, of making these messages a prompt."""
     if options.chat_template is not None and not model.trust_request_chat_template:
         raise bad_request(
             "chat_template: a template is code, and this server does not run a client's "
@@ -130,7 +130,7 @@ def render_request(
 
 
 async def rendered(request: RenderRequest, model: ServedModel) -> str:
-    """The prompt as text; what the template refuses, or a limit that it exceeds, is a 400."""
+    """The prompt as text. A template that refuses the messages or exceeds a limit is a 400."""
     try:
         return await model.renderer.render(request)
     except ChatTemplateError as error:

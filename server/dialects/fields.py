@@ -23,8 +23,8 @@ from pydantic import (
 from octavo.server.errors import field_error
 
 MAX_CHOICES = 128
-MAX_TOKENS_SENT = 1 << 22  # to the engine for one request, where each answer's prompt counts; they take 200 MB there
-MAX_ENTRIES = 1024  # of an object; pydantic makes an error of each that is wrong, and they must not fill the memory
+MAX_TOKENS_SENT = 1 << 22  # to the engine for one request, each answer's prompt counted; they take 200 MB there
+MAX_ENTRIES = 1024  # of an object: pydantic makes an error for each wrong one, and these must not fill the memory
 INT64 = 2**63
 
 Text = Annotated[str, StringConstraints(strict=True)]
@@ -43,7 +43,7 @@ def _number(value: object) -> object:
 
 
 def bounded_entries(value: Any) -> Any:
-    """Refuse an object of too many entries: pydantic would make an error of each that is wrong."""
+    """Refuse an object of too many entries: pydantic would make an error for each wrong one."""
     if isinstance(value, dict) and len(value) > MAX_ENTRIES:
         raise ValueError(f"an object of {len(value)} entries; {MAX_ENTRIES} is the most")
     return value
