@@ -12,9 +12,7 @@ from benchmarks.gpu_case import FEW_BITS, Bodies, Case, Goal, some_rows, spread,
 from torch import Tensor
 
 from octavo.kernels.fp8.gpu import linear as fp8
-from octavo.kernels.gemm.gpu import w8a16_gemm as w8a16
-from octavo.kernels.int4.gpu import linear as int4
-from octavo.kernels.int4.gpu import packing
+from octavo.kernels.gemm.gpu import packed_linear, packing
 from octavo.kernels.int8.gpu import linear as int8
 
 BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
@@ -95,9 +93,9 @@ def int8_weights(m: int, n: int, k: int, device: torch.device) -> Bodies:
     x, w = inputs(m, n, k, device)
     scale = (w.float().reshape(n, -1, GROUP).abs().amax(2) / 127).bfloat16()
     codes = (w.double() / spread(scale, GROUP)).round().clamp(-128, 127).to(torch.int8)
-    packed, rows = w8a16.pack(codes, scale, GROUP), some_rows(m, device)
+    packed, rows = packing.pack(codes, scale, None, GROUP, bits=8), some_rows(m, device)
     return Bodies(
-        run=lambda: [w8a16.linear(x, packed)],
+        run=lambda: [packed_linear.linear(x, packed)],
         expected=lambda: product(x, codes.double() * spread(scale, GROUP), rows),
         baselines={DENSE: lambda: x @ w.T},
         rows=rows,
@@ -107,9 +105,9 @@ def int8_weights(m: int, n: int, k: int, device: torch.device) -> Bodies:
 def fp8_weights(m: int, n: int, k: int, device: torch.device) -> Bodies:
     x, w = inputs(m, n, k, device)
     codes, scale = to_fp8(w)
-    packed, rows = w8a16.pack(codes, scale, -1), some_rows(m, device)
+    packed, rows = packing.pack(codes, scale, None, k, bits=8), some_rows(m, device)
     return Bodies(
-        run=lambda: [w8a16.linear(x, packed)],
+        run=lambda: [packed_linear.linear(x, packed)],
         expected=lambda: product(x, codes.double() * scale.double(), rows),
         baselines={DENSE: lambda: x @ w.T},
         rows=rows,
@@ -138,7 +136,7 @@ INT4 = Ints()
 class IntWeight:
     """A weight as octavo's kernels read it, and out of what: codes [N, K], scale and zero [N, G], groups [K]."""
 
-    packed: packing.PackedInt4
+    packed: packing.PackedWords
     codes: Tensor
     scale: Tensor
     zero: Tensor | None
@@ -181,9 +179,9 @@ def int_rows(m: int, n: int, k: int, device: torch.device, ints: Ints = INT4) ->
         baselines[TINYGEMM] = their
     if ints != INT4:
         plain = int_weight(w).packed
-        baselines[OUR_W4A16] = lambda: int4.linear(x, plain)
+        baselines[OUR_W4A16] = lambda: packed_linear.linear(x, plain)
     return Bodies(
-        lambda: [int4.linear(x, weight.packed)], lambda: product(x, weight.exact(), rows), baselines, rows=rows
+        lambda: [packed_linear.linear(x, weight.packed)], lambda: product(x, weight.exact(), rows), baselines, rows=rows
     )
 
 
@@ -191,9 +189,9 @@ def w4a8(m: int, n: int, k: int, device: torch.device) -> Bodies:
     x, w = inputs(m, n, k, device)
     weight, (x_codes, x_scale), rows = int_weight(w), to_fp8(x), some_rows(m, device)
     return Bodies(
-        run=lambda: [int4.matmul(x_codes, weight.packed, x_scale, BF16)],
+        run=lambda: [packed_linear.matmul(x_codes, weight.packed, x_scale, BF16)],
         expected=lambda: product(x_codes.double() * x_scale, weight.exact(), rows),
-        baselines={OUR_W4A16: lambda: int4.linear(x, weight.packed), DENSE: lambda: x @ w.T},
+        baselines={OUR_W4A16: lambda: packed_linear.linear(x, weight.packed), DENSE: lambda: x @ w.T},
         rows=rows,
     )
 

@@ -30,8 +30,7 @@ from benchmarks.gpu_model import L2_BYTES, L2_LATENCY, LATENCY, Work
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from octavo.kernels.gemm.gpu import w8a16_gemm
-from octavo.kernels.int4.gpu import packing
+from octavo.kernels.gemm.gpu import packing
 from octavo.kernels.launching.launch import Launch, cdiv
 from octavo.kernels.moe.gpu import router
 
@@ -102,20 +101,21 @@ def by_memory(values: Any) -> dict[int, Tensor]:
 
 
 def pack_on_meta(
-    codes: Tensor, scale: Tensor, zero_point: Tensor | None, groups: Tensor, bias: Tensor | None = None, bits: int = 4
-) -> packing.PackedInt4:
-    """`packing.pack`, which looks at its numbers, of codes that have none: of a row of zeros, which is then N rows.
-
-    Groups without memory, too, are a mixture's: it packs codes as one group.
-    """
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    groups: Tensor | int,
+    bias: Tensor | None = None,
+    bits: int = 4,
+) -> packing.PackedWords:
+    """`packing.pack`, which looks at its numbers, of codes that have none: of a row of zeros, which is then N rows."""
     n, k = codes.shape
-    codes, rows = torch.zeros(1, k, dtype=torch.int8), torch.zeros(1, scale.shape[1], dtype=scale.dtype)
+    codes, rows = torch.zeros(1, k).to(codes.dtype), torch.zeros(1, scale.shape[1], dtype=scale.dtype)
     zeros = None if zero_point is None else rows.to(torch.int8)
-    groups = torch.zeros(k, dtype=torch.int64) if groups.is_meta else groups
     one = _pack(codes, rows, zeros, groups, bits=bits)
-    words, scales = (t.to("meta").repeat_interleave(n, 1) for t in (one.words, one.scale))
+    words, scales = (t.to("meta").repeat_interleave(n, 2) for t in (one.words, one.scale))
     order = None if one.order is None else one.order.to("meta")
-    return replace(one, words=words, scale=scales, order=order, groups=one.groups.to("meta"), bias=bias)
+    return replace(one, words=words, scale=scales, order=order, bias=bias)
 
 
 @contextmanager
@@ -127,7 +127,6 @@ def on_meta(recorder: Recorder) -> Iterator[None]:
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(packing, "pack", pack_on_meta))
-        stack.enter_context(patch.object(w8a16_gemm, "has_nan", lambda _: False))
         stack.enter_context(patch.object(router, "_logits", logits))
         stack.enter_context(patch.object(Launch, "__call__", lambda launch: recorder.launch(launch)))
         yield
@@ -186,10 +185,8 @@ def movements(started: list[Started], made: dict[int, Tensor]) -> Iterator[Movem
 def products_of(launch: Launch) -> float:
     """How many a GEMM makes; 1 of attention, which is alone in its case; 0 of what makes none."""
     name, a = launch.kernel.__name__, launch.arguments
-    if name in ("_w4a16_gemm", "_w8a16_gemm", "_gemm_swap_ab", "_gemm_persistent"):
+    if name in ("_gemm_swap_ab", "_gemm_persistent"):
         return float(a["M"] * a["N"] * a["K"])
-    if name.startswith("_grouped"):
-        return float(a["num_pairs"] * a["N"] * a["K"])
     return float(name in ("_decode", "_rope_decode", "_prefill"))
 
 
@@ -221,17 +218,15 @@ class Habits:
 def habits(launch: Launch, hit: float = 0.0, length: int = 0) -> Habits:
     """hit: experts, of a mixture; length: tokens of a sequence, where its block table has room for more."""
     name, a = launch.kernel.__name__, flat(launch.arguments)
-    if name in ("_w4a16_gemm", "_w8a16_gemm"):
-        return Habits(a["tiles_of_part"], padding=filled_up(a))
-    if name == "_gemm_swap_ab":
-        return Habits(cdiv(a["columns"], a["BLOCK_K"]), padding=filled_up(a))
+    if name == "_gemm_swap_ab" and a["order"] is None:
+        return Habits(cdiv(a["columns"], a["TILE"]), padding=filled_up(a))
     if name == "_gemm_persistent":
         tiles = cdiv(a["M"], a["BLOCK_M"]) * cdiv(a["N"], a["BLOCK_N"])
         return Habits(cdiv(a["K"], a["BLOCK_K"]) * cdiv(tiles, launch.grid[0]), padding=filled_up(a))
-    if name.startswith("_grouped"):
-        tiles = used_tiles(hit, a["num_pairs"], a["BLOCK_M"])
-        turns = a["tiles"] if "tiles" in a else cdiv(a["K"], a["BLOCK_K"])
-        return Habits(turns, tiles * cdiv(a["N"], a["BLOCK_N"]), trips=3, padding=tiles * a["BLOCK_M"] / a["num_pairs"])
+    if name == "_gemm_swap_ab":
+        tiles = used_tiles(hit, a["M"], a["BLOCK_M"])
+        blocks = tiles * cdiv(a["N"], a["BLOCK_N"])
+        return Habits(cdiv(a["columns"], a["TILE"]), blocks, trips=3, padding=tiles * a["BLOCK_M"] / a["M"])
     if name == "_router":  # its parts are merged, and its blocks of tokens; the weight's way from memory is two
         return Habits(trips=5 if launch.grid[0] == 1 else 8, near=True, num_bytes=2 * a["partial"].nbytes)
     if name == "_choose":

@@ -16,14 +16,12 @@ from benchmarks import shapes
 from benchmarks.gpu_case import FEW_BITS, Bodies, Case, Goal, some_rows, spread, to_fp8, to_ints
 from torch import Tensor
 
-from octavo.kernels.moe.gpu import int4 as moe_int4
-from octavo.kernels.moe.gpu import int8 as moe_int8
+from octavo.kernels.gemm.gpu import packing
 from octavo.kernels.moe.gpu.fused import Experts, Weights, fused_moe
 
 CONFIG = shapes.CONFIGS["qwen3-30b-a3b"]
 GROUPED, OUR_BF16, ALONE = "_grouped_mm chain, bf16", "octavo, bf16", "octavo, no shared expert"
 GROUP = 128
-Packed = moe_int4.PackedExperts | moe_int8.ByteExperts
 
 
 @cache
@@ -43,17 +41,16 @@ def experts(num: int, n: int, k: int, kind: str, device: torch.device) -> tuple[
         return Experts(codes.reshape(w.shape), scale.reshape(num, n // GROUP, -1)), dense.reshape(w.shape)
     if kind == "w8a16":
         scale = w.float().unflatten(2, (-1, GROUP)).abs().amax(-1) / 127
-        packed = moe_int8.pack(
-            (w.float() / scale.repeat_interleave(GROUP, 2)).round().to(torch.int8), scale, None, GROUP
-        )
+        codes = (w.float() / scale.repeat_interleave(GROUP, 2)).round().to(torch.int8)
+        packed = packing.stack([packing.pack(*of, None, GROUP, bits=8) for of in zip(codes, scale, strict=True)])
         return packed, packed.unpack().bfloat16()
     if kind == "int8":
         scale = w.float().abs().amax(-1) / 127
         codes = (w.float() / scale[..., None]).round().to(torch.int8)
         return Experts(codes, scale), (codes.float() * scale[..., None]).bfloat16()
     codes, scale = to_ints(w.flatten(0, 1), min(GROUP, k))
-    scale = scale.reshape(num, n, -1)
-    packed = moe_int4.pack(codes.reshape(w.shape), scale, None, min(GROUP, k), fp8=kind == "int4 fp8")
+    parts = zip(codes.reshape(w.shape), scale.reshape(num, n, -1), strict=True)
+    packed = packing.stack([packing.pack(*of, None, min(GROUP, k)) for of in parts], fp8=kind == "int4 fp8")
     return packed, packed.unpack().bfloat16()
 
 
@@ -72,7 +69,7 @@ def chosen_of(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     return chosen, weights / weights.sum(1, keepdim=True)
 
 
-def between(weights: Packed, begin: int, end: int) -> Packed:
+def between(weights: packing.PackedWords, begin: int, end: int) -> packing.PackedWords:
     """Some experts of those without zero points and act-order."""
     return replace(weights, words=weights.words[begin:end], scale=weights.scale[begin:end])
 

@@ -34,13 +34,11 @@ from octavo.kernels.attention.gpu.arguments import Output
 from octavo.kernels.attention.gpu.rope_decode import rope_decode
 from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.gemm.gpu.gemm_persistent import gemm_persistent
-from octavo.kernels.gemm.gpu.gemm_swap_ab import gemm_swap_ab
-from octavo.kernels.gemm.gpu.w4a16_gemm import w4a16_gemm
-from octavo.kernels.int4.gpu.packing import PackedInt4
+from octavo.kernels.gemm.gpu.gemm_swap_ab import gemm_packed, gemm_swap_ab
+from octavo.kernels.gemm.gpu.packing import PackedWords
 from octavo.kernels.launching import tuning
 from octavo.kernels.launching.launch import Launch, cdiv
 from octavo.kernels.moe.gpu import fused as moe
-from octavo.kernels.moe.gpu.int4 import PackedExperts
 from octavo.kernels.norm.gpu.activation import silu_and_mul
 from octavo.kernels.norm.gpu.embedding import embed
 from octavo.kernels.norm.gpu.norm import norm
@@ -74,9 +72,9 @@ def gemm_work(name: str, weights: str, m: int, n: int, k: int) -> tuple[Work, in
         x, w, scales = meta(m, k, dtype=E4M3), meta(n, k, dtype=E4M3), (meta(m, 1), meta(n))
         launch = (gemm_swap_ab if swap_ab else gemm_persistent)(x, w, *scales, out, **sizes)
     else:
-        words, scale = meta(cdiv(k, 128), n, 32, dtype=torch.int16), meta(cdiv(k, 128), n, dtype=BF16)
-        packed = PackedInt4(words, scale, 4, 128, None, None, meta(k, dtype=torch.int64))
-        launch = w4a16_gemm(meta(m, k, dtype=BF16), packed, out, **sizes)
+        words, scale = meta(1, cdiv(k, 128), n, 32, dtype=torch.int16), meta(1, cdiv(k, 128), n, dtype=BF16)
+        packed = PackedWords(words, scale, "4 bits", 128, k)
+        launch = gemm_packed(meta(m, k, dtype=BF16), packed, out, **sizes)
     peak, h = "fp8" if weights == "fp8" else "bf16", habits(launch)
     flops = shapes.gemm_flops(m, n, k) * h.padding
     return Work(name, launch, num_bytes, flops, peak, turns=h.turns), parts if parts > 1 else 0
@@ -172,9 +170,8 @@ def mixture_works(config: shapes.Config, weights: str, batch: int) -> list[Work]
 
     def experts(n: int, k: int) -> moe.Weights:
         if weights == "int4":
-            return PackedExperts(
-                meta(num, cdiv(k, 128), n, 32, dtype=torch.int16), meta(num, cdiv(k, 128), n), None, 128, k
-            )
+            words = meta(num, cdiv(k, 128), n, 32, dtype=torch.int16)
+            return PackedWords(words, meta(num, cdiv(k, 128), n, dtype=BF16), "4 bits", 128, k)
         return (
             moe.Experts(meta(num, n, k, dtype=E4M3), meta(num, n))
             if weights == "fp8"
@@ -194,7 +191,7 @@ def mixture_works(config: shapes.Config, weights: str, batch: int) -> list[Work]
             works.append(Work(name, launch, read + h.num_bytes, turns=h.turns, trips=h.trips, near=h.near))
         elif name == "route":
             works += [Work("router", None, read), Work(name, launch, batch * num * 4, near=True)]
-        elif "grouped" in name:
+        elif name == "gemm_swap_ab":
             n, k = ((width, hidden), (hidden, inner))[gemms]
             gemms += 1
             num_bytes = hit * n * k * shapes.WEIGHT_BYTES[weights] + pairs * (2 * n + sizes[n] * 2)

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from octavo.kernels.int4.reference import group_of_column
 from octavo.kernels.launching.tuning import choose
 from octavo.kernels.packed_weight import PackedWeight
 from octavo.kernels.quantized_activation import ActivationQuant, Hidden, QuantizedActivation
-from octavo.quant.body import Body, PackOptions, PermutedColumns
+from octavo.quant.body import Body, PackOptions
 from octavo.quant.qparams import QuantizedWeight
+from octavo.quant.scheme import BITS
 
 
 def eight_bits() -> Body:
@@ -50,49 +50,6 @@ def eight_bits() -> Body:
     return Body(pack, run, split_k, input_quant, adds_bias=True)
 
 
-def bytes_of_weights() -> Body:
-    """int8 or e4m3 weights decoded in registers, with scales of any granularity."""
-    from octavo.kernels.gemm.gpu import w8a16_gemm
-
-    def pack(weight: QuantizedWeight, options: PackOptions) -> PackedWeight:
-        scale, zero_point, size = scales_of_columns(weight)
-        return w8a16_gemm.pack(weight.codes, scale, -1 if size >= weight.shape[1] else size, zero_point, options.bias)
-
-    def split_k(x: Tensor, packed: Any, out_dtype: torch.dtype) -> Tensor:
-        if _splits_k("w8a16", x.shape[0], packed.words.shape[1], packed.num_columns):
-            return w8a16_gemm.split_k_partials(x, packed)
-        return w8a16_gemm.linear(x, packed, out_dtype)
-
-    return Body(pack, w8a16_gemm.linear, split_k, adds_bias=True)
-
-
-def permuted_bytes_of_weights() -> Body:
-    """As `bytes_of_weights`, with act-order: x's columns are moved by the norm before, or by a launch."""
-    from octavo.kernels.int4.gpu.permute_columns import gathered
-
-    plain = bytes_of_weights()
-    plain_split_k = plain.split_k
-    assert plain_split_k is not None
-
-    def pack(weight: QuantizedWeight, options: PackOptions) -> PackedWeight:
-        sorted_, order = weight.sorted_by_group()
-        return PermutedColumns(plain.pack(sorted_, options), order.int())
-
-    def input_quant(packed: Any) -> ActivationQuant:
-        return ActivationQuant(None, column_permutation=packed.order.argsort().int())
-
-    def arranged(x: Hidden, packed: Any) -> Tensor:
-        return x.codes if isinstance(x, QuantizedActivation) else gathered(x, packed.order)
-
-    def run(x: Hidden, packed: Any, out_dtype: torch.dtype) -> Tensor:
-        return plain.run(arranged(x, packed), packed.inner, out_dtype)
-
-    def split_k(x: Hidden, packed: Any, out_dtype: torch.dtype) -> Tensor:
-        return plain_split_k(arranged(x, packed), packed.inner, out_dtype)
-
-    return Body(pack, run, split_k, input_quant, adds_bias=True)
-
-
 def scales_of_columns(weight: QuantizedWeight) -> tuple[Tensor, Tensor | None, int]:
     """A weight's scales [N, G] and zero points, and how many columns share one; K, where a row has one scale."""
     n, k = weight.shape
@@ -105,20 +62,18 @@ def scales_of_columns(weight: QuantizedWeight) -> tuple[Tensor, Tensor | None, i
     return of_rows(weight.scale), None if zero is None else of_rows(zero), size
 
 
-def few_bits() -> Body:
-    """Weights of 2 to 4 bits, inputs in 16 bits."""
-    return _few_bits(None)
+def decoded() -> Body:
+    """Weights of 2 to 8 bits, decoded in registers, inputs in 16 bits."""
+    return _decoded(None)
 
 
-def few_bits_fp8() -> Body:
+def decoded_fp8() -> Body:
     """Weights of 2 to 4 bits, decoded to e4m3, times tokens rounded to e4m3."""
-    return _few_bits(ActivationQuant(torch.float8_e4m3fn))
+    return _decoded(ActivationQuant(torch.float8_e4m3fn))
 
 
-def _few_bits(rounding: ActivationQuant | None) -> Body:
-    from octavo.kernels.int4.gpu import linear
-
-    kind = "int4" if rounding is None else "int4 fp8"
+def _decoded(rounding: ActivationQuant | None) -> Body:
+    from octavo.kernels.gemm.gpu import packed_linear
 
     def input_quant(packed: Any) -> ActivationQuant | None:
         if packed.column_permutation is None:
@@ -128,35 +83,39 @@ def _few_bits(rounding: ActivationQuant | None) -> Body:
     def codes_of(x: Hidden, packed: Any) -> tuple[Tensor, Tensor | None, bool]:
         """x's numbers, their scales, and whether their columns are in the weight's order already."""
         if isinstance(x, QuantizedActivation):
-            is_permuted = packed.order is not None and packed.columns == packed.shape[1]
+            is_permuted = packed.order is not None and packed.columns == packed.k
             return x.codes, None if rounding is None else x.scale, is_permuted
         if rounding is None:
             return x, None, False
-        ready = linear.quantize_input(x)
+        ready = packed_linear.quantize_input(x)
         return ready.codes, ready.scale, False
 
     def run(x: Hidden, packed: Any, out_dtype: torch.dtype) -> Tensor:
         codes, scale, is_permuted = codes_of(x, packed)
-        return linear.matmul(codes, packed, scale, out_dtype, is_permuted=is_permuted)
+        return packed_linear.matmul(codes, packed, scale, out_dtype, is_permuted=is_permuted)
 
     def split_k(x: Hidden, packed: Any, out_dtype: torch.dtype) -> Tensor:
         codes, scale, is_permuted = codes_of(x, packed)
-        if _splits_k(kind, codes.shape[0], packed.shape[0], packed.columns):
-            return linear.split_k_partials(codes, packed, scale, is_permuted=is_permuted)
-        return linear.matmul(codes, packed, scale, out_dtype, is_permuted=is_permuted)
+        kind = packed_linear.table_of(packed, codes.dtype)
+        if _splits_k(kind, codes.shape[0], packed.shape[1], packed.columns):
+            return packed_linear.split_k_partials(codes, packed, scale, is_permuted=is_permuted)
+        return packed_linear.matmul(codes, packed, scale, out_dtype, is_permuted=is_permuted)
 
-    return Body(_pack_few_bits, run, split_k, input_quant, adds_bias=True)
+    def pack(weight: QuantizedWeight, options: PackOptions) -> PackedWeight:
+        packed: PackedWeight = pack_words(weight, options.bias)
+        return packed
+
+    return Body(pack, run, split_k, input_quant, adds_bias=True)
 
 
-def _pack_few_bits(weight: QuantizedWeight, options: PackOptions) -> PackedWeight:
-    from octavo.kernels.int4.gpu import packing
+def pack_words(weight: QuantizedWeight, bias: Tensor | None = None, *, least_bits: int = 2) -> Any:
+    """A weight as `packing.PackedWords`; 3 bits lie in the fields of 4."""
+    from octavo.kernels.gemm.gpu import packing
 
-    groups = weight.g_idx
-    if groups is None:
-        size = weight.scheme.weight.granularity.group_size or weight.shape[1]
-        groups = group_of_column(weight.shape[1], size).to(weight.codes.device)
-    bits = 2 if weight.scheme.weight.bits == 2 else 4  # 3 bits lie in the fields of 4
-    return packing.pack(weight.codes, weight.scale, weight.zero_point, groups.long(), options.bias, bits=bits)
+    scale, zero_point, size = scales_of_columns(weight)
+    groups = size if weight.g_idx is None else weight.g_idx
+    bits = max(BITS[weight.scheme.weight.dtype], least_bits)
+    return packing.pack(weight.codes, scale, zero_point, groups, bias, bits)
 
 
 def _splits_k(kind: str, m: int, n: int, k: int) -> bool:

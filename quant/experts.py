@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from octavo.kernels.fp8.reference import has_nan
-from octavo.kernels.int4.reference import group_of_column
 from octavo.kernels.quantized_activation import ActivationQuant
-from octavo.quant.bodies_gpu import scales_of_columns
+from octavo.quant.bodies_gpu import pack_words
 from octavo.quant.fusion import join_parts, per_channel
 from octavo.quant.kernel import Kernel, LayerShape, Order, shape_of
 from octavo.quant.kernel_table import FEW_BITS, KernelChoice, choose_kernel, one_by_one
@@ -140,14 +139,14 @@ def _pack(experts: list[Weight], kernel: Kernel, target: Target) -> Any:
         dense = [weight.to(target.device, target.dtype) for weight in experts if isinstance(weight, Tensor)]
         return Experts(torch.stack(dense))
     if kernel.keeps_inputs or kernel.storages[0] in FEW_BITS:
-        return _pack_in_registers(quantized, kernel, target.device)
+        return _pack_in_registers(quantized, kernel, target)
     return _stack_codes(quantized, target.device)
 
 
 def _stack_codes(experts: list[QuantizedWeight], device: torch.device) -> Any:
     """Codes as they are stored, for products of rounded inputs."""
+    from octavo.kernels.gemm.gpu.packing import collapse_equal
     from octavo.kernels.moe.gpu.fused import Experts
-    from octavo.kernels.moe.gpu.permute_columns import collapse_equal
 
     scheme = experts[0].scheme
     codes = torch.stack([weight.codes for weight in experts]).to(device)
@@ -161,21 +160,9 @@ def _stack_codes(experts: list[QuantizedWeight], device: torch.device) -> Any:
     return Experts(codes, scale.float().contiguous(), stored)
 
 
-def _pack_in_registers(experts: list[QuantizedWeight], kernel: Kernel, device: torch.device) -> Any:
-    """Codes that are decoded in registers, to fp8 where the kernel rounds inputs to that."""
-    from octavo.kernels.moe.gpu import int4, int8
+def _pack_in_registers(experts: list[QuantizedWeight], kernel: Kernel, target: Target) -> Any:
+    """Codes that are decoded in registers, to fp8 where the kernel rounds inputs to that; of 2 bits in fields of 4."""
+    from octavo.kernels.gemm.gpu.packing import stack
 
-    n, k = experts[0].shape
-    tables = [scales_of_columns(weight) for weight in experts]
-    codes = torch.stack([weight.codes for weight in experts]).to(device)
-    scale = torch.stack([scales for scales, *_ in tables]).to(device)
-    zeros = [zero for _, zero, _ in tables if zero is not None]
-    zero_point = torch.stack(zeros).to(device) if zeros else None
-    size = experts[0].scheme.weight.granularity.tile(n, k)[1]
-    g_idx = None
-    if any(_has_act_order(weight) for weight in experts):
-        in_order = group_of_column(k, size)
-        g_idx = torch.stack([in_order if e.g_idx is None else e.g_idx.cpu().long() for e in experts]).to(device)
-    if kernel.storages[0] in FEW_BITS:
-        return int4.pack(codes, scale, zero_point, size, g_idx, fp8=not kernel.keeps_inputs)
-    return int8.pack(codes, scale, zero_point, size, g_idx)
+    layers = [pack_words(weight.to(target.device), least_bits=4) for weight in experts]
+    return stack(layers, fp8=not kernel.keeps_inputs)

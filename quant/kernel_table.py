@@ -67,7 +67,7 @@ GPU_PRODUCTS = (
             f"{dtype} weights{' in 4 bits' if dtype == 'int3' else ''}, fp8",
             f"{dtype} weights decoded to fp8 in registers, inputs rounded to fp8 per token",
             "gpu",
-            bodies_gpu.few_bits_fp8,
+            bodies_gpu.decoded_fp8,
             (dtype,),
             inputs=(TOKEN_FP8,),
             kinds=GROUPS,
@@ -84,10 +84,11 @@ _BYTES = tuple(
         f"{short} weights, 16 bits",
         f"{short} weights decoded in registers",
         "gpu",
-        bodies_gpu.bytes_of_weights,
+        bodies_gpu.decoded,
         (dtype,),
         keeps_inputs=True,
         group_multiple=MIN_GROUP,
+        orders=("sorted", "permuted"),
         takes_nan=False,
     )
     for dtype, short in (("int8", "int8"), ("fp8_e4m3", "fp8"))
@@ -97,7 +98,7 @@ _FEW = tuple(
         f"{dtype} weights{' in 4 bits' if dtype == 'int3' else ''}, 16 bits",
         f"{dtype} weights decoded in registers",
         "gpu",
-        bodies_gpu.few_bits,
+        bodies_gpu.decoded,
         (dtype,),
         keeps_inputs=True,
         kinds=GROUPS,
@@ -108,7 +109,6 @@ _FEW = tuple(
 GPU_WEIGHTS = (
     *_FEW,
     *_BYTES,
-    *(replace(row, load=bodies_gpu.permuted_bytes_of_weights, orders=("permuted",)) for row in _BYTES),
 )
 """Decoded in registers, inputs in 16 bits."""
 

@@ -329,7 +329,7 @@ def test_a_gemm_s_bytes_are_those_of_its_tensors() -> None:
 def test_a_mixture_s_bytes_are_shared_out_among_its_launches() -> None:
     (c,) = (c for c in kernels.gpu_moe.cases() if "mixture, fp8, 16 tokens" in c.name)
     works = gpu_launches.works(c)
-    assert [work.name for work in works] == ["router", "quantize_rows", "grouped", "gated", "grouped", "sum"]
+    assert [work.name for work in works] == ["router", "quantize_rows", "gemm_swap_ab", "gated", "gemm_swap_ab", "sum"]
     assert works[2].num_bytes == pytest.approx(2 * works[4].num_bytes, rel=0.01)  # gate and up, and down
     assert works[2].flops == pytest.approx(2 * works[4].flops)
     assert [work.near for work in works] == [True, True, False, True, False, True]

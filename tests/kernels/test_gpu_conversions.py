@@ -12,8 +12,8 @@ from ptx import run
 from torch import Tensor
 
 from octavo.kernels.attention.gpu import paged
-from octavo.kernels.gemm.gpu import w8a16_gemm as int8
 from octavo.kernels.int4.gpu import decode as int4
+from octavo.kernels.int8.gpu import decode as int8
 from octavo.kernels.launching import numerics
 
 WORDS = torch.arange(1 << 16)  # all pairs of bytes

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,14 +10,13 @@ from slow_cases import slow_if
 from torch import Tensor
 
 from octavo.kernels.fp8.gpu.quantize import quantize
+from octavo.kernels.gemm.gpu import packing
+from octavo.kernels.gemm.gpu.arguments import Pairs
+from octavo.kernels.gemm.gpu.gemm_swap_ab import gemm_packed, gemm_swap_ab
 from octavo.kernels.int4 import reference as int4
 from octavo.kernels.int8.gpu.linear import MAX_COLUMNS
 from octavo.kernels.moe import reference
 from octavo.kernels.moe.gpu import fused, route
-from octavo.kernels.moe.gpu.grouped import grouped
-from octavo.kernels.moe.gpu.int4 import PackedExperts, grouped_int4, pack
-from octavo.kernels.moe.gpu.int8 import ByteExperts, grouped_int8
-from octavo.kernels.moe.gpu.int8 import pack as pack8
 from octavo.kernels.moe.gpu.permute_columns import permute_columns
 from octavo.kernels.moe.gpu.shared_expert_activation import shared_expert_activation
 from octavo.kernels.moe.gpu.static_quantize import static_quantize
@@ -104,6 +101,16 @@ def test_pairs_are_sorted_by_expert(shape: tuple[int, int, int], block_m: int, d
     assert not found
 
 
+def pack(
+    bits: int, codes: Tensor, scale: Tensor, zero_point: Tensor | None, groups: int | Tensor, *, fp8: bool = False
+) -> packing.PackedWords:
+    """Experts [E, N, K], each as a layer would be packed, stacked."""
+    zeros = [None] * len(codes) if zero_point is None else zero_point
+    each = [groups] * len(codes) if isinstance(groups, int) else groups
+    parts = zip(codes, scale, zeros, each, strict=True)
+    return packing.stack([packing.pack(*of, bits=bits) for of in parts], fp8=fp8)
+
+
 def sorted_pairs(num_tokens: int, top_k: int, num_experts: int, block_m: int, device: torch.device):  # type: ignore[no-untyped-def]
     """Pairs of distinct experts of which the last has no token, and the experts [T, top_k]."""
     shares = torch.rand(num_tokens, num_experts - 1, generator=torch.Generator().manual_seed(3))
@@ -144,7 +151,7 @@ def test_grouped_gemm(
     x, w = random(num_tokens, k, seed=4, device=device), random(num_experts, n, k, seed=5, device=device)
     w[-1] = torch.nan  # nobody's
     router = random(num_tokens, top_k, seed=6, device=device)
-    scales: dict[str, Tensor | bool] = {}
+    scales: dict[str, Tensor] = {}
     if kind.startswith("fp8") or kind == "int8":
         x, w = ((t.clamp(-3, 3) * 100).to(torch.float8_e4m3fn) for t in (x, w))
         if kind == "int8":
@@ -153,7 +160,7 @@ def test_grouped_gemm(
         x_scale = random(num_tokens, -(-k // 128) if blocks else 1, seed=7, device=device).exp()
         w_scale = random(num_experts, *(rows if blocks else (n,)), seed=8, device=device).exp() / 1e4
         w_scale[-1] = torch.nan
-        scales = {"x_scale": x_scale, "w_scale": w_scale, "blocks": blocks}
+        scales = {"x_scale": x_scale, "w_scale": w_scale}
         wide = x_scale.repeat_interleave(128, 1)[:, :k] if blocks else x_scale
         tall = w_scale.repeat_interleave(128, 2) if blocks else w_scale[..., None]
         tall = tall.repeat_interleave(128, 1) if kind == "fp8 blocks" else tall
@@ -166,10 +173,12 @@ def test_grouped_gemm(
         out = poisoned(num_tokens * top_k, n, dtype=torch.float32, device=device)
         more = dict(scales)
         if scales and divisor == 1:
-            more["x_scale"] = x_scale.repeat_interleave(top_k, 0)
-        grouped(
-            rows_of_x, w, pairs, out, divisor=divisor, router=router if divisor == 1 else None, block_n=block_n,
-            num_warps=warps, **more,  # type: ignore[arg-type]
+            more["x_scale"] = scales["x_scale"].repeat_interleave(top_k, 0)
+        x_scale, w_scale = more.get("x_scale"), more.get("w_scale")
+        those = Pairs(pairs, divisor, router if divisor == 1 else None)
+        gemm_swap_ab(
+            rows_of_x, w, x_scale, w_scale, out, pairs=those, blocks="blocks" in kind, block_n=block_n, group_m=8,
+            num_warps=warps,
         )()  # fmt: skip
         expected = by_pairs(repeated, true_w, chosen)
         magnitude = by_pairs(repeated.abs(), true_w.abs(), chosen)
@@ -198,7 +207,7 @@ def test_grouped_int4_gemm(
     groups = -(-k // group_size)
     scale = random(num_experts, n, groups, seed=10, device=device).exp()
     zero = torch.randint(-8, 9, (num_experts, n, groups), generator=generator).to(torch.int8).to(device)
-    packed = pack(codes, scale, None if symmetric else zero, group_size)
+    packed = pack(4, codes, scale, None if symmetric else zero, group_size)
     of_column = torch.arange(k, device=device) // group_size
     weight = torch.stack(
         [int4.dequantize(codes[e], scale[e], None if symmetric else zero[e], of_column) for e in range(num_experts)]
@@ -215,7 +224,7 @@ def test_grouped_int4_gemm(
         truth = x.double() * x_scale
     repeated = truth.repeat_interleave(top_k, 0)
     out = poisoned(num_tokens * top_k, n, dtype=torch.float32, device=device)
-    grouped_int4(x, packed, pairs, out, divisor=top_k, router=router, x_scale=x_scale)()
+    gemm_packed(x, packed, out, x_scale, pairs=Pairs(pairs, top_k, router), group_m=8)()
     factor = router.double().flatten()[:, None]
     expected = by_pairs(repeated, weight, chosen) * factor
     # Zero points are subtracted from codes, not from sums, so nothing cancels. Sums of k exact products in float32, a
@@ -242,7 +251,7 @@ def test_grouped_gemm_of_int8_weights(
     scale = random(num_experts, n, -(-k // group_size), seed=28, device=device).exp()
     zero = torch.randint(-128, 128, scale.shape, generator=generator).to(torch.int8).to(device)
     codes[0, 0, :2], zero[0, 0, 0] = torch.tensor([-128, 127], dtype=torch.int8), 127
-    packed = pack8(codes, scale, None if symmetric else zero, group_size)
+    packed = pack(8, codes, scale, None if symmetric else zero, group_size)
     of_column = torch.arange(k, device=device) // group_size
     rows = [int4.dequantize(codes[e], scale[e], None if symmetric else zero[e], of_column) for e in range(num_experts)]
     weight = torch.stack(rows)
@@ -250,18 +259,16 @@ def test_grouped_gemm_of_int8_weights(
     x = random(num_tokens, k, seed=29, device=device).to(dtype)
     router = random(num_tokens, top_k, seed=30, device=device)
     out = poisoned(num_tokens * top_k, n, dtype=torch.float32, device=device)
-    grouped_int8(x, packed, pairs, out, divisor=top_k, router=router)()
+    gemm_packed(x, packed, out, pairs=Pairs(pairs, top_k, router), group_m=8)()
     repeated, factor = x.repeat_interleave(top_k, 0), router.double().flatten()[:, None]
     magnitude = by_pairs(repeated.abs(), weight.abs(), chosen) * factor.abs()
     off = (out.double() - by_pairs(repeated, weight, chosen) * factor).abs()
     assert bool((off <= magnitude * loose(k, "w8a16", device)).all())
 
 
-@pytest.mark.parametrize("layout", [pack, pack8])
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(("group_size", "k"), [(32, 200), (64, 192), (128, 300), (300, 300)])
-def test_experts_with_act_order_are_the_experts(
-    group_size: int, k: int, layout: Callable[..., PackedExperts | ByteExperts]
-) -> None:
+def test_experts_with_act_order_are_the_experts(group_size: int, k: int, bits: int) -> None:
     """Each in an order of its own, the last groups short; what is packed unpacks to it."""
     num_experts, n, groups = 3, 8, -(-k // group_size)
     generator = torch.Generator().manual_seed(21)
@@ -270,16 +277,16 @@ def test_experts_with_act_order_are_the_experts(
     zero = torch.randint(-8, 8, (num_experts, n, groups), generator=generator).to(torch.int8)
     g_idx = torch.stack([torch.randperm(k, generator=generator) // group_size for _ in range(num_experts)])
     for zeros in (zero, None):
-        packed = layout(codes, scale, zeros, group_size, g_idx)
+        packed = pack(bits, codes, scale, zeros, g_idx)
         assert (packed.order is None) == (groups == 1)
         for e, own in enumerate(packed.unpack()):
             expected = int4.dequantize(codes[e], scale[e], None if zeros is None else zeros[e], g_idx[e])
             assert torch.equal(own, expected)
-    assert layout(codes, scale, None, group_size, g_idx.sort(dim=1)[0]).order is None
+    assert pack(bits, codes, scale, None, g_idx.sort(dim=1)[0]).order is None
     if groups > 1:
-        g_idx[1, 0] = g_idx[1, 0] ^ 1
-        with pytest.raises(ValueError, match=f"haven't {group_size} columns"):
-            layout(codes, scale, None, group_size, g_idx)
+        g_idx[1, 0] = (g_idx[1, 0] + 1) % groups
+        with pytest.raises(ValueError, match=f"haven't {group_size} columns" if bits == 4 else "multiples of 32"):
+            pack(bits, codes, scale, None, g_idx)
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 4, 200), (5, 3, 6, 4100)], ids=str)
@@ -320,8 +327,8 @@ def test_pairs_are_rounded_by_their_experts_scales(
 
 
 def test_groups_that_cross_tiles_are_refused() -> None:
-    with pytest.raises(ValueError, match="cross tiles"):
-        pack(torch.zeros(1, 8, 96, dtype=torch.int8), torch.ones(1, 8, 2), None, 48)
+    with pytest.raises(ValueError, match=r"haven't 32 columns"):
+        pack(4, torch.zeros(1, 8, 96, dtype=torch.int8), torch.ones(1, 8, 2), None, 48)
 
 
 def experts(
@@ -331,12 +338,12 @@ def experts(
     w = random(num_experts, n, k, seed=seed, device=device) / k**0.5
     if kind == "w8a16":
         scale = w.view(num_experts, n, -1, 64).abs().amax(-1) / 127
-        bytes_ = pack8((w / scale.repeat_interleave(64, 2)).round().to(torch.int8), scale, None, 64)
+        bytes_ = pack(8, (w / scale.repeat_interleave(64, 2)).round().to(torch.int8), scale, None, 64)
         return bytes_, bytes_.unpack().double()
     if kind == "w8a16 of e4m3":
         scale = w.abs().amax(-1, keepdim=True) / 448
         codes = (w / scale).to(torch.float8_e4m3fn)
-        return pack8(codes, scale, None, k), codes.double() * scale.double()
+        return pack(8, codes, scale, None, k), codes.double() * scale.double()
     if kind.startswith("int4"):
         scale = w.view(num_experts, n, -1, 64).abs().amax(-1) / 7
         groups = None
@@ -344,7 +351,7 @@ def experts(
             shares = torch.rand(num_experts, k, generator=torch.Generator().manual_seed(seed))
             groups = shares.argsort(1).to(device) // 64
         codes = (w / scale.repeat_interleave(64, 2)).round().to(torch.int8)
-        packed = pack(codes, scale, None, 64, groups, fp8=kind == "int4 fp8")
+        packed = pack(4, codes, scale, None, 64 if groups is None else groups, fp8=kind == "int4 fp8")
         return packed, packed.unpack().double()
     if kind == "bf16":
         return fused.Experts(w.bfloat16()), w.bfloat16().double()
@@ -519,6 +526,6 @@ def test_what_does_not_go_together_is_refused(device: torch.device) -> None:
     wide, one = torch.zeros(1, 1, MAX_COLUMNS + 1, dtype=torch.int8), torch.ones(1, 1)
     pairs = route.unaligned(1, 1, 16, "cpu")
     with pytest.raises(ValueError, match=f"holds {MAX_COLUMNS} columns"):
-        grouped(wide[0], wide, pairs, one, divisor=1, x_scale=one, w_scale=one)
+        gemm_swap_ab(wide[0], wide, one, one, one, pairs=Pairs(pairs, 1))
     with pytest.raises(ValueError, match="down has act-order"):
         fused.launches(x, x.expand(2, 128), 1, packed, moved, x, normalize=True)

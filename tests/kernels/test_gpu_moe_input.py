@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from octavo.kernels.fp8.gpu.quantize import quantize
+from octavo.kernels.gemm.gpu.packing import pack, stack
 from octavo.kernels.launching.launch import cdiv
 from octavo.kernels.moe.gpu import fused
-from octavo.kernels.moe.gpu.int4 import pack
-from octavo.kernels.moe.gpu.int8 import pack as pack8
 from octavo.kernels.quantized_activation import QuantizedActivation
 
 EXPERTS, HIDDEN, WIDTH, TOP_K = 4, 192, 64, 2
@@ -21,9 +20,10 @@ def integers(kind: str, n: int, k: int, g_idx: Tensor | None, device: torch.devi
     generator = torch.Generator().manual_seed(n)
     codes = torch.randint(-8, 8, (EXPERTS, n, k), generator=generator).to(torch.int8).to(device)
     scale = (torch.rand(EXPERTS, n, cdiv(k, 32), generator=generator) / k**0.5).to(device)
-    if kind == "w8a16":
-        return pack8(codes, scale, None, 32, g_idx)
-    return pack(codes, scale, None, 32, g_idx, fp8=kind == "int4 fp8")
+    groups = [32] * EXPERTS if g_idx is None else g_idx
+    parts = zip(codes, scale, groups, strict=True)
+    layers = [pack(c, s, None, of, bits=8 if kind == "w8a16" else 4) for c, s, of in parts]
+    return stack(layers, fp8=kind == "int4 fp8")
 
 
 def floats(n: int, k: int, stored: Tensor) -> fused.Experts:

@@ -23,19 +23,14 @@ from octavo.kernels.attention.gpu.rope import rope
 from octavo.kernels.attention.gpu.rope_decode import rope_decode
 from octavo.kernels.fp8.gpu import linear as fp8
 from octavo.kernels.fp8.gpu.quantize import quantize
-from octavo.kernels.gemm.gpu import w8a16_gemm as w8a16
+from octavo.kernels.gemm.gpu import packed_linear, packing
+from octavo.kernels.gemm.gpu.arguments import Pairs
 from octavo.kernels.gemm.gpu.gemm_persistent import gemm_persistent
-from octavo.kernels.gemm.gpu.gemm_swap_ab import gemm_swap_ab
-from octavo.kernels.gemm.gpu.w4a16_gemm import w4a16_gemm
-from octavo.kernels.int4.gpu import linear as int4
-from octavo.kernels.int4.gpu import packing
+from octavo.kernels.gemm.gpu.gemm_swap_ab import gemm_packed, gemm_swap_ab
 from octavo.kernels.int4.gpu.dequantize import dequantize
 from octavo.kernels.int4.gpu.permute_columns import gather
 from octavo.kernels.int8.gpu import linear as int8
 from octavo.kernels.moe.gpu import fused, route
-from octavo.kernels.moe.gpu import int4 as experts
-from octavo.kernels.moe.gpu.grouped import grouped
-from octavo.kernels.moe.gpu.int8 import ByteExperts, grouped_int8
 from octavo.kernels.moe.gpu.permute_columns import permute_columns
 from octavo.kernels.moe.gpu.router import router
 from octavo.kernels.moe.gpu.shared_expert_activation import shared_expert_activation
@@ -74,8 +69,8 @@ EIGHT = {"x": of(M, K, dtype=E4M3), "w": of(N, K, dtype=E4M3), "x_scale": of(M, 
 IN_BLOCKS = {**EIGHT, "x_scale": of(M, 1), "w_scale": of(1, 1)}
 STRIDED = "w size, x_scale rows, x_scale columns, w_scale rows, w_scale columns"
 ROWS, CODES = of(M, K, dtype=BF16), of(M, K, dtype=E4M3)
-PACKED8 = w8a16.pack(of(N, K, dtype=INT8), of(N, 2, dtype=BF16), 32)
-PACKED4 = packing.pack(of(N, K, dtype=INT8), of(N, 2, dtype=BF16), None, torch.arange(K) // 32)
+PACKED8 = packing.pack(of(N, K, dtype=INT8), of(N, 2, dtype=BF16), None, 32, bits=8)
+PACKED4 = packing.pack(of(N, K, dtype=INT8), of(N, 2, dtype=BF16), None, 32)
 PAIRS = route.unaligned(M * 2, EXPERTS, 16, "cpu")
 MORE = route.unaligned(M * 3, EXPERTS + 2, 16, "cpu")
 IN_TILES = {"order": PAIRS.order, "tile_expert": PAIRS.tile_expert}
@@ -120,6 +115,10 @@ def rounding(launch: Callable[..., object], **sizes: Any) -> Callable[..., objec
     return launched
 
 
+def pairs_of(tensors: dict[str, Tensor]) -> Pairs:
+    return Pairs(aligned(tensors), 2, tensors.pop("router"))
+
+
 def aligned(tensors: dict[str, Tensor]) -> route.Aligned:
     return route.Aligned(tensors.pop("order"), tensors.pop("tile_expert"), 16)
 
@@ -151,20 +150,21 @@ CASES = {
     "embed": Case(embed, {"token_ids": of(M, dtype=INT32), "table": of(9, K), "out": ROWS}, "out size"),
     "add up": Case(split_k_sum, {"partials": of(2, M, N), "out": of(M, N)}, "partials size"),
     "int8 weights": Case(
-        lambda **t: w8a16.w8a16_gemm(packed=PACKED8, **t), {"x": ROWS, "out": of(M, N)}, "x size"
+        lambda **t: gemm_packed(packed=PACKED8, **t), {"x": ROWS, "out": of(M, N)}, "x rows"
     ),
     "int8 packed": Case(
-        lambda **t: w8a16.Packed(**t, num_columns=K, group_size=32),
-        {"words": PACKED8.words, "scale": PACKED8.scale, "zero_point": of(2, N, dtype=INT8), "bias": of(N)},
+        lambda **t: packing.PackedWords(**t, storage="int8", k=K, group_size=32),
+        {"words": PACKED8.words, "scale": PACKED8.scale, "bias": of(N)}, "words size",
     ),
     "gather": Case(gather, {"x": ROWS, "order": of(80, dtype=INT32), "out": of(M, 80)}, "x size, x rows, order size"),
     "dequantize": Case(lambda out: dequantize(PACKED4, out), {"out": of(N, K)}),
     "int4": Case(
-        lambda **t: w4a16_gemm(packed=PACKED4, **t), {"x": CODES, "x_scale": of(M, 1), "out": of(2, M, N)}, "x rows"
+        lambda **t: gemm_packed(packed=PACKED4, **t), {"x": CODES, "x_scale": of(M, 1), "out": of(2, M, N)}, "x rows"
     ),
     "int4 packed": Case(
-        lambda **t: packing.PackedInt4(bits=4, group_size=32, source=None, groups=PACKED4.groups, **t),
-        {"words": PACKED4.words, "scale": of(4, N, 2), "order": of(K, dtype=INT32), "bias": of(N)}, "order size",
+        lambda **t: packing.PackedWords(storage="4 bits", group_size=32, k=K, **t),
+        {"words": PACKED4.words, "scale": of(1, 4, N, 2), "order": of(1, K, dtype=INT32), "bias": of(N)},
+        "words size, order size",
     ),
     "route": Case(
         lambda **t: route.route(**t, normalize=True), {"logits": of(M, 8), "chosen": of(M, 2), "weights": of(M, 2)},
@@ -215,29 +215,18 @@ CASES = {
         {"x": of(M, 2 * K), "out": CODES, "scale": of(M, 1)}, "out size",
     ),
     "grouped": Case(
-        lambda **t: grouped(pairs=aligned(t), divisor=2, **t),
+        lambda **t: gemm_swap_ab(pairs=pairs_of(t), **t),
         {**OF_EXPERTS, "x": CODES, "w": of(EXPERTS, N, K, dtype=E4M3), "x_scale": of(M, 1), "w_scale": of(EXPERTS, N)},
-        "w size, x_scale rows, x_scale columns",
+        STRIDED,
     ),
     "grouped int8 weights": Case(
-        lambda **t: grouped_int8(
-            t.pop("x"), ByteExperts(t.pop("words"), t.pop("scale"), t.pop("zero"), K, 32, t.pop("of_columns")),
-            aligned(t), t.pop("out"), divisor=2, **t,
-        ),
-        {**OF_EXPERTS, "words": of(EXPERTS, 2, N, 16, dtype=INT16), "scale": of(EXPERTS, 2, N)}
-        | {"zero": of(EXPERTS, 2, N, dtype=INT8), "of_columns": of(EXPERTS, K, dtype=INT32)},
-        "words size, of_columns size, of_columns rows, of_columns columns",
-    ),
-    "grouped int4": Case(
-        lambda **t: experts.grouped_int4(
-            packed=experts.PackedExperts(of(EXPERTS, 1, N, 32), of(EXPERTS, 4, N), None, 32, K), pairs=aligned(t),
-            divisor=2, **t,
-        ),
-        OF_EXPERTS,
+        lambda **t: gemm_packed(packed=packing.stack([PACKED8] * EXPERTS), pairs=pairs_of(t), **t), OF_EXPERTS, "x rows"
     ),
     "experts packed": Case(
-        lambda **t: experts.PackedExperts(**t, group_size=32, k=K),
-        {"words": of(EXPERTS, 1, N, 32, dtype=INT16), "scale": of(EXPERTS, 4, N), "zero": of(EXPERTS, 4, N)},
+        lambda **t: packing.PackedWords(**t, storage="4 bits", group_size=32, k=K),
+        {"words": of(EXPERTS, 1, N, 32, dtype=INT16), "scale": of(EXPERTS, 4, N, 2)}
+        | {"order": of(EXPERTS, K, dtype=INT32)},
+        "words size, order size",
     ),
     "sum of pairs": Case(lambda **t: fused.sum_experts(**t, top_k=2), {"pairs": of(2 * M, K), "out": ROWS}, "out size"),
     "biases": Case(
@@ -302,13 +291,14 @@ def test_a_layer_takes_what_its_weight_has_columns_for(device: torch.device) -> 
     codes, one = torch.zeros(N, K, device=device), torch.ones((), device=device)
     points, order = torch.zeros(N, 2, device=device), torch.arange(K, device=device).flip(0) // 32
     four_bits = packing.pack(codes.to(INT8), points, None, order)
+    eight_bits = packing.pack(codes.to(INT8), points, None, 32, bits=8)
     layers: list[tuple[Callable[..., Tensor], object]] = [
         (fp8.linear, fp8.pack(codes.to(E4M3), one)),
         (fp8.linear, fp8.pack(codes.to(E4M3), torch.ones(1, 1, device=device), blocks=True)),
         (int8.linear, int8.pack(codes.to(INT8), one)),
-        (w8a16.linear, w8a16.pack(codes.to(INT8), points, 32)),
-        (int4.linear, four_bits),
-        (int4.linear_fp8, four_bits),
+        (packed_linear.linear, eight_bits),
+        (packed_linear.linear, four_bits),
+        (packed_linear.linear_fp8, four_bits),
     ]
     for linear, packed in layers:
         assert linear(torch.ones(1, K, device=device).to(BF16), packed).shape == (1, N)
@@ -339,11 +329,13 @@ def test_packing_takes_what_goes_with_the_codes() -> None:
     codes = of(EXPERTS, N, K, dtype=INT8)
     with pytest.raises(ValueError, match=r"groups .* 64 numbers"):
         packing.pack(codes[0], of(N, 2), None, torch.arange(K - 1) // 32)
-    for shape in ((EXPERTS, N, 1), (EXPERTS, N - 1, 2)):
-        with pytest.raises(ValueError, match=r"scale .*\[2, 24, 2\]"):
-            experts.pack(codes, of(*shape), None, 32)
-        with pytest.raises(ValueError, match=r"zero_point .*\[2, 24, 2\]"):
-            experts.pack(codes, of(EXPERTS, N, 2), of(*shape), 32)
+    with pytest.raises(ValueError, match="the scale's 1 groups"):
+        packing.pack(codes[0], of(N, 1), None, 32)
+    with pytest.raises(ValueError, match=r"no scale of shape \[23, 2\]"):
+        packing.pack(codes[0], of(N - 1, 2), None, 32)
+    for shape in ((N, 1), (N - 1, 2)):
+        with pytest.raises(ValueError, match=r"zero_point .*\[24, 2\]"):
+            packing.pack(codes[0], of(N, 2), of(*shape), 32)
 
 
 def test_what_is_said_names_the_tensor_and_what_would_work() -> None:

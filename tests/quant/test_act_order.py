@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from octavo.kernels.int4.gpu import packing
+from octavo.kernels.gemm.gpu import packing
 from octavo.kernels.int4.reference import group_of_column
 from octavo.quant.act_order import sort_inner
 from octavo.quant.qparams import QuantizedWeight, quantize_weight

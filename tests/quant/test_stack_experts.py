@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from octavo.calibration.recipe import parse_scheme
+from octavo.kernels.gemm.gpu.packing import PackedWords
 from octavo.kernels.int8.gpu.linear import MAX_COLUMNS
 from octavo.kernels.moe.gpu.fused import Experts
-from octavo.kernels.moe.gpu.int8 import ByteExperts
 from octavo.quant.experts import Stacked, stack_experts
 from octavo.quant.kernel_table import ONE_BY_ONE
 from octavo.quant.qparams import QuantizedWeight, quantize_weight
@@ -246,7 +246,7 @@ def test_more_columns_of_int8_than_a_sum_holds() -> None:
     def wide(rows: int, k: int) -> QuantizedWeight:
         return QuantizedWeight(scheme, torch.ones(rows, k, dtype=torch.int8), torch.ones(rows, 1))
 
-    for k, kind in ((columns, ByteExperts), (columns - 1, Experts)):
+    for k, kind in ((columns, PackedWords), (columns - 1, Experts)):
         found = stacked([([wide(1, k), wide(1, k)], wide(k, 1))])
         assert found is not None
         assert isinstance(found.gate_up, kind)

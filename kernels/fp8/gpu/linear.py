@@ -11,14 +11,16 @@ an H100.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from triton import cdiv
 
 from octavo.kernels.fp8.gpu.quantize import quantize
+from octavo.kernels.gemm.gpu.arguments import BLOCK
 from octavo.kernels.gemm.gpu.gemm_persistent import gemm_persistent
-from octavo.kernels.gemm.gpu.gemm_swap_ab import BLOCK, gemm_swap_ab
+from octavo.kernels.gemm.gpu.gemm_swap_ab import gemm_swap_ab
 from octavo.kernels.launching.tuning import choose
 from octavo.kernels.norm.gpu.split_k_sum import split_k_sum
 from octavo.kernels.packed_weight import PackedWeight, present
@@ -117,7 +119,7 @@ def matmul(x: Tensor, x_scale: Tensor, packed: Packed, dtype: torch.dtype) -> Te
 
 
 def _into(
-    out: Tensor, x: Tensor, x_scale: Tensor, packed: Packed, *, swap_ab: int, split_k: int, **sizes: int
+    out: Tensor, x: Tensor, x_scale: Tensor, packed: Packed, *, swap_ab: int, split_k: int, **sizes: Any
 ) -> Tensor:
     """The table's row says which body: `swap_ab` or not. out already has as many splits as it says."""
     assert out.dim() == 2 or out.shape[0] == split_k

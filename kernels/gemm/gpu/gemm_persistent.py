@@ -19,22 +19,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from octavo.kernels.gemm.gpu.gemm_swap_ab import multiply, scale_arguments
+from octavo.kernels.gemm.gpu.arguments import expect_sizes, scale_arguments
+from octavo.kernels.gemm.gpu.gemm_swap_ab import multiply, scaled, tile_offsets
 from octavo.kernels.launching.checks import expect
 from octavo.kernels.launching.dependent_launch import await_previous
 from octavo.kernels.launching.launch import Launch, cdiv
 from octavo.kernels.launching.numerics import dot, narrow
-
-
-@triton.jit
-def tile_of(index, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """First row and first column of a tile, in an order that goes down GROUP_M tiles before it goes right."""
-    rows = tl.cdiv(M, BLOCK_M)
-    columns = tl.cdiv(N, BLOCK_N)
-    above = index // (GROUP_M * columns) * GROUP_M
-    height = tl.minimum(rows - above, GROUP_M)
-    inside = index % (GROUP_M * columns)
-    return (above + inside % height) * BLOCK_M, inside // height * BLOCK_N
 
 
 @triton.jit
@@ -54,22 +44,17 @@ def _rows(matrix, first, num_rows, K, at, ROWS: tl.constexpr, BLOCK_K: tl.conste
 def _gemm_persistent(
     x,
     w,
-    x_scale,
-    w_scale,
+    scales,
     bias,
     out,
     M,
     N,
     K,
-    x_scale_row,
     x_scale_group,
-    w_scale_row,
-    w_scale_group,
     PROGRAMS: tl.constexpr,
     TMA: tl.constexpr,
     INT8: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    ROWS: tl.constexpr,
+    SCALES: tl.constexpr,
     PROMOTE: tl.constexpr,
     GROUP_M: tl.constexpr,
     SUBTILES: tl.constexpr,
@@ -79,104 +64,46 @@ def _gemm_persistent(
     OVERLAPS: tl.constexpr,
 ):
     await_previous(OVERLAPS)
-    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
-    for index in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=TMA):
-        m, n = tile_of(index, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    rows = tl.cdiv(M, BLOCK_M)
+    for index in tl.range(tl.program_id(0), rows * tl.cdiv(N, BLOCK_N), PROGRAMS, flatten=TMA):
+        tile, n = tile_offsets(index, rows, N, BLOCK_N, GROUP_M)
+        m = tile * BLOCK_M
         row = tl.minimum(m + tl.arange(0, BLOCK_M), M - 1)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32 if INT8 else tl.float32)
         for at in range(0, K, BLOCK_K):
             a = _rows(x, m, M, K, at, BLOCK_M, BLOCK_K, TMA)
             b = _rows(w, n, N, K, at, BLOCK_N, BLOCK_K, TMA)
-            if BLOCKS:
-                group = at // BLOCKS
-                scale = tl.load(x_scale + row * x_scale_row + group * x_scale_group)
-                if ROWS:
-                    column = tl.minimum(n + tl.arange(0, BLOCK_N), N - 1)
-                    own = tl.load(w_scale + column * w_scale_row + group * w_scale_group)
-                    acc += dot(a, b.T) * (scale[:, None] * own[None, :])
-                else:
-                    scale *= tl.load(w_scale + n // BLOCKS * w_scale_row + group * w_scale_group)
-                    acc += dot(a, b.T) * scale[:, None]
-            else:
+            if SCALES == "rows":
                 acc = multiply(a, b.T, acc, PROMOTE)
+            else:
+                group = at // 128
+                step = tl.load(scales.x_scale + row * scales.x_scale_row + group * x_scale_group)
+                own = scales.w_scale + group * scales.w_scale_group
+                if SCALES == "rows of blocks":
+                    column = tl.minimum(n + tl.arange(0, BLOCK_N), N - 1)
+                    own = tl.load(own + column * scales.w_scale_row)
+                    acc += scaled(dot(a, b.T), step[:, None], own[None, :], True)
+                else:
+                    step *= tl.load(own + n // 128 * scales.w_scale_row)
+                    acc += dot(a, b.T) * step[:, None]
         if SUBTILES == 2:
             halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
             left, right = tl.split(halves)
-            _store(
-                left,
-                x_scale,
-                w_scale,
-                bias,
-                out,
-                m,
-                n,
-                M,
-                N,
-                x_scale_row,
-                w_scale_row,
-                BLOCKS,
-                BLOCK_M,
-                BLOCK_N // 2,
-            )
-            _store(
-                right,
-                x_scale,
-                w_scale,
-                bias,
-                out,
-                m,
-                n + BLOCK_N // 2,
-                M,
-                N,
-                x_scale_row,
-                w_scale_row,
-                BLOCKS,
-                BLOCK_M,
-                BLOCK_N // 2,
-            )
+            _store(left, scales, bias, out, m, n, M, N, SCALES)
+            _store(right, scales, bias, out, m, n + BLOCK_N // 2, M, N, SCALES)
         else:
-            _store(
-                acc,
-                x_scale,
-                w_scale,
-                bias,
-                out,
-                m,
-                n,
-                M,
-                N,
-                x_scale_row,
-                w_scale_row,
-                BLOCKS,
-                BLOCK_M,
-                BLOCK_N,
-            )
+            _store(acc, scales, bias, out, m, n, M, N, SCALES)
 
 
 @triton.jit
-def _store(
-    acc,
-    x_scale,
-    w_scale,
-    bias,
-    out,
-    first_m,
-    first_n,
-    M,
-    N,
-    x_scale_row,
-    w_scale_row,
-    BLOCKS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    m = first_m + tl.arange(0, BLOCK_M)
-    n = first_n + tl.arange(0, BLOCK_N)
+def _store(acc, scales, bias, out, first_m, first_n, M, N, SCALES: tl.constexpr):
+    m = first_m + tl.arange(0, acc.shape[0])
+    n = first_n + tl.arange(0, acc.shape[1])
     total = acc.to(tl.float32)
-    if not BLOCKS:
-        rows = tl.load(x_scale + m * x_scale_row, mask=m < M, other=0.0)
-        columns = tl.load(w_scale + n * w_scale_row, mask=n < N, other=0.0)
-        total = total * columns[None, :] * rows[:, None]
+    if SCALES == "rows":
+        rows = tl.load(scales.x_scale + m * scales.x_scale_row, mask=m < M, other=0.0)
+        columns = tl.load(scales.w_scale + n * scales.w_scale_row, mask=n < N, other=0.0)
+        total = scaled(total, columns[None, :], rows[:, None], False)
     if bias is not None:
         total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     at = m.to(tl.int64)[:, None] * N + n[None, :]
@@ -214,9 +141,9 @@ def gemm_persistent(
 
     Scales and blocks are those of `gemm_swap_ab`. Where the memory accelerator can't read x or w, pointers do.
     """
-    m = x.shape[0]
     n, k = w.shape
-    expect(x=(x, (m, k)), w=(w, (n, k)), bias=(bias, n), out=(out, (1, m, n) if out.dim() == 3 else (m, n)))
+    m, _ = expect_sizes(x, out, (1, n, k), bias, None)
+    expect(x=(x, (m, k)), w=(w, (n, k)), out=(out, m * n))
     accelerated = bool(tma) and m > 0 and fits_tma(x, w)
     if accelerated and out.dtype == torch.float32 and block_n == 256:
         num_stages = min(num_stages, 3)  # on its way out a tile lies in shared memory beside them

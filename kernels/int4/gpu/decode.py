@@ -91,12 +91,12 @@ def decode_field(words, zero, J: tl.constexpr, BITS: tl.constexpr, dtype: tl.con
 
 
 @triton.jit
-def scales(scale, tile, all_rows, GROUP_SIZE: tl.constexpr):
-    """The scales [BLOCK_N] of a tile's groups."""
+def scales_of_tile(scale, at, N, GROUP: tl.constexpr, TILE: tl.constexpr):
+    """The scales [BLOCK_N] of each group in a tile from column `at` on, of a table [groups, N]. GROUP 0: of the row."""
     found = ()
-    for g in tl.static_range(128 // GROUP_SIZE if GROUP_SIZE < 128 else 1):
-        group = tile * (128 // GROUP_SIZE) + g if GROUP_SIZE < 128 else tile // (GROUP_SIZE // 128)
-        found += (tl.load(scale + group * all_rows),)  # type: ignore[assignment]
+    for g in tl.static_range(TILE // GROUP if GROUP > 0 and GROUP < TILE else 1):
+        group = at // GROUP + g if GROUP else 0
+        found += (tl.load(scale + group * N),)  # type: ignore[assignment]
     return found
 
 
@@ -113,14 +113,14 @@ def split(pair, SCALE: tl.constexpr):
 
 
 def integers(scale: Tensor) -> Tensor:
-    """Scales as the kernels read them: a scale and its zero point [groups, N, 2] are one integer."""
-    if scale.dim() == 2:
+    """Scales as the kernels read them: a scale and its zero point [E, groups, N, 2] are one integer."""
+    if scale.dim() == 3:
         return scale
     return scale.view(torch.int64 if scale.dtype == torch.float32 else torch.int32)
 
 
 def scale_type(scale: Tensor) -> Any:
     """The constant SCALE: None where scales are alone, else the type of what `integers` has made one."""
-    if scale.dim() == 2:
+    if scale.dim() == 3:
         return None
     return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[scale.dtype]

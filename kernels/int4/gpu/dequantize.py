@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels.int4.gpu.decode import decode_field, integers, scale_type, scales, split
-from octavo.kernels.int4.gpu.packing import PackedInt4
+from octavo.kernels.gemm.gpu.packing import PackedWords
+from octavo.kernels.int4.gpu.decode import decode_field, integers, scale_type, scales_of_tile, split
 from octavo.kernels.launching import tuning
 from octavo.kernels.launching.checks import expect
 from octavo.kernels.launching.dependent_launch import await_previous
@@ -42,7 +42,7 @@ def _dequantize(
     i = tl.arange(0, WIDTH)
     inside = tl.minimum(n, N - 1)
     fields = tl.load(words + (tile.to(tl.int64) * N + inside)[:, None] * WIDTH + i[None, :])
-    found = scales(scale + inside, tile, tl.cast(N, tl.int64), GROUP_SIZE)
+    found = scales_of_tile(scale + inside, tile * 128, N, GROUP_SIZE, 128)
     at = out + n.to(tl.int64)[:, None] * columns + i[None, :]
     for j in tl.static_range(SLICES):
         if SCALE is None:
@@ -57,9 +57,9 @@ def _dequantize(
         tl.store(at + first, narrow(exact * step[:, None], out.dtype.element_ty), mask=seen)
 
 
-def dequantize(packed: PackedInt4, out: Tensor) -> Launch:
+def dequantize(packed: PackedWords, out: Tensor) -> Launch:
     """The weight into out [N, columns] bf16 or fp16, its columns in the GEMM's order."""
-    tiles, n, _ = packed.words.shape
+    _, tiles, n, _ = packed.words.shape
     expect(out=(out, (n, packed.columns)))
     sizes = tuning.choose("dequantize", 0, n, packed.columns)
     block_n = sizes.pop("block_n")

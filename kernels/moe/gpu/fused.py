@@ -6,7 +6,7 @@ number of tokens alone, so that a CUDA graph holds them all. Reference: `moe.ref
 
 An expert that all tokens go to is several of the others' size, which add up to it: `shared` slices behind the others,
 which the router doesn't choose but weights with the sigmoid of its last row's logit. So nothing is launched for it.
-Limit: the experts that are hit once each, over 3.0 TB/s on an H100; see `grouped` and `int4`.
+Limit: the experts that are hit once each, over 3.0 TB/s on an H100; see `gemm.gpu.gemm_swap_ab`.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels.fp8.gpu.quantize import quantize
+from octavo.kernels.gemm.gpu.arguments import BLOCK, Pairs
+from octavo.kernels.gemm.gpu.gemm_swap_ab import gemm_packed, gemm_swap_ab
+from octavo.kernels.gemm.gpu.packing import PackedWords
 from octavo.kernels.int4.gpu.permute_columns import gather
 from octavo.kernels.launching import tuning
 from octavo.kernels.launching.checks import expect
 from octavo.kernels.launching.dependent_launch import await_previous
 from octavo.kernels.launching.launch import Launch, cdiv
 from octavo.kernels.launching.numerics import narrow
-from octavo.kernels.moe.gpu.grouped import BLOCK, grouped
-from octavo.kernels.moe.gpu.int4 import PackedExperts, grouped_int4
-from octavo.kernels.moe.gpu.int8 import ByteExperts, grouped_int8
 from octavo.kernels.moe.gpu.permute_columns import permute_columns
-from octavo.kernels.moe.gpu.route import Aligned, unaligned
+from octavo.kernels.moe.gpu.route import unaligned
 from octavo.kernels.moe.gpu.router import routing
 from octavo.kernels.moe.gpu.shared_expert_activation import shared_expert_activation
 from octavo.kernels.moe.gpu.static_quantize import static_quantize
@@ -77,7 +77,7 @@ class Experts(PackedWeight):
         return values * rows.repeat_interleave(BLOCK, 2)[..., :k]
 
 
-Weights = Experts | PackedExperts | ByteExperts
+Weights = Experts | PackedWords
 CODES = {**dict.fromkeys(("fp8", "fp8 blocks", "int4 fp8"), torch.float8_e4m3fn), "int8": torch.int8}
 """What the GEMMs of some weights read, each with a scale of its row, or of 128 columns of it."""
 
@@ -151,9 +151,9 @@ def launches(
     first, first_scale, divisor = _first(x, gate_up, chosen, group_size, steps)
     return (
         *steps,
-        _gemm(first, first_scale, gate_up, pairs, between, divisor, None, size),
+        _gemm(first, first_scale, gate_up, Pairs(pairs, divisor), between, size),
         _activation(between, activated, activated_scale, group_size, stored[1], chosen, shared),
-        _gemm(activated, activated_scale, down, pairs, results, 1, weights, size),
+        _gemm(activated, activated_scale, down, Pairs(pairs, 1, weights), results, size),
     )
 
 
@@ -235,10 +235,8 @@ def _is_made_before(gate_up: Weights) -> bool:
 
 
 def _kind(weights: Weights) -> str:
-    if isinstance(weights, PackedExperts):
-        return "int4 fp8" if weights.fp8 else "int4"
-    if isinstance(weights, ByteExperts):
-        return "w8a16"
+    if isinstance(weights, PackedWords):
+        return "w8a16" if weights.bits == 8 else "int4 fp8" if weights.fp8 else "int4"
     if weights.scale is None:
         return "bf16"
     return "int8" if weights.weight.dtype == torch.int8 else "fp8 blocks" if weights.blocks else "fp8"
@@ -254,21 +252,11 @@ def _rows(x: Tensor, rows: int, columns: int, kind: str) -> tuple[Tensor, Tensor
 
 
 def _gemm(
-    x: Tensor,
-    x_scale: Tensor | None,
-    weights: Weights,
-    pairs: Aligned,
-    out: Tensor,
-    divisor: int,
-    router: Tensor | None,
-    size: dict[str, Any],
+    x: Tensor, x_scale: Tensor | None, weights: Weights, pairs: Pairs, out: Tensor, size: dict[str, Any]
 ) -> Launch:
-    if isinstance(weights, PackedExperts):
-        return grouped_int4(x, weights, pairs, out, divisor=divisor, router=router, x_scale=x_scale, **size)
-    if isinstance(weights, ByteExperts):
-        return grouped_int8(x, weights, pairs, out, divisor=divisor, router=router, **size)
-    scales: dict[str, Any] = {"x_scale": x_scale, "w_scale": weights.scale, "blocks": weights.blocks}
-    return grouped(x, weights.weight, pairs, out, divisor=divisor, router=router, **scales, **size)
+    if isinstance(weights, PackedWords):
+        return gemm_packed(x, weights, out, x_scale, pairs=pairs, **size)
+    return gemm_swap_ab(x, weights.weight, x_scale, weights.scale, out, pairs=pairs, blocks=weights.blocks, **size)
 
 
 def fused_moe(

@@ -8,7 +8,6 @@ that is hit, over 3.0 TB/s on an H100.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -44,36 +43,3 @@ def permute_columns(x: Tensor, order: Tensor, chosen: Tensor, out: Tensor) -> La
     block = sizes.pop("block")
     arguments = {"x": x, "order": order, "chosen": chosen, "out": out, "columns": columns, "EACH": each, "BLOCK": block}
     return Launch(_permute_columns, (len(out), cdiv(columns, block)), arguments, **sizes, num_stages=1)
-
-
-def in_order(codes: Tensor, g_idx: Tensor | None, group_size: int) -> tuple[Tensor, Tensor | None]:
-    """Experts' codes [E, N, K] group after group, and which column each place has then, as `expect_order` has it.
-
-    g_idx  [E, K]: the group of each column. As they are, and None, where they stand so, and without g_idx.
-    """
-    if g_idx is None:
-        return codes, None
-    groups, order = g_idx.long().sort(dim=1, stable=True)
-    positions = torch.arange(g_idx.shape[1], device=g_idx.device)
-    if not bool((groups == positions // group_size).all()):
-        raise ValueError(f"groups that haven't {group_size} columns each")
-    if bool((order == positions).all()):
-        return codes, None
-    return codes.gather(2, order[:, None].expand_as(codes)), collapse_equal(order.int())
-
-
-def expect_order(order: Tensor | None, experts: int, columns: int) -> None:
-    """None, or int32 [E, K]: which column each expert has at a place; [1, K]: all of them."""
-    expect(order=(order, (experts if order is None or len(order) > 1 else 1, columns)))
-
-
-def collapse_equal(values: Tensor) -> Tensor:
-    """What each expert has [E, ...]: [1, ...] where all have the same."""
-    return values[:1].clone() if bool((values == values[0]).all()) else values
-
-
-def put_back(weights: Tensor, order: Tensor | None) -> Tensor:
-    """Weights [E, N, K] with their columns where they were before `in_order`."""
-    if order is None:
-        return weights
-    return torch.empty_like(weights).scatter_(2, order.long()[:, None].expand_as(weights), weights)

@@ -25,7 +25,7 @@ from trimmed import whole
 from octavo.calibration.prepare import prepare
 from octavo.calibration.quantize_model import quantize_model
 from octavo.calibration.recipe import Recipe
-from octavo.kernels.int4.gpu import packing
+from octavo.kernels.gemm.gpu import packing
 from octavo.quant.kernel_table import ONE_BY_ONE
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.model import weights
@@ -125,9 +125,9 @@ def test_act_order_within_the_mlp_is_undone_at_load(
     directory, pack = whole(fixtures / "tiny--gptqmodel-w4g32-act", tmp_path), packing.pack
     ordered: list[tuple[int, bool]] = []
 
-    def noted(*args: Any, **options: Any) -> packing.PackedInt4:
+    def noted(*args: Any, **options: Any) -> packing.PackedWords:
         packed = pack(*args, **options)
-        ordered.append((packed.shape[1], packed.order is not None))
+        ordered.append((packed.k, packed.order is not None))
         return packed
 
     def three_tokens() -> Tensor:

@@ -13,16 +13,12 @@ import torch
 from proof import Proof, meta
 from torch import Tensor
 
+from octavo.kernels.gemm.gpu.arguments import Pairs
 from octavo.kernels.gemm.gpu.gemm_persistent import gemm_persistent
-from octavo.kernels.gemm.gpu.gemm_swap_ab import gemm_swap_ab
-from octavo.kernels.gemm.gpu.w4a16_gemm import w4a16_gemm
-from octavo.kernels.gemm.gpu.w8a16_gemm import Packed, w8a16_gemm
-from octavo.kernels.int4.gpu.packing import PackedInt4
+from octavo.kernels.gemm.gpu.gemm_swap_ab import gemm_packed, gemm_swap_ab
+from octavo.kernels.gemm.gpu.packing import PackedWords, Storage
 from octavo.kernels.launching import tuning
 from octavo.kernels.launching.launch import Launch
-from octavo.kernels.moe.gpu.grouped import grouped
-from octavo.kernels.moe.gpu.int4 import PackedExperts, grouped_int4
-from octavo.kernels.moe.gpu.int8 import ByteExperts, grouped_int8
 from octavo.kernels.moe.gpu.route import unaligned
 
 BF16 = torch.bfloat16
@@ -87,29 +83,30 @@ def _launches(family: str, row: Sizes) -> dict[str, Launch]:
         case "fp8" | "int8":
             return {"": _eight_bits(family, m, out, bias, sizes)}
         case "w8a16":
+            x, half = (meta(m, K, dtype=dtype) for dtype in (BF16, FP16))
             return {
-                ", rows": _w8a16(0, BF16, m, out, bias, sizes),
-                ", groups of 128 with zeros": _w8a16(128, BF16, m, out, bias, sizes),
-                ", groups of 32 with zeros, fp16": _w8a16(32, FP16, m, out, bias, sizes),
-                ", e4m3, groups of 128": _w8a16(128, BF16, m, out, bias, sizes, is_e4m3=True),
+                ", rows": _packed(x, "int8", 0, False, out, bias, sizes),
+                ", groups of 128 with zeros": _packed(x, "int8", 128, True, out, bias, sizes),
+                ", groups of 32 with zeros, fp16": _packed(half, "int8", 32, True, out, bias, sizes),
+                ", e4m3, groups of 128": _packed(x, "e4m3", 128, False, out, bias, sizes),
             }
         case "int4" | "int4 fp8":
             x = meta(m, K, dtype=E4M3 if "fp8" in family else BF16)
-            found = {", groups of 128": _int4(x, 4, 128, False, out, bias, sizes)}
-            found[", groups of 64 with zeros"] = _int4(x, 4, 64, True, out, bias, sizes)
-            if m <= 64:  # as `int4.gpu.linear` has it
-                found[", groups of 32 with zeros"] = _int4(x, 4, 32, True, out, bias, sizes)
+            found = {", groups of 128": _packed(x, "4 bits", 128, False, out, bias, sizes)}
+            found[", groups of 64 with zeros"] = _packed(x, "4 bits", 64, True, out, bias, sizes)
+            if m <= 64:  # as `gemm.gpu.packed_linear` has it
+                found[", groups of 32 with zeros"] = _packed(x, "4 bits", 32, True, out, bias, sizes)
                 if "fp8" not in family:
-                    found[", 2 bits, groups of 32 with zeros"] = _int4(x, 2, 32, True, out, bias, sizes)
+                    found[", 2 bits, groups of 32 with zeros"] = _packed(x, "2 bits", 32, True, out, bias, sizes)
             return found
         case "moe w8a16":
-            found = {", groups of 128 with zeros": _moe_w8a16(128, sizes)}
-            return {**found, ", e4m3, groups of 128": _moe_w8a16(128, sizes, is_e4m3=True)}
+            found = {", groups of 128 with zeros": _of_experts(BF16, "int8", 128, True, sizes)}
+            return {**found, ", e4m3, groups of 128": _of_experts(BF16, "e4m3", 128, False, sizes)}
         case "moe int4 fp8":
-            return {", groups of 32 with zeros": _moe_int4(family, 32, True, sizes)}
+            return {", groups of 32 with zeros": _of_experts(E4M3, "4 bits", 32, True, sizes)}
         case "moe int4":
-            found = {", groups of 128": _moe_int4(family, 128, False, sizes)}
-            return {**found, ", groups of 32 with zeros": _moe_int4(family, 32, True, sizes)}
+            found = {", groups of 128": _of_experts(BF16, "4 bits", 128, False, sizes)}
+            return {**found, ", groups of 32 with zeros": _of_experts(BF16, "4 bits", 32, True, sizes)}
     return {"": _moe(family, sizes)}
 
 
@@ -124,30 +121,24 @@ def _eight_bits(family: str, m: int, out: Tensor, bias: Tensor | None, sizes: Si
     return body(x, w, *scales, out, bias, blocks=blocks, **sizes)
 
 
-def _w8a16(
-    group: int, dtype: torch.dtype, m: int, out: Tensor, bias: Tensor | None, sizes: Sizes, *, is_e4m3: bool = False
-) -> Launch:
-    groups = K // (group or K)
-    tile = min(group or 128, 128)
-    zero = meta(groups, N, dtype=torch.int8) if group and not is_e4m3 else None
-    words = meta(K // tile, N, tile // 2, dtype=INT16)
-    packed = Packed(words, meta(groups, N, dtype=BF16), zero, bias, K, group, is_e4m3)
-    return w8a16_gemm(meta(m, K, dtype=dtype), packed, out, **sizes)
+def _words(experts: int, storage: Storage, group: int, has_zeros: bool, bias: Tensor | None = None) -> PackedWords:
+    bits = {"2 bits": 2, "4 bits": 4}.get(storage, 8)
+    tile = min(group or 128, 128) if bits == 8 else 128
+    scale = meta(experts, K // (group or K), N, *([2] if has_zeros else []), dtype=BF16)
+    words = meta(experts, K // tile, N, tile * bits // 16, dtype=INT16)
+    return PackedWords(words, scale, storage, group, K, bias=bias)
 
 
-def _int4(
-    x: Tensor, bits: int, group_size: int, has_zeros: bool, out: Tensor, bias: Tensor | None, sizes: Sizes
+def _packed(
+    x: Tensor, storage: Storage, group: int, has_zeros: bool, out: Tensor, bias: Tensor | None, sizes: Sizes
 ) -> Launch:
-    shape = (K // group_size, N, 2) if has_zeros else (K // group_size, N)
-    words = meta(K // 128, N, 8 * bits, dtype=INT16)
-    columns = meta(K, dtype=torch.int64)
-    packed = PackedInt4(words, meta(*shape, dtype=BF16), bits, group_size, None, None, columns, bias)
-    return w4a16_gemm(x, packed, out, meta(x.shape[0], 1) if x.dtype == E4M3 else None, **sizes)
+    packed = _words(1, storage, group, has_zeros, bias)
+    return gemm_packed(x, packed, out, meta(x.shape[0], 1) if x.dtype == E4M3 else None, **sizes)
 
 
 def _pairs(sizes: Sizes) -> dict[str, Any]:
     given = {name: size for name, size in sizes.items() if name != "block_m"}  # that one is the alignment's
-    return {"divisor": 1, "router": meta(PAIRS // 2, 2), **given}
+    return {"pairs": Pairs(unaligned(PAIRS, EXPERTS, sizes["block_m"], "meta"), 1, meta(PAIRS // 2, 2)), **given}
 
 
 def _moe(family: str, sizes: Sizes) -> Launch:
@@ -155,33 +146,14 @@ def _moe(family: str, sizes: Sizes) -> Launch:
     blocks = family == "moe fp8 blocks"
     x = meta(PAIRS, K, dtype=dtype)
     w = meta(EXPERTS, N, K, dtype=dtype)
-    out = meta(PAIRS, N, dtype=BF16)
-    pairs = unaligned(PAIRS, EXPERTS, sizes["block_m"], "meta")
-    scales: dict[str, Any] = {}
+    x_scale = w_scale = None
     if dtype != BF16:
         x_scale = meta(K // 128, PAIRS).T if blocks else meta(PAIRS, 1)
-        scales = {"x_scale": x_scale, "w_scale": meta(EXPERTS, N // 128, K // 128) if blocks else meta(EXPERTS, N)}
-    return grouped(x, w, pairs, out, blocks=blocks, **scales, **_pairs(sizes))
+        w_scale = meta(EXPERTS, N // 128, K // 128) if blocks else meta(EXPERTS, N)
+    return gemm_swap_ab(x, w, x_scale, w_scale, meta(PAIRS, N, dtype=BF16), blocks=blocks, **_pairs(sizes))
 
 
-def _moe_w8a16(group: int, sizes: Sizes, *, is_e4m3: bool = False) -> Launch:
-    words = meta(EXPERTS, K // group, N, group // 2, dtype=INT16)
-    table = meta(EXPERTS, K // group, N)
-    zero = None if is_e4m3 else meta(EXPERTS, K // group, N, dtype=torch.int8)
-    pairs = unaligned(PAIRS, EXPERTS, sizes["block_m"], "meta")
-    x = meta(PAIRS, K, dtype=BF16)
-    packed = ByteExperts(words, table, zero, K, group, is_e4m3=is_e4m3)
-    return grouped_int8(x, packed, pairs, meta(PAIRS, N, dtype=BF16), **_pairs(sizes))
-
-
-def _moe_int4(family: str, group_size: int, has_zeros: bool, sizes: Sizes) -> Launch:
-    table = meta(EXPERTS, K // group_size, N)
-    words = meta(EXPERTS, K // 128, N, 32, dtype=INT16)
-    packed = PackedExperts(words, table, table if has_zeros else None, group_size, K)
-    pairs = unaligned(PAIRS, EXPERTS, sizes["block_m"], "meta")
-    x = meta(PAIRS, K, dtype=BF16)
-    x_scale = None
-    if family == "moe int4 fp8":
-        x = meta(PAIRS, K, dtype=E4M3)
-        x_scale = meta(PAIRS, 1)
-    return grouped_int4(x, packed, pairs, meta(PAIRS, N, dtype=BF16), x_scale=x_scale, **_pairs(sizes))
+def _of_experts(dtype: torch.dtype, storage: Storage, group: int, has_zeros: bool, sizes: Sizes) -> Launch:
+    packed = _words(EXPERTS, storage, group, has_zeros)
+    x_scale = meta(PAIRS, 1) if dtype == E4M3 else None
+    return gemm_packed(meta(PAIRS, K, dtype=dtype), packed, meta(PAIRS, N, dtype=BF16), x_scale, **_pairs(sizes))

@@ -9,10 +9,8 @@ import torch
 from proof import Proof, meta
 
 from octavo.kernels.gemm.gpu.gemm_persistent import gemm_persistent
-from octavo.kernels.gemm.gpu.gemm_swap_ab import gemm_swap_ab
-from octavo.kernels.gemm.gpu.w4a16_gemm import w4a16_gemm
-from octavo.kernels.gemm.gpu.w8a16_gemm import Packed, w8a16_gemm
-from octavo.kernels.int4.gpu.packing import TILE, PackedInt4
+from octavo.kernels.gemm.gpu.gemm_swap_ab import gemm_packed, gemm_swap_ab
+from octavo.kernels.gemm.gpu.packing import PackedWords
 
 
 def swap_ab_proofs() -> dict[str, Proof]:
@@ -123,15 +121,15 @@ def w4a16_proofs() -> dict[str, Proof]:
     for name, bits, group_size, zero, dtype, sizes in _KINDS:
         bm = sizes["block_m"]
         fp8 = dtype == torch.float8_e4m3fn
-        scale = example(k // group_size, n, 2) if zero else example(k // group_size, n)
-        words = example(k // TILE, n, 8 * bits, dtype=torch.int16)
-        packed = PackedInt4(words, scale, bits, group_size, None, None, example(k, dtype=torch.int64))
+        scale = example(1, k // group_size, n, 2) if zero else example(1, k // group_size, n)
+        words = example(1, k // 128, n, 8 * bits, dtype=torch.int16)
+        packed = PackedWords(words, scale, "2 bits" if bits == 2 else "4 bits", group_size, k)
         out = example(4, bm, n, dtype=torch.float32) if bm < 128 else example(bm, n)
         x = example(bm, k, dtype=dtype)
         x_scale = example(bm, 1, dtype=torch.float32) if fp8 else None
         op = rf"QGMMA\.64x{bm}x32.*\.RS" if fp8 else rf"HGMMA\.64x{bm}x16.*\.RS"
         made[f"{name} {bm} x {sizes['block_n']}"] = Proof(
-            w4a16_gemm(x, packed, out, x_scale, **sizes),
+            gemm_packed(x, packed, out, x_scale, **sizes),
             expects=(op, r"LDGSTS\.E\.BYPASS.*128", r"STG\.E\.128"),
             forbids=(r"[HQ]GMMA\.(?!.*\.RS)", "HMMA", r"I2F(?!\.RP)"),
             hopper_only=True,
@@ -160,10 +158,10 @@ def w8a16_proofs() -> dict[str, Proof]:
         m = size.get("block_m", 16)
         tile = min(group or 128, 128)
         groups = k // (group or k)
-        zero = meta(groups, n, dtype=torch.int8) if has_zero else None
-        words = meta(k // tile, n, tile // 2, dtype=torch.int16)
-        packed = Packed(words, meta(groups, n, dtype=torch.bfloat16), zero, None, k, group, "e4m3" in name)
-        launch = w8a16_gemm(meta(m, k, dtype=dtype), packed, meta(4, m, n), **size)
+        words = meta(1, k // tile, n, tile // 2, dtype=torch.int16)
+        scale = meta(1, groups, n, *([2] if has_zero else []), dtype=torch.bfloat16)
+        packed = PackedWords(words, scale, "e4m3" if "e4m3" in name else "int8", group, k)
+        launch = gemm_packed(meta(m, k, dtype=dtype), packed, meta(4, m, n), group_m=8, **size)
         expects = (rf"HGMMA\.64x{m}x16.*\.RS", r"LDGSTS\.E\.BYPASS.*128", r"STG\.E\.128")
         made[name] = Proof(launch, expects, forbids=("HMMA", r"I2F\.S8", r"STS\.U16"), hopper_only=True)
     return made

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from proof import Proof
 
+from octavo.kernels.gemm.gpu.packing import PackedWords
 from octavo.kernels.int4.gpu.dequantize import dequantize
-from octavo.kernels.int4.gpu.packing import PackedInt4
 from octavo.kernels.int4.gpu.permute_columns import gather
 
 
@@ -14,13 +14,12 @@ def dequantize_proofs() -> dict[str, Proof]:
     """Words are read and weights written 8 bytes or more at a time."""
     n = 4096
     k = 4096
-    groups = torch.empty(4096, dtype=torch.int64, device="meta")
-    words = torch.empty(k // 128, n, 32, dtype=torch.int16, device="meta")
+    words = torch.empty(1, k // 128, n, 32, dtype=torch.int16, device="meta")
     out = torch.empty(n, k, dtype=torch.bfloat16, device="meta")
     made: dict[str, Proof] = {}
-    for name, group_size, shape in (("g128", 128, (k // 128, n)), ("g32 zero", 32, (k // 32, n, 2))):
+    for name, group_size, shape in (("g128", 128, (1, k // 128, n)), ("g32 zero", 32, (1, k // 32, n, 2))):
         scale = torch.empty(shape, dtype=torch.bfloat16, device="meta")
-        packed = PackedInt4(words, scale, 4, group_size, None, None, groups)
+        packed = PackedWords(words, scale, "4 bits", group_size, k)
         made[name] = Proof(dequantize(packed, out), (r"LDG\.E\.128", r"STG\.E\.128"), forbids=("I2F",))
     return made
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from proof import PAST_L1, WITHIN_L1, Proof, meta
 
+from octavo.kernels.gemm.gpu.arguments import Pairs
+from octavo.kernels.gemm.gpu.gemm_swap_ab import SWAPPED, gemm_packed, gemm_swap_ab
+from octavo.kernels.gemm.gpu.packing import PackedWords
 from octavo.kernels.moe.gpu.fused import sum_experts
-from octavo.kernels.moe.gpu.grouped import SWAPPED, grouped
-from octavo.kernels.moe.gpu.int4 import PackedExperts, grouped_int4
-from octavo.kernels.moe.gpu.int8 import ByteExperts, grouped_int8
 from octavo.kernels.moe.gpu.permute_columns import permute_columns
 from octavo.kernels.moe.gpu.route import align, route, unaligned
 from octavo.kernels.moe.gpu.router import routing
@@ -102,8 +102,7 @@ def grouped_proofs() -> dict[str, Proof]:
     num_pairs = 512
     kinds = {"bf16": torch.bfloat16, "fp8": fp8, "fp8 blocks": fp8, "fp8 rows of blocks": fp8, "int8": torch.int8}
     for block_m, block_n, warps, stages in ((16, 64, 4, 5), (64, 128, 4, 3), (128, 128, 8, 3)):
-        pairs = unaligned(num_pairs, num_experts, block_m, "meta")
-        router = meta(256, 2)
+        pairs = Pairs(unaligned(num_pairs, num_experts, block_m, "meta"), 1, meta(256, 2))
         for kind, dtype in kinds.items():
             if block_m == 64 and "blocks" not in kind:  # as the others
                 continue
@@ -117,20 +116,9 @@ def grouped_proofs() -> dict[str, Proof]:
                 rows = n // 128 if kind == "fp8 blocks" else n
                 x_scale = meta(k // 128, num_pairs).T if in_blocks else meta(num_pairs, 1)
                 w_scale = meta(num_experts, rows, k // 128) if in_blocks else meta(num_experts, n)
-            more = {"block_n": block_n, "block_k": 64 if dtype == torch.bfloat16 else 128, "num_stages": stages}
-            launch = grouped(
-                x,
-                w,
-                pairs,
-                out,
-                divisor=1,
-                router=router,
-                x_scale=x_scale,
-                w_scale=w_scale,
-                blocks="blocks" in kind,
-                num_warps=warps,
-                **more,
-            )
+            sizes = {"block_n": block_n, "block_k": 64 if dtype == torch.bfloat16 else 128, "group_m": 8}
+            sizes |= {"num_warps": warps, "num_stages": stages}
+            launch = gemm_swap_ab(x, w, x_scale, w_scale, out, pairs=pairs, blocks="blocks" in kind, **sizes)
             columns = block_m if block_m <= SWAPPED else launch.arguments["BLOCK_N"]
             op = {fp8: "QGMMA", torch.int8: "IGMMA"}.get(dtype, "HGMMA") + rf"\.64x{columns}x"
             made[f"{kind} {block_m} x {launch.arguments['BLOCK_N']}"] = Proof(
@@ -154,24 +142,15 @@ def int4_proofs() -> dict[str, Proof]:
         (fp16, 128, True, 16, 64, 4),
         (bf16, 64, False, 64, 128, 8),
     ):
-        table = meta(num_experts, k // group_size, n)
+        scale = meta(num_experts, k // group_size, n, *([2] if has_zero else []), dtype=bf16)
         words = meta(num_experts, k // 128, n, 32, dtype=torch.int16)
-        packed = PackedExperts(words, table, table if has_zero else None, group_size, k)
-        pairs = unaligned(num_pairs, num_experts, block_m, "meta")
-        router = meta(256, 2)
-        launch = grouped_int4(
-            meta(num_pairs, k, dtype=dtype),
-            packed,
-            pairs,
-            meta(num_pairs, n, dtype=dtype),
-            divisor=1,
-            router=router,
-            block_n=block_n,
-            num_warps=warps,
-        )
+        packed = PackedWords(words, scale, "4 bits", group_size, k)
+        pairs = Pairs(unaligned(num_pairs, num_experts, block_m, "meta"), 1, meta(256, 2))
+        x, out = (meta(num_pairs, columns, dtype=dtype) for columns in (k, n))
+        launch = gemm_packed(x, packed, out, pairs=pairs, block_n=block_n, group_m=8, num_warps=warps)
         name = f"{str(dtype).removeprefix('torch.')} groups of {group_size}{' with zeros' if has_zero else ''}"
         expects = (rf"HGMMA\.64x{block_m}x16.*\.RS", r"LDGSTS\.E\.BYPASS.*128")
-        made[f"{name} {block_m} x {block_n}"] = Proof(launch, expects, ("HMMA", "PRMT"), hopper_only=True)
+        made[f"{name} {block_m} x {block_n}"] = Proof(launch, expects, ("HMMA", r"I2F(?!\.RP)"), hopper_only=True)
     return made
 
 
@@ -194,20 +173,11 @@ def int8_proofs() -> dict[str, Proof]:
         groups = k // (group or k)
         tile = min(group or 128, 128)
         words = meta(num_experts, k // tile, n, tile // 2, dtype=torch.int16)
-        table = meta(num_experts, groups, n)
-        zero = meta(num_experts, groups, n, dtype=torch.int8) if has_zero else None
-        pairs = unaligned(num_pairs, num_experts, block_m, "meta")
-        router = meta(256, 2)
-        launch = grouped_int8(
-            meta(num_pairs, k, dtype=dtype),
-            ByteExperts(words, table, zero, k, group, is_e4m3=is_e4m3),
-            pairs,
-            meta(num_pairs, n, dtype=dtype),
-            divisor=1,
-            router=router,
-            block_n=block_n,
-            num_warps=warps,
-        )
+        scale = meta(num_experts, groups, n, *([2] if has_zero else []), dtype=bf16)
+        pairs = Pairs(unaligned(num_pairs, num_experts, block_m, "meta"), 1, meta(256, 2))
+        packed = PackedWords(words, scale, "e4m3" if is_e4m3 else "int8", group, k)
+        x, out = (meta(num_pairs, columns, dtype=dtype) for columns in (k, n))
+        launch = gemm_packed(x, packed, out, pairs=pairs, block_n=block_n, group_m=8, num_warps=warps)
         name = f"{str(dtype).removeprefix('torch.')} {f'groups of {group}' if group else 'rows'}"
         expects = (rf"HGMMA\.64x{block_m}x16", r"LDGSTS\.E\.BYPASS.*128")
         name = f"e4m3 {name}" if is_e4m3 else name
