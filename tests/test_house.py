@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import house
@@ -53,58 +54,11 @@ def test_every_room_has_a_floor() -> None:
     assert {house.room_of(module) for module in house.modules()} == set(house.FLOOR_OF)
 
 
-@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(ROOT)))
-def test_rooms_are_imported_through_the_package(path: Path) -> None:
-    for name in house.imported_names(path):
-        assert name.split(".")[0] not in house.LINKED, f"{path}: imports bare {name!r}; write octavo.{name}"
-
-
-@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(ROOT)))
-def test_cuda_is_spoken_in_one_file(path: Path) -> None:
-    if path == ROOT / "runtime/worker/device.py":
-        return
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            assert (node.value.id, node.attr) != ("torch", "cuda"), (
-                f"{path}:{node.lineno}: torch.cuda belongs in runtime/worker/device.py"
-            )
-
-
 def test_the_server_knows_no_tensor() -> None:
     for path in (ROOT / "server").rglob("*.py"):
         assert not {"torch", "numpy"} & {name.split(".")[0] for name in house.imported_names(path)}, (
             f"{path} imports a tensor library"
         )
-
-
-@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(ROOT)))
-def test_sizes(path: Path) -> None:
-    text = path.read_text(encoding="utf-8")
-    room = path.relative_to(ROOT).parts[0]
-    assert text.count("\n") <= MAX_LINES, f"{path} has {text.count(chr(10))} lines"
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            assert node.end_lineno is not None
-            lines = node.end_lineno - node.body[0].lineno + 1
-            assert lines <= MAX_BODY_LINES.get(room, 50), f"{path}:{node.lineno}: {node.name} has {lines} lines"
-    assert path.stem not in {"utils", "helpers", "common", "misc"}, f"{path}: name what it is for"
-
-
-@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(ROOT)))
-def test_arguments(path: Path) -> None:
-    """`octavo.quantize` aside, whose arguments are the options of a job."""
-    most = MAX_ARGUMENTS.get(path.relative_to(ROOT).parts[0], 10)
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            names = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
-            count = len(names) - (names[:1] in (["self"], ["cls"]))
-            is_job = path.parts[-2:] == ("jobs", "quantize.py") and node.name == "quantize"
-            assert count <= most or is_job, f"{path}:{node.lineno}: {node.name} takes {count} arguments"
-
-
-@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(ROOT)))
-def test_every_module_says_what_it_is(path: Path) -> None:
-    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), f"{path} has no docstring"
 
 
 def is_kernel_body(path: Path) -> bool:
@@ -155,28 +109,103 @@ def test_nothing_of_a_machine_is_written_down() -> None:
             assert word not in text, f"{name} names {word}"
 
 
-@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(ROOT)))
-def test_one_statement_assigns_one_thing(path: Path) -> None:
+def bare_imports(path: Path, _: ast.Module) -> Iterator[str]:
+    for name in house.imported_names(path):
+        if name.split(".")[0] in house.LINKED:
+            yield f"{path}: imports bare {name!r}; write octavo.{name}"
+
+
+def cuda(path: Path, tree: ast.Module) -> Iterator[str]:
+    if path == ROOT / "runtime/worker/device.py":
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.cuda":
+            yield f"{path}:{node.lineno}: torch.cuda belongs in runtime/worker/device.py"
+
+
+def sizes(path: Path, tree: ast.Module) -> Iterator[str]:
+    num_lines = path.read_text(encoding="utf-8").count("\n")
+    if num_lines > MAX_LINES:
+        yield f"{path} has {num_lines} lines"
+    most = MAX_BODY_LINES.get(path.relative_to(ROOT).parts[0], 50)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno is not None
+            lines = node.end_lineno - node.body[0].lineno + 1
+            if lines > most:
+                yield f"{path}:{node.lineno}: {node.name} has {lines} lines"
+    if path.stem in {"utils", "helpers", "common", "misc"}:
+        yield f"{path}: name what it is for"
+
+
+def arguments(path: Path, tree: ast.Module) -> Iterator[str]:
+    """`octavo.quantize` aside, whose arguments are the options of a job."""
+    most = MAX_ARGUMENTS.get(path.relative_to(ROOT).parts[0], 10)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            names = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+            count = len(names) - (names[:1] in (["self"], ["cls"]))
+            is_job = path.parts[-2:] == ("jobs", "quantize.py") and node.name == "quantize"
+            if count > most and not is_job:
+                yield f"{path}:{node.lineno}: {node.name} takes {count} arguments"
+
+
+def docstring(path: Path, tree: ast.Module) -> Iterator[str]:
+    if not ast.get_docstring(tree):
+        yield f"{path} has no docstring"
+
+
+def packed_assignments(path: Path, tree: ast.Module) -> Iterator[str]:
     """`a, b = x, y` packs two statements into one line; a swap, where y reads a, needs it."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree):
         if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.Tuple):
             continue
         target = node.targets[0]
         if isinstance(target, ast.Tuple) and len(target.elts) == len(node.value.elts):
             given = {ast.unparse(x) for value in node.value.elts for x in ast.walk(value) if isinstance(x, ast.expr)}
-            read = [element for element in target.elts if ast.unparse(element) in given]
-            assert read, f"{path}:{node.lineno}: one statement assigns several unrelated values"
+            if not any(ast.unparse(element) in given for element in target.elts):
+                yield f"{path}:{node.lineno}: one statement assigns several unrelated values"
+
+
+def formatter_off(path: Path, tree: ast.Module) -> Iterator[str]:
+    """`# fmt: skip` stands behind tables alone: literals at the level of a module."""
+    tables = [
+        range(node.lineno, (node.end_lineno or 0) + 1)
+        for node in tree.body
+        if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Dict | ast.List | ast.Tuple)
+    ]
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if "# fmt:" in line and not any(number in table for table in tables):
+            yield f"{path}:{number}: the formatter is off outside a table"
+
+
+RULES = (bare_imports, cuda, sizes, arguments, docstring, packed_assignments, formatter_off)
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(ROOT)))
-def test_the_formatter_is_on(path: Path) -> None:
-    """`# fmt: skip` stands behind tables alone: literals at the level of a module."""
-    text = path.read_text(encoding="utf-8")
-    tables = [
-        range(node.lineno, (node.end_lineno or 0) + 1)
-        for node in ast.parse(text).body
-        if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Dict | ast.List | ast.Tuple)
-    ]
-    for number, line in enumerate(text.splitlines(), start=1):
-        if "# fmt:" in line:
-            assert any(number in table for table in tables), f"{path}:{number}: the formatter is off outside a table"
+def test_each_file_keeps_the_rules(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert [said for rule in RULES for said in rule(path, tree)] == []
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ('"""Says."""\nimport quant\n', "imports bare 'quant'"),
+        ('"""Says."""\ntorch.cuda.synchronize()\n', "torch.cuda belongs"),
+        ('"""Says."""\n' + "\n" * MAX_LINES, "has 501 lines"),
+        ('"""Says."""\ndef f():\n' + "    pass\n" * 51, "f has 51 lines"),
+        ('"""Says."""\nasync def f(a, b, c, d, e, *, f, g, h, i, j, k):\n    pass\n', "f takes 11 arguments"),
+        ("a = 1\n", "has no docstring"),
+        ('"""Says."""\na, b = 1, 2\n', "several unrelated values"),
+        ('"""Says."""\nf(1)  # fmt: skip\n', "the formatter is off"),
+    ],
+)
+def test_a_file_that_breaks_a_rule_is_found(
+    source: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    path = tmp_path / "module.py"
+    path.write_text(source)
+    (found,) = [each for rule in RULES for each in rule(path, ast.parse(source))]
+    assert said in found
