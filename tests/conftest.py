@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 
 from octavo.kernels.native.environment import ENVIRONMENT
 
@@ -23,6 +24,11 @@ os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="octavo-datasets-")
 HAS_GPU = Path("/dev/nvidiactl").exists()
 if not HAS_GPU:  # before any test imports a Triton kernel
     os.environ["TRITON_INTERPRET"] = "1"
+
+# The same random cases in each run; --hypothesis-profile=slow draws ten times as many, and others each time.
+settings.register_profile("suite", deadline=None, derandomize=True)
+settings.register_profile("slow", deadline=None, max_examples=1000)
+settings.load_profile("suite")
 
 FIXTURES = Path(__file__).parent / "fixtures"
 

@@ -99,7 +99,7 @@ def test_conversations_that_a_template_refuses_are_counted() -> None:
         from_records([good, bad, bad], encoder, Sizes(3, 43))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     sizes=st.lists(st.integers(1, 60), min_size=1, max_size=12),
     num_samples=st.integers(1, 8),

@@ -323,9 +323,9 @@ class WindowTraffic(Traffic):
 
 
 TestTraffic = Traffic.TestCase
-TestTraffic.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+TestTraffic.settings = settings(stateful_step_count=60)
 TestWindowTraffic = WindowTraffic.TestCase
-TestWindowTraffic.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+TestWindowTraffic.settings = settings(stateful_step_count=60)
 
 
 def test_decodes_come_first_then_prompts_in_chunks() -> None:

@@ -29,13 +29,8 @@ from octavo_server import (
     wait_until,
 )
 
-LONG = {
-    "prompt": ["x"] * 2,
-    "n": 128,
-    "max_tokens": 500,
-    "temperature": 0,
-    "ignore_eos": True,
-}  # it won't be waited for
+LONG = {"prompt": ["x"] * 2, "n": 32, "max_tokens": 500, "temperature": 0, "ignore_eos": True}  # it won't be waited for
+UNREAD = LONG | {"n": 128, "stream": True, "logprobs": 20}  # over a kilobyte a token: more than sockets hold
 PATH = "/v1/completions"
 HEAD = (
     b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
@@ -119,7 +114,7 @@ def test_what_does_not_finish_in_time_ends_with_an_error() -> None:
 
 
 def test_clients_that_neither_read_nor_write_do_not_hold_the_end_up() -> None:
-    content = json.dumps(LONG | {"stream": True, "logprobs": 20, "max_tokens": 40}).encode()
+    content = json.dumps(UNREAD | {"max_tokens": 40}).encode()
     with serving("--shutdown-timeout", "0") as server, ExitStack() as connections:
         for sent in (b"", HEAD % 9, HEAD % 9 + b"{", HEAD[:9], HEAD % len(content) + content):
             connection = socket.create_connection(host_and_port(server), timeout=PATIENCE)
@@ -135,14 +130,14 @@ def test_clients_that_neither_read_nor_write_do_not_hold_the_end_up() -> None:
 
 def test_a_second_sigint_ends_at_once() -> None:
     """It doesn't wait for a client that does not read either."""
-    content = json.dumps(LONG | {"stream": True, "logprobs": 20}).encode()
+    content = json.dumps(UNREAD).encode()
     with serving() as server, socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.settimeout(PATIENCE)
         connection.connect(host_and_port(server))
         connection.sendall(HEAD % len(content) + content)
         with server.client() as client:
-            wait_until(lambda: value(client, "vllm:generation_tokens_total") > 2000)  # over a kilobyte each
+            wait_until(lambda: value(client, "vllm:generation_tokens_total") > 2000)
         server.send_signal(signal.SIGINT)
         wait_until_draining(server)
         assert server.process.poll() is None, "the first one waits"

@@ -43,20 +43,20 @@ def become_an_h100(seen: set[tuple[str, str]]) -> None:
 
 
 def some_request(number: int, rng: random.Random, vocab: int) -> AddRequest:
-    """Prompts short and long, greedy or drawn, some with all that changes logits."""
-    length = rng.choice((rng.randrange(1, 20), rng.randrange(1, 300), rng.randrange(200, LENGTH - 40)))
+    """Prompts short and, one in ten, long; greedy or drawn, some with all that changes logits."""
+    length = rng.randrange(1, rng.choice((20, 300))) if number % 10 else rng.randrange(200, LENGTH - 20)
     settings: dict[str, Any] = {"temperature": rng.choice((0.0, 0.7)), "top_p": rng.choice((1.0, 0.9))}
     if rng.random() < 0.3:
         settings |= {"logit_bias": {1: 2.0, 2: -1.0}, "frequency_penalty": 0.5, "repetition_penalty": 1.2}
     if rng.random() < 0.2:
         settings |= {"logprobs": 2, "prompt_logprobs": 1}
     prompt = [rng.randrange(vocab) for _ in range(length)]
-    return AddRequest(str(number), prompt, SamplingParams(max_tokens=rng.randrange(1, 40), **settings), 0.0)
+    return AddRequest(str(number), prompt, SamplingParams(max_tokens=rng.randrange(1, 20), **settings), 0.0)
 
 
 def serve(engine: Engine, rng: random.Random) -> None:
     """Bursts of requests, of which few or many run at a time, to the last token; then a crowd."""
-    for burst in (1, 3, 30, 2, 150, 5):
+    for burst in (1, 3, 30, 2, 90, 5):
         for number in range(burst):
             assert not engine.add(some_request(number, rng, engine.worker.model.vocab_size))
         finish(engine)

@@ -56,6 +56,7 @@ class ForkedCommands:
 
 def _serve_forks() -> None:
     import octavo.calibration.convert_model
+    import octavo.calibration.quantize_model
     import octavo.commands.convert
     import octavo.commands.eval
     import octavo.commands.inspect
@@ -63,8 +64,13 @@ def _serve_forks() -> None:
     import octavo.commands.serve
     import octavo.jobs.quality
     import octavo.jobs.quantize
+    import octavo.jobs.self_text
+    import octavo.kernels.attention.cpu
+    import octavo.quant.hub
+    import octavo.runtime.model.blocks
     import octavo.runtime.startup
-    import octavo.server.app  # noqa: F401
+    import octavo.server.app
+    import octavo.server.lifecycle  # noqa: F401
 
     for line in sys.stdin:
         arguments, seconds = json.loads(line)

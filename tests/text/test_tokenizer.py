@@ -9,7 +9,7 @@ import unicodedata
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
@@ -54,7 +54,6 @@ QWEN = Tokenizer.open(TINY.parent / "tiny-qwen2")  # NFC, and a pattern that spl
 
 @pytest.mark.parametrize("tokenizer", [BYTE_LEVEL, SENTENCEPIECE, QWEN], ids=["byte level", "sentencepiece", "NFC"])
 @given(text=TEXTS)
-@settings(max_examples=300, deadline=None)
 def test_no_token_stands_for_more_bytes_than_it_may(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.max_token_bytes is not None
     ids = tokenizer.encode(text, add_special_tokens=False)
@@ -119,20 +118,17 @@ def _in_pieces(tokenizer: Tokenizer, ids: list[int], *, skip: bool) -> str:
 
 
 @given(st.lists(st.integers(0, 1030), max_size=60), st.booleans())
-@settings(max_examples=500, deadline=None)
 def test_pieces_of_any_byte_level_tokens_join_to_the_whole_text(ids: list[int], skip: bool) -> None:
     assert _in_pieces(BYTE_LEVEL, ids, skip=skip) == BYTE_LEVEL.decode(ids, skip_special_tokens=skip)
 
 
 @given(TEXTS, st.booleans(), st.sampled_from([BYTE_LEVEL, SENTENCEPIECE]))
-@settings(max_examples=500, deadline=None)
 def test_pieces_of_a_text_join_to_the_text(text: str, skip: bool, tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode(text)
     assert _in_pieces(tokenizer, ids, skip=skip) == tokenizer.decode(ids, skip_special_tokens=skip)
 
 
 @given(TEXTS, TEXTS)
-@settings(max_examples=300, deadline=None)
 def test_a_continuation_is_what_the_whole_text_adds_to_the_prompts(prompt: str, rest: str) -> None:
     for tokenizer in (BYTE_LEVEL, SENTENCEPIECE):
         ids = tokenizer.encode(prompt + rest, add_special_tokens=False)
@@ -221,7 +217,6 @@ def _cut(text: str, stops: list[str], include: bool) -> str:
     st.lists(st.text("abé日", min_size=1, max_size=5), min_size=1, max_size=3),
     st.booleans(),
 )
-@settings(max_examples=1000, deadline=None)
 def test_stop_strings_cut_the_text_at_the_same_place_however_it_is_tokenized(
     text: str, stops: list[str], include: bool
 ) -> None:
