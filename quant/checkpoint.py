@@ -18,7 +18,7 @@ from octavo.quant.model_files import CheckpointError, read_object
 from octavo.quant.model_layout import NO_LAYOUTS, UNKNOWN, Layouts, ModelLayout
 from octavo.quant.printable import shown, some
 from octavo.quant.qparams import QuantizedWeight
-from octavo.quant.safetensors_file import SafetensorsError, SafetensorsFile, TensorSpec
+from octavo.quant.safetensors_file import MAX_TENSORS, SafetensorsError, SafetensorsFile, TensorSpec
 
 # The files where old GPTQ and AWQ writers, and ModelOpt, keep the quantization config.
 SIDE_CONFIGS = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
@@ -283,6 +283,11 @@ def _open_shards(directory: Path, shards: dict[str, list[str] | None]) -> dict[s
         if twice:
             raise CheckpointError(f"{name} and {seen[twice[0]]} both have {some(twice)}")
         seen.update(dict.fromkeys(file.specs, name))
+        if len(seen) > MAX_TENSORS:
+            raise CheckpointError(
+                f"{directory}: the shards as far as {name} have {len(seen):,} tensors; {MAX_TENSORS:,} are the most "
+                "that a checkpoint may have"
+            )
         files[name] = file
     if not seen:
         raise CheckpointError(f"{directory} has safetensors files or an index, but no tensor is in them")

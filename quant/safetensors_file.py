@@ -38,6 +38,7 @@ DTYPES: dict[str, torch.dtype] = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER_BYTES = 100_000_000  # the safetensors package's own limit
+MAX_TENSORS = 400_000  # of a checkpoint, which take some 10 s; the largest mixtures of experts have 210,000
 MAX_SIZE = 1 << 48  # of a dimension or an offset
 MAX_DIMENSIONS = 8
 MAX_NAME = 10_000  # characters; a config's regexes are matched against names
@@ -78,6 +79,11 @@ class SafetensorsFile:
         self._map: Tensor | None = None
         header, data_start = self._read_header()
         header.pop("__metadata__", None)
+        if len(header) > MAX_TENSORS:
+            raise SafetensorsError(
+                f"{path.name}: its header has {len(header):,} tensors; {MAX_TENSORS:,} are the most that a checkpoint "
+                "may have"
+            )
         for name, entry in header.items():
             spec, begin = self._parse_entry(name, entry)
             self.specs[name] = spec

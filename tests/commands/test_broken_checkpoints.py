@@ -249,6 +249,11 @@ CASES: dict[str, Case] = {
     "name endless": Case(
         header(tensor(name="x" * 5_000_000), b"abcd"), WEIGHTS, ("model.safetensors", "left out", "10,000 are the most")
     ),
+    "tensors without end": Case(
+        header("{" + ",".join(f'"{i}":0' for i in range(400_001)) + "}"),
+        WEIGHTS,
+        ("model.safetensors: its header has 400,001 tensors; 400,000 are the most",),
+    ),
     # index
     "index cut": Case(index('{"weight_map": {'), WEIGHTS, (f"{INDEX} is not JSON",)),
     "index without map": Case(index({}), WEIGHTS, (f"{INDEX} has no weight_map",)),

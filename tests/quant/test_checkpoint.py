@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from octavo.quant import checkpoint
 from octavo.quant.checkpoint import INDEX, Checkpoint, CheckpointError
 from octavo.quant.hub import resolve_model
 from octavo.quant.qparams import QuantizedWeight
@@ -140,6 +141,16 @@ def test_a_tensor_in_two_shards_is_refused(model: Path) -> None:
     }
     (model / INDEX).write_text(json.dumps({"weight_map": places}))
     with pytest.raises(CheckpointError, match="both have"):
+        Checkpoint.open(model)
+
+
+def test_tensors_of_all_shards_together_are_bounded(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shard(model)
+    num_tensors = len(Checkpoint.open(model).names)
+    monkeypatch.setattr(checkpoint, "MAX_TENSORS", num_tensors)
+    Checkpoint.open(model)
+    monkeypatch.setattr(checkpoint, "MAX_TENSORS", num_tensors - 1)
+    with pytest.raises(CheckpointError, match=f"have {num_tensors} tensors; {num_tensors - 1} are the most"):
         Checkpoint.open(model)
 
 
