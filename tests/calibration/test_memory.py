@@ -134,4 +134,4 @@ def test_peak_memory_does_not_know_the_size_of_the_model(tmp_path: Path) -> None
     assert after - before < 2 * LARGEST
     written = Checkpoint.open(tmp_path / "out")
     assert len(written.files) > 1
-    assert sum(written.spec(name).nbytes for name in written.names) < 0.4 * total
+    assert sum(written.spec(name).nbytes for name in written.names) < 0.5 * total  # embeddings are a fifth
