@@ -28,7 +28,6 @@ from benchmarks.gpu_clock import Call, Clock, CudaClock, HostClock, environment,
 from benchmarks.gpu_table import Result, derive, geomeans, write
 
 from octavo.kernels.launching.launch import INTERPRETED
-from octavo.runtime.worker.device import take_tables
 
 OWN = "octavo"
 MOST_SETS = 24  # of inputs
@@ -139,8 +138,6 @@ def work(args: argparse.Namespace, first: int, connection: Any) -> None:
     """Measure the cases from one on; the process ends where the GPU can't be used any more."""
     cases = all_cases(args)
     clock: Clock = HostClock() if args.rehearse else CudaClock()
-    if not args.rehearse:
-        take_tables(torch.device("cuda"))
     torch.manual_seed(int(time.time()))
     bandwidth = clock.bandwidth()
     connection.send(("facts", {f"{name}, GB/s": round(value) for name, value in bandwidth.items()}))

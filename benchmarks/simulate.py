@@ -61,7 +61,7 @@ def gemm_work(name: str, weights: str, m: int, n: int, k: int) -> tuple[Work, in
     if weights == "bf16":
         return Work(name, None, shapes.gemm_bytes(m, n, k, 2.0, 2), flops, "bf16"), 0
     kind, x_bytes = ("fp8", 1) if weights == "fp8" else ("int4", 2)
-    sizes = dict(tuning.choose(kind, m, n, k))
+    sizes = dict(tuning.choose(kind, m, n, k, torch.device("meta")))
     if sizes.pop("dequantize", 0):
         return Work(name, None, n * k * 4.5 + m * (n + k) * 2, flops, "bf16"), 0
     parts = sizes.pop("split_k")
@@ -124,7 +124,7 @@ def attention_work(
     step = StepInputs.decode([longest] * batch, 16).to(torch.device("meta"))
     q, width = meta(batch, s.heads, s.d, dtype=BF16), (s.heads + 2 * s.kv_heads) * s.d
     weight = meta(s.d) if qk_norm else None
-    block = tuning.choose("paged decode", group, s.d, stores[0].element_size())
+    block = tuning.choose("paged decode", group, s.d, stores[0].element_size(), stores[0].device)
     programs = attention.split_count(
         longest, shape, min_split_tokens=block["min_split_tokens"], max_splits=block["max_splits"]
     )
@@ -347,7 +347,7 @@ def errors(directory: Path, compiled: Compiled) -> list[str]:
         pairs = of_kernels if path.name.startswith("kernels") else of_steps
         results = json.loads(path.read_text())
         card = results["facts"].get("card", "no GPU")
-        if tuning.stem(card) != tuning.card:
+        if tuning.stem(card) != tuning.WITHOUT_GPU:
             lines += ["", f"{path.name} isn't compared: it is of {card}, and an H100 is predicted."]
             continue
         found = list(pairs(results, compiled))

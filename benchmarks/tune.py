@@ -34,7 +34,7 @@ from benchmarks.gpu_clock import Clock, CudaClock, one_line, poisoned
 
 from octavo.kernels.launching import tuning
 from octavo.kernels.launching.launch import power_of_two
-from octavo.runtime.worker.device import take_tables
+from octavo.runtime.worker.device import table_notes
 
 Row = dict[str, int]
 CLASSES: tuple[tuple[Row, str], ...] = (({"n": 16384}, "gate_up"), ({"k": 8192}, "down"), ({}, "qkv"))
@@ -51,6 +51,11 @@ GEMMS = {
 MIXTURES = ("moe bf16", "moe fp8", "moe fp8 blocks", "moe int8", "moe w8a16", "moe int4", "moe int4 fp8")
 TOKENS = 64  # of what stands around the GEMMs
 WARPS = (1, 2, 4, 8, 16, 32)
+
+
+def card() -> str:
+    """The table of the GPU that is tuned for; in a rehearsal without one, an H100's."""
+    return tuning.card_of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def grid(**values: tuple[int, ...]) -> list[Row]:
@@ -75,7 +80,7 @@ def gemm_rows(family: str, m: int) -> list[Row]:
 
 def persistent_rows(family: str) -> list[Row]:
     """Candidates of 8-bit codes' body for many tokens."""
-    last = tuning.rows_of(tuning.card)[family][-1]  # what the card has: processors, and the memory accelerator
+    last = tuning.rows_of(card())[family][-1]  # what the card has: processors, and the memory accelerator
     tma = (1, 0) if last.get("tma", 1) else (0,)
     shape: dict[str, tuple[int, ...]] = {
         "swap_ab": (0,),
@@ -100,7 +105,7 @@ def mixture_rows(family: str, m: int) -> list[Row]:
 
 def attention_rows(family: str) -> list[Row]:
     if family == "paged decode":
-        programs = (tuning.rows_of(tuning.card)[family][-1]["programs"],)
+        programs = (tuning.rows_of(card())[family][-1]["programs"],)
         shape = {
             "block_n": (32, 64, 128),
             "min_split_tokens": (128, 256, 512),
@@ -219,7 +224,7 @@ def problems(family: str) -> Iterator[Problem]:
             yield Problem(bounds, rows, (m, 2 * inner, hidden), make, num * hidden * inner, FEW_BITS)
         return
     if family in SMALL:
-        small, those = SMALL[family], tuning.rows_of(tuning.card)[family]
+        small, those = SMALL[family], tuning.rows_of(card())[family]
         beyond = max(TOKENS, *(2 * row.get("m", 0) for row in those))  # all bounds
         for row in those:
             bounds = {name: bound for name, bound in row.items() if name in tuning.BOUNDS}
@@ -245,7 +250,7 @@ def untouched(family: str, before: list[Row]) -> list[Row]:
 
 def install(family: str, row: Row) -> None:
     """Let every size of a family take this row."""
-    tuning.rows_of(tuning.card)[family] = [row]
+    tuning.rows_of(card())[family] = [row]
     tuning.row_of.cache_clear()
 
 
@@ -294,8 +299,8 @@ def merge(path: Path, family: str, rows: list[Row], base: Path | None = None) ->
 def tuned(family: str, device: torch.device, clock: Clock, seconds: float) -> list[Row]:
     """The family's rows for this card, which take them from now on."""
     begun, work = time.monotonic(), list(problems(family))
-    old = [dict(tuning.choose(family, *problem.size)) for problem in work]
-    rows = untouched(family, list(tuning.rows_of(tuning.card)[family]))
+    old = [dict(tuning.choose(family, *problem.size, device)) for problem in work]
+    rows = untouched(family, list(tuning.rows_of(card())[family]))
     for number, problem in enumerate(work):
         ends = begun + seconds * (number + 1) / len(work)
         row: Row | None = None
@@ -310,7 +315,7 @@ def tuned(family: str, device: torch.device, clock: Clock, seconds: float) -> li
         print(f"{time.monotonic() - begun:5.0f} s {family} {rows[-1]}: {found}", flush=True)
         sets = []
         clock.forget()
-    tuning.rows_of(tuning.card)[family] = rows
+    tuning.rows_of(card())[family] = rows
     tuning.row_of.cache_clear()
     return rows
 
@@ -325,13 +330,13 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("no CUDA device to tune for")
     device, clock = torch.device("cuda"), CudaClock(rounds=5)
-    print(*take_tables(device))
+    print(*table_notes(device))
     path = args.output or tuning.TUNING / f"{tuning.stem(torch.cuda.get_device_name(0))}.json"
     families = list(SMALL) if args.family == "around" else [args.family]
     for family in families:
         rows = tuned(family, device, clock, args.seconds / len(families))
         if not args.dry_run:
-            merge(path, family, rows, tuning.TUNING / f"{tuning.card}.json")
+            merge(path, family, rows, tuning.TUNING / f"{card()}.json")
 
 
 if __name__ == "__main__":

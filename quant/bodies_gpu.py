@@ -43,7 +43,8 @@ def eight_bits() -> Body:
 
     def split_k(x: Hidden, packed: Any, out_dtype: torch.dtype) -> Tensor:
         codes, scale = rounded(x, packed)
-        if _splits_k(packed.kind, codes.shape[0], *packed.codes.shape):
+        n, k = packed.codes.shape
+        if _splits_k(packed.kind, codes.shape[0], n, k, codes.device):
             return fp8.split_k_partials(codes, scale, packed)
         return fp8.matmul(codes, scale, packed, out_dtype)
 
@@ -97,7 +98,7 @@ def _decoded(rounding: ActivationQuant | None) -> Body:
     def split_k(x: Hidden, packed: Any, out_dtype: torch.dtype) -> Tensor:
         codes, scale, is_permuted = codes_of(x, packed)
         kind = packed_linear.table_of(packed, codes.dtype)
-        if _splits_k(kind, codes.shape[0], packed.shape[1], packed.columns):
+        if _splits_k(kind, codes.shape[0], packed.shape[1], packed.columns, codes.device):
             return packed_linear.split_k_partials(codes, packed, scale, is_permuted=is_permuted)
         return packed_linear.matmul(codes, packed, scale, out_dtype, is_permuted=is_permuted)
 
@@ -118,7 +119,7 @@ def pack_words(weight: QuantizedWeight, bias: Tensor | None = None, *, least_bit
     return packing.pack(weight.codes, scale, zero_point, groups, bias, bits)
 
 
-def _splits_k(kind: str, m: int, n: int, k: int) -> bool:
+def _splits_k(kind: str, m: int, n: int, k: int, device: torch.device) -> bool:
     """Whether the card's table has a GEMM of this size split along K."""
-    row = choose(kind, m, n, k)
+    row = choose(kind, m, n, k, device)
     return row["split_k"] > 1 and not row.get("dequantize")

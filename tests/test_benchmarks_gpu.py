@@ -38,6 +38,7 @@ from octavo.runtime.model.weights import load_model  # noqa: E402
 
 LLAMA = shapes.CONFIGS["llama-3.1-8b"]
 GB, MS = 1e9, 1e-3
+META = torch.device("meta")
 
 
 def test_what_a_step_of_llama_reads() -> None:
@@ -191,20 +192,19 @@ def test_every_family_of_the_tables_can_be_tuned() -> None:
         work = list(tune.problems(family))
         assert work[-1].bounds == {}
         for problem in work if family in tune.SMALL else ():
-            names = set(tuning.choose(family, *problem.size))
+            names = set(tuning.choose(family, *problem.size, META))
             assert all(set(row) == names for row in problem.rows), (family, problem.bounds)
 
 
-def test_what_no_row_bounds_is_tuned_beyond_all_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_no_row_bounds_is_tuned_beyond_all_bounds() -> None:
     """Or the last row would be measured at a size that another has, and become that one."""
-    monkeypatch.setattr(tuning, "card", "h100")
     for family in tune.SMALL:
         rows, work = tuning.rows_of("h100")[family], list(tune.problems(family))
         bounds = [row["m"] for row in rows if "m" in row]
         for row, problem in zip(rows, work, strict=True):
             assert problem.size[0] == row["m"] if "m" in row else problem.size[0] > max(bounds, default=0)
     over_heads = list(tune.problems("norms over heads"))
-    assert [tuning.choose("norms over heads", *problem.size)["again"] for problem in over_heads] == [0, 1, 0]
+    assert [tuning.choose("norms over heads", *problem.size, META)["again"] for problem in over_heads] == [0, 1, 0]
 
 
 def test_tuning_takes_the_fastest_that_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,15 +213,15 @@ def test_tuning_takes_the_fastest_that_is_right(monkeypatch: pytest.MonkeyPatch)
     class Told(HostClock):
         def together(self, bodies: dict[str, list[Any]]) -> Any:
             found, problems = super().together(bodies)
-            row = tuning.rows_of(tuning.card)["moe sum"][0]
+            row = tuning.rows_of(tune.card())["moe sum"][0]
             return {name: Timing(abs(row["block"] - 500) + row["num_warps"], 0.0) for name in found}, problems
 
     rows = [{"block": 500, "num_warps": 1}, *tune.SMALL["moe sum"].rows]
     small = tune.Small(rows, 2048, lambda _, n, device: gpu_around.sum_case(2, n, 2, device))
     monkeypatch.setitem(tune.SMALL, "moe sum", small)
-    monkeypatch.setitem(tuning.rows_of(tuning.card), "moe sum", tuning.rows_of(tuning.card)["moe sum"])
+    monkeypatch.setitem(tuning.rows_of(tune.card()), "moe sum", tuning.rows_of(tune.card())["moe sum"])
     assert tune.tuned("moe sum", torch.device("cpu"), Told(), 60.0) == [{"block": 512, "num_warps": 1}]
-    assert tuning.choose("moe sum", 64, 2048, 8) == {"block": 512, "num_warps": 1}
+    assert tuning.choose("moe sum", 64, 2048, 8, META) == {"block": 512, "num_warps": 1}
     tuning.row_of.cache_clear()
 
 

@@ -5,25 +5,26 @@ first row that fits is taken, and bounds that a row leaves out hold always. Of a
 tokens (or what stands for them), n columns (or heads), and k is what the launcher says with its call. Never autotuned
 while serving; `benchmarks/tune.py` writes the files.
 
-A process computes on one card, and says once which (`use`). A card without a file takes that of its compute capability,
-which fits into its shared memory: 163 KiB of a block on an A100, 99 on an L40S, 227 on an H100.
+A launch's card is its tensors' (`card_of`). A card without a file takes that of its compute capability, which fits into
+its shared memory: 163 KiB of a block on an A100, 99 on an L40S, 227 on an H100.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache, lru_cache
 from pathlib import Path
+
+import torch
 
 TUNING = Path(__file__).parent.parent / "tuning"
 BOUNDS = ("m", "n", "k")
 OF_CAPABILITY = {80: "a100", 81: "l40s", 90: "h100", 110: "l40s"}
 """From which compute capability on cards take which table; 8.6 and 12.0 (3090, 5090) have the L40S's shared memory."""
 
-card = "h100"  # the file's stem; ahead-of-time compiling is for it where nobody says otherwise
+WITHOUT_GPU = "h100"
+"""The table of launches on no GPU: interpreted, or compiled ahead of time."""
 
 
 def stem(name: str) -> str:
@@ -51,30 +52,26 @@ def of_capability(capability: int) -> str:
     return OF_CAPABILITY[max(known)]
 
 
-def use(name: str, capability: int) -> str | None:
-    """Take the block sizes of a card of that name from now on; returns what a user is to know about it."""
-    global card
+def note_of(name: str, capability: int) -> str | None:
+    """What a user is to know about the block sizes on a card. Raises ValueError for one that no kernel is made for."""
     card = table_of(name, capability)
     if card == stem(name):
         return None
     return f"{name} has no table of block sizes of its own: kernels take those of tuning/{card}.json"
 
 
-@contextmanager
-def taken(stem_of_file: str) -> Iterator[None]:
-    """A card's table for the time of a `with`: to compile for a card that isn't there."""
-    global card
-    before = card
-    card = stem_of_file
-    try:
-        yield
-    finally:
-        card = before
+@cache
+def card_of(device: torch.device) -> str:
+    """The stem of the file that launches on a device take."""
+    if device.type != "cuda":
+        return WITHOUT_GPU
+    found = torch.cuda.get_device_properties(device)
+    return table_of(found.name, 10 * found.major + found.minor)
 
 
-def choose(kernel: str, m: int, n: int, k: int) -> dict[str, int]:
-    """The block sizes for a size on this process's card, the caller's own."""
-    return dict(row_of(kernel, m, n, k, card))
+def choose(kernel: str, m: int, n: int, k: int, device: torch.device) -> dict[str, int]:
+    """The block sizes for a size on a device, the caller's own."""
+    return dict(row_of(kernel, m, n, k, card_of(device)))
 
 
 @lru_cache(4096)  # a server meets every number of tokens sooner or later

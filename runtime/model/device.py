@@ -14,7 +14,7 @@ import torch
 
 from octavo.runtime.model.operators import Ops
 from octavo.runtime.model.select_operators import select_ops
-from octavo.runtime.worker.device import capability, choose_device, take_tables
+from octavo.runtime.worker.device import capability, choose_device, table_notes
 
 DeviceName = Literal["auto", "cpu", "cuda"]
 
@@ -41,4 +41,4 @@ class Device:
         Raises ValueError for a GPU that is missing, or that no kernel is made for.
         """
         device = choose_device(name)
-        return cls(device, capability(device), partial(select_ops, device), tuple(take_tables(device)))
+        return cls(device, capability(device), partial(select_ops, device), tuple(table_notes(device)))

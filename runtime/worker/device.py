@@ -1,4 +1,7 @@
-"""The machine: which device to compute on, how many threads, how much memory is free. All torch.cuda calls are here."""
+"""The machine: which device to compute on, how many threads, how much memory is free. All torch.cuda calls are here.
+
+But one: `kernels.launching.tuning` asks which card a launch's tensors are on.
+"""
 
 from __future__ import annotations
 
@@ -59,14 +62,11 @@ def capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def take_tables(device: torch.device) -> list[str]:
-    """Make kernels use this GPU's block sizes from now on; returns a note if they were tuned on another GPU.
-
-    Raises ValueError for a GPU that no kernel is made for. On a CPU there is nothing to take.
-    """
+def table_notes(device: torch.device) -> list[str]:
+    """A note if kernels use block sizes that were tuned on another GPU. ValueError for a GPU no kernel is made for."""
     if device.type != "cuda":
         return []
-    note = tuning.use(torch.cuda.get_device_name(device), capability(device))
+    note = tuning.note_of(torch.cuda.get_device_name(device), capability(device))
     return [note] if note else []
 
 

@@ -157,7 +157,8 @@ def test_a_slot_of_minus_one_writes_nothing(device: torch.device) -> None:
 
 def test_partial_sums_count_where_whole_rows_are_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """512 numbers of q for a token are 1 KiB in bf16, 6 in three parts; norms of heads read nothing again."""
-    monkeypatch.setitem(tuning.rows_of(tuning.card), "norms over heads", [{"m": 6, "again": 1}, {"again": 0}])
+    rows = tuning.rows_of(tuning.WITHOUT_GPU)
+    monkeypatch.setitem(rows, "norms over heads", [{"m": 6, "again": 1}, {"again": 0}])
     tuning.row_of.cache_clear()
     shape, whole, head = AttentionShape(4, 2, 128, 1.0), torch.ones(512), torch.ones(128)
     for tokens, parts, norm, again in ((6, 1, whole, True), (7, 1, whole, False), (1, 3, whole, True)):
@@ -188,7 +189,7 @@ def test_what_is_better_done_in_two_launches_is(
         inputs = replace(inputs, query_starts=starts, max_query_len=2, slot_mapping=slots, positions=slots * 0 + 3)
     if case.endswith("many"):
         rows = [{"m": 0, "again": 1}, {"again": 0}]
-        monkeypatch.setitem(tuning.rows_of(tuning.card), "norms over heads", rows)
+        monkeypatch.setitem(tuning.rows_of(tuning.card_of(device)), "norms over heads", rows)
         tuning.row_of.cache_clear()
     width = 4 * 32 if case.startswith("a norm over all") else 32
     norms = (torch.rand(width, device=device), torch.rand(kv_heads * 32 if width > 32 else 32, device=device))

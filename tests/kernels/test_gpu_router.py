@@ -214,7 +214,7 @@ def test_a_row_of_the_table_gives_the_parts(device: torch.device, monkeypatch: p
     chosen, _, _ = routed(x, weight, 4, normalize=True)
     row = {"max_tokens": 20, "block_e": 32, "block_k": 64, "num_warps": 32, "num_stages": 3}
     for parts in (1, 3, 99):
-        monkeypatch.setitem(tuning.rows_of(tuning.card), "moe router", [{**row, "split_k": parts}])
+        monkeypatch.setitem(tuning.rows_of(tuning.card_of(device)), "moe router", [{**row, "split_k": parts}])
         tuning.row_of.cache_clear()
         (launch,) = launches(x, weight)
         assert launch.grid == (2, 2 * min(parts, 16))

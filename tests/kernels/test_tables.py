@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import ahead
 import pytest
+import torch
 from proofs import card_tables
 
 from octavo.kernels.launching import tuning
@@ -35,16 +38,11 @@ OTHERS = {
 CHOICES = {"norms over heads"}  # of launches, which have their own sizes
 
 
-@pytest.fixture(autouse=True)
-def _card_of_other_tests(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "card", tuning.card)
-
-
 @pytest.mark.parametrize(("name", "capability", "own", "taken"), CARDS, ids=lambda value: str(value))
 def test_a_card_takes_its_table(name: str, capability: int, own: str, taken: str) -> None:
     assert tuning.stem(name) == own
-    note = tuning.use(name, capability)
-    assert tuning.card == taken
+    note = tuning.note_of(name, capability)
+    assert tuning.table_of(name, capability) == taken
     if own == taken:
         assert note is None
     else:
@@ -53,20 +51,28 @@ def test_a_card_takes_its_table(name: str, capability: int, own: str, taken: str
 
 @pytest.mark.parametrize(("name", "capability", "said"), [("Tesla T4", 75, "7.5"), ("Tesla V100-SXM2-16GB", 70, "7.0")])
 def test_a_card_without_kernels_is_refused(name: str, capability: int, said: str) -> None:
-    before = tuning.card
     with pytest.raises(ValueError, match=rf"{name}: compute capability {said}, .* need 8\.0 .*--device cpu works"):
-        tuning.use(name, capability)
-    assert tuning.card == before
+        tuning.note_of(name, capability)
 
 
-def test_a_process_s_kernels_have_its_card_s_sizes() -> None:
-    tuning.use("NVIDIA H100 80GB HBM3", 90)
-    assert tuning.choose("int8", 4096, 4096, 4096)["tma"] == 1
-    tuning.use("NVIDIA A100-SXM4-80GB", 80)
-    assert tuning.choose("int8", 4096, 4096, 4096)["tma"] == 0
-    with tuning.taken("l40s"):
-        assert tuning.choose("int8", 4096, 4096, 4096)["programs"] == 142
-    assert tuning.card == "a100"
+def test_a_launch_has_the_sizes_of_its_tensors_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each device's own, and an H100's on no GPU; nothing is set, so that the order of launches is no matter."""
+    cards = {0: ("NVIDIA H100 80GB HBM3", 9, 0), 1: ("NVIDIA A100-SXM4-80GB", 8, 0), 2: ("NVIDIA L40S", 8, 9)}
+
+    def properties(device: torch.device) -> SimpleNamespace:
+        assert device.index is not None
+        return SimpleNamespace(**dict(zip(("name", "major", "minor"), cards[device.index], strict=True)))
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    tuning.card_of.cache_clear()
+    try:
+        gpus = [torch.device("cuda", index) for index in (2, 0, 1)]
+        rows = [tuning.choose("int8", 4096, 4096, 4096, device) for device in (*gpus, torch.device("meta"))]
+        assert [row["tma"] for row in rows] == [0, 1, 0, 1]
+        assert rows[0]["programs"] == 142
+        assert rows[1] == rows[3]
+    finally:
+        tuning.card_of.cache_clear()
 
 
 @pytest.mark.parametrize("path", sorted(tuning.TUNING.glob("*.json")), ids=lambda path: path.stem)

@@ -366,7 +366,7 @@ def output_into(
 ) -> tuple[Output, dict[str, int]]:
     """The output of `decode` into `out` for sequences with one query, and the block sizes of the tuning table."""
     group = shape.num_heads // shape.num_kv_heads
-    sizes = tuning.choose("paged decode", group, shape.head_dim, cache.key.element_size())
+    sizes = tuning.choose("paged decode", group, shape.head_dim, cache.key.element_size(), cache.key.device)
     programs = split_count(
         inputs.max_seq_len, shape, min_split_tokens=sizes["min_split_tokens"], max_splits=sizes["max_splits"]
     )

@@ -170,6 +170,6 @@ def paged_attention(q: Tensor, inputs: StepInputs, cache: LayerCache, shape: Att
     out = torch.empty_like(q)
     decode_attention(q, inputs, cache, shape, out)
     if inputs.max_query_len > 1:
-        sizes = tuning.choose("paged prefill", shape.num_heads, shape.head_dim, cache.key.element_size())
+        sizes = tuning.choose("paged prefill", shape.num_heads, shape.head_dim, cache.key.element_size(), q.device)
         prefill(q, inputs, cache, shape, out, fewest=2, **sizes)()
     return out.flatten(1)

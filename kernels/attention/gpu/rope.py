@@ -333,7 +333,7 @@ def rope(
             "BLOCK_SIZE": cache.block_size,
             "pieces": pieces,
         },
-        **tuning.choose("rope", q.shape[0], pieces.HEADS * d, constants.SPLIT_K),
+        **tuning.choose("rope", q.shape[0], pieces.HEADS * d, constants.SPLIT_K, q.device),
         num_stages=1,
     )
 

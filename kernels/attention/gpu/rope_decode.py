@@ -332,4 +332,5 @@ def reads_rows_again(qkv: Tensor, shape: AttentionShape, *norms: Tensor | None) 
         return True
     rows = qkv.numel() // qkv.shape[-1]  # of q, in all partial sums
     columns = shape.num_heads * shape.head_dim
-    return tuning.choose("norms over heads", rows * columns * qkv.element_size() // 1024, columns, 0)["again"] == 1
+    kib = rows * columns * qkv.element_size() // 1024
+    return tuning.choose("norms over heads", kib, columns, 0, qkv.device)["again"] == 1

@@ -102,7 +102,7 @@ def split_k_partials(x: Tensor, x_scale: Tensor, packed: Packed) -> Tensor:
     """x [M, K], rounded, times the weight, bias included: [S, M, N] float32 for the next kernel to add up."""
     m = x.shape[0]
     n, k = packed.codes.shape
-    sizes = choose(packed.kind, m, n, k)
+    sizes = choose(packed.kind, m, n, k, x.device)
     return _into(torch.empty(sizes["split_k"], m, n, device=x.device), x, x_scale, packed, **sizes)
 
 
@@ -111,7 +111,7 @@ def matmul(x: Tensor, x_scale: Tensor, packed: Packed, dtype: torch.dtype) -> Te
     m = x.shape[0]
     n, k = packed.codes.shape
     out = torch.empty(m, n, dtype=dtype, device=x.device)
-    sizes = choose(packed.kind, m, n, k)
+    sizes = choose(packed.kind, m, n, k, x.device)
     if sizes["split_k"] == 1:
         return _into(out, x, x_scale, packed, **sizes)
     split_k_sum(split_k_partials(x, x_scale, packed), out)()

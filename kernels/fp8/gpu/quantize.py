@@ -87,7 +87,7 @@ def quantize(
             raise ValueError("a stored scale has no groups")
         if scale.shape != (m, cdiv(k, group_size)):
             refuse("scale", scale, (m, cdiv(k, group_size)))
-        sizes = tuning.choose("quantize groups", m, k, group_size)
+        sizes = tuning.choose("quantize groups", m, k, group_size, x.device)
         rows = min(sizes.pop("rows"), power_of_two(m))
         arguments = {
             "x": x,
@@ -112,4 +112,5 @@ def quantize(
         "STATIC": static_scale is not None,
         "BLOCK": block,
     }
-    return Launch(_quantize_rows, (m,), arguments, **tuning.choose("quantize rows", m, k, 0), num_stages=1)
+    sizes = tuning.choose("quantize rows", m, k, 0, x.device)
+    return Launch(_quantize_rows, (m,), arguments, **sizes, num_stages=1)

@@ -86,7 +86,8 @@ def table_of(packed: PackedWords, dtype: torch.dtype) -> str:
 
 def _sizes(x: Tensor, packed: PackedWords) -> dict[str, Any]:
     """The table's row, as the caller's own."""
-    sizes: dict[str, Any] = choose(table_of(packed, x.dtype), x.shape[0], packed.shape[1], packed.columns)
+    kind = table_of(packed, x.dtype)
+    sizes: dict[str, Any] = choose(kind, x.shape[0], packed.shape[1], packed.columns, x.device)
     if packed.group_size == 32 and packed.bits < 8:
         sizes["block_m"] = min(sizes["block_m"], 64)  # with four sums of 128 tokens in turn, registers spill
     return sizes

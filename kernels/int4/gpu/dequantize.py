@@ -61,7 +61,7 @@ def dequantize(packed: PackedWords, out: Tensor) -> Launch:
     """The weight into out [N, columns] bf16 or fp16, its columns in the GEMM's order."""
     _, tiles, n, _ = packed.words.shape
     expect(out=(out, (n, packed.columns)))
-    sizes = tuning.choose("dequantize", 0, n, packed.columns)
+    sizes = tuning.choose("dequantize", 0, n, packed.columns, out.device)
     block_n = sizes.pop("block_n")
     return Launch(
         _dequantize,

@@ -37,7 +37,7 @@ def gather(x: Tensor, order: Tensor, out: Tensor) -> Launch:
         x = x.view(torch.uint8)
         out = out.view(torch.uint8)
     columns = order.shape[0]
-    sizes = tuning.choose("gather", x.shape[0], columns, x.element_size())
+    sizes = tuning.choose("gather", x.shape[0], columns, x.element_size(), x.device)
     block = sizes.pop("block")
     arguments = {"x": x, "order": order, "out": out, "x_row": x.stride(0), "columns": columns, "BLOCK": block}
     return Launch(_gather, (x.shape[0], cdiv(columns, block)), arguments, **sizes, num_stages=1)

@@ -98,7 +98,7 @@ def sum_experts(pairs: Tensor, out: Tensor, top_k: int) -> Launch:
     """pairs [T * top_k, H] summed over the top_k of each token, first to last, into out [T, H]."""
     num_tokens, width = out.shape
     expect(pairs=(pairs, (num_tokens * top_k, width)), out=(out, (num_tokens, width)))
-    sizes = tuning.choose("moe sum", num_tokens, width, top_k)
+    sizes = tuning.choose("moe sum", num_tokens, width, top_k, out.device)
     block = sizes.pop("block")
     arguments = {"pairs": pairs, "out": out, "width": width, "TOP_K": top_k, "BLOCK": block}
     return Launch(_sum, (num_tokens, cdiv(width, block)), arguments, **sizes, num_stages=1)
@@ -141,10 +141,11 @@ def launches(
     each = top_k + shared
     num_pairs = num_tokens * each
     group_size = BLOCK if kind == "fp8 blocks" else 0
-    size: dict[str, Any] = tuning.choose(f"moe {kind}", cdiv(num_pairs, num_experts), width, hidden)
-    pairs = unaligned(num_pairs, num_experts, size.pop("block_m"), results.device)
-    chosen = torch.empty(num_tokens, each, dtype=torch.int32, device=results.device)
-    weights = torch.empty(num_tokens, each, dtype=torch.float32, device=results.device)
+    device = results.device
+    size: dict[str, Any] = tuning.choose(f"moe {kind}", cdiv(num_pairs, num_experts), width, hidden, device)
+    pairs = unaligned(num_pairs, num_experts, size.pop("block_m"), device)
+    chosen = torch.empty(num_tokens, each, dtype=torch.int32, device=device)
+    weights = torch.empty(num_tokens, each, dtype=torch.float32, device=device)
     between = results.new_empty(num_pairs, width)
     activated, activated_scale = _rows(results, num_pairs, width // 2, kind)
     steps = [*routing(plain, router, chosen, weights, pairs, normalize=normalize, shared=shared)]

@@ -39,7 +39,7 @@ def permute_columns(x: Tensor, order: Tensor, chosen: Tensor, out: Tensor) -> La
         chosen=(chosen, (num_tokens, each)),
         out=(out, (num_tokens * each, columns)),
     )
-    sizes = tuning.choose("gather", len(out), columns, x.element_size())
+    sizes = tuning.choose("gather", len(out), columns, x.element_size(), x.device)
     block = sizes.pop("block")
     arguments = {"x": x, "order": order, "chosen": chosen, "out": out, "columns": columns, "EACH": each, "BLOCK": block}
     return Launch(_permute_columns, (len(out), cdiv(columns, block)), arguments, **sizes, num_stages=1)

@@ -184,7 +184,7 @@ def route(logits: Tensor, chosen: Tensor, weights: Tensor, *, normalize: bool, s
     expect(logits=(logits, (num_tokens, num_logits)))
     expect(chosen=(chosen, (num_tokens, min(each, num_experts))), weights=(weights, (num_tokens, each)))
     block = max(power_of_two(num_experts), 4)
-    sizes = tuning.choose("moe route", num_tokens, num_experts, each)
+    sizes = tuning.choose("moe route", num_tokens, num_experts, each, logits.device)
     rows = max(1, min(power_of_two(num_tokens), sizes.pop("block") // block))
     arguments = {
         "logits": logits,
@@ -225,7 +225,7 @@ def align(chosen: Tensor, num_experts: int, out: Aligned) -> Launch:
     num_pairs = chosen.numel()
     expect(chosen=(chosen, num_pairs))
     expect_aligned(out, num_pairs, num_experts)
-    sizes = tuning.choose("moe align", num_pairs, num_experts, out.block_m)
+    sizes = tuning.choose("moe align", num_pairs, num_experts, out.block_m, chosen.device)
     arguments = {
         "chosen": chosen,
         "order": out.order,

@@ -407,7 +407,7 @@ def routing(
     num_tokens, hidden = x.shape
     num_logits = weight.shape[0]
     num_experts = experts_of(num_logits, shared)
-    sizes = tuning.choose("moe router", num_tokens, num_experts, hidden)
+    sizes = tuning.choose("moe router", num_tokens, num_experts, hidden, x.device)
     max_tokens = sizes.pop("max_tokens")
     split_k = sizes.pop("split_k")
     if num_tokens > max_tokens or num_experts > MOST_EXPERTS or weight.dtype != x.dtype or x.dtype == torch.float32:

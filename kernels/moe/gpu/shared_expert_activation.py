@@ -85,6 +85,6 @@ def shared_expert_activation(x: Tensor, out: Tensor, scale: Tensor, top_k: int, 
             "SHARED": shared,
             "BLOCK": power_of_two(width),
         },
-        **tuning.choose("activation rows", rows, width, 1),
+        **tuning.choose("activation rows", rows, width, 1, x.device),
         num_stages=1,
     )

@@ -77,6 +77,6 @@ def static_quantize(
             "GATED": gated,
             "BLOCK": power_of_two(width),
         },
-        **tuning.choose("activation rows" if gated else "quantize rows", pairs, width, int(gated)),
+        **tuning.choose("activation rows" if gated else "quantize rows", pairs, width, int(gated), x.device),
         num_stages=1,
     )

@@ -105,9 +105,9 @@ def _launch(
     expect(column_permutation=(column_permutation, (width,)))
     block = max(power_of_two(width), group_size)
     if scale is not None and group_size == 0:
-        sizes = tuning.choose("activation rows", tokens, width, split_k)
+        sizes = tuning.choose("activation rows", tokens, width, split_k, x.device)
     else:
-        sizes = tuning.choose("activation", tokens, width, split_k)
+        sizes = tuning.choose("activation", tokens, width, split_k, x.device)
         block = min(block, max(sizes.pop("block"), group_size))
     return Launch(
         _gated,

@@ -30,7 +30,7 @@ def embed(token_ids: Tensor, table: Tensor, out: Tensor, factor: float = 1.0) ->
     """table [V, H] at token_ids [T], times factor, into out [T, H]."""
     tokens, width = out.shape
     expect(token_ids=(token_ids, tokens), table=(table, (table.shape[0], width)), out=(out, (tokens, width)))
-    sizes = tuning.choose("embedding", tokens, width, 0)
+    sizes = tuning.choose("embedding", tokens, width, 0, out.device)
     block = min(power_of_two(width), sizes.pop("block"))
     return Launch(
         _embed,

@@ -159,7 +159,7 @@ def norm(
             "GROUP": group_size,
             "BLOCK": block,
         },
-        **tuning.choose("norm", num_tokens, width, split_k),
+        **tuning.choose("norm", num_tokens, width, split_k, x.device),
         num_stages=1,
     )
 

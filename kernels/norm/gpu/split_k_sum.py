@@ -34,7 +34,7 @@ def split_k_sum(partials: Tensor, out: Tensor) -> Launch:
     split_k, m, n = partials.shape
     size = out.numel()
     expect(partials=(partials, (split_k, m, n)), out=(out, (m, n)))
-    sizes = tuning.choose("add up", m, n, split_k)
+    sizes = tuning.choose("add up", m, n, split_k, out.device)
     block = sizes.pop("block")
     arguments = {"partials": partials, "out": out, "size": size, "SPLIT_K": split_k, "BLOCK_SIZE": block}
     return Launch(_split_k_sum, (cdiv(size, block),), arguments, **sizes, num_stages=1)

@@ -88,6 +88,6 @@ def punish(
 
 
 def _launch(kernel: Any, arguments: dict[str, Any]) -> Launch:
-    sizes = tuning.choose("sampling lists", arguments["count"], arguments["vocab"], 0)
+    sizes = tuning.choose("sampling lists", arguments["count"], arguments["vocab"], 0, arguments["logits"].device)
     block = sizes.pop("block")
     return Launch(kernel, (cdiv(arguments["count"], block),), {**arguments, "BLOCK": block}, **sizes, num_stages=1)

@@ -313,8 +313,8 @@ def launches(
         places=(places, (memory, width)),
     )
     sizes = {"vocab": vocab, "chunks": chunks, "logits": logits, "peaks": peaks}
-    first = tuning.choose("sampling chunks", rows, vocab, logits.element_size())
-    last = tuning.choose("sampling choice", rows, vocab, logits.element_size())
+    first = tuning.choose("sampling chunks", rows, vocab, logits.element_size(), logits.device)
+    last = tuning.choose("sampling choice", rows, vocab, logits.element_size(), logits.device)
     each = first.pop("rows")
     walked = last.pop("block")
     block = max(power_of_two(chunks), 16)

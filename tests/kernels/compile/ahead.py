@@ -26,6 +26,7 @@ from itertools import chain, repeat
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import sass
 import torch
@@ -131,7 +132,8 @@ def makers() -> dict[str, Callable[[], dict[str, Proof]]]:
 
 def proofs(capability: int = 90) -> dict[str, Proof]:
     """All proofs by name, with the block sizes of the capability's card."""
-    with tuning.taken(tuning.of_capability(capability)):
+    card = tuning.of_capability(capability)
+    with patch.object(tuning, "card_of", lambda _: card):
         found = {f"{maker}: {name}": proof for maker, make in makers().items() for name, proof in make().items()}
     if capability != 90:
         found = {name: proof for name, proof in found.items() if not proof.hopper_only}

@@ -65,7 +65,7 @@ def decode_proofs() -> dict[str, Proof]:
     for name, (example, queries, most_parts) in examples.items():
         q, inputs, cache, shape = step_on_meta(*example)
         group = shape.num_heads // shape.num_kv_heads
-        sizes = tuning.choose("paged decode", group, shape.head_dim, cache.key.element_size())
+        sizes = tuning.choose("paged decode", group, shape.head_dim, cache.key.element_size(), q.device)
         counters = inputs.seq_lens.new_empty(64 * (shape.num_kv_heads + 1))
         lse = q.new_empty(64, shape.num_kv_heads, most_parts, queries * group, dtype=torch.float32)
         input_quant = rounds.get(name.split(", ")[-1])
@@ -105,7 +105,7 @@ def prefill_proofs() -> dict[str, Proof]:
     made: dict[str, Proof] = {}
     for name, example in examples.items():
         q, inputs, cache, shape = step_on_meta(*example)
-        sizes = tuning.choose("paged prefill", shape.num_heads, shape.head_dim, cache.key.element_size())
+        sizes = tuning.choose("paged prefill", shape.num_heads, shape.head_dim, cache.key.element_size(), q.device)
         launch = prefill(q, inputs, cache, shape, q, **sizes)
         expects = ("FFMA",) if q.dtype == torch.float32 else (r"HGMMA\.64x", r"LDGSTS\.E\.BYPASS.*128")
         made[f"prefill {name}"] = Proof(launch, expects, ("HMMA", r"LDS\.[US]8"))
@@ -168,7 +168,7 @@ def rope_decode_proofs() -> dict[str, Proof]:
         if not reads_rows_again(qkv[..., :1, :], shape, *norms):  # a card whose registers don't hold it
             continue
         group = shape.num_heads // shape.num_kv_heads
-        sizes = tuning.choose("paged decode", group, shape.head_dim, cache.key.element_size())
+        sizes = tuning.choose("paged decode", group, shape.head_dim, cache.key.element_size(), q.device)
         lse = meta(64, shape.num_kv_heads, most_parts, group)
         counters = inputs.seq_lens.new_empty(64 * (shape.num_kv_heads + 1))
         input_quant = rounds.get(name.split(", ")[-1])

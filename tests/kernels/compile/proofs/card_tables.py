@@ -38,10 +38,11 @@ Sizes = dict[str, int]
 
 
 def row_proofs() -> dict[str, Proof]:
-    """For the card that `octavo.kernels.launching.tuning` has been told."""
-    cores = r"[HIQ]GMMA\." if tuning.card == "h100" else r"[HIQ]G?MMA\."
+    """For the card of `ahead.proofs`."""
+    card = tuning.card_of(torch.device("meta"))
+    cores = r"[HIQ]GMMA\." if card == "h100" else r"[HIQ]G?MMA\."
     made: dict[str, Proof] = {}
-    for family, rows in tuning.rows_of(tuning.card).items():
+    for family, rows in tuning.rows_of(card).items():
         for row in _distinct(rows) if family in FAMILIES else ():
             wide = f"{row['block_m']} x {row['block_n']}, {row['num_warps']} warps, {row['num_stages']} stages"
             wide += f", {row['group_m']} down" if "group_m" in row else ""
@@ -49,7 +50,7 @@ def row_proofs() -> dict[str, Proof]:
             for variant, launch in _launches(family, row).items():
                 name = f"{family}{variant} {wide}"
                 if name in made:
-                    raise ValueError(f"tuning/{tuning.card}.json: two rows are called {name}")
+                    raise ValueError(f"tuning/{card}.json: two rows are called {name}")
                 made[name] = Proof(launch, (cores,))
     return made
 
