@@ -54,6 +54,12 @@ def bad_request(message: str, param: str | None = None) -> ApiError:
     return ApiError(400, message, param=param)
 
 
+def too_long(max_model_len: int, problem: str, param: str) -> ApiError:
+    """A 400 that clients take for a full context: LiteLLM and LangChain look for this code, or for these words."""
+    message = f"This model's maximum context length is {max_model_len} tokens. {problem}"
+    return ApiError(400, message, param=param, code="context_length_exceeded")
+
+
 def field_error(name: str, message: str) -> PydanticCustomError:
     """For a validator that judges several fields together: the error that blames one of them."""
     return PydanticCustomError("field", "{message}", {"message": message, "field": name})
@@ -128,7 +134,11 @@ def explain(error: dict[str, Any]) -> tuple[str, str | None]:
     if kind == "extra_forbidden":
         return f"{path}: octavo does not support this field, and refuses it rather than ignore it", param
     if kind == "none_required" or (kind == "too_long" and context["max_length"] == 0):
-        return f"{path}: octavo does not support this; only null is accepted", param
+        return f"{path}: octavo does not support this field; only null is accepted", param
+    if kind == "literal_error":
+        given = _short.repr(error.get("input"))
+        supported = context["expected"].replace("False", "false").replace("True", "true")
+        return f"{path}: octavo does not support the value {given}; supported: {supported}", param
     if kind == "missing":
         return (f"{path}: this field is missing" if path else "the request has no JSON body"), param
     if not names and not isinstance(error.get("input"), dict):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from octavo.runtime.messages import SamplingParams
 from octavo.server.dialects.fields import MAX_TOKENS_SENT, GenerationRequest
-from octavo.server.errors import bad_request
+from octavo.server.errors import bad_request, too_long
 from octavo.server.served_model import ServedModel
 from octavo.text.tokenizer import EncodingError
 
@@ -60,10 +60,10 @@ def encode(text: str, name: str, model: ServedModel, *, add_special_tokens: bool
     limit = max_text_bytes(model, must_fit=must_fit)
     size = _num_bytes(text, limit)
     if size > limit:
-        why = f"{limit} is the most that is tokenized"
         if must_fit and model.tokenizer.max_token_bytes is not None:
-            why = f"the context of this model is {model.max_model_len} tokens, and no text above {limit} bytes fits"
-        raise bad_request(f"{name}: {size} bytes of text; {why}", name)
+            why = f"{name}: {size} bytes of text, and none above {limit} bytes fits. Shorten the prompt"
+            raise too_long(model.max_model_len, why, name)
+        raise bad_request(f"{name}: {size} bytes of text; {limit} is the most that is tokenized", name)
     try:
         return model.tokenizer.encode(text, add_special_tokens=add_special_tokens)
     except EncodingError as error:
@@ -143,13 +143,20 @@ def fitted(ids: list[int], request: GenerationRequest, wanted: Wanted, model: Se
     num_wanted = max(1, wanted.max_tokens or 1)
     if request.truncate_prompt_tokens is not None:
         keep = request.truncate_prompt_tokens
+        if keep > model.max_model_len:
+            raise bad_request(
+                f"truncate_prompt_tokens {keep} is more than the context of this model, {model.max_model_len} tokens; "
+                "-1 keeps what the context holds",
+                "truncate_prompt_tokens",
+            )
         ids = ids[-(keep if keep > 0 else max(1, model.max_model_len - num_wanted)) :]
     if not ids:
         raise bad_request(f"{name}: the prompt is empty, and this tokenizer adds no beginning token to it", name)
     if len(ids) + num_wanted > model.max_model_len:
-        raise bad_request(
-            f"{name}: {len(ids)} tokens, and at least {num_wanted} are to follow; the context of this model is "
-            f"{model.max_model_len} tokens. Shorten the prompt or lower {wanted.limit_name}",
+        raise too_long(
+            model.max_model_len,
+            f"However, {name} has {len(ids)} tokens, and at least {num_wanted} are to follow. Shorten the prompt or "
+            f"lower {wanted.limit_name}",
             name if len(ids) >= model.max_model_len else wanted.limit_name,
         )
     return ids

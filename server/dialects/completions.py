@@ -21,7 +21,7 @@ from octavo.server.dialects.fields import (
     TokenId,
 )
 from octavo.server.dialects.logprobs import completion_logprobs
-from octavo.server.dialects.openai import Json, extras, head
+from octavo.server.dialects.openai import Json, about_prompt, head
 from octavo.server.errors import RESPONSES, bad_request, field_error
 from octavo.server.generation import Delta, make_choices, usage_of
 from octavo.server.message.parts import text_of
@@ -56,11 +56,16 @@ class CompletionRequest(GenerationRequest):
         | Annotated[TokenLists, Tag("<token lists>")],
         Discriminator(_kind_of_prompt),
     ]
-    max_tokens: Count | None = 16
+    max_tokens: Count | None = None
     logprobs: Count | None = None
     echo: Flag | None = None
     add_special_tokens: Flag = True
     suffix: None = None
+
+    @property
+    def limit(self) -> int:
+        """OpenAI's default where max_tokens is absent or null."""
+        return 16 if self.max_tokens is None else self.max_tokens
 
     @model_validator(mode="after")
     def _check_max_tokens(self) -> CompletionRequest:
@@ -91,7 +96,7 @@ def wanted_of(request: CompletionRequest) -> Wanted:
     prompt_logprobs = request.prompt_logprobs
     if request.echo and request.logprobs is not None:
         prompt_logprobs = max(prompt_logprobs or 0, request.logprobs)
-    return Wanted(request.max_tokens, request.logprobs, prompt_logprobs)
+    return Wanted(request.limit, request.logprobs, prompt_logprobs)
 
 
 def prompts_of(request: CompletionRequest, model: ServedModel) -> list[Prompt]:
@@ -137,7 +142,7 @@ class CompletionAnswer:
     def chunks(self, delta: Delta) -> list[Json]:
         rendered = self._choice(delta)
         silent = not rendered["text"] and rendered["logprobs"] is None and delta.finish_reason is None
-        return [] if silent and not self.request.return_token_ids else [rendered]
+        return [] if silent and not self.request.return_token_ids else [self.frame([rendered])]
 
     def frame(self, choices: list[Json]) -> Json:
         return {**self._head, "choices": choices}
@@ -167,9 +172,9 @@ class CompletionAnswer:
             "finish_reason": delta.finish_reason,
             "stop_reason": delta.stop_reason,
         }
-        if request.return_token_ids or delta.prompt_logprobs is not None:
-            content |= extras(request, delta, prompt_ids, self._model)
-        return content
+        if request.return_token_ids:
+            content["token_ids"] = delta.token_ids
+        return content | about_prompt(request, delta, prompt_ids, self._model)
 
 
 def _echo(prompt: Prompt, model: ServedModel) -> tuple[str, list[int]]:

@@ -6,9 +6,9 @@ import json
 from typing import Annotated, Any, Literal
 
 import msgspec
-from pydantic import BeforeValidator, Discriminator, Field, StringConstraints, Tag, model_validator
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, StringConstraints, Tag, model_validator
 
-from octavo.server.dialects.fields import Flag, Strict, Text, TextOption, Unsupported, text_or_list
+from octavo.server.dialects.fields import Flag, Open, Strict, Text, TextOption, text_or_list
 from octavo.server.errors import ApiError, bad_request, field_error
 from octavo.server.prompts import encode, max_text_bytes
 from octavo.server.served_model import ServedModel
@@ -41,23 +41,42 @@ def _bounded_parts(value: Any) -> Any:
 
 
 class TextPart(Strict):
-    """A piece of a message; images and audio are not supported."""
+    """A piece of a message, under the names that OpenAI's two dialects have for it; images and audio are refused."""
 
-    type: Literal["text"]
+    type: Literal["text", "input_text", "output_text"]
     text: Text
+    annotations: list[Any] | None = None
+    cache_control: dict[str, Any] | None = None
 
 
-TextParts = Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
+class RefusalPart(Strict):
+    """What an assistant said instead of an answer."""
+
+    type: Literal["refusal"]
+    refusal: Text
 
 
-class FunctionCall(Strict):
+class ThinkingPart(Strict):
+    """What an assistant thought before it answered."""
+
+    type: Literal["thinking"]
+    thinking: Text
+    signature: Text | None = None
+    cache_control: dict[str, Any] | None = None
+
+
+Part = Annotated[TextPart | RefusalPart | ThinkingPart, Field(discriminator="type")]
+Parts = Annotated[list[Part], Field(min_length=1, fail_fast=True)]
+
+
+class FunctionCall(Open):
     """A call that an assistant made earlier in the conversation."""
 
     name: Text
     arguments: Text
 
 
-class ToolCall(Strict):
+class ToolCall(Open):
     """One call in an assistant's message; it is shown to the chat template."""
 
     id: Text | None = None
@@ -65,32 +84,46 @@ class ToolCall(Strict):
     function: FunctionCall
 
 
-class ChatMessage(Strict):
-    """One message. Everything in it goes to the chat template as it is."""
+class ChatMessage(Open):
+    """One message. Everything in it goes to the chat template, what only the client knows of it too."""
 
     role: Annotated[str, StringConstraints(strict=True, min_length=1, max_length=64)]
-    content: Annotated[TextOption | Annotated[TextParts, Tag("<list>")], Discriminator(text_or_list)] | None = None
+    content: Annotated[TextOption | Annotated[Parts, Tag("<list>")], Discriminator(text_or_list)] | None = None
     name: Text | None = None
     tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
     tool_call_id: Text | None = None
     reasoning: Text | None = None
     reasoning_content: Text | None = None
-    refusal: None = None
+    refusal: Text | None = None
     audio: None = None
-    function_call: None = None
-    annotations: Unsupported | None = None
+    function_call: FunctionCall | None = None
 
     @model_validator(mode="after")
     def _check_content(self) -> ChatMessage:
-        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+        says = self.content is not None or (
+            self.role == "assistant"
+            and any(part is not None for part in (self.tool_calls or None, self.function_call, self.refusal))
+        )
+        if not says:
             raise ValueError("content is missing; only an assistant's message with tool_calls may leave it out")
         return self
+
+
+def _bounded_extra_keys(messages: list[ChatMessage]) -> list[ChatMessage]:
+    """Refuse megabytes under keys that octavo doesn't know."""
+    bounded_json([message.model_extra for message in messages if message.model_extra])
+    return messages
 
 
 class ChatOptions(Strict):
     """How messages become a prompt; shared by chat completions and /tokenize."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True), BeforeValidator(_bounded_parts)]
+    messages: Annotated[
+        list[ChatMessage],
+        Field(min_length=1, fail_fast=True),
+        BeforeValidator(_bounded_parts),
+        AfterValidator(_bounded_extra_keys),
+    ]
     add_generation_prompt: Flag = True
     continue_final_message: Flag = False
     chat_template: Text | None = None
@@ -115,7 +148,7 @@ def render_request(
             "chat_template",
         )
     job = Job(
-        messages=[_plain(message.model_dump(exclude_none=True)) for message in options.messages],
+        messages=[_plain(message) for message in options.messages],
         template=options.chat_template,
         add_generation_prompt=options.add_generation_prompt,
         continue_final_message=options.continue_final_message,
@@ -145,14 +178,42 @@ def chat_token_ids(text: str, options: ChatOptions, model: ServedModel, *, must_
     return encode(text, "messages", model, add_special_tokens=options.add_special_tokens, must_fit=must_fit)
 
 
-def _plain(message: dict[str, Any]) -> dict[str, Any]:
-    """A message as templates expect it: the arguments of a call as an object, the content always there."""
-    for call in message.get("tool_calls", ()):
-        try:
-            call["function"]["arguments"] = msgspec.json.decode(call["function"]["arguments"] or "{}")
-        except (msgspec.DecodeError, RecursionError):
-            raise bad_request("messages: tool_calls[].function.arguments is not JSON", "messages") from None
-    if "reasoning" in message:
-        message.setdefault("reasoning_content", message["reasoning"])
-    message.setdefault("content", "")
-    return message
+def _plain(message: ChatMessage) -> dict[str, Any]:
+    """A message as templates expect it: text, thoughts and calls each in one place, the content always there."""
+    plain = message.model_dump(exclude_none=True, exclude={"content", "refusal", "function_call", "cache_control"})
+    if message.function_call is not None:
+        plain.setdefault("tool_calls", []).append({"type": "function", "function": message.function_call.model_dump()})
+    for call in plain.get("tool_calls", ()):
+        call["function"]["arguments"] = _arguments(call["function"]["arguments"])
+    thoughts = message.reasoning_content or message.reasoning or _thoughts(message)
+    if thoughts:
+        plain["reasoning_content"] = thoughts
+    plain["content"] = text_of_message(message)
+    return plain
+
+
+def _arguments(text: str) -> Any:
+    """The arguments of a call as an object. What is no JSON was cut by max_tokens, and is shown as it is."""
+    try:
+        return msgspec.json.decode(text or "{}")
+    except (msgspec.DecodeError, RecursionError):
+        return {"arguments": text}
+
+
+def _thoughts(message: ChatMessage) -> str:
+    parts = message.content if isinstance(message.content, list) else []
+    return "\n".join(part.thinking for part in parts if isinstance(part, ThinkingPart))
+
+
+def text_of_message(message: ChatMessage) -> str | list[dict[str, str]]:
+    """Text, or parts of text: thoughts are no part of it, and a refusal is what was said."""
+    if isinstance(message.content, str):
+        return message.content
+    texts = [
+        part.refusal if isinstance(part, RefusalPart) else part.text
+        for part in message.content or ()
+        if not isinstance(part, ThinkingPart)
+    ]
+    if not texts:
+        return message.refusal or ""
+    return [{"type": "text", "text": text} for text in texts]

@@ -27,9 +27,16 @@ MAX_TOKENS_SENT = 1 << 22  # to the engine for one request, each answer's prompt
 MAX_ENTRIES = 1024  # of an object: pydantic makes an error for each wrong one, and these must not fill the memory
 INT64 = 2**63
 
+
+def _whole(value: object) -> object:
+    """JSON Schema's integer: 4.0 is one. Many clients know no other numbers than these."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 Text = Annotated[str, StringConstraints(strict=True)]
-TokenId = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
-Count = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
+Integer = Annotated[int, BeforeValidator(_whole), Field(strict=True)]
+TokenId = Annotated[int, Field(strict=True, ge=0, lt=2**31)]  # of long lists, each of which a Python call would slow
+Count = Annotated[Integer, Field(ge=0, lt=2**31)]
 StopString = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=1024)]
 StopStrings = Annotated[list[StopString], Field(max_length=32, fail_fast=True)]
 Flag = Annotated[bool, Field(strict=True)]
@@ -70,11 +77,22 @@ class Strict(BaseModel):
         return bounded_entries(fields)
 
 
-class StreamOptions(Strict):
-    """include_usage: a last chunk with the token counts; continuous_usage_stats: counts in every chunk (vLLM)."""
+class Open(BaseModel):
+    """A part of a conversation's history: clients send back what other servers put in it, so extra keys are taken."""
 
-    include_usage: Flag = False
-    continuous_usage_stats: Flag = False
+    model_config = ConfigDict(extra="allow")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_size(cls, fields: Any) -> Any:
+        return bounded_entries(fields)
+
+
+class StreamOptions(Strict):
+    """include_usage: a last chunk with the token counts; continuous_usage_stats: in every chunk too (vLLM's)."""
+
+    include_usage: Flag | None = None
+    continuous_usage_stats: Flag | None = None
     include_obfuscation: Literal[False] | None = None
 
 
@@ -114,9 +132,9 @@ class GenerationRequest(NoOps):
     model: Text | None = None
     stream: Flag | None = None
     stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(strict=True, ge=1, le=MAX_CHOICES)] | None = None
-    best_of: Annotated[int, Field(strict=True, ge=1, le=MAX_CHOICES)] | None = None
-    seed: Annotated[int, Field(strict=True, ge=-INT64, lt=INT64)] | None = None
+    n: Annotated[Integer, Field(ge=1, le=MAX_CHOICES)] | None = None
+    best_of: Annotated[Integer, Field(ge=1, le=MAX_CHOICES)] | None = None
+    seed: Annotated[Integer, Field(ge=-INT64, lt=INT64)] | None = None
     stop: (
         Annotated[
             Annotated[StopString, Tag("<text>")] | Annotated[StopStrings, Tag("<list>")], Discriminator(text_or_list)
@@ -129,7 +147,7 @@ class GenerationRequest(NoOps):
     frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     logit_bias: LogitBias | None = None
     # vLLM's own
-    top_k: Annotated[int, Field(strict=True, ge=-1, lt=2**31)] | None = None
+    top_k: Annotated[Integer, Field(ge=-1, lt=2**31)] | None = None
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[Number, Field(ge=1e-6, le=10)] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=256, fail_fast=True)] | None = None
@@ -137,7 +155,7 @@ class GenerationRequest(NoOps):
     ignore_eos: Flag = False
     min_tokens: Count = 0
     skip_special_tokens: Flag = True
-    truncate_prompt_tokens: Annotated[int, Field(strict=True, ge=-1, lt=2**31)] | None = None
+    truncate_prompt_tokens: Annotated[Integer, Field(ge=-1, lt=2**31)] | None = None
     prompt_logprobs: Count | None = None
     allowed_token_ids: Annotated[list[TokenId], Field(min_length=1, max_length=2**18, fail_fast=True)] | None = None
     return_token_ids: Flag | None = None

@@ -35,7 +35,7 @@ class Answer(Protocol):
         ...
 
     def chunks(self, delta: Delta) -> list[Json]:
-        """The chunks that a delta is sent as; none where there is nothing to say yet."""
+        """The chunks that a delta is sent as, whole; none where there is nothing to say yet."""
         ...
 
     def frame(self, choices: list[Json]) -> Json:
@@ -46,18 +46,19 @@ class Answer(Protocol):
 async def events(answer: Answer, steps: Steps) -> AsyncGenerator[bytes, None]:
     """Server-sent events: the chunks of a step in one piece; at the end the usage, if it was asked for."""
     options = answer.request.stream_options
-    usage_always = options is not None and options.continuous_usage_stats
+    counts_tokens = options is not None and bool(options.include_usage)
+    counts_always = counts_tokens and options is not None and bool(options.continuous_usage_stats)
     async with aclosing(steps):
         async for deltas in steps:
-            frames = [answer.frame([choice]) for delta in deltas for choice in answer.chunks(delta)]
-            if usage_always:
+            frames = [chunk for delta in deltas for chunk in answer.chunks(delta)]
+            if counts_always:
                 counted = {"usage": usage_of(answer.choices).as_json()}
                 frames = [frame | counted for frame in frames]
             if any(delta.prompt_logprobs is not None for delta in deltas):  # echoed with the prompt: perhaps long
                 yield b"".join([await _event_in_turns(frame) for frame in frames])
             elif frames:
                 yield b"".join(map(event, frames))
-    if options is not None and options.include_usage:
+    if counts_tokens:
         yield event(answer.frame([]) | {"usage": usage_of(answer.choices).as_json()})
 
 
@@ -77,13 +78,11 @@ def head(prefix: str, kind: str, request: GenerationRequest, model: ServedModel)
     }
 
 
-def extras(request: GenerationRequest, delta: Delta, prompt_ids: list[int], model: ServedModel) -> Json:
-    """vLLM's own fields, for those who asked."""
+def about_prompt(request: GenerationRequest, delta: Delta, prompt_ids: list[int], model: ServedModel) -> Json:
+    """vLLM's own fields of a prompt, for those who asked; they come with the first delta."""
     found: Json = {}
-    if request.return_token_ids:
-        found["token_ids"] = delta.token_ids
-        if delta.is_first:
-            found["prompt_token_ids"] = prompt_ids
+    if request.return_token_ids and delta.is_first:
+        found["prompt_token_ids"] = prompt_ids
     if request.prompt_logprobs is not None and delta.prompt_logprobs is not None:
         found["prompt_logprobs"] = prompt_logprobs(delta.prompt_logprobs, model.tokenizer)
     return found

@@ -8,10 +8,17 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import BeforeValidator, Field, model_validator
 
-from octavo.server.dialects.conversation import ChatOptions, bounded_json, chat_token_ids, render_request, rendered
-from octavo.server.dialects.fields import Count, Flag, GenerationRequest, Unsupported
+from octavo.server.dialects.conversation import (
+    ChatOptions,
+    bounded_json,
+    chat_token_ids,
+    render_request,
+    rendered,
+    text_of_message,
+)
+from octavo.server.dialects.fields import Count, Flag, GenerationRequest
 from octavo.server.dialects.logprobs import chat_logprobs
-from octavo.server.dialects.openai import Json, extras, head
+from octavo.server.dialects.openai import Json, about_prompt, head
 from octavo.server.errors import RESPONSES, field_error
 from octavo.server.generation import Delta, make_choices, usage_of
 from octavo.server.message.parts import text_of
@@ -31,11 +38,11 @@ class ChatCompletionRequest(ChatOptions, GenerationRequest):
     echo: Flag = False
     documents: Annotated[list[dict[str, Any]], Field(fail_fast=True), BeforeValidator(bounded_json)] | None = None
     # not supported: accepted only where they ask for nothing
-    tools: Unsupported | None = None
-    tool_choice: Literal["none", "auto"] | None = None
+    tools: None = None
+    tool_choice: Literal["none"] | None = None
     parallel_tool_calls: Flag | None = None
-    functions: Unsupported | None = None
-    function_call: Literal["none", "auto"] | None = None
+    functions: None = None
+    function_call: Literal["none"] | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=1, fail_fast=True)] | None = None
     audio: None = None
     prediction: None = None
@@ -101,18 +108,20 @@ class ChatAnswer:
         self._echo = _last_words(request) if request.echo else ""
 
     def whole(self, deltas: list[Delta]) -> Json:
+        about = self._about_prompt(deltas[0])
         choices = (self._choice(delta) for delta in deltas)
-        return {**self._head, "choices": choices, "usage": usage_of(self.choices).as_json()}
+        return {**self._head, "choices": choices, **about, "usage": usage_of(self.choices).as_json()}
 
     def chunks(self, delta: Delta) -> list[Json]:
         chunks: list[Json] = []
         if delta.is_first:
             start = {"role": self._role, "content": self._echo}
-            chunks.append({"index": delta.index, "delta": start, "logprobs": None, "finish_reason": None})
+            choice = {"index": delta.index, "delta": start, "logprobs": None, "finish_reason": None}
+            chunks.append(self.frame([choice]) | self._about_prompt(delta))
         text = text_of(delta.parts)
         if text or delta.logprobs or delta.finish_reason is not None or self.request.return_token_ids:
             content = {"content": text} if text else {}
-            chunks.append({"index": delta.index, "delta": content, **self._rest(delta)})
+            chunks.append(self.frame([{"index": delta.index, "delta": content, **self._rest(delta)}]))
         return chunks
 
     def frame(self, choices: list[Json]) -> Json:
@@ -131,15 +140,19 @@ class ChatAnswer:
             "finish_reason": delta.finish_reason,
             "stop_reason": delta.stop_reason,
         }
-        if self.request.return_token_ids or delta.prompt_logprobs is not None:
-            prompt_ids = self.choices[delta.index].request.token_ids
-            content |= extras(self.request, delta, prompt_ids, self._model)
+        if self.request.return_token_ids:
+            content["token_ids"] = delta.token_ids
         return content
+
+    def _about_prompt(self, delta: Delta) -> Json:
+        """Beside the choices, which share their prompt."""
+        return about_prompt(self.request, delta, self.choices[delta.index].request.token_ids, self._model)
 
 
 def _last_words(request: ChatCompletionRequest) -> str:
     """What echo puts before the answer, as in vLLM: the last message, if it is an assistant's."""
     last = request.messages[-1]
-    if last.role != "assistant" or last.content is None:
+    if last.role != "assistant":
         return ""
-    return last.content if isinstance(last.content, str) else "\n".join(part.text for part in last.content)
+    content = text_of_message(last)
+    return content if isinstance(content, str) else "\n".join(part["text"] for part in content)

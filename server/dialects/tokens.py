@@ -100,7 +100,7 @@ def _tokenized(
         ids = chat_token_ids(chat_text, body, model, must_fit=False)
     else:
         ids = encode(body.prompt, "prompt", model, add_special_tokens=body.add_special_tokens, must_fit=False)
-    strings = [model.tokenizer.token_text(token_id) for token_id in ids] if body.return_token_strs else None
+    strings = [model.tokenizer.token_name(token_id) for token_id in ids] if body.return_token_strs else None
     return encode_json({"count": len(ids), "max_model_len": model.max_model_len, "tokens": ids, "token_strs": strings})
 
 

@@ -93,6 +93,7 @@ def test_an_unknown_field_is_named(client: httpx.Client, path: str, name: str) -
         (COMPLETIONS, "allowed_token_ids", []),
         (COMPLETIONS, "allowed_token_ids", [5000]),
         (COMPLETIONS, "truncate_prompt_tokens", 0),
+        (COMPLETIONS, "truncate_prompt_tokens", 513),
         (COMPLETIONS, "stream", "true"),
         (COMPLETIONS, "stream_options", {"include_usage": True}),
         (COMPLETIONS, "prompt", ""),
@@ -106,7 +107,9 @@ def test_an_unknown_field_is_named(client: httpx.Client, path: str, name: str) -
         (COMPLETIONS, "prompt", "word " * 5000),
         (COMPLETIONS, "prompt", {"a": 1}),
         (CHAT, "tools", [{"type": "function"}]),
+        (CHAT, "tools", []),
         (CHAT, "tool_choice", "required"),
+        (CHAT, "tool_choice", "auto"),
         (CHAT, "functions", [{}]),
         (CHAT, "top_logprobs", 2),
         (CHAT, "max_tokens", 0),
@@ -117,7 +120,7 @@ def test_an_unknown_field_is_named(client: httpx.Client, path: str, name: str) -
         (CHAT, "continue_final_message", True),
         (CHAT, "messages", []),
         (CHAT, "messages", [{"role": "user"}]),
-        (CHAT, "messages", [{"role": "user", "content": "x", "extra": 1}]),
+        (CHAT, "messages", [{"role": "user", "content": "x", "extra": "x" * (1 << 20)}]),
         (CHAT, "messages", [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]),
         (CHAT, "messages", [{"role": "user", "content": "word " * 5000}]),
         (DETOKENIZE, "tokens", [1024]),
@@ -132,6 +135,42 @@ def test_a_value_that_is_not_honoured_is_refused_by_name(
     assert error["param"] == name
     assert name.split("_")[-1] in error["message"]
     assert len(error["message"]) < 400
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        (COMPLETIONS, {"prompt": [5] * 600}),
+        (COMPLETIONS, {"prompt": [5] * 500, "max_tokens": 100}),
+        (COMPLETIONS, {"prompt": "word " * 50_000}),
+        (CHAT, {"messages": [{"role": "user", "content": "word " * 5000}]}),
+        (CHAT, {"max_completion_tokens": 600}),
+    ],
+)
+def test_a_full_context_is_what_clients_look_for(client: httpx.Client, path: str, fields: dict[str, Any]) -> None:
+    error = refused(client, path, **fields)
+    assert error["code"] == "context_length_exceeded"
+    assert error["message"].startswith("This model's maximum context length is 512 tokens.")
+
+
+@pytest.mark.parametrize("value", [4, 4.0])
+def test_a_whole_number_is_an_integer(client: httpx.Client, value: float) -> None:
+    fields = {"max_tokens": value, "n": value, "seed": value, "top_k": value, "min_tokens": value, "logprobs": value}
+    answer = client.post(COMPLETIONS, json=VALID[COMPLETIONS] | fields | {"truncate_prompt_tokens": value})
+    assert answer.status_code == 200, answer.text
+    assert len(answer.json()["choices"]) == 4
+    assert [len(each["logprobs"]["tokens"]) for each in answer.json()["choices"]] == [4] * 4
+
+
+def test_a_refusal_says_what_is_supported(client: httpx.Client) -> None:
+    message = refused(client, COMPLETIONS, use_beam_search=True)["message"]
+    assert message == "use_beam_search: octavo does not support the value True; supported: false"
+    message = refused(client, CHAT, service_tier="flex")["message"]
+    assert message == "service_tier: octavo does not support the value 'flex'; supported: 'auto' or 'default'"
+    part = {"type": "image_url", "image_url": {"url": "x"}}
+    message = refused(client, CHAT, messages=[{"role": "user", "content": [part]}])["message"]
+    assert "'image_url'" in message
+    assert "'text', 'input_text', 'output_text', 'refusal', 'thinking'" in message
 
 
 def test_combinations_that_contradict_each_other(client: httpx.Client) -> None:
@@ -156,7 +195,7 @@ def test_values_that_ask_for_nothing_are_taken(client: httpx.Client) -> None:
     answer = client.post(COMPLETIONS, json=VALID[COMPLETIONS] | nothing | {"suffix": None})
     assert answer.status_code == 200, answer.text
     assert answer.json()["id"] == "cmpl-mine"
-    chat = {"tools": [], "tool_choice": "auto", "parallel_tool_calls": True, "modalities": ["text"], "audio": None}
+    chat = {"tools": None, "tool_choice": "none", "parallel_tool_calls": True, "modalities": ["text"], "audio": None}
     chat |= {"functions": None, "reasoning_effort": None, "prediction": None}
     answer = client.post(CHAT, json=VALID[CHAT] | nothing | chat)
     assert answer.status_code == 200, answer.text
@@ -214,13 +253,18 @@ def test_lone_surrogates_anywhere(client: httpx.Client, extra: str) -> None:
     assert "JSON" in error_of(client.post(CHAT, content=body, headers=JSON))["message"]
 
 
-def test_arguments_of_a_call_are_json_too(client: httpx.Client) -> None:
-    for arguments in ("{", "[" * 5000, "[" * 900 + "]" * 900, '"\\ud800"', "NaN", "1" * 6000):
+def test_arguments_of_a_call_that_was_cut_are_shown_as_they_are(client: httpx.Client) -> None:
+    for arguments in ("", "{", "[" * 5000, "NaN", "1" * 6000, '{"path": "a.py", "text": "de'):
         call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
-        error_of(client.post(CHAT, json={"messages": [{"role": "assistant", "tool_calls": [call]}], "max_tokens": 1}))
-    call = {"type": "function", "function": {"name": "f", "arguments": ""}}
-    body = {"messages": [{"role": "assistant", "content": "x", "tool_calls": [call]}], "max_tokens": 1}
-    assert client.post(CHAT, json=body).status_code == 200
+        body = {
+            "messages": [{"role": "assistant", "tool_calls": [call]}],
+            "truncate_prompt_tokens": -1,
+            "max_tokens": 1,
+        }
+        answer = client.post(CHAT, json=body)
+        assert answer.status_code == 200, answer.text
+    call["function"]["arguments"] = "[" * 900 + "]" * 900
+    assert "nested" in error_of(client.post(CHAT, json=body))["message"]
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "/", ""])

@@ -175,6 +175,10 @@ class Tokenizer:
             known = self._bytes[token_id] = b"" if token is None else self._to_bytes(token)
         return known
 
+    def token_name(self, token_id: int) -> str:
+        """The vocabulary's own string for a token, such as `Ġis`; empty for an unused id."""
+        return self._backend.id_to_token(token_id) or ""
+
     def token_text(self, token_id: int) -> str:
         """A name for one token: its text, or `bytes:\\xe2\\x82` if it isn't whole characters (OpenAI's notation)."""
         raw = self.token_bytes(token_id)

@@ -196,9 +196,10 @@ def test_a_prompt_is_cut_where_the_request_says_so(client: httpx.Client, oracle:
     assert len(long["prompt_token_ids"]) == 508
 
 
-def test_max_tokens_null_fills_the_context(client: httpx.Client) -> None:
-    answer = complete(client, [5] * 480, max_tokens=None, **GREEDY)
-    assert (answer["usage"]["total_tokens"], answer["choices"][0]["finish_reason"]) == (512, "length")
+def test_max_tokens_null_is_as_if_it_were_absent(client: httpx.Client) -> None:
+    for fields in ({"max_tokens": None}, {}):
+        answer = complete(client, [5] * 480, **fields, **GREEDY)
+        assert (answer["usage"]["completion_tokens"], answer["choices"][0]["finish_reason"]) == (16, "length")
 
 
 def test_what_is_sampled_obeys_the_request(client: httpx.Client, oracle: Oracle) -> None:

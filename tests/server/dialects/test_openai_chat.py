@@ -128,7 +128,9 @@ def test_usage_in_every_chunk(client: httpx.Client, oracle: Oracle) -> None:
     assert counts == sorted(counts)
     assert counts[-1] == 9
     assert {chunk["usage"]["prompt_tokens"] for chunk in chunks} == {len(oracle.chat_ids(CHAT))}
-    assert all("usage" not in chunk for chunk in stream(client, PATH, {"messages": CHAT, "max_tokens": 2}))
+    for options in (None, {"continuous_usage_stats": True}, {"include_usage": None}):
+        body = {"messages": CHAT, "max_tokens": 2, "stream_options": options}
+        assert all("usage" not in chunk for chunk in stream(client, PATH, body))
 
 
 def greedy_text(oracle: Oracle, count: int = 40) -> str:
@@ -227,13 +229,57 @@ def test_an_unfinished_message_is_continued(client: httpx.Client, oracle: Oracle
 
 def test_content_in_parts(client: httpx.Client, oracle: Oracle) -> None:
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
-    found = choice(client, messages=[{"role": "user", "content": parts}], max_tokens=1, return_token_ids=True)
-    assert found["prompt_token_ids"] == oracle.chat_ids([{"role": "user", "content": "one\ntwo"}])
+    assert prompt_ids(client, [{"role": "user", "content": parts}]) == oracle.chat_ids(
+        [{"role": "user", "content": "one\ntwo"}]
+    )
+
+
+def prompt_ids(client: httpx.Client, messages: list[dict[str, Any]]) -> list[int]:
+    response = client.post(PATH, json={"messages": messages, "max_tokens": 1, "return_token_ids": True})
+    assert response.status_code == 200, response.text
+    return response.json()["prompt_token_ids"]
+
+
+@pytest.mark.parametrize(
+    ("sent", "meant"),
+    [
+        ({"content": "No.", "refusal": None, "annotations": [], "audio": None}, {"content": "No."}),
+        ({"content": None, "refusal": "I can't."}, {"content": "I can't."}),
+        ({"content": [{"type": "refusal", "refusal": "I can't."}]}, {"content": "I can't."}),
+        ({"content": [{"type": "output_text", "text": "Yes.", "annotations": []}]}, {"content": "Yes."}),
+        ({"content": [{"type": "text", "text": "A", "cache_control": {"type": "ephemeral"}}]}, {"content": "A"}),
+        (
+            {"content": [{"type": "thinking", "thinking": "Hm.", "signature": "x"}, {"type": "text", "text": "A"}]},
+            {"content": "A"},
+        ),
+        (
+            {"content": "A", "cache_control": {"type": "ephemeral"}, "provider_specific_fields": {"x": [1]}},
+            {"content": "A"},
+        ),
+    ],
+)
+def test_a_history_is_taken_as_clients_keep_it(
+    client: httpx.Client, oracle: Oracle, sent: dict[str, Any], meant: dict[str, Any]
+) -> None:
+    def around(said: dict[str, Any]) -> list[dict[str, Any]]:
+        return [CHAT[1], {"role": "assistant"} | said, {"role": "user", "content": "Go on."}]
+
+    assert prompt_ids(client, around(sent)) == oracle.chat_ids(around(meant))
+
+
+def test_a_stream_s_first_chunk_has_the_prompt(client: httpx.Client, oracle: Oracle) -> None:
+    first, *others = stream(client, PATH, {"messages": CHAT, "max_tokens": 2, "return_token_ids": True} | GREEDY)
+    assert first["prompt_token_ids"] == oracle.chat_ids(CHAT)
+    assert all("prompt_token_ids" not in chunk for chunk in others)
+    answer = chain.from_iterable(chunk["choices"][0].get("token_ids", []) for chunk in others)
+    assert list(answer) == oracle.greedy(oracle.chat_ids(CHAT), 2)
 
 
 def test_prompt_logprobs(client: httpx.Client, oracle: Oracle) -> None:
     ids = oracle.chat_ids(CHAT)
-    found = choice(client, max_tokens=1, prompt_logprobs=0)["prompt_logprobs"]
+    response = client.post(PATH, json={"messages": CHAT, "max_tokens": 1, "prompt_logprobs": 0, "n": 2})
+    assert [set(each) & {"prompt_logprobs", "prompt_token_ids"} for each in response.json()["choices"]] == [set()] * 2
+    found = response.json()["prompt_logprobs"]
     rows = oracle.logprobs(ids)
     assert found[0] is None
     own = [entry[str(token_id)]["logprob"] for entry, token_id in zip(found[1:], ids[1:], strict=True)]
