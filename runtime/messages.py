@@ -13,6 +13,18 @@ import msgspec
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
+class Constraint(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What an answer must look like: a grammar, and from where on it holds.
+
+    grammar: llguidance's own JSON, as `LLMatcher.grammar_from_json_schema` and its like write it.
+    after: none: it holds from the first token on; else behind the first place where one of these sequences of token
+    ids has come, such as the end of a model's reasoning. What stands before is free.
+    """
+
+    grammar: str
+    after: tuple[tuple[int, ...], ...] = ()
+
+
 class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """How one sequence is sampled. Defaults are OpenAI's; a server resolves a model's own defaults before this.
 
@@ -22,6 +34,7 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
     sampled.
     logprobs: None, or how many of the most likely tokens to report beside the sampled one (0: only that one).
     prompt_logprobs: the same for each prompt token. allowed_token_ids: nothing else may be sampled.
+    constraint: what the answer must look like. It ends with "stop" where its grammar allows nothing more.
     """
 
     max_tokens: int
@@ -39,6 +52,7 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    constraint: Constraint | None = None
 
     @property
     def has_penalties(self) -> bool:
@@ -51,6 +65,7 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
             self.has_penalties
             or bool(self.logit_bias)
             or self.allowed_token_ids is not None
+            or self.constraint is not None
             or (self.min_tokens > 0 and bool(self.stop_token_ids))
         )
 
