@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
+from octavo.runtime.constraint import Grammars
 from octavo.runtime.messages import AddRequest, TokenOutput
 from octavo.runtime.parallel.executor import Executor, StepHandle
 from octavo.runtime.parallel.followers import Followers
@@ -30,6 +31,7 @@ class Engine:
     ) -> None:
         self.worker = worker
         self.scheduler = Scheduler(config)
+        self.grammars = Grammars(worker.model.vocab_size)
         sampler = Sampler(seed, worker.model.device, config.max_num_seqs)
         self.executor = Executor(worker, sampler, followers)
         self._under_way: deque[StepHandle] = deque()
@@ -52,7 +54,24 @@ class Engine:
         if problem is not None:
             return [TokenOutput(request_id, [], finish_reason="error", error=problem) for request_id in wanted]
         chosen = frozenset(wanted)
-        refused = [self.scheduler.add(answer) for answer in request.answers() if answer.request_id in chosen]
+        refused = [self._add(answer) for answer in request.answers() if answer.request_id in chosen]
+        return [output for output in refused if output is not None]
+
+    def _add(self, answer: AddRequest) -> TokenOutput | None:
+        constraint = answer.params.constraint
+        refusal = self.scheduler.add(answer, is_ready=constraint is None)
+        if refusal is None and constraint is not None:
+            self.grammars.compile(answer.request_id, constraint.grammar)
+        return refusal
+
+    def take_grammars(self) -> list[TokenOutput]:
+        """Let requests run whose grammars are compiled; returns outputs that refuse the others."""
+        refused: list[TokenOutput | None] = []
+        for compiled in self.grammars.finished():
+            if compiled.grammar is None:
+                refused.append(self.scheduler.refuse(compiled.request_id, f"the grammar: {compiled.error}"))
+            else:
+                self.scheduler.set_ready(compiled.request_id, compiled.grammar)
         return [output for output in refused if output is not None]
 
     def step(self) -> list[TokenOutput]:

@@ -122,11 +122,24 @@ class ResetPrefixCache(msgspec.Struct, frozen=True, tag="reset_prefix_cache"):
     """Forget all cached prefixes that no running request uses."""
 
 
+class Vocabulary(msgspec.Struct, frozen=True, tag="vocabulary"):
+    """What grammars are about, sent once before the first request that has one.
+
+    tokens: the bytes of each token by its id. special_ids: tokens that no text may contain. end_ids: those that end an
+    answer. tokenizer: the tokenizer itself, as its library writes it (JSON).
+    """
+
+    tokens: list[bytes]
+    special_ids: list[int]
+    end_ids: list[int]
+    tokenizer: str
+
+
 class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
     """End the process now."""
 
 
-ToEngine = AddRequest | AbortRequest | Ping | ResetPrefixCache | Shutdown
+ToEngine = AddRequest | AbortRequest | Ping | ResetPrefixCache | Vocabulary | Shutdown
 
 
 class Logprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -144,7 +157,7 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
 
     stop_token_id is the token that ended it (it is also the last of token_ids). prompt_logprobs comes once, with the
     first token: entry i belongs to prompt token i; entry 0 is None, since nothing predicts the first token.
-    timing fields are time.time() values, set with the first token.
+    timing fields are time.time() values, set with the first token. is_refused: the error is about the request itself.
     """
 
     request_id: str
@@ -157,6 +170,7 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
     num_cached_tokens: int | None = None
     scheduled_time: float | None = None
     first_token_time: float | None = None
+    is_refused: bool = False
 
 
 class EngineStats(msgspec.Struct, frozen=True, array_like=True):

@@ -31,6 +31,7 @@ from octavo.runtime.messages import (
     StepOutputs,
     ToEngine,
     TokenOutput,
+    Vocabulary,
 )
 from octavo.runtime.parallel.lifeline import end_with_parent, read_line
 
@@ -80,6 +81,7 @@ def main() -> int:
 def serve(engine: Engine, link: Link) -> None:
     """The loop. Returns on Shutdown."""
     arrivals = Arrivals()
+    link.wake_for(engine.grammars.ready)
     while True:
         outputs: list[TokenOutput] = []
         if not take_messages(engine, link, arrivals, outputs, wait=not engine.has_work and not arrivals):
@@ -108,6 +110,8 @@ def take_messages(
                 engine.scheduler.abort(arrivals.abort(message.request_ids))
             case Ping():
                 link.send(Pong(message.nonce))
+            case Vocabulary():
+                engine.grammars.set_vocabulary(message)
             case ResetPrefixCache():
                 engine.scheduler.reset_prefix_cache()
             case TokenOutput():
@@ -116,6 +120,7 @@ def take_messages(
                 return False
     for request, request_ids in arrivals.take():
         outputs += engine.add(request, request_ids)
+    outputs += engine.take_grammars()
     return True
 
 
@@ -144,6 +149,13 @@ class Link:
         self._decoder = msgspec.msgpack.Decoder(ToEngine)
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
+        self._idle_poller = zmq.Poller()
+        self._idle_poller.register(self._socket, zmq.POLLIN)
+
+    def wake_for(self, descriptor: int) -> None:
+        """Take a file descriptor that is readable for a message that has come."""
+        self._poller.register(descriptor, zmq.POLLIN)
+        self._idle_poller.register(descriptor, zmq.POLLIN)
 
     def comes_before(self, descriptor: int) -> bool:
         """Wait until there is a message or a file descriptor is readable. Returns whether the message came first."""
@@ -155,12 +167,12 @@ class Link:
         self._socket.send(self._encoder.encode(message))
 
     def receive(self, wait: bool) -> list[ToEngine | TokenOutput]:
-        """Messages that have arrived, up to MAX_BYTES of them; with `wait`, at least one.
+        """Messages that have arrived, up to MAX_BYTES of them; with `wait`, when there is something to do.
 
         An unreadable request becomes its error output.
         """
         if wait:
-            self._socket.poll()
+            self._idle_poller.poll()
         messages: list[ToEngine | TokenOutput] = []
         num_bytes = 0
         while num_bytes < MAX_BYTES:

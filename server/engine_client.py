@@ -32,6 +32,7 @@ from octavo.runtime.messages import (
     StepOutputs,
     ToEngine,
     TokenOutput,
+    Vocabulary,
 )
 from octavo.server.heartbeat import Heartbeat
 
@@ -73,6 +74,8 @@ class Stream:
         self._error: str | None = None
 
     async def __aenter__(self) -> Stream:
+        if self._client._vocabulary is not None and any(each.params.constraint for each in self._requests):
+            await asyncio.shield(self._client._vocabulary)
         self._client._add(self, self._requests)
         return self
 
@@ -170,6 +173,7 @@ class EngineClient:
         self._readers: set[Stream] = set()
         self._pings: dict[int, asyncio.Future[None]] = {}
         self._nonces = itertools.count(1)
+        self._vocabulary: asyncio.Task[None] | None = None
         self._ready: asyncio.Future[Ready] = self._loop.create_future()
         self._descriptor = self._socket.fileno()
         self._loop.add_reader(self._descriptor, self._receive)
@@ -216,6 +220,13 @@ class EngineClient:
             del self._pings[nonce]
         return True
 
+    def give_vocabulary(self, make: Callable[[], Vocabulary]) -> None:
+        """Send what the engine compiles grammars with, made in a thread; requests with a grammar wait for it."""
+        self._vocabulary = self._loop.create_task(self._send_vocabulary(make))
+
+    async def _send_vocabulary(self, make: Callable[[], Vocabulary]) -> None:
+        self._send(await asyncio.to_thread(make))
+
     def reset_prefix_cache(self) -> None:
         """Ask the engine to forget cached prefixes."""
         self._send(ResetPrefixCache())
@@ -235,6 +246,8 @@ class EngineClient:
             self._send(Shutdown())
             self._die("the server is shutting down")
         self._silence.cancel()
+        if self._vocabulary is not None:
+            self._vocabulary.cancel()
         await asyncio.to_thread(self._engine.close)
         self._loop.remove_reader(self._descriptor)
         self._socket.close(linger=0)

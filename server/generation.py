@@ -110,7 +110,7 @@ class Choice:
     def take(self, output: TokenOutput) -> Delta:
         """Turn the engine's output into parts. Raises ApiError where the engine says that it can't go on."""
         if output.finish_reason == "error":
-            raise ApiError(500, output.error or "the engine failed on this request")
+            raise ApiError(400 if output.is_refused else 500, output.error or "the engine failed on this request")
         is_first = output.num_cached_tokens is not None  # comes once, with the first token
         if output.num_cached_tokens is not None:
             self.num_cached = output.num_cached_tokens

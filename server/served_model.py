@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from octavo.quant.model_files import read_object_if_any
 from octavo.quant.printable import shown
+from octavo.runtime.messages import Vocabulary
 from octavo.server.dialects.fields import GenerationRequest
 from octavo.server.errors import explain
 from octavo.server.options import SAMPLING_DEFAULTS
@@ -46,6 +47,16 @@ class ServedModel:
     def name(self) -> str:
         """The name in responses and metrics."""
         return self.names[0]
+
+    def vocabulary(self) -> Vocabulary:
+        """What the engine compiles grammars with; takes up to a second."""
+        tokenizer = self.tokenizer
+        return Vocabulary(
+            [tokenizer.token_bytes(token_id) for token_id in range(min(tokenizer.num_tokens, self.vocab_size))],
+            sorted(tokenizer.special_ids),
+            sorted(token_id for token_id in self.end_ids if token_id < self.vocab_size),
+            tokenizer.to_json(),
+        )
 
     def card(self, name: str) -> dict[str, Any]:
         """The model's entry in /v1/models, under one of its names."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from octavo.kernels.native.dtypes import exp
-from octavo.kernels.native.jit import kernel, next_item, view
+from octavo.kernels.native.jit import kernel, next_item, threads_for, view
 from octavo.kernels.sampling import reference
 
 _REASSOCIATE = {"reassoc", "contract", "nsz", "nnan"}
@@ -201,6 +201,50 @@ def _logprobs(args):
             _top(row, vocab, top_ids[i], top_values[i], count)
             for j in range(count):
                 top_values[i, j] -= norm
+
+
+@kernel("qqqqqqq")
+def _forbid(args):
+    """logits, rows, bits, number of rows, vocab, words of a row, logits between rows; items are single rows."""
+    a = numba.carray(args, (8,), np.int64)
+    count = a[4]
+    vocab = a[5]
+    words = a[6]
+    rows = view(a[2], (count,), np.int64)
+    bits = view(a[3], (count, words), np.uint32)
+    while True:
+        r = next_item(args)
+        if r >= count:
+            break
+        row = view(a[1] + rows[r] * a[7] * 4, (vocab,), np.float32)
+        for word in range(words):
+            allowed = bits[r, word]
+            if allowed == np.uint32(0xFFFFFFFF):
+                continue
+            begin = word * 32
+            end = min(begin + 32, vocab)
+            if allowed == 0:
+                row[begin:end] = np.float32(-np.inf)
+                continue
+            for i in range(begin, end):
+                if (allowed >> np.uint32(i - begin)) & np.uint32(1) == 0:
+                    row[i] = np.float32(-np.inf)
+
+
+def forbid(logits: Tensor, rows: Tensor, bits: Tensor) -> None:
+    """`sampling.reference.forbid`; logits float32 whose columns lie side by side."""
+    count = len(rows)
+    threads = min(count, threads_for(count * logits.shape[1]))
+    _forbid.start(
+        threads,
+        logits.data_ptr(),
+        rows.data_ptr(),
+        bits.data_ptr(),
+        count,
+        logits.shape[1],
+        bits.shape[1],
+        logits.stride(0),
+    )
 
 
 def draw(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniforms: Tensor) -> Tensor:

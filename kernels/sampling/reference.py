@@ -100,6 +100,17 @@ def logprobs(logits: Tensor, chosen: Tensor, count: int) -> tuple[Tensor, Tensor
     return (picked - norm).squeeze(1), ranks, top.indices, top.values - norm
 
 
+def forbid(logits: Tensor, rows: Tensor, bits: Tensor) -> None:
+    """Set what a grammar does not allow to -inf, in place.
+
+    rows [R] int64 of logits [L, vocab], each once; bits [R, ceil(vocab / 32)] int32: bit j of word i is 1 where row
+    rows[r] may go on with token 32 i + j (llguidance's masks).
+    """
+    allowed = (bits.unsqueeze(-1) >> torch.arange(32, device=bits.device, dtype=torch.int32)) & 1
+    allowed = allowed.flatten(1)[:, : logits.shape[1]].bool()
+    logits[rows] = torch.where(allowed, logits[rows], float("-inf"))
+
+
 def add_biases(logits: Tensor, rows: Tensor, tokens: Tensor, biases: Tensor) -> None:
     """logits[rows[i], tokens[i]] += biases[i] in place, for distinct pairs; -inf forbids a token."""
     logits[rows, tokens] += biases

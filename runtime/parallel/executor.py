@@ -11,7 +11,6 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
@@ -19,9 +18,8 @@ import torch
 
 from octavo.kernels.attention.step import StepInputs
 from octavo.runtime.parallel.followers import Followers
-from octavo.runtime.parallel.order import Int32s, StepOrder
-from octavo.runtime.scheduling.plan import ScheduledSequence, StepPlan, StepResult
-from octavo.runtime.scheduling.sequence import is_stop
+from octavo.runtime.parallel.order import StepOrder
+from octavo.runtime.scheduling.plan import StepPlan, StepResult
 from octavo.runtime.worker.sampler import Sampler
 from octavo.runtime.worker.step_inputs import with_tokens
 from octavo.runtime.worker.worker import Worker
@@ -111,7 +109,7 @@ class _Driver:
 
     def run(self, step: StepHandle) -> StepResult:
         last_tokens = self.sampler.last_tokens
-        if _have_stopped(step.plan.scheduled, last_tokens):
+        if all(it.tokens[0] < 0 and self.sampler.has_ended(it) for it in step.plan.scheduled):
             return StepResult([[] for _ in step.plan.scheduled])
         order = step.order
         order.fill_tokens(last_tokens)
@@ -143,10 +141,3 @@ def _compute(steps: _Steps, driver: _Driver, finished: int) -> None:
             os.write(finished, b"\0")
             del step  # or it would be kept until the next one comes
     os.close(finished)
-
-
-def _have_stopped(scheduled: Sequence[ScheduledSequence], last_tokens: Int32s) -> bool:
-    """Whether all sequences of a step ended with the token that the step continues, so that nobody waits for it."""
-    return all(
-        it.tokens[0] < 0 and is_stop(it.sequence.params, int(last_tokens[it.slot]), it.num_outputs) for it in scheduled
-    )

@@ -87,9 +87,13 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a step brought. tokens: none, one or several for each scheduled sequence; the rest by its index."""
+    """What a step brought. tokens: none, one or several for each scheduled sequence; the rest by its index.
+
+    ended: those whose answers are complete with these tokens, as their grammars allow nothing more.
+    """
 
     tokens: list[list[int]]
     logprobs: dict[int, list[Logprobs]] = field(default_factory=dict)
     prompt_logprobs: dict[int, list[Logprobs]] = field(default_factory=dict)
     errors: dict[int, str] = field(default_factory=dict)
+    ended: frozenset[int] = frozenset()

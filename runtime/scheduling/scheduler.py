@@ -81,11 +81,20 @@ class Scheduler:
         self.waiting[request.request_id] = sequence
         return None
 
-    def set_ready(self, request_id: str) -> None:
+    def set_ready(self, request_id: str, grammar: object = None) -> None:
         """Let this request be admitted: what it waited for is there. Unknown ids are ignored."""
         sequence = self._live.get(request_id)
         if sequence is not None:
+            sequence.grammar = grammar
             sequence.is_ready = True
+
+    def refuse(self, request_id: str, error: str) -> TokenOutput | None:
+        """End a request that waits, for its own fault; None where it is gone."""
+        sequence = self._live.get(request_id)
+        if sequence is None:
+            return None
+        self._drop(sequence)
+        return TokenOutput(request_id, [], finish_reason="error", error=error, is_refused=True)
 
     def _refusal(self, request: AddRequest) -> str | None:
         config = self.config
@@ -337,23 +346,32 @@ class Scheduler:
             if index in result.errors:
                 outputs.append(self._end_with_error(sequence, result.errors[index]))
                 continue
-            output = self._take(scheduled, tokens, result.logprobs.get(index), now)
+            is_ended = index in result.ended
+            output = self._take(scheduled, tokens, result.logprobs.get(index), now, is_ended=is_ended)
             if output is not None:
                 outputs.append(output)
         return outputs
 
     def _take(
-        self, scheduled: ScheduledSequence, tokens: list[int], logprobs: list[Logprobs] | None, now: float
+        self,
+        scheduled: ScheduledSequence,
+        tokens: list[int],
+        logprobs: list[Logprobs] | None,
+        now: float,
+        *,
+        is_ended: bool,
     ) -> TokenOutput | None:
         """One sequence's share of a result: its new tokens up to one that ends it, and the blocks that are full now."""
         sequence = scheduled.sequence
         if scheduled.wants == "token":
             sequence.num_sampling -= 1
             sequence.checks_drafts = False
-            if not tokens:
+            if not tokens and not is_ended:
                 self._go_back(sequence)
         num_known = len(sequence.token_ids)
         finish_reason = self._append(sequence, tokens)
+        if is_ended:  # whole, be it at its last token
+            finish_reason = "stop"
         if sequence.slot >= 0:
             num_right = max(len(tokens) - 1, 0)  # drafts; the last token is the model's own
             sequence.num_planned += num_right
@@ -362,7 +380,7 @@ class Scheduler:
         if finish_reason is not None:
             self._drop(sequence)
         taken = sequence.token_ids[num_known:]
-        if not taken:
+        if not taken and finish_reason is None:
             return None
         return self._output(sequence, taken, finish_reason, logprobs, now)
 
@@ -391,7 +409,8 @@ class Scheduler:
         now: float,
     ) -> TokenOutput:
         listed = None if logprobs is None else logprobs[: len(tokens)]
-        stop_token_id = tokens[-1] if finish_reason == "stop" else None
+        stops = finish_reason == "stop" and tokens and tokens[-1] in sequence.params.stop_token_ids
+        stop_token_id = tokens[-1] if stops else None
         if sequence.first_token_time is not None:
             return TokenOutput(sequence.request_id, tokens, finish_reason, stop_token_id, logprobs=listed)
         sequence.first_token_time = now

@@ -20,6 +20,7 @@ class Sequence:
     drafts           guesses of the tokens behind token_ids, for the next step to check
     checks_drafts    a step under way does so: how many tokens it brings is only known afterwards
     is_ready         whether it may be admitted: what it still waits for outside, such as its grammar, may take long
+    grammar          what its answer must look like, compiled; for the sampler alone
     has_ended        it was answered, or is to be forgotten: what steps under way bring for it is dropped
     blocks           its block tables, one for each group of layers
     slot             its row in the block tables of all ranks while it runs, else -1
@@ -36,6 +37,7 @@ class Sequence:
         "checks_drafts",
         "drafts",
         "first_token_time",
+        "grammar",
         "has_ended",
         "is_plain_greedy",
         "is_ready",
@@ -70,6 +72,7 @@ class Sequence:
         self.drafts: list[int] = []
         self.checks_drafts = False
         self.is_ready = is_ready
+        self.grammar: object = None
         self.has_ended = False
         self.num_cached: int | None = None
         self.blocks = blocks

@@ -5,13 +5,18 @@ Log-probabilities are those of the model itself, before any change to the logits
 
 from __future__ import annotations
 
+from collections.abc import Container
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from octavo.runtime.messages import Logprobs
 from octavo.runtime.scheduling.plan import ScheduledSequence, StepPlan, StepResult
-from octavo.runtime.scheduling.sequence import Sequence
+from octavo.runtime.scheduling.sequence import Sequence, is_stop
+from octavo.runtime.worker.grammar_masks import Constrained, GrammarMasks
 from octavo.runtime.worker.logits_processors import ChangedSequence, ChangesCache, change_logits
 from octavo.runtime.worker.sampling_ops import GREEDY_BELOW, select_sampling, uniform
 
@@ -23,7 +28,8 @@ class Sampler:
     """The driver's. Plans come in the order of their steps, each when its logits are there.
 
     It runs ahead of the scheduler's `commit`, so what a token depends on beside logits and parameters is here: the
-    token sampled last in each slot, which the next step goes on from, and the counts that penalties need.
+    token sampled last in each slot, which the next step goes on from, the counts that penalties need, and how far
+    answers are in their grammars.
     """
 
     def __init__(self, seed: int, device: torch.device, max_num_seqs: int) -> None:
@@ -31,62 +37,70 @@ class Sampler:
         self._seed = seed
         self._ops = select_sampling(device)
         self._changes = ChangesCache(device)
+        self._grammars = GrammarMasks(device)
         self._changed: dict[int, tuple[Sequence, ChangedSequence]] = {}  # by slot
 
     def sample(self, logits: Tensor, plan: StepPlan) -> StepResult:
         """logits [L, vocab] float32, of which L = the plan's wanted rows; they may be overwritten."""
+        those = _those_that_sample(plan)
+        constrained = self._grammars.before(those.scheduled, those.rows, logits.shape[1])  # beside a GPU's forward pass
         best, peaks = _argmax(logits)
-        places: list[int] = []  # of those that sample, among the plan's
-        rows: list[int] = []  # the row of each
-        end = 0
-        for place, it in enumerate(plan.scheduled):
-            end += it.end - it.first_logit
-            if it.wants == "token":
-                places.append(place)
-                rows.append(end - 1)
-        sampling = [plan.scheduled[place] for place in places]
-        if any(it.num_drafts for it in sampling):
-            raise ValueError("a plan has drafts, and this sampler checks none: it chooses one token a sequence")
         errors = {} if np.isfinite(peaks).all() else _find_bad(plan, peaks)
-        if end == len(rows) and all(it.sequence.is_plain_greedy for it in sampling):
-            result = StepResult([[] for _ in plan.scheduled], errors=errors)
+        if len(those.rows) == len(logits) and all(it.sequence.is_plain_greedy for it in those.scheduled):
             chosen: list[int] = best.tolist()
+            result = StepResult(those.tokens(plan, chosen), errors=errors)
         else:
-            chosen, result = self._sample_each(logits, plan, best, places, rows, errors)
-        for place, token in zip(places, chosen, strict=True):
-            result.tokens[place].append(token)
-        self.last_tokens[[it.slot for it in sampling]] = chosen
+            chosen, result = self._sample_each(logits, plan, best, those, constrained, errors)
+        self.last_tokens[[it.slot for it in those.scheduled]] = chosen
         return result
+
+    def has_ended(self, it: ScheduledSequence) -> bool:
+        """Whether the token that was sampled last ended this sequence, which the scheduler learns a step later."""
+        if it.sequence.params.constraint is not None and self._grammars.is_over(it):
+            return True
+        return is_stop(it.sequence.params, int(self.last_tokens[it.slot]), it.num_outputs)
 
     def _sample_each(
         self,
         logits: Tensor,
         plan: StepPlan,
         best: np.ndarray,
-        places: list[int],
-        rows: list[int],
+        those: _Sampling,
+        constrained: Constrained,
         errors: dict[int, str],
     ) -> tuple[list[int], StepResult]:
-        """(the tokens of those that sample, a result without tokens)."""
-        sampling = [plan.scheduled[place] for place in places]
-        wanting = [i for i, it in enumerate(sampling) if it.sequence.params.logprobs is not None]
-        raw = logits[[rows[i] for i in wanting]]  # a copy: _choose changes logits
+        """(the tokens of those that sample, the step's result)."""
+        wanting = [i for i, it in enumerate(those.scheduled) if it.sequence.params.logprobs is not None]
+        raw = logits[[those.rows[i] for i in wanting]]  # a copy: _choose changes logits
         prompt_logprobs = self._prompt_logprobs(logits, plan, errors)
-        chosen, stuck = self._choose(logits, best, rows, sampling)
-        counts = [sampling[i].sequence.params.logprobs or 0 for i in wanting]
+        chosen, stuck = self._choose(logits, best, those, constrained)
+        ends = self._grammars.after(constrained, those.scheduled, chosen, stuck)
+        counts = [those.scheduled[i].sequence.params.logprobs or 0 for i in wanting]
         found = self._logprobs(raw, [chosen[i] for i in wanting], counts)
+        places = those.places
         logprobs = {places[i]: [entry] for i, entry in zip(wanting, found, strict=True)}
-        errors = {places[i]: NOTHING_ALLOWED for i in stuck} | errors
-        return chosen, StepResult([[] for _ in plan.scheduled], logprobs, prompt_logprobs, errors)
+        failed = dict.fromkeys(stuck, NOTHING_ALLOWED) | ends.errors
+        result = StepResult(
+            those.tokens(plan, chosen, ends.without_token),
+            logprobs,
+            prompt_logprobs,
+            {places[i]: text for i, text in failed.items() if i not in ends.without_token} | errors,
+            ended=frozenset(places[i] for i in ends.complete),
+        )
+        return chosen, result
 
     def _choose(
-        self, logits: Tensor, best: np.ndarray, rows: list[int], sampling: list[ScheduledSequence]
+        self, logits: Tensor, best: np.ndarray, those: _Sampling, constrained: Constrained
     ) -> tuple[list[int], list[int]]:
         """The next token of each, and which of them may have none (theirs is a stand-in)."""
+        rows = those.rows
+        sampling = those.scheduled
         chosen: list[int] = best[rows].tolist()
         stuck: list[int] = []
         changed = [i for i, it in enumerate(sampling) if it.sequence.params.changes_logits]
         states = [self._state(sampling[i], logits.shape[1]) for i in changed]
+        if constrained.mask is not None:
+            self._ops.forbid(logits, *constrained.mask)
         if changed:
             change_logits(logits, [rows[i] for i in changed], [sampling[i] for i in changed], states, self._ops)
             best, peaks = _argmax(logits)
@@ -156,6 +170,37 @@ class Sampler:
                 chosen, counts, *(column.tolist() for column in columns), strict=True
             )
         ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Sampling:
+    """The sequences of a step that get a token: their places in its plan, and their rows of logits."""
+
+    places: list[int]
+    rows: list[int]
+    scheduled: list[ScheduledSequence]
+
+    def tokens(self, plan: StepPlan, chosen: Rows[int], without: Container[int] = ()) -> list[list[int]]:
+        """For each of the plan's sequences its token, in a list; none for those `without` one."""
+        tokens: list[list[int]] = [[] for _ in plan.scheduled]
+        for i, (place, token) in enumerate(zip(self.places, chosen, strict=True)):
+            if i not in without:
+                tokens[place].append(token)
+        return tokens
+
+
+def _those_that_sample(plan: StepPlan) -> _Sampling:
+    places: list[int] = []
+    rows: list[int] = []
+    end = 0
+    for place, it in enumerate(plan.scheduled):
+        end += it.end - it.first_logit
+        if it.wants == "token":
+            if it.num_drafts:
+                raise ValueError("a plan has drafts, and this sampler checks none: it chooses one token a sequence")
+            places.append(place)
+            rows.append(end - 1)
+    return _Sampling(places, rows, [plan.scheduled[place] for place in places])
 
 
 def _argmax(logits: Tensor) -> tuple[np.ndarray, np.ndarray]:

@@ -20,6 +20,7 @@ class SamplingOps:
 
     draw: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
     logprobs: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor, Tensor]] = reference.logprobs
+    forbid: Callable[[Tensor, Tensor, Tensor], None] = reference.forbid
     add_biases: Callable[[Tensor, Tensor, Tensor, Tensor], None] = reference.add_biases
     punish: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None] = reference.punish
 
@@ -29,12 +30,13 @@ def select_sampling(device: torch.device) -> SamplingOps:
     if device.type == "cpu":
         from octavo.kernels.sampling import cpu
 
-        return SamplingOps(cpu.draw, cpu.logprobs)
+        return SamplingOps(cpu.draw, cpu.logprobs, cpu.forbid)
     from octavo.kernels.sampling.gpu import change
     from octavo.kernels.sampling.gpu.draw import draw
 
     return SamplingOps(
         draw,
+        forbid=lambda *entries: change.forbid(*entries)(),
         add_biases=lambda *entries: change.add_biases(*entries)(),
         punish=lambda *entries: change.punish(*entries)(),
     )

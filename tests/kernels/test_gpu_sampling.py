@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels.sampling import reference
-from octavo.kernels.sampling.gpu.change import add_biases, punish
+from octavo.kernels.sampling.gpu.change import add_biases, forbid, punish
 from octavo.kernels.sampling.gpu.draw import _exp, _weigh, draw
 
 INF = float("inf")
@@ -170,6 +170,21 @@ def test_greedy_rows_and_rows_without_a_token(device: torch.device) -> None:
 def test_no_rows_are_no_launch(device: torch.device) -> None:
     none = torch.ones(0, device=device)
     assert draw(torch.ones(0, 50, device=device), none, none.long(), none, none, none.double()).shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("vocab", [1, 31, 32, 1000])
+def test_what_a_grammar_forbids(vocab: int, dtype: torch.dtype, device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.randn(5, vocab, generator=generator).to(dtype).to(device)
+    rows = torch.tensor([3, 0, 4], device=device)
+    bits = torch.randint(-(2**31), 2**31, (3, -(-vocab // 32)), generator=generator).int().to(device)
+    bits[1] = 0
+    bits[2] = -1
+    expected = logits.clone()
+    reference.forbid(expected, rows, bits)
+    forbid(logits, rows, bits)()
+    assert torch.equal(logits, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -32,6 +32,25 @@ def truncated(logits: Tensor, temperature: float, top_k: int, top_p: float, min_
 BODIES = [reference, cpu]
 
 
+@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("vocab", [1, 31, 32, 33, 1000])
+def test_what_a_grammar_forbids(body: ModuleType, vocab: int) -> None:
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.randn(6, vocab, generator=generator)
+    rows = torch.tensor([4, 0, 5, 2])
+    allowed = torch.rand(4, vocab, generator=generator) < 0.5
+    allowed[1] = False
+    allowed[2] = True
+    bits = torch.zeros(4, -(-vocab // 32), dtype=torch.int64)
+    for row, token in allowed.nonzero().tolist():
+        bits[row, token // 32] |= 1 << token % 32
+    expected = logits.tolist()
+    for place, row in enumerate(rows.tolist()):
+        expected[row] = [x if ok else -torch.inf for x, ok in zip(expected[row], allowed[place].tolist(), strict=True)]
+    body.forbid(logits, rows, bits.to(torch.int32))
+    assert logits.tolist() == expected
+
+
 def draw_many(
     body: ModuleType, logits: Tensor, count: int, temperature: float, top_k: int, top_p: float, min_p: float
 ) -> Tensor:

@@ -178,6 +178,7 @@ def _app_maker(
             trust_request_chat_template=text.trust_request_chat_template,
         )
         metrics = Metrics(model.name, ready, _cache_facts(options.engine, ready))
+        client.give_vocabulary(model.vocabulary)
         app = build_app(model, client, metrics, options.server, access)
         print_report(ready, time.monotonic() - begun)
         return app, metrics

@@ -167,6 +167,11 @@ class Tokenizer:
         text: str = self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return text
 
+    def to_json(self) -> str:
+        """The tokenizer as tokenizer.json has it, with all of its tokens."""
+        text: str = self._backend.to_str()
+        return text
+
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that this token adds to a text; none for an unused id."""
         known = self._bytes.get(token_id)

@@ -6,7 +6,7 @@ import torch
 from proof import Proof, meta
 from torch import Tensor
 
-from octavo.kernels.sampling.gpu.change import add_biases, punish
+from octavo.kernels.sampling.gpu.change import add_biases, forbid, punish
 from octavo.kernels.sampling.gpu.draw import launches, scratch
 
 
@@ -16,6 +16,7 @@ def change_proofs() -> dict[str, Proof]:
     of_row = meta(64)
     listed = meta(4096, dtype=torch.int64)
     return {
+        "mask": Proof(forbid(logits, meta(64, dtype=torch.int64), meta(64, 128_256 // 32, dtype=torch.int32))),
         "biases": Proof(add_biases(logits, listed, listed, of_row)),
         "penalties": Proof(punish(logits, listed, listed, listed, of_row, of_row, of_row)),
     }

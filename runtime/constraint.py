@@ -1,0 +1,230 @@
+"""Grammars of constrained answers: compiled beside the step loop, and followed token by token while sampling.
+
+A grammar is llguidance's. What is forced by it is tokenized as the model would write it, so the vocabulary comes with
+the tokenizer. All of it crosses from the server once, as a `Vocabulary`; compiling is done in one thread, and a request
+whose grammar isn't ready yet is passed over by the scheduler meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
+from typing import NamedTuple
+
+import numpy as np
+from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+from numpy.typing import NDArray
+from tokenizers import Tokenizer as Backend
+
+from octavo.runtime.messages import Constraint, Vocabulary
+
+MAX_COMPILED = 256  # grammars that are kept; one takes some 100 KB
+MAX_GRAMMAR = 100_000  # symbols. Limits are in fuel and not in time, so that a verdict is the same on every machine
+_MARK = "\x02"  # in front of a text whose tokenizer would put a space there
+
+
+class GrammarError(ValueError):
+    """A grammar that is refused, or that has become too complex to go on with."""
+
+
+class Grammar(NamedTuple):
+    """A compiled grammar at its beginning, and the model's own end tokens."""
+
+    matcher: LLMatcher
+    end_ids: list[int]
+
+
+class Compiled(NamedTuple):
+    """What became of one request's grammar: `error` says why there is none."""
+
+    request_id: str
+    grammar: Grammar | None
+    error: str = ""
+
+
+class Grammars:
+    """The grammars of one engine.
+
+    ready  a file descriptor: readable when `finished` has something to give
+    """
+
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        self.ready, self._bell = os.pipe()
+        os.set_blocking(self.ready, False)
+        weakref.finalize(self, _close, self.ready, self._bell)
+        self._finished: SimpleQueue[Compiled] = SimpleQueue()
+        self._prototypes: OrderedDict[str, Grammar] = OrderedDict()
+        self._tokenizer: LLTokenizer | None = None
+        self._problem = "the engine has no vocabulary to compile it with"
+        self._thread = ThreadPoolExecutor(1, "octavo-grammars")
+
+    def set_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """Take the server's tokens; what is asked to be compiled afterwards is compiled with them."""
+        self._thread.submit(self._build, vocabulary)
+
+    def compile(self, request_id: str, text: str) -> None:
+        """Begin to compile a request's grammar; it comes out of `finished`."""
+        self._thread.submit(self._compile, request_id, text)
+
+    def finished(self) -> list[Compiled]:
+        """What has been compiled since the last call."""
+        found: list[Compiled] = []
+        with contextlib.suppress(BlockingIOError):
+            found += [self._finished.get() for _ in os.read(self.ready, MAX_COMPILED)]
+        return found
+
+    def _build(self, vocabulary: Vocabulary) -> None:
+        try:
+            self._tokenizer = ll_tokenizer(vocabulary, self._vocab_size)
+        except Exception as error:  # told with each request that has a grammar
+            self._problem = f"the vocabulary can't be read: {error}"
+
+    def _compile(self, request_id: str, text: str) -> None:
+        try:
+            self._finished.put(Compiled(request_id, self._prototype(text)))
+        except Exception as error:  # whatever it is, the request waits for an answer
+            self._finished.put(Compiled(request_id, None, str(error)))
+        os.write(self._bell, b".")
+
+    def _prototype(self, text: str) -> Grammar:
+        prototype = self._prototypes.pop(text, None)
+        if prototype is None:
+            if self._tokenizer is None:
+                raise GrammarError(self._problem)
+            prototype = compiled(self._tokenizer, text)
+        self._prototypes[text] = prototype
+        if len(self._prototypes) > MAX_COMPILED:
+            self._prototypes.popitem(last=False)
+        return prototype
+
+
+def _close(*descriptors: int) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
+
+
+class Progress:
+    """How far one answer is in its grammar. Its tokens are told one by one, as they are sampled."""
+
+    __slots__ = ("_after", "_end_ids", "_matcher", "_tail", "num_tokens")
+
+    def __init__(self, constraint: Constraint, grammar: Grammar, token_ids: Sequence[int]) -> None:
+        """token_ids: of the answer so far."""
+        self._matcher = grammar.matcher.deep_copy()
+        self._end_ids = grammar.end_ids
+        self._after = constraint.after
+        self._tail: list[int] = []
+        self.num_tokens = 0
+        for token_id in token_ids:
+            self.accept(token_id)
+
+    @property
+    def holds(self) -> bool:
+        """Whether the next token has to obey the grammar: what comes before it begins is free."""
+        return not self._after and not self._matcher.is_stopped()
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the answer obeys its grammar as it is, so that it may end here."""
+        return not self._after and self._matcher.is_accepting()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing may follow."""
+        return not self._after and self._matcher.is_stopped()
+
+    @property
+    def error(self) -> str:
+        """Why the grammar can't be followed any further; empty while it can."""
+        return first_line(self._matcher.get_error()) if self._matcher.is_error() else ""
+
+    def allow_ends(self, bits: NDArray[np.int32], stop_token_ids: Iterable[int]) -> None:
+        """In one row of masks: stop tokens may come where the answer is complete, the model's others never."""
+        words = bits.view(np.uint32)
+        for token_id in self._end_ids:
+            words[token_id // 32] &= np.uint32(~(1 << token_id % 32) & 0xFFFFFFFF)
+        if self.is_complete:
+            for token_id in stop_token_ids:
+                if token_id // 32 < len(words):
+                    words[token_id // 32] |= np.uint32(1 << token_id % 32)
+
+    def accept(self, token_id: int) -> None:
+        """Go on by one token of the answer."""
+        self.num_tokens += 1
+        if not self._after:
+            self._matcher.consume_token(token_id)
+            return
+        longest = max(len(ids) for ids in self._after)
+        self._tail = [*self._tail, token_id][-longest:]
+        if any(tuple(self._tail[-len(ids) :]) == ids for ids in self._after):
+            self._after = ()
+
+
+class Masks:
+    """Fills in which tokens may come next, for several answers at a time."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self._num_words = -(-vocab_size // 32)
+        self._executor = LLExecutor()
+
+    def fill(self, following: Sequence[Progress]) -> NDArray[np.int32]:
+        """[len(following), ceil(vocab / 32)]: bit j of word i is 1 where token 32 i + j may come."""
+        bits = np.zeros((len(following), self._num_words), np.int32)
+        if len(following) == 1:
+            following[0]._matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
+        else:
+            matchers = [(progress._matcher, row) for row, progress in enumerate(following)]
+            self._executor.unsafe_compute_mask_ptr(matchers, bits.ctypes.data, bits.strides[0], len(matchers))
+        return bits
+
+
+def compiled(tokenizer: LLTokenizer, text: str) -> Grammar:
+    """Raises GrammarError."""
+    matcher = LLMatcher(tokenizer, text, log_level=0, limits=LLParserLimits(max_grammar_size=MAX_GRAMMAR))
+    if matcher.is_error():
+        raise GrammarError(first_line(matcher.get_error()))
+    return Grammar(matcher, tokenizer.eos_tokens)
+
+
+def ll_tokenizer(vocabulary: Vocabulary, vocab_size: int) -> LLTokenizer:
+    """llguidance's own form of a vocabulary: a trie of all tokens, in 0.1 to 1.3 seconds of one core.
+
+    Ids beyond the tokenizer's, as in padded heads, are no tokens.
+    """
+    if not vocabulary.end_ids:
+        raise GrammarError("the model has no end token, which a grammar's end needs")
+    tokens = [*vocabulary.tokens, *[b""] * (vocab_size - len(vocabulary.tokens))]
+    return LLTokenizer(
+        TokenizerWrapper(_Canonical(vocabulary, tokens)), n_vocab=vocab_size, eos_token=list(vocabulary.end_ids)
+    )
+
+
+class _Canonical:
+    """What llguidance asks of a tokenizer: the tokens' bytes, and how the model would write a text."""
+
+    def __init__(self, vocabulary: Vocabulary, tokens: list[bytes]) -> None:
+        self.tokens = tokens
+        self.special_token_ids = vocabulary.special_ids
+        self.eos_token_id = vocabulary.end_ids[0]
+        self.bos_token_id = None
+        self._backend = Backend.from_str(vocabulary.tokenizer)
+        self._mark = self._ids(_MARK)
+
+    def __call__(self, text: str) -> list[int]:
+        ids = self._ids(_MARK + text)
+        return ids[len(self._mark) :] if ids[: len(self._mark)] == self._mark else self._ids(text)
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        return ids
+
+
+def first_line(text: str) -> str:
+    """What llguidance says, without the grammar and the backtrace that follow."""
+    return text.strip().partition("\n")[0][:300]
