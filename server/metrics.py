@@ -98,7 +98,19 @@ class Metrics:
         self._finished = {reason: finished.labels(**labels, finished_reason=reason) for reason in OUTCOMES}
         info = Gauge("vllm:cache_config_info", "the KV cache", ("engine", *cache_config), registry=self._registry)
         info.labels(engine="0", **cache_config).set(1)
+        self._hints = Counter(
+            "octavo:ignored_hint",
+            "requests with a field that changes nothing",
+            (*names, "field"),
+            registry=self._registry,
+        )
+        self._labels = labels
         self._totals: EngineStats | None = None
+
+    def hints(self, names: Sequence[str]) -> None:
+        """A request set these fields, which change nothing."""
+        for name in names:
+            self._hints.labels(**self._labels, field=name).inc()
 
     def page(self) -> bytes:
         """The text that Prometheus scrapes."""

@@ -14,6 +14,7 @@ from octavo.quant.printable import shown
 from octavo.runtime.messages import Vocabulary
 from octavo.server.dialects.fields import GenerationRequest
 from octavo.server.errors import explain
+from octavo.server.hints import ChatHints
 from octavo.server.options import SAMPLING_DEFAULTS
 from octavo.server.template_renderer import TemplateRenderer
 from octavo.text.tokenizer import Tokenizer
@@ -68,6 +69,7 @@ class ServedModel:
             "root": self.root,
             "parent": None,
             "max_model_len": self.max_model_len,
+            "x_octavo": {"ignored_hints": sorted(ChatHints.model_fields)},
         }
 
 

@@ -19,6 +19,7 @@ from octavo.server.encoding import JsonResponse, encode_in_turns
 from octavo.server.engine_client import EngineClient
 from octavo.server.errors import ApiError
 from octavo.server.generation import fold, generate
+from octavo.server.hints import hints_in
 from octavo.server.metrics import Metrics
 from octavo.server.served_model import ServedModel
 from octavo.server.streaming import EventStream
@@ -58,6 +59,7 @@ class Service:
     async def respond(self, http: Request, answer: Answer) -> Response:
         """Generate the answer and send it, whole or as events."""
         request = answer.request
+        self._metrics.hints(hints_in(request))
         if self._log_requests:
             params = answer.choices[0].request.params
             logger.info("%s: %d choices, %s", http.url.path, len(answer.choices), params)

@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from octavo.server.errors import field_error
+from octavo.server.hints import OpenAIHints
 
 MAX_CHOICES = 128
 MAX_TOKENS_SENT = 1 << 22  # to the engine for one request, each answer's prompt counted; they take 200 MB there
@@ -105,12 +106,6 @@ class TextFormat(Strict):
 class NoOps(Strict):
     """Fields of OpenAI's and vLLM's that are accepted only at the values that ask for nothing."""
 
-    user: Text | None = None
-    store: Literal[False] | None = None
-    metadata: Annotated[dict[str, Text], BeforeValidator(bounded_entries)] | None = None
-    service_tier: Literal["auto", "default"] | None = None
-    safety_identifier: Text | None = None
-    prompt_cache_key: Text | None = None
     priority: Literal[0] | None = None
     use_beam_search: Literal[False] | None = None
     length_penalty: Literal[1] | None = None
@@ -126,7 +121,7 @@ class NoOps(Strict):
     include_reasoning: Literal[True] | None = None
 
 
-class GenerationRequest(NoOps):
+class GenerationRequest(OpenAIHints, NoOps):
     """What completions and chat completions have in common."""
 
     model: Text | None = None

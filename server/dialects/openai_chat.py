@@ -21,6 +21,7 @@ from octavo.server.dialects.logprobs import chat_logprobs
 from octavo.server.dialects.openai import Json, about_prompt, head
 from octavo.server.errors import RESPONSES, field_error
 from octavo.server.generation import Delta, make_choices, usage_of
+from octavo.server.hints import ChatHints
 from octavo.server.message.parts import text_of
 from octavo.server.prompts import Prompt, Wanted, check_total, fitted
 from octavo.server.served_model import ServedModel
@@ -28,7 +29,7 @@ from octavo.server.service import Service
 from octavo.server.strict_json import StrictRoute
 
 
-class ChatCompletionRequest(ChatOptions, GenerationRequest):
+class ChatCompletionRequest(ChatHints, ChatOptions, GenerationRequest):
     """POST /v1/chat/completions."""
 
     max_tokens: Annotated[Count, Field(ge=1)] | None = None
@@ -48,7 +49,6 @@ class ChatCompletionRequest(ChatOptions, GenerationRequest):
     prediction: None = None
     web_search_options: None = None
     reasoning_effort: None = None
-    verbosity: None = None
     thinking_token_budget: None = None
     mm_processor_kwargs: None = None
 

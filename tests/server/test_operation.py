@@ -17,6 +17,36 @@ CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hel
 GREEDY = {"temperature": 0, "ignore_eos": True}
 
 
+HINTS: dict[str, Any] = {
+    "user": "me", "store": True, "metadata": {"a": [1, {"b": None}]}, "service_tier": "flex", "prompt_cache_key": "x",
+    "session_id": "s", "chat_id": "c", "provider": {"order": ["x"]}, "keep_alive": "5m", "vllm_xargs": {"a": 1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": "The"}),
+        ("/v1/chat/completions", {"messages": CHAT[:1], "verbosity": "low"}),
+    ],
+)
+def test_hints_change_nothing_and_are_counted(client: httpx.Client, path: str, body: dict[str, Any]) -> None:
+    body |= {"max_tokens": 8, **GREEDY}
+    hints = HINTS | {name: body.pop(name) for name in ("verbosity",) if name in body}
+    before = samples(client)
+    plain, hinted = (client.post(path, json=each).json()["choices"] for each in (body, body | hints))
+    assert hinted == plain
+    seen = {
+        dict(labels)["field"]: value - before.get((name, labels), 0)
+        for (name, labels), value in samples(client).items()
+        if name == "octavo:ignored_hint_total"
+    }
+    seen = {name: value for name, value in seen.items() if value}
+    assert seen == dict.fromkeys(hints, 1)
+    (card, _) = client.get("/v1/models").json()["data"]
+    assert set(hints) <= set(card["x_octavo"]["ignored_hints"])
+
+
 @pytest.mark.parametrize("text", TEXTS)
 def test_tokenizing_is_transformers(client: httpx.Client, oracle: Oracle, text: str) -> None:
     ids = oracle.ids(text)

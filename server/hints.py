@@ -1,0 +1,54 @@
+"""The fields of requests that ask for nothing that could change the text: taken, counted, and otherwise passed over.
+
+Clients and gateways send them to every server, for billing, tracing, caching or display. All other fields that octavo
+does not know are refused. GET /v1/models lists these names for each model.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field
+
+Hint = Annotated[Any, Field(description="Taken, and passed over: it changes nothing here.")]
+
+
+class OpenAIHints(BaseModel):
+    """Of completions and chat completions."""
+
+    # OpenAI's: whose request it is, what it is billed as, and where it may be kept
+    user: Hint = None
+    metadata: Hint = None
+    store: Hint = None
+    service_tier: Hint = None
+    safety_identifier: Hint = None
+    prompt_cache_key: Hint = None
+    prompt_cache_retention: Hint = None
+    # gateways' and clients' own: LiteLLM, OpenRouter, Open WebUI
+    session_id: Hint = None
+    chat_id: Hint = None
+    message_id: Hint = None
+    background_tasks: Hint = None
+    features: Hint = None
+    usage: Hint = None
+    provider: Hint = None
+    transforms: Hint = None
+    route: Hint = None
+    # Ollama's: how long a model stays loaded, and for how long a context
+    keep_alive: Hint = None
+    num_ctx: Hint = None
+    # vLLM's: arguments of plug-ins, of which there are none here
+    vllm_xargs: Hint = None
+    kv_transfer_params: Hint = None
+
+
+class ChatHints(OpenAIHints):
+    """Of chat completions alone."""
+
+    verbosity: Hint = None  # OpenAI's own models are told by it how much to say
+
+
+def hints_in(body: BaseModel) -> list[str]:
+    """The hints that a request has set to something."""
+    known = next(kind for kind in (ChatHints, OpenAIHints) if isinstance(body, kind)).model_fields
+    return [name for name in body.model_fields_set if name in known and getattr(body, name) is not None]
