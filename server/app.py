@@ -9,22 +9,20 @@ from fastapi import APIRouter, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import Response
 
-from octavo.server import errors
+from octavo.server import errors, operation
 from octavo.server.access import ANY_HOST, Access
 from octavo.server.bodies import Bodies
 from octavo.server.dialects import completions, openai_chat, tokens
 from octavo.server.encoding import JsonResponse, encode_json
 from octavo.server.engine_client import EngineClient
-from octavo.server.errors import RESPONSES, ApiError
-from octavo.server.metrics import CONTENT_TYPE, Metrics
-from octavo.server.middleware import AllowedHosts, Authentication
+from octavo.server.errors import RESPONSES
+from octavo.server.metrics import Metrics
+from octavo.server.middleware import AllowedHosts, Authentication, RequestIds
 from octavo.server.options import ServerOptions
 from octavo.server.served_model import ServedModel
 from octavo.server.service import Service
 from octavo.server.strict_json import StrictRoute
 from octavo.version import VERSION
-
-HEALTH_SECONDS = 30.0  # one step of a large model on a slow machine may take seconds; nothing healthy takes this
 
 
 def build_app(
@@ -45,7 +43,9 @@ def build_app(
     service = Service(model, client, metrics, log_requests=options.enable_log_requests)
     for routes in (completions.routes, openai_chat.routes, tokens.routes, _models):
         app.include_router(routes(service))
-    app.include_router(_operation(client, metrics))
+    app.include_router(operation.engine_routes(client, metrics))
+    app.include_router(operation.model_routes(model))
+    app.add_middleware(RequestIds)
     if access.keys:
         app.add_middleware(Authentication, access=access)
     if options.allowed_origins:
@@ -72,35 +72,5 @@ def _models(service: Service) -> APIRouter:
         """The model under one of its names."""
         service.check_name(name)
         return JsonResponse(encode_json(model.card(name)))
-
-    return router
-
-
-def _operation(client: EngineClient, counted: Metrics) -> APIRouter:
-    """/health, /metrics, /version."""
-    router = APIRouter()
-
-    @router.get("/health", responses={503: RESPONSES[503]})
-    async def health() -> Response:
-        """200 when the engine itself answers; 503 when it is dead, hangs, or the server is shutting down."""
-        if not await client.ping(HEALTH_SECONDS):
-            reason = client.refusal or f"the engine did not answer within {HEALTH_SECONDS:.0f} s"
-            raise ApiError(503, reason)
-        return Response(status_code=200)
-
-    @router.get("/ping", include_in_schema=False)
-    async def ping() -> Response:
-        """/health under SageMaker's name."""
-        return await health()
-
-    @router.get("/metrics")
-    async def metrics() -> Response:
-        """Prometheus text."""
-        return Response(counted.page(), media_type=CONTENT_TYPE)
-
-    @router.get("/version")
-    async def version() -> dict[str, str]:
-        """octavo's version."""
-        return {"version": VERSION}
 
     return router

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import secrets
+import uuid
 from collections.abc import Sequence
 
 from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from octavo.server.access import Access, host_name
 from octavo.server.errors import error_response
 
+MAX_REQUEST_ID = 256
 PROBES = frozenset({"/health", "/ping"})  # a probe has no key, and learns no more than whether the server works
 OPEN_PATHS = frozenset({"/metrics", "/version", "/docs", "/openapi.json"})  # unless --protect-all closes them
 
@@ -40,6 +42,34 @@ class Authentication:
             secrets.compare_digest(given.strip(), key) for key in self._accepted
         ]  # all keys, so that the time tells nothing
         return scheme.lower() == b"bearer" and any(fitting)
+
+
+class RequestIds:
+    """Repeats a request's X-Request-Id in its response, so that logs of both ends meet; makes one where there is none.
+
+    An id that no header may hold, or of more than MAX_REQUEST_ID characters, is replaced. Routes find it in the scope's
+    state as `request_id`.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("x-request-id", "")
+        is_good = 0 < len(given) <= MAX_REQUEST_ID and given.isascii() and given.isprintable()
+        request_id = given if is_good else uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+        header = (b"x-request-id", request_id.encode())
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), header]
+            await send(message)
+
+        await self._app(scope, receive, send_with_id)
 
 
 class AllowedHosts:

@@ -21,7 +21,7 @@ from octavo.server.dialects.fields import (
     TokenId,
 )
 from octavo.server.dialects.logprobs import completion_logprobs
-from octavo.server.dialects.openai import Json, about_prompt, head
+from octavo.server.dialects.openai import Json, about_prompt, head, request_id_of
 from octavo.server.errors import RESPONSES, bad_request, field_error
 from octavo.server.generation import Delta, make_choices, usage_of
 from octavo.server.message.parts import text_of
@@ -85,7 +85,8 @@ def routes(service: Service) -> APIRouter:
     async def completions(body: CompletionRequest, http: Request) -> Response:
         """Complete one prompt or several."""
         service.check(body.model)
-        answer = await service.off_loop(http, lambda: CompletionAnswer(body, prompts_of(body, model), model))
+        name = request_id_of(http, body)
+        answer = await service.off_loop(http, lambda: CompletionAnswer(body, prompts_of(body, model), model, name))
         return await service.respond(http, answer)
 
     return router
@@ -128,11 +129,11 @@ class CompletionAnswer:
     own text (a BOS token).
     """
 
-    def __init__(self, request: CompletionRequest, prompts: list[Prompt], model: ServedModel) -> None:
+    def __init__(self, request: CompletionRequest, prompts: list[Prompt], model: ServedModel, name: str) -> None:
         self.request = request
         self.choices = make_choices(prompts, request, wanted_of(request), model)
         self._model = model
-        self._head = head("cmpl-", "text_completion", request, model)
+        self._head = head(f"cmpl-{name}", "text_completion", request, model)
         self._echoes = [_echo(prompt, model) for prompt in prompts] if request.echo else []
 
     def whole(self, deltas: list[Delta]) -> Json:

@@ -6,10 +6,11 @@ One delta is rendered in the same way whether it is a step's or, all of a choice
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any, Protocol
+
+from fastapi import Request
 
 from octavo.server.dialects.fields import GenerationRequest
 from octavo.server.dialects.logprobs import prompt_logprobs
@@ -68,10 +69,16 @@ async def _event_in_turns(frame: Json) -> bytes:
     return b"".join([b"data: ", *await encode_in_turns(frame | {"choices": choices}), b"\n\n"])
 
 
-def head(prefix: str, kind: str, request: GenerationRequest, model: ServedModel) -> Json:
+def request_id_of(http: Request, body: GenerationRequest) -> str:
+    """What a request is called: by its X-Request-Id, else by its body, else by the server."""
+    own: str = http.state.request_id
+    return own if http.headers.get("x-request-id") == own else body.request_id or own
+
+
+def head(request_id: str, kind: str, request: GenerationRequest, model: ServedModel) -> Json:
     """The fields that stand in front of an answer's choices."""
     return {
-        "id": prefix + (request.request_id or uuid.uuid4().hex),
+        "id": request_id,
         "object": kind,
         "created": int(time.time()),
         "model": request.model or model.name,

@@ -18,7 +18,7 @@ from octavo.server.dialects.conversation import (
 )
 from octavo.server.dialects.fields import Count, Flag, GenerationRequest
 from octavo.server.dialects.logprobs import chat_logprobs
-from octavo.server.dialects.openai import Json, about_prompt, head
+from octavo.server.dialects.openai import Json, about_prompt, head, request_id_of
 from octavo.server.errors import RESPONSES, field_error
 from octavo.server.generation import Delta, make_choices, usage_of
 from octavo.server.hints import ChatHints
@@ -70,7 +70,8 @@ def routes(service: Service) -> APIRouter:
         service.check(body.model)
         asked = await service.off_loop(http, lambda: render_request(body, model, body.documents))
         text = await rendered(asked, model)
-        answer = await service.off_loop(http, lambda: ChatAnswer(body, prompt_of(text, body, model), model))
+        name = request_id_of(http, body)
+        answer = await service.off_loop(http, lambda: ChatAnswer(body, prompt_of(text, body, model), model, name))
         return await service.respond(http, answer)
 
     return router
@@ -98,12 +99,12 @@ def prompt_of(text: str, request: ChatCompletionRequest, model: ServedModel) -> 
 class ChatAnswer:
     """POST /v1/chat/completions."""
 
-    def __init__(self, request: ChatCompletionRequest, prompt: Prompt, model: ServedModel) -> None:
+    def __init__(self, request: ChatCompletionRequest, prompt: Prompt, model: ServedModel, name: str) -> None:
         self.request = request
         self.choices = make_choices([prompt], request, wanted_of(request), model)
         self._model = model
         kind = "chat.completion.chunk" if request.stream else "chat.completion"
-        self._head = head("chatcmpl-", kind, request, model)
+        self._head = head(f"chatcmpl-{name}", kind, request, model)
         self._role = "assistant"
         self._echo = _last_words(request) if request.echo else ""
 

@@ -83,6 +83,38 @@ def test_models(client: httpx.Client) -> None:
         assert client.get(f"/v1/models/{card['id']}").json() == card
 
 
+def test_a_request_id_comes_back(client: httpx.Client) -> None:
+    body = {"prompt": "The", "max_tokens": 1, "request_id": "body"}
+    for given, shown in ({"X-Request-Id": "trace-1"}, "trace-1"), ({}, "body"):
+        answer = client.post("/v1/completions", json=body, headers=given)
+        assert answer.json()["id"] == f"cmpl-{shown}"
+        assert answer.headers["x-request-id"] == given.get("X-Request-Id", answer.headers["x-request-id"])
+    for path in ("/health", "/nowhere", "/v1/completions"):
+        assert client.get(path, headers={"X-Request-Id": "t"}).headers.get_list("x-request-id") == ["t"]
+    for bad in ("x" * 257, "caf\xe9", ""):
+        made = client.get("/version", headers={"X-Request-Id": bad.encode("latin-1")}).headers["x-request-id"]
+        assert len(made) == 32
+
+
+def test_what_is_served_and_how_busy_it_is(client: httpx.Client) -> None:
+    assert client.get("/load").json() == {"server_load": 0}
+    assert client.post("/ping").status_code == 200
+    info = client.get("/server_info").json()
+    assert (info["version"], info["models"], info["max_model_len"]) == (VERSION, ["tiny", "tiny-too"], 512)
+    assert client.get("/tokenizer_info").json()["eos_token"] == "<|im_end|>"
+
+
+def test_the_prefix_cache_forgets(client: httpx.Client) -> None:
+    body = {"prompt": [7] * 200, "max_tokens": 1}
+
+    def cached() -> int:
+        return client.post("/v1/completions", json=body).json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+    assert (cached(), cached()) == (0, 192)
+    assert client.post("/reset_prefix_cache").status_code == 200
+    assert cached() == 0
+
+
 def test_health_version_and_document(client: httpx.Client) -> None:
     for path in ("/health", "/ping"):
         answer = client.get(path)
