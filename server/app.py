@@ -11,6 +11,7 @@ from fastapi.responses import Response
 
 from octavo.server import errors, operation
 from octavo.server.access import ANY_HOST, Access
+from octavo.server.admission import QueueLimits
 from octavo.server.bodies import Bodies
 from octavo.server.dialects import completions, openai_chat, tokens
 from octavo.server.encoding import JsonResponse, encode_json
@@ -29,6 +30,9 @@ def build_app(
     model: ServedModel, client: EngineClient, metrics: Metrics, options: ServerOptions, access: Access
 ) -> FastAPI:
     """The ASGI application over one engine."""
+    limits = QueueLimits(
+        model.max_num_seqs, options.max_queued_requests, options.max_queued_tokens, options.queue_timeout
+    )
     app = FastAPI(
         title="octavo",
         version=VERSION,
@@ -40,12 +44,11 @@ def build_app(
     )
     errors.install(app)
     app.state.bodies = Bodies(options.max_body_bytes, options.max_total_body_bytes)
-    service = Service(model, client, metrics, log_requests=options.enable_log_requests)
+    service = Service(model, client, metrics, limits, log_requests=options.enable_log_requests)
     for routes in (completions.routes, openai_chat.routes, tokens.routes, _models):
         app.include_router(routes(service))
     app.include_router(operation.engine_routes(client, metrics))
     app.include_router(operation.model_routes(model))
-    app.add_middleware(RequestIds)
     if access.keys:
         app.add_middleware(Authentication, access=access)
     if options.allowed_origins:
@@ -54,6 +57,7 @@ def build_app(
         )
     if ANY_HOST not in access.hosts:
         app.add_middleware(AllowedHosts, hosts=access.hosts)
+    app.add_middleware(RequestIds)  # the outermost: refusals are named too
     return app
 
 

@@ -12,6 +12,8 @@ import contextlib
 import itertools
 import logging
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Iterable
 
 import msgspec
@@ -171,6 +173,8 @@ class EngineClient:
         self._decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
         self._streams: dict[str, Stream] = {}  # by request; without those that the engine has finished
         self._readers: set[Stream] = set()
+        self._silent: dict[str, int] = {}  # tokens of the prompts of requests without an output
+        self._finished: deque[float] = deque(maxlen=64)  # when the last requests were
         self._pings: dict[int, asyncio.Future[None]] = {}
         self._nonces = itertools.count(1)
         self._vocabulary: asyncio.Task[None] | None = None
@@ -190,6 +194,16 @@ class EngineClient:
     def num_open(self) -> int:
         """Requests that the engine is working on, or has queued."""
         return len(self._streams)
+
+    @property
+    def num_queued_tokens(self) -> int:
+        """Tokens of the prompts of open requests that have brought nothing yet."""
+        return sum(self._silent.values())
+
+    def finish_rate(self) -> float:
+        """Answers that the engine finishes a second, by the last ones; 0 where too few have been seen."""
+        times = self._finished
+        return (len(times) - 1) / (time.monotonic() - times[0]) if len(times) > 1 else 0.0
 
     @property
     def num_pending(self) -> int:
@@ -266,6 +280,7 @@ class EngineClient:
         self._readers.add(stream)
         for request in requests:
             self._streams |= dict.fromkeys(request.request_ids, stream)
+            self._silent |= dict.fromkeys(request.request_ids, len(request.token_ids))
             self._send(request)
 
     def _leave(self, stream: Stream) -> None:
@@ -274,6 +289,7 @@ class EngineClient:
     def _abort(self, request_ids: list[str]) -> None:
         for request_id in request_ids:
             self._streams.pop(request_id, None)
+            self._silent.pop(request_id, None)
         if request_ids and self.death is None:
             self._send(AbortRequest(request_ids))
 
@@ -310,8 +326,11 @@ class EngineClient:
             stream = self._streams.get(request_id)
             if stream is None:
                 continue  # aborted a moment ago
+            if request_id in self._silent:
+                del self._silent[request_id]
             stream._put(output)
             if output.finish_reason is not None:
+                self._finished.append(time.monotonic())
                 self._streams.pop(request_id, None)  # an overflow may have done so
         while self.num_pending > MAX_ALL_PENDING:
             max(self._readers, key=lambda stream: stream.num_pending)._overflow()
@@ -330,6 +349,7 @@ class EngineClient:
                 answer.set_exception(EngineDeadError(message))
         self.fail_all(message)
         self._streams.clear()
+        self._silent.clear()
         if self.on_death is not None:
             self.on_death()
 

@@ -13,7 +13,14 @@ from pydantic import BaseModel
 from pydantic_core import PydanticCustomError
 from starlette.exceptions import HTTPException
 
-_TYPES = {401: "authentication_error", 404: "not_found_error", 413: "invalid_request_error", 503: "overloaded_error"}
+_TYPES = {
+    401: "authentication_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "invalid_request_error",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
 _short = reprlib.Repr()  # of a client's value, when it is repeated to it
 _short.maxstring = _short.maxother = 80
 
@@ -36,12 +43,21 @@ class ErrorResponse(BaseModel):
 class ApiError(Exception):
     """Raised anywhere under a route; becomes the response."""
 
-    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.message = message
         self.param = param
         self.code = code
+        self.headers = headers or {}
 
     @property
     def body(self) -> dict[str, Any]:
@@ -87,7 +103,9 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorResponse, "description": "The request is malformed, or asks for what is not supported"},
     401: {"model": ErrorResponse, "description": "The API key is missing or wrong"},
     404: {"model": ErrorResponse, "description": "No such model"},
+    408: {"model": ErrorResponse, "description": "The request's time was up"},
     413: {"model": ErrorResponse, "description": "The body is too large"},
+    429: {"model": ErrorResponse, "description": "Too many requests wait; Retry-After says for how long"},
     500: {"model": ErrorResponse, "description": "The engine failed on this request"},
     503: {"model": ErrorResponse, "description": "The engine is dead, or the server is shutting down"},
 }
@@ -98,7 +116,9 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(ApiError)
     async def api_error(_: Request, error: ApiError) -> Response:
-        return error_response(error.status, error.message, error.param, error.code)
+        response = error_response(error.status, error.message, error.param, error.code)
+        response.headers.update(error.headers)
+        return response
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:

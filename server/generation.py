@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import msgspec
 
 from octavo.runtime.messages import AddRequest, Logprobs, TokenOutput
+from octavo.server.admission import Ticket
 from octavo.server.dialects.fields import GenerationRequest
 from octavo.server.engine_client import EngineClient, EngineDeadError
 from octavo.server.errors import ApiError, bad_request
@@ -196,7 +197,7 @@ def _make_choice(
     )
 
 
-async def generate(choices: Sequence[Choice], client: EngineClient, metrics: Metrics) -> Steps:
+async def generate(choices: Sequence[Choice], client: EngineClient, metrics: Metrics, ticket: Ticket) -> Steps:
     """The deltas of each step, until every choice has ended. Raises ApiError when the engine fails or is dead."""
     by_id = {choice.request.request_id: choice for choice in choices}
     num_open = len(choices)
@@ -204,9 +205,11 @@ async def generate(choices: Sequence[Choice], client: EngineClient, metrics: Met
     try:
         prompts = {id(choice.sent): choice.sent for choice in choices}
         async with client.open(prompts.values()) as stream:
+            ticket.open()
+            num_silent = len(choices)
             while num_open:
                 deltas = []
-                for output in await stream.next():
+                for output in await ticket.within_time(stream.next(), has_begun=not num_silent):
                     choice = by_id[output.request_id]
                     if choice.finish_reason is not None:
                         continue  # a stop string ended it, and the engine did not know yet
@@ -217,6 +220,7 @@ async def generate(choices: Sequence[Choice], client: EngineClient, metrics: Met
                         metrics.end(choice.timeline, delta.finish_reason, choice.num_tokens)
                         if output.finish_reason is None:
                             stream.end([output.request_id])
+                    num_silent -= delta.is_first
                     deltas.append(delta)
                 yield deltas
     except EngineDeadError as error:

@@ -40,6 +40,7 @@ class ServedModel:
     defaults: dict[str, float]
     max_model_len: int
     vocab_size: int
+    max_num_seqs: int
     max_logprobs: int = 20
     trust_request_chat_template: bool = False
     created: int = field(default_factory=lambda: int(time.time()))

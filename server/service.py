@@ -14,6 +14,7 @@ from typing import TypeVar
 from fastapi import Request
 from fastapi.responses import Response
 
+from octavo.server.admission import Admission, QueueLimits, timeout_of
 from octavo.server.dialects.openai import Answer, events
 from octavo.server.encoding import JsonResponse, encode_in_turns
 from octavo.server.engine_client import EngineClient
@@ -35,10 +36,13 @@ T = TypeVar("T")
 class Service:
     """One served model, for the routes."""
 
-    def __init__(self, model: ServedModel, client: EngineClient, metrics: Metrics, *, log_requests: bool) -> None:
+    def __init__(
+        self, model: ServedModel, client: EngineClient, metrics: Metrics, limits: QueueLimits, *, log_requests: bool
+    ) -> None:
         self.model = model
         self._client = client
         self._metrics = metrics
+        self._admission = Admission(client, limits)
         self._log_requests = log_requests
         self._long_work = ThreadPoolExecutor(1, "octavo-long")
 
@@ -63,7 +67,9 @@ class Service:
         if self._log_requests:
             params = answer.choices[0].request.params
             logger.info("%s: %d choices, %s", http.url.path, len(answer.choices), params)
-        steps = generate(answer.choices, self._client, self._metrics)
+        lengths = [len(choice.request.token_ids) for choice in answer.choices]
+        ticket = self._admission.admit(lengths, timeout_of(http.headers.get("x-request-timeout")))
+        steps = generate(answer.choices, self._client, self._metrics, ticket)
         if request.stream:
             return EventStream(events(answer, steps))
         deltas = await fold(steps, len(answer.choices))

@@ -1,0 +1,95 @@
+"""A queue with limits: what doesn't fit is refused at once, and what takes too long ends; others notice nothing."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Iterator
+
+import httpx
+import pytest
+from octavo_server import PATIENCE, Server, events, num_in_flight, serving, wait_until
+
+PATH = "/v1/completions"
+SHORT = {"prompt": "The", "max_tokens": 2, "temperature": 0}
+LONG = {"prompt": "The", "max_tokens": 500, "n": 2, "temperature": 0, "ignore_eos": True}
+FLAGS = ("--max-num-seqs", "2", "--max-queued-requests", "3", "--max-queued-tokens", "300", "--queue-timeout", "60")
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with serving(*FLAGS) as running:
+        yield running
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[httpx.Client]:
+    with server.client() as client:
+        yield client
+        wait_until(lambda: num_in_flight(client) == 0)
+
+
+def error_of(response: httpx.Response, status: int) -> dict[str, object]:
+    assert response.status_code == status, response.text
+    return response.json()["error"]
+
+
+def test_what_exceeds_the_queue_is_told_when_to_come_again(client: httpx.Client) -> None:
+    """Two seats and three places: five answers are taken, and a sixth is not."""
+    answer = client.post(PATH, json=SHORT | {"n": 5})
+    assert len(answer.json()["choices"]) == 5
+    refused = client.post(PATH, json=SHORT | {"n": 6})
+    error = error_of(refused, 429)
+    assert (error["type"], error["code"]) == ("rate_limit_error", "queue_full")
+    assert "--max-queued-requests" in str(error["message"])
+    assert 1 <= int(refused.headers["retry-after"]) <= 60
+
+
+def test_a_burst_is_served_or_refused_and_nothing_else(server: Server) -> None:
+    async def burst() -> list[httpx.Response]:
+        limits = httpx.Limits(max_connections=200)
+        async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE, limits=limits) as client:
+            return await asyncio.gather(*(client.post(PATH, json=SHORT) for _ in range(200)))
+
+    answers = asyncio.run(burst())
+    counts = Counter(answer.status_code for answer in answers)
+    assert set(counts) == {200, 429}
+    assert counts[200] >= 5
+    assert len({answer.json()["choices"][0]["text"] for answer in answers if answer.status_code == 200}) == 1
+    assert all(int(answer.headers["retry-after"]) >= 1 for answer in answers if answer.status_code == 429)
+
+
+def test_tokens_that_wait_are_bounded_too(client: httpx.Client) -> None:
+    """A prompt alone is taken whatever its length; behind others that have not begun, it has to fit."""
+    assert client.post(PATH, json=SHORT | {"prompt": [5] * 400}).status_code == 200
+    with client.stream("POST", PATH, json=LONG | {"stream": True}) as running:
+        lines = running.iter_lines()
+        next(lines)
+        with client.stream("POST", PATH, json=SHORT | {"prompt": [5] * 200, "stream": True}) as waiting:
+            error = error_of(client.post(PATH, json=SHORT | {"prompt": [6] * 200}), 429)
+            assert "--max-queued-tokens" in str(error["message"])
+            list(lines)
+            assert list(events(waiting.iter_lines()))
+
+
+def test_a_request_ends_when_its_time_is_up(client: httpx.Client) -> None:
+    error = error_of(client.post(PATH, json=LONG, headers={"X-Request-Timeout": "0.05"}), 408)
+    assert (error["type"], error["code"]) == ("timeout_error", "timeout")
+    with client.stream("POST", PATH, json=LONG | {"stream": True}, headers={"X-Request-Timeout": "0.05"}) as response:
+        *_, last = events(response.iter_lines())
+    assert last["error"]["code"] == "timeout"
+    assert client.post(PATH, json=SHORT, headers={"X-Request-Timeout": "50"}).status_code == 200
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "soon", "inf", "nan", ""])
+def test_a_timeout_that_is_none_is_refused(client: httpx.Client, value: str) -> None:
+    error = error_of(client.post(PATH, json=SHORT, headers={"X-Request-Timeout": value}), 400)
+    assert error["param"] == "X-Request-Timeout"
+
+
+def test_a_place_in_the_queue_is_not_kept_for_ever() -> None:
+    with serving("--max-num-seqs", "1", "--queue-timeout", "0.05") as server, server.client() as client:
+        with client.stream("POST", PATH, json=LONG | {"n": 1, "stream": True}) as running:
+            next(running.iter_lines())
+            error = error_of(client.post(PATH, json=SHORT), 408)
+        assert "--queue-timeout" in str(error["message"])
