@@ -14,14 +14,15 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from numpy.typing import NDArray
-from tokenizers import Tokenizer as Backend
 
 from octavo.runtime.messages import Constraint, Vocabulary
+
+if TYPE_CHECKING:  # imported where it is used: a start must not wait for it
+    from llguidance import LLMatcher, LLTokenizer
 
 MAX_COMPILED = 256  # grammars that are kept; one takes some 100 KB
 MAX_GRAMMAR = 100_000  # symbols. Limits are in fuel and not in time, so that a verdict is the same on every machine
@@ -170,6 +171,8 @@ class Masks:
     """Fills in which tokens may come next, for several answers at a time."""
 
     def __init__(self, vocab_size: int) -> None:
+        from llguidance import LLExecutor
+
         self._num_words = -(-vocab_size // 32)
         self._executor = LLExecutor()
 
@@ -186,6 +189,8 @@ class Masks:
 
 def compiled(tokenizer: LLTokenizer, text: str) -> Grammar:
     """Raises GrammarError."""
+    from llguidance import LLMatcher, LLParserLimits
+
     matcher = LLMatcher(tokenizer, text, log_level=0, limits=LLParserLimits(max_grammar_size=MAX_GRAMMAR))
     if matcher.is_error():
         raise GrammarError(first_line(matcher.get_error()))
@@ -197,6 +202,8 @@ def ll_tokenizer(vocabulary: Vocabulary, vocab_size: int) -> LLTokenizer:
 
     Ids beyond the tokenizer's, as in padded heads, are no tokens.
     """
+    from llguidance import LLTokenizer, TokenizerWrapper
+
     if not vocabulary.end_ids:
         raise GrammarError("the model has no end token, which a grammar's end needs")
     tokens = [*vocabulary.tokens, *[b""] * (vocab_size - len(vocabulary.tokens))]
@@ -209,6 +216,8 @@ class _Canonical:
     """What llguidance asks of a tokenizer: the tokens' bytes, and how the model would write a text."""
 
     def __init__(self, vocabulary: Vocabulary, tokens: list[bytes]) -> None:
+        from tokenizers import Tokenizer as Backend
+
         self.tokens = tokens
         self.special_token_ids = vocabulary.special_ids
         self.eos_token_id = vocabulary.end_ids[0]
