@@ -13,6 +13,7 @@ from msgspec import Meta
 
 from octavo.flags import parse_size
 from octavo.quant.scheme import KV_SHORT_NAMES
+from octavo.runtime.scheduling.plan import Policy
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "fp8", "int8", "int4"]
 Count = Annotated[int, Meta(ge=1)]
@@ -137,6 +138,21 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     enable_prefix_caching: Annotated[
         bool, Meta(description="keep the blocks of finished requests for prompts that begin in the same way")
     ] = True
+    scheduling_policy: Annotated[
+        Policy,
+        Meta(
+            description="who is computed first: who came first (fcfs), requests of lower `priority`, or, of the first "
+            "128, those with the longest cached prefix (lpm)",
+            extra={"aliases": ("--schedule-policy",)},
+        ),
+    ] = "fcfs"
+    priority_aging: Annotated[
+        Annotated[float, Meta(gt=0)] | None,
+        Meta(
+            description="with --scheduling-policy priority: waiting so long weighs as much as one step of priority",
+            extra={"metavar": "SECONDS", "default": "waiting counts among equals alone"},
+        ),
+    ] = None
     seed: Annotated[
         int,
         Meta(

@@ -75,6 +75,7 @@ class AddRequest(msgspec.Struct, frozen=True, tag="add"):
 
     other_ids: further answers to the same prompt, each a request of its own from then on; where there is a seed, it
     counts up from one answer to the next. cache_salt: only requests with the same salt share cached prefixes.
+    priority: lower ones go first, where the engine's scheduling policy is `priority`.
     """
 
     request_id: str
@@ -83,6 +84,7 @@ class AddRequest(msgspec.Struct, frozen=True, tag="add"):
     arrival_time: float  # time.time() in the server, for the queue-time metrics
     cache_salt: str = ""
     other_ids: list[str] = []
+    priority: int = 0
 
     @property
     def request_ids(self) -> list[str]:
@@ -101,6 +103,7 @@ class AddRequest(msgspec.Struct, frozen=True, tag="add"):
                 self.params if seed is None else msgspec.structs.replace(self.params, seed=seed + number),
                 self.arrival_time,
                 self.cache_salt,
+                priority=self.priority,
             )
             for number, request_id in enumerate(self.request_ids)
         ]

@@ -89,6 +89,8 @@ def limits_of(
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         enable_prefix_caching=config.enable_prefix_caching,
+        policy=config.scheduling_policy,
+        priority_aging=config.priority_aging,
         max_prompt_logits=max(16, MAX_PROMPT_LOGITS_BYTES // (4 * model.vocab_size)),
     )
 

@@ -167,7 +167,8 @@ def make_choices(
     for prompt, room in zip(prompts, rooms, strict=True):
         own = params if wanted.max_tokens is not None else msgspec.structs.replace(params, max_tokens=room)
         first, *others = (f"request-{next(_unique)}" for _ in range(request.num_choices))
-        sent = AddRequest(first, prompt.token_ids, own, arrival, request.cache_salt or "", others)
+        salt = request.cache_salt or ""
+        sent = AddRequest(first, prompt.token_ids, own, arrival, salt, others, request.priority or 0)
         num_wanted = 0 if wanted.max_tokens == 0 else own.max_tokens
         for answer in sent.answers():
             choices.append(_make_choice(len(choices), answer, sent, request, model, num_wanted))

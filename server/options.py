@@ -231,26 +231,23 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = 256 << 20
     max_queued_requests: Annotated[
-        int | None,
+        Annotated[int, Meta(ge=0)] | None,
         Meta(
-            ge=0,
             description="answers that may wait for the engine beyond the --max-num-seqs that it computes; what exceeds "
             "them gets 429 with Retry-After",
             extra={"metavar": "N", "default": "no limit"},
         ),
     ] = None
     max_queued_tokens: Annotated[
-        int | None,
+        Annotated[int, Meta(ge=1)] | None,
         Meta(
-            ge=1,
             description="tokens of the prompts of answers that have not begun; what exceeds them gets 429",
             extra={"metavar": "N", "default": "no limit"},
         ),
     ] = None
     queue_timeout: Annotated[
-        float | None,
+        Annotated[float, Meta(gt=0)] | None,
         Meta(
-            gt=0,
             description="how long a request may wait for its first token, before it gets 408; a client's "
             "X-Request-Timeout limits all of its answer",
             extra={"metavar": "SECONDS", "default": "no limit"},

@@ -90,6 +90,12 @@ def sampling_params(request: GenerationRequest, wanted: Wanted, model: ServedMod
     for field, count in ((wanted.logprobs_name, wanted.logprobs), ("prompt_logprobs", wanted.prompt_logprobs)):
         if count is not None and count > model.max_logprobs:
             raise bad_request(f"{field} {count} is above this server's limit, {model.max_logprobs}", field)
+    if request.priority and not model.honors_priority:
+        raise bad_request(
+            f"priority {request.priority}: this server takes requests as they come (it would obey with "
+            "--scheduling-policy priority)",
+            "priority",
+        )
     allowed = in_vocabulary(request.allowed_token_ids, "allowed_token_ids", model)
     stops = () if request.ignore_eos else tuple(model.end_ids)
     stops += in_vocabulary(request.stop_token_ids, "stop_token_ids", model) or ()

@@ -41,6 +41,7 @@ class ServedModel:
     max_model_len: int
     vocab_size: int
     max_num_seqs: int
+    honors_priority: bool = False
     max_logprobs: int = 20
     trust_request_chat_template: bool = False
     created: int = field(default_factory=lambda: int(time.time()))

@@ -11,6 +11,7 @@ from octavo.runtime.scheduling.sequence import Sequence
 
 MAX_PROMPT_LOGITS = 256
 
+Policy = Literal["fcfs", "priority", "lpm"]
 Wants = Literal["token", "pooled", "nothing"]
 """What a step shall bring for a sequence: its next token, its pooled hidden state, or keys and values alone."""
 
@@ -21,6 +22,8 @@ class SchedulerConfig:
 
     windows            of each group of layers that share block tables: how many of the latest tokens they see
     max_prompt_logits  rows of logits that one step may spend on prompt_logprobs: each is vocab_size floats
+    policy             who is admitted first: who came first, by priority, or by the longest cached prefix
+    priority_aging     seconds of waiting that weigh as much as one step of priority; None: waiting counts among equals
     """
 
     num_blocks: int
@@ -31,6 +34,8 @@ class SchedulerConfig:
     enable_prefix_caching: bool = True
     max_prompt_logits: int = MAX_PROMPT_LOGITS
     windows: Windows = (None,)
+    policy: Policy = "fcfs"
+    priority_aging: float | None = None
 
 
 class ScheduledSequence(NamedTuple):

@@ -1,9 +1,10 @@
 """Which tokens of which sequences the next step computes. Pure Python: knows counts and block numbers, no tensor.
 
-First come, first served. A step holds, within a budget of tokens: the next token of every running sequence, then the
-rest of prompts that are being prefilled, in chunks, then new arrivals. When blocks run out, the sequence that came
-last gives all of its own back and starts again later (recomputation, mostly out of the prefix cache). `running` is
-always in order of arrival, so the victim is `running[-1]`, and so is `waiting`. One that is not ready is passed over.
+First come, first served, unless requests have ranks (waiting.py). A step holds, within a budget of tokens: the next
+token of every running sequence, then the rest of prompts that are being prefilled, in chunks, then new arrivals. When
+blocks run out, the sequence that is last in order gives all of its own back and starts again later (recomputation,
+mostly out of the prefix cache). `running` is always in that order, so the victim is `running[-1]`, and so is `waiting`.
+One that is not ready is passed over.
 
 Steps run in the order in which they are planned, and a step may be planned while earlier ones are under way. A sequence
 whose token is still being sampled goes on from it by reference (`last_token_of`); what a step under way computes for a
@@ -22,10 +23,8 @@ from __future__ import annotations
 
 import time
 from bisect import insort
-from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from itertools import takewhile
 
 from octavo.runtime.messages import AddRequest, EngineStats, FinishReason, Logprobs, TokenOutput
 from octavo.runtime.scheduling.block_pool import BlockPool
@@ -38,6 +37,7 @@ from octavo.runtime.scheduling.plan import (
     last_token_of,
 )
 from octavo.runtime.scheduling.sequence import Sequence, is_stop
+from octavo.runtime.scheduling.waiting import MOST_COMPARED, Waiting, place_of, rank_of
 
 
 class Scheduler:
@@ -48,7 +48,7 @@ class Scheduler:
         self.pool = BlockPool(config.num_blocks)
         self._groups = KVGroups(self.pool, config.block_size, config.windows)
         self.running: list[Sequence] = []
-        self.waiting: OrderedDict[str, Sequence] = OrderedDict()
+        self.waiting = Waiting()
         self._live: dict[str, Sequence] = {}
         self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
         self._clock = clock
@@ -78,7 +78,8 @@ class Scheduler:
         sequence = Sequence(request, self._num_added, self._groups.empty(), is_ready=is_ready)
         self._num_added += 1
         self._live[request.request_id] = sequence
-        self.waiting[request.request_id] = sequence
+        sequence.rank = rank_of(request, self.config.policy, self.config.priority_aging)
+        self.waiting.add(sequence)
         return None
 
     def set_ready(self, request_id: str, grammar: object = None) -> None:
@@ -218,7 +219,7 @@ class Scheduler:
         """Start waiting sequences in order, while a step has room and the cache could hold all of their tokens."""
         block_size = self.config.block_size
         admitted: list[Sequence] = []
-        for sequence in self.waiting.values():
+        for sequence in self._candidates():
             if not self._free_slots or not step.tokens_left:
                 break
             if not sequence.is_ready:
@@ -234,7 +235,15 @@ class Scheduler:
             self._start(sequence, blocks)
             self._extend(step, sequence, min(size, self._groups.num_free_columns * block_size), is_new=True)
         for sequence in admitted:
-            del self.waiting[sequence.request_id]
+            self.waiting.remove(sequence)
+
+    def _candidates(self) -> list[Sequence]:
+        """Waiting sequences in the order in which they are admitted."""
+        waiting = self.waiting.values()
+        if self.config.policy != "lpm" or not self._free_slots:
+            return waiting
+        compared = sorted(waiting[:MOST_COMPARED], key=lambda it: -len(self._cached_prefix(it)))
+        return compared + waiting[MOST_COMPARED:]
 
     def _fits(self, cached: BlockTables, length: int) -> bool:
         """Whether the cache can hold all tokens of a sequence that is to be admitted.
@@ -248,7 +257,7 @@ class Scheduler:
 
     def _start(self, sequence: Sequence, blocks: BlockTables) -> None:
         """Let a waiting sequence run, with the blocks of a cached prefix."""
-        insort(self.running, sequence, key=lambda other: other.number)
+        insort(self.running, sequence, key=place_of)
         sequence.slot = self._free_slots.pop()
         self._groups.hold(blocks)
         sequence.blocks = blocks
@@ -443,17 +452,16 @@ class Scheduler:
     def _drop(self, sequence: Sequence) -> None:
         sequence.has_ended = True
         del self._live[sequence.request_id]
-        if self.waiting.pop(sequence.request_id, None) is None:
+        if sequence.slot < 0:
+            self.waiting.remove(sequence)
+        else:
             self.running.remove(sequence)
             self._release(sequence)
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self._release(sequence)
-        older = [*takewhile(lambda other: other.number < sequence.number, self.waiting.values())]  # were not ready
-        self.waiting[sequence.request_id] = sequence
-        for first in (sequence, *reversed(older)):
-            self.waiting.move_to_end(first.request_id, last=False)
+        self.waiting.add(sequence)
         self._num_preemptions += 1
 
     def _release(self, sequence: Sequence) -> None:

@@ -19,6 +19,7 @@ class Sequence:
     num_void_steps   how many of those don't count: an earlier step did not bring the token that they go on from
     drafts           guesses of the tokens behind token_ids, for the next step to check
     checks_drafts    a step under way does so: how many tokens it brings is only known afterwards
+    rank             its place in the queue before its number: `waiting.rank_of`
     is_ready         whether it may be admitted: what it still waits for outside, such as its grammar, may take long
     grammar          what its answer must look like, compiled; for the sampler alone
     has_ended        it was answered, or is to be forgotten: what steps under way bring for it is dropped
@@ -51,6 +52,7 @@ class Sequence:
         "number",
         "params",
         "prompt_logprobs",
+        "rank",
         "request_id",
         "root",
         "scheduled_time",
@@ -72,6 +74,7 @@ class Sequence:
         self.drafts: list[int] = []
         self.checks_drafts = False
         self.is_ready = is_ready
+        self.rank = 0.0
         self.grammar: object = None
         self.has_ended = False
         self.num_cached: int | None = None

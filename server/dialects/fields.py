@@ -106,7 +106,6 @@ class TextFormat(Strict):
 class NoOps(Strict):
     """Fields of OpenAI's and vLLM's that are accepted only at the values that ask for nothing."""
 
-    priority: Literal[0] | None = None
     use_beam_search: Literal[False] | None = None
     length_penalty: Literal[1] | None = None
     response_format: TextFormat | None = None
@@ -155,6 +154,7 @@ class GenerationRequest(OpenAIHints, NoOps):
     allowed_token_ids: Annotated[list[TokenId], Field(min_length=1, max_length=2**18, fail_fast=True)] | None = None
     return_token_ids: Flag | None = None
     cache_salt: Annotated[str, StringConstraints(strict=True, min_length=1, max_length=1024)] | None = None
+    priority: Annotated[Integer, Field(ge=-(2**31), lt=2**31)] | None = None
     request_id: Annotated[str, StringConstraints(strict=True, min_length=1, max_length=256)] | None = None
 
     @property

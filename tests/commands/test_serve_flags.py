@@ -74,6 +74,8 @@ def test_every_field_of_the_engine_s_configuration_has_a_flag() -> None:
         "max_num_seqs": ("--max-num-seqs", "7"),
         "max_num_batched_tokens": ("--max-num-batched-tokens", "7"),
         "enable_prefix_caching": ("--no-enable-prefix-caching",),
+        "scheduling_policy": ("--scheduling-policy", "lpm"),
+        "priority_aging": ("--priority-aging", "7"),
         "num_threads": ("--num-threads", "7"),
         "seed": ("--seed", "7"),
     }

@@ -9,10 +9,18 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from msgspec import structs
 
 from octavo.runtime.messages import AddRequest, SamplingParams, TokenOutput
 from octavo.runtime.scheduling.kv_groups import Windows
-from octavo.runtime.scheduling.plan import ScheduledSequence, SchedulerConfig, StepPlan, StepResult, last_token_of
+from octavo.runtime.scheduling.plan import (
+    Policy,
+    ScheduledSequence,
+    SchedulerConfig,
+    StepPlan,
+    StepResult,
+    last_token_of,
+)
 from octavo.runtime.scheduling.scheduler import Scheduler
 
 STOP = 7
@@ -119,6 +127,7 @@ class Traffic(RuleBasedStateMachine):
     max_model_len = 24
     num_blocks = 12
     windows: Windows = (None,)
+    policy: Policy = "fcfs"
 
     def __init__(self) -> None:
         super().__init__()
@@ -130,6 +139,7 @@ class Traffic(RuleBasedStateMachine):
             max_num_batched_tokens=7,
             max_prompt_logits=3,
             windows=self.windows,
+            policy=self.policy,
         )
         self.device = Device(self.block_size, self.windows)
         self.under_way: deque[StepPlan] = deque()
@@ -145,12 +155,22 @@ class Traffic(RuleBasedStateMachine):
         stops=st.booleans(),
         prompt_logprobs=st.sampled_from([None, None, None, 0]),
         is_ready=st.sampled_from([True, True, True, False]),
+        priority=st.integers(-1, 1),
     )
-    def add(self, tokens: list[int], max_tokens: int, stops: bool, prompt_logprobs: int | None, is_ready: bool) -> None:
+    def add(
+        self,
+        tokens: list[int],
+        max_tokens: int,
+        stops: bool,
+        prompt_logprobs: int | None,
+        is_ready: bool,
+        priority: int,
+    ) -> None:
         name = f"r{self.num_added}"
         self.num_added += 1
         stop_ids = (STOP,) if stops else ()
         it = request(name, tokens, max_tokens=max_tokens, stop_token_ids=stop_ids, prompt_logprobs=prompt_logprobs)
+        it = structs.replace(it, priority=priority)
         assert self.it.add(it, is_ready=is_ready) is None
         self.live[name] = it
         self.tokens[name] = []
@@ -295,8 +315,9 @@ class Traffic(RuleBasedStateMachine):
         assert min(slots, default=0) >= 0
         assert all(sequence.slot == -1 and not sequence.blocks for sequence in waiting)
         for sequences in (running, waiting):
-            order = [sequence.number for sequence in sequences]
-            assert order == sorted(order), "first come, first served"
+            ranked = self.policy == "priority"
+            order = [(self.live[it.request_id].priority if ranked else 0, it.number) for it in sequences]
+            assert order == sorted(order), "first come, first served, of equals"
         assert {sequence.request_id for sequence in running + waiting} == set(self.live)
 
     def teardown(self) -> None:
@@ -322,10 +343,26 @@ class WindowTraffic(Traffic):
     windows = (None, 3, 5)
 
 
+class PriorityTraffic(Traffic):
+    """Lower ones go first, and give way last."""
+
+    policy = "priority"
+
+
+class CachedTraffic(Traffic):
+    """Those with the longest cached prefix go first."""
+
+    policy = "lpm"
+
+
 TestTraffic = Traffic.TestCase
 TestTraffic.settings = settings(stateful_step_count=60)
 TestWindowTraffic = WindowTraffic.TestCase
 TestWindowTraffic.settings = settings(stateful_step_count=60)
+TestPriorityTraffic = PriorityTraffic.TestCase
+TestPriorityTraffic.settings = settings(stateful_step_count=60)
+TestCachedTraffic = CachedTraffic.TestCase
+TestCachedTraffic.settings = settings(stateful_step_count=60)
 
 
 def test_decodes_come_first_then_prompts_in_chunks() -> None:
@@ -588,6 +625,52 @@ def test_a_sequence_that_is_not_ready_is_passed_over() -> None:
     plan, _ = step(it)
     assert [at.sequence.request_id for at in plan.scheduled] == ["b", "a"]
     assert [sequence.request_id for sequence in it.running] == ["a", "b"], "who came last gives way first"
+
+
+def admitted(it: Scheduler) -> list[str]:
+    """Who is admitted, one after the other, where one may run at a time."""
+    order: list[str] = []
+    while it.has_work:
+        plan, _ = step(it)
+        order += [at.sequence.request_id for at in plan.scheduled if at.is_new]
+    return order
+
+
+def ranked(name: str, priority: int, arrival_time: float) -> AddRequest:
+    return structs.replace(request(name, [1, 2]), priority=priority, arrival_time=arrival_time)
+
+
+def test_lower_priorities_go_first_and_equals_as_they_came() -> None:
+    it = scheduler(max_num_seqs=1, policy="priority")
+    for number, priority in enumerate((0, 5, -3, 5, 0)):
+        it.add(ranked(f"{priority}/{number}", priority, number))
+    assert admitted(it) == ["-3/2", "0/0", "0/4", "5/1", "5/3"]
+
+
+def test_waiting_makes_up_for_priority_where_it_ages() -> None:
+    """Ten seconds weigh as much as one step: 3 that came 31 seconds before 0 goes before it, and 29 are too few."""
+    it = scheduler(max_num_seqs=1, policy="priority", priority_aging=10.0)
+    for name, priority, came in (("first", 0, 0.0), ("old", 3, 69.0), ("older", 3, 71.0), ("new", 0, 100.0)):
+        it.add(ranked(name, priority, came))
+    assert admitted(it) == ["first", "old", "new", "older"]
+
+
+def test_priorities_count_for_nothing_under_another_policy() -> None:
+    it = scheduler(max_num_seqs=1)
+    for number, priority in enumerate((5, -3)):
+        it.add(ranked(f"{priority}", priority, number))
+    assert admitted(it) == ["5", "-3"]
+
+
+def test_the_longest_cached_prefix_goes_first() -> None:
+    it = scheduler(max_num_seqs=1, policy="lpm", num_blocks=32)
+    it.add(request("seen", list(range(20))))
+    run(it)
+    it.add(request("new", list(range(40, 60))))
+    it.add(request("half", [*range(8), *range(60, 72)]))
+    it.add(request("whole", list(range(20))))
+    it.add(request("new too", list(range(80, 100))))
+    assert admitted(it) == ["whole", "half", "new", "new too"]
 
 
 def test_a_step_that_brings_no_token_is_planned_again() -> None:

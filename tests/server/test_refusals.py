@@ -60,6 +60,7 @@ def test_an_unknown_field_is_named(client: httpx.Client, path: str, name: str) -
         (CHAT, "stream_reasoning", False),
         (CHAT, "include_reasoning", False),
         (COMPLETIONS, "priority", 1),
+        (COMPLETIONS, "priority", "high"),
         (COMPLETIONS, "bad_words", ["x"]),
         (COMPLETIONS, "length_penalty", 2),
         (COMPLETIONS, "max_tokens", 0),

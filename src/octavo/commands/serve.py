@@ -175,6 +175,7 @@ def _app_maker(
             max_model_len=ready.max_model_len,
             vocab_size=ready.vocab_size,
             max_num_seqs=options.engine.max_num_seqs,
+            honors_priority=options.engine.scheduling_policy == "priority",
             max_logprobs=ready.vocab_size if text.max_logprobs < 0 else text.max_logprobs,
             trust_request_chat_template=text.trust_request_chat_template,
         )
