@@ -1,0 +1,225 @@
+"""Grammars as the engine takes them: llguidance's JSON, made of schemas, regular expressions, choices, EBNF and Lark.
+
+Each is checked here, without a tokenizer, before anything is queued; a warning counts as an error. Limits are counts
+and not times, so that a verdict is the same on every machine: the engine compiles with the same LIMITS.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from llguidance import LLMatcher, LLParserLimits, regex_to_lark
+from llguidance.gbnf_to_lark import gbnf_to_lark
+
+from octavo.server.message.patterns import PatternError, literal, rust_pattern
+from octavo.server.message.schema import MAX_BYTES, Normalizer, check_nesting, normalizer_of
+from octavo.server.message.schema_logic import Schema
+from octavo.server.message.schema_places import SchemaError
+
+LIMITS = LLParserLimits(max_grammar_size=100_000, verbose_errors=False)
+MAX_RULES = 500  # of EBNF, whose translation takes the square of this
+MAX_TRIALS = 200  # parts of a schema that are compiled alone, to find the one to blame
+SHORTEST = 1000  # characters of llguidance's messages
+NEEDS_TOKENIZER = "no tokenizer - can't validate <"
+OPTIONS = {"lenient": bool, "whitespace_flexible": bool, "whitespace_pattern": str}
+WHITESPACE = re.compile(r"(?:[ \t\n\r]|\\[ntrs]|\\x(?:20|0[aAdD9])|[\[\](){}*+?|,]|(?<=[{,0-9])[0-9])*")
+BLAME = (
+    ("patternProperty", ("patternProperties",)),
+    ("min/maxProperties", ("minProperties", "maxProperties")),
+    ("regex", ("pattern", "patternProperties", "minLength", "maxLength")),
+    ("lookaround", ("pattern", "patternProperties")),
+    ("circular", ("$ref",)),
+)
+
+
+class GrammarError(ValueError):
+    """A grammar that can't be enforced; the message says what is wrong with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class JsonStyle:
+    """How JSON is written. any_whitespace: where the standard allows some; pattern: only what it matches.
+
+    closed: objects that list properties have no others, unless their schema says so.
+    """
+
+    any_whitespace: bool = True
+    pattern: str | None = None
+    closed: bool = False
+
+
+def json_grammar(schema: Any, style: JsonStyle) -> str:
+    """A grammar of a JSON Schema's instances. Raises GrammarError."""
+    inner = inner_schema(schema, style)
+    return msgspec.json.encode({"grammars": [{"json_schema": inner}]}).decode()
+
+
+def inner_schema(schema: Any, style: JsonStyle) -> dict[str, Any]:
+    """A schema that llguidance enforces exactly, with how to write it under "x-guidance". Raises GrammarError."""
+    try:
+        check_nesting(schema)
+        _check_size(schema)
+        options = _options(schema, style)
+        lenient = bool(options.get("lenient"))
+        normalizer, found = normalizer_of(schema, closed=style.closed, lenient=lenient)
+        if found is False:
+            raise SchemaError("", "", "no value is valid for it")
+        whole = {**({} if isinstance(found, bool) else found), "x-guidance": options}
+        error = _problem(_of_schema(whole), lenient=lenient)
+        if error is not None:
+            raise _blamed(normalizer, error)
+    except SchemaError as refused:
+        raise GrammarError(str(refused)) from None
+    return whole
+
+
+def _check_size(schema: Any) -> None:
+    size = len(msgspec.json.encode(schema))
+    if size > MAX_BYTES:
+        raise SchemaError("", "", f"it has {size} bytes; {MAX_BYTES} is the most")
+
+
+def _options(schema: Any, style: JsonStyle) -> dict[str, Any]:
+    """What "x-guidance" says, or else the request's own fields."""
+    options: dict[str, Any] = {"whitespace_flexible": style.any_whitespace}
+    if style.pattern is not None:
+        options["whitespace_pattern"] = style.pattern
+    given = schema.get("x-guidance", {}) if isinstance(schema, dict) else {}
+    if not isinstance(given, dict):
+        raise SchemaError("x-guidance", "", "must be an object")
+    for name, value in given.items():
+        if name not in OPTIONS or not isinstance(value, OPTIONS[name]):
+            raise SchemaError(
+                "x-guidance",
+                "",
+                f"{name[:40]!r} can't be set to this; lenient, whitespace_flexible (true or false) and "
+                "whitespace_pattern are known",
+            )
+        options[name] = value
+    if "whitespace_pattern" in options:
+        options["whitespace_pattern"] = whitespace(options["whitespace_pattern"])
+    return options
+
+
+def whitespace(pattern: str) -> str:
+    """A pattern of whitespace, which must match nothing that isn't JSON's."""
+    if not WHITESPACE.fullmatch(pattern) or len(pattern) > 200:
+        raise SchemaError(
+            "",
+            "",
+            f"the whitespace pattern {pattern[:80]!r} is made of more than blanks, \\n, \\t, \\r, \\s and quantifiers",
+        )
+    return pattern.replace(r"\s", r"\x20\n\r\t" if "[" in pattern else r"[\x20\n\r\t]")
+
+
+def _of_schema(schema: Schema) -> str:
+    return msgspec.json.encode({"grammars": [{"json_schema": schema}]}).decode()
+
+
+def _problem(grammar: str, *, lenient: bool = False, knows_tokens: bool = False) -> str | None:
+    """What is wrong with a grammar. knows_tokens: the token ids in it are those of the model."""
+    try:
+        failed, messages = LLMatcher.validate_grammar_with_warnings(grammar, limits=LIMITS)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # a panic in Rust is no Exception
+            raise
+        return "the grammar compiler failed on it"
+    if not failed:
+        messages = [] if lenient else [text for text in messages if not (knows_tokens and NEEDS_TOKENIZER in text)]
+    if messages and NEEDS_TOKENIZER in messages[0]:
+        return "tokens can't be named in a grammar; a structural_tag can name them"
+    return messages[0].strip()[:SHORTEST] if messages else None
+
+
+def _blamed(normalizer: Normalizer, error: str) -> SchemaError:
+    """Which part of a schema the compiler's error is about: the innermost one that fails alone in the same way."""
+    first_line = error.partition("\n")[0]
+    parts = sorted(normalizer.written, key=lambda part: -part[0].pointer.count("/"))
+    for place, schema in parts[:MAX_TRIALS]:
+        if isinstance(schema, dict):
+            found = _problem(_of_schema(normalizer.with_definitions(schema)))
+            if found is not None and found.partition("\n")[0] == first_line:
+                named = [name for word, names in BLAME if word in first_line for name in names if name in schema]
+                return SchemaError(named[0] if named else "", place.pointer, _on_one_line(error))
+    return SchemaError("", "", _on_one_line(error))
+
+
+def _on_one_line(text: str) -> str:
+    return " ".join(text.split())[:300]
+
+
+def checked(grammar: str, *, knows_tokens: bool = False) -> str:
+    """The grammar itself, if it compiles without a warning. Raises GrammarError."""
+    error = _problem(grammar, knows_tokens=knows_tokens)
+    if error is not None:
+        raise GrammarError(error)
+    return grammar
+
+
+def lark_grammar(text: str) -> str:
+    """A grammar in llguidance's Lark syntax. Raises GrammarError."""
+    return checked(msgspec.json.encode({"grammars": [{"lark_grammar": text}]}).decode())
+
+
+def regex_terminal(pattern: str) -> str:
+    """A regular expression between slashes, as Lark takes it. Raises GrammarError."""
+    try:
+        return f"/{regex_to_lark(rust_pattern(pattern), 'dw')}/"
+    except PatternError as error:
+        raise GrammarError(f"in the regular expression {pattern[:80]!r} {error}") from None
+
+
+def regex_grammar(pattern: str) -> str:
+    """A grammar of the texts that a regular expression matches in whole. Raises GrammarError."""
+    return lark_grammar(f"start: {regex_terminal(pattern)}")
+
+
+def choice_grammar(choices: list[str]) -> str:
+    """A grammar of a few texts."""
+    return lark_grammar(f"start: /{'|'.join(map(literal, choices))}/")
+
+
+def is_lark(text: str) -> bool:
+    """Whether a grammar is in Lark's syntax, as vLLM tells: EBNF has `::=` outside comments."""
+    return not any("::=" in re.sub(r"(?:#|//).*$", "", line) for line in text.splitlines())
+
+
+def lark_of(text: str) -> str:
+    """A grammar in Lark's syntax, out of that or EBNF. Raises GrammarError."""
+    if len(text) > MAX_BYTES:
+        raise GrammarError(f"it has {len(text)} characters; {MAX_BYTES} is the most")
+    if is_lark(text):
+        return text
+    if (count := text.count("::=")) > MAX_RULES:
+        raise GrammarError(f"it has {count} rules; {MAX_RULES} is the most in EBNF. Write it in Lark's syntax")
+    try:
+        return gbnf_to_lark(_without_escapes(text))
+    except RecursionError:
+        raise GrammarError("it is nested too deeply") from None
+    except Exception as error:  # the translator raises nothing more definite
+        raise GrammarError(f"it is no EBNF: {str(error)[:300]}") from None
+
+
+def _without_escapes(text: str) -> str:
+    r"""EBNF whose \xHH, \uHHHH and \UHHHHHHHH are the characters themselves, where these are plain letters."""
+
+    def character(found: re.Match[str]) -> str:
+        digits = found[1] or found[2] or found[3]
+        if digits is None:  # an escaped backslash
+            return found[0]
+        value = int(digits, 16)
+        if value < 0x20:
+            return rf"\x{value:02x}"
+        if value > 0x10FFFF or 0xD800 <= value < 0xE000:
+            raise GrammarError(f"{found[0]} is no character")
+        return "\\" + chr(value) if chr(value) in '"\\[]' else chr(value)
+
+    return re.sub(r"\\\\|\\x([0-9a-fA-F]{2})|\\u([0-9a-fA-F]{4})|\\U([0-9a-fA-F]{8})", character, text)
+
+
+def text_grammar(text: str) -> str:
+    """A grammar that a client wrote, in EBNF or Lark. Raises GrammarError."""
+    return lark_grammar(lark_of(text))
