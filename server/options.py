@@ -42,6 +42,27 @@ def _parse_host_pattern(text: str) -> str:
     return text
 
 
+class StructuredOutputsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How answers are constrained where a request doesn't say it. Keys and backends are vLLM's.
+
+    There is one backend, llguidance, which enforces a constraint exactly or refuses it; so there is nothing to fall
+    back to. enable_in_reasoning: a constraint holds from the first token on, and not behind the model's reasoning.
+    """
+
+    backend: Literal["auto", "xgrammar", "guidance", "outlines", "lm-format-enforcer"] = "auto"
+    disable_fallback: bool = False
+    disable_any_whitespace: bool = False
+    disable_additional_properties: bool = False
+    enable_in_reasoning: bool = False
+
+
+def _parse_structured_outputs(text: str) -> StructuredOutputsConfig:
+    try:
+        return msgspec.json.decode(text, type=StructuredOutputsConfig)
+    except msgspec.DecodeError as error:
+        raise ValueError(f"{text} is no configuration of structured outputs: {error}") from None
+
+
 class ModelOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Which model, and its text side."""
 
@@ -130,6 +151,21 @@ class TextOptions(msgspec.Struct, frozen=True, kw_only=True):
             extra={"metavar": "JSON", "parse": _parse_sampling_values},
         ),
     ] = {}
+    structured_outputs_config: Annotated[
+        StructuredOutputsConfig,
+        Meta(
+            description="how answers are constrained, such as '{\"disable_any_whitespace\": true}'; also "
+            "disable_additional_properties, enable_in_reasoning, and vLLM's backend, of which there is one, llguidance",
+            extra={"metavar": "JSON", "parse": _parse_structured_outputs, "default": "any JSON that the schema allows"},
+        ),
+    ] = StructuredOutputsConfig()
+    grammar_backend: Annotated[
+        Literal["llguidance", "xgrammar", "outlines", "guidance", "auto"],
+        Meta(
+            description="taken for start lines of SGLang's and vLLM's: grammars are llguidance's, whatever it says",
+            extra={"aliases": ("--guided-decoding-backend",)},
+        ),
+    ] = "llguidance"
     max_logprobs: Annotated[
         int,
         Meta(

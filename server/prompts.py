@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from octavo.runtime.messages import SamplingParams
 from octavo.server.dialects.fields import MAX_TOKENS_SENT, GenerationRequest
 from octavo.server.errors import bad_request, too_long
+from octavo.server.message.constrain import constraint_of
 from octavo.server.served_model import ServedModel
 from octavo.text.tokenizer import EncodingError
 
@@ -119,6 +120,7 @@ def sampling_params(request: GenerationRequest, wanted: Wanted, model: ServedMod
         stop_token_ids=stops,
         logprobs=wanted.logprobs,
         prompt_logprobs=wanted.prompt_logprobs,
+        constraint=constraint_of(request, model.structured_outputs, model.token_id),
     )
 
 

@@ -15,7 +15,7 @@ from octavo.runtime.messages import Vocabulary
 from octavo.server.dialects.fields import GenerationRequest
 from octavo.server.errors import explain
 from octavo.server.hints import ChatHints
-from octavo.server.options import SAMPLING_DEFAULTS
+from octavo.server.options import SAMPLING_DEFAULTS, StructuredOutputsConfig
 from octavo.server.template_renderer import TemplateRenderer
 from octavo.text.tokenizer import Tokenizer
 
@@ -44,6 +44,7 @@ class ServedModel:
     honors_priority: bool = False
     max_logprobs: int = 20
     trust_request_chat_template: bool = False
+    structured_outputs: StructuredOutputsConfig = field(default_factory=StructuredOutputsConfig)
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -60,6 +61,12 @@ class ServedModel:
             sorted(token_id for token_id in self.end_ids if token_id < self.vocab_size),
             tokenizer.to_json(),
         )
+
+    def token_id(self, token: int | str) -> int | None:
+        """The id of a token that a request names, by id or by text; None where there is none."""
+        if isinstance(token, str):
+            return self.tokenizer.token_id(token)
+        return token if 0 <= token < self.vocab_size else None
 
     def card(self, name: str) -> dict[str, Any]:
         """The model's entry in /v1/models, under one of its names."""

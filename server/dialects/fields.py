@@ -20,6 +20,7 @@ from pydantic import (
     model_validator,
 )
 
+from octavo.server.dialects.constraint_fields import ConstraintFields
 from octavo.server.errors import field_error
 from octavo.server.hints import OpenAIHints
 
@@ -97,21 +98,13 @@ class StreamOptions(Strict):
     include_obfuscation: Literal[False] | None = None
 
 
-class TextFormat(Strict):
-    """The only response format there is: free text."""
-
-    type: Literal["text"]
-
-
 class NoOps(Strict):
     """Fields of OpenAI's and vLLM's that are accepted only at the values that ask for nothing."""
 
     use_beam_search: Literal[False] | None = None
     length_penalty: Literal[1] | None = None
-    response_format: TextFormat | None = None
     bad_words: Unsupported | None = None
     spaces_between_special_tokens: Literal[True] | None = None
-    structured_outputs: None = None
     # gateways (sglang-router, vllm-router) add these to every request
     no_stop_trim: Literal[False] | None = None
     separate_reasoning: Literal[True] | None = None
@@ -120,7 +113,7 @@ class NoOps(Strict):
     include_reasoning: Literal[True] | None = None
 
 
-class GenerationRequest(OpenAIHints, NoOps):
+class GenerationRequest(OpenAIHints, ConstraintFields, NoOps):
     """What completions and chat completions have in common."""
 
     model: Text | None = None

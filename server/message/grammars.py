@@ -14,12 +14,13 @@ import msgspec
 from llguidance import LLMatcher, LLParserLimits, regex_to_lark
 from llguidance.gbnf_to_lark import gbnf_to_lark
 
+from octavo.runtime.constraint import MAX_GRAMMAR
 from octavo.server.message.patterns import PatternError, literal, rust_pattern
 from octavo.server.message.schema import MAX_BYTES, Normalizer, check_nesting, normalizer_of
 from octavo.server.message.schema_logic import Schema
 from octavo.server.message.schema_places import SchemaError
 
-LIMITS = LLParserLimits(max_grammar_size=100_000, verbose_errors=False)
+LIMITS = LLParserLimits(max_grammar_size=MAX_GRAMMAR)
 MAX_RULES = 500  # of EBNF, whose translation takes the square of this
 MAX_TRIALS = 200  # parts of a schema that are compiled alone, to find the one to blame
 SHORTEST = 1000  # characters of llguidance's messages

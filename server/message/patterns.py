@@ -10,7 +10,8 @@ import re
 
 ANY = r"[\s\S]"
 NOT_NEWLINE = r"[^\n\r\x{2028}\x{2029}]"
-SPACES = r"\t-\r \x{a0}\x{1680}\x{2000}-\x{200a}\x{2028}\x{2029}\x{202f}\x{205f}\x{3000}\x{feff}"
+SPACES = r"\t-\r \x{a0}\x{1680}\x{2000}-\x{200a}\x{2028}\x{2029}\x{202f}\x{205f}\x{3000}"
+MAYBE_SPACES = SPACES + r"\x{feff}\x1c-\x1f\x{85}"  # what ECMA-262 alone takes for one, or Python alone
 QUANTIFIER = re.compile(r"\{[0-9]+(?:,[0-9]*)?\}")
 GROUP = re.compile(r"\((?:\?:|\?P?<[A-Za-z_][A-Za-z0-9_]*>|\?i:|\?i\))?")
 CLASS_ESCAPES = frozenset("dDwWpP")
@@ -102,17 +103,16 @@ def _after_quantifier(pattern: str, position: int) -> int:
     return position + 1 if pattern[position : position + 1] == "?" else position
 
 
-def _escape(pattern: str, start: int, *, in_class: bool) -> tuple[str, int]:
+def _escape(pattern: str, start: int, *, in_class: bool, negated: bool = False) -> tuple[str, int]:
     """An escape, and where it ends."""
     char = pattern[start + 1 : start + 2]
     if not char:
         raise PatternError("it ends in a backslash")
     after = start + 2
-    if char in "sS":
-        inner = SPACES if char == "s" else ""
-        if in_class and char == "S":
-            return f"[^{SPACES}]", after
-        return (inner if in_class else f"[{'^' if char == 'S' else ''}{SPACES}]"), after
+    if char == "s":  # neither \s nor \S matches what validators don't agree on
+        return f"[{MAYBE_SPACES if negated else SPACES}]", after
+    if char == "S":
+        return f"[^{SPACES if negated else MAYBE_SPACES}]", after
     if char in "xu":
         return _code_point(pattern, start)
     if char == "c" and re.match(r"[A-Za-z]", pattern[after:]):
@@ -167,7 +167,7 @@ def _character_class(pattern: str, start: int) -> tuple[str, int]:
         if not char:
             raise PatternError("a [ isn't closed")
         if char == "\\":
-            text, position = _escape(pattern, position, in_class=True)
+            text, position = _escape(pattern, position, in_class=True, negated=out[1:2] == ["^"])
             out.append(text)
             continue
         out.append(rf"\x{ord(char):02x}" if char < " " else "\\" + char if char in "[&~^" else char)

@@ -37,6 +37,7 @@ class Normalizer:
         self._places = Places(root)
         self._names: dict[tuple[int, str], str] = {}
         self._waiting: dict[str, tuple[Any, Place]] = {}
+        self._origins: dict[str, Place] = {}
         self._chain = 0
 
     def whole(self) -> Schema:
@@ -44,7 +45,21 @@ class Normalizer:
         schema = self.schema(self._root, Place())
         while self._waiting:
             self._definition(next(iter(self._waiting)))
+        self._check_loops()
         return self.with_definitions(schema)
+
+    def _check_loops(self) -> None:
+        """Refuse a schema that only refers to itself: no value is valid for it, nor is any invalid."""
+        clear: set[str] = set()
+        for first in self.definitions:
+            name = first
+            seen: set[str] = set()
+            while name not in clear and isinstance(part := self.definitions[name], dict) and "$ref" in part:
+                if name in seen:
+                    raise SchemaError("$ref", self._origins[name].pointer, "it refers to itself, and to nothing else")
+                seen.add(name)
+                name = part["$ref"]
+            clear |= seen
 
     def with_definitions(self, schema: Schema) -> Schema:
         """A rewritten node as a schema of its own."""
@@ -114,6 +129,7 @@ class Normalizer:
             name = f"#/$defs/{len(self._names)}"
             self._names[key] = name
             self._waiting[name] = (target, place)
+            self._origins[name] = place
         return {"$ref": self._names[key]}
 
     def _definition(self, name: str) -> Schema:
@@ -144,7 +160,7 @@ def normalizer_of(schema: Any, *, closed: bool = False, lenient: bool = False) -
 def check_nesting(value: Any) -> None:
     """Refuse a value that is nested too deeply to be walked."""
     level = [value]
-    for _ in range(MAX_NESTING + 1):
+    for _ in range(MAX_NESTING):
         level = [
             child
             for item in level

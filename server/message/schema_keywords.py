@@ -183,10 +183,18 @@ def _any_of(to: Rewriter, keyword: str, value: Any, node: Node) -> None:
     node.parts.append(any_of(_branches(to, keyword, value, node)))
 
 
+def _own_types(node: Node) -> Schema:
+    """What a node itself says about the type of a value."""
+    named = node.source.get("type")
+    if not isinstance(named, str | list) or not named:
+        return True
+    return {"type": named}
+
+
 def _one_of(to: Rewriter, keyword: str, value: Any, node: Node) -> None:
     branches = _branches(to, keyword, value, node)
     kept: list[Schema] = []
-    context: Schema = {"type": node.source["type"]} if "type" in node.source else True
+    context = _own_types(node)
     for number, branch in enumerate(branches):
         overlapping = [
             other
@@ -194,7 +202,8 @@ def _one_of(to: Rewriter, keyword: str, value: Any, node: Node) -> None:
             if at != number and not to.logic.disjoint(branch, all_of([other, context]))
         ]
         try:
-            kept.append(all_of([branch, *map(to.logic.opposite, overlapping)]))
+            within = to.logic.types(all_of([branch, context]))
+            kept.append(all_of([branch, *(to.logic.opposite(other, within) for other in overlapping)]))
         except NoOpposite as no:
             if to.lenient:
                 kept.append(branch)
@@ -209,7 +218,8 @@ def _one_of(to: Rewriter, keyword: str, value: Any, node: Node) -> None:
 
 
 def _not(to: Rewriter, keyword: str, value: Any, node: Node) -> None:
-    node.parts.append(to.logic.opposite(to.schema(value, node.place.step(keyword))))
+    excluded = to.schema(value, node.place.step(keyword))
+    node.parts.append(to.logic.opposite(excluded, to.logic.types(_own_types(node))))
 
 
 def _if(to: Rewriter, keyword: str, value: Any, node: Node) -> None:
@@ -218,7 +228,8 @@ def _if(to: Rewriter, keyword: str, value: Any, node: Node) -> None:
     condition = to.schema(value, node.place.step(keyword))
     then = to.schema(node.source.get("then", True), node.place.step("then"))
     otherwise = to.schema(node.source.get("else", True), node.place.step("else"))
-    node.parts.append(any_of([all_of([condition, then]), all_of([to.logic.opposite(condition), otherwise])]))
+    unmet = to.logic.opposite(condition, to.logic.types(all_of([otherwise, _own_types(node)])))
+    node.parts.append(any_of([all_of([condition, then]), all_of([unmet, otherwise])]))
 
 
 def _dependencies(to: Rewriter, keyword: str, value: Any, node: Node) -> None:

@@ -150,8 +150,27 @@ class Logic:
     def _fails_sub(self, value: object, schema: Schema) -> bool:
         return schema is False or (schema is not True and self._fails(value, schema))
 
-    def opposite(self, schema: Schema, depth: int = 0) -> Schema:
-        """A schema that is valid for exactly the values that `schema` isn't valid for. Raises NoOpposite."""
+    def types(self, schema: Schema, depth: int = 0) -> set[str]:
+        """The types that a value may have to be valid, "integer" among them; some of them may not be."""
+        if schema is False:
+            return set()
+        if schema is True or not self._step(depth):
+            return set(TYPES)
+        found = set(types_of(schema))
+        if "$ref" in schema:
+            found = _common(found, self.types(self._lookup(schema["$ref"]), depth + 1))
+        for part in schema.get("allOf", ()):
+            found = _common(found, self.types(part, depth + 1))
+        if "anyOf" in schema:
+            found = _common(found, {name for part in schema["anyOf"] for name in self.types(part, depth + 1)})
+        return found
+
+    def opposite(self, schema: Schema, within: set[str] | None = None, depth: int = 0) -> Schema:
+        """A schema that is valid for exactly the values that `schema` isn't valid for. Raises NoOpposite.
+
+        within: only values of these types matter.
+        """
+        within = set(TYPES) if within is None else within
         if isinstance(schema, bool):
             return not schema
         if not self._step(depth):
@@ -159,11 +178,11 @@ class Logic:
         options: list[Schema] = []
         own = types_of(schema)
         if "type" in schema:
-            options.append(_other_types(own))
+            options.append(_other_types(own, within))
         for keyword, value in schema.items():
             kind = OF_TYPE.get(keyword)
             if keyword != "type" and (kind is None or kind in own or (kind == "number" and "integer" in own)):
-                options.extend(self._opposites(keyword, value, schema, depth))
+                options.extend(self._opposites(keyword, value, schema, within, depth))
         options = [option for option in options if option is not False]
         if True in options:
             return True
@@ -171,14 +190,16 @@ class Logic:
             return options[0] if options else False
         return {"anyOf": options}
 
-    def _opposites(self, keyword: str, value: Any, schema: dict[str, Any], depth: int) -> list[Schema]:
+    def _opposites(
+        self, keyword: str, value: Any, schema: dict[str, Any], within: set[str], depth: int
+    ) -> list[Schema]:
         """Schemas one of which is valid where this keyword alone is not."""
         if keyword == "$ref":
-            return [self.opposite(self._lookup(value), depth + 1)]
+            return [self.opposite(self._lookup(value), within, depth + 1)]
         if keyword == "allOf":
-            return [self.opposite(part, depth + 1) for part in value]
+            return [self.opposite(part, within, depth + 1) for part in value]
         if keyword == "anyOf":
-            return [{"allOf": [self.opposite(part, depth + 1) for part in value]}]
+            return [{"allOf": [self.opposite(part, within, depth + 1) for part in value]}]
         if keyword in ("const", "enum"):
             return _other_values([value] if keyword == "const" else value)
         if keyword in COUNTS:
@@ -189,7 +210,7 @@ class Logic:
         if keyword == "required":
             return [{"type": "object", "properties": {name: False}} for name in value]
         if keyword == "properties":
-            opposites = {name: self.opposite(part, depth + 1) for name, part in value.items()}
+            opposites = {name: self.opposite(part, None, depth + 1) for name, part in value.items()}
             return [
                 {"type": "object", "properties": {name: part}, "required": [name]}
                 for name, part in opposites.items()
@@ -220,10 +241,23 @@ def _ranges_apart(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return False
 
 
-def _other_types(named: list[str]) -> Schema:
-    if "integer" in named and "number" not in named:
+def _common(one: set[str], other: set[str]) -> set[str]:
+    """The types in both, where "number" has "integer" in it."""
+    both = one & other
+    if (
+        "integer" in one | other
+        and {"integer", "number"} & one
+        and {"integer", "number"} & other
+        and "number" not in both
+    ):
+        both.add("integer")
+    return both
+
+
+def _other_types(named: list[str], within: set[str]) -> Schema:
+    if "integer" in named and "number" not in named and "number" in within:
         raise NoOpposite("type")  # numbers that aren't whole
-    left = [name for name in TYPES if name not in named]
+    left = [name for name in TYPES if name not in named and name in within]
     return {"type": left} if left else False
 
 

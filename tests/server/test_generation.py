@@ -16,6 +16,7 @@ from octavo.server.dialects.completions import CompletionRequest, wanted_of
 from octavo.server.errors import ApiError
 from octavo.server.generation import Delta
 from octavo.server.message.parts import Part, text_of
+from octavo.server.options import StructuredOutputsConfig
 from octavo.server.prompts import Prompt
 from octavo.text.tokenizer import Tokenizer
 
@@ -29,6 +30,8 @@ def test_a_prompt_is_sent_once_whatever_the_number_of_its_answers() -> None:
         defaults={},
         end_ids=frozenset({2}),
         max_logprobs=5,
+        structured_outputs=StructuredOutputsConfig(),
+        token_id=lambda _: None,
     )
     choices = generation.make_choices([Prompt([1, 2, 3]), Prompt([4, 5])], request, wanted_of(request), model)
     sent = list({id(choice.sent): choice.sent for choice in choices}.values())

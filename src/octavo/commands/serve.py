@@ -178,6 +178,7 @@ def _app_maker(
             honors_priority=options.engine.scheduling_policy == "priority",
             max_logprobs=ready.vocab_size if text.max_logprobs < 0 else text.max_logprobs,
             trust_request_chat_template=text.trust_request_chat_template,
+            structured_outputs=text.structured_outputs_config,
         )
         metrics = Metrics(model.name, ready, _cache_facts(options.engine, ready))
         client.give_vocabulary(model.vocabulary)
