@@ -75,12 +75,14 @@ class Service:
         deltas = await fold(steps, len(answer.choices))
         return JsonResponse(*await encode_in_turns(answer.whole(deltas)))
 
-    async def off_loop(self, http: Request, work: Callable[[], T]) -> T:
+    async def off_loop(self, http: Request, work: Callable[[], T], weight: int = 1) -> T:
         """Do work whose time grows with the prompt: at once for a short body, in a thread for a longer one.
+
+        weight: how much longer a byte of this body takes than one of a prompt.
 
         Work for very long bodies is done one at a time: tokenizing 4 MB takes 150 MB, which a thread's heap keeps.
         """
-        size: int = http.state.body_size
+        size: int = http.state.body_size * weight
         if size < LONG_BODY:
             return work()
         if size < VERY_LONG_BODY:

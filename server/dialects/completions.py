@@ -86,7 +86,9 @@ def routes(service: Service) -> APIRouter:
         """Complete one prompt or several."""
         service.check(body.model)
         name = request_id_of(http, body)
-        answer = await service.off_loop(http, lambda: CompletionAnswer(body, prompts_of(body, model), model, name))
+        answer = await service.off_loop(
+            http, lambda: CompletionAnswer(body, prompts_of(body, model), model, name), body.work_of_a_byte
+        )
         return await service.respond(http, answer)
 
     return router

@@ -107,3 +107,9 @@ class ConstraintFields(BaseModel):
     regex: Grammar | None = None
     ebnf: Grammar | None = None
     json_schema: Schema = None
+
+    @property
+    def work_of_a_byte(self) -> int:
+        """How much more a byte of the request costs than one of plain text: a schema is rewritten and compiled."""
+        given = self.model_fields_set & set(ConstraintFields.model_fields)
+        return 16 if any(getattr(self, name) is not None for name in given) else 1

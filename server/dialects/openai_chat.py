@@ -71,7 +71,9 @@ def routes(service: Service) -> APIRouter:
         asked = await service.off_loop(http, lambda: render_request(body, model, body.documents))
         text = await rendered(asked, model)
         name = request_id_of(http, body)
-        answer = await service.off_loop(http, lambda: ChatAnswer(body, prompt_of(text, body, model), model, name))
+        answer = await service.off_loop(
+            http, lambda: ChatAnswer(body, prompt_of(text, body, model), model, name), body.work_of_a_byte
+        )
         return await service.respond(http, answer)
 
     return router

@@ -48,7 +48,7 @@ class _Wanted:
             return tag_grammar(_decoded(self.value), style, token_id)
         if self.kind == "choice":
             return choice_grammar(self.value)
-        return regex_grammar(self.value) if self.kind == "regex" else text_grammar(self.value)
+        return regex_grammar(self.value) if self.kind == "regex" else text_grammar(self.value, style)
 
 
 def constraint_of(

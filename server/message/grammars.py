@@ -6,6 +6,7 @@ and not times, so that a verdict is the same on every machine: the engine compil
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -21,11 +22,14 @@ from octavo.server.message.schema_logic import Schema
 from octavo.server.message.schema_places import SchemaError
 
 LIMITS = LLParserLimits(max_grammar_size=MAX_GRAMMAR)
-MAX_RULES = 500  # of EBNF, whose translation takes the square of this
-MAX_TRIALS = 200  # parts of a schema that are compiled alone, to find the one to blame
+MAX_RULES = 500  # of a client's grammar: the translation of EBNF takes the square, and llguidance a piece of the stack
+MAX_TRIED = 1 << 20  # bytes of the parts of a schema that are compiled alone, to find the one to blame
+MAX_CHOSEN = 1 << 18
+MAX_TEXT = 1 << 16  # characters of a client's grammar, each of which costs some microseconds
 SHORTEST = 1000  # characters of llguidance's messages
 NEEDS_TOKENIZER = "no tokenizer - can't validate <"
 OPTIONS = {"lenient": bool, "whitespace_flexible": bool, "whitespace_pattern": str}
+RULE = re.compile(r"^[ \t]*[!?]?[A-Za-z_][^\s:\[({]*[^:\n]*:", re.MULTILINE)
 WHITESPACE = re.compile(r"(?:[ \t\n\r]|\\[ntrs]|\\x(?:20|0[aAdD9])|[\[\](){}*+?|,]|(?<=[{,0-9])[0-9])*")
 BLAME = (
     ("patternProperty", ("patternProperties",)),
@@ -139,9 +143,14 @@ def _blamed(normalizer: Normalizer, error: str) -> SchemaError:
     """Which part of a schema the compiler's error is about: the innermost one that fails alone in the same way."""
     first_line = error.partition("\n")[0]
     parts = sorted(normalizer.written, key=lambda part: -part[0].pointer.count("/"))
-    for place, schema in parts[:MAX_TRIALS]:
+    num_tried = 0
+    for place, schema in parts:
         if isinstance(schema, dict):
-            found = _problem(_of_schema(normalizer.with_definitions(schema)))
+            alone = _of_schema(normalizer.with_definitions(schema))
+            num_tried += len(alone) + 1000
+            if num_tried > MAX_TRIED:
+                break
+            found = _problem(alone)
             if found is not None and found.partition("\n")[0] == first_line:
                 named = [name for word, names in BLAME if word in first_line for name in names if name in schema]
                 return SchemaError(named[0] if named else "", place.pointer, _on_one_line(error))
@@ -167,6 +176,8 @@ def lark_grammar(text: str) -> str:
 
 def regex_terminal(pattern: str) -> str:
     """A regular expression between slashes, as Lark takes it. Raises GrammarError."""
+    if len(pattern) > MAX_TEXT:
+        raise GrammarError(f"the regular expression has {len(pattern)} characters; {MAX_TEXT} is the most")
     try:
         return f"/{regex_to_lark(rust_pattern(pattern), 'dw')}/"
     except PatternError as error:
@@ -179,7 +190,10 @@ def regex_grammar(pattern: str) -> str:
 
 
 def choice_grammar(choices: list[str]) -> str:
-    """A grammar of a few texts."""
+    """A grammar of a few texts. Raises GrammarError."""
+    total = sum(map(len, choices))
+    if total > MAX_CHOSEN:
+        raise GrammarError(f"the choices have {total} characters; {MAX_CHOSEN} is the most")
     return lark_grammar(f"start: /{'|'.join(map(literal, choices))}/")
 
 
@@ -188,20 +202,42 @@ def is_lark(text: str) -> bool:
     return not any("::=" in re.sub(r"(?:#|//).*$", "", line) for line in text.splitlines())
 
 
-def lark_of(text: str) -> str:
-    """A grammar in Lark's syntax, out of that or EBNF. Raises GrammarError."""
-    if len(text) > MAX_BYTES:
-        raise GrammarError(f"it has {len(text)} characters; {MAX_BYTES} is the most")
-    if is_lark(text):
-        return text
-    if (count := text.count("::=")) > MAX_RULES:
-        raise GrammarError(f"it has {count} rules; {MAX_RULES} is the most in EBNF. Write it in Lark's syntax")
+def lark_of(text: str, style: JsonStyle) -> str:
+    """A client's grammar in Lark's syntax, out of that or EBNF. Raises GrammarError."""
+    if len(text) > MAX_TEXT:
+        raise GrammarError(f"it has {len(text)} characters; {MAX_TEXT} is the most")
+    in_lark = is_lark(text)
+    count = len(RULE.findall(text)) if in_lark else text.count("::=")
+    if count > MAX_RULES:
+        raise GrammarError(f"it has {count} rules; {MAX_RULES} is the most")
+    if in_lark:
+        return _with_exact_schemas(text, style)
     try:
         return gbnf_to_lark(_without_escapes(text))
     except RecursionError:
         raise GrammarError("it is nested too deeply") from None
     except Exception as error:  # the translator raises nothing more definite
         raise GrammarError(f"it is no EBNF: {str(error)[:300]}") from None
+
+
+def _with_exact_schemas(text: str, style: JsonStyle) -> str:
+    """A grammar whose `%json {...}` are schemas that llguidance enforces exactly."""
+    out = []
+    for number, piece in enumerate(text.split("%json")):
+        if number == 0:
+            out.append(piece)
+            continue
+        rest = piece.lstrip()
+        try:
+            schema, end = json.JSONDecoder(parse_constant=_refused_number).raw_decode(rest)
+        except (ValueError, RecursionError) as error:
+            raise GrammarError(f"behind %json stands no JSON: {error}") from None
+        out.append(f" {msgspec.json.encode(inner_schema(schema, style)).decode()}{rest[end:]}")
+    return "%json".join(out)
+
+
+def _refused_number(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON's")
 
 
 def _without_escapes(text: str) -> str:
@@ -221,6 +257,6 @@ def _without_escapes(text: str) -> str:
     return re.sub(r"\\\\|\\x([0-9a-fA-F]{2})|\\u([0-9a-fA-F]{4})|\\U([0-9a-fA-F]{8})", character, text)
 
 
-def text_grammar(text: str) -> str:
+def text_grammar(text: str, style: JsonStyle) -> str:
     """A grammar that a client wrote, in EBNF or Lark. Raises GrammarError."""
-    return lark_grammar(lark_of(text))
+    return lark_grammar(lark_of(text, style))

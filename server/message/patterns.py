@@ -115,8 +115,8 @@ def _escape(pattern: str, start: int, *, in_class: bool, negated: bool = False) 
         return f"[^{SPACES if negated else MAYBE_SPACES}]", after
     if char in "xu":
         return _code_point(pattern, start)
-    if char == "c" and re.match(r"[A-Za-z]", pattern[after:]):
-        return f"\\x{ord(pattern[after]) % 32:02x}", after + 1
+    if char == "c" and (letter := pattern[after : after + 1]).isascii() and letter.isalpha():
+        return f"\\x{ord(letter) % 32:02x}", after + 1
     if char == "b" and in_class:
         return r"\x08", after
     if char in "bB":

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 from octavo.server.message import schema_keywords
+from octavo.server.message.schema_limits import check_limits
 from octavo.server.message.schema_logic import Logic, NoOpposite, Schema
 from octavo.server.message.schema_node import Node
 from octavo.server.message.schema_places import Place, Places, SchemaError
@@ -46,6 +47,7 @@ class Normalizer:
         while self._waiting:
             self._definition(next(iter(self._waiting)))
         self._check_loops()
+        check_limits(schema, self.definitions)
         return self.with_definitions(schema)
 
     def _check_loops(self) -> None:
@@ -157,10 +159,10 @@ def normalizer_of(schema: Any, *, closed: bool = False, lenient: bool = False) -
         raise SchemaError("", "", "it is nested too deeply, through its references") from None
 
 
-def check_nesting(value: Any) -> None:
+def check_nesting(value: Any, most: int = MAX_NESTING) -> None:
     """Refuse a value that is nested too deeply to be walked."""
     level = [value]
-    for _ in range(MAX_NESTING):
+    for _ in range(most):
         level = [
             child
             for item in level
@@ -169,4 +171,4 @@ def check_nesting(value: Any) -> None:
         ]
         if not level:
             return
-    raise SchemaError("", "", f"it is nested more than {MAX_NESTING} levels deep")
+    raise SchemaError("", "", f"it is nested more than {most} levels deep")

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from itertools import permutations
 from typing import Any
 
+import msgspec
 import re2
 
 from octavo.server.message.patterns import FORMAT_PATTERNS, FORMATS, PatternError, literal, rust_pattern
@@ -20,6 +21,7 @@ Handler = Callable[[Rewriter, str, Any, Node], None]
 EXACT = 2**53  # whole numbers up to here are what llguidance computes with
 MAX_ORDERED = 5  # values of a set whose orders are all written out
 MAX_POSITIONS = 16  # where an item that must be contained may stand
+MAX_COPIED = 1 << 16  # bytes of what must be contained, in all of these places
 MAX_COUNT = 10**6
 
 
@@ -255,12 +257,20 @@ def _contains(to: Rewriter, keyword: str, value: Any, node: Node) -> None:
     most = node.source.get("maxItems")
     if item is True and "maxContains" not in node.source and least == 1:
         node.parts.append({"minItems": 1})
-    elif least == 1 and "maxContains" not in node.source and isinstance(most, int) and most <= MAX_POSITIONS:
+    elif least == 1 and "maxContains" not in node.source and isinstance(most, int) and _may_copy(item, most):
         others: list[str] = [name for name in TYPES if name != "array"]
         places = [{"type": "array", "prefixItems": [True] * at + [item], "minItems": at + 1} for at in range(most)]
         node.parts.append(any_of([{"type": others}, *places]))
     else:
-        raise node.refuse(keyword, f"can be enforced only beside a maxItems of at most {MAX_POSITIONS}, without counts")
+        raise node.refuse(
+            keyword,
+            f"can be enforced only beside a maxItems of at most {MAX_POSITIONS}, without counts, and where it is short",
+        )
+
+
+def _may_copy(item: Schema, times: int) -> bool:
+    """Whether a schema may be written out that often; within itself, this multiplies."""
+    return times <= MAX_POSITIONS and times * len(msgspec.json.encode(item)) <= MAX_COPIED
 
 
 def _unevaluated(to: Rewriter, keyword: str, value: Any, node: Node) -> None:
@@ -302,8 +312,10 @@ def _property_names(to: Rewriter, node: Node) -> None:
         raise node.refuse(
             "propertyNames", "can be enforced only where it is one pattern, or an enum, without patternProperties"
         )
+    options = re2.Options()
+    options.log_errors = False
     try:
-        matches = re2.compile(pattern)
+        matches = re2.compile(pattern, options)
     except re2.error:
         raise node.refuse("propertyNames", "its regular expression can't be read") from None
     listed = plain.get("properties", {})

@@ -17,7 +17,7 @@ Schema = bool | dict[str, Any]
 Lookup = Callable[[str], Schema]  # what a "#/$defs/..." stands for
 
 TYPES = ("null", "boolean", "number", "string", "array", "object")
-MAX_STEPS = 20_000
+MAX_STEPS = 200_000  # some 0.3 s
 MAX_DEPTH = 24
 MAX_TEXT = 2000  # characters of all texts that are excluded together
 COUNTS = {
@@ -174,7 +174,7 @@ class Logic:
         if isinstance(schema, bool):
             return not schema
         if not self._step(depth):
-            raise NoOpposite("$ref")
+            raise NoOpposite("a schema of this size")
         options: list[Schema] = []
         own = types_of(schema)
         if "type" in schema:

@@ -22,9 +22,12 @@ from octavo.server.message.grammars import (
     regex_terminal,
 )
 from octavo.server.message.patterns import literal
+from octavo.server.message.schema import MAX_BYTES, check_nesting
+from octavo.server.message.schema_places import SchemaError
 from octavo.server.message.xml_parameters import XML_STYLES, xml_parameters
 
-MAX_DEPTH = 32
+MAX_DEPTH = 32  # of formats
+MAX_LEVELS = 160  # of JSON: formats, and a schema in the innermost of them
 MAX_RULES = 5000
 UNBOUNDED = {"any_text", "any_tokens", "triggered_tags", "token_triggered_tags", "dispatch", "token_dispatch"}
 FIELDS: dict[str, tuple[set[str], set[str]]] = {  # of each type: those that it must have, and those that it may
@@ -63,11 +66,22 @@ def tag_grammar(tag: Any, style: JsonStyle, token_id: TokenIds) -> str:
         raise GrammarError(f"{sorted(unknown)[0] if unknown else 'type'}: not a part of a structural tag")
     if ("format" in tag) == ("structures" in tag or "triggers" in tag):
         raise GrammarError('needs either "format", or "structures" with "triggers"')
+    _check_size(tag)
     writer = _Writer(style, token_id)
     writer.rules.append("start: " + writer.ended(tag["format"] if "format" in tag else _of_old(tag), "format", None))
     text = "\n".join(writer.rules)
     grammars: list[dict[str, Any]] = [{"lark_grammar": text}, *writer.grammars]
     return checked(msgspec.json.encode({"grammars": grammars}).decode(), knows_tokens=True)
+
+
+def _check_size(tag: Format) -> None:
+    try:
+        check_nesting(tag, MAX_LEVELS)
+    except SchemaError:
+        raise GrammarError(f"it is nested more than {MAX_LEVELS} levels deep") from None
+    size = len(msgspec.json.encode(tag))
+    if size > MAX_BYTES:
+        raise GrammarError(f"it has {size} bytes; {MAX_BYTES} is the most")
 
 
 def _of_old(tag: Format) -> Format:
@@ -203,7 +217,7 @@ class _Writer:
     def _grammar(self, format_: Format, where: str) -> str:
         name = f"g{len(self.grammars)}"
         try:
-            text = lark_of(_string(format_, "grammar", where))
+            text = lark_of(_string(format_, "grammar", where), self._style)
             lark_grammar(text)
         except GrammarError as error:
             raise GrammarError(f"{where}.grammar: {error}") from None

@@ -213,6 +213,43 @@ def test_limits_are_counts() -> None:
         json_grammar({"$ref": "#/$defs/0", "$defs": {**chain, "300": {"type": "null"}}}, STYLE)
 
 
+def chain(length: int) -> dict[str, Any]:
+    """References one behind another."""
+    links = {str(number): {"properties": {"x": {"$ref": f"#/$defs/{number + 1}"}}} for number in range(length)}
+    return {"$ref": "#/$defs/0", "$defs": {**links, str(length): {}}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        (chain(1000), "the schema: it goes 300 levels deep through its references"),
+        ({"properties": {str(name): {} for name in range(2001)}}, "/properties: an object lists 2001 properties"),
+        ({"type": "string", "allOf": [{"pattern": str(n)} for n in range(9)]}, "/pattern: 9 patterns and formats hold"),
+        (
+            {
+                "$ref": "#/$defs/0",
+                "$defs": {"0": {"allOf": [{"$ref": "#/$defs/1"}] * 3}, "1": {"allOf": [{"pattern": "a"}] * 3}},
+            },
+            "/pattern: 9 patterns",
+        ),
+        (
+            {"oneOf": [{"type": "object", "required": [str(name)]} for name in range(300)]},
+            "the schema: schema too large",
+        ),
+    ],
+    ids=["chain", "properties", "patterns", "patterns through references", "branches"],
+)
+def test_what_would_end_or_hold_up_the_server_is_refused(schema: Any, message: str) -> None:
+    """A chain of 1,000 references overflows llguidance's stack, and 200 patterns keep it busy for minutes."""
+    with pytest.raises(GrammarError) as caught:
+        json_grammar(schema, STYLE)
+    assert str(caught.value).startswith(message)
+
+
+def test_a_chain_of_a_hundred_references_is_taken() -> None:
+    assert grammar_of(chain(100)).accepts('{"x": {"x": {"x": {}}}}')
+
+
 def test_lenient_leaves_out_what_can_not_be_enforced() -> None:
     schema = {"type": "object", "properties": {"a": {"type": "string", "not": {"pattern": "x"}}}, "required": ["a"]}
     grammar = grammar_of({**schema, "x-guidance": {"lenient": True}})
