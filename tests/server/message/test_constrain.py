@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import httpx
@@ -372,3 +373,24 @@ def test_a_schema_is_refused_before_it_is_queued(client: httpx.Client) -> None:
     error = response.json()["error"]
     assert error["param"] == "response_format"
     assert error["message"].startswith("response_format.json_schema.schema: /properties/a/not: what excludes 'pattern'")
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_answers_look_as_they_must(client: httpx.Client, temperature: float) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"a": {"enum": ["x", "y"]}, "b": {"type": "boolean"}},
+        "required": ["a", "b"],
+    }
+    body = {"prompt": "The", "max_tokens": 60, "temperature": temperature, "seed": 3, "n": 4}
+    fields = {"json": schema | {"additionalProperties": False}, "disable_any_whitespace": True}
+    response = client.post("/v1/completions", json=body | {"structured_outputs": fields})
+    assert response.status_code == 200, response.text
+    for choice in response.json()["choices"]:
+        answer = json.loads(choice["text"])
+        assert answer["a"] in ("x", "y")
+        assert isinstance(answer["b"], bool)
+        assert choice["finish_reason"] == "stop"
+    response = client.post("/v1/completions", json=body | {"guided_regex": "[0-9]{3}-[a-c]+z"})
+    for choice in response.json()["choices"]:
+        assert choice["finish_reason"] == "length" or re.fullmatch("[0-9]{3}-[a-c]+z", choice["text"])
