@@ -98,13 +98,62 @@ def test_where_templates_come_from(tmp_path: Path) -> None:
         ("x\n{% for %}", "chat template, line 2: "),
         ("{{ messages[0]['content'] + 1 }}", "refused"),
         ("{{ ''.__class__.__mro__ }}", "unsafe|refused"),
-        ("{{ messages.append(1) }}", "unsafe|refused"),
+        ("{{ messages.clear() }}", "unsafe|refused"),
         ("{{ 1 // 0 }}", "refused"),
     ],
 )
 def test_a_failing_template_is_one_kind_of_error(template: str, says: str) -> None:
     with pytest.raises(ChatTemplateError, match=says):
         ChatTemplate({"default": template}, {}).render([{"role": "user", "content": "x"}])
+
+
+def test_a_template_may_grow_a_list_of_copies() -> None:
+    """Kimi K2's keeps its calls' ids in one, which transformers refuses; the caller's values stay as they are."""
+    messages = [{"role": "user", "content": "x"}]
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    variables = {"seen": ["a"]}
+    template = "{% set _ = seen.append('b') %}{% set _ = tools.append(1) %}{% set _ = messages.pop(0) %}{{ seen }}"
+    assert ChatTemplate({"default": template}, {}).render(messages, tools=tools, variables=variables) == "['a', 'b']"
+    assert (len(messages), len(tools), variables) == (1, 1, {"seen": ["a"]})
+
+
+CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "look", "arguments": {"word": 'a "b" é'}}}
+TOOL_CHAT = [
+    {"role": "user", "content": "hello"},
+    {"role": "assistant", "content": "Let me see.", "reasoning": "hm", "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "abcdefghi", "name": "look", "content": "found"},
+]
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "look",
+        "description": "Looks up.",
+        "parameters": {
+            "type": "object",
+            "properties": {"word": {"type": "string", "description": "it"}},
+            "required": [],
+        },
+    },
+}
+RELEASED = sorted((Path(__file__).parents[1] / "fixtures" / "templates").glob("*.jinja"))
+MORE_THAN_TRANSFORMERS = {"Kimi-K2-Instruct", "Kimi-K2-Thinking", "llama-cpp-deepseek-r1"}  # which refuses them
+
+
+@pytest.mark.parametrize("file", RELEASED, ids=lambda file: file.stem)
+def test_tools_and_reasoning_render_as_in_transformers(file: Path) -> None:
+    source = file.read_text()
+    theirs = PreTrainedTokenizerFast.from_pretrained(TINY, **SPECIAL)
+    try:
+        expected = theirs.apply_chat_template(
+            TOOL_CHAT, tools=[TOOL], chat_template=source, add_generation_prompt=True, tokenize=False
+        )
+    except Exception:
+        expected = None
+    try:
+        rendered = ChatTemplate({"default": source}, SPECIAL).render(TOOL_CHAT, tools=[TOOL])
+    except ChatTemplateError:
+        rendered = None
+    assert rendered == expected or (expected is None and file.stem in MORE_THAN_TRANSFORMERS)
 
 
 def test_a_template_that_can_not_be_compiled_is_named_with_its_line(tmp_path: Path) -> None:

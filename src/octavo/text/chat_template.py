@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -28,6 +28,7 @@ Message = dict[str, Any]
 
 REQUEST_ORIGIN = "the request's chat_template"
 _CONTINUE_HERE = "CONTINUE_FINAL_MESSAGE_TAG "
+_REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
 
 
 class ChatTemplateError(ValueError):
@@ -86,27 +87,29 @@ class ChatTemplate:
         template: str | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None,
         documents: list[dict[str, Any]] | None = None,
         variables: dict[str, Any] | None = None,
         max_characters: int | None = None,
     ) -> str:
         """The prompt for these messages. `template`: one by name, or a template's own text; else the default.
 
-        Raises ChatTemplateError, and MemoryError where memory is limited.
+        tools are in OpenAI's form: {"type": "function", "function": {...}}. Raises ChatTemplateError, and MemoryError
+        where memory is limited.
         """
         source = self.choose(template)
         compiled, wants_parts = _compiled(source)
         try:
-            chat = copy.deepcopy(list(messages))
+            chat = [_with_reasoning_names(message) for message in copy.deepcopy(list(messages))]
             for message in chat:
                 if isinstance(message.get("content"), list) and not wants_parts:
                     message["content"] = "\n".join(part["text"] for part in message["content"])
             text = _mark_end(chat, source.text) if continue_final_message else None
-            values = self._special_tokens | (variables or {})
+            values = self._special_tokens | copy.deepcopy(variables or {})
             values |= {
                 "messages": chat,
-                "tools": None,
-                "documents": documents,
+                "tools": copy.deepcopy(tools) or None,
+                "documents": copy.deepcopy(documents),
                 "add_generation_prompt": add_generation_prompt,
             }
             rendered = _written(compiled, values, source.origin, max_characters)
@@ -191,7 +194,7 @@ def _written(compiled: jinja2.Template, values: dict[str, Any], origin: str, max
 @functools.lru_cache(maxsize=64)
 def _compile(source: str) -> tuple[jinja2.Template, bool]:
     """The compiled template, and whether it walks over a message's content, and so wants its parts as a list."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    environment = _Environment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = _to_json
@@ -220,6 +223,14 @@ def _iterates_content(tree: jinja2.nodes.Template) -> bool:
     return any(is_content(loop.iter) for loop in tree.find_all(jinja2.nodes.For))
 
 
+def _with_reasoning_names(message: Message) -> Message:
+    """The message with its reasoning under every name that templates read, as transformers has it."""
+    found = [message[name] for name in _REASONING_NAMES if message.get(name) is not None]
+    if not found:
+        return message
+    return {"thinking": found[0], **message, "reasoning_content": found[0]}
+
+
 def _mark_end(chat: list[Message], source: str) -> str:
     """Append a mark to the final message's text, and return that text."""
     content = chat[-1].get("content") if chat else None
@@ -242,6 +253,19 @@ def _cut_at_mark(rendered: str, text: str) -> str:
     return rendered[:at].rstrip()  # the template trims messages, so the end of this one is trimmed too
 
 
+class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """transformers' sandbox, and lists that a template may append to and pop from.
+
+    Some copies of Kimi K2's templates keep the ids of their calls in a list. It is safe here, where a template sees
+    nothing but copies made for it, and the process that it runs in has limits.
+    """
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        if type(obj) is list and attr in ("append", "pop"):
+            return True
+        return super().is_safe_attribute(obj, attr, value)
+
+
 class _GenerationTag(jinja2.ext.Extension):
     """`{% generation %}` marks what an assistant wrote, for training; here its body is simply rendered."""
 
@@ -260,6 +284,8 @@ def _to_json(
     sort_keys: bool = False,
 ) -> str:
     """jinja2's own filter escapes HTML, which a prompt must not."""
+    if isinstance(value, Generator):  # `tools | map(attribute="function") | tojson`
+        value = list(value)
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

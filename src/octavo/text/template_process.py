@@ -50,6 +50,7 @@ class Job:
     documents: list[dict[str, Any]] | None
     variables: dict[str, Any] | None
     max_characters: int
+    tools: list[dict[str, Any]] | None = None
 
 
 def main() -> int:
@@ -85,6 +86,7 @@ def _answer(link: socket.socket, setup: Setup, frame: bytes | None) -> bool:
                 template=job.template,
                 add_generation_prompt=job.add_generation_prompt,
                 continue_final_message=job.continue_final_message,
+                tools=job.tools,
                 documents=job.documents,
                 variables=job.variables,
                 max_characters=job.max_characters,
