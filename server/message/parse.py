@@ -1,9 +1,72 @@
-"""Tokens to Parts: an answer's tokens are detokenized, cut at stop strings, and told apart by kind."""
+"""Tokens to Parts: an answer's tokens are detokenized, cut at stop strings, and told apart by kind.
+
+Parser knows text alone, and costs a chat without tools nothing. FormatParser has the same face and tells reasoning and
+tool calls from text, as the model's formats say: one state machine for all of them.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from octavo.server.message.calls import CallReader
+from octavo.server.message.channels import read_channels
+from octavo.server.message.format import ReasoningFormat, ToolFormat
 from octavo.server.message.parts import Part
+from octavo.server.message.scan import FIRST_MARK, CutError, Scanner, stops_for
 from octavo.text.detokenizer import Detokenizer
+
+_Format = TypeVar("_Format", ToolFormat, ReasoningFormat)
+
+
+@dataclass(frozen=True)
+class Formats:
+    """A model's formats, bound to its tokenizer.
+
+    marks: the character that stands for each special token of a marker, by id. shown: what is shown for such a
+    character where it is no marker. tools and reasoning have the marks in place of those tokens' text.
+    """
+
+    tools: ToolFormat | None
+    reasoning: ReasoningFormat | None
+    marks: Mapping[int, str] = field(default_factory=dict)
+    shown: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def bind(
+        cls, tools: ToolFormat | None, reasoning: ReasoningFormat | None, special_tokens: Mapping[str, int]
+    ) -> Formats:
+        """The formats for a tokenizer with these special tokens, by text. With none, markers match as text."""
+        markers = tools.markers() if tools is not None else []
+        if reasoning is not None:
+            markers += [reasoning.begin, reasoning.end]
+        used = [text for text in special_tokens if text and any(text in marker for marker in markers)]
+        used.sort(key=len, reverse=True)
+        marks = {text: chr(FIRST_MARK + number) for number, text in enumerate(used[:256])}
+        return cls(
+            tools=None if tools is None else _marked(tools, marks),
+            reasoning=None if reasoning is None else _marked(reasoning, marks),
+            marks={special_tokens[text]: mark for text, mark in marks.items()},
+            shown=dict.fromkeys(marks.values(), ""),
+        )
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether all of an answer is text."""
+        return self.tools is None and self.reasoning is None
+
+
+def _marked(form: _Format, marks: Mapping[str, str]) -> _Format:
+    changes: dict[str, Any] = {}
+    for entry in dataclasses.fields(form):
+        text = getattr(form, entry.name)
+        if isinstance(text, str) and entry.name not in ("kind", "id_style", "switch"):
+            for token, mark in marks.items():
+                text = text.replace(token, mark)
+            changes[entry.name] = text
+    return dataclasses.replace(form, **changes)
 
 
 class Parser:
@@ -39,3 +102,162 @@ class Parser:
         parts = [Part("text", self._text)]
         self._text = ""
         return parts
+
+
+class Machine:
+    """Text to parts: feed the text as it comes, in pieces of any size, and take the parts that it completes.
+
+    reasoning_is_open, call_is_open: what the prompt has opened (the formats' `opened_by`). tools: the schemas of the
+    functions' parameters by name, of which params formats take their types. num_before: earlier calls of the
+    conversation.
+    """
+
+    def __init__(
+        self,
+        formats: Formats,
+        *,
+        reasoning_is_open: bool = False,
+        call_is_open: bool = False,
+        tools: Mapping[str, Any] | None = None,
+        num_before: int = 0,
+    ) -> None:
+        self._scan = Scanner(formats.shown)
+        self._tools = formats.tools
+        self._reasoning = formats.reasoning
+        self._reasoning_is_open = reasoning_is_open
+        self._call_is_open = call_is_open
+        form = formats.tools
+        self._calls = None if form is None else CallReader(form, self._scan, tools or {}, num_before)
+        self._reading = self._answer()
+        next(self._reading, None)
+
+    @property
+    def num_malformed(self) -> int:
+        """Calls that were none, and are content."""
+        return 0 if self._calls is None else self._calls.num_malformed
+
+    def feed(self, text: str) -> None:
+        """More of the answer's text."""
+        self._scan.buffer += text
+        next(self._reading, None)
+
+    def finish(self) -> None:
+        """The answer has ended: what was held back is said."""
+        if not self._scan.ended:
+            self._scan.ended = True
+            for _ in self._reading:
+                raise AssertionError("a reader waits for text after the end")
+
+    def take(self) -> list[Part]:
+        """The parts since the last call."""
+        parts = self._scan.parts
+        if parts:
+            self._scan.parts = []
+        return parts
+
+    def _answer(self) -> Generator[None, None, None]:
+        try:
+            if self._calls is not None and self._tools is not None and self._tools.kind == "channel":
+                yield from read_channels(self._scan, self._tools, self._calls)
+            yield from self._think()
+            yield from self._say()
+        except CutError:
+            pass
+
+    def _think(self) -> Generator[None, None, None]:
+        """The reasoning at the answer's beginning, if there is any."""
+        form = self._reasoning
+        if form is None:
+            return
+        scan = self._scan
+        while not self._reasoning_is_open:
+            rest = scan.buffer.lstrip()
+            if rest.startswith(form.begin) and form.begin:
+                scan.drop(len(scan.buffer) - len(rest) + len(form.begin))
+                break
+            if rest.startswith(form.end):  # some templates close what they haven't opened, and some models follow
+                scan.drop(len(scan.buffer) - len(rest) + len(form.end))
+                yield from scan.space()
+                return
+            if scan.ended or (rest and not form.begin.startswith(rest) and not form.end.startswith(rest)):
+                return
+            yield
+        yield from scan.space()
+        yield from scan.until(stops_for(form.end), "reasoning", trim=True)
+        yield from scan.space()
+
+    def _say(self) -> Generator[None, None, None]:
+        """The content, and the calls within it."""
+        scan = self._scan
+        calls = self._calls
+        if calls is None:
+            while True:
+                scan.say("text", scan.buffer)
+                scan.buffer = ""
+                yield from scan.more()
+        if self._call_is_open:
+            yield from calls.call_after_header()
+        layout = calls.layout
+        stops = stops_for(*layout.openers)
+        may_be_bare = bool(layout.bare)
+        while True:
+            if may_be_bare:
+                while not scan.buffer.strip():
+                    yield from self._more_space()
+                if scan.buffer.lstrip().startswith((layout.bare, ";") if calls.num_calls else layout.bare):
+                    scan.buffer = scan.buffer.lstrip().removeprefix(";").lstrip()
+                    before = calls.num_calls
+                    yield from calls.bare()
+                    may_be_bare = calls.num_calls > before
+                    continue
+                may_be_bare = False
+            opener = yield from scan.until(stops, "text", trim=True)
+            scan.record(scan.trimmed + opener)
+            before = calls.num_calls
+            yield from calls.section(opener)
+            if calls.num_calls > before:
+                yield from scan.space()
+
+    def _more_space(self) -> Generator[None, None, None]:
+        if self._scan.ended and self._calls is not None and not self._calls.num_calls:
+            self._scan.say("text", self._scan.buffer)
+        yield from self._scan.more()
+
+
+class FormatParser:
+    """What Parser does, for a model whose formats are known: reasoning and tool calls are parts of their own."""
+
+    def __init__(self, detokenizer: Detokenizer, machine: Machine) -> None:
+        self._detokenizer = detokenizer
+        self._machine = machine
+        self.length = 0
+        self.stopped_by: str | None = None
+
+    @property
+    def num_malformed(self) -> int:
+        """Calls that were none, and are content."""
+        return self._machine.num_malformed
+
+    def push(self, token_id: int, *, silent: bool) -> None:
+        """Take one token. A `silent` token (an end token) says nothing itself."""
+        detokenizer = self._detokenizer
+        text = detokenizer.push(token_id, silent=silent)
+        if text:
+            self._machine.feed(text)
+        self.length = detokenizer.length
+        self.stopped_by = detokenizer.stopped_by
+        if self.stopped_by is not None:
+            self._machine.finish()
+
+    def finish(self) -> None:
+        """The tokens have ended: what was held back is said."""
+        text = self._detokenizer.finish()
+        if text:
+            self._machine.feed(text)
+        self.length = self._detokenizer.length
+        self.stopped_by = self._detokenizer.stopped_by
+        self._machine.finish()
+
+    def take(self) -> list[Part]:
+        """The parts since the last call; none while nothing can be said yet."""
+        return self._machine.take()

@@ -9,7 +9,7 @@ whole run; here, the valid characters of the run stay, since they may have been 
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from octavo.text.tokenizer import Tokenizer
 
@@ -47,6 +47,35 @@ class IncrementalDecoder:
                 text = text[1:]
                 self._leading -= 1
         return text
+
+
+class MarkingDecoder(IncrementalDecoder):
+    """An IncrementalDecoder that gives each token in `marks` as its mark, a character that no text has.
+
+    That is how a parser tells a special token from the same characters spelled out.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int] = (),
+        *,
+        marks: Mapping[int, str],
+        skip_special_tokens: bool = True,
+    ) -> None:
+        self._marks: Mapping[int, str] = {}  # a prompt's tokens are none
+        super().__init__(tokenizer, prompt, skip_special_tokens=skip_special_tokens)
+        self._marks = marks
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        """As IncrementalDecoder's; a character that is unfinished where a mark stands is a replacement character."""
+        if len(token_ids) == 1 and token_ids[0] not in self._marks:
+            return super().push(token_ids)
+        pieces: list[str] = []
+        for token_id in token_ids:
+            mark = self._marks.get(token_id)
+            pieces.append(super().push((token_id,)) if mark is None else super().finish() + mark)
+        return "".join(pieces)
 
 
 class StopStrings:
