@@ -42,6 +42,7 @@ _NAME_KEY = re.compile(r"\{\s*\".*?\"?(\w+)\"\s*:\s*\"\Z", re.DOTALL)
 _ARGUMENTS_KEY = re.compile(r"\"\s*,\s*\"(\w+)\"\s*:\s*\Z")
 _LAST_MARKER = re.compile(r"(?:<[^<>\s]+>\w*|\[[A-Z_]+\]|[^\n<>]+)\Z")
 _FIRST_MARKER = re.compile(r"<[^<>\s]+>|\[[^\]\n]+\]|[^\n<>]+")
+_ONE_MARKER = re.compile(r"[^<]*(?:<[^<>\s]+>)?")  # behind it stands the next turn
 _STRINGS = (
     "",
     "plain",
@@ -164,11 +165,10 @@ class _Shape:
         section_begin = _plain(lead)[: len(_plain(lead)) - len(head.replace("{index}", "0"))]
         middle = common_suffix(_plain(middle), _plain(second_middle)) or middle
         rest = _plain(rest)[len(tail) :]
-        section_end = rest.removesuffix(common_suffix(ending, rest))
+        section_end = _ONE_MARKER.match(rest.removesuffix(common_suffix(ending, rest)).strip())
+        end = section_end[0] if section_end is not None and section_begin.strip() else ""
         between = tail[len(tail.rstrip()) :] + between + head[: len(head) - len(head.lstrip())]
-        return cls(
-            section_begin.strip(), head.lstrip(), middle, tail.rstrip(), between, section_end.strip(), True, style
-        )
+        return cls(section_begin.strip(), head.lstrip(), middle, tail.rstrip(), between, end, True, style)
 
 
 def _around(text: str, name: str, value: str) -> tuple[str, str, str]:
@@ -189,7 +189,7 @@ def _unnumbered(text: str) -> str:
 def _id_style(lead: str, middle: str) -> IdStyle:
     if lead.endswith("functions.") and middle.startswith(":0"):
         return "kimi"
-    return "mistral" if _SAMPLE_ID.search(lead + middle) else "hex"
+    return "mistral" if "[TOOL_CALLS]" in lead else "hex"
 
 
 def _json_format(shape: _Shape, name_to_arguments: str, call_end: str) -> ToolFormat:
@@ -219,7 +219,7 @@ def _json_format(shape: _Shape, name_to_arguments: str, call_end: str) -> ToolFo
         between=shape.between,
         keys=keys,
         may_repeat=shape.may_repeat,
-        id_style="mistral" if "{id}" in call_end else shape.id_style,
+        id_style=shape.id_style,
     )
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from octavo.text.chat_template import ChatTemplateError, Message
+from octavo.text.chat_template import ChatTemplateError, Message, TemplateLimitError
 
 Calls = Sequence[tuple[str, Mapping[str, Any]]]
 Variables = Mapping[str, object]
@@ -114,6 +114,8 @@ class Probe:
     def _rendered(self, messages: list[Message], prompt: bool, variables: Variables) -> str | None:
         try:
             return self._render(messages, tools=TOOLS, add_generation_prompt=prompt, variables=dict(variables))
+        except TemplateLimitError:
+            raise
         except ChatTemplateError:
             return None
 
