@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 
@@ -19,12 +20,12 @@ from octavo.server.admission import Ticket
 from octavo.server.dialects.fields import GenerationRequest
 from octavo.server.engine_client import EngineClient, EngineDeadError
 from octavo.server.errors import ApiError, bad_request
-from octavo.server.message.parse import Parser
+from octavo.server.message.parse import FormatParser, Formats, Machine, Parser
 from octavo.server.message.parts import Part, append_parts
 from octavo.server.metrics import Metrics, Timeline
 from octavo.server.prompts import Prompt, Wanted, sampling_params
 from octavo.server.served_model import ServedModel
-from octavo.text.detokenizer import Detokenizer, IncrementalDecoder
+from octavo.text.detokenizer import Detokenizer, IncrementalDecoder, MarkingDecoder
 
 MAX_WHOLE = 1 << 22  # tokens and log-probabilities of an answer that isn't streamed; as objects they take 300 MB
 
@@ -87,6 +88,21 @@ class Usage:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How an answer is read where it may be more than text: see message/parse.py's Machine.
+
+    only_one: what follows the first call is left out.
+    """
+
+    formats: Formats
+    reasoning_is_open: bool = False
+    call_is_open: bool = False
+    tools: Mapping[str, Any] = field(default_factory=dict)
+    num_before: int = 0
+    only_one: bool = False
+
+
 @dataclass(slots=True)
 class Choice:
     """One answer under way: the engine's request, and how far the answer is.
@@ -99,7 +115,7 @@ class Choice:
     index: int
     request: AddRequest
     sent: AddRequest
-    parser: Parser
+    parser: Parser | FormatParser
     num_wanted: int
     show_stop: bool
     own_stops: frozenset[int]
@@ -157,7 +173,11 @@ class Choice:
 
 
 def make_choices(
-    prompts: Sequence[Prompt], request: GenerationRequest, wanted: Wanted, model: ServedModel
+    prompts: Sequence[Prompt],
+    request: GenerationRequest,
+    wanted: Wanted,
+    model: ServedModel,
+    reading: Reading | None = None,
 ) -> list[Choice]:
     """n choices for each prompt, side by side. A seed is the first one's; the others count up from it."""
     arrival = time.time()
@@ -171,7 +191,9 @@ def make_choices(
         sent = AddRequest(first, prompt.token_ids, own, arrival, salt, others, request.priority or 0)
         num_wanted = 0 if wanted.max_tokens == 0 else own.max_tokens
         for answer in sent.answers():
-            choices.append(_make_choice(len(choices), answer, sent, request, model, num_wanted))
+            choices.append(
+                _make_choice(len(choices), answer, sent, request, num_wanted, _parser(answer, request, model, reading))
+            )
     return choices
 
 
@@ -180,22 +202,50 @@ def _make_choice(
     request: AddRequest,
     sent: AddRequest,
     options: GenerationRequest,
-    model: ServedModel,
     num_wanted: int,
+    parser: Parser | FormatParser,
 ) -> Choice:
     """A choice at its beginning."""
-    decoder = IncrementalDecoder(model.tokenizer, request.token_ids, skip_special_tokens=options.skip_special_tokens)
-    show_stop = options.include_stop_str_in_output
     return Choice(
         index=index,
         request=request,
         sent=sent,
-        parser=Parser(Detokenizer(decoder, options.stops, include_stop=show_stop, min_tokens=options.min_tokens)),
+        parser=parser,
         num_wanted=num_wanted,
-        show_stop=show_stop,
+        show_stop=options.include_stop_str_in_output,
         own_stops=frozenset(options.stop_token_ids or ()),
         timeline=Timeline(request.arrival_time, len(request.token_ids)),
     )
+
+
+def _parser(
+    request: AddRequest, options: GenerationRequest, model: ServedModel, reading: Reading | None
+) -> Parser | FormatParser:
+    """What turns this answer's tokens into parts."""
+    tokenizer = model.tokenizer
+    skips = options.skip_special_tokens
+    decoder = (
+        IncrementalDecoder(tokenizer, request.token_ids, skip_special_tokens=skips)
+        if reading is None
+        else MarkingDecoder(tokenizer, request.token_ids, marks=reading.formats.marks, skip_special_tokens=skips)
+    )
+    detokenizer = Detokenizer(
+        decoder,
+        options.stops,
+        include_stop=options.include_stop_str_in_output,
+        min_tokens=options.min_tokens,
+    )
+    if reading is None:
+        return Parser(detokenizer)
+    machine = Machine(
+        reading.formats,
+        reasoning_is_open=reading.reasoning_is_open,
+        call_is_open=reading.call_is_open,
+        tools=reading.tools,
+        num_before=reading.num_before,
+        skip_special_tokens=skips,
+    )
+    return FormatParser(detokenizer, machine, only_one=reading.only_one)
 
 
 async def generate(choices: Sequence[Choice], client: EngineClient, metrics: Metrics, ticket: Ticket) -> Steps:

@@ -41,7 +41,7 @@ class EngineStartError(RuntimeError):
 async def serve(
     engine: EngineProcess,
     renderer: TemplateRenderer,
-    make_app: Callable[[EngineClient, Ready], tuple[FastAPI, Metrics]],
+    make_app: Callable[[EngineClient, Ready], Awaitable[tuple[FastAPI, Metrics]]],
     listener: Listener,
     options: ListenOptions,
 ) -> bool:
@@ -53,7 +53,7 @@ async def serve(
     stop = _Stop()
     try:
         if not await stop.comes_before(_all_ready(client, renderer)):
-            app, metrics = make_app(client, await client.ready())
+            app, metrics = await make_app(client, await client.ready())
             log = StepLog(metrics)
             client.on_step = metrics.step if options.disable_log_stats else log.step
             ticker = asyncio.create_task(log.tick_forever())

@@ -131,6 +131,23 @@ class TextOptions(msgspec.Struct, frozen=True, kw_only=True):
             extra={"group": "text and sampling", "metavar": "FILE", "default": "the checkpoint's"},
         ),
     ] = None
+    tool_call_parser: Annotated[
+        str | None,
+        Meta(
+            description="how the model writes tool calls, by vLLM's or SGLang's name for it",
+            extra={"metavar": "NAME", "default": "inferred from the chat template"},
+        ),
+    ] = None
+    reasoning_parser: Annotated[
+        str | None,
+        Meta(
+            description="how the model writes its reasoning, by vLLM's or SGLang's name for it",
+            extra={"metavar": "NAME", "default": "inferred from the chat template"},
+        ),
+    ] = None
+    enable_auto_tool_choice: Annotated[
+        bool, Meta(description="accepted for vLLM's command lines: tool calls are read wherever a request brings tools")
+    ] = False
     trust_request_chat_template: Annotated[
         bool,
         Meta(description="let requests bring a template of their own, which is code, though sandboxed and limited"),

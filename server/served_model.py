@@ -15,6 +15,7 @@ from octavo.runtime.messages import Vocabulary
 from octavo.server.dialects.fields import GenerationRequest
 from octavo.server.errors import explain
 from octavo.server.hints import ChatHints
+from octavo.server.message.model_formats import ModelFormats
 from octavo.server.options import SAMPLING_DEFAULTS, StructuredOutputsConfig
 from octavo.server.template_renderer import TemplateRenderer
 from octavo.text.tokenizer import Tokenizer
@@ -30,6 +31,7 @@ class ServedModel:
     defaults       values of the sampling fields that a request leaves out
     max_model_len  the engine's
     vocab_size     the engine's; the tokenizer may leave ids below it unused
+    formats        how the model writes tool calls and reasoning
     """
 
     names: tuple[str, ...]
@@ -45,6 +47,7 @@ class ServedModel:
     max_logprobs: int = 20
     trust_request_chat_template: bool = False
     structured_outputs: StructuredOutputsConfig = field(default_factory=StructuredOutputsConfig)
+    formats: ModelFormats = field(default_factory=ModelFormats)
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property

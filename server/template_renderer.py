@@ -48,7 +48,7 @@ class TemplateRenderer:
 
     def request(self, job: Job) -> RenderRequest:
         """A job as `render` takes it; encoding a long one takes milliseconds. Raises ChatTemplateError."""
-        origin = self.template.choose(job.template).origin
+        origin = self.template.choose(self.template.name_for(job.template, has_tools=bool(job.tools))).origin
         try:
             return RenderRequest(pickle.dumps(job, protocol=5), origin, job.max_characters)
         except RecursionError:

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Stri
 
 from octavo.server.dialects.fields import Flag, Open, Strict, Text, TextOption, text_or_list
 from octavo.server.errors import ApiError, bad_request, field_error
+from octavo.server.message.probe import History
 from octavo.server.prompts import encode, max_text_bytes
 from octavo.server.served_model import ServedModel
 from octavo.server.template_renderer import RendererStoppedError, RenderRequest
@@ -138,7 +139,10 @@ class ChatOptions(Strict):
 
 
 def render_request(
-    options: ChatOptions, model: ServedModel, documents: list[dict[str, Any]] | None = None
+    options: ChatOptions,
+    model: ServedModel,
+    documents: list[dict[str, Any]] | None = None,
+    tools: list[dict[str, Any]] | None = None,
 ) -> RenderRequest:
     """The job, for the process that renders chat templates, of making these messages a prompt."""
     if options.chat_template is not None and not model.trust_request_chat_template:
@@ -148,13 +152,14 @@ def render_request(
             "chat_template",
         )
     job = Job(
-        messages=[_plain(message) for message in options.messages],
+        messages=[_plain(message, model.formats.found.history) for message in options.messages],
         template=options.chat_template,
         add_generation_prompt=options.add_generation_prompt,
         continue_final_message=options.continue_final_message,
         documents=documents,
         variables=options.chat_template_kwargs,
         max_characters=max_text_bytes(model, must_fit=False),
+        tools=tools,
     )
     try:
         return model.renderer.request(job)
@@ -178,17 +183,22 @@ def chat_token_ids(text: str, options: ChatOptions, model: ServedModel, *, must_
     return encode(text, "messages", model, add_special_tokens=options.add_special_tokens, must_fit=must_fit)
 
 
-def _plain(message: ChatMessage) -> dict[str, Any]:
-    """A message as templates expect it: text, thoughts and calls each in one place, the content always there."""
+def _plain(message: ChatMessage, history: History) -> dict[str, Any]:
+    """A message as the template expects it: text, thoughts and calls each in one place."""
     plain = message.model_dump(exclude_none=True, exclude={"content", "refusal", "function_call", "cache_control"})
     if message.function_call is not None:
         plain.setdefault("tool_calls", []).append({"type": "function", "function": message.function_call.model_dump()})
     for call in plain.get("tool_calls", ()):
-        call["function"]["arguments"] = _arguments(call["function"]["arguments"])
+        if history.arguments_are_objects:
+            call["function"]["arguments"] = _arguments(call["function"]["arguments"])
     thoughts = message.reasoning_content or message.reasoning or _thoughts(message)
     if thoughts:
         plain["reasoning_content"] = thoughts
-    plain["content"] = text_of_message(message)
+    text = text_of_message(message)
+    if text or not plain.get("tool_calls") or history.empty_content == "empty":
+        plain["content"] = text
+    elif history.empty_content == "null":
+        plain["content"] = None
     return plain
 
 

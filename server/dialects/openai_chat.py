@@ -19,17 +19,18 @@ from octavo.server.dialects.conversation import (
 from octavo.server.dialects.fields import Count, Flag, GenerationRequest
 from octavo.server.dialects.logprobs import chat_logprobs
 from octavo.server.dialects.openai import Json, about_prompt, head, request_id_of
+from octavo.server.dialects.tools import ToolOptions, message_fields, part_fields, reading_of, shown_tools
 from octavo.server.errors import RESPONSES, field_error
-from octavo.server.generation import Delta, make_choices, usage_of
+from octavo.server.generation import Delta, Reading, make_choices, usage_of
 from octavo.server.hints import ChatHints
-from octavo.server.message.parts import text_of
+from octavo.server.message.parts import Part
 from octavo.server.prompts import Prompt, Wanted, check_total, fitted
 from octavo.server.served_model import ServedModel
 from octavo.server.service import Service
 from octavo.server.strict_json import StrictRoute
 
 
-class ChatCompletionRequest(ChatHints, ChatOptions, GenerationRequest):
+class ChatCompletionRequest(ChatHints, ToolOptions, ChatOptions, GenerationRequest):
     """POST /v1/chat/completions."""
 
     max_tokens: Annotated[Count, Field(ge=1)] | None = None
@@ -39,9 +40,6 @@ class ChatCompletionRequest(ChatHints, ChatOptions, GenerationRequest):
     echo: Flag = False
     documents: Annotated[list[dict[str, Any]], Field(fail_fast=True), BeforeValidator(bounded_json)] | None = None
     # not supported: accepted only where they ask for nothing
-    tools: None = None
-    tool_choice: Literal["none"] | None = None
-    parallel_tool_calls: Flag | None = None
     functions: None = None
     function_call: Literal["none"] | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=1, fail_fast=True)] | None = None
@@ -68,11 +66,16 @@ def routes(service: Service) -> APIRouter:
     async def chat_completions(body: ChatCompletionRequest, http: Request) -> Response:
         """Answer a conversation."""
         service.check(body.model)
-        asked = await service.off_loop(http, lambda: render_request(body, model, body.documents))
+        asked = await service.off_loop(
+            http, lambda: render_request(body, model, body.documents, shown_tools(body, model))
+        )
         text = await rendered(asked, model)
         name = request_id_of(http, body)
+        reading = reading_of(text, body, body.messages, model)
         answer = await service.off_loop(
-            http, lambda: ChatAnswer(body, prompt_of(text, body, model), model, name), body.work_of_a_byte
+            http,
+            lambda: ChatAnswer(body, prompt_of(text, body, model), model, name, reading),
+            body.work_of_a_byte,
         )
         return await service.respond(http, answer)
 
@@ -101,9 +104,17 @@ def prompt_of(text: str, request: ChatCompletionRequest, model: ServedModel) -> 
 class ChatAnswer:
     """POST /v1/chat/completions."""
 
-    def __init__(self, request: ChatCompletionRequest, prompt: Prompt, model: ServedModel, name: str) -> None:
+    def __init__(
+        self,
+        request: ChatCompletionRequest,
+        prompt: Prompt,
+        model: ServedModel,
+        name: str,
+        reading: Reading | None = None,
+    ) -> None:
         self.request = request
-        self.choices = make_choices([prompt], request, wanted_of(request), model)
+        self.choices = make_choices([prompt], request, wanted_of(request), model, reading)
+        self._num_calls = [0] * len(self.choices)
         self._model = model
         kind = "chat.completion.chunk" if request.stream else "chat.completion"
         self._head = head(f"chatcmpl-{name}", kind, request, model)
@@ -121,17 +132,24 @@ class ChatAnswer:
             start = {"role": self._role, "content": self._echo}
             choice = {"index": delta.index, "delta": start, "logprobs": None, "finish_reason": None}
             chunks.append(self.frame([choice]) | self._about_prompt(delta))
-        text = text_of(delta.parts)
-        if text or delta.logprobs or delta.finish_reason is not None or self.request.return_token_ids:
-            content = {"content": text} if text else {}
-            chunks.append(self.frame([{"index": delta.index, "delta": content, **self._rest(delta)}]))
+        *earlier, last = [self._said(part, delta.index) for part in delta.parts if part.kind != "call_end"] or [{}]
+        for fields in earlier:
+            choice = {"index": delta.index, "delta": fields, "logprobs": None, "finish_reason": None}
+            chunks.append(self.frame([choice]))
+        if last or delta.logprobs or delta.finish_reason is not None or self.request.return_token_ids:
+            chunks.append(self.frame([{"index": delta.index, "delta": last, **self._rest(delta)}]))
         return chunks
+
+    def _said(self, part: Part, index: int) -> Json:
+        self._num_calls[index] += part.kind == "call"
+        return part_fields(part, self._num_calls[index] - 1)
 
     def frame(self, choices: list[Json]) -> Json:
         return {**self._head, "choices": choices}
 
     def _choice(self, delta: Delta) -> Json:
-        message = {"role": self._role, "content": self._echo + text_of(delta.parts), "refusal": None}
+        self._num_calls[delta.index] = sum(part.kind == "call" for part in delta.parts)
+        message = {"role": self._role, **message_fields(delta.parts, self._echo)}
         return {"index": delta.index, "message": message, **self._rest(delta)}
 
     def _rest(self, delta: Delta) -> Json:
@@ -140,12 +158,17 @@ class ChatAnswer:
             logprobs = {"content": chat_logprobs(delta.logprobs, self._model.tokenizer)}
         content: Json = {
             "logprobs": logprobs,
-            "finish_reason": delta.finish_reason,
+            "finish_reason": self._finish_reason(delta),
             "stop_reason": delta.stop_reason,
         }
         if self.request.return_token_ids:
             content["token_ids"] = delta.token_ids
         return content
+
+    def _finish_reason(self, delta: Delta) -> str | None:
+        """An answer with calls that has ended by itself waits for their results."""
+        waits = delta.finish_reason == "stop" and delta.stop_reason is None and self._num_calls[delta.index] > 0
+        return "tool_calls" if waits else delta.finish_reason
 
     def _about_prompt(self, delta: Delta) -> Json:
         """Beside the choices, which share their prompt."""

@@ -25,8 +25,8 @@ _Format = TypeVar("_Format", ToolFormat, ReasoningFormat)
 class Formats:
     """A model's formats, bound to its tokenizer.
 
-    marks: the character that stands for each special token of a marker, by id. shown: what is shown for such a
-    character where it is no marker. tools and reasoning have the marks in place of those tokens' text.
+    marks: the character that stands for each special token of a marker, by id. shown: that token's text, by character;
+    it is shown where it is no marker, and special tokens are. tools and reasoning have the marks in place of the text.
     """
 
     tools: ToolFormat | None
@@ -49,7 +49,7 @@ class Formats:
             tools=None if tools is None else _marked(tools, marks),
             reasoning=None if reasoning is None else _marked(reasoning, marks),
             marks={special_tokens[text]: mark for text, mark in marks.items()},
-            shown=dict.fromkeys(marks.values(), ""),
+            shown={mark: text for text, mark in marks.items()},
         )
 
     @property
@@ -120,8 +120,9 @@ class Machine:
         call_is_open: bool = False,
         tools: Mapping[str, Any] | None = None,
         num_before: int = 0,
+        skip_special_tokens: bool = True,
     ) -> None:
-        self._scan = Scanner(formats.shown)
+        self._scan = Scanner(dict.fromkeys(formats.shown, "") if skip_special_tokens else formats.shown)
         self._tools = formats.tools
         self._reasoning = formats.reasoning
         self._reasoning_is_open = reasoning_is_open
@@ -151,8 +152,7 @@ class Machine:
     def take(self) -> list[Part]:
         """The parts since the last call."""
         parts = self._scan.parts
-        if parts:
-            self._scan.parts = []
+        self._scan.parts = []  # even where it is empty: the caller adds to what it got
         return parts
 
     def _answer(self) -> Generator[None, None, None]:
@@ -227,9 +227,12 @@ class Machine:
 class FormatParser:
     """What Parser does, for a model whose formats are known: reasoning and tool calls are parts of their own."""
 
-    def __init__(self, detokenizer: Detokenizer, machine: Machine) -> None:
+    def __init__(self, detokenizer: Detokenizer, machine: Machine, *, only_one: bool = False) -> None:
         self._detokenizer = detokenizer
         self._machine = machine
+        self._only_one = only_one
+        self._has_call = False
+        self._is_over = False
         self.length = 0
         self.stopped_by: str | None = None
 
@@ -259,5 +262,15 @@ class FormatParser:
         self._machine.finish()
 
     def take(self) -> list[Part]:
-        """The parts since the last call; none while nothing can be said yet."""
-        return self._machine.take()
+        """The parts since the last call; none while nothing can be said yet. only_one: none after the first call."""
+        parts = self._machine.take()
+        return self._first_call(parts) if self._only_one else parts
+
+    def _first_call(self, parts: list[Part]) -> list[Part]:
+        kept: list[Part] = []
+        for part in parts:
+            self._is_over = self._is_over or (part.kind == "call" and self._has_call)
+            self._has_call = self._has_call or part.kind == "call"
+            if not self._is_over:
+                kept.append(part)
+        return kept

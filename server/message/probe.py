@@ -52,7 +52,7 @@ class History:
     """
 
     arguments_are_objects: bool = True
-    empty_content: EmptyContent = "absent"
+    empty_content: EmptyContent = "empty"
 
 
 @dataclass(frozen=True, slots=True)

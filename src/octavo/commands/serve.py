@@ -13,7 +13,7 @@ import signal
 import ssl
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -144,9 +144,10 @@ def _bind(options: ListenOptions) -> Listener:
 
 def _app_maker(
     options: ServeOptions, directory: Path, begun: float, access: Access
-) -> tuple[TemplateRenderer, Callable[[EngineClient, Ready], tuple[FastAPI, Metrics]]]:
+) -> tuple[TemplateRenderer, Callable[[EngineClient, Ready], Awaitable[tuple[FastAPI, Metrics]]]]:
     """Read the tokenizer and templates now, while the engine loads, and make the app when the engine is ready."""
     from octavo.server.app import build_app
+    from octavo.server.message.model_formats import check_names, find_formats
     from octavo.server.metrics import Metrics
     from octavo.server.served_model import ServedModel, end_token_ids, sampling_defaults
     from octavo.server.template_renderer import TemplateRenderer
@@ -161,10 +162,13 @@ def _app_maker(
         renderer = TemplateRenderer(ChatTemplate.open(text_side, tokenizer.special_tokens, text.chat_template))
         defaults = sampling_defaults(directory, text.generation_config, text.override_generation_config)
         end_ids = end_token_ids(directory, tokenizer)
+        check_names(text.tool_call_parser, text.reasoning_parser)
     except (TokenizerError, ChatTemplateError, ValueError) as error:
         raise ServeError(str(error)) from error
 
-    def make_app(client: EngineClient, ready: Ready) -> tuple[FastAPI, Metrics]:
+    async def make_app(client: EngineClient, ready: Ready) -> tuple[FastAPI, Metrics]:
+        special = {tokenizer.token_name(token_id): token_id for token_id in tokenizer.special_ids}
+        formats = await find_formats(renderer, special, text.tool_call_parser, text.reasoning_parser)
         model = ServedModel(
             names=options.model.served_model_name or (name,),
             root=name,
@@ -179,11 +183,12 @@ def _app_maker(
             max_logprobs=ready.vocab_size if text.max_logprobs < 0 else text.max_logprobs,
             trust_request_chat_template=text.trust_request_chat_template,
             structured_outputs=text.structured_outputs_config,
+            formats=formats,
         )
         metrics = Metrics(model.name, ready, _cache_facts(options.engine, ready))
         client.give_vocabulary(model.vocabulary)
         app = build_app(model, client, metrics, options.server, access)
-        print_report(ready, time.monotonic() - begun)
+        print_report(ready, time.monotonic() - begun, formats.lines())
         return app, metrics
 
     renderer.start()
@@ -213,7 +218,7 @@ def _cache_facts(config: EngineConfig, ready: Ready) -> dict[str, str]:
     }
 
 
-def print_report(ready: Ready, seconds: float) -> None:
+def print_report(ready: Ready, seconds: float, notes: Sequence[str]) -> None:
     """Print what runs, by which kernels, in how much memory, and how long each phase of the start took."""
     from rich.console import Console
     from rich.table import Table
@@ -228,6 +233,8 @@ def print_report(ready: Ready, seconds: float) -> None:
     for row in report.layers:
         table.add_row(*map(printable, row))
     console.print(table)
+    for note in notes:
+        console.print(printable(note))
     tokens = ready.num_blocks * ready.block_size
     console.print(
         f"weights {report.weight_bytes / 1e6:,.1f} MB; KV cache {report.kv_cache_bytes / 1e6:,.1f} MB in "

@@ -97,7 +97,7 @@ class ChatTemplate:
         tools are in OpenAI's form: {"type": "function", "function": {...}}. Raises ChatTemplateError, and MemoryError
         where memory is limited.
         """
-        source = self.choose(template)
+        source = self.choose(self.name_for(template, has_tools=bool(tools)))
         compiled, wants_parts = _compiled(source)
         try:
             chat = [_with_reasoning_names(message) for message in copy.deepcopy(list(messages))]
@@ -120,6 +120,10 @@ class ChatTemplate:
                 f"the chat template refused these messages: {error or type(error).__name__} ({source.origin})"
             ) from error
         return rendered if text is None else _cut_at_mark(rendered, text)
+
+    def name_for(self, template: str | None, *, has_tools: bool) -> str | None:
+        """With tools, `tool_use` is the default where a model has one, as in transformers."""
+        return "tool_use" if template is None and has_tools and "tool_use" in self.templates else template
 
     def choose(self, template: str | None) -> TemplateSource:
         """The template of that name, else the text itself as a request's own; the default for None."""

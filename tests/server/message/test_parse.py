@@ -229,6 +229,14 @@ def test_text_comes_as_soon_as_it_can() -> None:
     assert text_of(machine.take()) == " \n"
 
 
+def test_what_was_taken_is_the_callers() -> None:
+    machine = Machine(Formats(HERMES, None))
+    taken = machine.take()
+    machine.feed("later")
+    assert taken == []
+    assert machine.take() == [Part("text", "later")]
+
+
 def test_arguments_come_as_they_are_written() -> None:
     machine = Machine(Formats(TOOL_PRESETS["qwen3_coder"], None), tools=SCHEMAS)
     machine.feed("<tool_call>\n<function=f>\n<parameter=text>\nsome ")

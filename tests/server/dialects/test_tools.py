@@ -1,0 +1,218 @@
+"""Tool calls and reasoning as OpenAI's chat dialect sends them: OpenAI's own types must take every chunk, and what
+they add up to is the whole answer. The model's tokens are given; no engine runs."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from pydantic import ValidationError
+
+from octavo.runtime.messages import TokenOutput
+from octavo.server.dialects.conversation import render_request
+from octavo.server.dialects.openai_chat import ChatAnswer, ChatCompletionRequest
+from octavo.server.dialects.tools import reading_of, shown_tools
+from octavo.server.errors import ApiError
+from octavo.server.generation import Delta
+from octavo.server.message.format import ReasoningFormat
+from octavo.server.message.infer import Inference
+from octavo.server.message.model_formats import ModelFormats, check_names
+from octavo.server.message.presets import TOOL_PRESETS
+from octavo.server.message.probe import History
+from octavo.server.prompts import Prompt
+from octavo.server.served_model import ServedModel
+from octavo.server.template_renderer import TemplateRenderer
+from octavo.text.chat_template import ChatTemplate
+from octavo.text.template_process import Job
+from octavo.text.tokenizer import Tokenizer
+
+FIXTURES = Path(__file__).parents[2] / "fixtures"
+TOKENIZER = Tokenizer.open(FIXTURES / "tiny")
+PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+TOOLS = [
+    {"type": "function", "function": {"name": name, "description": "d", "parameters": PARAMETERS}}
+    for name in ("get_weather", "get_time")
+]
+FOUND = Inference(TOOL_PRESETS["hermes"], "inferred", ReasoningFormat("<think>", "</think>"), "inferred", History())
+ANSWER = (
+    "<think>\nhm, two calls\n</think>\n\nI look.\n"
+    '<tool_call>\n{"name": "get_weather", "arguments": {"city":  "Zürich"}}\n</tool_call>\n'
+    '<tool_call>\n{"name": "get_time", "arguments": {}}\n</tool_call>'
+)
+
+
+def model(found: Inference = FOUND) -> ServedModel:
+    source = (FIXTURES / "templates" / "octavo-qwen2.5-coder.jinja").read_text(encoding="utf-8")
+    return ServedModel(
+        names=("tiny",),
+        root="tiny",
+        tokenizer=TOKENIZER,
+        renderer=TemplateRenderer(ChatTemplate({"default": source}, {})),
+        end_ids=frozenset(),
+        defaults={},
+        max_model_len=4096,
+        vocab_size=TOKENIZER.num_tokens,
+        max_num_seqs=1,
+        formats=ModelFormats.bound(found, {}),
+    )
+
+
+def request(**fields: Any) -> ChatCompletionRequest:
+    messages = [{"role": "user", "content": "Hi"}]
+    return ChatCompletionRequest.model_validate({"messages": messages, "tools": TOOLS, "stream": True} | fields)
+
+
+def deltas(answer: ChatAnswer, text: str, finish: str = "stop", step: int = 1) -> list[Delta]:
+    ids = TOKENIZER.encode(text)
+    [choice] = answer.choices
+    found = []
+    for start in range(0, len(ids), step):
+        is_last = start + step >= len(ids)
+        output = TokenOutput(
+            choice.request.request_id,
+            ids[start : start + step],
+            finish if is_last else None,  # type: ignore[arg-type]
+            num_cached_tokens=0 if start == 0 else None,
+        )
+        found.append(choice.take(output))
+    return found
+
+
+def answer_to(body: ChatCompletionRequest, prompt: str = "user: Hi") -> ChatAnswer:
+    served = model()
+    reading = reading_of(prompt, body, body.messages, served)
+    return ChatAnswer(body, Prompt(TOKENIZER.encode(prompt)), served, "x", reading)
+
+
+def streamed(text: str, finish: str = "stop", step: int = 1, **fields: Any) -> tuple[dict[str, Any], str | None]:
+    """The chunks added up, as a client does it."""
+    answer = answer_to(request(**fields))
+    message: dict[str, Any] = {"content": "", "reasoning": "", "reasoning_content": "", "calls": []}
+    reason = None
+    for delta in deltas(answer, text, finish, step):
+        for chunk in answer.chunks(delta):
+            [choice] = ChatCompletionChunk.model_validate(chunk).choices
+            said = chunk["choices"][0]["delta"]
+            for name in ("content", "reasoning", "reasoning_content"):
+                message[name] += said.get(name) or ""
+            for call in choice.delta.tool_calls or ():
+                assert call.function is not None
+                if call.index == len(message["calls"]):
+                    assert (call.type, call.function.arguments) == ("function", "")
+                    message["calls"].append([call.id, call.function.name, ""])
+                else:
+                    assert (call.index, call.id, call.function.name) == (len(message["calls"]) - 1, None, None)
+                message["calls"][call.index][2] += call.function.arguments or ""
+            assert reason is None
+            reason = choice.finish_reason
+    return message, reason
+
+
+def whole(text: str, finish: str = "stop", **fields: Any) -> tuple[dict[str, Any], str | None]:
+    answer = answer_to(request(stream=False, **fields))
+    first, *later = deltas(answer, text, finish)
+    for delta in later:
+        first.extend(delta)
+    body = answer.whole([first])
+    body["choices"] = list(body["choices"])
+    [choice] = ChatCompletion.model_validate(body).choices
+    message = body["choices"][0]["message"]
+    calls = [
+        [call["id"], call["function"]["name"], call["function"]["arguments"]] for call in message.get("tool_calls", ())
+    ]
+    return {**message, "calls": calls}, choice.finish_reason
+
+
+@pytest.mark.parametrize("step", [1, 3, 1000])
+def test_a_stream_adds_up_to_the_whole_answer(step: int) -> None:
+    said, reason = streamed(ANSWER, step=step)
+    message, reason_of_whole = whole(ANSWER)
+    assert reason == reason_of_whole == "tool_calls"
+    assert said["reasoning"] == said["reasoning_content"] == message["reasoning"] == message["reasoning_content"]
+    assert said["reasoning"] == "hm, two calls"
+    assert said["content"] == message["content"] == "I look."
+    calls = [call[1:] for call in said["calls"]]
+    assert calls == [call[1:] for call in message["calls"]]
+    assert calls == [["get_weather", '{"city":  "Zürich"}'], ["get_time", "{}"]]
+    assert len({call[0] for call in said["calls"]}) == 2
+    assert json.loads(calls[0][1]) == {"city": "Zürich"}
+
+
+def test_content_is_null_where_there_are_only_calls() -> None:
+    message, reason = whole(ANSWER[ANSWER.index("<tool_call>") :])
+    assert (message["content"], reason, len(message["calls"])) == (None, "tool_calls", 2)
+    assert "reasoning" not in message
+
+
+def test_a_call_that_is_cut_says_length() -> None:
+    text = ANSWER[: ANSWER.index("rich")]
+    message, reason = whole(text, "length")
+    assert (reason, message["calls"][0][2]) == ("length", '{"city":  "Zü')
+    assert streamed(text, "length")[1] == "length"
+
+
+def test_one_call_at_a_time() -> None:
+    message, reason = whole(ANSWER, parallel_tool_calls=False)
+    assert ([call[1] for call in message["calls"]], reason) == (["get_weather"], "tool_calls")
+    assert [call[1] for call in streamed(ANSWER, step=5, parallel_tool_calls=False)[0]["calls"]] == ["get_weather"]
+
+
+def test_without_tools_calls_are_text_and_reasoning_is_none() -> None:
+    for fields in ({"tools": None}, {"tool_choice": "none"}):
+        message, reason = whole(ANSWER, **fields)
+        assert (message["reasoning"], message["calls"], reason) == ("hm, two calls", [], "stop")
+        assert message["content"] == ANSWER[ANSWER.index("I look") :]
+
+
+def test_a_model_without_formats_is_read_as_text() -> None:
+    served = model(Inference(None, "no template", None, "no template", History()))
+    body = request(tools=None)
+    assert reading_of("user: Hi", body, body.messages, served) is None
+    with pytest.raises(ApiError, match="--tool-call-parser") as caught:
+        shown_tools(request(), served)
+    assert caught.value.status == 400
+
+
+def test_the_prompt_shows_tools_and_past_calls_as_objects() -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "get_time", "arguments": '{"city": "Rome"}'}}
+    body = request(
+        messages=[
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "1", "content": "9"},
+        ]
+    )
+    served = model()
+    sent = render_request(body, served, None, shown_tools(body, served))
+    job: Job = pickle.loads(sent.frame)
+    assert job.tools == TOOLS
+    text = served.renderer.template.render(job.messages, tools=job.tools)
+    assert '<tool_call>\n{"name": "get_time", "arguments": {"city": "Rome"}}\n</tool_call>' in text
+    assert '"name": "get_weather"' in text
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"tools": []}, "tools"),
+        ({"tools": [*TOOLS, TOOLS[0]]}, "'get_weather' stands there twice"),
+        ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "custom"),
+        ({"tools": [{"type": "function", "function": {"name": "two words"}}]}, "name"),
+        ({"tool_choice": "required"}, "required"),
+        ({"tools": None, "tool_choice": "auto"}, "needs tools"),
+    ],
+)
+def test_what_is_refused(fields: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValidationError, match=says):
+        request(**fields)
+
+
+def test_parsers_are_known_by_name() -> None:
+    check_names("hermes", "deepseek_r1")
+    check_names(None, "auto")
+    with pytest.raises(ValueError, match=r"--tool-call-parser 'nobody'.*hermes"):
+        check_names("nobody", None)
