@@ -69,7 +69,9 @@ def layout_of(form: ToolFormat) -> Layout:
     if form.kind == "pythonic":  # the bracket alone, and what may stand behind it
         ends = (call_end[:1] or ")", *literals(call_end[1:]))
     bare = ""
-    if form.may_be_bare or not openers:
+    # Qwen2.5-Coder and others of its size now and then write the object without its marker
+    is_named_object = form.kind == "json" and form.keys not in (None, ("", ""))
+    if form.may_be_bare or not openers or is_named_object:
         bare = "[" if form.kind in ("json_array", "pythonic") else "{"
     return Layout(
         openers=openers,
@@ -128,6 +130,7 @@ class CallReader:
                 yield from self._array(is_bare=True)
             else:
                 yield from self._object(is_bare=True)
+                yield from self._rest(self.layout.ends)
         except MalformedError:
             self._is_open = False
             scan.give_back()
