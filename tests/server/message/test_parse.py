@@ -62,7 +62,8 @@ def calls(text: str, tools: ToolFormat, **opened: bool) -> list[tuple[str, str]]
     return found
 
 
-# One turn of each preset, as its model's documentation or its peers' tests write it.
+# One turn of each preset, written by hand from what is known of the format. Where a template in the fixtures shows the
+# format, test_infer.py has transformers' rendering as the truth; for the others there is no independent one yet.
 TURNS = {
     "hermes": '<tool_call>\n{"name": "f", "arguments": {"text": "a"}}\n</tool_call>',
     "llama3_json": '{"name": "f", "parameters": {"text": "a"}}',
