@@ -15,11 +15,12 @@ from typing import Any
 
 import msgspec
 
-from octavo.runtime.messages import AddRequest, Logprobs, TokenOutput
+from octavo.runtime.messages import AddRequest, Constraint, Logprobs, TokenOutput
 from octavo.server.admission import Ticket
 from octavo.server.dialects.fields import GenerationRequest
 from octavo.server.engine_client import EngineClient, EngineDeadError
 from octavo.server.errors import ApiError, bad_request
+from octavo.server.message.constrain import constraint_of
 from octavo.server.message.parse import FormatParser, Formats, Machine, Parser
 from octavo.server.message.parts import Part, append_parts
 from octavo.server.metrics import Metrics, Timeline
@@ -92,7 +93,8 @@ class Usage:
 class Reading:
     """How an answer is read where it may be more than text: see message/parse.py's Machine.
 
-    only_one: what follows the first call is left out.
+    only_one: what follows the first call is left out. content_after: the token sequences behind which a constraint
+    holds, where the prompt has opened the reasoning. no_constraint: why this answer can't have one.
     """
 
     formats: Formats
@@ -101,6 +103,8 @@ class Reading:
     tools: Mapping[str, Any] = field(default_factory=dict)
     num_before: int = 0
     only_one: bool = False
+    content_after: tuple[tuple[int, ...], ...] = ()
+    no_constraint: str = ""
 
 
 @dataclass(slots=True)
@@ -182,7 +186,7 @@ def make_choices(
     """n choices for each prompt, side by side. A seed is the first one's; the others count up from it."""
     arrival = time.time()
     rooms = [model.max_model_len - len(prompt.token_ids) for prompt in prompts]
-    params = sampling_params(request, wanted, model, min(rooms))
+    params = sampling_params(request, wanted, model, min(rooms), _constraint(request, model, reading))
     choices: list[Choice] = []
     for prompt, room in zip(prompts, rooms, strict=True):
         own = params if wanted.max_tokens is not None else msgspec.structs.replace(params, max_tokens=room)
@@ -195,6 +199,16 @@ def make_choices(
                 _make_choice(len(choices), answer, sent, request, num_wanted, _parser(answer, request, model, reading))
             )
     return choices
+
+
+def _constraint(request: GenerationRequest, model: ServedModel, reading: Reading | None) -> Constraint | None:
+    """What the answer's content must look like; it holds behind the reasoning, unless the server was told otherwise."""
+    is_early = reading is None or model.structured_outputs.enable_in_reasoning
+    after = () if is_early or reading is None else reading.content_after
+    constraint = constraint_of(request, model.structured_outputs, model.token_id, after)
+    if constraint is not None and reading is not None and reading.no_constraint:
+        raise bad_request(reading.no_constraint)
+    return constraint
 
 
 def _make_choice(

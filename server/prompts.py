@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from octavo.runtime.messages import SamplingParams
+from octavo.runtime.messages import Constraint, SamplingParams
 from octavo.server.dialects.fields import MAX_TOKENS_SENT, GenerationRequest
 from octavo.server.errors import bad_request, too_long
-from octavo.server.message.constrain import constraint_of
 from octavo.server.served_model import ServedModel
 from octavo.text.tokenizer import EncodingError
 
@@ -78,7 +77,9 @@ def _num_bytes(text: str, limit: int) -> int:
     return len(text.encode("utf-8", "surrogatepass"))
 
 
-def sampling_params(request: GenerationRequest, wanted: Wanted, model: ServedModel, room: int) -> SamplingParams:
+def sampling_params(
+    request: GenerationRequest, wanted: Wanted, model: ServedModel, room: int, constraint: Constraint | None = None
+) -> SamplingParams:
     """What the engine samples an answer by; `room` is how many tokens the context leaves.
 
     max_tokens 0 (a prompt's log-probabilities only) becomes 1: the server drops that token.
@@ -120,7 +121,7 @@ def sampling_params(request: GenerationRequest, wanted: Wanted, model: ServedMod
         stop_token_ids=stops,
         logprobs=wanted.logprobs,
         prompt_logprobs=wanted.prompt_logprobs,
-        constraint=constraint_of(request, model.structured_outputs, model.token_id),
+        constraint=constraint,
     )
 
 

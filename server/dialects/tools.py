@@ -84,13 +84,25 @@ def reading_of(
     if formats.is_empty:
         return None
     found = model.formats.found
+    reasoning_is_open = found.reasoning is not None and found.reasoning.opened_by(prompt)
+    end = None if found.reasoning is None else model.tokenizer.token_id(found.reasoning.end)
+    no_constraint = ""
+    if formats.tools is not None:
+        no_constraint = "an answer that may call tools can't have a constraint yet: leave out one of both"
+    elif reasoning_is_open and end is None:
+        no_constraint = (
+            "the end of this model's reasoning is no token of its own, so a constraint behind it can't be enforced; "
+            "switch the reasoning off"
+        )
     return Reading(
         formats,
-        reasoning_is_open=found.reasoning is not None and found.reasoning.opened_by(prompt),
+        reasoning_is_open=reasoning_is_open,
         call_is_open=bool(tools) and found.tools is not None and found.tools.opened_by(prompt),
         tools={tool.function.name: tool.function.parameters or {} for tool in tools},
         num_before=sum(len(message.tool_calls or ()) for message in messages),
         only_one=options.parallel_tool_calls is False,
+        content_after=((end,),) if reasoning_is_open and end is not None else (),
+        no_constraint=no_constraint,
     )
 
 

@@ -35,7 +35,7 @@ def test_text_that_can_not_fit_is_not_tokenized() -> None:
     model = served(10)
     limit = 10 * model.tokenizer.max_token_bytes
     hopeless = "a" * limit + "b"
-    assert f"no text above {limit} bytes fits" in refusal(hopeless, model, must_fit=True).message
+    assert f"none above {limit} bytes fits" in refusal(hopeless, model, must_fit=True).message
     assert "gives up" in refusal(hopeless, model, must_fit=False).message
     assert "gives up" in refusal(hopeless[1:], model, must_fit=True).message
 

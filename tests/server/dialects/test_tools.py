@@ -216,3 +216,30 @@ def test_parsers_are_known_by_name() -> None:
     check_names(None, "auto")
     with pytest.raises(ValueError, match=r"--tool-call-parser 'nobody'.*hermes"):
         check_names("nobody", None)
+
+
+THINKS = Inference(None, "none", ReasoningFormat("<|im_start|>", "<|im_end|>", is_implied=True), "inferred", History())
+SCHEMA = {"response_format": {"type": "json_object"}, "tools": None}
+
+
+def constrained(found: Inference, prompt: str, **fields: Any) -> ChatAnswer:
+    asked = request(**SCHEMA | fields)
+    served = model(found)
+    return ChatAnswer(asked, Prompt([5]), served, "a", reading_of(prompt, asked, asked.messages, served))
+
+
+def test_a_constraint_holds_behind_the_reasoning_that_the_prompt_has_opened() -> None:
+    end = TOKENIZER.token_id("<|im_end|>")
+    opened = constrained(THINKS, "go on<|im_start|>").choices[0].request.params.constraint
+    closed = constrained(THINKS, "go on<|im_end|>").choices[0].request.params.constraint
+    assert opened is not None
+    assert closed is not None
+    assert (opened.after, closed.after) == (((end,),), ())
+
+
+def test_a_constraint_that_could_not_be_enforced_is_refused() -> None:
+    """The end of the reasoning is no token of this tokenizer; and a call is no JSON object."""
+    with pytest.raises(ApiError, match="no token of its own"):
+        constrained(Inference(None, "none", ReasoningFormat("<a>", "</a>", is_implied=True), "", History()), "x")
+    with pytest.raises(ApiError, match="may call tools"):
+        constrained(FOUND, "x", tools=TOOLS)
