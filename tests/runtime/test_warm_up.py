@@ -29,7 +29,7 @@ SIZES = {"qwen2_moe": {"moe_intermediate_size": 64, "shared_expert_intermediate_
         ("llama", "fp8", "fp8_e4m3", 80, 700, "graphs", 24),
         ("llama", "int4", "bfloat16", 80, 700, "eager", 33),
         ("gemma2", "int8", "int8", 80, 700, "graphs", 35),
-        ("mixtral", "fp8", "bfloat16", 64, 64, "graphs", 31),
+        ("mixtral", "fp8", "bfloat16", 64, 64, "graphs", 32),
         ("qwen2_moe", "int4", "fp8_e4m3", 80, 700, "graphs", 84),
     ],
 )
