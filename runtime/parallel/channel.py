@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import threading
 from dataclasses import dataclass
 
 import msgspec
@@ -95,6 +96,8 @@ class DriverChannel:
         ]
         self._num_sent = 0
         self._failure: str | None = None
+        self._is_closed = False
+        self._closing = threading.Lock()  # after `close` a descriptor's number may be that of somebody else's file
 
     def send(self, order: Int32s) -> None:
         """Tell all followers; waits for one that is NUM_SLOTS orders behind."""
@@ -115,21 +118,26 @@ class DriverChannel:
 
     def fail(self, message: str) -> None:
         """Let every later call, and those that wait, raise this message; may be called from any thread."""
-        self._failure = message
-        for pipes in self._pipes:
-            _count(pipes.room[1])
-            _count(pipes.answers[1])
+        with self._closing:
+            if self._is_closed:
+                return
+            self._failure = message
+            for pipes in self._pipes:
+                _count(pipes.room[1])
+                _count(pipes.answers[1])
 
     def close(self) -> None:
         """Give the descriptors back: whoever sends or receives from now on is told so."""
-        self._failure = self._failure or "the channel to the other ranks is closed"
-        for pipes in self._pipes:
-            for descriptor in (*pipes.orders, *pipes.room, *pipes.answers):
-                os.close(descriptor)
-        os.close(self.ends[0].memory)
+        with self._closing:
+            self._is_closed = True
+            self._failure = self._failure or "the channel to the other ranks is closed"
+            for pipes in self._pipes:
+                for descriptor in (*pipes.orders, *pipes.room, *pipes.answers):
+                    os.close(descriptor)
+            os.close(self.ends[0].memory)
 
     def _wait(self, pipe: tuple[int, int]) -> None:
-        if self._failure is None:  # after `close` the number may be that of somebody else's file
+        if self._failure is None:
             os.read(pipe[0], 1)
         if self._failure is not None:
             raise RuntimeError(self._failure)
