@@ -21,6 +21,7 @@ from octavo.calibration.recipe import Recipe, RecipeError
 from octavo.calibration.report.weight_error import snr_db
 from octavo.quant.checkpoint import INDEX, Checkpoint, CheckpointError
 from octavo.quant.qparams import QuantizedWeight, quantize_weight
+from octavo.runtime.model.families.registry import LAYOUTS
 
 SCHEMES = {
     "W4A16": Recipe("W4A16@32", search="absmax"),
@@ -341,7 +342,7 @@ def test_broken_models_are_refused_and_nothing_is_left(
 ) -> None:
     damage(model)
     with pytest.raises(error, match=message):
-        quantize_model(prepare(model, tmp_path / "out", SCHEMES["W8A8"]))
+        quantize_model(prepare(model, tmp_path / "out", SCHEMES["W8A8"], layouts=LAYOUTS))
     assert left_behind(tmp_path) == []
 
 
