@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from collections import Counter
 from collections.abc import Iterator
 
@@ -88,8 +90,11 @@ def test_a_timeout_that_is_none_is_refused(client: httpx.Client, value: str) -> 
 
 
 def test_a_place_in_the_queue_is_not_kept_for_ever() -> None:
-    with serving("--max-num-seqs", "1", "--queue-timeout", "0.05") as server, server.client() as client:
-        with client.stream("POST", PATH, json=LONG | {"n": 1, "stream": True}) as running:
-            next(running.iter_lines())
+    with serving("--queue-timeout", "0.5", "--engine-timeout", "300") as server, server.client() as client:
+        os.kill(server.engine_pid, signal.SIGSTOP)  # nothing begins any more
+        try:
             error = error_of(client.post(PATH, json=SHORT), 408)
+        finally:
+            os.kill(server.engine_pid, signal.SIGCONT)
         assert "--queue-timeout" in str(error["message"])
+        assert client.post(PATH, json=SHORT).status_code == 200
