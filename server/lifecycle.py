@@ -22,6 +22,7 @@ from octavo.runtime.messages import Ready, StepOutputs
 from octavo.server.connection import Connection
 from octavo.server.engine_client import EngineClient, EngineDeadError
 from octavo.server.listen_sockets import BACKLOG, Listener, listen
+from octavo.server.message.model_formats import ModelFormats
 from octavo.server.metrics import Metrics
 from octavo.server.options import ListenOptions
 from octavo.server.template_renderer import TemplateRenderer
@@ -41,19 +42,23 @@ class EngineStartError(RuntimeError):
 async def serve(
     engine: EngineProcess,
     renderer: TemplateRenderer,
-    make_app: Callable[[EngineClient, Ready], Awaitable[tuple[FastAPI, Metrics]]],
+    find_formats: Callable[[], Awaitable[ModelFormats]],
+    make_app: Callable[[EngineClient, Ready, ModelFormats], tuple[FastAPI, Metrics]],
     listener: Listener,
     options: ListenOptions,
 ) -> bool:
     """Serve until told to stop. Returns whether the engine was alive then.
+
+    find_formats compiles the chat template, and reads from it how the model writes calls, while the engine loads.
 
     Raises EngineStartError, BindError, and ChatTemplateError for a template that can't be compiled.
     """
     client = EngineClient(engine, options.engine_timeout)
     stop = _Stop()
     try:
-        if not await stop.comes_before(_all_ready(client, renderer)):
-            app, metrics = await make_app(client, await client.ready())
+        formats = asyncio.ensure_future(find_formats())
+        if not await stop.comes_before(_all_ready(client, formats)):
+            app, metrics = make_app(client, await client.ready(), formats.result())
             log = StepLog(metrics)
             client.on_step = metrics.step if options.disable_log_stats else log.step
             ticker = asyncio.create_task(log.tick_forever())
@@ -71,9 +76,9 @@ async def serve(
         renderer.stop(DRAINING)
 
 
-async def _all_ready(client: EngineClient, renderer: TemplateRenderer) -> None:
+async def _all_ready(client: EngineClient, formats: Awaitable[ModelFormats]) -> None:
     """Wait for both; the first failure ends the wait."""
-    await asyncio.gather(renderer.check(), client.ready())
+    await asyncio.gather(formats, client.ready())
 
 
 class _Stop:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from octavo.runtime.messages import Ready
     from octavo.server.engine_client import EngineClient
     from octavo.server.listen_sockets import Listener
+    from octavo.server.message.model_formats import ModelFormats
     from octavo.server.metrics import Metrics
     from octavo.server.options import ListenOptions, ModelOptions
     from octavo.server.template_renderer import TemplateRenderer
@@ -74,9 +75,9 @@ def _serve(options: ServeOptions, begun: float) -> bool:
         from octavo.text.chat_template import ChatTemplateError
 
         _allow_many_connections()
-        renderer, make_app = _app_maker(options, directory, begun, access)
+        renderer, find_formats, make_app = _app_maker(options, directory, begun, access)
         try:
-            return uvloop.run(serve(engine, renderer, make_app, listener, options.listen))
+            return uvloop.run(serve(engine, renderer, find_formats, make_app, listener, options.listen))
         except (EngineStartError, BindError) as error:
             raise ServeError(str(error)) from error
         except ChatTemplateError as error:
@@ -144,10 +145,14 @@ def _bind(options: ListenOptions) -> Listener:
 
 def _app_maker(
     options: ServeOptions, directory: Path, begun: float, access: Access
-) -> tuple[TemplateRenderer, Callable[[EngineClient, Ready], Awaitable[tuple[FastAPI, Metrics]]]]:
+) -> tuple[
+    TemplateRenderer,
+    Callable[[], Awaitable[ModelFormats]],
+    Callable[[EngineClient, Ready, ModelFormats], tuple[FastAPI, Metrics]],
+]:
     """Read the tokenizer and templates now, while the engine loads, and make the app when the engine is ready."""
     from octavo.server.app import build_app
-    from octavo.server.message.model_formats import check_names, find_formats
+    from octavo.server.message import model_formats
     from octavo.server.metrics import Metrics
     from octavo.server.served_model import ServedModel, end_token_ids, sampling_defaults
     from octavo.server.template_renderer import TemplateRenderer
@@ -162,13 +167,16 @@ def _app_maker(
         renderer = TemplateRenderer(ChatTemplate.open(text_side, tokenizer.special_tokens, text.chat_template))
         defaults = sampling_defaults(directory, text.generation_config, text.override_generation_config)
         end_ids = end_token_ids(directory, tokenizer)
-        check_names(text.tool_call_parser, text.reasoning_parser)
+        model_formats.check_names(text.tool_call_parser, text.reasoning_parser)
     except (TokenizerError, ChatTemplateError, ValueError) as error:
         raise ServeError(str(error)) from error
 
-    async def make_app(client: EngineClient, ready: Ready) -> tuple[FastAPI, Metrics]:
+    async def find_formats() -> ModelFormats:
+        await renderer.check()
         special = {tokenizer.token_name(token_id): token_id for token_id in tokenizer.special_ids}
-        formats = await find_formats(renderer, special, text.tool_call_parser, text.reasoning_parser)
+        return await model_formats.find_formats(renderer, special, text.tool_call_parser, text.reasoning_parser)
+
+    def make_app(client: EngineClient, ready: Ready, formats: ModelFormats) -> tuple[FastAPI, Metrics]:
         model = ServedModel(
             names=options.model.served_model_name or (name,),
             root=name,
@@ -192,7 +200,7 @@ def _app_maker(
         return app, metrics
 
     renderer.start()
-    return renderer, make_app
+    return renderer, find_formats, make_app
 
 
 def _access(options: ServeOptions) -> Access:
