@@ -14,6 +14,7 @@ import ssl
 import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,8 +31,9 @@ if TYPE_CHECKING:
     from octavo.server.listen_sockets import Listener
     from octavo.server.message.model_formats import ModelFormats
     from octavo.server.metrics import Metrics
-    from octavo.server.options import ListenOptions, ModelOptions
+    from octavo.server.options import ListenOptions, ModelOptions, TextOptions
     from octavo.server.template_renderer import TemplateRenderer
+    from octavo.text.tokenizer import Tokenizer
 
 __all__ = ["configure", "run"]
 
@@ -75,9 +77,12 @@ def _serve(options: ServeOptions, begun: float) -> bool:
         from octavo.text.chat_template import ChatTemplateError
 
         _allow_many_connections()
-        renderer, find_formats, make_app = _app_maker(options, directory, begun, access)
+        text = _text_side(options, directory)
+        text.renderer.start()
+        find_formats = _formats_finder(options.text, text)
+        make_app = _app_maker(options, text, begun, access)
         try:
-            return uvloop.run(serve(engine, renderer, find_formats, make_app, listener, options.listen))
+            return uvloop.run(serve(engine, text.renderer, find_formats, make_app, listener, options.listen))
         except (EngineStartError, BindError) as error:
             raise ServeError(str(error)) from error
         except ChatTemplateError as error:
@@ -143,54 +148,76 @@ def _bind(options: ListenOptions) -> Listener:
     return Listener(bound, f"http{'s' if options.ssl_certfile else ''}://{shown}:{port}")
 
 
-def _app_maker(
-    options: ServeOptions, directory: Path, begun: float, access: Access
-) -> tuple[
-    TemplateRenderer,
-    Callable[[], Awaitable[ModelFormats]],
-    Callable[[EngineClient, Ready, ModelFormats], tuple[FastAPI, Metrics]],
-]:
-    """Read the tokenizer and templates now, while the engine loads, and make the app when the engine is ready."""
-    from octavo.server.app import build_app
-    from octavo.server.message import model_formats
-    from octavo.server.metrics import Metrics
-    from octavo.server.served_model import ServedModel, end_token_ids, sampling_defaults
+@dataclass(frozen=True)
+class _TextSide:
+    """What of the model the server needs, and the engine doesn't know."""
+
+    tokenizer: Tokenizer
+    renderer: TemplateRenderer
+    defaults: dict[str, float]
+    end_ids: frozenset[int]
+
+
+def _text_side(options: ServeOptions, directory: Path) -> _TextSide:
+    """Read it now, while the engine loads. Raises ServeError."""
+    from octavo.server.message.model_formats import check_names
+    from octavo.server.served_model import end_token_ids, sampling_defaults
     from octavo.server.template_renderer import TemplateRenderer
     from octavo.text.chat_template import ChatTemplate, ChatTemplateError
     from octavo.text.tokenizer import Tokenizer, TokenizerError
 
     text = options.text
-    name = _model_of(options.model)
+    source = Path(options.model.tokenizer) if options.model.tokenizer else directory
     try:
-        text_side = Path(options.model.tokenizer) if options.model.tokenizer else directory
-        tokenizer = Tokenizer.open(text_side, trust_remote_code=options.engine.trust_remote_code)
-        renderer = TemplateRenderer(ChatTemplate.open(text_side, tokenizer.special_tokens, text.chat_template))
+        tokenizer = Tokenizer.open(source, trust_remote_code=options.engine.trust_remote_code)
+        renderer = TemplateRenderer(ChatTemplate.open(source, tokenizer.special_tokens, text.chat_template))
         defaults = sampling_defaults(directory, text.generation_config, text.override_generation_config)
         end_ids = end_token_ids(directory, tokenizer)
-        model_formats.check_names(text.tool_call_parser, text.reasoning_parser)
+        check_names(text.tool_call_parser, text.reasoning_parser)
     except (TokenizerError, ChatTemplateError, ValueError) as error:
         raise ServeError(str(error)) from error
+    return _TextSide(tokenizer, renderer, defaults, end_ids)
 
-    async def find_formats() -> ModelFormats:
-        await renderer.check()
-        special = {tokenizer.token_name(token_id): token_id for token_id in tokenizer.special_ids}
-        return await model_formats.find_formats(renderer, special, text.tool_call_parser, text.reasoning_parser)
+
+def _formats_finder(options: TextOptions, text: _TextSide) -> Callable[[], Awaitable[ModelFormats]]:
+    """What compiles the chat template and reads from it how the model writes calls and reasoning."""
+    from octavo.server.message.model_formats import find_formats
+
+    special = {text.tokenizer.token_name(token_id): token_id for token_id in text.tokenizer.special_ids}
+
+    async def find() -> ModelFormats:
+        await text.renderer.check()
+        return await find_formats(text.renderer, special, options.tool_call_parser, options.reasoning_parser)
+
+    return find
+
+
+def _app_maker(
+    options: ServeOptions, text: _TextSide, begun: float, access: Access
+) -> Callable[[EngineClient, Ready, ModelFormats], tuple[FastAPI, Metrics]]:
+    """What makes the app when the engine is ready, and prints the report of the start."""
+    from octavo.server.app import build_app
+    from octavo.server.metrics import Metrics
+    from octavo.server.served_model import ServedModel
+
+    name = _model_of(options.model)
+    most_logprobs = options.text.max_logprobs
 
     def make_app(client: EngineClient, ready: Ready, formats: ModelFormats) -> tuple[FastAPI, Metrics]:
         model = ServedModel(
             names=options.model.served_model_name or (name,),
             root=name,
-            tokenizer=tokenizer,
-            renderer=renderer,
-            end_ids=end_ids,
-            defaults=defaults,
+            tokenizer=text.tokenizer,
+            renderer=text.renderer,
+            end_ids=text.end_ids,
+            defaults=text.defaults,
             max_model_len=ready.max_model_len,
             vocab_size=ready.vocab_size,
             max_num_seqs=options.engine.max_num_seqs,
             honors_priority=options.engine.scheduling_policy == "priority",
-            max_logprobs=ready.vocab_size if text.max_logprobs < 0 else text.max_logprobs,
-            trust_request_chat_template=text.trust_request_chat_template,
-            structured_outputs=text.structured_outputs_config,
+            max_logprobs=ready.vocab_size if most_logprobs < 0 else most_logprobs,
+            trust_request_chat_template=options.text.trust_request_chat_template,
+            structured_outputs=options.text.structured_outputs_config,
             formats=formats,
         )
         metrics = Metrics(model.name, ready, _cache_facts(options.engine, ready))
@@ -199,8 +226,7 @@ def _app_maker(
         print_report(ready, time.monotonic() - begun, formats.lines())
         return app, metrics
 
-    renderer.start()
-    return renderer, find_formats, make_app
+    return make_app
 
 
 def _access(options: ServeOptions) -> Access:
