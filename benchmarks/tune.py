@@ -2,7 +2,7 @@
 
     PYTHONPATH=src python -m benchmarks.tune fp8 [--seconds 500] [--output FILE] [--dry-run]
 
-Families are the tables' names (`kernels.tables`): fp8, 'fp8 blocks', int8, w8a16, int4, 'int4 fp8', 'paged decode',
+Families are the names in kernels/tuning's tables: fp8, 'fp8 blocks', int8, w8a16, int4, 'int4 fp8', 'paged decode',
 'paged prefill', 'moe bf16', 'moe fp8', 'moe fp8 blocks', 'moe int8', 'moe w8a16', 'moe int4', 'moe int4 fp8', and those
 of what stands around them (norm, activation, rope, ...: `SMALL`), which `around` takes all together. Each size is a
 case of the benchmarks' own; each candidate is put into the table as its only row, so that what is timed is what octavo

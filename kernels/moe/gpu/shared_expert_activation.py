@@ -19,7 +19,7 @@ from octavo.kernels.launching.checks import expect
 from octavo.kernels.launching.dependent_launch import await_previous
 from octavo.kernels.launching.launch import Launch, power_of_two
 from octavo.kernels.launching.numerics import divided, largest, sigmoid, step_of, to_codes
-from octavo.kernels.norm.gpu.store_quantized import store_rounded
+from octavo.kernels.norm.gpu.store_quantized import store_quantized
 
 
 @triton.jit
@@ -48,7 +48,7 @@ def _shared_expert_activation(
     j = tl.program_id(0) % (TOP_K + 1)
     row = token * (TOP_K + SHARED) + j
     if j < TOP_K:
-        store_rounded(
+        store_quantized(
             silu_and_mul_row(x, row, width, BLOCK), out, scale, None, None, row, 0, width, 0, False, False, BLOCK
         )
         return

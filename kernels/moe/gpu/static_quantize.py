@@ -17,7 +17,7 @@ from octavo.kernels.launching.checks import expect
 from octavo.kernels.launching.dependent_launch import await_previous
 from octavo.kernels.launching.launch import Launch, power_of_two
 from octavo.kernels.moe.gpu.shared_expert_activation import silu_and_mul_row
-from octavo.kernels.norm.gpu.store_quantized import store_rounded
+from octavo.kernels.norm.gpu.store_quantized import store_quantized
 
 
 @triton.jit
@@ -41,7 +41,7 @@ def _static_quantize(
         at = tl.arange(0, BLOCK)
         value = tl.load(x + (pair // EACH).to(tl.int64) * width + at, mask=at < width, other=0.0).to(tl.float32)
     own = stored + tl.load(chosen + pair)
-    store_rounded(value, out, scale, own, None, pair, 0, width, 0, True, False, BLOCK)
+    store_quantized(value, out, scale, own, None, pair, 0, width, 0, True, False, BLOCK)
 
 
 def static_quantize(

@@ -18,7 +18,7 @@ from octavo.kernels.launching.checks import expect
 from octavo.kernels.launching.dependent_launch import await_previous
 from octavo.kernels.launching.launch import Launch, cdiv, power_of_two
 from octavo.kernels.launching.numerics import sigmoid
-from octavo.kernels.norm.gpu.store_quantized import expect_scale, store_rounded
+from octavo.kernels.norm.gpu.store_quantized import expect_scale, store_quantized
 
 
 @triton.jit
@@ -53,7 +53,7 @@ def _gated(
     if GELU:
         z = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
     value = gate * sigmoid(z) * up
-    store_rounded(value, out, scale, stored, column_permutation, token, first, width, GROUP, STATIC, MOVED, BLOCK)
+    store_quantized(value, out, scale, stored, column_permutation, token, first, width, GROUP, STATIC, MOVED, BLOCK)
 
 
 def silu_and_mul(

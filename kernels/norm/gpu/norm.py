@@ -17,7 +17,7 @@ from octavo.kernels.launching.checks import expect, refuse
 from octavo.kernels.launching.dependent_launch import await_previous, prefetch
 from octavo.kernels.launching.launch import Launch, cdiv, power_of_two
 from octavo.kernels.launching.numerics import narrow
-from octavo.kernels.norm.gpu.store_quantized import expect_scale, store_rounded
+from octavo.kernels.norm.gpu.store_quantized import expect_scale, store_quantized
 
 
 @triton.jit
@@ -84,7 +84,7 @@ def _norm(
     if plain is not None:
         tl.store(plain + row + at, narrow(value, plain.dtype.element_ty), mask=seen)
     if HAS_OUT:
-        store_rounded(value, out, scale, stored, column_permutation, token, 0, width, GROUP, STATIC, MOVED, BLOCK)
+        store_quantized(value, out, scale, stored, column_permutation, token, 0, width, GROUP, STATIC, MOVED, BLOCK)
 
 
 def norm(

@@ -14,7 +14,7 @@ from octavo.kernels.launching.numerics import divided, largest, narrow, step_of,
 
 
 @triton.jit
-def store_rounded(
+def store_quantized(
     value,
     out,
     scale,
