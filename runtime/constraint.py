@@ -63,6 +63,7 @@ class Grammars:
         self._prototypes: OrderedDict[str, Grammar] = OrderedDict()
         self._tokenizer: LLTokenizer | None = None
         self._problem = "the engine has no vocabulary to compile it with"
+        self._num_compiling = 0
         self._thread = ThreadPoolExecutor(1, "octavo-grammars")
 
     def set_vocabulary(self, vocabulary: Vocabulary) -> None:
@@ -71,13 +72,16 @@ class Grammars:
 
     def compile(self, request_id: str, text: str) -> None:
         """Begin to compile a request's grammar; it comes out of `finished`."""
+        self._num_compiling += 1
         self._thread.submit(self._compile, request_id, text)
 
     def finished(self) -> list[Compiled]:
         """What has been compiled since the last call."""
         found: list[Compiled] = []
-        with contextlib.suppress(BlockingIOError):
-            found += [self._finished.get() for _ in os.read(self.ready, MAX_COMPILED)]
+        if self._num_compiling:  # asked in every step, for most of which there is no system call then
+            with contextlib.suppress(BlockingIOError):
+                found += [self._finished.get() for _ in os.read(self.ready, MAX_COMPILED)]
+            self._num_compiling -= len(found)
         return found
 
     def _build(self, vocabulary: Vocabulary) -> None:

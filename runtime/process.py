@@ -149,13 +149,10 @@ class Link:
         self._decoder = msgspec.msgpack.Decoder(ToEngine)
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
-        self._idle_poller = zmq.Poller()
-        self._idle_poller.register(self._socket, zmq.POLLIN)
 
     def wake_for(self, descriptor: int) -> None:
         """Take a file descriptor that is readable for a message that has come."""
         self._poller.register(descriptor, zmq.POLLIN)
-        self._idle_poller.register(descriptor, zmq.POLLIN)
 
     def comes_before(self, descriptor: int) -> bool:
         """Wait until there is a message or a file descriptor is readable. Returns whether the message came first."""
@@ -172,7 +169,7 @@ class Link:
         An unreadable request becomes its error output.
         """
         if wait:
-            self._idle_poller.poll()
+            self._poller.poll()  # no step is under way, so its descriptor is silent
         messages: list[ToEngine | TokenOutput] = []
         num_bytes = 0
         while num_bytes < MAX_BYTES:
