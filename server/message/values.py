@@ -52,19 +52,26 @@ def json_string(scan: Scanner) -> Generator[None, None, str]:
     return text
 
 
-def _raw_string(scan: Scanner, say: Say) -> Generator[None, None, None]:
-    scan.drop(1)
-    say('"')
+def _said_until(scan: Scanner, pattern: re.Pattern[str], say: Say) -> Generator[None, None, re.Match[str]]:
+    """Say all that stands before the next match, which is then the buffer's beginning, and return it."""
     while True:
         buffer = scan.buffer
-        found = _IN_STRING.search(buffer)
+        found = pattern.search(buffer)
         end = len(buffer) if found is None else found.start()
         if end:
             say(buffer[:end])
             scan.drop(end)
-        if found is None:
-            yield from scan.more()
-        elif found[0] == '"':
+        if found is not None:
+            return found
+        yield from scan.more()
+
+
+def _raw_string(scan: Scanner, say: Say) -> Generator[None, None, None]:
+    scan.drop(1)
+    say('"')
+    while True:
+        found = yield from _said_until(scan, _IN_STRING, say)
+        if found[0] == '"':
             scan.drop(1)
             say('"')
             return
@@ -84,15 +91,8 @@ def _raw_string(scan: Scanner, say: Say) -> Generator[None, None, None]:
 def _raw_container(scan: Scanner, say: Say) -> Generator[None, None, None]:
     open_brackets: list[str] = []
     while True:
-        buffer = scan.buffer
-        found = _STRUCTURE.search(buffer)
-        end = len(buffer) if found is None else found.start()
-        if end:
-            say(buffer[:end])
-            scan.drop(end)
-        if found is None:
-            yield from scan.more()
-        elif found[0] == '"':
+        found = yield from _said_until(scan, _STRUCTURE, say)
+        if found[0] == '"':
             yield from _raw_string(scan, say)
         elif found[0] in _CLOSER:
             open_brackets.append(found[0])
