@@ -203,8 +203,9 @@ def make_choices(
 
 def _constraint(request: GenerationRequest, model: ServedModel, reading: Reading | None) -> Constraint | None:
     """What the answer's content must look like; it holds behind the reasoning, unless the server was told otherwise."""
-    is_early = reading is None or model.structured_outputs.enable_in_reasoning
-    after = () if is_early or reading is None else reading.content_after
+    after: tuple[tuple[int, ...], ...] = ()
+    if reading is not None and not model.structured_outputs.enable_in_reasoning:
+        after = reading.content_after
     constraint = constraint_of(request, model.structured_outputs, model.token_id, after)
     if constraint is not None and reading is not None and reading.no_constraint:
         raise bad_request(reading.no_constraint)

@@ -8,11 +8,11 @@ from typing import Any
 
 import msgspec
 
+from octavo.runtime.constraint import GrammarError
 from octavo.runtime.messages import Constraint
 from octavo.server.dialects.constraint_fields import ConstraintFields
 from octavo.server.errors import bad_request
 from octavo.server.message.grammars import (
-    GrammarError,
     JsonStyle,
     choice_grammar,
     json_grammar,

@@ -15,7 +15,7 @@ import msgspec
 from llguidance import LLMatcher, LLParserLimits, regex_to_lark
 from llguidance.gbnf_to_lark import gbnf_to_lark
 
-from octavo.runtime.constraint import MAX_GRAMMAR
+from octavo.runtime.constraint import MAX_GRAMMAR, GrammarError
 from octavo.server.message.patterns import PatternError, literal, rust_pattern
 from octavo.server.message.schema import MAX_BYTES, Normalizer, check_nesting, normalizer_of
 from octavo.server.message.schema_logic import Schema
@@ -38,10 +38,6 @@ BLAME = (
     ("lookaround", ("pattern", "patternProperties")),
     ("circular", ("$ref",)),
 )
-
-
-class GrammarError(ValueError):
-    """A grammar that can't be enforced; the message says what is wrong with it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,8 @@ from typing import Any
 
 import msgspec
 
+from octavo.runtime.constraint import GrammarError
 from octavo.server.message.grammars import (
-    GrammarError,
     JsonStyle,
     checked,
     inner_schema,

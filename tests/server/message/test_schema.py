@@ -16,7 +16,8 @@ from byte_grammar import ByteGrammar, names_in_order
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from octavo.server.message.grammars import GrammarError, JsonStyle, json_grammar
+from octavo.runtime.constraint import GrammarError
+from octavo.server.message.grammars import JsonStyle, json_grammar
 from octavo.server.message.patterns import DATE, PatternError, rust_pattern
 from octavo.server.message.schema import MAX_NESTING, normalized
 from octavo.server.message.schema_places import SchemaError
