@@ -3,11 +3,12 @@
     git worktree add ../old 873c544
     PYTHONPATH=src python -m benchmarks.cpu_versions --old ../old --rounds 5 MODEL [MODEL ...]
 
-Both run in this environment, each from its own source tree; a tree is named by the directory of a checkout. The servers
-of both versions are up at the same time, one idle while the other is measured, and each measurement of a round is made
-with both, one right after the other, the first one alternating: a slow minute of the machine falls on both. Start-up is
-measured before that, alternating too. The table has the median of each version and the median of the ratios round by
-round, new / old: above 1 is faster. `--quantize` compares the quantizer instead: seconds and peak memory of a GPTQ run.
+Both run in this environment, each from its own source tree; a tree is named by the directory of a checkout. Each round
+starts a server of each version, times it, and then measures both while both are up, one idle while the other works,
+one right after the other, the first one alternating: a slow minute of the machine falls on both. Servers are new in
+each round, since where a process finds its memory makes it up to a tenth faster or slower for as long as it lives. The
+table has medians, and the ratio of the medians, new / old: above 1 is faster. `--quantize` compares the quantizer
+instead: seconds and peak memory of a GPTQ run.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,28 +58,27 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def compare_servers(model: Path, trees: dict[str, Path], rounds: int) -> dict[str, Values]:
-    """Every measurement of every round with both versions, one right after the other."""
+    """Every measurement of every round with both versions, one right after the other, and how long each took to start."""
     values: dict[str, Values] = {version: {} for version in trees}
     servers = {
         version: replace(octavo_server(model.name, model), environment={"PYTHONPATH": str(tree / "src")})
         for version, tree in trees.items()
     }
-    with tempfile.TemporaryDirectory() as folder:
-        for number in range(rounds):
+    for number in range(rounds):
+        print(f"{model.name}, round {number + 1}", file=sys.stderr, flush=True)
+        with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+            urls = {}
             for version in alternating(trees, number):
-                with running(servers[version], Path(folder) / version) as run:
-                    values[version].setdefault("start, s", []).append(run.health_seconds)
-        with running(servers["old"], Path(folder) / "old") as old, running(servers["new"], Path(folder) / "new") as new:
-            urls = {"old": old.url, "new": new.url}
+                run = stack.enter_context(running(servers[version], Path(folder) / version))
+                values[version].setdefault("start, s", []).append(run.health_seconds)
+                urls[version] = run.url
             for url in urls.values():  # what is allocated or compiled on first use
                 measured(url, "decode", "--tokens", "16")
                 measured(url, "prefill", "--prompts", "1")
-            for number in range(rounds):
-                print(f"{model.name}, round {number + 1}", file=sys.stderr, flush=True)
-                for column, load in LOADS.items():
-                    for version in alternating(trees, number):
-                        speed = measured(urls[version], *load, "--seed", str(number))
-                        values[version].setdefault(column, []).append(speed)
+            for column, load in LOADS.items():
+                for version in alternating(trees, number):
+                    speed = measured(urls[version], *load, "--seed", str(number))
+                    values[version].setdefault(column, []).append(speed)
     return values
 
 
@@ -122,7 +123,7 @@ def quantized(model: Path, tree: Path, seed: int) -> dict[str, float]:
 
 
 def table(models: list[str], values: dict[tuple[str, str], Values]) -> str:
-    """Medians, and the median of the ratios: above 1 the new version is better, of seconds and memory too."""
+    """Medians and their ratio: above 1 the new version is better, of seconds and memory too."""
     columns = list(next(iter(values.values())))
     lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for model in models:
@@ -138,9 +139,8 @@ def table(models: list[str], values: dict[tuple[str, str], Values]) -> str:
 
 
 def _ratio(column: str, old: list[float], new: list[float]) -> float:
-    less_is_better = column.endswith((", s", ", MB"))
-    ratios = [a / b if less_is_better else b / a for a, b in zip(old, new, strict=True)]
-    return statistics.median(ratios)
+    ratio = statistics.median(new) / statistics.median(old)
+    return 1 / ratio if column.endswith((", s", ", MB")) else ratio
 
 
 if __name__ == "__main__":

@@ -61,14 +61,19 @@ class Grammars:
         weakref.finalize(self, _close, self.ready, self._bell)
         self._finished: SimpleQueue[Compiled] = SimpleQueue()
         self._prototypes: OrderedDict[str, Grammar] = OrderedDict()
+        self._vocabulary: Vocabulary | None = None
         self._tokenizer: LLTokenizer | None = None
-        self._problem = "the engine has no vocabulary to compile it with"
         self._num_compiling = 0
         self._thread = ThreadPoolExecutor(1, "octavo-grammars")
 
     def set_vocabulary(self, vocabulary: Vocabulary) -> None:
-        """Take the server's tokens; what is asked to be compiled afterwards is compiled with them."""
-        self._thread.submit(self._build, vocabulary)
+        """Take the server's tokens; what is asked to be compiled afterwards is compiled with them.
+
+        They are only kept: the first grammar makes llguidance's form of them, which many engines never need, and in
+        which up to half a second passes at a time without another thread's Python.
+        """
+        self._vocabulary = vocabulary
+        self._tokenizer = None
 
     def compile(self, request_id: str, text: str) -> None:
         """Begin to compile a request's grammar; it comes out of `finished`."""
@@ -84,12 +89,6 @@ class Grammars:
             self._num_compiling -= len(found)
         return found
 
-    def _build(self, vocabulary: Vocabulary) -> None:
-        try:
-            self._tokenizer = ll_tokenizer(vocabulary, self._vocab_size)
-        except Exception as error:  # told with each request that has a grammar
-            self._problem = f"the vocabulary can't be read: {error}"
-
     def _compile(self, request_id: str, text: str) -> None:
         try:
             self._finished.put(Compiled(request_id, self._prototype(text)))
@@ -100,8 +99,9 @@ class Grammars:
     def _prototype(self, text: str) -> Grammar:
         prototype = self._prototypes.pop(text, None)
         if prototype is None:
-            if self._tokenizer is None:
-                raise GrammarError(self._problem)
+            if self._vocabulary is None:
+                raise GrammarError("the engine has no vocabulary to compile it with")
+            self._tokenizer = self._tokenizer or ll_tokenizer(self._vocabulary, self._vocab_size)
             prototype = compiled(self._tokenizer, text)
         self._prototypes[text] = prototype
         if len(self._prototypes) > MAX_COMPILED:
@@ -204,27 +204,28 @@ def compiled(tokenizer: LLTokenizer, text: str) -> Grammar:
 def ll_tokenizer(vocabulary: Vocabulary, vocab_size: int) -> LLTokenizer:
     """llguidance's own form of a vocabulary: a trie of all tokens, in 0.1 to 1.3 seconds of one core.
 
-    Ids beyond the tokenizer's, as in padded heads, are no tokens.
+    Ids beyond the tokenizer's, as in padded heads, are no tokens; tokens beyond the head can't come.
     """
     from llguidance import LLTokenizer, TokenizerWrapper
 
-    if not vocabulary.end_ids:
+    end_ids = [token_id for token_id in vocabulary.end_ids if token_id < vocab_size]
+    if not end_ids:
         raise GrammarError("the model has no end token, which a grammar's end needs")
-    tokens = [*vocabulary.tokens, *[b""] * (vocab_size - len(vocabulary.tokens))]
+    tokens = [*vocabulary.tokens[:vocab_size], *[b""] * (vocab_size - len(vocabulary.tokens))]
     return LLTokenizer(
-        TokenizerWrapper(_Canonical(vocabulary, tokens)), n_vocab=vocab_size, eos_token=list(vocabulary.end_ids)
+        TokenizerWrapper(_Canonical(vocabulary, tokens, end_ids[0])), n_vocab=vocab_size, eos_token=end_ids
     )
 
 
 class _Canonical:
     """What llguidance asks of a tokenizer: the tokens' bytes, and how the model would write a text."""
 
-    def __init__(self, vocabulary: Vocabulary, tokens: list[bytes]) -> None:
+    def __init__(self, vocabulary: Vocabulary, tokens: list[bytes], end_id: int) -> None:
         from tokenizers import Tokenizer as Backend
 
         self.tokens = tokens
-        self.special_token_ids = vocabulary.special_ids
-        self.eos_token_id = vocabulary.end_ids[0]
+        self.special_token_ids = [token_id for token_id in vocabulary.special_ids if token_id < len(tokens)]
+        self.eos_token_id = end_id
         self.bos_token_id = None
         self._backend = Backend.from_str(vocabulary.tokenizer)
         self._mark = self._ids(_MARK)

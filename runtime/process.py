@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import zmq
 
+from octavo.collector import uncollected
 from octavo.runtime.arrivals import Arrivals
 from octavo.runtime.launch import EngineStart, heartbeat_address, remove_socket
 from octavo.runtime.messages import (
@@ -61,8 +62,8 @@ def main() -> int:
     link = Link(context, address)
     is_loaded = False
     try:
-        from octavo.runtime.startup import load_engine  # imports torch: seconds, within which a failure must be told
-
+        with uncollected():
+            from octavo.runtime.startup import load_engine  # imports torch: seconds, in which a failure must be told
         engine, ready = load_engine(start.config, start.spawn_time)
         is_loaded = True
         link.send(ready)

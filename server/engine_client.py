@@ -76,8 +76,6 @@ class Stream:
         self._error: str | None = None
 
     async def __aenter__(self) -> Stream:
-        if self._client._vocabulary is not None and any(each.params.constraint for each in self._requests):
-            await asyncio.shield(self._client._vocabulary)
         self._client._add(self, self._requests)
         return self
 
@@ -177,7 +175,6 @@ class EngineClient:
         self._finished: deque[float] = deque(maxlen=64)  # when the last requests were
         self._pings: dict[int, asyncio.Future[None]] = {}
         self._nonces = itertools.count(1)
-        self._vocabulary: asyncio.Task[None] | None = None
         self._ready: asyncio.Future[Ready] = self._loop.create_future()
         self._descriptor = self._socket.fileno()
         self._loop.add_reader(self._descriptor, self._receive)
@@ -234,12 +231,9 @@ class EngineClient:
             del self._pings[nonce]
         return True
 
-    def give_vocabulary(self, make: Callable[[], Vocabulary]) -> None:
-        """Send what the engine compiles grammars with, made in a thread; requests with a grammar wait for it."""
-        self._vocabulary = self._loop.create_task(self._send_vocabulary(make))
-
-    async def _send_vocabulary(self, make: Callable[[], Vocabulary]) -> None:
-        self._send(await asyncio.to_thread(make))
+    def give_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """Send what the engine compiles grammars with; it may still be loading."""
+        self._send(vocabulary)
 
     def reset_prefix_cache(self) -> None:
         """Ask the engine to forget cached prefixes."""
@@ -256,12 +250,11 @@ class EngineClient:
 
     async def close(self) -> None:
         """End the engine process, and this connection."""
+        self.on_death = None  # it is meant to end
         if self.death is None:
             self._send(Shutdown())
             self._die("the server is shutting down")
         self._silence.cancel()
-        if self._vocabulary is not None:
-            self._vocabulary.cancel()
         await asyncio.to_thread(self._engine.close)
         self._loop.remove_reader(self._descriptor)
         self._socket.close(linger=0)

@@ -42,21 +42,21 @@ class EngineStartError(RuntimeError):
 async def serve(
     engine: EngineProcess,
     renderer: TemplateRenderer,
-    find_formats: Callable[[], Awaitable[ModelFormats]],
+    prepare: Callable[[EngineClient], Awaitable[ModelFormats]],
     make_app: Callable[[EngineClient, Ready, ModelFormats], tuple[FastAPI, Metrics]],
     listener: Listener,
     options: ListenOptions,
 ) -> bool:
     """Serve until told to stop. Returns whether the engine was alive then.
 
-    find_formats compiles the chat template, and reads from it how the model writes calls, while the engine loads.
+    prepare is called while the engine loads.
 
     Raises EngineStartError, BindError, and ChatTemplateError for a template that can't be compiled.
     """
     client = EngineClient(engine, options.engine_timeout)
     stop = _Stop()
     try:
-        formats = asyncio.ensure_future(find_formats())
+        formats = asyncio.ensure_future(prepare(client))
         if not await stop.comes_before(_all_ready(client, formats)):
             app, metrics = make_app(client, await client.ready(), formats.result())
             log = StepLog(metrics)

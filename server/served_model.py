@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,16 +56,6 @@ class ServedModel:
         """The name in responses and metrics."""
         return self.names[0]
 
-    def vocabulary(self) -> Vocabulary:
-        """What the engine compiles grammars with; takes up to a second."""
-        tokenizer = self.tokenizer
-        return Vocabulary(
-            [tokenizer.token_bytes(token_id) for token_id in range(min(tokenizer.num_tokens, self.vocab_size))],
-            sorted(tokenizer.special_ids),
-            sorted(token_id for token_id in self.end_ids if token_id < self.vocab_size),
-            tokenizer.to_json(),
-        )
-
     def token_id(self, token: int | str) -> int | None:
         """The id of a token that a request names, by id or by text; None where there is none."""
         if isinstance(token, str):
@@ -83,6 +74,12 @@ class ServedModel:
             "max_model_len": self.max_model_len,
             "x_octavo": {"ignored_hints": sorted(ChatHints.model_fields)},
         }
+
+
+def vocabulary_of(tokenizer: Tokenizer, end_ids: Iterable[int]) -> Vocabulary:
+    """What the engine compiles grammars with; takes up to a second."""
+    tokens = [tokenizer.token_bytes(token_id) for token_id in range(tokenizer.num_tokens)]
+    return Vocabulary(tokens, sorted(tokenizer.special_ids), sorted(end_ids), tokenizer.to_json())
 
 
 def sampling_defaults(directory: Path, source: str, override: dict[str, float]) -> dict[str, float]:

@@ -6,6 +6,7 @@ Flags are vLLM's; SGLang's names for them are accepted too.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import logging
 import os
 import resource
@@ -13,11 +14,12 @@ import signal
 import ssl
 import sys
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from octavo.collector import uncollected
 from octavo.commands.failure import one_line
 from octavo.commands.serve_flags import ServeOptions, configure, engine_config, read_options
 from octavo.server.access import Access, api_keys, default_hosts
@@ -70,19 +72,20 @@ def _serve(options: ServeOptions, begun: float) -> bool:
     try:
         directory = _directory_of(model, options.model.revision)
         engine = start_engine(engine_config(options, directory))  # loads while the server's own modules are imported
-        import uvloop
-
-        from octavo.server.lifecycle import EngineStartError, serve
-        from octavo.server.listen_sockets import BindError
-        from octavo.text.chat_template import ChatTemplateError
-
         _allow_many_connections()
-        text = _text_side(options, directory)
-        text.renderer.start()
-        find_formats = _formats_finder(options.text, text)
-        make_app = _app_maker(options, text, begun, access)
+        with uncollected():
+            import uvloop
+
+            from octavo.server.lifecycle import EngineStartError, serve
+            from octavo.server.listen_sockets import BindError
+            from octavo.text.chat_template import ChatTemplateError
+
+            text = _text_side(options, directory)
+            text.renderer.start()
+            prepare = _preparation(options.text, text)
+            make_app = _app_maker(options, text, begun, access)
         try:
-            return uvloop.run(serve(engine, text.renderer, find_formats, make_app, listener, options.listen))
+            return uvloop.run(serve(engine, text.renderer, prepare, make_app, listener, options.listen))
         except (EngineStartError, BindError) as error:
             raise ServeError(str(error)) from error
         except ChatTemplateError as error:
@@ -179,23 +182,29 @@ def _text_side(options: ServeOptions, directory: Path) -> _TextSide:
     return _TextSide(tokenizer, renderer, defaults, end_ids)
 
 
-def _formats_finder(options: TextOptions, text: _TextSide) -> Callable[[], Awaitable[ModelFormats]]:
-    """What compiles the chat template and reads from it how the model writes calls and reasoning."""
+def _preparation(options: TextOptions, text: _TextSide) -> Callable[[EngineClient], Awaitable[ModelFormats]]:
+    """What is done while the engine loads: the vocabulary is made and sent, the chat template compiled, and how the
+    model writes calls and reasoning read from it.
+    """
     from octavo.server.message.model_formats import find_formats
+    from octavo.server.served_model import vocabulary_of
 
-    special = {text.tokenizer.token_name(token_id): token_id for token_id in text.tokenizer.special_ids}
+    tokenizer = text.tokenizer
+    special = {tokenizer.token_name(token_id): token_id for token_id in tokenizer.special_ids}
 
-    async def find() -> ModelFormats:
+    async def prepare(client: EngineClient) -> ModelFormats:
+        client.give_vocabulary(await asyncio.to_thread(vocabulary_of, tokenizer, text.end_ids))
         await text.renderer.check()
         return await find_formats(text.renderer, special, options.tool_call_parser, options.reasoning_parser)
 
-    return find
+    return prepare
 
 
 def _app_maker(
     options: ServeOptions, text: _TextSide, begun: float, access: Access
 ) -> Callable[[EngineClient, Ready, ModelFormats], tuple[FastAPI, Metrics]]:
     """What makes the app when the engine is ready, and prints the report of the start."""
+    from octavo.commands.serve_report import print_report
     from octavo.server.app import build_app
     from octavo.server.metrics import Metrics
     from octavo.server.served_model import ServedModel
@@ -221,7 +230,6 @@ def _app_maker(
             formats=formats,
         )
         metrics = Metrics(model.name, ready, _cache_facts(options.engine, ready))
-        client.give_vocabulary(model.vocabulary)
         app = build_app(model, client, metrics, options.server, access)
         print_report(ready, time.monotonic() - begun, formats.lines())
         return app, metrics
@@ -250,33 +258,3 @@ def _cache_facts(config: EngineConfig, ready: Ready) -> dict[str, str]:
         "cache_dtype": ready.report.kv_cache_dtype,
         "enable_prefix_caching": str(config.enable_prefix_caching),
     }
-
-
-def print_report(ready: Ready, seconds: float, notes: Sequence[str]) -> None:
-    """Print what runs, by which kernels, in how much memory, and how long each phase of the start took."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from octavo.quant.printable import printable
-
-    report = ready.report
-    console = Console(soft_wrap=True, markup=False)
-    table = Table(title=f"{report.architecture}, {report.dtype} on {report.device}", title_justify="left")
-    for heading in ("layers", "scheme", "body"):
-        table.add_column(heading)
-    for row in report.layers:
-        table.add_row(*map(printable, row))
-    console.print(table)
-    for note in notes:
-        console.print(printable(note))
-    tokens = ready.num_blocks * ready.block_size
-    console.print(
-        f"weights {report.weight_bytes / 1e6:,.1f} MB; KV cache {report.kv_cache_bytes / 1e6:,.1f} MB in "
-        f"{report.kv_cache_dtype}: {ready.num_blocks:,} blocks of {ready.block_size}, {tokens:,} tokens; "
-        f"max_model_len {ready.max_model_len:,}",
-        highlight=False,
-    )
-    phases = ", ".join(f"{phase} {duration:.2f}" for phase, duration in report.seconds.items())
-    console.print(f"ready after {seconds:.2f} s (the engine: {phases})", highlight=False)
-    for note in report.notes:
-        console.print(f"note: {printable(note)}", style="yellow", highlight=False)

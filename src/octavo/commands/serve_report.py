@@ -1,0 +1,36 @@
+"""What `octavo serve` prints when it is ready."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from octavo.quant.printable import printable
+from octavo.runtime.messages import Ready
+
+
+def print_report(ready: Ready, seconds: float, notes: Sequence[str]) -> None:
+    """Print what runs, by which kernels, in how much memory, and how long each phase of the start took."""
+    report = ready.report
+    console = Console(soft_wrap=True, markup=False)
+    table = Table(title=f"{report.architecture}, {report.dtype} on {report.device}", title_justify="left")
+    for heading in ("layers", "scheme", "body"):
+        table.add_column(heading)
+    for row in report.layers:
+        table.add_row(*map(printable, row))
+    console.print(table)
+    for note in notes:
+        console.print(printable(note))
+    tokens = ready.num_blocks * ready.block_size
+    console.print(
+        f"weights {report.weight_bytes / 1e6:,.1f} MB; KV cache {report.kv_cache_bytes / 1e6:,.1f} MB in "
+        f"{report.kv_cache_dtype}: {ready.num_blocks:,} blocks of {ready.block_size}, {tokens:,} tokens; "
+        f"max_model_len {ready.max_model_len:,}",
+        highlight=False,
+    )
+    phases = ", ".join(f"{phase} {duration:.2f}" for phase, duration in report.seconds.items())
+    console.print(f"ready after {seconds:.2f} s (the engine: {phases})", highlight=False)
+    for note in report.notes:
+        console.print(f"note: {printable(note)}", style="yellow", highlight=False)
