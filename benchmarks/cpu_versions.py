@@ -58,7 +58,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def compare_servers(model: Path, trees: dict[str, Path], rounds: int) -> dict[str, Values]:
-    """Every measurement of every round with both versions, one right after the other, and how long each took to start."""
+    """Each round's seconds to start, and measurements with both versions, one right after the other."""
     values: dict[str, Values] = {version: {} for version in trees}
     servers = {
         version: replace(octavo_server(model.name, model), environment={"PYTHONPATH": str(tree / "src")})

@@ -1,8 +1,12 @@
-"""Every error that a client sees, in OpenAI's shape: {"error": {"message", "type", "param", "code"}}."""
+"""Every error that a client sees, in the shape of the dialect whose path it asked for.
+
+OpenAI's, {"error": {"message", "type", "param", "code"}}, is everybody's who has none of their own.
+"""
 
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -12,6 +16,8 @@ from fastapi.responses import Response
 from pydantic import BaseModel
 from pydantic_core import PydanticCustomError
 from starlette.exceptions import HTTPException
+
+Json = dict[str, Any]
 
 _TYPES = {
     401: "authentication_error",
@@ -59,10 +65,9 @@ class ApiError(Exception):
         self.code = code
         self.headers = headers or {}
 
-    @property
-    def body(self) -> dict[str, Any]:
-        """The response's body; also what a stream sends when it breaks off."""
-        return error_body(self.status, self.message, self.param, self.code)
+    def body(self, path: str = "") -> Json:
+        """The response's body at this path; also what a stream sends when it breaks off."""
+        return error_body(self.status, self.message, self.param, self.code, path)
 
 
 def bad_request(message: str, param: str | None = None) -> ApiError:
@@ -82,21 +87,32 @@ def field_error(name: str, message: str) -> PydanticCustomError:
 
 
 def error_body(
-    status: int, message: str, param: str | None = None, code: str | int | None = None
-) -> dict[str, dict[str, str | int | None]]:
-    """OpenAI's shape; `code` is the status where there is no better name."""
+    status: int, message: str, param: str | None = None, code: str | int | None = None, path: str = ""
+) -> Json:
+    """An error in the shape of the dialect at this path; `code` is the status where there is no better name."""
+    shape = next((shape for prefix, shape in SHAPES.items() if path.startswith(prefix)), openai_error)
+    return shape(status, message, param, status if code is None else code)
+
+
+def openai_error(status: int, message: str, param: str | None, code: str | int) -> Json:
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": status if code is None else code}}
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def error_json(status: int, message: str, param: str | None = None, code: str | None = None) -> bytes:
+SHAPES: dict[str, Callable[[int, str, str | None, str | int], Json]] = {}
+"""How errors look below a path, where it isn't as OpenAI's do."""
+
+
+def error_json(status: int, message: str, param: str | None = None, code: str | None = None, path: str = "") -> bytes:
     """The body as it is sent."""
-    return msgspec.json.encode(error_body(status, message, param, code))
+    return msgspec.json.encode(error_body(status, message, param, code, path))
 
 
-def error_response(status: int, message: str, param: str | None = None, code: str | None = None) -> Response:
+def error_response(
+    status: int, message: str, param: str | None = None, code: str | None = None, path: str = ""
+) -> Response:
     """An error as a whole response."""
-    return Response(error_json(status, message, param, code), status_code=status, media_type="application/json")
+    return Response(error_json(status, message, param, code, path), status_code=status, media_type="application/json")
 
 
 RESPONSES: dict[int | str, dict[str, Any]] = {
@@ -115,25 +131,25 @@ def install(app: FastAPI) -> None:
     """Make every exception under a route an answer in this shape."""
 
     @app.exception_handler(ApiError)
-    async def api_error(_: Request, error: ApiError) -> Response:
-        response = error_response(error.status, error.message, error.param, error.code)
+    async def api_error(http: Request, error: ApiError) -> Response:
+        response = error_response(error.status, error.message, error.param, error.code, http.url.path)
         response.headers.update(error.headers)
         return response
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> Response:
+    async def invalid(http: Request, error: RequestValidationError) -> Response:
         message, param = explain(error.errors()[0])
-        return error_response(400, message, param)
+        return error_response(400, message, param, path=http.url.path)
 
     @app.exception_handler(HTTPException)
-    async def http_error(_: Request, error: HTTPException) -> Response:
-        response = error_response(error.status_code, str(error.detail))
+    async def http_error(http: Request, error: HTTPException) -> Response:
+        response = error_response(error.status_code, str(error.detail), path=http.url.path)
         response.headers.update(error.headers or {})
         return response
 
     @app.exception_handler(Exception)
-    async def unexpected(_: Request, error: Exception) -> Response:
-        return error_response(500, f"internal error: {type(error).__name__}")
+    async def unexpected(http: Request, error: Exception) -> Response:
+        return error_response(500, f"internal error: {type(error).__name__}", path=http.url.path)
 
 
 def explain(error: dict[str, Any]) -> tuple[str, str | None]:

@@ -7,7 +7,7 @@ Gauges are the engine's own, from its last step. Times are the server's: what a 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -107,7 +107,7 @@ class Metrics:
         self._labels = labels
         self._totals: EngineStats | None = None
 
-    def hints(self, names: Sequence[str]) -> None:
+    def hints(self, names: Iterable[str]) -> None:
         """A request set these fields, which change nothing."""
         for name in names:
             self._hints.labels(**self._labels, field=name).inc()

@@ -32,7 +32,7 @@ class Authentication:
         if scope["type"] != "http" or scope["path"] in self._open or scope["method"] == "OPTIONS" or self._fits(scope):
             await self._app(scope, receive, send)
             return
-        response = error_response(401, "the API key is missing or wrong: Authorization: Bearer KEY")
+        response = error_response(401, "the API key is missing or wrong: Authorization: Bearer KEY", path=scope["path"])
         response.headers["WWW-Authenticate"] = "Bearer"
         await response(scope, receive, send)
 
@@ -94,6 +94,6 @@ class AllowedHosts:
                     f"the Host header is {given[:80]!r}, and this server answers to {self._shown}; --allowed-hosts "
                     "names what it answers to, and * is any"
                 )
-                await error_response(421, message)(scope, receive, send)
+                await error_response(421, message, path=scope["path"])(scope, receive, send)
                 return
         await self._app(scope, receive, send)

@@ -7,23 +7,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.responses import Response
 
 from octavo.server.admission import Admission, QueueLimits, timeout_of
-from octavo.server.dialects.openai import Answer, events
 from octavo.server.encoding import JsonResponse, encode_in_turns
 from octavo.server.engine_client import EngineClient
 from octavo.server.errors import ApiError
-from octavo.server.generation import fold, generate
-from octavo.server.hints import hints_in
+from octavo.server.generation import Choice, Delta, Steps, fold, generate
 from octavo.server.metrics import Metrics
 from octavo.server.served_model import ServedModel
-from octavo.server.streaming import EventStream
+from octavo.server.streaming import SERVER_SENT, EventStream, Framing
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +30,26 @@ LONG_BODY = 1 << 16  # bytes
 VERY_LONG_BODY = 1 << 20
 
 T = TypeVar("T")
+
+
+class Answer(ABC):
+    """One HTTP request's answer under way, in some dialect.
+
+    streams: whether it is sent as it comes. hints: the request's fields that were passed over.
+    """
+
+    choices: list[Choice]
+    streams: bool
+    hints: list[str]
+    framing: Framing = SERVER_SENT
+
+    @abstractmethod
+    def whole(self, deltas: list[Delta]) -> dict[str, Any]:
+        """The response, of all choices' joined deltas in order. Its long arrays are generators."""
+
+    @abstractmethod
+    def events(self, steps: Steps) -> AsyncGenerator[bytes, None]:
+        """The pieces of a stream: what each step brought, in one piece, and what follows the last one."""
 
 
 class Service:
@@ -62,18 +81,20 @@ class Service:
 
     async def respond(self, http: Request, answer: Answer) -> Response:
         """Generate the answer and send it, whole or as events."""
-        request = answer.request
-        self._metrics.hints(hints_in(request))
-        if self._log_requests:
-            params = answer.choices[0].request.params
-            logger.info("%s: %d choices, %s", http.url.path, len(answer.choices), params)
-        lengths = [len(choice.request.token_ids) for choice in answer.choices]
-        ticket = self._admission.admit(lengths, timeout_of(http.headers.get("x-request-timeout")))
-        steps = generate(answer.choices, self._client, self._metrics, ticket)
-        if request.stream:
-            return EventStream(events(answer, steps))
+        steps = self.steps(http, answer.choices, answer.hints)
+        if answer.streams:
+            return EventStream(answer.events(steps), answer.framing)
         deltas = await fold(steps, len(answer.choices))
         return JsonResponse(*await encode_in_turns(answer.whole(deltas)))
+
+    def steps(self, http: Request, choices: Sequence[Choice], hints: Iterable[str]) -> Steps:
+        """Admit the request, or raise ApiError; what its choices' answers are then comes step by step."""
+        self._metrics.hints(hints)
+        if self._log_requests:
+            logger.info("%s: %d choices, %s", http.url.path, len(choices), choices[0].request.params)
+        lengths = [len(choice.request.token_ids) for choice in choices]
+        ticket = self._admission.admit(lengths, timeout_of(http.headers.get("x-request-timeout")))
+        return generate(choices, self._client, self._metrics, ticket)
 
     async def off_loop(self, http: Request, work: Callable[[], T], weight: int = 1) -> T:
         """Do work whose time grows with the prompt: at once for a short body, in a thread for a longer one.

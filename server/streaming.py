@@ -10,13 +10,14 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import TypeVar
 
 from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from octavo.server.encoding import encode_json
-from octavo.server.errors import ApiError, error_body
+from octavo.server.errors import ApiError
 
 logger = logging.getLogger(__name__)
 
@@ -25,20 +26,33 @@ T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
 
 
+@dataclass(frozen=True)
+class Framing:
+    """How a dialect's streams are written: the media type, what an error is as a last piece, and what ends each."""
+
+    media_type: str
+    error: Callable[[ApiError], bytes]
+    end: bytes = b""
+
+
 def event(content: object) -> bytes:
     """One server-sent event."""
     return b"data: " + encode_json(content) + b"\n\n"
 
 
+SERVER_SENT = Framing("text/event-stream", lambda error: event(error.body()), DONE)
+"""OpenAI's older dialects and vLLM: events without names, [DONE] at the end, behind an error too."""
+
+
 class EventStream(Response):
-    """Events as they come. An ApiError becomes a last event with the error object; then [DONE], as vLLM has it."""
+    """Events as they come. An ApiError becomes a last one."""
 
-    media_type = "text/event-stream"
-
-    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
-        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+    def __init__(self, events: AsyncGenerator[bytes, None], framing: Framing = SERVER_SENT) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(headers=headers, media_type=framing.media_type)
         del self.headers["content-length"]
         self._events = events
+        self._framing = framing
 
     async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
@@ -49,12 +63,13 @@ class EventStream(Response):
             try:
                 async for chunk in events:
                     await send({"type": "http.response.body", "body": chunk, "more_body": True})
-                last = DONE
+                last = b""
             except ApiError as error:
-                last = event(error.body) + DONE
+                last = self._framing.error(error)
             except Exception as error:
                 logger.exception("a stream broke off")
-                last = event(error_body(500, f"internal error: {type(error).__name__}")) + DONE
+                last = self._framing.error(ApiError(500, f"internal error: {type(error).__name__}"))
+        last += self._framing.end
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
 

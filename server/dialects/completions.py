@@ -21,7 +21,7 @@ from octavo.server.dialects.fields import (
     TokenId,
 )
 from octavo.server.dialects.logprobs import completion_logprobs
-from octavo.server.dialects.openai import Json, about_prompt, head, request_id_of
+from octavo.server.dialects.openai import Json, OpenAIAnswer, about_prompt, head, request_id_of
 from octavo.server.errors import RESPONSES, bad_request, field_error
 from octavo.server.generation import Delta, make_choices, usage_of
 from octavo.server.message.parts import text_of
@@ -124,7 +124,7 @@ def prompts_of(request: CompletionRequest, model: ServedModel) -> list[Prompt]:
     return prompts
 
 
-class CompletionAnswer:
+class CompletionAnswer(OpenAIAnswer):
     """POST /v1/completions. With echo, the prompt stands before the answer, its log-probabilities before the answer's.
 
     The echoed text is the tokens', special ones written out, without those that the tokenizer put before the client's
@@ -132,8 +132,8 @@ class CompletionAnswer:
     """
 
     def __init__(self, request: CompletionRequest, prompts: list[Prompt], model: ServedModel, name: str) -> None:
-        self.request = request
-        self.choices = make_choices(prompts, request, wanted_of(request), model)
+        super().__init__(request, make_choices(prompts, request, wanted_of(request), model))
+        self._asked = request
         self._model = model
         self._head = head(f"cmpl-{name}", "text_completion", request, model)
         self._echoes = [_echo(prompt, model) for prompt in prompts] if request.echo else []
@@ -151,7 +151,7 @@ class CompletionAnswer:
         return {**self._head, "choices": choices}
 
     def _choice(self, delta: Delta) -> Json:
-        request = self.request
+        request = self._asked
         tokenizer = self._model.tokenizer
         prompt_ids = self.choices[delta.index].request.token_ids
         text = text_of(delta.parts)

@@ -6,9 +6,10 @@ One delta is rendered in the same way whether it is a step's or, all of a choice
 from __future__ import annotations
 
 import time
+from abc import abstractmethod
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any, Protocol
+from typing import Any
 
 from fastapi import Request
 
@@ -16,51 +17,48 @@ from octavo.server.dialects.fields import GenerationRequest
 from octavo.server.dialects.logprobs import prompt_logprobs
 from octavo.server.encoding import encode_in_turns
 from octavo.server.generation import Choice, Delta, Steps, usage_of
+from octavo.server.hints import hints_in
 from octavo.server.served_model import ServedModel
+from octavo.server.service import Answer
 from octavo.server.streaming import event
 
 Json = dict[str, Any]
 
 
-class Answer(Protocol):
-    """One HTTP request's answer under way."""
+class OpenAIAnswer(Answer):
+    """An answer that is sent as chunks around choices."""
 
-    @property
-    def request(self) -> GenerationRequest: ...
+    def __init__(self, request: GenerationRequest, choices: list[Choice]) -> None:
+        self.request = request
+        self.choices = choices
+        self.streams = bool(request.stream)
+        self.hints = hints_in(request)
 
-    @property
-    def choices(self) -> list[Choice]: ...
-
-    def whole(self, deltas: list[Delta]) -> Json:
-        """The response, of all choices' joined deltas in order. Its long arrays are generators."""
-        ...
-
+    @abstractmethod
     def chunks(self, delta: Delta) -> list[Json]:
         """The chunks that a delta is sent as, whole; none where there is nothing to say yet."""
-        ...
 
+    @abstractmethod
     def frame(self, choices: list[Json]) -> Json:
         """A chunk around these choices."""
-        ...
 
-
-async def events(answer: Answer, steps: Steps) -> AsyncGenerator[bytes, None]:
-    """Server-sent events: the chunks of a step in one piece; at the end the usage, if it was asked for."""
-    options = answer.request.stream_options
-    counts_tokens = options is not None and bool(options.include_usage)
-    counts_always = counts_tokens and options is not None and bool(options.continuous_usage_stats)
-    async with aclosing(steps):
-        async for deltas in steps:
-            frames = [chunk for delta in deltas for chunk in answer.chunks(delta)]
-            if counts_always:
-                counted = {"usage": usage_of(answer.choices).as_json()}
-                frames = [frame | counted for frame in frames]
-            if any(delta.prompt_logprobs is not None for delta in deltas):  # echoed with the prompt: perhaps long
-                yield b"".join([await _event_in_turns(frame) for frame in frames])
-            elif frames:
-                yield b"".join(map(event, frames))
-    if counts_tokens:
-        yield event(answer.frame([]) | {"usage": usage_of(answer.choices).as_json()})
+    async def events(self, steps: Steps) -> AsyncGenerator[bytes, None]:
+        """The chunks of a step in one piece; at the end the usage, if it was asked for."""
+        options = self.request.stream_options
+        counts_tokens = options is not None and bool(options.include_usage)
+        counts_always = counts_tokens and options is not None and bool(options.continuous_usage_stats)
+        async with aclosing(steps):
+            async for deltas in steps:
+                frames = [chunk for delta in deltas for chunk in self.chunks(delta)]
+                if counts_always:
+                    counted = {"usage": usage_of(self.choices).as_json()}
+                    frames = [frame | counted for frame in frames]
+                if any(delta.prompt_logprobs is not None for delta in deltas):  # echoed with the prompt: perhaps long
+                    yield b"".join([await _event_in_turns(frame) for frame in frames])
+                elif frames:
+                    yield b"".join(map(event, frames))
+        if counts_tokens:
+            yield event(self.frame([]) | {"usage": usage_of(self.choices).as_json()})
 
 
 async def _event_in_turns(frame: Json) -> bytes:

@@ -19,9 +19,9 @@ from socket_app import connected
 
 from octavo.server import bodies, errors
 from octavo.server.bodies import LARGE, UNCOUNTED, Bodies
+from octavo.server.dialects.chat_request import ChatCompletionRequest
 from octavo.server.dialects.completions import CompletionRequest
 from octavo.server.dialects.conversation import MAX_PARTS, MAX_TEMPLATE_DATA
-from octavo.server.dialects.openai_chat import ChatCompletionRequest
 from octavo.server.dialects.tokens import TokenizeRequest
 from octavo.server.encoding import encode_json
 from octavo.server.errors import ApiError

@@ -13,11 +13,12 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import ValidationError
 
 from octavo.runtime.messages import TokenOutput
+from octavo.server.dialects.chat_request import ChatCompletionRequest, wanted_of
 from octavo.server.dialects.conversation import render_request
-from octavo.server.dialects.openai_chat import ChatAnswer, ChatCompletionRequest
+from octavo.server.dialects.openai_chat import ChatAnswer
 from octavo.server.dialects.tools import reading_of, shown_tools
 from octavo.server.errors import ApiError
-from octavo.server.generation import Delta
+from octavo.server.generation import Delta, make_choices
 from octavo.server.message.format import ReasoningFormat
 from octavo.server.message.infer import Inference
 from octavo.server.message.model_formats import ModelFormats, check_names
@@ -85,7 +86,8 @@ def deltas(answer: ChatAnswer, text: str, finish: str = "stop", step: int = 1) -
 def answer_to(body: ChatCompletionRequest, prompt: str = "user: Hi") -> ChatAnswer:
     served = model()
     reading = reading_of(prompt, body, body.messages, served)
-    return ChatAnswer(body, Prompt(TOKENIZER.encode(prompt)), served, "x", reading)
+    choices = make_choices([Prompt(TOKENIZER.encode(prompt))], body, wanted_of(body), served, reading)
+    return ChatAnswer(body, choices, served, "x")
 
 
 def streamed(text: str, finish: str = "stop", step: int = 1, **fields: Any) -> tuple[dict[str, Any], str | None]:
@@ -225,7 +227,8 @@ SCHEMA = {"response_format": {"type": "json_object"}, "tools": None}
 def constrained(found: Inference, prompt: str, **fields: Any) -> ChatAnswer:
     asked = request(**SCHEMA | fields)
     served = model(found)
-    return ChatAnswer(asked, Prompt([5]), served, "a", reading_of(prompt, asked, asked.messages, served))
+    reading = reading_of(prompt, asked, asked.messages, served)
+    return ChatAnswer(asked, make_choices([Prompt([5])], asked, wanted_of(asked), served, reading), served, "a")
 
 
 def test_a_constraint_holds_behind_the_reasoning_that_the_prompt_has_opened() -> None:

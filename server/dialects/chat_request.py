@@ -1,0 +1,84 @@
+"""A conversation to answer: chat completions' request, which all dialects of conversations are turned into.
+
+`begin` is the way from it to the choices that the engine works on.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from fastapi import Request
+from pydantic import BeforeValidator, Field, model_validator
+
+from octavo.server.dialects.conversation import ChatOptions, bounded_json, chat_token_ids, render_request, rendered
+from octavo.server.dialects.fields import Count, Flag, GenerationRequest
+from octavo.server.dialects.tools import ToolOptions, reading_of, shown_tools
+from octavo.server.errors import field_error
+from octavo.server.generation import Choice, make_choices
+from octavo.server.hints import ChatHints
+from octavo.server.prompts import Prompt, Wanted, check_total, fitted
+from octavo.server.served_model import ServedModel
+from octavo.server.service import Service
+
+
+class ChatCompletionRequest(ChatHints, ToolOptions, ChatOptions, GenerationRequest):
+    """POST /v1/chat/completions."""
+
+    max_tokens: Annotated[Count, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[Count, Field(ge=1)] | None = None
+    logprobs: Flag | None = None
+    top_logprobs: Count | None = None
+    echo: Flag = False
+    documents: Annotated[list[dict[str, Any]], Field(fail_fast=True), BeforeValidator(bounded_json)] | None = None
+    # not supported: accepted only where they ask for nothing
+    functions: None = None
+    function_call: Literal["none"] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=1, fail_fast=True)] | None = None
+    audio: None = None
+    prediction: None = None
+    web_search_options: None = None
+    reasoning_effort: None = None
+    thinking_token_budget: None = None
+    mm_processor_kwargs: None = None
+
+    @model_validator(mode="after")
+    def _check_logprobs(self) -> ChatCompletionRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise field_error("top_logprobs", "top_logprobs needs logprobs: true")
+        return self
+
+
+async def begin(body: ChatCompletionRequest, http: Request, service: Service) -> list[Choice]:
+    """The answers to a conversation at their beginning. Raises ApiError.
+
+    The template is rendered, the prompt tokenized, and the way in which the answer is read decided.
+    """
+    service.check(body.model)
+    model = service.model
+    asked = await service.off_loop(http, lambda: render_request(body, model, body.documents, shown_tools(body, model)))
+    text = await rendered(asked, model)
+    reading = reading_of(text, body, body.messages, model)
+
+    def choices() -> list[Choice]:
+        return make_choices([prompt_of(text, body, model)], body, wanted_of(body), model, reading)
+
+    return await service.off_loop(http, choices, body.work_of_a_byte)
+
+
+def wanted_of(request: ChatCompletionRequest) -> Wanted:
+    """The limit under its new name, or its old one; log-probabilities as chat asks for them."""
+    logprobs = (request.top_logprobs or 0) if request.logprobs else None
+    limit = request.max_tokens
+    limit_name = "max_tokens"
+    if request.max_completion_tokens is not None:
+        limit = request.max_completion_tokens
+        limit_name = "max_completion_tokens"
+    return Wanted(limit, logprobs, request.prompt_logprobs, limit_name, "top_logprobs")
+
+
+def prompt_of(text: str, request: ChatCompletionRequest, model: ServedModel) -> Prompt:
+    """The prompt out of the text that the chat template made of the messages."""
+    ids = chat_token_ids(text, request, model, must_fit=request.truncate_prompt_tokens is None)
+    prompt = Prompt(fitted(ids, request, wanted_of(request), model, "messages"))
+    check_total([prompt], request, "messages")
+    return prompt
