@@ -22,10 +22,11 @@ ALLOWED = [
 ]
 
 
-def resolve_model(model: str, revision: str | None = None) -> Path:
+def resolve_model(model: str, revision: str | None = None, cache: str | None = None) -> Path:
     """The directory of `model`: the path itself if it is a directory, else the snapshot of that Hub id.
 
-    The snapshot is downloaded if it isn't cached. Honors HF_HOME, HF_TOKEN and HF_HUB_OFFLINE, as huggingface_hub does.
+    The snapshot is downloaded if it isn't in `cache`, or in the Hub's own one. Honors HF_HOME, HF_TOKEN and
+    HF_HUB_OFFLINE, as huggingface_hub does.
     Raises CheckpointError if `model` is neither.
     """
     path = Path(model).expanduser()
@@ -42,7 +43,7 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=ALLOWED))
+        return Path(snapshot_download(model, revision=revision, cache_dir=cache, allow_patterns=ALLOWED))
     except HFValidationError as e:
         _refuse(f"{model} is neither a directory nor a Hub id: {e}", e)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:

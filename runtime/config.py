@@ -11,13 +11,17 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from octavo.flags import parse_size
+from octavo.flags import parse_count, parse_size
 from octavo.quant.scheme import KV_SHORT_NAMES
 from octavo.runtime.scheduling.plan import Policy
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "fp8", "int8", "int4"]
 Count = Annotated[int, Meta(ge=1)]
 KVCacheDtype = Literal["auto", "float32", "bfloat16", "float16", "fp8_e4m3", "int8"]
+
+
+def _parse_length(text: str) -> int | None:
+    return None if text in ("auto", "-1") else parse_count(text)
 
 
 class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -32,7 +36,11 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         Meta(
             description="what to compute in; fp8, int8 and int4 quantize an unquantized checkpoint while loading it, "
             "and compute in its own type",
-            extra={"group": "model", "default": "auto: the checkpoint's own type, on a CPU bfloat16"},
+            extra={
+                "group": "model",
+                "default": "auto: the checkpoint's own type, on a CPU bfloat16",
+                "spellings": {"half": "float16", "float": "float32"},
+            },
         ),
     ] = "auto"
     lm_head_dtype: Annotated[
@@ -75,6 +83,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
                 "group": "KV cache and batching",
                 "aliases": ("--context-length",),
                 "metavar": "N",
+                "parse": _parse_length,
                 "default": "what the model says, less if the cache holds less",
             },
         ),
@@ -106,7 +115,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
             gt=0,
             le=1,
             description="share of a GPU's memory for weights and KV cache together",
-            extra={"aliases": ("--mem-fraction-static",), "metavar": "SHARE"},
+            extra={"aliases": ("--mem-fraction-static", "--device-memory-utilization"), "metavar": "SHARE"},
         ),
     ] = 0.9
     num_blocks: Annotated[
@@ -132,7 +141,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         Meta(
             ge=1,
             description="tokens of one step; longer prompts are prefilled in chunks",
-            extra={"aliases": ("--chunked-prefill-size",), "metavar": "N"},
+            extra={"aliases": ("--chunked-prefill-size",), "metavar": "N", "parse": parse_count},
         ),
     ] = 2048
     enable_prefix_caching: Annotated[

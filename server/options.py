@@ -87,6 +87,20 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True):
             extra={"metavar": "REVISION", "default": "its main branch"},
         ),
     ] = None
+    download_dir: Annotated[
+        str | None,
+        Meta(
+            description="where snapshots of Hub ids are kept, and looked for",
+            extra={"metavar": "DIR", "default": "the cache of huggingface_hub"},
+        ),
+    ] = None
+    config: Annotated[
+        str | None,
+        Meta(
+            description="a YAML file of these options, without their dashes; the command line wins",
+            extra={"metavar": "FILE"},
+        ),
+    ] = None
     tokenizer: Annotated[
         str | None,
         Meta(
@@ -145,9 +159,6 @@ class TextOptions(msgspec.Struct, frozen=True, kw_only=True):
             extra={"metavar": "NAME", "default": "inferred from the chat template"},
         ),
     ] = None
-    enable_auto_tool_choice: Annotated[
-        bool, Meta(description="accepted for vLLM's command lines: tool calls are read wherever a request brings tools")
-    ] = False
     trust_request_chat_template: Annotated[
         bool,
         Meta(description="let requests bring a template of their own, which is code, though sandboxed and limited"),
@@ -176,13 +187,6 @@ class TextOptions(msgspec.Struct, frozen=True, kw_only=True):
             extra={"metavar": "JSON", "parse": _parse_structured_outputs, "default": "any JSON that the schema allows"},
         ),
     ] = StructuredOutputsConfig()
-    grammar_backend: Annotated[
-        Literal["llguidance", "xgrammar", "outlines", "guidance", "auto"],
-        Meta(
-            description="taken for start lines of SGLang's and vLLM's: grammars are llguidance's, whatever it says",
-            extra={"aliases": ("--guided-decoding-backend",)},
-        ),
-    ] = "llguidance"
     max_logprobs: Annotated[
         int,
         Meta(
@@ -233,7 +237,10 @@ class ListenOptions(msgspec.Struct, frozen=True, kw_only=True):
     ] = False
     uvicorn_log_level: Annotated[
         Literal["critical", "error", "warning", "info", "debug"],
-        Meta(description="level of the HTTP server's log", extra={"group": "logs", "aliases": ("--log-level",)}),
+        Meta(
+            description="level of the HTTP server's log",
+            extra={"group": "logs", "aliases": ("--log-level", "--log-level-http")},
+        ),
     ] = "warning"
     disable_uvicorn_access_log: Annotated[bool, Meta(description="no line for each request at level info")] = False
     disable_log_stats: Annotated[bool, Meta(description="no line of statistics every ten seconds")] = False
@@ -288,14 +295,14 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
         Meta(
             description="answers that may wait for the engine beyond the --max-num-seqs that it computes; what exceeds "
             "them gets 429 with Retry-After",
-            extra={"metavar": "N", "default": "no limit"},
+            extra={"metavar": "N", "default": "no limit", "aliases": ("--max-num-queued-reqs",)},
         ),
     ] = None
     max_queued_tokens: Annotated[
         Annotated[int, Meta(ge=1)] | None,
         Meta(
             description="tokens of the prompts of answers that have not begun; what exceeds them gets 429",
-            extra={"metavar": "N", "default": "no limit"},
+            extra={"metavar": "N", "default": "no limit", "aliases": ("--max-num-queued-tokens",)},
         ),
     ] = None
     queue_timeout: Annotated[
@@ -308,9 +315,16 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
     ] = None
     root_path: Annotated[
         str,
-        Meta(description="prefix that a proxy in front strips from paths", extra={"metavar": "PATH"}),
+        Meta(
+            description="prefix that a proxy in front strips from paths",
+            extra={"metavar": "PATH", "aliases": ("--fastapi-root-path",)},
+        ),
     ] = ""
     disable_fastapi_docs: Annotated[bool, Meta(description="no /docs and no /openapi.json")] = False
     enable_log_requests: Annotated[
-        bool, Meta(description="a line for each request, without its text", extra={"group": "logs"})
+        bool,
+        Meta(
+            description="a line for each request, without its text",
+            extra={"group": "logs", "aliases": ("--log-requests",)},
+        ),
     ] = False

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import NoReturn
 
 from octavo.version import VERSION
 
@@ -18,6 +19,13 @@ COMMANDS = {
     "inspect": "say what is in a checkpoint, and what it needs to serve",
     "chat": "talk to a model in the terminal",
 }
+
+
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong with a command line, without a list of all options in front of it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; --help lists the options\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,9 +51,10 @@ def run_command(name: str, argv: Sequence[str], prog: str) -> int:
     try:
         command = import_module(f"octavo.commands.{name}")
         description = (command.__doc__ or "").strip().split("\n\n")[0]
-        parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
+        parser = Parser(prog=prog, description=description, allow_abbrev=False)
         command.configure(parser)
-        code: int = command.run(parser.parse_intermixed_args(argv))  # `chat MODEL --dtype int8 QUESTION`
+        words = command.own_words(argv, parser) if hasattr(command, "own_words") else argv
+        code: int = command.run(parser.parse_intermixed_args(words))  # `chat MODEL --dtype int8 QUESTION`
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         return 130

@@ -24,6 +24,8 @@ import msgspec
 S = TypeVar("S", bound=msgspec.Struct)
 SIZES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
+COUNTS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
+
 
 class Option(TypedDict, total=False):
     """The keys of `Meta.extra`, for what the type, the bounds, the description and the default don't say.
@@ -147,6 +149,16 @@ def parse_size(text: str) -> int:
     if match is None or unit is None or float(match[1]) * unit < 1:
         raise ValueError(f"{text!r} is not a size such as 5GB, 500MB or 2GiB")
     return int(float(match[1]) * unit)
+
+
+def parse_count(text: str) -> int:
+    """'4k' is 4000, '4K' 4096, as in vLLM; also m, M, g, G. Raises ValueError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmgKMG]?)", text.strip())
+    factor = COUNTS[match[2]] if match else 0
+    count = float(match[1]) * factor if match else 0.0
+    if count < 1 or not count.is_integer():
+        raise ValueError(f"{text!r} is not a whole number from 1 up, such as 4096, 4k (4000) or 4K (4096)")
+    return int(count)
 
 
 def parse_pair(text: str) -> tuple[str, str]:

@@ -313,14 +313,17 @@ def test_a_model_is_a_directory_or_a_hub_id(tmp_path: Path, model: Path) -> None
 def test_the_hub_is_asked_for_no_pickle(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
     asked = {}
 
-    def snapshot_download(repo_id: str, *, revision: str | None, allow_patterns: list[str]) -> str:
-        asked.update(repo_id=repo_id, revision=revision, allow_patterns=allow_patterns)
+    def snapshot_download(
+        repo_id: str, *, revision: str | None, cache_dir: str | None, allow_patterns: list[str]
+    ) -> str:
+        asked.update(repo_id=repo_id, revision=revision, cache_dir=cache_dir, allow_patterns=allow_patterns)
         return str(model)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     assert resolve_model("someone/model", "v1") == model
     assert asked["repo_id"] == "someone/model"
     assert asked["revision"] == "v1"
+    assert asked["cache_dir"] is None
     assert "*.safetensors" in asked["allow_patterns"]
     for pickled in ("pytorch_model.bin", "consolidated.00.pth", "model.pt", "training_args.bin", "last.ckpt"):
         assert not any(fnmatchcase(pickled, pattern) for pattern in asked["allow_patterns"])

@@ -14,13 +14,14 @@ import signal
 import ssl
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from octavo.collector import uncollected
 from octavo.commands.failure import one_line
+from octavo.commands.serve_arguments import ArgumentsError, own_arguments
 from octavo.commands.serve_flags import ServeOptions, configure, engine_config, read_options
 from octavo.server.access import Access, api_keys, default_hosts
 
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from octavo.server.template_renderer import TemplateRenderer
     from octavo.text.tokenizer import Tokenizer
 
-__all__ = ["configure", "run"]
+__all__ = ["configure", "own_words", "run"]
 
 PROG = "octavo serve"
 
@@ -46,9 +47,21 @@ class ServeError(ValueError):
     """The command line or the model is wrong; the message is one line."""
 
 
+def own_words(arguments: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
+    """The command line as the parser takes it: with what --config says, and without flags that change nothing."""
+    try:
+        words, notes = own_arguments(arguments, parser)
+    except ArgumentsError as error:
+        parser.exit(2, f"{parser.prog}: {one_line(error)}\n")
+    parser.set_defaults(notes=notes)
+    return words
+
+
 def run(args: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT; returns the exit code: 1 when it could not start, or the engine died."""
     begun = time.monotonic()
+    for note in args.notes:
+        print(f"{PROG}: {note}", file=sys.stderr)
     options = read_options(args)
     logging.basicConfig(level=options.listen.uvicorn_log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("octavo").setLevel(logging.INFO)
@@ -70,7 +83,7 @@ def _serve(options: ServeOptions, begun: float) -> bool:
     listener = _bind(options.listen)  # before the model is loaded, so that a port that is taken is told at once
     engine = None
     try:
-        directory = _directory_of(model, options.model.revision)
+        directory = _directory_of(model, options.model)
         engine = start_engine(engine_config(options, directory))  # loads while the server's own modules are imported
         _allow_many_connections()
         with uncollected():
@@ -119,11 +132,11 @@ def _check_tls(options: ListenOptions) -> None:
         raise ServeError(f"--ssl-certfile, --ssl-keyfile, --ssl-ca-certs: {error}") from None
 
 
-def _directory_of(model: str, revision: str | None) -> Path:
+def _directory_of(model: str, options: ModelOptions) -> Path:
     from octavo.quant.hub import resolve_model
 
     try:
-        return resolve_model(model, revision)
+        return resolve_model(model, options.revision, options.download_dir)
     except ValueError as error:
         raise ServeError(str(error)) from error
 

@@ -36,6 +36,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         help=argparse.SUPPRESS,
     )
+    parser.add_argument(  # SGLang's name for --generation-config, with values of its own
+        "--sampling-defaults",
+        dest="generation_config",
+        type=_sampling_defaults,
+        default=argparse.SUPPRESS,
+        help=argparse.SUPPRESS,
+    )
+
+
+def _sampling_defaults(text: str) -> str:
+    found = {"model": "auto", "openai": "vllm"}.get(text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither model nor openai")
+    return found
 
 
 def read_options(args: argparse.Namespace) -> ServeOptions:

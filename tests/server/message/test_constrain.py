@@ -357,7 +357,7 @@ def test_flags() -> None:
     parser = argparse.ArgumentParser(exit_on_error=False)
     configure(parser)
     text = '{"backend": "xgrammar", "disable_any_whitespace": true, "enable_in_reasoning": true}'
-    found = read_options(parser.parse_args(["m", "--structured-outputs-config", text, "--grammar-backend", "xgrammar"]))
+    found = read_options(parser.parse_args(["m", "--structured-outputs-config", text]))
     assert found.text.structured_outputs_config == StructuredOutputsConfig(
         backend="xgrammar", disable_any_whitespace=True, enable_in_reasoning=True
     )

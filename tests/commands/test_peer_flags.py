@@ -1,0 +1,270 @@
+"""Start lines of vLLM's and SGLang's documentation: they start, or die with one line that names the flag."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from octavo_server import PATIENCE, SMALL, TINY, started
+
+from octavo.cli import Parser
+from octavo.commands import serve, serve_flags
+from octavo.commands.serve_arguments import own_arguments
+from octavo.commands.serve_flags import ServeOptions
+
+NAMES = [
+    line.split()
+    for line in (Path(__file__).parent / "peer_flags.txt").read_text().splitlines()
+    if not line.startswith("#")
+]
+PLAUSIBLE = {"--tensor-parallel-size": "1", "-tp": "1", "--tp-size": "1"}
+
+
+def parser_of_serve() -> Parser:
+    parser = Parser(prog="octavo serve", allow_abbrev=False)
+    serve_flags.configure(parser)
+    return parser
+
+
+def own_words(*arguments: str) -> tuple[list[str], list[str]]:
+    return own_arguments(arguments, parser_of_serve())
+
+
+def parse(*arguments: str) -> ServeOptions:
+    parser = parser_of_serve()
+    return serve_flags.read_options(parser.parse_intermixed_args(serve.own_words(arguments, parser)))
+
+
+def refusal(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str | None:
+    """The one line that it dies with, or None where it starts."""
+    capsys.readouterr()
+    try:
+        assert parse(*arguments).model.model in ("m", None)
+    except SystemExit as end:
+        code = end.code
+    else:
+        return None
+    said = capsys.readouterr().err
+    assert code == 2
+    assert said.endswith("\n")
+    assert said.startswith("octavo serve: ")
+    assert said.count("\n") == 1, said
+    return said
+
+
+def test_each_flag_of_both_is_known(capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(NAMES) > 800
+    for server, kind, *names in NAMES:
+        for name in names:
+            value = [] if kind == "switch" else [PLAUSIBLE.get(name, "4"), "--seed", "0"]
+            line = refusal([name, *value, "m"], capsys)
+            if line is not None:
+                assert name in line, (server, line)
+                assert "unrecognized" not in line, (server, line)
+                assert len(line) > len(name) + 30, (server, line)
+
+
+def test_a_switch_that_is_off_asks_for_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    """vLLM's switches have a --no- form; where octavo has no such thing it is taken."""
+    for name in ("--enable-lora", "--enable-expert-parallel", "--enable-sleep-mode", "--language-model-only"):
+        assert refusal(["m", name], capsys)
+        assert refusal(["m", name.replace("--", "--no-", 1)], capsys) is None
+    assert "prefilled in chunks" in (refusal(["m", "--no-enable-chunked-prefill"], capsys) or "")
+    assert parse("m", "--no-enable-prefix-caching").engine.enable_prefix_caching is False
+
+
+START_LINES = [
+    # vLLM's documentation: quickstart, tool calling, reasoning, structured outputs, optimization, Docker
+    "m",
+    "m --dtype auto --api-key token-abc123",
+    "m --enable-auto-tool-choice --tool-call-parser llama3_json --chat-template t.jinja",
+    "m --reasoning-parser deepseek_r1 --enable-auto-tool-choice --tool-call-parser hermes",
+    "--model mistralai/Mistral-7B-v0.1 --max_model_len 16k --enable_chunked_prefill",
+    "m --max-model-len auto --max-num-seqs 8 --enforce-eager",
+    "m -O3 --gpu-memory-utilization 0.95 --max-num-batched-tokens 8192",
+    "m -O.mode=3 --compilation-config.cudagraph_mode PIECEWISE -cc.pass_config.fuse_norm_quant=true",
+    "m --compilation-config '{\"mode\":3}' --async-scheduling --no-enable-prefix-caching",
+    "m --structured-outputs-config.backend guidance --seed 0 --disable-log-requests",
+    "m --quantization awq --dtype half --load-format safetensors --swap-space 4",
+    "m -tp 1 -pp 1 -dp 1 --distributed-executor-backend mp --trust-remote-code",
+    "m --max-num-queued-reqs 64 --enable-prompt-tokens-details --enable-request-id-headers",
+    # SGLang's documentation
+    "--model-path meta-llama/Meta-Llama-3-8B-Instruct --host 0.0.0.0 --port 30000",
+    "--model-path m --tp 1 --dp 1 --mem-fraction-static 0.7 --chunked-prefill-size 4096",
+    "--model-path m --attention-backend flashinfer --sampling-backend pytorch --grammar-backend xgrammar",
+    "--model-path m --enable-metrics --enable-cache-report --log-requests --log-level warning",
+    "--model-path m --disable-cuda-graph --skip-server-warmup --disable-radix-cache --cuda-graph-max-bs 16",
+    "--model-path m --tool-call-parser qwen25 --reasoning-parser qwen3 --sampling-defaults openai",
+    "--model-path m --schedule-policy lpm --max-running-requests 32 --schedule-conservativeness 1.0",
+]
+
+
+@pytest.mark.parametrize("line", START_LINES)
+def test_a_start_line_that_is_copied_starts(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert refusal(shlex.split(line), capsys) is None
+
+
+REFUSED = [
+    ("m --tensor-parallel-size 4", "--tensor-parallel-size", "choose from 1"),
+    ("m --enable-lora --lora-modules a=b", "--enable-lora", "merge the adapter"),
+    ("m --pipeline-parallel-size 2", "--pipeline-parallel-size 2", "one device"),
+    ("--model-path m --dp-size=2", "--dp-size 2", "balancer"),
+    ("m --speculative-config.method ngram", "--speculative-config", "leave it out"),
+    ("m --hf-token secret", "--hf-token", "HF_TOKEN"),
+    ("m --tokenizer-mode mistral", "--tokenizer-mode mistral", "leave it out"),
+    ("--model-path m --speculative-algorithm EAGLE", "--speculative-algorithm", "leave it out"),
+    ("--model-path m --enable-priority-scheduling", "--enable-priority-scheduling", "--scheduling-policy priority"),
+    ("--model-path m --max-total-tokens 40000", "--max-total-tokens", "--kv-cache-memory-bytes"),
+    ("m --runner pooling", "--runner pooling", "embeddings"),
+    ("m --no-such-flag", "--no-such-flag", "--help"),
+]
+
+
+@pytest.mark.parametrize(("line", "flag", "advice"), REFUSED)
+def test_a_start_line_that_is_copied_dies_in_one_line(
+    line: str, flag: str, advice: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refusal(line.split(), capsys) or ""
+    assert flag in said
+    assert advice in said
+    assert "secret" not in said
+
+
+def test_what_changes_nothing_is_told() -> None:
+    words, said = own_words("--enable-chunked-prefill", "m", "-O3", "--pipeline-parallel-size=1", "--port", "1")
+    assert words == ["m", "--port", "1"]
+    assert [line.split()[0] for line in said] == ["--enable-chunked-prefill", "-O", "--pipeline-parallel-size"]
+    assert all(" changes nothing: " in line for line in said)
+
+
+def test_parts_of_a_flag_s_object() -> None:
+    options = parse("m", "--structured_outputs_config.disable_any_whitespace=true", "--max_num_seqs", "3")
+    assert options.text.structured_outputs_config.disable_any_whitespace is True
+    assert options.engine.max_num_seqs == 3
+    options = parse("m", "--override-generation-config.temperature", "0.5", "--override-generation-config.top_k", "3")
+    assert options.text.override_generation_config == {"temperature": 0.5, "top_k": 3}
+
+
+def test_lengths_as_people_write_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parse("m", "--max-model-len", "32k").engine.max_model_len == 32000
+    assert parse("m", "--max-model-len", "32K").engine.max_model_len == 32768
+    assert parse("m", "--max-model-len", "25.6k").engine.max_model_len == 25600
+    assert parse("m", "--max-model-len", "auto") == parse("m")
+    for wrong in ("0", "1.5", "k", "3X", "0.0001k"):
+        assert "--max-model-len" in (refusal(["m", "--max-model-len", wrong], capsys) or "")
+
+
+CONFIG = """
+# as in vLLM's documentation
+model: some/model
+port: 6398
+uvicorn-log-level: "info"
+served_model_name: [one, two]
+enforce-eager: true
+enable-prefix-caching: false
+enable-log-requests: false
+disable-fastapi-docs: null
+override-generation-config:
+  temperature: 0.25
+tensor-parallel-size: 1
+pipeline-parallel-size: 1
+enable-chunked-prefill: true
+enable-lora: false
+"""
+
+
+def test_a_file_of_flags(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(CONFIG)
+    expected = parse(
+        "--model", "some/model", "--port", "6398", "--log-level", "info", "--served-model-name", "one", "two",
+        "--enforce-eager", "--no-enable-prefix-caching", "--override-generation-config", '{"temperature": 0.25}',
+    )  # fmt: skip
+    assert parse("--config", str(file)) == expected
+    _, said = own_words("--config", str(file))
+    assert [line.split(" changes nothing")[0] for line in said] == [
+        "--pipeline-parallel-size 1",
+        "--enable-chunked-prefill",
+        "--no-enable-lora",
+    ]
+    options = parse(
+        "mine", f"--config={file}", "--port", "1", "--served-model-name", "three", "--enable-prefix-caching"
+    )
+    assert (options.model.model, options.model.model_flag) == ("mine", None)  # the command line wins
+    assert options.listen.port == 1
+    assert options.model.served_model_name == ("three",)
+    assert options.engine.enable_prefix_caching is True
+    assert options.engine.enforce_eager is True
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("prot: 1", "'prot'"),
+        ("port: x", "--port"),
+        ("- port", "YAML of options"),
+        ("port: [", "is not YAML"),
+        ("enable-lora: true", "--enable-lora"),
+        ("config: other.yaml", "'config'"),
+        ("help: true", "'help'"),
+    ],
+)
+def test_a_file_that_is_wrong(text: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    assert words in (refusal(["m", "--config", str(file)], capsys) or "")
+
+
+def test_a_file_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "No such file" in (refusal(["m", "--config", "nowhere.yaml"], capsys) or "")
+    assert "missing" in (refusal(["m", "--config"], capsys) or "")
+    assert "twice" in (refusal(["m", "--config", "a", "--config", "b"], capsys) or "")
+
+
+def test_a_download_dir_holds_snapshots(tmp_path: Path) -> None:
+    commit = "0" * 40
+    repository = tmp_path / "models--owner--name"
+    shutil.copytree(TINY, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text(commit)
+    flags = (*SMALL, "--download-dir", str(tmp_path), "--served-model-name", "x")
+    environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "other")}
+    with started(*flags, model=Path("owner/name"), environment=environment) as server:
+        server.wait_until_ready()
+        with server.client() as client:
+            assert client.get("/v1/models").json()["data"][0]["id"] == "x"
+
+
+def test_a_whole_start(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(json.dumps({"served-model-name": "named", "compilation-config": {"mode": 3}}))
+    with started(*SMALL, "--config", str(file), "--enable-auto-tool-choice", "--max_num_seqs", "8") as server:
+        server.wait_until_ready()
+        assert "octavo serve: --enable-auto-tool-choice changes nothing" in server.said
+        assert "octavo serve: --compilation-config" in server.said
+        with server.client() as client:
+            assert client.get("/v1/models").json()["data"][0]["id"] == "named"
+    command = [sys.executable, "-m", "octavo", "serve", str(TINY), "--enable-lora"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False, env=os.environ)
+    assert result.returncode == 2
+    assert result.stderr.startswith("octavo serve: --enable-lora: ")
+    assert result.stderr.count("\n") == 1
+    assert result.stdout == ""
+
+
+def test_the_table_lists_no_flag_of_octavo_s_own_as_refused() -> None:
+    from octavo.commands.peer_flags import TABLE
+
+    parser = argparse.ArgumentParser()
+    serve_flags.configure(parser)
+    own = {name for action in parser._actions for name in action.option_strings}
+    refused = {name for row in TABLE if not row.accepted for name in row.names.split()}
+    assert not own & refused
