@@ -27,7 +27,7 @@ FLOORS = (
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 LINKED = ("kernels", "quant", "calibration", "runtime", "server")  # folders of the repository's root
-GROUND = ("octavo.version", "octavo.flags")  # import nothing of the package, so everybody may import them
+GROUND = ("octavo.version", "octavo.flags", "octavo.collector")  # import nothing of it: everybody may import them
 ENTRY = ("octavo", "octavo.__main__", "octavo.cli")  # what starts commands, or offers all of the package
 
 
