@@ -126,7 +126,7 @@ class ResetPrefixCache(msgspec.Struct, frozen=True, tag="reset_prefix_cache"):
 
 
 class Vocabulary(msgspec.Struct, frozen=True, tag="vocabulary"):
-    """What grammars are about, sent once, perhaps before the engine is ready.
+    """What grammars are about, sent once, when the engine is ready.
 
     tokens: the bytes of each token by its id. special_ids: tokens that no text may contain. end_ids: those that end an
     answer. tokenizer: the tokenizer itself, as its library writes it (JSON).

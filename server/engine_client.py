@@ -232,7 +232,7 @@ class EngineClient:
         return True
 
     def give_vocabulary(self, vocabulary: Vocabulary) -> None:
-        """Send what the engine compiles grammars with; it may still be loading."""
+        """Send what the engine compiles grammars with. It must be ready: nothing is kept for one that is not."""
         self._send(vocabulary)
 
     def reset_prefix_cache(self) -> None:

@@ -206,9 +206,12 @@ def _preparation(options: TextOptions, text: _TextSide) -> Callable[[EngineClien
     special = {tokenizer.token_name(token_id): token_id for token_id in tokenizer.special_ids}
 
     async def prepare(client: EngineClient) -> ModelFormats:
-        client.give_vocabulary(await asyncio.to_thread(vocabulary_of, tokenizer, text.end_ids))
+        vocabulary = await asyncio.to_thread(vocabulary_of, tokenizer, text.end_ids)
         await text.renderer.check()
-        return await find_formats(text.renderer, special, options.tool_call_parser, options.reasoning_parser)
+        formats = await find_formats(text.renderer, special, options.tool_call_parser, options.reasoning_parser)
+        await client.ready()
+        client.give_vocabulary(vocabulary)
+        return formats
 
     return prepare
 
