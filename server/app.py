@@ -13,7 +13,7 @@ from octavo.server import errors, operation
 from octavo.server.access import ANY_HOST, Access
 from octavo.server.admission import QueueLimits
 from octavo.server.bodies import Bodies
-from octavo.server.dialects import completions, openai_chat, tokens
+from octavo.server.dialects import anthropic, completions, openai_chat, tokens
 from octavo.server.encoding import JsonResponse, encode_json
 from octavo.server.engine_client import EngineClient
 from octavo.server.errors import RESPONSES
@@ -45,7 +45,7 @@ def build_app(
     errors.install(app)
     app.state.bodies = Bodies(options.max_body_bytes, options.max_total_body_bytes)
     service = Service(model, client, metrics, limits, log_requests=options.enable_log_requests)
-    for routes in (completions.routes, openai_chat.routes, tokens.routes, _models):
+    for routes in (completions.routes, openai_chat.routes, anthropic.routes, tokens.routes, _models):
         app.include_router(routes(service))
     app.include_router(operation.engine_routes(client, metrics))
     app.include_router(operation.model_routes(model))
@@ -69,7 +69,9 @@ def _models(service: Service) -> APIRouter:
     @router.get("/v1/models")
     async def models() -> Response:
         """All names of the model that is served."""
-        return JsonResponse(encode_json({"object": "list", "data": [model.card(name) for name in model.names]}))
+        names = model.all_names
+        ends = {"has_more": False, "first_id": names[0], "last_id": names[-1]}  # Anthropic's
+        return JsonResponse(encode_json({"object": "list", "data": [model.card(name) for name in names], **ends}))
 
     @router.get("/v1/models/{name:path}")
     async def one_model(name: str) -> Response:

@@ -27,6 +27,7 @@ _TYPES = {
     429: "rate_limit_error",
     503: "overloaded_error",
 }
+TOO_LONG = "context_length_exceeded"
 _short = reprlib.Repr()  # of a client's value, when it is repeated to it
 _short.maxstring = _short.maxother = 80
 
@@ -78,7 +79,7 @@ def bad_request(message: str, param: str | None = None) -> ApiError:
 def too_long(max_model_len: int, problem: str, param: str) -> ApiError:
     """A 400 that clients take for a full context: LiteLLM and LangChain look for this code, or for these words."""
     message = f"This model's maximum context length is {max_model_len} tokens. {problem}"
-    return ApiError(400, message, param=param, code="context_length_exceeded")
+    return ApiError(400, message, param=param, code=TOO_LONG)
 
 
 def field_error(name: str, message: str) -> PydanticCustomError:
@@ -99,7 +100,26 @@ def openai_error(status: int, message: str, param: str | None, code: str | int) 
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-SHAPES: dict[str, Callable[[int, str, str | None, str | int], Json]] = {}
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
+
+def anthropic_error(status: int, message: str, _param: str | None, code: str | int) -> Json:
+    """Anthropic's shape. Claude Code shortens its conversation where it reads that the prompt is too long."""
+    kind = _ANTHROPIC_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
+    if code == TOO_LONG:
+        message = f"prompt is too long: {message}"
+    return {"type": "error", "error": {"type": kind, "message": message}}
+
+
+SHAPES: dict[str, Callable[[int, str, str | None, str | int], Json]] = {"/v1/messages": anthropic_error}
 """How errors look below a path, where it isn't as OpenAI's do."""
 
 

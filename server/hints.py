@@ -48,7 +48,35 @@ class ChatHints(OpenAIHints):
     verbosity: Hint = None  # OpenAI's own models are told by it how much to say
 
 
+class AnthropicHints(BaseModel):
+    """Of /v1/messages. Any block and any tool may have a cache_control, which is not counted.
+
+    context_management asks for old thoughts and results to be left out of a long conversation: for cost, and for room
+    that Anthropic's models have and others don't. Nothing is left out here.
+    """
+
+    metadata: Hint = None
+    cache_control: Hint = None
+    context_management: Hint = None
+    service_tier: Hint = None
+    inference_geo: Hint = None
+    speed: Hint = None
+    betas: Hint = None
+    user_profile_id: Hint = None
+    workspace_id: Hint = None
+    billing_policy: Hint = None
+    fallback_credit_token: Hint = None
+    fallbacks: Hint = None  # models to ask where one declines a request, which none here does
+    diagnostics: Hint = None
+
+
+KINDS = (ChatHints, OpenAIHints, AnthropicHints)
+"""The hints of each dialect; a class stands before those that it is made of."""
+
+ALL_HINTS = sorted({name for kind in KINDS for name in kind.model_fields})
+
+
 def hints_in(body: BaseModel) -> list[str]:
     """The hints that a request has set to something."""
-    known = next(kind for kind in (ChatHints, OpenAIHints) if isinstance(body, kind)).model_fields
+    known = next(kind for kind in KINDS if isinstance(body, kind)).model_fields
     return [name for name in body.model_fields_set if name in known and getattr(body, name) is not None]

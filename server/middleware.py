@@ -13,12 +13,16 @@ from octavo.server.access import Access, host_name
 from octavo.server.errors import error_response
 
 MAX_REQUEST_ID = 256
+ANTHROPIC_PATH = "/v1/messages"
 PROBES = frozenset({"/health", "/ping"})  # a probe has no key, and learns no more than whether the server works
 OPEN_PATHS = frozenset({"/metrics", "/version", "/docs", "/openapi.json"})  # unless --protect-all closes them
 
 
+KEY_PROBLEM = "the API key is missing or wrong: Authorization: Bearer KEY, or x-api-key: KEY"
+
+
 class Authentication:
-    """401 unless the request carries one of the keys (Authorization: Bearer KEY).
+    """401 unless the request carries one of the keys (Authorization: Bearer KEY, or Anthropic's x-api-key: KEY).
 
     PROBES need none, nor do OPEN_PATHS unless `protect_all`.
     """
@@ -32,23 +36,26 @@ class Authentication:
         if scope["type"] != "http" or scope["path"] in self._open or scope["method"] == "OPTIONS" or self._fits(scope):
             await self._app(scope, receive, send)
             return
-        response = error_response(401, "the API key is missing or wrong: Authorization: Bearer KEY", path=scope["path"])
+        response = error_response(401, KEY_PROBLEM, path=scope["path"])
         response.headers["WWW-Authenticate"] = "Bearer"
         await response(scope, receive, send)
 
     def _fits(self, scope: Scope) -> bool:
-        scheme, _, given = Headers(scope=scope).get("authorization", "").encode("latin-1").partition(b" ")
-        fitting = [
-            secrets.compare_digest(given.strip(), key) for key in self._accepted
-        ]  # all keys, so that the time tells nothing
-        return scheme.lower() == b"bearer" and any(fitting)
+        headers = Headers(scope=scope)
+        scheme, _, bearer = headers.get("authorization", "").encode("latin-1").partition(b" ")
+        given = [headers.get("x-api-key", "").encode("latin-1").strip()]
+        if scheme.lower() == b"bearer":
+            given.append(bearer.strip())
+        # all of them, so that the time tells nothing
+        fitting = [secrets.compare_digest(one, key) for one in given for key in self._accepted]
+        return any(fitting)
 
 
 class RequestIds:
     """Repeats a request's X-Request-Id in its response, so that logs of both ends meet; makes one where there is none.
 
     An id that no header may hold, or of more than MAX_REQUEST_ID characters, is replaced. Routes find it in the scope's
-    state as `request_id`.
+    state as `request_id`. Below /v1/messages it is Anthropic's request-id as well.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -62,11 +69,13 @@ class RequestIds:
         is_good = 0 < len(given) <= MAX_REQUEST_ID and given.isascii() and given.isprintable()
         request_id = given if is_good else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
-        header = (b"x-request-id", request_id.encode())
+        headers = [(b"x-request-id", request_id.encode())]
+        if scope["path"].startswith(ANTHROPIC_PATH):
+            headers.append((b"request-id", request_id.encode()))
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), header]
+                message["headers"] = [*message.get("headers", ()), *headers]
             await send(message)
 
         await self._app(scope, receive, send_with_id)

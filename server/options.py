@@ -35,6 +35,13 @@ def _parse_sampling_values(text: str) -> dict[str, Any]:
     return values
 
 
+def _parse_aliases(text: str) -> dict[str, str]:
+    values = parse_json_object(text)
+    if not all(isinstance(value, str) and value for value in values.values()) or "*" in values:
+        raise ValueError(f'{text} is not a JSON object of names, such as {{"claude-haiku-4-5": "my-model"}}')
+    return values
+
+
 def _parse_host_pattern(text: str) -> str:
     name = text.removeprefix("*.")
     if text != "*" and (not name or any(character in name for character in "*/, ")):
@@ -111,10 +118,18 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True):
     served_model_name: Annotated[
         tuple[str, ...],
         Meta(
-            description="names that requests may use; the first is the one in answers and metrics",
+            description="names that requests may use; the first is the one in answers and metrics; * is any name, for "
+            "clients that ask for models of their own",
             extra={"metavar": "NAME", "default": "MODEL as written"},
         ),
     ] = ()
+    model_aliases: Annotated[
+        dict[str, str],
+        Meta(
+            description='other names for served ones, such as \'{"claude-haiku-4-5": "my-model"}\'',
+            extra={"metavar": "JSON", "parse": _parse_aliases, "default": "none"},
+        ),
+    ] = {}
     quantization: Annotated[
         str | None,
         Meta(

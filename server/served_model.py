@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ from octavo.quant.printable import shown
 from octavo.runtime.messages import Vocabulary
 from octavo.server.dialects.fields import GenerationRequest
 from octavo.server.errors import explain
-from octavo.server.hints import ChatHints
+from octavo.server.hints import ALL_HINTS
 from octavo.server.message.model_formats import ModelFormats
 from octavo.server.options import SAMPLING_DEFAULTS, StructuredOutputsConfig
 from octavo.server.template_renderer import TemplateRenderer
 from octavo.text.tokenizer import Tokenizer
 
+ANY_NAME = "*"
 LARGEST_TOKEN_ID = 2**31 - 1
 
 
@@ -33,6 +35,8 @@ class ServedModel:
     max_model_len  the engine's
     vocab_size     the engine's; the tokenizer may leave ids below it unused
     formats        how the model writes tool calls and reasoning
+    aliases        further names, and the name of `names` that each one means
+    serves_any     requests may use any name at all
     """
 
     names: tuple[str, ...]
@@ -49,12 +53,28 @@ class ServedModel:
     trust_request_chat_template: bool = False
     structured_outputs: StructuredOutputsConfig = field(default_factory=StructuredOutputsConfig)
     formats: ModelFormats = field(default_factory=ModelFormats)
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    serves_any: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
     def name(self) -> str:
         """The name in responses and metrics."""
         return self.names[0]
+
+    @property
+    def all_names(self) -> tuple[str, ...]:
+        """The names that are told: with the aliases."""
+        return (*self.names, *(alias for alias in self.aliases if alias not in self.names))
+
+    def serves(self, name: str) -> bool:
+        """Whether a request for the model of this name is answered."""
+        return self.serves_any or name in self.names or name in self.aliases
+
+    def name_lines(self) -> list[str]:
+        """What is said of the names at start, where there is more to say than the first one."""
+        lines = [f"model name: {self.name}, and any other"] if self.serves_any else []
+        return lines + [f"model name: {alias} is {name}" for alias, name in self.aliases.items()]
 
     def token_id(self, token: int | str) -> int | None:
         """The id of a token that a request names, by id or by text; None where there is none."""
@@ -63,17 +83,33 @@ class ServedModel:
         return token if 0 <= token < self.vocab_size else None
 
     def card(self, name: str) -> dict[str, Any]:
-        """The model's entry in /v1/models, under one of its names."""
+        """The model's entry in /v1/models, under one of its names: OpenAI's fields, vLLM's and Anthropic's."""
         return {
             "id": name,
             "object": "model",
             "created": self.created,
             "owned_by": "octavo",
             "root": self.root,
-            "parent": None,
+            "parent": self.aliases.get(name),
             "max_model_len": self.max_model_len,
-            "x_octavo": {"ignored_hints": sorted(ChatHints.model_fields)},
+            "type": "model",
+            "display_name": name,
+            "created_at": datetime.fromtimestamp(self.created, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "x_octavo": {"ignored_hints": ALL_HINTS, "serves_any_name": self.serves_any},
         }
+
+
+def checked_names(given: Sequence[str], aliases: Mapping[str, str], model: str) -> tuple[tuple[str, ...], bool]:
+    """The names of --served-model-name, and whether any other name is served too. Raises ValueError for an alias of
+    nothing.
+
+    model: what the model is called where no name is given.
+    """
+    names = tuple(name for name in given if name != ANY_NAME) or (model,)
+    wrong = next((name for name in aliases.values() if name not in names), None)
+    if wrong is not None:
+        raise ValueError(f"--model-aliases: {wrong!r} is not served here; {', '.join(names)} is")
+    return names, ANY_NAME in given
 
 
 def vocabulary_of(tokenizer: Tokenizer, end_ids: Iterable[int]) -> Vocabulary:

@@ -73,8 +73,8 @@ class Service:
 
     def check_name(self, name: str | None) -> None:
         """Whether the model of this name is served. Raises ApiError."""
-        if name is not None and name not in self.model.names:
-            served = ", ".join(self.model.names)
+        if name is not None and not self.model.serves(name):
+            served = ", ".join(self.model.all_names)
             raise ApiError(
                 404, f"the model {name[:80]!r} is not served here; {served} is", param="model", code="model_not_found"
             )

@@ -5,15 +5,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from fastapi import Request
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from octavo.server.dialects.conversation import ChatOptions, bounded_json, chat_token_ids, render_request, rendered
 from octavo.server.dialects.fields import Count, Flag, GenerationRequest
 from octavo.server.dialects.tools import ToolOptions, reading_of, shown_tools
-from octavo.server.errors import field_error
+from octavo.server.errors import bad_request, explain, field_error
 from octavo.server.generation import Choice, make_choices
 from octavo.server.hints import ChatHints
 from octavo.server.prompts import Prompt, Wanted, check_total, fitted
@@ -48,10 +50,27 @@ class ChatCompletionRequest(ChatHints, ToolOptions, ChatOptions, GenerationReque
         return self
 
 
-async def begin(body: ChatCompletionRequest, http: Request, service: Service) -> list[Choice]:
+def chat_request_of(fields: dict[str, Any], names: Mapping[str, str]) -> ChatCompletionRequest:
+    """The conversation that a request of another dialect means. Raises ApiError.
+
+    names: what a field of this request is called in the other dialect, where that isn't the same name.
+    """
+    try:
+        return ChatCompletionRequest.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+    message, param = explain({**first, "loc": ("body", *first["loc"])})
+    name = names.get(param or "", param)
+    if param is not None and name is not None:
+        message = name + message.removeprefix(param)
+    raise bad_request(message, name)
+
+
+async def begin(body: ChatCompletionRequest, http: Request, service: Service, *, clamps: bool = False) -> list[Choice]:
     """The answers to a conversation at their beginning. Raises ApiError.
 
-    The template is rendered, the prompt tokenized, and the way in which the answer is read decided.
+    The template is rendered, the prompt tokenized, and the way in which the answer is read decided. clamps: a limit
+    of tokens that is more than the context leaves becomes what it leaves.
     """
     service.check(body.model)
     model = service.model
@@ -60,7 +79,8 @@ async def begin(body: ChatCompletionRequest, http: Request, service: Service) ->
     reading = reading_of(text, body, body.messages, model)
 
     def choices() -> list[Choice]:
-        return make_choices([prompt_of(text, body, model)], body, wanted_of(body), model, reading)
+        prompt, wanted = prompt_of(text, body, model, clamps=clamps)
+        return make_choices([prompt], body, wanted, model, reading)
 
     return await service.off_loop(http, choices, body.work_of_a_byte)
 
@@ -76,9 +96,15 @@ def wanted_of(request: ChatCompletionRequest) -> Wanted:
     return Wanted(limit, logprobs, request.prompt_logprobs, limit_name, "top_logprobs")
 
 
-def prompt_of(text: str, request: ChatCompletionRequest, model: ServedModel) -> Prompt:
-    """The prompt out of the text that the chat template made of the messages."""
+def prompt_of(
+    text: str, request: ChatCompletionRequest, model: ServedModel, *, clamps: bool = False
+) -> tuple[Prompt, Wanted]:
+    """The prompt out of the text that the chat template made of the messages, and what is wanted of its answer."""
     ids = chat_token_ids(text, request, model, must_fit=request.truncate_prompt_tokens is None)
-    prompt = Prompt(fitted(ids, request, wanted_of(request), model, "messages"))
+    wanted = wanted_of(request)
+    room = model.max_model_len - len(ids)
+    if clamps and wanted.max_tokens is not None and 0 < room < wanted.max_tokens:
+        wanted = replace(wanted, max_tokens=room)
+    prompt = Prompt(fitted(ids, request, wanted, model, "messages"))
     check_total([prompt], request, "messages")
-    return prompt
+    return prompt, wanted

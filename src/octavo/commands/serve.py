@@ -168,6 +168,8 @@ def _bind(options: ListenOptions) -> Listener:
 class _TextSide:
     """What of the model the server needs, and the engine doesn't know."""
 
+    names: tuple[str, ...]
+    serves_any_name: bool
     tokenizer: Tokenizer
     renderer: TemplateRenderer
     defaults: dict[str, float]
@@ -177,7 +179,7 @@ class _TextSide:
 def _text_side(options: ServeOptions, directory: Path) -> _TextSide:
     """Read it now, while the engine loads. Raises ServeError."""
     from octavo.server.message.model_formats import check_names
-    from octavo.server.served_model import end_token_ids, sampling_defaults
+    from octavo.server.served_model import checked_names, end_token_ids, sampling_defaults
     from octavo.server.template_renderer import TemplateRenderer
     from octavo.text.chat_template import ChatTemplate, ChatTemplateError
     from octavo.text.tokenizer import Tokenizer, TokenizerError
@@ -190,9 +192,12 @@ def _text_side(options: ServeOptions, directory: Path) -> _TextSide:
         defaults = sampling_defaults(directory, text.generation_config, text.override_generation_config)
         end_ids = end_token_ids(directory, tokenizer)
         check_names(text.tool_call_parser, text.reasoning_parser)
+        names, any_name = checked_names(
+            options.model.served_model_name, options.model.model_aliases, _model_of(options.model)
+        )
     except (TokenizerError, ChatTemplateError, ValueError) as error:
         raise ServeError(str(error)) from error
-    return _TextSide(tokenizer, renderer, defaults, end_ids)
+    return _TextSide(names, any_name, tokenizer, renderer, defaults, end_ids)
 
 
 def _preparation(options: TextOptions, text: _TextSide) -> Callable[[EngineClient], Awaitable[ModelFormats]]:
@@ -230,7 +235,7 @@ def _app_maker(
 
     def make_app(client: EngineClient, ready: Ready, formats: ModelFormats) -> tuple[FastAPI, Metrics]:
         model = ServedModel(
-            names=options.model.served_model_name or (name,),
+            names=text.names,
             root=name,
             tokenizer=text.tokenizer,
             renderer=text.renderer,
@@ -244,10 +249,12 @@ def _app_maker(
             trust_request_chat_template=options.text.trust_request_chat_template,
             structured_outputs=options.text.structured_outputs_config,
             formats=formats,
+            aliases=options.model.model_aliases,
+            serves_any=text.serves_any_name,
         )
         metrics = Metrics(model.name, ready, _cache_facts(options.engine, ready))
         app = build_app(model, client, metrics, options.server, access)
-        print_report(ready, time.monotonic() - begun, formats.lines())
+        print_report(ready, time.monotonic() - begun, formats.lines() + model.name_lines())
         return app, metrics
 
     return make_app

@@ -1,0 +1,130 @@
+"""Where a chat template takes system messages, and what is done with those that it doesn't take.
+
+Some templates refuse a system message behind the first turn, some drop it, some move it to the head, which changes the
+prompt's beginning and loses the prefix cache of the whole conversation. So a template is rendered once to find out, and
+what it doesn't take where it stands becomes part of the next user turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from octavo.server.errors import ApiError
+from octavo.server.served_model import ServedModel
+from octavo.server.template_renderer import RendererStoppedError
+from octavo.text.chat_template import ChatTemplateError, TemplateLimitError
+from octavo.text.template_process import Job
+
+Turn = dict[str, Any]
+
+MAX_PROBE = 1 << 16  # characters
+_HEAD = "zqsystemhead"
+_INLINE = "zqsysteminline"
+_BEFORE = "zqanswer"
+_AFTER = "zqquestion"
+
+
+@dataclass(frozen=True, slots=True)
+class SystemTurns:
+    """Whether the template takes a system message at the head, and whether it takes one behind other turns."""
+
+    at_head: bool
+    inline: bool
+
+
+class SystemProbe:
+    """Finds out what the model's own template takes, once for chats with tools and once for those without."""
+
+    def __init__(self, model: ServedModel) -> None:
+        self._model = model
+        self._found: dict[bool, SystemTurns] = {}
+
+    async def turns(self, *, has_tools: bool) -> SystemTurns:
+        """What the template takes. Raises ApiError where the server is ending."""
+        if has_tools not in self._found:
+            self._found[has_tools] = SystemTurns(
+                at_head=_in_order(await self._rendered(_chat(_HEAD, None), has_tools), _HEAD, _AFTER),
+                inline=_in_order(await self._rendered(_chat(None, _INLINE), has_tools), _BEFORE, _INLINE, _AFTER),
+            )
+        return self._found[has_tools]
+
+    async def _rendered(self, messages: list[Turn], has_tools: bool) -> str:
+        """The chat as the template writes it; nothing where it refuses."""
+        tool = {"type": "function", "function": {"name": "zqtool", "description": "d", "parameters": {}}}
+        job = Job(
+            messages=messages,
+            template=None,
+            add_generation_prompt=True,
+            continue_final_message=False,
+            documents=None,
+            variables=None,
+            max_characters=MAX_PROBE,
+            tools=[tool] if has_tools else None,
+        )
+        renderer = self._model.renderer
+        try:
+            return await renderer.render(renderer.request(job))
+        except TemplateLimitError:
+            raise ApiError(503, "the chat template takes too long just now; send the request again") from None
+        except ChatTemplateError:
+            return ""
+        except RendererStoppedError as error:
+            raise ApiError(503, str(error)) from error
+
+
+def _chat(head: str | None, inline: str | None) -> list[Turn]:
+    turns = [("system", head), ("user", "zqhello"), ("assistant", _BEFORE), ("system", inline), ("user", _AFTER)]
+    return [{"role": role, "content": content} for role, content in turns if content is not None]
+
+
+def _in_order(text: str, *words: str) -> bool:
+    places = [text.find(word) for word in words]
+    return min(places) >= 0 and places == sorted(places)
+
+
+def folded(turns: Sequence[Turn], takes: SystemTurns) -> list[Turn]:
+    """The conversation with those system messages that the template doesn't take as parts of user turns."""
+    result: list[Turn] = []
+    waiting: list[str] = []
+    for turn in turns:
+        if turn["role"] == "system" and (waiting or not (takes.inline if result else takes.at_head)):
+            waiting.append(_text(turn["content"]))
+            continue
+        if waiting and turn["role"] == "user":
+            content = _before("\n\n".join(waiting), turn["content"])
+            result.append({**turn, "content": content})
+            waiting = []
+            continue
+        if waiting and turn["role"] == "assistant":
+            _say(result, waiting)
+            waiting = []
+        result.append(turn)
+    if waiting:
+        _say(result, waiting)
+    return result
+
+
+def _say(turns: list[Turn], waiting: Sequence[str]) -> None:
+    """Where no user turn follows: at the end of the user turn before, else as a turn of its own."""
+    text = "\n\n".join(waiting)
+    if turns and turns[-1]["role"] == "user":
+        last = turns[-1]
+        content = last["content"]
+        joined: Any = [*content, _part(text)] if isinstance(content, list) else f"{content}\n\n{text}"
+        turns[-1] = {**last, "content": joined}
+    else:
+        turns.append({"role": "user", "content": text})
+
+
+def _before(text: str, content: Any) -> Any:
+    return [_part(text), *content] if isinstance(content, list) else f"{text}\n\n{content}"
+
+
+def _part(text: str) -> Mapping[str, str]:
+    return {"type": "text", "text": text}
+
+
+def _text(content: Any) -> str:
+    return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
