@@ -13,7 +13,7 @@ from octavo.server import errors, operation
 from octavo.server.access import ANY_HOST, Access
 from octavo.server.admission import QueueLimits
 from octavo.server.bodies import Bodies
-from octavo.server.dialects import anthropic, completions, openai_chat, tokens
+from octavo.server.dialects import anthropic, completions, openai_chat, responses, tokens
 from octavo.server.encoding import JsonResponse, encode_json
 from octavo.server.engine_client import EngineClient
 from octavo.server.errors import RESPONSES
@@ -22,14 +22,20 @@ from octavo.server.middleware import AllowedHosts, Authentication, RequestIds
 from octavo.server.options import ServerOptions
 from octavo.server.served_model import ServedModel
 from octavo.server.service import Service
+from octavo.server.store import ResponseStore
 from octavo.server.strict_json import StrictRoute
 from octavo.version import VERSION
 
 
 def build_app(
-    model: ServedModel, client: EngineClient, metrics: Metrics, options: ServerOptions, access: Access
+    model: ServedModel,
+    client: EngineClient,
+    metrics: Metrics,
+    options: ServerOptions,
+    access: Access,
+    store: ResponseStore | None = None,
 ) -> FastAPI:
-    """The ASGI application over one engine."""
+    """The ASGI application over one engine. store: where responses are kept; None: nowhere."""
     limits = QueueLimits(
         model.max_num_seqs, options.max_queued_requests, options.max_queued_tokens, options.queue_timeout
     )
@@ -47,6 +53,7 @@ def build_app(
     service = Service(model, client, metrics, limits, log_requests=options.enable_log_requests)
     for routes in (completions.routes, openai_chat.routes, anthropic.routes, tokens.routes, _models):
         app.include_router(routes(service))
+    app.include_router(responses.routes(service, store))
     app.include_router(operation.engine_routes(client, metrics))
     app.include_router(operation.model_routes(model))
     if access.keys:

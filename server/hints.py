@@ -48,6 +48,13 @@ class ChatHints(OpenAIHints):
     verbosity: Hint = None  # OpenAI's own models are told by it how much to say
 
 
+class ResponsesHints(OpenAIHints):
+    """Of /v1/responses, which honours some of the names above: they are no hints there. Codex sends client_metadata."""
+
+    client_metadata: Hint = None
+    prompt_cache_options: Hint = None
+
+
 class AnthropicHints(BaseModel):
     """Of /v1/messages. Any block and any tool may have a cache_control, which is not counted.
 
@@ -70,7 +77,7 @@ class AnthropicHints(BaseModel):
     diagnostics: Hint = None
 
 
-KINDS = (ChatHints, OpenAIHints, AnthropicHints)
+KINDS = (ChatHints, ResponsesHints, OpenAIHints, AnthropicHints)
 """The hints of each dialect; a class stands before those that it is made of."""
 
 ALL_HINTS = sorted({name for kind in KINDS for name in kind.model_fields})
@@ -79,4 +86,6 @@ ALL_HINTS = sorted({name for kind in KINDS for name in kind.model_fields})
 def hints_in(body: BaseModel) -> list[str]:
     """The hints that a request has set to something."""
     known = next(kind for kind in KINDS if isinstance(body, kind)).model_fields
-    return [name for name in body.model_fields_set if name in known and getattr(body, name) is not None]
+    own = type(body).model_fields
+    hints = [name for name in body.model_fields_set if name in known and own[name].annotation is Any]
+    return [name for name in hints if getattr(body, name) is not None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 import uuid
 from collections.abc import Sequence
@@ -24,12 +25,14 @@ KEY_PROBLEM = "the API key is missing or wrong: Authorization: Bearer KEY, or x-
 class Authentication:
     """401 unless the request carries one of the keys (Authorization: Bearer KEY, or Anthropic's x-api-key: KEY).
 
-    PROBES need none, nor do OPEN_PATHS unless `protect_all`.
+    PROBES need none, nor do OPEN_PATHS unless `protect_all`. Routes find in the scope's state, as `owner`, whose key it
+    was: a digest, since it is written to files.
     """
 
     def __init__(self, app: ASGIApp, access: Access) -> None:
         self._app = app
         self._accepted = [key.encode() for key in access.keys]
+        self._owners = [hashlib.sha256(key).hexdigest() for key in self._accepted]
         self._open = PROBES if access.protect_all else PROBES | OPEN_PATHS
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -48,7 +51,10 @@ class Authentication:
             given.append(bearer.strip())
         # all of them, so that the time tells nothing
         fitting = [secrets.compare_digest(one, key) for one in given for key in self._accepted]
-        return any(fitting)
+        fits = any(fitting)
+        if fits:
+            scope.setdefault("state", {})["owner"] = self._owners[fitting.index(True) % len(self._owners)]
+        return fits
 
 
 class RequestIds:

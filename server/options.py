@@ -328,6 +328,26 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
             extra={"metavar": "SECONDS", "default": "no limit"},
         ),
     ] = None
+    response_store: Annotated[
+        str,
+        Meta(
+            description="where /v1/responses keeps its responses: a file, memory, or off",
+            extra={"metavar": "PLACE"},
+        ),
+    ] = "memory"
+    response_store_size: Annotated[
+        int,
+        Meta(
+            description="how much is kept there; what was used longest ago goes first",
+            extra={"metavar": "SIZE", "parse": parse_size, "default": "256MiB"},
+        ),
+    ] = 256 << 20
+    response_store_ttl: Annotated[
+        float,
+        Meta(
+            gt=0, le=1e9, description="how long what is not used is kept there: 30 days", extra={"metavar": "SECONDS"}
+        ),
+    ] = 2592000.0
     root_path: Annotated[
         str,
         Meta(

@@ -229,7 +229,14 @@ def _app_maker(
     from octavo.server.app import build_app
     from octavo.server.metrics import Metrics
     from octavo.server.served_model import ServedModel
+    from octavo.server.store import OFF, ResponseStore, StoreError
 
+    server = options.server
+    try:
+        kept = (server.response_store, server.response_store_size, server.response_store_ttl)
+        store = None if server.response_store == OFF else ResponseStore(*kept)
+    except StoreError as error:
+        raise ServeError(str(error)) from None
     name = _model_of(options.model)
     most_logprobs = options.text.max_logprobs
 
@@ -253,7 +260,7 @@ def _app_maker(
             serves_any=text.serves_any_name,
         )
         metrics = Metrics(model.name, ready, _cache_facts(options.engine, ready))
-        app = build_app(model, client, metrics, options.server, access)
+        app = build_app(model, client, metrics, server, access, store)
         print_report(ready, time.monotonic() - begun, formats.lines() + model.name_lines())
         return app, metrics
 
