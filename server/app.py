@@ -13,7 +13,7 @@ from octavo.server import errors, operation
 from octavo.server.access import ANY_HOST, Access
 from octavo.server.admission import QueueLimits
 from octavo.server.bodies import Bodies
-from octavo.server.dialects import anthropic, completions, openai_chat, responses, tokens
+from octavo.server.dialects import anthropic, completions, ollama, openai_chat, responses, tokens
 from octavo.server.encoding import JsonResponse, encode_json
 from octavo.server.engine_client import EngineClient
 from octavo.server.errors import RESPONSES
@@ -51,7 +51,7 @@ def build_app(
     errors.install(app)
     app.state.bodies = Bodies(options.max_body_bytes, options.max_total_body_bytes)
     service = Service(model, client, metrics, limits, log_requests=options.enable_log_requests)
-    for routes in (completions.routes, openai_chat.routes, anthropic.routes, tokens.routes, _models):
+    for routes in (completions.routes, openai_chat.routes, anthropic.routes, ollama.routes, tokens.routes, _models):
         app.include_router(routes(service))
     app.include_router(responses.routes(service, store))
     app.include_router(operation.engine_routes(client, metrics))

@@ -119,7 +119,15 @@ def anthropic_error(status: int, message: str, _param: str | None, code: str | i
     return {"type": "error", "error": {"type": kind, "message": message}}
 
 
-SHAPES: dict[str, Callable[[int, str, str | None, str | int], Json]] = {"/v1/messages": anthropic_error}
+def ollama_error(_status: int, message: str, _param: str | None, _code: str | int) -> Json:
+    """Ollama's shape."""
+    return {"error": message}
+
+
+SHAPES: dict[str, Callable[[int, str, str | None, str | int], Json]] = {
+    "/v1/messages": anthropic_error,
+    "/api/": ollama_error,
+}
 """How errors look below a path, where it isn't as OpenAI's do."""
 
 

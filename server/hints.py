@@ -77,7 +77,29 @@ class AnthropicHints(BaseModel):
     diagnostics: Hint = None
 
 
-KINDS = (ChatHints, ResponsesHints, OpenAIHints, AnthropicHints)
+class OllamaOptionHints(BaseModel):
+    """Of the `options` of Ollama's API: how a model is loaded and placed, which is decided when octavo starts."""
+
+    num_ctx: Hint = None
+    num_batch: Hint = None
+    num_gpu: Hint = None
+    num_keep: Hint = None  # of a context that is shifted, which none is here
+    main_gpu: Hint = None
+    num_thread: Hint = None
+    numa: Hint = None
+    low_vram: Hint = None
+    f16_kv: Hint = None
+    use_mmap: Hint = None
+    use_mlock: Hint = None
+
+
+class OllamaHints(BaseModel):
+    """Of Ollama's API."""
+
+    keep_alive: Hint = None
+
+
+KINDS = (ChatHints, ResponsesHints, OpenAIHints, AnthropicHints, OllamaHints, OllamaOptionHints)
 """The hints of each dialect; a class stands before those that it is made of."""
 
 ALL_HINTS = sorted({name for kind in KINDS for name in kind.model_fields})

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from octavo.quant.model_files import read_object_if_any
 from octavo.quant.printable import shown
-from octavo.runtime.messages import Vocabulary
+from octavo.runtime.messages import StartupReport, Vocabulary
 from octavo.server.dialects.fields import GenerationRequest
 from octavo.server.errors import explain
 from octavo.server.hints import ALL_HINTS
@@ -37,6 +37,7 @@ class ServedModel:
     formats        how the model writes tool calls and reasoning
     aliases        further names, and the name of `names` that each one means
     serves_any     requests may use any name at all
+    report         what the engine has loaded
     """
 
     names: tuple[str, ...]
@@ -55,6 +56,7 @@ class ServedModel:
     formats: ModelFormats = field(default_factory=ModelFormats)
     aliases: Mapping[str, str] = field(default_factory=dict)
     serves_any: bool = False
+    report: StartupReport | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property

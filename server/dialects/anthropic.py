@@ -19,11 +19,11 @@ from octavo.server.dialects.anthropic_request import (
     MessagesRequest,
     call_id_of,
     chat_of,
-    takes_effort,
 )
 from octavo.server.dialects.chat_request import ChatCompletionRequest, begin
 from octavo.server.dialects.conversation import chat_token_ids, render_request, rendered
 from octavo.server.dialects.system_turns import SystemProbe
+from octavo.server.dialects.thinking import takes_effort
 from octavo.server.dialects.tools import shown_tools
 from octavo.server.encoding import JsonResponse, encode_json
 from octavo.server.errors import RESPONSES
@@ -128,7 +128,7 @@ class MessagesAnswer(Answer):
         async with aclosing(steps):
             async for deltas in steps:
                 pieces: list[bytes] = []
-                if not has_begun:
+                if deltas and not has_begun:
                     has_begun = True
                     pieces += self._opening()
                 for delta in deltas:

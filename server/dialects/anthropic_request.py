@@ -27,6 +27,7 @@ from octavo.server.dialects.fields import (
     text_or_list,
 )
 from octavo.server.dialects.system_turns import SystemTurns, Turn, folded
+from octavo.server.dialects.thinking import EFFORTS, switched, takes_effort
 from octavo.server.dialects.tools import MAX_TOOLS, FunctionName
 from octavo.server.errors import bad_request, field_error
 from octavo.server.hints import AnthropicHints, Hint
@@ -35,7 +36,6 @@ from octavo.server.served_model import ServedModel
 BILLING = "x-anthropic-billing-header"
 CALL_PREFIX = "toolu_"
 Json = dict[str, Any]
-EFFORTS = {"low": "low", "medium": "medium", "high": "high", "xhigh": "high", "max": "high"}  # templates know three
 OPENAI_NAMES = {
     "stop": "stop_sequences",
     "response_format": "output_config.format",
@@ -271,29 +271,19 @@ def _all_blocks(messages: Iterable[blocks.Message]) -> Iterator[Any]:
 def _thinking_fields(request: CountTokensRequest, model: ServedModel) -> Json:
     """The template's own switch, where it has one; a model that can't think keeps to any budget."""
     fields: Json = {}
-    variables = dict(request.chat_template_kwargs or {})
-    reasoning = model.formats.found.reasoning
+    variables: Json = {}
     thinking = request.thinking
-    if thinking is not None and reasoning is not None and thinking.type != "adaptive":
-        wants = thinking.type == "enabled"
-        if reasoning.switch in ("enable_thinking", "thinking"):
-            variables.setdefault(reasoning.switch, wants)
-        if not wants and not reasoning.can_disable:
-            raise bad_request("thinking: this model's thinking can't be switched off", "thinking")
-        if wants:
+    if thinking is not None and thinking.type != "adaptive":
+        variables |= switched(model, "thinking", wants=thinking.type == "enabled")
+        if thinking.type == "enabled" and model.formats.found.reasoning is not None:
             fields["thinking_token_budget"] = thinking.budget_tokens
     effort = request.output_config.effort if request.output_config is not None else None
     if effort is not None and takes_effort(model):
-        variables.setdefault("reasoning_effort", EFFORTS[effort])
+        variables["reasoning_effort"] = EFFORTS[effort]
+    variables |= request.chat_template_kwargs or {}
     if variables:
         fields["chat_template_kwargs"] = variables
     return fields
-
-
-def takes_effort(model: ServedModel) -> bool:
-    """Whether the template has a variable for how much the model thinks; else output_config.effort is a hint."""
-    reasoning = model.formats.found.reasoning
-    return reasoning is not None and reasoning.switch == "reasoning_effort"
 
 
 def _turns(request: CountTokensRequest) -> Iterator[Turn]:

@@ -29,7 +29,7 @@ def bounded_json(value: Any) -> Any:
     return value
 
 
-def _bounded_parts(value: Any) -> Any:
+def bounded_parts(value: Any) -> Any:
     """Refuse a conversation of too many messages, parts and calls."""
     if isinstance(value, list):
         lists = [
@@ -122,7 +122,7 @@ class ChatOptions(Strict):
     messages: Annotated[
         list[ChatMessage],
         Field(min_length=1, fail_fast=True),
-        BeforeValidator(_bounded_parts),
+        BeforeValidator(bounded_parts),
         AfterValidator(_bounded_extra_keys),
     ]
     add_generation_prompt: Flag = True

@@ -258,6 +258,7 @@ def _app_maker(
             formats=formats,
             aliases=options.model.model_aliases,
             serves_any=text.serves_any_name,
+            report=ready.report,
         )
         metrics = Metrics(model.name, ready, _cache_facts(options.engine, ready))
         app = build_app(model, client, metrics, server, access, store)

@@ -54,8 +54,10 @@ def told(
     in_steps = answer_to(body, model)
     answer = at_once.whole(folded(steps_of(at_once.choices, text, finish, size)))
     pieces = pieces_of(in_steps, steps_of(in_steps.choices, text, finish, size))
-    with serving(lambda asked: stream(pieces) if asked.json.get("stream") else whole(answer)) as server:
-        client = anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0)
+    with (
+        serving(lambda asked: stream(pieces) if asked.json.get("stream") else whole(answer)) as server,
+        anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0) as client,
+    ):
         message = client.messages.create(**BODY)
         with client.messages.stream(**BODY) as events:
             seen = list(events)
