@@ -10,7 +10,7 @@ from typing import Literal
 
 import msgspec
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+FinishReason = Literal["stop", "length", "repetition", "abort", "error"]
 
 
 class Constraint(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -25,6 +25,14 @@ class Constraint(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
     after: tuple[tuple[int, ...], ...] = ()
 
 
+class RepetitionDetection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
+    """End an answer with "repetition" when its end is a pattern of tokens, `min_count` times in a row."""
+
+    max_pattern_size: int
+    min_pattern_size: int
+    min_count: int
+
+
 class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """How one sequence is sampled. Defaults are OpenAI's; a server resolves a model's own defaults before this.
 
@@ -33,7 +41,9 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
     unless the request ignores them) end the sequence once min_tokens have been generated; before that they can't be
     sampled.
     logprobs: None, or how many of the most likely tokens to report beside the sampled one (0: only that one).
+    logprob_token_ids: tokens to report in place of the most likely ones.
     prompt_logprobs: the same for each prompt token. allowed_token_ids: nothing else may be sampled.
+    bad_words: sequences of tokens that the answer may not contain.
     constraint: what the answer must look like. It ends with "stop" where its grammar allows nothing more.
     """
 
@@ -53,6 +63,9 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     constraint: Constraint | None = None
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    logprob_token_ids: tuple[int, ...] = ()
+    repetition: RepetitionDetection | None = None
 
     @property
     def has_penalties(self) -> bool:
@@ -66,6 +79,7 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
             or bool(self.logit_bias)
             or self.allowed_token_ids is not None
             or self.constraint is not None
+            or bool(self.bad_words)
             or (self.min_tokens > 0 and bool(self.stop_token_ids))
         )
 

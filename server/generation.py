@@ -24,7 +24,7 @@ from octavo.server.message.constrain import constraint_of
 from octavo.server.message.parse import FormatParser, Formats, Machine, Parser
 from octavo.server.message.parts import Part, append_parts
 from octavo.server.metrics import Metrics, Timeline
-from octavo.server.prompts import Prompt, Wanted, sampling_params
+from octavo.server.prompts import Prompt, Wanted, sampling_params, stop_patterns
 from octavo.server.served_model import ServedModel
 from octavo.text.detokenizer import Detokenizer, IncrementalDecoder, MarkingDecoder
 
@@ -114,6 +114,7 @@ class Choice:
     sent is the request as the engine gets it, for this answer and the others to the same prompt.
     num_wanted is 0 where only a prompt's log-probabilities were asked for: the engine's one token is dropped then.
     own_stops are the stop tokens that the client named, beside the model's own end tokens.
+    length_penalty: that of a beam search; None: it is sampled.
     """
 
     index: int
@@ -124,6 +125,7 @@ class Choice:
     show_stop: bool
     own_stops: frozenset[int]
     timeline: Timeline
+    length_penalty: float | None = None
     num_cached: int = 0
     num_tokens: int = 0
     finish_reason: str | None = None
@@ -173,6 +175,8 @@ class Choice:
             self.finish_reason = "stop"
             return parser.stopped_by
         self.finish_reason = output.finish_reason if self.num_wanted else "length"
+        if self.finish_reason == "repetition":
+            return "repetition_detected"
         return output.stop_token_id if output.stop_token_id in self.own_stops else None
 
 
@@ -229,6 +233,9 @@ def _make_choice(
         num_wanted=num_wanted,
         show_stop=options.include_stop_str_in_output,
         own_stops=frozenset(options.stop_token_ids or ()),
+        length_penalty=(1.0 if options.length_penalty is None else options.length_penalty)
+        if options.use_beam_search
+        else None,
         timeline=Timeline(request.arrival_time, len(request.token_ids)),
     )
 
@@ -249,6 +256,7 @@ def _parser(
         options.stops,
         include_stop=options.include_stop_str_in_output,
         min_tokens=options.min_tokens,
+        patterns=stop_patterns(options),
     )
     if reading is None:
         return Parser(detokenizer)
@@ -301,6 +309,26 @@ async def generate(choices: Sequence[Choice], client: EngineClient, metrics: Met
                 metrics.end(choice.timeline, outcome, choice.num_tokens)
         longest = max(choice.num_tokens for choice in choices)
         metrics.end_all(len(choices), choices[0].request.params.max_tokens, longest)
+
+
+async def in_batches(steps: Steps, interval: int) -> Steps:
+    """The same deltas, joined until a choice has `interval` new tokens; its first and its last come at once."""
+    waiting: dict[int, Delta] = {}
+    async with aclosing(steps):
+        async for deltas in steps:
+            ready: list[Delta] = []
+            for delta in deltas:
+                joined = waiting.pop(delta.index, None)
+                if joined is None:
+                    joined = delta
+                else:
+                    joined.extend(delta)
+                if joined.is_first or joined.finish_reason is not None or len(joined.token_ids) >= interval:
+                    ready.append(joined)
+                else:
+                    waiting[delta.index] = joined
+            if ready:
+                yield ready
 
 
 async def fold(steps: Steps, num_choices: int) -> list[Delta]:

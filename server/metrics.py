@@ -55,7 +55,7 @@ GAUGES = {
     "num_requests_waiting": "sequences that wait for room",
     "kv_cache_usage_perc": "share of the KV cache's blocks in use, 0 to 1",
 }
-OUTCOMES = ("stop", "length", "abort", "error")
+OUTCOMES = ("stop", "length", "repetition", "abort", "error")
 
 
 @dataclass(slots=True)

@@ -210,6 +210,17 @@ class TextOptions(msgspec.Struct, frozen=True, kw_only=True):
             extra={"metavar": "N"},
         ),
     ] = 20
+    stream_interval: Annotated[
+        int,
+        Meta(
+            ge=1,
+            description="new tokens that an event of a stream waits for; the first and the last come at once",
+            extra={"metavar": "N"},
+        ),
+    ] = 1
+    return_tokens_as_token_ids: Annotated[
+        bool, Meta(description="log-probabilities name tokens as token_id:ID, where a request doesn't say how")
+    ] = False
 
 
 class ListenOptions(msgspec.Struct, frozen=True, kw_only=True):

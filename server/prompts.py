@@ -4,14 +4,35 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from octavo.runtime.messages import Constraint, SamplingParams
+import re2
+
+from octavo.runtime.messages import Constraint, RepetitionDetection, SamplingParams
 from octavo.server.dialects.fields import MAX_TOKENS_SENT, GenerationRequest
 from octavo.server.errors import bad_request, too_long
 from octavo.server.served_model import ServedModel
+from octavo.text.detokenizer import Pattern
 from octavo.text.tokenizer import EncodingError
 
 LONG_TOKEN = 64  # bytes of a token, where a tokenizer sets no limit to what one token stands for
+MAX_PATTERN_BYTES = 1 << 20  # of memory that a compiled stop pattern may take
 MAX_TEXT = 1 << 22  # bytes of text that are tokenized where the context sets no limit; that takes seconds
+NOT_IN_BEAMS: dict[str, tuple[object, ...]] = {  # fields, and the values that ask for nothing
+    "stop": (None, []),
+    "stop_regex": (None, []),
+    "stop_token_ids": (None, []),
+    "bad_words": (None, []),
+    "logit_bias": (None, {}),
+    "allowed_token_ids": (None,),
+    "min_tokens": (0,),
+    "top_p": (None, 1),
+    "top_k": (None, 0, -1),
+    "min_p": (None, 0),
+    "presence_penalty": (None, 0),
+    "frequency_penalty": (None, 0),
+    "repetition_penalty": (None, 1),
+    "logprob_token_ids": (None, []),
+    "repetition_detection": (None,),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +47,8 @@ class Prompt:
 class Wanted:
     """What a request asks of each answer in fields that dialects name differently; the names are for errors.
 
-    max_tokens None: as many as the context leaves. logprobs, prompt_logprobs None: none.
+    max_tokens None: as many as the context leaves. logprobs, prompt_logprobs None: none. end_ids: tokens that end an
+    answer beside the model's own, because of the prompt's form.
     """
 
     max_tokens: int | None
@@ -34,6 +56,7 @@ class Wanted:
     prompt_logprobs: int | None
     limit_name: str = "max_tokens"
     logprobs_name: str = "logprobs"
+    end_ids: tuple[int, ...] = ()
 
 
 def check_total(prompts: list[Prompt], request: GenerationRequest, name: str) -> None:
@@ -89,17 +112,18 @@ def sampling_params(
     limit = room if wanted.max_tokens is None else max(1, wanted.max_tokens)
     if request.min_tokens > limit:
         raise bad_request(f"min_tokens {request.min_tokens} is more than max_tokens, {limit}", "min_tokens")
-    for field, count in ((wanted.logprobs_name, wanted.logprobs), ("prompt_logprobs", wanted.prompt_logprobs)):
-        if count is not None and count > model.max_logprobs:
-            raise bad_request(f"{field} {count} is above this server's limit, {model.max_logprobs}", field)
+    _check_logprobs(request, wanted, model)
     if request.priority and not model.honors_priority:
         raise bad_request(
             f"priority {request.priority}: this server takes requests as they come (it would obey with "
             "--scheduling-policy priority)",
             "priority",
         )
+    if request.use_beam_search:
+        _check_beams(request, wanted, constraint)
     allowed = in_vocabulary(request.allowed_token_ids, "allowed_token_ids", model)
-    stops = () if request.ignore_eos else tuple(model.end_ids)
+    stops = () if request.ignore_eos else (*model.end_ids, *wanted.end_ids)
+    named = in_vocabulary(request.logprob_token_ids, "logprob_token_ids", model) or ()
     stops += in_vocabulary(request.stop_token_ids, "stop_token_ids", model) or ()
     if allowed is not None and request.min_tokens and set(allowed) <= set(stops):
         raise bad_request(
@@ -119,10 +143,69 @@ def sampling_params(
         allowed_token_ids=allowed,
         seed=request.seed,
         stop_token_ids=stops,
-        logprobs=wanted.logprobs,
+        logprobs=0 if named else wanted.logprobs,
         prompt_logprobs=wanted.prompt_logprobs,
         constraint=constraint,
+        bad_words=_bad_words(request, model),
+        logprob_token_ids=named,
+        repetition=_repetition(request),
     )
+
+
+def _check_logprobs(request: GenerationRequest, wanted: Wanted, model: ServedModel) -> None:
+    for field, count in ((wanted.logprobs_name, wanted.logprobs), ("prompt_logprobs", wanted.prompt_logprobs)):
+        if count is not None and count > model.max_logprobs:
+            raise bad_request(f"{field} {count} is above this server's limit, {model.max_logprobs}", field)
+    if request.logprob_token_ids and wanted.logprobs is None:
+        raise bad_request("logprob_token_ids needs logprobs: they stand in place of the likeliest", "logprob_token_ids")
+
+
+def _check_beams(request: GenerationRequest, wanted: Wanted, constraint: Constraint | None) -> None:
+    """Beams are ranked by the model's own log-probabilities: nothing may change them, or end one of them alone."""
+    wrong = next((name for name, neutral in NOT_IN_BEAMS.items() if getattr(request, name) not in neutral), None)
+    if wanted.prompt_logprobs is not None:
+        wrong = "prompt_logprobs"
+    if wrong is not None:
+        raise bad_request(f"{wrong} is not available with use_beam_search: true", wrong)
+    if constraint is not None:
+        raise bad_request("use_beam_search: an answer with a constraint is sampled; leave out one of both")
+    if wanted.max_tokens == 0:
+        raise bad_request(f"use_beam_search: {wanted.limit_name} 0 leaves nothing to search", wanted.limit_name)
+
+
+def _bad_words(request: GenerationRequest, model: ServedModel) -> tuple[tuple[int, ...], ...]:
+    """The token sequences of each word, at the beginning of a text and behind a space."""
+    found: dict[tuple[int, ...], None] = {}
+    for word in request.bad_words or ():
+        for text in (word.lstrip(), " " + word.lstrip()):
+            ids = encode(text, "bad_words", model, add_special_tokens=False, must_fit=False)
+            if ids:
+                found[tuple(ids)] = None
+    return tuple(found)
+
+
+def _repetition(request: GenerationRequest) -> RepetitionDetection | None:
+    rule = request.repetition_detection
+    if rule is None or rule.max_pattern_size == 0:
+        return None
+    return RepetitionDetection(rule.max_pattern_size, rule.min_pattern_size, rule.min_count)
+
+
+def stop_patterns(request: GenerationRequest) -> list[Pattern]:
+    """The regular expressions that end an answer, compiled. Raises ApiError."""
+    options = re2.Options()
+    options.log_errors = False
+    options.max_mem = MAX_PATTERN_BYTES
+    found = []
+    for text in request.stop_patterns:
+        try:
+            found.append(re2.compile(text, options))
+        except re2.error as error:
+            reason = error.args[0].decode() if isinstance(error.args[0], bytes) else error
+            raise bad_request(
+                f"stop_regex: {text[:80]!r} is no regular expression of RE2: {reason}", "stop_regex"
+            ) from None
+    return found
 
 
 def _first(*values: float | None) -> float:
@@ -147,7 +230,7 @@ def in_vocabulary(ids: list[int] | None, name: str, model: ServedModel) -> tuple
 
 
 def fitted(ids: list[int], request: GenerationRequest, wanted: Wanted, model: ServedModel, name: str) -> list[int]:
-    """The prompt, checked against the context; its end, where truncate_prompt_tokens says so."""
+    """The prompt, checked against the context; its end or beginning, where truncate_prompt_tokens says so."""
     in_vocabulary(ids, name, model)
     num_wanted = max(1, wanted.max_tokens or 1)
     if request.truncate_prompt_tokens is not None:
@@ -158,7 +241,8 @@ def fitted(ids: list[int], request: GenerationRequest, wanted: Wanted, model: Se
                 "-1 keeps what the context holds",
                 "truncate_prompt_tokens",
             )
-        ids = ids[-(keep if keep > 0 else max(1, model.max_model_len - num_wanted)) :]
+        count = keep if keep > 0 else max(1, model.max_model_len - num_wanted)
+        ids = ids[:count] if request.truncation_side == "right" else ids[-count:]
     if not ids:
         raise bad_request(f"{name}: the prompt is empty, and this tokenizer adds no beginning token to it", name)
     if len(ids) + num_wanted > model.max_model_len:

@@ -38,6 +38,7 @@ class ServedModel:
     aliases        further names, and the name of `names` that each one means
     serves_any     requests may use any name at all
     report         what the engine has loaded
+    stream_interval, tokens_as_token_ids: what requests get that don't say it
     """
 
     names: tuple[str, ...]
@@ -57,6 +58,8 @@ class ServedModel:
     aliases: Mapping[str, str] = field(default_factory=dict)
     serves_any: bool = False
     report: StartupReport | None = None
+    stream_interval: int = 1
+    tokens_as_token_ids: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property

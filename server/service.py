@@ -16,6 +16,7 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from octavo.server.admission import Admission, QueueLimits, timeout_of
+from octavo.server.beam_search import search_beams
 from octavo.server.encoding import JsonResponse, encode_in_turns
 from octavo.server.engine_client import EngineClient
 from octavo.server.errors import ApiError
@@ -94,7 +95,8 @@ class Service:
             logger.info("%s: %d choices, %s", http.url.path, len(choices), choices[0].request.params)
         lengths = [len(choice.request.token_ids) for choice in choices]
         ticket = self._admission.admit(lengths, timeout_of(http.headers.get("x-request-timeout")))
-        return generate(choices, self._client, self._metrics, ticket)
+        answers = generate if choices[0].length_penalty is None else search_beams
+        return answers(choices, self._client, self._metrics, ticket)
 
     async def off_loop(self, http: Request, work: Callable[[], T], weight: int = 1) -> T:
         """Do work whose time grows with the prompt: at once for a short body, in a thread for a longer one.

@@ -36,7 +36,7 @@ from octavo.runtime.scheduling.plan import (
     StepResult,
     last_token_of,
 )
-from octavo.runtime.scheduling.sequence import Sequence, is_stop
+from octavo.runtime.scheduling.sequence import Sequence, is_stop, repeats_itself
 from octavo.runtime.scheduling.waiting import MOST_COMPARED, Waiting, place_of, rank_of
 
 
@@ -438,7 +438,9 @@ class Scheduler:
     def _finish_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
         if is_stop(sequence.params, token, len(sequence.token_ids) - sequence.num_prompt):
             return "stop"
-        return "length" if self._is_full(sequence, len(sequence.token_ids)) else None
+        if self._is_full(sequence, len(sequence.token_ids)):
+            return "length"
+        return "repetition" if repeats_itself(sequence) else None
 
     def _is_full(self, sequence: Sequence, length: int) -> bool:
         """Whether a sequence of so many tokens has all that it may get."""

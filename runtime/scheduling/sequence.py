@@ -120,6 +120,21 @@ def is_stop(params: SamplingParams, token: int, num_outputs: int) -> bool:
     return token in params.stop_token_ids and num_outputs > params.min_tokens
 
 
+def repeats_itself(sequence: Sequence) -> bool:
+    """Whether the answer ends in a pattern as often as its request forbids; as vLLM looks for it."""
+    rule = sequence.params.repetition
+    if rule is None or len(sequence.token_ids) - sequence.num_prompt < sequence.params.min_tokens:
+        return False
+    tokens = sequence.token_ids
+    num_outputs = len(tokens) - sequence.num_prompt
+    for size in range(max(1, rule.min_pattern_size), min(rule.max_pattern_size, num_outputs // rule.min_count) + 1):
+        if tokens[-1] == tokens[-1 - size]:  # most sizes end here
+            length = size * (rule.min_count - 1)
+            if tokens[-length:] == tokens[-length - size : -size]:
+                return True
+    return False
+
+
 def _is_plain_greedy(params: SamplingParams) -> bool:
     """Whether the next token is the argmax of the model's logits and nothing else is wanted of them."""
     return (

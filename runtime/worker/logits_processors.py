@@ -1,7 +1,8 @@
 """What a request may change about the model's logits before a token is chosen, in vLLM's order and meaning.
 
-allowed_token_ids, then min_tokens (stop tokens can't come yet), then logit_bias, then the penalties: repetition over
-prompt and output, frequency and presence over the output. Temperature and truncation come later, in sampling_ops.py.
+allowed_token_ids, then bad_words (what would complete one can't come), then min_tokens (nor can stop tokens yet), then
+logit_bias, then the penalties: repetition over prompt and output, frequency and presence over the output. Temperature
+and truncation come later, in sampling_ops.py.
 
 What a request names is turned into arrays once (`LogitChanges`), whatever the number of its answers and steps.
 """
@@ -31,6 +32,7 @@ class LogitChanges:
     allowed       None, or the only tokens that may be sampled, on the logits' device
     biases        tokens and what is added to the logit of each
     early_biases  the same before min_tokens: -inf for the tokens that would end the answer
+    last_of       bad words of several tokens: what may not follow, by the tokens before it
     """
 
     def __init__(self, params: SamplingParams, vocab: int, device: torch.device) -> None:
@@ -38,15 +40,26 @@ class LogitChanges:
         self.allowed: Tensor | None = None
         if params.allowed_token_ids is not None:
             self.allowed = torch.tensor(params.allowed_token_ids, device=device)
-        self.biases = _arrays(params.logit_bias)
+        never = {word[0]: float("-inf") for word in params.bad_words if len(word) == 1}
+        self.biases = _arrays(params.logit_bias | never)
         self.early_biases = self.biases
         if params.min_tokens:
             stops = {token: float("-inf") for token in params.stop_token_ids if token < vocab}
-            self.early_biases = _arrays(params.logit_bias | stops)
+            self.early_biases = _arrays(params.logit_bias | never | stops)
+        self.last_of: dict[tuple[int, ...], list[int]] = {}
+        for word in params.bad_words:
+            if len(word) > 1:
+                self.last_of.setdefault(word[:-1], []).append(word[-1])
+        self._lengths = {len(before) for before in self.last_of}
 
     def biases_of(self, num_outputs: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """(tokens, biases) for the token that follows so many of the answer."""
         return self.early_biases if num_outputs < self._params.min_tokens else self.biases
+
+    def completing(self, output: Rows[int]) -> set[int]:
+        """The tokens that would complete a bad word behind these of the answer."""
+        ends = [tuple(output[-length:]) for length in self._lengths if length <= len(output)]
+        return {token for end in ends for token in self.last_of.get(end, ())}
 
 
 def _arrays(biases: dict[int, float]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
@@ -64,7 +77,7 @@ class ChangesCache:
 
     def get(self, params: SamplingParams, vocab: int) -> LogitChanges:
         """They hold on to the parameters, so that an id here is never another object's."""
-        named = (params.logit_bias, params.allowed_token_ids, params.stop_token_ids)
+        named = (params.logit_bias, params.allowed_token_ids, params.stop_token_ids, params.bad_words)
         key = (*map(id, named), params.min_tokens)
         changes = self._found.get(key)
         if changes is None:
@@ -75,10 +88,21 @@ class ChangesCache:
 
 @dataclass(slots=True)
 class ChangedSequence:
-    """A sequence whose logits are changed: the changes, and its tokens so far if penalties count them."""
+    """A sequence whose logits are changed: the changes, and its tokens so far if something depends on them.
+
+    counts: of prompt and answer, for penalties. output: the answer's tokens, for bad words.
+    """
 
     changes: LogitChanges
     counts: TokenCounts | None = None
+    output: list[int] | None = None
+
+    def sampled(self, token: int) -> None:
+        """The next token is there, which the scheduler will learn of."""
+        if self.counts is not None:
+            self.counts.extend([token])
+        if self.output is not None:
+            self.output.append(token)
 
 
 def change_logits(
@@ -99,6 +123,7 @@ def change_logits(
             np.concatenate([values for _, values in biases]),
         )
         ops.add_biases(logits, *(torch.from_numpy(column).to(logits.device) for column in entries))
+    _forbid_bad_words(logits, rows, scheduled, states, ops)
     punished = [
         (row, it, state)
         for row, it, state in zip(rows, scheduled, states, strict=True)
@@ -123,6 +148,33 @@ def _keep_allowed(logits: Tensor, rows: Rows[int], states: Rows[ChangedSequence]
         kept = logits[places]
         logits.index_fill_(0, row_index, float("-inf"))
         logits[places] = kept
+
+
+def _forbid_bad_words(
+    logits: Tensor,
+    rows: Rows[int],
+    scheduled: Rows[ScheduledSequence],
+    states: Rows[ChangedSequence],
+    ops: SamplingOps,
+) -> None:
+    """Set what would complete a bad word of several tokens to -inf; those of one token are among the biases."""
+    found = [
+        (row, token)
+        for row, it, state in zip(rows, scheduled, states, strict=True)
+        if state.changes.last_of
+        for token in state.changes.completing(_output(it, state))
+    ]
+    if found:
+        at_rows, tokens = torch.tensor(found, device=logits.device).T.contiguous().unbind()
+        ops.add_biases(logits, at_rows, tokens, torch.full((len(found),), float("-inf"), device=logits.device))
+
+
+def _output(it: ScheduledSequence, state: ChangedSequence) -> list[int]:
+    """The answer before the token that is sampled now; see _counts."""
+    if state.output is None or len(state.output) != it.num_outputs:
+        begin = it.sequence.num_prompt
+        state.output = list(it.sequence.token_ids[begin : begin + it.num_outputs])
+    return state.output
 
 
 def _punish(logits: Tensor, punished: Rows[tuple[int, ScheduledSequence, ChangedSequence]], ops: SamplingOps) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Container
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from octavo.runtime.worker.logits_processors import ChangedSequence, ChangesCach
 from octavo.runtime.worker.sampling_ops import GREEDY_BELOW, select_sampling, uniform
 
 BAD_LOGITS = "the model's logits for this request are not finite numbers (NaN or infinity): its answer would be noise"
-NOTHING_ALLOWED = "no token may be sampled: allowed_token_ids, logit_bias and min_tokens together exclude all of them"
+NOTHING_ALLOWED = "no token may be sampled: allowed_token_ids, bad_words, logit_bias and min_tokens exclude all of them"
 
 
 class Sampler:
@@ -77,6 +78,10 @@ class Sampler:
         ends = self._grammars.after(constrained, those.scheduled, chosen, stuck)
         counts = [those.scheduled[i].sequence.params.logprobs or 0 for i in wanting]
         found = self._logprobs(raw, [chosen[i] for i in wanting], counts)
+        named = [those.scheduled[i].sequence.params.logprob_token_ids for i in wanting]
+        found = [
+            entry if not ids else _of_tokens(entry, ids, row) for entry, ids, row in zip(found, named, raw, strict=True)
+        ]
         places = those.places
         logprobs = {places[i]: [entry] for i, entry in zip(wanting, found, strict=True)}
         failed = dict.fromkeys(stuck, NOTHING_ALLOWED) | ends.errors
@@ -116,8 +121,7 @@ class Sampler:
             for i, token in zip(random, drawn, strict=True):
                 chosen[i] = token
         for i, state in zip(changed, states, strict=True):
-            if state.counts is not None:
-                state.counts.extend([chosen[i]])
+            state.sampled(chosen[i])
         return chosen, stuck
 
     def _state(self, it: ScheduledSequence, vocab: int) -> ChangedSequence:
@@ -170,6 +174,12 @@ class Sampler:
                 chosen, counts, *(column.tolist() for column in columns), strict=True
             )
         ]
+
+
+def _of_tokens(entry: Logprobs, token_ids: tuple[int, ...], logits: Tensor) -> Logprobs:
+    """The log-probabilities of these tokens in place of the most likely ones."""
+    values = logits.log_softmax(-1)[torch.tensor(token_ids, device=logits.device)]
+    return msgspec.structs.replace(entry, top_ids=list(token_ids), top_logprobs=values.tolist())
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,9 +20,10 @@ from octavo.server.dialects.fields import (
     TextOption,
     TokenId,
 )
-from octavo.server.dialects.logprobs import completion_logprobs
-from octavo.server.dialects.openai import Json, OpenAIAnswer, about_prompt, head, request_id_of
+from octavo.server.dialects.logprobs import completion_logprobs, names_of
+from octavo.server.dialects.openai import Json, OpenAIAnswer, about_prompt, head, names_ids, request_id_of
 from octavo.server.errors import RESPONSES, bad_request, field_error
+from octavo.server.fim import Fim, fim_of, needed_fim, suffix_ids
 from octavo.server.generation import Delta, make_choices, usage_of
 from octavo.server.message.parts import text_of
 from octavo.server.prompts import Prompt, Wanted, check_total, encode, fitted
@@ -60,7 +61,7 @@ class CompletionRequest(GenerationRequest):
     logprobs: Count | None = None
     echo: Flag | None = None
     add_special_tokens: Flag = True
-    suffix: None = None
+    suffix: Text | None = None
 
     @property
     def limit(self) -> int:
@@ -73,7 +74,23 @@ class CompletionRequest(GenerationRequest):
             raise field_error(
                 "max_tokens", "max_tokens 0 makes sense with echo: true only, for the prompt's log-probabilities"
             )
+        if self.num_choices > self.num_wanted and self.stream:
+            raise field_error("best_of", "best_of above n is not available with stream: true: the best is known last")
+        if self.suffix and self.echo:
+            raise field_error("suffix", "suffix is not available with echo: true: the answer stands between both")
+        if self.logprob_token_ids and self.echo:
+            raise field_error("logprob_token_ids", "logprob_token_ids is not available with echo: true")
         return self
+
+    @property
+    def num_choices(self) -> int:
+        """How many answers to each prompt are computed."""
+        return max(self.n or 1, self.best_of or 1)
+
+    @property
+    def num_wanted(self) -> int:
+        """How many of the answers to each prompt are sent: the best ones."""
+        return self.n or 1
 
 
 def routes(service: Service) -> APIRouter:
@@ -94,12 +111,15 @@ def routes(service: Service) -> APIRouter:
     return router
 
 
-def wanted_of(request: CompletionRequest) -> Wanted:
-    """An echoed prompt's log-probabilities are reported as the answer's are."""
+def wanted_of(request: CompletionRequest, fim: Fim | None = None) -> Wanted:
+    """An echoed prompt's log-probabilities are reported as the answer's are; the best of several is told by them."""
     prompt_logprobs = request.prompt_logprobs
     if request.echo and request.logprobs is not None:
         prompt_logprobs = max(prompt_logprobs or 0, request.logprobs)
-    return Wanted(request.limit, request.logprobs, prompt_logprobs)
+    logprobs = request.logprobs
+    if logprobs is None and request.num_choices > request.num_wanted:
+        logprobs = 0
+    return Wanted(request.limit, logprobs, prompt_logprobs, end_ids=() if fim is None else fim.end_ids)
 
 
 def prompts_of(request: CompletionRequest, model: ServedModel) -> list[Prompt]:
@@ -110,7 +130,9 @@ def prompts_of(request: CompletionRequest, model: ServedModel) -> list[Prompt]:
         raise bad_request(
             f"{len(parts)} prompts with n {request.num_choices}: a request may ask for {MAX_ANSWERS} answers", "n"
         )
-    wanted = wanted_of(request)
+    fim = needed_fim(model) if request.suffix else None
+    after = suffix_ids(request.suffix or "", model) if fim is not None else []
+    wanted = wanted_of(request, fim)
     prompts = []
     for part in parts:
         text = part if isinstance(part, str) else None
@@ -118,7 +140,11 @@ def prompts_of(request: CompletionRequest, model: ServedModel) -> list[Prompt]:
             ids: list[int] = part  # type: ignore[assignment]  # mypy doesn't see that the first element tells the type
         else:
             must_fit = request.truncate_prompt_tokens is None
-            ids = encode(text, "prompt", model, add_special_tokens=request.add_special_tokens, must_fit=must_fit)
+            adds_special = request.add_special_tokens and fim is None
+            ids = encode(text, "prompt", model, add_special_tokens=adds_special, must_fit=must_fit)
+        if fim is not None:
+            begin = encode("", "prompt", model, add_special_tokens=request.add_special_tokens, must_fit=False)
+            ids = fim.prompt(ids, after, begin)
         prompts.append(Prompt(fitted(ids, request, wanted, model, "prompt"), text))
     check_total(prompts, request, "prompt")
     return prompts
@@ -132,15 +158,31 @@ class CompletionAnswer(OpenAIAnswer):
     """
 
     def __init__(self, request: CompletionRequest, prompts: list[Prompt], model: ServedModel, name: str) -> None:
-        super().__init__(request, make_choices(prompts, request, wanted_of(request), model))
+        fim = fim_of(model) if request.suffix else None
+        super().__init__(request, make_choices(prompts, request, wanted_of(request, fim), model), model)
         self._asked = request
         self._model = model
         self._head = head(f"cmpl-{name}", "text_completion", request, model)
+        self._name = names_of(model.tokenizer, as_ids=names_ids(request, model))
         self._echoes = [_echo(prompt, model) for prompt in prompts] if request.echo else []
 
     def whole(self, deltas: list[Delta]) -> Json:
-        choices = (self._choice(delta) for delta in deltas)
+        choices = (self._choice(delta) | {"index": index} for index, delta in enumerate(self._best(deltas)))
         return {**self._head, "choices": choices, "usage": usage_of(self.choices).as_json()}
+
+    def _best(self, deltas: list[Delta]) -> list[Delta]:
+        """The answers that are sent: of each prompt's those whose tokens are likeliest on average; beams are sorted."""
+        asked = self._asked
+        total = asked.num_choices
+        if total == asked.num_wanted:
+            return deltas
+        kept = []
+        for begin in range(0, len(deltas), total):
+            of_prompt = deltas[begin : begin + total]
+            if not asked.use_beam_search:
+                of_prompt.sort(key=_mean_logprob, reverse=True)
+            kept += of_prompt[: asked.num_wanted]
+        return kept
 
     def chunks(self, delta: Delta) -> list[Json]:
         rendered = self._choice(delta)
@@ -152,7 +194,6 @@ class CompletionAnswer(OpenAIAnswer):
 
     def _choice(self, delta: Delta) -> Json:
         request = self._asked
-        tokenizer = self._model.tokenizer
         prompt_ids = self.choices[delta.index].request.token_ids
         text = text_of(delta.parts)
         ids = delta.token_ids
@@ -171,13 +212,21 @@ class CompletionAnswer(OpenAIAnswer):
             "text": text,
             "logprobs": None
             if request.logprobs is None
-            else completion_logprobs(_cut(entries, request.logprobs), ids, offsets, tokenizer),
+            else completion_logprobs(self._shown(entries, request.logprobs), ids, offsets, self._name),
             "finish_reason": delta.finish_reason,
             "stop_reason": delta.stop_reason,
         }
         if request.return_token_ids:
             content["token_ids"] = delta.token_ids
         return content | about_prompt(request, delta, prompt_ids, self._model)
+
+    def _shown(self, entries: Sequence[Any], count: int) -> Sequence[Any]:
+        """logprobs says how many of the likeliest tokens are shown; those that the request names are shown all."""
+        return entries if self._asked.logprob_token_ids else _cut(entries, count)
+
+
+def _mean_logprob(delta: Delta) -> float:
+    return sum(entry.logprob for entry in delta.logprobs) / max(1, len(delta.logprobs))
 
 
 def _echo(prompt: Prompt, model: ServedModel) -> tuple[str, list[int]]:

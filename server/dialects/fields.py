@@ -25,6 +25,7 @@ from octavo.server.errors import field_error
 from octavo.server.hints import OpenAIHints
 
 MAX_CHOICES = 128
+MAX_LOGPROB_TOKENS = 128
 MAX_TOKENS_SENT = 1 << 22  # to the engine for one request, each answer's prompt counted; they take 200 MB there
 MAX_ENTRIES = 1024  # of an object: pydantic makes an error for each wrong one, and these must not fill the memory
 INT64 = 2**63
@@ -65,7 +66,6 @@ def text_or_list(value: object) -> str:
 Number = Annotated[float, BeforeValidator(_number, json_schema_input_type=float), Field(allow_inf_nan=False)]
 TextOption = Annotated[Text, Tag("<text>")]
 LogitBias = Annotated[dict[str, Annotated[Number, Field(ge=-100, le=100)]], BeforeValidator(bounded_entries)]
-Unsupported = Annotated[list[Any], Field(max_length=0, fail_fast=True)]
 
 
 class Strict(BaseModel):
@@ -98,13 +98,25 @@ class StreamOptions(Strict):
     include_obfuscation: Literal[False] | None = None
 
 
+class RepetitionRule(Strict):
+    """vLLM's: an answer ends when its last tokens are a pattern that has come min_count times in a row."""
+
+    max_pattern_size: Annotated[Integer, Field(ge=0, le=1024)] = 0
+    min_pattern_size: Annotated[Integer, Field(ge=0, le=1024)] = 0
+    min_count: Annotated[Integer, Field(ge=0, lt=2**31)] = 0
+
+    @model_validator(mode="after")
+    def _check_sizes(self) -> RepetitionRule:
+        if self.min_pattern_size > self.max_pattern_size:
+            raise ValueError("min_pattern_size is above max_pattern_size")
+        if self.max_pattern_size > 0 and self.min_count < 2:
+            raise ValueError("min_count must be 2 or more; max_pattern_size 0 looks for nothing")
+        return self
+
+
 class NoOps(Strict):
     """Fields of OpenAI's and vLLM's that are accepted only at the values that ask for nothing."""
 
-    use_beam_search: Literal[False] | None = None
-    length_penalty: Literal[1] | None = None
-    bad_words: Unsupported | None = None
-    spaces_between_special_tokens: Literal[True] | None = None
     # gateways (sglang-router, vllm-router) add these to every request
     no_stop_trim: Literal[False] | None = None
     separate_reasoning: Literal[True] | None = None
@@ -149,11 +161,33 @@ class GenerationRequest(OpenAIHints, ConstraintFields, NoOps):
     cache_salt: Annotated[str, StringConstraints(strict=True, min_length=1, max_length=1024)] | None = None
     priority: Annotated[Integer, Field(ge=-(2**31), lt=2**31)] | None = None
     request_id: Annotated[str, StringConstraints(strict=True, min_length=1, max_length=256)] | None = None
+    bad_words: Annotated[list[StopString], Field(max_length=1000, fail_fast=True)] | None = None
+    use_beam_search: Flag | None = None
+    length_penalty: Annotated[Number, Field(ge=-100, le=100)] | None = None
+    truncation_side: Literal["left", "right"] | None = None
+    logprob_token_ids: Annotated[list[TokenId], Field(max_length=MAX_LOGPROB_TOKENS, fail_fast=True)] | None = None
+    return_tokens_as_token_ids: Flag | None = None
+    return_prompt_text: Flag | None = None
+    repetition_detection: RepetitionRule | None = None
+    stream_interval: Annotated[Integer, Field(ge=1, lt=2**31)] | None = None
+    spaces_between_special_tokens: Flag | None = None  # a text is its tokens' bytes: there are none to leave out
+    # SGLang's
+    stop_regex: (
+        Annotated[
+            Annotated[StopString, Tag("<text>")] | Annotated[StopStrings, Tag("<list>")], Discriminator(text_or_list)
+        ]
+        | None
+    ) = None
 
     @property
     def num_choices(self) -> int:
-        """How many answers to each prompt."""
+        """How many answers to each prompt are computed."""
         return self.n or 1
+
+    @property
+    def stop_patterns(self) -> list[str]:
+        """The regular expressions that end an answer."""
+        return [self.stop_regex] if isinstance(self.stop_regex, str) else self.stop_regex or []
 
     @property
     def stops(self) -> list[str]:
@@ -165,9 +199,13 @@ class GenerationRequest(OpenAIHints, ConstraintFields, NoOps):
         if self.stream_options is not None and not self.stream:
             raise field_error("stream_options", "stream_options is for stream: true only")
         if self.best_of is not None and self.best_of != self.num_choices:
-            raise field_error("best_of", "best_of is supported only where it equals n: nothing is thrown away here")
-        if self.stream and self.prompt_logprobs is not None:
-            raise field_error("prompt_logprobs", "prompt_logprobs is not available with stream: true")
+            raise field_error(
+                "best_of",
+                f"best_of {self.best_of} is not available with n {self.n or 1}: completions take "
+                "more than n, and chat n itself",
+            )
+        if self.length_penalty not in (None, 1) and not self.use_beam_search:
+            raise field_error("length_penalty", "length_penalty is for use_beam_search: true only")
         if self.truncate_prompt_tokens == 0:
             raise field_error(
                 "truncate_prompt_tokens", "truncate_prompt_tokens must be positive, or -1 for what the context holds"

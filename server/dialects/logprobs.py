@@ -5,7 +5,7 @@ Arrays are generators, since an answer may have millions of entries; see server/
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from octavo.runtime.messages import Logprobs
@@ -14,36 +14,46 @@ from octavo.text.tokenizer import Tokenizer
 LOWEST = -9999.0  # JSON has no -inf; vLLM writes this
 
 
+Names = Callable[[int], str]
+
+
+def names_of(tokenizer: Tokenizer, *, as_ids: bool) -> Names:
+    """What log-probabilities call a token: its text, or `token_id:` with its id, as return_tokens_as_token_ids asks."""
+    return "token_id:{}".format if as_ids else tokenizer.token_text
+
+
 def completion_logprobs(
-    entries: Sequence[Logprobs | None], token_ids: Sequence[int], offsets: Sequence[int], tokenizer: Tokenizer
+    entries: Sequence[Logprobs | None], token_ids: Sequence[int], offsets: Sequence[int], name: Names
 ) -> dict[str, Any]:
     """OpenAI's legacy shape: parallel lists. An entry is None where nothing predicts the token: a prompt's first."""
-    name = tokenizer.token_text
     return {
         "tokens": (name(token_id) for token_id in token_ids),
         "token_logprobs": (None if entry is None else finite(entry.logprob) for entry in entries),
-        "top_logprobs": (None if entry is None else _by_name(entry, tokenizer) for entry in entries),
+        "top_logprobs": (None if entry is None else _by_name(entry, name) for entry in entries),
         "text_offset": list(offsets),
     }
 
 
-def _by_name(entry: Logprobs, tokenizer: Tokenizer) -> dict[str, float]:
+def _by_name(entry: Logprobs, name: Names) -> dict[str, float]:
     """The most likely tokens and the token itself; of two tokens of the same text the likelier one counts."""
-    named = {tokenizer.token_text(token_id): finite(logprob) for token_id, logprob in reversed(_top(entry))}
-    named.setdefault(tokenizer.token_text(entry.token_id), finite(entry.logprob))
+    named = {name(token_id): finite(logprob) for token_id, logprob in reversed(_top(entry))}
+    named.setdefault(name(entry.token_id), finite(entry.logprob))
     return dict(reversed(named.items()))
 
 
-def chat_logprobs(entries: Iterable[Logprobs], tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
+def chat_logprobs(
+    entries: Iterable[Logprobs], tokenizer: Tokenizer, *, as_ids: bool = False
+) -> Iterator[dict[str, Any]]:
     """OpenAI's shape for chat: one object a token, with its bytes."""
+    name = names_of(tokenizer, as_ids=as_ids)
     for entry in entries:
-        tops = [_token(token_id, logprob, tokenizer) for token_id, logprob in _top(entry)]
-        yield _token(entry.token_id, entry.logprob, tokenizer) | {"top_logprobs": tops}
+        tops = [_token(token_id, logprob, tokenizer, name) for token_id, logprob in _top(entry)]
+        yield _token(entry.token_id, entry.logprob, tokenizer, name) | {"top_logprobs": tops}
 
 
-def _token(token_id: int, logprob: float, tokenizer: Tokenizer) -> dict[str, Any]:
+def _token(token_id: int, logprob: float, tokenizer: Tokenizer, name: Names) -> dict[str, Any]:
     return {
-        "token": tokenizer.token_text(token_id),
+        "token": name(token_id),
         "logprob": finite(logprob),
         "bytes": list(tokenizer.token_bytes(token_id)),
     }

@@ -16,7 +16,7 @@ from fastapi import Request
 from octavo.server.dialects.fields import GenerationRequest
 from octavo.server.dialects.logprobs import prompt_logprobs
 from octavo.server.encoding import encode_in_turns
-from octavo.server.generation import Choice, Delta, Steps, usage_of
+from octavo.server.generation import Choice, Delta, Steps, in_batches, usage_of
 from octavo.server.hints import hints_in
 from octavo.server.served_model import ServedModel
 from octavo.server.service import Answer
@@ -28,8 +28,9 @@ Json = dict[str, Any]
 class OpenAIAnswer(Answer):
     """An answer that is sent as chunks around choices."""
 
-    def __init__(self, request: GenerationRequest, choices: list[Choice]) -> None:
+    def __init__(self, request: GenerationRequest, choices: list[Choice], model: ServedModel) -> None:
         self.request = request
+        self._stream_interval = model.stream_interval
         self.choices = choices
         self.streams = bool(request.stream)
         self.hints = hints_in(request)
@@ -47,6 +48,8 @@ class OpenAIAnswer(Answer):
         options = self.request.stream_options
         counts_tokens = options is not None and bool(options.include_usage)
         counts_always = counts_tokens and options is not None and bool(options.continuous_usage_stats)
+        interval = max(self.request.stream_interval or 1, self._stream_interval)
+        steps = steps if interval == 1 else in_batches(steps, interval)
         async with aclosing(steps):
             async for deltas in steps:
                 frames = [chunk for delta in deltas for chunk in self.chunks(delta)]
@@ -73,6 +76,12 @@ def request_id_of(http: Request, body: GenerationRequest) -> str:
     return own if http.headers.get("x-request-id") == own else body.request_id or own
 
 
+def names_ids(request: GenerationRequest, model: ServedModel) -> bool:
+    """Whether log-probabilities name tokens by their ids."""
+    asked = request.return_tokens_as_token_ids
+    return model.tokens_as_token_ids if asked is None else asked
+
+
 def head(request_id: str, kind: str, request: GenerationRequest, model: ServedModel) -> Json:
     """The fields that stand in front of an answer's choices."""
     return {
@@ -88,6 +97,8 @@ def about_prompt(request: GenerationRequest, delta: Delta, prompt_ids: list[int]
     found: Json = {}
     if request.return_token_ids and delta.is_first:
         found["prompt_token_ids"] = prompt_ids
+    if request.return_prompt_text and delta.is_first:
+        found["prompt_text"] = model.tokenizer.decode(prompt_ids)
     if request.prompt_logprobs is not None and delta.prompt_logprobs is not None:
         found["prompt_logprobs"] = prompt_logprobs(delta.prompt_logprobs, model.tokenizer)
     return found

@@ -8,7 +8,7 @@ from fastapi.responses import Response
 from octavo.server.dialects.chat_request import ChatCompletionRequest, begin
 from octavo.server.dialects.conversation import text_of_message
 from octavo.server.dialects.logprobs import chat_logprobs
-from octavo.server.dialects.openai import Json, OpenAIAnswer, about_prompt, head, request_id_of
+from octavo.server.dialects.openai import Json, OpenAIAnswer, about_prompt, head, names_ids, request_id_of
 from octavo.server.dialects.tools import message_fields, part_fields
 from octavo.server.errors import RESPONSES
 from octavo.server.generation import Choice, Delta, usage_of
@@ -35,13 +35,14 @@ class ChatAnswer(OpenAIAnswer):
     """POST /v1/chat/completions."""
 
     def __init__(self, request: ChatCompletionRequest, choices: list[Choice], model: ServedModel, name: str) -> None:
-        super().__init__(request, choices)
+        super().__init__(request, choices, model)
         self._asked = request
         self._num_calls = [0] * len(choices)
         self._model = model
         kind = "chat.completion.chunk" if request.stream else "chat.completion"
         self._head = head(f"chatcmpl-{name}", kind, request, model)
         self._role = "assistant"
+        self._names_ids = names_ids(request, model)
         self._echo = _last_words(request) if request.echo else ""
 
     def whole(self, deltas: list[Delta]) -> Json:
@@ -78,7 +79,7 @@ class ChatAnswer(OpenAIAnswer):
     def _rest(self, delta: Delta) -> Json:
         logprobs = None
         if self._asked.logprobs:
-            logprobs = {"content": chat_logprobs(delta.logprobs, self._model.tokenizer)}
+            logprobs = {"content": chat_logprobs(delta.logprobs, self._model.tokenizer, as_ids=self._names_ids)}
         content: Json = {
             "logprobs": logprobs,
             "finish_reason": self._finish_reason(delta),

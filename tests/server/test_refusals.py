@@ -46,10 +46,9 @@ def test_an_unknown_field_is_named(client: httpx.Client, path: str, name: str) -
     ("path", "name", "value"),
     [
         (COMPLETIONS, "suffix", "x"),
-        (COMPLETIONS, "best_of", 2),
         (COMPLETIONS, "n", 129),
         (COMPLETIONS, "n", 0),
-        (COMPLETIONS, "use_beam_search", True),
+        (COMPLETIONS, "use_beam_search", 1),
         (COMPLETIONS, "response_format", {"type": "json"}),
         (COMPLETIONS, "structured_outputs", {}),
         (COMPLETIONS, "structured_outputs", {"regex": "(?=a)"}),
@@ -62,7 +61,18 @@ def test_an_unknown_field_is_named(client: httpx.Client, path: str, name: str) -
         (CHAT, "include_reasoning", False),
         (COMPLETIONS, "priority", 1),
         (COMPLETIONS, "priority", "high"),
-        (COMPLETIONS, "bad_words", ["x"]),
+        (COMPLETIONS, "bad_words", [""]),
+        (COMPLETIONS, "best_of", 0),
+        (COMPLETIONS, "logprob_token_ids", [5]),
+        (COMPLETIONS, "repetition_detection", {"max_pattern_size": 2, "min_count": 1}),
+        (COMPLETIONS, "repetition_detection", {"max_pattern_size": 2, "min_pattern_size": 3, "min_count": 2}),
+        (COMPLETIONS, "stream_interval", 0),
+        (COMPLETIONS, "truncation_side", "middle"),
+        (COMPLETIONS, "stop_regex", "("),
+        (COMPLETIONS, "stop_regex", "(?=x)"),
+        (COMPLETIONS, "stop_regex", "a{1000}{1000}"),
+        (CHAT, "best_of", 2),
+        (CHAT, "suffix", "x"),
         (COMPLETIONS, "length_penalty", 2),
         (COMPLETIONS, "max_tokens", 0),
         (COMPLETIONS, "max_tokens", -1),
@@ -163,8 +173,8 @@ def test_a_whole_number_is_an_integer(client: httpx.Client, value: float) -> Non
 
 
 def test_a_refusal_says_what_is_supported(client: httpx.Client) -> None:
-    message = refused(client, COMPLETIONS, use_beam_search=True)["message"]
-    assert message == "use_beam_search: octavo does not support the value True; supported: false"
+    message = refused(client, COMPLETIONS, return_hidden_states=True)["message"]
+    assert message == "return_hidden_states: octavo does not support the value True; supported: false"
     message = refused(client, CHAT, modalities=["audio"])["message"]
     assert message == "modalities.0: octavo does not support the value 'audio'; supported: 'text'"
     part = {"type": "image_url", "image_url": {"url": "x"}}
@@ -174,7 +184,24 @@ def test_a_refusal_says_what_is_supported(client: httpx.Client) -> None:
 
 
 def test_combinations_that_contradict_each_other(client: httpx.Client) -> None:
-    assert refused(client, COMPLETIONS, stream=True, prompt_logprobs=1)["param"] == "prompt_logprobs"
+    assert refused(client, COMPLETIONS, stream=True, best_of=2)["param"] == "best_of"
+    assert refused(client, COMPLETIONS, n=3, best_of=2)["param"] == "best_of"
+    assert refused(client, COMPLETIONS, echo=True, suffix="x")["param"] == "suffix"
+    named = {"logprobs": 1, "logprob_token_ids": [5]}
+    assert refused(client, COMPLETIONS, echo=True, **named)["param"] == "logprob_token_ids"
+    assert refused(client, COMPLETIONS, logprobs=1, logprob_token_ids=[5000])["param"] == "logprob_token_ids"
+    assert refused(client, COMPLETIONS, logprobs=1, logprob_token_ids=[5] * 129)["param"] == "logprob_token_ids"
+    for name, value in {
+        "stop": "x",
+        "top_p": 0.5,
+        "bad_words": ["x"],
+        "min_tokens": 1,
+        "logprob_token_ids": [5],
+    }.items():
+        error = refused(client, COMPLETIONS, use_beam_search=True, logprobs=1, **{name: value})
+        assert error["param"] == name
+    error = refused(client, COMPLETIONS, use_beam_search=True, regex="a+")
+    assert "use_beam_search" in error["message"]
     error = refused(client, COMPLETIONS, allowed_token_ids=[2], min_tokens=1)
     assert "min_tokens" in error["message"]
     assert refused(client, CHAT, logprobs=True, top_logprobs=21)["param"] == "top_logprobs"

@@ -54,3 +54,15 @@ class Oracle:
 
     def text(self, ids: list[int], *, skip_special_tokens: bool = True) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+
+    def beams(self, ids: list[int], width: int, count: int) -> list[list[int]]:
+        """transformers' own beam search, best first; end tokens as good as any other."""
+        config = transformers.GenerationConfig(num_beams=width, num_return_sequences=width, max_new_tokens=count)
+        config.pad_token_id = 0
+        known = self._model.generation_config
+        self._model.generation_config = config
+        try:
+            found = self._model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)))
+        finally:
+            self._model.generation_config = known
+        return [row[len(ids) :] for row in found.tolist()]

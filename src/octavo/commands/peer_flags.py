@@ -140,8 +140,6 @@ TABLE: tuple[PeerFlag, ...] = (
     _moot_at("--disaggregation-mode --decoupled-spec-role", "null", ONE_DEVICE),
     _moot_at("--fingerprint-mode", "none", "answers have no system_fingerprint: leave it out"),
     _moot_at("--default-mm-loras --additional-config --override-neuron-config", "{}", NO_KNOB),
-    _moot_at("--stream-interval", "1", "each token is sent when it comes: leave it out"),
-    _refused("--return-tokens-as-token-ids", "return_token_ids in a request sends the ids beside the text"),
     # refused: model and weights
     _refused("--hf-token", "give the token in the variable HF_TOKEN, which no list of processes shows"),
     _refused("--code-revision --tokenizer-revision", "--revision is the whole repository's; --tokenizer DIR another's"),

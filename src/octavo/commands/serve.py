@@ -259,6 +259,8 @@ def _app_maker(
             aliases=options.model.model_aliases,
             serves_any=text.serves_any_name,
             report=ready.report,
+            stream_interval=options.text.stream_interval,
+            tokens_as_token_ids=options.text.return_tokens_as_token_ids,
         )
         metrics = Metrics(model.name, ready, _cache_facts(options.engine, ready))
         app = build_app(model, client, metrics, server, access, store)

@@ -10,10 +10,21 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 from octavo.text.tokenizer import Tokenizer
 
+MAX_MATCH = 4096  # characters in which a stop pattern is looked for
 _PROMPT_TAIL = 4  # tokens; a character has at most four bytes, and a token at least one
+
+
+class Pattern(Protocol):
+    """A compiled regular expression."""
+
+    @property
+    def pattern(self) -> str: ...
+
+    def search(self, text: str, /) -> object: ...
 
 
 class IncrementalDecoder:
@@ -106,10 +117,39 @@ class StopStrings:
         return 0
 
 
-class Detokenizer:
-    """One sequence's text: push tokens, get the text that may be sent. `stopped_by` is the stop string that ended it.
+class StopPatterns:
+    """Finds where a text ends: at the first place where any of these regular expressions matches.
 
-    min_tokens: stop strings that are complete before this many tokens don't count.
+    The match is part of the text: whether one has begun can't be told before it is complete. Matches of up to
+    MAX_MATCH characters are found.
+    """
+
+    def __init__(self, patterns: Sequence[Pattern]) -> None:
+        self._patterns = patterns
+        self._tail = ""
+
+    def forget(self) -> None:
+        """Begin anew: what matched does not count."""
+        self._tail = ""
+
+    def find(self, text: str) -> tuple[int, str] | None:
+        """(where it ends in this new text, the pattern that matched there), or None."""
+        known = len(self._tail)
+        whole = self._tail + text
+        self._tail = whole[-MAX_MATCH:]
+        if not any(pattern.search(whole) for pattern in self._patterns):
+            return None
+        for end in range(known + 1, len(whole) + 1):
+            for pattern in self._patterns:
+                if pattern.search(whole[:end]):
+                    return end - known, pattern.pattern
+        return None
+
+
+class Detokenizer:
+    """One sequence's text: push tokens, get the text that may be sent. `stopped_by` is what ended it, as it was given.
+
+    min_tokens: stop strings and patterns that are complete before this many tokens don't count.
     """
 
     def __init__(
@@ -119,8 +159,10 @@ class Detokenizer:
         *,
         include_stop: bool = False,
         min_tokens: int = 0,
+        patterns: Sequence[Pattern] = (),
     ) -> None:
         self._decoder = decoder
+        self._patterns = StopPatterns(patterns) if patterns else None
         self._stops = StopStrings(stops) if stops else None
         self._include_stop = include_stop
         self._min_tokens = min_tokens
@@ -136,26 +178,42 @@ class Detokenizer:
         if silent:
             return ""
         text = self._decoder.push((token_id,))
+        if self._patterns is not None:
+            return self._until_pattern(text, self._patterns)
+        return self._pass_on(text)
+
+    def finish(self) -> str:
+        """Return the text that is left when the tokens have ended; none after a stop string."""
+        if self.stopped_by is not None:
+            return ""
+        text = self._pass_on(self._decoder.finish())
+        return text + self._rest()
+
+    def _pass_on(self, text: str) -> str:
         self.length += len(text)
         if self._stops is None:
             return text
         self._unsent += text
         return self._release(self._stops)
 
-    def finish(self) -> str:
-        """Return the text that is left when the tokens have ended; none after a stop string."""
-        if self.stopped_by is not None:
-            return ""
-        text = self._decoder.finish()
-        self.length += len(text)
-        if self._stops is None:
-            return text
-        self._unsent += text
-        released = self._release(self._stops)
-        if self.stopped_by is None:
-            released = released + self._unsent
-            self._unsent = ""
+    def _until_pattern(self, text: str, patterns: StopPatterns) -> str:
+        """What may be sent of a text in which a pattern may end the answer, unless a stop string does so before."""
+        found = patterns.find(text) if text else None
+        if found is None:
+            return self._pass_on(text)
+        if self.num_tokens < self._min_tokens:
+            patterns.forget()
+            return self._pass_on(text)
+        end, pattern = found
+        released = self._pass_on(text[:end]) + self._rest()
+        self.stopped_by = self.stopped_by or pattern
         return released
+
+    def _rest(self) -> str:
+        """What was held back, now that nothing follows."""
+        rest = self._unsent if self.stopped_by is None else ""
+        self._unsent = ""
+        return rest
 
     def _release(self, stops: StopStrings) -> str:
         text = self._unsent
