@@ -34,6 +34,7 @@ from octavo.server.dialects.ollama_request import (
 from octavo.server.dialects.system_turns import SystemProbe
 from octavo.server.encoding import JsonResponse, encode_json
 from octavo.server.errors import RESPONSES, bad_request, explain
+from octavo.server.fim import fim_of
 from octavo.server.generation import Choice, Delta, Steps, make_choices
 from octavo.server.hints import hints_in
 from octavo.server.message.parts import Part
@@ -62,7 +63,8 @@ def routes(service: Service) -> APIRouter:
     async def answered(body: ChatRequest | GenerateRequest, http: Request, kind: type[OllamaAnswer]) -> Response:
         service.check(ollama_models.plain_name(body.model, model))
         if isinstance(body, GenerateRequest) and (body.raw or body.suffix):
-            choices = await service.off_loop(http, lambda: _raw_choices(body, model))
+            weight = 16 if body.format else 1  # a schema is rewritten and compiled
+            choices = await service.off_loop(http, lambda: _raw_choices(body, model), weight)
         else:
             takes = await probe.turns(has_tools=isinstance(body, ChatRequest) and bool(body.tools))
             chat = await service.off_loop(http, lambda: chat_of(body, takes, model))
@@ -108,7 +110,8 @@ def _raw_choices(body: GenerateRequest, model: ServedModel) -> list[Choice]:
         raise bad_request(message, OPENAI_NAMES.get(param or "", param)) from None
     [prompt] = prompts_of(request, model)
     room = model.max_model_len - len(prompt.token_ids)
-    wanted = replace(wanted_of(request), max_tokens=min(room, limit or room))
+    fim = fim_of(model) if request.suffix else None
+    wanted = replace(wanted_of(request, fim), max_tokens=min(room, limit or room))
     return make_choices([prompt], request, wanted, model)
 
 

@@ -16,6 +16,7 @@ from fastapi.responses import Response
 from octavo.server.dialects.fields import Flag, Open, Text
 from octavo.server.encoding import JsonResponse, encode_json
 from octavo.server.errors import RESPONSES, ApiError, bad_request
+from octavo.server.fim import fim_of
 from octavo.server.served_model import ServedModel
 from octavo.server.service import Service
 from octavo.server.strict_json import StrictRoute
@@ -159,6 +160,8 @@ def _shown(model: ServedModel) -> Json:
         capabilities.append("tools")
     if found.reasoning is not None:
         capabilities.append("thinking")
+    if fim_of(model) is not None:
+        capabilities.append("insert")
     return {
         "modelfile": f"# served by octavo {VERSION}\nFROM {model.root}\n",
         "parameters": "\n".join(f"{name} {value}" for name, value in model.defaults.items()),

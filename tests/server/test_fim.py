@@ -105,6 +105,16 @@ def test_a_suffix_is_answered_by_what_stands_before_it(
     assert plain["prompt_token_ids"] == before
 
 
+def test_ollama_s_suffix_is_the_same_request(coder: httpx.Client) -> None:
+    texts = {"prompt": "The capital of", "suffix": " is here"}
+    (choice,) = coder.post("/v1/completions", json=texts | {"max_tokens": 8, "temperature": 0}).json()["choices"]
+    (name, *_) = (model["name"] for model in coder.get("/api/tags").json()["models"])
+    body = texts | {"model": name, "stream": False, "options": {"num_predict": 8, "temperature": 0}}
+    answer = coder.post("/api/generate", json=body).json()
+    assert (answer["response"], answer["done_reason"]) == (choice["text"], choice["finish_reason"])
+    assert coder.post("/api/show", json={"model": name}).json()["capabilities"] == ["completion", "insert"]
+
+
 def test_what_the_server_does_where_a_request_does_not_say(coder: httpx.Client) -> None:
     from octavo_server import stream
 

@@ -112,11 +112,11 @@ PROMPTS: list[Json] = [
 KEPT = ("options", "max_tokens")  # without these an answer may be as long as the context
 ANTHROPIC = ["/v1/messages", "/v1/messages/count_tokens"]
 OLLAMA = ["/api/chat", "/api/generate", "/api/show"]
+COUNTED = ("model", "messages", "system", "tools", "tool_choice", "thinking", "output_config")
 BODIES = {
     "/v1/messages": MESSAGES,
     "/v1/messages/count_tokens": [
-        {name: field for name, field in body.items() if name in ("model", "messages", "system", "tools", "tool_choice")}
-        for body in MESSAGES
+        {name: field for name, field in body.items() if name in COUNTED} for body in MESSAGES
     ],
     "/api/chat": CHATS,
     "/api/generate": PROMPTS,
