@@ -1,8 +1,9 @@
-"""Where a chat template takes system messages, and what is done with those that it doesn't take.
+"""Where a chat template takes system messages and users' turns, and what is done with those that it doesn't take.
 
 Some templates refuse a system message behind the first turn, some drop it, some move it to the head, which changes the
 prompt's beginning and loses the prefix cache of the whole conversation. So a template is rendered once to find out, and
-what it doesn't take where it stands becomes part of the next user turn.
+what it doesn't take where it stands becomes part of the next user turn. Mistral's templates refuse a user's turn behind
+the results of calls, where agents put their reminders: it becomes part of the last result.
 """
 
 from __future__ import annotations
@@ -28,10 +29,13 @@ _AFTER = "zqquestion"
 
 @dataclass(frozen=True, slots=True)
 class SystemTurns:
-    """Whether the template takes a system message at the head, and whether it takes one behind other turns."""
+    """Whether the template takes a system message at the head, one behind other turns, and a user's turn behind the
+    results of calls.
+    """
 
     at_head: bool
     inline: bool
+    behind_results: bool = True
 
 
 class SystemProbe:
@@ -47,8 +51,25 @@ class SystemProbe:
             self._found[has_tools] = SystemTurns(
                 at_head=_in_order(await self._rendered(_chat(_HEAD, None), has_tools), _HEAD, _AFTER),
                 inline=_in_order(await self._rendered(_chat(None, _INLINE), has_tools), _BEFORE, _INLINE, _AFTER),
+                behind_results=not has_tools or await self._takes_turn_behind_results(),
             )
         return self._found[has_tools]
+
+    async def _takes_turn_behind_results(self) -> bool:
+        history = self._model.formats.found.history
+        arguments: Any = {} if history.arguments_are_objects else "{}"
+        call = {"id": "zqcall001", "type": "function", "function": {"name": "zqtool", "arguments": arguments}}
+        turns: list[Turn] = [
+            {"role": "user", "content": "zqhello"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "zqcall001", "name": "zqtool", "content": _BEFORE},
+        ]
+        if history.empty_content != "empty":
+            del turns[1]["content"]
+        if not await self._rendered(turns, True):
+            return True  # it takes no calls either, so that this tells nothing
+        turns.append({"role": "user", "content": _AFTER})
+        return _in_order(await self._rendered(turns, True), _BEFORE, _AFTER)
 
     async def _rendered(self, messages: list[Turn], has_tools: bool) -> str:
         """The chat as the template writes it; nothing where it refuses."""
@@ -85,7 +106,7 @@ def _in_order(text: str, *words: str) -> bool:
 
 
 def folded(turns: Sequence[Turn], takes: SystemTurns) -> list[Turn]:
-    """The conversation with those system messages that the template doesn't take as parts of user turns."""
+    """The conversation, in which each turn that the template doesn't take is part of another one."""
     result: list[Turn] = []
     waiting: list[str] = []
     for turn in turns:
@@ -93,23 +114,29 @@ def folded(turns: Sequence[Turn], takes: SystemTurns) -> list[Turn]:
             waiting.append(_text(turn["content"]))
             continue
         if waiting and turn["role"] == "user":
-            content = _before("\n\n".join(waiting), turn["content"])
-            result.append({**turn, "content": content})
+            turn = {**turn, "content": _before("\n\n".join(waiting), turn["content"])}
             waiting = []
-            continue
-        if waiting and turn["role"] == "assistant":
-            _say(result, waiting)
+        elif waiting and turn["role"] == "assistant":
+            _say(result, waiting, takes)
             waiting = []
-        result.append(turn)
+        if turn["role"] == "user" and _may_not_follow(result, takes):
+            result[-1] = {**result[-1], "content": f"{_text(result[-1]['content'])}\n\n{_text(turn['content'])}"}
+        else:
+            result.append(turn)
     if waiting:
-        _say(result, waiting)
+        _say(result, waiting, takes)
     return result
 
 
-def _say(turns: list[Turn], waiting: Sequence[str]) -> None:
+def _may_not_follow(turns: Sequence[Turn], takes: SystemTurns) -> bool:
+    """Whether a user's turn can't stand behind these."""
+    return bool(turns) and turns[-1]["role"] == "tool" and not takes.behind_results
+
+
+def _say(turns: list[Turn], waiting: Sequence[str], takes: SystemTurns) -> None:
     """Where no user turn follows: at the end of the user turn before, else as a turn of its own."""
     text = "\n\n".join(waiting)
-    if turns and turns[-1]["role"] == "user":
+    if turns and (turns[-1]["role"] == "user" or _may_not_follow(turns, takes)):
         last = turns[-1]
         content = last["content"]
         joined: Any = [*content, _part(text)] if isinstance(content, list) else f"{content}\n\n{text}"

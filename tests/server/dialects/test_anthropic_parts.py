@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import pickle
 from typing import Any
 
 import anthropic
@@ -19,11 +20,14 @@ from scripted_server import serving, stream, whole
 from octavo.server.bodies import validated
 from octavo.server.dialects.anthropic import MessagesAnswer
 from octavo.server.dialects.anthropic_request import CountTokensRequest, MessagesRequest, chat_of
+from octavo.server.dialects.chat_request import ChatCompletionRequest
+from octavo.server.dialects.conversation import render_request
 from octavo.server.dialects.system_turns import SystemProbe, SystemTurns
 from octavo.server.dialects.tools import shown_tools
 from octavo.server.errors import ApiError
 from octavo.server.message.infer import Inference
 from octavo.server.served_model import ServedModel
+from octavo.text.template_process import Job
 
 BOTH = SystemTurns(at_head=True, inline=True)
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -291,6 +295,46 @@ def test_a_system_message_without_a_turn_behind_it() -> None:
     assert results[0] == {"role": "user", "content": "Be brief.\n\nWeather?"}
     assert [turn["role"] for turn in results] == ["user", "assistant", "tool", "tool", "tool", "user"]
     assert results[-1]["content"][0]["text"] == "The user is in a hurry."
+
+
+@pytest.mark.parametrize(
+    ("template", "behind_results"),
+    [("octavo-qwen2.5-coder", True), ("mistralai-Mistral-Nemo-Instruct-2407", False), ("google-gemma-2-2b-it", True)],
+)
+def test_a_reminder_behind_results_reaches_the_model(template: str, behind_results: bool) -> None:
+    """Mistral's templates refuse a user's turn there, and Claude Code puts one behind most results."""
+    model = served(template=template)
+
+    async def found() -> SystemTurns:
+        try:
+            return await SystemProbe(model).turns(has_tools=True)
+        finally:
+            model.renderer.stop("done")
+
+    takes = asyncio.run(found())
+    assert takes.behind_results == behind_results
+    used = {"type": "tool_use", "id": "toolu_abcdef123", "name": "get_weather", "input": {"city": "Bern"}}
+    result = {"type": "tool_result", "tool_use_id": "toolu_abcdef123", "content": "rain"}
+    messages = [
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": [used]},
+        {"role": "user", "content": [result, text_block("Be quick.")]},
+    ]
+    roles = [turn["role"] for turn in turns(model, takes, messages=messages)]
+    assert roles == ["user", "assistant", "tool", *(["user"] if behind_results else [])]
+    if template.startswith("google"):  # it knows no calls
+        return
+    chat = chat_of(request(messages=messages), takes, model)
+    text = model.renderer.template.render(
+        render_messages(chat, model), tools=shown_tools(chat, model), add_generation_prompt=True
+    )
+    assert 0 < text.index("rain") < text.index("Be quick.")
+
+
+def render_messages(chat: ChatCompletionRequest, model: ServedModel) -> list[dict[str, Any]]:
+    """The messages as the template gets them."""
+    job: Job = pickle.loads(render_request(chat, model).frame)
+    return job.messages
 
 
 def test_a_system_message_for_one_turn_is_cleared() -> None:
