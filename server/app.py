@@ -12,17 +12,19 @@ from fastapi.responses import Response
 from octavo.server import errors, operation
 from octavo.server.access import ANY_HOST, Access
 from octavo.server.admission import QueueLimits
+from octavo.server.batch_run import SpareCapacity
+from octavo.server.batches import Batches
 from octavo.server.bodies import Bodies
-from octavo.server.dialects import anthropic, completions, ollama, openai_chat, responses, tokens
+from octavo.server.dialects import anthropic, batches, completions, ollama, openai_chat, responses, tokens
 from octavo.server.encoding import JsonResponse, encode_json
 from octavo.server.engine_client import EngineClient
 from octavo.server.errors import RESPONSES
+from octavo.server.kept import Kept
 from octavo.server.metrics import Metrics
 from octavo.server.middleware import AllowedHosts, Authentication, RequestIds
 from octavo.server.options import ServerOptions
 from octavo.server.served_model import ServedModel
 from octavo.server.service import Service
-from octavo.server.store import ResponseStore
 from octavo.server.strict_json import StrictRoute
 from octavo.version import VERSION
 
@@ -33,9 +35,9 @@ def build_app(
     metrics: Metrics,
     options: ServerOptions,
     access: Access,
-    store: ResponseStore | None = None,
+    kept: Kept,
 ) -> FastAPI:
-    """The ASGI application over one engine. store: where responses are kept; None: nowhere."""
+    """The ASGI application over one engine. Call it where an event loop runs: batches may go on at once."""
     limits = QueueLimits(
         model.max_num_seqs, options.max_queued_requests, options.max_queued_tokens, options.queue_timeout
     )
@@ -53,7 +55,10 @@ def build_app(
     service = Service(model, client, metrics, limits, log_requests=options.enable_log_requests)
     for routes in (completions.routes, openai_chat.routes, anthropic.routes, ollama.routes, tokens.routes, _models):
         app.include_router(routes(service))
-    app.include_router(responses.routes(service, store))
+    app.include_router(responses.routes(service, kept.responses))
+    made = Batches(app, kept.files, SpareCapacity(client, model.max_num_seqs))
+    app.include_router(batches.routes(kept.files, made, lambda: _asked_with_json(app)))
+    made.resume()
     app.include_router(operation.engine_routes(client, metrics))
     app.include_router(operation.model_routes(model))
     if access.keys:
@@ -66,6 +71,16 @@ def build_app(
         app.add_middleware(AllowedHosts, hosts=access.hosts)
     app.add_middleware(RequestIds)  # the outermost: refusals are named too
     return app
+
+
+def _asked_with_json(app: FastAPI) -> set[str]:
+    """The routes that answer a JSON object, which a batch may therefore ask; those of batches aside."""
+    found = set()
+    for path, methods in app.openapi()["paths"].items():
+        body = methods.get("post", {}).get("requestBody", {})
+        if "application/json" in body.get("content", {}) and not path.startswith("/v1/batches") and "{" not in path:
+            found.add(path)
+    return found
 
 
 def _models(service: Service) -> APIRouter:

@@ -30,6 +30,8 @@ from octavo.text.detokenizer import Detokenizer, IncrementalDecoder, MarkingDeco
 
 MAX_WHOLE = 1 << 22  # tokens and log-probabilities of an answer that isn't streamed; as objects they take 300 MB
 
+LOWEST_PRIORITY = 2**31 - 1
+
 _unique = itertools.count()
 
 
@@ -269,6 +271,13 @@ def _parser(
         skip_special_tokens=skips,
     )
     return FormatParser(detokenizer, machine, only_one=reading.only_one)
+
+
+def put_last(choices: Sequence[Choice]) -> None:
+    """Let these answers wait behind all others, where the engine goes by priority."""
+    sent = {id(choice.sent): msgspec.structs.replace(choice.sent, priority=LOWEST_PRIORITY) for choice in choices}
+    for choice in choices:
+        choice.sent = sent[id(choice.sent)]
 
 
 async def generate(choices: Sequence[Choice], client: EngineClient, metrics: Metrics, ticket: Ticket) -> Steps:

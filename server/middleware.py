@@ -26,7 +26,7 @@ class Authentication:
     """401 unless the request carries one of the keys (Authorization: Bearer KEY, or Anthropic's x-api-key: KEY).
 
     PROBES need none, nor do OPEN_PATHS unless `protect_all`. Routes find in the scope's state, as `owner`, whose key it
-    was: a digest, since it is written to files.
+    was: a digest, since it is written to files. A request from within the server has it there already.
     """
 
     def __init__(self, app: ASGIApp, access: Access) -> None:
@@ -36,7 +36,8 @@ class Authentication:
         self._open = PROBES if access.protect_all else PROBES | OPEN_PATHS
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in self._open or scope["method"] == "OPTIONS" or self._fits(scope):
+        needs_none = scope["type"] != "http" or scope["path"] in self._open or scope["method"] == "OPTIONS"
+        if needs_none or "owner" in scope.get("state", ()) or self._fits(scope):
             await self._app(scope, receive, send)
             return
         response = error_response(401, KEY_PROBLEM, path=scope["path"])

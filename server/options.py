@@ -359,6 +359,21 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
             gt=0, le=1e9, description="how long what is not used is kept there: 30 days", extra={"metavar": "SECONDS"}
         ),
     ] = 2592000.0
+    batch_dir: Annotated[
+        str | None,
+        Meta(
+            description="where /v1/files and /v1/batches keep what they have, over a restart",
+            extra={"metavar": "DIR", "default": "a temporary directory"},
+        ),
+    ] = None
+    batch_size: Annotated[
+        int,
+        Meta(
+            description="largest total of their files; what exceeds it gets 413",
+            extra={"metavar": "SIZE", "parse": parse_size, "default": "1GiB"},
+        ),
+    ] = 1 << 30
+    batch_files: Annotated[int, Meta(ge=1, description="most files of theirs", extra={"metavar": "N"})] = 1000
     root_path: Annotated[
         str,
         Meta(

@@ -20,7 +20,7 @@ from octavo.server.beam_search import search_beams
 from octavo.server.encoding import JsonResponse, encode_in_turns
 from octavo.server.engine_client import EngineClient
 from octavo.server.errors import ApiError
-from octavo.server.generation import Choice, Delta, Steps, fold, generate
+from octavo.server.generation import Choice, Delta, Steps, fold, generate, put_last
 from octavo.server.metrics import Metrics
 from octavo.server.served_model import ServedModel
 from octavo.server.streaming import SERVER_SENT, EventStream, Framing
@@ -93,6 +93,8 @@ class Service:
         self._metrics.hints(hints)
         if self._log_requests:
             logger.info("%s: %d choices, %s", http.url.path, len(choices), choices[0].request.params)
+        if getattr(http.state, "gives_way", False):  # a line of a batch
+            put_last(choices)
         lengths = [len(choice.request.token_ids) for choice in choices]
         ticket = self._admission.admit(lengths, timeout_of(http.headers.get("x-request-timeout")))
         answers = generate if choices[0].length_penalty is None else search_beams

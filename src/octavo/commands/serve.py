@@ -227,14 +227,13 @@ def _app_maker(
     """What makes the app when the engine is ready, and prints the report of the start."""
     from octavo.commands.serve_report import print_report
     from octavo.server.app import build_app
+    from octavo.server.kept import open_kept
     from octavo.server.metrics import Metrics
     from octavo.server.served_model import ServedModel
-    from octavo.server.store import OFF, ResponseStore, StoreError
+    from octavo.server.store import StoreError
 
-    server = options.server
     try:
-        kept = (server.response_store, server.response_store_size, server.response_store_ttl)
-        store = None if server.response_store == OFF else ResponseStore(*kept)
+        kept = open_kept(options.server)
     except StoreError as error:
         raise ServeError(str(error)) from None
     name = _model_of(options.model)
@@ -263,7 +262,7 @@ def _app_maker(
             tokens_as_token_ids=options.text.return_tokens_as_token_ids,
         )
         metrics = Metrics(model.name, ready, _cache_facts(options.engine, ready))
-        app = build_app(model, client, metrics, server, access, store)
+        app = build_app(model, client, metrics, options.server, access, kept)
         print_report(ready, time.monotonic() - begun, formats.lines() + model.name_lines())
         return app, metrics
 
