@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from octavo.runtime.constraint import Grammars
 from octavo.runtime.messages import AddRequest, TokenOutput
-from octavo.runtime.parallel.executor import Executor, StepHandle
+from octavo.runtime.parallel.executor import Executor, StepHandle, ThreadedExecutor
 from octavo.runtime.parallel.followers import Followers
 from octavo.runtime.parallel.order import make_order
 from octavo.runtime.scheduling.plan import SchedulerConfig, StepPlan
@@ -16,24 +16,28 @@ from octavo.runtime.validation import problem_of
 from octavo.runtime.worker.sampler import Sampler
 from octavo.runtime.worker.worker import Worker
 
-MOST_UNDER_WAY = 2  # steps: one that is computed, and one that begins when it ends
-
 
 class Engine:
     """Token ids in, token ids out. Not thread-safe: one loop owns it.
 
     The loop calls `advance`, which orders steps ahead, and then `finish`, which waits for the oldest one's result;
-    `step` is both.
+    `step` is both. overlaps: whether steps are computed while the next ones are planned.
     """
 
     def __init__(
-        self, worker: Worker, config: SchedulerConfig, seed: int = 0, followers: Followers | None = None
+        self,
+        worker: Worker,
+        config: SchedulerConfig,
+        seed: int = 0,
+        followers: Followers | None = None,
+        *,
+        overlaps: bool = True,
     ) -> None:
         self.worker = worker
         self.scheduler = Scheduler(config)
         self.grammars = Grammars(worker.model.vocab_size)
         sampler = Sampler(seed, worker.model.device, config.max_num_seqs)
-        self.executor = Executor(worker, sampler, followers)
+        self.executor = (ThreadedExecutor if overlaps else Executor)(worker, sampler, followers)
         self._under_way: deque[StepHandle] = deque()
         self._num_ordered = 0
 
@@ -81,7 +85,7 @@ class Engine:
 
     def advance(self) -> None:
         """Order steps as far ahead as may be."""
-        while len(self._under_way) < MOST_UNDER_WAY:
+        while len(self._under_way) < self.executor.most_under_way:
             plan = self.scheduler.plan()
             if not plan.scheduled:
                 return
@@ -89,7 +93,7 @@ class Engine:
 
     def admit(self) -> None:
         """Take new requests into the step that was ordered last, if it hasn't begun, to save them a step's wait."""
-        if len(self._under_way) == MOST_UNDER_WAY and self.executor.withdraw():
+        if len(self._under_way) > 1 and self.executor.withdraw():
             handle = self._under_way.pop()
             self._num_ordered -= 1
             self._submit(self.scheduler.extend(handle.plan))

@@ -83,12 +83,13 @@ def serve(engine: Engine, link: Link) -> None:
     """The loop. Returns on Shutdown."""
     arrivals = Arrivals()
     link.wake_for(engine.grammars.ready)
+    done = engine.executor.done
     while True:
         outputs: list[TokenOutput] = []
         if not take_messages(engine, link, arrivals, outputs, wait=not engine.has_work and not arrivals):
             return
         engine.advance()
-        while engine.is_computing and link.comes_before(engine.executor.done):
+        while done is not None and engine.is_computing and link.comes_before(done):
             if not take_messages(engine, link, arrivals, outputs):
                 return
             engine.admit()

@@ -17,7 +17,7 @@ from octavo.runtime.model.model import Model
 from octavo.runtime.model.weights import load_model
 from octavo.runtime.scheduling.plan import SchedulerConfig
 from octavo.runtime.worker import kv_cache
-from octavo.runtime.worker.device import free_memory, set_threads
+from octavo.runtime.worker.device import free_memory, num_cores, set_threads
 from octavo.runtime.worker.graphs import StepGraphs
 from octavo.runtime.worker.warm_up import compile_steps, run_requests, run_steps
 from octavo.runtime.worker.worker import Worker
@@ -73,7 +73,8 @@ def load_engine(config: EngineConfig, spawn_time: float, device: Device | None =
         seconds=clock.seconds,
         notes=notes,
     )
-    engine = Engine(Worker(model, caches, limits, graphs), limits, config.seed)
+    overlaps = device.torch_device.type != "cpu" or num_threads < num_cores()
+    engine = Engine(Worker(model, caches, limits, graphs), limits, config.seed, overlaps=overlaps)
     return engine, Ready(limits.max_model_len, plan.num_blocks, plan.block_size, model.vocab_size, report)
 
 

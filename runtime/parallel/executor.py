@@ -1,8 +1,8 @@
-"""Steps under way: a thread that computes one after another, while the scheduler plans the next ones.
+"""Steps under way: who computes them, and when.
 
-The thread is to the scheduler what a stream is to a GPU's host: submitted steps run in order, and a step that waits
-begins as soon as the one before it ends. Python code of both threads takes turns (there is one interpreter lock), but
-kernels run without the lock.
+A thread that computes them one after another, while the scheduler plans the next ones, is to the scheduler what a
+stream is to a GPU's host: submitted steps run in order, and a step that waits begins as soon as the one before it ends.
+Python code of both threads takes turns (there is one interpreter lock), but kernels run without the lock.
 """
 
 from __future__ import annotations
@@ -38,33 +38,61 @@ class StepHandle:
 class Executor:
     """The driver: it tells other ranks each step, computes it on its own worker, and samples.
 
-    done  a file descriptor: readable while there is a finished step whose result was not taken
+    This one computes a step when its result is asked for. Where kernels take every core, a step that is planned beside
+    another one takes from it what it saves, and the threads wait for each other besides.
+
+    most_under_way  steps that may be submitted before the result of the oldest one is taken
+    done            a file descriptor: readable while there is a finished step whose result was not taken; None where a
+                    step is only computed in `result`
     """
+
+    most_under_way = 1
+    done: int | None = None
 
     def __init__(self, worker: Worker, sampler: Sampler, followers: Followers | None = None) -> None:
         self.worker = worker
         self.sampler = sampler
         self.compares_ranks = followers is not None and followers.compares
+        self._driver = _Driver(worker, sampler, followers)
+
+    def submit(self, order: StepOrder, plan: StepPlan) -> StepHandle:
+        """Order a step; its inputs are built here, at once, while others are computed."""
+        return StepHandle(order, plan, self.worker.prepare(order))
+
+    def withdraw(self) -> bool:
+        """Take back the step that was submitted last; False if it has begun."""
+        return False
+
+    def result(self, handle: StepHandle) -> StepResult:
+        """Wait for the oldest step whose result was not taken, and return it; raises what its computing raised."""
+        with torch.inference_mode():
+            return self._driver.run(handle)
+
+
+class ThreadedExecutor(Executor):
+    """Computes steps in a thread, one ahead: for a GPU, and for a CPU with a core to spare."""
+
+    most_under_way = 2
+    done: int
+
+    def __init__(self, worker: Worker, sampler: Sampler, followers: Followers | None = None) -> None:
+        super().__init__(worker, sampler, followers)
         self.done, finished = os.pipe()  # a byte for each such step
         self._steps = _Steps()
-        driver = _Driver(worker, sampler, followers)
-        arguments = (self._steps, driver, finished)
+        arguments = (self._steps, self._driver, finished)
         thread = threading.Thread(target=_compute, args=arguments, name="octavo-steps", daemon=True)
         thread.start()
         weakref.finalize(self, _end, self._steps, thread, self.done)
 
     def submit(self, order: StepOrder, plan: StepPlan) -> StepHandle:
-        """Order a step; its inputs are built here, at once, while others are computed."""
-        handle = StepHandle(order, plan, self.worker.prepare(order))
+        handle = super().submit(order, plan)
         self._steps.put(handle)
         return handle
 
     def withdraw(self) -> bool:
-        """Take back the step that was submitted last; False if it has begun."""
         return self._steps.take_last()
 
     def result(self, handle: StepHandle) -> StepResult:
-        """Wait for the oldest step whose result was not taken, and return it; raises what its computing raised."""
         os.read(self.done, 1)
         outcome = handle.outcome
         assert outcome is not None, "results are taken in the order of the steps"

@@ -28,9 +28,14 @@ def choose_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
 
 def set_threads(num_threads: int | None) -> int:
     """Use that many CPU threads for one operator (None: as many as the process may use), and return the number."""
-    count = num_threads or min(len(os.sched_getaffinity(0)), cpus_in_cgroup(CGROUP))
+    count = num_threads or num_cores()
     torch.set_num_threads(count)
     return count
+
+
+def num_cores() -> int:
+    """How many CPUs this process may use."""
+    return min(len(os.sched_getaffinity(0)), cpus_in_cgroup(CGROUP))
 
 
 def cpus_in_cgroup(root: Path) -> int:

@@ -58,6 +58,7 @@ def random_engine(rng: random.Random) -> Engine:
         max_num_batched_tokens=rng.choice([1, 3, 8, 64, 256]),
         enable_prefix_caching=rng.random() < 0.8,
         max_prompt_logits=rng.choice([1, 5, 256]),
+        overlaps=rng.random() < 0.5,
     )
 
 
@@ -250,8 +251,9 @@ class _Broken(ToyModel):
         raise MemoryError("no room for the step")
 
 
-def test_what_a_step_raises_is_raised_where_its_result_is_awaited() -> None:
-    engine = make_engine(_Broken())
+@pytest.mark.parametrize("overlaps", [True, False])
+def test_what_a_step_raises_is_raised_where_its_result_is_awaited(overlaps: bool) -> None:
+    engine = make_engine(_Broken(), overlaps=overlaps)
     engine.add(make_request("a", [1, 2, 3]))
     with pytest.raises(MemoryError, match="no room for the step"):
         engine.step()
