@@ -12,6 +12,7 @@ from fastapi.responses import Response
 from octavo.server import errors, operation
 from octavo.server.access import ANY_HOST, Access
 from octavo.server.admission import QueueLimits
+from octavo.server.batch_lines import routes_of
 from octavo.server.batch_run import SpareCapacity
 from octavo.server.batches import Batches
 from octavo.server.bodies import Bodies
@@ -57,7 +58,7 @@ def build_app(
         app.include_router(routes(service))
     app.include_router(responses.routes(service, kept.responses))
     made = Batches(app, kept.files, SpareCapacity(client, model.max_num_seqs))
-    app.include_router(batches.routes(kept.files, made, lambda: _asked_with_json(app)))
+    app.include_router(batches.routes(kept.files, made, lambda: routes_of(app.openapi())))
     made.resume()
     app.include_router(operation.engine_routes(client, metrics))
     app.include_router(operation.model_routes(model))
@@ -71,16 +72,6 @@ def build_app(
         app.add_middleware(AllowedHosts, hosts=access.hosts)
     app.add_middleware(RequestIds)  # the outermost: refusals are named too
     return app
-
-
-def _asked_with_json(app: FastAPI) -> set[str]:
-    """The routes that answer a JSON object, which a batch may therefore ask; those of batches aside."""
-    found = set()
-    for path, methods in app.openapi()["paths"].items():
-        body = methods.get("post", {}).get("requestBody", {})
-        if "application/json" in body.get("content", {}) and not path.startswith("/v1/batches") and "{" not in path:
-            found.add(path)
-    return found
 
 
 def _models(service: Service) -> APIRouter:

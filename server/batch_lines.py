@@ -44,10 +44,20 @@ class LineError(ValueError):
         return {"code": self.code, "line": self.line, "message": self.message, "param": self.param}
 
 
-def lines_of(file: Path, urls: Collection[str]) -> Generator[Line, None, None]:
+def routes_of(openapi: Json) -> set[str]:
+    """The routes of an OpenAPI document that take a JSON object: what a batch may ask, batches themselves aside."""
+    found = set()
+    for path, methods in openapi["paths"].items():
+        body = methods.get("post", {}).get("requestBody", {})
+        if "application/json" in body.get("content", {}) and not path.startswith("/v1/batches") and "{" not in path:
+            found.add(path)
+    return found
+
+
+def lines_of(file: Path, urls: Collection[str] | None) -> Generator[Line, None, None]:
     """The requests of a file, read as they are asked for. Raises LineError; what follows that line isn't read.
 
-    urls: the routes that a line may name.
+    urls: the routes that a line may name; None: whatever it names.
     """
     seen: set[str] = set()
     with file.open("rb") as content:
@@ -72,7 +82,7 @@ def _short_lines(content: IO[bytes]) -> Generator[bytes, None, None]:
         yield text
 
 
-def _line(number: int, text: bytes, urls: Collection[str]) -> Line:
+def _line(number: int, text: bytes, urls: Collection[str] | None) -> Line:
     try:
         fields = msgspec.json.decode(text)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -86,8 +96,9 @@ def _line(number: int, text: bytes, urls: Collection[str]) -> Line:
     if fields.get("method", "POST") != "POST":
         raise LineError(number, "invalid_method", "the only method is POST", "method")
     url = fields.get("url")
-    if not isinstance(url, str) or url not in urls:
-        raise LineError(number, "invalid_url", f"url {str(url)[:80]!r} is not one of {', '.join(sorted(urls))}", "url")
+    if not isinstance(url, str) or (urls is not None and url not in urls):
+        known = ", ".join(sorted(urls or ("a route",)))
+        raise LineError(number, "invalid_url", f"url {str(url)[:80]!r} is not one of {known}", "url")
     if not isinstance(body, dict):
         raise LineError(number, "missing_required_parameter", "body must be an object", "body")
     for name in ("stream", "background"):

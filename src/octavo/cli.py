@@ -15,6 +15,7 @@ COMMANDS = {
     "convert": "write a quantized checkpoint in another format, exactly",
     "eval": "measure a model's perplexity, and what a quantized one lost of its original",
     "serve": "serve a checkpoint behind an OpenAI-compatible HTTP server",
+    "run-batch": "answer a file of requests, and go on with it where it was",
     "bench": "measure a running server: throughput, latency, dollars per million tokens",
     "inspect": "say what is in a checkpoint, and what it needs to serve",
     "chat": "talk to a model in the terminal",
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_command(name: str, argv: Sequence[str], prog: str) -> int:
     """Parse one command's own arguments and run it. Only that command's module is imported."""
     try:
-        command = import_module(f"octavo.commands.{name}")
+        command = import_module(f"octavo.commands.{name.replace('-', '_')}")
         description = (command.__doc__ or "").strip().split("\n\n")[0]
         parser = Parser(prog=prog, description=description, allow_abbrev=False)
         command.configure(parser)

@@ -13,6 +13,6 @@ from octavo.commands.chat_server import OwnServer, own_server
 @pytest.fixture(scope="session")
 def octavo_server(fixtures: Path) -> Iterator[OwnServer]:
     """Its address and the key that it asks for."""
-    with own_server(str(fixtures / "tiny"), ["--dtype", "float32"]) as server:
+    with own_server(str(fixtures / "tiny"), "--dtype", "float32") as server:
         server.wait_until_ready()
         yield server

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from octavo.bench.options import BenchOptions
-from octavo.commands import chat, quantize_flags, serve_flags
+from octavo.commands import chat, quantize_flags, run_batch, serve_flags
 from octavo.commands.convert import ConvertOptions
 from octavo.commands.eval import EvalOptions
 from octavo.commands.inspect import InspectOptions
@@ -26,6 +26,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "convert": lambda: markdown(flags_of(ConvertOptions)),
     "eval": lambda: markdown(flags_of(EvalOptions)),
     "serve": lambda: markdown(serve_flags.FLAGS),
+    "run-batch": lambda: markdown(run_batch.FLAGS),
     "bench": lambda: markdown(flags_of(BenchOptions)),
     "inspect": lambda: markdown(flags_of(InspectOptions)),
     "chat": lambda: markdown(chat.FLAGS),

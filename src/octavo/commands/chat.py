@@ -169,7 +169,7 @@ def _serve(model: str, words: list[str], stack: ExitStack) -> ChatServer:
 
     from octavo.commands.chat_server import own_server
 
-    own = stack.enter_context(own_server(model, words))
+    own = stack.enter_context(own_server(model, *words))
     with Console(stderr=True).status(f"octavo serve {model}"):
         own.wait_until_ready()
     return ChatServer(own.url, own.api_key, own.check)

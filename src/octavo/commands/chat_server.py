@@ -1,4 +1,4 @@
-"""A server for the time of one conversation: `octavo serve MODEL` on a free port of 127.0.0.1.
+"""A server for the time of one command: `octavo serve MODEL` on a free port of 127.0.0.1.
 
 It runs in a session of its own, so that Ctrl-C at the terminal, which stops an answer, does not reach it; the process
 that started it ends it. Its log goes to a temporary file, the end of which is shown if the server fails.
@@ -30,14 +30,14 @@ LOG_LINES = 10
 class OwnServer:
     """The process, its address and the key that it asks for."""
 
-    def __init__(self, model: str, options: Sequence[str], log: IO[bytes]) -> None:
+    def __init__(self, words: Sequence[str], log: IO[bytes]) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         self.api_key = secrets.token_hex()  # other users of this machine must not use it
         self._log = log
-        command = [sys.executable, "-m", "octavo", "serve", model, "--host", "127.0.0.1", "--port", str(port), *options]
+        command = [sys.executable, "-m", "octavo", "serve", *words, "--host", "127.0.0.1", "--port", str(port)]
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -79,10 +79,10 @@ class OwnServer:
 
 
 @contextmanager
-def own_server(model: str, options: Sequence[str]) -> Iterator[OwnServer]:
-    """`octavo serve MODEL` until the block ends, and also when this process is told to end."""
+def own_server(*words: str) -> Iterator[OwnServer]:
+    """`octavo serve WORDS` until the block ends, and also when this process is told to end."""
     with tempfile.TemporaryFile() as log, _ending_on_signals():
-        server = OwnServer(model, options, log)
+        server = OwnServer(words, log)
         try:
             yield server
         finally:
