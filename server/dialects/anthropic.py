@@ -15,12 +15,13 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from octavo.server.dialects.anthropic_request import (
+    OPENAI_NAMES,
     CountTokensRequest,
     MessagesRequest,
     call_id_of,
     chat_of,
 )
-from octavo.server.dialects.chat_request import ChatCompletionRequest, begin
+from octavo.server.dialects.chat_request import ChatCompletionRequest, begin, in_words_of
 from octavo.server.dialects.conversation import chat_token_ids, render_request, rendered
 from octavo.server.dialects.system_turns import SystemProbe
 from octavo.server.dialects.thinking import takes_effort
@@ -64,7 +65,9 @@ def routes(service: Service) -> APIRouter:
     async def messages(body: MessagesRequest, http: Request) -> Response:
         """Answer a conversation."""
         service.check(body.model)
-        choices = await begin(await chat(body, http), http, service, clamps=True)
+        asked = await chat(body, http)
+        with in_words_of(OPENAI_NAMES):
+            choices = await begin(asked, http, service, clamps=True)
         hints = _hints(body, http, model)
         return await service.respond(http, MessagesAnswer(body, choices, model, hints, http.state.request_id))
 

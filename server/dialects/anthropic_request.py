@@ -43,6 +43,8 @@ OPENAI_NAMES = {
     "thinking_token_budget": "thinking.budget_tokens",
     "parallel_tool_calls": "tool_choice.disable_parallel_tool_use",
     "max_completion_tokens": "max_tokens",
+    "function.parameters": "input_schema",
+    "json_schema.schema": "schema",
 }
 """What the fields of the conversation that is made of a request are called in it, for errors."""
 

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
@@ -15,7 +16,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from octavo.server.dialects.conversation import ChatOptions, bounded_json, chat_token_ids, render_request, rendered
 from octavo.server.dialects.fields import Count, Flag, GenerationRequest
 from octavo.server.dialects.tools import ToolOptions, reading_of, shown_tools
-from octavo.server.errors import bad_request, explain, field_error
+from octavo.server.errors import ApiError, bad_request, explain, field_error
 from octavo.server.generation import Choice, make_choices
 from octavo.server.hints import ChatHints
 from octavo.server.prompts import Prompt, Wanted, check_total, fitted
@@ -60,10 +61,32 @@ def chat_request_of(fields: dict[str, Any], names: Mapping[str, str]) -> ChatCom
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
     message, param = explain({**first, "loc": ("body", *first["loc"])})
-    name = names.get(param or "", param)
-    if param is not None and name is not None:
-        message = name + message.removeprefix(param)
-    raise bad_request(message, name)
+    raise _renamed(bad_request(message, param), names)
+
+
+@contextmanager
+def in_words_of(names: Mapping[str, str]) -> Iterator[None]:
+    """Errors within name the fields as another dialect does; see chat_request_of."""
+    try:
+        yield
+    except ApiError as error:
+        raise _renamed(error, names) from error
+
+
+def _renamed(error: ApiError, names: Mapping[str, str]) -> ApiError:
+    """The error with the place in front of its message, `tools.0.function.parameters: ...`, in another dialect's names.
+
+    A name with a dot stands for the end of a place.
+    """
+    place, colon, rest = error.message.partition(":")
+    first, dot, last = place.partition(".")
+    for old, new in names.items():
+        if "." in old and last.endswith(old):
+            last = last.removesuffix(old) + new
+            dot = dot if last else ""
+    message = names.get(first, first) + dot + last + colon + rest
+    param = names.get(error.param or "", error.param)
+    return ApiError(error.status, message, param=param, code=error.code, headers=error.headers)
 
 
 async def begin(body: ChatCompletionRequest, http: Request, service: Service, *, clamps: bool = False) -> list[Choice]:

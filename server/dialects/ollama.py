@@ -20,7 +20,7 @@ from fastapi.responses import Response
 from pydantic import ValidationError
 
 from octavo.server.dialects import ollama_models
-from octavo.server.dialects.chat_request import begin
+from octavo.server.dialects.chat_request import begin, in_words_of
 from octavo.server.dialects.completions import CompletionRequest, prompts_of, wanted_of
 from octavo.server.dialects.logprobs import chat_logprobs
 from octavo.server.dialects.ollama_request import (
@@ -64,12 +64,14 @@ def routes(service: Service) -> APIRouter:
         service.check(ollama_models.plain_name(body.model, model))
         if isinstance(body, GenerateRequest) and (body.raw or body.suffix):
             weight = 16 if body.format else 1  # a schema is rewritten and compiled
-            choices = await service.off_loop(http, lambda: _raw_choices(body, model), weight)
+            with in_words_of(OPENAI_NAMES):
+                choices = await service.off_loop(http, lambda: _raw_choices(body, model), weight)
         else:
             takes = await probe.turns(has_tools=isinstance(body, ChatRequest) and bool(body.tools))
             chat = await service.off_loop(http, lambda: chat_of(body, takes, model))
             chat.model = None  # its name is checked, and may have a tag
-            choices = await begin(chat, http, service, clamps=True)
+            with in_words_of(OPENAI_NAMES):
+                choices = await begin(chat, http, service, clamps=True)
         return await service.respond(http, kind(body, choices, model))
 
     @router.post("/api/chat")
@@ -106,8 +108,7 @@ def _raw_choices(body: GenerateRequest, model: ServedModel) -> list[Choice]:
         request = CompletionRequest.model_validate({**fields, "max_tokens": 1})
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        message, param = explain({**first, "loc": ("body", *first["loc"])})
-        raise bad_request(message, OPENAI_NAMES.get(param or "", param)) from None
+        raise bad_request(*explain({**first, "loc": ("body", *first["loc"])})) from None
     [prompt] = prompts_of(request, model)
     room = model.max_model_len - len(prompt.token_ids)
     fim = fim_of(model) if request.suffix else None
@@ -116,7 +117,7 @@ def _raw_choices(body: GenerateRequest, model: ServedModel) -> list[Choice]:
 
 
 def _now() -> str:
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    return datetime.now(UTC).isoformat(timespec="microseconds").removesuffix("+00:00") + "Z"
 
 
 def _head(name: str) -> Json:

@@ -37,6 +37,7 @@ OPENAI_NAMES = {
     "max_tokens": "options.num_predict",
     "repetition_penalty": "options.repeat_penalty",
     "response_format": "format",
+    "json_schema.schema": "",
 }
 """What the fields of the conversation that is made of a request are called in it, for errors."""
 

@@ -202,3 +202,14 @@ def test_any_name_is_served_where_the_server_says_so(any_name: Server) -> None:
 def test_an_alias_of_nothing_is_refused_at_start() -> None:
     flags = ("--served-model-name", "tiny", "--model-aliases", '{"a": "b"}')
     assert "--model-aliases: 'b' is not served here; tiny is" in said_at_once(str(TINY), *flags)
+
+
+def test_errors_name_the_fields_of_this_api(client: httpx.Client) -> None:
+    """What is found out behind the dialect is told in its words."""
+    schema = {"type": "string", "pattern": "(?=a)"}
+    output = {"output_config": {"format": {"type": "json_schema", "schema": schema}}}
+    message = client.post(PATH, json=BODY | output).json()["error"]["message"]
+    assert message.startswith("output_config.format.schema: /pattern: ")
+    own = {"model": "tiny", "prompt": "x", "format": schema}
+    for body in (own, own | {"raw": True}):
+        assert client.post("/api/generate", json=body).json()["error"].startswith("format: /pattern: ")
