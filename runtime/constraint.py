@@ -1,4 +1,4 @@
-"""Grammars of constrained answers: compiled beside the step loop, and followed token by token while sampling.
+"""Grammars of constrained answers, compiled beside the step loop; runtime/following.py follows them token by token.
 
 A grammar is llguidance's. What is forced by it is tokenized as the model would write it, so the vocabulary comes with
 the tokenizer. All of it crosses from the server once, as a `Vocabulary`; compiling is done in one thread, and a request
@@ -11,15 +11,12 @@ import contextlib
 import os
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
-from octavo.runtime.messages import Constraint, Vocabulary
+from octavo.runtime.messages import Vocabulary
 
 if TYPE_CHECKING:  # imported where it is used: a start must not wait for it
     from llguidance import LLMatcher, LLTokenizer
@@ -34,10 +31,11 @@ class GrammarError(ValueError):
 
 
 class Grammar(NamedTuple):
-    """A compiled grammar at its beginning, and the model's own end tokens."""
+    """A compiled grammar at its beginning, the model's own end tokens, and the bytes of all tokens."""
 
     matcher: LLMatcher
     end_ids: list[int]
+    tokens: Sequence[bytes]
 
 
 class Compiled(NamedTuple):
@@ -102,7 +100,7 @@ class Grammars:
             if self._vocabulary is None:
                 raise GrammarError("the engine has no vocabulary to compile it with")
             self._tokenizer = self._tokenizer or ll_tokenizer(self._vocabulary, self._vocab_size)
-            prototype = compiled(self._tokenizer, text)
+            prototype = compiled(self._tokenizer, text, self._vocabulary.tokens)
         self._prototypes[text] = prototype
         if len(self._prototypes) > MAX_COMPILED:
             self._prototypes.popitem(last=False)
@@ -114,91 +112,14 @@ def _close(*descriptors: int) -> None:
         os.close(descriptor)
 
 
-class Progress:
-    """How far one answer is in its grammar. Its tokens are told one by one, as they are sampled."""
-
-    __slots__ = ("_after", "_end_ids", "_matcher", "_tail", "num_tokens")
-
-    def __init__(self, constraint: Constraint, grammar: Grammar, token_ids: Sequence[int]) -> None:
-        """token_ids: of the answer so far."""
-        self._matcher = grammar.matcher.deep_copy()
-        self._end_ids = grammar.end_ids
-        self._after = constraint.after
-        self._tail: list[int] = []
-        self.num_tokens = 0
-        for token_id in token_ids:
-            self.accept(token_id)
-
-    @property
-    def holds(self) -> bool:
-        """Whether the next token has to obey the grammar: what comes before it begins is free."""
-        return not self._after and not self._matcher.is_stopped()
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether the answer obeys its grammar as it is, so that it may end here."""
-        return not self._after and self._matcher.is_accepting()
-
-    @property
-    def is_over(self) -> bool:
-        """Whether nothing may follow."""
-        return not self._after and self._matcher.is_stopped()
-
-    @property
-    def error(self) -> str:
-        """Why the grammar can't be followed any further; empty while it can."""
-        return first_line(self._matcher.get_error()) if self._matcher.is_error() else ""
-
-    def allow_ends(self, bits: NDArray[np.int32], stop_token_ids: Iterable[int]) -> None:
-        """In one row of masks: stop tokens may come where the answer is complete, the model's others never."""
-        words = bits.view(np.uint32)
-        for token_id in self._end_ids:
-            words[token_id // 32] &= np.uint32(~(1 << token_id % 32) & 0xFFFFFFFF)
-        if self.is_complete:
-            for token_id in stop_token_ids:
-                if token_id // 32 < len(words):
-                    words[token_id // 32] |= np.uint32(1 << token_id % 32)
-
-    def accept(self, token_id: int) -> None:
-        """Go on by one token of the answer."""
-        self.num_tokens += 1
-        if not self._after:
-            self._matcher.consume_token(token_id)
-            return
-        longest = max(len(ids) for ids in self._after)
-        self._tail = [*self._tail, token_id][-longest:]
-        if any(tuple(self._tail[-len(ids) :]) == ids for ids in self._after):
-            self._after = ()
-
-
-class Masks:
-    """Fills in which tokens may come next, for several answers at a time."""
-
-    def __init__(self, vocab_size: int) -> None:
-        from llguidance import LLExecutor
-
-        self._num_words = -(-vocab_size // 32)
-        self._executor = LLExecutor()
-
-    def fill(self, following: Sequence[Progress]) -> NDArray[np.int32]:
-        """[len(following), ceil(vocab / 32)]: bit j of word i is 1 where token 32 i + j may come."""
-        bits = np.zeros((len(following), self._num_words), np.int32)
-        if len(following) == 1:
-            following[0]._matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
-        else:
-            matchers = [(progress._matcher, row) for row, progress in enumerate(following)]
-            self._executor.unsafe_compute_mask_ptr(matchers, bits.ctypes.data, bits.strides[0], len(matchers))
-        return bits
-
-
-def compiled(tokenizer: LLTokenizer, text: str) -> Grammar:
+def compiled(tokenizer: LLTokenizer, text: str, tokens: Sequence[bytes]) -> Grammar:
     """Raises GrammarError."""
     from llguidance import LLMatcher, LLParserLimits
 
     matcher = LLMatcher(tokenizer, text, log_level=0, limits=LLParserLimits(max_grammar_size=MAX_GRAMMAR))
     if matcher.is_error():
         raise GrammarError(first_line(matcher.get_error()))
-    return Grammar(matcher, tokenizer.eos_tokens)
+    return Grammar(matcher, tokenizer.eos_tokens, tokens)
 
 
 def ll_tokenizer(vocabulary: Vocabulary, vocab_size: int) -> LLTokenizer:

@@ -63,9 +63,10 @@ class Engine:
 
     def _add(self, answer: AddRequest) -> TokenOutput | None:
         constraint = answer.params.constraint
-        refusal = self.scheduler.add(answer, is_ready=constraint is None)
-        if refusal is None and constraint is not None:
-            self.grammars.compile(answer.request_id, constraint.grammar)
+        grammar = "" if constraint is None else constraint.grammar
+        refusal = self.scheduler.add(answer, is_ready=not grammar)
+        if refusal is None and grammar:
+            self.grammars.compile(answer.request_id, grammar)
         return refusal
 
     def take_grammars(self) -> list[TokenOutput]:

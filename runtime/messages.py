@@ -13,16 +13,47 @@ import msgspec
 FinishReason = Literal["stop", "length", "repetition", "abort", "error"]
 
 
+class Reasoning(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What a model thinks before it answers, as tokens.
+
+    end: the token that ends it. is_open: the prompt has begun it; else it begins where the answer's first token is
+    `begin`. budget: None, or how many tokens it may have; then the tokens of `closing`, of which `end` is the last,
+    are forced.
+    """
+
+    end: int
+    is_open: bool = False
+    begin: int | None = None
+    budget: int | None = None
+    closing: tuple[int, ...] = ()
+
+
+class Triggers(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Where a grammar that sleeps wakes up; until then the answer is free, and costs no mask.
+
+    token_ids: it wakes at one of these tokens. texts: at one of these texts, however it is tokenized. start: where the
+    answer's first character that is no whitespace is this one. What has woken the grammar is the first thing that it
+    reads. once: when the grammar is through, the answer is over; else the grammar sleeps again.
+    """
+
+    token_ids: tuple[int, ...] = ()
+    texts: tuple[str, ...] = ()
+    start: str = ""
+    once: bool = False
+
+
 class Constraint(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """What an answer must look like: a grammar, and from where on it holds.
 
-    grammar: llguidance's own JSON, as `LLMatcher.grammar_from_json_schema` and its like write it.
-    after: none: it holds from the first token on; else behind the first place where one of these sequences of token
-    ids has come, such as the end of a model's reasoning. What stands before is free.
+    grammar: llguidance's own JSON, as `LLMatcher.grammar_from_json_schema` and its like write it; empty where only
+    the reasoning has a limit.
+    reasoning: stands in front of what the grammar is about, and is free. triggers: None: the grammar holds from the
+    first token on; else where they say.
     """
 
-    grammar: str
-    after: tuple[tuple[int, ...], ...] = ()
+    grammar: str = ""
+    reasoning: Reasoning | None = None
+    triggers: Triggers | None = None
 
 
 class RepetitionDetection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):

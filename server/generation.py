@@ -6,6 +6,7 @@ reading closes the generator, and its one `finally` aborts what still runs. No d
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -15,12 +16,15 @@ from typing import Any
 
 import msgspec
 
-from octavo.runtime.messages import AddRequest, Constraint, Logprobs, TokenOutput
+from octavo.runtime.constraint import GrammarError
+from octavo.runtime.messages import AddRequest, Constraint, Logprobs, Reasoning, TokenOutput
 from octavo.server.admission import Ticket
 from octavo.server.dialects.fields import GenerationRequest
 from octavo.server.engine_client import EngineClient, EngineDeadError
 from octavo.server.errors import ApiError, bad_request
+from octavo.server.message.call_constraint import WantedCalls, grammar_of_calls
 from octavo.server.message.constrain import constraint_of
+from octavo.server.message.format import Strictness
 from octavo.server.message.parse import FormatParser, Formats, Machine, Parser
 from octavo.server.message.parts import Part, append_parts
 from octavo.server.metrics import Metrics, Timeline
@@ -95,8 +99,8 @@ class Usage:
 class Reading:
     """How an answer is read where it may be more than text: see message/parse.py's Machine.
 
-    only_one: what follows the first call is left out. content_after: the token sequences behind which a constraint
-    holds, where the prompt has opened the reasoning. no_constraint: why this answer can't have one.
+    only_one: what follows the first call is left out. calls: what the answer may call, or must. reasoning: where the
+    model's reasoning ends, as tokens; a constraint holds behind it. no_constraint: why this answer can't have one.
     """
 
     formats: Formats
@@ -105,7 +109,9 @@ class Reading:
     tools: Mapping[str, Any] = field(default_factory=dict)
     num_before: int = 0
     only_one: bool = False
-    content_after: tuple[tuple[int, ...], ...] = ()
+    strictness: Strictness = "loose"
+    calls: WantedCalls | None = None
+    reasoning: Reasoning | None = None
     no_constraint: str = ""
 
 
@@ -192,7 +198,8 @@ def make_choices(
     """n choices for each prompt, side by side. A seed is the first one's; the others count up from it."""
     arrival = time.time()
     rooms = [model.max_model_len - len(prompt.token_ids) for prompt in prompts]
-    params = sampling_params(request, wanted, model, min(rooms), _constraint(request, model, reading))
+    constraint, reading = constrained(request, model, reading)
+    params = sampling_params(request, wanted, model, min(rooms), constraint)
     choices: list[Choice] = []
     for prompt, room in zip(prompts, rooms, strict=True):
         own = params if wanted.max_tokens is not None else msgspec.structs.replace(params, max_tokens=room)
@@ -207,15 +214,35 @@ def make_choices(
     return choices
 
 
-def _constraint(request: GenerationRequest, model: ServedModel, reading: Reading | None) -> Constraint | None:
-    """What the answer's content must look like; it holds behind the reasoning, unless the server was told otherwise."""
-    after: tuple[tuple[int, ...], ...] = ()
-    if reading is not None and not model.structured_outputs.enable_in_reasoning:
-        after = reading.content_after
-    constraint = constraint_of(request, model.structured_outputs, model.token_id, after)
-    if constraint is not None and reading is not None and reading.no_constraint:
-        raise bad_request(reading.no_constraint)
-    return constraint
+def constrained(
+    request: GenerationRequest, model: ServedModel, reading: Reading | None
+) -> tuple[Constraint | None, Reading | None]:
+    """What the answer must look like, and how it is read then. Raises ApiError."""
+    constraint = constraint_of(request, model.structured_outputs, model.token_id)
+    if reading is None:
+        return constraint, None
+    reasoning = reading.reasoning
+    if constraint is not None:
+        if reading.no_constraint:
+            raise bad_request(reading.no_constraint)
+        if model.structured_outputs.enable_in_reasoning:
+            reasoning = None
+    if reading.calls is not None and (constraint is not None or reading.calls.are_constrained):
+        if reading.calls.mode == "required" and reading.no_constraint:
+            raise bad_request(reading.no_constraint, "tool_choice")
+        try:
+            found = grammar_of_calls(reading.calls, reading.formats, constraint)
+        except GrammarError as error:
+            raise bad_request(str(error), "tools") from None
+        strictness: Strictness = "exact" if constraint is None else "marked"
+        exact = dataclasses.replace(reading, tools=found.schemas, strictness=strictness)
+        return Constraint(found.text, reasoning, found.triggers), exact
+    if reasoning is not None and (constraint is None or not reasoning.is_open):
+        limits = reasoning.budget is not None
+        reasoning = reasoning if limits else None
+    if constraint is None:
+        return None if reasoning is None else Constraint(reasoning=reasoning), reading
+    return Constraint(constraint.grammar, reasoning), reading
 
 
 def _make_choice(
@@ -268,6 +295,7 @@ def _parser(
         call_is_open=reading.call_is_open,
         tools=reading.tools,
         num_before=reading.num_before,
+        strictness=reading.strictness,
         skip_special_tokens=skips,
     )
     return FormatParser(detokenizer, machine, only_one=reading.only_one)

@@ -174,6 +174,13 @@ class TextOptions(msgspec.Struct, frozen=True, kw_only=True):
             extra={"metavar": "NAME", "default": "inferred from the chat template"},
         ),
     ] = None
+    tool_strict_level: Annotated[
+        Literal["auto", "function", "parameter"],
+        Meta(
+            description="what of a tool call is enforced: parameter (its form, the tool's name and its arguments), "
+            "function (form and name, arguments of tools with strict: true), auto (calls of requests with such tools)",
+        ),
+    ] = "parameter"
     trust_request_chat_template: Annotated[
         bool,
         Meta(description="let requests bring a template of their own, which is code, though sandboxed and limited"),

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
@@ -39,6 +39,7 @@ class ServedModel:
     serves_any     requests may use any name at all
     report         what the engine has loaded
     stream_interval, tokens_as_token_ids: what requests get that don't say it
+    tool_strict_level  how much of a call is enforced where a tool doesn't ask for it
     """
 
     names: tuple[str, ...]
@@ -60,6 +61,7 @@ class ServedModel:
     report: StartupReport | None = None
     stream_interval: int = 1
     tokens_as_token_ids: bool = False
+    tool_strict_level: Literal["auto", "function", "parameter"] = "parameter"
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property

@@ -94,7 +94,8 @@ class StepPlan:
 class StepResult:
     """What a step brought. tokens: none, one or several for each scheduled sequence; the rest by its index.
 
-    ended: those whose answers are complete with these tokens, as their grammars allow nothing more.
+    ended: those whose answers are complete with these tokens, as their grammars allow nothing more. refused: those
+    whose error is about what the request asks for.
     """
 
     tokens: list[list[int]]
@@ -102,3 +103,4 @@ class StepResult:
     prompt_logprobs: dict[int, list[Logprobs]] = field(default_factory=dict)
     errors: dict[int, str] = field(default_factory=dict)
     ended: frozenset[int] = frozenset()
+    refused: frozenset[int] = frozenset()

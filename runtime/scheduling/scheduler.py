@@ -353,7 +353,8 @@ class Scheduler:
                 assert sequence.prompt_logprobs is not None
                 sequence.prompt_logprobs += result.prompt_logprobs[index]
             if index in result.errors:
-                outputs.append(self._end_with_error(sequence, result.errors[index]))
+                is_refused = index in result.refused
+                outputs.append(self._end_with_error(sequence, result.errors[index], is_refused=is_refused))
                 continue
             is_ended = index in result.ended
             output = self._take(scheduled, tokens, result.logprobs.get(index), now, is_ended=is_ended)
@@ -446,10 +447,10 @@ class Scheduler:
         """Whether a sequence of so many tokens has all that it may get."""
         return length - sequence.num_prompt >= sequence.params.max_tokens or length >= self.config.max_model_len
 
-    def _end_with_error(self, sequence: Sequence, error: str) -> TokenOutput:
+    def _end_with_error(self, sequence: Sequence, error: str, *, is_refused: bool) -> TokenOutput:
         self._groups.forget(sequence.blocks)  # whatever made its logits unusable may stand in its keys and values
         self._drop(sequence)
-        return TokenOutput(sequence.request_id, [], finish_reason="error", error=error)
+        return TokenOutput(sequence.request_id, [], finish_reason="error", error=error, is_refused=is_refused)
 
     def _drop(self, sequence: Sequence) -> None:
         sequence.has_ended = True

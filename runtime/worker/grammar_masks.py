@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from octavo.runtime.constraint import Grammar, Masks, Progress
+from octavo.runtime.constraint import Grammar
+from octavo.runtime.following import Masks, Progress
 from octavo.runtime.scheduling.plan import ScheduledSequence
 from octavo.runtime.scheduling.sequence import Sequence
 
@@ -96,7 +97,7 @@ class GrammarMasks:
             constraint = it.sequence.params.constraint
             grammar = it.sequence.grammar
             assert constraint is not None
-            assert isinstance(grammar, Grammar)
+            assert grammar is None or isinstance(grammar, Grammar)
             begin = it.sequence.num_prompt
             progress = Progress(constraint, grammar, it.sequence.token_ids[begin : begin + it.num_outputs])
             self._progress[it.slot] = (it.sequence, progress)

@@ -85,12 +85,14 @@ class Sampler:
         places = those.places
         logprobs = {places[i]: [entry] for i, entry in zip(wanting, found, strict=True)}
         failed = dict.fromkeys(stuck, NOTHING_ALLOWED) | ends.errors
+        refused = {places[i]: text for i, text in failed.items() if i not in ends.without_token}
         result = StepResult(
             those.tokens(plan, chosen, ends.without_token),
             logprobs,
             prompt_logprobs,
-            {places[i]: text for i, text in failed.items() if i not in ends.without_token} | errors,
+            refused | errors,
             ended=frozenset(places[i] for i in ends.complete),
+            refused=frozenset(refused) - frozenset(errors),
         )
         return chosen, result
 

@@ -34,8 +34,6 @@ class ChatCompletionRequest(ChatHints, ToolOptions, ChatOptions, GenerationReque
     echo: Flag = False
     documents: Annotated[list[dict[str, Any]], Field(fail_fast=True), BeforeValidator(bounded_json)] | None = None
     # not supported: accepted only where they ask for nothing
-    functions: None = None
-    function_call: Literal["none"] | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=1, fail_fast=True)] | None = None
     audio: None = None
     prediction: None = None

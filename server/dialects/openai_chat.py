@@ -9,7 +9,7 @@ from octavo.server.dialects.chat_request import ChatCompletionRequest, begin
 from octavo.server.dialects.conversation import text_of_message
 from octavo.server.dialects.logprobs import chat_logprobs
 from octavo.server.dialects.openai import Json, OpenAIAnswer, about_prompt, head, names_ids, request_id_of
-from octavo.server.dialects.tools import message_fields, part_fields
+from octavo.server.dialects.tools import finish_reason_of, message_fields, part_fields
 from octavo.server.errors import RESPONSES
 from octavo.server.generation import Choice, Delta, usage_of
 from octavo.server.message.parts import Part
@@ -66,14 +66,14 @@ class ChatAnswer(OpenAIAnswer):
 
     def _said(self, part: Part, index: int) -> Json:
         self._num_calls[index] += part.kind == "call"
-        return part_fields(part, self._num_calls[index] - 1)
+        return part_fields(part, self._num_calls[index] - 1, self._asked)
 
     def frame(self, choices: list[Json]) -> Json:
         return {**self._head, "choices": choices}
 
     def _choice(self, delta: Delta) -> Json:
         self._num_calls[delta.index] = sum(part.kind == "call" for part in delta.parts)
-        message = {"role": self._role, **message_fields(delta.parts, self._echo)}
+        message = {"role": self._role, **message_fields(delta.parts, self._echo, self._asked)}
         return {"index": delta.index, "message": message, **self._rest(delta)}
 
     def _rest(self, delta: Delta) -> Json:
@@ -91,8 +91,9 @@ class ChatAnswer(OpenAIAnswer):
 
     def _finish_reason(self, delta: Delta) -> str | None:
         """An answer with calls that has ended by itself waits for their results."""
-        waits = delta.finish_reason == "stop" and delta.stop_reason is None and self._num_calls[delta.index] > 0
-        return "tool_calls" if waits else delta.finish_reason
+        if delta.stop_reason is not None or not self._num_calls[delta.index]:
+            return delta.finish_reason
+        return finish_reason_of(delta.finish_reason, self._asked)
 
     def _about_prompt(self, delta: Delta) -> Json:
         """Beside the choices, which share their prompt."""

@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, StringConstraints, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, StringConstraints, Tag, model_validator
 
+from octavo.runtime.messages import Reasoning
 from octavo.server.dialects.conversation import ChatMessage, bounded_json
 from octavo.server.dialects.fields import Flag, Open, Strict, Text
 from octavo.server.errors import bad_request, field_error
 from octavo.server.generation import Reading
+from octavo.server.message.call_constraint import StrictLevel, WantedCalls, WantedTool
 from octavo.server.message.parts import Part, calls_of, reasoning_of, text_of
 from octavo.server.served_model import ServedModel
 
 MAX_TOOLS = 512
 Json = dict[str, Any]
 FunctionName = Annotated[str, StringConstraints(strict=True, pattern=r"^[A-Za-z0-9_.:/-]{1,128}$")]
+NO_BUDGET = "the end of this model's reasoning is no token of its own, so "
 
 
 class FunctionTool(Open):
@@ -35,30 +38,131 @@ class Tool(Strict):
     function: FunctionTool
 
 
-class ToolOptions(Strict):
-    """The fields of a request that are about tools. Calls are not constrained yet, so none can be required."""
+class ToolName(Open):
+    """A function by its name."""
 
-    tools: (
-        Annotated[list[Tool], Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True), BeforeValidator(bounded_json)]
-        | None
-    ) = None
-    tool_choice: Literal["none", "auto"] | None = None
+    name: FunctionName
+
+
+class NamedChoice(Strict):
+    """The tool that must be called."""
+
+    type: Literal["function"]
+    function: ToolName
+
+
+class AllowedTools(Strict):
+    """Some of the tools, and whether one of them must be called."""
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedChoice], Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True)]
+
+
+class AllowedChoice(Strict):
+    """Which of the tools may be called."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
+def _kind_of_choice(value: object) -> str:
+    if isinstance(value, dict):
+        return "<allowed>" if value.get("type") == "allowed_tools" else "<named>"
+    return "<mode>"
+
+
+ToolChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("<mode>")]
+    | Annotated[NamedChoice, Tag("<named>")]
+    | Annotated[AllowedChoice, Tag("<allowed>")],
+    Discriminator(_kind_of_choice),
+]
+Tools = Annotated[list[Tool], Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True), BeforeValidator(bounded_json)]
+Functions = Annotated[
+    list[FunctionTool], Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True), BeforeValidator(bounded_json)
+]
+
+
+class ToolOptions(Strict):
+    """The fields of a request that are about tools; functions and function_call are their older names."""
+
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
     parallel_tool_calls: Flag | None = None
+    functions: Functions | None = None
+    function_call: Literal["none", "auto"] | ToolName | None = None
 
     @model_validator(mode="after")
     def _check_tools(self) -> ToolOptions:
-        if self.tool_choice == "auto" and not self.tools:
-            raise field_error("tool_choice", "tool_choice: 'auto' needs tools")
-        names = [tool.function.name for tool in self.tools or ()]
+        if self.functions is not None and (self.tools is not None or self.tool_choice is not None):
+            raise field_error("functions", "functions: the older name of tools; leave one of both out")
+        if self.functions is None and self.function_call not in (None, "none"):
+            raise field_error("function_call", "function_call: needs functions")
+        if self.tool_choice is not None and self.tool_choice != "none" and not self.tools:
+            shown = self.tool_choice if isinstance(self.tool_choice, str) else self.tool_choice.type
+            raise field_error("tool_choice", f"tool_choice: {shown!r} needs tools")
+        names = [tool.function.name for tool in self.all_tools]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
             raise field_error("tools", f"tools: {twice!r} stands there twice; each function needs a name of its own")
+        unknown = next((name for name in self._chosen_names or () if name not in names), None)
+        if unknown is not None:
+            field = "tool_choice" if self.tools else "function_call"
+            raise field_error(field, f"{field}: {unknown!r} is none of the tools: {', '.join(names)[:300]}")
         return self
 
     @property
+    def all_tools(self) -> list[Tool]:
+        """The tools under either name."""
+        if self.functions is not None:
+            return [Tool(type="function", function=function) for function in self.functions]
+        return list(self.tools or ())
+
+    @property
+    def _chosen_names(self) -> list[str] | None:
+        """The tools that tool_choice restricts calls to."""
+        choice = self.tool_choice if self.functions is None else self.function_call
+        match choice:
+            case NamedChoice():
+                return [choice.function.name]
+            case ToolName():
+                return [choice.name]
+            case AllowedChoice():
+                return [tool.function.name for tool in choice.allowed_tools.tools]
+        return None
+
+    @property
+    def must_call(self) -> bool:
+        """Whether the answer must be a call."""
+        choice = self.tool_choice
+        if isinstance(choice, AllowedChoice):
+            return choice.allowed_tools.mode == "required"
+        return self.is_named or choice == "required"
+
+    @property
+    def is_named(self) -> bool:
+        """Whether one tool was chosen by its name: then the answer is no decision of the model's to call one."""
+        return isinstance(self.tool_choice, NamedChoice) or isinstance(self.function_call, ToolName)
+
+    @property
     def callable_tools(self) -> list[Tool]:
-        """The tools that the model is shown and may call: none where tool_choice forbids calls."""
-        return [] if self.tool_choice == "none" else list(self.tools or ())
+        """The tools that the model is shown: none where tool_choice forbids calls."""
+        forbids = "none" in (self.tool_choice, self.function_call)
+        return [] if forbids else self.all_tools
+
+    def wanted_calls(self, level: StrictLevel, *, is_open: bool) -> WantedCalls:
+        """The calls that the answer may make, or must."""
+        chosen = self._chosen_names
+        field = "tools.{}.function.parameters" if self.functions is None else "functions.{}.parameters"
+        tools = [
+            WantedTool(it.function.name, it.function.parameters, field.format(number), it.function.strict or False)
+            for number, it in enumerate(self.callable_tools)
+            if chosen is None or it.function.name in chosen
+        ]
+        is_restricted = chosen is not None and len(tools) < len(self.callable_tools)
+        several = self.parallel_tool_calls is not False and not self.is_named and self.functions is None
+        mode: Literal["auto", "required"] = "required" if self.must_call else "auto"
+        return WantedCalls(tools, mode, several, is_open, "function" if is_restricted and level == "auto" else level)
 
 
 def shown_tools(options: ToolOptions, model: ServedModel) -> list[Json] | None:
@@ -85,52 +189,75 @@ def reading_of(
         return None
     found = model.formats.found
     reasoning_is_open = found.reasoning is not None and found.reasoning.opened_by(prompt)
-    end = None if found.reasoning is None else model.tokenizer.token_id(found.reasoning.end)
+    call_is_open = bool(tools) and found.tools is not None and found.tools.opened_by(prompt)
+    reasoning = reasoning_tokens(model, is_open=reasoning_is_open)
     no_constraint = ""
-    if formats.tools is not None:
-        no_constraint = "an answer that may call tools can't have a constraint yet: leave out one of both"
-    elif reasoning_is_open and end is None:
-        no_constraint = (
-            "the end of this model's reasoning is no token of its own, so a constraint behind it can't be enforced; "
-            "switch the reasoning off"
-        )
+    if formats.tools is not None and not tools:
+        no_constraint = "this model's answers are messages with headers, which can't have a constraint yet"
+    elif reasoning_is_open and reasoning is None:
+        no_constraint = NO_BUDGET + "a constraint behind it can't be enforced; switch the reasoning off"
     return Reading(
         formats,
         reasoning_is_open=reasoning_is_open,
-        call_is_open=bool(tools) and found.tools is not None and found.tools.opened_by(prompt),
+        call_is_open=call_is_open,
         tools={tool.function.name: tool.function.parameters or {} for tool in tools},
         num_before=sum(len(message.tool_calls or ()) for message in messages),
-        only_one=options.parallel_tool_calls is False,
-        content_after=((end,),) if reasoning_is_open and end is not None else (),
+        only_one=options.parallel_tool_calls is False or options.functions is not None,
+        calls=options.wanted_calls(model.tool_strict_level, is_open=call_is_open) if tools else None,
+        reasoning=reasoning,
         no_constraint=no_constraint,
     )
 
 
-def message_fields(parts: Sequence[Part], echo: str) -> Json:
-    """The fields of a whole message: reasoning under both of its names, calls only where there are some."""
+def reasoning_tokens(model: ServedModel, *, is_open: bool) -> Reasoning | None:
+    """Where the model's reasoning begins and ends, as tokens; None where its end is no token of its own."""
+    form = model.formats.found.reasoning
+    end = None if form is None else model.tokenizer.token_id(form.end)
+    if form is None or end is None:
+        return None
+    return Reasoning(end, is_open, None if is_open else model.tokenizer.token_id(form.begin))
+
+
+def message_fields(parts: Sequence[Part], echo: str, options: ToolOptions | None = None) -> Json:
+    """The fields of a whole message: reasoning under both of its names, calls only where there are some.
+
+    options: of the request, whose words for calls the answer has.
+    """
     text = echo + text_of(parts)
     reasoning = reasoning_of(parts)
-    calls = [
-        {"id": call.call_id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-        for call in calls_of(parts)
-    ]
+    calls = calls_of(parts)
     fields: Json = {"content": text if text or not (calls or reasoning) else None, "refusal": None}
     if reasoning:
         fields |= {"reasoning": reasoning, "reasoning_content": reasoning}
-    if calls:
-        fields["tool_calls"] = calls
+    if calls and options is not None and options.functions is not None:
+        fields["function_call"] = {"name": calls[0].name, "arguments": calls[0].arguments}
+    elif calls:
+        fields["tool_calls"] = [
+            {"id": call.call_id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in calls
+        ]
     return fields
 
 
-def part_fields(part: Part, index: int) -> Json:
+def part_fields(part: Part, index: int, options: ToolOptions | None = None) -> Json:
     """The delta that says one part; `index` is the number of the call that is open."""
     match part.kind:
         case "text":
             return {"content": part.text}
         case "reasoning":
             return {"reasoning": part.text, "reasoning_content": part.text}
-        case "call":
-            function = {"name": part.text, "arguments": ""}
-            return {"tool_calls": [{"index": index, "id": part.call_id, "type": "function", "function": function}]}
         case _:
-            return {"tool_calls": [{"index": index, "function": {"arguments": part.text}}]}
+            pass
+    is_new = part.kind == "call"
+    function = {"name": part.text, "arguments": ""} if is_new else {"arguments": part.text}
+    if options is not None and options.functions is not None:
+        return {"function_call": function}
+    about = {"id": part.call_id, "type": "function"} if is_new else {}
+    return {"tool_calls": [{"index": index, **about, "function": function}]}
+
+
+def finish_reason_of(finish_reason: str | None, options: ToolOptions) -> str | None:
+    """How an answer with calls that has ended by itself has ended: where the model chose to call, it says so."""
+    if finish_reason != "stop" or options.is_named:
+        return finish_reason
+    return "tool_calls" if options.functions is None else "function_call"

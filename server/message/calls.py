@@ -11,7 +11,7 @@ from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from octavo.server.message.format import ToolFormat, is_call_id, literals, new_call_id
+from octavo.server.message.format import Strictness, ToolFormat, is_call_id, literals, new_call_id
 from octavo.server.message.scan import CutError, MalformedError, Scanner, Stops, escaped, stops_for
 from octavo.server.message.values import as_json, json_string, literal, raw_json, types_of, without_surrogates
 
@@ -46,8 +46,9 @@ class Layout:
 
 
 @functools.lru_cache(maxsize=64)
-def layout_of(form: ToolFormat) -> Layout:
-    """The markers of a format."""
+def layout_of(form: ToolFormat, strictness: Strictness = "loose") -> Layout:
+    """The markers of a format; where it is read loosely, also those that models write in their place."""
+    is_exact = strictness != "loose"
     call_begin = form.call_begin
     call_end = form.call_end
     if form.keys is not None:  # the object is read as JSON, whatever its whitespace and the order of its keys
@@ -61,9 +62,9 @@ def layout_of(form: ToolFormat) -> Layout:
     call = literals(call_begin)
     begin = section_begin.strip()
     openers = (begin,) if begin else call[:1]
-    if begin and form.keys is None and form.kind in ("json", "params") and call:
+    if begin and form.keys is None and form.kind in ("json", "params") and call and not is_exact:
         openers = (begin, call[0])  # a section whose beginning is missing
-    if form.kind == "params" and not begin and len(call) == 2:
+    if form.kind == "params" and not begin and len(call) == 2 and not is_exact:
         openers = call  # Qwen3-Coder now and then leaves out the outer one
     ends = literals(call_end)
     if form.kind == "pythonic":  # the bracket alone, and what may stand behind it
@@ -71,7 +72,7 @@ def layout_of(form: ToolFormat) -> Layout:
     bare = ""
     # Qwen2.5-Coder and others of its size now and then write the object without its marker
     is_named_object = form.kind == "json" and form.keys not in (None, ("", ""))
-    if form.may_be_bare or not openers or is_named_object:
+    if (form.may_be_bare or not openers or is_named_object) and strictness != "marked":
         bare = "[" if form.kind in ("json_array", "pythonic") else "{"
     return Layout(
         openers=openers,
@@ -91,8 +92,16 @@ class CallReader:
     num_before: calls that the conversation had before this answer.
     """
 
-    def __init__(self, form: ToolFormat, scan: Scanner, tools: Mapping[str, Any], num_before: int = 0) -> None:
-        self.layout = layout_of(form)
+    def __init__(
+        self,
+        form: ToolFormat,
+        scan: Scanner,
+        tools: Mapping[str, Any],
+        num_before: int = 0,
+        strictness: Strictness = "loose",
+    ) -> None:
+        self.layout = layout_of(form, strictness)
+        self._is_exact = strictness != "loose"
         self._form = form
         self._scan = scan
         self._tools = tools
@@ -118,7 +127,7 @@ class CallReader:
             self._is_open = False
             scan.give_back()
         except CutError:
-            scan.give_back()
+            scan.give_back_all()
             raise
 
     def bare(self) -> Reading:
@@ -135,7 +144,7 @@ class CallReader:
             self._is_open = False
             scan.give_back()
         except CutError:
-            scan.give_back()
+            scan.give_back_all()
             raise
 
     def call_after_header(self) -> Reading:
@@ -164,7 +173,7 @@ class CallReader:
             self._is_open = False
             self._scan.give_back()
         except CutError:
-            self._scan.give_back()
+            self._scan.give_back_all()
             raise
 
     def _calls_of_section(self) -> Reading:
@@ -174,9 +183,15 @@ class CallReader:
             if layout.section_end and (yield from self._scan.next_is(layout.section_stop)):
                 yield from self._rest(layout.section_end[1:])
                 return
+            yield from self._rest(self._separators)
             yield from self._scan.expect_all(layout.call)
             yield from self._body()
             self._scan.record()
+
+    @property
+    def _separators(self) -> tuple[str, ...]:
+        """What may stand between the calls of a section."""
+        return literals(self._form.between) if self.num_calls else ()
 
     def _one_call(self, opener: str) -> Reading:
         """The call whose first marker was the opener."""
@@ -239,7 +254,9 @@ class CallReader:
                 and scan.buffer.startswith(layout.section_stop[:1])
             ):
                 return
-            if first == "," or (first == ";" and self.num_calls):
+            if (first == "," and not (is_bare and self._is_exact and not self.num_calls)) or (
+                first == ";" and self.num_calls
+            ):
                 scan.drop(1)
                 continue
             if self._form.kind == "pythonic":
@@ -258,19 +275,22 @@ class CallReader:
         name: str | None = None
         held: list[str] | None = None
         yield from scan.expect("{")
+        is_exact = is_bare and self._is_exact
         while (first := (yield from scan.space())) != "}":
-            if first == ",":
+            if first == "," and not (is_exact and name is None):
                 scan.drop(1)
                 continue
             if first != '"' and self._is_open:
                 break  # the object was never closed
-            key = yield from json_string(scan)
+            key = yield from self._key(is_plain=is_exact and name is None)
+            if is_exact and name is None and keys[0] not in ("", key):
+                raise MalformedError
             yield from scan.expect(":")
             if keys == ("", ""):
                 name = key
                 yield from self._arguments(key)
             elif key == keys[0] or key in _NAME_KEYS:
-                name = yield from json_string(scan)
+                name = yield from self._key(is_plain=is_exact)
                 if is_bare and name not in self._tools:
                     raise MalformedError
             elif (key == keys[1] or key in _ARGUMENT_KEYS) and name is not None:
@@ -288,6 +308,14 @@ class CallReader:
             self._open(name)
             scan.say("arguments", "".join(held or ()) or "{}")
         self._close()
+
+    def _key(self, *, is_plain: bool) -> Generator[None, None, str]:
+        """A JSON string. is_plain: one without escapes, as the grammar of a bare call writes it."""
+        if not is_plain:
+            return (yield from json_string(self._scan))
+        yield from self._scan.expect('"')
+        text, _ = yield from self._scan.read(stops_for('"'))
+        return text
 
     def _arguments(self, name: str) -> Reading:
         """The arguments as JSON, passed on as they stand. Some models write them as a string that holds JSON."""

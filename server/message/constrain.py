@@ -55,11 +55,10 @@ def constraint_of(
     request: ConstraintFields,
     config: StructuredOutputsConfig,
     token_id: TokenIds,
-    after: tuple[tuple[int, ...], ...] = (),
 ) -> Constraint | None:
     """The constraint that a request asks for, if it does. Raises ApiError.
 
-    token_id gives the id of a token, by id or by text. after: see Constraint; where the reasoning of the model ends.
+    token_id gives the id of a token, by id or by text.
     """
     wanted = [*_of_response_format(request), *_of_structured_outputs(request), *_of_older_fields(request)]
     _check_alone(request, wanted)
@@ -70,7 +69,7 @@ def constraint_of(
         grammar = only.grammar(_style(request, config), token_id)
     except GrammarError as error:
         raise bad_request(f"{only.field}: {error}", only.param) from None
-    return Constraint(grammar, after)
+    return Constraint(grammar)
 
 
 def _check_alone(request: ConstraintFields, wanted: list[_Wanted]) -> None:

@@ -14,6 +14,9 @@ from typing import Literal
 
 FormatKind = Literal["json", "json_array", "params", "pythonic", "channel"]
 IdStyle = Literal["hex", "mistral", "kimi"]
+# How strictly calls are read. loose: as models write them who aren't constrained; exact: only what the grammar of calls
+# makes is one; marked: only behind a marker, for content that may look like a call without.
+Strictness = Literal["loose", "exact", "marked"]
 Switch = Literal["enable_thinking", "thinking", "reasoning_effort"]
 
 _ALPHANUMERICS = string.ascii_letters + string.digits
@@ -33,7 +36,7 @@ class ToolFormat:
     call_begin        before a call's name; where keys are set it includes the object's beginning: `<call>{"name": "`
     name_to_arguments from the name to the arguments: `", "arguments": `
     call_end          after the arguments: `}</call>`
-    between           from one call to the next
+    between           from one call to the next; channel: what may stand in front of the arguments' type
     keys              the object's keys for name and arguments; ("", "") where the name itself is the key
     key_begin         params: before an argument's name; key_to_value from there to its value; value_end after it
     string_quote      pythonic: a quote for strings beside Python's own, without escapes within

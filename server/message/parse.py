@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from octavo.server.message.calls import CallReader
 from octavo.server.message.channels import read_channels
-from octavo.server.message.format import ReasoningFormat, ToolFormat
+from octavo.server.message.format import ReasoningFormat, Strictness, ToolFormat
 from octavo.server.message.parts import Part
 from octavo.server.message.scan import FIRST_MARK, CutError, Scanner, stops_for
 from octavo.text.detokenizer import Detokenizer
@@ -109,7 +109,7 @@ class Machine:
 
     reasoning_is_open, call_is_open: what the prompt has opened (the formats' `opened_by`). tools: the schemas of the
     functions' parameters by name, of which params formats take their types. num_before: earlier calls of the
-    conversation.
+    conversation. strictness: of reading calls.
     """
 
     def __init__(
@@ -120,6 +120,7 @@ class Machine:
         call_is_open: bool = False,
         tools: Mapping[str, Any] | None = None,
         num_before: int = 0,
+        strictness: Strictness = "loose",
         skip_special_tokens: bool = True,
     ) -> None:
         self._scan = Scanner(dict.fromkeys(formats.shown, "") if skip_special_tokens else formats.shown)
@@ -128,7 +129,7 @@ class Machine:
         self._reasoning_is_open = reasoning_is_open
         self._call_is_open = call_is_open
         form = formats.tools
-        self._calls = None if form is None else CallReader(form, self._scan, tools or {}, num_before)
+        self._calls = None if form is None else CallReader(form, self._scan, tools or {}, num_before, strictness)
         self._reading = self._answer()
         next(self._reading, None)
 

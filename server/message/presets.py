@@ -134,6 +134,7 @@ _HARMONY = ToolFormat(
     call_begin=" to=functions.",
     name_to_arguments="<|message|>",
     call_end="<|call|>",
+    between="<|constrain|>",
     key_begin="<|channel|>",
     value_end="<|return|>",
     may_repeat=False,

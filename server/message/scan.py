@@ -96,6 +96,12 @@ class Scanner:
         if text:
             self.say("text", text)
 
+    def give_back_all(self) -> None:
+        """The same, where the text has ended: what is unread is content too."""
+        if self._record is not None:
+            self.drop(len(self.buffer))
+            self.give_back()
+
     def drop(self, count: int) -> None:
         """The first `count` characters are read."""
         if self._record is not None:

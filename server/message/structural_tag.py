@@ -6,7 +6,6 @@ the end of its tag, or the constant after it in a sequence. The rest of the lang
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +20,7 @@ from octavo.server.message.grammars import (
     lark_of,
     regex_terminal,
 )
-from octavo.server.message.patterns import literal
+from octavo.server.message.lark_rules import either, quoted, without
 from octavo.server.message.schema import MAX_BYTES, check_nesting
 from octavo.server.message.schema_places import SchemaError
 from octavo.server.message.xml_parameters import XML_STYLES, xml_parameters
@@ -108,20 +107,6 @@ def _decoded(text: str, where: str) -> Any:
         raise GrammarError(f"{where}: is no JSON: {error}") from None
 
 
-def _quoted(text: str) -> str:
-    return json.dumps(text)
-
-
-def _options(options: list[str]) -> str:
-    return f"({' | '.join(options)})"
-
-
-def _without(*parts: list[str]) -> str:
-    """A terminal of all texts in which none of these occurs."""
-    texts = [text for part in parts for text in part]
-    return " & ".join([r"/(?s:.*)/", *(rf"~/(?s:.*){literal(text)}(?s:.*)/" for text in texts)])
-
-
 class _Writer:
     """Writes the rules of one grammar. A method for each type of format returns an expression."""
 
@@ -152,7 +137,7 @@ class _Writer:
         elif kind == "sequence":
             text = self._sequence(format_, where, ends)
         elif kind == "or":
-            text = _options(
+            text = either(
                 [
                     self.ended(part, at, ends)
                     for at, part in _parts(format_, "elements", where, "format") or [(where, {})]
@@ -183,10 +168,10 @@ class _Writer:
     def _end(self, ends: list[str] | None) -> str:
         if ends is None or ends == [""]:
             return ""
-        return " " + _options([_quoted(end) for end in ends])
+        return " " + either([quoted(end) for end in ends])
 
     def _const_string(self, format_: Format, where: str) -> str:
-        return _quoted(_string(format_, "value", where))
+        return quoted(_string(format_, "value", where))
 
     def _json_schema(self, format_: Format, where: str) -> str:
         style = format_.get("style", "json")
@@ -227,7 +212,7 @@ class _Writer:
     def _any_text(self, format_: Format, where: str, ends: list[str] | None) -> str:
         if format_.get("max_tokens") is not None:
             raise GrammarError(f"{where}.max_tokens: not supported; use max_chars")
-        text = _without(_strings(format_, "excludes", where))
+        text = without(_strings(format_, "excludes", where))
         if (most := format_.get("max_chars")) is not None:
             text = f"/(?s:.{{0,{_count(most, f'{where}.max_chars')}}})/ & {text}"
         return self._text(text, ends)
@@ -237,7 +222,7 @@ class _Writer:
         name = self.rule(terminal, terminal=True)
         if ends is None or "" in ends:
             return name
-        return self.rule(f"{name} {_options([_quoted(end) for end in ends])}", lazy=True)
+        return self.rule(f"{name} {either([quoted(end) for end in ends])}", lazy=True)
 
     def _sequence(self, format_: Format, where: str, ends: list[str] | None) -> str:
         parts = [(at, part) for at, part in _parts(format_, "elements", where, "format")]
@@ -277,7 +262,7 @@ class _Writer:
 
     def _tag(self, format_: Format, where: str) -> str:
         begin = format_["begin"]
-        opening = self._one_token(begin, f"{where}.begin") if isinstance(begin, dict) else _quoted(begin)
+        opening = self._one_token(begin, f"{where}.begin") if isinstance(begin, dict) else quoted(begin)
         return f"({opening} {self._rest_of_tag(format_, where)})"
 
     def _rest_of_tag(self, tag: Format, where: str) -> str:
@@ -313,10 +298,10 @@ class _Writer:
             if len(found) != 1:
                 raise GrammarError(f"{at}.begin: exactly one trigger must be its beginning; {len(found)} are")
             rest = tag["begin"][len(found[0]) :]
-            groups.setdefault(found[0], []).append(f"{_quoted(rest)} {self._rest_of_tag(tag, at)}")
+            groups.setdefault(found[0], []).append(f"{quoted(rest)} {self._rest_of_tag(tag, at)}")
         first = [self._tag(tag, at) for at, tag in tags] if _flag(format_, "at_least_one", where) else None
         return self._amid_text(
-            {trigger: _options(rests) for trigger, rests in groups.items()},
+            {trigger: either(rests) for trigger, rests in groups.items()},
             _strings(format_, "excludes", where),
             ends,
             first,
@@ -334,13 +319,13 @@ class _Writer:
     ) -> str:
         """Free text until a trigger, and what must follow that; again and again, or once."""
         stops = [end for end in ends or [] if end]
-        before = self.rule(_without(excludes, stops), terminal=True)
-        called = [f"{self.rule(f'{before} {_quoted(trigger)}', lazy=True)} {rest}" for trigger, rest in groups.items()]
-        tail = self._text(_without(excludes, list(groups)), ends)
+        before = self.rule(without(excludes, stops), terminal=True)
+        called = [f"{self.rule(f'{before} {quoted(trigger)}', lazy=True)} {rest}" for trigger, rest in groups.items()]
+        tail = self._text(without(excludes, list(groups)), ends)
         if once:
             end = self._end(ends)
-            return f"{_options(first)}{end}" if first else _options([f"{_options(called)}{end}", tail])
-        return f"({_options(first) if first else ''} {_options(called)}* {tail})"
+            return f"{either(first)}{end}" if first else either([f"{either(called)}{end}", tail])
+        return f"({either(first) if first else ''} {either(called)}* {tail})"
 
     def _dispatch(self, format_: Format, where: str, ends: list[str] | None) -> str:
         groups = {}
@@ -352,12 +337,12 @@ class _Writer:
         return self._amid_text(groups, _strings(format_, "excludes", where), ends, None, once=not loop)
 
     def _tags_with_separator(self, format_: Format, where: str) -> str:
-        tag = _options([self._tag(part, at) for at, part in self._tags_of_any_kind(format_, where)])
+        tag = either([self._tag(part, at) for at, part in self._tags_of_any_kind(format_, where)])
         more = "" if _flag(format_, "stop_after_first", where) else f" ({self._separator(format_, where)} {tag})*"
         return f"({tag}{more}){'' if _flag(format_, 'at_least_one', where) else '?'}"
 
     def _separator(self, format_: Format, where: str) -> str:
-        return _quoted(_string(format_, "separator", where))
+        return quoted(_string(format_, "separator", where))
 
     def _tags_of_any_kind(self, format_: Format, where: str) -> list[tuple[str, Format]]:
         tags = list(_parts(format_, "tags", where, "tag"))
@@ -426,8 +411,8 @@ class _Writer:
             raise GrammarError(f"{where}: must be ended by a token, not by a string")
         free = self._any_token_but(excluded) + "*"
         if once:
-            return _options(first) if first else f"({free} {_options(called)}?)"
-        return f"({_options(first) if first else ''} ({free} {_options(called)})* {free})"
+            return either(first) if first else f"({free} {either(called)}?)"
+        return f"({either(first) if first else ''} ({free} {either(called)})* {free})"
 
     def _token_dispatch(self, format_: Format, where: str, ends: list[str] | None) -> str:
         called = []

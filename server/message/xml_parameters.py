@@ -52,14 +52,14 @@ def xml_parameters(schema: dict[str, Any], style: str, rule: AddRule) -> str | N
 
 def _parameter(name: str, part: Any, beside: dict[str, Any], style: str, rule: AddRule) -> str:
     before, of_text, of_json, after = XML_STYLES[style]
-    if isinstance(part, dict) and part.get("type") == "string" and _is_plain(part):
+    if isinstance(part, dict) and part.get("type") == "string" and is_plain(part):
         return f"{_quoted(before + name + of_text)} {_raw(part, after, rule)}"
     whole = {**({} if isinstance(part, bool) else part), **beside}
     value = rule(f"%json {msgspec.json.encode(whole).decode()}")
     return f"{_quoted(before + name + of_json)} {BLANK} {value} {BLANK} {_quoted(after)}"
 
 
-def _is_plain(part: dict[str, Any]) -> bool:
+def is_plain(part: dict[str, Any]) -> bool:
     """Whether a string's schema can be enforced on the raw text: what else it has is written as JSON."""
     if set(part) & {"$ref", "allOf", "anyOf", "format"}:
         return False
@@ -69,7 +69,14 @@ def _is_plain(part: dict[str, Any]) -> bool:
 
 def _raw(part: dict[str, Any], after: str, rule: AddRule) -> str:
     """A string as it is, and the end of its parameter."""
-    terms = [rf"~/(?s:.*){literal(after)}(?s:.*)/"]
+    terms = [rf"~/(?s:.*){literal(after)}(?s:.*)/", *raw_terms(part)]
+    text = rule(" & ".join([r"/(?s:.*)/", *terms]), terminal=True)
+    return rule(f"{text} {_quoted(after)}", lazy=True)
+
+
+def raw_terms(part: dict[str, Any]) -> list[str]:
+    """What a plain string's schema says, as terminals that the text itself must match."""
+    terms = []
     values = [part["const"]] if "const" in part else part.get("enum")
     if values is not None:
         terms.append(f"/{'|'.join(literal(value) for value in values if isinstance(value, str))}/")
@@ -77,8 +84,7 @@ def _raw(part: dict[str, Any], after: str, rule: AddRule) -> str:
         terms.append(f"/(?s:.{{{part.get('minLength', 0)},{part.get('maxLength', '')}}})/")
     if "pattern" in part:
         terms.append(f"/{regex_to_lark(part['pattern'][1:-1], 'dw')}/")
-    text = rule(" & ".join([r"/(?s:.*)/", *terms]), terminal=True)
-    return rule(f"{text} {_quoted(after)}", lazy=True)
+    return terms
 
 
 def _quoted(text: str) -> str:

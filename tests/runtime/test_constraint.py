@@ -6,10 +6,13 @@ one of them.
 
 from __future__ import annotations
 
+import json
 import random
+import re
 import select
 import string
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,12 +20,14 @@ from llguidance import LLMatcher
 from tokenizers import Tokenizer, models
 from toy_model import VOCAB, logits_after, make_engine, make_request, run_to_end, tokens_of
 
-from octavo.runtime.constraint import Masks, Progress, compiled, ll_tokenizer
+from octavo.runtime.constraint import compiled, ll_tokenizer
 from octavo.runtime.engine import Engine
-from octavo.runtime.messages import AddRequest, Constraint, TokenOutput, Vocabulary
+from octavo.runtime.following import Masks, Progress
+from octavo.runtime.messages import AddRequest, Constraint, Reasoning, TokenOutput, Triggers, Vocabulary
 
 END = VOCAB - 1
 ALPHABET = (string.ascii_lowercase + string.ascii_uppercase + '{}":,0 ')[: VOCAB - 2]
+END_OF_CALL = "qz"
 WORDS = ["ab", "abc", "abcd", "xyz", "xy", "quite long, is it not", "Q", "abba"]
 
 
@@ -33,9 +38,9 @@ def vocabulary() -> Vocabulary:
     return Vocabulary([*(c.encode() for c in ALPHABET), b"", b"<end>"], [END], [END], backend.to_str())
 
 
-def one_of(words: list[str], after: tuple[tuple[int, ...], ...] = ()) -> Constraint:
+def one_of(words: list[str], reasoning: Reasoning | None = None, triggers: Triggers | None = None) -> Constraint:
     alternatives = " | ".join(f'"{word}"' for word in words)
-    return Constraint(LLMatcher.grammar_from_lark(f"start: {alternatives}"), after)
+    return Constraint(LLMatcher.grammar_from_lark(f"start: {alternatives}"), reasoning, triggers)
 
 
 def encode(text: str) -> list[int]:
@@ -161,13 +166,98 @@ def test_a_stop_token_of_the_client_s_may_come_where_the_grammar_is_complete() -
     assert (outputs[-1].finish_reason, outputs[-1].stop_token_id) == ("stop", stop)
 
 
-def test_a_grammar_begins_behind_its_gate() -> None:
-    free = make_request("free", [9, 9, 9], max_tokens=12)
-    text = tokens_of(run_to_end(make_engine(), [free])["free"])
-    gate = (tuple(text[2:4]), (END, END))
-    request = make_request("a", [9, 9, 9], max_tokens=40, constraint=one_of(["xyz"], after=gate))
-    answer = tokens_of(run(constrained_engine(), [request])["a"])
-    assert answer == text[:4] + encode("xyz")
+def free_text(length: int) -> list[int]:
+    """What the model says without a constraint, behind the prompt that the tests below have."""
+    return tokens_of(run_to_end(make_engine(), [make_request("free", [9, 9, 9], max_tokens=length)])["free"])
+
+
+def constrained_text(constraint: Constraint, **settings: Any) -> list[int]:
+    request = make_request("a", [9, 9, 9], constraint=constraint, **{"max_tokens": 40} | settings)
+    return tokens_of(run(constrained_engine(), [request])["a"])
+
+
+def test_a_grammar_begins_behind_the_reasoning() -> None:
+    text = free_text(12)
+    for place in (2, 5):
+        reasoning = Reasoning(text[place], is_open=True)
+        end = text.index(text[place]) + 1
+        assert constrained_text(one_of(["xyz"], reasoning)) == text[:end] + encode("xyz")
+
+
+def test_reasoning_that_the_model_begins_itself() -> None:
+    """By its first token, which may come beside what the grammar allows."""
+    text = free_text(12)
+    end = text.index(text[6], 2) + 1
+    assert constrained_text(one_of(["xyz"], Reasoning(text[6], begin=text[0]))) == text[:end] + encode("xyz")
+    unlike = next(token for token in range(len(ALPHABET)) if token != text[0])
+    bias = {unlike: -100.0}
+    answer = constrained_text(one_of(["xyz"], Reasoning(text[6], begin=unlike)), logit_bias=bias)
+    assert answer == encode("xyz")
+
+
+@pytest.mark.parametrize("budget", [0, 1, 4])
+def test_reasoning_ends_when_its_budget_is_spent(budget: int) -> None:
+    text = free_text(12)
+    closing = (*encode("so"), END)
+    reasoning = Reasoning(END, is_open=True, budget=budget, closing=closing)
+    bias = {END: -100.0}
+    expected_end = text[:budget] + list(closing)
+    assert constrained_text(one_of(["xyz"], reasoning), logit_bias=bias) == [*expected_end, *encode("xyz")]
+    alone = constrained_text(Constraint(reasoning=reasoning), logit_bias=bias, max_tokens=10)
+    assert alone[: budget + 3] == expected_end
+    assert len(alone) == 10
+
+
+def test_reasoning_that_ends_in_time_is_left_alone() -> None:
+    text = free_text(12)
+    end = text.index(text[3])
+    reasoning = Reasoning(text[end], is_open=True, budget=11, closing=(END,))
+    assert constrained_text(Constraint(reasoning=reasoning), max_tokens=12) == text
+
+
+def test_a_grammar_wakes_at_a_token_and_sleeps_again() -> None:
+    """The token that wakes it is the first that it reads; what comes before and behind is free."""
+    text = free_text(12)
+    letter = decode([text[4]])
+    place = text.index(text[4])
+    triggers = Triggers(token_ids=(text[4],))
+    words = [f"{letter}{END_OF_CALL}"]
+    answer = constrained_text(one_of(words, triggers=triggers), max_tokens=30)
+    assert answer[:place] == text[:place]
+    shown = decode(answer)
+    for found in re.finditer(re.escape(letter) + "(?s:.{0,3})", shown):
+        if found.start() + len(words[0]) <= len(shown):
+            assert shown[found.start() :].startswith(words[0])
+    assert len(answer) == 30
+    once = constrained_text(one_of(words, triggers=Triggers(token_ids=(text[4],), once=True)))
+    assert once == text[:place] + encode(words[0])
+
+
+def test_a_grammar_wakes_at_a_text() -> None:
+    """However it comes about: the beginning of the text is free to be something else."""
+    text = free_text(30)
+    shown = decode(text)
+    marker = shown[6:9]
+
+    def waking(marker: str, *, once: bool) -> Constraint:
+        lark = f'start: r "{END_OF_CALL}"\nr[lazy]: /(?s:.*)/ {json.dumps(marker)}'
+        return Constraint(LLMatcher.grammar_from_lark(lark), triggers=Triggers(texts=(marker,), once=once))
+
+    answer = constrained_text(waking(marker, once=True))
+    end = shown.index(marker) + 3
+    assert decode(answer) == shown[:end] + END_OF_CALL
+    other = next(letter for letter in ALPHABET if letter not in shown)
+    free = constrained_text(waking(marker + other, once=False), max_tokens=30)
+    assert free == text
+
+
+def test_a_grammar_wakes_at_the_first_visible_character() -> None:
+    text = free_text(12)
+    first = decode(text[:1])
+    triggers = Triggers(start=first, once=True)
+    assert decode(constrained_text(one_of([f"{first}{END_OF_CALL}"], triggers=triggers))) == first + END_OF_CALL
+    other = next(letter for letter in ALPHABET if letter != first)
+    assert constrained_text(one_of(["ab"], triggers=Triggers(start=other)), max_tokens=12) == text
 
 
 def test_answers_to_one_prompt_each_follow_the_grammar() -> None:
@@ -229,7 +319,7 @@ def test_a_request_that_is_aborted_before_its_grammar_is_there_is_gone() -> None
 def test_masks_of_padded_vocabularies() -> None:
     """Ids beyond the tokenizer's can't come, nor can a token without text; a stop token of the client's can."""
     tokenizer = ll_tokenizer(vocabulary(), VOCAB + 20)
-    grammar = compiled(tokenizer, LLMatcher.grammar_from_lark("start: /(.|\\n)*/"))
+    grammar = compiled(tokenizer, LLMatcher.grammar_from_lark("start: /(.|\\n)*/"), vocabulary().tokens)
     following = [Progress(Constraint(""), grammar, []) for _ in range(2)]
     bits = Masks(VOCAB + 20).fill(following)
     following[0].allow_ends(bits[0], [])

@@ -3,6 +3,7 @@ they add up to is the whole answer. The model's tokens are given; no engine runs
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import ValidationError
 
-from octavo.runtime.messages import TokenOutput
+from octavo.runtime.messages import Constraint, Reasoning, TokenOutput, Triggers
 from octavo.server.dialects.chat_request import ChatCompletionRequest, wanted_of
 from octavo.server.dialects.conversation import render_request
 from octavo.server.dialects.openai_chat import ChatAnswer
@@ -38,6 +39,9 @@ TOOLS = [
     {"type": "function", "function": {"name": name, "description": "d", "parameters": PARAMETERS}}
     for name in ("get_weather", "get_time")
 ]
+FUNCTIONS = [tool["function"] for tool in TOOLS]
+NAMED = {"type": "function", "function": {"name": "get_time"}}
+ALLOWED = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [NAMED]}}
 FOUND = Inference(TOOL_PRESETS["hermes"], "inferred", ReasoningFormat("<think>", "</think>"), "inferred", History())
 ANSWER = (
     "<think>\nhm, two calls\n</think>\n\nI look.\n"
@@ -204,8 +208,17 @@ def test_the_prompt_shows_tools_and_past_calls_as_objects() -> None:
         ({"tools": [*TOOLS, TOOLS[0]]}, "'get_weather' stands there twice"),
         ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "custom"),
         ({"tools": [{"type": "function", "function": {"name": "two words"}}]}, "name"),
-        ({"tool_choice": "required"}, "required"),
+        ({"tool_choice": "any"}, "'none', 'auto' or 'required'"),
+        ({"tool_choice": "required", "tools": None}, "'required' needs tools"),
         ({"tools": None, "tool_choice": "auto"}, "needs tools"),
+        ({"tool_choice": NAMED | {"function": {"name": "get"}}}, "'get' is none of the tools: get_weather, get_time"),
+        ({"tool_choice": NAMED, "tools": None}, "'function' needs tools"),
+        ({"tool_choice": ALLOWED | {"allowed_tools": {"mode": "none", "tools": [NAMED]}}}, "mode"),
+        ({"tool_choice": ALLOWED | {"allowed_tools": {"mode": "auto", "tools": []}}}, "tools"),
+        ({"functions": FUNCTIONS}, "the older name of tools"),
+        ({"function_call": {"name": "get_time"}}, "needs functions"),
+        ({"tools": None, "functions": FUNCTIONS, "function_call": {"name": "x"}}, "function_call: 'x' is none of"),
+        ({"tools": None, "functions": [*FUNCTIONS, *FUNCTIONS]}, "'get_weather' stands there twice"),
     ],
 )
 def test_what_is_refused(fields: dict[str, Any], says: str) -> None:
@@ -237,12 +250,80 @@ def test_a_constraint_holds_behind_the_reasoning_that_the_prompt_has_opened() ->
     closed = constrained(THINKS, "go on<|im_end|>").choices[0].request.params.constraint
     assert opened is not None
     assert closed is not None
-    assert (opened.after, closed.after) == (((end,),), ())
+    begin = TOKENIZER.token_id("<|im_start|>")
+    assert begin is not None
+    assert end is not None
+    assert (opened.reasoning, closed.reasoning) == (Reasoning(end, is_open=True), None)
 
 
 def test_a_constraint_that_could_not_be_enforced_is_refused() -> None:
-    """The end of the reasoning is no token of this tokenizer; and a call is no JSON object."""
+    """The end of the reasoning is no token of this tokenizer."""
     with pytest.raises(ApiError, match="no token of its own"):
         constrained(Inference(None, "none", ReasoningFormat("<a>", "</a>", is_implied=True), "", History()), "x")
-    with pytest.raises(ApiError, match="may call tools"):
-        constrained(FOUND, "x", tools=TOOLS)
+
+
+def test_an_answer_obeys_its_constraint_or_calls() -> None:
+    found = constrained(FOUND, "x", tools=TOOLS).choices[0].request.params.constraint
+    assert found is not None
+    assert found.triggers is None
+    bare = dataclasses.replace(FOUND, tools=TOOL_PRESETS["llama3_json"])
+    with pytest.raises(ApiError, match="can't be told from an answer that has a constraint"):
+        constrained(bare, "x", tools=TOOLS)
+
+
+def constraint_for(found: Inference = FOUND, **fields: Any) -> Constraint:
+    asked = constrained(found, "x", response_format=None, tools=TOOLS, **fields).choices[0].request.params.constraint
+    assert asked is not None
+    return asked
+
+
+def test_calls_are_constrained_by_default() -> None:
+    auto = constraint_for()
+    assert auto.triggers == Triggers(texts=("<tool_call>",), start="{")
+    one = constraint_for(parallel_tool_calls=False)
+    assert one.triggers == Triggers(texts=("<tool_call>",), start="{", once=True)
+    assert constraint_for(tool_choice="required").triggers is None
+    for choice in (NAMED, ALLOWED):
+        grammar = constraint_for(tool_choice=choice).grammar
+        assert "get_time" in grammar
+        assert "get_weather" not in grammar
+
+
+def test_how_an_answer_with_calls_ends() -> None:
+    """As OpenAI's own: the model's decision to call is said, and the client's isn't."""
+    one = '<tool_call>\n{"name": "get_time", "arguments": {"city": "Rome"}}\n</tool_call>'
+    for choice, expected in (
+        ("auto", "tool_calls"),
+        ("required", "tool_calls"),
+        (ALLOWED, "tool_calls"),
+        (NAMED, "stop"),
+    ):
+        message, reason = whole(one, tool_choice=choice)
+        assert (len(message["calls"]), reason) == (1, expected)
+        assert streamed(one, tool_choice=choice)[1] == expected
+        assert whole(one, "length", tool_choice=choice)[1] == "length"
+
+
+def test_functions_are_tools_by_their_older_name() -> None:
+    one = '<tool_call>\n{"name": "get_time", "arguments": {"city": "Rome"}}\n</tool_call>'
+    called = {"name": "get_time", "arguments": '{"city": "Rome"}'}
+    old: dict[str, Any] = {"tools": None, "functions": FUNCTIONS}
+    message, reason = whole(one, **old)
+    assert (message["function_call"], reason) == (called, "function_call")
+    assert whole(one, **old, function_call={"name": "get_time"})[1] == "stop"
+    answer = answer_to(request(**old))
+    said = [chunk["choices"][0]["delta"] for delta in deltas(answer, one) for chunk in answer.chunks(delta)]
+    pieces = [fields["function_call"] for fields in said if "function_call" in fields]
+    assert pieces[0] == {"name": "get_time", "arguments": ""}
+    assert "".join(piece["arguments"] for piece in pieces) == called["arguments"]
+    served = model()
+    assert shown_tools(request(**old), served) == TOOLS
+    assert request(**old, function_call="none").callable_tools == []
+
+
+def test_a_strict_tool_whose_schema_can_not_be_enforced_is_refused() -> None:
+    function = {"name": "f", "parameters": {"properties": {"a": {"not": {"pattern": "x"}}}}, "strict": True}
+    tools = [TOOLS[0], {"type": "function", "function": function}]
+    with pytest.raises(ApiError, match=r"tools\.1\.function\.parameters: /properties/a/not") as caught:
+        constrained(FOUND, "x", response_format=None, tools=tools)
+    assert (caught.value.status, caught.value.param) == (400, "tools")

@@ -1,0 +1,239 @@
+"""How far answers are in their reasoning and their grammars, token by token, and what may come next in each.
+
+An answer's tokens are those of its reasoning, if there is any, then those of its content. A grammar is about the
+content. One with triggers sleeps until one of them comes, and again when what it describes is complete.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from octavo.runtime.constraint import Grammar, first_line
+from octavo.runtime.messages import Constraint, Reasoning, Triggers
+
+if TYPE_CHECKING:  # imported where it is used: a start must not wait for it
+    from llguidance import LLMatcher
+
+
+class _Thoughts:
+    """How far the reasoning is: not begun, under way, or over."""
+
+    __slots__ = ("_reasoning", "_told", "is_over", "is_under_way")
+
+    def __init__(self, reasoning: Reasoning) -> None:
+        self._reasoning = reasoning
+        self._told = 0
+        self.is_under_way = reasoning.is_open
+        self.is_over = not reasoning.is_open and reasoning.begin is None
+
+    @property
+    def first(self) -> int | None:
+        """The token that would begin it now."""
+        return None if self.is_under_way or self.is_over else self._reasoning.begin
+
+    @property
+    def forced(self) -> int | None:
+        """The token that must come next, where the budget is spent."""
+        budget = self._reasoning.budget
+        if not self.is_under_way or budget is None or self._told < budget:
+            return None
+        return self._reasoning.closing[self._told - budget]
+
+    def accept(self, token_id: int) -> bool:
+        """Go on by one token; whether it belongs to the reasoning."""
+        reasoning = self._reasoning
+        if self.is_under_way:
+            self._told += 1
+            self.is_over = token_id == reasoning.end
+            self.is_under_way = not self.is_over
+            return True
+        self.is_under_way = token_id == reasoning.begin
+        self.is_over = not self.is_under_way
+        return self.is_under_way
+
+
+class _Watch:
+    """Looks for the triggers of a grammar that sleeps. `tail`: the last tokens, as far as a trigger may be in them."""
+
+    __slots__ = ("_has_begun", "_longest", "_markers", "_tokens", "_triggers", "tail")
+
+    def __init__(self, triggers: Triggers, tokens: Sequence[bytes]) -> None:
+        self._triggers = triggers
+        self._tokens = tokens
+        self._markers = [text.encode() for text in triggers.texts]
+        self._longest = max(map(len, self._markers), default=0)
+        self._has_begun = not triggers.start
+        self.tail: list[int] = []
+
+    def accept(self, token_id: int) -> bool | None:
+        """Whether the grammar must hold from the tail on; None where that depends on the next token."""
+        if token_id in self._triggers.token_ids:
+            self.tail = [token_id]
+            return True
+        text = self._bytes(token_id)
+        if not self._has_begun and (visible := text.lstrip()):
+            self._has_begun = True
+            if visible.startswith(self._triggers.start.encode()):
+                self.tail = [token_id]
+                return True
+        if not self._markers:
+            return False
+        self.tail.append(token_id)
+        return self._look()
+
+    def _look(self) -> bool | None:
+        """Cut the tail to the tokens that a text's beginning, or all of it, stands in."""
+        text = b"".join(map(self._bytes, self.tail))
+        found = min((place for marker in self._markers if (place := text.find(marker)) >= 0), default=-1)
+        start = found
+        if found < 0:
+            ends = range(max(0, len(text) - self._longest + 1), len(text))
+            start = next((place for place in ends if any(m.startswith(text[place:]) for m in self._markers)), len(text))
+        while self.tail and start >= (size := len(self._bytes(self.tail[0]))):
+            start -= size
+            del self.tail[0]
+        return True if found >= 0 else None if self.tail else False
+
+    def _bytes(self, token_id: int) -> bytes:
+        return self._tokens[token_id] if token_id < len(self._tokens) else b""
+
+
+class Progress:
+    """How far one answer is. Its tokens are told one by one, as they are sampled."""
+
+    __slots__ = ("_grammar", "_is_sure", "_matcher", "_thoughts", "_triggers", "_watch", "num_tokens")
+
+    def __init__(self, constraint: Constraint, grammar: Grammar | None, token_ids: Sequence[int]) -> None:
+        """grammar: None where the constraint has none. token_ids: of the answer so far."""
+        self._grammar = grammar
+        self._triggers = constraint.triggers
+        self._thoughts = None if constraint.reasoning is None else _Thoughts(constraint.reasoning)
+        self._watch: _Watch | None = None
+        if grammar is not None and constraint.triggers is not None:
+            self._watch = _Watch(constraint.triggers, grammar.tokens)
+        sleeps = grammar is None or constraint.triggers is not None
+        self._matcher = None if sleeps or grammar is None else grammar.matcher.deep_copy()
+        self._is_sure = True  # that what has woken the matcher is a trigger, and not only its beginning
+        self.num_tokens = 0
+        for token_id in token_ids:
+            self.accept(token_id)
+
+    @property
+    def _is_thinking(self) -> bool:
+        return self._thoughts is not None and self._thoughts.is_under_way
+
+    @property
+    def forced(self) -> int | None:
+        """The token that must come next whatever the grammar says, where there is one."""
+        return None if self._thoughts is None else self._thoughts.forced
+
+    @property
+    def holds(self) -> bool:
+        """Whether the next token has to obey; else it is free."""
+        if self._is_thinking:
+            return self.forced is not None
+        return self._matcher is not None and not self._matcher.is_stopped()
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the answer obeys its grammar as it is, so that it may end here."""
+        return not self._is_thinking and self._matcher is not None and self._is_sure and self._matcher.is_accepting()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing may follow."""
+        return not self._is_thinking and self._matcher is not None and self._matcher.is_stopped()
+
+    @property
+    def error(self) -> str:
+        """Why the grammar can't be followed any further; empty while it can."""
+        if self._matcher is None or not self._matcher.is_error():
+            return ""
+        return first_line(self._matcher.get_error())
+
+    def fill(self, bits: NDArray[np.int32]) -> None:
+        """Write one row of masks: which tokens may come, the ends of the answer not among them."""
+        forced = self.forced
+        if forced is not None:
+            bits.view(np.uint32)[forced // 32] = np.uint32(1 << forced % 32)
+        elif self._matcher is not None:
+            self._matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
+
+    def allow_ends(self, bits: NDArray[np.int32], stop_token_ids: Iterable[int]) -> None:
+        """In one row of masks: stop tokens may come where the answer is complete, the model's others never.
+
+        So may the beginning of the reasoning, as the first token.
+        """
+        if self.forced is not None or self._grammar is None:
+            return
+        words = bits.view(np.uint32)
+        for token_id in self._grammar.end_ids:
+            words[token_id // 32] &= np.uint32(~(1 << token_id % 32) & 0xFFFFFFFF)
+        also = [] if self._thoughts is None or self._thoughts.first is None else [self._thoughts.first]
+        if self.is_complete or not self._is_sure:
+            also += stop_token_ids
+        for token_id in also:
+            if token_id // 32 < len(words):
+                words[token_id // 32] |= np.uint32(1 << token_id % 32)
+
+    def accept(self, token_id: int) -> None:
+        """Go on by one token of the answer."""
+        self.num_tokens += 1
+        if self._thoughts is not None and not self._thoughts.is_over and self._thoughts.accept(token_id):
+            return
+        if self._matcher is not None and self._is_sure:
+            self._matcher.consume_token(token_id)
+            if self._watch is not None and not self.error and self._matcher.is_stopped() and not self._ends_once:
+                self._matcher = None
+        elif self._watch is not None:
+            self._look_for_triggers(self._watch, token_id)
+
+    @property
+    def _ends_once(self) -> bool:
+        return self._triggers is not None and self._triggers.once
+
+    def _look_for_triggers(self, watch: _Watch, token_id: int) -> None:
+        """Let the grammar wake where a trigger may have begun; it goes back to sleep where it turns out to be none."""
+        found = watch.accept(token_id)
+        if found is False:
+            self._matcher = None
+            return
+        if self._matcher is not None:
+            self._matcher.consume_token(token_id)
+        else:
+            assert self._grammar is not None
+            self._matcher = self._grammar.matcher.deep_copy()
+            self._matcher.consume_tokens(watch.tail)
+            if self._matcher.is_error():  # one token holds the trigger, and what is no call
+                self._matcher = None
+        self._is_sure = bool(found)
+        if found:
+            watch.tail = []
+
+
+class Masks:
+    """Fills in which tokens may come next, for several answers at a time."""
+
+    def __init__(self, vocab_size: int) -> None:
+        from llguidance import LLExecutor
+
+        self._num_words = -(-vocab_size // 32)
+        self._executor = LLExecutor()
+
+    def fill(self, following: Sequence[Progress]) -> NDArray[np.int32]:
+        """[len(following), ceil(vocab / 32)]: bit j of word i is 1 where token 32 i + j may come."""
+        bits = np.zeros((len(following), self._num_words), np.int32)
+        matchers: list[tuple[LLMatcher, int]] = []
+        for row, progress in enumerate(following):
+            matcher = progress._matcher
+            if len(following) == 1 or progress.forced is not None or matcher is None:
+                progress.fill(bits[row])
+            else:
+                matchers.append((matcher, row))
+        if matchers:
+            self._executor.unsafe_compute_mask_ptr(matchers, bits.ctypes.data, bits.strides[0], len(bits))
+        return bits

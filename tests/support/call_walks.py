@@ -1,0 +1,86 @@
+"""Random answers under a grammar of calls, over a vocabulary of single bytes and the marks of a format's tokens."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+
+from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
+
+from octavo.runtime.constraint import Grammar
+from octavo.runtime.following import Masks, Progress
+from octavo.runtime.messages import Constraint
+from octavo.server.message.grammars import LIMITS
+
+END = 256
+FIRST_SPECIAL = 257
+CLOSING = frozenset(b'"}],:<>/')
+
+
+class Walker:
+    """Walks through constrained answers. special: the ids of the tokens that have no bytes, by their marks."""
+
+    def __init__(self, marks: Mapping[str, int]) -> None:
+        self._marks = {token_id: mark for mark, token_id in marks.items()}
+        size = max(marks.values(), default=END) + 1
+
+        class Vocabulary:
+            eos_token_id = END
+            bos_token_id = None
+            tokens = [*(bytes([value]) for value in range(256)), *(b"<%d>" % number for number in range(256, size))]  # noqa: RUF012
+            special_token_ids = list(range(256, size))  # noqa: RUF012
+
+            def __call__(self, text: str | bytes) -> list[int]:
+                return list(text if isinstance(text, bytes) else text.encode())
+
+        self.tokens = Vocabulary.tokens
+        self._tokenizer = LLTokenizer(TokenizerWrapper(Vocabulary()), slices=[])
+        self._size = size
+        self._masks = Masks(size)
+
+    def start(self, constraint: Constraint, begun: str = "") -> Progress:
+        matcher = LLMatcher(self._tokenizer, constraint.grammar, limits=LIMITS, log_level=0)
+        assert not matcher.is_error(), matcher.get_error()
+        grammar = Grammar(matcher, [END], self.tokens)
+        return Progress(constraint, grammar, self.ids(begun))
+
+    def allowed(self, progress: Progress) -> list[int]:
+        """The tokens that may come next."""
+        bits = self._masks.fill([progress])
+        progress.allow_ends(bits[0], [END])
+        row = bits[0].view("uint32")
+        return [token for token in range(self._size) if row[token // 32] >> (token % 32) & 1]
+
+    def ids(self, text: str) -> list[int]:
+        """A text, with marks in it, as tokens."""
+        of_mark = {mark: token_id for token_id, mark in self._marks.items()}
+        return [token_id for c in text for token_id in ([of_mark[c]] if c in of_mark else c.encode())]
+
+    def walk(self, constraint: Constraint, seed: int, begun: str = "", limit: int = 1500) -> str | None:
+        """A random answer from `begun` on, free where the grammar sleeps: there it ends. None: it gets too long."""
+        choose = random.Random(seed)
+        progress = self.start(constraint, begun)
+        answer = self.ids(begun)
+        assert progress.holds, "the grammar sleeps"
+        while progress.holds and len(answer) < limit:
+            allowed = self.allowed(progress)
+            assert allowed, f"nothing is allowed behind {self.text(answer)!r}"
+            if END in allowed and (len(allowed) == 1 or choose.random() < 0.5):
+                return self.text(answer)
+            good = [t for t in allowed if t in CLOSING or t > END]
+            token = choose.choice(good if good and choose.random() < 0.6 else [t for t in allowed if t != END])
+            progress.accept(token)
+            assert not progress.error, (progress.error, self.text(answer))
+            answer.append(token)
+        return None if progress.holds else self.text(answer)
+
+    def text(self, token_ids: list[int]) -> str:
+        """The text of these tokens, with marks in it."""
+        out = bytearray()
+        for token_id in token_ids:
+            out += (
+                self._marks[token_id].encode("utf-8", "surrogatepass")
+                if token_id in self._marks
+                else self.tokens[token_id]
+            )
+        return out.decode("utf-8", "surrogatepass")
