@@ -21,7 +21,8 @@ class Engine:
     """Token ids in, token ids out. Not thread-safe: one loop owns it.
 
     The loop calls `advance`, which orders steps ahead, and then `finish`, which waits for the oldest one's result;
-    `step` is both. overlaps: whether steps are computed while the next ones are planned.
+    `step` is both. overlaps: whether steps are computed while the next ones are planned. is_paused: no further step is
+    ordered.
     """
 
     def __init__(
@@ -40,11 +41,12 @@ class Engine:
         self.executor = (ThreadedExecutor if overlaps else Executor)(worker, sampler, followers)
         self._under_way: deque[StepHandle] = deque()
         self._num_ordered = 0
+        self.is_paused = False
 
     @property
     def has_work(self) -> bool:
         """Whether a step is under way, or could be."""
-        return bool(self._under_way) or self.scheduler.has_work
+        return bool(self._under_way) or (self.scheduler.has_work and not self.is_paused)
 
     @property
     def is_computing(self) -> bool:
@@ -86,7 +88,7 @@ class Engine:
 
     def advance(self) -> None:
         """Order steps as far ahead as may be."""
-        while len(self._under_way) < self.executor.most_under_way:
+        while len(self._under_way) < self.executor.most_under_way and not self.is_paused:
             plan = self.scheduler.plan()
             if not plan.scheduled:
                 return

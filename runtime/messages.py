@@ -170,6 +170,14 @@ class ResetPrefixCache(msgspec.Struct, frozen=True, tag="reset_prefix_cache"):
     """Forget all cached prefixes that no running request uses."""
 
 
+class Pause(msgspec.Struct, frozen=True, tag="pause"):
+    """Compute no step until Resume; requests are taken and kept."""
+
+
+class Resume(msgspec.Struct, frozen=True, tag="resume"):
+    """Go on."""
+
+
 class Vocabulary(msgspec.Struct, frozen=True, tag="vocabulary"):
     """What grammars are about, sent once, when the engine is ready.
 
@@ -187,7 +195,7 @@ class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
     """End the process now."""
 
 
-ToEngine = AddRequest | AbortRequest | Ping | ResetPrefixCache | Vocabulary | Shutdown
+ToEngine = AddRequest | AbortRequest | Ping | ResetPrefixCache | Pause | Resume | Vocabulary | Shutdown
 
 
 class Logprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -219,6 +227,7 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
     scheduled_time: float | None = None
     first_token_time: float | None = None
     is_refused: bool = False
+    num_preemptions: int = 0  # of this request, so far
 
 
 class EngineStats(msgspec.Struct, frozen=True, array_like=True):
@@ -231,6 +240,7 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     prefix_cache_queries: int  # tokens
     prefix_cache_hits: int  # tokens
     step_tokens: int  # tokens in the last step
+    num_deferred: int = 0  # of those that wait: they would not be admitted if there were room
 
 
 class StepOutputs(msgspec.Struct, frozen=True, tag="outputs"):

@@ -25,9 +25,11 @@ from octavo.runtime.messages import (
     AddRequest,
     Failed,
     FromEngine,
+    Pause,
     Ping,
     Pong,
     ResetPrefixCache,
+    Resume,
     Shutdown,
     StepOutputs,
     ToEngine,
@@ -112,6 +114,10 @@ def take_messages(
                 engine.scheduler.abort(arrivals.abort(message.request_ids))
             case Ping():
                 link.send(Pong(message.nonce))
+            case Pause():
+                engine.is_paused = True
+            case Resume():
+                engine.is_paused = False
             case Vocabulary():
                 engine.grammars.set_vocabulary(message)
             case ResetPrefixCache():

@@ -16,13 +16,13 @@ from octavo.server.batch_lines import routes_of
 from octavo.server.batch_run import SpareCapacity
 from octavo.server.batches import Batches
 from octavo.server.bodies import Bodies
-from octavo.server.dialects import anthropic, batches, completions, ollama, openai_chat, responses, tokens
+from octavo.server.dialects import anthropic, batches, completions, invocations, ollama, openai_chat, responses, tokens
 from octavo.server.encoding import JsonResponse, encode_json
 from octavo.server.engine_client import EngineClient
 from octavo.server.errors import RESPONSES
 from octavo.server.kept import Kept
 from octavo.server.metrics import Metrics
-from octavo.server.middleware import AllowedHosts, Authentication, RequestIds
+from octavo.server.middleware import AllowedHosts, Authentication, Reports, RequestIds
 from octavo.server.options import ServerOptions
 from octavo.server.served_model import ServedModel
 from octavo.server.service import Service
@@ -54,13 +54,15 @@ def build_app(
     errors.install(app)
     app.state.bodies = Bodies(options.max_body_bytes, options.max_total_body_bytes)
     service = Service(model, client, metrics, limits, log_requests=options.enable_log_requests)
-    for routes in (completions.routes, openai_chat.routes, anthropic.routes, ollama.routes, tokens.routes, _models):
+    dialects = (completions, openai_chat, anthropic, ollama, invocations, tokens)
+    for routes in (*(dialect.routes for dialect in dialects), _models):
         app.include_router(routes(service))
     app.include_router(responses.routes(service, kept.responses))
     made = Batches(app, kept.files, SpareCapacity(client, model.max_num_seqs))
     app.include_router(batches.routes(kept.files, made, lambda: routes_of(app.openapi())))
     made.resume()
     app.include_router(operation.engine_routes(client, metrics))
+    app.include_router(operation.pause_routes(client))
     app.include_router(operation.model_routes(model))
     if access.keys:
         app.add_middleware(Authentication, access=access)
@@ -70,6 +72,7 @@ def build_app(
         )
     if ANY_HOST not in access.hosts:
         app.add_middleware(AllowedHosts, hosts=access.hosts)
+    app.add_middleware(Reports, metrics=metrics, client=client)
     app.add_middleware(RequestIds)  # the outermost: refusals are named too
     return app
 

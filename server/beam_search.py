@@ -143,6 +143,7 @@ async def _step(searches: Sequence[Search], client: EngineClient, ticket: Ticket
     requests = [search.requests() for search in searches]
     everything = [request for of_search in requests for request in of_search]
     found: dict[str, Logprobs] = {}
+    await ticket.within_time(client.resumed(), has_begun=searches[0].num_cached is not None)
     async with client.open(everything) as stream:
         ticket.open()
         while len(found) < len(everything):

@@ -15,6 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from typing import Literal
 
 import msgspec
 import zmq
@@ -26,10 +27,12 @@ from octavo.runtime.messages import (
     EngineStats,
     Failed,
     FromEngine,
+    Pause,
     Ping,
     Pong,
     Ready,
     ResetPrefixCache,
+    Resume,
     Shutdown,
     StepOutputs,
     ToEngine,
@@ -41,6 +44,7 @@ from octavo.server.heartbeat import Heartbeat
 logger = logging.getLogger(__name__)
 
 
+POLL_SECONDS = 0.02
 MAX_PENDING = 64 << 20  # bytes of outputs that wait for one reader; a first output may have more, and is kept
 MAX_ALL_PENDING = 512 << 20  # of all readers
 MAX_AT_ONCE = 4 << 20  # bytes that one `next` hands out, so that what they become is bounded too
@@ -181,6 +185,8 @@ class EngineClient:
         self.death: str | None = None  # why the engine is dead; None while it lives
         self.refusal: str | None = None  # why no new request is taken; None while they are
         self.stats: EngineStats | None = None
+        self._resumed = asyncio.Event()
+        self._resumed.set()
         self.on_step: Callable[[StepOutputs], None] | None = None
         self.on_death: Callable[[], None] | None = None
         self._heartbeat = Heartbeat(self._context, heartbeat_address(engine.address))
@@ -239,9 +245,41 @@ class EngineClient:
         """Ask the engine to forget cached prefixes."""
         self._send(ResetPrefixCache())
 
+    @property
+    def is_paused(self) -> bool:
+        """Whether new requests wait until `resume`."""
+        return not self._resumed.is_set()
+
+    async def resumed(self) -> None:
+        """Wait while new requests may not begin."""
+        await self._resumed.wait()
+
+    async def pause(self, open_requests: Literal["abort", "wait", "keep"]) -> None:
+        """Let no new request begin; those that are open are ended now, or waited for, or go on after `resume`."""
+        self._resumed.clear()
+        if open_requests == "keep":
+            self._send(Pause())
+        elif open_requests == "abort":
+            self.abort_all()
+        while open_requests == "wait" and self._streams and self.is_paused:
+            await asyncio.sleep(POLL_SECONDS)
+
+    def resume(self) -> None:
+        """Let new requests begin, and those go on that were kept."""
+        self._send(Resume())
+        self._resumed.set()
+
+    def abort_all(self) -> None:
+        """End all open requests with the finish reason `abort`."""
+        open_requests = list(self._streams.items())
+        for request_id, stream in open_requests:
+            stream._put(TokenOutput(request_id, [], finish_reason="abort"))
+        self._abort([request_id for request_id, _ in open_requests])
+
     def refuse(self, message: str) -> None:
         """Take no new requests; open ones go on. If the engine is dead, that stays the reason."""
         self.refusal = self.death or message
+        self._resumed.set()
 
     def fail_all(self, message: str) -> None:
         """End every open stream with an error, and abort its requests in the engine."""
@@ -341,6 +379,7 @@ class EngineClient:
             if not answer.done():
                 answer.set_exception(EngineDeadError(message))
         self.fail_all(message)
+        self._resumed.set()
         self._streams.clear()
         self._silent.clear()
         if self.on_death is not None:

@@ -314,6 +314,7 @@ async def generate(choices: Sequence[Choice], client: EngineClient, metrics: Met
     num_open = len(choices)
     outcome = "abort"
     try:
+        await ticket.within_time(client.resumed(), has_begun=False)
         prompts = {id(choice.sent): choice.sent for choice in choices}
         async with client.open(prompts.values()) as stream:
             ticket.open()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.process_collector import ProcessCollector
@@ -24,6 +25,11 @@ BETWEEN_TOKENS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75,
 WHOLE_REQUEST = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
 STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 CHOICES = (1, 2, 5, 10, 20)
+PREEMPTIONS = (1, 2, 3, 4, 5, 10, 20)
+HTTP_SECONDS = (0.1, 0.5, 1)
+HTTP_LABELS = ("handler", "method", "status")
+SOURCES = ("local_compute", "local_cache_hit")
+REASONS = ("capacity", "deferred")
 
 HISTOGRAMS = {
     "time_to_first_token_seconds": ("from arrival to the first token", FIRST_TOKEN),
@@ -35,16 +41,19 @@ HISTOGRAMS = {
     "request_decode_time_seconds": ("from the first token to the last", WHOLE_REQUEST),
     "request_inference_time_seconds": ("from the first step to the last token", WHOLE_REQUEST),
     "request_params_n": ("answers asked for", CHOICES),
+    "request_num_preemptions": ("how often an answer's sequence gave up its blocks", PREEMPTIONS),
     "iteration_tokens_total": ("tokens of one step", STEP_TOKENS),
 }
 TOKEN_HISTOGRAMS = {  # with buckets up to the longest sequence
     "request_prompt_tokens": "prompt tokens of an answer",
+    "request_prefill_kv_computed_tokens": "prompt tokens of an answer that were computed, and not cached",
     "request_generation_tokens": "generated tokens of an answer",
     "request_params_max_tokens": "max_tokens of a request",
     "request_max_num_generation_tokens": "generated tokens of the longest of a request's answers",
 }
 COUNTERS = {
     "prompt_tokens": "prompt tokens processed, cached ones among them",
+    "prompt_tokens_cached": "prompt tokens that were in the prefix cache",
     "generation_tokens": "tokens generated",
     "num_preemptions": "sequences that gave up their blocks, to be computed again",
     "prefix_cache_queries": "prompt tokens looked up in the prefix cache",
@@ -57,6 +66,8 @@ GAUGES = {
 }
 OUTCOMES = ("stop", "length", "repetition", "abort", "error")
 
+M = TypeVar("M", Counter, Gauge)
+
 
 @dataclass(slots=True)
 class Timeline:
@@ -64,6 +75,8 @@ class Timeline:
 
     arrival: float
     num_prompt: int
+    num_cached: int = 0
+    num_preemptions: int = 0
     scheduled: float = 0.0
     first: float = 0.0
     last: float = 0.0
@@ -77,6 +90,7 @@ class Metrics:
         ProcessCollector(registry=self._registry)
         labels = {"model_name": model_name, "engine": "0"}
         names = tuple(labels)
+        self._labels = labels
 
         def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
             return Histogram(f"vllm:{name}", text, names, registry=self._registry, buckets=buckets).labels(**labels)
@@ -92,10 +106,19 @@ class Metrics:
             name: Gauge(f"vllm:{name}", text, names, registry=self._registry).labels(**labels)
             for name, text in GAUGES.items()
         }
-        finished = Counter(
-            "vllm:request_success", "requests by how they ended", (*names, "finished_reason"), registry=self._registry
+        self._finished = self._by(Counter, "request_success", "requests by how they ended", "finished_reason", OUTCOMES)
+        self._by_source = self._by(Counter, "prompt_tokens_by_source", "computed or cached", "source", SOURCES)
+        self._waiting = self._by(
+            Gauge, "num_requests_waiting_by_reason", "those that wait, for room or not yet ready", "reason", REASONS
         )
-        self._finished = {reason: finished.labels(**labels, finished_reason=reason) for reason in OUTCOMES}
+        self._http = Counter("http_requests", "by route and status", HTTP_LABELS, registry=self._registry)
+        self._http_seconds = Histogram(
+            "http_request_duration_seconds",
+            "from a request's head to the end of its response",
+            HTTP_LABELS[:2],
+            registry=self._registry,
+            buckets=HTTP_SECONDS,
+        )
         info = Gauge("vllm:cache_config_info", "the KV cache", ("engine", *cache_config), registry=self._registry)
         info.labels(engine="0", **cache_config).set(1)
         self._hints = Counter(
@@ -104,13 +127,22 @@ class Metrics:
             (*names, "field"),
             registry=self._registry,
         )
-        self._labels = labels
         self._totals: EngineStats | None = None
+
+    def _by(self, kind: type[M], name: str, text: str, label: str, values: Iterable[str]) -> dict[str, M]:
+        """A metric with one more label: its children by the label's values."""
+        metric = kind(f"vllm:{name}", text, (*self._labels, label), registry=self._registry)
+        return {value: metric.labels(**self._labels, **{label: value}) for value in values}
 
     def hints(self, names: Iterable[str]) -> None:
         """A request set these fields, which change nothing."""
         for name in names:
             self._hints.labels(**self._labels, field=name).inc()
+
+    def request(self, handler: str, method: str, status: int, seconds: float) -> None:
+        """An HTTP request has ended; the handler is its route, with placeholders."""
+        self._http.labels(handler, method, f"{status // 100}xx").inc()
+        self._http_seconds.labels(handler, method).observe(seconds)
 
     def page(self) -> bytes:
         """The text that Prometheus scrapes."""
@@ -124,6 +156,8 @@ class Metrics:
         counters = self._counters
         gauges["num_requests_running"].set(stats.num_running)
         gauges["num_requests_waiting"].set(stats.num_waiting)
+        self._waiting["capacity"].set(stats.num_waiting - stats.num_deferred)
+        self._waiting["deferred"].set(stats.num_deferred)
         gauges["kv_cache_usage_perc"].set(stats.kv_cache_usage)
         for name in ("num_preemptions", "prefix_cache_queries", "prefix_cache_hits"):
             counters[name].inc(getattr(stats, name) - (getattr(before, name) if before is not None else 0))
@@ -143,9 +177,17 @@ class Metrics:
             histograms["time_to_first_token_seconds"].observe(now - timeline.arrival)
             histograms["request_queue_time_seconds"].observe(timeline.scheduled - timeline.arrival)
             histograms["request_prefill_time_seconds"].observe((output.first_token_time or now) - timeline.scheduled)
-            self._counters["prompt_tokens"].inc(timeline.num_prompt)
+            self._prompt(timeline, output.num_cached_tokens or 0)
+        timeline.num_preemptions = output.num_preemptions
         timeline.last = now
         self._counters["generation_tokens"].inc(num_tokens)
+
+    def _prompt(self, timeline: Timeline, num_cached: int) -> None:
+        timeline.num_cached = num_cached
+        self._counters["prompt_tokens"].inc(timeline.num_prompt)
+        self._counters["prompt_tokens_cached"].inc(num_cached)
+        self._by_source["local_cache_hit"].inc(num_cached)
+        self._by_source["local_compute"].inc(timeline.num_prompt - num_cached)
 
     def end(self, timeline: Timeline, outcome: str, num_tokens: int) -> None:
         """An answer has ended, as `outcome` says."""
@@ -158,6 +200,8 @@ class Metrics:
         histograms["request_inference_time_seconds"].observe(timeline.last - timeline.scheduled)
         histograms["request_prompt_tokens"].observe(timeline.num_prompt)
         histograms["request_generation_tokens"].observe(num_tokens)
+        histograms["request_num_preemptions"].observe(timeline.num_preemptions)
+        histograms["request_prefill_kv_computed_tokens"].observe(timeline.num_prompt - timeline.num_cached)
         if num_tokens > 1:
             each = (timeline.last - timeline.first) / (num_tokens - 1)
             histograms["request_time_per_output_token_seconds"].observe(each)

@@ -1,9 +1,11 @@
-"""What every request passes before a route sees it: the Host header and the API key. Plain ASGI."""
+"""What every request passes before a route sees it: Host header, API key, request id, metrics. Plain ASGI."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import secrets
+import time
 import uuid
 from collections.abc import Sequence
 
@@ -11,11 +13,14 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from octavo.server.access import Access, host_name
+from octavo.server.engine_client import EngineClient
 from octavo.server.errors import error_response
+from octavo.server.metrics import Metrics
 
 MAX_REQUEST_ID = 256
 ANTHROPIC_PATH = "/v1/messages"
 PROBES = frozenset({"/health", "/ping"})  # a probe has no key, and learns no more than whether the server works
+UNCOUNTED = frozenset({"/metrics", "/health", "/load", "/ping", "/version", "/server_info"})  # vLLM doesn't either
 OPEN_PATHS = frozenset({"/metrics", "/version", "/docs", "/openapi.json"})  # unless --protect-all closes them
 
 
@@ -86,6 +91,54 @@ class RequestIds:
             await send(message)
 
         await self._app(scope, receive, send_with_id)
+
+
+class Reports:
+    """What each request and its response have to tell: the metrics of HTTP, and ORCA's load report.
+
+    A request with the header `endpoint-load-metrics-format: TEXT` or `JSON`, as balancers send it, gets
+    `endpoint-load-metrics`: how full the engine is.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, client: EngineClient) -> None:
+        self._app = app
+        self._metrics = metrics
+        self._client = client
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        begun = time.monotonic()
+        form = Headers(scope=scope).get("endpoint-load-metrics-format", "").upper()
+        status = 499  # nobody was there to get one
+
+        async def send_with_report(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                if form in ("TEXT", "JSON"):
+                    header = (b"endpoint-load-metrics", self._load(form).encode())
+                    message["headers"] = [*message.get("headers", ()), header]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_report)
+        finally:
+            route = scope.get("route")
+            handler = getattr(route, "path", "none")
+            if handler not in UNCOUNTED:
+                self._metrics.request(handler, scope["method"], status, time.monotonic() - begun)
+
+    def _load(self, form: str) -> str:
+        stats = self._client.stats
+        values = {
+            "kv_cache_usage_perc": 0.0 if stats is None else float(stats.kv_cache_usage),
+            "num_requests_waiting": 0.0 if stats is None else float(stats.num_waiting),
+        }
+        if form == "JSON":
+            return "JSON " + json.dumps({"named_metrics": values})
+        return "TEXT " + ", ".join(f"named_metrics.{name}={value}" for name, value in values.items())
 
 
 class AllowedHosts:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter
+from typing import Literal
+
+from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
+from pydantic import BaseModel, ConfigDict
 
 from octavo.server.engine_client import EngineClient
 from octavo.server.errors import RESPONSES, ApiError
@@ -13,10 +16,33 @@ from octavo.version import VERSION
 
 HEALTH_SECONDS = 30.0  # one step of a large model on a slow machine may take seconds; nothing healthy takes this
 
+OpenRequests = Literal["abort", "wait", "keep"]
+
+
+class PauseGeneration(BaseModel):
+    """SGLang's body of /pause_generation; `retract` is as good as in_place, as no sequence must be moved."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    mode: Literal["abort", "in_place", "retract"] = "abort"
+
+
+class ContinueGeneration(BaseModel):
+    """SGLang's body of /continue_generation."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+def no_other_page(http: Request) -> None:
+    """Refuse a POST that a web page of another origin sends: a browser lets any page send one without a body."""
+    origin = http.headers.get("origin")
+    if http.method == "POST" and origin is not None and origin.partition("://")[2] != http.headers.get("host"):
+        raise ApiError(403, f"POST {http.url.path} is not for web pages of other origins ({origin[:80]!r})")
+
 
 def engine_routes(client: EngineClient, counted: Metrics) -> APIRouter:
     """/health, /ping, /metrics, /load, /reset_prefix_cache."""
-    router = APIRouter()
+    router = APIRouter(dependencies=[Depends(no_other_page)])
 
     @router.get("/health", responses={503: RESPONSES[503]})
     async def health() -> Response:
@@ -44,12 +70,58 @@ def engine_routes(client: EngineClient, counted: Metrics) -> APIRouter:
     @router.post("/reset_prefix_cache")
     async def reset_prefix_cache() -> Response:
         """Forget all cached prefixes that no running request holds."""
-        if client.refusal is not None:
-            raise ApiError(503, client.refusal)
+        _check(client)
         client.reset_prefix_cache()
         return Response(status_code=200)
 
     return router
+
+
+def pause_routes(client: EngineClient) -> APIRouter:
+    """/pause, /resume, /is_paused, and SGLang's names for them."""
+    router = APIRouter(dependencies=[Depends(no_other_page)])
+
+    @router.post("/pause")
+    async def pause(mode: OpenRequests = "abort", clear_cache: bool = True) -> dict[str, str]:
+        """Begin no request until /resume. Open ones end now (abort), are waited for (wait), or stand still (keep)."""
+        _check(client)
+        await client.pause(mode)
+        if clear_cache and mode != "keep":
+            client.reset_prefix_cache()
+        return {"status": "paused"}
+
+    @router.post("/resume")
+    async def resume() -> dict[str, str]:
+        """Go on."""
+        _check(client)
+        client.resume()
+        return {"status": "resumed"}
+
+    @router.get("/is_paused")
+    async def is_paused() -> dict[str, bool]:
+        """Whether the server is paused."""
+        return {"is_paused": client.is_paused}
+
+    @router.post("/pause_generation")
+    async def pause_generation(body: PauseGeneration | None = None) -> dict[str, str]:
+        """SGLang's /pause: abort, or let open requests stand still (in_place, retract)."""
+        _check(client)
+        await client.pause("abort" if body is None or body.mode == "abort" else "keep")
+        return {"message": "Generation paused successfully.", "status": "ok"}
+
+    @router.post("/continue_generation")
+    async def continue_generation(_: ContinueGeneration | None = None) -> dict[str, str]:
+        """SGLang's /resume."""
+        _check(client)
+        client.resume()
+        return {"message": "Generation continued successfully.", "status": "ok"}
+
+    return router
+
+
+def _check(client: EngineClient) -> None:
+    if client.refusal is not None:
+        raise ApiError(503, client.refusal)
 
 
 def model_routes(model: ServedModel) -> APIRouter:

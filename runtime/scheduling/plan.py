@@ -104,3 +104,12 @@ class StepResult:
     errors: dict[int, str] = field(default_factory=dict)
     ended: frozenset[int] = frozenset()
     refused: frozenset[int] = frozenset()
+
+
+@dataclass(slots=True)
+class Step:
+    """A plan while it is being made: what it holds, and what is left of its budgets."""
+
+    tokens_left: int
+    prompt_logits_left: int
+    scheduled: list[ScheduledSequence] = field(default_factory=list)

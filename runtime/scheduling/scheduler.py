@@ -24,7 +24,6 @@ from __future__ import annotations
 import time
 from bisect import insort
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 
 from octavo.runtime.messages import AddRequest, EngineStats, FinishReason, Logprobs, TokenOutput
 from octavo.runtime.scheduling.block_pool import BlockPool
@@ -32,6 +31,7 @@ from octavo.runtime.scheduling.kv_groups import BlockTables, KVGroups
 from octavo.runtime.scheduling.plan import (
     ScheduledSequence,
     SchedulerConfig,
+    Step,
     StepPlan,
     StepResult,
     last_token_of,
@@ -88,6 +88,7 @@ class Scheduler:
         if sequence is not None:
             sequence.grammar = grammar
             sequence.is_ready = True
+            self.waiting.deferred.discard(request_id)
 
     def refuse(self, request_id: str, error: str) -> TokenOutput | None:
         """End a request that waits, for its own fault; None where it is gone."""
@@ -132,7 +133,7 @@ class Scheduler:
 
         Empty only where all that there is to do waits for the results of steps under way.
         """
-        step = _Step(self.config.max_num_batched_tokens, self.config.max_prompt_logits)
+        step = Step(self.config.max_num_batched_tokens, self.config.max_prompt_logits)
         self._plan_decodes(step)
         starved = self._plan_prefills(step)
         while starved and not step.scheduled:
@@ -149,7 +150,7 @@ class Scheduler:
         """
         if plan.is_starved or plan.num_released != self._num_released:
             return plan
-        step = _Step(
+        step = Step(
             self.config.max_num_batched_tokens - plan.num_tokens,
             self.config.max_prompt_logits - plan.num_prompt_logits,
             list(plan.scheduled),
@@ -157,7 +158,7 @@ class Scheduler:
         self._admit(step)
         return self._plan_of(step, is_starved=False)
 
-    def _plan_of(self, step: _Step, is_starved: bool) -> StepPlan:
+    def _plan_of(self, step: Step, is_starved: bool) -> StepPlan:
         return StepPlan(
             step.scheduled,
             num_tokens=self.config.max_num_batched_tokens - step.tokens_left,
@@ -166,7 +167,7 @@ class Scheduler:
             num_released=self._num_released,
         )
 
-    def _plan_decodes(self, step: _Step) -> None:
+    def _plan_decodes(self, step: Step) -> None:
         """One token for each sequence that lacks only its newest; those that came last make room for the others."""
         block_size = self.config.block_size
         for sequence in tuple(self.running):
@@ -186,7 +187,7 @@ class Scheduler:
             num_drafts = self._room_for_drafts(step, sequence) if sequence.drafts else 0
             self._put(step, sequence, length + num_drafts, num_held, num_drafts=num_drafts)
 
-    def _room_for_drafts(self, step: _Step, sequence: Sequence) -> int:
+    def _room_for_drafts(self, step: Step, sequence: Sequence) -> int:
         """How many drafts the next step can check: nobody is preempted for them, and no answer gets too long."""
         known = len(sequence.token_ids)
         most = min(sequence.num_prompt + sequence.params.max_tokens, self.config.max_model_len) - 1
@@ -200,7 +201,7 @@ class Scheduler:
             self._groups.grow(sequence.blocks, min(missing, self._groups.num_free_columns))
         return min(count, len(sequence.blocks) * block_size - known)
 
-    def _plan_prefills(self, step: _Step) -> bool:
+    def _plan_prefills(self, step: Step) -> bool:
         """A chunk for each prompt under way, as far as tokens and free blocks go; whether one lacked blocks."""
         for sequence in self.running:
             remaining = sequence.length - sequence.num_planned
@@ -215,7 +216,7 @@ class Scheduler:
             self._extend(step, sequence, min(size, room))
         return False
 
-    def _admit(self, step: _Step) -> None:
+    def _admit(self, step: Step) -> None:
         """Start waiting sequences in order, while a step has room and the cache could hold all of their tokens."""
         block_size = self.config.block_size
         admitted: list[Sequence] = []
@@ -275,11 +276,11 @@ class Scheduler:
         count = (len(sequence.token_ids) - 1) // self.config.block_size
         return self._groups.find_prefix(sequence.block_hashes(count, self.config.block_size))
 
-    def _chunk(self, step: _Step, sequence: Sequence, remaining: int) -> int:
+    def _chunk(self, step: Step, sequence: Sequence, remaining: int) -> int:
         size = min(remaining, step.tokens_left)
         return min(size, step.prompt_logits_left) if sequence.wants_prompt_logprobs else size
 
-    def _extend(self, step: _Step, sequence: Sequence, size: int, is_new: bool = False) -> None:
+    def _extend(self, step: Step, sequence: Sequence, size: int, is_new: bool = False) -> None:
         end = sequence.num_planned + size
         num_held = 0 if is_new else len(sequence.blocks)
         missing = -(-end // self.config.block_size) - len(sequence.blocks)
@@ -287,7 +288,7 @@ class Scheduler:
         self._put(step, sequence, end, num_held, is_new)
 
     def _put(
-        self, step: _Step, sequence: Sequence, end: int, num_held: int, is_new: bool = False, num_drafts: int = 0
+        self, step: Step, sequence: Sequence, end: int, num_held: int, is_new: bool = False, num_drafts: int = 0
     ) -> None:
         """Add tokens num_planned .. end to the step. Their blocks are there; the first num_held are not new."""
         start = sequence.num_planned
@@ -422,7 +423,14 @@ class Scheduler:
         stops = finish_reason == "stop" and tokens and tokens[-1] in sequence.params.stop_token_ids
         stop_token_id = tokens[-1] if stops else None
         if sequence.first_token_time is not None:
-            return TokenOutput(sequence.request_id, tokens, finish_reason, stop_token_id, logprobs=listed)
+            return TokenOutput(
+                sequence.request_id,
+                tokens,
+                finish_reason,
+                stop_token_id,
+                logprobs=listed,
+                num_preemptions=sequence.num_preemptions,
+            )
         sequence.first_token_time = now
         return TokenOutput(
             sequence.request_id,
@@ -434,6 +442,7 @@ class Scheduler:
             num_cached_tokens=sequence.num_cached,
             scheduled_time=sequence.scheduled_time,
             first_token_time=now,
+            num_preemptions=sequence.num_preemptions,
         )
 
     def _finish_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
@@ -465,6 +474,7 @@ class Scheduler:
         self.running.remove(sequence)
         self._release(sequence)
         self.waiting.add(sequence)
+        sequence.num_preemptions += 1
         self._num_preemptions += 1
 
     def _release(self, sequence: Sequence) -> None:
@@ -485,13 +495,5 @@ class Scheduler:
             prefix_cache_queries=self._num_queries,
             prefix_cache_hits=self._num_hits,
             step_tokens=self._step_tokens,
+            num_deferred=len(self.waiting.deferred),
         )
-
-
-@dataclass(slots=True)
-class _Step:
-    """A plan while it is being made: what it holds, and what is left of its budgets."""
-
-    tokens_left: int
-    prompt_logits_left: int
-    scheduled: list[ScheduledSequence] = field(default_factory=list)

@@ -17,6 +17,7 @@ class Sequence:
     num_sampling     tokens beyond token_ids that the steps under way bring for sure
     num_steps        steps under way that compute some of its tokens
     num_void_steps   how many of those don't count: an earlier step did not bring the token that they go on from
+    num_preemptions  how often it gave its blocks back
     drafts           guesses of the tokens behind token_ids, for the next step to check
     checks_drafts    a step under way does so: how many tokens it brings is only known afterwards
     rank             its place in the queue before its number: `waiting.rank_of`
@@ -45,6 +46,7 @@ class Sequence:
         "num_cached",
         "num_listed",
         "num_planned",
+        "num_preemptions",
         "num_prompt",
         "num_sampling",
         "num_steps",
@@ -71,6 +73,7 @@ class Sequence:
         self.num_sampling = 0
         self.num_steps = 0
         self.num_void_steps = 0
+        self.num_preemptions = 0
         self.drafts: list[int] = []
         self.checks_drafts = False
         self.is_ready = is_ready

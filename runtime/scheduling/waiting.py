@@ -33,6 +33,7 @@ class Waiting:
     def __init__(self) -> None:
         self._by_id: dict[str, Sequence] = {}
         self._in_order: list[Sequence] = []
+        self.deferred: set[str] = set()  # those that are not ready
 
     def __len__(self) -> int:
         return len(self._in_order)
@@ -49,8 +50,11 @@ class Waiting:
 
     def add(self, sequence: Sequence) -> None:
         self._by_id[sequence.request_id] = sequence
+        if not sequence.is_ready:
+            self.deferred.add(sequence.request_id)
         insort(self._in_order, sequence, key=place_of)
 
     def remove(self, sequence: Sequence) -> None:
         del self._by_id[sequence.request_id]
+        self.deferred.discard(sequence.request_id)
         del self._in_order[bisect_left(self._in_order, place_of(sequence), key=place_of)]

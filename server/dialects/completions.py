@@ -96,19 +96,23 @@ class CompletionRequest(GenerationRequest):
 def routes(service: Service) -> APIRouter:
     """/v1/completions."""
     router = APIRouter(route_class=StrictRoute, responses=RESPONSES)
-    model = service.model
 
     @router.post("/v1/completions")
     async def completions(body: CompletionRequest, http: Request) -> Response:
         """Complete one prompt or several."""
-        service.check(body.model)
-        name = request_id_of(http, body)
-        answer = await service.off_loop(
-            http, lambda: CompletionAnswer(body, prompts_of(body, model), model, name), body.work_of_a_byte
-        )
-        return await service.respond(http, answer)
+        return await service.respond(http, await begin_completion(body, http, service))
 
     return router
+
+
+async def begin_completion(body: CompletionRequest, http: Request, service: Service) -> CompletionAnswer:
+    """The answer to a request at its beginning. Raises ApiError."""
+    service.check(body.model)
+    model = service.model
+    name = request_id_of(http, body)
+    return await service.off_loop(
+        http, lambda: CompletionAnswer(body, prompts_of(body, model), model, name), body.work_of_a_byte
+    )
 
 
 def wanted_of(request: CompletionRequest, fim: Fim | None = None) -> Wanted:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from octavo_server import Samples, Server, samples
+from octavo_server import Samples, Server, samples, stream
 from tiny_oracle import Oracle
 
 from octavo.version import VERSION
@@ -155,7 +156,7 @@ def test_all_names_are_there_before_the_first_request(client: httpx.Client) -> N
     reasons = {
         dict(labels)["finished_reason"] for name, labels in samples(client) if name == "vllm:request_success_total"
     }
-    assert reasons == {"stop", "length", "abort", "error"}
+    assert reasons == {"stop", "length", "repetition", "abort", "error"}
 
 
 def changes(before: Samples, after: Samples) -> dict[str, float]:
@@ -224,7 +225,81 @@ def test_a_scored_prompt_generates_nothing(client: httpx.Client) -> None:
 
 def test_names_of_clients_are_no_labels(client: httpx.Client) -> None:
     """The number of time series does not grow with what clients send."""
+    client.post("/v1/completions", json={"prompt": "x", "max_tokens": 1, "model": "tiny-too", "user": "me"})
+    client.post("/v1/completions", json={"model": "nobody's"})
+    client.get("/nowhere")
     number = len(samples(client))
+    client.get("/nowhere/else")
     for name in ("tiny-too", "other"):
         client.post("/v1/completions", json={"prompt": "x", "max_tokens": 1, "model": name, "user": name})
     assert len(samples(client)) == number
+
+
+def test_metrics_of_the_prompt_and_of_http(client: httpx.Client) -> None:
+    prompt = [7 + number % 90 for number in range(64)]
+    body = {"prompt": prompt, "max_tokens": 2, "ignore_eos": True, "cache_salt": "test_metrics_of_the_prompt"}
+    before = samples(client)
+    for _ in range(2):
+        assert client.post("/v1/completions", json=body).status_code == 200
+    assert client.post("/v1/completions", json={}).status_code == 400
+    assert client.get("/v1/models/tiny").status_code == 200
+    assert client.get("/nothing/there").status_code == 404
+    found = samples(client)
+
+    def grown(name: str, **labels: str) -> float:
+        key = (name, tuple(sorted(labels.items())))
+        return found[key] - before.get(key, 0)
+
+    assert grown("vllm:prompt_tokens_cached_total") == 48  # all full blocks before the last token
+    assert grown("vllm:prompt_tokens_by_source_total", source="local_cache_hit") == 48
+    assert grown("vllm:prompt_tokens_by_source_total", source="local_compute") == 64 + 16
+    assert grown("vllm:prompt_tokens_total") == 128
+    assert grown("vllm:request_prefill_kv_computed_tokens_sum") == 64 + 16
+    assert grown("vllm:request_num_preemptions_count") == 2
+    assert grown("vllm:request_num_preemptions_sum") == 0
+    assert found["vllm:num_requests_waiting_by_reason", (("reason", "capacity"),)] == 0
+    assert found["vllm:num_requests_waiting_by_reason", (("reason", "deferred"),)] == 0
+    posts = {"handler": "/v1/completions", "method": "POST"}
+    assert grown("http_requests_total", **posts, status="2xx") == 2
+    assert grown("http_requests_total", **posts, status="4xx") == 1
+    assert grown("http_requests_total", handler="/v1/models/{name:path}", method="GET", status="2xx") == 1
+    assert grown("http_requests_total", handler="none", method="GET", status="4xx") == 1
+    assert grown("http_request_duration_seconds_count", **posts) == 3
+    (info,) = [dict(labels) for name, labels in found if name == "vllm:cache_config_info"]
+    assert info["kv_cache_size_tokens"] == str(512 * 16)
+    assert info["kv_cache_max_concurrency"] == "16"
+
+
+def test_a_balancer_gets_the_load_it_asks_for(client: httpx.Client) -> None:
+    body = {"prompt": "x", "max_tokens": 1}
+    text = client.post("/v1/completions", json=body, headers={"endpoint-load-metrics-format": "text"})
+    kind, *values = text.headers["endpoint-load-metrics"].replace(",", "").split()
+    assert kind == "TEXT"
+    named = dict(value.split("=") for value in values)
+    assert set(named) == {"named_metrics.kv_cache_usage_perc", "named_metrics.num_requests_waiting"}
+    assert all(float(value) >= 0 for value in named.values())
+    whole = client.post("/v1/completions", json=body, headers={"endpoint-load-metrics-format": "JSON"})
+    report = json.loads(whole.headers["endpoint-load-metrics"].removeprefix("JSON "))
+    assert set(report["named_metrics"]) == {"kv_cache_usage_perc", "num_requests_waiting"}
+    assert "endpoint-load-metrics" not in client.post("/v1/completions", json=body).headers
+
+
+def test_sagemaker_s_invocations(client: httpx.Client) -> None:
+    fields = {"max_tokens": 4, "temperature": 0}
+    messages = [{"role": "user", "content": "Hello"}]
+    for path, body in (
+        ("/v1/completions", {"prompt": "The capital of"} | fields),
+        ("/v1/chat/completions", {"messages": messages} | fields),
+    ):
+        expected = client.post(path, json=body).json()
+        found = client.post("/invocations", json=body)
+        assert found.status_code == 200, found.text
+        assert found.json()["choices"] == expected["choices"]
+        assert found.json()["object"] == expected["object"]
+    adapter = {"X-Amzn-SageMaker-Adapter-Identifier": "tiny-too"}
+    assert client.post("/invocations", json=body, headers=adapter).json()["model"] == "tiny-too"
+    adapter = {"X-Amzn-SageMaker-Adapter-Identifier": "other"}
+    assert client.post("/invocations", json=body, headers=adapter).status_code == 404
+    assert stream(client, "/invocations", body)[-1]["choices"][0]["finish_reason"] == "length"
+    for wrong in ({}, {"input": "x"}, {"prompt": "x", "messages": messages}):
+        assert client.post("/invocations", json=wrong).status_code == 400

@@ -288,6 +288,8 @@ def _cache_facts(config: EngineConfig, ready: Ready) -> dict[str, str]:
     return {
         "block_size": str(ready.block_size),
         "num_gpu_blocks": str(ready.num_blocks),
+        "kv_cache_size_tokens": str(ready.num_blocks * ready.block_size),
+        "kv_cache_max_concurrency": f"{ready.num_blocks * ready.block_size / ready.max_model_len:.4g}",
         "cache_dtype": ready.report.kv_cache_dtype,
         "enable_prefix_caching": str(config.enable_prefix_caching),
     }
