@@ -45,11 +45,12 @@ class LineError(ValueError):
 
 
 def routes_of(openapi: Json) -> set[str]:
-    """The routes of an OpenAPI document that take a JSON object: what a batch may ask, batches themselves aside."""
+    """The routes of an OpenAPI document that need a JSON object: what a batch may ask, batches themselves aside."""
     found = set()
     for path, methods in openapi["paths"].items():
         body = methods.get("post", {}).get("requestBody", {})
-        if "application/json" in body.get("content", {}) and not path.startswith("/v1/batches") and "{" not in path:
+        needs_json = body.get("required") and "application/json" in body["content"]
+        if needs_json and not path.startswith("/v1/batches") and "{" not in path:
             found.add(path)
     return found
 

@@ -79,7 +79,10 @@ class ResponseStore:
         return self._max_bytes
 
     def put(self, owner: str, response: Json, own_input: list[Json], events: list[bytes], *, active: bool) -> None:
-        """Keep a response, in place of what is there under its id. active: it is still running, so it stays."""
+        """Keep a response, in place of what is there under its id. active: it is still running, so it stays.
+
+        It is there for whoever asks from now on, and written a moment later; see `written`.
+        """
         contents = msgspec.json.encode(response), msgspec.json.encode(own_input)
         previous = response.get("previous_response_id")
         done = self._thread.submit(self._put, response["id"], owner, previous, contents, events, active)
@@ -100,6 +103,10 @@ class ResponseStore:
     async def delete(self, response_id: str, owner: str) -> bool:
         """Whether it was there."""
         return await self._do(lambda: self._delete(response_id, owner))
+
+    async def written(self) -> None:
+        """Wait until all that was put so far is written."""
+        await self._do(lambda: None)
 
     async def size(self) -> tuple[int, int]:
         """How many responses there are, and their bytes."""

@@ -9,15 +9,15 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 
-from octavo.server.dialects.chat_request import begin
+from octavo.server.dialects.chat_request import begin, in_words_of
 from octavo.server.dialects.responses_answer import NAMED_EVENTS, ResponseAnswer
 from octavo.server.dialects.responses_items import messages_of, plain_items, response_of_item
 from octavo.server.dialects.responses_request import (
+    NAMES_IN_CHAT,
     InputFields,
     InputTokensRequest,
     ResponsesRequest,
     chat_request,
-    in_these_names,
 )
 from octavo.server.dialects.responses_runs import Run, Runs
 from octavo.server.dialects.system_turns import SystemProbe, folded
@@ -144,7 +144,10 @@ class Responses:
         steps = service.steps(http, choices, answer.hints)
         if answer.streams:
             return EventStream(answer.events(steps), NAMED_EVENTS)
-        return JsonResponse(*await encode_in_turns(await answer.complete(steps)))
+        response = await answer.complete(steps)
+        if stores and self._store is not None:
+            await self._store.written()
+        return JsonResponse(*await encode_in_turns(response))
 
     async def count(self, body: InputTokensRequest, http: Request) -> int:
         """The tokens of a prompt. Raises ApiError."""
@@ -212,10 +215,11 @@ class Responses:
         self._runs.check()
         steps = self._service.steps(http, answer.choices, answer.hints)
         assert self._store is not None
-        self._store.put(owner, answer.object(), own, [], active=True)
         run = Run(answer, owner)
         queued = answer.object()
+        self._store.put(owner, queued, own, [], active=True)
         self._runs.start(run, steps)
+        await self._store.written()
         if answer.streams:
             return EventStream(run.follow(0), NAMED_EVENTS)
         return JsonResponse(*await encode_in_turns(queued))
@@ -308,11 +312,9 @@ class Responses:
 
     async def _begun(self, body: InputFields, messages: list[Json], http: Request) -> list[Choice]:
         takes = await self._probe.turns(has_tools=bool(body.flat_tools))
-        try:
+        with in_words_of(NAMES_IN_CHAT):
             chat = await self._service.off_loop(http, lambda: chat_request(body, folded(messages, takes)))
             return await begin(chat, http, self._service, clamps=True)
-        except ApiError as error:
-            raise in_these_names(error) from error
 
 
 async def _at_once(pieces: list[bytes]) -> AsyncGenerator[bytes, None]:

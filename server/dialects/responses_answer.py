@@ -11,7 +11,7 @@ from typing import Any
 from octavo.server.dialects.responses_events import Numbered, Output, encoded
 from octavo.server.dialects.responses_request import ResponsesRequest
 from octavo.server.errors import ApiError
-from octavo.server.generation import Choice, Steps, usage_of
+from octavo.server.generation import Choice, Steps, in_batches, usage_of
 from octavo.server.hints import hints_in
 from octavo.server.served_model import ServedModel
 from octavo.server.streaming import Framing
@@ -47,6 +47,7 @@ class ResponseAnswer:
         self.on_end: Callable[[ResponseAnswer], None] = lambda _: None
         self.status = "queued" if request.background else "in_progress"
         self._keeps_log = stores
+        self._interval = max(request.stream_interval or 1, model.stream_interval)
         self._numbered = Numbered()
         self._head = _head(request, choices[0], model, response_id, stores=stores)
         self._end: Json = {"error": None, "incomplete_details": None}
@@ -86,6 +87,7 @@ class ResponseAnswer:
         try:
             yield self._sent(self._opening())
             finish_reason = None
+            steps = steps if self._interval == 1 else in_batches(steps, self._interval)
             async with aclosing(steps):
                 async for deltas in steps:
                     events = self._starting()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -14,7 +13,7 @@ from octavo.server.dialects.conversation import bounded_json
 from octavo.server.dialects.fields import Count, Flag, GenerationRequest, Open, Strict, Text, TextOption, text_or_list
 from octavo.server.dialects.responses_items import InputItems, Name, flat_name
 from octavo.server.dialects.tools import MAX_TOOLS, FunctionName
-from octavo.server.errors import ApiError, field_error
+from octavo.server.errors import field_error
 from octavo.server.hints import ResponsesHints
 
 Json = dict[str, Any]
@@ -40,9 +39,10 @@ INCLUDABLE = Literal[
 NAMES_IN_CHAT = {
     "messages": "input",
     "max_completion_tokens": "max_output_tokens",
-    "response_format": "text",
-    "reasoning_effort": "reasoning",
+    "response_format": "text.format",
+    "reasoning_effort": "reasoning.effort",
     "logprobs": "top_logprobs",
+    "function.parameters": "parameters",
 }
 """Fields that have another name in the chat request that does the work."""
 
@@ -259,7 +259,10 @@ class ResponsesRequest(ResponsesHints, InputFields, GenerationRequest):
     prompt_logprobs: None = None
     request_id: None = None
     return_token_ids: Literal[False] | None = None
+    return_tokens_as_token_ids: Literal[False] | None = None
+    return_prompt_text: Literal[False] | None = None
     truncate_prompt_tokens: None = None
+    truncation_side: None = None
     context_management: None = None
     background_options: None = None
     moderation: None = None
@@ -293,7 +296,7 @@ class ResponsesRequest(ResponsesHints, InputFields, GenerationRequest):
 
 
 _HOSTED_RESULTS = frozenset({"file_search_call", "web_search_call", "computer_call_output", "code_interpreter_call"})
-_PASSED = frozenset(GenerationRequest.model_fields) - {"stream", "stream_options", "n", "best_of"}
+_PASSED = frozenset(GenerationRequest.model_fields) - {"stream", "stream_options", "stream_interval", "n", "best_of"}
 _PASSED |= {"parallel_tool_calls", "chat_template", "chat_template_kwargs"}
 _PASSED -= frozenset(ResponsesHints.model_fields)
 
@@ -312,15 +315,6 @@ def chat_request(body: InputFields, messages: Sequence[Json]) -> ChatCompletionR
     if isinstance(body, ResponsesRequest) and body.wants_logprobs:
         fields |= {"logprobs": True, "top_logprobs": body.top_logprobs or 0}
     return chat_request_of(fields, NAMES_IN_CHAT)
-
-
-def in_these_names(error: ApiError) -> ApiError:
-    """An error about the chat request, in the names of this dialect's fields."""
-    message = error.message
-    for name, ours in NAMES_IN_CHAT.items():
-        message = re.sub(rf"(?<![\w.-]){name}(?=[:. ]|$)", ours, message, count=1)
-    param = None if error.param is None else NAMES_IN_CHAT.get(error.param, error.param)
-    return ApiError(error.status, message, param=param, code=error.code, headers=error.headers)
 
 
 def _tool_fields(body: InputFields) -> Json:

@@ -162,7 +162,7 @@ def test_a_limit_above_the_room_is_what_the_room_is(mine: openai.OpenAI) -> None
 def test_truncation_drops_the_oldest_turns(mine: openai.OpenAI, oracle: Oracle) -> None:
     turns = [{"role": role, "content": f"{number} " + "word " * 10} for number in range(20) for role in ROLES]
     long = [CHAT[0], *turns, CHAT[1]]
-    with pytest.raises(openai.BadRequestError, match=r"maximum context length.*input has") as caught:
+    with pytest.raises(openai.BadRequestError, match="maximum context length") as caught:
         mine.responses.create(input=long, **GREEDY)
     assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "input")
     answer = mine.responses.create(input=long, truncation="auto", max_output_tokens=16, **GREEDY)
