@@ -8,17 +8,10 @@ from typing import Any
 import anthropic
 import ollama
 import pytest
+from calling_template import TEMPLATE
 from jsonschema import validate
 from octavo_server import Server, serving
 
-TEMPLATE = """\
-{% for tool in tools or [] %}{{ tool.function.name }} {% endfor %}
-{%- for message in messages %}<|im_start|>{{ message.role }}
-{{ message.content }}{% for call in message.tool_calls or [] %}<tool_call>
-{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}
-</tool_call>{% endfor %}<|im_end|>
-{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
-{% endif %}"""  # short, since the tiny model has 512 tokens of context
 SCHEMA = {
     "type": "object",
     "properties": {"city": {"enum": ["Bern", "Basel"]}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
