@@ -213,10 +213,15 @@ def chat_of(request: CountTokensRequest, takes: SystemTurns, model: ServedModel)
 
 def _tool_fields(request: CountTokensRequest) -> Json:
     shown = _shown_tools(request)
+    choice = request.tool_choice
+    must_call = choice is not None and choice.type in ("any", "tool")
+    if choice is not None and must_call and (choice.name or "") not in ("", *(tool.name for tool in shown)):
+        raise bad_request(f"tool_choice.name: the tool {choice.name!r} may not be called by now", "tool_choice")
+    if must_call and not shown:
+        raise bad_request("tool_choice: no tool may be called by now", "tool_choice")
     if not shown:
         return {}
     fields: Json = {"tools": [_function(tool) for tool in shown]}
-    choice = request.tool_choice
     if choice is None:
         return fields
     if choice.disable_parallel_tool_use:

@@ -381,6 +381,11 @@ def test_thinking_is_switched_by_the_template() -> None:
     assert chat_of(budget, BOTH, silent).chat_template_kwargs is None  # it thinks for 0 tokens
 
 
+DEFERRED = TOOLS[1] | {"defer_loading": True}
+REMOVED = {"type": "tool_reference", "name": "get_weather"}
+REMOVAL = {"role": "system", "content": [{"type": "tool_removal", "tool": REMOVED}]}
+
+
 def image(**_: Any) -> dict[str, Any]:
     return {"type": "image", "source": {"type": "url", "url": "http://x"}}
 
@@ -412,6 +417,17 @@ def said_by_user(*content_blocks: Any) -> list[dict[str, Any]]:
         ({"tools": [tool | {"defer_loading": True} for tool in TOOLS]}, "tools: all of them have defer_loading"),
         ({"tools": None, "tool_choice": {"type": "any"}}, "tool_choice: 'any' needs tools"),
         ({"tool_choice": {"type": "tool", "name": "x"}}, "tool_choice.name: there is no tool 'x'"),
+        (
+            {
+                "tools": [TOOLS[0], TOOLS[1] | {"defer_loading": True}],
+                "tool_choice": {"type": "tool", "name": "get_time"},
+            },
+            "tool_choice.name: the tool 'get_time' may not be called by now",
+        ),
+        (
+            {"tools": [TOOLS[0]], "tool_choice": {"type": "any"}, "messages": [*BODY["messages"], REMOVAL]},
+            "tool_choice: no tool may be called by now",
+        ),
         ({"thinking": {"type": "enabled", "budget_tokens": 1000}}, "thinking.budget_tokens"),
         (
             {"thinking": {"type": "enabled", "budget_tokens": 2000}},
