@@ -16,7 +16,17 @@ from octavo.server.batch_lines import routes_of
 from octavo.server.batch_run import SpareCapacity
 from octavo.server.batches import Batches
 from octavo.server.bodies import Bodies
-from octavo.server.dialects import anthropic, batches, completions, invocations, ollama, openai_chat, responses, tokens
+from octavo.server.dialects import (
+    anthropic,
+    batches,
+    completions,
+    invocations,
+    native,
+    ollama,
+    openai_chat,
+    responses,
+    tokens,
+)
 from octavo.server.encoding import JsonResponse, encode_json
 from octavo.server.engine_client import EngineClient
 from octavo.server.errors import RESPONSES
@@ -54,7 +64,7 @@ def build_app(
     errors.install(app)
     app.state.bodies = Bodies(options.max_body_bytes, options.max_total_body_bytes)
     service = Service(model, client, metrics, limits, log_requests=options.enable_log_requests)
-    dialects = (completions, openai_chat, anthropic, ollama, invocations, tokens)
+    dialects = (completions, openai_chat, anthropic, ollama, invocations, native, tokens)
     for routes in (*(dialect.routes for dialect in dialects), _models):
         app.include_router(routes(service))
     app.include_router(responses.routes(service, kept.responses))

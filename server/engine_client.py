@@ -260,7 +260,7 @@ class EngineClient:
         if open_requests == "keep":
             self._send(Pause())
         elif open_requests == "abort":
-            self.abort_all()
+            self.abort()
         while open_requests == "wait" and self._streams and self.is_paused:
             await asyncio.sleep(POLL_SECONDS)
 
@@ -269,12 +269,13 @@ class EngineClient:
         self._send(Resume())
         self._resumed.set()
 
-    def abort_all(self) -> None:
-        """End all open requests with the finish reason `abort`."""
-        open_requests = list(self._streams.items())
-        for request_id, stream in open_requests:
-            stream._put(TokenOutput(request_id, [], finish_reason="abort"))
-        self._abort([request_id for request_id, _ in open_requests])
+    def abort(self, request_ids: Iterable[str] | None = None) -> None:
+        """End these requests with the finish reason `abort`, or all that are open; unknown ids are ignored."""
+        named = list(self._streams if request_ids is None else request_ids)
+        for request_id in named:
+            if (stream := self._streams.get(request_id)) is not None:
+                stream._put(TokenOutput(request_id, [], finish_reason="abort"))
+        self._abort(named)
 
     def refuse(self, message: str) -> None:
         """Take no new requests; open ones go on. If the engine is dead, that stays the reason."""

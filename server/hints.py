@@ -99,7 +99,15 @@ class OllamaHints(BaseModel):
     keep_alive: Hint = None
 
 
-KINDS = (ChatHints, ResponsesHints, OpenAIHints, AnthropicHints, OllamaHints, OllamaOptionHints)
+class NativeHints(BaseModel):
+    """Of SGLang's /generate."""
+
+    log_metrics: Hint = None
+    routed_dp_rank: Hint = None
+    return_bytes: Hint = None
+
+
+KINDS = (NativeHints, ChatHints, ResponsesHints, OpenAIHints, AnthropicHints, OllamaHints, OllamaOptionHints)
 """The hints of each dialect; a class stands before those that it is made of."""
 
 ALL_HINTS = sorted({name for kind in KINDS for name in kind.model_fields})

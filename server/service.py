@@ -80,6 +80,14 @@ class Service:
                 404, f"the model {name[:80]!r} is not served here; {served} is", param="model", code="model_not_found"
             )
 
+    def abort(self, request_ids: Iterable[str] | None) -> None:
+        """End these of the engine's requests with the finish reason `abort`; None: all."""
+        self._client.abort(request_ids)
+
+    def forget_prefixes(self) -> None:
+        """Empty the prefix cache."""
+        self._client.reset_prefix_cache()
+
     async def respond(self, http: Request, answer: Answer) -> Response:
         """Generate the answer and send it, whole or as events."""
         steps = self.steps(http, answer.choices, answer.hints)

@@ -1,0 +1,312 @@
+"""SGLang's own routes: /generate and what goes with it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
+from contextlib import aclosing
+from typing import Any
+from weakref import WeakValueDictionary
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import Response
+from pydantic import Field
+
+from octavo.runtime.messages import Logprobs
+from octavo.server.dialects.chat_request import in_words_of
+from octavo.server.dialects.fields import Flag, Strict, Text
+from octavo.server.dialects.logprobs import finite
+from octavo.server.dialects.native_request import (
+    OPENAI_NAMES,
+    GenerateRequest,
+    Item,
+    NativeSampling,
+    choices_of,
+    items_of,
+)
+from octavo.server.encoding import JsonResponse, encode_json
+from octavo.server.errors import RESPONSES, ApiError, bad_request
+from octavo.server.generation import Choice, Delta, Steps, fold, in_batches
+from octavo.server.hints import hints_in
+from octavo.server.message.parse import Formats, Machine
+from octavo.server.message.parts import Part, calls_of, reasoning_of, text_of
+from octavo.server.operation import no_other_page
+from octavo.server.served_model import ServedModel
+from octavo.server.service import Answer, Service
+from octavo.server.streaming import event
+from octavo.server.strict_json import StrictRoute
+from octavo.version import VERSION
+
+Json = dict[str, Any]
+
+
+class AbortRequest(Strict):
+    """POST /abort_request: one request, or all whose rid begins so."""
+
+    rid: Text = ""
+    abort_all: Flag = False
+
+
+class SeparateReasoning(Strict):
+    """POST /separate_reasoning."""
+
+    text: Text
+    reasoning_parser: Text | None = None
+
+
+class ParseFunctionCall(Strict):
+    """POST /parse_function_call."""
+
+    text: Text
+    tools: list[dict[str, Any]] = Field(default=[], max_length=512)
+    tool_call_parser: Text | None = None
+
+
+def routes(service: Service) -> APIRouter:
+    """/generate, /flush_cache, /abort_request, /health_generate, and what the model is."""
+    router = APIRouter(route_class=StrictRoute, responses=RESPONSES, dependencies=[Depends(no_other_page)])
+    model = service.model
+    running: WeakValueDictionary[str, NativeAnswer] = WeakValueDictionary()  # by rid
+
+    @router.api_route("/generate", methods=["POST", "PUT"])
+    async def generate(body: GenerateRequest, http: Request) -> Response:
+        """Complete one prompt or several."""
+        service.check(None)
+        with in_words_of(OPENAI_NAMES):
+            answer = await service.off_loop(http, lambda: _begin(body, model, http.state.request_id))
+        running.update(dict.fromkeys(answer.rids, answer))
+        return await service.respond(http, answer)
+
+    @router.get("/health_generate")
+    async def health_generate(http: Request) -> Response:
+        """200 when the engine has generated a token."""
+        service.check(None)
+        one = NativeSampling(max_new_tokens=1, temperature=0.0)
+        choices = choices_of(items_of(GenerateRequest(input_ids=[0], sampling_params=one)), model)
+        await fold(service.steps(http, choices, ()), 1)
+        return Response(status_code=200)
+
+    @router.api_route("/flush_cache", methods=["GET", "POST"])
+    async def flush_cache(http: Request) -> Response:
+        """Forget all cached prefixes that no running request holds."""
+        if http.headers.get("sec-fetch-site") == "cross-site":  # an image of any page could ask
+            raise ApiError(403, "/flush_cache is not for web pages of other origins")
+        service.check(None)
+        service.forget_prefixes()
+        return Response("Cache flushed.\n", media_type="text/plain")
+
+    @router.post("/abort_request")
+    async def abort_request(body: AbortRequest, http: Request) -> Response:
+        """End a request by its rid, or all of them, with the finish reason `abort`."""
+        del http
+        if body.abort_all:
+            service.abort(None)
+        elif not body.rid:
+            raise bad_request("rid: which request is to end? abort_all ends all", "rid")
+        else:
+            service.abort([each for answer in running.values() for each in answer.requests_of(body.rid)])
+        return Response(status_code=200)
+
+    _add_facts(router, model)
+    _add_parsers(router, service)
+    return router
+
+
+def _add_facts(router: APIRouter, model: ServedModel) -> None:
+    @router.get("/model_info")
+    @router.get("/get_model_info")
+    async def model_info() -> Json:
+        """The model, in SGLang's words."""
+        return {
+            "model_path": model.root,
+            "served_model_name": model.name,
+            "tokenizer_path": model.root,
+            "is_generation": True,
+            "preferred_sampling_params": None,
+            "weight_version": "default",
+        }
+
+    @router.get("/get_server_info")
+    async def server_info() -> Json:
+        """The server, in SGLang's words."""
+        return {
+            "version": VERSION,
+            "model_path": model.root,
+            "served_model_name": model.name,
+            "context_length": model.max_model_len,
+            "max_running_requests": model.max_num_seqs,
+        }
+
+
+def _add_parsers(router: APIRouter, service: Service) -> None:
+    found = service.model.formats.found
+
+    @router.post("/separate_reasoning")
+    async def separate_reasoning(body: SeparateReasoning, http: Request) -> Response:
+        """A text's reasoning and the rest, as this model writes it."""
+        form = found.reasoning
+        if form is None:
+            raise bad_request("text: how this model writes reasoning is not known; --reasoning-parser names it", "text")
+        machine = Machine(Formats.bind(None, form, {}), reasoning_is_open=form.end in body.text)
+        parts = await service.off_loop(http, lambda: _parts(machine, body.text.removeprefix(form.begin)))
+        return JsonResponse(encode_json({"reasoning_text": reasoning_of(parts), "text": text_of(parts)}))
+
+    @router.post("/parse_function_call")
+    async def parse_function_call(body: ParseFunctionCall, http: Request) -> Response:
+        """The calls in a text, as this model writes them."""
+        form = found.tools
+        if form is None:
+            raise bad_request("text: how this model writes calls is not known; --tool-call-parser names it", "text")
+        functions = [tool.get("function", tool) for tool in body.tools]
+        schemas = {str(each.get("name")): each.get("parameters") or {} for each in functions if isinstance(each, dict)}
+        machine = Machine(Formats.bind(form, None, {}), tools=schemas)
+        parts = await service.off_loop(http, lambda: _parts(machine, body.text))
+        calls = [
+            {"tool_index": index, "name": call.name, "parameters": call.arguments}
+            for index, call in enumerate(calls_of(parts))
+        ]
+        return JsonResponse(encode_json({"normal_text": text_of(parts), "calls": calls}))
+
+
+def _parts(machine: Machine, text: str) -> list[Part]:
+    machine.feed(text)
+    machine.finish()
+    return machine.take()
+
+
+def _begin(body: GenerateRequest, model: ServedModel, name: str) -> NativeAnswer:
+    items = items_of(body)
+    return NativeAnswer(body, items, choices_of(items, model), model, name)
+
+
+class NativeAnswer(Answer):
+    """POST /generate: an object for each answer; a stream has all of an answer's text so far in each event."""
+
+    def __init__(
+        self,
+        body: GenerateRequest,
+        items: Sequence[Item],
+        choices: list[Choice],
+        model: ServedModel,
+        name: str,
+    ) -> None:
+        self.choices = choices
+        self.streams = body.stream
+        self.hints = hints_in(body)
+        self._is_batch = body.is_batch
+        self._shows_text = body.return_text_in_logprobs
+        self._model = model
+        self._item_of = [item for item in items for _ in range(item.request.num_choices)]
+        self._rids = [item.rid or f"{name}-{index}" for index, item in enumerate(self._item_of)]
+        self._interval = max(max(item.request.stream_interval or 1 for item in items), model.stream_interval)
+        places = [0] * len(choices)
+        for index in range(1, len(choices)):
+            same = self._item_of[index] is self._item_of[index - 1]
+            places[index] = places[index - 1] + 1 if same else 0
+        # of a beam search the first n answers are wanted; everything else is sent
+        self._is_sent = [place < (it.request.n or 1) for place, it in zip(places, self._item_of, strict=True)]
+
+    @property
+    def rids(self) -> list[str]:
+        """What the answers are called, in order."""
+        return self._rids
+
+    def requests_of(self, beginning: str) -> list[str]:
+        """The engine's names of the answers whose rids begin so."""
+        return [
+            choice.request.request_id
+            for rid, choice in zip(self._rids, self.choices, strict=True)
+            if rid.startswith(beginning)
+        ]
+
+    def whole(self, deltas: list[Delta]) -> Any:
+        kept = [delta for delta in deltas if self._is_sent[delta.index]]
+        if self._is_batch:
+            return (self._answer(delta) | {"index": index} for index, delta in enumerate(kept))
+        return self._answer(kept[0])
+
+    async def events(self, steps: Steps) -> AsyncGenerator[bytes, None]:
+        """An event for each step of each answer."""
+        joined: dict[int, Delta] = {}
+        async with aclosing(steps if self._interval == 1 else in_batches(steps, self._interval)) as batches:
+            async for deltas in batches:
+                lines = []
+                for delta in deltas:
+                    if delta.index in joined:
+                        joined[delta.index].extend(delta)
+                    else:
+                        joined[delta.index] = delta
+                    if self._is_sent[delta.index]:
+                        index = {"index": delta.index} if self._is_batch else {}
+                        lines.append(event(self._answer(joined[delta.index]) | index))
+                if lines:
+                    yield b"".join(lines)
+
+    def _answer(self, delta: Delta) -> Json:
+        choice = self.choices[delta.index]
+        item = self._item_of[delta.index]
+        timeline = choice.timeline
+        about: Json = {
+            "id": self._rids[delta.index],
+            "finish_reason": self._finish_reason(delta, choice),
+            "prompt_tokens": len(choice.request.token_ids),
+            "completion_tokens": len(delta.token_ids),
+            "cached_tokens": choice.num_cached,
+            "weight_version": "default",
+            "e2e_latency": time.time() - timeline.arrival,
+        }
+        if item.returns_logprob:
+            about |= self._logprobs(delta, choice, item)
+        return {"text": text_of(delta.parts), "output_ids": list(delta.token_ids), "meta_info": about}
+
+    def _finish_reason(self, delta: Delta, choice: Choice) -> Json | None:
+        match delta.finish_reason:
+            case None:
+                return None
+            case "length":
+                return {"type": "length", "length": len(delta.token_ids)}
+            case "abort":
+                return {"type": "abort", "message": "Aborted", "status_code": None, "err_type": None}
+            case _:
+                ended = delta.stop_reason
+                if ended is None and delta.token_ids and delta.token_ids[-1] in choice.request.params.stop_token_ids:
+                    ended = delta.token_ids[-1]
+                return {"type": "stop", "matched": ended}
+
+    def _logprobs(self, delta: Delta, choice: Choice, item: Item) -> Json:
+        found: Json = {
+            "input_token_logprobs": [],
+            "output_token_logprobs": self._tokens(delta.logprobs),
+        }
+        ids = choice.request.token_ids
+        start = item.start
+        entries = (delta.prompt_logprobs or [])[start:] if start >= 0 else []
+        if entries:  # as in SGLang, the first of them has none
+            first = [None, ids[start], self._text(ids[start])]
+            found["input_token_logprobs"] = [first, *self._tokens(entries[1:])]
+        if item.num_top:
+            found["output_top_logprobs"] = self._tops(delta.logprobs)
+            found["input_top_logprobs"] = [None, *self._tops(entries[1:])] if entries else []
+        if item.named:
+            found["output_token_ids_logprobs"] = self._tops(delta.logprobs)
+            found["input_token_ids_logprobs"] = []
+        return found
+
+    def _tokens(self, entries: Iterable[Logprobs | None]) -> list[list[Any]]:
+        return [[finite(each.logprob), each.token_id, self._text(each.token_id)] for each in _there(entries)]
+
+    def _tops(self, entries: Iterable[Logprobs | None]) -> list[list[list[Any]]]:
+        return [
+            [
+                [finite(logprob), token_id, self._text(token_id)]
+                for token_id, logprob in zip(each.top_ids, each.top_logprobs, strict=True)
+            ]
+            for each in _there(entries)
+        ]
+
+    def _text(self, token_id: int) -> str | None:
+        return self._model.tokenizer.token_text(token_id) if self._shows_text else None
+
+
+def _there(entries: Iterable[Logprobs | None]) -> Iterator[Logprobs]:
+    return (entry for entry in entries if entry is not None)

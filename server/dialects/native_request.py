@@ -1,0 +1,246 @@
+"""What SGLang's /generate takes, and the completions that it stands for: one for each of its prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
+
+from octavo.server.dialects.completions import MAX_ANSWERS, CompletionRequest, TokenIds, prompts_of, wanted_of
+from octavo.server.dialects.constraint_fields import Grammar, Schema
+from octavo.server.dialects.constraint_fields import Tag as StructuralTag
+from octavo.server.dialects.fields import (
+    MAX_LOGPROB_TOKENS,
+    MAX_TOKENS_SENT,
+    Count,
+    Flag,
+    Integer,
+    Number,
+    StopString,
+    StopStrings,
+    Strict,
+    Text,
+    TokenId,
+)
+from octavo.server.errors import ApiError, bad_request, explain, field_error
+from octavo.server.generation import Choice, make_choices
+from octavo.server.hints import NativeHints
+from octavo.server.served_model import ServedModel
+
+NEW_TOKENS = 128  # SGLang's default
+OPENAI_NAMES = {  # of completions' fields, in SGLang's words
+    "max_tokens": "max_new_tokens",
+    "min_tokens": "min_new_tokens",
+    "seed": "sampling_seed",
+    "logprobs": "top_logprobs_num",
+    "prompt_logprobs": "top_logprobs_num",
+    "logprob_token_ids": "token_ids_logprob",
+}
+
+
+class NativeSampling(Strict):
+    """sampling_params."""
+
+    max_new_tokens: Count | None = NEW_TOKENS
+    min_new_tokens: Count | None = None
+    stop: StopString | StopStrings | None = None
+    stop_token_ids: list[TokenId] | None = None
+    stop_regex: StopString | StopStrings | None = None
+    temperature: Number | None = None
+    top_p: Number | None = None
+    top_k: Integer | None = None
+    min_p: Number | None = None
+    frequency_penalty: Number | None = None
+    presence_penalty: Number | None = None
+    repetition_penalty: Number | None = None
+    n: Integer | None = None
+    beam_width: Integer | None = None
+    json_schema: Schema = None
+    regex: Grammar | None = None
+    ebnf: Grammar | None = None
+    structural_tag: StructuralTag = None
+    ignore_eos: Flag | None = None
+    skip_special_tokens: Flag | None = None
+    spaces_between_special_tokens: Flag | None = None
+    no_stop_trim: Flag | None = None
+    stream_interval: Integer | None = None
+    logit_bias: dict[str, Number] | None = None
+    sampling_seed: Integer | None = None
+    custom_params: None = None
+    watermark: Literal[False] | None = None
+
+    def fields(self) -> dict[str, Any]:
+        """The same in completions' words, without what is absent. max_new_tokens is left to `choices_of`."""
+        found = self.model_dump(exclude_none=True, exclude={"max_new_tokens", "beam_width"})
+        renamed = {
+            "min_new_tokens": "min_tokens",
+            "sampling_seed": "seed",
+            "no_stop_trim": "include_stop_str_in_output",
+        }
+        found = {renamed.get(name, name): value for name, value in found.items()}
+        if self.beam_width is not None and self.beam_width > 1:
+            found |= {"use_beam_search": True, "best_of": self.beam_width}
+        return found
+
+
+def _kind(value: object) -> object:
+    """An empty list has no first element, which would tell what is in it."""
+    if isinstance(value, list) and not value:
+        raise ValueError("must not be empty")
+    return value
+
+
+class GenerateRequest(NativeHints, Strict):
+    """POST /generate. Where text or input_ids is a list of prompts, most other fields may be lists too, one for one."""
+
+    text: Annotated[
+        Text | Annotated[list[Text], Field(max_length=2048, fail_fast=True)] | None, BeforeValidator(_kind)
+    ] = None
+    input_ids: Annotated[
+        TokenIds | Annotated[list[TokenIds], Field(max_length=2048, fail_fast=True)] | None, BeforeValidator(_kind)
+    ] = None
+    sampling_params: NativeSampling | Annotated[list[NativeSampling], Field(max_length=2048)] | None = None
+    return_logprob: Flag | list[Flag] | None = None
+    logprob_start_len: Integer | list[Integer] | None = None
+    top_logprobs_num: Count | list[Count] | None = None
+    token_ids_logprob: (
+        Annotated[list[TokenId], Field(max_length=MAX_LOGPROB_TOKENS, fail_fast=True)]
+        | list[Annotated[list[TokenId], Field(max_length=MAX_LOGPROB_TOKENS, fail_fast=True)]]
+        | None
+    ) = None
+    return_text_in_logprobs: Flag = False
+    stream: Flag = False
+    rid: Text | list[Text] | None = None
+    priority: Integer | None = None
+    # not supported: accepted only where they ask for nothing
+    input_embeds: None = None
+    image_data: None = None
+    video_data: None = None
+    audio_data: None = None
+    modalities: None = None
+    lora_path: None = None
+    session_params: None = None
+    custom_logit_processor: None = None
+    return_hidden_states: Literal[False] | None = None
+    return_routed_experts: Literal[False] | None = None
+
+    @model_validator(mode="after")
+    def _check_prompt(self) -> GenerateRequest:
+        if (self.text is None) == (self.input_ids is None):
+            raise field_error("text", "exactly one of text and input_ids is needed")
+        return self
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """The prompts, be it one."""
+        if self.text is not None:
+            return [self.text] if isinstance(self.text, str) else self.text
+        ids: Any = self.input_ids
+        return ids if isinstance(ids[0], list) else [ids]
+
+    @property
+    def is_batch(self) -> bool:
+        """Whether the answer is a list, as there are several prompts or answers."""
+        given: Any = self.text if self.text is not None else self.input_ids
+        several = isinstance(given, list) if self.text is not None else isinstance(given[0], list)
+        params = self.sampling_params
+        return several or (isinstance(params, NativeSampling) and (params.n or 1) > 1)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One prompt of a request, with its own values of the fields that may be lists. start: see logprob_start_len."""
+
+    request: CompletionRequest
+    rid: str | None
+    returns_logprob: bool
+    start: int
+    num_top: int
+    named: list[int]
+    limit: int | None
+
+
+def items_of(body: GenerateRequest) -> list[Item]:
+    """Raises ApiError."""
+    prompts = body.prompts
+    count = len(prompts)
+    named: Any = body.token_ids_logprob
+    named = named if named and isinstance(named[0], list) else [named] * count
+    params = _each("sampling_params", body.sampling_params or NativeSampling(), count)
+    returns = _each("return_logprob", body.return_logprob or False, count)
+    starts = _each("logprob_start_len", -1 if body.logprob_start_len is None else body.logprob_start_len, count)
+    tops = _each("top_logprobs_num", body.top_logprobs_num or 0, count)
+    rids = _each("rid", body.rid, count)
+    _check_count("token_ids_logprob", named, count)
+    return [
+        _item(body, prompt, sampling, bool(returned), start, top, own or [], rid)
+        for prompt, sampling, returned, start, top, own, rid in zip(
+            prompts, params, returns, starts, tops, named, rids, strict=True
+        )
+    ]
+
+
+def _each(name: str, value: Any, count: int) -> list[Any]:
+    if not isinstance(value, list):
+        return [value] * count
+    _check_count(name, value, count)
+    return value
+
+
+def _check_count(name: str, values: Sequence[object], count: int) -> None:
+    if len(values) != count:
+        raise bad_request(f"{name}: {len(values)} values for {count} prompts", name)
+
+
+def _item(
+    body: GenerateRequest,
+    prompt: str | list[int],
+    sampling: NativeSampling,
+    returned: bool,
+    start: int,
+    top: int,
+    named: list[int],
+    rid: str | None,
+) -> Item:
+    fields: dict[str, Any] = {"prompt": prompt, "priority": body.priority, "max_tokens": 1, **sampling.fields()}
+    if returned:
+        if named and (top or start >= 0):
+            raise bad_request(
+                "token_ids_logprob is about the answer's tokens alone, in place of the likeliest: leave out "
+                "top_logprobs_num and logprob_start_len",
+                "token_ids_logprob",
+            )
+        fields |= {"logprobs": top, "logprob_token_ids": named or None}
+        if start >= 0:
+            fields["prompt_logprobs"] = top
+    try:
+        request = CompletionRequest.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        message, param = explain({**first, "loc": ("body", *first["loc"])})
+        raise ApiError(400, message, param=param) from None
+    return Item(request, rid, returned, start, top, named, sampling.max_new_tokens)
+
+
+def choices_of(items: Sequence[Item], model: ServedModel) -> list[Choice]:
+    """The answers to all prompts. max_new_tokens above what the context leaves means what it leaves, as in SGLang."""
+    if sum(item.request.num_choices for item in items) > MAX_ANSWERS:
+        raise bad_request(f"a request may ask for {MAX_ANSWERS} answers", "n")
+    if len({bool(item.request.use_beam_search) for item in items}) > 1:
+        raise bad_request("beam_width: all prompts of a request are searched, or none", "beam_width")
+    choices: list[Choice] = []
+    total = 0
+    for item in items:
+        [prompt] = prompts_of(item.request, model)
+        total += len(prompt.token_ids) * item.request.num_choices
+        room = model.max_model_len - len(prompt.token_ids)
+        limit = room if item.limit is None else min(room, item.limit)
+        own = make_choices([prompt], item.request, replace(wanted_of(item.request), max_tokens=limit), model)
+        for choice in own:
+            choice.index += len(choices)
+        choices += own
+    if total > MAX_TOKENS_SENT:
+        raise bad_request(f"{total} tokens of prompts; a request may send {MAX_TOKENS_SENT}", "text")
+    return choices
