@@ -79,19 +79,27 @@ Steps = AsyncGenerator[list[Delta], None]
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Token counts of a whole HTTP request; a prompt counts once, however many answers it gets."""
+    """Token counts of a whole HTTP request; a prompt counts once, however many answers it gets.
+
+    reasoning_tokens: those of completion_tokens that the model thought with; None where it knows no reasoning.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+    reasoning_tokens: int | None = None
 
     def as_json(self) -> dict[str, object]:
         """OpenAI's shape."""
+        thought: dict[str, object] = {}
+        if self.reasoning_tokens is not None:
+            thought["completion_tokens_details"] = {"reasoning_tokens": self.reasoning_tokens}
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+            **thought,
         }
 
 
@@ -226,6 +234,12 @@ def constrained(
         if reading.no_constraint:
             raise bad_request(reading.no_constraint)
         if model.structured_outputs.enable_in_reasoning:
+            if reasoning is not None and reasoning.budget is not None:
+                raise bad_request(
+                    "thinking_token_budget: this server's constraints hold from the first token on, with no reasoning "
+                    "before them (enable_in_reasoning); leave out one of both",
+                    "thinking_token_budget",
+                )
             reasoning = None
     if reading.calls is not None and (constraint is not None or reading.calls.are_constrained):
         if reading.calls.mode == "required" and reading.no_constraint:
@@ -330,6 +344,7 @@ async def generate(choices: Sequence[Choice], client: EngineClient, metrics: Met
                     if delta.finish_reason is not None:
                         num_open -= 1
                         metrics.end(choice.timeline, delta.finish_reason, choice.num_tokens)
+                        metrics.unparsed_calls(choice.parser.num_malformed)
                         if output.finish_reason is None:
                             stream.end([output.request_id])
                     num_silent -= delta.is_first
@@ -391,8 +406,10 @@ async def fold(steps: Steps, num_choices: int) -> list[Delta]:
 def usage_of(choices: Sequence[Choice]) -> Usage:
     """The counts so far. Answers to one prompt stand side by side in `choices` and share its token list."""
     prompts = {id(choice.request.token_ids): choice for choice in reversed(choices)}
+    thought = [count for choice in choices if (count := choice.parser.num_reasoning) is not None]
     return Usage(
         prompt_tokens=sum(len(choice.request.token_ids) for choice in prompts.values()),
         completion_tokens=sum(choice.num_tokens for choice in choices),
         cached_tokens=sum(choice.num_cached for choice in prompts.values()),
+        reasoning_tokens=None if not thought else sum(thought),
     )

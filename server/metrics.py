@@ -127,6 +127,9 @@ class Metrics:
             (*names, "field"),
             registry=self._registry,
         )
+        self._unparsed = Counter(
+            "octavo:tool_call_unparsed", "tool calls that could not be read", names, registry=self._registry
+        ).labels(**labels)
         self._totals: EngineStats | None = None
 
     def _by(self, kind: type[M], name: str, text: str, label: str, values: Iterable[str]) -> dict[str, M]:
@@ -143,6 +146,11 @@ class Metrics:
         """An HTTP request has ended; the handler is its route, with placeholders."""
         self._http.labels(handler, method, f"{status // 100}xx").inc()
         self._http_seconds.labels(handler, method).observe(seconds)
+
+    def unparsed_calls(self, count: int) -> None:
+        """An answer has so many tool calls that could not be read, and are its content."""
+        if count:
+            self._unparsed.inc(count)
 
     def page(self) -> bytes:
         """The text that Prometheus scrapes."""

@@ -63,6 +63,23 @@ class StructuredOutputsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields
     enable_in_reasoning: bool = False
 
 
+class ReasoningConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How reasoning ends whose budget is spent: vLLM's keys. The markers themselves are the model's own.
+
+    reasoning_start_str is taken for vLLM's sake: what begins the reasoning is known from the chat template.
+    """
+
+    reasoning_start_str: str = ""
+    reasoning_end_str: str = ""
+
+
+def _parse_reasoning(text: str) -> ReasoningConfig:
+    try:
+        return msgspec.json.decode(text, type=ReasoningConfig)
+    except msgspec.DecodeError as error:
+        raise ValueError(f"{text} is no configuration of reasoning: {error}") from None
+
+
 def _parse_structured_outputs(text: str) -> StructuredOutputsConfig:
     try:
         return msgspec.json.decode(text, type=StructuredOutputsConfig)
@@ -174,6 +191,14 @@ class TextOptions(msgspec.Struct, frozen=True, kw_only=True):
             extra={"metavar": "NAME", "default": "inferred from the chat template"},
         ),
     ] = None
+    reasoning_config: Annotated[
+        ReasoningConfig,
+        Meta(
+            description="what a model is made to say when its budget of thinking tokens is spent, before the end of "
+            'its thoughts, such as \'{"reasoning_end_str": "Time is up; I answer now."}\'',
+            extra={"metavar": "JSON", "parse": _parse_reasoning, "default": "only the end itself"},
+        ),
+    ] = ReasoningConfig()
     tool_strict_level: Annotated[
         Literal["auto", "function", "parameter"],
         Meta(

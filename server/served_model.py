@@ -40,6 +40,7 @@ class ServedModel:
     report         what the engine has loaded
     stream_interval, tokens_as_token_ids: what requests get that don't say it
     tool_strict_level  how much of a call is enforced where a tool doesn't ask for it
+    reasoning_end_str  what a model is made to say where its budget of thoughts is spent, before their end
     """
 
     names: tuple[str, ...]
@@ -62,6 +63,7 @@ class ServedModel:
     stream_interval: int = 1
     tokens_as_token_ids: bool = False
     tool_strict_level: Literal["auto", "function", "parameter"] = "parameter"
+    reasoning_end_str: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property

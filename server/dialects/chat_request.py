@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from octavo.server.dialects.conversation import ChatOptions, bounded_json, chat_token_ids, render_request, rendered
 from octavo.server.dialects.fields import Count, Flag, GenerationRequest
+from octavo.server.dialects.thinking import effort_variables
 from octavo.server.dialects.tools import ToolOptions, reading_of, shown_tools
 from octavo.server.errors import ApiError, bad_request, explain, field_error
 from octavo.server.generation import Choice, make_choices
@@ -38,8 +39,6 @@ class ChatCompletionRequest(ChatHints, ToolOptions, ChatOptions, GenerationReque
     audio: None = None
     prediction: None = None
     web_search_options: None = None
-    reasoning_effort: None = None
-    thinking_token_budget: None = None
     mm_processor_kwargs: None = None
 
     @model_validator(mode="after")
@@ -95,6 +94,8 @@ async def begin(body: ChatCompletionRequest, http: Request, service: Service, *,
     """
     service.check(body.model)
     model = service.model
+    if variables := effort_variables(body, model):
+        body = body.model_copy(update={"chat_template_kwargs": variables | (body.chat_template_kwargs or {})})
     asked = await service.off_loop(http, lambda: render_request(body, model, body.documents, shown_tools(body, model)))
     text = await rendered(asked, model)
     reading = reading_of(text, body, body.messages, model)

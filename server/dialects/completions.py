@@ -22,6 +22,7 @@ from octavo.server.dialects.fields import (
 )
 from octavo.server.dialects.logprobs import completion_logprobs, names_of
 from octavo.server.dialects.openai import Json, OpenAIAnswer, about_prompt, head, names_ids, request_id_of
+from octavo.server.dialects.thinking import NoReasoning
 from octavo.server.errors import RESPONSES, bad_request, field_error
 from octavo.server.fim import Fim, fim_of, needed_fim, suffix_ids
 from octavo.server.generation import Delta, make_choices, usage_of
@@ -47,7 +48,7 @@ def _kind_of_prompt(value: object) -> str:
     return "<texts>" if isinstance(first, str) else "<token lists>" if isinstance(first, list) else "<tokens>"
 
 
-class CompletionRequest(GenerationRequest):
+class CompletionRequest(NoReasoning, GenerationRequest):
     """POST /v1/completions. A list of prompts is answered with n choices for each."""
 
     prompt: Annotated[

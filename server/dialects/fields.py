@@ -119,10 +119,7 @@ class NoOps(Strict):
 
     # gateways (sglang-router, vllm-router) add these to every request
     no_stop_trim: Literal[False] | None = None
-    separate_reasoning: Literal[True] | None = None
-    stream_reasoning: Literal[True] | None = None
     return_hidden_states: Literal[False] | None = None
-    include_reasoning: Literal[True] | None = None
 
 
 class GenerationRequest(OpenAIHints, ConstraintFields, NoOps):

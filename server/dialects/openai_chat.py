@@ -9,6 +9,7 @@ from octavo.server.dialects.chat_request import ChatCompletionRequest, begin
 from octavo.server.dialects.conversation import text_of_message
 from octavo.server.dialects.logprobs import chat_logprobs
 from octavo.server.dialects.openai import Json, OpenAIAnswer, about_prompt, head, names_ids, request_id_of
+from octavo.server.dialects.thinking import ShownReasoning
 from octavo.server.dialects.tools import finish_reason_of, message_fields, part_fields
 from octavo.server.errors import RESPONSES
 from octavo.server.generation import Choice, Delta, usage_of
@@ -38,6 +39,7 @@ class ChatAnswer(OpenAIAnswer):
         super().__init__(request, choices, model)
         self._asked = request
         self._num_calls = [0] * len(choices)
+        self._reasoning = [ShownReasoning(request) for _ in choices]
         self._model = model
         kind = "chat.completion.chunk" if request.stream else "chat.completion"
         self._head = head(f"chatcmpl-{name}", kind, request, model)
@@ -56,7 +58,8 @@ class ChatAnswer(OpenAIAnswer):
             start = {"role": self._role, "content": self._echo}
             choice = {"index": delta.index, "delta": start, "logprobs": None, "finish_reason": None}
             chunks.append(self.frame([choice]) | self._about_prompt(delta))
-        *earlier, last = [self._said(part, delta.index) for part in delta.parts if part.kind != "call_end"] or [{}]
+        shown = self._reasoning[delta.index].shown(delta.parts, is_last=delta.finish_reason is not None)
+        *earlier, last = [self._said(part, delta.index) for part in shown if part.kind != "call_end"] or [{}]
         for fields in earlier:
             choice = {"index": delta.index, "delta": fields, "logprobs": None, "finish_reason": None}
             chunks.append(self.frame([choice]))
@@ -73,7 +76,8 @@ class ChatAnswer(OpenAIAnswer):
 
     def _choice(self, delta: Delta) -> Json:
         self._num_calls[delta.index] = sum(part.kind == "call" for part in delta.parts)
-        message = {"role": self._role, **message_fields(delta.parts, self._echo, self._asked)}
+        parts = self._reasoning[delta.index].shown(delta.parts, is_last=True)
+        message = {"role": self._role, **message_fields(parts, self._echo, self._asked)}
         return {"index": delta.index, "message": message, **self._rest(delta)}
 
     def _rest(self, delta: Delta) -> Json:

@@ -12,6 +12,7 @@ from octavo.server.dialects.constraint_fields import Schema
 from octavo.server.dialects.conversation import bounded_json
 from octavo.server.dialects.fields import Count, Flag, GenerationRequest, Open, Strict, Text, TextOption, text_or_list
 from octavo.server.dialects.responses_items import InputItems, Name, flat_name
+from octavo.server.dialects.thinking import NoReasoning
 from octavo.server.dialects.tools import MAX_TOOLS, FunctionName
 from octavo.server.errors import field_error
 from octavo.server.hints import ResponsesHints
@@ -242,7 +243,7 @@ class InputTokensRequest(InputFields):
         return fields | {"input": []} if isinstance(fields, dict) and fields.get("input") is None else fields
 
 
-class ResponsesRequest(ResponsesHints, InputFields, GenerationRequest):
+class ResponsesRequest(ResponsesHints, InputFields, NoReasoning, GenerationRequest):
     """POST /v1/responses. vLLM's sampling fields are taken too."""
 
     max_output_tokens: Annotated[Count, Field(ge=1)] | None = None

@@ -11,6 +11,7 @@ from pydantic import BaseModel, Discriminator, Field, Tag
 
 from octavo.server.dialects.conversation import ChatOptions, chat_token_ids, render_request, rendered
 from octavo.server.dialects.fields import MAX_TOKENS_SENT, Flag, Strict, Text, TokenId
+from octavo.server.dialects.tools import Tools, templated
 from octavo.server.encoding import JsonResponse, encode_json
 from octavo.server.errors import RESPONSES
 from octavo.server.prompts import encode, in_vocabulary
@@ -32,6 +33,7 @@ class TokenizeChatRequest(ChatOptions):
     """POST /tokenize with messages."""
 
     model: Text | None = None
+    tools: Tools | None = None
     return_token_strs: Flag | None = None
 
 
@@ -78,7 +80,8 @@ def routes(service: Service) -> APIRouter:
         service.check_name(body.model)
         text = None
         if isinstance(body, TokenizeChatRequest):
-            asked = await service.off_loop(http, partial(render_request, body, model))
+            tools = templated(body.tools or [], model)
+            asked = await service.off_loop(http, partial(render_request, body, model, None, tools))
             text = await rendered(asked, model)
         return JsonResponse(await service.off_loop(http, lambda: _tokenized(body, text, model)))
 

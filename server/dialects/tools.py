@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, StringConstraints, Tag, model_validator
 
-from octavo.runtime.messages import Reasoning
 from octavo.server.dialects.conversation import ChatMessage, bounded_json
 from octavo.server.dialects.fields import Flag, Open, Strict, Text
+from octavo.server.dialects.thinking import ThinkingOptions, reasoning_tokens
 from octavo.server.errors import bad_request, field_error
 from octavo.server.generation import Reading
 from octavo.server.message.call_constraint import StrictLevel, WantedCalls, WantedTool
@@ -83,8 +84,8 @@ Functions = Annotated[
 ]
 
 
-class ToolOptions(Strict):
-    """The fields of a request that are about tools; functions and function_call are their older names."""
+class ToolOptions(ThinkingOptions):
+    """The fields of a request that are about tools and reasoning; functions and function_call are older names."""
 
     tools: Tools | None = None
     tool_choice: ToolChoice | None = None
@@ -167,7 +168,11 @@ class ToolOptions(Strict):
 
 def shown_tools(options: ToolOptions, model: ServedModel) -> list[Json] | None:
     """The tools for the chat template. Raises ApiError where this model has no known way to call them."""
-    tools = options.callable_tools
+    return templated(options.callable_tools, model)
+
+
+def templated(tools: Sequence[Tool], model: ServedModel) -> list[Json] | None:
+    """These tools for the chat template. Raises ApiError, as shown_tools does."""
     if not tools:
         return None
     found = model.formats.found
@@ -190,12 +195,14 @@ def reading_of(
     found = model.formats.found
     reasoning_is_open = found.reasoning is not None and found.reasoning.opened_by(prompt)
     call_is_open = bool(tools) and found.tools is not None and found.tools.opened_by(prompt)
-    reasoning = reasoning_tokens(model, is_open=reasoning_is_open)
+    reasoning = reasoning_tokens(model, options.budget, is_open=reasoning_is_open)
     no_constraint = ""
     if formats.tools is not None and not tools:
         no_constraint = "this model's answers are messages with headers, which can't have a constraint yet"
     elif reasoning_is_open and reasoning is None:
         no_constraint = NO_BUDGET + "a constraint behind it can't be enforced; switch the reasoning off"
+    if options.separate_reasoning is False:
+        formats = dataclasses.replace(formats, reasoning=None)
     return Reading(
         formats,
         reasoning_is_open=reasoning_is_open,
@@ -207,15 +214,6 @@ def reading_of(
         reasoning=reasoning,
         no_constraint=no_constraint,
     )
-
-
-def reasoning_tokens(model: ServedModel, *, is_open: bool) -> Reasoning | None:
-    """Where the model's reasoning begins and ends, as tokens; None where its end is no token of its own."""
-    form = model.formats.found.reasoning
-    end = None if form is None else model.tokenizer.token_id(form.end)
-    if form is None or end is None:
-        return None
-    return Reasoning(end, is_open, None if is_open else model.tokenizer.token_id(form.begin))
 
 
 def message_fields(parts: Sequence[Part], echo: str, options: ToolOptions | None = None) -> Json:

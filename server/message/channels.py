@@ -47,7 +47,9 @@ def read_channels(scan: Scanner, form: ToolFormat, calls: CallReader) -> Generat
             _, _, channel = header.partition(form.key_begin)
             found = _CHANNEL.match(channel)
             kind: Kind = "reasoning" if found is not None and found[1] == "analysis" else "text"
+            scan.is_thinking = kind == "reasoning"
             yield from scan.until(body_ends, kind)
+            scan.is_thinking = False
 
 
 def _has_header(scan: Scanner, beginnings: tuple[str, ...]) -> Generator[None, None, bool]:

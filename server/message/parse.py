@@ -72,8 +72,9 @@ def _marked(form: _Format, marks: Mapping[str, str]) -> _Format:
 class Parser:
     """One answer's parts: push the tokens of a step, take the parts that they complete. So far all parts are text.
 
-    length: characters so far, sent or not, which is where the next token's text begins. stopped_by: the stop string
-    that has ended the answer. Both are plain attributes, since they are read for each token.
+    num_reasoning: tokens of the reasoning, without its markers; None where the model has none. length: characters so
+    far, sent or not, which is where the next token's text begins. stopped_by: the stop string that has ended the
+    answer. These are plain attributes, since they are read for each token.
     """
 
     def __init__(self, detokenizer: Detokenizer) -> None:
@@ -81,6 +82,8 @@ class Parser:
         self._text = ""
         self.length = 0
         self.stopped_by: str | None = None
+        self.num_malformed = 0
+        self.num_reasoning: int | None = None
 
     def push(self, token_id: int, *, silent: bool) -> None:
         """Take one token. A `silent` token (an end token) says nothing itself."""
@@ -138,6 +141,11 @@ class Machine:
         """Calls that were none, and are content."""
         return 0 if self._calls is None else self._calls.num_malformed
 
+    @property
+    def is_thinking(self) -> bool:
+        """Whether the text has come to stand within the reasoning."""
+        return self._scan.is_thinking
+
     def feed(self, text: str) -> None:
         """More of the answer's text."""
         self._scan.buffer += text
@@ -183,8 +191,10 @@ class Machine:
             if scan.ended or (rest and not form.begin.startswith(rest) and not form.end.startswith(rest)):
                 return
             yield
+        scan.is_thinking = True
         yield from scan.space()
         yield from scan.until(stops_for(form.end), "reasoning", trim=True)
+        scan.is_thinking = False
         yield from scan.space()
 
     def _say(self) -> Generator[None, None, None]:
@@ -236,6 +246,7 @@ class FormatParser:
         self._is_over = False
         self.length = 0
         self.stopped_by: str | None = None
+        self.num_reasoning = 0
 
     @property
     def num_malformed(self) -> int:
@@ -245,9 +256,11 @@ class FormatParser:
     def push(self, token_id: int, *, silent: bool) -> None:
         """Take one token. A `silent` token (an end token) says nothing itself."""
         detokenizer = self._detokenizer
+        was_thinking = self._machine.is_thinking
         text = detokenizer.push(token_id, silent=silent)
         if text:
             self._machine.feed(text)
+        self.num_reasoning += was_thinking and self._machine.is_thinking
         self.length = detokenizer.length
         self.stopped_by = detokenizer.stopped_by
         if self.stopped_by is not None:

@@ -65,6 +65,7 @@ class Scanner:
         self.buffer = ""
         self.ended = False
         self.parts: list[Part] = []
+        self.is_thinking = False
         self.trimmed = ""  # the whitespace that `until` left out last
         self._marks = {ord(mark): text for mark, text in (marks or {}).items()}
         self._record: str | None = None

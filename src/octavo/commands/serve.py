@@ -261,6 +261,7 @@ def _app_maker(
             stream_interval=options.text.stream_interval,
             tokens_as_token_ids=options.text.return_tokens_as_token_ids,
             tool_strict_level=options.text.tool_strict_level,
+            reasoning_end_str=options.text.reasoning_config.reasoning_end_str,
         )
         metrics = Metrics(model.name, ready, _cache_facts(options.engine, ready))
         app = build_app(model, client, metrics, options.server, access, kept)
