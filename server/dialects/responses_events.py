@@ -10,6 +10,7 @@ from itertools import accumulate
 from typing import Any
 
 from octavo.runtime.messages import Logprobs
+from octavo.server.dialects.custom_input import InputText
 from octavo.server.dialects.logprobs import chat_logprobs
 from octavo.server.dialects.responses_items import item_id, seal
 from octavo.server.encoding import encode_json
@@ -69,6 +70,7 @@ class Output:
         self._logprobs: list[Logprobs] = []  # of tokens whose text has not come out yet
         self._open: Json | None = None
         self._pieces: list[str] = []  # of the open item's text
+        self._input = InputText()  # of the open custom call
 
     def take(self, delta: Delta) -> Iterator[Json]:
         """The events that a delta makes."""
@@ -123,6 +125,7 @@ class Output:
         self.items.append(item)
         self._open = item
         self._pieces = []
+        self._input = InputText()
         yield self._event("output_item.added", output_index=len(self.items) - 1, item=_copy(item))
         if kind in _PART_EVENTS:
             item["content"] = [_content(kind)]
@@ -136,6 +139,8 @@ class Output:
     def _add(self, text: str) -> Iterator[Json]:
         """More of the open item's text."""
         item = self._open
+        if item is not None and item["type"] == "custom_tool_call":
+            text = self._input.take(text)
         if item is None or not text:
             return
         self._pieces.append(text)

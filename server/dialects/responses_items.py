@@ -11,9 +11,9 @@ import binascii
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
 
-import msgspec
 from pydantic import Discriminator, Field, StringConstraints, Tag
 
+from octavo.server.dialects.custom_input import wrapped
 from octavo.server.dialects.fields import Open, Text, TextOption, text_or_list
 from octavo.server.errors import bad_request
 
@@ -234,15 +234,10 @@ def _add_message(messages: list[Json], item: Json) -> None:
 def _add_call(messages: list[Json], item: Json) -> None:
     if not messages or messages[-1]["role"] != "assistant":
         messages.append({"role": "assistant", "content": ""})
-    arguments = item["arguments"] if item["type"] == "function_call" else _wrapped(item["input"])
+    arguments = item["arguments"] if item["type"] == "function_call" else wrapped(item["input"])
     function = {"name": flat_name(item["name"], item.get("namespace")), "arguments": arguments}
     call = {"id": item["call_id"], "type": "function", "function": function}
     messages[-1].setdefault("tool_calls", []).append(call)
-
-
-def _wrapped(text: str) -> str:
-    """The arguments that stand for a custom tool's free text."""
-    return msgspec.json.encode({"input": text}).decode()
 
 
 def _thought(item: Json) -> str:

@@ -8,13 +8,14 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Field, StringConstraints, Tag, model_validator
 
 from octavo.server.dialects.chat_request import ChatCompletionRequest, chat_request_of
-from octavo.server.dialects.constraint_fields import Schema
+from octavo.server.dialects.constraint_fields import Grammar, Schema
 from octavo.server.dialects.conversation import bounded_json
+from octavo.server.dialects.custom_input import input_schema
 from octavo.server.dialects.fields import Count, Flag, GenerationRequest, Open, Strict, Text, TextOption, text_or_list
 from octavo.server.dialects.responses_items import InputItems, Name, flat_name
 from octavo.server.dialects.thinking import NoReasoning
 from octavo.server.dialects.tools import MAX_TOOLS, FunctionName
-from octavo.server.errors import field_error
+from octavo.server.errors import bad_request, field_error
 from octavo.server.hints import ResponsesHints
 
 Json = dict[str, Any]
@@ -58,13 +59,27 @@ class FunctionParam(Open):
     strict: Flag | None = None
 
 
+class TextInput(Open):
+    """Any text."""
+
+    type: Literal["text"]
+
+
+class GrammarInput(Open):
+    """A text of this grammar."""
+
+    type: Literal["grammar"]
+    syntax: Literal["lark", "regex"]
+    definition: Grammar
+
+
 class CustomParam(Open):
     """A tool that is called with free text, which a grammar may describe."""
 
     type: Literal["custom"]
     name: FunctionName
     description: Text | None = None
-    format: dict[str, Any] | None = None
+    format: TextInput | GrammarInput | None = Field(default=None, discriminator="type")
 
 
 class NamespaceParam(Open):
@@ -329,16 +344,21 @@ def _tool_fields(body: InputFields) -> Json:
 
 
 def _chat_tool(tool: FunctionParam | CustomParam, space: str | None) -> Json:
-    kind = tool.type
-    names = ("description", "parameters", "strict") if kind == "function" else ("description", "format")
-    fields = {name: value for name in names if (value := getattr(tool, name)) is not None}
-    grammar = fields.get("format")
-    if grammar is not None and grammar.get("type") == "grammar":
-        fields["format"] = {
-            "type": "grammar",
-            "grammar": {name: value for name, value in grammar.items() if name != "type"},
-        }
-    return {"type": kind, kind: {"name": flat_name(tool.name, space), **fields}}
+    """A custom tool becomes a function of one string. Raises ApiError for a grammar that can't be enforced there."""
+    fields: Json = {"name": flat_name(tool.name, space), "description": tool.description}
+    if isinstance(tool, FunctionParam):
+        fields |= {"parameters": tool.parameters, "strict": tool.strict}
+    elif isinstance(tool.format, GrammarInput):
+        if tool.format.syntax == "lark":
+            raise bad_request(
+                f"tools: {fields['name']!r} has a lark grammar, which can't be enforced for a custom tool yet; a regex "
+                "can be",
+                "tools",
+            )
+        fields |= {"parameters": input_schema(tool.format.definition), "strict": True}
+    else:
+        fields["parameters"] = input_schema(None)
+    return {"type": "function", "function": {name: value for name, value in fields.items() if value is not None}}
 
 
 def _chat_choice(choice: str | NamedChoice | None) -> Any:
@@ -351,11 +371,10 @@ def _chat_choice(choice: str | NamedChoice | None) -> Any:
 
 
 def _chat_named(tool: Json) -> Json:
-    kind = tool.get("type")
-    kind = kind if kind in ("function", "custom") else "function"
-    space = tool.get("namespace")
     name = tool.get("name")
-    return {"type": kind, kind: {"name": flat_name(name, space) if isinstance(name, str) else name}}
+    if isinstance(name, str):
+        name = flat_name(name, tool.get("namespace"))
+    return {"type": "function", "function": {"name": name}}
 
 
 def _response_format(format: TextFormat) -> Json:

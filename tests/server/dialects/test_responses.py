@@ -284,6 +284,47 @@ def test_calls_one_after_another_are_turns_of_their_own() -> None:
         messages_of([*items[:2], items[3]], None)
 
 
+CUSTOM = {"type": "custom", "name": "apply", "description": "d"}
+
+
+@pytest.mark.parametrize("step", [1, 4, 1000])
+def test_a_custom_tool_takes_free_text(step: int) -> None:
+    text = '<tool_call>\n{"name": "apply", "arguments": {"input": "*** \\"a\\"\\n\\u00fc"}}\n</tool_call>'
+    events = streamed(text, step=step, tools=[CUSTOM])
+    for event in events:
+        EVENTS.validate_python(event)
+    call = ["custom_tool_call_input.delta", "custom_tool_call_input.done"]
+    assert kinds(events)[2:-1] == ["output_item.added", *call, "output_item.done"]
+    [item] = events[-1]["response"]["output"]
+    assert (item["type"], item["name"], item["input"]) == ("custom_tool_call", "apply", '*** "a"\nü')
+    assert "".join(event["delta"] for event in events if event["type"].endswith("delta")) == item["input"]
+    assert item["id"].startswith("ctc_")
+    output = {"type": "custom_tool_call_output", "call_id": item["call_id"], "output": "done"}
+    body = request(input=[item, output])
+    assistant, tool = messages_of(plain_items(body.input, RESPONSE_ID), None)
+    assert json.loads(assistant["tool_calls"][0]["function"]["arguments"]) == {"input": item["input"]}
+    assert (tool["content"], tool["name"]) == ("done", "apply")
+
+
+def test_a_custom_tool_s_regex_is_its_schema_s() -> None:
+    grammar = {"type": "grammar", "syntax": "regex", "definition": "a+"}
+    space = {"type": "namespace", "name": "n", "description": "d", "tools": [CUSTOM | {"format": grammar}]}
+    choice = {"type": "custom", "name": "apply", "namespace": "n"}
+    body = request(tools=[CUSTOM | {"format": {"type": "text"}}, space], tool_choice=choice)
+    chat = chat_request(body, [{"role": "user", "content": "Hi"}])
+    first, second = [tool.function for tool in chat.tools or ()]
+    assert first.parameters is not None
+    assert second.parameters is not None
+    assert (first.name, first.parameters["properties"]) == ("apply", {"input": {"type": "string"}})
+    assert (second.name, second.strict) == ("n__apply", True)
+    assert second.parameters["properties"] == {"input": {"type": "string", "pattern": "^(?:a+)$"}}
+    assert chat.is_named
+    assert (body.namespaces, body.custom_names) == ({"n__apply": ("n", "apply")}, {"apply", "n__apply"})
+    lark = request(tools=[TOOLS[0], CUSTOM | {"format": grammar | {"syntax": "lark"}}])
+    with pytest.raises(ApiError, match="'apply' has a lark grammar"):
+        chat_request(lark, [{"role": "user", "content": "Hi"}])
+
+
 CODEX: Json = {
     "model": "tiny",
     "instructions": "You are a coding agent.",

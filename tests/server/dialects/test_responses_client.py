@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -268,6 +269,76 @@ def test_hints_are_counted(http: httpx.Client) -> None:
     assert http.post(PATH, json=body | {"tool_choice": "auto", "text": {"verbosity": "low"}}).status_code == 200
     for field in ("tools.web_search", "client_metadata", "text.verbosity"):
         assert value(http, "octavo:ignored_hint_total", field=field) >= 1
+
+
+TEMPLATE = """\
+{% for tool in tools or [] %}{{ tool.function.name }} {% endfor %}
+{%- for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content }}{% for call in message.tool_calls or [] %}<tool_call>
+{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}
+</tool_call>{% endfor %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""  # short, since the tiny model has 512 tokens of context
+CITY = {"type": "object", "properties": {"city": {"enum": ["Rome", "Bern"]}}, "required": ["city"]}
+TOOLS: list[Any] = [
+    {"type": "web_search"},
+    {"type": "function", "name": "get_time", "parameters": {"type": "object", "properties": {}}, "strict": True},
+    {
+        "type": "namespace",
+        "name": "weather",
+        "description": "d",
+        "tools": [
+            {"type": "function", "name": "get", "parameters": CITY | {"additionalProperties": False}, "strict": True}
+        ],
+    },
+    {"type": "custom", "name": "roll", "format": {"type": "grammar", "syntax": "regex", "definition": "[1-6]d[68]"}},
+]
+
+
+@pytest.fixture(scope="module")
+def tooled() -> Iterator[openai.OpenAI]:
+    """A server whose model is shown tools; it is as small as the other, so it calls what it must."""
+    dense = json.dumps({"disable_any_whitespace": True})
+    flags = ("--chat-template", TEMPLATE, "--structured-outputs-config", dense)
+    with serving("--served-model-name", "tiny", *flags) as server, client_of(server) as client:
+        yield client
+
+
+def test_a_call_its_output_and_the_next_turn(tooled: openai.OpenAI) -> None:
+    choice: Any = {"type": "function", "name": "get", "namespace": "weather"}
+    asked: dict[str, Any] = {"model": "tiny", "input": "Weather?", "tools": TOOLS, "tool_choice": choice}
+    asked["extra_body"] = {"seed": 7}  # a greedy answer of this model is white space
+    made = tooled.responses.create(max_output_tokens=200, **asked)
+    [call] = made.output
+    assert (call.type, call.name, call.namespace, made.status) == ("function_call", "get", "weather", "completed")
+    assert json.loads(call.arguments)["city"] in ("Rome", "Bern")
+    with tooled.responses.stream(max_output_tokens=200, **asked) as stream:
+        [streamed] = stream.get_final_response().output
+    assert (streamed.arguments, streamed.name) == (call.arguments, call.name)
+    output: Any = {"type": "function_call_output", "call_id": call.call_id, "output": "rain"}
+    rest: dict[str, Any] = {"model": "tiny", "temperature": 0, "max_output_tokens": 8, "tools": TOOLS}
+    kept = tooled.responses.create(input=[output], previous_response_id=made.id, **rest)
+    user = {"role": "user", "content": "Weather?"}
+    whole = tooled.responses.create(input=[user, call.to_dict(), output], store=False, **rest)
+    assert kept.usage is not None
+    assert whole.usage is not None
+    assert (kept.output_text, kept.usage.input_tokens) == (whole.output_text, whole.usage.input_tokens)
+    assert kept.usage.input_tokens > made.usage.input_tokens  # type: ignore[union-attr]
+    with pytest.raises(openai.BadRequestError, match="no call before it"):
+        tooled.responses.create(input=[output], **rest)
+    with pytest.raises(openai.BadRequestError, match="web_search"):
+        tooled.responses.create(**asked | {"tool_choice": "required"})
+
+
+def test_a_custom_tool_s_input_is_of_its_regex(tooled: openai.OpenAI) -> None:
+    choice: Any = {"type": "custom", "name": "roll"}
+    asked: dict[str, Any] = {"model": "tiny", "input": "Roll.", "tools": TOOLS[3:], "tool_choice": choice}
+    events = list(tooled.responses.create(stream=True, max_output_tokens=100, extra_body={"seed": 1}, **asked))
+    [call] = events[-1].response.output  # type: ignore[union-attr]
+    assert call.type == "custom_tool_call"
+    assert re.fullmatch("[1-6]d[68]", call.input)
+    said = [event.delta for event in events if event.type == "response.custom_tool_call_input.delta"]
+    assert "".join(said) == call.input
 
 
 def test_a_file_keeps_responses_over_a_restart(tmp_path: Path) -> None:
