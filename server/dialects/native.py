@@ -10,7 +10,6 @@ from weakref import WeakValueDictionary
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
-from pydantic import Field
 
 from octavo.runtime.messages import Logprobs
 from octavo.server.dialects.chat_request import in_words_of
@@ -24,12 +23,10 @@ from octavo.server.dialects.native_request import (
     choices_of,
     items_of,
 )
-from octavo.server.encoding import JsonResponse, encode_json
 from octavo.server.errors import RESPONSES, ApiError, bad_request
 from octavo.server.generation import Choice, Delta, Steps, fold, in_batches
 from octavo.server.hints import hints_in
-from octavo.server.message.parse import Formats, Machine
-from octavo.server.message.parts import Part, calls_of, reasoning_of, text_of
+from octavo.server.message.parts import text_of
 from octavo.server.operation import no_other_page
 from octavo.server.served_model import ServedModel
 from octavo.server.service import Answer, Service
@@ -45,21 +42,6 @@ class AbortRequest(Strict):
 
     rid: Text = ""
     abort_all: Flag = False
-
-
-class SeparateReasoning(Strict):
-    """POST /separate_reasoning."""
-
-    text: Text
-    reasoning_parser: Text | None = None
-
-
-class ParseFunctionCall(Strict):
-    """POST /parse_function_call."""
-
-    text: Text
-    tools: list[dict[str, Any]] = Field(default=[], max_length=512)
-    tool_call_parser: Text | None = None
 
 
 def routes(service: Service) -> APIRouter:
@@ -108,7 +90,6 @@ def routes(service: Service) -> APIRouter:
         return Response(status_code=200)
 
     _add_facts(router, model)
-    _add_parsers(router, service)
     return router
 
 
@@ -136,42 +117,6 @@ def _add_facts(router: APIRouter, model: ServedModel) -> None:
             "context_length": model.max_model_len,
             "max_running_requests": model.max_num_seqs,
         }
-
-
-def _add_parsers(router: APIRouter, service: Service) -> None:
-    found = service.model.formats.found
-
-    @router.post("/separate_reasoning")
-    async def separate_reasoning(body: SeparateReasoning, http: Request) -> Response:
-        """A text's reasoning and the rest, as this model writes it."""
-        form = found.reasoning
-        if form is None:
-            raise bad_request("text: how this model writes reasoning is not known; --reasoning-parser names it", "text")
-        machine = Machine(Formats.bind(None, form, {}), reasoning_is_open=form.end in body.text)
-        parts = await service.off_loop(http, lambda: _parts(machine, body.text.removeprefix(form.begin)))
-        return JsonResponse(encode_json({"reasoning_text": reasoning_of(parts), "text": text_of(parts)}))
-
-    @router.post("/parse_function_call")
-    async def parse_function_call(body: ParseFunctionCall, http: Request) -> Response:
-        """The calls in a text, as this model writes them."""
-        form = found.tools
-        if form is None:
-            raise bad_request("text: how this model writes calls is not known; --tool-call-parser names it", "text")
-        functions = [tool.get("function", tool) for tool in body.tools]
-        schemas = {str(each.get("name")): each.get("parameters") or {} for each in functions if isinstance(each, dict)}
-        machine = Machine(Formats.bind(form, None, {}), tools=schemas)
-        parts = await service.off_loop(http, lambda: _parts(machine, body.text))
-        calls = [
-            {"tool_index": index, "name": call.name, "parameters": call.arguments}
-            for index, call in enumerate(calls_of(parts))
-        ]
-        return JsonResponse(encode_json({"normal_text": text_of(parts), "calls": calls}))
-
-
-def _parts(machine: Machine, text: str) -> list[Part]:
-    machine.feed(text)
-    machine.finish()
-    return machine.take()
 
 
 def _begin(body: GenerateRequest, model: ServedModel, name: str) -> NativeAnswer:

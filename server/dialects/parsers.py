@@ -26,7 +26,7 @@ class ParseRequest(Strict):
     """POST /parse_function_call. tool_call_parser: a format's name; without one, the model's own is taken."""
 
     text: Text
-    tools: Tools
+    tools: Tools | None = None
     tool_call_parser: Text | None = None
 
 
@@ -38,7 +38,7 @@ class ReasoningRequest(Strict):
 
 
 class ParsedCall(BaseModel):
-    """One call. tool_index: which of the request's tools it calls, or -1. parameters: JSON as it was written."""
+    """One call. tool_index: how many calls stand before it. parameters: JSON as it was written."""
 
     tool_index: int
     name: str
@@ -68,17 +68,12 @@ def routes(service: Service) -> APIRouter:
     async def parse_function_call(body: ParseRequest, http: Request) -> Response:
         """The tool calls in a text."""
         form = _named("tool_call_parser", body.tool_call_parser, TOOL_PRESETS, found.tools)
-        schemas = {tool.function.name: tool.function.parameters or {} for tool in body.tools}
-        names = list(schemas)
+        schemas = {tool.function.name: tool.function.parameters or {} for tool in body.tools or ()}
         machine = Machine(Formats(form, None), tools=schemas)
         parts = await service.off_loop(http, lambda: _read(machine, body.text))
         calls = [
-            ParsedCall(
-                tool_index=names.index(call.name) if call.name in names else -1,
-                name=call.name,
-                parameters=call.arguments,
-            )
-            for call in calls_of(parts)
+            ParsedCall(tool_index=index, name=call.name, parameters=call.arguments)
+            for index, call in enumerate(calls_of(parts))
         ]
         return _sent(ParseResponse(normal_text=text_of(parts), calls=calls))
 
@@ -86,7 +81,8 @@ def routes(service: Service) -> APIRouter:
     async def separate_reasoning(body: ReasoningRequest, http: Request) -> Response:
         """The reasoning at a text's beginning, and the rest."""
         form = _named("reasoning_parser", body.reasoning_parser, REASONING_PRESETS, found.reasoning)
-        is_open = form.is_implied and not body.text.lstrip().startswith(form.begin)
+        has_end = form.end in body.text  # and no beginning, where the prompt has begun it
+        is_open = (has_end or form.is_implied) and not body.text.lstrip().startswith(form.begin)
         machine = Machine(Formats(None, form), reasoning_is_open=is_open)
         parts = await service.off_loop(http, lambda: _read(machine, body.text))
         return _sent(ReasoningResponse(reasoning_text=reasoning_of(parts), text=text_of(parts)))

@@ -30,7 +30,7 @@ def test_calls_in_a_text(with_tools: httpx.Client, parser: str | None) -> None:
     answer = with_tools.post("/parse_function_call", json=body).json()
     assert answer == {
         "normal_text": "So:",
-        "calls": [{"tool_index": 1, "name": "get_time", "parameters": '{"city": "Rome"}'}],
+        "calls": [{"tool_index": 0, "name": "get_time", "parameters": '{"city": "Rome"}'}],
     }
     pythonic = {"text": '[get_time(city="Rome")]', "tools": TOOLS, "tool_call_parser": "pythonic"}
     assert with_tools.post("/parse_function_call", json=pythonic).json()["calls"] == answer["calls"]
