@@ -27,7 +27,7 @@ from octavo.server.dialects.fields import (
     text_or_list,
 )
 from octavo.server.dialects.system_turns import SystemTurns, Turn, folded
-from octavo.server.dialects.thinking import EFFORTS, switched, takes_effort
+from octavo.server.dialects.thinking import EFFORTS, takes_effort, thinking_fields
 from octavo.server.dialects.tools import MAX_TOOLS, FunctionName
 from octavo.server.errors import bad_request, field_error
 from octavo.server.hints import AnthropicHints, Hint
@@ -278,19 +278,17 @@ def _all_blocks(messages: Iterable[blocks.Message]) -> Iterator[Any]:
 def _thinking_fields(request: CountTokensRequest, model: ServedModel) -> Json:
     """The template's own switch, where it has one; a model that can't think keeps to any budget."""
     fields: Json = {}
-    variables: Json = {}
     thinking = request.thinking
     if thinking is not None and thinking.type != "adaptive":
-        variables |= switched(model, "thinking", wants=thinking.type == "enabled")
-        if thinking.type == "enabled" and model.formats.found.reasoning is not None:
+        fields = thinking_fields(model, "thinking", wants=thinking.type == "enabled")
+        if thinking.budget_tokens is not None:
             fields["thinking_token_budget"] = thinking.budget_tokens
+    variables = fields.get("chat_template_kwargs", {})
     effort = request.output_config.effort if request.output_config is not None else None
     if effort is not None and takes_effort(model):
         variables["reasoning_effort"] = EFFORTS[effort]
     variables |= request.chat_template_kwargs or {}
-    if variables:
-        fields["chat_template_kwargs"] = variables
-    return fields
+    return fields | {"chat_template_kwargs": variables} if variables else fields
 
 
 def _turns(request: CountTokensRequest) -> Iterator[Turn]:

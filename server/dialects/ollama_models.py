@@ -14,6 +14,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from octavo.server.dialects.fields import Flag, Open, Text
+from octavo.server.dialects.thinking import can_think
 from octavo.server.encoding import JsonResponse, encode_json
 from octavo.server.errors import RESPONSES, ApiError, bad_request
 from octavo.server.fim import fim_of
@@ -158,7 +159,7 @@ def _shown(model: ServedModel) -> Json:
     capabilities = ["completion"]
     if found.tools is not None:
         capabilities.append("tools")
-    if found.reasoning is not None:
+    if can_think(model):
         capabilities.append("thinking")
     if fim_of(model) is not None:
         capabilities.append("insert")

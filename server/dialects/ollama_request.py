@@ -24,7 +24,7 @@ from octavo.server.dialects.fields import (
     text_or_list,
 )
 from octavo.server.dialects.system_turns import SystemTurns, Turn, folded
-from octavo.server.dialects.thinking import EFFORTS, switched, takes_effort
+from octavo.server.dialects.thinking import EFFORTS, can_think, takes_effort, thinking_fields
 from octavo.server.dialects.tools import Tool
 from octavo.server.errors import bad_request, field_error
 from octavo.server.hints import OllamaHints, OllamaOptionHints
@@ -203,7 +203,7 @@ def chat_of(request: ChatRequest | GenerateRequest, takes: SystemTurns, model: S
     if turns[-1]["role"] == "assistant":
         fields |= {"add_generation_prompt": False, "continue_final_message": True}
     if request.think is not None:
-        fields["chat_template_kwargs"] = _variables(request.think, model)
+        fields |= _thinking_fields(request.think, model)
     if request.logprobs:
         fields |= {"logprobs": True, "top_logprobs": request.top_logprobs or 0}
     return chat_request_of(fields, OPENAI_NAMES)
@@ -220,12 +220,12 @@ def shared_fields(request: GenerationFields) -> Json:
     return fields
 
 
-def _variables(think: Think, model: ServedModel) -> Json:
-    if think and model.formats.found.reasoning is None:
+def _thinking_fields(think: Think, model: ServedModel) -> Json:
+    if think and not can_think(model):
         raise bad_request(f"think: {model.name!r} does not support thinking", "think")
     if isinstance(think, str) and takes_effort(model):
-        return {"reasoning_effort": EFFORTS[think]}
-    return switched(model, "think", wants=bool(think))
+        return {"chat_template_kwargs": {"reasoning_effort": EFFORTS[think]}}
+    return thinking_fields(model, "think", wants=bool(think))
 
 
 def _turns(messages: Sequence[Message]) -> Iterator[Turn]:

@@ -52,7 +52,7 @@ def effort_variables(options: ThinkingOptions, model: ServedModel) -> dict[str, 
     A model that knows no reasoning takes any effort. One whose thinking is only on or off is on at every level.
     """
     effort = options.reasoning_effort
-    if effort is None or not _can_think(model):
+    if effort is None or not can_think(model):
         return {}
     if effort == "none":
         return switched(model, "reasoning_effort", wants=False)
@@ -67,7 +67,8 @@ def effort_variables(options: ThinkingOptions, model: ServedModel) -> dict[str, 
     return {reasoning.switch: True}
 
 
-def _can_think(model: ServedModel) -> bool:
+def can_think(model: ServedModel) -> bool:
+    """Whether the model has a way to write what it thinks."""
     return model.formats.found.reasoning is not None or _has_channels(model)
 
 
@@ -90,7 +91,7 @@ def reasoning_tokens(model: ServedModel, budget: int | None, *, is_open: bool) -
         last_words = model.reasoning_end_str.removesuffix(form.end)
         closing = (*model.tokenizer.encode(last_words, add_special_tokens=False), end) if last_words else (end,)
         return Reasoning(end, is_open, begin, budget, closing)
-    if budget is not None and _can_think(model):
+    if budget is not None and can_think(model):
         raise bad_request(
             "thinking_token_budget: can't be enforced, as the end of this model's reasoning is no token of its own",
             "thinking_token_budget",
@@ -118,6 +119,19 @@ class ShownReasoning:
         now = self._held
         self._held = []
         return now
+
+
+def thinking_fields(model: ServedModel, field: str, *, wants: bool) -> dict[str, Any]:
+    """The fields of a conversation's request by which the model thinks, or doesn't. Raises ApiError, blaming `field`.
+
+    Where its template has no switch, thinking ends before its first token.
+    """
+    reasoning = model.formats.found.reasoning
+    has_no_switch = reasoning is not None and not reasoning.can_disable
+    if not wants and has_no_switch and reasoning_tokens(model, None, is_open=True) is not None:
+        return {"thinking_token_budget": 0}
+    variables = switched(model, field, wants=wants)
+    return {"chat_template_kwargs": variables} if variables else {}
 
 
 def switched(model: ServedModel, field: str, *, wants: bool) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import asyncio
 import itertools
 import json
 import pickle
+from dataclasses import replace
 from typing import Any
 
 import anthropic
@@ -25,7 +26,10 @@ from octavo.server.dialects.conversation import render_request
 from octavo.server.dialects.system_turns import SystemProbe, SystemTurns
 from octavo.server.dialects.tools import shown_tools
 from octavo.server.errors import ApiError
+from octavo.server.message.format import ReasoningFormat
 from octavo.server.message.infer import Inference
+from octavo.server.message.presets import TOOL_PRESETS
+from octavo.server.message.probe import History
 from octavo.server.served_model import ServedModel
 from octavo.text.template_process import Job
 
@@ -96,6 +100,8 @@ def test_a_stream_adds_up_to_the_whole_answer(size: int) -> None:
     assert content(final) == content(message)
     assert (message.stop_reason, final.stop_reason) == ("tool_use", "tool_use")
     assert final.usage == message.usage
+    assert final.usage.output_tokens_details is not None
+    assert 0 < final.usage.output_tokens_details.thinking_tokens < final.usage.output_tokens
     assert (message.usage.cache_read_input_tokens, message.usage.cache_creation_input_tokens) == (3, 0)
 
 
@@ -172,6 +178,7 @@ def test_one_call_at_a_time() -> None:
 
 CALL_ID = "toolu_0123456789abcdef01234567"
 NOTES = {"type": "text", "media_type": "text/plain", "data": "dry"}
+CHANNELS = Inference(TOOL_PRESETS["openai"], "inferred", None, "none", History())
 CONVERSATION: list[dict[str, Any]] = [
     {"role": "user", "content": [{"type": "text", "text": "Weather?", "cache_control": {"type": "ephemeral"}}]},
     {
@@ -375,10 +382,31 @@ def test_thinking_is_switched_by_the_template() -> None:
         return chat_of(request(thinking=thinking), BOTH, served()).chat_template_kwargs
 
     assert variables(type="disabled") == {"enable_thinking": False}
+    assert variables(type="enabled", budget_tokens=1024) == {"enable_thinking": True}
     assert variables(type="adaptive") is None
-    silent = served(SILENT)
-    budget = request(thinking={"type": "enabled", "budget_tokens": 1024})
-    assert chat_of(budget, BOTH, silent).chat_template_kwargs is None  # it thinks for 0 tokens
+
+
+def test_thoughts_keep_to_their_budget() -> None:
+    def budget(found: Inference, **thinking: Any) -> int | None:
+        return chat_of(request(thinking=thinking), BOTH, served(found)).thinking_token_budget
+
+    marked = replace(FOUND, reasoning=ReasoningFormat("<|im_start|>", "<|im_end|>"))
+    assert budget(marked, type="enabled", budget_tokens=1024) == 1024
+    assert budget(marked, type="adaptive") is None
+    assert budget(marked, type="disabled") == 0  # there is no switch
+    assert budget(SILENT, type="enabled", budget_tokens=1024) == 1024  # it thinks for 0 tokens
+    assert budget(SILENT, type="disabled") is None
+    for found in (replace(FOUND, reasoning=ReasoningFormat("<a>", "</a>")), CHANNELS):
+        with pytest.raises(ApiError, match="thinking: this model's thinking can't be switched off"):
+            budget(found, type="disabled")
+
+
+def test_effort_is_the_template_s_or_a_hint() -> None:
+    def variables(found: Inference, effort: str) -> Any:
+        return chat_of(request(output_config={"effort": effort}), BOTH, served(found)).chat_template_kwargs
+
+    assert variables(CHANNELS, "max") == {"reasoning_effort": "high"}
+    assert variables(FOUND, "max") is None
 
 
 DEFERRED = TOOLS[1] | {"defer_loading": True}

@@ -174,7 +174,7 @@ def test_thinking_is_switched_by_the_template() -> None:
 
     assert (variables(True), variables("high")) == ({"enable_thinking": True}, {"enable_thinking": True})
     assert (variables(False), variables(None)) == ({"enable_thinking": False}, None)
-    assert chat_of(request(think=False), BOTH, served(SILENT)).chat_template_kwargs == {}
+    assert chat_of(request(think=False), BOTH, served(SILENT)).chat_template_kwargs is None
 
 
 def test_a_prompt_with_its_system_message() -> None:
