@@ -37,7 +37,7 @@ class Engine:
         self.worker = worker
         self.scheduler = Scheduler(config)
         self.grammars = Grammars(worker.model.vocab_size)
-        sampler = Sampler(seed, worker.model.device, config.max_num_seqs)
+        sampler = Sampler(seed, worker.model.device, config.max_num_seqs, jumps=config.jumps_forward)
         self.executor = (ThreadedExecutor if overlaps else Executor)(worker, sampler, followers)
         self._under_way: deque[StepHandle] = deque()
         self._num_ordered = 0

@@ -7,6 +7,7 @@ content. One with triggers sleeps until one of them comes, and again when what i
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -191,6 +192,26 @@ class Progress:
                 self._matcher = None
         elif self._watch is not None:
             self._look_for_triggers(self._watch, token_id)
+
+    def jump(self, most: int) -> list[int]:
+        """Go on by the tokens that must come now, `most` of them at the most, and return them."""
+        jumped: list[int] = []
+        while len(jumped) < most and (forced := self._all_forced()):
+            forced = forced[: most - len(jumped)]
+            for token_id in forced:
+                self.accept(token_id)
+            jumped += forced
+        return jumped
+
+    def _all_forced(self) -> list[int]:
+        """The tokens that must come now, as far as they are known; none where there is a choice, or an end may come."""
+        if self.forced is not None:
+            return [self.forced]
+        if self._matcher is None or self._is_thinking or not self._is_sure or self._matcher.is_stopped():
+            return []
+        assert self._grammar is not None
+        ends = self._grammar.end_ids
+        return list(takewhile(lambda token_id: token_id not in ends, self._matcher.compute_ff_tokens()))
 
     @property
     def _ends_once(self) -> bool:

@@ -114,6 +114,16 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
             or (self.min_tokens > 0 and bool(self.stop_token_ids))
         )
 
+    @property
+    def may_jump(self) -> bool:
+        """Whether a token that the constraint forces may be taken without the model's logits."""
+        return (
+            self.constraint is not None
+            and self.logprobs is None
+            and self.allowed_token_ids is None
+            and not self.bad_words
+        )
+
 
 class AddRequest(msgspec.Struct, frozen=True, tag="add"):
     """A prompt to complete, once or several times: it crosses the socket once, whatever the number of its answers.

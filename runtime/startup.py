@@ -92,6 +92,7 @@ def limits_of(
         enable_prefix_caching=config.enable_prefix_caching,
         policy=config.scheduling_policy,
         priority_aging=config.priority_aging,
+        jumps_forward=model.device.type == "cpu",  # a chunk of tokens among single ones runs without a GPU's graph
         max_prompt_logits=max(16, MAX_PROMPT_LOGITS_BYTES // (4 * model.vocab_size)),
     )
 

@@ -24,6 +24,7 @@ class SchedulerConfig:
     max_prompt_logits  rows of logits that one step may spend on prompt_logprobs: each is vocab_size floats
     policy             who is admitted first: who came first, by priority, or by the longest cached prefix
     priority_aging     seconds of waiting that weigh as much as one step of priority; None: waiting counts among equals
+    jumps_forward      whether a step may bring the tokens that a grammar forces behind the one that was sampled
     """
 
     num_blocks: int
@@ -36,6 +37,7 @@ class SchedulerConfig:
     windows: Windows = (None,)
     policy: Policy = "fcfs"
     priority_aging: float | None = None
+    jumps_forward: bool = False
 
 
 class ScheduledSequence(NamedTuple):

@@ -174,7 +174,7 @@ class Scheduler:
             length = sequence.length
             if sequence.num_planned != length - 1 or step.tokens_left == 0 or sequence.slot < 0:
                 continue
-            if sequence.checks_drafts or (sequence.num_sampling and self._is_full(sequence, length)):
+            if sequence.checks_drafts or (sequence.num_sampling and not self._goes_on(sequence, length)):
                 continue
             num_held = len(sequence.blocks)
             if length > num_held * block_size:
@@ -186,6 +186,11 @@ class Scheduler:
                 self._groups.grow(sequence.blocks, 1)
             num_drafts = self._room_for_drafts(step, sequence) if sequence.drafts else 0
             self._put(step, sequence, length + num_drafts, num_held, num_drafts=num_drafts)
+
+    def _goes_on(self, sequence: Sequence, length: int) -> bool:
+        """Whether a sequence whose token is being sampled surely needs the one behind it computed, and it alone."""
+        jumps = self.config.jumps_forward and sequence.params.may_jump
+        return not jumps and not self._is_full(sequence, length)
 
     def _room_for_drafts(self, step: Step, sequence: Sequence) -> int:
         """How many drafts the next step can check: nobody is preempted for them, and no answer gets too long."""
@@ -381,10 +386,10 @@ class Scheduler:
                 self._go_back(sequence)
         num_known = len(sequence.token_ids)
         finish_reason = self._append(sequence, tokens)
-        if is_ended:  # whole, be it at its last token
+        if is_ended and len(sequence.token_ids) - num_known == len(tokens):  # whole, be it at its last token
             finish_reason = "stop"
         if sequence.slot >= 0:
-            num_right = max(len(tokens) - 1, 0)  # drafts; the last token is the model's own
+            num_right = min(max(len(tokens) - 1, 0), scheduled.num_drafts)  # the last token is the model's own
             sequence.num_planned += num_right
             end = scheduled.end - scheduled.num_drafts + num_right
             self._offer(sequence, scheduled.start, min(end, sequence.num_planned, len(sequence.token_ids)))
@@ -393,7 +398,7 @@ class Scheduler:
         taken = sequence.token_ids[num_known:]
         if not taken and finish_reason is None:
             return None
-        return self._output(sequence, taken, finish_reason, logprobs, now)
+        return sequence.output(taken, finish_reason, logprobs, now)
 
     def _go_back(self, sequence: Sequence) -> None:
         """A token did not come: its position is planned again, and steps that were planned behind it are void."""
@@ -410,40 +415,6 @@ class Scheduler:
             if finish_reason is not None:
                 return finish_reason
         return None
-
-    def _output(
-        self,
-        sequence: Sequence,
-        tokens: list[int],
-        finish_reason: FinishReason | None,
-        logprobs: list[Logprobs] | None,
-        now: float,
-    ) -> TokenOutput:
-        listed = None if logprobs is None else logprobs[: len(tokens)]
-        stops = finish_reason == "stop" and tokens and tokens[-1] in sequence.params.stop_token_ids
-        stop_token_id = tokens[-1] if stops else None
-        if sequence.first_token_time is not None:
-            return TokenOutput(
-                sequence.request_id,
-                tokens,
-                finish_reason,
-                stop_token_id,
-                logprobs=listed,
-                num_preemptions=sequence.num_preemptions,
-            )
-        sequence.first_token_time = now
-        return TokenOutput(
-            sequence.request_id,
-            tokens,
-            finish_reason,
-            stop_token_id,
-            logprobs=listed,
-            prompt_logprobs=sequence.prompt_logprobs,
-            num_cached_tokens=sequence.num_cached,
-            scheduled_time=sequence.scheduled_time,
-            first_token_time=now,
-            num_preemptions=sequence.num_preemptions,
-        )
 
     def _finish_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
         if is_stop(sequence.params, token, len(sequence.token_ids) - sequence.num_prompt):

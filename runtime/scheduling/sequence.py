@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from octavo.runtime.messages import AddRequest, Logprobs, SamplingParams
+from octavo.runtime.messages import AddRequest, FinishReason, Logprobs, SamplingParams, TokenOutput
 from octavo.runtime.scheduling.block_pool import hash_block, salted_root
 from octavo.runtime.scheduling.kv_groups import BlockTables
 
@@ -107,6 +107,40 @@ class Sequence:
     def wants_prompt_logprobs(self) -> bool:
         """Whether logits of prompt positions are still to be planned; then the prefix cache can't help."""
         return self.prompt_logprobs is not None and self.num_listed < self.num_prompt
+
+    def output(
+        self,
+        tokens: list[int],
+        finish_reason: FinishReason | None,
+        logprobs: list[Logprobs] | None,
+        now: float,
+    ) -> TokenOutput:
+        """What the server is told of these new tokens; with the first ones, when they came and what was cached."""
+        listed = None if logprobs is None else logprobs[: len(tokens)]
+        stops = finish_reason == "stop" and tokens and tokens[-1] in self.params.stop_token_ids
+        stop_token_id = tokens[-1] if stops else None
+        if self.first_token_time is not None:
+            return TokenOutput(
+                self.request_id,
+                tokens,
+                finish_reason,
+                stop_token_id,
+                logprobs=listed,
+                num_preemptions=self.num_preemptions,
+            )
+        self.first_token_time = now
+        return TokenOutput(
+            self.request_id,
+            tokens,
+            finish_reason,
+            stop_token_id,
+            logprobs=listed,
+            prompt_logprobs=self.prompt_logprobs,
+            num_cached_tokens=self.num_cached,
+            scheduled_time=self.scheduled_time,
+            first_token_time=now,
+            num_preemptions=self.num_preemptions,
+        )
 
     def block_hashes(self, count: int, block_size: int) -> list[bytes]:
         """The hashes of the first `count` blocks, which must be full of known tokens."""

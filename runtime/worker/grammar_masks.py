@@ -31,18 +31,26 @@ class Constrained:
 
 @dataclass(frozen=True, slots=True)
 class Ends:
-    """By place: which answers are complete now, which of them without the token of this step, and what went wrong."""
+    """By place: which answers are complete now, which of them without the token of this step, and what went wrong.
+
+    jumped: tokens behind that of this step, which the grammar allows no choice of
+    """
 
     complete: set[int] = field(default_factory=set)
     without_token: set[int] = field(default_factory=set)
+    jumped: dict[int, list[int]] = field(default_factory=dict)
     errors: dict[int, str] = field(default_factory=dict)
 
 
 class GrammarMasks:
-    """Follows the grammars of all running sequences. Call `before` and `after` once in each step."""
+    """Follows the grammars of all running sequences. Call `before` and `after` once in each step.
 
-    def __init__(self, device: torch.device) -> None:
+    jumps: whether tokens that a grammar forces are taken at once, without a step for each.
+    """
+
+    def __init__(self, device: torch.device, *, jumps: bool = False) -> None:
         self._device = device
+        self._jumps = jumps
         self._masks: Masks | None = None  # made at the first use: it knows the vocabulary's size then
         self._progress: dict[int, tuple[Sequence, Progress]] = {}  # by slot
 
@@ -79,6 +87,8 @@ class GrammarMasks:
                     ends.without_token.add(place)
             elif chosen[place] not in sampling[place].sequence.params.stop_token_ids:
                 progress.accept(chosen[place])
+                if self._jumps and (jumped := _jump(progress, sampling[place])):
+                    ends.jumped[place] = jumped
                 if progress.is_over:
                     ends.complete.add(place)
             if progress.error:
@@ -102,3 +112,9 @@ class GrammarMasks:
             progress = Progress(constraint, grammar, it.sequence.token_ids[begin : begin + it.num_outputs])
             self._progress[it.slot] = (it.sequence, progress)
         return progress
+
+
+def _jump(progress: Progress, it: ScheduledSequence) -> list[int]:
+    """The forced tokens behind the one that was just taken, as many as the answer may still have."""
+    params = it.sequence.params
+    return progress.jump(params.max_tokens - it.num_outputs - 1) if params.may_jump else []

@@ -5,7 +5,7 @@ Log-probabilities are those of the model itself, before any change to the logits
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 
@@ -22,6 +22,7 @@ from octavo.runtime.worker.logits_processors import ChangedSequence, ChangesCach
 from octavo.runtime.worker.sampling_ops import GREEDY_BELOW, select_sampling, uniform
 
 BAD_LOGITS = "the model's logits for this request are not finite numbers (NaN or infinity): its answer would be noise"
+NONE_JUMPED: Mapping[int, list[int]] = {}
 NOTHING_ALLOWED = "no token may be sampled: allowed_token_ids, bad_words, logit_bias and min_tokens exclude all of them"
 
 
@@ -33,12 +34,12 @@ class Sampler:
     answers are in their grammars.
     """
 
-    def __init__(self, seed: int, device: torch.device, max_num_seqs: int) -> None:
+    def __init__(self, seed: int, device: torch.device, max_num_seqs: int, *, jumps: bool = False) -> None:
         self.last_tokens = np.zeros(max_num_seqs, dtype=np.int32)
         self._seed = seed
         self._ops = select_sampling(device)
         self._changes = ChangesCache(device)
-        self._grammars = GrammarMasks(device)
+        self._grammars = GrammarMasks(device, jumps=jumps)
         self._changed: dict[int, tuple[Sequence, ChangedSequence]] = {}  # by slot
 
     def sample(self, logits: Tensor, plan: StepPlan) -> StepResult:
@@ -76,6 +77,10 @@ class Sampler:
         prompt_logprobs = self._prompt_logprobs(logits, plan, errors)
         chosen, stuck = self._choose(logits, best, those, constrained)
         ends = self._grammars.after(constrained, those.scheduled, chosen, stuck)
+        for i, tokens in ends.jumped.items():
+            state = self._state(those.scheduled[i], logits.shape[1])
+            for token in tokens:
+                state.sampled(token)
         counts = [those.scheduled[i].sequence.params.logprobs or 0 for i in wanting]
         found = self._logprobs(raw, [chosen[i] for i in wanting], counts)
         named = [those.scheduled[i].sequence.params.logprob_token_ids for i in wanting]
@@ -87,7 +92,7 @@ class Sampler:
         failed = dict.fromkeys(stuck, NOTHING_ALLOWED) | ends.errors
         refused = {places[i]: text for i, text in failed.items() if i not in ends.without_token}
         result = StepResult(
-            those.tokens(plan, chosen, ends.without_token),
+            those.tokens(plan, chosen, ends.without_token, ends.jumped),
             logprobs,
             prompt_logprobs,
             refused | errors,
@@ -192,12 +197,18 @@ class _Sampling:
     rows: list[int]
     scheduled: list[ScheduledSequence]
 
-    def tokens(self, plan: StepPlan, chosen: Rows[int], without: Container[int] = ()) -> list[list[int]]:
-        """For each of the plan's sequences its token, in a list; none for those `without` one."""
+    def tokens(
+        self,
+        plan: StepPlan,
+        chosen: Rows[int],
+        without: Container[int] = (),
+        jumped: Mapping[int, list[int]] = NONE_JUMPED,
+    ) -> list[list[int]]:
+        """For each of the plan's sequences its token, in a list, with those that follow; none for those `without`."""
         tokens: list[list[int]] = [[] for _ in plan.scheduled]
         for i, (place, token) in enumerate(zip(self.places, chosen, strict=True)):
             if i not in without:
-                tokens[place].append(token)
+                tokens[place] += [token, *jumped.get(i, ())]
         return tokens
 
 

@@ -18,8 +18,11 @@ import numpy as np
 import pytest
 from llguidance import LLMatcher
 from tokenizers import Tokenizer, models
-from toy_model import VOCAB, logits_after, make_engine, make_request, run_to_end, tokens_of
+from torch import Tensor
+from toy_model import VOCAB, ToyModel, logits_after, make_engine, make_request, run_to_end, tokens_of
 
+from octavo.kernels.attention.cache import LayerCache
+from octavo.kernels.attention.step import StepInputs
 from octavo.runtime.constraint import compiled, ll_tokenizer
 from octavo.runtime.engine import Engine
 from octavo.runtime.following import Masks, Progress
@@ -90,8 +93,8 @@ def run(engine: Engine, requests: list[AddRequest]) -> dict[str, list[TokenOutpu
     return outputs
 
 
-def constrained_engine(**limits: int) -> Engine:
-    engine = make_engine(**limits)
+def constrained_engine(model: ToyModel | None = None, *, overlaps: bool = True, **limits: int) -> Engine:
+    engine = make_engine(model, overlaps=overlaps, **limits)
     engine.grammars.set_vocabulary(vocabulary())
     return engine
 
@@ -116,6 +119,8 @@ def test_an_answer_is_the_best_that_its_grammar_allows(seed: int) -> None:
         num_blocks=-(-64 // block_size) + rng.randrange(24 // block_size + 1),
         max_num_seqs=rng.randrange(1, 10),
         max_num_batched_tokens=rng.choice([1, 8, 256]),
+        jumps_forward=rng.random() < 0.5,
+        overlaps=rng.random() < 0.5,
     )
     outputs = run(engine, requests)
     for request in requests:
@@ -126,6 +131,40 @@ def test_an_answer_is_the_best_that_its_grammar_allows(seed: int) -> None:
         else:
             assert tokens_of(mine) == tokens_of(run_to_end(make_engine(), [request])[request.request_id])
     engine.scheduler.pool.check([])
+
+
+class _Counting(ToyModel):
+    num_steps = 0
+
+    def forward(self, inputs: StepInputs, caches: list[LayerCache]) -> Tensor:
+        self.num_steps += 1
+        return super().forward(inputs, caches)
+
+
+@pytest.mark.parametrize("overlaps", [True, False])
+@pytest.mark.parametrize(
+    ("params", "num_steps"),
+    [
+        ({}, 1),  # its first token, which tells the words apart, and then all others
+        ({"presence_penalty": 1.0, "temperature": 2.0, "seed": 1}, 1),
+        ({"max_tokens": 5}, 1),
+        ({"logprobs": 0}, 25),  # each token's log-probability takes the model's logits
+        ({"allowed_token_ids": tuple(range(VOCAB))}, 25),  # which may forbid what the grammar forces
+        ({"bad_words": ((0, 0),)}, 25),
+    ],
+)
+def test_forced_tokens_take_no_step_of_their_own(params: dict[str, Any], num_steps: int, *, overlaps: bool) -> None:
+    word = "quite long, is it not now"
+    found = []
+    for jumps in (True, False):
+        model = _Counting()
+        engine = constrained_engine(model, overlaps=overlaps, jumps_forward=jumps)
+        settings = {"max_tokens": 40, "stop_token_ids": (END,), "constraint": one_of([word, "Quite another"])} | params
+        outputs = run(engine, [make_request("r", [1, 2, 3], **settings)])["r"]
+        found.append((decode(tokens_of(outputs)), outputs[-1].finish_reason))
+        if jumps:
+            assert model.num_steps == num_steps
+    assert found[0] == found[1]
 
 
 def test_drawn_answers_obey_too_and_a_seed_gives_the_same_ones() -> None:
