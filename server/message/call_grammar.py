@@ -162,7 +162,7 @@ class _Writer:
     def _call(self, *, without_opener: bool) -> str:
         """A call of any tool; without_opener: its first marker has been written."""
         form = self._form
-        opener = self._layout.openers[0] if without_opener and not self._layout.in_section else ""
+        opener = "".join(self._layout.openers[:1]) if without_opener and not self._layout.in_section else ""
         call_begin = form.call_begin[form.call_begin.index(opener) + len(opener) :]
         calls = []
         for name, arguments in self._arguments:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
+from typing import Any
 
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
@@ -15,6 +16,38 @@ from octavo.server.message.grammars import LIMITS
 END = 256
 FIRST_SPECIAL = 257
 CLOSING = frozenset(b'"}],:<>/')
+
+CALL_SCHEMAS: dict[str, dict[str, Any]] = {
+    "get_weather": {
+        "type": "object",
+        "properties": {
+            "city": {"type": "string", "minLength": 1, "maxLength": 6},
+            "unit": {"type": "string", "enum": ["c", "f"]},
+            "days": {"type": "integer", "minimum": 0, "maximum": 20},
+            "on": {"type": ["boolean", "null"]},
+            "either": {"anyOf": [{"type": "string", "maxLength": 3}, {"type": "integer"}]},
+        },
+        "required": ["city", "days"],
+        "additionalProperties": False,
+    },
+    "get": {
+        "type": "object",
+        "properties": {
+            "items": {"type": "array", "items": {"$ref": "#/$defs/item"}, "maxItems": 2},
+            "free": {"type": "string", "maxLength": 5},
+        },
+        "additionalProperties": False,
+        "$defs": {
+            "item": {
+                "type": "object",
+                "properties": {"n": {"type": "number"}, "s": {"type": "string", "maxLength": 4}},
+                "required": ["n"],
+                "additionalProperties": False,
+            }
+        },
+    },
+    "none": {"type": "object", "properties": {}, "additionalProperties": False},
+}
 
 
 class Walker:

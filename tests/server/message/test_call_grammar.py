@@ -10,7 +10,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from call_walks import FIRST_SPECIAL, Walker
+from call_walks import CALL_SCHEMAS, FIRST_SPECIAL, Walker
 
 from octavo.runtime.constraint import GrammarError
 from octavo.runtime.messages import Constraint
@@ -23,37 +23,6 @@ from octavo.server.message.parse import Formats, Machine
 from octavo.server.message.parts import Part, calls_of, text_of
 from octavo.server.message.presets import TOOL_PRESETS
 
-SCHEMAS: dict[str, dict[str, Any]] = {
-    "get_weather": {
-        "type": "object",
-        "properties": {
-            "city": {"type": "string", "minLength": 1, "maxLength": 6},
-            "unit": {"type": "string", "enum": ["c", "f"]},
-            "days": {"type": "integer", "minimum": 0, "maximum": 20},
-            "on": {"type": ["boolean", "null"]},
-            "either": {"anyOf": [{"type": "string", "maxLength": 3}, {"type": "integer"}]},
-        },
-        "required": ["city", "days"],
-        "additionalProperties": False,
-    },
-    "get": {
-        "type": "object",
-        "properties": {
-            "items": {"type": "array", "items": {"$ref": "#/$defs/item"}, "maxItems": 2},
-            "free": {"type": "string", "maxLength": 5},
-        },
-        "additionalProperties": False,
-        "$defs": {
-            "item": {
-                "type": "object",
-                "properties": {"n": {"type": "number"}, "s": {"type": "string", "maxLength": 4}},
-                "required": ["n"],
-                "additionalProperties": False,
-            }
-        },
-    },
-    "none": {"type": "object", "properties": {}, "additionalProperties": False},
-}
 DISTINCT = {form: name for name, form in reversed(TOOL_PRESETS.items())}
 HEADS = {"{": '{"name": "get"', "[": '[{"name": "get_weather"'}
 
@@ -65,7 +34,7 @@ def bound(name: str, *, has_tokens: bool) -> Formats:
     return Formats.bind(form, None, {token: FIRST_SPECIAL + number for number, token in enumerate(tokens)})
 
 
-def wanted(schemas: Mapping[str, Any] = SCHEMAS, **settings: Any) -> WantedCalls:
+def wanted(schemas: Mapping[str, Any] = CALL_SCHEMAS, **settings: Any) -> WantedCalls:
     tools = [WantedTool(name, schema, f"tools.{name}") for name, schema in schemas.items()]
     return WantedCalls(tools, **settings)
 
@@ -82,7 +51,7 @@ def read(formats: Formats, found: CallGrammar, text: str, *, is_open: bool = Fal
     return machine.take()
 
 
-def check_calls(parts: list[Part], schemas: Mapping[str, Any] = SCHEMAS) -> int:
+def check_calls(parts: list[Part], schemas: Mapping[str, Any] = CALL_SCHEMAS) -> int:
     calls = calls_of(parts)
     for call in calls:
         jsonschema.validate(json.loads(call.arguments), schemas[call.name])

@@ -13,12 +13,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import transformers
+from call_walks import CALL_SCHEMAS, FIRST_SPECIAL, Walker
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.utils import chat_template_utils
 
+from octavo.runtime.messages import Constraint
+from octavo.server.message.call_constraint import WantedCalls, WantedTool, grammar_of_calls
 from octavo.server.message.format import ReasoningFormat, ToolFormat
 from octavo.server.message.infer import Inference, infer
 from octavo.server.message.parse import Formats, Machine
@@ -373,3 +377,48 @@ def test_single_calls_are_told() -> None:
         keys=("name", "parameters"),
         may_repeat=False,
     )
+
+
+CALLING = [name for name, origin in TABLE.items() if not origin.startswith("none")]
+
+
+def test_enough_templates_work() -> None:
+    """Of the 49 templates that know tool calls."""
+    assert len(CALLING) >= 45
+
+
+@pytest.mark.parametrize("name", CALLING)
+def test_constrained_calls_are_read_back(name: str) -> None:
+    """What is written under the mask, by the format as it was inferred, with the template's markers as tokens.
+
+    From the answer's beginning where a call is required; else from its first marker, if that is a token, or where the
+    answer begins like a call without one.
+    """
+    form = inference(name).tools
+    assert form is not None
+    markers = sorted(set(re.findall(r"<[^<>\s]+>|\[[A-Z_]+\]", "".join(form.markers()))))
+    formats = Formats.bind(form, None, {text: FIRST_SPECIAL + number for number, text in enumerate(markers)})
+    wanted = [WantedTool(name, schema, name) for name, schema in CALL_SCHEMAS.items()]
+    is_open = bool(form.content_name)
+    required = grammar_of_calls(WantedCalls(wanted, "required", is_open=is_open), formats)
+    found = grammar_of_calls(WantedCalls(wanted, is_open=is_open), formats)
+    walker = Walker({mark: token_id for token_id, mark in formats.marks.items()})
+    walks = [(required, Constraint(required.text), "")] * 4
+    if found.triggers is not None:
+        begun = "".join(formats.marks[token_id] for token_id in found.triggers.token_ids[:1])
+        begun = begun or (f'{{"{form.keys[0]}": "get"' if form.keys and found.triggers.start == "{" else "")
+        walks += [(found, Constraint(found.text, triggers=found.triggers), begun)] * (2 if begun else 0)
+    num_calls = 0
+    for seed, (found, constraint, begun) in enumerate(walks):
+        text = walker.walk(constraint, seed, begun)
+        if text is not None:
+            machine = Machine(formats, tools=found.schemas, strictness="exact", call_is_open=is_open)
+            machine.feed(text)
+            machine.finish()
+            assert machine.num_malformed == 0
+            calls = calls_of(machine.take())
+            assert calls
+            num_calls += len(calls)
+            for call in calls:
+                jsonschema.validate(json.loads(call.arguments), CALL_SCHEMAS[call.name])
+    assert num_calls
