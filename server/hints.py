@@ -110,7 +110,13 @@ class NativeHints(BaseModel):
 KINDS = (NativeHints, ChatHints, ResponsesHints, OpenAIHints, AnthropicHints, OllamaHints, OllamaOptionHints)
 """The hints of each dialect; a class stands before those that it is made of."""
 
-ALL_HINTS = sorted({name for kind in KINDS for name in kind.model_fields})
+PLACES: dict[type[BaseModel], str] = {OllamaOptionHints: "options."}
+"""Where the fields stand that are not a request's own."""
+
+SOMETIMES = ("anthropic-beta", "output_config.effort")
+"""A header whose betas are in the fields that they bring, and a field that only some templates have a variable for."""
+
+ALL_HINTS = sorted({*SOMETIMES, *(PLACES.get(kind, "") + name for kind in KINDS for name in kind.model_fields)})
 
 
 def hints_in(body: BaseModel) -> list[str]:

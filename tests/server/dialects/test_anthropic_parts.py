@@ -134,6 +134,21 @@ def test_the_events_come_in_order() -> None:
     assert [block["input"] for block in starts[2:]] == [{}, {}]
 
 
+def test_an_engine_that_dies_in_mid_stream_is_an_error() -> None:
+    model = served()
+    answer = answer_to(request(), model)
+    pieces = pieces_of(answer, steps_of(answer.choices, ANSWER, "stop", 1))[:5]
+    broken = [*pieces, answer.framing.error(ApiError(503, "the engine is dead")), answer.framing.end]
+    with (
+        serving(lambda _: stream([piece for piece in broken if piece])) as server,
+        anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0) as client,
+        client.messages.stream(**BODY) as events,
+        pytest.raises(anthropic.APIStatusError, match="the engine is dead") as caught,
+    ):
+        list(events)
+    assert caught.value.type == "overloaded_error"
+
+
 def test_nothing_said_is_one_empty_text() -> None:
     message, final, events = told("", found=SILENT)
     assert content(message) == content(final) == [text_block("")]

@@ -159,3 +159,6 @@ def test_hints_are_counted(client: httpx.Client) -> None:
     assert client.post("/api/chat", json=body).status_code == 200
     assert value(client, "octavo:ignored_hint_total", field="keep_alive") >= 1
     assert value(client, "octavo:ignored_hint_total", field="options.num_ctx") == 1
+    hints = client.get("/v1/models").json()["data"][0]["x_octavo"]["ignored_hints"]
+    assert {"keep_alive", "options.num_ctx"} <= set(hints)
+    assert "num_gpu" not in hints

@@ -90,6 +90,19 @@ def test_a_stream_adds_up_to_the_whole_answer(size: int) -> None:
     assert message.prompt_eval_count == pieces[-1].prompt_eval_count
 
 
+def test_an_engine_that_dies_in_mid_stream_is_an_error() -> None:
+    answer = answer_to(request(), FOUND)
+    pieces = pieces_of(answer, steps_of(answer.choices, ANSWER, "stop", 1))[:5]
+    broken = [*pieces, answer.framing.error(ApiError(503, "the engine is dead")), answer.framing.end]
+    streamed = [HEAD, *(chunk(piece) for piece in broken if piece), STREAM_END]
+    with (
+        serving(lambda _: streamed) as server,
+        ollama.Client(host=server.url) as client,
+        pytest.raises(ollama.ResponseError, match="the engine is dead"),
+    ):
+        list(client.chat("tiny", messages=MESSAGES, stream=True))
+
+
 def test_nothing_said_is_an_empty_message() -> None:
     message, pieces = told("", found=SILENT)
     assert said(message) == said(*pieces) == {"content": "", "thinking": "", "calls": []}
