@@ -153,6 +153,9 @@ class ResponseStore:
         packed = zlib.compress(b"".join(events), 1)
         size = sum(map(len, contents)) + len(packed) + ROW_BYTES
         self._drop(response_id)
+        if size > self._max_bytes and not active:
+            logger.warning("response %s is not kept: its %d bytes are more than the store's", response_id, size)
+            return
         self._clock += 1
         row = response_id, owner, previous, active, self._clock, time.time() + self._seconds, size, *contents, packed
         self._database.execute("INSERT INTO responses VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)

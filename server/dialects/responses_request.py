@@ -268,6 +268,7 @@ class ResponsesRequest(ResponsesHints, InputFields, NoReasoning, GenerationReque
     include: Annotated[list[INCLUDABLE], Field(max_length=64)] | None = None
     top_logprobs: Count | None = None
     metadata: Metadata | None = None
+    thinking_token_budget: Annotated[Count, Field(lt=2**31)] | None = None  # vLLM's
     # not supported: accepted only where they ask for nothing
     n: Literal[1] | None = None
     best_of: Literal[1] | None = None
@@ -313,7 +314,7 @@ class ResponsesRequest(ResponsesHints, InputFields, NoReasoning, GenerationReque
 
 _HOSTED_RESULTS = frozenset({"file_search_call", "web_search_call", "computer_call_output", "code_interpreter_call"})
 _PASSED = frozenset(GenerationRequest.model_fields) - {"stream", "stream_options", "stream_interval", "n", "best_of"}
-_PASSED |= {"parallel_tool_calls", "chat_template", "chat_template_kwargs"}
+_PASSED |= {"parallel_tool_calls", "thinking_token_budget", "chat_template", "chat_template_kwargs"}
 _PASSED -= frozenset(ResponsesHints.model_fields)
 
 

@@ -121,6 +121,15 @@ def test_what_still_runs_stays(place: str) -> None:
     store.close()
 
 
+def test_what_is_larger_than_the_store_drives_nothing_out(place: str, caplog: pytest.LogCaptureFixture) -> None:
+    store = sized(place, 3)
+    put(store, "a")
+    put(store, "b", text="x" * 10_000)
+    assert names(store, "a", "b") == ["a"]
+    assert "response b is not kept" in caplog.text
+    store.close()
+
+
 def test_what_is_not_used_expires(place: str) -> None:
     store = ResponseStore(place, 1 << 20, -1.0)  # everything is too old at once
     put(store, "a")

@@ -373,6 +373,15 @@ def test_fields_keep_their_meaning_in_chat() -> None:
     assert hints_in(body) == []
 
 
+def test_how_hard_the_model_thinks_is_told_to_it_and_counted() -> None:
+    body = request(reasoning={"effort": "low"}, thinking_token_budget=5, tools=None)
+    chat = chat_request(body, [{"role": "user", "content": "Hi"}])
+    assert (chat.reasoning_effort, chat.thinking_token_budget) == ("low", 5)
+    details = whole(ANSWER)["usage"]["output_tokens_details"]
+    assert 0 < details["reasoning_tokens"] < len(TOKENIZER.encode(ANSWER))
+    assert whole("only text")["usage"]["output_tokens_details"] == {"reasoning_tokens": 0}
+
+
 @pytest.mark.parametrize(
     ("fields", "says"),
     [

@@ -14,6 +14,7 @@ import openai
 import pytest
 from octavo_server import Server, num_in_flight, serving, value, wait_until
 from pydantic import BaseModel
+from short_template import TEMPLATE
 from tiny_oracle import Oracle
 
 CHAT: list[Any] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is a naïve café?"}]
@@ -271,14 +272,6 @@ def test_hints_are_counted(http: httpx.Client) -> None:
         assert value(http, "octavo:ignored_hint_total", field=field) >= 1
 
 
-TEMPLATE = """\
-{% for tool in tools or [] %}{{ tool.function.name }} {% endfor %}
-{%- for message in messages %}<|im_start|>{{ message.role }}
-{{ message.content }}{% for call in message.tool_calls or [] %}<tool_call>
-{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}
-</tool_call>{% endfor %}<|im_end|>
-{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
-{% endif %}"""  # short, since the tiny model has 512 tokens of context
 CITY = {"type": "object", "properties": {"city": {"enum": ["Rome", "Bern"]}}, "required": ["city"]}
 TOOLS: list[Any] = [
     {"type": "web_search"},

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 from mutated import mutated
-from octavo_server import serving
+from octavo_server import num_in_flight, serving, wait_until
+from short_template import TEMPLATE
 from slow_cases import slow
 
 Json = dict[str, Any]
@@ -59,7 +60,7 @@ BODIES: list[Json] = [
 
 @pytest.mark.parametrize(("count", "seed"), [(300, 1), slow(10_000, 2)])
 def test_mutated_requests(count: int, seed: int) -> None:
-    with serving("--served-model-name", "tiny") as server, server.client() as client:
+    with serving("--served-model-name", "tiny", "--chat-template", TEMPLATE) as server, server.client() as client:
         statuses: dict[int, int] = {}
         for body in mutated(BODIES, count, seed, keep=tuple(SHORT)):
             response = client.post(PATH, json=body)
@@ -71,4 +72,5 @@ def test_mutated_requests(count: int, seed: int) -> None:
         assert statuses[400] > count / 3
         answer = client.post(PATH, json=BODIES[0]).json()
         assert answer["status"] == "incomplete"
+        wait_until(lambda: num_in_flight(client) == 0)
         assert "Traceback" not in server.said
