@@ -130,7 +130,8 @@ class AddRequest(msgspec.Struct, frozen=True, tag="add"):
 
     other_ids: further answers to the same prompt, each a request of its own from then on; where there is a seed, it
     counts up from one answer to the next. cache_salt: only requests with the same salt share cached prefixes.
-    priority: lower ones go first, where the engine's scheduling policy is `priority`.
+    priority: lower ones go first, where the engine's scheduling policy is `priority`. owner: whose these requests are;
+    each owner gets a fair share.
     """
 
     request_id: str
@@ -140,6 +141,7 @@ class AddRequest(msgspec.Struct, frozen=True, tag="add"):
     cache_salt: str = ""
     other_ids: list[str] = []
     priority: int = 0
+    owner: str = ""
 
     @property
     def request_ids(self) -> list[str]:
@@ -159,6 +161,7 @@ class AddRequest(msgspec.Struct, frozen=True, tag="add"):
                 self.arrival_time,
                 self.cache_salt,
                 priority=self.priority,
+                owner=self.owner,
             )
             for number, request_id in enumerate(self.request_ids)
         ]

@@ -64,7 +64,7 @@ def build_app(
     )
     errors.install(app)
     app.state.bodies = Bodies(options.max_body_bytes, options.max_total_body_bytes)
-    service = Service(model, client, metrics, limits, log_requests=options.enable_log_requests)
+    service = Service(model, client, metrics, limits, options)
     dialects = (completions, openai_chat, anthropic, ollama, invocations, native, tokens, parsers)
     for routes in (*(dialect.routes for dialect in dialects), _models):
         app.include_router(routes(service))

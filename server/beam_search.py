@@ -76,6 +76,7 @@ class Search:
                 time.time(),
                 asked.cache_salt,
                 priority=asked.priority,
+                owner=asked.owner,
             )
             for beam in self._beams
         ]

@@ -28,6 +28,7 @@ from octavo.server.message.format import Strictness
 from octavo.server.message.parse import FormatParser, Formats, Machine, Parser
 from octavo.server.message.parts import Part, append_parts
 from octavo.server.metrics import Metrics, Timeline
+from octavo.server.options import FairBy
 from octavo.server.prompts import Prompt, Wanted, sampling_params, stop_patterns
 from octavo.server.served_model import ServedModel
 from octavo.text.detokenizer import Detokenizer, IncrementalDecoder, MarkingDecoder
@@ -213,7 +214,7 @@ def make_choices(
         own = params if wanted.max_tokens is not None else msgspec.structs.replace(params, max_tokens=room)
         first, *others = (f"request-{next(_unique)}" for _ in range(request.num_choices))
         salt = request.cache_salt or ""
-        sent = AddRequest(first, prompt.token_ids, own, arrival, salt, others, request.priority or 0)
+        sent = AddRequest(first, prompt.token_ids, own, arrival, salt, others, request.priority or 0, request.user_name)
         num_wanted = 0 if wanted.max_tokens == 0 else own.max_tokens
         for answer in sent.answers():
             choices.append(
@@ -318,6 +319,17 @@ def _parser(
 def put_last(choices: Sequence[Choice]) -> None:
     """Let these answers wait behind all others, where the engine goes by priority."""
     sent = {id(choice.sent): msgspec.structs.replace(choice.sent, priority=LOWEST_PRIORITY) for choice in choices}
+    for choice in choices:
+        choice.sent = sent[id(choice.sent)]
+
+
+def set_owner(choices: Sequence[Choice], fair_by: FairBy, key_owner: str) -> None:
+    """Say whose these answers are, of whom each gets a fair share: an API key's, or a user's of that key."""
+    user = choices[0].sent.owner
+    owner = {"none": "", "key": key_owner, "user": f"{key_owner}/{user}" if key_owner or user else ""}[fair_by]
+    if owner == user:
+        return
+    sent = {id(choice.sent): msgspec.structs.replace(choice.sent, owner=owner) for choice in choices}
     for choice in choices:
         choice.sent = sent[id(choice.sent)]
 

@@ -14,6 +14,7 @@ from msgspec import Meta
 from octavo.flags import parse_json_object, parse_size
 from octavo.quant.scheme import AT_LOAD
 
+FairBy = Literal["key", "user", "none"]
 SAMPLING_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
@@ -406,6 +407,13 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = 1 << 30
     batch_files: Annotated[int, Meta(ge=1, description="most files of theirs", extra={"metavar": "N"})] = 1000
+    fair_by: Annotated[
+        FairBy,
+        Meta(
+            description="who gets a fair share of the engine while requests wait: each API key, each `user` of a key, "
+            "or nobody (first come, first served)"
+        ),
+    ] = "key"
     root_path: Annotated[
         str,
         Meta(

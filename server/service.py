@@ -20,8 +20,9 @@ from octavo.server.beam_search import search_beams
 from octavo.server.encoding import JsonResponse, encode_in_turns
 from octavo.server.engine_client import EngineClient
 from octavo.server.errors import ApiError
-from octavo.server.generation import Choice, Delta, Steps, fold, generate, put_last
+from octavo.server.generation import Choice, Delta, Steps, fold, generate, put_last, set_owner
 from octavo.server.metrics import Metrics
+from octavo.server.options import ServerOptions
 from octavo.server.served_model import ServedModel
 from octavo.server.streaming import SERVER_SENT, EventStream, Framing
 
@@ -57,13 +58,14 @@ class Service:
     """One served model, for the routes."""
 
     def __init__(
-        self, model: ServedModel, client: EngineClient, metrics: Metrics, limits: QueueLimits, *, log_requests: bool
+        self, model: ServedModel, client: EngineClient, metrics: Metrics, limits: QueueLimits, options: ServerOptions
     ) -> None:
         self.model = model
         self._client = client
         self._metrics = metrics
         self._admission = Admission(client, limits)
-        self._log_requests = log_requests
+        self._log_requests = options.enable_log_requests
+        self._fair_by = options.fair_by
         self._long_work = ThreadPoolExecutor(1, "octavo-long")
 
     def check(self, name: str | None) -> None:
@@ -103,6 +105,7 @@ class Service:
             logger.info("%s: %d choices, %s", http.url.path, len(choices), choices[0].request.params)
         if getattr(http.state, "gives_way", False):  # a line of a batch
             put_last(choices)
+        set_owner(choices, self._fair_by, getattr(http.state, "owner", ""))
         lengths = [len(choice.request.token_ids) for choice in choices]
         ticket = self._admission.admit(lengths, timeout_of(http.headers.get("x-request-timeout")))
         answers = generate if choices[0].length_penalty is None else search_beams

@@ -1,10 +1,10 @@
 """Which tokens of which sequences the next step computes. Pure Python: knows counts and block numbers, no tensor.
 
-First come, first served, unless requests have ranks (waiting.py). A step holds, within a budget of tokens: the next
-token of every running sequence, then the rest of prompts that are being prefilled, in chunks, then new arrivals. When
-blocks run out, the sequence that is last in order gives all of its own back and starts again later (recomputation,
-mostly out of the prefix cache). `running` is always in that order, so the victim is `running[-1]`, and so is `waiting`.
-One that is not ready is passed over.
+First come, first served, unless requests have ranks (waiting.py) or several owners (fairness.py). A step holds,
+within a budget of tokens: the next token of every running sequence, then the rest of prompts that are being
+prefilled, in chunks, then new arrivals. When blocks run out, the sequence that is last in order gives all of its own
+back and starts again later (recomputation, mostly out of the prefix cache). `running` is always in that order, so the
+victim is `running[-1]`, and so is `waiting`. One that is not ready is passed over.
 
 Steps run in the order in which they are planned, and a step may be planned while earlier ones are under way. A sequence
 whose token is still being sampled goes on from it by reference (`last_token_of`); what a step under way computes for a
@@ -24,10 +24,13 @@ from __future__ import annotations
 import time
 from bisect import insort
 from collections.abc import Callable, Iterable
+from math import inf, nextafter
 
 from octavo.runtime.messages import AddRequest, EngineStats, FinishReason, Logprobs, TokenOutput
 from octavo.runtime.scheduling.block_pool import BlockPool
+from octavo.runtime.scheduling.fairness import FairShares
 from octavo.runtime.scheduling.kv_groups import BlockTables, KVGroups
+from octavo.runtime.scheduling.limits import refusal_of
 from octavo.runtime.scheduling.plan import (
     ScheduledSequence,
     SchedulerConfig,
@@ -49,6 +52,7 @@ class Scheduler:
         self._groups = KVGroups(self.pool, config.block_size, config.windows)
         self.running: list[Sequence] = []
         self.waiting = Waiting()
+        self._shares = FairShares()
         self._live: dict[str, Sequence] = {}
         self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
         self._clock = clock
@@ -69,7 +73,7 @@ class Scheduler:
 
         Without is_ready it is passed over until `set_ready`.
         """
-        problem = self._refusal(request)
+        problem = refusal_of(request, self.config, self._groups.most_blocks)
         if request.request_id in self._live:
             self.abort([request.request_id])
             problem = f"request id {request.request_id!r} is in use; both requests are ended"
@@ -78,6 +82,7 @@ class Scheduler:
         sequence = Sequence(request, self._num_added, self._groups.empty(), is_ready=is_ready)
         self._num_added += 1
         self._live[request.request_id] = sequence
+        sequence.tag = self._shares.tag(request)
         sequence.rank = rank_of(request, self.config.policy, self.config.priority_aging)
         self.waiting.add(sequence)
         return None
@@ -98,25 +103,6 @@ class Scheduler:
         self._drop(sequence)
         return TokenOutput(request_id, [], finish_reason="error", error=error, is_refused=True)
 
-    def _refusal(self, request: AddRequest) -> str | None:
-        config = self.config
-        num_prompt = len(request.token_ids)
-        if num_prompt == 0:
-            return "the prompt is empty: at least one token is needed"
-        if num_prompt >= config.max_model_len:
-            return (
-                f"the prompt has {num_prompt} tokens; with max_model_len {config.max_model_len} it may have "
-                f"{config.max_model_len - 1} at most, so that one can follow"
-            )
-        most = min(num_prompt + request.params.max_tokens, config.max_model_len) - 1  # the last one is never computed
-        needed = self._groups.most_blocks(most)
-        if needed > config.num_blocks:
-            return (
-                f"the request may need {most} tokens of KV cache, {needed} blocks of {config.block_size}; the cache "
-                f"has {config.num_blocks} blocks: ask for fewer tokens or serve with a larger cache"
-            )
-        return None
-
     def abort(self, request_ids: Iterable[str]) -> None:
         """Drop these requests, waiting or running; unknown ids are ignored."""
         for request_id in request_ids:
@@ -134,6 +120,7 @@ class Scheduler:
         Empty only where all that there is to do waits for the results of steps under way.
         """
         step = Step(self.config.max_num_batched_tokens, self.config.max_prompt_logits)
+        self._make_way()
         self._plan_decodes(step)
         starved = self._plan_prefills(step)
         while starved and not step.scheduled:
@@ -166,6 +153,20 @@ class Scheduler:
             is_starved=is_starved,
             num_released=self._num_released,
         )
+
+    def _make_way(self) -> None:
+        """Preempt what has more than its fair share, for the first that waits, where that has no room otherwise."""
+        if not self.waiting or not self._shares.has_several:
+            return
+        first = next((sequence for sequence in self.waiting.values() if sequence.is_ready), None)
+        if first is None or first.num_steps:
+            return
+        while not self._free_slots or not self._fits(self._cached_prefix(first), len(first.token_ids)):
+            greedy = self._shares.one_to_give_way(first, self.running)
+            if greedy is None:
+                return
+            greedy.tag = nextafter(first.tag, inf)  # behind it
+            self._preempt(greedy)
 
     def _plan_decodes(self, step: Step) -> None:
         """One token for each sequence that lacks only its newest; those that came last make room for the others."""
@@ -264,6 +265,7 @@ class Scheduler:
     def _start(self, sequence: Sequence, blocks: BlockTables) -> None:
         """Let a waiting sequence run, with the blocks of a cached prefix."""
         insort(self.running, sequence, key=place_of)
+        self._shares.serve(sequence)
         sequence.slot = self._free_slots.pop()
         self._groups.hold(blocks)
         sequence.blocks = blocks

@@ -21,6 +21,7 @@ class Sequence:
     drafts           guesses of the tokens behind token_ids, for the next step to check
     checks_drafts    a step under way does so: how many tokens it brings is only known afterwards
     rank             its place in the queue before its number: `waiting.rank_of`
+    tag, owner       whose it is, and where its owner's fair share puts it: `FairShares.tag`
     is_ready         whether it may be admitted: what it still waits for outside, such as its grammar, may take long
     grammar          what its answer must look like, compiled; for the sampler alone
     has_ended        it was answered, or is to be forgotten: what steps under way bring for it is dropped
@@ -52,6 +53,7 @@ class Sequence:
         "num_steps",
         "num_void_steps",
         "number",
+        "owner",
         "params",
         "prompt_logprobs",
         "rank",
@@ -59,6 +61,7 @@ class Sequence:
         "root",
         "scheduled_time",
         "slot",
+        "tag",
         "token_ids",
     )
 
@@ -78,6 +81,8 @@ class Sequence:
         self.checks_drafts = False
         self.is_ready = is_ready
         self.rank = 0.0
+        self.tag = 0.0
+        self.owner = request.owner
         self.grammar: object = None
         self.has_ended = False
         self.num_cached: int | None = None

@@ -22,9 +22,9 @@ def rank_of(request: AddRequest, policy: Policy, aging: float | None) -> float:
     return float(request.priority) if aging is None else request.arrival_time + aging * request.priority
 
 
-def place_of(sequence: Sequence) -> tuple[float, int]:
-    """What sequences are sorted by."""
-    return sequence.rank, sequence.number
+def place_of(sequence: Sequence) -> tuple[float, float, int]:
+    """What sequences are sorted by: rank, then fair shares, then arrival."""
+    return sequence.rank, sequence.tag, sequence.number
 
 
 class Waiting:

@@ -182,6 +182,11 @@ class GenerationRequest(OpenAIHints, ConstraintFields, NoOps):
         return self.n or 1
 
     @property
+    def user_name(self) -> str:
+        """Whose request it is, as far as --fair-by user goes by it."""
+        return self.user[:256] if isinstance(self.user, str) else ""
+
+    @property
     def stop_patterns(self) -> list[str]:
         """The regular expressions that end an answer."""
         return [self.stop_regex] if isinstance(self.stop_regex, str) else self.stop_regex or []

@@ -128,6 +128,7 @@ class Traffic(RuleBasedStateMachine):
     num_blocks = 12
     windows: Windows = (None,)
     policy: Policy = "fcfs"
+    owners: tuple[str, ...] = ("",)
 
     def __init__(self) -> None:
         super().__init__()
@@ -170,7 +171,7 @@ class Traffic(RuleBasedStateMachine):
         self.num_added += 1
         stop_ids = (STOP,) if stops else ()
         it = request(name, tokens, max_tokens=max_tokens, stop_token_ids=stop_ids, prompt_logprobs=prompt_logprobs)
-        it = structs.replace(it, priority=priority)
+        it = structs.replace(it, priority=priority, owner=self.owners[self.num_added % len(self.owners)])
         assert self.it.add(it, is_ready=is_ready) is None
         self.live[name] = it
         self.tokens[name] = []
@@ -316,7 +317,11 @@ class Traffic(RuleBasedStateMachine):
         assert all(sequence.slot == -1 and not sequence.blocks for sequence in waiting)
         for sequences in (running, waiting):
             ranked = self.policy == "priority"
-            order = [(self.live[it.request_id].priority if ranked else 0, it.number) for it in sequences]
+            shared = len(self.owners) > 1
+            order = [
+                (self.live[it.request_id].priority if ranked else 0, it.tag if shared else 0.0, it.number)
+                for it in sequences
+            ]
             assert order == sorted(order), "first come, first served, of equals"
         assert {sequence.request_id for sequence in running + waiting} == set(self.live)
 
@@ -355,6 +360,14 @@ class CachedTraffic(Traffic):
     policy = "lpm"
 
 
+class SharedTraffic(Traffic):
+    """Requests of several owners, who give way to each other."""
+
+    owners = ("a", "a", "a", "b", "c")
+
+
+TestSharedTraffic = SharedTraffic.TestCase
+TestSharedTraffic.settings = settings(stateful_step_count=60)
 TestTraffic = Traffic.TestCase
 TestTraffic.settings = settings(stateful_step_count=60)
 TestWindowTraffic = WindowTraffic.TestCase

@@ -7,10 +7,12 @@ import os
 import signal
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
 from octavo_server import PATIENCE, Server, events, num_in_flight, serving, wait_until
+from slow_cases import slow
 
 PATH = "/v1/completions"
 SHORT = {"prompt": "The", "max_tokens": 2, "temperature": 0}
@@ -47,16 +49,28 @@ def test_what_exceeds_the_queue_is_told_when_to_come_again(client: httpx.Client)
     assert 1 <= int(refused.headers["retry-after"]) <= 60
 
 
-def test_a_burst_is_served_or_refused_and_nothing_else(server: Server) -> None:
-    async def burst() -> list[httpx.Response]:
-        limits = httpx.Limits(max_connections=200)
-        async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE, limits=limits) as client:
-            return await asyncio.gather(*(client.post(PATH, json=SHORT) for _ in range(200)))
+def resident_bytes(server: Server) -> int:
+    pages = int(Path(f"/proc/{server.process.pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
+
+@pytest.mark.parametrize("count", [200, slow(5000)])
+def test_a_burst_is_served_or_refused_and_nothing_else(server: Server, count: int) -> None:
+    """Twice, and the second time takes no more memory than the first: nothing is kept of what was refused."""
+
+    async def burst() -> list[httpx.Response]:
+        limits = httpx.Limits(max_connections=400)
+        async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE, limits=limits) as client:
+            return await asyncio.gather(*(client.post(PATH, json=SHORT) for _ in range(count)))
+
+    asyncio.run(burst())
+    before = resident_bytes(server)
     answers = asyncio.run(burst())
     counts = Counter(answer.status_code for answer in answers)
     assert set(counts) == {200, 429}
     assert counts[200] >= 5
+    assert all(1 <= int(answer.headers["retry-after"]) <= 60 for answer in answers if answer.status_code == 429)
+    assert resident_bytes(server) < before + count * 1024 + (8 << 20)  # 8 MiB: an allocator's own arenas
     assert len({answer.json()["choices"][0]["text"] for answer in answers if answer.status_code == 200}) == 1
     assert all(int(answer.headers["retry-after"]) >= 1 for answer in answers if answer.status_code == 429)
 

@@ -1,0 +1,28 @@
+"""Which requests can't ever run, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from octavo.runtime.messages import AddRequest
+from octavo.runtime.scheduling.plan import SchedulerConfig
+
+
+def refusal_of(request: AddRequest, config: SchedulerConfig, most_blocks: Callable[[int], int]) -> str | None:
+    """None for a request that can. most_blocks: how many blocks so many tokens may need."""
+    num_prompt = len(request.token_ids)
+    if num_prompt == 0:
+        return "the prompt is empty: at least one token is needed"
+    if num_prompt >= config.max_model_len:
+        return (
+            f"the prompt has {num_prompt} tokens; with max_model_len {config.max_model_len} it may have "
+            f"{config.max_model_len - 1} at most, so that one can follow"
+        )
+    most = min(num_prompt + request.params.max_tokens, config.max_model_len) - 1  # the last one is never computed
+    needed = most_blocks(most)
+    if needed > config.num_blocks:
+        return (
+            f"the request may need {most} tokens of KV cache, {needed} blocks of {config.block_size}; the cache "
+            f"has {config.num_blocks} blocks: ask for fewer tokens or serve with a larger cache"
+        )
+    return None
