@@ -159,22 +159,19 @@ class UnknownBlock(Open):
         raise ValueError(f"octavo does not support blocks of type {self.type[:40]!r} here")
 
 
-_IN_RESULTS: dict[str, type[Strict]] = {
-    "text": TextBlock,
-    "document": DocumentBlock,
-    "search_result": SearchResultBlock,
-    "tool_reference": ToolReferenceBlock,
-}
+_IN_RESULTS = frozenset({"<text>", "<document>", "<search_result>", "<tool_reference>"})
+_OTHERS = {"<thinking>", "<redacted_thinking>", "<tool_use>", "<tool_result>", "<tool_addition>", "<tool_removal>"}
+_KNOWN = _IN_RESULTS | _OTHERS
 
 
 def _kind(value: object) -> str:
     kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    return f"<{kind}>" if isinstance(kind, str) and f"<{kind}>" in _TAGS else "<unknown>"
+    return f"<{kind}>" if f"<{kind}>" in _KNOWN else "<unknown>"
 
 
 def _kind_in_result(value: object) -> str:
     kind = _kind(value)
-    return kind if kind.strip("<>") in _IN_RESULTS else "<unknown>"
+    return kind if kind in _IN_RESULTS else "<unknown>"
 
 
 ResultContent = Annotated[
@@ -201,19 +198,6 @@ class ToolResultBlock(Block):
     ) = None
     is_error: Flag | None = None
 
-
-_TAGS = frozenset(
-    f"<{kind}>"
-    for kind in (
-        *_IN_RESULTS,
-        "thinking",
-        "redacted_thinking",
-        "tool_use",
-        "tool_result",
-        "tool_addition",
-        "tool_removal",
-    )
-)
 
 Content = Annotated[
     Annotated[TextBlock, Tag("<text>")]
@@ -269,12 +253,14 @@ class Message(Strict):
 
 
 def bounded_blocks(value: Any) -> Any:
-    """Refuse a conversation of too many messages and blocks, those within results counted."""
-    if isinstance(value, list):
-        contents = [message.get("content") for message in value if isinstance(message, dict)]
-        blocks = [block for content in contents if isinstance(content, list) for block in content]
-        inner = [block.get("content") for block in blocks if isinstance(block, dict)]
-        count = len(value) + len(blocks) + sum(len(each) for each in inner if isinstance(each, list))
-        if count > MAX_PARTS:
-            raise ValueError(f"{count} messages and blocks; {MAX_PARTS} is the most")
+    """Refuse a conversation of too many messages and blocks, those within results and documents counted."""
+    count = _num_blocks(value)
+    if count > MAX_PARTS:
+        raise ValueError(f"{count} messages and blocks; {MAX_PARTS} is the most")
     return value
+
+
+def _num_blocks(value: Any) -> int:
+    if isinstance(value, list):
+        return len(value) + sum(map(_num_blocks, value))
+    return _num_blocks(value.get("content")) + _num_blocks(value.get("source")) if isinstance(value, dict) else 0

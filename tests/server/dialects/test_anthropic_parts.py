@@ -437,6 +437,9 @@ def said_by_user(*content_blocks: Any) -> list[dict[str, Any]]:
     return [{"role": "user", "content": list(content_blocks)}]
 
 
+MANY = {"type": "document", "source": {"type": "content", "content": [text_block("x")] * 17_000}}
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -480,6 +483,8 @@ def said_by_user(*content_blocks: Any) -> list[dict[str, Any]]:
         ({"mcp_servers": [{"type": "url"}]}, "mcp_servers: octavo does not support this field"),
         ({"container": "x"}, "container: octavo does not support this field"),
         ({"stop_sequences": ["x"] * 33}, "stop_sequences"),
+        ({"messages": BODY["messages"] * 16_385}, "messages: 16385 messages and blocks; 16384 is the most"),
+        ({"messages": said_by_user(MANY)}, "messages: 17002 messages and blocks; 16384 is the most"),
     ],
 )
 def test_what_is_not_honored_is_refused_by_name(fields: dict[str, Any], message: str) -> None:
