@@ -91,7 +91,7 @@ def _route(path: str, method: str, route: Json, objects: Json, used: dict[str, N
     for name in options:
         schema = objects[name]
         if "at" in schema:
-            lines.append(f"The body is one of [{schema['at']}](#{_slug(schema['at'])}).\n")
+            lines.append(f"Fields are those of [{schema['at']}](#{_slug(schema['at'])}).\n")
             continue
         if len(options) == 1:  # else its fields are one of several choices
             schema["at"] = heading

@@ -265,6 +265,20 @@ def test_what_is_refused_is_named(http: httpx.Client, fields: dict[str, Any], st
     assert "response_format" not in error["message"]
 
 
+def test_queries_are_checked(mine: openai.OpenAI, http: httpx.Client) -> None:
+    name = mine.responses.create(input="Hi", max_output_tokens=1, model="tiny").id
+    for query, param in (
+        ("/input_items?limit=0", "limit"),
+        ("/input_items?order=up", "order"),
+        ("/input_items?after=msg_x", "after"),
+        ("?stream=perhaps", "stream"),
+        ("?stream=true&starting_after=x", "starting_after"),
+    ):
+        response = http.get(f"{PATH}/{name}{query}")
+        assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+    assert http.get(f"{PATH}/{name}?stream=true&starting_after=1000").content == b""
+
+
 def test_hints_are_counted(http: httpx.Client) -> None:
     body = {"input": "Hi", "max_output_tokens": 1, "tools": [{"type": "web_search"}], "client_metadata": {"a": "b"}}
     assert http.post(PATH, json=body | {"tool_choice": "auto", "text": {"verbosity": "low"}}).status_code == 200
