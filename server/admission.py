@@ -77,6 +77,16 @@ class Admission:
         self._limits = limits
         self._coming: WeakSet[Ticket] = WeakSet()  # those that nobody goes on with vanish by themselves
 
+    def check_room(self) -> None:
+        """Raise what `admit` would for a request of one answer, as far as that is known before its prompt is made."""
+        limits = self._limits
+        if limits.num_requests is not None:
+            self._check("requests", self._num_open + 1 - limits.max_num_seqs, limits.num_requests)
+
+    @property
+    def _num_open(self) -> int:
+        return self._client.num_open + sum(ticket.num_answers for ticket in self._coming)
+
     def admit(self, prompt_lengths: Sequence[int], timeout: float | None) -> Ticket:
         """Take a request of one answer for each of these prompts. Raises ApiError (429) when too many wait.
 
@@ -85,8 +95,7 @@ class Admission:
         limits = self._limits
         num_tokens = sum(prompt_lengths)
         if limits.num_requests is not None:
-            before = self._client.num_open + sum(ticket.num_answers for ticket in self._coming)
-            self._check("requests", before + len(prompt_lengths) - limits.max_num_seqs, limits.num_requests)
+            self._check("requests", self._num_open + len(prompt_lengths) - limits.max_num_seqs, limits.num_requests)
         if limits.num_tokens is not None:
             waiting = self._client.num_queued_tokens + sum(ticket.num_tokens for ticket in self._coming)
             # a prompt that is longer than the limit is taken where nothing waits: it could never be, otherwise

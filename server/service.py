@@ -69,10 +69,14 @@ class Service:
         self._long_work = ThreadPoolExecutor(1, "octavo-long")
 
     def check(self, name: str | None) -> None:
-        """Whether a request for the model of this name can be answered. Raises ApiError."""
+        """Whether a request for the model of this name can be answered. Raises ApiError.
+
+        That the queue is full is told here, before the prompt is made.
+        """
         self.check_name(name)
         if self._client.refusal is not None:
             raise ApiError(503, self._client.refusal)
+        self._admission.check_room()
 
     def check_name(self, name: str | None) -> None:
         """Whether the model of this name is served. Raises ApiError."""

@@ -73,7 +73,6 @@ def routes(service: Service) -> APIRouter:
         """Forget all cached prefixes that no running request holds."""
         if http.headers.get("sec-fetch-site") == "cross-site":  # an image of any page could ask
             raise ApiError(403, "/flush_cache is not for web pages of other origins")
-        service.check(None)
         service.forget_prefixes()
         return Response("Cache flushed.\n", media_type="text/plain")
 

@@ -7,6 +7,7 @@ import os
 import signal
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -47,6 +48,28 @@ def test_what_exceeds_the_queue_is_told_when_to_come_again(client: httpx.Client)
     assert (error["type"], error["code"]) == ("rate_limit_error", "queue_full")
     assert "--max-queued-requests" in str(error["message"])
     assert 1 <= int(refused.headers["retry-after"]) <= 60
+
+
+def test_a_full_queue_is_told_before_the_prompt_is_made() -> None:
+    """A prompt that no context holds is refused for that where there is room, and for the queue where there is none."""
+    endless = SHORT | {"prompt": "word " * 5000}
+    with (
+        serving(*FLAGS, "--engine-timeout", "300") as server,
+        server.client() as client,
+        server.client() as other,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        assert error_of(client.post(PATH, json=endless), 400)["code"] == "context_length_exceeded"
+        os.kill(server.engine_pid, signal.SIGSTOP)  # nothing begins any more
+        try:
+            waiting = pool.submit(other.post, PATH, json=SHORT | {"n": 5})
+            wait_until(lambda: client.get("/load").json()["server_load"] == 5)
+            full = client.post(PATH, json=endless)
+        finally:
+            os.kill(server.engine_pid, signal.SIGCONT)
+        assert error_of(full, 429)["code"] == "queue_full"
+        assert int(full.headers["retry-after"]) >= 1
+        assert waiting.result(PATIENCE).status_code == 200
 
 
 def resident_bytes(server: Server) -> int:
