@@ -198,6 +198,8 @@ def chat_of(request: CountTokensRequest, takes: SystemTurns, model: ServedModel)
         **_tool_fields(request),
         **_thinking_fields(request, model),
     }
+    if isinstance(request.metadata, dict):
+        fields["user"] = request.metadata.get("user_id")
     if turns[-1]["role"] == "assistant":  # the answer goes on with what it says
         fields |= {"add_generation_prompt": False, "continue_final_message": True}
     format_ = request.output_format or (request.output_config and request.output_config.format)

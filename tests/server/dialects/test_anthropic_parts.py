@@ -494,6 +494,14 @@ def test_what_is_not_honored_is_refused_by_name(fields: dict[str, Any], message:
     assert caught.value.message.startswith(message)
 
 
+@pytest.mark.parametrize(
+    ("metadata", "user"), [({"user_id": "u"}, "u"), ({"user_id": 5}, ""), ({}, ""), ("u", ""), (None, "")]
+)
+def test_whose_request_it_is(metadata: Any, user: str) -> None:
+    """--fair-by user goes by it."""
+    assert chat_of(request(metadata=metadata), BOTH, served()).user_name == user
+
+
 def test_a_count_needs_no_limit() -> None:
     body = {name: value for name, value in BODY.items() if name != "max_tokens"}
     asked = validated(json.dumps(body).encode(), COUNTED)
