@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, NamedTuple
 from octavo.runtime.messages import Vocabulary
 
 if TYPE_CHECKING:  # imported where it is used: a start must not wait for it
-    from llguidance import LLMatcher, LLTokenizer
+    from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 MAX_COMPILED = 256  # grammars that are kept; one takes some 100 KB
 MAX_GRAMMAR = 100_000  # symbols. Limits are in fuel and not in time, so that a verdict is the same on every machine
+LEXER_FUEL = 100_000  # of a grammar's first mask; llguidance's own million is seconds, in which nobody gets a token
 _MARK = "\x02"  # in front of a text whose tokenizer would put a space there
 
 
@@ -114,12 +115,19 @@ def _close(*descriptors: int) -> None:
 
 def compiled(tokenizer: LLTokenizer, text: str, tokens: Sequence[bytes]) -> Grammar:
     """Raises GrammarError."""
-    from llguidance import LLMatcher, LLParserLimits
+    from llguidance import LLMatcher
 
-    matcher = LLMatcher(tokenizer, text, log_level=0, limits=LLParserLimits(max_grammar_size=MAX_GRAMMAR))
+    matcher = LLMatcher(tokenizer, text, log_level=0, limits=parser_limits())
     if matcher.is_error():
         raise GrammarError(first_line(matcher.get_error()))
     return Grammar(matcher, tokenizer.eos_tokens, tokens)
+
+
+def parser_limits() -> LLParserLimits:
+    """How large a grammar may be, wherever one is compiled."""
+    from llguidance import LLParserLimits
+
+    return LLParserLimits(max_grammar_size=MAX_GRAMMAR, initial_lexer_fuel=LEXER_FUEL)
 
 
 def ll_tokenizer(vocabulary: Vocabulary, vocab_size: int) -> LLTokenizer:

@@ -12,16 +12,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
-from llguidance import LLMatcher, LLParserLimits, regex_to_lark
+from llguidance import LLMatcher, regex_to_lark
 from llguidance.gbnf_to_lark import gbnf_to_lark
 
-from octavo.runtime.constraint import MAX_GRAMMAR, GrammarError
+from octavo.runtime.constraint import GrammarError, parser_limits
 from octavo.server.message.patterns import PatternError, literal, rust_pattern
 from octavo.server.message.schema import MAX_BYTES, Normalizer, check_nesting, normalizer_of
 from octavo.server.message.schema_logic import Schema
 from octavo.server.message.schema_places import SchemaError
 
-LIMITS = LLParserLimits(max_grammar_size=MAX_GRAMMAR)
+LIMITS = parser_limits()
 MAX_RULES = 500  # of a client's grammar: the translation of EBNF takes the square, and llguidance a piece of the stack
 MAX_TRIED = 1 << 20  # bytes of the parts of a schema that are compiled alone, to find the one to blame
 MAX_CHOSEN = 1 << 18

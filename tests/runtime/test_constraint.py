@@ -23,7 +23,7 @@ from toy_model import VOCAB, ToyModel, logits_after, make_engine, make_request, 
 
 from octavo.kernels.attention.cache import LayerCache
 from octavo.kernels.attention.step import StepInputs
-from octavo.runtime.constraint import compiled, ll_tokenizer
+from octavo.runtime.constraint import compiled, ll_tokenizer, parser_limits
 from octavo.runtime.engine import Engine
 from octavo.runtime.following import Masks, Progress
 from octavo.runtime.messages import AddRequest, Constraint, Reasoning, TokenOutput, Triggers, Vocabulary
@@ -322,6 +322,28 @@ def test_a_grammar_that_is_none_is_refused_and_the_others_go_on() -> None:
     assert (refusal.finish_reason, refusal.is_refused) == ("error", True)
     assert "grammar" in str(refusal.error)
     assert decode(tokens_of(outputs["good"])) == "ab"
+
+
+def test_a_grammar_that_turns_out_to_be_too_complex_is_the_request_s_own_fault() -> None:
+    """It passes the check, and its first masks say so; the others go on."""
+    lark = "start: T\nT: (/a/{1000}){1000}"
+    assert LLMatcher.validate_grammar_with_warnings(LLMatcher.grammar_from_lark(lark), limits=parser_limits()) == (
+        False,
+        [],
+    )
+    bad = make_request("bad", [1], max_tokens=30, constraint=Constraint(LLMatcher.grammar_from_lark(lark)))
+    good = make_request("good", [1], max_tokens=30, constraint=one_of(["ab"]))
+    outputs = run(constrained_engine(), [bad, good])
+    refusal = outputs["bad"][-1]
+    assert (refusal.finish_reason, refusal.is_refused) == ("error", True)
+    assert "too many expressions" in str(refusal.error)
+    assert decode(tokens_of(outputs["good"])) == "ab"
+
+
+def test_nothing_that_may_be_sampled_is_the_request_s_own_fault() -> None:
+    impossible = make_request("a", [1], allowed_token_ids=(END,), constraint=one_of(["ab"]))
+    refusal = run(constrained_engine(), [impossible])["a"][-1]
+    assert (refusal.finish_reason, refusal.is_refused) == ("error", True)
 
 
 def test_without_a_vocabulary_a_grammar_is_refused() -> None:
