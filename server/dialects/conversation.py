@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, StringConstraints, Tag, model_validator
 
+from octavo.server.dialects.custom_input import wrapped
 from octavo.server.dialects.fields import Flag, Open, Strict, Text, TextOption, text_or_list
 from octavo.server.errors import ApiError, bad_request, field_error
 from octavo.server.message.probe import History
@@ -83,6 +84,16 @@ class ToolCall(Open):
     id: Text | None = None
     type: Literal["function"] = "function"
     function: FunctionCall
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_custom(cls, value: Any) -> Any:
+        """A call with text is one of a function of one string."""
+        custom = value.get("custom") if isinstance(value, dict) and value.get("type") == "custom" else None
+        if not isinstance(custom, dict) or not isinstance(custom.get("input"), str):
+            return value
+        function = {"name": custom.get("name"), "arguments": wrapped(custom["input"])}
+        return {**{key: value[key] for key in value if key != "custom"}, "type": "function", "function": function}
 
 
 class ChatMessage(Open):

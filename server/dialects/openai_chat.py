@@ -7,10 +7,11 @@ from fastapi.responses import Response
 
 from octavo.server.dialects.chat_request import ChatCompletionRequest, begin
 from octavo.server.dialects.conversation import text_of_message
+from octavo.server.dialects.custom_input import InputText
 from octavo.server.dialects.logprobs import chat_logprobs
 from octavo.server.dialects.openai import Json, OpenAIAnswer, about_prompt, head, names_ids, request_id_of
 from octavo.server.dialects.thinking import ShownReasoning
-from octavo.server.dialects.tools import finish_reason_of, message_fields, part_fields
+from octavo.server.dialects.tools import custom_fields, finish_reason_of, message_fields, part_fields
 from octavo.server.errors import RESPONSES
 from octavo.server.generation import Choice, Delta, usage_of
 from octavo.server.message.parts import Part
@@ -39,6 +40,7 @@ class ChatAnswer(OpenAIAnswer):
         super().__init__(request, choices, model)
         self._asked = request
         self._num_calls = [0] * len(choices)
+        self._inputs: list[InputText | None] = [None] * len(choices)
         self._reasoning = [ShownReasoning(request) for _ in choices]
         self._model = model
         kind = "chat.completion.chunk" if request.stream else "chat.completion"
@@ -60,7 +62,7 @@ class ChatAnswer(OpenAIAnswer):
             chunks.append(self.frame([choice]) | self._about_prompt(delta))
         shown = self._reasoning[delta.index].shown(delta.parts, is_last=delta.finish_reason is not None)
         *earlier, last = [self._said(part, delta.index) for part in shown if part.kind != "call_end"] or [{}]
-        for fields in earlier:
+        for fields in filter(None, earlier):
             choice = {"index": delta.index, "delta": fields, "logprobs": None, "finish_reason": None}
             chunks.append(self.frame([choice]))
         if last or delta.logprobs or delta.finish_reason is not None or self.request.return_token_ids:
@@ -68,7 +70,12 @@ class ChatAnswer(OpenAIAnswer):
         return chunks
 
     def _said(self, part: Part, index: int) -> Json:
-        self._num_calls[index] += part.kind == "call"
+        if part.kind == "call":
+            self._num_calls[index] += 1
+            self._inputs[index] = InputText() if part.text in self._asked.customs else None
+        text = self._inputs[index]
+        if text is not None and part.kind in ("call", "arguments"):
+            return custom_fields(part, self._num_calls[index] - 1, text)
         return part_fields(part, self._num_calls[index] - 1, self._asked)
 
     def frame(self, choices: list[Json]) -> Json:

@@ -10,7 +10,7 @@ from fastapi.responses import Response
 from pydantic import BaseModel
 
 from octavo.server.dialects.fields import Strict, Text
-from octavo.server.dialects.tools import Tools
+from octavo.server.dialects.tools import Tools, as_functions
 from octavo.server.encoding import JsonResponse, encode_json
 from octavo.server.errors import RESPONSES, bad_request
 from octavo.server.message.parse import Formats, Machine
@@ -68,7 +68,7 @@ def routes(service: Service) -> APIRouter:
     async def parse_function_call(body: ParseRequest, http: Request) -> Response:
         """The tool calls in a text."""
         form = _named("tool_call_parser", body.tool_call_parser, TOOL_PRESETS, found.tools)
-        schemas = {tool.function.name: tool.function.parameters or {} for tool in body.tools or ()}
+        schemas = {tool.function.name: tool.function.parameters or {} for tool in as_functions(body.tools or ())}
         machine = Machine(Formats(form, None), tools=schemas)
         parts = await service.off_loop(http, lambda: _read(machine, body.text))
         calls = [

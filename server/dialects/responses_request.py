@@ -15,7 +15,7 @@ from octavo.server.dialects.fields import Count, Flag, GenerationRequest, Open, 
 from octavo.server.dialects.responses_items import InputItems, Name, flat_name
 from octavo.server.dialects.thinking import NoReasoning
 from octavo.server.dialects.tools import MAX_TOOLS, FunctionName
-from octavo.server.errors import bad_request, field_error
+from octavo.server.errors import field_error
 from octavo.server.hints import ResponsesHints
 
 Json = dict[str, Any]
@@ -345,17 +345,15 @@ def _tool_fields(body: InputFields) -> Json:
 
 
 def _chat_tool(tool: FunctionParam | CustomParam, space: str | None) -> Json:
-    """A custom tool becomes a function of one string. Raises ApiError for a grammar that can't be enforced there."""
+    """A custom tool becomes a function of one string, except where a Lark grammar says what it may be."""
     fields: Json = {"name": flat_name(tool.name, space), "description": tool.description}
     if isinstance(tool, FunctionParam):
         fields |= {"parameters": tool.parameters, "strict": tool.strict}
     elif isinstance(tool.format, GrammarInput):
         if tool.format.syntax == "lark":
-            raise bad_request(
-                f"tools: {fields['name']!r} has a lark grammar, which can't be enforced for a custom tool yet; a regex "
-                "can be",
-                "tools",
-            )
+            grammar = {"syntax": "lark", "definition": tool.format.definition}
+            custom = {**fields, "format": {"type": "grammar", "grammar": grammar}}
+            return {"type": "custom", "custom": {name: value for name, value in custom.items() if value is not None}}
         fields |= {"parameters": input_schema(tool.format.definition), "strict": True}
     else:
         fields["parameters"] = input_schema(None)

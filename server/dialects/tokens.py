@@ -11,7 +11,7 @@ from pydantic import BaseModel, Discriminator, Field, Tag
 
 from octavo.server.dialects.conversation import ChatOptions, chat_token_ids, render_request, rendered
 from octavo.server.dialects.fields import MAX_TOKENS_SENT, Flag, Strict, Text, TokenId
-from octavo.server.dialects.tools import Tools, templated
+from octavo.server.dialects.tools import Tools, as_functions, templated
 from octavo.server.encoding import JsonResponse, encode_json
 from octavo.server.errors import RESPONSES
 from octavo.server.prompts import encode, in_vocabulary
@@ -80,7 +80,7 @@ def routes(service: Service) -> APIRouter:
         service.check_name(body.model)
         text = None
         if isinstance(body, TokenizeChatRequest):
-            tools = templated(body.tools or [], model)
+            tools = templated(as_functions(body.tools or []), model)
             asked = await service.off_loop(http, partial(render_request, body, model, None, tools))
             text = await rendered(asked, model)
         return JsonResponse(await service.off_loop(http, lambda: _tokenized(body, text, model)))

@@ -9,12 +9,14 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Field, StringConstraints, Tag, model_validator
 
 from octavo.server.dialects.conversation import ChatMessage, bounded_json
+from octavo.server.dialects.custom_input import InputText, input_schema
 from octavo.server.dialects.fields import Flag, Open, Strict, Text
 from octavo.server.dialects.thinking import ThinkingOptions, reasoning_tokens
 from octavo.server.errors import bad_request, field_error
 from octavo.server.generation import Reading
 from octavo.server.message.call_constraint import StrictLevel, WantedCalls, WantedTool
-from octavo.server.message.parts import Part, calls_of, reasoning_of, text_of
+from octavo.server.message.grammars import MAX_TEXT
+from octavo.server.message.parts import Call, Part, calls_of, reasoning_of, text_of
 from octavo.server.served_model import ServedModel
 
 MAX_TOOLS = 512
@@ -39,6 +41,61 @@ class Tool(Strict):
     function: FunctionTool
 
 
+class InputGrammar(Strict):
+    """What a custom tool's input must look like."""
+
+    syntax: Literal["lark", "regex"]
+    definition: Annotated[str, StringConstraints(strict=True, min_length=1, max_length=MAX_TEXT)]
+
+
+class InputFormat(Strict):
+    """A custom tool's input: any text, or what a grammar describes."""
+
+    type: Literal["text", "grammar"]
+    grammar: InputGrammar | None = None
+
+    @model_validator(mode="after")
+    def _check_type(self) -> InputFormat:
+        if (self.type == "grammar") != (self.grammar is not None):
+            raise ValueError('grammar goes with type "grammar", and must be there')
+        return self
+
+
+class CustomSpec(Open):
+    """A tool that is called with text."""
+
+    name: FunctionName
+    description: Text | None = None
+    format: InputFormat | None = None
+
+    @property
+    def lark(self) -> str:
+        """The Lark grammar of its input, if it has one."""
+        grammar = self.format.grammar if self.format is not None else None
+        return grammar.definition if grammar is not None and grammar.syntax == "lark" else ""
+
+
+class CustomTool(Strict):
+    """One tool of a request that is called with text."""
+
+    type: Literal["custom"]
+    custom: CustomSpec
+
+    def as_function(self) -> FunctionTool:
+        """The function of one string that stands for it in the prompt. Its grammar is shown, if it has one."""
+        grammar = self.custom.format.grammar if self.custom.format is not None else None
+        pattern = grammar.definition if grammar is not None and grammar.syntax == "regex" else None
+        told = [self.custom.description or ""]
+        if grammar is not None:
+            told.append(f"The input must match this {grammar.syntax} grammar:\n{grammar.definition}")
+        return FunctionTool(
+            name=self.custom.name,
+            description="\n\n".join(text for text in told if text) or None,
+            parameters=input_schema(pattern),
+            strict=True,
+        )
+
+
 class ToolName(Open):
     """A function by its name."""
 
@@ -48,8 +105,22 @@ class ToolName(Open):
 class NamedChoice(Strict):
     """The tool that must be called."""
 
-    type: Literal["function"]
-    function: ToolName
+    type: Literal["function", "custom"]
+    function: ToolName | None = None
+    custom: ToolName | None = None
+
+    @model_validator(mode="after")
+    def _check_type(self) -> NamedChoice:
+        if getattr(self, self.type) is None or None not in (self.function, self.custom):
+            raise ValueError(f"needs {self.type}, with the tool's name, and nothing else")
+        return self
+
+    @property
+    def name(self) -> str:
+        """The tool's name."""
+        named = self.function or self.custom
+        assert named is not None
+        return named.name
 
 
 class AllowedTools(Strict):
@@ -78,7 +149,10 @@ ToolChoice = Annotated[
     | Annotated[AllowedChoice, Tag("<allowed>")],
     Discriminator(_kind_of_choice),
 ]
-Tools = Annotated[list[Tool], Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True), BeforeValidator(bounded_json)]
+AnyTool = Annotated[Tool | CustomTool, Field(discriminator="type")]
+Tools = Annotated[
+    list[AnyTool], Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True), BeforeValidator(bounded_json)
+]
 Functions = Annotated[
     list[FunctionTool], Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True), BeforeValidator(bounded_json)
 ]
@@ -114,10 +188,15 @@ class ToolOptions(ThinkingOptions):
 
     @property
     def all_tools(self) -> list[Tool]:
-        """The tools under either name."""
+        """The tools under either name, as functions."""
         if self.functions is not None:
             return [Tool(type="function", function=function) for function in self.functions]
-        return list(self.tools or ())
+        return as_functions(self.tools or ())
+
+    @property
+    def customs(self) -> dict[str, str]:
+        """The names of tools that are called with text, and the Lark grammars of those that have one."""
+        return {tool.custom.name: tool.custom.lark for tool in self.tools or () if isinstance(tool, CustomTool)}
 
     @property
     def _chosen_names(self) -> list[str] | None:
@@ -125,11 +204,11 @@ class ToolOptions(ThinkingOptions):
         choice = self.tool_choice if self.functions is None else self.function_call
         match choice:
             case NamedChoice():
-                return [choice.function.name]
+                return [choice.name]
             case ToolName():
                 return [choice.name]
             case AllowedChoice():
-                return [tool.function.name for tool in choice.allowed_tools.tools]
+                return [tool.name for tool in choice.allowed_tools.tools]
         return None
 
     @property
@@ -154,16 +233,29 @@ class ToolOptions(ThinkingOptions):
     def wanted_calls(self, level: StrictLevel, *, is_open: bool) -> WantedCalls:
         """The calls that the answer may make, or must."""
         chosen = self._chosen_names
-        field = "tools.{}.function.parameters" if self.functions is None else "functions.{}.parameters"
-        tools = [
-            WantedTool(it.function.name, it.function.parameters, field.format(number), it.function.strict or False)
-            for number, it in enumerate(self.callable_tools)
-            if chosen is None or it.function.name in chosen
-        ]
+        customs = self.customs
+        tools = []
+        for number, tool in enumerate(self.callable_tools):
+            spec = tool.function
+            place = f"tools.{number}.function.parameters"
+            if self.functions is not None:
+                place = f"functions.{number}.parameters"
+            elif spec.name in customs:
+                place = f"tools.{number}.custom.format"
+            if chosen is None or spec.name in chosen:
+                lark = customs.get(spec.name, "")
+                tools.append(WantedTool(spec.name, spec.parameters, place, spec.strict or False, lark))
         is_restricted = chosen is not None and len(tools) < len(self.callable_tools)
         several = self.parallel_tool_calls is not False and not self.is_named and self.functions is None
         mode: Literal["auto", "required"] = "required" if self.must_call else "auto"
         return WantedCalls(tools, mode, several, is_open, "function" if is_restricted and level == "auto" else level)
+
+
+def as_functions(tools: Sequence[AnyTool]) -> list[Tool]:
+    """The tools as the chat template knows them."""
+    return [
+        Tool(type="function", function=tool.as_function()) if isinstance(tool, CustomTool) else tool for tool in tools
+    ]
 
 
 def shown_tools(options: ToolOptions, model: ServedModel) -> list[Json] | None:
@@ -230,11 +322,25 @@ def message_fields(parts: Sequence[Part], echo: str, options: ToolOptions | None
     if calls and options is not None and options.functions is not None:
         fields["function_call"] = {"name": calls[0].name, "arguments": calls[0].arguments}
     elif calls:
-        fields["tool_calls"] = [
-            {"id": call.call_id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-            for call in calls
-        ]
+        customs = {} if options is None else options.customs
+        fields["tool_calls"] = [_call_fields(call, is_custom=call.name in customs) for call in calls]
     return fields
+
+
+def _call_fields(call: Call, *, is_custom: bool) -> Json:
+    if is_custom:
+        custom = {"name": call.name, "input": InputText().take(call.arguments)}
+        return {"id": call.call_id, "type": "custom", "custom": custom}
+    return {"id": call.call_id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def custom_fields(part: Part, index: int, text: InputText) -> Json:
+    """The delta that says a part of a call with text, whose input so far is in `text`; empty where there is no more."""
+    if part.kind == "call":
+        custom = {"name": part.text, "input": ""}
+        return {"tool_calls": [{"index": index, "id": part.call_id, "type": "custom", "custom": custom}]}
+    said = text.take(part.text)
+    return {"tool_calls": [{"index": index, "custom": {"input": said}}]} if said else {}
 
 
 def part_fields(part: Part, index: int, options: ToolOptions | None = None) -> Json:

@@ -14,11 +14,13 @@ import msgspec
 
 from octavo.runtime.constraint import GrammarError
 from octavo.server.message.format import ToolFormat
+from octavo.server.message.input_grammar import InputGrammar
 from octavo.server.message.lark_rules import Rules, either, quoted, without
 from octavo.server.message.xml_parameters import is_plain, raw_terms
 
 KNOWN = {"type", "properties", "required", "additionalProperties", "$defs", "x-guidance"}
 KEY = "/[A-Za-z_][A-Za-z0-9_.-]{0,63}/"  # of a parameter that no schema lists
+INPUT = "input"  # the argument of a custom tool
 Verbatim = Callable[[str], list[str]]
 
 
@@ -30,11 +32,15 @@ class Arguments:
     schema: Mapping[str, Any]
 
 
-def arguments_of(form: ToolFormat, schema: dict[str, Any], rules: Rules, verbatim: Verbatim) -> Arguments:
+def arguments_of(
+    form: ToolFormat, schema: dict[str, Any], rules: Rules, verbatim: Verbatim, lark: str = ""
+) -> Arguments:
     """The arguments that a schema allows, which `inner_schema` has made. Raises GrammarError.
 
-    verbatim gives the pieces of a text of the format.
+    verbatim gives the pieces of a text of the format. lark: a grammar of the only argument, `input`, which is text.
     """
+    if lark:
+        return _Params(form, rules, verbatim, {}).input_of(lark)
     if form.kind not in ("params", "pythonic"):
         return Arguments(rules(json_rule(schema)), schema)
     properties, required, is_open = _listed(schema)
@@ -80,6 +86,22 @@ class _Params:
         self._beside = beside
         self._tail = form.value_end[: len(form.value_end) - len(form.value_end.lstrip())]
         self._end = form.value_end.strip()
+
+    def input_of(self, lark: str) -> Arguments:
+        """The argument of a custom tool, by its grammar."""
+        form = self._form
+        rules = self._rules
+        is_raw = form.kind == "params" or (form.kind == "pythonic" and bool(form.string_quote))
+        grammar = InputGrammar(lark, f"I{len(rules.lines)}", in_json=not is_raw)
+        rules.lines += grammar.lines
+        if is_raw:
+            text = f"{rules.space} {self._head(INPUT, is_string=True)} {self._raw([grammar.start])}"
+            return Arguments(text, {"properties": {INPUT: {"type": "string"}}})
+        value = rules(f'"\\"" {grammar.start} "\\""', terminal=True)
+        if form.kind == "pythonic":
+            return Arguments(f"{self._head(INPUT, is_string=False)} {value}", {"properties": {INPUT: {}}})
+        pieces = [quoted("{"), quoted(f'"{INPUT}"'), quoted(":"), value, quoted("}")]
+        return Arguments(f" {rules.space} ".join(pieces), {})
 
     def parameter(self, name: str, part: Any) -> Arguments:
         """One parameter with its name."""

@@ -27,12 +27,13 @@ CONTENT = "content"  # the name of the grammar of an answer without calls
 
 
 class WantedTool(msgspec.Struct, frozen=True):
-    """A tool as the request has it. place: where it stands there."""
+    """A tool as the request has it. place: where it stands there. lark: a grammar of its only argument, `input`."""
 
     name: str
     parameters: dict[str, Any] | None
     place: str
     is_strict: bool = False
+    lark: str = ""
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def _grammar(
     content: str,
 ) -> CallGrammar:
     found = msgspec.json.decode(tools, type=list[WantedTool])
-    called = [Callable(tool.name, _schema(tool, level), tool.place) for tool in found]
+    called = [Callable(tool.name, _schema(tool, level), tool.place, tool.lark) for tool in found]
     content_grammars = _named(msgspec.json.decode(content)["grammars"]) if content else []
     return call_grammar(form, dict(marks), called, mode, several=several, is_open=is_open, content=content_grammars)
 

@@ -35,12 +35,13 @@ _HEX_ID = "/[A-Za-z0-9_-]{1,64}/"
 class Callable:
     """A tool as a call of it is constrained. schema: what inner_schema makes of that of its arguments.
 
-    place: where the tool stands in the request.
+    place: where the tool stands in the request. lark: a grammar of its only argument.
     """
 
     name: str
     schema: dict[str, Any]
     place: str = ""
+    lark: str = ""
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class _Writer:
         self._arguments: list[tuple[str, Arguments]] = []
         for tool in tools:
             try:
-                arguments = arguments_of(form, tool.schema, self.rules, self._verbatim)
+                arguments = arguments_of(form, tool.schema, self.rules, self._verbatim, tool.lark)
             except GrammarError as error:
                 raise GrammarError(f"{tool.place}: {error}") from None
             self._arguments.append((tool.name, arguments))

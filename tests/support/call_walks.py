@@ -15,7 +15,7 @@ from octavo.server.message.grammars import LIMITS
 
 END = 256
 FIRST_SPECIAL = 257
-CLOSING = frozenset(b'"}],:<>/')
+CLOSING = b'"}],:<>/'
 
 CALL_SCHEMAS: dict[str, dict[str, Any]] = {
     "get_weather": {
@@ -89,8 +89,13 @@ class Walker:
         of_mark = {mark: token_id for token_id, mark in self._marks.items()}
         return [token_id for c in text for token_id in ([of_mark[c]] if c in of_mark else c.encode())]
 
-    def walk(self, constraint: Constraint, seed: int, begun: str = "", limit: int = 1500) -> str | None:
-        """A random answer from `begun` on, free where the grammar sleeps: there it ends. None: it gets too long."""
+    def walk(
+        self, constraint: Constraint, seed: int, begun: str = "", limit: int = 1500, likely: bytes = CLOSING
+    ) -> str | None:
+        """A random answer from `begun` on, free where the grammar sleeps: there it ends. None: it gets too long.
+
+        likely: characters of which one is taken rather than others.
+        """
         choose = random.Random(seed)
         progress = self.start(constraint, begun)
         answer = self.ids(begun)
@@ -100,7 +105,7 @@ class Walker:
             assert allowed, f"nothing is allowed behind {self.text(answer)!r}"
             if END in allowed and (len(allowed) == 1 or choose.random() < 0.5):
                 return self.text(answer)
-            good = [t for t in allowed if t in CLOSING or t > END]
+            good = [t for t in allowed if t > END or (t < 256 and t in likely)]
             token = choose.choice(good if good and choose.random() < 0.6 else [t for t in allowed if t != END])
             progress.accept(token)
             assert not progress.error, (progress.error, self.text(answer))

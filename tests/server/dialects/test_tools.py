@@ -114,7 +114,8 @@ def test_the_prompt_shows_tools_and_past_calls_as_objects() -> None:
     [
         ({"tools": []}, "tools"),
         ({"tools": [*TOOLS, TOOLS[0]]}, "'get_weather' stands there twice"),
-        ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "custom"),
+        ({"tools": [{"type": "custom", "custom": {"name": "f", "format": {"type": "grammar"}}}]}, "grammar"),
+        ({"tool_choice": {"type": "custom", "function": {"name": "get_time"}}}, "needs custom"),
         ({"tools": [{"type": "function", "function": {"name": "two words"}}]}, "name"),
         ({"tool_choice": "any"}, "'none', 'auto' or 'required'"),
         ({"tool_choice": "required", "tools": None}, "'required' needs tools"),
