@@ -1,6 +1,7 @@
 # make demo   a real model: quantize, serve, stream an answer
 # make test   the whole test suite, as CI runs it
 # make check  style and types
+# make clients  real clients and coding agents against a server: installs them in .clients, with npm and uv, and runs them
 # make gpu    on a machine with a GPU, in PYTHON's own environment: tests, tables of kernels and steps
 # make install  the environment .venv, which all of the above use
 
@@ -9,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo test gpu check clean
+.PHONY: install demo test clients gpu check clean
 
 install: $(INSTALLED)
 
@@ -29,6 +30,17 @@ check: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# aider pins versions of what the libraries need, so it has an environment of its own.
+clients: $(INSTALLED)
+	$(PYTHON) -m venv .clients/libraries
+	.clients/libraries/bin/python -m pip install --quiet uv
+	.clients/libraries/bin/uv pip install --quiet --python .clients/libraries/bin/python -r tests/clients/requirements.txt
+	$(PYTHON) -m venv .clients/aider
+	.clients/libraries/bin/uv pip install --quiet --python .clients/aider/bin/python aider-chat
+	cp tests/clients/package.json .clients/
+	npm install --prefix .clients --no-audit --no-fund --silent
+	$(BIN)/python -m pytest -m slow tests/clients
 
 # Each goes on where the one before has failed; tables come to benchmarks/results.
 gpu: export PYTHONPATH := src
