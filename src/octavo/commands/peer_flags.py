@@ -97,6 +97,7 @@ TABLE: tuple[PeerFlag, ...] = (
     _moot("--use-tqdm-on-load", "how long each phase of the start took is printed at its end"),
     _moot("--disable-custom-all-reduce", "one device has nothing to reduce"),
     _moot("--schedule-low-priority-values-first", "lower values of `priority` always go first"),
+    _moot("--exclude-tools-when-tool-choice-none", "a model is never shown tools that it may not call"),
     _moot("--cohere-is-reasoning-model", "/cohere is not served, which it is about"),
     _moot("--swa-bounded-replay", "a layer with a window always computes what it needs of a cached prefix"),
     # values that ask for nothing
@@ -130,7 +131,6 @@ TABLE: tuple[PeerFlag, ...] = (
     _moot_at("--response-role", "assistant", "answers are an assistant's: leave it out"),
     _moot_at("--chat-template-content-format", "auto",
              "whether a template takes parts or text is read from it: leave it out, or give --chat-template"),
-    _moot_at("--tool-strict-level", "auto", "leave it out: what a call may look like is the tool's schema"),
     _moot_at("--preemption-mode", "recompute", "a sequence that gives way is computed again: leave it out"),
     _moot_at("--performance-mode", "balanced", NO_KNOB),
     _moot_at("--schedule-conservativeness", "1 1.0", NO_KNOB),
@@ -200,7 +200,6 @@ TABLE: tuple[PeerFlag, ...] = (
              "--middleware --sidecar --sidecar-args", "code of others is not loaded into the server: leave it out"),
     _refused("--watchdog-timeout --soft-watchdog-timeout", "--engine-timeout says when a frozen engine is given up"),
     _refused("--allow-auto-truncate", "a request cuts its prompt itself: truncate_prompt_tokens"),
-    _refused("--reasoning-config", "leave it out: where reasoning begins and ends is read from the chat template"),
     _refused("--enable-deterministic-inference --rl-on-policy-target",
              "a seed gives the same answer on the same server; batch-invariant kernels are not supported yet"),
     _refused("--disable-hybrid-kv-cache-manager --disable-hybrid-swa-memory --disable-chunked-mm-input "
@@ -243,7 +242,7 @@ TABLE: tuple[PeerFlag, ...] = (
     _refused("--enable-watermark --watermark-config", "answers are not watermarked: leave it out"),
     _refused("--tool-server", "the server calls no tools itself: clients answer the calls"),
     _refused("--enable-strict-thinking --anthropic-disabled-thinking-effort --cohere-format --hf-chat-template-name "
-             "--completion-template --default-chat-template-kwargs --exclude-tools-when-tool-choice-none",
+             "--completion-template --default-chat-template-kwargs",
              "--chat-template FILE and a request's chat_template_kwargs say how a conversation is written"),
     _refused("--constrained-json-*",
              "--structured-outputs-config '{\"disable_any_whitespace\": true}', or whitespace_pattern in a request"),

@@ -89,8 +89,8 @@ def test_the_side_that_is_cut(client: httpx.Client, oracle: Oracle, side: str | 
     ids = oracle.ids(text)
     choice = only(client, prompt=text, truncate_prompt_tokens=5, truncation_side=side, max_tokens=1)
     assert choice["prompt_token_ids"] == ids[kept]
-    most = only(client, prompt=[7] * 100 + [8] * 600, truncate_prompt_tokens=-1, truncation_side=side, max_tokens=2)
-    assert (7 in most["prompt_token_ids"]) is (side == "right")
+    most = only(client, prompt=[17] * 100 + [18] * 600, truncate_prompt_tokens=-1, truncation_side=side, max_tokens=2)
+    assert (17 in most["prompt_token_ids"]) is (side == "right")
     assert len(most["prompt_token_ids"]) == 510
 
 
