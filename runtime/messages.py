@@ -252,7 +252,7 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     num_preemptions: int
     prefix_cache_queries: int  # tokens
     prefix_cache_hits: int  # tokens
-    step_tokens: int  # tokens in the last step
+    step_tokens: int  # of the step that is over with this message; 0 where none is
     num_deferred: int = 0  # of those that wait: they would not be admitted if there were room
 
 

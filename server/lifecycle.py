@@ -215,7 +215,7 @@ class StepLog:
         self._metrics.step(step)
         generated = sum(len(output.token_ids) for output in step.outputs)
         self._num_generated += generated
-        self._num_prompt += max(0, step.stats.step_tokens - generated) if step.outputs else 0
+        self._num_prompt += max(0, step.stats.step_tokens - generated)
         self._last = step
 
     async def tick_forever(self) -> None:

@@ -169,7 +169,7 @@ class Metrics:
         gauges["kv_cache_usage_perc"].set(stats.kv_cache_usage)
         for name in ("num_preemptions", "prefix_cache_queries", "prefix_cache_hits"):
             counters[name].inc(getattr(stats, name) - (getattr(before, name) if before is not None else 0))
-        if step.outputs:
+        if stats.step_tokens:
             self._histograms["iteration_tokens_total"].observe(stats.step_tokens)
         self._totals = stats
 

@@ -119,6 +119,7 @@ class Scheduler:
 
         Empty only where all that there is to do waits for the results of steps under way.
         """
+        self._step_tokens = 0  # until a step is committed
         step = Step(self.config.max_num_batched_tokens, self.config.max_prompt_logits)
         self._make_way()
         self._plan_decodes(step)

@@ -55,6 +55,18 @@ def run(it: Scheduler) -> dict[str, list[int]]:
     return tokens
 
 
+def test_each_step_s_tokens_are_told_once_be_there_outputs_or_none() -> None:
+    it = scheduler(max_num_batched_tokens=8)
+    it.add(request("a", list(range(20)), max_tokens=2))
+    told = []
+    while it.has_work:
+        step(it)
+        told.append(it.stats().step_tokens)
+    assert told == [8, 8, 4, 1]
+    it.plan()  # nothing is left to do
+    assert it.stats().step_tokens == 0
+
+
 class Device:
     """Computes plans as ranks and driver do, from plans alone: what it reads are the tokens that steps have written.
 
