@@ -74,7 +74,7 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
     logprobs: None, or how many of the most likely tokens to report beside the sampled one (0: only that one).
     logprob_token_ids: tokens to report in place of the most likely ones.
     prompt_logprobs: the same for each prompt token. allowed_token_ids: nothing else may be sampled.
-    bad_words: sequences of tokens that the answer may not contain.
+    forbidden: sequences of tokens that the answer may not contain (bad_words).
     constraint: what the answer must look like. It ends with "stop" where its grammar allows nothing more.
     """
 
@@ -94,7 +94,7 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     constraint: Constraint | None = None
-    bad_words: tuple[tuple[int, ...], ...] = ()
+    forbidden: tuple[tuple[int, ...], ...] = ()
     logprob_token_ids: tuple[int, ...] = ()
     repetition: RepetitionDetection | None = None
 
@@ -110,7 +110,7 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
             or bool(self.logit_bias)
             or self.allowed_token_ids is not None
             or self.constraint is not None
-            or bool(self.bad_words)
+            or bool(self.forbidden)
             or (self.min_tokens > 0 and bool(self.stop_token_ids))
         )
 
@@ -121,7 +121,7 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
             self.constraint is not None
             and self.logprobs is None
             and self.allowed_token_ids is None
-            and not self.bad_words
+            and not self.forbidden
         )
 
 

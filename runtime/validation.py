@@ -44,13 +44,13 @@ def _problems(params: SamplingParams, vocab_size: int) -> Iterator[str]:
         yield "allowed_token_ids is empty: no token could be sampled"
     if params.repetition is not None and params.repetition.min_count < 2:
         yield f"repetition: min_count {params.repetition.min_count} is not 2 or more"
-    if not all(params.bad_words):
+    if not all(params.forbidden):
         yield "bad_words has an empty sequence of tokens"
     named = [
         ("logit_bias", tuple(params.logit_bias)),
         ("allowed_token_ids", params.allowed_token_ids or ()),
         ("logprob_token_ids", params.logprob_token_ids),
-        ("bad_words", tuple(token for word in params.bad_words for token in word)),
+        ("bad_words", tuple(token for word in params.forbidden for token in word)),
     ]
     for name, tokens in named:
         outside = _first_outside(tokens, vocab_size)

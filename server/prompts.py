@@ -146,7 +146,7 @@ def sampling_params(
         logprobs=0 if named else wanted.logprobs,
         prompt_logprobs=wanted.prompt_logprobs,
         constraint=constraint,
-        bad_words=_bad_words(request, model),
+        forbidden=_bad_words(request, model),
         logprob_token_ids=named,
         repetition=_repetition(request),
     )

@@ -40,14 +40,14 @@ class LogitChanges:
         self.allowed: Tensor | None = None
         if params.allowed_token_ids is not None:
             self.allowed = torch.tensor(params.allowed_token_ids, device=device)
-        never = {word[0]: float("-inf") for word in params.bad_words if len(word) == 1}
+        never = {word[0]: float("-inf") for word in params.forbidden if len(word) == 1}
         self.biases = _arrays(params.logit_bias | never)
         self.early_biases = self.biases
         if params.min_tokens:
             stops = {token: float("-inf") for token in params.stop_token_ids if token < vocab}
             self.early_biases = _arrays(params.logit_bias | never | stops)
         self.last_of: dict[tuple[int, ...], list[int]] = {}
-        for word in params.bad_words:
+        for word in params.forbidden:
             if len(word) > 1:
                 self.last_of.setdefault(word[:-1], []).append(word[-1])
         self._lengths = {len(before) for before in self.last_of}
@@ -77,7 +77,7 @@ class ChangesCache:
 
     def get(self, params: SamplingParams, vocab: int) -> LogitChanges:
         """They hold on to the parameters, so that an id here is never another object's."""
-        named = (params.logit_bias, params.allowed_token_ids, params.stop_token_ids, params.bad_words)
+        named = (params.logit_bias, params.allowed_token_ids, params.stop_token_ids, params.forbidden)
         key = (*map(id, named), params.min_tokens)
         changes = self._found.get(key)
         if changes is None:
