@@ -13,7 +13,7 @@ from typing import Any
 
 from octavo.server.message.format import Strictness, ToolFormat, is_call_id, literals, new_call_id
 from octavo.server.message.scan import CutError, MalformedError, Scanner, Stops, escaped, stops_for
-from octavo.server.message.values import as_json, json_string, literal, raw_json, types_of, without_surrogates
+from octavo.server.message.values import as_json, is_json, json_string, literal, raw_json, types_of, without_surrogates
 
 Reading = Generator[None, None, None]
 
@@ -159,10 +159,15 @@ class CallReader:
             yield from scan.until(ends, "text")
             return
         self._open(name)
-        before = len(scan.parts)
-        stop = yield from scan.until(ends, "arguments", trim=True)
-        if len(scan.parts) == before and not stop:
-            return
+        scan.told = []
+        try:
+            yield from scan.until(ends, "arguments", trim=True)
+        except CutError:  # the token that ends the answer says nothing: whole arguments tell that it came
+            if is_json("".join(scan.told)):
+                self._close()
+            raise
+        finally:
+            scan.told = None
         self._close()
 
     def _guarded(self, reading: Reading) -> Reading:

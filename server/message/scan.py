@@ -66,6 +66,7 @@ class Scanner:
         self.ended = False
         self.parts: list[Part] = []
         self.is_thinking = False
+        self.told: list[str] | None = None  # the arguments that were said, while somebody asks
         self.trimmed = ""  # the whitespace that `until` left out last
         self._marks = {ord(mark): text for mark, text in (marks or {}).items()}
         self._record: str | None = None
@@ -76,6 +77,8 @@ class Scanner:
             text = text.translate(self._marks)
         if not text and kind not in ("call", "call_end"):
             return
+        if self.told is not None and kind == "arguments":
+            self.told.append(text)
         last = self.parts[-1] if self.parts else None
         if last is not None and last.kind == kind and kind not in ("call", "call_end"):
             last.text += text

@@ -137,7 +137,7 @@ def literal(scan: Scanner, say: Say, quote: str) -> Generator[None, None, None]:
         say('"')
         return
     word = yield from _word(scan)
-    say(_WORDS.get(word) or (word if _is_json(word) else json.dumps(word, ensure_ascii=False)))
+    say(_WORDS.get(word) or (word if is_json(word) else json.dumps(word, ensure_ascii=False)))
 
 
 def _sequence(scan: Scanner, say: Say, quote: str, closer: str) -> Generator[None, None, None]:
@@ -224,7 +224,8 @@ def without_surrogates(text: str) -> str:
     return _SURROGATE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
-def _is_json(text: str) -> bool:
+def is_json(text: str) -> bool:
+    """Whether a text is a whole value of JSON."""
     try:
         json.loads(text, parse_constant=_refuse)
     except ValueError:

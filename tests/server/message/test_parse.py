@@ -486,3 +486,15 @@ def test_any_text_in_any_pieces_says_the_same(text: str, sizes: list[int]) -> No
     assert [(part.kind, part.text) for part in parts] == [(part.kind, part.text) for part in whole]
     if not calls_of(whole):
         assert text_of(whole) == text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "is_complete"), [('{"a": 1}', True), ("{}", True), ('{"a": ', False), ("", False)]
+)
+def test_a_message_that_the_answer_s_end_ends(arguments: str, is_complete: bool) -> None:
+    """gpt-oss's calls end by a token that ends the answer too, and says nothing."""
+    machine = Machine(Formats(TOOL_PRESETS["openai"], None))
+    machine.feed(f"<|channel|>commentary to=functions.f<|message|>{arguments}")
+    machine.finish()
+    [call] = calls_of(machine.take())
+    assert (call.arguments, call.is_complete) == (arguments, is_complete)
