@@ -60,12 +60,13 @@ class _Thoughts:
 class _Watch:
     """Looks for the triggers of a grammar that sleeps. `tail`: the last tokens, as far as a trigger may be in them."""
 
-    __slots__ = ("_has_begun", "_longest", "_markers", "_tokens", "_triggers", "tail")
+    __slots__ = ("_firsts", "_has_begun", "_longest", "_markers", "_tokens", "_triggers", "tail")
 
     def __init__(self, triggers: Triggers, tokens: Sequence[bytes]) -> None:
         self._triggers = triggers
         self._tokens = tokens
         self._markers = [text.encode() for text in triggers.texts]
+        self._firsts = {marker[:1] for marker in self._markers}
         self._longest = max(map(len, self._markers), default=0)
         self._has_begun = not triggers.start
         self.tail: list[int] = []
@@ -81,7 +82,7 @@ class _Watch:
             if visible.startswith(self._triggers.start.encode()):
                 self.tail = [token_id]
                 return True
-        if not self._markers:
+        if not self.tail and not any(first in text for first in self._firsts):  # nearly always
             return False
         self.tail.append(token_id)
         return self._look()
