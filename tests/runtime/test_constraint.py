@@ -150,7 +150,7 @@ class _Counting(ToyModel):
         ({"max_tokens": 5}, 1),
         ({"logprobs": 0}, 25),  # each token's log-probability takes the model's logits
         ({"allowed_token_ids": tuple(range(VOCAB))}, 25),  # which may forbid what the grammar forces
-        ({"bad_words": ((0, 0),)}, 25),
+        ({"forbidden": ((0, 0),)}, 25),
     ],
 )
 def test_forced_tokens_take_no_step_of_their_own(params: dict[str, Any], num_steps: int, *, overlaps: bool) -> None:
