@@ -33,7 +33,7 @@ from octavo.server.engine_client import EngineClient
 from octavo.server.errors import RESPONSES
 from octavo.server.kept import Kept
 from octavo.server.metrics import Metrics
-from octavo.server.middleware import AllowedHosts, Authentication, Reports, RequestIds
+from octavo.server.middleware import AllowedHosts, Authentication, FullQueue, Reports, RequestIds
 from octavo.server.options import ServerOptions
 from octavo.server.served_model import ServedModel
 from octavo.server.service import Service
@@ -75,6 +75,7 @@ def build_app(
     app.include_router(operation.engine_routes(client, metrics))
     app.include_router(operation.pause_routes(client))
     app.include_router(operation.model_routes(model))
+    app.add_middleware(FullQueue, admission=service.admission)  # the innermost: who may not ask learns nothing
     if access.keys:
         app.add_middleware(Authentication, access=access)
     if options.allowed_origins:

@@ -13,14 +13,17 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from octavo.server.access import Access, host_name
+from octavo.server.admission import Admission
 from octavo.server.engine_client import EngineClient
-from octavo.server.errors import error_response
+from octavo.server.errors import ApiError, error_response
 from octavo.server.metrics import Metrics
 
 MAX_REQUEST_ID = 256
 ANTHROPIC_PATH = "/v1/messages"
 PROBES = frozenset({"/health", "/ping"})  # a probe has no key, and learns no more than whether the server works
 UNCOUNTED = frozenset({"/metrics", "/health", "/load", "/ping", "/version", "/server_info"})  # vLLM doesn't either
+OPENAI_PATHS = frozenset({"/v1/completions", "/v1/chat/completions", "/v1/responses"})
+GENERATING_PATHS = OPENAI_PATHS | {"/v1/messages", "/api/chat", "/api/generate", "/generate", "/invocations"}
 OPEN_PATHS = frozenset({"/metrics", "/version", "/docs", "/openapi.json"})  # unless --protect-all closes them
 
 
@@ -61,6 +64,28 @@ class Authentication:
         if fits:
             scope.setdefault("state", {})["owner"] = self._owners[fitting.index(True) % len(self._owners)]
         return fits
+
+
+class FullQueue:
+    """429 for a request that would have to wait behind too many, before its body is read.
+
+    A flood is refused at a fraction of what it costs to read, check and render it.
+    """
+
+    def __init__(self, app: ASGIApp, admission: Admission) -> None:
+        self._app = app
+        self._admission = admission
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in GENERATING_PATHS:
+            try:
+                self._admission.check_room()
+            except ApiError as error:
+                response = error_response(error.status, error.message, error.param, error.code, scope["path"])
+                response.headers.update(error.headers)
+                await response(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
 
 
 class RequestIds:

@@ -63,7 +63,7 @@ class Service:
         self.model = model
         self._client = client
         self._metrics = metrics
-        self._admission = Admission(client, limits)
+        self.admission = Admission(client, limits)
         self._log_requests = options.enable_log_requests
         self._fair_by = options.fair_by
         self._long_work = ThreadPoolExecutor(1, "octavo-long")
@@ -76,7 +76,7 @@ class Service:
         self.check_name(name)
         if self._client.refusal is not None:
             raise ApiError(503, self._client.refusal)
-        self._admission.check_room()
+        self.admission.check_room()
 
     def check_name(self, name: str | None) -> None:
         """Whether the model of this name is served. Raises ApiError."""
@@ -111,7 +111,7 @@ class Service:
             put_last(choices)
         set_owner(choices, self._fair_by, getattr(http.state, "owner", ""))
         lengths = [len(choice.request.token_ids) for choice in choices]
-        ticket = self._admission.admit(lengths, timeout_of(http.headers.get("x-request-timeout")))
+        ticket = self.admission.admit(lengths, timeout_of(http.headers.get("x-request-timeout")))
         answers = generate if choices[0].length_penalty is None else search_beams
         return answers(choices, self._client, self._metrics, ticket)
 

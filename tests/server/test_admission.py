@@ -15,6 +15,8 @@ import pytest
 from octavo_server import PATIENCE, Server, events, num_in_flight, serving, wait_until
 from slow_cases import slow
 
+from octavo.server.middleware import GENERATING_PATHS
+
 PATH = "/v1/completions"
 SHORT = {"prompt": "The", "max_tokens": 2, "temperature": 0}
 LONG = {"prompt": "The", "max_tokens": 500, "n": 2, "temperature": 0, "ignore_eos": True}
@@ -50,25 +52,27 @@ def test_what_exceeds_the_queue_is_told_when_to_come_again(client: httpx.Client)
     assert 1 <= int(refused.headers["retry-after"]) <= 60
 
 
-def test_a_full_queue_is_told_before_the_prompt_is_made() -> None:
-    """A prompt that no context holds is refused for that where there is room, and for the queue where there is none."""
-    endless = SHORT | {"prompt": "word " * 5000}
+def test_a_full_queue_is_told_before_a_body_is_read() -> None:
+    """What is no JSON is refused for that where there is room, and for the queue where there is none."""
+    bad = {"content": b"{", "headers": {"content-type": "application/json"}}
     with (
         serving(*FLAGS, "--engine-timeout", "300") as server,
         server.client() as client,
         server.client() as other,
         ThreadPoolExecutor(1) as pool,
     ):
-        assert error_of(client.post(PATH, json=endless), 400)["code"] == "context_length_exceeded"
+        assert {client.post(path, **bad).status_code for path in GENERATING_PATHS} == {400}
         os.kill(server.engine_pid, signal.SIGSTOP)  # nothing begins any more
         try:
             waiting = pool.submit(other.post, PATH, json=SHORT | {"n": 5})
             wait_until(lambda: client.get("/load").json()["server_load"] == 5)
-            full = client.post(PATH, json=endless)
+            full = {path: client.post(path, **bad) for path in GENERATING_PATHS}
+            assert client.post("/tokenize", json={"prompt": "The"}).status_code == 200
         finally:
             os.kill(server.engine_pid, signal.SIGCONT)
-        assert error_of(full, 429)["code"] == "queue_full"
-        assert int(full.headers["retry-after"]) >= 1
+        assert error_of(full[PATH], 429)["code"] == "queue_full"
+        assert error_of(full["/v1/messages"], 429)["type"] == "rate_limit_error"
+        assert all(each.status_code == 429 and int(each.headers["retry-after"]) >= 1 for each in full.values())
         assert waiting.result(PATIENCE).status_code == 200
 
 
