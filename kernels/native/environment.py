@@ -1,7 +1,7 @@
 """What the environment of a process that computes on the CPU should hold before torch is imported there.
 
-The kernels have threads of their own (`pool.py`); what torch's own operators leave on OpenMP's must not spin for long
-after them, since the kernels' threads and the server's process want the cores. Imports nothing.
+The kernels have threads of their own (`thread_pool.py`); what torch's own operators leave on OpenMP's must not spin for
+long after them, since the kernels' threads and the server's process want the cores. Imports nothing.
 """
 
 ENVIRONMENT: dict[str, str] = {

@@ -1,11 +1,11 @@
 """Machine code out of numba.
 
 A kernel here is a numba function of one pointer to a packed array of 64-bit arguments. Every thread that runs it (see
-`pool.py`) runs the same body and takes items of work from an atomic counter, the first argument; a thread that another
-process delays takes fewer.
+`thread_pool.py`) runs the same body and takes items of work from an atomic counter, the first argument; a thread that
+another process delays takes fewer.
 
-Kernels are compiled at the first `Kernel.start`, which `warm_up` in runtime.ops asks for, and are cached on disk (see
-`compiled.py`).
+Kernels are compiled at the first `Kernel.start`, which the engine asks for as it starts, and are cached on disk (see
+`compile_cache.py`).
 """
 
 # ruff: noqa: ARG001 (numba looks at the names of what it compiles)
