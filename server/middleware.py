@@ -8,6 +8,7 @@ import secrets
 import time
 import uuid
 from collections.abc import Sequence
+from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -150,8 +151,9 @@ class Reports:
         try:
             await self._app(scope, receive, send_with_report)
         finally:
-            route = scope.get("route")
-            handler = getattr(route, "path", "none")
+            unrouted = scope["path"] if scope["path"] in GENERATING_PATHS else "none"  # FullQueue answers before routes
+            route: Any = scope.get("route")
+            handler: str = getattr(route, "path", unrouted)
             if handler not in UNCOUNTED:
                 self._metrics.request(handler, scope["method"], status, time.monotonic() - begun)
 

@@ -71,7 +71,7 @@ class Service:
     def check(self, name: str | None) -> None:
         """Whether a request for the model of this name can be answered. Raises ApiError.
 
-        That the queue is full is told here, before the prompt is made.
+        That the queue is full is told here, before the prompt is made: of a burst many have passed FullQueue together.
         """
         self.check_name(name)
         if self._client.refusal is not None:

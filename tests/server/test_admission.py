@@ -12,7 +12,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from octavo_server import PATIENCE, Server, events, num_in_flight, serving, wait_until
+from octavo_server import PATIENCE, Server, events, num_in_flight, serving, value, wait_until
 from slow_cases import slow
 
 from octavo.server.middleware import GENERATING_PATHS
@@ -39,6 +39,11 @@ def client(server: Server) -> Iterator[httpx.Client]:
 def error_of(response: httpx.Response, status: int) -> dict[str, object]:
     assert response.status_code == status, response.text
     return response.json()["error"]
+
+
+def refused_by_handler(client: httpx.Client, path: str) -> float:
+    """How many requests to this path were answered with 4xx, as /metrics tells."""
+    return value(client, "http_requests_total", handler=path, method="POST", status="4xx")
 
 
 def test_what_exceeds_the_queue_is_told_when_to_come_again(client: httpx.Client) -> None:
@@ -68,8 +73,10 @@ def test_a_full_queue_is_told_before_a_body_is_read() -> None:
             wait_until(lambda: client.get("/load").json()["server_load"] == 5)
             full = {path: client.post(path, **bad) for path in GENERATING_PATHS}
             assert client.post("/tokenize", json={"prompt": "The"}).status_code == 200
+            refusals = {path: refused_by_handler(client, path) for path in GENERATING_PATHS}
         finally:
             os.kill(server.engine_pid, signal.SIGCONT)
+        assert set(refusals.values()) == {2}  # the 400 and the 429
         assert error_of(full[PATH], 429)["code"] == "queue_full"
         assert error_of(full["/v1/messages"], 429)["type"] == "rate_limit_error"
         assert all(each.status_code == 429 and int(each.headers["retry-after"]) >= 1 for each in full.values())
