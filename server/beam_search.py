@@ -17,9 +17,9 @@ import msgspec
 
 from octavo.runtime.messages import AddRequest, Logprobs, SamplingParams, TokenOutput
 from octavo.server.admission import Ticket
-from octavo.server.engine_client import EngineClient, EngineDeadError
+from octavo.server.engine_client import EngineClient
 from octavo.server.errors import ApiError
-from octavo.server.generation import Choice, Steps
+from octavo.server.generation import Choice, Steps, counted_ends
 from octavo.server.metrics import Metrics
 
 _unique = itertools.count()
@@ -111,8 +111,7 @@ async def search_beams(choices: Sequence[Choice], client: EngineClient, metrics:
     for choice in choices:
         by_prompt.setdefault(id(choice.sent), []).append(choice)
     searches = [Search(alike) for alike in by_prompt.values()]
-    outcome = "abort"
-    try:
+    with counted_ends(choices, metrics):
         while any(search.has_work for search in searches):
             await _step([search for search in searches if search.has_work], client, ticket)
         deltas = []
@@ -124,19 +123,6 @@ async def search_beams(choices: Sequence[Choice], client: EngineClient, metrics:
                 metrics.end(choice.timeline, delta.finish_reason or "stop", choice.num_tokens)
                 deltas.append(delta)
         yield deltas
-    except EngineDeadError as error:
-        outcome = "error"
-        raise ApiError(503, str(error)) from error
-    except Exception:
-        outcome = "error"
-        raise
-    finally:
-        for choice in choices:
-            if choice.finish_reason is None:
-                metrics.end(choice.timeline, outcome, choice.num_tokens)
-        metrics.end_all(
-            len(choices), choices[0].request.params.max_tokens, max(choice.num_tokens for choice in choices)
-        )
 
 
 async def _step(searches: Sequence[Search], client: EngineClient, ticket: Ticket) -> None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -318,28 +318,52 @@ def _parser(
 
 def put_last(choices: Sequence[Choice]) -> None:
     """Let these answers wait behind all others, where the engine goes by priority."""
-    sent = {id(choice.sent): msgspec.structs.replace(choice.sent, priority=LOWEST_PRIORITY) for choice in choices}
-    for choice in choices:
-        choice.sent = sent[id(choice.sent)]
+    _change_sent(choices, priority=LOWEST_PRIORITY)
 
 
 def set_owner(choices: Sequence[Choice], fair_by: FairBy, key_owner: str) -> None:
     """Say whose these answers are, of whom each gets a fair share: an API key's, or a user's of that key."""
     user = choices[0].sent.owner
     owner = {"none": "", "key": key_owner, "user": f"{key_owner}/{user}" if key_owner or user else ""}[fair_by]
-    if owner == user:
-        return
-    sent = {id(choice.sent): msgspec.structs.replace(choice.sent, owner=owner) for choice in choices}
+    if owner != user:
+        _change_sent(choices, owner=owner)
+
+
+def _change_sent(choices: Sequence[Choice], **fields: Any) -> None:
+    """Send the engine's requests with these fields; answers to one prompt go on sharing theirs."""
+    sent = {id(choice.sent): msgspec.structs.replace(choice.sent, **fields) for choice in choices}
     for choice in choices:
         choice.sent = sent[id(choice.sent)]
+
+
+@contextmanager
+def counted_ends(choices: Sequence[Choice], metrics: Metrics) -> Iterator[None]:
+    """Tell the metrics of the whole request, and how each answer ended that has not ended by itself.
+
+    Raises ApiError where the engine is dead.
+    """
+    outcome = "abort"
+    try:
+        yield
+    except EngineDeadError as error:
+        outcome = "error"
+        raise ApiError(503, str(error)) from error
+    except Exception:
+        outcome = "error"
+        raise
+    finally:
+        for choice in choices:
+            if choice.finish_reason is None:
+                metrics.end(choice.timeline, outcome, choice.num_tokens)
+        longest = max(choice.num_tokens for choice in choices)
+        metrics.end_all(len(choices), choices[0].request.params.max_tokens, longest)
 
 
 async def generate(choices: Sequence[Choice], client: EngineClient, metrics: Metrics, ticket: Ticket) -> Steps:
     """The deltas of each step, until every choice has ended. Raises ApiError when the engine fails or is dead."""
     by_id = {choice.request.request_id: choice for choice in choices}
     num_open = len(choices)
-    outcome = "abort"
-    try:
+    with counted_ends(choices, metrics):
         await ticket.within_time(client.resumed(), has_begun=False)
         prompts = {id(choice.sent): choice.sent for choice in choices}
         async with client.open(prompts.values()) as stream:
@@ -362,18 +386,6 @@ async def generate(choices: Sequence[Choice], client: EngineClient, metrics: Met
                     num_silent -= delta.is_first
                     deltas.append(delta)
                 yield deltas
-    except EngineDeadError as error:
-        outcome = "error"
-        raise ApiError(503, str(error)) from error
-    except Exception:
-        outcome = "error"
-        raise
-    finally:
-        for choice in choices:
-            if choice.finish_reason is None:
-                metrics.end(choice.timeline, outcome, choice.num_tokens)
-        longest = max(choice.num_tokens for choice in choices)
-        metrics.end_all(len(choices), choices[0].request.params.max_tokens, longest)
 
 
 async def in_batches(steps: Steps, interval: int) -> Steps:
