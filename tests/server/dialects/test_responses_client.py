@@ -12,9 +12,9 @@ from typing import Any, Literal
 import httpx
 import openai
 import pytest
+from calling_template import TEMPLATE
 from octavo_server import Server, num_in_flight, serving, value, wait_until
 from pydantic import BaseModel
-from short_template import TEMPLATE
 from tiny_oracle import Oracle
 
 CHAT: list[Any] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is a naïve café?"}]

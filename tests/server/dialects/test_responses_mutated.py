@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from calling_template import TEMPLATE
 from mutated import mutated
 from octavo_server import num_in_flight, serving, wait_until
-from short_template import TEMPLATE
 from slow_cases import slow
 
 Json = dict[str, Any]
