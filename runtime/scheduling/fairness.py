@@ -9,7 +9,6 @@ arrival.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 from collections.abc import Sequence as Rows
 
 from octavo.runtime.messages import AddRequest
@@ -52,11 +51,4 @@ class FairShares:
         greedy, most = max(counts.items(), key=lambda entry: entry[1], default=("", 0))
         if most < counts[sequence.owner] + 2:
             return None
-        return _last(it for it in running if it.owner == greedy and it.rank >= sequence.rank)
-
-
-def _last(sequences: Iterable[Sequence]) -> Sequence | None:
-    found = None
-    for sequence in sequences:
-        found = sequence
-    return found
+        return next((it for it in reversed(running) if it.owner == greedy and it.rank >= sequence.rank), None)

@@ -124,26 +124,19 @@ class Sequence:
         listed = None if logprobs is None else logprobs[: len(tokens)]
         stops = finish_reason == "stop" and tokens and tokens[-1] in self.params.stop_token_ids
         stop_token_id = tokens[-1] if stops else None
-        if self.first_token_time is not None:
-            return TokenOutput(
-                self.request_id,
-                tokens,
-                finish_reason,
-                stop_token_id,
-                logprobs=listed,
-                num_preemptions=self.num_preemptions,
-            )
-        self.first_token_time = now
+        is_first = self.first_token_time is None
+        if is_first:
+            self.first_token_time = now
         return TokenOutput(
             self.request_id,
             tokens,
             finish_reason,
             stop_token_id,
             logprobs=listed,
-            prompt_logprobs=self.prompt_logprobs,
-            num_cached_tokens=self.num_cached,
-            scheduled_time=self.scheduled_time,
-            first_token_time=now,
+            prompt_logprobs=self.prompt_logprobs if is_first else None,
+            num_cached_tokens=self.num_cached if is_first else None,
+            scheduled_time=self.scheduled_time if is_first else None,
+            first_token_time=now if is_first else None,
             num_preemptions=self.num_preemptions,
         )
 

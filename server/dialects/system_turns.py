@@ -74,16 +74,7 @@ class SystemProbe:
     async def _rendered(self, messages: list[Turn], has_tools: bool) -> str:
         """The chat as the template writes it; nothing where it refuses."""
         tool = {"type": "function", "function": {"name": "zqtool", "description": "d", "parameters": {}}}
-        job = Job(
-            messages=messages,
-            template=None,
-            add_generation_prompt=True,
-            continue_final_message=False,
-            documents=None,
-            variables=None,
-            max_characters=MAX_PROBE,
-            tools=[tool] if has_tools else None,
-        )
+        job = Job(messages, MAX_PROBE, tools=[tool] if has_tools else None)
         renderer = self._model.renderer
         try:
             return await renderer.render(renderer.request(job))

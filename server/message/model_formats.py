@@ -103,14 +103,7 @@ async def _inferred(renderer: TemplateRenderer) -> Inference:
         variables: dict[str, Any],
     ) -> str:
         job = Job(
-            messages=list(messages),
-            template=None,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=False,
-            documents=None,
-            variables=variables,
-            max_characters=MAX_PROBE,
-            tools=tools,
+            list(messages), MAX_PROBE, add_generation_prompt=add_generation_prompt, variables=variables, tools=tools
         )
         return asyncio.run_coroutine_threadsafe(renderer.render(renderer.request(job)), loop).result()
 

@@ -44,12 +44,12 @@ class Job:
     """The arguments of ChatTemplate.render; max_characters limits what the template may write."""
 
     messages: list[Message]
-    template: str | None
-    add_generation_prompt: bool
-    continue_final_message: bool
-    documents: list[dict[str, Any]] | None
-    variables: dict[str, Any] | None
     max_characters: int
+    template: str | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    documents: list[dict[str, Any]] | None = None
+    variables: dict[str, Any] | None = None
     tools: list[dict[str, Any]] | None = None
 
 
