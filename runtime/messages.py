@@ -132,6 +132,8 @@ class AddRequest(msgspec.Struct, frozen=True, tag="add"):
     counts up from one answer to the next. cache_salt: only requests with the same salt share cached prefixes.
     priority: lower ones go first, where the engine's scheduling policy is `priority`. owner: whose these requests are;
     each owner gets a fair share.
+    num_prompt: how many of token_ids are the prompt; None: all. The others are the beginning of the answer, which
+    another engine has generated: max_tokens, min_tokens, penalties and random draws count them.
     """
 
     request_id: str
@@ -142,6 +144,12 @@ class AddRequest(msgspec.Struct, frozen=True, tag="add"):
     other_ids: list[str] = []
     priority: int = 0
     owner: str = ""
+    num_prompt: int | None = None
+
+    @property
+    def prompt_length(self) -> int:
+        """The number of the prompt's own tokens."""
+        return len(self.token_ids) if self.num_prompt is None else self.num_prompt
 
     @property
     def request_ids(self) -> list[str]:
@@ -162,6 +170,7 @@ class AddRequest(msgspec.Struct, frozen=True, tag="add"):
                 self.cache_salt,
                 priority=self.priority,
                 owner=self.owner,
+                num_prompt=self.num_prompt,
             )
             for number, request_id in enumerate(self.request_ids)
         ]

@@ -17,6 +17,12 @@ def problem_of(request: AddRequest, vocab_size: int) -> str | None:
     outside = _first_outside(request.token_ids, vocab_size)
     if outside is not None:
         return f"prompt token id {outside} is not in the vocabulary of {vocab_size} tokens"
+    num_begun = len(request.token_ids) - request.prompt_length
+    if request.num_prompt is not None and not 0 <= num_begun < request.params.max_tokens:
+        return (
+            f"num_prompt {request.num_prompt} of {len(request.token_ids)} tokens: {num_begun} of the answer; they must "
+            f"be 0 at least, and fewer than max_tokens, {request.params.max_tokens}"
+        )
     return next(_problems(request.params, vocab_size), None)
 
 

@@ -10,7 +10,7 @@ from octavo.runtime.scheduling.plan import SchedulerConfig
 
 def refusal_of(request: AddRequest, config: SchedulerConfig, most_blocks: Callable[[int], int]) -> str | None:
     """None for a request that can. most_blocks: how many blocks so many tokens may need."""
-    num_prompt = len(request.token_ids)
+    num_prompt = request.prompt_length
     if num_prompt == 0:
         return "the prompt is empty: at least one token is needed"
     if num_prompt >= config.max_model_len:

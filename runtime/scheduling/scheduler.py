@@ -274,7 +274,7 @@ class Scheduler:
         if sequence.num_cached is None:
             sequence.num_cached = sequence.num_planned
             sequence.scheduled_time = self._clock()
-            self._num_queries += sequence.num_prompt
+            self._num_queries += len(sequence.token_ids)
             self._num_hits += sequence.num_cached
 
     def _cached_prefix(self, sequence: Sequence) -> BlockTables:
@@ -335,8 +335,8 @@ class Scheduler:
             sequence.checks_drafts = True
         if samples:
             sequence.drafts = []
-        if end - start > 1 and end <= sequence.num_prompt:  # all of them the prompt's own
-            self._offer(sequence, start, end - samples)
+        if end - start > 1:
+            self._offer(sequence, start, min(known - samples, sequence.num_prompt))
 
     def _offer(self, sequence: Sequence, start: int, end: int) -> None:
         """Let later sequences find the blocks that tokens start .. end fill."""

@@ -69,7 +69,7 @@ class Sequence:
         self.request_id = request.request_id
         self.params = request.params
         self.token_ids = list(request.token_ids)
-        self.num_prompt = len(request.token_ids)
+        self.num_prompt = request.prompt_length
         self.arrival_time = request.arrival_time
         self.number = number
         self.num_planned = 0
