@@ -21,7 +21,6 @@ from octavo.kernels.quantized_activation import Hidden
 from octavo.quant.block_map import Fold, InputGroup
 from octavo.quant.linear import Linear
 from octavo.quant.qparams import Weight
-from octavo.quant.shard import WHOLE, Shard
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.model.device import Device
 from octavo.runtime.model.layers import DecoderLayer
@@ -231,15 +230,15 @@ class _Tensors:
     def has(self, module: str) -> bool:
         return any(name.rpartition(".")[0] == module for name in self.tensors)
 
-    def linear(self, module: str, out_features: int, in_features: int, shard: Shard = WHOLE) -> Weight:
-        return shard.of(self.tensor(f"{module}.weight", (out_features, in_features)))
+    def linear(self, module: str, out_features: int, in_features: int) -> Weight:
+        return self.tensor(f"{module}.weight", (out_features, in_features))
 
     def is_quantized(self, module: str) -> bool:  # noqa: ARG002
         return False
 
-    def bias(self, module: str, out_features: int, *, expected: bool, shard: Shard = WHOLE) -> Tensor | None:
+    def bias(self, module: str, out_features: int, *, expected: bool) -> Tensor | None:
         name = f"{module}.bias"
-        return shard.of_bias(self.tensor(name, (out_features,))) if expected or name in self.tensors else None
+        return self.tensor(name, (out_features,)) if expected or name in self.tensors else None
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         tensor = self.tensors.get(name)

@@ -15,7 +15,6 @@ from torch import Tensor
 from octavo.quant.checkpoint import Checkpoint, quantization_dict
 from octavo.quant.formats.select import parse_quantization
 from octavo.quant.qparams import Weight, quantize_weight
-from octavo.quant.shard import WHOLE, Shard, ShardError
 
 PREFIXES = ("model.", "language_model.model.", "model.language_model.")
 
@@ -37,16 +36,16 @@ class Source(Protocol):
         """Whether there is any tensor of a module."""
         ...
 
-    def linear(self, module: str, out_features: int, in_features: int, shard: Shard = WHOLE) -> Weight:
-        """A shard of the weight of a linear layer, in memory of its own. The features are those of the whole."""
+    def linear(self, module: str, out_features: int, in_features: int) -> Weight:
+        """The weight of a linear layer, in memory of its own."""
         ...
 
     def is_quantized(self, module: str) -> bool:
         """Whether there are codes of a linear layer, and not only a plain weight or nothing."""
         ...
 
-    def bias(self, module: str, out_features: int, *, expected: bool, shard: Shard = WHOLE) -> Tensor | None:
-        """The shard's bias, where the architecture has one and the shard is to add it."""
+    def bias(self, module: str, out_features: int, *, expected: bool) -> Tensor | None:
+        """A layer's bias, where the architecture has one."""
         ...
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
@@ -65,27 +64,24 @@ class CheckpointSource:
     def has(self, module: str) -> bool:
         return module in self._modules
 
-    def linear(self, module: str, out_features: int, in_features: int, shard: Shard = WHOLE) -> Weight:
+    def linear(self, module: str, out_features: int, in_features: int) -> Weight:
         weight = self.checkpoint.linear(module)
         _check_shape(f"{module}.weight", weight.shape, (out_features, in_features))
         if isinstance(weight, Tensor):
             _check_float(f"{module}.weight", weight)
-        kept = _share(module, weight, shard)
-        if isinstance(kept, Tensor):
-            return kept.clone()
-        return dataclasses.replace(kept, codes=kept.codes.clone(), scale=kept.scale.clone())
+            return weight.clone()
+        return dataclasses.replace(weight, codes=weight.codes.clone(), scale=weight.scale.clone())
 
     def is_quantized(self, module: str) -> bool:
         return any(suffix != "weight" for suffix in self.checkpoint.suffixes(module))
 
-    def bias(self, module: str, out_features: int, *, expected: bool, shard: Shard = WHOLE) -> Tensor | None:
+    def bias(self, module: str, out_features: int, *, expected: bool) -> Tensor | None:
         name = f"{module}.bias"
         if not expected and not self.checkpoint.has(name):
             return None
         bias = self.tensor(name, (out_features,))
         if expected:
-            kept = shard.of_bias(bias)
-            return None if kept is None else kept.clone()
+            return bias.clone()
         if bias.any():
             raise LoadError(f"{name} isn't zero, but this architecture has no bias there")
         return None  # AutoGPTQ writes zeros for layers without a bias
@@ -131,33 +127,26 @@ class DummySource:
     def has(self, module: str) -> bool:  # noqa: ARG002
         return False
 
-    def linear(self, module: str, out_features: int, in_features: int, shard: Shard = WHOLE) -> Weight:
+    def linear(self, module: str, out_features: int, in_features: int) -> Weight:
         weight = self.tensor(module, (out_features, in_features))
         format_ = self._quantization.format_of(module) if self._quantization else None
         if format_ is None:
-            return _share(module, weight, shard)
+            return weight
         activation = format_.scheme.activation
         static = activation is not None and not activation.dynamic
         quantized = quantize_weight(weight, format_.scheme, "absmax")
         input_scale = torch.ones((), device=self._device) if static else None
-        return _share(module, dataclasses.replace(quantized, input_scale=input_scale), shard)
+        return dataclasses.replace(quantized, input_scale=input_scale)
 
     def is_quantized(self, module: str) -> bool:  # noqa: ARG002
         return False
 
-    def bias(self, module: str, out_features: int, *, expected: bool, shard: Shard = WHOLE) -> Tensor | None:
-        return shard.of_bias(self.tensor(module, (out_features,))) if expected else None
+    def bias(self, module: str, out_features: int, *, expected: bool) -> Tensor | None:
+        return self.tensor(module, (out_features,)) if expected else None
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:  # noqa: ARG002
         empty = torch.empty(shape, dtype=self._dtype, device=self._device)
         return empty.normal_(0.0, 0.02, generator=self._generator)
-
-
-def _share(module: str, weight: Weight, shard: Shard) -> Weight:
-    try:
-        return shard.of(weight)
-    except ShardError as error:
-        raise LoadError(f"{module}: {error}") from error
 
 
 def _check_shape(name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> None:

@@ -1,0 +1,244 @@
+"""Which rank of an engine holds what of a model: heads, inner columns, rows of the vocabulary, experts, layers.
+
+Pure Python: a DecoderSpec and the units of its weights in, ranges out. Heads and units are never divided where that can
+be helped, and shares are as even as whole units go, so that a rank count need not divide anything: 9 query heads over 2
+ranks are 6 and 3. What can't be is refused with what works.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from octavo.quant.shard import UNIT, Range, Shard
+from octavo.runtime.model.spec import DecoderSpec
+
+LEAST_UNIT = 8  # columns or rows: narrower groups of integers are not multiplied as integers by any kernel
+UNEVEN = 1.25  # a note says where the largest share is more than so many times the smallest
+
+
+class LayoutError(ValueError):
+    """A model that can't be divided over so many ranks; the message says what works."""
+
+
+@dataclass(frozen=True)
+class Units:
+    """Columns of each MLP that stay together: those that share a scale in the layers which are cut there."""
+
+    inner: int = UNIT["columns"]
+    expert_inner: int = UNIT["columns"]
+    shared_inner: int = UNIT["columns"]
+
+
+@dataclass(frozen=True)
+class RankLayout:
+    """The share of one rank, as ranges. Of its layers it has these heads, columns and experts.
+
+    query_heads, kv_heads  every query head finds its KV head here; each KV head here serves equally many query heads
+    owns_kv_heads          False where another rank has the same KV head, and counts it
+    inner                  columns between gate_up and down; expert_inner, shared_inner: the same of each expert, and of
+                           the expert that every token goes to; (0, 0) where the model has none
+    vocabulary             rows of the embedding and of the output head
+    """
+
+    rank: int
+    size: int
+    head_dim: int
+    query_heads: Range
+    kv_heads: Range
+    owns_kv_heads: bool
+    inner: Range
+    expert_inner: Range
+    shared_inner: Range
+    vocabulary: Range
+    experts: Range
+    layers: Range
+
+    def __str__(self) -> str:
+        found = {name: getattr(self, name) for name in ("query_heads", "kv_heads", "inner", "expert_inner")}
+        found["vocabulary"] = self.vocabulary
+        said = ", ".join(f"{name.replace('_', ' ')} {b}-{e}" for name, (b, e) in found.items() if e > b)
+        return f"rank {self.rank} of {self.size}: {said}"
+
+    def shards(self, kind: str, spec: DecoderSpec) -> tuple[Shard, ...]:
+        """What this rank reads of each module of a linear layer, by the layer's name: 'qkv', 'experts.3.down'."""
+        if kind == "qkv":
+            return self._qkv(spec)
+        if kind == "o":
+            return (Shard("columns", (_times(self.query_heads, self.head_dim),), self.rank == 0),)
+        owner, _, name = kind.rpartition(".")
+        own = self.expert_inner if owner.startswith("experts") else self.shared_inner if owner else self.inner
+        if name == "down":
+            return (Shard("columns", (own,), self.rank == 0),)
+        if spec.fused and not owner:
+            return (Shard("rows", (own, _behind(own, spec.intermediate_size))),)
+        return (Shard("rows", (own,)),) * 2
+
+    def _qkv(self, spec: DecoderSpec) -> tuple[Shard, ...]:
+        query = _times(self.query_heads, self.head_dim)
+        key = _times(self.kv_heads, self.head_dim)
+        if not spec.fused:
+            return Shard("rows", (query,)), Shard("rows", (key,)), Shard("rows", (key,))
+        width = spec.num_heads * self.head_dim
+        kv_width = spec.num_kv_heads * self.head_dim
+        return (Shard("rows", (query, _behind(key, width), _behind(key, width + kv_width))),)
+
+    @property
+    def rows_of_vocabulary(self) -> Shard:
+        return Shard("rows", (self.vocabulary,))
+
+
+@dataclass(frozen=True)
+class ParallelLayout:
+    """The shares of all ranks of an engine: of each of `pp` stages, `tp` ranks one behind the other."""
+
+    tp: int
+    pp: int
+    ranks: tuple[RankLayout, ...]
+
+    @classmethod
+    def build(
+        cls, spec: DecoderSpec, tp: int, units: Units | None = None, *, pp: int = 1, expert_parallel: bool = False
+    ) -> ParallelLayout:
+        """Raises LayoutError with the numbers of ranks that work.
+
+        expert_parallel: each rank has whole experts instead of columns of all of them.
+        """
+        units = units or Units()
+        most = _most_ranks(spec, expert_parallel)
+        if tp > most.count:
+            raise LayoutError(f"-tp {tp}: the model has {most.why}; 1 to {most.count} work")
+        if pp > len(spec.layers):
+            raise LayoutError(f"-pp {pp}: the model has {len(spec.layers)} layers; 1 to {len(spec.layers)} work")
+        shares = [_shares(spec, tp, rank, units, expert_parallel) for rank in range(tp)]
+        stages = [even_share(len(spec.layers), stage, pp) for stage in range(pp)]
+        ranks = [
+            share(stage * tp + rank, tp * pp, layers)
+            for stage, layers in enumerate(stages)
+            for rank, share in enumerate(shares)
+        ]
+        return cls(tp, pp, tuple(ranks))
+
+    def notes(self) -> list[str]:
+        """What a person must know: shares so uneven that the largest one makes the step."""
+        said = []
+        for name in ("query_heads", "inner", "expert_inner", "shared_inner"):
+            sizes = [end - begin for begin, end in (getattr(rank, name) for rank in self.ranks)]
+            if min(sizes) and max(sizes) > UNEVEN * min(sizes):
+                what = name.replace("_", " ") + ("" if name == "query_heads" else " columns")
+                said.append(
+                    f"-tp {self.tp}: ranks have {min(sizes)} to {max(sizes)} {what}, and a step takes as long as the "
+                    "largest share; another -tp may divide them more evenly"
+                )
+        return said
+
+
+def even_share(length: int, rank: int, size: int, unit: int = 1) -> Range:
+    """The range of one of `size` ranks, in whole units as evenly as they go: the first ranks have the larger shares.
+
+    Where there are fewer units than ranks, units are halved until there are enough.
+    """
+    while -(-length // unit) < size and unit > LEAST_UNIT:
+        unit = LEAST_UNIT if unit % 2 else max(unit // 2, LEAST_UNIT)
+    units = -(-length // unit)
+    if units < size:
+        raise ValueError(f"{length} in units of {unit} are too few for {size} ranks")
+    share, rest = divmod(units, size)
+    begin = rank * share + min(rank, rest)
+    stop = begin + share + (rank < rest)
+    return begin * unit, min(stop * unit, length)
+
+
+@dataclass(frozen=True)
+class _Most:
+    count: int
+    why: str
+
+
+def _most_ranks(spec: DecoderSpec, expert_parallel: bool) -> _Most:
+    """The largest tp, and what of the model allows no more."""
+    limits = [
+        _Most(spec.num_heads, f"{spec.num_heads} query heads"),
+        _Most(_units(spec.vocab_size), f"{spec.vocab_size} tokens, and a rank takes {LEAST_UNIT} at least"),
+    ]
+    for name, width in _widths(spec).items():
+        if width and not (name == "expert_inner" and expert_parallel):
+            limits.append(_Most(_units(width), f"MLPs of {width} columns, and a rank takes {LEAST_UNIT} at least"))
+    if spec.moe is not None and expert_parallel:
+        limits.append(_Most(spec.moe.num_experts, f"{spec.moe.num_experts} experts"))
+    return min(limits, key=lambda limit: limit.count)
+
+
+def _units(length: int) -> int:
+    return max(1, length // LEAST_UNIT)
+
+
+def _widths(spec: DecoderSpec) -> dict[Literal["inner", "expert_inner", "shared_inner"], int]:
+    """Columns of each kind of MLP that the model has; 0: it has none."""
+    moe = spec.moe
+    return {
+        "inner": 0 if all(layer.sparse for layer in spec.layers) else spec.intermediate_size,
+        "expert_inner": 0 if moe is None else moe.intermediate_size,
+        "shared_inner": 0 if moe is None else moe.shared_intermediate_size or 0,
+    }
+
+
+def _shares(
+    spec: DecoderSpec, tp: int, rank: int, units: Units, expert_parallel: bool
+) -> Callable[[int, int, Range], RankLayout]:
+    """The share of a rank of a stage, but for its number and its layers."""
+    query_heads, kv_heads, owns = _heads(spec.num_heads, spec.num_kv_heads, rank, tp)
+    inner = {
+        name: even_share(width, rank, tp, getattr(units, name)) if width else (0, 0)
+        for name, width in _widths(spec).items()
+    }
+    experts = (0, 0) if spec.moe is None else (0, spec.moe.num_experts)
+    if expert_parallel and spec.moe is not None:
+        inner["expert_inner"] = (0, spec.moe.intermediate_size)
+        experts = even_share(spec.moe.num_experts, rank, tp)
+    vocabulary = even_share(spec.vocab_size, rank, tp, UNIT["rows"])
+
+    def share(number: int, size: int, layers: Range) -> RankLayout:
+        return RankLayout(
+            number,
+            size,
+            spec.head_dim,
+            query_heads,
+            kv_heads,
+            owns,
+            **inner,
+            vocabulary=vocabulary,
+            experts=experts,
+            layers=layers,
+        )
+
+    return share
+
+
+def _heads(num_heads: int, num_kv_heads: int, rank: int, tp: int) -> tuple[Range, Range, bool]:
+    """(query heads, KV heads, whether it counts these) of a rank.
+
+    Up to as many ranks as KV heads: whole KV heads with all of their queries. More: ranks are dealt out to KV heads,
+    and those of one KV head each have it, and a share of its queries.
+    """
+    queries = num_heads // num_kv_heads
+    if tp <= num_kv_heads:
+        kv_heads = even_share(num_kv_heads, rank, tp)
+        return _times(kv_heads, queries), kv_heads, True
+    for head in range(num_kv_heads):
+        first, stop = even_share(tp, head, num_kv_heads)
+        if first <= rank < stop:
+            own = even_share(queries, rank - first, stop - first)
+            return _behind(own, head * queries), (head, head + 1), rank == first
+    raise AssertionError("every rank has a KV head")
+
+
+def _times(each: Range, factor: int) -> Range:
+    begin, stop = each
+    return begin * factor, stop * factor
+
+
+def _behind(each: Range, offset: int) -> Range:
+    begin, stop = each
+    return begin + offset, stop + offset
