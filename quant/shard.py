@@ -147,7 +147,7 @@ def _in_order(weight: QuantizedWeight, size: int) -> QuantizedWeight:
 def _with_own_groups(weight: QuantizedWeight, begin: int, stop: int) -> QuantizedWeight:
     """Columns of a weight with act-order, and the groups that these belong to."""
     assert weight.g_idx is not None
-    groups, g_idx = weight.g_idx[begin:stop].long().unique(return_inverse=True)
+    groups, g_idx = torch.unique(weight.g_idx[begin:stop].long(), return_inverse=True)
     return replace(
         weight,
         codes=weight.codes[:, begin:stop],

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from octavo.kernels.native.environment import ENVIRONMENT
 
 if TYPE_CHECKING:
     import torch
+    from ranks import Ranks
 
 # Before any test imports torch: as octavo's own processes have it, or a second busy process makes the suite crawl.
 os.environ.update({**ENVIRONMENT, **os.environ})
@@ -68,6 +70,16 @@ def _spare_interpreter() -> None:
 def fixtures() -> Path:
     """The directory of tiny checkpoints; its README says who wrote which, and how."""
     return FIXTURES
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    """Processes that are ranks of a group, for all tests that ask."""
+    from ranks import Ranks
+
+    started = Ranks()
+    yield started
+    started.close()
 
 
 @pytest.fixture

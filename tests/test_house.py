@@ -124,6 +124,16 @@ def cuda(path: Path, tree: ast.Module) -> Iterator[str]:
             yield f"{path}:{node.lineno}: torch.cuda belongs in runtime/worker/device.py"
 
 
+def distributed(path: Path, tree: ast.Module) -> Iterator[str]:
+    if path == ROOT / "runtime/parallel/group.py":
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.distributed":
+            yield f"{path}:{node.lineno}: torch.distributed belongs in runtime/parallel/group.py"
+    if any(name.startswith("torch.distributed") for name in house.imported_names(path)):
+        yield f"{path}: torch.distributed belongs in runtime/parallel/group.py"
+
+
 def sizes(path: Path, tree: ast.Module) -> Iterator[str]:
     num_lines = path.read_text(encoding="utf-8").count("\n")
     if num_lines > MAX_LINES:
@@ -180,7 +190,7 @@ def formatter_off(path: Path, tree: ast.Module) -> Iterator[str]:
             yield f"{path}:{number}: the formatter is off outside a table"
 
 
-RULES = (bare_imports, cuda, sizes, arguments, docstring, packed_assignments, formatter_off)
+RULES = (bare_imports, cuda, distributed, sizes, arguments, docstring, packed_assignments, formatter_off)
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(ROOT)))
@@ -194,6 +204,7 @@ def test_each_file_keeps_the_rules(path: Path) -> None:
     [
         ('"""Says."""\nimport quant\n', "imports bare 'quant'"),
         ('"""Says."""\ntorch.cuda.synchronize()\n', "torch.cuda belongs"),
+        ('"""Says."""\nimport torch.distributed as dist\n', "torch.distributed belongs"),
         ('"""Says."""\n' + "\n" * MAX_LINES, "has 501 lines"),
         ('"""Says."""\ndef f():\n' + "    pass\n" * 51, "f has 51 lines"),
         ('"""Says."""\nasync def f(a, b, c, d, e, *, f, g, h, i, j, k):\n    pass\n', "f takes 11 arguments"),

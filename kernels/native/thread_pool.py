@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import platform
 import threading
 from typing import Any
 
@@ -26,6 +25,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from octavo.kernels.native.atomics import add_word, give_way, pause, read_word, sleep, write_word
 from octavo.kernels.native.compile_cache import c_function
 
 # The control block, one cache line (8 int64) for each: the number of the latest job; 1 while it is open; how many
@@ -36,36 +36,6 @@ _INSIDE = 16
 _FUNCTION = 24
 _ARGUMENTS = 25
 _SPINS = 2000
-_I64 = ir.IntType(64)
-
-
-def _slot(builder: Any, control: Any, index: Any) -> Any:
-    return builder.gep(builder.bitcast(control, _I64.as_pointer()), [index])
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _read(typingctx: Any, control: Any, index: Any) -> Any:
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.load_atomic(_slot(builder, *args), "seq_cst", 8)
-
-    return types.int64(types.voidptr, types.int64), codegen
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _add(typingctx: Any, control: Any, index: Any, amount: Any) -> Any:
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.atomic_rmw("add", _slot(builder, *args[:2]), args[2], "seq_cst")
-
-    return types.int64(types.voidptr, types.int64, types.int64), codegen
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _write(typingctx: Any, control: Any, index: Any, value: Any) -> Any:
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        builder.atomic_rmw("xchg", _slot(builder, *args[:2]), args[2], "seq_cst")
-        return context.get_dummy_value()
-
-    return types.void(types.voidptr, types.int64, types.int64), codegen
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -81,75 +51,43 @@ def _call(typingctx: Any, function: Any, argument: Any) -> Any:
     return types.void(types.int64, types.int64), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _pause(typingctx: Any) -> Any:
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        if platform.machine() in ("x86_64", "AMD64"):
-            kind = ir.FunctionType(ir.VoidType(), [])
-            builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.sse2.pause"), [])
-        return context.get_dummy_value()
-
-    return types.void(), codegen
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _give_way(typingctx: Any) -> Any:
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        kind = ir.FunctionType(ir.IntType(32), [])
-        builder.call(cgutils.get_or_insert_function(builder.module, kind, "sched_yield"), [])
-        return context.get_dummy_value()
-
-    return types.void(), codegen
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _sleep(typingctx: Any, microseconds: Any) -> Any:
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        kind = ir.FunctionType(ir.IntType(32), [ir.IntType(32)])
-        sleep = cgutils.get_or_insert_function(builder.module, kind, "usleep")
-        builder.call(sleep, [builder.trunc(args[0], ir.IntType(32))])
-        return context.get_dummy_value()
-
-    return types.void(types.int64), codegen
-
-
 def _serve(control):  # type: ignore[no-untyped-def]
     """A worker, for ever: join jobs as they are opened; without a new one spin, then sleep longer and longer."""
     idle = 0
     seen = -1
     while True:
-        job = _read(control, _JOB)
-        if job == seen or _read(control, _OPEN) == 0:
+        job = read_word(control, _JOB)
+        if job == seen or read_word(control, _OPEN) == 0:
             idle += 1
             if idle > _SPINS:
-                _sleep(min(50 * (1 + (idle - _SPINS) // 8), 2000))
+                sleep(min(50 * (1 + (idle - _SPINS) // 8), 2000))
             elif idle % 64 == 0:
-                _give_way()
+                give_way()
             else:
-                _pause()
+                pause()
             continue
         seen = job
         idle = 0
-        _add(control, _INSIDE, 1)  # from here on the caller waits, if the job is still open
-        if _read(control, _OPEN) == 1:
-            seen = _read(control, _JOB)
-            _call(_read(control, _FUNCTION), _read(control, _ARGUMENTS))
-        _add(control, _INSIDE, -1)
+        add_word(control, _INSIDE, 1)  # from here on the caller waits, if the job is still open
+        if read_word(control, _OPEN) == 1:
+            seen = read_word(control, _JOB)
+            _call(read_word(control, _FUNCTION), read_word(control, _ARGUMENTS))
+        add_word(control, _INSIDE, -1)
 
 
 def _submit(control):  # type: ignore[no-untyped-def]
     """The caller: open the job whose function and arguments stand in the block, work on it, close it, wait."""
-    _add(control, _JOB, 1)
-    _write(control, _OPEN, 1)
-    _call(_read(control, _FUNCTION), _read(control, _ARGUMENTS))
-    _write(control, _OPEN, 0)
+    add_word(control, _JOB, 1)
+    write_word(control, _OPEN, 1)
+    _call(read_word(control, _FUNCTION), read_word(control, _ARGUMENTS))
+    write_word(control, _OPEN, 0)
     spins = 0
-    while _read(control, _INSIDE) > 0:
+    while read_word(control, _INSIDE) > 0:
         spins += 1
         if spins % 256 == 0:
-            _give_way()
+            give_way()
         else:
-            _pause()
+            pause()
 
 
 _ENTRY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
