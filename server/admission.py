@@ -39,11 +39,13 @@ class QueueLimits:
 
 @dataclass(eq=False, slots=True, weakref_slot=True)
 class Ticket:
-    """A request that was admitted: what it adds to the queue until it is open in the engine, and its time.
+    """A request that was admitted: whose it is, what it adds to the queue until it is open in the engine, and its time.
 
+    key_owner: whose API key it carried; on a server without keys "".
     Seconds are of the monotonic clock; infinity where there is no limit.
     """
 
+    key_owner: str
     num_answers: int
     num_tokens: int
     first_token_until: float
@@ -87,7 +89,7 @@ class Admission:
     def _num_open(self) -> int:
         return self._client.num_open + sum(ticket.num_answers for ticket in self._coming)
 
-    def admit(self, prompt_lengths: Sequence[int], timeout: float | None) -> Ticket:
+    def admit(self, prompt_lengths: Sequence[int], timeout: float | None, key_owner: str = "") -> Ticket:
         """Take a request of one answer for each of these prompts. Raises ApiError (429) when too many wait.
 
         timeout: seconds that the client gives it.
@@ -102,6 +104,7 @@ class Admission:
             self._check("tokens", waiting + num_tokens if waiting else 0, limits.num_tokens)
         now = time.monotonic()
         ticket = Ticket(
+            key_owner,
             len(prompt_lengths),
             num_tokens,
             now + (math.inf if limits.seconds is None else limits.seconds),

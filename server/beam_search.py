@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from octavo.runtime.messages import AddRequest, Logprobs, SamplingParams, TokenOutput
+from octavo.runtime.messages import AddRequest, FinishReason, Logprobs, SamplingParams, TokenOutput
 from octavo.server.admission import Ticket
 from octavo.server.engine_client import EngineClient
 from octavo.server.errors import ApiError
@@ -45,6 +45,10 @@ class Beam:
         logprob = entry.top_logprobs[place]
         own = msgspec.structs.replace(entry, token_id=token, logprob=logprob, rank=place + 1)
         return Beam([*self.tokens, token], [*self.logprobs, own], self.total + logprob, token if is_end else None)
+
+
+class AbortedError(RuntimeError):
+    """Somebody else has ended the search."""
 
 
 class Search:
@@ -97,12 +101,12 @@ class Search:
         self._beams = [beam.with_token(entry, place, is_end=False) for _, beam, entry, place in candidates[:width]]
 
     def best(self) -> list[Beam]:
-        """The best beam for each choice, best first."""
+        """The best beam for each choice, best first; those that the search had no time to find are empty."""
         penalty = self.choices[0].length_penalty
         assert penalty is not None
         num_prompt = len(self.asked.token_ids)
         ranked = sorted([*self._ended, *self._beams], key=lambda beam: -beam.score(num_prompt, penalty))
-        return ranked[: len(self.choices)]
+        return (ranked + [Beam()] * len(self.choices))[: len(self.choices)]
 
 
 async def search_beams(choices: Sequence[Choice], client: EngineClient, metrics: Metrics, ticket: Ticket) -> Steps:
@@ -111,13 +115,17 @@ async def search_beams(choices: Sequence[Choice], client: EngineClient, metrics:
     for choice in choices:
         by_prompt.setdefault(id(choice.sent), []).append(choice)
     searches = [Search(alike) for alike in by_prompt.values()]
+    is_aborted = False
     with counted_ends(choices, metrics):
-        while any(search.has_work for search in searches):
-            await _step([search for search in searches if search.has_work], client, ticket)
+        try:
+            while any(search.has_work for search in searches):
+                await _step([search for search in searches if search.has_work], client, ticket)
+        except AbortedError:  # the beams so far are the answers
+            is_aborted = True
         deltas = []
         for search in searches:
             for choice, beam in zip(search.choices, search.best(), strict=True):
-                output = _output(choice, beam, search.num_cached or 0)
+                output = _output(choice, beam, search.num_cached or 0, is_aborted=is_aborted)
                 delta = choice.take(output)
                 metrics.tokens(choice.timeline, output, len(delta.token_ids))
                 metrics.end(choice.timeline, delta.finish_reason or "stop", choice.num_tokens)
@@ -126,18 +134,19 @@ async def search_beams(choices: Sequence[Choice], client: EngineClient, metrics:
 
 
 async def _step(searches: Sequence[Search], client: EngineClient, ticket: Ticket) -> None:
-    """The next token of all beams of these searches."""
+    """The next token of all beams of these searches. Raises ApiError and AbortedError."""
     requests = [search.requests() for search in searches]
     everything = [request for of_search in requests for request in of_search]
     found: dict[str, Logprobs] = {}
     await ticket.within_time(client.resumed(), has_begun=searches[0].num_cached is not None)
-    async with client.open(everything) as stream:
+    async with client.open(everything, ticket.key_owner) as stream:
         ticket.open()
         while len(found) < len(everything):
             for output in await ticket.within_time(stream.next(), has_begun=searches[0].num_cached is not None):
                 if output.finish_reason == "error":
                     raise ApiError(400 if output.is_refused else 500, output.error or "the engine failed")
-                assert output.logprobs is not None
+                if output.logprobs is None:
+                    raise AbortedError
                 found[output.request_id] = output.logprobs[0]
                 for search, of_search in zip(searches, requests, strict=True):
                     if search.num_cached is None and output.request_id == of_search[0].request_id:
@@ -146,10 +155,13 @@ async def _step(searches: Sequence[Search], client: EngineClient, ticket: Ticket
         search.take([found[request.request_id] for request in of_search])
 
 
-def _output(choice: Choice, beam: Beam, num_cached: int) -> TokenOutput:
+def _output(choice: Choice, beam: Beam, num_cached: int, *, is_aborted: bool) -> TokenOutput:
     """A beam as if the engine had sampled it."""
     count = choice.request.params.logprobs
     logprobs = None
+    finish_reason: FinishReason = "length" if beam.end is None else "stop"
+    if is_aborted:
+        finish_reason = "abort"
     if count is not None:
         logprobs = [
             msgspec.structs.replace(entry, top_ids=entry.top_ids[:count], top_logprobs=entry.top_logprobs[:count])
@@ -158,7 +170,7 @@ def _output(choice: Choice, beam: Beam, num_cached: int) -> TokenOutput:
     return TokenOutput(
         choice.request.request_id,
         beam.tokens,
-        "length" if beam.end is None else "stop",
+        finish_reason,
         beam.end,
         logprobs=logprobs,
         num_cached_tokens=num_cached,

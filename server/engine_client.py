@@ -68,9 +68,13 @@ def num_bytes(output: TokenOutput) -> int:
 
 
 class Stream:
-    """The outputs of the requests that belong to one HTTP request, in the order in which they come."""
+    """The outputs of the requests that belong to one HTTP request, in the order in which they come.
 
-    def __init__(self, client: EngineClient, requests: Iterable[AddRequest]) -> None:
+    key_owner: whose API key the HTTP request carried; on a server without keys "".
+    """
+
+    def __init__(self, client: EngineClient, requests: Iterable[AddRequest], key_owner: str = "") -> None:
+        self.key_owner = key_owner
         self._client = client
         self._requests = list(requests)
         self._open = {request_id for request in self._requests for request_id in request.request_ids}
@@ -217,9 +221,9 @@ class EngineClient:
         """Wait until the engine can serve. Raises EngineDeadError with the engine's own message if it can't."""
         return await asyncio.shield(self._ready)
 
-    def open(self, requests: Iterable[AddRequest]) -> Stream:
+    def open(self, requests: Iterable[AddRequest], key_owner: str = "") -> Stream:
         """A stream over these requests; they start when it is entered, and end when it is left."""
-        return Stream(self, requests)
+        return Stream(self, requests, key_owner)
 
     async def ping(self, deadline: float) -> bool:
         """Whether the engine's loop answers within `deadline` seconds; False where new requests are refused."""
@@ -276,6 +280,10 @@ class EngineClient:
             if (stream := self._streams.get(request_id)) is not None:
                 stream._put(TokenOutput(request_id, [], finish_reason="abort"))
         self._abort(named)
+
+    def abort_all_of(self, key_owner: str) -> None:
+        """End all open requests of this API key's owner with the finish reason `abort`."""
+        self.abort([name for name, stream in self._streams.items() if stream.key_owner == key_owner])
 
     def refuse(self, message: str) -> None:
         """Take no new requests; open ones go on. If the engine is dead, that stays the reason."""

@@ -366,7 +366,7 @@ async def generate(choices: Sequence[Choice], client: EngineClient, metrics: Met
     with counted_ends(choices, metrics):
         await ticket.within_time(client.resumed(), has_begun=False)
         prompts = {id(choice.sent): choice.sent for choice in choices}
-        async with client.open(prompts.values()) as stream:
+        async with client.open(prompts.values(), ticket.key_owner) as stream:
             ticket.open()
             num_silent = len(choices)
             while num_open:

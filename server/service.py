@@ -34,6 +34,12 @@ VERY_LONG_BODY = 1 << 20
 T = TypeVar("T")
 
 
+def owner_of(http: Request) -> str:
+    """Whose requests, responses and files a request may see: those of its API key; on a server without keys, all."""
+    owner: str = getattr(http.state, "owner", "")
+    return owner
+
+
 class Answer(ABC):
     """One HTTP request's answer under way, in some dialect.
 
@@ -86,9 +92,13 @@ class Service:
                 404, f"the model {name[:80]!r} is not served here; {served} is", param="model", code="model_not_found"
             )
 
-    def abort(self, request_ids: Iterable[str] | None) -> None:
-        """End these of the engine's requests with the finish reason `abort`; None: all."""
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """End these of the engine's requests with the finish reason `abort`."""
         self._client.abort(request_ids)
+
+    def abort_all_of(self, key_owner: str) -> None:
+        """End all of the engine's requests that were made with this API key."""
+        self._client.abort_all_of(key_owner)
 
     def forget_prefixes(self) -> None:
         """Empty the prefix cache."""
@@ -109,9 +119,10 @@ class Service:
             logger.info("%s: %d choices, %s", http.url.path, len(choices), choices[0].request.params)
         if getattr(http.state, "gives_way", False):  # a line of a batch
             put_last(choices)
-        set_owner(choices, self._fair_by, getattr(http.state, "owner", ""))
+        key_owner = owner_of(http)
+        set_owner(choices, self._fair_by, key_owner)
         lengths = [len(choice.request.token_ids) for choice in choices]
-        ticket = self.admission.admit(lengths, timeout_of(http.headers.get("x-request-timeout")))
+        ticket = self.admission.admit(lengths, timeout_of(http.headers.get("x-request-timeout")), key_owner)
         answers = generate if choices[0].length_penalty is None else search_beams
         return answers(choices, self._client, self._metrics, ticket)
 

@@ -15,11 +15,12 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from octavo.server.batches import Batches
 from octavo.server.bodies import BODY_SECONDS
 from octavo.server.dialects.fields import Integer, Strict, Text
-from octavo.server.dialects.responses import owner_of, page_of
+from octavo.server.dialects.responses import page_of
 from octavo.server.dialects.responses_request import Metadata
 from octavo.server.encoding import JsonResponse, encode_json
 from octavo.server.errors import RESPONSES, ApiError, bad_request
 from octavo.server.files import FileInfo, Files
+from octavo.server.service import owner_of
 from octavo.server.strict_json import StrictRoute
 
 MAX_FIELDS = 16

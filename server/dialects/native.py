@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
@@ -29,7 +29,7 @@ from octavo.server.hints import hints_in
 from octavo.server.message.parts import text_of
 from octavo.server.operation import no_other_page
 from octavo.server.served_model import ServedModel
-from octavo.server.service import Answer, Service
+from octavo.server.service import Answer, Service, owner_of
 from octavo.server.streaming import event
 from octavo.server.strict_json import StrictRoute
 from octavo.version import VERSION
@@ -48,7 +48,7 @@ def routes(service: Service) -> APIRouter:
     """/generate, /flush_cache, /abort_request, /health_generate, and what the model is."""
     router = APIRouter(route_class=StrictRoute, responses=RESPONSES, dependencies=[Depends(no_other_page)])
     model = service.model
-    running: WeakValueDictionary[str, NativeAnswer] = WeakValueDictionary()  # by rid
+    owners: WeakKeyDictionary[NativeAnswer, str] = WeakKeyDictionary()  # whose API key each running answer is for
 
     @router.api_route("/generate", methods=["POST", "PUT"])
     async def generate(body: GenerateRequest, http: Request) -> Response:
@@ -56,7 +56,7 @@ def routes(service: Service) -> APIRouter:
         service.check(None)
         with in_words_of(OPENAI_NAMES):
             answer = await service.off_loop(http, lambda: _begin(body, model, http.state.request_id))
-        running.update(dict.fromkeys(answer.rids, answer))
+        owners[answer] = owner_of(http)
         return await service.respond(http, answer)
 
     @router.get("/health_generate")
@@ -78,14 +78,15 @@ def routes(service: Service) -> APIRouter:
 
     @router.post("/abort_request")
     async def abort_request(body: AbortRequest, http: Request) -> Response:
-        """End a request by its rid, or all of them, with the finish reason `abort`."""
-        del http
+        """End a request by its rid, or all of them, with the finish reason `abort`: only those of the same API key."""
+        mine = owner_of(http)
         if body.abort_all:
-            service.abort(None)
+            service.abort_all_of(mine)
         elif not body.rid:
             raise bad_request("rid: which request is to end? abort_all ends all", "rid")
         else:
-            service.abort([each for answer in running.values() for each in answer.requests_of(body.rid)])
+            answers = [answer for answer, owner in owners.items() if owner == mine]
+            service.abort([each for answer in answers for each in answer.requests_of(body.rid)])
         return Response(status_code=200)
 
     _add_facts(router, model)
@@ -149,11 +150,6 @@ class NativeAnswer(Answer):
             places[index] = places[index - 1] + 1 if same else 0
         # of a beam search the first n answers are wanted; everything else is sent
         self._is_sent = [place < (it.request.n or 1) for place, it in zip(places, self._item_of, strict=True)]
-
-    @property
-    def rids(self) -> list[str]:
-        """What the answers are called, in order."""
-        return self._rids
 
     def requests_of(self, beginning: str) -> list[str]:
         """The engine's names of the answers whose rids begin so."""

@@ -24,7 +24,7 @@ from octavo.server.dialects.system_turns import SystemProbe, folded
 from octavo.server.encoding import JsonResponse, encode_in_turns, encode_json
 from octavo.server.errors import RESPONSES, ApiError, bad_request
 from octavo.server.generation import Choice
-from octavo.server.service import Service
+from octavo.server.service import Service, owner_of
 from octavo.server.store import MissingError, ResponseStore, Stored
 from octavo.server.streaming import EventStream
 from octavo.server.strict_json import StrictRoute
@@ -101,12 +101,6 @@ def page_of(items: list[Json], limit: int, after: str | None) -> Json:
         "last_id": page[-1]["id"] if page else None,
         "has_more": len(items) > start + limit,
     }
-
-
-def owner_of(http: Request) -> str:
-    """Whose responses a request may see: those of its API key; on a server without keys, everybody's."""
-    owner: str = getattr(http.state, "owner", "")
-    return owner
 
 
 class Responses:
