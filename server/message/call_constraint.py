@@ -15,8 +15,7 @@ import msgspec
 
 from octavo.runtime.constraint import GrammarError
 from octavo.runtime.messages import Constraint
-from octavo.server.message.call_grammar import Callable, CallGrammar, call_grammar
-from octavo.server.message.calls import layout_of
+from octavo.server.message.call_grammar import Callable, CallGrammar, Thinks, call_grammar
 from octavo.server.message.format import ToolFormat
 from octavo.server.message.grammars import JsonStyle, inner_schema
 from octavo.server.message.parse import Formats
@@ -55,23 +54,21 @@ class WantedCalls:
         return self.level != "auto" or self.mode == "required" or any(tool.is_strict for tool in self.tools)
 
 
-def grammar_of_calls(wanted: WantedCalls, formats: Formats, content: Constraint | None = None) -> CallGrammar:
+def grammar_of_calls(
+    wanted: WantedCalls, formats: Formats, content: Constraint | None = None, thinks: Thinks = "freely"
+) -> CallGrammar:
     """The grammar of an answer that makes such calls. Raises GrammarError, which names the tool and the place.
 
-    content: what the answer must look like where it makes none.
+    content: what the answer must look like where it makes none. thinks: how often the messages of an answer with
+    channels are reasoning.
     """
     form = formats.tools
     assert form is not None
-    bare = form.may_be_bare or not layout_of(form, "marked").openers
-    if content is not None and (bare or form.kind == "channel" or form.content_name):
-        raise GrammarError(
-            "this model's calls can't be told from an answer that has a constraint: leave out one of both, or choose "
-            "a tool"
-        )
+    content = None if wanted.mode == "required" else content
     marks = tuple((mark, token_id) for token_id, mark in formats.marks.items())
     text = "" if content is None else content.grammar
     tools = msgspec.json.encode(list(wanted.tools))
-    return _grammar(form, marks, tools, wanted.mode, wanted.several, wanted.is_open, wanted.level, text)
+    return _grammar(form, marks, tools, wanted.mode, wanted.several, wanted.is_open, wanted.level, text, thinks)
 
 
 @functools.lru_cache(maxsize=64)  # an agent sends the same tools in every turn
@@ -84,11 +81,14 @@ def _grammar(
     is_open: bool,
     level: StrictLevel,
     content: str,
+    thinks: Thinks,
 ) -> CallGrammar:
     found = msgspec.json.decode(tools, type=list[WantedTool])
     called = [Callable(tool.name, _schema(tool, level), tool.place, tool.lark) for tool in found]
     content_grammars = _named(msgspec.json.decode(content)["grammars"]) if content else []
-    return call_grammar(form, dict(marks), called, mode, several=several, is_open=is_open, content=content_grammars)
+    return call_grammar(
+        form, dict(marks), called, mode, several=several, is_open=is_open, content=content_grammars, thinks=thinks
+    )
 
 
 def _named(grammars: list[dict[str, Any]]) -> list[Mapping[str, Any]]:

@@ -16,12 +16,16 @@ import msgspec
 
 from octavo.runtime.constraint import GrammarError
 from octavo.runtime.messages import Triggers
+from octavo.server.message.beginnings import bare_beginning, in_lexemes, told_from_calls
 from octavo.server.message.call_arguments import Arguments, arguments_of
 from octavo.server.message.calls import Layout, layout_of
 from octavo.server.message.format import ToolFormat
 from octavo.server.message.grammars import checked
 from octavo.server.message.lark_rules import Rules, either, quoted, without
 from octavo.server.message.patterns import literal
+
+# How many of the messages of an answer with channels may be reasoning; once: before all others.
+Thinks = Literal["freely", "once", "never"]
 
 _NAME = "\x00"  # stand in a format's texts for a call's name and its arguments
 _ARGUMENTS = "\x01"
@@ -65,24 +69,30 @@ def call_grammar(
     several: bool = True,
     is_open: bool = False,
     content: Sequence[Mapping[str, Any]] = (),
+    thinks: Thinks = "freely",
 ) -> CallGrammar:
     """The grammar of calls of these tools. Raises GrammarError.
 
     mark_ids: the token of each mark in the format's texts. several: more than one call may be made. is_open: the
-    prompt has begun a call's header. content: grammars, of which the first is what the answer must be where it isn't
-    calls.
+    prompt has begun a call's header. content: named grammars, of which the first is what the answer must be where it
+    isn't calls. thinks: how many of an answer's messages may be reasoning, where they have channels: once before all
+    others, never, or any.
     """
     writer = _Writer(form, mark_ids, tools, several=several and form.may_repeat)
     triggers = None
+    told = f"@{content[0]['name']}" if content else ""
+    has_headers = form.kind == "channel" or bool(form.content_name)
+    if content:
+        own = list(content) if has_headers else told_from_calls(content, form, list(writer.schemas))
+        writer.rules.grammars += map(dict, own)
     if form.kind == "channel":
-        start = writer.messages(must_call=mode == "required")
+        start = writer.messages(must_call=mode == "required", content=told, thinks=thinks)
     elif form.content_name:
-        start = writer.headed(is_open=is_open, must_call=mode == "required")
+        start = writer.headed(is_open=is_open, must_call=mode == "required", content=told)
     elif mode == "required":
         start = writer.required()
     elif content:
-        writer.rules.grammars += [dict(grammar) for grammar in content]
-        start = either([writer.required(), f"@{content[0]['name']}"])
+        start = writer.beside(told, writer.rules.grammars[0])
     else:
         start = writer.waking()
         triggers = writer.triggers()
@@ -225,6 +235,19 @@ class _Writer:
             ways.append(f'"[" {space} {calls} {space} "]"' if self._layout.is_list else calls)
         return f"{space} {either(ways)}"
 
+    def beside(self, content: str, grammar: Mapping[str, Any]) -> str:
+        """Calls, or the content and nothing else: the answer's beginning tells which (see beginnings.py)."""
+        ways = []
+        if self._layout.openers:
+            mark = self._first_mark()
+            opener = self._opening() if mark else in_lexemes(self._layout.openers[0], grammar, self.rules)
+            ways.append(f"{self.rules.space} {self._section(opener, repeats=True)}")
+        if layout_of(self._form, "marked").bare:
+            for name, arguments in self._arguments:
+                head = in_lexemes(bare_beginning(self._form, name), grammar, self.rules)
+                ways.append(self._bare(head, name, arguments))
+        return either([*ways, content])
+
     # an answer that may call tools
 
     def triggers(self) -> Triggers:
@@ -248,7 +271,9 @@ class _Writer:
         if self._layout.openers:
             ways.append(self._section(self._trigger(), repeats=False))
         if self._layout.bare:
-            ways += [self._bare(name, arguments) for name, arguments in self._arguments]
+            for name, arguments in self._arguments:
+                head = self.rules(f"/{''.join(self._bare_head(name))}/", terminal=True)
+                ways.append(self._bare(head, name, arguments))
             ways += self._text_that_begins_like_a_call()
         return either(ways)
 
@@ -278,11 +303,10 @@ class _Writer:
             tokens += _JSON_TOKEN.findall(text[text.index("{") :])
         return [atom for token in tokens for atom in (r"\s*", *map(literal, token))]
 
-    def _bare(self, name: str, arguments: Arguments) -> str:
-        """A call without its marker, and the calls that may follow it."""
+    def _bare(self, head: str, name: str, arguments: Arguments) -> str:
+        """A call without its marker, from behind its name on, and the calls that may follow it."""
         form = self._form
         space = self.rules.space
-        head = self.rules(f"/{''.join(self._bare_head(name))}/", terminal=True)
         if form.kind == "pythonic":
             parts = [head, *self._seam(form.name_to_arguments.strip())[1:], arguments.text, quoted(form.call_end[:1])]
         else:
@@ -316,38 +340,53 @@ class _Writer:
         other = self.rules(" & ".join(terms), terminal=True)
         return [self.rules(f"/{beginnings}/", terminal=True), self.rules(other, lazy=True)]
 
-    def headed(self, *, is_open: bool, must_call: bool) -> str:
-        """A format whose every message has a header: all of the answer."""
+    def headed(self, *, is_open: bool, must_call: bool, content: str) -> str:
+        """A format whose every message has a header: all of the answer. content: what must stand behind its name."""
         form = self._form
         begin = quoted(form.call_begin)
         named = self.rules(either([self._named(name, arguments.text) for name, arguments in self._arguments]))
+        calls = f"{named} ({self.rules.space} {begin} {named})*" if self._several else named
         if must_call:
-            more = f"({self.rules.space} {begin} {named})*" if self._several else ""
-            return f"{'' if is_open else begin} {named} {more}"
+            return f"{'' if is_open else begin} {calls}"
+        header_of_content = f"{quoted(form.content_name)} {quoted(form.name_to_arguments)}"
+        if content:
+            return f"{'' if is_open else begin} {either([f'{header_of_content} {content}', calls])}"
         text = self.rules(without([form.call_begin]), terminal=True)
         header = self.rules(f"{self.rules(without([]), terminal=True)} {begin}", lazy=True)
-        each = self.rules(either([f"{quoted(form.content_name)} {quoted(form.name_to_arguments)}", named]))
+        each = self.rules(either([header_of_content, named]))
         return f"{each if is_open else ''} ({header} {each})* {text}"
 
-    def messages(self, *, must_call: bool) -> str:
-        """Harmony: every message of an answer, of which the last may be a call. The prompt has begun the first."""
+    def messages(self, *, must_call: bool, content: str, thinks: Thinks) -> str:
+        """Harmony: every message of an answer, of which the last may be a call. The prompt has begun the first.
+
+        content: what the final message must be; then nothing else may be told to the user.
+        """
         form = self._form
         start = form.section_begin.split("assistant")[0]
         channel = " ".join(self._verbatim(form.key_begin))
         message = " ".join(self._verbatim(form.name_to_arguments))
         end = " ".join(self._verbatim(form.section_end))
+        marks = [form.section_end, start, form.call_end, form.value_end]
+        if content and not all(mark in self._ids for mark in marks):
+            raise GrammarError("this tokenizer has no tokens for the ends of this model's messages")
         text = self.rules(without([t for t in (form.section_end, start) if t not in self._ids]), terminal=True)
-        kinds = [quoted(kind) for kind in ("analysis", "commentary", "final")]
-        spoken = f"{channel} {either(kinds[:2] if must_call else kinds)} {message} {text}"
+        thought = f'{channel} "analysis" {message} {text}'
+        kinds = [] if content else ['"commentary"'] if must_call else ['"commentary"', '"final"']
+        said = [f"{channel} {either(kinds)} {message} {text}"] if kinds else []
+        as_json = f'({self.rules.space} {" ".join(self._verbatim(form.between))} "json")?'
         calls = []
         for name, arguments in self._arguments:
             to = quoted(form.call_begin + name)
-            kind = f'({self.rules.space} {" ".join(self._verbatim(form.between))} "json")?'
             headers = (f'{channel} "commentary" {to}', f'{to} {channel} "commentary"')
-            calls += [f"{header} {kind} {message} {arguments.text}" for header in headers]
+            calls += [f"{header} {as_json} {message} {arguments.text}" for header in headers]
         opening = " ".join([*self._verbatim(start), quoted("assistant")])
-        earlier = f"({spoken} {end} {opening})*"
-        return f"{earlier} {either(calls if must_call else [*calls, spoken + f' ({end})?'])}"
+        spoken = [*said, *([thought] if thinks == "freely" else [])]
+        earlier = [f"({either(spoken)} {end} {opening})*"] if spoken else []
+        if thinks == "once":
+            earlier.insert(0, f"({thought} {end} {opening})?")
+        last = f'{channel} "final" {as_json} {message} {content}' if content else either(spoken)
+        lasts = calls if must_call else [*calls, f"{last} ({end})?"]
+        return " ".join([*earlier, either(lasts)])
 
 
 def _beginnings(atoms: Sequence[str]) -> str:

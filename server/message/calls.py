@@ -72,7 +72,7 @@ def layout_of(form: ToolFormat, strictness: Strictness = "loose") -> Layout:
     bare = ""
     # Qwen2.5-Coder and others of its size now and then write the object without its marker
     is_named_object = form.kind == "json" and form.keys not in (None, ("", ""))
-    if (form.may_be_bare or not openers or is_named_object) and strictness != "marked":
+    if form.may_be_bare or not openers or (is_named_object and strictness != "marked"):
         bare = "[" if form.kind in ("json_array", "pythonic") else "{"
     return Layout(
         openers=openers,

@@ -15,7 +15,7 @@ from typing import Literal
 FormatKind = Literal["json", "json_array", "params", "pythonic", "channel"]
 IdStyle = Literal["hex", "mistral", "kimi"]
 # How strictly calls are read. loose: as models write them who aren't constrained; exact: only what the grammar of calls
-# makes is one; marked: only behind a marker, for content that may look like a call without.
+# makes is one; marked: only in an answer that begins like one, since another answer's content has a constraint.
 Strictness = Literal["loose", "exact", "marked"]
 Switch = Literal["enable_thinking", "thinking", "reasoning_effort"]
 

@@ -11,6 +11,7 @@ from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from octavo.server.message.beginnings import bare_beginnings
 from octavo.server.message.calls import CallReader
 from octavo.server.message.channels import read_channels
 from octavo.server.message.format import ReasoningFormat, Strictness, ToolFormat
@@ -56,6 +57,11 @@ class Formats:
     def is_empty(self) -> bool:
         """Whether all of an answer is text."""
         return self.tools is None and self.reasoning is None
+
+    @property
+    def has_channels(self) -> bool:
+        """Whether an answer is messages, whose headers tell reasoning, calls and content apart."""
+        return self.tools is not None and self.tools.kind == "channel"
 
 
 def _marked(form: _Format, marks: Mapping[str, str]) -> _Format:
@@ -112,7 +118,7 @@ class Machine:
 
     reasoning_is_open, call_is_open: what the prompt has opened (the formats' `opened_by`). tools: the schemas of the
     functions' parameters by name, of which params formats take their types. num_before: earlier calls of the
-    conversation. strictness: of reading calls.
+    conversation. strictness: of reading calls. trims: whitespace in front of the content is dropped.
     """
 
     def __init__(
@@ -125,14 +131,20 @@ class Machine:
         num_before: int = 0,
         strictness: Strictness = "loose",
         skip_special_tokens: bool = True,
+        trims: bool = False,
     ) -> None:
         self._scan = Scanner(dict.fromkeys(formats.shown, "") if skip_special_tokens else formats.shown)
         self._tools = formats.tools
         self._reasoning = formats.reasoning
         self._reasoning_is_open = reasoning_is_open
         self._call_is_open = call_is_open
+        self._trims = trims
         form = formats.tools
         self._calls = None if form is None else CallReader(form, self._scan, tools or {}, num_before, strictness)
+        self._is_beside_content = strictness == "marked"
+        self._bare_beginnings: tuple[str, ...] = ()
+        if form is not None and self._is_beside_content:
+            self._bare_beginnings = bare_beginnings(form, tools or ())
         self._reading = self._answer()
         next(self._reading, None)
 
@@ -189,6 +201,8 @@ class Machine:
                 yield from scan.space()
                 return
             if scan.ended or (rest and not form.begin.startswith(rest) and not form.end.startswith(rest)):
+                if self._trims:
+                    scan.buffer = rest
                 return
             yield
         scan.is_thinking = True
@@ -202,12 +216,13 @@ class Machine:
         scan = self._scan
         calls = self._calls
         if calls is None:
-            while True:
-                scan.say("text", scan.buffer)
-                scan.buffer = ""
-                yield from scan.more()
+            yield from self._say_all()
+            return
         if self._call_is_open:
             yield from calls.call_after_header()
+        if self._is_beside_content:
+            yield from self._calls_or_content(calls)
+            yield from self._say_all()
         layout = calls.layout
         stops = stops_for(*layout.openers)
         may_be_bare = bool(layout.bare)
@@ -227,6 +242,45 @@ class Machine:
             before = calls.num_calls
             yield from calls.section(opener)
             if calls.num_calls > before:
+                yield from scan.space()
+
+    def _say_all(self) -> Generator[None, None, None]:
+        """What follows is content, whatever it looks like."""
+        scan = self._scan
+        while True:
+            scan.say("text", scan.buffer)
+            scan.buffer = ""
+            yield from scan.more()
+
+    def _calls_or_content(self, calls: CallReader) -> Generator[None, None, None]:
+        """The calls of an answer that begins like them; it returns where what follows is content."""
+        scan = self._scan
+        openers = calls.layout.openers[:1]
+        is_over = self._call_is_open and not calls.num_calls  # by a header that says so
+        while not is_over:
+            bare = ("{", ";") if calls.num_calls else self._bare_beginnings
+            beginnings = (*openers, *(bare if self._bare_beginnings else ()))
+            rest = scan.buffer.lstrip()
+            while not scan.ended and any(text.startswith(rest) and text != rest for text in beginnings):
+                yield
+                rest = scan.buffer.lstrip()
+            found = max((text for text in beginnings if rest.startswith(text)), key=len, default="")
+            if not found:
+                return
+            before = calls.num_calls
+            scan.buffer = rest
+            if found == ";":
+                scan.drop(1)
+                yield from scan.space()
+                continue
+            if found in openers:
+                scan.drop(len(found))
+                scan.record(found)
+                yield from calls.section(found)
+            else:
+                yield from calls.bare()
+            is_over = calls.num_calls == before
+            if not is_over:
                 yield from scan.space()
 
     def _more_space(self) -> Generator[None, None, None]:

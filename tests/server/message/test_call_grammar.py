@@ -13,14 +13,14 @@ import pytest
 from call_walks import CALL_SCHEMAS, FIRST_SPECIAL, Walker
 
 from octavo.runtime.constraint import GrammarError
-from octavo.runtime.messages import Constraint
+from octavo.runtime.messages import Constraint, Reasoning
 from octavo.server.message.call_constraint import WantedCalls, WantedTool, grammar_of_calls
 from octavo.server.message.call_grammar import CallGrammar
 from octavo.server.message.calls import layout_of
 from octavo.server.message.constrain import json_grammar
-from octavo.server.message.grammars import JsonStyle
+from octavo.server.message.grammars import JsonStyle, choice_grammar, regex_grammar, text_grammar
 from octavo.server.message.parse import Formats, Machine
-from octavo.server.message.parts import Part, calls_of, text_of
+from octavo.server.message.parts import Part, append_parts, calls_of, text_of
 from octavo.server.message.presets import TOOL_PRESETS
 
 DISTINCT = {form: name for name, form in reversed(TOOL_PRESETS.items())}
@@ -149,29 +149,163 @@ def test_what_is_a_call_is_not_free(text: str) -> None:
     assert last not in walker.allowed(progress)
 
 
-def test_content_or_calls() -> None:
-    """Where the answer has a constraint, it obeys that, or it calls; JSON that looks like a call is none."""
-    schema = {"type": "object", "properties": {"name": {"enum": ["get", "x"]}}, "required": ["name"]}
-    content = Constraint(json_grammar({**schema, "additionalProperties": False}, JsonStyle()))
-    formats = bound("hermes", has_tokens=True)
-    found = grammar_of_calls(wanted(), formats, content)
-    assert found.triggers is None
-    walker = walker_of(formats)
-    kinds = set()
-    for seed in range(24):
-        text = walker.walk(Constraint(found.text), seed)
-        assert text is not None
-        machine = Machine(formats, tools=found.schemas, strictness="marked")
-        machine.feed(text)
+LIKE_A_CALL = {
+    "type": "object",
+    "properties": {"name": {"enum": ["get", "x"]}, "parameters": {"type": "object"}, "arguments": {"type": "object"}},
+    "required": ["name"],
+    "additionalProperties": False,
+}
+CONTENT_SCHEMAS: dict[str, Any] = {
+    "like a call": LIKE_A_CALL,
+    "like calls": {"type": "array", "items": LIKE_A_CALL, "minItems": 1, "maxItems": 2},
+    "any object": {"type": "object"},
+}
+CHOICES = ["yes", '{"no"}', "[get"]
+PATTERN = "[^a]{0,40}"
+CONTENTS = {kind: json_grammar(schema, JsonStyle()) for kind, schema in CONTENT_SCHEMAS.items()}
+CONTENTS |= {"choice": choice_grammar(CHOICES), "pattern": regex_grammar(PATTERN)}
+CONTENT_BEGINNINGS = {
+    "like a call": '{"name":"get"',
+    "like calls": '[{"name":"x"',
+    "any object": '{"nam',
+    "pattern": "[get",
+    "choice": "[g",
+}
+CALL_BEGINNINGS = {
+    "hermes": "<tool_call>",
+    "llama3_json": '{"name": "get"',
+    "openai": "<|channel|>commentary to=functions.get",
+    "functionary_v3_2": "get\n",
+    "pythonic": "[get(",
+    "llama4_pythonic": "[get_weather(",
+    "xlam": '[{"name": "get"',
+    "mistral": "[TOOL_CALLS]get",
+    "granite": "<|tool_call|>",
+}
+
+
+def marked(formats: Formats, text: str) -> str:
+    """A text whose special tokens are the format's marks."""
+    for mark, token in formats.shown.items():
+        text = text.replace(token, mark)
+    return text
+
+
+def check_content(kind: str, text: str) -> None:
+    if kind in CONTENT_SCHEMAS:
+        jsonschema.validate(json.loads(text), CONTENT_SCHEMAS[kind])
+    elif kind == "choice":
+        assert text in CHOICES
+    else:
+        assert re.fullmatch(PATTERN, text)
+
+
+def said_beside_content(formats: Formats, found: CallGrammar, text: str, *, is_open: bool) -> list[Part]:
+    """The parts, which are the same however the answer is cut."""
+    said: list[list[Part]] = []
+    for size in (len(text) + 1, 1):
+        machine = Machine(formats, tools=found.schemas, strictness="marked", call_is_open=is_open)
+        parts: list[Part] = []
+        for start in range(0, len(text), size):
+            machine.feed(text[start : start + size])
+            append_parts(parts, machine.take())
         machine.finish()
-        parts = machine.take()
-        kinds.add(bool(check_calls(parts)))
-        if not calls_of(parts):
-            jsonschema.validate(json.loads(text), schema)
-    assert kinds == {True, False}
-    for name in ("llama3_json", "openai", "functionary_v3_2", "pythonic"):
-        with pytest.raises(GrammarError, match="can't be told from"):
-            grammar_of_calls(wanted(), bound(name, has_tokens=False), content)
+        append_parts(parts, machine.take())
+        assert machine.num_malformed == 0
+        said.append(parts)
+    whole, by_character = ([(part.kind, part.text) for part in parts] for parts in said)
+    assert whole == by_character
+    assert all(call.is_complete for call in calls_of(said[0]))
+    return said[0]
+
+
+@pytest.mark.parametrize("kind", CONTENTS)
+@pytest.mark.parametrize("has_tokens", [True, False])
+@pytest.mark.parametrize("name", CALL_BEGINNINGS)
+def test_content_or_calls(name: str, has_tokens: bool, kind: str) -> None:
+    """Where the answer has a constraint, it obeys that, or it calls, and it is read as what it is."""
+    formats = bound(name, has_tokens=has_tokens or name == "openai")
+    is_open = bool(TOOL_PRESETS[name].content_name)
+    found = grammar_of_calls(wanted(is_open=is_open), formats, Constraint(CONTENTS[kind]))
+    assert found.triggers is None
+    begun = marked(formats, CALL_BEGINNINGS[name])
+    walker = walker_of(formats)
+    for beginning, is_call in ((begun, True), (CONTENT_BEGINNINGS[kind], False)):
+        beginning = f"all\n{beginning}" if is_open and not is_call else beginning
+        if name == "openai" and not is_call:
+            beginning = marked(formats, f"<|channel|>final<|message|>{beginning}")
+        ended = 0
+        for seed in range(4):
+            text = walker.walk(Constraint(found.text), seed, beginning, limit=400)
+            if text is not None:
+                ended += 1
+                parts = said_beside_content(formats, found, text, is_open=is_open)
+                assert bool(check_calls(parts)) == is_call, text
+                if is_call:
+                    assert text_of(parts) == ""
+                else:
+                    check_content(kind, text_of(parts))
+        assert ended
+
+
+def test_content_that_begins_like_a_call_is_refused_where_it_can_not_be_told_from_one() -> None:
+    formats = bound("llama3_json", has_tokens=False)
+    for content, says in (
+        (text_grammar('start: "{" /.*/', JsonStyle()), "must be a JSON Schema, a regular expression or a choice"),
+        (json_grammar({"type": "object"}, JsonStyle(pattern=" ?")), 'may begin with \'{"name": "get'),
+    ):
+        with pytest.raises(GrammarError, match=says):
+            grammar_of_calls(wanted(), formats, Constraint(content))
+        assert grammar_of_calls(wanted(mode="required"), formats, Constraint(content)).triggers is None
+
+
+def test_an_answer_with_channels_obeys_in_its_last_one() -> None:
+    """gpt-oss thinks freely, then says what the constraint allows, and nothing beside it."""
+    formats = bound("openai", has_tokens=True)
+    found = grammar_of_calls(WantedCalls(()), formats, Constraint(choice_grammar(["yes", "no"])))
+    walker = walker_of(formats)
+    said = set()
+    for seed in range(12):
+        text = walker.walk(Constraint(found.text), seed)
+        if text is not None:
+            said.add(text_of(said_beside_content(formats, found, text, is_open=False)))
+    assert said == {"yes", "no"}
+    progress = walker.start(Constraint(found.text))
+    thought = "<|channel|>analysis<|message|>I say: maybe<|end|><|start|>assistant<|channel|>"
+    for token_id in walker.ids(marked(formats, thought)):
+        assert token_id in walker.allowed(progress)
+        progress.accept(token_id)
+    assert {chr(token_id) for token_id in walker.allowed(progress)} == {"a", "f"}
+    with pytest.raises(GrammarError, match="no tokens for the ends of this model's messages"):
+        grammar_of_calls(WantedCalls(()), bound("openai", has_tokens=False), Constraint(choice_grammar(["yes"])))
+
+
+@pytest.mark.parametrize("content", [None, "yes"])
+@pytest.mark.parametrize("mode", ["auto", "required"])
+def test_a_budget_of_an_answer_with_channels(mode: Any, content: str | None) -> None:
+    """It thinks once, and no longer than it may; then it calls, or says what it must."""
+    formats = bound("openai", has_tokens=True)
+    constraint = None if content is None else Constraint(choice_grammar([content]))
+    found = grammar_of_calls(wanted(mode=mode), formats, constraint, "once")
+    ids = {token: token_id for token_id, mark in formats.marks.items() for token in [formats.shown[mark]]}
+    end = ids["<|end|>"]
+    begin = (ids["<|channel|>"], "analysis", ids["<|message|>"])
+    reasoning = Reasoning((end,), begin=begin, budget=5, closing=(end,), in_grammar=True)
+    walker = walker_of(formats)
+    for seed in range(6):
+        begun = marked(formats, "<|channel|>analysis<|message|>")
+        text = walker.walk(Constraint(found.text, reasoning), seed, begun, limit=400)
+        if text is not None:
+            thought, _, rest = text.removeprefix(begun).partition(formats.marks[end])
+            assert len(thought.encode()) <= 5
+            assert "analysis" not in rest
+            machine = Machine(formats, tools=found.schemas, strictness="exact")
+            machine.feed(text)
+            machine.finish()
+            parts = machine.take()
+            num_calls = check_calls(parts)
+            assert num_calls or mode == "auto"
+            assert num_calls or content is None or text_of(parts) == content
 
 
 UNENFORCEABLE = {"type": "object", "properties": {"a": {"not": {"type": "string", "pattern": "x"}}}}
