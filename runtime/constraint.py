@@ -32,11 +32,15 @@ class GrammarError(ValueError):
 
 
 class Grammar(NamedTuple):
-    """A compiled grammar at its beginning, the model's own end tokens, and the bytes of all tokens."""
+    """A compiled grammar at its beginning, the model's own end tokens, and the bytes of all tokens.
 
-    matcher: LLMatcher
+    matcher: None for an answer of which only the reasoning has a limit. spaces: the tokens of nothing but whitespace.
+    """
+
+    matcher: LLMatcher | None
     end_ids: list[int]
     tokens: Sequence[bytes]
+    spaces: Sequence[int] = ()
 
 
 class Compiled(NamedTuple):
@@ -61,6 +65,7 @@ class Grammars:
         self._finished: SimpleQueue[Compiled] = SimpleQueue()
         self._prototypes: OrderedDict[str, Grammar] = OrderedDict()
         self._vocabulary: Vocabulary | None = None
+        self._spaces: list[int] = []
         self._tokenizer: LLTokenizer | None = None
         self._num_compiling = 0
         self._thread = ThreadPoolExecutor(1, "octavo-grammars")
@@ -73,6 +78,10 @@ class Grammars:
         """
         self._vocabulary = vocabulary
         self._tokenizer = None
+
+    def without_rules(self) -> Grammar:
+        """What stands for the grammar of a request that has none: the tokens alone."""
+        return Grammar(None, [], () if self._vocabulary is None else self._vocabulary.tokens)
 
     def compile(self, request_id: str, text: str) -> None:
         """Begin to compile a request's grammar; it comes out of `finished`."""
@@ -100,8 +109,11 @@ class Grammars:
         if prototype is None:
             if self._vocabulary is None:
                 raise GrammarError("the engine has no vocabulary to compile it with")
-            self._tokenizer = self._tokenizer or ll_tokenizer(self._vocabulary, self._vocab_size)
-            prototype = compiled(self._tokenizer, text, self._vocabulary.tokens)
+            tokens = self._vocabulary.tokens
+            if self._tokenizer is None:
+                self._tokenizer = ll_tokenizer(self._vocabulary, self._vocab_size)
+                self._spaces = [i for i, token in enumerate(tokens[: self._vocab_size]) if token.isspace()]
+            prototype = compiled(self._tokenizer, text, tokens)._replace(spaces=self._spaces)
         self._prototypes[text] = prototype
         if len(self._prototypes) > MAX_COMPILED:
             self._prototypes.popitem(last=False)

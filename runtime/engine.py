@@ -69,6 +69,8 @@ class Engine:
         refusal = self.scheduler.add(answer, is_ready=not grammar)
         if refusal is None and grammar:
             self.grammars.compile(answer.request_id, grammar)
+        elif refusal is None and constraint is not None:
+            self.scheduler.set_ready(answer.request_id, self.grammars.without_rules())
         return refusal
 
     def take_grammars(self) -> list[TokenOutput]:

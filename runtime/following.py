@@ -14,27 +14,55 @@ import numpy as np
 from numpy.typing import NDArray
 
 from octavo.runtime.constraint import Grammar, first_line
-from octavo.runtime.messages import Constraint, Reasoning, Triggers
+from octavo.runtime.messages import Constraint, Marker, Reasoning, Triggers
 
 if TYPE_CHECKING:  # imported where it is used: a start must not wait for it
     from llguidance import LLMatcher
 
 
+_SPACES = " \t\n\r"
+
+
 class _Thoughts:
-    """How far the reasoning is: not begun, under way, or over."""
+    """How far the reasoning is: not begun, under way, or over.
 
-    __slots__ = ("_reasoning", "_told", "is_over", "is_under_way")
+    What was said is text here, of which each byte is a character; a token that is a piece of a marker is one beyond
+    these, so that it matches by its id alone.
+    """
 
-    def __init__(self, reasoning: Reasoning) -> None:
+    __slots__ = ("_begin", "_end", "_ids", "_reasoning", "_tail", "_tokens", "_told", "is_over", "is_under_way")
+
+    def __init__(self, reasoning: Reasoning, tokens: Sequence[bytes]) -> None:
         self._reasoning = reasoning
+        self._tokens = tokens
+        pieces = [piece for piece in (*reasoning.begin, *reasoning.end) if isinstance(piece, int)]
+        self._ids = {token_id: chr(0x100 + number) for number, token_id in enumerate(pieces)}
+        self._begin = self._text_of(reasoning.begin)
+        self._end = self._text_of(reasoning.end)
+        self._tail = ""  # what was said last, as far as a marker may have begun in it
         self._told = 0
         self.is_under_way = reasoning.is_open
-        self.is_over = not reasoning.is_open and reasoning.begin is None
+        self.is_over = not reasoning.is_open and not reasoning.begin
+
+    def _text_of(self, marker: Marker) -> str:
+        said = [self._ids[piece] if isinstance(piece, int) else piece.encode().decode("latin-1") for piece in marker]
+        return "".join(said)
+
+    def _said(self, token_id: int) -> str:
+        if token_id in self._ids:
+            return self._ids[token_id]
+        return self._tokens[token_id].decode("latin-1") if token_id < len(self._tokens) else ""
+
+    @property
+    def may_begin(self) -> bool:
+        """Whether it has not begun, and still may."""
+        return not self.is_under_way and not self.is_over
 
     @property
     def first(self) -> int | None:
-        """The token that would begin it now."""
-        return None if self.is_under_way or self.is_over else self._reasoning.begin
+        """The token that would begin it now, where one token does."""
+        begin = self._reasoning.begin
+        return begin[0] if self.may_begin and len(begin) == 1 and isinstance(begin[0], int) else None
 
     @property
     def forced(self) -> int | None:
@@ -46,15 +74,20 @@ class _Thoughts:
 
     def accept(self, token_id: int) -> bool:
         """Go on by one token; whether it belongs to the reasoning."""
-        reasoning = self._reasoning
+        self._tail += self._said(token_id)
         if self.is_under_way:
             self._told += 1
-            self.is_over = token_id == reasoning.end
-            self.is_under_way = not self.is_over
-            return True
-        self.is_under_way = token_id == reasoning.begin
-        self.is_over = not self.is_under_way
-        return self.is_under_way
+        else:
+            self._tail = self._tail.lstrip(_SPACES)
+            if not self._tail.startswith(self._begin):
+                self.is_over = not self._begin.startswith(self._tail)
+                return False
+            self._tail = self._tail[len(self._begin) :]
+        is_spent = self._told == (self._reasoning.budget or 0) + len(self._reasoning.closing)
+        self.is_over = self._end in self._tail or (self._reasoning.budget is not None and is_spent)
+        self.is_under_way = not self.is_over
+        self._tail = self._tail[-(len(self._end) - 1) :] if len(self._end) > 1 else ""
+        return True
 
 
 class _Watch:
@@ -107,26 +140,38 @@ class _Watch:
 class Progress:
     """How far one answer is. Its tokens are told one by one, as they are sampled."""
 
-    __slots__ = ("_grammar", "_is_sure", "_matcher", "_thoughts", "_triggers", "_watch", "num_tokens")
+    __slots__ = ("_constraint", "_grammar", "_is_sure", "_matcher", "_thoughts", "_watch", "num_tokens")
 
     def __init__(self, constraint: Constraint, grammar: Grammar | None, token_ids: Sequence[int]) -> None:
-        """grammar: None where the constraint has none. token_ids: of the answer so far."""
-        self._grammar = grammar
-        self._triggers = constraint.triggers
-        self._thoughts = None if constraint.reasoning is None else _Thoughts(constraint.reasoning)
-        self._watch: _Watch | None = None
-        if grammar is not None and constraint.triggers is not None:
-            self._watch = _Watch(constraint.triggers, grammar.tokens)
-        sleeps = grammar is None or constraint.triggers is not None
-        self._matcher = None if sleeps or grammar is None else grammar.matcher.deep_copy()
-        self._is_sure = True  # that what has woken the matcher is a trigger, and not only its beginning
+        """grammar: None where nothing is known of the tokens either. token_ids: of the answer so far."""
+        self._grammar = grammar or Grammar(None, [], ())
+        self._constraint = constraint
+        reasoning = constraint.reasoning
+        self._thoughts = None if reasoning is None else _Thoughts(reasoning, self._grammar.tokens)
+        self._begin_content()
         self.num_tokens = 0
         for token_id in token_ids:
             self.accept(token_id)
 
+    def _begin_content(self) -> None:
+        """Nothing of what the grammar is about has been said."""
+        triggers = self._constraint.triggers
+        matcher = self._grammar.matcher
+        self._watch: _Watch | None = None
+        if matcher is not None and triggers is not None:
+            self._watch = _Watch(triggers, self._grammar.tokens)
+        self._matcher = None if matcher is None or triggers is not None else matcher.deep_copy()
+        self._is_sure = True  # that what has woken the matcher is a trigger, and not only its beginning
+
     @property
     def _is_thinking(self) -> bool:
-        return self._thoughts is not None and self._thoughts.is_under_way
+        """Whether what is said is free."""
+        return self._thoughts is not None and self._thoughts.is_under_way and not self._describes_reasoning
+
+    @property
+    def _describes_reasoning(self) -> bool:
+        reasoning = self._constraint.reasoning
+        return reasoning is not None and reasoning.in_grammar
 
     @property
     def forced(self) -> int | None:
@@ -138,7 +183,7 @@ class Progress:
         """Whether the next token has to obey; else it is free."""
         if self._is_thinking:
             return self.forced is not None
-        return self._matcher is not None and not self._matcher.is_stopped()
+        return self.forced is not None or (self._matcher is not None and not self._matcher.is_stopped())
 
     @property
     def is_complete(self) -> bool:
@@ -168,14 +213,16 @@ class Progress:
     def allow_ends(self, bits: NDArray[np.int32], stop_token_ids: Iterable[int]) -> None:
         """In one row of masks: stop tokens may come where the answer is complete, the model's others never.
 
-        So may the beginning of the reasoning, as the first token.
+        Where the reasoning may still begin, so may its first token, and one of whitespace in front of it.
         """
-        if self.forced is not None or self._grammar is None:
+        if self.forced is not None or self._grammar.matcher is None:
             return
         words = bits.view(np.uint32)
         for token_id in self._grammar.end_ids:
             words[token_id // 32] &= np.uint32(~(1 << token_id % 32) & 0xFFFFFFFF)
-        also = [] if self._thoughts is None or self._thoughts.first is None else [self._thoughts.first]
+        also: list[int] = []
+        if self._thoughts is not None and self._thoughts.first is not None and self._watch is None:
+            also = [self._thoughts.first, *(() if self.num_tokens else self._grammar.spaces)]
         if self.is_complete or not self._is_sure:
             also += stop_token_ids
         for token_id in also:
@@ -185,14 +232,30 @@ class Progress:
     def accept(self, token_id: int) -> None:
         """Go on by one token of the answer."""
         self.num_tokens += 1
-        if self._thoughts is not None and not self._thoughts.is_over and self._thoughts.accept(token_id):
-            return
+        thoughts = self._thoughts
+        if thoughts is not None and not thoughts.is_over and not self._describes_reasoning:
+            may_begin = thoughts.may_begin
+            if thoughts.accept(token_id):
+                if may_begin:
+                    self._begin_content()  # what came before it was whitespace
+                return
+            if self._is_left_out(token_id):
+                return
+        elif thoughts is not None and not thoughts.is_over:
+            thoughts.accept(token_id)
         if self._matcher is not None and self._is_sure:
             self._matcher.consume_token(token_id)
             if self._watch is not None and not self.error and self._matcher.is_stopped() and not self._ends_once:
                 self._matcher = None
         elif self._watch is not None:
             self._look_for_triggers(self._watch, token_id)
+
+    def _is_left_out(self, token_id: int) -> bool:
+        """Whether this is whitespace in front of reasoning that may begin, and none of the grammar's."""
+        if self._matcher is None or self._watch is not None or token_id not in self._grammar.spaces:
+            return False
+        waits = self._thoughts is not None and self._thoughts.may_begin
+        return waits and self._matcher.validate_tokens([token_id]) == 0
 
     def jump(self, most: int) -> list[int]:
         """Go on by the tokens that must come now, `most` of them at the most, and return them."""
@@ -210,13 +273,15 @@ class Progress:
             return [self.forced]
         if self._matcher is None or self._is_thinking or not self._is_sure or self._matcher.is_stopped():
             return []
-        assert self._grammar is not None
+        if self._thoughts is not None and self._thoughts.first is not None:
+            return []
         ends = self._grammar.end_ids
         return list(takewhile(lambda token_id: token_id not in ends, self._matcher.compute_ff_tokens()))
 
     @property
     def _ends_once(self) -> bool:
-        return self._triggers is not None and self._triggers.once
+        triggers = self._constraint.triggers
+        return triggers is not None and triggers.once
 
     def _look_for_triggers(self, watch: _Watch, token_id: int) -> None:
         """Let the grammar wake where a trigger may have begun; it goes back to sleep where it turns out to be none."""
@@ -227,7 +292,7 @@ class Progress:
         if self._matcher is not None:
             self._matcher.consume_token(token_id)
         else:
-            assert self._grammar is not None
+            assert self._grammar.matcher is not None
             self._matcher = self._grammar.matcher.deep_copy()
             self._matcher.consume_tokens(watch.tail)
             if self._matcher.is_error():  # one token holds the trigger, and what is no call

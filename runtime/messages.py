@@ -13,19 +13,24 @@ import msgspec
 FinishReason = Literal["stop", "length", "repetition", "abort", "error"]
 
 
-class Reasoning(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """What a model thinks before it answers, as tokens.
+Marker = tuple[int | str, ...]
+"""A marker's pieces: a token by its id, or a text, however it is tokenized."""
 
-    end: the token that ends it. is_open: the prompt has begun it; else it begins where the answer's first token is
-    `begin`. budget: None, or how many tokens it may have; then the tokens of `closing`, of which `end` is the last,
-    are forced.
+
+class Reasoning(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What a model thinks before it answers.
+
+    end: what ends it. is_open: the prompt has begun it; else `begin` does where it is the first that the answer says,
+    but for whitespace, and an empty one never. budget: None, or how many tokens it may have; then the tokens of
+    `closing`, which say `end`, are forced. in_grammar: the answer's grammar describes the reasoning too.
     """
 
-    end: int
+    end: Marker
     is_open: bool = False
-    begin: int | None = None
+    begin: Marker = ()
     budget: int | None = None
     closing: tuple[int, ...] = ()
+    in_grammar: bool = False
 
 
 class Triggers(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):

@@ -6,30 +6,26 @@ reading closes the generator, and its one `finally` aborts what still runs. No d
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import time
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
-from octavo.runtime.constraint import GrammarError
-from octavo.runtime.messages import AddRequest, Constraint, Logprobs, Reasoning, TokenOutput
+from octavo.runtime.messages import AddRequest, Logprobs, TokenOutput
 from octavo.server.admission import Ticket
 from octavo.server.dialects.fields import GenerationRequest
 from octavo.server.engine_client import EngineClient, EngineDeadError
 from octavo.server.errors import ApiError, bad_request
-from octavo.server.message.call_constraint import WantedCalls, grammar_of_calls
-from octavo.server.message.constrain import constraint_of
-from octavo.server.message.format import Strictness
-from octavo.server.message.parse import FormatParser, Formats, Machine, Parser
+from octavo.server.message.parse import FormatParser, Machine, Parser
 from octavo.server.message.parts import Part, append_parts
 from octavo.server.metrics import Metrics, Timeline
 from octavo.server.options import FairBy
 from octavo.server.prompts import Prompt, Wanted, sampling_params, stop_patterns
+from octavo.server.reading import Reading, constrained
 from octavo.server.served_model import ServedModel
 from octavo.text.detokenizer import Detokenizer, IncrementalDecoder, MarkingDecoder
 
@@ -102,26 +98,6 @@ class Usage:
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
             **thought,
         }
-
-
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """How an answer is read where it may be more than text: see message/parse.py's Machine.
-
-    only_one: what follows the first call is left out. calls: what the answer may call, or must. reasoning: where the
-    model's reasoning ends, as tokens; a constraint holds behind it. no_constraint: why this answer can't have one.
-    """
-
-    formats: Formats
-    reasoning_is_open: bool = False
-    call_is_open: bool = False
-    tools: Mapping[str, Any] = field(default_factory=dict)
-    num_before: int = 0
-    only_one: bool = False
-    strictness: Strictness = "loose"
-    calls: WantedCalls | None = None
-    reasoning: Reasoning | None = None
-    no_constraint: str = ""
 
 
 @dataclass(slots=True)
@@ -223,43 +199,6 @@ def make_choices(
     return choices
 
 
-def constrained(
-    request: GenerationRequest, model: ServedModel, reading: Reading | None
-) -> tuple[Constraint | None, Reading | None]:
-    """What the answer must look like, and how it is read then. Raises ApiError."""
-    constraint = constraint_of(request, model.structured_outputs, model.token_id)
-    if reading is None:
-        return constraint, None
-    reasoning = reading.reasoning
-    if constraint is not None:
-        if reading.no_constraint:
-            raise bad_request(reading.no_constraint)
-        if model.structured_outputs.enable_in_reasoning:
-            if reasoning is not None and reasoning.budget is not None:
-                raise bad_request(
-                    "thinking_token_budget: this server's constraints hold from the first token on, with no reasoning "
-                    "before them (enable_in_reasoning); leave out one of both",
-                    "thinking_token_budget",
-                )
-            reasoning = None
-    if reading.calls is not None and (constraint is not None or reading.calls.are_constrained):
-        if reading.calls.mode == "required" and reading.no_constraint:
-            raise bad_request(reading.no_constraint, "tool_choice")
-        try:
-            found = grammar_of_calls(reading.calls, reading.formats, constraint)
-        except GrammarError as error:
-            raise bad_request(str(error), "tools") from None
-        strictness: Strictness = "exact" if constraint is None else "marked"
-        exact = dataclasses.replace(reading, tools=found.schemas, strictness=strictness)
-        return Constraint(found.text, reasoning, found.triggers), exact
-    if reasoning is not None and (constraint is None or not reasoning.is_open):
-        limits = reasoning.budget is not None
-        reasoning = reasoning if limits else None
-    if constraint is None:
-        return None if reasoning is None else Constraint(reasoning=reasoning), reading
-    return Constraint(constraint.grammar, reasoning), reading
-
-
 def _make_choice(
     index: int,
     request: AddRequest,
@@ -311,6 +250,7 @@ def _parser(
         tools=reading.tools,
         num_before=reading.num_before,
         strictness=reading.strictness,
+        trims=reading.trims,
         skip_special_tokens=skips,
     )
     return FormatParser(detokenizer, machine, only_one=reading.only_one)

@@ -9,7 +9,9 @@ from pydantic import Field, model_validator
 from octavo.runtime.messages import Reasoning
 from octavo.server.dialects.fields import Count, Flag, Strict
 from octavo.server.errors import bad_request, field_error
+from octavo.server.message.parse import Formats
 from octavo.server.message.parts import Part, append_parts
+from octavo.server.message.thoughts import reasoning_of
 from octavo.server.served_model import ServedModel
 
 EFFORTS = {"minimal": "low", "low": "low", "medium": "medium", "high": "high", "xhigh": "high", "max": "high"}
@@ -77,26 +79,9 @@ def _has_channels(model: ServedModel) -> bool:
     return tools is not None and tools.kind == "channel"
 
 
-def reasoning_tokens(model: ServedModel, budget: int | None, *, is_open: bool) -> Reasoning | None:
-    """Where the model's reasoning begins and ends, as tokens; None where its end is no token of its own.
-
-    Raises ApiError for a budget that could not be enforced.
-    """
-    form = model.formats.found.reasoning
-    end = None if form is None else model.tokenizer.token_id(form.end)
-    if form is not None and end is not None:
-        begin = None if is_open else model.tokenizer.token_id(form.begin)
-        if budget is None:
-            return Reasoning(end, is_open, begin)
-        last_words = model.reasoning_end_str.removesuffix(form.end)
-        closing = (*model.tokenizer.encode(last_words, add_special_tokens=False), end) if last_words else (end,)
-        return Reasoning(end, is_open, begin, budget, closing)
-    if budget is not None and can_think(model):
-        raise bad_request(
-            "thinking_token_budget: can't be enforced, as the end of this model's reasoning is no token of its own",
-            "thinking_token_budget",
-        )
-    return None
+def reasoning_tokens(model: ServedModel, formats: Formats, budget: int | None, *, is_open: bool) -> Reasoning | None:
+    """What the model thinks before it answers, as the engine follows it."""
+    return reasoning_of(formats, model.tokenizer, is_open=is_open, budget=budget, last_words=model.reasoning_end_str)
 
 
 class ShownReasoning:
@@ -127,8 +112,8 @@ def thinking_fields(model: ServedModel, field: str, *, wants: bool) -> dict[str,
     Where its template has no switch, thinking ends before its first token.
     """
     reasoning = model.formats.found.reasoning
-    has_no_switch = reasoning is not None and not reasoning.can_disable
-    if not wants and has_no_switch and reasoning_tokens(model, None, is_open=True) is not None:
+    has_no_switch = _has_channels(model) or (reasoning is not None and not reasoning.can_disable)
+    if not wants and has_no_switch:
         return {"thinking_token_budget": 0}
     variables = switched(model, field, wants=wants)
     return {"chat_template_kwargs": variables} if variables else {}

@@ -13,16 +13,15 @@ from octavo.server.dialects.custom_input import InputText, input_schema
 from octavo.server.dialects.fields import Flag, Open, Strict, Text
 from octavo.server.dialects.thinking import ThinkingOptions, reasoning_tokens
 from octavo.server.errors import bad_request, field_error
-from octavo.server.generation import Reading
 from octavo.server.message.call_constraint import StrictLevel, WantedCalls, WantedTool
 from octavo.server.message.grammars import MAX_TEXT
 from octavo.server.message.parts import Call, Part, calls_of, reasoning_of, text_of
+from octavo.server.reading import Reading
 from octavo.server.served_model import ServedModel
 
 MAX_TOOLS = 512
 Json = dict[str, Any]
 FunctionName = Annotated[str, StringConstraints(strict=True, pattern=r"^[A-Za-z0-9_.:/-]{1,128}$")]
-NO_BUDGET = "the end of this model's reasoning is no token of its own, so "
 
 
 class FunctionTool(Open):
@@ -287,24 +286,21 @@ def reading_of(
     found = model.formats.found
     reasoning_is_open = found.reasoning is not None and found.reasoning.opened_by(prompt)
     call_is_open = bool(tools) and found.tools is not None and found.tools.opened_by(prompt)
-    reasoning = reasoning_tokens(model, options.budget, is_open=reasoning_is_open)
-    no_constraint = ""
-    if formats.tools is not None and not tools:
-        no_constraint = "this model's answers are messages with headers, which can't have a constraint yet"
-    elif reasoning_is_open and reasoning is None:
-        no_constraint = NO_BUDGET + "a constraint behind it can't be enforced; switch the reasoning off"
+    reasoning_is_closed = found.reasoning is not None and prompt.rstrip().endswith(found.reasoning.end)
+    reasoning = reasoning_tokens(model, formats, options.budget, is_open=reasoning_is_open)
     if options.separate_reasoning is False:
         formats = dataclasses.replace(formats, reasoning=None)
     return Reading(
         formats,
         reasoning_is_open=reasoning_is_open,
+        reasoning_is_closed=reasoning_is_closed,
         call_is_open=call_is_open,
         tools={tool.function.name: tool.function.parameters or {} for tool in tools},
         num_before=sum(len(message.tool_calls or ()) for message in messages),
         only_one=options.parallel_tool_calls is False or options.functions is not None,
         calls=options.wanted_calls(model.tool_strict_level, is_open=call_is_open) if tools else None,
         reasoning=reasoning,
-        no_constraint=no_constraint,
+        budget=options.budget,
     )
 
 

@@ -10,6 +10,7 @@ import json
 import random
 import re
 import select
+import string
 import threading
 from typing import Any
 
@@ -22,7 +23,7 @@ from toy_model import VOCAB, ToyModel, logits_after, make_engine, make_request, 
 
 from octavo.kernels.attention.cache import LayerCache
 from octavo.kernels.attention.step import StepInputs
-from octavo.runtime.constraint import compiled, ll_tokenizer, parser_limits
+from octavo.runtime.constraint import Grammar, compiled, ll_tokenizer, parser_limits
 from octavo.runtime.following import Masks, Progress
 from octavo.runtime.messages import AddRequest, Constraint, Reasoning, Triggers
 
@@ -174,7 +175,7 @@ def constrained_text(constraint: Constraint, **settings: Any) -> list[int]:
 def test_a_grammar_begins_behind_the_reasoning() -> None:
     text = free_text(12)
     for place in (2, 5):
-        reasoning = Reasoning(text[place], is_open=True)
+        reasoning = Reasoning((text[place],), is_open=True)
         end = text.index(text[place]) + 1
         assert constrained_text(one_of(["xyz"], reasoning)) == text[:end] + encode("xyz")
 
@@ -183,10 +184,10 @@ def test_reasoning_that_the_model_begins_itself() -> None:
     """By its first token, which may come beside what the grammar allows."""
     text = free_text(12)
     end = text.index(text[6], 2) + 1
-    assert constrained_text(one_of(["xyz"], Reasoning(text[6], begin=text[0]))) == text[:end] + encode("xyz")
+    assert constrained_text(one_of(["xyz"], Reasoning((text[6],), begin=(text[0],)))) == text[:end] + encode("xyz")
     unlike = next(token for token in range(len(ALPHABET)) if token != text[0])
-    bias = {unlike: -100.0}
-    answer = constrained_text(one_of(["xyz"], Reasoning(text[6], begin=unlike)), logit_bias=bias)
+    bias = {unlike: -100.0, encode(" ")[0]: -100.0}
+    answer = constrained_text(one_of(["xyz"], Reasoning((text[6],), begin=(unlike,))), logit_bias=bias)
     assert answer == encode("xyz")
 
 
@@ -194,7 +195,7 @@ def test_reasoning_that_the_model_begins_itself() -> None:
 def test_reasoning_ends_when_its_budget_is_spent(budget: int) -> None:
     text = free_text(12)
     closing = (*encode("so"), END)
-    reasoning = Reasoning(END, is_open=True, budget=budget, closing=closing)
+    reasoning = Reasoning((END,), is_open=True, budget=budget, closing=closing)
     bias = {END: -100.0}
     expected_end = text[:budget] + list(closing)
     assert constrained_text(one_of(["xyz"], reasoning), logit_bias=bias) == [*expected_end, *encode("xyz")]
@@ -206,8 +207,75 @@ def test_reasoning_ends_when_its_budget_is_spent(budget: int) -> None:
 def test_reasoning_that_ends_in_time_is_left_alone() -> None:
     text = free_text(12)
     end = text.index(text[3])
-    reasoning = Reasoning(text[end], is_open=True, budget=11, closing=(END,))
+    reasoning = Reasoning((text[end],), is_open=True, budget=11, closing=(END,))
     assert constrained_text(Constraint(reasoning=reasoning), max_tokens=12) == text
+
+
+def progress_of(constraint: Constraint, said: str = "") -> Progress:
+    grammar = Grammar(None, [], vocabulary().tokens)
+    if constraint.grammar:
+        grammar = compiled(ll_tokenizer(vocabulary(), VOCAB), constraint.grammar, vocabulary().tokens)
+        grammar = grammar._replace(spaces=encode(" "))
+    return Progress(constraint, grammar, encode(said))
+
+
+def may_follow(progress: Progress) -> str:
+    """The characters that may come next."""
+    bits = Masks(VOCAB).fill([progress])
+    progress.allow_ends(bits[0], [END])
+    row = bits[0].view("uint32")
+    return decode([token for token in range(len(ALPHABET)) if row[token // 32] >> (token % 32) & 1])
+
+
+@pytest.mark.parametrize("spaces", ["", " ", "  "])
+def test_reasoning_that_begins_behind_whitespace(spaces: str) -> None:
+    """The grammar has no whitespace; what stands in front of the reasoning is none of its text."""
+    [begin, end] = encode("TE")
+    constraint = one_of(["xyz"], Reasoning((end,), begin=(begin,)))
+    progress = progress_of(constraint, spaces)
+    assert (progress.holds, set(may_follow(progress))) == (True, {"T", "x"} if spaces else {" ", "T", "x"})
+    assert not progress_of(constraint, spaces + "T").holds
+    behind = progress_of(constraint, spaces + "T no xyz E")
+    assert (behind.holds, may_follow(behind)) == (True, "x")
+    assert progress_of(constraint, spaces + "TExyz").is_complete
+    without = progress_of(constraint, spaces + "xyz")
+    assert (without.is_complete, without.is_over) == (True, True)
+    limited = Constraint(reasoning=Reasoning((end,), begin=(begin,), budget=2, closing=(end,)))
+    assert progress_of(limited, spaces + "Tab").forced == end
+    assert progress_of(limited, spaces + "xTab").forced is None
+    asleep = Constraint(constraint.grammar, constraint.reasoning, Triggers(start="x"))
+    assert may_follow(progress_of(asleep, spaces + "TxE" + spaces + "x")) == "y"
+    assert not progress_of(asleep, spaces + "Tx").holds
+
+
+def test_reasoning_between_markers_of_several_tokens() -> None:
+    closing = tuple(encode("so END"))
+    limited = Constraint(reasoning=Reasoning(("END",), begin=("BE", *encode("G")), budget=3, closing=closing))
+    spent = progress_of(limited, " BEGabc")
+    forced = []
+    while spent.forced is not None:
+        forced.append(spent.forced)
+        spent.accept(spent.forced)
+    assert tuple(forced) == closing
+    assert not spent.holds
+    for text in ("BEG", "BEGab", "BEGENDabcdef", "BEGaENENDabc", "BExabcdef", "abcdefg"):
+        assert progress_of(limited, text).forced is None, text
+    assert progress_of(limited, "BEGEEN").forced == encode("s")[0]  # a marker that is not whole
+
+
+def test_reasoning_that_the_grammar_describes() -> None:
+    lark = 'start: (/[a-z]*/ "END")? ("{" | "x")'
+    reasoning = Reasoning(("END",), is_open=True, budget=2, closing=tuple(encode("END")), in_grammar=True)
+    constraint = Constraint(LLMatcher.grammar_from_lark(lark), reasoning)
+    assert set(may_follow(progress_of(constraint))) == {*string.ascii_lowercase, "E", "{"}
+    assert [progress_of(constraint, text).forced for text in ("ab", "abE", "abEN", "abEND", "aE")] == [
+        *encode("END"),
+        None,
+        encode("E")[0],
+    ]
+    assert may_follow(progress_of(constraint, "abEND")) == "x{"
+    assert may_follow(progress_of(constraint, "aEND")) == "x{"
+    assert progress_of(constraint, "abENDx").is_complete
 
 
 def test_a_grammar_wakes_at_a_token_and_sleeps_again() -> None:

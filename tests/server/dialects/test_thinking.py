@@ -9,7 +9,7 @@ from typing import Any
 import openai
 import pytest
 from octavo_server import serving
-from spoken import ANSWER, THINKS, TOKENIZER, answer_to, constrained, deltas, model, request, streamed, whole
+from spoken import ANSWER, THINKS, TOKENIZER, TOOLS, answer_to, constrained, deltas, model, request, streamed, whole
 
 from octavo.runtime.messages import Reasoning
 from octavo.server.dialects.thinking import effort_variables
@@ -64,20 +64,44 @@ def test_a_budget_ends_the_reasoning_by_its_end(field: str) -> None:
     end = TOKENIZER.token_id("<|im_end|>")
     begin = TOKENIZER.token_id("<|im_start|>")
     assert end is not None
+    assert begin is not None
     free = {"response_format": None, field: 7}
     opened = constrained(THINKS, "go on<|im_start|>", **free).choices[0].request.params.constraint
     assert opened is not None
-    assert (opened.grammar, opened.reasoning) == ("", Reasoning(end, True, None, 7, (end,)))
+    assert (opened.grammar, opened.reasoning) == ("", Reasoning((end,), True, (), 7, (end,)))
     closed = constrained(THINKS, "go on<|im_end|>", **free).choices[0].request.params.constraint
     assert closed is not None
-    assert closed.reasoning == Reasoning(end, False, begin, 7, (end,))
+    assert closed.reasoning == Reasoning((end,), False, (begin,), 7, (end,))
     assert constrained(NO_REASONING, "x", **free).choices[0].request.params.constraint is None
 
 
-def test_a_budget_that_can_not_be_enforced_is_refused() -> None:
-    for known in (CHANNELS, found(is_implied=True)):
-        with pytest.raises(ApiError, match="thinking_token_budget: can't be enforced"):
-            constrained(known, "x", response_format=None, thinking_token_budget=7)
+def test_a_budget_where_the_end_is_no_token() -> None:
+    """All tokens of the marker are forced; the grammar of a constrained answer describes it too."""
+    sent = constrained(found(is_implied=True), "x", response_format=None, thinking_token_budget=7)
+    asked = sent.choices[0].request.params.constraint
+    assert asked is not None
+    assert (asked.grammar, asked.reasoning) == (
+        "",
+        Reasoning(("</think>",), True, (), 7, tuple(TOKENIZER.encode("</think>")), in_grammar=True),
+    )
+
+
+def test_a_budget_where_channels_tell_the_reasoning() -> None:
+    """gpt-oss's analysis comes once and first, and its end is forced; without a budget it thinks as it likes."""
+    for tools in (None, TOOLS):
+        fields: dict[str, Any] = {"response_format": None, "tools": tools}
+        asked = constrained(CHANNELS, "x", **fields, thinking_token_budget=7).choices[0].request.params.constraint
+        assert asked is not None
+        reasoning = asked.reasoning
+        assert reasoning is not None
+        assert ("".join(map(str, reasoning.begin)), reasoning.budget) == ("<|channel|>analysis<|message|>", 7)
+        assert TOKENIZER.decode(reasoning.closing) == "<|end|>"
+        assert reasoning.in_grammar
+        never = constrained(CHANNELS, "x", **fields, thinking_token_budget=0).choices[0].request.params.constraint
+        assert never is not None
+        assert never.reasoning is None
+        assert "analysis" not in never.grammar
+    assert constrained(CHANNELS, "x", response_format=None).choices[0].request.params.constraint is None
 
 
 def test_reasoning_is_left_out_where_nobody_wants_it() -> None:

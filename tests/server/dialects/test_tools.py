@@ -9,6 +9,7 @@ import pickle
 from typing import Any
 
 import pytest
+from byte_grammar import ByteGrammar
 from pydantic import ValidationError
 from spoken import (
     ALLOWED,
@@ -35,6 +36,7 @@ from octavo.server.errors import ApiError
 from octavo.server.message.format import ReasoningFormat
 from octavo.server.message.infer import Inference
 from octavo.server.message.model_formats import check_names
+from octavo.server.message.parts import text_of
 from octavo.server.message.presets import TOOL_PRESETS
 from octavo.server.message.probe import History
 from octavo.server.metrics import Metrics
@@ -151,22 +153,45 @@ def test_a_constraint_holds_behind_the_reasoning_that_the_prompt_has_opened() ->
     begin = TOKENIZER.token_id("<|im_start|>")
     assert begin is not None
     assert end is not None
-    assert (opened.reasoning, closed.reasoning) == (Reasoning(end, is_open=True), None)
+    assert (opened.reasoning, closed.reasoning) == (Reasoning((end,), is_open=True), None)
 
 
-def test_a_constraint_that_could_not_be_enforced_is_refused() -> None:
-    """The end of the reasoning is no token of this tokenizer."""
-    with pytest.raises(ApiError, match="no token of its own"):
-        constrained(Inference(None, "none", ReasoningFormat("<a>", "</a>", is_implied=True), "", History()), "x")
+def test_a_constraint_behind_reasoning_whose_end_is_no_token() -> None:
+    """Its grammar describes the reasoning too, whose end may stand within a token."""
+    thinks = Inference(None, "none", ReasoningFormat("<a>", "</a>", is_implied=True), "", History())
+    choice: dict[str, Any] = {"response_format": None, "tools": None, "structured_outputs": {"choice": ["yes"]}}
+    found = constrained(thinks, "x", **choice).choices[0].request.params.constraint
+    assert found is not None
+    assert found.reasoning == Reasoning(("</a>",), is_open=True, in_grammar=True)
+    grammar = ByteGrammar(found.grammar)
+    for text, is_valid in (("so <a> </b> </a>\nyes", True), ("</a>yes", True), ("yes", False), ("hm</a> no", False)):
+        assert grammar.accepts(text) == is_valid, text
+    free = dataclasses.replace(thinks, reasoning=ReasoningFormat("<a>", "</a>"))
+    begins = constrained(free, "x", **choice).choices[0].request.params.constraint
+    assert begins is not None
+    grammar = ByteGrammar(begins.grammar)
+    for text, is_valid in (("yes", True), ("\n<a>so</a>yes", True), ("so</a>yes", False), ("<a>yes", False)):
+        assert grammar.accepts(text) == is_valid, text
 
 
 def test_an_answer_obeys_its_constraint_or_calls() -> None:
-    found = constrained(FOUND, "x", tools=TOOLS).choices[0].request.params.constraint
-    assert found is not None
-    assert found.triggers is None
+    for name in ("hermes", "llama3_json", "functionary_v3_2", "pythonic"):
+        answer = constrained(dataclasses.replace(FOUND, tools=TOOL_PRESETS[name]), "x", tools=TOOLS)
+        found = answer.choices[0].request.params.constraint
+        assert found is not None
+        assert found.triggers is None
+        assert found.reasoning is not None
+    grammar = {"response_format": None, "structured_outputs": {"grammar": 'start: "{" /.*/'}}
     bare = dataclasses.replace(FOUND, tools=TOOL_PRESETS["llama3_json"])
-    with pytest.raises(ApiError, match="can't be told from an answer that has a constraint"):
-        constrained(bare, "x", tools=TOOLS)
+    with pytest.raises(ApiError, match="must be a JSON Schema, a regular expression or a choice"):
+        constrained(bare, "x", tools=TOOLS, **grammar)
+
+
+def test_whitespace_in_front_of_a_constrained_answer_is_none_of_it() -> None:
+    """The model may have written it in front of reasoning that it left out."""
+    for text in ("\n{}", "\n<think>\nhm</think>\n\n{}", "{}"):
+        answer = constrained(FOUND, "x")
+        assert text_of([part for delta in deltas(answer, text) for part in delta.parts]) == "{}"
 
 
 def constraint_for(found: Inference = FOUND, **fields: Any) -> Constraint:
