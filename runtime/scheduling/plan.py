@@ -24,6 +24,8 @@ class SchedulerConfig:
     max_prompt_logits  rows of logits that one step may spend on prompt_logprobs: each is vocab_size floats
     policy             who is admitted first: who came first, by priority, or by the longest cached prefix
     priority_aging     seconds of waiting that weigh as much as one step of priority; None: waiting counts among equals
+    shared_tokens      of a step, at most, that the prompts of the owner with most requests get while others ask too:
+                       their first tokens may have to wait so long
     jumps_forward      whether a step may bring the tokens that a grammar forces behind the one that was sampled
     """
 
@@ -37,6 +39,7 @@ class SchedulerConfig:
     windows: Windows = (None,)
     policy: Policy = "fcfs"
     priority_aging: float | None = None
+    shared_tokens: int = 512
     jumps_forward: bool = False
 
 
@@ -110,8 +113,17 @@ class StepResult:
 
 @dataclass(slots=True)
 class Step:
-    """A plan while it is being made: what it holds, and what is left of its budgets."""
+    """A plan while it is being made: what it holds, and what is left of its budgets.
+
+    limits: what is left to the prompts of some owners; the others are bound by tokens_left alone.
+    """
 
     tokens_left: int
     prompt_logits_left: int
     scheduled: list[ScheduledSequence] = field(default_factory=list)
+    limits: dict[str, int] = field(default_factory=dict)
+
+    def count(self, owner: str, num_tokens: int) -> None:
+        """So many tokens of a prompt of this owner are in the plan."""
+        if owner in self.limits:
+            self.limits[owner] = max(0, self.limits[owner] - num_tokens)

@@ -3,8 +3,9 @@
 First come, first served, unless requests have ranks (waiting.py) or several owners (fairness.py). A step holds,
 within a budget of tokens: the next token of every running sequence, then the rest of prompts that are being
 prefilled, in chunks, then new arrivals. When blocks run out, the sequence that is last in order gives all of its own
-back and starts again later (recomputation, mostly out of the prefix cache). `running` is always in that order, so the
-victim is `running[-1]`, and so is `waiting`. One that is not ready is passed over.
+back and starts again later (recomputation, mostly out of the prefix cache): `running[-1]`. `waiting` is in order, and
+so is `running`, but that each owner's first sequence stands before anybody's second: who has most gives blocks back. A
+sequence that is not ready is passed over.
 
 Steps run in the order in which they are planned, and a step may be planned while earlier ones are under way. A sequence
 whose token is still being sampled goes on from it by reference (`last_token_of`); what a step under way computes for a
@@ -24,9 +25,10 @@ from __future__ import annotations
 import time
 from bisect import insort
 from collections.abc import Callable, Iterable
+from itertools import chain
 from math import inf, nextafter
 
-from octavo.runtime.messages import AddRequest, EngineStats, FinishReason, Logprobs, TokenOutput
+from octavo.runtime.messages import AddRequest, EngineStats, Logprobs, TokenOutput
 from octavo.runtime.scheduling.block_pool import BlockPool
 from octavo.runtime.scheduling.fairness import FairShares
 from octavo.runtime.scheduling.kv_groups import BlockTables, KVGroups
@@ -39,8 +41,8 @@ from octavo.runtime.scheduling.plan import (
     StepResult,
     last_token_of,
 )
-from octavo.runtime.scheduling.sequence import Sequence, is_stop, repeats_itself
-from octavo.runtime.scheduling.waiting import MOST_COMPARED, Waiting, place_of, rank_of
+from octavo.runtime.scheduling.sequence import Sequence, append_tokens, is_full
+from octavo.runtime.scheduling.waiting import MOST_COMPARED, Waiting, place_of, rank_of, running_order
 
 
 class Scheduler:
@@ -121,14 +123,19 @@ class Scheduler:
         """
         self._step_tokens = 0  # until a step is committed
         step = Step(self.config.max_num_batched_tokens, self.config.max_prompt_logits)
-        self._make_way()
+        step.limits = self._shares.limits(self.config.shared_tokens)
+        if self._shares.has_several:
+            self.running = running_order(self.running)
+        due = self._make_way()
         self._plan_decodes(step)
-        starved = self._plan_prefills(step)
-        while starved and not step.scheduled:
+        tokens_kept, columns_kept = self._room_for(step, due)
+        step.tokens_left -= tokens_kept
+        starved = self._plan_prefills(step, columns_kept)
+        while starved and not step.scheduled and not columns_kept:
             self._preempt(self.running[-1])
-            starved = self._plan_prefills(step)
-        if not starved:
-            self._admit(step)
+            starved = self._plan_prefills(step, columns_kept)
+        step.tokens_left += tokens_kept
+        self._admit(step, due, due_alone=starved)
         return self._plan_of(step, starved)
 
     def extend(self, plan: StepPlan) -> StepPlan:
@@ -143,7 +150,10 @@ class Scheduler:
             self.config.max_prompt_logits - plan.num_prompt_logits,
             list(plan.scheduled),
         )
-        self._admit(step)
+        step.limits = self._shares.limits(self.config.shared_tokens)
+        for scheduled in plan.scheduled:
+            step.count(scheduled.sequence.owner, scheduled.end - scheduled.start)
+        self._admit(step, self._due())
         return self._plan_of(step, is_starved=False)
 
     def _plan_of(self, step: Step, is_starved: bool) -> StepPlan:
@@ -155,19 +165,31 @@ class Scheduler:
             num_released=self._num_released,
         )
 
-    def _make_way(self) -> None:
-        """Preempt what has more than its fair share, for the first that waits, where that has no room otherwise."""
+    def _due(self) -> Sequence | None:
+        """Whose turn it is whatever waits before it; None: requests go in order."""
         if not self.waiting or not self._shares.has_several:
-            return
-        first = next((sequence for sequence in self.waiting.values() if sequence.is_ready), None)
+            return None
+        return self._shares.whose_turn(self.waiting.heads(), self.running)
+
+    def _make_way(self) -> Sequence | None:
+        """Preempt what has more than its fair share, for one that waits and has no room otherwise.
+
+        Returns whose turn it is, as `_due` does.
+        """
+        if not self._shares.has_several:
+            return None
+        due = self._due()
+        first = due or next((sequence for sequence in self.waiting.values() if sequence.is_ready), None)
         if first is None or first.num_steps:
-            return
+            return None
         while not self._free_slots or not self._fits(self._cached_prefix(first), len(first.token_ids)):
             greedy = self._shares.one_to_give_way(first, self.running)
             if greedy is None:
-                return
-            greedy.tag = nextafter(first.tag, inf)  # behind it
+                return due
+            if due is None:
+                greedy.tag = nextafter(first.tag, inf)  # behind it
             self._preempt(greedy)
+        return due
 
     def _plan_decodes(self, step: Step) -> None:
         """One token for each sequence that lacks only its newest; those that came last make room for the others."""
@@ -192,7 +214,7 @@ class Scheduler:
     def _goes_on(self, sequence: Sequence, length: int) -> bool:
         """Whether a sequence whose token is being sampled surely needs the one behind it computed, and it alone."""
         jumps = self.config.jumps_forward and sequence.params.may_jump
-        return not jumps and not self._is_full(sequence, length)
+        return not jumps and not is_full(sequence, length, self.config.max_model_len)
 
     def _room_for_drafts(self, step: Step, sequence: Sequence) -> int:
         """How many drafts the next step can check: nobody is preempted for them, and no answer gets too long."""
@@ -208,7 +230,18 @@ class Scheduler:
             self._groups.grow(sequence.blocks, min(missing, self._groups.num_free_columns))
         return min(count, len(sequence.blocks) * block_size - known)
 
-    def _plan_prefills(self, step: Step) -> bool:
+    def _room_for(self, step: Step, due: Sequence | None) -> tuple[int, int]:
+        """The tokens and columns that prompts under way leave to the one whose turn it is: none if it can't begin."""
+        if due is None or not self._free_slots:
+            return 0, 0
+        cached = self._cached_prefix(due)
+        needed = self._needed(cached, len(due.token_ids))
+        if needed > self.pool.num_free:
+            return 0, 0
+        left = len(due.token_ids) - len(cached) * self.config.block_size
+        return min(left, step.tokens_left, self.config.shared_tokens), -(-needed // len(self.config.windows))
+
+    def _plan_prefills(self, step: Step, columns_kept: int) -> bool:
         """A chunk for each prompt under way, as far as tokens and free blocks go; whether one lacked blocks."""
         for sequence in self.running:
             remaining = sequence.length - sequence.num_planned
@@ -216,28 +249,33 @@ class Scheduler:
             if remaining == 1 or size == 0:
                 continue
             self._groups.give_back_unseen(sequence.blocks, sequence.first_uncertain)
-            columns = len(sequence.blocks) + self._groups.num_free_columns
+            columns = len(sequence.blocks) + max(0, self._groups.num_free_columns - columns_kept)
             room = columns * self.config.block_size - sequence.num_planned
             if room <= 0:
                 return True
             self._extend(step, sequence, min(size, room))
         return False
 
-    def _admit(self, step: Step) -> None:
-        """Start waiting sequences in order, while a step has room and the cache could hold all of their tokens."""
+    def _admit(self, step: Step, due: Sequence | None, *, due_alone: bool = False) -> None:
+        """Start waiting sequences, while a step has room and the cache could hold all of their tokens.
+
+        They come in order, behind the one whose turn it is; those of an owner who has all that it may have of this step
+        are passed over.
+        """
         block_size = self.config.block_size
         admitted: list[Sequence] = []
-        for sequence in self._candidates():
+        others = [] if due_alone else self._candidates()
+        for sequence in others if due is None else chain([due], (it for it in others if it is not due)):
             if not self._free_slots or not step.tokens_left:
                 break
-            if not sequence.is_ready:
+            if not sequence.is_ready or step.limits.get(sequence.owner) == 0:
                 continue
             if sequence.num_steps:  # preempted a moment ago
                 break
             blocks = self._cached_prefix(sequence)
             length = len(sequence.token_ids)
             size = self._chunk(step, sequence, length - len(blocks) * block_size)
-            if size == 0 or not self._fits(blocks, length):
+            if size == 0 or not self._fits(blocks, length, spare=sequence is not due):
                 break
             admitted.append(sequence)
             self._start(sequence, blocks)
@@ -253,15 +291,18 @@ class Scheduler:
         compared = sorted(waiting[:MOST_COMPARED], key=lambda it: -len(self._cached_prefix(it)))
         return compared + waiting[MOST_COMPARED:]
 
-    def _fits(self, cached: BlockTables, length: int) -> bool:
+    def _fits(self, cached: BlockTables, length: int, *, spare: bool = True) -> bool:
         """Whether the cache can hold all tokens of a sequence that is to be admitted.
 
-        Each running sequence keeps a column for its growth, or the next step would preempt what this one admits.
+        spare: each running sequence keeps a column for its growth, or the next step would preempt what this one admits.
         """
+        headroom = len(self.running) * len(self.config.windows) if spare else 0
+        return self._needed(cached, length) + headroom <= self.pool.num_free
+
+    def _needed(self, cached: BlockTables, length: int) -> int:
+        """How many free blocks a sequence of so many tokens may take, of which these are cached."""
         num_held = sum(len(table) for table in cached.held())
-        needed = self._groups.most_blocks(length) - num_held + self._groups.num_unheld(cached)
-        headroom = len(self.running) * len(self.config.windows)
-        return needed + headroom <= self.pool.num_free
+        return self._groups.most_blocks(length) - num_held + self._groups.num_unheld(cached)
 
     def _start(self, sequence: Sequence, blocks: BlockTables) -> None:
         """Let a waiting sequence run, with the blocks of a cached prefix."""
@@ -285,7 +326,7 @@ class Scheduler:
         return self._groups.find_prefix(sequence.block_hashes(count, self.config.block_size))
 
     def _chunk(self, step: Step, sequence: Sequence, remaining: int) -> int:
-        size = min(remaining, step.tokens_left)
+        size = min(remaining, step.tokens_left, step.limits.get(sequence.owner, remaining))
         return min(size, step.prompt_logits_left) if sequence.wants_prompt_logprobs else size
 
     def _extend(self, step: Step, sequence: Sequence, size: int, is_new: bool = False) -> None:
@@ -293,6 +334,7 @@ class Scheduler:
         num_held = 0 if is_new else len(sequence.blocks)
         missing = -(-end // self.config.block_size) - len(sequence.blocks)
         self._groups.grow(sequence.blocks, missing)
+        step.count(sequence.owner, size)
         self._put(step, sequence, end, num_held, is_new)
 
     def _put(
@@ -388,7 +430,7 @@ class Scheduler:
             if not tokens and not is_ended:
                 self._go_back(sequence)
         num_known = len(sequence.token_ids)
-        finish_reason = self._append(sequence, tokens)
+        finish_reason = append_tokens(sequence, tokens, self.config.max_model_len)
         if is_ended and len(sequence.token_ids) - num_known == len(tokens):  # whole, be it at its last token
             finish_reason = "stop"
         if sequence.slot >= 0:
@@ -410,26 +452,6 @@ class Scheduler:
         if sequence.slot >= 0:
             sequence.num_planned = len(sequence.token_ids) - 1
 
-    def _append(self, sequence: Sequence, tokens: list[int]) -> FinishReason | None:
-        """Extend a sequence up to the token that ends it, and return why that one does."""
-        for token in tokens:
-            sequence.token_ids.append(token)
-            finish_reason = self._finish_reason(sequence, token)
-            if finish_reason is not None:
-                return finish_reason
-        return None
-
-    def _finish_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
-        if is_stop(sequence.params, token, len(sequence.token_ids) - sequence.num_prompt):
-            return "stop"
-        if self._is_full(sequence, len(sequence.token_ids)):
-            return "length"
-        return "repetition" if repeats_itself(sequence) else None
-
-    def _is_full(self, sequence: Sequence, length: int) -> bool:
-        """Whether a sequence of so many tokens has all that it may get."""
-        return length - sequence.num_prompt >= sequence.params.max_tokens or length >= self.config.max_model_len
-
     def _end_with_error(self, sequence: Sequence, error: str, *, is_refused: bool) -> TokenOutput:
         self._groups.forget(sequence.blocks)  # whatever made its logits unusable may stand in its keys and values
         self._drop(sequence)
@@ -438,6 +460,7 @@ class Scheduler:
     def _drop(self, sequence: Sequence) -> None:
         sequence.has_ended = True
         del self._live[sequence.request_id]
+        self._shares.end(sequence)
         if sequence.slot < 0:
             self.waiting.remove(sequence)
         else:

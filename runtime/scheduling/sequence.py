@@ -155,6 +155,24 @@ def is_stop(params: SamplingParams, token: int, num_outputs: int) -> bool:
     return token in params.stop_token_ids and num_outputs > params.min_tokens
 
 
+def is_full(sequence: Sequence, length: int, max_model_len: int) -> bool:
+    """Whether a sequence of so many tokens has all that it may get."""
+    return length - sequence.num_prompt >= sequence.params.max_tokens or length >= max_model_len
+
+
+def append_tokens(sequence: Sequence, tokens: list[int], max_model_len: int) -> FinishReason | None:
+    """Extend a sequence up to the token that ends it, and return why that one does."""
+    for token in tokens:
+        sequence.token_ids.append(token)
+        if is_stop(sequence.params, token, len(sequence.token_ids) - sequence.num_prompt):
+            return "stop"
+        if is_full(sequence, len(sequence.token_ids), max_model_len):
+            return "length"
+        if repeats_itself(sequence):
+            return "repetition"
+    return None
+
+
 def repeats_itself(sequence: Sequence) -> bool:
     """Whether the answer ends in a pattern as often as its request forbids; as vLLM looks for it."""
     rule = sequence.params.repetition

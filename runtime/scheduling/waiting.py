@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 
 from octavo.runtime.messages import AddRequest
 from octavo.runtime.scheduling.plan import Policy
@@ -27,12 +28,26 @@ def place_of(sequence: Sequence) -> tuple[float, float, int]:
     return sequence.rank, sequence.tag, sequence.number
 
 
+def running_order(running: Iterable[Sequence]) -> list[Sequence]:
+    """Sequences by rank, then every owner's first one before anybody's second, and so on; among those in order.
+
+    With one owner this is the order of their places.
+    """
+    counts: Counter[str] = Counter()
+    placed: list[tuple[float, int, float, int, Sequence]] = []
+    for sequence in sorted(running, key=place_of):
+        placed.append((sequence.rank, counts[sequence.owner], sequence.tag, sequence.number, sequence))
+        counts[sequence.owner] += 1
+    return [sequence for *_, sequence in sorted(placed)]  # numbers differ, so sequences are never compared
+
+
 class Waiting:
     """Sequences by request id, in the order of their places."""
 
     def __init__(self) -> None:
         self._by_id: dict[str, Sequence] = {}
         self._in_order: list[Sequence] = []
+        self._of_owner: dict[str, list[Sequence]] = {}
         self.deferred: set[str] = set()  # those that are not ready
 
     def __len__(self) -> int:
@@ -48,13 +63,23 @@ class Waiting:
         """All of them; not to be changed."""
         return self._in_order
 
+    def heads(self) -> list[Sequence]:
+        """The first one of each owner that is ready, in order."""
+        firsts = (next((it for it in those if it.is_ready), None) for those in self._of_owner.values())
+        return sorted((it for it in firsts if it is not None), key=place_of)
+
     def add(self, sequence: Sequence) -> None:
         self._by_id[sequence.request_id] = sequence
         if not sequence.is_ready:
             self.deferred.add(sequence.request_id)
         insort(self._in_order, sequence, key=place_of)
+        insort(self._of_owner.setdefault(sequence.owner, []), sequence, key=place_of)
 
     def remove(self, sequence: Sequence) -> None:
         del self._by_id[sequence.request_id]
         self.deferred.discard(sequence.request_id)
-        del self._in_order[bisect_left(self._in_order, place_of(sequence), key=place_of)]
+        mine = self._of_owner[sequence.owner]
+        for those in (self._in_order, mine):
+            del those[bisect_left(those, place_of(sequence), key=place_of)]
+        if not mine:
+            del self._of_owner[sequence.owner]

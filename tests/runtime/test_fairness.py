@@ -118,3 +118,97 @@ def test_a_better_rank_gives_no_way(policy: str) -> None:
     assert it.add(structs.replace(request("b", [1, 2, 3], max_tokens=30), owner="b", priority=0)) is None
     step(it)
     assert running(it)["b"] == (0 if policy == "priority" else 1)
+
+
+def prompt(start: int, length: int) -> list[int]:
+    """No two of them share a block."""
+    return list(range(start, start + length))
+
+
+def ask(it: Scheduler, owner: str, number: int, length: int, **params: object) -> str:
+    name = f"{owner}{number}"
+    made = structs.replace(request(name, prompt(100_000 * (number + 1), length), **params), owner=owner)
+    assert it.add(made) is None
+    return name
+
+
+def tokens_until_first(it: Scheduler, name: str, most_ahead: int = 1) -> int:
+    """The tokens that are computed from now on until this request's first one comes, as the engine plans: ahead."""
+    total = 0
+    plans = [it.plan()]
+    has_come = False
+    while plans:
+        while len(plans) <= most_ahead and not has_come:
+            plans.append(it.plan())
+        plan = plans.pop(0)
+        total += 0 if has_come else plan.num_tokens
+        tokens = [[7] if at.wants == "token" else [] for at in plan.scheduled]
+        has_come |= name in {output.request_id for output in it.commit(plan, StepResult(tokens))}
+    return total
+
+
+LIMITS = {"block_size": 16, "max_model_len": 40_000, "num_blocks": 20_000, "max_num_seqs": 16}
+
+
+@pytest.mark.parametrize("length", [200, 2000, 30_000])
+def test_long_prompts_of_another_owner_hold_up_a_first_token_by_their_part_of_few_steps(length: int) -> None:
+    """Two steps are ordered when a request comes; behind them comes its own."""
+    it = scheduler(**LIMITS)
+    ask(it, "b", 0, 8, max_tokens=2)
+    run(it)
+    for number in range(60):
+        ask(it, "a", number, length, max_tokens=500)
+    worst = 0
+    for number in range(1, 30):
+        for _ in range(number % 7):
+            step(it)
+        part = it.config.shared_tokens
+        own = 400
+        name = ask(it, "b", number, own, max_tokens=2)
+        worst = max(worst, tokens_until_first(it, name) - own)
+    assert worst <= 3 * (part + it.config.max_num_seqs)
+
+
+@pytest.mark.parametrize("num_before", [0, 1, 4, 20])
+def test_who_has_nothing_running_waits_for_nobodys_answer(num_before: int) -> None:
+    """However much was asked a moment ago: those answers have ended, and those of the flood take long."""
+    it = scheduler(**LIMITS)
+    for number in range(60):
+        ask(it, "a", number, 20, max_tokens=2000)
+    for _ in range(20):
+        step(it)
+    for number in range(num_before):
+        ask(it, "b", number, 200, max_tokens=300)
+        tokens_until_first(it, f"b{number}", most_ahead=0)
+        it.abort([f"b{number}"])  # as when a stop string ends it
+        step(it)
+    name = ask(it, "b", num_before, 200, max_tokens=300)
+    outputs = step(it)[1]
+    assert name in {output.request_id for output in outputs}
+
+
+def test_the_cache_is_full_of_a_flood_and_one_request_keeps_its_blocks() -> None:
+    """Answers of the flood grow, and give way to each other rather than end the only request of the other."""
+    it = scheduler(**LIMITS | {"num_blocks": 150})
+    for number in range(30):
+        ask(it, "a", number, 150, max_tokens=300)
+    for _ in range(20):
+        step(it)
+    name = ask(it, "b", 0, 700, max_tokens=200)
+    assert tokens_until_first(it, name) <= 700 + 3 * (it.config.shared_tokens + it.config.max_num_seqs)
+    b = it._live[name]
+    while name in it._live:
+        step(it)
+    assert b.num_preemptions == 0
+    assert it.stats().num_preemptions > 0
+
+
+def test_whoever_asks_alone_gets_whole_steps() -> None:
+    it = scheduler(**LIMITS)
+    for owner in ("b", "a"):  # another one asked, long ago
+        for number in range(600):
+            ask(it, owner, number, 3000, max_tokens=1)
+        sizes = []
+        while it.has_work:
+            sizes.append(step(it)[0].num_tokens)
+        assert set(sizes[-300:-1]) == {it.config.max_num_batched_tokens}

@@ -153,6 +153,7 @@ class Traffic(RuleBasedStateMachine):
             max_prompt_logits=3,
             windows=self.windows,
             policy=self.policy,
+            shared_tokens=3,
         )
         self.device = Device(self.block_size, self.windows)
         self.under_way: deque[StepPlan] = deque()
@@ -327,9 +328,9 @@ class Traffic(RuleBasedStateMachine):
         assert len(set(slots)) == len(slots) <= 4
         assert min(slots, default=0) >= 0
         assert all(sequence.slot == -1 and not sequence.blocks for sequence in waiting)
-        for sequences in (running, waiting):
+        shared = len(self.owners) > 1
+        for sequences in (waiting,) if shared else (running, waiting):  # those that run are put in order in each plan
             ranked = self.policy == "priority"
-            shared = len(self.owners) > 1
             order = [
                 (self.live[it.request_id].priority if ranked else 0, it.tag if shared else 0.0, it.number)
                 for it in sequences
