@@ -13,6 +13,7 @@ from msgspec import Meta
 
 from octavo.flags import parse_count, parse_size
 from octavo.quant.scheme import KV_SHORT_NAMES
+from octavo.runtime.parallel.config import ParallelConfig
 from octavo.runtime.scheduling.plan import Policy
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "fp8", "int8", "int4"]
@@ -73,7 +74,10 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     ] = False
     num_threads: Annotated[
         Count | None,
-        Meta(description="CPU threads of the engine", extra={"metavar": "N", "default": "all cores"}),
+        Meta(
+            description="CPU threads of the engine, with -tp of each rank",
+            extra={"metavar": "N", "default": "all cores, of a rank its share"},
+        ),
     ] = None
     max_model_len: Annotated[
         Count | None,
@@ -169,3 +173,4 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
             extra={"group": "text and sampling", "aliases": ("--random-seed",), "metavar": "N"},
         ),
     ] = 0
+    parallel: ParallelConfig = ParallelConfig()

@@ -111,6 +111,6 @@ class Engine:
         return self.scheduler.commit(handle.plan, self.executor.result(handle))
 
     def _submit(self, plan: StepPlan) -> None:
-        order = make_order(plan, self._num_ordered, answers=self.executor.compares_ranks)
+        order = make_order(plan, self._num_ordered)
         self._num_ordered += 1
         self._under_way.append(self.executor.submit(order, plan))

@@ -312,6 +312,7 @@ class StartupReport(msgspec.Struct, frozen=True):
     kv_cache_bytes: int
     seconds: dict[str, float]
     notes: list[str] = []
+    ranks: list[str] = []  # what each of several ranks holds
 
 
 FromEngine = Ready | Failed | StepOutputs | Pong

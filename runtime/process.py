@@ -36,7 +36,7 @@ from octavo.runtime.messages import (
     TokenOutput,
     Vocabulary,
 )
-from octavo.runtime.parallel.lifeline import end_with_parent, read_line
+from octavo.runtime.parallel.lifeline import end_with_parent, one_line, read_line, says_it_all
 
 if TYPE_CHECKING:
     from octavo.runtime.engine import Engine
@@ -63,21 +63,28 @@ def main() -> int:
     context = zmq.Context()
     link = Link(context, address)
     is_loaded = False
+    followers = None
     try:
+        if start.config.parallel.tensor_parallel_size > 1:
+            from octavo.runtime.parallel.followers import Followers
+
+            followers = Followers(start.config)
         with uncollected():
             from octavo.runtime.startup import load_engine  # imports torch: seconds, in which a failure must be told
-        engine, ready = load_engine(start.config, start.spawn_time)
+        engine, ready = load_engine(start.config, start.spawn_time, followers=followers)
         is_loaded = True
         link.send(ready)
         sys.setswitchinterval(SWITCH_SECONDS)
         serve(engine, link)
     except Exception as error:
-        is_told = _says_it_all(error) and not is_loaded  # a model or a flag that is the user's to mend
-        link.send(Failed(_one_line(error), "" if is_told else traceback.format_exc()))
+        is_told = says_it_all(error) and not is_loaded  # a model or a flag that is the user's to mend
+        link.send(Failed(one_line(error), "" if is_told else traceback.format_exc()))
         return 1
     finally:
         link.close()
         context.term()
+        if followers is not None:
+            followers.close()
     return 0
 
 
@@ -201,16 +208,6 @@ class Link:
 
     def close(self) -> None:
         self._socket.close(linger=FLUSH_MS)
-
-
-def _says_it_all(error: Exception) -> bool:
-    """Whether the message is enough: octavo's own errors are sentences, others need their type."""
-    return isinstance(error, (ValueError, OSError)) and bool(str(error).strip())
-
-
-def _one_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text if _says_it_all(error) else f"{type(error).__name__}: {text}"
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import dataclass
 
+import msgspec
 import torch
 
 from octavo.kernels.attention.cache import LayerCache
@@ -15,6 +17,8 @@ from octavo.runtime.model import select_operators
 from octavo.runtime.model.device import Device
 from octavo.runtime.model.model import Model
 from octavo.runtime.model.weights import load_model
+from octavo.runtime.parallel.followers import Followers
+from octavo.runtime.parallel.group import ALONE, Group
 from octavo.runtime.scheduling.plan import SchedulerConfig
 from octavo.runtime.worker import kv_cache
 from octavo.runtime.worker.device import free_memory, num_cores, set_threads
@@ -28,54 +32,96 @@ SEQUENCE_BYTES = 48  # a sequence's share of the lists beside them: its slot num
 MAX_PROMPT_LOGITS_BYTES = 64 << 20  # what one step may spend on logits for prompt_logprobs
 
 
-def load_engine(config: EngineConfig, spawn_time: float, device: Device | None = None) -> tuple[Engine, Ready]:
+@dataclass(frozen=True)
+class LoadedRank:
+    """A rank's share of an engine, not run yet. weight_bytes: of all ranks."""
+
+    model: Model
+    caches: list[LayerCache]
+    plan: kv_cache.CachePlan
+    limits: SchedulerConfig
+    weight_bytes: int
+    notes: list[str]
+
+
+def load_engine(
+    config: EngineConfig, spawn_time: float, device: Device | None = None, *, followers: Followers | None = None
+) -> tuple[Engine, Ready]:
     """An engine that has run once, and the table about it. Raises ValueError or OSError with what is wrong.
 
     spawn_time is time.time() of when the process was started: what came before this call is the phase 'import'.
-    device None: the one that config names.
+    device None: the one that config names. followers: the engine's other ranks, where they have been started already.
     """
-    clock = _Phases(spawn_time)
+    clock = Phases(spawn_time)
     clock.end("import")
+    if followers is None and config.parallel.tensor_parallel_size > 1:
+        followers = Followers(config)
+    if followers is not None:
+        config = msgspec.structs.replace(config, num_threads=followers.threads)
+    device, num_threads = prepare_device(config, device, clock)
+    group = ALONE if followers is None else followers.join()
+    rank = load_rank(config, device, group, clock)
+    model = rank.model
+    if followers is not None:
+        followers.open(rank.limits)
+    with torch.inference_mode():
+        warm_up(model, rank.caches, rank.limits, followers)
+        clock.end("warm-up")
+        graphs = None
+        if not config.enforce_eager and model.capturable:
+            sizes = (rank.limits.max_num_seqs, rank.limits.max_model_len, config.max_num_batched_tokens)
+            graphs = StepGraphs(model, rank.caches, *sizes)
+            clock.end("cuda graphs")
+    plan = rank.plan
+    on_cpu = (
+        f"cpu, {num_threads} threads" if group.size == 1 else f"cpu, {group.size} ranks, {num_threads} threads each"
+    )
+    report = StartupReport(
+        model=config.model,
+        architecture=model.architecture,
+        dtype=_name(model.dtype),
+        device=on_cpu if device.torch_device.type == "cpu" else str(device.torch_device),
+        kv_cache_dtype=(f"k={_name(model.dtype)},v=" if plan.wide_keys else "") + _name(plan.dtype),
+        layers=model.report_layers(),
+        weight_bytes=rank.weight_bytes,
+        kv_cache_bytes=plan.num_bytes,
+        seconds=clock.seconds,
+        notes=rank.notes,
+        ranks=list(model.ranks),
+    )
+    overlaps = device.torch_device.type != "cpu" or num_threads < num_cores()
+    worker = Worker(model, rank.caches, rank.limits, graphs)
+    engine = Engine(worker, rank.limits, config.seed, followers, overlaps=overlaps)
+    return engine, Ready(rank.limits.max_model_len, plan.num_blocks, plan.block_size, model.vocab_size, report)
+
+
+def prepare_device(config: EngineConfig, device: Device | None, clock: Phases) -> tuple[Device, int]:
+    """The device, with its kernels compiled, and the number of CPU threads. Raises ValueError for what can't be."""
     check_limits(config)
     device = device or Device.choose(config.device)
     check_machine(config, free_memory(device.torch_device))
     num_threads = set_threads(config.num_threads)
     select_operators.warm_up(device.torch_device)
     clock.end("kernels")
-    with torch.inference_mode():
-        model = load_model(config, device)
-        clock.end("weights")
-        if model.compiles_kernels:
-            limits = limits_of(config, model, config.max_model_len or model.max_position)
-            compile_steps(model, limits, kv_cache.choose_dtype(model, config.kv_cache_dtype, []))
-            clock.end("compiling")
-        notes = list(model.notes)
-        caches, plan = kv_cache.create(model, config, notes)
-        clock.end("kv cache")
-        longest = choose_max_model_len(config, model.max_position, plan.capacity(model.max_position), notes)
-        check_num_seqs(config, longest, _left_on_host(plan.num_bytes, device.torch_device))
-        limits = limits_of(config, model, longest, plan)
-        warm_up(model, caches, limits)
-        clock.end("warm-up")
-        graphs = None
-        if not config.enforce_eager and model.capturable:
-            graphs = StepGraphs(model, caches, limits.max_num_seqs, limits.max_model_len, config.max_num_batched_tokens)
-            clock.end("cuda graphs")
-    report = StartupReport(
-        model=config.model,
-        architecture=model.architecture,
-        dtype=_name(model.dtype),
-        device=f"cpu, {num_threads} threads" if device.torch_device.type == "cpu" else str(device.torch_device),
-        kv_cache_dtype=(f"k={_name(model.dtype)},v=" if plan.wide_keys else "") + _name(plan.dtype),
-        layers=model.report_layers(),
-        weight_bytes=model.weight_bytes,
-        kv_cache_bytes=plan.num_bytes,
-        seconds=clock.seconds,
-        notes=notes,
-    )
-    overlaps = device.torch_device.type != "cpu" or num_threads < num_cores()
-    engine = Engine(Worker(model, caches, limits, graphs), limits, config.seed, overlaps=overlaps)
-    return engine, Ready(limits.max_model_len, plan.num_blocks, plan.block_size, model.vocab_size, report)
+    return device, num_threads
+
+
+@torch.inference_mode()
+def load_rank(config: EngineConfig, device: Device, group: Group, clock: Phases) -> LoadedRank:
+    """Weights and cache of this rank of a group. All ranks find the same limits."""
+    model = load_model(config, device, group=group)
+    clock.end("weights")
+    if model.compiles_kernels:
+        limits = limits_of(config, model, config.max_model_len or model.max_position)
+        compile_steps(model, limits, kv_cache.choose_dtype(model, config.kv_cache_dtype, []))
+        clock.end("compiling")
+    notes = list(model.notes)
+    caches, plan = kv_cache.create(model, config, notes, group)
+    clock.end("kv cache")
+    longest = choose_max_model_len(config, model.max_position, plan.capacity(model.max_position), notes)
+    check_num_seqs(config, longest, _left_on_host(plan.num_bytes, device.torch_device))
+    limits = limits_of(config, model, longest, plan)
+    return LoadedRank(model, caches, plan, limits, sum(group.of_all(model.weight_bytes)), notes)
 
 
 def limits_of(
@@ -115,10 +161,16 @@ def check_machine(config: EngineConfig, free_bytes: int) -> None:
     Called before anything is loaded; kv_cache.plan_cache checks again with what the weights leave.
     """
     num_cpus = os.cpu_count() or 1
-    if config.num_threads is not None and config.num_threads > num_cpus:
+    ranks = config.parallel.tensor_parallel_size
+    if config.num_threads is not None and ranks == 1 and config.num_threads > num_cpus:
         raise ValueError(
             f"--num-threads {config.num_threads}: this machine has {num_cpus} CPUs, and threads beyond them only wait; "
             f"--num-threads {num_cpus} works"
+        )
+    if config.num_threads is not None and config.num_threads > 1 and ranks * config.num_threads > num_cpus:
+        raise ValueError(
+            f"--num-threads {config.num_threads} with -tp {ranks}: this machine has {num_cpus} CPUs, and threads "
+            f"beyond them only wait; --num-threads {max(1, num_cpus // ranks)} works"
         )
     kv_cache.check_budget(config, free_bytes)
     check_num_seqs(config, None, free_memory(torch.device("cpu")))
@@ -167,12 +219,14 @@ def choose_max_model_len(config: EngineConfig, max_position: int, capacity: int,
     return wanted
 
 
-def warm_up(model: Model, caches: list[LayerCache], limits: SchedulerConfig) -> None:
+def warm_up(
+    model: Model, caches: list[LayerCache], limits: SchedulerConfig, followers: Followers | None = None
+) -> None:
     """Run what compiles or is built at first use.
 
     Also the first sign of broken weights: raises ValueError if the model's logits are not finite.
     """
-    problem = run_requests(model, caches, limits)
+    problem = run_requests(model, caches, limits, followers)
     if problem is not None:
         narrow = model.dtype == torch.float16
         hint = "; float16 may lack the range that its activations need: --dtype bfloat16" if narrow else ""
@@ -181,7 +235,7 @@ def warm_up(model: Model, caches: list[LayerCache], limits: SchedulerConfig) -> 
         run_steps(model, caches, limits)
 
 
-class _Phases:
+class Phases:
     """Seconds between one `end` and the next."""
 
     def __init__(self, begin: float) -> None:

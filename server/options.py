@@ -155,17 +155,6 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True):
             extra={"flag": ("-q", "--quantization"), "choices": AT_LOAD},
         ),
     ] = None
-    tensor_parallel_size: Annotated[
-        int,
-        Meta(
-            description="GPUs to split the model over: only 1 is supported yet",
-            extra={
-                "flag": ("-tp", "--tensor-parallel-size"),
-                "aliases": ("--tp", "--tp-size"),
-                "choices": (1,),
-            },
-        ),
-    ] = 1
 
 
 class TextOptions(msgspec.Struct, frozen=True, kw_only=True):

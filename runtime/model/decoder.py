@@ -22,6 +22,7 @@ from octavo.kernels.attention.step import StepInputs
 from octavo.runtime.model.layers import AddNorm, DecoderLayer, Embedding, GroupedExperts, Head
 from octavo.runtime.model.model import KVScales, LayerRow, Tap
 from octavo.runtime.model.operators import Ops
+from octavo.runtime.model.ranks import RankHead
 from octavo.runtime.model.rope import RopeTable
 from octavo.runtime.model.spec import DecoderSpec
 
@@ -31,13 +32,15 @@ class Stack:
     """A decoder's modules. The embedding's table is in the type that the model computes in, and on its device.
 
     head_shares_embedding  the head's weight is the embedding's table, and takes no memory of its own
+    ranks                  see Model
     """
 
     embedding: Embedding
     layers: list[DecoderLayer]
     final_norm: AddNorm
-    head: Head
+    head: Head | RankHead
     head_shares_embedding: bool = False
+    ranks: tuple[str, ...] = ()
 
 
 class Decoder:
@@ -64,13 +67,15 @@ class Decoder:
         self.hidden_size = spec.hidden_size
         self.max_position = max_position
         self._growing_tables = growing_tables
-        self.kv_shapes = [(spec.num_kv_heads, spec.head_dim)] * len(stack.layers)
+        shapes = [layer.attention.shape for layer in stack.layers]
+        self.kv_shapes = [(shape.num_kv_heads, shape.head_dim) for shape in shapes]
         self.kv_windows = [layer.mixer.window for layer in spec.layers]
         self.kv_scales = kv_scales
         self.kv_dtype = kv_dtype
         self.dtype = stack.embedding.table.dtype
         self.device = stack.embedding.table.device
         self.notes = notes or []
+        self.ranks = stack.ranks
         self.ops = ops
         self._embedding = stack.embedding
         behind = [*(layer.enter for layer in stack.layers[1:]), stack.final_norm]

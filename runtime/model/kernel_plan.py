@@ -24,8 +24,8 @@ def plan_kernels(checkpoint: Checkpoint, spec: DecoderSpec, target: Target) -> d
 
     Raises FormatError and SchemeError for schemes that octavo doesn't serve.
     """
-    plan = _Plan(checkpoint, spec, target)
     source = CheckpointSource(checkpoint)
+    plan = _Plan(source, spec, target)
     found: dict[str, KernelChoice] = {}
     for index in range(len(spec.layers)):
         for kind, parts in layer_linears(spec, index, source.prefix, source.has).items():
@@ -39,7 +39,7 @@ def plan_kernels(checkpoint: Checkpoint, spec: DecoderSpec, target: Target) -> d
 
 @dataclass(frozen=True)
 class _Plan:
-    checkpoint: Checkpoint
+    source: CheckpointSource
     spec: DecoderSpec
     target: Target
 
@@ -48,7 +48,7 @@ class _Plan:
         return {module: self._of_module(kind, module, rows, parts) for module, rows in parts.modules.items()}
 
     def _of_module(self, kind: str, module: str, rows: int, parts: LinearParts) -> KernelChoice:
-        scheme = self._scheme(module)
+        scheme = self.source.scheme(module)
         moe = self.spec.moe
         is_expert = moe is not None and kind.startswith("experts.") and self.target.capability > 0
         if scheme is not None and (len(parts.modules) > 1 or is_expert):
@@ -62,20 +62,14 @@ class _Plan:
                 return choice
         return choose_kernel(scheme, shape, self.target)
 
-    def _scheme(self, module: str) -> QuantScheme | None:
-        quantization = self.checkpoint.quantization
-        suffixes = self.checkpoint.suffixes(module)
-        if quantization is None or not {"weight_scale", "weight_scale_inv", "qweight"} & set(suffixes):
-            return None
-        format_ = quantization.format_of(module, suffixes)
-        return None if format_ is None else format_.scheme
-
     def _order(self, kind: str, module: str, scheme: QuantScheme | None, columns: int) -> Order:
         """As the loader finds it: `sort_inner` removes act-order from down projections beforehand."""
-        stored = [name for suffix in ("g_idx", "weight_g_idx") if self.checkpoint.has(name := f"{module}.{suffix}")]
+        stored = [
+            name for suffix in ("g_idx", "weight_g_idx") if self.source.checkpoint.has(name := f"{module}.{suffix}")
+        ]
         if scheme is None or not stored:
             return "sorted"
         activation = scheme.activation
         if kind.endswith("down") and (activation is None or activation.granularity.kind != "group"):
             return "sorted"
-        return order_of(self.checkpoint.tensor(stored[0]), scheme.weight.granularity.tile(1, columns)[1])
+        return order_of(self.source.checkpoint.tensor(stored[0]), scheme.weight.granularity.tile(1, columns)[1])

@@ -24,11 +24,12 @@ class Model(Protocol):
     """A decoder with its weights, on one device.
 
     max_position  the longest sequence that it can be given
-    kv_shapes     (num_kv_heads, head_dim) of each layer's cache
+    kv_shapes     (num_kv_heads, head_dim) of each layer's cache, on this rank
     kv_windows    of each layer: how many of the latest tokens a token sees, itself among them; None: all
     kv_scales     scales for a quantized cache that the checkpoint brought with it, or None
     kv_dtype      the cache type that the checkpoint asks for ("fp8_e4m3"), or None
     notes         lines that a person who starts it must see
+    ranks         a line for each rank of the engine, of what it holds; none where there is one
     """
 
     architecture: str
@@ -43,6 +44,7 @@ class Model(Protocol):
     device: torch.device
     weight_bytes: int
     notes: list[str]
+    ranks: tuple[str, ...]
 
     @property
     def num_layers(self) -> int: ...

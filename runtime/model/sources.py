@@ -15,6 +15,7 @@ from torch import Tensor
 from octavo.quant.checkpoint import Checkpoint, quantization_dict
 from octavo.quant.formats.select import parse_quantization
 from octavo.quant.qparams import Weight, quantize_weight
+from octavo.quant.scheme import QuantScheme
 
 PREFIXES = ("model.", "language_model.model.", "model.language_model.")
 
@@ -75,6 +76,15 @@ class CheckpointSource:
     def is_quantized(self, module: str) -> bool:
         return any(suffix != "weight" for suffix in self.checkpoint.suffixes(module))
 
+    def scheme(self, module: str) -> QuantScheme | None:
+        """The scheme of a linear layer by config and names alone; None: its weight isn't quantized."""
+        quantization = self.checkpoint.quantization
+        suffixes = self.checkpoint.suffixes(module)
+        if quantization is None or not {"weight_scale", "weight_scale_inv", "qweight"} & set(suffixes):
+            return None
+        format_ = quantization.format_of(module, suffixes)
+        return None if format_ is None else format_.scheme
+
     def bias(self, module: str, out_features: int, *, expected: bool) -> Tensor | None:
         name = f"{module}.bias"
         if not expected and not self.checkpoint.has(name):
@@ -129,17 +139,22 @@ class DummySource:
 
     def linear(self, module: str, out_features: int, in_features: int) -> Weight:
         weight = self.tensor(module, (out_features, in_features))
-        format_ = self._quantization.format_of(module) if self._quantization else None
-        if format_ is None:
+        scheme = self.scheme(module)
+        if scheme is None:
             return weight
-        activation = format_.scheme.activation
+        activation = scheme.activation
         static = activation is not None and not activation.dynamic
-        quantized = quantize_weight(weight, format_.scheme, "absmax")
+        quantized = quantize_weight(weight, scheme, "absmax")
         input_scale = torch.ones((), device=self._device) if static else None
         return dataclasses.replace(quantized, input_scale=input_scale)
 
     def is_quantized(self, module: str) -> bool:  # noqa: ARG002
         return False
+
+    def scheme(self, module: str) -> QuantScheme | None:
+        """As the config has it."""
+        format_ = self._quantization.format_of(module) if self._quantization else None
+        return None if format_ is None else format_.scheme
 
     def bias(self, module: str, out_features: int, *, expected: bool) -> Tensor | None:
         return self.tensor(module, (out_features,)) if expected else None

@@ -32,16 +32,23 @@ from octavo.runtime.model.layers import AddNorm, Attention, DecoderLayer, Embedd
 from octavo.runtime.model.model import KVScales, Model
 from octavo.runtime.model.moe import GroupedMoe, MoeMlp
 from octavo.runtime.model.names import NORMS, LinearParts, head_name, layer_linears, required_modules, routers
+from octavo.runtime.model.ranks import Rank, RankHead, choose_rank, over_ranks
 from octavo.runtime.model.rope import FIRST_ROWS, RopeSpec, RopeTable
 from octavo.runtime.model.sources import CheckpointSource, DummySource, LoadError, Source
 from octavo.runtime.model.spec import DecoderSpec, UnknownArchitectureError, stored_dtype
+from octavo.runtime.parallel.group import ALONE, Group
+from octavo.runtime.parallel.layout import RankLayout
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Parts = tuple[list[Weight], list[Tensor | None]]  # of modules that share their input: weights [N_i, K], biases [N_i]
 
 
-def load_model(config: EngineConfig, device: Device | None = None, *, rounds_inputs: bool = False) -> Model:
+def load_model(
+    config: EngineConfig, device: Device | None = None, *, rounds_inputs: bool = False, group: Group = ALONE
+) -> Model:
     """The model of `config.model`, a local directory, ready to run on a device (None: the one that config names).
+
+    group: the ranks that the model is divided over; this one has its share.
 
     The decoder's, or with --model-impl hf transformers' own; 'auto' is the decoder, and transformers' for a model_type
     that the decoder doesn't have. A known architecture with a value that the decoder doesn't support is refused;
@@ -55,7 +62,7 @@ def load_model(config: EngineConfig, device: Device | None = None, *, rounds_inp
     hf_config = read_config(Path(config.model))
     device = device or Device.choose(config.device)
     if config.model_impl == "hf":
-        return _load_hf(config, device, hf_config, "--model-impl hf")
+        return _load_hf(config, device, hf_config, "--model-impl hf", group)
     try:
         spec = DecoderSpec.from_hf(hf_config)
     except UnknownArchitectureError as unknown:
@@ -63,14 +70,16 @@ def load_model(config: EngineConfig, device: Device | None = None, *, rounds_inp
             raise
         reason = f"model_type {unknown.model_type!r} has no decoder here"
         try:
-            return _load_hf(config, device, hf_config, reason)
+            return _load_hf(config, device, hf_config, reason, group)
         except LoadError as error:
             raise LoadError(f"{reason}; {error}") from error
-    return _load_decoder(config, device, spec, hf_config, rounds_inputs)
+    return _load_decoder(config, device, spec, hf_config, rounds_inputs, group)
 
 
-def _load_hf(config: EngineConfig, device: Device, hf_config: dict[str, Any], reason: str) -> Model:
+def _load_hf(config: EngineConfig, device: Device, hf_config: dict[str, Any], reason: str, group: Group) -> Model:
     """Transformers' own model, with a line that says so, and why."""
+    if group.size > 1:
+        raise LoadError(f"-tp {group.size}: transformers' own code is not divided over ranks ({reason}); -tp 1 works")
     from octavo.runtime.model.hf.model import load_hf_model
 
     notes = list(device.notes)
@@ -81,7 +90,12 @@ def _load_hf(config: EngineConfig, device: Device, hf_config: dict[str, Any], re
 
 
 def _load_decoder(
-    config: EngineConfig, device: Device, spec: DecoderSpec, hf_config: dict[str, Any], rounds_inputs: bool
+    config: EngineConfig,
+    device: Device,
+    spec: DecoderSpec,
+    hf_config: dict[str, Any],
+    rounds_inputs: bool,
+    group: Group,
 ) -> Decoder:
     directory = Path(config.model)
     notes = list(device.notes)
@@ -90,12 +104,14 @@ def _load_decoder(
     if config.load_format == "dummy":
         notes.append("the weights are random (--load-format dummy)")
         dummy = DummySource(hf_config, dtype, device.torch_device, config.seed)
-        return DecoderBuilder(config, spec, dummy, dtype, device, notes, rounds_inputs=rounds_inputs).build()
+        rank = choose_rank(config, spec, dummy, group, device.torch_device)
+        return DecoderBuilder(config, spec, dummy, dtype, device, notes, rounds_inputs=rounds_inputs, rank=rank).build()
     checkpoint = Checkpoint.open(directory, LAYOUTS)
     source = CheckpointSource(checkpoint)
     source.require(required_modules(spec, source.prefix, source.has))
-    builder = DecoderBuilder(config, spec, source, dtype, device, notes, rounds_inputs=rounds_inputs)
-    builder.kv_scales = _kv_scales(checkpoint, spec, source.prefix)
+    rank = choose_rank(config, spec, source, group, device.torch_device)
+    builder = DecoderBuilder(config, spec, source, dtype, device, notes, rounds_inputs=rounds_inputs, rank=rank)
+    builder.kv_scales = _kv_scales(checkpoint, spec, source.prefix, None if rank is None else rank.own)
     builder.kv_dtype = checkpoint.kv_cache_dtype
     if builder.kv_dtype is None and any(key is None for key, _ in builder.kv_scales or []):
         builder.kv_dtype = "fp8_e4m3"  # what values alone are quantized to: no config has a word for it
@@ -123,8 +139,12 @@ def choose_dtype(wanted: Dtype, stored: str | None, device: torch.device, notes:
     return torch.bfloat16
 
 
-def _kv_scales(checkpoint: Checkpoint, spec: DecoderSpec, prefix: str) -> KVScales | None:
-    """The checkpoint's scales, one per head; None where it has none. Raises LoadError where a layer's are missing."""
+def _kv_scales(checkpoint: Checkpoint, spec: DecoderSpec, prefix: str, own: RankLayout | None) -> KVScales | None:
+    """The checkpoint's scales, one per head, of a rank's own; None where it has none.
+
+    Raises LoadError where a layer's are missing.
+    """
+    heads = slice(None) if own is None else slice(*own.kv_heads)
     names = [f"{prefix}layers.{i}.self_attn" for i in range(len(spec.layers))]
     found = [checkpoint.kv_scales(name) for name in names]
     if not any(found):
@@ -134,7 +154,8 @@ def _kv_scales(checkpoint: Checkpoint, spec: DecoderSpec, prefix: str) -> KVScal
         if pair is None:
             raise LoadError(f"{name} has no KV scales although other layers have")
         key, value = pair
-        scales.append((None if key is None else _by_head(name, key, spec), _by_head(name, value, spec)))
+        of_key = None if key is None else _by_head(name, key, spec)[heads]
+        scales.append((of_key, _by_head(name, value, spec)[heads]))
     return scales
 
 
@@ -159,10 +180,11 @@ class DecoderBuilder:
         *,
         stacks_experts: bool = True,
         rounds_inputs: bool = False,
+        rank: Rank | None = None,
     ) -> None:
         """stacks_experts: on a GPU, for its grouped GEMMs; experts are no linear layers then, whose input can be seen.
 
-        rounds_inputs: as of `load_model`.
+        rounds_inputs: as of `load_model`. rank: of the engine's ranks; None: there is one.
         """
         self.config = config
         self.spec = spec
@@ -172,7 +194,10 @@ class DecoderBuilder:
         self.notes = notes
         self.stacks_experts = stacks_experts
         self.target = Target.of(device.torch_device, dtype, device.capability, rounds_inputs=rounds_inputs)
-        self.ops = device.ops(dtype)
+        self.rank = rank
+        self.own = None if rank is None else rank.own
+        self.notes += [] if rank is None else rank.layout.notes()
+        self.ops = device.ops(dtype) if rank is None else over_ranks(device.ops(dtype), rank, spec)
         self.act = {"silu": self.ops.silu_and_mul, "gelu_tanh": self.ops.gelu_tanh_and_mul}[spec.activation]
         self.kv_scales: KVScales | None = None
         self.kv_dtype: str | None = None
@@ -186,13 +211,15 @@ class DecoderBuilder:
         spec = self.spec
         shape = (spec.vocab_size, spec.hidden_size)
         name = f"{self.source.prefix}embed_tokens.weight"
-        table = self.source.tensor(name, shape).to(self.device, self.dtype, copy=True)
+        rows = slice(None) if self.own is None else slice(*self.own.vocabulary)
+        table = self.source.tensor(name, shape)[rows].to(self.device, self.dtype, copy=True)
         stack = Stack(
             self.embedding(table),
             [self.layer(i) for i in range(len(spec.layers))],
             self.final_norm(),
             self.head(table),
             head_shares_embedding=self._head_is_embedding and self.config.lm_head_dtype == "auto",
+            ranks=() if self.rank is None else tuple(self.rank.describe()),
         )
         return Decoder(
             spec,
@@ -212,9 +239,10 @@ class DecoderBuilder:
     def final_norm(self) -> AddNorm:
         return self._add_norm(self._norm(f"{self.source.prefix}norm", self.spec.hidden_size))
 
-    def head(self, embedding: Tensor) -> Head:
+    def head(self, embedding: Tensor) -> Head | RankHead:
         """The language-model head; embedding [vocab, hidden] is its weight where the two are tied."""
-        return Head(self._lm_head(embedding), self.spec.logits_divisor, self.spec.final_soft_cap)
+        head = Head(self._lm_head(embedding), self.spec.logits_divisor, self.spec.final_soft_cap)
+        return head if self.rank is None else RankHead(head, self.rank)
 
     def layer(self, index: int) -> DecoderLayer:
         spec = self.spec
@@ -241,17 +269,17 @@ class DecoderBuilder:
     def _attention(self, index: int, parts: dict[str, LinearParts]) -> Attention:
         spec = self.spec
         mixer = spec.layers[index].mixer
-        width = spec.num_heads * spec.head_dim
-        kv_width = spec.num_kv_heads * spec.head_dim
-        q_norm, k_norm = self._qk_norms(f"{self.source.prefix}layers.{index}.self_attn", width, kv_width)
+        q_norm, k_norm = self._qk_norms(f"{self.source.prefix}layers.{index}.self_attn")
+        heads = (0, spec.num_heads) if self.own is None else self.own.query_heads
+        kv_heads = (0, spec.num_kv_heads) if self.own is None else self.own.kv_heads
         return Attention(
             ops=self.ops,
             eps=spec.norm_eps,
-            qkv=self._linear(*self._read(parts["qkv"])),
-            o=self._linear(*self._read(parts["o"])),
+            qkv=self._linear(*self._cut("qkv", self._read(parts["qkv"]))),
+            o=self._linear(*self._cut("o", self._read(parts["o"])), is_part=True),
             shape=AttentionShape(
-                spec.num_heads,
-                spec.num_kv_heads,
+                heads[1] - heads[0],
+                kv_heads[1] - kv_heads[0],
                 spec.head_dim,
                 spec.attention_scale,
                 mixer.window,
@@ -316,13 +344,24 @@ class DecoderBuilder:
         return narrow if torch.equal(narrow.float(), rows) else rows
 
     def _gated(self, gate_up: Parts, down: Parts) -> GatedMlp:
-        return GatedMlp(self._linear(*gate_up), self._linear(*down), self.act)
+        return GatedMlp(self._linear(*gate_up), self._linear(*down, is_part=True), self.act)
 
     def _read_gated(self, parts: dict[str, LinearParts], owner: str) -> tuple[Parts, Parts]:
         """gate and up, and down, of '', 'shared.' or 'experts.3.', without act-order between them."""
         (gate_up, biases), ((down,), after) = (self._read(parts[f"{owner}{kind}"]) for kind in ("gate_up", "down"))
         gate_up, biases, down = sort_inner(gate_up, biases, down)
-        return (gate_up, biases), ([down], after)
+        return self._cut(f"{owner}gate_up", (gate_up, biases)), self._cut(f"{owner}down", ([down], after))
+
+    def _cut(self, kind: str, parts: Parts) -> Parts:
+        """This rank's share of a linear layer. Act-order and what is rounded at load are of the whole weight."""
+        if self.own is None:
+            return parts
+        weights, biases = parts
+        shards = self.own.shards(kind, self.spec)
+        return (
+            [shard.of(weight) for shard, weight in zip(shards, weights, strict=True)],
+            [shard.of_bias(bias) for shard, bias in zip(shards, biases, strict=True)],
+        )
 
     def _router(self, module: str, rows: int) -> Tensor:
         """[rows, H] float32. Never rounded here; some quantizers round it, and then its codes are what there is."""
@@ -338,9 +377,13 @@ class DecoderBuilder:
         weights = [self._quantize(m, self.source.linear(m, n, parts.in_features)) for m, n in parts.modules.items()]
         return weights, [self.source.bias(m, n, expected=parts.bias) for m, n in parts.modules.items()]
 
-    def _linear(self, weights: list[Weight], biases: list[Tensor | None]) -> Linear:
-        """One module out of those that share their input, fused along their outputs."""
-        linear = make_linear(weights, biases, self.target)
+    def _linear(self, weights: list[Weight], biases: list[Tensor | None], *, is_part: bool = False) -> Linear:
+        """One module out of those that share their input, fused along their outputs.
+
+        is_part: the outputs of all ranks are summed, and rounded only then.
+        """
+        out_dtype = torch.float32 if is_part and self.rank is not None else None
+        linear = make_linear(weights, biases, self.target, out_dtype=out_dtype)
         self._note(*(part.choice for part in linear.parts))
         return linear
 
@@ -377,7 +420,8 @@ class DecoderBuilder:
         name = head_name(self.source.prefix)
         weight: Weight = embedding
         if not self._head_is_embedding:
-            weight = self.source.linear(name, self.spec.vocab_size, self.spec.hidden_size)
+            whole = self.source.linear(name, self.spec.vocab_size, self.spec.hidden_size)
+            weight = whole if self.own is None else self.own.rows_of_vocabulary.of(whole)
         if self.config.lm_head_dtype == "int8":
             if isinstance(weight, QuantizedWeight):
                 raise LoadError(f"{name} is quantized already ({weight.scheme}); leave --lm-head-dtype out")
@@ -391,11 +435,18 @@ class DecoderBuilder:
         weight = self.source.tensor(f"{module}.weight", (size,))
         return weight.to(self.device, torch.float32, copy=True) + self.spec.norm_offset
 
-    def _qk_norms(self, attention: str, width: int, kv_width: int) -> tuple[Tensor | None, Tensor | None]:
-        if self.spec.qk_norm is None:
+    def _qk_norms(self, attention: str) -> tuple[Tensor | None, Tensor | None]:
+        spec = self.spec
+        if spec.qk_norm is None:
             return None, None
-        sizes = (width, kv_width) if self.spec.qk_norm == "width" else (self.spec.head_dim, self.spec.head_dim)
-        return self._norm(f"{attention}.q_norm", sizes[0]), self._norm(f"{attention}.k_norm", sizes[1])
+        if spec.qk_norm == "head":
+            return self._norm(f"{attention}.q_norm", spec.head_dim), self._norm(f"{attention}.k_norm", spec.head_dim)
+        q_norm = self._norm(f"{attention}.q_norm", spec.num_heads * spec.head_dim)
+        k_norm = self._norm(f"{attention}.k_norm", spec.num_kv_heads * spec.head_dim)
+        if self.own is None:
+            return q_norm, k_norm
+        query, key, _ = self.own.shards("qkv", spec)  # of a bias's length, and cut as one
+        return query.of_bias(q_norm), key.of_bias(k_norm)
 
     def _table(self, rope: RopeSpec) -> Tensor:
         """The rotation's table, shared by its layers.

@@ -52,7 +52,6 @@ class Executor:
     def __init__(self, worker: Worker, sampler: Sampler, followers: Followers | None = None) -> None:
         self.worker = worker
         self.sampler = sampler
-        self.compares_ranks = followers is not None and followers.compares
         self._driver = _Driver(worker, sampler, followers)
 
     def submit(self, order: StepOrder, plan: StepPlan) -> StepHandle:
@@ -144,9 +143,6 @@ class _Driver:
         if self.followers is not None:
             self.followers.send(order)
         logits = self.worker.forward(with_tokens(step.inputs, order))
-        if order.answers:
-            assert self.followers is not None
-            self.followers.compare(order, logits)
         return self.sampler.sample(logits, step.plan)
 
 

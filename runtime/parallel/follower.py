@@ -1,8 +1,8 @@
 """A rank that is not the driver: `python -m octavo.runtime.parallel.follower`, started by followers.py.
 
-It loads its share of the model (all of it, as long as weights aren't cut), and then does what orders say: build the
-step's inputs, compute, and hand its logits over where they are asked for. It knows no request and samples nothing.
-Its stdin is its lifeline: it ends with the driver.
+It loads its share of the model, as the driver does, and then does what orders say: build the step's inputs and compute,
+meeting the other ranks in each sum. It knows no request and samples nothing. Its stdin is its lifeline: it ends with
+the driver. What it can't do it says in one line on its stdout.
 """
 
 from __future__ import annotations
@@ -10,30 +10,23 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
+import traceback
+from typing import TYPE_CHECKING
 
 import msgspec
-import numpy as np
-import torch
 
-from octavo.runtime.config import EngineConfig
-from octavo.runtime.parallel.channel import ChannelEnds, FollowerChannel
-from octavo.runtime.parallel.lifeline import end_with_parent, read_line
-from octavo.runtime.parallel.order import StepOrder
-from octavo.runtime.scheduling.plan import SchedulerConfig
-from octavo.runtime.worker.worker import Worker
+from octavo.runtime.parallel.channel import FollowerChannel
+from octavo.runtime.parallel.followers import FollowerStart
+from octavo.runtime.parallel.lifeline import end_with_parent, one_line, read_line, says_it_all
+from octavo.runtime.parallel.order import StepOrder, largest_order
 
-
-class FollowerStart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The first line on a follower's stdin. limits: the driver's, so that blocks and slots have the same numbers."""
-
-    config: EngineConfig
-    limits: SchedulerConfig
-    ends: ChannelEnds
-    num_followers: int
+if TYPE_CHECKING:
+    from octavo.runtime.worker.worker import Worker
 
 
 def main() -> int:
-    """Follow the driver until it ends; returns the exit code of a start that failed."""
+    """Follow the driver until it ends; returns the exit code of what failed."""
     for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group: the driver ends us
         signal.signal(number, signal.SIG_IGN)
     line = read_line(0)
@@ -41,38 +34,38 @@ def main() -> int:
         return 0
     start = msgspec.json.decode(line, type=FollowerStart)
     end_with_parent()
-    channel = FollowerChannel(start.ends, start.num_followers)
-    worker = load_worker(start)
-    channel.answer(np.empty((0, 0), np.float32))  # ready
-    follow(worker, channel)
-    return 0
+    if start.cores:
+        os.sched_setaffinity(0, start.cores)
+    try:
+        follow(*load(start))
+        return 0
+    except Exception as error:
+        print(one_line(error), flush=True)
+        if not says_it_all(error):
+            traceback.print_exc()
+    return 1
 
 
-@torch.inference_mode()
-def load_worker(start: FollowerStart) -> Worker:
-    """The model and an empty cache of as many blocks as the driver's."""
-    from octavo.runtime.model import select_operators
-    from octavo.runtime.model.weights import load_model
-    from octavo.runtime.worker import kv_cache
-    from octavo.runtime.worker.device import choose_device, set_threads
+def load(start: FollowerStart) -> tuple[Worker, FollowerChannel]:
+    """This rank's share of the model, an empty cache of as many blocks as the other ranks', and the ring of orders."""
+    from octavo.runtime.parallel.group import Shared
+    from octavo.runtime.startup import Phases, load_rank, prepare_device
+    from octavo.runtime.worker.worker import Worker
 
-    device = choose_device(start.config.device)
-    set_threads(start.config.num_threads)
-    select_operators.warm_up(device)
-    model = load_model(start.config)
-    config = msgspec.structs.replace(start.config, num_blocks=start.limits.num_blocks)
-    caches, _ = kv_cache.create(model, config, notes=[])
-    return Worker(model, caches, start.limits)
+    clock = Phases(time.time())
+    device, _ = prepare_device(start.config, None, clock)
+    rank = load_rank(start.config, device, Shared(start.sums, start.rank, start.size), clock)
+    worker = Worker(rank.model, rank.caches, rank.limits)
+    return worker, FollowerChannel(start.ends, largest_order(rank.limits))
 
 
-@torch.inference_mode()
 def follow(worker: Worker, channel: FollowerChannel) -> None:
-    """Compute step after step, for as long as this process lives."""
-    while True:
-        order = StepOrder(channel.receive())
-        logits = worker.forward(worker.prepare(order))
-        if order.answers:
-            channel.answer(logits.cpu().numpy())
+    """Compute step after step, until the driver is gone."""
+    import torch
+
+    with torch.inference_mode():
+        while (order := channel.receive()) is not None:
+            worker.forward(worker.prepare(StepOrder(order)))
 
 
 if __name__ == "__main__":

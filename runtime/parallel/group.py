@@ -11,6 +11,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from octavo.runtime.parallel.lifeline import EndedError
+
 LIMBS = 4  # of 16 bits each: what float32 holds exactly
 TIMEOUT = timedelta(seconds=60)
 
@@ -39,7 +41,7 @@ class Group(Protocol):
         ...
 
     def stop(self, why: str) -> None:
-        """Let every rank that waits, now or later, raise RuntimeError; from any thread."""
+        """Let every rank that waits, now or later, raise EndedError; from any thread."""
         ...
 
 
@@ -103,7 +105,7 @@ class Shared:
         self._memory.stop()
 
     def _raise(self) -> None:
-        raise RuntimeError(self._why or "another rank of this engine has ended")
+        raise EndedError(self._why or "another rank of this engine has ended")
 
 
 class Distributed:

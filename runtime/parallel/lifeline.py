@@ -1,4 +1,7 @@
-"""A child process's stdin: its start as one line, and then a pipe whose end is the parent's end."""
+"""A child process's stdin: its start as one line, and then a pipe whose end is the parent's end.
+
+And what it tells of its own end: a line.
+"""
 
 from __future__ import annotations
 
@@ -31,3 +34,18 @@ def end_with_parent(clean_up: Callable[[], object] = lambda: None) -> None:
         os._exit(0)
 
     threading.Thread(target=watch, name="octavo-lifeline", daemon=True).start()
+
+
+class EndedError(RuntimeError):
+    """Another process of the engine has ended; the message says which, and how."""
+
+
+def says_it_all(error: Exception) -> bool:
+    """Whether the message is enough: octavo's own errors are sentences, others need their type."""
+    return isinstance(error, (ValueError, OSError, EndedError)) and bool(str(error).strip())
+
+
+def one_line(error: Exception) -> str:
+    """An error for a person."""
+    text = str(error).strip()
+    return text if says_it_all(error) else f"{type(error).__name__}: {text}"

@@ -12,11 +12,11 @@ from itertools import chain
 import numpy as np
 from numpy.typing import NDArray
 
-from octavo.runtime.scheduling.plan import StepPlan
+from octavo.runtime.scheduling.plan import SchedulerConfig, StepPlan
 
 Int32s = NDArray[np.int32]
 
-_HEADER = ("number", "num_groups", "num_sequences", "num_tokens", "num_new_blocks", "answers")
+_HEADER = ("number", "num_groups", "num_sequences", "num_tokens", "num_new_blocks")
 _COLUMNS = ("slots", "starts", "ends", "first_logits", "is_new", "first_new_blocks", "new_block_counts")
 
 
@@ -26,7 +26,6 @@ class StepOrder:
     With S sequences, T tokens, G groups of layers that share block tables, and B new blocks:
 
     number            how many steps were ordered before
-    answers           1 where followers hand their logits to the driver, else 0
     slots             [S] each sequence's row in the block tables
     starts, ends      [S] positions of its tokens in this step
     first_logits      [S] logits of positions first_logits .. ends are wanted
@@ -38,7 +37,6 @@ class StepOrder:
     """
 
     __slots__ = (
-        "answers",
         "buffer",
         "ends",
         "first_logits",
@@ -54,7 +52,7 @@ class StepOrder:
 
     def __init__(self, buffer: Int32s) -> None:
         self.buffer = buffer
-        self.number, groups, sequences, tokens, blocks, self.answers = buffer[: len(_HEADER)].tolist()
+        self.number, groups, sequences, tokens, blocks = buffer[: len(_HEADER)].tolist()
         columns = buffer[len(_HEADER) :]
         parts = [columns[i * sequences : (i + 1) * sequences] for i in range(len(_COLUMNS))]
         self.slots, self.starts, self.ends, self.first_logits, self.is_new = parts[:5]
@@ -70,14 +68,14 @@ class StepOrder:
         self.token_ids[unknown] = last_tokens[-1 - self.token_ids[unknown]]
 
 
-def make_order(plan: StepPlan, number: int, *, answers: bool = False) -> StepOrder:
+def make_order(plan: StepPlan, number: int) -> StepOrder:
     """The order of a plan."""
     scheduled = plan.scheduled
     growing = [it for it in scheduled if it.new_blocks[0]]
     num_groups = len(scheduled[0].new_blocks)
     num_new_blocks = sum(len(it.new_blocks[0]) for it in growing)
     numbers = chain(
-        (number, num_groups, len(scheduled), plan.num_tokens, num_new_blocks, answers),
+        (number, num_groups, len(scheduled), plan.num_tokens, num_new_blocks),
         [it.slot for it in scheduled],
         [it.start for it in scheduled],
         [it.end for it in scheduled],
@@ -91,7 +89,8 @@ def make_order(plan: StepPlan, number: int, *, answers: bool = False) -> StepOrd
     return StepOrder(np.array(list(numbers), dtype=np.int32))
 
 
-def largest_order(max_num_seqs: int, max_num_batched_tokens: int, blocks_per_sequence: int, num_groups: int = 1) -> int:
+def largest_order(limits: SchedulerConfig) -> int:
     """How many numbers an order can have: a sequence may be given a whole cached prefix in one step."""
-    per_sequence = len(_COLUMNS) + num_groups * blocks_per_sequence
-    return len(_HEADER) + per_sequence * max_num_seqs + max_num_batched_tokens
+    blocks = -(-limits.max_model_len // limits.block_size)
+    per_sequence = len(_COLUMNS) + len(limits.windows) * blocks
+    return len(_HEADER) + per_sequence * limits.max_num_seqs + limits.max_num_batched_tokens

@@ -17,6 +17,7 @@ from octavo.kernels.attention.step import StepInputs
 from octavo.quant import scheme
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.model.model import KVScales, Model
+from octavo.runtime.parallel.group import ALONE, Group
 from octavo.runtime.scheduling.kv_groups import capacity, most_blocks
 from octavo.runtime.scheduling.plan import MAX_PROMPT_LOGITS
 from octavo.runtime.worker.device import free_memory, give_back_unused, peak_memory, total_memory
@@ -67,28 +68,36 @@ class CachePlan:
         return capacity(self.num_blocks, self.block_size, self.layout.windows, longest)
 
 
-def create(model: Model, config: EngineConfig, notes: list[str]) -> tuple[list[LayerCache], CachePlan]:
-    """The caches that a config asks for; what a person should know about them is added to notes."""
+def create(
+    model: Model, config: EngineConfig, notes: list[str], group: Group = ALONE
+) -> tuple[list[LayerCache], CachePlan]:
+    """The caches that a config asks for; what a person should know about them is added to notes.
+
+    Ranks of a group have equally many blocks, and the plan has the bytes of all of them: they share a machine's memory.
+    """
     give_back_unused(model.device)  # what rounding weights took, say
+    group.of_all(0)  # once all ranks have their weights, what is left is free for caches
     free = free_memory(model.device)
     if model.device.type == "cuda" and config.num_blocks is None and config.kv_cache_memory_bytes is None:
         free -= step_bytes(model, config)
-    plan = plan_cache(model, config, free, notes)
+    plan = plan_cache(model, config, free, notes, group)
     scales = choose_scales(model, plan.dtype, notes)
     return allocate(model, plan.num_blocks, plan.block_size, plan.dtype, scales, plan.layout), plan
 
 
-def plan_cache(model: Model, config: EngineConfig, free_bytes: int, notes: list[str]) -> CachePlan:
+def plan_cache(
+    model: Model, config: EngineConfig, free_bytes: int, notes: list[str], group: Group = ALONE
+) -> CachePlan:
     """Choose type and number of blocks; `free_bytes` is what the device has left. Raises CacheError."""
     check_budget(config, free_bytes)
     dtype = choose_dtype(model, config.kv_cache_dtype, notes)
     layout = _layout_for(model, config, dtype)
-    per_block = bytes_per_block(model, config.block_size, dtype, layout)
+    per_block = sum(group.of_all(bytes_per_block(model, config.block_size, dtype, layout)))
     num_blocks = config.num_blocks
     if num_blocks is not None:
         _check_num_blocks(num_blocks, per_block, free_bytes)
     else:
-        num_blocks = _blocks_for(model, config, free_bytes, per_block, layout)
+        num_blocks = min(group.of_all(_blocks_for(model, config, free_bytes, per_block, layout)))
     wide = sum(key_dtype(model, layer, dtype) != dtype for layer in range(len(model.kv_shapes)))
     return CachePlan(dtype, num_blocks, config.block_size, num_blocks * per_block, layout, wide)
 

@@ -18,6 +18,7 @@ from octavo.kernels.attention.step import StepInputs
 from octavo.runtime.engine import Engine
 from octavo.runtime.messages import AddRequest, SamplingParams
 from octavo.runtime.model.model import Model
+from octavo.runtime.parallel.followers import Followers
 from octavo.runtime.scheduling.plan import SchedulerConfig
 from octavo.runtime.worker import kv_cache
 from octavo.runtime.worker.worker import Worker
@@ -35,9 +36,11 @@ EVERYTHING = SamplingParams(
 """What can be asked of a sampler."""
 
 
-def run_requests(model: Model, caches: list[LayerCache], limits: SchedulerConfig) -> str | None:
+def run_requests(
+    model: Model, caches: list[LayerCache], limits: SchedulerConfig, followers: Followers | None = None
+) -> str | None:
     """Answer two requests with two tokens, greedily and with all that a sampler can do; returns what was wrong."""
-    engine = Engine(Worker(model, caches, limits), limits)
+    engine = Engine(Worker(model, caches, limits), limits, followers=followers)
     length = min(64, limits.max_model_len - 2, limits.num_blocks * limits.block_size // 2 - 1)
     prompt = [token % model.vocab_size for token in range(1, max(1, length) + 1)]
     for name, params in {"greedy": SamplingParams(max_tokens=2, temperature=0.0), "sampled": EVERYTHING}.items():

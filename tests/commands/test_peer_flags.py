@@ -113,7 +113,7 @@ def test_a_start_line_that_is_copied_starts(line: str, capsys: pytest.CaptureFix
 
 
 REFUSED = [
-    ("m --tensor-parallel-size 4", "--tensor-parallel-size", "choose from 1"),
+    ("m --tensor-parallel-size many", "--tensor-parallel-size", "a whole number"),
     ("m --enable-lora --lora-modules a=b", "--enable-lora", "merge the adapter"),
     ("m --pipeline-parallel-size 2", "--pipeline-parallel-size 2", "one device"),
     ("--model-path m --dp-size=2", "--dp-size 2", "balancer"),

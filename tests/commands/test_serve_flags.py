@@ -78,6 +78,7 @@ def test_every_field_of_the_engine_s_configuration_has_a_flag() -> None:
         "priority_aging": ("--priority-aging", "7"),
         "num_threads": ("--num-threads", "7"),
         "seed": ("--seed", "7"),
+        "parallel": ("--tensor-parallel-size", "2"),
     }
     assert set(told) == set(get_type_hints(EngineConfig)) - {"model"}
     default = EngineConfig(model="m")
@@ -101,7 +102,7 @@ def test_every_field_of_the_engine_s_configuration_has_a_flag() -> None:
         ("--override-generation-config", "{'a': 1}"),
         ("--override-generation-config", '{"top_q": 1}'),
         ("--dtype", "int5"),
-        ("--tp", "2"),
+        ("--tp", "0"),
         ("--max-model", "5"),
     ],
 )

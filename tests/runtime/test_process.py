@@ -34,6 +34,7 @@ from octavo.runtime.messages import (
     ToEngine,
     TokenOutput,
 )
+from octavo.runtime.parallel.config import ParallelConfig
 
 PATIENCE_MS = 60_000  # not a measurement: only so that a hang is a failure
 TINY = Path(__file__).parents[1] / "fixtures" / "tiny"
@@ -250,6 +251,36 @@ def test_it_does_not_outlive_its_parent_nor_leave_its_socket() -> None:
         assert select.select([engine], [], [], PATIENCE_MS / 1000)[0], "the engine is still there"
         os.close(engine)
         assert not os.listdir(directory)
+
+
+def child_of(process: int) -> int:
+    """The one process that it has started."""
+    (child,) = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    return int(child)
+
+
+@pytest.mark.parametrize("killed", ["follower", "driver"])
+def test_ranks_end_together_and_leave_nothing(killed: str) -> None:
+    """Killed in the middle of work: the driver says which rank ended and how; a follower ends with the driver."""
+    with Client(config(parallel=ParallelConfig(tensor_parallel_size=2))) as client:
+        ready = client.receive()
+        assert isinstance(ready, Ready), ready
+        assert len(ready.report.ranks) == 2
+        driver = client.engine.process.pid
+        follower = child_of(driver)
+        watched = os.pidfd_open(follower)
+        client.send(request("long", max_tokens=400))
+        client.first_output("long")
+        os.kill(follower if killed == "follower" else driver, signal.SIGKILL)
+        if killed == "follower":
+            failed = client.receive()
+            while isinstance(failed, StepOutputs):
+                failed = client.receive()
+            assert isinstance(failed, Failed)
+            assert failed.message == "rank 1 of 2 ended (killed by signal 9)"
+            assert client.exit_code() == 1
+        assert select.select([watched], [], [], PATIENCE_MS / 1000)[0], "the follower is still there"
+        os.close(watched)
 
 
 def test_a_busy_process_echoes_the_heartbeat_and_a_stopped_one_does_not(tmp_path: Path) -> None:

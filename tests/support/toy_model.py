@@ -45,6 +45,7 @@ class ToyModel:
     dtype = torch.float32
     device = torch.device("cpu")
     weight_bytes = 0
+    ranks = ()
 
     def __init__(self, max_position: int = 4096) -> None:
         self.max_position = max_position

@@ -52,6 +52,7 @@ class HFModel:
         tensors = [*model.parameters(), *model.buffers()]
         self.weight_bytes = sum({t.data_ptr(): t.nbytes for t in tensors}.values())
         self.notes = notes
+        self.ranks: tuple[str, ...] = ()
         self.ops = ops
         self._model = model
         self._proven = proven

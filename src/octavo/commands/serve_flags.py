@@ -10,9 +10,10 @@ import msgspec
 
 from octavo.flags import add_flags, flags_of, read
 from octavo.runtime.config import EngineConfig
+from octavo.runtime.parallel.config import ParallelConfig
 from octavo.server.options import ListenOptions, ModelOptions, ServerOptions, TextOptions
 
-FLAGS = flags_of(ModelOptions, EngineConfig, TextOptions, ListenOptions, ServerOptions)
+FLAGS = flags_of(ModelOptions, EngineConfig, ParallelConfig, TextOptions, ListenOptions, ServerOptions)
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def read_options(args: argparse.Namespace) -> ServeOptions:
     model = read(ModelOptions, args)
     return ServeOptions(
         model=model,
-        engine=read(EngineConfig, args, model=""),
+        engine=read(EngineConfig, args, model="", parallel=read(ParallelConfig, args)),
         text=read(TextOptions, args),
         listen=read(ListenOptions, args),
         server=read(ServerOptions, args),

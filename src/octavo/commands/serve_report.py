@@ -23,6 +23,8 @@ def print_report(ready: Ready, seconds: float, notes: Sequence[str]) -> None:
     console.print(table)
     for note in notes:
         console.print(printable(note))
+    for rank in report.ranks:
+        console.print(printable(rank), highlight=False)
     tokens = ready.num_blocks * ready.block_size
     console.print(
         f"weights {report.weight_bytes / 1e6:,.1f} MB; KV cache {report.kv_cache_bytes / 1e6:,.1f} MB in "

@@ -1,0 +1,155 @@
+"""A decoder over the ranks of an engine: what of it a rank has, and the operators in which ranks meet.
+
+The decoder itself doesn't change. Behind `o` and `down`, whose columns are cut, each rank's output is one more partial
+sum, and `add_rms_norm` adds partial sums anyway; the embedding's and the head's rows are divided. Ranks add the same
+numbers in the same order, so their residual streams are equal, bit for bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import lcm
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from octavo.kernels.attention.cache import AttentionShape, LayerCache
+from octavo.kernels.attention.step import StepInputs
+from octavo.kernels.quantized_activation import ActivationQuant, Hidden
+from octavo.quant.linear import Linear
+from octavo.quant.scheme import AT_LOAD, QuantScheme, SchemeError, scheme_at_load
+from octavo.quant.shard import unit_of
+from octavo.runtime.config import EngineConfig
+from octavo.runtime.model.layers import Head
+from octavo.runtime.model.names import layer_linears
+from octavo.runtime.model.operators import Ops
+from octavo.runtime.model.sources import CheckpointSource, DummySource, LoadError
+from octavo.runtime.model.spec import DecoderSpec
+from octavo.runtime.parallel.group import Group
+from octavo.runtime.parallel.layout import ParallelLayout, RankLayout, Units
+
+
+@dataclass(frozen=True)
+class Rank:
+    """One of an engine's ranks: the shares of all of them, and this one's end of the group."""
+
+    layout: ParallelLayout
+    group: Group
+
+    @property
+    def own(self) -> RankLayout:
+        return self.layout.ranks[self.group.rank]
+
+    def describe(self) -> list[str]:
+        """A line for each rank, for the table at start."""
+        return [f"{rank}; {self.group.body}" for rank in self.layout.ranks]
+
+
+def choose_rank(
+    config: EngineConfig, spec: DecoderSpec, source: CheckpointSource | DummySource, group: Group, device: torch.device
+) -> Rank | None:
+    """This rank's share of a model; None where there is one rank. Raises LoadError and LayoutError."""
+    if group.size == 1:
+        return None
+    if device.type != "cpu":
+        raise LoadError(
+            f"-tp {group.size}: ranks of an engine compute on CPUs only, and this is {device}; "
+            "--device cpu works, and so does -tp 1"
+        )
+    return Rank(ParallelLayout.build(spec, group.size, _units_of(config, spec, source)), group)
+
+
+def _units_of(config: EngineConfig, spec: DecoderSpec, source: CheckpointSource | DummySource) -> Units:
+    """Columns that share a scale in each layer that is cut there."""
+    units = {"down": 1, "experts": 1, "shared": 1}
+    for index in range(len(spec.layers)):
+        for name, parts in layer_linears(spec, index, source.prefix, source.has).items():
+            owner = name.partition(".")[0]
+            if not name.endswith("down"):
+                continue
+            (module,) = parts.modules
+            scheme = source.scheme(module) or _made_at_load(config, parts.in_features)
+            units[owner] = lcm(units[owner], unit_of(scheme, "columns"))
+    return Units(units["down"], units["experts"], units["shared"])
+
+
+def _made_at_load(config: EngineConfig, columns: int) -> QuantScheme | None:
+    """What --dtype fp8, int8 or int4 makes of a layer."""
+    try:
+        return scheme_at_load(config.dtype, columns) if config.dtype in AT_LOAD else None
+    except SchemeError:  # which whoever quantizes raises with the layer's name
+        return None
+
+
+def over_ranks(ops: Ops, rank: Rank, spec: DecoderSpec) -> Ops:
+    """The operators of one rank: as those of a device, with sums over all ranks."""
+    group = rank.group
+    first, stop = rank.own.vocabulary
+
+    def embed(token_ids: Tensor, table: Tensor, factor: float) -> Tensor:
+        """One rank has a token's row; the others add zeros."""
+        is_own = (token_ids >= first) & (token_ids < stop)
+        rows = ops.embed(torch.where(is_own, token_ids - first, 0), table, factor).float()
+        return group.all_reduce(rows.masked_fill_(~is_own.unsqueeze(1), 0.0)).to(table.dtype)
+
+    def add_rms_norm(
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor | None,
+        eps: float,
+        after: Tensor | None = None,
+        multiplier: float = 1.0,
+        input_quant: ActivationQuant | None = None,
+    ) -> tuple[Hidden, Tensor]:
+        total = group.all_reduce(x.float().contiguous()).to(residual.dtype)
+        return ops.add_rms_norm(total, residual, weight, eps, after, multiplier, input_quant)
+
+    bound = replace(ops, name=f"{ops.name}, {group.size} ranks", embed=embed, add_rms_norm=add_rms_norm)
+    return _norming_over_ranks(bound, rank, spec) if spec.qk_norm == "width" else bound
+
+
+def _norming_over_ranks(ops: Ops, rank: Rank, spec: DecoderSpec) -> Ops:
+    """For norms of queries and keys over all heads, whose sums of squares are those of all ranks."""
+    counts = float(rank.own.owns_kv_heads)  # each KV head once
+
+    def rope_and_attention(
+        qkv: Tensor,
+        step: StepInputs,
+        cache: LayerCache,
+        shape: AttentionShape,
+        cos_sin: Tensor | None,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        eps: float,
+        input_quant: ActivationQuant | None = None,
+    ) -> Hidden:
+        assert q_norm is not None
+        assert k_norm is not None
+        query, key, value = torch.split(qkv.float(), [len(q_norm), len(k_norm), len(k_norm)], dim=1)
+        squares = torch.stack([query.square().sum(1), key.square().sum(1) * counts], dim=1)
+        mean = rank.group.all_reduce(squares) / torch.tensor([spec.num_heads, spec.num_kv_heads]) / spec.head_dim
+        factors = torch.rsqrt(mean + eps)
+        normed = torch.cat([query * factors[:, :1] * q_norm, key * factors[:, 1:] * k_norm, value], dim=1)
+        return ops.rope_and_attention(normed.to(qkv.dtype), step, cache, shape, cos_sin, None, None, eps, input_quant)
+
+    return replace(ops, rope_and_attention=rope_and_attention)
+
+
+class RankHead:
+    """A `Head` over this rank's rows of the vocabulary, whose logits the driver gathers."""
+
+    def __init__(self, own: Head, rank: Rank) -> None:
+        self.linear: Linear = own.linear
+        self._own = own
+        self._group = rank.group
+        self._widths = [stop - begin for begin, stop in (each.vocabulary for each in rank.layout.ranks)]
+
+    def forward(self, hidden: Hidden) -> Tensor:
+        """[L, vocab] float32 on the driver; this rank's columns of it, filled up with zeros, on the others."""
+        own = self._own.forward(hidden)
+        widest = F.pad(own, (0, max(self._widths) - own.shape[1])).contiguous()
+        gathered = self._group.gather(widest)
+        if gathered is None:
+            return widest
+        return torch.cat([part[:, :width] for part, width in zip(gathered, self._widths, strict=True)], dim=1)

@@ -1,0 +1,156 @@
+"""A model over several ranks, in processes of their own, against the same model on one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hf_oracle import CASES, make_hf, save, scattered_logits
+from ranks import Ranks
+from torch import Tensor
+from trimmed import whole
+
+from octavo.kernels.attention.step import StepInputs
+from octavo.runtime.config import EngineConfig
+from octavo.runtime.model.sources import LoadError
+from octavo.runtime.model.weights import load_model
+from octavo.runtime.parallel.group import ALONE, Group
+from octavo.runtime.parallel.layout import LayoutError
+from octavo.runtime.worker import kv_cache
+
+LENGTHS = (37, 21, 30)
+
+
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(0, 96, (length,), generator=generator).tolist() for length in LENGTHS]
+
+
+def scattered(group: Group, directory: Path) -> list[Tensor]:
+    """float32 logits of chunks and single tokens in mixed batches, on each rank what its head gives."""
+    return scattered_logits(load_model(EngineConfig(model=str(directory), dtype="float32"), group=group), prompts())
+
+
+OFTEN = ("llama", "qwen2", "gemma3_text", "qwen3_moe", "olmo2", "phi3")
+"""One of each way to divide a model; the others run with `-m slow`."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in OFTEN else pytest.mark.slow) for name in CASES]
+)
+def test_logits_are_those_of_one_rank(name: str, ranks: Ranks, tmp_path: Path) -> None:
+    """Every architecture, with biases, windows, caps, norms over all heads, tied heads, mixtures, and fused files."""
+    directory = save(make_hf(*CASES[name]), tmp_path)
+    alone = scattered(ALONE, directory)
+    spread = float(torch.cat(alone).std())
+    assert spread > 0.3, "trivially small logits prove nothing"
+    for size in (2, 3, 4):
+        driver = ranks.run(scattered, size, directory)[0]
+        for ours, theirs in zip(driver, alone, strict=True):
+            assert float((ours - theirs).abs().max()) <= 1e-4 * max(1.0, spread), size
+
+
+def prefilled(group: Group, directory: Path, settings: dict[str, Any], lengths: list[int]) -> Any:
+    """(logits, the residual stream behind each layer) of a step of prompts."""
+    model = load_model(EngineConfig(model=str(directory), **settings), group=group)
+    kept: list[Tensor] = []
+    caches = kv_cache.allocate(model, len(lengths), max(lengths), model.dtype)
+    generator = torch.Generator().manual_seed(5)
+    token_ids = torch.randint(0, min(model.vocab_size, 1000), (sum(lengths),), generator=generator)
+    step = StepInputs.prefill(lengths, max(lengths), token_ids=token_ids, logits_index=range(sum(lengths)))
+    logits = model.forward(step, caches, lambda _, residual: kept.append(residual.clone()))
+    return logits, kept
+
+
+def divergence(ours: Tensor, theirs: Tensor) -> float:
+    """Mean KL of ours from theirs."""
+    ours = ours.double().log_softmax(-1)
+    theirs = theirs.double().log_softmax(-1)
+    return float((theirs.exp() * (theirs - ours)).sum(-1).mean())
+
+
+QUANTIZED = [
+    "tiny--llmc-w8a8",
+    "tiny--llmc-w4a16-asym-g32",
+    "tiny--gptqmodel-w4g32-act",
+    "tiny--llmc-fp8-static",
+    "tiny-qwen2--llmc-fp8-block",
+    "tiny-moe--llmc-w4a16-g32",
+]
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_quantized_checkpoints_differ_within_rounding(name: str, ranks: Ranks, fixtures: Path, tmp_path: Path) -> None:
+    """In bfloat16; and the ranks' residual streams are equal, bit for bit.
+
+    Narrower groups of a rank's inputs are rounded otherwise, no worse: those logits are as near to float32's.
+    """
+    directory = whole(fixtures / name, tmp_path)
+    settings = {"dtype": "bfloat16"}
+    alone, _ = prefilled(ALONE, directory, settings, [40, 24])
+    exact, _ = prefilled(ALONE, directory, {"dtype": "float32"}, [40, 24])
+    for size in (2, 3):
+        driver, *others = ranks.run(prefilled, size, directory, settings, [40, 24])
+        assert driver[0].shape == alone.shape
+        assert divergence(driver[0], alone) <= max(1e-3, divergence(alone, exact))
+        for other in others:
+            assert all(torch.equal(mine, theirs) for mine, theirs in zip(driver[1], other[1], strict=True))
+
+
+def test_what_is_rounded_at_load_is_rounded_as_on_one_rank(ranks: Ranks, fixtures: Path) -> None:
+    """Before it is cut: the groups are the same, in float32 to the last bits."""
+    settings = {"dtype": "int4", "lm_head_dtype": "int8"}
+    alone, _ = prefilled(ALONE, fixtures / "tiny", settings, [40])
+    for size in (2, 3):
+        driver = ranks.run(prefilled, size, fixtures / "tiny", settings, [40])[0]
+        assert divergence(driver[0], alone) <= 1e-3
+
+
+def kv_scales(group: Group, directory: Path) -> list[list[float]]:
+    model = load_model(EngineConfig(model=str(directory)), group=group)
+    assert model.kv_scales is not None
+    assert [len(value) for _, value in model.kv_scales] == [heads for heads, _ in model.kv_shapes]
+    return [value.tolist() for _, value in model.kv_scales]
+
+
+def test_each_rank_has_the_kv_scales_of_its_heads(ranks: Ranks, fixtures: Path, tmp_path: Path) -> None:
+    directory = whole(fixtures / "tiny--llmc-fp8-kv", tmp_path)
+    (alone,) = [kv_scales(ALONE, directory)]
+    of_ranks = ranks.run(kv_scales, 2, directory)
+    for layer, expected in enumerate(alone):
+        assert [scale for rank in of_ranks for scale in rank[layer]] == expected
+
+
+class Pretended(type(ALONE)):  # type: ignore[misc]
+    """A group that is only asked how large it is."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+
+@pytest.mark.parametrize(
+    ("settings", "size", "error", "said"),
+    [
+        ({}, 5, LayoutError, "-tp 5: the model has 4 query heads; 1 to 4 work"),
+        ({"model_impl": "hf"}, 2, LoadError, "-tp 2: transformers' own code is not divided over ranks .*-tp 1 works"),
+    ],
+)
+def test_what_can_not_be_divided_is_refused_by_name(
+    settings: dict[str, Any], size: int, error: type[Exception], said: str, fixtures: Path
+) -> None:
+    config = EngineConfig(model=str(fixtures / "tiny"), **settings)
+    with pytest.raises(error, match=said):
+        load_model(config, group=Pretended(size))
+
+
+def test_the_table_says_what_each_rank_holds(ranks: Ranks, fixtures: Path) -> None:
+    assert ranks.run(described, 2, fixtures / "tiny")[1] == (
+        "rank 0 of 2: query heads 0-2, kv heads 0-1, inner 0-192, vocabulary 0-512; shared memory",
+        "rank 1 of 2: query heads 2-4, kv heads 1-2, inner 192-352, vocabulary 512-1024; shared memory",
+    )
+
+
+def described(group: Group, directory: Path) -> tuple[str, ...]:
+    return load_model(EngineConfig(model=str(directory)), group=group).ranks
