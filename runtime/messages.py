@@ -77,8 +77,9 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
     unless the request ignores them) end the sequence once min_tokens have been generated; before that they can't be
     sampled.
     logprobs: None, or how many of the most likely tokens to report beside the sampled one (0: only that one).
-    logprob_token_ids: tokens to report in place of the most likely ones.
-    prompt_logprobs: the same for each prompt token. allowed_token_ids: nothing else may be sampled.
+    logprob_token_ids: further tokens to report, behind the most likely ones.
+    prompt_logprobs, prompt_logprob_token_ids: the same for each prompt token.
+    allowed_token_ids: nothing else may be sampled.
     forbidden: sequences of tokens that the answer may not contain (bad_words).
     constraint: what the answer must look like. It ends with "stop" where its grammar allows nothing more.
     """
@@ -101,6 +102,7 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
     constraint: Constraint | None = None
     forbidden: tuple[tuple[int, ...], ...] = ()
     logprob_token_ids: tuple[int, ...] = ()
+    prompt_logprob_token_ids: tuple[int, ...] = ()
     repetition: RepetitionDetection | None = None
 
     @property
@@ -226,7 +228,10 @@ ToEngine = AddRequest | AbortRequest | Ping | ResetPrefixCache | Pause | Resume 
 
 
 class Logprobs(msgspec.Struct, frozen=True, array_like=True):
-    """Log-probabilities at one position: of the token that stands there, with its rank (1 is best), and of the top."""
+    """Log-probabilities at one position: of the token that stands there, with its rank (1 is best), and of others.
+
+    top_ids: the most likely tokens, then those that the request names.
+    """
 
     token_id: int
     logprob: float

@@ -56,6 +56,7 @@ def _problems(params: SamplingParams, vocab_size: int) -> Iterator[str]:
         ("logit_bias", tuple(params.logit_bias)),
         ("allowed_token_ids", params.allowed_token_ids or ()),
         ("logprob_token_ids", params.logprob_token_ids),
+        ("prompt_logprob_token_ids", params.prompt_logprob_token_ids),
         ("bad_words", tuple(token for word in params.forbidden for token in word)),
     ]
     for name, tokens in named:

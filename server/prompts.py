@@ -48,7 +48,8 @@ class Wanted:
     """What a request asks of each answer in fields that dialects name differently; the names are for errors.
 
     max_tokens None: as many as the context leaves. logprobs, prompt_logprobs None: none. end_ids: tokens that end an
-    answer beside the model's own, because of the prompt's form.
+    answer beside the model's own, because of the prompt's form. named_beside: the tokens that logprob_token_ids names
+    are reported behind the likeliest ones, and for the prompt too; else they stand in place of the answer's likeliest.
     """
 
     max_tokens: int | None
@@ -57,6 +58,7 @@ class Wanted:
     limit_name: str = "max_tokens"
     logprobs_name: str = "logprobs"
     end_ids: tuple[int, ...] = ()
+    named_beside: bool = False
 
 
 def check_total(prompts: list[Prompt], request: GenerationRequest, name: str) -> None:
@@ -143,11 +145,12 @@ def sampling_params(
         allowed_token_ids=allowed,
         seed=request.seed,
         stop_token_ids=stops,
-        logprobs=0 if named else wanted.logprobs,
+        logprobs=0 if named and not wanted.named_beside else wanted.logprobs,
         prompt_logprobs=wanted.prompt_logprobs,
         constraint=constraint,
         forbidden=_bad_words(request, model),
         logprob_token_ids=named,
+        prompt_logprob_token_ids=named if wanted.named_beside and wanted.prompt_logprobs is not None else (),
         repetition=_repetition(request),
     )
 

@@ -85,7 +85,8 @@ class Sampler:
         found = self._logprobs(raw, [chosen[i] for i in wanting], counts)
         named = [those.scheduled[i].sequence.params.logprob_token_ids for i in wanting]
         found = [
-            entry if not ids else _of_tokens(entry, ids, row) for entry, ids, row in zip(found, named, raw, strict=True)
+            entry if not ids else _with_tokens([entry], ids, row[None])[0]
+            for entry, ids, row in zip(found, named, raw, strict=True)
         ]
         places = those.places
         logprobs = {places[i]: [entry] for i, entry in zip(wanting, found, strict=True)}
@@ -162,10 +163,14 @@ class Sampler:
         begin = 0
         for place, it in enumerate(plan.scheduled):
             last = min(it.end, it.sequence.num_prompt - 1)
-            count = it.sequence.params.prompt_logprobs
+            params = it.sequence.params
+            count = params.prompt_logprobs
             if count is not None and last > it.first_logit and place not in errors:
                 targets = it.sequence.token_ids[it.first_logit + 1 : last + 1]
-                found[place] = self._logprobs(logits[begin : begin + len(targets)], targets, [count] * len(targets))
+                rows = logits[begin : begin + len(targets)]
+                found[place] = self._logprobs(rows, targets, [count] * len(targets))
+                if params.prompt_logprob_token_ids:
+                    found[place] = _with_tokens(found[place], params.prompt_logprob_token_ids, rows)
             begin += it.end - it.first_logit
         return found
 
@@ -183,10 +188,13 @@ class Sampler:
         ]
 
 
-def _of_tokens(entry: Logprobs, token_ids: tuple[int, ...], logits: Tensor) -> Logprobs:
-    """The log-probabilities of these tokens in place of the most likely ones."""
-    values = logits.log_softmax(-1)[torch.tensor(token_ids, device=logits.device)]
-    return msgspec.structs.replace(entry, top_ids=list(token_ids), top_logprobs=values.tolist())
+def _with_tokens(entries: list[Logprobs], token_ids: tuple[int, ...], logits: Tensor) -> list[Logprobs]:
+    """The entries of these rows of logits, with the log-probabilities of these tokens behind the most likely ones."""
+    values = logits.log_softmax(-1)[:, torch.tensor(token_ids, device=logits.device)].tolist()
+    return [
+        msgspec.structs.replace(entry, top_ids=[*entry.top_ids, *token_ids], top_logprobs=[*entry.top_logprobs, *row])
+        for entry, row in zip(entries, values, strict=True)
+    ]
 
 
 @dataclass(frozen=True, slots=True)
