@@ -15,6 +15,7 @@ from octavo.flags import parse_json_object, parse_size
 from octavo.quant.scheme import AT_LOAD
 
 FairBy = Literal["key", "user", "none"]
+RESERVED_VARIABLES = ("messages", "tools", "documents", "add_generation_prompt")  # of chat templates
 SAMPLING_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
@@ -40,6 +41,14 @@ def _parse_aliases(text: str) -> dict[str, str]:
     values = parse_json_object(text)
     if not all(isinstance(value, str) and value for value in values.values()) or "*" in values:
         raise ValueError(f'{text} is not a JSON object of names, such as {{"claude-haiku-4-5": "my-model"}}')
+    return values
+
+
+def _parse_template_variables(text: str) -> dict[str, Any]:
+    values = parse_json_object(text)
+    reserved = [name for name in RESERVED_VARIABLES if name in values]
+    if reserved:
+        raise ValueError(f"{text}: {reserved[0]} is what the request itself says; name variables of the template")
     return values
 
 
@@ -167,6 +176,14 @@ class TextOptions(msgspec.Struct, frozen=True, kw_only=True):
             extra={"group": "text and sampling", "metavar": "FILE", "default": "the checkpoint's"},
         ),
     ] = None
+    default_chat_template_kwargs: Annotated[
+        dict[str, Any],
+        Meta(
+            description="variables of the chat template where a request doesn't set them, such as "
+            "'{\"enable_thinking\": false}'",
+            extra={"metavar": "JSON", "parse": _parse_template_variables, "default": "none"},
+        ),
+    ] = {}
     tool_call_parser: Annotated[
         str | None,
         Meta(

@@ -39,6 +39,7 @@ class ServedModel:
     serves_any     requests may use any name at all
     report         what the engine has loaded
     stream_interval, tokens_as_token_ids: what requests get that don't say it
+    template_variables  those of the chat template where a request doesn't set them
     tool_strict_level  how much of a call is enforced where a tool doesn't ask for it
     reasoning_end_str  what a model is made to say where its budget of thoughts is spent, before their end
     """
@@ -62,6 +63,7 @@ class ServedModel:
     report: StartupReport | None = None
     stream_interval: int = 1
     tokens_as_token_ids: bool = False
+    template_variables: Mapping[str, Any] = field(default_factory=dict)
     tool_strict_level: Literal["auto", "function", "parameter"] = "parameter"
     reasoning_end_str: str = ""
     created: int = field(default_factory=lambda: int(time.time()))

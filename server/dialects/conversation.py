@@ -168,7 +168,7 @@ def render_request(
         add_generation_prompt=options.add_generation_prompt,
         continue_final_message=options.continue_final_message,
         documents=documents,
-        variables=options.chat_template_kwargs,
+        variables={**model.template_variables, **(options.chat_template_kwargs or {})},
         max_characters=max_text_bytes(model, must_fit=False),
         tools=tools,
     )

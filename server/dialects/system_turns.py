@@ -74,7 +74,8 @@ class SystemProbe:
     async def _rendered(self, messages: list[Turn], has_tools: bool) -> str:
         """The chat as the template writes it; nothing where it refuses."""
         tool = {"type": "function", "function": {"name": "zqtool", "description": "d", "parameters": {}}}
-        job = Job(messages, MAX_PROBE, tools=[tool] if has_tools else None)
+        variables = dict(self._model.template_variables)
+        job = Job(messages, MAX_PROBE, variables=variables, tools=[tool] if has_tools else None)
         renderer = self._model.renderer
         try:
             return await renderer.render(renderer.request(job))

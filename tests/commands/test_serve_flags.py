@@ -99,6 +99,8 @@ def test_every_field_of_the_engine_s_configuration_has_a_flag() -> None:
         ("--shutdown-timeout", "inf"),
         ("--max-logprobs", "-2"),
         ("--allowed-origins", "*"),
+        ("--default-chat-template-kwargs", '{"tools": []}'),
+        ("--default-chat-template-kwargs", "[]"),
         ("--override-generation-config", "{'a': 1}"),
         ("--override-generation-config", '{"top_q": 1}'),
         ("--dtype", "int5"),

@@ -242,7 +242,7 @@ TABLE: tuple[PeerFlag, ...] = (
     _refused("--enable-watermark --watermark-config", "answers are not watermarked: leave it out"),
     _refused("--tool-server", "the server calls no tools itself: clients answer the calls"),
     _refused("--enable-strict-thinking --anthropic-disabled-thinking-effort --cohere-format --hf-chat-template-name "
-             "--completion-template --default-chat-template-kwargs",
+             "--completion-template",
              "--chat-template FILE and a request's chat_template_kwargs say how a conversation is written"),
     _refused("--constrained-json-*",
              "--structured-outputs-config '{\"disable_any_whitespace\": true}', or whitespace_pattern in a request"),

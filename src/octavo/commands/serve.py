@@ -260,6 +260,7 @@ def _app_maker(
             report=ready.report,
             stream_interval=options.text.stream_interval,
             tokens_as_token_ids=options.text.return_tokens_as_token_ids,
+            template_variables=options.text.default_chat_template_kwargs,
             tool_strict_level=options.text.tool_strict_level,
             reasoning_end_str=options.text.reasoning_config.reasoning_end_str,
         )
