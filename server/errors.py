@@ -76,6 +76,11 @@ def bad_request(message: str, param: str | None = None) -> ApiError:
     return ApiError(400, message, param=param)
 
 
+def interrupted() -> ApiError:
+    """For dialects without a word for an answer that the server's operator has ended: clients try again after a 503."""
+    return ApiError(503, "the answer was ended before it was complete (/pause, /abort_request); send the request again")
+
+
 def too_long(max_model_len: int, problem: str, param: str) -> ApiError:
     """A 400 that clients take for a full context: LiteLLM and LangChain look for this code, or for these words."""
     message = f"This model's maximum context length is {max_model_len} tokens. {problem}"

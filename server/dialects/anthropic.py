@@ -27,7 +27,7 @@ from octavo.server.dialects.system_turns import SystemProbe
 from octavo.server.dialects.thinking import takes_effort
 from octavo.server.dialects.tools import shown_tools
 from octavo.server.encoding import JsonResponse, encode_json
-from octavo.server.errors import RESPONSES
+from octavo.server.errors import RESPONSES, interrupted
 from octavo.server.generation import Choice, Delta, Steps
 from octavo.server.hints import hints_in
 from octavo.server.message.parts import Part
@@ -127,7 +127,7 @@ class MessagesAnswer(Answer):
         """A step's events in one piece."""
         blocks = _OpenBlocks(hides_thoughts=self._hides_thoughts)
         has_begun = False
-        ending: Json = {}
+        final: Delta | None = None
         async with aclosing(steps):
             async for deltas in steps:
                 pieces: list[bytes] = []
@@ -137,9 +137,10 @@ class MessagesAnswer(Answer):
                 for delta in deltas:
                     pieces += [event(said) for part in delta.parts for said in blocks.say(part)]
                     if delta.finish_reason is not None:
-                        ending = self._ending(delta, blocks.said)
+                        final = delta
                 if pieces:
                     yield b"".join(pieces)
+        ending = {} if final is None else self._ending(final, blocks.said)
         last = [*blocks.end(), {"type": "message_delta", "delta": ending, "usage": self._usage()}]
         yield b"".join(map(event, [*last, {"type": "message_stop"}]))
 
@@ -155,9 +156,14 @@ class MessagesAnswer(Answer):
         return [event({"type": "message_start", "message": message}), event({"type": "ping"})]
 
     def _ending(self, delta: Delta, parts: Sequence[Part]) -> Json:
-        """Why the answer has ended. parts: at least its last call, and whether that is complete."""
-        if delta.finish_reason == "length":
-            is_clamped = self.choices[0].request.params.max_tokens < self._limit
+        """Why the answer has ended. parts: at least its last call, and whether that is complete.
+
+        One that repeats itself was cut as one that is too long. Raises ApiError for one that was ended from outside.
+        """
+        if delta.finish_reason == "abort":
+            raise interrupted()
+        if delta.finish_reason in ("length", "repetition"):
+            is_clamped = delta.finish_reason == "length" and self.choices[0].request.params.max_tokens < self._limit
             reason = "model_context_window_exceeded" if is_clamped else "max_tokens"
             return {"stop_reason": reason, "stop_sequence": None}
         if isinstance(delta.stop_reason, str):

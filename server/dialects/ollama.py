@@ -33,7 +33,7 @@ from octavo.server.dialects.ollama_request import (
 )
 from octavo.server.dialects.system_turns import SystemProbe
 from octavo.server.encoding import JsonResponse, encode_json
-from octavo.server.errors import RESPONSES, bad_request, explain
+from octavo.server.errors import RESPONSES, bad_request, explain, interrupted
 from octavo.server.fim import fim_of
 from octavo.server.generation import Choice, Delta, Steps, make_choices
 from octavo.server.hints import hints_in
@@ -151,11 +151,15 @@ class OllamaAnswer(Answer):
     async def events(self, steps: Steps) -> AsyncGenerator[bytes, None]:
         """A line for each step that said something, and a last one."""
         fold = _Fold()
+        final: Delta | None = None
         async with aclosing(steps):
             async for deltas in steps:
                 lines = [said for delta in deltas for said in self._lines(delta, fold)]
                 if lines:
                     yield b"".join(lines)
+                final = deltas[-1] if deltas else final
+        if final is not None:
+            yield line({**_head(self._request.model), **self.said("", "", []), **self._ending(final)})
 
     def _lines(self, delta: Delta, fold: _Fold) -> Iterator[bytes]:
         is_last = delta.finish_reason is not None
@@ -163,8 +167,6 @@ class OllamaAnswer(Answer):
         logprobs = self._logprobs(delta)
         if text or thoughts or calls or logprobs:
             yield line({**_head(self._request.model), **self.said(text, thoughts, calls), **logprobs, "done": False})
-        if is_last:
-            yield line({**_head(self._request.model), **self.said("", "", []), **self._ending(delta)})
 
     def _logprobs(self, delta: Delta) -> Json:
         if not self._request.logprobs or not delta.logprobs:
@@ -172,12 +174,17 @@ class OllamaAnswer(Answer):
         return {"logprobs": chat_logprobs(delta.logprobs, self._model.tokenizer)}
 
     def _ending(self, delta: Delta) -> Json:
-        """Why the answer has ended, and what it took, in nanoseconds. The model was loaded when the server started."""
+        """Why the answer has ended, and what it took, in nanoseconds. The model was loaded when the server started.
+
+        One that repeats itself was cut as one that is too long. Raises ApiError for one that was ended from outside.
+        """
+        if delta.finish_reason == "abort":
+            raise interrupted()
         [choice] = self.choices
         times = choice.timeline
         return {
             "done": True,
-            "done_reason": "length" if delta.finish_reason == "length" else "stop",
+            "done_reason": "length" if delta.finish_reason in ("length", "repetition") else "stop",
             "total_duration": _nanoseconds(times.arrival, time.time()),
             "load_duration": 0,
             "prompt_eval_count": len(choice.request.token_ids),

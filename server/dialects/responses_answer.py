@@ -10,7 +10,7 @@ from typing import Any
 
 from octavo.server.dialects.responses_events import Numbered, Output, encoded
 from octavo.server.dialects.responses_request import ResponsesRequest
-from octavo.server.errors import ApiError
+from octavo.server.errors import ApiError, interrupted
 from octavo.server.generation import Choice, Steps, in_batches, usage_of
 from octavo.server.hints import hints_in
 from octavo.server.served_model import ServedModel
@@ -131,7 +131,10 @@ class ResponseAnswer:
         return [self._state("in_progress")]
 
     def _ending(self, finish_reason: str | None) -> list[Json]:
-        if finish_reason != "length":
+        """The last events. An answer that repeats itself was cut as one that is too long."""
+        if finish_reason == "abort":
+            return self.fail(interrupted())
+        if finish_reason not in ("length", "repetition"):
             return self._ended("completed")
         self._end["incomplete_details"] = {"reason": "max_output_tokens"}
         return self._ended("incomplete")

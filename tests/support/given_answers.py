@@ -9,6 +9,7 @@ from pathlib import Path
 from octavo.runtime.messages import TokenOutput
 from octavo.server.dialects.chat_request import ChatCompletionRequest, prompt_of
 from octavo.server.dialects.tools import reading_of
+from octavo.server.errors import ApiError
 from octavo.server.generation import Choice, Delta, Steps, make_choices
 from octavo.server.message.format import ReasoningFormat
 from octavo.server.message.infer import Inference
@@ -85,7 +86,7 @@ def folded(steps: Sequence[Sequence[Delta]]) -> list[Delta]:
 
 
 def pieces_of(answer: Answer, steps: Sequence[list[Delta]]) -> list[bytes]:
-    """The pieces of the answer's stream."""
+    """The pieces of the answer's stream. An error is its last one."""
 
     async def given() -> Steps:
         for deltas in steps:
@@ -93,6 +94,14 @@ def pieces_of(answer: Answer, steps: Sequence[list[Delta]]) -> list[bytes]:
 
     async def collected() -> list[bytes]:
         pieces: AsyncIterator[bytes] = answer.events(given())
-        return [piece async for piece in pieces]
+        return [piece async for piece in _with_error(pieces, answer)]
 
     return asyncio.run(collected())
+
+
+async def _with_error(pieces: AsyncIterator[bytes], answer: Answer) -> AsyncIterator[bytes]:
+    try:
+        async for piece in pieces:
+            yield piece
+    except ApiError as error:
+        yield answer.framing.error(error)

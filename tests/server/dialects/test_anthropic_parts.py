@@ -105,6 +105,30 @@ def test_a_stream_adds_up_to_the_whole_answer(size: int) -> None:
     assert (message.usage.cache_read_input_tokens, message.usage.cache_creation_input_tokens) == (3, 0)
 
 
+def test_an_answer_that_was_ended_from_outside_is_an_error() -> None:
+    at_once = answer_to(request(), served())
+    with pytest.raises(ApiError, match="ended before it was complete") as caught:
+        at_once.whole(folded(steps_of(at_once.choices, ANSWER, "abort", 3)))
+    assert caught.value.body("/v1/messages")["error"]["type"] == "overloaded_error"
+    in_steps = answer_to(request(), served())
+    pieces = pieces_of(in_steps, steps_of(in_steps.choices, ANSWER, "abort", 3))
+    with (
+        serving(lambda _: stream(pieces)) as server,
+        anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0) as client,
+        client.messages.stream(**BODY) as events,
+    ):
+        with pytest.raises(anthropic.APIStatusError, match="ended before it was complete"):
+            list(events)
+        said = content(events.current_message_snapshot)
+    assert said == [THOUGHT, text_block("I look."), WEATHER, TIME]  # what was said until then
+
+
+@pytest.mark.parametrize("finish", ["length", "repetition"])
+def test_an_answer_that_was_cut_says_so(finish: str) -> None:
+    message, final, _ = told("Again. Again. Again.", finish)
+    assert (message.stop_reason, final.stop_reason) == ("max_tokens", "max_tokens")
+
+
 def test_the_events_come_in_order() -> None:
     model = served()
     answer = answer_to(request(), model)

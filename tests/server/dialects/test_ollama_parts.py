@@ -242,3 +242,28 @@ def test_what_generate_does_not_honor_is_refused_by_name(fields: dict[str, Any],
 def test_a_model_that_can_not_think_says_so() -> None:
     with pytest.raises(ApiError, match="think: 'tiny' does not support thinking"):
         chat_of(request(think=True), BOTH, served(SILENT))
+
+
+def test_an_answer_that_was_ended_from_outside_is_an_error() -> None:
+    at_once = answer_to(request(), FOUND)
+    with pytest.raises(ApiError, match="ended before it was complete") as caught:
+        at_once.whole(folded(steps_of(at_once.choices, ANSWER, "abort", 3)))
+    assert caught.value.status == 503
+    in_steps = answer_to(request(), FOUND)
+    pieces = pieces_of(in_steps, steps_of(in_steps.choices, ANSWER, "abort", 3))
+    with (
+        serving(lambda _: [HEAD, *map(chunk, pieces), STREAM_END]) as server,
+        ollama.Client(host=server.url) as client,
+    ):
+        coming = client.chat("tiny", messages=MESSAGES, stream=True)
+        answers = [next(coming) for _ in pieces[:-1]]  # an answer each, before the error
+        with pytest.raises(ollama.ResponseError, match="ended before it was complete"):
+            next(coming)
+    assert said(*answers)["content"].strip() == "I look."
+    assert not any(answer.done for answer in answers)
+
+
+@pytest.mark.parametrize("finish", ["length", "repetition"])
+def test_an_answer_that_was_cut_says_so(finish: str) -> None:
+    message, streamed = told("Again. Again. Again.", finish)
+    assert (message.done_reason, streamed[-1].done_reason) == ("length", "length")

@@ -203,6 +203,22 @@ def test_an_error_on_the_way_is_told_with_the_whole_response(status: int, code: 
     assert last.response.output[0].content[0].text == "I look"
 
 
+def test_an_answer_that_was_ended_from_outside_has_failed() -> None:
+    events = streamed("I look", "abort")
+    last = EVENTS.validate_python(events[-1])
+    assert (last.type, last.response.status, last.response.error.code) == ("response.failed", "failed", "server_error")
+    assert last.response.output[0].content[0].text == "I look"
+    with pytest.raises(ApiError, match="ended before it was complete") as caught:
+        whole("I look", "abort")
+    assert caught.value.status == 503
+
+
+def test_an_answer_that_repeats_itself_is_incomplete() -> None:
+    response = whole("Again. Again.", "repetition")
+    assert (response["status"], response["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})
+    assert streamed("Again. Again.", "repetition")[-1]["type"] == "response.incomplete"
+
+
 def test_whoever_stops_reading_cancels() -> None:
     answer = answer_to(request(stream=True))
     ended = []
