@@ -37,6 +37,7 @@ from octavo.server.middleware import AllowedHosts, Authentication, FullQueue, Re
 from octavo.server.options import ServerOptions
 from octavo.server.served_model import ServedModel
 from octavo.server.service import Service
+from octavo.server.sessions import SessionLimits, Sessions
 from octavo.server.strict_json import StrictRoute
 from octavo.version import VERSION
 
@@ -65,9 +66,11 @@ def build_app(
     errors.install(app)
     app.state.bodies = Bodies(options.max_body_bytes, options.max_total_body_bytes)
     service = Service(model, client, metrics, limits, options)
-    dialects = (completions, openai_chat, anthropic, ollama, invocations, native, tokens, parsers)
+    dialects = (completions, openai_chat, anthropic, ollama, invocations, tokens, parsers)
     for routes in (*(dialect.routes for dialect in dialects), _models):
         app.include_router(routes(service))
+    limits_of_sessions = SessionLimits(options.max_sessions, options.max_session_tokens, options.session_timeout)
+    app.include_router(native.routes(service, Sessions(limits_of_sessions)))
     app.include_router(responses.routes(service, kept.responses))
     made = Batches(app, kept.files, SpareCapacity(client, model.max_num_seqs))
     app.include_router(batches.routes(kept.files, made, lambda: routes_of(app.openapi())))

@@ -398,6 +398,27 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
             gt=0, le=1e9, description="how long what is not used is kept there: 30 days", extra={"metavar": "SECONDS"}
         ),
     ] = 2592000.0
+    max_sessions: Annotated[
+        int,
+        Meta(ge=0, description="sessions of SGLang's API that may be open, of all keys", extra={"metavar": "N"}),
+    ] = 4096
+    max_session_tokens: Annotated[
+        int,
+        Meta(
+            ge=1,
+            description="tokens that all of them may keep; what exceeds either gets 429",
+            extra={"metavar": "N"},
+        ),
+    ] = 1 << 22
+    session_timeout: Annotated[
+        float,
+        Meta(
+            gt=0,
+            le=1e9,
+            description="how long one may be open without use: an hour; a session's own timeout may be shorter",
+            extra={"metavar": "SECONDS"},
+        ),
+    ] = 3600.0
     batch_dir: Annotated[
         str | None,
         Meta(

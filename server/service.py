@@ -106,7 +106,10 @@ class Service:
 
     async def respond(self, http: Request, answer: Answer) -> Response:
         """Generate the answer and send it, whole or as events."""
-        steps = self.steps(http, answer.choices, answer.hints)
+        return await self.send(answer, self.steps(http, answer.choices, answer.hints))
+
+    async def send(self, answer: Answer, steps: Steps) -> Response:
+        """Send an answer as its steps come, whole or as events."""
         if answer.streams:
             return EventStream(answer.events(steps), answer.framing)
         deltas = await fold(steps, len(answer.choices))

@@ -21,8 +21,11 @@ from octavo.server.dialects.native_request import (
     Item,
     NativeSampling,
     choices_of,
+    continued,
     items_of,
+    rid_of,
 )
+from octavo.server.dialects.native_sessions import add_session_routes, begun_turn, kept, reserve
 from octavo.server.errors import RESPONSES, ApiError, bad_request
 from octavo.server.generation import Choice, Delta, Steps, fold, in_batches
 from octavo.server.hints import hints_in
@@ -30,11 +33,14 @@ from octavo.server.message.parts import text_of
 from octavo.server.operation import no_other_page
 from octavo.server.served_model import ServedModel
 from octavo.server.service import Answer, Service, owner_of
+from octavo.server.sessions import Continuation, Sessions
 from octavo.server.streaming import event
 from octavo.server.strict_json import StrictRoute
 from octavo.version import VERSION
 
 Json = dict[str, Any]
+Owners = WeakKeyDictionary["NativeAnswer", str]
+"""Whose API key each running answer is for."""
 
 
 class AbortRequest(Strict):
@@ -44,20 +50,13 @@ class AbortRequest(Strict):
     abort_all: Flag = False
 
 
-def routes(service: Service) -> APIRouter:
-    """/generate, /flush_cache, /abort_request, /health_generate, and what the model is."""
+def routes(service: Service, sessions: Sessions) -> APIRouter:
+    """/generate, its sessions, /flush_cache, /abort_request, /health_generate, and what the model is."""
     router = APIRouter(route_class=StrictRoute, responses=RESPONSES, dependencies=[Depends(no_other_page)])
     model = service.model
-    owners: WeakKeyDictionary[NativeAnswer, str] = WeakKeyDictionary()  # whose API key each running answer is for
-
-    @router.api_route("/generate", methods=["POST", "PUT"])
-    async def generate(body: GenerateRequest, http: Request) -> Response:
-        """Complete one prompt or several."""
-        service.check(None)
-        with in_words_of(OPENAI_NAMES):
-            answer = await service.off_loop(http, lambda: _begin(body, model, http.state.request_id))
-        owners[answer] = owner_of(http)
-        return await service.respond(http, answer)
+    owners: Owners = WeakKeyDictionary()
+    _add_generate(router, service, sessions, owners)
+    add_session_routes(router, sessions)
 
     @router.get("/health_generate")
     async def health_generate(http: Request) -> Response:
@@ -91,6 +90,35 @@ def routes(service: Service) -> APIRouter:
 
     _add_facts(router, model)
     return router
+
+
+def _add_generate(router: APIRouter, service: Service, sessions: Sessions, owners: Owners) -> None:
+    model = service.model
+
+    @router.api_route("/generate", methods=["POST", "PUT"])
+    async def generate(body: GenerateRequest, http: Request) -> Response:
+        """Complete one prompt or several."""
+        service.check(None)
+        asked = None if body.session_params is None else body.session_params.continuation()
+        if asked is not None:
+            return await in_session(body, asked, http)
+        with in_words_of(OPENAI_NAMES):
+            answer = await service.off_loop(http, lambda: _begin(body, model, http.state.request_id))
+        owners[answer] = owner_of(http)
+        return await service.respond(http, answer)
+
+    async def in_session(body: GenerateRequest, asked: Continuation, http: Request) -> Response:
+        with begun_turn(sessions, http, asked, rid_of(body, http.state.request_id)) as turn:
+            weight = 1 + 8 * len(turn.before) // http.state.body_size  # its tokens as if they had been sent
+            with in_words_of(OPENAI_NAMES):
+                answer = await service.off_loop(
+                    http, lambda: _begin(continued(body, turn, model), model, http.state.request_id), weight
+                )
+            reserve(sessions, turn, answer.choices)
+            service.abort([each for other in turn.displaced for each in other.request_ids])
+            steps = kept(sessions, turn, service.steps(http, answer.choices, answer.hints))
+        owners[answer] = owner_of(http)
+        return await service.send(answer, steps)
 
 
 def _add_facts(router: APIRouter, model: ServedModel) -> None:
@@ -224,25 +252,29 @@ class NativeAnswer(Answer):
         if entries:  # as in SGLang, the first of them has none
             first = [None, ids[start], self._text(ids[start])]
             found["input_token_logprobs"] = [first, *self._tokens(entries[1:])]
+        outputs = list(_there(delta.logprobs))
+        inputs = list(_there(entries[1:]))
         if item.num_top:
-            found["output_top_logprobs"] = self._tops(delta.logprobs)
-            found["input_top_logprobs"] = [None, *self._tops(entries[1:])] if entries else []
+            found["output_top_logprobs"] = self._likeliest(outputs, item)
+            found["input_top_logprobs"] = [None, *self._likeliest(inputs, item)] if entries else []
         if item.named:
-            found["output_token_ids_logprobs"] = self._tops(delta.logprobs)
-            found["input_token_ids_logprobs"] = []
+            found["output_token_ids_logprobs"] = self._named(outputs, item)
+            found["input_token_ids_logprobs"] = [None, *self._named(inputs, item)] if entries else []
         return found
 
     def _tokens(self, entries: Iterable[Logprobs | None]) -> list[list[Any]]:
         return [[finite(each.logprob), each.token_id, self._text(each.token_id)] for each in _there(entries)]
 
-    def _tops(self, entries: Iterable[Logprobs | None]) -> list[list[list[Any]]]:
-        return [
-            [
-                [finite(logprob), token_id, self._text(token_id)]
-                for token_id, logprob in zip(each.top_ids, each.top_logprobs, strict=True)
-            ]
-            for each in _there(entries)
-        ]
+    def _likeliest(self, entries: Iterable[Logprobs], item: Item) -> list[list[list[Any]]]:
+        """Of each entry what stands before the tokens that the request names."""
+        return [self._others(each, 0, len(each.top_ids) - len(item.named)) for each in entries]
+
+    def _named(self, entries: Iterable[Logprobs], item: Item) -> list[list[list[Any]]]:
+        return [self._others(each, len(each.top_ids) - len(item.named), len(each.top_ids)) for each in entries]
+
+    def _others(self, entry: Logprobs, begin: int, end: int) -> list[list[Any]]:
+        pairs = zip(entry.top_ids[begin:end], entry.top_logprobs[begin:end], strict=True)
+        return [[finite(logprob), token_id, self._text(token_id)] for token_id, logprob in pairs]
 
     def _text(self, token_id: int) -> str | None:
         return self._model.tokenizer.token_text(token_id) if self._shows_text else None

@@ -24,12 +24,17 @@ from octavo.server.dialects.fields import (
     Text,
     TokenId,
 )
+from octavo.server.dialects.native_sessions import SessionParams
 from octavo.server.errors import ApiError, bad_request, explain, field_error
 from octavo.server.generation import Choice, make_choices
 from octavo.server.hints import NativeHints
+from octavo.server.prompts import encode
 from octavo.server.served_model import ServedModel
+from octavo.server.sessions import Turn
 
 NEW_TOKENS = 128  # SGLang's default
+MAX_NAMED = 1 << 22  # log-probabilities of tokens that a request names, of all positions of its prompts
+Start = Annotated[Integer, Field(ge=-1, lt=2**31)]
 OPENAI_NAMES = {  # of completions' fields, in SGLang's words
     "max_tokens": "max_new_tokens",
     "min_tokens": "min_new_tokens",
@@ -103,7 +108,7 @@ class GenerateRequest(NativeHints, Strict):
     ] = None
     sampling_params: NativeSampling | Annotated[list[NativeSampling], Field(max_length=2048)] | None = None
     return_logprob: Flag | list[Flag] | None = None
-    logprob_start_len: Integer | list[Integer] | None = None
+    logprob_start_len: Start | list[Start] | None = None
     top_logprobs_num: Count | list[Count] | None = None
     token_ids_logprob: (
         Annotated[list[TokenId], Field(max_length=MAX_LOGPROB_TOKENS, fail_fast=True)]
@@ -114,6 +119,7 @@ class GenerateRequest(NativeHints, Strict):
     stream: Flag = False
     rid: Text | list[Text] | None = None
     priority: Integer | None = None
+    session_params: SessionParams | None = None
     # not supported: accepted only where they ask for nothing
     input_embeds: None = None
     image_data: None = None
@@ -121,7 +127,6 @@ class GenerateRequest(NativeHints, Strict):
     audio_data: None = None
     modalities: None = None
     lora_path: None = None
-    session_params: None = None
     custom_logit_processor: None = None
     return_hidden_states: Literal[False] | None = None
     return_routed_experts: Literal[False] | None = None
@@ -130,6 +135,10 @@ class GenerateRequest(NativeHints, Strict):
     def _check_prompt(self) -> GenerateRequest:
         if (self.text is None) == (self.input_ids is None):
             raise field_error("text", "exactly one of text and input_ids is needed")
+        params = self.sampling_params
+        searches = isinstance(params, NativeSampling) and (params.beam_width or 1) > 1
+        if self.session_params is not None and (self.is_batch or searches):
+            raise field_error("session_params", "session_params is for one prompt with one answer")
         return self
 
     @property
@@ -206,12 +215,6 @@ def _item(
 ) -> Item:
     fields: dict[str, Any] = {"prompt": prompt, "priority": body.priority, "max_tokens": 1, **sampling.fields()}
     if returned:
-        if named and (top or start >= 0):
-            raise bad_request(
-                "token_ids_logprob is about the answer's tokens alone, in place of the likeliest: leave out "
-                "top_logprobs_num and logprob_start_len",
-                "token_ids_logprob",
-            )
         fields |= {"logprobs": top, "logprob_token_ids": named or None}
         if start >= 0:
             fields["prompt_logprobs"] = top
@@ -237,10 +240,46 @@ def choices_of(items: Sequence[Item], model: ServedModel) -> list[Choice]:
         total += len(prompt.token_ids) * item.request.num_choices
         room = model.max_model_len - len(prompt.token_ids)
         limit = room if item.limit is None else min(room, item.limit)
-        own = make_choices([prompt], item.request, replace(wanted_of(item.request), max_tokens=limit), model)
+        _check_logprob_start(item, len(prompt.token_ids))
+        wanted = replace(wanted_of(item.request), max_tokens=limit, named_beside=True)
+        own = make_choices([prompt], item.request, wanted, model)
         for choice in own:
             choice.index += len(choices)
         choices += own
     if total > MAX_TOKENS_SENT:
         raise bad_request(f"{total} tokens of prompts; a request may send {MAX_TOKENS_SENT}", "text")
     return choices
+
+
+def rid_of(body: GenerateRequest, name: str) -> str:
+    """What the answer to one prompt is called: as the client says, or by the request's name."""
+    rid = body.rid[0] if isinstance(body.rid, list) and body.rid else body.rid
+    return rid if isinstance(rid, str) and rid else f"{name}-0"
+
+
+def continued(body: GenerateRequest, turn: Turn, model: ServedModel) -> GenerateRequest:
+    """The request with its session's tokens in front of its own, which have no BOS token then. Raises ApiError."""
+    ids: Any = body.input_ids
+    if isinstance(body.text, str):
+        ids = encode(body.text, "text", model, add_special_tokens=True, must_fit=True)
+    bos = model.tokenizer.token_id(model.tokenizer.special_tokens.get("bos_token"))
+    if turn.parent is not None and bos is not None and ids[:1] == [bos]:
+        ids = ids[1:]
+    return body.model_copy(update={"text": None, "input_ids": [*turn.before, *ids]})
+
+
+def _check_logprob_start(item: Item, length: int) -> None:
+    """Raise ApiError where the prompt has no token there, or too many log-probabilities are asked of it."""
+    if not item.returns_logprob or item.start < 0:
+        return
+    if item.start >= length:
+        raise bad_request(
+            f"logprob_start_len {item.start}: the prompt has {length} tokens, of which the first is 0",
+            "logprob_start_len",
+        )
+    if length * len(item.named) > MAX_NAMED:
+        raise bad_request(
+            f"token_ids_logprob: {len(item.named)} tokens at {length} positions of the prompt; a request may ask for "
+            f"{MAX_NAMED} log-probabilities. Name fewer, or leave out logprob_start_len",
+            "token_ids_logprob",
+        )

@@ -106,17 +106,52 @@ def test_log_probabilities(client: httpx.Client, oracle: Oracle) -> None:
     for position, top in enumerate(about["input_top_logprobs"][1:], start=3):
         assert [entry[1] for entry in top] == rows[position - 1].topk(2).indices.tolist()
     named = generate(client, **fields, token_ids_logprob=[9, 263])["meta_info"]
-    assert named["input_token_logprobs"] == []
-    for position, entries in enumerate(named["output_token_ids_logprobs"], start=len(ids)):
-        assert [entry[1] for entry in entries] == [9, 263]
-        expected = [float(rows[position - 1][token]) for token in (9, 263)]
-        assert [entry[0] for entry in entries] == pytest.approx(expected, abs=NEAR)
+    assert (named["input_token_logprobs"], named["input_token_ids_logprobs"]) == ([], [])
+    assert_named(named["output_token_ids_logprobs"], rows, len(ids))
     scored = generate(
         client, text=TEXT, sampling_params={"max_new_tokens": 0}, return_logprob=True, logprob_start_len=0
     )
     assert len(scored["meta_info"]["input_token_logprobs"]) == len(ids)
     assert scored["output_ids"] == []
     assert scored["meta_info"]["input_token_logprobs"][1][2] is None
+
+
+NAMED = [9, 263]
+
+
+def assert_named(found: list[Any], rows: Any, first: int) -> None:
+    """`found` are the log-probabilities of NAMED at the positions from `first` on."""
+    for position, entries in enumerate(found, start=first):
+        assert [entry[1] for entry in entries] == NAMED
+        expected = [float(rows[position - 1][token]) for token in NAMED]
+        assert [entry[0] for entry in entries] == pytest.approx(expected, abs=NEAR)
+
+
+def test_log_probabilities_of_named_tokens_for_the_prompt_too(client: httpx.Client, oracle: Oracle) -> None:
+    ids = oracle.ids(TEXT)
+    fields = {"text": TEXT, "sampling_params": GREEDY, "return_logprob": True, "token_ids_logprob": NAMED}
+    answer = generate(client, **fields, logprob_start_len=1, top_logprobs_num=2)
+    about = answer["meta_info"]
+    rows = oracle.logprobs(ids + answer["output_ids"])
+    first, *others = about["input_token_ids_logprobs"]
+    assert first is None
+    assert len(others) == len(ids) - 2
+    assert_named(others, rows, 2)
+    assert len(about["output_token_ids_logprobs"]) == 12
+    assert_named(about["output_token_ids_logprobs"], rows, len(ids))
+    for name, begin in (("input_top_logprobs", 1), ("output_top_logprobs", len(ids))):
+        for position, top in enumerate(about[name], start=begin):
+            if top is not None:
+                assert [entry[1] for entry in top] == rows[position - 1].topk(2).indices.tolist()
+    alone = generate(client, **fields, logprob_start_len=0)["meta_info"]
+    assert len(alone["input_token_ids_logprobs"]) == len(ids)
+    assert_named(alone["input_token_ids_logprobs"][1:], rows, 1)
+    assert "input_top_logprobs" not in alone
+    batch = fields | {"text": [TEXT, "x"], "token_ids_logprob": [NAMED, [7]], "logprob_start_len": [1, -1]}
+    one, two = (each["meta_info"] for each in generate(client, **batch))
+    assert one["input_token_ids_logprobs"] == about["input_token_ids_logprobs"]
+    assert two["input_token_ids_logprobs"] == []
+    assert {entry[1] for (entry,) in two["output_token_ids_logprobs"]} == {7}
 
 
 def test_what_the_sampling_parameters_mean(client: httpx.Client, oracle: Oracle) -> None:
@@ -164,7 +199,13 @@ def test_what_the_sampling_parameters_mean(client: httpx.Client, oracle: Oracle)
         ({"text": ["x", "y"], "sampling_params": [{}]}, "sampling_params"),
         ({"text": ["x", "y"], "rid": ["a"]}, "rid"),
         ({"text": "x", "return_logprob": True, "top_logprobs_num": 21}, "top_logprobs_num"),
-        ({"text": "x", "return_logprob": True, "token_ids_logprob": [1], "top_logprobs_num": 1}, "token_ids_logprob"),
+        ({"text": "x", "return_logprob": True, "token_ids_logprob": [5000]}, "token_ids_logprob"),
+        ({"text": "x", "return_logprob": True, "logprob_start_len": 400}, "logprob_start_len"),
+        ({"text": "x", "logprob_start_len": -2}, "logprob_start_len"),
+        ({"text": ["x", "y"], "session_params": {"id": "x"}}, "session_params"),
+        ({"text": "x", "session_params": {"rid": "x"}}, "session_params"),
+        ({"text": "x", "session_params": {"id": "x"}, "sampling_params": {"n": 2}}, "session_params"),
+        ({"text": "x", "session_params": {"id": "x"}, "sampling_params": {"beam_width": 2}}, "session_params"),
         ({"text": ["x", "y"], "sampling_params": [{}, {"beam_width": 2}]}, "beam_width"),
         ({"input_ids": [5] * 512}, "prompt"),
     ],
