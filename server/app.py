@@ -20,6 +20,7 @@ from octavo.server.dialects import (
     anthropic,
     batches,
     completions,
+    decisions,
     invocations,
     native,
     ollama,
@@ -66,7 +67,7 @@ def build_app(
     errors.install(app)
     app.state.bodies = Bodies(options.max_body_bytes, options.max_total_body_bytes)
     service = Service(model, client, metrics, limits, options)
-    dialects = (completions, openai_chat, anthropic, ollama, invocations, tokens, parsers)
+    dialects = (completions, openai_chat, anthropic, ollama, invocations, decisions, tokens, parsers)
     for routes in (*(dialect.routes for dialect in dialects), _models):
         app.include_router(routes(service))
     limits_of_sessions = SessionLimits(options.max_sessions, options.max_session_tokens, options.session_timeout)

@@ -24,7 +24,15 @@ ANTHROPIC_PATH = "/v1/messages"
 PROBES = frozenset({"/health", "/ping"})  # a probe has no key, and learns no more than whether the server works
 UNCOUNTED = frozenset({"/metrics", "/health", "/load", "/ping", "/version", "/server_info"})  # vLLM doesn't either
 OPENAI_PATHS = frozenset({"/v1/completions", "/v1/chat/completions", "/v1/responses"})
-GENERATING_PATHS = OPENAI_PATHS | {"/v1/messages", "/api/chat", "/api/generate", "/generate", "/invocations"}
+GENERATING_PATHS = OPENAI_PATHS | {
+    "/v1/messages",
+    "/api/chat",
+    "/api/generate",
+    "/generate",
+    "/invocations",
+    "/v1/decisions",
+    "/v1/systemone",
+}
 OPEN_PATHS = frozenset({"/metrics", "/version", "/docs", "/openapi.json"})  # unless --protect-all closes them
 
 

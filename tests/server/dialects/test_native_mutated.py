@@ -1,4 +1,4 @@
-"""Mutated requests to /generate and /v1/completions, with every field that they have, are answered or refused."""
+"""Mutated requests to SGLang's routes and /v1/completions, with every field that they have, are answered or refused."""
 
 from __future__ import annotations
 
@@ -32,11 +32,41 @@ BODIES: dict[str, list[Json]] = {
             "sampling_params": {"max_new_tokens": 3, "top_k": 5, "top_p": 0.9, "stop_token_ids": [9]},
             "return_logprob": True,
             "token_ids_logprob": [5, 6],
+            "logprob_start_len": 1,
+            "top_logprobs_num": 1,
             "stream": True,
             "log_metrics": True,
         },
         {"text": "x", "sampling_params": {"max_new_tokens": 3, "beam_width": 3, "n": 2}},
         {"text": "x", "sampling_params": {"max_new_tokens": 9, "json_schema": json.dumps(SCHEMA)}, "rid": "c"},
+        {
+            "input_ids": [5, 6],
+            "sampling_params": {"max_new_tokens": 2},
+            "session_params": {"id": "mutated", "rid": None, "offset": -1, "replace": True},
+        },
+    ],
+    "/open_session": [{"capacity_of_str_len": 5, "streaming": False, "timeout": 0.001}],
+    "/v1/decisions": [
+        {
+            "input": ["x", {"y": 1}],
+            "questions": [
+                {"id": "a", "type": "choice", "question": "Which?", "options": [{"name": "n"}, {"name": "m"}]},
+                {"id": "b", "type": "score", "question": {"how": "?"}, "levels": ["low", "high"]},
+            ],
+            "temperature": 0.5,
+            "chat_template_kwargs": {"a": 1},
+            "prompt_format_version": 1,
+        }
+    ],
+    "/v1/systemone": [
+        {
+            "model": "tiny",
+            "state": "x",
+            "questions": {
+                "a": {"type": "choice", "instructions": "Which?", "criteria": {"n": None, "m": "what"}},
+                "b": {"type": "score", "instructions": "How?", "criteria": ["low", "high"]},
+            },
+        }
     ],
     "/v1/completions": [
         {
@@ -78,6 +108,7 @@ def check_good(client: httpx.Client, path: str) -> None:
 @pytest.mark.parametrize(("count", "seed"), [(300, 1), slow(10_000, 2)])
 def test_mutated_requests(server: Server, path: str, count: int, seed: int) -> None:
     with server.client() as client:
+        client.post("/open_session", json={"session_id": "mutated"})
         check_good(client, path)
         statuses: Counter[int] = Counter()
         for body in mutated(BODIES[path], count, seed):
