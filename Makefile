@@ -1,6 +1,7 @@
 # make demo   a real model: quantize, serve, stream an answer
 # make test   the whole test suite, as CI runs it
 # make check  style and types
+# make test-ray  octavo on a Ray cluster of two nodes on this machine, in an environment of its own, .ray
 # make clients  real clients and coding agents against a server: installs them in .clients, with npm and uv, and runs them
 # make gpu    on a machine with a GPU, in PYTHON's own environment: tests, tables of kernels and steps
 # make install  the environment .venv, which all of the above use
@@ -10,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo test clients gpu check clean
+.PHONY: install demo test test-ray clients gpu check clean
 
 install: $(INSTALLED)
 
@@ -30,6 +31,11 @@ check: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-ray:
+	test -x .ray/bin/python || $(PYTHON) -m venv .ray
+	.ray/bin/python -m pip install --quiet --upgrade-strategy only-if-needed --editable '.[dev,ray]'
+	.ray/bin/python -m pytest -m ray tests/server/test_ray_serve.py
 
 # aider pins versions of what the libraries need, so it has an environment of its own.
 clients: $(INSTALLED)
@@ -53,4 +59,4 @@ gpu:
 	exit $$failed
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .ray build dist *.egg-info src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

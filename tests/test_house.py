@@ -76,6 +76,7 @@ def test_importing_compiles_nothing() -> None:
         *bodies,
         *(p for p in paths if "gpu" in p.parts),
         ROOT / "runtime/model/operators_gpu.py",
+        ROOT / "server/ray_router.py",  # subclasses a class of Ray, an extra; Ray imports it by its name
     }
     modules = [".".join(("octavo", *p.relative_to(ROOT).with_suffix("").parts)) for p in paths if p not in askers]
     names = sorted(module.removesuffix(".__init__") for module in modules)

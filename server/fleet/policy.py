@@ -146,6 +146,12 @@ class Router:
         """Whether `route` wants the names of a prompt's pieces, which cost time to make."""
         return self.routing == "prefix"
 
+    def add_engine(self) -> int:
+        """One engine more; its number."""
+        self.loads.append(EngineLoad(PrefillRate(self._rate)))
+        self._index.add_engine()
+        return len(self.loads) - 1
+
     def opened(self, engine: int, cache_tokens: int) -> None:
         """The engine has started, or started again: it takes requests, and its prefix cache is empty.
 
@@ -167,18 +173,30 @@ class Router:
 
         names: of the prompt's pieces, by `piece_names`; not read unless `uses_names`.
         """
-        if key in self._routed:
-            raise ValueError(f"request {key!r} has been routed to engine {self._routed[key].engine} and has not ended")
         if not self.uses_names:
             names = ()
         cached = [self._piece_tokens * count for count in self._index.num_cached(names)]
         engine = choose(self.loads, self.routing, num_tokens, cached)
-        if engine is None:
-            return None
+        return None if engine is None else self._place(key, engine, num_tokens, names, cached[engine], num_answers)
+
+    def place(
+        self, key: str, engine: int, num_tokens: int, names: Sequence[bytes] = (), num_answers: int = 1
+    ) -> Choice:
+        """Count a prompt at an engine that somebody else has chosen."""
+        if not self.uses_names:
+            names = ()
+        num_cached = self._piece_tokens * self._index.num_cached(names)[engine]
+        return self._place(key, engine, num_tokens, names, num_cached, num_answers)
+
+    def _place(
+        self, key: str, engine: int, num_tokens: int, names: Sequence[bytes], num_cached: int, num_answers: int
+    ) -> Choice:
+        if key in self._routed:
+            raise ValueError(f"request {key!r} has been routed to engine {self._routed[key].engine} and has not ended")
         self._num_choices += 1
         load = self.loads[engine]
         load.last_chosen = self._num_choices
-        num_uncached = max(1, num_tokens - cached[engine])
+        num_uncached = max(1, num_tokens - num_cached)
         load.waiting[key] = num_uncached
         load.num_waiting_tokens += num_uncached
         load.num_waiting += num_answers
@@ -192,8 +210,19 @@ class Router:
         load.rate.add_step(num_prompt_tokens, seconds)
         load.prefilled(num_prompt_tokens)
 
-    def begun(self, key: str, num_cached_tokens: int) -> None:
-        """The first output of a request has come; its engine had so many tokens of the prompt in its prefix cache."""
+    def engine_of(self, key: str) -> int:
+        """Where a request has been routed to."""
+        return self._routed[key].engine
+
+    def is_waiting(self, key: str) -> bool:
+        """Whether a request has been routed, and has not begun."""
+        return key in self._routed and not self._routed[key].has_begun
+
+    def begun(self, key: str, num_cached_tokens: int | None = None) -> None:
+        """The first output of a request has come; its engine had so many tokens of the prompt in its prefix cache.
+
+        None where the engine doesn't say.
+        """
         routed = self._routed[key]
         if routed.has_begun:
             raise ValueError(f"request {key!r} has begun before")
@@ -202,7 +231,8 @@ class Router:
         load.num_waiting_tokens -= load.waiting.pop(key)
         load.num_waiting -= routed.num_answers
         load.num_running += routed.num_answers
-        self._index.confirm(routed.engine, routed.names, routed.num_known, num_cached_tokens)
+        if num_cached_tokens is not None:
+            self._index.confirm(routed.engine, routed.names, routed.num_known, num_cached_tokens)
 
     def ended(self, key: str) -> None:
         """The request is over, or goes to another engine."""

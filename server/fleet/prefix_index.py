@@ -50,6 +50,12 @@ class PrefixIndex:
         self._pieces: list[OrderedDict[bytes, bool]] = [OrderedDict() for _ in range(num_engines)]
         self._capacities = [0] * num_engines
 
+    def add_engine(self) -> None:
+        """One engine more, with the next number and no size."""
+        self._all = self._all << 1 | 1
+        self._pieces.append(OrderedDict())
+        self._capacities.append(0)
+
     def reset(self, engine: int, cache_tokens: int) -> None:
         """The engine's cache is empty, and holds so many tokens."""
         self._forget_oldest(engine, len(self._pieces[engine]))

@@ -267,3 +267,30 @@ def test_progress_of_a_prefill_counts() -> None:
     load.prefilled(120)
     assert load.waiting == {"a": 0, "b": 30}
     assert load.num_waiting_tokens == 30
+
+
+def test_engines_may_be_added_later() -> None:
+    router = Router(0)
+    assert router.route("first", 10) is None
+    assert [router.add_engine(), router.add_engine()] == [0, 1]
+    router.opened(1, 100 * PIECE_TOKENS)
+    names = names_of("aaaa")
+    assert engine_of(router, "first", 600, names) == 1
+    router.begun("first")
+    router.ended("first")
+    router.opened(0, 100 * PIECE_TOKENS)
+    choice = router.route("again", 600, names)
+    assert choice is not None
+    assert (choice.engine, choice.num_cached) == (1, 512)
+
+
+def test_who_chooses_elsewhere_is_counted_and_remembered() -> None:
+    router = opened(2)
+    names = names_of("aaaa")
+    router.place("placed", 1, 600, names)
+    assert (router.engine_of("placed"), router.is_waiting("placed")) == (1, True)
+    assert router.loads[1].num_waiting_tokens == 600
+    router.begun("placed")
+    assert not router.is_waiting("placed")
+    router.ended("placed")
+    assert engine_of(router, "again", 600, names) == 1
