@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from shutil import rmtree
 
@@ -21,16 +22,24 @@ import msgspec
 import octavo
 from octavo.kernels.native.environment import ENVIRONMENT
 from octavo.runtime.config import EngineConfig
+from octavo.runtime.parallel.config import Devices, check
+from octavo.runtime.parallel.placement import VISIBLE, Placement, find_devices, place
 
+PROGRAM = ("-m", "octavo.runtime.process")
 DIRECTORY_PREFIX = "octavo-engine-"
 SOCKETS = {"engine", "heartbeat"}
 
 
 class EngineStart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The first line on the engine's stdin. spawn_time: time.time() before the process was started."""
+    """The first line on the engine's stdin. spawn_time: time.time() before the process was started.
+
+    index: which of the server's engines it is. cores: the CPUs that it may use; None: all.
+    """
 
     config: EngineConfig
     spawn_time: float
+    index: int = 0
+    cores: list[int] | None = None
 
 
 class EngineProcess:
@@ -130,14 +139,44 @@ def remove_socket(address: str) -> None:
     rmtree(Path(address.removeprefix("ipc://")).parent, ignore_errors=True)
 
 
-def start_engine(config: EngineConfig) -> EngineProcess:
+class Launcher:
+    """Starts the engines of one server, each in its place on the machine, and starts one anew where it has died.
+
+    program: the arguments of Python that run an engine. devices: None: what this process may use. Raises ValueError
+    for what is not there.
+    """
+
+    def __init__(self, config: EngineConfig, program: Sequence[str] = PROGRAM, devices: Devices | None = None) -> None:
+        self._config = config
+        self._program = program
+        self._devices = devices or find_devices(config.device)
+        check(config.parallel, self._devices, config.num_threads)
+
+    def start_all(self) -> list[EngineProcess]:
+        """All engines of the server."""
+        return [self.start(index) for index in range(self._config.parallel.data_parallel_size)]
+
+    def start(self, index: int) -> EngineProcess:
+        """The engine of this number. Raises OSError where no process can be started."""
+        placement = place(index, self._config.parallel.data_parallel_size, self._devices)
+        return start_engine(self._config, index, placement, self._program)
+
+
+def start_engine(
+    config: EngineConfig, index: int = 0, placement: Placement | None = None, program: Sequence[str] = PROGRAM
+) -> EngineProcess:
     """Start the engine process; it sends Ready or Failed to whoever binds `address`. Returns at once."""
+    placement = placement or Placement()
+    num_threads = config.num_threads or placement.num_threads
     remove_abandoned()
     directory = SocketDirectory()
     # -P: a file in the user's directory is no module
-    command = [sys.executable, "-P", "-m", "octavo.runtime.process", f"ipc://{directory.path}/engine"]
-    start = EngineStart(config, time.time())
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, env=child_environment(config.num_threads))
+    command = [sys.executable, "-P", *program, f"ipc://{directory.path}/engine"]
+    start = EngineStart(msgspec.structs.replace(config, num_threads=num_threads), time.time(), index, placement.cores)
+    environment = child_environment(num_threads)
+    if placement.gpu is not None:
+        environment[VISIBLE] = placement.gpu
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment)
     assert process.stdin is not None
     try:
         process.stdin.write(msgspec.json.encode(start) + b"\n")

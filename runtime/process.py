@@ -58,6 +58,8 @@ def main() -> int:
         remove_socket(address)
         return 0
     start = msgspec.json.decode(line, type=EngineStart)
+    if start.cores is not None:
+        os.sched_setaffinity(0, start.cores)  # before torch is imported, which starts threads
     end_with_parent(lambda: remove_socket(address))
     start_heartbeat(heartbeat_address(address))
     context = zmq.Context()

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 from weakref import WeakSet
 
-from octavo.server.engine_client import EngineClient
 from octavo.server.errors import ApiError, bad_request
+from octavo.server.fleet.fleet import Fleet
 
 MOST_SECONDS = 60  # of Retry-After: by then things have changed
 T = TypeVar("T")
@@ -74,7 +74,7 @@ class Ticket:
 class Admission:
     """Decides about every request. Use from one event loop only."""
 
-    def __init__(self, client: EngineClient, limits: QueueLimits) -> None:
+    def __init__(self, client: Fleet, limits: QueueLimits) -> None:
         self._client = client
         self._limits = limits
         self._coming: WeakSet[Ticket] = WeakSet()  # those that nobody goes on with vanish by themselves

@@ -30,8 +30,8 @@ from octavo.server.dialects import (
     tokens,
 )
 from octavo.server.encoding import JsonResponse, encode_json
-from octavo.server.engine_client import EngineClient
 from octavo.server.errors import RESPONSES
+from octavo.server.fleet.fleet import Fleet
 from octavo.server.kept import Kept
 from octavo.server.metrics import Metrics
 from octavo.server.middleware import AllowedHosts, Authentication, FullQueue, Reports, RequestIds
@@ -45,7 +45,7 @@ from octavo.version import VERSION
 
 def build_app(
     model: ServedModel,
-    client: EngineClient,
+    client: Fleet,
     metrics: Metrics,
     options: ServerOptions,
     access: Access,

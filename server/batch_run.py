@@ -17,8 +17,8 @@ import msgspec
 from starlette.types import ASGIApp
 
 from octavo.server.batch_lines import Line, answer_line, done_ids, lines_of
-from octavo.server.engine_client import EngineClient
 from octavo.server.files import Files
+from octavo.server.fleet.fleet import Fleet
 from octavo.server.inner_call import post_within
 
 POLL_SECONDS = 0.05
@@ -107,7 +107,7 @@ class Batch(msgspec.Struct):
 class SpareCapacity:
     """Whether the engine has room that nobody else needs."""
 
-    def __init__(self, client: EngineClient, max_num_seqs: int) -> None:
+    def __init__(self, client: Fleet, max_num_seqs: int) -> None:
         self._client = client
         self._limit = max(1, max_num_seqs - max_num_seqs // 4)
         self.num_running = 0  # lines, of all batches

@@ -17,8 +17,8 @@ import msgspec
 
 from octavo.runtime.messages import AddRequest, FinishReason, Logprobs, SamplingParams, TokenOutput
 from octavo.server.admission import Ticket
-from octavo.server.engine_client import EngineClient
 from octavo.server.errors import ApiError
+from octavo.server.fleet.fleet import Fleet
 from octavo.server.generation import Choice, Steps, counted_ends
 from octavo.server.metrics import Metrics
 
@@ -109,7 +109,7 @@ class Search:
         return (ranked + [Beam()] * len(self.choices))[: len(self.choices)]
 
 
-async def search_beams(choices: Sequence[Choice], client: EngineClient, metrics: Metrics, ticket: Ticket) -> Steps:
+async def search_beams(choices: Sequence[Choice], client: Fleet, metrics: Metrics, ticket: Ticket) -> Steps:
     """What `generate` does, for choices that are searched: one step, with all of each. Raises ApiError."""
     by_prompt: dict[int, list[Choice]] = {}
     for choice in choices:
@@ -133,7 +133,7 @@ async def search_beams(choices: Sequence[Choice], client: EngineClient, metrics:
         yield deltas
 
 
-async def _step(searches: Sequence[Search], client: EngineClient, ticket: Ticket) -> None:
+async def _step(searches: Sequence[Search], client: Fleet, ticket: Ticket) -> None:
     """The next token of all beams of these searches. Raises ApiError and AbortedError."""
     requests = [search.requests() for search in searches]
     everything = [request for of_search in requests for request in of_search]

@@ -18,8 +18,9 @@ import msgspec
 from octavo.runtime.messages import AddRequest, Logprobs, TokenOutput
 from octavo.server.admission import Ticket
 from octavo.server.dialects.fields import GenerationRequest
-from octavo.server.engine_client import EngineClient, EngineDeadError
+from octavo.server.engine_client import EngineDeadError
 from octavo.server.errors import ApiError, bad_request
+from octavo.server.fleet.fleet import Fleet
 from octavo.server.message.parse import FormatParser, Machine, Parser
 from octavo.server.message.parts import Part, append_parts
 from octavo.server.metrics import Metrics, Timeline
@@ -296,10 +297,10 @@ def counted_ends(choices: Sequence[Choice], metrics: Metrics) -> Iterator[None]:
             if choice.finish_reason is None:
                 metrics.end(choice.timeline, outcome, choice.num_tokens)
         longest = max(choice.num_tokens for choice in choices)
-        metrics.end_all(len(choices), choices[0].request.params.max_tokens, longest)
+        metrics.end_all(choices[0].timeline, len(choices), choices[0].request.params.max_tokens, longest)
 
 
-async def generate(choices: Sequence[Choice], client: EngineClient, metrics: Metrics, ticket: Ticket) -> Steps:
+async def generate(choices: Sequence[Choice], client: Fleet, metrics: Metrics, ticket: Ticket) -> Steps:
     """The deltas of each step, until every choice has ended. Raises ApiError when the engine fails or is dead."""
     by_id = {choice.request.request_id: choice for choice in choices}
     num_open = len(choices)
@@ -316,11 +317,12 @@ async def generate(choices: Sequence[Choice], client: EngineClient, metrics: Met
                     if choice.finish_reason is not None:
                         continue  # a stop string ended it, and the engine did not know yet
                     delta = choice.take(output)
+                    choice.timeline.engine = stream.engine_of[output.request_id]
                     metrics.tokens(choice.timeline, output, len(delta.token_ids))
                     if delta.finish_reason is not None:
                         num_open -= 1
                         metrics.end(choice.timeline, delta.finish_reason, choice.num_tokens)
-                        metrics.unparsed_calls(choice.parser.num_malformed)
+                        metrics.unparsed_calls(choice.parser.num_malformed, choice.timeline.engine)
                         if output.finish_reason is None:
                             stream.end([output.request_id])
                     num_silent -= delta.is_first

@@ -15,26 +15,29 @@ BEATS = 10  # in the time after which silence is a freeze
 
 
 class Heartbeat:
-    """The server's end of the echo. Use from one event loop only."""
+    """The server's end of the echo. Use from one event loop only.
+
+    has_begun: whether the process has shown a sign of life, be it an echo or another one.
+    """
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str) -> None:
         self._socket = context.socket(zmq.DEALER)
         self._socket.bind(address)
+        self.has_begun = False
 
     async def silence(self, seconds: float) -> None:
-        """Return when no echo has come for that long. The time before the first echo, while the engine starts, is free.
+        """Return when no echo has come for that long. The time before `has_begun`, while the engine starts, is free.
 
         Missed beats are counted rather than seconds: a server that was itself stopped sees no silence when it wakes up.
         """
         missed = 0
-        has_begun = False
         while missed < BEATS:
             self._beat()
             await asyncio.sleep(seconds / BEATS)
             if self._heard():
-                has_begun = True
+                self.has_begun = True
                 missed = 0
-            elif has_begun:
+            elif self.has_begun:
                 missed += 1
 
     def close(self) -> None:

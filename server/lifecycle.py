@@ -1,7 +1,7 @@
-"""The server's life: wait for the engine, print what was loaded, listen, and at SIGTERM finish what is under way.
+"""The server's life: wait for the engines, print what was loaded, listen, and at SIGTERM finish what is under way.
 
 Draining: /health and new requests get 503, running requests get `shutdown_timeout` seconds; what is left then ends with
-an error object. A second SIGINT ends at once. When the engine dies, its requests are told, and the server ends too.
+an error object. A second SIGINT ends at once. When no engine is left, the requests are told, and the server ends too.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from collections.abc import Awaitable, Callable, Iterator
 import uvicorn
 from fastapi import FastAPI
 
-from octavo.runtime.launch import EngineProcess
 from octavo.runtime.messages import Ready, StepOutputs
 from octavo.server.connection import Connection
-from octavo.server.engine_client import EngineClient, EngineDeadError
+from octavo.server.engine_client import EngineDeadError
+from octavo.server.fleet.fleet import Fleet
 from octavo.server.listen_sockets import BACKLOG, Listener, listen
 from octavo.server.message.model_formats import ModelFormats
 from octavo.server.metrics import Metrics
@@ -40,27 +40,28 @@ class EngineStartError(RuntimeError):
 
 
 async def serve(
-    engine: EngineProcess,
+    open_fleet: Callable[[], Fleet],
     renderer: TemplateRenderer,
-    prepare: Callable[[EngineClient], Awaitable[ModelFormats]],
-    make_app: Callable[[EngineClient, Ready, ModelFormats], tuple[FastAPI, Metrics]],
+    prepare: Callable[[Fleet], Awaitable[ModelFormats]],
+    make_app: Callable[[Fleet, Ready, ModelFormats], tuple[FastAPI, Metrics]],
     listener: Listener,
     options: ListenOptions,
 ) -> bool:
-    """Serve until told to stop. Returns whether the engine was alive then.
+    """Serve until told to stop. Returns whether an engine was alive then.
 
-    prepare is called while the engine loads.
+    open_fleet connects to the engines, and prepare is called while they load.
 
     Raises EngineStartError, BindError, and ChatTemplateError for a template that can't be compiled.
     """
-    client = EngineClient(engine, options.engine_timeout)
+    client = open_fleet()
     stop = _Stop()
     try:
         formats = asyncio.ensure_future(prepare(client))
         if not await stop.comes_before(_all_ready(client, formats)):
             app, metrics = make_app(client, await client.ready(), formats.result())
-            log = StepLog(metrics)
+            log = StepLog(metrics, client)
             client.on_step = metrics.step if options.disable_log_stats else log.step
+            client.on_restart = metrics.restart
             ticker = asyncio.create_task(log.tick_forever())
             stop.server = _Server(_uvicorn_config(app, options), client, renderer, listener, options)
             client.on_death = stop.server.end_without_engine
@@ -76,7 +77,7 @@ async def serve(
         renderer.stop(DRAINING)
 
 
-async def _all_ready(client: EngineClient, formats: Awaitable[ModelFormats]) -> None:
+async def _all_ready(client: Fleet, formats: Awaitable[ModelFormats]) -> None:
     """Wait for both; the first failure ends the wait."""
     await asyncio.gather(formats, client.ready())
 
@@ -134,7 +135,7 @@ class _Server(uvicorn.Server):
     def __init__(
         self,
         config: uvicorn.Config,
-        client: EngineClient,
+        client: Fleet,
         renderer: TemplateRenderer,
         listener: Listener,
         options: ListenOptions,
@@ -156,7 +157,7 @@ class _Server(uvicorn.Server):
         logger.info("serving on %s", self._listener.url)
 
     def end_without_engine(self) -> None:
-        """End, since the engine is dead, unless --keep-alive-on-engine-death."""
+        """End, since no engine is left, unless --keep-alive-on-engine-death."""
         logger.error("%s", self._client.death)
         if not self._options.keep_alive_on_engine_death:
             self.should_exit = True
@@ -202,21 +203,22 @@ class _Server(uvicorn.Server):
 
 
 class StepLog:
-    """Logs, every ten seconds while there is work, what the engine did since the last line."""
+    """Logs, every ten seconds while there is work, what the engines did since the last line."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, client: Fleet) -> None:
         self._metrics = metrics
+        self._client = client
         self._num_generated = 0
         self._num_prompt = 0
-        self._last: StepOutputs | None = None
+        self._has_news = False
 
-    def step(self, step: StepOutputs) -> None:
-        """Count a step, for the log and for the metrics."""
-        self._metrics.step(step)
+    def step(self, engine: int, step: StepOutputs) -> None:
+        """Count an engine's step, for the log and for the metrics."""
+        self._metrics.step(engine, step)
         generated = sum(len(output.token_ids) for output in step.outputs)
         self._num_generated += generated
         self._num_prompt += max(0, step.stats.step_tokens - generated)
-        self._last = step
+        self._has_news = True
 
     async def tick_forever(self) -> None:
         """Log until cancelled."""
@@ -225,9 +227,9 @@ class StepLog:
             await asyncio.sleep(STATS_SECONDS)
             seconds = time.monotonic() - begin
             begin = time.monotonic()
-            if self._last is None:
+            stats = self._client.stats
+            if not self._has_news or stats is None:
                 continue
-            stats = self._last.stats
             logger.info(
                 "prompt %.0f tokens/s, generation %.0f tokens/s, running %d, waiting %d, KV cache %.1f%%, "
                 "prefix cache hits %.1f%%",
@@ -239,4 +241,4 @@ class StepLog:
                 100 * stats.prefix_cache_hits / max(1, stats.prefix_cache_queries),
             )
             self._num_generated = self._num_prompt = 0
-            self._last = self._last if stats.num_running or stats.num_waiting else None
+            self._has_news = bool(stats.num_running or stats.num_waiting)

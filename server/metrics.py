@@ -1,18 +1,19 @@
 """/metrics: Prometheus, under vLLM's names and with vLLM's buckets, since dashboards and autoscalers key on them.
 
-Gauges are the engine's own, from its last step. Times are the server's: what a client sees, less the network.
+Gauges are the engines' own, from their last steps. Times are the server's: what a client sees, less the network.
 `generate` (server/generation.py) reports how a request ended, since it alone knows.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.process_collector import ProcessCollector
+from prometheus_client.registry import Collector
 
 from octavo.runtime.messages import EngineStats, Ready, StepOutputs, TokenOutput
 
@@ -27,6 +28,7 @@ STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 CHOICES = (1, 2, 5, 10, 20)
 PREEMPTIONS = (1, 2, 3, 4, 5, 10, 20)
 HTTP_SECONDS = (0.1, 0.5, 1)
+LABELS = ("model_name", "engine")
 HTTP_LABELS = ("handler", "method", "status")
 SOURCES = ("local_compute", "local_cache_hit")
 REASONS = ("capacity", "deferred")
@@ -71,7 +73,10 @@ M = TypeVar("M", Counter, Gauge)
 
 @dataclass(slots=True)
 class Timeline:
-    """When things happened to one of the engine's requests, in seconds since the epoch; 0 where nothing has yet."""
+    """When things happened to one of an engine's requests, in seconds since the epoch; 0 where nothing has yet.
+
+    engine: the number of the one that has it now.
+    """
 
     arrival: float
     num_prompt: int
@@ -80,37 +85,86 @@ class Timeline:
     scheduled: float = 0.0
     first: float = 0.0
     last: float = 0.0
+    engine: int = 0
+
+
+class _EngineSeries:
+    """What is counted of one engine: the children of all metrics that have its number as a label."""
+
+    def __init__(self, families: _Families, model_name: str, engine: int) -> None:
+        labels = {"model_name": model_name, "engine": str(engine)}
+        self.histograms = {name: metric.labels(**labels) for name, metric in families.histograms.items()}
+        self.counters = {name: metric.labels(**labels) for name, metric in families.counters.items()}
+        self.gauges = {name: metric.labels(**labels) for name, metric in families.gauges.items()}
+        self.finished = _children(families.finished, labels, "finished_reason", OUTCOMES)
+        self.by_source = _children(families.by_source, labels, "source", SOURCES)
+        self.waiting = _children(families.waiting, labels, "reason", REASONS)
+        self.unparsed = families.unparsed.labels(**labels)
+        self.totals: EngineStats | None = None
+
+    def step(self, stats: EngineStats) -> None:
+        """Take the engine's own figures."""
+        before = self.totals
+        self.gauges["num_requests_running"].set(stats.num_running)
+        self.gauges["num_requests_waiting"].set(stats.num_waiting)
+        self.waiting["capacity"].set(stats.num_waiting - stats.num_deferred)
+        self.waiting["deferred"].set(stats.num_deferred)
+        self.gauges["kv_cache_usage_perc"].set(stats.kv_cache_usage)
+        for name in ("num_preemptions", "prefix_cache_queries", "prefix_cache_hits"):
+            self.counters[name].inc(getattr(stats, name) - (getattr(before, name) if before is not None else 0))
+        if stats.step_tokens:
+            self.histograms["iteration_tokens_total"].observe(stats.step_tokens)
+        self.totals = stats
+
+
+def _children(metric: M, labels: Mapping[str, str], label: str, values: Iterable[str]) -> dict[str, M]:
+    """A metric with one more label: its children by the label's values."""
+    return {value: metric.labels(**labels, **{label: value}) for value in values}
+
+
+class _Families:
+    """The metrics that have one series, or one with each of some further labels, for each engine."""
+
+    def __init__(self, registry: CollectorRegistry, longest: int) -> None:
+        tokens = _token_buckets(longest)
+        described = HISTOGRAMS | {name: (text, tokens) for name, text in TOKEN_HISTOGRAMS.items()}
+        self.histograms = {
+            name: Histogram(f"vllm:{name}", text, LABELS, registry=registry, buckets=buckets)
+            for name, (text, buckets) in described.items()
+        }
+        self.counters = {
+            name: Counter(f"vllm:{name}", text, LABELS, registry=registry) for name, text in COUNTERS.items()
+        }
+        self.gauges = {name: Gauge(f"vllm:{name}", text, LABELS, registry=registry) for name, text in GAUGES.items()}
+        self.finished = Counter(
+            "vllm:request_success", "requests by how they ended", (*LABELS, "finished_reason"), registry=registry
+        )
+        self.by_source = Counter(
+            "vllm:prompt_tokens_by_source", "computed or cached", (*LABELS, "source"), registry=registry
+        )
+        self.waiting = Gauge(
+            "vllm:num_requests_waiting_by_reason",
+            "those that wait, for room or not yet ready",
+            (*LABELS, "reason"),
+            registry=registry,
+        )
+        self.unparsed = Counter(
+            "octavo:tool_call_unparsed", "tool calls that could not be read", LABELS, registry=registry
+        )
 
 
 class Metrics:
-    """All metrics of one server, labelled with the model's name and the engine's number (there is one: 0)."""
+    """All metrics of one server, labelled with the model's name and the number of the engine that they are about.
 
-    def __init__(self, model_name: str, ready: Ready, cache_config: dict[str, str]) -> None:
+    cache_configs: for each engine what is told of its KV cache.
+    """
+
+    def __init__(self, model_name: str, ready: Ready, cache_configs: Sequence[dict[str, str]]) -> None:
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
-        labels = {"model_name": model_name, "engine": "0"}
-        names = tuple(labels)
-        self._labels = labels
-
-        def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
-            return Histogram(f"vllm:{name}", text, names, registry=self._registry, buckets=buckets).labels(**labels)
-
-        tokens = _token_buckets(ready.max_model_len)
-        self._histograms = {name: histogram(name, text, buckets) for name, (text, buckets) in HISTOGRAMS.items()}
-        self._histograms |= {name: histogram(name, text, tokens) for name, text in TOKEN_HISTOGRAMS.items()}
-        self._counters = {
-            name: Counter(f"vllm:{name}", text, names, registry=self._registry).labels(**labels)
-            for name, text in COUNTERS.items()
-        }
-        self._gauges = {
-            name: Gauge(f"vllm:{name}", text, names, registry=self._registry).labels(**labels)
-            for name, text in GAUGES.items()
-        }
-        self._finished = self._by(Counter, "request_success", "requests by how they ended", "finished_reason", OUTCOMES)
-        self._by_source = self._by(Counter, "prompt_tokens_by_source", "computed or cached", "source", SOURCES)
-        self._waiting = self._by(
-            Gauge, "num_requests_waiting_by_reason", "those that wait, for room or not yet ready", "reason", REASONS
-        )
+        families = _Families(self._registry, ready.max_model_len)
+        self._engines = [_EngineSeries(families, model_name, engine) for engine in range(len(cache_configs))]
+        self._labels = {"model_name": model_name, "engine": "0"}
         self._http = Counter("http_requests", "by route and status", HTTP_LABELS, registry=self._registry)
         self._http_seconds = Histogram(
             "http_request_duration_seconds",
@@ -119,23 +173,19 @@ class Metrics:
             registry=self._registry,
             buckets=HTTP_SECONDS,
         )
-        info = Gauge("vllm:cache_config_info", "the KV cache", ("engine", *cache_config), registry=self._registry)
-        info.labels(engine="0", **cache_config).set(1)
+        info = Gauge("vllm:cache_config_info", "the KV cache", ("engine", *cache_configs[0]), registry=self._registry)
+        for engine, config in enumerate(cache_configs):
+            info.labels(engine=str(engine), **config).set(1)
         self._hints = Counter(
             "octavo:ignored_hint",
             "requests with a field that changes nothing",
-            (*names, "field"),
+            (*LABELS, "field"),
             registry=self._registry,
         )
-        self._unparsed = Counter(
-            "octavo:tool_call_unparsed", "tool calls that could not be read", names, registry=self._registry
-        ).labels(**labels)
-        self._totals: EngineStats | None = None
 
-    def _by(self, kind: type[M], name: str, text: str, label: str, values: Iterable[str]) -> dict[str, M]:
-        """A metric with one more label: its children by the label's values."""
-        metric = kind(f"vllm:{name}", text, (*self._labels, label), registry=self._registry)
-        return {value: metric.labels(**self._labels, **{label: value}) for value in values}
+    def register(self, collector: Collector) -> None:
+        """Let the page have what this one collects when it is asked for."""
+        self._registry.register(collector)
 
     def hints(self, names: Iterable[str]) -> None:
         """A request set these fields, which change nothing."""
@@ -147,36 +197,28 @@ class Metrics:
         self._http.labels(handler, method, f"{status // 100}xx").inc()
         self._http_seconds.labels(handler, method).observe(seconds)
 
-    def unparsed_calls(self, count: int) -> None:
-        """An answer has so many tool calls that could not be read, and are its content."""
+    def unparsed_calls(self, count: int, engine: int = 0) -> None:
+        """An engine's answer has so many tool calls that could not be read, and are its content."""
         if count:
-            self._unparsed.inc(count)
+            self._engines[engine].unparsed.inc(count)
 
     def page(self) -> bytes:
         """The text that Prometheus scrapes."""
         return generate_latest(self._registry)
 
-    def step(self, step: StepOutputs) -> None:
-        """Take the engine's own figures; called for each of its steps."""
-        stats = step.stats
-        before = self._totals
-        gauges = self._gauges
-        counters = self._counters
-        gauges["num_requests_running"].set(stats.num_running)
-        gauges["num_requests_waiting"].set(stats.num_waiting)
-        self._waiting["capacity"].set(stats.num_waiting - stats.num_deferred)
-        self._waiting["deferred"].set(stats.num_deferred)
-        gauges["kv_cache_usage_perc"].set(stats.kv_cache_usage)
-        for name in ("num_preemptions", "prefix_cache_queries", "prefix_cache_hits"):
-            counters[name].inc(getattr(stats, name) - (getattr(before, name) if before is not None else 0))
-        if stats.step_tokens:
-            self._histograms["iteration_tokens_total"].observe(stats.step_tokens)
-        self._totals = stats
+    def step(self, engine: int, step: StepOutputs) -> None:
+        """Take an engine's own figures; called for each of its steps."""
+        self._engines[engine].step(step.stats)
+
+    def restart(self, engine: int) -> None:
+        """An engine has been started anew: its totals begin with 0."""
+        self._engines[engine].totals = None
 
     def tokens(self, timeline: Timeline, output: TokenOutput, num_tokens: int) -> None:
         """One output of a request, now; of its tokens `num_tokens` are part of the answer."""
         now = time.time()
-        histograms = self._histograms
+        series = self._engines[timeline.engine]
+        histograms = series.histograms
         if timeline.first:
             histograms["inter_token_latency_seconds"].observe(now - timeline.last)
         else:
@@ -185,24 +227,18 @@ class Metrics:
             histograms["time_to_first_token_seconds"].observe(now - timeline.arrival)
             histograms["request_queue_time_seconds"].observe(timeline.scheduled - timeline.arrival)
             histograms["request_prefill_time_seconds"].observe((output.first_token_time or now) - timeline.scheduled)
-            self._prompt(timeline, output.num_cached_tokens or 0)
+            _count_prompt(series, timeline, output.num_cached_tokens or 0)
         timeline.num_preemptions = output.num_preemptions
         timeline.last = now
-        self._counters["generation_tokens"].inc(num_tokens)
-
-    def _prompt(self, timeline: Timeline, num_cached: int) -> None:
-        timeline.num_cached = num_cached
-        self._counters["prompt_tokens"].inc(timeline.num_prompt)
-        self._counters["prompt_tokens_cached"].inc(num_cached)
-        self._by_source["local_cache_hit"].inc(num_cached)
-        self._by_source["local_compute"].inc(timeline.num_prompt - num_cached)
+        series.counters["generation_tokens"].inc(num_tokens)
 
     def end(self, timeline: Timeline, outcome: str, num_tokens: int) -> None:
         """An answer has ended, as `outcome` says."""
-        self._finished[outcome].inc()
+        series = self._engines[timeline.engine]
+        series.finished[outcome].inc()
         if not timeline.first:
             return
-        histograms = self._histograms
+        histograms = series.histograms
         histograms["e2e_request_latency_seconds"].observe(timeline.last - timeline.arrival)
         histograms["request_decode_time_seconds"].observe(timeline.last - timeline.first)
         histograms["request_inference_time_seconds"].observe(timeline.last - timeline.scheduled)
@@ -214,11 +250,23 @@ class Metrics:
             each = (timeline.last - timeline.first) / (num_tokens - 1)
             histograms["request_time_per_output_token_seconds"].observe(each)
 
-    def end_all(self, num_choices: int, max_tokens: int, longest: int) -> None:
-        """All answers to one HTTP request have ended; `longest` is the number of tokens of the longest."""
-        self._histograms["request_params_n"].observe(num_choices)
-        self._histograms["request_params_max_tokens"].observe(max_tokens)
-        self._histograms["request_max_num_generation_tokens"].observe(longest)
+    def end_all(self, timeline: Timeline, num_choices: int, max_tokens: int, longest: int) -> None:
+        """All answers to one HTTP request have ended; `longest` is the number of tokens of the longest.
+
+        timeline: of the first of them.
+        """
+        histograms = self._engines[timeline.engine].histograms
+        histograms["request_params_n"].observe(num_choices)
+        histograms["request_params_max_tokens"].observe(max_tokens)
+        histograms["request_max_num_generation_tokens"].observe(longest)
+
+
+def _count_prompt(series: _EngineSeries, timeline: Timeline, num_cached: int) -> None:
+    timeline.num_cached = num_cached
+    series.counters["prompt_tokens"].inc(timeline.num_prompt)
+    series.counters["prompt_tokens_cached"].inc(num_cached)
+    series.by_source["local_cache_hit"].inc(num_cached)
+    series.by_source["local_compute"].inc(timeline.num_prompt - num_cached)
 
 
 def _token_buckets(longest: int) -> list[int]:

@@ -15,8 +15,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from octavo.server.access import Access, host_name
 from octavo.server.admission import Admission
-from octavo.server.engine_client import EngineClient
 from octavo.server.errors import ApiError, error_response
+from octavo.server.fleet.fleet import Fleet
 from octavo.server.metrics import Metrics
 
 MAX_REQUEST_ID = 256
@@ -134,7 +134,7 @@ class Reports:
     `endpoint-load-metrics`: how full the engine is.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, client: EngineClient) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, client: Fleet) -> None:
         self._app = app
         self._metrics = metrics
         self._client = client

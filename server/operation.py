@@ -8,8 +8,8 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict
 
-from octavo.server.engine_client import EngineClient
 from octavo.server.errors import RESPONSES, ApiError
+from octavo.server.fleet.fleet import Fleet
 from octavo.server.metrics import CONTENT_TYPE, Metrics
 from octavo.server.served_model import ServedModel
 from octavo.version import VERSION
@@ -40,15 +40,15 @@ def no_other_page(http: Request) -> None:
         raise ApiError(403, f"POST {http.url.path} is not for web pages of other origins ({origin[:80]!r})")
 
 
-def engine_routes(client: EngineClient, counted: Metrics) -> APIRouter:
+def engine_routes(client: Fleet, counted: Metrics) -> APIRouter:
     """/health, /ping, /metrics, /load, /reset_prefix_cache."""
     router = APIRouter(dependencies=[Depends(no_other_page)])
 
     @router.get("/health", responses={503: RESPONSES[503]})
     async def health() -> Response:
-        """200 when the engine itself answers; 503 when it is dead, hangs, or the server is shutting down."""
+        """200 when an engine itself answers; 503 when none is up, all hang, or the server is shutting down."""
         if not await client.ping(HEALTH_SECONDS):
-            reason = client.refusal or f"the engine did not answer within {HEALTH_SECONDS:.0f} s"
+            reason = client.problem or f"the engine did not answer within {HEALTH_SECONDS:.0f} s"
             raise ApiError(503, reason)
         return Response(status_code=200)
 
@@ -77,7 +77,7 @@ def engine_routes(client: EngineClient, counted: Metrics) -> APIRouter:
     return router
 
 
-def pause_routes(client: EngineClient) -> APIRouter:
+def pause_routes(client: Fleet) -> APIRouter:
     """/pause, /resume, /is_paused, and SGLang's names for them."""
     router = APIRouter(dependencies=[Depends(no_other_page)])
 
@@ -119,7 +119,7 @@ def pause_routes(client: EngineClient) -> APIRouter:
     return router
 
 
-def _check(client: EngineClient) -> None:
+def _check(client: Fleet) -> None:
     if client.refusal is not None:
         raise ApiError(503, client.refusal)
 

@@ -18,8 +18,8 @@ from fastapi.responses import Response
 from octavo.server.admission import Admission, QueueLimits, timeout_of
 from octavo.server.beam_search import search_beams
 from octavo.server.encoding import JsonResponse, encode_in_turns
-from octavo.server.engine_client import EngineClient
 from octavo.server.errors import ApiError
+from octavo.server.fleet.fleet import Fleet
 from octavo.server.generation import Choice, Delta, Steps, fold, generate, put_last, set_owner
 from octavo.server.metrics import Metrics
 from octavo.server.options import ServerOptions
@@ -64,7 +64,7 @@ class Service:
     """One served model, for the routes."""
 
     def __init__(
-        self, model: ServedModel, client: EngineClient, metrics: Metrics, limits: QueueLimits, options: ServerOptions
+        self, model: ServedModel, client: Fleet, metrics: Metrics, limits: QueueLimits, options: ServerOptions
     ) -> None:
         self.model = model
         self._client = client

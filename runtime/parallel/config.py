@@ -1,15 +1,18 @@
-"""How a model is spread over the machine. Pure."""
+"""How a model is spread over the machine, and the one check of whether this machine can do it. Pure."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated
 
 import msgspec
 from msgspec import Meta
 
+MAX_ENGINES = 64  # of one server: its death is the end of all their streams
+
 
 class ParallelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The ranks of an engine."""
+    """The ranks of an engine, the engines of a server, and what becomes of their requests when one dies."""
 
     tensor_parallel_size: Annotated[
         int,
@@ -25,3 +28,68 @@ class ParallelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
             },
         ),
     ] = 1
+    data_parallel_size: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=MAX_ENGINES,
+            description="engines behind this server, each with the whole model: on a CPU each has its share of the "
+            "cores, with GPUs one of them",
+            extra={
+                "group": "several engines",
+                "flag": ("-dp", "--data-parallel-size"),
+                "aliases": ("--dp", "--dp-size"),
+                "metavar": "N",
+            },
+        ),
+    ] = 1
+    migration_limit: Annotated[
+        int,
+        Meta(
+            ge=0,
+            description="how many engines may die with a request in their batch, and it still goes on in another one; "
+            "0: a request ends with an error when its engine dies",
+            extra={"metavar": "N"},
+        ),
+    ] = 1
+    max_engine_restarts: Annotated[
+        int,
+        Meta(
+            ge=0,
+            description="how often within ten minutes an engine that has died is started again; when none is left the "
+            "server ends with exit code 1",
+            extra={"metavar": "N"},
+        ),
+    ] = 3
+
+
+@dataclass(frozen=True)
+class Devices:
+    """What of this machine the server may use.
+
+    cores      CPUs, by number
+    max_cores  how many of them at a time, where a container has a quota of CPU time
+    gpus       as CUDA_VISIBLE_DEVICES names them; empty where the engines compute on the CPU
+    """
+
+    cores: tuple[int, ...]
+    max_cores: int
+    gpus: tuple[str, ...] = ()
+
+
+def check(parallel: ParallelConfig, devices: Devices, num_threads: int | None) -> None:
+    """Raise ValueError where the machine doesn't have what is asked for; the message says what works."""
+    size = parallel.data_parallel_size
+    most = len(devices.gpus) or min(len(devices.cores), devices.max_cores)
+    if 1 < size > most:
+        what = "GPU" if devices.gpus else "core"
+        raise ValueError(
+            f"-dp {size}: each engine takes a {what}, and there {'is' if most == 1 else 'are'} {most}; "
+            f"-dp {min(most, MAX_ENGINES)} works"
+        )
+    num_ranks = size * parallel.tensor_parallel_size
+    if size > 1 and not devices.gpus and num_threads is not None and num_ranks * num_threads > most >= num_ranks:
+        raise ValueError(
+            f"-dp {size} with --num-threads {num_threads}: the engines take {num_ranks * num_threads} cores, and there "
+            f"are {most}; --num-threads {most // num_ranks} works"
+        )

@@ -13,8 +13,7 @@ from typing import Any, Literal
 import torch
 
 from octavo.kernels.launching import tuning
-
-CGROUP = Path("/sys/fs/cgroup")
+from octavo.runtime.parallel.placement import CGROUP, cpus_in_cgroup
 
 
 def choose_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
@@ -36,15 +35,6 @@ def set_threads(num_threads: int | None) -> int:
 def num_cores() -> int:
     """How many CPUs this process may use."""
     return min(len(os.sched_getaffinity(0)), cpus_in_cgroup(CGROUP))
-
-
-def cpus_in_cgroup(root: Path) -> int:
-    """A container's quota of CPU time (cgroup v2) in whole CPUs; more threads would only wait and spin."""
-    try:
-        quota, period = (root / "cpu.max").read_text().split()
-    except (OSError, ValueError):
-        return 1 << 16
-    return 1 << 16 if quota == "max" else max(1, int(quota) // int(period))
 
 
 def free_memory(device: torch.device) -> int:

@@ -116,7 +116,7 @@ REFUSED = [
     ("m --tensor-parallel-size many", "--tensor-parallel-size", "a whole number"),
     ("m --enable-lora --lora-modules a=b", "--enable-lora", "merge the adapter"),
     ("m --pipeline-parallel-size 2", "--pipeline-parallel-size 2", "one device"),
-    ("--model-path m --dp-size=2", "--dp-size 2", "balancer"),
+    ("--model-path m --pp-size=2", "--pp-size 2", "balancer"),
     ("m --speculative-config.method ngram", "--speculative-config", "leave it out"),
     ("m --hf-token secret", "--hf-token", "HF_TOKEN"),
     ("m --tokenizer-mode mistral", "--tokenizer-mode mistral", "leave it out"),

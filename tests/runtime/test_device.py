@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from octavo.runtime.worker.device import cpus_in_cgroup, free_memory, left_in_cgroup
+from octavo.runtime.parallel.placement import cpus_in_cgroup
+from octavo.runtime.worker.device import free_memory, left_in_cgroup
 
 
 @pytest.mark.parametrize(

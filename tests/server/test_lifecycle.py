@@ -32,6 +32,7 @@ from octavo_server import (
 LONG = {"prompt": ["x"] * 2, "n": 32, "max_tokens": 500, "temperature": 0, "ignore_eos": True}  # it won't be waited for
 UNREAD = LONG | {"n": 128, "stream": True, "logprobs": 20}  # over a kilobyte a token: more than sockets hold
 PATH = "/v1/completions"
+NO_RESTART = ("--max-engine-restarts", "0")  # what becomes of requests otherwise is proved in test_takeover.py
 HEAD = (
     b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
 )
@@ -158,7 +159,7 @@ def test_a_stop_while_the_engine_loads() -> None:
 
 def test_the_engine_s_death_is_told_to_everybody() -> None:
     """By a server that is told to go on without it."""
-    flags = ("--enable-log-requests", "--keep-alive-on-engine-death")
+    flags = ("--enable-log-requests", "--keep-alive-on-engine-death", *NO_RESTART)
     with serving(*flags) as server, server.client() as client:
         with whole_request(server, LONG) as answers, streamed_request(server) as lines:
             assert client.get("/health").status_code == 200
@@ -186,7 +187,7 @@ def test_the_engine_s_death_is_told_to_everybody() -> None:
 
 
 def test_a_server_ends_with_its_engine_once_its_clients_are_told() -> None:
-    with serving() as server:
+    with serving(*NO_RESTART) as server:
         with whole_request(server, LONG) as answers, streamed_request(server) as lines:
             os.kill(server.engine_pid, signal.SIGKILL)
             *_, last = events(lines)
@@ -199,7 +200,7 @@ def test_a_server_ends_with_its_engine_once_its_clients_are_told() -> None:
 
 def test_a_frozen_engine_is_a_dead_one() -> None:
     """Its process is stopped: it can't even say that it fails."""
-    with serving("--engine-timeout", "3") as server:
+    with serving("--engine-timeout", "3", *NO_RESTART) as server:
         pid = server.engine_pid
         with whole_request(server, LONG) as answers, streamed_request(server) as lines:
             os.kill(pid, signal.SIGSTOP)
@@ -213,7 +214,8 @@ def test_a_frozen_engine_is_a_dead_one() -> None:
 
 
 def test_health_tells_of_a_frozen_engine() -> None:
-    with serving("--engine-timeout", "3", "--keep-alive-on-engine-death") as server, server.client() as client:
+    flags = ("--engine-timeout", "3", "--keep-alive-on-engine-death", *NO_RESTART)
+    with serving(*flags) as server, server.client() as client:
         assert client.get("/health").status_code == 200
         os.kill(server.engine_pid, signal.SIGSTOP)
         health = client.get("/health")

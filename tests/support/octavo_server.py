@@ -58,6 +58,13 @@ class Server:
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
         return int(children.split()[0])
 
+    @property
+    def engine_pids(self) -> list[int]:
+        """Of all engines, in the order in which they were started."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        programs = {int(pid): Path(f"/proc/{pid}/cmdline").read_text() for pid in children}
+        return [pid for pid, program in programs.items() if "octavo.runtime.process" in program]
+
     def send_signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
 

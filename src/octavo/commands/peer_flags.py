@@ -105,7 +105,7 @@ TABLE: tuple[PeerFlag, ...] = (
              "auto-round auto_gptq inc w8a8_int8 w8a8_fp8 torchao",
              "how a checkpoint is quantized is read from it"),
     _moot_at("--load-format", "pt npcache fastsafetensors safetensors_prefetch", "weights are read from safetensors"),
-    _moot_at("--pipeline-parallel-size -pp --pp-size --pp --data-parallel-size -dp --dp-size --dp --nnodes -n "
+    _moot_at("--pipeline-parallel-size -pp --pp-size --pp --nnodes -n "
              "--decode-context-parallel-size -dcp --dcp-size --prefill-context-parallel-size -pcp --ep-size --ep "
              "--expert-parallel-size --data-parallel-size-local -dpl --attn-dp-size --attention-data-parallel-size "
              "--attn-cp-size --attention-context-parallel-size --moe-dp-size --moe-data-parallel-size --dwdp-size",

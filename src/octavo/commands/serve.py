@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,8 +30,9 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from octavo.runtime.config import EngineConfig
+    from octavo.runtime.launch import EngineProcess, Launcher
     from octavo.runtime.messages import Ready
-    from octavo.server.engine_client import EngineClient
+    from octavo.server.fleet.fleet import Fleet
     from octavo.server.listen_sockets import Listener
     from octavo.server.message.model_formats import ModelFormats
     from octavo.server.metrics import Metrics
@@ -75,16 +77,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _serve(options: ServeOptions, begun: float) -> bool:
-    from octavo.runtime.launch import start_engine
-
     model = _model_of(options.model)
     _check_tls(options.listen)
     access = _access(options)
     listener = _bind(options.listen)  # before the model is loaded, so that a port that is taken is told at once
-    engine = None
+    engines: list[EngineProcess] = []
     try:
         directory = _directory_of(model, options.model)
-        engine = start_engine(engine_config(options, directory))  # loads while the server's own modules are imported
+        launcher = _launcher(options, directory)
+        engines = launcher.start_all()  # they load while the server's own modules are imported
         _allow_many_connections()
         with uncollected():
             import uvloop
@@ -97,19 +98,38 @@ def _serve(options: ServeOptions, begun: float) -> bool:
             text.renderer.start()
             prepare = _preparation(options.text, text)
             make_app = _app_maker(options, text, begun, access)
+            open_fleet = _fleet_opener(options, engines, launcher)
         try:
-            return uvloop.run(serve(engine, text.renderer, prepare, make_app, listener, options.listen))
+            return uvloop.run(serve(open_fleet, text.renderer, prepare, make_app, listener, options.listen))
         except (EngineStartError, BindError) as error:
             raise ServeError(str(error)) from error
         except ChatTemplateError as error:
             text_side = options.model.tokenizer or directory
             raise ServeError(f"{text_side}: {error}; --chat-template FILE replaces it") from error
     finally:
-        if engine is not None:
+        for engine in engines:
             engine.close()
         listener.socket.close()
         if options.listen.uds:
             Path(options.listen.uds).unlink(missing_ok=True)
+
+
+def _launcher(options: ServeOptions, directory: Path) -> Launcher:
+    from octavo.runtime.launch import Launcher
+
+    try:
+        return Launcher(engine_config(options, directory))
+    except ValueError as error:
+        raise ServeError(str(error)) from None
+
+
+def _fleet_opener(options: ServeOptions, engines: Sequence[EngineProcess], launcher: Launcher) -> Callable[[], Fleet]:
+    """What connects to the engines, in the event loop."""
+    from octavo.server.fleet.fleet import Fleet, FleetLimits
+
+    parallel = options.engine.parallel
+    limits = FleetLimits(options.listen.engine_timeout, parallel.migration_limit, parallel.max_engine_restarts)
+    return partial(Fleet, engines, launcher.start, limits, options.engine.seed)
 
 
 def _model_of(options: ModelOptions) -> str:
@@ -200,7 +220,7 @@ def _text_side(options: ServeOptions, directory: Path) -> _TextSide:
     return _TextSide(names, any_name, tokenizer, renderer, defaults, end_ids)
 
 
-def _preparation(options: TextOptions, text: _TextSide) -> Callable[[EngineClient], Awaitable[ModelFormats]]:
+def _preparation(options: TextOptions, text: _TextSide) -> Callable[[Fleet], Awaitable[ModelFormats]]:
     """What is done while the engine loads: the vocabulary is made and sent, the chat template compiled, and how the
     model writes calls and reasoning read from it.
     """
@@ -210,7 +230,7 @@ def _preparation(options: TextOptions, text: _TextSide) -> Callable[[EngineClien
     tokenizer = text.tokenizer
     special = {tokenizer.token_name(token_id): token_id for token_id in tokenizer.special_ids}
 
-    async def prepare(client: EngineClient) -> ModelFormats:
+    async def prepare(client: Fleet) -> ModelFormats:
         vocabulary = await asyncio.to_thread(vocabulary_of, tokenizer, text.end_ids)
         await text.renderer.check()
         formats = await find_formats(text.renderer, special, options.tool_call_parser, options.reasoning_parser)
@@ -223,10 +243,11 @@ def _preparation(options: TextOptions, text: _TextSide) -> Callable[[EngineClien
 
 def _app_maker(
     options: ServeOptions, text: _TextSide, begun: float, access: Access
-) -> Callable[[EngineClient, Ready, ModelFormats], tuple[FastAPI, Metrics]]:
+) -> Callable[[Fleet, Ready, ModelFormats], tuple[FastAPI, Metrics]]:
     """What makes the app when the engine is ready, and prints the report of the start."""
     from octavo.commands.serve_report import print_report
     from octavo.server.app import build_app
+    from octavo.server.fleet.collector import FleetCollector
     from octavo.server.kept import open_kept
     from octavo.server.metrics import Metrics
     from octavo.server.served_model import ServedModel
@@ -239,7 +260,7 @@ def _app_maker(
     name = _model_of(options.model)
     most_logprobs = options.text.max_logprobs
 
-    def make_app(client: EngineClient, ready: Ready, formats: ModelFormats) -> tuple[FastAPI, Metrics]:
+    def make_app(client: Fleet, ready: Ready, formats: ModelFormats) -> tuple[FastAPI, Metrics]:
         model = ServedModel(
             names=text.names,
             root=name,
@@ -249,7 +270,7 @@ def _app_maker(
             defaults=text.defaults,
             max_model_len=ready.max_model_len,
             vocab_size=ready.vocab_size,
-            max_num_seqs=options.engine.max_num_seqs,
+            max_num_seqs=options.engine.max_num_seqs * options.engine.parallel.data_parallel_size,
             honors_priority=options.engine.scheduling_policy == "priority",
             max_logprobs=ready.vocab_size if most_logprobs < 0 else most_logprobs,
             trust_request_chat_template=options.text.trust_request_chat_template,
@@ -264,9 +285,11 @@ def _app_maker(
             tool_strict_level=options.text.tool_strict_level,
             reasoning_end_str=options.text.reasoning_config.reasoning_end_str,
         )
-        metrics = Metrics(model.name, ready, _cache_facts(options.engine, ready))
+        facts = [_cache_facts(options.engine, one) for one in client.readies]
+        metrics = Metrics(model.name, ready, facts)
+        metrics.register(FleetCollector(client, model.name))
         app = build_app(model, client, metrics, options.server, access, kept)
-        print_report(ready, time.monotonic() - begun, formats.lines() + model.name_lines())
+        print_report(client.readies, time.monotonic() - begun, formats.lines() + model.name_lines())
         return app, metrics
 
     return make_app

@@ -11,8 +11,12 @@ from octavo.quant.printable import printable
 from octavo.runtime.messages import Ready
 
 
-def print_report(ready: Ready, seconds: float, notes: Sequence[str]) -> None:
-    """Print what runs, by which kernels, in how much memory, and how long each phase of the start took."""
+def print_report(readies: Sequence[Ready], seconds: float, notes: Sequence[str]) -> None:
+    """Print what runs, by which kernels, in how much memory, and how long each phase of the start took.
+
+    readies: what each engine said when it could serve. They run the same; what is shown of one is the first one's.
+    """
+    ready = readies[0]
     report = ready.report
     console = Console(soft_wrap=True, markup=False)
     table = Table(title=f"{report.architecture}, {report.dtype} on {report.device}", title_justify="left")
@@ -23,6 +27,9 @@ def print_report(ready: Ready, seconds: float, notes: Sequence[str]) -> None:
     console.print(table)
     for note in notes:
         console.print(printable(note))
+    if len(readies) > 1:
+        devices = "; ".join(f"engine {index} on {one.report.device}" for index, one in enumerate(readies))
+        console.print(f"{len(readies)} engines: {devices}; below, figures are the first one's", highlight=False)
     for rank in report.ranks:
         console.print(printable(rank), highlight=False)
     tokens = ready.num_blocks * ready.block_size

@@ -259,7 +259,7 @@ def test_calls_that_can_not_be_read_are_counted() -> None:
     assert said == broken
     assert answer.choices[0].parser.num_malformed == 1
     facts = StartupReport("tiny", "", "", "", "", [], 0, 0, {})
-    metrics = Metrics("tiny", Ready(64, 4, 16, 1024, facts), {})
+    metrics = Metrics("tiny", Ready(64, 4, 16, 1024, facts), [{}])
     metrics.unparsed_calls(answer.choices[0].parser.num_malformed)
     assert b'octavo:tool_call_unparsed_total{engine="0",model_name="tiny"} 1.0' in metrics.page()
 

@@ -9,18 +9,23 @@ from collections.abc import Awaitable, Callable
 import msgspec
 import pytest
 
-from octavo.runtime.messages import AddRequest, EngineStats, Logprobs, SamplingParams, StepOutputs, TokenOutput
-from octavo.server import engine_client
-from octavo.server.engine_client import (
-    LOGPROBS_BYTES,
-    OUTPUT_BYTES,
-    TOP_BYTES,
-    EngineClient,
-    EngineDeadError,
-    num_bytes,
+from octavo.runtime.messages import (
+    AddRequest,
+    EngineStats,
+    Logprobs,
+    Ready,
+    SamplingParams,
+    StartupReport,
+    StepOutputs,
+    TokenOutput,
 )
+from octavo.server.engine_client import EngineDeadError
+from octavo.server.fleet import fleet, stream
+from octavo.server.fleet.fleet import Fleet
+from octavo.server.fleet.stream import LOGPROBS_BYTES, OUTPUT_BYTES, TOP_BYTES, num_bytes
 
 STATS = EngineStats(0, 0, 0.0, 0, 0, 0, 0)
+READY = Ready(64, 4, 16, 1024, StartupReport("m", "m", "float32", "cpu", "float32", [], 0, 0, {}))
 
 
 class Process:
@@ -40,9 +45,11 @@ class Process:
         self.loop.call_soon_threadsafe(self.ended.set)
 
 
-def run(test: Callable[[EngineClient], Awaitable[None]], address: str) -> None:
+def run(test: Callable[[Fleet], Awaitable[None]], address: str) -> None:
     async def inside() -> None:
-        client = EngineClient(Process(f"ipc://{address}"))  # type: ignore[arg-type]
+        process = Process(f"ipc://{address}")
+        client = Fleet([process], lambda _: process)  # type: ignore[arg-type,list-item,return-value]
+        client.members[0].come_up(READY)
         try:
             await test(client)
         finally:
@@ -67,37 +74,37 @@ def output(name: str, num_logprobs: int = 0, finish_reason: str | None = None) -
     return TokenOutput(name, [1], finish_reason, prompt_logprobs=prompt)  # type: ignore[arg-type]
 
 
-def step(client: EngineClient, *outputs: TokenOutput) -> None:
-    client._dispatch(StepOutputs(list(outputs), STATS))
+def step(client: Fleet, *outputs: TokenOutput) -> None:
+    client._take_step(client.members[0], StepOutputs(list(outputs), STATS))
 
 
 def test_what_is_not_read_ends_in_an_error(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
-    monkeypatch.setattr(engine_client, "MAX_PENDING", 3 * OUTPUT_BYTES)
+    monkeypatch.setattr(stream, "MAX_PENDING", 3 * OUTPUT_BYTES)
 
-    async def test(client: EngineClient) -> None:
-        async with client.open([request("a"), request("b")]) as stream:
+    async def test(client: Fleet) -> None:
+        async with client.open([request("a"), request("b")]) as mine:
             step(client, *[output("a")] * 3)
-            assert len(await stream.next()) == 3
+            assert len(await mine.next()) == 3
             assert client.num_pending == 0
             step(client, output("a", finish_reason="length"))
             step(client, *[output("b")] * 9)
-            assert not stream._open
+            assert not mine.open_ids
             with pytest.raises(EngineDeadError, match="not read"):
-                await stream.next()
+                await mine.next()
         assert client.num_pending == 0
 
     run(test, address)
 
 
 def test_an_overflow_by_a_last_output_ends_one_stream_alone(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
-    monkeypatch.setattr(engine_client, "MAX_PENDING", OUTPUT_BYTES)
+    monkeypatch.setattr(stream, "MAX_PENDING", OUTPUT_BYTES)
 
-    async def test(client: EngineClient) -> None:
-        async with client.open([request("a")]) as stream, client.open([request("b")]) as other:
+    async def test(client: Fleet) -> None:
+        async with client.open([request("a")]) as mine, client.open([request("b")]) as other:
             step(client, output("a"), output("a", finish_reason="stop"), output("b", finish_reason="stop"))
             assert [one.request_id for one in await other.next()] == ["b"]
             with pytest.raises(EngineDeadError, match="not read"):
-                await stream.next()
+                await mine.next()
 
     run(test, address)
 
@@ -105,37 +112,37 @@ def test_an_overflow_by_a_last_output_ends_one_stream_alone(monkeypatch: pytest.
 def test_a_prompt_s_log_probabilities_count_by_their_size(address: str) -> None:
     """18 kB of a request made 846 MB of answers that nobody read."""
 
-    async def test(client: EngineClient) -> None:
+    async def test(client: Fleet) -> None:
         names = [f"r{number}" for number in range(1000)]
-        async with client.open([request(name) for name in names]) as stream:
+        async with client.open([request(name) for name in names]) as mine:
             for name in names:
                 step(client, output(name, 2000))
-                assert stream.num_pending <= engine_client.MAX_PENDING
-            assert not stream._open, "it has overflowed"
+                assert mine.num_pending <= stream.MAX_PENDING
+            assert not mine.open_ids, "it has overflowed"
 
     run(test, address)
 
 
 def test_one_output_is_kept_whatever_its_size(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
-    monkeypatch.setattr(engine_client, "MAX_PENDING", 1)
-    monkeypatch.setattr(engine_client, "MAX_AT_ONCE", 1)
+    monkeypatch.setattr(stream, "MAX_PENDING", 1)
+    monkeypatch.setattr(stream, "MAX_AT_ONCE", 1)
 
-    async def test(client: EngineClient) -> None:
-        async with client.open([request("a")]) as stream:
+    async def test(client: Fleet) -> None:
+        async with client.open([request("a")]) as mine:
             for _ in range(3):
                 step(client, output("a", 500))
-                assert len(await stream.next()) == 1
+                assert len(await mine.next()) == 1
 
     run(test, address)
 
 
 def test_outputs_are_handed_out_in_bounded_pieces_and_in_order(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
-    monkeypatch.setattr(engine_client, "MAX_AT_ONCE", 10 * OUTPUT_BYTES)
+    monkeypatch.setattr(stream, "MAX_AT_ONCE", 10 * OUTPUT_BYTES)
 
-    async def test(client: EngineClient) -> None:
-        async with client.open([request("a")]) as stream:
+    async def test(client: Fleet) -> None:
+        async with client.open([request("a")]) as mine:
             step(client, *[TokenOutput("a", [number]) for number in range(45)])
-            pieces = [await stream.next() for _ in range(5)]
+            pieces = [await mine.next() for _ in range(5)]
             assert [one.token_ids[0] for piece in pieces for one in piece] == list(range(45))
             assert max(map(len, pieces)) == 11
             assert client.num_pending == 0
@@ -144,9 +151,9 @@ def test_outputs_are_handed_out_in_bounded_pieces_and_in_order(monkeypatch: pyte
 
 
 def test_all_streams_together_are_bounded_by_ending_the_largest(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
-    monkeypatch.setattr(engine_client, "MAX_ALL_PENDING", 100 * OUTPUT_BYTES)
+    monkeypatch.setattr(fleet, "MAX_ALL_PENDING", 100 * OUTPUT_BYTES)
 
-    async def test(client: EngineClient) -> None:
+    async def test(client: Fleet) -> None:
         async with client.open([request("a")]) as small, client.open([request("b")]) as large:
             step(client, *[output("a")] * 10)
             step(client, *[output("b")] * 80, output("b", finish_reason="length"))
@@ -159,7 +166,7 @@ def test_all_streams_together_are_bounded_by_ending_the_largest(monkeypatch: pyt
 
 
 def test_a_reader_that_leaves_takes_its_outputs_along(address: str) -> None:
-    async def test(client: EngineClient) -> None:
+    async def test(client: Fleet) -> None:
         async with client.open([request("a")]):
             step(client, *[output("a", 10)] * 3)
             assert client.num_pending > 0

@@ -1,0 +1,474 @@
+"""The engines of one server as if they were one: requests out, outputs in, and what happens when an engine dies.
+
+The hot path is `_take_step`: one message a step, with the outputs of all of an engine's requests in it, is decoded once
+and put on the lists of the streams that wait. A stream is closed by its reader's `finally`, which aborts what is still
+running.
+
+When an engine dies, its open answers go to another one, which is given the prompt and all tokens that have come; where
+no engine is up, they wait for one. The reader sees a pause. A dead engine is started again, some times (restarts.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import msgspec
+import zmq
+
+from octavo.runtime.launch import EngineProcess
+from octavo.runtime.messages import (
+    AbortRequest,
+    AddRequest,
+    EngineStats,
+    Pause,
+    Ready,
+    ResetPrefixCache,
+    Resume,
+    StepOutputs,
+    ToEngine,
+    TokenOutput,
+    Vocabulary,
+)
+from octavo.server.engine_client import EngineClient, EngineDeadError
+from octavo.server.fleet.member import Member, summed
+from octavo.server.fleet.open_answer import OpenAnswer, Placed, in_batch
+from octavo.server.fleet.restarts import Restarts
+from octavo.server.fleet.stream import Stream
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.02
+MAX_ALL_PENDING = 512 << 20  # bytes of outputs that wait for readers, of all streams together
+SEED_BITS = 62  # of a request that comes without: n answers count up from it, and it must stay an int64
+
+
+@dataclass(frozen=True)
+class FleetLimits:
+    """silence: seconds without a sign of life after which an engine's process is frozen, and killed.
+
+    migrations: how many dying engines may have had an answer in their batch; one more ends it with an error, as does
+    each one with 0. restarts: of each engine, in ten minutes; the first one first_restart seconds after its death, and
+    each later one after twice as long.
+    """
+
+    silence: float = 20.0
+    migrations: int = 1
+    restarts: int = 3
+    first_restart: float = 1.0
+
+
+class Fleet:
+    """One or several engines. Use from one event loop only.
+
+    start: starts the engine of a number anew. seed: of the seeds of requests that come without one.
+    on_step is called with an engine's number and each of its steps, for the metrics; on_restart with its number when
+    it counts from nothing again. on_death is called once, when no engine is left and all streams have been told.
+    """
+
+    def __init__(
+        self,
+        engines: Sequence[EngineProcess],
+        start: Callable[[int], EngineProcess],
+        limits: FleetLimits | None = None,
+        seed: int = 0,
+    ) -> None:
+        self._limits = limits or FleetLimits()
+        self._start = start
+        self._loop = asyncio.get_running_loop()
+        self._context = zmq.Context()
+        self._random = random.Random(seed)
+        self._open: dict[str, OpenAnswer] = {}  # by request; without those that an engine has finished
+        self._silent: dict[str, int] = {}  # tokens of the prompts of requests without an output
+        self._homeless: dict[str, OpenAnswer] = {}  # those of _open that wait for an engine
+        self._readers: set[Stream] = set()
+        self._finished: deque[float] = deque(maxlen=64)  # when the last requests were
+        self._vocabulary: bytes | None = None
+        self._resumed = asyncio.Event()
+        self._resumed.set()
+        self._stands_still = False
+        self._has_started = False
+        self._is_closing = False
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.death: str | None = None  # why no engine is left; None while there is one, or will be
+        self.refusal: str | None = None  # why no new request is taken; None while they are
+        self.on_step: Callable[[int, StepOutputs], None] | None = None
+        self.on_restart: Callable[[int], None] | None = None
+        self.on_death: Callable[[], None] | None = None
+        self.members = [
+            Member(index, Restarts(self._limits.restarts, self._limits.first_restart)) for index in range(len(engines))
+        ]
+        for member, engine in zip(self.members, engines, strict=True):
+            self._connect(member, engine)
+
+    @property
+    def readies(self) -> list[Ready]:
+        """What the engines said when they could serve, once `ready` has come."""
+        return [member.ready for member in self.members]
+
+    @property
+    def num_open(self) -> int:
+        """Requests that an engine is working on, or has queued, or that wait for an engine."""
+        return len(self._open)
+
+    @property
+    def num_queued_tokens(self) -> int:
+        """Tokens of the prompts of open requests that have brought nothing yet."""
+        return sum(self._silent.values())
+
+    @property
+    def num_pending(self) -> int:
+        """Bytes of outputs that wait for their readers."""
+        return sum([stream.num_pending for stream in self._readers])
+
+    @property
+    def stats(self) -> EngineStats | None:
+        """Of the last steps of all engines together."""
+        return summed([member.stats for member in self.members if member.stats is not None])
+
+    @property
+    def problem(self) -> str | None:
+        """Why no engine can answer now; None where one can."""
+        if self.refusal is not None or any(member.is_up for member in self.members):
+            return self.refusal
+        return "; ".join(member.trouble for member in self.members)
+
+    def finish_rate(self) -> float:
+        """Answers that are finished a second, by the last ones; 0 where too few have been seen."""
+        times = self._finished
+        return (len(times) - 1) / (time.monotonic() - times[0]) if len(times) > 1 else 0.0
+
+    async def ready(self) -> Ready:
+        """Wait until all engines can serve: what the first one says, with the shortest `max_model_len` of all.
+
+        Raises EngineDeadError with the engine's own message if one can't.
+        """
+        try:
+            readies = await asyncio.gather(*(member.client.ready() for member in self.members))
+        except EngineDeadError as error:
+            raise EngineDeadError(self.death or str(error)) from None
+        if self.death is not None:  # one was ready, and died while others loaded
+            raise EngineDeadError(self.death)
+        if not self._has_started:
+            self._has_started = True
+            for member, ready in zip(self.members, readies, strict=True):
+                member.come_up(ready)
+        return msgspec.structs.replace(readies[0], max_model_len=min(ready.max_model_len for ready in readies))
+
+    def open(self, requests: Iterable[AddRequest], key_owner: str = "") -> Stream:
+        """A stream over these requests; they start when it is entered, and end when it is left."""
+        return Stream(self, requests, key_owner)
+
+    async def ping(self, deadline: float) -> bool:
+        """Whether the loop of one engine answers within `deadline` seconds; False where new requests are refused."""
+        up = [member.client for member in self.members if member.is_up]
+        if self.refusal is not None or not up:
+            return False
+        if len(up) == 1:
+            return await up[0].ping(deadline)
+        pings = [self._loop.create_task(client.ping(deadline)) for client in up]
+        try:
+            for ping in asyncio.as_completed(pings):
+                if await ping:
+                    return True
+            return False
+        finally:
+            for unneeded in pings:
+                unneeded.cancel()
+
+    def give_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """Send what the engines compile grammars with. They must be ready; those that are started again get it too."""
+        self._vocabulary = msgspec.msgpack.encode(vocabulary)
+        for member in self.members:
+            member.client.send_frame(self._vocabulary)
+
+    def reset_prefix_cache(self) -> None:
+        """Ask the engines to forget cached prefixes."""
+        self._send_all(ResetPrefixCache())
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether new requests wait until `resume`."""
+        return not self._resumed.is_set()
+
+    async def resumed(self) -> None:
+        """Wait while new requests may not begin."""
+        await self._resumed.wait()
+
+    async def pause(self, open_requests: Literal["abort", "wait", "keep"]) -> None:
+        """Let no new request begin; those that are open are ended now, or waited for, or go on after `resume`."""
+        self._resumed.clear()
+        if open_requests == "keep":
+            self._stands_still = True
+            self._send_all(Pause())
+        elif open_requests == "abort":
+            self.abort()
+        while open_requests == "wait" and self._open and self.is_paused:
+            await asyncio.sleep(POLL_SECONDS)
+
+    def resume(self) -> None:
+        """Let new requests begin, and those go on that were kept."""
+        self._stands_still = False
+        self._send_all(Resume())
+        self._resumed.set()
+
+    def abort(self, request_ids: Iterable[str] | None = None) -> None:
+        """End these requests with the finish reason `abort`, or all that are open; unknown ids are ignored."""
+        named = list(self._open if request_ids is None else request_ids)
+        for request_id in named:
+            if (answer := self._open.get(request_id)) is not None:
+                answer.stream.put(TokenOutput(request_id, [], finish_reason="abort"))
+        self.end(named)
+
+    def abort_all_of(self, key_owner: str) -> None:
+        """End all open requests of this API key's owner with the finish reason `abort`."""
+        self.abort([name for name, answer in self._open.items() if answer.stream.key_owner == key_owner])
+
+    def refuse(self, message: str) -> None:
+        """Take no new requests; open ones go on. If all engines are dead, that stays the reason."""
+        self.refusal = self.death or message
+        self._resumed.set()
+
+    def fail_all(self, message: str) -> None:
+        """End every open stream with an error, and abort its requests in the engine."""
+        for stream in {answer.stream for answer in self._open.values()}:
+            stream.fail(message)
+
+    async def drain(self, index: int) -> None:
+        """Give an engine no more requests, wait until it has none, and replace its process by a new one."""
+        member = self.members[index]
+        member.is_draining = True
+        try:
+            while member.placed and member.is_up:
+                await asyncio.sleep(POLL_SECONDS)
+            if member.is_up and self.death is None:
+                member.go_down(f"engine {index} was drained, and is started again")
+                await self._replace(member, 0.0)
+        finally:
+            member.is_draining = False
+            self._place()
+
+    async def close(self) -> None:
+        """End the engine processes, and the connections to them."""
+        self.on_death = None  # they are meant to end
+        self._is_closing = True
+        self._die("the server is shutting down")
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*(member.client.close() for member in self.members))
+        self._context.term()
+
+    # what streams ask for
+
+    def begin(self, stream: Stream, requests: Sequence[AddRequest]) -> None:
+        """Send the requests of a stream that is entered. Raises EngineDeadError."""
+        if self.refusal is not None:
+            raise EngineDeadError(self.refusal)
+        self._readers.add(stream)
+        for given in requests:
+            request = self._with_seed(given)
+            answers = [OpenAnswer(request, number, stream) for number in range(1 + len(request.other_ids))]
+            self._open |= {answer.request_id: answer for answer in answers}
+            self._silent |= dict.fromkeys(request.request_ids, len(request.token_ids))
+            member = self._choose()
+            if member is None:
+                self._homeless |= {answer.request_id: answer for answer in answers}
+            else:
+                self._put(member, answers, request)
+
+    def end(self, request_ids: Sequence[str]) -> None:
+        """Stop these requests in their engines; unknown ids are ignored."""
+        by_member: dict[int, list[str]] = {}
+        for request_id in request_ids:
+            answer = self._open.get(request_id)
+            if answer is None:
+                continue
+            if answer.placed is not None:
+                by_member.setdefault(answer.placed.engine, []).append(request_id)
+            self._forget(answer)
+        for index, named in by_member.items():
+            self.members[index].client.send(AbortRequest(named))
+
+    def leave(self, stream: Stream) -> None:
+        """Nobody reads this stream any more."""
+        self._readers.discard(stream)
+
+    # where answers are
+
+    def _with_seed(self, request: AddRequest) -> AddRequest:
+        """The request with a seed where it draws: another engine then goes on with the same draws."""
+        if request.params.seed is not None or request.params.temperature == 0:
+            return request
+        params = msgspec.structs.replace(request.params, seed=self._random.getrandbits(SEED_BITS))
+        return msgspec.structs.replace(request, params=params)
+
+    def _choose(self) -> Member | None:
+        """The engine for a request; None where none takes any now."""
+        if len(self.members) == 1:
+            return self.members[0] if self.members[0].takes_requests else None
+        there = [member for member in self.members if member.takes_requests]
+        return min(there, key=lambda member: (member.num_waiting_tokens, member.num_answers), default=None)
+
+    def _put(self, member: Member, answers: Sequence[OpenAnswer], request: AddRequest) -> None:
+        """Give an engine these answers, for which this is the request."""
+        placed = Placed(member.index, request.request_id, len(answers), len(request.token_ids))
+        member.take(placed)
+        for answer in answers:
+            answer.placed = placed
+            answer.is_silent = True
+            answer.stream.engine_of[answer.request_id] = member.index
+        member.client.send(request)
+
+    def _place(self) -> None:
+        """Send what waits for an engine, in the order of arrival, as far as there is one."""
+        for answer in list(self._homeless.values()):
+            member = self._choose()
+            if member is None:
+                return
+            del self._homeless[answer.request_id]
+            self._put(member, [answer], answer.rest())
+
+    def _forget(self, answer: OpenAnswer) -> None:
+        """An answer has ended, or goes to another engine."""
+        request_id = answer.request_id
+        self._open.pop(request_id, None)
+        self._silent.pop(request_id, None)
+        self._homeless.pop(request_id, None)
+        self._take_away(answer)
+
+    def _take_away(self, answer: OpenAnswer) -> None:
+        """The engine that has an answer, if one has, has it no more."""
+        if answer.placed is not None:
+            self.members[answer.placed.engine].lose(answer.placed)
+            answer.placed = None
+
+    def _take_step(self, member: Member, step: StepOutputs) -> None:
+        member.stats = step.stats
+        for output in step.outputs:
+            answer = self._open.get(output.request_id)
+            if answer is None:
+                continue  # aborted a moment ago
+            told = output
+            if answer.is_silent:
+                told = self._first_output(member, answer, output)
+            answer.tokens.extend(output.token_ids)
+            answer.stream.put(told)
+            if output.finish_reason is not None:
+                self._finished.append(time.monotonic())
+                self._forget(answer)
+        while self.num_pending > MAX_ALL_PENDING:
+            max(self._readers, key=lambda stream: stream.num_pending).overflow()
+        if self.on_step is not None:
+            self.on_step(member.index, step)
+
+    def _first_output(self, member: Member, answer: OpenAnswer, output: TokenOutput) -> TokenOutput:
+        """What the reader is told with the first output of the engine that has an answer."""
+        self._silent.pop(answer.request_id, None)
+        if answer.placed is not None:
+            member.begun(answer.placed)
+        return answer.first_output(output)
+
+    # engines that come and go
+
+    def _connect(self, member: Member, engine: EngineProcess) -> None:
+        member.client = EngineClient(
+            engine, self._context, self._limits.silence, partial(self._take_step, member), partial(self._lose, member)
+        )
+
+    def _send_all(self, message: ToEngine) -> None:
+        for member in self.members:
+            if member.is_up:
+                member.client.send(message)
+
+    def _lose(self, member: Member, message: str) -> None:
+        """An engine is dead: its answers go elsewhere, and it is started again, if it may be."""
+        if self.death is not None:
+            return
+        named = f"engine {member.index}: {message}" if len(self.members) > 1 else message
+        stats = member.stats
+        member.go_down(named)
+        if not self._has_started:
+            self._die(named)
+            return
+        delay = member.restarts.next_delay()
+        member.is_lost = delay is None
+        if all(one.is_lost for one in self.members):
+            self._die(named)
+            return
+        if delay is not None:
+            member.trouble += f"; it is started again in {delay:g} s"
+        logger.error("%s", member.trouble)
+        self._take_over(member, stats, named)
+        if delay is not None:
+            self._spawn(self._replace(member, delay))
+
+    def _take_over(self, member: Member, stats: EngineStats | None, message: str) -> None:
+        """Let other engines have the answers that a dead one had, or those that are there at first."""
+        lost = [
+            answer
+            for answer in self._open.values()
+            if answer.placed is not None and answer.placed.engine == member.index
+        ]
+        suspected = in_batch(lost, stats)
+        limit = self._limits.migrations
+        for answer in lost:
+            is_suspected = answer.request_id in suspected
+            if limit == 0 or (is_suspected and answer.num_deaths >= limit):
+                self._forget(answer)
+                also = f"; {limit} died before with this request in its batch (--migration-limit)" if limit else ""
+                answer.stream.fail(message + also)
+                continue
+            answer.num_deaths += is_suspected
+            member.num_migrated += 1
+            self._take_away(answer)
+            self._homeless[answer.request_id] = answer
+        self._place()
+
+    async def _replace(self, member: Member, delay: float) -> None:
+        """Start an engine in the place of one, which is ended if it has not; answers that wait are sent to it."""
+        begin = self._loop.time()
+        await member.client.close()
+        await asyncio.sleep(max(0.0, begin + delay - self._loop.time()))
+        try:
+            self._connect(member, self._start(member.index))
+            ready = await member.client.ready()
+        except EngineDeadError:
+            return  # `_lose` has been told
+        except OSError as error:
+            self._lose(member, f"the engine process could not be started: {error}")
+            return
+        member.num_restarts += 1
+        if self._vocabulary is not None:
+            member.client.send_frame(self._vocabulary)
+        if self._stands_still:
+            member.client.send(Pause())
+        member.come_up(ready)
+        if self.on_restart is not None:
+            self.on_restart(member.index)
+        logger.info("engine %d is up again", member.index)
+        self._place()
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _die(self, message: str) -> None:
+        if self.death is not None:
+            return
+        self.death = self.refusal = message
+        self.fail_all(message)
+        self._resumed.set()
+        self._open.clear()
+        self._silent.clear()
+        self._homeless.clear()
+        if self.on_death is not None:
+            self.on_death()

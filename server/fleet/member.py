@@ -1,0 +1,95 @@
+"""One engine of a fleet, through all of its processes: whether it is up, and what it has to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from octavo.runtime.messages import EngineStats, Ready
+from octavo.server.engine_client import EngineClient
+from octavo.server.fleet.open_answer import Placed
+from octavo.server.fleet.restarts import Restarts
+
+
+class Member:
+    """An engine's place in the fleet.
+
+    client         the connection to its process, or to the last one
+    ready          what that said when it could serve
+    stats          of its last step; None before the first
+    trouble        why it is not up
+    is_lost        it is not started again
+    is_draining    it gets no more requests, and is replaced when it has none
+    placed         the requests that it has, by their keys
+    num_restarts, num_migrated    since the server's start: of its process, and of answers that it has lost
+    """
+
+    client: EngineClient
+    ready: Ready
+
+    def __init__(self, index: int, restarts: Restarts) -> None:
+        self.index = index
+        self.stats: EngineStats | None = None
+        self.is_up = False
+        self.is_lost = False
+        self.is_draining = False
+        self.trouble = f"engine {index} loads"
+        self.restarts = restarts
+        self.num_restarts = 0
+        self.num_migrated = 0
+        self.placed: dict[str, Placed] = {}
+        self.num_waiting_tokens = 0  # of requests of which nothing has come
+        self.num_answers = 0
+
+    @property
+    def takes_requests(self) -> bool:
+        """Whether a request may be sent to it."""
+        return self.is_up and not self.is_draining and not self.client.has_ended
+
+    def come_up(self, ready: Ready) -> None:
+        """Its process can serve."""
+        self.ready = ready
+        self.stats = None
+        self.is_up = True
+
+    def go_down(self, trouble: str) -> None:
+        """Its process is dead, or is about to end."""
+        self.is_up = False
+        self.stats = None
+        self.trouble = trouble
+
+    def take(self, placed: Placed) -> None:
+        """These answers are sent to it."""
+        self.placed[placed.key] = placed
+        self.num_waiting_tokens += placed.num_tokens
+        self.num_answers += placed.num_open
+
+    def begun(self, placed: Placed) -> None:
+        """Something has come of one of these answers; the others share its prompt."""
+        if not placed.has_begun:
+            placed.has_begun = True
+            self.num_waiting_tokens -= placed.num_tokens
+
+    def lose(self, placed: Placed) -> None:
+        """One of these answers is not its own any more."""
+        placed.num_open -= 1
+        self.num_answers -= 1
+        if placed.num_open == 0:
+            self.begun(placed)
+            del self.placed[placed.key]
+
+
+def summed(stats: Sequence[EngineStats]) -> EngineStats | None:
+    """The figures of several engines as one's: the cache's usage is their mean."""
+    if len(stats) < 2:
+        return stats[0] if stats else None
+    usage = sum(one.kv_cache_usage for one in stats) / len(stats)
+    return EngineStats(
+        num_running=sum(one.num_running for one in stats),
+        num_waiting=sum(one.num_waiting for one in stats),
+        kv_cache_usage=usage,
+        num_preemptions=sum(one.num_preemptions for one in stats),
+        prefix_cache_queries=sum(one.prefix_cache_queries for one in stats),
+        prefix_cache_hits=sum(one.prefix_cache_hits for one in stats),
+        step_tokens=sum(one.step_tokens for one in stats),
+        num_deferred=sum(one.num_deferred for one in stats),
+    )

@@ -1,0 +1,154 @@
+"""A real server whose engines are killed in the middle of their answers: no stream is cut, and none is changed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import pytest
+from octavo_server import PATIENCE, Server, events, serving, value, wait_until
+
+PATH = "/v1/completions"
+NUM_STREAMS = 40
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    """With two engines, which are restarted as often as it takes."""
+    with serving("-dp", "2", "--max-engine-restarts", "1000") as it:
+        yield it
+
+
+def body(number: int, **fields: Any) -> dict[str, Any]:
+    """A request whose answer is always the same, and long enough to be caught in the middle of it."""
+    asked = {"prompt": f"{number} and so on", "max_tokens": 150 + number, "ignore_eos": True, "temperature": 0}
+    return asked | {"stream": True, "stream_options": {"include_usage": True}} | fields
+
+
+async def answers(url: str, bodies: list[dict[str, Any]], on_begin: Callable[[int], None]) -> list[list[Any]]:
+    """All events of each stream; on_begin is called with the number of streams whenever one has begun."""
+    num_begun = 0
+
+    async def one(client: httpx.AsyncClient, asked: dict[str, Any]) -> list[Any]:
+        nonlocal num_begun
+        lines = []
+        async with client.stream("POST", PATH, json=asked) as response:
+            assert response.status_code == 200, await response.aread()
+            async for line in response.aiter_lines():
+                if not lines:
+                    num_begun += 1
+                    on_begin(num_begun)
+                lines.append(line)
+        return list(events(lines))
+
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=PATIENCE, limits=limits) as client:
+        return await asyncio.gather(*(one(client, asked) for asked in bodies))
+
+
+def undisturbed(server: Server, bodies: list[dict[str, Any]]) -> list[list[Any]]:
+    return asyncio.run(answers(server.url, bodies, lambda _: None))
+
+
+def num_up(client: httpx.Client, num_engines: int = 2) -> int:
+    text = client.get("/metrics").text
+    lines = [line for line in text.splitlines() if line.startswith("octavo:engine_up{")]
+    assert len(lines) == num_engines
+    return sum(line.endswith(" 1.0") for line in lines)
+
+
+def test_forty_streams_survive_an_engine(server: Server) -> None:
+    """It is killed when the 20th has begun. Usage, log-probabilities and the order of the events are as without it."""
+    bodies = [body(number, logprobs=2 if number % 4 == 0 else None) for number in range(NUM_STREAMS)]
+    bodies += [body(7, prompt=["one", "two"], n=2, max_tokens=90, temperature=1.0, seed=3)]
+    wanted = undisturbed(server, bodies)
+    killed: list[int] = []
+
+    def kill(num_begun: int) -> None:
+        if num_begun == 20:
+            killed.append(server.engine_pids[-1])
+            os.kill(killed[0], signal.SIGKILL)
+
+    found = asyncio.run(answers(server.url, bodies, kill))
+    with server.client() as client:
+        wait_until(lambda: num_up(client) == 2)
+        text = client.get("/metrics").text
+    migrated = [line for line in text.splitlines() if line.startswith("octavo:requests_migrated_total{")]
+    assert sum(float(line.split()[-1]) for line in migrated) > 0
+    assert killed[0] not in server.engine_pids
+    for mine, without in zip(found, wanted, strict=True):
+        assert joined(mine) == joined(without)
+    assert "Traceback" not in server.said
+
+
+def joined(chunks: list[Any]) -> Any:
+    """What a stream says: events of several choices come in any order between them."""
+    usage = [chunk["usage"] | {"prompt_tokens_details": None} for chunk in chunks if chunk.get("usage")]
+    assert len(usage) == 1
+    by_choice: dict[int, list[Any]] = {}
+    for chunk in chunks:
+        for choice in chunk["choices"]:
+            by_choice.setdefault(choice["index"], []).append(choice)
+    whole = {
+        index: (
+            "".join(choice["text"] for choice in choices),
+            [entry for choice in choices if choice["logprobs"] for entry in choice["logprobs"]["tokens"]],
+            [entry for choice in choices if choice["logprobs"] for entry in choice["logprobs"]["text_offset"]],
+            [choice["finish_reason"] for choice in choices if choice["finish_reason"]],
+        )
+        for index, choices in by_choice.items()
+    }
+    return usage, whole
+
+
+def test_an_answer_that_is_not_streamed_survives_it_too(server: Server) -> None:
+    asked = {"prompt": "x", "n": 8, "max_tokens": 300, "ignore_eos": True, "temperature": 0, "prompt_logprobs": 1}
+    with server.client() as client:
+        wait_until(lambda: num_up(client) == 2)
+        wanted = client.post(PATH, json=asked).json()
+
+        async def ask() -> Any:
+            async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE) as other:
+                task = asyncio.create_task(other.post(PATH, json=asked))
+                await asyncio.to_thread(wait_until, lambda: in_flight(client) == 8)
+                for pid in server.engine_pids:  # one of both has it
+                    os.kill(pid, signal.SIGKILL)
+                return (await task).json()
+
+        found = asyncio.run(ask())
+    assert found["choices"] == wanted["choices"]
+    assert found["usage"]["completion_tokens"] == 8 * 300
+
+
+def in_flight(client: httpx.Client) -> int:
+    """Over both engines."""
+    text = client.get("/metrics").text
+    return sum(
+        int(float(line.split()[-1])) for line in text.splitlines() if line.startswith("vllm:num_requests_running{")
+    )
+
+
+def test_the_only_engine_is_waited_for() -> None:
+    asked = body(3, max_tokens=400)
+    with serving() as server, server.client() as client:
+        (wanted,) = undisturbed(server, [asked])
+        healths: list[int] = []
+
+        def kill(_: int) -> None:
+            os.kill(server.engine_pid, signal.SIGKILL)
+            wait_until(lambda: not num_up(client, 1))
+            healths.append(client.get("/health").status_code)
+
+        (found,) = asyncio.run(answers(server.url, [asked], kill))
+        assert joined(found) == joined(wanted)
+        assert healths == [503]
+        assert client.get("/health").status_code == 200
+        assert value(client, "octavo:engine_restarts_total") == 1
+        assert value(client, "octavo:requests_migrated_total") == 1
+        assert client.post(PATH, json={"prompt": "x", "max_tokens": 2}).status_code == 200
+        server.send_signal(signal.SIGTERM)
+        assert server.exit_code() == 0
