@@ -67,7 +67,7 @@ def told_from_calls(
 def _begun(first: Mapping[str, Any], grammars: Sequence[Mapping[str, Any]], texts: Sequence[str]) -> str:
     """The first of these texts that what the grammar describes can begin with, if it can.
 
-    JSON: can begin with up to the last whitespace, from where on it differs by having none.
+    JSON: one of which the first character may be the same, since its whitespace could stand in the calls then too.
     """
     if not texts:
         return ""
@@ -76,7 +76,7 @@ def _begun(first: Mapping[str, Any], grammars: Sequence[Mapping[str, Any]], text
     if matcher.is_error():  # it names special tokens
         return texts[0]
     for text in texts:
-        compared = text.rpartition(" ")[0] or text if "json_schema" in first else text
+        compared = text[:1] if "json_schema" in first else text
         for space in _SPACES:
             written = list((space + compared).encode())
             if matcher.validate_tokens(written) == len(written):

@@ -352,9 +352,10 @@ class _Writer:
         if content:
             return f"{'' if is_open else begin} {either([f'{header_of_content} {content}', calls])}"
         text = self.rules(without([form.call_begin]), terminal=True)
-        header = self.rules(f"{self.rules(without([]), terminal=True)} {begin}", lazy=True)
-        each = self.rules(either([header_of_content, named]))
-        return f"{each if is_open else ''} ({header} {each})* {text}"
+        up_to_next = self.rules(f"{self.rules(without([]), terminal=True)} {begin}", lazy=True)
+        message = f"{header_of_content} ({text} | {up_to_next} more) | {named} {self.rules.space} ({begin} more)?"
+        self.rules.lines.append(f"more: {message}")
+        return "more" if is_open else f"({text} | {up_to_next} more)"
 
     def messages(self, *, must_call: bool, content: str, thinks: Thinks) -> str:
         """Harmony: every message of an answer, of which the last may be a call. The prompt has begun the first.

@@ -235,7 +235,7 @@ def test_content_or_calls(name: str, has_tokens: bool, kind: str) -> None:
         if name == "openai" and not is_call:
             beginning = marked(formats, f"<|channel|>final<|message|>{beginning}")
         ended = 0
-        for seed in range(4):
+        for seed in range(2):
             text = walker.walk(Constraint(found.text), seed, beginning, limit=400)
             if text is not None:
                 ended += 1
@@ -278,6 +278,20 @@ def test_an_answer_with_channels_obeys_in_its_last_one() -> None:
     assert {chr(token_id) for token_id in walker.allowed(progress)} == {"a", "f"}
     with pytest.raises(GrammarError, match="no tokens for the ends of this model's messages"):
         grammar_of_calls(WantedCalls(()), bound("openai", has_tokens=False), Constraint(choice_grammar(["yes"])))
+
+
+def test_nothing_stands_behind_a_call_but_another_message() -> None:
+    """Functionary's text has a header of its own."""
+    formats = bound("functionary_v3_2", has_tokens=False)
+    found = grammar_of_calls(wanted(is_open=True), formats)
+    walker = walker_of(formats)
+    behind = walker.allowed(walker.start(Constraint(found.text), "get\n{}"))
+    assert {chr(token_id) for token_id in behind} == {" ", "\t", "\n", "\r", ">", chr(256)}
+    text = "all\nI look. >>\n>>>get\n{}\n>>>all\nSo >>> it is"
+    progress = walker.start(Constraint(found.text))
+    for token_id in walker.ids(text[: text.index(" it is")]):
+        assert token_id in walker.allowed(progress)
+        progress.accept(token_id)
 
 
 @pytest.mark.parametrize("content", [None, "yes"])

@@ -9,28 +9,21 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
-import transformers
 from call_walks import CALL_SCHEMAS, FIRST_SPECIAL, Walker
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from templates import FIXTURES, TOKENIZER, inference, source
 from transformers.utils import chat_template_utils
 
 from octavo.runtime.messages import Constraint
 from octavo.server.message.call_constraint import WantedCalls, WantedTool, grammar_of_calls
 from octavo.server.message.format import ReasoningFormat, ToolFormat
-from octavo.server.message.infer import Inference, infer
 from octavo.server.message.parse import Formats, Machine
 from octavo.server.message.parts import Part, append_parts, calls_of, reasoning_of, text_of
-from octavo.text.chat_template import ChatTemplate
-
-FIXTURES = Path(__file__).parents[2] / "fixtures"
-TOKENIZER = transformers.AutoTokenizer.from_pretrained(FIXTURES / "tiny", bos_token="<s>", eos_token="</s>")
 
 NO_CALLS = "none: the template doesn't show tool calls"
 NO_RENDERING = "none: the template can't render a tool call"
@@ -161,16 +154,6 @@ values = st.fixed_dictionaries(
     },
 )
 call_sets = st.lists(st.tuples(st.sampled_from(NAMES), values), min_size=1, max_size=3)
-
-
-def source(name: str) -> str:
-    return (FIXTURES / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
-
-
-@cache
-def inference(name: str) -> Inference:
-    template = ChatTemplate({"default": source(name)}, dict(TOKENIZER.special_tokens_map))
-    return infer(template.render, source(name))
 
 
 def golden(name: str, messages: Sequence[dict[str, Any]], *, prompt: bool = False, **variables: object) -> str:
