@@ -17,6 +17,8 @@ from pydantic import BaseModel
 from pydantic_core import PydanticCustomError
 from starlette.exceptions import HTTPException
 
+from octavo.server.store import StoreError
+
 Json = dict[str, Any]
 
 _TYPES = {
@@ -179,6 +181,10 @@ def install(app: FastAPI) -> None:
         response = error_response(error.status_code, str(error.detail), path=http.url.path)
         response.headers.update(error.headers or {})
         return response
+
+    @app.exception_handler(StoreError)
+    async def unusable_store(http: Request, error: StoreError) -> Response:
+        return error_response(500, f"the store of responses can't be used: {error}", path=http.url.path)
 
     @app.exception_handler(Exception)
     async def unexpected(http: Request, error: Exception) -> Response:

@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import msgspec
@@ -41,7 +42,7 @@ CREATE INDEX IF NOT EXISTS by_time ON responses (active, expires);
 
 
 class StoreError(RuntimeError):
-    """The file can't be used as a store; the message says why."""
+    """The store can't be used, or can't keep this; the message says why."""
 
 
 class MissingError(LookupError):
@@ -78,18 +79,23 @@ class ResponseStore:
         """How much it keeps."""
         return self._max_bytes
 
-    def put(self, owner: str, response: Json, own_input: list[Json], events: list[bytes], *, active: bool) -> None:
+    def put(
+        self, owner: str, response: Json, own_input: list[Json], events: list[bytes], *, active: bool
+    ) -> Future[None]:
         """Keep a response, in place of what is there under its id. active: it is still running, so it stays.
 
-        It is there for whoever asks from now on, and written a moment later; see `written`.
+        It is there for whoever asks from now on, and written when the future is done, which raises StoreError where
+        that failed. Nothing is there under its id then.
         """
         contents = msgspec.json.encode(response), msgspec.json.encode(own_input)
         previous = response.get("previous_response_id")
-        done = self._thread.submit(self._put, response["id"], owner, previous, contents, events, active)
+        put = partial(self._put, response["id"], owner, previous, contents, events, active)
+        done = self._thread.submit(_translated, put)
         done.add_done_callback(_log_failure)
+        return done
 
     async def get(self, response_id: str, owner: str) -> Stored:
-        """Raises MissingError."""
+        """Raises MissingError, and as all that follow StoreError."""
         return await self._do(lambda: self._get(response_id, owner))
 
     async def conversation(self, response_id: str, owner: str) -> list[Stored]:
@@ -104,10 +110,6 @@ class ResponseStore:
         """Whether it was there."""
         return await self._do(lambda: self._delete(response_id, owner))
 
-    async def written(self) -> None:
-        """Wait until all that was put so far is written."""
-        await self._do(lambda: None)
-
     async def size(self) -> tuple[int, int]:
         """How many responses there are, and their bytes."""
         return await self._do(lambda: (self._count(), self._size))
@@ -118,7 +120,7 @@ class ResponseStore:
         self._thread.shutdown()
 
     async def _do(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, _translated, work)
 
     # in the store's own thread
 
@@ -154,13 +156,17 @@ class ResponseStore:
         size = sum(map(len, contents)) + len(packed) + ROW_BYTES
         self._drop(response_id)
         if size > self._max_bytes and not active:
-            logger.warning("response %s is not kept: its %d bytes are more than the store's", response_id, size)
-            return
+            raise StoreError(f"its {size} bytes are more than the store has (--response-store-size)")
         self._clock += 1
         row = response_id, owner, previous, active, self._clock, time.time() + self._seconds, size, *contents, packed
         self._database.execute("INSERT INTO responses VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
         self._size += size
         self._evict()
+        if not self._has(response_id):
+            raise StoreError("responses that still run take all of the store (--response-store-size)")
+
+    def _has(self, response_id: str) -> bool:
+        return self._database.execute("SELECT 1 FROM responses WHERE id = ?", (response_id,)).fetchone() is not None
 
     def _evict(self) -> None:
         """Drop what is too old, and what was used longest ago until the rest fits."""
@@ -224,6 +230,14 @@ def _open(path: str) -> sqlite3.Connection:
     database.executescript(_SCHEMA)
     database.execute(f"PRAGMA user_version = {FORMAT}")
     return database
+
+
+def _translated(work: Callable[[], T]) -> T:
+    """The result of this work on the database. Raises StoreError."""
+    try:
+        return work()
+    except sqlite3.Error as error:
+        raise StoreError(f"{error} (--response-store)") from error
 
 
 def _log_failure(done: Future[None]) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import AsyncGenerator
+from concurrent.futures import Future
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 
 from octavo.server.dialects.chat_request import begin, in_words_of
-from octavo.server.dialects.responses_answer import NAMED_EVENTS, ResponseAnswer
+from octavo.server.dialects.responses_answer import NAMED_EVENTS, ResponseAnswer, not_stored
 from octavo.server.dialects.responses_items import messages_of, plain_items, response_of_item
 from octavo.server.dialects.responses_request import (
     NAMES_IN_CHAT,
@@ -25,7 +27,7 @@ from octavo.server.encoding import JsonResponse, encode_in_turns, encode_json
 from octavo.server.errors import RESPONSES, ApiError, bad_request
 from octavo.server.generation import Choice
 from octavo.server.service import Service, owner_of
-from octavo.server.store import MissingError, ResponseStore, Stored
+from octavo.server.store import MissingError, ResponseStore, Stored, StoreError
 from octavo.server.streaming import EventStream
 from octavo.server.strict_json import StrictRoute
 
@@ -127,10 +129,11 @@ class Responses:
         if stores and self._store is not None:
             store = self._store
 
-            def keep(ended: ResponseAnswer) -> None:
+            def keep(ended: ResponseAnswer, events: list[bytes]) -> Future[None] | None:
                 is_known = body.stream or body.background or ended.status in ("completed", "incomplete")
-                if is_known:  # else nobody was told its id
-                    store.put(owner, ended.object(), own, ended.log, active=False)
+                if not is_known:  # nobody was told its id
+                    return None
+                return store.put(owner, ended.object(), own, events, active=False)
 
             answer.on_end = keep
         if body.background:
@@ -138,10 +141,7 @@ class Responses:
         steps = service.steps(http, choices, answer.hints)
         if answer.streams:
             return EventStream(answer.events(steps), NAMED_EVENTS)
-        response = await answer.complete(steps)
-        if stores and self._store is not None:
-            await self._store.written()
-        return JsonResponse(*await encode_in_turns(response))
+        return JsonResponse(*await encode_in_turns(await answer.complete(steps)))
 
     async def count(self, body: InputTokensRequest, http: Request) -> int:
         """The tokens of a prompt. Raises ApiError."""
@@ -153,7 +153,7 @@ class Responses:
         """The response object. Raises ApiError."""
         owner = owner_of(http)
         run = self._runs.get(response_id, owner)
-        return (await self._stored(response_id, owner)).response if run is None else run.answer.object()
+        return (await self._stored(response_id, owner)).response if run is None else await run.now()
 
     async def follow(self, response_id: str, http: Request, start: int) -> AsyncGenerator[bytes, None]:
         """Its events from this number on. Raises ApiError."""
@@ -172,10 +172,15 @@ class Responses:
         """The response, ended. Raises ApiError for one that has ended otherwise, or isn't in the background."""
         owner = owner_of(http)
         run = self._runs.get(response_id, owner)
-        if run is not None:
+        if run is not None and not run.answer.has_ended:
             await run.cancel()
+            if run.answer.stored is not None:
+                try:
+                    await asyncio.shield(asyncio.wrap_future(run.answer.stored))
+                except StoreError as error:
+                    raise not_stored(error) from error
             return run.answer.object()
-        response = (await self._stored(response_id, owner)).response
+        response = await self.get(response_id, http)
         if response["status"] != "cancelled":
             why = f"it has ended already, as {response['status']}"
             if not response["background"]:
@@ -189,7 +194,9 @@ class Responses:
         run = self._runs.get(response_id, owner)
         if run is not None:
             await run.cancel()
-        if self._store is None or not await self._store.delete(response_id, owner):
+            self._runs.forget(response_id)
+        is_gone = self._store is not None and await self._store.delete(response_id, owner)
+        if run is None and not is_gone:
             raise _missing(response_id)
 
     async def input_items(self, response_id: str, http: Request) -> list[Json]:
@@ -211,9 +218,11 @@ class Responses:
         assert self._store is not None
         run = Run(answer, owner)
         queued = answer.object()
-        self._store.put(owner, queued, own, [], active=True)
+        try:
+            await asyncio.wrap_future(self._store.put(owner, queued, own, [], active=True))
+        except StoreError as error:
+            raise not_stored(error) from error
         self._runs.start(run, steps)
-        await self._store.written()
         if answer.streams:
             return EventStream(run.follow(0), NAMED_EVENTS)
         return JsonResponse(*await encode_in_turns(queued))

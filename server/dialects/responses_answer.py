@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import Future
 from contextlib import aclosing
 from typing import Any
 
@@ -14,6 +16,7 @@ from octavo.server.errors import ApiError, interrupted
 from octavo.server.generation import Choice, Steps, in_batches, usage_of
 from octavo.server.hints import hints_in
 from octavo.server.served_model import ServedModel
+from octavo.server.store import StoreError
 from octavo.server.streaming import Framing
 
 logger = logging.getLogger(__name__)
@@ -23,6 +26,7 @@ Json = dict[str, Any]
 NAMED_EVENTS = Framing("text/event-stream", lambda _: b"")
 """Events with names, and no [DONE]. An answer makes its own last event, of errors too."""
 
+NOT_STORED = "response_not_stored"
 _ERROR_CODES = {400: "invalid_prompt", 429: "rate_limit_exceeded"}
 _ENDS = {"completed": "completed", "incomplete": "incomplete", "failed": "failed", "cancelled": "incomplete"}
 
@@ -30,9 +34,10 @@ _ENDS = {"completed": "completed", "incomplete": "incomplete", "failed": "failed
 class ResponseAnswer:
     """One response. A whole one is made as its events are, which are then not sent.
 
-    on_end: called once, when the last event has been made; `object` tells how far it is.
+    on_end: called once, with all events, when the last one has been made; `object` tells how far it is. It keeps the
+    response: where that fails, its future raises StoreError, and the response has failed.
     log: the events so far, as they are sent, where they are kept; the place of each is its number.
-    error: what it has failed with.
+    is_over: nothing will be added to the log. error: what it has failed with.
     """
 
     def __init__(
@@ -44,7 +49,9 @@ class ResponseAnswer:
         self.id = response_id
         self.log: list[bytes] = []
         self.error: ApiError | None = None
-        self.on_end: Callable[[ResponseAnswer], None] = lambda _: None
+        self.is_over = False
+        self.stored: Future[None] | None = None  # what on_end has returned
+        self.on_end: Callable[[ResponseAnswer, list[bytes]], Future[None] | None] = lambda *_: None
         self.status = "queued" if request.background else "in_progress"
         self._keeps_log = stores
         self._interval = max(request.stream_interval or 1, model.stream_interval)
@@ -103,11 +110,34 @@ class ResponseAnswer:
             logger.exception("a response broke off")
             last = self.fail(ApiError(500, f"internal error: {type(error).__name__}"))
         finally:
-            if not self.has_ended:
+            is_cut = not self.has_ended
+            if is_cut:
                 last = self.cancel()
-            piece = self._sent(last)
-            self.on_end(self)
-        yield piece
+            pieces = self._encoded(last)
+            self.stored = self.on_end(self, [*self.log, *pieces])
+            if is_cut:  # nobody is there who could be told
+                self._close(pieces)
+        try:
+            if self.stored is not None:
+                await asyncio.shield(asyncio.wrap_future(self.stored))
+        except StoreError as error:
+            pieces[-1:] = self._encoded([self._not_stored(error, last[-1])])
+        finally:
+            self._close(pieces)
+        yield b"".join(pieces)
+
+    def _not_stored(self, error: StoreError, last: Json) -> Json:
+        """What the last event becomes where the response could not be kept."""
+        self._head["store"] = False
+        self.error = not_stored(error)
+        self.status = "failed"
+        self._end = {"error": {"code": "server_error", "message": self.error.message}, "incomplete_details": None}
+        return {"type": "response.failed", "sequence_number": last["sequence_number"], "response": self.object()}
+
+    def _close(self, pieces: list[bytes]) -> None:
+        if self._keeps_log:
+            self.log += pieces
+        self.is_over = True
 
     def fail(self, error: ApiError) -> list[Json]:
         """End it with an error; returns the last events."""
@@ -150,13 +180,21 @@ class ResponseAnswer:
         return self._numbered.event(kind, response=self.object())
 
     def _sent(self, events: list[Json]) -> bytes:
-        """These events as they are sent; nothing where nobody will ever see them."""
-        if not self._keeps_log and not self.streams:
-            return b""
-        pieces = encoded(events)
+        """These events as they are sent, and kept."""
+        pieces = self._encoded(events)
         if self._keeps_log:
             self.log += pieces
         return b"".join(pieces)
+
+    def _encoded(self, events: list[Json]) -> list[bytes]:
+        """Each as it is sent; none where nobody will ever see them."""
+        return encoded(events) if self._keeps_log or self.streams else []
+
+
+def not_stored(error: StoreError) -> ApiError:
+    """For a response that would be kept. Asking again would make it again, in vain."""
+    why = f"the response could not be stored: {error}; with store: false it would not have to be"
+    return ApiError(500, why, code=NOT_STORED, headers={"x-should-retry": "false"})
 
 
 def _usage(choices: list[Choice]) -> Json:

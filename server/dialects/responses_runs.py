@@ -7,11 +7,12 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
-from octavo.server.dialects.responses_answer import ResponseAnswer
+from octavo.server.dialects.responses_answer import NOT_STORED, ResponseAnswer
 from octavo.server.errors import ApiError
 from octavo.server.generation import Steps
 
 MOST_RUNS = 1024  # each holds its events until it has ended
+MOST_LOST = 64  # that have ended and could not be stored: the last ones are told about
 
 Json = dict[str, Any]
 
@@ -36,6 +37,12 @@ class Run:
             self._task.cancel()
             await asyncio.wait((self._task,))
 
+    async def now(self) -> Json:
+        """The response as it is; where it has ended, as soon as it is known whether it could be stored."""
+        if self.answer.has_ended and self._task is not None:
+            await asyncio.wait((self._task,))
+        return self.answer.object()
+
     async def follow(self, start: int) -> AsyncGenerator[bytes, None]:
         """The events from this number on, as they come."""
         log = self.answer.log
@@ -44,7 +51,7 @@ class Run:
             if pieces := log[start:]:
                 start += len(pieces)
                 yield b"".join(pieces)
-            elif self.answer.has_ended:
+            elif self.answer.is_over:
                 return
             else:
                 await news.wait()
@@ -68,13 +75,14 @@ class Runs:
 
     def __init__(self) -> None:
         self._by_id: dict[str, Run] = {}
+        self._lost: dict[str, Run] = {}
 
     def __len__(self) -> int:
         return len(self._by_id)
 
     def get(self, response_id: str, owner: str) -> Run | None:
-        """The one of this id, if it is this owner's and still runs."""
-        run = self._by_id.get(response_id)
+        """The one of this id, if it is this owner's, and still runs or could not be stored."""
+        run = self._by_id.get(response_id) or self._lost.get(response_id)
         return run if run is not None and run.owner == owner else None
 
     def check(self) -> None:
@@ -91,4 +99,15 @@ class Runs:
         """Let it run until it ends."""
         response_id = run.answer.id
         self._by_id[response_id] = run
-        run.start(steps).add_done_callback(lambda _: self._by_id.pop(response_id, None))
+        run.start(steps).add_done_callback(lambda _: self._end(response_id))
+
+    def forget(self, response_id: str) -> None:
+        """Drop one that could not be stored."""
+        self._lost.pop(response_id, None)
+
+    def _end(self, response_id: str) -> None:
+        run = self._by_id.pop(response_id)
+        if run.answer.error is not None and run.answer.error.code == NOT_STORED:
+            if len(self._lost) >= MOST_LOST:
+                del self._lost[next(iter(self._lost))]
+            self._lost[response_id] = run

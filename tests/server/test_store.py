@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ def response(name: str, previous: str | None = None, text: str = "") -> Json:
     return {"id": name, "status": "completed", "previous_response_id": previous, "output": [{"text": text}]}
 
 
-def put(store: ResponseStore, name: str, previous: str | None = None, *, active: bool = False, text: str = "") -> None:
-    store.put("me", response(name, previous, text), [{"said": name}], [b"a: 1\n\n", b"b: 2\n\n"], active=active)
+def put(
+    store: ResponseStore, name: str, previous: str | None = None, *, active: bool = False, text: str = ""
+) -> Future[None]:
+    return store.put("me", response(name, previous, text), [{"said": name}], [b"a: 1\n\n", b"b: 2\n\n"], active=active)
 
 
 def get(store: ResponseStore, name: str, owner: str = "me") -> Stored:
@@ -124,9 +127,10 @@ def test_what_still_runs_stays(place: str) -> None:
 def test_what_is_larger_than_the_store_drives_nothing_out(place: str, caplog: pytest.LogCaptureFixture) -> None:
     store = sized(place, 3)
     put(store, "a")
-    put(store, "b", text="x" * 10_000)
+    with pytest.raises(StoreError, match="more than the store has"):
+        put(store, "b", text="x" * 10_000).result()
     assert names(store, "a", "b") == ["a"]
-    assert "response b is not kept" in caplog.text
+    assert "could not be stored" in caplog.text
     store.close()
 
 
@@ -178,4 +182,13 @@ def test_a_file_serves_one_server(tmp_path: Path) -> None:
     assert names(store, "a") == ["a"]
     with pytest.raises(StoreError, match="locked"):
         ResponseStore(place, 1 << 20, FOREVER)
+    store.close()
+
+
+def test_what_finds_no_room_beside_running_ones_is_told() -> None:
+    store = ResponseStore(MEMORY, 8 * ROW_BYTES, FOREVER)
+    put(store, "running", active=True, text="x" * 8 * ROW_BYTES).result()
+    with pytest.raises(StoreError, match="still run"):
+        put(store, "c").result()
+    assert names(store, "running", "c") == ["running"]
     store.close()

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator, Sequence
+from concurrent.futures import Future
 from itertools import chain
 from typing import Any
 
@@ -23,6 +24,7 @@ from octavo.server.dialects.responses_request import ResponsesRequest, chat_requ
 from octavo.server.errors import ApiError
 from octavo.server.generation import Choice, Delta, Steps
 from octavo.server.hints import hints_in
+from octavo.server.store import StoreError
 
 Json = dict[str, Any]
 
@@ -219,10 +221,36 @@ def test_an_answer_that_repeats_itself_is_incomplete() -> None:
     assert streamed("Again. Again.", "repetition")[-1]["type"] == "response.incomplete"
 
 
+def test_a_response_that_can_not_be_stored_has_failed() -> None:
+    kept: list[list[bytes]] = []
+
+    def fail(_: ResponseAnswer, events: list[bytes]) -> Future[None]:
+        kept.append(events)
+        failed: Future[None] = Future()
+        failed.set_exception(StoreError("the disk is full"))
+        return failed
+
+    answer = answer_to(request(stream=True))
+    answer.on_end = fail
+    events = decoded(asyncio.run(_joined(answer.events(given(deltas(answer.choices[0], "I look"))))))
+    assert decoded(b"".join(kept[0]))[-1]["type"] == "response.completed"  # what would have been told
+    last = EVENTS.validate_python(events[-1])
+    assert (last.type, last.response.status, last.response.error.code) == ("response.failed", "failed", "server_error")
+    assert "the disk is full" in last.response.error.message
+    assert (events[-1]["response"]["store"], events[-1]["sequence_number"]) == (False, len(events) - 1)
+    assert last.response.output[0].content[0].text == "I look"
+    assert decoded(b"".join(answer.log)) == events
+    at_once = answer_to(request())
+    at_once.on_end = fail
+    with pytest.raises(ApiError, match="the disk is full") as caught:
+        asyncio.run(at_once.complete(given(deltas(at_once.choices[0], "I look"))))
+    assert (caught.value.status, caught.value.code) == (500, "response_not_stored")
+
+
 def test_whoever_stops_reading_cancels() -> None:
     answer = answer_to(request(stream=True))
     ended = []
-    answer.on_end = ended.append
+    answer.on_end = lambda it, _: ended.append(it)
 
     async def read_some() -> None:
         events = answer.events(given(deltas(answer.choices[0], ANSWER)))
