@@ -76,7 +76,7 @@ def build_app(
     made = Batches(app, kept.files, SpareCapacity(client, model.max_num_seqs))
     app.include_router(batches.routes(kept.files, made, lambda: routes_of(app.openapi())))
     made.resume()
-    app.include_router(operation.engine_routes(client, metrics))
+    app.include_router(operation.engine_routes(client, metrics, access))
     app.include_router(operation.pause_routes(client))
     app.include_router(operation.model_routes(model))
     app.add_middleware(FullQueue, admission=service.admission)  # the innermost: who may not ask learns nothing

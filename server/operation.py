@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict
 
-from octavo.server.errors import RESPONSES, ApiError
+from octavo.server.access import Access
+from octavo.server.errors import RESPONSES, ApiError, ErrorResponse
 from octavo.server.fleet.fleet import Fleet
 from octavo.server.metrics import CONTENT_TYPE, Metrics
 from octavo.server.served_model import ServedModel
 from octavo.version import VERSION
 
 HEALTH_SECONDS = 30.0  # one step of a large model on a slow machine may take seconds; nothing healthy takes this
+
+DRAIN_RESPONSES: dict[int | str, dict[str, Any]] = {
+    403: {"model": ErrorResponse, "description": "The server has no API key"},
+    404: {"model": ErrorResponse, "description": "No such engine"},
+    503: RESPONSES[503],
+}
 
 OpenRequests = Literal["abort", "wait", "keep"]
 
@@ -40,8 +47,8 @@ def no_other_page(http: Request) -> None:
         raise ApiError(403, f"POST {http.url.path} is not for web pages of other origins ({origin[:80]!r})")
 
 
-def engine_routes(client: Fleet, counted: Metrics) -> APIRouter:
-    """/health, /ping, /metrics, /load, /reset_prefix_cache."""
+def engine_routes(client: Fleet, counted: Metrics, access: Access) -> APIRouter:
+    """/health, /ping, /metrics, /load, /reset_prefix_cache, /engines/{index}/drain."""
     router = APIRouter(dependencies=[Depends(no_other_page)])
 
     @router.get("/health", responses={503: RESPONSES[503]})
@@ -73,6 +80,19 @@ def engine_routes(client: Fleet, counted: Metrics) -> APIRouter:
         _check(client)
         client.reset_prefix_cache()
         return Response(status_code=200)
+
+    @router.post("/engines/{index}/drain", responses=DRAIN_RESPONSES)
+    async def drain(index: int) -> dict[str, object]:
+        """Let an engine finish what it has, while others take what comes, and replace its process by a new one."""
+        if not access.keys:
+            raise ApiError(403, "only who has an API key may drain an engine, and this server has none (--api-key)")
+        _check(client)
+        if not 0 <= index < len(client.members):
+            raise ApiError(404, f"there is no engine {index}: they are 0 to {len(client.members) - 1}")
+        await client.drain(index)
+        if not client.members[index].is_up:
+            raise ApiError(503, client.members[index].trouble)
+        return {"engine": index, "status": "replaced"}
 
     return router
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
 
 MAX_ENGINES = 64  # of one server: its death is the end of all their streams
+
+Routing = Literal["prefix", "least-loaded", "round-robin"]
 
 
 class ParallelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -43,6 +45,13 @@ class ParallelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
             },
         ),
     ] = 1
+    routing: Annotated[
+        Routing,
+        Meta(
+            description="which engine gets a request: where its first token comes soonest, by the tokens that wait for "
+            "prefill and what is cached of its prompt (prefix); that with the fewest requests; or one after the other"
+        ),
+    ] = "prefix"
     migration_limit: Annotated[
         int,
         Meta(

@@ -10,6 +10,7 @@ from prometheus_client.registry import Collector
 from octavo.server.fleet.fleet import Fleet
 
 LABELS = ("model_name", "engine")
+REASONS = ("prefix", "load")
 
 
 class FleetCollector(Collector):
@@ -28,9 +29,20 @@ class FleetCollector(Collector):
         migrated = CounterMetricFamily(
             "octavo:requests_migrated", "answers that went on elsewhere when this engine died", labels=LABELS
         )
+        routed = CounterMetricFamily(
+            "octavo:routing", "requests by why they came to this engine", labels=(*LABELS, "reason")
+        )
+        predicted = CounterMetricFamily(
+            "octavo:routing_predicted_tokens", "prompt tokens that were to be cached where they went", labels=LABELS
+        )
         for member in self._fleet.members:
             labels = (self._model_name, str(member.index))
             up.add_metric(labels, float(member.is_up))
             restarts.add_metric(labels, member.num_restarts)
             migrated.add_metric(labels, member.num_migrated)
+            predicted.add_metric(labels, member.num_predicted)
+            for reason in REASONS:
+                routed.add_metric((*labels, reason), member.num_routed[reason])
         yield from (up, restarts, migrated)
+        if len(self._fleet.members) > 1:
+            yield from (routed, predicted)

@@ -37,7 +37,9 @@ from octavo.runtime.messages import (
     TokenOutput,
     Vocabulary,
 )
+from octavo.runtime.parallel.config import Routing
 from octavo.server.engine_client import EngineClient, EngineDeadError
+from octavo.server.fleet.chooser import Chooser
 from octavo.server.fleet.member import Member, summed
 from octavo.server.fleet.open_answer import OpenAnswer, Placed, in_batch
 from octavo.server.fleet.restarts import Restarts
@@ -56,13 +58,15 @@ class FleetLimits:
 
     migrations: how many dying engines may have had an answer in their batch; one more ends it with an error, as does
     each one with 0. restarts: of each engine, in ten minutes; the first one first_restart seconds after its death, and
-    each later one after twice as long.
+    each later one after twice as long. routing: which engine gets a request. caches: whether engines cache prefixes.
     """
 
     silence: float = 20.0
     migrations: int = 1
     restarts: int = 3
     first_restart: float = 1.0
+    routing: Routing = "prefix"
+    caches: bool = True
 
 
 class Fleet:
@@ -105,6 +109,7 @@ class Fleet:
         self.members = [
             Member(index, Restarts(self._limits.restarts, self._limits.first_restart)) for index in range(len(engines))
         ]
+        self._chooser = Chooser(self.members, self._limits.routing, caches=self._limits.caches)
         for member, engine in zip(self.members, engines, strict=True):
             self._connect(member, engine)
 
@@ -159,7 +164,7 @@ class Fleet:
         if not self._has_started:
             self._has_started = True
             for member, ready in zip(self.members, readies, strict=True):
-                member.come_up(ready)
+                self._chooser.open(member, ready)
         return msgspec.structs.replace(readies[0], max_model_len=min(ready.max_model_len for ready in readies))
 
     def open(self, requests: Iterable[AddRequest], key_owner: str = "") -> Stream:
@@ -253,6 +258,7 @@ class Fleet:
                 await self._replace(member, 0.0)
         finally:
             member.is_draining = False
+            self._chooser.resume(member)
             self._place()
 
     async def close(self) -> None:
@@ -278,7 +284,7 @@ class Fleet:
             answers = [OpenAnswer(request, number, stream) for number in range(1 + len(request.other_ids))]
             self._open |= {answer.request_id: answer for answer in answers}
             self._silent |= dict.fromkeys(request.request_ids, len(request.token_ids))
-            member = self._choose()
+            member = self._chooser.choose(request)
             if member is None:
                 self._homeless |= {answer.request_id: answer for answer in answers}
             else:
@@ -310,17 +316,10 @@ class Fleet:
         params = msgspec.structs.replace(request.params, seed=self._random.getrandbits(SEED_BITS))
         return msgspec.structs.replace(request, params=params)
 
-    def _choose(self) -> Member | None:
-        """The engine for a request; None where none takes any now."""
-        if len(self.members) == 1:
-            return self.members[0] if self.members[0].takes_requests else None
-        there = [member for member in self.members if member.takes_requests]
-        return min(there, key=lambda member: (member.num_waiting_tokens, member.num_answers), default=None)
-
     def _put(self, member: Member, answers: Sequence[OpenAnswer], request: AddRequest) -> None:
         """Give an engine these answers, for which this is the request."""
-        placed = Placed(member.index, request.request_id, len(answers), len(request.token_ids))
-        member.take(placed)
+        placed = Placed(member.index, request.request_id, len(answers))
+        member.take(placed, time.monotonic())
         for answer in answers:
             answer.placed = placed
             answer.is_silent = True
@@ -330,11 +329,12 @@ class Fleet:
     def _place(self) -> None:
         """Send what waits for an engine, in the order of arrival, as far as there is one."""
         for answer in list(self._homeless.values()):
-            member = self._choose()
+            request = answer.rest()
+            member = self._chooser.choose(request)
             if member is None:
                 return
             del self._homeless[answer.request_id]
-            self._put(member, [answer], answer.rest())
+            self._put(member, [answer], request)
 
     def _forget(self, answer: OpenAnswer) -> None:
         """An answer has ended, or goes to another engine."""
@@ -346,9 +346,10 @@ class Fleet:
 
     def _take_away(self, answer: OpenAnswer) -> None:
         """The engine that has an answer, if one has, has it no more."""
-        if answer.placed is not None:
-            self.members[answer.placed.engine].lose(answer.placed)
-            answer.placed = None
+        placed = answer.placed
+        answer.placed = None
+        if placed is not None and self.members[placed.engine].lose(placed):
+            self._chooser.ended(placed)
 
     def _take_step(self, member: Member, step: StepOutputs) -> None:
         member.stats = step.stats
@@ -358,22 +359,23 @@ class Fleet:
                 continue  # aborted a moment ago
             told = output
             if answer.is_silent:
-                told = self._first_output(member, answer, output)
+                told = self._first_output(answer, output)
             answer.tokens.extend(output.token_ids)
             answer.stream.put(told)
             if output.finish_reason is not None:
                 self._finished.append(time.monotonic())
                 self._forget(answer)
+        self._chooser.stepped(member, step)
         while self.num_pending > MAX_ALL_PENDING:
             max(self._readers, key=lambda stream: stream.num_pending).overflow()
         if self.on_step is not None:
             self.on_step(member.index, step)
 
-    def _first_output(self, member: Member, answer: OpenAnswer, output: TokenOutput) -> TokenOutput:
+    def _first_output(self, answer: OpenAnswer, output: TokenOutput) -> TokenOutput:
         """What the reader is told with the first output of the engine that has an answer."""
         self._silent.pop(answer.request_id, None)
         if answer.placed is not None:
-            member.begun(answer.placed)
+            self._chooser.begun(answer.placed, output.num_cached_tokens or 0)
         return answer.first_output(output)
 
     # engines that come and go
@@ -450,7 +452,7 @@ class Fleet:
             member.client.send_frame(self._vocabulary)
         if self._stands_still:
             member.client.send(Pause())
-        member.come_up(ready)
+        self._chooser.open(member, ready)
         if self.on_restart is not None:
             self.on_restart(member.index)
         logger.info("engine %d is up again", member.index)

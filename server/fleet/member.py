@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from octavo.runtime.messages import EngineStats, Ready
@@ -20,7 +21,10 @@ class Member:
     is_lost        it is not started again
     is_draining    it gets no more requests, and is replaced when it has none
     placed         the requests that it has, by their keys
+    busy_since     when its last step was over, or its first request came after it had none
     num_restarts, num_migrated    since the server's start: of its process, and of answers that it has lost
+    num_routed     requests by the reason for which it got them
+    num_predicted  tokens of their prompts that it was to have cached
     """
 
     client: EngineClient
@@ -37,8 +41,10 @@ class Member:
         self.num_restarts = 0
         self.num_migrated = 0
         self.placed: dict[str, Placed] = {}
-        self.num_waiting_tokens = 0  # of requests of which nothing has come
         self.num_answers = 0
+        self.busy_since = 0.0
+        self.num_routed = Counter[str]()
+        self.num_predicted = 0
 
     @property
     def takes_requests(self) -> bool:
@@ -57,25 +63,21 @@ class Member:
         self.stats = None
         self.trouble = trouble
 
-    def take(self, placed: Placed) -> None:
+    def take(self, placed: Placed, now: float) -> None:
         """These answers are sent to it."""
+        if not self.placed:
+            self.busy_since = now
         self.placed[placed.key] = placed
-        self.num_waiting_tokens += placed.num_tokens
         self.num_answers += placed.num_open
 
-    def begun(self, placed: Placed) -> None:
-        """Something has come of one of these answers; the others share its prompt."""
-        if not placed.has_begun:
-            placed.has_begun = True
-            self.num_waiting_tokens -= placed.num_tokens
-
-    def lose(self, placed: Placed) -> None:
-        """One of these answers is not its own any more."""
+    def lose(self, placed: Placed) -> bool:
+        """One of these answers is not its own any more; whether it was the last of them."""
         placed.num_open -= 1
         self.num_answers -= 1
-        if placed.num_open == 0:
-            self.begun(placed)
-            del self.placed[placed.key]
+        if placed.num_open:
+            return False
+        del self.placed[placed.key]
+        return True
 
 
 def summed(stats: Sequence[EngineStats]) -> EngineStats | None:

@@ -11,15 +11,14 @@ from octavo.server.fleet.stream import Stream
 
 
 class Placed:
-    """Answers to one prompt, of num_tokens tokens, that an engine got together, under one key; num_open are open."""
+    """Answers to one prompt that an engine got together, under one key; num_open of them are under way."""
 
-    __slots__ = ("engine", "has_begun", "key", "num_open", "num_tokens")
+    __slots__ = ("engine", "has_begun", "key", "num_open")
 
-    def __init__(self, engine: int, key: str, num_open: int, num_tokens: int) -> None:
+    def __init__(self, engine: int, key: str, num_open: int) -> None:
         self.engine = engine
         self.key = key
         self.num_open = num_open
-        self.num_tokens = num_tokens
         self.has_begun = False
 
 
@@ -45,11 +44,6 @@ class OpenAnswer:
         self.is_silent = True
         self.has_begun = False
         self.num_deaths = 0
-
-    @property
-    def num_tokens(self) -> int:
-        """Of the prompt and the answer so far: what another engine would have to compute."""
-        return len(self._sent.token_ids) + len(self.tokens)
 
     def rest(self) -> AddRequest:
         """The request for what is still to come: the answer so far stands behind the prompt.

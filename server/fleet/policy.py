@@ -15,9 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from octavo.runtime.parallel.config import Routing
 from octavo.server.fleet.prefix_index import PIECE_TOKENS, PrefixIndex
-
-Routing = Literal["prefix", "least-loaded", "round-robin"]
 
 RUNNING_SECONDS = 0.002  # by which each running request delays a prefill
 RATE_DECAY = 0.95  # of the weight of a step in the measured rate, for each later step with prompt tokens

@@ -14,12 +14,14 @@ from octavo_server import PATIENCE, Server, events, serving, value, wait_until
 
 PATH = "/v1/completions"
 NUM_STREAMS = 40
+KEY = "secret"
+HEADERS = {"Authorization": f"Bearer {KEY}"}
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     """With two engines, which are restarted as often as it takes."""
-    with serving("-dp", "2", "--max-engine-restarts", "1000") as it:
+    with serving("-dp", "2", "--max-engine-restarts", "1000", "--api-key", KEY) as it:
         yield it
 
 
@@ -46,7 +48,7 @@ async def answers(url: str, bodies: list[dict[str, Any]], on_begin: Callable[[in
         return list(events(lines))
 
     limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=url, timeout=PATIENCE, limits=limits) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=PATIENCE, limits=limits, headers=HEADERS) as client:
         return await asyncio.gather(*(one(client, asked) for asked in bodies))
 
 
@@ -107,12 +109,12 @@ def joined(chunks: list[Any]) -> Any:
 
 def test_an_answer_that_is_not_streamed_survives_it_too(server: Server) -> None:
     asked = {"prompt": "x", "n": 8, "max_tokens": 300, "ignore_eos": True, "temperature": 0, "prompt_logprobs": 1}
-    with server.client() as client:
+    with server.client(headers=HEADERS) as client:
         wait_until(lambda: num_up(client) == 2)
         wanted = client.post(PATH, json=asked).json()
 
         async def ask() -> Any:
-            async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE) as other:
+            async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE, headers=HEADERS) as other:
                 task = asyncio.create_task(other.post(PATH, json=asked))
                 await asyncio.to_thread(wait_until, lambda: in_flight(client) == 8)
                 for pid in server.engine_pids:  # one of both has it
@@ -122,6 +124,17 @@ def test_an_answer_that_is_not_streamed_survives_it_too(server: Server) -> None:
         found = asyncio.run(ask())
     assert found["choices"] == wanted["choices"]
     assert found["usage"]["completion_tokens"] == 8 * 300
+
+
+def test_an_engine_is_drained_by_who_has_a_key(server: Server) -> None:
+    with server.client() as anybody, server.client(headers=HEADERS) as client:
+        wait_until(lambda: num_up(anybody) == 2)
+        before = set(server.engine_pids)
+        assert anybody.post("/engines/1/drain").status_code == 401
+        assert client.post("/engines/2/drain").json()["error"]["message"] == "there is no engine 2: they are 0 to 1"
+        assert client.post("/engines/1/drain").json() == {"engine": 1, "status": "replaced"}
+        assert len(before & set(server.engine_pids)) == 1
+        assert num_up(anybody) == 2
 
 
 def in_flight(client: httpx.Client) -> int:
@@ -147,6 +160,7 @@ def test_the_only_engine_is_waited_for() -> None:
         assert joined(found) == joined(wanted)
         assert healths == [503]
         assert client.get("/health").status_code == 200
+        assert "--api-key" in client.post("/engines/0/drain").json()["error"]["message"]
         assert value(client, "octavo:engine_restarts_total") == 1
         assert value(client, "octavo:requests_migrated_total") == 1
         assert client.post(PATH, json={"prompt": "x", "max_tokens": 2}).status_code == 200

@@ -41,6 +41,7 @@ from octavo.runtime.parallel.lifeline import end_with_parent, read_line
 from octavo.runtime.process import Link, start_heartbeat
 
 VOCAB = 1024
+BLOCK = 128
 POISON = 1000
 FREEZE = 1001
 FAILS = 1002
@@ -67,8 +68,9 @@ def launcher(num_engines: int) -> Launcher:
 
 
 class _Answer:
-    def __init__(self, request: AddRequest) -> None:
+    def __init__(self, request: AddRequest, num_cached: int) -> None:
         self.request = request
+        self.num_cached = num_cached
         self.prompt = request.token_ids[: request.prompt_length]
         self.position = len(request.token_ids) - request.prompt_length
         self.is_new = True
@@ -81,7 +83,7 @@ class _Answer:
         first: dict[str, object] = {}
         if self.is_new:
             now = time.time()
-            first = {"num_cached_tokens": 0, "scheduled_time": now, "first_token_time": now}
+            first = {"num_cached_tokens": self.num_cached, "scheduled_time": now, "first_token_time": now}
             if params.prompt_logprobs is not None:
                 first["prompt_logprobs"] = [None, *(Logprobs(it, -1.0, 1, [], []) for it in self.prompt[1:])]
         self.is_new = False
@@ -98,6 +100,7 @@ class _Engine:
         self._is_paused = False
         self._has_vocabulary = False
         self._num_prompt = 0
+        self._seen: set[tuple[int, ...]] = set()
 
     def run(self) -> None:
         """Until Shutdown."""
@@ -128,9 +131,16 @@ class _Engine:
             return [TokenOutput(it, [], "error", error="no vocabulary") for it in request.request_ids]
         for answer in request.answers():
             assert answer.request_id not in self._answers
-            self._answers[answer.request_id] = _Answer(answer)
+            self._answers[answer.request_id] = _Answer(answer, self._num_cached(answer.token_ids))
             self._num_prompt += len(answer.token_ids)
         return []
+
+    def _num_cached(self, token_ids: list[int]) -> int:
+        """How many of a prompt's tokens it has seen as another one's beginning, in whole blocks."""
+        blocks = [tuple(token_ids[:end]) for end in range(BLOCK, len(token_ids), BLOCK)]
+        num_cached = BLOCK * sum(block in self._seen for block in blocks)
+        self._seen.update(blocks)
+        return num_cached
 
     def _step(self, refused: list[TokenOutput]) -> None:
         outputs = list(refused)

@@ -128,7 +128,13 @@ def _fleet_opener(options: ServeOptions, engines: Sequence[EngineProcess], launc
     from octavo.server.fleet.fleet import Fleet, FleetLimits
 
     parallel = options.engine.parallel
-    limits = FleetLimits(options.listen.engine_timeout, parallel.migration_limit, parallel.max_engine_restarts)
+    limits = FleetLimits(
+        options.listen.engine_timeout,
+        parallel.migration_limit,
+        parallel.max_engine_restarts,
+        routing=parallel.routing,
+        caches=options.engine.enable_prefix_caching,
+    )
     return partial(Fleet, engines, launcher.start, limits, options.engine.seed)
 
 

@@ -99,7 +99,8 @@ def test_no_stream_is_cut_when_engines_die_one_after_the_other() -> None:
             assert sum(member.num_migrated for member in fleet.members) >= 30
             assert not fleet._open
             assert [member.num_answers for member in fleet.members] == [0] * 8
-            assert [member.num_waiting_tokens for member in fleet.members] == [0] * 8
+            loads = fleet._chooser._router.loads
+            assert [(load.num_waiting_tokens, load.num_waiting, load.num_running) for load in loads] == [(0, 0, 0)] * 8
             assert fleet.num_queued_tokens == 0
 
     run(test)
@@ -318,6 +319,28 @@ def test_an_engine_is_drained_and_replaced() -> None:
             assert await asyncio.gather(*tasks, *streams) == [expected(one) for one in [*asked, *late]]
             assert sum(member.num_migrated for member in fleet.members) == 0
             assert fleet.members[0].takes_requests
+
+    run(test)
+
+
+def test_equal_beginnings_go_to_one_engine_while_that_pays() -> None:
+    """And when it is gone, so is what it had cached."""
+
+    async def test() -> None:
+        async with opened(2) as fleet:
+            prefix = [number % 900 for number in range(512)]
+            for number in range(6):
+                async with fleet.open([request(f"r{number}", [*prefix, number], max_tokens=2)]) as stream:
+                    await outputs_of(stream)
+            reasons = [dict(member.num_routed) for member in fleet.members]
+            assert sorted(reasons, key=len) == [{}, {"load": 1, "prefix": 5}]
+            favorite = next(member for member in fleet.members if member.num_routed)
+            assert favorite.num_predicted == 5 * 512
+            kill(fleet, favorite.index)
+            await until(lambda: favorite.num_restarts == 1)
+            async with fleet.open([request("last", [*prefix, 9], max_tokens=2)]) as stream:
+                await outputs_of(stream)
+            assert sum(member.num_routed["load"] for member in fleet.members) == 2
 
     run(test)
 

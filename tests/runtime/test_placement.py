@@ -1,0 +1,76 @@
+"""What each engine of a server gets of its machine."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from octavo.runtime.parallel import placement
+from octavo.runtime.parallel.config import MAX_ENGINES, Devices, ParallelConfig, check
+from octavo.runtime.parallel.placement import Placement, find_devices, place
+
+
+@given(st.integers(1, 64), st.integers(0, 70), st.integers(1, 200))
+def test_cores_are_dealt_out_once_and_evenly(size: int, more: int, step: int) -> None:
+    cores = tuple(range(3, 3 + step * (size + more), step))
+    parts = [place(index, size, Devices(cores, 1 << 16)).cores for index in range(size)]
+    if size == 1:
+        assert parts == [None], "one engine is not pinned"
+        return
+    assert [core for part in parts for core in part or []] == list(cores)
+    lengths = {len(part or []) for part in parts}
+    assert max(lengths) - min(lengths) <= 1
+    assert min(lengths) >= 1
+
+
+def test_a_quota_of_cpu_time_is_shared_and_pins_nothing() -> None:
+    devices = Devices(tuple(range(64)), 8)
+    assert place(1, 4, devices) == Placement(num_threads=2)
+    assert place(0, 3, devices) == Placement(num_threads=2)
+
+
+def test_each_engine_has_a_gpu_of_its_own() -> None:
+    devices = Devices((0, 1), 2, ("4", "GPU-7"))
+    assert [place(index, 2, devices).gpu for index in range(2)] == ["4", "GPU-7"]
+    assert place(0, 1, devices) == Placement(), "one engine sees what its server sees"
+
+
+@pytest.mark.parametrize(
+    ("size", "devices", "threads", "text"),
+    [
+        (3, Devices((0, 1), 99), None, "-dp 3: each engine takes a core, and there are 2; -dp 2 works"),
+        (2, Devices((0, 1), 1), None, "-dp 2: each engine takes a core, and there is 1; -dp 1 works"),
+        (3, Devices((0, 1), 99, ("0", "1")), None, "-dp 3: each engine takes a GPU, and there are 2; -dp 2 works"),
+        (2, Devices((0, 1, 2), 99), 2, "take 4 cores, and there are 3; --num-threads 1 works"),
+    ],
+)
+def test_what_is_not_there_is_refused_with_what_works(
+    size: int, devices: Devices, threads: int | None, text: str
+) -> None:
+    with pytest.raises(ValueError, match=text):
+        check(ParallelConfig(data_parallel_size=size), devices, threads)
+
+
+@given(st.integers(1, MAX_ENGINES), st.integers(1, 4), st.integers(1, 300), st.none() | st.integers(1, 40))
+def test_what_works_is_not_refused(size: int, ranks: int, count: int, threads: int | None) -> None:
+    parallel = ParallelConfig(data_parallel_size=size, tensor_parallel_size=ranks)
+    devices = Devices(tuple(range(count)), count)
+    try:
+        check(parallel, devices, threads)
+    except ValueError as error:
+        words = str(error).split("; ")[-1].split()
+        works = {"-dp": "data_parallel_size", "--num-threads": ""}[words[0]]
+        if works:
+            check(msgspec.structs.replace(parallel, data_parallel_size=int(words[1])), devices, None)
+        else:
+            check(parallel, devices, int(words[1]))
+
+
+def test_gpus_are_those_that_the_environment_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(placement.VISIBLE, " 2, GPU-9 ,-1")
+    assert find_devices("auto").gpus == ("2", "GPU-9")
+    assert find_devices("cpu").gpus == ()
+    monkeypatch.setenv(placement.VISIBLE, "")
+    assert find_devices("auto").gpus == ()
