@@ -79,6 +79,11 @@ class Admission:
         self._limits = limits
         self._coming: WeakSet[Ticket] = WeakSet()  # those that nobody goes on with vanish by themselves
 
+    @property
+    def may_be_full(self) -> bool:
+        """Whether there is a limit of requests."""
+        return self._limits.num_requests is not None
+
     def check_room(self) -> None:
         """Raise what `admit` would for a request of one answer, as far as that is known before its prompt is made."""
         limits = self._limits
@@ -87,7 +92,8 @@ class Admission:
 
     @property
     def _num_open(self) -> int:
-        return self._client.num_open + sum(ticket.num_answers for ticket in self._coming)
+        coming = sum(ticket.num_answers for ticket in self._coming) if self._coming else 0  # asked for each refusal
+        return self._client.num_open + coming
 
     def admit(self, prompt_lengths: Sequence[int], timeout: float | None, key_owner: str = "") -> Ticket:
         """Take a request of one answer for each of these prompts. Raises ApiError (429) when too many wait.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import signal
 import socket
@@ -21,7 +22,7 @@ from octavo.runtime.messages import Ready, StepOutputs
 from octavo.server.connection import Connection
 from octavo.server.engine_client import EngineDeadError
 from octavo.server.fleet.fleet import Fleet
-from octavo.server.listen_sockets import BACKLOG, Listener, listen
+from octavo.server.listen_sockets import BACKLOG, Listener, handles, listen
 from octavo.server.message.model_formats import ModelFormats
 from octavo.server.metrics import Metrics
 from octavo.server.options import ListenOptions
@@ -67,7 +68,7 @@ async def serve(
             client.on_death = stop.server.end_without_engine
             if client.death is not None:
                 stop.server.end_without_engine()
-            await stop.server.serve(sockets=[listener.socket])
+            await stop.server.serve(sockets=handles(listener.socket))
             ticker.cancel()
         return client.death is None
     except EngineDeadError as error:
@@ -113,7 +114,7 @@ class _Stop:
 def _uvicorn_config(app: FastAPI, options: ListenOptions) -> uvicorn.Config:
     return uvicorn.Config(
         app,
-        http=Connection,
+        http=functools.partial(Connection, at_once=app.state.at_once),  # type: ignore[arg-type]
         ws="none",
         lifespan="off",
         log_config=None,

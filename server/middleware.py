@@ -13,13 +13,14 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from octavo.server.access import Access, host_name
+from octavo.server.access import ANY_HOST, Access, host_name
 from octavo.server.admission import Admission
-from octavo.server.errors import ApiError, error_response
+from octavo.server.errors import ApiError, error_json, error_response
 from octavo.server.fleet.fleet import Fleet
 from octavo.server.metrics import Metrics
 
 MAX_REQUEST_ID = 256
+LOAD_FORMAT = b"endpoint-load-metrics-format"
 ANTHROPIC_PATH = "/v1/messages"
 PROBES = frozenset({"/health", "/ping"})  # a probe has no key, and learns no more than whether the server works
 UNCOUNTED = frozenset({"/metrics", "/health", "/load", "/ping", "/version", "/server_info"})  # vLLM doesn't either
@@ -39,17 +40,54 @@ OPEN_PATHS = frozenset({"/metrics", "/version", "/docs", "/openapi.json"})  # un
 KEY_PROBLEM = "the API key is missing or wrong: Authorization: Bearer KEY, or x-api-key: KEY"
 
 
+class Keys:
+    """The API keys that are accepted, and whose each is: a digest, since it is written to files."""
+
+    def __init__(self, keys: Sequence[str]) -> None:
+        self._accepted = [key.encode() for key in keys]
+        self._owners = [hashlib.sha256(key).hexdigest() for key in self._accepted]
+
+    def owner(self, authorization: bytes, api_key: bytes) -> str | None:
+        """Whose key a request carries in one of these headers; None: nobody's. Without keys everybody is ""."""
+        if not self._accepted:
+            return ""
+        scheme, _, bearer = authorization.partition(b" ")
+        given = [api_key.strip()]
+        if scheme.lower() == b"bearer":
+            given.append(bearer.strip())
+        # all of them, so that the time tells nothing
+        fitting = [secrets.compare_digest(one, key) for one in given for key in self._accepted]
+        return self._owners[fitting.index(True) % len(self._owners)] if any(fitting) else None
+
+
+class Hosts:
+    """The Host headers that the server answers to. `*.name` stands for all names that end in it, `*` for any."""
+
+    def __init__(self, hosts: Sequence[str]) -> None:
+        names = [host_name(host) for host in hosts]
+        self._takes_any = ANY_HOST in hosts
+        self._names = frozenset(names)
+        self._endings = tuple(name[1:] for name in names if name.startswith("*."))
+        self.shown = ", ".join(dict.fromkeys(names))
+
+    def admit(self, given: str) -> bool:
+        """Whether a request with this header is served; one without is: every browser sends it."""
+        if self._takes_any:
+            return True
+        name = host_name(given)
+        return not name or name in self._names or name.endswith(self._endings)
+
+
 class Authentication:
     """401 unless the request carries one of the keys (Authorization: Bearer KEY, or Anthropic's x-api-key: KEY).
 
     PROBES need none, nor do OPEN_PATHS unless `protect_all`. Routes find in the scope's state, as `owner`, whose key it
-    was: a digest, since it is written to files. A request from within the server has it there already.
+    was. A request from within the server has it there already.
     """
 
     def __init__(self, app: ASGIApp, access: Access) -> None:
         self._app = app
-        self._accepted = [key.encode() for key in access.keys]
-        self._owners = [hashlib.sha256(key).hexdigest() for key in self._accepted]
+        self._keys = Keys(access.keys)
         self._open = PROBES if access.protect_all else PROBES | OPEN_PATHS
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -63,22 +101,18 @@ class Authentication:
 
     def _fits(self, scope: Scope) -> bool:
         headers = Headers(scope=scope)
-        scheme, _, bearer = headers.get("authorization", "").encode("latin-1").partition(b" ")
-        given = [headers.get("x-api-key", "").encode("latin-1").strip()]
-        if scheme.lower() == b"bearer":
-            given.append(bearer.strip())
-        # all of them, so that the time tells nothing
-        fitting = [secrets.compare_digest(one, key) for one in given for key in self._accepted]
-        fits = any(fitting)
-        if fits:
-            scope.setdefault("state", {})["owner"] = self._owners[fitting.index(True) % len(self._owners)]
-        return fits
+        owner = self._keys.owner(
+            headers.get("authorization", "").encode("latin-1"), headers.get("x-api-key", "").encode("latin-1")
+        )
+        if owner is not None:
+            scope.setdefault("state", {})["owner"] = owner
+        return owner is not None
 
 
 class FullQueue:
     """429 for a request that would have to wait behind too many, before its body is read.
 
-    A flood is refused at a fraction of what it costs to read, check and render it.
+    A flood is refused at a fraction of what it costs to read, check and render it; most of it by RefusedAtOnce.
     """
 
     def __init__(self, app: ASGIApp, admission: Admission) -> None:
@@ -111,13 +145,9 @@ class RequestIds:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = Headers(scope=scope).get("x-request-id", "")
-        is_good = 0 < len(given) <= MAX_REQUEST_ID and given.isascii() and given.isprintable()
-        request_id = given if is_good else uuid.uuid4().hex
+        request_id = _request_id(Headers(scope=scope).get("x-request-id", ""))
         scope.setdefault("state", {})["request_id"] = request_id
-        headers = [(b"x-request-id", request_id.encode())]
-        if scope["path"].startswith(ANTHROPIC_PATH):
-            headers.append((b"request-id", request_id.encode()))
+        headers = _naming(request_id, scope["path"])
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -125,6 +155,20 @@ class RequestIds:
             await send(message)
 
         await self._app(scope, receive, send_with_id)
+
+
+def _request_id(given: str) -> str:
+    is_good = 0 < len(given) <= MAX_REQUEST_ID and given.isascii() and given.isprintable()
+    return given if is_good else uuid.uuid4().hex
+
+
+def _naming(request_id: str, path: str) -> list[tuple[bytes, bytes]]:
+    """The headers of the response."""
+    name = request_id.encode()
+    headers = [(b"x-request-id", name)]
+    if path.startswith(ANTHROPIC_PATH):
+        headers.append((b"request-id", name))
+    return headers
 
 
 class Reports:
@@ -144,7 +188,7 @@ class Reports:
             await self._app(scope, receive, send)
             return
         begun = time.monotonic()
-        form = Headers(scope=scope).get("endpoint-load-metrics-format", "").upper()
+        form = Headers(scope=scope).get(LOAD_FORMAT.decode(), "").upper()
         status = 499  # nobody was there to get one
 
         async def send_with_report(message: Message) -> None:
@@ -177,27 +221,69 @@ class Reports:
 
 
 class AllowedHosts:
-    """421 for a Host header that names another server. `*.name` stands for all names that end in it, `*` for any.
-
-    A request without the header is served: every browser sends it.
-    """
+    """421 for a Host header that names another server."""
 
     def __init__(self, app: ASGIApp, hosts: Sequence[str]) -> None:
         self._app = app
-        names = [host_name(host) for host in hosts]
-        self._names = frozenset(names)
-        self._endings = tuple(name[1:] for name in names if name.startswith("*."))
-        self._shown = ", ".join(dict.fromkeys(names))
+        self._hosts = Hosts(hosts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             given = Headers(scope=scope).get("host", "")
-            name = host_name(given)
-            if name and name not in self._names and not name.endswith(self._endings):
+            if not self._hosts.admit(given):
                 message = (
-                    f"the Host header is {given[:80]!r}, and this server answers to {self._shown}; --allowed-hosts "
-                    "names what it answers to, and * is any"
+                    f"the Host header is {given[:80]!r}, and this server answers to {self._hosts.shown}; "
+                    "--allowed-hosts names what it answers to, and * is any"
                 )
                 await error_response(421, message, path=scope["path"])(scope, receive, send)
                 return
         await self._app(scope, receive, send)
+
+
+class RefusedAtOnce:
+    """FullQueue's response, at less than half the cost: the connection sends it itself (Connection's `at_once`).
+
+    None where the application has more to say: where the host or the key doesn't fit, for a page of another origin, and
+    for a balancer that wants a load report.
+    """
+
+    def __init__(self, admission: Admission, metrics: Metrics, access: Access) -> None:
+        self._admission = admission
+        self._metrics = metrics
+        self._keys = Keys(access.keys)
+        self._hosts = Hosts(access.hosts)
+
+    def __call__(self, scope: Scope) -> list[Message] | None:
+        path = scope["path"]
+        if not self._admission.may_be_full or scope["method"] != "POST" or path not in GENERATING_PATHS:
+            return None
+        headers = dict(reversed(scope["headers"]))  # of several the first, as everywhere
+        if (
+            b"origin" in headers
+            or LOAD_FORMAT in headers
+            or not self._hosts.admit(headers.get(b"host", b"").decode("latin-1"))
+        ):
+            return None
+        owner = self._keys.owner(headers.get(b"authorization", b""), headers.get(b"x-api-key", b""))
+        if owner is None:
+            return None
+        try:
+            self._admission.check_room()
+        except ApiError as error:
+            self._metrics.request(path, "POST", error.status, 0.0)
+            return _response(error, path, _request_id(headers.get(b"x-request-id", b"").decode("latin-1")))
+        return None
+
+
+def _response(error: ApiError, path: str, request_id: str) -> list[Message]:
+    content = error_json(error.status, error.message, error.param, error.code, path)
+    headers = [
+        (b"content-length", str(len(content)).encode()),
+        (b"content-type", b"application/json"),
+        *((name.lower().encode(), value.encode()) for name, value in error.headers.items()),
+        *_naming(request_id, path),
+    ]
+    return [
+        {"type": "http.response.start", "status": error.status, "headers": headers},
+        {"type": "http.response.body", "body": content, "more_body": False},
+    ]

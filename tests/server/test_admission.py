@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
+import socket
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -60,27 +63,92 @@ def test_what_exceeds_the_queue_is_told_when_to_come_again(client: httpx.Client)
 def test_a_full_queue_is_told_before_a_body_is_read() -> None:
     """What is no JSON is refused for that where there is room, and for the queue where there is none."""
     bad = {"content": b"{", "headers": {"content-type": "application/json"}}
-    with (
-        serving(*FLAGS, "--engine-timeout", "300") as server,
-        server.client() as client,
-        server.client() as other,
-        ThreadPoolExecutor(1) as pool,
-    ):
-        assert {client.post(path, **bad).status_code for path in GENERATING_PATHS} == {400}
-        os.kill(server.engine_pid, signal.SIGSTOP)  # nothing begins any more
-        try:
-            waiting = pool.submit(other.post, PATH, json=SHORT | {"n": 5})
-            wait_until(lambda: client.get("/load").json()["server_load"] == 5)
-            full = {path: client.post(path, **bad) for path in GENERATING_PATHS}
+    with serving(*FLAGS, "--engine-timeout", "300") as server:
+        with server.client() as client:
+            assert {client.post(path, **bad).status_code for path in GENERATING_PATHS} == {400}
+        with full(server) as client:
+            answers = {path: client.post(path, **bad) for path in GENERATING_PATHS}
             assert client.post("/tokenize", json={"prompt": "The"}).status_code == 200
             refusals = {path: refused_by_handler(client, path) for path in GENERATING_PATHS}
-        finally:
-            os.kill(server.engine_pid, signal.SIGCONT)
         assert set(refusals.values()) == {2}  # the 400 and the 429
-        assert error_of(full[PATH], 429)["code"] == "queue_full"
-        assert error_of(full["/v1/messages"], 429)["type"] == "rate_limit_error"
-        assert all(each.status_code == 429 and int(each.headers["retry-after"]) >= 1 for each in full.values())
-        assert waiting.result(PATIENCE).status_code == 200
+        assert error_of(answers[PATH], 429)["code"] == "queue_full"
+        assert error_of(answers["/v1/messages"], 429)["type"] == "rate_limit_error"
+        assert all(each.status_code == 429 and int(each.headers["retry-after"]) >= 1 for each in answers.values())
+
+
+@contextmanager
+def full(server: Server) -> Iterator[httpx.Client]:
+    """A client of a server whose queue is full, as its engine stands."""
+    os.kill(server.engine_pid, signal.SIGSTOP)
+    try:
+        with server.client() as client, server.client() as other, ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(other.post, PATH, json=SHORT | {"n": 5}, headers=KEY)
+            try:
+                wait_until(lambda: client.get("/load", headers=KEY).json()["server_load"] == 5)
+                yield client
+            finally:
+                os.kill(server.engine_pid, signal.SIGCONT)
+            assert waiting.result(PATIENCE).status_code == 200
+    finally:
+        os.kill(server.engine_pid, signal.SIGCONT)
+
+
+KEY = {"Authorization": "Bearer one"}
+CHANGING = {"date", "x-request-id", "request-id", "connection"}
+CHANGING |= {"endpoint-load-metrics", "access-control-allow-origin", "vary"}
+BY_THE_APPLICATION = [{"endpoint-load-metrics-format": "JSON"}, {"Origin": "http://page"}]
+
+
+def told(response: httpx.Response) -> tuple[int, dict[str, str], bytes]:
+    assert len(response.headers["x-request-id"]) > 0
+    kept = {name: content for name, content in response.headers.items() if name not in CHANGING}
+    return response.status_code, kept, response.content
+
+
+def test_the_connection_refuses_as_the_application_does() -> None:
+    """For each path: what the connection says by itself, and what passes all of the middleware, are the same."""
+    flags = ("--engine-timeout", "300", "--api-key", "one", "two", "--allowed-origins", '["http://page"]')
+    with serving(*FLAGS, *flags) as server, full(server) as client:
+        for path in sorted(GENERATING_PATHS):
+            at_once = client.post(path, json=SHORT, headers=KEY | {"X-Request-Id": "mine"})
+            assert at_once.status_code == 429
+            assert at_once.headers["x-request-id"] == "mine"
+            assert ("request-id" in at_once.headers) == (path == "/v1/messages")
+            for header in BY_THE_APPLICATION:
+                assert told(client.post(path, json=SHORT, headers=KEY | header)) == told(at_once)
+            assert refused_by_handler(client, path) == 3
+            for headers, status in (({}, 401), ({"x-api-key": "three"}, 401), (KEY | {"Host": "elsewhere"}, 421)):
+                assert client.post(path, json=SHORT, headers=headers).status_code == status
+            assert client.post(path, json=SHORT, headers={"x-api-key": "two"}).status_code == 429
+
+
+def answers_on_one_connection(url: str, pieces: list[bytes]) -> bytes:
+    """All that a server says to these bytes, until it closes the connection."""
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=PATIENCE) as connection:
+        for piece in pieces:
+            connection.sendall(piece)
+        found = b""
+        while piece := connection.recv(65536):
+            found += piece
+    return found
+
+
+def test_a_refused_client_keeps_its_connection_once_its_body_has_come() -> None:
+    """Several requests in one packet are answered in order; an answer before the body's end is the last one."""
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 4\r\nauthorization: Bearer one\r\n"
+    last = head + b"connection: close\r\n\r\nbody"
+    other = b"GET /version HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer one\r\n\r\n"
+    with serving(*FLAGS, "--engine-timeout", "300", "--api-key", "one") as server, full(server):
+        said = answers_on_one_connection(server.url, [head + b"\r\nbody" + other + head + b"\r\nbody" + last])
+        assert re.findall(rb"HTTP/1.1 (\d+)", said) == [b"429", b"200", b"429", b"429"]
+        assert said.count(b"connection: close") == 1
+        said = answers_on_one_connection(server.url, [head + b"\r\n", b"bo", b"dy" + last])
+        assert re.findall(rb"HTTP/1.1 (\d+)", said) == [b"429", b"429"]
+        cut = answers_on_one_connection(server.url, [head + b"\r\nbo"])
+        assert re.findall(rb"HTTP/1.1 (\d+)", cut) == [b"429"]
+        assert b"connection: close" in cut
+        assert "Traceback" not in server.said
 
 
 def resident_bytes(server: Server) -> int:
