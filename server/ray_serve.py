@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import collections
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -38,6 +39,7 @@ POLL_SECONDS = 0.05
 HEALTH_SECONDS = 25.0  # Ray gives a check 30 s
 STOP_SECONDS = 15.0  # for the child to end once nothing is under way
 OWN_FLAGS = ("host", "port", "uds", "ssl_keyfile", "ssl_certfile", "ssl_ca_certs")
+SIZES = ("data_parallel_size", "tensor_parallel_size")  # each engine, and each rank of it, has threads of its own
 # Of one connection, and so not the other one's business (RFC 9110, 7.6.1).
 HOP_HEADERS = frozenset({"connection", "keep-alive", "transfer-encoding", "te", "trailer", "upgrade"})
 Headers = list[tuple[str, str]]
@@ -49,7 +51,7 @@ class Options(BaseModel):
 
     router: who chooses a replica. ray: Ray's own power of two choices. session: a consistent hash of the header
     `x-session-id`. prefix: waiting tokens and cached prefix, as among the engines of a cell.
-    num_cpus, num_gpus: what a replica takes of a node. Without a GPU a cell has as many threads.
+    num_cpus, num_gpus: what a replica takes of a node. Without a GPU a cell's engines and ranks share as many threads.
     cache_tokens: with router=prefix, what a cell's prefix cache holds.
     """
 
@@ -82,7 +84,8 @@ def serve_arguments(options: Options) -> list[str]:
         if name in flags:
             raise ValueError(f"{name}: a replica's server is reached through Ray alone; `serve start` has such options")
     if options.num_gpus == 0 and "num_threads" not in flags:
-        flags["num_threads"] = max(1, int(options.num_cpus))
+        num_processes = math.prod(int(flags.get(name, 1)) for name in SIZES)
+        flags["num_threads"] = max(1, int(options.num_cpus) // num_processes)
     words = [options.model]
     for name, value in flags.items():
         flag = "--" + name.replace("_", "-")

@@ -12,6 +12,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,24 @@ import httpx
 import pytest
 
 TINY = Path(__file__).parents[1] / "fixtures/tiny"
+QUANTIZED = Path(__file__).parents[1] / "fixtures/tiny--llmc-w4a16-g32"
 PATIENCE = 600.0  # seconds; only so that a hang is a failure
 SMALL = {"dtype": "float32", "num_gpu_blocks_override": "512", "block_size": "16"}
 
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("default")]  # Ray's own warnings are not ours to mend
 
 
+@dataclass
+class Running:
+    """A cluster of two nodes, with Serve's HTTP proxy on the first, and the second one."""
+
+    cluster: Any
+    second: Any
+    url: str
+
+
 @pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    """A cluster of two nodes, with Serve's HTTP proxy on the first."""
+def running() -> Iterator[Running]:
     # A loaded machine takes longer to start processes than Ray waits by default.
     for name in (
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S",
@@ -42,11 +52,11 @@ def url() -> Iterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
-    cluster.add_node(num_cpus=2)
+    second = cluster.add_node(num_cpus=2)
     ray.init(address=cluster.address)
     try:
         until(lambda: start_serve(port), "Serve has started")
-        yield f"http://127.0.0.1:{port}"
+        yield Running(cluster, second, f"http://127.0.0.1:{port}")
     finally:
         serve.shutdown()
         ray.shutdown()
@@ -71,14 +81,14 @@ def until(condition: Any, what: str) -> None:
 
 
 @pytest.fixture
-def deploy(url: str) -> Iterator[Any]:
+def deploy(running: Running) -> Iterator[Any]:
     from ray import serve
 
     from octavo.server.ray_serve import build
 
     def run(**arguments: Any) -> str:
-        serve.run(build({"model": str(TINY), **SMALL, **arguments}), name="octavo")
-        return url
+        serve.run(build({"model": str(TINY), **SMALL, "served_model_name": "tiny", **arguments}), name="octavo")
+        return running.url
 
     yield run
     serve.delete("octavo")
@@ -92,7 +102,7 @@ def num_cells() -> int:
 
 
 def ask(prompt: str, **fields: Any) -> dict[str, Any]:
-    return {"model": str(TINY), "prompt": prompt, "max_tokens": 16, "temperature": 0, "ignore_eos": True, **fields}
+    return {"model": "tiny", "prompt": prompt, "max_tokens": 16, "temperature": 0, "ignore_eos": True, **fields}
 
 
 async def completion(client: httpx.AsyncClient, body: dict[str, Any]) -> int:
@@ -117,7 +127,7 @@ def test_a_cell_answers_as_the_server_does(deploy: Any) -> None:
         assert whole.status_code == 200
         assert whole.json()["usage"]["completion_tokens"] == 16
         assert whole.headers["content-type"] == "application/json"
-        assert client.get("/v1/models").json()["data"][0]["id"] == str(TINY)
+        assert client.get("/v1/models").json()["data"][0]["id"] == "tiny"
         assert client.get("/health").status_code == 200
         refused = client.post("/v1/completions", json=ask("Hello", temperature=-1))
         assert refused.status_code == 400
@@ -213,6 +223,37 @@ def test_a_session_stays_with_its_cell(deploy: Any) -> None:
             answer = client.post("/v1/completions", json=ask(f"Number {number}", max_tokens=1))
             assert answer.status_code == 200, answer.text
     assert sorted(counted("vllm:request_success_total")) == [0, 8]
+
+
+def test_a_cell_may_have_several_engines_of_several_ranks(deploy: Any) -> None:
+    texts = set()
+    sizes: list[dict[str, int]] = [{}, {"tensor_parallel_size": 2}, {"data_parallel_size": 2}]
+    for size in sizes:
+        base = deploy(model=str(QUANTIZED), num_cpus=2, **size)
+        answer = httpx.post(f"{base}/v1/completions", json=ask("Hello"), timeout=PATIENCE)
+        assert answer.status_code == 200, answer.text
+        texts.add(answer.json()["choices"][0]["text"])
+    assert len(texts) == 1
+
+
+def test_a_killed_nodes_cell_comes_back_on_another(deploy: Any, running: Running) -> None:
+    """Last in this file, since the second node is gone afterwards."""
+    base = deploy(num_cpus=2, min_replicas=2, max_replicas=2)
+    before = set(cell_processes())
+    assert len(before) == 2
+    running.cluster.add_node(num_cpus=2)
+    killed = time.monotonic()
+    running.cluster.remove_node(running.second, allow_graceful=False)
+
+    def are_two_again() -> bool:
+        there = set(cell_processes())
+        return num_cells() == 2 and len(there) == 2 and len(there & before) == 1
+
+    until(are_two_again, "the cell has come back")
+    print(f"back after {time.monotonic() - killed:.1f} s")
+    for number in range(8):
+        answer = httpx.post(f"{base}/v1/completions", json=ask(f"Number {number}"), timeout=PATIENCE)
+        assert answer.status_code == 200, answer.text
 
 
 def cell_processes() -> list[int]:
