@@ -19,7 +19,7 @@ from octavo.runtime.messages import AddRequest, FinishReason, Logprobs, Sampling
 from octavo.server.admission import Ticket
 from octavo.server.errors import ApiError
 from octavo.server.fleet.fleet import Fleet
-from octavo.server.generation import Choice, Steps, counted_ends
+from octavo.server.generation import Choice, Steps, count_end, counted_ends
 from octavo.server.metrics import Metrics
 
 _unique = itertools.count()
@@ -128,7 +128,7 @@ async def search_beams(choices: Sequence[Choice], client: Fleet, metrics: Metric
                 output = _output(choice, beam, search.num_cached or 0, is_aborted=is_aborted)
                 delta = choice.take(output)
                 metrics.tokens(choice.timeline, output, len(delta.token_ids))
-                metrics.end(choice.timeline, delta.finish_reason or "stop", choice.num_tokens)
+                count_end(choice, delta.finish_reason or "stop", metrics)
                 deltas.append(delta)
         yield deltas
 

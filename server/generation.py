@@ -277,6 +277,12 @@ def _change_sent(choices: Sequence[Choice], **fields: Any) -> None:
         choice.sent = sent[id(choice.sent)]
 
 
+def count_end(choice: Choice, finish_reason: str, metrics: Metrics) -> None:
+    """Tell the metrics how this answer has ended, and how many of its calls could not be read."""
+    metrics.end(choice.timeline, finish_reason, choice.num_tokens)
+    metrics.unparsed_calls(choice.parser.num_malformed, choice.timeline.engine)
+
+
 @contextmanager
 def counted_ends(choices: Sequence[Choice], metrics: Metrics) -> Iterator[None]:
     """Tell the metrics of the whole request, and how each answer ended that has not ended by itself.
@@ -321,8 +327,7 @@ async def generate(choices: Sequence[Choice], client: Fleet, metrics: Metrics, t
                     metrics.tokens(choice.timeline, output, len(delta.token_ids))
                     if delta.finish_reason is not None:
                         num_open -= 1
-                        metrics.end(choice.timeline, delta.finish_reason, choice.num_tokens)
-                        metrics.unparsed_calls(choice.parser.num_malformed, choice.timeline.engine)
+                        count_end(choice, delta.finish_reason, metrics)
                         if output.finish_reason is None:
                             stream.end([output.request_id])
                     num_silent -= delta.is_first

@@ -52,7 +52,7 @@ class AbortRequest(Strict):
 
 def routes(service: Service, sessions: Sessions) -> APIRouter:
     """/generate, its sessions, /flush_cache, /abort_request, /health_generate, and what the model is."""
-    router = APIRouter(route_class=StrictRoute, responses=RESPONSES, dependencies=[Depends(no_other_page)])
+    router = APIRouter(route_class=StrictRoute, responses=RESPONSES)
     model = service.model
     owners: Owners = WeakKeyDictionary()
     _add_generate(router, service, sessions, owners)
@@ -67,7 +67,7 @@ def routes(service: Service, sessions: Sessions) -> APIRouter:
         await fold(service.steps(http, choices, ()), 1)
         return Response(status_code=200)
 
-    @router.api_route("/flush_cache", methods=["GET", "POST"])
+    @router.api_route("/flush_cache", methods=["GET", "POST"], dependencies=[Depends(no_other_page)])
     async def flush_cache(http: Request) -> Response:
         """Forget all cached prefixes that no running request holds."""
         if http.headers.get("sec-fetch-site") == "cross-site":  # an image of any page could ask

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -124,3 +125,19 @@ def test_beams_that_end_are_ranked_as_in_vllm(
     assert [choice["text"] for choice in answer["choices"]] == texts
     if prompt == PROMPTS[1]:
         assert "stop" in reasons
+
+
+def test_calls_that_can_not_be_read_are_counted(tmp_path: Path, oracle: Oracle) -> None:
+    """The token that a beam begins with is made the marker of a call, and what follows is none."""
+    messages = [{"role": "user", "content": "abc"}]
+    best = oracle.beams(oracle.chat_ids(messages), 2, 4)
+    write_tokenizer(tmp_path, ["<tool_call>"], [best[0][0]])
+    flags = ("--tokenizer", str(tmp_path), "--tool-call-parser", "hermes", "--tool-strict-level", "auto")
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    body = {"messages": messages, "tools": [tool], "use_beam_search": True, "n": 2, "max_tokens": 4, "temperature": 0}
+    with serving(*flags) as server, server.client() as client:
+        response = client.post("/v1/chat/completions", json=body)
+        assert response.status_code == 200, response.text
+        assert all(choice["message"]["content"] for choice in response.json()["choices"])
+        count = sum(beam[0] == best[0][0] for beam in best)
+        assert value(client, "octavo:tool_call_unparsed_total") == count

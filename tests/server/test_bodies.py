@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import Response
 from pydantic import TypeAdapter
 from socket_app import connected
@@ -63,6 +63,16 @@ async def wait(body: CompletionRequest, http: Request) -> Response:  # noqa: ARG
     return Response()
 
 
+def refuse(http: Request) -> None:
+    if http.headers["host"] == "x":
+        raise ApiError(403, "not for this host")
+
+
+@router.post("/checked", dependencies=[Depends(refuse)])
+async def checked(body: CompletionRequest, http: Request) -> Response:
+    raise AssertionError((body, http))
+
+
 def make_app(total: int = 10 * LIMIT) -> FastAPI:
     app = FastAPI()
     errors.install(app)
@@ -101,6 +111,32 @@ async def post(streams: Streams, content: bytes, path: str = "/") -> tuple[int, 
     reader, writer = streams
     writer.write(head(len(content), path) + content)
     return await answer_of(reader)
+
+
+def test_what_a_route_depends_on_is_asked_before_its_body() -> None:
+    async def test(streams: Streams, _: Bodies) -> None:
+        assert (await post(streams, b"{}", "/checked"))[0] == 403
+
+    run(test)
+
+
+async def later(http: Request) -> None: ...
+def anything(http: Request, q: str) -> None: ...
+def nothing() -> None: ...
+
+
+@pytest.mark.parametrize("dependency", [later, anything, nothing])
+def test_a_dependency_that_would_not_be_asked_is_refused(dependency: Callable[..., Any]) -> None:
+    with pytest.raises(TypeError, match="/x: a dependency"):
+        APIRouter(route_class=StrictRoute).post("/x", dependencies=[Depends(dependency)])(number_of_tokens)
+
+
+def test_a_parameter_that_would_not_be_given_is_refused() -> None:
+    async def wants_more(body: CompletionRequest, http: Request, q: str) -> Response:
+        raise AssertionError((body, http, q))
+
+    with pytest.raises(TypeError, match="takes `body` and `http`"):
+        APIRouter(route_class=StrictRoute).post("/x")(wants_more)
 
 
 def test_a_body_that_does_not_come(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,12 +9,15 @@ from pathlib import Path
 from octavo_server import TINY
 
 
-def write_tokenizer(directory: Path, special: Sequence[str]) -> dict[str, int]:
-    """Write it with these special tokens in place of the last ones of the vocabulary; returns their ids."""
+def write_tokenizer(directory: Path, special: Sequence[str], places: Sequence[int] | None = None) -> dict[str, int]:
+    """Write it with these special tokens in place of the last ones of the vocabulary, or of those at `places`.
+
+    Returns their ids.
+    """
     content = json.loads((TINY / "tokenizer.json").read_text())
     vocabulary: dict[str, int] = content["model"]["vocab"]
     names = {token_id: name for name, token_id in vocabulary.items()}
-    ids = dict(zip(special, range(max(names), 0, -1), strict=False))
+    ids = dict(zip(special, places or range(max(names), 0, -1), strict=False))
     dropped = {names[token_id] for token_id in ids.values()}
     merges = [pair if isinstance(pair, list) else pair.split(" ") for pair in content["model"]["merges"]]
     content["model"]["merges"] = [pair for pair in merges if not {*pair, "".join(pair)} & dropped]
