@@ -10,7 +10,7 @@ from typing import Any
 from octavo.server.message.format import ReasoningFormat, ToolFormat
 from octavo.server.message.infer import Inference, infer
 from octavo.server.message.parse import Formats
-from octavo.server.message.presets import REASONING_PRESETS, TOOL_PRESETS
+from octavo.server.message.presets import CHANNEL_NAMES, REASONING_PRESETS, SEVERAL_WAYS, TOOL_PRESETS
 from octavo.server.message.probe import History
 from octavo.server.template_renderer import TemplateRenderer
 from octavo.text.chat_template import ChatTemplateError, Message
@@ -55,9 +55,9 @@ class ModelFormats:
 
 def check_names(tool_parser: str | None, reasoning_parser: str | None) -> None:
     """Raises ValueError for a parser's name that is not known."""
-    names: tuple[tuple[str, str | None, Mapping[str, object]], ...] = (
-        ("--tool-call-parser", tool_parser, TOOL_PRESETS),
-        ("--reasoning-parser", reasoning_parser, REASONING_PRESETS),
+    names: tuple[tuple[str, str | None, Sequence[str]], ...] = (
+        ("--tool-call-parser", tool_parser, [*TOOL_PRESETS]),
+        ("--reasoning-parser", reasoning_parser, [*REASONING_PRESETS, *CHANNEL_NAMES]),
     )
     for flag, name, presets in names:
         if name is not None and name not in presets and name != "auto":
@@ -79,9 +79,18 @@ async def find_formats(
     reasoning: ReasoningFormat | None = found.reasoning
     reasoning_from = found.reasoning_from
     if tool_parser not in (None, "auto"):
-        tools = TOOL_PRESETS[str(tool_parser)]
-        tools_from = f"--tool-call-parser {tool_parser}"
-    if reasoning_parser not in (None, "auto"):
+        named = TOOL_PRESETS[str(tool_parser)]
+        begin = SEVERAL_WAYS.get(str(tool_parser))
+        is_of_template = (
+            begin is not None and tools is not None and (tools.section_begin or tools.call_begin).startswith(begin)
+        )
+        tools = tools if is_of_template else named
+        tools_from = f"--tool-call-parser {tool_parser}{', as the template has it' if is_of_template else ''}"
+    if reasoning_parser in CHANNEL_NAMES:
+        tools = TOOL_PRESETS["openai"]
+        reasoning = None
+        tools_from = reasoning_from = f"--reasoning-parser {reasoning_parser}"
+    elif reasoning_parser not in (None, "auto"):
         reasoning = REASONING_PRESETS[str(reasoning_parser)]
         reasoning_from = f"--reasoning-parser {reasoning_parser}"
     return ModelFormats.bound(Inference(tools, tools_from, reasoning, reasoning_from, found.history), special_tokens)

@@ -1,4 +1,13 @@
-"""Formats by name, for templates that don't show theirs: the names are those of vLLM's and SGLang's parsers."""
+"""Formats by name, for templates that don't show theirs: the names are those of vLLM's and SGLang's parsers.
+
+What each format looks like is from the chat template of its models where tests/fixtures/templates has one, which proves
+it: hermes, llama3_json, mistral, deepseek_v3 to v4, glm45, glm47, kimi_k2, openai, qwen3_coder, seed_oss, gemma4,
+functionary_v3_2, cohere_command3, apertus and gigachat3. The others' is from what the peers read and show:
+
+    llama4_pythonic olmo3 xlam phi4_mini_json hunyuan_a13b internlm    vLLM's examples/tool_chat_template_*.jinja
+    pythonic granite granite4 granite-20b-fc jamba longcat             vLLM's tool parsers
+    minimax_m2 step3 lfm2 hunyuan functiongemma                        SGLang's detectors, and models' own outputs
+"""
 
 from __future__ import annotations
 
@@ -217,6 +226,14 @@ _OLMO3 = ToolFormat(
     call_end=")",
     between="\n",
 )
+_FUNCTIONGEMMA = ToolFormat(
+    "pythonic",
+    call_begin="<start_function_call>call:",
+    name_to_arguments="{",
+    key_to_value=":",
+    call_end="}<end_function_call>",
+    string_quote="<escape>",
+)
 _XLAM = ToolFormat(
     "json_array",
     section_begin="[",
@@ -245,17 +262,75 @@ _INTERNLM = ToolFormat(
     call_end="}<|action_end|>",
     between="\n",
     keys=("name", "parameters"),
+    may_repeat=False,
 )
 _STEP3 = ToolFormat(
     "params",
     section_begin="<｜tool_calls_begin｜>",
     section_end="<｜tool_calls_end｜>",
     call_begin='<｜tool_call_begin｜>function<｜tool_sep｜><steptml:invoke name="',
-    name_to_arguments='">',
+    name_to_arguments='">\n',
     call_end="</steptml:invoke><｜tool_call_end｜>",
+    between="\n",
     key_begin='<steptml:parameter name="',
     key_to_value='">',
-    value_end="</steptml:parameter>",
+    value_end="</steptml:parameter>\n",
+)
+_HUNYUAN = ToolFormat(
+    "params",
+    section_begin="<tool_calls>",
+    section_end="</tool_calls>",
+    call_begin="<tool_call>",
+    name_to_arguments="<tool_sep>\n",
+    call_end="</tool_call>",
+    between="\n",
+    key_begin="<arg_key>",
+    key_to_value="</arg_key>\n<arg_value>",
+    value_end="</arg_value>\n",
+)
+_LONGCAT = ToolFormat(
+    "json",
+    call_begin='<longcat_tool_call>\n{"name": "',
+    name_to_arguments='", "arguments": ',
+    call_end="}\n</longcat_tool_call>",
+    between="\n",
+    keys=("name", "arguments"),
+)
+_GRANITE_20B = ToolFormat(
+    "json",
+    call_begin='<function_call> {"name": "',
+    name_to_arguments='", "arguments": ',
+    call_end="}",
+    between="\n",
+    keys=("name", "arguments"),
+)
+_COHERE = ToolFormat(
+    "json_array",
+    section_begin="<|START_ACTION|>[",
+    section_end="]<|END_ACTION|>",
+    call_begin='{"tool_call_id": "{index}", "tool_name": "',
+    name_to_arguments='", "parameters": ',
+    call_end="}",
+    between=",\n    ",
+    keys=("tool_name", "parameters"),
+)
+_APERTUS = ToolFormat(
+    "json_array",
+    section_begin="<|tools_prefix|>[",
+    section_end="]<|tools_suffix|>",
+    call_begin='{"',
+    name_to_arguments='": ',
+    call_end="}",
+    between=", ",
+    keys=("", ""),
+)
+_GIGACHAT3 = ToolFormat(
+    "json",
+    call_begin='<|function_call|>{"name": "',
+    name_to_arguments='", "arguments": ',
+    call_end="}",
+    keys=("name", "arguments"),
+    may_repeat=False,
 )
 _FUNCTIONARY_V32 = ToolFormat(
     "json",
@@ -291,22 +366,33 @@ TOOL_PRESETS = {
     "gpt-oss": _HARMONY,
     "granite": _GRANITE,
     "granite4": _HERMES,
+    "granite-20b-fc": _GRANITE_20B,
     "phi4_mini_json": _PHI4_MINI,
     "qwen3_coder": _QWEN3_CODER,
     "qwen3_xml": _QWEN3_CODER,
     "step3p5": _QWEN3_CODER,
+    "mimo": _QWEN3_CODER,
     "minimax_m2": _MINIMAX_M2,
     "minimax-m2": _MINIMAX_M2,
     "seed_oss": _SEED_OSS,
     "gemma4": _GEMMA4,
+    "functiongemma": _FUNCTIONGEMMA,
     "lfm2": _LFM2,
     "olmo3": _OLMO3,
     "xlam": _XLAM,
     "jamba": _JAMBA,
     "hunyuan_a13b": _JAMBA,
+    "hunyuan": _HUNYUAN,
+    "hy_v3": _HUNYUAN,
     "internlm": _INTERNLM,
     "interns1": _INTERNLM,
     "step3": _STEP3,
+    "longcat": _LONGCAT,
+    "cohere_command3": _COHERE,
+    "cohere_command4": _COHERE,
+    "apertus": _APERTUS,
+    "apertus2509": _APERTUS,
+    "gigachat3": _GIGACHAT3,
     "functionary_v3_2": _FUNCTIONARY_V32,
 }
 
@@ -319,21 +405,41 @@ _GRANITE_THINK = ReasoningFormat("Here is my thought process:", "Here is my resp
 _COHERE_THINK = ReasoningFormat("<|START_THINKING|>", "<|END_THINKING|>")
 _APERTUS_THINK = ReasoningFormat("<|inner_prefix|>", "<|inner_suffix|>")
 
+_KIMI_THINK = ReasoningFormat("◁think▷", "◁/think▷")
+
 REASONING_PRESETS = {
     "qwen3": _THINK,
+    "qwen3-thinking": _THINK_FIRST,
+    "mimo": _THINK,
     "deepseek_r1": _THINK_FIRST,
     "deepseek-r1": _THINK_FIRST,
     "deepseek_v3": _THINK,
     "deepseek-v3": _THINK,
+    "deepseek_v4": _THINK,
+    "deepseek-v4": _THINK,
     "glm45": _THINK,
+    "glm47": _THINK,
     "kimi_k2": _THINK,
+    "kimi": _KIMI_THINK,
+    "nemotron_v3": _THINK,
+    "nemotron_3": _THINK,
+    "interns1": _THINK,
     "olmo3": _THINK_FIRST,
     "minimax_m2": _THINK_FIRST,
+    "minimax": _THINK_FIRST,
     "step3": _THINK_FIRST,
+    "step3p5": _THINK_FIRST,
     "seed_oss": _SEED_THINK,
     "mistral": _MISTRAL_THINK,
     "gemma4": _GEMMA4_THINK,
     "granite": _GRANITE_THINK,
     "cohere_command": _COHERE_THINK,
+    "cohere_command3": _COHERE_THINK,
+    "cohere_command4": _COHERE_THINK,
     "apertus": _APERTUS_THINK,
+    "apertus2509": _APERTUS_THINK,
 }
+# A family whose models write calls in several ways, by how all of these begin: the template tells which it is.
+SEVERAL_WAYS = {"mistral": "[TOOL_CALLS]"}
+CHANNEL_NAMES = ("openai_gptoss", "gpt-oss", "gpt_oss")
+"""Names of reasoning that gpt-oss's channels tell: it has no format beside that of its calls."""

@@ -14,10 +14,11 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
@@ -98,14 +99,15 @@ class ChatTemplate:
         where memory is limited.
         """
         source = self.choose(self.name_for(template, has_tools=bool(tools)))
-        compiled, wants_parts = _compiled(source)
+        compiled, wants_parts, wants_functions = _compiled(source)
         try:
             chat = [_with_reasoning_names(message) for message in copy.deepcopy(list(messages))]
             for message in chat:
                 if isinstance(message.get("content"), list) and not wants_parts:
                     message["content"] = "\n".join(part["text"] for part in message["content"])
             text = _mark_end(chat, source.text) if continue_final_message else None
-            values = self._special_tokens | copy.deepcopy(variables or {})
+            own = _functions(tools) if wants_functions else {}
+            values = self._special_tokens | own | copy.deepcopy(variables or {})
             values |= {
                 "messages": chat,
                 "tools": copy.deepcopy(tools) or None,
@@ -169,7 +171,17 @@ def _from_config(file: Path) -> dict[str, str]:
     )
 
 
-def _compiled(source: TemplateSource) -> tuple[jinja2.Template, bool]:
+class _Compiled(NamedTuple):
+    """A template, whether it walks over a message's content, and so wants its parts as a list, and whether it shows
+    tools under their older name.
+    """
+
+    template: jinja2.Template
+    wants_parts: bool
+    wants_functions: bool
+
+
+def _compiled(source: TemplateSource) -> _Compiled:
     """`_compile`, with errors that say where the template is wrong."""
     try:
         return _compile(source.text)
@@ -196,15 +208,23 @@ def _written(compiled: jinja2.Template, values: dict[str, Any], origin: str, max
 
 
 @functools.lru_cache(maxsize=64)
-def _compile(source: str) -> tuple[jinja2.Template, bool]:
-    """The compiled template, and whether it walks over a message's content, and so wants its parts as a list."""
+def _compile(source: str) -> _Compiled:
     environment = _Environment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
-    return environment.from_string(source), _iterates_content(environment.parse(source))
+    tree = environment.parse(source)
+    named = jinja2.meta.find_undeclared_variables(tree)
+    wants_functions = {"functions", "datetime"} <= named and "tools" not in named
+    return _Compiled(environment.from_string(source), _iterates_content(tree), wants_functions)
+
+
+def _functions(tools: list[dict[str, Any]] | None) -> dict[str, str]:
+    """What Firefunction takes in the place of tools, as its model card has it: their text, and the time."""
+    functions = [tool["function"] for tool in tools or ()]
+    return {"functions": json.dumps(functions, indent=4), "datetime": _strftime_now("%Y-%m-%d %H:%M:%S")}
 
 
 def _iterates_content(tree: jinja2.nodes.Template) -> bool:

@@ -3,6 +3,7 @@ they add up to is the whole answer. The model's tokens are given; no engine runs
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import pickle
@@ -28,6 +29,7 @@ from spoken import (
     streamed,
     whole,
 )
+from templates import template
 
 from octavo.runtime.messages import Constraint, Ready, Reasoning, StartupReport, Triggers
 from octavo.server.dialects.conversation import render_request
@@ -35,11 +37,13 @@ from octavo.server.dialects.tools import reading_of, shown_tools
 from octavo.server.errors import ApiError
 from octavo.server.message.format import ReasoningFormat
 from octavo.server.message.infer import Inference
-from octavo.server.message.model_formats import check_names
+from octavo.server.message.model_formats import check_names, find_formats
 from octavo.server.message.parts import text_of
-from octavo.server.message.presets import TOOL_PRESETS
+from octavo.server.message.presets import CHANNEL_NAMES, TOOL_PRESETS
 from octavo.server.message.probe import History
 from octavo.server.metrics import Metrics
+from octavo.server.template_renderer import TemplateRenderer
+from octavo.text.chat_template import ChatTemplate
 from octavo.text.template_process import Job
 
 
@@ -140,8 +144,42 @@ def test_what_is_refused(fields: dict[str, Any], says: str) -> None:
 def test_parsers_are_known_by_name() -> None:
     check_names("hermes", "deepseek_r1")
     check_names(None, "auto")
+    check_names("openai", "openai_gptoss")
     with pytest.raises(ValueError, match=r"--tool-call-parser 'nobody'.*hermes"):
         check_names("nobody", None)
+
+
+@pytest.mark.parametrize("name", CHANNEL_NAMES)
+def test_the_name_of_gpt_oss_s_reasoning_names_its_messages(name: str) -> None:
+    """The peers have one flag for its calls and one for its reasoning, and its channels tell both."""
+    found = asyncio.run(find_formats(TemplateRenderer(ChatTemplate({}, {})), {}, None, name)).found
+    assert (found.tools, found.reasoning) == (TOOL_PRESETS["openai"], None)
+
+
+@pytest.mark.parametrize(
+    ("name", "to_arguments"),
+    [
+        ("mistralai-Ministral-3-14B-Reasoning-2512", "[ARGS]"),
+        ("Mistral-Small-3.2-24B-Instruct-2506", "[CALL_ID]{id}[ARGS]"),
+        ("mistralai-Mistral-Nemo-Instruct-2407", '", "arguments": '),
+        ("octavo-smollm2", "[ARGS]"),
+    ],
+)
+def test_mistral_s_name_is_that_of_several_formats(name: str, to_arguments: str) -> None:
+    """The template tells which of them; without one, or with another model's, it is the latest."""
+    renderer = TemplateRenderer(template(name))
+    renderer.start()
+
+    async def find() -> Inference:
+        try:
+            return (await find_formats(renderer, {}, "mistral")).found
+        finally:
+            renderer.stop("the test ends")
+
+    found = asyncio.run(find())
+    assert found.tools is not None
+    assert found.tools.name_to_arguments == to_arguments
+    assert found.tools_from.startswith("--tool-call-parser mistral")
 
 
 def test_a_constraint_holds_behind_the_reasoning_that_the_prompt_has_opened() -> None:

@@ -6,6 +6,7 @@ must give the same back by value, however the text is cut.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -16,14 +17,17 @@ import pytest
 from call_walks import CALL_SCHEMAS, FIRST_SPECIAL, Walker
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from templates import FIXTURES, TOKENIZER, inference, source
+from templates import FIXTURES, TOKENIZER, inference, source, template
 from transformers.utils import chat_template_utils
 
 from octavo.runtime.messages import Constraint
 from octavo.server.message.call_constraint import WantedCalls, WantedTool, grammar_of_calls
 from octavo.server.message.format import ReasoningFormat, ToolFormat
+from octavo.server.message.infer import is_proved
 from octavo.server.message.parse import Formats, Machine
 from octavo.server.message.parts import Part, append_parts, calls_of, reasoning_of, text_of
+from octavo.server.message.presets import TOOL_PRESETS
+from octavo.server.message.probe import Probe
 
 NO_CALLS = "none: the template doesn't show tool calls"
 NO_RENDERING = "none: the template can't render a tool call"
@@ -48,7 +52,7 @@ TABLE = {
     "LFM2-8B-A1B": NO_CALLS,
     "LFM2.5-Instruct": NO_CALLS,
     "MiMo-VL": "inferred",
-    "MiroThinker": NO_RENDERING,  # it assigns to a tool's fields, which jinja2 refuses
+    "MiroThinker": NO_RENDERING,  # for llama.cpp's engine: it assigns to a tool's fields, which jinja2 refuses
     "Mistral-Small-3.2-24B-Instruct-2506": "inferred",
     "NVIDIA-Nemotron-3-Nano-30B-A3B-BF16": "inferred",
     "NousResearch-Hermes-2-Pro-Llama-3-8B-tool_use": "inferred",
@@ -65,7 +69,7 @@ TABLE = {
     "deepseek-ai-DeepSeek-V3.1": "inferred",
     "deepseek-ai-DeepSeek-V3.2": "inferred",
     "deepseek-ai-DeepSeek-V4": "inferred",
-    "fireworks-ai-llama-3-firefunction-v2": NO_RENDERING,  # it wants `functions` and `datetime`, which nobody passes
+    "fireworks-ai-llama-3-firefunction-v2": "inferred",
     "google-gemma-2-2b-it": NO_CALLS,
     "google-gemma-4-31B-it-interleaved": "preset gemma4",
     "google-gemma-4-31B-it": "preset gemma4",
@@ -162,6 +166,9 @@ def golden(name: str, messages: Sequence[dict[str, Any]], *, prompt: bool = Fals
     if name in ("Kimi-K2-Instruct", "Kimi-K2-Thinking"):  # they append to a list
         environment = chat_template_utils._compile_jinja_template(text).environment
         environment.is_safe_attribute = lambda _value, attribute, _found: not attribute.startswith("_")
+    if name == "fireworks-ai-llama-3-firefunction-v2":  # as its model card has it
+        functions = json.dumps([tool["function"] for tool in TOOLS], indent=4)
+        variables = {"functions": functions, "datetime": "2024-06-01 12:00:00"}
     tools = None if name == "llama-cpp-deepseek-r1" else TOOLS  # its list of tools is a generator, which json refuses
     if name == "deepseek-ai-DeepSeek-R1-Distill-Llama-8B":  # it wants content: null, which apply_chat_template drops
         rendered, _ = chat_template_utils.render_jinja_template(
@@ -281,7 +288,7 @@ def test_the_table_is_whole() -> None:
     assert set(TABLE) == files
     knowing = {name for name in files if "tool_calls" in source(name)}
     assert len(knowing) == 49
-    assert len(knowing & set(WORKING)) == 47
+    assert len(knowing & set(WORKING)) == 48
 
 
 @pytest.mark.parametrize("name", sorted(TABLE))
@@ -360,6 +367,41 @@ def test_single_calls_are_told() -> None:
         keys=("name", "parameters"),
         may_repeat=False,
     )
+
+
+PROVED = {
+    "hermes": "Qwen-Qwen2.5-7B-Instruct",
+    "llama3_json": "meta-llama-Llama-3.1-8B-Instruct",
+    "mistral": "mistralai-Ministral-3-14B-Reasoning-2512",
+    "mistral_array": "mistralai-Mistral-Nemo-Instruct-2407",
+    "deepseek_v3": "deepseek-ai-DeepSeek-R1-Distill-Qwen-32B",
+    "deepseek_v31": "deepseek-ai-DeepSeek-V3.1",
+    "deepseek_v32": "deepseek-ai-DeepSeek-V3.2",
+    "deepseek_v4": "deepseek-ai-DeepSeek-V4",
+    "glm45": "GLM-4.6",
+    "glm47": "GLM-4.7-Flash",
+    "kimi_k2": "Kimi-K2-Thinking",
+    "openai": "openai-gpt-oss-120b",
+    "qwen3_coder": "Qwen3-Coder",
+    "step3p5": "stepfun-ai-Step-3.5-Flash",
+    "seed_oss": "ByteDance-Seed-OSS",
+    "gemma4": "google-gemma-4-31B-it",
+    "functionary_v3_2": "meetkai-functionary-medium-v3.2",
+    "cohere_command3": "CohereForAI-c4ai-command-r7b-12-2024-tool_use",
+    "apertus": "Apertus-8B-Instruct",
+    "gigachat3": "GigaChat3.1-10B-A1.8B",
+    "phi4_mini_json": "fireworks-ai-llama-3-firefunction-v2",
+}
+
+
+@pytest.mark.parametrize("preset", PROVED)
+def test_presets_are_what_the_templates_of_their_models_write(preset: str) -> None:
+    """By the same proof as an inferred format's; a preset may leave out how often a model calls."""
+    name = PROVED[preset]
+    found = inference(name)
+    assert found.tools is not None
+    form = dataclasses.replace(TOOL_PRESETS[preset], may_repeat=found.tools.may_repeat)
+    assert is_proved(Probe(template(name).render, found.history), form)
 
 
 CALLING = [name for name, origin in TABLE.items() if not origin.startswith("none")]
