@@ -10,6 +10,7 @@ shard, and whether its narrower groups cost one, `choose_kernel` says as for any
     block            inside one: each row its own scales    as groups
     act-order        as it is: it is about columns          each column keeps its group, so groups have unequal sizes
     input's, static  every rank has it: the rounding is that of the whole layer
+    input's, token   all columns are there                  `pad`: an added column can hold the largest number of all
     input's, groups  all columns are there                  as the weight's: narrower groups of the rank's own columns
 """
 
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import gcd
-from typing import Literal
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ from octavo.quant.scheme import ActivationScheme, Granularity, QuantScheme, Weig
 Axis = Literal["rows", "columns"]
 Range = tuple[int, int]  # begin and stop
 UNIT: dict[Axis, int] = {"rows": 64, "columns": 32}  # where nothing in the weight says where to cut
+PADDING = 4  # columns: kernels take pairs of them, or four
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,22 @@ def regroup(weight: QuantizedWeight, size: int) -> QuantizedWeight:
     )
 
 
+def pad(weight: QuantizedWeight) -> tuple[QuantizedWeight, int]:
+    """A weight without blocks with columns added at the right end that stand for zeros, and how many these are."""
+    n, k = weight.shape
+    side = _side(weight.scheme.weight.granularity)
+    added = PADDING if side is None else side - k % side
+    zero_point = weight.zero_point
+    group_of_added = 0 if weight.g_idx is not None else -1
+    zeros = torch.zeros_like(weight.codes[:, :1]) if zero_point is None else zero_point[:, [group_of_added]]
+    codes = torch.cat([weight.codes, zeros.expand(n, added)], 1)
+    if weight.g_idx is not None:
+        return replace(weight, codes=codes, g_idx=torch.cat([weight.g_idx, weight.g_idx.new_full((added,), 0)])), added
+    if side is None or k % side:
+        return replace(weight, codes=codes), added
+    return replace(weight, codes=codes, scale=_repeat_last(weight.scale), zero_point=_repeat_last(zero_point)), added
+
+
 def _rows(weight: QuantizedWeight, begin: int, stop: int) -> QuantizedWeight:
     block = weight.scheme.weight.granularity.block
     if block is not None and begin % block[0]:
@@ -169,6 +187,14 @@ def _rounded_in_whole_groups(weight: QuantizedWeight, begin: int, stop: int) -> 
         assert side is not None
         return regroup(weight, gcd(side, narrow))
     return replace(weight, scheme=QuantScheme(weight.scheme.weight, _in_groups(activation, narrow)))
+
+
+@overload
+def _repeat_last(table: Tensor) -> Tensor: ...
+@overload
+def _repeat_last(table: Tensor | None) -> Tensor | None: ...
+def _repeat_last(table: Tensor | None) -> Tensor | None:
+    return None if table is None else torch.cat([table, table[:, -1:]], 1)
 
 
 def _in_groups(activation: ActivationScheme | None, size: int) -> ActivationScheme | None:

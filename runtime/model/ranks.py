@@ -17,9 +17,11 @@ from torch import Tensor
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
 from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.quantized_activation import ActivationQuant, Hidden
-from octavo.quant.linear import Linear
-from octavo.quant.scheme import AT_LOAD, QuantScheme, SchemeError, scheme_at_load
-from octavo.quant.shard import unit_of
+from octavo.quant.linear import Linear, make_linear
+from octavo.quant.qparams import QuantizedWeight, Weight
+from octavo.quant.scheme import AT_LOAD, CHANNEL, QuantScheme, SchemeError, scheme_at_load
+from octavo.quant.shard import pad, unit_of
+from octavo.quant.target import Target
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.model.layers import Head
 from octavo.runtime.model.names import layer_linears
@@ -134,6 +136,37 @@ def _norming_over_ranks(ops: Ops, rank: Rank, spec: DecoderSpec) -> Ops:
         return ops.rope_and_attention(normed.to(qkv.dtype), step, cache, shape, cos_sin, None, None, eps, input_quant)
 
     return replace(ops, rope_and_attention=rope_and_attention)
+
+
+class RoundedTogether(Linear):
+    """A linear layer over this rank's columns, whose input is rounded token by token, as that of the whole layer is.
+
+    The scale is that of the largest number in the columns of all ranks, which stands in columns that were added to the
+    input; those of the weight are zeros.
+    """
+
+    def __init__(self, own: Linear, added: int, group: Group) -> None:
+        super().__init__(own.scheme, own.parts, own.bias, own.out_dtype)
+        self._added = added
+        self._group = group
+
+    def forward(self, x: Hidden, step: StepInputs | None) -> Tensor:
+        assert isinstance(x, Tensor)
+        largest = torch.zeros(self._group.size, len(x))
+        largest[self._group.rank] = x.abs().amax(1)
+        of_all = self._group.all_reduce(largest).amax(0).to(x.dtype)
+        return super().forward(torch.cat([x, of_all.unsqueeze(1).expand(-1, self._added)], 1), step)
+
+
+def make_part(weights: list[Weight], biases: list[Tensor | None], target: Target, rank: Rank) -> Linear:
+    """A layer over this rank's columns, whose outputs are summed over ranks, in float32, and rounded only then."""
+    (weight,) = weights
+    activation = weight.scheme.activation if isinstance(weight, QuantizedWeight) else None
+    if activation is None or not activation.dynamic or activation.granularity != CHANNEL:
+        return make_linear(weights, biases, target, out_dtype=torch.float32)
+    assert isinstance(weight, QuantizedWeight)
+    padded, added = pad(weight)
+    return RoundedTogether(make_linear([padded], biases, target, out_dtype=torch.float32), added, rank.group)
 
 
 class RankHead:

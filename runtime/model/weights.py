@@ -32,7 +32,7 @@ from octavo.runtime.model.layers import AddNorm, Attention, DecoderLayer, Embedd
 from octavo.runtime.model.model import KVScales, Model
 from octavo.runtime.model.moe import GroupedMoe, MoeMlp
 from octavo.runtime.model.names import NORMS, LinearParts, head_name, layer_linears, required_modules, routers
-from octavo.runtime.model.ranks import Rank, RankHead, choose_rank, over_ranks
+from octavo.runtime.model.ranks import Rank, RankHead, choose_rank, make_part, over_ranks
 from octavo.runtime.model.rope import FIRST_ROWS, RopeSpec, RopeTable
 from octavo.runtime.model.sources import CheckpointSource, DummySource, LoadError, Source
 from octavo.runtime.model.spec import DecoderSpec, UnknownArchitectureError, stored_dtype
@@ -380,10 +380,12 @@ class DecoderBuilder:
     def _linear(self, weights: list[Weight], biases: list[Tensor | None], *, is_part: bool = False) -> Linear:
         """One module out of those that share their input, fused along their outputs.
 
-        is_part: the outputs of all ranks are summed, and rounded only then.
+        is_part: this rank has some of the columns, and the outputs of all ranks are summed.
         """
-        out_dtype = torch.float32 if is_part and self.rank is not None else None
-        linear = make_linear(weights, biases, self.target, out_dtype=out_dtype)
+        if is_part and self.rank is not None:
+            linear = make_part(weights, biases, self.target, self.rank)
+        else:
+            linear = make_linear(weights, biases, self.target)
         self._note(*(part.choice for part in linear.parts))
         return linear
 

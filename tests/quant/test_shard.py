@@ -27,7 +27,7 @@ from octavo.quant.scheme import (
     WeightScheme,
     group,
 )
-from octavo.quant.shard import WHOLE, Axis, Range, Shard, cut, regroup, unit_of
+from octavo.quant.shard import WHOLE, Axis, Range, Shard, cut, pad, regroup, unit_of
 from octavo.quant.target import Target
 from octavo.runtime.parallel.layout import even_share
 
@@ -205,6 +205,19 @@ def test_rows_that_end_inside_a_block_have_their_own_scales() -> None:
     assert isinstance(part, QuantizedWeight)
     assert part.scheme.weight.granularity.block == (1, 128)
     assert same(part.dequantize(), weight.dequantize()[64:])
+
+
+@pytest.mark.parametrize("columns", [96, 100])
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("name", ["int4 g32 asym", "int8 tensor asym", "W8A8", "W4A8", "FP8_DYNAMIC"])
+def test_added_columns_are_zeros(name: str, columns: int, act_order: bool) -> None:
+    """Of whatever zero points, behind a short last group too; the others stay as they are."""
+    scheme = SCHEMES[name]
+    weight = weight_of(scheme, 24, columns, act_order=act_order and scheme.weight.granularity.kind == "group")
+    padded, added = pad(weight)
+    assert added > 0
+    assert same(padded.dequantize()[:, :columns], weight.dequantize())
+    assert same(padded.dequantize()[:, columns:], torch.zeros(24, added))
 
 
 def test_a_short_last_group_belongs_to_the_last_rank() -> None:

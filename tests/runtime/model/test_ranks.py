@@ -99,6 +99,17 @@ def test_quantized_checkpoints_differ_within_rounding(name: str, ranks: Ranks, f
             assert all(torch.equal(mine, theirs) for mine, theirs in zip(driver[1], other[1], strict=True))
 
 
+@pytest.mark.parametrize("name", ["tiny--llmc-w8a8", "tiny--llmc-fp8-dynamic", "tiny--llmc-w4a8-g32"])
+def test_inputs_are_rounded_as_those_of_one_rank(name: str, ranks: Ranks, fixtures: Path, tmp_path: Path) -> None:
+    """Token by token, by the largest number of all ranks' columns: in float32 few inputs, near a tie, differ."""
+    directory = whole(fixtures / name, tmp_path)
+    settings = {"dtype": "float32"}
+    alone, _ = prefilled(ALONE, directory, settings, [40, 24])
+    for size in (2, 3):
+        driver = ranks.run(prefilled, size, directory, settings, [40, 24])[0]
+        assert divergence(driver[0], alone) <= 1e-5
+
+
 def test_what_is_rounded_at_load_is_rounded_as_on_one_rank(ranks: Ranks, fixtures: Path) -> None:
     """Before it is cut: the groups are the same, in float32 to the last bits."""
     settings = {"dtype": "int4", "lm_head_dtype": "int8"}
