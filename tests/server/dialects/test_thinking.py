@@ -9,6 +9,7 @@ from typing import Any
 import openai
 import pytest
 from octavo_server import serving
+from slow_cases import slow
 from spoken import ANSWER, THINKS, TOKENIZER, TOOLS, answer_to, constrained, deltas, model, request, streamed, whole
 
 from octavo.runtime.messages import Reasoning
@@ -144,10 +145,13 @@ TEMPLATE = (
 )
 
 
-def test_a_budget_in_a_real_answer(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("begin", "end"), [("<|im_start|>", "<|endoftext|>"), slow("[My thoughts are:]", "[My answer is:]")]
+)
+def test_a_budget_in_a_real_answer(tmp_path: Path, begin: str, end: str) -> None:
     """A random model would hardly end its thoughts by itself; at its budget it does, with the sentence before."""
     template = tmp_path / "template.jinja"
-    template.write_text(TEMPLATE)
+    template.write_text(TEMPLATE.replace("<|im_start|>", begin).replace("<|endoftext|>", end))
     config = '{"reasoning_end_str": "Enough."}'
     with serving(
         "--served-model-name", "tiny", "--chat-template", str(template), "--reasoning-config", config
@@ -166,5 +170,6 @@ def test_a_budget_in_a_real_answer(tmp_path: Path) -> None:
             reasoning = answer.choices[0].message.reasoning  # type: ignore[attr-defined]
             assert reasoning.endswith("Enough.")
             spent = answer.usage.completion_tokens_details.reasoning_tokens
-            assert spent == budget + len(TOKENIZER.encode("Enough."))
+            end_length = len(TOKENIZER.encode("Enough." + end)) - 1
+            assert spent == budget + end_length
             assert answer.choices[0].message.content
