@@ -1,7 +1,8 @@
 """Which requests are taken while the engine is busy, and how long one may wait.
 
 A request that would have to wait behind too many others is refused at once, with the seconds after which to come again.
-Those that have been taken are never refused; they may run out of time.
+Those that have been taken are never refused; they may run out of time. Where several owners ask, one who has less than
+an equal part of all places is taken though others fill the queue: so up to twice as many may wait.
 """
 
 from __future__ import annotations
@@ -9,13 +10,15 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Awaitable, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
-from weakref import WeakSet
+from weakref import WeakSet, finalize
 
 from octavo.server.errors import ApiError, bad_request
 from octavo.server.fleet.fleet import Fleet
+from octavo.server.options import FairBy
 
 MOST_SECONDS = 60  # of Retry-After: by then things have changed
 T = TypeVar("T")
@@ -51,6 +54,15 @@ class Ticket:
     first_token_until: float
     end_until: float
     _coming: WeakSet[Ticket] = field(repr=False)
+    _leave: Callable[[], object] = field(repr=False, default=lambda: None)
+
+    def __enter__(self) -> Ticket:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """The request has ended."""
+        self.open()
+        self._leave()
 
     def open(self) -> None:
         """The engine has it: it counts there from now on."""
@@ -74,9 +86,11 @@ class Ticket:
 class Admission:
     """Decides about every request. Use from one event loop only."""
 
-    def __init__(self, client: Fleet, limits: QueueLimits) -> None:
+    def __init__(self, client: Fleet, limits: QueueLimits, fair_by: FairBy = "none") -> None:
         self._client = client
         self._limits = limits
+        self._fair_by = fair_by
+        self._num_of: Counter[str] = Counter()  # answers of each owner of whom some are under way
         self._coming: WeakSet[Ticket] = WeakSet()  # those that nobody goes on with vanish by themselves
 
     @property
@@ -84,50 +98,85 @@ class Admission:
         """Whether there is a limit of requests."""
         return self._limits.num_requests is not None
 
-    def check_room(self) -> None:
+    def check_room(self, key_owner: str) -> None:
         """Raise what `admit` would for a request of one answer, as far as that is known before its prompt is made."""
-        limits = self._limits
-        if limits.num_requests is not None:
-            self._check("requests", self._num_open + 1 - limits.max_num_seqs, limits.num_requests)
+        self._check_places(1, {"none": "", "key": key_owner, "user": None}[self._fair_by])
+
+    def _check_places(self, count: int, owner: str | None) -> None:
+        """Raise ApiError where so many answers have no place. owner: None where it is not known yet."""
+        limit = self._limits.num_requests
+        if limit is None:
+            return
+        places = self._limits.max_num_seqs + limit
+        total = self._num_open + count
+        if total <= places:
+            return
+        if total <= places + limit:
+            num_owners = len(self._num_of) + (owner not in self._num_of)
+            if owner is None or (self._num_of[owner] + count) * num_owners <= places:
+                return
+        raise self._full("requests", total - places, limit)
+
+    def _check_tokens(self, count: int, owner: str) -> None:
+        """Raise ApiError where prompts of so many tokens have no place.
+
+        Those of an owner of whom nothing is under way are taken up to twice the limit, and any where nothing waits:
+        what is longer than the limit could never be, otherwise.
+        """
+        limit = self._limits.num_tokens
+        if limit is None:
+            return
+        waiting = self._client.num_queued_tokens + sum(ticket.num_tokens for ticket in self._coming)
+        total = waiting + count
+        if total <= limit or not waiting or (total <= 2 * limit and owner not in self._num_of):
+            return
+        raise self._full("tokens", total - limit, limit)
 
     @property
     def _num_open(self) -> int:
         coming = sum(ticket.num_answers for ticket in self._coming) if self._coming else 0  # asked for each refusal
         return self._client.num_open + coming
 
-    def admit(self, prompt_lengths: Sequence[int], timeout: float | None, key_owner: str = "") -> Ticket:
+    def admit(
+        self, prompt_lengths: Sequence[int], timeout: float | None, key_owner: str = "", owner: str = ""
+    ) -> Ticket:
         """Take a request of one answer for each of these prompts. Raises ApiError (429) when too many wait.
 
-        timeout: seconds that the client gives it.
+        timeout: seconds that the client gives it. owner: who has a fair share, as --fair-by says.
         """
         limits = self._limits
+        count = len(prompt_lengths)
         num_tokens = sum(prompt_lengths)
-        if limits.num_requests is not None:
-            self._check("requests", self._num_open + len(prompt_lengths) - limits.max_num_seqs, limits.num_requests)
-        if limits.num_tokens is not None:
-            waiting = self._client.num_queued_tokens + sum(ticket.num_tokens for ticket in self._coming)
-            # a prompt that is longer than the limit is taken where nothing waits: it could never be, otherwise
-            self._check("tokens", waiting + num_tokens if waiting else 0, limits.num_tokens)
+        self._check_places(count, owner)
+        self._check_tokens(num_tokens, owner)
         now = time.monotonic()
         ticket = Ticket(
             key_owner,
-            len(prompt_lengths),
+            count,
             num_tokens,
             now + (math.inf if limits.seconds is None else limits.seconds),
             now + (math.inf if timeout is None else timeout),
             self._coming,
         )
         self._coming.add(ticket)
+        self._num_of[owner] += count
+        leave = finalize(ticket, self._leave, owner, count)  # once: at the request's end, or if nobody goes on with it
+        leave.atexit = False
+        ticket._leave = leave
         return ticket
 
-    def _check(self, what: str, count: int, limit: int) -> None:
-        if count > limit:
-            raise ApiError(
-                429,
-                f"{limit} {what} wait already, which is all that may (--max-queued-{what}); try again later",
-                code="queue_full",
-                headers={"Retry-After": str(self._seconds_to_wait(count - limit))},
-            )
+    def _leave(self, owner: str, count: int) -> None:
+        self._num_of[owner] -= count
+        if not self._num_of[owner]:
+            del self._num_of[owner]
+
+    def _full(self, what: str, excess: int, limit: int) -> ApiError:
+        return ApiError(
+            429,
+            f"{limit} {what} wait already, which is all that may (--max-queued-{what}); try again later",
+            code="queue_full",
+            headers={"Retry-After": str(self._seconds_to_wait(excess))},
+        )
 
     def _seconds_to_wait(self, excess: int) -> int:
         """After how long so much of the queue has been worked off, at the pace of the last answers."""

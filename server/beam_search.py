@@ -116,7 +116,7 @@ async def search_beams(choices: Sequence[Choice], client: Fleet, metrics: Metric
         by_prompt.setdefault(id(choice.sent), []).append(choice)
     searches = [Search(alike) for alike in by_prompt.values()]
     is_aborted = False
-    with counted_ends(choices, metrics):
+    with ticket, counted_ends(choices, metrics):
         try:
             while any(search.has_work for search in searches):
                 await _step([search for search in searches if search.has_work], client, ticket)

@@ -310,7 +310,7 @@ async def generate(choices: Sequence[Choice], client: Fleet, metrics: Metrics, t
     """The deltas of each step, until every choice has ended. Raises ApiError when the engine fails or is dead."""
     by_id = {choice.request.request_id: choice for choice in choices}
     num_open = len(choices)
-    with counted_ends(choices, metrics):
+    with ticket, counted_ends(choices, metrics):
         await ticket.within_time(client.resumed(), has_begun=False)
         prompts = {id(choice.sent): choice.sent for choice in choices}
         async with client.open(prompts.values(), ticket.key_owner) as stream:

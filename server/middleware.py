@@ -122,7 +122,7 @@ class FullQueue:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in GENERATING_PATHS:
             try:
-                self._admission.check_room()
+                self._admission.check_room(scope.get("state", {}).get("owner", ""))
             except ApiError as error:
                 response = error_response(error.status, error.message, error.param, error.code, scope["path"])
                 response.headers.update(error.headers)
@@ -268,7 +268,7 @@ class RefusedAtOnce:
         if owner is None:
             return None
         try:
-            self._admission.check_room()
+            self._admission.check_room(owner)
         except ApiError as error:
             self._metrics.request(path, "POST", error.status, 0.0)
             return _response(error, path, _request_id(headers.get(b"x-request-id", b"").decode("latin-1")))

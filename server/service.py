@@ -69,12 +69,12 @@ class Service:
         self.model = model
         self._client = client
         self._metrics = metrics
-        self.admission = Admission(client, limits)
+        self.admission = Admission(client, limits, options.fair_by)
         self._log_requests = options.enable_log_requests
         self._fair_by = options.fair_by
         self._long_work = ThreadPoolExecutor(1, "octavo-long")
 
-    def check(self, name: str | None) -> None:
+    def check(self, name: str | None, http: Request) -> None:
         """Whether a request for the model of this name can be answered. Raises ApiError.
 
         That the queue is full is told here, before the prompt is made: of a burst many have passed FullQueue together.
@@ -82,7 +82,7 @@ class Service:
         self.check_name(name)
         if self._client.refusal is not None:
             raise ApiError(503, self._client.refusal)
-        self.admission.check_room()
+        self.admission.check_room(owner_of(http))
 
     def check_name(self, name: str | None) -> None:
         """Whether the model of this name is served. Raises ApiError."""
@@ -125,7 +125,9 @@ class Service:
         key_owner = owner_of(http)
         set_owner(choices, self._fair_by, key_owner)
         lengths = [len(choice.request.token_ids) for choice in choices]
-        ticket = self.admission.admit(lengths, timeout_of(http.headers.get("x-request-timeout")), key_owner)
+        ticket = self.admission.admit(
+            lengths, timeout_of(http.headers.get("x-request-timeout")), key_owner, choices[0].sent.owner
+        )
         answers = generate if choices[0].length_penalty is None else search_beams
         return answers(choices, self._client, self._metrics, ticket)
 

@@ -64,7 +64,7 @@ def routes(service: Service) -> APIRouter:
     @router.post("/v1/messages")
     async def messages(body: MessagesRequest, http: Request) -> Response:
         """Answer a conversation."""
-        service.check(body.model)
+        service.check(body.model, http)
         asked = await chat(body, http)
         with in_words_of(OPENAI_NAMES):
             choices = await begin(asked, http, service, clamps=True)

@@ -92,7 +92,7 @@ async def begin(body: ChatCompletionRequest, http: Request, service: Service, *,
     The template is rendered, the prompt tokenized, and the way in which the answer is read decided. clamps: a limit
     of tokens that is more than the context leaves becomes what it leaves.
     """
-    service.check(body.model)
+    service.check(body.model, http)
     model = service.model
     if variables := effort_variables(body, model):
         body = body.model_copy(update={"chat_template_kwargs": variables | (body.chat_template_kwargs or {})})

@@ -108,7 +108,7 @@ def routes(service: Service) -> APIRouter:
 
 async def begin_completion(body: CompletionRequest, http: Request, service: Service) -> CompletionAnswer:
     """The answer to a request at its beginning. Raises ApiError."""
-    service.check(body.model)
+    service.check(body.model, http)
     model = service.model
     name = request_id_of(http, body)
     return await service.off_loop(

@@ -106,7 +106,7 @@ def routes(service: Service) -> APIRouter:
     @router.post("/v1/decisions")
     async def decisions(body: DecisionRequest, http: Request) -> Response:
         """Answer questions about an input by the probabilities of their answers."""
-        service.check(body.model)
+        service.check(body.model, http)
         scored, usage = await _scored(
             body.plain(), written(body.input), body.chat_template_kwargs or {}, body.temperature, http, service
         )
@@ -126,7 +126,7 @@ def routes(service: Service) -> APIRouter:
     @router.post("/v1/systemone")
     async def systemone(body: SystemOneRequest, http: Request) -> Response:
         """The same in the shapes of System One."""
-        service.check(body.model)
+        service.check(body.model, http)
         scored, usage = await _scored(
             body.plain(), written(body.state), body.chat_template_kwargs or {}, 1.0, http, service
         )

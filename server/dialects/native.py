@@ -61,7 +61,7 @@ def routes(service: Service, sessions: Sessions) -> APIRouter:
     @router.get("/health_generate")
     async def health_generate(http: Request) -> Response:
         """200 when the engine has generated a token."""
-        service.check(None)
+        service.check(None, http)
         one = NativeSampling(max_new_tokens=1, temperature=0.0)
         choices = choices_of(items_of(GenerateRequest(input_ids=[0], sampling_params=one)), model)
         await fold(service.steps(http, choices, ()), 1)
@@ -98,7 +98,7 @@ def _add_generate(router: APIRouter, service: Service, sessions: Sessions, owner
     @router.api_route("/generate", methods=["POST", "PUT"])
     async def generate(body: GenerateRequest, http: Request) -> Response:
         """Complete one prompt or several."""
-        service.check(None)
+        service.check(None, http)
         asked = None if body.session_params is None else body.session_params.continuation()
         if asked is not None:
             return await in_session(body, asked, http)

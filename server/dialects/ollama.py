@@ -61,7 +61,7 @@ def routes(service: Service) -> APIRouter:
     probe = SystemProbe(model)
 
     async def answered(body: ChatRequest | GenerateRequest, http: Request, kind: type[OllamaAnswer]) -> Response:
-        service.check(ollama_models.plain_name(body.model, model))
+        service.check(ollama_models.plain_name(body.model, model), http)
         if isinstance(body, GenerateRequest) and (body.raw or body.suffix):
             weight = 16 if body.format else 1  # a schema is rewritten and compiled
             with in_words_of(OPENAI_NAMES):
@@ -78,23 +78,23 @@ def routes(service: Service) -> APIRouter:
     async def chat(body: ChatRequest, http: Request) -> Response:
         """Answer a conversation."""
         if not body.messages:
-            return _loaded(body, service, {"message": {"role": "assistant", "content": ""}})
+            return _loaded(body, http, service, {"message": {"role": "assistant", "content": ""}})
         return await answered(body, http, ChatAnswer)
 
     @router.post("/api/generate")
     async def generate(body: GenerateRequest, http: Request) -> Response:
         """Answer one prompt, through the chat template or, with raw, as it is."""
         if not body.prompt and not body.suffix:
-            return _loaded(body, service, {"response": ""})
+            return _loaded(body, http, service, {"response": ""})
         return await answered(body, http, GenerateAnswer)
 
     router.include_router(ollama_models.routes(service))
     return router
 
 
-def _loaded(body: GenerationFields, service: Service, empty: Json) -> Response:
+def _loaded(body: GenerationFields, http: Request, service: Service, empty: Json) -> Response:
     """To a request that only wants the model loaded: it is."""
-    service.check(ollama_models.plain_name(body.model, service.model))
+    service.check(ollama_models.plain_name(body.model, service.model), http)
     return JsonResponse(encode_json({**_head(body.model), **empty, "done_reason": "load", "done": True}))
 
 

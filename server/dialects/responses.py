@@ -117,7 +117,7 @@ class Responses:
     async def create(self, body: ResponsesRequest, http: Request) -> Response:
         """Answer: at once, as events, or in the background. Raises ApiError."""
         service = self._service
-        service.check(body.model)
+        service.check(body.model, http)
         owner = owner_of(http)
         stores = self._stores(body)
         response_id = f"resp_{uuid.uuid4().hex}"

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -107,7 +108,17 @@ def told(response: httpx.Response) -> tuple[int, dict[str, str], bytes]:
 
 def test_the_connection_refuses_as_the_application_does() -> None:
     """For each path: what the connection says by itself, and what passes all of the middleware, are the same."""
-    flags = ("--engine-timeout", "300", "--api-key", "one", "two", "--allowed-origins", '["http://page"]')
+    flags = (
+        "--engine-timeout",
+        "300",
+        "--api-key",
+        "one",
+        "two",
+        "--allowed-origins",
+        '["http://page"]',
+        "--fair-by",
+        "none",
+    )
     with serving(*FLAGS, *flags) as server, full(server) as client:
         for path in sorted(GENERATING_PATHS):
             at_once = client.post(path, json=SHORT, headers=KEY | {"X-Request-Id": "mine"})
@@ -120,6 +131,25 @@ def test_the_connection_refuses_as_the_application_does() -> None:
             for headers, status in (({}, 401), ({"x-api-key": "three"}, 401), (KEY | {"Host": "elsewhere"}, 421)):
                 assert client.post(path, json=SHORT, headers=headers).status_code == status
             assert client.post(path, json=SHORT, headers={"x-api-key": "two"}).status_code == 429
+
+
+@pytest.mark.parametrize(
+    ("flags", "other"),
+    [((), {"headers": {"Authorization": "Bearer two"}}), (("--fair-by", "user"), {"json": {"user": "two"}})],
+)
+def test_a_queue_that_others_fill_has_places_for_who_has_few(flags: tuple[str, ...], other: dict[str, Any]) -> None:
+    """Five places for two owners, of whom one has them all: two for the other, and none for the first."""
+    keys = ("--engine-timeout", "300", "--api-key", "one", "two")
+    mine = {"headers": other.get("headers", KEY), "json": SHORT | other.get("json", {})}
+    with serving(*FLAGS, *keys, *flags) as server, full(server) as client, ThreadPoolExecutor(2) as pool:
+        waiting = []
+        for number in range(2):
+            waiting.append(pool.submit(client.post, PATH, **mine))
+            wait_until(lambda most=6 + number: client.get("/load", headers=KEY).json()["server_load"] == most)
+        assert client.post(PATH, **mine).status_code == 429
+        assert client.post(PATH, json=SHORT, headers=KEY).status_code == 429
+        os.kill(server.engine_pid, signal.SIGCONT)
+        assert [each.result(PATIENCE).status_code for each in waiting] == [200, 200]
 
 
 def answers_on_one_connection(url: str, pieces: list[bytes]) -> bytes:
