@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from fastapi import FastAPI, Request
@@ -47,6 +47,36 @@ class ErrorResponse(BaseModel):
     """The body of every answer that isn't a success."""
 
     error: ErrorDetail
+
+
+class AnthropicErrorDetail(BaseModel):
+    """What went wrong, in Anthropic's words."""
+
+    type: Literal[
+        "invalid_request_error",
+        "authentication_error",
+        "permission_error",
+        "not_found_error",
+        "timeout_error",
+        "request_too_large",
+        "rate_limit_error",
+        "overloaded_error",
+        "api_error",
+    ]
+    message: str
+
+
+class AnthropicErrorResponse(BaseModel):
+    """Anthropic's shape of it."""
+
+    type: Literal["error"]
+    error: AnthropicErrorDetail
+
+
+class OllamaErrorResponse(BaseModel):
+    """Ollama's shape of it."""
+
+    error: str
 
 
 class ApiError(Exception):
@@ -150,16 +180,45 @@ def error_response(
     return Response(error_json(status, message, param, code, path), status_code=status, media_type="application/json")
 
 
-RESPONSES: dict[int | str, dict[str, Any]] = {
-    400: {"model": ErrorResponse, "description": "The request is malformed, or asks for what is not supported"},
-    401: {"model": ErrorResponse, "description": "The API key is missing or wrong"},
-    404: {"model": ErrorResponse, "description": "No such model"},
-    408: {"model": ErrorResponse, "description": "The request's time was up"},
-    413: {"model": ErrorResponse, "description": "The body is too large"},
-    429: {"model": ErrorResponse, "description": "Too many requests wait; Retry-After says for how long"},
-    500: {"model": ErrorResponse, "description": "The engine failed on this request"},
-    503: {"model": ErrorResponse, "description": "The engine is dead, or the server is shutting down"},
+_MEANINGS: dict[int | str, str] = {
+    400: "The request is malformed, or asks for what is not supported",
+    401: "The API key is missing or wrong",
+    404: "No such model",
+    408: "The request's time was up",
+    413: "The body is too large",
+    429: "Too many requests wait; Retry-After says for how long",
+    500: "The engine failed on this request",
+    503: "The engine is dead, or the server is shutting down",
+    "default": "Any other error",
 }
+
+
+def _responses(shape: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    return {status: {"model": shape, "description": meaning} for status, meaning in _MEANINGS.items()}
+
+
+RESPONSES = _responses(ErrorResponse)
+"""What OpenAPI's document says of errors, for each shape."""
+
+ANTHROPIC_RESPONSES = _responses(AnthropicErrorResponse)
+OLLAMA_RESPONSES = _responses(OllamaErrorResponse)
+ANY_ERROR: dict[int | str, dict[str, Any]] = {"default": RESPONSES["default"]}
+
+
+def also_as(media_type: str) -> dict[int | str, dict[str, Any]]:
+    """What OpenAPI's document says of an answer that is JSON, or a stream of this type."""
+    return {200: {"description": "Successful Response", "content": {"application/json": {}, media_type: {}}}}
+
+
+EVENTS = also_as("text/event-stream")
+
+
+def only_as(media_type: str) -> dict[int | str, dict[str, Any]]:
+    """What it says of an answer that isn't JSON; with `response_class=Response`, or errors were said to be so too."""
+    return {200: {"description": "Successful Response", "content": {media_type: {}}}}
+
+
+TEXT = only_as("text/plain")
 
 
 def install(app: FastAPI) -> None:

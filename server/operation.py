@@ -9,7 +9,7 @@ from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict
 
 from octavo.server.access import Access
-from octavo.server.errors import RESPONSES, ApiError, ErrorResponse
+from octavo.server.errors import ANY_ERROR, RESPONSES, TEXT, ApiError, ErrorResponse
 from octavo.server.fleet.fleet import Fleet
 from octavo.server.metrics import CONTENT_TYPE, Metrics
 from octavo.server.served_model import ServedModel
@@ -49,9 +49,9 @@ def no_other_page(http: Request) -> None:
 
 def engine_routes(client: Fleet, counted: Metrics, access: Access) -> APIRouter:
     """/health, /ping, /metrics, /load, /reset_prefix_cache, /engines/{index}/drain."""
-    router = APIRouter(dependencies=[Depends(no_other_page)])
+    router = APIRouter(dependencies=[Depends(no_other_page)], responses=ANY_ERROR)
 
-    @router.get("/health", responses={503: RESPONSES[503]})
+    @router.get("/health", responses={503: RESPONSES[503]}, response_class=Response)
     async def health() -> Response:
         """200 when an engine itself answers; 503 when none is up, all hang, or the server is shutting down."""
         if not await client.ping(HEALTH_SECONDS):
@@ -64,7 +64,7 @@ def engine_routes(client: Fleet, counted: Metrics, access: Access) -> APIRouter:
         """/health under SageMaker's name."""
         return await health()
 
-    @router.get("/metrics")
+    @router.get("/metrics", response_class=Response, responses=TEXT)
     async def metrics() -> Response:
         """Prometheus text."""
         return Response(counted.page(), media_type=CONTENT_TYPE)
@@ -74,7 +74,7 @@ def engine_routes(client: Fleet, counted: Metrics, access: Access) -> APIRouter:
         """How many answers are open, in the engine or in its queue (vLLM's name)."""
         return {"server_load": client.num_open}
 
-    @router.post("/reset_prefix_cache")
+    @router.post("/reset_prefix_cache", response_class=Response)
     async def reset_prefix_cache() -> Response:
         """Forget all cached prefixes that no running request holds."""
         _check(client)
@@ -99,7 +99,7 @@ def engine_routes(client: Fleet, counted: Metrics, access: Access) -> APIRouter:
 
 def pause_routes(client: Fleet) -> APIRouter:
     """/pause, /resume, /is_paused, and SGLang's names for them."""
-    router = APIRouter(dependencies=[Depends(no_other_page)])
+    router = APIRouter(dependencies=[Depends(no_other_page)], responses=ANY_ERROR)
 
     @router.post("/pause")
     async def pause(mode: OpenRequests = "abort", clear_cache: bool = True) -> dict[str, str]:
@@ -146,7 +146,7 @@ def _check(client: Fleet) -> None:
 
 def model_routes(model: ServedModel) -> APIRouter:
     """/version, /server_info, /tokenizer_info."""
-    router = APIRouter()
+    router = APIRouter(responses=ANY_ERROR)
 
     @router.get("/version")
     async def version() -> dict[str, str]:

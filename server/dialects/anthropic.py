@@ -27,7 +27,7 @@ from octavo.server.dialects.system_turns import SystemProbe
 from octavo.server.dialects.thinking import takes_effort
 from octavo.server.dialects.tools import shown_tools
 from octavo.server.encoding import JsonResponse, encode_json
-from octavo.server.errors import RESPONSES, interrupted
+from octavo.server.errors import ANTHROPIC_RESPONSES, EVENTS, interrupted
 from octavo.server.generation import Choice, Delta, Steps
 from octavo.server.hints import hints_in
 from octavo.server.message.parts import Part
@@ -53,7 +53,7 @@ FRAMING = Framing("text/event-stream", lambda error: event(error.body("/v1/messa
 
 def routes(service: Service) -> APIRouter:
     """/v1/messages, /v1/messages/count_tokens."""
-    router = APIRouter(route_class=StrictRoute, responses=RESPONSES)
+    router = APIRouter(route_class=StrictRoute, responses=ANTHROPIC_RESPONSES)
     model = service.model
     probe = SystemProbe(model)
 
@@ -61,7 +61,7 @@ def routes(service: Service) -> APIRouter:
         takes = await probe.turns(has_tools=bool(body.tools))
         return await service.off_loop(http, lambda: chat_of(body, takes, model))
 
-    @router.post("/v1/messages")
+    @router.post("/v1/messages", responses=EVENTS)
     async def messages(body: MessagesRequest, http: Request) -> Response:
         """Answer a conversation."""
         service.check(body.model, http)

@@ -18,7 +18,7 @@ from octavo.server.dialects.fields import Integer, Strict, Text
 from octavo.server.dialects.responses import page_of
 from octavo.server.dialects.responses_request import Metadata
 from octavo.server.encoding import JsonResponse, encode_json
-from octavo.server.errors import RESPONSES, ApiError, bad_request
+from octavo.server.errors import RESPONSES, ApiError, bad_request, only_as
 from octavo.server.files import FileInfo, Files
 from octavo.server.service import owner_of
 from octavo.server.strict_json import StrictRoute
@@ -109,7 +109,7 @@ def _add_file_routes(router: APIRouter, files: Files) -> None:
         """What is known of a file."""
         return _json(files.get(file_id, owner_of(http)).as_json())
 
-    @router.get("/v1/files/{file_id}/content")
+    @router.get("/v1/files/{file_id}/content", response_class=Response, responses=only_as("application/octet-stream"))
     async def content(file_id: str, http: Request) -> Response:
         """A file's content."""
         info = files.get(file_id, owner_of(http))

@@ -23,7 +23,7 @@ from octavo.server.dialects.fields import (
 from octavo.server.dialects.logprobs import completion_logprobs, names_of
 from octavo.server.dialects.openai import Json, OpenAIAnswer, about_prompt, head, names_ids, request_id_of
 from octavo.server.dialects.thinking import NoReasoning
-from octavo.server.errors import RESPONSES, bad_request, field_error
+from octavo.server.errors import EVENTS, RESPONSES, bad_request, field_error
 from octavo.server.fim import Fim, fim_of, needed_fim, suffix_ids
 from octavo.server.generation import Delta, make_choices, usage_of
 from octavo.server.message.parts import text_of
@@ -98,7 +98,7 @@ def routes(service: Service) -> APIRouter:
     """/v1/completions."""
     router = APIRouter(route_class=StrictRoute, responses=RESPONSES)
 
-    @router.post("/v1/completions")
+    @router.post("/v1/completions", responses=EVENTS)
     async def completions(body: CompletionRequest, http: Request) -> Response:
         """Complete one prompt or several."""
         return await service.respond(http, await begin_completion(body, http, service))

@@ -12,7 +12,7 @@ from octavo.server.dialects.chat_request import ChatCompletionRequest, begin
 from octavo.server.dialects.completions import CompletionRequest, begin_completion
 from octavo.server.dialects.openai import request_id_of
 from octavo.server.dialects.openai_chat import ChatAnswer
-from octavo.server.errors import RESPONSES
+from octavo.server.errors import EVENTS, RESPONSES
 from octavo.server.service import Service
 from octavo.server.strict_json import StrictRoute
 
@@ -33,7 +33,7 @@ def routes(service: Service) -> APIRouter:
     """/invocations."""
     router = APIRouter(route_class=StrictRoute, responses=RESPONSES)
 
-    @router.post("/invocations")
+    @router.post("/invocations", responses=EVENTS)
     async def invocations(body: Annotated[Invocation, Body()], http: Request) -> Response:
         """Answer messages as /v1/chat/completions does, a prompt as /v1/completions. The adapter names the model."""
         body.model = http.headers.get(ADAPTER_HEADER, body.model)

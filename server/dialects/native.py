@@ -26,7 +26,7 @@ from octavo.server.dialects.native_request import (
     rid_of,
 )
 from octavo.server.dialects.native_sessions import add_session_routes, begun_turn, kept, reserve
-from octavo.server.errors import RESPONSES, ApiError, bad_request
+from octavo.server.errors import EVENTS, RESPONSES, TEXT, ApiError, bad_request
 from octavo.server.generation import Choice, Delta, Steps, fold, in_batches
 from octavo.server.hints import hints_in
 from octavo.server.message.parts import text_of
@@ -58,7 +58,7 @@ def routes(service: Service, sessions: Sessions) -> APIRouter:
     _add_generate(router, service, sessions, owners)
     add_session_routes(router, sessions)
 
-    @router.get("/health_generate")
+    @router.get("/health_generate", response_class=Response)
     async def health_generate(http: Request) -> Response:
         """200 when the engine has generated a token."""
         service.check(None, http)
@@ -67,7 +67,13 @@ def routes(service: Service, sessions: Sessions) -> APIRouter:
         await fold(service.steps(http, choices, ()), 1)
         return Response(status_code=200)
 
-    @router.api_route("/flush_cache", methods=["GET", "POST"], dependencies=[Depends(no_other_page)])
+    @router.api_route(
+        "/flush_cache",
+        methods=["GET", "POST"],
+        dependencies=[Depends(no_other_page)],
+        response_class=Response,
+        responses=TEXT,
+    )
     async def flush_cache(http: Request) -> Response:
         """Forget all cached prefixes that no running request holds."""
         if http.headers.get("sec-fetch-site") == "cross-site":  # an image of any page could ask
@@ -75,7 +81,7 @@ def routes(service: Service, sessions: Sessions) -> APIRouter:
         service.forget_prefixes()
         return Response("Cache flushed.\n", media_type="text/plain")
 
-    @router.post("/abort_request")
+    @router.post("/abort_request", response_class=Response)
     async def abort_request(body: AbortRequest, http: Request) -> Response:
         """End a request by its rid, or all of them, with the finish reason `abort`: only those of the same API key."""
         mine = owner_of(http)
@@ -95,7 +101,7 @@ def routes(service: Service, sessions: Sessions) -> APIRouter:
 def _add_generate(router: APIRouter, service: Service, sessions: Sessions, owners: Owners) -> None:
     model = service.model
 
-    @router.api_route("/generate", methods=["POST", "PUT"])
+    @router.api_route("/generate", methods=["POST", "PUT"], responses=EVENTS)
     async def generate(body: GenerateRequest, http: Request) -> Response:
         """Complete one prompt or several."""
         service.check(None, http)

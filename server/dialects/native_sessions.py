@@ -76,7 +76,7 @@ def add_session_routes(router: APIRouter, sessions: Sessions) -> None:
         return JsonResponse(encode_json(name))
 
     @router.api_route("/close_session", methods=["GET"], include_in_schema=False)
-    @router.post("/close_session")
+    @router.post("/close_session", response_class=Response)
     async def close_session(body: CloseSession, http: Request) -> Response:
         """End a session, if it is open. What is still being answered in it goes on."""
         sessions.close(owner_of(http), body.session_id)

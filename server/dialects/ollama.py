@@ -33,7 +33,7 @@ from octavo.server.dialects.ollama_request import (
 )
 from octavo.server.dialects.system_turns import SystemProbe
 from octavo.server.encoding import JsonResponse, encode_json
-from octavo.server.errors import RESPONSES, bad_request, explain, interrupted
+from octavo.server.errors import OLLAMA_RESPONSES, also_as, bad_request, explain, interrupted
 from octavo.server.fim import fim_of
 from octavo.server.generation import Choice, Delta, Steps, make_choices
 from octavo.server.hints import hints_in
@@ -51,12 +51,13 @@ def line(content: Json) -> bytes:
     return encode_json(content) + b"\n"
 
 
+LINES = also_as("application/x-ndjson")
 FRAMING = Framing("application/x-ndjson", lambda error: line(error.body("/api/")))
 
 
 def routes(service: Service) -> APIRouter:
     """/api/chat, /api/generate, and the routes about models."""
-    router = APIRouter(route_class=StrictRoute, responses=RESPONSES)
+    router = APIRouter(route_class=StrictRoute, responses=OLLAMA_RESPONSES)
     model = service.model
     probe = SystemProbe(model)
 
@@ -74,14 +75,14 @@ def routes(service: Service) -> APIRouter:
                 choices = await begin(chat, http, service, clamps=True)
         return await service.respond(http, kind(body, choices, model))
 
-    @router.post("/api/chat")
+    @router.post("/api/chat", responses=LINES)
     async def chat(body: ChatRequest, http: Request) -> Response:
         """Answer a conversation."""
         if not body.messages:
             return _loaded(body, http, service, {"message": {"role": "assistant", "content": ""}})
         return await answered(body, http, ChatAnswer)
 
-    @router.post("/api/generate")
+    @router.post("/api/generate", responses=LINES)
     async def generate(body: GenerateRequest, http: Request) -> Response:
         """Answer one prompt, through the chat template or, with raw, as it is."""
         if not body.prompt and not body.suffix:

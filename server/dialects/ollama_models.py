@@ -16,7 +16,7 @@ from fastapi.responses import Response
 from octavo.server.dialects.fields import Flag, Open, Text
 from octavo.server.dialects.thinking import can_think
 from octavo.server.encoding import JsonResponse, encode_json
-from octavo.server.errors import RESPONSES, ApiError, bad_request
+from octavo.server.errors import OLLAMA_RESPONSES, ApiError, bad_request
 from octavo.server.fim import fim_of
 from octavo.server.served_model import ServedModel
 from octavo.server.service import Service
@@ -58,7 +58,7 @@ def plain_name(name: str, model: ServedModel) -> str:
 
 def routes(service: Service) -> APIRouter:
     """/api/version, tags, ps, show, and what can't be done here."""
-    router = APIRouter(route_class=StrictRoute, responses=RESPONSES)
+    router = APIRouter(route_class=StrictRoute, responses=OLLAMA_RESPONSES)
     model = service.model
 
     @router.head("/", include_in_schema=False)

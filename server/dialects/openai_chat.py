@@ -12,7 +12,7 @@ from octavo.server.dialects.logprobs import chat_logprobs
 from octavo.server.dialects.openai import Json, OpenAIAnswer, about_prompt, head, names_ids, request_id_of
 from octavo.server.dialects.thinking import ShownReasoning
 from octavo.server.dialects.tools import custom_fields, finish_reason_of, message_fields, part_fields
-from octavo.server.errors import RESPONSES
+from octavo.server.errors import EVENTS, RESPONSES
 from octavo.server.generation import Choice, Delta, usage_of
 from octavo.server.message.parts import Part
 from octavo.server.served_model import ServedModel
@@ -24,7 +24,7 @@ def routes(service: Service) -> APIRouter:
     """/v1/chat/completions."""
     router = APIRouter(route_class=StrictRoute, responses=RESPONSES)
 
-    @router.post("/v1/chat/completions")
+    @router.post("/v1/chat/completions", responses=EVENTS)
     async def chat_completions(body: ChatCompletionRequest, http: Request) -> Response:
         """Answer a conversation."""
         choices = await begin(body, http, service)

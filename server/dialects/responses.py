@@ -24,7 +24,7 @@ from octavo.server.dialects.responses_request import (
 from octavo.server.dialects.responses_runs import Run, Runs
 from octavo.server.dialects.system_turns import SystemProbe, folded
 from octavo.server.encoding import JsonResponse, encode_in_turns, encode_json
-from octavo.server.errors import RESPONSES, ApiError, bad_request
+from octavo.server.errors import EVENTS, RESPONSES, ApiError, bad_request
 from octavo.server.generation import Choice
 from octavo.server.service import Service, owner_of
 from octavo.server.store import MissingError, ResponseStore, Stored, StoreError
@@ -41,7 +41,7 @@ def routes(service: Service, store: ResponseStore | None) -> APIRouter:
     router = APIRouter(route_class=StrictRoute, responses=RESPONSES)
     responses = Responses(service, store)
 
-    @router.post("/v1/responses")
+    @router.post("/v1/responses", responses=EVENTS)
     async def create(body: ResponsesRequest, http: Request) -> Response:
         """Answer a conversation of items."""
         return await responses.create(body, http)
@@ -52,7 +52,7 @@ def routes(service: Service, store: ResponseStore | None) -> APIRouter:
         count = await responses.count(body, http)
         return JsonResponse(encode_json({"object": "response.input_tokens", "input_tokens": count}))
 
-    @router.get("/v1/responses/{response_id}")
+    @router.get("/v1/responses/{response_id}", responses=EVENTS)
     async def retrieve(
         response_id: str, http: Request, stream: bool = False, starting_after: Annotated[int, Query(ge=-1)] = -1
     ) -> Response:
