@@ -360,7 +360,7 @@ class Fleet:
             told = output
             if answer.is_silent:
                 told = self._first_output(answer, output)
-            answer.tokens.extend(output.token_ids)
+            answer.tokens.fromlist(output.token_ids)
             answer.stream.put(told)
             if output.finish_reason is not None:
                 self._finished.append(time.monotonic())

@@ -6,11 +6,14 @@ import asyncio
 import os
 import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from octavo_server import PATIENCE, Server, events, serving, value, wait_until
+from octavo_server import PATIENCE, Server, events, serving, started, value, wait_until
+
+from octavo.demo_models import fetch_model
 
 PATH = "/v1/completions"
 NUM_STREAMS = 40
@@ -143,6 +146,19 @@ def in_flight(client: httpx.Client) -> int:
     return sum(
         int(float(line.split()[-1])) for line in text.splitlines() if line.startswith("vllm:num_requests_running{")
     )
+
+
+@pytest.mark.slow
+def test_no_stream_of_a_real_model_is_cut_or_changed_in_200_rounds() -> None:
+    """Before a release: some 40 minutes. A kill -9 at a random time under 40 streams, SmolLM2 in float32."""
+    from benchmarks import takeover
+
+    flags = ("--dtype", "float32", "-dp", "2", "--num-threads", "1", "--max-engine-restarts", "1000")
+    with started(*flags, model=fetch_model("smollm2", Path("models"))) as server:
+        server.wait_until_ready()
+        found = asyncio.run(takeover.measure(server.url, server.process.pid, 200, 40, 64, seed=0))
+    assert found.num_deaths > 150
+    assert found.num_streams == found.num_whole == found.num_equal == 200 * 40
 
 
 def test_the_only_engine_is_waited_for() -> None:

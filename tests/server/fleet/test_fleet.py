@@ -126,6 +126,21 @@ def test_the_only_engine_s_requests_wait_for_its_restart() -> None:
     run(test)
 
 
+def test_another_engine_does_not_wait_for_the_restart() -> None:
+    async def test() -> None:
+        async with opened(2, FleetLimits(silence=60.0, first_restart=10 * PATIENCE)) as fleet:
+            asked = [request(f"r{n}", [n, 5], max_tokens=100) for n in range(10)]
+            tasks = [asyncio.create_task(answer(fleet, one)) for one in asked]
+            await until(lambda: sum(len(one.tokens) for one in fleet._open.values()) > 100)
+            kill(fleet, 0)
+            assert await asyncio.gather(*tasks) == [expected(one) for one in asked]
+            assert fleet.members[0].num_migrated > 0
+            assert not fleet.members[0].is_up
+            assert await answer(fleet, request("late", [3])) == expected(request("late", [3]))
+
+    run(test)
+
+
 def test_what_comes_with_the_first_token_comes_once() -> None:
     async def test() -> None:
         async with opened(1) as fleet:
