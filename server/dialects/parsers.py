@@ -15,7 +15,7 @@ from octavo.server.encoding import JsonResponse, encode_json
 from octavo.server.errors import RESPONSES, bad_request
 from octavo.server.message.parse import Formats, Machine
 from octavo.server.message.parts import Part, calls_of, reasoning_of, text_of
-from octavo.server.message.presets import REASONING_PRESETS, TOOL_PRESETS
+from octavo.server.message.presets import CHANNEL_NAMES, REASONING_PRESETS, TOOL_PRESETS
 from octavo.server.service import Service
 from octavo.server.strict_json import StrictRoute
 
@@ -80,10 +80,14 @@ def routes(service: Service) -> APIRouter:
     @router.post("/separate_reasoning", response_model=ReasoningResponse)
     async def separate_reasoning(body: ReasoningRequest, http: Request) -> Response:
         """The reasoning at a text's beginning, and the rest."""
-        form = _named("reasoning_parser", body.reasoning_parser, REASONING_PRESETS, found.reasoning)
-        has_end = form.end in body.text  # and no beginning, where the prompt has begun it
-        is_open = (has_end or form.is_implied) and not body.text.lstrip().startswith(form.begin)
-        machine = Machine(Formats(None, form), reasoning_is_open=is_open)
+        name = body.reasoning_parser
+        if name in CHANNEL_NAMES or (name is None and service.model.formats.without_tools.has_channels):
+            machine = Machine(Formats(TOOL_PRESETS["openai"], None))
+        else:
+            form = _named("reasoning_parser", name, REASONING_PRESETS, found.reasoning)
+            has_end = form.end in body.text  # and no beginning, where the prompt has begun it
+            is_open = (has_end or form.is_implied) and not body.text.lstrip().startswith(form.begin)
+            machine = Machine(Formats(None, form), reasoning_is_open=is_open)
         parts = await service.off_loop(http, lambda: _read(machine, body.text))
         return _sent(ReasoningResponse(reasoning_text=reasoning_of(parts), text=text_of(parts)))
 

@@ -42,6 +42,12 @@ def test_reasoning_in_a_text(with_tools: httpx.Client, text: str) -> None:
     assert with_tools.post("/separate_reasoning", json=body).json() == {"reasoning_text": "a b", "text": "c"}
 
 
+def test_reasoning_in_gpt_oss_s_messages(with_tools: httpx.Client) -> None:
+    text = "<|channel|>analysis<|message|>a b<|end|><|start|>assistant<|channel|>final<|message|>c<|return|>"
+    body = {"text": text, "reasoning_parser": "gpt-oss"}
+    assert with_tools.post("/separate_reasoning", json=body).json() == {"reasoning_text": "a b", "text": "c"}
+
+
 @pytest.mark.parametrize(
     ("path", "body"),
     [
