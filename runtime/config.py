@@ -21,6 +21,36 @@ Count = Annotated[int, Meta(ge=1)]
 KVCacheDtype = Literal["auto", "float32", "bfloat16", "float16", "fp8_e4m3", "int8"]
 
 
+class KVEventsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where the prefix cache tells what it remembers and forgets: vLLM's keys and defaults.
+
+    An endpoint with a `*` or `::` in it, or of ipc, is bound, another one connected to; replay_endpoint is bound.
+    replay_endpoint: where messages that were missed can be asked for, of the last buffer_steps. hwm: messages that wait
+    for a slow listener, who then misses some. max_queue_size: those that wait to be sent, before the engine waits.
+    """
+
+    enable_kv_cache_events: bool = False
+    publisher: Literal["null", "zmq"] = "zmq"
+    endpoint: str = "tcp://*:5557"
+    replay_endpoint: str | None = None
+    buffer_steps: Annotated[int, Meta(ge=0)] = 10_000
+    hwm: Annotated[int, Meta(ge=0)] = 100_000
+    max_queue_size: Annotated[int, Meta(ge=0)] = 100_000
+    topic: str = ""
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is told."""
+        return self.enable_kv_cache_events and self.publisher == "zmq"
+
+
+def _parse_kv_events(text: str) -> KVEventsConfig:
+    try:
+        return msgspec.json.decode(text, type=KVEventsConfig)
+    except msgspec.DecodeError as error:
+        raise ValueError(f"{text} is no configuration of KV events: {error}") from None
+
+
 def _parse_length(text: str) -> int | None:
     return None if text in ("auto", "-1") else parse_count(text)
 
@@ -151,6 +181,15 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     enable_prefix_caching: Annotated[
         bool, Meta(description="keep the blocks of finished requests for prompts that begin in the same way")
     ] = True
+    kv_events_config: Annotated[
+        KVEventsConfig,
+        Meta(
+            description="tell gateways which blocks the prefix cache remembers and forgets, such as "
+            '\'{"enable_kv_cache_events": true, "endpoint": "tcp://*:5557"}\'; also publisher, replay_endpoint, '
+            "buffer_steps, hwm, max_queue_size, topic",
+            extra={"metavar": "JSON", "parse": _parse_kv_events, "default": "nothing is told"},
+        ),
+    ] = KVEventsConfig()
     scheduling_policy: Annotated[
         Policy,
         Meta(

@@ -19,6 +19,7 @@ import zmq
 
 from octavo.collector import uncollected
 from octavo.runtime.arrivals import Arrivals
+from octavo.runtime.kv_event_publisher import KVEventPublisher
 from octavo.runtime.launch import EngineStart, heartbeat_address, remove_socket
 from octavo.runtime.messages import (
     AbortRequest,
@@ -66,7 +67,10 @@ def main() -> int:
     link = Link(context, address)
     is_loaded = False
     followers = None
+    publisher: KVEventPublisher | None = None
     try:
+        if start.config.kv_events_config.is_on:
+            publisher = KVEventPublisher(start.config.kv_events_config, start.index)
         if start.config.parallel.tensor_parallel_size > 1:
             from octavo.runtime.parallel.followers import Followers
 
@@ -75,14 +79,18 @@ def main() -> int:
             from octavo.runtime.startup import load_engine  # imports torch: seconds, in which a failure must be told
         engine, ready = load_engine(start.config, start.spawn_time, followers=followers)
         is_loaded = True
+        if publisher is not None:
+            ready.report.notes.extend(publisher.notes)
         link.send(ready)
         sys.setswitchinterval(SWITCH_SECONDS)
-        serve(engine, link)
+        serve(engine, link, publisher)
     except Exception as error:
         is_told = says_it_all(error) and not is_loaded  # a model or a flag that is the user's to mend
         link.send(Failed(one_line(error), "" if is_told else traceback.format_exc()))
         return 1
     finally:
+        if publisher is not None:
+            publisher.close()
         link.close()
         context.term()
         if followers is not None:
@@ -90,7 +98,7 @@ def main() -> int:
     return 0
 
 
-def serve(engine: Engine, link: Link) -> None:
+def serve(engine: Engine, link: Link, publisher: KVEventPublisher | None = None) -> None:
     """The loop. Returns on Shutdown."""
     arrivals = Arrivals()
     link.wake_for(engine.grammars.ready)
@@ -106,6 +114,8 @@ def serve(engine: Engine, link: Link) -> None:
             engine.admit()
         outputs += engine.finish()
         link.send(StepOutputs(outputs, engine.scheduler.stats()))
+        if publisher is not None:
+            publisher.publish(engine.scheduler.take_kv_events())
 
 
 def take_messages(

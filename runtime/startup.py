@@ -139,6 +139,7 @@ def limits_of(
         policy=config.scheduling_policy,
         priority_aging=config.priority_aging,
         jumps_forward=model.device.type == "cpu",  # a chunk of tokens among single ones runs without a GPU's graph
+        tells_kv_events=config.kv_events_config.is_on,
         max_prompt_logits=max(16, MAX_PROMPT_LOGITS_BYTES // (4 * model.vocab_size)),
     )
 
@@ -149,6 +150,11 @@ def check_limits(config: EngineConfig) -> None:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be 1 at least")
+    if config.kv_events_config.is_on and not config.enable_prefix_caching:
+        raise ValueError(
+            "--kv-events-config with --no-enable-prefix-caching: without a prefix cache there is nothing to tell; "
+            "leave one of them out"
+        )
     if config.max_model_len is not None and config.max_model_len < 2:
         raise ValueError(
             f"--max-model-len {config.max_model_len}: a prompt and an answer take 2 tokens at least; 2 or more works"

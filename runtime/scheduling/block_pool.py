@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from hashlib import sha256
 
 ROOT = b""
+HASH_BYTES = 32  # of a block's name
 
 
 def salted_root(salt: str) -> bytes:
@@ -34,10 +35,14 @@ def hash_block(parent: bytes, token_ids: Sequence[int]) -> bytes:
 
 
 class BlockPool:
-    """Blocks 0 .. num_blocks - 1. Allocation takes empty blocks first, then the least recently used remembered one."""
+    """Blocks 0 .. num_blocks - 1. Allocation takes empty blocks first, then the least recently used remembered one.
 
-    def __init__(self, num_blocks: int) -> None:
+    on_forgotten is called with the name of each block that can't be found any more.
+    """
+
+    def __init__(self, num_blocks: int, on_forgotten: Callable[[bytes], None] | None = None) -> None:
         self.num_blocks = num_blocks
+        self._on_forgotten = on_forgotten
         self._num_holders = [0] * num_blocks
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))  # next to be taken first
         self._hash_of: dict[int, bytes] = {}
@@ -47,6 +52,11 @@ class BlockPool:
     def num_free(self) -> int:
         """Blocks that `allocate` could give, remembered ones among them."""
         return len(self._free)
+
+    @property
+    def num_remembered(self) -> int:
+        """Blocks that `find` could return."""
+        return len(self._block_of)
 
     def find(self, name: bytes) -> int | None:
         """The block that is remembered under this name; it is not held until `hold`."""
@@ -82,11 +92,16 @@ class BlockPool:
                 if block not in self._hash_of:
                     self._free.move_to_end(block, last=False)
 
-    def remember(self, block: int, name: bytes) -> None:
-        """Let later sequences find this full block. The first block of a name keeps it; a second copy stays unnamed."""
-        if name not in self._block_of and block not in self._hash_of:
-            self._block_of[name] = block
-            self._hash_of[block] = name
+    def remember(self, block: int, name: bytes) -> bool:
+        """Let later sequences find this full block. The first block of a name keeps it; a second copy stays unnamed.
+
+        Returns whether the name is new.
+        """
+        if name in self._block_of or block in self._hash_of:
+            return False
+        self._block_of[name] = block
+        self._hash_of[block] = name
+        return True
 
     def forget(self, blocks: Iterable[int]) -> None:
         """Let nobody find these blocks any more: what they hold is not to be trusted."""
@@ -101,6 +116,8 @@ class BlockPool:
         name = self._hash_of.pop(block, None)
         if name is not None:
             del self._block_of[name]
+            if self._on_forgotten is not None:
+                self._on_forgotten(name)
 
     def check(self, held: Iterable[Sequence[int]]) -> None:
         """Raise AssertionError unless the pool's books agree with the tables of all sequences (for tests)."""

@@ -16,7 +16,7 @@ from collections.abc import Sequence as Several
 from dataclasses import dataclass, field
 from itertools import chain
 
-from octavo.runtime.scheduling.block_pool import BlockPool
+from octavo.runtime.scheduling.block_pool import HASH_BYTES, BlockPool
 
 TOKENS_UNDER_WAY = 3  # of a sequence that are planned and not known: blocks are given back when results are there
 
@@ -129,11 +129,17 @@ class KVGroups:
         """Add a holder to each block of tables that `find_prefix` returned."""
         self.pool.hold(chain.from_iterable(blocks.held()))
 
-    def remember(self, blocks: BlockTables, hashes: Several[bytes], start: int, end: int) -> None:
-        """Let later sequences find entries start .. end of the tables, as far as they are still held."""
-        for group, table in enumerate(blocks.tables):
-            for i in range(max(start, blocks.begins[group]), end):
-                self.pool.remember(table[i], _name(hashes[i], group))
+    def remember(self, blocks: BlockTables, hashes: Several[bytes], start: int, end: int) -> list[tuple[int, int]]:
+        """Let later sequences find entries start .. end of the tables, as far as they are still held.
+
+        Returns (group, entry) of those that could not be found before.
+        """
+        return [
+            (group, i)
+            for group, table in enumerate(blocks.tables)
+            for i in range(max(start, blocks.begins[group]), end)
+            if self.pool.remember(table[i], _name(hashes[i], group))
+        ]
 
 
 def first_seen(window: int | None, position: int, block_size: int) -> int:
@@ -155,6 +161,11 @@ def most_blocks(num_tokens: int, block_size: int, windows: Windows, chunk: int =
 def _name(block_hash: bytes, group: int) -> bytes:
     """The same tokens have another name in each group: their blocks hold other layers."""
     return block_hash if group == 0 else block_hash + group.to_bytes(2)
+
+
+def group_of(name: bytes) -> int:
+    """The group that a name in the pool belongs to."""
+    return int.from_bytes(name[HASH_BYTES:])
 
 
 def capacity(num_blocks: int, block_size: int, windows: Windows, longest: int) -> int:

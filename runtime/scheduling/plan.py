@@ -27,6 +27,7 @@ class SchedulerConfig:
     shared_tokens      of a step, at most, that the prompts of the owner with most requests get while others ask too:
                        their first tokens may have to wait so long
     jumps_forward      whether a step may bring the tokens that a grammar forces behind the one that was sampled
+    tells_kv_events    whether `Scheduler.take_kv_events` returns what the prefix cache remembers and forgets
     """
 
     num_blocks: int
@@ -41,6 +42,7 @@ class SchedulerConfig:
     priority_aging: float | None = None
     shared_tokens: int = 512
     jumps_forward: bool = False
+    tells_kv_events: bool = False
 
 
 class ScheduledSequence(NamedTuple):

@@ -31,6 +31,7 @@ from math import inf, nextafter
 from octavo.runtime.messages import AddRequest, EngineStats, Logprobs, TokenOutput
 from octavo.runtime.scheduling.block_pool import BlockPool
 from octavo.runtime.scheduling.fairness import FairShares
+from octavo.runtime.scheduling.kv_events import KVCacheEvent, KVEvents
 from octavo.runtime.scheduling.kv_groups import BlockTables, KVGroups
 from octavo.runtime.scheduling.limits import refusal_of
 from octavo.runtime.scheduling.plan import (
@@ -50,7 +51,8 @@ class Scheduler:
 
     def __init__(self, config: SchedulerConfig, clock: Callable[[], float] = time.time) -> None:
         self.config = config
-        self.pool = BlockPool(config.num_blocks)
+        self._events = KVEvents(config.block_size, config.windows) if config.tells_kv_events else None
+        self.pool = BlockPool(config.num_blocks, self._events.forgotten if self._events is not None else None)
         self._groups = KVGroups(self.pool, config.block_size, config.windows)
         self.running: list[Sequence] = []
         self.waiting = Waiting()
@@ -115,6 +117,12 @@ class Scheduler:
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes that no running sequence holds."""
         self.pool.forget_unheld()
+        if self._events is not None and not self.pool.num_remembered:
+            self._events.cleared()
+
+    def take_kv_events(self) -> list[KVCacheEvent]:
+        """What the prefix cache has remembered and forgotten since the last call, where the config asks for it."""
+        return [] if self._events is None else self._events.take()
 
     def plan(self) -> StepPlan:
         """Choose the tokens of the next step and give them blocks.
@@ -385,7 +393,9 @@ class Scheduler:
         full = end // self.config.block_size
         if self.config.enable_prefix_caching and full > start // self.config.block_size:
             hashes = sequence.block_hashes(full, self.config.block_size)
-            self._groups.remember(sequence.blocks, hashes, start // self.config.block_size, full)
+            places = self._groups.remember(sequence.blocks, hashes, start // self.config.block_size, full)
+            if self._events is not None:
+                self._events.stored(sequence, hashes, places)
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[TokenOutput]:
         """Record what a step brought: extend sequences by their tokens, end those that are done."""
@@ -428,7 +438,7 @@ class Scheduler:
             sequence.num_sampling -= 1
             sequence.checks_drafts = False
             if not tokens and not is_ended:
-                self._go_back(sequence)
+                sequence.go_back()
         num_known = len(sequence.token_ids)
         finish_reason = append_tokens(sequence, tokens, self.config.max_model_len)
         if is_ended and len(sequence.token_ids) - num_known == len(tokens):  # whole, be it at its last token
@@ -444,13 +454,6 @@ class Scheduler:
         if not taken and finish_reason is None:
             return None
         return sequence.output(taken, finish_reason, logprobs, now)
-
-    def _go_back(self, sequence: Sequence) -> None:
-        """A token did not come: its position is planned again, and steps that were planned behind it are void."""
-        sequence.num_sampling = 0
-        sequence.num_void_steps = sequence.num_steps
-        if sequence.slot >= 0:
-            sequence.num_planned = len(sequence.token_ids) - 1
 
     def _end_with_error(self, sequence: Sequence, error: str, *, is_refused: bool) -> TokenOutput:
         self._groups.forget(sequence.blocks)  # whatever made its logits unusable may stand in its keys and values

@@ -30,13 +30,14 @@ class Sequence:
     number           how many requests came before it: its place in the queue, and the seed of a request without one
     prompt_logprobs  None unless asked for; grows with the prefill, sent with the first token
     num_listed       prompt tokens whose log-probabilities are there or under way; the first token has none
-    root             the parent of the first block's hash; requests with other cache salts have another one
+    cache_salt, root the request's salt, and the parent of the first block's hash, which it makes another one
     """
 
     __slots__ = (
         "_hashes",
         "arrival_time",
         "blocks",
+        "cache_salt",
         "checks_drafts",
         "drafts",
         "first_token_time",
@@ -88,6 +89,7 @@ class Sequence:
         self.num_cached: int | None = None
         self.blocks = blocks
         self._hashes: list[bytes] = []
+        self.cache_salt = request.cache_salt
         self.root = salted_root(request.cache_salt)
         self.slot = -1
         self.scheduled_time: float | None = None
@@ -139,6 +141,13 @@ class Sequence:
             first_token_time=now if is_first else None,
             num_preemptions=self.num_preemptions,
         )
+
+    def go_back(self) -> None:
+        """A token did not come: its position is planned again, and steps that were planned behind it are void."""
+        self.num_sampling = 0
+        self.num_void_steps = self.num_steps
+        if self.slot >= 0:
+            self.num_planned = len(self.token_ids) - 1
 
     def block_hashes(self, count: int, block_size: int) -> list[bytes]:
         """The hashes of the first `count` blocks, which must be full of known tokens."""

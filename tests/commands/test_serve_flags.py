@@ -73,6 +73,7 @@ def test_every_field_of_the_engine_s_configuration_has_a_flag() -> None:
         "gpu_memory_utilization": ("--gpu-memory-utilization", "0.7"),
         "max_num_seqs": ("--max-num-seqs", "7"),
         "max_num_batched_tokens": ("--max-num-batched-tokens", "7"),
+        "kv_events_config": ("--kv-events-config", '{"enable_kv_cache_events": true, "buffer_steps": 7}'),
         "enable_prefix_caching": ("--no-enable-prefix-caching",),
         "scheduling_policy": ("--scheduling-policy", "lpm"),
         "priority_aging": ("--priority-aging", "7"),
@@ -105,6 +106,8 @@ def test_every_field_of_the_engine_s_configuration_has_a_flag() -> None:
         ("--override-generation-config", '{"top_q": 1}'),
         ("--dtype", "int5"),
         ("--tp", "0"),
+        ("--kv-events-config", "tcp://*:5557"),
+        ("--kv-events-config", '{"end_point": "tcp://*:5557"}'),
         ("--max-model", "5"),
     ],
 )

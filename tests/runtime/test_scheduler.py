@@ -6,13 +6,16 @@ from array import array
 from collections import Counter, deque
 
 import pytest
+import vllm_kv_events
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from msgspec import structs
+from msgspec import msgpack, structs
+from vllm_kv_events import KVIndex
 
 from octavo.runtime.messages import AddRequest, SamplingParams, TokenOutput
-from octavo.runtime.scheduling.kv_groups import Windows
+from octavo.runtime.scheduling.kv_events import KVEventBatch
+from octavo.runtime.scheduling.kv_groups import Windows, group_of
 from octavo.runtime.scheduling.plan import (
     Policy,
     ScheduledSequence,
@@ -154,7 +157,9 @@ class Traffic(RuleBasedStateMachine):
             windows=self.windows,
             policy=self.policy,
             shared_tokens=3,
+            tells_kv_events=True,
         )
+        self.index = KVIndex()
         self.device = Device(self.block_size, self.windows)
         self.under_way: deque[StepPlan] = deque()
         self.live: dict[str, AddRequest] = {}
@@ -319,6 +324,13 @@ class Traffic(RuleBasedStateMachine):
             else:
                 assert output.finish_reason == "length"
                 assert len(mine) == it.params.max_tokens or length == self.max_model_len
+
+    @invariant()
+    def who_listens_knows_the_prefix_cache(self) -> None:
+        payload = msgpack.encode(KVEventBatch(0.0, self.it.take_kv_events(), 0))
+        self.index.apply(vllm_kv_events.decode(payload))
+        names = {(group_of(name), int.from_bytes(name[24:32], "big")) for name in self.it.pool._block_of}
+        assert self.index.blocks == names
 
     @invariant()
     def books_are_right(self) -> None:

@@ -53,7 +53,7 @@ NO_OFFLOAD = "weights and KV cache stay on the device: --dtype int4 makes weight
 NO_KNOB = "octavo has no such setting, and answers are the same without it: leave it out"
 NO_HYBRIDS = "models with a state cache (Mamba, linear attention) are not supported yet"
 OWN_KERNELS = "octavo chooses the kernel of each layer itself, and prints it when it starts"
-NOT_TRACED = "octavo sends no traces and no events: GET /metrics is what it counts, --enable-log-requests what it logs"
+NOT_TRACED = "octavo sends no traces: GET /metrics is what it counts, --enable-log-requests what it logs"
 EXACT_CHECKPOINT = "what the checkpoint says is what is served: change it in a copy of its config.json"
 ONE_PROCESS = "one server process and one engine process do all: leave it out"
 
@@ -266,7 +266,7 @@ TABLE: tuple[PeerFlag, ...] = (
              "--enable-log-requests, --disable-log-stats"),
     _refused("--otlp-* --collect-detailed-traces --kv-cache-metrics* --cudagraph-metrics --custom-histogram-buckets "
              "--show-hidden-metrics-for-version --enable-layerwise-nvtx-* --enable-mfu-metrics --profiler-config "
-             "--kv-events-config --enable-trace --trace-modules --export-metrics-* --tokenizer-metrics-* "
+             "--enable-trace --trace-modules --export-metrics-* --tokenizer-metrics-* "
              "--extra-metric-labels --bucket-* --prompt-tokens-buckets --generation-tokens-buckets "
              "--load-publish-endpoint --enable-forward-pass-metrics --forward-pass-metrics-* --debug-tensor-* "
              "--msprobe-*", NOT_TRACED),
