@@ -3,6 +3,7 @@
 # make check  style and types
 # make test-ray  octavo on a Ray cluster of two nodes on this machine, in an environment of its own, .ray
 # make clients  real clients and coding agents against a server: installs them in .clients, with npm and uv, and runs them
+# make gateways  sglang-router and vllm-router before two servers: installs them in .gateways and runs them
 # make gpu    on a machine with a GPU, in PYTHON's own environment: tests, tables of kernels and steps
 # make install  the environment .venv, which all of the above use
 
@@ -11,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo test test-ray clients gpu check clean
+.PHONY: install demo test test-ray clients gateways gpu check clean
 
 install: $(INSTALLED)
 
@@ -47,6 +48,11 @@ clients: $(INSTALLED)
 	cp tests/clients/package.json .clients/
 	npm install --prefix .clients --no-audit --no-fund --silent
 	$(BIN)/python -m pytest -m slow tests/clients
+
+gateways: $(INSTALLED)
+	$(PYTHON) -m venv .gateways
+	.gateways/bin/python -m pip install --quiet -r tests/gateways/requirements.txt
+	$(BIN)/python -m pytest -m slow tests/gateways
 
 # Each goes on where the one before has failed; tables come to benchmarks/results.
 gpu: export PYTHONPATH := src
