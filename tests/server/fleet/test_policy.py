@@ -49,6 +49,8 @@ class Machine(RuleBasedStateMachine):
         self.open: set[int] = set()
         self.steps: list[tuple[int, int, float]] = []
         self.chosen: list[int] = []  # engines, in the order of the choices
+        for engine in range(3):
+            self.open_engine(engine)
 
     def rate(self, engine: int) -> float:
         for steps in ([step for step in self.steps if step[0] == engine], self.steps):
@@ -73,7 +75,11 @@ class Machine(RuleBasedStateMachine):
             case "round-robin":
                 return 0
 
-    @rule(path=paths, rest=st.integers(1, PIECE_TOKENS), num_answers=st.integers(1, 3))
+    @rule(prompts=st.lists(st.tuples(paths, st.integers(1, PIECE_TOKENS), st.integers(1, 3)), min_size=1, max_size=4))
+    def route_some(self, prompts: list[tuple[str, int, int]]) -> None:
+        for path, rest, num_answers in prompts:
+            self.route(path, rest, num_answers)
+
     def route(self, path: str, rest: int, num_answers: int) -> None:
         names = names_of(path)
         num_tokens = len(path) * PIECE_TOKENS + rest
@@ -112,15 +118,15 @@ class Machine(RuleBasedStateMachine):
     @rule(data=st.data())
     def begin(self, data: st.DataObject) -> None:
         waiting = [key for key, request in self.requests.items() if not request.has_begun]
-        if waiting:
-            key = data.draw(st.sampled_from(waiting))
+        for key in data.draw(st.lists(st.sampled_from(waiting), unique=True)) if waiting else []:
             self.router.begun(key, data.draw(st.integers(0, 600)))
             self.requests[key].has_begun = True
 
-    @rule(data=st.data())
-    def end(self, data: st.DataObject) -> None:
-        if self.requests:
-            key = data.draw(st.sampled_from(sorted(self.requests)))
+    @rule(data=st.data(), has_begun=st.booleans())
+    def end(self, data: st.DataObject, has_begun: bool) -> None:
+        there = [key for key, request in self.requests.items() if request.has_begun == has_begun]
+        if there:
+            key = data.draw(st.sampled_from(there))
             self.router.ended(key)
             del self.requests[key]
 
@@ -152,7 +158,7 @@ class Machine(RuleBasedStateMachine):
             assert load.num_running == sum(each.num_answers for each in self.on(engine, has_begun=True))
 
 
-Machine.TestCase.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+Machine.TestCase.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)
 TestRouter = Machine.TestCase
 
 
