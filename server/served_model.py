@@ -105,6 +105,8 @@ class ServedModel:
             "max_model_len": self.max_model_len,
             "type": "model",
             "display_name": name,
+            "lifecycle": "active",
+            "max_input_tokens": self.max_model_len,
             "created_at": datetime.fromtimestamp(self.created, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             "x_octavo": {"ignored_hints": ALL_HINTS, "serves_any_name": self.serves_any},
         }
