@@ -143,3 +143,12 @@ def test_aider(server: Server, project: Path) -> None:
     command += ["--message", TASK, "calc.py"]
     said = run(command, project, {"OPENAI_API_BASE": f"{server.url}/v1", "OPENAI_API_KEY": "none"})
     assert "Applied edit to calc.py" in said or "def add" in said
+
+
+@pytest.mark.usefixtures("answered")
+def test_continue(server: Server, project: Path) -> None:
+    config = project.parent / "config.yaml"
+    model = {"name": "octavo", "provider": "openai", "model": MODEL, "apiBase": f"{server.url}/v1", "apiKey": "none"}
+    config.write_text(json.dumps({"name": "octavo", "version": "1.0.0", "schema": "v1", "models": [model]}))
+    command = [str(CLIENTS / "node_modules/.bin/cn"), "-p", TASK, "--config", str(config), "--auto", "--format", "json"]
+    assert json.loads(run(command, project, {}))["status"] == "success"
