@@ -140,8 +140,9 @@ class Admission:
     def admit(
         self, prompt_lengths: Sequence[int], timeout: float | None, key_owner: str = "", owner: str = ""
     ) -> Ticket:
-        """Take a request of one answer for each of these prompts. Raises ApiError (429) when too many wait.
+        """Take a request of one answer for each of these prompts.
 
+        Raises ApiError (429) when too many wait, or when those that do take longer than it may wait.
         timeout: seconds that the client gives it. owner: who has a fair share, as --fair-by says.
         """
         limits = self._limits
@@ -149,6 +150,7 @@ class Admission:
         num_tokens = sum(prompt_lengths)
         self._check_places(count, owner)
         self._check_tokens(num_tokens, owner)
+        self._check_time(timeout)
         now = time.monotonic()
         ticket = Ticket(
             key_owner,
@@ -177,6 +179,21 @@ class Admission:
             code="queue_full",
             headers={"Retry-After": str(self._seconds_to_wait(excess))},
         )
+
+    def _check_time(self, timeout: float | None) -> None:
+        """Refuse at once what would run out of time in the queue, as far as the pace of the last answers tells."""
+        most = min(math.inf if each is None else each for each in (timeout, self._limits.seconds))
+        num_ahead = self._num_open + 1 - self._limits.max_num_seqs
+        rate = 0.0 if most == math.inf or num_ahead <= 0 else self._client.finish_rate()
+        if rate and num_ahead / rate > most:
+            flag = "X-Request-Timeout" if most == timeout else "--queue-timeout"
+            raise ApiError(
+                429,
+                f"some {num_ahead / rate:.0f} s would pass before this request begins, and it may wait {most:g} s "
+                f"({flag}); try again later",
+                code="queue_full",
+                headers={"Retry-After": str(self._seconds_to_wait(num_ahead))},
+            )
 
     def _seconds_to_wait(self, excess: int) -> int:
         """After how long so much of the queue has been worked off, at the pace of the last answers."""

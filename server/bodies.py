@@ -38,17 +38,20 @@ class Bodies:
         self._process = FrameProcess("octavo.server.body_process")
         self._lock = asyncio.Lock()
 
-    async def decoded(self, http: Request, kind: TypeAdapter[Any], annotation: Any) -> Any:
+    async def decoded(
+        self, http: Request, kind: TypeAdapter[Any], annotation: Any, *, any_content_type: bool = False
+    ) -> Any:
         """The body as a value of `annotation`, which `kind` checks; None when the client hung up. Raises ApiError.
 
-        Leaves its size in http.state.body_size.
+        Leaves its size in http.state.body_size. any_content_type: it may have any, or none, unless a web page sends it:
+        a browser lets any page send what isn't JSON to another origin.
         """
         content = bytearray()
         try:
             if not await self._read(http, content):
                 return None
             http.state.body_size = len(content)
-            if content and not _is_json(http):
+            if content and not (_is_json(http) or (any_content_type and "origin" not in http.headers)):
                 raise bad_request("the body must be a JSON object, sent with content-type: application/json")
             if len(content) < LARGE:
                 return validated(content, kind)

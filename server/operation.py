@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from octavo.server.access import Access
 from octavo.server.errors import ANY_ERROR, RESPONSES, TEXT, ApiError, ErrorResponse
 from octavo.server.fleet.fleet import Fleet
+from octavo.server.fleet.member import Member
 from octavo.server.metrics import CONTENT_TYPE, Metrics
 from octavo.server.served_model import ServedModel
 from octavo.version import VERSION
@@ -48,7 +49,7 @@ def no_other_page(http: Request) -> None:
 
 
 def engine_routes(client: Fleet, counted: Metrics, access: Access) -> APIRouter:
-    """/health, /ping, /metrics, /load, /reset_prefix_cache, /engines/{index}/drain."""
+    """/health, /ping, /metrics, /load, /get_load, /reset_prefix_cache, /engines/{index}/drain."""
     router = APIRouter(dependencies=[Depends(no_other_page)], responses=ANY_ERROR)
 
     @router.get("/health", responses={503: RESPONSES[503]}, response_class=Response)
@@ -74,6 +75,11 @@ def engine_routes(client: Fleet, counted: Metrics, access: Access) -> APIRouter:
         """How many answers are open, in the engine or in its queue (vLLM's name)."""
         return {"server_load": client.num_open}
 
+    @router.get("/get_load")
+    async def get_load() -> list[dict[str, int]]:
+        """SGLang's /load: of each engine the open answers, those of them that wait, and tokens in its KV cache."""
+        return [_load_of(member) for member in client.members]
+
     @router.post("/reset_prefix_cache", response_class=Response)
     async def reset_prefix_cache() -> Response:
         """Forget all cached prefixes that no running request holds."""
@@ -95,6 +101,17 @@ def engine_routes(client: Fleet, counted: Metrics, access: Access) -> APIRouter:
         return {"engine": index, "status": "replaced"}
 
     return router
+
+
+def _load_of(member: Member) -> dict[str, int]:
+    stats = member.stats
+    capacity = member.ready.num_blocks * member.ready.block_size
+    return {
+        "dp_rank": member.index,
+        "num_reqs": member.num_answers,
+        "num_waiting_reqs": 0 if stats is None else stats.num_waiting,
+        "num_tokens": 0 if stats is None else round(stats.kv_cache_usage * capacity),
+    }
 
 
 def pause_routes(client: Fleet) -> APIRouter:

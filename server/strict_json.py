@@ -31,6 +31,8 @@ class StrictRoute(APIRoute):
     Its dependencies are functions of the request, called before the body is read.
     """
 
+    any_content_type = False  # see Bodies.decoded
+
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """What answers a request: FastAPI's own handler where there is no body. Raises TypeError for what it can't."""
         if self.body_field is None:
@@ -46,7 +48,8 @@ class StrictRoute(APIRoute):
         async def handle(http: Request) -> Response:
             for check in checks:
                 check(http)
-            body = await http.app.state.bodies.decoded(http, kind, annotation)
+            bodies = http.app.state.bodies
+            body = await bodies.decoded(http, kind, annotation, any_content_type=self.any_content_type)
             if body is None:
                 return Response(status_code=HUNG_UP)
             try:

@@ -41,7 +41,6 @@ from octavo.server.message.parts import Part
 from octavo.server.served_model import ServedModel
 from octavo.server.service import Answer, Service
 from octavo.server.streaming import Framing
-from octavo.server.strict_json import StrictRoute
 
 Json = dict[str, Any]
 
@@ -57,7 +56,7 @@ FRAMING = Framing("application/x-ndjson", lambda error: line(error.body("/api/")
 
 def routes(service: Service) -> APIRouter:
     """/api/chat, /api/generate, and the routes about models."""
-    router = APIRouter(route_class=StrictRoute, responses=OLLAMA_RESPONSES)
+    router = APIRouter(route_class=ollama_models.OllamaRoute, responses=OLLAMA_RESPONSES)
     model = service.model
     probe = SystemProbe(model)
 

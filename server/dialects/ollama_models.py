@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import Response
+from fastapi.responses import PlainTextResponse, Response
 
 from octavo.server.dialects.fields import Flag, Open, Text
 from octavo.server.dialects.thinking import can_think
@@ -51,6 +51,12 @@ class ShowRequest(Open):
     verbose: Flag | None = None
 
 
+class OllamaRoute(StrictRoute):
+    """Ollama's clients don't say that what they send is JSON."""
+
+    any_content_type = True
+
+
 def plain_name(name: str, model: ServedModel) -> str:
     """A model's name without the tag that Ollama's clients put behind it."""
     return name if name in model.all_names else name.removesuffix(LATEST)
@@ -58,13 +64,13 @@ def plain_name(name: str, model: ServedModel) -> str:
 
 def routes(service: Service) -> APIRouter:
     """/api/version, tags, ps, show, and what can't be done here."""
-    router = APIRouter(route_class=StrictRoute, responses=OLLAMA_RESPONSES)
+    router = APIRouter(route_class=OllamaRoute, responses=OLLAMA_RESPONSES)
     model = service.model
 
-    @router.head("/", include_in_schema=False)
+    @router.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def alive() -> Response:
-        """Ollama's command asks so whether a server is there."""
-        return Response()
+        """Ollama's command, and programs on a desktop, ask so whether a server is there."""
+        return PlainTextResponse("Ollama is running")  # the words that they look for
 
     @router.api_route("/api/version", methods=["GET", "HEAD"])
     async def version() -> Response:

@@ -74,6 +74,7 @@ def routes(service: Service) -> APIRouter:
     router = APIRouter(route_class=StrictRoute, responses=RESPONSES)
     model = service.model
 
+    @router.post("/v1/tokenize", response_model=TokenizeResponse, include_in_schema=False)  # SGLang's names
     @router.post("/tokenize", response_model=TokenizeResponse)
     async def tokenize(body: Annotated[TokenizeRequest, Body()], http: Request) -> Response:
         """The token ids of a text, or of the prompt that the chat template makes of messages."""
@@ -85,6 +86,7 @@ def routes(service: Service) -> APIRouter:
             text = await rendered(asked, model)
         return JsonResponse(await service.off_loop(http, lambda: _tokenized(body, text, model)))
 
+    @router.post("/v1/detokenize", response_model=DetokenizeResponse, include_in_schema=False)
     @router.post("/detokenize", response_model=DetokenizeResponse)
     async def detokenize(body: DetokenizeRequest, http: Request) -> Response:
         """The text of these token ids, special tokens written out."""

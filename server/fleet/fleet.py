@@ -49,6 +49,7 @@ logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.02
 MAX_ALL_PENDING = 512 << 20  # bytes of outputs that wait for readers, of all streams together
+FEWEST_FINISHED = 4  # answers that tell of a pace
 SEED_BITS = 62  # of a request that comes without: n answers count up from it, and it must stay an int64
 
 
@@ -146,9 +147,9 @@ class Fleet:
         return "; ".join(member.trouble for member in self.members)
 
     def finish_rate(self) -> float:
-        """Answers that are finished a second, by the last ones; 0 where too few have been seen."""
+        """Answers that are finished a second, by the last ones since there was nothing to do; 0 where these are few."""
         times = self._finished
-        return (len(times) - 1) / (time.monotonic() - times[0]) if len(times) > 1 else 0.0
+        return (len(times) - 1) / (time.monotonic() - times[0]) if len(times) >= FEWEST_FINISHED else 0.0
 
     async def ready(self) -> Ready:
         """Wait until all engines can serve: what the first one says, with the shortest `max_model_len` of all.
@@ -342,6 +343,8 @@ class Fleet:
         self._open.pop(request_id, None)
         self._silent.pop(request_id, None)
         self._homeless.pop(request_id, None)
+        if not self._open:
+            self._finished.clear()  # what comes after a pause says nothing of the pace before it
         self._take_away(answer)
 
     def _take_away(self, answer: OpenAnswer) -> None:

@@ -94,6 +94,21 @@ def full(server: Server) -> Iterator[httpx.Client]:
         os.kill(server.engine_pid, signal.SIGCONT)
 
 
+def test_what_can_not_begin_in_time_is_refused_at_once() -> None:
+    """Once the pace of a queue is known: who would run out of time in it is told when to come again."""
+    with serving("--max-num-seqs", "2") as server, server.client() as client, ThreadPoolExecutor(40) as pool:
+        ahead = [pool.submit(client.post, PATH, json=SHORT | {"max_tokens": 50}, timeout=PATIENCE) for _ in range(40)]
+        wait_until(lambda: sum(each.done() for each in ahead) >= 5)
+        hasty = client.post(PATH, json=SHORT, headers={"X-Request-Timeout": "0.001"})
+        patient = client.post(PATH, json=SHORT, headers={"X-Request-Timeout": "600"})
+        assert {each.result(PATIENCE).status_code for each in ahead} == {200}
+    error = error_of(hasty, 429)
+    assert error["code"] == "queue_full"
+    assert "would pass before this request begins" in str(error["message"])
+    assert int(hasty.headers["retry-after"]) >= 1
+    assert patient.status_code == 200
+
+
 KEY = {"Authorization": "Bearer one"}
 CHANGING = {"date", "x-request-id", "request-id", "connection"}
 CHANGING |= {"endpoint-load-metrics", "access-control-allow-origin", "vary"}

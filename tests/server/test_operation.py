@@ -52,6 +52,7 @@ def test_hints_change_nothing_and_are_counted(client: httpx.Client, path: str, b
 def test_tokenizing_is_transformers(client: httpx.Client, oracle: Oracle, text: str) -> None:
     ids = oracle.ids(text)
     answer = client.post("/tokenize", json={"prompt": text, "return_token_strs": True}).json()
+    assert client.post("/v1/tokenize", json={"prompt": text, "return_token_strs": True}).json() == answer
     assert (answer["count"], answer["tokens"], answer["max_model_len"]) == (len(ids), ids, 512)
     assert answer["token_strs"] == oracle.tokenizer.convert_ids_to_tokens(ids)
     assert client.post("/tokenize", json={"prompt": text}).json()["token_strs"] is None
@@ -99,6 +100,8 @@ def test_a_request_id_comes_back(client: httpx.Client) -> None:
 
 def test_what_is_served_and_how_busy_it_is(client: httpx.Client) -> None:
     assert client.get("/load").json() == {"server_load": 0}
+    [load] = client.get("/get_load").json()
+    assert load == {"dp_rank": 0, "num_reqs": 0, "num_waiting_reqs": 0, "num_tokens": 0}
     assert client.post("/ping").status_code == 200
     info = client.get("/server_info").json()
     assert (info["version"], info["models"], info["max_model_len"]) == (VERSION, ["tiny", "tiny-too"], 512)

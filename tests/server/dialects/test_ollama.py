@@ -107,6 +107,19 @@ def test_the_model_is_told_of(official: ollama.Client, server: Server) -> None:
     with server.client() as client:
         assert client.get("/api/version").json()["version"].count(".") == 2
         assert [client.head(path).status_code for path in ("/", "/api/version", "/api/tags")] == [200] * 3
+        assert client.get("/").text == "Ollama is running"
+
+
+@pytest.mark.parametrize("path", ["/api/chat", "/api/generate", "/api/show"])
+def test_a_body_needs_no_content_type_unless_a_web_page_sends_it(client: httpx.Client, path: str) -> None:
+    """curl -d and LiteLLM send none that fits. Without an Origin it isn't a browser's."""
+    body = {"model": "tiny", "messages": ASK} if path == "/api/chat" else {"model": "tiny"}
+    content = json.dumps(body | {"stream": False, "options": {"num_predict": 2}} if path != "/api/show" else body)
+    form = {"content-type": "application/x-www-form-urlencoded"}
+    assert client.post(path, content=content).status_code == 200
+    assert client.post(path, content=content, headers=form).status_code == 200
+    for origin in ("http://elsewhere", "null"):
+        assert client.post(path, content=content, headers=form | {"Origin": origin}).status_code == 400
 
 
 def test_a_model_is_loaded_already(official: ollama.Client) -> None:
