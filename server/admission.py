@@ -32,12 +32,14 @@ class QueueLimits:
     num_requests  answers that may wait
     num_tokens    tokens of the prompts of answers that have not begun
     seconds       until the first token of each answer
+    in_order      answers begin in the order in which they come, but for the shares of owners
     """
 
     max_num_seqs: int
     num_requests: int | None = None
     num_tokens: int | None = None
     seconds: float | None = None
+    in_order: bool = True
 
 
 @dataclass(eq=False, slots=True, weakref_slot=True)
@@ -150,7 +152,7 @@ class Admission:
         num_tokens = sum(prompt_lengths)
         self._check_places(count, owner)
         self._check_tokens(num_tokens, owner)
-        self._check_time(timeout)
+        self._check_time(timeout, owner)
         now = time.monotonic()
         ticket = Ticket(
             key_owner,
@@ -180,11 +182,14 @@ class Admission:
             headers={"Retry-After": str(self._seconds_to_wait(excess))},
         )
 
-    def _check_time(self, timeout: float | None) -> None:
+    def _check_time(self, timeout: float | None, owner: str) -> None:
         """Refuse at once what would run out of time in the queue, as far as the pace of the last answers tells."""
         most = min(math.inf if each is None else each for each in (timeout, self._limits.seconds))
-        num_ahead = self._num_open + 1 - self._limits.max_num_seqs
-        rate = 0.0 if most == math.inf or num_ahead <= 0 else self._client.finish_rate()
+        if most == math.inf or not self._limits.in_order:
+            return
+        in_turn = (self._num_of[owner] + 1) * (len(self._num_of) + (owner not in self._num_of))
+        num_ahead = min(self._num_open + 1, in_turn) - self._limits.max_num_seqs
+        rate = self._client.finish_rate()
         if rate and num_ahead / rate > most:
             flag = "X-Request-Timeout" if most == timeout else "--queue-timeout"
             raise ApiError(

@@ -53,7 +53,11 @@ def build_app(
 ) -> FastAPI:
     """The ASGI application over one engine. Call it where an event loop runs: batches may go on at once."""
     limits = QueueLimits(
-        model.max_num_seqs, options.max_queued_requests, options.max_queued_tokens, options.queue_timeout
+        model.max_num_seqs,
+        options.max_queued_requests,
+        options.max_queued_tokens,
+        options.queue_timeout,
+        in_order=model.scheduling_policy == "fcfs",
     )
     app = FastAPI(
         title="octavo",

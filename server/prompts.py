@@ -115,7 +115,7 @@ def sampling_params(
     if request.min_tokens > limit:
         raise bad_request(f"min_tokens {request.min_tokens} is more than max_tokens, {limit}", "min_tokens")
     _check_logprobs(request, wanted, model)
-    if request.priority and not model.honors_priority:
+    if request.priority and model.scheduling_policy != "priority":
         raise bad_request(
             f"priority {request.priority}: this server takes requests as they come (it would obey with "
             "--scheduling-policy priority)",

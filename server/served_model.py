@@ -53,7 +53,7 @@ class ServedModel:
     max_model_len: int
     vocab_size: int
     max_num_seqs: int
-    honors_priority: bool = False
+    scheduling_policy: Literal["fcfs", "priority", "lpm"] = "fcfs"
     max_logprobs: int = 20
     trust_request_chat_template: bool = False
     structured_outputs: StructuredOutputsConfig = field(default_factory=StructuredOutputsConfig)

@@ -277,7 +277,7 @@ def _app_maker(
             max_model_len=ready.max_model_len,
             vocab_size=ready.vocab_size,
             max_num_seqs=options.engine.max_num_seqs * options.engine.parallel.data_parallel_size,
-            honors_priority=options.engine.scheduling_policy == "priority",
+            scheduling_policy=options.engine.scheduling_policy,
             max_logprobs=ready.vocab_size if most_logprobs < 0 else most_logprobs,
             trust_request_chat_template=options.text.trust_request_chat_template,
             structured_outputs=options.text.structured_outputs_config,
