@@ -87,6 +87,11 @@ def engine_routes(client: Fleet, counted: Metrics, access: Access) -> APIRouter:
         client.reset_prefix_cache()
         return Response(status_code=200)
 
+    _add_drain(router, client, access)
+    return router
+
+
+def _add_drain(router: APIRouter, client: Fleet, access: Access) -> None:
     @router.post("/engines/{index}/drain", responses=DRAIN_RESPONSES)
     async def drain(index: int) -> dict[str, object]:
         """Let an engine finish what it has, while others take what comes, and replace its process by a new one."""
@@ -99,8 +104,6 @@ def engine_routes(client: Fleet, counted: Metrics, access: Access) -> APIRouter:
         if not client.members[index].is_up:
             raise ApiError(503, client.members[index].trouble)
         return {"engine": index, "status": "replaced"}
-
-    return router
 
 
 def _load_of(member: Member) -> dict[str, int]:
