@@ -148,8 +148,8 @@ def test_the_server_s_arguments_are_octavo_s(values: dict[str, Any], capsys: pyt
     assert events.is_on == ("kvEvents" in values)
     if events.is_on:
         ports = {port["name"]: port["containerPort"] for port in container(objects)["ports"]}
-        assert (events.endpoint, events.replay_endpoint) == ("tcp://*:6000", "tcp://*:5558")
-        assert (ports["kv-events"], ports["kv-replay"]) == (6000, 5558)
+        assert (events.endpoint, events.replay_endpoint) == ("tcp://*:6000", "tcp://*:5657")
+        assert (ports["kv-events"], ports["kv-replay"]) == (6000, 5657)
         assert events.topic == "kv@$(POD_IP)@owner/model"
     assert capsys.readouterr().err == ""
 
