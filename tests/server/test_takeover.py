@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 from octavo_server import PATIENCE, Server, events, serving, started, value, wait_until
+from prometheus_client.parser import text_string_to_metric_families
 
 from octavo.demo_models import fetch_model
 
@@ -64,6 +65,25 @@ def num_up(client: httpx.Client, num_engines: int = 2) -> int:
     lines = [line for line in text.splitlines() if line.startswith("octavo:engine_up{")]
     assert len(lines) == num_engines
     return sum(line.endswith(" 1.0") for line in lines)
+
+
+def test_engines_have_cores_and_series_of_their_own(server: Server) -> None:
+    first, second = map(os.sched_getaffinity, server.engine_pids)
+    assert first
+    assert second
+    assert not first & second
+    assert first | second == os.sched_getaffinity(0)
+    with server.client(headers=HEADERS) as client:
+        ended = [client.post(PATH, json={"prompt": "x" * n, "max_tokens": 3, "ignore_eos": True}) for n in (5, 200)]
+        text = client.get("/metrics").text
+    counted = {
+        sample.labels["engine"]: sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name == "vllm:generation_tokens_total"
+    }
+    assert sorted(counted) == ["0", "1"]
+    assert sum(counted.values()) == sum(one.json()["usage"]["completion_tokens"] for one in ended) == 6
 
 
 def test_forty_streams_survive_an_engine(server: Server) -> None:
