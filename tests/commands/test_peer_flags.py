@@ -115,8 +115,8 @@ def test_a_start_line_that_is_copied_starts(line: str, capsys: pytest.CaptureFix
 REFUSED = [
     ("m --tensor-parallel-size many", "--tensor-parallel-size", "a whole number"),
     ("m --enable-lora --lora-modules a=b", "--enable-lora", "merge the adapter"),
-    ("m --pipeline-parallel-size 2", "--pipeline-parallel-size 2", "one device"),
-    ("--model-path m --pp-size=2", "--pp-size 2", "balancer"),
+    ("m --pipeline-parallel-size 2", "--pipeline-parallel-size 2", "nothing else is divided yet"),
+    ("--model-path m --pp-size=2", "--pp-size 2", "leave it out"),
     ("m --speculative-config.method ngram", "--speculative-config", "leave it out"),
     ("m --hf-token secret", "--hf-token", "HF_TOKEN"),
     ("m --tokenizer-mode mistral", "--tokenizer-mode mistral", "leave it out"),

@@ -48,7 +48,10 @@ NO_ADAPTERS = "LoRA adapters are not supported yet: merge the adapter into the c
 NO_DRAFTS = "speculative decoding is not supported yet: leave it out; answers are the same without it"
 NO_IMAGES = "only text is supported: leave it out, and serve a text model"
 NO_POOLING = "octavo generates text, and does not serve embeddings or classifiers yet"
-ONE_DEVICE = "octavo computes on one device: leave it out, or put several servers behind a balancer"
+ONE_DEVICE = (
+    "-dp runs several engines behind one server, and -tp divides a model over the cores of a CPU; "
+    "nothing else is divided yet: leave it out"
+)
 NO_OFFLOAD = "weights and KV cache stay on the device: --dtype int4 makes weights small, --kv-cache-dtype the cache"
 NO_KNOB = "octavo has no such setting, and answers are the same without it: leave it out"
 NO_HYBRIDS = "models with a state cache (Mamba, linear attention) are not supported yet"
@@ -61,9 +64,11 @@ TABLE: tuple[PeerFlag, ...] = (
     # what octavo does anyway
     _moot("--enable-chunked-prefill", "long prompts are always prefilled in chunks of --max-num-batched-tokens"),
     _moot("--enable-mixed-chunk", "a step always holds prompts and answers together"),
-    _moot("--async-scheduling", "a step is always planned while the one before it is computed"),
+    _moot("--async-scheduling", "steps are planned while others are computed wherever that is faster"),
     _moot("--scheduler-reserve-full-isl", "a prompt is always admitted only where all of it fits into the cache"),
     _moot("--max-num-partial-prefills --max-long-partial-prefills", "a step prefills as many prompts as fit", "one"),
+    _moot("--enable-reasoning", "reasoning is told from the answer wherever a model's way to write it is known"),
+    _moot("--disable-frontend-multiprocessing", "the engine always has a process of its own, and answers are the same"),
     _moot("--use-v2-block-manager", "there is one block manager"),
     _moot("--swap-space", "a sequence that gives way is computed again, and never swapped", "one"),
     _moot("--enable-auto-tool-choice", "tool calls are read wherever a request brings tools"),
@@ -95,7 +100,7 @@ TABLE: tuple[PeerFlag, ...] = (
     _moot("--enable-log-deltas", "no text of an answer is logged"),
     _moot("--log-error-stack", "an unexpected error is always logged with its stack"),
     _moot("--use-tqdm-on-load", "how long each phase of the start took is printed at its end"),
-    _moot("--disable-custom-all-reduce", "one device has nothing to reduce"),
+    _moot("--disable-custom-all-reduce", "ranks of a CPU add up over shared memory"),
     _moot("--schedule-low-priority-values-first", "lower values of `priority` always go first"),
     _moot("--exclude-tools-when-tool-choice-none", "a model is never shown tools that it may not call"),
     _moot("--cohere-is-reasoning-model", "/cohere is not served, which it is about"),
@@ -132,6 +137,7 @@ TABLE: tuple[PeerFlag, ...] = (
     _moot_at("--chat-template-content-format", "auto",
              "whether a template takes parts or text is read from it: leave it out, or give --chat-template"),
     _moot_at("--preemption-mode", "recompute", "a sequence that gives way is computed again: leave it out"),
+    _moot_at("--num-lookahead-slots", "0", NO_DRAFTS),
     _moot_at("--performance-mode", "balanced", NO_KNOB),
     _moot_at("--schedule-conservativeness", "1 1.0", NO_KNOB),
     _moot_at("--radix-eviction-policy", "lru", "cached prefixes leave in the order of their last use: leave it out"),
@@ -167,7 +173,8 @@ TABLE: tuple[PeerFlag, ...] = (
              "--eplb-* --expert-placement-strategy --enable-elastic-ep --elastic-ep-* --max-ep-size "
              "--enable-batch-sharded-sampling --disable-nccl-* --master-addr --master-port --distributed-timeout-* "
              "--cpu-distributed-timeout-seconds --dist-* --nccl-* --device-ids --numa-* --ray-workers-use-nsight "
-             "--use-ray --enable-nccl-* --headless --enable-fault-tolerance --fault-tolerance-config "
+             "--use-ray --worker-use-ray --engine-use-ray --enable-nccl-* --headless --enable-fault-tolerance "
+             "--fault-tolerance-config "
              "--load-balance-method --enable-dp-* --enable-tp-* --enable-attn-* --disable-attn-* --enable-prefill-cp "
              "--enable-shared-experts-attn-tp --shared-experts-tp-size --enable-dense-mlp-attn-tp "
              "--enable-layernorm-sp --enable-megamoe-* --enable-p2p-check --moe-dense-tp-size --moe-a2a-backend "
