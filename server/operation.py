@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
-from pydantic import BaseModel, ConfigDict
 
 from octavo.server.access import Access
+from octavo.server.dialects.fields import Strict
 from octavo.server.errors import ANY_ERROR, RESPONSES, TEXT, ApiError, ErrorResponse
 from octavo.server.fleet.fleet import Fleet
 from octavo.server.fleet.member import Member
@@ -27,18 +27,14 @@ DRAIN_RESPONSES: dict[int | str, dict[str, Any]] = {
 OpenRequests = Literal["abort", "wait", "keep"]
 
 
-class PauseGeneration(BaseModel):
+class PauseGeneration(Strict):
     """SGLang's body of /pause_generation; `retract` is as good as in_place, as no sequence must be moved."""
-
-    model_config = ConfigDict(extra="forbid")
 
     mode: Literal["abort", "in_place", "retract"] = "abort"
 
 
-class ContinueGeneration(BaseModel):
+class ContinueGeneration(Strict):
     """SGLang's body of /continue_generation."""
-
-    model_config = ConfigDict(extra="forbid")
 
 
 def no_other_page(http: Request) -> None:

@@ -19,6 +19,7 @@ from octavo.text.chat_template import REQUEST_ORIGIN, ChatTemplateError
 from octavo.text.template_process import Job
 
 MAX_PARTS = 1 << 14  # messages of a conversation, with their parts and calls; each is an object, and takes 5 us
+MAY_SAY_NOTHING = ("assistant", "tool", "function")  # an answer cut while the model thought, a call without a result
 MAX_TEMPLATE_DATA = 1 << 20  # bytes, as JSON, of what goes to the chat template beside the messages
 
 
@@ -42,40 +43,56 @@ def bounded_parts(value: Any) -> Any:
     return value
 
 
-class TextPart(Strict):
+class TextPart(Open):
     """A piece of a message, under the names that OpenAI's two dialects have for it; images and audio are refused."""
 
     type: Literal["text", "input_text", "output_text"]
     text: Text
-    annotations: list[Any] | None = None
-    cache_control: dict[str, Any] | None = None
 
 
-class RefusalPart(Strict):
+class RefusalPart(Open):
     """What an assistant said instead of an answer."""
 
     type: Literal["refusal"]
     refusal: Text
 
 
-class ThinkingPart(Strict):
+class ThinkingPart(Open):
     """What an assistant thought before it answered."""
 
     type: Literal["thinking"]
     thinking: Text
-    signature: Text | None = None
-    cache_control: dict[str, Any] | None = None
 
 
-Part = Annotated[TextPart | RefusalPart | ThinkingPart, Field(discriminator="type")]
-Parts = Annotated[list[Part], Field(min_length=1, fail_fast=True)]
+class ReasoningPart(Open):
+    """The same, as gateways write it."""
+
+    type: Literal["reasoning"]
+    text: Text
+
+
+def _as_part(value: object) -> object:
+    """A string among parts is a text, as in vLLM."""
+    return {"type": "text", "text": value} if isinstance(value, str) else value
+
+
+def _as_json(value: object) -> object:
+    """Arguments as JSON text, whichever of both a client keeps."""
+    return msgspec.json.encode(value).decode() if isinstance(value, dict) else value
+
+
+THOUGHTS = (ThinkingPart, ReasoningPart)
+AnyPart = Annotated[TextPart | RefusalPart | ThinkingPart | ReasoningPart, Field(discriminator="type")]
+Part = Annotated[AnyPart, BeforeValidator(_as_part, json_schema_input_type=AnyPart | str)]
+Parts = Annotated[list[Part], Field(fail_fast=True)]
+Arguments = Annotated[Text, BeforeValidator(_as_json, json_schema_input_type=str | dict[str, Any])]
 
 
 class FunctionCall(Open):
-    """A call that an assistant made earlier in the conversation."""
+    """A call that an assistant made earlier in the conversation; its arguments are JSON, or an object."""
 
     name: Text
-    arguments: Text
+    arguments: Arguments = "{}"
 
 
 class ToolCall(Open):
@@ -112,12 +129,8 @@ class ChatMessage(Open):
 
     @model_validator(mode="after")
     def _check_content(self) -> ChatMessage:
-        says = self.content is not None or (
-            self.role == "assistant"
-            and any(part is not None for part in (self.tool_calls or None, self.function_call, self.refusal))
-        )
-        if not says:
-            raise ValueError("content is missing; only an assistant's message with tool_calls may leave it out")
+        if self.content in (None, []) and self.role not in MAY_SAY_NOTHING:
+            raise ValueError(f"content is missing; it may be left out where role is {' or '.join(MAY_SAY_NOTHING)}")
         return self
 
 
@@ -197,6 +210,8 @@ def chat_token_ids(text: str, options: ChatOptions, model: ServedModel, *, must_
 def _plain(message: ChatMessage, history: History) -> dict[str, Any]:
     """A message as the template expects it: text, thoughts and calls each in one place."""
     plain = message.model_dump(exclude_none=True, exclude={"content", "refusal", "function_call", "cache_control"})
+    if not message.tool_calls:
+        plain.pop("tool_calls", None)
     if message.function_call is not None:
         plain.setdefault("tool_calls", []).append({"type": "function", "function": message.function_call.model_dump()})
     for call in plain.get("tool_calls", ()):
@@ -223,7 +238,8 @@ def _arguments(text: str) -> Any:
 
 def _thoughts(message: ChatMessage) -> str:
     parts = message.content if isinstance(message.content, list) else []
-    return "\n".join(part.thinking for part in parts if isinstance(part, ThinkingPart))
+    thoughts = [part for part in parts if isinstance(part, THOUGHTS)]
+    return "\n".join(part.thinking if isinstance(part, ThinkingPart) else part.text for part in thoughts)
 
 
 def text_of_message(message: ChatMessage) -> str | list[dict[str, str]]:
@@ -233,7 +249,7 @@ def text_of_message(message: ChatMessage) -> str | list[dict[str, str]]:
     texts = [
         part.refusal if isinstance(part, RefusalPart) else part.text
         for part in message.content or ()
-        if not isinstance(part, ThinkingPart)
+        if not isinstance(part, THOUGHTS)
     ]
     if not texts:
         return message.refusal or ""

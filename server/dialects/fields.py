@@ -7,7 +7,9 @@ fits) is checked in server/prompts.py.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from functools import cache
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -68,26 +70,40 @@ TextOption = Annotated[Text, Tag("<text>")]
 LogitBias = Annotated[dict[str, Annotated[Number, Field(ge=-100, le=100)]], BeforeValidator(bounded_entries)]
 
 
-class Strict(BaseModel):
+@cache
+def _absent_if_null(kind: type[BaseModel]) -> frozenset[str]:
+    """The fields of a request that have a default and no meaning for null."""
+    fields = kind.model_fields.items()
+    return frozenset(
+        name
+        for name, field in fields
+        if not field.is_required() and field.default is not None and NoneType not in get_args(field.annotation)
+    )
+
+
+class RequestObject(BaseModel):
+    """An object of a request: it has a bounded number of entries, and an optional field that is null is absent."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, fields: Any) -> Any:
+        bounded_entries(fields)
+        if not isinstance(fields, dict) or None not in fields.values():
+            return fields
+        absent = _absent_if_null(cls)
+        return {name: value for name, value in fields.items() if value is not None or name not in absent}
+
+
+class Strict(RequestObject):
     """Unknown fields are refused."""
 
     model_config = ConfigDict(extra="forbid")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _check_size(cls, fields: Any) -> Any:
-        return bounded_entries(fields)
 
-
-class Open(BaseModel):
+class Open(RequestObject):
     """A part of a conversation's history: clients send back what other servers put in it, so extra keys are taken."""
 
     model_config = ConfigDict(extra="allow")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _check_size(cls, fields: Any) -> Any:
-        return bounded_entries(fields)
 
 
 class StreamOptions(Strict):

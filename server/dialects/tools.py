@@ -13,6 +13,7 @@ from octavo.server.dialects.custom_input import InputText, input_schema
 from octavo.server.dialects.fields import Flag, Open, Strict, Text
 from octavo.server.dialects.thinking import ThinkingOptions, reasoning_tokens
 from octavo.server.errors import bad_request, field_error
+from octavo.server.hints import Hint
 from octavo.server.message.call_constraint import StrictLevel, WantedCalls, WantedTool
 from octavo.server.message.grammars import MAX_TEXT
 from octavo.server.message.parts import Call, Part, calls_of, reasoning_of, text_of
@@ -33,7 +34,15 @@ class FunctionTool(Open):
     strict: Flag | None = None
 
 
-class Tool(Strict):
+class ToolHints(Strict):
+    """Keys of a tool that ask for nothing here: Anthropic's, which gateways leave where they found them."""
+
+    cache_control: Hint = None
+    eager_input_streaming: Hint = None
+    input_examples: Hint = None
+
+
+class Tool(ToolHints):
     """One tool of a request."""
 
     type: Literal["function"]
@@ -74,7 +83,7 @@ class CustomSpec(Open):
         return grammar.definition if grammar is not None and grammar.syntax == "lark" else ""
 
 
-class CustomTool(Strict):
+class CustomTool(ToolHints):
     """One tool of a request that is called with text."""
 
     type: Literal["custom"]
@@ -272,7 +281,7 @@ def templated(tools: Sequence[Tool], model: ServedModel) -> list[Json] | None:
             f"tools: how this model writes tool calls is not known ({found.tools_from}); --tool-call-parser names it",
             "tools",
         )
-    return [tool.model_dump(exclude_none=True) for tool in tools]
+    return [tool.model_dump(exclude_none=True, exclude=set(ToolHints.model_fields)) for tool in tools]
 
 
 def reading_of(

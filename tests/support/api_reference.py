@@ -32,7 +32,8 @@ Made by `tests/support/api_reference.py` from the server's own OpenAPI document,
 `/docs` shows. What the dialects mean is said in [serving](serving.md).
 
 A field that isn't listed is refused with 400 and its name. Every optional field may also be null, which is as if it
-were left out. Fields that change nothing are taken from clients that send them to every server.
+were left out, except for `max_new_tokens`: null there is as many tokens as the context leaves.
+Fields that change nothing are taken from clients that send them to every server.
 """
 ALIKE = ("CompletionRequest", "ChatCompletionRequest", "ResponsesRequest")
 SHARED = "Fields of completions, chat and responses"
