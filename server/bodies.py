@@ -120,11 +120,12 @@ def validated(content: bytes | bytearray, kind: TypeAdapter[Any]) -> Any:
     """A body decoded and checked. Raises ApiError, which says where it isn't JSON or which field is wrong."""
     if not content:
         raise bad_request("the request has no JSON body")
+    body = None
     try:
-        return kind.validate_python(msgspec.json.decode(content))
+        body = msgspec.json.decode(content)
+        return kind.validate_python(body)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        message, param = explain({**first, "loc": ("body", *first["loc"])})
+        message, param = explain(error.errors(include_url=False), body)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         message = f"the body is not JSON: {error}"
         param = None

@@ -6,7 +6,7 @@ OpenAI's, {"error": {"message", "type", "param", "code"}}, is everybody's who ha
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticCustomError
 from starlette.exceptions import HTTPException
 
+from octavo.server.places import deepest
 from octavo.server.store import StoreError
 
 Json = dict[str, Any]
@@ -221,6 +222,9 @@ def only_as(media_type: str) -> dict[int | str, dict[str, Any]]:
 TEXT = only_as("text/plain")
 
 
+_OBJECT_ERRORS = ("model_type", "model_attributes_type", "dict_type")  # pydantic tells of classes and dictionaries
+
+
 def install(app: FastAPI) -> None:
     """Make every exception under a route an answer in this shape."""
 
@@ -232,7 +236,10 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(http: Request, error: RequestValidationError) -> Response:
-        message, param = explain(error.errors()[0])
+        """Of a route that FastAPI reads; its places begin with the part of the request that is wrong."""
+        source, *place = error.errors()[0]["loc"]
+        body = error.body if source == "body" else {name: error.errors()[0]["input"] for name in place}
+        message, param = explain([{**each, "loc": each["loc"][1:]} for each in error.errors()], body)
         return error_response(400, message, param, path=http.url.path)
 
     @app.exception_handler(HTTPException)
@@ -250,19 +257,14 @@ def install(app: FastAPI) -> None:
         return error_response(500, f"internal error: {type(error).__name__}", path=http.url.path)
 
 
-def explain(error: dict[str, Any]) -> tuple[str, str | None]:
-    """(message, field) of one of pydantic's errors; a field that octavo doesn't know is named as such.
-
-    An error's place begins with "body"; names in <> in it are options of a union, not fields.
-    """
+def explain(errors: Sequence[Mapping[str, Any]], body: Any) -> tuple[str, str | None]:
+    """(message, field) of what pydantic found wrong with a body; a field that octavo doesn't know is named as such."""
+    error, place = deepest(errors, body)
     kind = error["type"]
     context = error.get("ctx", {})
-    _, *place = error["loc"]
     if kind == "field":
         return error["msg"], context["field"]
-    names = [str(part) for part in place[:-1] if not str(part).startswith("<")]
-    if kind == "extra_forbidden" or (place and not str(place[-1]).startswith("<")):
-        names.append(str(place[-1]))
+    names = [str(part) for part in place]
     path = ".".join(names)
     param = names[0] if names else None
     if kind == "extra_forbidden":
@@ -277,5 +279,6 @@ def explain(error: dict[str, Any]) -> tuple[str, str | None]:
         return (f"{path}: this field is missing" if path else "the request has no JSON body"), param
     if not names and not isinstance(error.get("input"), dict):
         return "the body must be a JSON object, sent with content-type: application/json", None
-    message = f"{error['msg'].removeprefix('Value error, ')} (got {_short.repr(error.get('input'))})"
+    said = "Input should be an object" if kind in _OBJECT_ERRORS else error["msg"].removeprefix("Value error, ")
+    message = f"{said} (got {_short.repr(error.get('input'))})"
     return (f"{path}: {message}" if path else message), param

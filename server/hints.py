@@ -52,6 +52,9 @@ class ResponsesHints(OpenAIHints):
     """Of /v1/responses, which honours some of the names above: they are no hints there. Codex sends client_metadata."""
 
     client_metadata: Hint = None
+    # vLLM's and SGLang's; the id of a response says where it is kept, so that the server makes it
+    request_id: Hint = None
+    rid: Hint = None
     prompt_cache_options: Hint = None
 
 
@@ -94,15 +97,18 @@ class OllamaOptionHints(BaseModel):
 
 
 class OllamaHints(BaseModel):
-    """Of Ollama's API."""
+    """Of Ollama's API. What doesn't fit into the context is refused or ends there, and nothing is cut or shifted."""
 
     keep_alive: Hint = None
+    truncate: Hint = None
+    shift: Hint = None
 
 
 class NativeHints(BaseModel):
     """Of SGLang's /generate."""
 
     log_metrics: Hint = None
+    conversation_id: Hint = None
     routed_dp_rank: Hint = None
     return_bytes: Hint = None
 

@@ -158,8 +158,7 @@ def _check_defaults(defaults: dict[str, float], where: str, remedy: str) -> None
     try:
         GenerationRequest.model_validate(defaults)
     except ValidationError as error:
-        first = error.errors()[0]
-        message, _ = explain({**first, "loc": ("defaults", *first["loc"])})
+        message, _ = explain(error.errors(), defaults)
         raise ValueError(f"{where}: {message}{remedy}") from None
 
 

@@ -144,6 +144,10 @@ class CountTokensRequest(AnthropicHints, Strict):
     output_config: OutputConfig | None = None
     output_format: OutputFormat | None = None
     mcp_servers: Annotated[list[Any], Field(max_length=0, fail_fast=True)] | None = None
+    container: None = None
+    # of the answer, which is not made; MessagesRequest knows them
+    max_tokens: Hint = None
+    stream: Hint = None
     # vLLM's own
     chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(bounded_json)] | None = None
 
@@ -191,7 +195,10 @@ _SAMPLING = ("temperature", "top_p", "top_k", "seed", "ignore_eos", "cache_salt"
 
 def chat_of(request: CountTokensRequest, takes: SystemTurns, model: ServedModel) -> ChatCompletionRequest:
     """The conversation that a request means. Raises ApiError."""
-    turns = folded(list(_turns(request)), takes)
+    given = list(_turns(request))
+    if given[-1] == {"role": "assistant", "content": ""}:
+        given.pop()  # there is nothing to go on with
+    turns = folded(given, takes)
     fields: Json = {
         "model": request.model,
         "messages": turns,

@@ -56,8 +56,7 @@ def chat_request_of(fields: dict[str, Any], names: Mapping[str, str]) -> ChatCom
     try:
         return ChatCompletionRequest.model_validate(fields)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-    message, param = explain({**first, "loc": ("body", *first["loc"])})
+        message, param = explain(error.errors(include_url=False), fields)
     raise _renamed(bad_request(message, param), names)
 
 

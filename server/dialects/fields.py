@@ -24,7 +24,7 @@ from pydantic import (
 
 from octavo.server.dialects.constraint_fields import ConstraintFields
 from octavo.server.errors import field_error
-from octavo.server.hints import OpenAIHints
+from octavo.server.hints import Hint, OpenAIHints
 
 MAX_CHOICES = 128
 MAX_LOGPROB_TOKENS = 128
@@ -42,6 +42,7 @@ Text = Annotated[str, StringConstraints(strict=True)]
 Integer = Annotated[int, BeforeValidator(_whole), Field(strict=True)]
 TokenId = Annotated[int, Field(strict=True, ge=0, lt=2**31)]  # of long lists, each of which a Python call would slow
 Count = Annotated[Integer, Field(ge=0, lt=2**31)]
+RequestName = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=256)]
 StopString = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=1024)]
 StopStrings = Annotated[list[StopString], Field(max_length=32, fail_fast=True)]
 Flag = Annotated[bool, Field(strict=True)]
@@ -107,11 +108,14 @@ class Open(RequestObject):
 
 
 class StreamOptions(Strict):
-    """include_usage: a last chunk with the token counts; continuous_usage_stats: in every chunk too (vLLM's)."""
+    """include_usage: a last chunk with the token counts; continuous_usage_stats: in every chunk too (vLLM's).
+
+    include_obfuscation is about padding that hides how long tokens are; nothing is padded here.
+    """
 
     include_usage: Flag | None = None
     continuous_usage_stats: Flag | None = None
-    include_obfuscation: Literal[False] | None = None
+    include_obfuscation: Hint = None
 
 
 class RepetitionRule(Strict):
@@ -136,6 +140,10 @@ class NoOps(Strict):
     # gateways (sglang-router, vllm-router) add these to every request
     no_stop_trim: Literal[False] | None = None
     return_hidden_states: Literal[False] | None = None
+    return_routed_experts: Literal[False] | None = None
+    lora_path: None = None
+    session_params: None = None
+    custom_logit_processor: None = None
 
 
 class GenerationRequest(OpenAIHints, ConstraintFields, NoOps):
@@ -173,7 +181,7 @@ class GenerationRequest(OpenAIHints, ConstraintFields, NoOps):
     return_token_ids: Flag | None = None
     cache_salt: Annotated[str, StringConstraints(strict=True, min_length=1, max_length=1024)] | None = None
     priority: Annotated[Integer, Field(ge=-(2**31), lt=2**31)] | None = None
-    request_id: Annotated[str, StringConstraints(strict=True, min_length=1, max_length=256)] | None = None
+    request_id: RequestName | None = None
     bad_words: Annotated[list[StopString], Field(max_length=1000, fail_fast=True)] | None = None
     use_beam_search: Flag | None = None
     length_penalty: Annotated[Number, Field(ge=-100, le=100)] | None = None
@@ -185,6 +193,7 @@ class GenerationRequest(OpenAIHints, ConstraintFields, NoOps):
     stream_interval: Annotated[Integer, Field(ge=1, lt=2**31)] | None = None
     spaces_between_special_tokens: Flag | None = None  # a text is its tokens' bytes: there are none to leave out
     # SGLang's
+    rid: RequestName | None = None
     stop_regex: (
         Annotated[
             Annotated[StopString, Tag("<text>")] | Annotated[StopStrings, Tag("<list>")], Discriminator(text_or_list)

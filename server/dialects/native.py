@@ -16,13 +16,13 @@ from octavo.server.dialects.chat_request import in_words_of
 from octavo.server.dialects.fields import Flag, Strict, Text
 from octavo.server.dialects.logprobs import finite
 from octavo.server.dialects.native_request import (
-    OPENAI_NAMES,
     GenerateRequest,
     Item,
     NativeSampling,
     choices_of,
     continued,
     items_of,
+    names_in,
     rid_of,
 )
 from octavo.server.dialects.native_sessions import add_session_routes, begun_turn, kept, reserve
@@ -108,7 +108,7 @@ def _add_generate(router: APIRouter, service: Service, sessions: Sessions, owner
         asked = None if body.session_params is None else body.session_params.continuation()
         if asked is not None:
             return await in_session(body, asked, http)
-        with in_words_of(OPENAI_NAMES):
+        with in_words_of(names_in(body)):
             answer = await service.off_loop(http, lambda: _begin(body, model, http.state.request_id))
         owners[answer] = owner_of(http)
         return await service.respond(http, answer)
@@ -116,7 +116,7 @@ def _add_generate(router: APIRouter, service: Service, sessions: Sessions, owner
     async def in_session(body: GenerateRequest, asked: Continuation, http: Request) -> Response:
         with begun_turn(sessions, http, asked, rid_of(body, http.state.request_id)) as turn:
             weight = 1 + 8 * len(turn.before) // http.state.body_size  # its tokens as if they had been sent
-            with in_words_of(OPENAI_NAMES):
+            with in_words_of(names_in(body)):
                 answer = await service.off_loop(
                     http, lambda: _begin(continued(body, turn, model), model, http.state.request_id), weight
                 )

@@ -35,13 +35,14 @@ from octavo.server.sessions import Turn
 NEW_TOKENS = 128  # SGLang's default
 MAX_NAMED = 1 << 22  # log-probabilities of tokens that a request names, of all positions of its prompts
 Start = Annotated[Integer, Field(ge=-1, lt=2**31)]
-OPENAI_NAMES = {  # of completions' fields, in SGLang's words
+_OPENAI_NAMES = {  # of completions' fields, in SGLang's words
     "max_tokens": "max_new_tokens",
     "min_tokens": "min_new_tokens",
     "seed": "sampling_seed",
     "logprobs": "top_logprobs_num",
     "prompt_logprobs": "top_logprobs_num",
     "logprob_token_ids": "token_ids_logprob",
+    "cache_salt": "extra_key",
 }
 
 
@@ -120,6 +121,7 @@ class GenerateRequest(NativeHints, Strict):
     rid: Text | list[Text] | None = None
     priority: Integer | None = None
     session_params: SessionParams | None = None
+    extra_key: Text | list[Text] | None = None  # what cache_salt is in OpenAI's dialects
     # not supported: accepted only where they ask for nothing
     input_embeds: None = None
     image_data: None = None
@@ -130,6 +132,15 @@ class GenerateRequest(NativeHints, Strict):
     custom_logit_processor: None = None
     return_hidden_states: Literal[False] | None = None
     return_routed_experts: Literal[False] | None = None
+    return_entropy: Literal[False] | None = None
+    require_reasoning: Literal[False] | None = None
+    background: Literal[False] | None = None
+    no_logs: Literal[False] | None = None
+    data_parallel_rank: Literal[0] | None = None
+    bootstrap_host: None = None
+    bootstrap_port: None = None
+    bootstrap_room: None = None
+    http_worker_ipc: None = None
 
     @model_validator(mode="after")
     def _check_prompt(self) -> GenerateRequest:
@@ -171,6 +182,11 @@ class Item:
     limit: int | None
 
 
+def names_in(body: GenerateRequest) -> dict[str, str]:
+    """What the fields of the completions that a request stands for are called in it, for errors."""
+    return _OPENAI_NAMES | {"prompt": "input_ids" if body.text is None else "text"}
+
+
 def items_of(body: GenerateRequest) -> list[Item]:
     """Raises ApiError."""
     prompts = body.prompts
@@ -182,11 +198,20 @@ def items_of(body: GenerateRequest) -> list[Item]:
     starts = _each("logprob_start_len", -1 if body.logprob_start_len is None else body.logprob_start_len, count)
     tops = _each("top_logprobs_num", body.top_logprobs_num or 0, count)
     rids = _each("rid", body.rid, count)
+    salts = _each("extra_key", body.extra_key, count)
     _check_count("token_ids_logprob", named, count)
     return [
-        _item(body, prompt, sampling, bool(returned), start, top, own or [], rid)
-        for prompt, sampling, returned, start, top, own, rid in zip(
-            prompts, params, returns, starts, tops, named, rids, strict=True
+        _item(
+            {"prompt": prompt, "priority": body.priority, "cache_salt": salt or None},
+            sampling,
+            bool(returned),
+            start,
+            top,
+            own or [],
+            rid,
+        )
+        for prompt, sampling, returned, start, top, own, rid, salt in zip(
+            prompts, params, returns, starts, tops, named, rids, salts, strict=True
         )
     ]
 
@@ -204,8 +229,7 @@ def _check_count(name: str, values: Sequence[object], count: int) -> None:
 
 
 def _item(
-    body: GenerateRequest,
-    prompt: str | list[int],
+    common: dict[str, Any],
     sampling: NativeSampling,
     returned: bool,
     start: int,
@@ -213,7 +237,7 @@ def _item(
     named: list[int],
     rid: str | None,
 ) -> Item:
-    fields: dict[str, Any] = {"prompt": prompt, "priority": body.priority, "max_tokens": 1, **sampling.fields()}
+    fields: dict[str, Any] = {**common, "max_tokens": 1, **sampling.fields()}
     if returned:
         fields |= {"logprobs": top, "logprob_token_ids": named or None}
         if start >= 0:
@@ -221,8 +245,7 @@ def _item(
     try:
         request = CompletionRequest.model_validate(fields)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        message, param = explain({**first, "loc": ("body", *first["loc"])})
+        message, param = explain(error.errors(include_url=False), fields)
         raise ApiError(400, message, param=param) from None
     return Item(request, rid, returned, start, top, named, sampling.max_new_tokens)
 

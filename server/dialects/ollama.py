@@ -6,6 +6,7 @@ A call is sent when it is complete, since its arguments are an object here; of o
 from __future__ import annotations
 
 import json
+import re
 import time
 from abc import abstractmethod
 from collections.abc import AsyncGenerator, Iterator, Sequence
@@ -93,9 +94,17 @@ def routes(service: Service) -> APIRouter:
 
 
 def _loaded(body: GenerationFields, http: Request, service: Service, empty: Json) -> Response:
-    """To a request that only wants the model loaded: it is."""
+    """To a request that only wants the model loaded: it is. One that wants it unloaded is told so; it stays."""
     service.check(ollama_models.plain_name(body.model, service.model), http)
-    return JsonResponse(encode_json({**_head(body.model), **empty, "done_reason": "load", "done": True}))
+    reason = "unload" if _is_zero(body.keep_alive) else "load"
+    return JsonResponse(encode_json({**_head(body.model), **empty, "done_reason": reason, "done": True}))
+
+
+def _is_zero(duration: object) -> bool:
+    """Of keep_alive: a number of seconds, or a text as Go writes durations."""
+    if isinstance(duration, str):
+        return re.fullmatch(r"[+-]?0+(\.0*)?(h|m|s|ms|us|µs|ns)?", duration) is not None
+    return duration == 0 and not isinstance(duration, bool)
 
 
 def _raw_choices(body: GenerateRequest, model: ServedModel) -> list[Choice]:
@@ -107,8 +116,7 @@ def _raw_choices(body: GenerateRequest, model: ServedModel) -> list[Choice]:
     try:
         request = CompletionRequest.model_validate({**fields, "max_tokens": 1})
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise bad_request(*explain({**first, "loc": ("body", *first["loc"])})) from None
+        raise bad_request(*explain(error.errors(include_url=False), fields)) from None
     [prompt] = prompts_of(request, model)
     room = model.max_model_len - len(prompt.token_ids)
     fim = fim_of(model) if request.suffix else None

@@ -75,7 +75,10 @@ class Options(OllamaOptionHints, Strict):
     def _check_window(self) -> Options:
         penalties = (self.repeat_penalty or 1) != 1 or self.presence_penalty or self.frequency_penalty
         if penalties and self.repeat_last_n not in (None, -1):
-            raise ValueError("repeat_last_n: penalties count all of the text here; only -1 is supported beside them")
+            raise ValueError(
+                "repeat_last_n: penalties count all of the text here, the prompt's too for repeat_penalty; only -1 is "
+                "supported beside them"
+            )
         return self
 
     def fields(self) -> Json:
@@ -148,8 +151,6 @@ class GenerationFields(OllamaHints, Strict):
     think: Annotated[Think, BeforeValidator(_think)] | None = None
     logprobs: Flag | None = None
     top_logprobs: Count | None = None
-    truncate: Literal[False] | None = None  # a conversation that doesn't fit is refused
-    shift: Literal[False] | None = None
 
     @model_validator(mode="after")
     def _check_logprobs(self) -> GenerationFields:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from pydantic import BaseModel
+from pydantic import BaseModel, BeforeValidator, Field
 
+from octavo.server.dialects.conversation import bounded_json
 from octavo.server.dialects.fields import Strict, Text
-from octavo.server.dialects.tools import Tools, as_functions
+from octavo.server.dialects.tools import MAX_TOOLS, AnyTool, as_functions
 from octavo.server.encoding import JsonResponse, encode_json
 from octavo.server.errors import RESPONSES, bad_request
 from octavo.server.message.parse import Formats, Machine
@@ -26,7 +27,9 @@ class ParseRequest(Strict):
     """POST /parse_function_call. tool_call_parser: a format's name; without one, the model's own is taken."""
 
     text: Text
-    tools: Tools | None = None
+    tools: (
+        Annotated[list[AnyTool], Field(max_length=MAX_TOOLS, fail_fast=True), BeforeValidator(bounded_json)] | None
+    ) = None
     tool_call_parser: Text | None = None
 
 

@@ -274,7 +274,6 @@ class ResponsesRequest(ResponsesHints, InputFields, NoReasoning, GenerationReque
     best_of: Literal[1] | None = None
     response_format: None = None
     prompt_logprobs: None = None
-    request_id: None = None
     return_token_ids: Literal[False] | None = None
     return_tokens_as_token_ids: Literal[False] | None = None
     return_prompt_text: Literal[False] | None = None
@@ -282,6 +281,7 @@ class ResponsesRequest(ResponsesHints, InputFields, NoReasoning, GenerationReque
     truncation_side: None = None
     context_management: None = None
     background_options: None = None
+    enable_response_messages: Literal[False] | None = None
     moderation: None = None
     access_programs: None = None
     image: None = None

@@ -124,7 +124,9 @@ def test_a_body_needs_no_content_type_unless_a_web_page_sends_it(client: httpx.C
 
 def test_a_model_is_loaded_already(official: ollama.Client) -> None:
     assert official.chat("tiny", messages=[]).done_reason == "load"
-    assert official.generate("tiny", keep_alive=0).done_reason == "load"
+    assert official.generate("tiny", keep_alive="5m").done_reason == "load"
+    assert official.generate("tiny", keep_alive=0).done_reason == "unload"
+    assert official.chat("tiny", messages=[], keep_alive="0s").done_reason == "unload"
 
 
 @pytest.mark.parametrize(
