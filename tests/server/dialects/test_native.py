@@ -185,7 +185,7 @@ def test_what_the_sampling_parameters_mean(client: httpx.Client, oracle: Oracle)
         ({}, "text"),
         ({"text": "x", "input_ids": [1]}, "text"),
         ({"text": []}, "text"),
-        ({"input_ids": [5000]}, "prompt"),
+        ({"input_ids": [5000]}, "input_ids"),
         ({"text": "x", "unknown": 1}, "unknown"),
         ({"text": "x", "image_data": "x"}, "image_data"),
         ({"text": "x", "lora_path": "x"}, "lora_path"),

@@ -211,7 +211,6 @@ def test_a_prompt_with_its_system_message() -> None:
         ({"messages": [{"role": "user", "content": "x", "images": ["aGk="]}]}, "messages.0.images: octavo does not"),
         ({"format": "yaml"}, 'format: must be "json", or a JSON Schema'),
         ({"think": "hard"}, "think: must be true, false, low, medium or high"),
-        ({"options": {"repeat_penalty": 1.1, "repeat_last_n": 64}}, "the prompt's too for repeat_penalty"),
         ({"tools": [{"type": "function", "function": {"name": ""}}]}, "tools.0.function.name"),
         ({"tools": [TOOLS[0], TOOLS[0]]}, "tools: 'get_weather' stands there twice"),
         ({"top_logprobs": 2}, "top_logprobs needs logprobs"),
