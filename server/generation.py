@@ -164,7 +164,7 @@ class Choice:
         """Note how the answer has ended; returns the stop string or the client's stop token that ended it."""
         parser = self.parser
         if parser.stopped_by is None:
-            parser.finish()
+            parser.finish(is_cut=output.finish_reason != "stop" or output.stop_token_id in self.own_stops)
         if parser.stopped_by is not None:
             self.finish_reason = "stop"
             return parser.stopped_by
@@ -251,6 +251,7 @@ def _parser(
         tools=reading.tools,
         num_before=reading.num_before,
         strictness=reading.strictness,
+        must_call=reading.calls is not None and reading.calls.mode == "required",
         trims=reading.trims,
         skip_special_tokens=skips,
     )

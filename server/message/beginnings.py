@@ -18,10 +18,10 @@ import msgspec
 from llguidance import LLMatcher, LLTokenizer
 
 from octavo.runtime.constraint import GrammarError
-from octavo.server.message.calls import layout_of
 from octavo.server.message.format import ToolFormat
 from octavo.server.message.grammars import LIMITS
 from octavo.server.message.lark_rules import Rules, quoted
+from octavo.server.message.layout import layout_of
 from octavo.server.message.patterns import literal
 from octavo.server.message.scan import MARKS
 

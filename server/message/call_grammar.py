@@ -18,10 +18,10 @@ from octavo.runtime.constraint import GrammarError
 from octavo.runtime.messages import Triggers
 from octavo.server.message.beginnings import bare_beginning, in_lexemes, told_from_calls
 from octavo.server.message.call_arguments import Arguments, arguments_of
-from octavo.server.message.calls import Layout, layout_of
 from octavo.server.message.format import ToolFormat
 from octavo.server.message.grammars import checked
 from octavo.server.message.lark_rules import Rules, either, quoted, without
+from octavo.server.message.layout import Layout, layout_of
 from octavo.server.message.patterns import literal
 
 # How many of the messages of an answer with channels may be reasoning; once: before all others.

@@ -2,16 +2,19 @@
 
 A call is opened (a part `call`) once its name is known and its arguments begin, and not before: until then all of it
 can be given back as content. From there on what the model writes is the call's, even where it is cut or broken.
+
+A limit or a stop string may cut the answer within a call. The call is opened then if its name is complete, and what was
+written of it is dropped if not, since a marker without its call is no content.
 """
 
 from __future__ import annotations
 
-import functools
+import re
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from octavo.server.message.format import Strictness, ToolFormat, is_call_id, literals, new_call_id
+from octavo.server.message.layout import layout_of
 from octavo.server.message.scan import CutError, MalformedError, Scanner, Stops, escaped, stops_for
 from octavo.server.message.values import as_json, is_json, json_string, literal, raw_json, types_of, without_surrogates
 
@@ -19,71 +22,8 @@ Reading = Generator[None, None, None]
 
 _STRING = frozenset({"string"})
 _NAME_KEYS = ("name", "tool_name", "function_name")
+_BARE_NAME = re.compile(rf"""^[\[{{][\s\[{{]*(?:"(?:{"|".join(_NAME_KEYS)})"\s*:\s*"?|(?<=\[)(?=\w))([^"]*)\Z""")
 _ARGUMENT_KEYS = ("arguments", "parameters", "args")
-
-
-@dataclass(frozen=True)
-class Layout:
-    """A format's markers, derived from its texts once.
-
-    openers: what begins a section, or a call where there are no sections; `in_section` tells which. call: the pieces
-    in front of a call's name, or of its object. ends: the pieces behind a call.
-    """
-
-    openers: tuple[str, ...]
-    in_section: bool
-    is_list: bool
-    call: tuple[str, ...]
-    name_ends: tuple[str, ...]
-    ends: tuple[str, ...]
-    section_end: tuple[str, ...]
-    bare: str
-
-    @property
-    def section_stop(self) -> str:
-        """The first piece of the section's end; "" if it has none."""
-        return self.section_end[0] if self.section_end else ""
-
-
-@functools.lru_cache(maxsize=64)
-def layout_of(form: ToolFormat, strictness: Strictness = "loose") -> Layout:
-    """The markers of a format; where it is read loosely, also those that models write in their place."""
-    is_exact = strictness != "loose"
-    call_begin = form.call_begin
-    call_end = form.call_end
-    if form.keys is not None:  # the object is read as JSON, whatever its whitespace and the order of its keys
-        call_begin = call_begin[: call_begin.index("{")]
-        call_end = call_end[call_end.index("}") + 1 :]
-    section_begin = form.section_begin
-    section_end = form.section_end
-    if form.kind == "json_array" or (form.kind == "pythonic" and "[" in section_begin):
-        section_begin = section_begin[: section_begin.rindex("[")] if "[" in section_begin else section_begin
-        section_end = section_end[section_end.index("]") + 1 :] if "]" in section_end else section_end
-    call = literals(call_begin)
-    begin = section_begin.strip()
-    openers = (begin,) if begin else call[:1]
-    if begin and form.keys is None and form.kind in ("json", "params") and call and not is_exact:
-        openers = (begin, call[0])  # a section whose beginning is missing
-    if form.kind == "params" and not begin and len(call) == 2 and not is_exact:
-        openers = call  # Qwen3-Coder now and then leaves out the outer one
-    ends = literals(call_end)
-    if form.kind == "pythonic":  # the bracket alone, and what may stand behind it
-        ends = (call_end[:1] or ")", *literals(call_end[1:]))
-    bare = ""
-    # Qwen2.5-Coder and others of its size now and then write the object without its marker
-    is_named_object = form.kind == "json" and form.keys not in (None, ("", ""))
-    if form.may_be_bare or not openers or (is_named_object and strictness != "marked"):
-        bare = "[" if form.kind in ("json_array", "pythonic") else "{"
-    return Layout(
-        openers=openers,
-        in_section=bool(begin),
-        is_list=form.kind == "json_array" or (form.kind == "pythonic" and (bool(begin) or not call)),
-        call=call,
-        name_ends=literals(form.name_to_arguments),
-        ends=ends,
-        section_end=literals(section_end),
-        bare=bare,
-    )
 
 
 class CallReader:
@@ -110,10 +50,11 @@ class CallReader:
         self.num_malformed = 0
         self._is_open = False
         self._next_id = ""
+        self._name = ""  # of a call that isn't open yet
+        self._held: list[str] = []  # its arguments, where they stand in front of the name
 
     def section(self, opener: str) -> Reading:
         """The calls behind this opener, which has been read; then the content goes on. What is no call is content."""
-        scan = self._scan
         try:
             if self.layout.is_list:
                 yield from self._array()
@@ -124,10 +65,9 @@ class CallReader:
             yield from self._end_of_section()
         except MalformedError:
             self.num_malformed += 1
-            self._is_open = False
-            scan.give_back()
+            self._give_back()
         except CutError:
-            scan.give_back_all()
+            self._cut()
             raise
 
     def bare(self) -> Reading:
@@ -141,10 +81,9 @@ class CallReader:
                 yield from self._object(is_bare=True)
                 yield from self._rest(self.layout.ends)
         except MalformedError:
-            self._is_open = False
-            scan.give_back()
+            self._give_back()
         except CutError:
-            scan.give_back_all()
+            self._cut(is_bare=True)
             raise
 
     def call_after_header(self) -> Reading:
@@ -170,16 +109,42 @@ class CallReader:
             scan.told = None
         self._close()
 
+    def cut_call(self, name: str) -> None:
+        """A call of which a cut has left the name."""
+        self._name = name
+        self._cut()
+
     def _guarded(self, reading: Reading) -> Reading:
         try:
             yield from reading
         except MalformedError:
             self.num_malformed += 1
-            self._is_open = False
-            self._scan.give_back()
+            self._give_back()
         except CutError:
-            self._scan.give_back_all()
+            self._cut()
             raise
+
+    def _give_back(self) -> None:
+        """What was read is no call, but content."""
+        self._is_open = False
+        self._name = ""
+        self._scan.give_back()
+
+    def _cut(self, *, is_bare: bool = False) -> None:
+        """The answer has ended within a call, or where one may begin."""
+        scan = self._scan
+        if scan.is_cut and self._valid(self._name):
+            self._open(self._name)
+            scan.say("arguments", "".join(self._held))
+        elif scan.is_cut and (not is_bare or self._begins_bare(scan.recorded + scan.buffer)):
+            scan.forget()
+        else:
+            scan.give_back_all()
+
+    def _begins_bare(self, text: str) -> bool:
+        """Whether a text without a marker has come to the name of one of the tools, so that it must be a call."""
+        found = _BARE_NAME.search(text)
+        return found is not None and any(name.startswith(found[1]) for name in self._tools)
 
     def _calls_of_section(self) -> Reading:
         layout = self.layout
@@ -278,7 +243,7 @@ class CallReader:
         scan = self._scan
         keys = self._form.keys or ("name", "arguments")
         name: str | None = None
-        held: list[str] | None = None
+        self._held = []
         yield from scan.expect("{")
         is_exact = is_bare and self._is_exact
         while (first := (yield from scan.space())) != "}":
@@ -298,11 +263,12 @@ class CallReader:
                 name = yield from self._key(is_plain=is_exact)
                 if is_bare and name not in self._tools:
                     raise MalformedError
+                self._name = name
             elif (key == keys[1] or key in _ARGUMENT_KEYS) and name is not None:
                 yield from self._arguments(name)
             elif key == keys[1] or key in _ARGUMENT_KEYS:
-                held = []
-                yield from raw_json(scan, held.append)
+                self._held = []
+                yield from raw_json(scan, self._held.append)
             else:
                 yield from raw_json(scan, lambda _: None)
         if first == "}":
@@ -311,7 +277,7 @@ class CallReader:
             raise MalformedError
         if not self._is_open:
             self._open(name)
-            scan.say("arguments", "".join(held or ()) or "{}")
+            scan.say("arguments", "".join(self._held) or "{}")
         self._close()
 
     def _key(self, *, is_plain: bool) -> Generator[None, None, str]:
@@ -354,6 +320,7 @@ class CallReader:
         if self._form.content_name and name.strip() == self._form.content_name:
             scan.forget()
             return
+        self._name = name.strip()
         for piece in layout.name_ends[1:] if stop == first_end else ():
             text, _ = yield from scan.read(stops_for(piece))
             header += text
@@ -371,11 +338,13 @@ class CallReader:
     def _arguments_or_none(self, name: str, call_id: str) -> Reading:
         scan = self._scan
         layout = self.layout
+        self._next_id = call_id
         try:
             first = yield from scan.space()
         except CutError:
+            if scan.is_cut:
+                raise
             first = ""
-        self._next_id = call_id
         if not first or any(end and scan.buffer.startswith(end) for end in layout.ends[:1]):
             if not self._valid(name):
                 raise MalformedError
@@ -487,6 +456,7 @@ class CallReader:
         style = self._form.id_style
         call_id = self._next_id or new_call_id(style, name, self._num_before + self.num_calls)
         self._next_id = ""
+        self._name = ""
         self._scan.say("call", name, call_id)
         self.num_calls += 1
         self._is_open = True

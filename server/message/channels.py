@@ -37,7 +37,9 @@ def read_channels(scan: Scanner, form: ToolFormat, calls: CallReader) -> Generat
             yield from scan.until(body_ends, "text")
             continue
         except CutError:
-            scan.give_back()
+            begun = _RECIPIENT.search(scan.buffer)
+            if scan.is_cut and begun is not None and begun.end() < len(scan.buffer):
+                calls.cut_call(begun[1].removeprefix("functions."))
             raise
         scan.forget()
         recipient = _RECIPIENT.search(header)

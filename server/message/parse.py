@@ -98,8 +98,9 @@ class Parser:
         self.length = detokenizer.length
         self.stopped_by = detokenizer.stopped_by
 
-    def finish(self) -> None:
+    def finish(self, *, is_cut: bool = False) -> None:
         """Take the text that was held back, now that the tokens have ended."""
+        del is_cut  # text is text, whatever has ended it
         self._text += self._detokenizer.finish()
         self.length = self._detokenizer.length
         self.stopped_by = self._detokenizer.stopped_by
@@ -118,7 +119,8 @@ class Machine:
 
     reasoning_is_open, call_is_open: what the prompt has opened (the formats' `opened_by`). tools: the schemas of the
     functions' parameters by name, of which params formats take their types. num_before: earlier calls of the
-    conversation. strictness: of reading calls. trims: whitespace in front of the content is dropped.
+    conversation. strictness: of reading calls. must_call: the answer's constraint allows nothing but calls. trims:
+    whitespace in front of the content is dropped.
     """
 
     def __init__(
@@ -130,10 +132,12 @@ class Machine:
         tools: Mapping[str, Any] | None = None,
         num_before: int = 0,
         strictness: Strictness = "loose",
+        must_call: bool = False,
         skip_special_tokens: bool = True,
         trims: bool = False,
     ) -> None:
-        self._scan = Scanner(dict.fromkeys(formats.shown, "") if skip_special_tokens else formats.shown)
+        shown = dict.fromkeys(formats.shown, "") if skip_special_tokens else formats.shown
+        self._scan = Scanner(shown, only_calls=must_call)
         self._tools = formats.tools
         self._reasoning = formats.reasoning
         self._reasoning_is_open = reasoning_is_open
@@ -163,10 +167,11 @@ class Machine:
         self._scan.buffer += text
         next(self._reading, None)
 
-    def finish(self) -> None:
-        """The answer has ended: what was held back is said."""
+    def finish(self, *, is_cut: bool = False) -> None:
+        """The answer has ended: what was held back is said. is_cut: a limit or a stop string has ended it."""
         if not self._scan.ended:
             self._scan.ended = True
+            self._scan.is_cut = is_cut
             for _ in self._reading:
                 raise AssertionError("a reader waits for text after the end")
 
@@ -318,16 +323,16 @@ class FormatParser:
         self.length = detokenizer.length
         self.stopped_by = detokenizer.stopped_by
         if self.stopped_by is not None:
-            self._machine.finish()
+            self._machine.finish(is_cut=True)
 
-    def finish(self) -> None:
-        """The tokens have ended: what was held back is said."""
+    def finish(self, *, is_cut: bool = False) -> None:
+        """The tokens have ended: what was held back is said. is_cut: not by the model's own end."""
         text = self._detokenizer.finish()
         if text:
             self._machine.feed(text)
         self.length = self._detokenizer.length
         self.stopped_by = self._detokenizer.stopped_by
-        self._machine.finish()
+        self._machine.finish(is_cut=is_cut or self.stopped_by is not None)
 
     def take(self) -> list[Part]:
         """The parts since the last call; none while nothing can be said yet. only_one: none after the first call."""

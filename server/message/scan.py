@@ -59,20 +59,27 @@ class Scanner:
     """The unread text, and the parts said so far. `marks`: the text that each mark is shown as, where it is no marker.
 
     While a record is kept, what is read is remembered, so that it can be given back as content.
+
+    ended: no more text comes. is_cut: a limit or a stop string has ended it, not the model. only_calls: the answer must
+    be calls, so that no text that a cut leaves over is content.
     """
 
-    def __init__(self, marks: Mapping[str, str] | None = None) -> None:
+    def __init__(self, marks: Mapping[str, str] | None = None, *, only_calls: bool = False) -> None:
         self.buffer = ""
         self.ended = False
+        self.is_cut = False
         self.parts: list[Part] = []
         self.is_thinking = False
         self.told: list[str] | None = None  # the arguments that were said, while somebody asks
         self.trimmed = ""  # the whitespace that `until` left out last
         self._marks = {ord(mark): text for mark, text in (marks or {}).items()}
         self._record: str | None = None
+        self._only_calls = only_calls
 
     def say(self, kind: Kind, text: str, call_id: str = "") -> None:
         """Add to the parts; neighbors of a kind are one."""
+        if kind == "text" and self.is_cut and self._only_calls:
+            return
         if self._marks and kind != "call":
             text = text.translate(self._marks)
         if not text and kind not in ("call", "call_end"):
@@ -88,6 +95,11 @@ class Scanner:
     def record(self, already: str = "") -> None:
         """Remember from here on what is read, and what was read already."""
         self._record = already
+
+    @property
+    def recorded(self) -> str:
+        """What was read since `record`."""
+        return self._record or ""
 
     def forget(self) -> None:
         """What was read is understood."""
@@ -129,11 +141,13 @@ class Scanner:
             yield from self.more()
 
     def next_is(self, *choices: str) -> Generator[None, None, str]:
-        """Read one of these if it stands here, the longest that does; "" if none does."""
+        """Read one of these if it stands here, the longest that does; "" if none does. Raises CutError within one."""
         wanted = sorted([choice for choice in choices if choice], key=len, reverse=True)
-        while not self.ended and any(
-            choice.startswith(self.buffer) and len(choice) > len(self.buffer) for choice in wanted
-        ):
+        while any(choice.startswith(self.buffer) and len(choice) > len(self.buffer) for choice in wanted):
+            if self.is_cut:
+                raise CutError
+            if self.ended:
+                break
             yield
         for choice in wanted:
             if self.buffer.startswith(choice):
@@ -177,7 +191,8 @@ class Scanner:
         while True:
             buffer = self.buffer
             found = stops.full.search(buffer)
-            end = found.start() if found is not None else len(buffer) if self.ended else stops.held_from(buffer)
+            is_whole = self.ended and not (self.is_cut and kind == "arguments")  # a cut marker is no part of a value
+            end = found.start() if found is not None else len(buffer) if is_whole else stops.held_from(buffer)
             if trim and (found is not None or not self.ended):
                 trimmed_to = len(buffer[:end].rstrip())
                 self.trimmed = buffer[trimmed_to:end]

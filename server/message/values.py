@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
-from octavo.server.message.scan import MARKS, MalformedError, Scanner, escaped, stops_for
+from octavo.server.message.scan import MARKS, CutError, MalformedError, Scanner, escaped, stops_for
 
 Say = Callable[[str], None]
 
@@ -115,6 +115,8 @@ def _word(scan: Scanner) -> Generator[None, None, str]:
         found = _SCALAR.match(scan.buffer)
         if found is None:
             raise MalformedError
+        if scan.is_cut and found.end() == len(scan.buffer):
+            raise CutError
         if found.end() < len(scan.buffer) or scan.ended:
             scan.drop(found.end())
             return found[0]

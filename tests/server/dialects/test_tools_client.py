@@ -82,6 +82,24 @@ def test_a_stream_of_calls_is_the_whole_answer(client: openai.OpenAI) -> None:
     ]
 
 
+@pytest.mark.parametrize("stop", [None, "name"])
+def test_a_cut_call_shows_no_markup(client: openai.OpenAI, stop: str | None) -> None:
+    """Wherever a limit or a stop string cuts it: what there is of the call comes as one, and nothing as content."""
+    named = []
+    for max_tokens in range(1, 40, 3):
+        fields = {"tool_choice": "required", "max_tokens": max_tokens, "stop": stop}
+        [whole] = asked(client, **fields).choices
+        said = [chunk.choices[0].delta for chunk in asked(client, stream=True, **fields)]
+        assert not whole.message.content
+        assert not any(delta.content for delta in said)
+        assert whole.finish_reason in (("length", "stop") if stop else ("length", "tool_calls"))
+        names = [call.function.name for delta in said for call in delta.tool_calls or () if call.function.name]
+        assert names == [call.function.name for call in whole.message.tool_calls or ()]
+        named.append(names[:1])
+    assert [] in named
+    assert all(not names for names in named) == (stop is not None)
+
+
 def test_an_answer_obeys_its_schema_or_calls(client: openai.OpenAI) -> None:
     form = {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMAS["pay"]}}
     for found in asked(client, response_format=form, n=6).choices:

@@ -16,9 +16,9 @@ from octavo.runtime.constraint import GrammarError
 from octavo.runtime.messages import Constraint, Reasoning
 from octavo.server.message.call_constraint import WantedCalls, WantedTool, grammar_of_calls
 from octavo.server.message.call_grammar import CallGrammar
-from octavo.server.message.calls import layout_of
 from octavo.server.message.constrain import json_grammar
 from octavo.server.message.grammars import JsonStyle, choice_grammar, regex_grammar, text_grammar
+from octavo.server.message.layout import layout_of
 from octavo.server.message.parse import Formats, Machine
 from octavo.server.message.parts import Part, append_parts, calls_of, text_of
 from octavo.server.message.presets import TOOL_PRESETS

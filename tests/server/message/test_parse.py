@@ -14,6 +14,7 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from octavo.server.message.format import ReasoningFormat, ToolFormat, is_call_id, new_call_id
+from octavo.server.message.layout import layout_of
 from octavo.server.message.parse import FormatParser, Formats, Machine
 from octavo.server.message.parts import Part, append_parts, calls_of, reasoning_of, text_of
 from octavo.server.message.presets import REASONING_PRESETS, TOOL_PRESETS
@@ -113,6 +114,18 @@ TURNS = {
         '<steptml:parameter name="text">a</steptml:parameter></steptml:invoke><｜tool_call_end｜>\n'
         '<｜tool_calls_end｜>'
     ),
+    "functiongemma": "<start_function_call>call:f{text:<escape>a<escape>}<end_function_call>",
+    "hunyuan": (
+        "<tool_calls><tool_call>f<tool_sep>\n<arg_key>text</arg_key>\n<arg_value>a</arg_value>\n"
+        "</tool_call></tool_calls>"
+    ),
+    "longcat": '<longcat_tool_call>\n{"name": "f", "arguments": {"text": "a"}}\n</longcat_tool_call>',
+    "granite-20b-fc": '<function_call> {"name": "f", "arguments": {"text": "a"}}',
+    "cohere_command3": (
+        '<|START_ACTION|>[{"tool_call_id": "0", "tool_name": "f", "parameters": {"text": "a"}}]<|END_ACTION|>'
+    ),
+    "apertus": '<|tools_prefix|>[{"f": {"text": "a"}}]<|tools_suffix|>',
+    "gigachat3": '<|function_call|>{"name": "f", "arguments": {"text": "a"}}',
     "functionary_v3_2": '>>>f\n{"text": "a"}',
 }  # fmt: skip
 
@@ -255,6 +268,72 @@ def test_a_call_that_is_cut(end: int) -> None:
     assert raw.startswith(call.arguments)
     assert len(call.arguments) == min(len(raw), end - text.index(raw))
     assert not call.is_complete or end > text.index("}}") + 1
+
+
+def cut_parts(text: str, tools: ToolFormat, **options: Any) -> list[Part]:
+    machine = Machine(Formats(tools, None), tools=SCHEMAS, **options)
+    parts: list[Part] = []
+    for character in text:
+        machine.feed(character)
+        append_parts(parts, machine.take())
+    machine.finish(is_cut=True)
+    append_parts(parts, machine.take())
+    return parts
+
+
+@pytest.mark.parametrize("must_call", [True, False])
+@pytest.mark.parametrize("name", sorted(TURNS))
+def test_a_limit_shows_no_markup(name: str, must_call: bool) -> None:
+    """Wherever a turn of calls is cut, what there is of the call is the beginning of it, and nothing is content."""
+    form = TOOL_PRESETS[name]
+    text = TURNS[name]
+    [(function, arguments)] = calls(text, form)
+    name_ends = text.rindex("f", 0, text.index("text")) + 1
+    start = min((text.index(piece) + len(piece) for piece in layout_of(form).openers if piece in text), default=0)
+    for end in range(1, len(text) + 1):
+        parts = cut_parts(text[:end], form, must_call=must_call, strictness="exact")
+        for call in calls_of(parts):
+            assert call.name == function
+            assert arguments.startswith(call.arguments)
+        assert bool(calls_of(parts)) <= (end >= name_ends)
+        if must_call or (start and start <= end and form.kind != "channel"):
+            assert text_of(parts) == "", text[:end]
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments"),
+    [
+        ('<tool_call>\n{"name": "f"', ""),
+        ('<tool_call>\n{"name": "f", "arguments"', ""),
+        ('<tool_call>\n{"name": "f", "arguments": {"te', '{"te'),
+        ('<tool_call>\n{"arguments": {"text": "a"}, "name": "f"', '{"text": "a"}'),
+        ('{"name": "f", "argu', ""),
+    ],
+)
+def test_a_limit_behind_the_name_leaves_an_open_call(text: str, arguments: str) -> None:
+    [call] = calls_of(cut_parts(text, HERMES))
+    assert (call.name, call.arguments, call.is_complete) == ("f", arguments, False)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("hermes", "a <tool"),
+        ("hermes", "a < "),
+        ("hermes", "a <tool_call> b"),
+        ("hermes", '{"name": "Ann'),
+        ("llama3_json", '{"name": "Ann'),
+        ("llama3_json", '{"age": 7'),
+        ("pythonic", "[1, 2"),
+    ],
+)
+def test_a_limit_leaves_what_only_looks_like_a_call(name: str, text: str) -> None:
+    assert cut_parts(text, TOOL_PRESETS[name]) == [Part("text", text)]
+
+
+@pytest.mark.parametrize(("name", "text"), [("hermes", 'a <tool_call>{"name": "f'), ("hermes", "a <tool_call>")])
+def test_a_limit_within_a_name_drops_the_call(name: str, text: str) -> None:
+    assert cut_parts(text, TOOL_PRESETS[name]) == [Part("text", "a")]
 
 
 @pytest.mark.parametrize(
@@ -466,6 +545,13 @@ def test_a_stop_string_within_a_call() -> None:
     assert stop == "two"
     [call] = calls_of(parts)
     assert (call.arguments, call.is_complete) == ('{"a": "one ', False)
+
+
+def test_a_stop_string_in_front_of_a_name() -> None:
+    ids = TOKENS.encode('ok <call>{"name": "f", "arguments": {}}</call>')
+    parts, stop = parsed_tokens(ids, ("name",))
+    assert stop == "name"
+    assert parts == [Part("text", "ok")]
 
 
 @given(st.text("<call>/{}\"name:, f\n'", max_size=40), st.lists(st.integers(1, 5), min_size=1))

@@ -20,7 +20,7 @@ from token_walks import Answer, TokenWalker
 
 from octavo.server.dialects.chat_request import ChatCompletionRequest
 from octavo.server.dialects.custom_input import InputText
-from octavo.server.message.calls import layout_of
+from octavo.server.message.layout import layout_of
 from octavo.server.message.parts import calls_of, text_of
 
 TOOLS = [
