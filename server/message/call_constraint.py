@@ -17,11 +17,12 @@ from octavo.runtime.constraint import GrammarError
 from octavo.runtime.messages import Constraint
 from octavo.server.message.call_grammar import Callable, CallGrammar, Thinks, call_grammar
 from octavo.server.message.format import ToolFormat
-from octavo.server.message.grammars import JsonStyle, inner_schema
+from octavo.server.message.grammars import JsonStyle, NoSchemaError, inner_schema
 from octavo.server.message.parse import Formats
 
 StrictLevel = Literal["auto", "function", "parameter"]
 ANY_ARGUMENTS = {"type": "object"}
+NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}  # of a function without parameters
 CONTENT = "content"  # the name of the grammar of an answer without calls
 
 
@@ -97,20 +98,24 @@ def _named(grammars: list[dict[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def _schema(tool: WantedTool, level: StrictLevel) -> dict[str, Any]:
-    """The schema of a tool's arguments as it is enforced."""
-    schema = tool.parameters
-    if schema is None:
-        schema = {"type": "object", "properties": {}}
-    if tool.is_strict:
-        try:
+    """The schema of a tool's arguments as it is enforced. Raises GrammarError for what is no schema, at every level."""
+    schema = NO_ARGUMENTS if tool.parameters is None else tool.parameters
+    try:
+        if tool.is_strict:
             return inner_schema(_as_object(schema), JsonStyle())
-        except GrammarError as error:
-            raise GrammarError(f"{tool.place}: {error}") from None
-    if level != "parameter":
-        return inner_schema(ANY_ARGUMENTS, JsonStyle())
+        loosened = _loosened(schema)
+    except GrammarError as error:
+        raise GrammarError(f"{tool.place}: {error}") from None
+    return loosened if level == "parameter" else inner_schema(ANY_ARGUMENTS, JsonStyle())
+
+
+def _loosened(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema without what can't be enforced. Raises NoSchemaError."""
     for attempt in (schema, _leniently(schema)):
         try:
             return inner_schema(_as_object(attempt), JsonStyle())
+        except NoSchemaError:
+            raise
         except GrammarError:
             continue
     return inner_schema(ANY_ARGUMENTS, JsonStyle())

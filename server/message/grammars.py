@@ -19,7 +19,7 @@ from octavo.runtime.constraint import GrammarError, parser_limits
 from octavo.server.message.patterns import PatternError, literal, rust_pattern
 from octavo.server.message.schema import MAX_BYTES, Normalizer, check_nesting, normalizer_of
 from octavo.server.message.schema_logic import Schema
-from octavo.server.message.schema_places import SchemaError
+from octavo.server.message.schema_places import InvalidSchemaError, SchemaError
 
 LIMITS = parser_limits()
 MAX_RULES = 500  # of a client's grammar: the translation of EBNF takes the square, and llguidance a piece of the stack
@@ -38,6 +38,10 @@ BLAME = (
     ("lookaround", ("pattern", "patternProperties")),
     ("circular", ("$ref",)),
 )
+
+
+class NoSchemaError(GrammarError):
+    """What should be a JSON Schema is none, so that leaving out what can't be enforced doesn't help."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +76,8 @@ def inner_schema(schema: Any, style: JsonStyle) -> dict[str, Any]:
         error = _problem(_of_schema(whole), lenient=lenient)
         if error is not None:
             raise _blamed(normalizer, error)
+    except InvalidSchemaError as invalid:
+        raise NoSchemaError(str(invalid)) from None
     except SchemaError as refused:
         raise GrammarError(str(refused)) from None
     return whole

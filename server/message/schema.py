@@ -16,7 +16,7 @@ from octavo.server.message import schema_keywords
 from octavo.server.message.schema_limits import check_limits
 from octavo.server.message.schema_logic import Logic, NoOpposite, Schema
 from octavo.server.message.schema_node import Node
-from octavo.server.message.schema_places import Place, Places, SchemaError
+from octavo.server.message.schema_places import InvalidSchemaError, Place, Places, SchemaError
 
 MAX_BYTES = 1 << 20
 MAX_NESTING = 64
@@ -26,7 +26,7 @@ MAX_CHAIN = 80  # nesting and references together: what the interpreter's stack 
 
 class Normalizer:
     """Rewrites one schema. closed: objects that list properties take no others, unless they say so. lenient: what can't
-    be enforced is left out instead of refused."""
+    be enforced is left out instead of refused; what is no schema is refused all the same."""
 
     def __init__(self, root: Any, *, closed: bool = False, lenient: bool = False) -> None:
         self.closed = closed
@@ -74,7 +74,7 @@ class Normalizer:
         if isinstance(source, bool):
             return source
         if not isinstance(source, dict):
-            raise SchemaError("", outer.pointer, "a schema must be an object, true or false")
+            raise InvalidSchemaError("", outer.pointer, "a schema must be an object, true or false")
         if len(self.written) >= MAX_NODES:
             raise SchemaError("", "", f"it has more than {MAX_NODES} parts")
         if self._chain >= MAX_CHAIN:
@@ -116,8 +116,8 @@ class Normalizer:
             if not self.lenient:
                 raise error from None
             self._chain = chain
-        except SchemaError:
-            if not self.lenient:
+        except SchemaError as error:
+            if not self.lenient or isinstance(error, InvalidSchemaError):
                 raise
             self._chain = chain
 

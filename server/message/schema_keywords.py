@@ -28,13 +28,14 @@ MAX_COUNT = 10**6
 def _type(_: Rewriter, keyword: str, value: Any, node: Node) -> None:
     names = [value] if isinstance(value, str) else value
     if not isinstance(names, list) or not names or not all(name in (*TYPES, "integer") for name in names):
-        raise node.refuse(keyword, f"must be one or several of {', '.join((*TYPES, 'integer'))}")
+        raise node.malformed(keyword, f"must be one or several of {', '.join((*TYPES, 'integer'))}")
     node.plain["type"] = value
 
 
 def _values(_: Rewriter, keyword: str, value: Any, node: Node) -> None:
     if keyword == "enum" and (not isinstance(value, list) or not value):
-        raise node.refuse(keyword, "must be a list of at least one value")
+        refuse = node.refuse if isinstance(value, list) else node.malformed  # the standard allows []
+        raise refuse(keyword, "must be a list of at least one value")
     _check_numbers(keyword, value, node)
     node.plain[keyword] = value
 
@@ -54,7 +55,7 @@ def _count(_: Rewriter, keyword: str, value: Any, node: Node) -> None:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise node.refuse(keyword, "must be a whole number of at least 0")
+        raise node.malformed(keyword, "must be a whole number of at least 0")
     if value <= MAX_COUNT or keyword.startswith("min"):
         node.plain[keyword] = value
     if value > MAX_COUNT and keyword.startswith("min"):
@@ -68,10 +69,10 @@ def _bound(_: Rewriter, keyword: str, value: Any, node: Node) -> None:
             _bound(_, keyword, node.source[plain], node)
         return
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise node.refuse(keyword, "must be a number")
+        raise node.malformed(keyword, "must be a number")
     _check_numbers(keyword, value, node)
     if keyword == "multipleOf" and value <= 0:
-        raise node.refuse(keyword, "must be above 0")
+        raise node.malformed(keyword, "must be above 0")
     node.plain[keyword] = value
 
 
@@ -88,7 +89,7 @@ def _add_pattern(pattern: str, node: Node) -> None:
 
 def _translated(keyword: str, value: Any, node: Node) -> str:
     if not isinstance(value, str):
-        raise node.refuse(keyword, "must be a string")
+        raise node.malformed(keyword, "must be a string")
     try:
         return rust_pattern(value)
     except PatternError as error:
@@ -97,7 +98,7 @@ def _translated(keyword: str, value: Any, node: Node) -> str:
 
 def _format(_: Rewriter, keyword: str, value: Any, node: Node) -> None:
     if not isinstance(value, str):
-        raise node.refuse(keyword, "must be a string")
+        raise node.malformed(keyword, "must be a string")
     if value in FORMAT_PATTERNS:
         _add_pattern(FORMAT_PATTERNS[value], node)
     elif value in FORMATS:
@@ -108,7 +109,7 @@ def _format(_: Rewriter, keyword: str, value: Any, node: Node) -> None:
 
 def _properties(to: Rewriter, keyword: str, value: Any, node: Node) -> None:
     if not isinstance(value, dict):
-        raise node.refuse(keyword, "must be an object of schemas")
+        raise node.malformed(keyword, "must be an object of schemas")
     found = {name: to.schema(part, node.place.step(keyword, name)) for name, part in value.items()}
     if keyword == "patternProperties":
         found = {_translated(keyword, name, node): part for name, part in found.items()}
@@ -121,7 +122,7 @@ def _required(_: Rewriter, keyword: str, value: Any, node: Node) -> None:
 
 def _names(keyword: str, value: Any, node: Node) -> list[str]:
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-        raise node.refuse(keyword, "must be a list of names of properties")
+        raise node.malformed(keyword, "must be a list of names of properties")
     return list(dict.fromkeys(value))
 
 
@@ -140,7 +141,7 @@ def _items(to: Rewriter, keyword: str, value: Any, node: Node) -> None:
 
 def _prefix_items(to: Rewriter, keyword: str, value: Any, node: Node) -> None:
     if not isinstance(value, list):
-        raise node.refuse(keyword, "must be a list of schemas")
+        raise node.malformed(keyword, "must be a list of schemas")
     _listed(to, keyword, value, node, keyword)
 
 
@@ -154,7 +155,7 @@ def _ref(to: Rewriter, _: str, value: Any, node: Node) -> None:
 
 def _branches(to: Rewriter, keyword: str, value: Any, node: Node) -> list[Schema]:
     if not isinstance(value, list) or not value:
-        raise node.refuse(keyword, "must be a list of at least one schema")
+        raise node.malformed(keyword, "must be a list of at least one schema")
     return [to.schema(part, node.place.step(keyword, number)) for number, part in enumerate(value)]
 
 
@@ -236,14 +237,14 @@ def _if(to: Rewriter, keyword: str, value: Any, node: Node) -> None:
 
 def _dependencies(to: Rewriter, keyword: str, value: Any, node: Node) -> None:
     if not isinstance(value, dict):
-        raise node.refuse(keyword, "must be an object")
+        raise node.malformed(keyword, "must be an object")
     for name, needed in value.items():
         if isinstance(needed, list) and keyword != "dependentSchemas":
             with_it: Schema = {"required": [name, *(other for other in _names(keyword, needed, node) if other != name)]}
             if needed in ([], [name]):
                 continue
         elif keyword == "dependentRequired":
-            raise node.refuse(keyword, "must be an object of lists of names")
+            raise node.malformed(keyword, "must be an object of lists of names")
         else:
             with_it = all_of([{"required": [name]}, to.schema(needed, node.place.step(keyword, name))])
         node.parts.append(any_of([{"properties": {name: False}}, with_it]))

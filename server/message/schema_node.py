@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from octavo.server.message.schema_logic import Logic, Schema
-from octavo.server.message.schema_places import Place, SchemaError
+from octavo.server.message.schema_places import InvalidSchemaError, Place, SchemaError
 
 APPLICATORS = ("$ref", "allOf", "anyOf")
 
@@ -28,6 +28,10 @@ class Node:
     def refuse(self, keyword: str, why: str) -> SchemaError:
         """An error that names a keyword of this node."""
         return SchemaError(keyword, self.place.pointer, why)
+
+    def malformed(self, keyword: str, why: str) -> SchemaError:
+        """The same for a value that the keyword can't have; draft 3 had other ones."""
+        return (SchemaError if self.place.draft == 3 else InvalidSchemaError)(keyword, self.place.pointer, why)
 
     def joined(self) -> Schema:
         """The node and its parts as one schema."""

@@ -34,6 +34,10 @@ class SchemaError(ValueError):
         self.pointer = pointer
 
 
+class InvalidSchemaError(SchemaError):
+    """A schema that is none by the standard's own meta-schema, such as one with the type "foo"."""
+
+
 def escaped(name: str) -> str:
     """A name as a step of a JSON pointer."""
     return name.replace("~", "~0").replace("/", "~1")

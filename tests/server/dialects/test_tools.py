@@ -302,6 +302,10 @@ def test_calls_that_can_not_be_read_are_counted() -> None:
     assert b'octavo:tool_call_unparsed_total{engine="0",model_name="tiny"} 1.0' in metrics.page()
 
 
-def test_a_call_that_is_cut_before_its_arguments_is_content() -> None:
+def test_a_call_that_is_cut_within_its_name_is_left_out() -> None:
     text = 'So <tool_call>\n{"name": "get_ti'
-    assert whole(text, "length")[0]["content"] == text
+    message, reason = whole(text, "length")
+    assert (message["content"], message["calls"], reason) == ("So", [], "length")
+    message, reason = whole(text + 'me"', "length")
+    assert (message["content"], [call[1:] for call in message["calls"]], reason) == ("So", [["get_time", ""]], "length")
+    assert whole(text)[0]["content"] == text  # the model has ended it, so that it is no call

@@ -10,11 +10,12 @@ from typing import Any
 
 import jsonschema
 import pytest
+from byte_grammar import ByteGrammar
 from call_walks import CALL_SCHEMAS, FIRST_SPECIAL, Walker
 
 from octavo.runtime.constraint import GrammarError
 from octavo.runtime.messages import Constraint, Reasoning
-from octavo.server.message.call_constraint import WantedCalls, WantedTool, grammar_of_calls
+from octavo.server.message.call_constraint import StrictLevel, WantedCalls, WantedTool, grammar_of_calls
 from octavo.server.message.call_grammar import CallGrammar
 from octavo.server.message.constrain import json_grammar
 from octavo.server.message.grammars import JsonStyle, choice_grammar, regex_grammar, text_grammar
@@ -360,3 +361,54 @@ def test_layouts_that_are_read_exactly() -> None:
     assert layout_of(form).openers == ("<tool_call>", "<function=")
     assert layout_of(form, "exact").openers == ("<tool_call>",)
     assert layout_of(TOOL_PRESETS["hermes"], "marked").bare == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "none", "some"),
+    [
+        ("hermes", '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>', ("{}", '{"a": 1}')),
+        (
+            "qwen3_coder",
+            "<tool_call>\n<function=now>\n</function>\n</tool_call>",
+            ("w>\n", "w>\n<parameter=a>\n1\n</parameter>\n"),
+        ),
+        ("olmo3", "<function_calls>now()</function_calls>", ("()", "(a=1)")),
+    ],
+)
+def test_a_function_without_parameters_takes_none(name: str, none: str, some: tuple[str, str]) -> None:
+    tools = [WantedTool("now", None, "tools.0")]
+    grammar = ByteGrammar(grammar_of_calls(WantedCalls(tools, "required"), bound(name, has_tokens=False)).text)
+    assert grammar.accepts(none)
+    assert not grammar.accepts(none.replace(*some))
+
+
+@pytest.mark.parametrize(
+    ("schema", "place"),
+    [
+        ({"type": "foo"}, "/type: must be one or several of"),
+        (
+            {"type": "object", "properties": {"a": {"not": {}, "anyOf": [{"type": "text"}]}}},
+            "/properties/a/anyOf/0/type",
+        ),
+        ({"properties": {"a": {"type": "string", "required": True}}}, "/properties/a/required: must be a list"),
+        ({"properties": {"a": "string"}}, "/properties/a: a schema must be an object"),
+    ],
+)
+def test_parameters_that_are_no_schema_are_refused(schema: dict[str, Any], place: str) -> None:
+    """What can't be enforced is left out where a tool isn't strict; what is wrong by the meta-schema is an error."""
+    with pytest.raises(jsonschema.SchemaError):
+        jsonschema.Draft202012Validator.check_schema(schema)
+    tools = [WantedTool("f", schema, "tools.0.function.parameters")]
+    levels: tuple[StrictLevel, ...] = ("parameter", "function", "auto")
+    for level in levels:
+        asked = WantedCalls(tools, "required", level=level)
+        with pytest.raises(GrammarError, match=re.escape(f"tools.0.function.parameters: {place}")):
+            grammar_of_calls(asked, bound("hermes", has_tokens=False))
+
+
+def test_parameters_that_can_not_be_enforced_are_loosened() -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "string", "pattern": "(?=x)"}}, "required": ["a"]}
+    tools = [WantedTool("f", schema, "tools.0")]
+    grammar = ByteGrammar(grammar_of_calls(WantedCalls(tools, "required"), bound("hermes", has_tokens=False)).text)
+    assert grammar.accepts('<tool_call>\n{"name": "f", "arguments": {"a": "y"}}\n</tool_call>')
+    assert not grammar.accepts('<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>')
