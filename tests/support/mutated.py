@@ -28,7 +28,10 @@ def mutated(bodies: Sequence[Json], count: int, seed: int, keep: Sequence[str] =
 
 
 def _mutate(body: Json, draw: random.Random, keep: Sequence[str]) -> None:
-    holder, key = draw.choice([place for place in _places(body) if place[0] is not body or place[1] not in keep])
+    places = [place for place in _places(body) if place[0] is not body or place[1] not in keep]
+    if not places:  # earlier changes have left nothing
+        return
+    holder, key = draw.choice(places)
     kind = draw.randrange(6)
     if kind == 0:
         del holder[key]
