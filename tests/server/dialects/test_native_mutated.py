@@ -1,4 +1,4 @@
-"""Mutated requests to SGLang's routes and /v1/completions, with every field that they have, are answered or refused."""
+"""Mutated requests to SGLang's routes and OpenAI's older ones, with the fields that they have: answered or refused."""
 
 from __future__ import annotations
 
@@ -94,6 +94,54 @@ BODIES: dict[str, list[Json]] = {
         },
         {"prompt": "x", "max_tokens": 3, "use_beam_search": True, "length_penalty": 0.5, "n": 3, "temperature": 0},
         {"prompt": "x", "max_tokens": 1, "echo": True, "logprobs": 1, "prompt_logprobs": 1, "stream": True},
+    ],
+    "/v1/chat/completions": [
+        {
+            "model": "tiny",
+            "messages": [
+                {"role": "system", "content": [{"type": "text", "text": "Be brief."}]},
+                {"role": "user", "content": "Hi", "name": "u"},
+                {
+                    "role": "assistant",
+                    "content": None,
+                    "reasoning_content": "hm",
+                    "tool_calls": [{"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}],
+                },
+                {"role": "tool", "tool_call_id": "c", "content": [{"type": "text", "text": "1"}]},
+                {"role": "user", "content": "And now?"},
+            ],
+            "max_completion_tokens": 3,
+            "logprobs": True,
+            "top_logprobs": 2,
+            "n": 2,
+            "stop": ["zz"],
+            "seed": 7,
+            "frequency_penalty": 0.5,
+            "stream": True,
+            "stream_options": {"include_usage": True, "continuous_usage_stats": False},
+        },
+        {
+            "messages": [{"role": "user", "content": "x"}],
+            "max_tokens": 9,
+            "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA, "strict": True}},
+            "chat_template_kwargs": {"a": 1},
+            "temperature": 0.5,
+            "top_p": 0.9,
+            "logit_bias": {"5": 1.0},
+            "user": "u",
+            "metadata": {"a": "b"},
+        },
+        {
+            "messages": [{"role": "assistant", "content": "The"}],
+            "continue_final_message": True,
+            "add_generation_prompt": False,
+            "structured_outputs": {"choice": ["a", "b"]},
+            "max_tokens": 2,
+            "prompt_logprobs": 1,
+            "return_token_ids": True,
+            "priority": 0,
+            "cache_salt": "s",
+        },
     ],
 }
 
