@@ -181,7 +181,9 @@ class CallReader:
     def _rest(self, pieces: tuple[str, ...]) -> Reading:
         for piece in pieces:
             yield from self._scan.space()
+            space = self._scan.skipped
             if not (yield from self._scan.next_is(piece)):
+                self._scan.unread(space)
                 return
 
     def _body(self) -> Reading:

@@ -243,11 +243,14 @@ class Machine:
                     continue
                 may_be_bare = False
             opener = yield from scan.until(stops, "text", trim=True)
-            scan.record(scan.trimmed + opener)
+            space = scan.trimmed
+            scan.record(space + opener)
             before = calls.num_calls
             yield from calls.section(opener)
             if calls.num_calls > before:
                 yield from scan.space()
+                if scan.has_text:  # then it parts this text from what follows, unless that is a call too
+                    scan.unread(space + scan.skipped)
 
     def _say_all(self) -> Generator[None, None, None]:
         """What follows is content, whatever it looks like."""

@@ -72,6 +72,8 @@ class Scanner:
         self.is_thinking = False
         self.told: list[str] | None = None  # the arguments that were said, while somebody asks
         self.trimmed = ""  # the whitespace that `until` left out last
+        self.skipped = ""  # the whitespace that `space` skipped last
+        self.has_text = False  # whether content was said
         self._marks = {ord(mark): text for mark, text in (marks or {}).items()}
         self._record: str | None = None
         self._only_calls = only_calls
@@ -84,6 +86,7 @@ class Scanner:
             text = text.translate(self._marks)
         if not text and kind not in ("call", "call_end"):
             return
+        self.has_text = self.has_text or kind == "text"
         if self.told is not None and kind == "arguments":
             self.told.append(text)
         last = self.parts[-1] if self.parts else None
@@ -124,6 +127,12 @@ class Scanner:
             self._record += self.buffer[:count]
         self.buffer = self.buffer[count:]
 
+    def unread(self, text: str) -> None:
+        """What was read last, put back."""
+        if self._record is not None:
+            self._record = self._record.removesuffix(text)
+        self.buffer = text + self.buffer
+
     def more(self) -> Generator[None, None, None]:
         """Wait for more text. Raises CutError when there is none."""
         if self.ended:
@@ -132,10 +141,13 @@ class Scanner:
 
     def space(self) -> Generator[None, None, str]:
         """Skip whitespace, up to a character that is none; returns that character."""
+        self.skipped = ""
         while True:
             rest = self.buffer.lstrip()
             if len(rest) != len(self.buffer):
-                self.drop(len(self.buffer) - len(rest))
+                count = len(self.buffer) - len(rest)
+                self.skipped += self.buffer[:count]
+                self.drop(count)
             if rest:
                 return rest[0]
             yield from self.more()

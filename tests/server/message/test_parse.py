@@ -232,6 +232,24 @@ def test_what_only_looks_like_a_marker_is_content(text: str) -> None:
     assert text_of(parts_of(text, None)) == text
 
 
+@pytest.mark.parametrize(
+    ("written", "content"),
+    [
+        ("hi {} tail", "hi  tail"),
+        ("hi\n{}\n{}\n\ntail", "hi\n\n\n\ntail"),
+        ("hi{}tail", "hitail"),
+        ("hi {}\n", "hi"),
+        ("\n{} tail", "tail"),
+        ("hi {}\n<tool", "hi \n<tool"),
+    ],
+)
+def test_texts_on_both_sides_of_a_call_keep_the_whitespace_between_them(written: str, content: str) -> None:
+    for name in ("hermes", "qwen3_coder", "kimi_k2", "jamba"):
+        text = written.replace("{}", TURNS[name])
+        for size in (1, 4, len(text)):
+            assert text_of(parts_of(text, TOOL_PRESETS[name], size=size)) == content
+
+
 def test_text_comes_as_soon_as_it_can() -> None:
     machine = Machine(Formats(HERMES, THINK))
     said = []
