@@ -196,7 +196,7 @@ def content_of(parts: Sequence[Part], *, hides_thoughts: bool) -> list[Json]:
                 shown = "" if hides_thoughts else part.text
                 blocks.append({"type": "thinking", "thinking": shown, "signature": SIGNATURE})
             case "text":
-                blocks.append({"type": "text", "text": part.text})
+                blocks.append({"type": "text", "text": part.text.lstrip() if blocks else part.text})
             case "call":
                 arguments = ""
                 blocks.append({"type": "tool_use", "id": call_id_of(part.call_id), "name": part.text, "input": {}})
@@ -237,9 +237,11 @@ class _OpenBlocks:
                 if not self._hides_thoughts:
                     yield self._delta({"type": "thinking_delta", "thinking": part.text})
             case "text":
+                text = part.text
                 if self._open != part.kind:
+                    text = text.lstrip() if self._index >= 0 else text  # blocks are apart without whitespace
                     yield from self._start(part.kind, {"type": "text", "text": ""})
-                yield self._delta({"type": "text_delta", "text": part.text})
+                yield self._delta({"type": "text_delta", "text": text})
             case "call":
                 block = {"type": "tool_use", "id": call_id_of(part.call_id), "name": part.text, "input": {}}
                 yield from self._start(part.kind, block)

@@ -99,13 +99,15 @@ class Output:
                 if not part.text:
                     return
                 kind = _KINDS[part.kind]
+                text = part.text
                 if self._open is None or self._open["type"] != kind:
                     yield from self._close("completed")
                     empty: Json = {"summary": [], "content": []}
                     if kind == "message":
                         empty = {"role": "assistant", "content": []}
+                    text = text.lstrip() if self.items else text  # items are apart without whitespace
                     yield from self._begin(kind, empty)
-                yield from self._add(part.text)
+                yield from self._add(text)
         if part.kind != "text":
             self._logprobs = []
 

@@ -250,7 +250,7 @@ class Machine:
             if calls.num_calls > before:
                 yield from scan.space()
                 if scan.has_text:  # then it parts this text from what follows, unless that is a call too
-                    scan.unread(space + scan.skipped)
+                    scan.unread(space or scan.skipped)
 
     def _say_all(self) -> Generator[None, None, None]:
         """What follows is content, whatever it looks like."""

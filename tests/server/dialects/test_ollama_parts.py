@@ -80,7 +80,7 @@ def test_a_stream_adds_up_to_the_whole_answer(size: int) -> None:
     message, pieces = told(ANSWER + "\nAnd then?", size=size)
     assert said(message) == said(*pieces)
     assert said(message) == {
-        "content": "I look.And then?",
+        "content": "I look.\nAnd then?",
         "thinking": "hm, two calls",
         "calls": [("get_weather", {"city": "Zürich", "days": [1, 2]}), ("get_time", {})],
     }

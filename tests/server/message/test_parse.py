@@ -235,12 +235,13 @@ def test_what_only_looks_like_a_marker_is_content(text: str) -> None:
 @pytest.mark.parametrize(
     ("written", "content"),
     [
-        ("hi {} tail", "hi  tail"),
-        ("hi\n{}\n{}\n\ntail", "hi\n\n\n\ntail"),
+        ("hi {} tail", "hi tail"),
+        ("hi{} tail", "hi tail"),
+        ("hi\n\n{}\n{} tail", "hi\n\ntail"),
         ("hi{}tail", "hitail"),
         ("hi {}\n", "hi"),
         ("\n{} tail", "tail"),
-        ("hi {}\n<tool", "hi \n<tool"),
+        ("hi {}\n<tool", "hi <tool"),
     ],
 )
 def test_texts_on_both_sides_of_a_call_keep_the_whitespace_between_them(written: str, content: str) -> None:
