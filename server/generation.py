@@ -248,6 +248,7 @@ def _parser(
         reading.formats,
         reasoning_is_open=reading.reasoning_is_open,
         call_is_open=reading.call_is_open,
+        goes_on=reading.goes_on,
         tools=reading.tools,
         num_before=reading.num_before,
         strictness=reading.strictness,

@@ -26,14 +26,15 @@ class Reading:
 
     only_one: what follows the first call is left out. calls: what the answer may call, or must. reasoning: what the
     model thinks first, as tokens; a constraint holds behind it. budget: the most tokens of it, if they are limited.
-    reasoning_is_closed: the prompt has ended it. trims: whitespace in front of the content is none of it, as the model
-    may have written it in front of its reasoning, and then thought nothing.
+    reasoning_is_closed: the prompt has ended it. goes_on: the client has begun the answer. trims: whitespace in front
+    of the content is none of it, as the model may have written it in front of its reasoning, and then thought nothing.
     """
 
     formats: Formats
     reasoning_is_open: bool = False
     reasoning_is_closed: bool = False
     call_is_open: bool = False
+    goes_on: bool = False
     tools: Mapping[str, Any] = field(default_factory=dict)
     num_before: int = 0
     only_one: bool = False

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, StringConstraints, Tag, model_validator
 
-from octavo.server.dialects.conversation import ChatMessage, bounded_json
+from octavo.server.dialects.conversation import ChatMessage, bounded_json, text_of_message
 from octavo.server.dialects.custom_input import InputText, input_schema
 from octavo.server.dialects.fields import Flag, Open, Strict, Text
 from octavo.server.dialects.thinking import ThinkingOptions, reasoning_tokens
@@ -293,9 +293,10 @@ def reading_of(
     if formats.is_empty:
         return None
     found = model.formats.found
-    reasoning_is_open = found.reasoning is not None and found.reasoning.opened_by(prompt)
+    begun = begun_turn(prompt, messages)
+    reasoning_is_open = found.reasoning is not None and found.reasoning.opened_by(prompt, begun)
     call_is_open = bool(tools) and found.tools is not None and found.tools.opened_by(prompt)
-    reasoning_is_closed = found.reasoning is not None and prompt.rstrip().endswith(found.reasoning.end)
+    reasoning_is_closed = found.reasoning is not None and found.reasoning.closed_by(prompt, begun)
     reasoning = reasoning_tokens(model, formats, options.budget, is_open=reasoning_is_open)
     if options.separate_reasoning is False:
         formats = dataclasses.replace(formats, reasoning=None)
@@ -304,6 +305,7 @@ def reading_of(
         reasoning_is_open=reasoning_is_open,
         reasoning_is_closed=reasoning_is_closed,
         call_is_open=call_is_open,
+        goes_on=bool(begun),
         tools={tool.function.name: tool.function.parameters or {} for tool in tools},
         num_before=sum(len(message.tool_calls or ()) for message in messages),
         only_one=options.parallel_tool_calls is False or options.functions is not None,
@@ -311,6 +313,22 @@ def reading_of(
         reasoning=reasoning,
         budget=options.budget,
     )
+
+
+def begun_turn(prompt: str, messages: Sequence[ChatMessage]) -> str:
+    """The prompt from the turn on that the client has begun, and that the answer goes on with; "" if it hasn't."""
+    said = _text_of(messages[-1])
+    if messages[-1].role != "assistant" or not said or not prompt.rstrip().endswith(said):
+        return ""
+    start = prompt.rindex(said)
+    before = _text_of(messages[-2]) if len(messages) > 1 else ""
+    found = prompt.rfind(before, 0, start) if before else -1
+    return prompt[start if found < 0 else found + len(before) :]  # with what the template has put in front
+
+
+def _text_of(message: ChatMessage) -> str:
+    text = text_of_message(message)
+    return (text if isinstance(text, str) else text[-1]["text"]).strip()
 
 
 def message_fields(parts: Sequence[Part], echo: str, options: ToolOptions | None = None) -> Json:

@@ -95,12 +95,27 @@ class ReasoningFormat:
     default: bool = True
     can_disable: bool = False
 
-    def opened_by(self, prompt: str) -> bool:
-        """Whether the answer begins inside the reasoning, since the prompt's end has opened it."""
+    def opened_by(self, prompt: str, begun: str = "") -> bool:
+        """Whether the answer begins inside the reasoning, since the prompt's end has opened it.
+
+        begun: the turn that the answer goes on with, where the client has begun it.
+        """
+        if (is_open := self._left_open(begun)) is not None:
+            return is_open
         text = prompt.rstrip()
         if self.begin and text.endswith(self.begin):
             return True
         return self.is_implied and not text.endswith(self.end)
+
+    def closed_by(self, prompt: str, begun: str = "") -> bool:
+        """Whether the prompt has ended the reasoning."""
+        return self._left_open(begun) is False or prompt.rstrip().endswith(self.end)
+
+    def _left_open(self, begun: str) -> bool | None:
+        """Whether the last marker in a turn opens the reasoning; None where there is none."""
+        begin = begun.rfind(self.begin) if self.begin else -1
+        end = begun.rfind(self.end)
+        return None if begin == end else begin > end
 
 
 def literals(text: str) -> tuple[str, ...]:

@@ -117,7 +117,8 @@ class Parser:
 class Machine:
     """Text to parts: feed the text as it comes, in pieces of any size, and take the parts that it completes.
 
-    reasoning_is_open, call_is_open: what the prompt has opened (the formats' `opened_by`). tools: the schemas of the
+    reasoning_is_open, call_is_open: what the prompt has opened (the formats' `opened_by`). goes_on: the client has
+    begun the answer, so that whitespace at the beginning is part of an open reasoning. tools: the schemas of the
     functions' parameters by name, of which params formats take their types. num_before: earlier calls of the
     conversation. strictness: of reading calls. must_call: the answer's constraint allows nothing but calls. trims:
     whitespace in front of the content is dropped.
@@ -129,6 +130,7 @@ class Machine:
         *,
         reasoning_is_open: bool = False,
         call_is_open: bool = False,
+        goes_on: bool = False,
         tools: Mapping[str, Any] | None = None,
         num_before: int = 0,
         strictness: Strictness = "loose",
@@ -142,6 +144,7 @@ class Machine:
         self._reasoning = formats.reasoning
         self._reasoning_is_open = reasoning_is_open
         self._call_is_open = call_is_open
+        self._goes_on = goes_on
         self._trims = trims
         form = formats.tools
         self._calls = None if form is None else CallReader(form, self._scan, tools or {}, num_before, strictness)
@@ -211,7 +214,8 @@ class Machine:
                 return
             yield
         scan.is_thinking = True
-        yield from scan.space()
+        if not (self._reasoning_is_open and self._goes_on):
+            yield from scan.space()
         yield from scan.until(stops_for(form.end), "reasoning", trim=True)
         scan.is_thinking = False
         yield from scan.space()

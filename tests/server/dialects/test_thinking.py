@@ -11,6 +11,7 @@ import pytest
 from octavo_server import serving
 from slow_cases import slow
 from spoken import ANSWER, THINKS, TOKENIZER, TOOLS, answer_to, constrained, deltas, model, request, streamed, whole
+from templates import template
 
 from octavo.runtime.messages import Reasoning
 from octavo.server.dialects.thinking import effort_variables
@@ -18,6 +19,7 @@ from octavo.server.errors import ApiError
 from octavo.server.generation import usage_of
 from octavo.server.message.format import ReasoningFormat
 from octavo.server.message.infer import Inference
+from octavo.server.message.parts import reasoning_of, text_of
 from octavo.server.message.presets import TOOL_PRESETS
 from octavo.server.message.probe import History
 
@@ -173,3 +175,25 @@ def test_a_budget_in_a_real_answer(tmp_path: Path, begin: str, end: str) -> None
             end_length = len(TOKENIZER.encode("Enough." + end)) - 1
             assert spent == budget + end_length
             assert answer.choices[0].message.content
+
+
+@pytest.mark.parametrize(
+    ("begun", "asked", "said", "thought", "content"),
+    [
+        ("<think>\nOkay", "Hi", " so</think>\n\nyes", " so", "yes"),
+        ("<think>\nOkay", "What does <think> mean?", " so</think>\n\nyes", " so", "yes"),
+        ("Paris is", "What does <think> mean?", " big", None, " big"),
+    ],
+)
+@pytest.mark.parametrize("name", ["Qwen-Qwen3-0.6B", "Qwen3.5-4B", "HuggingFaceTB-SmolLM3-3B"])
+def test_a_thought_that_the_client_has_begun_goes_on(
+    name: str, begun: str, asked: str, said: str, thought: str | None, content: str
+) -> None:
+    messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": begun}]
+    prompt = template(name).render(messages, add_generation_prompt=False, continue_final_message=True)
+    body = request(messages=messages, tools=None, add_generation_prompt=False, continue_final_message=True)
+    answer = answer_to(body, prompt)
+    [choice] = answer.choices
+    parts = [part for delta in deltas(answer, said) for part in delta.parts]
+    assert (reasoning_of(parts) or None, text_of(parts)) == (thought, content)
+    assert bool(choice.parser.num_reasoning) == (thought is not None)

@@ -453,7 +453,11 @@ def test_what_the_prompt_opens() -> None:
     assert THINK.opened_by("user: hi\nassistant: <think>\n")
     assert not THINK.opened_by("assistant: <think>\n\n</think>\n\n")
     assert not THINK.opened_by("assistant: ")
+    closed = "<think>\nhm</think>\n\nParis is"
+    assert THINK.closed_by(f"assistant: {closed}", closed)
+    assert not THINK.opened_by(f"assistant: {closed}", closed)
     assert REASONING_PRESETS["deepseek_r1"].opened_by("assistant: ")
+    assert not REASONING_PRESETS["deepseek_r1"].opened_by(f"assistant: {closed}", closed)
     assert not REASONING_PRESETS["deepseek_r1"].opened_by("assistant: <think></think>")
 
 
