@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # imported where it is used: a start must not wait for it
 MAX_COMPILED = 256  # grammars that are kept; one takes some 100 KB
 MAX_GRAMMAR = 100_000  # symbols. Limits are in fuel and not in time, so that a verdict is the same on every machine
 LEXER_FUEL = 100_000  # of a grammar's first mask; llguidance's own million is seconds, in which nobody gets a token
+FAILED = "the answer's grammar"  # how an engine's error about a grammar begins: the server puts the field in front
 _MARK = "\x02"  # in front of a text whose tokenizer would put a space there
 
 

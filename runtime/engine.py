@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
-from octavo.runtime.constraint import Grammars
+from octavo.runtime.constraint import FAILED, Grammars
 from octavo.runtime.messages import AddRequest, TokenOutput
 from octavo.runtime.parallel.executor import Executor, StepHandle, ThreadedExecutor
 from octavo.runtime.parallel.followers import Followers
@@ -78,7 +78,9 @@ class Engine:
         refused: list[TokenOutput | None] = []
         for compiled in self.grammars.finished():
             if compiled.grammar is None:
-                refused.append(self.scheduler.refuse(compiled.request_id, f"the grammar: {compiled.error}"))
+                refused.append(
+                    self.scheduler.refuse(compiled.request_id, f"{FAILED} doesn't compile: {compiled.error}")
+                )
             else:
                 self.scheduler.set_ready(compiled.request_id, compiled.grammar)
         return [output for output in refused if output is not None]

@@ -15,12 +15,14 @@ from typing import Any
 
 import msgspec
 
+from octavo.runtime.constraint import FAILED
 from octavo.runtime.messages import AddRequest, Logprobs, TokenOutput
 from octavo.server.admission import Ticket
 from octavo.server.dialects.fields import GenerationRequest
 from octavo.server.engine_client import EngineDeadError
 from octavo.server.errors import ApiError, bad_request
 from octavo.server.fleet.fleet import Fleet
+from octavo.server.message.constrain import constraint_field
 from octavo.server.message.parse import FormatParser, Machine, Parser
 from octavo.server.message.parts import Part, append_parts
 from octavo.server.metrics import Metrics, Timeline
@@ -109,6 +111,7 @@ class Choice:
     num_wanted is 0 where only a prompt's log-probabilities were asked for: the engine's one token is dropped then.
     own_stops are the stop tokens that the client named, beside the model's own end tokens.
     length_penalty: that of a beam search; None: it is sampled.
+    blamed: the field that an error about the answer's grammar names; "" where there is no grammar.
     """
 
     index: int
@@ -120,6 +123,7 @@ class Choice:
     own_stops: frozenset[int]
     timeline: Timeline
     length_penalty: float | None = None
+    blamed: str = ""
     num_cached: int = 0
     num_tokens: int = 0
     finish_reason: str | None = None
@@ -127,7 +131,7 @@ class Choice:
     def take(self, output: TokenOutput) -> Delta:
         """Turn the engine's output into parts. Raises ApiError where the engine says that it can't go on."""
         if output.finish_reason == "error":
-            raise ApiError(400 if output.is_refused else 500, output.error or "the engine failed on this request")
+            raise self._failure(output)
         is_first = output.num_cached_tokens is not None  # comes once, with the first token
         if output.num_cached_tokens is not None:
             self.num_cached = output.num_cached_tokens
@@ -160,6 +164,13 @@ class Choice:
             output.prompt_logprobs,
         )
 
+    def _failure(self, output: TokenOutput) -> ApiError:
+        """The engine's error, with the field that it is about where that is the grammar."""
+        text = output.error or "the engine failed on this request"
+        if output.is_refused and self.blamed and text.startswith(FAILED):
+            return bad_request(f"{self.blamed}: {text}", self.blamed.partition(".")[0])
+        return ApiError(400 if output.is_refused else 500, text)
+
     def _end(self, output: TokenOutput) -> str | int | None:
         """Note how the answer has ended; returns the stop string or the client's stop token that ended it."""
         parser = self.parser
@@ -186,6 +197,7 @@ def make_choices(
     rooms = [model.max_model_len - len(prompt.token_ids) for prompt in prompts]
     constraint, reading = constrained(request, model, reading)
     params = sampling_params(request, wanted, model, min(rooms), constraint)
+    blamed = constraint_field(request) or ("tools" if reading is not None and reading.calls is not None else "")
     choices: list[Choice] = []
     for prompt, room in zip(prompts, rooms, strict=True):
         own = params if wanted.max_tokens is not None else msgspec.structs.replace(params, max_tokens=room)
@@ -194,9 +206,10 @@ def make_choices(
         sent = AddRequest(first, prompt.token_ids, own, arrival, salt, others, request.priority or 0, request.user_name)
         num_wanted = 0 if wanted.max_tokens == 0 else own.max_tokens
         for answer in sent.answers():
-            choices.append(
-                _make_choice(len(choices), answer, sent, request, num_wanted, _parser(answer, request, model, reading))
-            )
+            parser = _parser(answer, request, model, reading)
+            choice = _make_choice(len(choices), answer, sent, request, num_wanted, parser)
+            choice.blamed = blamed
+            choices.append(choice)
     return choices
 
 

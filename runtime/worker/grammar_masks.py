@@ -9,12 +9,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from octavo.runtime.constraint import Grammar
+from octavo.runtime.constraint import FAILED, Grammar
 from octavo.runtime.following import Masks, Progress
 from octavo.runtime.scheduling.plan import ScheduledSequence
 from octavo.runtime.scheduling.sequence import Sequence
 
-TOO_COMPLEX = "the answer's grammar can't be followed any further: "
+TOO_COMPLEX = (
+    f"{FAILED} can't be followed any further ({{}}); shorter repetitions within each other, or fewer rules that refer "
+    "to themselves, work"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +82,9 @@ class GrammarMasks:
         """Go on by the chosen tokens. stuck: the places where nothing was allowed, which may be right where it ends."""
         ends = Ends()
         for place, progress in zip(constrained.places, constrained.progress, strict=True):
+            if progress.error:  # of its mask, which then allows nothing
+                ends.errors[place] = TOO_COMPLEX.format(progress.error)
+                continue
             if progress.is_over:  # by a token that the scheduler did not know of when it planned this step
                 continue
             if place in stuck:
@@ -92,7 +98,7 @@ class GrammarMasks:
                 if progress.is_over:
                     ends.complete.add(place)
             if progress.error:
-                ends.errors[place] = TOO_COMPLEX + progress.error
+                ends.errors[place] = TOO_COMPLEX.format(progress.error)
         return ends
 
     def is_over(self, it: ScheduledSequence) -> bool:

@@ -60,7 +60,7 @@ def constraint_of(
 
     token_id gives the id of a token, by id or by text.
     """
-    wanted = [*_of_response_format(request), *_of_structured_outputs(request), *_of_older_fields(request)]
+    wanted = _wanted(request)
     _check_alone(request, wanted)
     if not wanted:
         return None
@@ -70,6 +70,15 @@ def constraint_of(
     except GrammarError as error:
         raise bad_request(f"{only.field}: {error}", only.param) from None
     return Constraint(grammar)
+
+
+def constraint_field(request: ConstraintFields) -> str:
+    """The field that asks for a constraint, `structured_outputs.regex`; "" if none does."""
+    return next((each.field for each in _wanted(request)), "")
+
+
+def _wanted(request: ConstraintFields) -> list[_Wanted]:
+    return [*_of_response_format(request), *_of_structured_outputs(request), *_of_older_fields(request)]
 
 
 def _check_alone(request: ConstraintFields, wanted: list[_Wanted]) -> None:

@@ -364,6 +364,19 @@ def test_a_grammar_that_turns_out_to_be_too_complex_is_the_request_s_own_fault()
     assert decode(tokens_of(outputs["good"])) == "ab"
 
 
+def test_a_mask_that_fails_is_no_fault_of_other_fields() -> None:
+    """A grammar that fails while a mask is made allows no token; other fields of the request have no part in that."""
+    constraint = Constraint(LLMatcher.grammar_from_lark("start: /((a{1,300}){1,300}){1,300}/"))
+    first = make_request("first", [1], max_tokens=60, constraint=constraint, min_tokens=59)
+    second = make_request("second", [1], max_tokens=60, constraint=constraint, min_tokens=59)
+    engine = constrained_engine()
+    for request in (first, second):
+        refusal = run(engine, [request])[request.request_id][-1]
+        assert (refusal.finish_reason, refusal.is_refused) == ("error", True)
+        assert "too many expressions" in str(refusal.error)
+        assert "allowed_token_ids" not in str(refusal.error)
+
+
 def test_nothing_that_may_be_sampled_is_the_request_s_own_fault() -> None:
     impossible = make_request("a", [1], allowed_token_ids=(END,), constraint=one_of(["ab"]))
     refusal = run(constrained_engine(), [impossible])["a"][-1]

@@ -31,7 +31,8 @@ from spoken import (
 )
 from templates import template
 
-from octavo.runtime.messages import Constraint, Ready, Reasoning, StartupReport, Triggers
+from octavo.runtime.messages import Constraint, Ready, Reasoning, StartupReport, TokenOutput, Triggers
+from octavo.runtime.worker.grammar_masks import TOO_COMPLEX
 from octavo.server.dialects.conversation import render_request
 from octavo.server.dialects.tools import reading_of, shown_tools
 from octavo.server.errors import ApiError
@@ -223,6 +224,22 @@ def test_an_answer_obeys_its_constraint_or_calls() -> None:
     bare = dataclasses.replace(FOUND, tools=TOOL_PRESETS["llama3_json"])
     with pytest.raises(ApiError, match="must be a JSON Schema, a regular expression or a choice"):
         constrained(bare, "x", tools=TOOLS, **grammar)
+
+
+@pytest.mark.parametrize(
+    ("fields", "place"),
+    [
+        ({"response_format": None, "structured_outputs": {"regex": "a+"}}, "structured_outputs.regex"),
+        ({"response_format": None, "tools": TOOLS}, "tools"),
+        ({}, "response_format"),
+    ],
+)
+def test_a_grammar_that_fails_in_the_engine_is_told_by_its_field(fields: dict[str, Any], place: str) -> None:
+    answer = constrained(FOUND, "x", **fields)
+    failed = TokenOutput("a", [], finish_reason="error", error=TOO_COMPLEX.format("fuel"), is_refused=True)
+    with pytest.raises(ApiError, match=f"^{place}: the answer's grammar .* work") as caught:
+        answer.choices[0].take(failed)
+    assert (caught.value.status, caught.value.param) == (400, place.partition(".")[0])
 
 
 def test_whitespace_in_front_of_a_constrained_answer_is_none_of_it() -> None:
