@@ -35,7 +35,7 @@ PARAMS: dict[str, dict[str, object]] = {
     "words": {"constraint": one_of(["quite long, is it not", "quite long as well, abba"])},
     "thinks": {
         "constraint": one_of(
-            ["quite long, is it not"], reasoning=Reasoning(end=5, is_open=True, budget=6, closing=(8, 9, 5))
+            ["quite long, is it not"], reasoning=Reasoning(end=(5,), is_open=True, budget=6, closing=(8, 9, 5))
         )
     },
     "triggers": {
