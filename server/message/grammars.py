@@ -16,6 +16,7 @@ from llguidance import LLMatcher, regex_to_lark
 from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from octavo.runtime.constraint import GrammarError, parser_limits
+from octavo.server.message.endless import endless_rule
 from octavo.server.message.patterns import PatternError, literal, rust_pattern
 from octavo.server.message.schema import MAX_BYTES, Normalizer, check_nesting, normalizer_of
 from octavo.server.message.schema_logic import Schema
@@ -261,4 +262,11 @@ def _without_escapes(text: str) -> str:
 
 def text_grammar(text: str, style: JsonStyle) -> str:
     """A grammar that a client wrote, in EBNF or Lark. Raises GrammarError."""
-    return lark_grammar(lark_of(text, style))
+    lark = lark_of(text, style)
+    if rule := endless_rule(lark):
+        shown = "root" if rule == "start" and not is_lark(text) else rule
+        raise GrammarError(
+            f"the rule {shown!r} never ends, since each of its alternatives leads to it again; "
+            "it needs an alternative that doesn't"
+        )
+    return lark_grammar(lark)

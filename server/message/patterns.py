@@ -6,7 +6,10 @@ matches a carriage return. What has no equal (lookaround, backreferences) is ref
 
 from __future__ import annotations
 
+import math
 import re
+
+from octavo.server.message.repetitions import endless_counts
 
 ANY = r"[\s\S]"
 NOT_NEWLINE = r"[^\n\r\x{2028}\x{2029}]"
@@ -61,6 +64,11 @@ class PatternError(ValueError):
 
 def rust_pattern(pattern: str) -> str:
     """The same language in Rust's dialect. Raises PatternError."""
+    if counts := endless_counts(pattern):
+        raise PatternError(
+            f"repetitions of up to {' times '.join(map(str, counts))} stand directly within each other, which takes "
+            f"too many states; one of up to {math.prod(counts)} says the same, or something that parts them"
+        )
     out: list[str] = []
     position = 0
     while position < len(pattern):

@@ -12,10 +12,12 @@ from byte_grammar import ByteGrammar
 from pydantic import ValidationError
 
 from octavo.commands.serve_flags import configure, read_options
+from octavo.runtime.constraint import GrammarError
 from octavo.runtime.messages import Constraint
 from octavo.server.dialects.fields import GenerationRequest
 from octavo.server.errors import ApiError
 from octavo.server.message.constrain import constraint_of
+from octavo.server.message.grammars import JsonStyle, regex_grammar, text_grammar
 from octavo.server.options import StructuredOutputsConfig
 
 ITEM = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False}
@@ -394,3 +396,51 @@ def test_answers_look_as_they_must(client: httpx.Client, temperature: float) -> 
     response = client.post("/v1/completions", json=body | {"guided_regex": "[0-9]{3}-[a-c]+z"})
     for choice in response.json()["choices"]:
         assert choice["finish_reason"] == "length" or re.fullmatch("[0-9]{3}-[a-c]+z", choice["text"])
+
+
+@pytest.mark.parametrize(
+    ("pattern", "is_fine"),
+    [
+        ("((a{1,1000}){1,1000}){1,1000}", False),
+        ("x(?:[a-z]{1,100}){1,100}", False),
+        ("(a{1,300}|b){300}", False),
+        ("([a-z]{1,1000} ){1,1000}", True),
+        ("(a{1,1000}){1,10}", True),
+        (r"(\d{1,3}){1,1000}", True),
+        ("a{1,100000}", True),
+        ("(a*){1,1000}", True),
+        ("(a{1,50}){1,50}", True),
+        (r"[({]{1,90}(\({1,90}){1,9}", True),
+    ],
+)
+def test_repetitions_of_repetitions_have_a_limit(pattern: str, is_fine: bool) -> None:
+    if is_fine:
+        regex_grammar(pattern)
+    else:
+        with pytest.raises(GrammarError, match=r"repetitions of up to \d+ times \d+"):
+            regex_grammar(pattern)
+
+
+@pytest.mark.parametrize(
+    ("grammar", "rule"),
+    [
+        ('root ::= "a" root', "root"),
+        ('root ::= ("a" | "b") root', "root"),
+        ('root ::= x\nx ::= "a" y\ny ::= x "b"', "x"),
+        ('root ::= "a" x | "b"\nx ::= "c" x', "x"),
+        ('start: "a" start', "start"),
+        ('start: list\nlist: "a" ("," list) // no end\n', "list"),
+        ('root ::= "a" root | "b"', ""),
+        ('root ::= "a" root?', ""),
+        ('root ::= "(" root* ")"', ""),
+        ('start: "a" [start]', ""),
+        ('start: /a+/ (start){0,2} | B\nB: "b"', ""),
+        ('start: "a" %json {"type": "object"}', ""),
+    ],
+)
+def test_rules_that_never_end_are_refused(grammar: str, rule: str) -> None:
+    if not rule:
+        text_grammar(grammar, JsonStyle())
+    else:
+        with pytest.raises(GrammarError, match=f"the rule '{rule}' never ends"):
+            text_grammar(grammar, JsonStyle())
