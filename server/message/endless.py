@@ -31,17 +31,31 @@ def endless_rule(text: str) -> str:
     """The name of a rule that can't end, of those that "start" leads to; "" where there is none."""
     try:
         rules = _read(text)
-    except _UnknownError:
+        ending = _ending(rules)
+        reached = _reached(rules)
+    except (_UnknownError, RecursionError):
         return ""
-    ending: set[str] = set()
-    while more := {name for name, body in rules.items() if name not in ending and _ends(body, ending, rules)}:
-        ending |= more
-    name = next((name for name in _reached(rules) if name in rules and name not in ending), "")
+    name = next((name for name in reached if name in rules and name not in ending), "")
     seen: set[str] = set()
     while name and name not in seen:  # to one that leads to itself
         seen.add(name)
         name = next(part for part in _names(rules[name]) if part in rules and part not in ending)
     return name
+
+
+def _ending(rules: dict[str, Body]) -> set[str]:
+    """The rules that some text ends, found from those that need no other."""
+    ending: set[str] = set()
+    waiting = list(rules)
+    size = -1
+    while size != len(ending):
+        size = len(ending)
+        waiting.reverse()  # most grammars have their rules from the top down, or from the bottom up
+        for name in waiting:
+            if _ends(rules[name], ending, rules):
+                ending.add(name)
+        waiting = [name for name in waiting if name not in ending]
+    return ending
 
 
 def _ends(body: Body, ending: set[str], rules: dict[str, Body]) -> bool:

@@ -39,14 +39,17 @@ def endless_counts(pattern: str) -> list[int]:
     while position < len(pattern):
         count = _COUNT.match(pattern, position)
         if count is not None and levels[-1].num_items:
-            last = levels[-1].last = [*levels[-1].last, _most(count)]
+            most = _most(count)
+            last = levels[-1].last = [*levels[-1].last, *([most] if most > 1 else [])]
             if math.prod(last) > MOST and math.prod(last) // max(last) > MOST_WITHIN:
-                return [each for each in last if each > 1]
+                return last
             position = count.end()
             continue
         atom = _ATOM.match(pattern, position)
         assert atom is not None
         position = atom.end()
+        if atom[0] == "[":  # a class that isn't closed, which the translation refuses
+            return []
         if atom[0][0] == "(":
             levels.append(_Level())
         elif atom[0] == "|":

@@ -444,3 +444,14 @@ def test_rules_that_never_end_are_refused(grammar: str, rule: str) -> None:
     else:
         with pytest.raises(GrammarError, match=f"the rule '{rule}' never ends"):
             text_grammar(grammar, JsonStyle())
+
+
+@pytest.mark.parametrize("text", ["(" * 30_000 + '"a"' + ")" * 30_000, "[" * 30_000 + '"a"' + "]" * 30_000])
+def test_a_grammar_that_is_nested_too_deeply_is_refused(text: str) -> None:
+    with pytest.raises(GrammarError):
+        text_grammar(f"start: {text}", JsonStyle())
+
+
+def test_brackets_that_are_not_closed_are_refused_at_once() -> None:
+    with pytest.raises(GrammarError, match=r"a \[ isn't closed"):
+        regex_grammar("[" * 60_000)
