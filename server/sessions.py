@@ -279,9 +279,10 @@ class Sessions:
             turn.session.end(turn, is_whole=is_whole)
 
     def abandon(self, turn: Turn) -> None:
-        """Forget a turn that could not begin."""
-        turn.is_over = True
-        turn.session.running.pop(turn.rid, None)
+        """Forget a turn that could not begin, unless another request has taken its place."""
+        if not turn.is_over:
+            turn.is_over = True
+            turn.session.running.pop(turn.rid, None)
 
     def _close_unused(self) -> None:
         now = self._clock()

@@ -109,6 +109,18 @@ def test_a_request_under_way_is_waited_for_or_replaced() -> None:
     assert answered(sessions, "e", [1], [], rid=None) == [1]
 
 
+def test_a_request_that_never_began_leaves_its_successor_alone() -> None:
+    sessions = opened()
+    displaced = begun(sessions, "a", [1])
+    later = begun(sessions, "a", [2], replace=True)
+    assert later.displaced == [displaced]
+    sessions.abandon(displaced)
+    with pytest.raises(SessionError, match="is called 'a' already"):
+        begun(sessions, "a", [3])
+    sessions.end(later, is_whole=True)
+    assert sessions.num_tokens == 1 + REQUEST_TOKENS
+
+
 def test_what_is_refused_changes_nothing() -> None:
     sessions = opened()
     answered(sessions, "a", [1], [2])
