@@ -43,36 +43,58 @@ def endless_rule(text: str) -> str:
     return name
 
 
-def _ending(rules: dict[str, Body]) -> set[str]:
-    """The rules that some text ends, found from those that need no other."""
-    ending: set[str] = set()
-    waiting = list(rules)
-    size = -1
-    while size != len(ending):
-        size = len(ending)
-        waiting.reverse()  # most grammars have their rules from the top down, or from the bottom up
-        for name in waiting:
-            if _ends(rules[name], ending, rules):
-                ending.add(name)
-        waiting = [name for name in waiting if name not in ending]
+def _ending(rules: dict[str, Body]) -> set[object]:
+    """The rules and groups that some text ends, found from those that need no other."""
+    sequences = _sequences(rules)
+    users: dict[object, list[int]] = {}
+    num_left = []  # of each sequence: what it needs that is not known to end
+    for number, (_, needed) in enumerate(sequences):
+        num_left.append(len(needed))
+        for part in needed:
+            users.setdefault(part, []).append(number)
+    ending: set[object] = set()
+    waiting = [owner for owner, needed in sequences if not needed]
+    while waiting:
+        found = waiting.pop()
+        if found in ending:
+            continue
+        ending.add(found)
+        for number in users.get(found, ()):
+            num_left[number] -= 1
+            if num_left[number] == 0:
+                waiting.append(sequences[number][0])
     return ending
 
 
-def _ends(body: Body, ending: set[str], rules: dict[str, Body]) -> bool:
-    return any(
-        all(
-            _ends(part, ending, rules) if isinstance(part, list) else part in ending or part not in rules
-            for part in sequence
-        )
-        for sequence in body
-    )
+def _sequences(rules: dict[str, Body]) -> list[tuple[object, set[object]]]:
+    """Whose alternative each sequence is, a rule's or a group's, and the rules and groups that it needs."""
+    found: list[tuple[object, set[object]]] = []
+
+    def add(owner: object, body: Body) -> None:
+        for sequence in body:
+            needed: set[object] = set()
+            for part in sequence:
+                if isinstance(part, list):
+                    group = object()
+                    add(group, part)
+                    needed.add(group)
+                elif part in rules:
+                    needed.add(part)
+            found.append((owner, needed))
+
+    for name, body in rules.items():
+        add(name, body)
+    return found
 
 
 def _reached(rules: dict[str, Body]) -> list[str]:
-    found = ["start"]
-    for name in found:
-        found += [part for part in dict.fromkeys(_names(rules.get(name, []))) if part not in found]
-    return found
+    found = dict.fromkeys(["start"])
+    waiting = ["start"]
+    for name in waiting:
+        new = [part for part in dict.fromkeys(_names(rules.get(name, []))) if part not in found]
+        found |= dict.fromkeys(new)
+        waiting += new
+    return waiting
 
 
 def _names(body: Body) -> Iterator[str]:
