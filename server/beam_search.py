@@ -151,6 +151,8 @@ async def _step(searches: Sequence[Search], client: Fleet, ticket: Ticket) -> No
                 for search, of_search in zip(searches, requests, strict=True):
                     if search.num_cached is None and output.request_id == of_search[0].request_id:
                         search.num_cached = output.num_cached_tokens
+                        for choice in search.choices:
+                            choice.timeline.engine = stream.engine_of[output.request_id]
     for search, of_search in zip(searches, requests, strict=True):
         search.take([found[request.request_id] for request in of_search])
 

@@ -60,6 +60,16 @@ def undisturbed(server: Server, bodies: list[dict[str, Any]]) -> list[list[Any]]
     return asyncio.run(answers(server.url, bodies, lambda _: None))
 
 
+def tokens_by_engine(client: httpx.Client) -> dict[str, float]:
+    """How many tokens each engine has generated, as /metrics tells."""
+    return {
+        sample.labels["engine"]: sample.value
+        for family in text_string_to_metric_families(client.get("/metrics").text)
+        for sample in family.samples
+        if sample.name == "vllm:generation_tokens_total"
+    }
+
+
 def num_up(client: httpx.Client, num_engines: int = 2) -> int:
     text = client.get("/metrics").text
     lines = [line for line in text.splitlines() if line.startswith("octavo:engine_up{")]
@@ -75,15 +85,17 @@ def test_engines_have_cores_and_series_of_their_own(server: Server) -> None:
     assert first | second == os.sched_getaffinity(0)
     with server.client(headers=HEADERS) as client:
         ended = [client.post(PATH, json={"prompt": "x" * n, "max_tokens": 3, "ignore_eos": True}) for n in (5, 200)]
-        text = client.get("/metrics").text
-    counted = {
-        sample.labels["engine"]: sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-        if sample.name == "vllm:generation_tokens_total"
-    }
+        counted = tokens_by_engine(client)
     assert sorted(counted) == ["0", "1"]
     assert sum(counted.values()) == sum(one.json()["usage"]["completion_tokens"] for one in ended) == 6
+
+
+def test_a_beam_search_counts_for_the_engine_that_began_it() -> None:
+    asked = {"prompt": "x", "max_tokens": 1, "use_beam_search": True, "n": 2, "temperature": 0}
+    with serving("-dp", "2", "--routing", "round-robin") as it, it.client() as client:
+        assert [client.post(PATH, json=asked).status_code for _ in range(2)] == [200, 200]
+        counted = tokens_by_engine(client)
+    assert counted == {"0": 2, "1": 2}
 
 
 def test_forty_streams_survive_an_engine(server: Server) -> None:
