@@ -1,7 +1,7 @@
 """/metrics: Prometheus, under vLLM's names and with vLLM's buckets, since dashboards and autoscalers key on them.
 
-Gauges are the engines' own, from their last steps. Times are the server's: what a client sees, less the network.
-`generate` (server/generation.py) reports how a request ended, since it alone knows.
+Times are the server's: what a client sees, less the network. `generate` (server/generation.py) reports how a request
+ended, since it alone knows. What the engines' gauges are, the fleet is asked (fleet/collector.py).
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.process_collector import ProcessCollector
@@ -31,7 +30,6 @@ HTTP_SECONDS = (0.1, 0.5, 1)
 LABELS = ("model_name", "engine")
 HTTP_LABELS = ("handler", "method", "status")
 SOURCES = ("local_compute", "local_cache_hit")
-REASONS = ("capacity", "deferred")
 
 HISTOGRAMS = {
     "time_to_first_token_seconds": ("from arrival to the first token", FIRST_TOKEN),
@@ -61,14 +59,7 @@ COUNTERS = {
     "prefix_cache_queries": "prompt tokens looked up in the prefix cache",
     "prefix_cache_hits": "prompt tokens found there",
 }
-GAUGES = {
-    "num_requests_running": "sequences in the batch",
-    "num_requests_waiting": "sequences that wait for room",
-    "kv_cache_usage_perc": "share of the KV cache's blocks in use, 0 to 1",
-}
 OUTCOMES = ("stop", "length", "repetition", "abort", "error")
-
-M = TypeVar("M", Counter, Gauge)
 
 
 @dataclass(slots=True)
@@ -95,21 +86,14 @@ class _EngineSeries:
         labels = {"model_name": model_name, "engine": str(engine)}
         self.histograms = {name: metric.labels(**labels) for name, metric in families.histograms.items()}
         self.counters = {name: metric.labels(**labels) for name, metric in families.counters.items()}
-        self.gauges = {name: metric.labels(**labels) for name, metric in families.gauges.items()}
         self.finished = _children(families.finished, labels, "finished_reason", OUTCOMES)
         self.by_source = _children(families.by_source, labels, "source", SOURCES)
-        self.waiting = _children(families.waiting, labels, "reason", REASONS)
         self.unparsed = families.unparsed.labels(**labels)
         self.totals: EngineStats | None = None
 
     def step(self, stats: EngineStats) -> None:
         """Take the engine's own figures."""
         before = self.totals
-        self.gauges["num_requests_running"].set(stats.num_running)
-        self.gauges["num_requests_waiting"].set(stats.num_waiting)
-        self.waiting["capacity"].set(stats.num_waiting - stats.num_deferred)
-        self.waiting["deferred"].set(stats.num_deferred)
-        self.gauges["kv_cache_usage_perc"].set(stats.kv_cache_usage)
         for name in ("num_preemptions", "prefix_cache_queries", "prefix_cache_hits"):
             self.counters[name].inc(getattr(stats, name) - (getattr(before, name) if before is not None else 0))
         if stats.step_tokens:
@@ -117,7 +101,7 @@ class _EngineSeries:
         self.totals = stats
 
 
-def _children(metric: M, labels: Mapping[str, str], label: str, values: Iterable[str]) -> dict[str, M]:
+def _children(metric: Counter, labels: Mapping[str, str], label: str, values: Iterable[str]) -> dict[str, Counter]:
     """A metric with one more label: its children by the label's values."""
     return {value: metric.labels(**labels, **{label: value}) for value in values}
 
@@ -135,18 +119,11 @@ class _Families:
         self.counters = {
             name: Counter(f"vllm:{name}", text, LABELS, registry=registry) for name, text in COUNTERS.items()
         }
-        self.gauges = {name: Gauge(f"vllm:{name}", text, LABELS, registry=registry) for name, text in GAUGES.items()}
         self.finished = Counter(
             "vllm:request_success", "requests by how they ended", (*LABELS, "finished_reason"), registry=registry
         )
         self.by_source = Counter(
             "vllm:prompt_tokens_by_source", "computed or cached", (*LABELS, "source"), registry=registry
-        )
-        self.waiting = Gauge(
-            "vllm:num_requests_waiting_by_reason",
-            "those that wait, for room or not yet ready",
-            (*LABELS, "reason"),
-            registry=registry,
         )
         self.unparsed = Counter(
             "octavo:tool_call_unparsed", "tool calls that could not be read", LABELS, registry=registry
