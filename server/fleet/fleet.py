@@ -254,7 +254,7 @@ class Fleet:
         try:
             while member.placed and member.is_up:
                 await asyncio.sleep(POLL_SECONDS)
-            if member.is_up and self.death is None:
+            if member.is_up and self.refusal is None:
                 member.go_down(f"engine {index} was drained, and is started again")
                 await self._replace(member, 0.0)
         finally:
@@ -472,8 +472,7 @@ class Fleet:
         self.death = self.refusal = message
         self.fail_all(message)
         self._resumed.set()
-        self._open.clear()
-        self._silent.clear()
-        self._homeless.clear()
+        for answer in list(self._open.values()):
+            self._forget(answer)
         if self.on_death is not None:
             self.on_death()

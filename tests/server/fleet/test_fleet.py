@@ -7,7 +7,7 @@ import os
 import random
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import fake_engine
 import msgspec
@@ -16,6 +16,7 @@ from fake_engine import FAILS, FREEZE, POISON, WANTS_VOCABULARY, expected, token
 
 from octavo.runtime.messages import AddRequest, SamplingParams, TokenOutput, Vocabulary
 from octavo.server.engine_client import EngineDeadError
+from octavo.server.fleet.collector import FleetCollector
 from octavo.server.fleet.fleet import Fleet, FleetLimits
 from octavo.server.fleet.stream import Stream
 
@@ -290,8 +291,8 @@ def test_who_leaves_while_no_engine_is_up_is_forgotten() -> None:
             async with fleet.open([request("a", max_tokens=4000)]) as stream:
                 await stream.next()
                 kill(fleet, 0)
-                await until(lambda: bool(fleet._homeless))
-            assert not fleet._homeless
+                await until(lambda: any(one.placed is None for one in fleet._open.values()))
+            assert not fleet._open
             assert fleet.num_open == 0
             async with fleet.open([request("b")]) as stream:
                 fleet.abort(["b"])
@@ -336,6 +337,48 @@ def test_an_engine_is_drained_and_replaced() -> None:
             assert fleet.members[0].takes_requests
 
     run(test)
+
+
+def test_a_drain_starts_no_engine_where_the_server_ends() -> None:
+    async def test() -> None:
+        async with opened(2) as fleet:
+            before = pid_of(fleet, 0)
+            fleet.refuse("the server is shutting down")
+            await fleet.drain(0)
+            assert pid_of(fleet, 0) == before
+
+    run(test)
+
+
+def test_nothing_is_open_when_no_engine_is_left() -> None:
+    async def test() -> None:
+        async with opened(2, FleetLimits(restarts=0)) as fleet:
+            page = FleetCollector(fleet, "m")
+            streams = [fleet.open([request(f"r{n}", [n], max_tokens=4000)]) for n in range(6)]
+            async with AsyncExitStack() as stack:
+                for stream in streams:
+                    await stack.enter_async_context(stream)
+                    await stream.next()
+                assert gauge(page, "vllm:num_requests_running", "0") == 3
+                kill(fleet, 0)
+                await until(lambda: not fleet.members[0].is_up)
+                assert gauge(page, "vllm:num_requests_running", "0") == 0
+                kill(fleet, 1)
+                await until(lambda: fleet.death is not None)
+                assert [member.num_answers for member in fleet.members] == [0, 0]
+                assert (fleet.num_open, fleet.num_queued_tokens) == (0, 0)
+
+    run(test)
+
+
+def gauge(page: FleetCollector, name: str, engine: str) -> float:
+    [found] = [
+        sample.value
+        for family in page.collect()
+        for sample in family.samples
+        if sample.name == name and sample.labels["engine"] == engine
+    ]
+    return found
 
 
 def test_equal_beginnings_go_to_one_engine_while_that_pays() -> None:
