@@ -330,6 +330,8 @@ async def generate(choices: Sequence[Choice], client: Fleet, metrics: Metrics, t
         prompts = {id(choice.sent): choice.sent for choice in choices}
         async with client.open(prompts.values(), ticket.key_owner) as stream:
             ticket.open()
+            for choice in choices:
+                choice.timeline.engine = stream.engine_of[choice.request.request_id]
             num_silent = len(choices)
             while num_open:
                 deltas = []
