@@ -165,22 +165,23 @@ class AddRequest(msgspec.Struct, frozen=True, tag="add"):
 
     def answers(self) -> list[AddRequest]:
         """A request for each answer. They share the prompt's list and, without a seed, their parameters."""
+        return [self.answer(number) for number in range(1 + len(self.other_ids))]
+
+    def answer(self, number: int) -> AddRequest:
+        """The request for one of the answers."""
         if not self.other_ids:
-            return [self]
+            return self
         seed = self.params.seed
-        return [
-            AddRequest(
-                request_id,
-                self.token_ids,
-                self.params if seed is None else msgspec.structs.replace(self.params, seed=seed + number),
-                self.arrival_time,
-                self.cache_salt,
-                priority=self.priority,
-                owner=self.owner,
-                num_prompt=self.num_prompt,
-            )
-            for number, request_id in enumerate(self.request_ids)
-        ]
+        return AddRequest(
+            self.request_ids[number],
+            self.token_ids,
+            self.params if seed is None else msgspec.structs.replace(self.params, seed=seed + number),
+            self.arrival_time,
+            self.cache_salt,
+            priority=self.priority,
+            owner=self.owner,
+            num_prompt=self.num_prompt,
+        )
 
 
 class AbortRequest(msgspec.Struct, frozen=True, tag="abort"):

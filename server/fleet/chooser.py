@@ -45,8 +45,7 @@ class Chooser:
 
     def begun(self, placed: Placed, num_cached: int) -> None:
         """An output has come of one of these answers, whose engine had so many tokens of the prompt cached."""
-        if self._router is not None and not placed.has_begun:
-            placed.has_begun = True
+        if self._router is not None and self._router.is_waiting(placed.key):
             self._router.begun(placed.key, num_cached)
 
     def ended(self, placed: Placed) -> None:

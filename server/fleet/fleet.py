@@ -92,7 +92,6 @@ class Fleet:
         self._random = random.Random(seed)
         self._open: dict[str, OpenAnswer] = {}  # by request; without those that an engine has finished
         self._silent: dict[str, int] = {}  # tokens of the prompts of requests without an output
-        self._homeless: dict[str, OpenAnswer] = {}  # those of _open that wait for an engine
         self._readers: set[Stream] = set()
         self._finished: deque[float] = deque(maxlen=64)  # when the last requests were
         self._vocabulary: bytes | None = None
@@ -100,7 +99,6 @@ class Fleet:
         self._resumed.set()
         self._stands_still = False
         self._has_started = False
-        self._is_closing = False
         self._tasks: set[asyncio.Task[None]] = set()
         self.death: str | None = None  # why no engine is left; None while there is one, or will be
         self.refusal: str | None = None  # why no new request is taken; None while they are
@@ -174,12 +172,9 @@ class Fleet:
 
     async def ping(self, deadline: float) -> bool:
         """Whether the loop of one engine answers within `deadline` seconds; False where new requests are refused."""
-        up = [member.client for member in self.members if member.is_up]
-        if self.refusal is not None or not up:
+        if self.refusal is not None:
             return False
-        if len(up) == 1:
-            return await up[0].ping(deadline)
-        pings = [self._loop.create_task(client.ping(deadline)) for client in up]
+        pings = [self._loop.create_task(member.client.ping(deadline)) for member in self.members if member.is_up]
         try:
             for ping in asyncio.as_completed(pings):
                 if await ping:
@@ -252,7 +247,7 @@ class Fleet:
         member = self.members[index]
         member.is_draining = True
         try:
-            while member.placed and member.is_up:
+            while member.num_answers and member.is_up:
                 await asyncio.sleep(POLL_SECONDS)
             if member.is_up and self.refusal is None:
                 member.go_down(f"engine {index} was drained, and is started again")
@@ -265,7 +260,6 @@ class Fleet:
     async def close(self) -> None:
         """End the engine processes, and the connections to them."""
         self.on_death = None  # they are meant to end
-        self._is_closing = True
         self._die("the server is shutting down")
         for task in self._tasks:
             task.cancel()
@@ -286,9 +280,7 @@ class Fleet:
             self._open |= {answer.request_id: answer for answer in answers}
             self._silent |= dict.fromkeys(request.request_ids, len(request.token_ids))
             member = self._chooser.choose(request)
-            if member is None:
-                self._homeless |= {answer.request_id: answer for answer in answers}
-            else:
+            if member is not None:
                 self._put(member, answers, request)
 
     def end(self, request_ids: Sequence[str]) -> None:
@@ -329,12 +321,11 @@ class Fleet:
 
     def _place(self) -> None:
         """Send what waits for an engine, in the order of arrival, as far as there is one."""
-        for answer in list(self._homeless.values()):
+        for answer in [one for one in self._open.values() if one.placed is None]:
             request = answer.rest()
             member = self._chooser.choose(request)
             if member is None:
                 return
-            del self._homeless[answer.request_id]
             self._put(member, [answer], request)
 
     def _forget(self, answer: OpenAnswer) -> None:
@@ -342,7 +333,6 @@ class Fleet:
         request_id = answer.request_id
         self._open.pop(request_id, None)
         self._silent.pop(request_id, None)
-        self._homeless.pop(request_id, None)
         if not self._open:
             self._finished.clear()  # what comes after a pause says nothing of the pace before it
         self._take_away(answer)
@@ -434,7 +424,6 @@ class Fleet:
             answer.num_deaths += is_suspected
             member.num_migrated += 1
             self._take_away(answer)
-            self._homeless[answer.request_id] = answer
         self._place()
 
     async def _replace(self, member: Member, delay: float) -> None:

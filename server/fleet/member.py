@@ -20,7 +20,7 @@ class Member:
     trouble        why it is not up
     is_lost        it is not started again
     is_draining    it gets no more requests, and is replaced when it has none
-    placed         the requests that it has, by their keys
+    num_answers    those that it has been given, and that are open
     busy_since     when its last step was over, or its first request came after it had none
     num_restarts, num_migrated    since the server's start: of its process, and of answers that it has lost
     num_routed     requests by the reason for which it got them
@@ -40,7 +40,6 @@ class Member:
         self.restarts = restarts
         self.num_restarts = 0
         self.num_migrated = 0
-        self.placed: dict[str, Placed] = {}
         self.num_answers = 0
         self.busy_since = 0.0
         self.num_routed = Counter[str]()
@@ -65,19 +64,15 @@ class Member:
 
     def take(self, placed: Placed, now: float) -> None:
         """These answers are sent to it."""
-        if not self.placed:
+        if not self.num_answers:
             self.busy_since = now
-        self.placed[placed.key] = placed
         self.num_answers += placed.num_open
 
     def lose(self, placed: Placed) -> bool:
         """One of these answers is not its own any more; whether it was the last of them."""
         placed.num_open -= 1
         self.num_answers -= 1
-        if placed.num_open:
-            return False
-        del self.placed[placed.key]
-        return True
+        return placed.num_open == 0
 
 
 def summed(stats: Sequence[EngineStats]) -> EngineStats | None:

@@ -13,13 +13,12 @@ from octavo.server.fleet.stream import Stream
 class Placed:
     """Answers to one prompt that an engine got together, under one key; num_open of them are under way."""
 
-    __slots__ = ("engine", "has_begun", "key", "num_open")
+    __slots__ = ("engine", "key", "num_open")
 
     def __init__(self, engine: int, key: str, num_open: int) -> None:
         self.engine = engine
         self.key = key
         self.num_open = num_open
-        self.has_begun = False
 
 
 class OpenAnswer:
@@ -50,7 +49,7 @@ class OpenAnswer:
 
         The prompt's log-probabilities have come with the first output, and are not asked for again.
         """
-        request = self._sent.answers()[self._number]
+        request = self._sent.answer(self._number)
         if not self.has_begun:
             return request
         return msgspec.structs.replace(
