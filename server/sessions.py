@@ -26,11 +26,7 @@ class SessionLimits:
 
 
 class SessionError(ValueError):
-    """A request that a session can't take; `field` is to blame."""
-
-    def __init__(self, message: str, field: str) -> None:
-        super().__init__(message)
-        self.field = field
+    """A request that a session can't take; the message begins with the field that is to blame."""
 
 
 class FullError(RuntimeError):
@@ -133,7 +129,7 @@ class Session:
             parent = self._parent(asked) if replaced is None else replaced.node()
             nodes, turns = self._behind(asked, parent)
             if rid in {*self.nodes, *self.running} - {node.rid for node in nodes} - {turn.rid for turn in turns}:
-                raise SessionError(f"rid: a request of the session {self.name!r} is called {rid[:80]!r} already", "rid")
+                raise SessionError(f"rid: a request of the session {self.name!r} is called {rid[:80]!r} already")
             if replaced is not None and parent is not None:
                 self._keep(replaced, parent)
                 turns.append(replaced)
@@ -149,9 +145,9 @@ class Session:
         """The end of a streaming session."""
         for name in ("replace", "drop_previous_output", "offset"):
             if getattr(asked, name):
-                raise SessionError(f"session_params.{name}: a streaming session goes on at its end alone", name)
+                raise SessionError(f"session_params.{name}: a streaming session goes on at its end alone")
         if self.running:
-            raise SessionError("session_params: a request of this streaming session is still being answered", "id")
+            raise SessionError("session_params: a request of this streaming session is still being answered")
         return next(iter(self.nodes.values()), None)
 
     def _parent(self, asked: Continuation) -> Node | None:
@@ -159,13 +155,10 @@ class Session:
             return None
         if asked.rid in self.running:
             raise SessionError(
-                f"session_params.rid: {asked.rid[:80]!r} is still being answered; wait for its end, or replace it",
-                "rid",
+                f"session_params.rid: {asked.rid[:80]!r} is still being answered; wait for its end, or replace it"
             )
         if asked.rid not in self.nodes:
-            raise SessionError(
-                f"session_params.rid: the session {self.name!r} has no request {asked.rid[:80]!r}", "rid"
-            )
+            raise SessionError(f"session_params.rid: the session {self.name!r} has no request {asked.rid[:80]!r}")
         return self.nodes[asked.rid]
 
     def _behind(self, asked: Continuation, parent: Node | None) -> tuple[list[Node], list[Turn]]:
@@ -225,14 +218,11 @@ class Sessions:
         limits = self._limits
         self._close_unused()
         if (owner, name) in self._sessions:
-            raise SessionError(
-                f"session_id: a session {name[:80]!r} is open already; /close_session ends it", "session_id"
-            )
+            raise SessionError(f"session_id: a session {name[:80]!r} is open already; /close_session ends it")
         if seconds is not None and seconds > limits.seconds:
             raise SessionError(
                 f"timeout: {seconds:g} s; this server closes a session that is not used for {limits.seconds:g} s "
-                "(--session-timeout)",
-                "timeout",
+                "(--session-timeout)"
             )
         if len(self._sessions) >= limits.max_sessions:
             raise FullError(
@@ -251,7 +241,7 @@ class Sessions:
         session = self._sessions.get((owner, asked.session_id))
         now = self._clock()
         if session is None or session.has_expired(now):
-            raise SessionError(f"session_params.id: no session {asked.session_id[:80]!r} is open", "id")
+            raise SessionError(f"session_params.id: no session {asked.session_id[:80]!r} is open")
         turn = session.begin(rid, asked)
         session.used = now
         self._turns.add(turn)

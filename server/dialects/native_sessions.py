@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import aclosing, contextmanager
@@ -71,7 +72,7 @@ def add_session_routes(router: APIRouter, sessions: Sessions) -> None:
     async def open_session(body: OpenSession, http: Request) -> Response:
         """Begin a session, under this id or a new one."""
         name = body.session_id or uuid.uuid4().hex
-        with _refusals("session_id"):
+        with _refusals():
             sessions.open(owner_of(http), name, is_streaming=bool(body.streaming), seconds=body.timeout)
         return JsonResponse(encode_json(name))
 
@@ -86,10 +87,10 @@ def add_session_routes(router: APIRouter, sessions: Sessions) -> None:
 @contextmanager
 def begun_turn(sessions: Sessions, http: Request, asked: Continuation, rid: str) -> Iterator[Turn]:
     """A request of a session, while it is prepared: forgotten where that fails. Raises ApiError."""
-    with _refusals("session_params"):
+    with _refusals():
         turn = sessions.begin(owner_of(http), asked, rid)
     try:
-        with _refusals("session_params"):
+        with _refusals():
             yield turn
         if turn.is_over:
             raise bad_request("session_params: another request has taken the place of this one", "session_params")
@@ -120,13 +121,12 @@ async def kept(sessions: Sessions, turn: Turn, steps: Steps) -> Steps:
 
 
 @contextmanager
-def _refusals(field: str) -> Iterator[None]:
-    """What sessions refuse, as errors of the API; `field` holds the field that they blame."""
+def _refusals() -> Iterator[None]:
+    """What sessions refuse, as errors of the API, which blame the field that the message begins with."""
     try:
         yield
     except SessionError as error:
-        raise bad_request(
-            str(error), error.field if error.field in ("session_id", "timeout", "rid") else field
-        ) from None
+        message = str(error)
+        raise bad_request(message, re.split("[.:]", message, maxsplit=1)[0]) from None
     except FullError as error:
         raise ApiError(429, str(error), code="sessions_full") from None

@@ -43,6 +43,7 @@ def refused(client: httpx.Client, session: str, **params: Any) -> str:
     body = {"input_ids": [5], "session_params": {"id": session, **params}}
     response = client.post("/generate", json=body)
     assert response.status_code == 400, response.text
+    assert response.json()["error"]["param"] == "session_params"
     return response.json()["error"]["message"]
 
 
