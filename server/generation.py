@@ -197,7 +197,8 @@ def make_choices(
     rooms = [model.max_model_len - len(prompt.token_ids) for prompt in prompts]
     constraint, reading = constrained(request, model, reading)
     params = sampling_params(request, wanted, model, min(rooms), constraint)
-    blamed = constraint_field(request) or ("tools" if reading is not None and reading.calls is not None else "")
+    has_tools = reading is not None and reading.calls is not None and bool(reading.calls.tools)
+    blamed = constraint_field(request) or ("tools" if has_tools else "")
     choices: list[Choice] = []
     for prompt, room in zip(prompts, rooms, strict=True):
         own = params if wanted.max_tokens is not None else msgspec.structs.replace(params, max_tokens=room)
