@@ -29,7 +29,7 @@ from octavo.server.dialects.decisions_request import (
 from octavo.server.dialects.fields import MAX_TOKENS_SENT, GenerationRequest
 from octavo.server.dialects.thinking import switched
 from octavo.server.encoding import JsonResponse, encode_json
-from octavo.server.errors import RESPONSES, ApiError, bad_request, too_long
+from octavo.server.errors import RESPONSES, ApiError, bad_request, interrupted, too_long
 from octavo.server.generation import Choice, fold, make_choices, usage_of
 from octavo.server.prompts import Prompt, Wanted, encode
 from octavo.server.served_model import ServedModel
@@ -151,8 +151,9 @@ async def _scored(
     variables = _without_thinking(variables, model)
     asked: list[Asked] = []
     total = 0
+    pairs = await _pairs_for(questions, variables, http, service)
     for question in questions:
-        asked.append(await _asked(question, about, variables, http, service))
+        asked.append(await _asked(question, about, variables, _labels(question, pairs), http, service))
         total += len(asked[-1].token_ids)
         if total > MAX_TOKENS_SENT:
             raise bad_request(
@@ -165,7 +166,7 @@ async def _scored(
     scored = []
     for each, delta in zip(asked, deltas, strict=True):
         if delta.finish_reason == "abort":
-            raise ApiError(503, "the request was ended before all questions were answered")
+            raise interrupted()
         scored.append(_score(each, delta.logprobs[0].top_logprobs, temperature))
     usage = usage_of(choices).as_json() | {"completion_tokens": 0, "total_tokens": total}
     usage.pop("completion_tokens_details", None)
@@ -187,12 +188,10 @@ def _without_thinking(variables: Json, model: ServedModel) -> Json:
     return off | variables
 
 
-async def _asked(question: Question, about: str, variables: Json, http: Request, service: Service) -> Asked:
+async def _asked(
+    question: Question, about: str, variables: Json, labels: Sequence[str], http: Request, service: Service
+) -> Asked:
     model = service.model
-    labels = _labels(question)
-    if labels is None:
-        prompt = await _rendered("x", variables, http, service)
-        labels = await service.off_loop(http, partial(_pairs, prompt, len(question.names), model))
     prompt = await _rendered(question.prompt(about, labels), variables, http, service)
     _check_thoughts(prompt, model)
     try:
@@ -207,8 +206,7 @@ def _check_thoughts(prompt: str, model: ServedModel) -> None:
     reasoning = model.formats.found.reasoning
     if reasoning is None:
         return
-    is_closed = prompt.rstrip().endswith(reasoning.end)
-    if reasoning.opened_by(prompt) or not (reasoning.can_disable or is_closed):
+    if reasoning.opened_by(prompt) or not (reasoning.can_disable or reasoning.closed_by(prompt)):
         raise bad_request(
             "chat_template_kwargs: this model thinks before it answers, and these variables of its template don't "
             "switch that off",
@@ -223,11 +221,21 @@ async def _rendered(content: str, variables: Json, http: Request, service: Servi
     return await rendered(job, model)
 
 
-def _labels(question: Question) -> Sequence[str] | None:
-    """What the model answers with; None where the alphabet is too short."""
+def _labels(question: Question, pairs: Sequence[str]) -> Sequence[str]:
+    """What the model answers with."""
     if question.kind != "choice":
         return question.names
-    return LETTERS[: len(question.names)] if len(question.names) <= len(LETTERS) else None
+    count = len(question.names)
+    return LETTERS[:count] if count <= len(LETTERS) else pairs[:count]
+
+
+async def _pairs_for(questions: Sequence[Question], variables: Json, http: Request, service: Service) -> list[str]:
+    """The labels of the question with most options, where the alphabet is too short for it. Raises ApiError."""
+    most = max((len(question.names) for question in questions if question.kind == "choice"), default=0)
+    if most <= len(LETTERS):
+        return []
+    prompt = await _rendered("x", variables, http, service)
+    return await service.off_loop(http, partial(_pairs, prompt, most, service.model))
 
 
 def _pairs(prompt: str, count: int, model: ServedModel) -> list[str]:
