@@ -24,6 +24,7 @@ from octavo.server.dialects.fields import (
     Strict,
     Text,
     TextOption,
+    named_twice,
     text_or_list,
 )
 from octavo.server.dialects.system_turns import SystemTurns, Turn, folded
@@ -154,7 +155,7 @@ class CountTokensRequest(AnthropicHints, Strict):
     @model_validator(mode="after")
     def _check_combinations(self) -> CountTokensRequest:
         names = [tool.name for tool in self.tools or ()]
-        twice = next((name for name in names if names.count(name) > 1), None)
+        twice = named_twice(names)
         if twice is not None:
             raise field_error("tools", f"tools: {twice!r} stands there twice; each tool needs a name of its own")
         choice = self.tool_choice

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, model_validator
 
 from octavo.server.dialects.conversation import bounded_json
-from octavo.server.dialects.fields import MAX_LOGPROB_TOKENS, Flag, Integer, Number, Strict, Text
+from octavo.server.dialects.fields import MAX_LOGPROB_TOKENS, Flag, Integer, Number, Strict, Text, named_twice
 from octavo.server.errors import field_error
 
 PROMPT_FORMAT_VERSION = 1
@@ -157,8 +157,7 @@ class DecisionRequest(Strict):
 
     @model_validator(mode="after")
     def _check_questions(self) -> DecisionRequest:
-        ids = [question.id for question in self.questions]
-        twice = next((name for name in ids if ids.count(name) > 1), None)
+        twice = named_twice(question.id for question in self.questions)
         if twice is not None:
             raise field_error("questions", f"questions: two of them have the id {twice!r}")
         if self.prompt_format_version not in (None, PROMPT_FORMAT_VERSION):

@@ -7,6 +7,8 @@ fits) is checked in server/prompts.py.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from functools import cache
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args
@@ -31,6 +33,11 @@ MAX_LOGPROB_TOKENS = 128
 MAX_TOKENS_SENT = 1 << 22  # to the engine for one request, each answer's prompt counted; they take 200 MB there
 MAX_ENTRIES = 1024  # of an object: pydantic makes an error for each wrong one, and these must not fill the memory
 INT64 = 2**63
+
+
+def named_twice(names: Iterable[str]) -> str | None:
+    """The first of these names that stands there more than once."""
+    return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
 def _whole(value: object) -> object:

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Discriminator, Field, StringConstraints, T
 
 from octavo.server.dialects.conversation import ChatMessage, bounded_json, text_of_message
 from octavo.server.dialects.custom_input import InputText, input_schema
-from octavo.server.dialects.fields import Flag, Open, Strict, Text
+from octavo.server.dialects.fields import Flag, Open, Strict, Text, named_twice
 from octavo.server.dialects.thinking import ThinkingOptions, reasoning_tokens
 from octavo.server.errors import bad_request, field_error
 from octavo.server.hints import Hint
@@ -185,7 +185,7 @@ class ToolOptions(ThinkingOptions):
             shown = self.tool_choice if isinstance(self.tool_choice, str) else self.tool_choice.type
             raise field_error("tool_choice", f"tool_choice: {shown!r} needs tools")
         names = [tool.function.name for tool in self.all_tools]
-        twice = next((name for name in names if names.count(name) > 1), None)
+        twice = named_twice(names)
         if twice is not None:
             raise field_error("tools", f"tools: {twice!r} stands there twice; each function needs a name of its own")
         unknown = next((name for name in self._chosen_names or () if name not in names), None)
