@@ -216,9 +216,12 @@ def _compile(source: str) -> _Compiled:
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
     tree = environment.parse(source)
-    named = jinja2.meta.find_undeclared_variables(tree)
-    wants_functions = {"functions", "datetime"} <= named and "tools" not in named
-    return _Compiled(environment.from_string(source), _iterates_content(tree), wants_functions)
+    wants_parts = _iterates_content(tree)
+    wants_functions = False
+    if "functions" in source and "datetime" in source:  # to look closer takes as long as to compile it
+        named = jinja2.meta.find_undeclared_variables(tree)
+        wants_functions = {"functions", "datetime"} <= named and "tools" not in named
+    return _Compiled(environment.from_string(tree), wants_parts, wants_functions)
 
 
 def _functions(tools: list[dict[str, Any]] | None) -> dict[str, str]:
