@@ -96,9 +96,10 @@ class Admission:
         self._coming: WeakSet[Ticket] = WeakSet()  # those that nobody goes on with vanish by themselves
 
     @property
-    def may_be_full(self) -> bool:
-        """Whether there is a limit of requests."""
-        return self._limits.num_requests is not None
+    def is_full(self) -> bool:
+        """Whether all places are taken: who may still come in depends on the owner then."""
+        limit = self._limits.num_requests
+        return limit is not None and self._num_open >= self._limits.max_num_seqs + limit
 
     def check_room(self, key_owner: str) -> None:
         """Raise what `admit` would for a request of one answer, as far as that is known before its prompt is made."""

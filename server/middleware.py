@@ -24,16 +24,20 @@ LOAD_FORMAT = b"endpoint-load-metrics-format"
 ANTHROPIC_PATH = "/v1/messages"
 PROBES = frozenset({"/health", "/ping"})  # a probe has no key, and learns no more than whether the server works
 UNCOUNTED = frozenset({"/metrics", "/health", "/load", "/ping", "/version", "/server_info"})  # vLLM doesn't either
-OPENAI_PATHS = frozenset({"/v1/completions", "/v1/chat/completions", "/v1/responses"})
-GENERATING_PATHS = OPENAI_PATHS | {
-    "/v1/messages",
-    "/api/chat",
-    "/api/generate",
-    "/generate",
-    "/invocations",
-    "/v1/decisions",
-    "/v1/systemone",
-}
+GENERATING_PATHS = frozenset(
+    {
+        "/v1/completions",
+        "/v1/chat/completions",
+        "/v1/responses",
+        "/v1/messages",
+        "/api/chat",
+        "/api/generate",
+        "/generate",
+        "/invocations",
+        "/v1/decisions",
+        "/v1/systemone",
+    }
+)
 OPEN_PATHS = frozenset({"/metrics", "/version", "/docs", "/openapi.json"})  # unless --protect-all closes them
 
 
@@ -255,7 +259,7 @@ class RefusedAtOnce:
 
     def __call__(self, scope: Scope) -> list[Message] | None:
         path = scope["path"]
-        if not self._admission.may_be_full or scope["method"] != "POST" or path not in GENERATING_PATHS:
+        if scope["method"] != "POST" or path not in GENERATING_PATHS or not self._admission.is_full:
             return None
         headers = dict(reversed(scope["headers"]))  # of several the first, as everywhere
         if (
