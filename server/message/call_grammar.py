@@ -27,8 +27,7 @@ from octavo.server.message.patterns import literal
 # How many of the messages of an answer with channels may be reasoning; once: before all others.
 Thinks = Literal["freely", "once", "never"]
 
-_NAME = "\x00"  # stand in a format's texts for a call's name and its arguments
-_ARGUMENTS = "\x01"
+_ARGUMENTS = "\x01"  # stands in a format's texts for a call's arguments
 _JSON_TOKEN = re.compile(r'"\{id\}"|"[^"]*"|[{}\[\],:]|\x01|[^\s"{}\[\],:\x01]+')
 _PIECE = re.compile(r"(\{index\}|\{id\}|\{any\}|\{is_string\}|[\udc00-\udcff]|\s+)")
 _IDS = {"mistral": "/[A-Za-z0-9]{9}/", "kimi": "/functions\\.[A-Za-z0-9_.-]{1,128}:[0-9]{1,4}/"}
