@@ -58,7 +58,7 @@ NO_HYBRIDS = "models with a state cache (Mamba, linear attention) are not suppor
 OWN_KERNELS = "octavo chooses the kernel of each layer itself, and prints it when it starts"
 NOT_TRACED = "octavo sends no traces: GET /metrics is what it counts, --enable-log-requests what it logs"
 EXACT_CHECKPOINT = "what the checkpoint says is what is served: change it in a copy of its config.json"
-ONE_PROCESS = "one server process and one engine process do all: leave it out"
+ONE_PROCESS = "one process serves HTTP, however many engines there are: leave it out"
 
 TABLE: tuple[PeerFlag, ...] = (
     # what octavo does anyway
