@@ -4,7 +4,7 @@
 # make test-ray  octavo on a Ray cluster of two nodes on this machine, in an environment of its own, .ray
 # make clients  real clients and coding agents against a server: installs them in .clients, with npm and uv, and runs them
 # make gateways  sglang-router and vllm-router before two servers: installs them in .gateways and runs them
-# make test-scale  images, dashboards and alerts by their own tools: needs Debian's prometheus and docker-compose
+# make test-scale  chart, compose, dashboards and alerts by their own tools: needs Debian's prometheus and docker-compose
 # make gpu    on a machine with a GPU, in PYTHON's own environment: tests, tables of kernels and steps
 # make install  the environment .venv, which all of the above use
 

@@ -6,12 +6,15 @@ The slow tests need Debian's `prometheus` (which brings promtool); `make test-sc
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,11 +23,14 @@ from typing import Any
 import httpx
 import pytest
 import yaml
-from octavo_server import PATIENCE, Server, serving, wait_until
+from debian import tool
+from octavo_server import PATIENCE, Server, serving, stream, wait_until
 from prometheus_client.parser import text_string_to_metric_families
 
 from octavo.runtime.messages import Ready, StartupReport
 from octavo.server.fleet.collector import FleetCollector
+from octavo.server.fleet.member import Member
+from octavo.server.fleet.restarts import Restarts
 from octavo.server.metrics import Metrics
 
 FILES = Path(__file__).parents[2] / "deploy/helm/octavo/files"
@@ -32,7 +38,8 @@ COMPOSE = Path(__file__).parents[2] / "deploy/compose"
 BOARDS = {path.stem: json.loads(path.read_text()) for path in sorted((FILES / "dashboards").glob("*.json"))}
 ALERTS = yaml.safe_load((FILES / "alerts.yaml").read_text())
 PROMETHEUS_OWN = {"up"}
-NO_ENGINES: Any = SimpleNamespace(members=[])  # a fleet, of which only the names of its metrics are asked
+TWO_ENGINES: Any = SimpleNamespace(members=[Member(index, Restarts(3)) for index in range(2)])  # of a fleet
+NUM_STREAMS = 8
 NAME = re.compile(r"\b(?:(?:vllm|octavo):|http_|process_|up\b)\w*")
 
 
@@ -56,7 +63,7 @@ def test_every_metric_is_one_that_the_server_has() -> None:
     metrics.hints(["user"])
     page = metrics.page().decode()
     known = {sample.name for family in text_string_to_metric_families(page) for sample in family.samples}
-    for family in FleetCollector(NO_ENGINES, "m").collect():
+    for family in FleetCollector(TWO_ENGINES, "m").collect():
         known.add(family.name if family.type == "gauge" else f"{family.name}_total")
     named = {name for expression in expressions() for name in NAME.findall(re.sub(r"\{.*?\}", "", expression))}
     assert len(named) > 20
@@ -96,13 +103,6 @@ def test_compose_mounts_what_is_there() -> None:
     assert scrape["static_configs"][0]["targets"] == ["octavo:8000"]
     for service in services.values():  # nothing is open to the network
         assert all(port.startswith("127.0.0.1:") for port in service["ports"])
-
-
-def tool(name: str, package: str) -> str:
-    found = shutil.which(name)
-    if found is None:
-        pytest.fail(f"{name} is not installed: apt-get install {package}")
-    return found
 
 
 @pytest.mark.slow
@@ -173,16 +173,37 @@ def found(client: httpx.Client, expression: str) -> list[float]:
     return [float(it["value"][1]) for it in response.json()["data"]["result"]]
 
 
+def busy_engines(client: httpx.Client) -> set[str]:
+    """The numbers of the engines that compute something."""
+    families = text_string_to_metric_families(client.get("/metrics").text)
+    (running,) = [family for family in families if family.name == "vllm:num_requests_running"]
+    return {sample.labels["engine"] for sample in running.samples if sample.value > 0}
+
+
+def lose_an_engine(server: Server, client: httpx.Client) -> None:
+    """Kill one with answers under way, which all come whole."""
+    body = {"model": "tiny", "prompt": [1] * 40, "max_tokens": 400, "ignore_eos": True}
+    with ThreadPoolExecutor(NUM_STREAMS) as pool:
+        streams = [pool.submit(stream, client, "/v1/completions", body) for _ in range(NUM_STREAMS)]
+        wait_until(lambda: len(busy_engines(client)) == 2)
+        os.kill(server.engine_pids[0], signal.SIGKILL)
+        ends = [it.result()[-1]["choices"][0]["finish_reason"] for it in streams]
+    assert ends == ["length"] * NUM_STREAMS
+
+
 @pytest.mark.slow
 def test_every_panel_has_data_from_a_real_server(tmp_path: Path) -> None:
-    with serving("--served-model-name", "tiny") as server, prometheus(tmp_path, server) as client:
+    """Of two engines, one of which dies under its answers and is started again."""
+    flags = ("--served-model-name", "tiny", "--data-parallel-size", "2")
+    with serving(*flags) as server, prometheus(tmp_path, server) as client, server.client() as asks:
         wait_until(lambda: found(client, "up") == [1.0])
-        with server.client() as asks:
-            for i in range(12):
-                prompt = [i % 3 + 1] * 40
-                body = {"model": "tiny", "prompt": prompt, "max_tokens": 8, "ignore_eos": True, "user": "me"}
-                assert asks.post("/v1/completions", json=body).status_code == 200
-                time.sleep(0.5)  # over several scrapes, from which rates are made
+        lose_an_engine(server, asks)
+        wait_until(lambda: found(client, "sum(octavo:engine_up)") == [2.0])
+        for i in range(12):
+            prompt = [i % 3 + 1] * 40
+            body = {"model": "tiny", "prompt": prompt, "max_tokens": 8, "ignore_eos": True, "user": "me"}
+            assert asks.post("/v1/completions", json=body).status_code == 200
+            time.sleep(0.5)  # over several scrapes, from which rates are made
         empty = {
             f"{name}: {panel['title']}: {target['expr']}"
             for name, board in BOARDS.items()
@@ -191,6 +212,8 @@ def test_every_panel_has_data_from_a_real_server(tmp_path: Path) -> None:
             if not any(value == value for value in found(client, target["expr"]))
         }
         assert empty == set()
+        assert found(client, "sum(octavo:engine_restarts_total)") == [1.0]
+        assert found(client, "sum(octavo:requests_migrated_total)")[0] > 0
         names = {
             rule["name"] for group in client.get("/api/v1/rules").json()["data"]["groups"] for rule in group["rules"]
         }
