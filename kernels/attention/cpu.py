@@ -29,6 +29,8 @@ MAX_KERNEL_QUERIES = 2
 """Sequences with more new tokens go through `prefill_cpu`, where that fits. Tuned on 2 cores of a Zen 5."""
 MAX_TORCH_QUERIES = 8
 """Where it doesn't fit: with more new tokens, torch's attention runs on gathered keys and values."""
+MIN_READS = 8192
+"""Elements of keys from which on a second thread pays: each costs more here than in an elementwise pass."""
 
 # Called by kernels only: without the wrappers for callers in Python and C, which take longer to compile than the body.
 _inner = numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True)
@@ -197,7 +199,7 @@ def _run_decode(
     """Attention of every sequence with at most `most` new tokens."""
     seqs, blocks = inputs.block_tables.shape
     reads = shape.num_kv_heads * shape.head_dim * inputs.max_seq_len * seqs
-    threads = threads_for(reads)
+    threads = threads_for(reads, MIN_READS)
     _decode.start(
         threads,
         q.data_ptr(),
