@@ -95,7 +95,9 @@ class _EngineSeries:
         """Take the engine's own figures."""
         before = self.totals
         for name in ("num_preemptions", "prefix_cache_queries", "prefix_cache_hits"):
-            self.counters[name].inc(getattr(stats, name) - (getattr(before, name) if before is not None else 0))
+            new = getattr(stats, name) - (getattr(before, name) if before is not None else 0)
+            if new:
+                self.counters[name].inc(new)
         if stats.step_tokens:
             self.histograms["iteration_tokens_total"].observe(stats.step_tokens)
         self.totals = stats
