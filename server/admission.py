@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
-from weakref import WeakSet, finalize
+from weakref import finalize
 
 from octavo.server.errors import ApiError, bad_request
 from octavo.server.fleet.fleet import Fleet
@@ -44,18 +44,16 @@ class QueueLimits:
 
 @dataclass(eq=False, slots=True, weakref_slot=True)
 class Ticket:
-    """A request that was admitted: whose it is, what it adds to the queue until it is open in the engine, and its time.
+    """A request that was admitted: whose it is, and its time. Until it is open in the engine the queue counts it here.
 
     key_owner: whose API key it carried; on a server without keys "".
     Seconds are of the monotonic clock; infinity where there is no limit.
     """
 
     key_owner: str
-    num_answers: int
-    num_tokens: int
     first_token_until: float
     end_until: float
-    _coming: WeakSet[Ticket] = field(repr=False)
+    _open: Callable[[], object] = field(repr=False, default=lambda: None)
     _leave: Callable[[], object] = field(repr=False, default=lambda: None)
 
     def __enter__(self) -> Ticket:
@@ -68,7 +66,7 @@ class Ticket:
 
     def open(self) -> None:
         """The engine has it: it counts there from now on."""
-        self._coming.discard(self)
+        self._open()
 
     async def within_time(self, work: Awaitable[T], *, has_begun: bool) -> T:
         """The result of waiting for an output. Raises ApiError when time is up."""
@@ -85,6 +83,28 @@ class Ticket:
             raise ApiError(408, what, code="timeout") from None
 
 
+class Place:
+    """A place in the queue for a request that has come whole, until it is admitted or has ended.
+
+    Of a burst that comes in one turn of the event loop as many pass as there are places, and the rest is refused before
+    any is read; without it all would pass that came before the first was admitted.
+    """
+
+    __slots__ = ("_admission", "_owner")
+
+    def __init__(self, admission: Admission, owner: str | None) -> None:
+        self._admission: Admission | None = admission
+        self._owner = owner
+
+    def leave(self) -> None:
+        """Give it back. May be called again."""
+        if self._admission is not None:
+            self._admission._take_back(self._owner)
+            self._admission = None
+
+    __del__ = leave  # where nobody goes on with it
+
+
 class Admission:
     """Decides about every request. Use from one event loop only."""
 
@@ -93,7 +113,13 @@ class Admission:
         self._limits = limits
         self._fair_by = fair_by
         self._num_of: Counter[str] = Counter()  # answers of each owner of whom some are under way
-        self._coming: WeakSet[Ticket] = WeakSet()  # those that nobody goes on with vanish by themselves
+        self._num_coming = 0  # answers whose requests have a place or a ticket, and are not open in the engine yet
+        self._tokens_coming = 0  # of their prompts
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether there are only so many places."""
+        return self._limits.num_requests is not None
 
     @property
     def is_full(self) -> bool:
@@ -103,7 +129,29 @@ class Admission:
 
     def check_room(self, key_owner: str) -> None:
         """Raise what `admit` would for a request of one answer, as far as that is known before its prompt is made."""
-        self._check_places(1, {"none": "", "key": key_owner, "user": None}[self._fair_by])
+        self._check_places(1, self._owner(key_owner))
+
+    def hold(self, key_owner: str) -> Place | None:
+        """A place for a request of one answer, until it is admitted; None where there is none."""
+        owner = self._owner(key_owner)
+        if self.is_full:
+            try:
+                self._check_places(1, owner)
+            except ApiError:
+                return None
+        self._num_coming += 1
+        if owner is not None:
+            self._num_of[owner] += 1
+        return Place(self, owner)
+
+    def _take_back(self, owner: str | None) -> None:
+        self._num_coming -= 1
+        if owner is not None:
+            self._leave(owner, 1)
+
+    def _owner(self, key_owner: str) -> str | None:
+        """Who has a fair share, as far as a request's key tells."""
+        return {"none": "", "key": key_owner, "user": None}[self._fair_by]
 
     def _check_places(self, count: int, owner: str | None) -> None:
         """Raise ApiError where so many answers have no place. owner: None where it is not known yet."""
@@ -129,7 +177,7 @@ class Admission:
         limit = self._limits.num_tokens
         if limit is None:
             return
-        waiting = self._client.num_queued_tokens + sum(ticket.num_tokens for ticket in self._coming)
+        waiting = self._client.num_queued_tokens + self._tokens_coming
         total = waiting + count
         if total <= limit or not waiting or (total <= 2 * limit and owner not in self._num_of):
             return
@@ -137,8 +185,7 @@ class Admission:
 
     @property
     def _num_open(self) -> int:
-        coming = sum(ticket.num_answers for ticket in self._coming) if self._coming else 0  # asked for each refusal
-        return self._client.num_open + coming
+        return self._client.num_open + self._num_coming
 
     def admit(
         self, prompt_lengths: Sequence[int], timeout: float | None, key_owner: str = "", owner: str = ""
@@ -157,18 +204,19 @@ class Admission:
         now = time.monotonic()
         ticket = Ticket(
             key_owner,
-            count,
-            num_tokens,
             now + (math.inf if limits.seconds is None else limits.seconds),
             now + (math.inf if timeout is None else timeout),
-            self._coming,
         )
-        self._coming.add(ticket)
+        self._num_coming += count
+        self._tokens_coming += num_tokens
         self._num_of[owner] += count
-        leave = finalize(ticket, self._leave, owner, count)  # once: at the request's end, or if nobody goes on with it
-        leave.atexit = False
-        ticket._leave = leave
+        ticket._open = _once(ticket, self._opened, count, num_tokens)
+        ticket._leave = _once(ticket, self._leave, owner, count)
         return ticket
+
+    def _opened(self, count: int, num_tokens: int) -> None:
+        self._num_coming -= count
+        self._tokens_coming -= num_tokens
 
     def _leave(self, owner: str, count: int) -> None:
         self._num_of[owner] -= count
@@ -205,6 +253,13 @@ class Admission:
         """After how long so much of the queue has been worked off, at the pace of the last answers."""
         rate = self._client.finish_rate()
         return min(MOST_SECONDS, max(1, math.ceil(min(excess, self._client.num_open) / rate))) if rate else 1
+
+
+def _once(ticket: Ticket, work: Callable[..., object], *arguments: object) -> Callable[[], object]:
+    """What does this work when it is called first, or at the ticket's end if nobody goes on with that."""
+    ending = finalize(ticket, work, *arguments)
+    ending.atexit = False
+    return ending
 
 
 def timeout_of(value: str | None) -> float | None:

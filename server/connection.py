@@ -40,11 +40,15 @@ UPGRADE_LINE = b"\r\nupgrade:"
 AtOnce = Callable[[Scope], list[Message] | None]
 """The whole response to a request that needs no application; None: it needs one."""
 
+ToldOf = Callable[[Scope], None]
+"""Is told of each request for the application once it has come whole."""
+
 
 class Connection(HttpToolsProtocol):
     """Refuses heads and trailers that are too long, and closes connections on which nothing moves.
 
     at_once: is asked before the application, and costs half as much, as there is no task and no middleware.
+    when_whole: is told of each request that goes to the application, when its body has come.
     _reads_head: what comes next belongs to a head, not to a body.
     _held_back: the end of the bytes of a head so far, while it may be the beginning of an Upgrade header.
     _head_size: bytes of an unfinished head; behind a head, bytes of finished trailers.
@@ -69,9 +73,12 @@ class Connection(HttpToolsProtocol):
     _unsent: tuple[RequestResponseCycle, list[Message]] | None = None
     _unsent_timer: asyncio.TimerHandle | None = None
 
-    def __init__(self, *arguments: Any, at_once: AtOnce | None = None, **named: Any) -> None:
+    def __init__(
+        self, *arguments: Any, at_once: AtOnce | None = None, when_whole: ToldOf | None = None, **named: Any
+    ) -> None:
         super().__init__(*arguments, **named)
         self._at_once = at_once
+        self._when_whole = when_whole
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -146,16 +153,24 @@ class Connection(HttpToolsProtocol):
             self.cycle.transport = self.transport
         if self._unsent is not None and self._unsent[0] is self.cycle:
             self._send_unsent()
+        elif self._running is self.cycle:
+            self._tell_whole(self.cycle)
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: object) -> None:
         self._running = cycle
         messages = None if self._at_once is None or self.flow.write_paused else self._at_once(cycle.scope)  # type: ignore[arg-type]
         if messages is None:
             super()._start_asgi_task(cycle, app)  # type: ignore[arg-type]
+            if not cycle.more_body:  # it came while another was being answered
+                self._tell_whole(cycle)
             return
         self._unsent = (cycle, messages)
         waits = cycle.more_body and not cycle.waiting_for_100_continue
         self._unsent_timer = self.loop.call_later(BODY_SECONDS if waits else 0, self._send_unsent)
+
+    def _tell_whole(self, cycle: RequestResponseCycle) -> None:
+        if self._when_whole is not None and not cycle.response_started:
+            self._when_whole(cycle.scope)  # type: ignore[arg-type]
 
     def _send_unsent(self) -> None:
         """Send a response that is there. `send` waits only for a client that is slow to take an earlier answer."""

@@ -114,7 +114,7 @@ class _Stop:
 def _uvicorn_config(app: FastAPI, options: ListenOptions) -> uvicorn.Config:
     return uvicorn.Config(
         app,
-        http=functools.partial(Connection, at_once=app.state.at_once),  # type: ignore[arg-type]
+        http=functools.partial(Connection, at_once=app.state.at_once, when_whole=app.state.at_once.hold),  # type: ignore[arg-type]
         ws="none",
         lifespan="off",
         log_config=None,

@@ -18,6 +18,7 @@ from octavo.server.admission import Admission
 from octavo.server.errors import ApiError, error_json, error_response
 from octavo.server.fleet.fleet import Fleet
 from octavo.server.metrics import Metrics
+from octavo.server.turns import Turns
 
 MAX_REQUEST_ID = 256
 LOAD_FORMAT = b"endpoint-load-metrics-format"
@@ -41,6 +42,7 @@ GENERATING_PATHS = frozenset(
 OPEN_PATHS = frozenset({"/metrics", "/version", "/docs", "/openapi.json"})  # unless --protect-all closes them
 
 
+PLACE = "place"  # in the scope's state: what a request holds in the queue
 KEY_PROBLEM = "the API key is missing or wrong: Authorization: Bearer KEY, or x-api-key: KEY"
 
 
@@ -122,17 +124,31 @@ class FullQueue:
     def __init__(self, app: ASGIApp, admission: Admission) -> None:
         self._app = app
         self._admission = admission
+        self._turns = Turns()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in GENERATING_PATHS:
+        if not _asks_for_answers(scope):
+            await self._app(scope, receive, send)
+            return
+        state = scope.setdefault("state", {})
+        if PLACE not in state:
             try:
-                self._admission.check_room(scope.get("state", {}).get("owner", ""))
+                self._admission.check_room(state.get("owner", ""))
             except ApiError as error:
                 response = error_response(error.status, error.message, error.param, error.code, scope["path"])
                 response.headers.update(error.headers)
                 await response(scope, receive, send)
                 return
-        await self._app(scope, receive, send)
+        try:
+            await self._turns.next()
+            await self._app(scope, receive, send)
+        finally:
+            if (place := state.get(PLACE)) is not None:
+                place.leave()
+
+
+def _asks_for_answers(scope: Scope) -> bool:
+    return scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in GENERATING_PATHS
 
 
 class RequestIds:
@@ -258,9 +274,29 @@ class RefusedAtOnce:
         self._hosts = Hosts(access.hosts)
 
     def __call__(self, scope: Scope) -> list[Message] | None:
-        path = scope["path"]
-        if scope["method"] != "POST" or path not in GENERATING_PATHS or not self._admission.is_full:
+        if not (self._admission.is_full and _asks_for_answers(scope)):
             return None
+        owner = self._owner_of(scope)
+        if owner is None:
+            return None
+        try:
+            self._admission.check_room(owner)
+        except ApiError as error:
+            path = scope["path"]
+            self._metrics.request(path, "POST", error.status, 0.0)
+            return _response(error, path, _request_id(_header(scope, b"x-request-id").decode("latin-1")))
+        return None
+
+    def hold(self, scope: Scope) -> None:
+        """Hold a place for a request that has come whole, if there is one; without a place it is asked for later."""
+        if not (self._admission.is_limited and _asks_for_answers(scope)):
+            return
+        owner = self._owner_of(scope)
+        if owner is not None and (place := self._admission.hold(owner)) is not None:
+            scope["state"] |= {"owner": owner, PLACE: place}
+
+    def _owner_of(self, scope: Scope) -> str | None:
+        """Whose request it is; None where the application has more to say."""
         headers = dict(reversed(scope["headers"]))  # of several the first, as everywhere
         if (
             b"origin" in headers
@@ -268,15 +304,11 @@ class RefusedAtOnce:
             or not self._hosts.admit(headers.get(b"host", b"").decode("latin-1"))
         ):
             return None
-        owner = self._keys.owner(headers.get(b"authorization", b""), headers.get(b"x-api-key", b""))
-        if owner is None:
-            return None
-        try:
-            self._admission.check_room(owner)
-        except ApiError as error:
-            self._metrics.request(path, "POST", error.status, 0.0)
-            return _response(error, path, _request_id(headers.get(b"x-request-id", b"").decode("latin-1")))
-        return None
+        return self._keys.owner(headers.get(b"authorization", b""), headers.get(b"x-api-key", b""))
+
+
+def _header(scope: Scope, name: bytes) -> bytes:
+    return next((value for given, value in scope["headers"] if given == name), b"")
 
 
 def _response(error: ApiError, path: str, request_id: str) -> list[Message]:

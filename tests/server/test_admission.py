@@ -196,6 +196,29 @@ def test_a_refused_client_keeps_its_connection_once_its_body_has_come() -> None:
         assert "Traceback" not in server.said
 
 
+def test_of_a_burst_only_as_many_are_read_as_have_a_place() -> None:
+    """All come while the server stands, and are found in one turn: bodies that are no JSON tell which it read."""
+    request = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    request += b"connection: close\r\ncontent-length: 1\r\n\r\n{"
+    with serving(*FLAGS) as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        server.send_signal(signal.SIGSTOP)
+        try:
+            connections = [socket.create_connection((host, int(port)), timeout=PATIENCE) for _ in range(40)]
+            for connection in connections:
+                connection.sendall(request)
+        finally:
+            server.send_signal(signal.SIGCONT)
+        statuses = Counter[int]()
+        for connection in connections:
+            with connection:
+                statuses[int(connection.recv(65536)[9:12])] += 1
+        assert set(statuses) == {400, 429}
+        assert statuses[400] < 20  # five, if it was one turn
+        with server.client() as client:
+            assert len(client.post(PATH, json=SHORT | {"n": 5}).json()["choices"]) == 5  # no place is lost
+
+
 def resident_bytes(server: Server) -> int:
     pages = int(Path(f"/proc/{server.process.pid}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
