@@ -70,6 +70,16 @@ class ParallelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
             extra={"metavar": "N"},
         ),
     ] = 3
+    engine_restart_delay: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=600,
+            description="how long after its death an engine is started again; twice as long each further time within "
+            "ten minutes",
+            extra={"metavar": "SECONDS"},
+        ),
+    ] = 1.0
 
 
 @dataclass(frozen=True)

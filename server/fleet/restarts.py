@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable
 
 WINDOW_SECONDS = 600.0
+MOST_DOUBLINGS = 100  # a float holds some 1000
 
 
 class Restarts:
@@ -26,4 +27,5 @@ class Restarts:
         if len(self._times) >= self._most:
             return None
         self._times.append(now)
-        return self._first * 2.0 ** (len(self._times) - 1)
+        delay = self._first * 2.0 ** min(len(self._times) - 1, MOST_DOUBLINGS)
+        return min(delay, WINDOW_SECONDS)

@@ -132,6 +132,7 @@ def _fleet_opener(options: ServeOptions, engines: Sequence[EngineProcess], launc
         options.listen.engine_timeout,
         parallel.migration_limit,
         parallel.max_engine_restarts,
+        parallel.engine_restart_delay,
         routing=parallel.routing,
         caches=options.engine.enable_prefix_caching,
     )

@@ -28,5 +28,12 @@ def test_what_is_long_ago_does_not_count() -> None:
     assert restarts.next_delay() == 1.0, "the first one is ten minutes old"
 
 
+def test_a_wait_is_ten_minutes_at_most() -> None:
+    restarts = Restarts(10**6, clock=Clock())
+    assert {restarts.next_delay() for _ in range(1100)} == {*(2.0**number for number in range(10)), WINDOW_SECONDS}
+    at_once = Restarts(10**6, first=0.0, clock=Clock())
+    assert {at_once.next_delay() for _ in range(1100)} == {0.0}
+
+
 def test_none_at_all() -> None:
     assert Restarts(0).next_delay() is None
