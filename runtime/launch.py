@@ -2,7 +2,8 @@
 
 The two talk through one ZeroMQ socket each (DEALER, msgpack of runtime/messages.py); the server binds `address`, the
 engine connects to it. The engine's stdin is its lifeline: it ends when the pipe closes, so it can't outlive the server.
-A second pair of sockets carries the heartbeat, by which the server tells a frozen engine process from a busy one.
+A second pair of sockets carries the heartbeat, by which the server tells a frozen engine process from a busy one. A
+file beside them tells how far the engine's loop is (progress.py), so that a busy one is told from one that hangs.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ from octavo.kernels.native.environment import ENVIRONMENT
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.parallel.config import Devices, check
 from octavo.runtime.parallel.placement import VISIBLE, Placement, find_devices, place
+from octavo.runtime.progress import Progress
 
 PROGRAM = ("-m", "octavo.runtime.process")
 DIRECTORY_PREFIX = "octavo-engine-"
-SOCKETS = {"engine", "heartbeat"}
+SOCKETS = {"engine", "heartbeat", "progress"}
 
 
 class EngineStart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -43,11 +45,13 @@ class EngineStart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class EngineProcess:
-    """A running engine process: its address, and its end."""
+    """A running engine process, rank 0 of num_ranks: its address, how far it is, and its end."""
 
-    def __init__(self, process: subprocess.Popen[bytes], directory: SocketDirectory) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], directory: SocketDirectory, num_ranks: int = 1) -> None:
         self.process = process
+        self.num_ranks = num_ranks
         self._directory = directory
+        self.progress = Progress(progress_path(self.address))
 
     @property
     def address(self) -> str:
@@ -130,8 +134,13 @@ def _lock(descriptor: int) -> bool:
 
 
 def heartbeat_address(address: str) -> str:
-    """The address, beside `address`, at which the engine process echoes what it receives."""
+    """The address, beside `address`, at which the engine's ranks echo what they receive."""
     return address.removesuffix("engine") + "heartbeat"
+
+
+def progress_path(address: str) -> str:
+    """The path, beside `address`, of the file in which the engine process tells how far it is."""
+    return address.removeprefix("ipc://").removesuffix("engine") + "progress"
 
 
 def remove_socket(address: str) -> None:
@@ -183,7 +192,7 @@ def start_engine(
         process.stdin.flush()
     except BrokenPipeError:
         pass  # it is dead already: exit_code tells
-    return EngineProcess(process, directory)
+    return EngineProcess(process, directory, config.parallel.tensor_parallel_size)
 
 
 def child_environment(num_threads: int | None) -> dict[str, str]:

@@ -1,8 +1,8 @@
 """The engine process: `python -m octavo.runtime.process`, started by launch.py and spoken to through a socket.
 
 It sends Ready or Failed first. Then its loop takes what has arrived, orders the next step while one is computed, takes
-what arrives meanwhile, and sends what the step brought; without work it sleeps on the socket. It ends on Shutdown, when
-its stdin closes (its parent is gone), or after Failed.
+what arrives meanwhile, and sends what the step brought; without work it sleeps on the socket. Layer by layer it tells
+that it gets on (progress.py). It ends on Shutdown, when its stdin closes (its parent is gone), or after Failed.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
 import traceback
 from typing import TYPE_CHECKING
 
@@ -20,7 +19,7 @@ import zmq
 from octavo.collector import uncollected
 from octavo.runtime.arrivals import Arrivals
 from octavo.runtime.kv_event_publisher import KVEventPublisher
-from octavo.runtime.launch import EngineStart, heartbeat_address, remove_socket
+from octavo.runtime.launch import EngineStart, heartbeat_address, progress_path, remove_socket
 from octavo.runtime.messages import (
     AbortRequest,
     AddRequest,
@@ -37,7 +36,8 @@ from octavo.runtime.messages import (
     TokenOutput,
     Vocabulary,
 )
-from octavo.runtime.parallel.lifeline import end_with_parent, one_line, read_line, says_it_all
+from octavo.runtime.parallel.lifeline import end_with_parent, one_line, read_line, says_it_all, start_heartbeat
+from octavo.runtime.progress import Progress
 
 if TYPE_CHECKING:
     from octavo.runtime.engine import Engine
@@ -65,6 +65,7 @@ def main() -> int:
     start_heartbeat(heartbeat_address(address))
     context = zmq.Context()
     link = Link(context, address)
+    progress = Progress(progress_path(address))
     is_loaded = False
     followers = None
     publisher: KVEventPublisher | None = None
@@ -74,7 +75,7 @@ def main() -> int:
         if start.config.parallel.tensor_parallel_size > 1:
             from octavo.runtime.parallel.followers import Followers
 
-            followers = Followers(start.config)
+            followers = Followers(start.config, heartbeat_address(address))
         with uncollected():
             from octavo.runtime.startup import load_engine  # imports torch: seconds, in which a failure must be told
         engine, ready = load_engine(start.config, start.spawn_time, followers=followers)
@@ -83,7 +84,7 @@ def main() -> int:
             ready.report.notes.extend(publisher.notes)
         link.send(ready)
         sys.setswitchinterval(SWITCH_SECONDS)
-        serve(engine, link, publisher)
+        serve(engine, link, progress, publisher)
     except Exception as error:
         is_told = says_it_all(error) and not is_loaded  # a model or a flag that is the user's to mend
         link.send(Failed(one_line(error), "" if is_told else traceback.format_exc()))
@@ -98,14 +99,20 @@ def main() -> int:
     return 0
 
 
-def serve(engine: Engine, link: Link, publisher: KVEventPublisher | None = None) -> None:
+def serve(engine: Engine, link: Link, progress: Progress, publisher: KVEventPublisher | None = None) -> None:
     """The loop. Returns on Shutdown."""
+    is_watched = engine.worker.watch(progress.mark)
     arrivals = Arrivals()
     link.wake_for(engine.grammars.ready)
     done = engine.executor.done
     while True:
         outputs: list[TokenOutput] = []
-        if not take_messages(engine, link, arrivals, outputs, wait=not engine.has_work and not arrivals):
+        if not engine.has_work and not arrivals:
+            progress.rest()
+            link.wait()
+        if is_watched:
+            progress.work()
+        if not take_messages(engine, link, arrivals, outputs):
             return
         engine.advance()
         while done is not None and engine.is_computing and link.comes_before(done):
@@ -118,14 +125,12 @@ def serve(engine: Engine, link: Link, publisher: KVEventPublisher | None = None)
             publisher.publish(engine.scheduler.take_kv_events())
 
 
-def take_messages(
-    engine: Engine, link: Link, arrivals: Arrivals, outputs: list[TokenOutput], wait: bool = False
-) -> bool:
+def take_messages(engine: Engine, link: Link, arrivals: Arrivals, outputs: list[TokenOutput]) -> bool:
     """Do what the messages that have arrived ask for, and add to outputs what is refused. Returns False on Shutdown.
 
     Requests are taken last, and only as many as a step can wait for.
     """
-    for message in link.receive(wait):
+    for message in link.receive():
         match message:
             case AddRequest():
                 outputs += arrivals.add(message)
@@ -149,19 +154,6 @@ def take_messages(
         outputs += engine.add(request, request_ids)
     outputs += engine.take_grammars()
     return True
-
-
-def start_heartbeat(address: str) -> None:
-    """Echo whatever the server sends to `address`, for as long as this process runs.
-
-    libzmq's proxy does it in C, without the interpreter's lock: a process in a long step, even in a kernel that holds
-    the lock, still answers, and one that is stopped does not.
-    """
-    context = zmq.Context()  # never terminated: that would wait for the proxy, which ends with the process
-    echo = context.socket(zmq.ROUTER)
-    echo.setsockopt(zmq.RECONNECT_IVL, 10)
-    echo.connect(address)
-    threading.Thread(target=zmq.proxy, args=(echo, echo), name="octavo-heartbeat", daemon=True).start()
 
 
 class Link:
@@ -190,13 +182,12 @@ class Link:
     def send(self, message: FromEngine) -> None:
         self._socket.send(self._encoder.encode(message))
 
-    def receive(self, wait: bool) -> list[ToEngine | TokenOutput]:
-        """Messages that have arrived, up to MAX_BYTES of them; with `wait`, when there is something to do.
+    def wait(self) -> None:
+        """Sleep until there is a message or a descriptor is readable; no step is under way, so its own is silent."""
+        self._poller.poll()
 
-        An unreadable request becomes its error output.
-        """
-        if wait:
-            self._poller.poll()  # no step is under way, so its descriptor is silent
+    def receive(self) -> list[ToEngine | TokenOutput]:
+        """Messages that have arrived, up to MAX_BYTES of them. An unreadable request becomes its error output."""
         messages: list[ToEngine | TokenOutput] = []
         num_bytes = 0
         while num_bytes < MAX_BYTES:

@@ -1,7 +1,7 @@
 """The server's connection to one engine process: messages out and in, and how its end is noticed.
 
-The process may end, say that it can't go on, freeze (no echo of the heartbeat), or send what can't be read: each is
-told once, with the reason, and nothing that comes afterwards is taken. What the messages are about is the fleet's
+The process may end, say that it can't go on, freeze or hang (heartbeat.py), or send what can't be read: each is told
+once, with the reason, and nothing that comes afterwards is taken. What the messages are about is the fleet's
 (fleet/fleet.py).
 """
 
@@ -34,7 +34,7 @@ class EngineClient:
     """A connection to one engine process. Use from one event loop only.
 
     on_step is called with each step's outputs and stats; on_death once, with the reason, unless `close` comes first.
-    silence_limit: seconds after which an engine process that doesn't echo is taken for frozen, and killed.
+    silence_limit: seconds after which an engine process that doesn't echo, or whose loop gets nothing done, is killed.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class EngineClient:
         self._loop.add_reader(self._descriptor, self._receive)
         self.death: str | None = None  # why the engine is dead; None while it lives
         self.has_ended = False  # the process has, and its last messages may still come
-        self._heartbeat = Heartbeat(context, heartbeat_address(engine.address))
+        self._heartbeat = Heartbeat(context, heartbeat_address(engine.address), engine.num_ranks)
         self._silence = self._loop.create_task(self._end_when_silent(silence_limit))
         self._watch_process(self._loop)
 
@@ -128,7 +128,7 @@ class EngineClient:
                 if (answer := self._pings.get(message.nonce)) is not None and not answer.done():
                     answer.set_result(None)
             case Ready():
-                self._heartbeat.has_begun = True
+                self._heartbeat.begin()
                 self._ready.set_result(message)
             case Failed():
                 if message.traceback:
@@ -150,9 +150,9 @@ class EngineClient:
             self._on_death(message)
 
     async def _end_when_silent(self, limit: float) -> None:
-        await self._heartbeat.silence(limit)
+        message = await self._heartbeat.end(limit, self._engine.progress)
         self._engine.process.kill()
-        self._die(f"the engine process is frozen: not a sign of life for {limit:g} s (--engine-timeout)")
+        self._die(message)
 
     def _end(self, message: str) -> None:
         """The process has ended. A last message (Failed, with the reason) may be in the socket, and comes first."""

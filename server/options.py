@@ -292,8 +292,8 @@ class ListenOptions(msgspec.Struct, frozen=True, kw_only=True):
         Meta(
             ge=0.1,
             le=1e9,
-            description="how long the engine process may show no sign of life before it counts as dead; a process that "
-            "computes, however long its step takes, does show some",
+            description="how long an engine process may show no sign of life, or its step not get through one layer, "
+            "before it is killed and counts as dead; however long the whole step takes",
             extra={"metavar": "SECONDS"},
         ),
     ] = 20.0

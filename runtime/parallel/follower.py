@@ -2,7 +2,7 @@
 
 It loads its share of the model, as the driver does, and then does what orders say: build the step's inputs and compute,
 meeting the other ranks in each sum. It knows no request and samples nothing. Its stdin is its lifeline: it ends with
-the driver. What it can't do it says in one line on its stdout.
+the driver, and is killed with it where it is stopped. What it can't do it says in one line on its stdout.
 """
 
 from __future__ import annotations
@@ -18,7 +18,14 @@ import msgspec
 
 from octavo.runtime.parallel.channel import FollowerChannel
 from octavo.runtime.parallel.followers import FollowerStart
-from octavo.runtime.parallel.lifeline import end_with_parent, one_line, read_line, says_it_all
+from octavo.runtime.parallel.lifeline import (
+    be_killed_with_parent,
+    end_with_parent,
+    one_line,
+    read_line,
+    says_it_all,
+    start_heartbeat,
+)
 from octavo.runtime.parallel.order import StepOrder, largest_order
 
 if TYPE_CHECKING:
@@ -29,11 +36,14 @@ def main() -> int:
     """Follow the driver until it ends; returns the exit code of what failed."""
     for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group: the driver ends us
         signal.signal(number, signal.SIG_IGN)
-    line = read_line(0)
+    be_killed_with_parent()
+    line = read_line(0)  # nothing, where the parent has ended before that
     if not line:
         return 0
     start = msgspec.json.decode(line, type=FollowerStart)
     end_with_parent()
+    if start.heartbeat:
+        start_heartbeat(start.heartbeat, start.rank)
     if start.cores:
         os.sched_setaffinity(0, start.cores)
     try:

@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 class FollowerStart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The first line on a follower's stdin.
 
-    sums   the file in memory through which ranks add up
-    cores  the CPUs that it computes on; none: any
+    sums       the file in memory through which ranks add up
+    cores      the CPUs that it computes on; none: any
+    heartbeat  where the server asks for signs of life; empty: nowhere
     """
 
     config: EngineConfig
@@ -36,14 +37,16 @@ class FollowerStart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ends: ChannelEnds
     sums: int
     cores: list[int]
+    heartbeat: str = ""
 
 
 class Followers:
     """Ranks 1 .. of an engine on this machine, and their group with this process as rank 0."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, heartbeat: str = "") -> None:
         """Starts them; they load at the same time as the driver does. Pins this process to its share of the cores."""
         self.size = config.parallel.tensor_parallel_size
+        self._heartbeat = heartbeat
         cores = sorted(os.sched_getaffinity(0))
         self.threads = config.num_threads or max(1, len(cores) // self.size)
         self._channel = DriverChannel(self.size - 1)
@@ -61,7 +64,8 @@ class Followers:
 
     def _start(self, config: EngineConfig, rank: int, cores: list[int]) -> subprocess.Popen[bytes]:
         ends = self._channel.ends[rank - 1]
-        start = FollowerStart(config, rank, self.size, ends, self._sums, share_of_cores(cores, rank, self.size))
+        own_cores = share_of_cores(cores, rank, self.size)
+        start = FollowerStart(config, rank, self.size, ends, self._sums, own_cores, self._heartbeat)
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "octavo.runtime.parallel.follower"],
             stdin=subprocess.PIPE,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from octavo.kernels.attention.cache import LayerCache
 from octavo.kernels.attention.step import StepInputs
-from octavo.runtime.model.model import Model
+from octavo.runtime.model.model import Model, Tap
 from octavo.runtime.parallel.order import StepOrder
 from octavo.runtime.scheduling.plan import SchedulerConfig
 from octavo.runtime.worker.graphs import StepGraphs
@@ -23,6 +25,13 @@ class Worker:
         self.caches = caches
         self.graphs = graphs
         self._inputs = InputBuilder(config)
+        self._tap: Tap | None = None
+
+    def watch(self, mark: Callable[[], None]) -> bool:
+        """Have this called behind each layer from now on; False where the model's layers can't be watched."""
+        if self.model.gives_hidden:
+            self._tap = lambda _layer, _residual: mark()
+        return self.model.gives_hidden
 
     def prepare(self, order: StepOrder) -> StepInputs:
         """The inputs of a step, which may be built while an earlier one is computed; call in the order of the steps."""
@@ -32,4 +41,4 @@ class Worker:
         """The model's logits of a step on the CPU, through a CUDA graph where there is one for it."""
         if self.graphs is not None:
             return self.graphs.forward(inputs)
-        return self.model.forward(inputs.to(self.model.device), self.caches)
+        return self.model.forward(inputs.to(self.model.device), self.caches, self._tap)

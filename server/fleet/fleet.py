@@ -55,7 +55,7 @@ SEED_BITS = 62  # of a request that comes without: n answers count up from it, a
 
 @dataclass(frozen=True)
 class FleetLimits:
-    """silence: seconds without a sign of life after which an engine's process is frozen, and killed.
+    """silence: seconds for which an engine may be frozen, or hang in one layer, before it is killed.
 
     migrations: how many dying engines may have had an answer in their batch; one more ends it with an error, as does
     each one with 0. restarts: of each engine, in ten minutes; the first one first_restart seconds after its death, and

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +17,7 @@ import pytest
 import torch
 from toy_model import make_request, run_to_end, run_with_arrivals, tokens_of
 
+import octavo
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.engine import Engine
 from octavo.runtime.messages import AddRequest, Ready
@@ -138,6 +141,36 @@ def test_ranks_divide_the_memory_of_a_cache_and_end_with_the_driver(fixtures: Pa
     assert process.stdin is not None
     process.stdin.close()  # as the system does when the driver is gone
     assert process.wait() == 0
+
+
+CHILD = (
+    "from octavo.runtime.parallel.lifeline import be_killed_with_parent; import os, time\n"
+    "be_killed_with_parent(); print(os.getpid(), flush=True); time.sleep(600)"
+)
+PARENT = "import subprocess, sys; subprocess.run([sys.executable, '-P', '-c', sys.argv[1]])"
+
+
+def test_a_follower_that_is_stopped_ends_with_its_driver_too() -> None:
+    """It can't read that its stdin has ended."""
+    environment = os.environ | {"PYTHONPATH": str(Path(octavo.__file__).parent.parent)}
+    command = [sys.executable, "-P", "-c", PARENT, CHILD]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        os.kill(child, signal.SIGSTOP)
+        parent.kill()
+        parent.wait()
+        deadline = time.monotonic() + 60  # not a measurement: the system ends it in its own time
+        while is_there(child):
+            assert time.monotonic() < deadline, "it outlives its driver"
+
+
+def is_there(pid: int) -> bool:
+    """Whether a process runs or is stopped."""
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def test_ranks_share_the_cores() -> None:

@@ -287,7 +287,7 @@ def test_a_busy_process_echoes_the_heartbeat_and_a_stopped_one_does_not(tmp_path
     """Busy means the worst: it never gives the interpreter's lock back (pause, called with the lock held)."""
     address = f"ipc://{tmp_path}/heartbeat"
     code = (
-        "import ctypes, sys; from octavo.runtime.process import start_heartbeat\n"
+        "import ctypes, sys; from octavo.runtime.parallel.lifeline import start_heartbeat\n"
         "start_heartbeat(sys.argv[1]); print('busy', flush=True); ctypes.PyDLL(None).pause()"
     )
     environment = os.environ | {"PYTHONPATH": str(Path(octavo.__file__).parent.parent)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,32 @@ def test_forty_streams_survive_an_engine(server: Server) -> None:
     assert "Traceback" not in server.said
 
 
+@pytest.mark.slow
+def test_streams_survive_an_engine_that_is_stopped(server: Server) -> None:
+    """It is noticed after --engine-timeout, by default, killed and replaced; /health is 200 by the other one.
+
+    Half a minute. With engines without a model the same is proved in fleet/test_fleet.py.
+    """
+    bodies = [body(number) for number in range(8)]
+    wanted = undisturbed(server, bodies)
+    stopped: list[int] = []
+
+    def stop(num_begun: int) -> None:
+        if num_begun == len(bodies):
+            stopped.append(server.engine_pids[0])
+            os.kill(stopped[0], signal.SIGSTOP)
+
+    begun = time.monotonic()
+    found = asyncio.run(answers(server.url, bodies, stop))
+    assert 15 < time.monotonic() - begun < 40, "30 s to notice it, and those that were left"
+    with server.client() as client:
+        assert client.get("/health").status_code == 200
+        wait_until(lambda: num_up(client) == 2)
+    assert stopped[0] not in server.engine_pids
+    assert not Path(f"/proc/{stopped[0]}").exists()
+    assert [joined(mine) for mine in found] == [joined(without) for without in wanted]
+
+
 def joined(chunks: list[Any]) -> Any:
     """What a stream says: events of several choices come in any order between them."""
     usage = [chunk["usage"] | {"prompt_tokens_details": None} for chunk in chunks if chunk.get("usage")]
@@ -191,6 +218,35 @@ def test_no_stream_of_a_real_model_is_cut_or_changed_in_200_rounds() -> None:
         found = asyncio.run(takeover.measure(server.url, server.process.pid, 200, 40, 64, seed=0))
     assert found.num_deaths > 150
     assert found.num_streams == found.num_whole == found.num_equal == 200 * 40
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("who", ["driver", "follower"])
+def test_a_stopped_rank_is_noticed_within_thirty_seconds(who: str) -> None:
+    """With the default of --engine-timeout: a minute each, in which a stream waits for the restart."""
+    asked = body(3, max_tokens=400)
+    with serving("-tp", "2") as server, server.client() as client:
+        (wanted,) = undisturbed(server, [asked])
+        driver = server.engine_pid
+        (follower,) = children_of(driver)
+        times: list[float] = []
+
+        def stop(_: int) -> None:
+            os.kill(driver if who == "driver" else follower, signal.SIGSTOP)
+            times.append(time.monotonic())
+            wait_until(lambda: client.get("/health").status_code == 503 and not num_up(client, 1))
+            times.append(time.monotonic())
+
+        (found,) = asyncio.run(answers(server.url, [asked], stop))
+        assert 15 < times[1] - times[0] < 30
+        assert joined(found) == joined(wanted)
+        assert not any(Path(f"/proc/{pid}").exists() for pid in (driver, follower))
+        assert value(client, "octavo:engine_restarts_total") == 1
+        assert f"rank {0 if who == 'driver' else 1} of 2 is frozen" in server.said or "the engine hangs" in server.said
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def test_the_only_engine_is_waited_for() -> None:

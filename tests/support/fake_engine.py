@@ -1,8 +1,9 @@
 """An engine without a model: a process that speaks the real one's protocol, and whose tokens are known beforehand.
 
 `python tests/support/fake_engine.py ADDRESS` is what `octavo.runtime.process` is; `launcher` starts such engines in the
-place of real ones. A prompt with the token POISON kills whatever engine computes it, one with FREEZE stops its process;
-FAILS lets it say that it can't go on. STEP_SECONDS in the environment is how long a step takes.
+place of real ones. A prompt with the token POISON kills whatever engine computes it, one with FREEZE stops its process,
+with HANG its loop; FAILS lets it say that it can't go on. STEP_SECONDS in the environment is how long a step takes;
+with a prompt that has LONG in it a step has LONG_LAYERS more, of LAYER_SECONDS each.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import msgspec
 import zmq
 
 from octavo.runtime.config import EngineConfig
-from octavo.runtime.launch import EngineStart, Launcher, heartbeat_address, remove_socket
+from octavo.runtime.launch import EngineStart, Launcher, heartbeat_address, progress_path, remove_socket
 from octavo.runtime.messages import (
     AbortRequest,
     AddRequest,
@@ -37,8 +38,9 @@ from octavo.runtime.messages import (
     Vocabulary,
 )
 from octavo.runtime.parallel.config import Devices, ParallelConfig
-from octavo.runtime.parallel.lifeline import end_with_parent, read_line
-from octavo.runtime.process import Link, start_heartbeat
+from octavo.runtime.parallel.lifeline import end_with_parent, read_line, start_heartbeat
+from octavo.runtime.process import Link
+from octavo.runtime.progress import Progress
 
 VOCAB = 1024
 BLOCK = 128
@@ -46,6 +48,10 @@ POISON = 1000
 FREEZE = 1001
 FAILS = 1002
 WANTS_VOCABULARY = 1003  # a prompt with it is refused by an engine that has none
+HANG = 1004
+LONG = 1005
+LONG_LAYERS = 20
+LAYER_SECONDS = 0.05
 STEP = "FAKE_ENGINE_STEP_SECONDS"
 
 
@@ -93,8 +99,9 @@ class _Answer:
 
 
 class _Engine:
-    def __init__(self, link: Link, step_seconds: float) -> None:
+    def __init__(self, link: Link, progress: Progress, step_seconds: float) -> None:
         self._link = link
+        self._progress = progress
         self._step_seconds = step_seconds
         self._answers: dict[str, _Answer] = {}
         self._is_paused = False
@@ -107,7 +114,11 @@ class _Engine:
         while True:
             has_work = bool(self._answers) and not self._is_paused
             refused: list[TokenOutput] = []
-            for message in self._link.receive(wait=not has_work):
+            if not has_work:
+                self._progress.rest()
+                self._link.wait()
+            self._progress.work()
+            for message in self._link.receive():
                 match message:
                     case AddRequest():
                         refused += self._add(message)
@@ -147,12 +158,18 @@ class _Engine:
         if self._answers and not self._is_paused:
             if self._step_seconds:
                 time.sleep(self._step_seconds)
+            if any(LONG in answer.prompt for answer in self._answers.values()):
+                for _ in range(LONG_LAYERS):
+                    time.sleep(LAYER_SECONDS)
+                    self._progress.mark()
             outputs += [answer.step() for answer in self._answers.values()]
         for answer in self._answers.values():
             if answer.position > 2 and POISON in answer.prompt:
                 os.kill(os.getpid(), signal.SIGKILL)
             if answer.position > 2 and FREEZE in answer.prompt:
                 os.kill(os.getpid(), signal.SIGSTOP)
+            while answer.position > 2 and HANG in answer.prompt:
+                time.sleep(1)
             if answer.position > 2 and FAILS in answer.prompt:
                 raise RuntimeError("it was told to")
         for output in outputs:
@@ -176,7 +193,7 @@ def main() -> int:
     report = StartupReport("fake", "fake", "float32", f"nowhere, {start.index}", "float32", [], 0, 0, {})
     try:
         link.send(Ready(4096, 1000, 16, VOCAB, report))
-        _Engine(link, float(os.environ.get(STEP, "0"))).run()
+        _Engine(link, Progress(progress_path(address)), float(os.environ.get(STEP, "0"))).run()
     except RuntimeError as error:
         link.send(Failed(str(error)))
         return 1

@@ -12,7 +12,18 @@ from contextlib import AsyncExitStack, asynccontextmanager
 import fake_engine
 import msgspec
 import pytest
-from fake_engine import FAILS, FREEZE, POISON, WANTS_VOCABULARY, expected, token_at
+from fake_engine import (
+    FAILS,
+    FREEZE,
+    HANG,
+    LAYER_SECONDS,
+    LONG,
+    LONG_LAYERS,
+    POISON,
+    WANTS_VOCABULARY,
+    expected,
+    token_at,
+)
 
 from octavo.runtime.messages import AddRequest, SamplingParams, TokenOutput, Vocabulary
 from octavo.server.engine_client import EngineDeadError
@@ -216,11 +227,35 @@ def test_a_frozen_engine_is_replaced() -> None:
     run(test)
 
 
-def test_a_request_that_freezes_engines_ends() -> None:
+@pytest.mark.parametrize(("token", "reason"), [(FREEZE, "is frozen"), (HANG, "hangs")])
+def test_a_request_that_stops_engines_ends(token: int, reason: str) -> None:
+    """Their process, or their loop, while the process lives; others' requests end whole."""
+
     async def test() -> None:
         async with opened(2, FleetLimits(silence=0.5, first_restart=0.05)) as fleet:
-            with pytest.raises(EngineDeadError, match="frozen"):
-                await answer(fleet, request("bad", [FREEZE]))
+            other = asyncio.create_task(answer(fleet, request("other", [3, 5], max_tokens=60)))
+            await until(lambda: any(len(one.tokens) > 10 for one in fleet._open.values()))
+            before = [pid_of(fleet, index) for index in range(2)]
+            with pytest.raises(EngineDeadError, match=f"{reason}.*--engine-timeout.*--migration-limit"):
+                await answer(fleet, request("bad", [token]))
+            assert await other == expected(request("other", [3, 5], max_tokens=60))
+            await until(lambda: sum(member.num_restarts for member in fleet.members) == 2)
+            assert not {pid_of(fleet, index) for index in range(2)} & set(before)
+
+    run(test)
+
+
+def test_neither_a_long_step_nor_a_long_rest_is_a_hang() -> None:
+    """Each takes twice as long as one layer may."""
+
+    async def test() -> None:
+        async with opened(1, FleetLimits(silence=LONG_LAYERS * LAYER_SECONDS / 2)) as fleet:
+            asked = request("a", [LONG, 1], max_tokens=1)
+            assert await answer(fleet, asked) == expected(asked)
+            await asyncio.sleep(LONG_LAYERS * LAYER_SECONDS)
+            assert await answer(fleet, request("b")) == expected(request("b"))
+            assert fleet.members[0].is_up
+            assert fleet.members[0].num_restarts == 0
 
     run(test)
 
