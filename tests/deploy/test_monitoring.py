@@ -93,12 +93,14 @@ def test_a_dashboard_can_be_read(name: str) -> None:
 
 def test_compose_mounts_what_is_there() -> None:
     services = yaml.safe_load((COMPOSE / "compose.yaml").read_text())["services"]
-    sources = [volume.split(":")[0] for service in services.values() for volume in service["volumes"]]
+    sources = [volume.split(":")[0] for service in services.values() for volume in service.get("volumes", [])]
     assert [it for it in sources if it.startswith(("./", "../"))]
     for source in sources:
         if source.startswith("."):
             assert (COMPOSE / source).exists(), source
-    assert (COMPOSE / services["octavo"]["build"]["context"] / services["octavo"]["build"]["dockerfile"]).is_file()
+    for name in ("octavo", "gateway"):
+        build = services[name]["build"]
+        assert (COMPOSE / build["context"] / build["dockerfile"]).is_file()
     scrape = yaml.safe_load((COMPOSE / "prometheus.yaml").read_text())["scrape_configs"][0]
     assert scrape["static_configs"][0]["targets"] == ["octavo:8000"]
     for service in services.values():  # nothing is open to the network
@@ -111,6 +113,8 @@ def test_docker_compose_takes_it() -> None:
     key = {"OCTAVO_API_KEY": "k", "PATH": "/usr/bin:/bin"}
     said = subprocess.run(command, capture_output=True, text=True, check=False, env=key).stderr
     assert "name a model" in said
+    subprocess.run(command, check=True, env=key | {"MODEL": "m"})
+    command[3:3] = ["--profile", "gateway"]
     subprocess.run(command, check=True, env=key | {"MODEL": "m"})
 
 

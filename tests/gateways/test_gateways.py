@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import socket
 import subprocess
 import threading
@@ -18,12 +19,15 @@ from pathlib import Path
 
 import httpx
 import pytest
+import yaml
 from octavo_server import PATIENCE, Server, events, serving, value, wait_until
 
 pytestmark = pytest.mark.slow
 
 HERE = Path(__file__).parent
 GATEWAYS = Path(os.environ.get("OCTAVO_GATEWAYS", HERE.parents[1] / ".gateways")).resolve()
+KEY = "the-servers-own"
+WITH_KEY = {"Authorization": f"Bearer {KEY}"}
 NUM_TALKS = 8
 NUM_TURNS = 5
 WORDS = (
@@ -40,16 +44,25 @@ def _installed() -> None:
 
 
 @contextmanager
-def servers(count: int) -> Iterator[list[Server]]:
+def servers(count: int, **variables: str) -> Iterator[list[Server]]:
     flags = ("--served-model-name", "tiny", "--kv-events-config", KV_EVENTS)
     with ExitStack() as stack:
-        yield [stack.enter_context(serving(*flags)) for _ in range(count)]
+        yield [stack.enter_context(serving(*flags, environment=variables)) for _ in range(count)]
 
 
 def free_port() -> int:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         return taken.getsockname()[1]
+
+
+def command_of_compose(urls: Sequence[str]) -> list[str]:
+    """The gateway's in deploy/compose; of flags that come twice the last counts, so its ports are no matter."""
+    compose = yaml.safe_load((HERE.parents[1] / "deploy/compose/compose.yaml").read_text())
+    line = compose["services"]["gateway"]["entrypoint"][-1]
+    words = shlex.split(line.removeprefix("exec ").replace("$$WORKERS", " ".join(urls)))
+    assert words[:3] == ["python", "-m", "sglang_router.launch_router"]
+    return words
 
 
 @contextmanager
@@ -76,7 +89,8 @@ def gateway(command: Sequence[str]) -> Iterator[httpx.Client]:
         try:
             wait_until(is_ready)
             limits = httpx.Limits(max_connections=NUM_TALKS)
-            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE, limits=limits) as client:
+            url = f"http://127.0.0.1:{port}"
+            with httpx.Client(base_url=url, timeout=PATIENCE, limits=limits, headers=WITH_KEY) as client:
                 yield client
         finally:
             process.kill()
@@ -144,19 +158,18 @@ def event_flags(server: Server) -> list[str]:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "command",
-    [("python", "-m", "sglang_router.launch_router"), ("vllm-router",)],
-    ids=["sglang-router", "vllm-router"],
-)
-def test_no_stream_is_lost_and_prefixes_are_found(command: tuple[str, ...], own_hits: float) -> None:
-    with servers(2) as running:
+@pytest.mark.parametrize("name", ["sglang-router", "vllm-router"])
+def test_no_stream_is_lost_and_prefixes_are_found(name: str, own_hits: float) -> None:
+    with servers(2, OCTAVO_API_KEY=KEY) as running:
         urls = [server.url for server in running]
-        with gateway([*command, "--policy", "cache_aware", "--worker-urls", *urls]) as client:
+        command = ["vllm-router", "--policy", "cache_aware", "--worker-urls", *urls]
+        if name == "sglang-router":
+            command = command_of_compose(urls)
+        with gateway(command) as client:
             assert talks(client) == NUM_TALKS * NUM_TURNS
         share = hits(running)
         both = counted(running, "vllm:prefix_cache_queries_total")
-    print(json.dumps({"gateway": command, "hits": share, "of one server": own_hits, "tokens": both}))
+    print(json.dumps({"gateway": name, "hits": share, "of one server": own_hits, "tokens": both}))
     assert min(both) > 0, "one server did everything"
     assert share >= 0.9 * own_hits
 
