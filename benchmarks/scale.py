@@ -2,9 +2,13 @@
 
     PYTHONPATH=src python -m benchmarks.scale MODEL --data-parallel-size 1 2 --num-threads 1
     PYTHONPATH=src python -m benchmarks.scale MODEL --tensor-parallel-size 1 2 4
+    PYTHONPATH=src python -m benchmarks.scale MODEL --data-parallel-size 1 2 --cores 2 --streams 32
 
 Efficiency is tokens/s(n) / (n x tokens/s(1)): 1 is ideal. On a CPU each engine or rank has `--num-threads` cores, on
 GPUs one card. With -dp the streams grow with the engines, so that each has the same batch; with -tp they stay the same.
+With `--cores` all sizes share as many cores and have the same streams, and what is printed is tokens/s(n) over
+tokens/s(1), the median of all rounds with its 95 % interval.
+
 All sizes are up at once and measured in turns, each while the others idle, so that a slow minute falls on all of them;
 with GPUs for one of them only, `--one-at-a-time`. Each figure is a median over rounds.
 """
@@ -22,6 +26,7 @@ from pathlib import Path
 
 from benchmarks.cpu_servers import Server, octavo_server, running
 from benchmarks.cpu_versions import measured
+from benchmarks.intervals import interval
 
 
 def main() -> None:
@@ -34,7 +39,7 @@ def main() -> None:
         groups = [[size] for size in sizes] if args.one_at_a_time else [sizes]
         for group in groups:
             measure(args, flag, group, columns, values)
-    print(table(flag, values))
+    print(table_of_shares(flag, values) if args.cores else table(flag, values))
     cores = f", {args.num_threads} threads each" if args.num_threads else ""
     print(f"\n{args.model.name}, {platform.processor() or platform.machine()}, {os.cpu_count()} cores{cores}")
 
@@ -46,6 +51,7 @@ def parse_arguments() -> argparse.Namespace:
     kind.add_argument("-dp", "--data-parallel-size", type=int, nargs="+", help="numbers of engines; 1 must be there")
     kind.add_argument("-tp", "--tensor-parallel-size", type=int, nargs="+", help="numbers of ranks; 1 must be there")
     parser.add_argument("--num-threads", type=int, help="CPU threads of an engine or rank")
+    parser.add_argument("--cores", type=int, help="of all engines or ranks together, whatever their number")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 16], help="streams (-dp: for each engine)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--one-at-a-time", action="store_true", help="never have two servers up at once")
@@ -63,7 +69,8 @@ def sizes_of(args: argparse.Namespace) -> tuple[str, list[int]]:
 
 
 def server(args: argparse.Namespace, flag: str, size: int) -> Server:
-    threads = ("--num-threads", str(args.num_threads)) if args.num_threads else ()
+    number = args.cores // size if args.cores else args.num_threads
+    threads = ("--num-threads", str(number)) if number else ()
     return octavo_server(str(size), args.model, flag, str(size), *threads, *args.flags.split())
 
 
@@ -83,7 +90,7 @@ def measure(
             measured(url, "decode", "--tokens", "16", "--streams", str(size))
         for name, count in columns.items():
             for size, url in urls.items():
-                streams = count * size if args.data_parallel_size else count
+                streams = count * size if args.data_parallel_size and not args.cores else count
                 values[size][name].append(measured(url, "decode", "--streams", str(streams)))
 
 
@@ -98,6 +105,22 @@ def table(flag: str, values: dict[int, dict[str, list[float]]]) -> str:
             speed = statistics.median(values[size][name])
             alone = statistics.median(values[1][name])
             cells += [f"{speed:.1f}", f"{speed / size / alone:.2f}"]
+        lines.append(f"| {size} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def table_of_shares(flag: str, values: dict[int, dict[str, list[float]]]) -> str:
+    """Tokens per second, and behind them what share of size 1's they are."""
+    columns = list(next(iter(values.values())))
+    lines = [f"| `{flag}` | " + " | ".join(f"{name}: tokens/s | of size 1's" for name in columns) + " |"]
+    lines.append("|---" * (2 * len(columns) + 1) + "|")
+    for size in sorted(values):
+        cells = []
+        for name in columns:
+            shares = [mine / alone for mine, alone in zip(values[size][name], values[1][name], strict=True)]
+            low, high = interval(shares, statistics.median)
+            cells += [f"{statistics.median(values[size][name]):.1f}"]
+            cells += [f"{statistics.median(shares):.3f} ({low:.3f} to {high:.3f})" if size > 1 else "1"]
         lines.append(f"| {size} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -22,6 +22,14 @@ def test_efficiency_is_relative_to_one_and_to_the_number() -> None:
     ]
 
 
+def test_a_share_is_that_of_the_same_round() -> None:
+    values = {2: {"decode": [9.0, 19.0, 29.0]}, 1: {"decode": [10.0, 20.0, 30.0]}}
+    assert scale.table_of_shares("-dp", values).splitlines()[2:] == [
+        "| 1 | 20.0 | 1 |",
+        "| 2 | 19.0 | 0.950 (0.900 to 0.967) |",
+    ]
+
+
 def test_one_must_be_among_the_sizes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["scale", "MODEL", "-tp", "2", "4"])
     with pytest.raises(SystemExit):

@@ -12,9 +12,10 @@ from typing import Any
 
 import httpx
 import pytest
-from octavo_server import PATIENCE, Server, events, serving, started, value, wait_until
+from octavo_server import PATIENCE, Server, events, serving, value, wait_until
 from prometheus_client.parser import text_string_to_metric_families
 
+import octavo
 from octavo.demo_models import fetch_model
 
 PATH = "/v1/completions"
@@ -208,16 +209,17 @@ def in_flight(client: httpx.Client) -> int:
 
 
 @pytest.mark.slow
-def test_no_stream_of_a_real_model_is_cut_or_changed_in_200_rounds() -> None:
+def test_no_stream_of_a_real_model_is_cut_or_changed_in_200_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Before a release: some 40 minutes. A kill -9 at a random time under 40 streams, SmolLM2 in float32."""
-    from benchmarks import takeover
+    from benchmarks import fronts, takeover
 
-    flags = ("--dtype", "float32", "-dp", "2", "--num-threads", "1", "--max-engine-restarts", "1000")
-    with started(*flags, model=fetch_model("smollm2", Path("models"))) as server:
-        server.wait_until_ready()
-        found = asyncio.run(takeover.measure(server.url, server.process.pid, 200, 40, 64, seed=0))
-    assert found.num_deaths > 150
-    assert found.num_streams == found.num_whole == found.num_equal == 200 * 40
+    monkeypatch.setenv("PYTHONPATH", str(Path(octavo.__file__).parent.parent))
+    found: list[takeover.Round] = []
+    with fronts.cell(fetch_model("smollm2", Path("models")), ["--dtype", "float32"], {}) as front:
+        asyncio.run(takeover.measure(front, "", takeover.Plan(rounds=200), found.append))
+    assert sum(one.death is not None and not one.is_late for one in found) > 150
+    assert all(set(one.outcomes) == {"whole"} for one in found)
+    assert all(all(one.equal) for one in found)
 
 
 @pytest.mark.slow
