@@ -112,6 +112,10 @@ class Checkpoint:
         self._unread.discard(name)
         return view
 
+    def leave(self, module: str) -> None:
+        """Count a linear layer's tensors as read: they are somebody else's."""
+        self._unread.difference_update(f"{module}.{suffix}" for suffix in (*self.suffixes(module), "bias"))
+
     def linear(self, module: str) -> QuantizedWeight | Tensor:
         """The weight [N, K] of a linear layer, such as 'model.layers.0.self_attn.q_proj', quantized or plain."""
         suffixes = self.suffixes(module)

@@ -233,6 +233,9 @@ class _Tensors:
     def linear(self, module: str, out_features: int, in_features: int) -> Weight:
         return self.tensor(f"{module}.weight", (out_features, in_features))
 
+    def leave(self, module: str, out_features: int, in_features: int) -> None:
+        """Never asked for: calibration has one rank, which has every layer."""
+
     def is_quantized(self, module: str) -> bool:  # noqa: ARG002
         return False
 

@@ -45,6 +45,7 @@ class MoeMlp(_Plain):
     """sum over the chosen experts of weight * expert(x), plus the shared expert's output where there is one.
 
     router       [num_experts, H] float32
+    experts      all of them, or with --enable-expert-parallel this rank's: from first_expert on
     normalize    weights of the chosen experts are made to sum to 1
     shared       an expert that every token goes to
     shared_gate  [1, H] float32: its output is multiplied by sigmoid(x . shared_gate)
@@ -52,6 +53,7 @@ class MoeMlp(_Plain):
 
     router: Tensor
     experts: tuple[GatedMlp, ...]
+    first_expert: int
     top_k: int
     normalize: bool
     shared: GatedMlp | None = None
@@ -67,7 +69,7 @@ class MoeMlp(_Plain):
     def forward(self, x: Hidden, step: StepInputs | None) -> Tensor:
         assert isinstance(x, Tensor)
         chosen, weights = moe.route(x, self.router, self.top_k, self.normalize)
-        routed = moe.grouped(x, chosen, weights, len(self.experts), self._run)
+        routed = moe.grouped(x, chosen, weights, len(self.experts), self._run, self.first_expert)
         return add_shared(x, routed, self.shared, self.shared_gate, step)
 
     def linears(self) -> dict[str, Linear]:
@@ -86,7 +88,7 @@ class MoeMlp(_Plain):
             yield self.shared_gate
 
     def _mlps(self) -> Iterator[tuple[str, GatedMlp]]:
-        yield from ((f"experts.{i}", expert) for i, expert in enumerate(self.experts))
+        yield from ((f"experts.{i}", expert) for i, expert in enumerate(self.experts, self.first_expert))
         if self.shared is not None:
             yield "shared", self.shared
 

@@ -1,8 +1,9 @@
 """A decoder over the ranks of an engine: what of it a rank has, and the operators in which ranks meet.
 
 The decoder itself doesn't change. Behind `o` and `down`, whose columns are cut, each rank's output is one more partial
-sum, and `add_rms_norm` adds partial sums anyway; the embedding's and the head's rows are divided. Ranks add the same
-numbers in the same order, so their residual streams are equal, bit for bit.
+sum, and `add_rms_norm` adds partial sums anyway; the embedding's and the head's rows are divided. Where each rank has
+whole experts (--enable-expert-parallel), what these give is its partial sum. Ranks add the same numbers in the same
+order, so their residual streams are equal, bit for bit.
 """
 
 from __future__ import annotations
@@ -49,17 +50,30 @@ class Rank:
 
 
 def choose_rank(
-    config: EngineConfig, spec: DecoderSpec, source: CheckpointSource | DummySource, group: Group, device: torch.device
+    config: EngineConfig,
+    spec: DecoderSpec,
+    source: CheckpointSource | DummySource,
+    group: Group,
+    device: torch.device,
+    notes: list[str],
 ) -> Rank | None:
     """This rank's share of a model; None where there is one rank. Raises LoadError and LayoutError."""
+    expert_parallel = config.parallel.enable_expert_parallel
+    if expert_parallel and spec.moe is None:
+        raise LoadError(f"--enable-expert-parallel: {spec.architecture} has no experts; without the flag it is served")
     if group.size == 1:
+        if expert_parallel:
+            notes.append("--enable-expert-parallel changes nothing: one rank has all experts; -tp N divides them")
         return None
     if device.type != "cpu":
         raise LoadError(
             f"-tp {group.size}: ranks of an engine compute on CPUs only, and this is {device}; "
             "--device cpu works, and so does -tp 1"
         )
-    return Rank(ParallelLayout.build(spec, group.size, _units_of(config, spec, source)), group)
+    units = _units_of(config, spec, source)
+    layout = ParallelLayout.build(spec, group.size, units, expert_parallel=expert_parallel)
+    notes += layout.notes()
+    return Rank(layout, group)
 
 
 def _units_of(config: EngineConfig, spec: DecoderSpec, source: CheckpointSource | DummySource) -> Units:
@@ -159,7 +173,10 @@ class RoundedTogether(Linear):
 
 
 def make_part(weights: list[Weight], biases: list[Tensor | None], target: Target, rank: Rank) -> Linear:
-    """A layer over this rank's columns, whose outputs are summed over ranks, in float32, and rounded only then."""
+    """A layer over this rank's columns, whose outputs are summed over ranks, in float32, and rounded only then.
+
+    All ranks run it at the same time, since they may meet to round its input.
+    """
     (weight,) = weights
     activation = weight.scheme.activation if isinstance(weight, QuantizedWeight) else None
     if activation is None or not activation.dynamic or activation.granularity != CHANNEL:

@@ -279,3 +279,15 @@ def _yarn(spec: RopeSpec, frequencies: Tensor) -> Tensor:
     ramp = torch.arange(spec.rotary_dim // 2, dtype=torch.float32)
     keep = 1 - ((ramp - low) / (high - low)).clamp(0, 1)
     return 1.0 / (spec.factor * frequencies) * (1 - keep) + 1.0 / frequencies * keep
+
+
+def rope_notes(rope: RopeSpec, max_position: int) -> list[str]:
+    """What a person must know about a rope that depends on the length."""
+    if rope.rope_type == "dynamic":
+        return [f"rope type dynamic: sequences end at {rope.max_position} tokens, where its scaling would begin"]
+    if rope.rope_type == "longrope" and max_position > rope.original_max_position:
+        return [
+            f"rope type longrope: the long factors serve every request, since {max_position} tokens are allowed; "
+            f"--max-model-len {rope.original_max_position} serves with the short ones"
+        ]
+    return []

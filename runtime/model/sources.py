@@ -41,6 +41,10 @@ class Source(Protocol):
         """The weight of a linear layer, in memory of its own."""
         ...
 
+    def leave(self, module: str, out_features: int, in_features: int) -> None:
+        """Instead of `linear` and `bias`: another rank has this layer, and nothing of it is read."""
+        ...
+
     def is_quantized(self, module: str) -> bool:
         """Whether there are codes of a linear layer, and not only a plain weight or nothing."""
         ...
@@ -72,6 +76,9 @@ class CheckpointSource:
             _check_float(f"{module}.weight", weight)
             return weight.clone()
         return dataclasses.replace(weight, codes=weight.codes.clone(), scale=weight.scale.clone())
+
+    def leave(self, module: str, out_features: int, in_features: int) -> None:  # noqa: ARG002
+        self.checkpoint.leave(module)
 
     def is_quantized(self, module: str) -> bool:
         return any(suffix != "weight" for suffix in self.checkpoint.suffixes(module))
@@ -147,6 +154,10 @@ class DummySource:
         quantized = quantize_weight(weight, scheme, "absmax")
         input_scale = torch.ones((), device=self._device) if static else None
         return dataclasses.replace(quantized, input_scale=input_scale)
+
+    def leave(self, module: str, out_features: int, in_features: int) -> None:
+        """Draws the numbers all the same: what is drawn next must be the same on every rank."""
+        self.tensor(module, (out_features, in_features))
 
     def is_quantized(self, module: str) -> bool:  # noqa: ARG002
         return False

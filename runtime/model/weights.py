@@ -6,9 +6,9 @@ Complete or not at all: a tensor that nothing reads, or one that isn't there, is
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ from octavo.runtime.model.model import KVScales, Model
 from octavo.runtime.model.moe import GroupedMoe, MoeMlp
 from octavo.runtime.model.names import NORMS, LinearParts, head_name, layer_linears, required_modules, routers
 from octavo.runtime.model.ranks import Rank, RankHead, choose_rank, make_part, over_ranks
-from octavo.runtime.model.rope import FIRST_ROWS, RopeSpec, RopeTable
+from octavo.runtime.model.rope import FIRST_ROWS, RopeSpec, RopeTable, rope_notes
 from octavo.runtime.model.sources import CheckpointSource, DummySource, LoadError, Source
 from octavo.runtime.model.spec import DecoderSpec, UnknownArchitectureError, stored_dtype
 from octavo.runtime.parallel.group import ALONE, Group
@@ -80,6 +80,8 @@ def _load_hf(config: EngineConfig, device: Device, hf_config: dict[str, Any], re
     """Transformers' own model, with a line that says so, and why."""
     if group.size > 1:
         raise LoadError(f"-tp {group.size}: transformers' own code is not divided over ranks ({reason}); -tp 1 works")
+    if config.parallel.enable_expert_parallel:
+        raise LoadError(f"--enable-expert-parallel: transformers' own code runs all experts ({reason}); leave it out")
     from octavo.runtime.model.hf.model import load_hf_model
 
     notes = list(device.notes)
@@ -104,12 +106,12 @@ def _load_decoder(
     if config.load_format == "dummy":
         notes.append("the weights are random (--load-format dummy)")
         dummy = DummySource(hf_config, dtype, device.torch_device, config.seed)
-        rank = choose_rank(config, spec, dummy, group, device.torch_device)
+        rank = choose_rank(config, spec, dummy, group, device.torch_device, notes)
         return DecoderBuilder(config, spec, dummy, dtype, device, notes, rounds_inputs=rounds_inputs, rank=rank).build()
     checkpoint = Checkpoint.open(directory, LAYOUTS)
     source = CheckpointSource(checkpoint)
     source.require(required_modules(spec, source.prefix, source.has))
-    rank = choose_rank(config, spec, source, group, device.torch_device)
+    rank = choose_rank(config, spec, source, group, device.torch_device, notes)
     builder = DecoderBuilder(config, spec, source, dtype, device, notes, rounds_inputs=rounds_inputs, rank=rank)
     builder.kv_scales = _kv_scales(checkpoint, spec, source.prefix, None if rank is None else rank.own)
     builder.kv_dtype = checkpoint.kv_cache_dtype
@@ -196,7 +198,6 @@ class DecoderBuilder:
         self.target = Target.of(device.torch_device, dtype, device.capability, rounds_inputs=rounds_inputs)
         self.rank = rank
         self.own = None if rank is None else rank.own
-        self.notes += [] if rank is None else rank.layout.notes()
         self.ops = device.ops(dtype) if rank is None else over_ranks(device.ops(dtype), rank, spec)
         self.act = {"silu": self.ops.silu_and_mul, "gelu_tanh": self.ops.gelu_tanh_and_mul}[spec.activation]
         self.kv_scales: KVScales | None = None
@@ -276,7 +277,7 @@ class DecoderBuilder:
             ops=self.ops,
             eps=spec.norm_eps,
             qkv=self._linear(*self._cut("qkv", self._read(parts["qkv"]))),
-            o=self._linear(*self._cut("o", self._read(parts["o"])), is_part=True),
+            o=self._linear(*self._cut("o", self._read(parts["o"])), adds="part"),
             shape=AttentionShape(
                 heads[1] - heads[0],
                 kv_heads[1] - kv_heads[0],
@@ -298,9 +299,7 @@ class DecoderBuilder:
         modules = routers(spec, index, self.source.prefix, self.source.has)
         gates = [self._router(module, rows) for module, rows in modules.items()]
         shared = None if moe.shared_intermediate_size is None else self._read_gated(parts, "shared.")
-        experts: Iterable[tuple[Parts, Parts]] = (
-            self._read_gated(parts, f"experts.{i}.") for i in range(moe.num_experts)
-        )
+        experts: Iterable[tuple[Parts, Parts]] = self._read_experts(parts, moe.num_experts)
         if self.stacks_experts and self.target.capability and self.dtype != torch.float32:
             experts = list(experts)
             grouped = self._grouped(moe, gates, experts, shared)
@@ -308,9 +307,22 @@ class DecoderBuilder:
                 self._note(grouped.experts.choice)
                 return grouped
             self._note(grouped)
-        mlps = tuple(self._gated(*expert) for expert in experts)
+        is_whole = self.own is not None and self.own.whole_experts
+        mlps = tuple(self._gated(*expert, is_whole=is_whole) for expert in experts)
         alone = () if shared is None else (self._gated(*shared), gates[1])
-        return MoeMlp(gates[0], mlps, moe.top_k, moe.normalize, *alone)
+        first_expert = 0 if self.own is None else self.own.experts[0]
+        return MoeMlp(gates[0], mlps, first_expert, moe.top_k, moe.normalize, *alone)
+
+    def _read_experts(self, parts: dict[str, LinearParts], count: int) -> Iterator[tuple[Parts, Parts]]:
+        """Those that this rank has, one by one; nothing of the others is read."""
+        first, stop = (0, count) if self.own is None else self.own.experts
+        for i in range(count):
+            if first <= i < stop:
+                yield self._read_gated(parts, f"experts.{i}.")
+                continue
+            for linear in (parts[f"experts.{i}.gate_up"], parts[f"experts.{i}.down"]):
+                for module, rows in linear.modules.items():
+                    self.source.leave(module, rows, linear.in_features)
 
     def _grouped(
         self, moe: MoeSpec, gates: list[Tensor], experts: list[tuple[Parts, Parts]], shared: tuple[Parts, Parts] | None
@@ -343,8 +355,9 @@ class DecoderBuilder:
         narrow = rows.to(self.dtype)
         return narrow if torch.equal(narrow.float(), rows) else rows
 
-    def _gated(self, gate_up: Parts, down: Parts) -> GatedMlp:
-        return GatedMlp(self._linear(*gate_up), self._linear(*down, is_part=True), self.act)
+    def _gated(self, gate_up: Parts, down: Parts, *, is_whole: bool = False) -> GatedMlp:
+        """is_whole: an expert that no other rank has columns of."""
+        return GatedMlp(self._linear(*gate_up), self._linear(*down, adds="whole" if is_whole else "part"), self.act)
 
     def _read_gated(self, parts: dict[str, LinearParts], owner: str) -> tuple[Parts, Parts]:
         """gate and up, and down, of '', 'shared.' or 'experts.3.', without act-order between them."""
@@ -377,15 +390,19 @@ class DecoderBuilder:
         weights = [self._quantize(m, self.source.linear(m, n, parts.in_features)) for m, n in parts.modules.items()]
         return weights, [self.source.bias(m, n, expected=parts.bias) for m, n in parts.modules.items()]
 
-    def _linear(self, weights: list[Weight], biases: list[Tensor | None], *, is_part: bool = False) -> Linear:
+    def _linear(
+        self, weights: list[Weight], biases: list[Tensor | None], *, adds: Literal["part", "whole"] | None = None
+    ) -> Linear:
         """One module out of those that share their input, fused along their outputs.
 
-        is_part: this rank has some of the columns, and the outputs of all ranks are summed.
+        adds: what is summed over ranks, in float32: outputs of some of a layer's columns, or of a layer that no other
+        rank has; None: nothing.
         """
-        if is_part and self.rank is not None:
+        if adds == "part" and self.rank is not None:
             linear = make_part(weights, biases, self.target, self.rank)
         else:
-            linear = make_linear(weights, biases, self.target)
+            is_summed = adds is not None and self.rank is not None
+            linear = make_linear(weights, biases, self.target, out_dtype=torch.float32 if is_summed else None)
         self._note(*(part.choice for part in linear.parts))
         return linear
 
@@ -474,15 +491,3 @@ def _embedding_scale(spec: DecoderSpec, dtype: torch.dtype) -> float:
 
 def _has_bias(mlp: tuple[Parts, Parts]) -> bool:
     return any(bias is not None for _, biases in mlp for bias in biases)
-
-
-def rope_notes(rope: RopeSpec, max_position: int) -> list[str]:
-    """What a person must know about a rope that depends on the length (see runtime/model/rope.py)."""
-    if rope.rope_type == "dynamic":
-        return [f"rope type dynamic: sequences end at {rope.max_position} tokens, where its scaling would begin"]
-    if rope.rope_type == "longrope" and max_position > rope.original_max_position:
-        return [
-            f"rope type longrope: the long factors serve every request, since {max_position} tokens are allowed; "
-            f"--max-model-len {rope.original_max_position} serves with the short ones"
-        ]
-    return []

@@ -30,6 +30,14 @@ class ParallelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
             },
         ),
     ] = 1
+    enable_expert_parallel: Annotated[
+        bool,
+        Meta(
+            description="with -tp: each rank has whole experts of a mixture, dealt out in their order, instead of "
+            "columns of all of them; it reads and keeps no others",
+            extra={"flag": ("-ep", "--enable-expert-parallel")},
+        ),
+    ] = False
     data_parallel_size: Annotated[
         int,
         Meta(

@@ -11,11 +11,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from octavo.quant.shard import UNIT, Range, Shard
+from octavo.quant.shard import UNIT, WHOLE, Range, Shard
 from octavo.runtime.model.spec import DecoderSpec
 
 LEAST_UNIT = 8  # columns or rows: narrower groups of integers are not multiplied as integers by any kernel
 UNEVEN = 1.25  # a note says where the largest share is more than so many times the smallest
+SHARES = {
+    "query_heads": "query heads",
+    "inner": "inner columns",
+    "expert_inner": "expert inner columns",
+    "shared_inner": "shared inner columns",
+    "experts": "experts",
+}
 
 
 class LayoutError(ValueError):
@@ -40,6 +47,8 @@ class RankLayout:
     inner                  columns between gate_up and down; expert_inner, shared_inner: the same of each expert, and of
                            the expert that every token goes to; (0, 0) where the model has none
     vocabulary             rows of the embedding and of the output head
+    experts                those that it has, or of which it has columns
+    whole_experts          it has all columns of these, and other ranks have the other experts
     """
 
     rank: int
@@ -53,11 +62,13 @@ class RankLayout:
     shared_inner: Range
     vocabulary: Range
     experts: Range
+    whole_experts: bool
     layers: Range
 
     def __str__(self) -> str:
-        found = {name: getattr(self, name) for name in ("query_heads", "kv_heads", "inner", "expert_inner")}
-        found["vocabulary"] = self.vocabulary
+        of_experts = "experts" if self.whole_experts else "expert_inner"
+        names = ("query_heads", "kv_heads", "inner", of_experts, "shared_inner", "vocabulary")
+        found = {name: getattr(self, name) for name in names}
         said = ", ".join(f"{name.replace('_', ' ')} {b}-{e}" for name, (b, e) in found.items() if e > b)
         return f"rank {self.rank} of {self.size}: {said}"
 
@@ -68,6 +79,8 @@ class RankLayout:
         if kind == "o":
             return (Shard("columns", (_times(self.query_heads, self.head_dim),), self.rank == 0),)
         owner, _, name = kind.rpartition(".")
+        if owner.startswith("experts") and self.whole_experts:
+            return (WHOLE,) if name == "down" else (WHOLE, WHOLE)
         own = self.expert_inner if owner.startswith("experts") else self.shared_inner if owner else self.inner
         if name == "down":
             return (Shard("columns", (own,), self.rank == 0),)
@@ -106,9 +119,11 @@ class ParallelLayout:
         expert_parallel: each rank has whole experts instead of columns of all of them.
         """
         units = units or Units()
+        expert_parallel = expert_parallel and spec.moe is not None
         most = _most_ranks(spec, expert_parallel)
         if tp > most.count:
-            raise LayoutError(f"-tp {tp}: the model has {most.why}; 1 to {most.count} work")
+            works = "" if tp > _most_ranks(spec, True).count else f", and {tp} with --enable-expert-parallel"
+            raise LayoutError(f"-tp {tp}: the model has {most.why}; 1 to {most.count} work{works}")
         if pp > len(spec.layers):
             raise LayoutError(f"-pp {pp}: the model has {len(spec.layers)} layers; 1 to {len(spec.layers)} work")
         shares = [_shares(spec, tp, rank, units, expert_parallel) for rank in range(tp)]
@@ -123,13 +138,13 @@ class ParallelLayout:
     def notes(self) -> list[str]:
         """What a person must know: shares so uneven that the largest one makes the step."""
         said = []
-        for name in ("query_heads", "inner", "expert_inner", "shared_inner"):
+        for name, what in SHARES.items():
             sizes = [end - begin for begin, end in (getattr(rank, name) for rank in self.ranks)]
             if min(sizes) and max(sizes) > UNEVEN * min(sizes):
-                what = name.replace("_", " ") + ("" if name == "query_heads" else " columns")
+                instead = ", and --enable-expert-parallel keeps experts whole" if name == "expert_inner" else ""
                 said.append(
                     f"-tp {self.tp}: ranks have {min(sizes)} to {max(sizes)} {what}, and a step takes as long as the "
-                    "largest share; another -tp may divide them more evenly"
+                    f"largest share; another -tp may divide them more evenly{instead}"
                 )
         return said
 
@@ -164,9 +179,10 @@ def _most_ranks(spec: DecoderSpec, expert_parallel: bool) -> _Most:
     ]
     for name, width in _widths(spec).items():
         if width and not (name == "expert_inner" and expert_parallel):
-            limits.append(_Most(_units(width), f"MLPs of {width} columns, and a rank takes {LEAST_UNIT} at least"))
+            what = "experts" if name == "expert_inner" else "MLPs"
+            limits.append(_Most(_units(width), f"{what} of {width} columns, and a rank takes {LEAST_UNIT} at least"))
     if spec.moe is not None and expert_parallel:
-        limits.append(_Most(spec.moe.num_experts, f"{spec.moe.num_experts} experts"))
+        limits.append(_Most(spec.moe.num_experts, f"{spec.moe.num_experts} experts, and a rank takes one at least"))
     return min(limits, key=lambda limit: limit.count)
 
 
@@ -189,14 +205,15 @@ def _shares(
 ) -> Callable[[int, int, Range], RankLayout]:
     """The share of a rank of a stage, but for its number and its layers."""
     query_heads, kv_heads, owns = _heads(spec.num_heads, spec.num_kv_heads, rank, tp)
+    widths = _widths(spec)
+    whole = {"expert_inner"} if expert_parallel else set()
     inner = {
-        name: even_share(width, rank, tp, getattr(units, name)) if width else (0, 0)
-        for name, width in _widths(spec).items()
+        name: even_share(width, rank, tp, getattr(units, name)) if width and name not in whole else (0, width)
+        for name, width in widths.items()
     }
     experts = (0, 0) if spec.moe is None else (0, spec.moe.num_experts)
-    if expert_parallel and spec.moe is not None:
-        inner["expert_inner"] = (0, spec.moe.intermediate_size)
-        experts = even_share(spec.moe.num_experts, rank, tp)
+    if expert_parallel:
+        experts = even_share(experts[1], rank, tp)
     vocabulary = even_share(spec.vocab_size, rank, tp, UNIT["rows"])
 
     def share(number: int, size: int, layers: Range) -> RankLayout:
@@ -210,6 +227,7 @@ def _shares(
             **inner,
             vocabulary=vocabulary,
             experts=experts,
+            whole_experts=expert_parallel,
             layers=layers,
         )
 

@@ -25,7 +25,8 @@ NAMES = [
     for line in (Path(__file__).parent / "peer_flags.txt").read_text().splitlines()
     if not line.startswith("#")
 ]
-PLAUSIBLE = {"--tensor-parallel-size": "1", "-tp": "1", "--tp-size": "1"}
+PLAUSIBLE = dict.fromkeys(("--tensor-parallel-size", "-tp", "--tp-size"), "1")
+PLAUSIBLE |= dict.fromkeys(("--ep-size", "--ep", "--expert-parallel-size"), "1")  # of one rank
 
 
 def parser_of_serve() -> Parser:
@@ -74,7 +75,7 @@ def test_each_flag_of_both_is_known(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_switch_that_is_off_asks_for_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     """vLLM's switches have a --no- form; where octavo has no such thing it is taken."""
-    for name in ("--enable-lora", "--enable-expert-parallel", "--enable-sleep-mode", "--language-model-only"):
+    for name in ("--enable-lora", "--enable-eplb", "--enable-sleep-mode", "--language-model-only"):
         assert refusal(["m", name], capsys)
         assert refusal(["m", name.replace("--", "--no-", 1)], capsys) is None
     assert "prefilled in chunks" in (refusal(["m", "--no-enable-chunked-prefill"], capsys) or "")
@@ -95,10 +96,14 @@ START_LINES = [
     "m --structured-outputs-config.backend guidance --seed 0 --disable-log-requests",
     "m --quantization awq --dtype half --load-format safetensors --swap-space 4",
     "m -tp 1 -pp 1 -dp 1 --distributed-executor-backend mp --trust-remote-code",
+    "m -tp 8 --enable-expert-parallel --all2all-backend pplx --expert-placement-strategy linear",
+    "m -tp 8 -ep --no-enable-expert-parallel --enable-ep-weight-filter",
     "m --max-num-queued-reqs 64 --enable-prompt-tokens-details --enable-request-id-headers",
     # SGLang's documentation
     "--model-path meta-llama/Meta-Llama-3-8B-Instruct --host 0.0.0.0 --port 30000",
     "--model-path m --tp 1 --dp 1 --mem-fraction-static 0.7 --chunked-prefill-size 4096",
+    "--model-path m --tp 8 --ep-size 8 --moe-a2a-backend none",
+    "--model-path m --tp 8 --ep 1",
     "--model-path m --attention-backend flashinfer --sampling-backend pytorch --grammar-backend xgrammar",
     "--model-path m --enable-metrics --enable-cache-report --log-requests --log-level warning",
     "--model-path m --disable-cuda-graph --skip-server-warmup --disable-radix-cache --cuda-graph-max-bs 16",
@@ -124,6 +129,7 @@ REFUSED = [
     ("--model-path m --enable-priority-scheduling", "--enable-priority-scheduling", "--scheduling-policy priority"),
     ("--model-path m --max-total-tokens 40000", "--max-total-tokens", "--kv-cache-memory-bytes"),
     ("m --runner pooling", "--runner pooling", "embeddings"),
+    ("m --expert-placement-strategy round_robin", "round_robin", "in their order"),
     ("m --no-such-flag", "--no-such-flag", "--help"),
 ]
 

@@ -13,8 +13,9 @@ import httpx
 import pytest
 from octavo_server import PATIENCE, Server, serving, wait_until
 
+from octavo.cli import main
 from octavo.commands import serve, serve_flags
-from octavo.commands.serve_flags import ServeOptions
+from octavo.commands.serve_flags import OptionsError, ServeOptions
 from octavo.runtime.config import EngineConfig
 
 
@@ -50,6 +51,19 @@ def test_other_values_for_the_same() -> None:
     assert parse("--kv-cache-dtype", "fp8") == parse("--kv-cache-dtype", "fp8_e4m3")
     assert parse("--model-impl", "transformers") == parse("--model-impl", "hf")
     assert parse("--api-key", "a", "b", "--api-key", "c").server.api_key == ("a", "b", "c")
+
+
+def test_experts_are_dealt_out_over_all_ranks_or_none(capsys: pytest.CaptureFixture[str]) -> None:
+    """SGLang's --ep-size, which may be less than its --tp-size, is vLLM's switch here."""
+    spread = parse("-tp", "4", "--enable-expert-parallel")
+    assert spread.engine.parallel.enable_expert_parallel
+    assert parse("--tp", "4", "--ep-size", "4") == parse("-tp", "4", "-ep") == spread
+    assert parse("--tp", "4", "--ep", "1") == parse("-tp", "4", "--no-enable-expert-parallel") == parse("-tp", "4")
+    assert parse("--expert-parallel-size", "1") == parse()
+    with pytest.raises(OptionsError, match=r"--ep-size 2 with -tp 4: .*--ep-size 4 works, and so does -tp 2"):
+        parse("--tp", "4", "--ep-size", "2")
+    assert main(["serve", "m", "--tp", "4", "--ep-size", "2"]) == 2
+    assert capsys.readouterr().err.startswith("octavo serve: --ep-size 2 with -tp 4: ")
 
 
 def test_the_engine_s_defaults_are_the_command_s() -> None:
@@ -106,6 +120,7 @@ def test_every_field_of_the_engine_s_configuration_has_a_flag() -> None:
         ("--override-generation-config", '{"top_q": 1}'),
         ("--dtype", "int5"),
         ("--tp", "0"),
+        ("--ep-size", "0"),
         ("--kv-events-config", "tcp://*:5557"),
         ("--kv-events-config", '{"end_point": "tcp://*:5557"}'),
         ("--max-model", "5"),

@@ -69,6 +69,44 @@ def test_a_token_gets_the_same_bits_in_any_batch() -> None:
         assert torch.equal(block(part), whole[part])
 
 
+@pytest.mark.parametrize("num_tokens", [0, 1, 2, 40])
+def test_ranks_with_some_of_the_experts_add_up_to_all(num_tokens: int) -> None:
+    """Pairs of experts elsewhere are dropped before anything runs; a rank that no token goes to adds zeros."""
+    x, router, experts = inputs(num_tokens)
+    chosen, weights = moe.route(x, router, TOP_K, True)
+    total = torch.zeros(num_tokens, HIDDEN, dtype=torch.float64)
+    ran: list[tuple[int, int]] = []
+    for first, count in ((0, 2), (2, 2), (4, 1)):
+
+        def run(expert: int, group: Tensor, first: int = first) -> Tensor:
+            ran.extend((first + expert, index) for index in range(group.shape[0]))
+            return group @ experts[first + expert].t()
+
+        total += moe.grouped(x, chosen, weights, count, run, first)
+    torch.testing.assert_close(total, by_tokens(x, router, experts, True), rtol=1e-5, atol=1e-5)
+    counts = moe.tokens_per_expert(chosen, NUM_EXPERTS).tolist()
+    assert sorted(ran) == [(expert, index) for expert, count in enumerate(counts) for index in range(count)]
+
+
+def test_no_token_for_this_rank_runs_nothing() -> None:
+    x = inputs(3)[0]
+    for rows in (1, 3):
+        chosen = torch.tensor([[0, 3], [3, 0], [0, 3]])[:rows]
+        weights = torch.full((rows, 2), 0.5)
+        out = moe.grouped(x[:rows], chosen, weights, 2, lambda *_: pytest.fail("ran"), 1)
+        assert torch.equal(out, torch.zeros(rows, HIDDEN))
+
+
+@pytest.mark.parametrize("num_tokens", [1, 5])
+def test_sums_that_others_are_added_to_stay_as_wide_as_the_experts_make_them(num_tokens: int) -> None:
+    """A rank's experts give float32 for bfloat16 tokens: a sum that was rounded before the ranks' sum loses 16 bits."""
+    x, router, experts = inputs(num_tokens)
+    chosen, weights = moe.route(x, router, TOP_K, False)
+    out = moe.grouped(x.bfloat16(), chosen, weights, NUM_EXPERTS, lambda e, rows: rows.float() @ experts[e].t())
+    expected = moe.grouped(x.bfloat16().float(), chosen, weights, NUM_EXPERTS, lambda e, rows: rows @ experts[e].t())
+    assert torch.equal(out, expected)
+
+
 def test_logits_of_bf16_tokens_are_not_rounded() -> None:
     """Two experts whose logits differ by less than bf16 tells apart are still told apart."""
     x = torch.ones(1, 2, dtype=torch.bfloat16)

@@ -107,6 +107,18 @@ def test_two_ranks_answer_as_one(fixtures: Path, start: Start) -> None:
     assert alone_ready.report.ranks == []
 
 
+def test_ranks_with_whole_experts_answer_as_one(fixtures: Path, start: Start) -> None:
+    """Followers are told of the flag, and their experts' outputs are in the sum: greedy answers, prompts in chunks."""
+    requests = [make_request(f"r{i}", [7 * i + j for j in range(9 * i + 1)], max_tokens=12) for i in range(4)]
+    dealt = ParallelConfig(tensor_parallel_size=2, enable_expert_parallel=True)
+    engine, ready, _ = start(config(fixtures / "tiny-moe", parallel=dealt))
+    together = run_to_end(engine, requests)
+    one, _ = load_engine(config(fixtures / "tiny-moe", ranks=1), time.time())
+    alone = run_to_end(one, requests)
+    assert [tokens_of(together[r.request_id]) for r in requests] == [tokens_of(alone[r.request_id]) for r in requests]
+    assert [line.partition(" experts ")[2].partition(",")[0] for line in ready.report.ranks] == ["0-2", "2-4"]
+
+
 def test_the_engine_ends_with_a_follower(fixtures: Path, start: Start) -> None:
     engine, _, followers = start(config(fixtures / "tiny"))
     engine.add(make_request("a", [5, 6, 7], max_tokens=80))

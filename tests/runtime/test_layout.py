@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from octavo.quant.model_layout import ExpertNames
-from octavo.quant.shard import Range, Shard
+from octavo.quant.shard import WHOLE, Range, Shard
 from octavo.runtime.model.experts import MoeSpec
 from octavo.runtime.model.spec import AttentionSpec, DecoderSpec, LayerSpec
 from octavo.runtime.parallel.layout import LEAST_UNIT, LayoutError, ParallelLayout, RankLayout, Units, even_share
@@ -162,8 +162,60 @@ def test_experts_are_cut_inside_or_dealt_out() -> None:
     whole = ParallelLayout.build(spec, 2, expert_parallel=True)
     assert each(whole, "expert_inner") == [(0, 96), (0, 96)]
     assert each(whole, "experts") == [(0, 3), (3, 5)]
-    with pytest.raises(LayoutError, match="5 experts; 1 to 5 work"):
+    assert str(whole.ranks[1]) == (
+        "rank 1 of 2: query heads 6-9, kv heads 2-3, experts 3-5, shared inner 32-64, vocabulary 24576-49152"
+    )
+    assert "ranks have 2 to 3 experts" in whole.notes()[-1]
+    with pytest.raises(LayoutError, match=r"5 experts, and a rank takes one at least; 1 to 5 work$"):
         ParallelLayout.build(spec, 6, expert_parallel=True)
+
+
+@given(
+    num_experts=st.integers(1, 160),
+    inner=st.integers(8, 900),
+    shared=st.none() | st.integers(8, 900),
+    tp=st.integers(1, 40),
+    unit=st.sampled_from([32, 96, 128]),
+)
+def test_every_expert_is_one_rank_s(num_experts: int, inner: int, shared: int | None, tp: int, unit: int) -> None:
+    """Whole, in their order, as evenly as they go, whatever an expert's width and its blocks; dense parts are cut."""
+    moe = MoeSpec(NAMES, num_experts, 1, inner, normalize=True, shared_intermediate_size=shared)
+    spec = spec_of(40, 40, moe=moe)
+    if tp > min(num_experts, (shared or 8 * tp) // LEAST_UNIT):
+        with pytest.raises(LayoutError, match=rf"-tp {tp}: the model has .*; 1 to \d+ work$"):
+            ParallelLayout.build(spec, tp, Units(expert_inner=unit), expert_parallel=True)
+        return
+    layout = ParallelLayout.build(spec, tp, Units(expert_inner=unit), expert_parallel=True)
+    assert cover(each(layout, "experts"), num_experts)
+    counts = [stop - first for first, stop in each(layout, "experts")]
+    assert max(counts) - min(counts) <= 1
+    assert cover(each(layout, "query_heads"), 40)
+    assert shared is None or cover(each(layout, "shared_inner"), shared)
+    for rank in layout.ranks:
+        assert rank.shards("experts.0.gate_up", spec) == (WHOLE, WHOLE)
+        assert rank.shards("experts.0.down", spec) == (WHOLE,), "its bias, if any, is this rank's too"
+
+
+def test_experts_too_narrow_to_cut_stay_whole() -> None:
+    """Qwen3-30B-A3B's: 768 columns in blocks of 128 over 8 ranks are 2 blocks for some, and half a block for others."""
+    small = MoeSpec(NAMES, num_experts=128, top_k=8, intermediate_size=768, normalize=True)
+    spec = spec_of(32, 4, moe=small)
+    cut = ParallelLayout.build(spec, 8, Units(expert_inner=128))
+    assert {stop - begin for begin, stop in each(cut, "expert_inner")} == {64, 128}
+    (note,) = cut.notes()
+    assert "64 to 128 expert inner columns" in note
+    assert note.endswith("--enable-expert-parallel keeps experts whole")
+    whole = ParallelLayout.build(spec, 8, Units(expert_inner=128), expert_parallel=True)
+    assert each(whole, "experts") == [(16 * rank, 16 * rank + 16) for rank in range(8)]
+    assert whole.notes() == []
+    tiny = spec_of(32, 4, moe=replace(small, intermediate_size=16))
+    with pytest.raises(
+        LayoutError,
+        match="-tp 8: the model has experts of 16 columns, and a rank takes 8 at least; 1 to 2 work, and 8 with "
+        "--enable-expert-parallel",
+    ):
+        ParallelLayout.build(tiny, 8)
+    assert len(ParallelLayout.build(tiny, 8, expert_parallel=True).ranks) == 8
 
 
 def test_what_a_rank_reads_of_each_module() -> None:

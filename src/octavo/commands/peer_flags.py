@@ -101,6 +101,8 @@ TABLE: tuple[PeerFlag, ...] = (
     _moot("--log-error-stack", "an unexpected error is always logged with its stack"),
     _moot("--use-tqdm-on-load", "how long each phase of the start took is printed at its end"),
     _moot("--disable-custom-all-reduce", "ranks of a CPU add up over shared memory"),
+    _moot("--enable-ep-weight-filter", "with --enable-expert-parallel a rank never reads others' experts"),
+    _moot("--all2all-backend", "all ranks of an engine have all tokens, and send none to experts", "one"),
     _moot("--schedule-low-priority-values-first", "lower values of `priority` always go first"),
     _moot("--exclude-tools-when-tool-choice-none", "a model is never shown tools that it may not call"),
     _moot("--cohere-is-reasoning-model", "/cohere is not served, which it is about"),
@@ -111,13 +113,15 @@ TABLE: tuple[PeerFlag, ...] = (
              "how a checkpoint is quantized is read from it"),
     _moot_at("--load-format", "pt npcache fastsafetensors safetensors_prefetch", "weights are read from safetensors"),
     _moot_at("--pipeline-parallel-size -pp --pp-size --pp --nnodes -n "
-             "--decode-context-parallel-size -dcp --dcp-size --prefill-context-parallel-size -pcp --ep-size --ep "
-             "--expert-parallel-size --data-parallel-size-local -dpl --attn-dp-size --attention-data-parallel-size "
+             "--decode-context-parallel-size -dcp --dcp-size --prefill-context-parallel-size -pcp "
+             "--data-parallel-size-local -dpl --attn-dp-size --attention-data-parallel-size "
              "--attn-cp-size --attention-context-parallel-size --moe-dp-size --moe-data-parallel-size --dwdp-size",
              "1", ONE_DEVICE),
     _moot_at("--node-rank -r --base-gpu-id --data-parallel-rank -dpn", "0", ONE_DEVICE),
     _moot_at("--gpu-id-step", "1", ONE_DEVICE),
     _moot_at("--distributed-executor-backend", "mp uni", ONE_DEVICE),
+    _moot_at("--expert-placement-strategy", "linear", "--enable-expert-parallel deals experts out in their order"),
+    _moot_at("--moe-a2a-backend", "none", "all ranks of an engine have all tokens: leave it out"),
     _moot_at("--cpu-offload-gb --ubatch-size --kv-offloading-size", "0", NO_OFFLOAD),
     _moot_at("--tokenizer-mode", "auto hf", "the tokenizer is the checkpoint's own: leave it out"),
     _moot_at("--tokenizer-backend", "huggingface", "the tokenizer is the checkpoint's own: leave it out"),
@@ -169,15 +173,15 @@ TABLE: tuple[PeerFlag, ...] = (
              "--dtype, --kv-cache-dtype and --lm-head-dtype are the types there are"),
     # refused: parallel
     _refused("--data-parallel-* -dpr -dpa -dpp -dpb -dph -dpe -dpm --dp-* --dcp-* --cp-* --pp-* --enable-dbo --dbo-* "
-             "--enable-hc-sp --enable-expert-parallel -ep --all2all-backend --enable-ep-weight-filter --enable-eplb "
-             "--eplb-* --expert-placement-strategy --enable-elastic-ep --elastic-ep-* --max-ep-size "
+             "--enable-hc-sp --enable-eplb "
+             "--eplb-* --enable-elastic-ep --elastic-ep-* --max-ep-size "
              "--enable-batch-sharded-sampling --disable-nccl-* --master-addr --master-port --distributed-timeout-* "
              "--cpu-distributed-timeout-seconds --dist-* --nccl-* --device-ids --numa-* --ray-workers-use-nsight "
              "--use-ray --worker-use-ray --engine-use-ray --enable-nccl-* --headless --enable-fault-tolerance "
              "--fault-tolerance-config "
              "--load-balance-method --enable-dp-* --enable-tp-* --enable-attn-* --disable-attn-* --enable-prefill-cp "
              "--enable-shared-experts-attn-tp --shared-experts-tp-size --enable-dense-mlp-attn-tp "
-             "--enable-layernorm-sp --enable-megamoe-* --enable-p2p-check --moe-dense-tp-size --moe-a2a-backend "
+             "--enable-layernorm-sp --enable-megamoe-* --enable-p2p-check --moe-dense-tp-size "
              "--enable-symm-mem --enable-mscclpp --enable-torch-symm-mem --enable-scattered-sconv --pre-warm-nccl "
              "--boundary-reduction --enable-quant-communications --enforce-disable-flashinfer-* "
              "--enable-flashinfer-allreduce-fusion --flashinfer-allreduce-* --enable-aiter-* --disable-aiter-* "

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from octavo.collector import uncollected
 from octavo.commands.failure import one_line
 from octavo.commands.serve_arguments import ArgumentsError, own_arguments
-from octavo.commands.serve_flags import ServeOptions, configure, engine_config, read_options
+from octavo.commands.serve_flags import OptionsError, ServeOptions, configure, engine_config, read_options
 from octavo.server.access import Access, api_keys, default_hosts
 
 if TYPE_CHECKING:
@@ -64,7 +64,11 @@ def run(args: argparse.Namespace) -> int:
     begun = time.monotonic()
     for note in args.notes:
         print(f"{PROG}: {note}", file=sys.stderr)
-    options = read_options(args)
+    try:
+        options = read_options(args)
+    except OptionsError as error:
+        print(f"{PROG}: {one_line(error)}", file=sys.stderr)
+        return 2
     logging.basicConfig(level=options.listen.uvicorn_log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("octavo").setLevel(logging.INFO)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until the server listens; what is begun is cleared up

@@ -44,6 +44,32 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         help=argparse.SUPPRESS,
     )
+    parser.add_argument(
+        "--no-enable-expert-parallel",
+        dest="enable_expert_parallel",
+        action="store_false",
+        default=argparse.SUPPRESS,
+        help=argparse.SUPPRESS,
+    )
+    parser.add_argument(  # SGLang's way to say --enable-expert-parallel
+        "--ep-size",
+        "--ep",
+        "--expert-parallel-size",
+        dest="expert_parallel_size",
+        type=_count,
+        default=argparse.SUPPRESS,
+        help=argparse.SUPPRESS,
+    )
+
+
+class OptionsError(ValueError):
+    """Flags that contradict each other; the message is one line."""
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
+    return int(text)
 
 
 def _sampling_defaults(text: str) -> str:
@@ -54,15 +80,28 @@ def _sampling_defaults(text: str) -> str:
 
 
 def read_options(args: argparse.Namespace) -> ServeOptions:
-    """What a command line means."""
+    """What a command line means. Raises OptionsError."""
     model = read(ModelOptions, args)
     return ServeOptions(
         model=model,
-        engine=read(EngineConfig, args, model="", parallel=read(ParallelConfig, args)),
+        engine=read(EngineConfig, args, model="", parallel=_parallel(args)),
         text=read(TextOptions, args),
         listen=read(ListenOptions, args),
         server=read(ServerOptions, args),
     )
+
+
+def _parallel(args: argparse.Namespace) -> ParallelConfig:
+    """With what --ep-size means: experts are dealt out over all ranks of an engine, or over none."""
+    parallel = read(ParallelConfig, args)
+    size = getattr(args, "expert_parallel_size", 1)
+    ranks = parallel.tensor_parallel_size
+    if size not in (1, ranks):
+        raise OptionsError(
+            f"--ep-size {size} with -tp {ranks}: experts are dealt out over all ranks or over none; "
+            f"--ep-size {ranks} works, and so does -tp {size}"
+        )
+    return msgspec.structs.replace(parallel, enable_expert_parallel=parallel.enable_expert_parallel or size > 1)
 
 
 def engine_config(options: ServeOptions, directory: Path) -> EngineConfig:

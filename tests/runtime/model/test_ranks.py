@@ -7,25 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from divided import Pretended, divergence, prefilled, prompts
 from hf_oracle import CASES, make_hf, save, scattered_logits
 from ranks import Ranks
 from torch import Tensor
 from trimmed import whole
 
-from octavo.kernels.attention.step import StepInputs
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.model.sources import LoadError
 from octavo.runtime.model.weights import load_model
 from octavo.runtime.parallel.group import ALONE, Group
 from octavo.runtime.parallel.layout import LayoutError
-from octavo.runtime.worker import kv_cache
-
-LENGTHS = (37, 21, 30)
-
-
-def prompts() -> list[list[int]]:
-    generator = torch.Generator().manual_seed(3)
-    return [torch.randint(0, 96, (length,), generator=generator).tolist() for length in LENGTHS]
 
 
 def scattered(group: Group, directory: Path) -> list[Tensor]:
@@ -50,25 +42,6 @@ def test_logits_are_those_of_one_rank(name: str, ranks: Ranks, tmp_path: Path) -
         driver = ranks.run(scattered, size, directory)[0]
         for ours, theirs in zip(driver, alone, strict=True):
             assert float((ours - theirs).abs().max()) <= 1e-4 * max(1.0, spread), size
-
-
-def prefilled(group: Group, directory: Path, settings: dict[str, Any], lengths: list[int]) -> Any:
-    """(logits, the residual stream behind each layer) of a step of prompts."""
-    model = load_model(EngineConfig(model=str(directory), **settings), group=group)
-    kept: list[Tensor] = []
-    caches = kv_cache.allocate(model, len(lengths), max(lengths), model.dtype)
-    generator = torch.Generator().manual_seed(5)
-    token_ids = torch.randint(0, min(model.vocab_size, 1000), (sum(lengths),), generator=generator)
-    step = StepInputs.prefill(lengths, max(lengths), token_ids=token_ids, logits_index=range(sum(lengths)))
-    logits = model.forward(step, caches, lambda _, residual: kept.append(residual.clone()))
-    return logits, kept
-
-
-def divergence(ours: Tensor, theirs: Tensor) -> float:
-    """Mean KL of ours from theirs."""
-    ours = ours.double().log_softmax(-1)
-    theirs = theirs.double().log_softmax(-1)
-    return float((theirs.exp() * (theirs - ours)).sum(-1).mean())
 
 
 QUANTIZED = [
@@ -132,13 +105,6 @@ def test_each_rank_has_the_kv_scales_of_its_heads(ranks: Ranks, fixtures: Path, 
     of_ranks = ranks.run(kv_scales, 2, directory)
     for layer, expected in enumerate(alone):
         assert [scale for rank in of_ranks for scale in rank[layer]] == expected
-
-
-class Pretended(type(ALONE)):  # type: ignore[misc]
-    """A group that is only asked how large it is."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
 
 
 @pytest.mark.parametrize(
