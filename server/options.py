@@ -241,6 +241,13 @@ class TextOptions(msgspec.Struct, frozen=True, kw_only=True):
             extra={"metavar": "JSON", "parse": _parse_structured_outputs, "default": "any JSON that the schema allows"},
         ),
     ] = StructuredOutputsConfig()
+    max_tokens_policy: Annotated[
+        Literal["refuse", "clamp"],
+        Meta(
+            description="max_tokens above what the context leaves, in completions and chat: refuse (400), or clamp to "
+            "what it leaves, as all other dialects do",
+        ),
+    ] = "refuse"
     max_logprobs: Annotated[
         int,
         Meta(

@@ -50,6 +50,7 @@ class Wanted:
     max_tokens None: as many as the context leaves. logprobs, prompt_logprobs None: none. end_ids: tokens that end an
     answer beside the model's own, because of the prompt's form. named_beside: the tokens that logprob_token_ids names
     are reported behind the likeliest ones, and for the prompt too; else they stand in place of the answer's likeliest.
+    clamps: max_tokens above what the context leaves means what it leaves, whatever --max-tokens-policy says.
     """
 
     max_tokens: int | None
@@ -59,6 +60,12 @@ class Wanted:
     logprobs_name: str = "logprobs"
     end_ids: tuple[int, ...] = ()
     named_beside: bool = False
+    clamps: bool = False
+
+    def limit(self, room: int, model: ServedModel) -> int | None:
+        """max_tokens where the context leaves `room`; None: as many as that."""
+        clamps = self.clamps or model.clamps_max_tokens
+        return min(self.max_tokens, room) if clamps and self.max_tokens is not None else self.max_tokens
 
 
 def check_total(prompts: list[Prompt], request: GenerationRequest, name: str) -> None:
@@ -111,7 +118,8 @@ def sampling_params(
     """
     defaults = model.defaults
     top_k = _first(request.top_k, defaults.get("top_k"), 0)
-    limit = room if wanted.max_tokens is None else max(1, wanted.max_tokens)
+    most = wanted.limit(room, model)
+    limit = room if most is None else max(1, most)
     if request.min_tokens > limit:
         raise bad_request(f"min_tokens {request.min_tokens} is more than max_tokens, {limit}", "min_tokens")
     _check_logprobs(request, wanted, model)
@@ -235,24 +243,27 @@ def in_vocabulary(ids: list[int] | None, name: str, model: ServedModel) -> tuple
 def fitted(ids: list[int], request: GenerationRequest, wanted: Wanted, model: ServedModel, name: str) -> list[int]:
     """The prompt, checked against the context; its end or beginning, where truncate_prompt_tokens says so."""
     in_vocabulary(ids, name, model)
+    context = model.max_model_len
     num_wanted = max(1, wanted.max_tokens or 1)
     if request.truncate_prompt_tokens is not None:
         keep = request.truncate_prompt_tokens
-        if keep > model.max_model_len:
+        if keep > context:
             raise bad_request(
-                f"truncate_prompt_tokens {keep} is more than the context of this model, {model.max_model_len} tokens; "
+                f"truncate_prompt_tokens {keep} is more than the context of this model, {context} tokens; "
                 "-1 keeps what the context holds",
                 "truncate_prompt_tokens",
             )
-        count = keep if keep > 0 else max(1, model.max_model_len - num_wanted)
+        least = num_wanted if num_wanted < context else wanted.limit(1, model) or num_wanted
+        count = keep if keep > 0 else max(1, context - least)
         ids = ids[:count] if request.truncation_side == "right" else ids[-count:]
     if not ids:
         raise bad_request(f"{name}: the prompt is empty, and this tokenizer adds no beginning token to it", name)
-    if len(ids) + num_wanted > model.max_model_len:
+    num_wanted = wanted.limit(max(1, context - len(ids)), model) or num_wanted
+    if len(ids) + num_wanted > context:
         raise too_long(
-            model.max_model_len,
+            context,
             f"However, {name} has {len(ids)} tokens, and at least {num_wanted} are to follow. Shorten the prompt or "
             f"lower {wanted.limit_name}",
-            name if len(ids) >= model.max_model_len else wanted.limit_name,
+            name if len(ids) >= context else wanted.limit_name,
         )
     return ids

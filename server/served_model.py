@@ -41,6 +41,7 @@ class ServedModel:
     stream_interval, tokens_as_token_ids: what requests get that don't say it
     template_variables  those of the chat template where a request doesn't set them
     tool_strict_level  how much of a call is enforced where a tool doesn't ask for it
+    clamps_max_tokens  max_tokens above what the context leaves means what it leaves, in OpenAI's older dialects too
     reasoning_end_str  what a model is made to say where its budget of thoughts is spent, before their end
     """
 
@@ -55,6 +56,7 @@ class ServedModel:
     max_num_seqs: int
     scheduling_policy: Literal["fcfs", "priority", "lpm"] = "fcfs"
     max_logprobs: int = 20
+    clamps_max_tokens: bool = False
     trust_request_chat_template: bool = False
     structured_outputs: StructuredOutputsConfig = field(default_factory=StructuredOutputsConfig)
     formats: ModelFormats = field(default_factory=ModelFormats)

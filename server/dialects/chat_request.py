@@ -122,10 +122,7 @@ def prompt_of(
 ) -> tuple[Prompt, Wanted]:
     """The prompt out of the text that the chat template made of the messages, and what is wanted of its answer."""
     ids = chat_token_ids(text, request, model, must_fit=request.truncate_prompt_tokens is None)
-    wanted = wanted_of(request)
-    room = model.max_model_len - len(ids)
-    if clamps and wanted.max_tokens is not None and 0 < room < wanted.max_tokens:
-        wanted = replace(wanted, max_tokens=room)
+    wanted = replace(wanted_of(request), clamps=clamps)
     prompt = Prompt(fitted(ids, request, wanted, model, "messages"))
     check_total([prompt], request, "messages")
     return prompt, wanted

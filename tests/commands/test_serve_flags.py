@@ -180,7 +180,7 @@ FLAGS = (
     "--max-running-requests", "4", "--chunked-prefill-size", "16", "--disable-radix-cache", "--max-body-bytes", "4KiB",
     "--max-logprobs", "2", "--override-generation-config", '{"temperature": 0, "repetition_penalty": 1.5}',
     "--root-path", "/api", "--disable-fastapi-docs", "--enable-log-requests", "--trust-request-chat-template",
-    "--allowed-origins", '["http://page"]', "--log-level", "info",
+    "--allowed-origins", '["http://page"]', "--log-level", "info", "--max-tokens-policy", "clamp",
 )  # fmt: skip
 
 
@@ -241,6 +241,34 @@ def test_limits(client: httpx.Client, server: Server) -> None:
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "logprobs")
     assert complete(client, prompt=[5] * 80, n=6)["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}
     assert "max_model_len 100" in server.said
+
+
+@pytest.mark.parametrize(
+    ("fields", "num_prompt", "num_answered"),
+    [
+        ({"prompt": [5] * 90, "max_tokens": 50}, 90, 10),
+        ({"prompt": [[5] * 90, [5] * 80], "max_tokens": 15}, 170, 25),
+        ({"prompt": [5] * 90, "max_tokens": 0, "echo": True}, 90, 0),
+        ({"prompt": [5] * 200, "max_tokens": 30, "truncate_prompt_tokens": -1}, 70, 30),
+        ({"prompt": [5] * 200, "max_tokens": 500, "truncate_prompt_tokens": -1}, 99, 1),
+        ({"prompt": [5] * 200, "max_tokens": 500, "truncate_prompt_tokens": 60}, 60, 40),
+    ],
+)
+def test_more_tokens_than_the_context_leaves(
+    client: httpx.Client, fields: dict[str, Any], num_prompt: int, num_answered: int
+) -> None:
+    usage = complete(client, **fields)["usage"]
+    assert (usage["prompt_tokens"], usage["completion_tokens"]) == (num_prompt, num_answered)
+
+
+def test_a_conversation_that_wants_more_than_the_context_leaves(client: httpx.Client) -> None:
+    body = {"messages": [{"role": "user", "content": "a"}], "ignore_eos": True}
+    for name in ("max_tokens", "max_completion_tokens"):
+        answer = client.post("/v1/chat/completions", json=body | {name: 5000})
+        assert answer.json()["usage"]["total_tokens"] == 100
+        assert answer.json()["choices"][0]["finish_reason"] == "length"
+    refused = client.post("/v1/chat/completions", json=body | {"max_tokens": 5000, "min_tokens": 99})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "min_tokens")
 
 
 def test_paths(client: httpx.Client) -> None:

@@ -284,6 +284,7 @@ def _app_maker(
             max_num_seqs=options.engine.max_num_seqs * options.engine.parallel.data_parallel_size,
             scheduling_policy=options.engine.scheduling_policy,
             max_logprobs=ready.vocab_size if most_logprobs < 0 else most_logprobs,
+            clamps_max_tokens=options.text.max_tokens_policy == "clamp",
             trust_request_chat_template=options.text.trust_request_chat_template,
             structured_outputs=options.text.structured_outputs_config,
             formats=formats,
