@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import re2
 
 from octavo.runtime.messages import Constraint, RepetitionDetection, SamplingParams
-from octavo.server.dialects.fields import MAX_TOKENS_SENT, GenerationRequest
+from octavo.server.dialects.fields import ALL_LOGPROBS, MAX_TOKENS_SENT, GenerationRequest
 from octavo.server.errors import bad_request, too_long
 from octavo.server.served_model import ServedModel
 from octavo.text.detokenizer import Pattern
@@ -153,8 +153,8 @@ def sampling_params(
         allowed_token_ids=allowed,
         seed=request.seed,
         stop_token_ids=stops,
-        logprobs=0 if named and not wanted.named_beside else wanted.logprobs,
-        prompt_logprobs=wanted.prompt_logprobs,
+        logprobs=0 if named and not wanted.named_beside else _num_likeliest(wanted.logprobs, model),
+        prompt_logprobs=_num_likeliest(wanted.prompt_logprobs, model),
         constraint=constraint,
         forbidden=_bad_words(request, model),
         logprob_token_ids=named,
@@ -163,10 +163,16 @@ def sampling_params(
     )
 
 
+def _num_likeliest(count: int | None, model: ServedModel) -> int | None:
+    return model.vocab_size if count == ALL_LOGPROBS else count
+
+
 def _check_logprobs(request: GenerationRequest, wanted: Wanted, model: ServedModel) -> None:
     for field, count in ((wanted.logprobs_name, wanted.logprobs), ("prompt_logprobs", wanted.prompt_logprobs)):
-        if count is not None and count > model.max_logprobs:
-            raise bad_request(f"{field} {count} is above this server's limit, {model.max_logprobs}", field)
+        num = _num_likeliest(count, model)
+        if num is not None and num > model.max_logprobs:
+            what = f"{field} {count}" if num == count else f"{field} {count}, the whole vocabulary of {num},"
+            raise bad_request(f"{what} is above this server's limit, {model.max_logprobs} (--max-logprobs)", field)
     if request.logprob_token_ids and wanted.logprobs is None:
         raise bad_request("logprob_token_ids needs logprobs: they stand in place of the likeliest", "logprob_token_ids")
 

@@ -14,7 +14,7 @@ from fastapi import Request
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from octavo.server.dialects.conversation import ChatOptions, bounded_json, chat_token_ids, render_request, rendered
-from octavo.server.dialects.fields import Count, Flag, GenerationRequest
+from octavo.server.dialects.fields import Count, Flag, GenerationRequest, LogprobCount
 from octavo.server.dialects.thinking import effort_variables
 from octavo.server.dialects.tools import ToolOptions, reading_of, shown_tools
 from octavo.server.errors import ApiError, bad_request, explain, field_error
@@ -31,7 +31,7 @@ class ChatCompletionRequest(ChatHints, ToolOptions, ChatOptions, GenerationReque
     max_tokens: Annotated[Count, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[Count, Field(ge=1)] | None = None
     logprobs: Flag | None = None
-    top_logprobs: Count | None = None
+    top_logprobs: LogprobCount | None = None
     echo: Flag = False
     documents: Annotated[list[dict[str, Any]], Field(fail_fast=True), BeforeValidator(bounded_json)] | None = None
     # not supported: accepted only where they ask for nothing

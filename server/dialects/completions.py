@@ -12,10 +12,12 @@ from fastapi.responses import Response
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from octavo.server.dialects.fields import (
+    ALL_LOGPROBS,
     MAX_TOKENS_SENT,
     Count,
     Flag,
     GenerationRequest,
+    LogprobCount,
     Text,
     TextOption,
     TokenId,
@@ -59,7 +61,7 @@ class CompletionRequest(NoReasoning, GenerationRequest):
         Discriminator(_kind_of_prompt),
     ]
     max_tokens: Count | None = None
-    logprobs: Count | None = None
+    logprobs: LogprobCount | None = None
     echo: Flag | None = None
     add_special_tokens: Flag = True
     suffix: Text | None = None
@@ -120,7 +122,8 @@ def wanted_of(request: CompletionRequest, fim: Fim | None = None) -> Wanted:
     """An echoed prompt's log-probabilities are reported as the answer's are; the best of several is told by them."""
     prompt_logprobs = request.prompt_logprobs
     if request.echo and request.logprobs is not None:
-        prompt_logprobs = max(prompt_logprobs or 0, request.logprobs)
+        both = (prompt_logprobs or 0, request.logprobs)
+        prompt_logprobs = ALL_LOGPROBS if ALL_LOGPROBS in both else max(both)
     logprobs = request.logprobs
     if logprobs is None and request.num_choices > request.num_wanted:
         logprobs = 0
@@ -227,7 +230,7 @@ class CompletionAnswer(OpenAIAnswer):
 
     def _shown(self, entries: Sequence[Any], count: int) -> Sequence[Any]:
         """logprobs says how many of the likeliest tokens are shown; those that the request names are shown all."""
-        return entries if self._asked.logprob_token_ids else _cut(entries, count)
+        return entries if self._asked.logprob_token_ids or count == ALL_LOGPROBS else _cut(entries, count)
 
 
 def _mean_logprob(delta: Delta) -> float:

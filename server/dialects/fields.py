@@ -32,6 +32,7 @@ MAX_CHOICES = 128
 MAX_LOGPROB_TOKENS = 128
 MAX_TOKENS_SENT = 1 << 22  # to the engine for one request, each answer's prompt counted; they take 200 MB there
 MAX_ENTRIES = 1024  # of an object: pydantic makes an error for each wrong one, and these must not fill the memory
+ALL_LOGPROBS = -1  # vLLM's: those of the whole vocabulary
 INT64 = 2**63
 
 
@@ -49,6 +50,7 @@ Text = Annotated[str, StringConstraints(strict=True)]
 Integer = Annotated[int, BeforeValidator(_whole), Field(strict=True)]
 TokenId = Annotated[int, Field(strict=True, ge=0, lt=2**31)]  # of long lists, each of which a Python call would slow
 Count = Annotated[Integer, Field(ge=0, lt=2**31)]
+LogprobCount = Annotated[Integer, Field(ge=ALL_LOGPROBS, lt=2**31)]
 RequestName = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=256)]
 StopString = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=1024)]
 StopStrings = Annotated[list[StopString], Field(max_length=32, fail_fast=True)]
@@ -183,7 +185,7 @@ class GenerationRequest(OpenAIHints, ConstraintFields, NoOps):
     min_tokens: Count = 0
     skip_special_tokens: Flag = True
     truncate_prompt_tokens: Annotated[Integer, Field(ge=-1, lt=2**31)] | None = None
-    prompt_logprobs: Count | None = None
+    prompt_logprobs: LogprobCount | None = None
     allowed_token_ids: Annotated[list[TokenId], Field(min_length=1, max_length=2**18, fail_fast=True)] | None = None
     return_token_ids: Flag | None = None
     cache_salt: Annotated[str, StringConstraints(strict=True, min_length=1, max_length=1024)] | None = None

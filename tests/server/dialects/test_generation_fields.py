@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
-from octavo_server import stream
+from octavo_server import serving, stream
 from tiny_oracle import Oracle
 
 PATH = "/v1/completions"
@@ -223,3 +223,44 @@ def test_spaces_between_special_tokens_are_the_tokens_own(client: httpx.Client, 
         choice = only(client, **fields, spaces_between_special_tokens=value)
         assert choice["text"] == oracle.text(choice["token_ids"], skip_special_tokens=False)
         assert " " not in choice["text"]
+
+
+def test_the_log_probabilities_of_the_whole_vocabulary(oracle: Oracle) -> None:
+    """-1 asks for all of them, of the answer and of the prompt, whole and streamed."""
+    ids = oracle.ids(PROMPT)
+    answered = oracle.greedy(ids, 2)
+    rows = oracle.logprobs(ids + answered)
+    truth = {at: dict(enumerate(rows[at].tolist())) for at in range(len(ids) + 1)}
+    wanted = {"max_tokens": 2, "prompt_logprobs": -1}
+    with serving("--max-logprobs", "-1") as server, server.client() as client:
+        choice = only(client, logprobs=-1, return_tokens_as_token_ids=True, **wanted)
+        body = {"messages": [{"role": "user", "content": "abc"}], "max_tokens": 1, "temperature": 0, "ignore_eos": True}
+        body |= {"logprobs": True, "top_logprobs": -1, "return_tokens_as_token_ids": True}
+        (said,) = post(client, CHAT, **body)["choices"]
+        streamed = stream(client, CHAT, body)
+        echoed = only(client, max_tokens=1, logprobs=-1, echo=True, return_tokens_as_token_ids=True)
+    for at, found in enumerate(choice["logprobs"]["top_logprobs"]):
+        named = {int(name.removeprefix("token_id:")): logprob for name, logprob in found.items()}
+        assert named == pytest.approx(truth[len(ids) - 1 + at], abs=NEAR)
+    for at, entry in enumerate(choice["prompt_logprobs"][1:]):
+        assert {int(name): one["logprob"] for name, one in entry.items()} == pytest.approx(truth[at], abs=NEAR)
+    assert [found and len(found) for found in echoed["logprobs"]["top_logprobs"]] == [None] + [1024] * len(ids)
+    chat = oracle.logprobs(oracle.chat_ids(body["messages"]))[-1]
+    (entry,) = said["logprobs"]["content"]
+    tops = {int(top["token"].removeprefix("token_id:")): top["logprob"] for top in entry["top_logprobs"]}
+    assert tops == pytest.approx(dict(enumerate(chat.tolist())), abs=NEAR)
+    choices = [choice for event in streamed for choice in event["choices"] if choice["logprobs"]]
+    assert [choice["logprobs"]["content"] for choice in choices] == [[entry]]
+
+
+@pytest.mark.parametrize(("path", "name"), [(PATH, "logprobs"), (PATH, "prompt_logprobs"), (CHAT, "top_logprobs")])
+def test_the_whole_vocabulary_is_more_than_a_server_allows_by_itself(
+    client: httpx.Client, path: str, name: str
+) -> None:
+    body = {"prompt": PROMPT} if path == PATH else {"messages": [{"role": "user", "content": "a"}], "logprobs": True}
+    refused = client.post(path, json=body | {name: -1})
+    assert refused.status_code == 400, refused.text
+    error = refused.json()["error"]
+    assert error["param"] == name
+    assert error["message"].startswith(f"{name} -1, the whole vocabulary of 1024, is above this server's limit, 20")
+    assert client.post(path, json=body | {name: -2}).status_code == 400
