@@ -257,6 +257,19 @@ def install(app: FastAPI) -> None:
         return error_response(500, f"internal error: {type(error).__name__}", path=http.url.path)
 
 
+def _wrong_type(error: Mapping[str, Any], path: str) -> str:
+    """What is wrong with an object whose `type` says of which kind it is. Tags in angle brackets are no types."""
+    value = error["input"]
+    if not isinstance(value, dict):
+        return f"{path}: Input should be an object (got {_short.repr(value)})"
+    tags = error["ctx"].get("expected_tags", "").split(", ")
+    known = ", ".join(tag for tag in tags if tag and not tag.startswith("'<"))
+    supported = f"; supported: {known}" if known else ""
+    if value.get("type") is None:
+        return f"{path}.type: this field is missing{supported}"
+    return f"{path}.type: octavo does not support the value {_short.repr(value['type'])}{supported}"
+
+
 def explain(errors: Sequence[Mapping[str, Any]], body: Any) -> tuple[str, str | None]:
     """(message, field) of what pydantic found wrong with a body; a field that octavo doesn't know is named as such."""
     error, place = deepest(errors, body)
@@ -271,6 +284,8 @@ def explain(errors: Sequence[Mapping[str, Any]], body: Any) -> tuple[str, str | 
         return f"{path}: octavo does not support this field, and refuses it rather than ignore it", param
     if kind == "none_required" or (kind == "too_long" and context["max_length"] == 0):
         return f"{path}: octavo does not support this field; only null is accepted", param
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        return _wrong_type(error, path), param
     if kind == "literal_error":
         given = _short.repr(error.get("input"))
         supported = context["expected"].replace("False", "false").replace("True", "true")

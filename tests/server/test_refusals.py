@@ -184,6 +184,44 @@ def test_a_refusal_says_what_is_supported(client: httpx.Client) -> None:
     assert "'text', 'input_text', 'output_text', 'refusal', 'thinking'" in message
 
 
+@pytest.mark.parametrize(
+    ("path", "fields", "message"),
+    [
+        (
+            "/v1/responses",
+            {"input": [{"type": "sound"}]},
+            "input.0.type: octavo does not support the value 'sound'; supported: 'message', 'function_call', "
+            "'custom_tool_call', 'function_call_output', 'custom_tool_call_output', 'reasoning', 'item_reference'",
+        ),
+        ("/v1/responses", {"input": [3]}, "input.0: Input should be an object (got 3)"),
+        (
+            "/v1/responses",
+            {"input": "x", "tools": [{"type": 5}]},
+            "tools.0.type: octavo does not support the value 5; supported: 'function', 'custom', 'namespace'",
+        ),
+        (
+            "/v1/responses",
+            {"input": "x", "tools": [{"name": "f"}]},
+            "tools.0.type: this field is missing; supported: 'function', 'custom', 'namespace'",
+        ),
+        (
+            CHAT,
+            {"messages": [{"role": "user", "content": [{"text": "x"}]}]},
+            "messages.0.content.0.type: this field is missing",
+        ),
+        (
+            CHAT,
+            {"messages": [{"role": "user", "content": "x"}], "tools": [{"type": "code"}]},
+            "tools.0.type: octavo does not support the value 'code'; supported: 'function', 'custom'",
+        ),
+    ],
+)
+def test_an_object_of_an_unknown_kind(client: httpx.Client, path: str, fields: dict[str, Any], message: str) -> None:
+    answer = client.post(path, json=fields)
+    assert (answer.status_code, answer.json()["error"]["message"]) == (400, message)
+    assert answer.json()["error"]["param"] == message.partition(".")[0]
+
+
 def test_combinations_that_contradict_each_other(client: httpx.Client) -> None:
     assert refused(client, COMPLETIONS, stream=True, best_of=2)["param"] == "best_of"
     assert refused(client, COMPLETIONS, n=3, best_of=2)["param"] == "best_of"
