@@ -94,6 +94,18 @@ class ResponseStore:
         done.add_done_callback(_log_failure)
         return done
 
+    async def begin(self, owner: str, response: Json, own_input: list[Json]) -> None:
+        """Keep a response that is about to run, and is there when this returns. Raises StoreError.
+
+        Where this is cancelled nothing is kept: nobody would make the response, and as it runs it would stay for ever.
+        """
+        done = self.put(owner, response, own_input, [], active=True)
+        try:
+            await asyncio.shield(asyncio.wrap_future(done))
+        except asyncio.CancelledError:
+            self._thread.submit(_translated, partial(self._delete, response["id"], owner))
+            raise
+
     async def get(self, response_id: str, owner: str) -> Stored:
         """Raises MissingError, and as all that follow StoreError."""
         return await self._do(lambda: self._get(response_id, owner))

@@ -219,7 +219,7 @@ class Responses:
         run = Run(answer, owner)
         queued = answer.object()
         try:
-            await asyncio.wrap_future(self._store.put(owner, queued, own, [], active=True))
+            await self._store.begin(owner, queued, own)
         except StoreError as error:
             raise not_stored(error) from error
         self._runs.start(run, steps)

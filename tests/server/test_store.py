@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -191,4 +193,29 @@ def test_what_finds_no_room_beside_running_ones_is_told() -> None:
     with pytest.raises(StoreError, match="still run"):
         put(store, "c").result()
     assert names(store, "running", "c") == ["running"]
+    store.close()
+
+
+@pytest.mark.parametrize("is_written", [False, True])
+def test_a_run_that_is_cancelled_before_it_began_leaves_nothing(is_written: bool) -> None:
+    """Cancelled while its record waits to be written, or while it is being written."""
+    store = ResponseStore(MEMORY, 1 << 30, FOREVER)
+    may_write = threading.Event()
+
+    async def cancelled() -> tuple[int, int]:
+        writer = asyncio.ensure_future(asyncio.get_running_loop().run_in_executor(store._thread, may_write.wait))
+        beginning = asyncio.ensure_future(store.begin("me", response("a", text="x" * (64 << 20)), []))
+        await asyncio.sleep(0)
+        if is_written:
+            may_write.set()
+            while store._thread._work_queue.qsize():
+                time.sleep(0)
+        beginning.cancel()
+        may_write.set()
+        with pytest.raises(asyncio.CancelledError):
+            await beginning
+        await writer
+        return await store.size()
+
+    assert asyncio.run(cancelled()) == (0, 0)
     store.close()
