@@ -46,7 +46,7 @@ class QueueLimits:
 class Ticket:
     """A request that was admitted: whose it is, and its time. Until it is open in the engine the queue counts it here.
 
-    key_owner: whose API key it carried; on a server without keys "".
+    key_owner: whose API key it carried; on a server without keys "". name: what it is called.
     Seconds are of the monotonic clock; infinity where there is no limit.
     """
 
@@ -55,6 +55,7 @@ class Ticket:
     end_until: float
     _open: Callable[[], object] = field(repr=False, default=lambda: None)
     _leave: Callable[[], object] = field(repr=False, default=lambda: None)
+    name: str = ""
 
     def __enter__(self) -> Ticket:
         return self

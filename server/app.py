@@ -82,6 +82,7 @@ def build_app(
     made.resume()
     app.include_router(operation.engine_routes(client, metrics, access))
     app.include_router(operation.pause_routes(client))
+    app.include_router(operation.abort_routes(service))
     app.include_router(operation.model_routes(model))
     app.state.at_once = RefusedAtOnce(service.admission, metrics, access)
     app.add_middleware(FullQueue, admission=service.admission)  # the innermost: who may not ask learns nothing

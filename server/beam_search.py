@@ -139,7 +139,7 @@ async def _step(searches: Sequence[Search], client: Fleet, ticket: Ticket) -> No
     everything = [request for of_search in requests for request in of_search]
     found: dict[str, Logprobs] = {}
     await ticket.within_time(client.resumed(), has_begun=searches[0].num_cached is not None)
-    async with client.open(everything, ticket.key_owner) as stream:
+    async with client.open(everything, ticket.key_owner, ticket.name) as stream:
         ticket.open()
         while len(found) < len(everything):
             for output in await ticket.within_time(stream.next(), has_begun=searches[0].num_cached is not None):

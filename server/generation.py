@@ -330,7 +330,7 @@ async def generate(choices: Sequence[Choice], client: Fleet, metrics: Metrics, t
     with ticket, counted_ends(choices, metrics):
         await ticket.within_time(client.resumed(), has_begun=False)
         prompts = {id(choice.sent): choice.sent for choice in choices}
-        async with client.open(prompts.values(), ticket.key_owner) as stream:
+        async with client.open(prompts.values(), ticket.key_owner, ticket.name) as stream:
             ticket.open()
             for choice in choices:
                 choice.timeline.engine = stream.engine_of[choice.request.request_id]

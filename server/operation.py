@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
+from pydantic import Field
 
 from octavo.server.access import Access
-from octavo.server.dialects.fields import Strict
+from octavo.server.dialects.fields import Strict, Text
 from octavo.server.errors import ANY_ERROR, RESPONSES, TEXT, ApiError, ErrorResponse
 from octavo.server.fleet.fleet import Fleet
 from octavo.server.fleet.member import Member
 from octavo.server.metrics import CONTENT_TYPE, Metrics
 from octavo.server.served_model import ServedModel
+from octavo.server.service import Service, owner_of
+from octavo.server.strict_json import StrictRoute
 from octavo.version import VERSION
 
 HEALTH_SECONDS = 30.0  # one step of a large model on a slow machine may take seconds; nothing healthy takes this
+
+ID_PREFIXES = ("chatcmpl-", "cmpl-", "msg_")  # of an answer's id, in front of what its request is called
 
 DRAIN_RESPONSES: dict[int | str, dict[str, Any]] = {
     403: {"model": ErrorResponse, "description": "The server has no API key"},
@@ -31,6 +36,12 @@ class PauseGeneration(Strict):
     """SGLang's body of /pause_generation; `retract` is as good as in_place, as no sequence must be moved."""
 
     mode: Literal["abort", "in_place", "retract"] = "abort"
+
+
+class AbortRequests(Strict):
+    """vLLM's body of /abort_requests."""
+
+    request_ids: Annotated[list[Text], Field(min_length=1, max_length=4096, fail_fast=True)]
 
 
 class ContinueGeneration(Strict):
@@ -111,6 +122,20 @@ def _load_of(member: Member) -> dict[str, int]:
         "num_waiting_reqs": 0 if stats is None else stats.num_waiting,
         "num_tokens": 0 if stats is None else round(stats.kv_cache_usage * capacity),
     }
+
+
+def abort_routes(service: Service) -> APIRouter:
+    """/abort_requests."""
+    router = APIRouter(route_class=StrictRoute, responses=RESPONSES)
+
+    @router.post("/abort_requests", response_class=Response)
+    async def abort_requests(body: AbortRequests, http: Request) -> Response:
+        """End requests of the same API key with the finish reason `abort`, by their ids or their answers' ids."""
+        names = {given.removeprefix(prefix) for given in body.request_ids for prefix in ("", *ID_PREFIXES)}
+        service.abort_all_of(owner_of(http), names)
+        return Response(status_code=200)
+
+    return router
 
 
 def pause_routes(client: Fleet) -> APIRouter:

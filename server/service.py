@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Container, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -98,9 +98,9 @@ class Service:
         """End these of the engine's requests with the finish reason `abort`."""
         self._client.abort(request_ids)
 
-    def abort_all_of(self, key_owner: str) -> None:
-        """End all of the engine's requests that were made with this API key."""
-        self._client.abort_all_of(key_owner)
+    def abort_all_of(self, key_owner: str, names: Container[str] | None = None) -> None:
+        """End all of the engine's requests that were made with this API key, or those of these names."""
+        self._client.abort_all_of(key_owner, names)
 
     def forget_prefixes(self) -> None:
         """Empty the prefix cache."""
@@ -132,6 +132,7 @@ class Service:
         ticket = self.admission.admit(
             lengths, timeout_of(http.headers.get("x-request-timeout")), key_owner, choices[0].sent.owner
         )
+        ticket.name = getattr(http.state, "request_name", http.state.request_id)
         answers = generate if choices[0].length_penalty is None else search_beams
         return answers(choices, self._client, self._metrics, ticket)
 

@@ -73,7 +73,9 @@ async def _event_in_turns(frame: Json) -> bytes:
 def request_id_of(http: Request, body: GenerationRequest) -> str:
     """What a request is called: by its X-Request-Id, else by its body, else by the server."""
     own: str = http.state.request_id
-    return own if http.headers.get("x-request-id") == own else body.request_id or body.rid or own
+    name = own if http.headers.get("x-request-id") == own else body.request_id or body.rid or own
+    http.state.request_name = name
+    return name
 
 
 def names_ids(request: GenerationRequest, model: ServedModel) -> bool:

@@ -15,7 +15,7 @@ import logging
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Container, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -166,9 +166,9 @@ class Fleet:
                 self._chooser.open(member, ready)
         return msgspec.structs.replace(readies[0], max_model_len=min(ready.max_model_len for ready in readies))
 
-    def open(self, requests: Iterable[AddRequest], key_owner: str = "") -> Stream:
+    def open(self, requests: Iterable[AddRequest], key_owner: str = "", name: str = "") -> Stream:
         """A stream over these requests; they start when it is entered, and end when it is left."""
-        return Stream(self, requests, key_owner)
+        return Stream(self, requests, key_owner, name)
 
     async def ping(self, deadline: float) -> bool:
         """Whether the loop of one engine answers within `deadline` seconds; False where new requests are refused."""
@@ -228,9 +228,11 @@ class Fleet:
                 answer.stream.put(TokenOutput(request_id, [], finish_reason="abort"))
         self.end(named)
 
-    def abort_all_of(self, key_owner: str) -> None:
-        """End all open requests of this API key's owner with the finish reason `abort`."""
-        self.abort([name for name, answer in self._open.items() if answer.stream.key_owner == key_owner])
+    def abort_all_of(self, key_owner: str, names: Container[str] | None = None) -> None:
+        """End all open requests of this API key's owner with the finish reason `abort`, or those of these names."""
+        streams = ((request_id, answer.stream) for request_id, answer in self._open.items())
+        mine = [(request_id, stream.name) for request_id, stream in streams if stream.key_owner == key_owner]
+        self.abort([request_id for request_id, name in mine if names is None or name in names])
 
     def refuse(self, message: str) -> None:
         """Take no new requests; open ones go on. If all engines are dead, that stays the reason."""

@@ -42,12 +42,13 @@ class Requests(Protocol):
 class Stream:
     """The outputs of the requests that belong to one HTTP request, in the order in which they come.
 
-    key_owner: whose API key the HTTP request carried; on a server without keys "".
+    key_owner: whose API key the HTTP request carried; on a server without keys "". name: what that is called.
     engine_of: the number of the engine that has each of its answers, or had it last.
     """
 
-    def __init__(self, owner: Requests, requests: Iterable[AddRequest], key_owner: str = "") -> None:
+    def __init__(self, owner: Requests, requests: Iterable[AddRequest], key_owner: str = "", name: str = "") -> None:
         self.key_owner = key_owner
+        self.name = name
         self._owner = owner
         self._requests = list(requests)
         self.open_ids = {request_id for request in self._requests for request_id in request.request_ids}

@@ -35,6 +35,7 @@ RIGHT: dict[str, Json | None] = {  # a body that each route takes
     "POST /open_session": {"session_id": "s"},
     "POST /close_session": {"session_id": "s"},
     "POST /abort_request": {"rid": "x"},
+    "POST /abort_requests": {"request_ids": ["x"]},
     "POST /v1/responses": {"input": "abc", "max_output_tokens": 1},
     "POST /v1/responses/input_tokens": {"input": "abc"},
     "POST /pause_generation": {"mode": "in_place"},

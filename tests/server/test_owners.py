@@ -97,6 +97,29 @@ def test_abort_all_ends_all_that_has_the_same_key(server: Server, keys: Keys) ->
     assert reasons(of_a) == ["length", "length"]
 
 
+def test_requests_are_aborted_by_their_names(server: Server, keys: Keys) -> None:
+    """By a request's name or its answer's id: those of the same key, with all of their answers."""
+    chat = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 8, "ignore_eos": True}
+    with standing(server):
+        of_a = keys.begin("a", "/v1/completions", COMPLETION | {"request_id": "mine"})
+        named = [
+            keys.begin("b", "/v1/completions", COMPLETION | {"request_id": "mine", "n": 2}),
+            keys.begin("b", "/v1/chat/completions", chat | {"request_id": "talk"}),
+        ]
+        beams = keys.begin("b", "/v1/completions", BEAMS | {"request_id": "search"})
+        other = keys.begin("b", "/v1/completions", COMPLETION | {"request_id": "other"})
+        wait_until(lambda: keys.num_open == 6)
+        for missing in (["none"], ["min", "cmpl-min"], ["talk-"]):
+            assert keys.post("b", "/abort_requests", {"request_ids": missing}).status_code == 200
+        assert keys.num_open == 6
+        known = {"request_ids": ["mine", "chatcmpl-talk", "cmpl-search"]}
+        assert keys.post("b", "/abort_requests", known).status_code == 200
+        assert [reasons(each) for each in (*named, beams)] == [["abort", "abort"], ["abort"], ["abort"] * 3]
+        assert keys.num_open == 2
+    assert reasons(of_a) == reasons(other) == ["length"]
+    assert keys.post("b", "/abort_requests", {}).status_code == 400
+
+
 def test_a_beam_search_that_is_aborted_answers_with_its_beams_so_far(server: Server, keys: Keys) -> None:
     with standing(server):
         of_a = keys.begin("a", "/v1/completions", BEAMS)
