@@ -232,6 +232,18 @@ class Sessions:
         lasting = limits.seconds if seconds is None else seconds
         self._sessions[owner, name] = Session(name, is_streaming=is_streaming, seconds=lasting, now=self._clock())
 
+    def use(self, owner: str, name: str) -> float:
+        """Note that a session is being used; in how many seconds it is closed, unless it is used again.
+
+        Raises SessionError where it isn't open.
+        """
+        session = self._sessions.get((owner, name))
+        now = self._clock()
+        if session is None or session.has_expired(now):
+            raise SessionError(f"no session {name[:80]!r} is open")
+        session.used = now
+        return session.seconds
+
     def close(self, owner: str, name: str) -> None:
         """Forget it, if it is there; what is under way goes on, and is not kept."""
         self._sessions.pop((owner, name), None)

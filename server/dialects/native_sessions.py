@@ -72,7 +72,7 @@ def add_session_routes(router: APIRouter, sessions: Sessions) -> None:
     async def open_session(body: OpenSession, http: Request) -> Response:
         """Begin a session, under this id or a new one."""
         name = body.session_id or uuid.uuid4().hex
-        with _refusals():
+        with session_refusals():
             sessions.open(owner_of(http), name, is_streaming=bool(body.streaming), seconds=body.timeout)
         return JsonResponse(encode_json(name))
 
@@ -87,10 +87,10 @@ def add_session_routes(router: APIRouter, sessions: Sessions) -> None:
 @contextmanager
 def begun_turn(sessions: Sessions, http: Request, asked: Continuation, rid: str) -> Iterator[Turn]:
     """A request of a session, while it is prepared: forgotten where that fails. Raises ApiError."""
-    with _refusals():
+    with session_refusals():
         turn = sessions.begin(owner_of(http), asked, rid)
     try:
-        with _refusals():
+        with session_refusals():
             yield turn
         if turn.is_over:
             raise bad_request("session_params: another request has taken the place of this one", "session_params")
@@ -121,7 +121,7 @@ async def kept(sessions: Sessions, turn: Turn, steps: Steps) -> Steps:
 
 
 @contextmanager
-def _refusals() -> Iterator[None]:
+def session_refusals() -> Iterator[None]:
     """What sessions refuse, as errors of the API, which blame the field that the message begins with."""
     try:
         yield

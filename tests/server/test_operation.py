@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -306,3 +307,28 @@ def test_sagemaker_s_invocations(client: httpx.Client) -> None:
     assert stream(client, "/invocations", body)[-1]["choices"][0]["finish_reason"] == "length"
     for wrong in ({}, {"input": "x"}, {"prompt": "x", "messages": messages}):
         assert client.post("/invocations", json=wrong).status_code == 400
+
+
+def test_sagemaker_s_sessions(client: httpx.Client) -> None:
+    """A session is open from its beginning to its end, and no other is."""
+    body = {"prompt": "The capital of", "max_tokens": 2}
+
+    def status(name: str, asked: dict[str, Any] = body) -> int:
+        return client.post("/invocations", json=asked, headers={"X-Amzn-SageMaker-Session-Id": name}).status_code
+
+    before = datetime.now(UTC).replace(microsecond=0)
+    begun = client.post("/invocations", json={"requestType": "NEW_SESSION"})
+    assert begun.status_code == 200, begun.text
+    name, expires = begun.headers["x-amzn-sagemaker-new-session-id"].split("; Expires=")
+    hour = timedelta(hours=1)
+    assert before + hour <= datetime.fromisoformat(expires) <= datetime.now(UTC) + hour
+    assert status(name) == 200
+    assert status("another") == 400
+    assert status("another", {"requestType": "CLOSE"}) == 400
+    assert client.post("/invocations", json={"requestType": "CLOSE"}).status_code == 400
+    closing = {"X-Amzn-SageMaker-Session-Id": name}
+    closed = client.post("/invocations", json={"requestType": "CLOSE"}, headers=closing)
+    assert (closed.status_code, closed.headers["x-amzn-sagemaker-closed-session-id"]) == (200, name)
+    assert status(name) == 400
+    wrong = client.post("/invocations", json={"requestType": "OPEN"}).json()["error"]["message"]
+    assert wrong == "requestType: octavo does not support the value 'OPEN'; supported: 'NEW_SESSION' or 'CLOSE'"
