@@ -81,6 +81,7 @@ class Decoder:
         behind = [*(layer.enter for layer in stack.layers[1:]), stack.final_norm]
         self._layers = [layer.followed_by(norm) for layer, norm in zip(stack.layers, behind, strict=True)]
         self._head = stack.head
+        self.best = stack.head.best if isinstance(stack.head, RankHead) else None
         self.weight_bytes = self._count_bytes(stack.head_shares_embedding)
 
     @property

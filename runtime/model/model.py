@@ -10,6 +10,7 @@ from torch import Tensor
 
 from octavo.kernels.attention.cache import LayerCache
 from octavo.kernels.attention.step import StepInputs
+from octavo.kernels.sampling.best import Best
 from octavo.runtime.model.layers import GroupedExperts
 
 LayerRow = tuple[str, str, str]  # kind of layer, scheme, body
@@ -79,6 +80,14 @@ class Model(Protocol):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[num logits_index, vocab_size] float32 of what `hidden` returns."""
+        ...
+
+    @property
+    def best(self) -> Callable[[Tensor], Best] | None:
+        """Of what `hidden` returns, the best of each row of `logits`; on ranks but the driver of their own columns.
+
+        None where `logits` costs no more.
+        """
         ...
 
     def report_layers(self) -> list[LayerRow]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from math import lcm
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch import Tensor
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
 from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.quantized_activation import ActivationQuant, Hidden
+from octavo.kernels.sampling.best import Best, best_of, best_of_parts
 from octavo.quant.linear import Linear, make_linear
 from octavo.quant.qparams import QuantizedWeight, Weight
 from octavo.quant.scheme import AT_LOAD, CHANNEL, QuantScheme, SchemeError, scheme_at_load
@@ -193,6 +195,7 @@ class RankHead:
         self.linear: Linear = own.linear
         self._own = own
         self._group = rank.group
+        self._first = rank.own.vocabulary[0]
         self._widths = [stop - begin for begin, stop in (each.vocabulary for each in rank.layout.ranks)]
 
     def forward(self, hidden: Hidden) -> Tensor:
@@ -203,3 +206,14 @@ class RankHead:
         if gathered is None:
             return widest
         return torch.cat([part[:, :width] for part, width in zip(gathered, self._widths, strict=True)], dim=1)
+
+    def best(self, hidden: Hidden) -> Best:
+        """The best of each row on the driver, of this rank's columns on the others: 8 bytes a row and rank."""
+        own = best_of(self._own.forward(hidden))
+        own = Best(own.ids + self._first, own.logits)
+        sent = torch.from_numpy(np.stack([own.ids.astype(np.int32).view(np.float32), own.logits]))
+        gathered = self._group.gather(sent)
+        if gathered is None:
+            return own
+        of_ranks = gathered.numpy()
+        return best_of_parts(of_ranks[:, 0].view(np.int32).astype(np.int64), of_ranks[:, 1])

@@ -142,7 +142,7 @@ class _Driver:
         order.fill_tokens(last_tokens)
         if self.followers is not None:
             self.followers.send(order)
-        logits = self.worker.forward(with_tokens(step.inputs, order))
+        logits = self.worker.compute(with_tokens(step.inputs, order), order.wants)
         return self.sampler.sample(logits, step.plan)
 
 

@@ -75,7 +75,8 @@ def follow(worker: Worker, channel: FollowerChannel) -> None:
 
     with torch.inference_mode():
         while (order := channel.receive()) is not None:
-            worker.forward(worker.prepare(StepOrder(order)))
+            step = StepOrder(order)
+            worker.compute(worker.prepare(step), step.wants)
 
 
 if __name__ == "__main__":

@@ -8,15 +8,20 @@ the step begins (`fill_tokens`), so that no other rank samples.
 from __future__ import annotations
 
 from itertools import chain
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from octavo.runtime.scheduling.plan import SchedulerConfig, StepPlan
+from octavo.runtime.scheduling.plan import ScheduledSequence, SchedulerConfig, StepPlan
 
 Int32s = NDArray[np.int32]
 
-_HEADER = ("number", "num_groups", "num_sequences", "num_tokens", "num_new_blocks")
+Wants = Literal["nothing", "best", "logits"]
+"""What a step shall bring of the logits that sequences want: each row's largest and its token, or all of them."""
+
+_WANTS: tuple[Wants, ...] = get_args(Wants)
+_HEADER = ("number", "wants", "num_groups", "num_sequences", "num_tokens", "num_new_blocks")
 _COLUMNS = ("slots", "starts", "ends", "first_logits", "is_new", "first_new_blocks", "new_block_counts")
 
 
@@ -26,6 +31,7 @@ class StepOrder:
     With S sequences, T tokens, G groups of layers that share block tables, and B new blocks:
 
     number            how many steps were ordered before
+    wants             of the rows of logits: see Wants
     slots             [S] each sequence's row in the block tables
     starts, ends      [S] positions of its tokens in this step
     first_logits      [S] logits of positions first_logits .. ends are wanted
@@ -48,11 +54,13 @@ class StepOrder:
         "slots",
         "starts",
         "token_ids",
+        "wants",
     )
 
     def __init__(self, buffer: Int32s) -> None:
         self.buffer = buffer
-        self.number, groups, sequences, tokens, blocks = buffer[: len(_HEADER)].tolist()
+        self.number, wants, groups, sequences, tokens, blocks = buffer[: len(_HEADER)].tolist()
+        self.wants = _WANTS[wants]
         columns = buffer[len(_HEADER) :]
         parts = [columns[i * sequences : (i + 1) * sequences] for i in range(len(_COLUMNS))]
         self.slots, self.starts, self.ends, self.first_logits, self.is_new = parts[:5]
@@ -75,7 +83,7 @@ def make_order(plan: StepPlan, number: int) -> StepOrder:
     num_groups = len(scheduled[0].new_blocks)
     num_new_blocks = sum(len(it.new_blocks[0]) for it in growing)
     numbers = chain(
-        (number, num_groups, len(scheduled), plan.num_tokens, num_new_blocks),
+        (number, _WANTS.index(_wanted(scheduled)), num_groups, len(scheduled), plan.num_tokens, num_new_blocks),
         [it.slot for it in scheduled],
         [it.start for it in scheduled],
         [it.end for it in scheduled],
@@ -87,6 +95,13 @@ def make_order(plan: StepPlan, number: int) -> StepOrder:
         *(it.new_blocks[group] for group in range(num_groups) for it in growing),
     )
     return StepOrder(np.array(list(numbers), dtype=np.int32))
+
+
+def _wanted(scheduled: list[ScheduledSequence]) -> Wants:
+    wanting = [it.sequence for it in scheduled if it.first_logit < it.end]
+    if not wanting:
+        return "nothing"
+    return "best" if all(sequence.is_plain_greedy for sequence in wanting) else "logits"
 
 
 def largest_order(limits: SchedulerConfig) -> int:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from octavo.kernels.sampling.best import Best, best_of
 from octavo.runtime.messages import Logprobs
 from octavo.runtime.scheduling.plan import ScheduledSequence, StepPlan, StepResult
 from octavo.runtime.scheduling.sequence import Sequence, is_stop
@@ -42,17 +43,23 @@ class Sampler:
         self._grammars = GrammarMasks(device, jumps=jumps)
         self._changed: dict[int, tuple[Sequence, ChangedSequence]] = {}  # by slot
 
-    def sample(self, logits: Tensor, plan: StepPlan) -> StepResult:
-        """logits [L, vocab] float32, of which L = the plan's wanted rows; they may be overwritten."""
+    def sample(self, logits: Tensor | Best, plan: StepPlan) -> StepResult:
+        """logits [L, vocab] float32, of which L = the plan's wanted rows; they may be overwritten.
+
+        Or their Best, where the step's order wants no more.
+        """
         those = _those_that_sample(plan)
-        constrained = self._grammars.before(those.scheduled, those.rows, logits.shape[1])  # beside a GPU's forward pass
-        best, peaks = _argmax(logits)
-        errors = {} if np.isfinite(peaks).all() else _find_bad(plan, peaks)
-        if len(those.rows) == len(logits) and all(it.sequence.is_plain_greedy for it in those.scheduled):
-            chosen: list[int] = best.tolist()
-            result = StepResult(those.tokens(plan, chosen), errors=errors)
+        if isinstance(logits, Best):
+            chosen, result = self._take_best(logits, plan, those)
         else:
-            chosen, result = self._sample_each(logits, plan, best, those, constrained, errors)
+            vocab = logits.shape[1]
+            constrained = self._grammars.before(those.scheduled, those.rows, vocab)  # beside a GPU's forward pass
+            best = best_of(logits)
+            if len(those.rows) == len(logits) and all(it.sequence.is_plain_greedy for it in those.scheduled):
+                chosen, result = self._take_best(best, plan, those)
+            else:
+                errors = _find_bad(plan, best.logits)
+                chosen, result = self._sample_each(logits, plan, best.ids, those, constrained, errors)
         self.last_tokens[[it.slot for it in those.scheduled]] = chosen
         return result
 
@@ -61,6 +68,11 @@ class Sampler:
         if it.sequence.params.constraint is not None and self._grammars.is_over(it):
             return True
         return is_stop(it.sequence.params, int(self.last_tokens[it.slot]), it.num_outputs)
+
+    def _take_best(self, best: Best, plan: StepPlan, those: _Sampling) -> tuple[list[int], StepResult]:
+        """As `_sample_each`, where every row of logits is a plainly greedy sequence's."""
+        chosen: list[int] = best.ids.tolist()
+        return chosen, StepResult(those.tokens(plan, chosen), errors=_find_bad(plan, best.logits))
 
     def _sample_each(
         self,
@@ -116,10 +128,10 @@ class Sampler:
             self._ops.forbid(logits, *constrained.mask)
         if changed:
             change_logits(logits, [rows[i] for i in changed], [sampling[i] for i in changed], states, self._ops)
-            best, peaks = _argmax(logits)
+            found = best_of(logits)
             for i in changed:
-                chosen[i] = int(best[rows[i]])
-                if peaks[rows[i]] == float("-inf"):
+                chosen[i] = int(found.ids[rows[i]])
+                if found.logits[rows[i]] == float("-inf"):
                     stuck.append(i)
         random = [
             i for i, it in enumerate(sampling) if it.sequence.params.temperature >= GREEDY_BELOW and i not in stuck
@@ -234,19 +246,11 @@ def _those_that_sample(plan: StepPlan) -> _Sampling:
     return _Sampling(places, rows, [plan.scheduled[place] for place in places])
 
 
-def _argmax(logits: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """The best token of each row and its logit; a row with a NaN has NaN. numpy's takes a fifth of torch's time."""
-    if logits.device.type == "cpu":
-        array = logits.numpy()
-        best = array.argmax(axis=-1)
-        return best, array[np.arange(len(array)), best]
-    values, indices = logits.max(dim=-1)
-    return indices.cpu().numpy(), values.cpu().numpy()
-
-
 def _find_bad(plan: StepPlan, peaks: np.ndarray) -> dict[int, str]:
     """Which sequences have a row without a finite largest logit."""
     errors: dict[int, str] = {}
+    if np.isfinite(peaks).all():
+        return errors
     begin = 0
     for place, it in enumerate(plan.scheduled):
         end = begin + it.end - it.first_logit

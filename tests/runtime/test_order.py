@@ -62,6 +62,30 @@ def test_inputs_lead_to_the_blocks_that_sequences_hold(seed: int, windows: Windo
         scheduler.commit(plan, StepResult([[1] if at.wants == "token" else [] for at in plan.scheduled]))
 
 
+def wants(*requests: AddRequest) -> list[str]:
+    """Of the steps in which these are answered with a token each, the prompts in chunks."""
+    scheduler = Scheduler(replace(CONFIG, max_num_batched_tokens=4))
+    for request in requests:
+        scheduler.add(request)
+    found = []
+    while scheduler.has_work:
+        plan = scheduler.plan()
+        found.append(make_order(plan, 0).wants)
+        scheduler.commit(plan, StepResult([[1] if at.wants == "token" else [] for at in plan.scheduled]))
+    return found
+
+
+def test_an_order_wants_no_more_of_the_logits_than_its_sequences_do() -> None:
+    greedy = AddRequest("a", [1] * 6, SamplingParams(max_tokens=1, temperature=0.0), 0.0)
+    drawn = AddRequest("b", [2], SamplingParams(max_tokens=1, temperature=1.0), 0.0)
+    listed = AddRequest("c", [3], SamplingParams(max_tokens=1, temperature=0.0, logprobs=1), 0.0)
+    listed_prompt = AddRequest("d", [4] * 6, SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=1), 0.0)
+    assert wants(greedy) == ["nothing", "best"]
+    assert wants(greedy, drawn) == ["nothing", "logits"]
+    assert wants(greedy, listed) == ["nothing", "logits"]
+    assert wants(listed_prompt) == ["logits", "logits"]
+
+
 def test_tokens_that_are_being_sampled_are_put_in_by_slot() -> None:
     scheduler = Scheduler(CONFIG)
     for name in ("a", "b"):

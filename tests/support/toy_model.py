@@ -46,6 +46,7 @@ class ToyModel:
     device = torch.device("cpu")
     weight_bytes = 0
     ranks = ()
+    best = None
 
     def __init__(self, max_position: int = 4096) -> None:
         self.max_position = max_position

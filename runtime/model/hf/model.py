@@ -35,6 +35,7 @@ class HFModel:
     kv_dtype: str | None = None
     # between its blocks, and behind them, is code that nobody here has read
     gives_hidden = False
+    best = None
     compiles_kernels = False
     capturable = False
 

@@ -44,6 +44,41 @@ def test_logits_are_those_of_one_rank(name: str, ranks: Ranks, tmp_path: Path) -
             assert float((ours - theirs).abs().max()) <= 1e-4 * max(1.0, spread), size
 
 
+def bests(group: Group, directory: Path, hidden: Tensor) -> tuple[list[int], list[float], list[int]]:
+    """(the best tokens, their logits, bytes that were gathered) of hidden states."""
+    model = load_model(EngineConfig(model=str(directory), dtype="float32"), group=group)
+    sizes: list[int] = []
+    gather = group.gather
+
+    def counted(x: Tensor) -> Tensor | None:
+        sizes.append(x.nbytes)
+        return gather(x)
+
+    group.gather = counted  # type: ignore[method-assign]
+    assert model.best is not None
+    best = model.best(hidden)
+    return best.ids.tolist(), best.logits.tolist(), sizes
+
+
+def test_the_best_token_is_that_of_one_rank_whatever_ties(ranks: Ranks, tmp_path: Path) -> None:
+    """Logits are small integers, of which several tokens on several ranks have the same, and now and then NaN."""
+    hf = make_hf(*CASES["llama"])
+    generator = torch.Generator().manual_seed(4)
+    hf.lm_head.weight.data = torch.randint(-1, 2, hf.lm_head.weight.shape, generator=generator).float()
+    directory = save(hf, tmp_path)
+    hidden = torch.randint(-1, 2, (40, 64), generator=generator).float() * (torch.arange(40) % 3).unsqueeze(1)
+    hidden[5, 3] = torch.inf  # NaN where a weight is 0
+    logits = load_model(EngineConfig(model=str(directory), dtype="float32")).logits(hidden)
+    expected = logits.numpy().argmax(axis=1)
+    tied = [int((row == row[token]).sum()) for row, token in zip(logits, expected, strict=True)]
+    assert sum(count > 1 for count in tied) > 15
+    for size in (2, 3):
+        ids, found, sent = ranks.run(bests, size, directory, hidden)[0]
+        assert ids == expected.tolist()
+        assert torch.equal(torch.tensor(found).nan_to_num(-7.0), logits[range(40), expected].nan_to_num(-7.0))
+        assert sent == [8 * len(hidden)]
+
+
 QUANTIZED = [
     "tiny--llmc-w8a8",
     "tiny--llmc-w4a16-asym-g32",
