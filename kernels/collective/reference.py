@@ -19,3 +19,8 @@ def all_reduce(of_ranks: Sequence[Tensor]) -> Tensor:
 def gather(of_ranks: Sequence[Tensor]) -> Tensor:
     """All ranks' tensors of one shape, float32, side by side: [ranks, ...]."""
     return torch.stack(list(of_ranks))
+
+
+def hand_over(sent: Sequence[Tensor]) -> list[Tensor]:
+    """What one rank receives from another: the tensors that were sent to it, in their order, bit for bit."""
+    return [x.clone() for x in sent]

@@ -1,10 +1,11 @@
 """All-reduce and gather between processes of one machine, over memory that they share. Reference: `.reference`.
 
 The memory: a stop word, then a number for each rank, each on a cache line of its own, then two buffers of CHUNK floats
-for each rank. Tensors go through in chunks. For each, a rank copies its own into one of its buffers, publishes how many
-chunks it has copied, waits until all others have published as many, and reads all buffers. The next chunk goes through
-the other buffer, so this one wait is all there is: who has published chunk n has read all of chunk n - 1, whose buffers
-chunk n + 1 will overwrite.
+for each rank. Some of the ranks may also add up among themselves, in memory behind that of all, but for the stop word.
+Tensors go through in chunks. For each, a rank copies its own into one of its buffers, publishes how many chunks it has
+copied, waits until all others have published as many, and reads all buffers. The next chunk goes through the other
+buffer, so this one wait is all there is: who has published chunk n has read all of chunk n - 1, whose buffers chunk
+n + 1 will overwrite.
 
 Whoever waits spins, gives way to other threads only after SPINS turns (a peer on a core of its own is there sooner),
 and looks at the stop word as it does: a peer that has died never keeps anybody waiting.
@@ -12,12 +13,10 @@ and looks at the stop word as it does: a peer that has died never keeps anybody 
 
 from __future__ import annotations
 
-import mmap
-import os
-
 import numba
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from octavo.kernels.native.atomics import give_way, pause, read_word, sleep, write_word
@@ -36,22 +35,29 @@ _STOPPED = 1  # 1 where an exchange was given up
 
 
 @numba.njit
-def _wait(memory, rank, size, number):  # type: ignore[no-untyped-def]
+def wait_for(stop, base, index, number):  # type: ignore[no-untyped-def]
+    """Wait until word `index` behind base is `number` at least; False when the word at `stop` was set first."""
+    turns = 0
+    while read_word(base, index) < number:
+        turns += 1
+        if turns <= SPINS:
+            pause()
+            continue
+        if turns % 64 == 0 and read_word(stop, 0) != 0:
+            return False
+        if turns < PATIENCE:
+            give_way()
+        else:
+            sleep(50)
+    return True
+
+
+@numba.njit
+def _wait(stop, memory, rank, size, number):  # type: ignore[no-untyped-def]
     """Wait until all ranks have published `number` chunks; False when the stop word was set first."""
-    base = pointer(memory)
     for other in range(size):
-        turns = 0
-        while other != rank and read_word(base, 8 * (1 + other)) < number:
-            turns += 1
-            if turns <= SPINS:
-                pause()
-                continue
-            if turns % 64 == 0 and read_word(base, 0) != 0:
-                return False
-            if turns < PATIENCE:
-                give_way()
-            else:
-                sleep(50)
+        if other != rank and not wait_for(pointer(stop), pointer(memory), 8 * (1 + other), number):
+            return False
     return True
 
 
@@ -67,10 +73,13 @@ def _copy(source, target, count):  # type: ignore[no-untyped-def]
         target[i] = source[i]
 
 
-@kernel("qqqqqqq")
+@kernel("qqqqqqqq")
 def _exchange(args):  # type: ignore[no-untyped-def]
-    """memory, rank, size, x, elements, out, state. out: SUM (into x), NOTHING, or the address of [size, elements]."""
-    a = numba.carray(args, (8,), np.int64)
+    """memory, rank, size, x, elements, out, state, stop.
+
+    out: SUM (into x), NOTHING, or the address of [size, elements].
+    """
+    a = numba.carray(args, (9,), np.int64)
     memory = a[1]
     rank = a[2]
     size = a[3]
@@ -85,7 +94,7 @@ def _exchange(args):  # type: ignore[no-untyped-def]
         own = view(a[4] + begin * 4, (count,), np.float32)
         _copy(own, view(of_turn + rank * CHUNK * 4, (count,), np.float32), count)
         write_word(pointer(memory), 8 * (1 + rank), number)
-        if not _wait(memory, rank, size, number):
+        if not _wait(a[8], memory, rank, size, number):
             state[_STOPPED] = 1
             return
         state[_COUNT] = number
@@ -101,21 +110,19 @@ def _exchange(args):  # type: ignore[no-untyped-def]
 
 
 def num_bytes(size: int) -> int:
-    """Of the memory that `size` ranks share."""
+    """Of the memory in which `size` ranks add up."""
     return LINE * (1 + size) + 2 * size * CHUNK * 4
 
 
 class SharedMemory:
     """One rank's end: every rank must make the same calls in the same order.
 
-    descriptor: of a file in memory, zeros at first, that all ranks have open. Each may ask for its size; it is grown.
+    begin  where the ranks' memory begins in that of the engine, which begins with the stop word
     """
 
-    def __init__(self, descriptor: int, rank: int, size: int) -> None:
-        if os.fstat(descriptor).st_size < num_bytes(size):
-            os.ftruncate(descriptor, num_bytes(size))
-        self._bytes = np.frombuffer(mmap.mmap(descriptor, num_bytes(size)), np.uint8)
-        self._address = self._bytes.ctypes.data
+    def __init__(self, memory: NDArray[np.uint8], begin: int, rank: int, size: int) -> None:
+        self._memory = memory
+        self._address = memory.ctypes.data + begin
         self._state = np.zeros(2, np.int64)
         self.rank = rank
         self.size = size
@@ -134,14 +141,12 @@ class SharedMemory:
         """This rank's part in a `gather` whose result it doesn't want."""
         return self._exchange(x, NOTHING)
 
-    def stop(self) -> None:
-        """End whatever any rank waits for here, now and later; may be called from any thread and process."""
-        self._bytes[:8].view(np.int64)[0] = 1
-
     def _exchange(self, x: Tensor, out: int) -> bool:
         assert x.dtype == torch.float32
         assert x.is_contiguous()
-        _exchange.start(1, self._address, self.rank, self.size, x.data_ptr(), x.numel(), out, self._state.ctypes.data)
+        state = self._state.ctypes.data
+        stop = self._memory.ctypes.data
+        _exchange.start(1, self._address, self.rank, self.size, x.data_ptr(), x.numel(), out, state, stop)
         return not self._state[_STOPPED]
 
 

@@ -5,13 +5,19 @@ Every rank makes the same calls in the same order. This is the only file that na
 
 from __future__ import annotations
 
+import mmap
+import os
 from datetime import timedelta
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from octavo.runtime.parallel.lifeline import EndedError
+
+if TYPE_CHECKING:
+    from octavo.kernels.collective.ring_cpu import Ring
 
 LIMBS = 4  # of 16 bits each: what float32 holds exactly
 TIMEOUT = timedelta(seconds=60)
@@ -40,6 +46,23 @@ class Group(Protocol):
         """All ranks' numbers, 0 to 2^64, in their order."""
         ...
 
+    def send(self, x: Tensor, to: int) -> None:
+        """Hand x, without gaps, over to another rank, which is always the same one. Waits for it only if it is behind
+        by more than a few steps.
+        """
+        ...
+
+    def receive(self, out: Tensor, source: int) -> Tensor:
+        """What another rank sends to this one, in `out`, which is of the same type and size, and without gaps."""
+        ...
+
+    def part(self, size: int) -> Group:
+        """The group of `size` neighbors among which this rank is, of the groups into which they divide all ranks.
+
+        Its first rank is its driver. Every rank makes this call.
+        """
+        ...
+
     def stop(self, why: str) -> None:
         """Let every rank that waits, now or later, raise EndedError; from any thread."""
         ...
@@ -61,6 +84,15 @@ class Alone:
     def of_all(self, number: int) -> list[int]:
         return [number]
 
+    def send(self, x: Tensor, to: int) -> None:
+        raise ValueError(f"there is no rank {to} to hand {list(x.shape)} over to")
+
+    def receive(self, out: Tensor, source: int) -> Tensor:
+        raise ValueError(f"there is no rank {source} to receive {list(out.shape)} from")
+
+    def part(self, size: int) -> Group:  # noqa: ARG002
+        return self
+
     def stop(self, why: str) -> None:
         """Nobody waits."""
 
@@ -73,14 +105,17 @@ class Shared:
 
     body = "shared memory"
 
-    def __init__(self, descriptor: int, rank: int, size: int) -> None:
-        """descriptor: see kernels.collective.shm_cpu.SharedMemory."""
+    def __init__(self, memory: int | _EngineMemory, rank: int, size: int, *, begin: int = 0) -> None:
+        """memory: the descriptor of a file in memory, empty at first, that all ranks have open; of a part of them, what
+        all share, and where in it the part's own begins.
+        """
         from octavo.kernels.collective.shm_cpu import SharedMemory
 
         self.rank = rank
         self.size = size
-        self._memory = SharedMemory(descriptor, rank, size)
-        self._why: str | None = None
+        self._engine = _EngineMemory(memory, size) if isinstance(memory, int) else memory
+        self._memory = SharedMemory(self._engine.bytes, begin, rank, size)
+        self._rings: dict[int, Ring] = {}  # by their senders
 
     def all_reduce(self, x: Tensor) -> Tensor:
         if not self._memory.all_reduce(x):
@@ -100,12 +135,69 @@ class Shared:
     def of_all(self, number: int) -> list[int]:
         return _of_all(self, number)
 
+    def send(self, x: Tensor, to: int) -> None:  # noqa: ARG002
+        if not self._ring(self.rank).send(x):
+            self._raise()
+
+    def receive(self, out: Tensor, source: int) -> Tensor:
+        if not self._ring(source).receive(out):
+            self._raise()
+        return out
+
+    def _ring(self, sender: int) -> Ring:
+        if sender not in self._rings:
+            self._rings[sender] = self._engine.ring(sender)
+        return self._rings[sender]
+
+    def part(self, size: int) -> Group:
+        if size == self.size:
+            return self
+        if size == 1:
+            return ALONE
+        number, place = divmod(self.rank, size)
+        return Shared(self._engine, place, size, begin=self._engine.begin_of_part(number * size))
+
     def stop(self, why: str) -> None:
-        self._why = self._why or why
-        self._memory.stop()
+        self._engine.stop(why)
 
     def _raise(self) -> None:
-        raise EndedError(self._why or "another rank of this engine has ended")
+        raise EndedError(self._engine.why or "another rank of this engine has ended")
+
+
+class _EngineMemory:
+    """What the ranks of an engine share: memory of all of them, then of parts of them, then a ring of each sender.
+
+    why: the reason for `stop`, if that was called here.
+    """
+
+    def __init__(self, descriptor: int, size: int) -> None:
+        """Each rank may ask for its size; whoever comes first makes it."""
+        from octavo.kernels.collective import ring_cpu, shm_cpu
+
+        self._parts = shm_cpu.num_bytes(size)
+        self._rings = self._parts + size * shm_cpu.num_bytes(1)
+        num_bytes = self._rings + size * ring_cpu.NUM_BYTES
+        if os.fstat(descriptor).st_size < num_bytes:
+            os.ftruncate(descriptor, num_bytes)
+        self.bytes = np.frombuffer(mmap.mmap(descriptor, num_bytes), np.uint8)
+        self.why: str | None = None
+
+    def begin_of_part(self, first: int) -> int:
+        """Of the ranks from `first` on, which take less memory together than each for itself."""
+        from octavo.kernels.collective import shm_cpu
+
+        return self._parts + first * shm_cpu.num_bytes(1)
+
+    def ring(self, sender: int) -> Ring:
+        from octavo.kernels.collective import ring_cpu
+
+        address = self.bytes.ctypes.data
+        return ring_cpu.Ring(address + self._rings + sender * ring_cpu.NUM_BYTES, address)
+
+    def stop(self, why: str) -> None:
+        """End whatever any rank waits for, now and later; may be called from any thread and process."""
+        self.why = self.why or why
+        self.bytes[:8].view(np.int64)[0] = 1
 
 
 class Distributed:
@@ -135,6 +227,20 @@ class Distributed:
 
     def of_all(self, number: int) -> list[int]:
         return _of_all(self, number)
+
+    def send(self, x: Tensor, to: int) -> None:
+        self._dist.send(x, to)
+
+    def receive(self, out: Tensor, source: int) -> Tensor:
+        self._dist.recv(out, source)
+        return out
+
+    def part(self, size: int) -> Group:
+        if size == self.size:
+            return self
+        if size == 1:
+            return ALONE
+        raise ValueError("ranks of several machines are not divided into groups")
 
     def stop(self, why: str) -> None:
         """A rank that is gone closes its connections, which ends the others' waiting."""

@@ -7,6 +7,7 @@ ranks are 6 and 3. What can't be is refused with what works.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -39,20 +40,31 @@ class Units:
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """Bytes that a step reads: of each layer, and of the output head. Stages are made equal by these."""
+
+    layers: tuple[int, ...]
+    head: int = 0
+
+
+@dataclass(frozen=True)
 class RankLayout:
     """The share of one rank, as ranges. Of its layers it has these heads, columns and experts.
 
+    place                  its number among the ranks that have the same layers
     query_heads, kv_heads  every query head finds its KV head here; each KV head here serves equally many query heads
     owns_kv_heads          False where another rank has the same KV head, and counts it
     inner                  columns between gate_up and down; expert_inner, shared_inner: the same of each expert, and of
                            the expert that every token goes to; (0, 0) where the model has none
-    vocabulary             rows of the embedding and of the output head
+    vocabulary             rows of the embedding, if its layers are the first, and of the output head, if the last
     experts                those that it has, or of which it has columns
     whole_experts          it has all columns of these, and other ranks have the other experts
+    layers                 those of its stage; is_first, is_last: whether the model's first and last are among them
     """
 
     rank: int
     size: int
+    place: int
     head_dim: int
     query_heads: Range
     kv_heads: Range
@@ -64,26 +76,35 @@ class RankLayout:
     experts: Range
     whole_experts: bool
     layers: Range
+    is_first: bool
+    is_last: bool
 
     def __str__(self) -> str:
         of_experts = "experts" if self.whole_experts else "expert_inner"
         names = ("query_heads", "kv_heads", "inner", of_experts, "shared_inner", "vocabulary")
         found = {name: getattr(self, name) for name in names}
-        said = ", ".join(f"{name.replace('_', ' ')} {b}-{e}" for name, (b, e) in found.items() if e > b)
-        return f"rank {self.rank} of {self.size}: {said}"
+        said = [f"{name.replace('_', ' ')} {b}-{e}" for name, (b, e) in found.items() if e > b]
+        return f"rank {self.rank} of {self.size}: {', '.join([*self._stage(), *said])}"
+
+    def _stage(self) -> list[str]:
+        """What of a model it has beside other stages; nothing where there are none."""
+        if self.is_first and self.is_last:
+            return []
+        layers = "layers {}-{}".format(*self.layers)
+        return ["embedding"] * self.is_first + [layers] + ["output head"] * self.is_last
 
     def shards(self, kind: str, spec: DecoderSpec) -> tuple[Shard, ...]:
         """What this rank reads of each module of a linear layer, by the layer's name: 'qkv', 'experts.3.down'."""
         if kind == "qkv":
             return self._qkv(spec)
         if kind == "o":
-            return (Shard("columns", (_times(self.query_heads, self.head_dim),), self.rank == 0),)
+            return (Shard("columns", (_times(self.query_heads, self.head_dim),), self.place == 0),)
         owner, _, name = kind.rpartition(".")
         if owner.startswith("experts") and self.whole_experts:
             return (WHOLE,) if name == "down" else (WHOLE, WHOLE)
         own = self.expert_inner if owner.startswith("experts") else self.shared_inner if owner else self.inner
         if name == "down":
-            return (Shard("columns", (own,), self.rank == 0),)
+            return (Shard("columns", (own,), self.place == 0),)
         if spec.fused and not owner:
             return (Shard("rows", (own, _behind(own, spec.intermediate_size))),)
         return (Shard("rows", (own,)),) * 2
@@ -104,7 +125,10 @@ class RankLayout:
 
 @dataclass(frozen=True)
 class ParallelLayout:
-    """The shares of all ranks of an engine: of each of `pp` stages, `tp` ranks one behind the other."""
+    """The shares of all ranks of an engine: of each of `pp` stages, `tp` ranks one behind the other.
+
+    The first ranks have the last layers: rank 0 samples, and is where the logits are.
+    """
 
     tp: int
     pp: int
@@ -112,10 +136,18 @@ class ParallelLayout:
 
     @classmethod
     def build(
-        cls, spec: DecoderSpec, tp: int, units: Units | None = None, *, pp: int = 1, expert_parallel: bool = False
+        cls,
+        spec: DecoderSpec,
+        tp: int,
+        units: Units | None = None,
+        *,
+        pp: int = 1,
+        sizes: Sizes | None = None,
+        expert_parallel: bool = False,
     ) -> ParallelLayout:
         """Raises LayoutError with the numbers of ranks that work.
 
+        sizes: None: all layers are equal, and the head is nothing.
         expert_parallel: each rank has whole experts instead of columns of all of them.
         """
         units = units or Units()
@@ -127,11 +159,11 @@ class ParallelLayout:
         if pp > len(spec.layers):
             raise LayoutError(f"-pp {pp}: the model has {len(spec.layers)} layers; 1 to {len(spec.layers)} work")
         shares = [_shares(spec, tp, rank, units, expert_parallel) for rank in range(tp)]
-        stages = [even_share(len(spec.layers), stage, pp) for stage in range(pp)]
+        stages = even_stages(sizes or Sizes((1,) * len(spec.layers)), pp)
         ranks = [
-            share(stage * tp + rank, tp * pp, layers)
-            for stage, layers in enumerate(stages)
-            for rank, share in enumerate(shares)
+            share(number * tp + place, tp * pp, layers)
+            for number, layers in enumerate(reversed(stages))
+            for place, share in enumerate(shares)
         ]
         return cls(tp, pp, tuple(ranks))
 
@@ -163,6 +195,35 @@ def even_share(length: int, rank: int, size: int, unit: int = 1) -> Range:
     begin = rank * share + min(rank, rest)
     stop = begin + share + (rank < rest)
     return begin * unit, min(stop * unit, length)
+
+
+def even_stages(sizes: Sizes, count: int) -> list[Range]:
+    """Consecutive layers for each stage, so that the largest is as small as can be; the last, which samples too, has
+    the least.
+    """
+    num_layers = len(sizes.layers)
+    sums = {sum(sizes.layers[begin:stop]) for begin in range(num_layers) for stop in range(begin + 1, num_layers + 1)}
+    limits = sorted(sums | {sum(sizes.layers[begin:]) + sizes.head for begin in range(num_layers)})
+    least = bisect_left(limits, True, key=lambda limit: bool(_stages_within(sizes, count, limit)))
+    return _stages_within(sizes, count, limits[least])
+
+
+def _stages_within(sizes: Sizes, count: int, limit: int) -> list[Range]:
+    """Stages of at most so many bytes, each filled before the next one; none where they can't be so small."""
+    stages: list[Range] = []
+    begin = 0
+    for left in range(count - 1, 0, -1):
+        stop = begin
+        total = 0
+        while stop < len(sizes.layers) - left and total + sizes.layers[stop] <= limit:
+            total += sizes.layers[stop]
+            stop += 1
+        if stop == begin:
+            return []
+        stages.append((begin, stop))
+        begin = stop
+    is_small = sum(sizes.layers[begin:]) + sizes.head <= limit
+    return [*stages, (begin, len(sizes.layers))] if is_small else []
 
 
 @dataclass(frozen=True)
@@ -220,6 +281,7 @@ def _shares(
         return RankLayout(
             number,
             size,
+            rank,
             spec.head_dim,
             query_heads,
             kv_heads,
@@ -229,6 +291,8 @@ def _shares(
             experts=experts,
             whole_experts=expert_parallel,
             layers=layers,
+            is_first=layers[0] == 0,
+            is_last=layers[1] == len(spec.layers),
         )
 
     return share

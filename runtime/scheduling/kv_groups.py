@@ -125,6 +125,11 @@ class KVGroups:
         """How many free blocks `hold` would take."""
         return self.pool.num_unheld(chain.from_iterable(blocks.held()))
 
+    def num_needed(self, cached: BlockTables, length: int) -> int:
+        """How many free blocks a sequence of so many tokens may take, of which these are cached."""
+        num_held = sum(len(table) for table in cached.held())
+        return self.most_blocks(length) - num_held + self.num_unheld(cached)
+
     def hold(self, blocks: BlockTables) -> None:
         """Add a holder to each block of tables that `find_prefix` returned."""
         self.pool.hold(chain.from_iterable(blocks.held()))

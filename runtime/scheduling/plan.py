@@ -27,6 +27,9 @@ class SchedulerConfig:
     shared_tokens      of a step, at most, that the prompts of the owner with most requests get while others ask too:
                        their first tokens may have to wait so long
     jumps_forward      whether a step may bring the tokens that a grammar forces behind the one that was sampled
+    stages             how many the model's layers are divided into. With several, a sequence whose token is being
+                       sampled is in no other step, and a step takes its share of those that lack a token alone, so
+                       that each stage has some of them
     tells_kv_events    whether `Scheduler.take_kv_events` returns what the prefix cache remembers and forgets
     """
 
@@ -42,6 +45,7 @@ class SchedulerConfig:
     priority_aging: float | None = None
     shared_tokens: int = 512
     jumps_forward: bool = False
+    stages: int = 1
     tells_kv_events: bool = False
 
 

@@ -202,7 +202,10 @@ class Scheduler:
     def _plan_decodes(self, step: Step) -> None:
         """One token for each sequence that lacks only its newest; those that came last make room for the others."""
         block_size = self.config.block_size
+        share = -(-len(self.running) // self.config.stages)
         for sequence in tuple(self.running):
+            if len(step.scheduled) == share:
+                return
             length = sequence.length
             if sequence.num_planned != length - 1 or step.tokens_left == 0 or sequence.slot < 0:
                 continue
@@ -220,9 +223,10 @@ class Scheduler:
             self._put(step, sequence, length + num_drafts, num_held, num_drafts=num_drafts)
 
     def _goes_on(self, sequence: Sequence, length: int) -> bool:
-        """Whether a sequence whose token is being sampled surely needs the one behind it computed, and it alone."""
+        """Whether a sequence may go on from a token that is being sampled: it surely needs the next, and no more."""
         jumps = self.config.jumps_forward and sequence.params.may_jump
-        return not jumps and not is_full(sequence, length, self.config.max_model_len)
+        waits = jumps or self.config.stages > 1
+        return not waits and not is_full(sequence, length, self.config.max_model_len)
 
     def _room_for_drafts(self, step: Step, sequence: Sequence) -> int:
         """How many drafts the next step can check: nobody is preempted for them, and no answer gets too long."""
@@ -243,7 +247,7 @@ class Scheduler:
         if due is None or not self._free_slots:
             return 0, 0
         cached = self._cached_prefix(due)
-        needed = self._needed(cached, len(due.token_ids))
+        needed = self._groups.num_needed(cached, len(due.token_ids))
         if needed > self.pool.num_free:
             return 0, 0
         left = len(due.token_ids) - len(cached) * self.config.block_size
@@ -305,12 +309,7 @@ class Scheduler:
         spare: each running sequence keeps a column for its growth, or the next step would preempt what this one admits.
         """
         headroom = len(self.running) * len(self.config.windows) if spare else 0
-        return self._needed(cached, length) + headroom <= self.pool.num_free
-
-    def _needed(self, cached: BlockTables, length: int) -> int:
-        """How many free blocks a sequence of so many tokens may take, of which these are cached."""
-        num_held = sum(len(table) for table in cached.held())
-        return self._groups.most_blocks(length) - num_held + self._groups.num_unheld(cached)
+        return self._groups.num_needed(cached, length) + headroom <= self.pool.num_free
 
     def _start(self, sequence: Sequence, blocks: BlockTables) -> None:
         """Let a waiting sequence run, with the blocks of a cached prefix."""

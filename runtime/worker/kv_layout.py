@@ -32,6 +32,20 @@ class KVLayout:
         """Each layer's group, and which of the group's layers it is."""
         return {layer: (group, i) for group, layers in enumerate(self.layers) for i, layer in enumerate(layers)}
 
+    def of_stage(self, begin: int, stop: int) -> KVLayout:
+        """Of these layers alone, counted from 0: in as many groups of the same windows, as even as they go.
+
+        So all stages of a model have the same block tables, though some may have no layer in some group.
+        """
+        layers: list[tuple[int, ...]] = [()] * len(self.windows)
+        for window in set(self.windows):
+            groups = [group for group, of_group in enumerate(self.windows) if of_group == window]
+            of_kind = sorted(layer - begin for group in groups for layer in self.layers[group] if begin <= layer < stop)
+            for i, group in enumerate(groups):
+                first = i * len(of_kind) // len(groups)
+                layers[group] = tuple(of_kind[first : (i + 1) * len(of_kind) // len(groups)])
+        return KVLayout(tuple(layers), self.windows)
+
 
 def one_group(num_layers: int) -> KVLayout:
     """All layers hold all tokens, each in memory of its own."""

@@ -6,6 +6,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from ranks import Ranks
 from torch import Tensor
 
 from octavo.kernels.collective import reference
+from octavo.kernels.collective.ring_cpu import CAPACITY
 from octavo.kernels.collective.shm_cpu import CHUNK
 from octavo.runtime.parallel.group import ALONE, Distributed, Group, Shared
 
@@ -77,6 +79,95 @@ def test_numbers_of_all_are_exact(ranks: Ranks) -> None:
 
 def test_hundreds_of_sums_in_a_row(ranks: Ranks) -> None:
     assert ranks.run(many, 2) == [float(sum(2 * i + 1 for i in range(400)))] * 2
+
+
+HANDED = [1, 577, CAPACITY // 4 + 1, 3, 12_345, CAPACITY // 2]
+"""Numbers, of which a ring holds a quarter as many as it has bytes: more than it, and around its end."""
+
+
+def handed_on(group: Group) -> list[float]:
+    """The last rank makes tensors, the others hand them on, each adding its number; the first one keeps sums of them.
+
+    Now and then a rank is slower than the one before it.
+    """
+    kept = []
+    for number, elements in enumerate(HANDED * 2):
+        if number % group.size == group.rank:
+            time.sleep(0.01)
+        x = torch.arange(elements, dtype=torch.float32).remainder_(977)
+        if group.rank < group.size - 1:
+            group.receive(x.fill_(-1), group.rank + 1)
+        x += group.rank
+        if group.rank > 0:
+            group.send(x, group.rank - 1)
+        kept.append(float(x.double().sum()))
+    return kept
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_hand_tensors_on(ranks: Ranks, size: int) -> None:
+    expected = []
+    for elements in HANDED * 2:
+        made = torch.arange(elements, dtype=torch.float32).remainder_(977)
+        expected.append(float((made + sum(range(size))).double().sum()))
+    assert ranks.run(handed_on, size)[0] == expected
+
+
+def ahead(group: Group) -> float:
+    """A rank hands over all that a ring holds before the other one, which has to hear of it, takes anything."""
+    pieces = [torch.full((CAPACITY // 16,), float(number)) for number in range(4)]
+    if group.rank == 1:
+        for piece in pieces:
+            group.send(piece, 0)
+        return float(group.all_reduce(torch.ones(1)))
+    group.all_reduce(torch.ones(1))
+    return float(sum(group.receive(torch.empty_like(piece), 1)[-1] for piece in pieces))
+
+
+def test_a_rank_that_hands_over_waits_for_nobody(ranks: Ranks) -> None:
+    assert ranks.run(ahead, 2) == [6.0, 2.0]
+
+
+def parts(group: Group) -> tuple[list[float], list[float], list[float] | None, list[int]]:
+    """Sums over neighbors, while those of other neighbors are under way; and over all."""
+    part = group.part(2)
+    part_number = group.rank // 2
+    found = [
+        part.all_reduce(torch.tensor([float(group.rank + number)]))[0].item() for number in range(50 + part_number)
+    ]
+    gathered = part.gather(torch.tensor([float(group.rank)]))
+    of_all = group.all_reduce(torch.tensor([float(group.rank)]))
+    return found[:2], of_all.tolist(), None if gathered is None else gathered.flatten().tolist(), [part.rank, part.size]
+
+
+def alone(group: Group) -> bool:
+    return group.part(1) is ALONE
+
+
+def test_parts_of_the_ranks_add_up_apart(ranks: Ranks) -> None:
+    found = ranks.run(parts, 4)
+    assert [sums for sums, *_ in found] == [[1.0, 3.0]] * 2 + [[5.0, 7.0]] * 2
+    assert [of_all for _, of_all, *_ in found] == [[6.0]] * 4
+    assert [gathered for *_, gathered, _ in found] == [[0.0, 1.0], None, [2.0, 3.0], None]
+    assert [numbers for *_, numbers in found] == [[0, 2], [1, 2], [0, 2], [1, 2]]
+    assert ranks.run(alone, 2) == [True, True]
+
+
+@pytest.mark.parametrize("how", ["sends", "receives", "adds up with a part"])
+def test_a_rank_that_waits_for_one_other_is_told_why(how: str) -> None:
+    memory = os.memfd_create("octavo-test")
+    group = Shared(memory, 1, 4)
+    waits: dict[str, Callable[[], object]] = {
+        "sends": lambda: group.send(torch.zeros(CAPACITY // 4 + 1), 0),
+        "receives": lambda: group.receive(torch.zeros(3), 2),
+        "adds up with a part": lambda: group.part(2).all_reduce(torch.zeros(3)),
+    }
+    timer = threading.Timer(0.05, Shared(memory, 0, 4).stop, ("of another process",))
+    timer.start()
+    with pytest.raises(RuntimeError, match="another rank of this engine has ended"):
+        waits[how]()
+    timer.join()
+    os.close(memory)
 
 
 def test_a_rank_that_waits_is_told_why() -> None:

@@ -143,10 +143,16 @@ def test_more_ranks_than_kv_heads_share_them() -> None:
 
 
 def test_stages_have_whole_layers_of_all_ranks() -> None:
+    """The first ranks have the last layers, since rank 0 samples."""
     layout = ParallelLayout.build(spec_of(layers=5), 2, pp=2)
-    assert each(layout, "layers") == [(0, 3), (0, 3), (3, 5), (3, 5)]
+    assert each(layout, "layers") == [(3, 5), (3, 5), (0, 3), (0, 3)]
     assert [rank.rank for rank in layout.ranks] == [0, 1, 2, 3]
+    assert [rank.is_first for rank in layout.ranks] == [False, False, True, True]
+    assert [rank.is_last for rank in layout.ranks] == [True, True, False, False]
     assert layout.ranks[2].query_heads == layout.ranks[0].query_heads
+    assert [rank.shards("o", spec_of())[0].adds_bias for rank in layout.ranks] == [True, False, True, False]
+    assert str(layout.ranks[0]).startswith("rank 0 of 4: layers 3-5, output head, query heads 0-6, ")
+    assert str(layout.ranks[3]).startswith("rank 3 of 4: embedding, layers 0-3, query heads 6-9, ")
     with pytest.raises(LayoutError, match="-pp 6: the model has 5 layers; 1 to 5 work"):
         ParallelLayout.build(spec_of(layers=5), 2, pp=6)
 
