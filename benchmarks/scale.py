@@ -1,13 +1,13 @@
-"""How tokens per second grow with engines (-dp) or with ranks of one engine (-tp): efficiency, one command each.
+"""How tokens per second grow with engines (-dp) or with ranks of one engine (-tp, -pp): efficiency, one command each.
 
     PYTHONPATH=src python -m benchmarks.scale MODEL --data-parallel-size 1 2 --num-threads 1
     PYTHONPATH=src python -m benchmarks.scale MODEL --tensor-parallel-size 1 2 4
     PYTHONPATH=src python -m benchmarks.scale MODEL --data-parallel-size 1 2 --cores 2 --streams 32
 
 Efficiency is tokens/s(n) / (n x tokens/s(1)): 1 is ideal. On a CPU each engine or rank has `--num-threads` cores, on
-GPUs one card. With -dp the streams grow with the engines, so that each has the same batch; with -tp they stay the same.
-With `--cores` all sizes share as many cores and have the same streams, and what is printed is tokens/s(n) over
-tokens/s(1), the median of all rounds with its 95 % interval.
+GPUs one card. With -dp the streams grow with the engines, so that each has the same batch; with -tp and -pp they stay
+the same. With `--cores` all sizes share as many cores and have the same streams, and what is printed is tokens/s(n)
+over tokens/s(1), the median of all rounds with its 95 % interval.
 
 All sizes are up at once and measured in turns, each while the others idle, so that a slow minute falls on all of them;
 with GPUs for one of them only, `--one-at-a-time`. Each figure is a median over rounds.
@@ -50,6 +50,7 @@ def parse_arguments() -> argparse.Namespace:
     kind = parser.add_mutually_exclusive_group(required=True)
     kind.add_argument("-dp", "--data-parallel-size", type=int, nargs="+", help="numbers of engines; 1 must be there")
     kind.add_argument("-tp", "--tensor-parallel-size", type=int, nargs="+", help="numbers of ranks; 1 must be there")
+    kind.add_argument("-pp", "--pipeline-parallel-size", type=int, nargs="+", help="numbers of stages; 1 must be there")
     parser.add_argument("--num-threads", type=int, help="CPU threads of an engine or rank")
     parser.add_argument("--cores", type=int, help="of all engines or ranks together, whatever their number")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 16], help="streams (-dp: for each engine)")
@@ -65,7 +66,9 @@ def parse_arguments() -> argparse.Namespace:
 def sizes_of(args: argparse.Namespace) -> tuple[str, list[int]]:
     if args.data_parallel_size:
         return "--data-parallel-size", args.data_parallel_size
-    return "--tensor-parallel-size", args.tensor_parallel_size
+    if args.tensor_parallel_size:
+        return "--tensor-parallel-size", args.tensor_parallel_size
+    return "--pipeline-parallel-size", args.pipeline_parallel_size
 
 
 def server(args: argparse.Namespace, flag: str, size: int) -> Server:

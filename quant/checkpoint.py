@@ -116,6 +116,10 @@ class Checkpoint:
         """Count a linear layer's tensors as read: they are somebody else's."""
         self._unread.difference_update(f"{module}.{suffix}" for suffix in (*self.suffixes(module), "bias"))
 
+    def leave_all(self, beginnings: tuple[str, ...]) -> None:
+        """Count tensors whose names begin so as read: they are somebody else's."""
+        self._unread = {name for name in self._unread if not name.startswith(beginnings)}
+
     def linear(self, module: str) -> QuantizedWeight | Tensor:
         """The weight [N, K] of a linear layer, such as 'model.layers.0.self_attn.q_proj', quantized or plain."""
         suffixes = self.suffixes(module)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from octavo.runtime.constraint import FAILED, Grammars
 from octavo.runtime.messages import AddRequest, TokenOutput
-from octavo.runtime.parallel.executor import Executor, StepHandle, ThreadedExecutor
+from octavo.runtime.parallel.executor import Executor, PipelinedExecutor, StepHandle, ThreadedExecutor
 from octavo.runtime.parallel.followers import Followers
 from octavo.runtime.parallel.order import make_order
 from octavo.runtime.scheduling.plan import SchedulerConfig, StepPlan
@@ -21,8 +21,8 @@ class Engine:
     """Token ids in, token ids out. Not thread-safe: one loop owns it.
 
     The loop calls `advance`, which orders steps ahead, and then `finish`, which waits for the oldest one's result;
-    `step` is both. overlaps: whether steps are computed while the next ones are planned. is_paused: no further step is
-    ordered.
+    `step` is both. overlaps: whether steps are computed while the next ones are planned; with several stages other
+    steps are in any case. is_paused: no further step is ordered.
     """
 
     def __init__(
@@ -38,7 +38,12 @@ class Engine:
         self.scheduler = Scheduler(config)
         self.grammars = Grammars(worker.model.vocab_size)
         sampler = Sampler(seed, worker.model.device, config.max_num_seqs, jumps=config.jumps_forward)
-        self.executor = (ThreadedExecutor if overlaps else Executor)(worker, sampler, followers)
+        self.executor: Executor
+        if config.stages > 1:
+            assert followers is not None
+            self.executor = PipelinedExecutor(worker, sampler, followers, config.stages)
+        else:
+            self.executor = (ThreadedExecutor if overlaps else Executor)(worker, sampler, followers)
         self._under_way: deque[StepHandle] = deque()
         self._num_ordered = 0
         self.is_paused = False

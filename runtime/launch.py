@@ -139,8 +139,8 @@ def heartbeat_address(address: str) -> str:
 
 
 def progress_path(address: str) -> str:
-    """The path, beside `address`, of the file in which the engine process tells how far it is."""
-    return address.removeprefix("ipc://").removesuffix("engine") + "progress"
+    """The path, beside any of its addresses, of the file in which the engine's ranks tell how far they are."""
+    return os.path.join(os.path.dirname(address.removeprefix("ipc://")), "progress")
 
 
 def remove_socket(address: str) -> None:
@@ -192,7 +192,7 @@ def start_engine(
         process.stdin.flush()
     except BrokenPipeError:
         pass  # it is dead already: exit_code tells
-    return EngineProcess(process, directory, config.parallel.tensor_parallel_size)
+    return EngineProcess(process, directory, config.parallel.num_ranks)
 
 
 def child_environment(num_threads: int | None) -> dict[str, str]:

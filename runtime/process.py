@@ -72,7 +72,7 @@ def main() -> int:
     try:
         if start.config.kv_events_config.is_on:
             publisher = KVEventPublisher(start.config.kv_events_config, start.index)
-        if start.config.parallel.tensor_parallel_size > 1:
+        if start.config.parallel.num_ranks > 1:
             from octavo.runtime.parallel.followers import Followers
 
             followers = Followers(start.config, heartbeat_address(address))

@@ -1,8 +1,9 @@
-"""What an engine's loop gets done, as its server sees it without asking: two numbers in memory that both map.
+"""What an engine gets done, as its server sees it without asking: two numbers in memory that all its ranks map too.
 
 An answer to a message would tell the same only between steps, and a step may take minutes. A number that grows with
 each layer tells a long step from one that hangs in a kernel, in a lock, or in the wait for another rank, and needs
-nothing of the process that hangs. It imports no torch: the server imports it.
+nothing of the process that hangs. A stage that waits for the one before it makes none, but then that one does. It
+imports no torch: the server imports it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ _BYTES = 16
 
 
 class Progress:
-    """One end; both are opened with the path of one file, which whoever comes first makes."""
+    """One end; all are opened with the path of one file, which whoever comes first makes."""
 
     def __init__(self, path: str) -> None:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

@@ -54,7 +54,7 @@ def load_engine(
     """
     clock = Phases(spawn_time)
     clock.end("import")
-    if followers is None and config.parallel.tensor_parallel_size > 1:
+    if followers is None and config.parallel.num_ranks > 1:
         followers = Followers(config)
     if followers is not None:
         config = msgspec.structs.replace(config, num_threads=followers.threads)
@@ -139,6 +139,7 @@ def limits_of(
         policy=config.scheduling_policy,
         priority_aging=config.priority_aging,
         jumps_forward=model.device.type == "cpu",  # a chunk of tokens among single ones runs without a GPU's graph
+        stages=config.parallel.pipeline_parallel_size,
         tells_kv_events=config.kv_events_config.is_on,
         max_prompt_logits=max(16, MAX_PROMPT_LOGITS_BYTES // (4 * model.vocab_size)),
     )
@@ -167,7 +168,7 @@ def check_machine(config: EngineConfig, free_bytes: int) -> None:
     Called before anything is loaded; kv_cache.plan_cache checks again with what the weights leave.
     """
     num_cpus = os.cpu_count() or 1
-    ranks = config.parallel.tensor_parallel_size
+    ranks = config.parallel.num_ranks
     if config.num_threads is not None and ranks == 1 and config.num_threads > num_cpus:
         raise ValueError(
             f"--num-threads {config.num_threads}: this machine has {num_cpus} CPUs, and threads beyond them only wait; "
@@ -175,7 +176,7 @@ def check_machine(config: EngineConfig, free_bytes: int) -> None:
         )
     if config.num_threads is not None and config.num_threads > 1 and ranks * config.num_threads > num_cpus:
         raise ValueError(
-            f"--num-threads {config.num_threads} with -tp {ranks}: this machine has {num_cpus} CPUs, and threads "
+            f"--num-threads {config.num_threads} with {ranks} ranks: this machine has {num_cpus} CPUs, and threads "
             f"beyond them only wait; --num-threads {max(1, num_cpus // ranks)} works"
         )
     kv_cache.check_budget(config, free_bytes)

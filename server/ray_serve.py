@@ -39,7 +39,8 @@ POLL_SECONDS = 0.05
 HEALTH_SECONDS = 25.0  # Ray gives a check 30 s
 STOP_SECONDS = 15.0  # for the child to end once nothing is under way
 OWN_FLAGS = ("host", "port", "uds", "ssl_keyfile", "ssl_certfile", "ssl_ca_certs")
-SIZES = ("data_parallel_size", "tensor_parallel_size")  # each engine, and each rank of it, has threads of its own
+# Each engine, and each rank of it, has threads of its own.
+SIZES = ("data_parallel_size", "tensor_parallel_size", "pipeline_parallel_size")
 # Of one connection, and so not the other one's business (RFC 9110, 7.6.1).
 HOP_HEADERS = frozenset({"connection", "keep-alive", "transfer-encoding", "te", "trailer", "upgrade"})
 Headers = list[tuple[str, str]]

@@ -25,21 +25,24 @@ from octavo.runtime.model.operators import Ops
 from octavo.runtime.model.ranks import RankHead
 from octavo.runtime.model.rope import RopeTable
 from octavo.runtime.model.spec import DecoderSpec
+from octavo.runtime.model.stages import HandedOn, Received
 
 
 @dataclass(frozen=True, slots=True)
 class Stack:
     """A decoder's modules. The embedding's table is in the type that the model computes in, and on its device.
 
+    final_norm             of the last stage's; of another one it has no weight, and passes the sum on
     head_shares_embedding  the head's weight is the embedding's table, and takes no memory of its own
-    ranks                  see Model
+    first_layer, ranks     see Model
     """
 
-    embedding: Embedding
+    embedding: Embedding | Received
     layers: list[DecoderLayer]
     final_norm: AddNorm
-    head: Head | RankHead
+    head: Head | RankHead | HandedOn
     head_shares_embedding: bool = False
+    first_layer: int = 0
     ranks: tuple[str, ...] = ()
 
 
@@ -68,6 +71,7 @@ class Decoder:
         self.max_position = max_position
         self._growing_tables = growing_tables
         shapes = [layer.attention.shape for layer in stack.layers]
+        self.first_layer = stack.first_layer
         self.kv_shapes = [(shape.num_kv_heads, shape.head_dim) for shape in shapes]
         self.kv_windows = [layer.mixer.window for layer in spec.layers]
         self.kv_scales = kv_scales
@@ -81,6 +85,7 @@ class Decoder:
         behind = [*(layer.enter for layer in stack.layers[1:]), stack.final_norm]
         self._layers = [layer.followed_by(norm) for layer, norm in zip(stack.layers, behind, strict=True)]
         self._head = stack.head
+        self._is_last_stage = not isinstance(stack.head, HandedOn)
         self.best = stack.head.best if isinstance(stack.head, RankHead) else None
         self.weight_bytes = self._count_bytes(stack.head_shares_embedding)
 
@@ -106,7 +111,7 @@ class Decoder:
 
     @torch.inference_mode()
     def hidden(self, step: StepInputs, caches: list[LayerCache], tap: Tap | None = None) -> Tensor:
-        some_rows = step.logits_index.shape[0] != step.token_ids.shape[0]
+        some_rows = self._is_last_stage and step.logits_index.shape[0] != step.token_ids.shape[0]
         # Behind the last layer's attention, nothing reads the output of most of a prompt's tokens, so that only the
         # rows of logits are computed there. A decode step that samples fewer than all of its tokens is rare. It is cut
         # at the end, since attention may already have quantized its rows.
@@ -145,17 +150,16 @@ class Decoder:
             for (kind, scheme, body), count in counts.items()
         ]
         name = str(self.dtype).removeprefix("torch.")
-        return [
-            ("embedding", name, "triton" if self.ops.name == "triton" else "torch"),
-            *rows,
-            ("lm_head", *self._head.linear.describe()),
-            ("norms, rope, attention", name, self.ops.name),
-        ]
+        if len(self._embedding.table):
+            rows.insert(0, ("embedding", name, "triton" if self.ops.name == "triton" else "torch"))
+        if self._head.linear is not None:
+            rows.append(("lm_head", *self._head.linear.describe()))
+        return [*rows, ("norms, rope, attention", name, self.ops.name)]
 
     def _count_bytes(self, head_shares_embedding: bool) -> int:
         """Bytes of all weights and tables; a table that layers share counts once."""
         linears = [linear for layer in self._layers for linear in layer.linears().values()]
-        if not head_shares_embedding:
+        if self._head.linear is not None and not head_shares_embedding:
             linears.append(self._head.linear)
         tensors = [self._embedding.table, *(t for layer in self._layers for t in layer.tensors())]
         distinct = {t.data_ptr(): t.nbytes for t in tensors}

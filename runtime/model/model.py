@@ -25,8 +25,10 @@ class Model(Protocol):
     """A decoder with its weights, on one device.
 
     max_position  the longest sequence that it can be given
-    kv_shapes     (num_kv_heads, head_dim) of each layer's cache, on this rank
-    kv_windows    of each layer: how many of the latest tokens a token sees, itself among them; None: all
+    first_layer   of the whole model's layers, the first that this rank has
+    kv_shapes     (num_kv_heads, head_dim) of the cache of each layer that this rank has
+    kv_windows    of each layer of the whole model: how many of the latest tokens a token sees, itself among them; None:
+                  all
     kv_scales     scales for a quantized cache that the checkpoint brought with it, or None
     kv_dtype      the cache type that the checkpoint asks for ("fp8_e4m3"), or None
     notes         lines that a person who starts it must see
@@ -37,6 +39,7 @@ class Model(Protocol):
     vocab_size: int
     hidden_size: int
     max_position: int
+    first_layer: int
     kv_shapes: list[tuple[int, int]]
     kv_windows: list[int | None]
     kv_scales: KVScales | None

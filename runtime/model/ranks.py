@@ -22,33 +22,47 @@ from octavo.kernels.quantized_activation import ActivationQuant, Hidden
 from octavo.kernels.sampling.best import Best, best_of, best_of_parts
 from octavo.quant.linear import Linear, make_linear
 from octavo.quant.qparams import QuantizedWeight, Weight
-from octavo.quant.scheme import AT_LOAD, CHANNEL, QuantScheme, SchemeError, scheme_at_load
+from octavo.quant.scheme import AT_LOAD, CHANNEL, HEAD_INT8, QuantScheme, SchemeError, scheme_at_load
 from octavo.quant.shard import pad, unit_of
 from octavo.quant.target import Target
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.model.layers import Head
-from octavo.runtime.model.names import layer_linears
+from octavo.runtime.model.names import head_name, layer_linears
 from octavo.runtime.model.operators import Ops
 from octavo.runtime.model.sources import CheckpointSource, DummySource, LoadError
 from octavo.runtime.model.spec import DecoderSpec
+from octavo.runtime.model.stages import Stage
 from octavo.runtime.parallel.group import Group
-from octavo.runtime.parallel.layout import ParallelLayout, RankLayout, Units
+from octavo.runtime.parallel.layout import ParallelLayout, RankLayout, Sizes, Units
 
 
 @dataclass(frozen=True)
 class Rank:
-    """One of an engine's ranks: the shares of all of them, and this one's end of the group."""
+    """One of an engine's ranks: the shares of all of them, and this one's ends of two groups.
+
+    engine  all ranks, among which stages hand on the residual stream
+    group   those that divide the same layers, and add up
+    """
 
     layout: ParallelLayout
+    engine: Group
     group: Group
 
     @property
     def own(self) -> RankLayout:
-        return self.layout.ranks[self.group.rank]
+        return self.layout.ranks[self.engine.rank]
+
+    @property
+    def stage(self) -> Stage:
+        """Each rank takes over from the one in its place in the stage before, which has a higher number."""
+        own = self.own
+        source = None if own.is_first else own.rank + self.layout.tp
+        target = None if own.is_last else own.rank - self.layout.tp
+        return Stage(own.layers, source, target, self.engine)
 
     def describe(self) -> list[str]:
         """A line for each rank, for the table at start."""
-        return [f"{rank}; {self.group.body}" for rank in self.layout.ranks]
+        return [f"{rank}; {self.engine.body}" for rank in self.layout.ranks]
 
 
 def choose_rank(
@@ -56,26 +70,59 @@ def choose_rank(
     spec: DecoderSpec,
     source: CheckpointSource | DummySource,
     group: Group,
-    device: torch.device,
+    target: Target,
     notes: list[str],
 ) -> Rank | None:
     """This rank's share of a model; None where there is one rank. Raises LoadError and LayoutError."""
     expert_parallel = config.parallel.enable_expert_parallel
     if expert_parallel and spec.moe is None:
         raise LoadError(f"--enable-expert-parallel: {spec.architecture} has no experts; without the flag it is served")
+    pp = config.parallel.pipeline_parallel_size
+    tp = group.size // pp
+    if tp == 1 and expert_parallel:
+        notes.append("--enable-expert-parallel changes nothing: one rank has all experts; -tp N divides them")
     if group.size == 1:
-        if expert_parallel:
-            notes.append("--enable-expert-parallel changes nothing: one rank has all experts; -tp N divides them")
         return None
-    if device.type != "cpu":
+    if target.device.type != "cpu":
         raise LoadError(
-            f"-tp {group.size}: ranks of an engine compute on CPUs only, and this is {device}; "
-            "--device cpu works, and so does -tp 1"
+            f"{flags_of(config, group)}: ranks of an engine compute on CPUs only, and this is {target.device}; "
+            "--device cpu works, and so does one rank"
         )
     units = _units_of(config, spec, source)
-    layout = ParallelLayout.build(spec, group.size, units, expert_parallel=expert_parallel)
+    sizes = _sizes_of(config, spec, source, target.dtype) if pp > 1 else None
+    layout = ParallelLayout.build(spec, tp, units, pp=pp, sizes=sizes, expert_parallel=expert_parallel)
     notes += layout.notes()
-    return Rank(layout, group)
+    return Rank(layout, group, group.part(tp))
+
+
+def flags_of(config: EngineConfig, group: Group) -> str:
+    """What asks for the ranks of a group."""
+    pp = config.parallel.pipeline_parallel_size
+    said = {"-tp": group.size // pp, "-pp": pp}
+    return " ".join(f"{flag} {size}" for flag, size in said.items() if size > 1)
+
+
+def _sizes_of(
+    config: EngineConfig, spec: DecoderSpec, source: CheckpointSource | DummySource, dtype: torch.dtype
+) -> Sizes:
+    """By what the files say: some weights are dequantized at load, which is not known yet."""
+
+    def num_bytes(module: str, rows: int, columns: int, otherwise: QuantScheme | None) -> int:
+        scheme = source.scheme(module) or otherwise
+        bits = 8 * dtype.itemsize if scheme is None else scheme.weight.bits
+        return rows * columns * bits // 8
+
+    layers = [
+        sum(
+            num_bytes(module, rows, parts.in_features, _made_at_load(config, parts.in_features))
+            for parts in layer_linears(spec, index, source.prefix, source.has).values()
+            for module, rows in parts.modules.items()
+        )
+        for index in range(len(spec.layers))
+    ]
+    int8 = HEAD_INT8 if config.lm_head_dtype == "int8" else None
+    head = num_bytes(head_name(source.prefix), spec.vocab_size, spec.hidden_size, int8)
+    return Sizes(tuple(layers), head)
 
 
 def _units_of(config: EngineConfig, spec: DecoderSpec, source: CheckpointSource | DummySource) -> Units:
@@ -196,7 +243,8 @@ class RankHead:
         self._own = own
         self._group = rank.group
         self._first = rank.own.vocabulary[0]
-        self._widths = [stop - begin for begin, stop in (each.vocabulary for each in rank.layout.ranks)]
+        of_stage = rank.layout.ranks[: rank.group.size]
+        self._widths = [stop - begin for begin, stop in (each.vocabulary for each in of_stage)]
 
     def forward(self, hidden: Hidden) -> Tensor:
         """[L, vocab] float32 on the driver; this rank's columns of it, filled up with zeros, on the others."""

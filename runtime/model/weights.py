@@ -28,16 +28,17 @@ from octavo.runtime.model.decoder import Decoder, Stack
 from octavo.runtime.model.device import Device
 from octavo.runtime.model.experts import MoeSpec
 from octavo.runtime.model.families.registry import LAYOUTS
+from octavo.runtime.model.kv_scales import read_kv_scales
 from octavo.runtime.model.layers import AddNorm, Attention, DecoderLayer, Embedding, GatedMlp, Head, Mlp
 from octavo.runtime.model.model import KVScales, Model
 from octavo.runtime.model.moe import GroupedMoe, MoeMlp
 from octavo.runtime.model.names import NORMS, LinearParts, head_name, layer_linears, required_modules, routers
-from octavo.runtime.model.ranks import Rank, RankHead, choose_rank, make_part, over_ranks
+from octavo.runtime.model.ranks import Rank, RankHead, choose_rank, flags_of, make_part, over_ranks
 from octavo.runtime.model.rope import FIRST_ROWS, RopeSpec, RopeTable, rope_notes
 from octavo.runtime.model.sources import CheckpointSource, DummySource, LoadError, Source
 from octavo.runtime.model.spec import DecoderSpec, UnknownArchitectureError, stored_dtype
+from octavo.runtime.model.stages import HandedOn, Received, Stage
 from octavo.runtime.parallel.group import ALONE, Group
-from octavo.runtime.parallel.layout import RankLayout
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Parts = tuple[list[Weight], list[Tensor | None]]  # of modules that share their input: weights [N_i, K], biases [N_i]
@@ -79,7 +80,8 @@ def load_model(
 def _load_hf(config: EngineConfig, device: Device, hf_config: dict[str, Any], reason: str, group: Group) -> Model:
     """Transformers' own model, with a line that says so, and why."""
     if group.size > 1:
-        raise LoadError(f"-tp {group.size}: transformers' own code is not divided over ranks ({reason}); -tp 1 works")
+        flags = flags_of(config, group)
+        raise LoadError(f"{flags}: transformers' own code is not divided over ranks ({reason}); one rank works")
     if config.parallel.enable_expert_parallel:
         raise LoadError(f"--enable-expert-parallel: transformers' own code runs all experts ({reason}); leave it out")
     from octavo.runtime.model.hf.model import load_hf_model
@@ -106,19 +108,18 @@ def _load_decoder(
     if config.load_format == "dummy":
         notes.append("the weights are random (--load-format dummy)")
         dummy = DummySource(hf_config, dtype, device.torch_device, config.seed)
-        rank = choose_rank(config, spec, dummy, group, device.torch_device, notes)
+        rank = choose_rank(config, spec, dummy, group, Target.of(device.torch_device, dtype), notes)
         return DecoderBuilder(config, spec, dummy, dtype, device, notes, rounds_inputs=rounds_inputs, rank=rank).build()
     checkpoint = Checkpoint.open(directory, LAYOUTS)
     source = CheckpointSource(checkpoint)
     source.require(required_modules(spec, source.prefix, source.has))
-    rank = choose_rank(config, spec, source, group, device.torch_device, notes)
+    rank = choose_rank(config, spec, source, group, Target.of(device.torch_device, dtype), notes)
     builder = DecoderBuilder(config, spec, source, dtype, device, notes, rounds_inputs=rounds_inputs, rank=rank)
-    builder.kv_scales = _kv_scales(checkpoint, spec, source.prefix, None if rank is None else rank.own)
-    builder.kv_dtype = checkpoint.kv_cache_dtype
-    if builder.kv_dtype is None and any(key is None for key, _ in builder.kv_scales or []):
-        builder.kv_dtype = "fp8_e4m3"  # what values alone are quantized to: no config has a word for it
+    own = None if rank is None else rank.own
+    builder.kv_scales, builder.kv_dtype = read_kv_scales(checkpoint, spec, source.prefix, own)
     model = builder.build()
     model.notes += checkpoint.notes
+    checkpoint.leave_all(builder.stage.of_others(len(spec.layers), source.prefix))
     if source.check_complete(tied=spec.tied, text_only=spec.text_only):
         model.notes.append("the vision tower is not loaded: text only")
     return model
@@ -139,33 +140,6 @@ def choose_dtype(wanted: Dtype, stored: str | None, device: torch.device, notes:
         return own
     notes.append(f"the checkpoint's type is {stored}; computing in bfloat16 (--dtype {stored} computes in its own)")
     return torch.bfloat16
-
-
-def _kv_scales(checkpoint: Checkpoint, spec: DecoderSpec, prefix: str, own: RankLayout | None) -> KVScales | None:
-    """The checkpoint's scales, one per head, of a rank's own; None where it has none.
-
-    Raises LoadError where a layer's are missing.
-    """
-    heads = slice(None) if own is None else slice(*own.kv_heads)
-    names = [f"{prefix}layers.{i}.self_attn" for i in range(len(spec.layers))]
-    found = [checkpoint.kv_scales(name) for name in names]
-    if not any(found):
-        return None
-    scales: KVScales = []
-    for name, pair in zip(names, found, strict=True):
-        if pair is None:
-            raise LoadError(f"{name} has no KV scales although other layers have")
-        key, value = pair
-        of_key = None if key is None else _by_head(name, key, spec)[heads]
-        scales.append((of_key, _by_head(name, value, spec)[heads]))
-    return scales
-
-
-def _by_head(attention: str, scale: Tensor, spec: DecoderSpec) -> Tensor:
-    heads = spec.num_kv_heads
-    if scale.numel() not in (1, heads) or not bool((scale.isfinite() & (scale > 0)).all()):
-        raise LoadError(f"{attention}: KV scales {scale.tolist()}; one or {heads} positive numbers are needed")
-    return scale.expand(heads).clone()
 
 
 class DecoderBuilder:
@@ -196,9 +170,11 @@ class DecoderBuilder:
         self.notes = notes
         self.stacks_experts = stacks_experts
         self.target = Target.of(device.torch_device, dtype, device.capability, rounds_inputs=rounds_inputs)
-        self.rank = rank
-        self.own = None if rank is None else rank.own
-        self.ops = device.ops(dtype) if rank is None else over_ranks(device.ops(dtype), rank, spec)
+        self.stage = Stage((0, len(spec.layers))) if rank is None else rank.stage
+        self._ranks = () if rank is None else tuple(rank.describe())
+        self.rank = rank if rank is not None and rank.group.size > 1 else None  # which has a share of each layer
+        self.own = None if self.rank is None else self.rank.own
+        self.ops = device.ops(dtype) if self.rank is None else over_ranks(device.ops(dtype), self.rank, spec)
         self.act = {"silu": self.ops.silu_and_mul, "gelu_tanh": self.ops.gelu_tanh_and_mul}[spec.activation]
         self.kv_scales: KVScales | None = None
         self.kv_dtype: str | None = None
@@ -209,21 +185,19 @@ class DecoderBuilder:
         self._growing: list[RopeTable] = []
 
     def build(self) -> Decoder:
-        spec = self.spec
-        shape = (spec.vocab_size, spec.hidden_size)
-        name = f"{self.source.prefix}embed_tokens.weight"
-        rows = slice(None) if self.own is None else slice(*self.own.vocabulary)
-        table = self.source.tensor(name, shape)[rows].to(self.device, self.dtype, copy=True)
+        stage = self.stage
+        table = self._token_table()
         stack = Stack(
-            self.embedding(table),
-            [self.layer(i) for i in range(len(spec.layers))],
-            self.final_norm(),
-            self.head(table),
-            head_shares_embedding=self._head_is_embedding and self.config.lm_head_dtype == "auto",
-            ranks=() if self.rank is None else tuple(self.rank.describe()),
+            self.embedding(table) if stage.is_first else Received(stage, table),
+            [self.layer(i) for i in range(*stage.layers)],
+            self.final_norm() if stage.is_last else self._add_norm(None),
+            self.head(table) if stage.is_last else HandedOn(stage),
+            head_shares_embedding=stage.is_first and self._head_is_embedding and self.config.lm_head_dtype == "auto",
+            first_layer=stage.layers[0],
+            ranks=self._ranks,
         )
         return Decoder(
-            spec,
+            self.spec,
             stack,
             ops=self.ops,
             max_position=self.max_position,
@@ -232,6 +206,15 @@ class DecoderBuilder:
             kv_dtype=self.kv_dtype,
             notes=self.notes,
         )
+
+    def _token_table(self) -> Tensor:
+        """This rank's rows of the embedding [vocab, hidden]; no rows in a stage that has no use for them."""
+        shape = (self.spec.vocab_size, self.spec.hidden_size)
+        if not self.stage.is_first and not (self.stage.is_last and self._head_is_embedding):
+            return torch.empty((0, shape[1]), dtype=self.dtype, device=self.device)
+        rows = slice(None) if self.own is None else slice(*self.own.vocabulary)
+        whole = self.source.tensor(f"{self.source.prefix}embed_tokens.weight", shape)
+        return whole[rows].to(self.device, self.dtype, copy=True)
 
     def embedding(self, table: Tensor) -> Embedding:
         """Of a table [vocab, hidden] that is on the device, in the type to compute in."""

@@ -16,10 +16,11 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from octavo.runtime.parallel.config import MOST_STAGES
 from octavo.runtime.parallel.lifeline import EndedError
 from octavo.runtime.parallel.order import Int32s
 
-NUM_SLOTS = 4  # orders that may be written before a follower has read the first of them
+NUM_SLOTS = MOST_STAGES  # orders that may be written before a follower has read the first of them
 
 
 class ChannelEnds(msgspec.Struct, frozen=True):

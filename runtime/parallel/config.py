@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+MOST_STAGES = 16  # so many steps are under way, and their orders
 MAX_ENGINES = 64  # of one server: its death is the end of all their streams
 
 Routing = Literal["prefix", "least-loaded", "round-robin"]
@@ -38,6 +39,20 @@ class ParallelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
             extra={"flag": ("-ep", "--enable-expert-parallel")},
         ),
     ] = False
+    pipeline_parallel_size: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=MOST_STAGES,
+            description="stages that a model's layers are divided into, each computing another step: processes with "
+            "their shares of the weights, the KV cache and the cores, on a CPU; with -tp each stage has so many ranks",
+            extra={
+                "flag": ("-pp", "--pipeline-parallel-size"),
+                "aliases": ("--pp", "--pp-size"),
+                "metavar": "N",
+            },
+        ),
+    ] = 1
     data_parallel_size: Annotated[
         int,
         Meta(
@@ -89,6 +104,11 @@ class ParallelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         ),
     ] = 1.0
 
+    @property
+    def num_ranks(self) -> int:
+        """Of an engine."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
 
 @dataclass(frozen=True)
 class Devices:
@@ -114,7 +134,7 @@ def check(parallel: ParallelConfig, devices: Devices, num_threads: int | None) -
             f"-dp {size}: each engine takes a {what}, and there {'is' if most == 1 else 'are'} {most}; "
             f"-dp {min(most, MAX_ENGINES)} works"
         )
-    num_ranks = size * parallel.tensor_parallel_size
+    num_ranks = size * parallel.num_ranks
     if size > 1 and not devices.gpus and num_threads is not None and num_ranks * num_threads > most >= num_ranks:
         raise ValueError(
             f"-dp {size} with --num-threads {num_threads}: the engines take {num_ranks * num_threads} cores, and there "

@@ -100,6 +100,23 @@ class ThreadedExecutor(Executor):
         return outcome
 
 
+class PipelinedExecutor(Executor):
+    """The last of several stages of a model, each of which computes another step.
+
+    The other stages are told a step when it is submitted: all of its tokens are known, since the scheduler lets no
+    sequence go on before its token is. This one computes it when its result is asked for.
+    """
+
+    def __init__(self, worker: Worker, sampler: Sampler, followers: Followers, stages: int) -> None:
+        super().__init__(worker, sampler)
+        self.most_under_way = stages
+        self._followers = followers
+
+    def submit(self, order: StepOrder, plan: StepPlan) -> StepHandle:
+        self._followers.send(order)
+        return super().submit(order, plan)
+
+
 class _Steps:
     """A queue whose last entry can be taken back. Tickets and steps are as many, but for a moment."""
 

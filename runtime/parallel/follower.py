@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from octavo.runtime.launch import progress_path
 from octavo.runtime.parallel.channel import FollowerChannel
 from octavo.runtime.parallel.followers import FollowerStart
 from octavo.runtime.parallel.lifeline import (
@@ -27,6 +28,7 @@ from octavo.runtime.parallel.lifeline import (
     start_heartbeat,
 )
 from octavo.runtime.parallel.order import StepOrder, largest_order
+from octavo.runtime.progress import Progress
 
 if TYPE_CHECKING:
     from octavo.runtime.worker.worker import Worker
@@ -47,7 +49,9 @@ def main() -> int:
     if start.cores:
         os.sched_setaffinity(0, start.cores)
     try:
-        follow(*load(start))
+        worker, channel = load(start)
+        watch(worker, start.heartbeat)
+        follow(worker, channel)
         return 0
     except Exception as error:
         print(one_line(error), flush=True)
@@ -67,6 +71,12 @@ def load(start: FollowerStart) -> tuple[Worker, FollowerChannel]:
     rank = load_rank(start.config, device, Shared(start.sums, start.rank, start.size), clock)
     worker = Worker(rank.model, rank.caches, rank.limits)
     return worker, FollowerChannel(start.ends, largest_order(rank.limits))
+
+
+def watch(worker: Worker, heartbeat: str) -> None:
+    """Tell the server that this rank gets on: the driver may wait for all of another stage's share of a step."""
+    if heartbeat:
+        worker.watch(Progress(progress_path(heartbeat)).mark)
 
 
 def follow(worker: Worker, channel: FollowerChannel) -> None:

@@ -45,7 +45,7 @@ class Followers:
 
     def __init__(self, config: EngineConfig, heartbeat: str = "") -> None:
         """Starts them; they load at the same time as the driver does. Pins this process to its share of the cores."""
-        self.size = config.parallel.tensor_parallel_size
+        self.size = config.parallel.num_ranks
         self._heartbeat = heartbeat
         cores = sorted(os.sched_getaffinity(0))
         self.threads = config.num_threads or max(1, len(cores) // self.size)

@@ -91,7 +91,7 @@ def plan_cache(
     """Choose type and number of blocks; `free_bytes` is what the device has left. Raises CacheError."""
     check_budget(config, free_bytes)
     dtype = choose_dtype(model, config.kv_cache_dtype, notes)
-    layout = _layout_for(model, config, dtype)
+    layout = _layout_for(model, config, dtype, group)
     per_block = sum(group.of_all(bytes_per_block(model, config.block_size, dtype, layout)))
     num_blocks = config.num_blocks
     if num_blocks is not None:
@@ -102,12 +102,16 @@ def plan_cache(
     return CachePlan(dtype, num_blocks, config.block_size, num_blocks * per_block, layout, wide)
 
 
-def _layout_for(model: Model, config: EngineConfig, dtype: torch.dtype) -> KVLayout:
+def _layout_for(model: Model, config: EngineConfig, dtype: torch.dtype, group: Group) -> KVLayout:
     """Groups of layers share memory, so all layers must have equal blocks; otherwise all of them hold all tokens."""
+    num_layers = len(model.kv_shapes)
     kinds = {(shape, key_dtype(model, layer, dtype)) for layer, shape in enumerate(model.kv_shapes)}
-    if len(kinds) > 1:
-        return one_group(len(model.kv_shapes))
-    return choose_layout(model.kv_windows, config.max_model_len or model.max_position)
+    if max(group.of_all(len(kinds))) > 1:
+        return one_group(num_layers)
+    layout = choose_layout(model.kv_windows, config.max_model_len or model.max_position)
+    if len(model.kv_windows) == num_layers:
+        return layout
+    return layout.of_stage(model.first_layer, model.first_layer + num_layers)
 
 
 def check_budget(config: EngineConfig, free_bytes: int) -> None:
@@ -151,12 +155,12 @@ def key_dtype(model: Model, layer: int, dtype: torch.dtype) -> torch.dtype:
 
 
 def bytes_per_block(model: Model, block_size: int, dtype: torch.dtype, layout: KVLayout) -> int:
-    """Bytes of one block in all layers of a group, keys and values."""
+    """Bytes of one block in all layers of the largest group, keys and values."""
     of_layers = [
         heads * head_dim * block_size * (key_dtype(model, layer, dtype).itemsize + dtype.itemsize)
         for layer, (heads, head_dim) in enumerate(model.kv_shapes)
     ]
-    return sum(of_layers[layer] for layer in layout.layers[0])
+    return max(sum(of_layers[layer] for layer in layers) for layers in layout.layers)
 
 
 def step_bytes(model: Model, config: EngineConfig) -> int:

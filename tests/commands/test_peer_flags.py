@@ -120,8 +120,10 @@ def test_a_start_line_that_is_copied_starts(line: str, capsys: pytest.CaptureFix
 REFUSED = [
     ("m --tensor-parallel-size many", "--tensor-parallel-size", "a whole number"),
     ("m --enable-lora --lora-modules a=b", "--enable-lora", "merge the adapter"),
-    ("m --pipeline-parallel-size 2", "--pipeline-parallel-size 2", "nothing else is divided yet"),
-    ("--model-path m --pp-size=2", "--pp-size 2", "leave it out"),
+    ("m --pipeline-parallel-size many", "--pipeline-parallel-size", "a whole number"),
+    ("m --pipeline-parallel-size 17", "--pipeline-parallel-size", "16"),
+    ("m --decode-context-parallel-size 2", "--decode-context-parallel-size 2", "nothing else is divided yet"),
+    ("--model-path m --attn-cp-size=2", "--attn-cp-size 2", "leave it out"),
     ("m --speculative-config.method ngram", "--speculative-config", "leave it out"),
     ("m --hf-token secret", "--hf-token", "HF_TOKEN"),
     ("m --tokenizer-mode mistral", "--tokenizer-mode mistral", "leave it out"),
@@ -145,9 +147,9 @@ def test_a_start_line_that_is_copied_dies_in_one_line(
 
 
 def test_what_changes_nothing_is_told() -> None:
-    words, said = own_words("--enable-chunked-prefill", "m", "-O3", "--pipeline-parallel-size=1", "--port", "1")
+    words, said = own_words("--enable-chunked-prefill", "m", "-O3", "--dcp-size=1", "--port", "1")
     assert words == ["m", "--port", "1"]
-    assert [line.split()[0] for line in said] == ["--enable-chunked-prefill", "-O", "--pipeline-parallel-size"]
+    assert [line.split()[0] for line in said] == ["--enable-chunked-prefill", "-O", "--dcp-size"]
     assert all(" changes nothing: " in line for line in said)
 
 
@@ -197,7 +199,6 @@ def test_a_file_of_flags(tmp_path: Path) -> None:
     assert parse("--config", str(file)) == expected
     _, said = own_words("--config", str(file))
     assert [line.split(" changes nothing")[0] for line in said] == [
-        "--pipeline-parallel-size 1",
         "--enable-chunked-prefill",
         "--no-enable-lora",
     ]

@@ -37,6 +37,8 @@ ALIASES = [
     ("--log-level", "--uvicorn-log-level", "error"),
     ("--tp", "--tensor-parallel-size", "1"),
     ("--tp-size", "-tp", "1"),
+    ("--pp", "--pipeline-parallel-size", "2"),
+    ("--pp-size", "-pp", "2"),
     ("-q", "--quantization", "int8"),
 ]
 

@@ -15,21 +15,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hf_oracle import CASES, make_hf, save
 from toy_model import make_request, run_to_end, run_with_arrivals, tokens_of
 
 import octavo
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.engine import Engine
-from octavo.runtime.messages import AddRequest, Ready
+from octavo.runtime.messages import AddRequest, Ready, TokenOutput
 from octavo.runtime.parallel.channel import NUM_SLOTS, ChannelEnds, DriverChannel, FollowerChannel
 from octavo.runtime.parallel.config import ParallelConfig
 from octavo.runtime.parallel.followers import Followers, share_of_cores
+from octavo.runtime.progress import Progress
 from octavo.runtime.startup import load_engine
 
 BLOCKS = 12
 
 
-def config(model: Path, ranks: int = 2, **settings: object) -> EngineConfig:
+def config(model: Path, ranks: int = 2, stages: int = 1, **settings: object) -> EngineConfig:
+    """ranks: of each stage."""
     return EngineConfig(
         **(
             {
@@ -41,14 +44,14 @@ def config(model: Path, ranks: int = 2, **settings: object) -> EngineConfig:
                 "max_model_len": 90,
                 "max_num_seqs": 6,
                 "max_num_batched_tokens": 20,
-                "parallel": ParallelConfig(tensor_parallel_size=ranks),
+                "parallel": ParallelConfig(tensor_parallel_size=ranks, pipeline_parallel_size=stages),
             }
             | settings
         )
     )
 
 
-Start = Callable[[EngineConfig], tuple[Engine, Ready, Followers]]
+Start = Callable[..., tuple[Engine, Ready, Followers]]
 
 
 @pytest.fixture
@@ -58,8 +61,8 @@ def start() -> Iterator[Start]:
     threads = torch.get_num_threads()
     started: list[Followers] = []
 
-    def start_engine(settings: EngineConfig) -> tuple[Engine, Ready, Followers]:
-        followers = Followers(settings)
+    def start_engine(settings: EngineConfig, heartbeat: str = "") -> tuple[Engine, Ready, Followers]:
+        followers = Followers(settings, heartbeat)
         started.append(followers)
         engine, ready = load_engine(settings, time.time(), followers=followers)
         return engine, ready, followers
@@ -87,9 +90,10 @@ def random_requests(rng: random.Random) -> list[AddRequest]:
     ]
 
 
-def test_two_ranks_answer_as_one(fixtures: Path, start: Start) -> None:
+@pytest.mark.parametrize(("ranks", "stages"), [(2, 1), (1, 2), pytest.param(2, 2, marks=pytest.mark.slow)])
+def test_several_ranks_answer_as_one(ranks: int, stages: int, fixtures: Path, start: Start) -> None:
     """With chunks, preemptions, shared prefixes and aborts: a rank with other blocks would read another's tokens."""
-    engine, ready, _ = start(config(fixtures / "tiny"))
+    engine, ready, _ = start(config(fixtures / "tiny", ranks, stages))
     rng = random.Random(1)
     requests = random_requests(rng)
     together = run_with_arrivals(engine, requests, rng)
@@ -101,7 +105,8 @@ def test_two_ranks_answer_as_one(fixtures: Path, start: Start) -> None:
     stats = engine.scheduler.stats()
     assert stats.num_preemptions > 0
     assert stats.prefix_cache_hits > 0
-    assert [line.partition(":")[0] for line in ready.report.ranks] == ["rank 0 of 2", "rank 1 of 2"]
+    size = ranks * stages
+    assert [line.partition(":")[0] for line in ready.report.ranks] == [f"rank {rank} of {size}" for rank in range(size)]
     assert (ready.num_blocks, ready.max_model_len) == (alone_ready.num_blocks, alone_ready.max_model_len)
     assert ready.report.kv_cache_bytes == alone_ready.report.kv_cache_bytes
     assert alone_ready.report.ranks == []
@@ -117,6 +122,52 @@ def test_ranks_with_whole_experts_answer_as_one(fixtures: Path, start: Start) ->
     alone = run_to_end(one, requests)
     assert [tokens_of(together[r.request_id]) for r in requests] == [tokens_of(alone[r.request_id]) for r in requests]
     assert [line.partition(" experts ")[2].partition(",")[0] for line in ready.report.ranks] == ["0-2", "2-4"]
+
+
+def test_stages_of_a_model_with_windows_have_measured_scales_and_all_that_a_request_may_want(
+    tmp_path: Path, start: Start
+) -> None:
+    """Groups of layers that lie in several stages, a cache in int8, penalties, drawn tokens and log-probabilities.
+
+    Meanwhile the other stage tells how far it is; the driver, which `serve` would tell to, does not.
+    """
+    model = save(make_hf(*CASES["gemma3_text"]), tmp_path)
+    settings: dict[str, object] = {"kv_cache_dtype": "int8", "num_blocks": 60, "max_model_len": 60}
+    wanted: list[dict[str, object]] = [
+        {"logprobs": 3},
+        {"prompt_logprobs": 2},
+        {"temperature": 2.0, "seed": 5, "presence_penalty": 0.5},
+        {"logit_bias": {5: 3.0}, "logprobs": 1},
+        {},
+    ]
+    prompts = [[(i * j + 7) % 90 + 3 for j in range(10 + 6 * i)] for i in range(1, 6)]
+    requests = [
+        make_request(f"r{i}", prompt, max_tokens=14, **params)
+        for i, (prompt, params) in enumerate(zip(prompts, wanted, strict=True))
+    ]
+    progress = Progress(str(tmp_path / "progress"))
+    progress.work()
+    engine, ready, _ = start(config(model, 1, 2, **settings), f"ipc://{tmp_path}/heartbeat")
+    before = progress.count
+    divided = run_to_end(engine, requests)
+    assert before is not None
+    assert (progress.count or 0) >= before + 14 * 2
+    one, alone_ready = load_engine(config(model, 1, **settings), time.time())
+    alone = run_to_end(one, requests)
+    assert len(engine.scheduler.config.windows) > 1
+    assert [note for note in ready.report.notes if "measured" in note] == [
+        note for note in alone_ready.report.notes if "measured" in note
+    ]
+    for request in requests:
+        ours, theirs = divided[request.request_id], alone[request.request_id]
+        assert tokens_of(ours) == tokens_of(theirs)
+        assert listed(ours) == pytest.approx(listed(theirs), abs=1e-3)
+
+
+def listed(outputs: list[TokenOutput]) -> list[float]:
+    """All log-probabilities, of the answer and of the prompt."""
+    entries = [entry for output in outputs for entry in (*(output.logprobs or ()), *(output.prompt_logprobs or ()))]
+    return [value for entry in entries if entry is not None for value in (entry.logprob, *entry.top_logprobs)]
 
 
 def test_the_engine_ends_with_a_follower(fixtures: Path, start: Start) -> None:

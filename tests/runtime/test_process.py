@@ -259,10 +259,11 @@ def child_of(process: int) -> int:
     return int(child)
 
 
+@pytest.mark.parametrize("divided", ["tensor_parallel_size", "pipeline_parallel_size"])
 @pytest.mark.parametrize("killed", ["follower", "driver"])
-def test_ranks_end_together_and_leave_nothing(killed: str) -> None:
+def test_ranks_end_together_and_leave_nothing(killed: str, divided: str) -> None:
     """Killed in the middle of work: the driver says which rank ended and how; a follower ends with the driver."""
-    with Client(config(parallel=ParallelConfig(tensor_parallel_size=2))) as client:
+    with Client(config(parallel=ParallelConfig(**{divided: 2}))) as client:
         ready = client.receive()
         assert isinstance(ready, Ready), ready
         assert len(ready.report.ranks) == 2

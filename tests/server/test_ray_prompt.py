@@ -89,6 +89,8 @@ def test_a_cell_without_a_gpu_has_a_thread_for_each_of_its_cpus() -> None:
     assert serve_arguments(Options(model="M")) == ["M", "--num-threads", "1"]
     sizes = {"num_cpus": "8", "data_parallel_size": "2", "tensor_parallel_size": 2}
     assert serve_arguments(Options.model_validate({"model": "M", **sizes}))[-2:] == ["--num-threads", "2"]
+    sizes["pipeline_parallel_size"] = 2
+    assert serve_arguments(Options.model_validate({"model": "M", **sizes}))[-2:] == ["--num-threads", "1"]
     assert serve_arguments(Options(model="M", num_cpus=4)) == ["M", "--num-threads", "4"]
     assert serve_arguments(Options.model_validate({"model": "M", "num_threads": 2})) == ["M", "--num-threads", "2"]
 

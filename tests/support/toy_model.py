@@ -47,6 +47,7 @@ class ToyModel:
     weight_bytes = 0
     ranks = ()
     best = None
+    first_layer = 0
 
     def __init__(self, max_position: int = 4096) -> None:
         self.max_position = max_position

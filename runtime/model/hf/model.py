@@ -36,6 +36,7 @@ class HFModel:
     # between its blocks, and behind them, is code that nobody here has read
     gives_hidden = False
     best = None
+    first_layer = 0
     compiles_kernels = False
     capturable = False
 

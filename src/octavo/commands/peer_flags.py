@@ -49,7 +49,7 @@ NO_DRAFTS = "speculative decoding is not supported yet: leave it out; answers ar
 NO_IMAGES = "only text is supported: leave it out, and serve a text model"
 NO_POOLING = "octavo generates text, and does not serve embeddings or classifiers yet"
 ONE_DEVICE = (
-    "-dp runs several engines behind one server, and -tp divides a model over the cores of a CPU; "
+    "-dp runs several engines behind one server, and -tp and -pp divide a model over the cores of a CPU; "
     "nothing else is divided yet: leave it out"
 )
 NO_OFFLOAD = "weights and KV cache stay on the device: --dtype int4 makes weights small, --kv-cache-dtype the cache"
@@ -112,7 +112,7 @@ TABLE: tuple[PeerFlag, ...] = (
              "auto-round auto_gptq inc w8a8_int8 w8a8_fp8 torchao",
              "how a checkpoint is quantized is read from it"),
     _moot_at("--load-format", "pt npcache fastsafetensors safetensors_prefetch", "weights are read from safetensors"),
-    _moot_at("--pipeline-parallel-size -pp --pp-size --pp --nnodes -n "
+    _moot_at("--nnodes -n "
              "--decode-context-parallel-size -dcp --dcp-size --prefill-context-parallel-size -pcp "
              "--data-parallel-size-local -dpl --attn-dp-size --attention-data-parallel-size "
              "--attn-cp-size --attention-context-parallel-size --moe-dp-size --moe-data-parallel-size --dwdp-size",

@@ -16,13 +16,16 @@ from trimmed import whole
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.model.sources import LoadError
 from octavo.runtime.model.weights import load_model
+from octavo.runtime.parallel.config import ParallelConfig
 from octavo.runtime.parallel.group import ALONE, Group
 from octavo.runtime.parallel.layout import LayoutError
 
 
-def scattered(group: Group, directory: Path) -> list[Tensor]:
+def scattered(group: Group, directory: Path, stages: int = 1) -> list[Tensor]:
     """float32 logits of chunks and single tokens in mixed batches, on each rank what its head gives."""
-    return scattered_logits(load_model(EngineConfig(model=str(directory), dtype="float32"), group=group), prompts())
+    parallel = ParallelConfig(pipeline_parallel_size=stages)
+    config = EngineConfig(model=str(directory), dtype="float32", parallel=parallel)
+    return scattered_logits(load_model(config, group=group), prompts())
 
 
 OFTEN = ("llama", "qwen2", "gemma3_text", "qwen3_moe", "olmo2", "phi3")
@@ -38,10 +41,10 @@ def test_logits_are_those_of_one_rank(name: str, ranks: Ranks, tmp_path: Path) -
     alone = scattered(ALONE, directory)
     spread = float(torch.cat(alone).std())
     assert spread > 0.3, "trivially small logits prove nothing"
-    for size in (2, 3, 4):
-        driver = ranks.run(scattered, size, directory)[0]
+    for size, stages in ((2, 1), (3, 1), (4, 1), (2, 2), (3, 3), (4, 2)):
+        driver = ranks.run(scattered, size, directory, stages)[0]
         for ours, theirs in zip(driver, alone, strict=True):
-            assert float((ours - theirs).abs().max()) <= 1e-4 * max(1.0, spread), size
+            assert float((ours - theirs).abs().max()) <= 1e-4 * max(1.0, spread), (size, stages)
 
 
 def bests(group: Group, directory: Path, hidden: Tensor) -> tuple[list[int], list[float], list[int]]:
@@ -146,7 +149,19 @@ def test_each_rank_has_the_kv_scales_of_its_heads(ranks: Ranks, fixtures: Path, 
     ("settings", "size", "error", "said"),
     [
         ({}, 5, LayoutError, "-tp 5: the model has 4 query heads; 1 to 4 work"),
-        ({"model_impl": "hf"}, 2, LoadError, "-tp 2: transformers' own code is not divided over ranks .*-tp 1 works"),
+        ({"parallel": ParallelConfig(pipeline_parallel_size=3)}, 3, LayoutError, "-pp 3: .* 2 layers; 1 to 2 work"),
+        (
+            {"model_impl": "hf"},
+            2,
+            LoadError,
+            "-tp 2: transformers' own code is not divided over ranks .*one rank works",
+        ),
+        (
+            {"model_impl": "hf", "parallel": ParallelConfig(pipeline_parallel_size=2)},
+            4,
+            LoadError,
+            "-tp 2 -pp 2: transformers' own code",
+        ),
     ],
 )
 def test_what_can_not_be_divided_is_refused_by_name(
