@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from shutil import rmtree
 
@@ -29,19 +31,28 @@ from octavo.runtime.progress import Progress
 
 PROGRAM = ("-m", "octavo.runtime.process")
 DIRECTORY_PREFIX = "octavo-engine-"
-SOCKETS = {"engine", "heartbeat", "progress"}
+OWN_NAMES = re.compile(r"engine|heartbeat|progress|board|metrics|responses.*|batches|(server|http)-[0-9.]+")
 
 
 class EngineStart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The first line on the engine's stdin. spawn_time: time.time() before the process was started.
 
-    index: which of the server's engines it is. cores: the CPUs that it may use; None: all.
+    index: which of the server's engines it is. cores: the CPUs that it may use; None: all. addresses: those of the
+    server processes, where there are several (see shared_link.py).
     """
 
     config: EngineConfig
     spawn_time: float
     index: int = 0
     cores: list[int] | None = None
+    addresses: list[str] = []
+
+
+@dataclass(frozen=True)
+class EngineElsewhere:
+    """An engine process that another process has started, and watches: its address is all that there is of it here."""
+
+    address: str
 
 
 class EngineProcess:
@@ -108,9 +119,9 @@ class SocketDirectory:
 
 
 def remove_abandoned() -> None:
-    """Remove the socket directories of servers that were killed together with their engines.
+    """Remove the directories of servers that were killed together with their engines.
 
-    Only this user's, with nothing but our sockets in them, and only those that nobody has locked.
+    Only this user's, with nothing but our own names in them, and only those that nobody has locked.
     """
     for parent in {tempfile.gettempdir(), "/tmp"}:
         for path in Path(parent).glob(f"{DIRECTORY_PREFIX}*"):
@@ -118,7 +129,9 @@ def remove_abandoned() -> None:
                 descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             except OSError:
                 continue
-            is_ours = os.fstat(descriptor).st_uid == os.getuid() and set(os.listdir(descriptor)) <= SOCKETS
+            is_ours = os.fstat(descriptor).st_uid == os.getuid() and all(
+                map(OWN_NAMES.fullmatch, os.listdir(descriptor))
+            )
             if is_ours and _lock(descriptor):
                 rmtree(path, ignore_errors=True)
             os.close(descriptor)
@@ -151,13 +164,20 @@ def remove_socket(address: str) -> None:
 class Launcher:
     """Starts the engines of one server, each in its place on the machine, and starts one anew where it has died.
 
-    program: the arguments of Python that run an engine. devices: None: what this process may use. Raises ValueError
-    for what is not there.
+    program: the arguments of Python that run an engine. devices: None: what this process may use. addresses: of the
+    server processes that an engine of this number serves, beside this one. Raises ValueError for what is not there.
     """
 
-    def __init__(self, config: EngineConfig, program: Sequence[str] = PROGRAM, devices: Devices | None = None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        program: Sequence[str] = PROGRAM,
+        devices: Devices | None = None,
+        addresses: Callable[[int], list[str]] = lambda _: [],
+    ) -> None:
         self._config = config
         self._program = program
+        self._addresses = addresses
         self._devices = devices or find_devices(config.device)
         check(config.parallel, self._devices, config.num_threads)
 
@@ -168,11 +188,15 @@ class Launcher:
     def start(self, index: int) -> EngineProcess:
         """The engine of this number. Raises OSError where no process can be started."""
         placement = place(index, self._config.parallel.data_parallel_size, self._devices)
-        return start_engine(self._config, index, placement, self._program)
+        return start_engine(self._config, index, placement, self._program, self._addresses(index))
 
 
 def start_engine(
-    config: EngineConfig, index: int = 0, placement: Placement | None = None, program: Sequence[str] = PROGRAM
+    config: EngineConfig,
+    index: int = 0,
+    placement: Placement | None = None,
+    program: Sequence[str] = PROGRAM,
+    addresses: Sequence[str] = (),
 ) -> EngineProcess:
     """Start the engine process; it sends Ready or Failed to whoever binds `address`. Returns at once."""
     placement = placement or Placement()
@@ -181,7 +205,8 @@ def start_engine(
     directory = SocketDirectory()
     # -P: a file in the user's directory is no module
     command = [sys.executable, "-P", *program, f"ipc://{directory.path}/engine"]
-    start = EngineStart(msgspec.structs.replace(config, num_threads=num_threads), time.time(), index, placement.cores)
+    own = msgspec.structs.replace(config, num_threads=num_threads)
+    start = EngineStart(own, time.time(), index, placement.cores, list(addresses))
     environment = child_environment(num_threads)
     if placement.gpu is not None:
         environment[VISIBLE] = placement.gpu

@@ -221,11 +221,17 @@ class Vocabulary(msgspec.Struct, frozen=True, tag="vocabulary"):
     tokenizer: str
 
 
+class AbandonServer(msgspec.Struct, frozen=True, tag="abandon_server"):
+    """A server process has ended: stop all requests whose ids begin with its name (see runtime/shared_link.py)."""
+
+    name: str
+
+
 class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
     """End the process now."""
 
 
-ToEngine = AddRequest | AbortRequest | Ping | ResetPrefixCache | Pause | Resume | Vocabulary | Shutdown
+ToEngine = AddRequest | AbortRequest | Ping | ResetPrefixCache | Pause | Resume | Vocabulary | AbandonServer | Shutdown
 
 
 class Logprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -276,9 +282,31 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     num_deferred: int = 0  # of those that wait: they would not be admitted if there were room
 
 
-class StepOutputs(msgspec.Struct, frozen=True, tag="outputs"):
+class SharedLoad(msgspec.Struct, frozen=True, array_like=True):
+    """What one of several server processes can't know of an engine that all of them use.
+
+    num_prompt_tokens, seconds    computed for anybody since the last message to this process, and what that took
+    num_generated                 tokens that this step brought for anybody
+    num_queued                    of this process's answers, those that wait for room
+    num_other_tokens              of the prompts of other processes' answers that have brought nothing yet
+    num_other_silent, num_others  other processes' answers: those that have brought nothing yet, and all
+    """
+
+    num_prompt_tokens: int
+    seconds: float
+    num_generated: int
+    num_queued: int = 0
+    num_other_tokens: int = 0
+    num_other_silent: int = 0
+    num_others: int = 0
+
+
+class StepOutputs(msgspec.Struct, frozen=True, tag="outputs", omit_defaults=True):
+    """What a step brought. shared: None where the engine serves one process alone."""
+
     outputs: list[TokenOutput]
     stats: EngineStats
+    shared: SharedLoad | None = None
 
 
 class Pong(msgspec.Struct, frozen=True, tag="pong"):

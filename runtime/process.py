@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -20,11 +21,11 @@ from octavo.collector import uncollected
 from octavo.runtime.arrivals import Arrivals
 from octavo.runtime.kv_event_publisher import KVEventPublisher
 from octavo.runtime.launch import EngineStart, heartbeat_address, progress_path, remove_socket
+from octavo.runtime.link import Link
 from octavo.runtime.messages import (
     AbortRequest,
     AddRequest,
     Failed,
-    FromEngine,
     Pause,
     Ping,
     Pong,
@@ -32,19 +33,17 @@ from octavo.runtime.messages import (
     Resume,
     Shutdown,
     StepOutputs,
-    ToEngine,
     TokenOutput,
     Vocabulary,
 )
 from octavo.runtime.parallel.lifeline import end_with_parent, one_line, read_line, says_it_all, start_heartbeat
 from octavo.runtime.progress import Progress
+from octavo.runtime.shared_link import SharedLink
 
 if TYPE_CHECKING:
     from octavo.runtime.engine import Engine
 
-MAX_BYTES = 1 << 20  # of messages that are read at a time: some milliseconds; the next ones are read after a step
 SWITCH_SECONDS = 2e-4  # how long the thread that computes steps may wait for this one's Python code, and this for it
-FLUSH_MS = 2000  # how long the last message may take to leave
 
 
 def main() -> int:
@@ -64,7 +63,7 @@ def main() -> int:
     end_with_parent(lambda: remove_socket(address))
     start_heartbeat(heartbeat_address(address))
     context = zmq.Context()
-    link = Link(context, address)
+    link = open_link(context, address, start.addresses)
     progress = Progress(progress_path(address))
     is_loaded = False
     followers = None
@@ -99,7 +98,14 @@ def main() -> int:
     return 0
 
 
-def serve(engine: Engine, link: Link, progress: Progress, publisher: KVEventPublisher | None = None) -> None:
+def open_link(context: zmq.Context[zmq.Socket[bytes]], address: str, servers: Sequence[str]) -> Link | SharedLink:
+    """The socket to the process that started this one, and those to further server processes, where there are any."""
+    return SharedLink(context, address, servers) if servers else Link(context, address)
+
+
+def serve(
+    engine: Engine, link: Link | SharedLink, progress: Progress, publisher: KVEventPublisher | None = None
+) -> None:
     """The loop. Returns on Shutdown."""
     is_watched = engine.worker.watch(progress.mark)
     arrivals = Arrivals()
@@ -125,7 +131,7 @@ def serve(engine: Engine, link: Link, progress: Progress, publisher: KVEventPubl
             publisher.publish(engine.scheduler.take_kv_events())
 
 
-def take_messages(engine: Engine, link: Link, arrivals: Arrivals, outputs: list[TokenOutput]) -> bool:
+def take_messages(engine: Engine, link: Link | SharedLink, arrivals: Arrivals, outputs: list[TokenOutput]) -> bool:
     """Do what the messages that have arrived ask for, and add to outputs what is refused. Returns False on Shutdown.
 
     Requests are taken last, and only as many as a step can wait for.
@@ -154,63 +160,6 @@ def take_messages(engine: Engine, link: Link, arrivals: Arrivals, outputs: list[
         outputs += engine.add(request, request_ids)
     outputs += engine.take_grammars()
     return True
-
-
-class Link:
-    """The engine's end of the socket, with messages as values. Queues are unbounded: nothing is ever dropped."""
-
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str) -> None:
-        self._socket = context.socket(zmq.DEALER)
-        self._socket.set_hwm(0)
-        self._socket.setsockopt(zmq.RECONNECT_IVL, 10)
-        self._socket.connect(address)
-        self._encoder = msgspec.msgpack.Encoder()
-        self._decoder = msgspec.msgpack.Decoder(ToEngine)
-        self._poller = zmq.Poller()
-        self._poller.register(self._socket, zmq.POLLIN)
-
-    def wake_for(self, descriptor: int) -> None:
-        """Take a file descriptor that is readable for a message that has come."""
-        self._poller.register(descriptor, zmq.POLLIN)
-
-    def comes_before(self, descriptor: int) -> bool:
-        """Wait until there is a message or a file descriptor is readable. Returns whether the message came first."""
-        self._poller.register(descriptor, zmq.POLLIN)
-        ready = dict(self._poller.poll())
-        return descriptor not in ready
-
-    def send(self, message: FromEngine) -> None:
-        self._socket.send(self._encoder.encode(message))
-
-    def wait(self) -> None:
-        """Sleep until there is a message or a descriptor is readable; no step is under way, so its own is silent."""
-        self._poller.poll()
-
-    def receive(self) -> list[ToEngine | TokenOutput]:
-        """Messages that have arrived, up to MAX_BYTES of them. An unreadable request becomes its error output."""
-        messages: list[ToEngine | TokenOutput] = []
-        num_bytes = 0
-        while num_bytes < MAX_BYTES:
-            try:
-                frame = self._socket.recv(zmq.NOBLOCK)
-            except zmq.Again:
-                break
-            messages.append(self._decode(frame))
-            num_bytes += len(frame)
-        return messages
-
-    def _decode(self, frame: bytes) -> ToEngine | TokenOutput:
-        try:
-            message: ToEngine = self._decoder.decode(frame)
-        except msgspec.ValidationError as error:
-            fields = msgspec.msgpack.decode(frame)
-            if not isinstance(fields, dict) or not isinstance(fields.get("request_id"), str):
-                raise
-            return TokenOutput(fields["request_id"], [], finish_reason="error", error=f"bad request: {error}")
-        return message
-
-    def close(self) -> None:
-        self._socket.close(linger=FLUSH_MS)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import asyncio
 import math
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 from weakref import finalize
@@ -19,6 +19,7 @@ from weakref import finalize
 from octavo.server.errors import ApiError, bad_request
 from octavo.server.fleet.fleet import Fleet
 from octavo.server.options import FairBy
+from octavo.server.processes.board import owner_key
 
 MOST_SECONDS = 60  # of Retry-After: by then things have changed
 T = TypeVar("T")
@@ -116,11 +117,22 @@ class Admission:
         self._num_of: Counter[str] = Counter()  # answers of each owner of whom some are under way
         self._num_coming = 0  # answers whose requests have a place or a ticket, and are not open in the engine yet
         self._tokens_coming = 0  # of their prompts
+        self.on_change: Callable[[], None] = lambda: None
+
+    @property
+    def owners(self) -> Mapping[str, int]:
+        """Of this process: the answers under way of each owner who has some."""
+        return self._num_of
 
     @property
     def is_limited(self) -> bool:
         """Whether there are only so many places."""
         return self._limits.num_requests is not None
+
+    @property
+    def under_way(self) -> tuple[int, int]:
+        """Of this process: the answers that are open, or will be, and the tokens of prompts that wait."""
+        return self._client.num_open + self._num_coming, self._client.num_queued_tokens + self._tokens_coming
 
     @property
     def is_full(self) -> bool:
@@ -143,6 +155,7 @@ class Admission:
         self._num_coming += 1
         if owner is not None:
             self._num_of[owner] += 1
+        self.on_change()
         return Place(self, owner)
 
     def _take_back(self, owner: str | None) -> None:
@@ -164,10 +177,18 @@ class Admission:
         if total <= places:
             return
         if total <= places + limit:
-            num_owners = len(self._num_of) + (owner not in self._num_of)
-            if owner is None or (self._num_of[owner] + count) * num_owners <= places:
+            num_own, num_owners = (0, 1) if owner is None else self._share_of(owner)
+            if owner is None or (num_own + count) * num_owners <= places:
                 return
         raise self._full("requests", total - places, limit)
+
+    def _share_of(self, owner: str) -> tuple[int, int]:
+        """How many answers an owner has under way, and how many owners there are, with this one: in all processes."""
+        elsewhere = self._client.elsewhere().owners
+        if not elsewhere:
+            return self._num_of[owner], len(self._num_of) + (owner not in self._num_of)
+        keys = {owner_key(one) for one in self._num_of} | elsewhere.keys() | {owner_key(owner)}
+        return self._num_of[owner] + elsewhere.get(owner_key(owner), 0), len(keys)
 
     def _check_tokens(self, count: int, owner: str) -> None:
         """Raise ApiError where prompts of so many tokens have no place.
@@ -178,15 +199,15 @@ class Admission:
         limit = self._limits.num_tokens
         if limit is None:
             return
-        waiting = self._client.num_queued_tokens + self._tokens_coming
+        waiting = self.under_way[1] + self._client.elsewhere().num_tokens
         total = waiting + count
-        if total <= limit or not waiting or (total <= 2 * limit and owner not in self._num_of):
+        if total <= limit or not waiting or (total <= 2 * limit and not self._share_of(owner)[0]):
             return
         raise self._full("tokens", total - limit, limit)
 
     @property
     def _num_open(self) -> int:
-        return self._client.num_open + self._num_coming
+        return self._client.num_open + self._num_coming + self._client.elsewhere().num_answers
 
     def admit(
         self, prompt_lengths: Sequence[int], timeout: float | None, key_owner: str = "", owner: str = ""
@@ -213,6 +234,7 @@ class Admission:
         self._num_of[owner] += count
         ticket._open = _once(ticket, self._opened, count, num_tokens)
         ticket._leave = _once(ticket, self._leave, owner, count)
+        self.on_change()
         return ticket
 
     def _opened(self, count: int, num_tokens: int) -> None:
@@ -223,6 +245,7 @@ class Admission:
         self._num_of[owner] -= count
         if not self._num_of[owner]:
             del self._num_of[owner]
+        self.on_change()
 
     def _full(self, what: str, excess: int, limit: int) -> ApiError:
         return ApiError(
@@ -237,9 +260,10 @@ class Admission:
         most = min(math.inf if each is None else each for each in (timeout, self._limits.seconds))
         if most == math.inf or not self._limits.in_order:
             return
-        in_turn = (self._num_of[owner] + 1) * (len(self._num_of) + (owner not in self._num_of))
+        num_own, num_owners = self._share_of(owner)
+        in_turn = (num_own + 1) * num_owners
         num_ahead = min(self._num_open + 1, in_turn) - self._limits.max_num_seqs
-        rate = self._client.finish_rate()
+        rate = self._finish_rate
         if rate and num_ahead / rate > most:
             flag = "X-Request-Timeout" if most == timeout else "--queue-timeout"
             raise ApiError(
@@ -252,8 +276,12 @@ class Admission:
 
     def _seconds_to_wait(self, excess: int) -> int:
         """After how long so much of the queue has been worked off, at the pace of the last answers."""
-        rate = self._client.finish_rate()
-        return min(MOST_SECONDS, max(1, math.ceil(min(excess, self._client.num_open) / rate))) if rate else 1
+        rate = self._finish_rate
+        return min(MOST_SECONDS, max(1, math.ceil(min(excess, self._client.num_open_everywhere) / rate))) if rate else 1
+
+    @property
+    def _finish_rate(self) -> float:
+        return self._client.finish_rate() + self._client.elsewhere().finish_rate
 
 
 def _once(ticket: Ticket, work: Callable[..., object], *arguments: object) -> Callable[[], object]:

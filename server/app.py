@@ -86,6 +86,7 @@ def build_app(
     app.include_router(operation.pause_routes(client))
     app.include_router(operation.abort_routes(service))
     app.include_router(operation.model_routes(model))
+    app.state.admission = service.admission
     app.state.at_once = RefusedAtOnce(service.admission, metrics, access)
     app.add_middleware(FullQueue, admission=service.admission)  # the innermost: who may not ask learns nothing
     if access.keys:

@@ -115,12 +115,12 @@ class SpareCapacity:
     @property
     def is_there(self) -> bool:
         """Whether one more line may begin. One that has begun may not be open in the engine yet."""
-        return max(self._client.num_open, self.num_running) < self._limit and not self._somebody_waits
+        return max(self._client.num_open_everywhere, self.num_running) < self._limit and not self._somebody_waits
 
     @property
     def is_needed(self) -> bool:
         """Whether somebody else waits for the engine."""
-        return self._client.num_open > self.num_running and self._somebody_waits
+        return self._client.num_open_everywhere > self.num_running and self._somebody_waits
 
     @property
     def is_over(self) -> bool:
@@ -130,7 +130,7 @@ class SpareCapacity:
     @property
     def _somebody_waits(self) -> bool:
         stats = self._client.stats
-        return self._client.num_open > 0 and stats is not None and stats.num_waiting > 0
+        return self._client.num_open_everywhere > 0 and stats is not None and stats.num_waiting > 0
 
 
 class BatchRun:

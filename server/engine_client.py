@@ -17,12 +17,13 @@ from collections.abc import Callable
 import msgspec
 import zmq
 
-from octavo.runtime.launch import EngineProcess, heartbeat_address
+from octavo.runtime.launch import EngineElsewhere, EngineProcess, heartbeat_address
 from octavo.runtime.messages import Failed, FromEngine, Ping, Pong, Ready, Shutdown, StepOutputs, ToEngine
 from octavo.server.heartbeat import Heartbeat
 
 logger = logging.getLogger(__name__)
 
+MEET_SECONDS = 0.02  # between two tries to reach an engine that another process has started
 LAST_MESSAGE_SECONDS = 0.1  # that a message may take to come out of the socket of a process that has ended
 
 
@@ -34,12 +35,13 @@ class EngineClient:
     """A connection to one engine process. Use from one event loop only.
 
     on_step is called with each step's outputs and stats; on_death once, with the reason, unless `close` comes first.
+    Of an engine that another process has started, `come_up` and `end` tell what that process knows of it.
     silence_limit: seconds after which an engine process that doesn't echo, or whose loop gets nothing done, is killed.
     """
 
     def __init__(
         self,
-        engine: EngineProcess,
+        engine: EngineProcess | EngineElsewhere,
         context: zmq.Context[zmq.Socket[bytes]],
         silence_limit: float,
         on_step: Callable[[StepOutputs], None],
@@ -61,9 +63,11 @@ class EngineClient:
         self._loop.add_reader(self._descriptor, self._receive)
         self.death: str | None = None  # why the engine is dead; None while it lives
         self.has_ended = False  # the process has, and its last messages may still come
-        self._heartbeat = Heartbeat(context, heartbeat_address(engine.address), engine.num_ranks)
-        self._silence = self._loop.create_task(self._end_when_silent(silence_limit))
-        self._watch_process(self._loop)
+        self._tasks: list[asyncio.Task[None]] = []
+        if isinstance(engine, EngineProcess):
+            self._heartbeat = Heartbeat(context, heartbeat_address(engine.address), engine.num_ranks)
+            self._tasks.append(self._loop.create_task(self._end_when_silent(engine, silence_limit)))
+            self._watch_process(engine, self._loop)
 
     async def ready(self) -> Ready:
         """Wait until the engine can serve. Raises EngineDeadError with the engine's own message if it can't."""
@@ -95,19 +99,34 @@ class EngineClient:
                 self._socket.send(frame, zmq.NOBLOCK)
             self._loop.call_soon(self._receive)
 
+    def come_up(self, ready: Ready) -> None:
+        """The engine, which another process has started, can serve: it is ready once it has answered here too."""
+        self._tasks.append(self._loop.create_task(self._meet(ready)))
+
+    def end(self, message: str) -> None:
+        """The engine, which another process has started, is dead."""
+        self._die(message)
+
     async def close(self) -> None:
-        """End the engine process, and this connection. on_death is not called any more. May be called again."""
+        """End the engine process, if it is this one's, and the connection. May be called again.
+
+        on_death is not called any more.
+        """
         self._on_death = None
         if self._socket.closed:
             return
+        engine = self._engine
         if self.death is None:
-            self.send(Shutdown())
+            if isinstance(engine, EngineProcess):
+                self.send(Shutdown())
             self._die("the server is shutting down")
-        self._silence.cancel()
-        await asyncio.to_thread(self._engine.close)
+        for task in self._tasks:
+            task.cancel()
+        if isinstance(engine, EngineProcess):
+            await asyncio.to_thread(engine.close)
+            self._heartbeat.close()
         self._loop.remove_reader(self._descriptor)
         self._socket.close(linger=0)
-        self._heartbeat.close()
 
     def _receive(self) -> None:
         """Take all messages that are there. The descriptor signals the first one only, perhaps during a send."""
@@ -146,12 +165,22 @@ class EngineClient:
         for answer in self._pings.values():
             if not answer.done():
                 answer.set_exception(EngineDeadError(message))
+                answer.exception()
         if self._on_death is not None:
             self._on_death(message)
 
-    async def _end_when_silent(self, limit: float) -> None:
-        message = await self._heartbeat.end(limit, self._engine.progress)
-        self._engine.process.kill()
+    async def _meet(self, ready: Ready) -> None:
+        """Ping until the engine answers: what is sent before it has connected is lost."""
+        answer = self._pings[0] = self._loop.create_future()
+        while self.death is None and not answer.done() and not self._ready.done():
+            self.send(Ping(0))
+            await asyncio.sleep(MEET_SECONDS)
+        if self.death is None and not self._ready.done():
+            self._ready.set_result(ready)
+
+    async def _end_when_silent(self, engine: EngineProcess, limit: float) -> None:
+        message = await self._heartbeat.end(limit, engine.progress)
+        engine.process.kill()
         self._die(message)
 
     def _end(self, message: str) -> None:
@@ -159,11 +188,11 @@ class EngineClient:
         self.has_ended = True
         self._loop.call_later(LAST_MESSAGE_SECONDS, self._die, message)
 
-    def _watch_process(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _watch_process(self, engine: EngineProcess, loop: asyncio.AbstractEventLoop) -> None:
         """A thread that waits for the process's end, however it comes."""
 
         def wait() -> None:
-            code = self._engine.process.wait()
+            code = engine.process.wait()
             how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
             with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended too
                 loop.call_soon_threadsafe(self._end, f"the engine process ended ({how})")

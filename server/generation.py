@@ -203,7 +203,7 @@ def make_choices(
     for prompt, room in zip(prompts, rooms, strict=True):
         most = wanted.limit(room, model)
         own = msgspec.structs.replace(params, max_tokens=room if most is None else max(1, most))
-        first, *others = (f"request-{next(_unique)}" for _ in range(request.num_choices))
+        first, *others = (f"{model.server_name}request-{next(_unique)}" for _ in range(request.num_choices))
         salt = request.cache_salt or ""
         sent = AddRequest(first, prompt.token_ids, own, arrival, salt, others, request.priority or 0, request.user_name)
         num_wanted = 0 if wanted.max_tokens == 0 else own.max_tokens

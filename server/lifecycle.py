@@ -14,9 +14,12 @@ import signal
 import socket
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from types import FrameType
+from typing import Protocol
 
 import uvicorn
 from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from octavo.runtime.messages import Ready, StepOutputs
 from octavo.server.connection import Connection
@@ -55,16 +58,16 @@ async def serve(
     Raises EngineStartError, BindError, and ChatTemplateError for a template that can't be compiled.
     """
     client = open_fleet()
-    stop = _Stop()
+    stop = Signals()
     try:
         formats = asyncio.ensure_future(prepare(client))
-        if not await stop.comes_before(_all_ready(client, formats)):
+        if not await stop.comes_before(all_ready(client, formats)):
             app, metrics = make_app(client, await client.ready(), formats.result())
             log = StepLog(metrics, client)
             client.on_step = metrics.step if options.disable_log_stats else log.step
             client.on_restart = metrics.restart
             ticker = asyncio.create_task(log.tick_forever())
-            stop.server = _Server(_uvicorn_config(app, options), client, renderer, listener, options)
+            stop.server = DrainingServer(uvicorn_config(app, options), client, renderer, listener, options)
             client.on_death = stop.server.end_without_engine
             if client.death is not None:
                 stop.server.end_without_engine()
@@ -78,16 +81,23 @@ async def serve(
         renderer.stop(DRAINING)
 
 
-async def _all_ready(client: Fleet, formats: Awaitable[ModelFormats]) -> None:
+async def all_ready(client: Fleet, formats: Awaitable[ModelFormats]) -> None:
     """Wait for both; the first failure ends the wait."""
     await asyncio.gather(formats, client.ready())
 
 
-class _Stop:
+class Exits(Protocol):
+    """Who is told of signals while the server serves."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """End; at a second SIGINT, at once."""
+
+
+class Signals:
     """Handles SIGINT and SIGTERM: before the server listens they end the wait for the engine; later they drain it."""
 
     def __init__(self) -> None:
-        self.server: uvicorn.Server | None = None
+        self.server: Exits | None = None
         loop = asyncio.get_running_loop()
         self._early: asyncio.Future[None] = loop.create_future()
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -111,9 +121,10 @@ class _Stop:
             waiting.cancel()
 
 
-def _uvicorn_config(app: FastAPI, options: ListenOptions) -> uvicorn.Config:
+def uvicorn_config(app: FastAPI, options: ListenOptions, outermost: ASGIApp | None = None) -> uvicorn.Config:
+    """outermost: the application with what stands in front of it."""
     return uvicorn.Config(
-        app,
+        outermost or app,
         http=functools.partial(Connection, at_once=app.state.at_once, when_whole=app.state.at_once.hold),  # type: ignore[arg-type]
         ws="none",
         lifespan="off",
@@ -130,15 +141,18 @@ def _uvicorn_config(app: FastAPI, options: ListenOptions) -> uvicorn.Config:
     )
 
 
-class _Server(uvicorn.Server):
-    """uvicorn's server, with a drain, and a limit on how long it waits for requests that are under way."""
+class DrainingServer(uvicorn.Server):
+    """uvicorn's server, with a drain, and a limit on how long it waits for requests that are under way.
+
+    listener: what it opens to clients; None: it has been opened.
+    """
 
     def __init__(
         self,
         config: uvicorn.Config,
         client: Fleet,
         renderer: TemplateRenderer,
-        listener: Listener,
+        listener: Listener | None,
         options: ListenOptions,
     ) -> None:
         super().__init__(config)
@@ -149,13 +163,15 @@ class _Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Leave signals to `_Stop`."""
+        """Leave signals to `Signals`."""
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        listen(self._listener.socket)
+        if self._listener is not None:
+            listen(self._listener.socket)
         await super().startup(sockets)
-        logger.info("serving on %s", self._listener.url)
+        if self._listener is not None:
+            logger.info("serving on %s", self._listener.url)
 
     def end_without_engine(self) -> None:
         """End, since no engine is left, unless --keep-alive-on-engine-death."""
@@ -216,7 +232,8 @@ class StepLog:
     def step(self, engine: int, step: StepOutputs) -> None:
         """Count an engine's step, for the log and for the metrics."""
         self._metrics.step(engine, step)
-        generated = sum(len(output.token_ids) for output in step.outputs)
+        shared = step.shared
+        generated = sum(len(output.token_ids) for output in step.outputs) if shared is None else shared.num_generated
         self._num_generated += generated
         self._num_prompt += max(0, step.stats.step_tokens - generated)
         self._has_news = True

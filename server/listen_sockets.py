@@ -90,13 +90,13 @@ def listen(bound: socket.socket) -> None:
         raise BindError(f"listening on {bound.getsockname()}: {error.strerror}") from None
 
 
-def handles(listening: socket.socket) -> list[socket.socket]:
-    """The socket as often as connections are to be accepted in one turn of the event loop.
+def handles(listening: socket.socket, num_processes: int = 1) -> list[socket.socket]:
+    """The socket as often as connections are to be accepted in one turn of the event loop of this process.
 
     libuv accepts one of each handle's a turn, and in that turn answers all that the connections so far have asked: of
     500 clients that came together the last ones waited seconds for their first answer.
     """
-    return [listening, *(listening.dup() for _ in range(ACCEPTS - 1))]
+    return [listening, *(listening.dup() for _ in range(max(1, ACCEPTS // num_processes) - 1))]
 
 
 def _tcp_error(host: str, port: int, error: OSError) -> BindError:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
@@ -135,12 +137,25 @@ class _Families:
 class Metrics:
     """All metrics of one server, labelled with the model's name and the number of the engine that they are about.
 
-    cache_configs: for each engine what is told of its KV cache.
+    cache_configs: for each engine what is told of its KV cache. shared_in: the directory in which several processes
+    keep what they count (prometheus_client's multiprocess mode), so that each one's page has the sums; None: there is
+    one process.
     """
 
-    def __init__(self, model_name: str, ready: Ready, cache_configs: Sequence[dict[str, str]]) -> None:
+    def __init__(
+        self,
+        model_name: str,
+        ready: Ready,
+        cache_configs: Sequence[dict[str, str]],
+        shared_in: Path | None = None,
+    ) -> None:
         self._registry = CollectorRegistry()
-        ProcessCollector(registry=self._registry)
+        self._page = self._registry
+        if shared_in is None:
+            ProcessCollector(registry=self._registry)
+        else:
+            self._page = CollectorRegistry()
+            MultiProcessCollector(self._page, str(shared_in))  # type: ignore[no-untyped-call]
         families = _Families(self._registry, ready.max_model_len)
         self._engines = [_EngineSeries(families, model_name, engine) for engine in range(len(cache_configs))]
         self._labels = {"model_name": model_name, "engine": "0"}
@@ -152,7 +167,13 @@ class Metrics:
             registry=self._registry,
             buckets=HTTP_SECONDS,
         )
-        info = Gauge("vllm:cache_config_info", "the KV cache", ("engine", *cache_configs[0]), registry=self._registry)
+        info = Gauge(
+            "vllm:cache_config_info",
+            "the KV cache",
+            ("engine", *cache_configs[0]),
+            registry=self._registry,
+            multiprocess_mode="max",
+        )
         for engine, config in enumerate(cache_configs):
             info.labels(engine=str(engine), **config).set(1)
         self._hints = Counter(
@@ -162,9 +183,14 @@ class Metrics:
             registry=self._registry,
         )
 
+    @property
+    def registry(self) -> CollectorRegistry:
+        """Of what is counted here."""
+        return self._registry
+
     def register(self, collector: Collector) -> None:
         """Let the page have what this one collects when it is asked for."""
-        self._registry.register(collector)
+        self._page.register(collector)
 
     def hints(self, names: Iterable[str]) -> None:
         """A request set these fields, which change nothing."""
@@ -183,7 +209,7 @@ class Metrics:
 
     def page(self) -> bytes:
         """The text that Prometheus scrapes."""
-        return generate_latest(self._registry)
+        return generate_latest(self._page)
 
     def step(self, engine: int, step: StepOutputs) -> None:
         """Take an engine's own figures; called for each of its steps."""

@@ -80,7 +80,7 @@ def engine_routes(client: Fleet, counted: Metrics, access: Access) -> APIRouter:
     @router.get("/load")
     async def load() -> dict[str, int]:
         """How many answers are open, in the engine or in its queue (vLLM's name)."""
-        return {"server_load": client.num_open}
+        return {"server_load": client.num_open_everywhere}
 
     @router.get("/get_load")
     async def get_load() -> list[dict[str, int]]:
@@ -118,7 +118,7 @@ def _load_of(member: Member) -> dict[str, int]:
     capacity = member.ready.num_blocks * member.ready.block_size
     return {
         "dp_rank": member.index,
-        "num_reqs": member.num_answers,
+        "num_reqs": member.num_open,
         "num_waiting_reqs": 0 if stats is None else stats.num_waiting,
         "num_tokens": 0 if stats is None else round(stats.kv_cache_usage * capacity),
     }

@@ -15,6 +15,7 @@ from octavo.flags import parse_json_object, parse_size
 from octavo.quant.scheme import AT_LOAD
 
 FairBy = Literal["key", "user", "none"]
+MAX_SERVERS = 64
 RESERVED_VARIABLES = ("messages", "tools", "documents", "add_generation_prompt")  # of chat templates
 SAMPLING_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
@@ -282,6 +283,15 @@ class ListenOptions(msgspec.Struct, frozen=True, kw_only=True):
         int, Meta(ge=0, le=65535, description="port to listen on; 0 takes a free one", extra={"metavar": "PORT"})
     ] = 8000
     uds: Annotated[str | None, Meta(description="listen on a Unix socket instead", extra={"metavar": "PATH"})] = None
+    api_server_count: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=MAX_SERVERS,
+            description="server processes that share the port and all engines; one streams some 10,000 tokens/s",
+            extra={"flag": ("-asc", "--api-server-count"), "metavar": "N"},
+        ),
+    ] = 1
     ssl_keyfile: Annotated[str | None, Meta(description="TLS: the private key", extra={"metavar": "FILE"})] = None
     ssl_certfile: Annotated[str | None, Meta(description="TLS: the certificate", extra={"metavar": "FILE"})] = None
     ssl_ca_certs: Annotated[str | None, Meta(description="TLS: whom to trust", extra={"metavar": "FILE"})] = None

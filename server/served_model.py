@@ -43,6 +43,8 @@ class ServedModel:
     tool_strict_level  how much of a call is enforced where a tool doesn't ask for it
     clamps_max_tokens  max_tokens above what the context leaves means what it leaves, in OpenAI's older dialects too
     reasoning_end_str  what a model is made to say where its budget of thoughts is spent, before their end
+    server_name, response_ending  where several processes serve the model, what names of requests of this one begin with
+                 (runtime/shared_link.py), and how ids of its responses end (processes/home.py)
     """
 
     names: tuple[str, ...]
@@ -68,6 +70,8 @@ class ServedModel:
     template_variables: Mapping[str, Any] = field(default_factory=dict)
     tool_strict_level: Literal["auto", "function", "parameter"] = "parameter"
     reasoning_end_str: str = ""
+    server_name: str = ""
+    response_ending: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property

@@ -3,6 +3,8 @@
 It is SQLite in both cases, used by one thread: writes are queued and never waited for on the event loop. What was used
 longest ago goes first when there is too much; a conversation's beginning counts as used whenever its end is. What still
 runs stays, however much there is. A response is found only under the owner that it was stored for.
+
+Several processes of one server share a file: each piece of work is a transaction then.
 """
 
 from __future__ import annotations
@@ -39,6 +41,9 @@ CREATE TABLE IF NOT EXISTS responses (
 CREATE INDEX IF NOT EXISTS by_use ON responses (active, used);
 CREATE INDEX IF NOT EXISTS by_time ON responses (active, expires);
 """
+_SHARED_SCHEMA = "CREATE INDEX IF NOT EXISTS by_size ON responses (size);"  # their sum is asked for with each work
+_SIZE = "SELECT coalesce(sum(size), 0) FROM responses"
+LOCK_SECONDS = 30.0  # that a process waits for what another one writes
 
 
 class StoreError(RuntimeError):
@@ -60,14 +65,18 @@ class Stored:
 class ResponseStore:
     """Use its async methods from any event loop; `put` from anywhere."""
 
-    def __init__(self, place: str, max_bytes: int, seconds: float) -> None:
-        """place: a file, or `memory`. seconds: how long what is not used is kept. Raises StoreError."""
+    def __init__(self, place: str, max_bytes: int, seconds: float, ending: str | None = None) -> None:
+        """place: a file, or `memory`. seconds: how long what is not used is kept. Raises StoreError.
+
+        ending: where several processes share the file, the end of the ids of those responses that this one makes.
+        """
         self._max_bytes = max_bytes
         self._seconds = seconds
+        self._ending = ending
         self._thread = ThreadPoolExecutor(1, "octavo-store")
         path = ":memory:" if place == MEMORY else place
         try:
-            self._database = self._thread.submit(_open, path).result()
+            self._database = self._thread.submit(_open, path, is_shared=ending is not None).result()
             self._size = self._thread.submit(self._recover).result()
         except (sqlite3.Error, OSError) as error:
             self._thread.shutdown()
@@ -90,7 +99,7 @@ class ResponseStore:
         contents = msgspec.json.encode(response), msgspec.json.encode(own_input)
         previous = response.get("previous_response_id")
         put = partial(self._put, response["id"], owner, previous, contents, events, active)
-        done = self._thread.submit(_translated, put)
+        done = self._thread.submit(self._translated, put)
         done.add_done_callback(_log_failure)
         return done
 
@@ -103,7 +112,7 @@ class ResponseStore:
         try:
             await asyncio.shield(asyncio.wrap_future(done))
         except asyncio.CancelledError:
-            self._thread.submit(_translated, partial(self._delete, response["id"], owner))
+            self._thread.submit(self._translated, partial(self._delete, response["id"], owner))
             raise
 
     async def get(self, response_id: str, owner: str) -> Stored:
@@ -132,23 +141,52 @@ class ResponseStore:
         self._thread.shutdown()
 
     async def _do(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, _translated, work)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._translated, work)
 
     # in the store's own thread
 
+    def _translated(self, work: Callable[[], T]) -> T:
+        """The result of this work on the database. Raises StoreError."""
+        try:
+            return work() if self._ending is None else self._alone(work)
+        except sqlite3.Error as error:
+            raise StoreError(f"{error} (--response-store)") from error
+
+    def _alone(self, work: Callable[[], T]) -> T:
+        """The result of work that no other process disturbs, and that goes on from what they have done."""
+        self._database.execute("BEGIN IMMEDIATE")
+        try:
+            self._size = self._total()
+            self._clock = self._last_use()
+            result = work()
+        except StoreError:
+            self._database.execute("COMMIT")  # it is about what was to be kept; what gave way for it is gone
+            raise
+        except BaseException:
+            self._database.execute("ROLLBACK")
+            raise
+        self._database.execute("COMMIT")
+        return result
+
     def _recover(self) -> int:
-        """The bytes that are there. What ran when the server ended has failed."""
+        """The bytes that are there. What ran when the server, or this process's predecessor, ended has failed."""
         running = self._database.execute("SELECT id, response FROM responses WHERE active").fetchall()
         for response_id, content in running:
+            if not response_id.endswith(self._ending or ""):
+                continue
             response = msgspec.json.decode(content)
             response |= {"status": "failed", "error": {"code": "server_error", "message": STOPPED}}
             values = msgspec.json.encode(response), response_id
             self._database.execute("UPDATE responses SET active = 0, response = ? WHERE id = ?", values)
-        size: int = self._database.execute("SELECT coalesce(sum(size), 0) FROM responses").fetchone()[0]
+        return self._total()
+
+    def _total(self) -> int:
+        size: int = self._database.execute(_SIZE).fetchone()[0]
         return size
 
     def _last_use(self) -> int:
-        last: int = self._database.execute("SELECT coalesce(max(used), 0) FROM responses").fetchone()[0]
+        by_state = "SELECT coalesce(max(used), 0) FROM responses WHERE active = ?"  # the index `by_use` tells
+        last: int = max(self._database.execute(by_state, (active,)).fetchone()[0] for active in (0, 1))
         return last
 
     def _count(self) -> int:
@@ -230,26 +268,21 @@ class ResponseStore:
         return is_there and self._drop(response_id)
 
 
-def _open(path: str) -> sqlite3.Connection:
-    """The database, for this thread alone and for this process alone."""
-    database = sqlite3.connect(path, timeout=1.0, isolation_level=None)
-    database.execute("PRAGMA locking_mode = EXCLUSIVE")
+def _open(path: str, *, is_shared: bool) -> sqlite3.Connection:
+    """The database, for this thread alone, and unless it is shared for this process alone."""
+    database = sqlite3.connect(path, timeout=LOCK_SECONDS if is_shared else 1.0, isolation_level=None)
+    if not is_shared:
+        database.execute("PRAGMA locking_mode = EXCLUSIVE")
     database.execute("PRAGMA journal_mode = WAL")
     database.execute("PRAGMA synchronous = NORMAL")
     found = database.execute("PRAGMA user_version").fetchone()[0]
     if found not in (0, FORMAT):
         raise sqlite3.DatabaseError(f"the file is of format {found}, and this version of octavo knows format {FORMAT}")
     database.executescript(_SCHEMA)
+    if is_shared:
+        database.executescript(_SHARED_SCHEMA)
     database.execute(f"PRAGMA user_version = {FORMAT}")
     return database
-
-
-def _translated(work: Callable[[], T]) -> T:
-    """The result of this work on the database. Raises StoreError."""
-    try:
-        return work()
-    except sqlite3.Error as error:
-        raise StoreError(f"{error} (--response-store)") from error
 
 
 def _log_failure(done: Future[None]) -> None:

@@ -120,7 +120,7 @@ class Responses:
         service.check(body.model, http)
         owner = owner_of(http)
         stores = self._stores(body)
-        response_id = f"resp_{uuid.uuid4().hex}"
+        response_id = self._new_id()
         before, own = await self._items(body, response_id, owner)
         if stores and self._store is not None and len(encode_json(own)) > self._store.max_bytes // 2:
             raise bad_request("input: it is too large for this server's store; send it with store: false", "input")
@@ -142,6 +142,11 @@ class Responses:
         if answer.streams:
             return EventStream(answer.events(steps), NAMED_EVENTS)
         return JsonResponse(*await encode_in_turns(await answer.complete(steps)))
+
+    def _new_id(self) -> str:
+        """Where several processes serve, it ends in the number of this one (processes/home.py)."""
+        ending = self._service.model.response_ending
+        return f"resp_{uuid.uuid4().hex[: 32 - len(ending)]}{ending}"
 
     async def count(self, body: InputTokensRequest, http: Request) -> int:
         """The tokens of a prompt. Raises ApiError."""

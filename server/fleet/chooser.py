@@ -55,7 +55,11 @@ class Chooser:
 
     def stepped(self, member: Member, step: StepOutputs) -> None:
         """An engine has computed a step: what its prefills take."""
-        if self._router is not None:
+        if self._router is None:
+            return
+        if step.shared is not None:
+            self._router.told(member.index, step.shared)
+        else:
             now = time.monotonic()
             num_generated = sum([len(output.token_ids) for output in step.outputs])
             num_prompt = max(0, step.stats.step_tokens - num_generated)

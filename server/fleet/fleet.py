@@ -16,14 +16,13 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Container, Coroutine, Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 import msgspec
 import zmq
 
-from octavo.runtime.launch import EngineProcess
+from octavo.runtime.launch import EngineElsewhere, EngineProcess
 from octavo.runtime.messages import (
     AbortRequest,
     AddRequest,
@@ -37,53 +36,42 @@ from octavo.runtime.messages import (
     TokenOutput,
     Vocabulary,
 )
-from octavo.runtime.parallel.config import Routing
 from octavo.server.engine_client import EngineClient, EngineDeadError
 from octavo.server.fleet.chooser import Chooser
+from octavo.server.fleet.limits import FleetLimits
 from octavo.server.fleet.member import Member, summed
 from octavo.server.fleet.open_answer import OpenAnswer, Placed, in_batch
-from octavo.server.fleet.restarts import Restarts
+from octavo.server.fleet.restarts import RestartRule, Restarts
 from octavo.server.fleet.stream import Stream
+from octavo.server.processes.board import Elsewhere, alone
 
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.02
 MAX_ALL_PENDING = 512 << 20  # bytes of outputs that wait for readers, of all streams together
 FEWEST_FINISHED = 4  # answers that tell of a pace
+Engine = EngineProcess | EngineElsewhere
 SEED_BITS = 62  # of a request that comes without: n answers count up from it, and it must stay an int64
-
-
-@dataclass(frozen=True)
-class FleetLimits:
-    """silence: seconds for which an engine may be frozen, or hang in one layer, before it is killed.
-
-    migrations: how many dying engines may have had an answer in their batch; one more ends it with an error, as does
-    each one with 0. restarts: of each engine, in ten minutes; the first one first_restart seconds after its death, and
-    each later one after twice as long. routing: which engine gets a request. caches: whether engines cache prefixes.
-    """
-
-    silence: float = 20.0
-    migrations: int = 1
-    restarts: int = 3
-    first_restart: float = 1.0
-    routing: Routing = "prefix"
-    caches: bool = True
 
 
 class Fleet:
     """One or several engines. Use from one event loop only.
 
-    start: starts the engine of a number anew. seed: of the seeds of requests that come without one.
+    start: starts the engine of a number anew. seed: of the seeds of requests that come without one. restarts: who
+    decides about those of an engine; None: limits.
     on_step is called with an engine's number and each of its steps, for the metrics; on_restart with its number when
-    it counts from nothing again. on_death is called once, when no engine is left and all streams have been told.
+    it counts from nothing again. on_down is called with the number of an engine that is no more, the reason, and the
+    seconds until it is started again; on_drain with that of one that is to be drained. on_death is called once, when no
+    engine is left and all streams have been told. elsewhere tells what other processes of the server have under way.
     """
 
     def __init__(
         self,
-        engines: Sequence[EngineProcess],
-        start: Callable[[int], EngineProcess],
+        engines: Sequence[Engine],
+        start: Callable[[int], Engine],
         limits: FleetLimits | None = None,
         seed: int = 0,
+        restarts: Callable[[int], RestartRule] | None = None,
     ) -> None:
         self._limits = limits or FleetLimits()
         self._start = start
@@ -99,15 +87,17 @@ class Fleet:
         self._resumed.set()
         self._stands_still = False
         self._has_started = False
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
         self.death: str | None = None  # why no engine is left; None while there is one, or will be
         self.refusal: str | None = None  # why no new request is taken; None while they are
         self.on_step: Callable[[int, StepOutputs], None] | None = None
         self.on_restart: Callable[[int], None] | None = None
+        self.on_down: Callable[[int, str, float | None], None] | None = None
+        self.on_drain: Callable[[int], None] | None = None
         self.on_death: Callable[[], None] | None = None
-        self.members = [
-            Member(index, Restarts(self._limits.restarts, self._limits.first_restart)) for index in range(len(engines))
-        ]
+        self.elsewhere: Callable[[], Elsewhere] = alone
+        rule = restarts or (lambda _: Restarts(self._limits.restarts, self._limits.first_restart))
+        self.members = [Member(index, rule(index)) for index in range(len(engines))]
         self._chooser = Chooser(self.members, self._limits.routing, caches=self._limits.caches)
         for member, engine in zip(self.members, engines, strict=True):
             self._connect(member, engine)
@@ -121,6 +111,11 @@ class Fleet:
     def num_open(self) -> int:
         """Requests that an engine is working on, or has queued, or that wait for an engine."""
         return len(self._open)
+
+    @property
+    def num_open_everywhere(self) -> int:
+        """The same, of all processes of the server."""
+        return len(self._open) + self.elsewhere().num_answers
 
     @property
     def num_queued_tokens(self) -> int:
@@ -165,6 +160,17 @@ class Fleet:
             for member, ready in zip(self.members, readies, strict=True):
                 self._chooser.open(member, ready)
         return msgspec.structs.replace(readies[0], max_model_len=min(ready.max_model_len for ready in readies))
+
+    async def join(self) -> Ready:
+        """Take part where the engines have started before: wait until one is up. Raises EngineDeadError if none is."""
+        self._has_started = True
+        for member in self.members:
+            self._spawn(self._welcome(member))
+        while self.death is None:
+            if ready := next((member.ready for member in self.members if member.is_up), None):
+                return ready
+            await asyncio.sleep(POLL_SECONDS)
+        raise EngineDeadError(self.death)
 
     def open(self, requests: Iterable[AddRequest], key_owner: str = "", name: str = "") -> Stream:
         """A stream over these requests; they start when it is entered, and end when it is left."""
@@ -214,6 +220,16 @@ class Fleet:
         while open_requests == "wait" and self._open and self.is_paused:
             await asyncio.sleep(POLL_SECONDS)
 
+    @property
+    def stands_still(self) -> bool:
+        """Whether open requests wait until `resume` too."""
+        return self._stands_still
+
+    def begin_paused(self, *, stands_still: bool) -> None:
+        """Other processes of the server were told to pause before this one was there."""
+        self._resumed.clear()
+        self._stands_still = stands_still
+
     def resume(self) -> None:
         """Let new requests begin, and those go on that were kept."""
         self._stands_still = False
@@ -248,6 +264,8 @@ class Fleet:
         """Give an engine no more requests, wait until it has none, and replace its process by a new one."""
         member = self.members[index]
         member.is_draining = True
+        if self.on_drain is not None:
+            self.on_drain(index)
         try:
             while member.num_answers and member.is_up:
                 await asyncio.sleep(POLL_SECONDS)
@@ -348,6 +366,7 @@ class Fleet:
 
     def _take_step(self, member: Member, step: StepOutputs) -> None:
         member.stats = step.stats
+        member.shared = step.shared
         for output in step.outputs:
             answer = self._open.get(output.request_id)
             if answer is None:
@@ -375,7 +394,7 @@ class Fleet:
 
     # engines that come and go
 
-    def _connect(self, member: Member, engine: EngineProcess) -> None:
+    def _connect(self, member: Member, engine: Engine) -> None:
         member.client = EngineClient(
             engine, self._context, self._limits.silence, partial(self._take_step, member), partial(self._lose, member)
         )
@@ -390,31 +409,33 @@ class Fleet:
         if self.death is not None:
             return
         named = f"engine {member.index}: {message}" if len(self.members) > 1 else message
-        stats = member.stats
+        num_queued = member.num_queued
         member.go_down(named)
         if not self._has_started:
             self._die(named)
             return
         delay = member.restarts.next_delay()
         member.is_lost = delay is None
+        if self.on_down is not None:
+            self.on_down(member.index, message, delay)
         if all(one.is_lost for one in self.members):
             self._die(named)
             return
         if delay is not None:
             member.trouble += f"; it is started again in {delay:g} s"
         logger.error("%s", member.trouble)
-        self._take_over(member, stats, named)
+        self._take_over(member, num_queued, named)
         if delay is not None:
             self._spawn(self._replace(member, delay))
 
-    def _take_over(self, member: Member, stats: EngineStats | None, message: str) -> None:
+    def _take_over(self, member: Member, num_queued: int, message: str) -> None:
         """Let other engines have the answers that a dead one had, or those that are there at first."""
         lost = [
             answer
             for answer in self._open.values()
             if answer.placed is not None and answer.placed.engine == member.index
         ]
-        suspected = in_batch(lost, stats)
+        suspected = in_batch(lost, num_queued)
         limit = self._limits.migrations
         for answer in lost:
             is_suspected = answer.request_id in suspected
@@ -435,24 +456,31 @@ class Fleet:
         await asyncio.sleep(max(0.0, begin + delay - self._loop.time()))
         try:
             self._connect(member, self._start(member.index))
-            ready = await member.client.ready()
-        except EngineDeadError:
-            return  # `_lose` has been told
         except OSError as error:
             self._lose(member, f"the engine process could not be started: {error}")
             return
+        if not await self._welcome(member):
+            return
         member.num_restarts += 1
+        if self.on_restart is not None:
+            self.on_restart(member.index)
+        logger.info("engine %d is up again", member.index)
+
+    async def _welcome(self, member: Member) -> bool:
+        """Wait until an engine can serve, and send it what waits; whether it could, of which `_lose` has been told."""
+        try:
+            ready = await member.client.ready()
+        except EngineDeadError:
+            return False
         if self._vocabulary is not None:
             member.client.send_frame(self._vocabulary)
         if self._stands_still:
             member.client.send(Pause())
         self._chooser.open(member, ready)
-        if self.on_restart is not None:
-            self.on_restart(member.index)
-        logger.info("engine %d is up again", member.index)
         self._place()
+        return True
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, object]) -> None:
         task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

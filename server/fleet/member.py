@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from octavo.runtime.messages import EngineStats, Ready
+from octavo.runtime.messages import EngineStats, Ready, SharedLoad
 from octavo.server.engine_client import EngineClient
 from octavo.server.fleet.open_answer import Placed
-from octavo.server.fleet.restarts import Restarts
+from octavo.server.fleet.restarts import RestartRule
 
 
 class Member:
@@ -17,6 +17,7 @@ class Member:
     client         the connection to its process, or to the last one
     ready          what that said when it could serve
     stats          of its last step; None before the first
+    shared         what other processes have of it, as of then; None where there are none
     trouble        why it is not up
     is_lost        it is not started again
     is_draining    it gets no more requests, and is replaced when it has none
@@ -30,9 +31,10 @@ class Member:
     client: EngineClient
     ready: Ready
 
-    def __init__(self, index: int, restarts: Restarts) -> None:
+    def __init__(self, index: int, restarts: RestartRule) -> None:
         self.index = index
         self.stats: EngineStats | None = None
+        self.shared: SharedLoad | None = None
         self.is_up = False
         self.is_lost = False
         self.is_draining = False
@@ -50,16 +52,28 @@ class Member:
         """Whether a request may be sent to it."""
         return self.is_up and not self.is_draining and not self.client.has_ended
 
+    @property
+    def num_queued(self) -> int:
+        """How many of its answers wait for room there."""
+        if self.shared is not None:
+            return self.shared.num_queued
+        return 0 if self.stats is None else self.stats.num_waiting
+
+    @property
+    def num_open(self) -> int:
+        """How many answers it has, those of other processes among them."""
+        return self.num_answers + (0 if self.shared is None else self.shared.num_others)
+
     def come_up(self, ready: Ready) -> None:
         """Its process can serve."""
         self.ready = ready
-        self.stats = None
+        self.stats = self.shared = None
         self.is_up = True
 
     def go_down(self, trouble: str) -> None:
         """Its process is dead, or is about to end."""
         self.is_up = False
-        self.stats = None
+        self.stats = self.shared = None
         self.trouble = trouble
 
     def take(self, placed: Placed, now: float) -> None:

@@ -6,7 +6,7 @@ from array import array
 
 import msgspec
 
-from octavo.runtime.messages import AddRequest, EngineStats, TokenOutput
+from octavo.runtime.messages import AddRequest, TokenOutput
 from octavo.server.fleet.stream import Stream
 
 
@@ -70,12 +70,11 @@ class OpenAnswer:
         )
 
 
-def in_batch(answers: list[OpenAnswer], stats: EngineStats | None) -> set[str]:
+def in_batch(answers: list[OpenAnswer], num_waiting: int) -> set[str]:
     """Which of an engine's answers, in the order in which it got them, may have been in its last batch.
 
     Those of which something has come, and of the others all but the last ones: as many as waited after its last step.
     """
-    num_waiting = 0 if stats is None else stats.num_waiting
     silent = [answer.request_id for answer in answers if answer.is_silent]
     waiting = set(silent[max(0, len(silent) - num_waiting) :])
     return {answer.request_id for answer in answers} - waiting

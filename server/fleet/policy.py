@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from octavo.runtime.messages import SharedLoad
 from octavo.runtime.parallel.config import Routing
 from octavo.server.fleet.prefix_index import PIECE_TOKENS, PrefixIndex
 
@@ -55,6 +56,7 @@ class EngineLoad:
 
     waiting: prompt tokens that are still to be computed, by request, in the order in which they were given.
     last_chosen: the number of the choice that last fell on this engine; of equals, the least goes first.
+    others_...: what other processes have given it, as far as it has said.
     """
 
     rate: PrefillRate
@@ -64,11 +66,20 @@ class EngineLoad:
     num_waiting: int = 0  # answers whose prompt has brought no output yet
     num_running: int = 0  # answers that have begun
     last_chosen: int = 0
+    others_waiting_tokens: int = 0
+    others_waiting: int = 0
+    others_running: int = 0
 
     def cost(self, num_uncached: int) -> float:
         """Seconds until a prompt with so many tokens to compute would bring its first token."""
-        seconds = (self.num_waiting_tokens + num_uncached) / self.rate.tokens_per_second
-        return seconds + RUNNING_SECONDS * self.num_running
+        num_tokens = self.num_waiting_tokens + self.others_waiting_tokens + num_uncached
+        num_running = self.num_running + self.others_running
+        return num_tokens / self.rate.tokens_per_second + RUNNING_SECONDS * num_running
+
+    @property
+    def num_answers(self) -> int:
+        """All that are open."""
+        return self.num_waiting + self.num_running + self.others_waiting + self.others_running
 
     def prefilled(self, num_tokens: int) -> None:
         """So many tokens of the waiting prompts are computed, of those that came first."""
@@ -115,7 +126,7 @@ def choose(loads: Sequence[EngineLoad], routing: Routing, num_tokens: int, num_c
             case "prefix":
                 return load.cost(max(1, num_tokens - num_cached[engine])), load.last_chosen
             case "least-loaded":
-                return load.num_waiting + load.num_running, load.last_chosen
+                return load.num_answers, load.last_chosen
             case "round-robin":
                 return 0, load.last_chosen
 
@@ -208,6 +219,15 @@ class Router:
         self._rate.add_step(num_prompt_tokens, seconds)
         load.rate.add_step(num_prompt_tokens, seconds)
         load.prefilled(num_prompt_tokens)
+
+    def told(self, engine: int, shared: SharedLoad) -> None:
+        """The engine, which other processes use too, tells what it does for all; how far prompts are, it doesn't."""
+        load = self.loads[engine]
+        self._rate.add_step(shared.num_prompt_tokens, shared.seconds)
+        load.rate.add_step(shared.num_prompt_tokens, shared.seconds)
+        load.others_waiting_tokens = shared.num_other_tokens
+        load.others_waiting = shared.num_other_silent
+        load.others_running = shared.num_others - shared.num_other_silent
 
     def engine_of(self, key: str) -> int:
         """Where a request has been routed to."""

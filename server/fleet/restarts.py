@@ -5,9 +5,17 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import Protocol
 
 WINDOW_SECONDS = 600.0
 MOST_DOUBLINGS = 100  # a float holds some 1000
+
+
+class RestartRule(Protocol):
+    """Whoever decides about one engine's restarts."""
+
+    def next_delay(self) -> float | None:
+        """The seconds to wait before this restart, which counts from now on; None: there is to be none."""
 
 
 class Restarts:

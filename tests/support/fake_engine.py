@@ -19,6 +19,7 @@ import zmq
 
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.launch import EngineStart, Launcher, heartbeat_address, progress_path, remove_socket
+from octavo.runtime.link import Link
 from octavo.runtime.messages import (
     AbortRequest,
     AddRequest,
@@ -39,8 +40,9 @@ from octavo.runtime.messages import (
 )
 from octavo.runtime.parallel.config import Devices, ParallelConfig
 from octavo.runtime.parallel.lifeline import end_with_parent, read_line, start_heartbeat
-from octavo.runtime.process import Link
+from octavo.runtime.process import open_link
 from octavo.runtime.progress import Progress
+from octavo.runtime.shared_link import SharedLink
 
 VOCAB = 1024
 BLOCK = 128
@@ -99,7 +101,7 @@ class _Answer:
 
 
 class _Engine:
-    def __init__(self, link: Link, progress: Progress, step_seconds: float) -> None:
+    def __init__(self, link: Link | SharedLink, progress: Progress, step_seconds: float) -> None:
         self._link = link
         self._progress = progress
         self._step_seconds = step_seconds
@@ -189,7 +191,7 @@ def main() -> int:
     end_with_parent(lambda: remove_socket(address))
     start_heartbeat(heartbeat_address(address))
     context = zmq.Context()
-    link = Link(context, address)
+    link = open_link(context, address, start.addresses)
     report = StartupReport("fake", "fake", "float32", f"nowhere, {start.index}", "float32", [], 0, 0, {})
     try:
         link.send(Ready(4096, 1000, 16, VOCAB, report))

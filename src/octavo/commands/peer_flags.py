@@ -58,7 +58,7 @@ NO_HYBRIDS = "models with a state cache (Mamba, linear attention) are not suppor
 OWN_KERNELS = "octavo chooses the kernel of each layer itself, and prints it when it starts"
 NOT_TRACED = "octavo sends no traces: GET /metrics is what it counts, --enable-log-requests what it logs"
 EXACT_CHECKPOINT = "what the checkpoint says is what is served: change it in a copy of its config.json"
-ONE_PROCESS = "one process serves HTTP, however many engines there are: leave it out"
+ONE_PROCESS = "--api-server-count says how many processes serve HTTP, with all that goes with it: leave it out"
 
 TABLE: tuple[PeerFlag, ...] = (
     # what octavo does anyway
@@ -133,7 +133,7 @@ TABLE: tuple[PeerFlag, ...] = (
     _moot_at("--limit-mm-per-prompt --limit-mm-data-per-request", "{}", NO_IMAGES),
     _moot_at("--ssl-cert-reqs", "0", "clients' certificates are not checked: leave it out, or check them in a proxy"),
     _moot_at("--allowed-methods --allowed-headers", '["*"]', "--allowed-origins allows all methods and headers"),
-    _moot_at("--api-server-count -asc --renderer-num-workers --tokenizer-worker-num --detokenizer-worker-num",
+    _moot_at("--renderer-num-workers --tokenizer-worker-num --detokenizer-worker-num",
              "1", ONE_PROCESS),
     _moot_at("--num-scheduler-steps --num-continuous-decode-steps --prefill-schedule-interval", "1", NO_KNOB),
     _moot_at("--logprobs-mode", "raw_logprobs", "log-probabilities are the model's own: leave it out"),

@@ -9,12 +9,14 @@ import argparse
 import asyncio
 import logging
 import os
+import pickle
 import resource
 import signal
 import ssl
 import sys
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,17 +34,22 @@ if TYPE_CHECKING:
     from octavo.runtime.config import EngineConfig
     from octavo.runtime.launch import EngineProcess, Launcher
     from octavo.runtime.messages import Ready
+    from octavo.server.fleet.collector import FleetCounters
     from octavo.server.fleet.fleet import Fleet
+    from octavo.server.fleet.limits import FleetLimits
     from octavo.server.listen_sockets import Listener
     from octavo.server.message.model_formats import ModelFormats
     from octavo.server.metrics import Metrics
     from octavo.server.options import ListenOptions, ModelOptions, TextOptions
+    from octavo.server.processes.places import Places
+    from octavo.server.served_model import ServedModel
     from octavo.server.template_renderer import TemplateRenderer
     from octavo.text.tokenizer import Tokenizer
 
 __all__ = ["configure", "own_words", "run"]
 
 PROG = "octavo serve"
+SERVER_PROGRAM = ("-m", "octavo.commands.server_process")
 
 
 class ServeError(ValueError):
@@ -83,56 +90,148 @@ def run(args: argparse.Namespace) -> int:
 def _serve(options: ServeOptions, begun: float) -> bool:
     model = _model_of(options.model)
     _check_tls(options.listen)
-    access = _access(options)
+    access = access_of(options)
     listener = _bind(options.listen)  # before the model is loaded, so that a port that is taken is told at once
-    engines: list[EngineProcess] = []
     try:
         directory = _directory_of(model, options.model)
-        launcher = _launcher(options, directory)
-        engines = launcher.start_all()  # they load while the server's own modules are imported
-        _allow_many_connections()
-        with uncollected():
-            import uvloop
-
-            from octavo.server.lifecycle import EngineStartError, serve
-            from octavo.server.listen_sockets import BindError
-            from octavo.text.chat_template import ChatTemplateError
-
-            text = _text_side(options, directory)
-            text.renderer.start()
-            prepare = _preparation(options.text, text)
-            make_app = _app_maker(options, text, begun, access)
-            open_fleet = _fleet_opener(options, engines, launcher)
-        try:
-            return uvloop.run(serve(open_fleet, text.renderer, prepare, make_app, listener, options.listen))
-        except (EngineStartError, BindError) as error:
-            raise ServeError(str(error)) from error
-        except ChatTemplateError as error:
-            text_side = options.model.tokenizer or directory
-            raise ServeError(f"{text_side}: {error}; --chat-template FILE replaces it") from error
+        serve = _serve_alone if options.listen.api_server_count == 1 else _serve_with_processes
+        return serve(options, directory, access, listener, begun)
     finally:
-        for engine in engines:
-            engine.close()
         listener.socket.close()
         if options.listen.uds:
             Path(options.listen.uds).unlink(missing_ok=True)
 
 
-def _launcher(options: ServeOptions, directory: Path) -> Launcher:
-    from octavo.runtime.launch import Launcher
+def _serve_alone(options: ServeOptions, directory: Path, access: Access, listener: Listener, begun: float) -> bool:
+    """One process serves HTTP, and has the engines."""
+    engines: list[EngineProcess] = []
+    try:
+        launcher = _launcher(options, directory)
+        engines = launcher.start_all()  # they load while the server's own modules are imported
+        allow_many_connections()
+        with uncollected():
+            import uvloop
+
+            from octavo.server.lifecycle import serve
+
+            text = text_side(options, directory)
+            text.renderer.start()
+            prepare = _preparation(options.text, text)
+            make_app = _app_maker(options, text, begun, access)
+            open_fleet = _fleet_opener(options, engines, launcher)
+        with _start_errors(options, directory):
+            return uvloop.run(serve(open_fleet, text.renderer, prepare, make_app, listener, options.listen))
+    finally:
+        for engine in engines:
+            engine.close()
+
+
+def _serve_with_processes(
+    options: ServeOptions, directory: Path, access: Access, listener: Listener, begun: float
+) -> bool:
+    """Several processes serve HTTP, and this one has them and the engines."""
+    from octavo.runtime.launch import SocketDirectory
+    from octavo.server.kept import prepare_shared
+    from octavo.server.processes.launch import ServerProcess, start_server_process
+    from octavo.server.processes.places import MULTIPROCESS_VARIABLE, Places
+    from octavo.server.store import StoreError
+
+    count = options.listen.api_server_count
+    shared = SocketDirectory()
+    places = Places(shared.path, count)
+    places.metrics.mkdir()
+    os.environ[MULTIPROCESS_VARIABLE] = str(places.metrics)  # before prometheus_client is imported, here and there
+
+    def start(number: int, generation: int) -> ServerProcess:
+        told = ServerStart(options, directory, access, places, number, generation, listener.socket.fileno(), begun)
+        return start_server_process(SERVER_PROGRAM, pickle.dumps(told), listener.socket)
+
+    engines: list[EngineProcess] = []
+    servers: list[ServerProcess] = []
+    try:
+        launcher = _launcher(options, directory, places)
+        engines = launcher.start_all()
+        prepare_shared(options.server)  # what it returns, the end of this process closes
+        servers = [start(number, 0) for number in range(count)]
+        with uncollected():
+            import uvloop
+
+            from octavo.server.processes.parent import Parent, serve_with_processes
+
+            text = text_side(options, directory)
+            text.renderer.start()
+            prepare = _preparation(options.text, text)
+            report = _reporter(options, text, begun, places)
+            open_fleet = _fleet_opener(options, engines, launcher)
+            make_parent = partial(Parent, processes=servers, start=start, places=places, options=options.listen)
+        with _start_errors(options, directory):
+            return uvloop.run(
+                serve_with_processes(open_fleet, make_parent, text.renderer, prepare, report, listener, options.listen)
+            )
+    except StoreError as error:
+        raise ServeError(str(error)) from None
+    finally:
+        for server in servers:
+            server.kill()
+        for engine in engines:
+            engine.close()
+        shared.remove()
+
+
+@dataclass(frozen=True)
+class ServerStart:
+    """What one of several server processes is told. listening: the number of the socket that all share."""
+
+    options: ServeOptions
+    directory: Path
+    access: Access
+    places: Places
+    number: int
+    generation: int
+    listening: int
+    begun: float
+
+
+@contextmanager
+def _start_errors(options: ServeOptions, directory: Path) -> Iterator[None]:
+    """What keeps a server from starting, as a line for the user."""
+    from octavo.server.lifecycle import EngineStartError
+    from octavo.server.listen_sockets import BindError
+    from octavo.text.chat_template import ChatTemplateError
 
     try:
-        return Launcher(engine_config(options, directory))
+        yield
+    except (EngineStartError, BindError) as error:
+        raise ServeError(str(error)) from error
+    except ChatTemplateError as error:
+        text_side = options.model.tokenizer or directory
+        raise ServeError(f"{text_side}: {error}; --chat-template FILE replaces it") from error
+
+
+def _launcher(options: ServeOptions, directory: Path, places: Places | None = None) -> Launcher:
+    """places: where engines meet further server processes."""
+    from octavo.runtime.launch import Launcher
+
+    config = engine_config(options, directory)
+    try:
+        return Launcher(config) if places is None else Launcher(config, addresses=places.addresses)
     except ValueError as error:
         raise ServeError(str(error)) from None
 
 
 def _fleet_opener(options: ServeOptions, engines: Sequence[EngineProcess], launcher: Launcher) -> Callable[[], Fleet]:
     """What connects to the engines, in the event loop."""
-    from octavo.server.fleet.fleet import Fleet, FleetLimits
+    from octavo.server.fleet.fleet import Fleet
+
+    return partial(Fleet, engines, launcher.start, fleet_limits(options), options.engine.seed)
+
+
+def fleet_limits(options: ServeOptions) -> FleetLimits:
+    """How patient a fleet is with its engines, and how it chooses among them."""
+    from octavo.server.fleet.limits import FleetLimits
 
     parallel = options.engine.parallel
-    limits = FleetLimits(
+    return FleetLimits(
         options.listen.engine_timeout,
         parallel.migration_limit,
         parallel.max_engine_restarts,
@@ -140,7 +239,6 @@ def _fleet_opener(options: ServeOptions, engines: Sequence[EngineProcess], launc
         routing=parallel.routing,
         caches=options.engine.enable_prefix_caching,
     )
-    return partial(Fleet, engines, launcher.start, limits, options.engine.seed)
 
 
 def _model_of(options: ModelOptions) -> str:
@@ -172,7 +270,7 @@ def _directory_of(model: str, options: ModelOptions) -> Path:
         raise ServeError(str(error)) from error
 
 
-def _allow_many_connections() -> None:
+def allow_many_connections() -> None:
     """Raise the limit of open files, of which each connection takes one: shells start programs with 1024."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 1 << 16 if hard == resource.RLIM_INFINITY else min(hard, 1 << 16)
@@ -196,7 +294,7 @@ def _bind(options: ListenOptions) -> Listener:
 
 
 @dataclass(frozen=True)
-class _TextSide:
+class TextSide:
     """What of the model the server needs, and the engine doesn't know."""
 
     names: tuple[str, ...]
@@ -207,7 +305,7 @@ class _TextSide:
     end_ids: frozenset[int]
 
 
-def _text_side(options: ServeOptions, directory: Path) -> _TextSide:
+def text_side(options: ServeOptions, directory: Path) -> TextSide:
     """Read it now, while the engine loads. Raises ServeError."""
     from octavo.server.message.model_formats import check_names
     from octavo.server.served_model import checked_names, end_token_ids, sampling_defaults
@@ -228,23 +326,18 @@ def _text_side(options: ServeOptions, directory: Path) -> _TextSide:
         )
     except (TokenizerError, ChatTemplateError, ValueError) as error:
         raise ServeError(str(error)) from error
-    return _TextSide(names, any_name, tokenizer, renderer, defaults, end_ids)
+    return TextSide(names, any_name, tokenizer, renderer, defaults, end_ids)
 
 
-def _preparation(options: TextOptions, text: _TextSide) -> Callable[[Fleet], Awaitable[ModelFormats]]:
+def _preparation(options: TextOptions, text: TextSide) -> Callable[[Fleet], Awaitable[ModelFormats]]:
     """What is done while the engine loads: the vocabulary is made and sent, the chat template compiled, and how the
     model writes calls and reasoning read from it.
     """
-    from octavo.server.message.model_formats import find_formats
     from octavo.server.served_model import vocabulary_of
 
-    tokenizer = text.tokenizer
-    special = {tokenizer.token_name(token_id): token_id for token_id in tokenizer.special_ids}
-
     async def prepare(client: Fleet) -> ModelFormats:
-        vocabulary = await asyncio.to_thread(vocabulary_of, tokenizer, text.end_ids)
-        await text.renderer.check()
-        formats = await find_formats(text.renderer, special, options.tool_call_parser, options.reasoning_parser)
+        vocabulary = await asyncio.to_thread(vocabulary_of, text.tokenizer, text.end_ids)
+        formats = await found_formats(options, text)
         await client.ready()
         client.give_vocabulary(vocabulary)
         return formats
@@ -252,53 +345,34 @@ def _preparation(options: TextOptions, text: _TextSide) -> Callable[[Fleet], Awa
     return prepare
 
 
+async def found_formats(options: TextOptions, text: TextSide) -> ModelFormats:
+    """How the model writes calls and reasoning, when its template has been compiled."""
+    from octavo.server.message.model_formats import find_formats
+
+    tokenizer = text.tokenizer
+    special = {tokenizer.token_name(token_id): token_id for token_id in tokenizer.special_ids}
+    await text.renderer.check()
+    return await find_formats(text.renderer, special, options.tool_call_parser, options.reasoning_parser)
+
+
 def _app_maker(
-    options: ServeOptions, text: _TextSide, begun: float, access: Access
+    options: ServeOptions, text: TextSide, begun: float, access: Access
 ) -> Callable[[Fleet, Ready, ModelFormats], tuple[FastAPI, Metrics]]:
     """What makes the app when the engine is ready, and prints the report of the start."""
     from octavo.commands.serve_report import print_report
     from octavo.server.app import build_app
     from octavo.server.fleet.collector import FleetCollector
     from octavo.server.kept import open_kept
-    from octavo.server.metrics import Metrics
-    from octavo.server.served_model import ServedModel
     from octavo.server.store import StoreError
 
     try:
         kept = open_kept(options.server)
     except StoreError as error:
         raise ServeError(str(error)) from None
-    name = _model_of(options.model)
-    most_logprobs = options.text.max_logprobs
 
     def make_app(client: Fleet, ready: Ready, formats: ModelFormats) -> tuple[FastAPI, Metrics]:
-        model = ServedModel(
-            names=text.names,
-            root=name,
-            tokenizer=text.tokenizer,
-            renderer=text.renderer,
-            end_ids=text.end_ids,
-            defaults=text.defaults,
-            max_model_len=ready.max_model_len,
-            vocab_size=ready.vocab_size,
-            max_num_seqs=options.engine.max_num_seqs * options.engine.parallel.data_parallel_size,
-            scheduling_policy=options.engine.scheduling_policy,
-            max_logprobs=ready.vocab_size if most_logprobs < 0 else most_logprobs,
-            clamps_max_tokens=options.text.max_tokens_policy == "clamp",
-            trust_request_chat_template=options.text.trust_request_chat_template,
-            structured_outputs=options.text.structured_outputs_config,
-            formats=formats,
-            aliases=options.model.model_aliases,
-            serves_any=text.serves_any_name,
-            report=ready.report,
-            stream_interval=options.text.stream_interval,
-            tokens_as_token_ids=options.text.return_tokens_as_token_ids,
-            template_variables=options.text.default_chat_template_kwargs,
-            tool_strict_level=options.text.tool_strict_level,
-            reasoning_end_str=options.text.reasoning_config.reasoning_end_str,
-        )
-        facts = [_cache_facts(options.engine, one) for one in client.readies]
-        metrics = Metrics(model.name, ready, facts)
+        model = served_model(options, text, ready, formats)
+        metrics = made_metrics(options, model.name, client, ready)
         metrics.register(FleetCollector(client, model.name))
         app = build_app(model, client, metrics, options.server, access, kept)
         print_report(client.readies, time.monotonic() - begun, formats.lines() + model.name_lines())
@@ -307,7 +381,69 @@ def _app_maker(
     return make_app
 
 
-def _access(options: ServeOptions) -> Access:
+def _reporter(
+    options: ServeOptions, text: TextSide, begun: float, places: Places
+) -> Callable[[Fleet, Ready, ModelFormats], tuple[Metrics, FleetCounters]]:
+    """What makes the metrics of the process that only has the engines, and prints the report of the start."""
+    from octavo.commands.serve_report import print_report
+    from octavo.server.fleet.collector import FleetCounters
+
+    def report(client: Fleet, ready: Ready, formats: ModelFormats) -> tuple[Metrics, FleetCounters]:
+        model = served_model(options, text, ready, formats)
+        metrics = made_metrics(options, model.name, client, ready, places)
+        print_report(client.readies, time.monotonic() - begun, formats.lines() + model.name_lines())
+        return metrics, FleetCounters(client, model.name, metrics.registry, decides=True)
+
+    return report
+
+
+def served_model(
+    options: ServeOptions, text: TextSide, ready: Ready, formats: ModelFormats, names: tuple[str, str] = ("", "")
+) -> ServedModel:
+    """The model as the server sees it. names: ServedModel's server_name and response_ending."""
+    from octavo.server.served_model import ServedModel
+
+    most_logprobs = options.text.max_logprobs
+    return ServedModel(
+        names=text.names,
+        root=_model_of(options.model),
+        tokenizer=text.tokenizer,
+        renderer=text.renderer,
+        end_ids=text.end_ids,
+        defaults=text.defaults,
+        max_model_len=ready.max_model_len,
+        vocab_size=ready.vocab_size,
+        max_num_seqs=options.engine.max_num_seqs * options.engine.parallel.data_parallel_size,
+        scheduling_policy=options.engine.scheduling_policy,
+        max_logprobs=ready.vocab_size if most_logprobs < 0 else most_logprobs,
+        clamps_max_tokens=options.text.max_tokens_policy == "clamp",
+        trust_request_chat_template=options.text.trust_request_chat_template,
+        structured_outputs=options.text.structured_outputs_config,
+        formats=formats,
+        aliases=options.model.model_aliases,
+        serves_any=text.serves_any_name,
+        report=ready.report,
+        stream_interval=options.text.stream_interval,
+        tokens_as_token_ids=options.text.return_tokens_as_token_ids,
+        template_variables=options.text.default_chat_template_kwargs,
+        tool_strict_level=options.text.tool_strict_level,
+        reasoning_end_str=options.text.reasoning_config.reasoning_end_str,
+        server_name=names[0],
+        response_ending=names[1],
+    )
+
+
+def made_metrics(
+    options: ServeOptions, name: str, client: Fleet, ready: Ready, places: Places | None = None
+) -> Metrics:
+    """The metrics of one process. places: where several keep what they count."""
+    from octavo.server.metrics import Metrics
+
+    facts = [_cache_facts(options.engine, one) for one in client.readies]
+    return Metrics(name, ready, facts, None if places is None else places.metrics)
+
+
+def access_of(options: ServeOptions) -> Access:
     """Who may send requests. Keys from the environment don't show in the list of processes."""
     server = options.server
     try:

@@ -28,7 +28,8 @@ from fake_engine import (
 from octavo.runtime.messages import AddRequest, SamplingParams, TokenOutput, Vocabulary
 from octavo.server.engine_client import EngineDeadError
 from octavo.server.fleet.collector import FleetCollector
-from octavo.server.fleet.fleet import Fleet, FleetLimits
+from octavo.server.fleet.fleet import Fleet
+from octavo.server.fleet.limits import FleetLimits
 from octavo.server.fleet.stream import Stream
 
 QUICK = FleetLimits(silence=60.0, first_restart=0.05)

@@ -1,0 +1,93 @@
+"""What a server process makes of what its parent tells it: the text side, the app, and its place among the others."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import socket
+
+import msgspec
+import uvloop
+from fastapi import FastAPI
+
+from octavo.commands.serve import (
+    ServerStart,
+    TextSide,
+    allow_many_connections,
+    fleet_limits,
+    found_formats,
+    made_metrics,
+    served_model,
+    text_side,
+)
+from octavo.runtime.messages import Ready
+from octavo.runtime.shared_link import server_name
+from octavo.server.app import build_app
+from octavo.server.fleet.collector import FleetCollector, FleetCounters
+from octavo.server.fleet.fleet import Fleet
+from octavo.server.kept import open_kept
+from octavo.server.listen_sockets import Listener
+from octavo.server.message.model_formats import ModelFormats
+from octavo.server.options import ServerOptions
+from octavo.server.processes.child import Child, Ways
+from octavo.server.processes.engines import EnginesElsewhere, named_seed
+from octavo.server.processes.home import KEEPER, response_ending
+from octavo.server.processes.words import ToServer, Words, read_frame
+from octavo.server.store import MEMORY
+
+
+def run(link: socket.socket) -> int:
+    """Serve until the parent says so; returns the exit code."""
+    frame = read_frame(link)
+    if not frame:
+        return 1
+    start: ServerStart = pickle.loads(frame)
+    logging.basicConfig(
+        level=start.options.listen.uvicorn_log_level.upper(), format="%(asctime)s %(levelname)s %(message)s"
+    )
+    logging.getLogger("octavo").setLevel(logging.INFO)
+    logging.getLogger("octavo.server.fleet").setLevel(logging.CRITICAL)  # the parent tells of engines, once
+    allow_many_connections()
+    return 0 if uvloop.run(_serve(start, link)) else 1
+
+
+async def _serve(start: ServerStart, link: socket.socket) -> bool:
+    options = start.options
+    text = text_side(options, start.directory)
+    text.renderer.start()
+    num_engines = options.engine.parallel.data_parallel_size
+    words: Words[ToServer] = Words(link, ToServer)
+    child = Child(words, start.places, start.number, num_engines, options.listen)
+    listener = Listener(socket.socket(fileno=start.listening), "")
+    return await child.serve(_ways(start, text), text.renderer, listener)
+
+
+def _ways(start: ServerStart, text: TextSide) -> Ways:
+    options = start.options
+    ending = response_ending(start.number)
+    kept = open_kept(_kept_in(start), ending)
+
+    def make_fleet(engines: EnginesElsewhere) -> Fleet:
+        seed = named_seed(options.engine.seed, start.number, start.generation)
+        return Fleet(engines.all(), engines.start, fleet_limits(options), seed, engines.restarts)
+
+    async def prepare() -> ModelFormats:
+        return await found_formats(options.text, text)
+
+    def make_app(client: Fleet, ready: Ready, formats: ModelFormats) -> tuple[FastAPI, FleetCounters]:
+        model = served_model(options, text, ready, formats, (server_name(start.number, start.generation), ending))
+        metrics = made_metrics(options, model.name, client, ready, start.places)
+        metrics.register(FleetCollector(client, model.name, counts=False))
+        app = build_app(model, client, metrics, options.server, start.access, kept)
+        return app, FleetCounters(client, model.name, metrics.registry, decides=False)
+
+    return Ways(make_fleet, prepare, make_app, options.server.max_body_bytes)
+
+
+def _kept_in(start: ServerStart) -> ServerOptions:
+    """The options, with what is kept where all processes find it. Batches are process 0's alone."""
+    options = start.options.server
+    places = start.places
+    store = places.responses if options.response_store == MEMORY else options.response_store
+    batches = options.batch_dir or places.batches
+    return msgspec.structs.replace(options, response_store=store, batch_dir=batches if start.number == KEEPER else None)
