@@ -187,7 +187,8 @@ class Launcher:
 
     def start(self, index: int) -> EngineProcess:
         """The engine of this number. Raises OSError where no process can be started."""
-        placement = place(index, self._config.parallel.data_parallel_size, self._devices)
+        parallel = self._config.parallel
+        placement = place(index, parallel.data_parallel_size, self._devices, parallel.num_ranks)
         return start_engine(self._config, index, placement, self._program, self._addresses(index))
 
 

@@ -86,7 +86,7 @@ def load_engine(
         weight_bytes=rank.weight_bytes,
         kv_cache_bytes=plan.num_bytes,
         seconds=clock.seconds,
-        notes=rank.notes,
+        notes=rank.notes + ([] if followers is None else followers.notes),
         ranks=list(model.ranks),
     )
     overlaps = device.torch_device.type != "cpu" or num_threads < num_cores()

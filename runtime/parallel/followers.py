@@ -17,6 +17,7 @@ from octavo.runtime.config import EngineConfig
 from octavo.runtime.launch import child_environment
 from octavo.runtime.parallel.channel import ChannelEnds, DriverChannel
 from octavo.runtime.parallel.order import StepOrder, largest_order
+from octavo.runtime.parallel.placement import CGROUP, cpus_in_cgroup
 from octavo.runtime.scheduling.plan import SchedulerConfig
 
 if TYPE_CHECKING:
@@ -48,7 +49,9 @@ class Followers:
         self.size = config.parallel.num_ranks
         self._heartbeat = heartbeat
         cores = sorted(os.sched_getaffinity(0))
-        self.threads = config.num_threads or max(1, len(cores) // self.size)
+        at_a_time = min(len(cores), cpus_in_cgroup(CGROUP))
+        self.threads = config.num_threads or max(1, at_a_time // self.size)
+        self.notes = crowded(self.size, at_a_time)
         self._channel = DriverChannel(self.size - 1)
         self._sums = os.memfd_create("octavo-sums", os.MFD_CLOEXEC)
         self._group: Group | None = None
@@ -131,6 +134,17 @@ class Followers:
             process.wait()
         self._channel.close()
         os.close(self._sums)
+
+
+def crowded(size: int, num_cores: int) -> list[str]:
+    """A note where an engine has fewer cores than ranks."""
+    if num_cores >= size:
+        return []
+    cores = "1 core" if num_cores == 1 else f"{num_cores} cores"
+    return [
+        f"{size} ranks take turns on {cores}, and wait for each other again and again: {num_cores} (-tp, -pp) would be "
+        "faster, and so would fewer engines (-dp), each with more cores"
+    ]
 
 
 def share_of_cores(cores: list[int], rank: int, size: int) -> list[int]:

@@ -16,7 +16,7 @@ VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 class Placement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where one engine runs. cores: the CPUs that it may use; None: all. num_threads: None: as many as those.
+    """Where one engine runs. cores: the CPUs that it may use; None: all. num_threads: of a rank; None: by those.
 
     gpu: as CUDA_VISIBLE_DEVICES names it; None: as it is in the server's environment.
     """
@@ -40,15 +40,18 @@ def _gpus() -> tuple[str, ...]:
     return tuple(map(str, range(count)))
 
 
-def place(index: int, size: int, devices: Devices) -> Placement:
-    """The place of one of `size` engines: a GPU of its own, or consecutive cores, as evenly as they go."""
+def place(index: int, size: int, devices: Devices, ranks: int = 1) -> Placement:
+    """The place of one of `size` engines: a GPU of its own, or consecutive cores, as evenly as they go.
+
+    ranks: of each engine, which divide its cores among themselves.
+    """
     if size == 1:
         return Placement()
     if devices.gpus:
         return Placement(gpu=devices.gpus[index])
     count = len(devices.cores)
     if devices.max_cores < count:  # a quota says how many at a time, and not which: others may be on any of them
-        return Placement(num_threads=max(1, devices.max_cores // size))
+        return Placement(num_threads=max(1, devices.max_cores // (size * ranks)))
     return Placement(cores=list(devices.cores[index * count // size : (index + 1) * count // size]))
 
 

@@ -24,7 +24,7 @@ from octavo.runtime.engine import Engine
 from octavo.runtime.messages import AddRequest, Ready, TokenOutput
 from octavo.runtime.parallel.channel import NUM_SLOTS, ChannelEnds, DriverChannel, FollowerChannel
 from octavo.runtime.parallel.config import ParallelConfig
-from octavo.runtime.parallel.followers import Followers, share_of_cores
+from octavo.runtime.parallel.followers import Followers, crowded, share_of_cores
 from octavo.runtime.progress import Progress
 from octavo.runtime.startup import load_engine
 
@@ -239,6 +239,8 @@ def is_there(pid: int) -> bool:
 def test_ranks_share_the_cores() -> None:
     assert [share_of_cores([0, 1, 2, 3, 6], rank, 2) for rank in range(2)] == [[0, 1], [2, 3, 6]]
     assert share_of_cores([0, 1], 2, 3) == []
+    assert crowded(2, 2) == []
+    assert crowded(3, 2)[0].startswith("3 ranks take turns on 2 cores")
 
 
 def test_a_ring_of_orders_is_read_in_order_however_far_behind_a_reader_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,7 @@ def test_a_quota_of_cpu_time_is_shared_and_pins_nothing() -> None:
     devices = Devices(tuple(range(64)), 8)
     assert place(1, 4, devices) == Placement(num_threads=2)
     assert place(0, 3, devices) == Placement(num_threads=2)
+    assert place(0, 2, devices, ranks=2) == Placement(num_threads=2), "of a rank"
 
 
 def test_each_engine_has_a_gpu_of_its_own() -> None:
