@@ -21,6 +21,7 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.types import ASGIApp
 
+from octavo.collector import settled
 from octavo.runtime.messages import Ready, StepOutputs
 from octavo.server.connection import Connection
 from octavo.server.engine_client import EngineDeadError
@@ -34,6 +35,7 @@ from octavo.server.template_renderer import TemplateRenderer
 logger = logging.getLogger(__name__)
 
 STATS_SECONDS = 10.0
+TICK_SECONDS = 1.0  # for which a Date header holds
 LAST_WORDS_SECONDS = 2.0  # for the error objects of requests that were not finished in time
 DRAIN_POLL_SECONDS = 0.05
 DRAINING = "the server is shutting down"
@@ -68,6 +70,7 @@ async def serve(
             client.on_restart = metrics.restart
             ticker = asyncio.create_task(log.tick_forever())
             stop.server = DrainingServer(uvicorn_config(app, options), client, renderer, listener, options)
+            settled()
             client.on_death = stop.server.end_without_engine
             if client.death is not None:
                 stop.server.end_without_engine()
@@ -160,6 +163,7 @@ class DrainingServer(uvicorn.Server):
         self._client = client
         self._renderer = renderer
         self._options = options
+        self._is_asked_to_end = asyncio.Event()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -173,11 +177,23 @@ class DrainingServer(uvicorn.Server):
         if self._listener is not None:
             logger.info("serving on %s", self._listener.url)
 
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        super().handle_exit(sig, frame)
+        self._is_asked_to_end.set()
+
+    async def main_loop(self) -> None:
+        """uvicorn's looks ten times a second whether it is to end, and makes the Date header anew every tenth time."""
+        while not self.should_exit:
+            await self.on_tick(0)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._is_asked_to_end.wait(), TICK_SECONDS)
+
     def end_without_engine(self) -> None:
         """End, since no engine is left, unless --keep-alive-on-engine-death."""
         logger.error("%s", self._client.death)
         if not self._options.keep_alive_on_engine_death:
             self.should_exit = True
+            self._is_asked_to_end.set()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         client = self._client

@@ -14,6 +14,7 @@ from shutil import rmtree
 
 from fastapi import FastAPI
 
+from octavo.collector import settled
 from octavo.runtime.messages import Ready
 from octavo.server.engine_client import EngineDeadError
 from octavo.server.fleet.collector import FleetCounters
@@ -106,6 +107,7 @@ class Child:
         fleet.on_death = server.end_without_engine
         if fleet.death is not None:
             server.end_without_engine()
+        settled()
         own = reserve_path(self._places.http(self._number))
         self._words.say(Prepared())
         await self._may_serve.wait()

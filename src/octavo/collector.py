@@ -6,6 +6,8 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+NEW_OBJECTS = 20_000  # beyond those that are gone, before cycles are looked for: some megabytes
+
 
 @contextmanager
 def uncollected() -> Iterator[None]:
@@ -20,3 +22,14 @@ def uncollected() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+def settled() -> None:
+    """For a server that is about to serve: what is there is never looked at again, and what comes is looked at seldom.
+
+    A step's values for 256 streams are more than the collector's usual 700 objects, though all of them are gone a
+    moment later; it went over them, and again and again over the application, for a seventh of the server's time.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(NEW_OBJECTS, 10, 10)

@@ -43,7 +43,10 @@ class IncrementalDecoder:
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Return the text that these tokens complete; an unfinished character waits for its remaining bytes."""
-        raw = b"".join(self._token_bytes(token_id) for token_id in token_ids if token_id not in self._skipped)
+        if len(token_ids) == 1:  # as nearly always
+            raw = b"" if token_ids[0] in self._skipped else self._token_bytes(token_ids[0])
+        else:
+            raw = b"".join(self._token_bytes(token_id) for token_id in token_ids if token_id not in self._skipped)
         return self._strip(self._utf8.decode(raw)) if raw else ""
 
     def finish(self) -> str:
