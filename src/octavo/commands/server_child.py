@@ -11,6 +11,7 @@ import uvloop
 from fastapi import FastAPI
 
 from octavo.commands.serve import (
+    ServeError,
     ServerStart,
     TextSide,
     allow_many_connections,
@@ -32,8 +33,8 @@ from octavo.server.options import ServerOptions
 from octavo.server.processes.child import Child, Ways
 from octavo.server.processes.engines import EnginesElsewhere, named_seed
 from octavo.server.processes.home import KEEPER, response_ending
-from octavo.server.processes.words import ToServer, Words, read_frame
-from octavo.server.store import MEMORY
+from octavo.server.processes.words import ToServer, Unable, Words, read_frame
+from octavo.server.store import MEMORY, StoreError
 
 
 def run(link: socket.socket) -> int:
@@ -53,13 +54,20 @@ def run(link: socket.socket) -> int:
 
 async def _serve(start: ServerStart, link: socket.socket) -> bool:
     options = start.options
-    text = text_side(options, start.directory)
+    words: Words[ToServer] = Words(link, ToServer)
+    try:
+        text = text_side(options, start.directory)
+        ways = _ways(start, text)
+    except (ServeError, StoreError) as error:
+        words.say(Unable(str(error)))
+        await words.open()
+        words.close()
+        return False
     text.renderer.start()
     num_engines = options.engine.parallel.data_parallel_size
-    words: Words[ToServer] = Words(link, ToServer)
     child = Child(words, start.places, start.number, num_engines, options.listen)
     listener = Listener(socket.socket(fileno=start.listening), "")
-    return await child.serve(_ways(start, text), text.renderer, listener)
+    return await child.serve(ways, text.renderer, listener)
 
 
 def _ways(start: ServerStart, text: TextSide) -> Ways:

@@ -96,7 +96,10 @@ def _answer(link: socket.socket, setup: Setup, frame: bytes | None) -> bool:
         content = REFUSED + str(error).encode("utf-8", "surrogatepass")
     except MemoryError:
         content = OUT_OF_MEMORY
-    link.sendall(len(content).to_bytes(LENGTH_BYTES, "little") + content)
+    try:
+        link.sendall(len(content).to_bytes(LENGTH_BYTES, "little") + content)
+    except BrokenPipeError:
+        return False  # the server was killed meanwhile
     return content != OUT_OF_MEMORY
 
 

@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import httpx
 import pytest
-from octavo_server import Server, events, serving, value, wait_until
+from octavo_server import TINY, Server, events, said_at_once, serving, started, value, wait_until
 
 NUM_SERVERS = 2
 QUEUE = ("--max-num-seqs", "8", "--max-queued-requests", "4")  # of two engines: 16 and 4 places
@@ -95,6 +96,21 @@ def text_of(lines: Iterator[str]) -> str:
     chunks = list(events(lines))
     assert chunks[-1]["choices"][0]["finish_reason"] == "length", chunks[-1]
     return "".join(chunk["choices"][0]["text"] for chunk in chunks)
+
+
+def test_what_keeps_it_from_starting_is_one_line(tmp_path: Path) -> None:
+    """Though each process reads the same files."""
+    said = said_at_once(str(TINY), "--port", "0", *FLAGS[:2], "--tokenizer", str(tmp_path / "none"))
+    assert "no such directory" in said
+
+
+def test_a_stop_while_the_engine_loads_leaves_nothing() -> None:
+    with TemporaryDirectory(dir="/tmp") as directory, started(*FLAGS[:2], environment={"TMPDIR": directory}) as server:
+        wait_until(lambda: len(server_pids(server)) == NUM_SERVERS)
+        server.send_signal(signal.SIGTERM)
+        assert server.exit_code() == 0
+        assert "Traceback" not in server.said
+        wait_until(lambda: not os.listdir(directory))
 
 
 def test_all_processes_answer_alike(server: Server) -> None:
