@@ -40,6 +40,9 @@ UPGRADE_LINE = b"\r\nupgrade:"
 AtOnce = Callable[[Scope], list[Message] | None]
 """The whole response to a request that needs no application; None: it needs one."""
 
+CHUNK = "octavo_write_chunk"
+"""Where a request's state has what sends a piece of a streamed answer at once; False: it must go through `send`."""
+
 ToldOf = Callable[[Scope], None]
 """Is told of each request for the application once it has come whole."""
 
@@ -95,6 +98,7 @@ class Connection(HttpToolsProtocol):
         super().connection_lost(exc)
         for cycle in (*waiting, self._running, self.cycle):
             if cycle is not None:
+                cycle.scope["state"].pop(CHUNK, None)  # or they would hold each other
                 _disconnect(cycle)  # uvicorn tells the newest request only, and keeps what came of bodies
 
     def data_received(self, data: bytes) -> None:
@@ -158,6 +162,7 @@ class Connection(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: object) -> None:
         self._running = cycle
+        cycle.scope["state"][CHUNK] = self._write_chunk
         messages = None if self._at_once is None or self.flow.write_paused else self._at_once(cycle.scope)  # type: ignore[arg-type]
         if messages is None:
             super()._start_asgi_task(cycle, app)  # type: ignore[arg-type]
@@ -167,6 +172,16 @@ class Connection(HttpToolsProtocol):
         self._unsent = (cycle, messages)
         waits = cycle.more_body and not cycle.waiting_for_100_continue
         self._unsent_timer = self.loop.call_later(BODY_SECONDS if waits else 0, self._send_unsent)
+
+    def _write_chunk(self, content: bytes) -> bool:
+        """Send a piece of the answer that has begun, if it can be sent now: what `send` does, without the way there."""
+        cycle = self._running
+        if cycle is None or cycle.disconnected or not cycle.chunked_encoding or cycle.response_complete:
+            return False
+        if self.flow.write_paused or not content:
+            return not content  # which would be the end
+        cycle.transport.write(b"%x\r\n%b\r\n" % (len(content), content))
+        return True
 
     def _tell_whole(self, cycle: RequestResponseCycle) -> None:
         if self._when_whole is not None and not cycle.response_started:

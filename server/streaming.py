@@ -16,6 +16,7 @@ from typing import TypeVar
 from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from octavo.server.connection import CHUNK
 from octavo.server.encoding import encode_json
 from octavo.server.errors import ApiError
 
@@ -54,15 +55,17 @@ class EventStream(Response):
         self._events = events
         self._framing = framing
 
-    async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        await unless_hung_up(receive, lambda: self._pump(send))
+        write_chunk: Callable[[bytes], bool] = scope.get("state", {}).get(CHUNK, _not_at_once)
+        await unless_hung_up(receive, lambda: self._pump(send, write_chunk))
 
-    async def _pump(self, send: Send) -> None:
+    async def _pump(self, send: Send, write_chunk: Callable[[bytes], bool]) -> None:
         async with aclosing(self._events) as events:
             try:
                 async for chunk in events:
-                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                    if not write_chunk(chunk):
+                        await send({"type": "http.response.body", "body": chunk, "more_body": True})
                 last = b""
             except ApiError as error:
                 last = self._framing.error(error)
@@ -71,6 +74,11 @@ class EventStream(Response):
                 last = self._framing.error(ApiError(500, f"internal error: {type(error).__name__}"))
         last += self._framing.end
         await send({"type": "http.response.body", "body": last, "more_body": False})
+
+
+def _not_at_once(_: bytes) -> bool:
+    """Where no connection stands behind the request (server/inner_call.py)."""
+    return False
 
 
 async def unless_hung_up(receive: Receive, begin: Callable[[], Awaitable[T]]) -> T | None:

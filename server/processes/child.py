@@ -17,7 +17,6 @@ from fastapi import FastAPI
 from octavo.collector import settled
 from octavo.runtime.messages import Ready
 from octavo.server.engine_client import EngineDeadError
-from octavo.server.fleet.collector import FleetCounters
 from octavo.server.fleet.fleet import Fleet
 from octavo.server.lifecycle import DRAINING, DrainingServer, uvicorn_config
 from octavo.server.listen_sockets import Listener, handles, reserve_path
@@ -47,11 +46,14 @@ PUBLISH_SECONDS = 0.5  # between two looks at what only now and then changes
 
 @dataclass(frozen=True)
 class Ways:
-    """How a child is made of what is its own. make_fleet: for the engines that the parent tells of."""
+    """How a child is made of what is its own. make_fleet: for the engines that the parent tells of.
+
+    make_app: with what brings its counters up to date, which other processes read.
+    """
 
     make_fleet: Callable[[EnginesElsewhere], Fleet]
     prepare: Callable[[], Awaitable[ModelFormats]]
-    make_app: Callable[[Fleet, Ready, ModelFormats], tuple[FastAPI, FleetCounters]]
+    make_app: Callable[[Fleet, Ready, ModelFormats], tuple[FastAPI, Callable[[], None]]]
     max_body: int
 
 
@@ -91,8 +93,8 @@ class Child:
 
     async def _serve(self, fleet: Fleet, ways: Ways, renderer: TemplateRenderer, listener: Listener) -> None:
         formats, ready = await asyncio.gather(ways.prepare(), fleet.join())
-        app, counters = ways.make_app(fleet, ready, formats)
-        publishing = asyncio.ensure_future(self._publish(fleet, app, counters))
+        app, count = ways.make_app(fleet, ready, formats)
+        publishing = asyncio.ensure_future(self._publish(fleet, app, count))
         fleet.on_drain = lambda index: self._words.say(Drain(index))
         homes = Homes(
             app,
@@ -120,7 +122,7 @@ class Child:
     def _say_pausing(self, fleet: Fleet) -> None:
         self._words.say(Pausing(fleet.is_paused, fleet.stands_still))
 
-    async def _publish(self, fleet: Fleet, app: FastAPI, counters: FleetCounters) -> None:
+    async def _publish(self, fleet: Fleet, app: FastAPI, count: Callable[[], None]) -> None:
         """Let the other processes see what this one has under way: with each request and step, and now and then."""
         board = Board(self._places.board, self._places.num_servers, self._number)
         admission = app.state.admission
@@ -138,7 +140,7 @@ class Child:
         admission.on_change = write_all
         while True:
             write_all()
-            counters.take()
+            count()
             await asyncio.sleep(PUBLISH_SECONDS)
 
     async def _hear(self, life: asyncio.Future[None]) -> None:

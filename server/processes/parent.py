@@ -155,10 +155,11 @@ class Parent:
         for server in self._servers:
             server.process.kill()
 
-    async def count(self, counters: FleetCounters, figures: ProcessFigures) -> None:
+    async def count(self, metrics: Metrics, counters: FleetCounters, figures: ProcessFigures) -> None:
         """Keep what is counted here up to date."""
         while True:
             counters.take()
+            metrics.settle()
             figures.take([os.getpid(), *(server.process.process.pid for server in self._servers if server.is_running)])
             await asyncio.sleep(COUNT_SECONDS)
 
@@ -291,7 +292,7 @@ async def serve_with_processes(
         figures = ProcessFigures(metrics.registry)
         ticking = [
             asyncio.create_task(log.tick_forever()),
-            asyncio.create_task(parent.count(counters, figures)),
+            asyncio.create_task(parent.count(metrics, counters, figures)),
         ]
 
         def on_restart(index: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import pickle
 import socket
+from collections.abc import Callable
 
 import msgspec
 import uvloop
@@ -82,12 +83,18 @@ def _ways(start: ServerStart, text: TextSide) -> Ways:
     async def prepare() -> ModelFormats:
         return await found_formats(options.text, text)
 
-    def make_app(client: Fleet, ready: Ready, formats: ModelFormats) -> tuple[FastAPI, FleetCounters]:
+    def make_app(client: Fleet, ready: Ready, formats: ModelFormats) -> tuple[FastAPI, Callable[[], None]]:
         model = served_model(options, text, ready, formats, (server_name(start.number, start.generation), ending))
         metrics = made_metrics(options, model.name, client, ready, start.places)
         metrics.register(FleetCollector(client, model.name, counts=False))
         app = build_app(model, client, metrics, options.server, start.access, kept)
-        return app, FleetCounters(client, model.name, metrics.registry, decides=False)
+        counters = FleetCounters(client, model.name, metrics.registry, decides=False)
+
+        def count() -> None:
+            counters.take()
+            metrics.settle()
+
+        return app, count
 
     return Ways(make_fleet, prepare, make_app, options.server.max_body_bytes)
 
