@@ -157,10 +157,10 @@ def test_help_tells_every_flag_once_in_groups() -> None:
 
 def test_keys_come_from_the_environment_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OCTAVO_API_KEY", "secret")
-    assert serve._access(parse("m")).keys == ("secret",)
-    assert serve._access(parse("m", "--api-key", "a")).keys == ("a",)
+    assert serve.access_of(parse("m")).keys == ("secret",)
+    assert serve.access_of(parse("m", "--api-key", "a")).keys == ("a",)
     monkeypatch.delenv("OCTAVO_API_KEY")
-    assert serve._access(parse("m")).keys == ()
+    assert serve.access_of(parse("m")).keys == ()
 
 
 def test_hosts_are_names(capsys: pytest.CaptureFixture[str]) -> None:
@@ -169,8 +169,8 @@ def test_hosts_are_names(capsys: pytest.CaptureFixture[str]) -> None:
         "*.b.example",
         "*",
     )
-    assert serve._access(parse("m", "--allowed-hosts", "a")).hosts == ("a",)
-    assert serve._access(parse("m", "--uds", "x")).hosts == ("*",)
+    assert serve.access_of(parse("m", "--allowed-hosts", "a")).hosts == ("a",)
+    assert serve.access_of(parse("m", "--uds", "x")).hosts == ("*",)
     for value in ("http://a.example", "a.*.example", "*a.example", "", "a,b"):
         with pytest.raises(SystemExit):
             parse("m", "--allowed-hosts", value)
