@@ -93,7 +93,7 @@ def test_an_answer_is_the_best_that_its_grammar_allows(seed: int) -> None:
 class _Counting(ToyModel):
     num_steps = 0
 
-    def forward(self, inputs: StepInputs, caches: list[LayerCache]) -> Tensor:
+    def forward(self, inputs: StepInputs, caches: list[LayerCache], *_: object) -> Tensor:
         self.num_steps += 1
         return super().forward(inputs, caches)
 

@@ -137,7 +137,7 @@ def test_prompt_logprobs_are_those_of_the_model_for_every_position(seed: int) ->
 class _NaNModel(ToyModel):
     """Poisons the logits of every sequence in which token 13 stands."""
 
-    def forward(self, inputs, caches):  # type: ignore[no-untyped-def]
+    def forward(self, inputs, caches, *_):  # type: ignore[no-untyped-def]
         logits = super().forward(inputs, caches)
         for i, row in enumerate(inputs.logits_index.tolist()):
             if 13 in inputs.token_ids[: row + 1].tolist():
@@ -198,7 +198,7 @@ class _Gate(ToyModel):
         self.has_begun = threading.Semaphore(0)
         self.num_steps = 0
 
-    def forward(self, inputs: StepInputs, caches: list[LayerCache]) -> Tensor:
+    def forward(self, inputs: StepInputs, caches: list[LayerCache], *_: object) -> Tensor:
         self.num_steps += 1
         self.has_begun.release()
         self.open.acquire()

@@ -24,7 +24,7 @@ class Recorder(ToyModel):
         super().__init__()
         self.sizes: list[tuple[int, int]] = []
 
-    def forward(self, inputs: StepInputs, caches: list[LayerCache]) -> torch.Tensor:
+    def forward(self, inputs: StepInputs, caches: list[LayerCache], *_: object) -> torch.Tensor:
         self.sizes.append((inputs.token_ids.shape[0], inputs.seq_lens.shape[0]))
         assert inputs.query_starts.tolist() == sorted(inputs.query_starts.tolist())
         assert inputs.query_starts[-1] == inputs.token_ids.shape[0]

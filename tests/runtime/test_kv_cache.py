@@ -62,7 +62,7 @@ class Hungry(ToyModel):
         super().__init__(max_position)
         self.memory = memory
 
-    def forward(self, inputs: StepInputs, caches: list[LayerCache]) -> Tensor:
+    def forward(self, inputs: StepInputs, caches: list[LayerCache], *_: object) -> Tensor:
         of_lengths = inputs.block_tables.numel() << 20 if inputs.max_query_len == 1 else 0
         self.memory.take((inputs.token_ids.shape[0] << 10) + of_lengths)
         return super().forward(inputs, caches)

@@ -220,7 +220,7 @@ def test_those_schedules_do_preempt_and_hit_the_prefix_cache(tiny: Engine) -> No
 
 
 class _Overflowing(ToyModel):
-    def forward(self, inputs, caches):  # type: ignore[no-untyped-def]
+    def forward(self, inputs, caches, *_):  # type: ignore[no-untyped-def]
         return super().forward(inputs, caches) * torch.inf
 
 

@@ -55,7 +55,7 @@ class ToyModel:
         self.kv_windows = [None]
         self.notes: list[str] = []
 
-    def forward(self, inputs: StepInputs, caches: list[LayerCache]) -> Tensor:
+    def forward(self, inputs: StepInputs, caches: list[LayerCache], *_: object) -> Tensor:
         store = caches[0].key  # [num_blocks, 1, block_size, 1]
         size = store.shape[2]
         slots = inputs.slot_mapping[inputs.slot_mapping >= 0]
