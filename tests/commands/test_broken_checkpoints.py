@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from forked_commands import ForkedCommands
+from forked_commands import ForkedCommands, forked_commands
 
 Damage = Callable[[Path], None]
 SECONDS = 300  # for a loaded machine; what hung took hours
@@ -359,9 +359,8 @@ CASES: dict[str, Case] = {
 
 
 @pytest.fixture(scope="module")
-def commands() -> Iterator[ForkedCommands]:
-    with ForkedCommands() as forked:
-        yield forked
+def commands() -> ForkedCommands:
+    return forked_commands()
 
 
 @pytest.fixture(scope="module")

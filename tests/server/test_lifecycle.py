@@ -23,7 +23,7 @@ from octavo_server import (
     events,
     num_in_flight,
     said_at_once,
-    serving,
+    serving_anew,
     started,
     value,
     wait_until,
@@ -82,7 +82,7 @@ def streamed_request(server: Server) -> Iterator[Iterator[str]]:
 
 def test_sigterm_lets_what_runs_finish() -> None:
     body = LONG | {"prompt": ["x"], "n": 20, "max_tokens": 400}
-    with serving() as server, server.client() as client, whole_request(server, body) as answers:
+    with serving_anew() as server, server.client() as client, whole_request(server, body) as answers:
         with client.stream("POST", PATH, json=body | {"stream": True}) as response:
             lines = response.iter_lines()
             first = next(lines)
@@ -102,7 +102,7 @@ def test_sigterm_lets_what_runs_finish() -> None:
 
 
 def test_what_does_not_finish_in_time_ends_with_an_error() -> None:
-    with serving("--shutdown-timeout", "0") as server:
+    with serving_anew("--shutdown-timeout", "0") as server:
         with whole_request(server, LONG) as answers, streamed_request(server) as lines:
             server.send_signal(signal.SIGTERM)
             *_, last = events(lines)
@@ -116,7 +116,7 @@ def test_what_does_not_finish_in_time_ends_with_an_error() -> None:
 
 def test_clients_that_neither_read_nor_write_do_not_hold_the_end_up() -> None:
     content = json.dumps(UNREAD | {"max_tokens": 40}).encode()
-    with serving("--shutdown-timeout", "0") as server, ExitStack() as connections:
+    with serving_anew("--shutdown-timeout", "0") as server, ExitStack() as connections:
         for sent in (b"", HEAD % 9, HEAD % 9 + b"{", HEAD[:9], HEAD % len(content) + content):
             connection = socket.create_connection(host_and_port(server), timeout=PATIENCE)
             connections.enter_context(connection)
@@ -132,7 +132,7 @@ def test_clients_that_neither_read_nor_write_do_not_hold_the_end_up() -> None:
 def test_a_second_sigint_ends_at_once() -> None:
     """It doesn't wait for a client that does not read either."""
     content = json.dumps(UNREAD).encode()
-    with serving() as server, socket.socket() as connection:
+    with serving_anew() as server, socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.settimeout(PATIENCE)
         connection.connect(host_and_port(server))
@@ -160,7 +160,7 @@ def test_a_stop_while_the_engine_loads() -> None:
 def test_the_engine_s_death_is_told_to_everybody() -> None:
     """By a server that is told to go on without it."""
     flags = ("--enable-log-requests", "--keep-alive-on-engine-death", *NO_RESTART)
-    with serving(*flags) as server, server.client() as client:
+    with serving_anew(*flags) as server, server.client() as client:
         with whole_request(server, LONG) as answers, streamed_request(server) as lines:
             assert client.get("/health").status_code == 200
             os.kill(server.engine_pid, signal.SIGKILL)
@@ -187,7 +187,7 @@ def test_the_engine_s_death_is_told_to_everybody() -> None:
 
 
 def test_a_server_ends_with_its_engine_once_its_clients_are_told() -> None:
-    with serving(*NO_RESTART) as server:
+    with serving_anew(*NO_RESTART) as server:
         with whole_request(server, LONG) as answers, streamed_request(server) as lines:
             os.kill(server.engine_pid, signal.SIGKILL)
             *_, last = events(lines)
@@ -200,7 +200,7 @@ def test_a_server_ends_with_its_engine_once_its_clients_are_told() -> None:
 
 def test_a_frozen_engine_is_a_dead_one() -> None:
     """Its process is stopped: it can't even say that it fails."""
-    with serving("--engine-timeout", "3", *NO_RESTART) as server:
+    with serving_anew("--engine-timeout", "3", *NO_RESTART) as server:
         pid = server.engine_pid
         with whole_request(server, LONG) as answers, streamed_request(server) as lines:
             os.kill(pid, signal.SIGSTOP)
@@ -215,7 +215,7 @@ def test_a_frozen_engine_is_a_dead_one() -> None:
 
 def test_health_tells_of_a_frozen_engine() -> None:
     flags = ("--engine-timeout", "3", "--keep-alive-on-engine-death", *NO_RESTART)
-    with serving(*flags) as server, server.client() as client:
+    with serving_anew(*flags) as server, server.client() as client:
         assert client.get("/health").status_code == 200
         os.kill(server.engine_pid, signal.SIGSTOP)
         health = client.get("/health")
@@ -227,7 +227,7 @@ def test_sockets_of_a_server_that_died_with_its_engine_are_removed_at_the_next_s
     """And nobody else's: not those of a server that lives, nor what only has such a name."""
     with TemporaryDirectory(dir="/tmp") as directory:
         environment = {"TMPDIR": directory}
-        with serving(environment=environment) as server:
+        with serving_anew(environment=environment) as server:
             (left_over,) = os.listdir(directory)
             os.kill(server.engine_pid, signal.SIGSTOP)  # so that it can't remove them when its server is gone
             engine = server.engine_pid
@@ -238,10 +238,10 @@ def test_sockets_of_a_server_that_died_with_its_engine_are_removed_at_the_next_s
         other = Path(directory, left_over.rstrip(left_over[-1]) + "other")
         other.mkdir()
         (other / "file").touch()
-        with serving(environment=environment) as living:
+        with serving_anew(environment=environment) as living:
             assert left_over not in os.listdir(directory)
             (used,) = set(os.listdir(directory)) - {other.name}
-            with serving(environment=environment), living.client() as client:
+            with serving_anew(environment=environment), living.client() as client:
                 assert {used, other.name} < set(os.listdir(directory))
                 assert client.get("/health").status_code == 200
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from octavo_server import Samples, Server, samples, stream
+from octavo_server import Samples, samples, serving_anew, stream
 from tiny_oracle import Oracle
 
 from octavo.version import VERSION
@@ -130,10 +130,11 @@ def test_health_version_and_document(client: httpx.Client) -> None:
     assert {"/v1/completions", "/v1/chat/completions", "/tokenize", "/health", "/metrics"} <= set(document["paths"])
 
 
-def test_the_server_s_process_is_without_torch(server: Server) -> None:
+def test_the_server_s_process_is_without_torch() -> None:
     """It would take two seconds of the start and 200 MB; the tensors are the engine's."""
-    assert "torch" not in Path(f"/proc/{server.process.pid}/maps").read_text()
-    assert "torch" in Path(f"/proc/{server.engine_pid}/maps").read_text()
+    with serving_anew() as server:
+        assert "torch" not in Path(f"/proc/{server.process.pid}/maps").read_text()
+        assert "torch" in Path(f"/proc/{server.engine_pid}/maps").read_text()
 
 
 GAUGES = ["num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"]

@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
-from octavo_server import PATIENCE, Server, events, serving, value, wait_until
+from octavo_server import PATIENCE, Server, events, serving_anew, value, wait_until
 from prometheus_client.parser import text_string_to_metric_families
 
 import octavo
@@ -27,7 +27,7 @@ HEADERS = {"Authorization": f"Bearer {KEY}"}
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     """With two engines, which are restarted as often as it takes."""
-    with serving("-dp", "2", "--max-engine-restarts", "1000", "--api-key", KEY) as it:
+    with serving_anew("-dp", "2", "--max-engine-restarts", "1000", "--api-key", KEY) as it:
         yield it
 
 
@@ -94,7 +94,7 @@ def test_engines_have_cores_and_series_of_their_own(server: Server) -> None:
 
 def test_a_beam_search_counts_for_the_engine_that_began_it() -> None:
     asked = {"prompt": "x", "max_tokens": 1, "use_beam_search": True, "n": 2, "temperature": 0}
-    with serving("-dp", "2", "--routing", "round-robin") as it, it.client() as client:
+    with serving_anew("-dp", "2", "--routing", "round-robin") as it, it.client() as client:
         assert [client.post(PATH, json=asked).status_code for _ in range(2)] == [200, 200]
         counted = tokens_by_engine(client)
     assert counted == {"0": 2, "1": 2}
@@ -227,7 +227,7 @@ def test_no_stream_of_a_real_model_is_cut_or_changed_in_200_rounds(monkeypatch: 
 def test_a_stopped_rank_is_noticed_within_thirty_seconds(who: str) -> None:
     """With the default of --engine-timeout: a minute each, in which a stream waits for the restart."""
     asked = body(3, max_tokens=400)
-    with serving("-tp", "2") as server, server.client() as client:
+    with serving_anew("-tp", "2") as server, server.client() as client:
         (wanted,) = undisturbed(server, [asked])
         driver = server.engine_pid
         (follower,) = children_of(driver)
@@ -253,7 +253,7 @@ def children_of(pid: int) -> list[int]:
 
 def test_the_only_engine_is_waited_for() -> None:
     asked = body(3, max_tokens=400)
-    with serving() as server, server.client() as client:
+    with serving_anew() as server, server.client() as client:
         (wanted,) = undisturbed(server, [asked])
         healths: list[int] = []
 

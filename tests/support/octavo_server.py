@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from forked_commands import ENGINE, FORKED_ENGINE, ForkedProcess, forked_commands
 from prometheus_client.parser import text_string_to_metric_families
 
 import octavo
@@ -28,7 +29,7 @@ SMALL = ("--dtype", "float32", "--num-threads", "1", "--num-gpu-blocks-override"
 class Server:
     """A running server. `lines` is what it has said, on stdout and stderr together."""
 
-    def __init__(self, process: subprocess.Popen[str]) -> None:
+    def __init__(self, process: subprocess.Popen[str] | ForkedProcess) -> None:
         self.process = process
         self.lines: list[str] = []
         self.url = ""
@@ -63,7 +64,8 @@ class Server:
         """Of all engines, in the order in which they were started."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
         programs = {int(pid): Path(f"/proc/{pid}/cmdline").read_text() for pid in children}
-        return [pid for pid, program in programs.items() if "octavo.runtime.process" in program]
+        names = {int(pid): Path(f"/proc/{pid}/comm").read_text().strip() for pid in children}
+        return [pid for pid, program in programs.items() if ENGINE in program or names[pid] == FORKED_ENGINE]
 
     def send_signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
@@ -84,7 +86,14 @@ def started(*flags: str, model: Path = TINY, environment: dict[str, str] | None 
     command = [sys.executable, "-P", "-m", "octavo", "serve", str(model), "--port", "0", *flags]
     variables = os.environ | {"PYTHONPATH": str(Path(octavo.__file__).parent.parent)} | (environment or {})
     pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    with subprocess.Popen(command, text=True, env=variables, **pipes) as process:
+    with ended(subprocess.Popen(command, text=True, env=variables, **pipes)) as server:
+        yield server
+
+
+@contextmanager
+def ended(process: subprocess.Popen[str] | ForkedProcess) -> Iterator[Server]:
+    """Its server, which is killed at last."""
+    with process:
         server = Server(process)
         try:
             yield server
@@ -97,22 +106,34 @@ def started(*flags: str, model: Path = TINY, environment: dict[str, str] | None 
 
 @contextmanager
 def serving(*flags: str, environment: dict[str, str] | None = None) -> Iterator[Server]:
-    """A server that is ready."""
+    """A server that is ready, forked off a process that has imported what it needs: see forked_commands.py.
+
+    One with variables of its own is started anew, as what is imported may have read them.
+    """
+    if environment:
+        with serving_anew(*flags, environment=environment) as server:
+            yield server
+        return
+    with ended(forked_commands().start(["serve", str(TINY), "--port", "0", *SMALL, *flags])) as server:
+        server.wait_until_ready()
+        yield server
+
+
+@contextmanager
+def serving_anew(*flags: str, environment: dict[str, str] | None = None) -> Iterator[Server]:
+    """A server that is ready, started as its users start it: for tests of how processes start and end."""
     with started(*SMALL, *flags, environment=environment) as server:
         server.wait_until_ready()
         yield server
 
 
-def said_at_once(*arguments: str, environment: dict[str, str] | None = None) -> str:
+def said_at_once(*arguments: str) -> str:
     """The one line that a command which can't start says."""
-    command = [sys.executable, "-m", "octavo", "serve", *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=environment, check=False)
-    assert result.returncode == 1, result.stderr
-    lines = result.stderr.strip().splitlines()
-    assert "Traceback" not in result.stderr
-    assert lines[-1].startswith("octavo serve: ")
-    assert len(lines) == 1, result.stderr
-    return lines[0]
+    done = forked_commands().run("serve", *arguments, seconds=PATIENCE)
+    assert done.code == 1, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("octavo serve: ")
+    return line
 
 
 def events(lines: Sequence[str] | Iterator[str]) -> Iterator[Any]:

@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 
 import httpx
 import pytest
-from octavo_server import TINY, Server, events, said_at_once, serving, started, value, wait_until
+from octavo_server import TINY, Server, events, said_at_once, serving_anew, started, value, wait_until
 
 NUM_SERVERS = 2
 QUEUE = ("--max-num-seqs", "8", "--max-queued-requests", "4")  # of two engines: 16 and 4 places
@@ -27,7 +27,7 @@ SHORT = {"prompt": "x", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with serving(*FLAGS) as running:
+    with serving_anew(*FLAGS) as running:
         yield running
 
 
