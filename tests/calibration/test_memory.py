@@ -108,12 +108,12 @@ def peaks(program: str, model: Path, out: Path, **environment: str) -> tuple[int
 
 
 def test_gptq_holds_one_block(tmp_path: Path) -> None:
-    """Three times the layers: 39 MB more in the checkpoint, and less than one layer more in memory.
+    """Three times the layers: 26 MB more in the checkpoint, and less than one layer more in memory.
 
     What is freed goes back to the system at once: else what glibc keeps for later adds up to 20 MB, by chance.
     """
     peak, size = dict[int, int](), dict[int, int]()
-    for layers in (3, 9):
+    for layers in (2, 6):
         config = LlamaConfig(
             hidden_size=512, intermediate_size=1408, num_hidden_layers=layers, num_attention_heads=8, vocab_size=256
         )
@@ -123,8 +123,8 @@ def test_gptq_holds_one_block(tmp_path: Path) -> None:
         out = tmp_path / f"{layers}-quantized"
         before, after = peaks(GPTQ, model, out, MALLOC_MMAP_THRESHOLD_="1048576")
         peak[layers] = after - before
-    assert size[9] - size[3] > 35_000_000
-    assert peak[9] - peak[3] < (size[9] - size[3]) / 10, peak
+    assert size[6] - size[2] > 23_000_000
+    assert peak[6] - peak[2] < (size[6] - size[2]) / 6, peak
 
 
 def test_peak_memory_does_not_know_the_size_of_the_model(tmp_path: Path) -> None:

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked_commands import forked_commands
 
 from octavo.calibration.workspace import read_manifest
 
+PATIENCE = 600.0  # seconds; only a hang takes as long
 OPTIONS = (
     *("--scheme", "W4A16", "--group-size", "32", "--algorithm", "gptq", "--kv-cache-scheme", "fp8/head"),
     *("--num-calibration-samples", "6", "--max-seq-length", "64", "--no-eval", "--max-shard-size", "300KB"),
@@ -43,10 +45,15 @@ def command(model: Path, out: Path, text: Path, *more: str) -> list[str]:
     return [sys.executable, "-m", "octavo", "quantize", *arguments]
 
 
-def run(*arguments: Any) -> str:
+def run(*arguments: Any) -> None:
     done = subprocess.run(command(*arguments), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return done.stdout
+
+
+def resume(model: Path, out: Path, text: Path) -> None:
+    """To the end, in a process that is forked."""
+    done = forked_commands().run(*command(model, out, text, "--resume")[3:], seconds=PATIENCE)
+    assert done.code == 0, done.stderr
 
 
 def contents(directory: Path) -> dict[str, str]:
@@ -98,7 +105,7 @@ def kill_test(model: Path, text: Path, directory: Path, kills: int, seed: int) -
         assert not list(partial.glob("*.safetensors")) or (partial / "config.json").exists()
         if out.exists() and rng.random() < 0.5:
             shutil.rmtree(out)
-    run(model, out, text, "--resume")
+    resume(model, out, text)
     assert contents(out) == contents(directory / "whole" / "out")
     assert sorted(p.name for p in directory.iterdir()) == ["model", "out", "whole"]
     return left

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import first_launches
@@ -23,26 +24,35 @@ MEASURED = {"_rope", "_prefill", "_decode"}  # by a step into a cache of the com
 SIZES = {"qwen2_moe": {"moe_intermediate_size": 64, "shared_expert_intermediate_size": 256}}
 
 
-@pytest.mark.parametrize(
-    ("architecture", "dtype", "kv", "sequences", "tokens", "mode", "most"),
-    [
-        ("llama", "fp8", "fp8_e4m3", 80, 700, "graphs", 24),
-        ("llama", "int4", "bfloat16", 80, 700, "eager", 33),
-        ("gemma2", "int8", "int8", 80, 700, "graphs", 35),
-        ("mixtral", "fp8", "bfloat16", 64, 64, "graphs", 32),
-        ("qwen2_moe", "int4", "fp8_e4m3", 80, 700, "graphs", 84),
-    ],
-)
-def test_no_kernel_is_compiled_while_serving(
-    architecture: str, dtype: str, kv: str, sequences: int, tokens: int, mode: str, most: int, tmp_path: Path
-) -> None:
+SERVED = [
+    ("llama", "fp8", "fp8_e4m3", 80, 700, "graphs"),
+    ("llama", "int4", "bfloat16", 80, 700, "eager"),
+    ("gemma2", "int8", "int8", 80, 700, "graphs"),
+    ("mixtral", "fp8", "bfloat16", 64, 64, "graphs"),
+    ("qwen2_moe", "int4", "fp8_e4m3", 80, 700, "graphs"),
+]
+MOST = (24, 33, 35, 32, 84)  # kernels that are compiled together
+
+
+@pytest.fixture(scope="module")
+def launches(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[str]]]:
+    """Of each model that is served."""
+    models = []
+    for architecture, *flags in SERVED:
+        family, overrides = CASES[architecture]
+        overrides = {**overrides, **SIZES.get(architecture, {}), "num_hidden_layers": 2}
+        overrides["max_position_embeddings"] = first_launches.LENGTH
+        directory = save(make_hf(family, overrides).bfloat16(), tmp_path_factory.mktemp("served") / "model")
+        models.append((str(directory), *flags))
+    found: list[dict[str, list[str]]] = printed(first_launches.__file__, json.dumps(models))
+    return found
+
+
+@pytest.mark.parametrize("number", range(len(SERVED)), ids=["-".join(map(str, served)) for served in SERVED])
+def test_no_kernel_is_compiled_while_serving(launches: list[dict[str, list[str]]], number: int) -> None:
     """Nor are there more than there have to be, so that a start doesn't take longer than it has to."""
-    family, overrides = CASES[architecture]
-    overrides = {**overrides, **SIZES.get(architecture, {}), "num_hidden_layers": 2}
-    overrides["max_position_embeddings"] = first_launches.LENGTH
-    directory = save(make_hf(family, overrides).bfloat16(), tmp_path / "model")
-    found = printed(first_launches.__file__, directory, dtype, kv, sequences, tokens, mode)
-    assert most // 2 < len(found["together"]) <= most
+    found = launches[number]
+    assert MOST[number] // 2 < len(found["together"]) <= MOST[number]
     assert SAMPLERS <= set(found["start"]) <= SAMPLERS | MEASURED
     assert found["later"] == []
 

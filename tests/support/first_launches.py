@@ -1,10 +1,10 @@
 """Which kernels a served model has Triton compile at start, and which later.
 
-    python first_launches.py DIR DTYPE KV MAX_NUM_SEQS MAX_NUM_BATCHED_TOKENS eager|graphs
+    python first_launches.py '[[DIR, DTYPE, KV, MAX_NUM_SEQS, MAX_NUM_BATCHED_TOKENS, "eager" or "graphs"], ...]'
 
 Needs no GPU: Triton's own dispatcher runs as on an H100, up to the compiler, which isn't called. What a kernel would
-write is zeros. Prints names: of kernels that are compiled together, that start meets one by one, and that only requests
-met.
+write is zeros. Prints names for each model: of kernels that are compiled together, that start meets one by one, and
+that only requests met.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import random
 import sys
 import time
+from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -74,13 +75,14 @@ def finish(engine: Engine) -> None:
             assert output.error is None, output.error
 
 
-def main() -> None:
-    directory, dtype, kv, sequences, tokens, eager = sys.argv[1:]
+def launches_of(model: tuple[str, str, str, int, int, str]) -> dict[str, list[str]]:
+    """Serve one model, in a process that has served none: what has been compiled is the process's."""
+    directory, dtype, kv, sequences, tokens, eager = model
     seen: set[tuple[str, str]] = set()
     become_an_h100(seen)
     config = EngineConfig(
         model=directory, dtype=dtype, kv_cache_dtype=kv, device="cpu", num_blocks=3000, max_model_len=LENGTH,  # type: ignore[arg-type]
-        max_num_seqs=int(sequences), max_num_batched_tokens=int(tokens), enforce_eager=eager == "eager", num_threads=1,
+        max_num_seqs=sequences, max_num_batched_tokens=tokens, enforce_eager=eager == "eager", num_threads=1,
     )  # fmt: skip
     together: set[tuple[str, str]] = set()
     compile_steps = startup.compile_steps
@@ -95,7 +97,12 @@ def main() -> None:
     with torch.inference_mode():
         serve(engine, random.Random(0))
     found = {"together": together, "start": start - together, "later": seen - start}
-    print(json.dumps({when: sorted(name for name, _ in kernels) for when, kernels in found.items()}))
+    return {when: sorted(name for name, _ in kernels) for when, kernels in found.items()}
+
+
+def main() -> None:
+    with get_context("fork").Pool(1, maxtasksperchild=1) as pool:  # one import for all
+        print(json.dumps(pool.map(launches_of, json.loads(sys.argv[1]), chunksize=1)))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ class Ranks:
     """Up to MOST processes. `run` is the whole of its use."""
 
     def __init__(self) -> None:
-        context = get_context("spawn")
+        context = get_context("forkserver")
+        context.set_forkserver_preload(["torch"])  # once for all of them
         self._ends: list[Connection] = []
         self._processes = []
         for _ in range(MOST):

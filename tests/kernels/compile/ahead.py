@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain, repeat
 from pathlib import Path
 from types import SimpleNamespace
@@ -130,6 +131,7 @@ def makers() -> dict[str, Callable[[], dict[str, Proof]]]:
     return found
 
 
+@cache
 def proofs(capability: int = 90) -> dict[str, Proof]:
     """All proofs by name, with the block sizes of the capability's card."""
     card = tuning.of_capability(capability)

@@ -29,18 +29,22 @@ def logits(directory: Path, dtype: Dtype) -> Tensor:
     return torch.cat(scattered_logits(model, [list(range(3, 20)), list(range(40, 49))]))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_logits_are_those_of_gathering(
-    name: str, dtype: Dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In float32 down's sums have another order; kernels of bf16 see the same columns in the same order."""
-    family, overrides = CASES[name]
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def shuffled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose columns have an order of their own."""
+    family, overrides = CASES[request.param]
     widths = {key: width for key, width in WHOLE_GROUPS.items() if key in overrides}
-    plain = save(make_hf(family, overrides | widths), tmp_path / "plain")
-    quantize_model(prepare(plain, tmp_path / "act", Recipe("W4A16@32", format="gptq")))
-    shuffle_groups(tmp_path / "act")
-    ours = logits(tmp_path / "act", dtype)
+    directory = tmp_path_factory.mktemp(request.param)
+    plain = save(make_hf(family, overrides | widths), directory / "plain")
+    quantize_model(prepare(plain, directory / "act", Recipe("W4A16@32", format="gptq")))
+    shuffle_groups(directory / "act")
+    return directory / "act"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_logits_are_those_of_gathering(shuffled: Path, dtype: Dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32 down's sums have another order; kernels of bf16 see the same columns in the same order."""
+    ours = logits(shuffled, dtype)
     changed: list[bool] = []
 
     def gathering(*parts: object) -> object:
@@ -49,7 +53,7 @@ def test_logits_are_those_of_gathering(
 
     sort_inner = weights.sort_inner
     monkeypatch.setattr(weights, "sort_inner", gathering)
-    theirs = logits(tmp_path / "act", dtype)
+    theirs = logits(shuffled, dtype)
     assert set(changed) == {True}
     if dtype == "bfloat16" and cpu_features.has_dot_products():
         assert torch.equal(ours, theirs)
