@@ -76,15 +76,15 @@ def test_greedy_tokens_do_not_depend_on_the_schedule(seed: int) -> None:
 
 def test_the_random_schedules_do_preempt_and_hit_the_prefix_cache() -> None:
     preemptions = hits = 0
-    for seed in range(20):
+    for seed in range(8):
         rng = random.Random(seed)
         requests = random_requests(rng, 12)
         engine = random_engine(rng)
         run_with_arrivals(engine, requests, rng)
         preemptions += engine.scheduler.stats().num_preemptions
         hits += engine.scheduler.stats().prefix_cache_hits
-    assert preemptions > 20
-    assert hits > 200
+    assert preemptions > 5
+    assert hits > 50
 
 
 @pytest.mark.parametrize("seed", [*range(12), *map(slow, range(12, 30))])

@@ -140,7 +140,7 @@ def tight_engine(tiny: Engine, rng: random.Random) -> Engine:
     )
 
 
-@pytest.mark.parametrize("seed", [*range(60), *map(slow, range(60, 200))])
+@pytest.mark.parametrize("seed", [*range(40), *map(slow, range(40, 200))])
 def test_greedy_tokens_of_the_decoder_do_not_depend_on_the_schedule(tiny: Engine, seed: int) -> None:
     """Whatever else is in the batch, how prompts are cut, which blocks are shared, who is preempted or aborted.
 
@@ -175,7 +175,7 @@ def run_in_turns(tiny: Engine, requests: list[AddRequest]) -> dict[str, list[Tok
     return outputs
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", [*range(12), *map(slow, range(12, 20))])
 def test_results_that_come_a_step_late_change_no_answer(tiny: Engine, seed: int) -> None:
     """Greedy, drawn, under penalties and with log-probabilities: tokens, ends and numbers are the same."""
     rng = random.Random(seed)
@@ -209,14 +209,14 @@ def test_results_that_come_a_step_late_change_no_answer(tiny: Engine, seed: int)
 
 def test_those_schedules_do_preempt_and_hit_the_prefix_cache(tiny: Engine) -> None:
     preemptions = hits = 0
-    for seed in range(40):
+    for seed in range(15):
         rng = random.Random(seed)
         requests, tight = random_requests(rng), tight_engine(tiny, rng)
         run_with_arrivals(tight, requests, rng)
         preemptions += tight.scheduler.stats().num_preemptions
         hits += tight.scheduler.stats().prefix_cache_hits
-    assert preemptions > 20
-    assert hits > 200
+    assert preemptions > 5
+    assert hits > 50
 
 
 class _Overflowing(ToyModel):
