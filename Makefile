@@ -31,8 +31,9 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Three at a time even on two cores, since some tests wait for a time-out or for a server.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 3 --dist loadfile
 
 test-ray:
 	test -x .ray/bin/python || $(PYTHON) -m venv .ray
