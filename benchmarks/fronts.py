@@ -27,6 +27,7 @@ import httpx
 
 PATIENCE = 600.0  # seconds; only so that a hang is a failure
 POLL_SECONDS = 0.1
+STOP_SECONDS = 60.0  # for a Ray cluster to end by itself
 ENGINE = "octavo.runtime.process"
 REPLICA_CHILD = "octavo.server.ray_cell_process"
 OWN_FLAGS = ("--served-model-name", "m", "--num-threads", "1")
@@ -235,11 +236,14 @@ def ray(model: Path, flags: Sequence[str], options: dict[str, Any]) -> Iterator[
         program = [str(options["ray_python"]), "-m", "benchmarks.ray_replicas", name, str(model), *OWN_FLAGS, *flags]
         with running(program, r"Ray serves on (\S+)", {"TMPDIR": name}) as (process, url):
             front = Replicas(Path(name), url)
-            asyncio.run(front.all_up())
-            yield front
-            assert process.stdin is not None
-            process.stdin.close()  # it takes the cluster down
-            process.wait()
+            try:
+                asyncio.run(front.all_up())
+                yield front
+            finally:
+                assert process.stdin is not None
+                process.stdin.close()  # it takes the cluster down
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(STOP_SECONDS)
 
 
 FRONTS: dict[str, Callable[[Path, Sequence[str], dict[str, Any]], AbstractContextManager[Front]]] = {
