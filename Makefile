@@ -5,6 +5,7 @@
 # make clients  real clients and coding agents against a server: installs them in .clients, with npm and uv, and runs them
 # make gateways  sglang-router and vllm-router before two servers: installs them in .gateways and runs them
 # make test-scale  chart, compose, dashboards and alerts by their own tools: needs Debian's prometheus and docker-compose
+# make test-image  the CPU image built without a daemon, and run: as root, with Debian's buildah and debootstrap
 # make gpu    on a machine with a GPU, in PYTHON's own environment: tests, tables of kernels and steps
 # make install  the environment .venv, which all of the above use
 
@@ -13,7 +14,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo test test-ray test-scale clients gateways gpu check clean
+.PHONY: install demo test test-ray test-scale test-image clients gateways gpu check clean
 
 install: $(INSTALLED)
 
@@ -52,7 +53,10 @@ clients: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow tests/clients
 
 test-scale: $(INSTALLED)
-	$(BIN)/python -m pytest -m 'slow or not slow' tests/deploy
+	$(BIN)/python -m pytest -m 'slow or not slow' --ignore tests/deploy/test_image_build.py tests/deploy
+
+test-image: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow tests/deploy/test_image_build.py
 
 gateways: $(INSTALLED)
 	$(PYTHON) -m venv .gateways
