@@ -18,6 +18,7 @@ import msgspec
 import zmq
 
 from octavo.runtime.launch import EngineElsewhere, EngineProcess, heartbeat_address
+from octavo.runtime.link import has_message
 from octavo.runtime.messages import Failed, FromEngine, Ping, Pong, Ready, Shutdown, StepOutputs, ToEngine
 from octavo.server.heartbeat import Heartbeat
 
@@ -131,8 +132,10 @@ class EngineClient:
     def _receive(self) -> None:
         """Take all messages that are there. The descriptor signals the first one only, perhaps during a send."""
         try:
-            while self.death is None:
+            has_more = True
+            while has_more and self.death is None:
                 self._take(self._decoder.decode(self._socket.recv(zmq.NOBLOCK)))
+                has_more = has_message(self._socket)
         except zmq.Again:
             pass
         except Exception as error:

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from hashlib import sha256
+from itertools import islice
 
 MAX_OWNERS = 256  # of each process, of whom the others know
 _NUM_ANSWERS = 0
@@ -76,7 +77,7 @@ class Board:
     def write_owners(self, owners: Mapping[str, int]) -> None:
         """Whose that is."""
         place = _OWNERS
-        for owner, count in list(owners.items())[:MAX_OWNERS]:
+        for owner, count in islice(dict(owners).items(), MAX_OWNERS):  # a copy: a ticket may vanish meanwhile
             self._own[place] = owner_key(owner)
             self._own[place + 1] = count
             place += 2
