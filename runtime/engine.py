@@ -22,7 +22,8 @@ class Engine:
 
     The loop calls `advance`, which orders steps ahead, and then `finish`, which waits for the oldest one's result;
     `step` is both. overlaps: whether steps are computed while the next ones are planned; with several stages other
-    steps are in any case. is_paused: no further step is ordered.
+    steps are in any case. is_paused: no further step is ordered. is_replaced: it was told to end, and another one is
+    started in its place.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Engine:
         self._under_way: deque[StepHandle] = deque()
         self._num_ordered = 0
         self.is_paused = False
+        self.is_replaced = False
 
     @property
     def has_work(self) -> bool:

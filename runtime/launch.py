@@ -30,6 +30,7 @@ from octavo.runtime.parallel.placement import VISIBLE, Placement, find_devices, 
 from octavo.runtime.progress import Progress
 
 PROGRAM = ("-m", "octavo.runtime.process")
+STAND_IN = ("-m", "octavo.runtime.parallel.stand_in")  # of an engine on another machine
 DIRECTORY_PREFIX = "octavo-engine-"
 OWN_NAMES = re.compile(r"engine|heartbeat|progress|board|metrics|responses.*|batches|(server|http)-[0-9.]+")
 
@@ -188,7 +189,10 @@ class Launcher:
     def start(self, index: int) -> EngineProcess:
         """The engine of this number. Raises OSError where no process can be started."""
         parallel = self._config.parallel
-        placement = place(index, parallel.data_parallel_size, self._devices, parallel.num_ranks)
+        own = parallel.local_engines
+        if index not in own:
+            return start_engine(self._config, index, None, STAND_IN)
+        placement = place(index - own.start, len(own), self._devices, parallel.num_ranks)
         return start_engine(self._config, index, placement, self._program, self._addresses(index))
 
 

@@ -228,7 +228,9 @@ class AbandonServer(msgspec.Struct, frozen=True, tag="abandon_server"):
 
 
 class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
-    """End the process now."""
+    """End the process now. is_final: no other engine is started in its place."""
+
+    is_final: bool = False
 
 
 ToEngine = AddRequest | AbortRequest | Ping | ResetPrefixCache | Pause | Resume | Vocabulary | AbandonServer | Shutdown

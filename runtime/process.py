@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -42,7 +43,9 @@ from octavo.runtime.shared_link import SharedLink
 
 if TYPE_CHECKING:
     from octavo.runtime.engine import Engine
+    from octavo.runtime.parallel.followers import Followers
 
+LAST_WORDS_SECONDS = 2.0
 SWITCH_SECONDS = 2e-4  # how long the thread that computes steps may wait for this one's Python code, and this for it
 
 
@@ -60,17 +63,17 @@ def main() -> int:
     start = msgspec.json.decode(line, type=EngineStart)
     if start.cores is not None:
         os.sched_setaffinity(0, start.cores)  # before torch is imported, which starts threads
-    end_with_parent(lambda: remove_socket(address))
+    end_with_parent(lambda: _clean_up(address, start.config.parallel.nnodes))
     start_heartbeat(heartbeat_address(address))
     context = zmq.Context()
     link = open_link(context, address, start.addresses)
     progress = Progress(progress_path(address))
     is_loaded = False
     followers = None
+    failure = ""
     publisher: KVEventPublisher | None = None
     try:
-        if start.config.kv_events_config.is_on:
-            publisher = KVEventPublisher(start.config.kv_events_config, start.index)
+        publisher = _publisher_of(start)
         if start.config.parallel.num_ranks > 1:
             from octavo.runtime.parallel.followers import Followers
 
@@ -83,10 +86,11 @@ def main() -> int:
             ready.report.notes.extend(publisher.notes)
         link.send(ready)
         sys.setswitchinterval(SWITCH_SECONDS)
-        serve(engine, link, progress, publisher)
+        serve(engine, link, progress, publisher, followers)
+        failure = "another engine is started in its place" if engine.is_replaced else ""
     except Exception as error:
-        is_told = says_it_all(error) and not is_loaded  # a model or a flag that is the user's to mend
-        link.send(Failed(one_line(error), "" if is_told else traceback.format_exc()))
+        failure = one_line(error)
+        link.send(Failed(failure, _traceback_of(error, is_loaded)))
         return 1
     finally:
         if publisher is not None:
@@ -94,7 +98,7 @@ def main() -> int:
         link.close()
         context.term()
         if followers is not None:
-            followers.close()
+            followers.close(failure)
     return 0
 
 
@@ -103,13 +107,37 @@ def open_link(context: zmq.Context[zmq.Socket[bytes]], address: str, servers: Se
     return SharedLink(context, address, servers) if servers else Link(context, address)
 
 
+def _publisher_of(start: EngineStart) -> KVEventPublisher | None:
+    events = start.config.kv_events_config
+    return KVEventPublisher(events, start.index) if events.is_on else None
+
+
+def _clean_up(address: str, nodes: int) -> None:
+    """The server is gone, or is about to be: then it has said so, and other machines are to be told."""
+    if nodes > 1:
+        time.sleep(LAST_WORDS_SECONDS)
+    remove_socket(address)
+
+
+def _traceback_of(error: Exception, is_loaded: bool) -> str:
+    """Nothing while loading, where the message says all: a model or a flag that is the user's to mend."""
+    return "" if says_it_all(error) and not is_loaded else traceback.format_exc()
+
+
 def serve(
-    engine: Engine, link: Link | SharedLink, progress: Progress, publisher: KVEventPublisher | None = None
+    engine: Engine,
+    link: Link | SharedLink,
+    progress: Progress,
+    publisher: KVEventPublisher | None = None,
+    followers: Followers | None = None,
 ) -> None:
-    """The loop. Returns on Shutdown."""
+    """The loop. Returns on Shutdown. Raises EndedError when another rank ends."""
     is_watched = engine.worker.watch(progress.mark)
     arrivals = Arrivals()
     link.wake_for(engine.grammars.ready)
+    if followers is not None:
+        followers.watch(progress.mark)
+        link.wake_for(followers.ended)  # else the end of one would be noticed by the next request
     done = engine.executor.done
     while True:
         outputs: list[TokenOutput] = []
@@ -120,6 +148,8 @@ def serve(
             progress.work()
         if not take_messages(engine, link, arrivals, outputs):
             return
+        if followers is not None:
+            followers.check()
         engine.advance()
         while done is not None and engine.is_computing and link.comes_before(done):
             if not take_messages(engine, link, arrivals, outputs):
@@ -155,6 +185,7 @@ def take_messages(engine: Engine, link: Link | SharedLink, arrivals: Arrivals, o
             case TokenOutput():
                 outputs.append(message)
             case Shutdown():
+                engine.is_replaced = not message.is_final
                 return False
     for request, request_ids in arrivals.take():
         outputs += engine.add(request, request_ids)

@@ -73,9 +73,11 @@ def load_engine(
             graphs = StepGraphs(model, rank.caches, *sizes)
             clock.end("cuda graphs")
     plan = rank.plan
-    on_cpu = (
-        f"cpu, {num_threads} threads" if group.size == 1 else f"cpu, {group.size} ranks, {num_threads} threads each"
-    )
+    on_cpu = f"cpu, {num_threads} threads"
+    if group.size > 1:
+        nodes = config.parallel.nnodes
+        machines = f" on {nodes} machines" if nodes > 1 else ""
+        on_cpu = f"cpu, {group.size} ranks{machines}, {num_threads} threads each"
     report = StartupReport(
         model=config.model,
         architecture=model.architecture,
@@ -168,7 +170,7 @@ def check_machine(config: EngineConfig, free_bytes: int) -> None:
     Called before anything is loaded; kv_cache.plan_cache checks again with what the weights leave.
     """
     num_cpus = os.cpu_count() or 1
-    ranks = config.parallel.num_ranks
+    ranks = len(config.parallel.local_ranks)
     if config.num_threads is not None and ranks == 1 and config.num_threads > num_cpus:
         raise ValueError(
             f"--num-threads {config.num_threads}: this machine has {num_cpus} CPUs, and threads beyond them only wait; "

@@ -108,10 +108,10 @@ class EngineClient:
         """The engine, which another process has started, is dead."""
         self._die(message)
 
-    async def close(self) -> None:
+    async def close(self, *, is_final: bool = False) -> None:
         """End the engine process, if it is this one's, and the connection. May be called again.
 
-        on_death is not called any more.
+        on_death is not called any more. is_final: no other engine is started in its place.
         """
         self._on_death = None
         if self._socket.closed:
@@ -119,7 +119,7 @@ class EngineClient:
         engine = self._engine
         if self.death is None:
             if isinstance(engine, EngineProcess):
-                self.send(Shutdown())
+                self.send(Shutdown(is_final))
             self._die("the server is shutting down")
         for task in self._tasks:
             task.cancel()

@@ -65,9 +65,9 @@ class DriverChannel:
     """The driver's end. `fail` ends whatever it waits for."""
 
     def __init__(self, num_followers: int) -> None:
-        memory = os.memfd_create("octavo-orders", os.MFD_CLOEXEC)
+        self._memory = os.memfd_create("octavo-orders", os.MFD_CLOEXEC)
         self._pipes = [_Pipes.create() for _ in range(num_followers)]
-        self.ends = [ChannelEnds(memory, pipes.orders[0], pipes.room[1]) for pipes in self._pipes]
+        self.ends = [ChannelEnds(self._memory, pipes.orders[0], pipes.room[1]) for pipes in self._pipes]
         self._ring: NDArray[np.int32] | None = None
         self._num_sent = 0
         self._failure: str | None = None
@@ -76,7 +76,7 @@ class DriverChannel:
 
     def open(self, order_numbers: int) -> None:
         """order_numbers: int32 of the largest order, the same for followers. Before the first `send`."""
-        self._ring = _map(self.ends[0].memory, order_numbers)
+        self._ring = _map(self._memory, order_numbers)
 
     def send(self, order: Int32s) -> None:
         """Tell all followers; waits for one that is NUM_SLOTS orders behind."""
@@ -109,7 +109,7 @@ class DriverChannel:
             for pipes in self._pipes:
                 for descriptor in (*pipes.orders, *pipes.room):
                     os.close(descriptor)
-            os.close(self.ends[0].memory)
+            os.close(self._memory)
 
     def _wait(self, pipe: tuple[int, int]) -> None:
         if self._failure is None:

@@ -103,11 +103,97 @@ class ParallelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
             extra={"metavar": "SECONDS"},
         ),
     ] = 1.0
+    nnodes: Annotated[
+        int,
+        Meta(
+            ge=1,
+            description="machines that the ranks of an engine are divided over, as evenly as they go",
+            extra={"group": "several machines", "flag": ("-n", "--nnodes"), "metavar": "N"},
+        ),
+    ] = 1
+    node_rank: Annotated[
+        int,
+        Meta(
+            ge=0,
+            description="which of them this is: node 0 serves, the others run the same command with --headless",
+            extra={"flag": ("-r", "--node-rank"), "metavar": "N"},
+        ),
+    ] = 0
+    master_addr: Annotated[
+        str,
+        Meta(
+            description="with --nnodes: the address of node 0, at which the others find it; any but that of loopback "
+            "wants OCTAVO_CLUSTER_KEY in the environment of all nodes",
+            extra={"aliases": ("--dist-init-addr", "--nccl-init-addr"), "metavar": "HOST"},
+        ),
+    ] = "127.0.0.1"
+    master_port: Annotated[int, Meta(ge=1, le=65535, description="its port", extra={"metavar": "PORT"})] = 29501
+    headless: Annotated[
+        bool, Meta(description="serve no HTTP: compute for the server of another machine, and end with it")
+    ] = False
+    distributed_timeout_seconds: Annotated[
+        float,
+        Meta(
+            gt=0,
+            description="after so long without a sign of life another machine is lost; ten times as long may pass "
+            "until it has come",
+            extra={"aliases": ("--dist-timeout",), "metavar": "SECONDS"},
+        ),
+    ] = 60.0
+
+    data_parallel_address: Annotated[
+        str | None,
+        Meta(
+            description="with -dp, and engines on other machines too: the address of the server's machine, at which "
+            "they are met; any but that of loopback wants OCTAVO_CLUSTER_KEY in the environment of all machines",
+            extra={"flag": ("-dpa", "--data-parallel-address"), "metavar": "HOST"},
+        ),
+    ] = None
+    data_parallel_rpc_port: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=65535,
+            description="engine i of another machine is met at this port plus i",
+            extra={"flag": ("-dpp", "--data-parallel-rpc-port"), "metavar": "PORT"},
+        ),
+    ] = 29550
+    data_parallel_size_local: Annotated[
+        Annotated[int, Meta(ge=0)] | None,
+        Meta(
+            description="how many of the engines this machine has",
+            extra={"flag": ("-dpl", "--data-parallel-size-local"), "metavar": "N", "default": "all of them"},
+        ),
+    ] = None
+    data_parallel_start_rank: Annotated[
+        int,
+        Meta(
+            ge=0,
+            description="with --headless: the number of this machine's first engine",
+            extra={"flag": ("-dpr", "--data-parallel-start-rank"), "metavar": "N"},
+        ),
+    ] = 0
+
+    @property
+    def local_engines(self) -> range:
+        """The numbers of this machine's engines: a server has the first ones."""
+        first = self.data_parallel_start_rank
+        count = self.data_parallel_size_local
+        return range(first, self.data_parallel_size if count is None else first + count)
 
     @property
     def num_ranks(self) -> int:
-        """Of an engine."""
+        """Of an engine, on all of its machines."""
         return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    @property
+    def local_ranks(self) -> range:
+        """Those of an engine on this machine."""
+        return self.ranks_of(self.node_rank)
+
+    def ranks_of(self, node: int) -> range:
+        """The ranks of an engine on a machine: neighbors, rank 0 on node 0."""
+        return range(node * self.num_ranks // self.nnodes, (node + 1) * self.num_ranks // self.nnodes)
 
 
 @dataclass(frozen=True)
@@ -126,7 +212,8 @@ class Devices:
 
 def check(parallel: ParallelConfig, devices: Devices, num_threads: int | None) -> None:
     """Raise ValueError where the machine doesn't have what is asked for; the message says what works."""
-    size = parallel.data_parallel_size
+    check_nodes(parallel)
+    size = len(parallel.local_engines)
     most = len(devices.gpus) or min(len(devices.cores), devices.max_cores)
     if 1 < size > most:
         what = "GPU" if devices.gpus else "core"
@@ -134,9 +221,62 @@ def check(parallel: ParallelConfig, devices: Devices, num_threads: int | None) -
             f"-dp {size}: each engine takes a {what}, and there {'is' if most == 1 else 'are'} {most}; "
             f"-dp {min(most, MAX_ENGINES)} works"
         )
-    num_ranks = size * parallel.num_ranks
+    num_ranks = size * len(parallel.local_ranks)
     if size > 1 and not devices.gpus and num_threads is not None and num_ranks * num_threads > most >= num_ranks:
         raise ValueError(
             f"-dp {size} with --num-threads {num_threads}: the engines take {num_ranks * num_threads} cores, and there "
             f"are {most}; --num-threads {most // num_ranks} works"
+        )
+
+
+def check_nodes(parallel: ParallelConfig) -> None:
+    """Raise ValueError where what is said of several machines can't be; the message says what works."""
+    nodes = parallel.nnodes
+    if nodes > 1 and parallel.pipeline_parallel_size > 1:
+        raise ValueError(
+            f"-pp {parallel.pipeline_parallel_size} with --nnodes {nodes}: stages are on one machine so far; "
+            f"-tp {parallel.num_ranks} divides each layer over machines"
+        )
+    if nodes > parallel.num_ranks:
+        raise ValueError(
+            f"--nnodes {nodes}: a machine takes a rank at least, and -tp {parallel.num_ranks} makes "
+            f"{parallel.num_ranks}; --nnodes {parallel.num_ranks} works, and so does -tp {nodes}"
+        )
+    if parallel.node_rank >= nodes:
+        raise ValueError(f"--node-rank {parallel.node_rank} with --nnodes {nodes}: 0 to {nodes - 1} work")
+    if nodes > 1 and parallel.data_parallel_size > 1:
+        raise ValueError(
+            f"-dp {parallel.data_parallel_size} with --nnodes {nodes}: an engine that spans machines is the only one "
+            "of its server; start a server for each, or leave --nnodes out"
+        )
+    if parallel.node_rank > 0 and not parallel.headless:
+        raise ValueError(f"--node-rank {parallel.node_rank} serves nothing: add --headless; node 0 is the server")
+    if parallel.headless and parallel.node_rank == 0 and parallel.data_parallel_start_rank == 0:
+        raise ValueError(
+            "--headless: which machine is this? --nnodes N with --node-rank 1 to N-1 says it, or -dp N with "
+            "--data-parallel-start-rank 1 to N-1"
+        )
+    check_engines(parallel)
+
+
+def check_engines(parallel: ParallelConfig) -> None:
+    """The same for the engines of one server."""
+    size = parallel.data_parallel_size
+    own = parallel.local_engines
+    if parallel.data_parallel_start_rank > 0 and not parallel.headless:
+        raise ValueError(
+            f"--data-parallel-start-rank {own.start} is for machines without a server: add --headless; the server has "
+            "the first engines"
+        )
+    if own.start > size - 1 or own.stop > size:
+        raise ValueError(
+            f"-dp {size}: engines {own.start} to {own.stop - 1} are not all among them (--data-parallel-start-rank, "
+            f"--data-parallel-size-local); -dp {own.stop} works"
+        )
+    if parallel.headless and not own:
+        raise ValueError("--headless with --data-parallel-size-local 0: 1 or more work")
+    if len(own) < size and parallel.data_parallel_address is None:
+        raise ValueError(
+            f"-dp {size} with {len(own)} on this machine: --data-parallel-address HOST says where the others come; "
+            "all machines want it, with the address of the server's"
         )

@@ -12,14 +12,17 @@ import signal
 import sys
 import time
 import traceback
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
 from octavo.runtime.launch import progress_path
+from octavo.runtime.parallel.address import key_for
 from octavo.runtime.parallel.channel import FollowerChannel
-from octavo.runtime.parallel.followers import FollowerStart
+from octavo.runtime.parallel.follower_process import GONE, FollowerStart
 from octavo.runtime.parallel.lifeline import (
+    EndedError,
     be_killed_with_parent,
     end_with_parent,
     one_line,
@@ -27,10 +30,13 @@ from octavo.runtime.parallel.lifeline import (
     says_it_all,
     start_heartbeat,
 )
-from octavo.runtime.parallel.order import StepOrder, largest_order
+from octavo.runtime.parallel.meeting import Bye
+from octavo.runtime.parallel.order import Int32s, StepOrder, largest_order
+from octavo.runtime.parallel.remote_ranks import RemoteRank, join_group
 from octavo.runtime.progress import Progress
 
 if TYPE_CHECKING:
+    from octavo.runtime.parallel.group import Gloo, Shared
     from octavo.runtime.worker.worker import Worker
 
 
@@ -49,10 +55,11 @@ def main() -> int:
     if start.cores:
         os.sched_setaffinity(0, start.cores)
     try:
-        worker, channel = load(start)
-        watch(worker, start.heartbeat)
-        follow(worker, channel)
+        run(start)
         return 0
+    except EndedError as error:
+        print(one_line(error), flush=True)
+        return GONE
     except Exception as error:
         print(one_line(error), flush=True)
         if not says_it_all(error):
@@ -60,17 +67,61 @@ def main() -> int:
     return 1
 
 
-def load(start: FollowerStart) -> tuple[Worker, FollowerChannel]:
-    """This rank's share of the model, an empty cache of as many blocks as the other ranks', and the ring of orders."""
+class Orders(Protocol):
+    """A follower's end of a channel."""
+
+    def receive(self) -> Int32s | None:
+        """The next order; None when the driver is gone."""
+
+
+def run(start: FollowerStart, on_over: Callable[[Bye], None] | None = None) -> None:
+    """Join the other ranks, load, and follow until the driver is gone.
+
+    on_over: what a rank on another machine than the driver's does when the engine is gone, in another thread, since it
+    may be waiting in a collective; None: it ends this process. Raises JoinError, EndedError, and what loading raises.
+    """
+    remote = RemoteRank(start, on_over or end_process) if start.guest else None
+    worker, order_numbers = load(start)
+    watch(worker, start.heartbeat)
+    orders: Orders
+    if remote is not None:
+        orders = remote.open()
+    else:
+        assert start.ends is not None
+        orders = FollowerChannel(start.ends, order_numbers)
+    follow(worker, orders)
+
+
+def end_process(bye: Bye) -> None:
+    """The engine of this rank is gone."""
+    print(bye.why, flush=True)
+    os._exit(0 if bye.is_final else GONE)
+
+
+def load(start: FollowerStart) -> tuple[Worker, int]:
+    """This rank's share of the model with an empty cache of as many blocks as the other ranks'; numbers of an order."""
     from octavo.runtime.parallel.group import Shared
     from octavo.runtime.startup import Phases, load_rank, prepare_device
     from octavo.runtime.worker.worker import Worker
 
     clock = Phases(time.time())
     device, _ = prepare_device(start.config, None, clock)
-    rank = load_rank(start.config, device, Shared(start.sums, start.rank, start.size), clock)
-    worker = Worker(rank.model, rank.caches, rank.limits)
-    return worker, FollowerChannel(start.ends, largest_order(rank.limits))
+    group = group_of(start)
+    rank = load_rank(start.config, device, group, clock)
+    if not isinstance(group, Shared):
+        group.limit = start.config.parallel.distributed_timeout_seconds
+    return Worker(rank.model, rank.caches, rank.limits), largest_order(rank.limits)
+
+
+def group_of(start: FollowerStart) -> Shared | Gloo:
+    """This rank's end of the group."""
+    from octavo.runtime.parallel.group import Shared
+
+    if start.meeting is None:
+        assert start.sums is not None
+        return Shared(start.sums, start.rank, start.size)
+    pair = key_for(start.meeting, os.environ)
+    return join_group(start.meeting, pair, start.rank, start.size, lambda: None)
 
 
 def watch(worker: Worker, heartbeat: str) -> None:
@@ -79,12 +130,12 @@ def watch(worker: Worker, heartbeat: str) -> None:
         worker.watch(Progress(progress_path(heartbeat)).mark)
 
 
-def follow(worker: Worker, channel: FollowerChannel) -> None:
+def follow(worker: Worker, orders: Orders) -> None:
     """Compute step after step, until the driver is gone."""
     import torch
 
     with torch.inference_mode():
-        while (order := channel.receive()) is not None:
+        while (order := orders.receive()) is not None:
             step = StepOrder(order)
             worker.compute(worker.prepare(step), step.wants)
 

@@ -1,112 +1,105 @@
-"""The driver's side of the other ranks: starts them, tells them each step, and ends with any of them.
+"""The driver's side of the other ranks: starts those of this machine, lets those of others come, tells them each step,
+and ends with any of them.
 
-They are started before torch is imported, so that all ranks import and read at once; this module imports none.
+Those of this machine are started before torch is imported, so that all import and read at once; this module imports
+none.
 """
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import threading
+import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from octavo.runtime.config import EngineConfig
-from octavo.runtime.launch import child_environment
-from octavo.runtime.parallel.channel import ChannelEnds, DriverChannel
+from octavo.runtime.parallel.channel import DriverChannel
+from octavo.runtime.parallel.follower_process import GONE, FollowerProcess, FollowerStart, share_of_cores
+from octavo.runtime.parallel.lifeline import EndedError
 from octavo.runtime.parallel.order import StepOrder, largest_order
 from octavo.runtime.parallel.placement import CGROUP, cpus_in_cgroup
+from octavo.runtime.parallel.remote_ranks import RemoteRanks, ranks_of_other_nodes
 from octavo.runtime.scheduling.plan import SchedulerConfig
 
 if TYPE_CHECKING:
-    from octavo.runtime.parallel.group import Group
+    from octavo.runtime.parallel.group import Gloo, Shared
 
-
-class FollowerStart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The first line on a follower's stdin.
-
-    sums       the file in memory through which ranks add up
-    cores      the CPUs that it computes on; none: any
-    heartbeat  where the server asks for signs of life; empty: nowhere
-    """
-
-    config: EngineConfig
-    rank: int
-    size: int
-    ends: ChannelEnds
-    sums: int
-    cores: list[int]
-    heartbeat: str = ""
+GRACE_SECONDS = 1.0  # in which the rank that ended first is known, where others have lost it
 
 
 class Followers:
-    """Ranks 1 .. of an engine on this machine, and their group with this process as rank 0."""
+    """Ranks 1 .. of an engine, and their group with this process as rank 0."""
 
-    def __init__(self, config: EngineConfig, heartbeat: str = "") -> None:
-        """Starts them; they load at the same time as the driver does. Pins this process to its share of the cores."""
+    def __init__(self, config: EngineConfig, heartbeat: str = "", remote: RemoteRanks | None = None) -> None:
+        """Starts them; they load at the same time as the driver does. Pins this process to its share of the cores.
+
+        heartbeat: where the server asks for signs of life of the ranks on this machine. remote: the ranks that others
+        start; None: those of the other nodes that config names. Raises ValueError.
+        """
         self.size = config.parallel.num_ranks
         self._heartbeat = heartbeat
+        self._remote = remote or ranks_of_other_nodes(config)
+        ranks = [rank for rank in range(self.size) if self._remote is None or rank not in self._remote.ranks]
         cores = sorted(os.sched_getaffinity(0))
         at_a_time = min(len(cores), cpus_in_cgroup(CGROUP))
-        self.threads = config.num_threads or max(1, at_a_time // self.size)
-        self.notes = crowded(self.size, at_a_time)
-        self._channel = DriverChannel(self.size - 1)
+        self.threads = config.num_threads or max(1, at_a_time // len(ranks))
+        self.notes = crowded(len(ranks), at_a_time)
+        self._channel = DriverChannel(len(ranks) - 1)
         self._sums = os.memfd_create("octavo-sums", os.MFD_CLOEXEC)
-        self._group: Group | None = None
+        self._group: Shared | Gloo | None = None
         self._failure: str | None = None
         self._failing = threading.Lock()
+        self.ended, self._tell_end = os.pipe()  # readable when one has ended
         self._is_closed = False
         config = msgspec.structs.replace(config, num_threads=self.threads)
-        self.processes = [self._start(config, rank, cores) for rank in range(1, self.size)]
-        if own := share_of_cores(cores, 0, self.size):
-            os.sched_setaffinity(0, own)
-        for place in range(len(self.processes)):
-            threading.Thread(target=self._watch, args=(place,), name="octavo-follower-watch", daemon=True).start()
+        shares = {rank: share_of_cores(cores, place, len(ranks)) for place, rank in enumerate(ranks)}
+        self._followers = [self._start(config, rank, place, shares[rank]) for place, rank in enumerate(ranks[1:])]
+        self.processes = [follower.process for follower in self._followers]
+        if shares[0]:
+            os.sched_setaffinity(0, shares[0])
+        for follower in self._followers:
+            threading.Thread(target=self._watch, args=(follower,), name="octavo-follower-watch", daemon=True).start()
+        if self._remote is not None:
+            self._remote.watch_ranks(self._fail)
 
-    def _start(self, config: EngineConfig, rank: int, cores: list[int]) -> subprocess.Popen[bytes]:
-        ends = self._channel.ends[rank - 1]
-        own_cores = share_of_cores(cores, rank, self.size)
-        start = FollowerStart(config, rank, self.size, ends, self._sums, own_cores, self._heartbeat)
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "octavo.runtime.parallel.follower"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=child_environment(self.threads),
-            pass_fds=(*ends.descriptors, self._sums),
-        )
-        assert process.stdin is not None
-        process.stdin.write(msgspec.json.encode(start) + b"\n")
-        process.stdin.flush()
-        return process
+    def _start(self, config: EngineConfig, rank: int, place: int, cores: list[int]) -> FollowerProcess:
+        ends = self._channel.ends[place]
+        start = FollowerStart(config, rank, self.size, cores, ends, heartbeat=self._heartbeat)
+        if self._remote is not None:
+            start = msgspec.structs.replace(start, meeting=self._remote.meeting)
+            return FollowerProcess(start, self.threads, ends.descriptors)
+        start = msgspec.structs.replace(start, sums=self._sums)
+        return FollowerProcess(start, self.threads, (*ends.descriptors, self._sums))
 
-    def _watch(self, place: int) -> None:
-        """Wait for the end of a process, however it comes; what it says of it is on its stdout."""
-        process = self.processes[place]
-        assert process.stdout is not None
-        with process.stdout as stdout:
-            said = stdout.read().decode(errors="replace").strip()
-        code = process.wait()
-        how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-        name = f"rank {place + 1} of {self.size}"
-        self._fail(f"{name}: {said.splitlines()[-1]}" if said else f"{name} ended ({how})")
+    def _watch(self, follower: FollowerProcess) -> None:
+        """Wait for the end of a process."""
+        code, message = follower.wait()
+        if code == GONE:
+            time.sleep(GRACE_SECONDS)
+        self._fail(message)
 
     def _fail(self, message: str) -> None:
         """Let whatever waits for another rank raise this; the first message counts, the others follow from it."""
         with self._failing:
             if self._is_closed:
                 return
-            self._failure = self._failure or message
+            if self._failure is None:
+                self._failure = message
+                os.write(self._tell_end, b"\0")
             self._channel.fail(self._failure)
+            if self._remote is not None:
+                self._remote.stop(self._failure)
             if self._group is not None:
                 self._group.stop(self._failure)
 
-    def join(self) -> Group:
-        """This rank's end of the group."""
+    def join(self) -> Shared | Gloo:
+        """This rank's end of the group. Raises EndedError when another rank ends before it has come."""
         from octavo.runtime.parallel.group import Shared
 
-        group = Shared(self._sums, 0, self.size)
+        group = Shared(self._sums, 0, self.size) if self._remote is None else self._remote.join(0)
         with self._failing:
             self._group = group
             if self._failure is not None:
@@ -116,24 +109,42 @@ class Followers:
     def open(self, limits: SchedulerConfig) -> None:
         """Before the first order: the limits of all orders, which followers find by themselves."""
         self._channel.open(largest_order(limits))
+        if self._remote is not None:
+            self._remote.open()
+
+    def watch(self, mark: Callable[[], None]) -> None:
+        """Have this called while this rank waits for other machines, which have a time-out of their own."""
+        if self._remote is not None:
+            self._remote.watch_waits(mark)
+
+    def check(self) -> None:
+        """Raises EndedError if one has ended."""
+        if self._failure is not None:
+            raise EndedError(self._failure)
 
     def send(self, order: StepOrder) -> None:
         """Tell all of them a step, whose tokens are all known. Raises EndedError if one has ended."""
+        if self._remote is not None:
+            self._remote.send(order.buffer)
         self._channel.send(order.buffer)
 
-    def close(self) -> None:
-        """End all of them, and wait for their end. May be called again."""
+    def close(self, error: str = "") -> None:
+        """End all of them, and wait for their end. error: why, where the engine may be started again. May be called
+        again.
+        """
         with self._failing:
             if self._is_closed:
                 return
             self._is_closed = True
-        for process in self.processes:
-            assert process.stdin is not None
-            process.stdin.close()
-        for process in self.processes:
-            process.wait()
+        if self._remote is not None:
+            self._remote.close(error)
+        for follower in self._followers:
+            follower.end()
+        for follower in self._followers:
+            follower.wait_for_end()
         self._channel.close()
-        os.close(self._sums)
+        for descriptor in (self._sums, self.ended, self._tell_end):
+            os.close(descriptor)
 
 
 def crowded(size: int, num_cores: int) -> list[str]:
@@ -145,10 +156,3 @@ def crowded(size: int, num_cores: int) -> list[str]:
         f"{size} ranks take turns on {cores}, and wait for each other again and again: {num_cores} (-tp, -pp) would be "
         "faster, and so would fewer engines (-dp), each with more cores"
     ]
-
-
-def share_of_cores(cores: list[int], rank: int, size: int) -> list[int]:
-    """The cores of a rank: neighbors, equally many within one; none where there are fewer cores than ranks."""
-    if len(cores) < size:
-        return []
-    return cores[rank * len(cores) // size : (rank + 1) * len(cores) // size]

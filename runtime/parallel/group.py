@@ -7,20 +7,25 @@ from __future__ import annotations
 
 import mmap
 import os
+import threading
+import time
+from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from octavo.runtime.parallel.lifeline import EndedError
+from octavo.runtime.parallel.lifeline import EndedError, one_line
 
 if TYPE_CHECKING:
     from octavo.kernels.collective.ring_cpu import Ring
 
 LIMBS = 4  # of 16 bits each: what float32 holds exactly
-TIMEOUT = timedelta(seconds=60)
+LOADING_SECONDS = 3600.0  # that a rank may take to load longer than another one
+LOOK = timedelta(seconds=0.5)
+REASON_SECONDS = 3.0  # after a lost connection, until it is known which rank ended, and how
 
 
 class Group(Protocol):
@@ -200,40 +205,67 @@ class _EngineMemory:
         self.bytes[:8].view(np.int64)[0] = 1
 
 
-class Distributed:
-    """Ranks that torch.distributed connects: gloo for CPUs of several machines, nccl for GPUs."""
+class Values(Protocol):
+    """What ranks of several machines keep for each other, until all are connected."""
 
-    def __init__(self, backend: Literal["gloo", "nccl"], address: str, rank: int, size: int) -> None:
-        """address: host:port, at which rank 0 listens. Returns when all ranks are there."""
+    def put(self, key: str, value: bytes) -> None: ...
+
+    def get(self, key: str) -> bytes:
+        """Waits until there is a value."""
+        ...
+
+
+class Gloo:
+    """CPU ranks of several machines, by torch.distributed. What gloo sends is neither encrypted nor signed.
+
+    A rank that waits for others looks every LOOK seconds whether it shall stop, and waits for `limit` seconds at most,
+    which are many while ranks load.
+    """
+
+    body = "gloo"
+
+    def __init__(self, values: Values, host: str, rank: int, size: int, why: Callable[[], str | None]) -> None:
+        """host: the address at which the other ranks reach this one. why: of the end of all waiting; None before.
+
+        Returns when all ranks are connected. Raises EndedError.
+        """
         import torch.distributed as dist
 
-        self.body: str = backend
         self.rank = rank
         self.size = size
+        self.limit = LOADING_SECONDS
+        self.on_wait: Callable[[], None] = lambda: None  # called every LOOK seconds of a wait
         self._dist = dist
-        dist.init_process_group(backend, init_method=f"tcp://{address}", rank=rank, world_size=size, timeout=TIMEOUT)
+        self._stopped = threading.Event()
+        self._why: str | None = None
+        gloo: Any = dist.ProcessGroupGloo  # whose types leave out what is used here
+        options = gloo._Options()
+        options._devices = [gloo.create_device(hostname=host)]
+        options._timeout = timedelta(seconds=LOADING_SECONDS)
+        try:
+            self._ranks = gloo(_store_of(values), rank, size, options)
+        except Exception as error:
+            raise EndedError(why() or f"the ranks can't be connected: {one_line(error)}") from error
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        self._dist.all_reduce(x)
+        self._wait(self._ranks.allreduce([x]))
         return x
 
     def gather(self, x: Tensor) -> Tensor | None:
-        if self.rank > 0:
-            self._dist.gather(x)
-            return None
-        out = x.new_empty((self.size, *x.shape))
-        self._dist.gather(x, list(out.unbind()))
+        options = self._dist.GatherOptions()
+        options.rootRank = 0
+        out = None if self.rank > 0 else x.new_empty((self.size, *x.shape))
+        self._wait(self._ranks.gather([] if out is None else [list(out.unbind())], [x], options))
         return out
 
     def of_all(self, number: int) -> list[int]:
         return _of_all(self, number)
 
     def send(self, x: Tensor, to: int) -> None:
-        self._dist.send(x, to)
+        raise ValueError(f"{tuple(x.shape)} to rank {to}: stages are on one machine")
 
     def receive(self, out: Tensor, source: int) -> Tensor:
-        self._dist.recv(out, source)
-        return out
+        raise ValueError(f"{tuple(out.shape)} from rank {source}: stages are on one machine")
 
     def part(self, size: int) -> Group:
         if size == self.size:
@@ -243,11 +275,47 @@ class Distributed:
         raise ValueError("ranks of several machines are not divided into groups")
 
     def stop(self, why: str) -> None:
-        """A rank that is gone closes its connections, which ends the others' waiting."""
+        self._why = self._why or why
+        self._stopped.set()
 
-    def close(self) -> None:
-        """Leave: call on all ranks."""
-        self._dist.destroy_process_group()
+    def _wait(self, work: Any) -> None:
+        """Wait for gloo, which raises RuntimeError for a wait that was too short and for a lost connection alike."""
+        begin = time.monotonic()
+        while True:
+            try:
+                work.wait(LOOK)
+                return
+            except RuntimeError as error:
+                if work.is_completed() and not self._stopped.wait(REASON_SECONDS):
+                    said = str(error).partition(". ")[0].partition("] ")[2]
+                    raise EndedError(f"another rank of this engine is gone: {said or error}") from None
+            self.on_wait()
+            if self._stopped.is_set():
+                raise EndedError(self._why or "the engine has ended")
+            if time.monotonic() - begin > self.limit:
+                raise EndedError(
+                    f"other ranks have not added up with this one for {self.limit:g} s (--distributed-timeout-seconds)"
+                )
+
+
+def _store_of(values: Values) -> Any:
+    """What gloo wants to find its peers: a store of torch.distributed."""
+    import torch.distributed as dist
+
+    class Store(dist.Store):  # type: ignore[name-defined,misc]
+        """Only what gloo asks of it."""
+
+        def set(self, key: str, value: bytes) -> None:
+            values.put(key, bytes(value))
+
+        def get(self, key: str) -> bytes:
+            return values.get(key)
+
+        def wait(self, keys: list[str], _timeout: timedelta | None = None) -> None:
+            for key in keys:
+                values.get(key)
+
+    return Store()
 
 
 def _of_all(group: Group, number: int) -> list[int]:

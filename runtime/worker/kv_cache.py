@@ -184,7 +184,7 @@ def _blocks_for(model: Model, config: EngineConfig, free_bytes: int, per_block: 
     budget = config.kv_cache_memory_bytes
     if budget is None:
         if model.device.type == "cpu":
-            budget = min(CPU_BUDGET, int(free_bytes * CPU_SHARE) // config.parallel.data_parallel_size)
+            budget = min(CPU_BUDGET, int(free_bytes * CPU_SHARE) // len(config.parallel.local_engines))
         else:
             budget = free_bytes - int(total_memory(model.device) * (1 - config.gpu_memory_utilization))
     longest = config.max_model_len or model.max_position

@@ -284,7 +284,7 @@ class Fleet:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await asyncio.gather(*(member.client.close() for member in self.members))
+        await asyncio.gather(*(member.client.close(is_final=True) for member in self.members))
         self._context.term()
 
     # what streams ask for

@@ -24,7 +24,8 @@ from octavo.runtime.engine import Engine
 from octavo.runtime.messages import AddRequest, Ready, TokenOutput
 from octavo.runtime.parallel.channel import NUM_SLOTS, ChannelEnds, DriverChannel, FollowerChannel
 from octavo.runtime.parallel.config import ParallelConfig
-from octavo.runtime.parallel.followers import Followers, crowded, share_of_cores
+from octavo.runtime.parallel.follower_process import share_of_cores
+from octavo.runtime.parallel.followers import Followers, crowded
 from octavo.runtime.progress import Progress
 from octavo.runtime.startup import load_engine
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -16,7 +15,12 @@ from torch import Tensor
 from octavo.kernels.collective import reference
 from octavo.kernels.collective.ring_cpu import CAPACITY
 from octavo.kernels.collective.shm_cpu import CHUNK
-from octavo.runtime.parallel.group import ALONE, Distributed, Group, Shared
+from octavo.runtime.parallel.address import Address
+from octavo.runtime.parallel.agreement import Agreement
+from octavo.runtime.parallel.group import ALONE, Group, Shared
+from octavo.runtime.parallel.lifeline import EndedError
+from octavo.runtime.parallel.meeting import Meeting, Owner
+from octavo.runtime.parallel.remote_ranks import join_group
 
 SIZES = [1, 576, 16 * 576 + 1, CHUNK, CHUNK + 1, 3 * CHUNK + 7]
 
@@ -190,24 +194,55 @@ def test_one_rank_has_what_it_has() -> None:
     assert ALONE.of_all(7) == [7]
 
 
-def over_gloo(group: Group, address: str) -> tuple[list[float], Tensor | None, list[int]]:
-    """As ranks of two machines, which share no memory."""
-    joined = Distributed("gloo", address, group.rank, group.size)
-    found = (
-        joined.all_reduce(torch.tensor([1.0, 2.0]) + group.rank).tolist(),
-        joined.gather(torch.full((2,), float(group.rank))),
-        joined.of_all((1 << 40) + group.rank),
-    )
-    joined.close()
-    return found
+def over_gloo(group: Group, meeting: Address) -> tuple[list[Tensor], list[Tensor | None], list[int]]:
+    """As ranks of several machines, which share no memory."""
+    joined = join_group(meeting, None, group.rank, group.size, lambda: None)
+    return sums(joined), gathered(joined), numbers(joined)
 
 
-def test_ranks_of_several_machines_over_gloo(ranks: Ranks) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    driver, other = ranks.run(over_gloo, 2, address)
-    assert driver[0] == other[0] == [3.0, 5.0]
-    assert driver[1].tolist() == [[0.0, 0.0], [1.0, 1.0]]
-    assert other[1] is None
-    assert driver[2] == other[2] == [1 << 40, (1 << 40) + 1]
+@pytest.fixture
+def meeting() -> Iterator[Address]:
+    owner = Owner(lambda *_: b"", lambda *_: None, lambda *_: None)
+    opened = Meeting(Address("127.0.0.1", 0), None, {}, Agreement("", {}, {}), 60.0, owner, "")
+    yield opened.address
+    opened.close("the test is over")
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_of_several_machines_add_up_alike(ranks: Ranks, meeting: Address, size: int) -> None:
+    """The same bits on every rank; two of them have the bits that shared memory gives."""
+    found = ranks.run(over_gloo, size, meeting)
+    for i, (number, elements) in enumerate((n, e) for n in range(2) for e in SIZES):
+        parts = [of_rank(rank, number, elements) for rank in range(size)]
+        for rank in range(size):
+            assert torch.equal(found[rank][0][i], found[0][0][i]), (rank, number, elements)
+        torch.testing.assert_close(found[0][0][i], torch.stack(parts).double().sum(0).float(), rtol=1e-6, atol=2e-3)
+        if size == 2:
+            assert torch.equal(found[0][0][i], reference.all_reduce(parts))
+    for each, elements in zip(found[0][1], SIZES, strict=True):
+        expected = reference.gather([of_rank(rank, 9, 2 * elements).view(2, elements) for rank in range(size)])
+        assert torch.equal(each, expected)
+    assert all(one[1] == [None] * len(SIZES) for one in found[1:])
+    assert all(one[2] == [(1 << 63) - 5 - rank for rank in range(size)] for one in found)
+
+
+def lose_the_other(group: Group, meeting: Address) -> str:
+    """Rank 1 leaves without a word."""
+    joined = join_group(meeting, None, group.rank, group.size, lambda: None)
+    joined.all_reduce(torch.zeros(3))
+    if group.rank == 1:
+        return ""
+    timer = threading.Timer(0.2, joined.stop, ("rank 1 of 2 is silent",))
+    timer.start()
+    try:
+        joined.all_reduce(torch.zeros(3))
+    except EndedError as error:
+        return str(error)
+    finally:
+        timer.join()
+    return "it has added up with nobody"
+
+
+def test_a_rank_that_waits_for_another_machine_is_told_why(ranks: Ranks, meeting: Address) -> None:
+    """Whether gloo has noticed or, as after a cut cable, has not."""
+    assert ranks.run(lose_the_other, 2, meeting) == ["rank 1 of 2 is silent", ""]

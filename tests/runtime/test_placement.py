@@ -75,3 +75,47 @@ def test_gpus_are_those_that_the_environment_shows(monkeypatch: pytest.MonkeyPat
     assert find_devices("cpu").gpus == ()
     monkeypatch.setenv(placement.VISIBLE, "")
     assert find_devices("auto").gpus == ()
+
+
+TWO = {"tensor_parallel_size": 2, "nnodes": 2}
+FOUR = {"data_parallel_size": 4, "data_parallel_address": "10.0.0.1"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"nnodes": 3, "tensor_parallel_size": 2}, "-tp 2 makes 2; --nnodes 2 works, and so does -tp 3"),
+        (TWO | {"node_rank": 2, "headless": True}, "--node-rank 2 with --nnodes 2: 0 to 1 work"),
+        (TWO | {"data_parallel_size": 2}, "-dp 2 with --nnodes 2: .* leave --nnodes out"),
+        (TWO | {"node_rank": 1}, "--node-rank 1 serves nothing: add --headless"),
+        (TWO | {"headless": True}, "--headless: which machine is this"),
+        (FOUR | {"data_parallel_size_local": 2, "data_parallel_start_rank": 2}, "add --headless"),
+        (
+            FOUR | {"data_parallel_size_local": 3, "data_parallel_start_rank": 2, "headless": True},
+            "-dp 4: engines 2 to 4 are not all among them .*; -dp 5 works",
+        ),
+        (FOUR | {"data_parallel_size_local": 0, "data_parallel_start_rank": 2, "headless": True}, "1 or more work"),
+        ({"data_parallel_size": 4, "data_parallel_size_local": 2}, "--data-parallel-address HOST says where"),
+    ],
+)
+def test_machines_that_can_not_be_are_refused_with_what_works(settings: dict[str, object], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        check(ParallelConfig(**settings), Devices(tuple(range(8)), 8), None)  # type: ignore[arg-type]
+
+
+@given(st.integers(1, 9), st.integers(1, 9))
+def test_all_machines_have_a_share_of_the_ranks(nodes: int, more: int) -> None:
+    parallel = ParallelConfig(tensor_parallel_size=nodes + more, nnodes=nodes)
+    shares = [parallel.ranks_of(node) for node in range(nodes)]
+    assert [rank for share in shares for rank in share] == list(range(nodes + more))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    assert shares[0][0] == 0, "node 0 has the driver"
+
+
+def test_engines_of_a_server_and_of_other_machines() -> None:
+    server = ParallelConfig(data_parallel_size=5, data_parallel_size_local=2, data_parallel_address="10.0.0.1")
+    other = msgspec.structs.replace(server, data_parallel_size_local=3, data_parallel_start_rank=2, headless=True)
+    for parallel in (server, other):
+        check(parallel, Devices(tuple(range(8)), 8), None)
+    assert [*server.local_engines, *other.local_engines] == [0, 1, 2, 3, 4]
+    assert ParallelConfig(data_parallel_size=3).local_engines == range(3)

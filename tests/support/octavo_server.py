@@ -81,9 +81,11 @@ class Server:
 
 
 @contextmanager
-def started(*flags: str, model: Path = TINY, environment: dict[str, str] | None = None) -> Iterator[Server]:
-    """The process alone, which may not be ready, or never become so."""
-    command = [sys.executable, "-P", "-m", "octavo", "serve", str(model), "--port", "0", *flags]
+def started(
+    *flags: str, model: Path = TINY, environment: dict[str, str] | None = None, prefix: Sequence[str] = ()
+) -> Iterator[Server]:
+    """The process alone, which may not be ready, or never become so. prefix: what runs its command."""
+    command = [*prefix, sys.executable, "-P", "-m", "octavo", "serve", str(model), "--port", "0", *flags]
     variables = os.environ | {"PYTHONPATH": str(Path(octavo.__file__).parent.parent)} | (environment or {})
     pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     with ended(subprocess.Popen(command, text=True, env=variables, **pipes)) as server:

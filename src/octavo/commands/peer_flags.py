@@ -49,7 +49,8 @@ NO_DRAFTS = "speculative decoding is not supported yet: leave it out; answers ar
 NO_IMAGES = "only text is supported: leave it out, and serve a text model"
 NO_POOLING = "octavo generates text, and does not serve embeddings or classifiers yet"
 ONE_DEVICE = (
-    "-dp runs several engines behind one server, and -tp and -pp divide a model over the cores of a CPU; "
+    "-dp runs several engines behind one server, -tp and -pp divide a model over the cores of a CPU, --nnodes over "
+    "machines; "
     "nothing else is divided yet: leave it out"
 )
 NO_OFFLOAD = "weights and KV cache stay on the device: --dtype int4 makes weights small, --kv-cache-dtype the cache"
@@ -112,12 +113,11 @@ TABLE: tuple[PeerFlag, ...] = (
              "auto-round auto_gptq inc w8a8_int8 w8a8_fp8 torchao",
              "how a checkpoint is quantized is read from it"),
     _moot_at("--load-format", "pt npcache fastsafetensors safetensors_prefetch", "weights are read from safetensors"),
-    _moot_at("--nnodes -n "
-             "--decode-context-parallel-size -dcp --dcp-size --prefill-context-parallel-size -pcp "
-             "--data-parallel-size-local -dpl --attn-dp-size --attention-data-parallel-size "
+    _moot_at("--decode-context-parallel-size -dcp --dcp-size --prefill-context-parallel-size -pcp "
+             "--attn-dp-size --attention-data-parallel-size "
              "--attn-cp-size --attention-context-parallel-size --moe-dp-size --moe-data-parallel-size --dwdp-size",
              "1", ONE_DEVICE),
-    _moot_at("--node-rank -r --base-gpu-id --data-parallel-rank -dpn", "0", ONE_DEVICE),
+    _moot_at("--base-gpu-id --data-parallel-rank -dpn", "0", ONE_DEVICE),
     _moot_at("--gpu-id-step", "1", ONE_DEVICE),
     _moot_at("--distributed-executor-backend", "mp uni", ONE_DEVICE),
     _moot_at("--expert-placement-strategy", "linear", "--enable-expert-parallel deals experts out in their order"),
@@ -172,12 +172,12 @@ TABLE: tuple[PeerFlag, ...] = (
              "--qsa-indexer-dtype --enable-fp32-lm-head --enable-tf32-matmul --use-fp64-gumbel",
              "--dtype, --kv-cache-dtype and --lm-head-dtype are the types there are"),
     # refused: parallel
-    _refused("--data-parallel-* -dpr -dpa -dpp -dpb -dph -dpe -dpm --dp-* --dcp-* --cp-* --pp-* --enable-dbo --dbo-* "
+    _refused("--data-parallel-* -dpb -dph -dpe -dpm --dp-* --dcp-* --cp-* --pp-* --enable-dbo --dbo-* "
              "--enable-hc-sp --enable-eplb "
              "--eplb-* --enable-elastic-ep --elastic-ep-* --max-ep-size "
-             "--enable-batch-sharded-sampling --disable-nccl-* --master-addr --master-port --distributed-timeout-* "
+             "--enable-batch-sharded-sampling --disable-nccl-* "
              "--cpu-distributed-timeout-seconds --dist-* --nccl-* --device-ids --numa-* --ray-workers-use-nsight "
-             "--use-ray --worker-use-ray --engine-use-ray --enable-nccl-* --headless --enable-fault-tolerance "
+             "--use-ray --worker-use-ray --engine-use-ray --enable-nccl-* --enable-fault-tolerance "
              "--fault-tolerance-config "
              "--load-balance-method --enable-dp-* --enable-tp-* --enable-attn-* --disable-attn-* --enable-prefill-cp "
              "--enable-shared-experts-attn-tp --shared-experts-tp-size --enable-dense-mlp-attn-tp "

@@ -89,7 +89,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _serve(options: ServeOptions, begun: float) -> bool:
     model = _model_of(options.model)
+    if options.engine.parallel.headless:
+        _compute_for_another_machine(options, _directory_of(model, options.model))
+        return True
     _check_tls(options.listen)
+    _check_processes(options)
     access = access_of(options)
     listener = _bind(options.listen)  # before the model is loaded, so that a port that is taken is told at once
     try:
@@ -100,6 +104,17 @@ def _serve(options: ServeOptions, begun: float) -> bool:
         listener.socket.close()
         if options.listen.uds:
             Path(options.listen.uds).unlink(missing_ok=True)
+
+
+def _check_processes(options: ServeOptions) -> None:
+    """An engine on another machine has a connection to one process."""
+    count = options.listen.api_server_count
+    parallel = options.engine.parallel
+    if count > 1 and len(parallel.local_engines) < parallel.data_parallel_size:
+        raise ServeError(
+            f"--api-server-count {count} with engines on other machines (--data-parallel-size-local "
+            f"{len(parallel.local_engines)} of {parallel.data_parallel_size}): --api-server-count 1 works"
+        )
 
 
 def _serve_alone(options: ServeOptions, directory: Path, access: Access, listener: Listener, begun: float) -> bool:
@@ -211,10 +226,27 @@ def _start_errors(options: ServeOptions, directory: Path) -> Iterator[None]:
 def _launcher(options: ServeOptions, directory: Path, places: Places | None = None) -> Launcher:
     """places: where engines meet further server processes."""
     from octavo.runtime.launch import Launcher
+    from octavo.runtime.parallel.remote_ranks import check_addresses
 
     config = engine_config(options, directory)
     try:
+        check_addresses(config.parallel, os.environ)
         return Launcher(config) if places is None else Launcher(config, addresses=places.addresses)
+    except ValueError as error:
+        raise ServeError(str(error)) from None
+
+
+def _compute_for_another_machine(options: ServeOptions, directory: Path) -> None:
+    """Without a server of its own, until the one of node 0 has ended. Raises ServeError."""
+    from octavo.runtime.parallel.config import check
+    from octavo.runtime.parallel.headless import run_ranks
+    from octavo.runtime.parallel.headless_engines import run_engines
+    from octavo.runtime.parallel.placement import find_devices
+
+    config = engine_config(options, directory)
+    try:
+        check(config.parallel, find_devices(config.device), config.num_threads)
+        (run_ranks if config.parallel.nnodes > 1 else run_engines)(config)
     except ValueError as error:
         raise ServeError(str(error)) from None
 

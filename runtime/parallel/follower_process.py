@@ -1,0 +1,86 @@
+"""Starts the process of a rank that is not the driver, and learns how it ended. Imports no torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import msgspec
+
+from octavo.runtime.config import EngineConfig
+from octavo.runtime.launch import child_environment
+from octavo.runtime.parallel.address import Address
+from octavo.runtime.parallel.channel import ChannelEnds
+
+PATIENCE_SECONDS = 4.0
+GONE = 3  # the exit code of a follower that has lost the other ranks, and may be started again
+
+
+class FollowerStart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The first line on a follower's stdin.
+
+    cores    the CPUs that it computes on; none: any
+    ends     of the ring of orders, on the driver's machine
+    sums     the file in memory through which ranks add up, where all are on one machine
+    meeting  where ranks of several machines find each other
+    guest    on another machine than the driver's: this rank's name at the meeting
+    heartbeat  where the server asks for signs of life; empty: nowhere
+    """
+
+    config: EngineConfig
+    rank: int
+    size: int
+    cores: list[int] = []
+    ends: ChannelEnds | None = None
+    sums: int | None = None
+    meeting: Address | None = None
+    guest: str = ""
+    heartbeat: str = ""
+
+
+class FollowerProcess:
+    """A running follower. It ends when its stdin closes, and so with this process."""
+
+    def __init__(self, start: FollowerStart, threads: int, descriptors: tuple[int, ...] = ()) -> None:
+        """descriptors: those that it inherits."""
+        self.name = f"rank {start.rank} of {start.size}"
+        self.guest = start.guest
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "octavo.runtime.parallel.follower"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=child_environment(threads),
+            pass_fds=descriptors,
+        )
+        assert self.process.stdin is not None
+        self.process.stdin.write(msgspec.json.encode(start) + b"\n")
+        self.process.stdin.flush()
+
+    def wait(self) -> tuple[int, str]:
+        """Wait for its end, however it comes: (exit code, what it said of it; else how it ended)."""
+        assert self.process.stdout is not None
+        with self.process.stdout as stdout:
+            said = stdout.read().decode(errors="replace").strip()
+        code = self.process.wait()
+        how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+        return code, f"{self.name}: {said.splitlines()[-1]}" if said else f"{self.name} ended ({how})"
+
+    def end(self) -> None:
+        """Let it end."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+
+    def wait_for_end(self) -> None:
+        """After `end`: one that is stopped is killed."""
+        try:
+            self.process.wait(PATIENCE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+def share_of_cores(cores: list[int], place: int, size: int) -> list[int]:
+    """The cores of one of `size` ranks: neighbors, equally many within one; none where there are fewer than ranks."""
+    if len(cores) < size:
+        return []
+    return cores[place * len(cores) // size : (place + 1) * len(cores) // size]

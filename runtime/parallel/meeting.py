@@ -1,0 +1,320 @@
+"""Where processes of several machines meet: one listens, the others come as members, and each end watches the other.
+
+A member says Hello with what it means (agreement.py), and is welcomed, told to wait, or refused for good. Then it
+beats; the answer to each beat says that the meeting goes on, or Bye. Either end that hears nothing for the patience
+takes the other for lost. Processes of members also keep values for each other here (Put, Get), by which gloo finds its
+peers.
+
+Whatever comes of a guest that this meeting doesn't know is answered with Bye: it belongs to an earlier meeting, whose
+process has died, or has been given up.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import msgspec
+import zmq
+
+from octavo.runtime.parallel.address import KEY, Address, KeyPair, bind, prepare
+from octavo.runtime.parallel.agreement import Agreement, difference
+
+log = logging.getLogger(__name__)
+
+LONGEST_BEAT = 1.0  # seconds between two beats, at most
+BEATS = 10  # in the patience, at least; missed ones are counted, so that a process that was stopped sees no silence
+DOUBT = 3  # missed beats after which a newcomer gets the place of a silent guest
+ARRIVAL = 10  # times the patience may pass before a member has come, since machines start at different times
+POLL_MS = 100
+FLUSH_SECONDS = 0.5  # that the last words may take
+REPEAT_SECONDS = 60.0  # between two lines about connections with another key
+
+
+class Hello(msgspec.Struct, frozen=True, tag="hello"):
+    """guest: a name that nobody else has. node: for people, such as 'node 1 (10.0.0.2)'."""
+
+    member: int
+    guest: str
+    node: str
+    means: Agreement
+
+
+class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
+    """details: what the owner of the meeting tells this member."""
+
+    details: bytes
+
+
+class Wait(msgspec.Struct, frozen=True, tag="wait"):
+    """Come again a little later: somebody else has this place, and may be about to lose it."""
+
+    why: str
+
+
+class Refused(msgspec.Struct, frozen=True, tag="refused"):
+    """There is no use in coming again."""
+
+    why: str
+
+
+class Beat(msgspec.Struct, frozen=True, tag="beat"):
+    guest: str
+
+
+class Alive(msgspec.Struct, frozen=True, tag="alive"):
+    """The answer to what needs no other one."""
+
+
+class Bye(msgspec.Struct, frozen=True, tag="bye"):
+    """The meeting is over for this guest. is_final: no other one follows."""
+
+    why: str
+    is_final: bool = False
+
+
+class Left(msgspec.Struct, frozen=True, tag="left"):
+    """This guest has ended, says whoever started it; or it has heard a Bye, and says so itself."""
+
+    guest: str
+    why: str
+
+
+class Put(msgspec.Struct, frozen=True, tag="put"):
+    key: str
+    value: bytes
+
+
+class Get(msgspec.Struct, frozen=True, tag="get"):
+    """Answered when there is a value."""
+
+    key: str
+
+
+class Value(msgspec.Struct, frozen=True, tag="value"):
+    value: bytes
+
+
+ToMeeting = Hello | Beat | Left | Put | Get
+FromMeeting = Welcome | Wait | Refused | Alive | Bye | Value
+
+
+@dataclass
+class _Member:
+    """A place in a meeting. guest: who has it; '' while nobody does. missed: beats, or those before anybody came."""
+
+    name: str
+    guest: str = ""
+    node: str = ""
+    identity: bytes = b""  # of the socket that beats
+    missed: int = 0
+    has_come: bool = False
+
+    @property
+    def who(self) -> str:
+        """The member, and the machine that it is on, for errors."""
+        return f"{self.name} on {self.node}" if self.node else self.name
+
+
+@dataclass(frozen=True)
+class Owner:
+    """What whoever owns a meeting is asked and told, in the meeting's thread.
+
+    welcome  a member has come: the details that it is told
+    lost     a member is gone, or has not come in time
+    refused  a member means something else
+    """
+
+    welcome: Callable[[int, str], bytes]
+    lost: Callable[[int, str], None]
+    refused: Callable[[int, str], None]
+
+
+class Meeting:
+    """The end that listens: a thread of its own answers until `close`.
+
+    members: names by their numbers, such as 'rank 2 of 4'. flags: which the address comes from, for errors. Raises
+    ValueError where the address can't be had.
+    """
+
+    def __init__(
+        self,
+        address: Address,
+        pair: KeyPair | None,
+        members: Mapping[int, str],
+        means: Agreement,
+        patience: float,
+        owner: Owner,
+        flags: str,
+    ) -> None:
+        self._members = {number: _Member(name) for number, name in members.items()}
+        self._means = means
+        self._patience = patience
+        self._owner = owner
+        self._values: dict[str, bytes] = {}
+        self._waiting: defaultdict[str, list[bytes]] = defaultdict(list)
+        self._bye: Bye | None = None
+        self._lock = threading.Lock()
+        self._last_warning = -REPEAT_SECONDS
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder: msgspec.msgpack.Decoder[ToMeeting] = msgspec.msgpack.Decoder(ToMeeting)
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        prepare(self._socket, pair, is_server=True)
+        self._monitor = self._socket.get_monitor_socket(
+            zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+        )
+        try:
+            self.address = bind(self._socket, address, flags)
+        except ValueError:
+            self._close_sockets()
+            raise
+        self._thread = threading.Thread(target=self._run, name="octavo-meeting", daemon=True)
+        self._thread.start()
+
+    def dismiss(self, number: int) -> None:
+        """A member's guest is not wanted any more, which it is told at its next beat; another one may come."""
+        with self._lock:
+            self._members[number].guest = ""
+
+    def close(self, why: str, *, is_final: bool = False) -> None:
+        """Tell all members, and listen no more. May be called again."""
+        self._bye = self._bye or Bye(why, is_final)
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def _run(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        poller.register(self._monitor, zmq.POLLIN)
+        beat = beat_seconds(self._patience)
+        next_beat = time.monotonic() + beat
+        while self._bye is None:
+            ready = dict(poller.poll(int(min(POLL_MS, 1000 * beat))))
+            if self._monitor in ready:
+                self._monitor.recv_multipart()
+                self._warn_of_strangers()
+            if self._socket in ready:
+                identity, frame = self._socket.recv_multipart()
+                self._take(identity, frame)
+            elif time.monotonic() >= next_beat:  # all that has come has been taken
+                self._count_missed(beat)
+                next_beat = time.monotonic() + beat
+        self._say(self._bye)
+        self._close_sockets()
+
+    def _say(self, bye: Bye) -> None:
+        """Tell all members, and wait until they have heard it: a connection that is closed over what it has not read
+        takes with it what it has sent.
+        """
+        waiting = {member.guest: member.identity for member in self._members.values() if member.guest}
+        for identity in waiting.values():
+            self._send(identity, bye)
+        deadline = time.monotonic() + FLUSH_SECONDS
+        while waiting and self._socket.poll(max(0, int(1000 * (deadline - time.monotonic())))):
+            _, frame = self._socket.recv_multipart()
+            message = self._decoder.decode(frame)
+            if isinstance(message, Left):
+                waiting.pop(message.guest, None)
+
+    def _close_sockets(self) -> None:
+        self._socket.disable_monitor()
+        self._monitor.close(linger=0)
+        self._socket.close(linger=int(1000 * FLUSH_SECONDS))
+        self._context.term()
+
+    def _send(self, identity: bytes, message: FromMeeting) -> None:
+        self._socket.send_multipart([identity, self._encoder.encode(message)])
+
+    def _warn_of_strangers(self) -> None:
+        now = time.monotonic()
+        if now - self._last_warning >= REPEAT_SECONDS:
+            self._last_warning = now
+            log.warning("%s: a connection was refused, which has another %s, or none", self.address, KEY)
+
+    def _take(self, identity: bytes, frame: bytes) -> None:
+        try:
+            message = self._decoder.decode(frame)
+        except msgspec.DecodeError as error:
+            version = self._means.version
+            self._send(identity, Refused(f"octavo {version} listens at {self.address}, and can't read this: {error}"))
+            return
+        match message:
+            case Hello():
+                self._send(identity, self._greet(identity, message))
+            case Beat():
+                member = self._member_of(message.guest)
+                if member is not None:
+                    member.missed = 0
+                    member.identity = identity
+                known = member is not None
+                self._send(identity, Alive() if known else Bye("the one that it has joined is no more"))
+            case Left():
+                self._send(identity, Alive())
+                self._lose(message.guest, message.why)
+            case Put():
+                self._values[message.key] = message.value
+                self._send(identity, Alive())
+                for other in self._waiting.pop(message.key, []):
+                    self._send(other, Value(message.value))
+            case Get():
+                if message.key in self._values:
+                    self._send(identity, Value(self._values[message.key]))
+                else:
+                    self._waiting[message.key].append(identity)
+
+    def _member_of(self, guest: str) -> _Member | None:
+        with self._lock:
+            return next((one for one in self._members.values() if guest and one.guest == guest), None)
+
+    def _greet(self, identity: bytes, hello: Hello) -> FromMeeting:
+        member = self._members.get(hello.member)
+        if member is None:
+            return Refused(f"{hello.node} comes as number {hello.member}, and there is no such place at {self.address}")
+        problem = difference(self._means, hello.means, ("node 0", hello.node))
+        if problem is not None:
+            self._owner.refused(hello.member, problem)
+            return Refused(problem)
+        if member.guest not in ("", hello.guest):
+            if member.missed < DOUBT:
+                return Wait(f"{member.who} is there already")
+            self._lose(member.guest, f"{member.who} has been silent, and started again")
+        with self._lock:
+            member.guest = hello.guest
+        member.node = hello.node
+        member.identity = identity
+        member.missed = 0
+        member.has_come = True
+        return Welcome(self._owner.welcome(hello.member, hello.node))
+
+    def _lose(self, guest: str, why: str) -> None:
+        with self._lock:
+            found = [number for number, member in self._members.items() if guest and member.guest == guest]
+            for number in found:
+                self._members[number].guest = ""
+        for number in found:
+            self._owner.lost(number, why)
+
+    def _count_missed(self, beat: float) -> None:
+        for number, member in self._members.items():
+            member.missed += 1
+            silence = member.missed * beat
+            if member.guest and silence > self._patience:
+                self._lose(
+                    member.guest,
+                    f"{member.who} has not been heard of for {self._patience:g} s (--distributed-timeout-seconds)",
+                )
+            elif not member.has_come and silence > ARRIVAL * self._patience:
+                member.has_come = True  # told once
+                self._owner.lost(
+                    number, f"{member.who} has not come to {self.address} within {ARRIVAL * self._patience:g} s"
+                )
+
+
+def beat_seconds(patience: float) -> float:
+    """The time between two beats."""
+    return min(LONGEST_BEAT, patience / BEATS)

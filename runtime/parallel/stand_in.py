@@ -1,0 +1,116 @@
+"""Stands on the server's machine where an engine process would: `python -m octavo.runtime.parallel.stand_in`.
+
+The server starts it, watches it and ends it as it does an engine. It lets a headless node (headless_engines.py) come,
+which starts the engine on another machine, passes on what both say, and ends as that engine does.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+
+import msgspec
+import zmq
+
+from octavo.runtime.config import EngineConfig
+from octavo.runtime.launch import EngineStart, heartbeat_address, remove_socket
+from octavo.runtime.messages import Failed, Shutdown
+from octavo.runtime.parallel.address import key_for, resolve
+from octavo.runtime.parallel.agreement import agreement_of
+from octavo.runtime.parallel.lifeline import end_with_parent, one_line, read_line
+from octavo.runtime.parallel.meeting import Meeting, Owner
+from octavo.runtime.parallel.relay import Relay, listen_far, near_server
+
+FLAGS = "--data-parallel-address, --data-parallel-rpc-port"
+LOOK_SECONDS = 0.1
+LAST_WORDS_SECONDS = 1.0  # of the server
+LAST_MESSAGE_SECONDS = 0.3  # that the engine's own last words may take, after it is known that it has ended
+FLUSH_MS = 10_000  # the server may be busy starting
+SHUTDOWNS = {msgspec.msgpack.encode(Shutdown(is_final)): is_final for is_final in (False, True)}
+
+
+def main() -> int:
+    """Pass on until the engine or the server ends; returns the exit code."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group: the server ends us
+        signal.signal(number, signal.SIG_IGN)
+    address = sys.argv[1]
+    line = read_line(0)
+    if not line:
+        remove_socket(address)
+        return 0
+    start = msgspec.json.decode(line, type=EngineStart)
+    try:
+        stand_in = StandIn(start.config, start.index, address)
+    except ValueError as error:
+        _say_failed(address, one_line(error))
+        return 1
+    end_with_parent(stand_in.end)
+    return stand_in.run()
+
+
+class StandIn:
+    """Of one engine. Raises ValueError where its address can't be had."""
+
+    def __init__(self, config: EngineConfig, index: int, address: str) -> None:
+        parallel = config.parallel
+        host = parallel.data_parallel_address or ""
+        met_at = resolve(host, parallel.data_parallel_rpc_port + index, "--data-parallel-address")
+        pair = key_for(met_at, os.environ)
+        self._address = address
+        self._losses: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._is_final = False
+        self._is_told = threading.Event()
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._far, listens = listen_far(self._context, met_at.host, pair)
+        details = msgspec.msgpack.encode(listens)
+        owner = Owner(lambda *_: details, lambda _, why: self._losses.put(why), lambda _, why: self._losses.put(why))
+        members = {index: f"engine {index}"}
+        patience = parallel.distributed_timeout_seconds
+        self._meeting = Meeting(met_at, pair, members, agreement_of(config), patience, owner, FLAGS)
+
+    def run(self) -> int:
+        """Until the engine is lost; returns the exit code."""
+        while not self._far.poll(int(1000 * LOOK_SECONDS)):
+            if not self._losses.empty():
+                _say_failed(self._address, self._losses.get())
+                return 1
+        self._far.recv()
+        sockets = near_server(self._context, self._address, heartbeat_address(self._address))
+        relay = Relay(self._context, self._far, *sockets)
+        while self._losses.empty():
+            relay.pass_on(LOOK_SECONDS, self._look)
+        deadline = time.monotonic() + LAST_MESSAGE_SECONDS
+        while time.monotonic() < deadline:
+            relay.pass_on(LOOK_SECONDS)
+        relay.say_near(msgspec.msgpack.encode(Failed(self._losses.get())))
+        self._far.close(linger=0)
+        relay.close(FLUSH_MS)
+        return 1
+
+    def _look(self, frame: bytes) -> None:
+        """Whether the server has told the engine to end, and for good."""
+        if frame in SHUTDOWNS:
+            self._is_final = SHUTDOWNS[frame]
+            self._is_told.set()
+
+    def end(self) -> None:
+        """The server has no use for this engine any more, which it says before it closes stdin, unless it has died."""
+        self._is_told.wait(LAST_WORDS_SECONDS)
+        self._meeting.close("the server has ended this engine", is_final=self._is_final)
+        remove_socket(self._address)
+
+
+def _say_failed(address: str, why: str) -> None:
+    with zmq.Context() as context, context.socket(zmq.DEALER) as server:
+        server.connect(address)
+        server.send(msgspec.msgpack.encode(Failed(why)))
+        server.close(linger=FLUSH_MS)
+
+
+if __name__ == "__main__":
+    code = main()
+    os._exit(code)

@@ -1,0 +1,127 @@
+"""An engine over two nodes: its driver here, the other one `octavo serve --headless` in a process of its own.
+
+Over loopback; tests/server/test_machines.py has the same on two machines.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from octavo_server import TINY, Server, started
+from toy_model import make_request, run_to_end, run_with_arrivals, tokens_of
+
+from octavo.runtime.config import EngineConfig
+from octavo.runtime.messages import AddRequest
+from octavo.runtime.parallel.config import ParallelConfig
+from octavo.runtime.parallel.followers import Followers
+from octavo.runtime.startup import load_engine
+
+SIZES = {
+    "num_blocks": 12,
+    "block_size": 8,
+    "max_model_len": 90,
+    "max_num_seqs": 6,
+    "max_num_batched_tokens": 20,
+    "num_threads": 1,
+}
+FLAGS = ["--dtype", "float32", "-tp", "2", "--nnodes", "2"]
+for name, number in SIZES.items():
+    flag = "num-gpu-blocks-override" if name == "num_blocks" else name.replace("_", "-")
+    FLAGS += [f"--{flag}", str(number)]
+
+
+@contextmanager
+def headless(config: EngineConfig, *flags: str) -> Iterator[Server]:
+    """Node 1 of this engine."""
+    parallel = config.parallel
+    flags += ("--headless", "--node-rank", "1", "--master-port", str(parallel.master_port))
+    with started(*FLAGS, *flags, "--distributed-timeout-seconds", str(parallel.distributed_timeout_seconds)) as server:
+        yield server
+
+
+def alone(requests: list[AddRequest]) -> dict[str, list[int]]:
+    """The tokens of an engine of one rank."""
+    config = EngineConfig(model=str(TINY), dtype="float32", **SIZES)  # type: ignore[arg-type]
+    engine, _ = load_engine(config, time.time())
+    outputs = run_to_end(engine, requests)
+    return {request.request_id: tokens_of(outputs[request.request_id]) for request in requests}
+
+
+@pytest.fixture
+def config() -> EngineConfig:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = int(free.getsockname()[1])
+    parallel = ParallelConfig(tensor_parallel_size=2, nnodes=2, master_port=port, distributed_timeout_seconds=30.0)
+    return EngineConfig(model=str(TINY), dtype="float32", parallel=parallel, **SIZES)  # type: ignore[arg-type]
+
+
+@pytest.fixture(autouse=True)
+def _unpinned() -> Iterator[None]:
+    cores = os.sched_getaffinity(0)
+    threads = torch.get_num_threads()
+    yield
+    os.sched_setaffinity(0, cores)
+    torch.set_num_threads(threads)
+
+
+def follower_of(server: Server) -> int:
+    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
+    (pid,) = map(int, children)
+    return pid
+
+
+def test_two_nodes_answer_as_one_machine_and_come_again(config: EngineConfig) -> None:
+    """Over loopback, where no key is needed. The follower is killed, and the headless node joins the next engine."""
+    rng = random.Random(1)
+    stem = [rng.randrange(1024) for _ in range(40)]
+    requests = [
+        make_request(f"r{i}", [*stem[: 3 * i + 1], i], max_tokens=20, temperature=float(i % 2), seed=3)
+        for i in range(8)
+    ]
+    with headless(config) as node:
+        followers = Followers(config)
+        engine, ready = load_engine(config, time.time(), followers=followers)
+        assert "2 ranks on 2 machines" in ready.report.device
+        assert ready.report.ranks[1].endswith("gloo")
+        outputs = run_with_arrivals(engine, requests, rng)
+        expected = alone(requests)
+        assert {name: tokens_of(outputs[name]) for name in expected} == expected
+
+        os.kill(follower_of(node), signal.SIGKILL)
+        assert os.read(followers.ended, 1)
+        with pytest.raises(RuntimeError, match=r"rank 1 of 2 ended \(killed by signal 9\) \(node 1\)") as raised:
+            followers.check()
+        with pytest.raises(RuntimeError, match=r"rank 1 of 2 ended \(killed by signal 9\)"):
+            run_to_end(engine, [make_request("late", [5, 6, 7], max_tokens=80)])
+        followers.close(str(raised.value))
+
+        again = Followers(config)
+        engine, _ = load_engine(config, time.time(), followers=again)
+        outputs = run_to_end(engine, requests[:2])
+        assert {name: tokens_of(outputs[name]) for name in ("r0", "r1")} == {n: expected[n] for n in ("r0", "r1")}
+        again.close()
+        assert node.exit_code() == 0, node.said
+        assert "the server has ended" in node.said
+
+
+def test_a_node_of_another_model_ends_both_sides_with_one_line(config: EngineConfig) -> None:
+    with headless(config, "--max-num-seqs", "5") as node:
+        followers = Followers(config)
+        text = r"doesn't mean the same as node 0: --max-num-seqs is 6 on node 0 and 5 on node 1"
+        assert os.read(followers.ended, 1)
+        with pytest.raises(RuntimeError, match=text):
+            load_engine(config, time.time(), followers=followers)
+        assert node.exit_code() == 1
+        last = node.lines[-1]
+        assert last.startswith("octavo serve: rank 1 of 2: node 1 (127.0.0.1) doesn't mean the same as node 0: ")
+        followers.close("it could not start")
