@@ -20,6 +20,34 @@ app.kubernetes.io/component: {{ .part }}
 {{- .Values.apiKey.existingSecret | default (printf "%s-api-key" (include "octavo.name" .)) -}}
 {{- end -}}
 
+{{- define "octavo.clusterKeySecret" -}}
+{{- .Values.clusterKey.existingSecret | default (printf "%s-cluster-key" (include "octavo.name" .)) -}}
+{{- end -}}
+
+{{- define "octavo.hasFollowers" -}}
+{{- if gt (int .Values.nodes) 1 -}}yes{{- end -}}
+{{- end -}}
+
+{{- /* What the servers are. */ -}}
+{{- define "octavo.kind" -}}
+{{- if include "octavo.hasFollowers" . -}}
+apiVersion: leaderworkerset.x-k8s.io/v1
+kind: LeaderWorkerSet
+{{- else -}}
+apiVersion: apps/v1
+kind: Deployment
+{{- end -}}
+{{- end -}}
+
+{{- /* The pods of all machines of all engines. */ -}}
+{{- define "octavo.machines" -}}
+matchLabels:
+  app.kubernetes.io/name: octavo
+  app.kubernetes.io/instance: {{ .Release.Name }}
+matchExpressions:
+  - {key: app.kubernetes.io/component, operator: In, values: [server, follower]}
+{{- end -}}
+
 {{- define "octavo.hasApiKey" -}}
 {{- if or .Values.apiKey.existingSecret .Values.apiKey.value -}}yes{{- end -}}
 {{- end -}}
