@@ -124,12 +124,12 @@ class _Member:
 class Owner:
     """What whoever owns a meeting is asked and told, in the meeting's thread.
 
-    welcome  a member has come: the details that it is told
+    welcome  a member comes: the details that it is told; None where it must wait for another meeting
     lost     a member is gone, or has not come in time
     refused  a member means something else
     """
 
-    welcome: Callable[[int, str], bytes]
+    welcome: Callable[[int, str], bytes | None]
     lost: Callable[[int, str], None]
     refused: Callable[[int, str], None]
 
@@ -283,13 +283,16 @@ class Meeting:
             if member.missed < DOUBT:
                 return Wait(f"{member.who} is there already")
             self._lose(member.guest, f"{member.who} has been silent, and started again")
+        details = self._owner.welcome(hello.member, hello.node)
+        if details is None:
+            return Wait(f"{member.who} has just ended")
         with self._lock:
             member.guest = hello.guest
         member.node = hello.node
         member.identity = identity
         member.missed = 0
         member.has_come = True
-        return Welcome(self._owner.welcome(hello.member, hello.node))
+        return Welcome(details)
 
     def _lose(self, guest: str, why: str) -> None:
         with self._lock:

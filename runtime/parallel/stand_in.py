@@ -63,11 +63,12 @@ class StandIn:
         self._address = address
         self._losses: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._is_final = False
+        self._is_over = False  # the engine is lost, and another one has another stand-in
         self._is_told = threading.Event()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._far, listens = listen_far(self._context, met_at.host, pair)
         details = msgspec.msgpack.encode(listens)
-        owner = Owner(lambda *_: details, lambda _, why: self._losses.put(why), lambda _, why: self._losses.put(why))
+        owner = Owner(lambda *_: None if self._is_over else details, self._lose, self._lose)
         members = {index: f"engine {index}"}
         patience = parallel.distributed_timeout_seconds
         self._meeting = Meeting(met_at, pair, members, agreement_of(config), patience, owner, FLAGS)
@@ -90,6 +91,10 @@ class StandIn:
         self._far.close(linger=0)
         relay.close(FLUSH_MS)
         return 1
+
+    def _lose(self, _: int, why: str) -> None:
+        self._is_over = True
+        self._losses.put(why)
 
     def _look(self, frame: bytes) -> None:
         """Whether the server has told the engine to end, and for good."""
