@@ -138,7 +138,10 @@ class Line:
                 if time.monotonic() >= deadline or self.num_refusals >= REFUSALS:
                     return None
                 time.sleep(CONNECT_SECONDS)
-        return self.hear(deadline - time.monotonic())
+        answer = self.hear(deadline - time.monotonic())
+        if answer is None:  # a connection takes what is sent to it before the other end refuses it
+            self._count_refusals()
+        return answer
 
     def hear(self, seconds: float) -> FromMeeting | None:
         """Wait for what comes unasked."""
@@ -155,7 +158,12 @@ class Line:
     def _count_refusals(self) -> None:
         while self._monitor.poll(0):
             event = recv_monitor_message(self._monitor)["event"]
-            self.num_refusals = 0 if event == zmq.EVENT_HANDSHAKE_SUCCEEDED else self.num_refusals + 1
+            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self.num_refusals = 0
+            elif event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
+                self.num_refusals += 1
+            else:  # it is certain, and libzmq doesn't connect again: one end with a key has told one without
+                self.num_refusals = REFUSALS
 
 
 class Values:

@@ -11,8 +11,9 @@ import zmq
 from toy_model import make_engine, make_request, run_to_end, tokens_of
 
 from octavo.runtime.arrivals import ANSWER_TOKENS, MAX_TOKENS, Arrivals
+from octavo.runtime.link import MAX_BYTES, Link
 from octavo.runtime.messages import AbortRequest, AddRequest, Ping, Pong, ToEngine, TokenOutput
-from octavo.runtime.process import MAX_BYTES, Link, take_messages
+from octavo.runtime.process import take_messages
 
 
 def with_answers(name: str, token_ids: list[int], count: int, **params: object) -> AddRequest:
@@ -78,7 +79,8 @@ def test_what_is_abandoned_at_once_never_reaches_the_scheduler(ends: tuple[zmq.S
     send_all(ends, [*requests, AbortRequest(ids), make_request("other", [1, 2])])
     outputs: list[TokenOutput] = []
     while not engine.scheduler.waiting:
-        assert take_messages(engine, ends[1], arrivals, outputs, wait=True)
+        ends[1].wait()
+        assert take_messages(engine, ends[1], arrivals, outputs)
     assert not outputs
     assert not arrivals
     (sequence,) = engine.scheduler.waiting.values()
@@ -93,7 +95,9 @@ def test_no_step_waits_for_more_than_some_tokens(ends: tuple[zmq.Socket[bytes], 
     outputs: list[TokenOutput] = []
     counts = []
     while len(engine.scheduler.waiting) < 5 * 64:
-        take_messages(engine, ends[1], arrivals, outputs, wait=not arrivals)
+        if not arrivals:
+            ends[1].wait()
+        take_messages(engine, ends[1], arrivals, outputs)
         counts.append(len(engine.scheduler.waiting))
     most = MAX_TOKENS // (1000 + ANSWER_TOKENS) + 64
     assert all(later - earlier <= most for earlier, later in zip([0, *counts], counts, strict=False))
@@ -106,7 +110,8 @@ def test_messages_are_read_some_bytes_at_a_time(ends: tuple[zmq.Socket[bytes], L
     send_all(ends, [*large, Ping(1)])
     seen = []
     while sum(seen) < 10:
-        seen.append(len(ends[1].receive(wait=True)))
+        ends[1].wait()
+        seen.append(len(ends[1].receive()))
     assert max(seen) <= 1 + MAX_BYTES // 250_000
     assert len(seen) > 1
 

@@ -31,6 +31,7 @@ def test_a_prompt_is_sent_once_whatever_the_number_of_its_answers() -> None:
         end_ids=frozenset({2}),
         max_logprobs=5,
         clamps_max_tokens=False,
+        server_name="",
         structured_outputs=StructuredOutputsConfig(),
         token_id=lambda _: None,
     )

@@ -163,7 +163,8 @@ def test_the_queue_is_one_for_all_processes(server: Server) -> None:
     """And so is each key's part of it: one that fills it through one process has no place in another, but others do."""
     with connected_to_each(server) as clients:
         with clients[0].stream("POST", PATH, json=LONG | {"n": 20}) as response:
-            next(response.iter_lines())
+            lines = response.iter_lines()  # held: the stream would end with it
+            next(lines)
             refused = clients[1].post(PATH, json=SHORT)
             assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
             with server.client(headers={"Authorization": "Bearer two"}) as other:
