@@ -64,6 +64,7 @@ def on(machine: Machine, *flags: str, environment: dict[str, str] | None = None)
         yield server
 
 
+@pytest.mark.slow  # 20 s; tests/runtime/test_nodes.py proves the same over loopback, but for the cable
 def test_an_engine_over_two_machines_answers_and_ends_with_the_cable(
     machines: tuple[Machine, Machine], expected: list[int], tmp_path: Path
 ) -> None:
