@@ -74,7 +74,7 @@ class Search:
         params = SamplingParams(max_tokens=1, temperature=0.0, logprobs=count)
         return [
             AddRequest(
-                f"beam-{next(_unique)}",
+                f"{asked.request_id}-beam-{next(_unique)}",  # engines tell by its beginning who asks
                 asked.token_ids + beam.tokens,
                 params,
                 time.time(),

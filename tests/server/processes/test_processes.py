@@ -125,6 +125,14 @@ def test_all_processes_answer_alike(server: Server) -> None:
         assert nobody.post(PATH, json=SHORT).status_code == 401
 
 
+def test_beams_are_searched_from_any_process(server: Server) -> None:
+    asked = SHORT | {"use_beam_search": True, "n": 2}
+    with connected_to_each(server) as clients:
+        found = [client.post(PATH, json=asked).json()["choices"] for client in clients]
+    assert found[0] == found[1]
+    assert [len(choice["text"]) > 0 for choice in found[0]] == [True] * 2
+
+
 def test_each_page_of_metrics_has_the_sums(server: Server) -> None:
     name = "vllm:request_success_total"
     labels = {"finished_reason": "length"}
