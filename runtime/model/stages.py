@@ -52,7 +52,7 @@ class Received:
 
     def __init__(self, stage: Stage, table: Tensor) -> None:
         assert stage.source is not None
-        self.table = table[:0]
+        self.table = table.new_empty((0, table.shape[1]))  # no view, which would keep all rows in memory
         self._source = stage.source
         self._group = stage.group
 

@@ -82,6 +82,21 @@ def test_the_best_token_is_that_of_one_rank_whatever_ties(ranks: Ranks, tmp_path
         assert sent == [8 * len(hidden)]
 
 
+def kept_of_embedding(group: Group, directory: Path) -> int:
+    """Bytes in memory for the sake of a rank's embedding, with two stages."""
+    parallel = ParallelConfig(pipeline_parallel_size=2)
+    model = load_model(EngineConfig(model=str(directory), dtype="float32", parallel=parallel), group=group)
+    return model._embedding.table.untyped_storage().nbytes()
+
+
+def test_only_the_first_stage_keeps_the_embedding(ranks: Ranks, tmp_path: Path) -> None:
+    """The last one reads it too where the head is tied to it, and packs it."""
+    hf = make_hf(*CASES["qwen3"])
+    assert hf.config.tie_word_embeddings
+    embedding = hf.get_input_embeddings().weight
+    assert ranks.run(kept_of_embedding, 2, save(hf, tmp_path)) == [0, embedding.nbytes]
+
+
 QUANTIZED = [
     "tiny--llmc-w8a8",
     "tiny--llmc-w4a16-asym-g32",
