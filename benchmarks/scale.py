@@ -21,6 +21,7 @@ import platform
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -99,31 +100,39 @@ def measure(
 
 def table(flag: str, values: dict[int, dict[str, list[float]]]) -> str:
     """Tokens per second, and efficiency behind them."""
-    columns = list(next(iter(values.values())))
-    lines = [f"| `{flag}` | " + " | ".join(f"{name}: tokens/s | efficiency" for name in columns) + " |"]
-    lines.append("|---" * (2 * len(columns) + 1) + "|")
-    for size in sorted(values):
-        cells = []
-        for name in columns:
-            speed = statistics.median(values[size][name])
-            alone = statistics.median(values[1][name])
-            cells += [f"{speed:.1f}", f"{speed / size / alone:.2f}"]
-        lines.append(f"| {size} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+
+    def efficiency(mine: list[float], alone: list[float], size: int) -> str:
+        return f"{statistics.median(mine) / size / statistics.median(alone):.2f}"
+
+    return _table(flag, values, "efficiency", efficiency)
 
 
 def table_of_shares(flag: str, values: dict[int, dict[str, list[float]]]) -> str:
     """Tokens per second, and behind them what share of size 1's they are."""
+
+    def share(mine: list[float], alone: list[float], size: int) -> str:
+        shares = [one / other for one, other in zip(mine, alone, strict=True)]
+        low, high = interval(shares, statistics.median)
+        return f"{statistics.median(shares):.3f} ({low:.3f} to {high:.3f})" if size > 1 else "1"
+
+    return _table(flag, values, "of size 1's", share)
+
+
+def _table(
+    flag: str,
+    values: dict[int, dict[str, list[float]]],
+    compared: str,
+    compare: Callable[[list[float], list[float], int], str],
+) -> str:
+    """A row for each size; compare: a size's tokens per second in all rounds, those of size 1, and the size."""
     columns = list(next(iter(values.values())))
-    lines = [f"| `{flag}` | " + " | ".join(f"{name}: tokens/s | of size 1's" for name in columns) + " |"]
+    lines = [f"| `{flag}` | " + " | ".join(f"{name}: tokens/s | {compared}" for name in columns) + " |"]
     lines.append("|---" * (2 * len(columns) + 1) + "|")
     for size in sorted(values):
         cells = []
         for name in columns:
-            shares = [mine / alone for mine, alone in zip(values[size][name], values[1][name], strict=True)]
-            low, high = interval(shares, statistics.median)
-            cells += [f"{statistics.median(values[size][name]):.1f}"]
-            cells += [f"{statistics.median(shares):.3f} ({low:.3f} to {high:.3f})" if size > 1 else "1"]
+            mine = values[size][name]
+            cells += [f"{statistics.median(mine):.1f}", compare(mine, values[1][name], size)]
         lines.append(f"| {size} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
