@@ -198,8 +198,8 @@ def even_share(length: int, rank: int, size: int, unit: int = 1) -> Range:
 
 
 def even_stages(sizes: Sizes, count: int) -> list[Range]:
-    """Consecutive layers for each stage, so that the largest is as small as can be; the last, which samples too, has
-    the least.
+    """Consecutive layers for each stage: the largest stage is as small as can be, and the last one, which samples too,
+    has as few layers as that allows.
     """
     num_layers = len(sizes.layers)
     sums = {sum(sizes.layers[begin:stop]) for begin in range(num_layers) for stop in range(begin + 1, num_layers + 1)}

@@ -209,7 +209,7 @@ def allocate(
 ) -> list[LayerCache]:
     """Empty caches of all layers. Without scales they are 1, and keys without one are in the computing type.
 
-    Without a layout each layer has memory of its own; with one, layer i of each group has that of the first group's.
+    Without a layout each layer has memory of its own; with one, layer i of every group has the same.
     Zeroed, not just reserved: a kernel may multiply a masked slot by 0, and what memory happens to hold may be NaN.
     On a CPU the zeros come from the system (calloc), page by page at the first write: an unused cache costs nothing.
     """

@@ -1,7 +1,8 @@
 """Which layers share block tables, and with whom each shares its memory: layers with a window apart from the others.
 
 See scheduling/kv_groups.py for what the groups are for. All groups have equally many layers, but for the last ones of a
-kind; layer i of every group lies in the same tensors, block by block whichever group has the block.
+kind, and for those of a stage, which are as even as they go; layer i of every group lies in the same tensors, block by
+block whichever group has the block.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class KVLayout:
 
     @property
     def depth(self) -> int:
-        """Layers of a whole group: so many have memory of their own."""
+        """Layers of the largest group: so many have memory of their own."""
         return max(len(group) for group in self.layers)
 
     @cached_property
