@@ -17,10 +17,10 @@ from octavo.runtime.scheduling.plan import ScheduledSequence, SchedulerConfig, S
 
 Int32s = NDArray[np.int32]
 
-Wants = Literal["nothing", "best", "logits"]
+WantedLogits = Literal["nothing", "best", "logits"]
 """What a step shall bring of the logits that sequences want: each row's largest and its token, or all of them."""
 
-_WANTS: tuple[Wants, ...] = get_args(Wants)
+_WANTS: tuple[WantedLogits, ...] = get_args(WantedLogits)
 _HEADER = ("number", "wants", "num_groups", "num_sequences", "num_tokens", "num_new_blocks")
 _COLUMNS = ("slots", "starts", "ends", "first_logits", "is_new", "first_new_blocks", "new_block_counts")
 
@@ -31,7 +31,7 @@ class StepOrder:
     With S sequences, T tokens, G groups of layers that share block tables, and B new blocks:
 
     number            how many steps were ordered before
-    wants             of the rows of logits: see Wants
+    wants             of the rows of logits: see WantedLogits
     slots             [S] each sequence's row in the block tables
     starts, ends      [S] positions of its tokens in this step
     first_logits      [S] logits of positions first_logits .. ends are wanted
@@ -97,7 +97,7 @@ def make_order(plan: StepPlan, number: int) -> StepOrder:
     return StepOrder(np.array(list(numbers), dtype=np.int32))
 
 
-def _wanted(scheduled: list[ScheduledSequence]) -> Wants:
+def _wanted(scheduled: list[ScheduledSequence]) -> WantedLogits:
     wanting = [it.sequence for it in scheduled if it.first_logit < it.end]
     if not wanting:
         return "nothing"

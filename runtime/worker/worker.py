@@ -10,7 +10,7 @@ from octavo.kernels.attention.cache import LayerCache
 from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.sampling.best import Best
 from octavo.runtime.model.model import Model, Tap
-from octavo.runtime.parallel.order import StepOrder, Wants
+from octavo.runtime.parallel.order import StepOrder, WantedLogits
 from octavo.runtime.scheduling.plan import SchedulerConfig
 from octavo.runtime.worker.graphs import StepGraphs
 from octavo.runtime.worker.step_inputs import InputBuilder
@@ -38,7 +38,7 @@ class Worker:
         """The inputs of a step, which may be built while an earlier one is computed; call in the order of the steps."""
         return self._inputs.build(order)
 
-    def compute(self, inputs: StepInputs, wants: Wants) -> Tensor | Best:
+    def compute(self, inputs: StepInputs, wants: WantedLogits) -> Tensor | Best:
         """What is wanted of the logits of a step on the CPU; more than that where this rank has all of them anyway."""
         if wants == "best" and self.model.best is not None:
             return self.model.best(self.model.hidden(inputs, self.caches, self._tap))
