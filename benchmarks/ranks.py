@@ -21,7 +21,7 @@ import torch
 
 from octavo.kernels.collective import shm_cpu
 from octavo.runtime.parallel.channel import DriverChannel, FollowerChannel
-from octavo.runtime.parallel.followers import share_of_cores
+from octavo.runtime.parallel.follower_process import share_of_cores
 from octavo.runtime.parallel.group import Shared
 
 ORDER_NUMBERS = 1280  # int32: some 256 decodes
