@@ -143,8 +143,13 @@ class FullQueue:
             await self._turns.next()
             await self._app(scope, receive, send)
         finally:
-            if (place := state.get(PLACE)) is not None:
-                place.leave()
+            leave_place(scope)
+
+
+def leave_place(scope: Scope) -> None:
+    """Give back what a request holds in the queue, if it holds anything. May be called again."""
+    if (place := scope["state"].get(PLACE)) is not None:
+        place.leave()
 
 
 def _asks_for_answers(scope: Scope) -> bool:

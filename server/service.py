@@ -22,7 +22,7 @@ from octavo.server.errors import ApiError
 from octavo.server.fleet.fleet import Fleet
 from octavo.server.generation import Choice, Delta, Steps, fold, generate, put_last, set_owner
 from octavo.server.metrics import Metrics
-from octavo.server.middleware import PLACE
+from octavo.server.middleware import PLACE, leave_place
 from octavo.server.options import ServerOptions
 from octavo.server.served_model import ServedModel
 from octavo.server.streaming import SERVER_SENT, EventStream, Framing
@@ -127,8 +127,7 @@ class Service:
         key_owner = owner_of(http)
         set_owner(choices, self._fair_by, key_owner)
         lengths = [len(choice.request.token_ids) for choice in choices]
-        if (place := getattr(http.state, PLACE, None)) is not None:
-            place.leave()  # for the ticket, which may need several
+        leave_place(http.scope)  # for the ticket, which may need several
         ticket = self.admission.admit(
             lengths, timeout_of(http.headers.get("x-request-timeout")), key_owner, choices[0].sent.owner
         )

@@ -16,6 +16,7 @@ import httpx
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from octavo.server.errors import error_response
+from octavo.server.middleware import leave_place
 from octavo.server.processes.places import Places
 from octavo.server.streaming import unless_hung_up
 
@@ -128,6 +129,8 @@ class Homes:
                 if message["type"] == "http.disconnect":
                     raise HungUpError
                 more = message.get("more_body", False)
+                if not more:
+                    leave_place(scope)  # the keeper, which counts those of all processes, has one for it
                 yield message.get("body", b"")
             body_is_there.set()
 
@@ -137,6 +140,7 @@ class Homes:
 
         has_body = any(name in (b"content-length", b"transfer-encoding") for name, _ in scope["headers"])
         if not has_body:
+            leave_place(scope)
             body_is_there.set()
         request = self._request(scope, pieces() if has_body else None)
         await unless_hung_up(receive_behind_body, lambda: self._pass_on(keeper, request, scope, send))

@@ -180,6 +180,20 @@ def test_the_queue_is_one_for_all_processes(server: Server) -> None:
         wait_until(lambda: clients[1].post(PATH, json=SHORT).status_code == 200)
 
 
+def test_a_request_that_is_handed_over_takes_one_place(server: Server) -> None:
+    """The last one that is free, though two processes see the request."""
+    sampling = {"temperature": 0, "max_new_tokens": 1}
+    with connected_to_each(server) as clients:
+        name = clients[1].post("/open_session", json={}).json()
+        body = {"input_ids": [5], "sampling_params": sampling, "session_params": {"id": name}}
+        with clients[0].stream("POST", PATH, json=LONG | {"n": 19}) as response:
+            lines = response.iter_lines()
+            next(lines)
+            answer = clients[1].post("/generate", json=body)
+        assert answer.status_code == 200, answer.text
+        assert clients[0].post("/close_session", json={"session_id": name}).status_code == 200
+
+
 def test_what_one_process_keeps_all_of_them_find(server: Server) -> None:
     with connected_to_each(server) as clients:
         for maker, other in (clients, clients[::-1]):
