@@ -201,8 +201,7 @@ def make_choices(
     blamed = constraint_field(request) or ("tools" if has_tools else "")
     choices: list[Choice] = []
     for prompt, room in zip(prompts, rooms, strict=True):
-        most = wanted.limit(room, model)
-        own = msgspec.structs.replace(params, max_tokens=room if most is None else max(1, most))
+        own = msgspec.structs.replace(params, max_tokens=wanted.limit(room, model))
         first, *others = (f"{model.server_name}request-{next(_unique)}" for _ in range(request.num_choices))
         salt = request.cache_salt or ""
         sent = AddRequest(first, prompt.token_ids, own, arrival, salt, others, request.priority or 0, request.user_name)

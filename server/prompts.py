@@ -62,10 +62,12 @@ class Wanted:
     named_beside: bool = False
     clamps: bool = False
 
-    def limit(self, room: int, model: ServedModel) -> int | None:
-        """max_tokens where the context leaves `room`; None: as many as that."""
-        clamps = self.clamps or model.clamps_max_tokens
-        return min(self.max_tokens, room) if clamps and self.max_tokens is not None else self.max_tokens
+    def limit(self, room: int, model: ServedModel) -> int:
+        """Tokens that the engine may make where the context leaves `room`: one at least, though none be wanted."""
+        if self.max_tokens is None:
+            return room
+        most = max(1, self.max_tokens)
+        return min(most, room) if self.clamps or model.clamps_max_tokens else most
 
 
 def check_total(prompts: list[Prompt], request: GenerationRequest, name: str) -> None:
@@ -118,8 +120,7 @@ def sampling_params(
     """
     defaults = model.defaults
     top_k = _first(request.top_k, defaults.get("top_k"), 0)
-    most = wanted.limit(room, model)
-    limit = room if most is None else max(1, most)
+    limit = wanted.limit(room, model)
     if request.min_tokens > limit:
         raise bad_request(f"min_tokens {request.min_tokens} is more than max_tokens, {limit}", "min_tokens")
     _check_logprobs(request, wanted, model)
@@ -259,12 +260,12 @@ def fitted(ids: list[int], request: GenerationRequest, wanted: Wanted, model: Se
                 "-1 keeps what the context holds",
                 "truncate_prompt_tokens",
             )
-        least = num_wanted if num_wanted < context else wanted.limit(1, model) or num_wanted
+        least = num_wanted if num_wanted < context else min(num_wanted, wanted.limit(1, model))
         count = keep if keep > 0 else max(1, context - least)
         ids = ids[:count] if request.truncation_side == "right" else ids[-count:]
     if not ids:
         raise bad_request(f"{name}: the prompt is empty, and this tokenizer adds no beginning token to it", name)
-    num_wanted = wanted.limit(max(1, context - len(ids)), model) or num_wanted
+    num_wanted = min(num_wanted, wanted.limit(max(1, context - len(ids)), model))
     if len(ids) + num_wanted > context:
         raise too_long(
             context,
