@@ -1,4 +1,4 @@
-"""The servers that cpu_vs_peers.py compares: how each is started, when it is ready, and how it is stopped."""
+"""The servers that benchmarks compare: how each is started, when it is ready, and how it is stopped."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ class Server:
 @dataclass(frozen=True)
 class Running:
     url: str
+    pid: int
     health_seconds: float
     first_token_seconds: float
 
@@ -112,7 +113,7 @@ def running(server: Server, log_path: Path) -> Iterator[Running]:
         health_seconds = time.perf_counter() - begun
         body = {"model": NAME, "prompt": "Once upon a time", "max_tokens": 1, "temperature": 0}
         _post(f"{url}/v1/completions", body)
-        yield Running(url, health_seconds, time.perf_counter() - begun)
+        yield Running(url, process.pid, health_seconds, time.perf_counter() - begun)
     finally:
         process.terminate()
         try:

@@ -64,7 +64,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         server = octavo_server("octavo", args.model, "--max-model-len", "512")
-        with contextlib.nullcontext(Running(args.url, 0, 0)) if args.url else running(server, log) as run:
+        with contextlib.nullcontext(Running(args.url, 0, 0, 0)) if args.url else running(server, log) as run:
             findings = Findings()
             if args.examples:
                 run_schemathesis(run.url, args, findings)

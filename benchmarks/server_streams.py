@@ -13,79 +13,45 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
-import socket
 import statistics
-import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+import tempfile
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
+
+from benchmarks.cpu_servers import NAME, Server, running
+from benchmarks.cpu_versions import measured
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "tests/fixtures/tiny"
 STREAMS = (1, 8, 32, 256)
 STEP_SECONDS = {256: 0.04}  # of the engine, by the number of streams, where it is not 10 ms
 TOKENS = {1: 400, 8: 300, 32: 300, 256: 100}
-START_SECONDS = 120.0
 
 
-@dataclass(frozen=True)
-class Running:
-    url: str
-    pid: int
-
-    def cpu_seconds(self) -> float:
-        """That the process has used so far, its threads' together."""
-        threads = Path(f"/proc/{self.pid}/task").iterdir()
-        return sum(int((thread / "schedstat").read_text().split()[0]) for thread in threads) / 1e9
+def server(tree: Path, step_seconds: float) -> Server:
+    """`serve` below, in a process with this tree on its path, over one engine whose steps take so long."""
+    paths = os.pathsep.join(str(path) for path in (tree / "src", tree / "tests/support", ROOT))
+    environment = {"PYTHONPATH": paths, "FAKE_ENGINE_STEP_SECONDS": str(step_seconds)}
+    command = (sys.executable, "-P", "-m", "benchmarks.server_streams", "--serve", str(tree), "--port", "{port}")
+    return Server(tree.name, command, environment=environment)
 
 
-@contextmanager
-def running(tree: Path, step_seconds: float) -> Iterator[Running]:
-    """A server of this tree over one engine whose steps take so long."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    paths = os.pathsep.join(str(tree / name) for name in ("src", "tests/support"))
-    environment = os.environ | {"PYTHONPATH": paths, "FAKE_ENGINE_STEP_SECONDS": str(step_seconds)}
-    command = [sys.executable, __file__, "--serve", str(tree), "--port", str(port)]
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    try:
-        url = f"http://127.0.0.1:{port}"
-        deadline = time.monotonic() + START_SECONDS
-        while not answers(url):
-            if time.monotonic() > deadline or process.poll() is not None:
-                raise SystemExit(f"the server of {tree} does not start")
-            time.sleep(0.1)
-        yield Running(url, process.pid)
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait()
-
-
-def answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{url}/health", timeout=30) as response:
-            return bool(response.status == 200)
-    except (urllib.error.URLError, OSError):
-        return False
+def cpu_seconds(pid: int) -> float:
+    """That a process has used so far, its threads' together."""
+    threads = Path(f"/proc/{pid}/task").iterdir()
+    return sum(int((thread / "schedstat").read_text().split()[0]) for thread in threads) / 1e9
 
 
 def serve(tree: Path, port: str) -> int:
-    """Be the server, in a process with this tree on its path."""
-    from functools import partial
-
+    """Be the server."""
     from octavo import cli
     from octavo.runtime import launch
 
     launch.Launcher = partial(launch.Launcher, program=(str(tree / "tests/support/fake_engine.py"),))
     flags = ["--port", port, "--max-model-len", "4096", "--disable-log-stats"]
-    return cli.main(["serve", str(MODEL), "--served-model-name", "smollm2", *flags])
+    return cli.main(["serve", str(MODEL), "--served-model-name", NAME, *flags])
 
 
 def main() -> int:
@@ -109,18 +75,19 @@ def main() -> int:
 
 def compare(trees: list[Path], count: int, rounds: int) -> list[str]:
     """The cells of one row: medians over rounds, in which the trees take turns."""
-    from benchmarks.cpu_versions import measured  # a server, which this file is too, finds no benchmarks
-
     speeds: dict[Path, list[float]] = {tree: [] for tree in trees}
     costs: dict[Path, list[float]] = {tree: [] for tree in trees}
-    with ExitStack() as stack:
-        servers = {tree: stack.enter_context(running(tree, STEP_SECONDS.get(count, 0.01))) for tree in trees}
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        servers = {
+            tree: stack.enter_context(running(server(tree, STEP_SECONDS.get(count, 0.01)), Path(folder, str(number))))
+            for number, tree in enumerate(trees)
+        }
         for number in range(-1, rounds):  # the first one is for what is made on first use
             for tree in trees if number % 2 else trees[::-1]:
-                before = servers[tree].cpu_seconds()
+                before = cpu_seconds(servers[tree].pid)
                 load = ("decode", "--streams", str(count), "--tokens", str(TOKENS.get(count, 200)))
                 speed = measured(servers[tree].url, *load, "--seed", str(number + 1))
-                spent = servers[tree].cpu_seconds() - before
+                spent = cpu_seconds(servers[tree].pid) - before
                 if number >= 0:
                     speeds[tree].append(speed)
                     costs[tree].append(1e6 * spent / (count * TOKENS.get(count, 200)))
