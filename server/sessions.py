@@ -232,16 +232,12 @@ class Sessions:
         lasting = limits.seconds if seconds is None else seconds
         self._sessions[owner, name] = Session(name, is_streaming=is_streaming, seconds=lasting, now=self._clock())
 
-    def use(self, owner: str, name: str) -> float:
-        """Note that a session is being used; in how many seconds it is closed, unless it is used again.
-
-        Raises SessionError where it isn't open.
-        """
-        session = self._sessions.get((owner, name))
-        now = self._clock()
-        if session is None or session.has_expired(now):
-            raise SessionError(f"no session {name[:80]!r} is open")
-        session.used = now
+    def use(self, owner: str, name: str) -> float | None:
+        """Note that a session is used, and say in how many seconds without use it is closed; None: it isn't open."""
+        session = self._live(owner, name)
+        if session is None:
+            return None
+        session.used = self._clock()
         return session.seconds
 
     def close(self, owner: str, name: str) -> None:
@@ -250,12 +246,11 @@ class Sessions:
 
     def begin(self, owner: str, asked: Continuation, rid: str) -> Turn:
         """A request that goes on in a session. Raises SessionError."""
-        session = self._sessions.get((owner, asked.session_id))
-        now = self._clock()
-        if session is None or session.has_expired(now):
+        session = self._live(owner, asked.session_id)
+        if session is None:
             raise SessionError(f"session_params.id: no session {asked.session_id[:80]!r} is open")
         turn = session.begin(rid, asked)
-        session.used = now
+        session.used = self._clock()
         self._turns.add(turn)
         return turn
 
@@ -285,6 +280,10 @@ class Sessions:
         if not turn.is_over:
             turn.is_over = True
             turn.session.running.pop(turn.rid, None)
+
+    def _live(self, owner: str, name: str) -> Session | None:
+        session = self._sessions.get((owner, name))
+        return None if session is None or session.has_expired(self._clock()) else session
 
     def _close_unused(self) -> None:
         now = self._clock()

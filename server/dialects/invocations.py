@@ -22,7 +22,7 @@ from octavo.server.dialects.openai import request_id_of
 from octavo.server.dialects.openai_chat import ChatAnswer
 from octavo.server.errors import EVENTS, RESPONSES, bad_request
 from octavo.server.service import Service, owner_of
-from octavo.server.sessions import SessionError, Sessions
+from octavo.server.sessions import Sessions
 from octavo.server.strict_json import StrictRoute
 
 ADAPTER_HEADER = "x-amzn-sagemaker-adapter-identifier"
@@ -89,7 +89,7 @@ def _session(body: SessionRequest, http: Request, sessions: Sessions) -> Respons
 
 def _use(sessions: Sessions, http: Request, name: str) -> float:
     """In how many seconds a session is closed. Raises ApiError where it isn't open."""
-    try:
-        return sessions.use(owner_of(http), name)
-    except SessionError as error:
-        raise bad_request(f"{SESSION_HEADER}: {error}", SESSION_HEADER) from None
+    seconds = sessions.use(owner_of(http), name)
+    if seconds is None:
+        raise bad_request(f"{SESSION_HEADER}: no session {name[:80]!r} is open", SESSION_HEADER)
+    return seconds
