@@ -147,11 +147,10 @@ class Admission:
     def hold(self, key_owner: str) -> Place | None:
         """A place for a request of one answer, until it is admitted; None where there is none."""
         owner = self._owner(key_owner)
-        if self.is_full:
-            try:
-                self._check_places(1, owner)
-            except ApiError:
-                return None
+        try:
+            self._check_places(1, owner)
+        except ApiError:
+            return None
         self._num_coming += 1
         if owner is not None:
             self._num_of[owner] += 1
@@ -160,7 +159,9 @@ class Admission:
 
     def _take_back(self, owner: str | None) -> None:
         self._num_coming -= 1
-        if owner is not None:
+        if owner is None:
+            self.on_change()
+        else:
             self._leave(owner, 1)
 
     def _owner(self, key_owner: str) -> str | None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -19,7 +20,10 @@ import pytest
 from octavo_server import PATIENCE, Server, events, num_in_flight, serving, value, wait_until
 from slow_cases import slow
 
+from octavo.server.admission import Admission, QueueLimits
 from octavo.server.middleware import GENERATING_PATHS
+from octavo.server.options import FairBy
+from octavo.server.processes.board import alone
 
 PATH = "/v1/completions"
 SHORT = {"prompt": "The", "max_tokens": 2, "temperature": 0}
@@ -217,6 +221,21 @@ def test_of_a_burst_only_as_many_are_read_as_have_a_place() -> None:
         assert statuses[400] < 20  # five, if it was one turn
         with server.client() as client:
             assert len(client.post(PATH, json=SHORT | {"n": 5}).json()["choices"]) == 5  # no place is lost
+
+
+@pytest.mark.parametrize("fair_by", ["none", "key", "user"])
+def test_other_processes_are_told_of_a_place_that_is_taken_and_given_back(fair_by: FairBy) -> None:
+    """Whether its owner is known before the body is read or not."""
+    fleet: Any = SimpleNamespace(num_open=0, num_queued_tokens=0, elsewhere=alone, finish_rate=lambda: 0.0)
+    admission = Admission(fleet, QueueLimits(max_num_seqs=1, num_requests=0), fair_by)
+    told: list[int] = []
+    admission.on_change = lambda: told.append(admission.under_way[0])
+    place = admission.hold("key")
+    assert place is not None
+    assert admission.hold("key") is None
+    place.leave()
+    place.leave()
+    assert told == [1, 0]
 
 
 def resident_bytes(server: Server) -> int:
