@@ -24,7 +24,7 @@ import httpx
 import pytest
 import yaml
 from debian import tool
-from octavo_server import PATIENCE, Server, serving, stream, wait_until
+from octavo_server import PATIENCE, Server, by_engine, serving, stream, wait_until
 from prometheus_client.parser import text_string_to_metric_families
 
 from octavo.runtime.messages import Ready, StartupReport
@@ -177,19 +177,12 @@ def found(client: httpx.Client, expression: str) -> list[float]:
     return [float(it["value"][1]) for it in response.json()["data"]["result"]]
 
 
-def busy_engines(client: httpx.Client) -> set[str]:
-    """The numbers of the engines that compute something."""
-    families = text_string_to_metric_families(client.get("/metrics").text)
-    (running,) = [family for family in families if family.name == "vllm:num_requests_running"]
-    return {sample.labels["engine"] for sample in running.samples if sample.value > 0}
-
-
 def lose_an_engine(server: Server, client: httpx.Client) -> None:
     """Kill one with answers under way, which all come whole."""
     body = {"model": "tiny", "prompt": [1] * 40, "max_tokens": 400, "ignore_eos": True}
     with ThreadPoolExecutor(NUM_STREAMS) as pool:
         streams = [pool.submit(stream, client, "/v1/completions", body) for _ in range(NUM_STREAMS)]
-        wait_until(lambda: len(busy_engines(client)) == 2)
+        wait_until(lambda: sum(count > 0 for count in by_engine(client, "vllm:num_requests_running").values()) == 2)
         os.kill(server.engine_pids[0], signal.SIGKILL)
         ends = [it.result()[-1]["choices"][0]["finish_reason"] for it in streams]
     assert ends == ["length"] * NUM_STREAMS

@@ -18,8 +18,7 @@ from typing import Any
 import httpx
 import pytest
 from machines import Machine, two_machines
-from octavo_server import PATIENCE, SMALL, Server, num_in_flight, samples, serving, started, wait_until
-from prometheus_client.parser import text_string_to_metric_families
+from octavo_server import PATIENCE, SMALL, Server, by_engine, num_in_flight, samples, serving, started, wait_until
 
 KEY = {"OCTAVO_CLUSTER_KEY": "a key that both machines have"}
 OTHER_KEY = {"OCTAVO_CLUSTER_KEY": "a key that only one machine has"}
@@ -110,13 +109,7 @@ def test_without_a_key_neither_side_starts(machines: tuple[Machine, Machine]) ->
 
 
 def engines_up(client: httpx.Client) -> list[float]:
-    found = {
-        int(sample.labels["engine"]): sample.value
-        for family in text_string_to_metric_families(client.get("/metrics").text)
-        for sample in family.samples
-        if sample.name == "octavo:engine_up"
-    }
-    return [found[index] for index in sorted(found)]
+    return [up for _, up in sorted(by_engine(client, "octavo:engine_up").items())]
 
 
 def engine_of(node: Server) -> int:

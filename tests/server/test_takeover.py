@@ -12,8 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
-from octavo_server import PATIENCE, Server, events, serving_anew, value, wait_until
-from prometheus_client.parser import text_string_to_metric_families
+from octavo_server import PATIENCE, Server, by_engine, events, serving_anew, value, wait_until
 
 import octavo
 from octavo.demo_models import fetch_model
@@ -62,16 +61,6 @@ def undisturbed(server: Server, bodies: list[dict[str, Any]]) -> list[list[Any]]
     return asyncio.run(answers(server.url, bodies, lambda _: None))
 
 
-def tokens_by_engine(client: httpx.Client) -> dict[str, float]:
-    """How many tokens each engine has generated, as /metrics tells."""
-    return {
-        sample.labels["engine"]: sample.value
-        for family in text_string_to_metric_families(client.get("/metrics").text)
-        for sample in family.samples
-        if sample.name == "vllm:generation_tokens_total"
-    }
-
-
 def num_up(client: httpx.Client, num_engines: int = 2) -> int:
     text = client.get("/metrics").text
     lines = [line for line in text.splitlines() if line.startswith("octavo:engine_up{")]
@@ -87,7 +76,7 @@ def test_engines_have_cores_and_series_of_their_own(server: Server) -> None:
     assert first | second == os.sched_getaffinity(0)
     with server.client(headers=HEADERS) as client:
         ended = [client.post(PATH, json={"prompt": "x" * n, "max_tokens": 3, "ignore_eos": True}) for n in (5, 200)]
-        counted = tokens_by_engine(client)
+        counted = by_engine(client, "vllm:generation_tokens_total")
     assert sorted(counted) == ["0", "1"]
     assert sum(counted.values()) == sum(one.json()["usage"]["completion_tokens"] for one in ended) == 6
 
@@ -96,7 +85,7 @@ def test_a_beam_search_counts_for_the_engine_that_began_it() -> None:
     asked = {"prompt": "x", "max_tokens": 1, "use_beam_search": True, "n": 2, "temperature": 0}
     with serving_anew("-dp", "2", "--routing", "round-robin") as it, it.client() as client:
         assert [client.post(PATH, json=asked).status_code for _ in range(2)] == [200, 200]
-        counted = tokens_by_engine(client)
+        counted = by_engine(client, "vllm:generation_tokens_total")
     assert counted == {"0": 2, "1": 2}
 
 

@@ -171,6 +171,13 @@ def samples(client: httpx.Client) -> Samples:
     return found
 
 
+def by_engine(client: httpx.Client, name: str) -> dict[str, float]:
+    """A metric of each engine, of which /metrics has one sample."""
+    families = text_string_to_metric_families(client.get("/metrics").text)
+    found = [sample for family in families for sample in family.samples if sample.name == name]
+    return {sample.labels["engine"]: sample.value for sample in found}
+
+
 def value(client: httpx.Client, name: str, **labels: str) -> float:
     """One sample of /metrics."""
     return samples(client)[name, tuple(sorted(labels.items()))]
