@@ -32,7 +32,7 @@ CLOSED_SESSION_HEADER = "X-Amzn-SageMaker-Closed-Session-Id"
 
 
 class SessionRequest(Strict):
-    """A session begins, or the one that SESSION_HEADER names ends."""
+    """A session begins, or the one that X-Amzn-SageMaker-Session-Id names ends."""
 
     requestType: Literal["NEW_SESSION", "CLOSE"]  # noqa: N815  SageMaker's name
 
