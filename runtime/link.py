@@ -31,9 +31,9 @@ class Link:
         self._poller = zmq.Poller()
         self._poller.register(self.socket, zmq.POLLIN)
 
-    def wake_for(self, descriptor: int) -> None:
-        """Take a file descriptor that is readable for a message that has come."""
-        self._poller.register(descriptor, zmq.POLLIN)
+    def wake_for(self, source: int | zmq.Socket[bytes]) -> None:
+        """Take a file descriptor, or another socket, that is readable for a message that has come."""
+        self._poller.register(source, zmq.POLLIN)
 
     def comes_before(self, descriptor: int) -> bool:
         """Wait until there is a message or a file descriptor is readable. Returns whether the message came first."""

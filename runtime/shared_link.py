@@ -62,25 +62,23 @@ class SharedLink:
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str, addresses: Sequence[str]) -> None:
         self._parent = Link(context, address)
         self._servers = [_Server(Link(context, one)) for one in addresses]
-        self._poller = zmq.Poller()
-        for link in (self._parent, *(server.link for server in self._servers)):
-            self._poller.register(link.socket, zmq.POLLIN)
+        for server in self._servers:
+            self._parent.wake_for(server.link.socket)
         # Answers that have brought nothing yet, in the order in which they came, with the tokens of their prompts.
         self._silent: dict[str, tuple[_Server, int]] = {}
         self._busy_since = time.monotonic()
 
     def wake_for(self, descriptor: int) -> None:
         """Take a file descriptor that is readable for a message that has come."""
-        self._poller.register(descriptor, zmq.POLLIN)
+        self._parent.wake_for(descriptor)
 
     def comes_before(self, descriptor: int) -> bool:
         """Wait until there is a message or a file descriptor is readable. Returns whether the message came first."""
-        self._poller.register(descriptor, zmq.POLLIN)
-        return descriptor not in dict(self._poller.poll())
+        return self._parent.comes_before(descriptor)
 
     def wait(self) -> None:
         """Sleep until there is a message or a descriptor is readable; no step is under way, so its own is silent."""
-        self._poller.poll()
+        self._parent.wait()
         self._busy_since = time.monotonic()
 
     def receive(self) -> list[ToEngine | TokenOutput]:
