@@ -43,11 +43,21 @@ def server_number(request_id: str) -> int:
     return int(request_id.partition(".")[0])
 
 
+def _generation(request_id: str) -> int:
+    """Which of the processes that have been this server."""
+    return int(request_id.partition(":")[0].partition(".")[2])
+
+
 @dataclass(eq=False)
 class _Server:
-    """One server process, as the engine sees it. open: the ids of its answers. The rest is what it is to be told."""
+    """One server, as the engine sees it.
+
+    generation: of the first of its processes that is not known to be dead. open: the ids of its answers. The rest is
+    what it is to be told.
+    """
 
     link: Link
+    generation: int = 0
     open: set[str] = field(default_factory=set)
     num_waiting_tokens: int = 0
     num_silent: int = 0
@@ -93,6 +103,8 @@ class SharedLink:
                     case Ping():
                         server.link.send(Pong(message.nonce))
                         continue
+                    case AddRequest() if _generation(message.request_id) < server.generation:
+                        continue  # it was on its way when its process was said to be dead
                     case AddRequest():
                         self._begin(server, message)
                     case AbortRequest():
@@ -136,6 +148,7 @@ class SharedLink:
     def _abandoned(self, name: str) -> AbortRequest:
         """The end of everything that a server process has asked for."""
         server = self._servers[server_number(name)]
+        server.generation = _generation(name) + 1
         named = [request_id for request_id in server.open if request_id.startswith(name)]
         self._end(server, named)
         return AbortRequest(named)

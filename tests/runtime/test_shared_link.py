@@ -165,6 +165,18 @@ def test_what_a_dead_server_asked_for_is_aborted(ends: tuple[SharedLink, list[As
     assert told.shared.num_others == 2
 
 
+def test_what_a_dead_server_asked_for_is_not_begun_after_its_end(ends: tuple[SharedLink, list[Asker]]) -> None:
+    """What comes on two sockets is read in no order: a dead process's last request may come behind its end."""
+    link, (parent, _, one) = ends
+    parent.send(AbandonServer(server_name(1, 0)))
+    assert taken(link, 1) == [AbortRequest([])]
+    one.send(request("1.0:late"))
+    one.send(request("1.1:c"))
+    (message,) = taken(link, 1)
+    assert isinstance(message, AddRequest)
+    assert message.request_id == "1.1:c"
+
+
 def test_a_server_s_own_aborts_are_forgotten(ends: tuple[SharedLink, list[Asker]]) -> None:
     link, (_, zero, one) = ends
     zero.send(request("0.0:a"))
