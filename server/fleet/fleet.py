@@ -86,7 +86,7 @@ class Fleet:
         self._resumed = asyncio.Event()
         self._resumed.set()
         self._stands_still = False
-        self._has_started = False
+        self._has_started = all(isinstance(engine, EngineElsewhere) for engine in engines)
         self._tasks: set[asyncio.Task[Any]] = set()
         self.death: str | None = None  # why no engine is left; None while there is one, or will be
         self.refusal: str | None = None  # why no new request is taken; None while they are
@@ -162,8 +162,7 @@ class Fleet:
         return msgspec.structs.replace(readies[0], max_model_len=min(ready.max_model_len for ready in readies))
 
     async def join(self) -> Ready:
-        """Take part where the engines have started before: wait until one is up. Raises EngineDeadError if none is."""
-        self._has_started = True
+        """Take part where others start the engines: wait until one is up. Raises EngineDeadError if none will be."""
         for member in self.members:
             self._spawn(self._welcome(member))
         while self.death is None:

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -69,10 +70,10 @@ def expected(request: AddRequest, number: int = 0) -> list[int]:
     return [token_at(answer.token_ids, answer.params, position) for position in range(answer.params.max_tokens)]
 
 
-def launcher(num_engines: int) -> Launcher:
+def launcher(num_engines: int, addresses: Callable[[int], list[str]] = lambda _: []) -> Launcher:
     """Starts fake engines, whatever the number of cores."""
     config = EngineConfig(model="fake", parallel=ParallelConfig(data_parallel_size=num_engines))
-    return Launcher(config, (str(Path(__file__)),), Devices(tuple(range(num_engines)), num_engines))
+    return Launcher(config, (str(Path(__file__)),), Devices(tuple(range(num_engines)), num_engines), addresses)
 
 
 class _Answer:

@@ -1,0 +1,152 @@
+"""What the process that has the engines tells servers: real engines without a model, and servers that the test is."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from tempfile import TemporaryDirectory
+
+import fake_engine
+
+from octavo.runtime.launch import EngineProcess
+from octavo.server.fleet.fleet import Fleet
+from octavo.server.fleet.limits import FleetLimits
+from octavo.server.options import ListenOptions
+from octavo.server.processes.engines import EnginesElsewhere
+from octavo.server.processes.launch import ServerProcess
+from octavo.server.processes.parent import Parent
+from octavo.server.processes.places import Places
+from octavo.server.processes.words import (
+    EngineDown,
+    EngineUp,
+    Prepared,
+    Serve,
+    ToServer,
+    Words,
+)
+
+NUM_SERVERS = 2
+PATIENCE = 60.0  # seconds; not a measurement, only so that a hang is a failure
+
+
+class Servers:
+    """Processes that do nothing, in the place of servers; what they say and hear is the test's."""
+
+    def __init__(self) -> None:
+        self._processes: dict[int, ServerProcess] = {}
+        self.words: dict[int, Words[ToServer]] = {}
+
+    def start(self, number: int, _: int) -> ServerProcess:
+        ours, theirs = socket.socketpair()
+        self._processes[number] = ServerProcess(subprocess.Popen(["sleep", "600"]), ours)
+        self.words[number] = Words(theirs, ToServer)
+        return self._processes[number]
+
+    async def hear(self, number: int, last: type[ToServer]) -> list[ToServer]:
+        """What a server is told, up to a word of this kind."""
+        heard: list[ToServer] = []
+        while not heard or not isinstance(heard[-1], last):
+            word = await self.words[number].hear()
+            assert word is not None, heard
+            heard.append(word)
+        return heard
+
+    def end(self, number: int) -> None:
+        self._processes[number].process.kill()
+        self.words[number].close()
+
+
+@dataclass
+class Running:
+    """A parent with one engine."""
+
+    parent: Parent
+    fleet: Fleet
+    servers: Servers
+    started: list[EngineProcess]
+
+    def signal_engine(self, number: int) -> None:
+        os.kill(self.started[-1].process.pid, number)
+
+
+@asynccontextmanager
+async def running(limits: FleetLimits, *, holds_new: bool = False) -> AsyncIterator[Running]:
+    """holds_new: an engine that is started anew is stopped, as if it took long to load."""
+    servers = Servers()
+    with TemporaryDirectory(dir="/tmp") as directory:
+        places = Places(directory, NUM_SERVERS)
+        launcher = fake_engine.launcher(1, places.addresses)
+        started = launcher.start_all()
+
+        def start(index: int) -> EngineProcess:
+            started.append(launcher.start(index))
+            if holds_new:
+                started[-1].process.send_signal(signal.SIGSTOP)
+            return started[-1]
+
+        fleet = Fleet(started[:], start, limits)
+        processes = [servers.start(number, 0) for number in range(NUM_SERVERS)]
+        parent = Parent(fleet, processes, servers.start, places, ListenOptions())
+        parent.open()
+        try:
+            async with asyncio.timeout(PATIENCE):
+                for words in servers.words.values():
+                    await words.open()
+                yield Running(parent, fleet, servers, started)
+        finally:
+            parent.kill()
+            for number in range(NUM_SERVERS):
+                servers.end(number)
+            await fleet.close()
+
+
+async def serving(one: Running) -> asyncio.Task[bool]:
+    """Every server has prepared, and serves."""
+    preparing = asyncio.create_task(one.parent.prepared(await one.fleet.ready()))
+    for words in one.servers.words.values():
+        words.say(Prepared())
+    await preparing
+    task = asyncio.create_task(one.parent.serve())
+    for number in range(NUM_SERVERS):
+        await one.servers.hear(number, Serve)
+    return task
+
+
+def run(test: Callable[[], Awaitable[None]]) -> None:
+    asyncio.run(test())  # type: ignore[arg-type]
+
+
+def test_a_server_that_starts_while_an_engine_is_down_waits_for_it() -> None:
+    """It hears that the engine is down before it has taken part in anything."""
+
+    async def test() -> None:
+        with TemporaryDirectory(dir="/tmp") as directory:
+            places = Places(directory, 1)
+            launcher = fake_engine.launcher(1, places.addresses)
+            ours, theirs = socket.socketpair()
+            with ours, theirs:
+                engines = EnginesElsewhere(Words(theirs, ToServer), places, 0, 1)
+                fleet = engines.fleet = Fleet(engines.all(), engines.start, FleetLimits(), 0, engines.restarts)
+                [process] = launcher.start_all()
+                parent = Fleet([process], launcher.start)
+                try:
+                    async with asyncio.timeout(PATIENCE):
+                        ready = await parent.ready()
+                        engines.take(EngineUp(0, ready))
+                        engines.take(EngineDown(0, "the engine process ended", 0.0))
+                        joining = asyncio.create_task(fleet.join())
+                        await asyncio.sleep(0.1)
+                        assert fleet.death is None
+                        engines.take(EngineUp(0, ready))
+                        assert await joining == ready
+                finally:
+                    await fleet.close()
+                    await parent.close()
+
+    run(test)
