@@ -107,7 +107,12 @@ class Parent:
         self._lives = [asyncio.ensure_future(self._live(server)) for server in self._servers]
 
     async def prepared(self, ready: Ready) -> None:
-        """Let the servers have the engines, and wait until each could serve. Raises ServerStartError."""
+        """Let the servers have the engines, and wait until each could serve.
+
+        Raises EngineDeadError, and ServerStartError where it is a server that can't.
+        """
+        self._client.on_down = self._engine_is_down
+        self._client.on_restart = self.engine_is_up
         lengths = {"max_model_len": ready.max_model_len}
         self._readies = [msgspec.structs.replace(one, **lengths) for one in self._client.readies]
         for server in self._servers:
@@ -116,6 +121,8 @@ class Parent:
         await asyncio.wait((waiting, *self._lives), return_when=asyncio.FIRST_COMPLETED)
         if not waiting.done():
             waiting.cancel()
+            if self._client.death is not None:
+                raise EngineDeadError(self._client.death)
             raise ServerStartError(next(server.trouble for server in self._servers if not server.is_running))
 
     async def _all_prepared(self) -> None:
@@ -124,7 +131,6 @@ class Parent:
 
     async def serve(self) -> bool:
         """Let the servers serve until all of them have ended. Returns whether that was asked for."""
-        self._client.on_down = self._engine_is_down
         self._serves = True
         for server in self._servers:
             server.words.say(Serve())

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from tempfile import TemporaryDirectory
 
 import fake_engine
+import pytest
 
 from octavo.runtime.launch import EngineProcess
+from octavo.server.engine_client import EngineDeadError
 from octavo.server.fleet.fleet import Fleet
 from octavo.server.fleet.limits import FleetLimits
 from octavo.server.options import ListenOptions
@@ -120,6 +122,36 @@ async def serving(one: Running) -> asyncio.Task[bool]:
 
 def run(test: Callable[[], Awaitable[None]]) -> None:
     asyncio.run(test())  # type: ignore[arg-type]
+
+
+def test_an_engine_s_death_while_servers_prepare_is_told() -> None:
+    async def test() -> None:
+        async with running(FleetLimits(restarts=0)) as one:
+            preparing = asyncio.create_task(one.parent.prepared(await one.fleet.ready()))
+            await one.servers.hear(0, EngineUp)
+            one.signal_engine(signal.SIGKILL)
+            *_, word = await one.servers.hear(0, EngineDown)
+            assert isinstance(word, EngineDown)
+            assert word.delay is None
+            for number in range(NUM_SERVERS):
+                one.servers.end(number)
+            with pytest.raises(EngineDeadError, match="signal 9"):
+                await preparing
+
+    run(test)
+
+
+def test_an_engine_that_dies_while_servers_prepare_comes_back() -> None:
+    async def test() -> None:
+        async with running(FleetLimits(first_restart=0.05)) as one:
+            preparing = asyncio.create_task(one.parent.prepared(await one.fleet.ready()))
+            await one.servers.hear(0, EngineUp)
+            one.signal_engine(signal.SIGKILL)
+            heard = await one.servers.hear(0, EngineUp)
+            assert [type(word) for word in heard] == [EngineDown, EngineUp]
+            preparing.cancel()
+
+    run(test)
 
 
 def test_a_server_that_starts_while_an_engine_is_down_waits_for_it() -> None:
