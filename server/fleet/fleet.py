@@ -260,8 +260,17 @@ class Fleet:
             stream.fail(message)
 
     async def drain(self, index: int) -> None:
-        """Give an engine no more requests, wait until it has none, and replace its process by a new one."""
+        """Give an engine no more requests, wait until it has none, and replace its process by a new one.
+
+        Whoever asks for it meanwhile waits for the same new process.
+        """
         member = self.members[index]
+        if member.is_draining:
+            while member.is_draining:
+                await asyncio.sleep(POLL_SECONDS)
+            return
+        if not member.is_up:
+            return
         member.is_draining = True
         if self.on_drain is not None:
             self.on_drain(index)

@@ -95,7 +95,7 @@ class Parent:
         self._servers = [Server(number, process) for number, process in enumerate(processes)]
         self._engines: list[EngineDown | None] = [None] * len(client.members)
         self._readies: list[Ready] = []
-        self._drained: dict[int, set[int]] = {}  # by engine: which servers have nothing of it any more
+        self._drained: dict[int, set[int]] = {}  # by engine that drains: which servers have nothing of it any more
         self._pausing = Pausing(is_paused=False, stands_still=False)
         self._serves = False
         self._is_stopping = False
@@ -172,7 +172,6 @@ class Parent:
     def _engine_is_down(self, index: int, message: str, delay: float | None) -> None:
         self._engines[index] = EngineDown(index, message, delay)
         self._drained.pop(index, None)
-        self._client.members[index].is_draining = False
         self._tell_all(EngineDown(index, message, delay))
 
     def _tell_all(self, word: ToServer) -> None:
@@ -185,9 +184,12 @@ class Parent:
         server.words.say(self._pausing)
         for index, ready in enumerate(self._readies):
             server.words.say(EngineUp(index, ready))
+            member = self._client.members[index]
             if (down := self._engines[index]) is not None:
                 server.words.say(down)
-            elif self._client.members[index].is_draining:
+            elif not member.is_up:  # all have let go of it, and it is being replaced
+                server.words.say(EngineDown(index, member.trouble, None if member.is_lost else 0.0))
+            elif index in self._drained:
                 server.words.say(Drain(index))
 
     async def _live(self, server: Server) -> None:
@@ -246,13 +248,14 @@ class Parent:
                 self._pausing = word
             case Unable():
                 server.trouble = word.message
-            case Drain():
-                self._drained.setdefault(word.index, set())
-                self._client.members[word.index].is_draining = True
-                self._tell_all(word)
-            case Drained():
-                self._drained.setdefault(word.index, set()).add(server.number)
-                self._count_drained(word.index)
+            case Drain(index):
+                if index not in self._drained and self._client.members[index].is_up:
+                    self._drained[index] = set()
+                    self._tell_all(word)
+            case Drained(index):
+                if index in self._drained:  # else it has died meanwhile
+                    self._drained[index].add(server.number)
+                    self._count_drained(index)
 
     def _count_drained(self, index: int) -> None:
         """Replace an engine that no server process has anything of."""

@@ -375,6 +375,21 @@ def test_an_engine_is_drained_and_replaced() -> None:
     run(test)
 
 
+def test_two_drains_at_once_have_one_new_engine() -> None:
+    async def test() -> None:
+        async with opened(2) as fleet:
+            before = pid_of(fleet, 0)
+            first = asyncio.create_task(fleet.drain(0))
+            await until(lambda: not fleet.members[0].is_up)
+            await fleet.drain(0)
+            assert fleet.members[0].takes_requests
+            assert fleet.members[0].num_restarts == 1
+            assert pid_of(fleet, 0) != before
+            await first
+
+    run(test)
+
+
 def test_a_drain_starts_no_engine_where_the_server_ends() -> None:
     async def test() -> None:
         async with opened(2) as fleet:

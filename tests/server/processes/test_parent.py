@@ -25,8 +25,11 @@ from octavo.server.processes.launch import ServerProcess
 from octavo.server.processes.parent import Parent
 from octavo.server.processes.places import Places
 from octavo.server.processes.words import (
+    Drain,
+    Drained,
     EngineDown,
     EngineUp,
+    Pausing,
     Prepared,
     Serve,
     ToServer,
@@ -150,6 +153,50 @@ def test_an_engine_that_dies_while_servers_prepare_comes_back() -> None:
             heard = await one.servers.hear(0, EngineUp)
             assert [type(word) for word in heard] == [EngineDown, EngineUp]
             preparing.cancel()
+
+    run(test)
+
+
+def test_servers_that_ask_for_one_drain_have_one_new_engine() -> None:
+    async def test() -> None:
+        async with running(FleetLimits()) as one:
+            task = await serving(one)
+            for words in one.servers.words.values():
+                words.say(Drain(0))
+            for number, words in one.servers.words.items():
+                assert await one.servers.hear(number, Drain) == [Drain(0)]
+                words.say(Drained(0))
+            for number in range(NUM_SERVERS):
+                assert [type(word) for word in await one.servers.hear(number, EngineUp)] == [EngineUp]
+            assert len(one.started) == 2
+            task.cancel()
+
+    run(test)
+
+
+def test_a_new_server_drains_no_engine_that_is_being_replaced() -> None:
+    async def test() -> None:
+        async with running(FleetLimits(), holds_new=True) as one:
+            task = await serving(one)
+            one.servers.words[0].say(Drain(0))
+            for number, words in one.servers.words.items():
+                await one.servers.hear(number, Drain)
+                words.say(Drained(0))
+            while len(one.started) == 1:
+                await asyncio.sleep(0.01)
+            before = one.servers.words[1]
+            one.servers.end(1)
+            while one.servers.words[1] is before:
+                await asyncio.sleep(0.01)
+            await one.servers.words[1].open()
+            pausing, up, down, serve = await one.servers.hear(1, Serve)
+            assert pausing == Pausing(is_paused=False, stands_still=False)
+            assert isinstance(up, EngineUp)
+            assert down == EngineDown(0, "engine 0 was drained, and is started again", 0.0)
+            assert serve == Serve()
+            one.signal_engine(signal.SIGCONT)
+            assert [type(word) for word in await one.servers.hear(1, EngineUp)] == [EngineUp]
+            task.cancel()
 
     run(test)
 
