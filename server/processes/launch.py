@@ -12,6 +12,10 @@ from octavo.runtime.launch import child_environment
 from octavo.text.template_process import LENGTH_BYTES
 
 
+class ServerStartError(RuntimeError):
+    """A server process could not start; the message is its own."""
+
+
 class ServerProcess:
     """A running server process, and this end of the socket pair that is its stdin."""
 

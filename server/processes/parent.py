@@ -28,7 +28,7 @@ from octavo.server.metrics import Metrics
 from octavo.server.options import ListenOptions
 from octavo.server.processes.board import Board
 from octavo.server.processes.figures import ProcessFigures
-from octavo.server.processes.launch import ServerProcess
+from octavo.server.processes.launch import ServerProcess, ServerStartError
 from octavo.server.processes.places import Places
 from octavo.server.processes.words import (
     Drain,
@@ -52,10 +52,6 @@ RESTARTS = 10  # of each server process, in ten minutes
 FIRST_RESTART_SECONDS = 0.1
 COUNT_SECONDS = 0.5
 END_SECONDS = 5.0  # for a server process to end once it has nothing under way
-
-
-class ServerStartError(RuntimeError):
-    """A server process could not start; the message is its own."""
 
 
 class Server:

@@ -147,7 +147,7 @@ def _serve_with_processes(
     """Several processes serve HTTP, and this one has them and the engines."""
     from octavo.runtime.launch import SocketDirectory
     from octavo.server.kept import prepare_shared
-    from octavo.server.processes.launch import ServerProcess, start_server_process
+    from octavo.server.processes.launch import ServerProcess, ServerStartError, start_server_process
     from octavo.server.processes.places import MULTIPROCESS_VARIABLE, Places
     from octavo.server.store import StoreError
 
@@ -183,7 +183,7 @@ def _serve_with_processes(
             return uvloop.run(
                 serve_with_processes(open_fleet, make_parent, text.renderer, prepare, report, listener, options.listen)
             )
-    except StoreError as error:
+    except (StoreError, ServerStartError) as error:
         raise ServeError(str(error)) from None
     finally:
         for server in servers:

@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 
 import httpx
 import pytest
-from octavo_server import TINY, Server, events, said_at_once, serving_anew, started, value, wait_until
+from octavo_server import SMALL, TINY, Server, events, said_at_once, serving_anew, started, value, wait_until
 
 NUM_SERVERS = 2
 QUEUE = ("--max-num-seqs", "8", "--max-queued-requests", "4")  # of two engines: 16 and 4 places
@@ -102,6 +102,13 @@ def test_what_keeps_it_from_starting_is_one_line(tmp_path: Path) -> None:
     """Though each process reads the same files."""
     said = said_at_once(str(TINY), "--port", "0", *FLAGS[:2], "--tokenizer", str(tmp_path / "none"))
     assert "no such directory" in said
+
+
+def test_what_one_process_alone_can_t_open_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    said = said_at_once(str(TINY), "--port", "0", *FLAGS[:2], *SMALL, "--batch-dir", str(tmp_path / "file"))
+    assert "--batch-dir" in said
+    assert "File exists" in said
 
 
 def test_a_stop_while_the_engine_loads_leaves_nothing() -> None:
