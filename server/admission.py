@@ -185,7 +185,7 @@ class Admission:
 
     def _share_of(self, owner: str) -> tuple[int, int]:
         """How many answers an owner has under way, and how many owners there are, with this one: in all processes."""
-        elsewhere = self._client.elsewhere().owners
+        elsewhere = self._client.elsewhere.owners
         if not elsewhere:
             return self._num_of[owner], len(self._num_of) + (owner not in self._num_of)
         keys = {owner_key(one) for one in self._num_of} | elsewhere.keys() | {owner_key(owner)}
@@ -200,7 +200,7 @@ class Admission:
         limit = self._limits.num_tokens
         if limit is None:
             return
-        waiting = self.under_way[1] + self._client.elsewhere().num_tokens
+        waiting = self.under_way[1] + self._client.elsewhere.num_tokens
         total = waiting + count
         if total <= limit or not waiting or (total <= 2 * limit and not self._share_of(owner)[0]):
             return
@@ -208,7 +208,7 @@ class Admission:
 
     @property
     def _num_open(self) -> int:
-        return self._client.num_open + self._num_coming + self._client.elsewhere().num_answers
+        return self._client.num_open + self._num_coming + self._client.elsewhere.num_answers
 
     def admit(
         self, prompt_lengths: Sequence[int], timeout: float | None, key_owner: str = "", owner: str = ""
@@ -282,7 +282,7 @@ class Admission:
 
     @property
     def _finish_rate(self) -> float:
-        return self._client.finish_rate() + self._client.elsewhere().finish_rate
+        return self._client.finish_rate() + self._client.elsewhere.finish_rate
 
 
 def _once(ticket: Ticket, work: Callable[..., object], *arguments: object) -> Callable[[], object]:

@@ -43,7 +43,7 @@ from octavo.server.fleet.member import Member, summed
 from octavo.server.fleet.open_answer import OpenAnswer, Placed, in_batch
 from octavo.server.fleet.restarts import RestartRule, Restarts
 from octavo.server.fleet.stream import Stream
-from octavo.server.processes.board import Elsewhere, alone
+from octavo.server.processes.board import Elsewhere
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ class Fleet:
         self.on_down: Callable[[int, str, float | None], None] | None = None
         self.on_drain: Callable[[int], None] | None = None
         self.on_death: Callable[[], None] | None = None
-        self.elsewhere: Callable[[], Elsewhere] = alone
+        self.elsewhere = Elsewhere()
         rule = restarts or (lambda _: Restarts(self._limits.restarts, self._limits.first_restart))
         self.members = [Member(index, rule(index)) for index in range(len(engines))]
         self._chooser = Chooser(self.members, self._limits.routing, caches=self._limits.caches)
@@ -115,7 +115,7 @@ class Fleet:
     @property
     def num_open_everywhere(self) -> int:
         """The same, of all processes of the server."""
-        return len(self._open) + self.elsewhere().num_answers
+        return len(self._open) + self.elsewhere.num_answers
 
     @property
     def num_queued_tokens(self) -> int:

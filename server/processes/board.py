@@ -9,8 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from hashlib import sha256
 from itertools import islice
@@ -24,25 +23,38 @@ _OWNERS = 4  # of each one its key, and its answers
 _COLUMNS = _OWNERS + 2 * MAX_OWNERS
 
 
-@dataclass(frozen=True)
 class Elsewhere:
-    """What the other processes of a server have: open answers, tokens of prompts that wait, answers finished a second.
+    """What the other processes of a server have, read from their rows when it is asked; nothing without rows."""
 
-    owners: answers under way, by the `owner_key` of whose they are.
-    """
+    def __init__(self, rows: Sequence[memoryview] = ()) -> None:
+        self._rows = rows
 
-    num_answers: int = 0
-    num_tokens: int = 0
-    finish_rate: float = 0.0
-    owners: Mapping[int, int] = field(default_factory=dict)
+    @property
+    def num_answers(self) -> int:
+        """Open answers."""
+        return self._sum(_NUM_ANSWERS)
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the prompts that wait."""
+        return self._sum(_NUM_TOKENS)
 
-ALONE = Elsewhere()
+    @property
+    def finish_rate(self) -> float:
+        """Answers that are finished a second."""
+        return self._sum(_FINISHED) / 1000
 
+    @property
+    def owners(self) -> Counter[int]:
+        """Answers under way, by the `owner_key` of whose they are."""
+        owners = Counter[int]()
+        for row in self._rows:
+            for place in range(_OWNERS, _OWNERS + 2 * row[_NUM_OWNERS], 2):
+                owners[row[place]] += row[place + 1]
+        return owners
 
-def alone() -> Elsewhere:
-    """Where there is one process."""
-    return ALONE
+    def _sum(self, column: int) -> int:
+        return sum([row[column] for row in self._rows])
 
 
 @lru_cache(MAX_OWNERS)
@@ -52,7 +64,10 @@ def owner_key(owner: str) -> int:
 
 
 class Board:
-    """The view of process number `own`, of so many. The file is made by whoever comes first."""
+    """The view of process number `own`, of so many. The file is made by whoever comes first.
+
+    elsewhere: what the others have.
+    """
 
     def __init__(self, path: str, num_servers: int, own: int) -> None:
         size = 8 * _COLUMNS * num_servers
@@ -64,7 +79,7 @@ class Board:
             os.close(descriptor)
         rows = [words[_COLUMNS * number : _COLUMNS * (number + 1)] for number in range(num_servers)]
         self._own = rows.pop(own)
-        self._others = rows
+        self.elsewhere = Elsewhere(rows)
         self.write(0, 0, 0.0)
         self.write_owners({})
 
@@ -82,14 +97,3 @@ class Board:
             self._own[place + 1] = count
             place += 2
         self._own[_NUM_OWNERS] = (place - _OWNERS) // 2
-
-    def elsewhere(self) -> Elsewhere:
-        """What the other processes have."""
-        num_answers, num_tokens, finished = (
-            sum(row[column] for row in self._others) for column in (_NUM_ANSWERS, _NUM_TOKENS, _FINISHED)
-        )
-        owners = Counter[int]()
-        for row in self._others:
-            for place in range(_OWNERS, _OWNERS + 2 * row[_NUM_OWNERS], 2):
-                owners[row[place]] += row[place + 1]
-        return Elsewhere(num_answers, num_tokens, finished / 1000, owners)
