@@ -19,7 +19,8 @@ from pydantic import TypeAdapter
 
 from octavo.server.bodies import DECODED, OUT_OF_MEMORY, REFUSED, validated
 from octavo.server.errors import ApiError
-from octavo.text.template_process import LENGTH_BYTES, limit_memory
+from octavo.text.frames import LENGTH_BYTES
+from octavo.text.template_process import limit_memory
 
 MEMORY_BYTES = 1 << 30  # beside what the process has at start; 4 million token ids, the most, take 400 MB
 

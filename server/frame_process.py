@@ -1,6 +1,6 @@
 """The server's end of a child process that answers frames, one at a time, over a socket pair.
 
-A frame is 4 bytes of length and the content. Who uses a process makes sure that one exchange has ended before the next
+Who uses a process makes sure that one exchange has ended before the next
 begins; an exchange that fails leaves the process unusable until it is closed.
 """
 
@@ -13,7 +13,7 @@ import subprocess
 import sys
 
 from octavo.runtime.launch import child_environment
-from octavo.text.template_process import LENGTH_BYTES
+from octavo.text.frames import LENGTH_BYTES
 
 
 class FrameProcess:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from octavo.runtime.launch import child_environment
-from octavo.text.template_process import LENGTH_BYTES
+from octavo.text.frames import frame_of
 
 
 class ServerStartError(RuntimeError):
@@ -44,5 +44,5 @@ def start_server_process(program: Sequence[str], start: bytes, listening: socket
             command, stdin=theirs.fileno(), env=child_environment(None), pass_fds=[listening.fileno()]
         )
     with contextlib.suppress(BrokenPipeError):  # it is dead already, which is noticed when it is listened to
-        ours.sendall(len(start).to_bytes(LENGTH_BYTES, "little") + start)
+        ours.sendall(frame_of(start))
     return ServerProcess(process, ours)

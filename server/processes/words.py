@@ -1,6 +1,6 @@
 """What the parent process and its server processes tell each other, over a socket pair that is the child's stdin.
 
-A frame is 4 bytes of length and one message in msgpack. The end of the socket is the end of the other process.
+A frame (octavo.text.frames) is one message in msgpack. The end of the socket is the end of the other process.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 import msgspec
 
 from octavo.runtime.messages import Ready
-from octavo.text.template_process import LENGTH_BYTES
+from octavo.text.frames import LENGTH_BYTES, frame_of
 
 
 class EngineUp(msgspec.Struct, frozen=True, tag="engine_up"):
@@ -95,8 +95,7 @@ class Words(Generic[Heard]):
 
     def say(self, word: ToServer | ToParent) -> None:
         """Send it; it is lost where the other process has ended."""
-        content = self._encoder.encode(word)
-        frame = len(content).to_bytes(LENGTH_BYTES, "little") + content
+        frame = frame_of(self._encoder.encode(word))
         if self._writer is None:
             self._unsaid.append(frame)
         else:
@@ -118,18 +117,3 @@ class Words(Generic[Heard]):
             return
         with contextlib.suppress(RuntimeError):  # the event loop has ended, and its transports with it
             self._writer.close()
-
-
-def read_frame(link: socket.socket) -> bytes:
-    """The first frame, before there is an event loop; empty where the other process has ended."""
-    stream = link.makefile("rb", buffering=0)
-    content = bytearray()
-    size = LENGTH_BYTES
-    while len(content) < size:
-        piece = stream.read(size - len(content))
-        if not piece:
-            return b""
-        content += piece
-        if size == LENGTH_BYTES == len(content):
-            size += int.from_bytes(content, "little")
-    return bytes(content[LENGTH_BYTES:])

@@ -34,14 +34,15 @@ from octavo.server.options import ServerOptions
 from octavo.server.processes.child import Child, Ways
 from octavo.server.processes.engines import EnginesElsewhere, named_seed
 from octavo.server.processes.home import KEEPER, response_ending
-from octavo.server.processes.words import ToServer, Unable, Words, read_frame
+from octavo.server.processes.words import ToServer, Unable, Words
 from octavo.server.store import MEMORY, StoreError
+from octavo.text.frames import receive_frame
 
 
 def run(link: socket.socket) -> int:
     """Serve until the parent says so; returns the exit code."""
-    frame = read_frame(link)
-    if not frame:
+    frame = receive_frame(link)
+    if frame is None:
         return 1
     start: ServerStart = pickle.loads(frame)
     logging.basicConfig(

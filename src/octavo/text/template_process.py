@@ -3,9 +3,9 @@
 A template is code that nobody has checked: here it gets limits on CPU time, memory and output, and can be killed. The
 process ends when the server closes the socket, which is its stdin.
 
-A frame in either direction is 4 bytes of length and the content. From the server come pickles (the server is trusted;
-pickle keeps what JSON values msgpack can't, such as large integers): a Setup, then Jobs. Back come a byte of status
-and UTF-8 text, which the server does no more than decode: a template that broke out of the sandbox may have written it.
+Frames go in either direction (frames.py). From the server come pickles (the server is trusted; pickle keeps what JSON
+values msgpack can't, such as large integers): a Setup, then Jobs. Back come a byte of status and UTF-8 text, which the
+server does no more than decode: a template that broke out of the sandbox may have written it.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from octavo.text.chat_template import ChatTemplate, ChatTemplateError, Message
+from octavo.text.frames import frame_of, receive_frame
 
-LENGTH_BYTES = 4
 RENDERED = b"T"
 REFUSED = b"E"  # a ChatTemplateError
 OUT_OF_MEMORY = b"M"  # the process ends after saying so
@@ -58,7 +58,7 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; the server drains first, then ends us
         signal.signal(number, signal.SIG_IGN)
     link = socket.socket(fileno=os.dup(0))
-    first = _receive(link)
+    first = receive_frame(link)
     if first is None:
         return 0
     setup: Setup = pickle.loads(first)
@@ -66,7 +66,7 @@ def main() -> int:
     _limit_time(setup.cpu_seconds)
     if not _answer(link, setup, None):
         return 1
-    while (frame := _receive(link)) is not None:
+    while (frame := receive_frame(link)) is not None:
         _limit_time(setup.cpu_seconds)
         if not _answer(link, setup, frame):
             return 1
@@ -97,26 +97,10 @@ def _answer(link: socket.socket, setup: Setup, frame: bytes | None) -> bool:
     except MemoryError:
         content = OUT_OF_MEMORY
     try:
-        link.sendall(len(content).to_bytes(LENGTH_BYTES, "little") + content)
+        link.sendall(frame_of(content))
     except BrokenPipeError:
         return False  # the server was killed meanwhile
     return content != OUT_OF_MEMORY
-
-
-def _receive(link: socket.socket) -> bytes | None:
-    """One frame; None when the socket is closed."""
-    size = _receive_exactly(link, LENGTH_BYTES)
-    return None if size is None else _receive_exactly(link, int.from_bytes(size, "little"))
-
-
-def _receive_exactly(link: socket.socket, size: int) -> bytes | None:
-    content = bytearray()
-    while len(content) < size:
-        piece = link.recv(min(size - len(content), 1 << 20))
-        if not piece:
-            return None
-        content += piece
-    return bytes(content)
 
 
 def _limit_time(seconds: int) -> None:
