@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +9,7 @@ import msgspec
 
 from octavo.server.files import Files
 from octavo.server.options import ServerOptions
-from octavo.server.store import MEMORY, OFF, ResponseStore, StoreError
+from octavo.server.store import OFF, ResponseStore, StoreError
 
 
 @dataclass(frozen=True)
@@ -39,22 +37,3 @@ def open_kept(options: ServerOptions, ending: str | None = None) -> Kept:
         return Kept(None, files)
     store = ResponseStore(options.response_store, options.response_store_size, options.response_store_ttl, ending)
     return Kept(store, files)
-
-
-def prepare_shared(options: ServerOptions) -> int | None:
-    """Make the file of responses ready for several processes of one server: what ran in it has failed.
-
-    Returns a descriptor which keeps other servers of several processes away; None where there is no file. Raises
-    StoreError.
-    """
-    place = options.response_store
-    if place in (MEMORY, OFF):
-        return None
-    ResponseStore(place, options.response_store_size, options.response_store_ttl, ending="").close()
-    descriptor = os.open(place, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise StoreError(f"--response-store {place!r}: another server keeps its responses there") from None
-    return descriptor

@@ -10,7 +10,9 @@ Several processes of one server share a file: each piece of work is a transactio
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import logging
+import os
 import sqlite3
 import time
 import zlib
@@ -266,6 +268,24 @@ class ResponseStore:
         owned = "SELECT 1 FROM responses WHERE id = ? AND owner = ?"
         is_there = self._database.execute(owned, (response_id, owner)).fetchone() is not None
         return is_there and self._drop(response_id)
+
+
+def prepare_shared(place: str, max_bytes: int, seconds: float) -> int | None:
+    """Make the file of responses ready for several processes of one server: what ran in it has failed.
+
+    Returns a descriptor which keeps other servers of several processes away; None where there is no file. Raises
+    StoreError.
+    """
+    if place in (MEMORY, OFF):
+        return None
+    ResponseStore(place, max_bytes, seconds, ending="").close()
+    descriptor = os.open(place, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise StoreError(f"--response-store {place!r}: another server keeps its responses there") from None
+    return descriptor
 
 
 def _open(path: str, *, is_shared: bool) -> sqlite3.Connection:

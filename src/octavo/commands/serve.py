@@ -146,10 +146,9 @@ def _serve_with_processes(
 ) -> bool:
     """Several processes serve HTTP, and this one has them and the engines."""
     from octavo.runtime.launch import SocketDirectory
-    from octavo.server.kept import prepare_shared
     from octavo.server.processes.launch import ServerProcess, ServerStartError, start_server_process
     from octavo.server.processes.places import MULTIPROCESS_VARIABLE, Places
-    from octavo.server.store import StoreError
+    from octavo.server.store import StoreError, prepare_shared
 
     count = options.listen.api_server_count
     shared = SocketDirectory()
@@ -166,7 +165,8 @@ def _serve_with_processes(
     try:
         launcher = _launcher(options, directory, places)
         engines = launcher.start_all()
-        prepare_shared(options.server)  # what it returns, the end of this process closes
+        kept = options.server  # the end of this process closes what the next line returns
+        prepare_shared(kept.response_store, kept.response_store_size, kept.response_store_ttl)
         servers = [start(number, 0) for number in range(count)]
         with uncollected():
             import uvloop
