@@ -278,13 +278,16 @@ def prepare_shared(place: str, max_bytes: int, seconds: float) -> int | None:
     """
     if place in (MEMORY, OFF):
         return None
-    ResponseStore(place, max_bytes, seconds, ending="").close()
-    descriptor = os.open(place, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        descriptor = os.open(place, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise StoreError(f"--response-store {place!r}: {error.strerror}") from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(descriptor)
         raise StoreError(f"--response-store {place!r}: another server keeps its responses there") from None
+    ResponseStore(place, max_bytes, seconds, ending="").close()
     return descriptor
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sqlite3
 import threading
 import time
@@ -13,7 +14,16 @@ from typing import Any
 
 import pytest
 
-from octavo.server.store import MEMORY, ROW_BYTES, STOPPED, MissingError, ResponseStore, Stored, StoreError
+from octavo.server.store import (
+    MEMORY,
+    ROW_BYTES,
+    STOPPED,
+    MissingError,
+    ResponseStore,
+    Stored,
+    StoreError,
+    prepare_shared,
+)
 
 Json = dict[str, Any]
 FOREVER = 1e9
@@ -185,6 +195,21 @@ def test_a_file_serves_one_server(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="locked"):
         ResponseStore(place, 1 << 20, FOREVER)
     store.close()
+
+
+def test_a_second_server_of_several_processes_leaves_what_runs(tmp_path: Path) -> None:
+    place = str(tmp_path / "responses.db")
+    lock = prepare_shared(place, 1 << 20, FOREVER)
+    assert lock is not None
+    store = ResponseStore(place, 1 << 20, FOREVER, ending="00")
+    put(store, "a00", active=True).result()
+    with pytest.raises(StoreError, match="another server"):
+        prepare_shared(place, 1 << 20, FOREVER)
+    assert get(store, "a00").response == response("a00")
+    store.close()
+    os.close(lock)
+    with pytest.raises(StoreError, match=r"--response-store .*: No such file or directory"):
+        prepare_shared(str(tmp_path / "nowhere" / "file"), 1 << 20, FOREVER)
 
 
 def test_what_finds_no_room_beside_running_ones_is_told() -> None:
