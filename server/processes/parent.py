@@ -61,7 +61,6 @@ class Server:
         self.number = number
         self.generation = 0
         self.restarts = Restarts(RESTARTS, FIRST_RESTART_SECONDS)
-        self.is_lost = False
         self.take(process)
 
     def take(self, process: ServerProcess) -> None:

@@ -157,7 +157,7 @@ def _serve_with_processes(
     os.environ[MULTIPROCESS_VARIABLE] = str(places.metrics)  # before prometheus_client is imported, here and there
 
     def start(number: int, generation: int) -> ServerProcess:
-        told = ServerStart(options, directory, access, places, number, generation, listener.socket.fileno(), begun)
+        told = ServerStart(options, directory, access, places, number, generation, listener.socket.fileno())
         return start_server_process(SERVER_PROGRAM, pickle.dumps(told), listener.socket)
 
     engines: list[EngineProcess] = []
@@ -204,7 +204,6 @@ class ServerStart:
     number: int
     generation: int
     listening: int
-    begun: float
 
 
 @contextmanager
