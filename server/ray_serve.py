@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 from shutil import rmtree
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,6 +29,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from octavo.runtime.launch import child_environment
+from octavo.server.hop_headers import end_to_end
 from octavo.server.ray_prompt import Prompt, read_prompt
 
 if TYPE_CHECKING:
@@ -41,8 +42,6 @@ STOP_SECONDS = 15.0  # for the child to end once nothing is under way
 OWN_FLAGS = ("host", "port", "uds", "ssl_keyfile", "ssl_certfile", "ssl_ca_certs")
 # Each engine, and each rank of it, has threads of its own.
 SIZES = ("data_parallel_size", "tensor_parallel_size", "pipeline_parallel_size")
-# Of one connection, and so not the other one's business (RFC 9110, 7.6.1).
-HOP_HEADERS = frozenset({"connection", "keep-alive", "transfer-encoding", "te", "trailer", "upgrade"})
 Headers = list[tuple[str, str]]
 
 
@@ -251,11 +250,6 @@ def _is_healthy(client: httpx.Client) -> bool:
         return client.get("http://cell/health").status_code == 200
     except httpx.TransportError:
         return False  # it doesn't listen yet
-
-
-def end_to_end(headers: Iterable[tuple[str, str]]) -> Headers:
-    """Without those that are about one connection."""
-    return [(name, value) for name, value in headers if name.lower() not in HOP_HEADERS]
 
 
 async def taken_apart(request: Request) -> tuple[str, str, Headers, bytes]:

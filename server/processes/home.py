@@ -16,6 +16,7 @@ import httpx
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from octavo.server.errors import error_response
+from octavo.server.hop_headers import end_to_end
 from octavo.server.middleware import leave_place
 from octavo.server.processes.places import Places
 from octavo.server.streaming import unless_hung_up
@@ -31,8 +32,6 @@ SESSION_MARKS = {"/generate": (b"session_params", b"\\u"), "/invocations": (b"re
 SESSION_HEADER = b"x-amzn-sagemaker-session-id"
 MAX_BODY_FOR_ALL = 1 << 20
 TOKEN = b"x-octavo-process"
-# Of one connection, and so not the other one's business (RFC 9110, 7.6.1).
-HOP_HEADERS = frozenset({b"connection", b"keep-alive", b"transfer-encoding", b"te", b"trailer", b"upgrade"})
 
 
 def response_ending(number: int) -> str:
@@ -197,8 +196,7 @@ class Homes:
     def _request(self, scope: Scope, content: AsyncGenerator[bytes, None] | bytes | None) -> httpx.Request:
         query = scope["query_string"]
         target = scope["raw_path"] + (b"?" + query if query else b"")
-        headers = [(name, value) for name, value in scope["headers"] if name not in HOP_HEADERS]
-        headers.append((TOKEN, self._token))
+        headers = [*end_to_end(scope["headers"]), (TOKEN, self._token)]
         url = self._url.copy_with(raw_path=target)
         return httpx.Request(scope["method"], url, headers=headers, content=content)
 
@@ -214,4 +212,4 @@ async def _nothing() -> Message:
 
 
 def _headers_of(upstream: httpx.Response) -> list[tuple[bytes, bytes]]:
-    return [(name.lower(), value) for name, value in upstream.headers.raw if name.lower() not in HOP_HEADERS]
+    return [(name.lower(), value) for name, value in end_to_end(upstream.headers.raw)]

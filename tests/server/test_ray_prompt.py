@@ -9,8 +9,9 @@ import pytest
 from pydantic import ValidationError
 
 from octavo.server.fleet.prefix_index import PIECE_TOKENS
+from octavo.server.hop_headers import end_to_end
 from octavo.server.ray_prompt import BYTES_PER_TOKEN, read_prompt
-from octavo.server.ray_serve import Options, end_to_end, serve_arguments
+from octavo.server.ray_serve import Options, serve_arguments
 
 LONG = "All work and no play makes Jack a dull boy. " * 100
 
