@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 
 import fake_engine
 import pytest
+import uvloop
 
 from octavo.runtime.launch import EngineProcess
 from octavo.server.engine_client import EngineDeadError
@@ -75,6 +76,7 @@ class Running:
     fleet: Fleet
     servers: Servers
     started: list[EngineProcess]
+    serving: asyncio.Task[bool] | None = None
 
     def signal_engine(self, number: int) -> None:
         os.kill(self.started[-1].process.pid, number)
@@ -108,23 +110,23 @@ async def running(limits: FleetLimits, *, holds_new: bool = False) -> AsyncItera
             parent.kill()
             for number in range(NUM_SERVERS):
                 servers.end(number)
+            await asyncio.gather(*parent._lives)
             await fleet.close()
 
 
-async def serving(one: Running) -> asyncio.Task[bool]:
+async def serving(one: Running) -> None:
     """Every server has prepared, and serves."""
     preparing = asyncio.create_task(one.parent.prepared(await one.fleet.ready()))
     for words in one.servers.words.values():
         words.say(Prepared())
     await preparing
-    task = asyncio.create_task(one.parent.serve())
+    one.serving = asyncio.create_task(one.parent.serve())
     for number in range(NUM_SERVERS):
         await one.servers.hear(number, Serve)
-    return task
 
 
 def run(test: Callable[[], Awaitable[None]]) -> None:
-    asyncio.run(test())  # type: ignore[arg-type]
+    uvloop.run(test())  # type: ignore[arg-type]
 
 
 def test_an_engine_s_death_while_servers_prepare_is_told() -> None:
@@ -160,7 +162,7 @@ def test_an_engine_that_dies_while_servers_prepare_comes_back() -> None:
 def test_servers_that_ask_for_one_drain_have_one_new_engine() -> None:
     async def test() -> None:
         async with running(FleetLimits()) as one:
-            task = await serving(one)
+            await serving(one)
             for words in one.servers.words.values():
                 words.say(Drain(0))
             for number, words in one.servers.words.items():
@@ -169,7 +171,6 @@ def test_servers_that_ask_for_one_drain_have_one_new_engine() -> None:
             for number in range(NUM_SERVERS):
                 assert [type(word) for word in await one.servers.hear(number, EngineUp)] == [EngineUp]
             assert len(one.started) == 2
-            task.cancel()
 
     run(test)
 
@@ -177,7 +178,7 @@ def test_servers_that_ask_for_one_drain_have_one_new_engine() -> None:
 def test_a_new_server_drains_no_engine_that_is_being_replaced() -> None:
     async def test() -> None:
         async with running(FleetLimits(), holds_new=True) as one:
-            task = await serving(one)
+            await serving(one)
             one.servers.words[0].say(Drain(0))
             for number, words in one.servers.words.items():
                 await one.servers.hear(number, Drain)
@@ -196,7 +197,6 @@ def test_a_new_server_drains_no_engine_that_is_being_replaced() -> None:
             assert serve == Serve()
             one.signal_engine(signal.SIGCONT)
             assert [type(word) for word in await one.servers.hear(1, EngineUp)] == [EngineUp]
-            task.cancel()
 
     run(test)
 
