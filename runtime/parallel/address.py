@@ -17,6 +17,8 @@ import msgspec
 import zmq
 from zmq.utils import z85
 
+from octavo.runtime.parallel.config import ParallelConfig
+
 KEY = "OCTAVO_CLUSTER_KEY"
 CONNECT_MS = 3000
 LEAST_KEY = 16  # characters: what is derived from a shorter one can be guessed by whoever records a handshake
@@ -61,6 +63,20 @@ def resolve(host: str, port: int, flag: str) -> Address:
     return Address(str(found[0][4][0]), port)
 
 
+def master_address(parallel: ParallelConfig) -> Address:
+    """Where node 0 listens. Raises ValueError. SGLang's --dist-init-addr has the port behind a colon."""
+    host, colon, port = parallel.master_addr.rpartition(":")
+    if colon and port.isdigit() and (":" not in host or host.startswith("[")):
+        return resolve(host.strip("[]"), int(port), "--master-addr")
+    return resolve(parallel.master_addr.strip("[]"), parallel.master_port, "--master-addr")
+
+
+def engine_address(parallel: ParallelConfig, index: int) -> Address:
+    """Where the server meets an engine of another machine. Raises ValueError."""
+    port = parallel.data_parallel_rpc_port + index
+    return resolve(parallel.data_parallel_address or "", port, "--data-parallel-address")
+
+
 def own_host_towards(address: Address) -> str:
     """The address of this machine that another one sees, by the route there; nothing is sent. Empty without a route."""
     family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
@@ -90,6 +106,14 @@ def key_for(address: Address, environment: Mapping[str, str]) -> KeyPair | None:
             f"{LEAST_KEY} characters or more, such as that of `openssl rand -hex 32`"
         )
     return key_pair(secret)
+
+
+def check_addresses(parallel: ParallelConfig, environment: Mapping[str, str]) -> None:
+    """Raise ValueError, before anything is started, where other machines are to come and there is no key for them."""
+    if parallel.nnodes > 1:
+        key_for(master_address(parallel), environment)
+    if parallel.data_parallel_address is not None:
+        key_for(engine_address(parallel, 0), environment)
 
 
 def prepare(opened: zmq.Socket[bytes], pair: KeyPair | None, *, is_server: bool = False) -> None:

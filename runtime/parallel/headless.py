@@ -18,11 +18,10 @@ from contextlib import contextmanager
 import msgspec
 
 from octavo.runtime.config import EngineConfig
-from octavo.runtime.parallel.address import Address, key_for
+from octavo.runtime.parallel.address import Address, key_for, master_address
 from octavo.runtime.parallel.follower_process import GONE, FollowerProcess, FollowerStart, share_of_cores
 from octavo.runtime.parallel.guest import leave
 from octavo.runtime.parallel.placement import CGROUP, cpus_in_cgroup
-from octavo.runtime.parallel.remote_ranks import master_address
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ import zmq
 
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.launch import EngineProcess, heartbeat_address, start_engine
-from octavo.runtime.parallel.address import Address, key_for, own_host_towards, resolve
+from octavo.runtime.parallel.address import Address, engine_address, key_for, own_host_towards
 from octavo.runtime.parallel.agreement import agreement_of
 from octavo.runtime.parallel.guest import Guest, JoinError, leave
 from octavo.runtime.parallel.headless import HeadlessError
@@ -56,9 +56,7 @@ class HeadlessEngine:
         parallel = config.parallel
         self._config = config
         self._index = index
-        self._met_at = resolve(
-            parallel.data_parallel_address or "", parallel.data_parallel_rpc_port + index, "--data-parallel-address"
-        )
+        self._met_at = engine_address(parallel, index)
         self._pair = key_for(self._met_at, os.environ)
         own = parallel.local_engines
         self._placement = place(index - own.start, len(own), find_devices(config.device), parallel.num_ranks)

@@ -7,15 +7,14 @@ Whoever starts them gives each a FollowerStart with the address of the meeting a
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from octavo.runtime.config import EngineConfig
-from octavo.runtime.parallel.address import Address, KeyPair, key_for, own_host_towards, resolve
+from octavo.runtime.parallel.address import Address, KeyPair, key_for, master_address, own_host_towards
 from octavo.runtime.parallel.agreement import agreement_of
-from octavo.runtime.parallel.config import ParallelConfig
 from octavo.runtime.parallel.follower_process import FollowerStart
 from octavo.runtime.parallel.guest import Guest, Values
 from octavo.runtime.parallel.meeting import Bye, Hello, Meeting, Owner
@@ -98,23 +97,6 @@ def ranks_of_other_nodes(config: EngineConfig) -> RemoteRanks | None:
     address = master_address(parallel)
     ranks = range(parallel.ranks_of(1).start, parallel.num_ranks)
     return RemoteRanks(config, ranks, address, key_for(address, os.environ))
-
-
-def master_address(parallel: ParallelConfig) -> Address:
-    """Where node 0 listens. Raises ValueError. SGLang's --dist-init-addr has the port behind a colon."""
-    host, colon, port = parallel.master_addr.rpartition(":")
-    if colon and port.isdigit() and (":" not in host or host.startswith("[")):
-        return resolve(host.strip("[]"), int(port), "--master-addr")
-    return resolve(parallel.master_addr.strip("[]"), parallel.master_port, "--master-addr")
-
-
-def check_addresses(parallel: ParallelConfig, environment: Mapping[str, str]) -> None:
-    """Raise ValueError, before anything is started, where other machines are to come and there is no key for them."""
-    if parallel.nnodes > 1:
-        key_for(master_address(parallel), environment)
-    if parallel.data_parallel_address is not None:
-        port = parallel.data_parallel_rpc_port
-        key_for(resolve(parallel.data_parallel_address, port, "--data-parallel-address"), environment)
 
 
 def join_group(meeting: Address, pair: KeyPair | None, rank: int, size: int, why: Callable[[], str | None]) -> Gloo:

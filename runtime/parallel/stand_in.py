@@ -19,7 +19,7 @@ import zmq
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.launch import EngineStart, heartbeat_address, remove_socket
 from octavo.runtime.messages import Failed, Shutdown
-from octavo.runtime.parallel.address import key_for, resolve
+from octavo.runtime.parallel.address import engine_address, key_for
 from octavo.runtime.parallel.agreement import agreement_of
 from octavo.runtime.parallel.lifeline import end_with_parent, one_line, read_line
 from octavo.runtime.parallel.meeting import Meeting, Owner
@@ -57,8 +57,7 @@ class StandIn:
 
     def __init__(self, config: EngineConfig, index: int, address: str) -> None:
         parallel = config.parallel
-        host = parallel.data_parallel_address or ""
-        met_at = resolve(host, parallel.data_parallel_rpc_port + index, "--data-parallel-address")
+        met_at = engine_address(parallel, index)
         pair = key_for(met_at, os.environ)
         self._address = address
         self._losses: queue.SimpleQueue[str] = queue.SimpleQueue()

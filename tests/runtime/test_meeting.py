@@ -15,12 +15,11 @@ import pytest
 import zmq
 
 from octavo.runtime.config import EngineConfig
-from octavo.runtime.parallel.address import Address, bind, key_for, key_pair, prepare
+from octavo.runtime.parallel.address import Address, bind, key_for, key_pair, master_address, prepare
 from octavo.runtime.parallel.agreement import Agreement, agreement_of, difference
 from octavo.runtime.parallel.config import ParallelConfig
 from octavo.runtime.parallel.guest import Guest, JoinError, Values, leave
 from octavo.runtime.parallel.meeting import Bye, Hello, Meeting, Owner, Welcome
-from octavo.runtime.parallel.remote_ranks import master_address
 
 LOOPBACK = Address("127.0.0.1", 0)
 MEANS = Agreement("1.0", {"config.json": "abc"}, {"--block-size": "16"})

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import octavo
 from octavo.runtime.parallel import placement
 from octavo.runtime.parallel.config import MAX_ENGINES, Devices, ParallelConfig, check
 from octavo.runtime.parallel.placement import Placement, find_devices, place
@@ -119,3 +125,10 @@ def test_engines_of_a_server_and_of_other_machines() -> None:
         check(parallel, Devices(tuple(range(8)), 8), None)
     assert [*server.local_engines, *other.local_engines] == [0, 1, 2, 3, 4]
     assert ParallelConfig(data_parallel_size=3).local_engines == range(3)
+
+
+def test_what_a_server_needs_before_its_engines_start_imports_no_numpy() -> None:
+    """They would start later by as long as that takes."""
+    program = "import sys, octavo.runtime.launch, octavo.runtime.parallel.address; sys.exit('numpy' in sys.modules)"
+    environment = os.environ | {"PYTHONPATH": str(Path(octavo.__file__).parent.parent)}
+    subprocess.run([sys.executable, "-P", "-c", program], env=environment, check=True)

@@ -225,7 +225,7 @@ def _start_errors(options: ServeOptions, directory: Path) -> Iterator[None]:
 def _launcher(options: ServeOptions, directory: Path, places: Places | None = None) -> Launcher:
     """places: where engines meet further server processes."""
     from octavo.runtime.launch import Launcher
-    from octavo.runtime.parallel.remote_ranks import check_addresses
+    from octavo.runtime.parallel.address import check_addresses
 
     config = engine_config(options, directory)
     try:
