@@ -135,7 +135,7 @@ class Line:
                 break
             except zmq.Again:
                 self._count_refusals()
-                if time.monotonic() >= deadline or self.num_refusals >= REFUSALS:
+                if time.monotonic() >= deadline:
                     return None
                 time.sleep(CONNECT_SECONDS)
         answer = self.hear(deadline - time.monotonic())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import socket
@@ -116,11 +117,7 @@ def test_a_host_that_falls_silent_is_over_and_one_that_starts_anew_knows_nobody(
         byes: list[queue.SimpleQueue[Bye]] = [queue.SimpleQueue(), queue.SimpleQueue()]
         for member, patience in enumerate((0.4, 60.0)):
             guest = Guest(address, SECRET, Hello(member, str(member), "node 1", MEANS), patience)
-            joining = threading.Thread(target=guest.join)
-            joining.start()
-            identity, _ = host.recv_multipart()
-            host.send_multipart([identity, msgspec.msgpack.encode(Welcome(b""))])
-            joining.join()
+            let_in(guest, host)
             guests.append(guest)
         for guest, told in zip(guests, byes, strict=True):
             guest.watch(told.put)
@@ -130,6 +127,35 @@ def test_a_host_that_falls_silent_is_over_and_one_that_starts_anew_knows_nobody(
     anew = Meeting(address, SECRET, {1: "rank 1 of 2"}, MEANS, 60.0, owner, "--master-addr")
     assert byes[1].get(timeout=20) == Bye("the one that it has joined is no more")
     anew.close("the test is over")
+
+
+def let_in(guest: Guest, host: zmq.Socket[bytes]) -> None:
+    joining = threading.Thread(target=guest.join)
+    joining.start()
+    identity, _ = host.recv_multipart()
+    host.send_multipart([identity, msgspec.msgpack.encode(Welcome(b""))])
+    joining.join()
+
+
+def test_a_host_in_whose_place_something_hangs_up_is_waited_for(free_port: int) -> None:
+    """A proxy, say, which takes connections while the host is made anew: for as long as the patience lasts."""
+    address = Address("127.0.0.1", free_port)
+    guest = Guest(address, SECRET, Hello(1, "a", "node 1", MEANS), 2.0)
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as host:
+        prepare(host, SECRET, is_server=True)
+        bind(host, address, "--master-addr")
+        let_in(guest, host)
+    byes: queue.SimpleQueue[tuple[float, Bye]] = queue.SimpleQueue()
+    with socket.create_server(("127.0.0.1", free_port)) as proxy:
+        proxy.settimeout(0.05)
+        begin = time.monotonic()
+        guest.watch(lambda bye: byes.put((time.monotonic(), bye)))
+        while byes.empty():
+            with contextlib.suppress(TimeoutError):
+                proxy.accept()[0].close()
+    end, bye = byes.get()
+    assert bye == Bye(f"{address} has not been heard of for 2 s (--distributed-timeout-seconds)")
+    assert end - begin >= 2.0
 
 
 @pytest.mark.parametrize(
