@@ -14,6 +14,7 @@ from octavo.runtime.parallel.address import KEY, Address, KeyPair, prepare
 from octavo.runtime.parallel.lifeline import EndedError
 from octavo.runtime.parallel.meeting import (
     ARRIVAL,
+    Alive,
     Beat,
     Bye,
     FromMeeting,
@@ -32,6 +33,7 @@ from octavo.runtime.parallel.meeting import (
 RETRY_SECONDS = 0.5
 CONNECT_SECONDS = 0.02  # between two looks at whether there is a connection
 POLL_SECONDS = 0.2
+LOOK_SECONDS = 0.05  # between two looks at whether there is a value
 LAST_WORDS_SECONDS = 2.0
 FLUSH_MS = 200
 REFUSALS = 3  # one may be a process that ended at that moment
@@ -126,7 +128,7 @@ class Line:
         self._socket.connect(address.url)
 
     def ask(self, message: ToMeeting, seconds: float) -> FromMeeting | None:
-        """Say something, and wait for the answer; None where none has come in time."""
+        """Say something, and wait for the answer; None where none has come in time, or it could not be said."""
         deadline = time.monotonic() + seconds
         frame = self._encoder.encode(message)
         while True:
@@ -170,30 +172,31 @@ class Values:
     """What the processes of a meeting's members keep for each other. why: of the end of all waiting; None before."""
 
     def __init__(self, address: Address, pair: KeyPair | None, why: Callable[[], str | None]) -> None:
-        self._address = address
         self._line = Line(address, pair)
         self._why = why
 
     def put(self, key: str, value: bytes) -> None:
-        self._ask(Put(key, value))
+        """Raises EndedError."""
+        while not isinstance(self._line.ask(Put(key, value), POLL_SECONDS), Alive):
+            self._check()
 
     def get(self, key: str) -> bytes:
         """Wait until there is a value. Raises EndedError."""
-        answer = self._ask(Get(key))
-        assert isinstance(answer, Value)
-        return answer.value
+        while True:
+            answer = self._line.ask(Get(key), POLL_SECONDS)
+            if isinstance(answer, Value) and answer.key == key:  # and not the late answer to another question
+                return answer.value
+            self._check()
+            if answer is not None:
+                time.sleep(LOOK_SECONDS)
 
     def close(self) -> None:
         self._line.close()
 
-    def _ask(self, message: Put | Get) -> FromMeeting:
-        answer = self._line.ask(message, POLL_SECONDS)
-        while answer is None:
-            why = self._why()
-            if why is not None:
-                raise EndedError(why)
-            answer = self._line.hear(POLL_SECONDS)
-        return answer
+    def _check(self) -> None:
+        why = self._why()
+        if why is not None:
+            raise EndedError(why)
 
 
 def leave(address: Address, pair: KeyPair | None, guest: str, why: str) -> None:

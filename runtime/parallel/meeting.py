@@ -14,7 +14,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -90,12 +89,13 @@ class Put(msgspec.Struct, frozen=True, tag="put"):
 
 
 class Get(msgspec.Struct, frozen=True, tag="get"):
-    """Answered when there is a value."""
+    """Answered with the value, or Alive while there is none."""
 
     key: str
 
 
 class Value(msgspec.Struct, frozen=True, tag="value"):
+    key: str
     value: bytes
 
 
@@ -156,7 +156,6 @@ class Meeting:
         self._patience = patience
         self._owner = owner
         self._values: dict[str, bytes] = {}
-        self._waiting: defaultdict[str, list[bytes]] = defaultdict(list)
         self._bye: Bye | None = None
         self._lock = threading.Lock()
         self._last_warning = -REPEAT_SECONDS
@@ -259,13 +258,9 @@ class Meeting:
             case Put():
                 self._values[message.key] = message.value
                 self._send(identity, Alive())
-                for other in self._waiting.pop(message.key, []):
-                    self._send(other, Value(message.value))
             case Get():
-                if message.key in self._values:
-                    self._send(identity, Value(self._values[message.key]))
-                else:
-                    self._waiting[message.key].append(identity)
+                value = self._values.get(message.key)
+                self._send(identity, Alive() if value is None else Value(message.key, value))
 
     def _member_of(self, guest: str) -> _Member | None:
         with self._lock:

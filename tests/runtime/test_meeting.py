@@ -19,8 +19,8 @@ from octavo.runtime.config import EngineConfig
 from octavo.runtime.parallel.address import Address, bind, key_for, key_pair, master_address, prepare
 from octavo.runtime.parallel.agreement import Agreement, agreement_of, difference
 from octavo.runtime.parallel.config import ParallelConfig
-from octavo.runtime.parallel.guest import Guest, JoinError, Values, leave
-from octavo.runtime.parallel.meeting import Bye, Hello, Meeting, Owner, Welcome
+from octavo.runtime.parallel.guest import POLL_SECONDS, Guest, JoinError, Values, leave
+from octavo.runtime.parallel.meeting import Bye, Get, Hello, Meeting, Owner, Welcome
 
 LOOPBACK = Address("127.0.0.1", 0)
 MEANS = Agreement("1.0", {"config.json": "abc"}, {"--block-size": "16"})
@@ -222,6 +222,37 @@ def test_members_keep_values_for_each_other(open_host: Callable[..., Host]) -> N
     with pytest.raises(RuntimeError, match="rank 2 has ended"):
         stopped.get("never")
     for values in (reader, writer, stopped):
+        values.close()
+
+
+def test_a_value_that_nobody_could_be_told_at_once_is_kept_all_the_same(free_port: int) -> None:
+    """The connection takes longer than one look: a slow network, or a host that is about to listen."""
+    address = Address("127.0.0.1", free_port)
+    writer = Values(address, SECRET, lambda: None)
+    writing = threading.Thread(target=writer.put, args=("key", b"1"), daemon=True)
+    writing.start()
+    time.sleep(2 * POLL_SECONDS)
+    owner = Owner(lambda *_: b"", lambda *_: None, lambda *_: None)
+    host = Meeting(address, SECRET, {}, MEANS, 60.0, owner, "--master-addr")
+    writing.join(20)
+    assert not writing.is_alive()
+    assert writer.get("key") == b"1"
+    writer.close()
+    host.close("the test is over")
+
+
+def test_a_value_is_waited_for(open_host: Callable[..., Host]) -> None:
+    """And what was asked before, and answered late, is not taken for it."""
+    host = open_host()
+    reader, writer = (Values(host.meeting.address, SECRET, lambda: None) for _ in range(2))
+    writer.put("early", b"1")
+    assert reader.get("early") == b"1"
+    reader._line.ask(Get("early"), 0.0)
+    timer = threading.Timer(0.3, writer.put, ("late", b"2"))
+    timer.start()
+    assert reader.get("late") == b"2"
+    timer.join()
+    for values in (reader, writer):
         values.close()
 
 
