@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import msgspec
 import zmq
 
+from octavo.runtime.link import has_message
 from octavo.runtime.parallel.address import KEY, Address, KeyPair, bind, prepare
 from octavo.runtime.parallel.agreement import Agreement, difference
 
@@ -197,10 +198,10 @@ class Meeting:
             if self._monitor in ready:
                 self._monitor.recv_multipart()
                 self._warn_of_strangers()
-            if self._socket in ready:
+            while self._bye is None and has_message(self._socket):
                 identity, frame = self._socket.recv_multipart()
                 self._take(identity, frame)
-            elif time.monotonic() >= next_beat:  # all that has come has been taken
+            if time.monotonic() >= next_beat:
                 self._count_missed(beat)
                 next_beat = time.monotonic() + beat
         self._say(self._bye)

@@ -98,6 +98,27 @@ def test_a_member_that_falls_silent_is_lost(open_host: Callable[..., Host]) -> N
     assert why == ("rank 1 of 3 on node 1 (10.0.0.2) has not been heard of for 0.4 s (--distributed-timeout-seconds)")
 
 
+def test_a_silent_member_is_lost_however_much_others_say(open_host: Callable[..., Host]) -> None:
+    """As the beats of many ranks do."""
+    host = open_host(0.4)
+    host.silent_guest().join()
+    values = Values(host.meeting.address, SECRET, lambda: None)
+    is_over = threading.Event()
+
+    def talk() -> None:
+        while not is_over.is_set():
+            values.put("key", b"1")
+
+    talking = threading.Thread(target=talk)
+    talking.start()
+    try:
+        assert host.hears()[:2] == ("lost", 1)
+    finally:
+        is_over.set()
+        talking.join()
+        values.close()
+
+
 def test_a_member_that_never_comes_is_told_of(open_host: Callable[..., Host]) -> None:
     host = open_host(0.1)
     told = {host.hears()[1:], host.hears()[1:]}
