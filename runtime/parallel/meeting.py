@@ -108,6 +108,7 @@ FromMeeting = Welcome | Wait | Refused | Alive | Bye | Value
 class _Member:
     """A place in a meeting. guest: who has it; '' while nobody does. missed: beats, or those before anybody came."""
 
+    number: int
     name: str
     guest: str = ""
     node: str = ""
@@ -152,13 +153,12 @@ class Meeting:
         owner: Owner,
         flags: str,
     ) -> None:
-        self._members = {number: _Member(name) for number, name in members.items()}
+        self._members = {number: _Member(number, name) for number, name in members.items()}
         self._means = means
         self._patience = patience
         self._owner = owner
         self._values: dict[str, bytes] = {}
         self._bye: Bye | None = None
-        self._lock = threading.Lock()
         self._last_warning = -REPEAT_SECONDS
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[ToMeeting] = msgspec.msgpack.Decoder(ToMeeting)
@@ -175,11 +175,6 @@ class Meeting:
             raise
         self._thread = threading.Thread(target=self._run, name="octavo-meeting", daemon=True)
         self._thread.start()
-
-    def dismiss(self, number: int) -> None:
-        """A member's guest is not wanted any more, which it is told at its next beat; another one may come."""
-        with self._lock:
-            self._members[number].guest = ""
 
     def close(self, why: str, *, is_final: bool = False) -> None:
         """Tell all members, and listen no more. May be called again."""
@@ -264,8 +259,7 @@ class Meeting:
                 self._send(identity, Alive() if value is None else Value(message.key, value))
 
     def _member_of(self, guest: str) -> _Member | None:
-        with self._lock:
-            return next((one for one in self._members.values() if guest and one.guest == guest), None)
+        return next((one for one in self._members.values() if guest and one.guest == guest), None)
 
     def _greet(self, identity: bytes, hello: Hello) -> FromMeeting:
         member = self._members.get(hello.member)
@@ -282,8 +276,7 @@ class Meeting:
         details = self._owner.welcome(hello.member, hello.node)
         if details is None:
             return Wait(f"{member.who} has just ended")
-        with self._lock:
-            member.guest = hello.guest
+        member.guest = hello.guest
         member.node = hello.node
         member.identity = identity
         member.missed = 0
@@ -291,15 +284,13 @@ class Meeting:
         return Welcome(details)
 
     def _lose(self, guest: str, why: str) -> None:
-        with self._lock:
-            found = [number for number, member in self._members.items() if guest and member.guest == guest]
-            for number in found:
-                self._members[number].guest = ""
-        for number in found:
-            self._owner.lost(number, why)
+        member = self._member_of(guest)
+        if member is not None:
+            member.guest = ""
+            self._owner.lost(member.number, why)
 
     def _count_missed(self, beat: float) -> None:
-        for number, member in self._members.items():
+        for member in self._members.values():
             member.missed += 1
             silence = member.missed * beat
             if member.guest and silence > self._patience:
@@ -309,9 +300,8 @@ class Meeting:
                 )
             elif not member.has_come and silence > ARRIVAL * self._patience:
                 member.has_come = True  # told once
-                self._owner.lost(
-                    number, f"{member.who} has not come to {self.address} within {ARRIVAL * self._patience:g} s"
-                )
+                limit = ARRIVAL * self._patience
+                self._owner.lost(member.number, f"{member.who} has not come to {self.address} within {limit:g} s")
 
 
 def beat_seconds(patience: float) -> float:
