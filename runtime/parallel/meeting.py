@@ -128,7 +128,7 @@ class Owner:
 
     welcome  a member comes: the details that it is told; None where it must wait for another meeting
     lost     a member is gone, or has not come in time
-    refused  a member means something else
+    refused  who comes for a place that nobody has means something else
     """
 
     welcome: Callable[[int, str], bytes | None]
@@ -267,7 +267,8 @@ class Meeting:
             return Refused(f"{hello.node} comes as number {hello.member}, and there is no such place at {self.address}")
         problem = difference(self._means, hello.means, ("node 0", hello.node))
         if problem is not None:
-            self._owner.refused(hello.member, problem)
+            if not member.guest:  # else somebody who means the same has this place
+                self._owner.refused(hello.member, problem)
             return Refused(problem)
         if member.guest not in ("", hello.guest):
             if member.missed < DOUBT:

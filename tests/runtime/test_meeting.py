@@ -214,6 +214,15 @@ def test_who_means_something_else_is_refused_on_both_sides(open_host: Callable[.
     )
 
 
+def test_who_means_something_else_ends_no_engine_that_runs(open_host: Callable[..., Host]) -> None:
+    """A machine that was started a second time, with other options."""
+    host = open_host(60.0)
+    host.silent_guest().join()
+    with pytest.raises(JoinError, match="doesn't mean the same as node 0: octavo is"):
+        host.guest(name="b", means=msgspec.structs.replace(MEANS, version="2.0")).join()
+    assert host.told.empty()
+
+
 def test_a_place_that_is_taken_is_waited_for(open_host: Callable[..., Host]) -> None:
     """Until whoever has it falls silent; a newcomer says that it has been started again."""
     host = open_host(2.0)
