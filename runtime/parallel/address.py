@@ -60,7 +60,10 @@ def resolve(host: str, port: int, flag: str) -> Address:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError as error:
         raise ValueError(f"{flag} {host}: {error.strerror or error}") from None
-    return Address(str(found[0][4][0]), port)
+    address = Address(str(found[0][4][0]), port)
+    if ipaddress.ip_address(address.host).is_unspecified:  # can be listened at, and not be told to others
+        raise ValueError(f"{flag} {host}: no address of one machine; the server's own, at which others reach it, works")
+    return address
 
 
 def master_address(parallel: ParallelConfig) -> Address:

@@ -336,6 +336,13 @@ def test_a_name_that_nobody_knows_is_refused_by_its_flag() -> None:
         master_address(ParallelConfig(master_addr="no.such.host.invalid"))
 
 
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_an_address_of_all_machines_is_refused_by_its_flag(host: str) -> None:
+    """Members would be told to find orders there, and wait for ever at their own machine."""
+    with pytest.raises(ValueError, match=f"--master-addr {host}: no address of one machine; the server's own"):
+        master_address(ParallelConfig(master_addr=host))
+
+
 def test_an_address_of_another_machine_is_refused_by_its_flag() -> None:
     owner = Owner(lambda *_: b"", lambda *_: None, lambda *_: None)
     with pytest.raises(ValueError, match=r"--master-addr 192.0.2.1:29501: .*: it must be an address of this machine"):
