@@ -33,7 +33,7 @@ class HeadlessError(ValueError):
 
 
 def run_ranks(config: EngineConfig) -> None:
-    """Until the server has ended. Raises HeadlessError; ValueError for an address or a key; SystemExit at SIGTERM."""
+    """Until the server has ended. Raises HeadlessError; ValueError for an address or a key; what a signal raises."""
     address = master_address(config.parallel)
     pair = key_for(address, os.environ)
     ranks = config.parallel.local_ranks
@@ -45,7 +45,7 @@ def run_ranks(config: EngineConfig) -> None:
                 threading.Thread(target=_watch, args=(follower, ends), daemon=True).start()
             try:
                 follower, code, why = ends.get()
-            except SystemExit:
+            except (SystemExit, KeyboardInterrupt):
                 first = followers[0]
                 leave(address, pair, first.guest, f"{first.name}: node {config.parallel.node_rank} was told to end")
                 raise

@@ -34,7 +34,7 @@ FLUSH_MS = 1000
 
 
 def run_engines(config: EngineConfig) -> None:
-    """Until the server has ended. Raises HeadlessError; ValueError for an address or a key; SystemExit at SIGTERM."""
+    """Until the server has ended. Raises HeadlessError; ValueError for an address or a key; what a signal raises."""
     ends: queue.SimpleQueue[str | None] = queue.SimpleQueue()
     engines = [HeadlessEngine(config, index) for index in config.parallel.local_engines]
     for engine in engines:

@@ -125,3 +125,16 @@ def test_a_node_of_another_model_ends_both_sides_with_one_line(config: EngineCon
         last = node.lines[-1]
         assert last.startswith("octavo serve: rank 1 of 2: node 1 (127.0.0.1) doesn't mean the same as node 0: ")
         followers.close("it could not start")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_node_that_is_told_to_end_says_so_at_once(config: EngineConfig, number: signal.Signals) -> None:
+    """By whatever tells it: the driver is not to wait until it is missed."""
+    with headless(config) as node:
+        followers = Followers(config)
+        assert followers.join().size == 2
+        node.send_signal(number)
+        assert os.read(followers.ended, 1)
+        with pytest.raises(RuntimeError, match="rank 1 of 2: node 1 was told to end"):
+            followers.check()
+        followers.close("its other node has ended")
