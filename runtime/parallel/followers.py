@@ -20,7 +20,7 @@ from octavo.runtime.parallel.channel import DriverChannel
 from octavo.runtime.parallel.follower_process import GONE, FollowerProcess, FollowerStart, share_of_cores
 from octavo.runtime.parallel.lifeline import EndedError
 from octavo.runtime.parallel.order import StepOrder, largest_order
-from octavo.runtime.parallel.placement import CGROUP, cpus_in_cgroup
+from octavo.runtime.parallel.placement import num_cores
 from octavo.runtime.parallel.remote_ranks import RemoteRanks, ranks_of_other_nodes
 from octavo.runtime.scheduling.plan import SchedulerConfig
 
@@ -44,7 +44,7 @@ class Followers:
         self._remote = remote or ranks_of_other_nodes(config)
         ranks = [rank for rank in range(self.size) if self._remote is None or rank not in self._remote.ranks]
         cores = sorted(os.sched_getaffinity(0))
-        at_a_time = min(len(cores), cpus_in_cgroup(CGROUP))
+        at_a_time = num_cores()
         self.threads = config.num_threads or max(1, at_a_time // len(ranks))
         self.notes = crowded(len(ranks), at_a_time)
         self._channel = DriverChannel(len(ranks) - 1)

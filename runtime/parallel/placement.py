@@ -55,6 +55,11 @@ def place(index: int, size: int, devices: Devices, ranks: int = 1) -> Placement:
     return Placement(cores=list(devices.cores[index * count // size : (index + 1) * count // size]))
 
 
+def num_cores() -> int:
+    """How many CPUs this process may use at a time."""
+    return min(len(os.sched_getaffinity(0)), cpus_in_cgroup(CGROUP))
+
+
 def cpus_in_cgroup(root: Path) -> int:
     """A container's quota of CPU time (cgroup v2) in whole CPUs; more threads would only wait and spin."""
     try:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from octavo.kernels.launching import tuning
-from octavo.runtime.parallel.placement import CGROUP, cpus_in_cgroup
+from octavo.runtime.parallel.placement import CGROUP, num_cores
 
 
 def choose_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
@@ -30,11 +30,6 @@ def set_threads(num_threads: int | None) -> int:
     count = num_threads or num_cores()
     torch.set_num_threads(count)
     return count
-
-
-def num_cores() -> int:
-    """How many CPUs this process may use."""
-    return min(len(os.sched_getaffinity(0)), cpus_in_cgroup(CGROUP))
 
 
 def free_memory(device: torch.device) -> int:
