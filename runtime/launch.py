@@ -147,6 +147,11 @@ def _lock(descriptor: int) -> bool:
     return True
 
 
+def how_it_ended(code: int) -> str:
+    """A process, by its exit code, for a person."""
+    return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+
+
 def heartbeat_address(address: str) -> str:
     """The address, beside `address`, at which the engine's ranks echo what they receive."""
     return address.removesuffix("engine") + "heartbeat"

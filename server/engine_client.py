@@ -17,7 +17,7 @@ from collections.abc import Callable
 import msgspec
 import zmq
 
-from octavo.runtime.launch import EngineElsewhere, EngineProcess, heartbeat_address
+from octavo.runtime.launch import EngineElsewhere, EngineProcess, heartbeat_address, how_it_ended
 from octavo.runtime.link import has_message
 from octavo.runtime.messages import Failed, FromEngine, Ping, Pong, Ready, Shutdown, StepOutputs, ToEngine
 from octavo.server.heartbeat import Heartbeat
@@ -195,8 +195,7 @@ class EngineClient:
         """A thread that waits for the process's end, however it comes."""
 
         def wait() -> None:
-            code = engine.process.wait()
-            how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+            how = how_it_ended(engine.process.wait())
             with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended too
                 loop.call_soon_threadsafe(self._end, f"the engine process ended ({how})")
 

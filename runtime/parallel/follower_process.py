@@ -8,7 +8,7 @@ import sys
 import msgspec
 
 from octavo.runtime.config import EngineConfig
-from octavo.runtime.launch import child_environment
+from octavo.runtime.launch import child_environment, how_it_ended
 from octavo.runtime.parallel.address import Address
 from octavo.runtime.parallel.channel import ChannelEnds
 
@@ -62,8 +62,7 @@ class FollowerProcess:
         with self.process.stdout as stdout:
             said = stdout.read().decode(errors="replace").strip()
         code = self.process.wait()
-        how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-        return code, f"{self.name}: {said.splitlines()[-1]}" if said else f"{self.name} ended ({how})"
+        return code, f"{self.name}: {said.splitlines()[-1]}" if said else f"{self.name} ended ({how_it_ended(code)})"
 
     def end(self) -> None:
         """Let it end."""

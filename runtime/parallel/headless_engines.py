@@ -17,7 +17,7 @@ import msgspec
 import zmq
 
 from octavo.runtime.config import EngineConfig
-from octavo.runtime.launch import EngineProcess, heartbeat_address, start_engine
+from octavo.runtime.launch import EngineProcess, heartbeat_address, how_it_ended, start_engine
 from octavo.runtime.parallel.address import Address, engine_address, key_for, own_host_towards
 from octavo.runtime.parallel.agreement import agreement_of
 from octavo.runtime.parallel.guest import Guest, JoinError, leave
@@ -86,15 +86,15 @@ class HeadlessEngine:
         self._guest = name
         guest.watch(byes.put)
         self._pass_on(engine, far, byes)
-        code = engine.exit_code()
         engine.close()
+        code = engine.process.wait()
         self._guest = ""
         try:
             bye = byes.get(timeout=BYE_SECONDS if code == 0 else 0.0)
         except queue.Empty:
-            how = f"killed by signal {-code}" if code is not None and code < 0 else f"exit code {code}"
-            leave(self._met_at, self._pair, name, f"{self._name} ended ({how})")
-            log.error("%s ended (%s)", self._name, how)
+            why = f"{self._name} ended ({how_it_ended(code)})"
+            leave(self._met_at, self._pair, name, why)
+            log.error("%s", why)
             return False
         log.info("%s: %s", self._name, bye.why)
         return bye.is_final

@@ -15,6 +15,7 @@ from types import FrameType
 
 import msgspec
 
+from octavo.runtime.launch import how_it_ended
 from octavo.runtime.messages import AbandonServer, Ready
 from octavo.runtime.shared_link import server_name
 from octavo.server.engine_client import EngineDeadError
@@ -198,8 +199,7 @@ class Parent:
             server.is_running = False
             if self._is_stopping or self._client.death is not None:
                 return
-            how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-            server.trouble = server.trouble or f"server process {server.number} ended ({how})"
+            server.trouble = server.trouble or f"server process {server.number} ended ({how_it_ended(code)})"
             if not self._serves or not await self._replace(server):
                 return
 
