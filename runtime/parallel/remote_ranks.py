@@ -44,7 +44,11 @@ class RemoteRanks:
         self._group: Gloo | None = None
         self._orders = TcpDriverChannel(address.host, pair, ranks, lambda: self._failure)
         details = msgspec.msgpack.encode(self._orders.address)
-        owner = Owner(lambda _, __: details, lambda _, why: self._lose(why), lambda _, why: self._lose(why))
+        owner = Owner(
+            lambda *_: details if self._failure is None else None,  # another engine is about to come
+            lambda _, why: self._lose(why),
+            lambda _, why: self._lose(why),
+        )
         names = {rank: f"rank {rank} of {self._size}" for rank in ranks}
         self._meeting = Meeting(address, pair, names, agreement_of(config), self._patience, owner, FLAGS)
         self.meeting = self._meeting.address
