@@ -1,8 +1,8 @@
 """Passes on what a server and its engine on another machine say to each other: both machines have one end.
 
-Near are two local sockets, for messages and for the heartbeat, which stand where the other side would be, so that
-neither server nor engine knows of all this. Far is one connection over TCP for both. It is never made anew, since what
-was under way would be lost: without it the heartbeat ends too, and the server takes the engine for dead.
+Near are local sockets, for messages and for the heartbeat of each rank, which stand where the other side would be, so
+that neither server nor engine knows of all this. Far is one connection over TCP for all. It is never made anew, since
+what was under way would be lost: without it the heartbeat ends too, and the server takes the engine for dead.
 """
 
 from __future__ import annotations
@@ -15,72 +15,76 @@ import zmq
 from octavo.runtime.parallel.address import Address, KeyPair, bind, prepare
 
 MESSAGES = b"m"
-HEARTBEAT = b"h"
+ALL_RANKS = b""  # the lane of a ROUTER, whose peers are ranks
 
 
 class Relay:
-    """One end. For one thread at a time."""
+    """One end. For one thread at a time.
+
+    near: by lanes, which are MESSAGES and, for the heartbeat, the numbers of ranks or ALL_RANKS.
+    """
 
     def __init__(
-        self,
-        context: zmq.Context[zmq.Socket[bytes]],
-        far: zmq.Socket[bytes],
-        messages: zmq.Socket[bytes],
-        heartbeat: zmq.Socket[bytes],
+        self, context: zmq.Context[zmq.Socket[bytes]], far: zmq.Socket[bytes], near: dict[bytes, zmq.Socket[bytes]]
     ) -> None:
         self._context = context
         self._far = far
-        self._near = {MESSAGES: messages, HEARTBEAT: heartbeat}
+        self._near = near
         self._poller = zmq.Poller()
-        for opened in (far, messages, heartbeat):
+        for opened in (far, *near.values()):
             self._poller.register(opened, zmq.POLLIN)
 
     def pass_on(self, seconds: float, look: Callable[[bytes], None] = lambda _: None) -> None:
         """Pass on what comes within that time. look: is shown the near side's messages."""
-        for opened, _ in self._poller.poll(int(1000 * seconds)):
-            if opened is self._far:
-                lane, frame = self._far.recv_multipart()
-                self.say_near(frame, lane)
+        ready = dict(self._poller.poll(int(1000 * seconds)))
+        if self._far in ready:
+            lane, frame = self._far.recv_multipart()
+            self.say_near(frame, lane)
+        for lane, opened in self._near.items():
+            if opened not in ready:
                 continue
-            frame = opened.recv()
-            is_message = opened is self._near[MESSAGES]
+            *rank, frame = opened.recv_multipart()
             with contextlib.suppress(zmq.Again):  # the other machine is gone, which the heartbeat tells
-                self._far.send_multipart([MESSAGES if is_message else HEARTBEAT, frame], zmq.NOBLOCK)
-            if is_message:
+                self._far.send_multipart([*(rank or [lane]), frame], zmq.NOBLOCK)
+            if lane == MESSAGES:
                 look(frame)
 
     def say_near(self, frame: bytes, lane: bytes = MESSAGES) -> None:
         """Say something to this machine's side."""
         with contextlib.suppress(zmq.Again):
-            self._near[lane].send(frame, zmq.NOBLOCK)
+            if lane in self._near:
+                self._near[lane].send(frame, zmq.NOBLOCK)
+            else:
+                self._near[ALL_RANKS].send_multipart([lane, frame], zmq.NOBLOCK)
 
     def close(self, flush_ms: int = 0) -> None:
         self._context.destroy(linger=flush_ms)
 
 
-def near_server(context: zmq.Context[zmq.Socket[bytes]], messages: str, heartbeat: str) -> list[zmq.Socket[bytes]]:
-    """What an engine would connect to the server: its addresses."""
-    sockets = []
-    for address, name in ((messages, b""), (heartbeat, b"0")):
-        opened = context.socket(zmq.DEALER)
-        prepare(opened, None)
-        if name:
-            opened.setsockopt(zmq.ROUTING_ID, name)  # rank 0: see start_heartbeat
-        opened.setsockopt(zmq.RECONNECT_IVL, 10)
-        opened.connect(address)
-        sockets.append(opened)
-    return sockets
+def near_server(
+    context: zmq.Context[zmq.Socket[bytes]], messages: str, heartbeat: str, num_ranks: int
+) -> dict[bytes, zmq.Socket[bytes]]:
+    """What an engine and its ranks would connect to the server: its addresses."""
+    near = {MESSAGES: messages} | {b"%d" % rank: heartbeat for rank in range(num_ranks)}
+    opened = {lane: context.socket(zmq.DEALER) for lane in near}
+    for lane, address in near.items():
+        prepare(opened[lane], None)
+        if lane != MESSAGES:
+            opened[lane].setsockopt(zmq.ROUTING_ID, lane)  # see start_heartbeat
+        opened[lane].setsockopt(zmq.RECONNECT_IVL, 10)
+        opened[lane].connect(address)
+    return opened
 
 
-def near_engine(context: zmq.Context[zmq.Socket[bytes]], messages: str, heartbeat: str) -> list[zmq.Socket[bytes]]:
-    """What a server would bind for the engine."""
-    sockets = []
-    for address in (messages, heartbeat):
-        opened = context.socket(zmq.DEALER)
+def near_engine(
+    context: zmq.Context[zmq.Socket[bytes]], messages: str, heartbeat: str
+) -> dict[bytes, zmq.Socket[bytes]]:
+    """What a server would bind for the engine and its ranks."""
+    near = {MESSAGES: context.socket(zmq.DEALER), ALL_RANKS: context.socket(zmq.ROUTER)}
+    for opened, address in zip(near.values(), (messages, heartbeat), strict=True):
         prepare(opened, None)
         opened.bind(address)
-        sockets.append(opened)
-    return sockets
+    return near
 
 
 def listen_far(

@@ -60,6 +60,7 @@ class StandIn:
         met_at = engine_address(parallel, index)
         pair = key_for(met_at, os.environ)
         self._address = address
+        self._num_ranks = parallel.num_ranks
         self._losses: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._is_final = False
         self._is_over = False  # the engine is lost, and another one has another stand-in
@@ -79,8 +80,8 @@ class StandIn:
                 _say_failed(self._address, self._losses.get())
                 return 1
         self._far.recv()
-        sockets = near_server(self._context, self._address, heartbeat_address(self._address))
-        relay = Relay(self._context, self._far, *sockets)
+        near = near_server(self._context, self._address, heartbeat_address(self._address), self._num_ranks)
+        relay = Relay(self._context, self._far, near)
         while self._losses.empty():
             relay.pass_on(LOOK_SECONDS, self._look)
         deadline = time.monotonic() + LAST_MESSAGE_SECONDS

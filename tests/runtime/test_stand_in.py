@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import zmq
 
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.parallel.address import Address, engine_address
@@ -14,6 +16,7 @@ from octavo.runtime.parallel.agreement import agreement_of
 from octavo.runtime.parallel.config import ParallelConfig
 from octavo.runtime.parallel.guest import Guest, JoinError, leave
 from octavo.runtime.parallel.meeting import Hello
+from octavo.runtime.parallel.relay import Relay, connect_far, listen_far, near_engine, near_server
 from octavo.runtime.parallel.remote_ranks import RemoteRanks
 from octavo.runtime.parallel.stand_in import StandIn
 
@@ -58,3 +61,31 @@ def test_who_comes_after_a_loss_waits_for_what_is_started_next(met_at: Address, 
     with pytest.raises(JoinError, match=r"there was no place at .* within 1 s: .* 1.* on node 1 has just ended"):
         second.join()
     first.close()
+
+
+def test_each_rank_of_an_engine_answers_for_itself(tmp_path: Path) -> None:
+    """One that is frozen is not taken for another one, which lives."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    server, frozen, alive = (context.socket(kind) for kind in (zmq.ROUTER, zmq.DEALER, zmq.DEALER))
+    at_server, at_engine = ([f"ipc://{tmp_path}/{side}-{name}" for name in "mh"] for side in "se")
+    far, listens = listen_far(context, "127.0.0.1", None)
+    server.bind(at_server[1])
+    node = Relay(context, connect_far(context, listens, None), near_engine(context, *at_engine))
+    assert far.recv() == b""
+    stand_in = Relay(context, far, near_server(context, *at_server, 2))
+    for rank, echo in ((b"0", frozen), (b"1", alive)):
+        echo.setsockopt(zmq.ROUTING_ID, rank)
+        echo.connect(at_engine[1])
+    heard: list[bytes] = []
+    deadline = time.monotonic() + 20
+    while len(heard) < 5 and time.monotonic() < deadline:
+        for rank in (b"0", b"1"):
+            server.send_multipart([rank, b""])
+        for end in (stand_in, node, node, node, stand_in):
+            end.pass_on(0.01)
+        while alive.poll(0):
+            alive.send(alive.recv())
+        while server.poll(0):
+            heard.append(server.recv_multipart()[0])
+    assert set(heard) == {b"1"}
+    context.destroy(linger=0)
