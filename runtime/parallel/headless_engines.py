@@ -103,9 +103,10 @@ class HeadlessEngine:
         """Between the engine and the server, until the engine has ended, or the server is done with it."""
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         near = near_engine(context, engine.address, heartbeat_address(engine.address))
-        relay = Relay(context, connect_far(context, far, self._pair), near)
+        relay = Relay(context, connect_far(context, far, self._pair), near, engine.progress)
         while engine.exit_code() is None and byes.empty():
             relay.pass_on(LOOK_SECONDS)
+            relay.tell_progress()
         relay.pass_on(LOOK_SECONDS)  # its last words
         relay.close(FLUSH_MS)
 

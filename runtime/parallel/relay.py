@@ -1,8 +1,9 @@
 """Passes on what a server and its engine on another machine say to each other: both machines have one end.
 
 Near are local sockets, for messages and for the heartbeat of each rank, which stand where the other side would be, so
-that neither server nor engine knows of all this. Far is one connection over TCP for all. It is never made anew, since
-what was under way would be lost: without it the heartbeat ends too, and the server takes the engine for dead.
+that neither server nor engine knows of all this; and how far the engine is (progress.py). Far is one connection over
+TCP for all. It is never made anew, since what was under way would be lost: without it the heartbeat ends too, and the
+server takes the engine for dead.
 """
 
 from __future__ import annotations
@@ -13,23 +14,32 @@ from collections.abc import Callable
 import zmq
 
 from octavo.runtime.parallel.address import Address, KeyPair, bind, prepare
+from octavo.runtime.progress import Progress
 
 MESSAGES = b"m"
+PROGRESS = b"p"  # a byte: something has been done, and there is more to do; none: no more need come
 ALL_RANKS = b""  # the lane of a ROUTER, whose peers are ranks
 
 
 class Relay:
     """One end. For one thread at a time.
 
-    near: by lanes, which are MESSAGES and, for the heartbeat, the numbers of ranks or ALL_RANKS.
+    near: by lanes, which are MESSAGES and, for the heartbeat, the numbers of ranks or ALL_RANKS. progress: the
+    engine's, or what its server sees in its place.
     """
 
     def __init__(
-        self, context: zmq.Context[zmq.Socket[bytes]], far: zmq.Socket[bytes], near: dict[bytes, zmq.Socket[bytes]]
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        far: zmq.Socket[bytes],
+        near: dict[bytes, zmq.Socket[bytes]],
+        progress: Progress,
     ) -> None:
         self._context = context
         self._far = far
         self._near = near
+        self._progress = progress
+        self._count: int | None = None  # that the other end has been told
         self._poller = zmq.Poller()
         for opened in (far, *near.values()):
             self._poller.register(opened, zmq.POLLIN)
@@ -39,15 +49,28 @@ class Relay:
         ready = dict(self._poller.poll(int(1000 * seconds)))
         if self._far in ready:
             lane, frame = self._far.recv_multipart()
-            self.say_near(frame, lane)
+            if lane == PROGRESS:
+                (self._progress.work if frame else self._progress.rest)()
+            else:
+                self.say_near(frame, lane)
         for lane, opened in self._near.items():
             if opened not in ready:
                 continue
             *rank, frame = opened.recv_multipart()
-            with contextlib.suppress(zmq.Again):  # the other machine is gone, which the heartbeat tells
-                self._far.send_multipart([*(rank or [lane]), frame], zmq.NOBLOCK)
+            self._say_far(frame, *(rank or [lane]))
             if lane == MESSAGES:
                 look(frame)
+
+    def tell_progress(self) -> None:
+        """Tell the server's end how far the engine is, where that has changed."""
+        count = self._progress.count
+        if count != self._count:
+            self._count = count
+            self._say_far(b"" if count is None else b"\1", PROGRESS)
+
+    def _say_far(self, frame: bytes, lane: bytes) -> None:
+        with contextlib.suppress(zmq.Again):  # the other machine is gone, which the heartbeat tells
+            self._far.send_multipart([lane, frame], zmq.NOBLOCK)
 
     def say_near(self, frame: bytes, lane: bytes = MESSAGES) -> None:
         """Say something to this machine's side."""

@@ -17,13 +17,14 @@ import msgspec
 import zmq
 
 from octavo.runtime.config import EngineConfig
-from octavo.runtime.launch import EngineStart, heartbeat_address, remove_socket
+from octavo.runtime.launch import EngineStart, heartbeat_address, progress_path, remove_socket
 from octavo.runtime.messages import Failed, Shutdown
 from octavo.runtime.parallel.address import engine_address, key_for
 from octavo.runtime.parallel.agreement import agreement_of
 from octavo.runtime.parallel.lifeline import end_with_parent, one_line, read_line
 from octavo.runtime.parallel.meeting import Meeting, Owner
 from octavo.runtime.parallel.relay import Relay, listen_far, near_server
+from octavo.runtime.progress import Progress
 
 FLAGS = "--data-parallel-address, --data-parallel-rpc-port"
 LOOK_SECONDS = 0.1
@@ -81,7 +82,7 @@ class StandIn:
                 return 1
         self._far.recv()
         near = near_server(self._context, self._address, heartbeat_address(self._address), self._num_ranks)
-        relay = Relay(self._context, self._far, near)
+        relay = Relay(self._context, self._far, near, Progress(progress_path(self._address)))
         while self._losses.empty():
             relay.pass_on(LOOK_SECONDS, self._look)
         deadline = time.monotonic() + LAST_MESSAGE_SECONDS

@@ -19,6 +19,7 @@ from octavo.runtime.parallel.meeting import Hello
 from octavo.runtime.parallel.relay import Relay, connect_far, listen_far, near_engine, near_server
 from octavo.runtime.parallel.remote_ranks import RemoteRanks
 from octavo.runtime.parallel.stand_in import StandIn
+from octavo.runtime.progress import Progress
 
 
 @pytest.fixture
@@ -63,19 +64,37 @@ def test_who_comes_after_a_loss_waits_for_what_is_started_next(met_at: Address, 
     first.close()
 
 
-def test_each_rank_of_an_engine_answers_for_itself(tmp_path: Path) -> None:
-    """One that is frozen is not taken for another one, which lives."""
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    server, frozen, alive = (context.socket(kind) for kind in (zmq.ROUTER, zmq.DEALER, zmq.DEALER))
+Ends = tuple[Relay, Relay]
+
+
+@pytest.fixture
+def context() -> Iterator[zmq.Context[zmq.Socket[bytes]]]:
+    opened: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    yield opened
+    opened.destroy(linger=0)
+
+
+@pytest.fixture
+def ends(context: zmq.Context[zmq.Socket[bytes]], tmp_path: Path) -> Ends:
+    """Of the relay of an engine of two ranks: the server's, whose progress is the file `s`, and the engine's."""
     at_server, at_engine = ([f"ipc://{tmp_path}/{side}-{name}" for name in "mh"] for side in "se")
     far, listens = listen_far(context, "127.0.0.1", None)
-    server.bind(at_server[1])
-    node = Relay(context, connect_far(context, listens, None), near_engine(context, *at_engine))
+    near = near_engine(context, *at_engine)
+    node = Relay(context, connect_far(context, listens, None), near, Progress(str(tmp_path / "e")))
     assert far.recv() == b""
-    stand_in = Relay(context, far, near_server(context, *at_server, 2))
+    return Relay(context, far, near_server(context, *at_server, 2), Progress(str(tmp_path / "s"))), node
+
+
+def test_each_rank_of_an_engine_answers_for_itself(
+    context: zmq.Context[zmq.Socket[bytes]], ends: Ends, tmp_path: Path
+) -> None:
+    """One that is frozen is not taken for another one, which lives."""
+    stand_in, node = ends
+    server, frozen, alive = (context.socket(kind) for kind in (zmq.ROUTER, zmq.DEALER, zmq.DEALER))
+    server.bind(f"ipc://{tmp_path}/s-h")
     for rank, echo in ((b"0", frozen), (b"1", alive)):
         echo.setsockopt(zmq.ROUTING_ID, rank)
-        echo.connect(at_engine[1])
+        echo.connect(f"ipc://{tmp_path}/e-h")
     heard: list[bytes] = []
     deadline = time.monotonic() + 20
     while len(heard) < 5 and time.monotonic() < deadline:
@@ -88,4 +107,25 @@ def test_each_rank_of_an_engine_answers_for_itself(tmp_path: Path) -> None:
         while server.poll(0):
             heard.append(server.recv_multipart()[0])
     assert set(heard) == {b"1"}
-    context.destroy(linger=0)
+
+
+def test_a_server_sees_whether_an_engine_elsewhere_gets_on(ends: Ends, tmp_path: Path) -> None:
+    """One whose step hangs lives, and echoes."""
+    stand_in, node = ends
+    engine, seen = (Progress(str(tmp_path / side)) for side in "es")
+
+    def told() -> int | None:
+        for _ in range(3):
+            node.tell_progress()
+            stand_in.pass_on(0.1)
+        return seen.count
+
+    assert told() is None
+    engine.work()
+    first = told()
+    assert first is not None
+    assert told() == first, "it hangs"
+    engine.mark()
+    assert (told() or 0) > first
+    engine.rest()
+    assert told() is None
