@@ -14,9 +14,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
-from octavo_server import TINY, Server, started
+from octavo_server import TINY, Server, started, wait_until
 from toy_model import make_request, run_to_end, run_with_arrivals, tokens_of
 
 from octavo.runtime.config import EngineConfig
@@ -138,3 +139,23 @@ def test_a_node_that_is_told_to_end_says_so_at_once(config: EngineConfig, number
         with pytest.raises(RuntimeError, match="rank 1 of 2: node 1 was told to end"):
             followers.check()
         followers.close("its other node has ended")
+
+
+@pytest.mark.slow  # two servers start
+def test_nodes_outlive_a_server_that_is_killed_and_join_the_next_one(config: EngineConfig) -> None:
+    parallel = msgspec.structs.replace(config.parallel, distributed_timeout_seconds=3.0)
+    flags = [*FLAGS, "--master-port", str(parallel.master_port), "--distributed-timeout-seconds", "3"]
+    body = {"prompt": [5, 6, 7], "max_tokens": 20, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+    answers = []
+    with headless(msgspec.structs.replace(config, parallel=parallel)) as node:
+        for number in (signal.SIGKILL, signal.SIGTERM):
+            with started(*flags) as server:
+                server.wait_until_ready()
+                with server.client() as client:
+                    answers.append(client.post("/v1/completions", json=body).json()["choices"][0]["token_ids"])
+                server.send_signal(number)
+                assert server.exit_code() == (0 if number == signal.SIGTERM else -signal.SIGKILL)
+            wait_until(lambda: "its ranks are started again" in node.said)
+        assert node.exit_code() == 0, node.said
+    assert answers[0] == answers[1]
+    assert len(answers[0]) == 20
