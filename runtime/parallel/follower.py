@@ -12,7 +12,6 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 import msgspec
@@ -74,13 +73,12 @@ class Orders(Protocol):
         """The next order; None when the driver is gone."""
 
 
-def run(start: FollowerStart, on_over: Callable[[Bye], None] | None = None) -> None:
-    """Join the other ranks, load, and follow until the driver is gone.
+def run(start: FollowerStart) -> None:
+    """Join the other ranks, load, and follow until the driver is gone; on another machine see `end_process`.
 
-    on_over: what a rank on another machine than the driver's does when the engine is gone, in another thread, since it
-    may be waiting in a collective; None: it ends this process. Raises JoinError, EndedError, and what loading raises.
+    Raises JoinError, EndedError, and what loading raises.
     """
-    remote = RemoteRank(start, on_over or end_process) if start.guest else None
+    remote = RemoteRank(start, end_process) if start.guest else None
     worker, order_numbers = load(start)
     watch(worker, start.heartbeat)
     orders: Orders
@@ -93,7 +91,7 @@ def run(start: FollowerStart, on_over: Callable[[Bye], None] | None = None) -> N
 
 
 def end_process(bye: Bye) -> None:
-    """The engine of this rank is gone."""
+    """The engine of this rank is gone: what another thread knows first, while this one may wait in a collective."""
     print(bye.why, flush=True)
     os._exit(0 if bye.is_final else GONE)
 

@@ -21,7 +21,7 @@ from octavo.runtime.parallel.follower_process import GONE, FollowerProcess, Foll
 from octavo.runtime.parallel.lifeline import EndedError
 from octavo.runtime.parallel.order import StepOrder, largest_order
 from octavo.runtime.parallel.placement import num_cores
-from octavo.runtime.parallel.remote_ranks import RemoteRanks, ranks_of_other_nodes
+from octavo.runtime.parallel.remote_ranks import ranks_of_other_nodes
 from octavo.runtime.scheduling.plan import SchedulerConfig
 
 if TYPE_CHECKING:
@@ -33,15 +33,14 @@ GRACE_SECONDS = 1.0  # in which the rank that ended first is known, where others
 class Followers:
     """Ranks 1 .. of an engine, and their group with this process as rank 0."""
 
-    def __init__(self, config: EngineConfig, heartbeat: str = "", remote: RemoteRanks | None = None) -> None:
+    def __init__(self, config: EngineConfig, heartbeat: str = "") -> None:
         """Starts them; they load at the same time as the driver does. Pins this process to its share of the cores.
 
-        heartbeat: where the server asks for signs of life of the ranks on this machine. remote: the ranks that others
-        start; None: those of the other nodes that config names. Raises ValueError.
+        heartbeat: where the server asks for signs of life of the ranks on this machine. Raises ValueError.
         """
         self.size = config.parallel.num_ranks
         self._heartbeat = heartbeat
-        self._remote = remote or ranks_of_other_nodes(config)
+        self._remote = ranks_of_other_nodes(config)
         ranks = [rank for rank in range(self.size) if self._remote is None or rank not in self._remote.ranks]
         cores = sorted(os.sched_getaffinity(0))
         at_a_time = num_cores()

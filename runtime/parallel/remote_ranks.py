@@ -1,7 +1,7 @@
 """Ranks on other machines: the driver's side, where they meet and get their orders, and their own.
 
-Whoever starts them gives each a FollowerStart with the address of the meeting and a name: a headless node
-(headless.py), or a cluster's own launcher. They come, are told where orders are, load, and follow.
+A headless node (headless.py) starts them, and gives each a FollowerStart with the address of the meeting and a name.
+They come, are told where orders are, load, and follow.
 """
 
 from __future__ import annotations
