@@ -23,7 +23,7 @@ from slow_cases import slow
 from octavo.server.admission import Admission, QueueLimits
 from octavo.server.middleware import GENERATING_PATHS
 from octavo.server.options import FairBy
-from octavo.server.processes.board import alone
+from octavo.server.processes.board import Elsewhere
 
 PATH = "/v1/completions"
 SHORT = {"prompt": "The", "max_tokens": 2, "temperature": 0}
@@ -226,7 +226,7 @@ def test_of_a_burst_only_as_many_are_read_as_have_a_place() -> None:
 @pytest.mark.parametrize("fair_by", ["none", "key", "user"])
 def test_other_processes_are_told_of_a_place_that_is_taken_and_given_back(fair_by: FairBy) -> None:
     """Whether its owner is known before the body is read or not."""
-    fleet: Any = SimpleNamespace(num_open=0, num_queued_tokens=0, elsewhere=alone, finish_rate=lambda: 0.0)
+    fleet: Any = SimpleNamespace(num_open=0, num_queued_tokens=0, elsewhere=Elsewhere(), finish_rate=lambda: 0.0)
     admission = Admission(fleet, QueueLimits(max_num_seqs=1, num_requests=0), fair_by)
     told: list[int] = []
     admission.on_change = lambda: told.append(admission.under_way[0])
