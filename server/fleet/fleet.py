@@ -85,7 +85,7 @@ class Fleet:
         self._vocabulary: bytes | None = None
         self._resumed = asyncio.Event()
         self._resumed.set()
-        self._stands_still = False
+        self.stands_still = False  # whether open requests wait until `resume` too
         self._has_started = all(isinstance(engine, EngineElsewhere) for engine in engines)
         self._tasks: set[asyncio.Task[Any]] = set()
         self.death: str | None = None  # why no engine is left; None while there is one, or will be
@@ -212,26 +212,21 @@ class Fleet:
         """Let no new request begin; those that are open are ended now, or waited for, or go on after `resume`."""
         self._resumed.clear()
         if open_requests == "keep":
-            self._stands_still = True
+            self.stands_still = True
             self._send_all(Pause())
         elif open_requests == "abort":
             self.abort()
         while open_requests == "wait" and self._open and self.is_paused:
             await asyncio.sleep(POLL_SECONDS)
 
-    @property
-    def stands_still(self) -> bool:
-        """Whether open requests wait until `resume` too."""
-        return self._stands_still
-
     def begin_paused(self, *, stands_still: bool) -> None:
         """Other processes of the server were told to pause before this one was there."""
         self._resumed.clear()
-        self._stands_still = stands_still
+        self.stands_still = stands_still
 
     def resume(self) -> None:
         """Let new requests begin, and those go on that were kept."""
-        self._stands_still = False
+        self.stands_still = False
         self._send_all(Resume())
         self._resumed.set()
 
@@ -265,11 +260,9 @@ class Fleet:
         Whoever asks for it meanwhile waits for the same new process.
         """
         member = self.members[index]
-        if member.is_draining:
+        if member.is_draining or not member.is_up:
             while member.is_draining:
                 await asyncio.sleep(POLL_SECONDS)
-            return
-        if not member.is_up:
             return
         member.is_draining = True
         if self.on_drain is not None:
@@ -482,7 +475,7 @@ class Fleet:
             return False
         if self._vocabulary is not None:
             member.client.send_frame(self._vocabulary)
-        if self._stands_still:
+        if self.stands_still:
             member.client.send(Pause())
         self._chooser.open(member, ready)
         self._place()
