@@ -75,14 +75,16 @@ def context() -> Iterator[zmq.Context[zmq.Socket[bytes]]]:
 
 
 @pytest.fixture
-def ends(context: zmq.Context[zmq.Socket[bytes]], tmp_path: Path) -> Ends:
+def ends(context: zmq.Context[zmq.Socket[bytes]], tmp_path: Path) -> Iterator[Ends]:
     """Of the relay of an engine of two ranks: the server's, whose progress is the file `s`, and the engine's."""
     at_server, at_engine = ([f"ipc://{tmp_path}/{side}-{name}" for name in "mh"] for side in "se")
     far, listens = listen_far(context, "127.0.0.1", None)
     near = near_engine(context, *at_engine)
     node = Relay(context, connect_far(context, listens, None), near, Progress(str(tmp_path / "e")))
     assert far.recv() == b""
-    return Relay(context, far, near_server(context, *at_server, 2), Progress(str(tmp_path / "s"))), node
+    stand_in = Relay(context, far, near_server(context, *at_server, 2), Progress(str(tmp_path / "s")))
+    yield stand_in, node
+    node.close()
 
 
 def test_each_rank_of_an_engine_answers_for_itself(
@@ -90,22 +92,26 @@ def test_each_rank_of_an_engine_answers_for_itself(
 ) -> None:
     """One that is frozen is not taken for another one, which lives."""
     stand_in, node = ends
-    server, frozen, alive = (context.socket(kind) for kind in (zmq.ROUTER, zmq.DEALER, zmq.DEALER))
-    server.bind(f"ipc://{tmp_path}/s-h")
-    for rank, echo in ((b"0", frozen), (b"1", alive)):
-        echo.setsockopt(zmq.ROUTING_ID, rank)
-        echo.connect(f"ipc://{tmp_path}/e-h")
-    heard: list[bytes] = []
-    deadline = time.monotonic() + 20
-    while len(heard) < 5 and time.monotonic() < deadline:
-        for rank in (b"0", b"1"):
-            server.send_multipart([rank, b""])
-        for end in (stand_in, node, node, node, stand_in):
-            end.pass_on(0.01)
-        while alive.poll(0):
-            alive.send(alive.recv())
-        while server.poll(0):
-            heard.append(server.recv_multipart()[0])
+    with (
+        context.socket(zmq.ROUTER) as server,
+        context.socket(zmq.DEALER) as frozen,
+        context.socket(zmq.DEALER) as alive,
+    ):
+        server.bind(f"ipc://{tmp_path}/s-h")
+        for rank, echo in ((b"0", frozen), (b"1", alive)):
+            echo.setsockopt(zmq.ROUTING_ID, rank)
+            echo.connect(f"ipc://{tmp_path}/e-h")
+        heard: list[bytes] = []
+        deadline = time.monotonic() + 20
+        while len(heard) < 5 and time.monotonic() < deadline:
+            for rank in (b"0", b"1"):
+                server.send_multipart([rank, b""])
+            for end in (stand_in, node, node, node, stand_in):
+                end.pass_on(0.01)
+            while alive.poll(0):
+                alive.send(alive.recv())
+            while server.poll(0):
+                heard.append(server.recv_multipart()[0])
     assert set(heard) == {b"1"}
 
 
