@@ -112,6 +112,7 @@ class Line:
 
     def __init__(self, address: Address, pair: KeyPair | None) -> None:
         self.num_refusals = 0
+        self._address = address
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         prepare(self._socket, pair)
@@ -149,7 +150,10 @@ class Line:
         """Wait for what comes unasked."""
         if not self._socket.poll(max(0, int(1000 * seconds))):
             return None
-        return self._decoder.decode(self._socket.recv())
+        try:
+            return self._decoder.decode(self._socket.recv())
+        except msgspec.DecodeError as error:
+            return Refused(f"what listens at {self._address} can't be read: {error}")
 
     def close(self) -> None:
         self._socket.disable_monitor()

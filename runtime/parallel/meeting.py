@@ -32,6 +32,7 @@ DOUBT = 3  # missed beats after which a newcomer gets the place of a silent gues
 ARRIVAL = 10  # times the patience may pass before a member has come, since machines start at different times
 POLL_MS = 100
 FLUSH_SECONDS = 0.5  # that the last words may take
+MAX_MESSAGE = 1 << 20  # bytes; a connection that brings more is ended
 REPEAT_SECONDS = 60.0  # between two lines about connections with another key
 
 
@@ -165,6 +166,7 @@ class Meeting:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         prepare(self._socket, pair, is_server=True)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE)
         self._monitor = self._socket.get_monitor_socket(
             zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
         )
@@ -194,8 +196,7 @@ class Meeting:
                 self._monitor.recv_multipart()
                 self._warn_of_strangers()
             while self._bye is None and has_message(self._socket):
-                identity, frame = self._socket.recv_multipart()
-                self._take(identity, frame)
+                self._take(*self._receive())
             if time.monotonic() >= next_beat:
                 self._count_missed(beat)
                 next_beat = time.monotonic() + beat
@@ -211,8 +212,7 @@ class Meeting:
             self._send(identity, bye)
         deadline = time.monotonic() + FLUSH_SECONDS
         while waiting and self._socket.poll(max(0, int(1000 * (deadline - time.monotonic())))):
-            _, frame = self._socket.recv_multipart()
-            message = self._decoder.decode(frame)
+            _, message = self._receive()
             if isinstance(message, Left):
                 waiting.pop(message.guest, None)
 
@@ -221,6 +221,14 @@ class Meeting:
         self._monitor.close(linger=0)
         self._socket.close(linger=int(1000 * FLUSH_SECONDS))
         self._context.term()
+
+    def _receive(self) -> tuple[bytes, ToMeeting | msgspec.DecodeError]:
+        """Who has said something, and what, or why that can't be read."""
+        identity, *frames = self._socket.recv_multipart()
+        try:
+            return identity, self._decoder.decode(b"".join(frames))
+        except msgspec.DecodeError as error:
+            return identity, error
 
     def _send(self, identity: bytes, message: FromMeeting) -> None:
         self._socket.send_multipart([identity, self._encoder.encode(message)])
@@ -231,14 +239,11 @@ class Meeting:
             self._last_warning = now
             log.warning("%s: a connection was refused, which has another %s, or none", self.address, KEY)
 
-    def _take(self, identity: bytes, frame: bytes) -> None:
-        try:
-            message = self._decoder.decode(frame)
-        except msgspec.DecodeError as error:
-            version = self._means.version
-            self._send(identity, Refused(f"octavo {version} listens at {self.address}, and can't read this: {error}"))
-            return
+    def _take(self, identity: bytes, message: ToMeeting | msgspec.DecodeError) -> None:
         match message:
+            case msgspec.DecodeError():
+                listens = f"octavo {self._means.version} listens at {self.address}"
+                self._send(identity, Refused(f"{listens}, and can't read this: {message}"))
             case Hello():
                 self._send(identity, self._greet(identity, message))
             case Beat():

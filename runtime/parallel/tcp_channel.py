@@ -39,12 +39,11 @@ class TcpDriverChannel:
 
     def open(self) -> None:
         """Wait until all followers are there. Raises EndedError."""
-        missing = set(self._ranks)
+        missing = {b"%d" % rank for rank in self._ranks}
         while missing:
             self._check()
             if self._socket.poll(POLL_MS):
-                identity, _ = self._socket.recv_multipart()
-                missing.discard(int(identity))
+                missing.discard(self._socket.recv_multipart()[0])
 
     def send(self, order: Int32s) -> None:
         """Tell all followers. Raises EndedError where one is gone."""

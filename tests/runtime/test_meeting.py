@@ -20,7 +20,7 @@ from octavo.runtime.parallel.address import Address, bind, key_for, key_pair, ma
 from octavo.runtime.parallel.agreement import Agreement, agreement_of, difference
 from octavo.runtime.parallel.config import ParallelConfig
 from octavo.runtime.parallel.guest import POLL_SECONDS, Guest, JoinError, Values, leave
-from octavo.runtime.parallel.meeting import Bye, Get, Hello, Meeting, Owner, Welcome
+from octavo.runtime.parallel.meeting import Bye, FromMeeting, Get, Hello, Meeting, Owner, Refused, Welcome
 
 LOOPBACK = Address("127.0.0.1", 0)
 MEANS = Agreement("1.0", {"config.json": "abc"}, {"--block-size": "16"})
@@ -241,6 +241,38 @@ def test_whoever_started_a_member_tells_how_it_ended(open_host: Callable[..., Ho
     leave(host.meeting.address, SECRET, "nobody", "of an earlier meeting")
     leave(host.meeting.address, SECRET, "a", "rank 1 of 3 ended (killed by signal 9)")
     assert host.hears() == ("lost", 1, "rank 1 of 3 ended (killed by signal 9)")
+
+
+TOO_LONG = [b"x" * (2 << 20)]
+JUNK = [[b"\xc1"], [b""], [b"a", b"b", b"c"], [b"\x80"], [msgspec.msgpack.encode({"type": "nobody"})], TOO_LONG]
+
+
+@contextlib.contextmanager
+def stranger(address: Address) -> Iterator[None]:
+    """Somebody at the meeting's port who speaks ZeroMQ, and nothing else that is known there."""
+    with zmq.Context() as context, context.socket(zmq.DEALER) as line:
+        prepare(line, None)
+        line.connect(address.url)
+        for frames in JUNK:
+            line.send_multipart(frames)
+            if frames is not TOO_LONG:
+                assert line.poll(20_000), frames
+                assert isinstance(msgspec.msgpack.decode(line.recv(), type=FromMeeting), Refused)
+        yield
+        line.send_multipart(JUNK[2])
+        line.close(linger=0)
+
+
+def test_junk_ends_no_meeting(open_host: Callable[..., Host]) -> None:
+    """Before anybody has come, and while it says its last words."""
+    host = open_host(pair=None)
+    with stranger(host.meeting.address):
+        guest = host.guest(pair=None)
+        assert guest.join() == b"1 from node 1 (10.0.0.2)"
+        over: queue.SimpleQueue[Bye] = queue.SimpleQueue()
+        guest.watch(over.put)
+    host.meeting.close("the engine has ended")
+    assert over.get(timeout=20) == Bye("the engine has ended")
 
 
 def test_members_keep_values_for_each_other(open_host: Callable[..., Host]) -> None:

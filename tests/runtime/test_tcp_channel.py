@@ -82,6 +82,22 @@ def test_nothing_is_ordered_before_all_are_there(driver: TcpDriverChannel, follo
     timer.join()
 
 
+@pytest.mark.parametrize("pair", [None], indirect=True)
+def test_a_stranger_is_no_follower(driver: TcpDriverChannel, follow: Follow) -> None:
+    with zmq.Context() as context, context.socket(zmq.DEALER) as stranger:
+        stranger.connect(driver.address.url)
+        stranger.send_multipart([b"a", b"b"])
+        with stranger.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED) as monitor:
+            assert monitor.poll(20_000)
+            stranger.disable_monitor()
+        followers = [follow(rank) for rank in (1, 3)]
+        driver.open()
+        driver.send(np.arange(3, dtype=np.int32))
+        assert [follower.receive().tolist() for follower in followers] == [[0, 1, 2]] * 2  # type: ignore[union-attr]
+        assert not stranger.poll(0)
+        stranger.close(linger=0)
+
+
 def test_an_order_to_a_follower_that_has_left_is_an_error(driver: TcpDriverChannel, follow: Follow) -> None:
     followers = [follow(rank) for rank in (1, 3)]
     driver.open()
