@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from functools import lru_cache
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
@@ -62,6 +63,7 @@ COUNTERS = {
     "prefix_cache_hits": "prompt tokens found there",
 }
 MOST_NOTED = 512  # tokens, or steps, of an engine that are counted together
+MOST_ROUTES = 1024  # whose series are remembered; a client may make up methods
 OUTCOMES = ("stop", "length", "repetition", "abort", "error")
 
 
@@ -193,6 +195,7 @@ class Metrics:
             registry=self._registry,
             multiprocess_mode="max",
         )
+        self._of_route = lru_cache(MOST_ROUTES)(self._series_of)  # prometheus_client takes longer to find them
         for engine, config in enumerate(cache_configs):
             info.labels(engine=str(engine), **config).set(1)
         self._hints = Counter(
@@ -218,8 +221,12 @@ class Metrics:
 
     def request(self, handler: str, method: str, status: int, seconds: float) -> None:
         """An HTTP request has ended; the handler is its route, with placeholders."""
-        self._http.labels(handler, method, f"{status // 100}xx").inc()
-        self._http_seconds.labels(handler, method).observe(seconds)
+        count, durations = self._of_route(handler, method, status // 100)
+        count.inc()
+        durations.observe(seconds)
+
+    def _series_of(self, handler: str, method: str, hundreds: int) -> tuple[Counter, Histogram]:
+        return self._http.labels(handler, method, f"{hundreds}xx"), self._http_seconds.labels(handler, method)
 
     def unparsed_calls(self, count: int, engine: int = 0) -> None:
         """An engine's answer has so many tool calls that could not be read, and are its content."""

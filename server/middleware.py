@@ -6,8 +6,8 @@ import hashlib
 import json
 import secrets
 import time
-import uuid
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from octavo.server.access import ANY_HOST, Access, host_name
 from octavo.server.admission import Admission
+from octavo.server.connection import Whole
 from octavo.server.errors import ApiError, error_json, error_response
 from octavo.server.fleet.fleet import Fleet
 from octavo.server.metrics import Metrics
@@ -184,7 +185,7 @@ class RequestIds:
 
 def _request_id(given: str) -> str:
     is_good = 0 < len(given) <= MAX_REQUEST_ID and given.isascii() and given.isprintable()
-    return given if is_good else uuid.uuid4().hex
+    return given if is_good else secrets.token_hex(16)
 
 
 def _naming(request_id: str, path: str) -> list[tuple[bytes, bytes]]:
@@ -278,7 +279,7 @@ class RefusedAtOnce:
         self._keys = Keys(access.keys)
         self._hosts = Hosts(access.hosts)
 
-    def __call__(self, scope: Scope) -> list[Message] | None:
+    def __call__(self, scope: Scope) -> Whole | None:
         if not (self._admission.is_full and _asks_for_answers(scope)):
             return None
         owner = self._owner_of(scope)
@@ -289,7 +290,10 @@ class RefusedAtOnce:
         except ApiError as error:
             path = scope["path"]
             self._metrics.request(path, "POST", error.status, 0.0)
-            return _response(error, path, _request_id(_header(scope, b"x-request-id").decode("latin-1")))
+            request_id = _request_id(_header(scope, b"x-request-id").decode("latin-1"))
+            named = b"".join(_lines(_naming(request_id, path)))
+            headers, body = _refusal(error.status, error.message, error.code, path, tuple(error.headers.items()))
+            return Whole(error.status, named + headers, body)
         return None
 
     def hold(self, scope: Scope) -> None:
@@ -316,15 +320,16 @@ def _header(scope: Scope, name: bytes) -> bytes:
     return next((value for given, value in scope["headers"] if given == name), b"")
 
 
-def _response(error: ApiError, path: str, request_id: str) -> list[Message]:
-    content = error_json(error.status, error.message, error.param, error.code, path)
-    headers = [
-        (b"content-length", str(len(content)).encode()),
-        (b"content-type", b"application/json"),
-        *((name.lower().encode(), value.encode()) for name, value in error.headers.items()),
-        *_naming(request_id, path),
-    ]
-    return [
-        {"type": "http.response.start", "status": error.status, "headers": headers},
-        {"type": "http.response.body", "body": content, "more_body": False},
-    ]
+@lru_cache(1024)
+def _refusal(
+    status: int, message: str, code: str | None, path: str, more: tuple[tuple[str, str], ...]
+) -> tuple[bytes, bytes]:
+    """(header lines, body): the same for all whom a queue refuses at one path within a second."""
+    content = error_json(status, message, None, code, path)
+    headers = [(b"content-length", str(len(content)).encode()), (b"content-type", b"application/json")]
+    headers += [(name.lower().encode(), value.encode()) for name, value in more]
+    return b"".join(_lines(headers)), content
+
+
+def _lines(headers: list[tuple[bytes, bytes]]) -> list[bytes]:
+    return [name + b": " + value + b"\r\n" for name, value in headers]

@@ -137,6 +137,8 @@ def test_the_connection_refuses_as_the_application_does() -> None:
         '["http://page"]',
         "--fair-by",
         "none",
+        "--uvicorn-log-level",
+        "info",
     )
     with serving(*FLAGS, *flags) as server, full(server) as client:
         for path in sorted(GENERATING_PATHS):
@@ -150,6 +152,7 @@ def test_the_connection_refuses_as_the_application_does() -> None:
             for headers, status in (({}, 401), ({"x-api-key": "three"}, 401), (KEY | {"Host": "elsewhere"}, 421)):
                 assert client.post(path, json=SHORT, headers=headers).status_code == status
             assert client.post(path, json=SHORT, headers={"x-api-key": "two"}).status_code == 429
+            wait_until(lambda line=f'"POST {path} HTTP/1.1" 429': server.said.count(line) == 4)
 
 
 @pytest.mark.parametrize(
