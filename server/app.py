@@ -34,7 +34,7 @@ from octavo.server.errors import RESPONSES
 from octavo.server.fleet.fleet import Fleet
 from octavo.server.kept import Kept
 from octavo.server.metrics import Metrics
-from octavo.server.middleware import AllowedHosts, Authentication, FullQueue, RefusedAtOnce, Reports, RequestIds
+from octavo.server.middleware import AllowedHosts, Authentication, FullQueue, QueueDoor, Reports, RequestIds
 from octavo.server.options import ServerOptions
 from octavo.server.served_model import ServedModel
 from octavo.server.service import Service
@@ -87,7 +87,7 @@ def build_app(
     app.include_router(operation.abort_routes(service))
     app.include_router(operation.model_routes(model))
     app.state.admission = service.admission
-    app.state.at_once = RefusedAtOnce(service.admission, metrics, access)
+    app.state.door = QueueDoor(service.admission, metrics, access)
     app.add_middleware(FullQueue, admission=service.admission)  # the innermost: who may not ask learns nothing
     if access.keys:
         app.add_middleware(Authentication, access=access)

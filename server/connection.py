@@ -15,11 +15,10 @@ import re
 import struct
 import termios
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import httptools
-from starlette.types import Scope
+from starlette.types import ASGIApp, Scope
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.protocols.utils import get_client_addr, get_path_with_query_string
 
@@ -30,6 +29,7 @@ logger = logging.getLogger(__name__)
 MAX_HEAD = 1 << 16  # bytes of a request line with its headers, and again of the trailers behind a chunked body
 HEAD_SECONDS = 60.0
 STALL_SECONDS = 60.0  # within which a client must take at least a byte of an answer that is ready
+PUT_OFF_SECONDS = 0.05  # for the body of a request to come before it is started
 BODY_SECONDS = 1.0  # for the rest of a body that is not wanted, so that the connection may stay open
 LINGER_SECONDS = 2.0  # for the client to read the last answer before its connection is closed
 WARNING_SECONDS = 10.0
@@ -46,27 +46,35 @@ class Whole(NamedTuple):
     body: bytes
 
 
-AtOnce = Callable[[Scope], Whole | None]
-"""The response to a request that needs no application; None: it needs one."""
+class Door(Protocol):
+    """What is asked about each request before the application is, at half the cost: no task, no middleware."""
+
+    def refusal(self, scope: Scope) -> Whole | None:
+        """The response to a request that needs no application; None: it needs one."""
+
+    def counts(self, scope: Scope) -> bool:
+        """Whether `hold` has to know when a request has come whole."""
+
+    def hold(self, scope: Scope) -> None:
+        """A request for the application has come whole."""
+
 
 CHUNK = "octavo_write_chunk"
 """Where a request's state has what sends a piece of a streamed answer at once; False: it must go through `send`."""
-
-ToldOf = Callable[[Scope], None]
-"""Is told of each request for the application once it has come whole."""
 
 
 class Connection(HttpToolsProtocol):
     """Refuses heads and trailers that are too long, and closes connections on which nothing moves.
 
-    at_once: is asked before the application, and costs half as much, as there is no task and no middleware.
-    when_whole: is told of each request that goes to the application, when its body has come.
+    door: is asked before the application. A request that counts for it is put off until its body has come, for a moment
+    at most: of a burst whose clients send head and body apart, all heads would pass before the first body came.
     _reads_head: what comes next belongs to a head, not to a body.
     _held_back: the end of the bytes of a head so far, while it may be the beginning of an Upgrade header.
     _head_size: bytes of an unfinished head; behind a head, bytes of finished trailers.
     _line_size: bytes behind a head since the last byte of a body or the end of the last trailer.
     _running: the request that is being answered; later ones of the same connection wait in uvicorn's `pipeline`.
     _keeps_alive: whether the connection may stay open behind the newest request, once that request has come whole.
+    _put_off: the request that is not started yet, as its body comes.
     _unsent: the response to a request without an application, until its body has come.
     _is_deaf: nothing that the client sends is read any more. _is_parting: nothing is sent any more either.
     """
@@ -84,13 +92,12 @@ class Connection(HttpToolsProtocol):
     _linger_timer: asyncio.TimerHandle | None = None
     _unsent: tuple[RequestResponseCycle, Whole] | None = None
     _unsent_timer: asyncio.TimerHandle | None = None
+    _put_off: tuple[RequestResponseCycle, ASGIApp] | None = None
+    _put_off_timer: asyncio.TimerHandle | None = None
 
-    def __init__(
-        self, *arguments: Any, at_once: AtOnce | None = None, when_whole: ToldOf | None = None, **named: Any
-    ) -> None:
+    def __init__(self, *arguments: Any, door: Door | None = None, **named: Any) -> None:
         super().__init__(*arguments, **named)
-        self._at_once = at_once
-        self._when_whole = when_whole
+        self._door = door
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -99,7 +106,7 @@ class Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end_head()
-        for timer in (self._stall_timer, self._linger_timer, self._unsent_timer):
+        for timer in (self._stall_timer, self._linger_timer, self._unsent_timer, self._put_off_timer):
             if timer is not None:
                 timer.cancel()
         waiting = [cycle for cycle, _ in self.pipeline]
@@ -155,6 +162,8 @@ class Connection(HttpToolsProtocol):
         super().on_body(body)
         if self._unsent is not None and self.flow.read_paused:
             self._send_unsent()
+        elif self._put_off is not None and self.flow.read_paused:
+            self._start_put_off()
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
@@ -164,23 +173,33 @@ class Connection(HttpToolsProtocol):
         if not self.cycle.response_started:
             self.cycle.keep_alive = self._keeps_alive
             self.cycle.transport = self.transport
+        if self._put_off is not None:
+            self._start_put_off()
+        elif self._running is self.cycle and self._door is not None and not self.cycle.response_started:
+            self._door.hold(self.cycle.scope)  # type: ignore[arg-type]
         if self._unsent is not None and self._unsent[0] is self.cycle:
             self._send_unsent()
-        elif self._running is self.cycle:
-            self._tell_whole(self.cycle)
 
-    def _start_asgi_task(self, cycle: RequestResponseCycle, app: object) -> None:
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGIApp) -> None:  # type: ignore[override]
         self._running = cycle
         cycle.scope["state"][CHUNK] = self._write_chunk
-        response = None if self._at_once is None or self.flow.write_paused else self._at_once(cycle.scope)  # type: ignore[arg-type]
-        if response is None:
-            super()._start_asgi_task(cycle, app)  # type: ignore[arg-type]
-            if not cycle.more_body:  # it came while another was being answered
-                self._tell_whole(cycle)
+        if self._is_refused(cycle):
             return
+        is_cut = cycle.more_body and not cycle.waiting_for_100_continue
+        if is_cut and self._door is not None and self._door.counts(cycle.scope):  # type: ignore[arg-type]
+            self._put_off = (cycle, app)
+            self._put_off_timer = self.loop.call_later(PUT_OFF_SECONDS, self._start_put_off)
+        else:
+            self._start(cycle, app)
+
+    def _is_refused(self, cycle: RequestResponseCycle) -> bool:
+        response = None if self._door is None or self.flow.write_paused else self._door.refusal(cycle.scope)  # type: ignore[arg-type]
+        if response is None:
+            return False
         self._unsent = (cycle, response)
         waits = cycle.more_body and not cycle.waiting_for_100_continue
         self._unsent_timer = self.loop.call_later(BODY_SECONDS if waits else 0, self._send_unsent)
+        return True
 
     def _write_chunk(self, content: bytes) -> bool:
         """Send a piece of the answer that has begun, if it can be sent now: what `send` does, without the way there."""
@@ -192,9 +211,20 @@ class Connection(HttpToolsProtocol):
         cycle.transport.write(b"%x\r\n%b\r\n" % (len(content), content))
         return True
 
-    def _tell_whole(self, cycle: RequestResponseCycle) -> None:
-        if self._when_whole is not None and not cycle.response_started:
-            self._when_whole(cycle.scope)  # type: ignore[arg-type]
+    def _start(self, cycle: RequestResponseCycle, app: ASGIApp) -> None:
+        if self._door is not None and not cycle.more_body:
+            self._door.hold(cycle.scope)  # type: ignore[arg-type]
+        super()._start_asgi_task(cycle, app)  # type: ignore[arg-type]
+
+    def _start_put_off(self) -> None:
+        """Start a request that was put off, unless it is to be refused by now."""
+        assert self._put_off is not None
+        assert self._put_off_timer is not None
+        cycle, app = self._put_off
+        self._put_off = None
+        self._put_off_timer.cancel()
+        if not cycle.disconnected and not self._is_refused(cycle):
+            self._start(cycle, app)
 
     def _send_unsent(self) -> None:
         """Send a response that is there: what uvicorn's `send` does, which takes four times as long."""

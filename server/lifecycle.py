@@ -128,7 +128,7 @@ def uvicorn_config(app: FastAPI, options: ListenOptions, outermost: ASGIApp | No
     """outermost: the application with what stands in front of it."""
     return uvicorn.Config(
         outermost or app,
-        http=functools.partial(Connection, at_once=app.state.at_once, when_whole=app.state.at_once.hold),  # type: ignore[arg-type]
+        http=functools.partial(Connection, door=app.state.door),  # type: ignore[arg-type]
         ws="none",
         lifespan="off",
         log_config=None,

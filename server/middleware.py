@@ -119,7 +119,7 @@ class Authentication:
 class FullQueue:
     """429 for a request that would have to wait behind too many, before its body is read.
 
-    A flood is refused at a fraction of what it costs to read, check and render it; most of it by RefusedAtOnce.
+    A flood is refused at a fraction of what it costs to read, check and render it; most of it by QueueDoor.
     """
 
     def __init__(self, app: ASGIApp, admission: Admission) -> None:
@@ -266,11 +266,11 @@ class AllowedHosts:
         await self._app(scope, receive, send)
 
 
-class RefusedAtOnce:
-    """FullQueue's response, at less than half the cost: the connection sends it itself (Connection's `at_once`).
+class QueueDoor:
+    """FullQueue as the door of connections, which send its response themselves, at less than half the cost.
 
-    None where the application has more to say: where the host or the key doesn't fit, for a page of another origin, and
-    for a balancer that wants a load report.
+    The application is asked where it has more to say: where the host or the key doesn't fit, for a page of another
+    origin, and for a balancer that wants a load report.
     """
 
     def __init__(self, admission: Admission, metrics: Metrics, access: Access) -> None:
@@ -279,7 +279,8 @@ class RefusedAtOnce:
         self._keys = Keys(access.keys)
         self._hosts = Hosts(access.hosts)
 
-    def __call__(self, scope: Scope) -> Whole | None:
+    def refusal(self, scope: Scope) -> Whole | None:
+        """FullQueue's response; None where a request has a place, or where the application has more to say."""
         if not (self._admission.is_full and _asks_for_answers(scope)):
             return None
         owner = self._owner_of(scope)
@@ -296,9 +297,13 @@ class RefusedAtOnce:
             return Whole(error.status, named + headers, body)
         return None
 
+    def counts(self, scope: Scope) -> bool:
+        """Whether a request takes a place of which there are only so many."""
+        return self._admission.is_limited and _asks_for_answers(scope)
+
     def hold(self, scope: Scope) -> None:
         """Hold a place for a request that has come whole, if there is one; without a place it is asked for later."""
-        if not (self._admission.is_limited and _asks_for_answers(scope)):
+        if PLACE in scope["state"] or not self.counts(scope):
             return
         owner = self._owner_of(scope)
         if owner is not None and (place := self._admission.hold(owner)) is not None:

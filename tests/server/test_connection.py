@@ -18,7 +18,7 @@ from socket_app import connected
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from octavo.server import connection
-from octavo.server.connection import MAX_HEAD
+from octavo.server.connection import MAX_HEAD, Door, Whole
 
 HEAD = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n"
 CHUNKED = b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -65,9 +65,9 @@ STREAMED = b"transfer-encoding: chunked\r\n\r\n3\r\none\r\n"
 STREAMED_END = b"3\r\ntwo\r\n0\r\n\r\n"
 
 
-def run(test: Test, app: ASGIApp | None = None) -> None:
+def run(test: Test, app: ASGIApp | None = None, door: Door | None = None) -> None:
     async def inside() -> None:
-        async with connected(app or echo) as (reader, writer):
+        async with connected(app or echo, door) as (reader, writer):
             await asyncio.wait_for(test(reader, writer), 60)
 
     asyncio.run(inside())
@@ -336,3 +336,74 @@ def test_the_kernel_says_what_a_client_has_not_taken() -> None:
     with left, right:
         left.sendall(b"12345")
         assert struct.unpack("i", fcntl.ioctl(left.fileno(), termios.TIOCOUTQ, bytes(4)))[0] > 0
+
+
+class Places:
+    """A door with so many places, each of which is held for ever."""
+
+    def __init__(self, count: int) -> None:
+        self.num_left = count
+        self.num_asked = 0
+
+    def refusal(self, scope: Scope) -> Whole | None:  # noqa: ARG002
+        self.num_asked += 1
+        return None if self.num_left else Whole(429, b"content-length: 3\r\n", b"no.")
+
+    def counts(self, scope: Scope) -> bool:  # noqa: ARG002
+        return True
+
+    def hold(self, scope: Scope) -> None:  # noqa: ARG002
+        self.num_left -= 1
+
+
+class Counted:
+    """`echo`, and how many requests it got."""
+
+    num_begun = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.num_begun += 1
+        await echo(scope, receive, send)
+
+
+def test_a_place_is_for_whose_body_has_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both heads come while there is a place; the application never hears of the one whose body comes later."""
+    monkeypatch.setattr(connection, "PUT_OFF_SECONDS", 60.0)
+    door = Places(1)
+    app = Counted()
+
+    async def test(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        other_reader, other_writer = await asyncio.open_connection(*writer.get_extra_info("peername"))
+        writer.write(HEAD)
+        other_writer.write(HEAD + b"1234")
+        while door.num_asked < 2:
+            await asyncio.sleep(0)
+        assert app.num_begun == 0
+        other_writer.write(b"56789.")
+        assert (await other_reader.readuntil(b"123456789.")).startswith(b"HTTP/1.1 200 ")
+        writer.write(b"123456789.")
+        assert (await reader.readuntil(b"no.")).startswith(b"HTTP/1.1 429 ")
+        other_writer.close()
+        assert (app.num_begun, door.num_left) == (1, 0)
+
+    run(test, app, door)
+
+
+@pytest.mark.parametrize(("seconds", "size"), [(0.01, 10), (60.0, 1 << 18)])
+def test_a_body_that_is_slow_or_long_is_left_to_the_application(
+    seconds: float, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "PUT_OFF_SECONDS", seconds)
+    door = Places(1)
+    app = Counted()
+
+    async def test(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(HEAD.replace(b"10", str(size).encode()) + b"x" * (size - 1))
+        while not app.num_begun:
+            await asyncio.sleep(0.001)
+        assert door.num_left == 1
+        writer.write(b".")
+        assert len(await reader.readuntil(b"x.")) > size
+        assert door.num_left == 0
+
+    run(test, app, door)

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
 
-from octavo.server.connection import Connection
+from octavo.server.connection import Connection, Door
 
 
 @asynccontextmanager
-async def connected(app: ASGIApp) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-    config = uvicorn.Config(app, http=Connection, ws="none", lifespan="off", log_config=None, port=0)
+async def connected(
+    app: ASGIApp, door: Door | None = None
+) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    protocol: Any = functools.partial(Connection, door=door)
+    config = uvicorn.Config(app, http=protocol, ws="none", lifespan="off", log_config=None, port=0)
     server = uvicorn.Server(config)
     config.load()
     server.lifespan = config.lifespan_class(config)
