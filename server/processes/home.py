@@ -128,8 +128,6 @@ class Homes:
                 if message["type"] == "http.disconnect":
                     raise HungUpError
                 more = message.get("more_body", False)
-                if not more:
-                    leave_place(scope)  # the keeper, which counts those of all processes, has one for it
                 yield message.get("body", b"")
             body_is_there.set()
 
@@ -139,8 +137,8 @@ class Homes:
 
         has_body = any(name in (b"content-length", b"transfer-encoding") for name, _ in scope["headers"])
         if not has_body:
-            leave_place(scope)
             body_is_there.set()
+        leave_place(scope)  # the keeper, which counts those of all processes, has one for it
         request = self._request(scope, pieces() if has_body else None)
         await unless_hung_up(receive_behind_body, lambda: self._pass_on(keeper, request, scope, send))
 

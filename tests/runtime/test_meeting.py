@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import zmq
+from octavo_server import wait_until
 
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.parallel.address import Address, bind, key_for, key_pair, master_address, prepare
@@ -195,7 +196,7 @@ def test_another_key_or_none_is_refused_at_once(
     assert time.monotonic() - begin < 30, "it must not wait until the patience is over"
     assert host.told.empty(), "a stranger can't end the meeting"
     if host_key is not None:
-        assert "a connection was refused, which has another OCTAVO_CLUSTER_KEY, or none" in caplog.text
+        wait_until(lambda: "a connection was refused, which has another OCTAVO_CLUSTER_KEY, or none" in caplog.text)
     guest = host.guest(pair=host_key)
     assert guest.join(), "whoever has the key is let in"
     guest.close()
