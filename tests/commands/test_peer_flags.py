@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from octavo_server import PATIENCE, SMALL, TINY, started
+from forked_commands import forked_commands
+from octavo_server import PATIENCE, SMALL, TINY, forked, started
 
 from octavo.cli import Parser
 from octavo.commands import serve, serve_flags
@@ -253,15 +251,14 @@ def test_a_download_dir_holds_snapshots(tmp_path: Path) -> None:
 def test_a_whole_start(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(json.dumps({"served-model-name": "named", "compilation-config": {"mode": 3}}))
-    with started(*SMALL, "--config", str(file), "--enable-auto-tool-choice", "--max_num_seqs", "8") as server:
+    with forked(*SMALL, "--config", str(file), "--enable-auto-tool-choice", "--max_num_seqs", "8") as server:
         server.wait_until_ready()
         assert "octavo serve: --enable-auto-tool-choice changes nothing" in server.said
         assert "octavo serve: --compilation-config" in server.said
         with server.client() as client:
             assert client.get("/v1/models").json()["data"][0]["id"] == "named"
-    command = [sys.executable, "-m", "octavo", "serve", str(TINY), "--enable-lora"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False, env=os.environ)
-    assert result.returncode == 2
+    result = forked_commands().run("serve", TINY, "--enable-lora", seconds=PATIENCE)
+    assert result.code == 2
     assert result.stderr.startswith("octavo serve: --enable-lora: ")
     assert result.stderr.count("\n") == 1
     assert result.stdout == ""

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forked_commands import fork_children
 from hf_oracle import CASES, make_hf, save
 from toy_model import make_request, run_to_end, run_with_arrivals, tokens_of
 
@@ -56,8 +57,12 @@ Start = Callable[..., tuple[Engine, Ready, Followers]]
 
 
 @pytest.fixture
-def start() -> Iterator[Start]:
-    """Starts an engine whose driver is this process, which it doesn't leave pinned or with another thread count."""
+def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
+    """Starts an engine whose driver is this process, which it doesn't leave pinned or with another thread count.
+
+    Its followers are forked; test_nodes.py has one that is a new interpreter.
+    """
+    fork_children(monkeypatch)
     cores = os.sched_getaffinity(0)
     threads = torch.get_num_threads()
     started: list[Followers] = []

@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
-from octavo_server import TINY, Server, started, wait_until
+from octavo_server import TINY, Server, forked, started, wait_until
 from toy_model import make_request, run_to_end, run_with_arrivals, tokens_of
 
 from octavo.runtime.config import EngineConfig
@@ -41,11 +41,12 @@ for name, number in SIZES.items():
 
 
 @contextmanager
-def headless(config: EngineConfig, *flags: str) -> Iterator[Server]:
+def headless(config: EngineConfig, *flags: str, is_forked: bool = False) -> Iterator[Server]:
     """Node 1 of this engine."""
     parallel = config.parallel
     flags += ("--headless", "--node-rank", "1", "--master-port", str(parallel.master_port))
-    with started(*FLAGS, *flags, "--distributed-timeout-seconds", str(parallel.distributed_timeout_seconds)) as server:
+    flags += ("--distributed-timeout-seconds", str(parallel.distributed_timeout_seconds))
+    with (forked if is_forked else started)(*FLAGS, *flags) as server:
         yield server
 
 
@@ -116,7 +117,7 @@ def test_two_nodes_answer_as_one_machine_and_come_again(config: EngineConfig) ->
 
 
 def test_a_node_of_another_model_ends_both_sides_with_one_line(config: EngineConfig) -> None:
-    with headless(config, "--max-num-seqs", "5") as node:
+    with headless(config, "--max-num-seqs", "5", is_forked=True) as node:
         followers = Followers(config)
         text = r"doesn't mean the same as node 0: --max-num-seqs is 6 on node 0 and 5 on node 1"
         assert os.read(followers.ended, 1)
@@ -131,7 +132,7 @@ def test_a_node_of_another_model_ends_both_sides_with_one_line(config: EngineCon
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_node_that_is_told_to_end_says_so_at_once(config: EngineConfig, number: signal.Signals) -> None:
     """By whatever tells it: the driver is not to wait until it is missed."""
-    with headless(config) as node:
+    with headless(config, is_forked=True) as node:
         followers = Followers(config)
         assert followers.join().size == 2
         node.send_signal(number)

@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import zmq
+from forked_commands import fork_children
 
 import octavo
 from octavo.runtime.config import EngineConfig
@@ -126,6 +127,12 @@ def served() -> Iterator[tuple[Client, Ready]]:
 
 
 @pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines and their ranks are forked; the first test's is a new interpreter, as users have it."""
+    fork_children(monkeypatch)
+
+
+@pytest.fixture
 def client(served: tuple[Client, Ready]) -> Client:
     return served[0]
 
@@ -196,6 +203,7 @@ def test_signals_to_the_group_leave_it_to_the_server(client: Client) -> None:
     assert client.generate(request("after"))["after"][1] == "length"
 
 
+@pytest.mark.usefixtures("forked")
 def test_closing_its_stdin_ends_it_even_in_the_middle_of_work() -> None:
     with Client(config()) as client:
         assert isinstance(client.receive(), Ready)
@@ -206,6 +214,7 @@ def test_closing_its_stdin_ends_it_even_in_the_middle_of_work() -> None:
         client.engine.close()  # again: no harm
 
 
+@pytest.mark.usefixtures("forked")
 def test_shutdown_ends_it() -> None:
     with Client(config(max_model_len=100)) as client:
         ready = client.receive()
@@ -215,6 +224,7 @@ def test_shutdown_ends_it() -> None:
         assert client.exit_code() == 0
 
 
+@pytest.mark.usefixtures("forked")
 def test_what_can_not_be_read_at_all_is_told_before_the_end() -> None:
     with Client(config()) as client:
         assert isinstance(client.receive(), Ready)
@@ -225,6 +235,7 @@ def test_what_can_not_be_read_at_all_is_told_before_the_end() -> None:
         assert client.exit_code() == 1
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_start_that_fails_says_why() -> None:
     with Client(config(Path("/nowhere/at/all"))) as client:
         failed = client.receive()
@@ -261,6 +272,7 @@ def child_of(process: int) -> int:
 
 @pytest.mark.parametrize("divided", ["tensor_parallel_size", "pipeline_parallel_size"])
 @pytest.mark.parametrize("killed", ["follower", "driver"])
+@pytest.mark.usefixtures("forked")
 def test_ranks_end_together_and_leave_nothing(killed: str, divided: str) -> None:
     """Killed in the middle of work: the driver says which rank ended and how; a follower ends with the driver."""
     with Client(config(parallel=ParallelConfig(**{divided: 2}))) as client:

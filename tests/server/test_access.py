@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
-from octavo_server import PATIENCE, Server, serving, started
+from octavo_server import PATIENCE, Server, forked, serving
 
 from octavo.server.access import Access, api_keys, default_hosts, host_name
 
@@ -53,7 +53,7 @@ def test_without_protect_all_monitoring_needs_no_key() -> None:
 def test_keys_that_could_not_be_meant_are_refused_at_start(
     flags: list[str], environment: dict[str, str], named: str
 ) -> None:
-    with started(*flags, environment=environment) as server:
+    with forked(*flags, environment=environment) as server:
         assert server.exit_code() == 1
     (line,) = server.lines
     assert named in line

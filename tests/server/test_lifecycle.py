@@ -21,8 +21,10 @@ from octavo_server import (
     SMALL,
     Server,
     events,
+    forked,
     num_in_flight,
     said_at_once,
+    serving,
     serving_anew,
     started,
     value,
@@ -102,7 +104,7 @@ def test_sigterm_lets_what_runs_finish() -> None:
 
 
 def test_what_does_not_finish_in_time_ends_with_an_error() -> None:
-    with serving_anew("--shutdown-timeout", "0") as server:
+    with serving("--shutdown-timeout", "0") as server:
         with whole_request(server, LONG) as answers, streamed_request(server) as lines:
             server.send_signal(signal.SIGTERM)
             *_, last = events(lines)
@@ -116,7 +118,7 @@ def test_what_does_not_finish_in_time_ends_with_an_error() -> None:
 
 def test_clients_that_neither_read_nor_write_do_not_hold_the_end_up() -> None:
     content = json.dumps(UNREAD | {"max_tokens": 40}).encode()
-    with serving_anew("--shutdown-timeout", "0") as server, ExitStack() as connections:
+    with serving("--shutdown-timeout", "0") as server, ExitStack() as connections:
         for sent in (b"", HEAD % 9, HEAD % 9 + b"{", HEAD[:9], HEAD % len(content) + content):
             connection = socket.create_connection(host_and_port(server), timeout=PATIENCE)
             connections.enter_context(connection)
@@ -160,7 +162,7 @@ def test_a_stop_while_the_engine_loads() -> None:
 def test_the_engine_s_death_is_told_to_everybody() -> None:
     """By a server that is told to go on without it."""
     flags = ("--enable-log-requests", "--keep-alive-on-engine-death", *NO_RESTART)
-    with serving_anew(*flags) as server, server.client() as client:
+    with serving(*flags) as server, server.client() as client:
         with whole_request(server, LONG) as answers, streamed_request(server) as lines:
             assert client.get("/health").status_code == 200
             os.kill(server.engine_pid, signal.SIGKILL)
@@ -200,7 +202,7 @@ def test_a_server_ends_with_its_engine_once_its_clients_are_told() -> None:
 
 def test_a_frozen_engine_is_a_dead_one() -> None:
     """Its process is stopped: it can't even say that it fails."""
-    with serving_anew("--engine-timeout", "3", *NO_RESTART) as server:
+    with serving("--engine-timeout", "3", *NO_RESTART) as server:
         pid = server.engine_pid
         with whole_request(server, LONG) as answers, streamed_request(server) as lines:
             os.kill(pid, signal.SIGSTOP)
@@ -215,7 +217,7 @@ def test_a_frozen_engine_is_a_dead_one() -> None:
 
 def test_health_tells_of_a_frozen_engine() -> None:
     flags = ("--engine-timeout", "3", "--keep-alive-on-engine-death", *NO_RESTART)
-    with serving_anew(*flags) as server, server.client() as client:
+    with serving(*flags) as server, server.client() as client:
         assert client.get("/health").status_code == 200
         os.kill(server.engine_pid, signal.SIGSTOP)
         health = client.get("/health")
@@ -238,10 +240,10 @@ def test_sockets_of_a_server_that_died_with_its_engine_are_removed_at_the_next_s
         other = Path(directory, left_over.rstrip(left_over[-1]) + "other")
         other.mkdir()
         (other / "file").touch()
-        with serving_anew(environment=environment) as living:
+        with serving(environment=environment) as living:
             assert left_over not in os.listdir(directory)
             (used,) = set(os.listdir(directory)) - {other.name}
-            with serving_anew(environment=environment), living.client() as client:
+            with serving(environment=environment), living.client() as client:
                 assert {used, other.name} < set(os.listdir(directory))
                 assert client.get("/health").status_code == 200
 
@@ -275,7 +277,7 @@ def free_port_with_a_lingering_connection() -> int:
 def test_a_port_belongs_to_the_first_who_loads() -> None:
     """Nobody listens yet when the second comes, and until the first can answer, clients are refused."""
     port = free_port_with_a_lingering_connection()
-    with started(*SMALL, "--port", str(port)) as first:
+    with forked(*SMALL, "--port", str(port)) as first:
         wait_until_loading(first)
         assert f"--port {port}: Address already in use" in said_at_once("no/such/model/here", "--port", str(port))
         if not first.url:
@@ -288,7 +290,7 @@ def test_a_port_belongs_to_the_first_who_loads() -> None:
 
 def test_a_path_belongs_to_the_first_who_loads(tmp_path: Path) -> None:
     path = str(tmp_path / "socket")
-    with started(*SMALL, "--uds", path) as first:
+    with forked(*SMALL, "--uds", path) as first:
         wait_until_loading(first)
         assert f"--uds {path}: Address already in use" in said_at_once("no/such/model/here", "--uds", path)
         with httpx.Client(transport=httpx.HTTPTransport(uds=path), base_url="http://x", timeout=PATIENCE) as client:

@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
-from octavo_server import PATIENCE, Server, by_engine, events, serving_anew, value, wait_until
+from octavo_server import PATIENCE, Server, by_engine, events, serving, serving_anew, value, wait_until
 
 import octavo
 from octavo.demo_models import fetch_model
@@ -26,7 +26,7 @@ HEADERS = {"Authorization": f"Bearer {KEY}"}
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     """With two engines, which are restarted as often as it takes."""
-    with serving_anew("-dp", "2", "--max-engine-restarts", "1000", "--api-key", KEY) as it:
+    with serving("-dp", "2", "--max-engine-restarts", "1000", "--api-key", KEY) as it:
         yield it
 
 
@@ -83,7 +83,7 @@ def test_engines_have_cores_and_series_of_their_own(server: Server) -> None:
 
 def test_a_beam_search_counts_for_the_engine_that_began_it() -> None:
     asked = {"prompt": "x", "max_tokens": 1, "use_beam_search": True, "n": 2, "temperature": 0}
-    with serving_anew("-dp", "2", "--routing", "round-robin") as it, it.client() as client:
+    with serving("-dp", "2", "--routing", "round-robin") as it, it.client() as client:
         assert [client.post(PATH, json=asked).status_code for _ in range(2)] == [200, 200]
         counted = by_engine(client, "vllm:generation_tokens_total")
     assert counted == {"0": 2, "1": 2}
@@ -242,7 +242,7 @@ def children_of(pid: int) -> list[int]:
 
 def test_the_only_engine_is_waited_for() -> None:
     asked = body(3, max_tokens=400)
-    with serving_anew() as server, server.client() as client:
+    with serving() as server, server.client() as client:
         (wanted,) = undisturbed(server, [asked])
         healths: list[int] = []
 

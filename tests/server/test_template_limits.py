@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
-from octavo_server import TINY, Server, said_at_once, serving_anew, wait_until
+from octavo_server import TINY, Server, said_at_once, serving, wait_until
 
 from octavo.server import template_renderer
 from octavo.server.template_renderer import TemplateRenderer
@@ -35,7 +35,7 @@ TEMPLATE = (
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     file = tmp_path_factory.mktemp("template") / "bombs.jinja"
     file.write_text(TEMPLATE)
-    with serving_anew("--chat-template", str(file), "--trust-request-chat-template") as running:
+    with serving("--chat-template", str(file), "--trust-request-chat-template") as running:
         yield running
 
 
@@ -104,7 +104,7 @@ def child_ticks(pid: int) -> int:
 
 def test_sigterm_ends_a_server_whose_template_spins() -> None:
     answers: list[httpx.Response] = []
-    with serving_anew("--chat-template", SPIN, "--shutdown-timeout", "0") as server:
+    with serving("--chat-template", SPIN, "--shutdown-timeout", "0") as server:
         ticks = child_ticks(server.process.pid)
         thread = threading.Thread(target=lambda: answers.append(ask(server, "x")))
         thread.start()

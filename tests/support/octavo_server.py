@@ -23,6 +23,8 @@ import octavo
 
 TINY = Path(__file__).parents[1] / "fixtures" / "tiny"
 PATIENCE = 300.0  # seconds; not a measurement, only so that a hang is a failure
+LATE = {"TMPDIR", "OCTAVO_API_KEY"}
+"""Variables that nothing reads while it is imported, so that a forked server may have its own."""
 SMALL = ("--dtype", "float32", "--num-threads", "1", "--num-gpu-blocks-override", "512", "--block-size", "16")
 
 
@@ -110,14 +112,18 @@ def ended(process: subprocess.Popen[str] | ForkedProcess) -> Iterator[Server]:
 def serving(*flags: str, environment: dict[str, str] | None = None) -> Iterator[Server]:
     """A server that is ready, forked off a process that has imported what it needs: see forked_commands.py.
 
-    One with variables of its own is started anew, as what is imported may have read them.
+    One with variables that may be read while modules are imported is started anew.
     """
-    if environment:
-        with serving_anew(*flags, environment=environment) as server:
-            yield server
-        return
-    with ended(forked_commands().start(["serve", str(TINY), "--port", "0", *SMALL, *flags])) as server:
+    begin = forked if LATE.issuperset(environment or ()) else started
+    with begin(*SMALL, *flags, environment=environment) as server:
         server.wait_until_ready()
+        yield server
+
+
+@contextmanager
+def forked(*flags: str, environment: dict[str, str] | None = None) -> Iterator[Server]:
+    """As `started`, by a fork."""
+    with ended(forked_commands().start(["serve", str(TINY), "--port", "0", *flags], environment)) as server:
         yield server
 
 

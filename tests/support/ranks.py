@@ -1,13 +1,19 @@
-"""Processes that are ranks: started once, each runs named functions of test modules with its end of a Group."""
+"""Processes that are ranks: started once, each runs named functions of test modules with its end of a Group.
+
+They are forked off one that has imported what test modules import, and loaded the compiled kernels (ranks_imports.py).
+"""
 
 from __future__ import annotations
 
 import os
+import sys
 import traceback
 from collections.abc import Callable
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any
+
+import pytest
 
 MOST = 4
 PATIENCE = 240.0  # seconds; only a hang takes as long
@@ -18,16 +24,18 @@ class Ranks:
 
     def __init__(self) -> None:
         context = get_context("forkserver")
-        context.set_forkserver_preload(["torch"])  # once for all of them
+        context.set_forkserver_preload(["ranks_imports"])
         self._ends: list[Connection] = []
         self._processes = []
-        for _ in range(MOST):
-            own, others = context.Pipe()
-            process = context.Process(target=_serve, args=(others,), daemon=True)
-            process.start()
-            others.close()
-            self._ends.append(own)
-            self._processes.append(process)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # Python 3.11 doesn't tell the fork server
+            for _ in range(MOST):
+                own, others = context.Pipe()
+                process = context.Process(target=_serve, args=(others,), daemon=True)
+                process.start()
+                others.close()
+                self._ends.append(own)
+                self._processes.append(process)
 
     def run(self, function: Callable[..., Any], size: int, *args: Any) -> list[Any]:
         """What `function(group, *args)`, a module's function, returns on each of `size` ranks of a new group."""
