@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,8 +36,10 @@ settings.load_profile("suite")
 FIXTURES = Path(__file__).parent / "fixtures"
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """A shell starts what it puts in the background with SIGINT ignored, and every child would inherit that."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False  # our own order, see _begin_with_long_files
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -55,6 +58,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out = [item for item in items if any(item.get_closest_marker(mark) for mark in unasked)]
     items[:] = [item for item in items if item not in left_out]
     config.hook.pytest_deselected(items=left_out)
+    _begin_with_long_files(items)
+
+
+def _begin_with_long_files(items: list[pytest.Item]) -> None:
+    """`--dist loadfile` hands files out in this order. A long one that came last would run while others wait for it."""
+    long = {item.path for item in items if item.get_closest_marker("long")}
+    sizes = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path not in long, -sizes[item.path], item.path))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -22,6 +22,8 @@ from octavo.jobs.quantize import Job, prepare
 from octavo.quant.checkpoint import Checkpoint
 from octavo.quant.qparams import QuantizedWeight
 
+pytestmark = pytest.mark.long
+
 LICENSE = Path(__file__).parent.parent.parent / "LICENSE"  # of the kind of text that the tiny models were trained on
 
 

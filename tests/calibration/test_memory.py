@@ -8,10 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from octavo.quant.checkpoint import INDEX, Checkpoint
+
+pytestmark = pytest.mark.long
 
 HIDDEN, INTERMEDIATE, LAYERS, VOCAB = 1024, 2816, 18, 32_000
 SHAPES = {

@@ -18,6 +18,8 @@ from forked_commands import forked_commands
 
 from octavo.calibration.workspace import read_manifest
 
+pytestmark = pytest.mark.long
+
 PATIENCE = 600.0  # seconds; only a hang takes as long
 OPTIONS = (
     *("--scheme", "W4A16", "--group-size", "32", "--algorithm", "gptq", "--kv-cache-scheme", "fp8/head"),

@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 from forked_commands import ForkedCommands, forked_commands
 
+pytestmark = pytest.mark.long
+
 Damage = Callable[[Path], None]
 SECONDS = 300  # for a loaded machine; what hung took hours
 NASTY = "\x1b[31m\x07\r\n\u202e[/red]"

@@ -19,6 +19,8 @@ from octavo.calibration.report.report import read_report
 from octavo.cli import main
 from octavo.quant.checkpoint import Checkpoint
 
+pytestmark = pytest.mark.long
+
 W4 = "tiny--llmc-w4a16-g32"
 FEW = ("--max-tokens", "300")
 

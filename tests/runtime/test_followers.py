@@ -30,6 +30,8 @@ from octavo.runtime.parallel.followers import Followers, crowded
 from octavo.runtime.progress import Progress
 from octavo.runtime.startup import load_engine
 
+pytestmark = pytest.mark.long
+
 BLOCKS = 12
 
 

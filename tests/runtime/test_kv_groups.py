@@ -22,6 +22,8 @@ from octavo.runtime.worker import kv_cache
 from octavo.runtime.worker.kv_layout import choose_layout
 from octavo.runtime.worker.worker import Worker
 
+pytestmark = pytest.mark.long
+
 WINDOWED = ["mistral", "qwen2", "gemma2", "gemma3_text", "smollm3", "qwen3_moe"]
 GEMMA3 = [512 if layer % 6 != 5 else None for layer in range(18)]  # of the 270M
 

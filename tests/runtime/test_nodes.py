@@ -26,6 +26,8 @@ from octavo.runtime.parallel.config import ParallelConfig
 from octavo.runtime.parallel.followers import Followers
 from octavo.runtime.startup import load_engine
 
+pytestmark = pytest.mark.long
+
 SIZES = {
     "num_blocks": 12,
     "block_size": 8,

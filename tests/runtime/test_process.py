@@ -37,6 +37,8 @@ from octavo.runtime.messages import (
 )
 from octavo.runtime.parallel.config import ParallelConfig
 
+pytestmark = pytest.mark.long
+
 PATIENCE_MS = 60_000  # not a measurement: only so that a hang is a failure
 TINY = Path(__file__).parents[1] / "fixtures" / "tiny"
 

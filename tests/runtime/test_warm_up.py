@@ -19,6 +19,8 @@ from octavo.runtime.scheduling.plan import SchedulerConfig
 from octavo.runtime.worker import kv_cache
 from octavo.runtime.worker.warm_up import run_steps
 
+pytestmark = pytest.mark.long
+
 SAMPLERS = {"_add_biases", "_choose", "_masses", "_peaks", "_punish"}
 MEASURED = {"_rope", "_prefill", "_decode"}  # by a step into a cache of the computing type, for the scales of another
 SIZES = {"qwen2_moe": {"moe_intermediate_size": 64, "shared_expert_intermediate_size": 256}}

@@ -28,6 +28,8 @@ from octavo.server.errors import ApiError
 from octavo.server.streaming import unless_hung_up
 from octavo.server.strict_json import StrictRoute
 
+pytestmark = pytest.mark.long
+
 LIMIT = 4 << 20
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 router = APIRouter(route_class=StrictRoute)

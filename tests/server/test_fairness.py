@@ -9,6 +9,8 @@ import httpx
 import pytest
 from octavo_server import PATIENCE, serving
 
+pytestmark = pytest.mark.long
+
 PATH = "/v1/completions"
 BODY = {"prompt": "The capital of", "max_tokens": 60, "temperature": 0, "ignore_eos": True}
 FLOOD = 60

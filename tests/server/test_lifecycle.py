@@ -31,6 +31,8 @@ from octavo_server import (
     wait_until,
 )
 
+pytestmark = pytest.mark.long
+
 LONG = {"prompt": ["x"] * 2, "n": 32, "max_tokens": 500, "temperature": 0, "ignore_eos": True}  # it won't be waited for
 UNREAD = LONG | {"n": 128, "stream": True, "logprobs": 20}  # over a kilobyte a token: more than sockets hold
 PATH = "/v1/completions"

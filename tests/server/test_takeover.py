@@ -17,6 +17,8 @@ from octavo_server import PATIENCE, Server, by_engine, events, serving, serving_
 import octavo
 from octavo.demo_models import fetch_model
 
+pytestmark = pytest.mark.long
+
 PATH = "/v1/completions"
 NUM_STREAMS = 40
 KEY = "secret"

@@ -21,6 +21,8 @@ from octavo.server.template_renderer import TemplateRenderer
 from octavo.text.chat_template import ChatTemplate, TemplateLimitError
 from octavo.text.template_process import Job
 
+pytestmark = pytest.mark.long
+
 SPIN = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 GROW = "{% set ns = namespace(x='12345678') %}{% for i in range(40) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}"
 WRITE = "{% for i in range(99999) %}{{ messages[0].content * 1000 }}{% endfor %}"

@@ -19,6 +19,8 @@ import ahead
 import pytest
 from compiling import environment
 
+pytestmark = pytest.mark.long
+
 GOLDEN = Path(__file__).parent / "golden"
 Facts = dict[str, dict[str, Any]]
 

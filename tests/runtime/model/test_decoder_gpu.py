@@ -36,6 +36,8 @@ from octavo.runtime.model.operators import REFERENCE
 from octavo.runtime.model.operators_gpu import make_ops
 from octavo.runtime.model.weights import load_model
 
+pytestmark = pytest.mark.long
+
 DTYPES = ("float32", "bfloat16")
 LENGTHS = (9, 3)  # of a prompt's two sequences
 SEED = 378  # of how they are cut: 3 and 1 tokens, 3 and 1, 1 and 1 (past windows of 5 and 6), 2

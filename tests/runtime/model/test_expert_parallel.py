@@ -26,6 +26,8 @@ from octavo.runtime.parallel.config import ParallelConfig
 from octavo.runtime.parallel.group import ALONE, Group
 from octavo.runtime.parallel.layout import LayoutError
 
+pytestmark = pytest.mark.long
+
 MIXTURES = [name for name, (_, keys) in CASES.items() if {"num_experts", "num_local_experts"} & keys.keys()]
 DEALT = {"parallel": ParallelConfig(enable_expert_parallel=True)}
 

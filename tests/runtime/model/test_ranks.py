@@ -20,6 +20,8 @@ from octavo.runtime.parallel.config import ParallelConfig
 from octavo.runtime.parallel.group import ALONE, Group
 from octavo.runtime.parallel.layout import LayoutError
 
+pytestmark = pytest.mark.long
+
 
 def scattered(group: Group, directory: Path, stages: int = 1) -> list[Tensor]:
     """float32 logits of chunks and single tokens in mixed batches, on each rank what its head gives."""

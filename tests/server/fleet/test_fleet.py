@@ -32,6 +32,8 @@ from octavo.server.fleet.fleet import Fleet
 from octavo.server.fleet.limits import FleetLimits
 from octavo.server.fleet.stream import Stream
 
+pytestmark = pytest.mark.long
+
 QUICK = FleetLimits(silence=60.0, first_restart=0.05)
 PATIENCE = 120.0  # seconds; not a measurement, only so that a hang is a failure
 VOCABULARY = Vocabulary([b"a"], [], [0], "{}")

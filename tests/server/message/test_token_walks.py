@@ -23,6 +23,8 @@ from octavo.server.dialects.custom_input import InputText
 from octavo.server.message.layout import layout_of
 from octavo.server.message.parts import calls_of, text_of
 
+pytestmark = pytest.mark.long
+
 TOOLS = [
     {"type": "function", "function": {"name": name, "description": "A tool.", "parameters": schema}}
     for name, schema in CALL_SCHEMAS.items()
