@@ -26,11 +26,12 @@ import octavo
 from octavo.kernels.native.environment import ENVIRONMENT
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.parallel.config import Devices, check
-from octavo.runtime.parallel.placement import VISIBLE, Placement, find_devices, place
+from octavo.runtime.parallel.placement import VISIBLE, Placement, check_ray_installed, find_devices, place
 from octavo.runtime.progress import Progress
 
 PROGRAM = ("-m", "octavo.runtime.process")
 STAND_IN = ("-m", "octavo.runtime.parallel.stand_in")  # of an engine on another machine
+ON_RAY = ("-m", "octavo.runtime.parallel.ray_engine")  # the same, which has Ray start the engine
 DIRECTORY_PREFIX = "octavo-engine-"
 OWN_NAMES = re.compile(r"engine|heartbeat|progress|board|metrics|responses.*|batches|(server|http)-[0-9.]+")
 
@@ -39,7 +40,7 @@ class EngineStart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The first line on the engine's stdin. spawn_time: time.time() before the process was started.
 
     index: which of the server's engines it is. cores: the CPUs that it may use; None: all. addresses: those of the
-    server processes, where there are several (see shared_link.py).
+    server processes, where there are several (see shared_link.py). is_first: no process before had this place.
     """
 
     config: EngineConfig
@@ -47,6 +48,7 @@ class EngineStart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     index: int = 0
     cores: list[int] | None = None
     addresses: list[str] = []
+    is_first: bool = True
 
 
 @dataclass(frozen=True)
@@ -186,15 +188,19 @@ class Launcher:
         self._addresses = addresses
         self._devices = devices or find_devices(config.device)
         check(config.parallel, self._devices, config.num_threads)
+        if config.parallel.is_on_ray:
+            check_ray_installed()
 
     def start_all(self) -> list[EngineProcess]:
         """All engines of the server."""
-        return [self.start(index) for index in range(self._config.parallel.data_parallel_size)]
+        return [self.start(index, is_first=True) for index in range(self._config.parallel.data_parallel_size)]
 
-    def start(self, index: int) -> EngineProcess:
+    def start(self, index: int, *, is_first: bool = False) -> EngineProcess:
         """The engine of this number. Raises OSError where no process can be started."""
         parallel = self._config.parallel
         own = parallel.local_engines
+        if parallel.is_on_ray:
+            return start_engine(self._config, index, None, ON_RAY, is_first=is_first)
         if index not in own:
             return start_engine(self._config, index, None, STAND_IN)
         placement = place(index - own.start, len(own), self._devices, parallel.num_ranks)
@@ -207,6 +213,8 @@ def start_engine(
     placement: Placement | None = None,
     program: Sequence[str] = PROGRAM,
     addresses: Sequence[str] = (),
+    *,
+    is_first: bool = True,
 ) -> EngineProcess:
     """Start the engine process; it sends Ready or Failed to whoever binds `address`. Returns at once."""
     placement = placement or Placement()
@@ -216,7 +224,7 @@ def start_engine(
     # -P: a file in the user's directory is no module
     command = [sys.executable, "-P", *program, f"ipc://{directory.path}/engine"]
     own = msgspec.structs.replace(config, num_threads=num_threads)
-    start = EngineStart(own, time.time(), index, placement.cores, list(addresses))
+    start = EngineStart(own, time.time(), index, placement.cores, list(addresses), is_first)
     environment = child_environment(num_threads)
     if placement.gpu is not None:
         environment[VISIBLE] = placement.gpu

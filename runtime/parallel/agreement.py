@@ -19,6 +19,7 @@ OWN_PARALLEL = frozenset(
     {
         *("node_rank", "headless", "master_addr", "master_port"),
         *("data_parallel_address", "data_parallel_rpc_port", "data_parallel_size_local", "data_parallel_start_rank"),
+        *("distributed_executor_backend", "data_parallel_backend"),
         *("routing", "migration_limit", "max_engine_restarts", "engine_restart_delay"),
     }
 )

@@ -174,9 +174,33 @@ class ParallelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         ),
     ] = 0
 
+    distributed_executor_backend: Annotated[
+        Literal["mp", "uni", "ray"],
+        Meta(
+            description="who starts engines and their ranks: this server on its machine (mp, uni), or a Ray cluster "
+            "that it is part of (ray), which puts the ranks of an engine on as few nodes as have room, or on --nnodes",
+            extra={"group": "Ray"},
+        ),
+    ] = "mp"
+    data_parallel_backend: Annotated[
+        Literal["mp", "ray"],
+        Meta(
+            description="who starts engines: this server, or Ray, which puts each of them on one node with all of its "
+            "ranks",
+            extra={"flag": ("-dpb", "--data-parallel-backend")},
+        ),
+    ] = "mp"
+
+    @property
+    def is_on_ray(self) -> bool:
+        """Whether engines are where Ray places them."""
+        return "ray" in (self.distributed_executor_backend, self.data_parallel_backend)
+
     @property
     def local_engines(self) -> range:
-        """The numbers of this machine's engines: a server has the first ones."""
+        """The numbers of this machine's engines: a server has the first ones, or none where Ray has them."""
+        if self.is_on_ray and not self.headless:
+            return range(0)
         first = self.data_parallel_start_rank
         count = self.data_parallel_size_local
         return range(first, self.data_parallel_size if count is None else first + count)
@@ -232,6 +256,8 @@ def check(parallel: ParallelConfig, devices: Devices, num_threads: int | None) -
 def check_nodes(parallel: ParallelConfig) -> None:
     """Raise ValueError where what is said of several machines can't be; the message says what works."""
     nodes = parallel.nnodes
+    if parallel.is_on_ray:
+        check_ray(parallel)
     if nodes > 1 and parallel.pipeline_parallel_size > 1:
         raise ValueError(
             f"-pp {parallel.pipeline_parallel_size} with --nnodes {nodes}: stages are on one machine so far; "
@@ -244,7 +270,7 @@ def check_nodes(parallel: ParallelConfig) -> None:
         )
     if parallel.node_rank >= nodes:
         raise ValueError(f"--node-rank {parallel.node_rank} with --nnodes {nodes}: 0 to {nodes - 1} work")
-    if nodes > 1 and parallel.data_parallel_size > 1:
+    if nodes > 1 and parallel.data_parallel_size > 1 and not parallel.is_on_ray:
         raise ValueError(
             f"-dp {parallel.data_parallel_size} with --nnodes {nodes}: an engine that spans machines is the only one "
             "of its server; start a server for each, or leave --nnodes out"
@@ -256,7 +282,27 @@ def check_nodes(parallel: ParallelConfig) -> None:
             "--headless: which machine is this? --nnodes N with --node-rank 1 to N-1 says it, or -dp N with "
             "--data-parallel-start-rank 1 to N-1"
         )
-    check_engines(parallel)
+    if not parallel.is_on_ray:
+        check_engines(parallel)
+
+
+def check_ray(parallel: ParallelConfig) -> None:
+    """The same where Ray places engines, for what only a person who places them can say."""
+    own = ParallelConfig()
+    for flag, value, unsaid in (
+        ("--headless", parallel.headless, own.headless),
+        ("--node-rank", parallel.node_rank, own.node_rank),
+        ("--data-parallel-address", parallel.data_parallel_address, own.data_parallel_address),
+        ("--data-parallel-size-local", parallel.data_parallel_size_local, own.data_parallel_size_local),
+        ("--data-parallel-start-rank", parallel.data_parallel_start_rank, own.data_parallel_start_rank),
+    ):
+        if value != unsaid:
+            raise ValueError(f"{flag}: Ray chooses the nodes of engines and starts what runs there: leave it out")
+    if parallel.nnodes > 1 and parallel.distributed_executor_backend != "ray":
+        raise ValueError(
+            f"--nnodes {parallel.nnodes} with --data-parallel-backend ray: each engine is on one node; "
+            "--distributed-executor-backend ray divides its ranks over several"
+        )
 
 
 def check_engines(parallel: ParallelConfig) -> None:

@@ -20,7 +20,7 @@ from octavo.runtime.parallel.channel import DriverChannel
 from octavo.runtime.parallel.follower_process import GONE, FollowerProcess, FollowerStart, share_of_cores
 from octavo.runtime.parallel.lifeline import EndedError
 from octavo.runtime.parallel.order import StepOrder, largest_order
-from octavo.runtime.parallel.placement import num_cores
+from octavo.runtime.parallel.placement import cores_to_share, num_cores
 from octavo.runtime.parallel.remote_ranks import ranks_of_other_nodes
 from octavo.runtime.scheduling.plan import SchedulerConfig
 
@@ -42,7 +42,7 @@ class Followers:
         self._heartbeat = heartbeat
         self._remote = ranks_of_other_nodes(config)
         ranks = [rank for rank in range(self.size) if self._remote is None or rank not in self._remote.ranks]
-        cores = sorted(os.sched_getaffinity(0))
+        cores = cores_to_share(config.parallel)
         at_a_time = num_cores()
         self.threads = config.num_threads or max(1, at_a_time // len(ranks))
         self.notes = crowded(len(ranks), at_a_time)

@@ -21,7 +21,7 @@ from octavo.runtime.config import EngineConfig
 from octavo.runtime.parallel.address import Address, key_for, master_address
 from octavo.runtime.parallel.follower_process import GONE, FollowerProcess, FollowerStart, share_of_cores
 from octavo.runtime.parallel.guest import leave
-from octavo.runtime.parallel.placement import num_cores
+from octavo.runtime.parallel.placement import cores_to_share, num_cores
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def run_ranks(config: EngineConfig) -> None:
 def _started(config: EngineConfig, address: Address) -> Iterator[list[FollowerProcess]]:
     """All ranks of this machine, which are ended in the end."""
     ranks = config.parallel.local_ranks
-    cores = sorted(os.sched_getaffinity(0))
+    cores = cores_to_share(config.parallel)
     threads = config.num_threads or max(1, num_cores() // len(ranks))
     config = msgspec.structs.replace(config, num_threads=threads)
     followers: list[FollowerProcess] = []

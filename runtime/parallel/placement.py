@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 
-from octavo.runtime.parallel.config import Devices
+from octavo.runtime.parallel.config import Devices, ParallelConfig
 
 CGROUP = Path("/sys/fs/cgroup")
 NVIDIA = Path("/proc/driver/nvidia/gpus")
+RAY = "ray (--distributed-executor-backend, --data-parallel-backend)"
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
@@ -40,6 +42,12 @@ def _gpus() -> tuple[str, ...]:
     return tuple(map(str, range(count)))
 
 
+def check_ray_installed() -> None:
+    """Raise ValueError where engines are to be placed by Ray, and there is none."""
+    if find_spec("ray") is None:
+        raise ValueError(f"{RAY} is not installed: pip install 'octavo[ray]'")
+
+
 def place(index: int, size: int, devices: Devices, ranks: int = 1) -> Placement:
     """The place of one of `size` engines: a GPU of its own, or consecutive cores, as evenly as they go.
 
@@ -53,6 +61,11 @@ def place(index: int, size: int, devices: Devices, ranks: int = 1) -> Placement:
     if devices.max_cores < count:  # a quota says how many at a time, and not which: others may be on any of them
         return Placement(num_threads=max(1, devices.max_cores // (size * ranks)))
     return Placement(cores=list(devices.cores[index * count // size : (index + 1) * count // size]))
+
+
+def cores_to_share(parallel: ParallelConfig) -> list[int]:
+    """The CPUs that ranks are pinned to shares of. None on Ray, which says how many an engine has, and not which."""
+    return [] if parallel.is_on_ray else sorted(os.sched_getaffinity(0))
 
 
 def num_cores() -> int:

@@ -19,7 +19,7 @@ import zmq
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.launch import EngineStart, heartbeat_address, progress_path, remove_socket
 from octavo.runtime.messages import Failed, Shutdown
-from octavo.runtime.parallel.address import engine_address, key_for
+from octavo.runtime.parallel.address import Address, engine_address, key_for
 from octavo.runtime.parallel.agreement import agreement_of
 from octavo.runtime.parallel.lifeline import end_with_parent, one_line, read_line
 from octavo.runtime.parallel.meeting import Meeting, Owner
@@ -45,20 +45,23 @@ def main() -> int:
         return 0
     start = msgspec.json.decode(line, type=EngineStart)
     try:
-        stand_in = StandIn(start.config, start.index, address)
+        met_at = engine_address(start.config.parallel, start.index)
+        stand_in = StandIn(start.config, start.index, address, met_at)
     except ValueError as error:
-        _say_failed(address, one_line(error))
+        say_failed(address, one_line(error))
         return 1
     end_with_parent(stand_in.end)
     return stand_in.run()
 
 
 class StandIn:
-    """Of one engine. Raises ValueError where its address can't be had."""
+    """Of one engine. met_at: where a headless node comes, and what it is told; port 0 takes a free one.
 
-    def __init__(self, config: EngineConfig, index: int, address: str) -> None:
+    Raises ValueError where that can't be had.
+    """
+
+    def __init__(self, config: EngineConfig, index: int, address: str, met_at: Address) -> None:
         parallel = config.parallel
-        met_at = engine_address(parallel, index)
         pair = key_for(met_at, os.environ)
         self._address = address
         self._num_ranks = parallel.num_ranks
@@ -69,16 +72,19 @@ class StandIn:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._far, listens = listen_far(self._context, met_at.host, pair)
         details = msgspec.msgpack.encode(listens)
-        owner = Owner(lambda *_: None if self._is_over else details, self._lose, self._lose)
+        owner = Owner(
+            lambda *_: None if self._is_over else details, lambda _, why: self.lose(why), lambda _, why: self.lose(why)
+        )
         members = {index: f"engine {index}"}
         patience = parallel.distributed_timeout_seconds
         self._meeting = Meeting(met_at, pair, members, agreement_of(config), patience, owner, FLAGS)
+        self.met_at = self._meeting.address
 
     def run(self) -> int:
         """Until the engine is lost; returns the exit code."""
         while not self._far.poll(int(1000 * LOOK_SECONDS)):
             if not self._losses.empty():
-                _say_failed(self._address, self._losses.get())
+                say_failed(self._address, self._losses.get())
                 return 1
         self._far.recv()
         near = near_server(self._context, self._address, heartbeat_address(self._address), self._num_ranks)
@@ -93,7 +99,8 @@ class StandIn:
         relay.close(FLUSH_MS)
         return 1
 
-    def _lose(self, _: int, why: str) -> None:
+    def lose(self, why: str) -> None:
+        """The engine is gone; from any thread."""
         self._is_over = True
         self._losses.put(why)
 
@@ -110,7 +117,8 @@ class StandIn:
         remove_socket(self._address)
 
 
-def _say_failed(address: str, why: str) -> None:
+def say_failed(address: str, why: str) -> None:
+    """Tell the server at this address why its engine can't be had."""
     with zmq.Context() as context, context.socket(zmq.DEALER) as server:
         server.connect(address)
         server.send(msgspec.msgpack.encode(Failed(why)))

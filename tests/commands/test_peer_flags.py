@@ -94,6 +94,8 @@ START_LINES = [
     "m --structured-outputs-config.backend guidance --seed 0 --disable-log-requests",
     "m --quantization awq --dtype half --load-format safetensors --swap-space 4",
     "m -tp 1 -pp 1 -dp 1 --distributed-executor-backend mp --trust-remote-code",
+    "m -tp 2 --distributed-executor-backend uni -dpb mp",
+    "m -tp 8 -dp 2 --distributed-executor-backend ray --data-parallel-backend ray",
     "m -tp 8 --enable-expert-parallel --all2all-backend pplx --expert-placement-strategy linear",
     "m -tp 8 -ep --no-enable-expert-parallel --enable-ep-weight-filter",
     "m --max-num-queued-reqs 64 --enable-prompt-tokens-details --enable-request-id-headers",

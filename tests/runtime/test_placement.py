@@ -84,6 +84,7 @@ def test_gpus_are_those_that_the_environment_shows(monkeypatch: pytest.MonkeyPat
 
 
 TWO = {"tensor_parallel_size": 2, "nnodes": 2}
+RAY = {"tensor_parallel_size": 2, "distributed_executor_backend": "ray"}
 FOUR = {"data_parallel_size": 4, "data_parallel_address": "10.0.0.1"}
 
 
@@ -102,6 +103,11 @@ FOUR = {"data_parallel_size": 4, "data_parallel_address": "10.0.0.1"}
         ),
         (FOUR | {"data_parallel_size_local": 0, "data_parallel_start_rank": 2, "headless": True}, "1 or more work"),
         ({"data_parallel_size": 4, "data_parallel_size_local": 2}, "--data-parallel-address HOST says where"),
+        (RAY | {"headless": True, "node_rank": 1, "nnodes": 2}, "--headless: Ray chooses the nodes .*: leave it out"),
+        (RAY | {"data_parallel_address": "10.0.0.1"}, "--data-parallel-address: Ray chooses"),
+        (RAY | {"data_parallel_size_local": 1}, "--data-parallel-size-local: Ray chooses"),
+        (RAY | {"nnodes": 3}, "-tp 2 makes 2; --nnodes 2 works"),
+        (TWO | {"data_parallel_backend": "ray"}, "each engine is on one node; --distributed-executor-backend ray"),
     ],
 )
 def test_machines_that_can_not_be_are_refused_with_what_works(settings: dict[str, object], text: str) -> None:
@@ -125,6 +131,14 @@ def test_engines_of_a_server_and_of_other_machines() -> None:
         check(parallel, Devices(tuple(range(8)), 8), None)
     assert [*server.local_engines, *other.local_engines] == [0, 1, 2, 3, 4]
     assert ParallelConfig(data_parallel_size=3).local_engines == range(3)
+
+
+@pytest.mark.parametrize("backend", ["distributed_executor_backend", "data_parallel_backend"])
+def test_engines_on_ray_take_nothing_of_the_servers_machine(backend: str) -> None:
+    parallel = ParallelConfig(data_parallel_size=MAX_ENGINES, tensor_parallel_size=8, **{backend: "ray"})  # type: ignore[arg-type]
+    check(parallel, Devices((0,), 1), 4)
+    assert list(parallel.local_engines) == []
+    check(ParallelConfig(data_parallel_size=2, **RAY | {"nnodes": 2}), Devices((0,), 1), None)  # type: ignore[arg-type]
 
 
 def test_what_a_server_needs_before_its_engines_start_imports_no_numpy() -> None:

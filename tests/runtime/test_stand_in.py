@@ -11,7 +11,7 @@ import pytest
 import zmq
 
 from octavo.runtime.config import EngineConfig
-from octavo.runtime.parallel.address import Address, engine_address
+from octavo.runtime.parallel.address import Address
 from octavo.runtime.parallel.agreement import agreement_of
 from octavo.runtime.parallel.config import ParallelConfig
 from octavo.runtime.parallel.guest import Guest, JoinError, leave
@@ -42,8 +42,8 @@ def config(fixtures: Path) -> EngineConfig:
 def met_at(request: pytest.FixtureRequest, config: EngineConfig, tmp_path: Path) -> Iterator[Address]:
     """Where an engine, or a rank, is met."""
     if request.param == "engine":
-        stand_in = StandIn(config, 1, f"ipc://{tmp_path}/engine/engine")
-        yield engine_address(config.parallel, 1)
+        stand_in = StandIn(config, 1, f"ipc://{tmp_path}/engine/engine", Address("127.0.0.1", 0))
+        yield stand_in.met_at
         stand_in._meeting.close("the test is over")
         stand_in._context.destroy(linger=0)
     else:

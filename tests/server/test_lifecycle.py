@@ -9,6 +9,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -313,3 +314,11 @@ def test_flags_that_can_not_be_honoured(fixtures: Path, tmp_path: Path) -> None:
     assert "--uds" in said_at_once(tiny, "--uds", str(tmp_path / "none" / "socket"))
     assert "no such directory" in said_at_once(tiny, "--port", "0", "--tokenizer", str(tmp_path / "none"))
     assert "--chat-template" in said_at_once(tiny, "--port", "0", "--chat-template", "none.jinja")
+
+
+@pytest.mark.skipif(find_spec("ray") is not None, reason="Ray is there: see test_ray_engine.py")
+def test_a_flag_that_wants_an_extra_names_it(fixtures: Path) -> None:
+    for flag in ("--distributed-executor-backend", "--data-parallel-backend"):
+        said = said_at_once(str(fixtures / "tiny"), "--port", "0", flag, "ray")
+        assert flag in said
+        assert "is not installed: pip install 'octavo[ray]'" in said

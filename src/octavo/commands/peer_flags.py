@@ -50,7 +50,7 @@ NO_IMAGES = "only text is supported: leave it out, and serve a text model"
 NO_POOLING = "octavo generates text, and does not serve embeddings or classifiers yet"
 ONE_DEVICE = (
     "-dp runs several engines behind one server, -tp and -pp divide a model over the cores of a CPU, --nnodes over "
-    "machines; "
+    "machines, --distributed-executor-backend ray over a Ray cluster's nodes; "
     "nothing else is divided yet: leave it out"
 )
 NO_OFFLOAD = "weights and KV cache stay on the device: --dtype int4 makes weights small, --kv-cache-dtype the cache"
@@ -119,7 +119,6 @@ TABLE: tuple[PeerFlag, ...] = (
              "1", ONE_DEVICE),
     _moot_at("--base-gpu-id --data-parallel-rank -dpn", "0", ONE_DEVICE),
     _moot_at("--gpu-id-step", "1", ONE_DEVICE),
-    _moot_at("--distributed-executor-backend", "mp uni", ONE_DEVICE),
     _moot_at("--expert-placement-strategy", "linear", "--enable-expert-parallel deals experts out in their order"),
     _moot_at("--moe-a2a-backend", "none", "all ranks of an engine have all tokens: leave it out"),
     _moot_at("--cpu-offload-gb --ubatch-size --kv-offloading-size", "0", NO_OFFLOAD),
@@ -172,7 +171,7 @@ TABLE: tuple[PeerFlag, ...] = (
              "--qsa-indexer-dtype --enable-fp32-lm-head --enable-tf32-matmul --use-fp64-gumbel",
              "--dtype, --kv-cache-dtype and --lm-head-dtype are the types there are"),
     # refused: parallel
-    _refused("--data-parallel-* -dpb -dph -dpe -dpm --dp-* --dcp-* --cp-* --pp-* --enable-dbo --dbo-* "
+    _refused("--data-parallel-* -dph -dpe -dpm --dp-* --dcp-* --cp-* --pp-* --enable-dbo --dbo-* "
              "--enable-hc-sp --enable-eplb "
              "--eplb-* --enable-elastic-ep --elastic-ep-* --max-ep-size "
              "--enable-batch-sharded-sampling --disable-nccl-* "

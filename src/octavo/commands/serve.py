@@ -111,10 +111,9 @@ def _check_processes(options: ServeOptions) -> None:
     count = options.listen.api_server_count
     parallel = options.engine.parallel
     if count > 1 and len(parallel.local_engines) < parallel.data_parallel_size:
-        raise ServeError(
-            f"--api-server-count {count} with engines on other machines (--data-parallel-size-local "
-            f"{len(parallel.local_engines)} of {parallel.data_parallel_size}): --api-server-count 1 works"
-        )
+        local = f"--data-parallel-size-local {len(parallel.local_engines)} of {parallel.data_parallel_size}"
+        where = "Ray" if parallel.is_on_ray else local
+        raise ServeError(f"--api-server-count {count} with engines elsewhere ({where}): --api-server-count 1 works")
 
 
 def _serve_alone(options: ServeOptions, directory: Path, access: Access, listener: Listener, begun: float) -> bool:
