@@ -3,7 +3,7 @@
 Start-time fair queueing (Goyal, Vin, Cheng 1996): a request's tag is where its owner's last one ends, or the tag that
 is being served, whichever is later; requests go by their tags. So an owner who sends one request stands in front of all
 that wait of a thousand which another owner has sent before, and nobody can save up. With one owner the order is that of
-arrival.
+arrival. What another engine had begun when it died stands before all that wait: its reader waits a second time.
 
 Tags say who is next. Two rules bound how long somebody waits for the answers and the prompts of others: an owner of
 whom nothing runs is next whatever its tag (`whose_turn`), and while several owners ask, the prompts of the one with
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence as Rows
+from math import inf, nextafter
 
 from octavo.runtime.messages import AddRequest
 from octavo.runtime.scheduling.sequence import Sequence
@@ -43,7 +44,7 @@ class FairShares:
         self._last_owner = request.owner
         if len(self._ends) > MAX_OWNERS:
             self._ends = {owner: end for owner, end in self._ends.items() if end > self._served}
-        return begin
+        return begin if request.num_prompt is None else nextafter(self._served, -inf)
 
     @property
     def has_several(self) -> bool:

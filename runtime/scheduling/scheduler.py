@@ -300,7 +300,7 @@ class Scheduler:
         waiting = self.waiting.values()
         if self.config.policy != "lpm" or not self._free_slots:
             return waiting
-        compared = sorted(waiting[:MOST_COMPARED], key=lambda it: -len(self._cached_prefix(it)))
+        compared = sorted(waiting[:MOST_COMPARED], key=lambda it: (not it.has_begun, -len(self._cached_prefix(it))))
         return compared + waiting[MOST_COMPARED:]
 
     def _fits(self, cached: BlockTables, length: int, *, spare: bool = True) -> bool:

@@ -106,6 +106,11 @@ class Sequence:
         return len(self.token_ids) + self.num_sampling
 
     @property
+    def has_begun(self) -> bool:
+        """Whether a token of its answer is known, be it from another engine."""
+        return len(self.token_ids) > self.num_prompt
+
+    @property
     def first_uncertain(self) -> int:
         """The first position that may be planned again: a step under way may bring no token."""
         return min(self.num_planned, len(self.token_ids) - 1)

@@ -74,7 +74,9 @@ def in_batch(answers: list[OpenAnswer], num_waiting: int) -> set[str]:
     """Which of an engine's answers, in the order in which it got them, may have been in its last batch.
 
     Those of which something has come, and of the others all but the last ones: as many as waited after its last step.
+    Those that it was to go on with, for an engine that had died, were before all that had not begun.
     """
-    silent = [answer.request_id for answer in answers if answer.is_silent]
+    in_order = sorted(answers, key=lambda answer: not answer.has_begun)
+    silent = [answer.request_id for answer in in_order if answer.is_silent]
     waiting = set(silent[max(0, len(silent) - num_waiting) :])
     return {answer.request_id for answer in answers} - waiting

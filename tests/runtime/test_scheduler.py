@@ -711,6 +711,19 @@ def test_the_longest_cached_prefix_goes_first() -> None:
     assert admitted(it) == ["whole", "half", "new", "new too"]
 
 
+@pytest.mark.parametrize("policy", ["fcfs", "priority", "lpm"])
+@pytest.mark.parametrize("owners", ["a", "ab"])
+def test_what_another_engine_has_begun_goes_before_all_that_wait(policy: str, owners: str) -> None:
+    """Its owner's own requests and others', be their prompts cached; and of what was begun, the first to come."""
+    it = scheduler(max_num_seqs=1, policy=policy, num_blocks=32)
+    for number in range(6):
+        it.add(structs.replace(request(f"new {number}", list(range(20))), owner=owners[number % len(owners)]))
+    step(it)
+    for name in ("begun", "begun too"):
+        it.add(structs.replace(request(name, list(range(60, 80))), num_prompt=18, owner="a"))
+    assert admitted(it)[:3] == ["begun", "begun too", "new 1"]
+
+
 def test_a_step_that_brings_no_token_is_planned_again() -> None:
     it = scheduler()
     it.add(request("a", [1, 2, 3, 4]))
