@@ -187,7 +187,10 @@ class EngineClient:
         self._die(message)
 
     def _end(self, message: str) -> None:
-        """The process has ended. A last message (Failed, with the reason) may be in the socket, and comes first."""
+        """The process has ended. A last message (Failed, with the reason) may be in the socket, and comes first.
+
+        Meanwhile engines that were killed together are found dead, and get none of each other's requests.
+        """
         self.has_ended = True
         self._loop.call_later(LAST_MESSAGE_SECONDS, self._die, message)
 
