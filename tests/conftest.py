@@ -77,6 +77,23 @@ def _spare_interpreter() -> None:
         spare()
 
 
+@pytest.fixture(autouse=True)
+def _one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What is interpreted is compared with torch's operators on small tensors, whose threads would wait for each other.
+
+    Beside another busy process that takes half as long again. octavo's own kernels on the CPU keep all threads.
+    """
+    if HAS_GPU or "gpu" not in request.path.stem or "torch" not in sys.modules:
+        yield
+        return
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def fixtures() -> Path:
     """The directory of tiny checkpoints; its README says who wrote which, and how."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hf_oracle import CASES, make_hf, save
+from slow_cases import slow
 from toy_model import make_request, run_to_end, run_with_arrivals, tokens_of
 
 from octavo.runtime.config import EngineConfig
@@ -106,9 +108,10 @@ def engine_of(model: Any, **limits: Any) -> Engine:
     return Engine(Worker(model, caches, settings), settings)
 
 
+@pytest.mark.parametrize("seeds", [(1, 3, 5), slow(range(8))], ids=str)
 @pytest.mark.parametrize("family", WINDOWED)
 def test_answers_are_those_of_transformers_however_they_are_scheduled(
-    checkpoints: dict[str, Path], family: str
+    checkpoints: dict[str, Path], family: str, seeds: Sequence[int]
 ) -> None:
     """Chunks, shared prefixes, preemption and blocks that change hands among groups of layers."""
     config = EngineConfig(
@@ -125,7 +128,7 @@ def test_answers_are_those_of_transformers_however_they_are_scheduled(
     reference = make_hf(*CASES[family])  # the checkpoint's weights: the seed is the same
     truth = {r.request_id: greedy(reference, r.token_ids, r.params.max_tokens) for r in requests}
     preemptions = hits = 0
-    for seed in range(8):
+    for seed in seeds:
         rng = random.Random(seed)
         windows = choose_layout(model.kv_windows, 64).windows
         engine = engine_of(
