@@ -33,9 +33,13 @@ def join_cluster() -> str:
     address = find_cluster()
     try:
         ray.init(address=address, logging_level="error")
-    except (ConnectionError, RuntimeError) as error:  # such as another version of Ray or of Python: it names both
-        why = " ".join((str(error) or str(error.__context__)).split())
-        raise ValueError(f"{RAY}: {address}: {why}") from None
+    except RuntimeError as error:  # such as another version of Ray or of Python: it names both
+        raise ValueError(f"{RAY}: {address}: {' '.join(str(error).split())}") from None
+    except ConnectionError as error:  # such as a wrong token, which only what has led to this one tells
+        first: BaseException = error
+        while first.__context__ is not None:
+            first = first.__context__
+        raise ValueError(f"{RAY}: {address}: {last_line(first)}") from None
     return str(ray.util.get_node_ip_address())
 
 
@@ -156,6 +160,6 @@ def config_of_node(config: EngineConfig, index: int, met_at: Address, master: Ad
     return msgspec.structs.replace(config, parallel=parallel)
 
 
-def last_line(error: Exception) -> str:
+def last_line(error: BaseException) -> str:
     """Ray's errors are pages, which end with what happened."""
     return str(error).strip().splitlines()[-1].strip()
