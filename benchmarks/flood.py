@@ -153,7 +153,8 @@ def request_of(*, chat: bool) -> bytes:
 def all_running(args: argparse.Namespace) -> Iterator[dict[str, Running]]:
     """The bare server, and octavo of each checkout; those that are not asked take no time of the cores."""
     flags = ("--max-num-seqs", str(SEATS), "--max-queued-requests", str(PLACES), "--num-threads", "1")
-    servers = [Server("bare", (sys.executable, "-c", BARE, "{port}"))]
+    program = BARE.replace("{", "{{").replace("}", "}}")  # a command is a format
+    servers = [Server("bare", (sys.executable, "-c", program, "{port}"))]
     for name, checkout in {"old": args.old, "new": Path.cwd()}.items():
         if checkout is not None:
             server = octavo_server(name, args.model, *flags)
