@@ -98,7 +98,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     enforce_eager: Annotated[
         bool,
         Meta(
-            description="on a GPU, launch the kernels of a step one by one instead of replaying a CUDA graph",
+            description="launch a step's kernels one by one instead of replaying a CUDA graph, or on a CPU a recording",
             extra={"aliases": ("--disable-cuda-graph",)},
         ),
     ] = False

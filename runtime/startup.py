@@ -24,6 +24,7 @@ from octavo.runtime.scheduling.plan import SchedulerConfig
 from octavo.runtime.worker import kv_cache
 from octavo.runtime.worker.device import free_memory, set_threads
 from octavo.runtime.worker.graphs import StepGraphs
+from octavo.runtime.worker.replays import StepReplays
 from octavo.runtime.worker.warm_up import compile_steps, run_requests, run_steps
 from octavo.runtime.worker.worker import Worker
 
@@ -68,11 +69,7 @@ def load_engine(
     with torch.inference_mode():
         warm_up(model, rank.caches, rank.limits, followers)
         clock.end("warm-up")
-        graphs = None
-        if not config.enforce_eager and model.capturable:
-            sizes = (rank.limits.max_num_seqs, rank.limits.max_model_len, config.max_num_batched_tokens)
-            graphs = StepGraphs(model, rank.caches, *sizes)
-            clock.end("cuda graphs")
+        graphs, replays = (None, None) if config.enforce_eager else at_once(rank, clock)
     plan = rank.plan
     on_cpu = f"cpu, {num_threads} threads"
     if group.size > 1:
@@ -93,9 +90,21 @@ def load_engine(
         ranks=list(model.ranks),
     )
     overlaps = device.torch_device.type != "cpu" or num_threads < num_cores()
-    worker = Worker(model, rank.caches, rank.limits, graphs)
+    worker = Worker(model, rank.caches, rank.limits, graphs, replays)
     engine = Engine(worker, rank.limits, config.seed, followers, overlaps=overlaps)
     return engine, Ready(rank.limits.max_model_len, plan.num_blocks, plan.block_size, model.vocab_size, report)
+
+
+def at_once(rank: LoadedRank, clock: Phases) -> tuple[StepGraphs | None, StepReplays | None]:
+    """What launches a step's kernels at once, where the model's steps can be captured, or recorded on a CPU."""
+    model = rank.model
+    limits = rank.limits
+    if model.capturable:
+        sizes = (limits.max_num_seqs, limits.max_model_len, limits.max_num_batched_tokens)
+        graphs = StepGraphs(model, rank.caches, *sizes)
+        clock.end("cuda graphs")
+        return graphs, None
+    return None, StepReplays(model, rank.caches, limits.max_model_len) if model.recordable else None
 
 
 def prepare_device(config: EngineConfig, device: Device | None, clock: Phases) -> tuple[Device, int]:

@@ -12,8 +12,8 @@ import numpy as np
 from torch import Tensor
 
 from octavo.kernels.collective.shm_cpu import LINE, wait_for
-from octavo.kernels.native.atomics import read_word, write_word
-from octavo.kernels.native.jit import kernel, pointer, view
+from octavo.kernels.native.atomics import pointer, read_word, write_word
+from octavo.kernels.native.jit import kernel, view
 
 CAPACITY = 32 << 20  # bytes: the residual stream of 2,048 tokens of 8,192 numbers in bfloat16
 PIECE = 1 << 18  # bytes that are copied at a time, so that reading begins before all is written

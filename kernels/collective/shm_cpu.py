@@ -19,8 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from octavo.kernels.native.atomics import give_way, pause, read_word, sleep, write_word
-from octavo.kernels.native.jit import kernel, pointer, view
+from octavo.kernels.native.atomics import give_way, pause, pointer, read_word, sleep, write_word
+from octavo.kernels.native.jit import kernel, view
 
 CHUNK = 65_536  # floats: 256 KB, so that the buffers of a few ranks stay in a core's cache
 LINE = 64  # bytes

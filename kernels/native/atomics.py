@@ -19,6 +19,16 @@ def _slot(builder: Any, base: Any, index: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
+def pointer(typingctx: Any, address: Any) -> Any:
+    """An int64 address as a voidptr, for `numba.carray` and the words below."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], cgutils.voidptr_t)
+
+    return types.voidptr(types.int64), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
 def read_word(typingctx: Any, base: Any, index: Any) -> Any:
     """Word `index` behind an address."""
 

@@ -20,9 +20,10 @@ import numba
 import torch
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
+from octavo.kernels.native import recording
+from octavo.kernels.native.atomics import pointer
 from octavo.kernels.native.compile_cache import c_function
 from octavo.kernels.native.thread_pool import pool
 
@@ -52,6 +53,8 @@ class Kernel:
         if self._entry is None:
             self.compile()
         packed = ctypes.create_string_buffer(self._pack(0, *args))
+        if recording.current is not None:
+            recording.current.launch(self._address, threads, packed)
         if threads == 1:
             self._entry(packed)
         else:
@@ -72,16 +75,6 @@ def threads_for(elements: int, at_least: int = 65536) -> int:
     Two have to hand each other the rows, which the other's cache holds; an elementwise kernel of 32 rows loses by it.
     """
     return 1 if elements < at_least else torch.get_num_threads()
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def pointer(typingctx: Any, address: Any) -> Any:
-    """An int64 address as a voidptr, for `numba.carray`."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.inttoptr(args[0], cgutils.voidptr_t)
-
-    return types.voidptr(types.int64), codegen
 
 
 @intrinsic  # type: ignore[untyped-decorator]

@@ -18,14 +18,16 @@ import functools
 import threading
 from typing import Any
 
+import numba
 import numpy as np
 import torch
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+from numpy.typing import NDArray
 
-from octavo.kernels.native.atomics import add_word, give_way, pause, read_word, sleep, write_word
+from octavo.kernels.native.atomics import add_word, give_way, pause, pointer, read_word, sleep, write_word
 from octavo.kernels.native.compile_cache import c_function
 
 # The control block, one cache line (8 int64) for each: the number of the latest job; 1 while it is open; how many
@@ -75,11 +77,14 @@ def _serve(control):  # type: ignore[no-untyped-def]
         add_word(control, _INSIDE, -1)
 
 
-def _submit(control):  # type: ignore[no-untyped-def]
-    """The caller: open the job whose function and arguments stand in the block, work on it, close it, wait."""
+@numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True)
+def _do_together(control, function, arguments):  # type: ignore[no-untyped-def]
+    """The caller: open a job, work on it, close it, wait."""
+    write_word(control, _FUNCTION, function)
+    write_word(control, _ARGUMENTS, arguments)
     add_word(control, _JOB, 1)
     write_word(control, _OPEN, 1)
-    _call(read_word(control, _FUNCTION), read_word(control, _ARGUMENTS))
+    _call(function, arguments)
     write_word(control, _OPEN, 0)
     spins = 0
     while read_word(control, _INSIDE) > 0:
@@ -90,15 +95,36 @@ def _submit(control):  # type: ignore[no-untyped-def]
             pause()
 
 
+def _submit(control):  # type: ignore[no-untyped-def]
+    """The job whose function and arguments stand in the block."""
+    _do_together(control, read_word(control, _FUNCTION), read_word(control, _ARGUMENTS))
+
+
+def _submit_all(table):  # type: ignore[no-untyped-def]
+    """Jobs one after another: the control block or 0, how many, and each one's function, arguments, number of threads.
+
+    Without a control block the caller is alone.
+    """
+    control = read_word(table, 0)
+    for job in range(read_word(table, 1)):
+        function = read_word(table, 2 + 3 * job)
+        arguments = read_word(table, 3 + 3 * job)
+        write_word(pointer(arguments), 0, 0)  # the counter of items
+        if control == 0 or read_word(table, 4 + 3 * job) == 1:
+            _call(function, arguments)
+        else:
+            _do_together(pointer(control), function, arguments)
+
+
 _ENTRY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 class Pool:
-    """Worker threads and their control block; `run` is the whole of its use."""
+    """Worker threads and their control block; `run` and `run_all` are the whole of its use."""
 
     def __init__(self, workers: int) -> None:
-        self._compiled = c_function(_serve), c_function(_submit)
-        self._serve, self._submit = (_ENTRY(c.address) for c in self._compiled)
+        self._compiled = c_function(_serve), c_function(_submit), c_function(_submit_all)
+        self._serve, self._submit, self._submit_all = (_ENTRY(c.address) for c in self._compiled)
         memory = np.zeros(32 + 8, np.int64)
         skip = -memory.ctypes.data % 64 // 8
         self._memory = memory
@@ -123,6 +149,16 @@ class Pool:
             self._submit(self._control)
         finally:
             self._lock.release()
+
+    def run_all(self, table: NDArray[np.int64]) -> None:
+        """Run kernels one after another, as `run` does each. table: see `_submit_all`; its first word is written."""
+        is_ours = self._lock.acquire(blocking=False)
+        table[0] = self._control if is_ours else 0
+        try:
+            self._submit_all(table.ctypes.data)
+        finally:
+            if is_ours:
+                self._lock.release()
 
 
 @functools.cache

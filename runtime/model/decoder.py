@@ -102,6 +102,12 @@ class Decoder:
         return self.ops.compiles_kernels and all(layer.mlp.capturable for layer in self._layers)
 
     @property
+    def recordable(self) -> bool:
+        alone = not self.ranks and self._is_last_stage and not self.first_layer
+        known = all(layer.mlp.capturable and layer.attention.shape.head_dim % 16 == 0 for layer in self._layers)
+        return self.ops.recordable and alone and known
+
+    @property
     def mixtures(self) -> list[GroupedExperts]:
         return [mixture for layer in self._layers if (mixture := layer.mlp.grouped) is not None]
 

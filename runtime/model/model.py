@@ -64,6 +64,11 @@ class Model(Protocol):
         ...
 
     @property
+    def recordable(self) -> bool:
+        """Whether `hidden` of decode steps of a given size can be recorded on a CPU (kernels/native/recording.py)."""
+        ...
+
+    @property
     def mixtures(self) -> list[GroupedExperts]:
         """Of each layer whose experts run together."""
         ...

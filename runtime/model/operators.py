@@ -116,6 +116,7 @@ class Ops:
     """One body for each operator; `name` says whose they are, in the table at start.
 
     compiles_kernels  bodies are compiled at their first use, by the sizes of a step
+    recordable        bodies launch the same kernels in all decode steps of a size (kernels/native/recording.py)
     """
 
     name: str
@@ -126,6 +127,7 @@ class Ops:
     gelu_tanh_and_mul: GatedActivation
     rope_and_attention: RopeAndAttention
     compiles_kernels: bool = False
+    recordable: bool = False
 
 
 def one_after_the_other(rope_and_cache: RopeAndCache, attention: PagedAttention) -> RopeAndAttention:

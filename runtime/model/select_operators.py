@@ -34,6 +34,7 @@ def select_ops(device: torch.device, dtype: torch.dtype) -> Ops:
         silu_and_mul=fused_cpu.silu_and_mul,
         gelu_tanh_and_mul=fused_cpu.gelu_tanh_and_mul,
         rope_and_attention=one_after_the_other(rope_cpu.rope_and_cache, attention_cpu.paged_attention),
+        recordable=True,
     )
 
 

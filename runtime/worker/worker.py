@@ -13,6 +13,7 @@ from octavo.runtime.model.model import Model, Tap
 from octavo.runtime.parallel.order import StepOrder, WantedLogits
 from octavo.runtime.scheduling.plan import SchedulerConfig
 from octavo.runtime.worker.graphs import StepGraphs
+from octavo.runtime.worker.replays import StepReplays
 from octavo.runtime.worker.step_inputs import InputBuilder
 
 
@@ -20,11 +21,17 @@ class Worker:
     """Does what orders say, in their order. Every rank of an engine has one; none of them samples."""
 
     def __init__(
-        self, model: Model, caches: list[LayerCache], config: SchedulerConfig, graphs: StepGraphs | None = None
+        self,
+        model: Model,
+        caches: list[LayerCache],
+        config: SchedulerConfig,
+        graphs: StepGraphs | None = None,
+        replays: StepReplays | None = None,
     ) -> None:
         self.model = model
         self.caches = caches
         self.graphs = graphs
+        self.replays = replays
         self._inputs = InputBuilder(config)
         self._tap: Tap | None = None
 
@@ -32,6 +39,8 @@ class Worker:
         """Have this called behind each layer from now on; False where the model's layers can't be watched."""
         if self.model.gives_hidden:
             self._tap = lambda _layer, _residual: mark()
+        if self.replays is not None:
+            self.replays.mark = mark
         return self.model.gives_hidden
 
     def prepare(self, order: StepOrder) -> StepInputs:
@@ -45,7 +54,9 @@ class Worker:
         return self.forward(inputs)
 
     def forward(self, inputs: StepInputs) -> Tensor:
-        """The model's logits of a step on the CPU, through a CUDA graph where there is one for it."""
+        """The model's logits of a step on the CPU, through a CUDA graph or a recording where there is one for it."""
         if self.graphs is not None:
             return self.graphs.forward(inputs)
+        if self.replays is not None:
+            return self.model.logits(self.replays.hidden(inputs))
         return self.model.forward(inputs.to(self.model.device), self.caches, self._tap)

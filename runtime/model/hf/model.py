@@ -39,6 +39,7 @@ class HFModel:
     first_layer = 0
     compiles_kernels = False
     capturable = False
+    recordable = False
 
     def __init__(
         self, model: Any, proven: Proven, *, dtype: torch.dtype, ops: Ops, max_position: int, notes: list[str]

@@ -1,0 +1,137 @@
+"""Decode steps of few sequences on a CPU, by launches that were recorded: what CUDA graphs (graphs.py) are on a GPU.
+
+There is a recording for each number of sequences and each power of two up to which they are long. It is made once there
+have been a few such steps, and used once it has given, in the next one, the same bits as the model's layers: tokens,
+positions and lengths differ by then.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from octavo.kernels.attention.cache import LayerCache
+from octavo.kernels.attention.step import GroupTables, StepInputs
+from octavo.kernels.native.recording import Memory, NotRecordableError, Recording
+from octavo.runtime.model.model import Model
+
+log = logging.getLogger(__name__)
+
+MOST_SEQUENCES = 32  # what Python takes of a step of more is little
+FEW_STEPS = 5  # of a size; for fewer a recording doesn't pay, which takes about as long as a step
+
+Size = tuple[int, int]  # sequences, and the bits that the longest one's length has
+
+
+class StepReplays:
+    """`hidden` of a model over its caches, by recordings where there are some.
+
+    mark: is called behind each layer.
+    """
+
+    def __init__(self, model: Model, caches: list[LayerCache], max_model_len: int) -> None:
+        self._model = model
+        self._caches = caches
+        self._max_model_len = max_model_len
+        self._memory = Memory()
+        self._num_steps: Counter[Size] = Counter()
+        self._replays: dict[Size, _Replay] = {}
+        self.mark: Callable[[], None] | None = None
+
+    @property
+    def proven(self) -> list[Size]:
+        """The sizes of steps that are replayed."""
+        return [size for size, replay in self._replays.items() if replay.is_proven]
+
+    def hidden(self, inputs: StepInputs) -> Tensor:
+        """What the model's own `hidden` returns; valid until the next call."""
+        seqs = inputs.seq_lens.shape[0]
+        if inputs.max_query_len > 1 or seqs > MOST_SEQUENCES or inputs.logits_index.shape[0] != seqs:
+            return self._directly(inputs)
+        size = (seqs, inputs.max_seq_len.bit_length())
+        replay = self._replays.get(size)
+        if replay is not None:
+            return replay.hidden(inputs) if replay.is_proven else self._prove(size, replay, inputs)
+        self._num_steps[size] += 1
+        return self._record(size, inputs) if self._num_steps[size] == FEW_STEPS else self._directly(inputs)
+
+    def _record(self, size: Size, inputs: StepInputs) -> Tensor:
+        longest = min((1 << size[1]) - 1, self._max_model_len)
+        try:
+            replay = _Replay(self._model, self._caches, inputs, longest, Recording(self._memory), self.mark)
+        except NotRecordableError as error:
+            log.warning("steps of %d sequences can't be recorded: %s", size[0], error)
+            return self._directly(inputs)
+        self._replays[size] = replay
+        return replay.result
+
+    def _prove(self, size: Size, replay: _Replay, inputs: StepInputs) -> Tensor:
+        expected = self._directly(inputs)
+        replay.is_proven = torch.equal(replay.hidden(inputs), expected)
+        if not replay.is_proven:
+            log.warning("a recorded step of %d sequences differs from the layers' own, and isn't used", size[0])
+            del self._replays[size]
+        return expected
+
+    def _directly(self, inputs: StepInputs) -> Tensor:
+        mark = self.mark
+        return self._model.hidden(inputs, self._caches, None if mark is None else lambda _layer, _residual: mark())
+
+
+class _Replay:
+    """The steps of one size. result: of the last one."""
+
+    def __init__(
+        self,
+        model: Model,
+        caches: list[LayerCache],
+        inputs: StepInputs,
+        longest: int,
+        recording: Recording,
+        mark: Callable[[], None] | None,
+    ) -> None:
+        self.is_proven = False
+        self._inputs = _held(inputs, longest, -(-longest // caches[0].block_size))
+        self._recording = recording
+        tap = None if mark is None else lambda _layer, _residual: recording.call(mark)
+        self._fill(inputs)
+        with recording:
+            self.result = model.hidden(self._inputs, caches, tap)
+
+    def hidden(self, inputs: StepInputs) -> Tensor:
+        self._fill(inputs)
+        self._recording.run()
+        return self.result
+
+    def _fill(self, inputs: StepInputs) -> None:
+        for held, given in zip(_tensors(self._inputs), _tensors(inputs), strict=True):
+            held[..., : given.shape[-1]] = given
+
+
+def _held(inputs: StepInputs, longest: int, width: int) -> StepInputs:
+    """Memory for steps of this size whose sequences are so long at most, with tables so wide."""
+
+    def tables(group: StepInputs | GroupTables) -> GroupTables:
+        seqs = group.block_tables.shape[0]
+        return GroupTables(group.slot_mapping.clone(), group.block_tables.new_zeros(seqs, width))
+
+    return replace(
+        inputs,
+        **{name: getattr(inputs, name).clone() for name in ("token_ids", "positions", "query_starts", "logits_index")},
+        seq_lens=inputs.seq_lens.clone(),
+        **tables(inputs)._asdict(),
+        max_seq_len=longest,
+        more_groups=tuple(tables(group) for group in inputs.more_groups),
+    )
+
+
+def _tensors(inputs: StepInputs) -> Iterator[Tensor]:
+    """What differs from step to step."""
+    yield from (inputs.token_ids, inputs.positions, inputs.seq_lens)
+    for group in inputs.by_group():
+        yield from (group.slot_mapping, group.block_tables)

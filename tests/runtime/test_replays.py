@@ -1,0 +1,109 @@
+"""Decode steps that are replayed give the bits that the layers give, and steps that can't be are left to these."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hf_oracle import CASES, make_hf, save
+from torch import Tensor
+from toy_model import make_request, run_with_arrivals
+
+from octavo.kernels.attention.step import StepInputs
+from octavo.runtime.config import EngineConfig
+from octavo.runtime.engine import Engine
+from octavo.runtime.startup import load_engine
+from octavo.runtime.worker.replays import StepReplays
+
+FAMILIES = ["mistral", "qwen2", "gemma2", "gemma3_text", "granite", "smollm3", "olmo2"]
+VOCAB = 96
+
+
+def answers(engine: Engine, seed: int) -> dict[str, list[tuple[object, ...]]]:
+    """Tokens and logprobs of requests that come and go, so that steps have one sequence to all."""
+    rng = random.Random(seed)
+    requests = [
+        make_request(f"r{i}", [rng.randrange(3, VOCAB) for _ in range(rng.randrange(1, 12))], max_tokens=40, logprobs=2)
+        for i in range(6)
+    ]
+    outputs = run_with_arrivals(engine, requests, rng)
+    return {name: [(output.token_ids, output.logprobs) for output in told] for name, told in outputs.items()}
+
+
+def load(directory: Path, **settings: Any) -> Engine:
+    config = EngineConfig(model=str(directory), block_size=4, max_num_seqs=4, kv_cache_memory_bytes=1 << 20, **settings)
+    return load_engine(config, time.time())[0]
+
+
+def check(directory: Path, **settings: Any) -> None:
+    replaying, eager = load(directory, **settings), load(directory, enforce_eager=True, **settings)
+    assert eager.worker.replays is None
+    assert replaying.worker.replays is not None
+    marks: list[int] = []
+    replaying.worker.watch(lambda: marks.append(1))
+    for seed in (1, 2):
+        assert answers(replaying, seed) == answers(eager, seed)
+    assert {seqs for seqs, _ in replaying.worker.replays.proven} >= {1, 2, 4}
+    assert len(marks) % replaying.worker.model.num_layers == 0
+    assert marks
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_are_those_of_the_layers(family: str, dtype: str, tmp_path: Path) -> None:
+    """Logprobs too, to the bit."""
+    name, overrides = CASES[family]
+    check(save(make_hf(name, overrides | {"head_dim": 32}), tmp_path / family), dtype=dtype)
+
+
+@pytest.mark.parametrize("name", ["tiny--llmc-w8a8", "tiny--llmc-fp8-kv", "tiny--llmc-w4a16-g32", "tiny-qwen2"])
+def test_answers_of_quantized_models_are_those_of_the_layers(name: str, fixtures: Path) -> None:
+    check(fixtures / name, kv_cache_dtype="fp8_e4m3")
+
+
+def test_mixtures_and_odd_heads_are_not_recorded(fixtures: Path, tmp_path: Path) -> None:
+    assert load(fixtures / "tiny-moe").worker.replays is None
+    assert load(save(make_hf(*CASES["qwen3"]), tmp_path / "24 elements a head")).worker.replays is None
+
+
+class Reading:
+    """A model that looks into its inputs, in a way that a recording can see or not."""
+
+    def __init__(self, look: Callable[[Tensor], int]) -> None:
+        self._look = look
+
+    def hidden(self, step: StepInputs, *_: object) -> Tensor:
+        return step.token_ids.float() * self._look(step.seq_lens)
+
+
+@pytest.mark.parametrize(
+    ("look", "warning"),
+    [
+        (lambda lengths: int(lengths[0]), "can't be recorded"),
+        (lambda lengths: lengths.tolist()[0], "differs from the layers' own"),
+    ],
+)
+def test_what_depends_on_a_value_is_not_replayed(
+    look: Callable[[Tensor], int], warning: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = load_cache()
+    model: Any = Reading(look)
+    replays = StepReplays(model, cache, 64)
+    with caplog.at_level(logging.WARNING), torch.inference_mode():
+        for length in range(16, 31):
+            step = StepInputs.decode([length, 5], 4, token_ids=[length, 7])
+            assert replays.hidden(step).tolist() == [length * length, 7 * length]
+    assert caplog.text.count(warning) == 1
+    assert not replays.proven
+
+
+def load_cache() -> list[Any]:
+    from octavo.kernels.attention.cache import LayerCache
+
+    return [LayerCache(torch.zeros(8, 1, 4, 1), torch.zeros(8, 1, 4, 1), torch.ones(1), torch.ones(1))]
