@@ -142,14 +142,19 @@ def proofs(capability: int = 90) -> dict[str, Proof]:
     return {name: proof for name, proof in found.items() if capability >= 89 or not FP8_PRODUCTS.match(name)}
 
 
+ATTENDS_AS = {"_rope_decode": "_decode"}
+"""Kernels that attend, and round what they found, by another one's functions: together they have each branch once."""
+
+
 def features(proof: Proof) -> set[tuple[Any, ...]]:
-    """What a proof compiles of its kernel: the storage of each tensor, what is left out, and each flag's value.
+    """What a proof compiles: the kernel, the storage of each tensor, what is left out, and each flag's value.
 
     All floats of 16 and 32 bits are one storage: they differ in a load's width.
     """
-    kernel = proof.launch.kernel.__name__
+    name = proof.launch.kernel.__name__
+    kernel = ATTENDS_AS.get(name, name)
     floats = (torch.float16, torch.bfloat16, torch.float32)
-    found: set[tuple[Any, ...]] = set()
+    found: set[tuple[Any, ...]] = {(name,)}
 
     def look(value: Any, *place: str | int) -> None:
         if isinstance(value, tuple):
@@ -168,7 +173,10 @@ def features(proof: Proof) -> set[tuple[Any, ...]]:
 
 
 def sample(found: dict[str, Proof]) -> list[str]:
-    """Proofs that together have every feature of each kernel: always the one next that has most of those left."""
+    """Proofs that together have every feature of each kernel: always the one next that has most of those left.
+
+    One whose features others had before, or have since, is left out.
+    """
     of = {name: features(proof) for name, proof in found.items()}
     left = set[tuple[Any, ...]]().union(*of.values())
     chosen: set[str] = set()
@@ -176,6 +184,10 @@ def sample(found: dict[str, Proof]) -> list[str]:
         name = max(of, key=lambda name: len(of[name] & left))
         chosen.add(name)
         left -= of[name]
+    for name in of:
+        others = chosen - {name}
+        if name in chosen and of[name] <= set[tuple[Any, ...]]().union(*(of[other] for other in others)):
+            chosen = others
     return [name for name in found if name in chosen]
 
 
