@@ -385,7 +385,8 @@ class Scheduler:
         if samples:
             sequence.drafts = []
         if end - start > 1:
-            self._offer(sequence, start, min(known - samples, sequence.num_prompt))
+            begin = max(0, start - sequence.num_steps)  # where a step under way is of one token, it wasn't offered
+            self._offer(sequence, begin, min(known - samples, sequence.num_prompt))
 
     def _offer(self, sequence: Sequence, start: int, end: int) -> None:
         """Let later sequences find the blocks that tokens start .. end fill."""

@@ -133,6 +133,27 @@ def test_groups_of_layers_are_told_apart() -> None:
     assert answer(it, prompt) == [stored(prompt[:8], []), stored(prompt[:8], [], group=1, window=5)]
 
 
+def test_a_block_is_told_after_the_one_before_it() -> None:
+    """Though that one's last token is a step of its own, under way while a chunk that fills the next is planned."""
+    it = scheduler(max_num_batched_tokens=4, num_blocks=16)
+    for number in range(3):
+        it.add(AddRequest(f"short {number}", [number], SamplingParams(max_tokens=4), 0.0))
+    prompt = list(range(10, 19))
+    it.add(AddRequest("long", prompt, SamplingParams(max_tokens=1), 0.0))
+    for _ in range(3):
+        plan = it.plan()
+        it.commit(plan, StepResult([[7] if at.wants == "token" else [] for at in plan.scheduled]))
+    single = it.plan()
+    chunk = it.plan()
+    assert [(at.start, at.end) for plan in (single, chunk) for at in plan.scheduled[-1:]] == [(3, 4), (4, 8)]
+    it.commit(single, StepResult([[7] if at.wants == "token" else [] for at in single.scheduled]))
+    it.commit(chunk, StepResult([[]]))
+    index = KVIndex()
+    for event in told(it):
+        index._store(event)  # a block whose parent it hasn't been told of is a KeyError
+    assert {(0, hash_of(prompt[:end], 4)) for end in (4, 8)} <= index.blocks
+
+
 def test_nothing_is_collected_where_nobody_asks() -> None:
     it = scheduler(tells_kv_events=False)
     assert answer(it, [1] * 9) == []
