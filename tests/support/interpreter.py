@@ -28,7 +28,10 @@ def spare() -> None:
     interpreter._get_np_dtype = _once_a_type(interpreter._get_np_dtype)
     tl.block_type.__init__ = _once_a_shape(tl.block_type.__init__)
     tl.tensor.__init__ = _with_the_shape_of_its_type(tl.tensor.__init__)
+    tl.dtype.__eq__ = _at_once(tl.dtype.__eq__)
     TritonSemantic.broadcast_impl_value = _unless_shapes_agree(TritonSemantic.broadcast_impl_value)
+    TritonSemantic.computation_type_impl = _once_a_pair(TritonSemantic.computation_type_impl)
+    TritonSemantic.cast = _unless_types_agree(TritonSemantic.cast)
 
 
 def _once_a_launch(patch: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -102,6 +105,35 @@ def _with_the_shape_of_its_type(init: Callable[..., None]) -> Callable[..., None
         self.dtype = type.scalar
 
     return look_up
+
+
+def _at_once(equal: Callable[[Any, Any], bool]) -> Callable[[Any, Any], bool]:
+    """`dtype.__eq__`: a type is itself, of which there is one each."""
+    return lambda self, other: self is other or equal(self, other)
+
+
+def _once_a_pair(common: Callable[..., Any]) -> Callable[..., Any]:
+    """`computation_type_impl`: in which type two numbers are added depends on their types alone."""
+    known: dict[tuple[Any, ...], Any] = {}
+
+    def look_up(self: Any, a_ty: Any, a_is_scalar: bool, b_ty: Any, b_is_scalar: bool, div_or_mod: bool) -> Any:
+        key = (a_ty.name, a_is_scalar, b_ty.name, b_is_scalar, div_or_mod)
+        if key not in known:
+            known[key] = common(self, a_ty, a_is_scalar, b_ty, b_is_scalar, div_or_mod)
+        return known[key]
+
+    return look_up
+
+
+def _unless_types_agree(cast: Callable[..., Any]) -> Callable[..., Any]:
+    """`cast`, which leaves numbers of the wanted type as they are."""
+
+    def look_first(self: Any, input: Any, dst_ty: Any, *rounding: Any, **named: Any) -> Any:
+        if input.type.scalar is dst_ty.scalar:
+            return input
+        return cast(self, input, dst_ty, *rounding, **named)
+
+    return look_first
 
 
 def _unless_shapes_agree(broadcast: Callable[..., Any]) -> Callable[..., Any]:
