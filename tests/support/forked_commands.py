@@ -260,6 +260,8 @@ def _serve_forks() -> None:
 def _watch(words: list[str], variables: dict[str, str], files: dict[int, int], status: int) -> NoReturn:
     """Fork the program, and tell its number and its end. Does not return."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGTERM):  # to the group of the tests: `_wait` sees their end, and ends ours
+        signal.signal(number, signal.SIG_IGN)
     pid = os.fork()
     if pid == 0:
         _become(words, variables, {0: os.open(os.devnull, os.O_RDONLY), **files})
