@@ -146,6 +146,18 @@ def test_two_nodes_answer_as_one_process_and_a_killed_one_is_replaced(
         wait_until(lambda: not processes(ENGINE, FOLLOWER))
 
 
+def test_an_engine_that_finds_no_room_waits_for_a_node(cluster: Any, expected: list[list[int]]) -> None:
+    with on(cluster, *TP) as server, ThreadPoolExecutor(1) as pool:
+        server.wait_until_ready()
+        (second,) = cluster.worker_nodes
+        cluster.remove_node(second, allow_graceful=False)
+        wait_until(lambda: "waiting for room for an engine of 2 ranks with 1 CPU for each rank" in server.said)
+        with server.client() as client:
+            answer = pool.submit(tokens_of, client, PROMPTS[0])
+            cluster.add_node(num_cpus=1)
+            assert answer.result(PATIENCE) == expected[0]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_the_end_of_a_server_is_the_end_of_its_ranks(cluster: Any, number: signal.Signals) -> None:
     """While it starts."""
