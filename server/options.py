@@ -310,7 +310,8 @@ class ListenOptions(msgspec.Struct, frozen=True, kw_only=True):
             ge=0.1,
             le=1e9,
             description="how long an engine process may show no sign of life, or its step not get through one layer, "
-            "before it is killed and counts as dead; however long the whole step takes",
+            "before it is killed and counts as dead; however long the whole step takes. Also how long the event loop "
+            "of one of several server processes may not turn",
             extra={"metavar": "SECONDS"},
         ),
     ] = 20.0

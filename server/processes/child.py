@@ -27,6 +27,7 @@ from octavo.server.processes.engines import EnginesElsewhere
 from octavo.server.processes.home import Homes
 from octavo.server.processes.places import Places
 from octavo.server.processes.words import (
+    Beat,
     Drain,
     EngineDown,
     EngineUp,
@@ -154,6 +155,8 @@ class Child:
                     self._engines.drain(word.index)
                 case Serve():
                     self._may_serve.set()
+                case Beat():
+                    self._words.say(word)
                 case Stop():
                     if self._server is not None and self._may_serve.is_set():
                         self._server.handle_exit(word.number, None)

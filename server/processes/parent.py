@@ -2,7 +2,8 @@
 
 It alone decides about restarts, of engines as of server processes, and tells the servers. An engine's death costs
 requests a pause, as it does with one server process. A server process's death cuts its streams; the others go on, the
-engines drop what it had asked for, and another process takes its place. Signals come here, and are passed on.
+engines drop what it had asked for, and another process takes its place. One that is frozen, or whose event loop hangs,
+is killed. Signals come here, and are passed on.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from octavo.server.engine_client import EngineDeadError
 from octavo.server.fleet.collector import FleetCounters
 from octavo.server.fleet.fleet import Fleet
 from octavo.server.fleet.restarts import Restarts
+from octavo.server.heartbeat import BEATS
 from octavo.server.lifecycle import DRAINING, LAST_WORDS_SECONDS, EngineStartError, Signals, StepLog, all_ready
 from octavo.server.listen_sockets import Listener, listen
 from octavo.server.message.model_formats import ModelFormats
@@ -32,6 +34,7 @@ from octavo.server.processes.figures import ProcessFigures
 from octavo.server.processes.launch import ServerProcess, ServerStartError
 from octavo.server.processes.places import Places
 from octavo.server.processes.words import (
+    Beat,
     Drain,
     Drained,
     EngineDown,
@@ -56,7 +59,10 @@ END_SECONDS = 5.0  # for a server process to end once it has nothing under way
 
 
 class Server:
-    """The place of one server process, through all of its processes. generation: how many came before this one."""
+    """The place of one server process, through all of its processes.
+
+    generation: how many came before this one. num_missed: beats in a row that it has not answered.
+    """
 
     def __init__(self, number: int, process: ServerProcess) -> None:
         self.number = number
@@ -70,7 +76,23 @@ class Server:
         self.words: Words[ToParent] = Words(process.link, ToParent)
         self.is_running = True
         self.is_prepared = asyncio.Event()
+        self.num_missed = 0
         self.trouble = ""
+
+    def beat(self) -> None:
+        """Ask it for a sign of life, once it has started."""
+        if self.is_running and self.is_prepared.is_set():
+            self.num_missed += 1
+            self.words.say(Beat())
+
+    def end_if_silent(self, seconds: float) -> None:
+        """Kill its process when that has been silent for all of the beats in so many seconds."""
+        if self.is_running and self.num_missed >= BEATS:
+            self.trouble = (
+                f"server process {self.number} is frozen or hangs: its event loop has not turned for {seconds:g} s "
+                "(--engine-timeout)"
+            )
+            self.process.process.kill()
 
 
 class Parent:
@@ -130,8 +152,22 @@ class Parent:
         self._serves = True
         for server in self._servers:
             server.words.say(Serve())
-        await asyncio.gather(*self._lives)
+        watching = asyncio.ensure_future(self._watch())
+        try:
+            await asyncio.gather(*self._lives)
+        finally:
+            watching.cancel()
         return self._is_stopping
+
+    async def _watch(self) -> None:
+        """End server processes that are silent. Beats are counted as those of engines are (heartbeat.py)."""
+        seconds = self._options.engine_timeout
+        while True:
+            for server in self._servers:
+                server.beat()
+            await asyncio.sleep(seconds / BEATS)
+            for server in self._servers:
+                server.end_if_silent(seconds)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 (uvicorn's)
         """A signal has come."""
@@ -239,6 +275,8 @@ class Parent:
                 server.is_prepared.set()
                 if server.generation:
                     logger.info("server process %d is up again", server.number)
+            case Beat():
+                server.num_missed = 0
             case Pausing():
                 self._pausing = word
             case Unable():

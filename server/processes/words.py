@@ -54,6 +54,10 @@ class Stop(msgspec.Struct, frozen=True, tag="stop"):
     number: int
 
 
+class Beat(msgspec.Struct, frozen=True, tag="beat"):
+    """Say the same, so that it is known that your event loop turns."""
+
+
 class Prepared(msgspec.Struct, frozen=True, tag="prepared"):
     """This process could serve."""
 
@@ -70,8 +74,8 @@ class Drained(msgspec.Struct, frozen=True, tag="drained"):
     index: int
 
 
-ToServer = EngineUp | EngineDown | Drain | Pausing | Serve | Stop
-ToParent = Prepared | Unable | Drain | Drained | Pausing
+ToServer = EngineUp | EngineDown | Drain | Pausing | Serve | Stop | Beat
+ToParent = Prepared | Unable | Drain | Drained | Pausing | Beat
 Heard = TypeVar("Heard", ToServer, ToParent)
 
 

@@ -26,6 +26,7 @@ from octavo.server.processes.launch import ServerProcess
 from octavo.server.processes.parent import Parent
 from octavo.server.processes.places import Places
 from octavo.server.processes.words import (
+    Beat,
     Drain,
     Drained,
     EngineDown,
@@ -33,6 +34,7 @@ from octavo.server.processes.words import (
     Pausing,
     Prepared,
     Serve,
+    Stop,
     ToServer,
     Words,
 )
@@ -55,13 +57,22 @@ class Servers:
         return self._processes[number]
 
     async def hear(self, number: int, last: type[ToServer]) -> list[ToServer]:
-        """What a server is told, up to a word of this kind."""
+        """What a server is told, up to a word of this kind; to beats it says that it lives."""
         heard: list[ToServer] = []
         while not heard or not isinstance(heard[-1], last):
             word = await self.words[number].hear()
             assert word is not None, heard
-            heard.append(word)
+            if isinstance(word, Beat):
+                self.words[number].say(word)
+            else:
+                heard.append(word)
         return heard
+
+    async def end_of(self, number: int) -> int:
+        """Wait for the end of a server's process, with which its socket closes; the exit code."""
+        code = await asyncio.to_thread(self._processes[number].process.wait, PATIENCE)
+        self.words[number].close()
+        return code
 
     def end(self, number: int) -> None:
         self._processes[number].process.kill()
@@ -83,8 +94,11 @@ class Running:
 
 
 @asynccontextmanager
-async def running(limits: FleetLimits, *, holds_new: bool = False) -> AsyncIterator[Running]:
-    """holds_new: an engine that is started anew is stopped, as if it took long to load."""
+async def running(limits: FleetLimits, *, holds_new: bool = False, silence: float = PATIENCE) -> AsyncIterator[Running]:
+    """holds_new: an engine that is started anew is stopped, as if it took long to load.
+
+    silence: seconds after which a silent server is ended.
+    """
     servers = Servers()
     with TemporaryDirectory(dir="/tmp") as directory:
         places = Places(directory, NUM_SERVERS)
@@ -99,7 +113,7 @@ async def running(limits: FleetLimits, *, holds_new: bool = False) -> AsyncItera
 
         fleet = Fleet(started[:], start, limits)
         processes = [servers.start(number, 0) for number in range(NUM_SERVERS)]
-        parent = Parent(fleet, processes, servers.start, places, ListenOptions())
+        parent = Parent(fleet, processes, servers.start, places, ListenOptions(engine_timeout=silence))
         parent.open()
         try:
             async with asyncio.timeout(PATIENCE):
@@ -197,6 +211,26 @@ def test_a_new_server_drains_no_engine_that_is_being_replaced() -> None:
             assert serve == Serve()
             one.signal_engine(signal.SIGCONT)
             assert [type(word) for word in await one.servers.hear(1, EngineUp)] == [EngineUp]
+
+    run(test)
+
+
+def test_a_server_that_is_silent_is_replaced_alone(caplog: pytest.LogCaptureFixture) -> None:
+    """One that loads is silent too, and isn't."""
+
+    async def test() -> None:
+        async with running(FleetLimits(), silence=0.5) as one:
+            await serving(one)
+            living, silent = one.servers.words.values()
+            hearing = asyncio.create_task(one.servers.hear(0, Stop))
+            assert await one.servers.end_of(1) == -signal.SIGKILL
+            while one.servers.words[1] is silent:
+                await asyncio.sleep(0.01)
+            assert "server process 1 is frozen or hangs: its event loop has not turned for 0.5 s" in caplog.text
+            loading = one.servers.words[1]
+            await asyncio.sleep(1.0)
+            assert list(one.servers.words.values()) == [living, loading]
+            hearing.cancel()
 
     run(test)
 

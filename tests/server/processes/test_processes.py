@@ -20,7 +20,8 @@ pytestmark = pytest.mark.long
 
 NUM_SERVERS = 2
 QUEUE = ("--max-num-seqs", "8", "--max-queued-requests", "4")  # of two engines: 16 and 4 places
-FLAGS = ("--api-server-count", str(NUM_SERVERS), "-dp", "2", "--api-key", "one", "two", *QUEUE)
+TIMEOUT = ("--engine-timeout", "4")  # for a frozen server process to be noticed
+FLAGS = ("--api-server-count", str(NUM_SERVERS), "-dp", "2", "--api-key", "one", "two", *QUEUE, *TIMEOUT)
 KEY = {"Authorization": "Bearer one"}
 PATH = "/v1/completions"
 LONG = {"prompt": "x", "max_tokens": 400, "temperature": 0, "ignore_eos": True, "stream": True}
@@ -332,6 +333,30 @@ def test_a_server_process_s_death_cuts_its_streams_alone(server: Server) -> None
         assert restarts == [2.0] * 2, "one was drained, and one was killed"
         assert {client.post(PATH, json=SHORT).status_code for client in clients} == {200}
         assert [client.get(f"/v1/responses/{made}").json()["status"] for client in clients] == ["failed"] * 2
+
+
+def test_a_frozen_server_process_is_replaced(server: Server) -> None:
+    """Until it is noticed, what is for it alone waits; all else goes on."""
+    victim = server_pids(server)[0]
+    with connected_to_each(server) as clients:
+        with clients[0].stream("POST", PATH, json=LONG) as response:
+            lines = response.iter_lines()
+            next(lines)
+            os.kill(victim, signal.SIGSTOP)
+            assert clients[1].get("/health").status_code == 200
+            refused = clients[1].get("/v1/files")
+            assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+            with pytest.raises((httpx.RemoteProtocolError, httpx.ReadError)):
+                list(lines)
+        assert clients[1].get("/health").status_code == 200
+        assert clients[1].post(PATH, json=SHORT).status_code == 200
+    assert (
+        "server process 0 is frozen or hangs: its event loop has not turned for 4 s (--engine-timeout)" in server.said
+    )
+    wait_until(lambda: "server process 0 is up again" in server.said)
+    assert victim not in server_pids(server)
+    with connected_to_each(server) as clients:
+        assert [client.get("/v1/files").status_code for client in clients] == [200] * NUM_SERVERS
 
 
 def test_values_are_told_apart(server: Server) -> None:
