@@ -127,6 +127,11 @@ class SharedMemory:
         self.rank = rank
         self.size = size
 
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a wait was stopped, and what came of it is no sum."""
+        return bool(self._state[_STOPPED])
+
     def all_reduce(self, x: Tensor) -> bool:
         """`reference.all_reduce`, written into x, float32 without gaps. False when it was stopped."""
         return self._exchange(x, SUM)
@@ -147,7 +152,7 @@ class SharedMemory:
         state = self._state.ctypes.data
         stop = self._memory.ctypes.data
         _exchange.start(1, self._address, self.rank, self.size, x.data_ptr(), x.numel(), out, state, stop)
-        return not self._state[_STOPPED]
+        return not self.is_stopped
 
 
 KERNELS = (_exchange,)

@@ -76,8 +76,9 @@ class Recording(TorchDispatchMode):
 
     def call(self, action: Callable[[], object]) -> None:
         """Have this called, at this place, each time."""
-        self._end_part()
-        self._parts.append(action)
+        if threading.get_ident() == self._thread:
+            self._end_part()
+            self._parts.append(action)
 
     def _end_part(self) -> None:
         from octavo.kernels.native.thread_pool import pool  # needs numba, as the kernels that were launched do
@@ -128,6 +129,12 @@ class Recording(TorchDispatchMode):
 
 current: Recording | None = None
 """Is told of all launches, whichever thread they are in."""
+
+
+def also(action: Callable[[], object]) -> None:
+    """Have this called at this place in each replay, if this is being recorded."""
+    if current is not None:
+        current.call(action)
 
 
 def _addresses(values: object) -> set[int]:

@@ -103,9 +103,9 @@ class Decoder:
 
     @property
     def recordable(self) -> bool:
-        alone = not self.ranks and self._is_last_stage and not self.first_layer
+        is_whole = self._is_last_stage and not self.first_layer
         known = all(layer.mlp.capturable and layer.attention.shape.head_dim % 16 == 0 for layer in self._layers)
-        return self.ops.recordable and alone and known
+        return self.ops.recordable and is_whole and known
 
     @property
     def mixtures(self) -> list[GroupedExperts]:

@@ -170,7 +170,9 @@ def over_ranks(ops: Ops, rank: Rank, spec: DecoderSpec) -> Ops:
         total = group.all_reduce(x.float().contiguous()).to(residual.dtype)
         return ops.add_rms_norm(total, residual, weight, eps, after, multiplier, input_quant)
 
-    bound = replace(ops, name=f"{ops.name}, {group.size} ranks", embed=embed, add_rms_norm=add_rms_norm)
+    recordable = ops.recordable and group.recordable
+    name = f"{ops.name}, {group.size} ranks"
+    bound = replace(ops, name=name, embed=embed, add_rms_norm=add_rms_norm, recordable=recordable)
     return _norming_over_ranks(bound, rank, spec) if spec.qk_norm == "width" else bound
 
 

@@ -99,7 +99,7 @@ def end_process(bye: Bye) -> None:
 def load(start: FollowerStart) -> tuple[Worker, int]:
     """This rank's share of the model with an empty cache of as many blocks as the other ranks'; numbers of an order."""
     from octavo.runtime.parallel.group import Shared
-    from octavo.runtime.startup import Phases, load_rank, prepare_device
+    from octavo.runtime.startup import Phases, at_once, load_rank, prepare_device
     from octavo.runtime.worker.worker import Worker
 
     clock = Phases(time.time())
@@ -108,7 +108,8 @@ def load(start: FollowerStart) -> tuple[Worker, int]:
     rank = load_rank(start.config, device, group, clock)
     if not isinstance(group, Shared):
         group.limit = start.config.parallel.distributed_timeout_seconds
-    return Worker(rank.model, rank.caches, rank.limits), largest_order(rank.limits)
+    graphs, replays = (None, None) if start.config.enforce_eager else at_once(rank, clock)
+    return Worker(rank.model, rank.caches, rank.limits, graphs, replays), largest_order(rank.limits)
 
 
 def group_of(start: FollowerStart) -> Shared | Gloo:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from octavo.kernels.native import recording
 from octavo.runtime.parallel.lifeline import EndedError, one_line
 
 if TYPE_CHECKING:
@@ -33,11 +34,13 @@ class Group(Protocol):
 
     rank, size  its number, and how many there are; rank 0 is the driver
     body        what carries it, for the table at start
+    recordable  whether sums can be recorded (kernels/native/recording.py)
     """
 
     rank: int
     size: int
     body: str
+    recordable: bool
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of all ranks' x, float32 without gaps, which may be overwritten: the same bits on every rank."""
@@ -79,6 +82,7 @@ class Alone:
     rank = 0
     size = 1
     body = "alone"
+    recordable = True
 
     def all_reduce(self, x: Tensor) -> Tensor:
         return x
@@ -109,6 +113,7 @@ class Shared:
     """CPU ranks of one machine, over memory that they share."""
 
     body = "shared memory"
+    recordable = True
 
     def __init__(self, memory: int | _EngineMemory, rank: int, size: int, *, begin: int = 0) -> None:
         """memory: the descriptor of a file in memory, empty at first, that all ranks have open; of a part of them, what
@@ -123,8 +128,9 @@ class Shared:
         self._rings: dict[int, Ring] = {}  # by their senders
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        if not self._memory.all_reduce(x):
-            self._raise()
+        self._memory.all_reduce(x)
+        self._check()
+        recording.also(self._check)
         return x
 
     def gather(self, x: Tensor) -> Tensor | None:
@@ -164,6 +170,10 @@ class Shared:
 
     def stop(self, why: str) -> None:
         self._engine.stop(why)
+
+    def _check(self) -> None:
+        if self._memory.is_stopped:
+            self._raise()
 
     def _raise(self) -> None:
         raise EndedError(self._engine.why or "another rank of this engine has ended")
@@ -223,6 +233,7 @@ class Gloo:
     """
 
     body = "gloo"
+    recordable = False
 
     def __init__(self, values: Values, host: str, rank: int, size: int, why: Callable[[], str | None]) -> None:
         """host: the address at which the other ranks reach this one. why: of the end of all waiting; None before.

@@ -2,7 +2,8 @@
 
 There is a recording for each number of sequences and each power of two up to which they are long. It is made once there
 have been a few such steps, and used once it has given, in the next one, the same bits as the model's layers: tokens,
-positions and lengths differ by then.
+positions and lengths differ by then. Ranks of an engine record and compare in the same steps, since both take part in
+their sums, and find the same: all of them have the same bits.
 """
 
 from __future__ import annotations
@@ -42,6 +43,11 @@ class StepReplays:
         self._num_steps: Counter[Size] = Counter()
         self._replays: dict[Size, _Replay] = {}
         self.mark: Callable[[], None] | None = None
+
+    def begin(self) -> None:
+        """Count steps from now on: all ranks of an engine record the same ones."""
+        self._num_steps.clear()
+        self._replays.clear()
 
     @property
     def proven(self) -> list[Size]:

@@ -45,12 +45,14 @@ class Worker:
 
     def prepare(self, order: StepOrder) -> StepInputs:
         """The inputs of a step, which may be built while an earlier one is computed; call in the order of the steps."""
+        if order.number == 0 and self.replays is not None:
+            self.replays.begin()  # followers have computed the steps of a warm-up, with which the driver did without
         return self._inputs.build(order)
 
     def compute(self, inputs: StepInputs, wants: WantedLogits) -> Tensor | Best:
         """What is wanted of the logits of a step on the CPU; more than that where this rank has all of them anyway."""
         if wants == "best" and self.model.best is not None:
-            return self.model.best(self.model.hidden(inputs, self.caches, self._tap))
+            return self.model.best(self._hidden(inputs))
         return self.forward(inputs)
 
     def forward(self, inputs: StepInputs) -> Tensor:
@@ -58,5 +60,10 @@ class Worker:
         if self.graphs is not None:
             return self.graphs.forward(inputs)
         if self.replays is not None:
-            return self.model.logits(self.replays.hidden(inputs))
+            return self.model.logits(self._hidden(inputs))
         return self.model.forward(inputs.to(self.model.device), self.caches, self._tap)
+
+    def _hidden(self, inputs: StepInputs) -> Tensor:
+        if self.replays is not None:
+            return self.replays.hidden(inputs)
+        return self.model.hidden(inputs, self.caches, self._tap)

@@ -110,6 +110,9 @@ def test_several_ranks_answer_as_one(ranks: int, stages: int, fixtures: Path, st
     assert {r.request_id: tokens_of(together[r.request_id]) for r in requests} == {
         r.request_id: tokens_of(alone[r.request_id]) for r in requests
     }
+    if stages == 1:
+        assert engine.worker.replays is not None
+        assert engine.worker.replays.proven
     stats = engine.scheduler.stats()
     assert stats.num_preemptions > 0
     assert stats.prefix_cache_hits > 0
@@ -179,9 +182,13 @@ def listed(outputs: list[TokenOutput]) -> list[float]:
 
 
 def test_the_engine_ends_with_a_follower(fixtures: Path, start: Start) -> None:
+    """Whether its steps are replayed or not: they are, after some."""
     engine, _, followers = start(config(fixtures / "tiny"))
-    engine.add(make_request("a", [5, 6, 7], max_tokens=80))
-    engine.step()
+    assert engine.worker.replays is not None
+    engine.add(make_request("a", [5] * 33, max_tokens=30))
+    while not engine.worker.replays.proven:
+        assert engine.has_work
+        engine.step()
     followers.processes[0].send_signal(signal.SIGKILL)
 
     def run() -> None:
