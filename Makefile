@@ -32,9 +32,10 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Three at a time even on two cores, since some tests wait for a time-out or for a server.
+# Three at a time even on two cores, since some tests wait for a time-out or for a server. Tests start a hundred
+# interpreters, which compile what they import once and not each time, whatever the environment says.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 3 --dist loadfile
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 3 --dist loadfile
 
 test-ray:
 	test -x .ray/bin/python || $(PYTHON) -m venv .ray
