@@ -69,7 +69,7 @@ def load_engine(
     with torch.inference_mode():
         warm_up(model, rank.caches, rank.limits, followers)
         clock.end("warm-up")
-        graphs, replays = (None, None) if config.enforce_eager else at_once(rank, clock)
+        graphs, replays = at_once(config, rank, clock)
     plan = rank.plan
     on_cpu = f"cpu, {num_threads} threads"
     if group.size > 1:
@@ -95,10 +95,12 @@ def load_engine(
     return engine, Ready(rank.limits.max_model_len, plan.num_blocks, plan.block_size, model.vocab_size, report)
 
 
-def at_once(rank: LoadedRank, clock: Phases) -> tuple[StepGraphs | None, StepReplays | None]:
+def at_once(config: EngineConfig, rank: LoadedRank, clock: Phases) -> tuple[StepGraphs | None, StepReplays | None]:
     """What launches a step's kernels at once, where the model's steps can be captured, or recorded on a CPU."""
     model = rank.model
     limits = rank.limits
+    if config.enforce_eager:
+        return None, None
     if model.capturable:
         sizes = (limits.max_num_seqs, limits.max_model_len, limits.max_num_batched_tokens)
         graphs = StepGraphs(model, rank.caches, *sizes)

@@ -108,8 +108,8 @@ def load(start: FollowerStart) -> tuple[Worker, int]:
     rank = load_rank(start.config, device, group, clock)
     if not isinstance(group, Shared):
         group.limit = start.config.parallel.distributed_timeout_seconds
-    graphs, replays = (None, None) if start.config.enforce_eager else at_once(rank, clock)
-    return Worker(rank.model, rank.caches, rank.limits, graphs, replays), largest_order(rank.limits)
+    worker = Worker(rank.model, rank.caches, rank.limits, *at_once(start.config, rank, clock))
+    return worker, largest_order(rank.limits)
 
 
 def group_of(start: FollowerStart) -> Shared | Gloo:
