@@ -8,7 +8,6 @@ that it gets on (progress.py). It ends on Shutdown, when its stdin closes (its p
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
 import traceback
@@ -37,7 +36,14 @@ from octavo.runtime.messages import (
     TokenOutput,
     Vocabulary,
 )
-from octavo.runtime.parallel.lifeline import end_with_parent, one_line, read_line, says_it_all, start_heartbeat
+from octavo.runtime.parallel.lifeline import (
+    end_with_parent,
+    ignore_signals,
+    one_line,
+    read_line,
+    says_it_all,
+    start_heartbeat,
+)
 from octavo.runtime.progress import Progress
 from octavo.runtime.shared_link import SharedLink
 
@@ -51,8 +57,7 @@ SWITCH_SECONDS = 2e-4  # how long the thread that computes steps may wait for th
 
 def main() -> int:
     """Run the engine until it is told to end; returns the exit code."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; the server drains first, then ends us
-        signal.signal(number, signal.SIG_IGN)
+    ignore_signals()  # the server drains first
     if len(sys.argv) != 2:
         raise SystemExit("the engine process is started by octavo itself: see octavo serve")
     address = sys.argv[1]

@@ -8,7 +8,6 @@ the driver, and is killed with it where it is stopped. What it can't do it says 
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
 import traceback
@@ -24,6 +23,7 @@ from octavo.runtime.parallel.lifeline import (
     EndedError,
     be_killed_with_parent,
     end_with_parent,
+    ignore_signals,
     one_line,
     read_line,
     says_it_all,
@@ -41,8 +41,7 @@ if TYPE_CHECKING:
 
 def main() -> int:
     """Follow the driver until it ends; returns the exit code of what failed."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group: the driver ends us
-        signal.signal(number, signal.SIG_IGN)
+    ignore_signals()
     be_killed_with_parent()
     line = read_line(0)  # nothing, where the parent has ended before that
     if not line:

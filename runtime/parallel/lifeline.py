@@ -17,6 +17,12 @@ import zmq
 PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 
 
+def ignore_signals() -> None:
+    """SIGINT and SIGTERM are sent to the whole group, and whoever has started this process ends it."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def read_line(descriptor: int) -> bytes:
     """One line, read byte by byte: a buffered reader would hold a lock that the interpreter needs when it exits.
 

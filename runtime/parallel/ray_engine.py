@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import signal
 import sys
 import threading
 
@@ -17,7 +16,7 @@ import msgspec
 
 from octavo.runtime.launch import EngineStart, remove_socket
 from octavo.runtime.parallel.address import KEY, Address
-from octavo.runtime.parallel.lifeline import end_with_parent, one_line, read_line
+from octavo.runtime.parallel.lifeline import end_with_parent, ignore_signals, one_line, read_line
 from octavo.runtime.parallel.ray_cluster import find_room, join_cluster, run_nodes
 from octavo.runtime.parallel.stand_in import StandIn, say_failed
 
@@ -37,12 +36,6 @@ def main() -> int:
     except Exception as error:
         say_failed(address, one_line(error))
         return 1
-
-
-def ignore_signals() -> None:
-    """They are sent to the whole group, and the server ends this process."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
 
 
 class RayEngine:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import queue
-import signal
 import sys
 import threading
 import time
@@ -21,7 +20,7 @@ from octavo.runtime.launch import EngineStart, heartbeat_address, progress_path,
 from octavo.runtime.messages import Failed, Shutdown
 from octavo.runtime.parallel.address import Address, engine_address, key_for
 from octavo.runtime.parallel.agreement import agreement_of
-from octavo.runtime.parallel.lifeline import end_with_parent, one_line, read_line
+from octavo.runtime.parallel.lifeline import end_with_parent, ignore_signals, one_line, read_line
 from octavo.runtime.parallel.meeting import Meeting, Owner
 from octavo.runtime.parallel.relay import Relay, listen_far, near_server
 from octavo.runtime.progress import Progress
@@ -36,8 +35,7 @@ SHUTDOWNS = {msgspec.msgpack.encode(Shutdown(is_final)): is_final for is_final i
 
 def main() -> int:
     """Pass on until the engine or the server ends; returns the exit code."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group: the server ends us
-        signal.signal(number, signal.SIG_IGN)
+    ignore_signals()
     address = sys.argv[1]
     line = read_line(0)
     if not line:
