@@ -69,6 +69,11 @@ class Recording(TorchDispatchMode):
         self._arguments: list[Arguments] = []  # kept, since launches have only their addresses
         self._memory = memory
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Else torch imports all of its compiler, to keep it away, with the first operator: some seconds in a step."""
+        return False
+
     def run(self) -> None:
         """Do all of it again."""
         for part in self._parts:

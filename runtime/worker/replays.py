@@ -36,6 +36,9 @@ class StepReplays:
     """
 
     def __init__(self, model: Model, caches: list[LayerCache], max_model_len: int) -> None:
+        from octavo.kernels.native.thread_pool import pool
+
+        pool()  # made now, and not in the step that is recorded first
         self._model = model
         self._caches = caches
         self._max_model_len = max_model_len

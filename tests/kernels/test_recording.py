@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 
@@ -127,3 +129,19 @@ def test_what_depends_on_a_value_is_refused() -> None:
     before = x.clone()
     recording.run()
     assert torch.equal(x, before + 1), "the one that was refused left nothing behind"
+
+
+def test_the_first_recording_imports_no_more_of_torch() -> None:
+    """It is made in a step, while readers wait for their tokens."""
+    program = """
+import sys
+import torch
+from octavo.kernels.native.recording import Memory, Recording
+x = torch.ones(2)
+before = set(sys.modules)
+with torch.inference_mode(), Recording(Memory()) as recording:
+    y = torch.empty_like(x).copy_(x) + x
+print(sorted(name for name in set(sys.modules) - before if name.startswith("torch")))
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
