@@ -15,6 +15,7 @@ import re
 import struct
 import termios
 import time
+from collections.abc import Iterable
 from typing import Any, NamedTuple, Protocol
 
 import httptools
@@ -44,6 +45,11 @@ class Whole(NamedTuple):
     status: int
     headers: bytes
     body: bytes
+
+
+def header_lines(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """Headers as they are sent."""
+    return b"".join([name + b": " + value + b"\r\n" for name, value in headers])
 
 
 class Door(Protocol):
@@ -185,8 +191,7 @@ class Connection(HttpToolsProtocol):
         cycle.scope["state"][CHUNK] = self._write_chunk
         if self._is_refused(cycle):
             return
-        is_cut = cycle.more_body and not cycle.waiting_for_100_continue
-        if is_cut and self._door is not None and self._door.counts(cycle.scope):  # type: ignore[arg-type]
+        if _is_cut(cycle) and self._door is not None and self._door.counts(cycle.scope):  # type: ignore[arg-type]
             self._put_off = (cycle, app)
             self._put_off_timer = self.loop.call_later(PUT_OFF_SECONDS, self._start_put_off)
         else:
@@ -197,8 +202,7 @@ class Connection(HttpToolsProtocol):
         if response is None:
             return False
         self._unsent = (cycle, response)
-        waits = cycle.more_body and not cycle.waiting_for_100_continue
-        self._unsent_timer = self.loop.call_later(BODY_SECONDS if waits else 0, self._send_unsent)
+        self._unsent_timer = self.loop.call_later(BODY_SECONDS if _is_cut(cycle) else 0, self._send_unsent)
         return True
 
     def _write_chunk(self, content: bytes) -> bool:
@@ -241,10 +245,8 @@ class Connection(HttpToolsProtocol):
             path = get_path_with_query_string(cycle.scope)
             said = get_client_addr(cycle.scope), cycle.scope["method"], path, cycle.scope["http_version"]
             self.access_logger.info('%s - "%s %s HTTP/%s" %d', *said, response.status)
-        lines = [name + b": " + value + b"\r\n" for name, value in cycle.default_headers]
-        if not cycle.keep_alive:
-            lines.append(b"connection: close\r\n")
-        head = STATUS_LINE[response.status] + b"".join(lines) + response.headers + b"\r\n"
+        close = b"" if cycle.keep_alive else b"connection: close\r\n"
+        head = STATUS_LINE[response.status] + header_lines(cycle.default_headers) + close + response.headers + b"\r\n"
         cycle.transport.write(head + response.body)
         cycle.response_complete = True
         cycle.message_event.set()
@@ -390,6 +392,11 @@ def _disconnect(cycle: RequestResponseCycle) -> None:
     cycle.disconnected = cycle.disconnected or not cycle.response_complete
     cycle.body = bytearray()
     cycle.message_event.set()
+
+
+def _is_cut(cycle: RequestResponseCycle) -> bool:
+    """Whether more of a request's body is on its way, without a client that waits to be asked for it."""
+    return cycle.more_body and not cycle.waiting_for_100_continue
 
 
 def _warn_seldom(server_state: object, message: str) -> None:

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from octavo.server.access import ANY_HOST, Access, host_name
 from octavo.server.admission import Admission
-from octavo.server.connection import Whole
+from octavo.server.connection import Whole, header_lines
 from octavo.server.errors import ApiError, error_json, error_response
 from octavo.server.fleet.fleet import Fleet
 from octavo.server.metrics import Metrics
@@ -292,7 +292,7 @@ class QueueDoor:
             path = scope["path"]
             self._metrics.request(path, "POST", error.status, 0.0)
             request_id = _request_id(_header(scope, b"x-request-id").decode("latin-1"))
-            named = b"".join(_lines(_naming(request_id, path)))
+            named = header_lines(_naming(request_id, path))
             headers, body = _refusal(error.status, error.message, error.code, path, tuple(error.headers.items()))
             return Whole(error.status, named + headers, body)
         return None
@@ -333,8 +333,4 @@ def _refusal(
     content = error_json(status, message, None, code, path)
     headers = [(b"content-length", str(len(content)).encode()), (b"content-type", b"application/json")]
     headers += [(name.lower().encode(), value.encode()) for name, value in more]
-    return b"".join(_lines(headers)), content
-
-
-def _lines(headers: list[tuple[bytes, bytes]]) -> list[bytes]:
-    return [name + b": " + value + b"\r\n" for name, value in headers]
+    return header_lines(headers), content
