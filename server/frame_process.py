@@ -1,7 +1,7 @@
 """The server's end of a child process that answers frames, one at a time, over a socket pair.
 
-Who uses a process makes sure that one exchange has ended before the next
-begins; an exchange that fails leaves the process unusable until it is closed.
+Who uses a process makes sure that one exchange has ended before the next begins; an exchange that fails leaves the
+process unusable until it is closed.
 """
 
 from __future__ import annotations

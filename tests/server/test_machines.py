@@ -18,7 +18,18 @@ from typing import Any
 import httpx
 import pytest
 from machines import Machine, two_machines
-from octavo_server import PATIENCE, SMALL, Server, by_engine, num_in_flight, samples, serving, started, wait_until
+from octavo_server import (
+    PATIENCE,
+    SMALL,
+    Server,
+    by_engine,
+    num_in_flight,
+    samples,
+    serving,
+    started,
+    tokens_of,
+    wait_until,
+)
 
 KEY = {"OCTAVO_CLUSTER_KEY": "a key that both machines have"}
 OTHER_KEY = {"OCTAVO_CLUSTER_KEY": "a key that only one machine has"}
@@ -37,16 +48,7 @@ def machines() -> Iterator[tuple[Machine, Machine]]:
 def expected() -> list[int]:
     """What a server of one machine answers."""
     with serving() as server, server.client() as client:
-        return tokens_of(client)
-
-
-def tokens_of(client: httpx.Client) -> list[int]:
-    body = {"prompt": PROMPT, "max_tokens": NUM_TOKENS, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
-    answer = client.post("/v1/completions", json=body)
-    assert answer.status_code == 200, answer.text
-    found: list[int] = answer.json()["choices"][0]["token_ids"]
-    assert len(found) == NUM_TOKENS
-    return found
+        return tokens_of(client, PROMPT, NUM_TOKENS)
 
 
 @contextmanager
@@ -82,7 +84,7 @@ def test_an_engine_over_two_machines_answers_and_ends_with_the_cable(
         with on(second, *flags, "--headless", "-r", "1") as node:
             server.wait_until_ready()
             with client_of(path) as client:
-                assert tokens_of(client) == expected
+                assert tokens_of(client, PROMPT, NUM_TOKENS) == expected
             second.plug(is_in=False)
             begin = time.monotonic()
             assert server.exit_code() == 1
@@ -140,7 +142,7 @@ def test_engines_of_two_machines_take_over_from_each_other(
         server.wait_until_ready()
 
         def answers_over(harm: Callable[[], None]) -> list[list[int]]:
-            streams = [pool.submit(tokens_of, client) for _ in range(8)]
+            streams = [pool.submit(tokens_of, client, PROMPT, NUM_TOKENS) for _ in range(8)]
             wait_until(lambda: num_in_flight(client) > 0)
             harm()
             return [one.result(PATIENCE) for one in streams]

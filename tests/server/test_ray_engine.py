@@ -19,7 +19,7 @@ from typing import Any
 
 import httpx
 import pytest
-from octavo_server import PATIENCE, SMALL, Server, by_engine, num_in_flight, started, wait_until
+from octavo_server import PATIENCE, SMALL, Server, by_engine, num_in_flight, started, tokens_of, wait_until
 
 QUANTIZED = Path(__file__).parents[1] / "fixtures/tiny--llmc-w4a16-g32"
 PROMPTS = [list(range(first, first + 40)) for first in range(5, 13)]
@@ -57,16 +57,7 @@ def expected() -> list[list[int]]:
     with started(*SMALL, model=QUANTIZED) as server:
         server.wait_until_ready()
         with server.client() as client:
-            return [tokens_of(client, prompt) for prompt in PROMPTS]
-
-
-def tokens_of(client: httpx.Client, prompt: list[int]) -> list[int]:
-    body = {"prompt": prompt, "max_tokens": NUM_TOKENS, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
-    answer = client.post("/v1/completions", json=body)
-    assert answer.status_code == 200, answer.text
-    found: list[int] = answer.json()["choices"][0]["token_ids"]
-    assert len(found) == NUM_TOKENS
-    return found
+            return [tokens_of(client, prompt, NUM_TOKENS) for prompt in PROMPTS]
 
 
 @contextmanager
@@ -127,11 +118,11 @@ def test_two_nodes_answer_as_one_process_and_a_killed_one_is_replaced(
         assert are_on_two_nodes(processes(ENGINE, FOLLOWER))
         assert len(processes(ENGINE)) == num_engines
         with server.client() as client:
-            assert [tokens_of(client, prompt) for prompt in PROMPTS] == expected
+            assert [tokens_of(client, prompt, NUM_TOKENS) for prompt in PROMPTS] == expected
 
             (second,) = cluster.worker_nodes
             cluster.add_node(num_cpus=1)
-            answers = [pool.submit(tokens_of, client, prompt) for prompt in PROMPTS]
+            answers = [pool.submit(tokens_of, client, prompt, NUM_TOKENS) for prompt in PROMPTS]
             wait_until(lambda: num_in_flight(client) > 0)
             killed = time.monotonic()
             cluster.remove_node(second, allow_graceful=False)
@@ -140,7 +131,7 @@ def test_two_nodes_answer_as_one_process_and_a_killed_one_is_replaced(
             seconds = time.monotonic() - killed
             print(f"back after {seconds:.1f} s")
             assert seconds < BACK_SECONDS
-            assert [tokens_of(client, prompt) for prompt in PROMPTS] == expected
+            assert [tokens_of(client, prompt, NUM_TOKENS) for prompt in PROMPTS] == expected
         server.send_signal(signal.SIGTERM)
         assert server.exit_code() == 0, server.said
         wait_until(lambda: not processes(ENGINE, FOLLOWER))
@@ -153,7 +144,7 @@ def test_an_engine_that_finds_no_room_waits_for_a_node(cluster: Any, expected: l
         cluster.remove_node(second, allow_graceful=False)
         wait_until(lambda: "waiting for room for an engine of 2 ranks with 1 CPU for each rank" in server.said)
         with server.client() as client:
-            answer = pool.submit(tokens_of, client, PROMPTS[0])
+            answer = pool.submit(tokens_of, client, PROMPTS[0], NUM_TOKENS)
             cluster.add_node(num_cpus=1)
             assert answer.result(PATIENCE) == expected[0]
 
@@ -176,7 +167,7 @@ def test_an_engine_that_is_killed_comes_again(cluster: Any, expected: list[list[
         wait_until(lambda: len(processes(ENGINE)) == 2 and len(processes(ENGINE).keys() & before.keys()) == 1)
         with server.client() as client:
             wait_until(lambda: engines_up(client) == 2)
-            assert [tokens_of(client, prompt) for prompt in PROMPTS] == expected
+            assert [tokens_of(client, prompt, NUM_TOKENS) for prompt in PROMPTS] == expected
         assert "ended (killed by signal 9)" in server.said
 
 

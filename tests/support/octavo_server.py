@@ -195,6 +195,16 @@ def num_in_flight(client: httpx.Client) -> int:
     return int(found["vllm:num_requests_running", ()] + found["vllm:num_requests_waiting", ()])
 
 
+def tokens_of(client: httpx.Client, prompt: list[int] | str, count: int) -> list[int]:
+    """So many greedy tokens."""
+    body = {"prompt": prompt, "max_tokens": count, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+    answer = client.post("/v1/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    found: list[int] = answer.json()["choices"][0]["token_ids"]
+    assert len(found) == count
+    return found
+
+
 def wait_until(is_so: Callable[[], bool]) -> None:
     """Ask again and again; what is asked is a server, whose every answer comes after a turn of its loop."""
     deadline = time.monotonic() + PATIENCE
