@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from octavo.bench.load import LoadResult, Record, Usage, arrival_times
+from octavo.bench.arrivals import arrival_times
+from octavo.bench.load import LoadResult, Record, Usage
 from octavo.bench.metrics import (
     cost,
     dollars_per_million,

@@ -1,5 +1,14 @@
 """The load: requests sent at their times, and a record of when each token of their answers came.
 
+A load is open or closed. In an open one each request has a time at which it is meant to be sent, whatever the server
+does, and latencies count from that time (`Record.intended`): what a request waits for a free connection, for a place
+under `max_concurrency` or for this client counts too. If latencies counted from the sending, a server that stalls would
+hide the wait of all requests that it kept from being sent (coordinated omission). In a closed load a request is sent
+when another one has ended, and latencies count from its sending.
+
+The requests of a conversation follow each other (`Request.follows`): one is sent when the answer before it has ended,
+after a pause to think in an open load. Its intended time counts from that end.
+
 An event with a choice in it counts as a token's arrival, as in `vllm bench serve`. Exceptions are a chat's opening
 event, which only names the role, and a closing event with a finish_reason and no text, if it stands for no token. The
 number of tokens comes from the server (usage), since an event may carry several.
@@ -8,7 +17,6 @@ number of tokens comes from the server (usage), since an event may carry several
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -71,16 +79,32 @@ class Record:
     finish_reason: str | None = None
     closed_empty: bool = False  # the last event had a finish_reason, and no text
     error: str | None = None
+    intended: float | None = None  # when it was meant to be sent; None in a closed load
+
+    @property
+    def begin(self) -> float:
+        """Where latencies count from: the intended time, or the sending in a closed load."""
+        return self.start if self.intended is None else self.intended
+
+    @property
+    def end(self) -> float:
+        """When the last token came, or the sending where none came."""
+        return self.token_times[-1] if self.token_times else self.start
+
+    @property
+    def lag(self) -> float:
+        """Seconds from the intended time to the sending; 0 in a closed load."""
+        return self.start - self.begin
 
     @property
     def ttft(self) -> float:
-        """Seconds from sending to the first token; 0 where none came."""
-        return self.token_times[0] - self.start if self.token_times else 0.0
+        """Seconds to the first token; 0 where none came."""
+        return self.token_times[0] - self.begin if self.token_times else 0.0
 
     @property
     def latency(self) -> float:
-        """Seconds from sending to the last token; 0 where none came."""
-        return self.token_times[-1] - self.start if self.token_times else 0.0
+        """Seconds to the last token; 0 where none came."""
+        return self.token_times[-1] - self.begin if self.token_times else 0.0
 
     @property
     def itls(self) -> list[float]:
@@ -115,85 +139,144 @@ class Record:
 
 @dataclass(frozen=True)
 class Request:
-    """A request, ready to be sent."""
+    """A request, ready to be sent. `follows`: it is the next turn of the request before it, after `think` seconds."""
 
     body: bytes
     prompt_len: int | None
+    follows: bool = False
+    think: float = 0.0
 
 
 @dataclass(frozen=True)
 class LoadResult:
-    """The result of a load: the requests that ended, in the order in which they were made, and the seconds it took."""
+    """The result of a load: the requests that ended, in the order in which they were made, and the seconds it took.
+
+    `others` ended too and are not measured: the warm-up (see run.py). `begin` and `until` are times on perf_counter's
+    clock: `duration` counts from `begin`, and no measured request begins after `until`.
+    """
 
     records: list[Record]
     duration: float
     num_unfinished: int = 0
+    others: list[Record] = field(default_factory=list)
+    begin: float = 0.0
+    until: float = 0.0
 
 
-def arrival_times(count: int, rate: float, burstiness: float, rng: random.Random) -> list[float]:
-    """Seconds after the start at which to send each request: gaps from a gamma distribution, exponential at 1.
+@dataclass(frozen=True)
+class Schedule:
+    """When requests are sent.
 
-    They are stretched to end at count / rate exactly, as vLLM does, so that seeds differ in the order of gaps only.
+    arrivals         open load: seconds after the start, one for each request; those that follow another ignore theirs.
+                     None: a closed load, in which each conversation keeps its place until its last answer
+    max_concurrency  requests at one time; None: no limit
+    seconds          nothing is sent that long after the start; None: no limit
     """
-    if rate == float("inf"):
-        return [0.0] * count
-    times = []
-    now = 0.0
-    for _ in range(count):
-        now += rng.gammavariate(burstiness, 1 / (rate * burstiness))
-        times.append(now)
-    return [time * (count / rate) / now for time in times]
+
+    arrivals: Sequence[float] | None = None
+    max_concurrency: int | None = None
+    seconds: float | None = None
 
 
 async def run_load(
     client: Client,
     path: str,
     requests: Sequence[Request],
+    schedule: Schedule,
     *,
-    arrivals: Sequence[float],
-    max_concurrency: int | None,
-    stop: asyncio.Event,
-    on_done: Callable[[Record], None],
+    stop: asyncio.Event | None = None,
+    on_done: Callable[[Record], None] = lambda _: None,
 ) -> LoadResult:
-    """Send all requests at their times, at most `max_concurrency` at once, until all have ended or `stop` is set.
+    """Send all requests at their times until all have ended or `stop` is set.
 
     Requests that are still open then are cut off (the server sees their connections close) and not in the result.
     """
-    records: list[Record | None] = [None] * len(requests)
-    gate = asyncio.Semaphore(max_concurrency or len(requests))
-    begun = perf_counter()
-
-    async def one(i: int) -> None:
-        async with gate:
-            record = await ask(client, path, requests[i])
-        records[i] = record
-        on_done(record)
-
-    async def all_of_them() -> None:
-        async with asyncio.TaskGroup() as group:
-            for i, arrival in enumerate(arrivals):
-                if (wait := begun + arrival - perf_counter()) > 0:
-                    await asyncio.sleep(wait)
-                group.create_task(one(i))
-
-    load = asyncio.create_task(all_of_them())
-    stopped = asyncio.create_task(stop.wait())
+    load = _Load(client, path, requests, schedule, on_done)
+    running = asyncio.create_task(load.run())
+    stopped = asyncio.create_task((stop or asyncio.Event()).wait())
     try:
-        await asyncio.wait((load, stopped), return_when=asyncio.FIRST_COMPLETED)
-        duration = perf_counter() - begun
+        await asyncio.wait((running, stopped), return_when=asyncio.FIRST_COMPLETED)
+        duration = perf_counter() - load.begun
     finally:
-        load.cancel()
+        running.cancel()
         stopped.cancel()
-        await asyncio.wait((load, stopped))
-    if not load.cancelled():
-        load.result()
-    ended = [record for record in records if record is not None]
-    return LoadResult(ended, duration, len(requests) - len(ended))
+        await asyncio.wait((running, stopped))
+    if not running.cancelled():
+        running.result()
+    ended = [record for record in load.records if record is not None]
+    unfinished = len(requests) - len(ended) - load.num_unsent
+    return LoadResult(ended, duration, unfinished, begin=load.begun, until=load.begun + duration)
 
 
-async def ask(client: Client, path: str, request: Request) -> Record:
+class _Load:
+    """A load under way."""
+
+    def __init__(
+        self,
+        client: Client,
+        path: str,
+        requests: Sequence[Request],
+        schedule: Schedule,
+        on_done: Callable[[Record], None],
+    ) -> None:
+        self.records: list[Record | None] = [None] * len(requests)
+        self.begun = perf_counter()
+        self.num_unsent = 0  # since the schedule's seconds were over
+        self._client = client
+        self._path = path
+        self._requests = requests
+        self._schedule = schedule
+        self._on_done = on_done
+        self._gate = asyncio.Semaphore(schedule.max_concurrency or max(len(requests), 1))
+        self._deadline = float("inf") if schedule.seconds is None else self.begun + schedule.seconds
+
+    async def run(self) -> None:
+        """Begin all conversations at their times, and wait for their ends."""
+        arrivals = self._schedule.arrivals
+        firsts = [i for i, request in enumerate(self._requests) if not request.follows or i == 0]
+        async with asyncio.TaskGroup() as group:
+            for first, end in zip(firsts, [*firsts[1:], len(self._requests)], strict=True):
+                if arrivals is None:
+                    group.create_task(self._closed(range(first, end)))
+                    continue
+                intended = self.begun + arrivals[first]
+                await sleep_until(intended)
+                group.create_task(self._open(range(first, end), intended))
+
+    async def _closed(self, conversation: range) -> None:
+        async with self._gate:
+            for i in conversation:
+                if perf_counter() >= self._deadline:
+                    self.num_unsent += conversation.stop - i
+                    return
+                await self._one(i, None)
+
+    async def _open(self, conversation: range, intended: float) -> None:
+        for i in conversation:
+            if i > conversation.start:
+                intended = perf_counter() + self._requests[i].think
+                await sleep_until(intended)
+            if intended >= self._deadline:
+                self.num_unsent += conversation.stop - i
+                return
+            async with self._gate:
+                await self._one(i, intended)
+
+    async def _one(self, i: int, intended: float | None) -> None:
+        record = await ask(self._client, self._path, self._requests[i], intended)
+        self.records[i] = record
+        self._on_done(record)
+
+
+async def sleep_until(time: float) -> None:
+    """Sleep until a time on perf_counter's clock."""
+    if (wait := time - perf_counter()) > 0:
+        await asyncio.sleep(wait)
+
+
+async def ask(client: Client, path: str, request: Request, intended: float | None = None) -> Record:
     """Send one request and read its answer to the end; whatever goes wrong is in the record's error."""
-    record = Record(request.prompt_len)
+    record = Record(request.prompt_len, intended=intended)
     splitter = EventSplitter()
     raw = bytearray()
 

@@ -1,7 +1,10 @@
 """From records to numbers, as pure functions: throughput, latencies, goodput and dollars, by vLLM's definitions.
 
-    TTFT  first token - sending                    TPOT  (last token - first token) / (tokens - 1), tokens > 1
-    ITL   one event with tokens - the one before   E2EL  last token - sending
+    TTFT  first token - begin                      TPOT  (last token - first token) / (tokens - 1), tokens > 1
+    ITL   one event with tokens - the one before   E2EL  last token - begin
+
+begin is the time at which a request was meant to be sent in an open load, and its sending in a closed one (load.py);
+vLLM counts from the sending in both.
 
 Failed requests count as failed and in nothing else; the time they took stays in the duration.
 """
@@ -120,9 +123,25 @@ def peak_output_per_s(records: Sequence[Record]) -> float:
     return float(np.bincount(seconds, weights=shares).max()) if seconds else 0.0
 
 
+def steady_output_throughput(result: LoadResult) -> float:
+    """Tokens a second that came within the measured time, of all requests, also those of the warm-up.
+
+    An event counts as its share of its answer. What failed counts with what had come.
+    """
+    records = [*result.records, *result.others]
+    within = [
+        record.output_len
+        * sum(result.begin <= time < result.until for time in record.token_times)
+        / len(record.token_times)
+        for record in records
+        if record.token_times
+    ]
+    return sum(within) / (result.until - result.begin) if result.until > result.begin else 0.0
+
+
 def peak_concurrency(records: Sequence[Record]) -> int:
     """The most requests under way at one time, each from its sending up to, not including, its last token."""
-    changes = [(record.start, 1) for record in records] + [(record.start + record.latency, -1) for record in records]
+    changes = [(record.start, 1) for record in records] + [(record.end, -1) for record in records]
     now = peak = 0
     for _, change in sorted(changes):  # at one time, ends come before beginnings
         now += change

@@ -3,7 +3,10 @@
 A text is "The" and words drawn from a list. The server says beforehand how many tokens each word adds, so the client
 needs no tokenizer; special tokens and the chat template are in the count of "The" alone. A server without /tokenize
 gets as many words as tokens were asked for: in nearly every vocabulary each of these words is one token, and the report
-shows what the server counted.
+shows what the server counted. A tokenizer on this machine (`local_vocabulary`) counts in place of such a server.
+
+A prompt may be a conversation: its earlier turns are texts of the same kind, the model's among them, so that each
+server gets the same tokens whatever it answers.
 """
 
 from __future__ import annotations
@@ -12,8 +15,8 @@ import asyncio
 import json
 import math
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,59 +49,131 @@ class PromptError(ValueError):
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text, how many tokens it has where that is known, and how many tokens of answer to ask for."""
+    """A text, how many tokens it has where that is known, and how many tokens of answer to ask for.
+
+    history  the texts before it in a conversation, the user's and the model's in turns; num_tokens includes them
+    follows  it is the next turn of the prompt before it in the list, sent after that one's answer and `think` seconds
+    arrival  seconds after the first prompt at which it came, in a trace that says so
+    cut      it, or its answer, is shorter than was asked for, since the server's context is
+    """
 
     text: str
     num_tokens: int | None
     output_len: int
+    history: tuple[str, ...] = ()
+    follows: bool = False
+    think: float = 0.0
+    arrival: float | None = None
+    cut: bool = False
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The tokens that FIRST alone takes, and the words with what each adds; `exact` if a server measured them."""
+    """The tokens that FIRST alone takes, and the words with what each adds; `exact` if a tokenizer measured them.
+
+    turn: the tokens that two more messages add to a conversation, of the model and of the user, both FIRST alone.
+    counter: who counted, for the report.
+    """
 
     base: int
     words: Sequence[tuple[str, int]]
     exact: bool
     max_model_len: int | None
+    turn: int = 2
+    counter: str = "the server's /tokenize"
+
+    @property
+    def largest(self) -> int:
+        """The most tokens that a word adds."""
+        return max((cost for _, cost in self.words), default=0)
 
 
-async def measure_vocabulary(client: Client, model: str, *, chat: bool) -> Vocabulary:
-    """Ask the server's /tokenize, in one call where every word is a single token, else in one for each word."""
+Count = Callable[[Sequence[str]], Awaitable[int]]
 
-    async def count(text: str) -> tuple[int, int | None]:
+
+async def measure_vocabulary(client: Client, model: str, *, chat: bool, turns: bool = False) -> Vocabulary:
+    """Ask the server's /tokenize, in one call where every word is a single token, else in one for each word.
+
+    `turns`: measure what further turns of a conversation add, too.
+    """
+    limit: int | None = None
+
+    async def count(texts: Sequence[str]) -> int:
+        nonlocal limit
         body: dict[str, Any] = {"model": model}
-        body |= {"messages": [{"role": "user", "content": text}]} if chat else {"prompt": text}
+        body |= {"messages": messages(texts)} if chat else {"prompt": " ".join(texts)}
         answer = await client.json("POST", "/tokenize", body)
         try:
-            return int(answer["count"]), answer.get("max_model_len")
+            limit = answer.get("max_model_len")
+            return int(answer["count"])
         except (TypeError, KeyError, ValueError) as e:
             raise HttpError("POST /tokenize: the answer has no count") from e
 
     try:
-        base, limit = await count(FIRST)
+        await count([FIRST])
     except HttpError:
         return Vocabulary(1, [(word, 1) for word in WORDS], exact=False, max_model_len=None)
-    whole, _ = await count(" ".join((FIRST, *WORDS)))
+    found = await _measured(count, turns)
+    return replace(found, max_model_len=limit)
+
+
+async def local_vocabulary(directory: Path, *, chat: bool) -> Vocabulary:
+    """The same by a checkpoint's own tokenizer, and its chat template, on this machine."""
+    from octavo.text.chat_template import ChatTemplate
+    from octavo.text.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.open(directory)
+    template = ChatTemplate.open(directory, tokenizer.special_tokens) if chat else None
+
+    async def count(texts: Sequence[str]) -> int:
+        if template is None:
+            return len(tokenizer.encode(" ".join(texts)))
+        return len(tokenizer.encode(template.render(messages(texts)), add_special_tokens=False))
+
+    return replace(await _measured(count, turns=True), counter=f"the tokenizer of {directory}")
+
+
+async def _measured(count: Count, turns: bool) -> Vocabulary:
+    base = await count([FIRST])
+    turn = await count([FIRST] * 3) - base if turns else 2
+    whole = await count([" ".join((FIRST, *WORDS))])
     if whole - base == len(WORDS):
-        return Vocabulary(base, [(word, 1) for word in WORDS], exact=True, max_model_len=limit)
+        return Vocabulary(base, [(word, 1) for word in WORDS], exact=True, max_model_len=None, turn=turn)
     gate = asyncio.Semaphore(MAX_AT_ONCE)
 
     async def added(word: str) -> int:
         async with gate:
-            return (await count(f"{FIRST} {word}"))[0] - base
+            return await count([f"{FIRST} {word}"]) - base
 
     costs = await asyncio.gather(*(added(word) for word in WORDS))
     words = [(word, cost) for word, cost in zip(WORDS, costs, strict=True) if cost > 0]
-    return Vocabulary(base, words, exact=True, max_model_len=limit)
+    return Vocabulary(base, words, exact=True, max_model_len=None, turn=turn)
 
 
-def random_prompts(
-    vocabulary: Vocabulary, count: int, input_len: int, output_len: int, range_ratio: float, rng: random.Random
-) -> list[Prompt]:
-    """Prompts whose lengths are uniform in [len * (1 - ratio), len * (1 + ratio)], rounded outwards."""
-    low_in, high_in = _bounds(input_len, range_ratio)
-    low_out, high_out = _bounds(output_len, range_ratio)
+def messages(texts: Sequence[str]) -> list[dict[str, str]]:
+    """A conversation as chat messages: the user's and the model's in turns."""
+    return [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(texts)]
+
+
+@dataclass(frozen=True)
+class RandomShape:
+    """The lengths of random prompts: uniform in [len * (1 - ratio), len * (1 + ratio)], rounded outwards.
+
+    prefix_len  tokens that come first in the prompt, before its random ones; prompts that share one begin alike
+    prefixes    how many different ones there are, which prompts take in turns
+    """
+
+    input_len: int
+    output_len: int
+    range_ratio: float = 0.0
+    prefix_len: int = 0
+    prefixes: int = 1
+
+
+def random_prompts(vocabulary: Vocabulary, count: int, shape: RandomShape, rng: random.Random) -> list[Prompt]:
+    """Prompts of random words in an order that the words alone give; their lengths include the prefix."""
+    low_in, high_in = (shape.prefix_len + length for length in _bounds(shape.input_len, shape.range_ratio))
+    low_out, high_out = _bounds(shape.output_len, shape.range_ratio)
     if low_in < vocabulary.base:
         raise PromptError(
             f"prompts of {low_in} tokens can't be made: the special tokens, the chat template and one word take "
@@ -110,11 +185,15 @@ def random_prompts(
             f"prompts of {high_in} tokens and answers of {high_out} don't fit into this server's context of {limit}: "
             "lower --random-input-len or --random-output-len"
         )
-    fill = _filler(vocabulary, rng)
+    filler = Filler(vocabulary, rng)
+    prefixes = [filler.words(shape.prefix_len - vocabulary.base) for _ in range(shape.prefixes)]
     prompts = []
-    for _ in range(count):
-        words, num_tokens = fill(rng.randint(low_in, high_in))
-        text = " ".join((FIRST, *words))
+    for i in range(count):
+        begun, used = prefixes[i % len(prefixes)]
+        wanted = rng.randint(low_in, high_in) - vocabulary.base - used
+        words, taken = filler.words(wanted)
+        num_tokens = vocabulary.base + used + taken
+        text = " ".join((FIRST, *begun, *words))
         prompts.append(Prompt(text, num_tokens if vocabulary.exact else None, rng.randint(low_out, high_out)))
     return prompts
 
@@ -123,21 +202,27 @@ def _bounds(length: int, ratio: float) -> tuple[int, int]:
     return max(1, math.floor(length * (1 - ratio))), max(1, math.ceil(length * (1 + ratio)))
 
 
-def _filler(vocabulary: Vocabulary, rng: random.Random) -> Callable[[int], tuple[list[str], int]]:
-    """A function from a number of tokens to words that take so many, and the number that words and base really take."""
-    largest = max((cost for _, cost in vocabulary.words), default=0)
-    fitting = [[(w, c) for w, c in vocabulary.words if c <= room] for room in range(largest + 1)]
+class Filler:
+    """Random words that take a given number of tokens."""
 
-    def fill(num_tokens: int) -> tuple[list[str], int]:
+    def __init__(self, vocabulary: Vocabulary, rng: random.Random) -> None:
+        self._rng = rng
+        self._largest = vocabulary.largest
+        self._fitting = [[(w, c) for w, c in vocabulary.words if c <= room] for room in range(self._largest + 1)]
+        self._singles = [word for word, _ in vocabulary.words] if self._largest == 1 else []
+
+    def words(self, num_tokens: int) -> tuple[list[str], int]:
+        """Words that take as many tokens, and how many they really take: less where no word fits the rest."""
+        if self._singles and num_tokens > 0:
+            return self._rng.choices(self._singles, k=num_tokens), num_tokens
         words = []
-        room = num_tokens - vocabulary.base
-        while room > 0 and (choices := fitting[min(room, largest)]):
-            word, cost = rng.choice(choices)
+        room = max(num_tokens, 0)
+        taken = 0
+        while room > taken and (choices := self._fitting[min(room - taken, self._largest)]):
+            word, cost = self._rng.choice(choices)
             words.append(word)
-            room -= cost
-        return words, num_tokens - room
-
-    return fill
+            taken += cost
+        return words, taken
 
 
 def custom_prompts(path: Path, count: int, output_len: int, rng: random.Random) -> list[Prompt]:

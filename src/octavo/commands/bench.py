@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import random
 import resource
@@ -15,14 +14,14 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import uvloop
 
 from octavo.bench.http import Client, HttpError
-from octavo.bench.load import LoadResult, Record, Request, arrival_times, run_load
+from octavo.bench.load import LoadResult, Record
 from octavo.bench.options import BenchError, BenchOptions, resolve
-from octavo.bench.prompts import Prompt, PromptError, custom_prompts, measure_vocabulary, random_prompts
+from octavo.bench.prompts import Prompt, PromptError, RandomShape, custom_prompts, measure_vocabulary, random_prompts
+from octavo.bench.run import Point, Target, first_model, run_point
 from octavo.commands.progress_bar import progress_bar
 from octavo.flags import add_flags, flags_of, read
 
@@ -56,17 +55,16 @@ async def _measure(options: BenchOptions) -> tuple[str, LoadResult]:
     """The model's name, and what was measured."""
     client = Client(options.base_url, _headers(options), insecure=options.insecure)
     try:
-        model = options.model or await _first_model(client)
+        model = options.model or await first_model(client)
         rng = random.Random(options.seed)
         prompts, how = await _prompts(options, client, model, rng)
         print(f"Model: {model}. Prompts: {how} Seed: {options.seed}.", flush=True)
-        requests = [_request(options, model, prompt) for prompt in prompts]
-        warmups = requests[: options.num_warmups]
-        requests = requests[options.num_warmups :]
+        target = _target(options, model)
+        warmups = prompts[: options.num_warmups]
+        prompts = prompts[options.num_warmups :]
         if warmups:
-            await _warm_up(options, client, warmups)
-        arrivals = arrival_times(len(requests), options.request_rate, options.burstiness, rng)
-        return model, await _load(options, client, requests, arrivals)
+            await _warm_up(options, client, target, warmups)
+        return model, await _load(options, client, target, prompts, rng)
     finally:
         client.close()
 
@@ -74,13 +72,6 @@ async def _measure(options: BenchOptions) -> tuple[str, LoadResult]:
 def _headers(options: BenchOptions) -> dict[str, str]:
     key = options.api_key or os.environ.get("OPENAI_API_KEY")
     return ({"Authorization": f"Bearer {key}"} if key else {}) | dict(options.header)
-
-
-async def _first_model(client: Client) -> str:
-    try:
-        return str((await client.json("GET", "/v1/models"))["data"][0]["id"])
-    except (TypeError, KeyError, IndexError) as e:
-        raise HttpError("GET /v1/models names no model; --model does") from e
 
 
 async def _prompts(options: BenchOptions, client: Client, model: str, rng: random.Random) -> tuple[list[Prompt], str]:
@@ -91,8 +82,8 @@ async def _prompts(options: BenchOptions, client: Client, model: str, rng: rando
         return prompts, f"{options.dataset_path}, shuffled."
     vocabulary = await measure_vocabulary(client, model, chat=options.backend == "openai-chat")
     length = options.random_input_len
-    ratio = options.random_range_ratio
-    prompts = random_prompts(vocabulary, count, length, options.output_len, ratio, rng)
+    shape = RandomShape(length, options.output_len, options.random_range_ratio)
+    prompts = random_prompts(vocabulary, count, shape, rng)
     if vocabulary.exact:
         tokens = sorted({prompt.num_tokens or 0 for prompt in prompts})
         span = f"{tokens[0]}" if len(tokens) == 1 else f"{tokens[0]} to {tokens[-1]}"
@@ -100,51 +91,38 @@ async def _prompts(options: BenchOptions, client: Client, model: str, rng: rando
     return prompts, f"random words, about {length} tokens: the server has no /tokenize to make them exact."
 
 
-def _request(options: BenchOptions, model: str, prompt: Prompt) -> Request:
-    body: dict[str, Any] = {"model": model, "stream": True, "stream_options": {"include_usage": True}}
-    if options.backend == "openai-chat":
-        body["messages"] = [{"role": "user", "content": prompt.text}]
-        body["max_completion_tokens"] = prompt.output_len
-    else:
-        body["prompt"] = prompt.text
-        body["max_tokens"] = prompt.output_len
-    if options.ignore_eos:
-        body["ignore_eos"] = True
-    if options.temperature is not None:
-        body["temperature"] = options.temperature
-    return Request(json.dumps(body | options.extra_body).encode(), prompt.num_tokens)
-
-
-async def _warm_up(options: BenchOptions, client: Client, requests: Sequence[Request]) -> None:
-    result = await run_load(
-        client,
-        options.endpoint,
-        requests,
-        arrivals=[0.0] * len(requests),
-        max_concurrency=options.max_concurrency,
-        stop=asyncio.Event(),
-        on_done=lambda _: None,
+def _target(options: BenchOptions, model: str) -> Target:
+    temperature = {} if options.temperature is None else {"temperature": options.temperature}
+    return Target(
+        model,
+        chat=options.backend == "openai-chat",
+        ignore_eos=bool(options.ignore_eos),
+        extra_body=temperature | options.extra_body,
+        endpoint=options.endpoint,
     )
+
+
+async def _warm_up(options: BenchOptions, client: Client, target: Target, prompts: Sequence[Prompt]) -> None:
+    point = Point(concurrency=options.max_concurrency or len(prompts))
+    result = await run_point(client, target, prompts, point, rng=random.Random(0))
     failed = next((record.error for record in result.records if record.error), None)
     if failed:
         raise HttpError(f"a warm-up request failed: {failed}")
 
 
 async def _load(
-    options: BenchOptions, client: Client, requests: Sequence[Request], arrivals: Sequence[float]
+    options: BenchOptions, client: Client, target: Target, prompts: Sequence[Prompt], rng: random.Random
 ) -> LoadResult:
     """The measurement itself, which the first Ctrl-C ends early."""
     stop = asyncio.Event()
-    with _progress(options, len(requests)) as on_done, _first_interrupt(stop.set):
-        return await run_load(
-            client,
-            options.endpoint,
-            requests,
-            arrivals=arrivals,
-            max_concurrency=options.max_concurrency,
-            stop=stop,
-            on_done=on_done,
-        )
+    at_once = options.request_rate == float("inf")
+    point = Point(
+        rate=None if at_once else options.request_rate,
+        concurrency=options.max_concurrency or (len(prompts) if at_once else None),
+        burstiness=options.burstiness,
+    )
+    with _progress(options, len(prompts)) as on_done, _first_interrupt(stop.set):
+        return await run_point(client, target, prompts, point, rng=rng, stop=stop, on_done=on_done)
 
 
 @contextmanager

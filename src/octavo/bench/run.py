@@ -1,0 +1,194 @@
+"""One measurement of one server at one load, as a library: what `octavo bench` and `octavo cost` are built on.
+
+    client = Client("http://127.0.0.1:8000")
+    model = await first_model(client)
+    vocabulary = await measure_vocabulary(client, model, chat=True, turns=True)
+    point = Point(rate=4.0, seconds=60, warmup=Warmup(seconds=10))
+    rng = random.Random(seed)
+    prompts = make_requests("chat", point.prompts_needed(), rng, vocabulary)
+    result = await run_point(client, Target(model, chat=True), prompts, point, rng=rng)
+    metrics = measure(result, [50, 99], {"ttft": 500, "tpot": 50})
+
+A point has a rate, which is an open load (load.py says what that means for latencies), or a concurrency, which is a
+closed one, and lasts as long as its prompts or `seconds`. The warm-up is a part of the load that isn't measured: the
+server is under way when measuring begins. Which requests it takes is a rule, which `Warmup.describe` prints.
+
+`metrics.measure` counts the measured requests, over the time until the last of them has ended. For the throughput of a
+server under a closed load over `seconds`, take `metrics.steady_output_throughput`: the tokens of all requests that came
+within the measured time, without the ends of the load, at which the server is no longer full.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from octavo.bench.arrivals import arrival_times, times_within
+from octavo.bench.http import Client, HttpError
+from octavo.bench.load import LoadResult, Record, Request, Schedule, run_load
+from octavo.bench.prompts import Prompt, messages
+
+
+@dataclass(frozen=True)
+class Target:
+    """How a model is asked: by chat or completions, and what stands in each request beside its prompt.
+
+    ignore_eos: generate as many tokens as are asked for; vLLM, SGLang, llama.cpp and octavo know it, OpenAI doesn't.
+    """
+
+    model: str
+    chat: bool = False
+    ignore_eos: bool = True
+    extra_body: Mapping[str, Any] = field(default_factory=dict)
+    endpoint: str = ""
+
+    @property
+    def path(self) -> str:
+        """Where requests go."""
+        return self.endpoint or ("/v1/chat/completions" if self.chat else "/v1/completions")
+
+    def request(self, prompt: Prompt) -> Request:
+        """The request that asks this prompt."""
+        body: dict[str, Any] = {"model": self.model, "stream": True, "stream_options": {"include_usage": True}}
+        texts = (*prompt.history, prompt.text)
+        if self.chat:
+            body["messages"] = messages(texts)
+            body["max_completion_tokens"] = prompt.output_len
+        else:
+            body["prompt"] = " ".join(texts)
+            body["max_tokens"] = prompt.output_len
+        if self.ignore_eos:
+            body["ignore_eos"] = True
+        content = json.dumps(body | dict(self.extra_body)).encode()
+        return Request(content, prompt.num_tokens, follows=prompt.follows, think=prompt.think)
+
+
+@dataclass(frozen=True)
+class Warmup:
+    """Which requests are not measured: the first `requests`, and those that begin within the first `seconds`."""
+
+    requests: int = 0
+    seconds: float = 0.0
+
+    def describe(self) -> str:
+        """The rule in words, for the report."""
+        rules = []
+        if self.requests:
+            rules.append(f"the first {self.requests} requests")
+        if self.seconds:
+            rules.append(f"requests that begin within the first {self.seconds:g} s")
+        return (
+            f"Not measured, as warm-up: {' and '.join(rules)}." if rules else "No warm-up: every request is measured."
+        )
+
+
+@dataclass(frozen=True)
+class Point:
+    """A load: `rate` requests a second on average (open), or `concurrency` requests at a time (closed).
+
+    rate         counts all requests, also those that follow another in a conversation
+    concurrency  with a rate: the most that are sent at one time; the wait for a place counts as latency
+    seconds      how long is measured, after the warm-up's seconds; None: until the prompts are at their end
+    burstiness   of the arrivals (arrivals.py)
+    """
+
+    rate: float | None = None
+    concurrency: int | None = None
+    seconds: float | None = None
+    burstiness: float = 1.0
+    warmup: Warmup = Warmup()
+
+    def __post_init__(self) -> None:
+        if self.rate is None and self.concurrency is None:
+            raise ValueError("a load has a rate, or a concurrency, or both")
+
+    @property
+    def _sending(self) -> float | None:
+        """Seconds in which requests are sent; None: no limit."""
+        return None if self.seconds is None else self.warmup.seconds + self.seconds
+
+    def prompts_needed(self) -> int:
+        """As many prompts as a rate over `seconds` takes at any seed: five standard deviations above the mean."""
+        if self.rate is None or self._sending is None:
+            raise ValueError("only a rate over a number of seconds says how many prompts it takes")
+        mean = self.rate * self._sending
+        return math.ceil(mean + 5 * math.sqrt(mean / min(self.burstiness, 1.0)) + 10)
+
+
+async def first_model(client: Client) -> str:
+    """The name of the first model that the server knows."""
+    try:
+        return str((await client.json("GET", "/v1/models"))["data"][0]["id"])
+    except (TypeError, KeyError, IndexError) as e:
+        raise HttpError("GET /v1/models names no model; --model does") from e
+
+
+async def run_point(
+    client: Client,
+    target: Target,
+    prompts: Sequence[Prompt],
+    point: Point,
+    *,
+    rng: random.Random,
+    stop: asyncio.Event | None = None,
+    on_done: Callable[[Record], None] = lambda _: None,
+) -> LoadResult:
+    """Ask these prompts in their order at this load; `rng` draws the times at which an open load sends them.
+
+    The load ends early when `stop` is set. Raises ValueError where an open load over `seconds` has too few prompts.
+    """
+    if not prompts:
+        raise ValueError("a load of no prompts has nothing to measure")
+    used, arrivals = _arrivals(prompts, point, rng)
+    requests = [target.request(prompt) for prompt in used]
+    schedule = Schedule(arrivals, point.concurrency, point._sending)
+    result = await run_load(client, target.path, requests, schedule, stop=stop, on_done=on_done)
+    return _measured(result, point)
+
+
+def _arrivals(
+    prompts: Sequence[Prompt], point: Point, rng: random.Random
+) -> tuple[Sequence[Prompt], Sequence[float] | None]:
+    """The prompts that are sent, and when each of them is, or None for a closed load."""
+    if point.rate is None:
+        return prompts, None
+    firsts = [i for i, prompt in enumerate(prompts) if not prompt.follows]
+    rate = point.rate * len(firsts) / len(prompts)  # of conversations
+    if point._sending is None:
+        times = arrival_times(len(firsts), rate, point.burstiness, rng)
+    else:
+        times = times_within(point._sending, rate, point.burstiness, rng)
+    if len(times) > len(firsts):
+        raise ValueError(
+            f"{len(prompts)} prompts in {len(firsts)} conversations are too few for {point.rate:g} requests a second "
+            f"over {point._sending:g} s, which began {len(times)} conversations; Point.prompts_needed says how many"
+        )
+    end = firsts[len(times)] if len(times) < len(firsts) else len(prompts)
+    at = iter(times)
+    return prompts[:end], [0.0 if prompt.follows else next(at) for prompt in prompts[:end]]
+
+
+def _measured(result: LoadResult, point: Point) -> LoadResult:
+    """The result without its warm-up."""
+    begin = result.begin + point.warmup.seconds
+    rest = sorted(result.records, key=lambda record: record.begin)[point.warmup.requests :]
+    if point.warmup.requests and rest:
+        begin = max(begin, rest[0].begin)
+    until = result.until
+    if point.seconds is not None:
+        whole = point.rate is not None and not result.num_unfinished  # an open load may end before its time does
+        until = begin + point.seconds if whole else min(begin + point.seconds, until)
+    measured = {id(record) for record in rest if record.begin >= begin}
+    return replace(
+        result,
+        records=[record for record in result.records if id(record) in measured],
+        others=[record for record in result.records if id(record) not in measured],
+        begin=begin,
+        until=until,
+        duration=max(result.until - begin, 1e-9),
+    )
