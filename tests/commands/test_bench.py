@@ -9,17 +9,17 @@ import random
 import re
 import signal
 import ssl
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
+from bench_server import ENGLISH, asked_for_text, bench, completion, numbers, server_like_vllm, tokens_of
 from scripted_server import (
     DONE,
     HANG_UP,
     STREAM_HEAD,
     Asked,
-    ScriptedServer,
     byte_by_byte,
     chunk,
     delta,
@@ -31,58 +31,14 @@ from scripted_server import (
     whole,
 )
 
-from octavo.bench.prompts import WORDS, custom_prompts
+from octavo.bench.http import Client
+from octavo.bench.prompts import custom_prompts, local_vocabulary, measure_vocabulary
+from octavo.bench.run import Point, Target, first_model, run_point
+from octavo.bench.workloads import WORKLOADS, make_requests
 from octavo.cli import main
 from octavo.commands.chat_server import OwnServer
 
-ENGLISH = {"The", *WORDS}
-CONTEXT = 4096
-
-
-def tokens_of(prompt: str, long: str = "") -> int:
-    """The scripted server's tokenizer: a beginning token, and one for each word, three for one with `long` in it."""
-    return 1 + sum(3 if long and long in word else 1 for word in prompt.split())
-
-
-def server_like_vllm(
-    answer: Callable[[Asked], Iterable[bytes] | AsyncIterator[bytes]], long: str = "", tokenize: bool = True
-) -> Callable[[Asked], Iterable[bytes] | AsyncIterator[bytes]]:
-    """A script with /v1/models, /tokenize, and `answer` for the rest."""
-
-    def script(asked: Asked) -> Iterable[bytes] | AsyncIterator[bytes]:
-        if asked.path == "/v1/models":
-            return whole({"data": [{"id": "some/model"}]})
-        if asked.path == "/tokenize" and tokenize:
-            content = asked.json.get("prompt") or " ".join(["chat template", asked.json["messages"][0]["content"]])
-            return whole({"count": tokens_of(content, long), "max_model_len": CONTEXT, "tokens": []})
-        if asked.path == "/tokenize":
-            return whole({"error": {"message": "Not Found"}}, "404 Not Found")
-        return answer(asked)
-
-    return script
-
-
-def completion(asked: Asked, **details: Any) -> list[bytes]:
-    """As many events as tokens were asked for, and the counts."""
-    count = asked.json["max_tokens"]
-    events = [event(text(" word")) for _ in range(count - 1)] + [event(text(" end", "length"))]
-    return stream([*events, event(usage(tokens_of(asked.json["prompt"]), count, **details)), DONE])
-
-
-def bench(server: ScriptedServer, *options: str) -> int:
-    return main(["bench", "--base-url", server.url, *options])
-
-
-def numbers(printed: str) -> dict[str, float]:
-    """The report's lines as people parse them: a label that ends in a colon, and a number."""
-    lines = (re.fullmatch(r"(.+):\s+([\d.]+)\s*", line) for line in printed.splitlines())
-    return {line[1]: float(line[2]) for line in lines if line}
-
-
-def asked_for_text(server: ScriptedServer) -> list[Asked]:
-    return [asked for asked in server.asked if asked.path.endswith("completions")]
-
-
+TINY = Path(__file__).resolve().parents[1] / "fixtures/tiny"
 SMALL = ("--num-prompts", "6", "--random-input-len", "20", "--random-output-len", "5")
 
 
@@ -468,3 +424,28 @@ def test_octavo_serves_octavo_bench(
     assert detailed["input_lens"] == [48] * 6
     assert all(len(gaps) < 6 for gaps in detailed["itls"])
     assert detailed["cached_input_tokens"] < 6 * 16 * (2 if backend == "openai-chat" else 1)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_real_server_counts_the_tokens_that_workloads_claim(octavo_server: OwnServer, chat: bool) -> None:
+    """Conversations through a real tokenizer and chat template, counted by the server and by a local tokenizer."""
+
+    async def run() -> None:
+        client = Client(octavo_server.url, {"Authorization": f"Bearer {octavo_server.api_key}"})
+        model = await first_model(client)
+        vocabulary = await measure_vocabulary(client, model, chat=chat, turns=True)
+        local = await local_vocabulary(TINY, chat=chat)
+        assert (local.base, local.turn, local.words) == (vocabulary.base, vocabulary.turn, vocabulary.words)
+        prompts = make_requests(WORKLOADS["chat"].scaled(0.2), 8, random.Random(2), vocabulary)
+        prompts = [replace(prompt, output_len=2, think=0.0) for prompt in prompts]
+        assert any(prompt.follows for prompt in prompts)
+        target = Target(model, chat=chat, extra_body={"temperature": 0})
+        result = await run_point(client, target, prompts, Point(concurrency=2), rng=random.Random(0))
+        client.close()
+        assert [record.error for record in result.records] == [None] * 8
+        assert [record.usage and record.usage.prompt_tokens for record in result.records] == [
+            prompt.num_tokens for prompt in prompts
+        ]
+        assert [record.output_len for record in result.records] == [2] * 8
+
+    asyncio.run(run())
