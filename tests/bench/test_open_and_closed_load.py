@@ -148,7 +148,7 @@ def test_an_open_load_over_a_time_says_how_many_prompts_it_takes() -> None:
         pytest.raises(ValueError, match="3 prompts in 3 conversations"),
     ):
         loaded(server, prompts(3), point)
-    with pytest.raises(ValueError, match="a rate, or a concurrency"):
+    with pytest.raises(ValueError, match="a load has a rate"):
         Point()
 
 

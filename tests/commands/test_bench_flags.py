@@ -29,11 +29,25 @@ def test_flags_that_mean_nothing_are_refused(
     assert reason in capsys.readouterr().err
 
 
+RAMP = ("--ramp-up-strategy", "linear", "--ramp-up-start-rps", "1", "--ramp-up-end-rps", "2")
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
         (["--dataset-name", "custom"], "--dataset-path FILE goes with"),
         (["--dataset-path", "x.jsonl"], "--dataset-path FILE goes with"),
+        (["--workload", "chat", "--trace", "x.jsonl"], "--workload and --trace exclude each other"),
+        (["--workload", "chat", "--dataset-name", "prefix_repetition"], "--workload takes the place of --dataset-name"),
+        (["--length-scale", "0.5"], "--length-scale goes with --workload"),
+        (["--trace-speed", "2"], "--trace-speed goes with --trace"),
+        (["--ramp-up-strategy", "linear", "--ramp-up-start-rps", "1"], "go together"),
+        (["--ramp-up-end-rps", "1"], "go together"),
+        ([*RAMP, "--request-rate", "3"], "--request-rate and --ramp-up-strategy exclude"),
+        ([*RAMP, "--max-seconds", "3"], "--max-seconds goes with a rate that stays"),
+        (["--self-timed"], "--self-timed goes with --trace"),
+        (["--self-timed", "--trace", "x", "--request-rate", "2"], "--self-timed excludes"),
+        (["--trace", "no such file"], "No such file"),
         (["--extra-body", '{"stream": false}'], "stream is for octavo bench to set"),
         (["--extra-body", '{"n": 2}'], "n must be 1"),
     ],
@@ -41,5 +55,5 @@ def test_flags_that_mean_nothing_are_refused(
 def test_flags_that_exclude_each_other_are_refused(
     options: list[str], reason: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["bench", *options]) == 1
+    assert main(["bench", "--model", "m", *options]) == 1
     assert reason in capsys.readouterr().err

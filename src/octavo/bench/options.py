@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -9,11 +10,12 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from octavo.bench.prompt_options import OUTPUT_LEN, PromptOptions, sources_conflict
+from octavo.bench.workloads import WORKLOADS
 from octavo.flags import number, parse_json_object, parse_pair
 
 METRICS = ("ttft", "tpot", "itl", "e2el")
 GOODPUT_METRICS = ("ttft", "tpot", "e2el")
-ENDPOINTS = {"openai": "/v1/completions", "openai-chat": "/v1/chat/completions"}
 OWN_FIELDS = ("prompt", "messages", "stream", "stream_options")  # of a request's body
 
 
@@ -43,96 +45,8 @@ def parse_goodput(text: str) -> tuple[str, float]:
     return name, number(float, Meta(gt=0))(value)
 
 
-class BenchOptions(msgspec.Struct, frozen=True, kw_only=True):
+class BenchOptions(PromptOptions, frozen=True, kw_only=True):
     """All options, as given; `resolve` fills in the defaults that depend on other options."""
-
-    # the server
-    base_url: Annotated[
-        str,
-        Meta(
-            description="with or without /v1",
-            extra={"group": "the server", "metavar": "URL", "default": "http://HOST:PORT"},
-        ),
-    ] = ""
-    host: Annotated[str, Meta(description="where --base-url is not given")] = "127.0.0.1"
-    port: Annotated[int, Meta(description="where --base-url is not given")] = 8000
-    backend: Annotated[
-        Literal["openai", "openai-chat"],
-        Meta(description="openai: completions, the prompt as it is; openai-chat: the prompt is a user's message"),
-    ] = "openai"
-    endpoint: Annotated[
-        str,
-        Meta(
-            description="path of the requests",
-            extra={"metavar": "PATH", "default": "/v1/completions or /v1/chat/completions"},
-        ),
-    ] = ""
-    model: Annotated[
-        str | None,
-        Meta(description="the name that the server knows it by", extra={"default": "the first of /v1/models"}),
-    ] = None
-    api_key: Annotated[
-        str | None,
-        Meta(description="sent as a bearer token", extra={"metavar": "KEY", "default": "$OPENAI_API_KEY"}),
-    ] = None
-    header: Annotated[
-        list[tuple[str, str]],
-        Meta(
-            description="HTTP headers to send with each request",
-            extra={"metavar": "NAME=VALUE", "default": "none", "parse_each": parse_pair},
-        ),
-    ] = []
-    insecure: Annotated[bool, Meta(description="don't check the certificate of an https server")] = False
-
-    # prompts
-    dataset_name: Annotated[
-        Literal["random", "custom"],
-        Meta(
-            description="random: random words, their tokens counted by the server's /tokenize, openai-chat's template "
-            'included; custom: the "prompt" of each line of --dataset-path',
-            extra={"group": "prompts"},
-        ),
-    ] = "random"
-    dataset_path: Annotated[
-        Path | None, Meta(description="JSON lines, for --dataset-name custom", extra={"metavar": "FILE"})
-    ] = None
-    num_prompts: Annotated[int, Meta(ge=1, description="requests", extra={"metavar": "N"})] = 1000
-    random_input_len: Annotated[
-        int,
-        Meta(
-            ge=1,
-            description="tokens of a random prompt",
-            extra={"flag": ("--random-input-len", "--input-len"), "metavar": "N"},
-        ),
-    ] = 1024
-    output_len: Annotated[
-        int,
-        Meta(
-            ge=1,
-            description="tokens of an answer, at most; with --ignore-eos, exactly",
-            extra={
-                "flag": ("--random-output-len", "--custom-output-len", "--output-len"),
-                "metavar": "N",
-                "default": "128; with custom prompts 256",
-            },
-        ),
-    ] = 0
-    random_range_ratio: Annotated[
-        float,
-        Meta(
-            ge=0,
-            lt=1,
-            description="random lengths are uniform within [N * (1 - R), N * (1 + R)]",
-            extra={"metavar": "R"},
-        ),
-    ] = 0.0
-    seed: Annotated[
-        int | None,
-        Meta(
-            description="seed of prompts, lengths and arrivals. A seed used twice on one server meets its prefix cache",
-            extra={"default": "a new one each time, which is printed"},
-        ),
-    ] = None
 
     # load
     request_rate: Annotated[
@@ -144,36 +58,104 @@ class BenchOptions(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = float("inf")
     burstiness: Annotated[
-        float,
+        float | None,
         Meta(
             gt=0,
-            description="shape of the gamma distribution of the gaps: under 1 in bursts, above 1 more even",
-            extra={"metavar": "B"},
+            description="shape of the gamma distribution of the gaps: under 1 in bursts, above 1 more even, inf: even",
+            extra={"metavar": "B", "default": "1, or the workload's own"},
         ),
-    ] = 1.0
+    ] = None
+    ramp_up_strategy: Annotated[
+        Literal["linear", "exponential"] | None,
+        Meta(description="a rate that changes over the load", extra={"default": "one rate"}),
+    ] = None
+    ramp_up_start_rps: Annotated[
+        float | None, Meta(gt=0, description="its beginning", extra={"metavar": "RPS", "default": "none"})
+    ] = None
+    ramp_up_end_rps: Annotated[
+        float | None, Meta(gt=0, description="its end", extra={"metavar": "RPS", "default": "none"})
+    ] = None
+    self_timed: Annotated[
+        bool | None,
+        Meta(
+            description="send requests at the times of the trace",
+            extra={"default": "with a trace that has times, without --request-rate and --ramp-up-strategy"},
+        ),
+    ] = None
     max_concurrency: Annotated[
         int | None, Meta(ge=1, description="requests at one time", extra={"metavar": "N", "default": "no limit"})
     ] = None
+    max_seconds: Annotated[
+        float | None,
+        Meta(
+            gt=0,
+            description="measure so long: with a rate, as many prompts as it takes are made",
+            extra={"metavar": "SECONDS", "default": "until all prompts are answered"},
+        ),
+    ] = None
     num_warmups: Annotated[int, Meta(ge=0, description="requests before the measured ones", extra={"metavar": "N"})] = 0
+    warmup_seconds: Annotated[
+        float,
+        Meta(
+            ge=0,
+            description="don't measure requests that begin so early in the load",
+            extra={"metavar": "SECONDS", "default": "all are measured"},
+        ),
+    ] = 0
 
     # sampling
     ignore_eos: Annotated[
         bool | None,
         Meta(
             description="generate up to the length that was asked for",
-            extra={"group": "sampling", "default": "with random prompts"},
+            extra={"group": "sampling", "default": "where prompts are made of lengths alone"},
         ),
     ] = None
     temperature: Annotated[
         float | None, Meta(description="sampling temperature", extra={"metavar": "T", "default": "the server's own"})
     ] = None
+    top_p: Annotated[float | None, Meta(description="top-p", extra={"metavar": "P", "default": "the server's own"})] = (
+        None
+    )
+    top_k: Annotated[int | None, Meta(description="top-k", extra={"metavar": "K", "default": "the server's own"})] = (
+        None
+    )
+    min_p: Annotated[float | None, Meta(description="min-p", extra={"metavar": "P", "default": "the server's own"})] = (
+        None
+    )
+    frequency_penalty: Annotated[
+        float | None, Meta(description="frequency penalty", extra={"metavar": "P", "default": "the server's own"})
+    ] = None
+    presence_penalty: Annotated[
+        float | None, Meta(description="presence penalty", extra={"metavar": "P", "default": "the server's own"})
+    ] = None
+    repetition_penalty: Annotated[
+        float | None, Meta(description="repetition penalty", extra={"metavar": "P", "default": "the server's own"})
+    ] = None
+    logprobs: Annotated[
+        int | None, Meta(ge=0, description="log-probabilities a token", extra={"metavar": "N", "default": "none"})
+    ] = None
+    chat_template_kwargs: Annotated[
+        dict[str, Any],
+        Meta(
+            description="variables of the chat template, such as '{\"enable_thinking\": false}'",
+            extra={"metavar": "JSON", "default": "none", "parse": parse_json_object},
+        ),
+    ] = msgspec.field(default_factory=dict)
+    lora_modules: Annotated[
+        list[str],
+        Meta(description="names of adapters, of which each request asks one", extra={"metavar": "NAME"}),
+    ] = msgspec.field(default_factory=list)
+    lora_assignment: Annotated[Literal["random", "round-robin"], Meta(description="which adapter a request asks")] = (
+        "random"
+    )
     extra_body: Annotated[
         dict[str, Any],
         Meta(
             description="more fields of the request",
             extra={"metavar": "JSON", "default": "none", "parse": parse_json_object},
         ),
-    ] = {}
+    ] = msgspec.field(default_factory=dict)
 
     # numbers
     percentile_metrics: Annotated[
@@ -196,7 +178,7 @@ class BenchOptions(msgspec.Struct, frozen=True, kw_only=True):
             description="count what stays within all of these, of ttft, tpot and e2el: ttft:500 tpot:50",
             extra={"metavar": "METRIC:MS", "default": "not reported", "parse_each": parse_goodput},
         ),
-    ] = []
+    ] = msgspec.field(default_factory=list)
     cost_per_hour: Annotated[
         float | None,
         Meta(
@@ -212,6 +194,9 @@ class BenchOptions(msgspec.Struct, frozen=True, kw_only=True):
         bool, Meta(description="write a JSON file with vLLM's key names", extra={"group": "output"})
     ] = False
     save_detailed: Annotated[bool, Meta(description="in it, also each request's times, text and error")] = False
+    append_result: Annotated[
+        bool, Meta(description="add the result as a line to a file of JSON lines, and make it if there is none")
+    ] = False
     result_dir: Annotated[
         Path | None, Meta(description="where to write it", extra={"metavar": "DIR", "default": "here"})
     ] = None
@@ -226,25 +211,41 @@ class BenchOptions(msgspec.Struct, frozen=True, kw_only=True):
     metadata: Annotated[
         list[tuple[str, str]],
         Meta(description="keys to add to it", extra={"metavar": "KEY=VALUE", "parse_each": parse_pair}),
-    ] = []
+    ] = msgspec.field(default_factory=list)
     disable_tqdm: Annotated[bool, Meta(description="show no progress bar")] = False
 
 
 def resolve(options: BenchOptions) -> BenchOptions:
     """Fill in the defaults that depend on other options; raises BenchError for options that don't go together."""
-    is_random = options.dataset_name == "random"
-    if is_random != (options.dataset_path is None):
-        raise BenchError("--dataset-path FILE goes with --dataset-name custom, and only with it")
+    if wrong := sources_conflict(options) or _load_conflict(options):
+        raise BenchError(wrong)
     if taken := [name for name in OWN_FIELDS if name in options.extra_body]:
         raise BenchError(f"--extra-body: {', '.join(taken)} is for octavo bench to set")
     if options.extra_body.get("n") not in (None, 1):
         raise BenchError("--extra-body: n must be 1: the answers of one request can't be told apart by their times")
-    host = f"[{options.host}]" if ":" in options.host else options.host
+    workload = None if options.workload is None else WORKLOADS[options.workload]
     return msgspec.structs.replace(
         options,
-        base_url=options.base_url or f"http://{host}:{options.port}",
-        endpoint=options.endpoint or ENDPOINTS[options.backend],
-        output_len=options.output_len or (128 if is_random else 256),
-        ignore_eos=is_random if options.ignore_eos is None else options.ignore_eos,
+        base_url=options.address,
+        endpoint=options.path,
+        output_len=options.output_len or (OUTPUT_LEN[options.dataset_name] if options.is_random else 0),
+        burstiness=options.burstiness or (workload.burstiness if workload else 1.0),
         seed=random.SystemRandom().randrange(10**6) if options.seed is None else options.seed,
     )
+
+
+def _load_conflict(options: BenchOptions) -> str | None:
+    """What is wrong with the load, or None."""
+    ramp = options.ramp_up_strategy is not None
+    limits = (options.ramp_up_start_rps, options.ramp_up_end_rps)
+    if ramp != any(limit is not None for limit in limits) or (ramp and None in limits):
+        return "--ramp-up-strategy, --ramp-up-start-rps and --ramp-up-end-rps go together"
+    if ramp and options.request_rate != math.inf:
+        return "--request-rate and --ramp-up-strategy exclude each other: both say how fast requests come"
+    if ramp and options.max_seconds is not None:
+        return "--max-seconds goes with a rate that stays: a ramp is over when all of its prompts are sent"
+    if options.self_timed and options.trace is None and options.dataset_name != "timed_trace":
+        return "--self-timed goes with --trace: nothing else has times of its own"
+    if options.self_timed and (ramp or options.request_rate != math.inf):
+        return "--self-timed excludes --request-rate and --ramp-up-strategy: all say when requests come"
+    return None

@@ -55,6 +55,7 @@ class Prompt:
     follows  it is the next turn of the prompt before it in the list, sent after that one's answer and `think` seconds
     arrival  seconds after the first prompt at which it came, in a trace that says so
     cut      it, or its answer, is shorter than was asked for, since the server's context is
+    model    the model that it is asked of, where that is not the load's own: an adapter
     """
 
     text: str
@@ -65,6 +66,7 @@ class Prompt:
     think: float = 0.0
     arrival: float | None = None
     cut: bool = False
+    model: str | None = None
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,46 @@ class Vocabulary:
         return max((cost for _, cost in self.words), default=0)
 
 
+# How many tokens a conversation has: its texts are the user's and the model's in turns
 Count = Callable[[Sequence[str]], Awaitable[int]]
+
+
+class ServerCount:
+    """Counts by the server's /tokenize. Raises HttpError where it has none."""
+
+    def __init__(self, client: Client, model: str, *, chat: bool) -> None:
+        self.max_model_len: int | None = None  # which the server has said, after the first count
+        self._client = client
+        self._model = model
+        self._chat = chat
+
+    async def __call__(self, texts: Sequence[str]) -> int:
+        """The tokens of a conversation through the chat template, or of a prompt."""
+        body: dict[str, Any] = {"model": self._model}
+        body |= {"messages": messages(texts)} if self._chat else {"prompt": " ".join(texts)}
+        answer = await self._client.json("POST", "/tokenize", body)
+        try:
+            self.max_model_len = answer.get("max_model_len")
+            return int(answer["count"])
+        except (TypeError, KeyError, ValueError) as e:
+            raise HttpError("POST /tokenize: the answer has no count") from e
+
+
+class LocalCount:
+    """Counts by a checkpoint's own tokenizer and chat template, on this machine."""
+
+    def __init__(self, directory: Path, *, chat: bool) -> None:
+        from octavo.text.chat_template import ChatTemplate
+        from octavo.text.tokenizer import Tokenizer
+
+        self._tokenizer = Tokenizer.open(directory)
+        self._template = ChatTemplate.open(directory, self._tokenizer.special_tokens) if chat else None
+
+    async def __call__(self, texts: Sequence[str]) -> int:
+        """The tokens of a conversation through the chat template, or of a prompt."""
+        if self._template is None:
+            return len(self._tokenizer.encode(" ".join(texts)))
+        return len(self._tokenizer.encode(self._template.render(messages(texts)), add_special_tokens=False))
 
 
 async def measure_vocabulary(client: Client, model: str, *, chat: bool, turns: bool = False) -> Vocabulary:
@@ -96,41 +137,18 @@ async def measure_vocabulary(client: Client, model: str, *, chat: bool, turns: b
 
     `turns`: measure what further turns of a conversation add, too.
     """
-    limit: int | None = None
-
-    async def count(texts: Sequence[str]) -> int:
-        nonlocal limit
-        body: dict[str, Any] = {"model": model}
-        body |= {"messages": messages(texts)} if chat else {"prompt": " ".join(texts)}
-        answer = await client.json("POST", "/tokenize", body)
-        try:
-            limit = answer.get("max_model_len")
-            return int(answer["count"])
-        except (TypeError, KeyError, ValueError) as e:
-            raise HttpError("POST /tokenize: the answer has no count") from e
-
+    count = ServerCount(client, model, chat=chat)
     try:
         await count([FIRST])
     except HttpError:
         return Vocabulary(1, [(word, 1) for word in WORDS], exact=False, max_model_len=None)
-    found = await _measured(count, turns)
-    return replace(found, max_model_len=limit)
+    return replace(await _measured(count, turns), max_model_len=count.max_model_len)
 
 
 async def local_vocabulary(directory: Path, *, chat: bool) -> Vocabulary:
-    """The same by a checkpoint's own tokenizer, and its chat template, on this machine."""
-    from octavo.text.chat_template import ChatTemplate
-    from octavo.text.tokenizer import Tokenizer
-
-    tokenizer = Tokenizer.open(directory)
-    template = ChatTemplate.open(directory, tokenizer.special_tokens) if chat else None
-
-    async def count(texts: Sequence[str]) -> int:
-        if template is None:
-            return len(tokenizer.encode(" ".join(texts)))
-        return len(tokenizer.encode(template.render(messages(texts)), add_special_tokens=False))
-
-    return replace(await _measured(count, turns=True), counter=f"the tokenizer of {directory}")
+    """The same by a tokenizer on this machine."""
+    found = await _measured(LocalCount(directory, chat=chat), turns=True)
+    return replace(found, counter=f"the tokenizer of {directory}")
 
 
 async def _measured(count: Count, turns: bool) -> Vocabulary:

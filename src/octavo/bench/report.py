@@ -18,6 +18,7 @@ from octavo.bench.options import BenchOptions
 
 WIDTH = 50
 MAX_REASONS = 5
+NOTABLE_LAG = 0.01  # seconds
 TITLES = {
     "ttft": ("TTFT", "Time to First Token"),
     "tpot": ("TPOT", "Time per Output Token (excl. 1st token)"),
@@ -37,6 +38,9 @@ def report_lines(metrics: Metrics, options: BenchOptions, prices: Cost | None, n
         lines.append(_line("Maximum request concurrency:", options.max_concurrency))
     if options.request_rate != float("inf"):
         lines.append(_line("Request rate configured (RPS):", options.request_rate))
+    if options.ramp_up_strategy is not None:
+        lines.append(_line("Ramp-up from (RPS):", options.ramp_up_start_rps or 0.0))
+        lines.append(_line("Ramp-up to (RPS):", options.ramp_up_end_rps or 0.0))
     lines.append(_line("Benchmark duration (s):", metrics.duration))
     lines.append(_line("Total input tokens:", metrics.total_input))
     if metrics.cached_input is not None:
@@ -103,6 +107,13 @@ def notes(result: LoadResult) -> list[str]:
             f"note: {uncounted} of {len(good)} answers came without usage: their generated tokens are the events that "
             "carried some, and their input tokens are as asked for (0 where that isn't known)"
         )
+    lags = sorted(record.lag for record in good)
+    if lags and lags[int(0.99 * (len(lags) - 1))] > NOTABLE_LAG:
+        lines.append(
+            f"note: 1 % of the requests were sent {lags[int(0.99 * (len(lags) - 1))] * 1e3:.0f} ms or more after the "
+            "time that they were meant for, from which latencies count: they waited for a place under "
+            "--max-concurrency, or this client was too slow"
+        )
     if result.num_unfinished:
         lines.append(
             f"note: interrupted; {result.num_unfinished} requests were under way or not yet sent, and count nowhere"
@@ -139,6 +150,7 @@ def result_json(
         **dict(options.metadata),
         "request_rate": "inf" if options.request_rate == float("inf") else options.request_rate,
         "burstiness": options.burstiness,
+        **_ramp_json(options),
         "max_concurrency": options.max_concurrency,
         "seed": options.seed,
         "duration": metrics.duration,
@@ -165,6 +177,11 @@ def result_json(
     return found
 
 
+def _ramp_json(options: BenchOptions) -> dict[str, Any]:
+    names = ("ramp_up_strategy", "ramp_up_start_rps", "ramp_up_end_rps")
+    return {name: getattr(options, name) for name in names} if options.ramp_up_strategy else {}
+
+
 def _latency_json(metrics: Metrics, name: str) -> dict[str, float]:
     found = metrics.latencies[name]
     return {
@@ -186,27 +203,38 @@ def _cost_json(prices: Cost, options: BenchOptions) -> dict[str, float | None]:
 
 
 def _detailed(records: Sequence[Record]) -> dict[str, list[Any]]:
-    """A failed request has the text that came, its error, and an output length of 0, as in vLLM."""
+    """A failed request has the text that came, its error, and an output length of 0, as in vLLM.
+
+    start_times are those from which latencies count, so that start + TTFT is the first token, as in vLLM's files.
+    """
     return {
         "input_lens": [record.input_len for record in records],
         "output_lens": [record.output_len if record.error is None else 0 for record in records],
         "ttfts": [record.ttft for record in records],
         "itls": [record.itls for record in records],
         "latencies": [record.latency for record in records],
-        "start_times": [record.start for record in records],
+        "start_times": [record.begin for record in records],
+        "sent_times": [record.start for record in records],
         "generated_texts": ["".join(record.pieces) for record in records],
         "errors": [record.error or "" for record in records],
     }
 
 
 def save(content: Mapping[str, Any], options: BenchOptions, model: str) -> Path:
-    """Write the JSON file under --result-dir; returns its path."""
-    concurrency = "" if options.max_concurrency is None else f"-concurrency{options.max_concurrency}"
-    name = options.result_filename or (
-        f"{options.label or options.backend}-{options.request_rate}qps{concurrency}"
-        f"-{model.rstrip('/').rpartition('/')[2]}-{content['date']}.json"
-    )
-    path = Path(options.result_dir or ".") / name
+    """Write the JSON file under --result-dir, or add a line to it; returns its path."""
+    path = result_path(options, model, content["date"])
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content) + "\n", encoding="utf-8")
+    with path.open("a" if options.append_result else "w", encoding="utf-8") as file:
+        file.write(json.dumps(content) + "\n")
     return path
+
+
+def result_path(options: BenchOptions, model: str, date: str) -> Path:
+    """Where results go: --result-filename, or vLLM's name for them."""
+    concurrency = "" if options.max_concurrency is None else f"-concurrency{options.max_concurrency}"
+    rate = f"{options.request_rate}qps"
+    if options.ramp_up_strategy is not None:
+        rate = f"ramp-up-{options.ramp_up_strategy}-{options.ramp_up_start_rps}qps-{options.ramp_up_end_rps}qps"
+    base = model.rstrip("/").rpartition("/")[2]
+    name = options.result_filename or f"{options.label or options.backend}-{rate}{concurrency}-{base}-{date}.json"
+    return Path(options.result_dir or ".") / name

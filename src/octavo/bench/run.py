@@ -28,7 +28,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from octavo.bench.arrivals import arrival_times, times_within
+from octavo.bench.arrivals import Ramp, arrival_times, ramped_times, times_within
 from octavo.bench.http import Client, HttpError
 from octavo.bench.load import LoadResult, Record, Request, Schedule, run_load
 from octavo.bench.prompts import Prompt, messages
@@ -54,7 +54,11 @@ class Target:
 
     def request(self, prompt: Prompt) -> Request:
         """The request that asks this prompt."""
-        body: dict[str, Any] = {"model": self.model, "stream": True, "stream_options": {"include_usage": True}}
+        body: dict[str, Any] = {
+            "model": prompt.model or self.model,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
         texts = (*prompt.history, prompt.text)
         if self.chat:
             body["messages"] = messages(texts)
@@ -92,20 +96,30 @@ class Point:
     """A load: `rate` requests a second on average (open), or `concurrency` requests at a time (closed).
 
     rate         counts all requests, also those that follow another in a conversation
-    concurrency  with a rate: the most that are sent at one time; the wait for a place counts as latency
+    ramp         a rate that changes
+    speed        the prompts' own arrivals (a trace), that many times as fast
+    concurrency  with one of these: the most that are sent at one time; the wait for a place counts as latency
     seconds      how long is measured, after the warm-up's seconds; None: until the prompts are at their end
     burstiness   of the arrivals (arrivals.py)
     """
 
     rate: float | None = None
+    ramp: Ramp | None = None
+    speed: float | None = None
     concurrency: int | None = None
     seconds: float | None = None
     burstiness: float = 1.0
     warmup: Warmup = Warmup()
 
     def __post_init__(self) -> None:
-        if self.rate is None and self.concurrency is None:
-            raise ValueError("a load has a rate, or a concurrency, or both")
+        ways = sum(way is not None for way in (self.rate, self.ramp, self.speed))
+        if ways > 1 or (ways == 0 and self.concurrency is None):
+            raise ValueError("a load has a rate, a ramp or a trace's speed, or a concurrency, or one of them with it")
+
+    @property
+    def is_open(self) -> bool:
+        """True if requests have times at which they are meant to be sent."""
+        return self.rate is not None or self.ramp is not None or self.speed is not None
 
     @property
     def _sending(self) -> float | None:
@@ -155,22 +169,33 @@ def _arrivals(
     prompts: Sequence[Prompt], point: Point, rng: random.Random
 ) -> tuple[Sequence[Prompt], Sequence[float] | None]:
     """The prompts that are sent, and when each of them is, or None for a closed load."""
-    if point.rate is None:
+    if not point.is_open:
         return prompts, None
     firsts = [i for i, prompt in enumerate(prompts) if not prompt.follows]
-    rate = point.rate * len(firsts) / len(prompts)  # of conversations
-    if point._sending is None:
-        times = arrival_times(len(firsts), rate, point.burstiness, rng)
-    else:
-        times = times_within(point._sending, rate, point.burstiness, rng)
+    times = _first_times(prompts, firsts, point, rng)
     if len(times) > len(firsts):
         raise ValueError(
-            f"{len(prompts)} prompts in {len(firsts)} conversations are too few for {point.rate:g} requests a second "
-            f"over {point._sending:g} s, which began {len(times)} conversations; Point.prompts_needed says how many"
+            f"{len(prompts)} prompts in {len(firsts)} conversations are too few for {point.rate} requests a second "
+            f"over {point._sending} s, which began {len(times)} conversations; Point.prompts_needed says how many"
         )
     end = firsts[len(times)] if len(times) < len(firsts) else len(prompts)
     at = iter(times)
     return prompts[:end], [0.0 if prompt.follows else next(at) for prompt in prompts[:end]]
+
+
+def _first_times(prompts: Sequence[Prompt], firsts: Sequence[int], point: Point, rng: random.Random) -> Sequence[float]:
+    """When conversations begin."""
+    share = len(firsts) / len(prompts)  # a rate counts requests, and these are conversations
+    if point.speed is not None:
+        begun = prompts[firsts[0]].arrival or 0.0
+        return [((prompts[i].arrival or 0.0) - begun) / point.speed for i in firsts]
+    if point.ramp is not None:
+        ramp = replace(point.ramp, start=point.ramp.start * share, end=point.ramp.end * share)
+        return ramped_times(len(firsts), ramp, point.burstiness, rng)
+    rate = (point.rate or 0.0) * share
+    if point._sending is None:
+        return arrival_times(len(firsts), rate, point.burstiness, rng)
+    return times_within(point._sending, rate, point.burstiness, rng)
 
 
 def _measured(result: LoadResult, point: Point) -> LoadResult:
@@ -181,7 +206,7 @@ def _measured(result: LoadResult, point: Point) -> LoadResult:
         begin = max(begin, rest[0].begin)
     until = result.until
     if point.seconds is not None:
-        whole = point.rate is not None and not result.num_unfinished  # an open load may end before its time does
+        whole = point.is_open and not result.num_unfinished  # an open load may end before its time does
         until = begin + point.seconds if whole else min(begin + point.seconds, until)
     measured = {id(record) for record in rest if record.begin >= begin}
     return replace(

@@ -1,0 +1,271 @@
+"""Traces: requests that somebody else's service got, from files in the formats that are published.
+
+    sharegpt   JSON, a list of {"conversations": [{"from": "human", "value": TEXT}, {"from": "gpt", ...}, ...]}
+    mooncake   JSON lines of timestamp in ms, input_length, output_length and hash_ids of blocks of 512 tokens
+               (github.com/kvcache-ai/Mooncake); two requests with the same id have the same tokens up to there
+    timed      the same with seconds, hash_ids optional: vLLM's timed_trace, guidellm's trace_synthetic
+    azure      CSV of TIMESTAMP, ContextTokens, GeneratedTokens (github.com/Azure/AzurePublicDataset)
+    burstgpt   CSV of Timestamp in seconds, Request tokens, Response tokens (github.com/HPMLL/BurstGPT)
+    prompts    JSON lines or CSV with a text under "prompt", and the answer's tokens under "output_tokens" or
+               "output_tokens_count" where they say so: vLLM's custom data set and guidellm's files
+
+A file may be compressed by gzip. `read_trace` gives rows, and `trace_prompts` makes prompts of them: where a trace has
+no text, random words of as many tokens as the row says, and the same words for the same block.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TextIO, cast
+
+from octavo.bench.prompts import FIRST, Filler, Prompt, PromptError, Vocabulary
+
+MOONCAKE_BLOCK = 512
+OUTPUT_KEYS = ("output_tokens", "output_tokens_count", "output_len")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One request of a trace: what the file says of it, None for what it doesn't.
+
+    arrival  seconds on the trace's own clock      texts    a conversation up to this request, the user's message last
+    blocks   ids of the prompt's blocks            answer   the text that was answered
+    follows  it is the next turn of the row before it
+    """
+
+    arrival: float | None = None
+    input_len: int | None = None
+    output_len: int | None = None
+    blocks: tuple[int, ...] = ()
+    texts: tuple[str, ...] = ()
+    answer: str = ""
+    follows: bool = False
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Rows in the order of their arrival, and the name of the file's format."""
+
+    format: str
+    rows: list[Row]
+
+    @property
+    def timed(self) -> bool:
+        """True if every request has a time, but those that follow another."""
+        return all(row.arrival is not None or row.follows for row in self.rows)
+
+
+def read_trace(path: Path, kind: str = "auto", seconds_per_unit: float | None = None) -> Trace:
+    """Read a file in one of FORMATS, or in the one that it looks like. Raises PromptError with the line.
+
+    seconds_per_unit: of the timestamps, where it isn't what the format says.
+    """
+    with _opened(path) as file:
+        lines = file.readlines()
+    if kind == "auto":
+        kind = _looks_like(path, lines)
+    try:
+        rows = list(FORMATS[kind](path, lines))
+    except (KeyError, TypeError, ValueError) as e:
+        if isinstance(e, PromptError):
+            raise
+        reason = f"no {e}" if isinstance(e, KeyError) else str(e)
+        raise PromptError(f"{path} is not a trace in the format {kind!r}: {reason}") from e
+    if not rows:
+        raise PromptError(f"{path} has no requests")
+    trace = Trace(kind, rows)
+    if trace.timed:
+        rows = _from_zero(rows, seconds_per_unit or SECONDS.get(kind, 1.0))
+    return Trace(kind, rows)
+
+
+def _opened(path: Path) -> TextIO:
+    if path.suffix == ".gz":
+        return cast(TextIO, gzip.open(path, "rt", encoding="utf-8"))
+    return path.open(encoding="utf-8-sig", newline="")
+
+
+def _looks_like(path: Path, lines: Sequence[str]) -> str:
+    """The format of a file by its beginning."""
+    head = next((line.strip() for line in lines if line.strip()), "")
+    if head.startswith("["):
+        return "sharegpt"
+    if not head.startswith("{"):
+        columns = {column.strip().lower() for column in head.split(",")}
+        known = {"contexttokens": "azure", "request tokens": "burstgpt", "prompt": "prompts"}
+        if found := next((kind for column, kind in known.items() if column in columns), None):
+            return found
+        raise PromptError(f"{path} begins like none of {', '.join(FORMATS)}; --trace-format names one")
+    row = _object(head, f"{path}:1")
+    if "conversations" in row:
+        return "sharegpt"
+    if "input_length" in row:
+        return "mooncake" if row.get("hash_ids") and isinstance(row.get("timestamp"), int) else "timed"
+    if "prompt" in row:
+        return "prompts"
+    raise PromptError(f"{path}: its first line has neither input_length nor prompt nor conversations")
+
+
+def _object(line: str, place: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as e:
+        raise PromptError(f"{place}: not JSON: {e}") from e
+    if not isinstance(row, dict):
+        raise PromptError(f"{place}: not a JSON object")
+    return row
+
+
+def _objects(path: Path, lines: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            place = f"{path}:{number}"
+            yield place, _object(line, place)
+
+
+def _timed(path: Path, lines: Sequence[str]) -> Iterator[Row]:
+    for place, row in _objects(path, lines):
+        try:
+            yield Row(
+                arrival=float(row["timestamp"]),
+                input_len=int(row["input_length"]),
+                output_len=int(row["output_length"]),
+                blocks=tuple(row.get("hash_ids") or ()),
+            )
+        except (KeyError, TypeError, ValueError) as e:
+            raise PromptError(f"{place}: not a request with timestamp, input_length and output_length: {e}") from e
+
+
+def _sharegpt(path: Path, lines: Sequence[str]) -> Iterator[Row]:
+    text = "".join(lines)
+    conversations = json.loads(text) if text.lstrip().startswith("[") else [row for _, row in _objects(path, lines)]
+    for conversation in conversations:
+        texts = [str(message["value"]) for message in conversation["conversations"]]
+        speakers = [str(message["from"]) for message in conversation["conversations"]]
+        if speakers and speakers[0] in ("system", "gpt", "chatgpt", "bing", "bard"):
+            texts = texts[1:]
+        for i in range(0, len(texts) - 1, 2):
+            yield Row(texts=tuple(texts[: i + 1]), answer=texts[i + 1], follows=i > 0)
+
+
+def _azure(_: Path, lines: Sequence[str]) -> Iterator[Row]:
+    for row in csv.DictReader(lines):
+        # seven digits of a second, where datetime takes six
+        stamp = datetime.fromisoformat(row["TIMESTAMP"][:26])
+        yield Row(stamp.replace(tzinfo=UTC).timestamp(), int(row["ContextTokens"]), int(row["GeneratedTokens"]))
+
+
+def _burstgpt(_: Path, lines: Sequence[str]) -> Iterator[Row]:
+    for row in csv.DictReader(lines):
+        answered = int(row["Response tokens"])
+        if answered > 0:  # 0 is a request that failed
+            yield Row(float(row["Timestamp"]), int(row["Request tokens"]), answered)
+
+
+def _prompts(path: Path, lines: Sequence[str]) -> Iterator[Row]:
+    is_json = next((line for line in lines if line.strip()), "").lstrip().startswith("{")
+    rows: Iterable[tuple[str, Mapping[str, Any]]]
+    if is_json:
+        rows = _objects(path, lines)
+    else:
+        rows = ((f"{path}:{number}", row) for number, row in enumerate(csv.DictReader(lines), 2))
+    for place, row in rows:
+        if not isinstance(row.get("prompt"), str):
+            raise PromptError(f'{place}: not an object with a text under "prompt"')
+        answer = next((row[key] for key in OUTPUT_KEYS if row.get(key)), None)
+        yield Row(texts=(row["prompt"],), output_len=None if answer is None else int(answer))
+
+
+FORMATS: dict[str, Callable[[Path, Sequence[str]], Iterable[Row]]] = {
+    "sharegpt": _sharegpt,
+    "mooncake": _timed,
+    "timed": _timed,
+    "azure": _azure,
+    "burstgpt": _burstgpt,
+    "prompts": _prompts,
+}
+SECONDS = {"mooncake": 1e-3}  # a unit of the timestamps, where it is not a second
+
+
+def _from_zero(rows: Sequence[Row], unit: float) -> list[Row]:
+    """The rows in the order of their arrival, which counts from the first one."""
+    ordered = sorted(rows, key=lambda row: row.arrival or 0.0)
+    first = ordered[0].arrival or 0.0
+    return [replace(row, arrival=((row.arrival or 0.0) - first) * unit) for row in ordered]
+
+
+def trace_prompts(
+    rows: Sequence[Row],
+    vocabulary: Vocabulary,
+    rng: random.Random,
+    *,
+    output_len: int,
+    block_size: int = MOONCAKE_BLOCK,
+) -> list[Prompt]:
+    """A prompt for each row; `output_len` is for rows that don't say theirs.
+
+    What doesn't fit into the server's context is cut (`Prompt.cut`), as in workloads.py. Rows with texts are asked as
+    they stand, and the number of their tokens is not known.
+    """
+    writer = _Writer(vocabulary, rng, block_size)
+    prompts = []
+    for row in rows:
+        answer = row.output_len or output_len
+        if row.texts:
+            last = row.texts[-1]
+            prompts.append(Prompt(last, row.input_len, answer, history=row.texts[:-1], follows=row.follows))
+        else:
+            prompts.append(writer.prompt(row, answer))
+    return prompts
+
+
+class _Writer:
+    """Prompts of random words for rows without texts."""
+
+    def __init__(self, vocabulary: Vocabulary, rng: random.Random, block_size: int) -> None:
+        self._vocabulary = vocabulary
+        self._block_size = block_size
+        self._seed = rng.getrandbits(64)
+        self._filler = Filler(vocabulary, rng)
+        self._known: dict[tuple[int, int], list[str]] = {}
+        self._costs = dict(vocabulary.words)
+
+    def prompt(self, row: Row, answer: int) -> Prompt:
+        wanted = row.input_len or 1
+        limit = self._vocabulary.max_model_len
+        cut = limit is not None and wanted + answer > limit
+        if limit is not None and cut:
+            answer = max(1, min(answer, limit // 4, limit - self._vocabulary.base))
+            wanted = min(wanted, limit - answer)
+        room = max(wanted - self._vocabulary.base, 0)
+        words, used = self._shared(row.blocks, room)
+        own, taken = self._filler.words(room - used)
+        tokens = self._vocabulary.base + used + taken
+        text = " ".join((FIRST, *words, *own))
+        return Prompt(text, tokens if self._vocabulary.exact else None, answer, arrival=row.arrival, cut=cut)
+
+    def _shared(self, blocks: Sequence[int], room: int) -> tuple[list[str], int]:
+        """The words of the blocks, as far as they fit, and their tokens. What base counts is in the first block."""
+        words: list[str] = []
+        used = 0
+        for i, block in enumerate(blocks):
+            size = max(self._block_size - self._vocabulary.base, 0) if i == 0 else self._block_size
+            for word in self._block(block, size):
+                if used + self._costs[word] > room:
+                    return words, used
+                words.append(word)
+                used += self._costs[word]
+        return words, used
+
+    def _block(self, block: int, size: int) -> list[str]:
+        if (block, size) not in self._known:
+            rng = random.Random(f"{self._seed}:{block}")
+            self._known[block, size] = Filler(self._vocabulary, rng).words(size)[0]
+        return self._known[block, size]

@@ -1,0 +1,147 @@
+"""What the options of `octavo bench` put into requests, into the load and into files."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from bench_server import asked_for_text, bench, completion, numbers, server_like_vllm, tokens_of
+from scripted_server import Asked, serving, whole
+
+from octavo.cli import main
+
+SMALL = ("--num-prompts", "6", "--random-input-len", "20", "--random-output-len", "3")
+
+
+def test_a_workload_is_asked_with_its_turns_and_the_report_names_its_source(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--workload", "chat", "--length-scale", "0.1", "--num-prompts", "12", "--seed", "4")
+    with serving(server_like_vllm(completion)) as server:
+        assert bench(server, *options, "--backend", "vllm-chat", "--max-concurrency", "3") == 0
+        asked = asked_for_text(server)
+    turns = Counter(len(one.json["messages"]) for one in asked)
+    assert sum(turns.values()) == 12
+    assert set(turns) > {1}
+    assert all(one.json["ignore_eos"] for one in asked)
+    printed = capsys.readouterr().out
+    assert "workload chat of 0.1 times its lengths" in printed
+    assert "LMSYS-Chat-1M" in printed
+    assert "as the server's /tokenize counts them" in printed
+
+
+def test_a_local_tokenizer_counts_where_the_server_has_none(capsys: pytest.CaptureFixture[str]) -> None:
+    tiny = Path(__file__).resolve().parents[1] / "fixtures/tiny"
+    with serving(server_like_vllm(completion, tokenize=False)) as server:
+        assert bench(server, *SMALL, "--tokenizer", str(tiny)) == 0
+        assert "/tokenize" not in server.paths
+    assert f"20 tokens as the tokenizer of {tiny} counts them" in capsys.readouterr().out
+
+
+def test_prefixes_are_shared_as_often_as_was_asked_for() -> None:
+    lengths = ("--prefix-repetition-prefix-len", "30", "--prefix-repetition-suffix-len", "10", "--output-len", "2")
+    options = ("--dataset-name", "prefix_repetition", *lengths, "--prefix-repetition-num-prefixes", "3")
+    with serving(server_like_vllm(completion)) as server:
+        assert bench(server, *options, "--num-prompts", "9") == 0
+        prompts = [one.json["prompt"] for one in asked_for_text(server)]
+        assert bench(server, *SMALL, "--random-prefix-len", "30") == 0
+        one_prefix = [one.json["prompt"] for one in asked_for_text(server)[9:]]
+    assert {tokens_of(prompt) for prompt in prompts} == {40}
+    prefixes = Counter(" ".join(prompt.split()[:29]) for prompt in prompts)  # and the beginning token
+    assert sorted(prefixes.values()) == [3, 3, 3]
+    assert len(set(prompts)) == 9
+    assert {tokens_of(prompt) for prompt in one_prefix} == {50}
+    assert len({" ".join(prompt.split()[:29]) for prompt in one_prefix}) == 1
+
+
+def test_requests_carry_the_sampling_and_the_adapters() -> None:
+    sampling = ("--top-p", "0.9", "--top-k", "5", "--min-p", "0.1", "--frequency-penalty", "0.2")
+    more = ("--presence-penalty", "0.3", "--repetition-penalty", "1.1", "--logprobs", "2")
+    with serving(server_like_vllm(completion)) as server:
+        assert (
+            bench(server, *SMALL, *sampling, *more, "--lora-modules", "a", "b", "--lora-assignment", "round-robin") == 0
+        )
+        asked = [one.json for one in asked_for_text(server)]
+        chat = ("--backend", "openai-chat", "--logprobs", "2", "--chat-template-kwargs", '{"enable_thinking": false}')
+        assert bench(server, *SMALL, *chat) == 0
+        said = asked_for_text(server)[-1].json
+    wanted = {"top_p": 0.9, "top_k": 5, "min_p": 0.1, "frequency_penalty": 0.2, "presence_penalty": 0.3}
+    wanted |= {"repetition_penalty": 1.1, "logprobs": 2}
+    assert all({key: body[key] for key in wanted} == wanted for body in asked)
+    assert Counter(body["model"] for body in asked) == {"a": 3, "b": 3}
+    assert (said["logprobs"], said["top_logprobs"]) == (True, 2)
+    assert said["chat_template_kwargs"] == {"enable_thinking": False}
+
+
+def test_a_rate_over_a_time_makes_its_own_number_of_prompts(capsys: pytest.CaptureFixture[str]) -> None:
+    load = ("--request-rate", "100", "--max-seconds", "0.3", "--warmup-seconds", "0.1", "--num-warmups", "2")
+    with serving(server_like_vllm(completion)) as server:
+        assert bench(server, *SMALL, *load, "--seed", "1") == 0
+        sent = len(asked_for_text(server))
+    printed = capsys.readouterr().out
+    rule = "Not measured, as warm-up: 2 requests before the load, and requests that begin within its first 0.1 s."
+    assert rule in printed
+    assert 6 < numbers(printed)["Successful requests"] < sent - 2
+    assert numbers(printed)["Successful requests"] < 60  # 30 on average
+    assert main(["bench", "--base-url", "http://127.0.0.1:1", "--model", "m", "--max-seconds", "1"]) == 1
+
+
+def test_a_ramp_is_named_in_the_report_and_in_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ramp = ("--ramp-up-strategy", "exponential", "--ramp-up-start-rps", "50", "--ramp-up-end-rps", "400")
+    with serving(server_like_vllm(completion)) as server:
+        assert (
+            bench(server, *SMALL, *ramp, "--burstiness", "inf", "--append-result", "--result-dir", str(tmp_path)) == 0
+        )
+    (saved,) = tmp_path.glob("openai-ramp-up-exponential-50.0qps-400.0qps-model-*.json")
+    content = json.loads(saved.read_text())
+    assert content["ramp_up_end_rps"] == 400
+    assert content["burstiness"] == float("inf")
+    assert numbers(capsys.readouterr().out)["Ramp-up to (RPS)"] == 400
+
+
+def test_results_are_appended_as_lines(tmp_path: Path) -> None:
+    options = ("--append-result", "--result-dir", str(tmp_path), "--result-filename", "all.jsonl")
+    with serving(server_like_vllm(completion)) as server:
+        assert bench(server, *SMALL, *options, "--seed", "1") == 0
+        assert bench(server, *SMALL, *options, "--seed", "2") == 0
+    lines = [json.loads(line) for line in (tmp_path / "all.jsonl").read_text().splitlines()]
+    assert [line["seed"] for line in lines] == [1, 2]
+
+
+def test_a_server_that_is_starting_is_waited_for(capsys: pytest.CaptureFixture[str]) -> None:
+    ready = threading.Event()
+    asked_early = threading.Event()
+
+    def starting(asked: Asked) -> list[bytes]:
+        if not ready.is_set():
+            asked_early.set()
+            return whole({"error": {"message": "loading"}}, "503 Service Unavailable")
+        return list(server_like_vllm(completion)(asked))  # type: ignore[arg-type]
+
+    def become_ready() -> None:
+        asked_early.wait(10)
+        ready.set()
+
+    with serving(starting) as server:
+        assert bench(server, *SMALL) == 1
+        assert "HTTP 503: loading" in capsys.readouterr().err
+        asked_early.clear()
+        waiter = threading.Thread(target=become_ready)
+        waiter.start()
+        assert bench(server, *SMALL, "--ready-check-timeout-sec", "30") == 0
+        waiter.join()
+
+
+def test_a_late_client_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """The server takes 30 ms for each request, one at a time, that are meant for every millisecond."""
+
+    def slow(asked: Asked) -> list[bytes]:
+        time.sleep(0.03)
+        return completion(asked)
+
+    with serving(server_like_vllm(slow)) as server:
+        load = ("--request-rate", "1000", "--max-concurrency", "1")
+        assert bench(server, *SMALL, *load) == 0
+    assert "after the time that they were meant for, from which latencies count" in capsys.readouterr().out
