@@ -51,6 +51,8 @@ def run_command(name: str, argv: Sequence[str], prog: str) -> int:
     """Parse one command's own arguments and run it. Only that command's module is imported."""
     try:
         command = import_module(f"octavo.commands.{name.replace('-', '_')}")
+        if argv and argv[0] in getattr(command, "SUBCOMMANDS", {}):
+            return run_command(command.SUBCOMMANDS[argv[0]], argv[1:], prog=f"{prog} {argv[0]}")
         description = (command.__doc__ or "").strip().split("\n\n")[0]
         parser = Parser(prog=prog, description=description, allow_abbrev=False)
         command.configure(parser)

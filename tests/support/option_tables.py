@@ -11,13 +11,25 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
+
 from octavo.bench.options import BenchOptions
 from octavo.commands import chat, quantize_flags, run_batch, serve_flags
+from octavo.commands.bench_latency import LatencyOptions
+from octavo.commands.bench_startup import StartupOptions
+from octavo.commands.bench_sweep import SweepOptions
 from octavo.commands.convert import ConvertOptions
 from octavo.commands.eval import EvalOptions
 from octavo.commands.inspect import InspectOptions
-from octavo.flags import flags_of, markdown
+from octavo.flags import Flag, flags_of, markdown
 from octavo.jobs.calibration_data import DataOptions
+
+
+def bench_only(options: type[msgspec.Struct]) -> list[Flag]:
+    """The flags of a command of `octavo bench` that `octavo bench serve` doesn't have."""
+    common = {flag.field for flag in flags_of(BenchOptions)}
+    return [flag for flag in flags_of(options) if flag.field not in common]
+
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 TABLES: dict[str, Callable[[], str]] = {
@@ -28,6 +40,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "serve": lambda: markdown(serve_flags.FLAGS),
     "run-batch": lambda: markdown(run_batch.FLAGS),
     "bench": lambda: markdown(flags_of(BenchOptions)),
+    "bench latency": lambda: markdown(bench_only(LatencyOptions)),
+    "bench startup": lambda: markdown(flags_of(StartupOptions)),
+    "bench sweep": lambda: markdown(bench_only(SweepOptions)),
     "inspect": lambda: markdown(flags_of(InspectOptions)),
     "chat": lambda: markdown(chat.FLAGS),
 }

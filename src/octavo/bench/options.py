@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -215,7 +215,10 @@ class BenchOptions(PromptOptions, frozen=True, kw_only=True):
     disable_tqdm: Annotated[bool, Meta(description="show no progress bar")] = False
 
 
-def resolve(options: BenchOptions) -> BenchOptions:
+Options = TypeVar("Options", bound=BenchOptions)
+
+
+def resolve(options: Options) -> Options:
     """Fill in the defaults that depend on other options; raises BenchError for options that don't go together."""
     if wrong := sources_conflict(options) or _load_conflict(options):
         raise BenchError(wrong)

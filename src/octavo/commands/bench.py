@@ -17,11 +17,22 @@ from octavo.commands.bench_load import Measured, measure
 from octavo.flags import add_flags, flags_of, read
 
 PROG = "octavo bench"
+# The first word of a command line, and the module of its command; without one of them it is serve.
+SUBCOMMANDS = {
+    "serve": "bench",
+    "throughput": "bench_throughput",
+    "latency": "bench_latency",
+    "startup": "bench_startup",
+    "sweep": "bench_sweep",
+    "compare": "bench_compare",
+}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     add_flags(parser, flags_of(BenchOptions))
+    others = ", ".join(name for name in SUBCOMMANDS if name != "serve")
+    parser.epilog = f"octavo bench serve is the same. Others: octavo bench {{{others}}} ...; --help tells of them."
 
 
 def run(args: argparse.Namespace) -> int:

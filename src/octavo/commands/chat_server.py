@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import IO
 
@@ -30,7 +30,7 @@ LOG_LINES = 10
 class OwnServer:
     """The process, its address and the key that it asks for."""
 
-    def __init__(self, words: Sequence[str], log: IO[bytes]) -> None:
+    def __init__(self, words: Sequence[str], log: IO[bytes], environment: Mapping[str, str]) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -43,7 +43,7 @@ class OwnServer:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=os.environ | {"OCTAVO_API_KEY": self.api_key},
+            env={**os.environ, **environment, "OCTAVO_API_KEY": self.api_key},
             start_new_session=True,
         )
 
@@ -79,10 +79,13 @@ class OwnServer:
 
 
 @contextmanager
-def own_server(*words: str) -> Iterator[OwnServer]:
-    """`octavo serve WORDS` until the block ends, and also when this process is told to end."""
+def own_server(*words: str, environment: Mapping[str, str] | None = None) -> Iterator[OwnServer]:
+    """`octavo serve WORDS` until the block ends, and also when this process is told to end.
+
+    `environment`: variables that it gets beside this process's own.
+    """
     with tempfile.TemporaryFile() as log, _ending_on_signals():
-        server = OwnServer(words, log)
+        server = OwnServer(words, log, environment or {})
         try:
             yield server
         finally:
