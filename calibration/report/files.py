@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from octavo.calibration.auxiliary_files import CARD, original_card
 from octavo.calibration.report.html import render_html
 from octavo.calibration.report.model_card import model_card
 from octavo.calibration.report.report import PAGE, REPORT, Report
+from octavo.report.files import write_whole
 
 
 def write_reports(directory: Path, report: Report, *, source: Path) -> None:
@@ -20,17 +20,3 @@ def write_reports(directory: Path, report: Report, *, source: Path) -> None:
     write_whole(directory / REPORT, report.to_json())
     write_whole(directory / PAGE, render_html(report))
     write_whole(directory / CARD, model_card(report, directory.resolve().name, original_card(source)))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file beside its place and move it there: a run that is killed leaves the old one, or none."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise

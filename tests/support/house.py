@@ -16,12 +16,13 @@ PACKAGE = ROOT / "src/octavo"
 
 # From the ground up. Rooms that share a floor don't import each other. `top` is what stands in src/octavo itself.
 FLOORS = (
-    ("kernels",),
+    ("kernels", "report"),
     ("quant",),
     ("calibration", "runtime"),
     ("text",),
     ("server",),
-    ("jobs", "bench"),
+    ("bench",),
+    ("jobs",),
     ("top",),
     ("commands",),
 )

@@ -166,9 +166,9 @@ def _config(options: EvalOptions, directory: Path) -> EngineConfig:
 
 
 def _alone(options: EvalOptions, console: Console) -> None:
-    from octavo.calibration.report.files import write_whole
     from octavo.jobs.quality import perplexity_of
     from octavo.quant.hub import resolve_model
+    from octavo.report.files import write_whole
 
     directory = resolve_model(options.model, options.revision)
     with progress_bar("loading") as bar:
@@ -262,8 +262,8 @@ def _kv_cache(options: EvalOptions, stored: str | None) -> str | None:
 
 
 def _write(options: EvalOptions, report: Report) -> None:
-    from octavo.calibration.report.files import write_whole
     from octavo.calibration.report.html import render_html
+    from octavo.report.files import write_whole
 
     if options.json is not None:
         write_whole(options.json, report.to_json())
