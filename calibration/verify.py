@@ -49,6 +49,17 @@ class BlockSnr:
 
 
 @dataclass(frozen=True)
+class WindowQuality:
+    """What one window adds to a Quality: sums over its num_tokens predictions."""
+
+    num_tokens: int
+    nll_before: float
+    nll_after: float
+    kl: float
+    agreeing: int
+
+
+@dataclass(frozen=True)
 class Quality:
     """Over num_tokens predictions of the next token, in windows of at most `window` tokens of the text.
 
@@ -58,6 +69,7 @@ class Quality:
     top1_agreement   share of positions where both find the same token most likely
     kl_histogram     how many positions have a KL below KL_EDGES[0], between each two edges, and from the last up
     blocks           of each decoder block; empty where a model doesn't show its hidden states (--model-impl hf)
+    by_window        of each window: how far the figures differ from text to text
     """
 
     text: str
@@ -70,6 +82,7 @@ class Quality:
     top1_agreement: float
     kl_histogram: tuple[int, ...]
     blocks: tuple[BlockSnr, ...] = ()
+    by_window: tuple[WindowQuality, ...] = ()
 
     @property
     def perplexity_change(self) -> float:
@@ -105,7 +118,7 @@ class Likelihood:
 
     def __init__(self, side: Side = "original") -> None:
         self._side: Side = side
-        self._nll = 0.0
+        self.nll = 0.0
         self.num_tokens = 0
 
     def add(self, token_ids: Tensor, logits: Tensor) -> None:
@@ -118,7 +131,7 @@ class Likelihood:
         nll = -float(log_probs.gather(1, targets.unsqueeze(1)).sum())
         if not math.isfinite(nll):
             raise NotFiniteError(self._side, "gives a token of the text the probability 0")
-        self._nll += nll
+        self.nll += nll
         self.num_tokens += len(targets)
 
     @property
@@ -126,7 +139,7 @@ class Likelihood:
         """Raises ValueError when there was nothing to predict."""
         if self.num_tokens == 0:
             raise ValueError("no window of two tokens or more to measure on")
-        return math.exp(self._nll / self.num_tokens)
+        return math.exp(self.nll / self.num_tokens)
 
 
 class Comparison:
@@ -137,9 +150,13 @@ class Comparison:
         self._after = Likelihood("quantized")
         self._agree = 0
         self._kl: list[Tensor] = []
+        self._windows: list[WindowQuality] = []
 
     def add(self, token_ids: Tensor, before: Tensor, after: Tensor) -> None:
         """token_ids [T] and both models' logits [T, vocab] behind each. Raises NotFiniteError."""
+        nll = self._before.nll, self._after.nll
+        agreeing = self._agree
+        chunks = len(self._kl)
         for rows in _chunks(len(token_ids) - 1):
             p = _log_probs(before[rows], "original")
             q = _log_probs(after[rows], "quantized")
@@ -152,6 +169,15 @@ class Comparison:
             if not bool(kl.isfinite().all()):
                 raise NotFiniteError("quantized", "gives the probability 0 to a token that the original may choose")
             self._kl.append(kl.clamp(min=0))  # rounding alone can make it -1e-17
+        self._windows.append(
+            WindowQuality(
+                num_tokens=len(token_ids) - 1,
+                nll_before=self._before.nll - nll[0],
+                nll_after=self._after.nll - nll[1],
+                kl=sum(float(kl.sum()) for kl in self._kl[chunks:]),
+                agreeing=self._agree - agreeing,
+            )
+        )
 
     def result(self, text: str, window: int, blocks: tuple[BlockSnr, ...] = ()) -> Quality:
         """Raises ValueError when there was nothing to predict."""
@@ -168,6 +194,7 @@ class Comparison:
             top1_agreement=self._agree / len(kl),
             kl_histogram=tuple(_histogram(kl)),
             blocks=blocks,
+            by_window=tuple(self._windows),
         )
 
 

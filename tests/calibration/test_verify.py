@@ -95,6 +95,14 @@ def test_a_straightforward_calculation_finds_the_same() -> None:
     assert (quality.perplexity_before, quality.perplexity_after) == pytest.approx(tuple(perplexities), rel=1e-12)
     assert sum(quality.kl_histogram) == len(kl)
     assert quality.kl_histogram[0] == sum(x < KL_EDGES[0] for x in kl)
+    ends = (149, 149 + 64, 149 + 64 + 1)
+    for window, begin, end in zip(quality.by_window, (0, *ends), ends, strict=False):
+        assert window.num_tokens == end - begin
+        assert window.kl == pytest.approx(sum(kl[begin:end]), rel=1e-12)
+        both = (window.nll_before, window.nll_after)
+        assert both == pytest.approx(tuple(np.sum(nll[begin:end], axis=0)), rel=1e-9)
+        assert window.agreeing == sum(same[begin:end])
+    assert len(quality.by_window) == 3
 
 
 def test_one_model_alone_has_the_same_perplexity() -> None:
