@@ -19,6 +19,7 @@ from octavo.commands.bench_latency import LatencyOptions
 from octavo.commands.bench_startup import StartupOptions
 from octavo.commands.bench_sweep import SweepOptions
 from octavo.commands.convert import ConvertOptions
+from octavo.commands.cost import CostOptions
 from octavo.commands.eval import EvalOptions
 from octavo.commands.inspect import InspectOptions
 from octavo.flags import Flag, flags_of, markdown
@@ -43,6 +44,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "bench latency": lambda: markdown(bench_only(LatencyOptions)),
     "bench startup": lambda: markdown(flags_of(StartupOptions)),
     "bench sweep": lambda: markdown(bench_only(SweepOptions)),
+    "cost": lambda: markdown(flags_of(CostOptions)),
     "inspect": lambda: markdown(flags_of(InspectOptions)),
     "chat": lambda: markdown(chat.FLAGS),
 }

@@ -47,6 +47,11 @@ class OwnServer:
             start_new_session=True,
         )
 
+    @property
+    def pid(self) -> int:
+        """The process's number."""
+        return self._process.pid
+
     def wait_until_ready(self) -> None:
         """Wait for /health, however long: the model may have to be downloaded. Raises when the process ends."""
         with httpx.Client(trust_env=False, timeout=5.0) as client:

@@ -22,6 +22,10 @@ class ProgressBar:
         """Begin a new phase, with nothing done."""
         self._bar.reset(self._task, total=None, description=what)
 
+    def say(self, line: str) -> None:
+        """Print a line above the bar, or where there is none."""
+        self._bar.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
     def progress(self, done: float, total: float, what: str) -> None:
         """Show how much is done, in any unit; a `Progress` (calibration/progress.py)."""
         self._bar.update(self._task, completed=done, total=total, description=what)

@@ -1,0 +1,238 @@
+"""Puts the loads of the plan on a real server, over HTTP, and says what came of each."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from types import TracebackType
+
+import numpy as np
+import uvloop
+
+from octavo.bench.http import Client, HttpError
+from octavo.bench.load import LoadResult, Record
+from octavo.bench.metrics import tpot
+from octavo.bench.prompts import Prompt, PromptError, RandomShape, Vocabulary, measure_vocabulary, random_prompts
+from octavo.bench.run import Point, Target, Warmup, first_model, run_point
+from octavo.bench.workloads import WORKLOADS, make_requests
+from octavo.jobs.cost.loads import SEGMENTS, WARM_UP, Answers, Load, Run
+from octavo.jobs.cost.machine import LOOK_SECONDS, EnergyMeter, busy_cores, memory_of
+from octavo.jobs.cost.quality import Answered, ask_server, windows_of
+
+DRAIN = 1.0  # an open load's open answers are waited for as long again as it lasted, and are failures then
+FIRST_GUESS = 20.0  # prompts a second, until a load has shown how many a closed load takes
+SPARE = 2.0
+MAX_ERRORS = 3  # that a run keeps
+
+
+class ServerError(Exception):
+    """The server can't be measured; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Asking:
+    """What requests are like. workload: a name out of bench/workloads.py, or '' for random prompts of one length."""
+
+    chat: bool = False
+    ignore_eos: bool = True
+    workload: str = ""
+    scale: float = 1.0
+    input_len: int = 256
+    output_len: int = 64
+
+    def prompts(self, vocabulary: Vocabulary, count: int, rng: random.Random) -> list[Prompt]:
+        """`count` prompts."""
+        if self.workload:
+            return make_requests(WORKLOADS[self.workload].scaled(self.scale), count, rng, vocabulary)
+        return random_prompts(vocabulary, count, RandomShape(self.input_len, self.output_len), rng)
+
+    @property
+    def burstiness(self) -> float:
+        """Of the arrivals of an open load; 1 is a Poisson process."""
+        return WORKLOADS[self.workload].burstiness if self.workload else 1.0
+
+    def describe(self) -> str:
+        """One line for the report."""
+        if self.workload:
+            scaled = "" if self.scale == 1 else f", all lengths times {self.scale:g}"
+            bursts = "" if self.burstiness == 1 else f", in bursts (gamma gaps of shape {self.burstiness:g})"
+            return f"{self.workload}: {WORKLOADS[self.workload].describe()}{scaled}{bursts}"
+        return f"random words: prompts of {self.input_len} tokens, answers of {self.output_len}"
+
+
+class Measured:
+    """A server under measurement. `measure` is what the plan calls. Close it by `with`."""
+
+    def __init__(
+        self, url: str, api_key: str | None, asking: Asking, *, model: str | None = None, pid: int | None = None
+    ) -> None:
+        self._runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
+        self._client = Client(url, {"Authorization": f"Bearer {api_key}"} if api_key else {})
+        self._asking = asking
+        self._pid = pid
+        self._guess: dict[tuple[str, int | None], float] = {}
+        self._meter = EnergyMeter.find()
+        try:
+            self.model = model or self._runner.run(first_model(self._client))
+            chat = asking.chat
+            turns = bool(asking.workload) and chat
+            self.vocabulary = self._runner.run(measure_vocabulary(self._client, self.model, chat=chat, turns=turns))
+        except HttpError as e:
+            self.close()
+            raise ServerError(f"{url}: {e}") from e
+        self._target = Target(self.model, asking.chat, asking.ignore_eos)
+
+    def __enter__(self) -> Measured:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+        self._runner.close()
+
+    def warm_up(self, concurrency: int, seed: int) -> None:
+        """Some requests that nobody counts. Raises ServerError if one fails, or if prompts don't fit the server."""
+        try:
+            prompts = self._asking.prompts(self.vocabulary, 2 * concurrency, random.Random(seed))
+        except PromptError as e:
+            raise ServerError(str(e)) from e
+        result = self._run(prompts, Point(concurrency=concurrency), random.Random(seed), None)
+        if error := next((record.error for record in result.records if record.error), None):
+            raise ServerError(f"a request failed: {error}")
+
+    def measure(self, load: Load) -> Run:
+        """Put one load on the server."""
+        busy = busy_cores(min(LOOK_SECONDS, load.seconds / 10))
+        rng = random.Random(load.seed)
+        warmup = Warmup(seconds=load.seconds * WARM_UP)
+        counted = load.seconds * (1 - WARM_UP)
+        burstiness = self._asking.burstiness
+        point = Point(
+            rate=load.rate, concurrency=load.concurrency, seconds=counted, burstiness=burstiness, warmup=warmup
+        )
+        joules: list[float] = []
+        if load.kind == "open":
+            prompts = self._asking.prompts(self.vocabulary, point.prompts_needed(), rng)
+            result = self._run(prompts, point, rng, load.seconds * (1 + DRAIN), joules)
+        else:
+            result = self._closed(load, point, rng, joules)
+        return _run_of(load, result, busy, memory_of(self._pid), joules[0] if joules else None)
+
+    def windows(self, text: str, max_tokens: int) -> list[list[int]]:
+        """A text in windows of this server's tokens. Raises HttpError."""
+        return self._runner.run(windows_of(self._client, self.model, text, max_tokens))
+
+    def answers(self, windows: Sequence[Sequence[int]]) -> Answered:
+        """What this server says of windows of tokens. Raises HttpError."""
+        return self._runner.run(ask_server(self._client, self.model, windows))
+
+    def _closed(self, load: Load, point: Point, rng: random.Random, joules: list[float]) -> LoadResult:
+        """A closed load takes as many prompts as the server can answer: when they run out it is made again."""
+        key = (load.kind, load.concurrency)
+        count = int(self._guess.get(key, FIRST_GUESS) * load.seconds * SPARE) + (load.concurrency or 0)
+        while True:
+            prompts = self._prompts(load, count, rng)
+            result = self._run(prompts, point, rng, None, joules)
+            ended = len(result.records) + len(result.others)
+            if ended < count:
+                self._guess[key] = ended / load.seconds
+                return result
+            count *= 4
+
+    def _prompts(self, load: Load, count: int, rng: random.Random) -> list[Prompt]:
+        if load.kind == "closed":
+            return self._asking.prompts(self.vocabulary, count, rng)
+        if load.kind == "prefill":
+            return [_one_token(prompt) for prompt in self._asking.prompts(self.vocabulary, count, rng)]
+        few = load.concurrency or 1
+        known = [_one_token(prompt) for prompt in self._asking.prompts(self.vocabulary, few, rng)]
+        self._run(known, Point(concurrency=few), rng, None)
+        return [known[i % few] for i in range(count)]
+
+    def _run(
+        self,
+        prompts: Sequence[Prompt],
+        point: Point,
+        rng: random.Random,
+        limit: float | None,
+        joules: list[float] | None = None,
+    ) -> LoadResult:
+        async def timed() -> LoadResult:
+            stop = asyncio.Event()
+            loop = asyncio.get_running_loop()
+            timers = [loop.call_later(limit, stop.set)] if limit else []
+            if joules is not None and point.seconds is not None:
+                timers += self._meter_between(loop, point.warmup.seconds, point.warmup.seconds + point.seconds, joules)
+            try:
+                return await run_point(self._client, self._target, prompts, point, rng=rng, stop=stop)
+            finally:
+                for timer in timers:
+                    timer.cancel()
+
+        return self._runner.run(timed())
+
+    def _meter_between(
+        self, loop: asyncio.AbstractEventLoop, begin: float, end: float, joules: list[float]
+    ) -> list[asyncio.TimerHandle]:
+        if self._meter is None:
+            return []
+        read: Callable[[], float] = self._meter.joules
+        at_begin: list[float] = []
+
+        def finish() -> None:
+            joules[:] = [read() - at_begin[0]]
+
+        return [loop.call_later(begin, lambda: at_begin.append(read())), loop.call_later(end, finish)]
+
+
+def _one_token(prompt: Prompt) -> Prompt:
+    return replace(prompt, output_len=1, follows=False, think=0.0)
+
+
+def _run_of(load: Load, result: LoadResult, busy: float | None, memory: int | None, joules: float | None) -> Run:
+    """The counted part of what came back, as report.json keeps it: times in tenths of a millisecond."""
+    begin = load.seconds * WARM_UP
+    counted = load.seconds - begin
+    good = [record for record in result.records if record.error is None]
+    failed = [record for record in result.records if record.error is not None]
+    errors = list(dict.fromkeys(record.error or "" for record in failed))[:MAX_ERRORS]
+    if result.num_unfinished:
+        errors.append(f"no whole answer {DRAIN * load.seconds:g} s after the load's end")
+    return Run(
+        load,
+        Answers(
+            at=[round(record.begin - result.begin + begin, 4) for record in good],
+            ttft=[round(record.ttft * 1e3, 2) for record in good],
+            tpot=[round(tpot(record) * 1e3, 3) for record in good],
+            e2el=[round(record.latency * 1e3, 2) for record in good],
+            inputs=[record.input_len for record in good],
+            outputs=[record.output_len for record in good],
+            cached=[record.cached_len for record in good],
+        ),
+        *_tokens_by_segment([*result.records, *result.others], result.begin, counted),
+        failed_in=[
+            *(min(int((record.begin - result.begin) / counted * SEGMENTS), SEGMENTS - 1) for record in failed),
+            *([SEGMENTS - 1] * result.num_unfinished),  # the last ones are those that still wait
+        ],
+        errors=errors,
+        busy_elsewhere=busy,
+        memory=memory,
+        joules=joules,
+    )
+
+
+def _tokens_by_segment(records: Sequence[Record], begin: float, counted: float) -> tuple[list[float], list[float]]:
+    """Tokens of answers and of prompts that came in each segment of the counted time, whoever's they are."""
+    answered = [record for record in records if record.token_times]
+    edges = np.linspace(begin, begin + counted, SEGMENTS + 1)
+    times = [time for record in answered for time in record.token_times]
+    shares = [record.output_len / len(record.token_times) for record in answered for _ in record.token_times]
+    firsts = [record.token_times[0] for record in answered]
+    outputs, _ = np.histogram(times, edges, weights=shares)
+    inputs, _ = np.histogram(firsts, edges, weights=[record.input_len for record in answered])
+    return outputs.tolist(), inputs.tolist()

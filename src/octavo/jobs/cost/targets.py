@@ -1,0 +1,79 @@
+"""What a word on the command line of `octavo cost` stands for: a checkpoint, one to be quantized, or a server's URL."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, get_args
+from urllib.parse import urlsplit
+
+import msgspec
+
+from octavo.calibration.choices import Algorithm
+from octavo.quant.scheme import AT_LOAD, PRESETS
+
+LABEL = re.compile(r"([\w .+-]+)=(.+)", re.DOTALL)
+SAFE = re.compile(r"[^A-Za-z0-9._-]+")
+ALGORITHMS = get_args(Algorithm)
+
+
+class TargetError(ValueError):
+    """A word that names no model; the message is one line."""
+
+
+class Target(msgspec.Struct, frozen=True, omit_defaults=True):
+    """label: its name in the report. model: a directory, a Hub id or a URL. scheme: what it is quantized to first."""
+
+    label: str
+    kind: Literal["checkpoint", "quantized", "server"]
+    model: str
+    scheme: str = ""
+    algorithm: str = ""
+
+    @property
+    def directory_name(self) -> str:
+        """Where its quantized copy lies."""
+        return SAFE.sub("-", f"{_last(self.model)}-{self.scheme}-{self.algorithm}")
+
+
+def parse_target(word: str) -> Target:
+    """[LABEL=]MODEL, [LABEL=]MODEL@SCHEME[@GROUP][/ALGORITHM] or [LABEL=]URL. Raises TargetError."""
+    label = ""
+    if (match := LABEL.fullmatch(word)) and not Path(word).exists():
+        label = match[1].strip()
+        word = match[2]
+    if word.startswith(("http://", "https://")):
+        return Target(label or urlsplit(word).netloc.rpartition("@")[2], "server", word)
+    if "@" not in word or Path(word).expanduser().exists():
+        return Target(label or _last(word), "checkpoint", word)
+    model, _, how = word.partition("@")
+    scheme, _, algorithm = how.partition("/")
+    name, at, group = scheme.partition("@")
+    preset = AT_LOAD.get(name.lower(), name.upper())
+    if not model or preset not in PRESETS:
+        raise TargetError(
+            f"{word}: {name!r} is no scheme to quantize to; {', '.join(AT_LOAD)} or one of {', '.join(PRESETS)} is"
+        )
+    if at and not group.lstrip("-").isdigit():
+        raise TargetError(f"{word}: {group!r} is not a group size, as in W4A16@64")
+    algorithm = algorithm.lower() or "rtn"
+    if algorithm not in ALGORITHMS:
+        raise TargetError(f"{word}: {algorithm!r} is no algorithm; {', '.join(ALGORITHMS)} are")
+    shown = f"{_last(model)} {preset}{at}{group}" + (f" {algorithm}" if algorithm != "rtn" else "")
+    return Target(label or shown, "quantized", model, f"{preset}{at}{group}", algorithm)
+
+
+def parse_targets(words: Sequence[str]) -> list[Target]:
+    """All of them, under different names. Raises TargetError."""
+    targets = [parse_target(word) for word in words]
+    labels = [target.label for target in targets]
+    if twice := sorted({label for label in labels if labels.count(label) > 1}):
+        raise TargetError(f"two models are called {twice[0]!r}: LABEL=MODEL gives one another name")
+    return targets
+
+
+def _last(model: str) -> str:
+    """A directory's own name, or a Hub id's last part: no path of this machine is in a report."""
+    path = Path(model).expanduser()
+    return path.resolve().name if path.is_dir() else model.rstrip("/").rpartition("/")[2]

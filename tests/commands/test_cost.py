@@ -1,0 +1,200 @@
+"""`octavo cost` as a user runs it, over real sockets, against a scripted server with latencies that are known."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from collections.abc import AsyncIterator, Iterable
+from pathlib import Path
+
+import msgspec
+import pytest
+from scripted_server import DONE, Asked, ScriptedServer, event, serving, stream, text, usage, whole
+
+from octavo.cli import main
+from octavo.jobs.cost.client import Asking, Measured, ServerError
+from octavo.jobs.cost.loads import SEGMENTS, WARM_UP, Load, Sample
+from octavo.jobs.cost.state import State
+
+SERVICE = 0.02
+TOKENS = 4
+SLO = {"ttft": 60.0}
+
+
+class Queue:
+    """Answers one request at a time, after SERVICE seconds; `stall` is when it does nothing, from its first request."""
+
+    def __init__(self, stall: tuple[float, float] = (0.0, 0.0)) -> None:
+        self._lock = asyncio.Lock()
+        self._stall = stall
+        self._begun = 0.0
+
+    def __call__(self, asked: Asked) -> Iterable[bytes] | AsyncIterator[bytes]:
+        if asked.path == "/v1/models":
+            return whole({"data": [{"id": "some/model"}]})
+        if asked.path == "/tokenize":
+            words = asked.json["prompt"].split()
+            return whole({"count": 1 + len(words), "max_model_len": 4096, "tokens": list(range(1 + len(words)))})
+        if asked.json.get("prompt_logprobs"):
+            return whole(self._logprobs(asked))
+        return self._answer(asked)
+
+    def _logprobs(self, asked: Asked) -> dict[str, object]:
+        """Each token has half of the probability and the likeliest other one the other half."""
+        half, other = {"logprob": math.log(0.5), "rank": 2}, {"logprob": -0.69, "rank": 1}
+        rows = [{str(token): half, "1000": other} for token in asked.json["prompt"]]
+        return {"choices": [{"text": "", "prompt_logprobs": [None, *rows[1:]]}]}
+
+    async def _answer(self, asked: Asked) -> AsyncIterator[bytes]:
+        loop = asyncio.get_running_loop()
+        self._begun = self._begun or loop.time()
+        async with self._lock:
+            since = loop.time() - self._begun
+            if self._stall[0] <= since < self._stall[1]:
+                await asyncio.sleep(self._stall[1] - since)
+            await asyncio.sleep(SERVICE)
+        count = asked.json["max_tokens"]
+        words = len(asked.json["prompt"].split()) + 1
+        events = [event(text(" word"))] * (count - 1) + [
+            event(text(" end", "length")),
+            event(usage(words, count)),
+            DONE,
+        ]
+        for piece in stream(events):
+            yield piece
+
+
+def refusing(asked: Asked) -> Iterable[bytes]:
+    if asked.path == "/v1/models":
+        return whole({"data": [{"id": "some/model"}]})
+    return whole({"error": {"message": "out of order"}}, "500 Internal Server Error")
+
+
+def asking() -> Asking:
+    return Asking(input_len=8, output_len=TOKENS)
+
+
+def measuring(server: ScriptedServer) -> Measured:
+    return Measured(server.url, None, asking())
+
+
+def test_a_closed_load_finds_the_rate_of_the_server() -> None:
+    with serving(Queue()) as server, measuring(server) as measured:
+        run = measured.measure(Load("closed", 1.0, 1, concurrency=3))
+        alone = measured.measure(Load("prefill", 0.5, 2, concurrency=3))
+        cached = measured.measure(Load("cached", 0.5, 3, concurrency=3))
+        prompts = [asked.json["prompt"] for asked in server.asked if asked.path == "/v1/completions"]
+    totals = Sample(run, SLO).totals
+    assert 0.7 / SERVICE < totals.answered <= 1.05 / SERVICE
+    assert totals.output_tokens == pytest.approx(totals.answered * TOKENS, rel=0.15)
+    assert totals.input_tokens == pytest.approx(totals.answered * 8, rel=0.15)
+    assert set(run.answers.inputs) == {8}
+    assert set(run.answers.outputs) == {TOKENS}
+    assert len(run.output_tokens) == SEGMENTS
+    assert min(run.answers.at) >= WARM_UP
+    assert max(run.answers.at) < 1.0
+    assert set(alone.answers.outputs) == {1}
+    assert len(set(prompts[-10:])) == 3
+    assert set(prompts[-10:]) <= set(prompts[:-10])  # what is cached was sent before
+    assert len(cached.answers.at) > 10
+
+
+def test_an_open_load_sends_at_its_times_and_counts_from_them() -> None:
+    """A server that stalls for 0.4 s: a request that was meant to be sent then has waited the rest of it."""
+    with serving(Queue(stall=(0.4, 0.8))) as server, measuring(server) as measured:
+        run = measured.measure(Load("open", 1.2, 1, rate=20.0))
+    waited = [ttft for at, ttft in zip(run.answers.at, run.answers.ttft, strict=True) if 0.45 < at < 0.6]
+    assert waited
+    assert min(waited) > 150
+    assert Sample(run, SLO).num_missed >= len(waited)
+
+
+def test_requests_that_fail_or_never_end_are_beyond_the_slo() -> None:
+    with serving(refusing) as server, Measured(server.url, None, asking()) as measured:
+        run = measured.measure(Load("open", 0.5, 1, rate=30.0))
+        with pytest.raises(ServerError, match="a request failed: HTTP 500: out of order"):
+            measured.warm_up(2, 0)
+    sample = Sample(run, SLO)
+    assert 0 < sample.num_requests == sample.num_missed == len(run.failed_in)
+    assert run.errors == ["HTTP 500: out of order"]
+    with serving(Queue(stall=(0.0, 60.0))) as server, measuring(server) as measured:
+        run = measured.measure(Load("open", 0.3, 1, rate=30.0))
+    assert not run.answers.at
+    assert Sample(run, SLO).num_missed > 0
+    assert run.errors == ["no whole answer 0.3 s after the load's end"]
+
+
+SMALL = ("--repetitions", "1", "--concurrency", "2", "--input-len", "8", "--output-len", str(TOKENS))
+SHORT = (*SMALL, "--seconds", "0.2", "--slo", "ttft:60", "--slo-percentile", "90", "--eval-tokens", "40")
+
+
+def test_a_report_is_written_and_gone_on_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two servers of somebody's; the second command measures nothing again, with other prices."""
+    out = tmp_path / "report"
+    with serving(Queue()) as first, serving(Queue()) as second:
+        models = (f"one={first.url}", f"two={second.url}/v1")
+        priced = ("--cost-per-hour", "1", "--tokens-per-day", "1m")
+        assert main(["cost", *models, "-o", str(out), *SHORT, *priced]) == 0
+        printed = capsys.readouterr().out
+        asked = len(first.asked), len(second.asked)
+        price = ("--compare-price", "api=1/2", "--machine", "aws-p5.48xlarge")
+        assert main(["cost", *models, "-o", str(out), *SHORT, *price]) == 0
+        again = {asked.path for asked in [*first.asked[asked[0] :], *second.asked[asked[1] :]]}
+    assert "/v1/completions" not in again
+    assert {path.name for path in out.iterdir()} == {"report.html", "report.json", "report.md", "points.csv"}
+    assert "per million output tokens, with 90 % of the requests within TTFT 60 ms." in printed
+    assert f"written: {out / 'report.html'}" in printed
+    state = msgspec.json.decode((out / "report.json").read_bytes(), type=State)
+    one, two = state.servers
+    assert (one.label, two.label, one.done, two.done) == ("one", "two", True, True)
+    assert one.figures is not None
+    assert one.figures.values["saturation_rate"].value == pytest.approx(1 / SERVICE, rel=0.3)
+    assert two.quality is not None
+    assert two.quality.perplexity is not None
+    assert two.quality.perplexity.value == pytest.approx(2.0)
+    assert two.quality.top1 is not None
+    assert two.quality.top1.value == 1.0
+    assert two.quality.missing.startswith("KL: ")
+    page = (out / "report.md").read_text()
+    assert "eight H100 SXM" in page
+    assert "one against api" in page
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["m"], "a price is needed: --cost-per-hour DOLLARS, or --machine NAME"),
+        (["m", "--cost-per-hour", "1", "--machine", "x"], "a price is needed"),
+        (["m", "--machine", "abacus"], "no machine 'abacus' in the table of prices; it has aws-g5.xlarge,"),
+        (["./nowhere", "--cost-per-hour", "1"], "./nowhere: no such directory"),
+        (["x=./m@int5", "--cost-per-hour", "1"], "'int5' is no scheme"),
+        (["http://127.0.0.1:1", "--cost-per-hour", "1"], "http://127.0.0.1:1: no connection to 127.0.0.1:1"),
+    ],
+)
+def test_bad_input_is_one_line(words: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["cost", *words, "-o", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("octavo cost: ")
+    assert says in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_checkpoints_are_quantized_served_and_compared(
+    fixtures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Real servers of the tiny model, a minute of them; run with `pytest -m slow`."""
+    out = tmp_path / "report"
+    tiny = str(fixtures / "tiny")
+    words = ["cost", tiny, f"w8={tiny}@int8", "-o", str(out), *SMALL, "--seconds", "1", "--eval-tokens", "300"]
+    flags = ["--cost-per-hour", "1", "--slo", "ttft:2000", "--", "--dtype", "float32"]
+    assert main([*words, *flags]) == 0, capsys.readouterr().err
+    report = json.loads((out / "report.json").read_text())
+    first, second = report["servers"]
+    assert (out / "models" / "tiny-W8A8-rtn" / "config.json").is_file()
+    assert first["quality"]["kl"]["value"] == 0
+    assert 0 < second["quality"]["kl"]["value"] < 0.05
+    assert first["figures"]["values"]["memory"]["value"] > 1e8
+    assert first["start_seconds"] > 0
