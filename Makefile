@@ -1,6 +1,7 @@
 # make demo   a real model: quantize, serve, stream an answer
 # make test   the whole test suite, as CI runs it
 # make check  style and types
+# make docs   the site out of docs/, in build/site; a link that leads nowhere is an error
 # make test-ray  octavo on a Ray cluster of two nodes on this machine, in an environment of its own, .ray
 # make clients  real clients and coding agents against a server: installs them in .clients, with npm and uv, and runs them
 # make gateways  sglang-router and vllm-router before two servers: installs them in .gateways and runs them
@@ -14,7 +15,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo test test-ray test-scale test-image clients gateways gpu check clean
+.PHONY: install demo docs test test-ray test-scale test-image clients gateways gpu check clean
 
 install: $(INSTALLED)
 
@@ -31,6 +32,10 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# All pages are read anew, so that each run tells of all that is wrong.
+docs: $(INSTALLED)
+	$(BIN)/python -m sphinx --builder html --fresh-env --nitpicky --fail-on-warning --keep-going --quiet docs build/site
 
 # Three at a time even on two cores, since some tests wait for a time-out or for a server. Tests start a hundred
 # interpreters, which compile what they import once and not each time, whatever the environment says.
