@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from types import ModuleType
 from typing import NoReturn
 
 from octavo.version import VERSION
@@ -48,17 +49,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def parse(name: str, argv: Sequence[str], prog: str) -> tuple[ModuleType, argparse.Namespace]:
+    """One command's module, the only one that is imported, and what its command line says. Exits where it is wrong."""
+    command = import_module(f"octavo.commands.{name.replace('-', '_')}")
+    if argv and argv[0] in getattr(command, "SUBCOMMANDS", {}):
+        return parse(command.SUBCOMMANDS[argv[0]], argv[1:], prog=f"{prog} {argv[0]}")
+    description = (command.__doc__ or "").strip().split("\n\n")[0]
+    parser = Parser(prog=prog, description=description, allow_abbrev=False)
+    command.configure(parser)
+    parser.set_defaults(prog=prog)
+    words = command.own_words(argv, parser) if hasattr(command, "own_words") else argv
+    return command, parser.parse_intermixed_args(words)  # `chat MODEL --dtype int8 QUESTION`
+
+
 def run_command(name: str, argv: Sequence[str], prog: str) -> int:
-    """Parse one command's own arguments and run it. Only that command's module is imported."""
+    """Parse one command's own arguments and run it."""
     try:
-        command = import_module(f"octavo.commands.{name.replace('-', '_')}")
-        if argv and argv[0] in getattr(command, "SUBCOMMANDS", {}):
-            return run_command(command.SUBCOMMANDS[argv[0]], argv[1:], prog=f"{prog} {argv[0]}")
-        description = (command.__doc__ or "").strip().split("\n\n")[0]
-        parser = Parser(prog=prog, description=description, allow_abbrev=False)
-        command.configure(parser)
-        words = command.own_words(argv, parser) if hasattr(command, "own_words") else argv
-        code: int = command.run(parser.parse_intermixed_args(words))  # `chat MODEL --dtype int8 QUESTION`
+        command, args = parse(name, argv, prog)
+        prog = args.prog
+        code: int = command.run(args)
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         return 130

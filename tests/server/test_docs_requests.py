@@ -1,0 +1,64 @@
+"""The requests that the README and docs/ show, curl's and those of Python programs, are sent to a served tiny model.
+
+Its answers are nonsense, and may be cut at the end of its context before a schema is fulfilled; what is proved is that
+the server takes the request, and that an answer which is whole obeys its schema.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from contextlib import suppress
+
+import documented
+import httpx
+import jsonschema
+import openai
+import pytest
+from documented import Command
+from octavo_server import Server
+
+ADDRESS = re.compile(r"(?:http://)?(?:localhost|127\.0\.0\.1):8000")
+CURLS = [c for page in documented.pages() for c in documented.commands(page) if c.program == "curl"]
+PROGRAMS = [
+    (page, text) for page in documented.pages() for text in documented.code_of(page, "python") if ADDRESS.search(text)
+]
+
+
+@pytest.mark.parametrize("command", CURLS, ids=lambda c: f"{c.page}:{c.line}")
+def test_a_curl_is_answered(client: httpx.Client, command: Command) -> None:
+    curl = argparse.ArgumentParser(exit_on_error=False)
+    curl.add_argument("url")
+    curl.add_argument("-H", "--header", action="append", default=[])
+    curl.add_argument("-d", "--data")
+    curl.add_argument("-N", "--no-buffer", action="store_true")
+    args = curl.parse_args(command.words[1:])
+    found = ADDRESS.match(args.url)
+    assert found, f"{args.url} is not that of the docs' server"
+    headers = dict(header.split(": ", 1) for header in args.header)
+    path = args.url[found.end() :]
+    if args.data is None:
+        assert client.get(path, headers=headers).status_code == 200
+        return
+    response = client.post(path, headers=headers, content=args.data.replace('"MODEL"', '"tiny"'))
+    assert response.status_code == 200, response.text
+    asked = json.loads(args.data)
+    if asked.get("response_format", {}).get("type") == "json_schema":
+        choice = response.json()["choices"][0]
+        if choice["finish_reason"] == "stop":
+            jsonschema.validate(
+                json.loads(choice["message"]["content"]), asked["response_format"]["json_schema"]["schema"]
+            )
+
+
+@pytest.mark.parametrize(("page", "text"), PROGRAMS, ids=[page for page, _ in PROGRAMS])
+def test_a_program_runs(server: Server, page: str, text: str) -> None:
+    program = ADDRESS.sub(server.url, text).replace('"MODEL"', '"tiny"')
+    with suppress(openai.LengthFinishReasonError):  # the client's word for an answer that ended with the context
+        exec(compile(program, page, "exec"), {"__name__": "__main__"})
+
+
+def test_there_are_requests() -> None:
+    assert CURLS
+    assert PROGRAMS
