@@ -145,3 +145,27 @@ def test_a_late_client_is_told(capsys: pytest.CaptureFixture[str]) -> None:
         load = ("--request-rate", "1000", "--max-concurrency", "1")
         assert bench(server, *SMALL, *load) == 0
     assert "after the time that they were meant for, from which latencies count" in capsys.readouterr().out
+
+
+def test_embeddings_are_measured_by_their_end(capsys: pytest.CaptureFixture[str]) -> None:
+    """The last of three answers is none."""
+    answers = 0
+
+    def answer(asked: Asked) -> list[bytes]:
+        nonlocal answers
+        answers += 1
+        if answers == 3:
+            return whole({"nothing": []})
+        usage_ = {"prompt_tokens": tokens_of(asked.json["input"]), "total_tokens": 20}
+        return whole({"object": "list", "data": [{"embedding": [0.1, 0.2], "index": 0}], "usage": usage_})
+
+    options = ("--backend", "openai-embeddings", "--num-prompts", "3", "--random-input-len", "20")
+    with serving(server_like_vllm(answer)) as server:
+        assert bench(server, *options, "--max-concurrency", "1") == 1
+        assert server.paths.count("/v1/embeddings") == 3
+    out, err = capsys.readouterr()
+    found = numbers(out)
+    assert (found["Successful requests"], found["Total input tokens"], found["Total generated tokens"]) == (2, 40, 0)
+    assert found["Mean E2EL (ms)"] > 0
+    assert "TTFT" not in out
+    assert "the answer is not an object with data" in err

@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncIterator
+from time import perf_counter
 from typing import Any
 
 import pytest
+import uvloop
 from bench_server import asked_for_text, completion, server_like_vllm
 from scripted_server import Asked, ScriptedServer, serving
 
+from octavo.bench.alarm import Alarm
 from octavo.bench.arrivals import Ramp, arrival_times, ramped_times, times_within
 from octavo.bench.http import Client
 from octavo.bench.load import LoadResult, Record, Schedule, run_load
@@ -152,12 +155,45 @@ def test_an_open_load_over_a_time_says_how_many_prompts_it_takes() -> None:
         Point()
 
 
+def test_nothing_is_sent_or_waited_for_after_the_time_is_over() -> None:
+    """A trace of an hour, of which 0.1 s is measured."""
+    asked = [Prompt(f"The {i}", 3, 2, arrival=time) for i, time in enumerate((0.0, 0.05, 3600.0))]
+    with serving(server_like_vllm(completion)) as server:
+        result = loaded(server, asked, Point(speed=1, seconds=0.1))
+        assert [one.json["prompt"] for one in asked_for_text(server)] == ["The 0", "The 1"]
+    assert (len(result.records), result.num_unfinished) == (2, 0)
+
+
 def test_steady_throughput_counts_what_came_within_the_measured_time() -> None:
     """Ten tokens from 0.5 s on, one each 0.2 s; a warm-up's last two of four; the window is 1 to 2 s."""
     warm = Record(None, 0.0, [0.2, 0.6, 1.0, 1.4])
     measured = Record(None, 1.0, [0.5 + 0.2 * i for i in range(10)])
     result = LoadResult([measured], 3.0, others=[warm], begin=1.0, until=2.0)
     assert steady_output_throughput(result) == 2 + 5  # 1.1, 1.3, 1.5, 1.7, 1.9
+
+
+def test_alarms_ring_in_their_order_and_never_early() -> None:
+    """Also one that is set later for an earlier time, and one whose waiter has gone."""
+    rung: list[tuple[int, bool]] = []
+
+    async def wait(alarm: Alarm, number: int, moment: float) -> None:
+        await alarm.at(moment)
+        rung.append((number, perf_counter() >= moment))
+
+    async def run() -> None:
+        alarm = Alarm()
+        begun = perf_counter()
+        tasks = [asyncio.create_task(wait(alarm, i, begun + 0.01 * i)) for i in (4, 2, 5, 1, 3, 0)]
+        await asyncio.sleep(0)
+        tasks[0].cancel()
+        await asyncio.wait(tasks)
+        await alarm.at(begun)
+        alarm.close()
+
+    for runner in (asyncio.run, uvloop.run):
+        rung.clear()
+        runner(run())
+        assert rung == [(0, True), (1, True), (2, True), (3, True), (5, True)]
 
 
 def test_ramps_are_vllms() -> None:

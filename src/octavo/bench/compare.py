@@ -36,7 +36,10 @@ THROUGHPUTS = {
     "total_token_throughput": "tokens/s",
 }
 LATENCIES = ("ttft", "tpot", "itl", "e2el")
-SETTINGS = ("request_rate", "burstiness", "max_concurrency", "num_prompts", "total_input_tokens", "backend")
+SETTINGS = (
+    "request_rate", "burstiness", "max_concurrency", "num_prompts", "total_input_tokens", "backend", "workload",
+    "trace", "max_seconds", "warmup_seconds", "latencies_from",
+)  # fmt: skip
 # Student's t at 97.5 %, for 1 to 30 degrees of freedom
 T_975 = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
@@ -118,6 +121,8 @@ def setting_notes(base: Side, other: Side) -> list[str]:
     """Settings in which the loads differ, so that figures may differ for that reason alone."""
     notes = []
     for key in SETTINGS:
+        if not all(key in run for side in (base, other) for run in side.runs):
+            continue  # vLLM's files don't say everything
         ours, theirs = (sorted({json.dumps(run.get(key)) for run in side.runs}) for side in (base, other))
         if ours != theirs:
             notes.append(f"{key} differs: {', '.join(ours)} and {', '.join(theirs)}")

@@ -17,6 +17,7 @@ number of tokens comes from the server (usage), since an event may carry several
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -24,11 +25,13 @@ from typing import Any
 
 import msgspec
 
+from octavo.bench.alarm import Alarm
 from octavo.bench.http import Client, HttpError
 from octavo.bench.sse import EventSplitter, error_message, http_error, one_line
 
 ANSWER_SECONDS = 6 * 3600.0  # one answer may take as long as with vLLM's client
 MAX_RAW = 8192  # bytes of an answer that are kept in case it is an error
+MAX_WHOLE = 1 << 26  # bytes of an answer that is no stream
 DONE = b"[DONE]"
 
 
@@ -62,6 +65,11 @@ class _Event(msgspec.Struct, gc=False):
     usage: Usage | None = None
     error: Any = None
     object: str | None = None
+
+
+class _Whole(msgspec.Struct, gc=False):
+    data: list[msgspec.Raw]
+    usage: Usage | None = None
 
 
 _decode = msgspec.json.Decoder(_Event).decode
@@ -139,12 +147,17 @@ class Record:
 
 @dataclass(frozen=True)
 class Request:
-    """A request, ready to be sent. `follows`: it is the next turn of the request before it, after `think` seconds."""
+    """A request, ready to be sent.
+
+    follows  it is the next turn of the request before it, after `think` seconds
+    stream   False: its answer is a whole JSON object, an embedding, and counts as one event without a token
+    """
 
     body: bytes
     prompt_len: int | None
     follows: bool = False
     think: float = 0.0
+    stream: bool = True
 
 
 @dataclass(frozen=True)
@@ -191,6 +204,8 @@ async def run_load(
 
     Requests that are still open then are cut off (the server sees their connections close) and not in the result.
     """
+    gc.collect()
+    gc.freeze()  # what is there now is not walked through again while latencies are taken
     load = _Load(client, path, requests, schedule, on_done)
     running = asyncio.create_task(load.run())
     stopped = asyncio.create_task((stop or asyncio.Event()).wait())
@@ -201,6 +216,8 @@ async def run_load(
         running.cancel()
         stopped.cancel()
         await asyncio.wait((running, stopped))
+        load.close()
+        gc.unfreeze()
     if not running.cancelled():
         running.result()
     ended = [record for record in load.records if record is not None]
@@ -228,7 +245,12 @@ class _Load:
         self._schedule = schedule
         self._on_done = on_done
         self._gate = asyncio.Semaphore(schedule.max_concurrency or max(len(requests), 1))
+        self._alarm = Alarm()
         self._deadline = float("inf") if schedule.seconds is None else self.begun + schedule.seconds
+
+    def close(self) -> None:
+        """Give back what it holds, when it has ended."""
+        self._alarm.close()
 
     async def run(self) -> None:
         """Begin all conversations at their times, and wait for their ends."""
@@ -240,7 +262,10 @@ class _Load:
                     group.create_task(self._closed(range(first, end)))
                     continue
                 intended = self.begun + arrivals[first]
-                await sleep_until(intended)
+                if intended >= self._deadline:
+                    self.num_unsent += end - first
+                    continue
+                await self._alarm.at(intended)
                 group.create_task(self._open(range(first, end), intended))
 
     async def _closed(self, conversation: range) -> None:
@@ -255,7 +280,7 @@ class _Load:
         for i in conversation:
             if i > conversation.start:
                 intended = perf_counter() + self._requests[i].think
-                await sleep_until(intended)
+                await self._alarm.at(intended)
             if intended >= self._deadline:
                 self.num_unsent += conversation.stop - i
                 return
@@ -268,21 +293,19 @@ class _Load:
         self._on_done(record)
 
 
-async def sleep_until(time: float) -> None:
-    """Sleep until a time on perf_counter's clock."""
-    if (wait := time - perf_counter()) > 0:
-        await asyncio.sleep(wait)
-
-
 async def ask(client: Client, path: str, request: Request, intended: float | None = None) -> Record:
     """Send one request and read its answer to the end; whatever goes wrong is in the record's error."""
     record = Record(request.prompt_len, intended=intended)
     splitter = EventSplitter()
     raw = bytearray()
+    kept = MAX_RAW if request.stream else MAX_WHOLE
 
     def sink(now: float, piece: bytes) -> None:
-        if len(raw) < MAX_RAW:
+        if len(raw) < kept:
             raw.extend(piece)
+        if not request.stream:
+            record.token_times = [now]
+            return
         for data in splitter.feed(piece):
             _take(record, now, data)
 
@@ -297,12 +320,27 @@ async def ask(client: Client, path: str, request: Request, intended: float | Non
     else:
         if answer.status != 200:
             record.error = http_error(answer.status, bytes(raw))
+        elif not request.stream:
+            record.error = _take_whole(record, bytes(raw))
         elif answer.content_type != "text/event-stream":
             record.error = (
                 f"the answer is no event stream but {answer.content_type!r}: {one_line(raw.decode('latin-1'))}"
             )
-        record.error = record.error or _close(record)
+        else:
+            record.error = record.error or _close(record)
     return record
+
+
+def _take_whole(record: Record, body: bytes) -> str | None:
+    """Take an answer that is one JSON object into the record. Returns what is wrong with it."""
+    try:
+        answer = msgspec.json.decode(body, type=_Whole)
+    except msgspec.MsgspecError as e:
+        return f"the answer is not an object with data: {e}: {one_line(body.decode('latin-1'))}"
+    record.usage = answer.usage or Usage()
+    record.usage.completion_tokens = 0
+    record.finish_reason = "stop"
+    return None
 
 
 def _take(record: Record, now: float, data: bytes) -> None:

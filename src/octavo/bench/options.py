@@ -162,9 +162,9 @@ class BenchOptions(PromptOptions, frozen=True, kw_only=True):
         list[str],
         Meta(
             description="latencies to report, of ttft,tpot,itl,e2el",
-            extra={"group": "numbers", "metavar": "LIST", "default": "all", "parse": parse_metrics},
+            extra={"group": "numbers", "metavar": "LIST", "default": "all; of embeddings e2el", "parse": parse_metrics},
         ),
-    ] = msgspec.field(default_factory=lambda: list(METRICS))
+    ] = msgspec.field(default_factory=list)
     metric_percentiles: Annotated[
         list[float],
         Meta(
@@ -226,12 +226,14 @@ def resolve(options: Options) -> Options:
         raise BenchError(f"--extra-body: {', '.join(taken)} is for octavo bench to set")
     if options.extra_body.get("n") not in (None, 1):
         raise BenchError("--extra-body: n must be 1: the answers of one request can't be told apart by their times")
+    embeddings = options.backend == "openai-embeddings"
     workload = None if options.workload is None else WORKLOADS[options.workload]
     return msgspec.structs.replace(
         options,
         base_url=options.address,
         endpoint=options.path,
         output_len=options.output_len or (OUTPUT_LEN[options.dataset_name] if options.is_random else 0),
+        percentile_metrics=options.percentile_metrics or (["e2el"] if embeddings else list(METRICS)),
         burstiness=options.burstiness or (workload.burstiness if workload else 1.0),
         seed=random.SystemRandom().randrange(10**6) if options.seed is None else options.seed,
     )

@@ -36,7 +36,7 @@ from octavo.bench.prompts import Prompt, messages
 
 @dataclass(frozen=True)
 class Target:
-    """How a model is asked: by chat or completions, and what stands in each request beside its prompt.
+    """How a model is asked: by chat, completions or for embeddings, and what stands in each request beside its prompt.
 
     ignore_eos: generate as many tokens as are asked for; vLLM, SGLang, llama.cpp and octavo know it, OpenAI doesn't.
     """
@@ -46,14 +46,21 @@ class Target:
     ignore_eos: bool = True
     extra_body: Mapping[str, Any] = field(default_factory=dict)
     endpoint: str = ""
+    embeddings: bool = False
 
     @property
     def path(self) -> str:
         """Where requests go."""
+        if self.embeddings:
+            return self.endpoint or "/v1/embeddings"
         return self.endpoint or ("/v1/chat/completions" if self.chat else "/v1/completions")
 
     def request(self, prompt: Prompt) -> Request:
         """The request that asks this prompt."""
+        if self.embeddings:
+            wanted = {"model": prompt.model or self.model, "input": " ".join((*prompt.history, prompt.text))}
+            content = json.dumps(wanted | dict(self.extra_body)).encode()
+            return Request(content, prompt.num_tokens, follows=prompt.follows, think=prompt.think, stream=False)
         body: dict[str, Any] = {
             "model": prompt.model or self.model,
             "stream": True,
@@ -127,11 +134,14 @@ class Point:
         return None if self.seconds is None else self.warmup.seconds + self.seconds
 
     def prompts_needed(self) -> int:
-        """As many prompts as a rate over `seconds` takes at any seed: five standard deviations above the mean."""
+        """As many prompts as a rate over `seconds` takes at any seed: eight standard deviations above the mean.
+
+        Five would do, but conversations have a random number of turns, too.
+        """
         if self.rate is None or self._sending is None:
             raise ValueError("only a rate over a number of seconds says how many prompts it takes")
         mean = self.rate * self._sending
-        return math.ceil(mean + 5 * math.sqrt(mean / min(self.burstiness, 1.0)) + 10)
+        return math.ceil(mean + 8 * math.sqrt(mean / min(self.burstiness, 1.0)) + 10)
 
 
 async def first_model(client: Client) -> str:

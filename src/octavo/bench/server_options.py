@@ -11,7 +11,11 @@ from msgspec import Meta
 from octavo.bench.http import Client
 from octavo.flags import parse_pair
 
-ENDPOINTS = {"openai": "/v1/completions", "openai-chat": "/v1/chat/completions"}
+ENDPOINTS = {
+    "openai": "/v1/completions",
+    "openai-chat": "/v1/chat/completions",
+    "openai-embeddings": "/v1/embeddings",
+}
 
 
 class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -27,9 +31,10 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
     host: Annotated[str, Meta(description="where --base-url is not given")] = "127.0.0.1"
     port: Annotated[int, Meta(description="where --base-url is not given")] = 8000
     backend: Annotated[
-        Literal["openai", "openai-chat"],
+        Literal["openai", "openai-chat", "openai-embeddings"],
         Meta(
-            description="openai: completions, the prompt as it is; openai-chat: the prompt is a user's message",
+            description="openai: completions, the prompt as it is; openai-chat: the prompt is a user's message; "
+            "openai-embeddings: its vector, of which only E2EL is measured",
             extra={"spellings": {"vllm": "openai", "vllm-chat": "openai-chat"}},
         ),
     ] = "openai"
@@ -37,7 +42,7 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
         str,
         Meta(
             description="path of the requests",
-            extra={"metavar": "PATH", "default": "/v1/completions or /v1/chat/completions"},
+            extra={"metavar": "PATH", "default": "/v1/completions, /v1/chat/completions or /v1/embeddings"},
         ),
     ] = ""
     model: Annotated[
