@@ -30,6 +30,7 @@ from octavo.bench.http import Client, HttpError
 from octavo.bench.sse import EventSplitter, error_message, http_error, one_line
 
 ANSWER_SECONDS = 6 * 3600.0  # one answer may take as long as with vLLM's client
+AHEAD_SECONDS = 0.1  # that a request is made ready before it is sent
 MAX_RAW = 8192  # bytes of an answer that are kept in case it is an error
 MAX_WHOLE = 1 << 26  # bytes of an answer that is no stream
 DONE = b"[DONE]"
@@ -265,7 +266,8 @@ class _Load:
                 if intended >= self._deadline:
                     self.num_unsent += end - first
                     continue
-                await self._alarm.at(intended)
+                # a task that is made when it is due would begin a turn of the event loop later
+                await self._alarm.at(intended - AHEAD_SECONDS)
                 group.create_task(self._open(range(first, end), intended))
 
     async def _closed(self, conversation: range) -> None:
@@ -280,10 +282,10 @@ class _Load:
         for i in conversation:
             if i > conversation.start:
                 intended = perf_counter() + self._requests[i].think
-                await self._alarm.at(intended)
             if intended >= self._deadline:
                 self.num_unsent += conversation.stop - i
                 return
+            await self._alarm.at(intended)
             async with self._gate:
                 await self._one(i, intended)
 
