@@ -17,6 +17,7 @@ ALLOWED = [
     "*.tiktoken",
     "*.py",
     "*.md",
+    "quantization_report.html",  # the server's page shows it
     "LICENSE*",
     "NOTICE*",
 ]

@@ -40,6 +40,7 @@ from octavo.server.served_model import ServedModel
 from octavo.server.service import Service
 from octavo.server.sessions import SessionLimits, Sessions
 from octavo.server.strict_json import StrictRoute
+from octavo.server.web import page
 from octavo.version import VERSION
 
 
@@ -69,6 +70,8 @@ def build_app(
         redirect_slashes=False,
     )
     errors.install(app)
+    if options.ui:
+        app.router.routes.extend(page.routes(options.root_path, model.directory))  # before Ollama's `/`
     app.state.bodies = Bodies(options.max_body_bytes, options.max_total_body_bytes)
     service = Service(model, client, metrics, limits, options)
     dialects = (completions, openai_chat, anthropic, ollama, decisions, tokens, parsers)
@@ -88,18 +91,23 @@ def build_app(
     app.include_router(operation.model_routes(model))
     app.state.admission = service.admission
     app.state.door = QueueDoor(service.admission, metrics, access)
-    app.add_middleware(FullQueue, admission=service.admission)  # the innermost: who may not ask learns nothing
+    _add_middleware(app, access, options)
+    app.add_middleware(Reports, metrics=metrics, client=client)
+    app.add_middleware(RequestIds)  # the outermost: refusals are named too
+    return app
+
+
+def _add_middleware(app: FastAPI, access: Access, options: ServerOptions) -> None:
+    """Who is answered, from the innermost on."""
+    app.add_middleware(FullQueue, admission=app.state.admission)  # the innermost: who may not ask learns nothing
     if access.keys:
-        app.add_middleware(Authentication, access=access)
+        app.add_middleware(Authentication, access=access, is_public=page.is_public if options.ui else None)
     if options.allowed_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=options.allowed_origins, allow_methods=["*"], allow_headers=["*"]
         )
     if ANY_HOST not in access.hosts:
         app.add_middleware(AllowedHosts, hosts=access.hosts)
-    app.add_middleware(Reports, metrics=metrics, client=client)
-    app.add_middleware(RequestIds)  # the outermost: refusals are named too
-    return app
 
 
 def _models(service: Service) -> APIRouter:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -88,23 +88,28 @@ class Hosts:
 class Authentication:
     """401 unless the request carries one of the keys (Authorization: Bearer KEY, or Anthropic's x-api-key: KEY).
 
-    PROBES need none, nor do OPEN_PATHS unless `protect_all`. Routes find in the scope's state, as `owner`, whose key it
-    was. A request from within the server has it there already.
+    PROBES need none, nor do OPEN_PATHS unless `protect_all`, nor a request of which `is_public` says so. Routes find in
+    the scope's state, as `owner`, whose key it was. A request from within the server has it there already.
     """
 
-    def __init__(self, app: ASGIApp, access: Access) -> None:
+    def __init__(self, app: ASGIApp, access: Access, is_public: Callable[[Scope], bool] | None = None) -> None:
         self._app = app
         self._keys = Keys(access.keys)
+        self._is_public = is_public
         self._open = PROBES if access.protect_all else PROBES | OPEN_PATHS
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        needs_none = scope["type"] != "http" or scope["path"] in self._open or scope["method"] == "OPTIONS"
-        if needs_none or "owner" in scope.get("state", ()) or self._fits(scope):
+        if self._needs_none(scope) or "owner" in scope.get("state", ()) or self._fits(scope):
             await self._app(scope, receive, send)
             return
         response = error_response(401, KEY_PROBLEM, path=scope["path"])
         response.headers["WWW-Authenticate"] = "Bearer"
         await response(scope, receive, send)
+
+    def _needs_none(self, scope: Scope) -> bool:
+        if scope["type"] != "http" or scope["path"] in self._open or scope["method"] == "OPTIONS":
+            return True
+        return self._is_public is not None and self._is_public(scope)
 
     def _fits(self, scope: Scope) -> bool:
         headers = Headers(scope=scope)

@@ -8,8 +8,10 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 from pydantic import Field
 
+from octavo.runtime.messages import StartupReport
 from octavo.server.access import Access
 from octavo.server.dialects.fields import Strict, Text
+from octavo.server.dialects.thinking import can_think
 from octavo.server.errors import ANY_ERROR, RESPONSES, TEXT, ApiError, ErrorResponse
 from octavo.server.fleet.fleet import Fleet
 from octavo.server.fleet.member import Member
@@ -17,6 +19,7 @@ from octavo.server.metrics import CONTENT_TYPE, Metrics
 from octavo.server.served_model import ServedModel
 from octavo.server.service import Service, owner_of
 from octavo.server.strict_json import StrictRoute
+from octavo.server.web.page import report_of
 from octavo.version import VERSION
 
 HEALTH_SECONDS = 30.0  # one step of a large model on a slow machine may take seconds; nothing healthy takes this
@@ -196,7 +199,8 @@ def model_routes(model: ServedModel) -> APIRouter:
 
     @router.get("/server_info")
     async def server_info() -> dict[str, object]:
-        """What is served, and within which limits."""
+        """What is served, within which limits, and what the engine has loaded: its kernels, and bytes of memory."""
+        found = model.formats.found
         return {
             "version": VERSION,
             "models": list(model.names),
@@ -204,6 +208,11 @@ def model_routes(model: ServedModel) -> APIRouter:
             "vocab_size": model.vocab_size,
             "max_logprobs": model.max_logprobs,
             "default_sampling_params": model.defaults,
+            "can_chat": model.renderer.template.has_default,
+            "tool_calls": None if found.tools is None else found.tools.kind,
+            "reasoning": can_think(model),
+            "quantization_report": report_of(model.directory) is not None,
+            "engine": None if model.report is None else _engine(model.report),
         }
 
     @router.get("/tokenizer_info")
@@ -213,3 +222,19 @@ def model_routes(model: ServedModel) -> APIRouter:
         return config | {"vocab_size": model.tokenizer.num_tokens, "end_token_ids": sorted(model.end_ids)}
 
     return router
+
+
+def _engine(report: StartupReport) -> dict[str, object]:
+    """What the table at start says; of several engines, the first one's."""
+    return {
+        "architecture": report.architecture,
+        "dtype": report.dtype,
+        "device": report.device,
+        "kv_cache_dtype": report.kv_cache_dtype,
+        "weight_bytes": report.weight_bytes,
+        "kv_cache_bytes": report.kv_cache_bytes,
+        "layers": [dict(zip(("layers", "scheme", "body"), row, strict=True)) for row in report.layers],
+        "seconds": report.seconds,
+        "notes": report.notes,
+        "ranks": report.ranks,
+    }

@@ -467,6 +467,7 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = ""
     disable_fastapi_docs: Annotated[bool, Meta(description="no /docs and no /openapi.json")] = False
+    ui: Annotated[bool, Meta(description="no page at /", extra={"flag": "--no-ui", "aliases": ("--no-webui",)})] = True
     enable_log_requests: Annotated[
         bool,
         Meta(

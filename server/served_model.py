@@ -38,6 +38,7 @@ class ServedModel:
     aliases        further names, and the name of `names` that each one means
     serves_any     requests may use any name at all
     report         what the engine has loaded
+    directory      the model's, where this process reads it
     stream_interval, tokens_as_token_ids: what requests get that don't say it
     template_variables  those of the chat template where a request doesn't set them
     tool_strict_level  how much of a call is enforced where a tool doesn't ask for it
@@ -65,6 +66,7 @@ class ServedModel:
     aliases: Mapping[str, str] = field(default_factory=dict)
     serves_any: bool = False
     report: StartupReport | None = None
+    directory: Path | None = None
     stream_interval: int = 1
     tokens_as_token_ids: bool = False
     template_variables: Mapping[str, Any] = field(default_factory=dict)

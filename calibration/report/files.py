@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from octavo.calibration.auxiliary_files import CARD, original_card
+from octavo.calibration.report.file_names import PAGE, REPORT
 from octavo.calibration.report.html import render_html
 from octavo.calibration.report.model_card import model_card
-from octavo.calibration.report.report import PAGE, REPORT, Report
+from octavo.calibration.report.report import Report
 from octavo.report.files import write_whole
 
 

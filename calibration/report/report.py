@@ -22,8 +22,6 @@ from octavo.calibration.verify import Quality
 from octavo.version import VERSION
 
 SCHEMA_VERSION = 1
-REPORT = "quantization_report.json"
-PAGE = "quantization_report.html"
 
 Option = str | int | float | bool | None
 

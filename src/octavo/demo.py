@@ -22,7 +22,8 @@ from typing import Any
 
 from rich.console import Console
 
-from octavo.calibration.report.report import REPORT, ReportError, read_report
+from octavo.calibration.report.file_names import REPORT
+from octavo.calibration.report.report import ReportError, read_report
 from octavo.calibration.report.terminal import print_report
 from octavo.demo_models import DEMO_MODELS, DemoError, fetch_model
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import octavo.calibration.quantize_model
-from octavo.calibration.report.report import REPORT
+from octavo.calibration.report.file_names import REPORT
 from octavo.cli import main
 
 

@@ -183,6 +183,7 @@ FLAGS = (
     "--max-logprobs", "2", "--override-generation-config", '{"temperature": 0, "repetition_penalty": 1.5}',
     "--root-path", "/api", "--disable-fastapi-docs", "--enable-log-requests", "--trust-request-chat-template",
     "--allowed-origins", '["http://page"]', "--log-level", "info", "--max-tokens-policy", "clamp",
+    "--no-ui",
 )  # fmt: skip
 
 
@@ -276,6 +277,15 @@ def test_a_conversation_that_wants_more_than_the_context_leaves(client: httpx.Cl
 def test_paths(client: httpx.Client) -> None:
     assert client.get("/api/health").status_code == 200
     assert client.get("/docs").status_code == client.get("/openapi.json").status_code == 404
+
+
+def test_without_the_page(client: httpx.Client) -> None:
+    html = {"Accept": "text/html"}
+    assert client.get("/", headers=html).text == "Ollama is running"
+    assert client.get("/", headers=html | {"Authorization": ""}).status_code == 401
+    for path in ("/ui/app.js", "/quantization_report"):
+        assert client.get(path).status_code == 404
+        assert client.get(path, headers={"Authorization": ""}).status_code == 401
 
 
 def test_a_template_of_the_request_s_own(client: httpx.Client) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from octavo_server import Samples, samples, serving_anew, stream
+from octavo_server import Samples, Server, samples, serving_anew, stream
 from tiny_oracle import Oracle
 
 from octavo.version import VERSION
@@ -107,6 +107,17 @@ def test_what_is_served_and_how_busy_it_is(client: httpx.Client) -> None:
     info = client.get("/server_info").json()
     assert (info["version"], info["models"], info["max_model_len"]) == (VERSION, ["tiny", "tiny-too"], 512)
     assert client.get("/tokenizer_info").json()["eos_token"] == "<|im_end|>"
+
+
+def test_what_the_engine_has_loaded(client: httpx.Client, server: Server) -> None:
+    info = client.get("/server_info").json()
+    assert (info["can_chat"], info["reasoning"], info["quantization_report"]) == (True, False, False)
+    engine = info["engine"]
+    assert (engine["architecture"], engine["dtype"]) == ("llama", "float32")
+    assert f"weights {engine['weight_bytes'] / 1e6:,.1f} MB" in server.said  # the report of the start
+    assert f"KV cache {engine['kv_cache_bytes'] / 1e6:,.1f} MB in {engine['kv_cache_dtype']}" in server.said
+    assert engine["layers"]
+    assert all(part in server.said for row in engine["layers"] for part in row.values())
 
 
 def test_the_prefix_cache_forgets(client: httpx.Client) -> None:

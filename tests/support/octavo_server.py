@@ -109,21 +109,21 @@ def ended(process: subprocess.Popen[str] | ForkedProcess) -> Iterator[Server]:
 
 
 @contextmanager
-def serving(*flags: str, environment: dict[str, str] | None = None) -> Iterator[Server]:
+def serving(*flags: str, environment: dict[str, str] | None = None, model: Path = TINY) -> Iterator[Server]:
     """A server that is ready, forked off a process that has imported what it needs: see forked_commands.py.
 
     One with variables that may be read while modules are imported is started anew.
     """
     begin = forked if LATE.issuperset(environment or ()) else started
-    with begin(*SMALL, *flags, environment=environment) as server:
+    with begin(*SMALL, *flags, environment=environment, model=model) as server:
         server.wait_until_ready()
         yield server
 
 
 @contextmanager
-def forked(*flags: str, environment: dict[str, str] | None = None) -> Iterator[Server]:
+def forked(*flags: str, environment: dict[str, str] | None = None, model: Path = TINY) -> Iterator[Server]:
     """As `started`, by a fork."""
-    with ended(forked_commands().start(["serve", str(TINY), "--port", "0", *flags], environment)) as server:
+    with ended(forked_commands().start(["serve", str(model), "--port", "0", *flags], environment)) as server:
         yield server
 
 

@@ -327,6 +327,7 @@ def _bind(options: ListenOptions) -> Listener:
 class TextSide:
     """What of the model the server needs, and the engine doesn't know."""
 
+    directory: Path
     names: tuple[str, ...]
     serves_any_name: bool
     tokenizer: Tokenizer
@@ -356,7 +357,7 @@ def text_side(options: ServeOptions, directory: Path) -> TextSide:
         )
     except (TokenizerError, ChatTemplateError, ValueError) as error:
         raise ServeError(str(error)) from error
-    return TextSide(names, any_name, tokenizer, renderer, defaults, end_ids)
+    return TextSide(directory, names, any_name, tokenizer, renderer, defaults, end_ids)
 
 
 def _preparation(options: TextOptions, text: TextSide) -> Callable[[Fleet], Awaitable[ModelFormats]]:
@@ -453,6 +454,7 @@ def served_model(
         aliases=options.model.model_aliases,
         serves_any=text.serves_any_name,
         report=ready.report,
+        directory=text.directory,
         stream_interval=options.text.stream_interval,
         tokens_as_token_ids=options.text.return_tokens_as_token_ids,
         template_variables=options.text.default_chat_template_kwargs,

@@ -123,6 +123,11 @@ class ChatTemplate:
             ) from error
         return rendered if text is None else _cut_at_mark(rendered, text)
 
+    @property
+    def has_default(self) -> bool:
+        """Whether a conversation can be rendered without naming a template."""
+        return "default" in self.templates
+
     def name_for(self, template: str | None, *, has_tools: bool) -> str | None:
         """With tools, `tool_use` is the default where a model has one, as in transformers."""
         return "tool_use" if template is None and has_tools and "tool_use" in self.templates else template
