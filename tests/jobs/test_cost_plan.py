@@ -12,10 +12,10 @@ from queueing import INPUTS, OUTPUTS, QueueServer, highest_rate_of_waits
 
 from octavo.jobs.cost.choice import choose
 from octavo.jobs.cost.figures import Figures, Question, figures_of
-from octavo.jobs.cost.loads import Load, Run
+from octavo.jobs.cost.loads import Answers, Load, Run
 from octavo.jobs.cost.method import noise
 from octavo.jobs.cost.page import Wanted, make_page, points_csv
-from octavo.jobs.cost.plan import Settings, measure_server
+from octavo.jobs.cost.plan import PlanError, Settings, measure_server
 from octavo.jobs.cost.prices import ApiPrice
 from octavo.jobs.cost.quality import CostQuality
 from octavo.jobs.cost.state import Conditions, Recorded, ServerState, State, StateError, new_state, read_state
@@ -213,6 +213,29 @@ def test_a_choice_says_what_it_can_t_tell_apart_and_why_others_are_out() -> None
         ("c", "it finds the same token most likely in 50.0% only, under 95%"),
         ("d", "no connection"),
     )
+
+
+def test_a_load_in_which_nothing_is_answered_is_passed_over_and_a_plan_of_such_loads_is_refused() -> None:
+    """A request takes half a minute: eight of them at a time have no answer that begins within the counted time."""
+
+    def measure(load: Load) -> Run:
+        run = QueueServer(SERVICE).measure(load)
+        slow = load.concurrency == 8 or load.seconds < 10
+        return msgspec.structs.replace(run, answers=Answers(), output_tokens=[0.0] * 10) if slow else run
+
+    runs: list[Run] = []
+
+    def kept(load: Load) -> Run:
+        runs.append(measure(load))
+        return runs[-1]
+
+    of = settings(seconds=20)
+    measure_server(kept, of)
+    found = figures_of(runs, question(of))
+    assert found is not None
+    assert found.saturating == 1
+    with pytest.raises(PlanError, match="no request was answered in loads of 5 s: --seconds must be more"):
+        measure_server(measure, settings(seconds=5))
 
 
 def test_a_server_that_never_keeps_the_slo_has_its_saturation_and_no_price_there() -> None:

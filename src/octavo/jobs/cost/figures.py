@@ -61,9 +61,10 @@ def figures_of(runs: Sequence[Run], question: Question) -> Figures | None:
     samples = [Sample(run, settings.slo) for run in runs]
     groups = _grouped(samples)
     closed = {name: group for name, group in groups.items() if name.startswith("closed")}
-    if not closed or not groups["open"] or not all(sum(s.totals.answered for s in g) for g in closed.values()):
+    answered = {name: group for name, group in closed.items() if any(s.totals.answer_tokens for s in group)}
+    if not answered or not groups["open"]:
         return None
-    saturating = max(closed, key=lambda name: _mean(s.totals.output_tokens for s in closed[name]))
+    saturating = max(answered, key=lambda name: _mean(s.totals.output_tokens for s in answered[name]))
     outcomes = [Outcome(s.load.rate or 0.0, s.num_requests, s.num_missed) for s in groups["open"]]
     rate = crossing(outcomes, settings.percentile)
     allowed = 1 - settings.percentile / 100

@@ -22,7 +22,7 @@ from octavo.jobs.cost.client import Asking, Measured, ServerError
 from octavo.jobs.cost.figures import figures_of
 from octavo.jobs.cost.loads import Run
 from octavo.jobs.cost.page import Wanted, make_page, points_csv
-from octavo.jobs.cost.plan import Settings, measure_server
+from octavo.jobs.cost.plan import PlanError, Settings, measure_server
 from octavo.jobs.cost.quality import CostQuality, of_answers, of_comparison, of_reference
 from octavo.jobs.cost.state import REPORT, Conditions, Recorded, ServerState, State, new_state, read_state
 from octavo.jobs.cost.targets import Target
@@ -163,7 +163,7 @@ def _measure(job: CostJob, around: Surroundings, state: State, number: int, targ
             server.done = True
             if asks:
                 _ask(job, state, server, measured, first=number == 0)
-    except ServerError as e:
+    except (ServerError, PlanError) as e:
         server.problem = str(e)
         around.say(f"{target.label}: {e}")
     _save(job, state)

@@ -19,6 +19,10 @@ TYPICAL_STEPS = 7  # of a bisection, for the estimate of the time
 Measure = Callable[[Load], Run]
 
 
+class PlanError(RuntimeError):
+    """The server can't be measured by this plan; the message is one line."""
+
+
 class Settings(msgspec.Struct, frozen=True):
     """How one server is measured. concurrency: ascending; the last one is to saturate the server."""
 
@@ -36,7 +40,10 @@ class Settings(msgspec.Struct, frozen=True):
 
 
 def measure_server(measure: Measure, settings: Settings) -> None:
-    """Put every load of the plan on a server. What comes next depends on what was measured and on nothing else."""
+    """Put every load of the plan on a server. What comes next depends on what was measured and on nothing else.
+
+    Raises PlanError.
+    """
     seeds = count(settings.seed)
 
     def closed() -> list[Run]:
@@ -50,7 +57,10 @@ def measure_server(measure: Measure, settings: Settings) -> None:
         return Outcome(rate, sample.num_requests, sample.num_missed)
 
     first = [Sample(run, settings.slo).totals for run in closed() if run.load.kind == "closed"]
-    start = max(run.output_tokens * run.answered / run.answer_tokens for run in first)
+    rates = [run.output_tokens * run.answered / run.answer_tokens for run in first if run.answer_tokens]
+    if not rates:
+        raise PlanError(f"no request was answered in loads of {settings.seconds:g} s: --seconds must be more")
+    start = max(rates)
     find_rate(at_rate, start, settings.percentile, settings.repetitions)
     for _ in range(settings.repetitions - 1):
         closed()
