@@ -45,6 +45,14 @@ def parse_goodput(text: str) -> tuple[str, float]:
     return name, number(float, Meta(gt=0))(value)
 
 
+def parse_thresholds(text: str) -> tuple[float, float]:
+    """'25,50'. Raises ValueError."""
+    parts = [number(float, Meta(gt=0))(part) for part in text.split(",")]
+    if len(parts) != 2 or parts[0] > parts[1]:
+        raise ValueError(f"{text!r} is not two numbers of milliseconds, the smaller first, such as 25,50")
+    return parts[0], parts[1]
+
+
 class BenchOptions(PromptOptions, frozen=True, kw_only=True):
     """All options, as given; `resolve` fills in the defaults that depend on other options."""
 
@@ -197,6 +205,21 @@ class BenchOptions(PromptOptions, frozen=True, kw_only=True):
     append_result: Annotated[
         bool, Meta(description="add the result as a line to a file of JSON lines, and make it if there is none")
     ] = False
+    plot: Annotated[
+        bool,
+        Meta(
+            description="write a page of charts, which needs no network, beside it: a timeline of requests, latencies "
+            "over time and their distributions, throughput, lengths",
+            extra={"aliases": ("--plot-timeline", "--plot-dataset-stats")},
+        ),
+    ] = False
+    timeline_itl_thresholds: Annotated[
+        tuple[float, float],
+        Meta(
+            description="gaps between tokens, in ms, that color the timeline: shorter, between, longer",
+            extra={"metavar": "MS,MS", "default": "25,50", "parse": parse_thresholds},
+        ),
+    ] = (25.0, 50.0)
     result_dir: Annotated[
         Path | None, Meta(description="where to write it", extra={"metavar": "DIR", "default": "here"})
     ] = None

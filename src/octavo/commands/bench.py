@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from octavo.bench import metrics as bench_metrics
 from octavo.bench import report as bench_report
@@ -46,6 +47,18 @@ def run(args: argparse.Namespace) -> int:
         return 1
 
 
+def _plotted(options: BenchOptions, measured: Measured, metrics: bench_metrics.Metrics, date: str) -> Path:
+    """Write the page of charts; returns its path."""
+    from octavo.bench.plots import page
+    from octavo.report.files import write_whole
+
+    path = bench_report.result_path(options, measured.model, date).with_suffix(".html")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    title = options.label or measured.model
+    write_whole(path, page(title, measured.asked, measured.result, metrics, options.timeline_itl_thresholds).to_html())
+    return path
+
+
 def _report(options: BenchOptions, measured: Measured) -> int:
     result = measured.result
     metrics = bench_metrics.measure(result, options.metric_percentiles, dict(options.goodput))
@@ -56,9 +69,11 @@ def _report(options: BenchOptions, measured: Measured) -> int:
     print("\n".join([*lines, *bench_report.notes(result)]), flush=True)
     for line in bench_report.failure_lines(result.records):
         print(f"{PROG}: {line}", file=sys.stderr)
+    content = bench_report.result_json(options, measured.model, result, metrics, prices)
     if options.save_result or options.append_result:
-        content = bench_report.result_json(options, measured.model, result, metrics, prices)
         print(f"written: {bench_report.save(content, options, measured.model)}")
+    if options.plot:
+        print(f"written: {_plotted(options, measured, metrics, content['date'])}")
     if result.num_unfinished:
         return 130
     return 1 if metrics.failed else 0

@@ -31,9 +31,10 @@ SAMPLING = ("temperature", "top_p", "top_k", "min_p", "frequency_penalty", "pres
 
 @dataclass(frozen=True)
 class Measured:
-    """A load that was measured, of which model."""
+    """A load that was measured, of which model; asked: in words, what it was asked."""
 
     model: str
+    asked: str
     result: LoadResult
 
 
@@ -60,7 +61,8 @@ async def _measure(options: BenchOptions) -> Measured:
         found = await make_prompts(options, client, model, _prompts_needed(options), rng)
         point = _point(options, found)
         warmup = _warmup_rule(options, point)
-        print(f"Model: {model}. Prompts: {found.how} Seed: {options.seed}. {warmup}", flush=True)
+        asked = f"Model: {model}. Prompts: {found.how} Seed: {options.seed}. {warmup}"
+        print(asked, flush=True)
         target = _target(options, model, found)
         prompts = _with_adapters(options, found.prompts, rng)
         warmups = prompts[: options.num_warmups]
@@ -69,7 +71,7 @@ async def _measure(options: BenchOptions) -> Measured:
             raise BenchError(f"{len(warmups)} prompts are all for --num-warmups {options.num_warmups}: none is left")
         if warmups:
             await _warm_up(options, client, target, warmups)
-        return Measured(model, await _load(options, client, target, prompts, point, rng))
+        return Measured(model, asked, await _load(options, client, target, prompts, point, rng))
     finally:
         client.close()
 
