@@ -142,19 +142,11 @@ def proofs(capability: int = 90) -> dict[str, Proof]:
     return {name: proof for name, proof in found.items() if capability >= 89 or not FP8_PRODUCTS.match(name)}
 
 
-ATTENDS_AS = {"_rope_decode": "_decode"}
-"""Kernels that attend, and round what they found, by another one's functions: together they have each branch once."""
-
-
-def features(proof: Proof) -> set[tuple[Any, ...]]:
-    """What a proof compiles: the kernel, the storage of each tensor, what is left out, and each flag's value.
-
-    All floats of 16 and 32 bits are one storage: they differ in a load's width.
-    """
+def features(proof: Proof) -> set[tuple[str | int, ...]]:
+    """What a proof compiles: the kernel, and the storage of each of its tensors that is narrower than a float."""
     name = proof.launch.kernel.__name__
-    kernel = ATTENDS_AS.get(name, name)
     floats = (torch.float16, torch.bfloat16, torch.float32)
-    found: set[tuple[Any, ...]] = {(name,)}
+    found: set[tuple[str | int, ...]] = {(name,)}
 
     def look(value: Any, *place: str | int) -> None:
         if isinstance(value, tuple):
@@ -162,13 +154,11 @@ def features(proof: Proof) -> set[tuple[Any, ...]]:
                 look(field, *place, i)
         elif isinstance(value, TensorDescriptor):
             look(value.base, *place, "described")
-        elif isinstance(value, Tensor):
-            found.add((kernel, *place, "a float" if value.dtype in floats else str(value.dtype)))
-        elif value is None or isinstance(value, bool | str | torch.dtype):
-            found.add((kernel, *place, value))
+        elif isinstance(value, Tensor) and value.dtype not in floats:
+            found.add((name, *place, str(value.dtype)))
 
-    for name, value in proof.launch.arguments.items():
-        look(value, name)
+    for argument, value in proof.launch.arguments.items():
+        look(value, argument)
     return found
 
 
@@ -178,7 +168,7 @@ def sample(found: dict[str, Proof]) -> list[str]:
     One whose features others had before, or have since, is left out.
     """
     of = {name: features(proof) for name, proof in found.items()}
-    left = set[tuple[Any, ...]]().union(*of.values())
+    left = set[tuple[str | int, ...]]().union(*of.values())
     chosen: set[str] = set()
     while left:
         name = max(of, key=lambda name: len(of[name] & left))
@@ -186,7 +176,7 @@ def sample(found: dict[str, Proof]) -> list[str]:
         left -= of[name]
     for name in of:
         others = chosen - {name}
-        if name in chosen and of[name] <= set[tuple[Any, ...]]().union(*(of[other] for other in others)):
+        if name in chosen and of[name] <= set[tuple[str | int, ...]]().union(*(of[other] for other in others)):
             chosen = others
     return [name for name in found if name in chosen]
 
@@ -304,7 +294,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--only", default="", metavar="EXPRESSION")
-    parser.add_argument("--sample", action="store_true", help="as few proofs as have every feature of each kernel")
+    parser.add_argument("--sample", action="store_true", help="as few as have every narrow storage of each kernel")
     parser.add_argument("--capability", type=int, default=90, choices=SHARED_MEMORY, help="of the card (default: 90)")
     args = parser.parse_args()
     known = proofs(args.capability)

@@ -1,7 +1,7 @@
 """Proofs compiled without a GPU: nothing spills, all fits into shared memory, products reach tensor cores.
 
-By default so many proofs are compiled for sm_90 that each kernel has each storage and each branch once, and a few for
-sm_80 and sm_89; `pytest -m slow` compiles every proof for all three. `golden/triton-VERSION.json` lists the tensor-core
+By default so many proofs are compiled for sm_90 that each kernel has each narrow storage once, and a few for sm_80 and
+sm_89; `pytest -m slow` compiles every proof for all three. `golden/triton-VERSION.json` lists the tensor-core
 instructions of each proof on sm_90.
 `python tests/kernels/compile/ahead.py tests/kernels/compile/golden/triton-VERSION.json` writes it anew.
 """
@@ -48,7 +48,7 @@ def compare_with_golden(facts: Facts) -> None:
     assert facts == {name: known[name] for name in facts}
 
 
-def test_each_storage_and_branch_of_a_kernel_compiles_as_it_must(tmp_path: Path) -> None:
+def test_each_storage_of_a_kernel_compiles_as_it_must(tmp_path: Path) -> None:
     facts = compile_all(tmp_path, "--sample")
     assert list(facts) == ahead.sample(ahead.proofs())
     assert objections(facts) == {}
