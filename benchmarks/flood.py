@@ -5,7 +5,8 @@
 
 Either so many connections ask again as soon as they are answered (--connections), or each request opens one of its own,
 all within a second (--within). Beside the servers stands a uvicorn whose application says nothing but 429: on a machine
-where client and server share the cores, no server of the kind is faster.
+where client and server share the cores, no server of the kind is faster. It is asked again while another process takes
+a core, as the engine of a server does that has 429 to say ("bare, busy").
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import multiprocessing
 import os
 import resource
 import statistics
@@ -124,9 +126,8 @@ def told(name: str, answers: list[Answered]) -> str:
     """What came, in one line."""
     refused = sorted(answer.seconds for answer in answers if answer.status == 429)
     num_served = sum(answer.status == 200 for answer in answers)
-    line = (
-        f"{name:8s} served {num_served:5d}, refused {len(refused):5d}, other {len(answers) - num_served - len(refused)}"
-    )
+    num_others = len(answers) - num_served - len(refused)
+    line = f"{name:10s} served {num_served:5d}, refused {len(refused):5d}, other {num_others}"
     if not refused:
         return line
     p99 = refused[int(0.99 * (len(refused) - 1))]
@@ -164,6 +165,23 @@ def all_running(args: argparse.Namespace) -> Iterator[dict[str, Running]]:
         yield {server.name: stack.enter_context(running(server, Path(logs) / server.name)) for server in servers}
 
 
+@contextlib.contextmanager
+def busy_core() -> Iterator[None]:
+    """A process that does nothing else than to take its core."""
+    process = multiprocessing.get_context("fork").Process(target=_spin, daemon=True)
+    process.start()
+    try:
+        yield
+    finally:
+        process.kill()
+        process.join()
+
+
+def _spin() -> None:
+    while True:
+        pass
+
+
 def port_of(server: Running) -> int:
     port = urlsplit(server.url).port
     assert port is not None
@@ -193,9 +211,11 @@ def main() -> None:
             for load in loads:
                 print("new connections within a second" if load is None else f"{load} connections", flush=True)
                 for name, server in servers.items():
-                    answers = uvloop.run(flood(port_of(server), request, args.requests, load))
-                    print(told(name, answers), flush=True)
-                    time.sleep(1)
+                    for beside in (False, True) if name == "bare" else (False,):
+                        with busy_core() if beside else contextlib.nullcontext():
+                            answers = uvloop.run(flood(port_of(server), request, args.requests, load))
+                        print(told(f"{name}, busy" if beside else name, answers), flush=True)
+                        time.sleep(1)
 
 
 if __name__ == "__main__":
