@@ -181,8 +181,8 @@ class Connection(HttpToolsProtocol):
             self.cycle.transport = self.transport
         if self._put_off is not None:
             self._start_put_off()
-        elif self._running is self.cycle and self._door is not None and not self.cycle.response_started:
-            self._door.hold(self.cycle.scope)  # type: ignore[arg-type]
+        elif self._running is self.cycle and self._unsent is None and not self.cycle.response_started:
+            self._hold(self.cycle)
         if self._unsent is not None and self._unsent[0] is self.cycle:
             self._send_unsent()
 
@@ -216,9 +216,13 @@ class Connection(HttpToolsProtocol):
         return True
 
     def _start(self, cycle: RequestResponseCycle, app: ASGIApp) -> None:
-        if self._door is not None and not cycle.more_body:
-            self._door.hold(cycle.scope)  # type: ignore[arg-type]
+        if not cycle.more_body:
+            self._hold(cycle)
         super()._start_asgi_task(cycle, app)  # type: ignore[arg-type]
+
+    def _hold(self, cycle: RequestResponseCycle) -> None:
+        if self._door is not None:
+            self._door.hold(cycle.scope)  # type: ignore[arg-type]
 
     def _start_put_off(self) -> None:
         """Start a request that was put off, unless it is to be refused by now."""

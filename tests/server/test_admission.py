@@ -203,6 +203,31 @@ def test_a_refused_client_keeps_its_connection_once_its_body_has_come() -> None:
         assert "Traceback" not in server.said
 
 
+def read_until(connection: socket.socket, words: bytes) -> bytes:
+    """What comes on a connection until it contains these words."""
+    said = b""
+    while words not in said:
+        piece = connection.recv(65536)
+        assert piece, said
+        said += piece
+    return said
+
+
+def test_a_refused_client_takes_no_place_that_is_free_by_the_time_of_its_body() -> None:
+    """Nobody would give it back: so many bodies that come late would leave the queue full for ever."""
+    request = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 4\r\n\r\nbo"
+    with serving(*FLAGS, "--engine-timeout", "300") as server, socket.socket() as late:
+        late.settimeout(PATIENCE)
+        late.connect(("127.0.0.1", int(server.url.rpartition(":")[2])))
+        with full(server):  # once what comes before it is answered, the request has been refused
+            late.sendall(b"GET /version HTTP/1.1\r\nhost: localhost\r\n\r\n" + request)
+            assert read_until(late, b'"version"').startswith(b"HTTP/1.1 200")
+        late.sendall(b"dy")
+        assert read_until(late, b'"queue_full"').startswith(b"HTTP/1.1 429")
+        with server.client() as client:
+            assert len(client.post(PATH, json=SHORT | {"n": 5}).json()["choices"]) == 5
+
+
 def test_of_a_burst_only_as_many_are_read_as_have_a_place() -> None:
     """All come while the server stands, and are found in one turn: bodies that are no JSON tell which it read."""
     request = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
