@@ -75,6 +75,29 @@ def test_requests_carry_the_sampling_and_the_adapters() -> None:
     assert said["chat_template_kwargs"] == {"enable_thinking": False}
 
 
+def test_requests_have_ids_and_the_load_a_profile(capsys: pytest.CaptureFixture[str]) -> None:
+    def script(asked: Asked) -> list[bytes]:
+        if asked.path.endswith("_profile"):
+            return whole({})
+        return completion(asked)
+
+    names = ("--model", "some/path", "--served-model-name", "name")
+    with serving(server_like_vllm(script)) as server:
+        assert bench(server, *SMALL, "--profile", "--request-id-prefix", "run-7-", *reversed_pairs(names)) == 0
+        asked = [one for one in server.asked if one.path != "/tokenize"]
+    assert [asked[0].path, asked[-1].path] == ["/start_profile", "/stop_profile"]
+    assert {one.headers["x-request-id"] for one in asked[1:-1]} == {f"run-7-{i}" for i in range(6)}
+    assert {one.json["model"] for one in asked[1:-1]} == {"name"}
+    with serving(server_like_vllm(lambda _: whole({"detail": "Not Found"}, "404 Not Found"))) as server:
+        assert bench(server, *SMALL, "--profile", "--model", "m") == 1
+    assert "POST /start_profile: HTTP 404: Not Found" in capsys.readouterr().err
+
+
+def reversed_pairs(words: tuple[str, ...]) -> list[str]:
+    """Flags with their values, the last first."""
+    return [word for i in range(len(words) - 2, -1, -2) for word in words[i : i + 2]]
+
+
 def test_a_rate_over_a_time_makes_its_own_number_of_prompts(capsys: pytest.CaptureFixture[str]) -> None:
     load = ("--request-rate", "100", "--max-seconds", "0.3", "--warmup-seconds", "0.1", "--num-warmups", "2")
     with serving(server_like_vllm(completion)) as server:

@@ -1,1 +1,1 @@
-"""A load generator for OpenAI-compatible servers, as a library: client, load, metrics, report."""
+"""A load generator for OpenAI-compatible servers, as a library: client, loads, workloads, traces, metrics, report."""

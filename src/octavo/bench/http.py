@@ -67,12 +67,14 @@ class Client:
         )
         self._idle: list[_Connection] = []
 
-    async def send(self, method: str, path: str, body: bytes, sink: Sink) -> Answer:
+    async def send(self, method: str, path: str, body: bytes, sink: Sink, headers: str = "") -> Answer:
         """Send a request; its body goes to `sink` as it arrives. Cancelling closes the connection.
+
+        headers: more of them for this request, each line ended by CRLF.
 
         Raises HttpError where no whole answer comes. A status that is no success is an answer.
         """
-        head = f"{method} {self._prefix}{path} HTTP/1.1\r\n{self._head}Content-Length: {len(body)}\r\n\r\n"
+        head = f"{method} {self._prefix}{path} HTTP/1.1\r\n{self._head}{headers}Content-Length: {len(body)}\r\n\r\n"
         request = head.encode() + body
         while self._idle:
             connection = self._idle.pop()

@@ -151,6 +151,7 @@ class Request:
     """A request, ready to be sent.
 
     follows  it is the next turn of the request before it, after `think` seconds
+    id       sent as X-Request-Id, if it has one
     stream   False: its answer is a whole JSON object, an embedding, and counts as one event without a token
     """
 
@@ -159,6 +160,7 @@ class Request:
     follows: bool = False
     think: float = 0.0
     stream: bool = True
+    id: str = ""
 
 
 @dataclass(frozen=True)
@@ -314,7 +316,8 @@ async def ask(client: Client, path: str, request: Request, intended: float | Non
     record.start = perf_counter()
     try:
         async with asyncio.timeout(ANSWER_SECONDS):
-            answer = await client.send("POST", path, request.body, sink)
+            headers = f"X-Request-Id: {request.id}\r\n" if request.id else ""
+            answer = await client.send("POST", path, request.body, sink, headers)
     except TimeoutError:
         record.error = f"no end of the answer within {ANSWER_SECONDS / 3600:.0f} h"
     except HttpError as e:

@@ -111,6 +111,17 @@ class BenchOptions(PromptOptions, frozen=True, kw_only=True):
         ),
     ] = 0
 
+    request_id_prefix: Annotated[
+        str,
+        Meta(
+            description="send X-Request-Id: this and the request's number",
+            extra={"metavar": "TEXT", "default": "no ids"},
+        ),
+    ] = ""
+    profile: Annotated[
+        bool, Meta(description="ask the server for a profile of the load: POST /start_profile and /stop_profile")
+    ] = False
+
     # sampling
     ignore_eos: Annotated[
         bool | None,

@@ -38,6 +38,7 @@ from octavo.bench.prompts import Prompt, messages
 class Target:
     """How a model is asked: by chat, completions or for embeddings, and what stands in each request beside its prompt.
 
+    request_id_prefix: what the id of each request begins with, before its number; '' for no ids
     ignore_eos: generate as many tokens as are asked for; vLLM, SGLang, llama.cpp and octavo know it, OpenAI doesn't.
     """
 
@@ -47,6 +48,7 @@ class Target:
     extra_body: Mapping[str, Any] = field(default_factory=dict)
     endpoint: str = ""
     embeddings: bool = False
+    request_id_prefix: str = ""
 
     @property
     def path(self) -> str:
@@ -170,6 +172,8 @@ async def run_point(
         raise ValueError("a load of no prompts has nothing to measure")
     used, arrivals = _arrivals(prompts, point, rng)
     requests = [target.request(prompt) for prompt in used]
+    if target.request_id_prefix:
+        requests = [replace(request, id=f"{target.request_id_prefix}{i}") for i, request in enumerate(requests)]
     schedule = Schedule(arrivals, point.concurrency, point._sending)
     result = await run_load(client, target.path, requests, schedule, stop=stop, on_done=on_done)
     return _measured(result, point)

@@ -49,8 +49,12 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
         str | None,
         Meta(
             description="the name that the server knows it by",
-            extra={"default": "the first of /v1/models", "aliases": ("--served-model-name",)},
+            extra={"default": "the first of /v1/models"},
         ),
+    ] = None
+    served_model_name: Annotated[
+        str | None,
+        Meta(description="that name, where --model is a path, as in vLLM", extra={"default": "--model"}),
     ] = None
     api_key: Annotated[
         str | None,
@@ -72,6 +76,11 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
             extra={"metavar": "SECONDS", "default": "it must be there"},
         ),
     ] = 0
+
+    @property
+    def model_name(self) -> str | None:
+        """The model's name in requests, where it is given."""
+        return self.served_model_name or self.model
 
     @property
     def chat(self) -> bool:

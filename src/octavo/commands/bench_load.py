@@ -78,8 +78,8 @@ async def _measure(options: BenchOptions) -> Measured:
 
 async def model_of(options: ServerOptions, client: Client) -> str:
     """The model's name, once the server is ready."""
-    if options.model is not None and not options.ready_check_timeout_sec:
-        return options.model
+    if options.model_name is not None and not options.ready_check_timeout_sec:
+        return options.model_name
     deadline = perf_counter() + options.ready_check_timeout_sec
     while True:
         try:
@@ -89,7 +89,7 @@ async def model_of(options: ServerOptions, client: Client) -> str:
                 raise
             await asyncio.sleep(READY_POLL_SECONDS)
         else:
-            return options.model or first
+            return options.model_name or first
 
 
 def _prompts_needed(options: BenchOptions) -> int:
@@ -148,6 +148,7 @@ def _target(options: BenchOptions, model: str, found: PromptSet) -> Target:
         extra_body=body | options.extra_body,
         endpoint=options.path,
         embeddings=options.backend == "openai-embeddings",
+        request_id_prefix=options.request_id_prefix,
     )
 
 
@@ -186,8 +187,14 @@ async def _load(
 ) -> LoadResult:
     """The measurement itself, which the first Ctrl-C ends early."""
     stop = asyncio.Event()
-    with _progress(options, len(prompts)) as on_done, first_interrupt(stop.set):
-        return await run_point(client, target, prompts, point, rng=rng, stop=stop, on_done=on_done)
+    if options.profile:
+        await client.json("POST", "/start_profile")
+    try:
+        with _progress(options, len(prompts)) as on_done, first_interrupt(stop.set):
+            return await run_point(client, target, prompts, point, rng=rng, stop=stop, on_done=on_done)
+    finally:
+        if options.profile:
+            await client.json("POST", "/stop_profile")
 
 
 @contextmanager
