@@ -5,6 +5,7 @@
 # make test-ray  octavo on a Ray cluster of two nodes on this machine, in an environment of its own, .ray
 # make clients  real clients and coding agents against a server: installs them in .clients, with npm and uv, and runs them
 # make gateways  sglang-router and vllm-router before two servers: installs them in .gateways and runs them
+# make test-page  the server's page in Debian's chromium: installs selenium, and axe-core with npm in .page, and runs it
 # make test-scale  chart, compose, dashboards and alerts by their own tools: needs Debian's prometheus and docker-compose
 # make test-image  the CPU image built without a daemon, and run: as root, with Debian's buildah and debootstrap
 # make gpu    on a machine with a GPU, in PYTHON's own environment: tests, tables of kernels and steps
@@ -15,7 +16,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo docs test test-ray test-scale test-image clients gateways gpu check clean
+.PHONY: install demo docs test test-ray test-page test-scale test-image clients gateways gpu check clean
 
 install: $(INSTALLED)
 
@@ -58,6 +59,11 @@ clients: $(INSTALLED)
 	cp tests/clients/package.json .clients/
 	npm install --prefix .clients --no-audit --no-fund --silent
 	$(BIN)/python -m pytest -m slow tests/clients
+
+test-page: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed --editable '.[browser]'
+	npm install --prefix .page --no-audit --no-fund --silent axe-core@4
+	$(BIN)/python -m pytest -m slow tests/server/test_page_browser.py
 
 test-scale: $(INSTALLED)
 	$(BIN)/python -m pytest -m 'slow or not slow' --ignore tests/deploy/test_image_build.py tests/deploy

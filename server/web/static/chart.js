@@ -42,7 +42,7 @@ export class Chart {
     this.plot = new uPlot({
       width,
       height: 170,
-      padding: [8, 10, 0, 0],
+      padding: [8, 28, 0, 0],
       legend: { show: false },
       cursor: { y: false, sync: { key: "octavo" }, drag: { x: false, y: false } },
       scales: { x: { range: (_, low, high) => [high - this.seconds, high] }, y: { range: (_, low, high) => [Math.min(0, low ?? 0), high > 0 ? high * 1.1 : 1] } },

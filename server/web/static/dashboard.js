@@ -12,7 +12,7 @@ const FIRST = "vllm:time_to_first_token_seconds";
 const EACH = "vllm:request_time_per_output_token_seconds";
 
 const number = (value) => (value >= 100 ? Math.round(value).toLocaleString("en") : String(Number(value.toPrecision(3))));
-const share = (value) => `${(100 * value).toFixed(value > 0 && value < 0.1 ? 1 : 0)} %`;
+const share = (value) => `${Number((100 * value).toPrecision(value < 0.1 ? 2 : 3))} %`;
 const duration = (seconds) => {
   if (seconds === null || seconds === undefined) return "–";
   return seconds < 1 ? `${number(1000 * seconds)} ms` : `${number(seconds)} s`;
@@ -171,7 +171,7 @@ export class Dashboard {
       ["A million output tokens", million(output)],
       ["A million tokens, prompt and output", million(output + prompt)],
       ["A day", dollars(24 * hourly)],
-      ["A day at this rate makes", `${number((86400 * output) / 1e6)} M output tokens`],
+      ["A day at this rate makes", `${number((86400 * output) / 1e6)} M tokens`],
     ]);
   }
 
