@@ -20,6 +20,7 @@ import asyncio
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from time import perf_counter
 from typing import Any
 
@@ -260,7 +261,7 @@ class _Load:
         arrivals = self._schedule.arrivals
         firsts = [i for i, request in enumerate(self._requests) if not request.follows or i == 0]
         async with asyncio.TaskGroup() as group:
-            for first, end in zip(firsts, [*firsts[1:], len(self._requests)], strict=True):
+            for first, end in pairwise([*firsts, len(self._requests)]):
                 if arrivals is None:
                     group.create_task(self._closed(range(first, end)))
                     continue
