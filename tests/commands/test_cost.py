@@ -23,12 +23,13 @@ SLO = {"ttft": 60.0}
 
 
 class Queue:
-    """Answers one request at a time, after SERVICE seconds; `stall` is when it does nothing, from its first request."""
+    """Answers one request at a time, after SERVICE seconds; before number `stalled`, `stall` seconds pass."""
 
-    def __init__(self, stall: tuple[float, float] = (0.0, 0.0)) -> None:
+    def __init__(self, stalled: int = -1, stall: float = 0.0) -> None:
         self._lock = asyncio.Lock()
+        self._stalled = stalled
         self._stall = stall
-        self._begun = 0.0
+        self._count = 0
 
     def __call__(self, asked: Asked) -> Iterable[bytes] | AsyncIterator[bytes]:
         if asked.path == "/v1/models":
@@ -47,13 +48,9 @@ class Queue:
         return {"choices": [{"text": "", "prompt_logprobs": [None, *rows[1:]]}]}
 
     async def _answer(self, asked: Asked) -> AsyncIterator[bytes]:
-        loop = asyncio.get_running_loop()
-        self._begun = self._begun or loop.time()
         async with self._lock:
-            since = loop.time() - self._begun
-            if self._stall[0] <= since < self._stall[1]:
-                await asyncio.sleep(self._stall[1] - since)
-            await asyncio.sleep(SERVICE)
+            await asyncio.sleep(SERVICE + (self._stall if self._count == self._stalled else 0.0))
+            self._count += 1
         count = asked.json["max_tokens"]
         words = len(asked.json["prompt"].split()) + 1
         events = [event(text(" word"))] * (count - 1) + [
@@ -101,13 +98,21 @@ def test_a_closed_load_finds_the_rate_of_the_server() -> None:
 
 
 def test_an_open_load_sends_at_its_times_and_counts_from_them() -> None:
-    """A server that stalls for 0.4 s: a request that was meant to be sent then has waited the rest of it."""
-    with serving(Queue(stall=(0.4, 0.8))) as server, measuring(server) as measured:
+    """A request that was meant to be sent while the server stalled has waited until the stalled one was answered."""
+    with serving(Queue(stalled=8, stall=0.5)) as server, measuring(server) as measured:
         run = measured.measure(Load("open", 1.2, 1, rate=20.0))
-    waited = [ttft for at, ttft in zip(run.answers.at, run.answers.ttft, strict=True) if 0.45 < at < 0.6]
-    assert waited
-    assert min(waited) > 150
-    assert Sample(run, SLO).num_missed >= len(waited)
+    requests = sorted(zip(run.answers.at, run.answers.ttft, strict=True))
+    at, ttft = next(request for request in requests if request[1] > 500)
+    behind = [request for request in requests if at < request[0] < at + 0.4]
+    assert len(behind) >= 3
+    assert all(own_at * 1e3 + own_ttft > at * 1e3 + ttft for own_at, own_ttft in behind)
+    assert Sample(run, SLO).num_missed > len(behind)
+
+
+def test_a_load_so_small_that_no_request_comes_is_one_without_requests() -> None:
+    with serving(Queue()) as server, measuring(server) as measured:
+        run = measured.measure(Load("open", 0.2, 1, rate=0.01))
+    assert Sample(run, SLO).num_requests == 0
 
 
 def test_requests_that_fail_or_never_end_are_beyond_the_slo() -> None:
@@ -118,7 +123,7 @@ def test_requests_that_fail_or_never_end_are_beyond_the_slo() -> None:
     sample = Sample(run, SLO)
     assert 0 < sample.num_requests == sample.num_missed == len(run.failed_in)
     assert run.errors == ["HTTP 500: out of order"]
-    with serving(Queue(stall=(0.0, 60.0))) as server, measuring(server) as measured:
+    with serving(Queue(stalled=0, stall=60.0)) as server, measuring(server) as measured:
         run = measured.measure(Load("open", 0.3, 1, rate=30.0))
     assert not run.answers.at
     assert Sample(run, SLO).num_missed > 0

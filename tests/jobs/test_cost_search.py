@@ -73,4 +73,5 @@ def test_measurements_that_contradict_each_other_are_pooled() -> None:
     assert 9.0 < crossing(bad, 99.0) < 10.0
     assert 9.0 < crossing(lucky, 99.0) < 10.1
     assert crossing([Outcome(8.0, 100, 90)], 99.0) == 0.0
+    assert crossing([Outcome(8.0, 0, 0)], 99.0) == 8.0
     assert crossing([Outcome(8.0, 1000, 0), Outcome(9.0, 1000, 0)], 99.0) == 9.0

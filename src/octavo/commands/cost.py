@@ -179,6 +179,19 @@ class CostOptions(msgspec.Struct, frozen=True, kw_only=True):
     eval_tokens: Annotated[
         int, Meta(ge=2, description="tokens of octavo's held-out text to measure on", extra={"metavar": "N"})
     ] = 2048
+    tasks: Annotated[
+        list[str],
+        Meta(
+            description="tasks of lm-eval, to be run on each server; lm-eval[api] must be installed beside octavo",
+            extra={"metavar": "TASK", "default": "none"},
+        ),
+    ] = []
+    tasks_path: Annotated[Path | None, Meta(description="a folder of tasks of your own", extra={"metavar": "DIR"})] = (
+        None
+    )
+    tasks_limit: Annotated[
+        int | None, Meta(ge=1, description="documents of each task", extra={"metavar": "N", "default": "all"})
+    ] = None
     max_kl: Annotated[
         float,
         Meta(
@@ -241,6 +254,7 @@ def _job(options: CostOptions, serve_flags: tuple[str, ...]) -> CostJob:
     from octavo.jobs.cost.job import CostJob, check_targets
     from octavo.jobs.cost.plan import Settings
     from octavo.jobs.cost.targets import parse_targets
+    from octavo.jobs.cost.tasks import Tasks, is_installed, missing_tasks
 
     slo = dict(options.slo or [("ttft", 500.0), ("tpot", 50.0)])
     settings = Settings(
@@ -259,6 +273,8 @@ def _job(options: CostOptions, serve_flags: tuple[str, ...]) -> CostJob:
         input_len=options.input_len,
         output_len=options.output_len,
     )
+    if options.tasks and not is_installed():
+        raise CostError(missing_tasks(options.tasks))
     job = CostJob(
         targets=tuple(parse_targets(options.models)),
         output=options.output,
@@ -268,6 +284,7 @@ def _job(options: CostOptions, serve_flags: tuple[str, ...]) -> CostJob:
         serve_flags=serve_flags,
         eval_tokens=options.eval_tokens,
         quality=options.quality,
+        tasks=Tasks(tuple(options.tasks), options.tasks_path, options.tasks_limit),
         api_key=options.api_key or os.environ.get("OPENAI_API_KEY"),
         served_name=options.served_model_name,
         overwrite=options.overwrite,
@@ -300,7 +317,7 @@ def _surroundings() -> Iterator[Surroundings]:
     from octavo.jobs.cost.job import Surroundings
 
     with progress_bar("loads") as bar:
-        yield Surroundings(serve=_served, octavo=_child, progress=bar.progress, say=bar.say)
+        yield Surroundings(serve=_served, octavo=_octavo, program=_program, progress=bar.progress, say=bar.say)
 
 
 @contextmanager
@@ -317,12 +334,16 @@ def _served(*words: str) -> Iterator[OwnServer]:
         raise ServerError(str(e)) from e
 
 
-def _child(words: Sequence[str]) -> tuple[int, str]:
+def _octavo(words: Sequence[str]) -> tuple[int, str]:
     """`octavo WORDS` to its end: its exit code and the last line that it wrote to stderr."""
-    command = [sys.executable, "-m", "octavo", *words]
-    process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+    return _program([sys.executable, "-m", "octavo", *words], None)
+
+
+def _program(words: Sequence[str], api_key: str | None) -> tuple[int, str]:
+    """The same of any program, which finds the key where OpenAI's clients look for it."""
+    environment = os.environ | ({"OPENAI_API_KEY": api_key} if api_key else {})
+    null = subprocess.DEVNULL
+    process = subprocess.Popen(words, stdin=null, stdout=null, stderr=subprocess.PIPE, text=True, env=environment)
     try:
         _, errors = process.communicate()
     except BaseException:

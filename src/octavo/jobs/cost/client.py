@@ -63,12 +63,18 @@ class Asking:
 
 
 class Measured:
-    """A server under measurement. `measure` is what the plan calls. Close it by `with`."""
+    """A server under measurement. `measure` is what the plan calls. Close it by `with`.
+
+    url      without /v1
+    model    what the server calls its model
+    """
 
     def __init__(
         self, url: str, api_key: str | None, asking: Asking, *, model: str | None = None, pid: int | None = None
     ) -> None:
         self._runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
+        self.url = url.rstrip("/").removesuffix("/v1")
+        self.api_key = api_key
         self._client = Client(url, {"Authorization": f"Bearer {api_key}"} if api_key else {})
         self._asking = asking
         self._pid = pid

@@ -26,6 +26,7 @@ from octavo.jobs.cost.plan import PlanError, Settings, measure_server
 from octavo.jobs.cost.quality import CostQuality, of_answers, of_comparison, of_reference
 from octavo.jobs.cost.state import REPORT, Conditions, Recorded, ServerState, State, new_state, read_state
 from octavo.jobs.cost.targets import Target
+from octavo.jobs.cost.tasks import NO_TASKS, Tasks, read_results
 from octavo.jobs.cost.wording import duration
 from octavo.quant.hub import resolve_model
 from octavo.report.files import write_whole
@@ -52,12 +53,14 @@ class Surroundings:
 
     serve     `octavo serve WORDS` until the block ends; waiting for it raises ServerError with the end of its log
     octavo    `octavo WORDS` to its end, in a process of its own; returns its exit code and its last line of errors
+    program   the same of a command line of another program, with an API key for the server that it asks
     progress  called with (done, total, what)
     say       a line for the user
     """
 
     serve: Callable[..., AbstractContextManager[StartedServer]]
     octavo: Callable[[Sequence[str]], tuple[int, str]]
+    program: Callable[[Sequence[str], str | None], tuple[int, str]]
     progress: Callable[[float, float, str], None]
     say: Callable[[str], None]
 
@@ -74,6 +77,7 @@ class CostJob:
     serve_flags: tuple[str, ...] = ()
     eval_tokens: int = 2048
     quality: bool = True
+    tasks: Tasks = NO_TASKS
     api_key: str | None = None
     served_name: str | None = None
     overwrite: bool = False
@@ -144,7 +148,8 @@ def _measure(job: CostJob, around: Surroundings, state: State, number: int, targ
     """All loads of one model, and what its server says of the text, where that is how quality is compared."""
     server = state.server(target.label)
     asks = job.quality and any(other.kind == "server" for other in job.targets)
-    if server.done and (server.answered is not None or not asks):
+    unasked = asks and server.answered is None
+    if server.done and not unasked and not set(job.tasks.names) - set(server.tasks):
         return
     server.problem = None
     left = max(0.0, job.seconds - len(server.runs) * (job.settings.seconds + DRAIN_SECONDS))
@@ -161,8 +166,10 @@ def _measure(job: CostJob, around: Surroundings, state: State, number: int, targ
             measured.warm_up(job.settings.concurrency[-1], job.settings.seed)
             measure_server(Recorded(server, measured.measure, kept), job.settings)
             server.done = True
-            if asks:
+            if unasked:
                 _ask(job, state, server, measured, first=number == 0)
+            if set(job.tasks.names) - set(server.tasks):
+                _run_tasks(job, around, server, measured, target)
     except (ServerError, PlanError) as e:
         server.problem = str(e)
         around.say(f"{target.label}: {e}")
@@ -231,6 +238,21 @@ def _ask(job: CostJob, state: State, server: ServerState, measured: Measured, *,
     if first or server.quality is None:
         reference = state.servers[0].answered
         server.quality = of_answers(server.answered, reference)
+
+
+def _run_tasks(job: CostJob, around: Surroundings, server: ServerState, measured: Measured, target: Target) -> None:
+    """lm-eval's tasks, with the tokenizer of this checkpoint, or of the first one where the server is somebody's."""
+    checkpoint = next((each for each in (target, *job.targets) if each.kind != "server"), None)
+    tokenizer = measured.model if checkpoint is None else resolve_model(checkpoint.model)
+    around.say(f"{target.label}: {', '.join(job.tasks.names)} by lm-eval")
+    with tempfile.TemporaryDirectory() as folder:
+        words = job.tasks.command(measured.url, measured.model, tokenizer, Path(folder))
+        code, error = around.program(words, measured.api_key)
+        try:
+            server.tasks = read_results(Path(folder))
+            server.tasks_problem = None
+        except ValueError as e:
+            server.tasks_problem = f"{e}; it ended with {code}: {error}"
 
 
 def _compare_checkpoints(job: CostJob, around: Surroundings, state: State) -> None:

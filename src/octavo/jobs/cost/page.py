@@ -9,6 +9,7 @@ from octavo.jobs.cost.choice import Choice, choose
 from octavo.jobs.cost.curves import charts
 from octavo.jobs.cost.figures import Question
 from octavo.jobs.cost.method import measuring_rules, noise, price_rules
+from octavo.jobs.cost.quality import CostQuality
 from octavo.jobs.cost.state import ServerState, State
 from octavo.jobs.cost.statistics import Interval
 from octavo.jobs.cost.wording import cell, dollars, figure, percent, slo_in_words, whole
@@ -214,10 +215,10 @@ def _comparison(servers: Sequence[ServerState], wanted: Wanted) -> tuple[Section
 
 def _quality(servers: Sequence[ServerState]) -> Table:
     rows: list[tuple[Content, ...]] = []
-    tasks = sorted({task for server in servers if server.quality for task in server.quality.tasks})
+    tasks = sorted({task for server in servers for task in server.tasks})
     for server in servers:
-        quality = server.quality
-        if quality is None:
+        quality = server.quality or CostQuality()
+        if server.quality is None and not server.tasks:
             continue
         rows.append(
             (
@@ -225,7 +226,7 @@ def _quality(servers: Sequence[ServerState]) -> Table:
                 cell(quality.perplexity),
                 cell(quality.kl),
                 percent(quality.top1),
-                *(percent(quality.tasks.get(task)) for task in tasks),
+                *(percent(server.tasks.get(task)) for task in tasks),
                 Cell(f"{quality.num_tokens:,}" if quality.num_tokens else "–", quality.how),
                 quality.missing,
             )
@@ -267,6 +268,8 @@ def _problems(servers: Sequence[ServerState]) -> tuple[Section, ...]:
             lines.append(f"{server.label}: every rate that was tried keeps the SLO; the limit is above them.")
         if server.figures is not None and not server.figures.keeps_slo:
             lines.append(f"{server.label}: no rate that was tried keeps the SLO; a loaded server is not the reason.")
+        if server.tasks_problem:
+            lines.append(f"{server.label}: {server.tasks_problem}")
         if not server.done and not server.problem:
             lines.append(f"{server.label}: not measured to the end; the same command goes on with it.")
     return (Section("What went wrong", (Items(tuple(lines)),)),) if lines else ()

@@ -31,7 +31,6 @@ class CostQuality(msgspec.Struct, frozen=True, omit_defaults=True):
     perplexity: Interval | None = None
     kl: Interval | None = None
     top1: Interval | None = None
-    tasks: dict[str, Interval] = {}
     passed: bool | None = None
     max_kl: float | None = None
     missing: str = ""

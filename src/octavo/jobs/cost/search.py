@@ -95,8 +95,8 @@ def crossing(outcomes: Sequence[Outcome], percentile: float) -> float:
     # a share of nothing has no logarithm: half a request more, or a quarter of what may miss
     over = [math.log((missed + min(0.5, count * allowed / 4)) / (count * allowed)) for count, _, missed in pools]
     over = list(accumulate(over, max))
+    if not over or over[-1] <= 0:
+        return max(outcome.rate for outcome in outcomes)
     if over[0] > 0:
         return 0.0
-    if over[-1] <= 0:
-        return max(outcome.rate for outcome in outcomes)
     return float(np.exp(np.interp(0.0, over, [log_rate / count for count, log_rate, _ in pools])))

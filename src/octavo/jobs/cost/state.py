@@ -19,6 +19,7 @@ from octavo.jobs.cost.loads import Load, Run
 from octavo.jobs.cost.machine import MachineFacts, machine_facts
 from octavo.jobs.cost.plan import Settings
 from octavo.jobs.cost.quality import Answered, CostQuality
+from octavo.jobs.cost.statistics import Interval
 from octavo.version import VERSION
 
 SCHEMA_VERSION = 1
@@ -35,6 +36,7 @@ class ServerState(msgspec.Struct, omit_defaults=True):
     model        what the server calls it; how: what it is, for a reader
     start_seconds  from the start of the process to its first /health
     answered     what its server says of the text, where a server of somebody's is compared
+    tasks        of lm-eval, and its results; tasks_problem: why there are none
     done         the plan is at its end
     problem      why nothing, or not everything, was measured
     """
@@ -46,6 +48,8 @@ class ServerState(msgspec.Struct, omit_defaults=True):
     runs: list[Run] = []
     quality: CostQuality | None = None
     answered: Answered | None = None
+    tasks: dict[str, Interval] = {}
+    tasks_problem: str | None = None
     done: bool = False
     problem: str | None = None
     figures: Figures | None = None
