@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -112,3 +114,38 @@ def test_inspect_refuses_a_device_that_is_none(fixtures: Path, capsys: pytest.Ca
     with pytest.raises(SystemExit):
         main(["inspect", str(fixtures / "tiny"), "--device", "cuda:H100"])
     assert "'cuda:H100' is none of auto, cpu, cuda and such as cuda:9.0" in capsys.readouterr().err
+
+
+def test_the_page_has_what_the_table_has(fixtures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It needs nothing else, names no path of this machine, and lets no name out of a checkpoint be HTML."""
+    model = tmp_path / "<i>tiny"
+    shutil.copytree(fixtures / "tiny--gptqmodel-w3g32", model)
+    config = json.loads((model / "config.json").read_text("utf-8"))
+    (model / "config.json").write_text(json.dumps(config | {"architectures": ["<script>alert(1)</script>"]}), "utf-8")
+    page = tmp_path / "page.html"
+    assert main(["inspect", str(model), "--device", "cpu", "--json", "--html", str(page)]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    text = page.read_text("utf-8")
+    for row in facts["layers"]:
+        cells = (row["kind"].removeprefix("model."), row["scheme"], f"{row['count']}", f"{row['parameters']:,}")
+        assert "".join(f"<td>{cell}</td>" for cell in cells) in text
+        assert html.escape(row["reason"] or "") in text
+    assert f"{facts['to_serve']['weight_bytes'] / 1e6:,.1f} MB" in text
+    assert "<h1>&lt;i&gt;tiny</h1>" in text
+    assert "&lt;script&gt;alert(1)" in text
+    for forbidden in ("<script", "http:", "https:", "src=", "<link", str(tmp_path)):
+        assert forbidden not in text
+
+
+def test_the_page_says_why_a_model_is_not_served(
+    fixtures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(fixtures / "tiny", model)
+    config = json.loads((model / "config.json").read_text("utf-8"))
+    (model / "config.json").write_text(json.dumps(config | {"hidden_size": "wide"}), "utf-8")
+    assert main(["inspect", str(model), "--json", "--html", str(tmp_path / "page.html")]) == 0
+    problem = json.loads(capsys.readouterr().out)["to_serve"]["problem"]
+    assert f"Not served by octavo&#x27;s decoder: {html.escape(problem)}" in (tmp_path / "page.html").read_text("utf-8")
+    assert main(["inspect", str(fixtures / "tiny"), "--html", str(tmp_path / "none" / "page.html")]) == 1
+    assert "No such file or directory" in capsys.readouterr().err

@@ -59,6 +59,7 @@ class InspectOptions(msgspec.Struct, frozen=True):
         ),
     ] = "auto"
     json: Annotated[bool, Meta(description="print JSON instead of tables", extra={"default": "tables"})] = False
+    html: Annotated[Path | None, Meta(description="write a page there too", extra={"metavar": "OUT"})] = None
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -78,6 +79,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         checkpoint = Checkpoint.open(resolve_model(options.model, options.revision), LAYOUTS)
         facts = inspect(checkpoint, options.device)
+        if options.html is not None:
+            _write_page(options.html, facts, options.model)
     except (CheckpointError, FormatError, OSError, DeviceError) as e:
         print(f"octavo inspect: {one_line(e)}", file=sys.stderr)
         return 1
@@ -86,6 +89,14 @@ def run(args: argparse.Namespace) -> int:
     else:
         _print(facts, options.model)
     return 0
+
+
+def _write_page(out: Path, facts: dict[str, Any], model: str) -> None:
+    from octavo.calibration.report.files import write_whole
+    from octavo.commands.inspect_page import inspect_page
+
+    path = Path(model).expanduser()
+    write_whole(out, inspect_page(facts, path.resolve().name if path.is_dir() else model))
 
 
 class DeviceError(ValueError):
