@@ -18,6 +18,7 @@ COMMANDS = {
     "serve": "serve a checkpoint behind an OpenAI-compatible HTTP server",
     "run-batch": "answer a file of requests, and go on with it where it was",
     "bench": "measure a running server: throughput, latency, dollars per million tokens",
+    "top": "watch a running server: tokens per second, latencies, queue and caches",
     "cost": "say what a million tokens costs: load within an SLO, quality and dollars, in one report",
     "inspect": "say what is in a checkpoint, and what it needs to serve",
     "chat": "talk to a model in the terminal",

@@ -22,6 +22,7 @@ from octavo.commands.convert import ConvertOptions
 from octavo.commands.cost import CostOptions
 from octavo.commands.eval import EvalOptions
 from octavo.commands.inspect import InspectOptions
+from octavo.commands.top import TopOptions
 from octavo.flags import Flag, flags_of, markdown
 from octavo.jobs.calibration_data import DataOptions
 
@@ -41,6 +42,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "serve": lambda: markdown(serve_flags.FLAGS),
     "run-batch": lambda: markdown(run_batch.FLAGS),
     "bench": lambda: markdown(flags_of(BenchOptions)),
+    "top": lambda: markdown(flags_of(TopOptions)),
     "bench latency": lambda: markdown(bench_only(LatencyOptions)),
     "bench startup": lambda: markdown(flags_of(StartupOptions)),
     "bench sweep": lambda: markdown(bench_only(SweepOptions)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import select
 import subprocess
@@ -33,6 +34,7 @@ class Terminal:
         )
         os.close(inner)
         self.printed = ""
+        self._decoder = codecs.getincrementaldecoder("utf-8")()  # a piece may end within a character
 
     def press(self, keys: str) -> None:
         """Ctrl-C when the program waits: CPython's input() loses one between its prompt and its wait for keys."""
@@ -81,7 +83,7 @@ class Terminal:
             piece = os.read(self._fd, 65536)
         except OSError:  # Linux's way to say that nobody holds the other side any more
             return False
-        self.printed += piece.decode().replace("\r\n", "\n")
+        self.printed += self._decoder.decode(piece).replace("\r\n", "\n")
         return bool(piece)
 
 
