@@ -21,11 +21,12 @@ pygments_dark_style = "monokai"
 
 
 def lead_to_site(*event: Any) -> None:
-    """Let the front door of the repository lead to its other texts as they stand on the site."""
-    content: list[str] = event[-1]  # behind the application, the file and the page that includes it
-    content[0] = content[0].replace("](CONTRIBUTING.md)", "](contributing.md)")
+    """Let links lead to a text of the repository's root where it stands on the site."""
+    content: list[str] = event[-1]  # behind the application, and the names of the page and of what it includes
+    content[0] = content[0].replace("](CONTRIBUTING.md)", "](contributing.md)").replace("](../README.md", "](index.md")
 
 
 def setup(app: Sphinx) -> None:
     """Sphinx calls this."""
+    app.connect("source-read", lead_to_site)
     app.connect("include-read", lead_to_site)

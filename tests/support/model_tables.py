@@ -1,0 +1,105 @@
+"""The tables of docs/models.md and docs/formats.md, made from the registry of families and the table of kernels.
+
+A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`; `python tests/support/model_tables.py` writes
+all of them anew.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+
+from octavo.quant.kernel import LayerShape
+from octavo.quant.kernel_table import choose_kernel
+from octavo.quant.scheme import PRESETS
+from octavo.quant.target import Target
+from octavo.runtime.model.families.family import Architecture
+from octavo.runtime.model.families.registry import ARCHITECTURES, VISION
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+TABLE = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+NORMS = {"pre": "before", "sandwich": "before and after", "post": "after"}
+QK_NORMS = {None: "", "head": "each head", "width": "all heads together"}
+WINDOWS = {"none": "", "all": "all layers", "layer_types": "as the config says"}
+EXPERTS = {"none": "", "all": "all layers", "sparse_step": "as the config says"}
+
+BF16 = torch.bfloat16
+TARGETS = {
+    "CPU with AVX-512 VNNI and BF16": Target(torch.device("cpu"), BF16, has_dot_products=True),
+    "other CPU": Target(torch.device("cpu"), BF16),
+    "GPU of 8.0 to 8.8": Target(torch.device("cuda"), BF16, 80),
+    "GPU from 8.9 up": Target(torch.device("cuda"), BF16, 89),
+}
+SHAPE = LayerShape(4096, 4096)
+
+
+def architectures() -> str:
+    """What octavo's decoder serves, by model_type."""
+    outer = {text: name for name, text in VISION.items()}
+    heads = ("`model_type`", "norms", "q and k normalized over", "sliding window", "experts")
+    rows = [
+        (
+            f"`{name}`" + (f", also the text part of `{outer[name]}`" if name in outer else ""),
+            *_traits(architecture),
+        )
+        for name, architecture in sorted(ARCHITECTURES.items())
+    ]
+    return table(heads, rows)
+
+
+def _traits(architecture: Architecture) -> tuple[str, ...]:
+    return (
+        NORMS[architecture.norms],
+        QK_NORMS[architecture.qk_norm],
+        WINDOWS[architecture.windows],
+        EXPERTS[architecture.experts],
+    )
+
+
+def kernels() -> str:
+    """What multiplies a layer of each scheme, by device. A layer of some other shape may have another one."""
+    rows = [
+        (f"`{name}`", *(_kernel(name, target) for target in TARGETS.values())) for name in PRESETS if name != "INT8"
+    ]
+    return table(("scheme", *TARGETS), rows)
+
+
+def _kernel(scheme: str, target: Target) -> str:
+    choice = choose_kernel(PRESETS[scheme], SHAPE, target)
+    if choice.kernel.dequantizes:
+        return "dequantized to bf16 at load"
+    kept = ", inputs not rounded" if choice.departs else ""
+    return f"{choice.kernel.how}{kept}"
+
+
+def table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    lines = [tuple(heads), *map(tuple, rows)]
+    lines.insert(1, ("---",) * len(lines[0]))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+TABLES: dict[str, Callable[[], str]] = {"architectures": architectures, "kernels": kernels}
+
+
+def current(text: str) -> str:
+    """A page with its tables as they are now."""
+    return TABLE.sub(lambda match: f"{match[1]}\n{TABLES[match[2]]()}\n{match[3]}", text)
+
+
+def main() -> int:
+    """Write all pages that have tables."""
+    for page in DOCS.glob("*.md"):
+        text = page.read_text("utf-8")
+        if (fresh := current(text)) != text:
+            page.write_text(fresh, "utf-8")
+            print(f"written: {page.name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
