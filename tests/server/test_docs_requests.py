@@ -54,7 +54,7 @@ def test_a_curl_is_answered(client: httpx.Client, command: Command) -> None:
 
 @pytest.mark.parametrize(("page", "text"), PROGRAMS, ids=[page for page, _ in PROGRAMS])
 def test_a_program_runs(server: Server, page: str, text: str) -> None:
-    program = ADDRESS.sub(server.url, text).replace('"MODEL"', '"tiny"')
+    program = re.sub('"(MODEL|OUT)"', '"tiny"', ADDRESS.sub(server.url, text))
     with suppress(openai.LengthFinishReasonError):  # the client's word for an answer that ended with the context
         exec(compile(program, page, "exec"), {"__name__": "__main__"})
 
