@@ -1,40 +1,40 @@
-"""A report of what quantizing cost as one HTML page."""
+"""A report of what quantizing cost as one HTML page, in the look of all of octavo's reports. It runs no script."""
 
 from __future__ import annotations
 
-from html import escape
-
-from octavo.calibration.report.page import heading, listing, page, tiles, verdict
 from octavo.calibration.report.plots import block_snr, kind_snr, kl_histogram
 from octavo.calibration.report.report import Report
 from octavo.calibration.report.tables import kinds_table, kv_table, worst_table
+from octavo.report.page import Answer, Block, Facts, Items, Page, Picture, Section, Tiles
 
 
 def render_html(report: Report) -> str:
     """The whole page. Every value out of a checkpoint or a command line is escaped."""
-    title = f"{report.model}: {report.scheme}"
     how = f"quantized with {report.algorithm}, " if report.task == "quantize" else "evaluated; "
-    parts = [
-        heading(title, f"{how}in the format {report.format}"),
-        _tiles(report),
-        _verdict(report),
-        _plots(report),
-        kinds_table(report).to_html(),
-        worst_table(report).to_html(),
-        kv_table(report).to_html(),
-        _details(report),
+    sections = [
+        Section("", (*_verdict(report), _tiles(report))),
+        *_plots(report),
+        Section("Layers", (kinds_table(report), worst_table(report), kv_table(report))),
+        *([Section("Warnings", (Items(tuple(report.warnings)),))] if report.warnings else []),
+        Section("How it was made", (_details(report),)),
     ]
-    return page(title, parts)
+    return Page(f"{report.model}: {report.scheme}", f"{how}in the format {report.format}", tuple(sections)).to_html()
 
 
-def _tiles(report: Report) -> str:
+def _verdict(report: Report) -> tuple[Block, ...]:
+    if report.verdict is None:
+        return () if report.quality else (Answer(("Quality was not measured.",), unsure=True),)
+    return (Answer(tuple(report.verdict.lines()), unsure=not report.verdict.passed),)
+
+
+def _tiles(report: Report) -> Tiles:
     sizes = report.sizes
     quality = report.quality
-    figures = [(f"{sizes.after / 1e6:,.1f} MB", f"{sizes.ratio:.2f} times smaller than {sizes.before / 1e6:,.1f} MB")]
+    tiles = [(f"{sizes.after / 1e6:,.1f} MB", f"{sizes.ratio:.2f} times smaller than {sizes.before / 1e6:,.1f} MB")]
     if sizes.bits_per_weight is not None:
-        figures.append((f"{sizes.bits_per_weight:.2f} bits", "a weight of the quantized layers, scales included"))
+        tiles.append((f"{sizes.bits_per_weight:.2f} bits", "a weight of the quantized layers, scales included"))
     if quality is not None:
-        figures += [
+        tiles += [
             (f"{quality.mean_kl:.4f}", f"mean KL, nats a token; 99th percentile {quality.p99_kl:.4f}"),
             (
                 f"{quality.perplexity_after:.3f}",
@@ -42,29 +42,22 @@ def _tiles(report: Report) -> str:
             ),
             (f"{quality.top1_agreement:.1%}", f"same most likely token, of {quality.num_tokens:,}"),
         ]
-    return tiles(figures)
+    return Tiles(tuple(tiles))
 
 
-def _verdict(report: Report) -> str:
-    if report.verdict is None:
-        return "" if report.quality else verdict(["Quality was not measured."], passed=False)
-    return verdict(report.verdict.lines(), passed=report.verdict.passed)
-
-
-def _plots(report: Report) -> str:
+def _plots(report: Report) -> list[Section]:
     quality = report.quality
-    parts = []
+    found: list[tuple[str, str]] = []
     if quality is not None:
-        histogram = kl_histogram(quality.kl_histogram, quality.mean_kl, quality.p99_kl)
-        parts += ["<h2>KL divergence per token</h2>", histogram]
+        found.append(("KL divergence per token", kl_histogram(quality.kl_histogram, quality.mean_kl, quality.p99_kl)))
         if quality.blocks:
-            parts += ["<h2>Hidden states: signal over noise, block by block</h2>", block_snr(quality.blocks)]
+            found.append(("Hidden states: signal over noise, block by block", block_snr(quality.blocks)))
     if report.kinds:
-        parts += ["<h2>Weights: signal over noise, by kind of layer</h2>", kind_snr(report.kinds)]
-    return "\n".join(parts)
+        found.append(("Weights: signal over noise, by kind of layer", kind_snr(report.kinds)))
+    return [Section(title, (Picture(svg),)) for title, svg in found]
 
 
-def _details(report: Report) -> str:
+def _details(report: Report) -> Facts:
     facts = {
         "original": report.base_model,
         "architecture": report.architecture,
@@ -84,6 +77,4 @@ def _details(report: Report) -> str:
         facts["measured on"] = (
             f"{report.quality.text}, {report.quality.num_tokens:,} tokens in windows of {report.quality.window}"
         )
-    warnings = "".join(f"<li>{escape(warning)}</li>\n" for warning in report.warnings)
-    warned = f"<h2>Warnings</h2>\n<ul>\n{warnings}</ul>\n" if warnings else ""
-    return f"{warned}<h2>How it was made</h2>\n{listing(facts)}"
+    return Facts(tuple((name, str(value)) for name, value in facts.items() if value not in (None, "")))

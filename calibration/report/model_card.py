@@ -96,7 +96,7 @@ def _quality(report: Report) -> str:
     lines = [
         "## Quality",
         "",
-        quality_table(report).to_markdown(),
+        quality_table(report).to_markdown().strip(),
         "",
         f"Measured over {quality.num_tokens:,} tokens of {quality.text}, in windows of {quality.window}, through "
         "octavo's serving path. `quantization_report.html` has the plots, `quantization_report.json` every figure.",

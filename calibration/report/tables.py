@@ -1,58 +1,12 @@
-"""The tables of a report as values, and what a page, a card and a terminal make of one."""
+"""The tables of a report."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from html import escape
-
-import rich.table
-
 from octavo.calibration.report.report import Report
 from octavo.calibration.report.weight_error import worst_first
+from octavo.report.table import Table
 
 MOST_LAYERS = 20  # in the table of the worst
-
-
-@dataclass(frozen=True)
-class Table:
-    """The cells as they are shown; the first column is text, the others are figures."""
-
-    title: str
-    heads: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-
-    def without(self, head: str) -> Table:
-        """The table without a column."""
-        left = [i for i, name in enumerate(self.heads) if name != head]
-        rows = tuple(tuple(row[i] for i in left) for row in self.rows)
-        return Table(self.title, tuple(self.heads[i] for i in left), rows)
-
-    def to_html(self) -> str:
-        """A section of the page; nothing without rows. Every cell is escaped."""
-        if not self.rows:
-            return ""
-        head = _html_row("th", self.heads)
-        body = "\n".join(_html_row("td", row) for row in self.rows)
-        return f'<h2>{escape(self.title)}</h2>\n<div class="scroll"><table>\n{head}\n{body}\n</table></div>'
-
-    def to_markdown(self) -> str:
-        """A table of the card; the title is left to the heading above it."""
-        lines = (self.heads, ("---",) * len(self.heads), *self.rows)
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-    def to_rich(self) -> rich.table.Table:
-        """A table for the terminal."""
-        table = rich.table.Table(title=self.title)
-        for i, head in enumerate(self.heads):
-            table.add_column(head, justify="right" if i else "left", overflow="fold")
-        for row in self.rows:
-            table.add_row(*row)
-        return table
-
-
-def _html_row(tag: str, cells: Iterable[str]) -> str:
-    return f"<tr>{''.join(f'<{tag}>{escape(cell)}</{tag}>' for cell in cells)}</tr>"
 
 
 def kinds_table(report: Report) -> Table:
@@ -113,7 +67,7 @@ def quality_table(report: Report) -> Table:
             ("KL to the original per token, 99th percentile, nats", "0", f"{quality.p99_kl:.4f}"),
             ("same most likely token as the original", "100%", f"{quality.top1_agreement:.1%}"),
         )
-    return Table("Quality", ("", "original", "this model"), rows)
+    return Table("", ("", "original", "this model"), rows)
 
 
 def decibels(value: float | None) -> str:

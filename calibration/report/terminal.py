@@ -7,8 +7,9 @@ from dataclasses import replace
 from rich.console import Console
 
 from octavo.calibration.report.report import Report
-from octavo.calibration.report.tables import Table, kinds_table, kv_table
+from octavo.calibration.report.tables import kinds_table, kv_table
 from octavo.calibration.verify import Quality
+from octavo.report.table import Table
 
 
 def print_report(report: Report, console: Console) -> None:

@@ -128,7 +128,7 @@ def test_the_page_has_what_the_table_has(fixtures: Path, tmp_path: Path, capsys:
     text = page.read_text("utf-8")
     for row in facts["layers"]:
         cells = (row["kind"].removeprefix("model."), row["scheme"], f"{row['count']}", f"{row['parameters']:,}")
-        assert "".join(f"<td>{cell}</td>" for cell in cells) in text
+        assert f'<th scope="row">{cells[0]}</th>' + "".join(f"<td>{cell}</td>" for cell in cells[1:]) in text
         assert html.escape(row["reason"] or "") in text
     assert f"{facts['to_serve']['weight_bytes'] / 1e6:,.1f} MB" in text
     assert "<h1>&lt;i&gt;tiny</h1>" in text

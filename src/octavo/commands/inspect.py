@@ -92,8 +92,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _write_page(out: Path, facts: dict[str, Any], model: str) -> None:
-    from octavo.calibration.report.files import write_whole
     from octavo.commands.inspect_page import inspect_page
+    from octavo.report.files import write_whole
 
     path = Path(model).expanduser()
     write_whole(out, inspect_page(facts, path.resolve().name if path.is_dir() else model))

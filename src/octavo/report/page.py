@@ -38,10 +38,27 @@ class Items:
 
 
 @dataclass(frozen=True)
+class Facts:
+    """Names and values."""
+
+    facts: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An element of SVG, in which whoever has drawn it has escaped what strangers named."""
+
+    svg: str
+
+
+@dataclass(frozen=True)
 class Charts:
     """Charts side by side where there is room."""
 
     charts: tuple[Chart, ...]
+
+
+Block = Answer | Tiles | Items | Facts | Table | Picture | Charts
 
 
 @dataclass(frozen=True)
@@ -49,7 +66,7 @@ class Section:
     """A heading and what stands below it. folded: the reader opens it."""
 
     title: str
-    blocks: tuple[Answer | Tiles | Items | Table | Charts, ...]
+    blocks: tuple[Block, ...]
     folded: bool = False
 
 
@@ -74,7 +91,7 @@ class Page:
         )
 
     def to_markdown(self) -> str:
-        """The same without its charts."""
+        """The same without charts and pictures."""
         parts = [f"# {self.title}\n\n{self.subtitle}\n"]
         for section in self.sections:
             blocks = [text for block in section.blocks if (text := _markdown(block))]
@@ -91,7 +108,7 @@ def _section(section: Section, charts: list[Chart]) -> str:
     return f"<h2>{escape(section.title)}</h2>\n{blocks}" if section.title else blocks
 
 
-def _html(block: Answer | Tiles | Items | Table | Charts, charts: list[Chart]) -> str:
+def _html(block: Block, charts: list[Chart]) -> str:
     match block:
         case Answer(lines, unsure):
             inner = "".join(f"<p>{escape(line)}</p>" for line in lines)
@@ -103,6 +120,11 @@ def _html(block: Answer | Tiles | Items | Table | Charts, charts: list[Chart]) -
             return f'<div class="tiles">{inner}</div>'
         case Items(lines):
             return f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>"
+        case Facts(facts):
+            inner = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>\n" for name, value in facts)
+            return f"<dl>\n{inner}</dl>"
+        case Picture(svg):
+            return f'<figure class="picture">{svg}</figure>'
         case Table():
             return block.to_html()
         case Charts(found):
@@ -116,7 +138,7 @@ def _figure(chart: Chart, charts: list[Chart]) -> str:
     return f'<figure><figcaption>{escape(chart.title)}</figcaption><div class="plot">{canvas}</div></figure>'
 
 
-def _markdown(block: Answer | Tiles | Items | Table | Charts) -> str:
+def _markdown(block: Block) -> str:
     match block:
         case Answer((first, *others), _):
             return "\n>\n".join([f"> **{first}**", *(f"> {line}" for line in others)]) + "\n"
@@ -124,6 +146,8 @@ def _markdown(block: Answer | Tiles | Items | Table | Charts) -> str:
             return "\n".join(f"- **{figure}**: {text}" for figure, text in tiles) + "\n"
         case Items(lines):
             return "\n".join(f"- {line}" for line in lines) + "\n"
+        case Facts(facts):
+            return "\n".join(f"- {name}: {value}" for name, value in facts) + "\n"
         case Table():
             return block.to_markdown()
         case _:

@@ -1,12 +1,16 @@
-"""A table as a value: its cells as they are shown, and the same table as HTML, Markdown and CSV."""
+"""A table as a value: its cells as they are shown, and the same table as HTML, Markdown, CSV and on a terminal."""
 
 from __future__ import annotations
 
 import csv
 import io
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import rich.table
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,12 @@ class Table:
     heads: tuple[str, ...]
     rows: tuple[tuple[Content, ...], ...]
     note: str = ""
+
+    def without(self, head: str) -> Table:
+        """The table without a column."""
+        left = [i for i, name in enumerate(self.heads) if name != head]
+        rows = tuple(tuple(row[i] for i in left) for row in self.rows)
+        return replace(self, heads=tuple(self.heads[i] for i in left), rows=rows)
 
     def to_html(self) -> str:
         """The table in a box that scrolls sideways; nothing without rows. Every cell is escaped."""
@@ -53,6 +63,18 @@ class Table:
         title = [f"**{self.title}**", ""] if self.title else []
         note = ["", self.note] if self.note else []
         return "\n".join([*title, *lines, *note]) + "\n"
+
+    def to_rich(self) -> rich.table.Table:
+        """A table for the terminal."""
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title=Text(self.title))
+        for i, head in enumerate(self.heads):
+            table.add_column(head, justify="right" if i else "left", overflow="fold")
+        for row in self.rows:
+            table.add_row(*(Text(_plain(content)) for content in row))
+        return table
 
 
 def to_csv(heads: Sequence[str], rows: Iterable[Sequence[str | float | int]]) -> str:
@@ -84,6 +106,9 @@ def _markdown_row(row: Sequence[Content]) -> str:
 
 
 def _markdown(content: Content) -> str:
-    text = content if isinstance(content, str) else content.text + (f" ({content.small})" if content.small else "")
-    text = text.replace("|", "\\|").replace("\n", " ")
+    text = _plain(content).replace("|", "\\|").replace("\n", " ")
     return f"**{text}**" if isinstance(content, Cell) and content.marked else text
+
+
+def _plain(content: Content) -> str:
+    return content if isinstance(content, str) else content.text + (f" ({content.small})" if content.small else "")
