@@ -114,6 +114,11 @@ def test_verdicts_say_what_is_better_and_what_was_not_seen() -> None:
 
 def test_loads_that_differ_are_named() -> None:
     assert setting_notes(side(run([0.1])), side(run([0.1], request_rate=2.0))) == ["request_rate differs: 1.0 and 2.0"]
+    totals = [side(run([0.1], total_input_tokens=total)) for total in (1000, 1015, 1100)]
+    assert setting_notes(totals[0], totals[1]) == []
+    assert setting_notes(totals[0], totals[2]) == ["total_input_tokens differs: 1000 and 1100"]
+    inf = side(run([0.1], request_rate="inf"))
+    assert setting_notes(side(run([0.1])), inf) == ['request_rate differs: 1.0 and "inf"']
 
 
 def test_files_are_compared_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

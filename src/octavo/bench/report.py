@@ -146,7 +146,7 @@ def result_json(
         "label": options.label,
         "model_id": model,
         "tokenizer_id": None,
-        "num_prompts": options.num_prompts,
+        "num_prompts": options.num_prompts if options.max_seconds is None else len(result.records),
         **dict(options.metadata),
         "request_rate": "inf" if options.request_rate == float("inf") else options.request_rate,
         "burstiness": options.burstiness,

@@ -86,7 +86,8 @@ class Workload:
                 f"{each} of {self.documents.tokens.mean:,.0f} tokens that prompts share, and {parts[0]} of their own"
             ]
         if self.further:
-            parts.append(f"then {self.turns - 1:g} more messages of {self.further.mean:,.0f}")
+            more = self.turns - 1
+            parts.append(f"then {more:g} more message{'' if more == 1 else 's'} of {self.further.mean:,.0f}")
         parts.append(f"answers of {self.answer.mean:,.0f}")
         return f"{', '.join(parts)} (all on average; {self.source})"
 

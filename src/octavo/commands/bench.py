@@ -8,14 +8,16 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from octavo.bench import metrics as bench_metrics
-from octavo.bench import report as bench_report
 from octavo.bench.http import HttpError
 from octavo.bench.options import BenchError, BenchOptions, resolve
 from octavo.bench.prompts import PromptError
 from octavo.commands.bench_load import Measured, measure
 from octavo.flags import add_flags, flags_of, read
+
+if TYPE_CHECKING:
+    from octavo.bench.metrics import Metrics
 
 PROG = "octavo bench"
 # The first word of a command line, and the module of its command; without one of them it is serve.
@@ -47,8 +49,9 @@ def run(args: argparse.Namespace) -> int:
         return 1
 
 
-def _plotted(options: BenchOptions, measured: Measured, metrics: bench_metrics.Metrics, date: str) -> Path:
+def _plotted(options: BenchOptions, measured: Measured, metrics: Metrics, date: str) -> Path:
     """Write the page of charts; returns its path."""
+    from octavo.bench import report as bench_report
     from octavo.bench.plots import page
     from octavo.report.files import write_whole
 
@@ -60,6 +63,9 @@ def _plotted(options: BenchOptions, measured: Measured, metrics: bench_metrics.M
 
 
 def _report(options: BenchOptions, measured: Measured) -> int:
+    from octavo.bench import metrics as bench_metrics  # numpy, which --help and a refusal don't need
+    from octavo.bench import report as bench_report
+
     result = measured.result
     metrics = bench_metrics.measure(result, options.metric_percentiles, dict(options.goodput))
     prices = (
