@@ -18,8 +18,9 @@ from octavo.bench.arrivals import Ramp, arrival_times, ramped_times, times_withi
 from octavo.bench.http import Client
 from octavo.bench.load import LoadResult, Record, Schedule, run_load
 from octavo.bench.metrics import measure, steady_output_throughput
-from octavo.bench.prompts import Prompt
-from octavo.bench.run import Point, Target, Warmup, run_point
+from octavo.bench.prompts import WORDS, Prompt, Vocabulary
+from octavo.bench.run import Point, Target, Warmup, _arrivals, run_point
+from octavo.bench.workloads import WORKLOADS, make_requests
 
 TARGET = Target("some/model")
 
@@ -153,6 +154,25 @@ def test_an_open_load_over_a_time_says_how_many_prompts_it_takes() -> None:
         loaded(server, prompts(3), point)
     with pytest.raises(ValueError, match="a load has a rate"):
         Point()
+
+
+def test_conversations_are_enough_for_an_open_load_too() -> None:
+    """A rate counts requests, of which half follow others in chat: their number, and that of turns, is random."""
+    point = Point(rate=20, seconds=4)
+    words = Vocabulary(1, [(word, 1) for word in WORDS], exact=True, max_model_len=None)
+    for seed in range(60):
+        rng = random.Random(seed)
+        asked = make_requests(WORKLOADS["chat"].scaled(0.02), point.prompts_needed(), rng, words)
+        used, arrivals = _arrivals(asked, point, rng)
+        assert arrivals is not None
+        assert len(used) == len(arrivals) <= len(asked)
+
+
+def test_an_open_load_may_have_no_request() -> None:
+    with serving(server_like_vllm(completion)) as server:
+        result = loaded(server, prompts(3), Point(rate=0.001, seconds=0.05))
+    assert (result.records, result.others, result.num_unfinished) == ([], [], 0)
+    assert steady_output_throughput(result) == 0
 
 
 def test_nothing_is_sent_or_waited_for_after_the_time_is_over() -> None:
