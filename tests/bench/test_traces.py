@@ -69,6 +69,7 @@ def written(folder: Path, content: str, name: str = "trace") -> Path:
     [
         (MOONCAKE, "mooncake", [(0.0, 1100, 3), (3.0, 700, 5), (6.0, 1400, 4)]),
         (TIMED, "timed", [(0.0, 20, 5), (1.5, 30, 6)]),
+        ("timestamp,input_length,output_length\n7,20,5\n9.5,30,6\n", "timed", [(0.0, 20, 5), (2.5, 30, 6)]),
         (AZURE, "azure", [(0.0, 374, 44), (4.314579, 396, 109)]),
         (AZURE_2024, "azure", [(0.0, 2162, 5)]),
         (BURSTGPT, "burstgpt", [(0.0, 472, 18), (113.0, 417, 276)]),
@@ -88,6 +89,11 @@ def test_formats_are_told_apart_and_read(
     packed = tmp_path / "packed.gz"
     packed.write_bytes(gzip.compress(content.encode()))
     assert read_trace(packed).rows == trace.rows
+
+
+def test_a_file_of_lines_is_a_prompt_a_line(tmp_path: Path) -> None:
+    trace = read_trace(written(tmp_path, "{one}\n\ntwo, three \n", "lines.txt"))
+    assert (trace.format, [row.texts for row in trace.rows]) == ("text", [("{one}",), ("two, three",)])
 
 
 def test_conversations_of_sharegpt_are_their_turns(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@
     burstgpt   CSV of Timestamp in seconds, Request tokens, Response tokens (github.com/HPMLL/BurstGPT)
     prompts    JSON lines or CSV with a text under "prompt", and the answer's tokens under "output_tokens" or
                "output_tokens_count" where they say so: vLLM's custom data set and guidellm's files
+    text       a prompt a line, in a file whose name ends in .txt
 
 A file may be compressed by gzip. `read_trace` gives rows, and `trace_prompts` makes prompts of them: where a trace has
 no text, random words of as many tokens as the row says, and the same words for the same block.
@@ -94,12 +95,14 @@ def _opened(path: Path) -> TextIO:
 
 def _looks_like(path: Path, lines: Sequence[str]) -> str:
     """The format of a file by its beginning."""
+    if path.suffix in (".txt", ".text"):
+        return "text"
     head = next((line.strip() for line in lines if line.strip()), "")
     if head.startswith("["):
         return "sharegpt"
     if not head.startswith("{"):
         columns = {column.strip().lower() for column in head.split(",")}
-        known = {"contexttokens": "azure", "request tokens": "burstgpt", "prompt": "prompts"}
+        known = {"contexttokens": "azure", "request tokens": "burstgpt", "input_length": "timed", "prompt": "prompts"}
         if found := next((kind for column, kind in known.items() if column in columns), None):
             return found
         raise PromptError(f"{path} begins like none of {', '.join(FORMATS)}; --trace-format names one")
@@ -130,8 +133,15 @@ def _objects(path: Path, lines: Iterable[str]) -> Iterator[tuple[str, dict[str, 
             yield place, _object(line, place)
 
 
+def _rows(path: Path, lines: Sequence[str]) -> Iterable[tuple[str, Mapping[str, Any]]]:
+    """The rows of JSON lines, or of a CSV file, and where each stands."""
+    if next((line for line in lines if line.strip()), "").lstrip().startswith("{"):
+        return _objects(path, lines)
+    return ((f"{path}:{number}", row) for number, row in enumerate(csv.DictReader(lines), 2))
+
+
 def _timed(path: Path, lines: Sequence[str]) -> Iterator[Row]:
-    for place, row in _objects(path, lines):
+    for place, row in _rows(path, lines):
         try:
             yield Row(
                 arrival=float(row["timestamp"]),
@@ -170,17 +180,17 @@ def _burstgpt(_: Path, lines: Sequence[str]) -> Iterator[Row]:
 
 
 def _prompts(path: Path, lines: Sequence[str]) -> Iterator[Row]:
-    is_json = next((line for line in lines if line.strip()), "").lstrip().startswith("{")
-    rows: Iterable[tuple[str, Mapping[str, Any]]]
-    if is_json:
-        rows = _objects(path, lines)
-    else:
-        rows = ((f"{path}:{number}", row) for number, row in enumerate(csv.DictReader(lines), 2))
-    for place, row in rows:
+    for place, row in _rows(path, lines):
         if not isinstance(row.get("prompt"), str):
             raise PromptError(f'{place}: not an object with a text under "prompt"')
         answer = next((row[key] for key in OUTPUT_KEYS if row.get(key)), None)
         yield Row(texts=(row["prompt"],), output_len=None if answer is None else int(answer))
+
+
+def _text(_: Path, lines: Sequence[str]) -> Iterator[Row]:
+    for line in lines:
+        if line.strip():
+            yield Row(texts=(line.strip(),))
 
 
 FORMATS: dict[str, Callable[[Path, Sequence[str]], Iterable[Row]]] = {
@@ -190,6 +200,7 @@ FORMATS: dict[str, Callable[[Path, Sequence[str]], Iterable[Row]]] = {
     "azure": _azure,
     "burstgpt": _burstgpt,
     "prompts": _prompts,
+    "text": _text,
 }
 SECONDS = {"mooncake": 1e-3}  # a unit of the timestamps, where it is not a second
 
