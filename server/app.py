@@ -70,8 +70,8 @@ def build_app(
         redirect_slashes=False,
     )
     errors.install(app)
-    if options.ui:
-        app.router.routes.extend(page.routes(options.root_path, model.directory))  # before Ollama's `/`
+    of_page = list(page.routes(options.root_path, model.directory)) if options.ui else []
+    app.router.routes.extend(of_page[:1])  # its `/` before Ollama's
     app.state.bodies = Bodies(options.max_body_bytes, options.max_total_body_bytes)
     service = Service(model, client, metrics, limits, options)
     dialects = (completions, openai_chat, anthropic, ollama, decisions, tokens, parsers)
@@ -89,6 +89,7 @@ def build_app(
     app.include_router(operation.pause_routes(client))
     app.include_router(operation.abort_routes(service))
     app.include_router(operation.model_routes(model))
+    app.router.routes.extend(of_page[1:])  # behind what most requests are for
     app.state.admission = service.admission
     app.state.door = QueueDoor(service.admission, metrics, access)
     _add_middleware(app, access, options)

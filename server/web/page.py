@@ -79,11 +79,12 @@ class _IndexRoute(Route):
     """`/` for who wants HTML; Ollama's route has the others, to whom it says that a server is there."""
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
-        return super().matches(scope) if _wants_html(scope) else (Match.NONE, {})
+        match, child_scope = super().matches(scope)  # first: most requests are for other paths
+        return (match, child_scope) if match == Match.NONE or _wants_html(scope) else (Match.NONE, {})
 
 
 def routes(root_path: str, directory: Path | None) -> Iterator[BaseRoute]:
-    """The page, its files, and the report that `octavo quantize` has written into the model's directory."""
+    """The page itself, its files, and the report that `octavo quantize` has written into the model's directory."""
     files = {
         path.relative_to(FILES).as_posix(): PageFile.made(path.read_bytes(), path.name)
         for path in FILES.rglob("*")

@@ -19,7 +19,7 @@ import httpx
 import jsonschema
 import pytest
 import report_example
-from octavo_server import Server, samples, serving, started, value, wait_until
+from octavo_server import TINY, Server, samples, serving, started, value, wait_until
 
 from octavo.calibration.report.files import write_reports
 from octavo.demo_models import fetch_model
@@ -438,6 +438,30 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(window: Any, other: Server) -> N
     window.wait(lambda: "none" in window.one("#report-none").text)
     assert "broken" not in window.driver.title
     assert all("401" in line for line in window.complaints())
+
+
+def test_a_model_without_a_chat_template_goes_on_writing(window: Any, tmp_path: Path) -> None:
+    for path in TINY.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    config = json.loads((TINY / "tokenizer_config.json").read_text())
+    del config["chat_template"]
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with serving("--served-model-name", "base", model=tmp_path) as server:
+        window.open(f"{server.url}/")
+        window.wait(lambda: "no chat template" in window.one("#welcome-about").text)
+        assert not window.one("#system-field").is_displayed()
+        for name, setting in {"max_tokens": "9", "temperature": "0", "logprobs": "on"}.items():
+            window.set(name, setting)
+        window.say("The capital of France is")
+        window.answer()
+        body = {"prompt": "The capital of France is", "max_tokens": 9, "temperature": 0, "logprobs": 5}
+        with server.client() as client:
+            truth = client.post("/v1/completions", json=body).json()["choices"][0]["logprobs"]
+        assert [token.get_attribute("textContent") for token in window.all(".token")] == truth["tokens"]
+        window.all(".token")[0].click()
+        assert len(window.all(".alternatives tr")) == 5
+    assert window.complaints() == []
 
 
 @pytest.mark.parametrize("view", ["chat", "compare", "dashboard", "report"])
