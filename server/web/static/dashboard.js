@@ -171,7 +171,7 @@ export class Dashboard {
       ["A million output tokens", million(output)],
       ["A million tokens, prompt and output", million(output + prompt)],
       ["A day", dollars(24 * hourly)],
-      ["A day at this rate makes", `${number((86400 * output) / 1e6)} M tokens`],
+      ["Output of a day", `${number((86400 * output) / 1e6)} M tokens`],
     ]);
   }
 
@@ -186,7 +186,7 @@ export class Dashboard {
     this.drawMemory();
     const { engine } = this.info;
     if (!engine) return;
-    const head = el("tr", {}, ...["Layers", "Scheme", "Kernel, and why"].map((name) => el("th", { scope: "col" }, name)));
+    const head = el("tr", {}, ...["Layers", "Scheme", "Kernel"].map((name) => el("th", { scope: "col" }, name)));
     const rows = engine.layers.map((row) => el("tr", {}, el("th", { scope: "row" }, row.layers), el("td", {}, row.scheme), el("td", {}, row.body)));
     byId("kernels").replaceChildren(el("table", {}, el("thead", {}, head), el("tbody", {}, ...rows)));
     byId("engine-notes").replaceChildren(...[...engine.ranks, ...engine.notes].map((note) => el("li", {}, note)));
@@ -204,6 +204,7 @@ export class Dashboard {
       ["Tokens it holds", tokens.toLocaleString("en")],
       ["Model", `${engine.architecture}, ${engine.dtype}`],
       ["Device", engine.device],
+      ["Loaded in", duration(Object.values(engine.seconds).reduce((sum, seconds) => sum + seconds, 0))],
       ["Longest context", `${this.info.max_model_len.toLocaleString("en")} tokens`],
     ]);
   }
