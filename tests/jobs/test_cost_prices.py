@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from octavo.jobs.cost.choice import pareto_front
+from octavo.jobs.cost.job import eval_flags
 from octavo.jobs.cost.prices import (
     ApiPrice,
     PriceError,
@@ -106,6 +107,12 @@ def test_words_for_models(tmp_path: Path) -> None:
 def test_a_word_that_names_nothing(word: str, says: str) -> None:
     with pytest.raises(TargetError, match=re.escape(says)):
         parse_target(word)
+
+
+def test_flags_of_the_server_that_change_what_is_computed_are_those_of_the_evaluation_too() -> None:
+    flags = ("--dtype=float32", "--max-num-seqs", "8", "--kv-cache-dtype", "int8", "--lm-head-dtype")
+    assert eval_flags(flags) == ["--dtype=float32", "--kv-cache-dtype", "int8", "--lm-head-dtype"]
+    assert eval_flags(()) == []
 
 
 def test_two_of_one_name() -> None:

@@ -18,7 +18,7 @@ RESULTS = {
             "acc_norm,none": 0.6,
             "acc_norm_stderr,none": 0.02,
         },
-        "gsm8k": {"exact_match,strict-match": 0.25, "exact_match_stderr,strict-match": 0.1},
+        "gsm8k": {"exact_match,strict-match": 0.95, "exact_match_stderr,strict-match": 0.1},
         "rolling": {"word_perplexity,none": 12.0, "word_perplexity_stderr,none": "N/A"},
         "own": {"f1,none": 0.75, "f1_stderr,none": 0.0},
     }
@@ -32,7 +32,8 @@ def test_the_main_metric_has_an_interval_for_a_second_measurement(tmp_path: Path
     assert sorted(found) == ["arc_easy", "gsm8k", "own"]
     assert found["arc_easy"].value == 0.6  # acc_norm goes before acc
     assert found["arc_easy"].high - 0.6 == pytest.approx(1.96 * 2**0.5 * 0.02)
-    assert found["gsm8k"].low == pytest.approx(0.25 - 1.96 * 2**0.5 * 0.1)
+    assert found["gsm8k"].low == pytest.approx(0.95 - 1.96 * 2**0.5 * 0.1)
+    assert found["gsm8k"].high == 1.0
     assert (found["own"].value, found["own"].low) == (0.75, 0.75)
 
 

@@ -67,6 +67,7 @@ class Measured:
 
     url      without /v1
     model    what the server calls its model
+    program  what the server is, where it says so
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Measured:
         self._meter = EnergyMeter.find()
         try:
             self.model = model or self._runner.run(first_model(self._client))
+            self.program = self._runner.run(_program(self._client))
             chat = asking.chat
             turns = bool(asking.workload) and chat
             self.vocabulary = self._runner.run(measure_vocabulary(self._client, self.model, chat=chat, turns=turns))
@@ -194,6 +196,15 @@ class Measured:
             joules[:] = [read() - at_begin[0]]
 
         return [loop.call_later(begin, lambda: at_begin.append(read())), loop.call_later(end, finish)]
+
+
+async def _program(client: Client) -> str:
+    """'vllm 0.32.0': the owner of the first model, as servers put it there, and the version."""
+    try:
+        owner = str((await client.json("GET", "/v1/models"))["data"][0].get("owned_by") or "")
+        return f"{owner} {(await client.json('GET', '/version'))['version']}".strip()
+    except (HttpError, TypeError, KeyError, IndexError, AttributeError):
+        return ""
 
 
 def _one_token(prompt: Prompt) -> Prompt:

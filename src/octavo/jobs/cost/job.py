@@ -180,9 +180,9 @@ def _measure(job: CostJob, around: Surroundings, state: State, number: int, targ
 def _opened(job: CostJob, around: Surroundings, server: ServerState, target: Target) -> Iterator[Measured]:
     """The server of a target, ready to be measured. Raises ServerError."""
     if target.kind == "server":
-        server.how = f"a server at {target.label}, which was running"
         with Measured(target.model, job.api_key, job.asking, model=job.served_name) as measured:
             server.model = measured.model
+            server.how = f"a server that was running{f', {measured.program}' if measured.program else ''}"
             yield measured
         return
     directory = directory_of(job, around, target)
@@ -283,18 +283,18 @@ def _evaluated(job: CostJob, around: Surroundings, target: Target, original: Tar
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "eval.json"
         words = ["eval", directories[0], "--against", directories[1], "--max-tokens", str(job.eval_tokens)]
-        code, error = around.octavo([*words, "--json", str(path), *_eval_flags(job.serve_flags)])
+        code, error = around.octavo([*words, "--json", str(path), *eval_flags(job.serve_flags)])
         if not path.exists():
             raise ServerError(f"octavo eval ended with {code}: {error}")
         report: dict[str, object] = json.loads(path.read_text("utf-8"))
     return report
 
 
-def _eval_flags(flags: Sequence[str]) -> list[str]:
+def eval_flags(flags: Sequence[str]) -> list[str]:
     """Those of the server's flags that `octavo eval` knows too, with their values."""
     found: list[str] = []
-    for flag, value in zip(flags, [*flags[1:], ""], strict=True):
+    for at, flag in enumerate(flags):
         name, equals, _ = flag.partition("=")
         if name in EVAL_FLAGS:
-            found += [flag] if equals else [flag, value]
+            found += [flag] if equals else flags[at : at + 2]
     return found

@@ -69,7 +69,8 @@ def _main_metric(values: dict[str, Any]) -> Interval | None:
         error = values.get(f"{metric}_stderr,{through}")
         if isinstance(value, int | float) and isinstance(error, int | float):
             width = NORMAL * math.sqrt(2) * error
-            found[metric] = Interval(value, value - width, value + width)
+            most = 1.0 if value <= 1 else math.inf  # shares are what nearly every task reports
+            found[metric] = Interval(value, max(value - width, 0.0), min(value + width, most))
     return next((found[name] for name in (*PREFERRED, *found) if name in found), None)
 
 
