@@ -92,6 +92,7 @@ def test_a_chart_draws_points_with_their_intervals() -> None:
     assert first["data"][1] == {"x": 10, "y": 3}
     assert curve["data"] == [{"x": 1, "y": 1.235}]
     assert (curve["pointStyle"], curve["borderDash"]) == (False, [4, 4])
+    assert limit["pointStyle"] == "line"
     assert limit["data"] == [{"x": 1, "y": 2.5}, {"x": 10, "y": 2.5}]
     assert config["options"]["scales"]["y"]["type"] == "logarithmic"
     assert config["options"]["scales"]["x"]["type"] == "linear"

@@ -55,6 +55,8 @@ class Chart:
 
     def config(self) -> dict[str, Any]:
         """What `new Chart(canvas, config)` takes, without colors."""
+        # a curve without markers has a box of its color in the legend
+        labels = {"usePointStyle": all(series.markers for series in self.series), "boxHeight": 7, "boxWidth": 14}
         datasets = [_dataset(series) for series in self.series if series.points]
         if self.limit is not None:
             datasets.append(self._limit(*self.limit))
@@ -69,7 +71,7 @@ class Chart:
                     "x": _axis(self.x, self.x_logarithmic),
                     "y": _axis(self.y, self.y_logarithmic),
                 },
-                "plugins": {"legend": {"position": "bottom", "labels": {"usePointStyle": True, "boxHeight": 7}}},
+                "plugins": {"legend": {"position": "bottom", "labels": labels}},
             },
         }
 
@@ -80,7 +82,7 @@ class Chart:
             "data": [{"x": x, "y": y} for x in (min(xs), max(xs))],
             "color": "limit",
             "showLine": True,
-            "pointStyle": False,
+            "pointStyle": "line",
             "borderDash": [6, 4],
         }
 

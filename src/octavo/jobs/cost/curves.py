@@ -19,7 +19,7 @@ SHOWN_MISSES = 0.5  # a load that misses the SLO more often is far beyond: the p
 
 
 def charts(servers: Sequence[ServerState], settings: Settings) -> tuple[Chart, ...]:
-    """Quality against cost, latencies against throughput, and latencies at the SLO."""
+    """Quality against cost, latencies against load, throughput, and latencies at the SLO."""
     found = [_pareto(servers)]
     found += [_latency(servers, settings, name) for name in ("ttft", "tpot")]
     found.append(_closed(servers))
@@ -34,7 +34,7 @@ def _pareto(servers: Sequence[ServerState]) -> Chart | None:
         kl = server.quality.kl if server.quality is not None else None
         if cost is not None and kl is not None:
             rows.append((number, server, cost, kl))
-    if not rows:
+    if len(rows) < 2:
         return None
     series = [
         Series(server.label, [ChartPoint(cost.value, kl.value, _bounds(kl), _bounds(cost))], number, line=False)
@@ -60,17 +60,21 @@ def _latency(servers: Sequence[ServerState], settings: Settings, name: str) -> C
         points = _loads(server, "open")
         for percentile, dashed in ((50, True), (99, False)):
             key = f"{name}_{percentile}"
-            shown = [_chart_point(point, "output_rate", key) for point in points if key in point.figures]
+            shown = [
+                ChartPoint(point.load, found.value, _bounds(found))
+                for point in points
+                if (found := point.figures.get(key)) is not None
+            ]
             series.append(Series(f"{server.label} p{percentile}", shown, number, dashed=dashed))
     if not any(s.points for s in series):
         return None
     limit = settings.slo.get(name)
     return Chart(
-        f"{NAMES[name]} against throughput, requests at random times",
-        "output tokens per second",
+        f"{NAMES[name]} against load, requests at random times",
+        "requests per second",
         f"{NAMES[name]}, ms",
         series,
-        f"Median and 99th percentile of {NAMES[name]} for each model, against output tokens per second.",
+        f"Median and 99th percentile of {NAMES[name]} for each model, against requests per second.",
         y_logarithmic=True,
         limit=None if limit is None else (limit, f"the SLO, {limit:g} ms"),
     )
@@ -129,11 +133,6 @@ def _distribution(servers: Sequence[ServerState], settings: Settings, name: str)
 def _loads(server: ServerState, kind: str) -> list[Point]:
     points = server.figures.points if server.figures is not None else []
     return [p for p in points if p.kind == kind and (kind == "closed" or p.num_missed <= SHOWN_MISSES * p.num_requests)]
-
-
-def _chart_point(point: Point, x: str, y: str) -> ChartPoint:
-    figures = point.figures
-    return ChartPoint(figures[x].value, figures[y].value, _bounds(figures[y]), label=point.label)
 
 
 def _bounds(interval: Interval) -> Bounds | None:
