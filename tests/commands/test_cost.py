@@ -33,7 +33,9 @@ class Queue:
 
     def __call__(self, asked: Asked) -> Iterable[bytes] | AsyncIterator[bytes]:
         if asked.path == "/v1/models":
-            return whole({"data": [{"id": "some/model"}]})
+            return whole({"data": [{"id": "some/model", "owned_by": "somebody"}]})
+        if asked.path == "/version":
+            return whole({"version": "1.2"})
         if asked.path == "/tokenize":
             words = asked.json["prompt"].split()
             return whole({"count": 1 + len(words), "max_model_len": 4096, "tokens": list(range(1 + len(words)))})
@@ -164,6 +166,7 @@ def test_a_report_is_written_and_gone_on_with(tmp_path: Path, capsys: pytest.Cap
     page = (out / "report.md").read_text()
     assert "eight H100 SXM" in page
     assert "one against api" in page
+    assert "one: a server that was running, somebody 1.2" in page
 
 
 @pytest.mark.parametrize(
