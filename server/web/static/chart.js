@@ -45,7 +45,7 @@ export class Chart {
       padding: [8, 28, 0, 0],
       legend: { show: false },
       cursor: { y: false, sync: { key: "octavo" }, drag: { x: false, y: false } },
-      scales: { x: { range: (_, low, high) => [high - this.seconds, high] }, y: { range: (_, low, high) => [Math.min(0, low ?? 0), high > 0 ? high * 1.1 : 1] } },
+      scales: { x: { range: (_, low, high) => this.times(high ?? Date.now() / 1000) }, y: { range: (_, low, high) => [Math.min(0, low ?? 0), high > 0 ? high * 1.1 : 1] } },
       axes: [
         { ...axis, size: 26, space: 76, values: (_, at) => at.map(clock) },
         { ...axis, size: 58, values: (_, at) => at.map(this.format) },
@@ -53,6 +53,10 @@ export class Chart {
       series: [{}, ...this.series.map((one) => ({ stroke: colorOf(one.color), width: 2, points: { show: false }, spanGaps: false }))],
       hooks: { setCursor: [(plot) => this.tell(plot.cursor.idx)] },
     }, this.data, this.place);
+  }
+
+  times(last) {
+    return [last - this.seconds, last];
   }
 
   fit() {
