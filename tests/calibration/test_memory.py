@@ -111,14 +111,14 @@ def peaks(program: str, model: Path, out: Path, **environment: str) -> tuple[int
 
 
 def test_gptq_holds_one_block(tmp_path: Path) -> None:
-    """Three times the layers: 26 MB more in the checkpoint, and less than one layer more in memory.
+    """Four times the layers: 23 MB more in the checkpoint, and less than one layer more in memory.
 
     What is freed goes back to the system at once: else what glibc keeps for later adds up to 20 MB, by chance.
     """
     peak, size = dict[int, int](), dict[int, int]()
-    for layers in (2, 6):
+    for layers in (2, 8):
         config = LlamaConfig(
-            hidden_size=512, intermediate_size=1408, num_hidden_layers=layers, num_attention_heads=8, vocab_size=256
+            hidden_size=384, intermediate_size=1152, num_hidden_layers=layers, num_attention_heads=8, vocab_size=256
         )
         model = tmp_path / f"{layers}-layers"
         LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(model)
@@ -126,8 +126,8 @@ def test_gptq_holds_one_block(tmp_path: Path) -> None:
         out = tmp_path / f"{layers}-quantized"
         before, after = peaks(GPTQ, model, out, MALLOC_MMAP_THRESHOLD_="1048576")
         peak[layers] = after - before
-    assert size[6] - size[2] > 23_000_000
-    assert peak[6] - peak[2] < (size[6] - size[2]) / 6, peak
+    assert size[8] - size[2] > 23_000_000
+    assert peak[8] - peak[2] < (size[8] - size[2]) / 6, peak
 
 
 def test_peak_memory_does_not_know_the_size_of_the_model(tmp_path: Path) -> None:

@@ -43,9 +43,9 @@ def become_an_h100(seen: set[tuple[str, str]]) -> None:
     torch.Tensor.new_empty = torch.Tensor.new_zeros
 
 
-def some_request(number: int, rng: random.Random, vocab: int) -> AddRequest:
+def some_request(number: int, rng: random.Random, vocab: int, longest: int) -> AddRequest:
     """Prompts short and, one in ten, long; greedy or drawn, some with all that changes logits."""
-    length = rng.randrange(1, rng.choice((20, 300))) if number % 10 else rng.randrange(200, LENGTH - 20)
+    length = rng.randrange(1, rng.choice((20, 300))) if number % 10 else rng.randrange(200, longest)
     settings: dict[str, Any] = {"temperature": rng.choice((0.0, 0.7)), "top_p": rng.choice((1.0, 0.9))}
     if rng.random() < 0.3:
         settings |= {"logit_bias": {1: 2.0, 2: -1.0}, "frequency_penalty": 0.5, "repetition_penalty": 1.2}
@@ -57,9 +57,10 @@ def some_request(number: int, rng: random.Random, vocab: int) -> AddRequest:
 
 def serve(engine: Engine, rng: random.Random) -> None:
     """Bursts of requests, of which few or many run at a time, to the last token; then a crowd."""
+    longest = min(LENGTH - 20, 16 * engine.scheduler.config.max_num_batched_tokens)
     for burst in (1, 3, 30, 2, 90, 5):
         for number in range(burst):
-            assert not engine.add(some_request(number, rng, engine.worker.model.vocab_size))
+            assert not engine.add(some_request(number, rng, engine.worker.model.vocab_size, longest))
         finish(engine)
     for number in range(engine.scheduler.config.max_num_seqs - 1):
         engine.add(AddRequest(str(number), [1], SamplingParams(max_tokens=8, temperature=0.0), 0.0))
