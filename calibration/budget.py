@@ -67,10 +67,9 @@ def candidates(recipe: Recipe, budget: float) -> list[str]:
             f"--bits-budget gives layers different schemes, and format {recipe.format} has one for all; "
             "compressed-tensors and gptq have several"
         )
-    base, _, size = recipe.scheme.partition("@")
+    base, _, group_size = _of(recipe).partition("@")
     if not base.startswith("W4A16"):
         raise RecipeError(f"--bits-budget chooses among weight-only schemes around 4 bits, not {recipe.scheme}; W4A16")
-    group_size = size or str(parse_scheme(recipe.scheme).weight.granularity.group_size)
     names = [f"{base}@{group_size}", f"W8A16@{group_size}"]
     if group_size != "32":
         names.insert(1, f"{base}@32")
@@ -79,6 +78,12 @@ def candidates(recipe: Recipe, budget: float) -> list[str]:
     if budget < 3.6:
         names.insert(0, f"W2A16@{group_size}")
     return names
+
+
+def _of(recipe: Recipe) -> str:
+    """The candidate that is the recipe's own scheme: its name always has a group size."""
+    base, _, size = recipe.scheme.partition("@")
+    return f"{base}@{size or parse_scheme(recipe.scheme).weight.granularity.group_size}"
 
 
 def check_budget(plan: Plan, recipe: Recipe, budget: float, schemes: Sequence[str]) -> None:
@@ -127,7 +132,7 @@ def measure(
             rounded, errors = _round(items, tensors, {m: stats[g] for m, g in inputs.items()}, recipe, schemes)
             variants.append(_forward(runner, runner.build(number, tensors | rounded), original))
             bits = {scheme: _bits(items, recipe, scheme) for scheme in schemes}
-            choices = tuple(Choice(s, bits[s], errors[s] / errors[recipe.scheme]) for s in schemes)
+            choices = tuple(Choice(s, bits[s], errors[s] / errors[_of(recipe)]) for s in schemes)
             weights = sum(item.spec.numel for item in items)
             units.append(Sensitivity(f"{unit.name}.{name}", tuple(modules), weights, choices))
         original = following
@@ -188,7 +193,7 @@ def _round(
             stored = scale_dtype(recipe, weight.dtype)
             back = quantize_weight(weight, scheme, recipe.search_of(scheme), scale_dtype=stored).dequantize()
             errors[spelled] += gptq_loss(weight, back, seen) * signal
-            if spelled == recipe.scheme:
+            if spelled == _of(recipe):
                 rounded[item.name] = back.to(weight.dtype)
     return rounded, errors
 

@@ -149,3 +149,14 @@ def test_a_budget_is_kept_and_its_recipe_replays(fixtures: Path, tmp_path: Path,
         octavo.quantize(
             fixtures / "tiny", tmp_path / "less", scheme="W4A16@32", algorithm="gptq", bits_budget=2.0, **options
         )
+
+
+def test_a_budget_takes_a_scheme_without_its_group_size(fixtures: Path, tmp_path: Path, text: Path) -> None:
+    """As on the command line, where W4A16 in groups of 128 is the default."""
+    report = octavo.quantize(
+        fixtures / "tiny-qwen2", tmp_path / "out", bits_budget=4.4, data=str(text), num_calibration_samples=4,
+        max_seq_length=64, evaluate=False,
+    )  # fmt: skip
+    assert report.sizes.bits_per_weight is not None
+    assert 4.0 < report.sizes.bits_per_weight <= 4.4
+    assert {row.scheme for row in report.layers} <= {"int4/g128", "int4/g32", "int3/g128", "int8/g128"}
