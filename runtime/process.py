@@ -85,7 +85,7 @@ def main() -> int:
             followers = Followers(start.config, heartbeat_address(address))
         with uncollected():
             from octavo.runtime.startup import load_engine  # imports torch: seconds, in which a failure must be told
-        engine, ready = load_engine(start.config, start.spawn_time, followers=followers)
+        engine, ready = load_engine(start.config, start.spawn_time, followers=followers, on_layer=progress.load)
         is_loaded = True
         if publisher is not None:
             ready.report.notes.extend(publisher.notes)

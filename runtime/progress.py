@@ -1,4 +1,4 @@
-"""What an engine gets done, as its server sees it without asking: two numbers in memory that all its ranks map too.
+"""What an engine gets done, as its server sees it without asking: a few numbers in memory that all its ranks map too.
 
 An answer to a message would tell the same only between steps, and a step may take minutes. A number that grows with
 each layer tells a long step from one that hangs in a kernel, in a lock, or in the wait for another rank, and needs
@@ -13,7 +13,9 @@ import os
 
 _COUNT = 0
 _IS_WORKING = 1
-_BYTES = 16
+_LAYERS_LOADED = 2
+_LAYERS = 3
+_BYTES = 32
 
 
 class Progress:
@@ -39,6 +41,16 @@ class Progress:
     def rest(self) -> None:
         """From now on no mark need come."""
         self._words[_IS_WORKING] = 0
+
+    def load(self, loaded: int, layers: int) -> None:
+        """So many of the layers have been loaded."""
+        self._words[_LAYERS] = layers
+        self._words[_LAYERS_LOADED] = loaded
+
+    @property
+    def loaded(self) -> tuple[int, int]:
+        """(the layers that have been loaded, those that there are); the latter is 0 before the first one is begun."""
+        return self._words[_LAYERS_LOADED], self._words[_LAYERS]
 
     @property
     def count(self) -> int | None:

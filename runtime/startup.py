@@ -16,7 +16,7 @@ from octavo.runtime.messages import Ready, StartupReport
 from octavo.runtime.model import select_operators
 from octavo.runtime.model.device import Device
 from octavo.runtime.model.model import Model
-from octavo.runtime.model.weights import load_model
+from octavo.runtime.model.weights import OnLayer, load_model, untold
 from octavo.runtime.parallel.followers import Followers
 from octavo.runtime.parallel.group import ALONE, Group
 from octavo.runtime.parallel.placement import num_cores
@@ -47,12 +47,18 @@ class LoadedRank:
 
 
 def load_engine(
-    config: EngineConfig, spawn_time: float, device: Device | None = None, *, followers: Followers | None = None
+    config: EngineConfig,
+    spawn_time: float,
+    device: Device | None = None,
+    *,
+    followers: Followers | None = None,
+    on_layer: OnLayer = untold,
 ) -> tuple[Engine, Ready]:
     """An engine that has run once, and the table about it. Raises ValueError or OSError with what is wrong.
 
     spawn_time is time.time() of when the process was started: what came before this call is the phase 'import'.
     device None: the one that config names. followers: the engine's other ranks, where they have been started already.
+    on_layer: see load_model.
     """
     clock = Phases(spawn_time)
     clock.end("import")
@@ -62,7 +68,7 @@ def load_engine(
         config = msgspec.structs.replace(config, num_threads=followers.threads)
     device, num_threads = prepare_device(config, device, clock)
     group = ALONE if followers is None else followers.join()
-    rank = load_rank(config, device, group, clock)
+    rank = load_rank(config, device, group, clock, on_layer)
     model = rank.model
     if followers is not None:
         followers.open(rank.limits)
@@ -121,9 +127,11 @@ def prepare_device(config: EngineConfig, device: Device | None, clock: Phases) -
 
 
 @torch.inference_mode()
-def load_rank(config: EngineConfig, device: Device, group: Group, clock: Phases) -> LoadedRank:
+def load_rank(
+    config: EngineConfig, device: Device, group: Group, clock: Phases, on_layer: OnLayer = untold
+) -> LoadedRank:
     """Weights and cache of this rank of a group. All ranks find the same limits."""
-    model = load_model(config, device, group=group)
+    model = load_model(config, device, group=group, on_layer=on_layer)
     clock.end("weights")
     if model.compiles_kernels:
         limits = limits_of(config, model, config.max_model_len or model.max_position)

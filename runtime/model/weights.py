@@ -6,7 +6,7 @@ Complete or not at all: a tensor that nothing reads, or one that isn't there, is
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,14 +42,25 @@ from octavo.runtime.parallel.group import ALONE, Group
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Parts = tuple[list[Weight], list[Tensor | None]]  # of modules that share their input: weights [N_i, K], biases [N_i]
+OnLayer = Callable[[int, int], None]  # told how many layers have been loaded, of how many
+
+
+def untold(loaded: int, layers: int) -> None:
+    """An `OnLayer` for when nobody waits."""
 
 
 def load_model(
-    config: EngineConfig, device: Device | None = None, *, rounds_inputs: bool = False, group: Group = ALONE
+    config: EngineConfig,
+    device: Device | None = None,
+    *,
+    rounds_inputs: bool = False,
+    group: Group = ALONE,
+    on_layer: OnLayer = untold,
 ) -> Model:
     """The model of `config.model`, a local directory, ready to run on a device (None: the one that config names).
 
-    group: the ranks that the model is divided over; this one has its share.
+    group: the ranks that the model is divided over; this one has its share. on_layer: called before the first layer and
+    behind each one, of the decoder's.
 
     The decoder's, or with --model-impl hf transformers' own; 'auto' is the decoder, and transformers' for a model_type
     that the decoder doesn't have. A known architecture with a value that the decoder doesn't support is refused;
@@ -74,7 +85,7 @@ def load_model(
             return _load_hf(config, device, hf_config, reason, group)
         except LoadError as error:
             raise LoadError(f"{reason}; {error}") from error
-    return _load_decoder(config, device, spec, hf_config, rounds_inputs, group)
+    return _load_decoder(config, device, spec, hf_config, rounds_inputs, group, on_layer)
 
 
 def _load_hf(config: EngineConfig, device: Device, hf_config: dict[str, Any], reason: str, group: Group) -> Model:
@@ -100,6 +111,7 @@ def _load_decoder(
     hf_config: dict[str, Any],
     rounds_inputs: bool,
     group: Group,
+    on_layer: OnLayer,
 ) -> Decoder:
     directory = Path(config.model)
     notes = list(device.notes)
@@ -109,7 +121,9 @@ def _load_decoder(
         notes.append("the weights are random (--load-format dummy)")
         dummy = DummySource(hf_config, dtype, device.torch_device, config.seed)
         rank = choose_rank(config, spec, dummy, group, Target.of(device.torch_device, dtype), notes)
-        return DecoderBuilder(config, spec, dummy, dtype, device, notes, rounds_inputs=rounds_inputs, rank=rank).build()
+        return DecoderBuilder(config, spec, dummy, dtype, device, notes, rounds_inputs=rounds_inputs, rank=rank).build(
+            on_layer
+        )
     checkpoint = Checkpoint.open(directory, LAYOUTS)
     source = CheckpointSource(checkpoint)
     source.require(required_modules(spec, source.prefix, source.has))
@@ -117,7 +131,7 @@ def _load_decoder(
     builder = DecoderBuilder(config, spec, source, dtype, device, notes, rounds_inputs=rounds_inputs, rank=rank)
     own = None if rank is None else rank.own
     builder.kv_scales, builder.kv_dtype = read_kv_scales(checkpoint, spec, source.prefix, own)
-    model = builder.build()
+    model = builder.build(on_layer)
     model.notes += checkpoint.notes
     checkpoint.leave_all(builder.stage.of_others(len(spec.layers), source.prefix))
     if source.check_complete(tied=spec.tied, text_only=spec.text_only):
@@ -184,12 +198,12 @@ class DecoderBuilder:
         self._tables: dict[RopeSpec, Tensor] = {}
         self._growing: list[RopeTable] = []
 
-    def build(self) -> Decoder:
+    def build(self, on_layer: OnLayer = untold) -> Decoder:
         stage = self.stage
         table = self._token_table()
         stack = Stack(
             self.embedding(table) if stage.is_first else Received(stage, table),
-            [self.layer(i) for i in range(*stage.layers)],
+            list(self._layers(range(*stage.layers), on_layer)),
             self.final_norm() if stage.is_last else self._add_norm(None),
             self.head(table) if stage.is_last else HandedOn(stage),
             head_shares_embedding=stage.is_first and self._head_is_embedding and self.config.lm_head_dtype == "auto",
@@ -206,6 +220,12 @@ class DecoderBuilder:
             kv_dtype=self.kv_dtype,
             notes=self.notes,
         )
+
+    def _layers(self, indices: range, on_layer: OnLayer) -> Iterator[DecoderLayer]:
+        on_layer(0, len(indices))
+        for loaded, index in enumerate(indices, start=1):
+            yield self.layer(index)
+            on_layer(loaded, len(indices))
 
     def _token_table(self) -> Tensor:
         """This rank's rows of the embedding [vocab, hidden]; no rows in a stage that has no use for them."""

@@ -89,7 +89,11 @@ def test_all_figures_equal_those_of_transformers_logits(fixtures: Path, tmp_path
     assert [block.snr_db for block in quality.blocks] == pytest.approx(
         [-10 * math.log10(np.mean(ratios)) for ratios in noise], abs=1e-2
     )
-    assert told == [*((n, 3, "original") for n in (1, 2, 3)), *((n, 3, "quantized") for n in (1, 2, 3))]
+    assert told == [
+        step
+        for which in ("original", "quantized")
+        for step in (*((n, 2, f"loading the {which}") for n in (0, 1, 2)), *((n, 3, which) for n in (1, 2, 3)))
+    ]
     alone = perplexity_of(EngineConfig(model=str(quantized), dtype="float32"), max_tokens=TOKENS)
     assert alone.perplexity == quality.perplexity_after
     assert alone.num_tokens == quality.num_tokens

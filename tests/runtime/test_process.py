@@ -150,6 +150,10 @@ def test_ready_tells_what_was_started(served: tuple[Client, Ready]) -> None:
     assert report.weight_bytes > 0
 
 
+def test_the_server_sees_how_far_the_load_was(client: Client) -> None:
+    assert client.engine.progress.loaded == (2, 2)
+
+
 def test_the_server_imports_no_torch_with_the_seam() -> None:
     code = "import sys, octavo.runtime.launch, octavo.runtime.messages; sys.exit('torch' in sys.modules)"
     environment = os.environ | {"PYTHONPATH": str(Path(octavo.__file__).parent.parent)}

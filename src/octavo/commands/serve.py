@@ -6,7 +6,6 @@ Flags are vLLM's; SGLang's names for them are accepted too.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import logging
 import os
 import pickle
@@ -15,7 +14,7 @@ import signal
 import ssl
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +24,16 @@ from typing import TYPE_CHECKING
 from octavo.collector import uncollected
 from octavo.commands.failure import one_line
 from octavo.commands.serve_arguments import ArgumentsError, own_arguments
-from octavo.commands.serve_flags import OptionsError, ServeOptions, configure, engine_config, read_options
+from octavo.commands.serve_flags import (
+    OptionsError,
+    ServeError,
+    ServeOptions,
+    configure,
+    engine_config,
+    model_of,
+    read_options,
+)
+from octavo.commands.serve_text import TextSide, preparation, text_side
 from octavo.server.access import Access, api_keys, default_hosts
 
 if TYPE_CHECKING:
@@ -40,20 +48,14 @@ if TYPE_CHECKING:
     from octavo.server.listen_sockets import Listener
     from octavo.server.message.model_formats import ModelFormats
     from octavo.server.metrics import Metrics
-    from octavo.server.options import ListenOptions, ModelOptions, TextOptions
+    from octavo.server.options import ListenOptions, ModelOptions
     from octavo.server.processes.places import Places
     from octavo.server.served_model import ServedModel
-    from octavo.server.template_renderer import TemplateRenderer
-    from octavo.text.tokenizer import Tokenizer
 
 __all__ = ["configure", "own_words", "run"]
 
 PROG = "octavo serve"
 SERVER_PROGRAM = ("-m", "octavo.commands.server_process")
-
-
-class ServeError(ValueError):
-    """The command line or the model is wrong; the message is one line."""
 
 
 def own_words(arguments: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
@@ -88,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _serve(options: ServeOptions, begun: float) -> bool:
-    model = _model_of(options.model)
+    model = model_of(options.model)
     if options.engine.parallel.headless:
         _compute_for_another_machine(options, _directory_of(model, options.model))
         return True
@@ -130,7 +132,7 @@ def _serve_alone(options: ServeOptions, directory: Path, access: Access, listene
 
             text = text_side(options, directory)
             text.renderer.start()
-            prepare = _preparation(options.text, text)
+            prepare = preparation(options.text, text, engines)
             make_app = _app_maker(options, text, begun, access)
             open_fleet = _fleet_opener(options, engines, launcher)
         with _start_errors(options, directory):
@@ -174,7 +176,7 @@ def _serve_with_processes(
 
             text = text_side(options, directory)
             text.renderer.start()
-            prepare = _preparation(options.text, text)
+            prepare = preparation(options.text, text, engines)
             report = _reporter(options, text, begun, places)
             open_fleet = _fleet_opener(options, engines, launcher)
             make_parent = partial(Parent, processes=servers, start=start, places=places, options=options.listen)
@@ -271,13 +273,6 @@ def fleet_limits(options: ServeOptions) -> FleetLimits:
     )
 
 
-def _model_of(options: ModelOptions) -> str:
-    named = [name for name in (options.model, options.model_flag) if name is not None]
-    if len(named) != 1:
-        raise ServeError("name one model: serve MODEL, a directory or a Hub id")
-    return named[0]
-
-
 def _check_tls(options: ListenOptions) -> None:
     """Read the certificate's files before the model is loaded, so that a missing one is reported at once."""
     if not (options.ssl_certfile or options.ssl_keyfile):
@@ -321,69 +316,6 @@ def _bind(options: ListenOptions) -> Listener:
     host, port = bound.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     return Listener(bound, f"http{'s' if options.ssl_certfile else ''}://{shown}:{port}")
-
-
-@dataclass(frozen=True)
-class TextSide:
-    """What of the model the server needs, and the engine doesn't know."""
-
-    directory: Path
-    names: tuple[str, ...]
-    serves_any_name: bool
-    tokenizer: Tokenizer
-    renderer: TemplateRenderer
-    defaults: dict[str, float]
-    end_ids: frozenset[int]
-
-
-def text_side(options: ServeOptions, directory: Path) -> TextSide:
-    """Read it now, while the engine loads. Raises ServeError."""
-    from octavo.server.message.model_formats import check_names
-    from octavo.server.served_model import checked_names, end_token_ids, sampling_defaults
-    from octavo.server.template_renderer import TemplateRenderer
-    from octavo.text.chat_template import ChatTemplate, ChatTemplateError
-    from octavo.text.tokenizer import Tokenizer, TokenizerError
-
-    text = options.text
-    source = Path(options.model.tokenizer) if options.model.tokenizer else directory
-    try:
-        tokenizer = Tokenizer.open(source, trust_remote_code=options.engine.trust_remote_code)
-        renderer = TemplateRenderer(ChatTemplate.open(source, tokenizer.special_tokens, text.chat_template))
-        defaults = sampling_defaults(directory, text.generation_config, text.override_generation_config)
-        end_ids = end_token_ids(directory, tokenizer)
-        check_names(text.tool_call_parser, text.reasoning_parser)
-        names, any_name = checked_names(
-            options.model.served_model_name, options.model.model_aliases, _model_of(options.model)
-        )
-    except (TokenizerError, ChatTemplateError, ValueError) as error:
-        raise ServeError(str(error)) from error
-    return TextSide(directory, names, any_name, tokenizer, renderer, defaults, end_ids)
-
-
-def _preparation(options: TextOptions, text: TextSide) -> Callable[[Fleet], Awaitable[ModelFormats]]:
-    """What is done while the engine loads: the vocabulary is made and sent, the chat template compiled, and how the
-    model writes calls and reasoning read from it.
-    """
-    from octavo.server.served_model import vocabulary_of
-
-    async def prepare(client: Fleet) -> ModelFormats:
-        vocabulary = await asyncio.to_thread(vocabulary_of, text.tokenizer, text.end_ids)
-        formats = await found_formats(options, text)
-        await client.ready()
-        client.give_vocabulary(vocabulary)
-        return formats
-
-    return prepare
-
-
-async def found_formats(options: TextOptions, text: TextSide) -> ModelFormats:
-    """How the model writes calls and reasoning, when its template has been compiled."""
-    from octavo.server.message.model_formats import find_formats
-
-    tokenizer = text.tokenizer
-    special = {tokenizer.token_name(token_id): token_id for token_id in tokenizer.special_ids}
-    await text.renderer.check()
-    return await find_formats(text.renderer, special, options.tool_call_parser, options.reasoning_parser)
 
 
 def _app_maker(
@@ -437,7 +369,7 @@ def served_model(
     most_logprobs = options.text.max_logprobs
     return ServedModel(
         names=text.names,
-        root=_model_of(options.model),
+        root=model_of(options.model),
         tokenizer=text.tokenizer,
         renderer=text.renderer,
         end_ids=text.end_ids,

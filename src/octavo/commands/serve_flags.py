@@ -62,6 +62,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
 
 
+class ServeError(ValueError):
+    """The command line or the model is wrong; the message is one line."""
+
+
 class OptionsError(ValueError):
     """Flags that contradict each other; the message is one line."""
 
@@ -108,3 +112,11 @@ def engine_config(options: ServeOptions, directory: Path) -> EngineConfig:
     """What the engine process is told."""
     dtype = options.model.quantization or options.engine.dtype
     return msgspec.structs.replace(options.engine, model=str(directory), dtype=dtype)
+
+
+def model_of(options: ModelOptions) -> str:
+    """The model that is named, once. Raises ServeError."""
+    named = [name for name in (options.model, options.model_flag) if name is not None]
+    if len(named) != 1:
+        raise ServeError("name one model: serve MODEL, a directory or a Hub id")
+    return named[0]

@@ -12,16 +12,14 @@ import uvloop
 from fastapi import FastAPI
 
 from octavo.commands.serve import (
-    ServeError,
     ServerStart,
-    TextSide,
     allow_many_connections,
     fleet_limits,
-    found_formats,
     made_metrics,
     served_model,
-    text_side,
 )
+from octavo.commands.serve_flags import ServeError
+from octavo.commands.serve_text import TextSide, found_formats, text_side
 from octavo.runtime.messages import Ready
 from octavo.runtime.shared_link import server_name
 from octavo.server.app import build_app

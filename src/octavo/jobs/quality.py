@@ -37,7 +37,7 @@ from octavo.runtime.config import Dtype, EngineConfig
 from octavo.runtime.model.device import Device
 from octavo.runtime.model.families.registry import LAYOUTS
 from octavo.runtime.model.model import Model, Tap
-from octavo.runtime.model.weights import load_model
+from octavo.runtime.model.weights import OnLayer, load_model
 from octavo.runtime.worker import kv_cache
 from octavo.runtime.worker.device import choose_device, free_memory
 
@@ -92,7 +92,7 @@ def compare(
         Checkpoint.open(directory, LAYOUTS)
     token_ids, prefix, source = _tokens(directories[0], text, max_tokens)
     with torch.inference_mode(), tempfile.TemporaryFile() as logits, tempfile.TemporaryFile() as hidden:
-        runner = _load(original, token_ids, prefix, device=device)
+        runner = _load(original, token_ids, prefix, _loading(progress, "original"), device=device)
         facts = runner.facts
         window = runner.window
         record = _Recording(logits), _Recording(hidden)
@@ -102,7 +102,7 @@ def compare(
             _tell(progress, number, runner, "original")
         del runner
         gc.collect()
-        runner = _load(quantized, token_ids, prefix, window, device)
+        runner = _load(quantized, token_ids, prefix, _loading(progress, "quantized"), window, device)
         _check_alike(directories[0], facts, directories[1], runner.facts)
         return _compare(runner, record, progress, source)
 
@@ -115,7 +115,7 @@ def perplexity_of(
     token_ids, prefix, source = _tokens(Path(model.model), text, max_tokens)
     likelihood = Likelihood()
     with torch.inference_mode():
-        runner = _load(model, token_ids, prefix)
+        runner = _load(model, token_ids, prefix, _loading(progress, "model"))
         for number, token_window in enumerate(runner.windows):
             likelihood.add(token_window, runner.run(token_window))
             _tell(progress, number, runner, "model")
@@ -182,17 +182,22 @@ class _Runner:
         return self.model.forward(step, self._caches, tap if self.model.gives_hidden else None).float().cpu()
 
 
+def _loading(progress: Progress, which: str) -> OnLayer:
+    return lambda loaded, layers: progress(loaded, layers, f"loading the {which}")
+
+
 def _load(
     config: EngineConfig,
     token_ids: list[int],
     prefix: list[int],
+    on_layer: OnLayer,
     window: int | None = None,
     device: Device | None = None,
 ) -> _Runner:
     directory = Path(config.model)
     _check_memory(directory)
     try:
-        model = load_model(config, device, rounds_inputs=True)
+        model = load_model(config, device, rounds_inputs=True, on_layer=on_layer)
     except (ValueError, OSError) as e:
         raise QualityError(f"{directory.name} can't be run: {e}") from e
     if max(token_ids) >= model.vocab_size:
