@@ -21,6 +21,7 @@ from octavo.calibration.report.weight_error import by_kind, squared_error
 from octavo.calibration.verify import BlockSnr
 from octavo.quant.qparams import quantize_weight
 from octavo.quant.scheme import PRESETS
+from octavo.server.web.page import MAGIC
 
 NASTY = '<script src="https://example.org/x.js">&"\'$x^2$-->'
 VOID = {"meta"}
@@ -120,6 +121,7 @@ def parse(text: str) -> Page:
 def test_the_page_is_whole_and_leads_nowhere() -> None:
     text = render_html(report())
     assert render_html(report()) == text
+    assert text.encode().startswith(MAGIC)  # or the server would not show it
     page = parse(text)
     assert page.tags.count("svg") == 3
     assert not {"script", "style", "link", "img", "iframe", "a", "object"} & set(page.tags[page.tags.index("body") :])

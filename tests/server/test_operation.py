@@ -109,6 +109,14 @@ def test_what_is_served_and_how_busy_it_is(client: httpx.Client) -> None:
     assert client.get("/tokenizer_info").json()["eos_token"] == "<|im_end|>"
 
 
+def test_the_page_and_no_report(client: httpx.Client) -> None:
+    assert "<h1" in client.get("/", headers={"Accept": "text/html"}).text
+    assert client.get("/", headers={"Accept": "*/*"}).text == "Ollama is running"
+    response = client.get("/quantization_report")
+    assert response.status_code == 404
+    assert "octavo quantize" in response.json()["error"]["message"]
+
+
 def test_what_the_engine_has_loaded(client: httpx.Client, server: Server) -> None:
     info = client.get("/server_info").json()
     assert (info["can_chat"], info["reasoning"], info["quantization_report"]) == (True, False, False)
