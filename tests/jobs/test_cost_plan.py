@@ -96,10 +96,10 @@ def test_the_prices_of_all_tokens_of_an_hour_are_the_machine_s_hour(situation: s
 def test_an_interval_contains_what_a_second_run_finds(drift: float) -> None:
     """Of each run in each other, 9 of 10 figures: on a machine that keeps its speed, and on one that doesn't."""
     inside = []
-    found = [figures(seed, drift).values for seed in (0, 1000, 2000)]
+    found = [figures(seed, drift).values for seed in (0, 1000)]
     for a, b in permutations(found, 2):
         inside += [a[name].low <= b[name].value * (1 + 1e-9) and b[name].value <= a[name].high for name in a]
-    assert len(inside) > 150
+    assert len(inside) > 50
     assert sum(inside) >= 0.9 * len(inside)
 
 

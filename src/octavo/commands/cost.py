@@ -22,6 +22,7 @@ from octavo.bench.options import parse_goodput
 from octavo.bench.workloads import WORKLOADS
 from octavo.commands.failure import one_line
 from octavo.commands.progress_bar import progress_bar
+from octavo.commands.termination import unwinding_when_terminated
 from octavo.flags import add_flags, flags_of, number, parse_count, read
 from octavo.jobs.cost.prices import ApiPrice, parse_api_price
 from octavo.kernels.native.environment import ENVIRONMENT
@@ -231,7 +232,7 @@ def run(args: argparse.Namespace) -> int:
 
     try:
         job = _job(read(CostOptions, args), args.serve_flags)
-        with _surroundings() as around:
+        with unwinding_when_terminated(PROG), _surroundings() as around:
             around.say(
                 f"about {duration(job.seconds * len(job.targets))} of loads in all; Ctrl-C keeps what is measured"
             )
