@@ -39,6 +39,7 @@ def run(ttfts: list[float], **more: Any) -> dict[str, Any]:
         "input_lens": [10] * count,
         "output_lens": [3] * count,
         "start_times": [float(i) for i in range(count)],
+        "duration": float(count),
         "request_rate": 1.0,
         **more,
     }
@@ -82,6 +83,47 @@ def test_the_bootstrap_agrees_with_the_delta_method() -> None:
     assert "std_ttft_ms" not in found
 
 
+def test_the_bootstrap_of_throughputs_is_of_rates() -> None:
+    """The same hundred requests in half the time: twice the throughput, of which the parts of a run know nothing."""
+    slow = run([0.1] * 100)
+    fast = run([0.1] * 100, start_times=[i / 2 for i in range(100)], duration=50.0)
+    fast |= {name: 2 * slow[name] for name in ("request_throughput", "output_throughput", "total_token_throughput")}
+    found = {comparison.key: comparison for comparison in compare(side(slow), side(fast))}
+    for name in ("request_throughput", "output_throughput", "total_token_throughput"):
+        assert found[name].interval == pytest.approx((2, 2), rel=0.1)
+        assert found[name].verdict == "100.0 % more: better"
+
+
+def test_a_side_without_spread_has_the_other_ones_degrees_of_freedom() -> None:
+    """Eight equal values beside eight others: seven degrees, t = 2.365. Their quotient may come out as 6.999..."""
+    for scale in (1.0, 1.3, 1.7, 3.1):
+        theirs = [scale * (1 + 0.1 * i) for i in range(8)]
+        half = 2.365 * statistics.stdev(map(math.log, theirs)) / math.sqrt(8)
+        low, high = welch([1] * 8, theirs)
+        assert math.log(high / low) / 2 == pytest.approx(half)
+
+
+def test_a_figure_that_is_0_on_one_side_is_not_dropped() -> None:
+    ours = side(run([0.1], request_goodput=5.0))
+    theirs = side(run([0.1], request_goodput=0.0))
+    comparisons = compare(ours, theirs)
+    assert "request_goodput" not in {comparison.key for comparison in comparisons}
+    assert lines(ours, theirs, comparisons)[-1] == "  note: good requests/s has no ratio: 5 and 0"
+
+
+def test_files_that_say_less_or_no_numbers_have_no_interval() -> None:
+    """A result of an older vLLM has no start_times; NaN is in JSON that Python writes."""
+    old = run([0.1, 0.2])
+    del old["start_times"]
+    found = compare(side(old), side(old | {"p99_ttft_ms": math.nan, "x_y_ttft_ms": 1.0}))
+    assert {comparison.interval for comparison in found} == {None}
+    assert compare(side(run([0.1], mean_ttft_ms=math.nan)), side(run([0.1]))) == compare(
+        side({key: value for key, value in run([0.1]).items() if key != "mean_ttft_ms"}), side(run([0.1]))
+    )
+    bare = {"output_throughput": 3.0, "tight_slo_ttft_ms": 1.0}
+    assert [comparison.key for comparison in compare(side(bare), side(bare))] == ["output_throughput"]
+
+
 def test_quantiles_of_weights_are_those_of_repeated_values() -> None:
     rng = np.random.default_rng(1)
     values = np.sort(rng.random(50))
@@ -117,6 +159,8 @@ def test_loads_that_differ_are_named() -> None:
     totals = [side(run([0.1], total_input_tokens=total)) for total in (1000, 1015, 1100)]
     assert setting_notes(totals[0], totals[1]) == []
     assert setting_notes(totals[0], totals[2]) == ["total_input_tokens differs: 1000 and 1100"]
+    almost = side(run([0.1], request_rate=1.01))
+    assert setting_notes(side(run([0.1])), almost) == ["request_rate differs: 1.0 and 1.01"]
     inf = side(run([0.1], request_rate="inf"))
     assert setting_notes(side(run([0.1])), inf) == ['request_rate differs: 1.0 and "inf"']
 
@@ -132,9 +176,9 @@ def test_files_are_compared_from_the_command_line(tmp_path: Path, capsys: pytest
     a, b, written = (str(tmp_path / name) for name in ("a.json", "b.json", "c.json"))
     assert main(["bench", "compare", a, b, "--output-json", written]) == 0
     printed = capsys.readouterr().out
-    assert "b.json against a.json" in printed
+    assert f"{b} against {a}" in printed
     assert "bootstrap over requests" in printed
-    content = json.loads((tmp_path / "c.json").read_text())["others"]["b.json"]
+    content = json.loads((tmp_path / "c.json").read_text())["others"][b]
     intervals = [
         (one["ratio_low"], one["ratio_high"]) for one in content if one["interval_from"].startswith("bootstrap")
     ]
@@ -145,5 +189,8 @@ def test_files_are_compared_from_the_command_line(tmp_path: Path, capsys: pytest
     assert "takes two results or more" in capsys.readouterr().err
     assert main(["bench", "compare", a, written]) == 1
     assert "no result of octavo bench" in capsys.readouterr().err
+    (tmp_path / "packed").write_bytes(b"\x1f\x8b\xff")
+    assert main(["bench", "compare", a, str(tmp_path / "packed")]) == 1
+    assert "packed is not text" in capsys.readouterr().err
     assert main(["bench", "compare", a, str(tmp_path / "missing")]) == 1
     assert "No such file" in capsys.readouterr().err

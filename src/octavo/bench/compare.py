@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ THROUGHPUTS = {
     "total_token_throughput": "tokens/s",
 }
 LATENCIES = ("ttft", "tpot", "itl", "e2el")
+DETAILS = ("duration", "input_lens", "output_lens", "ttfts", "itls", "start_times", "errors")
+TOTALS = ("num_prompts", "total_input_tokens")  # of SETTINGS, those that differ a little by chance
 SETTINGS = (
     "request_rate", "burstiness", "max_concurrency", "num_prompts", "total_input_tokens", "backend", "workload",
     "trace", "max_seconds", "warmup_seconds", "latencies_from",
@@ -63,7 +66,8 @@ class Side:
 
     def values(self, key: str) -> list[float]:
         """A figure of each run that has it."""
-        return [float(run[key]) for run in self.runs if isinstance(run.get(key), int | float)]
+        found = [float(run[key]) for run in self.runs if isinstance(run.get(key), int | float)]
+        return [value for value in found if math.isfinite(value)]
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,8 @@ def read_side(path: Path) -> Side:
         text = path.read_text(encoding="utf-8")
     except OSError as e:
         raise CompareError(f"{path}: {e.strerror}") from e
+    except UnicodeDecodeError as e:
+        raise CompareError(f"{path} is not text: {e}") from e
     try:
         content = json.loads(text)
         runs = content if isinstance(content, list) else [content]
@@ -109,13 +115,30 @@ def read_side(path: Path) -> Side:
             raise CompareError(f"{path} is neither JSON nor JSON lines: {e}") from e
     if not runs or not all(isinstance(run, dict) and "output_throughput" in run for run in runs):
         raise CompareError(f"{path} is no result of octavo bench or vllm bench serve: it has no output_throughput")
-    return Side(path.name, runs)
+    return Side(str(path), runs)
 
 
 def compare(base: Side, other: Side) -> list[Comparison]:
     """Every figure that both have."""
-    keys = [key for key in [*THROUGHPUTS, *_latency_keys(base)] if base.values(key) and other.values(key)]
-    return [found for key in keys if (found := _compared(key, base, other)) is not None]
+    return [_compared(key, base, other) for key in _shared_keys(base, other) if not _has_zero(key, base, other)]
+
+
+def zero_notes(base: Side, other: Side) -> list[str]:
+    """Figures that have no ratio, since they are 0 in a run: a goodput of nothing, say."""
+    return [
+        f"{_label(key)} has no ratio: {', '.join(f'{value:g}' for value in base.values(key))} and "
+        f"{', '.join(f'{value:g}' for value in other.values(key))}"
+        for key in _shared_keys(base, other)
+        if _has_zero(key, base, other) and any((*base.values(key), *other.values(key)))
+    ]
+
+
+def _shared_keys(base: Side, other: Side) -> list[str]:
+    return [key for key in [*THROUGHPUTS, *_latency_keys(base)] if base.values(key) and other.values(key)]
+
+
+def _has_zero(key: str, base: Side, other: Side) -> bool:
+    return min(*base.values(key), *other.values(key)) <= 0
 
 
 def setting_notes(base: Side, other: Side) -> list[str]:
@@ -125,7 +148,8 @@ def setting_notes(base: Side, other: Side) -> list[str]:
         if not all(key in run for side in (base, other) for run in side.runs):
             continue  # vLLM's files don't say everything
         ours, theirs = (sorted({json.dumps(run.get(key)) for run in side.runs}) for side in (base, other))
-        if ours != theirs and not _nearly_equal(base.values(key), other.values(key)):
+        by_chance = key in TOTALS and _nearly_equal(base.values(key), other.values(key))
+        if ours != theirs and not by_chance:
             notes.append(f"{key} differs: {', '.join(ours)} and {', '.join(theirs)}")
     return notes
 
@@ -139,15 +163,15 @@ def _nearly_equal(ours: Sequence[float], theirs: Sequence[float]) -> bool:
 
 
 def _latency_keys(side: Side) -> list[str]:
-    keys = side.runs[0]
-    return [key for name in LATENCIES for key in keys if key.endswith(f"_{name}_ms") and not key.startswith("std_")]
+    names = "|".join(LATENCIES)
+    form = re.compile(rf"(?:mean|median|p[\d.]+)_({names})_ms")
+    found = [(match[1], key) for key in side.runs[0] if (match := form.fullmatch(key))]
+    return [key for _, key in sorted(found, key=lambda pair: LATENCIES.index(pair[0]))]
 
 
-def _compared(key: str, base: Side, other: Side) -> Comparison | None:
+def _compared(key: str, base: Side, other: Side) -> Comparison:
     ours = base.values(key)
     theirs = other.values(key)
-    if min(*ours, *theirs) <= 0:  # of a run without tokens, say: nothing to divide by
-        return None
     before = math.exp(statistics.fmean(map(math.log, ours)))
     after = math.exp(statistics.fmean(map(math.log, theirs)))
     interval: tuple[float, float] | None = None
@@ -157,7 +181,7 @@ def _compared(key: str, base: Side, other: Side) -> Comparison | None:
         how = f"{len(ours)} and {len(theirs)} runs"
     elif max(len(ours), len(theirs)) > 1:
         how = f"fewer than {MIN_REPETITIONS} runs"
-    elif all("ttfts" in side.runs[0] for side in (base, other)):
+    elif all(name in side.runs[0] for side in (base, other) for name in DETAILS):
         interval = _bootstrapped(key, base.runs[0], other.runs[0])
         how = f"bootstrap over {f'{PARTS} parts of the time' if key in THROUGHPUTS else 'requests'}"
         how = "too little to draw again" if interval is None else how
@@ -176,7 +200,8 @@ def welch(base: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
     freedom = spread**2 / sum(
         error**2 / (len(values) - 1) for error, values in zip(errors, (ours, theirs), strict=True)
     )
-    t = T_975[min(int(freedom), len(T_975)) - 1]
+    whole = max(int(freedom + 1e-9), 1)  # 6.999999999999999 is 7, rounded
+    t = T_975[min(whole, len(T_975)) - 1]
     return math.exp(difference - t * math.sqrt(spread)), math.exp(difference + t * math.sqrt(spread))
 
 
@@ -193,8 +218,7 @@ def _bootstrapped(key: str, base: Mapping[str, Any], other: Mapping[str, Any]) -
 
 
 def _good(run: Mapping[str, Any]) -> list[int]:
-    errors = run.get("errors") or [""] * len(run["ttfts"])
-    return [i for i, error in enumerate(errors) if not error]
+    return [i for i, error in enumerate(run["errors"]) if not error]
 
 
 def _drawn_throughput(key: str, run: Mapping[str, Any], rng: np.random.Generator) -> Floats | None:
@@ -216,7 +240,7 @@ def _drawn_throughput(key: str, run: Mapping[str, Any], rng: np.random.Generator
         sizes = [1 if key == "request_throughput" else run["output_lens"][i] + run["input_lens"][i] for i in good]
         weights = np.asarray(sizes, dtype=float)
     parts, _ = np.histogram(times, bins=PARTS, range=(begun.min(), ends.max() + 1e-9), weights=weights)
-    return np.asarray(rng.choice(parts, (RESAMPLES, PARTS)).mean(axis=1))
+    return np.asarray(rng.choice(parts, (RESAMPLES, PARTS)).sum(axis=1)) / float(run["duration"])
 
 
 def _drawn_latency(key: str, run: Mapping[str, Any], rng: np.random.Generator) -> Floats | None:
@@ -228,9 +252,9 @@ def _drawn_latency(key: str, run: Mapping[str, Any], rng: np.random.Generator) -
         return None
     order = np.argsort(values, kind="stable")
     values, owners = values[order], owners[order]
-    counts = rng.multinomial(len(good), np.full(len(good), 1 / len(good)), size=RESAMPLES)
+    shares = np.full(len(good), 1 / len(good))
     of_weights = _statistic(statistic)
-    return np.asarray([of_weights(values, row[owners]) for row in counts])
+    return np.asarray([of_weights(values, rng.multinomial(len(good), shares)[owners]) for _ in range(RESAMPLES)])
 
 
 def _values(name: str, run: Mapping[str, Any], good: Sequence[int]) -> tuple[Floats, NDArray[np.int64]]:
@@ -276,7 +300,7 @@ def lines(base: Side, other: Side, comparisons: Sequence[Comparison]) -> list[st
         found.append(f"  no difference seen in any of the {len(seen)} figures with an interval")
     hows = dict.fromkeys(comparison.how for comparison in comparisons)
     found.append(f"  intervals of 95 %: {'; '.join(hows)}")
-    return found + [f"  note: {note}" for note in setting_notes(base, other)]
+    return found + [f"  note: {note}" for note in (*zero_notes(base, other), *setting_notes(base, other))]
 
 
 def _label(key: str) -> str:
