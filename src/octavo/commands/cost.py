@@ -136,7 +136,7 @@ class CostOptions(msgspec.Struct, frozen=True, kw_only=True):
         float,
         Meta(
             ge=0.1,
-            description="of each load; a model takes some thirty loads, half of them a shorter run's",
+            description="of each load; a model takes some thirty loads",
             extra={"metavar": "S"},
         ),
     ] = 30.0
