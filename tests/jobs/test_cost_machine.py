@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,35 @@ def test_energy_is_that_of_all_packages_over_the_ends_of_their_counters(tmp_path
     assert meter.joules() == pytest.approx(0.5)
     counter(tmp_path, "intel-rapl:0", 250_000)
     assert meter.joules() == pytest.approx(0.55)
+
+
+def test_energy_of_gpus_is_nvml_s(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Millijoules of every GPU; a GPU that has no counter leaves it to the processors."""
+    counted = {"a": 1500, "b": 500}
+
+    class NVMLError(Exception):
+        pass
+
+    def energy(handle: str) -> int:
+        if handle not in counted:
+            raise NVMLError
+        return counted[handle]
+
+    nvml = types.ModuleType("pynvml")
+    told = {
+        "NVMLError": NVMLError,
+        "nvmlInit": lambda: None,
+        "nvmlDeviceGetCount": lambda: 2,
+        "nvmlDeviceGetHandleByIndex": lambda i: "ab"[i],
+        "nvmlDeviceGetTotalEnergyConsumption": energy,
+    }
+    vars(nvml).update(told)
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    meter = EnergyMeter.find(tmp_path)
+    assert meter is not None
+    assert (meter.source, meter.joules()) == ("GPUs (NVML)", 2.0)
+    del counted["b"]
+    assert EnergyMeter.find(tmp_path) is None
 
 
 def test_a_machine_without_counters_has_no_meter(tmp_path: Path) -> None:

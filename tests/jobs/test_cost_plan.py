@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from itertools import permutations
 from pathlib import Path
@@ -182,7 +183,14 @@ def test_the_answer_names_the_cheapest_good_model_its_price_and_the_machines() -
     price = best.values["slo_usd_all_in"]
     assert answer.lines[0].startswith(f"Serve {NAME}: ${price.value:.3g}")
     assert "99 % of the requests within TTFT 500 ms" in answer.lines[0]
-    assert answer.lines[1].startswith("10 M tokens a day, spread evenly, take 1 machine (")
+    assert answer.lines[1].startswith(
+        "10 M tokens a day, input and output together and spread evenly, take 1 machine ("
+    )
+    unasked = msgspec.structs.replace(wanted(state).question, tokens_per_day=None)
+    other = make_page(state, replace(wanted(state), question=unasked)).sections[0].blocks[0]
+    assert isinstance(other, Answer)
+    served = 86400 * (best.values["slo_input_rate"].value + best.values["slo_output_rate"].value)
+    assert other.lines[1].startswith(f"One machine serves {served / 1e6:.3g} M tokens a day")
     assert "Not int4: mean KL 0.400 is above --max-kl 0.1." in answer.lines[2]
     assert f"${price.low:.3g} to ${price.high:.3g}" in answer.lines[3]
     html = page.to_html()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from octavo.jobs.cost.choice import Choice, choose
 from octavo.jobs.cost.curves import charts
 from octavo.jobs.cost.figures import Question
 from octavo.jobs.cost.method import measuring_rules, noise, price_rules
+from octavo.jobs.cost.prices import SECONDS_PER_DAY
 from octavo.jobs.cost.quality import CostQuality
 from octavo.jobs.cost.state import ServerState, State
 from octavo.jobs.cost.statistics import Interval
@@ -78,13 +79,7 @@ def _answer(state: State, choice: Choice, wanted: Wanted) -> Answer:
     values = choice.best.figures.values
     price = values["slo_usd_all_in"]
     lines = [f"Serve {choice.best.label}: {dollars(price.value)} per million output tokens, with {slo}."]
-    if "slo_machines" in values and wanted.question.tokens_per_day:
-        machines = whole(values["slo_machines"])
-        plural = "machine" if machines.text == "1" else "machines"
-        lines.append(
-            f"{figure(wanted.question.tokens_per_day)} tokens a day, spread evenly, take {machines.text} {plural} "
-            f"({machines.small})."
-        )
+    lines.append(_machines(values, wanted.question.tokens_per_day))
     lines.append(_why(choice, len(state.servers)))
     width = max(price.high / price.value - 1, 1 - price.low / price.value)
     runs = f"{choice.best.figures.num_requests:,} requests to this model"
@@ -93,6 +88,17 @@ def _answer(state: State, choice: Choice, wanted: Wanted) -> Answer:
         f"20; {runs}. {quiet}"
     )
     return Answer(tuple(lines), unsure=noisy or width > WIDE)
+
+
+def _machines(values: Mapping[str, Interval], tokens_per_day: float | None) -> str:
+    """How many machines the traffic takes, or, where none was given, what one machine serves."""
+    if tokens_per_day is None:
+        served = SECONDS_PER_DAY * (values["slo_input_rate"].value + values["slo_output_rate"].value)
+        return f"One machine serves {figure(served)} tokens a day, input and output together (--tokens-per-day)."
+    machines = whole(values["slo_machines"])
+    plural = "machine" if machines.text == "1" else "machines"
+    taken = f"take {machines.text} {plural} ({machines.small})"
+    return f"{figure(tokens_per_day)} tokens a day, input and output together and spread evenly, {taken}."
 
 
 def _why(choice: Choice, count: int) -> str:
