@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from html import escape
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from octavo.calibration.report.weight_error import KindRow
@@ -43,21 +44,25 @@ SETTINGS: dict[Any, Any] = {  # matplotlib's type for it is a list of all its na
     "grid.color": GRID,
     "xtick.color": SOFT,
     "ytick.color": SOFT,
-    "figure.constrained_layout.use": True,
 }
 
 
 def kl_histogram(counts: Sequence[int], mean: float, p99: float) -> str:
     """A histogram of the tokens' KL: a bin is a quarter of a decade, the first and the last are open."""
-    figure, axes = _figure(HEIGHT)
+    figure, axes = _figure(HEIGHT, top=0.25)
     edges = [KL_EDGES[0] / STEP, *KL_EDGES, KL_EDGES[-1] * STEP]
+    widths = [high - low for low, high in pairwise(edges)]
+    bars = axes.bar(edges[:-1], counts, widths, align="edge", color=BAR, edgecolor="none")
     tips = {}
-    for i, (count, low, high) in enumerate(zip(counts, edges[:-1], edges[1:], strict=True)):
-        (bar,) = axes.bar(low, count, high - low, align="edge", color=BAR, edgecolor="none")
+    for i, (bar, count) in enumerate(zip(bars, counts, strict=True)):
         bar.set_gid(f"kl-{i}")
-        shown = f"{f'{low:.2g}' if i else '0'} to {f'{high:.2g}' if i < len(KL_EDGES) else 'more'}"
-        tips[f"kl-{i}"] = f"{shown} nats: {count} tokens"
+        low = f"{edges[i]:.2g}" if i else "0"
+        high = f"{edges[i + 1]:.2g}" if i < len(KL_EDGES) else "more"
+        tips[f"kl-{i}"] = f"{low} to {high} nats: {count} tokens"
     axes.set_xscale("log")
+    decades = range(-6, 2)
+    axes.set_xticks([10.0**n for n in decades], [f"1e{n}" for n in decades])
+    axes.minorticks_off()
     axes.set_xlim(edges[0], edges[-1])
     for name, value, side in (("mean", mean, "right"), ("p99", p99, "left")):
         x = min(max(value, edges[0]), edges[-1])
@@ -91,7 +96,8 @@ def block_snr(blocks: Sequence[BlockSnr]) -> str:
 
 def kind_snr(kinds: Sequence[KindRow]) -> str:
     """The weights' signal over noise, a bar for each kind of layer and a stroke at the kind's worst layer."""
-    figure, axes = _figure(0.9 + ROW * len(kinds))
+    longest = max((len(row.kind) for row in kinds), default=0)
+    figure, axes = _figure(0.8 + ROW * len(kinds), left=0.3 + 0.075 * longest)
     top = max([row.snr_db for row in kinds if row.snr_db is not None and row.snr_db > 0], default=1.0)
     tips = {}
     for i, row in enumerate(kinds):
@@ -111,14 +117,18 @@ def kind_snr(kinds: Sequence[KindRow]) -> str:
     return _svg(figure, "kind", "Signal-to-noise ratio of the weights by kind of layer", tips)
 
 
-def _figure(height: float) -> tuple[Figure, Axes]:
-    """An empty plot. matplotlib is imported when one is drawn: it takes half a second."""
+def _figure(height: float, *, left: float = 0.6, top: float = 0.1) -> tuple[Figure, Axes]:
+    """An empty plot with these margins; to find them itself, matplotlib would draw everything twice.
+
+    It is imported when a plot is drawn, since that takes half a second.
+    """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     with rc_context(SETTINGS):
         figure = Figure((WIDTH, height))
-        axes = figure.add_subplot()
+        share = (left / WIDTH, 0.5 / height, 1 - (left + 0.15) / WIDTH, 1 - (0.5 + top) / height)
+        axes = figure.add_axes(share)
         axes.grid(visible=True, axis="both", linewidth=0.6)
         axes.tick_params(which="both", length=0)
     return figure, axes
