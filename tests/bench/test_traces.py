@@ -112,15 +112,41 @@ def test_conversations_of_sharegpt_are_their_turns(tmp_path: Path) -> None:
         ("", "begins like none of"),
         ("a,b\n1,2\n", "begins like none of sharegpt, mooncake"),
         ('{"timestamp": 1}\n', "neither input_length nor prompt nor conversations"),
-        (TIMED + '{"timestamp": "x"}\n', "trace:3: not a request with timestamp, input_length and output_length"),
+        (TIMED + '{"timestamp": "x"}\n', "trace:3: not a request with timestamp, input_length, output_length"),
         (TIMED + "{nonsense\n", "trace:3: not JSON"),
-        ("TIMESTAMP,ContextTokens\n2023-11-16 18:15:46.68,374\n", "'azure': no 'GeneratedTokens'"),
+        (TIMED + '{"timestamp": NaN, "input_length": 2, "output_length": 2}\n', "trace:3: .*nan is no time"),
+        (TIMED + '{"timestamp": 1, "input_length": -2, "output_length": 2}\n', "trace:3: .*-2 is no number of tokens"),
+        (TIMED + '{"timestamp": 1, "input_length": Infinity, "output_length": 2}\n', "trace:3: .*infinity"),
+        (MOONCAKE.replace("[0, 7]", '[{"a": 1}]'), "trace:1: .*are not whole numbers in a list"),
+        (MOONCAKE.replace("[0, 7]", '"abc"'), "trace:1: not a request"),
+        ("TIMESTAMP,ContextTokens\n2023-11-16 18:15:46.68,374\n", "trace:2: .*: no 'GeneratedTokens'"),
+        (AZURE + "2023-11-16 18:15:46.68,374\n", "trace:4: not a request with TIMESTAMP"),
+        (BURSTGPT + "5,x,,3\n", "trace:5: not a request with Timestamp, Request tokens"),
+        ('{"prompt": "x", "output_tokens": -4}\n', "trace:1: .*-4 is no number of tokens"),
+        ('[{"conversations": null}]', "is not a trace in the format 'sharegpt'"),
         ("[]", "has no requests"),
     ],
 )
 def test_what_is_no_trace_is_refused_by_its_line(content: str, said: str, tmp_path: Path) -> None:
     with pytest.raises(PromptError, match=said):
         read_trace(written(tmp_path, content))
+
+
+def test_files_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    for name, content in (("a.jsonl", b"\x00\xff\xfe{}"), ("a.gz", gzip.compress(MOONCAKE.encode())[:-20])):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(PromptError, match=f"{name} can't be read as text"):
+            read_trace(tmp_path / name)
+
+
+def test_a_table_has_long_prompts_lists_of_blocks_and_answers_of_nothing(tmp_path: Path) -> None:
+    long = "word " * 30_000
+    (row,) = read_trace(written(tmp_path, f"prompt,output_tokens\n{long},0\n")).rows
+    assert (row.texts, row.output_len) == ((long,), 0)
+    (prompt,) = trace_prompts([row], PLAIN, random.Random(1), output_len=256)
+    assert prompt.output_len == 1
+    shared = 'timestamp,input_length,output_length,hash_ids\n0,40,3,"[7, 8]"\n1,40,3,\n'
+    assert [row.blocks for row in read_trace(written(tmp_path, shared)).rows] == [(7, 8), ()]
 
 
 def test_requests_share_the_tokens_of_the_blocks_that_they_share(tmp_path: Path) -> None:

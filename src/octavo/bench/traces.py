@@ -11,7 +11,8 @@
     text       a prompt a line, in a file whose name ends in .txt
 
 A file may be compressed by gzip. `read_trace` gives rows, and `trace_prompts` makes prompts of them: where a trace has
-no text, random words of as many tokens as the row says, and the same words for the same block.
+no text, random words of as many tokens as the row says, and the same words for the same block. Where a row says that
+its answer had 0 tokens, one is asked for, the least that servers give.
 """
 
 from __future__ import annotations
@@ -19,8 +20,11 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import math
 import random
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,6 +33,7 @@ from typing import Any, TextIO, cast
 from octavo.bench.prompts import FIRST, Filler, Prompt, PromptError, Vocabulary
 
 MOONCAKE_BLOCK = 512
+MAX_FIELD = 1 << 30  # characters of a CSV's field; the csv module takes 131,072, and prompts are longer
 OUTPUT_KEYS = ("output_tokens", "output_tokens_count", "output_len")
 
 
@@ -68,13 +73,16 @@ def read_trace(path: Path, kind: str = "auto", seconds_per_unit: float | None = 
 
     seconds_per_unit: of the timestamps, where it isn't what the format says.
     """
-    with _opened(path) as file:
-        lines = file.readlines()
+    try:
+        with _opened(path) as file:
+            lines = file.readlines()
+    except (EOFError, zlib.error, UnicodeDecodeError) as e:
+        raise PromptError(f"{path} can't be read as text: {e}") from e
     if kind == "auto":
         kind = _looks_like(path, lines)
     try:
         rows = list(FORMATS[kind](path, lines))
-    except (KeyError, TypeError, ValueError) as e:
+    except (KeyError, TypeError, ValueError, csv.Error) as e:
         if isinstance(e, PromptError):
             raise
         reason = f"no {e}" if isinstance(e, KeyError) else str(e)
@@ -137,20 +145,50 @@ def _rows(path: Path, lines: Sequence[str]) -> Iterable[tuple[str, Mapping[str, 
     """The rows of JSON lines, or of a CSV file, and where each stands."""
     if next((line for line in lines if line.strip()), "").lstrip().startswith("{"):
         return _objects(path, lines)
-    return ((f"{path}:{number}", row) for number, row in enumerate(csv.DictReader(lines), 2))
+    return _table(path, lines)
+
+
+def _table(path: Path, lines: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The rows of a CSV file, and where each ends."""
+    csv.field_size_limit(MAX_FIELD)
+    reader = csv.DictReader(lines)
+    for row in reader:
+        yield f"{path}:{reader.line_num}", row
+
+
+@contextmanager
+def _request_at(place: str, *names: str) -> Iterator[None]:
+    """Whatever is wrong with the values of these names is a PromptError with its place."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, OverflowError) as e:
+        reason = f"no {e}" if isinstance(e, KeyError) else str(e)
+        raise PromptError(f"{place}: not a request with {', '.join(names)}: {reason}") from e
+
+
+def _arrived(arrival: float, input_len: int, output_len: int, blocks: tuple[int, ...] = ()) -> Row:
+    """A row that has a time and lengths. Raises ValueError for those that can't be."""
+    if not math.isfinite(arrival):
+        raise ValueError(f"{arrival} is no time")
+    if input_len < 0 or output_len < 0:
+        raise ValueError(f"{min(input_len, output_len)} is no number of tokens")
+    return Row(arrival, input_len, output_len, blocks)
 
 
 def _timed(path: Path, lines: Sequence[str]) -> Iterator[Row]:
     for place, row in _rows(path, lines):
-        try:
-            yield Row(
-                arrival=float(row["timestamp"]),
-                input_len=int(row["input_length"]),
-                output_len=int(row["output_length"]),
-                blocks=tuple(row.get("hash_ids") or ()),
-            )
-        except (KeyError, TypeError, ValueError) as e:
-            raise PromptError(f"{place}: not a request with timestamp, input_length and output_length: {e}") from e
+        with _request_at(place, "timestamp", "input_length", "output_length"):
+            blocks = _blocks(row.get("hash_ids"))
+            found = _arrived(float(row["timestamp"]), int(row["input_length"]), int(row["output_length"]), blocks)
+        yield found
+
+
+def _blocks(found: Any) -> tuple[int, ...]:
+    """The hash_ids of a JSON line, or of a CSV's field, where they are a list's text."""
+    ids = json.loads(found) if isinstance(found, str) and found else found or ()
+    if not isinstance(ids, list | tuple) or not all(isinstance(one, int) for one in ids):
+        raise ValueError(f"hash_ids {found!r} are not whole numbers in a list")
+    return tuple(ids)
 
 
 def _sharegpt(path: Path, lines: Sequence[str]) -> Iterator[Row]:
@@ -165,26 +203,31 @@ def _sharegpt(path: Path, lines: Sequence[str]) -> Iterator[Row]:
             yield Row(texts=tuple(texts[: i + 1]), answer=texts[i + 1], follows=i > 0)
 
 
-def _azure(_: Path, lines: Sequence[str]) -> Iterator[Row]:
-    for row in csv.DictReader(lines):
-        # seven digits of a second, where datetime takes six
-        stamp = datetime.fromisoformat(row["TIMESTAMP"][:26])
-        yield Row(stamp.replace(tzinfo=UTC).timestamp(), int(row["ContextTokens"]), int(row["GeneratedTokens"]))
+def _azure(path: Path, lines: Sequence[str]) -> Iterator[Row]:
+    for place, row in _table(path, lines):
+        with _request_at(place, "TIMESTAMP", "ContextTokens", "GeneratedTokens"):
+            # seven digits of a second, where datetime takes six
+            stamp = datetime.fromisoformat(row["TIMESTAMP"][:26]).replace(tzinfo=UTC)
+            found = _arrived(stamp.timestamp(), int(row["ContextTokens"]), int(row["GeneratedTokens"]))
+        yield found
 
 
-def _burstgpt(_: Path, lines: Sequence[str]) -> Iterator[Row]:
-    for row in csv.DictReader(lines):
-        answered = int(row["Response tokens"])
-        if answered > 0:  # 0 is a request that failed
-            yield Row(float(row["Timestamp"]), int(row["Request tokens"]), answered)
+def _burstgpt(path: Path, lines: Sequence[str]) -> Iterator[Row]:
+    for place, row in _table(path, lines):
+        with _request_at(place, "Timestamp", "Request tokens", "Response tokens"):
+            found = _arrived(float(row["Timestamp"]), int(row["Request tokens"]), int(row["Response tokens"]))
+        if found.output_len:  # 0 is a request that failed
+            yield found
 
 
 def _prompts(path: Path, lines: Sequence[str]) -> Iterator[Row]:
     for place, row in _rows(path, lines):
         if not isinstance(row.get("prompt"), str):
             raise PromptError(f'{place}: not an object with a text under "prompt"')
-        answer = next((row[key] for key in OUTPUT_KEYS if row.get(key)), None)
-        yield Row(texts=(row["prompt"],), output_len=None if answer is None else int(answer))
+        answer = next((row[key] for key in OUTPUT_KEYS if row.get(key) not in (None, "")), None)
+        with _request_at(place, "prompt", "a number of output tokens"):
+            length = None if answer is None else _arrived(0, 0, int(answer)).output_len
+        yield Row(texts=(row["prompt"],), output_len=length)
 
 
 def _text(_: Path, lines: Sequence[str]) -> Iterator[Row]:
@@ -228,7 +271,7 @@ def trace_prompts(
     writer = _Writer(vocabulary, rng, block_size)
     prompts = []
     for row in rows:
-        answer = row.output_len or output_len
+        answer = output_len if row.output_len is None else max(row.output_len, 1)
         if row.texts:
             last = row.texts[-1]
             prompts.append(Prompt(last, row.input_len, answer, history=row.texts[:-1], follows=row.follows))
