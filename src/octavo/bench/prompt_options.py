@@ -42,7 +42,12 @@ class PromptOptions(ServerOptions, frozen=True, kw_only=True):
     ] = None
     length_scale: Annotated[
         float,
-        Meta(gt=0, description="a workload's lengths times this, for a small context", extra={"metavar": "FACTOR"}),
+        Meta(
+            gt=0,
+            le=1000,
+            description="a workload's lengths times this, for a small context",
+            extra={"metavar": "FACTOR"},
+        ),
     ] = 1.0
     trace: Annotated[
         Path | None,
@@ -54,7 +59,7 @@ class PromptOptions(ServerOptions, frozen=True, kw_only=True):
     ] = None
     trace_format: Annotated[str, Meta(description="the file's format", extra={"choices": ("auto", *FORMATS)})] = "auto"
     trace_speed: Annotated[
-        float, Meta(gt=0, description="replay it that many times as fast", extra={"metavar": "FACTOR"})
+        float, Meta(gt=0, le=1e9, description="replay it that many times as fast", extra={"metavar": "FACTOR"})
     ] = 1.0
     timed_trace_sec_multiplier: Annotated[
         float | None,
@@ -124,7 +129,9 @@ class PromptOptions(ServerOptions, frozen=True, kw_only=True):
         int, Meta(ge=1, description="of prefix_repetition: different prefixes", extra={"metavar": "N"})
     ] = 10
     disable_shuffle: Annotated[bool, Meta(description="take a file's prompts in their order")] = False
-    no_oversample: Annotated[bool, Meta(description="don't repeat prompts of a file that has too few")] = False
+    oversample: Annotated[
+        bool, Meta(description="don't repeat prompts of a file that has too few", extra={"flag": "--no-oversample"})
+    ] = True
     tokenizer: Annotated[
         Path | None,
         Meta(

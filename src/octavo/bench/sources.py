@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from octavo.bench.http import Client, HttpError
 from octavo.bench.prompt_options import PromptOptions
 from octavo.bench.prompts import (
+    FIRST,
     MAX_AT_ONCE,
     Count,
     LocalCount,
@@ -111,7 +112,7 @@ async def _from_file(options: PromptOptions, client: Client, model: str, count: 
     rows = rows if in_order else _shuffled(rows, rng)
     if trace.format == "sharegpt":
         rows = await _with_lengths(options, client, model, rows[: 2 * count])
-    rows = _repeated(rows, count, repeats=not (trace.timed or options.no_oversample))
+    rows = _repeated(rows, count, repeats=options.oversample and not trace.timed)
     if options.output_len:
         rows = [replace(row, output_len=options.output_len) for row in rows]
     vocabulary = Vocabulary(1, [], exact=False, max_model_len=None)
@@ -153,7 +154,7 @@ async def _with_lengths(options: PromptOptions, client: Client, model: str, rows
     server = ServerCount(client, model, chat=options.chat)
     count: Count = server if options.tokenizer is None else LocalCount(options.tokenizer, chat=options.chat)
     try:
-        around = await count(["The"]) - 1
+        around = await count([FIRST]) - 1
     except HttpError:
         around = None
     gate = asyncio.Semaphore(MAX_AT_ONCE)
@@ -162,7 +163,7 @@ async def _with_lengths(options: PromptOptions, client: Client, model: str, rows
         if around is None:
             return replace(row, output_len=max(1, len(row.answer) // 4))
         async with gate:
-            answer = await count([row.answer or "The"]) - around
+            answer = await count([row.answer or FIRST]) - around
             return replace(row, input_len=await count(row.texts), output_len=max(1, answer))
 
     found = await asyncio.gather(*(measured(row) for row in rows))
