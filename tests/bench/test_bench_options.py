@@ -6,11 +6,12 @@ import json
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from bench_server import asked_for_text, bench, completion, numbers, server_like_vllm, tokens_of
-from scripted_server import Asked, serving, whole
+from scripted_server import DONE, Asked, delta, event, serving, stream, text, usage, whole
 
 from octavo.cli import main
 
@@ -77,14 +78,17 @@ def test_requests_carry_the_sampling_and_the_adapters() -> None:
 
 def test_requests_have_ids_and_the_load_a_profile(capsys: pytest.CaptureFixture[str]) -> None:
     def script(asked: Asked) -> list[bytes]:
-        if asked.path.endswith("_profile"):
-            return whole({})
+        if asked.path == "/start_profile":  # vLLM answers so
+            return [b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"]
+        if asked.path == "/stop_profile":
+            return whole({"detail": "no space left"}, "500 Internal Server Error")
         return completion(asked)
 
     names = ("--model", "some/path", "--served-model-name", "name")
     with serving(server_like_vllm(script)) as server:
         assert bench(server, *SMALL, "--profile", "--request-id-prefix", "run-7-", *reversed_pairs(names)) == 0
         asked = [one for one in server.asked if one.path != "/tokenize"]
+    assert "POST /stop_profile: HTTP 500: no space left" in capsys.readouterr().err
     assert [asked[0].path, asked[-1].path] == ["/start_profile", "/stop_profile"]
     assert {one.headers["x-request-id"] for one in asked[1:-1]} == {f"run-7-{i}" for i in range(6)}
     assert {one.json["model"] for one in asked[1:-1]} == {"name"}
@@ -109,6 +113,67 @@ def test_a_rate_over_a_time_makes_its_own_number_of_prompts(capsys: pytest.Captu
     assert 6 < numbers(printed)["Successful requests"] < sent - 2
     assert numbers(printed)["Successful requests"] < 60  # 30 on average
     assert main(["bench", "--base-url", "http://127.0.0.1:1", "--model", "m", "--max-seconds", "1"]) == 1
+
+
+def test_a_load_of_which_nothing_is_measured_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "x"}\n')
+    short = ("--dataset-name", "custom", "--dataset-path", str(file), "--no-oversample")
+    with serving(server_like_vllm(completion)) as server:
+        assert bench(server, *SMALL, "--warmup-seconds", "60") == 1
+        assert "all 6 requests began within --warmup-seconds 60" in capsys.readouterr().err
+        assert bench(server, *SMALL, "--request-rate", "0.001", "--max-seconds", "0.05") == 1
+        assert "no request came within --max-seconds 0.05" in capsys.readouterr().err
+        assert bench(server, *short, "--request-rate", "100", "--max-seconds", "1") == 1
+        assert "has 1 requests, and --request-rate 100 may take 190" in capsys.readouterr().err
+        sent = len(asked_for_text(server))
+        assert bench(server, *short, "--num-prompts", "5") == 0  # the one that there is
+        assert len(asked_for_text(server)) == sent + 1
+
+
+ODD_COUNTS = ([1, 2], {"count": 2, "max_model_len": "long"}, {"count": -5}, {"tokens": []})
+
+
+def test_a_tokenize_of_another_kind_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    """TGI's is a list, llama.cpp's has no count."""
+    for odd in ODD_COUNTS:
+
+        def script(asked: Asked, odd: object = odd) -> list[bytes]:
+            return whole(odd) if asked.path == "/tokenize" else completion(asked)
+
+        with serving(script) as server:
+            assert bench(server, *SMALL, "--model", "m") == 0
+        assert "about 20 tokens: the server has no /tokenize" in capsys.readouterr().out
+
+
+def odd_answers() -> Iterator[list[bytes]]:
+    """One that comes after a hint, one that is elsewhere, and one whose counts can't be."""
+    good = [event(text(" word")), event(text(" end", "stop")), DONE]
+    yield [b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n", *stream(good)]
+    yield [b"HTTP/1.1 307 Temporary Redirect\r\nLocation: https://elsewhere/v1\r\nContent-Length: 0\r\n\r\n"]
+    yield stream([*good[:-1], event(usage(-3, 2)), DONE])
+
+
+def test_odd_answers_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    answers = odd_answers()
+    with serving(server_like_vllm(lambda _: next(answers))) as server:
+        assert bench(server, "--num-prompts", "3", "--random-input-len", "20", "--max-concurrency", "1") == 1
+    out, err = capsys.readouterr()
+    assert (numbers(out)["Successful requests"], numbers(out)["Total generated tokens"]) == (1, 2)
+    assert "1 failed: HTTP 307: the server redirects to https://elsewhere/v1; --base-url must be" in err
+    assert (
+        "1 failed: an event of the stream is not as OpenAI's: Expected `int` >= 0 - at `$.usage.prompt_tokens`" in err
+    )
+
+
+def test_a_role_in_every_event_hides_no_token(capsys: pytest.CaptureFixture[str]) -> None:
+    """The second token has no text yet: half of a letter, say."""
+    events = [delta(role="assistant", content=piece) for piece in ("", "one", "", "two")]
+    answer = stream([*(event(one) for one in events), event(delta("stop")), DONE])
+    with serving(server_like_vllm(lambda _: answer)) as server:
+        options = ("--num-prompts", "1", "--random-input-len", "20", "--backend", "openai-chat")
+        assert bench(server, *options) == 0
+    assert numbers(capsys.readouterr().out)["Total generated tokens"] == 4
 
 
 def test_a_ramp_is_named_in_the_report_and_in_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

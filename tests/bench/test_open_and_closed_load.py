@@ -223,6 +223,7 @@ def test_ramps_are_vllms() -> None:
     )
     assert ramped_times(3, Ramp("exponential", 1, 4), float("inf"), random.Random(0)) == pytest.approx([1, 1.5, 1.75])
     assert arrival_times(4, 2.0, float("inf"), random.Random(0)) == pytest.approx([0.5, 1, 1.5, 2])
+    assert arrival_times(3, 2.0, 1e-5, random.Random(0)) == [0, 0, 0]  # as in vLLM: gaps too short for a float
     gaps = ramped_times(20_000, Ramp("linear", 10, 30), 1.0, random.Random(5))
     # the mean gap of a linear ramp is ln(end / start) / (end - start)
     assert gaps[-1] / 20_000 == pytest.approx(0.0549306, rel=0.03)

@@ -32,8 +32,10 @@ from scripted_server import (
 )
 
 from octavo.bench.http import Client
-from octavo.bench.prompts import custom_prompts, local_vocabulary, measure_vocabulary
+from octavo.bench.prompts import local_vocabulary, measure_vocabulary
 from octavo.bench.run import Point, Target, first_model, run_point
+from octavo.bench.sources import _shuffled
+from octavo.bench.traces import read_trace
 from octavo.bench.workloads import WORKLOADS, make_requests
 from octavo.cli import main
 from octavo.commands.chat_server import OwnServer
@@ -172,7 +174,8 @@ def test_chat_counts_content_and_not_the_opening_event(capsys: pytest.CaptureFix
 
 def orders_of_custom_prompts(file: Path) -> set[str]:
     """What comes first, over several seeds."""
-    return {custom_prompts(file, 2, 1, random.Random(seed))[0].text for seed in range(20)}
+    rows = read_trace(file, "prompts").rows
+    return {_shuffled(rows, random.Random(seed))[0].texts[0] for seed in range(20)}
 
 
 def test_custom_prompts_are_taken_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,6 +19,10 @@ from octavo.cli import main
         (["--metric-percentiles", "101"], "from 0 to 100"),
         (["--extra-body", "[]"], "not a JSON object"),
         (["--header", "X"], "not NAME=VALUE"),
+        (["--max-seconds", "inf"], "'inf' is not a number"),
+        (["--warmup-seconds", "inf"], "'inf' is not a number"),
+        (["--length-scale", "inf"], "'inf' is not a number"),
+        (["--trace-speed", "inf"], "'inf' is not a number"),
     ],
 )
 def test_flags_that_mean_nothing_are_refused(
@@ -50,6 +54,9 @@ RAMP = ("--ramp-up-strategy", "linear", "--ramp-up-start-rps", "1", "--ramp-up-e
         (["--trace", "no such file"], "No such file"),
         (["--extra-body", '{"stream": false}'], "stream is for octavo bench to set"),
         (["--extra-body", '{"n": 2}'], "n must be 1"),
+        (["--tokenizer", "no such directory"], "--tokenizer: no such directory: no such directory"),
+        (["--base-url", "http://[::1"], "http://[::1: Invalid IPv6 URL"),
+        (["--base-url", "http://a..b"], "'a..b' is no name of a host"),
     ],
 )
 def test_flags_that_exclude_each_other_are_refused(

@@ -38,7 +38,9 @@ def arrival_times(count: int, rate: float, burstiness: float, rng: random.Random
     if rate == math.inf:
         return [0.0] * count
     times = list(accumulate(_gap(rate, burstiness, rng) for _ in range(count)))
-    return [time * (count / rate) / times[-1] for time in times] if times else []
+    if not times or times[-1] == 0:  # a burstiness near 0 makes gaps that are too short for a float
+        return times
+    return [time * (count / rate) / times[-1] for time in times]
 
 
 def ramped_times(count: int, ramp: Ramp, burstiness: float, rng: random.Random) -> list[float]:

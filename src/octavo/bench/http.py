@@ -35,18 +35,28 @@ class _StaleError(HttpError):
 
 
 class Answer:
-    """The head of an answer."""
+    """The head of an answer. location: where it sends the client instead, or ''."""
 
-    def __init__(self, status: int, content_type: str) -> None:
+    def __init__(self, status: int, content_type: str, location: str = "") -> None:
         self.status = status
         self.content_type = content_type
+        self.location = location
+
+    def error(self, body: bytes) -> str:
+        """Why it is no success, in one line. Redirects are not followed: each would count in a latency."""
+        if 300 <= self.status < 400 and self.location:
+            return f"HTTP {self.status}: the server redirects to {self.location}; --base-url must be the last address"
+        return http_error(self.status, body)
 
 
 class Client:
     """Requests to one server; connections are made as they are needed and kept."""
 
     def __init__(self, base_url: str, headers: dict[str, str] | None = None, *, insecure: bool = False) -> None:
-        parts = urlsplit(base_url)
+        try:
+            parts = urlsplit(base_url)
+        except ValueError as e:
+            raise HttpError(f"{base_url}: {e}") from e
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise HttpError(f"{base_url!r} is not a URL such as http://127.0.0.1:8000")
         secure = parts.scheme == "https"
@@ -86,15 +96,20 @@ class Client:
 
     async def json(self, method: str, path: str, content: Any = None) -> Any:
         """A whole answer's JSON; anything but a success is an HttpError with the server's message."""
+        found = await self.whole(method, path, content)
+        try:
+            return json.loads(found)
+        except ValueError as e:
+            raise HttpError(f"{method} {path}: the answer is not JSON") from e
+
+    async def whole(self, method: str, path: str, content: Any = None) -> bytes:
+        """A whole answer, whatever it is, if it is a success."""
         pieces: list[bytes] = []
         body = b"" if content is None else json.dumps(content).encode()
         answer = await self.send(method, path, body, lambda _, piece: pieces.append(piece))
         if answer.status != 200:
-            raise HttpError(f"{method} {path}: {http_error(answer.status, b''.join(pieces))}")
-        try:
-            return json.loads(b"".join(pieces))
-        except ValueError as e:
-            raise HttpError(f"{method} {path}: the answer is not JSON") from e
+            raise HttpError(f"{method} {path}: {answer.error(b''.join(pieces))}")
+        return b"".join(pieces)
 
     def close(self) -> None:
         """Close the kept connections."""
@@ -124,6 +139,8 @@ class Client:
             raise HttpError(f"no connection to {host}:{port} within {CONNECT_SECONDS:.0f} s") from e
         except OSError as e:
             raise HttpError(f"no connection to {host}:{port}: {e.strerror or e}") from e
+        except UnicodeError as e:
+            raise HttpError(f"{host!r} is no name of a host: {e}") from e
         return connection
 
 
@@ -150,6 +167,7 @@ class _Connection(asyncio.Protocol):
         self._sink = sink
         self._now = 0.0  # when the piece that is being parsed arrived; 0.0: none has
         self._content_type = ""
+        self._location = ""
         self._in_body = self._framed = self.reusable = False
         self._answer = asyncio.get_running_loop().create_future()
         self._transport.write(request)
@@ -187,22 +205,26 @@ class _Connection(asyncio.Protocol):
         lower = name.lower()
         if lower == b"content-type":
             self._content_type = value.decode("latin-1").partition(";")[0].strip().lower()
+        elif lower == b"location":
+            self._location = value.decode("latin-1")
         elif lower in (b"content-length", b"transfer-encoding"):
             self._framed = True
 
     def on_headers_complete(self) -> None:
-        self._in_body = True
+        self._in_body = self._parser.get_status_code() >= 200
 
     def on_body(self, body: bytes) -> None:
         self._sink(self._now, body)
 
     def on_message_complete(self) -> None:
+        if not self._in_body:
+            return  # 100 Continue, 103 Early Hints: the answer itself follows
         self.reusable = self._parser.should_keep_alive()
         self._finish()
 
     def _finish(self) -> None:
         if self._answer is not None and not self._answer.done():
-            self._answer.set_result(Answer(self._parser.get_status_code(), self._content_type))
+            self._answer.set_result(Answer(self._parser.get_status_code(), self._content_type, self._location))
 
     def _fail(self, error: HttpError) -> None:
         if self._answer is not None and not self._answer.done():

@@ -22,13 +22,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from time import perf_counter
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
 from octavo.bench.alarm import Alarm
 from octavo.bench.http import Client, HttpError
-from octavo.bench.sse import EventSplitter, error_message, http_error, one_line
+from octavo.bench.sse import EventSplitter, error_message, one_line
 
 ANSWER_SECONDS = 6 * 3600.0  # one answer may take as long as with vLLM's client
 AHEAD_SECONDS = 0.1  # that a request is made ready before it is sent
@@ -51,14 +51,14 @@ class _Choice(msgspec.Struct, gc=False):
 
 
 class _PromptDetails(msgspec.Struct, gc=False):
-    cached_tokens: int | None = None
+    cached_tokens: Annotated[int, msgspec.Meta(ge=0)] | None = None
 
 
 class Usage(msgspec.Struct, gc=False):
     """The server's own counts."""
 
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
+    prompt_tokens: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    completion_tokens: Annotated[int, msgspec.Meta(ge=0)] | None = None
     prompt_tokens_details: _PromptDetails | None = None
 
 
@@ -325,7 +325,7 @@ async def ask(client: Client, path: str, request: Request, intended: float | Non
         record.error = record.error or str(e)
     else:
         if answer.status != 200:
-            record.error = http_error(answer.status, bytes(raw))
+            record.error = answer.error(bytes(raw))
         elif not request.stream:
             record.error = _take_whole(record, bytes(raw))
         elif answer.content_type != "text/event-stream":
@@ -376,7 +376,7 @@ def _take(record: Record, now: float, data: bytes) -> None:
         record.finish_reason = choice.finish_reason
     if text:
         record.pieces.append(text)
-    elif delta and delta.role and not choice.finish_reason:
+    elif delta and delta.role and not choice.finish_reason and not record.token_times:
         return
     record.closed_empty = not text and choice.finish_reason is not None
     record.token_times.append(now)

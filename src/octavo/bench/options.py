@@ -97,6 +97,7 @@ class BenchOptions(PromptOptions, frozen=True, kw_only=True):
         float | None,
         Meta(
             gt=0,
+            le=1e9,
             description="measure so long: with a rate, as many prompts as it takes are made",
             extra={"metavar": "SECONDS", "default": "until all prompts are answered"},
         ),
@@ -106,6 +107,7 @@ class BenchOptions(PromptOptions, frozen=True, kw_only=True):
         float,
         Meta(
             ge=0,
+            le=1e9,
             description="don't measure requests that begin so early in the load",
             extra={"metavar": "SECONDS", "default": "all are measured"},
         ),

@@ -1,4 +1,4 @@
-"""Prompts: random texts of an exact number of tokens, measured by the server's own /tokenize, or lines of a file.
+"""Prompts: random texts of an exact number of tokens, measured by the server's own /tokenize.
 
 A text is "The" and words drawn from a list. The server says beforehand how many tokens each word adds, so the client
 needs no tokenizer; special tokens and the chat template are in the count of "The" alone. A server without /tokenize
@@ -12,13 +12,14 @@ server gets the same tokens whatever it answers.
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from octavo.bench.http import Client, HttpError
 
@@ -94,6 +95,13 @@ class Vocabulary:
 Count = Callable[[Sequence[str]], Awaitable[int]]
 
 
+class _Counted(msgspec.Struct):
+    """What vLLM's /tokenize answers, as far as it is used."""
+
+    count: Annotated[int, msgspec.Meta(ge=0)]
+    max_model_len: int | None = None
+
+
 class ServerCount:
     """Counts by the server's /tokenize. Raises HttpError where it has none."""
 
@@ -109,21 +117,25 @@ class ServerCount:
         body |= {"messages": messages(texts)} if self._chat else {"prompt": " ".join(texts)}
         answer = await self._client.json("POST", "/tokenize", body)
         try:
-            self.max_model_len = answer.get("max_model_len")
-            return int(answer["count"])
-        except (TypeError, KeyError, ValueError) as e:
-            raise HttpError("POST /tokenize: the answer has no count") from e
+            found = msgspec.convert(answer, _Counted)
+        except msgspec.ValidationError as e:
+            raise HttpError(f"POST /tokenize: the answer has no count: {e}") from e
+        self.max_model_len = found.max_model_len
+        return found.count
 
 
 class LocalCount:
     """Counts by a checkpoint's own tokenizer and chat template, on this machine."""
 
     def __init__(self, directory: Path, *, chat: bool) -> None:
-        from octavo.text.chat_template import ChatTemplate
-        from octavo.text.tokenizer import Tokenizer
+        from octavo.text.chat_template import ChatTemplate, ChatTemplateError
+        from octavo.text.tokenizer import Tokenizer, TokenizerError
 
-        self._tokenizer = Tokenizer.open(directory)
-        self._template = ChatTemplate.open(directory, self._tokenizer.special_tokens) if chat else None
+        try:
+            self._tokenizer = Tokenizer.open(directory)
+            self._template = ChatTemplate.open(directory, self._tokenizer.special_tokens) if chat else None
+        except (TokenizerError, ChatTemplateError) as e:
+            raise PromptError(f"--tokenizer: {e}") from e
 
     async def __call__(self, texts: Sequence[str]) -> int:
         """The tokens of a conversation through the chat template, or of a prompt."""
@@ -241,26 +253,3 @@ class Filler:
             words.append(word)
             taken += cost
         return words, taken
-
-
-def custom_prompts(path: Path, count: int, output_len: int, rng: random.Random) -> list[Prompt]:
-    """The "prompt" of each line of a JSON-lines file, shuffled; repeated where there are fewer than `count`."""
-    texts = []
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                texts.append(_prompt_of(line, f"{path}:{number}"))
-    if not texts:
-        raise PromptError(f"{path} has no prompts")
-    rng.shuffle(texts)
-    return [Prompt(texts[i % len(texts)], None, output_len) for i in range(count)]
-
-
-def _prompt_of(line: str, place: str) -> str:
-    try:
-        row = json.loads(line)
-    except ValueError as e:
-        raise PromptError(f"{place}: not JSON: {e}") from e
-    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-        raise PromptError(f'{place}: not an object with a text under "prompt"')
-    return str(row["prompt"])

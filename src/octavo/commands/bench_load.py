@@ -7,6 +7,7 @@ import math
 import random
 import resource
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -58,7 +59,13 @@ async def _measure(options: BenchOptions) -> Measured:
     try:
         model = await model_of(options, client)
         rng = random.Random(options.seed)
-        found = await make_prompts(options, client, model, _prompts_needed(options), rng)
+        needed = _prompts_needed(options)
+        found = await make_prompts(options, client, model, needed, rng)
+        if _is_timed(options) and len(found.prompts) < needed:
+            raise BenchError(
+                f"{options.file} has {len(found.prompts)} requests, and --request-rate {options.request_rate:g} may "
+                f"take {needed} in --max-seconds {options.max_seconds:g}: lower one of them"
+            )
         point = _point(options, found)
         warmup = _warmup_rule(options, point)
         asked = f"Model: {model}. Prompts: {found.how} Seed: {options.seed}. {warmup}"
@@ -71,7 +78,10 @@ async def _measure(options: BenchOptions) -> Measured:
             raise BenchError(f"{len(warmups)} prompts are all for --num-warmups {options.num_warmups}: none is left")
         if warmups:
             await _warm_up(options, client, target, warmups)
-        return Measured(model, asked, await _load(options, client, target, prompts, point, rng))
+        result = await _load(options, client, target, prompts, point, rng)
+        if not result.records and not result.num_unfinished:
+            raise BenchError(_nothing_measured(options, result))
+        return Measured(model, asked, result)
     finally:
         client.close()
 
@@ -92,11 +102,24 @@ async def model_of(options: ServerOptions, client: Client) -> str:
             return options.model_name or first
 
 
+def _nothing_measured(options: BenchOptions, result: LoadResult) -> str:
+    """Why no request was measured, and what to change."""
+    if result.others:
+        sent = f"all {len(result.others)} requests began within --warmup-seconds {options.warmup_seconds:g}"
+        return f"nothing was measured: {sent}; give more --num-prompts, or --max-seconds and a rate"
+    return f"nothing was measured: no request came within --max-seconds {options.max_seconds:g} at this rate"
+
+
 def _prompts_needed(options: BenchOptions) -> int:
     """As many as are asked for; over a time, as many as its rate takes."""
-    if options.max_seconds is None or options.request_rate == math.inf:
-        return options.num_warmups + options.num_prompts
-    return options.num_warmups + _timed_point(options).prompts_needed()
+    if _is_timed(options):
+        return options.num_warmups + _timed_point(options).prompts_needed()
+    return options.num_warmups + options.num_prompts
+
+
+def _is_timed(options: BenchOptions) -> bool:
+    """True of a rate over a time, which says how many prompts are sent."""
+    return options.max_seconds is not None and options.request_rate != math.inf
 
 
 def _timed_point(options: BenchOptions) -> Point:
@@ -188,13 +211,16 @@ async def _load(
     """The measurement itself, which the first Ctrl-C ends early."""
     stop = asyncio.Event()
     if options.profile:
-        await client.json("POST", "/start_profile")
+        await client.whole("POST", "/start_profile")
     try:
         with _progress(options, len(prompts)) as on_done, first_interrupt(stop.set):
             return await run_point(client, target, prompts, point, rng=rng, stop=stop, on_done=on_done)
     finally:
         if options.profile:
-            await client.json("POST", "/stop_profile")
+            try:
+                await client.whole("POST", "/stop_profile")
+            except HttpError as e:  # the measurement stands
+                print(f"octavo bench: {e}", file=sys.stderr)
 
 
 @contextmanager
