@@ -271,3 +271,23 @@ def test_tables_of_models_and_kernels_are_current() -> None:
         assert model_tables.current(text) == text, f"{page.name} is out of date"
         shown += [match[2] for match in model_tables.TABLE.finditer(text)]
     assert sorted(shown) == sorted(model_tables.TABLES)
+
+
+def test_the_figures_beside_other_engines_are_those_of_the_readme() -> None:
+    """docs/faq.md is to be changed along with the table."""
+    rows = [line.split("|")[1:-1] for line in (ROOT / "README.md").read_text("utf-8").splitlines() if line[:1] == "|"]
+    table = {row[0].strip(): [cell.strip() for cell in row[1:]] for row in rows}
+    octavo, int4, vllm, llama = (
+        next(cells for name, cells in table.items() if name.startswith(engine))
+        for engine in ("octavo bf16", "octavo W4A16", "vLLM-CPU", "llama.cpp")
+    )
+    one, eight, many, prefill = (
+        f"{float(a.replace(',', '')) / float(b.replace(',', '')):.1f}"
+        for a, b in zip(octavo[1:], vllm[1:], strict=True)
+    )
+    faq = " ".join((ROOT / "docs/faq.md").read_text("utf-8").split())
+    assert f"octavo gave {one}, {eight} and {many} times the tokens per second of vLLM-CPU" in faq
+    assert f"and {prefill} times the prefill, and it started in {octavo[0]} s instead of {vllm[0]} s" in faq
+    assert f"gives {llama[1]} tokens per second, octavo's bf16 {octavo[1]} and its W4A16 {int4[1]}" in faq
+    assert f"llama.cpp computes {llama[4]} a second, octavo's W4A16 {int4[4]}" in faq
+    assert f"It started in {llama[0]} s, octavo in {int4[0]} s" in faq
