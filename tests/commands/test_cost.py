@@ -163,9 +163,13 @@ def test_ctrl_c_keeps_what_is_measured_and_the_same_command_goes_on(
         assert main([*words, *priced]) == 0
         printed = capsys.readouterr()
         asked = len(server.asked)
-        assert main([*words, "--machine", "aws-p5.48xlarge", "--compare-price", "api=1/2"]) == 0
+        other = ["--machine", "aws-p5.48xlarge", "--compare-price", "api=1/2"]
+        assert main([*words, *other]) == 0
         assert "/v1/completions" not in {each.path for each in server.asked[asked:]}
-    one = read(out).servers[0]
+    with serving(refusing) as broken:  # a model that can't be measured leaves the others in the report
+        assert main(["cost", f"two={broken.url}", *words[2:], *other]) == 1
+    assert [each.label for each in read(out).servers] == ["two", "one"]
+    one = read(out).servers[1]
     assert one.runs[: len(kept)] == kept
     assert one.done
     assert one.figures is not None
@@ -177,6 +181,7 @@ def test_ctrl_c_keeps_what_is_measured_and_the_same_command_goes_on(
     page = (out / "report.md").read_text()
     assert "eight H100 SXM" in page
     assert "one against api" in page
+    assert "two: a request failed: HTTP 500: out of order" in page
     assert "one: a server that was running, somebody 1.2" in page
 
 

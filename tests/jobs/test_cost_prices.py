@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from octavo.jobs.cost.choice import pareto_front
-from octavo.jobs.cost.job import eval_flags
+from octavo.jobs.cost.job import eval_flags, in_one_line
 from octavo.jobs.cost.prices import (
     ApiPrice,
     PriceError,
@@ -113,6 +113,12 @@ def test_flags_of_the_server_that_change_what_is_computed_are_those_of_the_evalu
     flags = ("--dtype=float32", "--max-num-seqs", "8", "--kv-cache-dtype", "int8", "--lm-head-dtype")
     assert eval_flags(flags) == ["--dtype=float32", "--kv-cache-dtype", "int8", "--lm-head-dtype"]
     assert eval_flags(()) == []
+
+
+def test_an_error_of_a_server_s_start_is_one_line_in_the_report() -> None:
+    log = "the server ended with code 1; the end of its log:\n  | reading /some/where\n  | octavo serve: no such scheme"
+    assert in_one_line(RuntimeError(log)) == "the server ended with code 1: octavo serve: no such scheme"
+    assert in_one_line(RuntimeError("a request failed: HTTP 500")) == "a request failed: HTTP 500"
 
 
 def test_two_of_one_name() -> None:

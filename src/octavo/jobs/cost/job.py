@@ -96,14 +96,15 @@ class CostJob:
 def run(job: CostJob, around: Surroundings) -> State:
     """Measure what isn't measured yet, and write the report, also when the user or an error ends this early.
 
-    A model that can't be measured has its reason in the report; the others are measured all the same.
+    A model that can't be measured has its reason in the report; the others are measured all the same. Models of earlier
+    runs stay in it, behind those of this one.
     Raises StateError for a report of another measurement, and OSError.
     """
     job.output.mkdir(parents=True, exist_ok=True)
     state = None if job.overwrite else read_state(job.output / REPORT, job.conditions)
     state = state or new_state(job.conditions)
-    wanted_labels = [target.label for target in job.targets]
-    state.servers = [state.server(label) for label in wanted_labels]
+    asked = [state.server(target.label) for target in job.targets]
+    state.servers = [*asked, *(server for server in state.servers if server not in asked)]
     try:
         for number, target in enumerate(job.targets):
             _measure(job, around, state, number, target)
@@ -171,9 +172,15 @@ def _measure(job: CostJob, around: Surroundings, state: State, number: int, targ
             if set(job.tasks.names) - set(server.tasks):
                 _run_tasks(job, around, server, measured, target)
     except (ServerError, PlanError) as e:
-        server.problem = str(e)
+        server.problem = in_one_line(e)
         around.say(f"{target.label}: {e}")
     _save(job, state)
+
+
+def in_one_line(error: Exception) -> str:
+    """An error for the report. Of a server that ended: that it did, and the last line of its log."""
+    first, *log = str(error).splitlines() or [""]
+    return f"{first.partition(';')[0]}: {log[-1].lstrip(' |')}" if log else first
 
 
 @contextmanager
