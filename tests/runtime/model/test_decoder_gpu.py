@@ -195,7 +195,7 @@ def test_experts_with_act_order_are_run_together(alike: bool, tmp_path: Path, mo
         slow("W8A8", 40, 80, "grouped by expert, a shared one in 2"),
         ("FP8_BLOCK", 128, 256, "grouped by expert, a shared one in 2"),
         ("W4A16_ASYM@32", 64, 128, "grouped by expert, a shared one in 2"),
-        (None, 40, 60, "grouped by expert"),  # which isn't several experts' size
+        slow(None, 40, 60, "grouped by expert"),  # which isn't several experts' size
         slow("W4A16@32", 64, 96, "grouped by expert"),
         ("FP8_DYNAMIC but it", 40, 80, "grouped by expert"),
     ],
@@ -221,7 +221,7 @@ def test_a_shared_expert_runs_with_the_others_in_slices(
 @pytest.mark.parametrize(
     ("name", "scheme", "capability"),
     [
-        ("llama", "FP8_BLOCK", 80),
+        slow("llama", "FP8_BLOCK", 80),
         ("mixtral", "FP8_DYNAMIC", 86),
         slow("llama", "W4A8@32", 90),
         ("mixtral", "W8A8, static", 90),
