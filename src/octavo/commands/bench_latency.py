@@ -66,10 +66,14 @@ def run(args: argparse.Namespace) -> int:
     options = read(LatencyOptions, args)
     allow_many_sockets()
     try:
-        batches = uvloop.run(_measure(options))
+        _report(options, uvloop.run(_measure(options)))
     except (HttpError, PromptError, OSError) as e:
         print(f"{PROG}: {e}", file=sys.stderr)
         return 1
+    return 0
+
+
+def _report(options: LatencyOptions, batches: Batches) -> None:
     found = _figures(batches.latencies)
     print(f"Avg latency: {found['avg_latency']} seconds")
     print(f"Std latency: {found['std_latency']} seconds")
@@ -78,7 +82,6 @@ def run(args: argparse.Namespace) -> int:
     print(f"Avg time to the first token: {np.mean(batches.first_tokens)} seconds")
     if options.output_json is not None:
         options.output_json.write_text(json.dumps(found, indent=4) + "\n", encoding="utf-8")
-    return 0
 
 
 def _figures(latencies: list[float]) -> Mapping[str, object]:

@@ -39,8 +39,12 @@ class StartupOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     model: Annotated[str, Meta(description="as octavo serve takes it", extra={"positional": True})]
     serve_flags: Annotated[
-        str, Meta(description="flags of octavo serve, in one word", extra={"metavar": "'FLAGS'", "default": "none"})
-    ] = ""
+        list[str],
+        Meta(
+            description="flags of octavo serve, in one word",
+            extra={"metavar": "'FLAGS'", "default": "none", "parse": shlex.split},
+        ),
+    ] = msgspec.field(default_factory=list)
     num_iters_cold: Annotated[int, Meta(ge=0, description="cold starts", extra={"metavar": "N"})] = 3
     num_iters_warmup: Annotated[
         int, Meta(ge=0, description="starts before the warm ones, which fill the cache", extra={"metavar": "N"})
@@ -64,11 +68,11 @@ def run(args: argparse.Namespace) -> int:
         for kind, starts in (("cold", _cold(options)), ("warm", _warm(options))):
             if starts:
                 found |= _report(kind, starts)
+        if options.output_json is not None:
+            options.output_json.write_text(json.dumps(found, indent=4) + "\n", encoding="utf-8")
     except (ServerEndedError, HttpError, OSError) as e:
         print(f"{PROG}: {e}", file=sys.stderr)
         return 1
-    if options.output_json is not None:
-        options.output_json.write_text(json.dumps(found, indent=4) + "\n", encoding="utf-8")
     return 0
 
 
@@ -90,8 +94,7 @@ def _warm(options: StartupOptions) -> list[dict[str, float]]:
 def _started(options: StartupOptions, environment: Mapping[str, str]) -> dict[str, float]:
     """The seconds of one start."""
     begun = perf_counter()
-    words = (options.model, *shlex.split(options.serve_flags))
-    with own_server(*words, environment=environment) as server:
+    with own_server(options.model, *options.serve_flags, environment=environment) as server:
         server.wait_until_ready()
         ready = perf_counter() - begun
         uvloop.run(_first_token(server))

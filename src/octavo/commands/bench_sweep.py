@@ -31,6 +31,8 @@ from octavo.flags import add_flags, flags_of, read
 
 PROG = "octavo bench sweep"
 ALL_RUNS = "runs.jsonl"
+# fields of BenchOptions that would change nothing here: each run has a file anyway
+WITHOUT = ("save_result", "append_result", "plot", "timeline_itl_thresholds", "result_dir", "result_filename")
 
 
 def parse_axis(text: str) -> tuple[str, list[str]]:
@@ -64,7 +66,7 @@ class SweepOptions(BenchOptions, frozen=True, kw_only=True):
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    add_flags(parser, flags_of(SweepOptions))
+    add_flags(parser, [flag for flag in flags_of(SweepOptions) if flag.field not in WITHOUT])
     parser.set_defaults(parser=parser)
 
 
@@ -78,7 +80,8 @@ def run(args: argparse.Namespace) -> int:
         for combination in combinations:
             for number in range(options.num_runs):
                 path = options.output_dir / _name(combination) / f"run={number}.json"
-                print(f"{_name(combination)}, run {number + 1} of {options.num_runs}: {path}", flush=True)
+                there = " is there already, and is not measured again" if path.exists() else ""
+                print(f"{_name(combination)}, run {number + 1} of {options.num_runs}: {path}{there}", flush=True)
                 if options.dry_run:
                     continue
                 if not path.exists():
@@ -98,13 +101,20 @@ def _combinations(options: SweepOptions) -> list[dict[str, str]]:
     """Each element of --bench-params with each combination of the axes."""
     fixed: list[dict[str, str]] = [{}]
     if options.bench_params is not None:
-        content = json.loads(options.bench_params.read_text(encoding="utf-8"))
+        content = _json_of(options.bench_params)
         if not isinstance(content, list) or not all(isinstance(item, dict) for item in content):
             raise BenchError(f"{options.bench_params} is not a list of objects")
         fixed = [{str(key).replace("_", "-"): str(value) for key, value in item.items()} for item in content]
     names = [name for name, _ in options.sweep]
     crossed = itertools.product(*(values for _, values in options.sweep))
     return [item | dict(zip(names, values, strict=True)) for values in crossed for item in fixed]
+
+
+def _json_of(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise BenchError(f"{path} is not JSON: {e}") from e
 
 
 def _name(combination: Mapping[str, str]) -> str:
@@ -136,7 +146,9 @@ def _one(
 
 def _figures(path: Path, number: int) -> dict[str, Any]:
     """The scalars of a run's file."""
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = _json_of(path)
+    if not isinstance(content, dict):
+        raise BenchError(f"{path} is no result of octavo bench")
     return {"run": number} | {key: value for key, value in content.items() if not isinstance(value, list | dict)}
 
 

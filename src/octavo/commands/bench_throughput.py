@@ -1,13 +1,13 @@
 """Measure a running server's throughput: all requests at once, as vllm bench throughput does without a server.
 
-Prompts are chosen by the flags of octavo bench serve; --max-concurrency keeps that many requests under way.
+Prompts are chosen by the flags of octavo bench serve; --max-concurrency keeps that many requests under way. Flags of
+its report and of the rate are unknown here.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -24,6 +24,13 @@ from octavo.commands.bench_load import measure
 from octavo.flags import add_flags, flags_of, read
 
 PROG = "octavo bench throughput"
+# fields of BenchOptions that would change nothing here
+WITHOUT = (
+    "request_rate", "burstiness", "ramp_up_strategy", "ramp_up_start_rps", "ramp_up_end_rps", "self_timed",
+    "percentile_metrics", "metric_percentiles", "goodput", "cost_per_hour", "num_gpus",
+    "save_result", "save_detailed", "append_result", "plot", "timeline_itl_thresholds", "result_dir",
+    "result_filename", "label", "metadata",
+)  # fmt: skip
 
 
 class ThroughputOptions(BenchOptions, frozen=True, kw_only=True):
@@ -36,16 +43,13 @@ class ThroughputOptions(BenchOptions, frozen=True, kw_only=True):
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    add_flags(parser, flags_of(ThroughputOptions))
+    add_flags(parser, [flag for flag in flags_of(ThroughputOptions) if flag.field not in WITHOUT])
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print; returns the exit code."""
     try:
-        options = resolve(read(ThroughputOptions, args))
-        if options.request_rate != math.inf or options.ramp_up_strategy is not None or options.self_timed:
-            raise BenchError("all requests are sent at once here; octavo bench serve sends them at a rate")
-        return _measured(options)
+        return _measured(resolve(read(ThroughputOptions, args)))
     except (BenchError, HttpError, PromptError, OSError) as e:
         print(f"{PROG}: {e}", file=sys.stderr)
         return 1
