@@ -111,6 +111,7 @@ def test_a_rate_over_a_time_makes_its_own_number_of_prompts(capsys: pytest.Captu
     rule = "Not measured, as warm-up: 2 requests before the load, and requests that begin within its first 0.1 s."
     assert rule in printed
     assert 6 < numbers(printed)["Successful requests"] < sent - 2
+    assert numbers(printed)["Steady output throughput (tok/s)"] > 0
     assert numbers(printed)["Successful requests"] < 60  # 30 on average
     assert main(["bench", "--base-url", "http://127.0.0.1:1", "--model", "m", "--max-seconds", "1"]) == 1
 

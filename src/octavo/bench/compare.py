@@ -35,8 +35,10 @@ THROUGHPUTS = {
     "request_throughput": "requests/s",
     "request_goodput": "good requests/s",
     "output_throughput": "output tokens/s",
+    "steady_output_throughput": "steady output tokens/s",
     "total_token_throughput": "tokens/s",
 }
+UNDETAILED = ("request_goodput", "steady_output_throughput")  # whose parts --save-detailed doesn't tell
 LATENCIES = ("ttft", "tpot", "itl", "e2el")
 DETAILS = ("duration", "input_lens", "output_lens", "ttfts", "itls", "start_times", "errors")
 TOTALS = ("num_prompts", "total_input_tokens")  # of SETTINGS, those that differ a little by chance
@@ -222,10 +224,10 @@ def _good(run: Mapping[str, Any]) -> list[int]:
 
 
 def _drawn_throughput(key: str, run: Mapping[str, Any], rng: np.random.Generator) -> Floats | None:
-    """The throughput of a run whose parts are drawn again; goodput isn't in the details."""
+    """The throughput of a run whose parts are drawn again."""
     good = _good(run)
     begun = np.asarray([run["start_times"][i] for i in good])
-    if key == "request_goodput" or len(good) == 0:
+    if key in UNDETAILED or len(good) == 0:
         return None
     ends = begun + np.asarray([run["ttfts"][i] + sum(run["itls"][i]) for i in good])
     if key == "output_throughput":

@@ -41,7 +41,10 @@ class Cost:
 
 @dataclass(frozen=True)
 class Metrics:
-    """The figures of the report. Throughputs are per second; the goodputs are None without an SLO."""
+    """The figures of the report. Throughputs are per second; the goodputs are None without an SLO.
+
+    steady_output: of a load with a warm-up, whose last answers overlap the measured time (steady_output_throughput)
+    """
 
     completed: int
     failed: int
@@ -53,6 +56,7 @@ class Metrics:
     request_goodput: float | None
     output_throughput: float
     output_goodput: float | None
+    steady_output: float | None
     total_throughput: float
     max_output_per_s: float
     max_concurrent: int
@@ -84,6 +88,7 @@ def measure(result: LoadResult, percentiles: Sequence[float], goodput: Mapping[s
         request_goodput=len(within) / duration if goodput else None,
         output_throughput=total_output / duration,
         output_goodput=sum(record.output_len for record in within) / duration if goodput else None,
+        steady_output=steady_output_throughput(result) if result.others else None,
         total_throughput=(total_input + total_output) / duration,
         max_output_per_s=peak_output_per_s(good),
         max_concurrent=peak_concurrency(good),

@@ -1,6 +1,6 @@
 """The report: vLLM's lines on the screen, which people parse, and vLLM's key names in the JSON file.
 
-What octavo adds has lines and keys of its own: cached input, token goodput, dollars.
+What octavo adds has lines and keys of its own: cached input, token goodput, steady throughput, dollars.
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ def report_lines(metrics: Metrics, options: BenchOptions, prices: Cost | None, n
         lines.append(_line("Request goodput (req/s):", metrics.request_goodput))
         lines.append(_line("Output token goodput (tok/s):", metrics.output_goodput))
     lines.append(_line("Output token throughput (tok/s):", metrics.output_throughput))
+    if metrics.steady_output is not None:
+        lines.append(_line("Steady output throughput (tok/s):", metrics.steady_output))
     lines.append(_line("Peak output token throughput (tok/s):", metrics.max_output_per_s))
     lines.append(_line("Peak concurrent requests:", float(metrics.max_concurrent)))
     lines.append(_line("Total token throughput (tok/s):", metrics.total_throughput))
@@ -169,6 +171,7 @@ def result_json(
         "request_goodput": metrics.request_goodput,
         "output_throughput": metrics.output_throughput,
         "output_goodput": metrics.output_goodput,
+        "steady_output_throughput": metrics.steady_output,
         "total_token_throughput": metrics.total_throughput,
         "max_output_tokens_per_s": metrics.max_output_per_s,
         "max_concurrent_requests": metrics.max_concurrent,
