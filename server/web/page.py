@@ -38,11 +38,11 @@ _OWN_FILES = "default-src 'none'; script-src 'self'; style-src 'self'; img-src '
 _NOTHING_ELSE = "base-uri 'self'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
 POLICY = f"{_OWN_FILES}connect-src 'self'; {_NOTHING_ELSE}"
 COMPARE_POLICY = f"{_OWN_FILES}connect-src 'self' http: https:; {_NOTHING_ELSE}"
-# A report's charts are drawn by scripts in it, and a checkpoint may be a stranger's. So it has an origin of its own, by
-# `sandbox`, without this one's storage, and may connect to nothing.
+# A checkpoint may be a stranger's. octavo's reports have no script, and so none runs in one; by `sandbox` it has an
+# origin of its own, without this one's storage, and it connects to nothing. The frame's own script shows it.
 _REPORT = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'; sandbox"
-REPORT_POLICY = f"{_REPORT} allow-scripts; script-src 'unsafe-inline'; frame-ancestors 'none'"
-FRAME_POLICY = f"{_REPORT} allow-scripts; script-src 'self' 'unsafe-inline'; frame-ancestors 'self'"
+REPORT_POLICY = f"{_REPORT}; frame-ancestors 'none'"
+FRAME_POLICY = f"{_REPORT} allow-scripts; script-src 'self'; frame-ancestors 'self'"
 SAFETY = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
 MAGIC = b"<!DOCTYPE html>"  # with which every report begins: a link to some other file of the machine does not
 

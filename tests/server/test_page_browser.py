@@ -31,14 +31,7 @@ RIGHT = "\ue014"
 TAB = "\ue004"
 HOSTILE = "<img src=x onerror=document.title='broken'>"
 TOOLS = Path(__file__).parents[1] / "fixtures" / "templates" / "Qwen-Qwen3-0.6B.jinja"  # the same turns, and tools
-EVIL = """
-window.reached = [];
-const attempt = (name, deed) => { try { deed(); reached.push(name); } catch {} };
-attempt("parent", () => { parent.document.title = "broken"; });
-attempt("storage", () => sessionStorage.length);
-attempt("top", () => { top.location = "https://example.com/"; });
-fetch("/v1/models").then(() => reached.push("fetch"), () => {}).finally(() => reached.push("done"));
-"""
+EVIL = "window.reached = true;"
 SCHEMA = {
     "type": "object",
     "properties": {"color": {"enum": ["red", "green"]}},
@@ -362,7 +355,7 @@ def tile(page: Any, name: str) -> str:
     return text
 
 
-def test_the_report_is_shown_and_reaches_nothing(page: Any, server: Server) -> None:
+def test_the_report_is_shown_and_runs_no_script(page: Any, server: Server) -> None:
     page.open(f"{server.url}/#report")
     frame = page.wait(lambda: page.one("iframe.report"))
     page.shoot("report")
@@ -370,9 +363,8 @@ def test_the_report_is_shown_and_reaches_nothing(page: Any, server: Server) -> N
     page.wait(lambda: page.all("h1"))
     report = report_example.report()
     assert page.one("h1").text == f"{report.model}: {report.scheme}"
-    assert page.all("svg, canvas")
-    page.wait(lambda: "done" in page.script("return reached"))
-    assert page.script("return reached") == ["done"]
+    assert page.all("svg")
+    assert page.script("return typeof reached") == "undefined"  # the stranger's script has not run
     assert page.script("return window.origin") == "null"
     page.driver.switch_to.default_content()
     assert page.driver.title == "Quantization report · octavo"
