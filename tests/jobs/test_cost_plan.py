@@ -246,6 +246,16 @@ def test_a_load_in_which_nothing_is_answered_is_passed_over_and_a_plan_of_such_l
         measure_server(measure, settings(seconds=5))
 
 
+def test_a_rate_that_can_t_last_is_said() -> None:
+    """Limits of 20 s in loads of 30 s: the queue may grow all the time."""
+    of = msgspec.structs.replace(settings(30), slo={"ttft": 20_000.0})
+    state = new_state(Conditions(of, "w", (), 100))
+    runs = measured(QueueServer(SERVICE), of)
+    state.servers.append(ServerState("m", runs=runs, done=True, figures=figures_of(runs, question(of))))
+    text = make_page(state, wanted(state)).to_markdown()
+    assert "m: the rate at the SLO is above the one at saturation, and can't last: --seconds is too short" in text
+
+
 def test_a_server_that_never_keeps_the_slo_has_its_saturation_and_no_price_there() -> None:
     of = msgspec.structs.replace(settings(), slo={"ttft": 1.0})
     found = figures_of(measured(QueueServer(SERVICE), of), question(of))

@@ -274,6 +274,12 @@ def _problems(servers: Sequence[ServerState]) -> tuple[Section, ...]:
             lines.append(f"{server.label}: every rate that was tried keeps the SLO; the limit is above them.")
         if server.figures is not None and not server.figures.keeps_slo:
             lines.append(f"{server.label}: no rate that was tried keeps the SLO; a loaded server is not the reason.")
+        slo, saturation = (_values(server).get(f"{where}_rate") for where in ("slo", "saturation"))
+        if slo is not None and saturation is not None and slo.low > saturation.high:
+            lines.append(
+                f"{server.label}: the rate at the SLO is above the one at saturation, and can't last: --seconds is too "
+                "short for limits that long, or the highest --concurrency doesn't saturate the server."
+            )
         if server.tasks_problem:
             lines.append(f"{server.label}: {server.tasks_problem}")
         if not server.done and not server.problem:
