@@ -159,6 +159,8 @@ def test_loads_that_differ_are_named() -> None:
     totals = [side(run([0.1], total_input_tokens=total)) for total in (1000, 1015, 1100)]
     assert setting_notes(totals[0], totals[1]) == []
     assert setting_notes(totals[0], totals[2]) == ["total_input_tokens differs: 1000 and 1100"]
+    timed = [side(run([0.1], num_prompts=count, max_seconds=10)) for count in (60, 75)]  # by chance, at one rate
+    assert setting_notes(*timed) == []
     almost = side(run([0.1], request_rate=1.01))
     assert setting_notes(side(run([0.1])), almost) == ["request_rate differs: 1.0 and 1.01"]
     inf = side(run([0.1], request_rate="inf"))

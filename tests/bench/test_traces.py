@@ -174,24 +174,25 @@ def test_what_does_not_fit_the_context_is_cut() -> None:
 
 
 def test_a_trace_is_replayed_at_its_times(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """20 times as fast as it was: 6 s in 0.3 s. Lengths are exact, and answers as long as the trace says."""
+    """60 times as fast as it was: 6 s in 0.1 s. Lengths are exact, and answers as long as the trace says."""
     trace = written(tmp_path, MOONCAKE)
     saved = tmp_path / "r.json"
-    options = ("--trace", str(trace), "--trace-speed", "20", "--save-result", "--save-detailed")
+    options = ("--trace", str(trace), "--trace-speed", "60", "--save-result", "--save-detailed")
     with serving(server_like_vllm(completion)) as server:
         assert bench(server, *options, "--result-dir", str(tmp_path), "--result-filename", "r.json") == 0
         asked = [(tokens_of(one.json["prompt"]), one.json["max_tokens"]) for one in asked_for_text(server)]
         assert all(one.json["ignore_eos"] for one in asked_for_text(server))
     assert asked == [(1100, 3), (700, 5), (1400, 4)]
     starts = json.loads(saved.read_text())["start_times"]
-    assert [start - starts[0] for start in starts] == pytest.approx([0, 0.15, 0.3], abs=1e-6)
+    assert [start - starts[0] for start in starts] == pytest.approx([0, 0.05, 0.1], abs=1e-6)
+    assert json.loads(saved.read_text())["num_prompts"] == 3  # and not the 1,000 that it would take
     printed = capsys.readouterr().out
     assert "the first 3 of 3 requests in the format mooncake, 700 to 1400 tokens as the server's /tokenize" in printed
     assert numbers(printed)["Total input tokens"] == 3200
     with serving(server_like_vllm(completion)) as server:  # a rate takes the place of the times
         assert bench(server, "--trace", str(trace), "--request-rate", "100", "--num-prompts", "2") == 0
         assert len(asked_for_text(server)) == 2
-    vllms = ("--dataset-name", "timed_trace", "--dataset-path", str(trace), "--timed-trace-sec-multiplier", "0.00005")
+    vllms = ("--dataset-name", "timed_trace", "--dataset-path", str(trace), "--timed-trace-sec-multiplier", "0.00001")
     with serving(server_like_vllm(completion)) as server:  # vLLM's names, and its blocks of 16 tokens
         assert bench(server, *vllms) == 0
         words = [one.json["prompt"].split() for one in asked_for_text(server)]

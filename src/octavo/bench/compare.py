@@ -41,7 +41,7 @@ THROUGHPUTS = {
 UNDETAILED = ("request_goodput", "steady_output_throughput")  # whose parts --save-detailed doesn't tell
 LATENCIES = ("ttft", "tpot", "itl", "e2el")
 DETAILS = ("duration", "input_lens", "output_lens", "ttfts", "itls", "start_times", "errors")
-TOTALS = ("num_prompts", "total_input_tokens")  # of SETTINGS, those that differ a little by chance
+TOTALS = ("num_prompts", "total_input_tokens")  # of SETTINGS, those that differ a little by chance; over a time, a lot
 SETTINGS = (
     "request_rate", "burstiness", "max_concurrency", "num_prompts", "total_input_tokens", "backend", "workload",
     "trace", "max_seconds", "warmup_seconds", "latencies_from",
@@ -146,8 +146,10 @@ def _has_zero(key: str, base: Side, other: Side) -> bool:
 def setting_notes(base: Side, other: Side) -> list[str]:
     """Settings in which the loads differ, so that figures may differ for that reason alone."""
     notes = []
+    runs = [*base.runs, *other.runs]
+    timed = any(run.get("max_seconds") is not None for run in runs)
     for key in SETTINGS:
-        if not all(key in run for side in (base, other) for run in side.runs):
+        if not all(key in run for run in runs) or (timed and key in TOTALS):
             continue  # vLLM's files don't say everything
         ours, theirs = (sorted({json.dumps(run.get(key)) for run in side.runs}) for side in (base, other))
         by_chance = key in TOTALS and _nearly_equal(base.values(key), other.values(key))

@@ -148,7 +148,7 @@ def result_json(
         "label": options.label,
         "model_id": model,
         "tokenizer_id": None,
-        "num_prompts": options.num_prompts if options.max_seconds is None else len(result.records),
+        "num_prompts": len(result.records) + len(result.others) + result.num_unfinished,
         **dict(options.metadata),
         "request_rate": "inf" if options.request_rate == float("inf") else options.request_rate,
         "burstiness": options.burstiness,
