@@ -103,12 +103,12 @@ def reversed_pairs(words: tuple[str, ...]) -> list[str]:
 
 
 def test_a_rate_over_a_time_makes_its_own_number_of_prompts(capsys: pytest.CaptureFixture[str]) -> None:
-    load = ("--request-rate", "100", "--max-seconds", "0.3", "--warmup-seconds", "0.1", "--num-warmups", "2")
+    load = ("--request-rate", "200", "--max-seconds", "0.15", "--warmup-seconds", "0.05", "--num-warmups", "2")
     with serving(server_like_vllm(completion)) as server:
         assert bench(server, *SMALL, *load, "--seed", "1") == 0
         sent = len(asked_for_text(server))
     printed = capsys.readouterr().out
-    rule = "Not measured, as warm-up: 2 requests before the load, and requests that begin within its first 0.1 s."
+    rule = "Not measured, as warm-up: 2 requests before the load, and requests that begin within its first 0.05 s."
     assert rule in printed
     assert 6 < numbers(printed)["Successful requests"] < sent - 2
     assert numbers(printed)["Steady output throughput (tok/s)"] > 0

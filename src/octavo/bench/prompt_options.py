@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from octavo.bench.server_options import ServerOptions
-from octavo.bench.traces import FORMATS
+from octavo.bench.traces import FORMATS, MOONCAKE_BLOCK
 from octavo.bench.workloads import WORKLOADS
 
 # Data sets that are files, and the traces' formats that they are in.
@@ -167,7 +167,7 @@ class PromptOptions(ServerOptions, frozen=True, kw_only=True):
         """Tokens of a block of a trace."""
         if self.timed_trace_chunk_hash_size:
             return self.timed_trace_chunk_hash_size
-        return 16 if self.trace is None else 512
+        return 16 if self.trace is None else MOONCAKE_BLOCK
 
 
 def sources_conflict(options: PromptOptions) -> str | None:

@@ -32,6 +32,7 @@ from octavo.bench.arrivals import Ramp, arrival_times, ramped_times, times_withi
 from octavo.bench.http import Client, HttpError
 from octavo.bench.load import LoadResult, Record, Request, Schedule, run_load
 from octavo.bench.prompts import Prompt, messages
+from octavo.bench.server_options import ENDPOINTS
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,8 @@ class Target:
     @property
     def path(self) -> str:
         """Where requests go."""
-        if self.embeddings:
-            return self.endpoint or "/v1/embeddings"
-        return self.endpoint or ("/v1/chat/completions" if self.chat else "/v1/completions")
+        backend = "openai-embeddings" if self.embeddings else "openai-chat" if self.chat else "openai"
+        return self.endpoint or ENDPOINTS[backend]
 
     def request(self, prompt: Prompt) -> Request:
         """The request that asks this prompt."""
