@@ -167,6 +167,15 @@ def test_loads_that_differ_are_named() -> None:
     assert setting_notes(side(run([0.1])), inf) == ['request_rate differs: 1.0 and "inf"']
 
 
+def test_runs_of_several_loads_are_no_repetitions() -> None:
+    mixed = side(*(run([0.1], request_rate=rate) for rate in (1.0, 2.0, 4.0)), name="all.jsonl")
+    text = lines(mixed, mixed, compare(mixed, mixed))
+    said = "  note: request_rate differs within all.jsonl, whose runs are no repetitions then: 1.0, 2.0, 4.0"
+    assert text.count(said) == 1
+    same = side(*(run([0.1], total_input_tokens=total) for total in (100, 130, 160)))
+    assert not any("note" in line for line in lines(same, same, compare(same, same)))
+
+
 def test_files_are_compared_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two runs of one server, in detail; and files that are no results."""
     options = ("--num-prompts", "20", "--random-input-len", "20", "--random-output-len", "3", "--max-concurrency", "1")

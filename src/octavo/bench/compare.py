@@ -158,6 +158,16 @@ def setting_notes(base: Side, other: Side) -> list[str]:
     return notes
 
 
+def repetition_notes(side: Side) -> list[str]:
+    """Settings in which one side's own runs differ: lines of several loads in one file, say."""
+    notes = []
+    for key in SETTINGS:
+        found = sorted({json.dumps(run[key]) for run in side.runs if key in run})
+        if len(found) > 1 and key not in TOTALS:
+            notes.append(f"{key} differs within {side.name}, whose runs are no repetitions then: {', '.join(found)}")
+    return notes
+
+
 def _nearly_equal(ours: Sequence[float], theirs: Sequence[float]) -> bool:
     """True of totals whose means differ as little as those of random lengths do."""
     if not ours or not theirs:
@@ -304,7 +314,9 @@ def lines(base: Side, other: Side, comparisons: Sequence[Comparison]) -> list[st
         found.append(f"  no difference seen in any of the {len(seen)} figures with an interval")
     hows = dict.fromkeys(comparison.how for comparison in comparisons)
     found.append(f"  intervals of 95 %: {'; '.join(hows)}")
-    return found + [f"  note: {note}" for note in (*zero_notes(base, other), *setting_notes(base, other))]
+    notes = [*zero_notes(base, other), *setting_notes(base, other)]
+    notes += [note for side in {base.name: base, other.name: other}.values() for note in repetition_notes(side)]
+    return found + [f"  note: {note}" for note in notes]
 
 
 def _label(key: str) -> str:
