@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,23 @@ def test_a_load_of_which_nothing_is_measured_is_an_error(tmp_path: Path, capsys:
         sent = len(asked_for_text(server))
         assert bench(server, *short, "--num-prompts", "5") == 0  # the one that there is
         assert len(asked_for_text(server)) == sent + 1
+
+
+def test_a_closed_load_that_runs_out_of_prompts_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    with serving(server_like_vllm(completion)) as server:
+        assert bench(server, *SMALL, "--max-concurrency", "2", "--max-seconds", "60") == 0
+    assert "note: all 6 prompts were answered before --max-seconds 60 was over" in capsys.readouterr().err
+
+
+async def never(_: Asked) -> AsyncIterator[bytes]:
+    await asyncio.Event().wait()
+    yield b""
+
+
+def test_a_server_that_never_answers_is_not_waited_for_longer_than_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    with serving(never) as server:
+        assert bench(server, *SMALL, "--ready-check-timeout-sec", "0.1") == 1
+    assert "GET /v1/models: no answer within 0.1 s" in capsys.readouterr().err
 
 
 ODD_COUNTS = ([1, 2], {"count": 2, "max_model_len": "long"}, {"count": -5}, {"tokens": []})

@@ -27,6 +27,7 @@ from octavo.bench.sources import PromptSet, make_prompts
 from octavo.commands.progress_bar import progress_bar
 
 READY_POLL_SECONDS = 0.5
+MODELS_SECONDS = 30.0  # in which a server that is there says its models
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty")
 
 
@@ -81,6 +82,12 @@ async def _measure(options: BenchOptions) -> Measured:
         result = await _load(options, client, target, prompts, point, rng)
         if not result.records and not result.num_unfinished:
             raise BenchError(_nothing_measured(options, result))
+        if _ran_out(options, point, result):
+            print(
+                f"note: all {len(prompts)} prompts were answered before --max-seconds {options.max_seconds:g} was "
+                "over: --num-prompts makes more",
+                file=sys.stderr,
+            )
         return Measured(model, asked, result)
     finally:
         client.close()
@@ -93,13 +100,24 @@ async def model_of(options: ServerOptions, client: Client) -> str:
     deadline = perf_counter() + options.ready_check_timeout_sec
     while True:
         try:
-            first = await first_model(client)
+            async with asyncio.timeout(options.ready_check_timeout_sec or MODELS_SECONDS):
+                first = await first_model(client)
+        except TimeoutError as e:
+            patience = options.ready_check_timeout_sec or MODELS_SECONDS
+            raise HttpError(f"GET /v1/models: no answer within {patience:g} s") from e
         except HttpError:
             if perf_counter() >= deadline:
                 raise
             await asyncio.sleep(READY_POLL_SECONDS)
         else:
             return options.model_name or first
+
+
+def _ran_out(options: BenchOptions, point: Point, result: LoadResult) -> bool:
+    """True of a closed load over a time that ended for want of prompts."""
+    if options.max_seconds is None or point.is_open or result.num_unfinished:
+        return False
+    return result.until < result.begin + options.max_seconds
 
 
 def _nothing_measured(options: BenchOptions, result: LoadResult) -> str:
