@@ -89,6 +89,28 @@ def test_a_closed_load_counts_from_the_sending() -> None:
     assert all(record.begin == record.start for record in result.records)
 
 
+def test_a_closed_load_has_a_task_for_each_place_and_not_for_each_request() -> None:
+    """Of 100,000 requests, the tasks alone would take a second, which counted in the load."""
+    tasks: list[int] = []
+
+    async def run(server: ScriptedServer) -> LoadResult:
+        client = Client(server.url)
+        asked = [TARGET.request(prompt) for prompt in prompts(60)]
+
+        def on_done(_: Record) -> None:
+            tasks.append(len(asyncio.all_tasks()))
+
+        try:
+            return await run_load(client, TARGET.path, asked, Schedule(max_concurrency=2), on_done=on_done)
+        finally:
+            client.close()
+
+    with serving(server_like_vllm(completion)) as server:
+        result = asyncio.run(run(server))
+    assert [record.error for record in result.records] == [None] * 60
+    assert max(tasks) < 10
+
+
 def conversation(name: str, turns: int, think: float = 0.0) -> list[Prompt]:
     texts = [f"The {name}{i}" for i in range(2 * turns - 1)]
     return [

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from time import perf_counter
@@ -258,27 +258,31 @@ class _Load:
 
     async def run(self) -> None:
         """Begin all conversations at their times, and wait for their ends."""
-        arrivals = self._schedule.arrivals
         firsts = [i for i, request in enumerate(self._requests) if not request.follows or i == 0]
+        conversations = [range(first, end) for first, end in pairwise([*firsts, len(self._requests)])]
+        arrivals = self._schedule.arrivals
         async with asyncio.TaskGroup() as group:
-            for first, end in pairwise([*firsts, len(self._requests)]):
-                if arrivals is None:
-                    group.create_task(self._closed(range(first, end)))
-                    continue
-                intended = self.begun + arrivals[first]
+            if arrivals is None:
+                waiting = iter(conversations)
+                for _ in range(min(self._schedule.max_concurrency or len(conversations), len(conversations))):
+                    group.create_task(self._closed(waiting))
+                return
+            for conversation in conversations:
+                intended = self.begun + arrivals[conversation.start]
                 if intended >= self._deadline:
-                    self.num_unsent += end - first
+                    self.num_unsent += len(conversation)
                     continue
                 # a task that is made when it is due would begin a turn of the event loop later
                 await self._alarm.at(intended - AHEAD_SECONDS)
-                group.create_task(self._open(range(first, end), intended))
+                group.create_task(self._open(conversation, intended))
 
-    async def _closed(self, conversation: range) -> None:
-        async with self._gate:
+    async def _closed(self, waiting: Iterator[range]) -> None:
+        """One place: a conversation after the other. A task for each of 100,000 would take a second to begin."""
+        for conversation in waiting:
             for i in conversation:
                 if perf_counter() >= self._deadline:
                     self.num_unsent += conversation.stop - i
-                    return
+                    break
                 await self._one(i, None)
 
     async def _open(self, conversation: range, intended: float) -> None:
