@@ -150,8 +150,8 @@ def result_json(
         "tokenizer_id": None,
         "num_prompts": len(result.records) + len(result.others) + result.num_unfinished,
         **dict(options.metadata),
-        "request_rate": "inf" if options.request_rate == float("inf") else options.request_rate,
-        "burstiness": options.burstiness,
+        "request_rate": _in_json(options.request_rate),
+        "burstiness": _in_json(options.burstiness),
         **_ramp_json(options),
         "max_concurrency": options.max_concurrency,
         "workload": options.workload,
@@ -183,6 +183,11 @@ def result_json(
     if prices is not None:
         found |= _cost_json(prices, options)
     return found
+
+
+def _in_json(value: float | None) -> float | str | None:
+    """A number for JSON, which has no infinity: vLLM writes "inf"."""
+    return "inf" if value == float("inf") else value
 
 
 def _ramp_json(options: BenchOptions) -> dict[str, Any]:
