@@ -23,6 +23,7 @@ from octavo.cli import main
         (["--warmup-seconds", "inf"], "'inf' is not a number"),
         (["--length-scale", "inf"], "'inf' is not a number"),
         (["--trace-speed", "inf"], "'inf' is not a number"),
+        (["--ramp-up-end-rps", "inf"], "'inf' is not a number"),
     ],
 )
 def test_flags_that_mean_nothing_are_refused(
@@ -57,6 +58,8 @@ RAMP = ("--ramp-up-strategy", "linear", "--ramp-up-start-rps", "1", "--ramp-up-e
         (["--tokenizer", "no such directory"], "--tokenizer: no such directory: no such directory"),
         (["--base-url", "http://[::1"], "http://[::1: Invalid IPv6 URL"),
         (["--base-url", "http://a..b"], "'a..b' is no name of a host"),
+        (["--header", "X-A=b\r\nX-C: d"], "the header 'X-A' has a line break"),
+        (["--save-detailed"], "--save-detailed goes with --save-result or --append-result"),
     ],
 )
 def test_flags_that_exclude_each_other_are_refused(

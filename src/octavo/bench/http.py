@@ -64,6 +64,9 @@ class Client:
             self._address = (parts.hostname, parts.port or (443 if secure else 80))
         except ValueError as e:
             raise HttpError(f"{base_url}: {e}") from e
+        for name, value in (headers or {}).items():
+            if "\n" in name + value or "\r" in name + value:
+                raise HttpError(f"the header {name!r} has a line break, which would begin another one")
         self._tls = _tls(insecure) if secure else None
         self._prefix = parts.path.rstrip("/").removesuffix("/v1")
         self._head = "".join(

@@ -78,10 +78,10 @@ class BenchOptions(PromptOptions, frozen=True, kw_only=True):
         Meta(description="a rate that changes over the load", extra={"default": "one rate"}),
     ] = None
     ramp_up_start_rps: Annotated[
-        float | None, Meta(gt=0, description="its beginning", extra={"metavar": "RPS", "default": "none"})
+        float | None, Meta(gt=0, le=1e9, description="its beginning", extra={"metavar": "RPS", "default": "none"})
     ] = None
     ramp_up_end_rps: Annotated[
-        float | None, Meta(gt=0, description="its end", extra={"metavar": "RPS", "default": "none"})
+        float | None, Meta(gt=0, le=1e9, description="its end", extra={"metavar": "RPS", "default": "none"})
     ] = None
     self_timed: Annotated[
         bool | None,

@@ -42,6 +42,8 @@ def run(args: argparse.Namespace) -> int:
     """Measure and report; returns the exit code: 1 if a request failed or nothing could be measured, 130 on Ctrl-C."""
     try:
         options = resolve(read(BenchOptions, args))
+        if options.save_detailed and not (options.save_result or options.append_result):
+            raise BenchError("--save-detailed goes with --save-result or --append-result: it says what they write")
         measured = measure(options)
         return _report(options, measured)
     except (BenchError, HttpError, PromptError, OSError) as e:
