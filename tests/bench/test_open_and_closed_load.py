@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 from collections.abc import AsyncIterator
 from time import perf_counter
@@ -109,6 +110,16 @@ def test_a_closed_load_has_a_task_for_each_place_and_not_for_each_request() -> N
         result = asyncio.run(run(server))
     assert [record.error for record in result.records] == [None] * 60
     assert max(tasks) < 10
+
+
+def test_what_a_caller_has_frozen_stays_so() -> None:
+    for frozen in (True, False):
+        gc.unfreeze()
+        if frozen:
+            gc.freeze()
+        with serving(server_like_vllm(completion)) as server:
+            loaded(server, prompts(1), Point(concurrency=1))
+        assert (gc.get_freeze_count() > 0) == frozen
 
 
 def conversation(name: str, turns: int, think: float = 0.0) -> list[Prompt]:

@@ -206,8 +206,10 @@ async def run_load(
 ) -> LoadResult:
     """Send all requests at their times until all have ended or `stop` is set.
 
-    Requests that are still open then are cut off (the server sees their connections close) and not in the result.
+    Requests that are still open then are cut off (the server sees their connections close) and not in the result. What
+    the caller has frozen for the garbage collector stays so.
     """
+    frozen_before = gc.get_freeze_count() > 0
     gc.collect()
     gc.freeze()  # what is there now is not walked through again while latencies are taken
     load = _Load(client, path, requests, schedule, on_done)
@@ -221,7 +223,8 @@ async def run_load(
         stopped.cancel()
         await asyncio.wait((running, stopped))
         load.close()
-        gc.unfreeze()
+        if not frozen_before:
+            gc.unfreeze()
     if not running.cancelled():
         running.result()
     ended = [record for record in load.records if record is not None]
