@@ -231,11 +231,12 @@ def test_a_model_calls_a_tool_and_gets_its_result(page: Any) -> None:
     page.script("document.getElementById('sample-tool').click()")
     page.set("reasoning_effort", "none")
     page.set("tool_choice", "required")
+    page.set("temperature", "0")
     page.set("max_tokens", "60")
     page.say("What is the weather in Paris?")
     call = page.answer().find_element("css selector", ".call")
     assert "get_weather" in call.text
-    assert set(json.loads(call.find_element("css selector", "pre").text)) == {"city"}
+    assert "city" in json.loads(call.find_element("css selector", "pre").text)  # its schema allows more
     page.set("tool_choice", "none")
     page.one(".results textarea").send_keys("sunny")
     page.one(".results button").click()
