@@ -63,7 +63,7 @@ clients: $(INSTALLED)
 test-page: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed --editable '.[browser]'
 	npm install --prefix .page --no-audit --no-fund --silent axe-core@4
-	$(BIN)/python -m pytest -m slow tests/server/test_page_browser.py
+	$(BIN)/python -m pytest -m slow tests/server/test_page_browser.py tests/server/test_page_faults.py
 
 test-scale: $(INSTALLED)
 	$(BIN)/python -m pytest -m 'slow or not slow' --ignore tests/deploy/test_image_build.py tests/deploy

@@ -36,7 +36,8 @@ export class Answer {
     this.draw();
   }
 
-  /** Ask a server, and show what comes. Raises what the server says; a stop is no error. */
+  /** Ask a server, and show what comes. Raises what the server says, with what came until then
+   * shown; a stop is no error. */
   async run(server, path, body, signal) {
     this.isRunning = true;
     this.isJson = Boolean(body.response_format);
@@ -59,8 +60,8 @@ export class Answer {
         this.drawSoon();
       }
     } catch (error) {
-      if (error.name !== "AbortError") throw error;
-      ending = "stopped";
+      ending = error.name === "AbortError" ? "stopped" : "broken";
+      if (ending === "broken") throw error;
     } finally {
       this.isRunning = false;
       this.element.removeAttribute("aria-busy");
@@ -120,6 +121,10 @@ export class Answer {
     this.onDraw?.();
   }
 
+  get isEmpty() {
+    return !(this.content || this.reasoning || this.calls.length);
+  }
+
   /** As the server takes it back in the next request, with what only this page keeps. */
   get message() {
     const calls = this.calls.filter(Boolean);
@@ -160,7 +165,7 @@ function speedOf(clock, usage, numSeen, ending) {
     rate === null ? "" : `${rate.toFixed(rate < 10 ? 1 : 0)} tokens/s`,
     count === undefined ? "" : `${count} tokens`,
     usage ? `prompt ${usage.prompt_tokens}${cached ? ` (${cached} cached)` : ""}` : "",
-    { length: "cut at the limit", stopped: "stopped", abort: "ended by the server", repetition: "ended for repeating itself" }[ending] ?? "",
+    { length: "cut at the limit", stopped: "stopped", broken: "broke off", abort: "ended by the server", repetition: "ended for repeating itself" }[ending] ?? "",
   ];
   return { first, rate, count, words: words.filter(Boolean).join(" · ") };
 }

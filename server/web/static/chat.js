@@ -74,6 +74,7 @@ export class Chat {
 
   clear() {
     this.stop();
+    this.setBusy(null); // not when the stop has gone through: another message may be sent by then
     this.messages = [];
     this.save();
     this.draw();
@@ -113,20 +114,26 @@ export class Chat {
     answer.onDraw = () => this.follow();
     this.thread.append(answer.element);
     this.follow(true);
-    this.setBusy(new AbortController());
+    const aborter = new AbortController();
+    this.setBusy(aborter);
+    let problem = null;
     try {
-      await answer.run(own, this.path, { model, ...body, ...this.asked() }, this.aborter.signal);
-      this.messages.push(answer.message);
-      announce(`Answer finished: ${answer.facts.textContent}`);
+      await answer.run(own, this.path, { model, ...body, ...this.asked() }, aborter.signal);
     } catch (error) {
-      answer.element.remove();
-      this.giveBack(error);
-    } finally {
-      this.setBusy(null);
-      this.save();
-      this.drawActions(answer);
-      this.follow();
+      problem = error;
     }
+    if (this.aborter !== aborter) return; // a new chat has begun, of which this answer is no part
+    this.setBusy(null);
+    if (problem && answer.isEmpty) {
+      this.giveBack(problem);
+      return;
+    }
+    this.messages.push(answer.message);
+    this.save();
+    this.drawActions(answer);
+    this.follow();
+    if (problem) this.onError(problem);
+    else announce(`Answer finished: ${answer.facts.textContent}`);
   }
 
   /** What would be asked next, as a command; a key is named by its variable, and never written out. */
@@ -151,11 +158,10 @@ export class Chat {
 
   /** Say what went wrong, and let what was typed be sent again. */
   giveBack(error) {
-    const last = this.messages.at(-1);
-    if (last?.role === "user") {
-      this.messages.pop();
-      this.write(this.prompt.value || last.content);
+    if (this.messages.at(-1)?.role === "user") {
+      this.write([this.messages.pop().content, this.prompt.value].filter(Boolean).join("\n"));
     }
+    while (this.messages.at(-1)?.role === "tool") this.messages.pop(); // the fields for them are shown again
     this.save();
     this.draw();
     this.onError(error);

@@ -1,6 +1,8 @@
 // A server of OpenAI's API, this one or another: its routes, its errors, and its streams.
 import { kept, keep } from "./dom.js";
 
+const BROKEN = "The answer broke off: the connection to the server ended before it was whole.";
+
 /** What a server said, or why it said nothing. */
 export class ServerError extends Error {
   constructor(message, status = 0) {
@@ -44,12 +46,18 @@ export class Server {
   async *stream(path, body, signal) {
     const headers = { "Content-Type": "application/json" };
     const response = await this.ask(path, { method: "POST", headers, body: JSON.stringify(body), signal });
-    for await (const data of events(response.body)) {
-      if (data === "[DONE]") return;
-      const event = JSON.parse(data);
-      if (event.error) throw new ServerError(event.error.message ?? String(event.error));
-      yield event;
+    try {
+      for await (const data of events(response.body)) {
+        if (data === "[DONE]") return;
+        const event = JSON.parse(data);
+        if (event.error) throw new ServerError(event.error.message ?? String(event.error));
+        yield event;
+      }
+    } catch (error) {
+      if (error instanceof TypeError) throw new ServerError(BROKEN); // as browsers say that a connection is gone
+      throw error;
     }
+    throw new ServerError(BROKEN); // a proxy closes well what its server did not
   }
 
   silence() {
@@ -72,7 +80,7 @@ export function setKey(key) {
 /** A server from what a person typed: with or without a scheme, /v1 or a slash. */
 export function serverAt(typed, getKey) {
   const text = typed.trim().replace(/\/+$/, "").replace(/\/v1$/, "");
-  const url = new URL(/^https?:\/\//.test(text) ? text : `http://${text}`);
+  const url = new URL(/^https?:\/\//i.test(text) ? text : `http://${text}`);
   return new Server(`${url.href.replace(/\/+$/, "")}/`, getKey);
 }
 
