@@ -104,3 +104,65 @@ def test_a_refused_message_comes_back_beside_what_was_typed_since(page: Any) -> 
     page.wait(lambda: "Too busy" in page.one("#notice").text)
     assert page.one("#prompt").get_attribute("value") == "first\nsecond"
     assert conversation(page) == []
+
+
+def test_a_view_is_one_of_the_page_and_comparing_has_a_page_of_its_own(page: Any, server: Server) -> None:
+    for path, view in {"?compare#chat": "compare", "#compare": "chat", "#constructor": "chat"}.items():
+        fresh(page, f"{server.url}/{path}")
+        shown = [each for each in page.all("section[data-view]") if each.is_displayed()]
+        assert [each.get_attribute("data-view") for each in shown] == [view], path
+
+
+def test_the_key_of_a_compared_server_goes_to_no_other(page: Any, server: Server) -> None:
+    fresh(page, f"{server.url}/?compare")
+    page.script(
+        """window.sent = [];
+        window.fetch = async (url, options) => {
+          sent.push([new URL(url).host, options.headers.Authorization ?? ""]);
+          return new Response('{"data": []}');
+        };
+        const [url, key] = document.querySelectorAll(".side")[1].querySelectorAll("input");
+        for (const [field, value] of [[url, "one.test"], [key, "secret"], [url, "two.test"]]) {
+          field.value = value;
+          field.dispatchEvent(new Event("change"));
+        }"""
+    )
+    assert page.wait(lambda: page.script("return sent.length > 2 && sent")) == [
+        ["one.test", ""],
+        ["one.test", "Bearer secret"],
+        ["two.test", ""],
+    ]
+
+
+def test_models_are_those_of_the_server_that_was_named_last(page: Any, server: Server) -> None:
+    fresh(page, f"{server.url}/?compare")
+    page.script(
+        """const replies = {};
+        window.fetch = (url) => new Promise((done) => { replies[new URL(url).host] = done; });
+        window.side = document.querySelectorAll(".side")[1];
+        const url = side.querySelector("input");
+        for (const value of ["slow.test", "quick.test"]) {
+          url.value = value;
+          url.dispatchEvent(new Event("change"));
+        }
+        for (const [host, after] of [["quick.test", 0], ["slow.test", 100]]) {
+          const reply = new Response(JSON.stringify({data: [{id: host}]}));
+          setTimeout(() => replies[host](reply), after);
+        }
+        setTimeout(() => { window.allCame = true; }, 200);"""
+    )
+    page.wait(lambda: page.script("return window.allCame"))
+    assert page.script("return side.querySelector('select').value") == "quick.test"
+
+
+def test_stopped_answers_are_not_judged(page: Any, server: Server) -> None:
+    fresh(page, f"{server.url}/?compare")
+    page.wait(lambda: "tiny" in [option.text for option in page.all(".side select option")])
+    page.script(STREAM, CHUNK, ODD, "open")
+    page.script("document.getElementById('compare-order').value = 'together'")
+    page.one("#compare-prompt").send_keys("Hello")
+    page.one("#compare-run").click()
+    page.wait(lambda: [prose.text for prose in page.all(".side .prose")] == ["Grüße", "Grüße"])
+    page.one("#compare-stop").click()
+    page.wait(lambda: page.one("#compare-run").is_displayed())
+    assert not page.one("#compare-verdict").is_displayed()

@@ -23,10 +23,11 @@ function failed(error) {
   else if (!(error instanceof SettingsError)) notice(error.message);
 }
 
+/** Under the policy of comparing there is nothing else, and elsewhere no comparing. */
 function viewNow() {
   const named = location.hash.slice(1);
-  const known = named in TITLES ? named : comparing ? "compare" : "chat";
-  return known === "compare" && !comparing ? "chat" : known;
+  if (comparing) return "compare";
+  return Object.hasOwn(TITLES, named) && named !== "compare" ? named : "chat";
 }
 
 function show() {

@@ -20,7 +20,11 @@ class Side {
       el("h2", {}, name),
       el("label", { class: "field" }, "Server", this.url), this.keyField,
       el("label", { class: "field" }, "Model", this.model), this.error, this.place);
-    for (const field of [this.url, this.key]) field.addEventListener("change", () => this.connect());
+    this.url.addEventListener("change", () => {
+      this.key.value = ""; // it was for another server
+      this.connect();
+    });
+    this.key.addEventListener("change", () => this.connect());
     this.showKey();
   }
 
@@ -36,13 +40,19 @@ class Side {
     this.showKey();
     keep(`side.${this.number}`, { url: this.url.value, key: this.key.value });
     this.complain("");
+    const [url, key] = [this.url.value, this.key.value];
+    let names = [];
+    let problem = null;
     try {
-      offerModels(this.model, await this.server.modelNames());
+      names = await this.server.modelNames();
     } catch (error) {
-      offerModels(this.model, []);
-      this.complain(error.message);
-      if (this.server === own) this.onError(error);
+      problem = error;
     }
+    if (this.url.value !== url || this.key.value !== key) return; // somebody types on: the next answer counts
+    offerModels(this.model, names);
+    if (!problem) return;
+    this.complain(problem.message);
+    if (!url.trim()) this.onError(problem);
   }
 
   complain(message) {
@@ -59,7 +69,7 @@ class Side {
       await answer.run(this.server, "v1/chat/completions", { model: this.model.value, ...body }, signal);
       return answer;
     } catch (error) {
-      answer.element.remove();
+      if (answer.isEmpty) answer.element.remove();
       this.complain(error.message);
       return null;
     }
@@ -102,9 +112,11 @@ export class Compare {
     const system = this.settings.system ? [{ role: "system", content: this.settings.system }] : [];
     body.messages = [...system, { role: "user", content: prompt }];
     byId("compare-verdict").hidden = true;
-    this.setBusy(new AbortController());
+    const aborter = new AbortController();
+    this.setBusy(aborter);
     try {
-      this.judge(await this.answers(body, this.aborter.signal));
+      const answers = await this.answers(body, aborter.signal);
+      if (!aborter.signal.aborted) this.judge(answers);
     } finally {
       this.setBusy(null);
     }
