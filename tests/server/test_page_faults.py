@@ -30,6 +30,16 @@ window.fetch = async (url, options = {}) => new Response(new ReadableStream({
   },
 }));
 """
+REFUSED = """
+const given = [...arguments];
+window.asked = 0;
+const soon = window.setInterval;
+window.setInterval = (deed, _) => soon(deed, 20);
+window.fetch = async () => {
+  asked += 1;
+  return given[0] ? new Response("{}", {status: 401}) : new Promise(() => {});
+};
+"""
 
 
 @pytest.fixture(scope="module")
@@ -166,3 +176,42 @@ def test_stopped_answers_are_not_judged(page: Any, server: Server) -> None:
     page.one("#compare-stop").click()
     page.wait(lambda: page.one("#compare-run").is_displayed())
     assert not page.one("#compare-verdict").is_displayed()
+
+
+def test_charts_outlive_a_change_of_colors_elsewhere(page: Any) -> None:
+    page.script("location.hash = '#dashboard'")
+    page.wait(lambda: len(page.all("#charts canvas")) == 5)
+    page.script("location.hash = '#chat'")
+    page.wait(lambda: page.one("#prompt").is_displayed())
+    page.one("#theme").click()
+    page.script("location.hash = '#dashboard'")
+    page.wait(lambda: page.one("#charts").is_displayed())
+    page.wait(lambda: len(page.all("#charts canvas")) == 5)
+
+
+@pytest.mark.parametrize("is_refused", [True, False], ids=["401", "slow"])
+def test_a_dashboard_asks_once_where_it_is_refused_or_not_answered(page: Any, is_refused: bool) -> None:
+    page.script(REFUSED, is_refused)
+    page.script("location.hash = '#dashboard'")
+    if is_refused:
+        page.wait(lambda: page.one("#key-dialog").is_displayed())
+        page.one("#key-cancel").click()
+    page.script("let ticks = 0; setInterval(() => { window.ticks = ticks += 1; }, 0)")
+    page.wait(lambda: page.script("return window.ticks > 20"))
+    assert page.script("return asked") == 2  # /metrics and /server_info
+    assert not page.one("#key-dialog").is_displayed()
+
+
+def test_rates_begin_anew_with_a_server(page: Any) -> None:
+    page.script(
+        """const name = "vllm:generation_tokens_total";
+        const values = [1e6, 0];
+        let last = 0;
+        window.fetch = async (url) => String(url).endsWith("metrics")
+          ? new Response(`${name}{engine="0"} ${values.shift() ?? (last += 100)}\\n`)
+          : new Response("{}");
+        location.hash = "#dashboard";"""
+    )
+    tile = "#tiles .tile:first-child b"
+    page.wait(lambda: page.all(tile) and page.one("#tiles .tile b").text not in ("", "0"))
+    assert 0 < float(page.one(tile).text) < 300  # 100 tokens each two seconds

@@ -61,6 +61,7 @@ async function learn() {
 
 function askForKey(message = "") {
   const dialog = byId("key-dialog");
+  if (dialog.open && !message) return; // somebody types into it already
   byId("key-error").textContent = message;
   byId("key-error").hidden = !message;
   if (!dialog.open) dialog.showModal();

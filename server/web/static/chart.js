@@ -34,6 +34,7 @@ export class Chart {
 
   make() {
     this.plot?.destroy();
+    this.plot = null;
     const width = this.place.clientWidth;
     if (!width) return; // not shown
     const ink = colorOf("--soft");

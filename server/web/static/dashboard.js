@@ -26,6 +26,7 @@ export class Dashboard {
     this.snapshots = [];
     this.points = [];
     this.isPaused = false;
+    this.isAsking = false;
     this.timer = null;
     this.cost = byId("cost");
     this.cost.value = kept("cost", "", localStorage);
@@ -72,19 +73,29 @@ export class Dashboard {
   }
 
   async poll() {
-    if (this.isPaused) return;
+    if (this.isPaused || this.isAsking) return;
+    this.isAsking = true; // a slow server gets no second question before its answer
     try {
       const text = await (await own.ask("metrics")).text();
       this.take(new Snapshot(text, Date.now() / 1000));
       this.onError(null);
     } catch (error) {
+      if (error.status === 401) clearInterval(this.timer); // until there is a key: who is asked for one may say no
       this.onError(error);
+    } finally {
+      this.isAsking = false;
     }
   }
 
   take(now) {
     const before = this.snapshots.at(-1);
     if (before && now.seconds - before.seconds < LEAST_SECONDS) return;
+    if (before && now.hasRestartedSince(before)) {
+      this.snapshots = [now];
+      this.info = null; // another model, perhaps
+      this.drawServer();
+      return;
+    }
     this.snapshots.push(now);
     while (now.seconds - this.snapshots[0].seconds > MOST_SECONDS + 4) this.snapshots.shift();
     if (before) this.points.push(this.point(before, now));

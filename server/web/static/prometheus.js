@@ -42,6 +42,11 @@ export class Snapshot {
     return this.sums.get(name) ?? 0;
   }
 
+  /** Whether counters began anew: what they count can't be told from what they counted before. */
+  hasRestartedSince(before) {
+    return [...before.sums].some(([name, value]) => /^vllm:\w+_(total|count)$/.test(name) && this.sum(name) < value);
+  }
+
   /** Of a gauge that each engine has: the mean. */
   mean(name) {
     return this.sum(name) / (this.counts.get(name) ?? 1);
