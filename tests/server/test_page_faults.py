@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from octavo_server import Server, serving
+from octavo_server import PATIENCE, Server, serving
 
 pytestmark = pytest.mark.slow
 
@@ -215,3 +215,22 @@ def test_rates_begin_anew_with_a_server(page: Any) -> None:
     tile = "#tiles .tile:first-child b"
     page.wait(lambda: page.all(tile) and page.one("#tiles .tile b").text not in ("", "0"))
     assert 0 < float(page.one(tile).text) < 300  # 100 tokens each two seconds
+
+
+@pytest.mark.parametrize("text", [">" * 30_000, "**a " * 200_000], ids=["quotes", "bold"])
+def test_a_model_that_repeats_itself_is_shown(page: Any, text: str) -> None:
+    page.driver.set_script_timeout(
+        30
+    )  # a text of this length takes a second, or minutes where time grows as its square
+    try:
+        height = page.awaited(
+            """await import(new URL('ui/markdown.js', document.baseURI)).then((m) => {
+            const place = document.createElement('div');
+            place.append(...m.markdown(given[0]));
+            document.getElementById('thread').append(place);
+            return place.textContent.length && place.offsetHeight; })""",
+            text,
+        )
+    finally:
+        page.driver.set_script_timeout(PATIENCE)
+    assert height > 0

@@ -1,9 +1,11 @@
 // Markdown as elements, built one by one: what a model writes is never parsed as HTML, and its links are http alone.
 import { copy, el } from "./dom.js";
 
+// Bounded, since a model may repeat an opening mark forever, and each would look for its end in all that follows.
 const INLINE =
-  /(`+)([^`]|[^`][\s\S]*?[^`])\1(?!`)|\*\*(\S(?:[\s\S]*?\S)?)\*\*|(?<![\w*])[*_](\S(?:[^*_]*\S)?)[*_](?![\w*])|~~(\S(?:[\s\S]*?\S)?)~~|\[([^\]\n]+)\]\((https?:\/\/[^\s)]+)\)/;
+  /(`+)([^`]|[^`][\s\S]{0,999}?[^`])\1(?!`)|\*\*(\S(?:[\s\S]{0,999}?\S)?)\*\*|(?<![\w*])[*_](\S(?:[^*_]{0,999}\S)?)[*_](?![\w*])|~~(\S(?:[\s\S]{0,999}?\S)?)~~|\[([^\]\n]{1,999})\]\((https?:\/\/[^\s)]{1,1999})\)/;
 const ITEM = /^(\s*)([-*+]|\d{1,9}[.)])\s+(.*)$/;
+const DEEPEST = 12;
 const FENCE = /^\s*(```+|~~~+)\s*([\w+#.-]*)/;
 const RULE = /^\s*([-*_])(\s*\1){2,}\s*$/;
 const ROW = /^\s*\|.*\|\s*$/;
@@ -11,10 +13,11 @@ const ROW_LINE = /^\s*\|(\s*:?-+:?\s*\|)+\s*$/;
 
 /** The nodes of a text. */
 export function markdown(text) {
-  return blocks(text.split(/\r\n|[\n\r\u2028\u2029]/));
+  return blocks(text.split(/\r\n|[\n\r\u2028\u2029]/), 0);
 }
 
-function blocks(lines) {
+/** depth: how many quotes and lists are around these lines. A model may nest without end, and a browser can't. */
+function blocks(lines, depth) {
   const found = [];
   let at = 0;
   const takeWhile = (is) => {
@@ -38,12 +41,12 @@ function blocks(lines) {
     } else if (RULE.test(line)) {
       at += 1;
       found.push(el("hr"));
-    } else if (/^\s*>/.test(line)) {
+    } else if (depth < DEEPEST && /^\s*>/.test(line)) {
       const quoted = takeWhile((next) => /^\s*>/.test(next)).map((next) => next.replace(/^\s*>\s?/, ""));
-      found.push(el("blockquote", {}, ...blocks(quoted)));
-    } else if (ITEM.test(line)) {
+      found.push(el("blockquote", {}, ...blocks(quoted, depth + 1)));
+    } else if (depth < DEEPEST && ITEM.test(line)) {
       const indent = ITEM.exec(line)[1].length;
-      found.push(list(takeWhile((next) => ITEM.test(next) || (next.trim() && next.search(/\S/) > indent))));
+      found.push(list(takeWhile((next) => ITEM.test(next) || (next.trim() && next.search(/\S/) > indent)), depth + 1));
     } else if (ROW.test(line) && ROW_LINE.test(lines[at + 1] ?? "")) {
       found.push(table(takeWhile((next) => ROW.test(next))));
     } else {
@@ -65,7 +68,7 @@ function codeBlock(text, language) {
   return el("div", { class: "code-block" }, head, el("pre", { tabindex: 0 }, el("code", {}, text)));
 }
 
-function list(lines) {
+function list(lines, depth) {
   const [, indent, mark] = ITEM.exec(lines[0]);
   const items = [];
   for (const line of lines) {
@@ -73,7 +76,7 @@ function list(lines) {
     if (item && item[1].length <= indent.length) items.push([item[3]]);
     else items.at(-1).push(line.slice(Math.min(line.search(/\S/), indent.length + 2)));
   }
-  const made = items.map(([first, ...rest]) => el("li", {}, ...inline(first), ...blocks(rest)));
+  const made = items.map(([first, ...rest]) => el("li", {}, ...inline(first), ...blocks(rest, depth)));
   const number = Number.parseInt(mark, 10);
   return Number.isNaN(number) ? el("ul", {}, ...made) : el("ol", { start: number }, ...made);
 }
