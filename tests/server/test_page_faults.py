@@ -116,6 +116,27 @@ def test_a_refused_message_comes_back_beside_what_was_typed_since(page: Any) -> 
     assert conversation(page) == []
 
 
+def test_a_text_is_copied_where_the_clipboard_is_forbidden(page: Any) -> None:
+    page.script(
+        """navigator.clipboard.writeText = async () => { throw new DOMException("", "NotAllowedError"); };
+        document.addEventListener("copy", () => { window.copied = String(document.activeElement.value); });"""
+    )
+    page.script("document.getElementById('curl').click()")  # by nobody: not that way either
+    page.wait(lambda: "does not let" in page.one("#notice").text)
+    assert page.one("#status").get_attribute("textContent") != "Copied"
+    page.one("#curl").click()
+    page.wait(lambda: page.one("#status").get_attribute("textContent") == "Copied")
+    assert page.script("return window.copied").startswith("curl ")
+
+
+def test_the_button_that_pauses_says_what_it_will_do(page: Any) -> None:
+    page.script("location.hash = '#dashboard'")
+    for name in ("Go on", "Pause"):
+        page.one("#pause").click()
+        assert page.one("#pause").accessible_name == name
+        assert page.one("#pause").get_attribute("aria-pressed") is None  # which would say it a second time
+
+
 def test_a_view_is_one_of_the_page_and_comparing_has_a_page_of_its_own(page: Any, server: Server) -> None:
     for path, view in {"?compare#chat": "compare", "#compare": "chat", "#constructor": "chat"}.items():
         fresh(page, f"{server.url}/{path}")

@@ -53,7 +53,6 @@ export class Dashboard {
 
   pause(isPaused) {
     this.isPaused = isPaused;
-    byId("pause").setAttribute("aria-pressed", String(isPaused));
     byId("pause").textContent = isPaused ? "Go on" : "Pause";
     if (!isPaused) this.poll();
   }

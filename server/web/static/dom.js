@@ -27,18 +27,22 @@ export function notice(text) {
   place.hidden = !text;
 }
 
-/** Put a text on the clipboard, and say so. Browsers have one for scripts on https and localhost alone; the older way
- * works everywhere. */
+/** Put a text on the clipboard, and say so. Browsers have one for scripts on https and localhost alone, and may forbid
+ * it; the older way works everywhere. */
 export async function copy(text) {
-  if (navigator.clipboard) {
+  try {
     await navigator.clipboard.writeText(text);
-  } else {
+  } catch {
     const area = el("textarea", { class: "hidden" });
     area.value = text;
     document.body.append(area);
     area.select();
-    document.execCommand("copy");
+    const isCopied = document.execCommand("copy");
     area.remove();
+    if (!isCopied) {
+      notice("The browser does not let this page copy.");
+      return;
+    }
   }
   announce("Copied");
 }
