@@ -2,15 +2,14 @@
 anyway, and refused with what works instead.
 
 So a start line copied from either's documentation starts, or dies with one line that names the flag. The table is about
-vLLM 0.32 and SGLang 0.5.23, and names of older releases that their documentation still shows. A `*` in a name stands
-for any characters; names that octavo's options have are looked up there first, unless a row takes the value.
+vLLM 0.32 and SGLang 0.5.23, and names of older releases that their documentation still shows. A `*` at a name's end
+stands for any characters; names that octavo's options have are looked up there first, unless a row takes the value.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Container, Sequence
-from fnmatch import fnmatchcase
 from typing import Literal, NamedTuple
 
 ANY = "*"
@@ -339,10 +338,15 @@ def _row_of(name: str) -> PeerFlag | None:
         return None
     for found in (name, name.replace("--no-", "--", 1)):
         exact = next((row for row in TABLE if found in row.names.split()), None)
-        row = exact or next((row for row in TABLE if any(fnmatchcase(found, it) for it in row.names.split())), None)
+        row = exact or next((row for row in TABLE if any(_fits(found, it) for it in row.names.split())), None)
         if row is not None:
             return row
     return None
+
+
+def _fits(name: str, pattern: str) -> bool:
+    """Whether a name begins as a pattern does; `fnmatch` would compile each pattern at each start, for 0.06 s."""
+    return pattern.endswith("*") and name.startswith(pattern[:-1])
 
 
 def _values(following: Sequence[str], takes: Takes) -> list[str]:
