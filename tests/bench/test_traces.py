@@ -171,6 +171,12 @@ def test_what_does_not_fit_the_context_is_cut() -> None:
     cut, whole = trace_prompts(rows, small, random.Random(1), output_len=1)
     assert (cut.num_tokens, cut.output_len, cut.cut) == (75, 25, True)
     assert (whole.num_tokens, whole.output_len, whole.cut) == (20, 10, False)
+    # a prompt has the three tokens of the smallest one, whatever the trace says
+    (least,) = trace_prompts([Row(0.0, 1, 98)], small, random.Random(1), output_len=1)
+    assert (least.num_tokens, least.output_len, least.cut) == (3, 25, True)
+    none = Vocabulary(3, PLAIN.words, exact=True, max_model_len=3)
+    with pytest.raises(PromptError, match="context of 3 tokens has no room"):
+        trace_prompts(rows, none, random.Random(1), output_len=1)
 
 
 def test_a_trace_is_replayed_at_its_times(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import math
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -89,6 +89,20 @@ class Vocabulary:
     def largest(self) -> int:
         """The most tokens that a word adds."""
         return max((cost for _, cost in self.words), default=0)
+
+    def fitting(self, tokens: int, answer: int) -> tuple[int, int, bool]:
+        """Lengths of prompt and answer that fit the context, and whether they are shorter than was asked for.
+
+        Raises PromptError for a context without room for both.
+        """
+        tokens = max(tokens, self.base)
+        limit = self.max_model_len
+        if limit is None or tokens + answer <= limit:
+            return tokens, answer, False
+        if limit <= self.base:
+            raise PromptError(f"this server's context of {limit} tokens has no room for a prompt and its answer")
+        answer = min(answer, max(1, limit // 4), limit - self.base)
+        return min(tokens, limit - answer), answer, True
 
 
 # How many tokens a conversation has: its texts are the user's and the model's in turns
@@ -237,6 +251,7 @@ class Filler:
 
     def __init__(self, vocabulary: Vocabulary, rng: random.Random) -> None:
         self._rng = rng
+        self._costs = dict(vocabulary.words)
         self._largest = vocabulary.largest
         self._fitting = [[(w, c) for w, c in vocabulary.words if c <= room] for room in range(self._largest + 1)]
         self._singles = [word for word, _ in vocabulary.words] if self._largest == 1 else []
@@ -253,3 +268,14 @@ class Filler:
             words.append(word)
             taken += cost
         return words, taken
+
+    def beginning(self, words: Iterable[str], num_tokens: int) -> tuple[list[str], int]:
+        """The words at the beginning of these that take at most as many tokens, and how many they take."""
+        kept: list[str] = []
+        used = 0
+        for word in words:
+            if used + self._costs[word] > num_tokens:
+                break
+            kept.append(word)
+            used += self._costs[word]
+        return kept, used

@@ -289,34 +289,21 @@ class _Writer:
         self._seed = rng.getrandbits(64)
         self._filler = Filler(vocabulary, rng)
         self._known: dict[tuple[int, int], list[str]] = {}
-        self._costs = dict(vocabulary.words)
 
     def prompt(self, row: Row, answer: int) -> Prompt:
-        wanted = row.input_len or 1
-        limit = self._vocabulary.max_model_len
-        cut = limit is not None and wanted + answer > limit
-        if limit is not None and cut:
-            answer = max(1, min(answer, limit // 4, limit - self._vocabulary.base))
-            wanted = min(wanted, limit - answer)
-        room = max(wanted - self._vocabulary.base, 0)
-        words, used = self._shared(row.blocks, room)
+        fits, answer, cut = self._vocabulary.fitting(row.input_len or 1, answer)
+        room = fits - self._vocabulary.base
+        words, used = self._filler.beginning(self._shared(row.blocks), room)
         own, taken = self._filler.words(room - used)
         tokens = self._vocabulary.base + used + taken
         text = " ".join((FIRST, *words, *own))
         return Prompt(text, tokens if self._vocabulary.exact else None, answer, arrival=row.arrival, cut=cut)
 
-    def _shared(self, blocks: Sequence[int], room: int) -> tuple[list[str], int]:
-        """The words of the blocks, as far as they fit, and their tokens. What base counts is in the first block."""
-        words: list[str] = []
-        used = 0
+    def _shared(self, blocks: Sequence[int]) -> Iterator[str]:
+        """The words of the blocks. What base counts is in the first one."""
         for i, block in enumerate(blocks):
             size = max(self._block_size - self._vocabulary.base, 0) if i == 0 else self._block_size
-            for word in self._block(block, size):
-                if used + self._costs[word] > room:
-                    return words, used
-                words.append(word)
-                used += self._costs[word]
-        return words, used
+            yield from self._block(block, size)
 
     def _block(self, block: int, size: int) -> list[str]:
         if (block, size) not in self._known:

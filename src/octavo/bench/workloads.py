@@ -25,7 +25,7 @@ from octavo.bench.lengths import (
     Lengths,
     LogNormal,
 )
-from octavo.bench.prompts import FIRST, Filler, Prompt, PromptError, Vocabulary
+from octavo.bench.prompts import FIRST, Filler, Prompt, Vocabulary
 
 
 @dataclass(frozen=True)
@@ -176,9 +176,6 @@ class _Writer:
         self._rng = rng
         self._vocabulary = vocabulary
         self._filler = Filler(vocabulary, rng)
-        self._limit = vocabulary.max_model_len
-        if self._limit is not None and self._limit <= vocabulary.base:
-            raise PromptError(f"this server's context of {self._limit} tokens has no room for a prompt and its answer")
         documents = workload.documents
         self._known: dict[int, tuple[list[str], int]] = {}
         self._weights = (
@@ -193,29 +190,27 @@ class _Writer:
         answer = workload.answer.draw(self._rng)
         # without documents, the message's length is the prompt's, the chat template included
         wanted = used + own - (0 if words else self._vocabulary.base)
-        fits, answer, cut = self._fitting(self._vocabulary.base + wanted, answer)
+        fits, answer, cut = self._vocabulary.fitting(self._vocabulary.base + wanted, answer)
         room = fits - self._vocabulary.base
         if room < used:
-            words, used = self._cut(words, room)
+            words, used = self._filler.beginning(words, room)
         more, taken = self._filler.words(room - used)
         tokens = self._vocabulary.base + used + taken
         prompts = [self._prompt((" ".join((FIRST, *words, *more)),), tokens, answer, cut=cut)]
         while workload.further and self._rng.random() < 1 - 1 / workload.turns:
-            if (prompt := self._next(prompts[-1], tokens)) is None:
+            turn = self._next(prompts[-1], tokens, workload.further.draw(self._rng))
+            if turn is None:
                 break
-            prompts.append(prompt[0])
-            tokens = prompt[1]
+            prompt, tokens = turn
+            prompts.append(prompt)
         return prompts
 
-    def _next(self, before: Prompt, tokens: int) -> tuple[Prompt, int] | None:
-        """The next turn and its tokens; None where the context has no room for it."""
+    def _next(self, before: Prompt, tokens: int, further: int) -> tuple[Prompt, int] | None:
+        """The next turn, whose message has `further` tokens, and its tokens; None where the context has no room."""
         workload = self._workload
-        if workload.further is None:
-            return None
-        further = workload.further.draw(self._rng)
         wanted = max(before.output_len + further, self._vocabulary.turn)
         answer = workload.answer.draw(self._rng)
-        fits, answer, cut = self._fitting(tokens + wanted, answer)
+        fits, answer, cut = self._vocabulary.fitting(tokens + wanted, answer)
         if fits < tokens + max(before.output_len, self._vocabulary.turn):
             return None
         said, spoken = self._filler.words(min(before.output_len - 1, fits - tokens - self._vocabulary.turn))
@@ -238,14 +233,6 @@ class _Writer:
         counted = tokens if self._vocabulary.exact else None
         return Prompt(texts[-1], counted, answer, history=texts[:-1], follows=follows, think=think, cut=cut)
 
-    def _fitting(self, tokens: int, answer: int) -> tuple[int, int, bool]:
-        """Lengths of prompt and answer that fit the context, and whether they are shorter than was asked for."""
-        tokens = max(tokens, self._vocabulary.base)
-        if self._limit is None or tokens + answer <= self._limit:
-            return tokens, answer, False
-        answer = min(answer, max(1, self._limit // 4), self._limit - self._vocabulary.base)
-        return min(tokens, self._limit - answer), answer, True
-
     def _documents(self) -> tuple[list[str], int]:
         """The words that a prompt begins with, and their tokens."""
         documents = self._workload.documents
@@ -264,15 +251,3 @@ class _Writer:
             words += self._known[i][0]
             used += self._known[i][1]
         return words, used
-
-    def _cut(self, words: Sequence[str], room: int) -> tuple[list[str], int]:
-        """The words at the beginning that take at most `room` tokens, and how many they take."""
-        costs = dict(self._vocabulary.words)
-        kept: list[str] = []
-        used = 0
-        for word in words:
-            if used + costs[word] > room:
-                break
-            kept.append(word)
-            used += costs[word]
-        return kept, used
