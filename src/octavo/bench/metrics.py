@@ -118,14 +118,21 @@ def meets(record: Record, goodput: Mapping[str, float]) -> bool:
     return all(values[name] * 1e3 <= limit for name, limit in goodput.items())
 
 
+def tokens_by_time(records: Sequence[Record]) -> tuple[list[float], list[float]]:
+    """The time of each event, and its tokens: an event counts as its share of its answer."""
+    times = [time for record in records for time in record.token_times]
+    shares = [record.output_len / len(record.token_times) for record in records for _ in record.token_times]
+    return times, shares
+
+
 def peak_output_per_s(records: Sequence[Record]) -> float:
-    """The most tokens in one second, counted from the first request on; an event counts as its share of its answer."""
-    if not records:
+    """The most tokens in one second, counted from the first request on."""
+    times, shares = tokens_by_time(records)
+    if not times:
         return 0.0
     begun = min(record.start for record in records)
-    seconds = [math.floor(time - begun) for record in records for time in record.token_times]
-    shares = [record.output_len / len(record.token_times) for record in records for _ in record.token_times]
-    return float(np.bincount(seconds, weights=shares).max()) if seconds else 0.0
+    seconds = [math.floor(time - begun) for time in times]
+    return float(np.bincount(seconds, weights=shares).max())
 
 
 def steady_output_throughput(result: LoadResult) -> float:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from octavo.bench.load import LoadResult, Record
-from octavo.bench.metrics import Metrics, tpot
+from octavo.bench.metrics import Metrics, tokens_by_time, tpot
 from octavo.bench.report import notes
 from octavo.report.chart import Chart, ChartPoint, Series
 from octavo.report.page import Charts, Items, Page, Section, Tiles
@@ -21,25 +21,20 @@ CURVE_POINTS = 50
 def page(title: str, asked: str, result: LoadResult, metrics: Metrics, thresholds: tuple[float, float]) -> Page:
     """The page. asked: what the load was, in words; thresholds: gaps between tokens, in ms, that color the timeline."""
     good = [record for record in result.records if record.error is None and record.token_times]
-    charts = [
-        _timeline(good, result.begin, thresholds),
-        _latencies_over_time(good, result.begin),
-        _distribution(good),
-        *_over_time(good, result.begin),
-        _lengths(good),
-    ]
+    over_time = (_timeline(good, result.begin, thresholds), _latencies_over_time(good, result.begin))
+    others = (_distribution(good), *_over_time(good, result.begin), _lengths(good))
     tiles = (
         (f"{metrics.completed:,}", f"requests answered, {metrics.failed:,} failed"),
         (f"{metrics.output_throughput:,.1f}", "output tokens/s"),
         (f"{metrics.latencies['ttft'].median:,.0f} ms", "TTFT, median"),
         (f"{metrics.latencies['tpot'].median:,.1f} ms", "TPOT, median"),
     )
-    sections = [
+    sections = (
         Section("", (Tiles(tiles), Items((asked, *notes(result))))),
-        Section("Over time", (Charts(tuple(charts[:2])),)),
-    ]
-    sections.append(Section("Distributions and load", (Charts(tuple(charts[2:])),)))
-    return Page(title, f"{metrics.duration:,.1f} s of octavo bench", tuple(sections))
+        Section("Over time", (Charts(over_time),)),
+        Section("Distributions and load", (Charts(others),)),
+    )
+    return Page(title, f"{metrics.duration:,.1f} s of octavo bench", sections)
 
 
 def _timeline(records: Sequence[Record], begin: float, thresholds: tuple[float, float]) -> Chart:
@@ -106,9 +101,8 @@ def _over_time(records: Sequence[Record], begin: float) -> tuple[Chart, Chart]:
     end = max((record.end for record in records), default=begin)
     width = max((end - begin) / CURVE_POINTS, min(1.0, (end - begin) / 10)) or 1.0
     edges = np.arange(0, max(end - begin, width) + width, width)
-    times = [time - begin for record in records for time in record.token_times]
-    shares = [record.output_len / len(record.token_times) for record in records for _ in record.token_times]
-    tokens, _ = np.histogram(times, bins=edges, weights=shares)
+    times, shares = tokens_by_time(records)
+    tokens, _ = np.histogram(np.asarray(times) - begin, bins=edges, weights=shares)
     middles = (edges[:-1] + edges[1:]) / 2
     running = [sum(record.start - begin <= at < record.end - begin for record in records) for at in middles]
     rate = [ChartPoint(float(at), float(count) / width) for at, count in zip(middles, tokens, strict=True)]

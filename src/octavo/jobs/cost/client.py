@@ -13,7 +13,7 @@ import uvloop
 
 from octavo.bench.http import Client, HttpError
 from octavo.bench.load import LoadResult, Record
-from octavo.bench.metrics import tpot
+from octavo.bench.metrics import tokens_by_time, tpot
 from octavo.bench.prompts import Prompt, PromptError, RandomShape, Vocabulary, measure_vocabulary, random_prompts
 from octavo.bench.run import Point, Target, Warmup, first_model, run_point
 from octavo.bench.workloads import WORKLOADS, make_requests
@@ -247,8 +247,7 @@ def _tokens_by_segment(records: Sequence[Record], begin: float, counted: float) 
     """Tokens of answers and of prompts that came in each segment of the counted time, whoever's they are."""
     answered = [record for record in records if record.token_times]
     edges = np.linspace(begin, begin + counted, SEGMENTS + 1)
-    times = [time for record in answered for time in record.token_times]
-    shares = [record.output_len / len(record.token_times) for record in answered for _ in record.token_times]
+    times, shares = tokens_by_time(answered)
     firsts = [record.token_times[0] for record in answered]
     outputs, _ = np.histogram(times, edges, weights=shares)
     inputs, _ = np.histogram(firsts, edges, weights=[record.input_len for record in answered])
