@@ -19,6 +19,8 @@ import numpy as np
 
 from octavo.bench.load import LoadResult, Record
 
+PERCENTILES = (10, 25, 50, 75, 90, 99)  # of vllm bench latency and startup
+
 
 @dataclass(frozen=True)
 class Latencies:
@@ -105,6 +107,11 @@ def latencies(seconds: Sequence[float], percentiles: Sequence[float]) -> Latenci
         std=float(ms.std()),
         percentiles={p: float(np.percentile(ms, p)) for p in percentiles},
     )
+
+
+def seconds_percentiles(seconds: Sequence[float]) -> dict[str, float]:
+    """{'10': seconds, ...}, as vllm bench latency and startup report them."""
+    return dict(zip(map(str, PERCENTILES), np.percentile(seconds, PERCENTILES).tolist(), strict=True))
 
 
 def tpot(record: Record) -> float:

@@ -10,7 +10,6 @@ import argparse
 import json
 import random
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -20,6 +19,7 @@ import uvloop
 from msgspec import Meta
 
 from octavo.bench.http import HttpError
+from octavo.bench.metrics import seconds_percentiles
 from octavo.bench.prompts import PromptError, RandomShape, measure_vocabulary, random_prompts
 from octavo.bench.run import Point, Target, run_point
 from octavo.bench.server_options import ServerOptions
@@ -27,7 +27,6 @@ from octavo.commands.bench_load import allow_many_sockets, model_of
 from octavo.flags import add_flags, flags_of, read
 
 PROG = "octavo bench latency"
-PERCENTILES = (10, 25, 50, 75, 90, 99)
 
 
 class LatencyOptions(ServerOptions, frozen=True, kw_only=True):
@@ -74,24 +73,22 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _report(options: LatencyOptions, batches: Batches) -> None:
-    found = _figures(batches.latencies)
-    print(f"Avg latency: {found['avg_latency']} seconds")
-    print(f"Std latency: {found['std_latency']} seconds")
-    for percentile, value in zip(PERCENTILES, np.percentile(batches.latencies, PERCENTILES), strict=True):
+    average = float(np.mean(batches.latencies))
+    deviation = float(np.std(batches.latencies))
+    percentiles = seconds_percentiles(batches.latencies)
+    print(f"Avg latency: {average} seconds")
+    print(f"Std latency: {deviation} seconds")
+    for percentile, value in percentiles.items():
         print(f"{percentile}% percentile latency: {value} seconds")
     print(f"Avg time to the first token: {np.mean(batches.first_tokens)} seconds")
     if options.output_json is not None:
-        options.output_json.write_text(json.dumps(found, indent=4) + "\n", encoding="utf-8")
-
-
-def _figures(latencies: list[float]) -> Mapping[str, object]:
-    percentiles = np.percentile(latencies, PERCENTILES).tolist()
-    return {
-        "avg_latency": float(np.mean(latencies)),
-        "std_latency": float(np.std(latencies)),
-        "latencies": latencies,
-        "percentiles": dict(zip(map(str, PERCENTILES), percentiles, strict=True)),
-    }
+        content = {
+            "avg_latency": average,
+            "std_latency": deviation,
+            "latencies": batches.latencies,
+            "percentiles": percentiles,
+        }
+        options.output_json.write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")
 
 
 async def _measure(options: LatencyOptions) -> Batches:

@@ -23,6 +23,7 @@ from msgspec import Meta
 
 from octavo.bench.http import Client, HttpError
 from octavo.bench.load import ask
+from octavo.bench.metrics import seconds_percentiles
 from octavo.bench.prompts import Prompt
 from octavo.bench.run import Target, first_model
 from octavo.commands.chat_client import ServerEndedError
@@ -30,7 +31,6 @@ from octavo.commands.chat_server import OwnServer, own_server
 from octavo.flags import add_flags, flags_of, read
 
 PROG = "octavo bench startup"
-PERCENTILES = (10, 25, 50, 75, 90, 99)
 PHASES = {"startup": "Startup time", "first_token": "Time to the first token"}
 
 
@@ -65,8 +65,8 @@ def run(args: argparse.Namespace) -> int:
     options = read(StartupOptions, args)
     found: dict[str, object] = {}
     try:
-        for kind, starts in (("cold", _cold(options)), ("warm", _warm(options))):
-            if starts:
+        for kind, start in (("cold", _cold), ("warm", _warm)):
+            if starts := start(options):
                 found |= _report(kind, starts)
         if options.output_json is not None:
             options.output_json.write_text(json.dumps(found, indent=4) + "\n", encoding="utf-8")
@@ -118,7 +118,7 @@ def _report(kind: str, starts: list[dict[str, float]]) -> dict[str, object]:
     found: dict[str, object] = {}
     for phase, title in PHASES.items():
         values = [start[phase] for start in starts]
-        percentiles = dict(zip(map(str, PERCENTILES), np.percentile(values, PERCENTILES).tolist(), strict=True))
+        percentiles = seconds_percentiles(values)
         print(f"Avg {title.lower()}: {np.mean(values):.2f} seconds")
         print(f"{title} percentiles:")
         for percentile, value in percentiles.items():
