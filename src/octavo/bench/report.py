@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from octavo.bench.load import LoadResult, Record
-from octavo.bench.metrics import Cost, Metrics
+from octavo.bench.metrics import Cost, Metrics, cost, measure
 from octavo.bench.options import BenchOptions
 
 WIDTH = 50
@@ -25,6 +25,12 @@ TITLES = {
     "itl": ("ITL", "Inter-token Latency"),
     "e2el": ("E2EL", "End-to-end Latency"),
 }
+
+
+def evaluate(result: LoadResult, options: BenchOptions) -> tuple[Metrics, Cost | None]:
+    """The figures that the options ask for, and the prices where they say what an hour costs."""
+    metrics = measure(result, options.metric_percentiles, dict(options.goodput))
+    return metrics, None if options.cost_per_hour is None else cost(metrics, options.cost_per_hour, options.num_gpus)
 
 
 def report_lines(metrics: Metrics, options: BenchOptions, prices: Cost | None, num_unfinished: int) -> list[str]:
@@ -110,9 +116,10 @@ def notes(result: LoadResult) -> list[str]:
             "carried some, and their input tokens are as asked for (0 where that isn't known)"
         )
     lags = sorted(record.lag for record in good)
-    if lags and lags[int(0.99 * (len(lags) - 1))] > NOTABLE_LAG:
+    lag = lags[int(0.99 * (len(lags) - 1))] if lags else 0.0
+    if lag > NOTABLE_LAG:
         lines.append(
-            f"note: 1 % of the requests were sent {lags[int(0.99 * (len(lags) - 1))] * 1e3:.0f} ms or more after the "
+            f"note: 1 % of the requests were sent {lag * 1e3:.0f} ms or more after the "
             "time that they were meant for, from which latencies count: they waited for a place under "
             "--max-concurrency, or this client was too slow"
         )

@@ -65,14 +65,10 @@ def _plotted(options: BenchOptions, measured: Measured, metrics: Metrics, date: 
 
 
 def _report(options: BenchOptions, measured: Measured) -> int:
-    from octavo.bench import metrics as bench_metrics  # numpy, which --help and a refusal don't need
-    from octavo.bench import report as bench_report
+    from octavo.bench import report as bench_report  # numpy, which --help and a refusal don't need
 
     result = measured.result
-    metrics = bench_metrics.measure(result, options.metric_percentiles, dict(options.goodput))
-    prices = (
-        None if options.cost_per_hour is None else bench_metrics.cost(metrics, options.cost_per_hour, options.num_gpus)
-    )
+    metrics, prices = bench_report.evaluate(result, options)
     lines = bench_report.report_lines(metrics, options, prices, result.num_unfinished)
     print("\n".join([*lines, *bench_report.notes(result)]), flush=True)
     for line in bench_report.failure_lines(result.records):

@@ -21,11 +21,9 @@ import msgspec
 from msgspec import Meta
 
 from octavo.bench.http import HttpError
-from octavo.bench.metrics import cost
-from octavo.bench.metrics import measure as measure_metrics
 from octavo.bench.options import BenchError, BenchOptions, resolve
 from octavo.bench.prompts import PromptError
-from octavo.bench.report import failure_lines, result_json
+from octavo.bench.report import evaluate, failure_lines, result_json
 from octavo.commands.bench_load import measure
 from octavo.flags import add_flags, flags_of, read
 
@@ -132,8 +130,7 @@ def _one(
     if options.seed is not None:
         run_options = msgspec.structs.replace(run_options, seed=options.seed + number)
     measured = measure(run_options)
-    found = measure_metrics(measured.result, run_options.metric_percentiles, dict(run_options.goodput))
-    prices = None if run_options.cost_per_hour is None else cost(found, run_options.cost_per_hour, run_options.num_gpus)
+    found, prices = evaluate(measured.result, run_options)
     for line in failure_lines(measured.result.records):
         print(f"{PROG}: {line}", file=sys.stderr)
     if measured.result.num_unfinished:
