@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import re
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -102,6 +105,26 @@ def test_a_sweep_measures_each_combination_and_goes_on_where_it_was(
     printed = capsys.readouterr().out
     assert "intervals of 95 %: 3 and 3 runs" in printed
     assert "note: max_concurrency differs: 1 and 2" in printed
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_run_whose_file_was_cut_off_is_measured_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--num-prompts", "2", "--random-input-len", "20", "--num-runs", "1", "-o", str(tmp_path))
+    with serving(server_like_vllm(completion)) as server:
+        with files_of_at_most(100):
+            assert command(server, "sweep", *options) == 1
+        assert "File too large" in capsys.readouterr().err
+        assert command(server, "sweep", *options) == 0
+        assert len(asked_for_text(server)) == 2 * 2
 
 
 def test_a_sweep_reads_vllms_parameters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,6 +26,7 @@ from octavo.bench.prompts import PromptError
 from octavo.bench.report import evaluate, failure_lines, result_json
 from octavo.commands.bench_load import measure
 from octavo.flags import add_flags, flags_of, read
+from octavo.report.files import write_whole
 
 PROG = "octavo bench sweep"
 ALL_RUNS = "runs.jsonl"
@@ -137,7 +138,7 @@ def _one(
         raise KeyboardInterrupt
     path.parent.mkdir(parents=True, exist_ok=True)
     content = result_json(run_options, measured.model, measured.result, found, prices)
-    path.write_text(json.dumps(content) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(content) + "\n")  # a file that is there is not measured again
     return int(found.failed > 0)
 
 
