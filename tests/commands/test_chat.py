@@ -143,6 +143,7 @@ def test_a_connection_that_breaks_is_one_line(capsys: pytest.CaptureFixture[str]
     ("arguments", "reason"),
     [
         (["--url", "127.0.0.1:8000", "Who?"], "is not a URL"),
+        (["--url", "http://127.0.0.1:port", "Who?"], "octavo chat: http://127.0.0.1:port: Invalid port"),
         (["--url", "http://127.0.0.1:1", "model", "Who?"], "one or the other"),
         (["--url", "http://127.0.0.1:1", "--dtype", "int8", "Who?"], "--dtype is for a MODEL that is served here"),
     ],

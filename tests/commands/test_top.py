@@ -161,6 +161,11 @@ def test_no_server(capsys: pytest.CaptureFixture[str]) -> None:
     assert "octavo top: http://127.0.0.1:1: " in capsys.readouterr().err
     assert main(["top", "127.0.0.1:8000"]) == 1
     assert "'127.0.0.1:8000' is not a URL such as" in capsys.readouterr().err
+    for url in ("http://[::1", "http://127.0.0.1:port", "http://a..b"):
+        assert main(["top", url, "--once"]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith(f"octavo top: {url}: ")
+        assert "nvalid port" in error or "label empty" in error
 
 
 def test_the_key_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:

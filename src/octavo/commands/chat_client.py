@@ -10,13 +10,11 @@ import json
 from collections.abc import Callable, Generator
 from contextlib import closing
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx
 
 from octavo.bench.sse import EventSplitter, error_message, http_error, one_line
-
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+from octavo.commands.http_client import http_client, server_url, unreachable
 
 
 class ChatError(RuntimeError):
@@ -31,17 +29,13 @@ class ChatServer:
     """A server, over HTTP. `check` is called when it can't be reached, and may raise an error that says why."""
 
     def __init__(self, url: str, api_key: str | None, check: Callable[[], None] = lambda: None) -> None:
-        base = url.rstrip("/").removesuffix("/v1")
-        parts = urlsplit(base)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ChatError(f"{url!r} is not a URL such as http://127.0.0.1:8000")
-        self.url = base
+        try:
+            self.url = server_url(url)
+        except ValueError as e:
+            raise ChatError(str(e)) from e
         self._check = check
-        self._client = httpx.Client(
-            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
-            timeout=httpx.Timeout(10.0, read=None),  # the first token of a long prompt may take its time
-            trust_env=parts.hostname not in LOOPBACK,  # no proxy leads to this machine itself
-        )
+        # the first token of a long prompt may take its time
+        self._client = http_client(self.url, api_key, httpx.Timeout(10.0, read=None))
 
     def first_model(self) -> str:
         """The first model that the server names."""
@@ -76,7 +70,7 @@ class ChatServer:
 
     def _unreachable(self, error: httpx.HTTPError) -> ChatError:
         self._check()
-        return ChatError(f"{self.url}: {one_line(str(error)) or type(error).__name__}")
+        return ChatError(unreachable(self.url, error))
 
 
 def _parsed(data: bytes) -> dict[str, Any]:

@@ -13,18 +13,17 @@ import time
 from collections import deque
 from dataclasses import asdict
 from typing import Annotated, Any
-from urllib.parse import urlsplit
 
 import httpx
 import msgspec
 from msgspec import Meta
 
 from octavo.bench.scrape import Look, ScrapeError, figures, read_page
-from octavo.bench.sse import http_error, one_line
+from octavo.bench.sse import http_error
+from octavo.commands.http_client import http_client, server_url, unreachable
 from octavo.flags import add_flags, flags_of, read
 
 PROG = "octavo top"
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 RECENT = 60.0  # seconds of which latencies are shown
 TIMEOUT = 10.0
 
@@ -74,16 +73,11 @@ class _Server:
     """What is looked at."""
 
     def __init__(self, url: str, api_key: str | None) -> None:
-        base = url.rstrip("/").removesuffix("/metrics").removesuffix("/v1")
-        parts = urlsplit(base)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise TopError(f"{url!r} is not a URL such as http://127.0.0.1:8000")
-        self.url = base
-        self._client = httpx.Client(
-            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
-            timeout=TIMEOUT,
-            trust_env=parts.hostname not in LOOPBACK,  # no proxy leads to this machine itself
-        )
+        try:
+            self.url = server_url(url.rstrip("/").removesuffix("/metrics"))
+        except ValueError as error:
+            raise TopError(str(error)) from error
+        self._client = http_client(self.url, api_key, TIMEOUT)
 
     def __enter__(self) -> _Server:
         return self
@@ -96,7 +90,7 @@ class _Server:
         try:
             response = self._client.get(f"{self.url}/metrics")
         except httpx.HTTPError as error:
-            raise TopError(f"{self.url}: {one_line(str(error)) or type(error).__name__}") from error
+            raise TopError(unreachable(self.url, error)) from error
         if response.status_code in (401, 403):
             raise TopError(f"{self.url}/metrics: {http_error(response.status_code, response.content)}; --api-key KEY")
         if response.status_code != 200:
