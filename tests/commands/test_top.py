@@ -101,6 +101,8 @@ def test_the_pages_of_a_real_vllm() -> None:
         ("", f"has no {GENERATED}"),
         ('sglang:gen_throughput{engine="0"} 3\n', f"has no {GENERATED}"),
         ("<!DOCTYPE html><p>no metrics</p>", "can't be read"),
+        (page((1, [1, 1, 1, 1])).replace(',le="1.0"', ""), "_seconds_bucket has no number under the label le"),
+        (page((1, [1, 1, 1, 1])).replace('le="1.0"', 'le="x"'), "_seconds_bucket has no number under the label le"),
     ],
 )
 def test_pages_without_the_figures(text: str, said: str) -> None:

@@ -78,12 +78,19 @@ def read_page(text: str, time: float) -> Look:
         engine = sample.labels["engine"]
         models |= {sample.labels["model_name"]} if "model_name" in sample.labels else set()
         if sample.name in wanted:
-            buckets[engine][wanted[sample.name]][float(sample.labels["le"])] += sample.value
+            buckets[engine][wanted[sample.name]][_bound(sample.name, sample.labels)] += sample.value
         else:
             values[engine][sample.name] += sample.value
     if not any(GENERATED in named for named in values.values()):
         raise ScrapeError(f"the page has no {GENERATED}: vLLM's names are read, which vLLM and octavo have")
     return Look(time, ", ".join(sorted(models)), values, buckets)
+
+
+def _bound(name: str, labels: Mapping[str, str]) -> float:
+    try:
+        return float(labels["le"])
+    except (KeyError, ValueError) as error:
+        raise ScrapeError(f"a line of {name} has no number under the label le") from error
 
 
 def figures(before: Look | None, after: Look, engines: Iterable[str]) -> Figures:
