@@ -224,6 +224,18 @@ def test_sharegpt_is_asked_as_in_vllm_and_as_conversations(tmp_path: Path) -> No
     assert asked[1][0][1] == {"role": "assistant", "content": "one two three four"}
 
 
+def test_burstgpts_data_set_is_asked_at_once_as_in_vllm(tmp_path: Path) -> None:
+    """It has lengths alone, which are repeated; as a trace, the second would be sent a second after the first."""
+    file = written(tmp_path, BURSTGPT.replace("118,", "6,"))
+    saved = ("--save-result", "--result-dir", str(tmp_path), "--result-filename", "r.json")
+    with serving(server_like_vllm(completion)) as server:
+        options = ("--dataset-name", "burstgpt", "--dataset-path", str(file), "--num-prompts", "4")
+        assert bench(server, *options, *saved) == 0
+        asked = sorted((tokens_of(one.json["prompt"]), one.json["max_tokens"]) for one in asked_for_text(server))
+    assert asked == [(417, 276)] * 2 + [(472, 18)] * 2
+    assert json.loads((tmp_path / "r.json").read_text())["latencies_from"] == "sent"
+
+
 def test_a_file_of_prompts_says_how_long_answers_are_unless_the_flag_does(tmp_path: Path) -> None:
     file = written(tmp_path, PROMPTS_CSV)
     options = ("--dataset-name", "custom", "--dataset-path", str(file), "--num-prompts", "2", "--disable-shuffle")

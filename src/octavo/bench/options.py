@@ -285,7 +285,7 @@ def _load_conflict(options: BenchOptions) -> str | None:
         return "--request-rate and --ramp-up-strategy exclude each other: both say how fast requests come"
     if ramp and options.max_seconds is not None:
         return "--max-seconds goes with a rate that stays: a ramp is over when all of its prompts are sent"
-    if options.self_timed and options.trace is None and options.dataset_name != "timed_trace":
+    if options.self_timed and not options.keeps_times:
         return "--self-timed goes with --trace: nothing else has times of its own"
     if options.self_timed and (ramp or options.request_rate != math.inf):
         return "--self-timed excludes --request-rate and --ramp-up-strategy: all say when requests come"

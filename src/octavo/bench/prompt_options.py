@@ -25,7 +25,7 @@ class PromptOptions(ServerOptions, frozen=True, kw_only=True):
             description="random: random words, their tokens counted by the server's /tokenize, openai-chat's template "
             'included; prefix_repetition: the same behind prefixes that prompts share; custom: the "prompt" of each '
             "line of --dataset-path; sharegpt: first messages of its conversations, with answers as long as its own; "
-            "timed_trace, burstgpt: lengths of a trace",
+            "timed_trace: lengths and times of a trace; burstgpt: lengths of BurstGPT's",
             extra={"group": "prompts"},
         ),
     ] = "random"
@@ -163,6 +163,11 @@ class PromptOptions(ServerOptions, frozen=True, kw_only=True):
         return self.trace_format if self.trace is not None else FILES[self.dataset_name]
 
     @property
+    def keeps_times(self) -> bool:
+        """True if the file's own times count, where it has some; of burstgpt, lengths alone do, as in vLLM."""
+        return self.trace is not None or self.dataset_name == "timed_trace"
+
+    @property
     def block_size(self) -> int:
         """Tokens of a block of a trace."""
         if self.timed_trace_chunk_hash_size:
@@ -182,6 +187,6 @@ def sources_conflict(options: PromptOptions) -> str | None:
         return f"--dataset-path FILE goes with --dataset-name {names}, and only with them"
     if options.workload is None and options.length_scale != 1:
         return "--length-scale goes with --workload"
-    if options.trace is None and options.trace_speed != 1 and options.dataset_name != "timed_trace":
+    if options.trace_speed != 1 and not options.keeps_times:
         return "--trace-speed goes with --trace"
     return None

@@ -101,18 +101,19 @@ def _joined(parts: Sequence[str], *notes: str | None) -> str:
 
 
 async def _from_file(options: PromptOptions, client: Client, model: str, count: int, rng: random.Random) -> PromptSet:
-    """A trace is replayed in its order, as far as it goes; any other file is shuffled, and repeated if it is short."""
+    """A file with times is replayed in its order, as far as it goes; others are shuffled, and repeated if short."""
     assert options.file is not None
     trace = read_trace(options.file, options.file_format, options.timed_trace_sec_multiplier)
     rows = trace.rows
     texts = any(row.texts for row in rows)
     if options.dataset_name == "sharegpt":
         rows = [row for row in rows if not row.follows]
-    in_order = trace.timed or options.disable_shuffle
+    timed = trace.timed and options.keeps_times
+    in_order = timed or options.disable_shuffle
     rows = rows if in_order else _shuffled(rows, rng)
     if trace.format == "sharegpt":
         rows = await _with_lengths(options, client, model, rows[: 2 * count])
-    rows = _repeated(rows, count, repeats=options.oversample and not trace.timed)
+    rows = _repeated(rows, count, repeats=options.oversample and not timed)
     if options.output_len:
         rows = [replace(row, output_len=options.output_len) for row in rows]
     vocabulary = Vocabulary(1, [], exact=False, max_model_len=None)
@@ -125,7 +126,7 @@ async def _from_file(options: PromptOptions, client: Client, model: str, count: 
     if not texts:
         notes.append(_counted(prompts, vocabulary))
     how = _joined(notes, cut_note(prompts, vocabulary))
-    return PromptSet(prompts, how, synthetic=not texts, timed=trace.timed)
+    return PromptSet(prompts, how, synthetic=not texts, timed=timed)
 
 
 def _shuffled(rows: Sequence[Row], rng: random.Random) -> list[Row]:
