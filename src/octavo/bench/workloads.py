@@ -52,7 +52,6 @@ class Workload:
     think       mean seconds between an answer and the next message, exponential; an open load waits them
     documents   what comes before the first message
     burstiness  shape of the gamma distribution of gaps between conversations (arrivals.py), at any rate
-    offline     all requests are there from the beginning: it has no rate of its own
     """
 
     name: str
@@ -64,7 +63,6 @@ class Workload:
     think: float = 0.0
     documents: Documents | None = None
     burstiness: float = 1.0
-    offline: bool = False
 
     def scaled(self, factor: float) -> Workload:
         """The same workload with all lengths times `factor`."""
@@ -141,7 +139,6 @@ WORKLOADS = _workloads(
         "ShareGPT as in vLLM's paper, Kwon et al., SOSP 2023",
         first=LogNormal(161.31, 1.0),
         answer=LogNormal(337.99, 0.8),
-        offline=True,
     ),
 )
 
