@@ -55,6 +55,7 @@ RAMP = ("--ramp-up-strategy", "linear", "--ramp-up-start-rps", "1", "--ramp-up-e
         (["--trace", "no such file"], "No such file"),
         (["--extra-body", '{"stream": false}'], "stream is for octavo bench to set"),
         (["--extra-body", '{"n": 2}'], "n must be 1"),
+        (["--extra-body", '{"input": "x"}', "--backend", "openai-embeddings"], "input is for octavo bench to set"),
         (["--tokenizer", "no such directory"], "--tokenizer: no such directory: no such directory"),
         (["--base-url", "http://[::1"], "http://[::1: Invalid IPv6 URL"),
         (["--base-url", "http://a..b"], "'a..b' is no name of a host"),

@@ -16,7 +16,7 @@ from octavo.flags import number, parse_json_object, parse_pair
 
 METRICS = ("ttft", "tpot", "itl", "e2el")
 GOODPUT_METRICS = ("ttft", "tpot", "e2el")
-OWN_FIELDS = ("prompt", "messages", "stream", "stream_options")  # of a request's body
+OWN_FIELDS = ("prompt", "messages", "input", "stream", "stream_options")  # of a request's body
 
 
 class BenchError(ValueError):
@@ -262,14 +262,13 @@ def resolve(options: Options) -> Options:
         raise BenchError(f"--extra-body: {', '.join(taken)} is for octavo bench to set")
     if options.extra_body.get("n") not in (None, 1):
         raise BenchError("--extra-body: n must be 1: the answers of one request can't be told apart by their times")
-    embeddings = options.backend == "openai-embeddings"
     workload = None if options.workload is None else WORKLOADS[options.workload]
     return msgspec.structs.replace(
         options,
         base_url=options.address,
         endpoint=options.path,
         output_len=options.output_len or (OUTPUT_LEN[options.dataset_name] if options.is_random else 0),
-        percentile_metrics=options.percentile_metrics or (["e2el"] if embeddings else list(METRICS)),
+        percentile_metrics=options.percentile_metrics or (["e2el"] if options.embeddings else list(METRICS)),
         burstiness=options.burstiness or (workload.burstiness if workload else 1.0),
         seed=random.SystemRandom().randrange(10**6) if options.seed is None else options.seed,
     )

@@ -59,16 +59,17 @@ class Target:
 
     def request(self, prompt: Prompt) -> Request:
         """The request that asks this prompt."""
-        if self.embeddings:
-            wanted = {"model": prompt.model or self.model, "input": " ".join((*prompt.history, prompt.text))}
-            content = json.dumps(wanted | dict(self.extra_body)).encode()
-            return Request(content, prompt.num_tokens, follows=prompt.follows, think=prompt.think, stream=False)
-        body: dict[str, Any] = {
-            "model": prompt.model or self.model,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
+        body = {"model": prompt.model or self.model, **self._asked(prompt), **self.extra_body}
+        content = json.dumps(body).encode()
+        stream = not self.embeddings
+        return Request(content, prompt.num_tokens, follows=prompt.follows, think=prompt.think, stream=stream)
+
+    def _asked(self, prompt: Prompt) -> dict[str, Any]:
+        """The prompt, and how its answer is to be."""
         texts = (*prompt.history, prompt.text)
+        if self.embeddings:
+            return {"input": " ".join(texts)}
+        body: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
         if self.chat:
             body["messages"] = messages(texts)
             body["max_completion_tokens"] = prompt.output_len
@@ -77,8 +78,7 @@ class Target:
             body["max_tokens"] = prompt.output_len
         if self.ignore_eos:
             body["ignore_eos"] = True
-        content = json.dumps(body | dict(self.extra_body)).encode()
-        return Request(content, prompt.num_tokens, follows=prompt.follows, think=prompt.think)
+        return body
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,11 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
         return self.backend == "openai-chat"
 
     @property
+    def embeddings(self) -> bool:
+        """True if prompts are asked for their vectors."""
+        return self.backend == "openai-embeddings"
+
+    @property
     def address(self) -> str:
         """The base URL."""
         host = f"[{self.host}]" if ":" in self.host else self.host

@@ -98,9 +98,7 @@ async def _measure(options: LatencyOptions) -> Batches:
         seed = random.SystemRandom().randrange(10**6) if options.seed is None else options.seed
         rng = random.Random(seed)
         vocabulary = await measure_vocabulary(client, model, chat=options.chat)
-        target = Target(
-            model, chat=options.chat, endpoint=options.path, embeddings=options.backend == "openai-embeddings"
-        )
+        target = Target(model, chat=options.chat, endpoint=options.path, embeddings=options.embeddings)
         print(
             f"Model: {model}. Batches of {options.batch_size} prompts of {options.input_len} tokens. Seed: {seed}. "
             f"Not measured, as warm-up: the first {options.num_iters_warmup} batches.",

@@ -188,7 +188,7 @@ def _target(options: BenchOptions, model: str, found: PromptSet) -> Target:
         ignore_eos=found.synthetic if options.ignore_eos is None else options.ignore_eos,
         extra_body=body | options.extra_body,
         endpoint=options.path,
-        embeddings=options.backend == "openai-embeddings",
+        embeddings=options.embeddings,
         request_id_prefix=options.request_id_prefix,
     )
 
