@@ -23,7 +23,6 @@ import heapq
 import multiprocessing
 import os
 import random
-import resource
 import select
 import socket
 from collections.abc import Callable
@@ -37,6 +36,7 @@ import uvloop
 from octavo.bench.http import Client
 from octavo.bench.prompts import Prompt
 from octavo.bench.run import Point, Target, Warmup, run_point
+from octavo.commands.bench_load import allow_many_sockets
 
 FIRST_TOKEN_SECONDS = 0.05
 MAX_WRITES = 8  # before it looks for requests again: what it reads late would count as the client's
@@ -155,12 +155,6 @@ def serve(tokens: int, rate: float, steps: bool, pipe: Connection) -> None:
     server = Server(tokens, rate, steps)
     pipe.send(server.port)
     server.run()
-
-
-def allow_many_sockets() -> None:
-    """Raise the limit of open files as far as it goes."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 @dataclass

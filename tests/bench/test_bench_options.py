@@ -85,9 +85,9 @@ def test_requests_have_ids_and_the_load_a_profile(capsys: pytest.CaptureFixture[
             return whole({"detail": "no space left"}, "500 Internal Server Error")
         return completion(asked)
 
-    names = ("--model", "some/path", "--served-model-name", "name")
+    names = ("--served-model-name", "name", "--model", "some/path")
     with serving(server_like_vllm(script)) as server:
-        assert bench(server, *SMALL, "--profile", "--request-id-prefix", "run-7-", *reversed_pairs(names)) == 0
+        assert bench(server, *SMALL, "--profile", "--request-id-prefix", "run-7-", *names) == 0
         asked = [one for one in server.asked if one.path != "/tokenize"]
     assert "POST /stop_profile: HTTP 500: no space left" in capsys.readouterr().err
     assert [asked[0].path, asked[-1].path] == ["/start_profile", "/stop_profile"]
@@ -96,11 +96,6 @@ def test_requests_have_ids_and_the_load_a_profile(capsys: pytest.CaptureFixture[
     with serving(server_like_vllm(lambda _: whole({"detail": "Not Found"}, "404 Not Found"))) as server:
         assert bench(server, *SMALL, "--profile", "--model", "m") == 1
     assert "POST /start_profile: HTTP 404: Not Found" in capsys.readouterr().err
-
-
-def reversed_pairs(words: tuple[str, ...]) -> list[str]:
-    """Flags with their values, the last first."""
-    return [word for i in range(len(words) - 2, -1, -2) for word in words[i : i + 2]]
 
 
 def test_a_rate_over_a_time_makes_its_own_number_of_prompts(capsys: pytest.CaptureFixture[str]) -> None:
@@ -115,6 +110,7 @@ def test_a_rate_over_a_time_makes_its_own_number_of_prompts(capsys: pytest.Captu
     assert numbers(printed)["Steady output throughput (tok/s)"] > 0
     assert numbers(printed)["Successful requests"] < 60  # 30 on average
     assert main(["bench", "--base-url", "http://127.0.0.1:1", "--model", "m", "--max-seconds", "1"]) == 1
+    assert "--max-seconds goes with --request-rate or --max-concurrency" in capsys.readouterr().err
 
 
 def test_a_load_of_which_nothing_is_measured_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
