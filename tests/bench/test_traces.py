@@ -87,7 +87,7 @@ def test_formats_are_told_apart_and_read(
     assert [row[1:] for row in found] == [row[1:] for row in rows]
     assert [row[0] for row in found] == [pytest.approx(row[0], abs=1e-6) for row in rows]
     packed = tmp_path / "packed.gz"
-    packed.write_bytes(gzip.compress(content.encode()))
+    packed.write_bytes(gzip.compress(content.encode("utf-8-sig")))
     assert read_trace(packed).rows == trace.rows
 
 

@@ -96,9 +96,8 @@ def read_trace(path: Path, kind: str = "auto", seconds_per_unit: float | None = 
 
 
 def _opened(path: Path) -> TextIO:
-    if path.suffix == ".gz":
-        return cast(TextIO, gzip.open(path, "rt", encoding="utf-8"))
-    return path.open(encoding="utf-8-sig", newline="")
+    opened = gzip.open if path.suffix == ".gz" else open
+    return cast(TextIO, opened(path, "rt", encoding="utf-8-sig", newline=""))
 
 
 def _looks_like(path: Path, lines: Sequence[str]) -> str:
