@@ -60,6 +60,8 @@ RAMP = ("--ramp-up-strategy", "linear", "--ramp-up-start-rps", "1", "--ramp-up-e
         (["--base-url", "http://[::1"], "http://[::1: Invalid IPv6 URL"),
         (["--base-url", "http://a..b"], "'a..b' is no name of a host"),
         (["--header", "X-A=b\r\nX-C: d"], "the header 'X-A' has a line break"),
+        (["--metadata", "completed=5"], "--metadata completed=5: the file has another completed"),
+        (["--metadata", "card=a", "card=b"], "--metadata card=a: the file has another card"),
         (["--save-detailed"], "--save-detailed goes with --save-result or --append-result"),
     ],
 )

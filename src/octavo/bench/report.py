@@ -14,7 +14,7 @@ from typing import Any
 
 from octavo.bench.load import LoadResult, Record
 from octavo.bench.metrics import Cost, Metrics, cost, measure
-from octavo.bench.options import BenchOptions
+from octavo.bench.options import BenchError, BenchOptions
 
 WIDTH = 50
 MAX_REASONS = 5
@@ -190,6 +190,15 @@ def result_json(
     if prices is not None:
         found |= _cost_json(prices, options)
     return found
+
+
+def check_metadata(options: BenchOptions) -> None:
+    """Raise BenchError for --metadata that the file's own keys would take the place of, which a file of nothing has."""
+    nothing = LoadResult([], duration=1.0)
+    content = result_json(options, "", nothing, *evaluate(nothing, options))
+    for name, value in options.metadata:
+        if content[name] != value:
+            raise BenchError(f"--metadata {name}={value}: the file has another {name}; give it a name of its own")
 
 
 def _in_json(value: float | None) -> float | str | None:

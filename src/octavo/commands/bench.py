@@ -44,6 +44,10 @@ def run(args: argparse.Namespace) -> int:
         options = resolve(read(BenchOptions, args))
         if options.save_detailed and not (options.save_result or options.append_result):
             raise BenchError("--save-detailed goes with --save-result or --append-result: it says what they write")
+        if options.metadata:
+            from octavo.bench.report import check_metadata
+
+            check_metadata(options)
         measured = measure(options)
         return _report(options, measured)
     except (BenchError, HttpError, PromptError, OSError) as e:

@@ -23,7 +23,7 @@ from msgspec import Meta
 from octavo.bench.http import HttpError
 from octavo.bench.options import BenchError, BenchOptions, resolve
 from octavo.bench.prompts import PromptError
-from octavo.bench.report import evaluate, failure_lines, result_json
+from octavo.bench.report import check_metadata, evaluate, failure_lines, result_json
 from octavo.commands.bench_load import measure
 from octavo.flags import add_flags, flags_of, read
 from octavo.report.files import write_whole
@@ -130,6 +130,7 @@ def _one(
     run_options = resolve(read(BenchOptions, argparse.Namespace(**given)))
     if options.seed is not None:
         run_options = msgspec.structs.replace(run_options, seed=options.seed + number)
+    check_metadata(run_options)
     measured = measure(run_options)
     found, prices = evaluate(measured.result, run_options)
     for line in failure_lines(measured.result.records):
