@@ -15,6 +15,7 @@ import asyncio
 import math
 import random
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -256,6 +257,12 @@ class Filler:
         self._fitting = [[(w, c) for w, c in vocabulary.words if c <= room] for room in range(self._largest + 1)]
         self._singles = [word for word, _ in vocabulary.words] if self._largest == 1 else []
 
+    def drawing_from(self, rng: random.Random) -> Filler:
+        """The same with other random numbers."""
+        other = copy(self)
+        other._rng = rng
+        return other
+
     def words(self, num_tokens: int) -> tuple[list[str], int]:
         """Words that take as many tokens, and how many they really take: less where no word fits the rest."""
         if self._singles and num_tokens > 0:
@@ -274,8 +281,9 @@ class Filler:
         kept: list[str] = []
         used = 0
         for word in words:
-            if used + self._costs[word] > num_tokens:
+            cost = self._costs[word]
+            if used + cost > num_tokens:
                 break
             kept.append(word)
-            used += self._costs[word]
+            used += cost
         return kept, used

@@ -307,5 +307,5 @@ class _Writer:
     def _block(self, block: int, size: int) -> list[str]:
         if (block, size) not in self._known:
             rng = random.Random(f"{self._seed}:{block}")
-            self._known[block, size] = Filler(self._vocabulary, rng).words(size)[0]
+            self._known[block, size] = self._filler.drawing_from(rng).words(size)[0]
         return self._known[block, size]
