@@ -179,6 +179,11 @@ class LoadResult:
     begin: float = 0.0
     until: float = 0.0
 
+    @property
+    def first_error(self) -> str | None:
+        """Why the first measured request that failed did, or None."""
+        return next((record.error for record in self.records if record.error), None)
+
 
 @dataclass(frozen=True)
 class Schedule:

@@ -109,8 +109,8 @@ async def _measure(options: LatencyOptions) -> Batches:
         for number in range(options.num_iters_warmup + options.num_iters):
             prompts = random_prompts(vocabulary, options.batch_size, shape, rng)
             result = await run_point(client, target, prompts, Point(concurrency=options.batch_size), rng=rng)
-            if failed := next((record.error for record in result.records if record.error), None):
-                raise HttpError(failed)
+            if result.first_error:
+                raise HttpError(result.first_error)
             if number >= options.num_iters_warmup:
                 found.latencies.append(result.duration)
                 found.first_tokens.append(min(record.token_times[0] for record in result.records) - result.begin)

@@ -213,9 +213,8 @@ def _with_adapters(options: BenchOptions, prompts: list[Prompt], rng: random.Ran
 async def _warm_up(options: BenchOptions, client: Client, target: Target, prompts: Sequence[Prompt]) -> None:
     point = Point(concurrency=options.max_concurrency or len(prompts))
     result = await run_point(client, target, prompts, point, rng=random.Random(0))
-    failed = next((record.error for record in result.records if record.error), None)
-    if failed:
-        raise HttpError(f"a warm-up request failed: {failed}")
+    if result.first_error:
+        raise HttpError(f"a warm-up request failed: {result.first_error}")
 
 
 async def _load(

@@ -110,8 +110,8 @@ class Measured:
         except PromptError as e:
             raise ServerError(str(e)) from e
         result = self._run(prompts, Point(concurrency=concurrency), random.Random(seed), None)
-        if error := next((record.error for record in result.records if record.error), None):
-            raise ServerError(f"a request failed: {error}")
+        if result.first_error:
+            raise ServerError(f"a request failed: {result.first_error}")
 
     def measure(self, load: Load) -> Run:
         """Put one load on the server."""
