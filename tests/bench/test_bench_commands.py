@@ -140,6 +140,8 @@ def test_a_sweep_reads_vllms_parameters(tmp_path: Path, capsys: pytest.CaptureFi
         file.write_text("{nonsense")
         assert command(server, "sweep", *options, "--bench-params", str(file)) == 1
         assert f"{file} is not JSON" in capsys.readouterr().err
+        assert command(server, "sweep", *options, "--sweep", "num_runs=1,2") == 1
+        assert "--num-runs is the sweep's own" in capsys.readouterr().err
         with pytest.raises(SystemExit):
             command(server, "sweep", *options, "--plot")
 

@@ -126,8 +126,11 @@ def _one(
 ) -> int:
     """Measure one run and write its file; returns 1 if a request failed."""
     words = [word for name, value in combination.items() for word in (f"--{name}", *shlex.split(value))]
-    given = vars(args) | vars(args.parser.parse_args(words))
-    run_options = resolve(read(BenchOptions, argparse.Namespace(**given)))
+    chosen = vars(args.parser.parse_args(words))
+    fields = set(BenchOptions.__struct_fields__)
+    if own := [name for name in SweepOptions.__struct_fields__ if name in chosen and name not in fields]:
+        raise BenchError(f"--{own[0].replace('_', '-')} is the sweep's own, and the same for all of its loads")
+    run_options = resolve(read(BenchOptions, argparse.Namespace(**vars(args) | chosen)))
     if options.seed is not None:
         run_options = msgspec.structs.replace(run_options, seed=options.seed + number)
     check_metadata(run_options)
