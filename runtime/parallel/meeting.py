@@ -168,7 +168,9 @@ class Meeting:
         prepare(self._socket, pair, is_server=True)
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE)
         self._monitor = self._socket.get_monitor_socket(
-            zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+            zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL  # a guest that sees first that keys differ hangs up
+            | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+            | zmq.EVENT_HANDSHAKE_FAILED_AUTH
         )
         try:
             self.address = bind(self._socket, address, flags)
@@ -237,7 +239,9 @@ class Meeting:
         now = time.monotonic()
         if now - self._last_warning >= REPEAT_SECONDS:
             self._last_warning = now
-            log.warning("%s: a connection was refused, which has another %s, or none", self.address, KEY)
+            log.warning(
+                "%s: a connection ended in its handshake: it has another %s or none, or is no octavo", self.address, KEY
+            )
 
     def _take(self, identity: bytes, message: ToMeeting | msgspec.DecodeError) -> None:
         match message:
