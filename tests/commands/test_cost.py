@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import math
 import os
 import signal
+import time
 from collections.abc import AsyncIterator, Iterable, Iterator
 from pathlib import Path
 
@@ -17,8 +19,10 @@ from scripted_server import DONE, Asked, ScriptedServer, event, serving, stream,
 
 from octavo.bench.http import HttpError
 from octavo.cli import main
+from octavo.jobs.cost import client
 from octavo.jobs.cost.client import Asking, Measured, ServerError
 from octavo.jobs.cost.loads import SEGMENTS, WARM_UP, Load, Sample
+from octavo.jobs.cost.machine import EnergyMeter
 from octavo.jobs.cost.quality import Answered, of_answers
 from octavo.jobs.cost.state import State
 
@@ -144,18 +148,40 @@ def test_requests_that_fail_or_never_end_are_beyond_the_slo() -> None:
     assert run.errors == ["no whole answer 0.3 s after the load's end"]
 
 
+def test_a_load_s_clock_begins_when_its_requests_are_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A walk through a large heap comes before: it takes longer here than the load and the wait for its answers."""
+    ready: list[float] = []
+    read: list[float] = []
+
+    def slow_collect() -> int:
+        time.sleep(0.7)
+        ready.append(time.perf_counter())
+        return 0
+
+    def joules() -> float:
+        read.append(time.perf_counter())
+        return 7.0 * len(read)
+
+    monkeypatch.setattr(EnergyMeter, "find", lambda: EnergyMeter(joules, "a meter"))
+    monkeypatch.setattr(client, "FIRST_GUESS", 2 / SERVICE)  # or prompts run out, and the load is made again
+    with serving(Queue()) as server, measuring(server) as measured:
+        monkeypatch.setattr(gc, "collect", slow_collect)
+        run = measured.measure(Load("open", 0.3, 1, rate=20.0))
+        assert len(run.answers.at) > 2
+        assert (run.errors, run.failed_in) == ([], [])
+        run = measured.measure(Load("closed", 0.3, 1, concurrency=3))
+    assert run.joules == 7.0
+    assert read[-1] - ready[-1] > 0.29  # the load's end; uvloop counts whole milliseconds
+
+
 SMALL = ("--repetitions", "1", "--concurrency", "2", "--input-len", "8", "--output-len", str(TOKENS))
 SHORT = (*SMALL, "--seconds", "0.2", "--slo", "ttft:600", "--slo-percentile", "90", "--no-quality")
 
 
-@pytest.mark.slow
 def test_ctrl_c_keeps_what_is_measured_and_the_same_command_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The server sends the signal, in the middle of a load. Other prices are another report of the same loads.
-
-    Run before a release, alone: in a process that many tests have filled no rate keeps the limit of this queue.
-    """
+    """The server sends the signal, in the middle of a load. Other prices are another report of the same loads."""
     queue = Queue()
 
     def interrupting(asked: Asked) -> Iterable[bytes] | AsyncIterator[bytes]:

@@ -207,17 +207,20 @@ async def run_load(
     schedule: Schedule,
     *,
     stop: asyncio.Event | None = None,
+    on_begin: Callable[[], None] = lambda: None,
     on_done: Callable[[Record], None] = lambda _: None,
 ) -> LoadResult:
     """Send all requests at their times until all have ended or `stop` is set.
 
     Requests that are still open then are cut off (the server sees their connections close) and not in the result. What
-    the caller has frozen for the garbage collector stays so.
+    the caller has frozen for the garbage collector stays so. `on_begin` is called when the load's clock starts: what
+    comes before may take seconds.
     """
     frozen_before = gc.get_freeze_count() > 0
     gc.collect()
     gc.freeze()  # what is there now is not walked through again while latencies are taken
     load = _Load(client, path, requests, schedule, on_done)
+    on_begin()
     running = asyncio.create_task(load.run())
     stopped = asyncio.create_task((stop or asyncio.Event()).wait())
     try:

@@ -162,11 +162,13 @@ async def run_point(
     *,
     rng: random.Random,
     stop: asyncio.Event | None = None,
+    on_begin: Callable[[], None] = lambda: None,
     on_done: Callable[[Record], None] = lambda _: None,
 ) -> LoadResult:
     """Ask these prompts in their order at this load; `rng` draws the times at which an open load sends them.
 
-    The load ends early when `stop` is set. Raises ValueError where an open load over `seconds` has too few prompts.
+    The load ends early when `stop` is set; `on_begin` is called when it begins, with all requests ready. Raises
+    ValueError where an open load over `seconds` has too few prompts.
     """
     if not prompts:
         raise ValueError("a load of no prompts has nothing to measure")
@@ -175,7 +177,7 @@ async def run_point(
     if target.request_id_prefix:
         requests = [replace(request, id=f"{target.request_id_prefix}{i}") for i, request in enumerate(requests)]
     schedule = Schedule(arrivals, point.concurrency, point._sending)
-    result = await run_load(client, target.path, requests, schedule, stop=stop, on_done=on_done)
+    result = await run_load(client, target.path, requests, schedule, stop=stop, on_begin=on_begin, on_done=on_done)
     return _measured(result, point)
 
 

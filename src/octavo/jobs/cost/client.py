@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 
@@ -109,7 +109,7 @@ class Measured:
             prompts = self._asking.prompts(self.vocabulary, 2 * concurrency, random.Random(seed))
         except PromptError as e:
             raise ServerError(str(e)) from e
-        result = self._run(prompts, Point(concurrency=concurrency), random.Random(seed), None)
+        result, _ = self._run(prompts, Point(concurrency=concurrency), random.Random(seed))
         if result.first_error:
             raise ServerError(f"a request failed: {result.first_error}")
 
@@ -123,13 +123,12 @@ class Measured:
         point = Point(
             rate=load.rate, concurrency=load.concurrency, seconds=counted, burstiness=burstiness, warmup=warmup
         )
-        joules: list[float] = []
         if load.kind == "open":
             prompts = self._asking.prompts(self.vocabulary, point.prompts_needed(), rng)
-            result = self._run(prompts, point, rng, load.seconds * (1 + DRAIN), joules)
+            result, joules = self._run(prompts, point, rng)
         else:
-            result = self._closed(load, point, rng, joules)
-        return _run_of(load, result, busy, memory_of(self._pid), joules[0] if joules else None)
+            result, joules = self._closed(load, point, rng)
+        return _run_of(load, result, busy, memory_of(self._pid), joules)
 
     def windows(self, text: str, max_tokens: int) -> list[list[int]]:
         """A text in windows of this server's tokens. Raises HttpError."""
@@ -139,17 +138,17 @@ class Measured:
         """What this server says of windows of tokens. Raises HttpError."""
         return self._runner.run(ask_server(self._client, self.model, windows))
 
-    def _closed(self, load: Load, point: Point, rng: random.Random, joules: list[float]) -> LoadResult:
+    def _closed(self, load: Load, point: Point, rng: random.Random) -> tuple[LoadResult, float | None]:
         """A closed load takes as many prompts as the server can answer: when they run out it is made again."""
         key = (load.kind, load.concurrency)
         count = int(self._guess.get(key, FIRST_GUESS) * load.seconds * SPARE) + (load.concurrency or 0)
         while True:
             prompts = self._prompts(load, count, rng)
-            result = self._run(prompts, point, rng, None, joules)
+            result, joules = self._run(prompts, point, rng)
             ended = len(result.records) + len(result.others)
             if ended < count:
                 self._guess[key] = ended / load.seconds
-                return result
+                return result, joules
             count *= 4
 
     def _prompts(self, load: Load, count: int, rng: random.Random) -> list[Prompt]:
@@ -159,43 +158,39 @@ class Measured:
             return [_one_token(prompt) for prompt in self._asking.prompts(self.vocabulary, count, rng)]
         few = load.concurrency or 1
         known = [_one_token(prompt) for prompt in self._asking.prompts(self.vocabulary, few, rng)]
-        self._run(known, Point(concurrency=few), rng, None)
+        self._run(known, Point(concurrency=few), rng)
         return [known[i % few] for i in range(count)]
 
-    def _run(
-        self,
-        prompts: Sequence[Prompt],
-        point: Point,
-        rng: random.Random,
-        limit: float | None,
-        joules: list[float] | None = None,
-    ) -> LoadResult:
+    def _run(self, prompts: Sequence[Prompt], point: Point, rng: random.Random) -> tuple[LoadResult, float | None]:
+        """What came of a load, and the joules that the machine used in its counted time, where it tells.
+
+        What is still open of an open load is cut off in the end; of a closed one it is waited for.
+        """
+        sending = point.warmup.seconds + (point.seconds or 0.0)
+        timers: list[asyncio.TimerHandle] = []
+        read: list[float] = []
+
+        def read_meter() -> None:
+            if self._meter is not None:
+                read.append(self._meter.joules())
+
         async def timed() -> LoadResult:
-            stop = asyncio.Event()
             loop = asyncio.get_running_loop()
-            timers = [loop.call_later(limit, stop.set)] if limit else []
-            if joules is not None and point.seconds is not None:
-                timers += self._meter_between(loop, point.warmup.seconds, point.warmup.seconds + point.seconds, joules)
+            stop = asyncio.Event()
+
+            def begin() -> None:
+                if point.is_open:
+                    timers.append(loop.call_later(sending * (1 + DRAIN), stop.set))
+                timers.extend(loop.call_later(moment, read_meter) for moment in (point.warmup.seconds, sending))
+
             try:
-                return await run_point(self._client, self._target, prompts, point, rng=rng, stop=stop)
+                return await run_point(self._client, self._target, prompts, point, rng=rng, stop=stop, on_begin=begin)
             finally:
                 for timer in timers:
                     timer.cancel()
 
-        return self._runner.run(timed())
-
-    def _meter_between(
-        self, loop: asyncio.AbstractEventLoop, begin: float, end: float, joules: list[float]
-    ) -> list[asyncio.TimerHandle]:
-        if self._meter is None:
-            return []
-        read: Callable[[], float] = self._meter.joules
-        at_begin: list[float] = []
-
-        def finish() -> None:
-            joules[:] = [read() - at_begin[0]]
-
-        return [loop.call_later(begin, lambda: at_begin.append(read())), loop.call_later(end, finish)]
+        result = self._runner.run(timed())
+        return result, read[1] - read[0] if len(read) == 2 else None
 
 
 async def _program(client: Client) -> str:
