@@ -9,7 +9,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -20,6 +20,7 @@ from scripted_server import DONE, Asked, ScriptedServer, event, serving, stream,
 from octavo.bench.http import HttpError
 from octavo.cli import main
 from octavo.jobs.cost import client
+from octavo.jobs.cost import quality as cost_quality
 from octavo.jobs.cost.client import Asking, Measured, ServerError
 from octavo.jobs.cost.loads import SEGMENTS, WARM_UP, Load, Sample
 from octavo.jobs.cost.machine import EnergyMeter
@@ -172,6 +173,39 @@ def test_a_load_s_clock_begins_when_its_requests_are_ready(monkeypatch: pytest.M
         run = measured.measure(Load("closed", 0.3, 1, concurrency=3))
     assert run.joules == 7.0
     assert read[-1] - ready[-1] > 0.29  # the load's end; uvloop counts whole milliseconds
+
+
+def hanging(path: str) -> Callable[[Asked], Iterable[bytes] | AsyncIterator[bytes]]:
+    """A server that takes requests for `path` and never answers."""
+    queue = Queue()
+
+    async def never() -> AsyncIterator[bytes]:
+        await asyncio.Event().wait()
+        yield b""
+
+    return lambda asked: never() if asked.path == path else queue(asked)
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/version", "/tokenize"])
+def test_a_server_that_hangs_is_refused_and_says_at_what(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "ASK_SECONDS", 0.2)
+    with serving(hanging(path)) as server, pytest.raises(ServerError) as error:
+        measuring(server)
+    assert str(error.value).startswith(f"{server.url}: ")
+    assert str(error.value).endswith(f" {path}: no answer within 0.2 s")
+
+
+def test_answers_that_never_end_end_a_closed_load_and_a_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "PATIENCE", 0.2)
+    monkeypatch.setattr(cost_quality, "WINDOW_SECONDS", 0.2)
+    with serving(hanging("/v1/completions")) as server, measuring(server) as measured:
+        with pytest.raises(ServerError, match=r"answers had not ended 0\.2 s after their load began"):
+            measured.warm_up(2, 0)
+        for load in (Load("closed", 0.1, 1, concurrency=2), Load("prefill", 0.1, 2, concurrency=2)):
+            with pytest.raises(ServerError, match=r"answers had not ended 0\.3 s after"):
+                measured.measure(load)
+        with pytest.raises(HttpError, match=r"POST /v1/completions: no answer within 0\.2 s"):
+            measured.answers([[1, 2, 3]])
 
 
 SMALL = ("--repetitions", "1", "--concurrency", "2", "--input-len", "8", "--output-len", str(TOKENS))

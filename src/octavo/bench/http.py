@@ -10,9 +10,9 @@ from __future__ import annotations
 import asyncio
 import json
 import ssl
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from time import perf_counter
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 from urllib.parse import urlsplit
 
 import httptools
@@ -21,6 +21,8 @@ from octavo.bench.sse import http_error
 from octavo.version import VERSION
 
 CONNECT_SECONDS = 30.0
+
+T = TypeVar("T")
 
 # What takes a body: the time of arrival (perf_counter, seconds), and the bytes
 Sink = Callable[[float, bytes], None]
@@ -32,6 +34,15 @@ class HttpError(Exception):
 
 class _StaleError(HttpError):
     """The connection ended before a byte of the answer."""
+
+
+async def within(seconds: float, what: str, answer: Awaitable[T]) -> T:
+    """An answer that must come in time. Raises HttpError, which says what was asked, where it doesn't."""
+    try:
+        async with asyncio.timeout(seconds):
+            return await answer
+    except TimeoutError as e:
+        raise HttpError(f"{what}: no answer within {seconds:g} s") from e
 
 
 class Answer:

@@ -17,7 +17,7 @@ from typing import Any
 import uvloop
 
 from octavo.bench.arrivals import Ramp
-from octavo.bench.http import Client, HttpError
+from octavo.bench.http import Client, HttpError, within
 from octavo.bench.load import LoadResult, Record
 from octavo.bench.options import BenchError, BenchOptions
 from octavo.bench.prompts import Prompt
@@ -98,13 +98,10 @@ async def model_of(options: ServerOptions, client: Client) -> str:
     if options.model_name is not None and not options.ready_check_timeout_sec:
         return options.model_name
     deadline = perf_counter() + options.ready_check_timeout_sec
+    patience = options.ready_check_timeout_sec or MODELS_SECONDS
     while True:
         try:
-            async with asyncio.timeout(options.ready_check_timeout_sec or MODELS_SECONDS):
-                first = await first_model(client)
-        except TimeoutError as e:
-            patience = options.ready_check_timeout_sec or MODELS_SECONDS
-            raise HttpError(f"GET /v1/models: no answer within {patience:g} s") from e
+            first = await within(patience, "GET /v1/models", first_model(client))
         except HttpError:
             if perf_counter() >= deadline:
                 raise

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
+from typing import TypeVar
 
 import numpy as np
 import uvloop
 
-from octavo.bench.http import Client, HttpError
+from octavo.bench.http import Client, HttpError, within
 from octavo.bench.load import LoadResult, Record
 from octavo.bench.metrics import tokens_by_time, tpot
 from octavo.bench.prompts import Prompt, PromptError, RandomShape, Vocabulary, measure_vocabulary, random_prompts
@@ -22,9 +23,13 @@ from octavo.jobs.cost.machine import LOOK_SECONDS, EnergyMeter, busy_cores, memo
 from octavo.jobs.cost.quality import Answered, ask_server, windows_of
 
 DRAIN = 1.0  # an open load's open answers are waited for as long again as it lasted, and are failures then
+PATIENCE = 1800.0  # seconds that a closed load's are waited for: a server that takes longer hangs
+ASK_SECONDS = 60.0  # for what is no work for a server: its models, its version, the tokens of words
 FIRST_GUESS = 20.0  # prompts a second, until a load has shown how many a closed load takes
 SPARE = 2.0
 MAX_ERRORS = 3  # that a run keeps
+
+T = TypeVar("T")
 
 
 class ServerError(Exception):
@@ -82,11 +87,12 @@ class Measured:
         self._guess: dict[tuple[str, int | None], float] = {}
         self._meter = EnergyMeter.find()
         try:
-            self.model = model or self._runner.run(first_model(self._client))
-            self.program = self._runner.run(_program(self._client))
+            self.model = model or self._ask("GET /v1/models", first_model(self._client))
+            self.program = self._ask("GET /version", _program(self._client))
             chat = asking.chat
             turns = bool(asking.workload) and chat
-            self.vocabulary = self._runner.run(measure_vocabulary(self._client, self.model, chat=chat, turns=turns))
+            measuring = measure_vocabulary(self._client, self.model, chat=chat, turns=turns)
+            self.vocabulary = self._ask("POST /tokenize", measuring)
         except HttpError as e:
             self.close()
             raise ServerError(f"{url}: {e}") from e
@@ -132,11 +138,15 @@ class Measured:
 
     def windows(self, text: str, max_tokens: int) -> list[list[int]]:
         """A text in windows of this server's tokens. Raises HttpError."""
-        return self._runner.run(windows_of(self._client, self.model, text, max_tokens))
+        return self._ask("POST /tokenize", windows_of(self._client, self.model, text, max_tokens))
 
     def answers(self, windows: Sequence[Sequence[int]]) -> Answered:
         """What this server says of windows of tokens. Raises HttpError."""
         return self._runner.run(ask_server(self._client, self.model, windows))
+
+    def _ask(self, what: str, answer: Awaitable[T]) -> T:
+        """What a server says without work. Raises HttpError where it doesn't in time."""
+        return self._runner.run(within(ASK_SECONDS, what, answer))
 
     def _closed(self, load: Load, point: Point, rng: random.Random) -> tuple[LoadResult, float | None]:
         """A closed load takes as many prompts as the server can answer: when they run out it is made again."""
@@ -164,9 +174,10 @@ class Measured:
     def _run(self, prompts: Sequence[Prompt], point: Point, rng: random.Random) -> tuple[LoadResult, float | None]:
         """What came of a load, and the joules that the machine used in its counted time, where it tells.
 
-        What is still open of an open load is cut off in the end; of a closed one it is waited for.
+        What is still open of an open load is cut off in the end; of a closed one it is a ServerError.
         """
         sending = point.warmup.seconds + (point.seconds or 0.0)
+        limit = sending * (1 + DRAIN) if point.is_open else sending + PATIENCE
         timers: list[asyncio.TimerHandle] = []
         read: list[float] = []
 
@@ -179,8 +190,7 @@ class Measured:
             stop = asyncio.Event()
 
             def begin() -> None:
-                if point.is_open:
-                    timers.append(loop.call_later(sending * (1 + DRAIN), stop.set))
+                timers.append(loop.call_later(limit, stop.set))
                 timers.extend(loop.call_later(moment, read_meter) for moment in (point.warmup.seconds, sending))
 
             try:
@@ -190,6 +200,8 @@ class Measured:
                     timer.cancel()
 
         result = self._runner.run(timed())
+        if result.num_unfinished and not point.is_open:
+            raise ServerError(f"answers had not ended {limit:g} s after their load began")
         return result, read[1] - read[0] if len(read) == 2 else None
 
 

@@ -14,10 +14,11 @@ from typing import Any
 
 import msgspec
 
-from octavo.bench.http import Client, HttpError
+from octavo.bench.http import Client, HttpError, within
 from octavo.jobs.cost.statistics import Interval, mean_interval
 
 WINDOW = 256  # tokens, as in `octavo eval`
+WINDOW_SECONDS = 600.0  # in which a server that doesn't hang reads one
 
 
 class CostQuality(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -98,7 +99,8 @@ async def ask_server(client: Client, model: str, windows: Sequence[Sequence[int]
     likeliest: list[list[int]] = []
     for window in windows:
         body = {"model": model, "prompt": list(window), "max_tokens": 1, "temperature": 0, "prompt_logprobs": 1}
-        answer = await client.json("POST", "/v1/completions", body)
+        asked = client.json("POST", "/v1/completions", body)
+        answer = await within(WINDOW_SECONDS, "POST /v1/completions", asked)
         found = answer["choices"][0].get("prompt_logprobs") if answer.get("choices") else None
         if not found or len(found) != len(window):
             raise HttpError("the server gives no prompt_logprobs")
