@@ -208,6 +208,17 @@ def test_answers_that_never_end_end_a_closed_load_and_a_warm_up(monkeypatch: pyt
             measured.answers([[1, 2, 3]])
 
 
+def test_no_load_has_prompts_of_the_warm_up() -> None:
+    """Or the first closed load would meet a prefix cache that has them."""
+    with serving(Queue()) as server, measuring(server) as measured:
+        measured.warm_up(4, seed=5)
+        warm = {asked.json["prompt"] for asked in server.asked if asked.path == "/v1/completions"}
+        measured.measure(Load("closed", 0.2, 5, concurrency=1))
+        prompts = [asked.json["prompt"] for asked in server.asked if asked.path == "/v1/completions"]
+    assert len(warm) == 8 < len(prompts)
+    assert not warm & set(prompts[8:])
+
+
 SMALL = ("--repetitions", "1", "--concurrency", "2", "--input-len", "8", "--output-len", str(TOKENS))
 SHORT = (*SMALL, "--seconds", "0.2", "--slo", "ttft:600", "--slo-percentile", "90", "--no-quality")
 

@@ -111,11 +111,12 @@ class Measured:
 
     def warm_up(self, concurrency: int, seed: int) -> None:
         """Some requests that nobody counts. Raises ServerError if one fails, or if prompts don't fit the server."""
+        rng = random.Random(f"warm-up {seed}")  # no load's: their prompts must be new to the server
         try:
-            prompts = self._asking.prompts(self.vocabulary, 2 * concurrency, random.Random(seed))
+            prompts = self._asking.prompts(self.vocabulary, 2 * concurrency, rng)
         except PromptError as e:
             raise ServerError(str(e)) from e
-        result, _ = self._run(prompts, Point(concurrency=concurrency), random.Random(seed))
+        result, _ = self._run(prompts, Point(concurrency=concurrency), rng)
         if result.first_error:
             raise ServerError(f"a request failed: {result.first_error}")
 
