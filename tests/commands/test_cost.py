@@ -301,6 +301,8 @@ def test_servers_of_somebody_are_compared_by_their_logprobs_of_the_prompt() -> N
         (["./nowhere", "--cost-per-hour", "1"], "./nowhere: no such directory"),
         (["x=./m@int5", "--cost-per-hour", "1"], "'int5' is no scheme"),
         (["http://127.0.0.1:1", "--cost-per-hour", "1"], "http://127.0.0.1:1: no connection to 127.0.0.1:1"),
+        (["http://host:port", "--cost-per-hour", "1"], "http://host:port: Port could not be cast to integer"),
+        (["http://[host", "--cost-per-hour", "1"], "http://[host: Invalid IPv6 URL"),
     ],
 )
 def test_bad_input_is_one_line(words: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -78,10 +78,13 @@ class Measured:
     def __init__(
         self, url: str, api_key: str | None, asking: Asking, *, model: str | None = None, pid: int | None = None
     ) -> None:
+        try:
+            self._client = Client(url, {"Authorization": f"Bearer {api_key}"} if api_key else {})
+        except HttpError as e:
+            raise ServerError(str(e)) from e
         self._runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
         self.url = url.rstrip("/").removesuffix("/v1")
         self.api_key = api_key
-        self._client = Client(url, {"Authorization": f"Bearer {api_key}"} if api_key else {})
         self._asking = asking
         self._pid = pid
         self._guess: dict[tuple[str, int | None], float] = {}

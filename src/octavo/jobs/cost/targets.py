@@ -44,7 +44,11 @@ def parse_target(word: str) -> Target:
         label = match[1].strip()
         word = match[2]
     if word.startswith(("http://", "https://")):
-        return Target(label or urlsplit(word).netloc.rpartition("@")[2], "server", word)
+        try:
+            host = urlsplit(word).netloc.rpartition("@")[2]
+        except ValueError as e:
+            raise TargetError(f"{word}: {e}") from e
+        return Target(label or host, "server", word)
     if "@" not in word or Path(word).expanduser().exists():
         return Target(label or _last(word), "checkpoint", word)
     model, _, how = word.partition("@")
