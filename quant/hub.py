@@ -52,5 +52,11 @@ def resolve_model(model: str, revision: str | None = None, cache: str | None = N
         _refuse(f"{model} is not a local directory, and the Hub did not provide it: {reason}", e)
 
 
+def model_name(model: str) -> str:
+    """A directory's own name, or a Hub id's last part: no path of this machine is in a report."""
+    path = Path(model).expanduser()
+    return path.resolve().name if path.is_dir() else model.rstrip("/").rpartition("/")[2]
+
+
 def _refuse(message: str, cause: Exception | None = None) -> NoReturn:
     raise CheckpointError(message) from cause

@@ -167,7 +167,7 @@ def _config(options: EvalOptions, directory: Path) -> EngineConfig:
 
 def _alone(options: EvalOptions, console: Console) -> None:
     from octavo.jobs.quality import perplexity_of
-    from octavo.quant.hub import resolve_model
+    from octavo.quant.hub import model_name, resolve_model
     from octavo.report.files import write_whole
 
     directory = resolve_model(options.model, options.revision)
@@ -182,7 +182,7 @@ def _alone(options: EvalOptions, console: Console) -> None:
         soft_wrap=True,
     )
     if options.json is not None:
-        write_whole(options.json, json.dumps({"model": _name(options.model), **asdict(found)}, indent=2) + "\n")
+        write_whole(options.json, json.dumps({"model": model_name(options.model), **asdict(found)}, indent=2) + "\n")
 
 
 def _against(options: EvalOptions, against: str) -> Report:
@@ -191,7 +191,7 @@ def _against(options: EvalOptions, against: str) -> Report:
     from octavo.calibration.report.verdict import judge
     from octavo.calibration.report.weight_error import by_kind, in_order
     from octavo.quant.checkpoint import Checkpoint
-    from octavo.quant.hub import resolve_model
+    from octavo.quant.hub import model_name, resolve_model
     from octavo.runtime.model.families.registry import LAYOUTS
 
     begin = time.perf_counter()
@@ -209,7 +209,7 @@ def _against(options: EvalOptions, against: str) -> Report:
     quantization = checkpoints[1].quantization
     return Report(
         task="eval",
-        model=_name(options.model),
+        model=model_name(options.model),
         base_model=None if Path(against).expanduser().is_dir() else against,
         architecture=str(checkpoints[1].config.get("model_type")),
         scheme=", ".join(map(str, schemes)) or "unquantized",
@@ -269,9 +269,3 @@ def _write(options: EvalOptions, report: Report) -> None:
         write_whole(options.json, report.to_json())
     if options.html is not None:
         write_whole(options.html, render_html(report))
-
-
-def _name(model: str) -> str:
-    """A model's name without its path on this machine."""
-    path = Path(model).expanduser()
-    return path.resolve().name if path.is_dir() else model.rpartition("/")[2]

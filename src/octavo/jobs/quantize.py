@@ -311,6 +311,7 @@ def _report(job: Job, prepared: Prepared, result: Quantized, seconds: float) -> 
     from octavo.calibration.kv import kv_rows
     from octavo.calibration.report.report import CalibrationText, Report, rounded, sizes_of
     from octavo.calibration.report.weight_error import by_kind, in_order
+    from octavo.quant.hub import model_name
 
     local = Path(job.model).expanduser().is_dir()
     recipe = result.recipe
@@ -329,7 +330,7 @@ def _report(job: Job, prepared: Prepared, result: Quantized, seconds: float) -> 
     )
     layers = result.layers
     return Report(
-        model=Path(job.model).expanduser().resolve().name if local else job.model.rpartition("/")[2],
+        model=model_name(job.model),
         base_model=None if local else job.model,
         architecture=str(prepared.checkpoint.config.get("model_type")),
         scheme=recipe.scheme,

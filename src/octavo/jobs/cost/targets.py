@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from octavo.calibration.choices import Algorithm
+from octavo.quant.hub import model_name
 from octavo.quant.scheme import AT_LOAD, PRESETS
 
 LABEL = re.compile(r"([\w .+-]+)=(.+)", re.DOTALL)
@@ -34,7 +35,7 @@ class Target(msgspec.Struct, frozen=True, omit_defaults=True):
     @property
     def directory_name(self) -> str:
         """Where its quantized copy lies."""
-        return SAFE.sub("-", f"{_last(self.model)}-{self.scheme}-{self.algorithm}")
+        return SAFE.sub("-", f"{model_name(self.model)}-{self.scheme}-{self.algorithm}")
 
 
 def parse_target(word: str) -> Target:
@@ -50,7 +51,7 @@ def parse_target(word: str) -> Target:
             raise TargetError(f"{word}: {e}") from e
         return Target(label or host, "server", word)
     if "@" not in word or Path(word).expanduser().exists():
-        return Target(label or _last(word), "checkpoint", word)
+        return Target(label or model_name(word), "checkpoint", word)
     model, _, how = word.partition("@")
     scheme, _, algorithm = how.partition("/")
     name, at, group = scheme.partition("@")
@@ -64,7 +65,7 @@ def parse_target(word: str) -> Target:
     algorithm = algorithm.lower() or "rtn"
     if algorithm not in ALGORITHMS:
         raise TargetError(f"{word}: {algorithm!r} is no algorithm; {', '.join(ALGORITHMS)} are")
-    shown = f"{_last(model)} {preset}{at}{group}" + (f" {algorithm}" if algorithm != "rtn" else "")
+    shown = f"{model_name(model)} {preset}{at}{group}" + (f" {algorithm}" if algorithm != "rtn" else "")
     return Target(label or shown, "quantized", model, f"{preset}{at}{group}", algorithm)
 
 
@@ -75,9 +76,3 @@ def parse_targets(words: Sequence[str]) -> list[Target]:
     if twice := sorted({label for label in labels if labels.count(label) > 1}):
         raise TargetError(f"two models are called {twice[0]!r}: LABEL=MODEL gives one another name")
     return targets
-
-
-def _last(model: str) -> str:
-    """A directory's own name, or a Hub id's last part: no path of this machine is in a report."""
-    path = Path(model).expanduser()
-    return path.resolve().name if path.is_dir() else model.rstrip("/").rpartition("/")[2]
