@@ -101,6 +101,8 @@ def test_words_for_models(tmp_path: Path) -> None:
     [
         ("m@int5", "'int5' is no scheme to quantize to; fp8, int8, int4 or one of "),
         ("m@W4A16@many", "'many' is not a group size"),
+        ("m@W4A16@48", "'48' is not a group size; 32, 64, 128, -1 are"),
+        ("m@W8A8@64", "W8A8 scales per channel; a group size is for W4A16"),
         ("m@W4A16/best", "'best' is no algorithm; rtn, gptq"),
     ],
 )

@@ -11,12 +11,14 @@ from urllib.parse import urlsplit
 import msgspec
 
 from octavo.calibration.choices import Algorithm
+from octavo.calibration.recipe import RecipeError, parse_scheme
 from octavo.quant.hub import model_name
-from octavo.quant.scheme import AT_LOAD, PRESETS
+from octavo.quant.scheme import AT_LOAD, GROUP_SIZES, PRESETS
 
 LABEL = re.compile(r"([\w .+-]+)=(.+)", re.DOTALL)
 SAFE = re.compile(r"[^A-Za-z0-9._-]+")
 ALGORITHMS = get_args(Algorithm)
+SIZES = tuple(map(str, (*GROUP_SIZES, -1)))  # as spelled
 
 
 class TargetError(ValueError):
@@ -60,8 +62,12 @@ def parse_target(word: str) -> Target:
         raise TargetError(
             f"{word}: {name!r} is no scheme to quantize to; {', '.join(AT_LOAD)} or one of {', '.join(PRESETS)} is"
         )
-    if at and not group.lstrip("-").isdigit():
-        raise TargetError(f"{word}: {group!r} is not a group size, as in W4A16@64")
+    if at and group not in SIZES:
+        raise TargetError(f"{word}: {group!r} is not a group size; {', '.join(SIZES)} are, as in W4A16@64")
+    try:
+        parse_scheme(f"{preset}{at}{group}")
+    except RecipeError as e:
+        raise TargetError(f"{word}: {e}") from e
     algorithm = algorithm.lower() or "rtn"
     if algorithm not in ALGORITHMS:
         raise TargetError(f"{word}: {algorithm!r} is no algorithm; {', '.join(ALGORITHMS)} are")
