@@ -126,6 +126,9 @@ def test_an_error_of_a_server_s_start_is_one_line_in_the_report() -> None:
 def test_two_of_one_name() -> None:
     with pytest.raises(TargetError, match="two models are called 'm': LABEL=MODEL gives one another name"):
         parse_targets(["a/m", "b/m"])
+    with pytest.raises(TargetError, match="a/m and b/m would be quantized into one directory, m-W8A8-rtn: another -o"):
+        parse_targets(["one=a/m@int8", "two=b/m@int8"])
+    assert len(parse_targets(["one=a/m@int8", "two=a/m@int8", "b/m", "b/m@fp8"])) == 4
 
 
 def test_nothing_on_the_front_is_beaten_in_both() -> None:

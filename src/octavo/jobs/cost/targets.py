@@ -81,4 +81,14 @@ def parse_targets(words: Sequence[str]) -> list[Target]:
     labels = [target.label for target in targets]
     if twice := sorted({label for label in labels if labels.count(label) > 1}):
         raise TargetError(f"two models are called {twice[0]!r}: LABEL=MODEL gives one another name")
+    by_directory: dict[str, Target] = {}
+    for target in targets:
+        if target.kind != "quantized":
+            continue
+        first = by_directory.setdefault(target.directory_name, target)
+        if first.model != target.model:
+            raise TargetError(
+                f"{first.model} and {target.model} would be quantized into one directory, {target.directory_name}: "
+                "another -o is for one of them"
+            )
     return targets
