@@ -32,7 +32,7 @@ PAGE = Page(
         Section("", (Answer((NASTY, "more"), unsure=True), Tiles(((NASTY, "what"),)))),
         Section("Table", (Table(NASTY, ("a", "b"), ((NASTY, Cell("1", NASTY, marked=True)),), note="note"),)),
         Section("Charts", (Charts((CHART, CHART)),)),
-        Section("Folded", (Items((NASTY,)),), folded=True),
+        Section("List", (Items((NASTY,)),)),
     ),
 )
 

@@ -105,12 +105,14 @@ def _dataset(series: Series) -> dict[str, Any]:
 
 
 def _point(point: ChartPoint) -> dict[str, Any]:
-    found: dict[str, Any] = {"x": _short(point.x), "y": _short(point.y), "label": point.label}
+    found: dict[str, Any] = {"x": _short(point.x), "y": _short(point.y)}
+    if point.label:
+        found["label"] = point.label
     if point.y_bounds is not None:
         found |= {"yMin": _short(point.y_bounds[0]), "yMax": _short(point.y_bounds[1])}
     if point.x_bounds is not None:
         found |= {"xMin": _short(point.x_bounds[0]), "xMax": _short(point.x_bounds[1])}
-    return {name: value for name, value in found.items() if value != ""}
+    return found
 
 
 def _short(value: float) -> float:

@@ -63,11 +63,10 @@ Block = Answer | Tiles | Items | Facts | Table | Picture | Charts
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what stands below it. folded: the reader opens it."""
+    """A heading and what stands below it."""
 
     title: str
     blocks: tuple[Block, ...]
-    folded: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,8 +102,6 @@ class Page:
 
 def _section(section: Section, charts: list[Chart]) -> str:
     blocks = "\n".join(_html(block, charts) for block in section.blocks)
-    if section.folded:
-        return f"<details><summary>{escape(section.title)}</summary>\n{blocks}\n</details>"
     return f"<h2>{escape(section.title)}</h2>\n{blocks}" if section.title else blocks
 
 

@@ -22,18 +22,13 @@ WINDOW_SECONDS = 600.0  # in which a server that doesn't hang reads one
 
 
 class CostQuality(msgspec.Struct, frozen=True, omit_defaults=True):
-    """None: not measured, and `missing` says why. kl: nats per token; top1: share of the same most likely tokens.
-
-    passed: the verdict of `octavo eval`; max_kl: its limit
-    """
+    """None: not measured, and `missing` says why. kl: nats per token; top1: share of the same most likely tokens."""
 
     how: str = ""
     num_tokens: int = 0
     perplexity: Interval | None = None
     kl: Interval | None = None
     top1: Interval | None = None
-    passed: bool | None = None
-    max_kl: float | None = None
     missing: str = ""
 
 
@@ -51,15 +46,12 @@ def of_comparison(report: dict[str, Any]) -> CostQuality:
         return CostQuality(missing="; ".join(report.get("warnings", ())) or "octavo eval gave no figures")
     windows = quality["by_window"]
     counts = [window["num_tokens"] for window in windows]
-    verdict = report.get("verdict") or {}
     return CostQuality(
         how=f"octavo eval over {quality['text']}",
         num_tokens=quality["num_tokens"],
         perplexity=_perplexity([window["nll_after"] for window in windows], counts),
         kl=_per_token([window["kl"] for window in windows], counts),
         top1=_share(_per_token([window["agreeing"] for window in windows], counts)),
-        passed=verdict.get("passed"),
-        max_kl=verdict.get("max_kl"),
     )
 
 

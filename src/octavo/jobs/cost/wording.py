@@ -11,15 +11,15 @@ from octavo.report.table import Cell
 NAMES = {"ttft": "TTFT", "tpot": "TPOT", "e2el": "end-to-end"}
 
 
-def figure(value: float, unit: str = "") -> str:
+def figure(value: float) -> str:
     """Three digits: 0.0312, 4.21, 1,350, 12.3 M."""
     if value == 0 or not math.isfinite(value):
-        return f"{value:g}{unit}"
+        return f"{value:g}"
     for limit, divisor, name in ((1e9, 1e9, " B"), (1e6, 1e6, " M")):
         if value >= limit:
-            return f"{value / divisor:.3g}{name}{unit}"
+            return f"{value / divisor:.3g}{name}"
     digits = max(0, 2 - math.floor(math.log10(abs(value))))
-    return f"{value:,.{min(digits, 8)}f}{unit}"
+    return f"{value:,.{min(digits, 8)}f}"
 
 
 def dollars(value: float) -> str:
@@ -27,16 +27,16 @@ def dollars(value: float) -> str:
     return f"${figure(value)}"
 
 
-def between(interval: Interval, unit: str = "") -> str:
+def between(interval: Interval) -> str:
     """'4.05 to 4.40'."""
-    return f"{figure(interval.low)} to {figure(interval.high, unit)}"
+    return f"{figure(interval.low)} to {figure(interval.high)}"
 
 
-def cell(interval: Interval | None, unit: str = "", *, money: bool = False, marked: bool = False) -> Cell:
+def cell(interval: Interval | None, *, money: bool = False, marked: bool = False) -> Cell:
     """A figure above its interval; a dash where there is none."""
     if interval is None:
         return Cell("–")
-    text = dollars(interval.value) if money else figure(interval.value, unit)
+    text = dollars(interval.value) if money else figure(interval.value)
     return Cell(text, between(interval), marked)
 
 
