@@ -26,7 +26,7 @@ class Choice:
 
 def price(server: ServerState) -> Interval | None:
     """Dollars per million output tokens at the SLO, all in."""
-    return None if server.figures is None else server.figures.values.get("slo_usd_all_in")
+    return server.values.get("slo_usd_all_in")
 
 
 def choose(servers: Sequence[ServerState], max_kl: float) -> Choice:

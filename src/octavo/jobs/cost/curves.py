@@ -104,7 +104,7 @@ def _closed(servers: Sequence[ServerState]) -> Chart | None:
 def _distribution(servers: Sequence[ServerState], settings: Settings, name: str) -> Chart | None:
     series = []
     for number, server in enumerate(servers):
-        rate = server.figures.values.get("slo_rate") if server.figures is not None else None
+        rate = server.values.get("slo_rate")
         if rate is None:
             continue
         times = [

@@ -21,7 +21,7 @@ from octavo.bench.http import HttpError
 from octavo.jobs.cost.client import Asking, Measured, ServerError
 from octavo.jobs.cost.figures import figures_of
 from octavo.jobs.cost.loads import Run
-from octavo.jobs.cost.page import Wanted, make_page, points_csv
+from octavo.jobs.cost.page import Wanted, answer, make_page, points_csv
 from octavo.jobs.cost.plan import PlanError, Settings, measure_server
 from octavo.jobs.cost.quality import CostQuality, of_answers, of_comparison, of_reference
 from octavo.jobs.cost.state import REPORT, Conditions, Recorded, ServerState, State, new_state, read_state
@@ -30,7 +30,6 @@ from octavo.jobs.cost.tasks import NO_TASKS, Tasks, read_results
 from octavo.jobs.cost.wording import duration
 from octavo.quant.hub import resolve_model
 from octavo.report.files import write_whole
-from octavo.report.page import Answer
 
 EVAL_FLAGS = ("--dtype", "--kv-cache-dtype", "--lm-head-dtype")  # of `octavo serve` that change what is computed
 DRAIN_SECONDS = 2.0  # for the estimate of the time: what a load takes beside its seconds
@@ -126,8 +125,7 @@ def check_targets(job: CostJob) -> None:
 
 def answer_lines(job: CostJob, state: State) -> tuple[str, ...]:
     """The report's answer, for the terminal."""
-    block = make_page(state, job.wanted).sections[0].blocks[0]
-    return block.lines if isinstance(block, Answer) else ()
+    return answer(state, job.wanted).lines
 
 
 def write_report(job: CostJob, state: State) -> None:
@@ -150,7 +148,8 @@ def _measure(job: CostJob, around: Surroundings, state: State, number: int, targ
     server = state.server(target.label)
     asks = job.quality and any(other.kind == "server" for other in job.targets)
     unasked = asks and server.answered is None
-    if server.done and not unasked and not set(job.tasks.names) - set(server.tasks):
+    tasks_left = set(job.tasks.names) - set(server.tasks)
+    if server.done and not unasked and not tasks_left:
         return
     server.problem = None
     left = max(0.0, job.seconds - len(server.runs) * (job.settings.seconds + DRAIN_SECONDS))
@@ -169,7 +168,7 @@ def _measure(job: CostJob, around: Surroundings, state: State, number: int, targ
             server.done = True
             if unasked:
                 _ask(job, state, server, measured, first=number == 0)
-            if set(job.tasks.names) - set(server.tasks):
+            if tasks_left:
                 _run_tasks(job, around, server, measured, target)
     except (ServerError, PlanError) as e:
         server.problem = in_one_line(e)

@@ -40,9 +40,9 @@ def price_rules(state: State, cost_per_hour: float, source: str) -> tuple[str, .
         "Machines are for a traffic that is spread evenly over the day; a peak takes more in proportion.",
     )
     shares = [
-        f"{server.label} {percent(server.figures.values['prefill_share']).text}"
+        f"{server.label} {percent(server.values['prefill_share']).text}"
         for server in state.servers
-        if server.figures is not None and "prefill_share" in server.figures.values
+        if "prefill_share" in server.values
     ]
     return (*lines, f"The share of prompts in the time: {', '.join(shares)}.") if shares else lines
 

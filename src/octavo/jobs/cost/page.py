@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from octavo.jobs.cost.choice import Choice, choose
 from octavo.jobs.cost.curves import charts
-from octavo.jobs.cost.figures import Question
+from octavo.jobs.cost.figures import NEAR, Question
 from octavo.jobs.cost.method import measuring_rules, noise, price_rules
 from octavo.jobs.cost.prices import SECONDS_PER_DAY
 from octavo.jobs.cost.quality import CostQuality
@@ -40,7 +40,7 @@ def make_page(state: State, wanted: Wanted) -> Page:
         title="What a million tokens costs",
         subtitle=f"{', '.join(server.label for server in servers)}; {state.conditions.workload}; {state.begun}",
         sections=(
-            Section("", (_answer(state, choice, wanted), _at_slo(state, choice, wanted))),
+            Section("", (answer(state, wanted), _at_slo(state, choice.best, wanted))),
             Section("Curves", (Charts(charts(measured, settings)),)),
             Section("Prices by kind of token", (_prices(measured), Items(prices))),
             Section("At the SLO and at saturation", (_latencies(measured, settings.percentile), _saturation(measured))),
@@ -69,8 +69,10 @@ def points_csv(state: State) -> str:
     return to_csv(heads, rows)
 
 
-def _answer(state: State, choice: Choice, wanted: Wanted) -> Answer:
+def answer(state: State, wanted: Wanted) -> Answer:
+    """Which model to serve, what it costs, why, and how sure that is."""
     settings = state.conditions.settings
+    choice = choose(state.servers, wanted.max_kl)
     slo = slo_in_words(settings.slo, settings.percentile)
     quiet, noisy = noise(state)
     if choice.best is None or choice.best.figures is None:
@@ -120,17 +122,17 @@ def _why(choice: Choice, count: int) -> str:
     return " ".join(sentence for sentence in sentences if sentence) or "It is the only model that was measured."
 
 
-def _at_slo(state: State, choice: Choice, wanted: Wanted) -> Table:
+def _at_slo(state: State, best: ServerState | None, wanted: Wanted) -> Table:
     per_day = wanted.question.tokens_per_day
     heads = ["model", "$ per 1M output, all in", "requests/s", "output tok/s", "TTFT p99, ms", "TPOT p99, ms"]
     heads += [f"machines for {figure(per_day)} tokens/day"] if per_day else []
     heads += ["KL, nats", "same top token"]
     rows: list[tuple[Content, ...]] = []
     for server in state.servers:
-        values = _values(server)
+        values = server.values
         row: list[Content] = [
             server.label,
-            cell(values.get("slo_usd_all_in"), money=True, marked=server is choice.best),
+            cell(values.get("slo_usd_all_in"), money=True, marked=server is best),
             *(cell(values.get(f"slo_{name}")) for name in ("rate", "output_rate", "ttft_99", "tpot_99")),
         ]
         row += [whole(values.get("slo_machines"))] if per_day else []
@@ -153,7 +155,7 @@ def _prices(servers: Sequence[ServerState]) -> Table:
     heads = ("model", *(f"$ {kind}{where}" for where in (", SLO", ", saturated") for kind in kinds))
     keys = [f"{at}_usd_{kind}" for at in ("slo", "saturation") for kind in kinds]
     rows: list[tuple[Content, ...]] = [
-        (server.label, *(cell(_values(server).get(key), money=True) for key in keys)) for server in servers
+        (server.label, *(cell(server.values.get(key), money=True) for key in keys)) for server in servers
     ]
     return Table("The same bill divided between the kinds of tokens, $ per million", heads, tuple(rows))
 
@@ -163,12 +165,15 @@ def _latencies(servers: Sequence[ServerState], percentile: float) -> Table:
     rows: tuple[tuple[Content, ...], ...] = tuple(
         (
             server.label,
-            *(cell(_values(server).get(f"slo_{name}_{p}")) for name in ("ttft", "tpot") for p in (50, 90, 99)),
+            *(cell(server.values.get(f"slo_{name}_{p}")) for name in ("ttft", "tpot") for p in (50, 90, 99)),
         )
         for server in servers
-        if any(name.startswith("slo_ttft") for name in _values(server))
+        if any(name.startswith("slo_ttft") for name in server.values)
     )
-    note = f"Of the runs whose rate is within 12 % of the one at which {percentile:g} % of the requests keep the SLO."
+    note = (
+        f"Of the runs whose rate is within {100 * NEAR:g} % of the one at which {percentile:g} % of the requests keep "
+        "the SLO."
+    )
     return Table("Latencies at the SLO, from the time at which a request was meant to be sent", heads, rows, note)
 
 
@@ -176,7 +181,7 @@ def _saturation(servers: Sequence[ServerState]) -> Table:
     heads = ("model", "at a time", "output tok/s", "$ per 1M output, all in", "tok/s per $/h", "tok/s per $/h, SLO")
     rows: list[tuple[Content, ...]] = []
     for server in servers:
-        values = _values(server)
+        values = server.values
         rows.append(
             (
                 server.label,
@@ -194,7 +199,7 @@ def _saturation(servers: Sequence[ServerState]) -> Table:
 def _comparison(servers: Sequence[ServerState], wanted: Wanted) -> tuple[Section, ...]:
     rows: list[tuple[Content, ...]] = []
     for server in servers:
-        values = _values(server)
+        values = server.values
         for price in wanted.question.api_prices:
             even = values.get(f"slo_break_even_{price.name}")
             share = values.get(f"slo_capacity_share_{price.name}")
@@ -248,16 +253,16 @@ def _quality(servers: Sequence[ServerState]) -> Table:
 def _machine_table(servers: Sequence[ServerState]) -> Table:
     rows: list[tuple[Content, ...]] = []
     for server in servers:
-        values = _values(server)
+        values = server.values
         memory = values.get("memory")
-        gigabytes = None if memory is None else Interval(*(x / 1e9 for x in (memory.value, memory.low, memory.high)))
+        gigabytes = None if memory is None else memory.scaled(1 / 1e9)
         joules = values.get("joules_per_output_token")
-        energy = None if joules is None else Interval(*(x / 3.6 for x in (joules.value, joules.low, joules.high)))
+        energy = None if joules is None else joules.scaled(1 / 3.6)
         start = "–" if server.start_seconds is None else f"{server.start_seconds:.1f}"
         rows.append((server.label, cell(gigabytes), start, cell(values.get("watts")), cell(energy)))
     heads = ("model", "memory, GB", "start, s", "power, W", "kWh per 1M output tokens")
     note = "Memory: of the processes of a server that octavo started (Pss). Energy: by NVML or RAPL"
-    told = any("watts" in _values(server) for server in servers)
+    told = any("watts" in server.values for server in servers)
     return Table("", heads, tuple(rows), note + ("." if told else "; this machine tells neither."))
 
 
@@ -274,7 +279,7 @@ def _problems(servers: Sequence[ServerState]) -> tuple[Section, ...]:
             lines.append(f"{server.label}: every rate that was tried keeps the SLO; the limit is above them.")
         if server.figures is not None and not server.figures.keeps_slo:
             lines.append(f"{server.label}: no rate that was tried keeps the SLO; a loaded server is not the reason.")
-        slo, saturation = (_values(server).get(f"{where}_rate") for where in ("slo", "saturation"))
+        slo, saturation = (server.values.get(f"{where}_rate") for where in ("slo", "saturation"))
         if slo is not None and saturation is not None and slo.low > saturation.high:
             lines.append(
                 f"{server.label}: the rate at the SLO is above the one at saturation, and can't last: --seconds is too "
@@ -285,7 +290,3 @@ def _problems(servers: Sequence[ServerState]) -> tuple[Section, ...]:
         if not server.done and not server.problem:
             lines.append(f"{server.label}: not measured to the end; the same command goes on with it.")
     return (Section("What went wrong", (Items(tuple(lines)),)),) if lines else ()
-
-
-def _values(server: ServerState) -> dict[str, Interval]:
-    return server.figures.values if server.figures is not None else {}

@@ -54,6 +54,11 @@ class ServerState(msgspec.Struct, omit_defaults=True):
     problem: str | None = None
     figures: Figures | None = None
 
+    @property
+    def values(self) -> dict[str, Interval]:
+        """Its figures by their names; none where too little was measured."""
+        return self.figures.values if self.figures is not None else {}
+
 
 class Conditions(msgspec.Struct, frozen=True):
     """What measurements depend on: a second run with others is a different measurement."""

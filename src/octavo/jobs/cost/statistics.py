@@ -35,6 +35,10 @@ class Interval(msgspec.Struct, frozen=True):
         """True where no difference is to be seen."""
         return self.low <= other.high and other.low <= self.high
 
+    def scaled(self, factor: float) -> Interval:
+        """The same in another unit."""
+        return Interval(self.value * factor, self.low * factor, self.high * factor)
+
 
 def intervals(
     groups: Mapping[str, Sequence[T]],
