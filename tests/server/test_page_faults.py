@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -29,6 +30,15 @@ window.fetch = async (url, options = {}) => new Response(new ReadableStream({
     options.signal?.addEventListener("abort", () => controller.error(new DOMException("", "AbortError")));
   },
 }));
+"""
+FORBIDDEN = """
+for (const name of ["sessionStorage", "localStorage"])
+  Object.defineProperty(window, name, {get() { throw new DOMException("", "SecurityError"); }});
+const real = window.fetch;
+window.fetch = (url, options = {}) => {
+  window.sent = options.headers?.Authorization ?? "";
+  return real(url, options);
+};
 """
 REFUSED = """
 const given = [...arguments];
@@ -67,6 +77,16 @@ def page(window: Any, server: Server) -> Any:
 def fresh(page: Any, url: str) -> None:
     page.open(url)
     page.wait(lambda: page.one("#model").get_attribute("value") == "tiny")
+
+
+@contextmanager
+def beforehand(page: Any, script: str) -> Iterator[None]:
+    """With this script ahead of those of each page that is opened."""
+    known = page.driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": script})
+    try:
+        yield
+    finally:
+        page.driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", known)
 
 
 def conversation(page: Any) -> list[dict[str, Any]]:
@@ -127,6 +147,39 @@ def test_a_text_is_copied_where_the_clipboard_is_forbidden(page: Any) -> None:
     page.one("#curl").click()
     page.wait(lambda: page.one("#status").get_attribute("textContent") == "Copied")
     assert page.script("return window.copied").startswith("curl ")
+
+
+def test_the_page_works_where_the_browser_keeps_nothing(page: Any, server: Server) -> None:
+    page.complaints()  # those of other tests
+    with beforehand(page, FORBIDDEN):
+        fresh(page, f"{server.url}/")
+        pressed = page.one("#theme").get_attribute("aria-pressed")
+        page.one("#theme").click()
+        assert page.one("#theme").get_attribute("aria-pressed") != pressed
+        page.one("#key-button").click()
+        page.one("#key").send_keys("secret\ue007")
+        page.wait(lambda: not page.one("#key-dialog").is_displayed())
+        page.set("max_tokens", "4")
+        page.say("Hello")
+        page.answer()
+        assert page.script("return window.sent") == "Bearer secret"
+        page.one("#key-button").click()
+        page.one("#key-forget").click()
+        page.say("And again")
+        page.answer(2)
+        assert page.script("return window.sent") == ""
+    fresh(page, f"{server.url}/")
+    assert not page.all(".message")
+    assert page.complaints() == []
+
+
+def test_the_chosen_colors_are_kept(page: Any, server: Server) -> None:
+    style = "return getComputedStyle(document.documentElement).colorScheme"
+    page.one("#theme").click()
+    chosen = page.script(style)
+    assert chosen in ("light", "dark")
+    fresh(page, f"{server.url}/")
+    assert page.script(style) == chosen
 
 
 def test_the_button_that_pauses_says_what_it_will_do(page: Any) -> None:

@@ -2,7 +2,7 @@
 import { Chat } from "./chat.js";
 import { Compare } from "./compare.js";
 import { Dashboard } from "./dashboard.js";
-import { announce, byId, notice } from "./dom.js";
+import { announce, byId, keep, notice } from "./dom.js";
 import { ReportView } from "./report.js";
 import { own, setKey } from "./server.js";
 import { offerModels, Settings, SettingsError } from "./settings.js";
@@ -96,7 +96,7 @@ const tellTheme = () => byId("theme").setAttribute("aria-pressed", String(isDark
 byId("theme").addEventListener("click", () => {
   const theme = isDark() ? "light" : "dark";
   document.documentElement.dataset.theme = theme;
-  localStorage.setItem("octavo.theme", theme);
+  keep("theme", theme, "localStorage");
   tellTheme();
   dashboard.recolor();
 });

@@ -29,7 +29,7 @@ export class Dashboard {
     this.isAsking = false;
     this.timer = null;
     this.cost = byId("cost");
-    this.cost.value = kept("cost", "", localStorage);
+    this.cost.value = kept("cost", "", "localStorage");
     this.tiles = new Map();
     const percentiles = [
       { label: "p50", color: "--chart-1" }, { label: "p90", color: "--chart-2" }, { label: "p99", color: "--chart-3" },
@@ -43,7 +43,7 @@ export class Dashboard {
     };
     byId("charts").prepend(...Object.values(this.charts).map((chart) => chart.element));
     this.cost.addEventListener("input", () => {
-      keep("cost", this.cost.value, localStorage);
+      keep("cost", this.cost.value, "localStorage");
       this.drawCost();
     });
     byId("window").addEventListener("change", () => this.draw());

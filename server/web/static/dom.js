@@ -62,19 +62,22 @@ export function colorOf(variable) {
   return color;
 }
 
-/** A value kept for this tab, or with `localStorage` for this browser. A key never goes to the latter. */
-export function kept(name, fallback, storage = sessionStorage) {
+const unkept = new Map(); // what the browser's storage did not take, being full or forbidden: the page alone knows it
+
+/** A value kept for this tab, or in "localStorage" for this browser. A key never goes to the latter. */
+export function kept(name, fallback, storage = "sessionStorage") {
   try {
-    return JSON.parse(storage.getItem(`octavo.${name}`)) ?? fallback;
+    return unkept.get(name) ?? JSON.parse(window[storage].getItem(`octavo.${name}`)) ?? fallback;
   } catch {
     return fallback;
   }
 }
 
-export function keep(name, value, storage = sessionStorage) {
+export function keep(name, value, storage = "sessionStorage") {
   try {
-    storage.setItem(`octavo.${name}`, JSON.stringify(value));
+    window[storage].setItem(`octavo.${name}`, JSON.stringify(value)); // to name a forbidden storage is an error already
+    unkept.delete(name);
   } catch {
-    // full, or forbidden: the page works without a memory
+    unkept.set(name, value);
   }
 }

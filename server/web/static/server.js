@@ -72,9 +72,9 @@ export class Server {
 /** The server that this page is of. Its key is kept in this tab alone. */
 export const own = new Server(new URL("./", document.baseURI).href, () => kept("key", ""));
 
+/** An empty key is none. */
 export function setKey(key) {
-  if (key) keep("key", key);
-  else sessionStorage.removeItem("octavo.key");
+  keep("key", key);
 }
 
 /** A server from what a person typed: with or without a scheme, /v1 or a slash. */

@@ -1,3 +1,7 @@
 // Light or dark, before anything is drawn: what was chosen here, else what the system prefers.
-const chosenTheme = localStorage.getItem("octavo.theme");
-if (chosenTheme) document.documentElement.dataset.theme = chosenTheme;
+try {
+  const chosen = JSON.parse(localStorage.getItem("octavo.theme"));
+  if (chosen) document.documentElement.dataset.theme = chosen;
+} catch {
+  // storage is forbidden: what the system prefers
+}
