@@ -1,17 +1,14 @@
 """The tables of docs/models.md and docs/formats.md, made from the registry of families and the table of kernels.
 
-A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`; `python tests/support/model_tables.py` writes
-all of them anew.
+`python tests/support/model_tables.py` writes all of them anew.
 """
 
 from __future__ import annotations
 
-import re
-import sys
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Iterable
 
 import torch
+from doc_tables import DocTables
 
 from octavo.quant.kernel import LayerShape
 from octavo.quant.kernel_table import choose_kernel
@@ -19,9 +16,6 @@ from octavo.quant.scheme import PRESETS
 from octavo.quant.target import Target
 from octavo.runtime.model.families.family import Architecture
 from octavo.runtime.model.families.registry import ARCHITECTURES, VISION
-
-DOCS = Path(__file__).resolve().parents[2] / "docs"
-TABLE = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 NORMS = {"pre": "before", "sandwich": "before and after", "post": "after"}
 QK_NORMS = {None: "", "head": "each head", "width": "all heads together"}
@@ -83,23 +77,8 @@ def table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
-TABLES: dict[str, Callable[[], str]] = {"architectures": architectures, "kernels": kernels}
-
-
-def current(text: str) -> str:
-    """A page with its tables as they are now."""
-    return TABLE.sub(lambda match: f"{match[1]}\n{TABLES[match[2]]()}\n{match[3]}", text)
-
-
-def main() -> int:
-    """Write all pages that have tables."""
-    for page in DOCS.glob("*.md"):
-        text = page.read_text("utf-8")
-        if (fresh := current(text)) != text:
-            page.write_text(fresh, "utf-8")
-            print(f"written: {page.name}")
-    return 0
+TABLES = DocTables("table", {"architectures": architectures, "kernels": kernels})
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    TABLES.write()

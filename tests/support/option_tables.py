@@ -1,17 +1,12 @@
 """The tables of options in docs/, made from the structs that the flags are made from.
 
-A table stands between `<!-- options: NAME -->` and `<!-- end of options -->`; `python tests/support/option_tables.py`
-writes all of them anew. A command's own documentation may take any of the tables below.
+`python tests/support/option_tables.py` writes all of them anew. A command's own documentation may take any of them.
 """
 
 from __future__ import annotations
 
-import re
-import sys
-from collections.abc import Callable
-from pathlib import Path
-
 import msgspec
+from doc_tables import DocTables
 
 from octavo.bench.options import BenchOptions
 from octavo.commands import chat, quantize_flags, run_batch, serve_flags
@@ -33,8 +28,7 @@ def bench_only(options: type[msgspec.Struct]) -> list[Flag]:
     return [flag for flag in flags_of(options) if flag.field not in common]
 
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
-TABLES: dict[str, Callable[[], str]] = {
+MAKERS = {
     "quantize": lambda: markdown(flag for flag in quantize_flags.FLAGS if flag.group != "calibration data"),
     "calibration data": lambda: markdown(flags_of(DataOptions)),
     "convert": lambda: markdown(flags_of(ConvertOptions)),
@@ -50,23 +44,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "inspect": lambda: markdown(flags_of(InspectOptions)),
     "chat": lambda: markdown(chat.FLAGS),
 }
-TABLE = re.compile(r"(<!-- options: (.+?) -->\n).*?(<!-- end of options -->)", re.DOTALL)
-
-
-def current(text: str) -> str:
-    """A page with its tables as they are now."""
-    return TABLE.sub(lambda match: f"{match[1]}\n{TABLES[match[2]]()}\n{match[3]}", text)
-
-
-def main() -> int:
-    """Write all pages that have tables."""
-    for page in DOCS.glob("*.md"):
-        text = page.read_text("utf-8")
-        if (fresh := current(text)) != text:
-            page.write_text(fresh, "utf-8")
-            print(f"written: {page.name}")
-    return 0
+TABLES = DocTables("options", MAKERS)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    TABLES.write()
