@@ -11,7 +11,6 @@ import os
 import pickle
 import resource
 import signal
-import ssl
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -33,12 +32,12 @@ from octavo.commands.serve_flags import (
     model_of,
     read_options,
 )
-from octavo.commands.serve_text import TextSide, preparation, text_side
 from octavo.server.access import Access, api_keys, default_hosts
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+    from octavo.commands.serve_text import TextSide
     from octavo.runtime.config import EngineConfig
     from octavo.runtime.launch import EngineProcess, Launcher
     from octavo.runtime.messages import Ready
@@ -128,6 +127,7 @@ def _serve_alone(options: ServeOptions, directory: Path, access: Access, listene
         with uncollected():
             import uvloop
 
+            from octavo.commands.serve_text import preparation, text_side
             from octavo.server.lifecycle import serve
 
             text = text_side(options, directory)
@@ -172,6 +172,7 @@ def _serve_with_processes(
         with uncollected():
             import uvloop
 
+            from octavo.commands.serve_text import preparation, text_side
             from octavo.server.processes.parent import Parent, serve_with_processes
 
             text = text_side(options, directory)
@@ -277,6 +278,8 @@ def _check_tls(options: ListenOptions) -> None:
     """Read the certificate's files before the model is loaded, so that a missing one is reported at once."""
     if not (options.ssl_certfile or options.ssl_keyfile):
         return
+    import ssl  # some 10 ms, which a start without a certificate need not take
+
     try:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(options.ssl_certfile or "", options.ssl_keyfile)
