@@ -40,6 +40,15 @@ window.fetch = (url, options = {}) => {
   return real(url, options);
 };
 """
+AWAY = """
+const real = window.fetch;
+window.fails = 1;
+window.fetch = async (...given) => {
+  if (!window.fails) return real(...given);
+  window.fails -= 1;
+  throw new TypeError("Failed to fetch");
+};
+"""
 REFUSED = """
 const given = [...arguments];
 window.asked = 0;
@@ -180,6 +189,14 @@ def test_the_chosen_colors_are_kept(page: Any, server: Server) -> None:
     assert chosen in ("light", "dark")
     fresh(page, f"{server.url}/")
     assert page.script(style) == chosen
+
+
+def test_a_server_that_does_not_answer_at_first_is_asked_again(page: Any, server: Server) -> None:
+    with beforehand(page, AWAY):
+        fresh(page, f"{server.url}/")
+        page.wait(lambda: not page.one("#notice").is_displayed())
+        assert page.script("return window.fails") == 0
+        assert "context holds" in page.one("#welcome-about").text
 
 
 def test_the_button_that_pauses_says_what_it_will_do(page: Any) -> None:

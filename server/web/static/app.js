@@ -8,6 +8,7 @@ import { own, setKey } from "./server.js";
 import { offerModels, Settings, SettingsError } from "./settings.js";
 
 const TITLES = { chat: "Chat", compare: "Compare", dashboard: "Dashboard", report: "Quantization report" };
+const AGAIN = 2000; // milliseconds
 const comparing = new URLSearchParams(location.search).has("compare"); // the policy of this URL lets it ask others
 
 const settings = new Settings();
@@ -46,16 +47,19 @@ function show() {
   if (view === "chat") chat.follow(true);
 }
 
-async function learn() {
+/** Ask the server what it is, until it says so: it may be starting again. */
+async function learn(isAgain = false) {
   try {
     offerModels(byId("model"), await own.modelNames());
     const info = await own.json("server_info");
     byId("welcome-model").textContent = byId("model").value;
     settings.learn(info);
     chat.learn(info);
+    if (isAgain) failed(null);
     await compare?.connect();
   } catch (error) {
     failed(error);
+    if (error.status === 0 || error.status >= 500) setTimeout(learn, AGAIN, true);
   }
 }
 
