@@ -199,6 +199,21 @@ def test_a_server_that_does_not_answer_at_first_is_asked_again(page: Any, server
         assert "context holds" in page.one("#welcome-about").text
 
 
+def test_a_seed_is_sent_as_it_was_typed_or_not_at_all(page: Any) -> None:
+    """JavaScript's numbers are exact up to 2**53."""
+    page.script("navigator.clipboard.writeText = async (text) => { window.copied = text; }")
+    for seed in (2**53 - 1, 1 - 2**53, -7):
+        page.set("seed", str(seed))
+        page.script("window.copied = ''; document.getElementById('curl').click()")
+        assert f'"seed":{seed},' in page.wait(lambda: page.script("return window.copied"))
+    for seed in ("9007199254740993", "-9007199254740993", "0.5"):
+        page.set("seed", seed)
+        page.say("Hello")
+        page.wait(lambda: "Seed" in page.one("#settings-error").text)
+        assert page.one("#prompt").get_attribute("value") == "Hello"
+        page.one("#prompt").clear()
+
+
 def test_the_button_that_pauses_says_what_it_will_do(page: Any) -> None:
     page.script("location.hash = '#dashboard'")
     for name in ("Go on", "Pause"):
