@@ -2,7 +2,7 @@
 import { Chat } from "./chat.js";
 import { Compare } from "./compare.js";
 import { Dashboard } from "./dashboard.js";
-import { announce, byId, keep, notice } from "./dom.js";
+import { announce, byId, keep, notice, showText } from "./dom.js";
 import { ReportView } from "./report.js";
 import { own, setKey } from "./server.js";
 import { offerModels, Settings, SettingsError } from "./settings.js";
@@ -66,8 +66,7 @@ async function learn(isAgain = false) {
 function askForKey(message = "") {
   const dialog = byId("key-dialog");
   if (dialog.open && !message) return; // somebody types into it already
-  byId("key-error").textContent = message;
-  byId("key-error").hidden = !message;
+  showText(byId("key-error"), message);
   if (!dialog.open) dialog.showModal();
   byId("key").focus();
 }

@@ -2,6 +2,8 @@
 /* global uPlot */
 import { colorOf, el } from "./dom.js";
 
+const HEIGHT = 170; // as .plot has it in views.css
+
 const clock = (seconds) => new Date(1000 * seconds).toLocaleTimeString([], { hour12: false });
 
 export class Chart {
@@ -42,7 +44,7 @@ export class Chart {
     const axis = { stroke: ink, grid, ticks: { show: false }, font: "11px system-ui, sans-serif" };
     this.plot = new uPlot({
       width,
-      height: 170,
+      height: HEIGHT,
       padding: [8, 28, 0, 0],
       legend: { show: false },
       cursor: { y: false, sync: { key: "octavo" }, drag: { x: false, y: false } },
@@ -62,7 +64,7 @@ export class Chart {
 
   fit() {
     const width = this.place.clientWidth;
-    if (this.plot && width) this.plot.setSize({ width, height: 170 });
+    if (this.plot && width) this.plot.setSize({ width, height: HEIGHT });
     else if (!this.plot) this.make();
   }
 

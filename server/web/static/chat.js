@@ -10,7 +10,7 @@ const STARTERS = [
 ];
 
 export class Chat {
-  /** about: what the server says of itself; onError: is told what could not be asked. */
+  /** model: tells which one is chosen; onError: is told what could not be asked. */
   constructor(settings, model, onError) {
     this.settings = settings;
     this.model = model;
@@ -151,9 +151,8 @@ export class Chat {
 
   asked(messages = this.messages) {
     if (!this.canChat) return { prompt: messages.at(-1).content };
-    const system = this.settings.system ? [{ role: "system", content: this.settings.system }] : [];
     const said = messages.map(({ by, isJson, reasoning, facts, ...message }) => message);
-    return { messages: [...system, ...said] };
+    return { messages: [...this.settings.systemMessages, ...said] };
   }
 
   /** Say what went wrong, and let what was typed be sent again. */

@@ -1,6 +1,6 @@
 // One prompt to two models, of this server or of others, side by side.
 import { Answer } from "./answer.js";
-import { announce, byId, el, keep, kept } from "./dom.js";
+import { announce, byId, el, keep, kept, showText } from "./dom.js";
 import { own, serverAt } from "./server.js";
 import { offerModels } from "./settings.js";
 
@@ -56,8 +56,7 @@ class Side {
   }
 
   complain(message) {
-    this.error.textContent = message;
-    this.error.hidden = !message;
+    showText(this.error, message);
   }
 
   /** The answer, once it is whole; null where there is none. */
@@ -109,9 +108,8 @@ export class Compare {
       this.onError(error);
       return;
     }
-    const system = this.settings.system ? [{ role: "system", content: this.settings.system }] : [];
-    body.messages = [...system, { role: "user", content: prompt }];
-    byId("compare-verdict").hidden = true;
+    body.messages = [...this.settings.systemMessages, { role: "user", content: prompt }];
+    showText(byId("compare-verdict"), "");
     const aborter = new AbortController();
     this.setBusy(aborter);
     try {
@@ -133,9 +131,8 @@ export class Compare {
 
   judge([a, b]) {
     if (!a || !b) return;
-    const verdict = byId("compare-verdict");
-    verdict.textContent = [agreement(a.content, b.content), pace(a.speed, b.speed)].filter(Boolean).join(" ");
-    verdict.hidden = false;
+    const said = [agreement(a.content, b.content), pace(a.speed, b.speed)].filter(Boolean);
+    showText(byId("compare-verdict"), said.join(" "));
   }
 
   setBusy(aborter) {

@@ -20,11 +20,15 @@ export function announce(text) {
   byId("status").textContent = text;
 }
 
-/** A line above everything; an empty text takes it away. */
-export function notice(text) {
-  const place = byId("notice");
+/** Put a text into an element that is shown while it has one. */
+export function showText(place, text) {
   place.textContent = text;
   place.hidden = !text;
+}
+
+/** A line above everything; an empty text takes it away. */
+export function notice(text) {
+  showText(byId("notice"), text);
 }
 
 /** Put a text on the clipboard, and say so. Browsers have one for scripts on https and localhost alone, and may forbid

@@ -4,7 +4,7 @@ const LINE = /^([a-zA-Z_:][\w:]*)(?:\{(.*)\})?\s+(\S+)/;
 const LABEL = /([a-zA-Z_]\w*)="((?:[^"\\]|\\.)*)"/g;
 
 /** The samples of a page of Prometheus text. */
-export function* samplesOf(text) {
+function* samplesOf(text) {
   for (const line of text.split("\n")) {
     const match = line.startsWith("#") ? null : LINE.exec(line);
     if (match) {

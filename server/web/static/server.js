@@ -4,7 +4,7 @@ import { kept, keep } from "./dom.js";
 const BROKEN = "The answer broke off: the connection to the server ended before it was whole.";
 
 /** What a server said, or why it said nothing. */
-export class ServerError extends Error {
+class ServerError extends Error {
   constructor(message, status = 0) {
     super(message);
     this.status = status;
@@ -97,7 +97,7 @@ async function said(response) {
 }
 
 /** The data of server-sent events, out of a stream of bytes. */
-export async function* events(stream) {
+async function* events(stream) {
   const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
   let pending = "";
   try {

@@ -1,5 +1,5 @@
 // The panel of settings: what of it goes into a request, and what is wrong with it.
-import { byId, el, keep, kept } from "./dom.js";
+import { byId, el, keep, kept, showText } from "./dom.js";
 
 const NUMBERS = [
   "temperature", "max_tokens", "top_p", "top_k", "min_p", "seed",
@@ -80,14 +80,14 @@ export class Settings {
     }
   }
 
-  get system() {
-    return this.fields.system.value.trim();
+  /** The system prompt as a conversation begins with it: one message, or none. */
+  get systemMessages() {
+    const content = this.fields.system.value.trim();
+    return content ? [{ role: "system", content }] : [];
   }
 
   complain(message) {
-    const place = byId("settings-error");
-    place.textContent = message;
-    place.hidden = !message;
+    showText(byId("settings-error"), message);
     if (message) byId("settings-fold").open = true;
   }
 
