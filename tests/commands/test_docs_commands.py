@@ -16,21 +16,18 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import groupby
 from pathlib import Path
-from typing import IO
 
 import documented
-import httpx
 import pytest
 import torch
 from documented import ROOT, Command
+from octavo_server import PATIENCE, ended
 from safetensors.torch import load_file, save_file
 from terminal import CTRL_C, terminal
 
@@ -60,7 +57,6 @@ SHORT = {  # flags behind those of the docs, with which a measurement is soon ov
 }
 OF_SERVERS = ("bench", "bench throughput", "bench sweep", "bench latency")
 NOT_GOOD_ENOUGH = 3  # a tiny model's KL may be anything
-SECONDS = 300.0
 
 
 def needs(words: tuple[str, ...]) -> str | None:
@@ -170,7 +166,7 @@ class Run:
             input="Hello\n",
             capture_output=True,
             text=True,
-            timeout=SECONDS,
+            timeout=PATIENCE,
             check=False,
         )
         assert done.returncode in good, f"{shown}\n{done.stdout}\n{done.stderr}"
@@ -178,33 +174,23 @@ class Run:
     @contextmanager
     def _served(self, words: list[str], command: Command) -> Iterator[str]:
         """A server that is ready; gives its address. It must end well on SIGTERM."""
-        port = free_port()
         if "--port" in words:
-            words[words.index("--port") + 1] = str(port)
+            words[words.index("--port") + 1] = "0"
         else:
-            words = [*words, "--port", str(port)]
-        log = self._directory / f"server-{port}.log"
-        with log.open("w") as out, self._start(words, out) as process:
-            try:
-                url = f"http://127.0.0.1:{port}"
-                deadline = time.monotonic() + SECONDS
-                while not answers(url):
-                    assert process.poll() is None, f"{command}\n{log.read_text()}"
-                    assert time.monotonic() < deadline, f"{command} is not ready\n{log.read_text()}"
-                    time.sleep(0.2)
-                yield url
-                process.send_signal(signal.SIGTERM)
-                assert process.wait(SECONDS) == 0, f"{command}\n{log.read_text()}"
-            finally:
-                process.kill()
+            words = [*words, "--port", "0"]
+        with ended(self._start(words)) as server:
+            server.wait_until_ready()
+            yield server.url
+            server.send_signal(signal.SIGTERM)
+            assert server.exit_code() == 0, f"{command}\n{server.said}"
 
-    def _start(self, words: list[str], out: IO[str]) -> subprocess.Popen[str]:
+    def _start(self, words: list[str]) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [sys.executable, "-m", "octavo", *words],
             cwd=self._directory,
             env=self._environment,
             stdin=subprocess.DEVNULL,
-            stdout=out,
+            stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
@@ -220,19 +206,6 @@ class Run:
             path.with_name("smollm2").unlink(missing_ok=True)
             path.with_name("smollm2").symlink_to(self._named["MODEL"])
         return word
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def answers(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/health", trust_env=False).status_code == 200
-    except httpx.TransportError:
-        return False
 
 
 def write_lines(path: Path) -> None:
