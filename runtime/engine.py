@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from octavo.runtime.constraint import FAILED, Grammars
 from octavo.runtime.messages import AddRequest, TokenOutput
-from octavo.runtime.parallel.executor import Executor, PipelinedExecutor, StepHandle, ThreadedExecutor
+from octavo.runtime.parallel.executor import Executor, StepHandle, ThreadedExecutor
 from octavo.runtime.parallel.followers import Followers
 from octavo.runtime.parallel.order import make_order
 from octavo.runtime.scheduling.plan import SchedulerConfig, StepPlan
@@ -40,11 +40,10 @@ class Engine:
         self.grammars = Grammars(worker.model.vocab_size)
         sampler = Sampler(seed, worker.model.device, config.max_num_seqs, jumps=config.jumps_forward)
         self.executor: Executor
-        if config.stages > 1:
-            assert followers is not None
-            self.executor = PipelinedExecutor(worker, sampler, followers, config.stages)
+        if overlaps and config.stages == 1:
+            self.executor = ThreadedExecutor(worker, sampler, followers)
         else:
-            self.executor = (ThreadedExecutor if overlaps else Executor)(worker, sampler, followers)
+            self.executor = Executor(worker, sampler, followers, config.stages)
         self._under_way: deque[StepHandle] = deque()
         self._num_ordered = 0
         self.is_paused = False

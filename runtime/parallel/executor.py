@@ -39,23 +39,32 @@ class Executor:
     """The driver: it tells other ranks each step, computes it on its own worker, and samples.
 
     This one computes a step when its result is asked for. Where kernels take every core, a step that is planned beside
-    another one takes from it what it saves, and the threads wait for each other besides.
+    another one takes from it what it saves, and the threads wait for each other besides. Of several stages of a model
+    it is the last one; each of them computes another step.
 
-    most_under_way  steps that may be submitted before the result of the oldest one is taken
+    most_under_way  steps that may be submitted before the result of the oldest one is taken: as many as stages
     done            a file descriptor: readable while there is a finished step whose result was not taken; None where a
                     step is only computed in `result`
     """
 
-    most_under_way = 1
     done: int | None = None
 
-    def __init__(self, worker: Worker, sampler: Sampler, followers: Followers | None = None) -> None:
+    def __init__(
+        self, worker: Worker, sampler: Sampler, followers: Followers | None = None, most_under_way: int = 1
+    ) -> None:
         self.worker = worker
         self.sampler = sampler
-        self._driver = _Driver(worker, sampler, followers)
+        self.most_under_way = most_under_way
+        self._followers = followers
+        self._driver = _Driver(worker, sampler, None)
 
     def submit(self, order: StepOrder, plan: StepPlan) -> StepHandle:
-        """Order a step; its inputs are built here, at once, while others are computed."""
+        """Order a step, all of whose tokens are known: no sequence in it is being sampled.
+
+        The other ranks are told first, and build their inputs while this one builds its own.
+        """
+        if self._followers is not None:
+            self._followers.send(order)
         return StepHandle(order, plan, self.worker.prepare(order))
 
     def withdraw(self) -> bool:
@@ -71,19 +80,21 @@ class Executor:
 class ThreadedExecutor(Executor):
     """Computes steps in a thread, one ahead: for a GPU, and for a CPU with a core to spare."""
 
-    most_under_way = 2
     done: int
 
     def __init__(self, worker: Worker, sampler: Sampler, followers: Followers | None = None) -> None:
-        super().__init__(worker, sampler, followers)
+        super().__init__(worker, sampler, most_under_way=2)
         self.done, finished = os.pipe()  # a byte for each such step
         self._steps = _Steps()
-        arguments = (self._steps, self._driver, finished)
+        arguments = (self._steps, _Driver(worker, sampler, followers), finished)
         thread = threading.Thread(target=_compute, args=arguments, name="octavo-steps", daemon=True)
         thread.start()
         weakref.finalize(self, _end, self._steps, thread, self.done)
 
     def submit(self, order: StepOrder, plan: StepPlan) -> StepHandle:
+        """Order a step, some of whose tokens may be those of the step under way: the other ranks are told when it
+        begins. Its inputs are built here, at once.
+        """
         handle = super().submit(order, plan)
         self._steps.put(handle)
         return handle
@@ -98,23 +109,6 @@ class ThreadedExecutor(Executor):
         if isinstance(outcome, BaseException):
             raise outcome
         return outcome
-
-
-class PipelinedExecutor(Executor):
-    """The last of several stages of a model, each of which computes another step.
-
-    The other stages are told a step when it is submitted: all of its tokens are known, since the scheduler lets no
-    sequence go on before its token is. This one computes it when its result is asked for.
-    """
-
-    def __init__(self, worker: Worker, sampler: Sampler, followers: Followers, stages: int) -> None:
-        super().__init__(worker, sampler)
-        self.most_under_way = stages
-        self._followers = followers
-
-    def submit(self, order: StepOrder, plan: StepPlan) -> StepHandle:
-        self._followers.send(order)
-        return super().submit(order, plan)
 
 
 class _Steps:
@@ -145,7 +139,7 @@ class _Steps:
 
 @dataclass(frozen=True, slots=True)
 class _Driver:
-    """What the thread computes with."""
+    """Computes steps on this rank. followers: whom it tells each step as it begins; None: they know it."""
 
     worker: Worker
     sampler: Sampler
