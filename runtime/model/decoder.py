@@ -103,9 +103,8 @@ class Decoder:
 
     @property
     def recordable(self) -> bool:
-        is_whole = self._is_last_stage and not self.first_layer
         known = all(layer.mlp.capturable and layer.attention.shape.head_dim % 16 == 0 for layer in self._layers)
-        return self.ops.recordable and is_whole and known
+        return self.ops.recordable and known
 
     @property
     def mixtures(self) -> list[GroupedExperts]:
@@ -116,7 +115,13 @@ class Decoder:
         return self.logits(self.hidden(step, caches, tap))
 
     @torch.inference_mode()
-    def hidden(self, step: StepInputs, caches: list[LayerCache], tap: Tap | None = None) -> Tensor:
+    def entering(self, step: StepInputs) -> Tensor:
+        return self._embedding.forward(step.token_ids)
+
+    @torch.inference_mode()
+    def hidden(
+        self, step: StepInputs, caches: list[LayerCache], tap: Tap | None = None, entering: Tensor | None = None
+    ) -> Tensor:
         some_rows = self._is_last_stage and step.logits_index.shape[0] != step.token_ids.shape[0]
         # Behind the last layer's attention, nothing reads the output of most of a prompt's tokens, so that only the
         # rows of logits are computed there. A decode step that samples fewer than all of its tokens is rare. It is cut
@@ -125,7 +130,7 @@ class Decoder:
         for table in self._growing_tables:
             table.cover(step.max_seq_len)
         last = self._layers[-1]
-        residual = self._embedding.forward(step.token_ids)
+        residual = self.entering(step) if entering is None else entering
         hidden = self._layers[0].enter.norm(residual)
         groups = step.by_group()
         for i, (layer, cache) in enumerate(zip(self._layers, caches, strict=True)):

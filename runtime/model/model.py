@@ -82,8 +82,19 @@ class Model(Protocol):
         """`logits` of `hidden`, which every model has."""
         ...
 
-    def hidden(self, step: StepInputs, caches: list[LayerCache], tap: Tap | None = None) -> Tensor:
-        """What the head reads: [num logits_index, hidden_size] of the tokens at logits_index; writes the caches."""
+    def entering(self, step: StepInputs) -> Tensor:
+        """The residual stream [T, hidden_size] before the first layer: of the embedding, or of the stage before, which
+        hands each step's on once.
+        """
+        ...
+
+    def hidden(
+        self, step: StepInputs, caches: list[LayerCache], tap: Tap | None = None, entering: Tensor | None = None
+    ) -> Tensor:
+        """What the head reads: [num logits_index, hidden_size] of the tokens at logits_index; writes the caches.
+
+        entering: what `entering` has returned for this step; None: it is called here.
+        """
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:

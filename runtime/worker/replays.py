@@ -3,7 +3,8 @@
 There is a recording for each number of sequences and each power of two up to which they are long. It is made once there
 have been a few such steps, and used once it has given, in the next one, the same bits as the model's layers: tokens,
 positions and lengths differ by then. Ranks of an engine record and compare in the same steps, since both take part in
-their sums, and find the same: all of them have the same bits.
+their sums, and find the same: all of them have the same bits. Recordings begin behind the embedding: what stands in its
+place in a later stage waits for the stage before, and gets each step once.
 """
 
 from __future__ import annotations
@@ -60,36 +61,42 @@ class StepReplays:
     def hidden(self, inputs: StepInputs) -> Tensor:
         """What the model's own `hidden` returns; valid until the next call."""
         seqs = inputs.seq_lens.shape[0]
+        entering = self._model.entering(inputs)
         if inputs.max_query_len > 1 or seqs > MOST_SEQUENCES or inputs.logits_index.shape[0] != seqs:
-            return self._directly(inputs)
+            return self._directly(inputs, entering)
         size = (seqs, inputs.max_seq_len.bit_length())
         replay = self._replays.get(size)
         if replay is not None:
-            return replay.hidden(inputs) if replay.is_proven else self._prove(size, replay, inputs)
+            proven = replay.is_proven
+            return replay.hidden(inputs, entering) if proven else self._prove(size, replay, inputs, entering)
         self._num_steps[size] += 1
-        return self._record(size, inputs) if self._num_steps[size] == FEW_STEPS else self._directly(inputs)
+        if self._num_steps[size] == FEW_STEPS:
+            return self._record(size, inputs, entering)
+        return self._directly(inputs, entering)
 
-    def _record(self, size: Size, inputs: StepInputs) -> Tensor:
+    def _record(self, size: Size, inputs: StepInputs, entering: Tensor) -> Tensor:
         longest = min((1 << size[1]) - 1, self._max_model_len)
+        recording = Recording(self._memory)
         try:
-            replay = _Replay(self._model, self._caches, inputs, longest, Recording(self._memory), self.mark)
+            replay = _Replay(self._model, self._caches, inputs, entering, longest, recording, self.mark)
         except NotRecordableError as error:
             log.warning("steps of %d sequences can't be recorded: %s", size[0], error)
-            return self._directly(inputs)
+            return self._directly(inputs, entering)
         self._replays[size] = replay
         return replay.result
 
-    def _prove(self, size: Size, replay: _Replay, inputs: StepInputs) -> Tensor:
-        expected = self._directly(inputs)
-        replay.is_proven = torch.equal(replay.hidden(inputs), expected)
+    def _prove(self, size: Size, replay: _Replay, inputs: StepInputs, entering: Tensor) -> Tensor:
+        expected = self._directly(inputs, entering)
+        replay.is_proven = torch.equal(replay.hidden(inputs, entering), expected)
         if not replay.is_proven:
             log.warning("a recorded step of %d sequences differs from the layers' own, and isn't used", size[0])
             del self._replays[size]
         return expected
 
-    def _directly(self, inputs: StepInputs) -> Tensor:
+    def _directly(self, inputs: StepInputs, entering: Tensor) -> Tensor:
         mark = self.mark
-        return self._model.hidden(inputs, self._caches, None if mark is None else lambda _layer, _residual: mark())
+        tap = None if mark is None else lambda _layer, _residual: mark()
+        return self._model.hidden(inputs, self._caches, tap, entering)
 
 
 class _Replay:
@@ -100,20 +107,23 @@ class _Replay:
         model: Model,
         caches: list[LayerCache],
         inputs: StepInputs,
+        entering: Tensor,
         longest: int,
         recording: Recording,
         mark: Callable[[], None] | None,
     ) -> None:
         self.is_proven = False
         self._inputs = _held(inputs, longest, -(-longest // caches[0].block_size))
+        self._entering = entering.clone()
         self._recording = recording
         tap = None if mark is None else lambda _layer, _residual: recording.call(mark)
         self._fill(inputs)
         with recording:
-            self.result = model.hidden(self._inputs, caches, tap)
+            self.result = model.hidden(self._inputs, caches, tap, self._entering)
 
-    def hidden(self, inputs: StepInputs) -> Tensor:
+    def hidden(self, inputs: StepInputs, entering: Tensor) -> Tensor:
         self._fill(inputs)
+        self._entering.copy_(entering)
         self._recording.run()
         return self.result
 
@@ -131,7 +141,7 @@ def _held(inputs: StepInputs, longest: int, width: int) -> StepInputs:
 
     return replace(
         inputs,
-        **{name: getattr(inputs, name).clone() for name in ("token_ids", "positions", "query_starts", "logits_index")},
+        **{name: getattr(inputs, name).clone() for name in ("positions", "query_starts", "logits_index")},
         seq_lens=inputs.seq_lens.clone(),
         **tables(inputs)._asdict(),
         max_seq_len=longest,
@@ -140,7 +150,7 @@ def _held(inputs: StepInputs, longest: int, width: int) -> StepInputs:
 
 
 def _tensors(inputs: StepInputs) -> Iterator[Tensor]:
-    """What differs from step to step."""
-    yield from (inputs.token_ids, inputs.positions, inputs.seq_lens)
+    """What layers read of a step, and differs from the next one's."""
+    yield from (inputs.positions, inputs.seq_lens)
     for group in inputs.by_group():
         yield from (group.slot_mapping, group.block_tables)

@@ -78,8 +78,11 @@ class Reading:
     def __init__(self, look: Callable[[Tensor], int]) -> None:
         self._look = look
 
-    def hidden(self, step: StepInputs, *_: object) -> Tensor:
-        return step.token_ids.float() * self._look(step.seq_lens)
+    def entering(self, step: StepInputs) -> Tensor:
+        return step.token_ids.float()
+
+    def hidden(self, step: StepInputs, _caches: object, _tap: object, entering: Tensor) -> Tensor:
+        return entering * self._look(step.seq_lens)
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,16 @@ class HFModel:
             return call(self._model, step.token_ids, step.positions, seen, logits_to_keep=index).float()
         return call(self._model, step.token_ids, step.positions, seen)[index].float()
 
-    def hidden(self, step: StepInputs, caches: list[LayerCache], tap: Tap | None = None) -> Tensor:  # noqa: ARG002
+    def entering(self, step: StepInputs) -> Tensor:  # noqa: ARG002
+        raise self._no_hidden()
+
+    def hidden(
+        self,
+        step: StepInputs,  # noqa: ARG002
+        caches: list[LayerCache],  # noqa: ARG002
+        tap: Tap | None = None,  # noqa: ARG002
+        entering: Tensor | None = None,  # noqa: ARG002
+    ) -> Tensor:
         raise self._no_hidden()
 
     def logits(self, hidden: Tensor) -> Tensor:  # noqa: ARG002
