@@ -70,6 +70,32 @@ def dequantized_rounding() -> Body:
     return Body(pack, run)
 
 
+def float32() -> Body:
+    """Of a weight that isn't quantized, or of its dequantized numbers; inputs of 16 bits are widened."""
+    from octavo.kernels.dense import float32_cpu
+
+    return Body(_pack_float32, float32_cpu.linear)
+
+
+def dequantized_float32() -> Body:
+    return float32()
+
+
+def dequantized_float32_rounding() -> Body:
+    """As `dequantized_float32`, with inputs rounded as the scheme says, to the type to compute in."""
+    from octavo.kernels.dense import float32_cpu
+
+    def pack(weight: QuantizedWeight, options: PackOptions) -> PackedWeight:
+        rounds = input_rounding(weight.scheme.activation, weight.input_scale, options.target.device)
+        assert rounds is not None
+        return RoundedInput(_pack_float32(weight, options), rounds)
+
+    def run(x: Tensor, packed: Any, out_dtype: torch.dtype) -> Tensor:
+        return float32_cpu.linear(packed.rounds(x).to(x.dtype), packed.inner, out_dtype)
+
+    return Body(pack, run)
+
+
 def _pack_integers(weight: QuantizedWeight, options: PackOptions) -> PackedWeight:  # noqa: ARG001
     from octavo.kernels.dense import cpu
 
@@ -81,3 +107,9 @@ def _pack_bf16(weight: Weight, options: PackOptions) -> PackedWeight:
     from octavo.kernels.dense import cpu
 
     return cpu.pack_bf16(dense_of(weight, options.target.dtype))
+
+
+def _pack_float32(weight: Weight, options: PackOptions) -> PackedWeight:
+    from octavo.kernels.dense import float32_cpu
+
+    return float32_cpu.pack(dense_of(weight, options.target.dtype))

@@ -58,6 +58,8 @@ class Kernel:
     whole_groups    the last group is not short, and a row is a multiple of group_multiple, too
     orders          of columns
     dequantizes     the weight is dequantized at load: more bytes than are stored
+    batch_invariant a row's output has the same bits whatever other rows are multiplied with it, and however many.
+                    tests/kernels/test_batch_invariant.py proves it; False: it isn't so, or nobody has proven it
     """
 
     name: str
@@ -82,6 +84,7 @@ class Kernel:
     dtypes: tuple[torch.dtype, ...] = HALF
     experts: bool = False
     dequantizes: bool = False
+    batch_invariant: bool = False
 
     @property
     def body(self) -> Body:

@@ -25,7 +25,7 @@ from octavo.quant import bodies_cpu, bodies_gpu, bodies_torch
 from octavo.quant.input_rounding import dynamic_rounding
 from octavo.quant.kernel import HALF, Kernel, LayerShape, activation_of, shape_of
 from octavo.quant.qparams import Weight
-from octavo.quant.scheme import BITS, CHANNEL, TENSOR, ActivationScheme, QuantScheme, group
+from octavo.quant.scheme import BITS, CHANNEL, TENSOR, ActivationScheme, QuantScheme, SchemeError, group
 from octavo.quant.target import Target
 
 TOKEN_FP8 = ActivationScheme("fp8_e4m3", CHANNEL)
@@ -123,6 +123,7 @@ _CPU_INTEGERS = tuple(
         group_multiple=2 if dtype == "int8" else 8,
         whole_groups=True,
         dtypes=(torch.bfloat16,),
+        batch_invariant=True,
     )
     for dtype in ("int8", *FEW_BITS)
 )
@@ -134,6 +135,7 @@ _CPU_BF16 = Kernel(
     ("dense",),
     column_multiple=2,
     dtypes=(torch.bfloat16,),
+    batch_invariant=True,
 )
 CPU = (
     Kernel(
@@ -146,6 +148,7 @@ CPU = (
         kinds=("channel",),
         symmetric_only=True,
         max_columns=MAX_INT8_COLUMNS_CPU,
+        batch_invariant=True,
     ),
     *_CPU_INTEGERS,
     *(
@@ -164,6 +167,18 @@ _TORCH = tuple(
     Kernel(f"torch {str(dtype)[6:]}", "torch's own product", "any", bodies_torch.dense, ("dense",), dtypes=(dtype,))
     for dtype in (torch.float32, *HALF)
 )
+_CPU_FLOAT32 = Kernel(
+    "float32 x float32",
+    "float32 products, added in the order of columns",
+    "cpu",
+    bodies_cpu.float32,
+    ("dense",),
+    dtypes=(torch.float32, *HALF),
+    batch_invariant=True,
+)
+INVARIANT = (_CPU_FLOAT32,)
+"""Behind torch's own, which serve the same: these are chosen only where torch's may not be."""
+
 DEQUANTIZED = tuple(
     replace(
         row,
@@ -178,6 +193,7 @@ DEQUANTIZED = tuple(
     for row, bodies in (
         (_CPU_BF16, (bodies_cpu.dequantized, bodies_cpu.dequantized_rounding)),
         *((row, (bodies_torch.dequantized, bodies_torch.dequantized_rounding)) for row in _TORCH),
+        (_CPU_FLOAT32, (bodies_cpu.dequantized_float32, bodies_cpu.dequantized_float32_rounding)),
     )
     for rounds, load in enumerate(bodies)
 )
@@ -210,7 +226,7 @@ EXPERTS = (
     Kernel("grouped by expert", "16-bit products", "gpu", None, ("dense",), experts=True),
     ALONE,
 )
-TABLE = (*GPU_PRODUCTS, *GPU_WEIGHTS, *CPU, *_TORCH, *DEQUANTIZED, *EXPERTS)
+TABLE = (*GPU_PRODUCTS, *GPU_WEIGHTS, *CPU, *_TORCH, *INVARIANT, *DEQUANTIZED, *EXPERTS)
 ONE_BY_ONE = "a mixture's experts run one by one, and decode steps without CUDA graphs"
 
 
@@ -229,7 +245,8 @@ class KernelChoice:
 def choose_kernel(scheme: QuantScheme | None, shape: LayerShape, target: Target) -> KernelChoice:
     """The first row of the table that serves a weight of a scheme (None: not quantized), with the reason.
 
-    Raises SchemeError for a scheme whose inputs nothing here can round.
+    Raises SchemeError for a scheme whose inputs nothing here can round, and where the target takes only batch-invariant
+    kernels and none serves the weight.
     """
     activation = activation_of(scheme)
     if activation is not None and activation.dynamic:
@@ -237,7 +254,10 @@ def choose_kernel(scheme: QuantScheme | None, shape: LayerShape, target: Target)
     for kernel in TABLE:
         if _serves(kernel, scheme, shape, target):
             return _with_reason(kernel, scheme, shape, target)
-    raise AssertionError("the last rows of the table serve everything")
+    assert target.batch_invariant, "the last rows of the table serve everything"
+    what = target.dtype_name if scheme is None else str(scheme)
+    why = _cause_of_variance(scheme, shape, target)
+    raise SchemeError(f"no batch-invariant kernel multiplies {what} [{shape.rows}, {shape.columns}]: {why}")
 
 
 def choose_for(weight: Weight, target: Target) -> KernelChoice:
@@ -256,6 +276,8 @@ def one_by_one(why: str) -> KernelChoice:
 
 
 def _serves(kernel: Kernel, scheme: QuantScheme | None, shape: LayerShape, target: Target) -> bool:
+    if target.batch_invariant and not kernel.batch_invariant:
+        return False
     if not kernel.is_for(scheme, shape, target):
         activation = activation_of(scheme)
         kept = kernel.keeps_inputs and target.keeps_inputs
@@ -286,6 +308,16 @@ def _with_reason(kernel: Kernel, scheme: QuantScheme | None, shape: LayerShape, 
         rounded = "" if scheme.activation is None else ", inputs rounded as the scheme says"
         said = f"weights are dequantized to {target.dtype_name} at load{rounded}: {why}"
     return KernelChoice(kernel, f"{scheme}: {said}", departs=True)
+
+
+def _cause_of_variance(scheme: QuantScheme | None, shape: LayerShape, target: Target) -> str:
+    """Why the batch-invariant rows don't serve a weight."""
+    if target.capability:
+        return "no kernel of a GPU is known to be; a CPU with AVX-512 BF16 and VNNI has such kernels"
+    if shape.experts:
+        return "no kernel multiplies experts together so; each is a linear layer of its own on a CPU"
+    rows = [row for row in TABLE if row.batch_invariant and target.dtype in row.dtypes]
+    return next((why for row in rows for why in row.refusals(scheme, shape, target)), f"none computes in {target}")
 
 
 def _cause(scheme: QuantScheme | None, shape: LayerShape, target: Target) -> str:

@@ -19,6 +19,7 @@ class Target:
     has_dot_products  the CPU has AVX-512 with BF16 and VNNI
     rounds_inputs     inputs are rounded as schemes say, also where a GPU has no product of rounded inputs: what a
                       measurement of quality asks for, from dequantized weights
+    batch_invariant   only batch-invariant kernels are chosen (see `Kernel.batch_invariant`)
 
     Kernels of a GPU run where capability is set, which in Triton's interpreter is on a CPU.
     """
@@ -28,12 +29,20 @@ class Target:
     capability: int = 0
     has_dot_products: bool = False
     rounds_inputs: bool = False
+    batch_invariant: bool = False
 
     @staticmethod
-    def of(device: torch.device, dtype: torch.dtype, capability: int = 0, *, rounds_inputs: bool = False) -> Target:
+    def of(
+        device: torch.device,
+        dtype: torch.dtype,
+        capability: int = 0,
+        *,
+        rounds_inputs: bool = False,
+        batch_invariant: bool = False,
+    ) -> Target:
         """This machine's device."""
         dots = device.type == "cpu" and cpu_features.has_dot_products()
-        return Target(device, dtype, capability, dots, rounds_inputs)
+        return Target(device, dtype, capability, dots, rounds_inputs, batch_invariant)
 
     @property
     def keeps_inputs(self) -> bool:

@@ -254,6 +254,26 @@ def paged_attention(q: Tensor, inputs: StepInputs, cache: LayerCache, shape: Att
     return out.view(q.shape[0], -1)
 
 
+def invariant_attention(q: Tensor, inputs: StepInputs, cache: LayerCache, shape: AttentionShape) -> Tensor:
+    """`attention.reference.paged_attention`, batch-invariant: a query's output has the same bits in every step.
+
+    One body takes all queries, where `paged_attention` chooses by how many new tokens a sequence has: `prefill_cpu`
+    where it fits, whose chunks of keys begin at multiples of CHUNK, else the decode kernel, whose rows are whole.
+    """
+    if shape.head_dim % 16:
+        raise ValueError(f"heads of {shape.head_dim} elements have no batch-invariant attention; multiples of 16 have")
+    q = q.contiguous()
+    out = torch.empty_like(q)
+    most = inputs.max_query_len
+    if not prefill_cpu.fits(q, shape):
+        _run_decode(q, out, inputs, cache, shape, most)
+        return out.view(q.shape[0], -1)
+    # a decode step reads no tensor here, so that it can be recorded
+    counts = [1] * len(inputs.seq_lens) if most == 1 else inputs.query_starts.diff().tolist()
+    prefill_cpu.attend(q, out, inputs, cache, shape, counts, 1)
+    return out.view(q.shape[0], -1)
+
+
 def _prefill(q: Tensor, table: Tensor, length: int, cache: LayerCache, shape: AttentionShape) -> Tensor:
     """One sequence: q [n, Hq, D] over its `length` cached tokens -> [n, Hq, D]."""
     n = q.shape[0]

@@ -7,6 +7,7 @@ step of a lane is
   W8    2 columns, 2 signed bytes, converted to bf16 in registers
   W4    8 columns, an int32: code + 8 of column 2p at bits 4p, of column 2p + 1 at bits 16 + 4p. Masked and joined
         with 0x4300 a nibble q is the bf16 number 128 + q exactly; the 136 is taken off by the sums of x.
+  FLOAT 1 column, float32
 A tile reads its rows of x at `x`, `row_bytes` apart, and its slabs of the weight at `weight`, `slab_bytes` apart; rows
 and slabs past the last repeat it. It writes its part of the output at `out`, `out_bytes` from row to row, straight from
 the registers: `width` columns, by masked stores, of the rows up to last_row. So edges need no other code.
@@ -45,10 +46,10 @@ from octavo.kernels.native.llvm import (
     sum_lanes,
 )
 
-INT8, BF16, W8, W4 = range(4)
+INT8, BF16, W8, W4, FLOAT = range(5)
 LANES = 16
-STEP_COLUMNS = (4, 2, 2, 8)
-STEP_BYTES = (64, 64, 32, 64)
+STEP_COLUMNS = (4, 2, 2, 8, 1)
+STEP_BYTES = (64, 64, 32, 64, 64)
 
 
 def _at(builder: Any, base: Any, index: Any, step: int) -> Any:
@@ -64,6 +65,8 @@ def _dot(builder: Any, kind: int, total: Any, x: Any, w: Any) -> Any:
     spread = broadcast(builder, x)
     if kind == INT8:
         return call(builder, "llvm.x86.avx512.vpdpbusd.512", I32X16, total, w, spread)
+    if kind == FLOAT:
+        return multiply_add(builder, builder.bitcast(spread, F32X16), w, total)
     spread = builder.bitcast(spread, BF16X32)
     return call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", F32X16, total, spread, w)
 
@@ -74,6 +77,8 @@ def _decode(builder: Any, kind: int, address: Any) -> list[Any]:
         return [_load(builder, address, I32X16)]
     if kind == BF16:
         return [builder.bitcast(_load(builder, address, I32X16), BF16X32)]
+    if kind == FLOAT:
+        return [_load(builder, address, F32X16)]
     if kind == W8:
         halves = []
         for offset in (0, 16):
@@ -188,15 +193,15 @@ def _emit(operands: Any, body: Callable[[Any, list[Any]], None]) -> Any:
     return types.void(types.UniTuple(types.int64, len(operands))), codegen
 
 
-def make_tile(rows: int, vectors: int) -> Any:
-    """For BF16: tile((x, row_bytes, last_row, weight, slab_bytes, last_slab, out_kind, out, out_bytes, width, steps,
-    ahead, part)), all int64; `out_kind` is of `native.dtypes`.
+def make_tile(rows: int, vectors: int, kind: int = BF16) -> Any:
+    """For BF16 and FLOAT: tile((x, row_bytes, last_row, weight, slab_bytes, last_slab, out_kind, out, out_bytes, width,
+    steps, ahead, part)), all int64; `out_kind` is of `native.dtypes`.
     """
 
     @intrinsic  # type: ignore[untyped-decorator]
     def tile(typingctx: Any, operands: Any) -> Any:
         def body(builder: Any, args: list[Any]) -> None:
-            emitted = _Tile(builder, BF16, rows, vectors, args[:6])
+            emitted = _Tile(builder, kind, rows, vectors, args[:6])
             emitted.accumulate(ir.Constant(I64, 0), args[10], emitted.look_ahead(*args[11:13]))
             emitted.store(lambda r: [emitted.total(r, v) for v in range(vectors)], *args[6:10])
 

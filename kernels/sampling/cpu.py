@@ -173,10 +173,10 @@ def _top(row, vocab, ids, values, count):
             held = min(held + 1, count)
 
 
-@kernel("qqqqqqqqq")
+@kernel("qqqqqqqqqq")
 def _logprobs(args):
-    """logits, chosen, logprobs, ranks, top ids, top logprobs, rows, vocab, count; items are single rows."""
-    a = numba.carray(args, (10,), np.int64)
+    """logits, chosen, logprobs, ranks, top ids, top logprobs, rows, vocab, count, norms; items are single rows."""
+    a = numba.carray(args, (11,), np.int64)
     rows = a[7]
     vocab = a[8]
     count = a[9]
@@ -185,6 +185,7 @@ def _logprobs(args):
     ranks = view(a[4], (rows,), np.int64)
     top_ids = view(a[5], (rows, count), np.int64)
     top_values = view(a[6], (rows, count), np.float32)
+    norms = view(a[10], (rows,), np.float32)
     while True:
         i = next_item(args)
         if i >= rows:
@@ -195,6 +196,7 @@ def _logprobs(args):
         better = 0
         for j in range(vocab):
             better += row[j] > picked
+        norms[i] = norm
         found[i] = picked - norm
         ranks[i] = better + 1
         if count > 0:
@@ -271,12 +273,30 @@ def logprobs(logits: Tensor, chosen: Tensor, count: int) -> tuple[Tensor, Tensor
     """`sampling.reference.logprobs`."""
     if count > _MOST_KEPT:
         return reference.logprobs(logits, chosen, count)
+    return _run_logprobs(logits, chosen, count)[:4]
+
+
+def invariant_logprobs(logits: Tensor, chosen: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `logprobs`, with the same bits whatever `count` is, which is the most that any request of a step wants.
+
+    Equal logits stand in the order of the row, as the kernel has them; torch's topk promises none.
+    """
+    if count <= _MOST_KEPT:
+        return logprobs(logits, chosen, count)
+    found, ranks, _, _, norms = _run_logprobs(logits, chosen, 0)
+    values, ids = logits.sort(dim=-1, descending=True, stable=True)
+    return found, ranks, ids[:, :count], values[:, :count] - norms.unsqueeze(1)
+
+
+def _run_logprobs(logits: Tensor, chosen: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`logprobs` for a `count` up to _MOST_KEPT, and log(sum(exp(row))) of each row."""
     logits = logits.contiguous()
     rows, vocab = logits.shape
     found = torch.empty(rows)
     ranks = torch.empty(rows, dtype=torch.int64)
     top_ids = torch.empty(rows, count, dtype=torch.int64)
     top_values = torch.empty(rows, count)
+    norms = torch.empty(rows)
     threads = min(rows, torch.get_num_threads())
     _logprobs.start(
         threads,
@@ -289,5 +309,6 @@ def logprobs(logits: Tensor, chosen: Tensor, count: int) -> tuple[Tensor, Tensor
         rows,
         vocab,
         count,
+        norms.data_ptr(),
     )
-    return found, ranks, top_ids, top_values
+    return found, ranks, top_ids, top_values, norms

@@ -117,6 +117,9 @@ class Ops:
 
     compiles_kernels  bodies are compiled at their first use, by the sizes of a step
     recordable        bodies launch the same kernels in all decode steps of a size (kernels/native/recording.py)
+    batch_invariant   a token's results have the same bits whatever else is in the step, and however its sequence's
+                      tokens are divided into steps; tests/kernels/test_batch_invariant.py proves it
+    invariant         the bodies that are so, on the same device; None: none are known
     """
 
     name: str
@@ -128,6 +131,8 @@ class Ops:
     rope_and_attention: RopeAndAttention
     compiles_kernels: bool = False
     recordable: bool = False
+    batch_invariant: bool = False
+    invariant: Ops | None = None
 
 
 def one_after_the_other(rope_and_cache: RopeAndCache, attention: PagedAttention) -> RopeAndAttention:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import torch
 
@@ -26,7 +27,7 @@ def select_ops(device: torch.device, dtype: torch.dtype) -> Ops:
     from octavo.kernels.attention import rope_cpu
     from octavo.kernels.norm import cpu as fused_cpu
 
-    return Ops(
+    ops = Ops(
         name="cpu",
         embed=fused_reference.embed,
         rms_norm=fused_cpu.rms_norm,
@@ -36,6 +37,9 @@ def select_ops(device: torch.device, dtype: torch.dtype) -> Ops:
         rope_and_attention=one_after_the_other(rope_cpu.rope_and_cache, attention_cpu.paged_attention),
         recordable=True,
     )
+    attention = one_after_the_other(rope_cpu.rope_and_cache, attention_cpu.invariant_attention)
+    invariant = replace(ops, name="cpu, batch-invariant", rope_and_attention=attention, batch_invariant=True)
+    return replace(ops, invariant=invariant)
 
 
 def warm_up(device: torch.device) -> float:

@@ -15,6 +15,7 @@ from octavo.kernels.attention.cache import AttentionShape, LayerCache
 from octavo.kernels.attention.prefill_cpu import CHUNK, MAX_STRIPS, STRIP
 from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.native import cpu_features
+from octavo.runtime.model.operators import PagedAttention
 
 BF16, FP8, INT8 = torch.bfloat16, torch.float8_e4m3fn, torch.int8
 pytestmark = pytest.mark.skipif(not cpu_features.has_dot_products(), reason="needs AVX-512 BF16")
@@ -105,9 +106,10 @@ def truth_and_bound(batch: Batch) -> tuple[Tensor, Tensor]:
     return out, bound
 
 
-def check(batch: Batch) -> None:
+def check(batch: Batch, attention: PagedAttention = cpu.paged_attention) -> None:
     truth, bound = truth_and_bound(batch)
-    error = (batch.run().double() - truth).abs()
+    got = attention(batch.q, batch.inputs, batch.cache, batch.shape).view(batch.q.shape)
+    error = (got.double() - truth).abs()
     assert (error <= bound).all(), f"{(error / bound).max():.2f} times the bound"
 
 
@@ -127,6 +129,15 @@ def _seed() -> None:
 def test_head_sizes_and_groups(dim: int, share: int) -> None:
     """Decode rows, a pair, chunks on top of a prefix and whole prompts in one step."""
     check(make_batch([1, 5, 33, 2, 20, 9], [40, 5, 150, 17, 20, 260], shaped(2 * share, 2, dim), 8 << share % 3))
+
+
+@pytest.mark.parametrize("share", [1, 3, 8])
+def test_single_queries_where_all_are_to_have_the_same_sums(share: int) -> None:
+    """In a decode step, and beside chunks: the batch-invariant body's."""
+    for dim, window in ((32, None), (80, 21), (128, None)):
+        shape = shaped(2 * share, 2, dim, window)
+        check(make_batch([1, 1, 1], [1, 40, 260], shape), cpu.invariant_attention)
+        check(make_batch([1, 5, 33, 2, 1], [40, 5, 150, 17, 260], shape), cpu.invariant_attention)
 
 
 @pytest.mark.parametrize("length", [CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK - 1, 2 * CHUNK, 2 * CHUNK + 1])
