@@ -102,6 +102,15 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
             extra={"aliases": ("--disable-cuda-graph",)},
         ),
     ] = False
+    deterministic: Annotated[
+        bool,
+        Meta(
+            description="give a request the same tokens and log-probabilities, to the bit, whatever else is computed "
+            "with it: batch-invariant kernels alone, on a CPU with AVX-512 BF16 and VNNI; VLLM_BATCH_INVARIANT=1 in "
+            "the environment asks for it, too",
+            extra={"aliases": ("--enable-deterministic-inference",)},
+        ),
+    ] = False
     num_threads: Annotated[
         Count | None,
         Meta(

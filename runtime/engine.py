@@ -22,8 +22,8 @@ class Engine:
 
     The loop calls `advance`, which orders steps ahead, and then `finish`, which waits for the oldest one's result;
     `step` is both. overlaps: whether steps are computed while the next ones are planned; with several stages other
-    steps are in any case. is_paused: no further step is ordered. is_replaced: it was told to end, and another one is
-    started in its place.
+    steps are in any case. deterministic: as in EngineConfig. is_paused: no further step is ordered. is_replaced: it was
+    told to end, and another one is started in its place.
     """
 
     def __init__(
@@ -34,11 +34,18 @@ class Engine:
         followers: Followers | None = None,
         *,
         overlaps: bool = True,
+        deterministic: bool = False,
     ) -> None:
         self.worker = worker
         self.scheduler = Scheduler(config)
         self.grammars = Grammars(worker.model.vocab_size)
-        sampler = Sampler(seed, worker.model.device, config.max_num_seqs, jumps=config.jumps_forward)
+        sampler = Sampler(
+            seed,
+            worker.model.device,
+            config.max_num_seqs,
+            jumps=config.jumps_forward,
+            batch_invariant=deterministic,
+        )
         self.executor: Executor
         if overlaps and config.stages == 1:
             self.executor = ThreadedExecutor(worker, sampler, followers)

@@ -349,6 +349,7 @@ class StartupReport(msgspec.Struct, frozen=True):
     seconds: dict[str, float]
     notes: list[str] = []
     ranks: list[str] = []  # what each of several ranks holds
+    deterministic: bool = False  # all bodies are batch-invariant
 
 
 FromEngine = Ready | Failed | StepOutputs | Pong

@@ -94,10 +94,11 @@ def load_engine(
         seconds=clock.seconds,
         notes=rank.notes + ([] if followers is None else followers.notes),
         ranks=list(model.ranks),
+        deterministic=config.deterministic,
     )
     overlaps = device.torch_device.type != "cpu" or num_threads < num_cores()
     worker = Worker(model, rank.caches, rank.limits, graphs, replays)
-    engine = Engine(worker, rank.limits, config.seed, followers, overlaps=overlaps)
+    engine = Engine(worker, rank.limits, config.seed, followers, overlaps=overlaps, deterministic=config.deterministic)
     return engine, Ready(rank.limits.max_model_len, plan.num_blocks, plan.block_size, model.vocab_size, report)
 
 

@@ -25,6 +25,7 @@ from octavo.quant.scheme import AT_LOAD, HEAD_INT8, SchemeError, scheme_at_load
 from octavo.quant.target import Target
 from octavo.runtime.config import Dtype, EngineConfig
 from octavo.runtime.model.decoder import Decoder, Stack
+from octavo.runtime.model.deterministic import choose_ops, make_target, refuse_transformers
 from octavo.runtime.model.device import Device
 from octavo.runtime.model.experts import MoeSpec
 from octavo.runtime.model.families.registry import LAYOUTS
@@ -90,6 +91,7 @@ def load_model(
 
 def _load_hf(config: EngineConfig, device: Device, hf_config: dict[str, Any], reason: str, group: Group) -> Model:
     """Transformers' own model, with a line that says so, and why."""
+    refuse_transformers(config, reason)
     if group.size > 1:
         flags = flags_of(config, group)
         raise LoadError(f"{flags}: transformers' own code is not divided over ranks ({reason}); one rank works")
@@ -183,12 +185,13 @@ class DecoderBuilder:
         self.device = device.torch_device
         self.notes = notes
         self.stacks_experts = stacks_experts
-        self.target = Target.of(device.torch_device, dtype, device.capability, rounds_inputs=rounds_inputs)
+        self.target = make_target(config, device, dtype, rounds_inputs=rounds_inputs)
         self.stage = Stage((0, len(spec.layers))) if rank is None else rank.stage
         self._ranks = () if rank is None else tuple(rank.describe())
         self.rank = rank if rank is not None and rank.group.size > 1 else None  # which has a share of each layer
         self.own = None if self.rank is None else self.rank.own
-        self.ops = device.ops(dtype) if self.rank is None else over_ranks(device.ops(dtype), self.rank, spec)
+        ops = choose_ops(config, spec, device, dtype, is_divided=rank is not None)
+        self.ops = ops if self.rank is None else over_ranks(ops, self.rank, spec)
         self.act = {"silu": self.ops.silu_and_mul, "gelu_tanh": self.ops.gelu_tanh_and_mul}[spec.activation]
         self.kv_scales: KVScales | None = None
         self.kv_dtype: str | None = None

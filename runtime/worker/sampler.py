@@ -35,10 +35,12 @@ class Sampler:
     answers are in their grammars.
     """
 
-    def __init__(self, seed: int, device: torch.device, max_num_seqs: int, *, jumps: bool = False) -> None:
+    def __init__(
+        self, seed: int, device: torch.device, max_num_seqs: int, *, jumps: bool = False, batch_invariant: bool = False
+    ) -> None:
         self.last_tokens = np.zeros(max_num_seqs, dtype=np.int32)
         self._seed = seed
-        self._ops = select_sampling(device)
+        self._ops = select_sampling(device, batch_invariant=batch_invariant)
         self._changes = ChangesCache(device)
         self._grammars = GrammarMasks(device, jumps=jumps)
         self._changed: dict[int, tuple[Sequence, ChangedSequence]] = {}  # by slot

@@ -25,12 +25,15 @@ class SamplingOps:
     punish: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None] = reference.punish
 
 
-def select_sampling(device: torch.device) -> SamplingOps:
-    """The bodies for a device. They are compiled at their first use, and cached."""
+def select_sampling(device: torch.device, *, batch_invariant: bool = False) -> SamplingOps:
+    """The bodies for a device. They are compiled at their first use, and cached.
+
+    batch_invariant: what a row gives doesn't depend on the other rows, nor on what is asked about those.
+    """
     if device.type == "cpu":
         from octavo.kernels.sampling import cpu
 
-        return SamplingOps(cpu.draw, cpu.logprobs, cpu.forbid)
+        return SamplingOps(cpu.draw, cpu.invariant_logprobs if batch_invariant else cpu.logprobs, cpu.forbid)
     from octavo.kernels.sampling.gpu import change
     from octavo.kernels.sampling.gpu.draw import draw
 

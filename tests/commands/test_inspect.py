@@ -105,6 +105,7 @@ def test_inspect_names_kernels_of_another_machine(
     assert facts["to_serve"]["device"] == f"a GPU of compute capability {device.removeprefix('cuda:')}"
     (down,) = (row for row in facts["layers"] if row["kind"].endswith("down_proj"))
     assert down["kernel"] == kernel
+    assert down["batch_invariant"] is False
     assert said in down["reason"]
     assert main(["inspect", model, "--device", device]) == 0
     assert kernel in " ".join(capsys.readouterr().out.split())

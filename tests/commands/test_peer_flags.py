@@ -108,6 +108,7 @@ START_LINES = [
     "--model-path m --enable-metrics --enable-cache-report --log-requests --log-level warning",
     "--model-path m --disable-cuda-graph --skip-server-warmup --disable-radix-cache --cuda-graph-max-bs 16",
     "--model-path m --tool-call-parser qwen25 --reasoning-parser qwen3 --sampling-defaults openai",
+    "--model-path m --attention-backend triton --enable-deterministic-inference",
     "--model-path m --schedule-policy lpm --max-running-requests 32 --schedule-conservativeness 1.0",
 ]
 

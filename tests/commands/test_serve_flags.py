@@ -55,6 +55,19 @@ def test_other_values_for_the_same() -> None:
     assert parse("--api-key", "a", "b", "--api-key", "c").server.api_key == ("a", "b", "c")
 
 
+def test_both_peers_names_for_the_deterministic_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = parse("m", "--deterministic")
+    assert asked.engine.deterministic
+    assert parse("m", "--enable-deterministic-inference") == asked
+    for value, found in (("1", asked), ("0", parse("m")), ("", parse("m"))):
+        monkeypatch.setenv("VLLM_BATCH_INVARIANT", value)
+        assert parse("m") == found
+        assert parse("m", "--deterministic") == asked
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "yes")
+    with pytest.raises(OptionsError, match="VLLM_BATCH_INVARIANT=yes: 1 asks for --deterministic, and 0 does not"):
+        parse("m")
+
+
 def test_experts_are_dealt_out_over_all_ranks_or_none(capsys: pytest.CaptureFixture[str]) -> None:
     """SGLang's --ep-size, which may be less than its --tp-size, is vLLM's switch here."""
     spread = parse("-tp", "4", "--enable-expert-parallel")
@@ -82,6 +95,7 @@ def test_every_field_of_the_engine_s_configuration_has_a_flag() -> None:
         "load_format": ("--load-format", "dummy"),
         "trust_remote_code": ("--trust-remote-code",),
         "enforce_eager": ("--enforce-eager",),
+        "deterministic": ("--deterministic",),
         "max_model_len": ("--max-model-len", "7"),
         "block_size": ("--block-size", "7"),
         "num_blocks": ("--num-gpu-blocks-override", "7"),

@@ -197,6 +197,6 @@ def test_a_gpu_draws_each_row_with_its_own_parameters(
     rows = torch.stack([row] * 6).to(device)
     sequences = [sequence([1], seed=seed, **kinds[seed % 3]) for seed in range(6)]
     expected = sample(rows.cpu(), *sequences).tokens
-    monkeypatch.setattr(sampler, "select_sampling", lambda _: SamplingOps(draw))
+    monkeypatch.setattr(sampler, "select_sampling", lambda _, **__: SamplingOps(draw))
     assert sample(rows, *sequences).tokens == expected
     assert len({token for (token,) in expected}) > 1

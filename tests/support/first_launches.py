@@ -38,7 +38,7 @@ def become_an_h100(seen: set[tuple[str, str]]) -> None:
     be_an_h100()
     JITFunction._do_compile = lambda self, key, *_: seen.add((self.__name__, key))
     select_operators.warm_up = lambda _: 0.0
-    sampler.select_sampling = lambda _: select_sampling(torch.device("cuda"))
+    sampler.select_sampling = lambda _, **__: select_sampling(torch.device("cuda"))
     torch.empty, torch.empty_like = torch.zeros, torch.zeros_like
     torch.Tensor.new_empty = torch.Tensor.new_zeros
 

@@ -135,14 +135,21 @@ def _layers(checkpoint: Checkpoint, kernels: Mapping[str, KernelChoice]) -> list
         format_ = _format(checkpoint, module)
         scheme = _stored_type(checkpoint, module, names) if format_ is None else str(format_.scheme)
         choice = kernels.get(module)
-        kernel = None if choice is None else choice.kernel.name
-        reason = None if choice is None else choice.reason
+        kernel = _kernel(choice)["kernel"]
         new = {"kind": kind, "scheme": scheme, "count": 0, "parameters": 0, "bytes": 0}
-        row = rows.setdefault((kind, scheme, kernel), {**new, "kernel": kernel, "reason": reason})
+        row = rows.setdefault((kind, scheme, kernel), {**new, **_kernel(choice)})
         row["count"] += 1
         row["bytes"] += sum(checkpoint.spec(name).nbytes for name in names)
         row["parameters"] += _parameters(checkpoint, module, format_)
     return list(rows.values())
+
+
+def _kernel(choice: KernelChoice | None) -> dict[str, Any]:
+    """What a row says of the kernel."""
+    if choice is None:
+        return {"kernel": None, "reason": None, "batch_invariant": None}
+    kernel = choice.kernel
+    return {"kernel": kernel.name, "reason": choice.reason, "batch_invariant": kernel.batch_invariant}
 
 
 def _format(checkpoint: Checkpoint, module: str) -> QuantFormat | None:
@@ -236,7 +243,8 @@ def _kernel_lines(facts: dict[str, Any]) -> list[str]:
     served: dict[tuple[str, str], list[str]] = {}
     for row in facts["layers"]:
         if row["kernel"]:
-            served.setdefault((row["kernel"], row["reason"]), []).append(row["kind"].rpartition(".")[2])
+            kernel = f"{row['kernel']} (batch-invariant)" if row["batch_invariant"] else row["kernel"]
+            served.setdefault((kernel, row["reason"]), []).append(row["kind"].rpartition(".")[2])
     lines = [f"kernels on {facts['to_serve']['device']}:"]
     lines += [f"  {kernel} for {', '.join(kinds)}: {reason}" for (kernel, reason), kinds in served.items()]
     return lines

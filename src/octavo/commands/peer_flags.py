@@ -209,8 +209,8 @@ TABLE: tuple[PeerFlag, ...] = (
              "--middleware --sidecar --sidecar-args", "code of others is not loaded into the server: leave it out"),
     _refused("--watchdog-timeout --soft-watchdog-timeout", "--engine-timeout says when a frozen engine is given up"),
     _refused("--allow-auto-truncate", "a request cuts its prompt itself: truncate_prompt_tokens"),
-    _refused("--enable-deterministic-inference --rl-on-policy-target",
-             "a seed gives the same answer on the same server; batch-invariant kernels are not supported yet"),
+    _refused("--rl-on-policy-target",
+             "no trainer's kernels are matched; --deterministic gives the same bits in any batch"),
     _refused("--disable-hybrid-kv-cache-manager --disable-hybrid-swa-memory --disable-chunked-mm-input "
              "--disable-chunked-prefix-cache --disable-overlap-schedule --scheduler-recv-interval "
              "--enable-dynamic-chunking --prefill-decode-* --prefill-delayer-* --enable-prefill-delayer "

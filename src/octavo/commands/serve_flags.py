@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from octavo.runtime.config import EngineConfig
 from octavo.runtime.parallel.config import ParallelConfig
 from octavo.server.options import ListenOptions, ModelOptions, ServerOptions, TextOptions
 
+BATCH_INVARIANT = "VLLM_BATCH_INVARIANT"
 FLAGS = flags_of(ModelOptions, EngineConfig, ParallelConfig, TextOptions, ListenOptions, ServerOptions)
 
 
@@ -88,11 +90,19 @@ def read_options(args: argparse.Namespace) -> ServeOptions:
     model = read(ModelOptions, args)
     return ServeOptions(
         model=model,
-        engine=read(EngineConfig, args, model="", parallel=_parallel(args)),
+        engine=read(EngineConfig, args, model="", parallel=_parallel(args), deterministic=_deterministic(args)),
         text=read(TextOptions, args),
         listen=read(ListenOptions, args),
         server=read(ServerOptions, args),
     )
+
+
+def _deterministic(args: argparse.Namespace) -> bool:
+    """Whether the flag, or vLLM's variable, asks for it. Raises OptionsError for a value that vLLM's doesn't have."""
+    variable = os.environ.get(BATCH_INVARIANT, "0")
+    if variable not in ("", "0", "1"):
+        raise OptionsError(f"{BATCH_INVARIANT}={variable}: 1 asks for --deterministic, and 0 does not")
+    return variable == "1" or getattr(args, "deterministic", False)
 
 
 def _parallel(args: argparse.Namespace) -> ParallelConfig:

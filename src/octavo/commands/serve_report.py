@@ -25,6 +25,8 @@ def print_report(readies: Sequence[Ready], seconds: float, notes: Sequence[str])
     for row in report.layers:
         table.add_row(*map(printable, row))
     console.print(table)
+    if report.deterministic:
+        console.print("deterministic: every body above, attention, norms and sampling are batch-invariant")
     for note in notes:
         console.print(printable(note))
     if len(readies) > 1:
