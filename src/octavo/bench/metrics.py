@@ -142,20 +142,24 @@ def peak_output_per_s(records: Sequence[Record]) -> float:
     return float(np.bincount(seconds, weights=shares).max())
 
 
-def steady_output_throughput(result: LoadResult) -> float:
-    """Tokens a second that came within the measured time, of all requests, also those of the warm-up.
+def by_segment(times: Sequence[float], tokens: Sequence[float], begin: float, until: float, count: int) -> list[float]:
+    """The tokens in each of `count` equal parts of the time between `begin` and `until`."""
+    found, _ = np.histogram(times, np.linspace(begin, until, count + 1), weights=tokens)
+    return [float(number) for number in found]
+
+
+def output_by_segment(result: LoadResult, until: float, count: int) -> list[float]:
+    """The output tokens of all requests, also those of the warm-up, in each part of the time from the measured begin.
 
     An event counts as its share of its answer. What failed counts with what had come.
     """
-    records = [*result.records, *result.others]
-    within = [
-        record.output_len
-        * sum(result.begin <= time < result.until for time in record.token_times)
-        / len(record.token_times)
-        for record in records
-        if record.token_times
-    ]
-    return sum(within) / (result.until - result.begin) if result.until > result.begin else 0.0
+    return by_segment(*tokens_by_time([*result.records, *result.others]), result.begin, until, count)
+
+
+def steady_output_throughput(result: LoadResult) -> float:
+    """Tokens a second that came within the measured time, of all requests: see output_by_segment."""
+    seconds = result.until - result.begin
+    return output_by_segment(result, result.until, 1)[0] / seconds if seconds > 0 else 0.0
 
 
 def peak_concurrency(records: Sequence[Record]) -> int:

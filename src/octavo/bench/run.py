@@ -5,7 +5,7 @@
     vocabulary = await measure_vocabulary(client, model, chat=True, turns=True)
     point = Point(rate=4.0, seconds=60, warmup=Warmup(seconds=10))
     rng = random.Random(seed)
-    prompts = make_requests("chat", point.prompts_needed(), rng, vocabulary)
+    prompts = make_requests(WORKLOADS["chat"], point.prompts_needed(), rng, vocabulary)
     result = await run_point(client, Target(model, chat=True), prompts, point, rng=rng)
     metrics = measure(result, [50, 99], {"ttft": 500, "tpot": 50})
 

@@ -9,12 +9,11 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TypeVar
 
-import numpy as np
 import uvloop
 
 from octavo.bench.http import Client, HttpError, within
-from octavo.bench.load import LoadResult, Record
-from octavo.bench.metrics import tokens_by_time, tpot
+from octavo.bench.load import LoadResult
+from octavo.bench.metrics import by_segment, output_by_segment, tpot
 from octavo.bench.prompts import Prompt, PromptError, RandomShape, Vocabulary, measure_vocabulary, random_prompts
 from octavo.bench.run import Point, Target, Warmup, first_model, run_point
 from octavo.bench.workloads import WORKLOADS, make_requests
@@ -226,6 +225,9 @@ def _run_of(load: Load, result: LoadResult, busy: float | None, memory: int | No
     """The counted part of what came back, as report.json keeps it: times in tenths of a millisecond."""
     begin = load.seconds * WARM_UP
     counted = load.seconds - begin
+    until = result.begin + counted
+    answered = [record for record in (*result.records, *result.others) if record.token_times]
+    firsts = [record.token_times[0] for record in answered]
     good = [record for record in result.records if record.error is None]
     failed = [record for record in result.records if record.error is not None]
     errors = list(dict.fromkeys(record.error or "" for record in failed))[:MAX_ERRORS]
@@ -242,7 +244,8 @@ def _run_of(load: Load, result: LoadResult, busy: float | None, memory: int | No
             outputs=[record.output_len for record in good],
             cached=[record.cached_len for record in good],
         ),
-        *_tokens_by_segment([*result.records, *result.others], result.begin, counted),
+        output_tokens=output_by_segment(result, until, SEGMENTS),
+        input_tokens=by_segment(firsts, [record.input_len for record in answered], result.begin, until, SEGMENTS),
         failed_in=[
             *(min(int((record.begin - result.begin) / counted * SEGMENTS), SEGMENTS - 1) for record in failed),
             *([SEGMENTS - 1] * result.num_unfinished),  # the last ones are those that still wait
@@ -252,14 +255,3 @@ def _run_of(load: Load, result: LoadResult, busy: float | None, memory: int | No
         memory=memory,
         joules=joules,
     )
-
-
-def _tokens_by_segment(records: Sequence[Record], begin: float, counted: float) -> tuple[list[float], list[float]]:
-    """Tokens of answers and of prompts that came in each segment of the counted time, whoever's they are."""
-    answered = [record for record in records if record.token_times]
-    edges = np.linspace(begin, begin + counted, SEGMENTS + 1)
-    times, shares = tokens_by_time(answered)
-    firsts = [record.token_times[0] for record in answered]
-    outputs, _ = np.histogram(times, edges, weights=shares)
-    inputs, _ = np.histogram(firsts, edges, weights=[record.input_len for record in answered])
-    return outputs.tolist(), inputs.tolist()
