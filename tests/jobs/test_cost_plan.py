@@ -27,7 +27,7 @@ SERVICE = 0.1
 DOLLARS = 3.6  # an hour: a tenth of a cent a second
 
 
-def settings(seconds: float = 60.0, seed: int = 0) -> Settings:
+def settings(seconds: float = 30.0, seed: int = 0) -> Settings:
     return Settings({"ttft": 500.0}, 99.0, (1, 8), seconds, 3, seed)
 
 
@@ -46,18 +46,21 @@ def measured(server: QueueServer, of: Settings) -> list[Run]:
     return runs
 
 
-@cache
-def server(
-    service: float = SERVICE, *, seed: int = 0, drift: float = 0.0, busy: float = 0.0, seconds: float = 30.0
-) -> ServerState:
+def server(service: float = SERVICE, seed: int = 0, drift: float = 0.0, busy: float = 0.01) -> ServerState:
     """A server that was measured; who changes it takes a copy."""
-    of = settings(seconds, seed)
+    return _server(service, seed, drift, busy)
+
+
+@cache
+def _server(service: float, seed: int, drift: float, busy: float) -> ServerState:
+    """One entry for each server, however its test spells the defaults."""
+    of = settings(30, seed)
     runs = measured(QueueServer(service, drift=drift, busy=busy), of)
     return ServerState("", runs=runs, done=True, figures=figures_of(runs, question(of)))
 
 
-def figures(seed: int = 0, drift: float = 0.0, seconds: float = 30.0) -> Figures:
-    found = server(seed=seed, drift=drift, seconds=seconds).figures
+def figures(seed: int = 0, drift: float = 0.0) -> Figures:
+    found = server(seed=seed, drift=drift).figures
     assert found is not None
     return found
 
@@ -135,9 +138,11 @@ def test_an_interrupted_run_goes_on_and_ends_as_one_that_was_not() -> None:
     assert len(again.server("m").runs) == 9
     second = QueueServer(SERVICE)
     measure_server(Recorded(again.server("m"), second.measure, lambda _: None), of)
-    assert [run.load for run in again.server("m").runs] == [run.load for run in whole]
+    assert again.server("m").runs == whole
     assert len(second.loads) == len(whole) - 9
-    assert figures_of(again.server("m").runs, question(of)) == figures_of(whole, question(of))
+    few = figures_of(whole[:6], question(of))
+    assert few is not None
+    assert figures_of(again.server("m").runs[:6], question(of)) == few
 
 
 def test_a_report_of_another_measurement_is_not_gone_on_with(tmp_path: Path) -> None:
@@ -156,7 +161,7 @@ def test_a_report_of_another_measurement_is_not_gone_on_with(tmp_path: Path) -> 
 
 
 def reported(servers: dict[str, ServerState], kl: tuple[float | None, ...] = (0.0,)) -> State:
-    state = new_state(Conditions(settings(seconds=30), "prompts of 256 tokens", (), 100))
+    state = new_state(Conditions(settings(), "prompts of 256 tokens", (), 100))
     for (label, found), loss in zip(servers.items(), kl, strict=True):
         missing = "KL: why not" if loss is None else ""
         exact = None if loss is None else Interval(loss, loss, loss)
@@ -248,7 +253,7 @@ def test_a_load_in_which_nothing_is_answered_is_passed_over_and_a_plan_of_such_l
 
 def test_a_rate_that_can_t_last_is_said() -> None:
     """Limits of 20 s in loads of 30 s: the queue may grow all the time."""
-    of = msgspec.structs.replace(settings(30), slo={"ttft": 20_000.0})
+    of = msgspec.structs.replace(settings(), slo={"ttft": 20_000.0})
     state = new_state(Conditions(of, "w", (), 100))
     runs = measured(QueueServer(SERVICE), of)
     state.servers.append(ServerState("m", runs=runs, done=True, figures=figures_of(runs, question(of))))
