@@ -48,7 +48,7 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     "biases": ("tiny-qwen2", {}),
     "blocks of FP8": ("tiny-qwen2--llmc-fp8-block", {}),
 }
-USUAL = {"num_blocks": 256, "block_size": 4, "max_model_len": 256, "max_num_seqs": 64, "max_num_batched_tokens": 2048}
+USUAL = {"num_blocks": 1024, "block_size": 4, "max_model_len": 256, "max_num_seqs": 64, "max_num_batched_tokens": 2048}
 PARAMS: dict[str, dict[str, Any]] = {
     "greedy": {"logprobs": 3, "prompt_logprobs": 2},
     "drawn": {"temperature": 1.0, "top_p": 0.9, "top_k": 50, "seed": 7, "logprobs": 1},
@@ -98,6 +98,7 @@ class Served:
 
     def new(self, **limits: Any) -> Engine:
         config = SchedulerConfig(**(USUAL | {"enable_prefix_caching": False} | limits))
+        assert config.num_blocks <= USUAL["num_blocks"]  # which the caches have
         worker = Worker(self.engine.worker.model, self.engine.worker.caches, config)
         return Engine(worker, config, overlaps=False, deterministic=self._deterministic)
 
@@ -127,7 +128,7 @@ def from_the_prefix_cache(served: Served, wanted: list[AddRequest], rng: random.
     return found
 
 
-@pytest.mark.parametrize("name", ["bf16", "W8A8", "W4A16", "FP8", "float32"])
+@pytest.mark.parametrize("name", ["bf16", "W8A8", "W4A16", slow("FP8"), "float32"])
 def test_an_answer_has_the_bits_that_it_has_alone(name: str, fixtures: Path) -> None:
     rng = random.Random(1)
     model, settings = FORMATS[name]
@@ -136,6 +137,7 @@ def test_an_answer_has_the_bits_that_it_has_alone(name: str, fixtures: Path) -> 
     expected = served.alone(wanted)
     assert answers(preempted(served, wanted, rng)) == expected
     assert answers(from_the_prefix_cache(served, wanted, rng)) == expected
+    assert answers(taken_over(served, wanted, rng)) == expected
     assert served.ready.report.deterministic
 
 
@@ -146,7 +148,7 @@ def in_a_batch(size: int) -> Callable[..., dict[str, list[TokenOutput]]]:
                 it.request_id: run_to_end(served.new(), [*company(rng, size - 1), it])[it.request_id] for it in wanted
             }
         everybody = [*wanted, *company(rng, size - len(wanted))]
-        return run_to_end(served.new(num_blocks=1024), rng.sample(everybody, size))
+        return run_to_end(served.new(), rng.sample(everybody, size))
 
     return run
 
@@ -168,11 +170,25 @@ def by_recordings(served: Served, wanted: list[AddRequest], rng: random.Random) 
     return found
 
 
+def taken_over(served: Served, wanted: list[AddRequest], rng: random.Random) -> dict[str, list[TokenOutput]]:
+    """Begun in a batch, and gone on with by another engine from the tokens that have come."""
+    begun = {name: outputs[:3] for name, outputs in run_to_end(served.new(), wanted).items()}
+    rest = [
+        msgspec.structs.replace(
+            it, token_ids=[*it.token_ids, *tokens_of(begun[it.request_id])], num_prompt=len(it.token_ids)
+        )
+        for it in wanted
+    ]
+    found = run_with_arrivals(served.new(max_num_batched_tokens=50), [*company(rng, 3), *rest], rng)
+    return {name: begun[name] + found[name] for name in begun}
+
+
 WAYS: dict[str, Callable[..., dict[str, list[TokenOutput]]]] = {
     **{f"in a batch of {size}": in_a_batch(size) for size in (2, 3, 4, 8, 17, 64)},
     **{f"in chunks of {size}": in_chunks(size) for size in (1, 16, 50, 100)},
     "preempted": preempted,
     "from the prefix cache": from_the_prefix_cache,
+    "taken over": taken_over,
     "by recordings": by_recordings,
 }
 
