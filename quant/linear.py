@@ -6,7 +6,7 @@ changes inside the kernel.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -81,6 +81,11 @@ class Linear:
     def describe(self) -> tuple[str, str]:
         """(scheme, kernel), for the table that is printed at start."""
         return self.scheme, " + ".join(dict.fromkeys(part.choice.kernel.name for part in self.parts))
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Of its packed weights."""
+        for part in self.parts:
+            yield from part.weight.tensors()
 
     @property
     def weight_bytes(self) -> int:

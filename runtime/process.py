@@ -137,6 +137,9 @@ def serve(
     followers: Followers | None = None,
 ) -> None:
     """The loop. Returns on Shutdown. Raises EndedError when another rank ends."""
+    from octavo.runtime.worker.huge_pages import use_huge_pages_soon
+
+    use_huge_pages_soon(engine.worker.model.tensors())
     is_watched = engine.worker.watch(progress.mark)
     arrivals = Arrivals()
     link.wake_for(engine.grammars.ready)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,16 +32,14 @@ from octavo.runtime.model.stages import HandedOn, Received
 class Stack:
     """A decoder's modules. The embedding's table is in the type that the model computes in, and on its device.
 
-    final_norm             of the last stage's; of another one it has no weight, and passes the sum on
-    head_shares_embedding  the head's weight is the embedding's table, and takes no memory of its own
-    first_layer, ranks     see Model
+    final_norm          of the last stage's; of another one it has no weight, and passes the sum on
+    first_layer, ranks  see Model
     """
 
     embedding: Embedding | Received
     layers: list[DecoderLayer]
     final_norm: AddNorm
     head: Head | RankHead | HandedOn
-    head_shares_embedding: bool = False
     first_layer: int = 0
     ranks: tuple[str, ...] = ()
 
@@ -87,7 +85,7 @@ class Decoder:
         self._head = stack.head
         self._is_last_stage = not isinstance(stack.head, HandedOn)
         self.best = stack.head.best if isinstance(stack.head, RankHead) else None
-        self.weight_bytes = self._count_bytes(stack.head_shares_embedding)
+        self.weight_bytes = sum({t.data_ptr(): t.nbytes for t in self.tensors()}.values())
 
     @property
     def num_layers(self) -> int:
@@ -145,6 +143,16 @@ class Decoder:
     def logits(self, hidden: Tensor) -> Tensor:
         return self._head.forward(hidden)
 
+    def tensors(self) -> Iterator[Tensor]:
+        linears = [linear for layer in self._layers for linear in layer.linears().values()]
+        if self._head.linear is not None:
+            linears.append(self._head.linear)
+        yield self._embedding.table
+        for layer in self._layers:
+            yield from layer.tensors()
+        for linear in linears:
+            yield from linear.tensors()
+
     def report_layers(self) -> list[LayerRow]:
         """One row for each kind of layer, scheme and body, with the number of layers where they differ."""
         of_kind: Counter[str] = Counter()
@@ -166,12 +174,3 @@ class Decoder:
         if self._head.linear is not None:
             rows.append(("lm_head", *self._head.linear.describe()))
         return [*rows, ("norms, rope, attention", name, self.ops.name)]
-
-    def _count_bytes(self, head_shares_embedding: bool) -> int:
-        """Bytes of all weights and tables; a table that layers share counts once."""
-        linears = [linear for layer in self._layers for linear in layer.linears().values()]
-        if self._head.linear is not None and not head_shares_embedding:
-            linears.append(self._head.linear)
-        tensors = [self._embedding.table, *(t for layer in self._layers for t in layer.tensors())]
-        distinct = {t.data_ptr(): t.nbytes for t in tensors}
-        return sum(linear.weight_bytes for linear in linears) + sum(distinct.values())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import torch
@@ -52,6 +52,10 @@ class Model(Protocol):
 
     @property
     def num_layers(self) -> int: ...
+
+    def tensors(self) -> Iterable[Tensor]:
+        """Weights and tables on its device; those that layers share may come more than once."""
+        ...
 
     @property
     def compiles_kernels(self) -> bool:

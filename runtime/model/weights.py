@@ -209,7 +209,6 @@ class DecoderBuilder:
             list(self._layers(range(*stage.layers), on_layer)),
             self.final_norm() if stage.is_last else self._add_norm(None),
             self.head(table) if stage.is_last else HandedOn(stage),
-            head_shares_embedding=stage.is_first and self._head_is_embedding and self.config.lm_head_dtype == "auto",
             first_layer=stage.layers[0],
             ranks=self._ranks,
         )

@@ -69,6 +69,9 @@ class ToyModel:
             states.append(((tokens * 7919 + 13) * torch.arange(1, length + 1)).sum() % _PRIME)
         return _mix(torch.stack(states)) if states else torch.empty(0, VOCAB)
 
+    def tensors(self) -> list[Tensor]:
+        return []
+
     def report_layers(self) -> list[tuple[str, str, str]]:
         return []
 

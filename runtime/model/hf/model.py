@@ -8,6 +8,7 @@ checkpoints only.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,17 +53,20 @@ class HFModel:
         self.kv_windows = [shape.window for shape in proven.shapes]
         self.dtype = dtype
         self.device: torch.device = model.device
-        tensors = [*model.parameters(), *model.buffers()]
-        self.weight_bytes = sum({t.data_ptr(): t.nbytes for t in tensors}.values())
         self.notes = notes
         self.ranks: tuple[str, ...] = ()
         self.ops = ops
         self._model = model
         self._proven = proven
+        self.weight_bytes = sum({t.data_ptr(): t.nbytes for t in self.tensors()}.values())
 
     @property
     def num_layers(self) -> int:
         return len(self.kv_shapes)
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield from self._model.parameters()
+        yield from self._model.buffers()
 
     @property
     def mixtures(self) -> list[GroupedExperts]:

@@ -163,7 +163,7 @@ def test_the_output_head_in_int8_leaves_the_embedding_alone(model: Path, fixture
     plain, quantized = load(model), load(model, lm_head_dtype="int8")
     heads = [next(row for row in m.report_layers() if row[0] == "lm_head") for m in (plain, quantized)]
     assert [scheme for _, scheme, _ in heads] == ["bfloat16", "int8/channel"]
-    assert quantized.weight_bytes > plain.weight_bytes  # tied: a copy more
+    assert quantized.weight_bytes < plain.weight_bytes  # a head has a copy of its own, packed for its kernel
     before, after = logits_of(plain, fixtures), logits_of(quantized, fixtures)
     assert 0 < float((before - after).std()) < 0.01 * float(before.std())
 

@@ -1,0 +1,45 @@
+"""Huge pages (2 MB) under the weights, through which each step streams: with small ones the TLB misses all the time.
+
+Linux gives them for memory that is in use already, too (MADV_COLLAPSE, Linux 6.1): it copies page by page. Where a
+kernel, a container or a full machine gives none, nothing changes but the speed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import threading
+from collections.abc import Iterable, Iterator
+
+from torch import Tensor
+
+HUGE_PAGE = 2 << 20
+MADV_COLLAPSE = 25  # linux/mman.h; Python's mmap doesn't name it yet
+
+
+def use_huge_pages_soon(tensors: Iterable[Tensor]) -> threading.Thread:
+    """Move those on a CPU to huge pages while the caller goes on; some 0.2 s of a core for 100 MB."""
+    on_cpu = [tensor for tensor in tensors if tensor.device.type == "cpu"]
+    thread = threading.Thread(target=_move, args=(on_cpu,), name="octavo-huge-pages", daemon=True)
+    thread.start()
+    return thread
+
+
+def _move(tensors: list[Tensor]) -> None:
+    advise = ctypes.CDLL(None).madvise
+    for begin, end in _huge_ranges(tensors):
+        for advice in (mmap.MADV_HUGEPAGE, MADV_COLLAPSE):  # the first alone lets an older kernel do it by and by
+            advise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), advice)
+
+
+def _huge_ranges(tensors: list[Tensor]) -> Iterator[tuple[int, int]]:
+    """The huge pages that tensors lie in, from address to address; neighbors are joined, since a call has its price."""
+    begin = end = 0
+    for first, last in sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in tensors if t.nbytes):
+        if first - first % HUGE_PAGE > end:
+            if end:
+                yield begin, end
+            begin = first - first % HUGE_PAGE
+        end = max(end, last + -last % HUGE_PAGE)
+    if end:
+        yield begin, end

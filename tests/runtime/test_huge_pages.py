@@ -1,0 +1,36 @@
+"""Weights move to huge pages and stay the same bytes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from octavo.runtime.worker.huge_pages import use_huge_pages_soon
+
+MEGABYTE = 1 << 20
+
+
+def huge_bytes() -> int:
+    """Of this process's memory, how much is in huge pages, as Linux says."""
+    match = re.search(r"AnonHugePages:\s+(\d+) kB", Path("/proc/self/smaps_rollup").read_text())
+    assert match is not None
+    return 1024 * int(match.group(1))
+
+
+def test_weights_move_to_huge_pages_and_stay_as_they_are() -> None:
+    """Of layers, many are smaller than a huge page, and are moved together with their neighbors."""
+    if not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists():
+        pytest.skip("this kernel has no transparent huge pages")
+    weights = list(torch.arange(16 * MEGABYTE // 8).split(MEGABYTE // 8))  # 16 of 1 MB, side by side
+    kept = [weight.clone() for weight in weights]
+    before = huge_bytes()
+    use_huge_pages_soon(weights).join()
+    assert huge_bytes() - before >= 12 * MEGABYTE
+    assert all(map(torch.equal, weights, kept))
+
+
+def test_what_lies_in_no_memory_of_its_own_is_passed_over() -> None:
+    use_huge_pages_soon([torch.empty(0), torch.empty(1)]).join()
