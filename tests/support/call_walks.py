@@ -6,6 +6,7 @@ import random
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
 from octavo.runtime.constraint import Grammar
@@ -70,19 +71,23 @@ class Walker:
         self._tokenizer = LLTokenizer(TokenizerWrapper(Vocabulary()), slices=[])
         self._size = size
         self._masks = Masks(size)
+        self._compiled: dict[str, LLMatcher] = {}
 
     def start(self, constraint: Constraint, begun: str = "") -> Progress:
-        matcher = LLMatcher(self._tokenizer, constraint.grammar, limits=LIMITS, log_level=0)
-        assert not matcher.is_error(), matcher.get_error()
-        grammar = Grammar(matcher, [END], self.tokens)
+        if constraint.grammar not in self._compiled:
+            matcher = LLMatcher(self._tokenizer, constraint.grammar, limits=LIMITS, log_level=0)
+            assert not matcher.is_error(), matcher.get_error()
+            self._compiled[constraint.grammar] = matcher
+        grammar = Grammar(self._compiled[constraint.grammar], [END], self.tokens)
         return Progress(constraint, grammar, self.ids(begun))
 
     def allowed(self, progress: Progress) -> list[int]:
         """The tokens that may come next."""
         bits = self._masks.fill([progress])
         progress.allow_ends(bits[0], [END])
-        row = bits[0].view("uint32")
-        return [token for token in range(self._size) if row[token // 32] >> (token % 32) & 1]
+        is_allowed = np.unpackbits(bits[0].view(np.uint8), count=self._size, bitorder="little")
+        allowed: list[int] = is_allowed.nonzero()[0].tolist()
+        return allowed
 
     def ids(self, text: str) -> list[int]:
         """A text, with marks in it, as tokens."""
