@@ -158,7 +158,7 @@ def test_experts_are_run_together(scheme: str, tmp_path: Path, monkeypatch: pyte
     assert "grouped by expert" in {body for _, _, body in model.report_layers()}
 
 
-@pytest.mark.parametrize("alike", [False, True])
+@pytest.mark.parametrize("alike", [slow(False), True])
 def test_experts_round_by_stored_scales(alike: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each by its own, or all by one, which the norm before the router has."""
     plain = tiny("qwen2_moe", tmp_path / "plain", shared_expert_intermediate_size=80)
@@ -172,7 +172,7 @@ def test_experts_round_by_stored_scales(alike: bool, tmp_path: Path, monkeypatch
     assert mixture.slices == 2
 
 
-@pytest.mark.parametrize("alike", [False, True])
+@pytest.mark.parametrize("alike", [slow(False), True])
 def test_experts_with_act_order_are_run_together(alike: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each in an order of its own, or all in one, in which the norm before the router puts columns."""
     sizes = {"moe_intermediate_size": 64, "shared_expert_intermediate_size": 128}
@@ -190,10 +190,10 @@ def test_experts_with_act_order_are_run_together(alike: bool, tmp_path: Path, mo
 @pytest.mark.parametrize(
     ("scheme", "width", "shared", "body"),
     [
-        (None, 40, 80, "grouped by expert, a shared one in 2"),
+        slow(None, 40, 80, "grouped by expert, a shared one in 2"),
         ("FP8_DYNAMIC", 40, 120, "grouped by expert, a shared one in 3"),
         slow("W8A8", 40, 80, "grouped by expert, a shared one in 2"),
-        ("FP8_BLOCK", 128, 256, "grouped by expert, a shared one in 2"),
+        slow("FP8_BLOCK", 128, 256, "grouped by expert, a shared one in 2"),
         ("W4A16_ASYM@32", 64, 128, "grouped by expert, a shared one in 2"),
         slow(None, 40, 60, "grouped by expert"),  # which isn't several experts' size
         slow("W4A16@32", 64, 96, "grouped by expert"),
@@ -222,7 +222,7 @@ def test_a_shared_expert_runs_with_the_others_in_slices(
     ("name", "scheme", "capability"),
     [
         slow("llama", "FP8_BLOCK", 80),
-        ("mixtral", "FP8_DYNAMIC", 86),
+        slow("mixtral", "FP8_DYNAMIC", 86),
         slow("llama", "W4A8@32", 90),
         ("mixtral", "W8A8, static", 90),
     ],
