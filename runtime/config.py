@@ -4,7 +4,7 @@ Each option of `octavo serve` that the engine needs is stated here only: its fla
 made of the field (see octavo/flags.py). Flags have vLLM's names; SGLang's are hidden aliases.
 """
 
-from __future__ import annotations
+# No `from __future__ import annotations`: each option would be compiled again at each start, to make its flag.
 
 from typing import Annotated, Literal
 
@@ -14,9 +14,9 @@ from msgspec import Meta
 from octavo.flags import parse_count, parse_size
 from octavo.quant.scheme import KV_SHORT_NAMES
 from octavo.runtime.parallel.config import ParallelConfig
-from octavo.runtime.scheduling.plan import Policy
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "fp8", "int8", "int4"]
+Policy = Literal["fcfs", "priority", "lpm"]
 Count = Annotated[int, Meta(ge=1)]
 KVCacheDtype = Literal["auto", "float32", "bfloat16", "float16", "fp8_e4m3", "int8"]
 

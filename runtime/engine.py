@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from octavo.runtime.constraint import FAILED, Grammars
 from octavo.runtime.messages import AddRequest, TokenOutput
 from octavo.runtime.parallel.executor import Executor, StepHandle, ThreadedExecutor
-from octavo.runtime.parallel.followers import Followers
 from octavo.runtime.parallel.order import make_order
 from octavo.runtime.scheduling.plan import SchedulerConfig, StepPlan
 from octavo.runtime.scheduling.scheduler import Scheduler
 from octavo.runtime.validation import problem_of
 from octavo.runtime.worker.sampler import Sampler
 from octavo.runtime.worker.worker import Worker
+
+if TYPE_CHECKING:
+    from octavo.runtime.parallel.followers import Followers
 
 
 class Engine:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import msgspec
 import torch
@@ -17,7 +18,6 @@ from octavo.runtime.model import select_operators
 from octavo.runtime.model.device import Device
 from octavo.runtime.model.model import Model
 from octavo.runtime.model.weights import OnLayer, load_model, untold
-from octavo.runtime.parallel.followers import Followers
 from octavo.runtime.parallel.group import ALONE, Group
 from octavo.runtime.parallel.placement import num_cores
 from octavo.runtime.scheduling.plan import SchedulerConfig
@@ -27,6 +27,9 @@ from octavo.runtime.worker.graphs import StepGraphs
 from octavo.runtime.worker.replays import StepReplays
 from octavo.runtime.worker.warm_up import compile_steps, run_requests, run_steps
 from octavo.runtime.worker.worker import Worker
+
+if TYPE_CHECKING:
+    from octavo.runtime.parallel.followers import Followers
 
 COUNTS = ("block_size", "num_blocks", "kv_cache_memory_bytes", "max_num_seqs", "max_num_batched_tokens", "num_threads")
 BLOCK_ID_BYTES = 4  # an entry of the block tables
@@ -63,6 +66,8 @@ def load_engine(
     clock = Phases(spawn_time)
     clock.end("import")
     if followers is None and config.parallel.num_ranks > 1:
+        from octavo.runtime.parallel.followers import Followers  # an engine of one rank needs nothing of it
+
         followers = Followers(config)
     if followers is not None:
         config = msgspec.structs.replace(config, num_threads=followers.threads)

@@ -3,7 +3,7 @@
 See octavo/flags.py. Flags have vLLM's names; SGLang's are hidden aliases.
 """
 
-from __future__ import annotations
+# No `from __future__ import annotations`: each option would be compiled again at each start, to make its flag.
 
 import json
 from typing import Annotated, Any, Literal

@@ -3,21 +3,25 @@
 Both ends of a connection have one CURVE key pair, which they derive from OCTAVO_CLUSTER_KEY. A client has to know the
 server's public key before it says anything, and that key never travels, so it is as secret as the key itself: whoever
 doesn't have it gets no further than the handshake, and what others say is encrypted.
+
+ZeroMQ and hashlib are imported where a key or a socket is: a server checks addresses before its engines start, and most
+have neither.
 """
 
 from __future__ import annotations
 
-import hashlib
 import ipaddress
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import msgspec
-import zmq
-from zmq.utils import z85
 
 from octavo.runtime.parallel.config import ParallelConfig
+
+if TYPE_CHECKING:
+    import zmq
 
 KEY = "OCTAVO_CLUSTER_KEY"
 CONNECT_MS = 3000
@@ -93,6 +97,11 @@ def own_host_towards(address: Address) -> str:
 
 def key_pair(secret: str) -> KeyPair:
     """The key pair that a cluster's key means."""
+    import hashlib
+
+    import zmq
+    from zmq.utils import z85
+
     derived = z85.encode(hashlib.sha256(secret.encode()).digest())
     return KeyPair(zmq.curve_public(derived), derived)
 
@@ -121,6 +130,8 @@ def check_addresses(parallel: ParallelConfig, environment: Mapping[str, str]) ->
 
 def prepare(opened: zmq.Socket[bytes], pair: KeyPair | None, *, is_server: bool = False) -> None:
     """Set a socket up before it is bound or connected. Its queues are unbounded: nothing is dropped."""
+    import zmq
+
     opened.set_hwm(0)
     opened.setsockopt(zmq.IPV6, 1)
     opened.setsockopt(zmq.LINGER, 0)
@@ -137,6 +148,8 @@ def prepare(opened: zmq.Socket[bytes], pair: KeyPair | None, *, is_server: bool 
 
 def bind(opened: zmq.Socket[bytes], address: Address, flags: str) -> Address:
     """Bind a socket; port 0 takes a free one. Returns its address. Raises ValueError, which names the flags."""
+    import zmq
+
     try:
         opened.bind(address.url if address.port else f"tcp://{address}".removesuffix(":0") + ":*")
     except zmq.ZMQError as error:

@@ -1,6 +1,6 @@
 """How a model is spread over the machine, and the one check of whether this machine can do it. Pure."""
 
-from __future__ import annotations
+# No `from __future__ import annotations`: each option would be compiled again at each start, to make its flag.
 
 from dataclasses import dataclass
 from typing import Annotated, Literal

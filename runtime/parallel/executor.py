@@ -13,16 +13,19 @@ import weakref
 from collections import deque
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING
 
 import torch
 
 from octavo.kernels.attention.step import StepInputs
-from octavo.runtime.parallel.followers import Followers
 from octavo.runtime.parallel.order import StepOrder
 from octavo.runtime.scheduling.plan import StepPlan, StepResult
 from octavo.runtime.worker.sampler import Sampler
 from octavo.runtime.worker.step_inputs import with_tokens
 from octavo.runtime.worker.worker import Worker
+
+if TYPE_CHECKING:
+    from octavo.runtime.parallel.followers import Followers
 
 
 @dataclass(slots=True)

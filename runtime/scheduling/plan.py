@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from octavo.runtime.config import Policy
 from octavo.runtime.messages import Logprobs
 from octavo.runtime.scheduling.kv_groups import Windows
 from octavo.runtime.scheduling.sequence import Sequence
 
 MAX_PROMPT_LOGITS = 256
 
-Policy = Literal["fcfs", "priority", "lpm"]
 Wants = Literal["token", "pooled", "nothing"]
 """What a step shall bring for a sequence: its next token, its pooled hidden state, or keys and values alone."""
 

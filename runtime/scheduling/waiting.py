@@ -6,8 +6,8 @@ from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
+from octavo.runtime.config import Policy
 from octavo.runtime.messages import AddRequest
-from octavo.runtime.scheduling.plan import Policy
 from octavo.runtime.scheduling.sequence import Sequence
 
 MOST_COMPARED = 128  # sequences whose cached prefixes `lpm` compares; those behind them keep their order

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,10 +19,12 @@ from octavo.kernels.attention.step import StepInputs
 from octavo.runtime.engine import Engine
 from octavo.runtime.messages import AddRequest, SamplingParams
 from octavo.runtime.model.model import Model
-from octavo.runtime.parallel.followers import Followers
 from octavo.runtime.scheduling.plan import SchedulerConfig
 from octavo.runtime.worker import kv_cache
 from octavo.runtime.worker.worker import Worker
+
+if TYPE_CHECKING:
+    from octavo.runtime.parallel.followers import Followers
 
 EVERYTHING = SamplingParams(
     max_tokens=2,

@@ -15,9 +15,10 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, TypedDict, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypedDict, TypeVar, Union, cast, get_args, get_origin
 
 import msgspec
 
@@ -101,21 +102,21 @@ def add_flags(parser: argparse.ArgumentParser, flags: Iterable[Flag]) -> None:
 def read(struct: type[S], args: argparse.Namespace, **values: Any) -> S:
     """The struct that the flags mean; `values` are fields that no flag gives, or that win over their flag."""
     given = vars(args) | values
-    found = {field.name: given[field.name] for field in msgspec.structs.fields(struct) if field.name in given}
-    defaults = {field.name: field.default for field in msgspec.structs.fields(struct)}
+    found = {field.name: given[field.name] for field in _fields(struct) if field.name in given}
+    defaults = {field.name: field.default for field in _fields(struct)}
     return struct(**{k: tuple(v) if isinstance(defaults[k], tuple) else v for k, v in found.items()})
 
 
 def check_bounds(options: msgspec.Struct) -> None:
     """Raise ValueError for a number that is out of its field's bounds, which flags check by themselves."""
-    for name, hint in get_type_hints(type(options), include_extras=True).items():
-        value = getattr(options, name)
-        meta = _meta(hint)
+    for field in _fields(type(options)):
+        value = getattr(options, field.name)
+        meta = _meta(field.type)
         if meta is None or not isinstance(value, int | float):
             continue
-        bounds = _bounds(hint, meta)
+        bounds = _bounds(field.type, meta)
         if not _within(value, bounds):
-            raise ValueError(f"{name} {value:g} is not {_in_words(_plain(hint)[0], bounds)}")
+            raise ValueError(f"{field.name} {value:g} is not {_in_words(_plain(field.type)[0], bounds)}")
 
 
 def given(args: argparse.Namespace, flags: Iterable[Flag]) -> list[str]:
@@ -219,12 +220,16 @@ def _in_words(kind: type[int | float], bounds: msgspec.Meta) -> str:
     return " ".join(words)
 
 
+@cache
+def _fields(struct: type[msgspec.Struct]) -> tuple[msgspec.structs.FieldInfo, ...]:
+    """Kept, since msgspec evaluates all annotations each time, and a start waits for it."""
+    return msgspec.structs.fields(struct)
+
+
 def _flags(struct: type[msgspec.Struct]) -> Iterable[Flag]:
-    hints = get_type_hints(struct, include_extras=True)
     group: str | None = None
-    for field in msgspec.structs.fields(struct):
-        hint = hints[field.name]
-        meta = _meta(hint)
+    for field in _fields(struct):
+        meta = _meta(field.type)
         if meta is None or meta.description is None:
             continue
         option = cast(Option, meta.extra or {})
@@ -241,7 +246,7 @@ def _flags(struct: type[msgspec.Struct]) -> Iterable[Flag]:
             group=group,
             description=meta.description,
             default=option.get("default", _default_text(default)),
-            arguments=_arguments(hint, meta, option, names, field.required, default),
+            arguments=_arguments(field.type, meta, option, names, field.required, default),
         )
 
 

@@ -141,8 +141,12 @@ def test_engines_on_ray_take_nothing_of_the_servers_machine(backend: str) -> Non
     check(ParallelConfig(data_parallel_size=2, **RAY | {"nnodes": 2}), Devices((0,), 1), None)  # type: ignore[arg-type]
 
 
-def test_what_a_server_needs_before_its_engines_start_imports_no_numpy() -> None:
+def test_what_a_server_needs_before_its_engines_start_imports_little() -> None:
     """They would start later by as long as that takes."""
-    program = "import sys, octavo.runtime.launch, octavo.runtime.parallel.address; sys.exit('numpy' in sys.modules)"
+    program = (
+        "import sys, octavo.commands.serve, octavo.runtime.launch, octavo.runtime.parallel.address\n"
+        "later = {'hashlib', 'numpy', 'octavo.commands.serve_text', 'octavo.runtime.messages', 'ssl', 'zmq'}\n"
+        "assert not later & {*sys.modules}, later & {*sys.modules}"
+    )
     environment = os.environ | {"PYTHONPATH": str(Path(octavo.__file__).parent.parent)}
     subprocess.run([sys.executable, "-P", "-c", program], env=environment, check=True)

@@ -13,11 +13,11 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from msgspec import msgpack, structs
 from vllm_kv_events import KVIndex
 
+from octavo.runtime.config import Policy
 from octavo.runtime.messages import AddRequest, SamplingParams, TokenOutput
 from octavo.runtime.scheduling.kv_events import KVEventBatch
 from octavo.runtime.scheduling.kv_groups import Windows, group_of
 from octavo.runtime.scheduling.plan import (
-    Policy,
     ScheduledSequence,
     SchedulerConfig,
     StepPlan,
