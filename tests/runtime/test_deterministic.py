@@ -17,6 +17,7 @@ import pytest
 import torch
 from slow_cases import slow
 from toy_model import make_request, run_to_end, run_with_arrivals, tokens_of
+from trimmed import whole
 
 from octavo.kernels.native import cpu_features
 from octavo.quant.checkpoint import read_config
@@ -195,10 +196,10 @@ WAYS: dict[str, Callable[..., dict[str, list[TokenOutput]]]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FORMATS)
-def test_an_answer_has_these_bits_in_every_way(name: str, fixtures: Path) -> None:
+def test_an_answer_has_these_bits_in_every_way(name: str, fixtures: Path, tmp_path: Path) -> None:
     """The crossing of formats and ways, each over several prompts."""
     model, settings = FORMATS[name]
-    cross(Served(fixtures / model, **settings))
+    cross(Served(whole(fixtures / model, tmp_path), **settings))
 
 
 @pytest.mark.slow
