@@ -56,6 +56,7 @@ PARAMS: dict[str, dict[str, Any]] = {
     "penalties": {"repetition_penalty": 1.3, "frequency_penalty": 0.4, "logit_bias": {5: 1.5}, "logprobs": 0},
     "many": {"temperature": 0.7, "min_p": 0.01, "seed": 3, "logprobs": 80, "logprob_token_ids": (4, 90)},
 }
+Way = Callable[..., dict[str, list[TokenOutput]]]
 VOCAB = 96  # tokens that prompts are made of, which all models here have
 
 
@@ -96,9 +97,10 @@ class Served:
         config = EngineConfig(model=str(model), deterministic=deterministic, **USUAL, **settings)
         self.engine, self.ready = load_engine(config, time.time())
         self._deterministic = deterministic
+        self._windows: dict[str, Any] = {"windows": self.engine.scheduler.config.windows}
 
     def new(self, **limits: Any) -> Engine:
-        config = SchedulerConfig(**(USUAL | {"enable_prefix_caching": False} | limits))
+        config = SchedulerConfig(**(USUAL | self._windows | {"enable_prefix_caching": False} | limits))
         assert config.num_blocks <= USUAL["num_blocks"]  # which the caches have
         worker = Worker(self.engine.worker.model, self.engine.worker.caches, config)
         return Engine(worker, config, overlaps=False, deterministic=self._deterministic)
@@ -142,7 +144,7 @@ def test_an_answer_has_the_bits_that_it_has_alone(name: str, fixtures: Path) -> 
     assert served.ready.report.deterministic
 
 
-def in_a_batch(size: int) -> Callable[..., dict[str, list[TokenOutput]]]:
+def in_a_batch(size: int) -> Way:
     def run(served: Served, wanted: list[AddRequest], rng: random.Random) -> dict[str, list[TokenOutput]]:
         if size <= len(wanted):
             return {
@@ -154,7 +156,7 @@ def in_a_batch(size: int) -> Callable[..., dict[str, list[TokenOutput]]]:
     return run
 
 
-def in_chunks(size: int) -> Callable[..., dict[str, list[TokenOutput]]]:
+def in_chunks(size: int) -> Way:
     def run(served: Served, wanted: list[AddRequest], rng: random.Random) -> dict[str, list[TokenOutput]]:
         return run_with_arrivals(served.new(max_num_batched_tokens=size), [*wanted, *company(rng, 5)], rng)
 
@@ -184,7 +186,7 @@ def taken_over(served: Served, wanted: list[AddRequest], rng: random.Random) -> 
     return {name: begun[name] + found[name] for name in begun}
 
 
-WAYS: dict[str, Callable[..., dict[str, list[TokenOutput]]]] = {
+WAYS: dict[str, Way] = {
     **{f"in a batch of {size}": in_a_batch(size) for size in (2, 3, 4, 8, 17, 64)},
     **{f"in chunks of {size}": in_chunks(size) for size in (1, 16, 50, 100)},
     "preempted": preempted,
@@ -199,26 +201,27 @@ WAYS: dict[str, Callable[..., dict[str, list[TokenOutput]]]] = {
 def test_an_answer_has_these_bits_in_every_way(name: str, fixtures: Path, tmp_path: Path) -> None:
     """The crossing of formats and ways, each over several prompts."""
     model, settings = FORMATS[name]
-    cross(Served(whole(fixtures / model, tmp_path), **settings))
+    cross(Served(whole(fixtures / model, tmp_path), **settings), WAYS)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("family", ["mistral", "qwen2", "gemma2", "gemma3_text", "granite", "smollm3", "olmo2"])
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "olmo2"])
 def test_so_has_one_of_each_family(family: str, dtype: str, tmp_path: Path) -> None:
-    """With windows, soft caps, norms of heads, layers without positions, biases and multipliers."""
+    """With windows, soft caps and norms of queries. Windows give blocks back, so that nothing has to be preempted."""
     from hf_oracle import CASES, make_hf, save  # transformers, which takes seconds
 
     name, overrides = CASES[family]
     sizes = {"head_dim": 32, "max_position_embeddings": 256}
-    cross(Served(save(make_hf(name, overrides | sizes), tmp_path / family), dtype=dtype))
+    served = Served(save(make_hf(name, overrides | sizes), tmp_path / family), dtype=dtype)
+    cross(served, {way: run for way, run in WAYS.items() if way != "preempted"})
 
 
-def cross(served: Served) -> None:
+def cross(served: Served, ways: dict[str, Way]) -> None:
     for seed in range(3):
         wanted = requests(random.Random(seed))
         expected = served.alone(wanted)
-        for way, run in WAYS.items():
+        for way, run in ways.items():
             assert answers(run(served, wanted, random.Random(seed))) == expected, way
 
 
