@@ -131,7 +131,7 @@ def from_the_prefix_cache(served: Served, wanted: list[AddRequest], rng: random.
     return found
 
 
-@pytest.mark.parametrize("name", ["bf16", "W8A8", "W4A16", slow("FP8"), "float32"])
+@pytest.mark.parametrize("name", ["bf16", "W8A8", slow("W4A16"), slow("FP8"), "float32"])
 def test_an_answer_has_the_bits_that_it_has_alone(name: str, fixtures: Path) -> None:
     rng = random.Random(1)
     model, settings = FORMATS[name]

@@ -87,7 +87,8 @@ def streamed_request(server: Server) -> Iterator[Iterator[str]]:
 
 def test_sigterm_lets_what_runs_finish() -> None:
     body = LONG | {"prompt": ["x"], "n": 20, "max_tokens": 400}
-    with serving_anew() as server, server.client() as client, whole_request(server, body) as answers:
+    patience = ("--shutdown-timeout", str(PATIENCE))
+    with serving_anew(*patience) as server, server.client() as client, whole_request(server, body) as answers:
         with client.stream("POST", PATH, json=body | {"stream": True}) as response:
             lines = response.iter_lines()
             first = next(lines)
