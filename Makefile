@@ -38,10 +38,10 @@ check: $(INSTALLED)
 docs: $(INSTALLED)
 	$(BIN)/python -m sphinx --builder html --fresh-env --nitpicky --fail-on-warning --keep-going --quiet docs build/site
 
-# Three at a time even on two cores, since some tests wait for a time-out or for a server. Tests start a hundred
+# Two at a time: a third one on two cores costs more than the waits that it fills (652 and 585 s). Tests start a hundred
 # interpreters, which compile what they import once and not each time, whatever the environment says.
 test: $(INSTALLED)
-	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 3 --dist loadfile
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-ray:
 	test -x .ray/bin/python || $(PYTHON) -m venv .ray

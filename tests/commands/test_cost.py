@@ -223,6 +223,7 @@ SMALL = ("--repetitions", "1", "--concurrency", "2", "--input-len", "8", "--outp
 SHORT = (*SMALL, "--seconds", "0.2", "--slo", "ttft:600", "--slo-percentile", "90", "--no-quality")
 
 
+@pytest.mark.slow  # ten seconds, most of them of waiting
 def test_ctrl_c_keeps_what_is_measured_and_the_same_command_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from attention_steps import check, make_cache, make_step
+from slow_cases import slow
 from torch import Tensor
 
 from octavo.kernels.attention import reference
@@ -108,7 +109,7 @@ def queries(
 
 
 @pytest.mark.parametrize(("heads", "stored", "normed", "masks"), CASES, ids=str)
-@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("parts", [slow(1), 3])
 def test_both_in_one_launch(
     heads: tuple[int, int, int, int], stored: tuple[torch.dtype, torch.dtype], normed: str,
     masks: tuple[int | None, float | None], parts: int, device: torch.device,

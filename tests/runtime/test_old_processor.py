@@ -11,7 +11,7 @@ from pathlib import Path
 import answered
 import pytest
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.slow  # compiles most CPU kernels again, for a quarter of a minute
 
 
 def by_a_haswell(model: Path, cache: Path) -> list[dict[str, float]]:

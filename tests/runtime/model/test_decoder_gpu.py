@@ -42,7 +42,7 @@ DTYPES = ("float32", "bfloat16")
 LENGTHS = (9, 3)  # of a prompt's two sequences
 SEED = 378  # of how they are cut: 3 and 1 tokens, 3 and 1, 1 and 1 (past windows of 5 and 6), 2
 PROMPTS, AT_ONCE = 64, 16  # of torch's; as many as the cache has blocks for
-ARCHITECTURES = ("llama", "qwen3", "phi3", "gemma2", "granite", "olmo2", "qwen2_moe")
+ARCHITECTURES = ("qwen3", "gemma2", "qwen2_moe", *map(slow, ("llama", "phi3", "granite", "olmo2")))
 SCHEMES = {
     "W4A16@32": "int4 weights, 16 bits",
     "W8A8": "int8 x int8",
