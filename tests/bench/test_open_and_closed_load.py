@@ -113,7 +113,7 @@ def test_a_closed_load_has_a_task_for_each_place_and_not_for_each_request() -> N
 
 
 def test_what_a_caller_has_frozen_stays_so() -> None:
-    for frozen in (True, False):
+    for frozen in (False, True):  # the last as it was before
         gc.unfreeze()
         if frozen:
             gc.freeze()

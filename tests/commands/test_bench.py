@@ -19,7 +19,6 @@ from bench_server import (
     asked_for_text,
     bench,
     completion,
-    frozen_heap,
     numbers,
     server_like_vllm,
     tokens_of,
@@ -51,12 +50,6 @@ from octavo.commands.chat_server import OwnServer
 
 TINY = Path(__file__).resolve().parents[1] / "fixtures/tiny"
 SMALL = ("--num-prompts", "6", "--random-input-len", "20", "--random-output-len", "5")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _frozen_heap() -> Iterator[None]:
-    with frozen_heap():
-        yield
 
 
 def test_report_has_the_lines_that_people_parse_and_exact_counts(capsys: pytest.CaptureFixture[str]) -> None:

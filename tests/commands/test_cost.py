@@ -9,12 +9,11 @@ import math
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
 
 import msgspec
 import pytest
-from bench_server import frozen_heap
 from scripted_server import DONE, Asked, ScriptedServer, event, serving, stream, text, usage, whole
 
 from octavo.bench.http import HttpError
@@ -30,13 +29,6 @@ from octavo.jobs.cost.state import State
 SERVICE = 0.02
 TOKENS = 4
 SLO = {"ttft": 60.0}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _frozen_heap() -> Iterator[None]:
-    """Or each load would begin with seconds of walking through what other tests of this process have left."""
-    with frozen_heap():
-        yield
 
 
 class Queue:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import re
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any
 
 from scripted_server import DONE, Asked, ScriptedServer, delta, event, stream, text, usage, whole
@@ -15,17 +13,6 @@ from octavo.cli import main
 
 ENGLISH = {"The", *WORDS}
 CONTEXT = 4096
-
-
-@contextmanager
-def frozen_heap() -> Iterator[None]:
-    """What is there now is not walked through by each load's gc.collect, which takes 60 ms of a test's process."""
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def tokens_of(prompt: str, long: str = "") -> int:
