@@ -60,6 +60,11 @@ def _frozen_heap() -> None:
     gc.enable()
 
 
+def pytest_unconfigure() -> None:
+    """Or Triton's bindings, which look as the process ends whether all of theirs is gone, print what isn't."""
+    gc.unfreeze()
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Where there is a GPU, what runs Triton kernels runs on it, with `-m cuda`; elsewhere it is interpreted.
