@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain, repeat
 
 import numpy as np
 import pytest
@@ -75,3 +76,16 @@ def test_measurements_that_contradict_each_other_are_pooled() -> None:
     assert crossing([Outcome(8.0, 100, 90)], 99.0) == 0.0
     assert crossing([Outcome(8.0, 0, 0)], 99.0) == 8.0
     assert crossing([Outcome(8.0, 1000, 0), Outcome(9.0, 1000, 0)], 99.0) == 9.0
+
+
+def test_rates_below_those_that_kept_the_slo_by_chance_are_tried() -> None:
+    """At 4 a second none missed the SLO at first, and a tenth just below: a lower rate keeps it."""
+    missed = chain([0], repeat(2))
+
+    def measure(rate: float) -> Outcome:
+        if rate > 4.2:
+            return Outcome(rate, 40, 20)
+        return Outcome(rate, 20, next(missed) if rate > 3 else 0)
+
+    search = find_rate(measure, 4.0, 99.0, rounds=1)
+    assert 2 < search.rate < 3.7

@@ -60,6 +60,10 @@ def find_rate(measure: Callable[[float], Outcome], start: float, percentile: flo
         found = crossing(outcomes, percentile) or low
         for factor in AROUND:
             keeps(found * factor)
+    for _ in range(STEPS):
+        if crossing(outcomes, percentile):
+            break
+        keeps(min(outcome.rate for outcome in outcomes) / math.sqrt(2))  # what kept the SLO did so by chance
     return Search(crossing(outcomes, percentile), True, outcomes)
 
 
