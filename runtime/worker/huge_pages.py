@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from torch import Tensor
 
@@ -26,20 +26,10 @@ def use_huge_pages_soon(tensors: Iterable[Tensor]) -> threading.Thread:
 
 
 def _move(tensors: list[Tensor]) -> None:
+    """Page by page: a call for several ends at the first that can't be moved, such as one that is others' in part."""
     advise = ctypes.CDLL(None).madvise
-    for begin, end in _huge_ranges(tensors):
+    spans = [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in tensors if t.nbytes]
+    pages = {page for begin, end in spans for page in range(begin // HUGE_PAGE, -(-end // HUGE_PAGE))}
+    for page in sorted(pages):
         for advice in (mmap.MADV_HUGEPAGE, MADV_COLLAPSE):  # the first alone lets an older kernel do it by and by
-            advise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), advice)
-
-
-def _huge_ranges(tensors: list[Tensor]) -> Iterator[tuple[int, int]]:
-    """The huge pages that tensors lie in, from address to address; neighbors are joined, since a call has its price."""
-    begin = end = 0
-    for first, last in sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in tensors if t.nbytes):
-        if first - first % HUGE_PAGE > end:
-            if end:
-                yield begin, end
-            begin = first - first % HUGE_PAGE
-        end = max(end, last + -last % HUGE_PAGE)
-    if end:
-        yield begin, end
+            advise(ctypes.c_void_p(page * HUGE_PAGE), ctypes.c_size_t(HUGE_PAGE), advice)
