@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from octavo.kernels.packed_weight import PackedWeight
-from octavo.quant.body import Body, PackOptions, PermutedColumns, RoundedInput, dense_of
-from octavo.quant.input_rounding import input_rounding
+from octavo.quant.body import Body, PackOptions, PermutedColumns, dense_of, rounding
 from octavo.quant.qparams import QuantizedWeight, Weight
 
 
@@ -57,17 +56,7 @@ def dequantized() -> Body:
 
 def dequantized_rounding() -> Body:
     """As `dequantized`, with inputs rounded as the scheme says."""
-    from octavo.kernels.dense import cpu
-
-    def pack(weight: QuantizedWeight, options: PackOptions) -> PackedWeight:
-        rounds = input_rounding(weight.scheme.activation, weight.input_scale, options.target.device)
-        assert rounds is not None
-        return RoundedInput(_pack_bf16(weight, options), rounds)
-
-    def run(x: Tensor, packed: Any, out_dtype: torch.dtype) -> Tensor:
-        return cpu.linear(packed.rounds(x).to(torch.bfloat16), packed.inner, out_dtype)
-
-    return Body(pack, run)
+    return rounding(bf16())
 
 
 def float32() -> Body:
@@ -82,18 +71,8 @@ def dequantized_float32() -> Body:
 
 
 def dequantized_float32_rounding() -> Body:
-    """As `dequantized_float32`, with inputs rounded as the scheme says, to the type to compute in."""
-    from octavo.kernels.dense import float32_cpu
-
-    def pack(weight: QuantizedWeight, options: PackOptions) -> PackedWeight:
-        rounds = input_rounding(weight.scheme.activation, weight.input_scale, options.target.device)
-        assert rounds is not None
-        return RoundedInput(_pack_float32(weight, options), rounds)
-
-    def run(x: Tensor, packed: Any, out_dtype: torch.dtype) -> Tensor:
-        return float32_cpu.linear(packed.rounds(x).to(x.dtype), packed.inner, out_dtype)
-
-    return Body(pack, run)
+    """As `dequantized_float32`, with inputs rounded as the scheme says."""
+    return rounding(float32())
 
 
 def _pack_integers(weight: QuantizedWeight, options: PackOptions) -> PackedWeight:  # noqa: ARG001

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from octavo.kernels.packed_weight import PackedWeight, present
-from octavo.quant.body import Body, PackOptions, RoundedInput, dense_of
-from octavo.quant.input_rounding import input_rounding
-from octavo.quant.qparams import QuantizedWeight, Weight
+from octavo.quant.body import Body, PackOptions, dense_of, rounding
+from octavo.quant.qparams import Weight
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ def dequantized() -> Body:
 
 def dequantized_rounding() -> Body:
     """As `dequantized`, with inputs rounded as the scheme says."""
-    return Body(_pack_rounding, _run_rounding, adds_bias=True)
+    return rounding(dense())
 
 
 def _pack(weight: Weight, options: PackOptions) -> DenseWeight:
@@ -65,13 +63,3 @@ def _run(x: Tensor, packed: DenseWeight, out_dtype: torch.dtype) -> Tensor:
     else:
         out = F.linear(x, packed.weight, packed.bias).to(out_dtype)
     return out if packed.added is None else out.add_(packed.added)
-
-
-def _pack_rounding(weight: QuantizedWeight, options: PackOptions) -> RoundedInput:
-    rounds = input_rounding(weight.scheme.activation, weight.input_scale, options.target.device)
-    assert rounds is not None
-    return RoundedInput(_pack(weight, options), rounds)
-
-
-def _run_rounding(x: Tensor, packed: Any, out_dtype: torch.dtype) -> Tensor:
-    return _run(packed.rounds(x).to(packed.inner.weight.dtype), packed.inner, out_dtype)

@@ -7,7 +7,7 @@ A packed weight is data: tensors in a kernel's layout. What multiplies it is a p
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from octavo.kernels.packed_weight import PackedWeight
 from octavo.kernels.quantized_activation import ActivationQuant
-from octavo.quant.input_rounding import Round
-from octavo.quant.qparams import Weight
+from octavo.quant.input_rounding import Round, input_rounding
+from octavo.quant.qparams import QuantizedWeight, Weight
 from octavo.quant.target import Target
 
 
@@ -86,6 +86,20 @@ class RoundedInput(PackedWeight):
 
     def unpack(self) -> Tensor:
         return self.inner.unpack()
+
+
+def rounding(body: Body) -> Body:
+    """The body of a plain product, with inputs rounded as the weight's scheme says, to the type to compute in."""
+
+    def pack(weight: QuantizedWeight, options: PackOptions) -> PackedWeight:
+        rounds = input_rounding(weight.scheme.activation, weight.input_scale, options.target.device)
+        assert rounds is not None
+        return RoundedInput(body.pack(weight, options), rounds)
+
+    def run(x: Tensor, packed: Any, out_dtype: torch.dtype) -> Tensor:
+        return body.run(packed.rounds(x).to(x.dtype), packed.inner, out_dtype)
+
+    return replace(body, pack=pack, run=run)
 
 
 def dense_of(weight: Weight, dtype: torch.dtype) -> Tensor:

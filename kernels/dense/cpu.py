@@ -23,6 +23,7 @@ from octavo.kernels.native.gemm_tile import (
     W4,
     W8,
     make_grouped_tile,
+    make_rows,
     make_tile,
     sum_bf16,
 )
@@ -30,10 +31,7 @@ from octavo.kernels.native.jit import kernel, next_item, threads_for, view
 from octavo.kernels.packed_weight import PackedWeight, present
 
 _CHUNK = 128
-_T1 = make_tile(1, 4)
-_T2 = make_tile(2, 4)
-_T4 = make_tile(4, 4)
-_T8 = make_tile(8, 3)
+_bf16_rows = make_rows(make_tile)
 _SIZES = ((1, 4), (2, 4), (4, 2), (8, 2))
 
 
@@ -141,24 +139,8 @@ def _sum_groups(address, sums, groups, size):  # type: ignore[no-untyped-def]
         sums[g] = total
 
 
-@numba.njit
-def _bf16_rows(vectors, last_row, operands):  # type: ignore[no-untyped-def]
-    """One tile of bf16 weights, of as many rows as it has; returns how many. operands: see `native.gemm_tile`."""
-    if vectors == 3:
-        _T8(operands)
-        return 8
-    if last_row > 1:
-        _T4(operands)
-        return 4
-    if last_row == 1:
-        _T2(operands)
-        return 2
-    _T1(operands)
-    return 1
-
-
 def _grouped_rows(kind: int) -> Any:
-    """As `_bf16_rows`, of weights of a kind with scales for groups."""
+    """As `make_rows`, of weights of a kind with scales for groups, whose tiles are smaller."""
     one, two, four, eight = (make_grouped_tile(kind, rows, vectors) for rows, vectors in _SIZES)
 
     @numba.njit

@@ -7,6 +7,7 @@ chooses its blocks, and so the order of its sums, by the number of rows. Referen
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numba
 import numpy as np
@@ -14,16 +15,13 @@ import torch
 from torch import Tensor
 
 from octavo.kernels.native.dtypes import KINDS, size_of
-from octavo.kernels.native.gemm_tile import FLOAT, LANES, STEP_BYTES, make_tile
+from octavo.kernels.native.gemm_tile import FLOAT, LANES, STEP_BYTES, make_rows, make_tile
 from octavo.kernels.native.jit import kernel, next_item, threads_for
 from octavo.kernels.packed_weight import PackedWeight
 
 _CHUNK = 128  # rows of x that one item of work passes over with a tile of weights
 _MOST_OF_FEW = 4  # rows up to which a tile takes four slabs of weights instead of three, and fewer rows
-_T1 = make_tile(1, 4, FLOAT)
-_T2 = make_tile(2, 4, FLOAT)
-_T4 = make_tile(4, 4, FLOAT)
-_T8 = make_tile(8, 3, FLOAT)
+_rows = make_rows(partial(make_tile, kind=FLOAT))
 
 
 @dataclass(frozen=True)
@@ -45,22 +43,6 @@ def pack(weight: Tensor) -> PackedFloat32:
     n, k = weight.shape
     padded = torch.nn.functional.pad(weight.float(), (0, 0, 0, -n % LANES))
     return PackedFloat32(padded.view(-1, LANES, k).transpose(1, 2).contiguous(), n)
-
-
-@numba.njit
-def _rows(vectors, last_row, operands):  # type: ignore[no-untyped-def]
-    """One tile, of as many rows as it has; returns how many. operands: see `native.gemm_tile`."""
-    if vectors == 3:
-        _T8(operands)
-        return 8
-    if last_row > 1:
-        _T4(operands)
-        return 4
-    if last_row == 1:
-        _T2(operands)
-        return 2
-    _T1(operands)
-    return 1
 
 
 # The kernel's arguments, in the order of the call in `linear`.

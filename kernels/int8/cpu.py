@@ -17,7 +17,7 @@ from torch import Tensor
 from octavo.kernels.gemm.limits import MAX_INT8_COLUMNS_CPU
 from octavo.kernels.int8.quantize_cpu import quantize_row
 from octavo.kernels.native.dtypes import KINDS, size_of
-from octavo.kernels.native.gemm_tile import LANES, make_int8_tile
+from octavo.kernels.native.gemm_tile import LANES, make_int8_tile, make_rows
 from octavo.kernels.native.jit import kernel, next_item, threads_for, view
 from octavo.kernels.packed_weight import PackedWeight
 
@@ -25,8 +25,7 @@ MAX_COLUMNS = MAX_INT8_COLUMNS_CPU
 _FEW_ROWS = 8  # rows that every thread rounds for itself
 _CHUNK = 128  # rows of x that one item of work passes over with a tile of weights in the L1 cache
 
-_SIZES = ((1, 4), (2, 4), (4, 4), (8, 3))  # rows and vectors
-_T1, _T2, _T4, _T8 = (make_int8_tile(rows, vectors) for rows, vectors in _SIZES)
+_rows = make_rows(make_int8_tile)
 
 
 @dataclass(frozen=True)
@@ -79,22 +78,6 @@ def _quantize(args):  # type: ignore[no-untyped-def]
         if i >= rows:
             break
         scales[i], sums[i] = quantize_row(a[1] + i * count * size_of(kind), kind, count, row, a[2] + i * width, width)
-
-
-@numba.njit
-def _rows(vectors, last_row, operands):  # type: ignore[no-untyped-def]
-    """One tile, of as many rows as it has; returns how many. operands: see `native.gemm_tile`."""
-    if vectors == 3:
-        _T8(operands)
-        return 8
-    if last_row > 1:
-        _T4(operands)
-        return 4
-    if last_row == 1:
-        _T2(operands)
-        return 2
-    _T1(operands)
-    return 1
 
 
 # The kernel's arguments: what changes from call to call, and `PackedInt8.arguments`.

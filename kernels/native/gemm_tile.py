@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numba
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -301,3 +302,27 @@ def sum_bf16(typingctx: Any, address: Any, vectors: Any) -> Any:
         return sum_lanes(builder, builder.load(total))
 
     return types.float32(types.int64, types.int64), codegen
+
+
+def make_rows(make: Callable[[int, int], Any]) -> Any:
+    """rows(vectors, last_row, operands): the tile of a shape that fits so many rows; returns how many it has.
+
+    make(rows, vectors) makes a tile. Those of few rows have 4 vectors, the one of 8 rows has 3.
+    """
+    one, two, four, eight = (make(rows, vectors) for rows, vectors in ((1, 4), (2, 4), (4, 4), (8, 3)))
+
+    @numba.njit
+    def rows(vectors, last_row, operands):  # type: ignore[no-untyped-def]
+        if vectors == 3:
+            eight(operands)
+            return 8
+        if last_row > 1:
+            four(operands)
+            return 4
+        if last_row == 1:
+            two(operands)
+            return 2
+        one(operands)
+        return 1
+
+    return rows
