@@ -8,13 +8,14 @@ import signal
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
 
+from octavo.collector import uncollected
 from octavo.kernels.native.environment import ENVIRONMENT
 
 if TYPE_CHECKING:
@@ -38,26 +39,28 @@ FIXTURES = Path(__file__).parent / "fixtures"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """A shell starts what it puts in the background with SIGINT ignored, and every child would inherit that.
-
-    While tests are imported, nothing is collected; see _frozen_heap.
-    """
-    gc.disable()
+    """A shell starts what it puts in the background with SIGINT ignored, and every child would inherit that."""
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False  # our own order, see _begin_with_long_files
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Test files are imported, a million objects, which no garbage collection walks through, now or later."""
+    with uncollected():
+        return (yield)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _frozen_heap() -> None:
-    """What is there before a file's tests, a million objects, is not walked through by each collection in them.
+    """Nor through what the tests of other files have left.
 
-    That took an eighth of the suite's time, and began each of octavo bench's loads with seconds of it.
+    All of that took an eighth of the suite's time, and began each of octavo bench's loads with seconds of it.
     """
     gc.collect()
     gc.freeze()
-    gc.enable()
 
 
 def pytest_unconfigure() -> None:
