@@ -20,7 +20,7 @@ from torch import Tensor
 from octavo.kernels.attention.cache import LayerCache
 from octavo.kernels.attention.step import StepInputs
 from octavo.runtime.model.layers import AddNorm, DecoderLayer, Embedding, GroupedExperts, Head
-from octavo.runtime.model.model import KVScales, LayerRow, Tap
+from octavo.runtime.model.model import KVScales, LayerRow, Tap, distinct_bytes
 from octavo.runtime.model.operators import Ops
 from octavo.runtime.model.ranks import RankHead
 from octavo.runtime.model.rope import RopeTable
@@ -85,7 +85,7 @@ class Decoder:
         self._head = stack.head
         self._is_last_stage = not isinstance(stack.head, HandedOn)
         self.best = stack.head.best if isinstance(stack.head, RankHead) else None
-        self.weight_bytes = sum({t.data_ptr(): t.nbytes for t in self.tensors()}.values())
+        self.weight_bytes = distinct_bytes(self.tensors())
 
     @property
     def num_layers(self) -> int:

@@ -116,3 +116,8 @@ class Model(Protocol):
     def report_layers(self) -> list[LayerRow]:
         """The rows of the start-up table."""
         ...
+
+
+def distinct_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of tensors; one that comes more than once counts once."""
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())

@@ -24,7 +24,7 @@ from octavo.runtime.model.device import Device
 from octavo.runtime.model.hf.attention import PROBE, SERVE, HFModelError, Step, call, describe, register
 from octavo.runtime.model.hf.checks import BLOCK_SIZE, Proven, check_against_transformers, probe_model
 from octavo.runtime.model.layers import GroupedExperts
-from octavo.runtime.model.model import KVScales, LayerRow, Tap
+from octavo.runtime.model.model import KVScales, LayerRow, Tap, distinct_bytes
 from octavo.runtime.model.operators import Ops
 from octavo.runtime.model.sources import some
 
@@ -58,7 +58,7 @@ class HFModel:
         self.ops = ops
         self._model = model
         self._proven = proven
-        self.weight_bytes = sum({t.data_ptr(): t.nbytes for t in self.tensors()}.values())
+        self.weight_bytes = distinct_bytes(self.tensors())
 
     @property
     def num_layers(self) -> int:
