@@ -15,8 +15,7 @@ from served import logits_of
 from torch import Tensor
 from trimmed import whole
 
-import octavo.quant.bodies_cpu
-import octavo.quant.bodies_torch
+import octavo.quant.body
 import octavo.runtime.model.weights
 from octavo.calibration.prepare import prepare
 from octavo.calibration.quantize_model import quantize_model
@@ -121,8 +120,7 @@ def test_what_is_written_is_served(name: str, fixtures: Path, tmp_path: Path, mo
 
     Activations are left unrounded, which the tests above and below are about. FP8_BLOCK has short blocks: 352 columns.
     """
-    for bodies in (octavo.quant.bodies_cpu, octavo.quant.bodies_torch):
-        monkeypatch.setattr(bodies, "input_rounding", lambda *_: lambda x: x)
+    monkeypatch.setattr(octavo.quant.body, "input_rounding", lambda *_: lambda x: x)
     ids = load_file(fixtures / "tiny" / "expected.safetensors")["input_ids"]
     quantized, plain = tmp_path / "quantized", tmp_path / "plain"
     quantize_model(prepare(fixtures / "tiny", quantized, Recipe(name), max_shard_bytes=300_000))

@@ -13,8 +13,7 @@ import torch
 from hf_oracle import scattered_logits
 from safetensors.torch import load_file, save_file
 
-import octavo.quant.bodies_cpu
-import octavo.quant.bodies_torch
+import octavo.quant.body
 from octavo.quant.formats.awq import AWQFormat, write_awq_config
 from octavo.quant.formats.format import QuantFormat
 from octavo.quant.formats.fp8 import Fp8Format, write_fp8_config
@@ -37,8 +36,7 @@ FORMATS: dict[str, tuple[QuantFormat, torch.dtype, Callable[[QuantScheme, list[s
 @pytest.mark.parametrize("name", FORMATS)
 def test_experts_in_every_format(name: str, fixtures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against a plain checkpoint of what the codes stand for; activations are left as they are, which others test."""
-    for bodies in (octavo.quant.bodies_cpu, octavo.quant.bodies_torch):
-        monkeypatch.setattr(bodies, "input_rounding", lambda *_: lambda x: x)
+    monkeypatch.setattr(octavo.quant.body, "input_rounding", lambda *_: lambda x: x)
     format_, scale_dtype, write_config = FORMATS[name]
     config = json.loads((fixtures / "tiny-moe" / "config.json").read_text())
     plain = {n: t.float() for n, t in load_file(fixtures / "tiny-moe" / "model.safetensors").items()}
