@@ -95,7 +95,12 @@ def handles(listening: socket.socket, num_processes: int = 1) -> list[socket.soc
 
     libuv accepts one of each handle's a turn, and in that turn answers all that the connections so far have asked: of
     500 clients that came together the last ones waited seconds for their first answer.
+
+    None of them blocks, ever: all duplicates share that, those of other processes too, and dup() makes of a socket that
+    Python takes for a blocking one a blocking one again. A moment of that, as a server process starts, and another's
+    event loop stood in accept until the next client came.
     """
+    listening.setblocking(False)
     return [listening, *(listening.dup() for _ in range(max(1, ACCEPTS // num_processes) - 1))]
 
 
