@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from octavo.commands.chat_server import OwnServer, own_server
+from octavo.own_server import OwnServer, own_server
 
 
 @pytest.fixture(scope="session")

@@ -46,7 +46,7 @@ from octavo.bench.sources import _shuffled
 from octavo.bench.traces import read_trace
 from octavo.bench.workloads import WORKLOADS, make_requests
 from octavo.cli import main
-from octavo.commands.chat_server import OwnServer
+from octavo.own_server import OwnServer
 
 TINY = Path(__file__).resolve().parents[1] / "fixtures/tiny"
 SMALL = ("--num-prompts", "6", "--random-input-len", "20", "--random-output-len", "5")

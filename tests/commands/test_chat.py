@@ -29,7 +29,7 @@ from scripted_server import (
 from terminal import CTRL_C, CTRL_D, terminal
 
 from octavo.cli import main
-from octavo.commands.chat_server import OwnServer
+from octavo.own_server import OwnServer
 
 
 def answered(*pieces: str, finish_reason: str = "stop") -> list[bytes]:

@@ -15,7 +15,7 @@ from terminal import CTRL_C, terminal
 
 from octavo.bench.scrape import GENERATED, ScrapeError, figures, percentile, read_page
 from octavo.cli import main
-from octavo.commands.chat_server import OwnServer
+from octavo.own_server import OwnServer
 
 VLLM = Path(__file__).parents[1] / "fixtures/vllm-metrics"
 BOUNDS = (0.01, 0.1, 1.0, float("inf"))

@@ -26,9 +26,8 @@ from octavo.bench.load import ask
 from octavo.bench.metrics import seconds_percentiles
 from octavo.bench.prompts import Prompt
 from octavo.bench.run import Target, first_model
-from octavo.commands.chat_client import ServerEndedError
-from octavo.commands.chat_server import OwnServer, own_server
 from octavo.flags import add_flags, flags_of, read
+from octavo.own_server import OwnServer, ServerEndedError, own_server
 
 PROG = "octavo bench startup"
 PHASES = {"startup": "Startup time", "first_token": "Time to the first token"}

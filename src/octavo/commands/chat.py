@@ -21,8 +21,9 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from octavo.commands.chat_client import ChatError, ChatServer, Conversation, ServerEndedError
+from octavo.commands.chat_client import ChatError, ChatServer, Conversation
 from octavo.flags import add_flags, flags_of, read
+from octavo.own_server import ServerEndedError, own_server
 from octavo.runtime.config import EngineConfig
 
 PROG = "octavo chat"
@@ -123,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
             if question is None:
                 return _converse(conversation)
             return _answer_once(conversation, question)
-    except ChatError as e:
+    except (ChatError, ServerEndedError) as e:
         print(f"{PROG}: {e}", file=sys.stderr)
         return 1
 
@@ -166,8 +167,6 @@ def _begin(options: ChatOptions, serve_words: list[str], stack: ExitStack) -> Co
 
 def _serve(model: str, words: list[str], stack: ExitStack) -> ChatServer:
     from rich.console import Console
-
-    from octavo.commands.chat_server import own_server
 
     own = stack.enter_context(own_server(model, *words))
     with Console(stderr=True).status(f"octavo serve {model}"):
@@ -228,8 +227,6 @@ def _take_turn(conversation: Conversation, question: str) -> None:
         _show(conversation.ask(question), with_reasoning=True)
     except KeyboardInterrupt:
         print("(stopped)")
-    except ServerEndedError:
-        raise
     except ChatError as e:
         print(f"{PROG}: {e}; the question is not part of the conversation", file=sys.stderr)
     if conversation.finish_reason == "length":

@@ -21,10 +21,6 @@ class ChatError(RuntimeError):
     """What went wrong, in one line."""
 
 
-class ServerEndedError(ChatError):
-    """The server that was started for this conversation has ended."""
-
-
 class ChatServer:
     """A server, over HTTP. `check` is called when it can't be reached, and may raise an error that says why."""
 

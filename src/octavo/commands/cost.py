@@ -28,10 +28,10 @@ from octavo.jobs.cost.prices import ApiPrice, parse_api_price
 from octavo.kernels.native.environment import ENVIRONMENT
 
 if TYPE_CHECKING:
-    from octavo.commands.chat_server import OwnServer
     from octavo.jobs.cost.job import CostJob, Surroundings
     from octavo.jobs.cost.page import Wanted
     from octavo.jobs.cost.plan import Settings
+    from octavo.own_server import OwnServer
 
 PROG = "octavo cost"
 
@@ -324,9 +324,8 @@ def _surroundings() -> Iterator[Surroundings]:
 @contextmanager
 def _served(*words: str) -> Iterator[OwnServer]:
     """`octavo serve WORDS`, whose end raises ServerError."""
-    from octavo.commands.chat_client import ServerEndedError
-    from octavo.commands.chat_server import own_server
     from octavo.jobs.cost.client import ServerError
+    from octavo.own_server import ServerEndedError, own_server
 
     try:
         with own_server(*words) as server:

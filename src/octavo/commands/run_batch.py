@@ -20,10 +20,9 @@ import httpx
 import msgspec
 from msgspec import Meta
 
-from octavo.commands.chat_client import ServerEndedError
-from octavo.commands.chat_server import OwnServer, own_server
 from octavo.commands.progress_bar import ProgressBar, progress_bar
 from octavo.flags import add_flags, flags_of, read
+from octavo.own_server import OwnServer, ServerEndedError, own_server
 from octavo.server.batch_lines import Line, LineError, answer_line, done_ids, lines_of, routes_of
 
 PROG = "octavo run-batch"

@@ -1,4 +1,4 @@
-"""A server for the time of one command: `octavo serve MODEL` on a free port of 127.0.0.1.
+"""A server for the time of one command or program: `octavo serve MODEL` on a free port of 127.0.0.1.
 
 It runs in a session of its own, so that Ctrl-C at the terminal, which stops an answer, does not reach it; the process
 that started it ends it. Its log goes to a temporary file, the end of which is shown if the server fails.
@@ -18,13 +18,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import IO
 
-import httpx
-
-from octavo.commands.chat_client import ServerEndedError
-
 POLL_SECONDS = 0.05
 END_SECONDS = 10.0
 LOG_LINES = 10
+
+
+class ServerEndedError(RuntimeError):
+    """The server that was started has ended, or is not ready in time; in one line, and the end of its log."""
 
 
 class OwnServer:
@@ -52,25 +52,31 @@ class OwnServer:
         """The process's number."""
         return self._process.pid
 
-    def wait_until_ready(self) -> None:
-        """Wait for /health, however long: the model may have to be downloaded. Raises when the process ends."""
+    def wait_until_ready(self, seconds: float | None = None) -> None:
+        """Wait for /health, by default however long: the model may have to be downloaded. Raises ServerEndedError."""
+        import httpx  # takes 0.1 s: programs of octavo.lang that start no server import this module too
+
+        begin = time.monotonic()
         with httpx.Client(trust_env=False, timeout=5.0) as client:
             while self._process.poll() is None:
                 with suppress(httpx.TransportError):
                     if client.get(f"{self.url}/health").status_code == 200:
                         return
+                if seconds is not None and time.monotonic() - begin > seconds:
+                    raise ServerEndedError(f"the server is not ready after {seconds:g} s{self._end_of_log()}")
                 time.sleep(POLL_SECONDS)
         self.check()
 
     def check(self) -> None:
         """Raises ServerEndedError, with the end of the log, where the process is gone."""
         code = self._process.poll()
-        if code is None:
-            return
+        if code is not None:
+            raise ServerEndedError(f"the server ended with code {code}{self._end_of_log()}")
+
+    def _end_of_log(self) -> str:
         self._log.seek(0)
         lines = self._log.read().decode(errors="replace").splitlines()
-        shown = "".join(f"\n  | {line}" for line in lines[-LOG_LINES:])
-        raise ServerEndedError(f"the server ended with code {code}; the end of its log:{shown}")
+        return "; the end of its log:" + "".join(f"\n  | {line}" for line in lines[-LOG_LINES:])
 
     def end(self) -> None:
         """Send SIGTERM, and kill the processes that don't end."""
