@@ -10,6 +10,7 @@ import argparse
 import json
 import re
 from contextlib import suppress
+from pathlib import Path
 
 import documented
 import httpx
@@ -53,7 +54,10 @@ def test_a_curl_is_answered(client: httpx.Client, command: Command) -> None:
 
 
 @pytest.mark.parametrize(("page", "text"), PROGRAMS, ids=[page for page, _ in PROGRAMS])
-def test_a_program_runs(server: Server, page: str, text: str) -> None:
+def test_a_program_runs(server: Server, page: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a directory of its own, where the file of texts is that it may read."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": f"Text {i}."}) + "\n" for i in range(3)), "utf-8")
     program = re.sub('"(MODEL|OUT)"', '"tiny"', ADDRESS.sub(server.url, text))
     with suppress(openai.LengthFinishReasonError):  # the client's word for an answer that ended with the context
         exec(compile(program, page, "exec"), {"__name__": "__main__"})

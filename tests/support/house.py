@@ -24,6 +24,7 @@ FLOORS = (
     ("bench",),
     ("jobs",),
     ("top",),
+    ("lang",),
     ("commands",),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

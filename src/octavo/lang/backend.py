@@ -1,0 +1,97 @@
+"""What a program needs of a model: a text that goes on, and a choice among texts. Where that comes from is a backend's.
+
+The default backend of a process stands here.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from octavo.lang.choices import ChoicesDecision, ChoicesSamplingMethod
+from octavo.lang.ir import Options
+from octavo.lang.templates import PLAIN
+
+Json = dict[str, Any]
+OnText = Callable[[str, Json], None]
+"""Takes a piece of text as it comes, and what is known of the answer so far."""
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What a program has said so far.
+
+    messages   the turns that are closed, {"role", "content"}
+    role       whose turn is open, or None
+    text       what is in the open turn; of a program without turns, all of its text
+    """
+
+    text: str
+    messages: Sequence[dict[str, str]] = ()
+    role: str | None = None
+
+    @property
+    def has_turns(self) -> bool:
+        """Whether it is a conversation."""
+        return self.role is not None or bool(self.messages)
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """The n answers to one gen, and what the server says of each."""
+
+    texts: list[str]
+    metas: list[Json]
+
+
+class Backend(ABC):
+    """A server of a model. max_connections: how many of its requests are under way at a time."""
+
+    max_connections: int
+
+    @abstractmethod
+    async def generate(self, context: Context, options: Options, on_text: OnText | None) -> Generated:
+        """Go on from here. on_text gets the pieces of the one answer as they come. Raises BackendError, ValueError."""
+
+    async def select(
+        self,
+        context: Context,  # noqa: ARG002
+        choices: list[str],
+        method: ChoicesSamplingMethod,  # noqa: ARG002
+    ) -> ChoicesDecision:
+        """Choose how to go on from here. Raises BackendError, and ValueError where the API doesn't allow it."""
+        raise ValueError(
+            f"select among {choices}: the API behind {type(self).__name__} tells no log-probabilities of given text; "
+            "that behind RuntimeEndpoint does"
+        )
+
+    async def text_of(self, context: Context) -> str:
+        """A context as one text."""
+        return PLAIN.text(context.messages, context.role, context.text) if context.has_turns else context.text
+
+
+_default: Backend | None = None
+
+
+def set_default_backend(backend: Backend | None) -> None:
+    """Let programs that are given no backend run on this one."""
+    global _default
+    if backend is not None and not isinstance(backend, Backend):
+        raise TypeError(f"a backend is needed, such as RuntimeEndpoint(url), and no {type(backend).__name__}")
+    _default = backend
+
+
+def chosen(backend: Backend | None) -> Backend:
+    """The backend, or the default one. Raises ValueError where there is none."""
+    found = backend or _default
+    if found is None:
+        raise ValueError("there is no backend: set_default_backend(RuntimeEndpoint(url)), or backend=... to run")
+    return found
+
+
+def check_select(choices: Sequence[str]) -> None:
+    """Raise ValueError for an empty choice: it has no token to be likely or not."""
+    if "" in choices:
+        raise ValueError("select: one of the choices is empty, and has no token whose probability could be asked for")

@@ -1,0 +1,192 @@
+"""Programs: functions whose first parameter is the state that they append to; run once, streamed, or over a batch."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from functools import update_wrapper
+from itertools import islice
+from typing import Any
+
+from octavo.lang.backend import Backend, chosen
+from octavo.lang.execution import Body, Execution
+from octavo.lang.ir import DEFAULTS, RUN_OPTIONS, Options, checked
+from octavo.lang.state import ProgramState
+
+AHEAD = 4  # programs that a batch's generator has begun, for each connection
+NOT_TRACED = "programs are run, not traced: run() it; what the prompts of a batch share is cached by itself"
+
+
+class SglFunction:
+    """A program. bound: arguments that it always gets."""
+
+    def __init__(self, func: Callable[..., Any], bound: Mapping[str, Any] | None = None) -> None:
+        self._signature = inspect.signature(func)
+        parameters = list(self._signature.parameters)
+        if not parameters or parameters[0] != "s":
+            raise TypeError(f"{func.__name__}: a program's first parameter is s, the state that it appends to")
+        self.func = func
+        self.arg_names = parameters[1:]
+        self.bound = dict(bound or {})
+        update_wrapper(self, func)
+
+    def __call__(self, *args: Any, **given: Any) -> ProgramState:
+        """run."""
+        return self.run(*args, **given)
+
+    def bind(self, **given: Any) -> SglFunction:
+        """The same program with these arguments."""
+        unknown = [name for name in given if name not in self.arg_names]
+        if unknown:
+            raise TypeError(f"{self.func.__name__} has no parameter {unknown[0]!r} to bind; it has {self.arg_names}")
+        return SglFunction(self.func, self.bound | given)
+
+    def run(self, *args: Any, stream: bool = False, backend: Backend | None = None, **given: Any) -> ProgramState:
+        """Call the function, and return its state. Options of RunOptions hold for all generations that have none.
+
+        The function's own exceptions are raised; what a server answers to a generation is an error of the state, which
+        whoever waits for its text gets. stream: return at once, for `text_iter`.
+        """
+        options = {**DEFAULTS, **checked({name: given.pop(name) for name in RUN_OPTIONS & given.keys()}, "run")}
+        self._check_arguments(args, given)
+        state = ProgramState(Execution(chosen(backend), options, Body(), is_streaming=stream))
+        if stream:
+            threading.Thread(target=self._stream, args=(state, args, given), daemon=True).start()
+        else:
+            self._call(state, args, given)
+        return state
+
+    def run_batch(
+        self,
+        batch_kwargs: Sequence[Mapping[str, Any]] | Sequence[Sequence[Any]],
+        *,
+        num_threads: int | str = "auto",
+        progress_bar: bool = False,
+        generator_style: bool = False,
+        backend: Backend | None = None,
+        **given: Any,
+    ) -> Any:
+        """Run the program for each of these arguments; their states in the same order, all of them done.
+
+        All is submitted at once, and the backend's max_connections bound what is under way. num_threads: at most so
+        many programs at a time. generator_style: an iterator of the states, which begins programs as it is read.
+        An exception of the function ends the batch; what a server answers is the error of one state.
+        """
+        unknown = sorted(given.keys() - RUN_OPTIONS)
+        if unknown:
+            raise TypeError(f"run_batch has no option {unknown[0]!r}; it has {', '.join(sorted(RUN_OPTIONS))}")
+        options = {**DEFAULTS, **checked(given, "run_batch")}
+        if num_threads != "auto" and not (isinstance(num_threads, int) and num_threads > 0):
+            raise ValueError(f"num_threads {num_threads!r} is neither a number above 0 nor 'auto'")
+        items = [self._arguments(item) for item in batch_kwargs]
+        limit = None if num_threads == "auto" else int(num_threads)
+        states = _Batch(self, chosen(backend), options, limit).states(items, all_at_once=not generator_style)
+        shown = _with_progress(states, len(items)) if progress_bar else states
+        return shown if generator_style else list(shown)
+
+    def trace(self, **_: Any) -> None:
+        """Raises NotImplementedError."""
+        raise NotImplementedError(f"trace: {NOT_TRACED}")
+
+    def compile(self, **_: Any) -> None:
+        """Raises NotImplementedError."""
+        raise NotImplementedError(f"compile: {NOT_TRACED}")
+
+    def cache(self, **_: Any) -> None:
+        """Raises NotImplementedError."""
+        raise NotImplementedError(f"cache: {NOT_TRACED}")
+
+    def _arguments(self, item: Mapping[str, Any] | Sequence[Any]) -> dict[str, Any]:
+        """One item of a batch, by the names of parameters. Raises TypeError."""
+        if isinstance(item, str) or not isinstance(item, Mapping | Sequence):
+            raise TypeError(f"run_batch: {item!r} is neither a dict of arguments nor a list of them")
+        if isinstance(item, Mapping):
+            found = dict(item)
+        elif len(item) > len(self.arg_names):
+            raise TypeError(f"run_batch: {len(item)} arguments for {self.func.__name__}, which has {self.arg_names}")
+        else:
+            found = dict(zip(self.arg_names, item, strict=False))
+        self._check_arguments((), found)
+        return found
+
+    def _check_arguments(self, args: Sequence[Any], given: Mapping[str, Any]) -> None:
+        """Raise TypeError, in the function's own words, where they don't fit it."""
+        try:
+            self._signature.bind(None, *args, **{**given, **self.bound})
+        except TypeError as error:
+            raise TypeError(f"{self.func.__name__}: {error}") from None
+
+    def _call(self, state: ProgramState, args: Sequence[Any], given: Mapping[str, Any]) -> None:
+        """The body, in this thread. An error of the program itself, which it waited for, is the state's alone."""
+        execution = state._execution
+        execution.body.thread = threading.get_ident()
+        try:
+            state.ret_value = self.func(state, *args, **{**given, **self.bound})
+        except BaseException as error:
+            is_known = any(error is each.error for each in execution.body.executions)
+            if isinstance(error, Exception):
+                execution.fail(error)
+            execution.body.cancel()
+            if not is_known:
+                raise
+        finally:
+            execution.body.end()
+
+    def _stream(self, state: ProgramState, args: Sequence[Any], given: Mapping[str, Any]) -> None:
+        with suppress(Exception):  # it is the state's error, which whoever reads the text gets
+            self._call(state, args, given)
+
+
+class _Batch:
+    """One run_batch. limit: at most so many programs at a time, each of which keeps a thread till it is done."""
+
+    def __init__(self, program: SglFunction, backend: Backend, options: Options, limit: int | None) -> None:
+        self._program = program
+        self._backend = backend
+        self._options = options
+        self._limit = limit
+        self._begun: set[ProgramState] = set()
+        self._is_over = False
+
+    def states(self, items: list[dict[str, Any]], *, all_at_once: bool) -> Iterator[ProgramState]:
+        """Each program's state, once it is done. Whoever leaves early ends what is under way."""
+        if not items:
+            return
+        num_threads = min(len(items), self._limit or self._backend.max_connections)
+        window = len(items) if all_at_once else AHEAD * num_threads
+        pool = ThreadPoolExecutor(num_threads, thread_name_prefix="octavo-body")
+        rest = iter(items)
+        begun: deque[Future[ProgramState]] = deque()
+        try:
+            begun.extend(pool.submit(self._run, item) for item in islice(rest, window))
+            while begun:
+                state = begun.popleft().result()
+                state.sync()
+                self._begun.discard(state)
+                begun.extend(pool.submit(self._run, item) for item in islice(rest, 1))
+                yield state
+        finally:
+            self._is_over = True
+            pool.shutdown(wait=False, cancel_futures=True)
+            for state in list(self._begun):
+                state._execution.body.cancel()
+
+    def _run(self, item: dict[str, Any]) -> ProgramState:
+        state = ProgramState(Execution(self._backend, self._options, Body(), is_streaming=False))
+        self._begun.add(state)
+        if self._is_over:  # nobody waits for it any more
+            return state
+        self._program._call(state, (), item)
+        if self._limit is not None:
+            state.sync()
+        return state
+
+
+def _with_progress(states: Iterator[ProgramState], total: int) -> Iterator[ProgramState]:
+    from rich.progress import track
+
+    yield from track(states, "programs", total=total)
