@@ -25,8 +25,8 @@ import yaml
 from documented import ROOT
 
 from octavo.cli import COMMANDS, Parser, parse
-from octavo.commands.peer_flags import is_known
-from octavo.commands.serve_flags import OptionsError, read_options
+from octavo.server.start.flags import OptionsError, read_options
+from octavo.server.start.peer_flags import is_known
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 SCRIPTS = ("quantize", "serve")  # console scripts of one command each

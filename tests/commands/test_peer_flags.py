@@ -14,9 +14,10 @@ from forked_commands import forked_commands
 from octavo_server import PATIENCE, SMALL, TINY, forked, started
 
 from octavo.cli import Parser
-from octavo.commands import serve, serve_flags
-from octavo.commands.serve_arguments import own_arguments
-from octavo.commands.serve_flags import ServeOptions
+from octavo.commands import serve
+from octavo.server.start import flags as serve_flags
+from octavo.server.start.arguments import own_arguments
+from octavo.server.start.flags import ServeOptions
 
 NAMES = [
     line.split()
@@ -268,7 +269,7 @@ def test_a_whole_start(tmp_path: Path) -> None:
 
 
 def test_the_table_lists_no_flag_of_octavo_s_own_as_refused() -> None:
-    from octavo.commands.peer_flags import TABLE
+    from octavo.server.start.peer_flags import TABLE
 
     parser = argparse.ArgumentParser()
     serve_flags.configure(parser)

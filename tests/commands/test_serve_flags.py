@@ -14,9 +14,10 @@ import pytest
 from octavo_server import PATIENCE, Server, serving, wait_until
 
 from octavo.cli import main
-from octavo.commands import serve, serve_flags
-from octavo.commands.serve_flags import OptionsError, ServeOptions
+from octavo.commands import serve
 from octavo.runtime.config import EngineConfig
+from octavo.server.start import flags as serve_flags
+from octavo.server.start.flags import OptionsError, ServeOptions
 
 
 def parse(*arguments: str) -> ServeOptions:

@@ -13,8 +13,9 @@ import yaml
 from helm_python.chart import Chart, lint
 
 from octavo.cli import Parser
-from octavo.commands import serve, serve_flags
+from octavo.commands import serve
 from octavo.runtime.parallel.address import KEY, LEAST_KEY
+from octavo.server.start import flags as serve_flags
 
 CHART = Path(__file__).parents[2] / "deploy/helm/octavo"
 LEADER_WORKER_SET = yaml.safe_load((Path(__file__).parent / "leader_worker_set.yaml").read_text())

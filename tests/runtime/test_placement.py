@@ -145,7 +145,7 @@ def test_what_a_server_needs_before_its_engines_start_imports_little() -> None:
     """They would start later by as long as that takes."""
     program = (
         "import sys, octavo.commands.serve, octavo.runtime.launch, octavo.runtime.parallel.address\n"
-        "later = {'hashlib', 'numpy', 'octavo.commands.serve_text', 'octavo.runtime.messages', 'ssl', 'zmq'}\n"
+        "later = {'hashlib', 'numpy', 'octavo.server.start.text_side', 'octavo.runtime.messages', 'ssl', 'zmq'}\n"
         "assert not later & {*sys.modules}, later & {*sys.modules}"
     )
     environment = os.environ | {"PYTHONPATH": str(Path(octavo.__file__).parent.parent)}

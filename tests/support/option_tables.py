@@ -9,7 +9,7 @@ import msgspec
 from doc_tables import DocTables
 
 from octavo.bench.options import BenchOptions
-from octavo.commands import chat, quantize_flags, run_batch, serve_flags
+from octavo.commands import chat, quantize_flags, run_batch
 from octavo.commands.bench_latency import LatencyOptions
 from octavo.commands.bench_startup import StartupOptions
 from octavo.commands.bench_sweep import SweepOptions
@@ -20,6 +20,7 @@ from octavo.commands.inspect import InspectOptions
 from octavo.commands.top import TopOptions
 from octavo.flags import Flag, flags_of, markdown
 from octavo.jobs.calibration_data import DataOptions
+from octavo.server.start import flags as serve_flags
 
 
 def bench_only(options: type[msgspec.Struct]) -> list[Flag]:

@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING
 
 from octavo.collector import uncollected
 from octavo.commands.failure import one_line
-from octavo.commands.serve_arguments import ArgumentsError, own_arguments
-from octavo.commands.serve_flags import (
+from octavo.server.access import Access, api_keys, default_hosts
+from octavo.server.start.arguments import ArgumentsError, own_arguments
+from octavo.server.start.flags import (
     OptionsError,
     ServeError,
     ServeOptions,
@@ -32,24 +33,20 @@ from octavo.commands.serve_flags import (
     model_of,
     read_options,
 )
-from octavo.server.access import Access, api_keys, default_hosts
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from octavo.commands.serve_text import TextSide
-    from octavo.runtime.config import EngineConfig
     from octavo.runtime.launch import EngineProcess, Launcher
     from octavo.runtime.messages import Ready
     from octavo.server.fleet.collector import FleetCounters
     from octavo.server.fleet.fleet import Fleet
-    from octavo.server.fleet.limits import FleetLimits
     from octavo.server.listen_sockets import Listener
     from octavo.server.message.model_formats import ModelFormats
     from octavo.server.metrics import Metrics
-    from octavo.server.options import ListenOptions, ModelOptions
+    from octavo.server.options import ListenOptions
     from octavo.server.processes.places import Places
-    from octavo.server.served_model import ServedModel
+    from octavo.server.start.text_side import TextSide
 
 __all__ = ["configure", "own_words", "run"]
 
@@ -89,16 +86,18 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _serve(options: ServeOptions, begun: float) -> bool:
+    from octavo.server.start.engines import directory_of
+
     model = model_of(options.model)
     if options.engine.parallel.headless:
-        _compute_for_another_machine(options, _directory_of(model, options.model))
+        _compute_for_another_machine(options, directory_of(model, options.model))
         return True
     _check_tls(options.listen)
     _check_processes(options)
     access = access_of(options)
     listener = _bind(options.listen)  # before the model is loaded, so that a port that is taken is told at once
     try:
-        directory = _directory_of(model, options.model)
+        directory = directory_of(model, options.model)
         serve = _serve_alone if options.listen.api_server_count == 1 else _serve_with_processes
         return serve(options, directory, access, listener, begun)
     finally:
@@ -119,20 +118,23 @@ def _check_processes(options: ServeOptions) -> None:
 
 def _serve_alone(options: ServeOptions, directory: Path, access: Access, listener: Listener, begun: float) -> bool:
     """One process serves HTTP, and has the engines."""
+    from octavo.server.start.engines import launcher_of
+
     engines: list[EngineProcess] = []
     try:
-        launcher = _launcher(options, directory)
+        launcher = launcher_of(options, directory)
         engines = launcher.start_all()  # they load while the server's own modules are imported
         allow_many_connections()
         with uncollected():
             import uvloop
 
-            from octavo.commands.serve_text import preparation, text_side
+            from octavo.commands.serve_loading import loading_shown
             from octavo.server.lifecycle import serve
+            from octavo.server.start.text_side import preparation, text_side
 
             text = text_side(options, directory)
             text.renderer.start()
-            prepare = preparation(options.text, text, engines)
+            prepare = preparation(options.text, text, partial(loading_shown, engines))
             make_app = _app_maker(options, text, begun, access)
             open_fleet = _fleet_opener(options, engines, launcher)
         with _start_errors(options, directory):
@@ -149,6 +151,7 @@ def _serve_with_processes(
     from octavo.runtime.launch import SocketDirectory
     from octavo.server.processes.launch import ServerProcess, ServerStartError, start_server_process
     from octavo.server.processes.places import MULTIPROCESS_VARIABLE, Places
+    from octavo.server.start.engines import launcher_of
     from octavo.server.store import StoreError, prepare_shared
 
     count = options.listen.api_server_count
@@ -164,7 +167,7 @@ def _serve_with_processes(
     engines: list[EngineProcess] = []
     servers: list[ServerProcess] = []
     try:
-        launcher = _launcher(options, directory, places)
+        launcher = launcher_of(options, directory, places)
         engines = launcher.start_all()
         kept = options.server  # the end of this process closes what the next line returns
         prepare_shared(kept.response_store, kept.response_store_size, kept.response_store_ttl)
@@ -172,12 +175,13 @@ def _serve_with_processes(
         with uncollected():
             import uvloop
 
-            from octavo.commands.serve_text import preparation, text_side
+            from octavo.commands.serve_loading import loading_shown
             from octavo.server.processes.parent import Parent, serve_with_processes
+            from octavo.server.start.text_side import preparation, text_side
 
             text = text_side(options, directory)
             text.renderer.start()
-            prepare = preparation(options.text, text, engines)
+            prepare = preparation(options.text, text, partial(loading_shown, engines))
             report = _reporter(options, text, begun, places)
             open_fleet = _fleet_opener(options, engines, launcher)
             make_parent = partial(Parent, processes=servers, start=start, places=places, options=options.listen)
@@ -224,19 +228,6 @@ def _start_errors(options: ServeOptions, directory: Path) -> Iterator[None]:
         raise ServeError(f"{text_side}: {error}; --chat-template FILE replaces it") from error
 
 
-def _launcher(options: ServeOptions, directory: Path, places: Places | None = None) -> Launcher:
-    """places: where engines meet further server processes."""
-    from octavo.runtime.launch import Launcher
-    from octavo.runtime.parallel.address import check_addresses
-
-    config = engine_config(options, directory)
-    try:
-        check_addresses(config.parallel, os.environ)
-        return Launcher(config) if places is None else Launcher(config, addresses=places.addresses)
-    except ValueError as error:
-        raise ServeError(str(error)) from None
-
-
 def _compute_for_another_machine(options: ServeOptions, directory: Path) -> None:
     """Without a server of its own, until the one of node 0 has ended. Raises ServeError."""
     from octavo.runtime.parallel.config import check
@@ -255,23 +246,9 @@ def _compute_for_another_machine(options: ServeOptions, directory: Path) -> None
 def _fleet_opener(options: ServeOptions, engines: Sequence[EngineProcess], launcher: Launcher) -> Callable[[], Fleet]:
     """What connects to the engines, in the event loop."""
     from octavo.server.fleet.fleet import Fleet
+    from octavo.server.start.engines import fleet_limits
 
     return partial(Fleet, engines, launcher.start, fleet_limits(options), options.engine.seed)
-
-
-def fleet_limits(options: ServeOptions) -> FleetLimits:
-    """How patient a fleet is with its engines, and how it chooses among them."""
-    from octavo.server.fleet.limits import FleetLimits
-
-    parallel = options.engine.parallel
-    return FleetLimits(
-        options.listen.engine_timeout,
-        parallel.migration_limit,
-        parallel.max_engine_restarts,
-        parallel.engine_restart_delay,
-        routing=parallel.routing,
-        caches=options.engine.enable_prefix_caching,
-    )
 
 
 def _check_tls(options: ListenOptions) -> None:
@@ -287,15 +264,6 @@ def _check_tls(options: ListenOptions) -> None:
             context.load_verify_locations(options.ssl_ca_certs)
     except OSError as error:
         raise ServeError(f"--ssl-certfile, --ssl-keyfile, --ssl-ca-certs: {error}") from None
-
-
-def _directory_of(model: str, options: ModelOptions) -> Path:
-    from octavo.quant.hub import resolve_model
-
-    try:
-        return resolve_model(model, options.revision, options.download_dir)
-    except ValueError as error:
-        raise ServeError(str(error)) from error
 
 
 def allow_many_connections() -> None:
@@ -329,6 +297,7 @@ def _app_maker(
     from octavo.server.app import build_app
     from octavo.server.fleet.collector import FleetCollector
     from octavo.server.kept import open_kept
+    from octavo.server.start.served import made_metrics, served_model
     from octavo.server.store import StoreError
 
     try:
@@ -353,6 +322,7 @@ def _reporter(
     """What makes the metrics of the process that only has the engines, and prints the report of the start."""
     from octavo.commands.serve_report import print_report
     from octavo.server.fleet.collector import FleetCounters
+    from octavo.server.start.served import made_metrics, served_model
 
     def report(client: Fleet, ready: Ready, formats: ModelFormats) -> tuple[Metrics, FleetCounters]:
         model = served_model(options, text, ready, formats)
@@ -361,53 +331,6 @@ def _reporter(
         return metrics, FleetCounters(client, model.name, metrics.registry, decides=True)
 
     return report
-
-
-def served_model(
-    options: ServeOptions, text: TextSide, ready: Ready, formats: ModelFormats, names: tuple[str, str] = ("", "")
-) -> ServedModel:
-    """The model as the server sees it. names: ServedModel's server_name and response_ending."""
-    from octavo.server.served_model import ServedModel
-
-    most_logprobs = options.text.max_logprobs
-    return ServedModel(
-        names=text.names,
-        root=model_of(options.model),
-        tokenizer=text.tokenizer,
-        renderer=text.renderer,
-        end_ids=text.end_ids,
-        defaults=text.defaults,
-        max_model_len=ready.max_model_len,
-        vocab_size=ready.vocab_size,
-        max_num_seqs=options.engine.max_num_seqs * options.engine.parallel.data_parallel_size,
-        scheduling_policy=options.engine.scheduling_policy,
-        max_logprobs=ready.vocab_size if most_logprobs < 0 else most_logprobs,
-        clamps_max_tokens=options.text.max_tokens_policy == "clamp",
-        trust_request_chat_template=options.text.trust_request_chat_template,
-        structured_outputs=options.text.structured_outputs_config,
-        formats=formats,
-        aliases=options.model.model_aliases,
-        serves_any=text.serves_any_name,
-        report=ready.report,
-        directory=text.directory,
-        stream_interval=options.text.stream_interval,
-        tokens_as_token_ids=options.text.return_tokens_as_token_ids,
-        template_variables=options.text.default_chat_template_kwargs,
-        tool_strict_level=options.text.tool_strict_level,
-        reasoning_end_str=options.text.reasoning_config.reasoning_end_str,
-        server_name=names[0],
-        response_ending=names[1],
-    )
-
-
-def made_metrics(
-    options: ServeOptions, name: str, client: Fleet, ready: Ready, places: Places | None = None
-) -> Metrics:
-    """The metrics of one process. places: where several keep what they count."""
-    from octavo.server.metrics import Metrics
-
-    facts = [_cache_facts(options.engine, one) for one in client.readies]
-    return Metrics(name, ready, facts, None if places is None else places.metrics)
 
 
 def access_of(options: ServeOptions) -> Access:
@@ -421,15 +344,3 @@ def access_of(options: ServeOptions) -> Access:
         raise ServeError("--protect-all asks for a key everywhere, and there is none: give one with --api-key")
     hosts = server.allowed_hosts or default_hosts(None if options.listen.uds else options.listen.host)
     return Access(keys, server.protect_all, tuple(hosts))
-
-
-def _cache_facts(config: EngineConfig, ready: Ready) -> dict[str, str]:
-    """The labels of vllm:cache_config_info."""
-    return {
-        "block_size": str(ready.block_size),
-        "num_gpu_blocks": str(ready.num_blocks),
-        "kv_cache_size_tokens": str(ready.num_blocks * ready.block_size),
-        "kv_cache_max_concurrency": f"{ready.num_blocks * ready.block_size / ready.max_model_len:.4g}",
-        "cache_dtype": ready.report.kv_cache_dtype,
-        "enable_prefix_caching": str(config.enable_prefix_caching),
-    }

@@ -11,15 +11,7 @@ import msgspec
 import uvloop
 from fastapi import FastAPI
 
-from octavo.commands.serve import (
-    ServerStart,
-    allow_many_connections,
-    fleet_limits,
-    made_metrics,
-    served_model,
-)
-from octavo.commands.serve_flags import ServeError
-from octavo.commands.serve_text import TextSide, found_formats, text_side
+from octavo.commands.serve import ServerStart, allow_many_connections
 from octavo.runtime.messages import Ready
 from octavo.runtime.shared_link import server_name
 from octavo.server.app import build_app
@@ -33,6 +25,10 @@ from octavo.server.processes.child import Child, Ways
 from octavo.server.processes.engines import EnginesElsewhere, named_seed
 from octavo.server.processes.home import KEEPER, response_ending
 from octavo.server.processes.words import ToServer, Unable, Words
+from octavo.server.start.engines import fleet_limits
+from octavo.server.start.flags import ServeError
+from octavo.server.start.served import made_metrics, served_model
+from octavo.server.start.text_side import TextSide, found_formats, text_side
 from octavo.server.store import MEMORY, StoreError
 from octavo.text.frames import receive_frame
 

@@ -11,7 +11,6 @@ import pytest
 from byte_grammar import ByteGrammar
 from pydantic import ValidationError
 
-from octavo.commands.serve_flags import configure, read_options
 from octavo.runtime.constraint import GrammarError
 from octavo.runtime.messages import Constraint
 from octavo.server.dialects.fields import GenerationRequest
@@ -19,6 +18,7 @@ from octavo.server.errors import ApiError
 from octavo.server.message.constrain import constraint_of
 from octavo.server.message.grammars import JsonStyle, regex_grammar, text_grammar
 from octavo.server.options import StructuredOutputsConfig
+from octavo.server.start.flags import configure, read_options
 
 ITEM = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False}
 LARK = 'start: "yes" | NUMBER\nNUMBER: /[0-9]+/'

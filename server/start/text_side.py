@@ -1,18 +1,17 @@
-"""The text side of `octavo serve`: what of a model the server needs and the engine doesn't know, read meanwhile."""
+"""The text side of a model: what of it the server needs and the engine doesn't know, read while that loads."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from octavo.commands.serve_flags import ServeError, ServeOptions, model_of
-from octavo.commands.serve_loading import loading_shown
+from octavo.server.start.flags import ServeError, ServeOptions, model_of
 
 if TYPE_CHECKING:
-    from octavo.runtime.launch import EngineProcess
     from octavo.server.fleet.fleet import Fleet
     from octavo.server.message.model_formats import ModelFormats
     from octavo.server.options import TextOptions
@@ -58,15 +57,15 @@ def text_side(options: ServeOptions, directory: Path) -> TextSide:
 
 
 def preparation(
-    options: TextOptions, text: TextSide, engines: Sequence[EngineProcess]
+    options: TextOptions, text: TextSide, shown: Callable[[], AbstractContextManager[object]]
 ) -> Callable[[Fleet], Awaitable[ModelFormats]]:
     """What is done while the engines load: the vocabulary is made and sent, the chat template compiled, and how the
-    model writes calls and reasoning read from it. How far the load is is shown.
+    model writes calls and reasoning read from it. shown: shows how far the load is, until it is over.
     """
     from octavo.server.served_model import vocabulary_of
 
     async def prepare(client: Fleet) -> ModelFormats:
-        with loading_shown(engines):
+        with shown():
             vocabulary = await asyncio.to_thread(vocabulary_of, text.tokenizer, text.end_ids)
             formats = await found_formats(options, text)
             await client.ready()

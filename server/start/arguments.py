@@ -13,7 +13,7 @@ from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from octavo.commands.peer_flags import PeerFlagError, is_known, without_peer_flags
+from octavo.server.start.peer_flags import PeerFlagError, is_known, without_peer_flags
 
 CONFIG = "--config"
 
@@ -112,7 +112,7 @@ def _from_file(file: Path, own: Mapping[str, str], given: frozenset[str]) -> lis
         field = own.get(name)
         if field in given or (field == "model_flag" and given & {"model", "model_flag"}):
             continue
-        words += _words(name, value, own)
+        words += words_of(name, value, own)
     return words
 
 
@@ -130,8 +130,8 @@ def _entries(file: Path) -> list[tuple[str, Any]]:
     return [(str(key).replace("_", "-").lstrip("-"), value) for key, value in content.items()]
 
 
-def _words(name: str, value: Any, own: Container[str]) -> list[str]:
-    """A flag with the value of a file: true and false are switches, lists several words, objects JSON."""
+def words_of(name: str, value: Any, own: Container[str]) -> list[str]:
+    """A flag with a value that isn't text: true and false are switches, lists several words, objects JSON."""
     if value is None:
         return []
     if value is True:

@@ -1,0 +1,52 @@
+"""What stands in front of a model's engines: its directory, who starts them, and how patient a fleet is with them.
+
+Imported before engines are started, which would start later by as long as its imports take.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from octavo.runtime.launch import Launcher
+from octavo.runtime.parallel.address import check_addresses
+from octavo.server.fleet.limits import FleetLimits
+from octavo.server.start.flags import ServeError, ServeOptions, engine_config
+
+if TYPE_CHECKING:
+    from octavo.server.options import ModelOptions
+    from octavo.server.processes.places import Places
+
+
+def directory_of(model: str, options: ModelOptions) -> Path:
+    """Where the model is, of a Hub id when its files are here. Raises ServeError."""
+    from octavo.quant.hub import resolve_model
+
+    try:
+        return resolve_model(model, options.revision, options.download_dir)
+    except ValueError as error:
+        raise ServeError(str(error)) from error
+
+
+def launcher_of(options: ServeOptions, directory: Path, places: Places | None = None) -> Launcher:
+    """What starts the engines. places: where they meet further server processes. Raises ServeError."""
+    config = engine_config(options, directory)
+    try:
+        check_addresses(config.parallel, os.environ)
+        return Launcher(config) if places is None else Launcher(config, addresses=places.addresses)
+    except ValueError as error:
+        raise ServeError(str(error)) from None
+
+
+def fleet_limits(options: ServeOptions) -> FleetLimits:
+    """How patient a fleet is with its engines, and how it chooses among them."""
+    parallel = options.engine.parallel
+    return FleetLimits(
+        options.listen.engine_timeout,
+        parallel.migration_limit,
+        parallel.max_engine_restarts,
+        parallel.engine_restart_delay,
+        routing=parallel.routing,
+        caches=options.engine.enable_prefix_caching,
+    )
