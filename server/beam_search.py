@@ -19,7 +19,7 @@ from octavo.runtime.messages import AddRequest, FinishReason, Logprobs, Sampling
 from octavo.server.admission import Ticket
 from octavo.server.errors import ApiError
 from octavo.server.fleet.fleet import Fleet
-from octavo.server.generation import Choice, Steps, count_end, counted_ends
+from octavo.server.generation import Choice, Steps, by_prompt, count_end, counted_ends
 from octavo.server.metrics import Metrics
 
 _unique = itertools.count()
@@ -111,10 +111,7 @@ class Search:
 
 async def search_beams(choices: Sequence[Choice], client: Fleet, metrics: Metrics, ticket: Ticket) -> Steps:
     """What `generate` does, for choices that are searched: one step, with all of each. Raises ApiError."""
-    by_prompt: dict[int, list[Choice]] = {}
-    for choice in choices:
-        by_prompt.setdefault(id(choice.sent), []).append(choice)
-    searches = [Search(alike) for alike in by_prompt.values()]
+    searches = [Search(alike) for alike in by_prompt(choices)]
     is_aborted = False
     with ticket, counted_ends(choices, metrics):
         try:

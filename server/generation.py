@@ -293,6 +293,14 @@ def _change_sent(choices: Sequence[Choice], **fields: Any) -> None:
         choice.sent = sent[id(choice.sent)]
 
 
+def by_prompt(choices: Sequence[Choice]) -> list[list[Choice]]:
+    """The answers to each prompt."""
+    found: dict[int, list[Choice]] = {}
+    for choice in choices:
+        found.setdefault(id(choice.sent), []).append(choice)
+    return list(found.values())
+
+
 def count_end(choice: Choice, finish_reason: str, metrics: Metrics) -> None:
     """Tell the metrics how this answer has ended, and how many of its calls could not be read."""
     metrics.end(choice.timeline, finish_reason, choice.num_tokens)
@@ -301,7 +309,7 @@ def count_end(choice: Choice, finish_reason: str, metrics: Metrics) -> None:
 
 @contextmanager
 def counted_ends(choices: Sequence[Choice], metrics: Metrics) -> Iterator[None]:
-    """Tell the metrics of the whole request, and how each answer ended that has not ended by itself.
+    """Tell the metrics of each prompt's answers together, and how each ended that has not ended by itself.
 
     Raises ApiError where the engine is dead.
     """
@@ -318,8 +326,9 @@ def counted_ends(choices: Sequence[Choice], metrics: Metrics) -> Iterator[None]:
         for choice in choices:
             if choice.finish_reason is None:
                 metrics.end(choice.timeline, outcome, choice.num_tokens)
-        longest = max(choice.num_tokens for choice in choices)
-        metrics.end_all(choices[0].timeline, len(choices), choices[0].request.params.max_tokens, longest)
+        for alike in by_prompt(choices):
+            longest = max(choice.num_tokens for choice in alike)
+            metrics.end_all(alike[0].timeline, len(alike), alike[0].request.params.max_tokens, longest)
 
 
 async def generate(choices: Sequence[Choice], client: Fleet, metrics: Metrics, ticket: Ticket) -> Steps:

@@ -290,7 +290,7 @@ class Metrics:
             histograms["request_time_per_output_token_seconds"].observe(each)
 
     def end_all(self, timeline: Timeline, num_choices: int, max_tokens: int, longest: int) -> None:
-        """All answers to one HTTP request have ended; `longest` is the number of tokens of the longest.
+        """All answers to one prompt have ended; `longest` is the number of tokens of the longest.
 
         timeline: of the first of them.
         """

@@ -239,6 +239,18 @@ def test_metrics_count_what_was_asked(client: httpx.Client, oracle: Oracle) -> N
     assert seen["generation_tokens_total"] == seen["request_generation_tokens_sum"] <= 20
 
 
+def test_each_prompt_of_a_request_counts_as_one(client: httpx.Client) -> None:
+    """As in vLLM, for which it is a request of its own."""
+    before = samples(client)
+    client.post(
+        "/v1/completions", json={"prompt": ["one", "two", "three"], "n": 2, "max_tokens": 3, "ignore_eos": True}
+    )
+    seen = changes(before, samples(client))
+    assert (seen["request_params_n_count"], seen["request_params_n_sum"]) == (3, 6)
+    assert (seen["request_params_max_tokens_sum"], seen["request_max_num_generation_tokens_sum"]) == (9, 9)
+    assert seen["request_success_total length"] == 6
+
+
 def test_a_scored_prompt_generates_nothing(client: httpx.Client) -> None:
     before = samples(client)
     client.post("/v1/completions", json={"prompt": "scored", "max_tokens": 0, "echo": True, "logprobs": 0})
