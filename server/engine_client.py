@@ -124,7 +124,10 @@ class EngineClient:
         for task in self._tasks:
             task.cancel()
         if isinstance(engine, EngineProcess):
-            await asyncio.to_thread(engine.close)
+            try:
+                await asyncio.to_thread(engine.close)
+            except RuntimeError:  # the interpreter is ending, and starts no thread any more
+                engine.close()
             self._heartbeat.close()
         self._loop.remove_reader(self._descriptor)
         self._socket.close(linger=0)

@@ -173,7 +173,7 @@ class Fleet:
 
     def open(self, requests: Iterable[AddRequest], key_owner: str = "", name: str = "") -> Stream:
         """A stream over these requests; they start when it is entered, and end when it is left."""
-        return Stream(self, requests, key_owner, name)
+        return Stream(self, requests, key_owner, name, keeps_all=self._limits.keeps_all)
 
     async def ping(self, deadline: float) -> bool:
         """Whether the loop of one engine answers within `deadline` seconds; False where new requests are refused."""
@@ -381,7 +381,7 @@ class Fleet:
                 self._finished.append(time.monotonic())
                 self._forget(answer)
         self._chooser.stepped(member, step)
-        while self.num_pending > MAX_ALL_PENDING:
+        while self.num_pending > MAX_ALL_PENDING and not self._limits.keeps_all:
             max(self._readers, key=lambda stream: stream.num_pending).overflow()
         if self.on_step is not None:
             self.on_step(member.index, step)

@@ -14,6 +14,7 @@ class FleetLimits:
     migrations: how many dying engines may have had an answer in their batch; one more ends it with an error, as does
     each one with 0. restarts: of each engine, in ten minutes; the first one first_restart seconds after its death, and
     each later one after twice as long. routing: which engine gets a request. caches: whether engines cache prefixes.
+    keeps_all: outputs wait for their readers however many they are, since these are no clients, which may not read.
     """
 
     silence: float = 20.0
@@ -22,3 +23,4 @@ class FleetLimits:
     first_restart: float = 1.0
     routing: Routing = "prefix"
     caches: bool = True
+    keeps_all: bool = False

@@ -43,13 +43,23 @@ class Stream:
     """The outputs of the requests that belong to one HTTP request, in the order in which they come.
 
     key_owner: whose API key the HTTP request carried; on a server without keys "". name: what that is called.
-    engine_of: the number of the engine that has each of its answers, or had it last.
+    engine_of: the number of the engine that has each of its answers, or had it last. keeps_all: what waits is not
+    bounded.
     """
 
-    def __init__(self, owner: Requests, requests: Iterable[AddRequest], key_owner: str = "", name: str = "") -> None:
+    def __init__(
+        self,
+        owner: Requests,
+        requests: Iterable[AddRequest],
+        key_owner: str = "",
+        name: str = "",
+        *,
+        keeps_all: bool = False,
+    ) -> None:
         self.key_owner = key_owner
         self.name = name
         self._owner = owner
+        self._keeps_all = keeps_all
         self._requests = list(requests)
         self.open_ids = {request_id for request in self._requests for request_id in request.request_ids}
         self.engine_of = dict.fromkeys(self.open_ids, 0)
@@ -107,7 +117,7 @@ class Stream:
         if output.request_id in self.open_ids:
             is_plain = output.logprobs is None and output.prompt_logprobs is None
             size = OUTPUT_BYTES if is_plain else num_bytes(output)
-            if self._pending and self.num_pending + size > MAX_PENDING:
+            if self._pending and self.num_pending + size > MAX_PENDING and not self._keeps_all:
                 self.overflow()
                 return
             self.num_pending += size

@@ -22,6 +22,7 @@ from octavo.runtime.messages import (
 from octavo.server.engine_client import EngineDeadError
 from octavo.server.fleet import fleet, stream
 from octavo.server.fleet.fleet import Fleet
+from octavo.server.fleet.limits import FleetLimits
 from octavo.server.fleet.stream import LOGPROBS_BYTES, OUTPUT_BYTES, TOP_BYTES, num_bytes
 
 STATS = EngineStats(0, 0, 0.0, 0, 0, 0, 0)
@@ -92,6 +93,19 @@ def test_what_is_not_read_ends_in_an_error(monkeypatch: pytest.MonkeyPatch, addr
             with pytest.raises(EngineDeadError, match="not read"):
                 await mine.next()
         assert client.num_pending == 0
+
+    run(test, address)
+
+
+def test_a_reader_that_is_no_client_gets_all(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    monkeypatch.setattr(stream, "MAX_PENDING", OUTPUT_BYTES)
+    monkeypatch.setattr(fleet, "MAX_ALL_PENDING", OUTPUT_BYTES)
+
+    async def test(client: Fleet) -> None:
+        client._limits = FleetLimits(keeps_all=True)
+        async with client.open([request("a")]) as mine:
+            step(client, *[output("a")] * 9)
+            assert len(await mine.next()) == 9
 
     run(test, address)
 
