@@ -15,6 +15,7 @@ from torch import Tensor
 from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.packed_weight import PackedWeight
 from octavo.kernels.quantized_activation import ActivationQuant, Hidden
+from octavo.quant.adapters import AdapterSlots
 from octavo.quant.body import Body, PackOptions, Run
 from octavo.quant.fusion import fuse
 from octavo.quant.input_rounding import input_rounding
@@ -42,6 +43,8 @@ class Linear:
     bias         [N] of the output's type, added here; None: there is none, or the kernel adds it
     out_dtype    the output's type
     input_quant  how the kernel before may round x, which then comes as `QuantizedActivation`; None: x is a plain tensor
+    whole_bias   [N], whoever adds it; None: there is none
+    adapters     what is added for tokens that use an adapter, of x as it comes; None: none is served
     """
 
     def __init__(self, scheme: str, parts: Sequence[PackedPart], bias: Tensor | None, out_dtype: torch.dtype) -> None:
@@ -50,6 +53,8 @@ class Linear:
         self.bias = bias
         self.out_dtype = out_dtype
         self.input_quant: ActivationQuant | None = None
+        self.adapters: AdapterSlots | None = None
+        self.whole_bias = bias
         self._split_k: Run | None = None
         # bound here, so that a call of the usual layer, of one part, costs one plain function call more than its kernel
         self._run: Run = self._run_side_by_side
@@ -62,15 +67,19 @@ class Linear:
                 self.input_quant = part.body.input_quant(part.weight)
                 self._split_k = part.body.split_k
 
-    def forward(self, x: Hidden, step: StepInputs | None) -> Tensor:  # noqa: ARG002
+    def forward(self, x: Hidden, step: StepInputs | None) -> Tensor:
         """x [T, K], or as `input_quant` says, to [T, N].
 
-        step: what the step is told beside x, for what a layer does per token, such as an adapter. x's rows are its
-        tokens, or those of its logits_index behind a last layer's attention; None: x's rows are others, such as those
-        that an expert was chosen for.
+        step: what the step is told beside x, for what a layer does per token: adapters, whose rows are x's. None: x's
+        rows are others, such as those that an expert was chosen for.
         """
         out = self._run(x, self._weight, self.out_dtype)
-        return out if self.bias is None else out.add_(self.bias)
+        if self.bias is not None:
+            out.add_(self.bias)
+        if self.adapters is not None and step is not None and step.adapters is not None:
+            assert isinstance(x, Tensor)  # no kernel before rounds it, on a CPU
+            self.adapters.add(out, x, step.adapters)
+        return out
 
     def partial(self, x: Hidden, step: StepInputs | None) -> Tensor:
         """As forward, or [S, T, N] float32 split along K, for the next kernel to add up."""
@@ -120,7 +129,9 @@ def make_linear(
     parts = [_pack(weight, options) for weight in fused]
     schemes = dict.fromkeys(str(w.scheme) if isinstance(w, QuantizedWeight) else target.dtype_name for w in weights)
     is_added = alone and parts[0].body.adds_bias
-    return Linear(" + ".join(schemes), parts, None if is_added else bias, out)
+    linear = Linear(" + ".join(schemes), parts, None if is_added else bias, out)
+    linear.whole_bias = bias
+    return linear
 
 
 def _pack(weight: Weight, options: PackOptions) -> PackedPart:

@@ -13,6 +13,7 @@ from msgspec import Meta
 
 from octavo.flags import parse_count, parse_size
 from octavo.quant.scheme import KV_SHORT_NAMES
+from octavo.runtime.lora_config import LoraOptions
 from octavo.runtime.parallel.config import ParallelConfig
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "fp8", "int8", "int4"]
@@ -222,3 +223,4 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         ),
     ] = 0
     parallel: ParallelConfig = ParallelConfig()
+    lora: LoraOptions = LoraOptions()

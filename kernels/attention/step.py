@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from octavo.kernels.lora.rows import AdapterRows
+
 Integers = Sequence[int] | NDArray[np.integer[Any]] | Tensor
 
 
@@ -42,6 +44,7 @@ class StepInputs:
     logits_index   [L] int64      tokens whose logits are wanted, ascending
     more_groups    slot_mapping and block_tables of further groups of layers, where layers don't all hold the same
                    tokens; those above are the first group's
+    adapters       which of the tokens that are computed use which adapter; None: none of them uses one
     max_query_len  1 when every sequence has one token: a pure decode step
     max_seq_len    largest of seq_lens
     """
@@ -56,6 +59,11 @@ class StepInputs:
     max_query_len: int
     max_seq_len: int
     more_groups: tuple[GroupTables, ...] = ()
+    adapters: AdapterRows | None = None
+
+    def of_rows(self, rows: Tensor) -> StepInputs:
+        """The step as layers see it that compute some of its tokens, [L] int64, alone."""
+        return self if self.adapters is None else replace(self, adapters=self.adapters.among(rows))
 
     def by_group(self) -> list[StepInputs]:
         """The step as the layers of each group see it."""
@@ -166,6 +174,8 @@ class StepInputs:
         values["more_groups"] = tuple(
             GroupTables(*(x.to(device, non_blocking=True) for x in tables)) for tables in self.more_groups
         )
+        if self.adapters is not None:
+            values["adapters"] = AdapterRows(*(x.to(device, non_blocking=True) for x in self.adapters))
         return StepInputs(**values)
 
 

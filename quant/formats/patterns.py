@@ -25,16 +25,15 @@ _OPTIONS.never_capture = True
 
 
 class Regexes:
-    """Some regexes of one list. `key` is where the config has them, for messages."""
+    """Some regexes of one list. `key` is where the config, or another file, has them, for messages."""
 
-    def __init__(self, patterns: Iterable[str], key: str) -> None:
+    def __init__(self, patterns: Iterable[str], key: str, file: str = "quantization_config") -> None:
         """Raises FormatError, which names the pattern, for one that RE2 doesn't take."""
         patterns = tuple(dict.fromkeys(patterns))
+        key = f"{file}: {key}"
         length = sum(map(len, patterns))
         if length > MAX_LENGTH:
-            raise FormatError(
-                f"quantization_config: {key} has {length:,} characters of regexes; at most {MAX_LENGTH:,} are matched"
-            )
+            raise FormatError(f"{key} has {length:,} characters of regexes; at most {MAX_LENGTH:,} are matched")
         split = [_split_lookaheads(pattern) for pattern in patterns]
         plain = [pattern for pattern, parts in zip(patterns, split, strict=True) if parts is None]
         self._guarded = [
@@ -90,11 +89,11 @@ def _compile(regex: str, pattern: str, key: str) -> Any:
     try:
         return re2.compile(regex, options=_OPTIONS)
     except UnicodeEncodeError as e:
-        raise FormatError(f"quantization_config: {key} {shown(pattern)} is not a regex: {e.reason}") from None
+        raise FormatError(f"{key} {shown(pattern)} is not a regex: {e.reason}") from None
     except re2.error as e:
         reason = e.args[0].decode(errors="replace")
         raise FormatError(
-            f"quantization_config: {key} {shown(pattern)} is not a regex that RE2 takes ({reason}); without "
+            f"{key} {shown(pattern)} is not a regex that RE2 takes ({reason}); without "
             "backreferences, and with lookaheads at the beginning alone, no regex can hang octavo"
         ) from None
 

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from octavo.kernels.attention.cache import LayerCache
 from octavo.kernels.attention.step import StepInputs
+from octavo.quant.linear import Linear
+from octavo.runtime.model.adapters import ModelAdapters
 from octavo.runtime.model.layers import AddNorm, DecoderLayer, Embedding, GroupedExperts, Head
 from octavo.runtime.model.model import KVScales, LayerRow, Tap, distinct_bytes
 from octavo.runtime.model.operators import Ops
@@ -77,6 +79,7 @@ class Decoder:
         self.dtype = stack.embedding.table.dtype
         self.device = stack.embedding.table.device
         self.notes = notes or []
+        self.adapters: ModelAdapters | None = None
         self.ranks = stack.ranks
         self.ops = ops
         self._embedding = stack.embedding
@@ -142,6 +145,10 @@ class Decoder:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         return self._head.forward(hidden)
+
+    def linears(self) -> list[dict[str, Linear]]:
+        """The linear layers of each layer, by their names in it."""
+        return [layer.linears() for layer in self._layers]
 
     def tensors(self) -> Iterator[Tensor]:
         linears = [linear for layer in self._layers for linear in layer.linears().values()]

@@ -111,6 +111,7 @@ class Attention:
         if rows is not None:
             assert isinstance(hidden, Tensor)  # quantized in decode steps alone
             hidden = hidden[rows]
+            step = step.of_rows(rows)
         return self.o.partial(hidden, step)
 
     def linears(self) -> dict[str, Linear]:
@@ -256,6 +257,7 @@ class DecoderLayer:
         attended = self.attention.forward(hidden, step, cache, rows)
         if rows is not None:
             residual = residual[rows]
+            step = step.of_rows(rows)
         hidden, residual = self.middle.forward(attended, residual)
         return self.leave.forward(self.mlp.partial(hidden, step), residual)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from octavo.kernels.attention.cache import LayerCache
 from octavo.kernels.attention.step import StepInputs
 from octavo.kernels.sampling.best import Best
+from octavo.runtime.model.adapters import ModelAdapters
 from octavo.runtime.model.layers import GroupedExperts
 
 LayerRow = tuple[str, str, str]  # kind of layer, scheme, body
@@ -31,6 +32,7 @@ class Model(Protocol):
                   all
     kv_scales     scales for a quantized cache that the checkpoint brought with it, or None
     kv_dtype      the cache type that the checkpoint asks for ("fp8_e4m3"), or None
+    adapters      which layers adapters may change, and the slots of these; None: adapters are not served
     notes         lines that a person who starts it must see
     ranks         a line for each rank of the engine, of what it holds; none where there is one
     """
@@ -47,6 +49,7 @@ class Model(Protocol):
     dtype: torch.dtype
     device: torch.device
     weight_bytes: int
+    adapters: ModelAdapters | None
     notes: list[str]
     ranks: tuple[str, ...]
 

@@ -24,6 +24,7 @@ from octavo.quant.qparams import QuantizedWeight, Weight, quantize_weight
 from octavo.quant.scheme import AT_LOAD, HEAD_INT8, SchemeError, scheme_at_load
 from octavo.quant.target import Target
 from octavo.runtime.config import Dtype, EngineConfig
+from octavo.runtime.model.adapters import adapters_of
 from octavo.runtime.model.decoder import Decoder, Stack
 from octavo.runtime.model.deterministic import choose_ops, make_target, refuse_transformers
 from octavo.runtime.model.device import Device
@@ -212,7 +213,7 @@ class DecoderBuilder:
             first_layer=stage.layers[0],
             ranks=self._ranks,
         )
-        return Decoder(
+        decoder = Decoder(
             self.spec,
             stack,
             ops=self.ops,
@@ -222,6 +223,9 @@ class DecoderBuilder:
             kv_dtype=self.kv_dtype,
             notes=self.notes,
         )
+        if self.config.lora.enable_lora:
+            decoder.adapters = adapters_of(decoder.linears(), self.spec, self.source, self.config.lora, self.dtype)
+        return decoder
 
     def _layers(self, indices: range, on_layer: OnLayer) -> Iterator[DecoderLayer]:
         on_layer(0, len(indices))
@@ -240,7 +244,10 @@ class DecoderBuilder:
 
     def embedding(self, table: Tensor) -> Embedding:
         """Of a table [vocab, hidden] that is on the device, in the type to compute in."""
-        return Embedding(self.ops, table, _embedding_scale(self.spec, self.dtype))
+        scale = self.spec.embedding_scale
+        if self.spec.round_embedding_scale:  # Gemma's is a tensor of its type: 55.4256, sqrt(3072), is 55.5 in bf16
+            scale = float(torch.tensor(scale).to(self.dtype))
+        return Embedding(self.ops, table, scale)
 
     def final_norm(self) -> AddNorm:
         return self._add_norm(self._norm(f"{self.source.prefix}norm", self.spec.hidden_size))
@@ -486,12 +493,6 @@ class DecoderBuilder:
             self._tables[rope] = table.values.to(self.device)
             self.notes += rope_notes(rope, self.max_position)
         return self._tables[rope]
-
-
-def _embedding_scale(spec: DecoderSpec, dtype: torch.dtype) -> float:
-    """Gemma's sqrt(hidden_size) is a tensor of the model's type: 55.4256 is 55.5 in bfloat16."""
-    scale = torch.tensor(spec.embedding_scale)
-    return float(scale.to(dtype)) if spec.round_embedding_scale else spec.embedding_scale
 
 
 def _has_bias(mlp: tuple[Parts, Parts]) -> bool:

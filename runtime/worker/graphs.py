@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import accumulate, product
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -124,7 +125,7 @@ class StepBuffers:
     def view(self, size: Size, max_seq_len: int) -> StepInputs:
         """What a graph of that size is captured with: always the same memory."""
         tokens, seqs = size
-        tensors = {name: self._device[name][:n] for name, n in self._lengths(tokens, seqs).items()}
+        tensors: dict[str, Any] = {name: self._device[name][:n] for name, n in self._lengths(tokens, seqs).items()}
         groups = [
             GroupTables(tensors.pop(name), tables[:seqs])
             for name, tables in zip(self._slots, self._tables[1:], strict=True)

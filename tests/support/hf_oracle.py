@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor
 
 from octavo.kernels.attention.cache import LayerCache
 from octavo.kernels.attention.step import StepInputs
+from octavo.kernels.lora.rows import sort_by_slot
 from octavo.runtime.model.model import Model
 from octavo.runtime.worker import kv_cache
 
@@ -128,10 +131,14 @@ def save(model: Any, directory: Path) -> Path:
 
 
 class Sequences:
-    """Several sequences over one paged cache with shuffled blocks, computed in steps of any cut."""
+    """Several sequences over one paged cache with shuffled blocks, computed in steps of any cut.
 
-    def __init__(self, model: Model, token_ids: list[list[int]], seed: int) -> None:
+    slots: of the adapter of each sequence, -1 where it has none; None: nobody has one.
+    """
+
+    def __init__(self, model: Model, token_ids: list[list[int]], seed: int, slots: list[int] | None = None) -> None:
         self.model = model
+        self.slots = slots
         self.token_ids = token_ids
         self.done = [0] * len(token_ids)
         blocks = list(range(NUM_BLOCKS))
@@ -162,14 +169,19 @@ class Sequences:
             tables=tables,
             logits_index=range(len(owners)),
         )
+        if self.slots is not None:
+            slots = np.array([self.slots[s] for s, _ in owners])
+            inputs = dataclasses.replace(inputs, adapters=sort_by_slot(slots, self.model.adapters.num_slots))
         logits = self.model.forward(inputs.to(self.model.device), self.caches).cpu()
         return [(s, p, row) for (s, p), row in zip(owners, logits, strict=True)]
 
 
-def scattered_logits(model: Model, token_ids: list[list[int]], seed: int = 0) -> list[Tensor]:
+def scattered_logits(
+    model: Model, token_ids: list[list[int]], seed: int = 0, slots: list[int] | None = None
+) -> list[Tensor]:
     """Logits [length, vocab] of each sequence, computed in chunks and single tokens in mixed batches."""
     rng = random.Random(seed)
-    sequences = Sequences(model, token_ids, seed)
+    sequences = Sequences(model, token_ids, seed, slots)
     rows: list[dict[int, Tensor]] = [{} for _ in token_ids]
     while any(done < len(ids) for done, ids in zip(sequences.done, token_ids, strict=True)):
         counts = {}

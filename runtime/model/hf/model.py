@@ -20,6 +20,7 @@ from octavo.kernels.attention.step import StepInputs
 from octavo.quant.checkpoint import Checkpoint, quantization_dict, read_config
 from octavo.quant.scheme import AT_LOAD
 from octavo.runtime.config import EngineConfig
+from octavo.runtime.model.adapters import ModelAdapters
 from octavo.runtime.model.device import Device
 from octavo.runtime.model.hf.attention import PROBE, SERVE, HFModelError, Step, call, describe, register
 from octavo.runtime.model.hf.checks import BLOCK_SIZE, Proven, check_against_transformers, probe_model
@@ -37,6 +38,7 @@ class HFModel:
     # between its blocks, and behind them, is code that nobody here has read
     gives_hidden = False
     best = None
+    adapters: ModelAdapters | None = None
     first_layer = 0
     compiles_kernels = False
     capturable = False

@@ -1,0 +1,43 @@
+"""Adapters that PEFT makes and saves, with random weights, and what PEFT's own forward pass computes with them."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from torch import Tensor
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+GATED = ("gate_proj", "up_proj", "down_proj")
+
+
+class PeftOracle:
+    """A copy of a transformers model with one adapter, saved in a directory. config: of PEFT's LoraConfig."""
+
+    def __init__(self, base: Any, directory: Path, *, seed: int = 0, **config: Any) -> None:
+        settings = {"r": 4, "lora_alpha": 10, "target_modules": [*ATTENTION, *GATED], "lora_dropout": 0.1} | config
+        with warnings.catch_warnings():  # PEFT asks transformers by a name that is about to go
+            warnings.simplefilter("ignore", FutureWarning)
+            self.model = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**settings)).eval()
+        self.directory = directory
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                size = 1.0 if parameter.dim() == 1 else parameter.shape[-1] ** -0.5
+                noise = torch.randn(parameter.shape, generator=generator) * size * (1.0 if "lora_A" in name else 0.3)
+                parameter.data.copy_(parameter.data * (1 + noise) if "magnitude" in name else noise)
+        self.model.save_pretrained(directory)
+
+    @torch.inference_mode()
+    def logits(self, token_ids: list[int]) -> Tensor:
+        """[length, vocabulary]."""
+        found: Tensor = self.model(torch.tensor([token_ids]), use_cache=False).logits[0]
+        return found
+
+    def merged(self) -> Any:
+        """The model with the adapter in its weights."""
+        return copy.deepcopy(self.model).merge_and_unload()
