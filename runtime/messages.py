@@ -272,7 +272,11 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
 
 
 class EngineStats(msgspec.Struct, frozen=True, array_like=True):
-    """Gauges as they are, and counters as totals since start."""
+    """Gauges as they are, and counters as totals since start.
+
+    num_drafts: sequences of steps that checked drafts; num_draft_tokens: those drafts. accepted_per_pos: how many first
+    ones, second ones and so on of theirs were right.
+    """
 
     num_running: int
     num_waiting: int
@@ -282,6 +286,9 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     prefix_cache_hits: int  # tokens
     step_tokens: int  # of the step that is over with this message; 0 where none is
     num_deferred: int = 0  # of those that wait: they would not be admitted if there were room
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    accepted_per_pos: list[int] = []
 
 
 class SharedLoad(msgspec.Struct, frozen=True, array_like=True):

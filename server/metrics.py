@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import zip_longest
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -61,6 +62,16 @@ COUNTERS = {
     "num_preemptions": "sequences that gave up their blocks, to be computed again",
     "prefix_cache_queries": "prompt tokens looked up in the prefix cache",
     "prefix_cache_hits": "prompt tokens found there",
+    "spec_decode_num_drafts": "sequences of steps that checked drafts",
+    "spec_decode_num_draft_tokens": "drafts that were checked",
+    "spec_decode_num_accepted_tokens": "drafts that were right",
+}
+TOTALS = {  # counters by the field of EngineStats that has the engine's total
+    "num_preemptions": "num_preemptions",
+    "prefix_cache_queries": "prefix_cache_queries",
+    "prefix_cache_hits": "prefix_cache_hits",
+    "num_drafts": "spec_decode_num_drafts",
+    "num_draft_tokens": "spec_decode_num_draft_tokens",
 }
 MOST_NOTED = 512  # tokens, or steps, of an engine that are counted together
 MOST_ROUTES = 1024  # whose series are remembered; a client may make up methods
@@ -94,6 +105,8 @@ class _EngineSeries:
         self.finished = _children(families.finished, labels, "finished_reason", OUTCOMES)
         self.by_source = _children(families.by_source, labels, "source", SOURCES)
         self.unparsed = families.unparsed.labels(**labels)
+        self.by_position = families.by_position
+        self._labels = labels
         self.totals: EngineStats | None = None
         # Noted for each token or step, and counted together: prometheus_client's code would be a good part of what a
         # token costs, above all where there are few of them and the CPU's caches are cold.
@@ -115,15 +128,23 @@ class _EngineSeries:
     def step(self, stats: EngineStats) -> None:
         """Take the engine's own figures."""
         before = self.totals
-        for name in ("num_preemptions", "prefix_cache_queries", "prefix_cache_hits"):
-            new = getattr(stats, name) - (getattr(before, name) if before is not None else 0)
+        for field, name in TOTALS.items():
+            new = getattr(stats, field) - (getattr(before, field) if before is not None else 0)
             if new:
                 self.counters[name].inc(new)
+        if stats.accepted_per_pos:
+            self._accepted(stats.accepted_per_pos, before.accepted_per_pos if before is not None else [])
         if stats.step_tokens:
             self.step_sizes.append(stats.step_tokens)
             if len(self.step_sizes) >= MOST_NOTED:
                 self.settle()
         self.totals = stats
+
+    def _accepted(self, totals: Sequence[int], before: Sequence[int]) -> None:
+        for position, (total, earlier) in enumerate(zip_longest(totals, before, fillvalue=0)):
+            if total > earlier:
+                self.counters["spec_decode_num_accepted_tokens"].inc(total - earlier)
+                self.by_position.labels(**self._labels, position=str(position)).inc(total - earlier)
 
 
 def _children(metric: Counter, labels: Mapping[str, str], label: str, values: Iterable[str]) -> dict[str, Counter]:
@@ -149,6 +170,12 @@ class _Families:
         )
         self.by_source = Counter(
             "vllm:prompt_tokens_by_source", "computed or cached", (*LABELS, "source"), registry=registry
+        )
+        self.by_position = Counter(
+            "vllm:spec_decode_num_accepted_tokens_per_pos",
+            "drafts that were right, by their place among those of a sequence and step",
+            (*LABELS, "position"),
+            registry=registry,
         )
         self.unparsed = Counter(
             "octavo:tool_call_unparsed", "tool calls that could not be read", LABELS, registry=registry

@@ -22,6 +22,7 @@ class SchedulerConfig:
 
     windows            of each group of layers that share block tables: how many of the latest tokens they see
     max_prompt_logits  rows of logits that one step may spend on prompt_logprobs: each is vocab_size floats
+    max_drafts         drafts that one step may check: each is a row of logits, too
     policy             who is admitted first: who came first, by priority, or by the longest cached prefix
     priority_aging     seconds of waiting that weigh as much as one step of priority; None: waiting counts among equals
     shared_tokens      of a step, at most, that the prompts of the owner with most requests get while others ask too:
@@ -40,6 +41,7 @@ class SchedulerConfig:
     max_num_batched_tokens: int = 2048
     enable_prefix_caching: bool = True
     max_prompt_logits: int = MAX_PROMPT_LOGITS
+    max_drafts: int = MAX_PROMPT_LOGITS
     windows: Windows = (None,)
     policy: Policy = "fcfs"
     priority_aging: float | None = None
@@ -126,6 +128,7 @@ class Step:
 
     tokens_left: int
     prompt_logits_left: int
+    drafts_left: int = 0
     scheduled: list[ScheduledSequence] = field(default_factory=list)
     limits: dict[str, int] = field(default_factory=dict)
 

@@ -30,6 +30,7 @@ from math import inf, nextafter
 
 from octavo.runtime.messages import AddRequest, EngineStats, Logprobs, TokenOutput
 from octavo.runtime.scheduling.block_pool import BlockPool
+from octavo.runtime.scheduling.drafts import DraftCounts, room_for_drafts
 from octavo.runtime.scheduling.fairness import FairShares
 from octavo.runtime.scheduling.kv_events import KVCacheEvent, KVEvents
 from octavo.runtime.scheduling.kv_groups import BlockTables, KVGroups
@@ -66,6 +67,7 @@ class Scheduler:
         self._num_queries = 0
         self._num_hits = 0
         self._step_tokens = 0
+        self._drafted = DraftCounts()
 
     @property
     def has_work(self) -> bool:
@@ -130,7 +132,7 @@ class Scheduler:
         Empty only where all that there is to do waits for the results of steps under way.
         """
         self._step_tokens = 0  # until a step is committed
-        step = Step(self.config.max_num_batched_tokens, self.config.max_prompt_logits)
+        step = Step(self.config.max_num_batched_tokens, self.config.max_prompt_logits, self.config.max_drafts)
         step.limits = self._shares.limits(self.config.shared_tokens)
         if self._shares.has_several:
             self.running = running_order(self.running)
@@ -156,7 +158,7 @@ class Scheduler:
         step = Step(
             self.config.max_num_batched_tokens - plan.num_tokens,
             self.config.max_prompt_logits - plan.num_prompt_logits,
-            list(plan.scheduled),
+            scheduled=list(plan.scheduled),
         )
         step.limits = self._shares.limits(self.config.shared_tokens)
         for scheduled in plan.scheduled:
@@ -203,7 +205,7 @@ class Scheduler:
         """One token for each sequence that lacks only its newest; those that came last make room for the others."""
         block_size = self.config.block_size
         share = -(-len(self.running) // self.config.stages)
-        for sequence in tuple(self.running):
+        for place, sequence in enumerate(tuple(self.running), 1):
             if len(step.scheduled) == share:
                 return
             length = sequence.length
@@ -219,28 +221,19 @@ class Scheduler:
                 if sequence.slot < 0:  # it was itself the last to come
                     continue
                 self._groups.grow(sequence.blocks, 1)
-            num_drafts = self._room_for_drafts(step, sequence) if sequence.drafts else 0
+            num_drafts = 0
+            if sequence.drafts:
+                num_drafts = room_for_drafts(step, sequence, self._groups, self.config, len(self.running) - place)
             self._put(step, sequence, length + num_drafts, num_held, num_drafts=num_drafts)
 
     def _goes_on(self, sequence: Sequence, length: int) -> bool:
-        """Whether a sequence may go on from a token that is being sampled: it surely needs the next, and no more."""
-        jumps = self.config.jumps_forward and sequence.params.may_jump
-        waits = jumps or self.config.stages > 1
-        return not waits and not is_full(sequence, length, self.config.max_model_len)
+        """Whether a sequence may go on from a token that is being sampled: it surely needs the next, and no more.
 
-    def _room_for_drafts(self, step: Step, sequence: Sequence) -> int:
-        """How many drafts the next step can check: nobody is preempted for them, and no answer gets too long."""
-        known = len(sequence.token_ids)
-        most = min(sequence.num_prompt + sequence.params.max_tokens, self.config.max_model_len) - 1
-        count = min(len(sequence.drafts), step.tokens_left - 1, most - known)
-        if sequence.num_sampling or count <= 0:
-            return 0
-        block_size = self.config.block_size
-        missing = -(-(known + count) // block_size) - len(sequence.blocks)
-        if missing > 0:
-            self._groups.give_back_unseen(sequence.blocks, sequence.first_uncertain)
-            self._groups.grow(sequence.blocks, min(missing, self._groups.num_free_columns))
-        return min(count, len(sequence.blocks) * block_size - known)
+        One with drafts may not: they can be checked once the token in front of them is known.
+        """
+        jumps = self.config.jumps_forward and sequence.params.may_jump
+        waits = jumps or self.config.stages > 1 or bool(sequence.drafts)
+        return not waits and not is_full(sequence, length, self.config.max_model_len)
 
     def _room_for(self, step: Step, due: Sequence | None) -> tuple[int, int]:
         """The tokens and columns that prompts under way leave to the one whose turn it is: none if it can't begin."""
@@ -377,6 +370,7 @@ class Scheduler:
             )
         )
         step.tokens_left -= end - start
+        step.drafts_left -= num_drafts
         sequence.num_planned = known
         sequence.num_sampling += samples
         sequence.num_steps += 1
@@ -444,7 +438,8 @@ class Scheduler:
         if is_ended and len(sequence.token_ids) - num_known == len(tokens):  # whole, be it at its last token
             finish_reason = "stop"
         if sequence.slot >= 0:
-            num_right = min(max(len(tokens) - 1, 0), scheduled.num_drafts)  # the last token is the model's own
+            # The last token is computed in the next step, which its logits are wanted of, be it a draft or not.
+            num_right = max(0, min(self._drafted.count(scheduled, tokens), len(tokens) - 1))
             sequence.num_planned += num_right
             end = scheduled.end - scheduled.num_drafts + num_right
             self._offer(sequence, scheduled.start, min(end, sequence.num_planned, len(sequence.token_ids)))
@@ -496,4 +491,7 @@ class Scheduler:
             prefix_cache_hits=self._num_hits,
             step_tokens=self._step_tokens,
             num_deferred=len(self.waiting.deferred),
+            num_drafts=self._drafted.num_drafts,
+            num_draft_tokens=self._drafted.num_tokens,
+            accepted_per_pos=list(self._drafted.accepted_per_pos),
         )

@@ -1,13 +1,16 @@
 """From logits to tokens: the next token of each sequence, and the log-probabilities that requests ask for.
 
 Log-probabilities are those of the model itself, before any change to the logits (vLLM's `raw_logprobs`).
+
+Drafts are checked by drawing (runtime/speculation): the token behind the known ones is drawn as always; where it is the
+first draft, the next row's logits are about the token behind it, which is drawn as always, and so on up to the first
+draw that differs. All that a draw depends on (uniform number, counts of penalties, grammar) is what it would be in a
+step of its own, since nothing is done for a token before the tokens in front of it are drawn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
-from collections.abc import Sequence as Rows
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 import numpy as np
@@ -23,7 +26,6 @@ from octavo.runtime.worker.logits_processors import ChangedSequence, ChangesCach
 from octavo.runtime.worker.sampling_ops import GREEDY_BELOW, select_sampling, uniform
 
 BAD_LOGITS = "the model's logits for this request are not finite numbers (NaN or infinity): its answer would be noise"
-NONE_JUMPED: Mapping[int, list[int]] = {}
 NOTHING_ALLOWED = "no token may be sampled: allowed_token_ids, bad_words, logit_bias and min_tokens exclude all of them"
 
 
@@ -52,17 +54,18 @@ class Sampler:
         """
         those = _those_that_sample(plan)
         if isinstance(logits, Best):
-            chosen, result = self._take_best(logits, plan, those)
+            result = self._take_best(logits, plan, those)
         else:
             vocab = logits.shape[1]
             constrained = self._grammars.before(those.scheduled, those.rows, vocab)  # beside a GPU's forward pass
             best = best_of(logits)
-            if len(those.rows) == len(logits) and all(it.sequence.is_plain_greedy for it in those.scheduled):
-                chosen, result = self._take_best(best, plan, those)
+            num_rows = len(those.rows) + sum(it.num_drafts for it in those.scheduled)
+            if num_rows == len(logits) and all(it.sequence.is_plain_greedy for it in those.scheduled):
+                result = self._take_best(best, plan, those)
             else:
-                errors = _find_bad(plan, best.logits)
-                chosen, result = self._sample_each(logits, plan, best.ids, those, constrained, errors)
-        self.last_tokens[[it.slot for it in those.scheduled]] = chosen
+                result = self._sample_each(logits, plan, best, those, constrained)
+        last = {plan.scheduled[place].slot: result.tokens[place][-1] for place in those.places if result.tokens[place]}
+        self.last_tokens[list(last)] = list(last.values())
         return result
 
     def has_ended(self, it: ScheduledSequence) -> bool:
@@ -71,50 +74,75 @@ class Sampler:
             return True
         return is_stop(it.sequence.params, int(self.last_tokens[it.slot]), it.num_outputs)
 
-    def _take_best(self, best: Best, plan: StepPlan, those: _Sampling) -> tuple[list[int], StepResult]:
+    def _take_best(self, best: Best, plan: StepPlan, those: _Sampling) -> StepResult:
         """As `_sample_each`, where every row of logits is a plainly greedy sequence's."""
-        chosen: list[int] = best.ids.tolist()
-        return chosen, StepResult(those.tokens(plan, chosen), errors=_find_bad(plan, best.logits))
+        ids: list[int] = best.ids.tolist()
+        tokens: list[list[int]] = [[] for _ in plan.scheduled]
+        for place, row, it in zip(those.places, those.rows, those.scheduled, strict=True):
+            tokens[place] = [ids[row]]
+            for draft in _drafts(it):
+                row += 1
+                if tokens[place][-1] != draft or not np.isfinite(best.logits[row]):
+                    break
+                tokens[place].append(ids[row])
+        return StepResult(tokens, errors=_find_bad(plan, best.logits))
 
     def _sample_each(
-        self,
-        logits: Tensor,
-        plan: StepPlan,
-        best: np.ndarray,
-        those: _Sampling,
-        constrained: Constrained,
-        errors: dict[int, str],
-    ) -> tuple[list[int], StepResult]:
-        """(the tokens of those that sample, the step's result)."""
+        self, logits: Tensor, plan: StepPlan, best: Best, those: _Sampling, constrained: Constrained
+    ) -> StepResult:
+        """The step's result: a draw for each sequence, then one for each whose draw was its first draft, and so on."""
+        errors = _find_bad(plan, best.logits)
+        prompt_logprobs = self._prompt_logprobs(logits, plan, errors)
+        brought = _Brought([[] for _ in plan.scheduled])
+        self._sample_rows(logits, best.ids, those, constrained, brought)
+        while (those := _next_rows(plan, those, brought, best.logits)).places:
+            constrained = self._grammars.before(those.scheduled, those.rows, logits.shape[1])
+            self._sample_rows(logits, best.ids, those, constrained, brought)
+        return StepResult(
+            brought.tokens,
+            self._listed(brought.drawn),
+            prompt_logprobs,
+            brought.refused | errors,
+            ended=frozenset(brought.ended),
+            refused=frozenset(brought.refused) - frozenset(errors),
+        )
+
+    def _sample_rows(
+        self, logits: Tensor, best: np.ndarray, those: _Sampling, constrained: Constrained, brought: _Brought
+    ) -> None:
+        """Draw one token for each sequence, and add what that brings."""
         wanting = [i for i, it in enumerate(those.scheduled) if it.sequence.params.logprobs is not None]
         raw = logits[[those.rows[i] for i in wanting]]  # a copy: _choose changes logits
-        prompt_logprobs = self._prompt_logprobs(logits, plan, errors)
         chosen, stuck = self._choose(logits, best, those, constrained)
         ends = self._grammars.after(constrained, those.scheduled, chosen, stuck)
         for i, tokens in ends.jumped.items():
             state = self._state(those.scheduled[i], logits.shape[1])
             for token in tokens:
                 state.sampled(token)
-        counts = [those.scheduled[i].sequence.params.logprobs or 0 for i in wanting]
-        found = self._logprobs(raw, [chosen[i] for i in wanting], counts)
-        named = [those.scheduled[i].sequence.params.logprob_token_ids for i in wanting]
-        found = [
-            entry if not ids else _with_tokens([entry], ids, row[None])[0]
-            for entry, ids, row in zip(found, named, raw, strict=True)
-        ]
-        places = those.places
-        logprobs = {places[i]: [entry] for i, entry in zip(wanting, found, strict=True)}
         failed = dict.fromkeys(stuck, NOTHING_ALLOWED) | ends.errors
-        refused = {places[i]: text for i, text in failed.items() if i not in ends.without_token}
-        result = StepResult(
-            those.tokens(plan, chosen, ends.without_token, ends.jumped),
-            logprobs,
-            prompt_logprobs,
-            refused | errors,
-            ended=frozenset(places[i] for i in ends.complete),
-            refused=frozenset(refused) - frozenset(errors),
-        )
-        return chosen, result
+        for i, (place, token) in enumerate(zip(those.places, chosen, strict=True)):
+            if i in ends.complete:
+                brought.ended.add(place)
+            if i in failed and i not in ends.without_token:
+                brought.fail(place, failed[i])
+            if i not in ends.without_token and not (i in failed and brought.tokens[place]):
+                brought.tokens[place] += [token, *ends.jumped.get(i, ())]
+        for i, row in zip(wanting, raw, strict=True):
+            brought.drawn.append((those.places[i], chosen[i], row, those.scheduled[i].sequence))
+
+    def _listed(self, drawn: list[tuple[int, int, Tensor, Sequence]]) -> dict[int, list[Logprobs]]:
+        """By place, the log-probabilities of what was drawn, each out of its row of the model's logits."""
+        if not drawn:
+            return {}
+        rows = torch.stack([row for _, _, row, _ in drawn])
+        counts = [sequence.params.logprobs or 0 for *_, sequence in drawn]
+        entries = self._logprobs(rows, [token for _, token, _, _ in drawn], counts)
+        listed: dict[int, list[Logprobs]] = {}
+        for (place, _, row, sequence), entry in zip(drawn, entries, strict=True):
+            named = sequence.params.logprob_token_ids
+            whole = _with_tokens([entry], named, row[None])[0] if named else entry
+            listed.setdefault(place, []).append(whole)
+        return listed
 
     def _choose(
         self, logits: Tensor, best: np.ndarray, those: _Sampling, constrained: Constrained
@@ -129,11 +157,12 @@ class Sampler:
         if constrained.mask is not None:
             self._ops.forbid(logits, *constrained.mask)
         if changed:
-            change_logits(logits, [rows[i] for i in changed], [sampling[i] for i in changed], states, self._ops)
-            found = best_of(logits)
-            for i in changed:
-                chosen[i] = int(found.ids[rows[i]])
-                if found.logits[rows[i]] == float("-inf"):
+            at = [rows[i] for i in changed]
+            change_logits(logits, at, [sampling[i] for i in changed], states, self._ops)
+            found = best_of(logits if len(at) == len(logits) else logits[at])
+            for i, token, peak in zip(changed, found.ids.tolist(), found.logits, strict=True):
+                chosen[i] = token
+                if peak == float("-inf"):
                     stuck.append(i)
         random = [
             i for i, it in enumerate(sampling) if it.sequence.params.temperature >= GREEDY_BELOW and i not in stuck
@@ -213,25 +242,33 @@ def _with_tokens(entries: list[Logprobs], token_ids: tuple[int, ...], logits: Te
 
 @dataclass(frozen=True, slots=True)
 class _Sampling:
-    """The sequences of a step that get a token: their places in its plan, and their rows of logits."""
+    """The sequences of a step that get a token: their places in its plan, and their rows of logits.
+
+    scheduled: as the plan has them, but that num_outputs counts the tokens which the step has brought before.
+    """
 
     places: list[int]
     rows: list[int]
     scheduled: list[ScheduledSequence]
 
-    def tokens(
-        self,
-        plan: StepPlan,
-        chosen: Rows[int],
-        without: Container[int] = (),
-        jumped: Mapping[int, list[int]] = NONE_JUMPED,
-    ) -> list[list[int]]:
-        """For each of the plan's sequences its token, in a list, with those that follow; none for those `without`."""
-        tokens: list[list[int]] = [[] for _ in plan.scheduled]
-        for i, (place, token) in enumerate(zip(self.places, chosen, strict=True)):
-            if i not in without:
-                tokens[place] += [token, *jumped.get(i, ())]
-        return tokens
+
+@dataclass(slots=True)
+class _Brought:
+    """What a step has brought so far. tokens: of each of the plan's sequences. The rest is by place in the plan.
+
+    drawn: of sequences that want log-probabilities, in the order of the draws: place, token, the model's logits before
+    any change [vocab], and whose they are.
+    """
+
+    tokens: list[list[int]]
+    ended: set[int] = field(default_factory=set)
+    refused: dict[int, str] = field(default_factory=dict)
+    drawn: list[tuple[int, int, Tensor, Sequence]] = field(default_factory=list)
+
+    def fail(self, place: int, error: str) -> None:
+        """No token could be drawn. Behind others, the run ends in front of it: the next step says the same."""
+        if not self.tokens[place]:
+            self.refused[place] = error
 
 
 def _those_that_sample(plan: StepPlan) -> _Sampling:
@@ -241,22 +278,42 @@ def _those_that_sample(plan: StepPlan) -> _Sampling:
     for place, it in enumerate(plan.scheduled):
         end += it.end - it.first_logit
         if it.wants == "token":
-            if it.num_drafts:
-                raise ValueError("a plan has drafts, and this sampler checks none: it chooses one token a sequence")
             places.append(place)
-            rows.append(end - 1)
+            rows.append(end - 1 - it.num_drafts)
     return _Sampling(places, rows, [plan.scheduled[place] for place in places])
 
 
+def _next_rows(plan: StepPlan, those: _Sampling, brought: _Brought, peaks: np.ndarray) -> _Sampling:
+    """The sequences all of whose tokens so far are drafts, and their rows of logits behind those."""
+    next_ones = _Sampling([], [], [])
+    for place, row, it in zip(those.places, those.rows, those.scheduled, strict=True):
+        if not it.num_drafts or place in brought.ended or place in brought.refused:
+            continue
+        tokens = brought.tokens[place]
+        num_new = plan.scheduled[place].num_outputs + len(tokens) - it.num_outputs
+        if num_new == 0 or tokens != _drafts(it)[: len(tokens)]:  # nothing could be drawn, or no draft, or none is left
+            continue
+        ends = (is_stop(it.sequence.params, token, it.num_outputs + i) for i, token in enumerate(tokens[-num_new:], 1))
+        if not any(ends) and np.isfinite(peaks[row + num_new]):
+            next_ones.places.append(place)
+            next_ones.rows.append(row + num_new)
+            next_ones.scheduled.append(it._replace(num_outputs=it.num_outputs + num_new))
+    return next_ones
+
+
+def _drafts(it: ScheduledSequence) -> list[int]:
+    return it.tokens[len(it.tokens) - it.num_drafts :]
+
+
 def _find_bad(plan: StepPlan, peaks: np.ndarray) -> dict[int, str]:
-    """Which sequences have a row without a finite largest logit."""
+    """Which sequences have a row without a finite largest logit, those behind drafts left out: they may be wrong."""
     errors: dict[int, str] = {}
     if np.isfinite(peaks).all():
         return errors
     begin = 0
     for place, it in enumerate(plan.scheduled):
         end = begin + it.end - it.first_logit
-        if not np.isfinite(peaks[begin:end]).all():
+        if not np.isfinite(peaks[begin : end - it.num_drafts]).all():
             errors[place] = BAD_LOGITS
         begin = end
     return errors

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import zip_longest
 
 from octavo.runtime.messages import EngineStats, Ready, SharedLoad
 from octavo.server.engine_client import EngineClient
@@ -103,4 +104,7 @@ def summed(stats: Sequence[EngineStats]) -> EngineStats | None:
         prefix_cache_hits=sum(one.prefix_cache_hits for one in stats),
         step_tokens=sum(one.step_tokens for one in stats),
         num_deferred=sum(one.num_deferred for one in stats),
+        num_drafts=sum(one.num_drafts for one in stats),
+        num_draft_tokens=sum(one.num_draft_tokens for one in stats),
+        accepted_per_pos=[sum(each) for each in zip_longest(*(one.accepted_per_pos for one in stats), fillvalue=0)],
     )

@@ -25,6 +25,7 @@ from octavo.runtime.scheduling.plan import (
     last_token_of,
 )
 from octavo.runtime.scheduling.scheduler import Scheduler
+from octavo.runtime.scheduling.sequence import Sequence
 
 STOP = 7
 
@@ -649,6 +650,59 @@ def test_the_prefix_cache_is_offered_what_is_right_of_drafts(num_right: int, num
     scheduled = {at.sequence.request_id: at for at in it.plan().scheduled}
     assert scheduled["right"].start == num_cached
     assert scheduled["wrong"].start == 4
+
+
+def running_pair(**limits: object) -> tuple[Scheduler, Sequence, Sequence]:
+    """Two sequences that have begun, each with 4 tokens, the last one not computed."""
+    it = scheduler(**limits)
+    for name in ("a", "b"):
+        assert it.add(request(name, [1, 2, 3], max_tokens=10)) is None
+    step(it)
+    first, second = it.running
+    return it, first, second
+
+
+def test_drafts_take_no_token_of_those_behind() -> None:
+    it, first, _ = running_pair(max_num_batched_tokens=6)
+    first.drafts = [12] * 9
+    assert [(at.sequence.request_id, at.num_drafts) for at in it.plan().scheduled] == [("a", 4), ("b", 0)]
+    it, first, second = running_pair(max_drafts=3)
+    first.drafts = [12] * 2
+    second.drafts = [12] * 2
+    assert [at.num_drafts for at in it.plan().scheduled] == [2, 1]
+
+
+def test_drafts_take_no_block_of_those_behind() -> None:
+    it, first, second = running_pair(num_blocks=4)  # each has one, full with its newest token
+    for _ in range(3):
+        first.drafts = [12] * 9
+        plan, _ = step(it)
+        assert len(plan.scheduled) == 2, "nobody gives way"
+        assert plan.scheduled[0].num_drafts
+    assert len(first.blocks) + len(second.blocks) <= 4
+
+
+@pytest.mark.parametrize(
+    ("drafts", "tokens", "num_right"),
+    [
+        ([5, 6, 7], [5, 6, 7, 8], 3),
+        ([5, 6, 7], [5, 9, 7, 8], 1),  # what a grammar forces behind a draft that was wrong
+        ([5, 6, 7], [5, 6], 1),  # a run that ended early: the last token is computed again, for its logits
+        ([5, 6], [5, 6, 7, 8, 9], 2),
+        ([5, 6], [9], 0),
+    ],
+)
+def test_what_drafts_have_left_in_the_cache_is_what_was_right(
+    drafts: list[int], tokens: list[int], num_right: int
+) -> None:
+    it, first, _ = running_pair()
+    first.drafts = drafts
+    plan = it.plan()
+    it.commit(plan, StepResult([tokens, [1]]))
+    assert first.token_ids == [1, 2, 3, first.token_ids[3], *tokens]
+    assert first.num_planned == 4 + num_right
+    (at,) = [at for at in it.plan().scheduled if at.sequence is first]
+    assert at.tokens == tokens[num_right:]
 
 
 def test_a_sequence_that_is_not_ready_is_passed_over() -> None:
