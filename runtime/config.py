@@ -15,6 +15,7 @@ from octavo.flags import parse_count, parse_size
 from octavo.quant.scheme import KV_SHORT_NAMES
 from octavo.runtime.lora_config import LoraOptions
 from octavo.runtime.parallel.config import ParallelConfig
+from octavo.runtime.speculation.config import SpeculativeConfig, parse_speculative
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "fp8", "int8", "int4"]
 Policy = Literal["fcfs", "priority", "lpm"]
@@ -200,6 +201,22 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
             extra={"metavar": "JSON", "parse": _parse_kv_events, "default": "nothing is told"},
         ),
     ] = KVEventsConfig()
+    speculative_config: Annotated[
+        SpeculativeConfig | None,
+        Meta(
+            description="guess next tokens out of texts that are there, and check several in one step, on a CPU: "
+            '\'{"method": "ngram"}\' out of the request\'s own text, suffix (or auto) also out of finished answers; '
+            "also num_speculative_tokens, and vLLM's keys of the method",
+            extra={"flag": ("--speculative-config", "-sc"), "metavar": "JSON", "parse": parse_speculative},
+        ),
+    ] = None
+    share_suffixes: Annotated[
+        bool,
+        Meta(
+            description="with method suffix: finished answers to any API key make drafts for all, who could tell by "
+            "the time that an answer takes what others were told"
+        ),
+    ] = False
     scheduling_policy: Annotated[
         Policy,
         Meta(

@@ -12,6 +12,7 @@ from octavo.runtime.parallel.executor import Executor, StepHandle, ThreadedExecu
 from octavo.runtime.parallel.order import make_order
 from octavo.runtime.scheduling.plan import SchedulerConfig, StepPlan
 from octavo.runtime.scheduling.scheduler import Scheduler
+from octavo.runtime.speculation.speculation import Speculation
 from octavo.runtime.validation import problem_of
 from octavo.runtime.worker.sampler import Sampler
 from octavo.runtime.worker.worker import Worker
@@ -25,8 +26,9 @@ class Engine:
 
     The loop calls `advance`, which orders steps ahead, and then `finish`, which waits for the oldest one's result;
     `step` is both. overlaps: whether steps are computed while the next ones are planned; with several stages other
-    steps are in any case. deterministic: as in EngineConfig. is_paused: no further step is ordered. is_replaced: it was
-    told to end, and another one is started in its place.
+    steps are in any case. deterministic: as in EngineConfig. speculation: who gives sequences drafts; None: nobody.
+    A sequence that has some is in no further step before the token in front of them is there; others go on meanwhile.
+    is_paused: no further step is ordered. is_replaced: it was told to end, and another one is started in its place.
     """
 
     def __init__(
@@ -38,9 +40,11 @@ class Engine:
         *,
         overlaps: bool = True,
         deterministic: bool = False,
+        speculation: Speculation | None = None,
     ) -> None:
         self.worker = worker
         self.scheduler = Scheduler(config)
+        self.speculation = speculation
         self.grammars = Grammars(worker.model.vocab_size)
         sampler = Sampler(
             seed,
@@ -126,7 +130,10 @@ class Engine:
         if not self._under_way:
             return []
         handle = self._under_way.popleft()
-        return self.scheduler.commit(handle.plan, self.executor.result(handle))
+        outputs = self.scheduler.commit(handle.plan, self.executor.result(handle))
+        if self.speculation is not None:
+            self.speculation.after(handle.plan, handle.seconds)
+        return outputs
 
     def _submit(self, plan: StepPlan) -> None:
         order = make_order(plan, self._num_ordered)

@@ -21,6 +21,7 @@ from octavo.runtime.model.weights import OnLayer, load_model, untold
 from octavo.runtime.parallel.group import ALONE, Group
 from octavo.runtime.parallel.placement import num_cores
 from octavo.runtime.scheduling.plan import SchedulerConfig
+from octavo.runtime.speculation.select import make_speculation, notes_of
 from octavo.runtime.worker import kv_cache
 from octavo.runtime.worker.device import free_memory, set_threads
 from octavo.runtime.worker.graphs import StepGraphs
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 COUNTS = ("block_size", "num_blocks", "kv_cache_memory_bytes", "max_num_seqs", "max_num_batched_tokens", "num_threads")
 BLOCK_ID_BYTES = 4  # an entry of the block tables
 SEQUENCE_BYTES = 48  # a sequence's share of the lists beside them: its slot number, and how many blocks it has
-MAX_PROMPT_LOGITS_BYTES = 64 << 20  # what one step may spend on logits for prompt_logprobs
+MAX_PROMPT_LOGITS_BYTES = 64 << 20  # what one step may spend on logits for prompt_logprobs; as much again for drafts
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,7 @@ def load_engine(
     """
     clock = Phases(spawn_time)
     clock.end("import")
-    if followers is None and config.parallel.num_ranks > 1:
-        from octavo.runtime.parallel.followers import Followers  # an engine of one rank needs nothing of it
-
-        followers = Followers(config)
+    followers = followers or _followers_of(config)
     if followers is not None:
         config = msgspec.structs.replace(config, num_threads=followers.threads)
     device, num_threads = prepare_device(config, device, clock)
@@ -81,30 +79,52 @@ def load_engine(
         warm_up(model, rank.caches, rank.limits, followers)
         clock.end("warm-up")
         graphs, replays = at_once(config, rank, clock)
-    plan = rank.plan
-    on_cpu = f"cpu, {num_threads} threads"
-    if group.size > 1:
-        nodes = config.parallel.nnodes
-        machines = f" on {nodes} machines" if nodes > 1 else ""
-        on_cpu = f"cpu, {group.size} ranks{machines}, {num_threads} threads each"
     report = StartupReport(
         model=config.model,
         architecture=model.architecture,
         dtype=_name(model.dtype),
-        device=on_cpu if device.torch_device.type == "cpu" else str(device.torch_device),
-        kv_cache_dtype=(f"k={_name(model.dtype)},v=" if plan.wide_keys else "") + _name(plan.dtype),
+        device=_device_in_words(config, device, group, num_threads),
+        kv_cache_dtype=(f"k={_name(model.dtype)},v=" if rank.plan.wide_keys else "") + _name(rank.plan.dtype),
         layers=model.report_layers(),
         weight_bytes=rank.weight_bytes,
-        kv_cache_bytes=plan.num_bytes,
+        kv_cache_bytes=rank.plan.num_bytes,
         seconds=clock.seconds,
-        notes=rank.notes + ([] if followers is None else followers.notes),
+        notes=rank.notes + ([] if followers is None else followers.notes) + notes_of(config.speculative_config),
         ranks=list(model.ranks),
         deterministic=config.deterministic,
     )
     overlaps = device.torch_device.type != "cpu" or num_threads < num_cores()
     worker = Worker(model, rank.caches, rank.limits, graphs, replays)
-    engine = Engine(worker, rank.limits, config.seed, followers, overlaps=overlaps, deterministic=config.deterministic)
-    return engine, Ready(rank.limits.max_model_len, plan.num_blocks, plan.block_size, model.vocab_size, report)
+    engine = Engine(
+        worker,
+        rank.limits,
+        config.seed,
+        followers,
+        overlaps=overlaps,
+        deterministic=config.deterministic,
+        speculation=make_speculation(config.speculative_config, shares=config.share_suffixes),
+    )
+    return engine, Ready(
+        rank.limits.max_model_len, rank.plan.num_blocks, rank.plan.block_size, model.vocab_size, report
+    )
+
+
+def _followers_of(config: EngineConfig) -> Followers | None:
+    if config.parallel.num_ranks == 1:
+        return None
+    from octavo.runtime.parallel.followers import Followers  # an engine of one rank needs nothing of it
+
+    return Followers(config)
+
+
+def _device_in_words(config: EngineConfig, device: Device, group: Group, num_threads: int) -> str:
+    if device.torch_device.type != "cpu":
+        return str(device.torch_device)
+    if group.size == 1:
+        return f"cpu, {num_threads} threads"
+    nodes = config.parallel.nnodes
+    machines = f" on {nodes} machines" if nodes > 1 else ""
+    return f"cpu, {group.size} ranks{machines}, {num_threads} threads each"
 
 
 def at_once(config: EngineConfig, rank: LoadedRank, clock: Phases) -> tuple[StepGraphs | None, StepReplays | None]:
@@ -126,6 +146,7 @@ def prepare_device(config: EngineConfig, device: Device | None, clock: Phases) -
     check_limits(config)
     device = device or Device.choose(config.device)
     check_machine(config, free_memory(device.torch_device))
+    check_speculation(config, device.torch_device)
     num_threads = set_threads(config.num_threads)
     select_operators.warm_up(device.torch_device)
     clock.end("kernels")
@@ -170,6 +191,7 @@ def limits_of(
         stages=config.parallel.pipeline_parallel_size,
         tells_kv_events=config.kv_events_config.is_on,
         max_prompt_logits=max(16, MAX_PROMPT_LOGITS_BYTES // (4 * model.vocab_size)),
+        max_drafts=max(16, MAX_PROMPT_LOGITS_BYTES // (4 * model.vocab_size)),
     )
 
 
@@ -209,6 +231,14 @@ def check_machine(config: EngineConfig, free_bytes: int) -> None:
         )
     kv_cache.check_budget(config, free_bytes)
     check_num_seqs(config, None, free_memory(torch.device("cpu")))
+
+
+def check_speculation(config: EngineConfig, device: torch.device) -> None:
+    """Raise ValueError where drafts can't be checked."""
+    if config.speculative_config is not None and device.type != "cpu":
+        raise ValueError(
+            f"--speculative-config on {device}: speculation runs on the CPU so far; leave it out, or --device cpu works"
+        )
 
 
 def check_num_seqs(config: EngineConfig, max_model_len: int | None, free_bytes: int) -> None:

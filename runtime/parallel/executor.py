@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 import weakref
 from collections import deque
 from dataclasses import dataclass
@@ -30,12 +31,13 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class StepHandle:
-    """A submitted step, and what came of it: None until it is done."""
+    """A submitted step, and what came of it: None until it is done. seconds: that it was computed and sampled for."""
 
     order: StepOrder
     plan: StepPlan
     inputs: StepInputs
     outcome: StepResult | BaseException | None = None
+    seconds: float = 0.0
 
 
 class Executor:
@@ -152,12 +154,15 @@ class _Driver:
         last_tokens = self.sampler.last_tokens
         if all(it.tokens[0] < 0 and self.sampler.has_ended(it) for it in step.plan.scheduled):
             return StepResult([[] for _ in step.plan.scheduled])
+        begin = time.perf_counter()
         order = step.order
         order.fill_tokens(last_tokens)
         if self.followers is not None:
             self.followers.send(order)
         logits = self.worker.compute(with_tokens(step.inputs, order), order.wants)
-        return self.sampler.sample(logits, step.plan)
+        result = self.sampler.sample(logits, step.plan)
+        step.seconds = time.perf_counter() - begin
+        return result
 
 
 def _end(steps: _Steps, thread: threading.Thread, done: int) -> None:

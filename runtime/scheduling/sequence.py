@@ -19,6 +19,7 @@ class Sequence:
     num_void_steps   how many of those don't count: an earlier step did not bring the token that they go on from
     num_preemptions  how often it gave its blocks back
     drafts           guesses of the tokens behind token_ids, for the next step to check
+    drafting         what whoever makes its drafts keeps of it; for nobody else
     checks_drafts    a step under way does so: how many tokens it brings is only known afterwards
     rank             its place in the queue before its number: `waiting.rank_of`
     tag, owner       whose it is, and where its owner's fair share puts it: `FairShares.tag`
@@ -39,6 +40,7 @@ class Sequence:
         "blocks",
         "cache_salt",
         "checks_drafts",
+        "drafting",
         "drafts",
         "first_token_time",
         "grammar",
@@ -79,6 +81,7 @@ class Sequence:
         self.num_void_steps = 0
         self.num_preemptions = 0
         self.drafts: list[int] = []
+        self.drafting: object = None
         self.checks_drafts = False
         self.is_ready = is_ready
         self.rank = 0.0

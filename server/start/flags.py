@@ -12,7 +12,8 @@ import msgspec
 from octavo.flags import add_flags, flags_of, read
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.parallel.config import ParallelConfig
-from octavo.server.options import ListenOptions, ModelOptions, ServerOptions, TextOptions
+from octavo.runtime.speculation.config import METHODS, SpeculativeConfig, make_speculative
+from octavo.server.options import FairBy, ListenOptions, ModelOptions, ServerOptions, TextOptions
 
 BATCH_INVARIANT = "VLLM_BATCH_INVARIANT"
 FLAGS = flags_of(ModelOptions, EngineConfig, ParallelConfig, TextOptions, ListenOptions, ServerOptions)
@@ -62,6 +63,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         help=argparse.SUPPRESS,
     )
+    parser.add_argument(  # SGLang's way to say --speculative-config
+        "--speculative-algorithm",
+        dest="speculative_algorithm",
+        type=_speculative_algorithm,
+        default=argparse.SUPPRESS,
+        help=argparse.SUPPRESS,
+    )
+    parser.add_argument(
+        "--speculative-num-draft-tokens",
+        dest="speculative_num_draft_tokens",
+        type=_count,
+        default=argparse.SUPPRESS,
+        help=argparse.SUPPRESS,
+    )
 
 
 class ServeError(ValueError):
@@ -85,16 +100,56 @@ def _sampling_defaults(text: str) -> str:
     return found
 
 
+def _speculative_algorithm(text: str) -> str:
+    if text.lower() not in METHODS:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not supported: NGRAM makes drafts out of the request's own text, SUFFIX also out of finished "
+            "answers; draft models and heads are not supported: leave it out"
+        )
+    return text.lower()
+
+
 def read_options(args: argparse.Namespace) -> ServeOptions:
     """What a command line means. Raises OptionsError."""
-    model = read(ModelOptions, args)
+    server = read(ServerOptions, args)
+    given = {
+        "parallel": _parallel(args),
+        "deterministic": _deterministic(args),
+        "speculative_config": _speculative_config(args, server.fair_by),
+    }
     return ServeOptions(
-        model=model,
-        engine=read(EngineConfig, args, model="", parallel=_parallel(args), deterministic=_deterministic(args)),
+        model=read(ModelOptions, args),
+        engine=read(EngineConfig, args, model="", **given),
         text=read(TextOptions, args),
         listen=read(ListenOptions, args),
-        server=read(ServerOptions, args),
+        server=server,
     )
+
+
+def _speculative_config(args: argparse.Namespace, fair_by: FairBy) -> SpeculativeConfig | None:
+    """What the flag says, or SGLang's ones. Raises OptionsError."""
+    config: SpeculativeConfig | None = getattr(args, "speculative_config", None)
+    method = getattr(args, "speculative_algorithm", None)
+    count = getattr(args, "speculative_num_draft_tokens", None)
+    shares = getattr(args, "share_suffixes", False)
+    if config is not None and (method or count):
+        raise OptionsError("--speculative-config says all that --speculative-algorithm does: leave one of them out")
+    if method is None and count is not None:
+        raise OptionsError(f"--speculative-num-draft-tokens {count}: --speculative-algorithm NGRAM is missing")
+    if method is not None:
+        try:
+            config = make_speculative({"method": method, "num_speculative_tokens": count})
+        except ValueError as error:
+            raise OptionsError(f"--speculative-num-draft-tokens {count}: {error}") from None
+    learns = config is not None and config.method != "ngram"
+    if shares and not learns:
+        raise OptionsError('--share-suffixes: --speculative-config \'{"method": "suffix"}\' is missing')
+    if learns and not shares and fair_by == "none":
+        raise OptionsError(
+            "--speculative-config with --fair-by none: whose answers are whose is not told then; --fair-by key works, "
+            "and so does --share-suffixes"
+        )
+    return config
 
 
 def _deterministic(args: argparse.Namespace) -> bool:

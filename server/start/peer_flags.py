@@ -44,7 +44,10 @@ def _refused(names: str, text: str) -> PeerFlag:
 
 
 NO_ADAPTERS = "LoRA adapters are not supported yet: merge the adapter into the checkpoint, and serve that"
-NO_DRAFTS = "speculative decoding is not supported yet: leave it out; answers are the same without it"
+DRAFTS = (
+    "--speculative-config with the methods ngram, suffix and auto is what there is, and --speculative-algorithm NGRAM: "
+    "draft models and heads are not supported yet; answers are the same without them"
+)
 NO_IMAGES = "only text is supported: leave it out, and serve a text model"
 NO_POOLING = "octavo generates text, and does not serve embeddings or classifiers yet"
 ONE_DEVICE = (
@@ -139,7 +142,7 @@ TABLE: tuple[PeerFlag, ...] = (
     _moot_at("--chat-template-content-format", "auto",
              "whether a template takes parts or text is read from it: leave it out, or give --chat-template"),
     _moot_at("--preemption-mode", "recompute", "a sequence that gives way is computed again: leave it out"),
-    _moot_at("--num-lookahead-slots", "0", NO_DRAFTS),
+    _moot_at("--num-lookahead-slots", "0", DRAFTS),
     _moot_at("--performance-mode", "balanced", NO_KNOB),
     _moot_at("--schedule-conservativeness", "1 1.0", NO_KNOB),
     _moot_at("--radix-eviction-policy", "lru", "cached prefixes leave in the order of their last use: leave it out"),
@@ -238,8 +241,8 @@ TABLE: tuple[PeerFlag, ...] = (
     _refused("--enable-lora* --lora-* --max-loras* --max-lora-* --max-cpu-loras --max-loaded-loras --uno-lora-path "
              "--fully-sharded-loras --specialize-active-lora --enable-mixed-moe-lora-format --enable-moe-shared-loras "
              "--enable-tower-connector-lora --experts-shared-outer-loras", NO_ADAPTERS),
-    _refused("--speculative-* -sc --spec-* --num-speculative-tokens --speculative-model --enable-multi-layer-eagle "
-             "--per-request-spec-decode-metrics", NO_DRAFTS),
+    _refused("--speculative-* --spec-* --num-speculative-tokens --speculative-model --enable-multi-layer-eagle "
+             "--per-request-spec-decode-metrics", DRAFTS),
     _refused("--mm-* --allowed-local-media-path --allowed-media-domains --media-* --enable-mm-* --enable-multimodal "
              "--language-model-only --language-only --interleave-mm-strings --skip-mm-profiling --video-pruning-* "
              "--trust-mm-* --trust-request-mm-kwargs --image-processor-backend --disable-fast-image-processor "

@@ -50,6 +50,8 @@ def refusal(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str
         assert parse(*arguments).model.model in ("m", None)
     except SystemExit as end:
         code = end.code
+    except serve_flags.OptionsError as error:  # which the command says in the same way
+        return f"octavo serve: {error}\n"
     else:
         return None
     said = capsys.readouterr().err
@@ -100,7 +102,10 @@ START_LINES = [
     "m -tp 8 --enable-expert-parallel --all2all-backend pplx --expert-placement-strategy linear",
     "m -tp 8 -ep --no-enable-expert-parallel --enable-ep-weight-filter",
     "m --max-num-queued-reqs 64 --enable-prompt-tokens-details --enable-request-id-headers",
+    'm --speculative-config \'{"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 4}\'',
+    "m -sc.method suffix -sc.num_speculative_tokens 32",
     # SGLang's documentation
+    "--model-path m --speculative-algorithm NGRAM --speculative-num-draft-tokens 16 --cuda-graph-max-bs 8",
     "--model-path meta-llama/Meta-Llama-3-8B-Instruct --host 0.0.0.0 --port 30000",
     "--model-path m --tp 1 --dp 1 --mem-fraction-static 0.7 --chunked-prefill-size 4096",
     "--model-path m --tp 8 --ep-size 8 --moe-a2a-backend none",
@@ -126,7 +131,7 @@ REFUSED = [
     ("m --pipeline-parallel-size 17", "--pipeline-parallel-size", "16"),
     ("m --decode-context-parallel-size 2", "--decode-context-parallel-size 2", "nothing else is divided yet"),
     ("--model-path m --attn-cp-size=2", "--attn-cp-size 2", "leave it out"),
-    ("m --speculative-config.method ngram", "--speculative-config", "leave it out"),
+    ("m --speculative-config.method eagle3", "--speculative-config", "leave it out"),
     ("m --hf-token secret", "--hf-token", "HF_TOKEN"),
     ("m --tokenizer-mode mistral", "--tokenizer-mode mistral", "leave it out"),
     ("--model-path m --speculative-algorithm EAGLE", "--speculative-algorithm", "leave it out"),

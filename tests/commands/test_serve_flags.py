@@ -16,6 +16,7 @@ from octavo_server import PATIENCE, Server, serving, wait_until
 from octavo.cli import main
 from octavo.commands import serve
 from octavo.runtime.config import EngineConfig
+from octavo.runtime.speculation.config import SpeculativeConfig
 from octavo.server.start import flags as serve_flags
 from octavo.server.start.flags import OptionsError, ServeOptions
 
@@ -105,6 +106,7 @@ def test_every_field_of_the_engine_s_configuration_has_a_flag() -> None:
         "max_num_seqs": ("--max-num-seqs", "7"),
         "max_num_batched_tokens": ("--max-num-batched-tokens", "7"),
         "kv_events_config": ("--kv-events-config", '{"enable_kv_cache_events": true, "buffer_steps": 7}'),
+        "speculative_config": ("--speculative-config", '{"method": "ngram"}'),
         "enable_prefix_caching": ("--no-enable-prefix-caching",),
         "scheduling_policy": ("--scheduling-policy", "lpm"),
         "priority_aging": ("--priority-aging", "7"),
@@ -112,7 +114,7 @@ def test_every_field_of_the_engine_s_configuration_has_a_flag() -> None:
         "seed": ("--seed", "7"),
         "parallel": ("--tensor-parallel-size", "2"),
     }
-    assert set(told) == set(get_type_hints(EngineConfig)) - {"model"}
+    assert set(told) == set(get_type_hints(EngineConfig)) - {"model", "share_suffixes"}
     default = EngineConfig(model="m")
     for field, flags in told.items():
         config = serve_flags.engine_config(parse("m", *flags), Path("m"))
@@ -141,6 +143,10 @@ def test_every_field_of_the_engine_s_configuration_has_a_flag() -> None:
         ("--kv-events-config", "tcp://*:5557"),
         ("--kv-events-config", '{"end_point": "tcp://*:5557"}'),
         ("--max-model", "5"),
+        ("--speculative-config", '{"method": "eagle3"}'),
+        ("--speculative-config", '{"method": "ngram", "k": 3}'),
+        ("--speculative-algorithm", "EAGLE"),
+        ("--speculative-num-draft-tokens", "0"),
     ],
 )
 def test_what_makes_no_sense_is_told_by_its_flag(
@@ -151,6 +157,36 @@ def test_what_makes_no_sense_is_told_by_its_flag(
     said = capsys.readouterr().err.splitlines()[-1]
     assert arguments[0] in said
     assert "invalid _" not in said
+
+
+def test_speculation_is_asked_for_by_either_name() -> None:
+    ours = parse("m", "--speculative-config", '{"method": "ngram", "num_speculative_tokens": 5}').engine
+    assert ours.speculative_config == SpeculativeConfig("ngram", num_speculative_tokens=5)
+    assert parse("m", "-sc", '{"method": "ngram", "num_speculative_tokens": 5}').engine == ours
+    assert parse("m", "--speculative-algorithm", "NGRAM", "--speculative-num-draft-tokens", "5").engine == ours
+    shared = parse("m", "--speculative-config", '{"method": "suffix"}', "--share-suffixes", "--fair-by", "none").engine
+    assert shared.speculative_config == SpeculativeConfig("suffix")
+    assert shared.share_suffixes
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        (("--speculative-num-draft-tokens", "5"), "--speculative-algorithm NGRAM is missing"),
+        (("--speculative-algorithm", "NGRAM", "-sc", '{"method": "ngram"}'), "leave one of them out"),
+        (("--speculative-algorithm", "NGRAM", "--speculative-num-draft-tokens", "500"), "Expected `int` <= 64"),
+        (("--share-suffixes",), '"suffix"}\' is missing'),
+        (("-sc", '{"method": "ngram"}', "--share-suffixes"), '"suffix"}\' is missing'),
+        (("-sc", '{"method": "suffix"}', "--fair-by", "none"), "--fair-by key works"),
+    ],
+)
+def test_what_speculation_can_t_be_is_one_line(
+    flags: tuple[str, ...], why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", "m", *flags]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("octavo serve: --s")
+    assert why in line
 
 
 def test_help_tells_every_flag_once_in_groups() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+from guessing import Guessing
 from slow_cases import slow
 from toy_model import make_request, run_to_end, run_with_arrivals, tokens_of
 from trimmed import whole
@@ -31,6 +32,7 @@ from octavo.runtime.model.sources import LoadError
 from octavo.runtime.model.spec import DecoderSpec
 from octavo.runtime.model.weights import load_model
 from octavo.runtime.scheduling.plan import SchedulerConfig
+from octavo.runtime.speculation.speculation import Speculation
 from octavo.runtime.startup import load_engine
 from octavo.runtime.worker.worker import Worker
 
@@ -99,14 +101,24 @@ class Served:
         self._deterministic = deterministic
         self._windows: dict[str, Any] = {"windows": self.engine.scheduler.config.windows}
 
-    def new(self, **limits: Any) -> Engine:
+    def new(self, speculation: Speculation | None = None, **limits: Any) -> Engine:
         config = SchedulerConfig(**(USUAL | self._windows | {"enable_prefix_caching": False} | limits))
         assert config.num_blocks <= USUAL["num_blocks"]  # which the caches have
         worker = Worker(self.engine.worker.model, self.engine.worker.caches, config)
-        return Engine(worker, config, overlaps=False, deterministic=self._deterministic)
+        return Engine(worker, config, overlaps=False, deterministic=self._deterministic, speculation=speculation)
 
     def alone(self, wanted: list[AddRequest]) -> dict[str, tuple[Any, ...]]:
         return {it.request_id: answer_of(run_to_end(self.new(), [it])[it.request_id]) for it in wanted}
+
+
+def speculated(served: Served, wanted: list[AddRequest], rng: random.Random) -> dict[str, list[TokenOutput]]:
+    """In company, in chunks of 50, with drafts that are right as far as chance has it."""
+    texts = {it.request_id: it.token_ids + tokens_of(run_to_end(served.new(), [it])[it.request_id]) for it in wanted}
+    guessing = Guessing(texts, "mixed", VOCAB)
+    engine = served.new(guessing.speculation(7), max_num_batched_tokens=50, enable_prefix_caching=True)
+    found = run_with_arrivals(engine, [*company(rng, 5), *wanted], rng)
+    assert sum(engine.scheduler.stats().accepted_per_pos) > 20
+    return found
 
 
 def answers(outputs: dict[str, list[TokenOutput]]) -> dict[str, tuple[Any, ...]]:
@@ -141,6 +153,7 @@ def test_an_answer_has_the_bits_that_it_has_alone(name: str, fixtures: Path) -> 
     assert answers(preempted(served, wanted, rng)) == expected
     assert answers(from_the_prefix_cache(served, wanted, rng)) == expected
     assert answers(taken_over(served, wanted, rng)) == expected
+    assert answers(speculated(served, wanted, rng)) == expected
     assert served.ready.report.deterministic
 
 
@@ -192,6 +205,7 @@ WAYS: dict[str, Way] = {
     "preempted": preempted,
     "from the prefix cache": from_the_prefix_cache,
     "taken over": taken_over,
+    "speculated": speculated,
     "by recordings": by_recordings,
 }
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from forked_commands import fork_children
+from guessing import Guessing
 from hf_oracle import CASES, make_hf, save
 from toy_model import make_request, run_to_end, run_with_arrivals, tokens_of
 
@@ -107,9 +108,13 @@ def test_several_ranks_answer_as_one(ranks: int, stages: int, fixtures: Path, st
     together = run_with_arrivals(engine, requests, rng)
     one, alone_ready = load_engine(config(fixtures / "tiny", ranks=1), time.time())
     alone = run_to_end(one, requests)
-    assert {r.request_id: tokens_of(together[r.request_id]) for r in requests} == {
-        r.request_id: tokens_of(alone[r.request_id]) for r in requests
-    }
+    expected = {r.request_id: tokens_of(alone[r.request_id]) for r in requests}
+    assert {r.request_id: tokens_of(together[r.request_id]) for r in requests} == expected
+    texts = {r.request_id: r.token_ids + expected[r.request_id] for r in requests}
+    engine.speculation = Guessing(texts, "mixed", 1024).speculation(4)
+    speculated = run_with_arrivals(engine, requests, rng)
+    assert {r.request_id: tokens_of(speculated[r.request_id]) for r in requests} == expected
+    assert sum(engine.scheduler.stats().accepted_per_pos) > 50
     assert engine.worker.replays is not None
     assert engine.worker.replays.proven
     stats = engine.scheduler.stats()

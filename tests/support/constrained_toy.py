@@ -11,6 +11,7 @@ from toy_model import VOCAB, ToyModel, make_engine
 
 from octavo.runtime.engine import Engine
 from octavo.runtime.messages import AddRequest, Constraint, Reasoning, TokenOutput, Triggers, Vocabulary
+from octavo.runtime.speculation.speculation import Speculation
 
 END = VOCAB - 1
 ALPHABET = (string.ascii_lowercase + string.ascii_uppercase + '{}":,0 ')[: VOCAB - 2]
@@ -50,7 +51,9 @@ def run(engine: Engine, requests: list[AddRequest]) -> dict[str, list[TokenOutpu
     return outputs
 
 
-def constrained_engine(model: ToyModel | None = None, *, overlaps: bool = True, **limits: int) -> Engine:
-    engine = make_engine(model, overlaps=overlaps, **limits)
+def constrained_engine(
+    model: ToyModel | None = None, *, overlaps: bool = True, speculation: Speculation | None = None, **limits: int
+) -> Engine:
+    engine = make_engine(model, overlaps=overlaps, speculation=speculation, **limits)
     engine.grammars.set_vocabulary(vocabulary())
     return engine

@@ -12,6 +12,7 @@ from octavo.kernels.attention.step import StepInputs
 from octavo.runtime.engine import Engine
 from octavo.runtime.messages import AddRequest, SamplingParams, TokenOutput
 from octavo.runtime.scheduling.plan import SchedulerConfig
+from octavo.runtime.speculation.speculation import Speculation
 from octavo.runtime.worker.worker import Worker
 
 VOCAB = 61
@@ -76,13 +77,16 @@ class ToyModel:
         return []
 
 
-def make_engine(model: ToyModel | None = None, *, overlaps: bool = True, **limits: int) -> Engine:
+def make_engine(
+    model: ToyModel | None = None, *, overlaps: bool = True, speculation: Speculation | None = None, **limits: int
+) -> Engine:
     """An engine on the toy model; the cache starts full of nonsense."""
     config = SchedulerConfig(**({"num_blocks": 64, "block_size": 4, "max_model_len": 128} | limits))
     shape = (config.num_blocks, 1, config.block_size, 1)
     one = torch.ones(1)
     cache = LayerCache(torch.full(shape, -99.0), torch.empty(shape), one, one)
-    return Engine(Worker(model or ToyModel(), [cache], config), config, overlaps=overlaps)
+    worker = Worker(model or ToyModel(), [cache], config)
+    return Engine(worker, config, overlaps=overlaps, speculation=speculation)
 
 
 def make_request(request_id: str, token_ids: list[int], **params: object) -> AddRequest:

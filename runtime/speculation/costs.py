@@ -1,0 +1,84 @@
+"""What a token more costs in a step, as measured, and how many drafts pay."""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import defaultdict, deque
+from collections.abc import Sequence as Rows
+
+import numpy as np
+from numpy.typing import NDArray
+
+from octavo.runtime.scheduling.plan import StepPlan
+
+NUM_KEPT = 9  # last steps of a size, of which the median counts: a step that something else held up changes nothing
+NUM_BELIEVED = 2  # steps of a size, before which it is taken to cost what a smaller one does, so that it is tried
+GAIN = 1.02  # tokens a second that drafts must promise, over none: estimates are no better
+PROBE = 100  # of so many choices one is made against the estimates, to see whether they still hold
+
+
+class StepCosts:
+    """Seconds of decode steps by their tokens, drafts among them: medians of what was measured last."""
+
+    def __init__(self) -> None:
+        self._last: defaultdict[int, deque[float]] = defaultdict(lambda: deque(maxlen=NUM_KEPT))
+        self._sizes: list[int] = []  # that are believed, ascending
+        self._seconds: dict[int, float] = {}
+        self._num_choices = 0
+
+    def take(self, plan: StepPlan, seconds: float) -> None:
+        """A step has been computed; one with a chunk of a prompt tells nothing here."""
+        if all(it.wants == "token" and it.end - it.start == 1 + it.num_drafts for it in plan.scheduled):
+            self.observe(plan.num_tokens, seconds)
+
+    def observe(self, num_tokens: int, seconds: float) -> None:
+        """A decode step of so many tokens took so long."""
+        size = _rounded(num_tokens)
+        last = self._last[size]
+        last.append(seconds)
+        if len(last) < NUM_BELIEVED:
+            return
+        if len(last) == NUM_BELIEVED and size not in self._seconds:
+            insort(self._sizes, size)
+        self._seconds[size] = sorted(last)[len(last) // 2]
+
+    def seconds(self, first: int, last: int) -> NDArray[np.float64]:
+        """Of steps of first .. last tokens. A smaller step is never taken to cost more than a larger one."""
+        known = np.array([self._seconds[size] for size in self._sizes] or [1.0])
+        known = np.minimum.accumulate(known[::-1])[::-1]
+        found: NDArray[np.float64] = np.interp(np.arange(first, last + 1), self._sizes or [1], known)
+        return found
+
+    def choose(self, chances: Rows[Rows[float]], num_sequences: int) -> list[int]:
+        """How many of each sequence's first drafts to check, in a step that is to bring num_sequences tokens anyway.
+
+        chances: of each draft, that it and those in front of it are right: what it adds to the step's tokens.
+        """
+        counts = [0] * len(chances)
+        entries = [(-chance, place) for place, row in enumerate(chances) for chance in _falling(row)]
+        entries.sort()
+        gained = np.cumsum([0.0, *(-chance for chance, _ in entries)]) + num_sequences
+        rates = gained / self.seconds(num_sequences, num_sequences + len(entries))
+        best = int(rates.argmax())
+        if rates[best] < GAIN * rates[0]:
+            best = 0
+        self._num_choices += 1
+        if self._num_choices % PROBE == 0:
+            best = 0 if best else len(entries)
+        for _, place in entries[:best]:
+            counts[place] += 1
+        return counts
+
+
+def _rounded(num_tokens: int) -> int:
+    """To four bits, or there would be too few steps of each size."""
+    shift = max(0, num_tokens.bit_length() - 5)
+    return (num_tokens >> shift << shift) + (1 << shift) // 2
+
+
+def _falling(chances: Rows[float]) -> list[float]:
+    """A draft is no more likely than those in front of it, whatever the averages say."""
+    found: list[float] = []
+    for chance in chances:
+        found.append(min(chance, found[-1]) if found else chance)
+    return found
