@@ -11,7 +11,7 @@ import pytest
 
 import octavo.lang as sgl
 from octavo.lang.child import words_of
-from octavo.lang.ir import DTYPES, Gen, Joined, RoleBegin, RoleEnd, Select, Text
+from octavo.lang.ir import DTYPES, Gen, Joined, RoleBegin, RoleEnd, Select, Text, value_of
 from octavo.lang.reasoning import MARKS
 
 
@@ -124,14 +124,36 @@ def test_marks_of_thoughts(kind: str, text: str, thoughts: str, said: str) -> No
 @pytest.mark.parametrize(
     ("name", "good", "bad"),
     [
-        ("int", ["1", "-20", "+3 \n"], ["", "1.5", "a"]),
-        ("float", ["1", "-2.5", ".5"], ["", "1.", "e"]),
+        ("int", ["1", "-20", "+3 hours", "1.5", "2\n"], ["", "a", " 1", "1,000"]),
+        ("float", ["1", "-2.5", ".5 and", "3\n"], ["", "1.", "e", "1.5."]),
         ("bool", ["True", "False"], ["true", ""]),
         ("str", ['"a b"', '""'], ["a", '"a', '"a"b"']),
     ],
 )
 def test_types(name: str, good: list[str], bad: list[str]) -> None:
-    assert [bool(re.fullmatch(DTYPES[name][0], text)) for text in good + bad] == [True] * len(good) + [False] * len(bad)
+    form = DTYPES[name]
+    assert [bool(re.fullmatch(form.regex, text)) for text in good + bad] == [True] * len(good) + [False] * len(bad)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("int", "+3 hours", "+3"),
+        ("int", "24.", "24"),
+        ("int", "1.5", "1"),
+        ("int", "-", "-"),
+        ("float", "2.5 and", "2.5"),
+        ("float", ".5\n", ".5"),
+        ("bool", "True", "True"),
+        ("str", '"a 1"', '"a 1"'),
+    ],
+)
+def test_values(name: str, text: str, value: str) -> None:
+    """What the model went on to is no part of a number, and ends it."""
+    assert value_of(text, {"dtype": name}) == value
+    assert value_of(text, {}) == text
+    end = DTYPES[name].end
+    assert end is None or re.split(end, text)[0].startswith(value)
 
 
 def test_flags_of_a_runtime() -> None:

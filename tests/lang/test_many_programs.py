@@ -1,4 +1,4 @@
-"""Ten thousand programs in one process: what they take in memory. `-s` prints it. Marked slow: some two minutes."""
+"""Ten thousand programs in one process: what they take in memory. `-s` prints it. Marked slow: half a minute."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ pytestmark = pytest.mark.slow
 COUNT = 10_000
 MOST = 1 << 30  # bytes, of which 10,000 programs must not need more
 PROGRAM = """
-import json, resource, sys, time
+import json, re, resource, sys, time
+from pathlib import Path
 import octavo.lang as sgl
 
 @sgl.function
@@ -30,15 +31,18 @@ def waiting(s, index):
     s += f"Number {index}" + sgl.gen("it", max_tokens=1)
     s += s["it"] + "!"
 
+def peak():  # of this program alone; getrusage counts what had forked it too
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
 program = {"straight": straight, "waiting": waiting}[sys.argv[2]]
 backend = sgl.RuntimeEndpoint(sys.argv[1])
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 begin = time.perf_counter()
 states = program.run_batch([{"index": index} for index in range(int(sys.argv[3]))], backend=backend)
 seconds = time.perf_counter() - begin
 usage = resource.getrusage(resource.RUSAGE_SELF)
 assert all(isinstance(state["it"], str) for state in states)
-print(json.dumps({"programs": len(states), "peak_bytes": usage.ru_maxrss * 1024, "before_bytes": before * 1024,
+print(json.dumps({"programs": len(states), "peak_bytes": peak(), "before_bytes": before,
     "seconds": seconds, "cpu_seconds": usage.ru_utime + usage.ru_stime}))
 """
 
@@ -56,4 +60,4 @@ def test_their_memory(server: Server, kind: str) -> None:
     found = json.loads(done.stdout)
     print(kind, found)
     assert found["programs"] == COUNT
-    assert found["peak_bytes"] < MOST
+    assert found["before_bytes"] < found["peak_bytes"] < MOST

@@ -203,6 +203,22 @@ def test_what_a_text_must_be() -> None:
         assert state["quoted"].startswith('"')
 
 
+def test_a_number_ends(backend: sgl.RuntimeEndpoint) -> None:
+    """It ends where the model goes on to something else, and is not drawn out to max_tokens."""
+
+    @sgl.function
+    def numbers(s: sgl.ProgramState) -> None:
+        s += "Version 2.0, and " + sgl.gen_int("whole", max_tokens=200) + " and "
+        s += sgl.gen("part", dtype=float, max_tokens=200)
+
+    for state in numbers.run_batch([{}] * 8, backend=backend):
+        assert re.fullmatch(r"[-+]?\d+", state["whole"])
+        float(state["part"])
+        assert state.text() == f"Version 2.0, and {state['whole']} and {state['part']}"
+        for name in ("whole", "part"):
+            assert state.get_meta_info(name)["finish_reason"]["type"] == "stop"
+
+
 def test_json_of_a_schema(backend: sgl.RuntimeEndpoint) -> None:
     """An object, or one as a string. An answer that max_tokens cuts is no JSON; the model likes white space."""
     schema = {

@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import msgspec
 
@@ -19,15 +19,26 @@ REGEX_INT = r"[-+]?[0-9]+[ \n]*"
 REGEX_FLOAT = r"[-+]?[0-9]*\.?[0-9]+[ \n]*"
 REGEX_BOOL = r"(True|False)"
 REGEX_STR = r'"[^"\\\x00-\x1f]*"'
-NUMBERS_END = (" ", "\n")  # a number that the regex would let go on for ever ends with the white space behind it
 
-DTYPES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "int": (REGEX_INT, NUMBERS_END),
-    "float": (REGEX_FLOAT, NUMBERS_END),
-    "bool": (REGEX_BOOL, ()),
-    "str": (REGEX_STR, ()),
+
+class Form(NamedTuple):
+    """A dtype: the regex that is asked for, the stop_regex that ends the text, and what of the text is its value.
+
+    A number ends where the model goes on to anything else. Were white space alone allowed behind it, a model that wants
+    to write a full stop or a word would have to write digits until max_tokens. A comma does not end one: 1,000 is 1000.
+    """
+
+    regex: str
+    end: str | None = None
+    value: str | None = None
+
+
+DTYPES = {
+    "int": Form(r"[-+]?[0-9]+([^0-9,][\s\S]*)?", "[^-+0-9]", "[-+]?[0-9]+"),
+    "float": Form(r"[-+]?[0-9]*\.?[0-9]+([^0-9.,][\s\S]*)?", "[^-+.0-9]", r"[-+]?[0-9]*\.?[0-9]+"),
+    "bool": Form(REGEX_BOOL),
+    "str": Form(REGEX_STR),
 }
-"""Each dtype as a regular expression, and the strings that end its text."""
 
 Options = dict[str, Any]
 """What a generation is asked for, under the names of SamplingOptions, without what is left out."""
@@ -131,14 +142,23 @@ def _dtype_name(value: object, caller: str) -> str:
 
 
 def resolved(defaults: Options, given: Options) -> Options:
-    """A generation's options over those of its program, a dtype written as a regex with the strings that end it."""
+    """A generation's options over those of its program, a dtype written as a regex with another one that ends it."""
     found = {**defaults, **given}
     dtype = found.pop("dtype", None)
     if dtype is not None:
-        found["regex"], ends = DTYPES[dtype]
-        stop = found.get("stop") or []
-        found["stop"] = [*([stop] if isinstance(stop, str) else stop), *ends]
+        form = DTYPES[dtype]
+        found["regex"] = form.regex
+        if form.end is not None:
+            others = found.get("stop_regex") or []
+            found["stop_regex"] = [*([others] if isinstance(others, str) else others), form.end]
     return found
+
+
+def value_of(text: str, options: Options) -> str:
+    """Of a generated text, what is the value: of a number, without what the model went on to."""
+    form = DTYPES.get(options.get("dtype", ""))
+    found = None if form is None or form.value is None else re.match(form.value, text)
+    return text if found is None else found[0]
 
 
 class Expression:

@@ -8,7 +8,7 @@ from typing import Any
 
 from octavo.lang.backend import Context, Generated
 from octavo.lang.choices import ChoicesDecision
-from octavo.lang.ir import Gen, Select
+from octavo.lang.ir import Gen, Select, value_of
 from octavo.lang.reasoning import MARKS
 
 SHOWN = 40  # characters of a text that an error repeats
@@ -76,7 +76,7 @@ class Said:
 
     def take(self, step: Gen, answer: Generated) -> str:
         """Append what was generated, of several answers the first, and set its variables. Returns what it appended."""
-        texts = answer.texts
+        texts = [value_of(text, step.options) for text in answer.texts]
         if step.reasoning is not None:
             pairs = [
                 (meta["reasoning_content"], text) if "reasoning_content" in meta else MARKS[step.reasoning].split(text)
