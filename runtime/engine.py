@@ -6,8 +6,11 @@ from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import msgspec
+
+from octavo.runtime.adapters import Adapters
 from octavo.runtime.constraint import FAILED, Grammars
-from octavo.runtime.messages import AddRequest, TokenOutput
+from octavo.runtime.messages import AdapterLoaded, AddRequest, EngineStats, LoadAdapter, TokenOutput
 from octavo.runtime.parallel.executor import Executor, StepHandle, ThreadedExecutor
 from octavo.runtime.parallel.order import make_order
 from octavo.runtime.scheduling.plan import SchedulerConfig, StepPlan
@@ -41,11 +44,15 @@ class Engine:
         overlaps: bool = True,
         deterministic: bool = False,
         speculation: Speculation | None = None,
+        most_adapters: int = 0,
     ) -> None:
         self.worker = worker
         self.scheduler = Scheduler(config)
         self.speculation = speculation
         self.grammars = Grammars(worker.model.vocab_size)
+        self.adapters: Adapters | None = None
+        if most_adapters and worker.model.adapters is not None:
+            self.adapters = Adapters(worker.model.adapters, self.scheduler.adapters, most_adapters)
         sampler = Sampler(
             seed,
             worker.model.device,
@@ -84,9 +91,15 @@ class Engine:
         return [output for output in refused if output is not None]
 
     def _add(self, answer: AddRequest) -> TokenOutput | None:
+        adapter = None
+        if answer.adapter:
+            adapter = None if self.adapters is None else self.adapters.find(answer.adapter)
+            if adapter is None:
+                error = f"the adapter of digest {answer.adapter[:16]} is not loaded"
+                return TokenOutput(answer.request_id, [], finish_reason="error", error=error, is_refused=True)
         constraint = answer.params.constraint
         grammar = "" if constraint is None else constraint.grammar
-        refusal = self.scheduler.add(answer, is_ready=not grammar)
+        refusal = self.scheduler.add(answer, is_ready=not grammar, adapter=adapter)
         if refusal is None and grammar:
             self.grammars.compile(answer.request_id, grammar)
         elif refusal is None and constraint is not None:
@@ -104,6 +117,40 @@ class Engine:
             else:
                 self.scheduler.set_ready(compiled.request_id, compiled.grammar)
         return [output for output in refused if output is not None]
+
+    def load_adapter(self, message: LoadAdapter) -> AdapterLoaded | None:
+        """Begin to read an adapter; `take_adapters` says what became of it, unless that is returned."""
+        if self.adapters is None:
+            return AdapterLoaded(message.digest, "adapters are not served here: --enable-lora serves them")
+        return self.adapters.load(message)
+
+    def drop_adapter(self, digest: str) -> None:
+        """No request names it any more."""
+        if self.adapters is not None:
+            self.adapters.drop(digest)
+
+    def take_adapters(self) -> tuple[list[AdapterLoaded], list[TokenOutput]]:
+        """Let requests run whose adapters have been read; returns what to say of these, and outputs that refuse."""
+        if self.adapters is None:
+            return [], []
+        told, failed = self.adapters.finished()
+        refused: list[TokenOutput | None] = []
+        for adapter, error in failed:
+            hopeless = [it.request_id for it in self.scheduler.waiting.values() if it.adapter is adapter]
+            refused += [self.scheduler.refuse(request_id, error) for request_id in hopeless]
+        self.adapters.tidy(self.scheduler.running, self.scheduler.waiting.values())
+        return told, [output for output in refused if output is not None]
+
+    def stats(self) -> EngineStats:
+        """Gauges and counters as they are now."""
+        stats = self.scheduler.stats()
+        if self.adapters is None:
+            return stats
+        running, waiting = (
+            tuple(dict.fromkeys(it.adapter.digest for it in those if it.adapter is not None))
+            for those in (self.scheduler.running, self.scheduler.waiting.values())
+        )
+        return msgspec.structs.replace(stats, running_adapters=running, waiting_adapters=waiting)
 
     def step(self) -> list[TokenOutput]:
         """Compute one batch and plan the next; call while `has_work`. Returns nothing while nothing is ready."""
@@ -123,6 +170,8 @@ class Engine:
         if len(self._under_way) > 1 and self.executor.withdraw():
             handle = self._under_way.pop()
             self._num_ordered -= 1
+            if self.adapters is not None:
+                self.adapters.end(handle.plan)
             self._submit(self.scheduler.extend(handle.plan))
 
     def finish(self) -> list[TokenOutput]:
@@ -130,7 +179,10 @@ class Engine:
         if not self._under_way:
             return []
         handle = self._under_way.popleft()
-        outputs = self.scheduler.commit(handle.plan, self.executor.result(handle))
+        result = self.executor.result(handle)
+        if self.adapters is not None:
+            self.adapters.end(handle.plan)
+        outputs = self.scheduler.commit(handle.plan, result)
         if self.speculation is not None:
             self.speculation.after(handle.plan, handle.seconds)
         return outputs
@@ -138,4 +190,6 @@ class Engine:
     def _submit(self, plan: StepPlan) -> None:
         order = make_order(plan, self._num_ordered)
         self._num_ordered += 1
+        if self.adapters is not None:
+            self.adapters.begin(plan)
         self._under_way.append(self.executor.submit(order, plan))

@@ -51,3 +51,17 @@ class LoraOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     def most_loaded(self) -> int:
         """How many adapters are kept in memory; 0: none are served."""
         return (self.max_cpu_loras or self.max_loras) if self.enable_lora else 0
+
+    def check(self, num_ranks: int) -> None:
+        """Raise ValueError for options that contradict each other, or an engine of so many ranks."""
+        if not self.enable_lora:
+            return
+        if num_ranks > 1:
+            raise ValueError(
+                "--enable-lora with -tp or -pp: adapters are not divided over ranks; -dp N runs several engines"
+            )
+        if self.max_cpu_loras is not None and self.max_cpu_loras < self.max_loras:
+            raise ValueError(
+                f"--max-cpu-loras {self.max_cpu_loras}: a step may use --max-loras {self.max_loras} of them; "
+                f"--max-cpu-loras {self.max_loras} works"
+            )

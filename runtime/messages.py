@@ -141,6 +141,7 @@ class AddRequest(msgspec.Struct, frozen=True, tag="add"):
     each owner gets a fair share.
     num_prompt: how many of token_ids are the prompt; None: all. The others are the beginning of the answer, which
     another engine has generated: max_tokens, min_tokens, penalties and random draws count them.
+    adapter: the digest of a LoadAdapter that came before; empty: the model alone.
     """
 
     request_id: str
@@ -152,6 +153,7 @@ class AddRequest(msgspec.Struct, frozen=True, tag="add"):
     priority: int = 0
     owner: str = ""
     num_prompt: int | None = None
+    adapter: str = ""
 
     @property
     def prompt_length(self) -> int:
@@ -181,6 +183,7 @@ class AddRequest(msgspec.Struct, frozen=True, tag="add"):
             priority=self.priority,
             owner=self.owner,
             num_prompt=self.num_prompt,
+            adapter=self.adapter,
         )
 
 
@@ -221,6 +224,23 @@ class Vocabulary(msgspec.Struct, frozen=True, tag="vocabulary"):
     tokenizer: str
 
 
+class LoadAdapter(msgspec.Struct, frozen=True, tag="load_adapter"):
+    """Read an adapter's directory, which must have this digest. Answered by AdapterLoaded, also where it is known.
+
+    name: for those who watch; requests name the digest.
+    """
+
+    digest: str
+    directory: str
+    name: str
+
+
+class DropAdapter(msgspec.Struct, frozen=True, tag="drop_adapter"):
+    """No request names this adapter any more; those that have come go on with it."""
+
+    digest: str
+
+
 class AbandonServer(msgspec.Struct, frozen=True, tag="abandon_server"):
     """A server process has ended: stop all requests whose ids begin with its name (see runtime/shared_link.py)."""
 
@@ -233,7 +253,19 @@ class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
     is_final: bool = False
 
 
-ToEngine = AddRequest | AbortRequest | Ping | ResetPrefixCache | Pause | Resume | Vocabulary | AbandonServer | Shutdown
+ToEngine = (
+    AddRequest
+    | AbortRequest
+    | Ping
+    | ResetPrefixCache
+    | Pause
+    | Resume
+    | Vocabulary
+    | LoadAdapter
+    | DropAdapter
+    | AbandonServer
+    | Shutdown
+)
 
 
 class Logprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -289,6 +321,8 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     num_drafts: int = 0
     num_draft_tokens: int = 0
     accepted_per_pos: list[int] = []
+    running_adapters: tuple[str, ...] = ()  # digests of those that requests which run use
+    waiting_adapters: tuple[str, ...] = ()  # of those that requests which wait name
 
 
 class SharedLoad(msgspec.Struct, frozen=True, array_like=True):
@@ -320,6 +354,13 @@ class StepOutputs(msgspec.Struct, frozen=True, tag="outputs", omit_defaults=True
 
 class Pong(msgspec.Struct, frozen=True, tag="pong"):
     nonce: int
+
+
+class AdapterLoaded(msgspec.Struct, frozen=True, tag="adapter_loaded"):
+    """What became of a LoadAdapter. error: why it can't be served; empty: it can."""
+
+    digest: str
+    error: str = ""
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
@@ -359,4 +400,4 @@ class StartupReport(msgspec.Struct, frozen=True):
     deterministic: bool = False  # all bodies are batch-invariant
 
 
-FromEngine = Ready | Failed | StepOutputs | Pong
+FromEngine = Ready | Failed | StepOutputs | Pong | AdapterLoaded

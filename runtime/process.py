@@ -25,7 +25,9 @@ from octavo.runtime.link import Link
 from octavo.runtime.messages import (
     AbortRequest,
     AddRequest,
+    DropAdapter,
     Failed,
+    LoadAdapter,
     Pause,
     Ping,
     Pong,
@@ -143,6 +145,8 @@ def serve(
     is_watched = engine.worker.watch(progress.mark)
     arrivals = Arrivals()
     link.wake_for(engine.grammars.ready)
+    if engine.adapters is not None:
+        link.wake_for(engine.adapters.ready)
     if followers is not None:
         followers.watch(progress.mark)
         link.wake_for(followers.ended)  # else the end of one would be noticed by the next request
@@ -164,7 +168,7 @@ def serve(
                 return
             engine.admit()
         outputs += engine.finish()
-        link.send(StepOutputs(outputs, engine.scheduler.stats()))
+        link.send(StepOutputs(outputs, engine.stats()))
         if publisher is not None:
             publisher.publish(engine.scheduler.take_kv_events())
 
@@ -188,6 +192,11 @@ def take_messages(engine: Engine, link: Link | SharedLink, arrivals: Arrivals, o
                 engine.is_paused = False
             case Vocabulary():
                 engine.grammars.set_vocabulary(message)
+            case LoadAdapter():
+                if (told := engine.load_adapter(message)) is not None:
+                    link.send(told)
+            case DropAdapter():
+                engine.drop_adapter(message.digest)
             case ResetPrefixCache():
                 engine.scheduler.reset_prefix_cache()
             case TokenOutput():
@@ -198,6 +207,10 @@ def take_messages(engine: Engine, link: Link | SharedLink, arrivals: Arrivals, o
     for request, request_ids in arrivals.take():
         outputs += engine.add(request, request_ids)
     outputs += engine.take_grammars()
+    read, refused = engine.take_adapters()
+    outputs += refused
+    for one in read:
+        link.send(one)
     return True
 
 

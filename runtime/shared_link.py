@@ -20,6 +20,7 @@ from octavo.runtime.link import Link
 from octavo.runtime.messages import (
     AbandonServer,
     AbortRequest,
+    AdapterLoaded,
     AddRequest,
     FromEngine,
     Ping,
@@ -113,9 +114,15 @@ class SharedLink:
         return messages
 
     def send(self, message: FromEngine) -> None:
-        """A step's outputs to those who asked; everything else to the process that started the engine."""
+        """A step's outputs to those who asked; everything else to the process that started the engine.
+
+        What became of an adapter is told everybody: all of them ask for it.
+        """
         if isinstance(message, StepOutputs):
             self._send_step(message)
+        elif isinstance(message, AdapterLoaded):
+            for link in (self._parent, *(server.link for server in self._servers)):
+                link.send(message)
         else:
             self._parent.send(message)
 

@@ -93,15 +93,15 @@ def load_engine(
         ranks=list(model.ranks),
         deterministic=config.deterministic,
     )
-    overlaps = device.torch_device.type != "cpu" or num_threads < num_cores()
     worker = Worker(model, rank.caches, rank.limits, graphs, replays)
     engine = Engine(
         worker,
         rank.limits,
         config.seed,
         followers,
-        overlaps=overlaps,
+        overlaps=device.torch_device.type != "cpu" or num_threads < num_cores(),
         deterministic=config.deterministic,
+        most_adapters=config.lora.most_loaded,
         speculation=make_speculation(config.speculative_config, shares=config.share_suffixes),
     )
     return engine, Ready(
@@ -145,6 +145,8 @@ def prepare_device(config: EngineConfig, device: Device | None, clock: Phases) -
     """The device, with its kernels compiled, and the number of CPU threads. Raises ValueError for what can't be."""
     check_limits(config)
     device = device or Device.choose(config.device)
+    if config.lora.enable_lora and device.torch_device.type != "cpu":
+        raise ValueError("--enable-lora: LoRA runs on the CPU so far; --device cpu works, or a merged checkpoint")
     check_machine(config, free_memory(device.torch_device))
     check_speculation(config, device.torch_device)
     num_threads = set_threads(config.num_threads)
@@ -159,12 +161,16 @@ def load_rank(
 ) -> LoadedRank:
     """Weights and cache of this rank of a group. All ranks find the same limits."""
     model = load_model(config, device, group=group, on_layer=on_layer)
+    if config.lora.enable_lora and model.adapters is None:
+        raise ValueError(
+            f"--enable-lora: adapters are served by octavo's own decoder, and {model.architecture} has none"
+        )
     clock.end("weights")
     if model.compiles_kernels:
         limits = limits_of(config, model, config.max_model_len or model.max_position)
         compile_steps(model, limits, kv_cache.choose_dtype(model, config.kv_cache_dtype, []))
         clock.end("compiling")
-    notes = list(model.notes)
+    notes = list(model.notes) + ([] if model.adapters is None else [model.adapters.note])
     caches, plan = kv_cache.create(model, config, notes, group)
     clock.end("kv cache")
     longest = choose_max_model_len(config, model.max_position, plan.capacity(model.max_position), notes)
@@ -190,6 +196,7 @@ def limits_of(
         jumps_forward=model.device.type == "cpu",  # a chunk of tokens among single ones runs without a GPU's graph
         stages=config.parallel.pipeline_parallel_size,
         tells_kv_events=config.kv_events_config.is_on,
+        max_loras=config.lora.max_loras if config.lora.enable_lora else 0,
         max_prompt_logits=max(16, MAX_PROMPT_LOGITS_BYTES // (4 * model.vocab_size)),
         max_drafts=max(16, MAX_PROMPT_LOGITS_BYTES // (4 * model.vocab_size)),
     )
@@ -206,6 +213,7 @@ def check_limits(config: EngineConfig) -> None:
             "--kv-events-config with --no-enable-prefix-caching: without a prefix cache there is nothing to tell; "
             "leave one of them out"
         )
+    config.lora.check(config.parallel.num_ranks)
     if config.max_model_len is not None and config.max_model_len < 2:
         raise ValueError(
             f"--max-model-len {config.max_model_len}: a prompt and an answer take 2 tokens at least; 2 or more works"

@@ -12,7 +12,8 @@ from uuid import uuid4
 
 import msgspec
 
-from octavo.server.fleet.prefix_index import piece_names, prefix_root
+from octavo.runtime.scheduling.block_pool import salted_root
+from octavo.server.fleet.prefix_index import piece_names
 
 BYTES_PER_TOKEN = 4
 # Where the dialects have what the model reads, in the order in which most chat templates render it.
@@ -40,4 +41,4 @@ def read_prompt(body: bytes) -> Prompt:
         return Prompt(uuid4().hex, 0, ())
     text = b"\n".join(bytes(fields[name]) for name in PROMPT_FIELDS if name in fields)
     tokens = array("I", text[: len(text) // BYTES_PER_TOKEN * BYTES_PER_TOKEN])
-    return Prompt(uuid4().hex, len(tokens), tuple(piece_names(tokens, prefix_root(salt))))
+    return Prompt(uuid4().hex, len(tokens), tuple(piece_names(tokens, salted_root(salt))))

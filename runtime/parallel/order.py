@@ -22,7 +22,7 @@ WantedLogits = Literal["nothing", "best", "logits"]
 
 _WANTS: tuple[WantedLogits, ...] = get_args(WantedLogits)
 _HEADER = ("number", "wants", "num_groups", "num_sequences", "num_tokens", "num_new_blocks")
-_COLUMNS = ("slots", "starts", "ends", "first_logits", "is_new", "first_new_blocks", "new_block_counts")
+_COLUMNS = ("slots", "starts", "ends", "first_logits", "is_new", "first_new_blocks", "new_block_counts", "adapters")
 
 
 class StepOrder:
@@ -38,11 +38,13 @@ class StepOrder:
     is_new            [S] 1 where the slot was another sequence's before
     first_new_blocks  [S] place in the block tables of the first new entry
     new_block_counts  [S] entries that each table has been given
+    adapters          [S] 1 + the slot of its adapter; 0: it has none
     token_ids         [T]
     new_blocks        [G, B] the new entries of all sequences, in order
     """
 
     __slots__ = (
+        "adapters",
         "buffer",
         "ends",
         "first_logits",
@@ -64,7 +66,7 @@ class StepOrder:
         columns = buffer[len(_HEADER) :]
         parts = [columns[i * sequences : (i + 1) * sequences] for i in range(len(_COLUMNS))]
         self.slots, self.starts, self.ends, self.first_logits, self.is_new = parts[:5]
-        self.first_new_blocks, self.new_block_counts = parts[5:]
+        self.first_new_blocks, self.new_block_counts, self.adapters = parts[5:]
         begin = len(_COLUMNS) * sequences
         self.token_ids = columns[begin : begin + tokens]
         begin += tokens
@@ -91,6 +93,7 @@ def make_order(plan: StepPlan, number: int) -> StepOrder:
         [it.is_new for it in scheduled],
         [it.first_new_block for it in scheduled],
         [len(it.new_blocks[0]) for it in scheduled],
+        [0 if it.sequence.adapter is None else 1 + it.sequence.adapter.slot for it in scheduled],
         chain.from_iterable([it.tokens for it in scheduled]),
         *(it.new_blocks[group] for group in range(num_groups) for it in growing),
     )

@@ -17,13 +17,14 @@ ROOT = b""
 HASH_BYTES = 32  # of a block's name
 
 
-def salted_root(salt: str) -> bytes:
-    """The parent of a first block under this cache salt; requests with other salts never find its blocks.
+def salted_root(salt: str, adapter: str = "") -> bytes:
+    """The parent of a first block under this cache salt, computed with this adapter; others never find its blocks.
 
     It is longer than any block's name. Were it a plain digest, a salt spelled like a block's tokens would name that
     block, and its owner would be given keys and values of other positions.
     """
-    return b"salt" + sha256(salt.encode()).digest() if salt else ROOT
+    root = b"salt" + sha256(salt.encode()).digest() if salt else ROOT
+    return root + b"adapter" + sha256(adapter.encode()).digest() if adapter else root
 
 
 def hash_block(parent: bytes, token_ids: Sequence[int]) -> bytes:

@@ -82,9 +82,11 @@ class KVEvents:
         for group, begin, end in _runs(places):
             size = self._block_size
             window = self._windows[group]
-            extra_keys: list[tuple[str, ...] | None] = [None] * (end - begin)
+            adapter = sequence.adapter
+            named = () if adapter is None else (adapter.name,)
+            extra_keys: list[tuple[str, ...] | None] = [named or None] * (end - begin)
             if begin == 0 and sequence.cache_salt:
-                extra_keys[0] = (sequence.cache_salt,)
+                extra_keys[0] = (*named, sequence.cache_salt)
             event = BlockStored(
                 block_hashes=[_short(name) for name in hashes[begin:end]],
                 parent_block_hash=_short(hashes[begin - 1]) if begin else None,
@@ -92,7 +94,7 @@ class KVEvents:
                 block_size=size,
                 lora_id=None,
                 medium=MEDIUM,
-                lora_name=None,
+                lora_name=None if adapter is None else adapter.name,
                 extra_keys=extra_keys,
                 group_idx=group,
                 kv_cache_spec_kind="full_attention" if window is None else "sliding_window",

@@ -31,6 +31,7 @@ class SchedulerConfig:
     stages             how many the model's layers are divided into. With several, a sequence whose token is being
                        sampled is in no other step, and a step takes its share of those that lack a token alone, so
                        that each stage has some of them
+    max_loras          adapters that sequences which run may use at once
     tells_kv_events    whether `Scheduler.take_kv_events` returns what the prefix cache remembers and forgets
     """
 
@@ -49,6 +50,7 @@ class SchedulerConfig:
     jumps_forward: bool = False
     stages: int = 1
     tells_kv_events: bool = False
+    max_loras: int = 0
 
 
 class ScheduledSequence(NamedTuple):
@@ -136,3 +138,13 @@ class Step:
         """So many tokens of a prompt of this owner are in the plan."""
         if owner in self.limits:
             self.limits[owner] = max(0, self.limits[owner] - num_tokens)
+
+    def as_plan(self, config: SchedulerConfig, num_released: int, *, is_starved: bool) -> StepPlan:
+        """The plan as it is now. The other arguments are StepPlan's."""
+        return StepPlan(
+            self.scheduled,
+            num_tokens=config.max_num_batched_tokens - self.tokens_left,
+            num_prompt_logits=config.max_prompt_logits - self.prompt_logits_left,
+            is_starved=is_starved,
+            num_released=num_released,
+        )

@@ -29,6 +29,7 @@ from itertools import chain
 from math import inf, nextafter
 
 from octavo.runtime.messages import AddRequest, EngineStats, Logprobs, TokenOutput
+from octavo.runtime.scheduling.adapter_slots import Adapter, AdapterSlots, Admission
 from octavo.runtime.scheduling.block_pool import BlockPool
 from octavo.runtime.scheduling.drafts import DraftCounts, room_for_drafts
 from octavo.runtime.scheduling.fairness import FairShares
@@ -57,6 +58,7 @@ class Scheduler:
         self._groups = KVGroups(self.pool, config.block_size, config.windows)
         self.running: list[Sequence] = []
         self.waiting = Waiting()
+        self.adapters = AdapterSlots(config.max_loras)
         self._shares = FairShares()
         self._live: dict[str, Sequence] = {}
         self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
@@ -72,12 +74,12 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether there is a sequence that runs or may be admitted."""
-        return bool(self.running) or any(sequence.is_ready for sequence in self.waiting.values())
+        return bool(self.running) or any(sequence.may_begin for sequence in self.waiting.values())
 
-    def add(self, request: AddRequest, *, is_ready: bool = True) -> TokenOutput | None:
+    def add(self, request: AddRequest, *, is_ready: bool = True, adapter: Adapter | None = None) -> TokenOutput | None:
         """Queue a request, or return the output that says why it can't ever run.
 
-        Without is_ready it is passed over until `set_ready`.
+        Without is_ready it is passed over until `set_ready`, and while its adapter is not up.
         """
         problem = refusal_of(request, self.config, self._groups.most_blocks)
         if request.request_id in self._live:
@@ -85,7 +87,7 @@ class Scheduler:
             problem = f"request id {request.request_id!r} is in use; both requests are ended"
         if problem is not None:
             return TokenOutput(request.request_id, [], finish_reason="error", error=problem)
-        sequence = Sequence(request, self._num_added, self._groups.empty(), is_ready=is_ready)
+        sequence = Sequence(request, self._num_added, self._groups.empty(), is_ready=is_ready, adapter=adapter)
         self._num_added += 1
         self._live[request.request_id] = sequence
         sequence.tag = self._shares.tag(request)
@@ -146,7 +148,7 @@ class Scheduler:
             starved = self._plan_prefills(step, columns_kept)
         step.tokens_left += tokens_kept
         self._admit(step, due, due_alone=starved)
-        return self._plan_of(step, starved)
+        return step.as_plan(self.config, self._num_released, is_starved=starved)
 
     def extend(self, plan: StepPlan) -> StepPlan:
         """The last plan once more, with requests that have come since, as far as it has room.
@@ -164,16 +166,7 @@ class Scheduler:
         for scheduled in plan.scheduled:
             step.count(scheduled.sequence.owner, scheduled.end - scheduled.start)
         self._admit(step, self._due())
-        return self._plan_of(step, is_starved=False)
-
-    def _plan_of(self, step: Step, is_starved: bool) -> StepPlan:
-        return StepPlan(
-            step.scheduled,
-            num_tokens=self.config.max_num_batched_tokens - step.tokens_left,
-            num_prompt_logits=self.config.max_prompt_logits - step.prompt_logits_left,
-            is_starved=is_starved,
-            num_released=self._num_released,
-        )
+        return step.as_plan(self.config, self._num_released, is_starved=False)
 
     def _due(self) -> Sequence | None:
         """Whose turn it is whatever waits before it; None: requests go in order."""
@@ -189,9 +182,11 @@ class Scheduler:
         if not self._shares.has_several:
             return None
         due = self._due()
-        first = due or next((sequence for sequence in self.waiting.values() if sequence.is_ready), None)
+        first = due or next((sequence for sequence in self.waiting.values() if sequence.may_begin), None)
         if first is None or first.num_steps:
             return None
+        if first.adapter is not None and not self.adapters.has_room(first.adapter, [it.adapter for it in self.running]):
+            return due
         while not self._free_slots or not self._fits(self._cached_prefix(first), len(first.token_ids)):
             greedy = self._shares.one_to_give_way(first, self.running)
             if greedy is None:
@@ -265,10 +260,11 @@ class Scheduler:
         """Start waiting sequences, while a step has room and the cache could hold all of their tokens.
 
         They come in order, behind the one whose turn it is; those of an owner who has all that it may have of this step
-        are passed over.
+        are passed over, and those whose adapter has no slot.
         """
         block_size = self.config.block_size
         admitted: list[Sequence] = []
+        adapters: Admission | None = None
         others = [] if due_alone else self._candidates()
         for sequence in others if due is None else chain([due], (it for it in others if it is not due)):
             if not self._free_slots or not step.tokens_left:
@@ -277,6 +273,10 @@ class Scheduler:
                 continue
             if sequence.num_steps:  # preempted a moment ago
                 break
+            if sequence.adapter is not None:
+                adapters = adapters or self.adapters.admission(it.adapter for it in self.running)
+                if not adapters.admits(sequence.adapter):
+                    continue
             blocks = self._cached_prefix(sequence)
             length = len(sequence.token_ids)
             size = self._chunk(step, sequence, length - len(blocks) * block_size)

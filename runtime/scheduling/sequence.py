@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from octavo.runtime.messages import AddRequest, FinishReason, Logprobs, SamplingParams, TokenOutput
+from octavo.runtime.scheduling.adapter_slots import Adapter
 from octavo.runtime.scheduling.block_pool import hash_block, salted_root
 from octavo.runtime.scheduling.kv_groups import BlockTables
 
@@ -24,6 +25,7 @@ class Sequence:
     rank             its place in the queue before its number: `waiting.rank_of`
     tag, owner       whose it is, and where its owner's fair share puts it: `FairShares.tag`
     is_ready         whether it may be admitted: what it still waits for outside, such as its grammar, may take long
+    adapter          what its tokens are computed with beside the model; None: the model alone
     grammar          what its answer must look like, compiled; for the sampler alone
     has_ended        it was answered, or is to be forgotten: what steps under way bring for it is dropped
     blocks           its block tables, one for each group of layers
@@ -36,6 +38,7 @@ class Sequence:
 
     __slots__ = (
         "_hashes",
+        "adapter",
         "arrival_time",
         "blocks",
         "cache_salt",
@@ -68,7 +71,15 @@ class Sequence:
         "token_ids",
     )
 
-    def __init__(self, request: AddRequest, number: int, blocks: BlockTables, *, is_ready: bool = True) -> None:
+    def __init__(
+        self,
+        request: AddRequest,
+        number: int,
+        blocks: BlockTables,
+        *,
+        is_ready: bool = True,
+        adapter: Adapter | None = None,
+    ) -> None:
         self.request_id = request.request_id
         self.params = request.params
         self.token_ids = list(request.token_ids)
@@ -84,6 +95,7 @@ class Sequence:
         self.drafting: object = None
         self.checks_drafts = False
         self.is_ready = is_ready
+        self.adapter = adapter
         self.rank = 0.0
         self.tag = 0.0
         self.owner = request.owner
@@ -93,7 +105,7 @@ class Sequence:
         self.blocks = blocks
         self._hashes: list[bytes] = []
         self.cache_salt = request.cache_salt
-        self.root = salted_root(request.cache_salt)
+        self.root = salted_root(request.cache_salt, "" if adapter is None else adapter.digest)
         self.slot = -1
         self.scheduled_time: float | None = None
         self.first_token_time: float | None = None
@@ -107,6 +119,11 @@ class Sequence:
     def length(self) -> int:
         """All of its tokens, with those that steps under way are sampling."""
         return len(self.token_ids) + self.num_sampling
+
+    @property
+    def may_begin(self) -> bool:
+        """Whether all that it waits for outside is there."""
+        return self.is_ready and (self.adapter is None or self.adapter.is_up)
 
     @property
     def has_begun(self) -> bool:

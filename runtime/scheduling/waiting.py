@@ -64,8 +64,8 @@ class Waiting:
         return self._in_order
 
     def heads(self) -> list[Sequence]:
-        """The first one of each owner that is ready, in order."""
-        firsts = (next((it for it in those if it.is_ready), None) for those in self._of_owner.values())
+        """The first one of each owner that may begin, in order."""
+        firsts = (next((it for it in those if it.may_begin), None) for those in self._of_owner.values())
         return sorted((it for it in firsts if it is not None), key=place_of)
 
     def add(self, sequence: Sequence) -> None:

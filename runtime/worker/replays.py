@@ -19,6 +19,7 @@ from torch import Tensor
 
 from octavo.kernels.attention.cache import LayerCache
 from octavo.kernels.attention.step import GroupTables, StepInputs
+from octavo.kernels.lora.rows import AdapterRows
 from octavo.kernels.native.recording import Memory, NotRecordableError, Recording
 from octavo.runtime.model.model import Model
 
@@ -27,7 +28,7 @@ log = logging.getLogger(__name__)
 MOST_SEQUENCES = 32  # what Python takes of a step of more is little
 FEW_STEPS = 5  # of a size; for fewer a recording doesn't pay, which takes about as long as a step
 
-Size = tuple[int, int]  # sequences, and the bits that the longest one's length has
+Size = tuple[int, int, bool]  # sequences, the bits that the longest one's length has, whether adapters are used
 
 
 class StepReplays:
@@ -43,6 +44,7 @@ class StepReplays:
         self._model = model
         self._caches = caches
         self._max_model_len = max_model_len
+        self._records_adapters = model.adapters is not None and model.adapters.recordable
         self._memory = Memory()
         self._num_steps: Counter[Size] = Counter()
         self._replays: dict[Size, _Replay] = {}
@@ -64,7 +66,9 @@ class StepReplays:
         entering = self._model.entering(inputs)
         if inputs.max_query_len > 1 or seqs > MOST_SEQUENCES or inputs.logits_index.shape[0] != seqs:
             return self._directly(inputs, entering)
-        size = (seqs, inputs.max_seq_len.bit_length())
+        if inputs.adapters is not None and not self._records_adapters:
+            return self._directly(inputs, entering)
+        size = (seqs, inputs.max_seq_len.bit_length(), inputs.adapters is not None)
         replay = self._replays.get(size)
         if replay is not None:
             proven = replay.is_proven
@@ -146,11 +150,12 @@ def _held(inputs: StepInputs, longest: int, width: int) -> StepInputs:
         **tables(inputs)._asdict(),
         max_seq_len=longest,
         more_groups=tuple(tables(group) for group in inputs.more_groups),
+        adapters=None if inputs.adapters is None else AdapterRows(*(values.clone() for values in inputs.adapters)),
     )
 
 
 def _tensors(inputs: StepInputs) -> Iterator[Tensor]:
     """What layers read of a step, and differs from the next one's."""
-    yield from (inputs.positions, inputs.seq_lens)
+    yield from (inputs.positions, inputs.seq_lens, *(inputs.adapters or ()))
     for group in inputs.by_group():
         yield from (group.slot_mapping, group.block_tables)

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from octavo.kernels.attention.step import StepInputs
+from octavo.kernels.lora.rows import sort_by_slot
 from octavo.runtime.parallel.order import StepOrder
 from octavo.runtime.scheduling.plan import SchedulerConfig
 
@@ -22,6 +23,7 @@ class InputBuilder:
 
     def __init__(self, config: SchedulerConfig) -> None:
         self._block_size = config.block_size
+        self._max_loras = config.max_loras
         width = -(-config.max_model_len // config.block_size)
         self._tables = np.zeros((len(config.windows), config.max_num_seqs, width), dtype=np.int32)
 
@@ -34,7 +36,7 @@ class InputBuilder:
         width = -(-int(order.ends.max()) // self._block_size)
         # Copies: rows without gaps, at an address that kernels may have been told to be aligned.
         tables, *more_tables = (table[order.slots, :width] for table in self._tables)
-        return StepInputs.prefill(
+        inputs = StepInputs.prefill(
             order.ends.copy(),  # which begins at a multiple of 16 bytes, as kernels may have been told
             self._block_size,
             sizes=order.ends - order.starts,
@@ -43,6 +45,10 @@ class InputBuilder:
             more_tables=more_tables,
             logits_index=_logits_index(order),
         )
+        if not order.adapters.any():
+            return inputs
+        slots = np.repeat(order.adapters - 1, order.ends - order.starts)
+        return replace(inputs, adapters=sort_by_slot(slots, self._max_loras))
 
     def _update_tables(self, order: StepOrder) -> None:
         """Clear the rows of slots that changed hands, and write the blocks that sequences were given in this step.

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 
 from octavo.runtime.messages import AddRequest, Ready, StepOutputs
 from octavo.runtime.parallel.config import Routing
+from octavo.runtime.scheduling.block_pool import salted_root
 from octavo.server.fleet.member import Member
 from octavo.server.fleet.open_answer import Placed
 from octavo.server.fleet.policy import Router
-from octavo.server.fleet.prefix_index import piece_names, prefix_root
+from octavo.server.fleet.prefix_index import piece_names
 
 
 class Chooser:
@@ -34,7 +35,7 @@ class Chooser:
                 router.closed(member.index)
         names: list[bytes] = []
         if router.uses_names and self._caches:
-            names = piece_names(request.token_ids, prefix_root(request.cache_salt))
+            names = piece_names(request.token_ids, salted_root(request.cache_salt, request.adapter))
         choice = router.route(request.request_id, len(request.token_ids), names, len(request.request_ids))
         if choice is None:
             return None

@@ -12,21 +12,14 @@ from __future__ import annotations
 from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
-from hashlib import sha256
 
-from octavo.runtime.scheduling.block_pool import hash_block, salted_root
+from octavo.runtime.scheduling.block_pool import hash_block
 
 PIECE_TOKENS = 128
 
 
-def prefix_root(cache_salt: str = "", adapter: str = "") -> bytes:
-    """The parent of a prompt's first piece: prompts under another salt or adapter share no cached prefix with it."""
-    root = salted_root(cache_salt)
-    return root + b"adapter" + sha256(adapter.encode()).digest() if adapter else root
-
-
 def piece_names(token_ids: Sequence[int], root: bytes = b"") -> list[bytes]:
-    """The names of all whole pieces of a prompt; root is what `prefix_root` returns."""
+    """The names of all whole pieces of a prompt; root is what `salted_root` returns."""
     ids = array("I", token_ids)
     names: list[bytes] = []
     parent = root

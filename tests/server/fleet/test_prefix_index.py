@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from octavo.runtime.scheduling.block_pool import hash_block, salted_root
-from octavo.server.fleet.prefix_index import PIECE_TOKENS, PrefixIndex, piece_names, prefix_root
+from octavo.server.fleet.prefix_index import PIECE_TOKENS, PrefixIndex, piece_names
 
 NUM_ENGINES = 3
 # Paths through a small tree of tokens, so that prompts share beginnings; each path's names are those of its prefixes.
@@ -109,12 +109,12 @@ def test_a_piece_is_named_like_an_engines_block_of_its_size(size: int, salt: str
     for number in range(size // PIECE_TOKENS):
         parent = hash_block(parent, tokens[number * PIECE_TOKENS : (number + 1) * PIECE_TOKENS])
         expected.append(parent)
-    assert piece_names(tokens, prefix_root(salt)) == expected
+    assert piece_names(tokens, salted_root(salt)) == expected
 
 
 def test_salts_and_adapters_share_no_piece() -> None:
     tokens = list(range(2 * PIECE_TOKENS))
-    roots = [prefix_root(salt, adapter) for salt in ("", "x", "y") for adapter in ("", "x", "y")]
+    roots = [salted_root(salt, adapter) for salt in ("", "x", "y") for adapter in ("", "x", "y")]
     names = [name for root in roots for name in piece_names(tokens, root)]
     assert len(set(names)) == 2 * len(roots)
 
