@@ -1,9 +1,9 @@
 """CPU body of low-rank adapters: for all slots that a step uses, both products in one launch (AVX-512 BF16).
 
-First x A^T of each slot's rows (shrink), as tiles of `native.gemm_tile`, to float32; then its product with B, added to
-the output in float32 (expand). Which rows, and of which adapter, the kernel reads in memory, so that a recorded step
-serves whatever adapters later steps use. Each output's sums run in one order, whatever other rows there are.
-Reference: `lora.reference.ReferenceSlots`.
+First x A^T of each slot's rows (shrink), as tiles of `native.gemm_tile`, to float32, in two sums, of either half of x's
+columns; then their total's product with B, added to the output in float32 (expand). Which rows, and of which adapter,
+the kernel reads in memory, so that a recorded step serves whatever adapters later steps use. Each output's sums run in
+one order, whatever other rows there are. Reference: `lora.reference.ReferenceSlots`.
 """
 # ruff: noqa: ARG001 (numba looks at the names of what it compiles)
 
@@ -30,12 +30,29 @@ from octavo.kernels.native.atomics import add_word, give_way, pause, pointer, re
 from octavo.kernels.native.dtypes import KINDS, load_row, size_of, store_row
 from octavo.kernels.native.gemm_tile import BF16, FLOAT, LANES, make_tile
 from octavo.kernels.native.jit import kernel, next_item, threads_for, view
-from octavo.kernels.native.llvm import F32, F32X16, I64, broadcast, load16, multiply_add, store16
+from octavo.kernels.native.llvm import (
+    BF16X16,
+    F32,
+    F32X16,
+    I16,
+    I32,
+    I32X16,
+    I64,
+    broadcast,
+    call,
+    load16,
+    masked_load,
+    masked_store,
+    multiply_add,
+    store16,
+)
 
 _CHUNK = 64  # rows of an item
 _ROWS = 8  # of a tile, at most
-_VECTORS = 2  # slabs of a tile
+_SPLITS = 2  # sums of x A^T: a matrix of rank 16 is one slab, of which two threads take half each
 _WIDTH = 64  # columns of a block of B
+_TOGETHER = 4  # rows that a block is multiplied with at once
+_MANY = 64  # blocks of all slots, from which on an item has several of them
 _SLAB_STEP = 64  # bytes of a slab's step, 16 lanes of one column in float32 or two in bf16
 
 # Of a slot in the table: A's slabs, their number, the number of blocks, the blocks, gain or 0, shift or 0.
@@ -47,12 +64,14 @@ _HEADER = 8  # words before the first one, a cache line: how many items are done
 _BLOCK = 6  # words of a block
 
 # The kernel's arguments, in the order of the call in `CpuSlots.add`.
-(_X, _KIND, _STEPS, _ROW_BYTES, _OUT, _OUT_KIND, _N, _ROW_LIST, _STARTS, _SLOTS, _TABLE, _H, _H_STRIDE) = range(1, 14)
+(_X, _KIND, _STEPS, _ROW_BYTES, _OUT, _OUT_KIND, _N, _ROW_LIST, _STARTS, _SLOTS, _TABLE, _H, _H_STRIDE, _H_SPLIT) = (
+    range(1, 15)
+)
 
 
 def _make_shrink(kind: int) -> Any:
     """rows(last_row, operands): the tile of so many rows; operands as of `make_tile`."""
-    one, two, four, eight = (make_tile(rows, _VECTORS, kind) for rows in (1, 2, 4, 8))
+    one, two, four, eight = (make_tile(rows, 1, kind) for rows in (1, 2, 4, 8))
 
     @numba.njit
     def rows(last_row, operands):  # type: ignore[no-untyped-def]
@@ -72,48 +91,109 @@ _shrink_bf16 = _make_shrink(BF16)
 _shrink_float = _make_shrink(FLOAT)
 
 
-def _make_expand(kind: int) -> Any:
-    """expand(h, b, rank, sums): float32 sums[0 .. 64] = sum over j of h[j] * b[j, 0 .. 64]; all int64."""
+def _make_expand(kind: int, rows: int) -> Any:
+    """expand(h, stride, split, last_row, b, rank, sums): of each row, float32 sums[r, 0 .. 64] = sum over j of
+    (h[r, j] + h[r, split + j]) * b[j, 0 .. 64]; all int64, stride and split in bytes. Rows past the last repeat it.
+    """
     size = 2 if kind == dtypes.BF16 else 4
+    vectors = _WIDTH // LANES
 
     @intrinsic  # type: ignore[untyped-decorator]
-    def expand(typingctx: Any, h: Any, b: Any, rank: Any, sums: Any) -> Any:
+    def expand(typingctx: Any, h: Any, stride: Any, split: Any, last_row: Any, b: Any, rank: Any, sums: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            h, b, rank, sums = args
+            h, stride, split, last_row, b, rank, sums = args
 
             def at(base: Any, index: Any, step: int) -> Any:
                 return builder.add(base, builder.mul(index, ir.Constant(I64, step)))
 
-            totals = [cgutils.alloca_once(builder, F32X16) for _ in range(_WIDTH // LANES)]
-            for total in totals:
+            def single(address: Any) -> Any:
+                return builder.load(builder.inttoptr(address, F32.as_pointer()))
+
+            numbers = [ir.Constant(I64, row) for row in range(rows)]
+            clamped = [builder.select(builder.icmp_signed("<", n, last_row), n, last_row) for n in numbers]
+            lows = [builder.add(h, builder.mul(stride, row)) for row in clamped]
+            totals = [[cgutils.alloca_once(builder, F32X16) for _ in range(vectors)] for _ in range(rows)]
+            for total in (total for row in totals for total in row):
                 builder.store(ir.Constant(F32X16, [0.0] * LANES), total)
             with cgutils.for_range(builder, rank) as loop:
-                value = builder.load(builder.inttoptr(at(h, loop.index, 4), F32.as_pointer()))
-                spread = broadcast(builder, value)
-                row = at(b, loop.index, size * _WIDTH)
-                for v, total in enumerate(totals):
-                    weights = load16(builder, builder.add(row, ir.Constant(I64, size * LANES * v)), kind)
-                    builder.store(multiply_add(builder, spread, weights, builder.load(total)), total)
-            for v, total in enumerate(totals):
-                store16(builder, builder.load(total), builder.add(sums, ir.Constant(I64, 4 * LANES * v)))
+                block = at(b, loop.index, size * _WIDTH)
+                places = [builder.add(block, ir.Constant(I64, size * LANES * v)) for v in range(vectors)]
+                weights = [load16(builder, place, kind) for place in places]
+                for low, row in zip(lows, totals, strict=True):
+                    place = at(low, loop.index, 4)
+                    value = builder.fadd(single(place), single(builder.add(place, split)))
+                    spread = broadcast(builder, value)
+                    for weight, total in zip(weights, row, strict=True):
+                        builder.store(multiply_add(builder, spread, weight, builder.load(total)), total)
+            for r, row in enumerate(totals):
+                for v, total in enumerate(row):
+                    offset = ir.Constant(I64, 4 * (_WIDTH * r + LANES * v))
+                    store16(builder, builder.load(total), builder.add(sums, offset))
             return context.get_dummy_value()
 
-        return types.void(types.int64, types.int64, types.int64, types.int64), codegen
+        return types.void(*[types.int64] * 7), codegen
 
     return expand
 
 
-_expand_bf16 = _make_expand(dtypes.BF16)
-_expand_float = _make_expand(dtypes.FLOAT32)
+_expand_bf16_one, _expand_bf16 = (_make_expand(dtypes.BF16, rows) for rows in (1, _TOGETHER))
+_expand_float_one, _expand_float = (_make_expand(dtypes.FLOAT32, rows) for rows in (1, _TOGETHER))
+
+
+def _make_add(kind: int) -> Any:
+    """add(out, sums, scale, width): out[0 .. width] += scale * sums, numbers of this kind and float32."""
+    size = 2 if kind == dtypes.BF16 else 4
+    vector = ir.VectorType(I16 if kind == dtypes.BF16 else F32, LANES)
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def add(typingctx: Any, out: Any, sums: Any, scale: Any, width: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            out, sums, scale, width = args
+            factor = broadcast(builder, scale)
+            columns = broadcast(builder, builder.trunc(width, I32))
+            for v in range(_WIDTH // LANES):
+                lanes = ir.Constant(I32X16, list(range(LANES * v, LANES * v + LANES)))
+                mask = builder.icmp_signed("<", lanes, columns)
+                place = builder.add(out, ir.Constant(I64, size * LANES * v))
+                value = masked_load(builder, place, vector, mask)
+                if kind == dtypes.BF16:
+                    wide = builder.shl(builder.zext(value, I32X16), ir.Constant(I32X16, [16] * LANES))
+                    value = builder.bitcast(wide, F32X16)
+                addend = load16(builder, builder.add(sums, ir.Constant(I64, 4 * LANES * v)), dtypes.FLOAT32)
+                value = multiply_add(builder, addend, factor, value)
+                if kind == dtypes.BF16:
+                    rounded = call(builder, "llvm.x86.avx512bf16.cvtneps2bf16.512", BF16X16, value)
+                    value = builder.bitcast(rounded, vector)
+                masked_store(builder, value, place, mask)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, types.float32, types.int64), codegen
+
+    return add
+
+
+_add_bf16 = _make_add(dtypes.BF16)
+_add_float = _make_add(dtypes.FLOAT32)
 
 
 @numba.njit
-def _items_of(table, starts, slot, expands):  # type: ignore[no-untyped-def]
-    """How many items a slot's rows are, of the first product or of the second."""
-    rows = starts[slot + 1] - starts[slot]
-    at = _HEADER + _SLOT * slot
-    per_chunk = table[at + _NUM_BLOCKS] if expands else (table[at + _NUM_SLABS] + _VECTORS - 1) // _VECTORS
-    return (rows + _CHUNK - 1) // _CHUNK * per_chunk
+def _count(table, starts, slots, ends):  # type: ignore[no-untyped-def]
+    """How many blocks an item has; ends [2, slots]: how many items the slots up to each one are, of either product."""
+    blocks = 0
+    for slot in range(slots):
+        chunks = (starts[slot + 1] - starts[slot] + _CHUNK - 1) // _CHUNK
+        blocks += chunks * table[_HEADER + _SLOT * slot + _NUM_BLOCKS]
+    group = 4 if blocks >= _MANY else 1
+    shrinks = 0
+    expands = 0
+    for slot in range(slots):
+        at = _HEADER + _SLOT * slot
+        chunks = (starts[slot + 1] - starts[slot] + _CHUNK - 1) // _CHUNK
+        shrinks += chunks * table[at + _NUM_SLABS] * _SPLITS
+        expands += chunks * ((table[at + _NUM_BLOCKS] + group - 1) // group)
+        ends[0, slot] = shrinks
+        ends[1, slot] = expands
+    return group
 
 
 @numba.njit
@@ -133,95 +213,112 @@ def _gather(x, row_bytes, rows, first, count, buffer):  # type: ignore[no-untype
 
 @numba.njit
 def _shrink(a, slot, item, starts, rows, table, buffer):  # type: ignore[no-untyped-def]
-    """Two slabs of x A^T, of a chunk of a slot's rows."""
+    """One of the sums of a slab of x A^T, of a chunk of a slot's rows."""
     at = _HEADER + _SLOT * slot
-    slabs = table[at + _NUM_SLABS]
-    tiles = (slabs + _VECTORS - 1) // _VECTORS
-    slab = item % tiles * _VECTORS
-    first = starts[slot] + item // tiles * _CHUNK
+    per_chunk = table[at + _NUM_SLABS] * _SPLITS
+    slab = item % per_chunk // _SPLITS
+    split = item % _SPLITS
+    first = starts[slot] + item // per_chunk * _CHUNK
     last = min(starts[slot + 1], first + _CHUNK)
-    slab_bytes = a[_STEPS] * _SLAB_STEP
-    weight = table[at + _A] + slab * slab_bytes
-    width = min(_VECTORS, slabs - slab) * LANES
+    half = (a[_STEPS] + _SPLITS - 1) // _SPLITS
+    begin = min(split * half, a[_STEPS])
+    steps = min(half, a[_STEPS] - begin)
+    weight = table[at + _A] + (slab * a[_STEPS] + begin) * _SLAB_STEP
     stride = a[_H_STRIDE] * 4
+    low = a[_H] + split * a[_H_SPLIT] + slab * LANES * 4
     i = first
     while i < last:
         count = min(_ROWS, last - i)
-        x = _gather(a[_X], a[_ROW_BYTES], rows, i, count, buffer)
-        h = a[_H] + i * stride + slab * LANES * 4
-        operands = (
-            x,
-            a[_ROW_BYTES],
-            count - 1,
-            weight,
-            slab_bytes,
-            slabs - 1 - slab,
-            dtypes.FLOAT32,
-            h,
-            stride,
-            width,
-            a[_STEPS],
-            0,
-            -1,
-        )
+        x = _gather(a[_X], a[_ROW_BYTES], rows, i, count, buffer) + 4 * begin
+        last_row = count - 1
+        h = low + i * stride
+        operands = (x, a[_ROW_BYTES], last_row, weight, 0, 0, dtypes.FLOAT32, h, stride, LANES, steps, 0, -1)
         if a[_KIND] == BF16:
-            _shrink_bf16(count - 1, operands)
+            _shrink_bf16(last_row, operands)
         else:
-            _shrink_float(count - 1, operands)
+            _shrink_float(last_row, operands)
         i += count
 
 
 @numba.njit
-def _expand(a, slot, item, starts, rows, table, sums, old):  # type: ignore[no-untyped-def]
+def _multiply(a, i, count, block, sums):  # type: ignore[no-untyped-def]
+    """sums [4, 64] of rows i .. i + count, up to four, with a block of B."""
+    stride = a[_H_STRIDE] * 4
+    h = a[_H] + i * stride + block[_LOW] * 4
+    if a[_KIND] == BF16:
+        if count == 1:
+            _expand_bf16_one(h, stride, a[_H_SPLIT], 0, block[_B], block[_RANK], sums.ctypes.data)
+        else:
+            _expand_bf16(h, stride, a[_H_SPLIT], count - 1, block[_B], block[_RANK], sums.ctypes.data)
+    elif count == 1:
+        _expand_float_one(h, stride, a[_H_SPLIT], 0, block[_B], block[_RANK], sums.ctypes.data)
+    else:
+        _expand_float(h, stride, a[_H_SPLIT], count - 1, block[_B], block[_RANK], sums.ctypes.data)
+
+
+@numba.njit
+def _change(out, kind, block, scale, sums, gain, shift, old):  # type: ignore[no-untyped-def]
+    """A row's part of the output that a gain or a shift changes, or whose numbers are fp16."""
+    width = block[_BLOCK_WIDTH]
+    column = block[_COLUMN]
+    load_row(out, kind, old, width)
+    for j in range(width):
+        old[j] += scale * sums[j]
+    if gain != 0:
+        gains = view(gain + 4 * column, (width,), np.float32)
+        for j in range(width):
+            old[j] *= gains[j]
+    if shift != 0:
+        shifts = view(shift + 4 * column, (width,), np.float32)
+        for j in range(width):
+            old[j] += shifts[j]
+    store_row(old, np.float32(1), out, kind, width)
+
+
+@numba.njit
+def _expand(a, slot, chunk, number, starts, rows, table, sums, old):  # type: ignore[no-untyped-def]
     """A block of the output, of a chunk of a slot's rows."""
     at = _HEADER + _SLOT * slot
-    blocks = table[at + _NUM_BLOCKS]
-    block = view(table[at + _BLOCKS] + item % blocks * _BLOCK * 8, (_BLOCK,), np.int64)
-    scale = np.float32(view(table[at + _BLOCKS] + item % blocks * _BLOCK * 8, (_BLOCK,), np.float64)[_SCALE])
-    first = starts[slot] + item // blocks * _CHUNK
+    address = table[at + _BLOCKS] + number * _BLOCK * 8
+    block = view(address, (_BLOCK,), np.int64)
+    scale = np.float32(view(address, (_BLOCK,), np.float64)[_SCALE])
+    first = starts[slot] + chunk * _CHUNK
     last = min(starts[slot + 1], first + _CHUNK)
-    column = block[_COLUMN]
-    width = block[_BLOCK_WIDTH]
     kind = a[_OUT_KIND]
-    for i in range(first, last):
-        h = a[_H] + (i * a[_H_STRIDE] + block[_LOW]) * 4
-        if a[_KIND] == BF16:
-            _expand_bf16(h, block[_B], block[_RANK], sums.ctypes.data)
-        else:
-            _expand_float(h, block[_B], block[_RANK], sums.ctypes.data)
-        out = a[_OUT] + (rows[i] * a[_N] + column) * size_of(kind)
-        load_row(out, kind, old, width)
-        for j in range(width):
-            old[j] += scale * sums[j]
-        if table[at + _GAIN] != 0:
-            gain = view(table[at + _GAIN] + 4 * column, (width,), np.float32)
-            for j in range(width):
-                old[j] *= gain[j]
-        if table[at + _SHIFT] != 0:
-            shift = view(table[at + _SHIFT] + 4 * column, (width,), np.float32)
-            for j in range(width):
-                old[j] += shift[j]
-        store_row(old, np.float32(1), out, kind, width)
+    gain = table[at + _GAIN]
+    shift = table[at + _SHIFT]
+    i = first
+    while i < last:
+        count = min(_TOGETHER, last - i)
+        _multiply(a, i, count, block, sums)
+        for r in range(count):
+            out = a[_OUT] + (rows[i + r] * a[_N] + block[_COLUMN]) * size_of(kind)
+            own = sums.ctypes.data + r * _WIDTH * 4
+            if gain != 0 or shift != 0 or kind == dtypes.FP16:
+                _change(out, kind, block, scale, sums[r], gain, shift, old)
+            elif kind == dtypes.BF16:
+                _add_bf16(out, own, scale, block[_BLOCK_WIDTH])
+            else:
+                _add_float(out, own, scale, block[_BLOCK_WIDTH])
+        i += count
 
 
-@kernel("qqqqqqqqqqqqq")
+@kernel("qqqqqqqqqqqqqq")
 def _adapt(args):  # type: ignore[no-untyped-def]
     """Items: those of the first product, slot by slot, then those of the second, which wait for all of the first."""
-    a = numba.carray(args, (14,), np.int64)
+    a = numba.carray(args, (15,), np.int64)
     slots = a[_SLOTS]
     table = view(a[_TABLE], (_HEADER + _SLOT * slots,), np.int64)
     starts = view(a[_STARTS], (slots + 1,), np.int64)
     rows = view(a[_ROW_LIST], (starts[slots],), np.int64)
     done = pointer(a[_TABLE])
     buffer = np.empty(_ROWS * a[_ROW_BYTES], np.uint8)
-    sums = np.empty(_WIDTH, np.float32)
+    sums = np.empty((_TOGETHER, _WIDTH), np.float32)
     old = np.empty(_WIDTH, np.float32)
-    shrinks = 0
-    total = 0
-    for slot in range(slots):
-        shrinks += _items_of(table, starts, slot, False)
-        total += _items_of(table, starts, slot, True)
-    total += shrinks
+    ends = np.empty((2, slots), np.int64)
+    group = _count(table, starts, slots, ends)
+    shrinks = ends[0, slots - 1]
+    total = shrinks + ends[1, slots - 1]
     while True:
         item = next_item(args)
         if item >= total:
@@ -236,12 +333,18 @@ def _adapt(args):  # type: ignore[no-untyped-def]
                 else:
                     pause()
             item -= shrinks
+        phase = 1 if expands else 0
         slot = 0
-        while item >= _items_of(table, starts, slot, expands):
-            item -= _items_of(table, starts, slot, expands)
+        while item >= ends[phase, slot]:
             slot += 1
+        if slot > 0:
+            item -= ends[phase, slot - 1]
         if expands:
-            _expand(a, slot, item, starts, rows, table, sums, old)
+            blocks = table[_HEADER + _SLOT * slot + _NUM_BLOCKS]
+            groups = (blocks + group - 1) // group
+            begin = item % groups * group
+            for number in range(begin, min(blocks, begin + group)):
+                _expand(a, slot, item // groups, number, starts, rows, table, sums, old)
         else:
             _shrink(a, slot, item, starts, rows, table, buffer)
         if add_word(done, 0, 1) == total - 1:
@@ -355,7 +458,7 @@ class CpuSlots:
         assert rows.starts.shape[0] == self._num_slots + 1
         x = x.to(self._dtype).contiguous()
         size = x.element_size()
-        h = x.new_empty(x.shape[0], self._low_columns, dtype=torch.float32)
+        h = x.new_empty(_SPLITS, x.shape[0], self._low_columns, dtype=torch.float32)
         _adapt.start(
             threads_for(self._elements * x.shape[0], at_least=16384),
             x.data_ptr(),
@@ -371,6 +474,7 @@ class CpuSlots:
             self._words.ctypes.data,
             h.data_ptr(),
             self._low_columns,
+            x.shape[0] * self._low_columns * 4,
         )
 
 

@@ -75,6 +75,16 @@ def masked_store(builder: Any, vector: Any, address: Any, mask: Any) -> None:
     builder.call(store, [vector, pointer, ir.Constant(I32, 1), mask])
 
 
+def masked_load(builder: Any, address: Any, vector: Any, mask: Any) -> Any:
+    """The lanes that `mask` ([16] of i1) names of a vector of i16 or float at an address; the others are zero."""
+    name = "i16" if vector.element == I16 else "f32"
+    pointer = builder.inttoptr(address, vector.as_pointer())
+    zero = ir.Constant(vector, [0] * 16)
+    kind = ir.FunctionType(vector, [pointer.type, I32, mask.type, vector])
+    load = cgutils.get_or_insert_function(builder.module, kind, f"llvm.masked.load.v16{name}.p0")
+    return builder.call(load, [pointer, ir.Constant(I32, 1), mask, zero])
+
+
 def sum_lanes(builder: Any, vector: Any) -> Any:
     """The sum of a <16 x float>, in any order."""
     function = ir.FunctionType(F32, [F32, F32X16])
