@@ -84,8 +84,16 @@ def count(text: str, *, stream: bool) -> tuple[int, dict[str, int]]:
     return sum(1 for event in events if event.get("choices")), usages[-1] if usages else {}
 
 
-def request(args: argparse.Namespace, prompt: str, max_tokens: int, *, stream: bool) -> dict[str, Any]:
-    body = {"model": args.model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "stream": stream}
+def request(args: argparse.Namespace, prompt: str, max_tokens: int, *, stream: bool, number: int = 0) -> dict[str, Any]:
+    """The number-th request's body."""
+    names = args.model.split(",")
+    body = {
+        "model": names[number % len(names)],
+        "prompt": prompt,
+        "max_tokens": max_tokens,
+        "temperature": 0,
+        "stream": stream,
+    }
     extra: dict[str, Any] = json.loads(args.extra)
     return body | extra | ({"stream_options": {"include_usage": True}} if stream else {})
 
@@ -94,7 +102,7 @@ async def decode(args: argparse.Namespace, rng: random.Random) -> dict[str, Any]
     """`streams` answers at once, each to a short prompt of its own: tokens of all of them over the wall's seconds."""
     prompts = [f"{i}. Write a long story about a {rng.choice(WORDS)} and a {rng.choice(WORDS)}.\n\nOnce upon a time"
                for i in rng.sample(range(1000), args.streams)]  # fmt: skip
-    bodies = [request(args, prompt, args.tokens, stream=True) for prompt in prompts]
+    bodies = [request(args, prompt, args.tokens, stream=True, number=i) for i, prompt in enumerate(prompts)]
     answers = await asyncio.gather(*(post(args.url, body) for body in bodies))
     wall = max(a.ended for a in answers) - min(a.begun for a in answers)
     tokens = [a.usage.get("completion_tokens", a.num_events) for a in answers]
@@ -122,7 +130,7 @@ async def prefill(args: argparse.Namespace, rng: random.Random) -> dict[str, Any
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("url", help="the server, without /v1")
-    parser.add_argument("model", help="the name that the server serves it under")
+    parser.add_argument("model", help="the name that the server serves it under, or several: each request has the next")
     parser.add_argument("load", choices=["decode", "prefill"])
     parser.add_argument("--streams", type=int, default=1, help="answers at once, for decode (default 1)")
     parser.add_argument("--tokens", type=int, default=128, help="tokens of an answer, for decode (default 128)")

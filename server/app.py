@@ -17,6 +17,7 @@ from octavo.server.batch_run import SpareCapacity
 from octavo.server.batches import Batches
 from octavo.server.bodies import Bodies
 from octavo.server.dialects import (
+    adapters,
     anthropic,
     batches,
     completions,
@@ -89,6 +90,7 @@ def build_app(
     app.include_router(operation.pause_routes(client))
     app.include_router(operation.abort_routes(service))
     app.include_router(operation.model_routes(model))
+    app.include_router(adapters.routes(client.adapters))
     app.router.routes.extend(of_page[1:])  # behind what most requests are for
     app.state.admission = service.admission
     app.state.door = QueueDoor(service.admission, metrics, access)

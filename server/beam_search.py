@@ -81,6 +81,7 @@ class Search:
                 asked.cache_salt,
                 priority=asked.priority,
                 owner=asked.owner,
+                adapter=asked.adapter,
             )
             for beam in self._beams
         ]

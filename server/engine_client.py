@@ -19,7 +19,17 @@ import zmq
 
 from octavo.runtime.launch import EngineElsewhere, EngineProcess, heartbeat_address, how_it_ended
 from octavo.runtime.link import has_message
-from octavo.runtime.messages import Failed, FromEngine, Ping, Pong, Ready, Shutdown, StepOutputs, ToEngine
+from octavo.runtime.messages import (
+    AdapterLoaded,
+    Failed,
+    FromEngine,
+    Ping,
+    Pong,
+    Ready,
+    Shutdown,
+    StepOutputs,
+    ToEngine,
+)
 from octavo.server.heartbeat import Heartbeat
 
 logger = logging.getLogger(__name__)
@@ -35,7 +45,8 @@ class EngineDeadError(RuntimeError):
 class EngineClient:
     """A connection to one engine process. Use from one event loop only.
 
-    on_step is called with each step's outputs and stats; on_death once, with the reason, unless `close` comes first.
+    on_step is called with each step's outputs and stats; on_death once, with the reason, unless `close` comes first;
+    on_adapter with this client and what became of each adapter that the engine was asked to load.
     Of an engine that another process has started, `come_up` and `end` tell what that process knows of it.
     silence_limit: seconds after which an engine process that doesn't echo, or whose loop gets nothing done, is killed.
     """
@@ -62,6 +73,7 @@ class EngineClient:
         self._ready: asyncio.Future[Ready] = self._loop.create_future()
         self._descriptor = self._socket.fileno()
         self._loop.add_reader(self._descriptor, self._receive)
+        self.on_adapter: Callable[[EngineClient, AdapterLoaded], None] | None = None
         self.death: str | None = None  # why the engine is dead; None while it lives
         self.has_ended = False  # the process has, and its last messages may still come
         self._tasks: list[asyncio.Task[None]] = []
@@ -152,6 +164,9 @@ class EngineClient:
             case Pong():
                 if (answer := self._pings.get(message.nonce)) is not None and not answer.done():
                     answer.set_result(None)
+            case AdapterLoaded():
+                if self.on_adapter is not None:
+                    self.on_adapter(self, message)
             case Ready():
                 self._heartbeat.begin()
                 self._ready.set_result(message)

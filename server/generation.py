@@ -198,6 +198,9 @@ def make_choices(
     constraint, reading = constrained(request, model, reading)
     params = sampling_params(request, wanted, model, min(rooms), constraint)
     has_tools = reading is not None and reading.calls is not None and bool(reading.calls.tools)
+    adapter = model.adapter(request.model)
+    if adapter is None and request.model is not None and not model.serves(request.model):
+        raise ApiError(404, f"the model {request.model[:80]!r} is not served here any more", param="model")
     blamed = constraint_field(request) or ("tools" if has_tools else "")
     choices: list[Choice] = []
     for prompt, room in zip(prompts, rooms, strict=True):
@@ -205,6 +208,8 @@ def make_choices(
         first, *others = (f"{model.server_name}request-{next(_unique)}" for _ in range(request.num_choices))
         salt = request.cache_salt or ""
         sent = AddRequest(first, prompt.token_ids, own, arrival, salt, others, request.priority or 0, request.user_name)
+        if adapter is not None:
+            sent = msgspec.structs.replace(sent, adapter=adapter.digest)
         num_wanted = 0 if wanted.max_tokens == 0 else own.max_tokens
         for answer in sent.answers():
             parser = _parser(answer, request, model, reading)

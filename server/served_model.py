@@ -16,6 +16,7 @@ from octavo.quant.printable import shown
 from octavo.runtime.messages import StartupReport, Vocabulary
 from octavo.server.dialects.fields import GenerationRequest
 from octavo.server.errors import explain
+from octavo.server.fleet.adapters import AdapterNames, ServedAdapter
 from octavo.server.hints import ALL_HINTS
 from octavo.server.message.model_formats import ModelFormats
 from octavo.server.options import SAMPLING_DEFAULTS, StructuredOutputsConfig
@@ -44,6 +45,7 @@ class ServedModel:
     tool_strict_level  how much of a call is enforced where a tool doesn't ask for it
     clamps_max_tokens  max_tokens above what the context leaves means what it leaves, in OpenAI's older dialects too
     reasoning_end_str  what a model is made to say where its budget of thoughts is spent, before their end
+    adapters       those that are served beside the model itself; None: there are none
     server_name, response_ending  where several processes serve the model, what names of requests of this one begin with
                  (runtime/shared_link.py), and how ids of its responses end (processes/home.py)
     """
@@ -74,6 +76,7 @@ class ServedModel:
     reasoning_end_str: str = ""
     server_name: str = ""
     response_ending: str = ""
+    adapters: AdapterNames | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -84,11 +87,16 @@ class ServedModel:
     @property
     def all_names(self) -> tuple[str, ...]:
         """The names that are told: with the aliases."""
-        return (*self.names, *(alias for alias in self.aliases if alias not in self.names))
+        adapters = () if self.adapters is None else self.adapters
+        return (*self.names, *(alias for alias in self.aliases if alias not in self.names), *adapters)
 
     def serves(self, name: str) -> bool:
         """Whether a request for the model of this name is answered."""
-        return self.serves_any or name in self.names or name in self.aliases
+        return self.serves_any or name in self.names or name in self.aliases or self.adapter(name) is not None
+
+    def adapter(self, name: str | None) -> ServedAdapter | None:
+        """The adapter of this name; None where that is the model's own, or nobody's."""
+        return None if self.adapters is None or name is None else self.adapters.get(name)
 
     def name_lines(self) -> list[str]:
         """What is said of the names at start, where there is more to say than the first one."""
@@ -102,20 +110,23 @@ class ServedModel:
         return token if 0 <= token < self.vocab_size else None
 
     def card(self, name: str) -> dict[str, Any]:
-        """The model's entry in /v1/models, under one of its names: OpenAI's fields, vLLM's and Anthropic's."""
+        """The entry in /v1/models of the model or an adapter, by name: OpenAI's fields, vLLM's and Anthropic's."""
+        adapter = self.adapter(name)
+        parent = self.aliases.get(name) if adapter is None else adapter.module.base_model_name or self.name
+        created = self.created if adapter is None else adapter.created
         return {
             "id": name,
             "object": "model",
-            "created": self.created,
+            "created": created,
             "owned_by": "octavo",
-            "root": self.root,
-            "parent": self.aliases.get(name),
+            "root": self.root if adapter is None else adapter.module.path,
+            "parent": parent,
             "max_model_len": self.max_model_len,
             "type": "model",
             "display_name": name,
             "lifecycle": "active",
             "max_input_tokens": self.max_model_len,
-            "created_at": datetime.fromtimestamp(self.created, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "created_at": datetime.fromtimestamp(created, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             "x_octavo": {"ignored_hints": ALL_HINTS, "serves_any_name": self.serves_any},
         }
 

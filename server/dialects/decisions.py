@@ -106,7 +106,7 @@ def routes(service: Service) -> APIRouter:
     @router.post("/v1/decisions")
     async def decisions(body: DecisionRequest, http: Request) -> Response:
         """Answer questions about an input by the probabilities of their answers."""
-        service.check(body.model, http)
+        _check(body.model, http, service)
         scored, usage = await _scored(
             body.plain(), written(body.input), body.chat_template_kwargs or {}, body.temperature, http, service
         )
@@ -126,7 +126,7 @@ def routes(service: Service) -> APIRouter:
     @router.post("/v1/systemone")
     async def systemone(body: SystemOneRequest, http: Request) -> Response:
         """The same in the shapes of System One."""
-        service.check(body.model, http)
+        _check(body.model, http, service)
         scored, usage = await _scored(
             body.plain(), written(body.state), body.chat_template_kwargs or {}, 1.0, http, service
         )
@@ -141,6 +141,12 @@ def routes(service: Service) -> APIRouter:
         )
 
     return router
+
+
+def _check(name: str | None, http: Request, service: Service) -> None:
+    service.check(name, http)
+    if service.model.adapter(name) is not None:
+        raise bad_request(f"decisions are the model's own, and {name!r} is an adapter of it", "model")
 
 
 async def _scored(

@@ -122,13 +122,13 @@ class GenerateRequest(NativeHints, Strict):
     priority: Integer | None = None
     session_params: SessionParams | None = None
     extra_key: Text | list[Text] | None = None  # what cache_salt is in OpenAI's dialects
+    lora_path: Text | Annotated[list[Text | None], Field(max_length=2048)] | None = None  # an adapter's name
     # not supported: accepted only where they ask for nothing
     input_embeds: None = None
     image_data: None = None
     video_data: None = None
     audio_data: None = None
     modalities: None = None
-    lora_path: None = None
     custom_logit_processor: None = None
     return_hidden_states: Literal[False] | None = None
     return_routed_experts: Literal[False] | None = None
@@ -199,10 +199,11 @@ def items_of(body: GenerateRequest) -> list[Item]:
     tops = _each("top_logprobs_num", body.top_logprobs_num or 0, count)
     rids = _each("rid", body.rid, count)
     salts = _each("extra_key", body.extra_key, count)
+    adapters = _each("lora_path", body.lora_path, count)
     _check_count("token_ids_logprob", named, count)
     return [
         _item(
-            {"prompt": prompt, "priority": body.priority, "cache_salt": salt or None},
+            {"model": adapter or None, "prompt": prompt, "priority": body.priority, "cache_salt": salt or None},
             sampling,
             bool(returned),
             start,
@@ -210,8 +211,8 @@ def items_of(body: GenerateRequest) -> list[Item]:
             own or [],
             rid,
         )
-        for prompt, sampling, returned, start, top, own, rid, salt in zip(
-            prompts, params, returns, starts, tops, named, rids, salts, strict=True
+        for prompt, sampling, returned, start, top, own, rid, salt, adapter in zip(
+            prompts, params, returns, starts, tops, named, rids, salts, adapters, strict=True
         )
     ]
 
@@ -259,6 +260,8 @@ def choices_of(items: Sequence[Item], model: ServedModel) -> list[Choice]:
     choices: list[Choice] = []
     total = 0
     for item in items:
+        if item.request.model is not None and model.adapter(item.request.model) is None:
+            raise bad_request(f"lora_path: the adapter {item.request.model[:80]!r} is not loaded", "lora_path")
         [prompt] = prompts_of(item.request, model)
         total += len(prompt.token_ids) * item.request.num_choices
         room = model.max_model_len - len(prompt.token_ids)

@@ -70,7 +70,7 @@ def routes(service: Service) -> APIRouter:
         else:
             takes = await probe.turns(has_tools=isinstance(body, ChatRequest) and bool(body.tools))
             chat = await service.off_loop(http, lambda: chat_of(body, takes, model))
-            chat.model = None  # its name is checked, and may have a tag
+            chat.model = ollama_models.plain_name(body.model, model)
             with in_words_of(OPENAI_NAMES):
                 choices = await begin(chat, http, service, clamps=True)
         return await service.respond(http, kind(body, choices, model))
@@ -109,7 +109,8 @@ def _is_zero(duration: object) -> bool:
 
 def _raw_choices(body: GenerateRequest, model: ServedModel) -> list[Choice]:
     """The answer to a prompt as it is, up to what the context leaves. Raises ApiError."""
-    fields = shared_fields(body) | {"prompt": body.prompt, "suffix": body.suffix or None}
+    named = ollama_models.plain_name(body.model, model)
+    fields = shared_fields(body) | {"model": named, "prompt": body.prompt, "suffix": body.suffix or None}
     limit = fields.pop("max_tokens", None)
     if body.logprobs:
         fields["logprobs"] = body.top_logprobs or 0

@@ -6,6 +6,7 @@ prometheus_client, so there it stands in counters.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -42,6 +43,8 @@ class FleetCollector(Collector):
         for member in self._fleet.members:
             up.add_metric(self._labels(member), float(member.is_up))
         yield from (up, *self._gauges())
+        if self._fleet.adapters.max_loras is not None:
+            yield self._adapters()
         if self._counts:
             yield from self._counters()
 
@@ -63,6 +66,16 @@ class FleetCollector(Collector):
         yield from (restarts, migrated)
         if len(self._fleet.members) > 1:
             yield from (routed, predicted)
+
+    def _adapters(self) -> Metric:
+        """vLLM's: names stand in labels, and the value is the time."""
+        stats = self._fleet.stats or IDLE
+        names = self._fleet.adapters
+        labels = ("max_lora", "waiting_lora_adapters", "running_lora_adapters")
+        info = GaugeMetricFamily("vllm:lora_requests_info", "adapters that requests use, and wait for", labels=labels)
+        waiting, running = (names.names_of(digests) for digests in (stats.waiting_adapters, stats.running_adapters))
+        info.add_metric((str(names.max_loras), ",".join(waiting), ",".join(running)), time.time())
+        return info
 
     def _gauges(self) -> tuple[Metric, ...]:
         """Of each engine's last step."""

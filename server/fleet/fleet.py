@@ -37,6 +37,7 @@ from octavo.runtime.messages import (
     Vocabulary,
 )
 from octavo.server.engine_client import EngineClient, EngineDeadError
+from octavo.server.fleet.adapters import AdapterNames
 from octavo.server.fleet.chooser import Chooser
 from octavo.server.fleet.limits import FleetLimits
 from octavo.server.fleet.member import Member, summed
@@ -98,6 +99,7 @@ class Fleet:
         self.elsewhere = Elsewhere()
         rule = restarts or (lambda _: Restarts(self._limits.restarts, self._limits.first_restart))
         self.members = [Member(index, rule(index)) for index in range(len(engines))]
+        self.adapters = AdapterNames(self.members)
         self._chooser = Chooser(self.members, self._limits.routing, caches=self._limits.caches)
         for member, engine in zip(self.members, engines, strict=True):
             self._connect(member, engine)
@@ -240,9 +242,8 @@ class Fleet:
 
     def abort_all_of(self, key_owner: str, names: Container[str] | None = None) -> None:
         """End all open requests of this API key's owner with the finish reason `abort`, or those of these names."""
-        streams = ((request_id, answer.stream) for request_id, answer in self._open.items())
-        mine = [(request_id, stream.name) for request_id, stream in streams if stream.key_owner == key_owner]
-        self.abort([request_id for request_id, name in mine if names is None or name in names])
+        mine = {name: it.stream for name, it in self._open.items() if it.stream.key_owner == key_owner}
+        self.abort([request_id for request_id, stream in mine.items() if names is None or stream.name in names])
 
     def refuse(self, message: str) -> None:
         """Take no new requests; open ones go on. If all engines are dead, that stays the reason."""
@@ -372,9 +373,7 @@ class Fleet:
             answer = self._open.get(output.request_id)
             if answer is None:
                 continue  # aborted a moment ago
-            told = output
-            if answer.is_silent:
-                told = self._first_output(answer, output)
+            told = self._first_output(answer, output) if answer.is_silent else output
             answer.tokens.fromlist(output.token_ids)
             answer.stream.put(told)
             if output.finish_reason is not None:
@@ -399,6 +398,7 @@ class Fleet:
         member.client = EngineClient(
             engine, self._context, self._limits.silence, partial(self._take_step, member), partial(self._lose, member)
         )
+        member.client.on_adapter = self.adapters.answered
 
     def _send_all(self, message: ToEngine) -> None:
         for member in self.members:
@@ -475,6 +475,7 @@ class Fleet:
             return False
         if self._vocabulary is not None:
             member.client.send_frame(self._vocabulary)
+        self.adapters.welcome(member.client)
         if self.stands_still:
             member.client.send(Pause())
         self._chooser.open(member, ready)

@@ -107,4 +107,6 @@ def summed(stats: Sequence[EngineStats]) -> EngineStats | None:
         num_drafts=sum(one.num_drafts for one in stats),
         num_draft_tokens=sum(one.num_draft_tokens for one in stats),
         accepted_per_pos=[sum(each) for each in zip_longest(*(one.accepted_per_pos for one in stats), fillvalue=0)],
+        running_adapters=tuple(dict.fromkeys(digest for one in stats for digest in one.running_adapters)),
+        waiting_adapters=tuple(dict.fromkeys(digest for one in stats for digest in one.waiting_adapters)),
     )

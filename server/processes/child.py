@@ -20,6 +20,7 @@ from octavo.server.engine_client import EngineDeadError
 from octavo.server.fleet.fleet import Fleet
 from octavo.server.lifecycle import DRAINING, DrainingServer, uvicorn_config
 from octavo.server.listen_sockets import Listener, handles, reserve_path
+from octavo.server.lora_options import LoraModule
 from octavo.server.message.model_formats import ModelFormats
 from octavo.server.options import ListenOptions
 from octavo.server.processes.board import Board
@@ -27,6 +28,7 @@ from octavo.server.processes.engines import EnginesElsewhere
 from octavo.server.processes.home import Homes
 from octavo.server.processes.places import Places
 from octavo.server.processes.words import (
+    AdaptersServed,
     Beat,
     Drain,
     EngineDown,
@@ -49,13 +51,14 @@ PUBLISH_SECONDS = 0.5  # between two looks at what only now and then changes
 class Ways:
     """How a child is made of what is its own. make_fleet: for the engines that the parent tells of.
 
-    make_app: with what brings its counters up to date, which other processes read.
+    make_app: with what brings its counters up to date, which other processes read. modules: adapters served at start.
     """
 
     make_fleet: Callable[[EnginesElsewhere], Fleet]
     prepare: Callable[[], Awaitable[ModelFormats]]
     make_app: Callable[[Fleet, Ready, ModelFormats], tuple[FastAPI, Callable[[], None]]]
     max_body: int
+    modules: tuple[LoraModule, ...]
 
 
 class Child:
@@ -71,6 +74,7 @@ class Child:
         self._engines = EnginesElsewhere(words, places, number, num_engines)
         self._may_serve = asyncio.Event()
         self._server: DrainingServer | None = None
+        self._adapters: AdaptersServed | None = None
 
     async def serve(self, ways: Ways, renderer: TemplateRenderer, listener: Listener) -> bool:
         """Until the parent says so. Returns whether it could serve at all."""
@@ -94,6 +98,10 @@ class Child:
 
     async def _serve(self, fleet: Fleet, ways: Ways, renderer: TemplateRenderer, listener: Listener) -> None:
         formats, ready = await asyncio.gather(ways.prepare(), fleet.join())
+        if self._adapters is None:
+            await fleet.adapters.load_all(ways.modules)
+        else:
+            await fleet.adapters.load_all(self._adapters.modules, again=True)
         app, count = ways.make_app(fleet, ready, formats)
         publishing = asyncio.ensure_future(self._publish(fleet, app, count))
         fleet.on_drain = lambda index: self._words.say(Drain(index))
@@ -102,7 +110,7 @@ class Child:
             self._places,
             self._number,
             ways.max_body,
-            lambda: self._say_pausing(fleet),
+            lambda: self._say_state(fleet),
             uses_tls=self._options.ssl_certfile is not None,
         )
         config = uvicorn_config(app, self._options, homes)
@@ -120,8 +128,9 @@ class Child:
             publishing.cancel()
             await homes.close()
 
-    def _say_pausing(self, fleet: Fleet) -> None:
+    def _say_state(self, fleet: Fleet) -> None:
         self._words.say(Pausing(fleet.is_paused, fleet.stands_still))
+        self._words.say(AdaptersServed(tuple(fleet.adapters.modules)))
 
     async def _publish(self, fleet: Fleet, app: FastAPI, count: Callable[[], None]) -> None:
         """Let the other processes see what this one has under way: with each request and step, and now and then."""
@@ -151,6 +160,8 @@ class Child:
                     self._engines.take(word)
                 case Pausing(is_paused=True):
                     self._engines.fleet.begin_paused(stands_still=word.stands_still)
+                case AdaptersServed():
+                    self._adapters = word
                 case Drain():
                     self._engines.drain(word.index)
                 case Serve():

@@ -26,6 +26,7 @@ KEPT = re.compile(r"/v1/(files|batches)(/|$)|/(open|close)_session$")
 RESPONSE = re.compile(r"/v1/responses/resp_[0-9a-f]{30}([0-9a-f]{2})(/|$)")
 FOR_ALL = frozenset(
     {"/pause", "/resume", "/pause_generation", "/continue_generation", "/abort_request", "/abort_requests"}
+    | {f"{prefix}/{verb}_lora_adapter" for prefix in ("", "/v1") for verb in ("load", "unload")}
 )
 # By the path, what stands in the body of each request about a session; an escape may stand for any of it.
 SESSION_MARKS = {"/generate": (b"session_params", b"\\u"), "/invocations": (b"requestType", b"\\u")}

@@ -34,6 +34,7 @@ from octavo.server.processes.figures import ProcessFigures
 from octavo.server.processes.launch import ServerProcess, ServerStartError
 from octavo.server.processes.places import Places
 from octavo.server.processes.words import (
+    AdaptersServed,
     Beat,
     Drain,
     Drained,
@@ -115,6 +116,7 @@ class Parent:
         self._readies: list[Ready] = []
         self._drained: dict[int, set[int]] = {}  # by engine that drains: which servers have nothing of it any more
         self._pausing = Pausing(is_paused=False, stands_still=False)
+        self._adapters: AdaptersServed | None = None
         self._serves = False
         self._is_stopping = False
         self._lives: list[asyncio.Task[None]] = []
@@ -214,6 +216,8 @@ class Parent:
     def _tell_engines(self, server: Server) -> None:
         """How all engines are, for a server process that knows nothing yet."""
         server.words.say(self._pausing)
+        if self._adapters is not None:
+            server.words.say(self._adapters)
         for index, ready in enumerate(self._readies):
             server.words.say(EngineUp(index, ready))
             member = self._client.members[index]
@@ -279,6 +283,8 @@ class Parent:
                 server.num_missed = 0
             case Pausing():
                 self._pausing = word
+            case AdaptersServed():
+                self._adapters = word
             case Unable():
                 server.trouble = word.message
             case Drain(index):

@@ -13,6 +13,7 @@ from typing import Generic, TypeVar
 import msgspec
 
 from octavo.runtime.messages import Ready
+from octavo.server.lora_options import LoraModule
 from octavo.text.frames import LENGTH_BYTES, frame_of
 
 
@@ -42,6 +43,12 @@ class Pausing(msgspec.Struct, frozen=True, tag="pausing"):
 
     is_paused: bool
     stands_still: bool
+
+
+class AdaptersServed(msgspec.Struct, frozen=True, tag="adapters_served"):
+    """The adapters that every process serves now."""
+
+    modules: tuple[LoraModule, ...]
 
 
 class Serve(msgspec.Struct, frozen=True, tag="serve"):
@@ -74,8 +81,8 @@ class Drained(msgspec.Struct, frozen=True, tag="drained"):
     index: int
 
 
-ToServer = EngineUp | EngineDown | Drain | Pausing | Serve | Stop | Beat
-ToParent = Prepared | Unable | Drain | Drained | Pausing | Beat
+ToServer = EngineUp | EngineDown | Drain | Pausing | AdaptersServed | Serve | Stop | Beat
+ToParent = Prepared | Unable | Drain | Drained | Pausing | AdaptersServed | Beat
 Heard = TypeVar("Heard", ToServer, ToParent)
 
 

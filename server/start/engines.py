@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 from octavo.runtime.launch import Launcher
 from octavo.runtime.parallel.address import check_addresses
 from octavo.server.fleet.limits import FleetLimits
-from octavo.server.start.flags import ServeError, ServeOptions, engine_config
+from octavo.server.start.flags import ServeError, ServeOptions, engine_config, model_of
 
 if TYPE_CHECKING:
+    from octavo.server.fleet.fleet import Fleet
     from octavo.server.options import ModelOptions
     from octavo.server.processes.places import Places
 
@@ -50,3 +51,13 @@ def fleet_limits(options: ServeOptions) -> FleetLimits:
         routing=parallel.routing,
         caches=options.engine.enable_prefix_caching,
     )
+
+
+def set_adapters(fleet: Fleet, options: ServeOptions) -> None:
+    """What is said of adapters on the command line. Those that are served at start are loaded later."""
+    adapters = fleet.adapters
+    adapters.max_loras = options.engine.lora.max_loras if options.engine.lora.enable_lora else None
+    adapters.is_open = options.lora.enable_runtime_lora
+    adapters.root = None if options.lora.lora_root is None else Path(options.lora.lora_root).resolve()
+    names = options.model.served_model_name or (model_of(options.model),)
+    adapters.reserved = frozenset({*names, *options.model.model_aliases})

@@ -11,12 +11,24 @@ import msgspec
 
 from octavo.flags import add_flags, flags_of, read
 from octavo.runtime.config import EngineConfig
+from octavo.runtime.lora_config import LoraOptions
 from octavo.runtime.parallel.config import ParallelConfig
 from octavo.runtime.speculation.config import METHODS, SpeculativeConfig, make_speculative
+from octavo.server.lora_options import LoraServerOptions
 from octavo.server.options import FairBy, ListenOptions, ModelOptions, ServerOptions, TextOptions
 
 BATCH_INVARIANT = "VLLM_BATCH_INVARIANT"
-FLAGS = flags_of(ModelOptions, EngineConfig, ParallelConfig, TextOptions, ListenOptions, ServerOptions)
+RUNTIME_LORA = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
+FLAGS = flags_of(
+    ModelOptions,
+    EngineConfig,
+    ParallelConfig,
+    LoraOptions,
+    LoraServerOptions,
+    TextOptions,
+    ListenOptions,
+    ServerOptions,
+)
 
 
 @dataclass(frozen=True)
@@ -28,6 +40,7 @@ class ServeOptions:
     text: TextOptions
     listen: ListenOptions
     server: ServerOptions
+    lora: LoraServerOptions
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -47,13 +60,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         help=argparse.SUPPRESS,
     )
-    parser.add_argument(
-        "--no-enable-expert-parallel",
-        dest="enable_expert_parallel",
-        action="store_false",
-        default=argparse.SUPPRESS,
-        help=argparse.SUPPRESS,
-    )
+    for switch in ("enable_expert_parallel", "enable_lora"):
+        parser.add_argument(
+            f"--no-{switch.replace('_', '-')}",
+            dest=switch,
+            action="store_false",
+            default=argparse.SUPPRESS,
+            help=argparse.SUPPRESS,
+        )
     parser.add_argument(  # SGLang's way to say --enable-expert-parallel
         "--ep-size",
         "--ep",
@@ -112,7 +126,13 @@ def _speculative_algorithm(text: str) -> str:
 def read_options(args: argparse.Namespace) -> ServeOptions:
     """What a command line means. Raises OptionsError."""
     server = read(ServerOptions, args)
+    lora = _served_adapters(args)
+    own = read(LoraOptions, args)
+    adapters = msgspec.structs.replace(own, enable_lora=own.enable_lora or bool(lora.lora_modules))
+    if lora.enable_runtime_lora and not adapters.enable_lora:
+        raise OptionsError("--enable-runtime-lora without --enable-lora: no adapter could be served; add --enable-lora")
     given = {
+        "lora": adapters,
         "parallel": _parallel(args),
         "deterministic": _deterministic(args),
         "speculative_config": _speculative_config(args, server.fair_by),
@@ -123,6 +143,7 @@ def read_options(args: argparse.Namespace) -> ServeOptions:
         text=read(TextOptions, args),
         listen=read(ListenOptions, args),
         server=server,
+        lora=lora,
     )
 
 
@@ -150,6 +171,17 @@ def _speculative_config(args: argparse.Namespace, fair_by: FairBy) -> Speculativ
             "and so does --share-suffixes"
         )
     return config
+
+
+def _served_adapters(args: argparse.Namespace) -> LoraServerOptions:
+    """With what vLLM's variable says. Raises OptionsError."""
+    lora = read(LoraServerOptions, args)
+    names = [module.name for module in lora.lora_modules]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise OptionsError(f"--lora-modules: two adapters have the name {twice!r}")
+    may_load = os.environ.get(RUNTIME_LORA, "").strip().lower() in ("1", "true") and getattr(args, "enable_lora", False)
+    return msgspec.structs.replace(lora, enable_runtime_lora=lora.enable_runtime_lora or may_load)
 
 
 def _deterministic(args: argparse.Namespace) -> bool:

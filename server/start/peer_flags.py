@@ -43,7 +43,7 @@ def _refused(names: str, text: str) -> PeerFlag:
     return PeerFlag(names, "some", "", text)
 
 
-NO_ADAPTERS = "LoRA adapters are not supported yet: merge the adapter into the checkpoint, and serve that"
+NO_SUCH_ADAPTERS = "adapters change a text model's linear layers here, and nothing else: leave it out"
 DRAFTS = (
     "--speculative-config with the methods ngram, suffix and auto is what there is, and --speculative-algorithm NGRAM: "
     "draft models and heads are not supported yet; answers are the same without them"
@@ -150,6 +150,7 @@ TABLE: tuple[PeerFlag, ...] = (
     _moot_at("--prefix-caching-hash-algo", "sha256 builtin", "prefixes are named by SHA-256: leave it out"),
     _moot_at("--disaggregation-mode --decoupled-spec-role", "null", ONE_DEVICE),
     _moot_at("--fingerprint-mode", "none", "answers have no system_fingerprint: leave it out"),
+    _moot_at("--lora-eviction-policy", "lru", NO_KNOB),
     _moot_at("--default-mm-loras --additional-config --override-neuron-config", "{}", NO_KNOB),
     # refused: model and weights
     _refused("--hf-token", "give the token in the variable HF_TOKEN, which no list of processes shows"),
@@ -238,9 +239,11 @@ TABLE: tuple[PeerFlag, ...] = (
              "--linear-attn-* --enable-linear-* --linear-replayssm-* --use-replayssm --replayssm-* --gdn-* --kda-*",
              NO_HYBRIDS),
     # refused: what is not supported, or not yet
-    _refused("--enable-lora* --lora-* --max-loras* --max-lora-* --max-cpu-loras --max-loaded-loras --uno-lora-path "
-             "--fully-sharded-loras --specialize-active-lora --enable-mixed-moe-lora-format --enable-moe-shared-loras "
-             "--enable-tower-connector-lora --experts-shared-outer-loras", NO_ADAPTERS),
+    _refused("--lora-backend --lora-drain-wait-threshold --max-lora-chunk-size --enable-lora-overlap-loading "
+             "--lora-strict-loading --fully-sharded-loras --specialize-active-lora", NO_KNOB),
+    _refused("--max-lora-cls-labels --uno-lora-path --lora-use-virtual-experts --enable-mixed-moe-lora-format "
+             "--enable-moe-shared-loras --enable-tower-connector-lora --experts-shared-outer-loras",
+             NO_SUCH_ADAPTERS),
     _refused("--speculative-* --spec-* --num-speculative-tokens --speculative-model --enable-multi-layer-eagle "
              "--per-request-spec-decode-metrics", DRAFTS),
     _refused("--mm-* --allowed-local-media-path --allowed-media-domains --media-* --enable-mm-* --enable-multimodal "

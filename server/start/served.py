@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from octavo.runtime.config import EngineConfig
 from octavo.runtime.messages import Ready
+from octavo.server.fleet.adapters import AdapterNames
 from octavo.server.fleet.fleet import Fleet
 from octavo.server.message.model_formats import ModelFormats
 from octavo.server.metrics import Metrics
@@ -18,7 +19,12 @@ if TYPE_CHECKING:
 
 
 def served_model(
-    options: ServeOptions, text: TextSide, ready: Ready, formats: ModelFormats, names: tuple[str, str] = ("", "")
+    options: ServeOptions,
+    text: TextSide,
+    ready: Ready,
+    formats: ModelFormats,
+    names: tuple[str, str] = ("", ""),
+    adapters: AdapterNames | None = None,
 ) -> ServedModel:
     """The model as the server sees it. names: ServedModel's server_name and response_ending."""
     most_logprobs = options.text.max_logprobs
@@ -49,6 +55,7 @@ def served_model(
         reasoning_end_str=options.text.reasoning_config.reasoning_end_str,
         server_name=names[0],
         response_ending=names[1],
+        adapters=adapters,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from octavo.server.start.flags import ServeError, ServeOptions, model_of
 
 if TYPE_CHECKING:
     from octavo.server.fleet.fleet import Fleet
+    from octavo.server.lora_options import LoraModule
     from octavo.server.message.model_formats import ModelFormats
     from octavo.server.options import TextOptions
     from octavo.server.template_renderer import TemplateRenderer
@@ -57,11 +58,17 @@ def text_side(options: ServeOptions, directory: Path) -> TextSide:
 
 
 def preparation(
-    options: TextOptions, text: TextSide, shown: Callable[[], AbstractContextManager[object]]
+    options: TextOptions,
+    text: TextSide,
+    shown: Callable[[], AbstractContextManager[object]],
+    modules: Sequence[LoraModule] = (),
 ) -> Callable[[Fleet], Awaitable[ModelFormats]]:
     """What is done while the engines load: the vocabulary is made and sent, the chat template compiled, and how the
     model writes calls and reasoning read from it. shown: shows how far the load is, until it is over.
+    modules: adapters that the engines load then.
     """
+    from octavo.quant.adapter_files import AdapterError
+    from octavo.server.lifecycle import EngineStartError
     from octavo.server.served_model import vocabulary_of
 
     async def prepare(client: Fleet) -> ModelFormats:
@@ -70,6 +77,10 @@ def preparation(
             formats = await found_formats(options, text)
             await client.ready()
         client.give_vocabulary(vocabulary)
+        try:
+            await client.adapters.load_all(modules)
+        except AdapterError as error:
+            raise EngineStartError(f"--lora-modules: {error}") from None
         return formats
 
     return prepare

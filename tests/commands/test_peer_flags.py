@@ -15,6 +15,8 @@ from octavo_server import PATIENCE, SMALL, TINY, forked, started
 
 from octavo.cli import Parser
 from octavo.commands import serve
+from octavo.runtime.lora_config import LoraOptions
+from octavo.server.lora_options import LoraModule
 from octavo.server.start import flags as serve_flags
 from octavo.server.start.arguments import own_arguments
 from octavo.server.start.flags import ServeOptions
@@ -76,11 +78,26 @@ def test_each_flag_of_both_is_known(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_switch_that_is_off_asks_for_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     """vLLM's switches have a --no- form; where octavo has no such thing it is taken."""
-    for name in ("--enable-lora", "--enable-eplb", "--enable-sleep-mode", "--language-model-only"):
+    for name in ("--enable-tower-connector-lora", "--enable-eplb", "--enable-sleep-mode", "--language-model-only"):
         assert refusal(["m", name], capsys)
         assert refusal(["m", name.replace("--", "--no-", 1)], capsys) is None
     assert "prefilled in chunks" in (refusal(["m", "--no-enable-chunked-prefill"], capsys) or "")
     assert parse("m", "--no-enable-prefix-caching").engine.enable_prefix_caching is False
+
+
+def test_adapters_are_named_as_in_vllm_and_sglang(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = ["a=x/y", '{"name": "b", "path": "z", "base_model_name": "c"}']
+    options = parse("m", "--enable-lora", "--max-loras", "2", "--max-cpu-loras", "5", "--lora-modules", *given)
+    assert options.engine.lora == LoraOptions(enable_lora=True, max_loras=2, max_cpu_loras=5)
+    assert options.lora.lora_modules == (LoraModule("a", "x/y"), LoraModule("b", "z", "c"))
+    given = ["a=x/y", "z", '{"lora_name": "b", "lora_path": "z", "pinned": false}']
+    options = parse("m", "--max-loras-per-batch", "2", "--max-loaded-loras", "5", "--lora-paths", *given)
+    assert options.engine.lora == LoraOptions(enable_lora=True, max_loras=2, max_cpu_loras=5)
+    assert options.lora.lora_modules == (LoraModule("a", "x/y"), LoraModule("z", "z"), LoraModule("b", "z"))
+    assert not options.lora.enable_runtime_lora
+    monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "True")
+    assert parse("m", "--enable-lora").lora.enable_runtime_lora
+    assert not parse("m").lora.enable_runtime_lora
 
 
 START_LINES = [
@@ -126,7 +143,11 @@ def test_a_start_line_that_is_copied_starts(line: str, capsys: pytest.CaptureFix
 
 REFUSED = [
     ("m --tensor-parallel-size many", "--tensor-parallel-size", "a whole number"),
-    ("m --enable-lora --lora-modules a=b", "--enable-lora", "merge the adapter"),
+    (
+        "m --enable-lora --lora-use-virtual-experts",
+        "--lora-use-virtual-experts",
+        "linear layers here, and nothing else",
+    ),
     ("m --pipeline-parallel-size many", "--pipeline-parallel-size", "a whole number"),
     ("m --pipeline-parallel-size 17", "--pipeline-parallel-size", "16"),
     ("m --decode-context-parallel-size 2", "--decode-context-parallel-size 2", "nothing else is divided yet"),
@@ -192,7 +213,7 @@ override-generation-config:
 tensor-parallel-size: 1
 pipeline-parallel-size: 1
 enable-chunked-prefill: true
-enable-lora: false
+enable-eplb: false
 """
 
 
@@ -207,7 +228,7 @@ def test_a_file_of_flags(tmp_path: Path) -> None:
     _, said = own_words("--config", str(file))
     assert [line.split(" changes nothing")[0] for line in said] == [
         "--enable-chunked-prefill",
-        "--no-enable-lora",
+        "--no-enable-eplb",
     ]
     options = parse(
         "mine", f"--config={file}", "--port", "1", "--served-model-name", "three", "--enable-prefix-caching"
@@ -226,7 +247,7 @@ def test_a_file_of_flags(tmp_path: Path) -> None:
         ("port: x", "--port"),
         ("- port", "YAML of options"),
         ("port: [", "is not YAML"),
-        ("enable-lora: true", "--enable-lora"),
+        ("enable-eplb: true", "--enable-eplb"),
         ("config: other.yaml", "'config'"),
         ("help: true", "'help'"),
     ],
@@ -266,9 +287,9 @@ def test_a_whole_start(tmp_path: Path) -> None:
         assert "octavo serve: --compilation-config" in server.said
         with server.client() as client:
             assert client.get("/v1/models").json()["data"][0]["id"] == "named"
-    result = forked_commands().run("serve", TINY, "--enable-lora", seconds=PATIENCE)
+    result = forked_commands().run("serve", TINY, "--enable-eplb", seconds=PATIENCE)
     assert result.code == 2
-    assert result.stderr.startswith("octavo serve: --enable-lora: ")
+    assert result.stderr.startswith("octavo serve: --enable-eplb: ")
     assert result.stderr.count("\n") == 1
     assert result.stdout == ""
 

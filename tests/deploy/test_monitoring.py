@@ -38,7 +38,9 @@ COMPOSE = Path(__file__).parents[2] / "deploy/compose"
 BOARDS = {path.stem: json.loads(path.read_text()) for path in sorted((FILES / "dashboards").glob("*.json"))}
 ALERTS = yaml.safe_load((FILES / "alerts.yaml").read_text())
 PROMETHEUS_OWN = {"up"}
-TWO_ENGINES: Any = SimpleNamespace(members=[Member(index, Restarts(3)) for index in range(2)])  # of a fleet
+TWO_ENGINES: Any = SimpleNamespace(  # of a fleet
+    members=[Member(index, Restarts(3)) for index in range(2)], adapters=SimpleNamespace(max_loras=None)
+)
 NUM_STREAMS = 8
 NAME = re.compile(r"\b(?:(?:vllm|octavo):|http_|process_|up\b)\w*")
 

@@ -42,6 +42,10 @@ RIGHT: dict[str, Json | None] = {  # a body that each route takes
     "POST /continue_generation": {},
 }
 NEVER_RIGHT = {
+    "POST /v1/load_lora_adapter": "the server was started without --enable-runtime-lora",
+    "POST /v1/unload_lora_adapter": "the same",
+    "POST /load_lora_adapter": "the same",
+    "POST /unload_lora_adapter": "the same",
     "POST /engines/{index}/drain": "it ends the engine",
     "POST /v1/responses/{response_id}/cancel": "what is made at once can't be cancelled",
     "POST /v1/batches/{batch_id}/cancel": "the batch has ended",

@@ -134,7 +134,7 @@ def _serve_alone(options: ServeOptions, directory: Path, access: Access, listene
 
             text = text_side(options, directory)
             text.renderer.start()
-            prepare = preparation(options.text, text, partial(loading_shown, engines))
+            prepare = preparation(options.text, text, partial(loading_shown, engines), options.lora.lora_modules)
             make_app = _app_maker(options, text, begun, access)
             open_fleet = _fleet_opener(options, engines, launcher)
         with _start_errors(options, directory):
@@ -181,7 +181,7 @@ def _serve_with_processes(
 
             text = text_side(options, directory)
             text.renderer.start()
-            prepare = preparation(options.text, text, partial(loading_shown, engines))
+            prepare = preparation(options.text, text, partial(loading_shown, engines), options.lora.lora_modules)
             report = _reporter(options, text, begun, places)
             open_fleet = _fleet_opener(options, engines, launcher)
             make_parent = partial(Parent, processes=servers, start=start, places=places, options=options.listen)
@@ -246,9 +246,14 @@ def _compute_for_another_machine(options: ServeOptions, directory: Path) -> None
 def _fleet_opener(options: ServeOptions, engines: Sequence[EngineProcess], launcher: Launcher) -> Callable[[], Fleet]:
     """What connects to the engines, in the event loop."""
     from octavo.server.fleet.fleet import Fleet
-    from octavo.server.start.engines import fleet_limits
+    from octavo.server.start.engines import fleet_limits, set_adapters
 
-    return partial(Fleet, engines, launcher.start, fleet_limits(options), options.engine.seed)
+    def open_fleet() -> Fleet:
+        fleet = Fleet(engines, launcher.start, fleet_limits(options), options.engine.seed)
+        set_adapters(fleet, options)
+        return fleet
+
+    return open_fleet
 
 
 def _check_tls(options: ListenOptions) -> None:
@@ -306,7 +311,7 @@ def _app_maker(
         raise ServeError(str(error)) from None
 
     def make_app(client: Fleet, ready: Ready, formats: ModelFormats) -> tuple[FastAPI, Metrics]:
-        model = served_model(options, text, ready, formats)
+        model = served_model(options, text, ready, formats, adapters=client.adapters)
         metrics = made_metrics(options, model.name, client, ready)
         metrics.register(FleetCollector(client, model.name))
         app = build_app(model, client, metrics, options.server, access, kept)
@@ -325,7 +330,7 @@ def _reporter(
     from octavo.server.start.served import made_metrics, served_model
 
     def report(client: Fleet, ready: Ready, formats: ModelFormats) -> tuple[Metrics, FleetCounters]:
-        model = served_model(options, text, ready, formats)
+        model = served_model(options, text, ready, formats, adapters=client.adapters)
         metrics = made_metrics(options, model.name, client, ready, places)
         print_report(client.readies, time.monotonic() - begun, formats.lines() + model.name_lines())
         return metrics, FleetCounters(client, model.name, metrics.registry, decides=True)

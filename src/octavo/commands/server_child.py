@@ -25,7 +25,7 @@ from octavo.server.processes.child import Child, Ways
 from octavo.server.processes.engines import EnginesElsewhere, named_seed
 from octavo.server.processes.home import KEEPER, response_ending
 from octavo.server.processes.words import ToServer, Unable, Words
-from octavo.server.start.engines import fleet_limits
+from octavo.server.start.engines import fleet_limits, set_adapters
 from octavo.server.start.flags import ServeError
 from octavo.server.start.served import made_metrics, served_model
 from octavo.server.start.text_side import TextSide, found_formats, text_side
@@ -73,13 +73,16 @@ def _ways(start: ServerStart, text: TextSide) -> Ways:
 
     def make_fleet(engines: EnginesElsewhere) -> Fleet:
         seed = named_seed(options.engine.seed, start.number, start.generation)
-        return Fleet(engines.all(), engines.start, fleet_limits(options), seed, engines.restarts)
+        fleet = Fleet(engines.all(), engines.start, fleet_limits(options), seed, engines.restarts)
+        set_adapters(fleet, options)
+        return fleet
 
     async def prepare() -> ModelFormats:
         return await found_formats(options.text, text)
 
     def make_app(client: Fleet, ready: Ready, formats: ModelFormats) -> tuple[FastAPI, Callable[[], None]]:
-        model = served_model(options, text, ready, formats, (server_name(start.number, start.generation), ending))
+        names = (server_name(start.number, start.generation), ending)
+        model = served_model(options, text, ready, formats, names, client.adapters)
         metrics = made_metrics(options, model.name, client, ready, start.places)
         metrics.register(FleetCollector(client, model.name, counts=False))
         app = build_app(model, client, metrics, options.server, start.access, kept)
@@ -91,7 +94,7 @@ def _ways(start: ServerStart, text: TextSide) -> Ways:
 
         return app, count
 
-    return Ways(make_fleet, prepare, make_app, options.server.max_body_bytes)
+    return Ways(make_fleet, prepare, make_app, options.server.max_body_bytes, options.lora.lora_modules)
 
 
 def _kept_in(start: ServerStart) -> ServerOptions:
