@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 from fastapi import APIRouter, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import Response
@@ -43,6 +45,9 @@ from octavo.server.sessions import SessionLimits, Sessions
 from octavo.server.strict_json import StrictRoute
 from octavo.server.web import page
 from octavo.version import VERSION
+
+with warnings.catch_warnings(action="ignore"):  # it says that it doesn't work under Python 3.14; nothing here uses it
+    import pydantic.v1  # noqa: F401  FastAPI's first route imports it, which is made when clients wait already
 
 
 def build_app(

@@ -203,8 +203,9 @@ class Run:
         if word.endswith(".jsonl") and not word.startswith("out") and not path.exists():
             write_lines(path)
         if word.partition("@")[0] == "smollm2" and not path.exists():
-            path.with_name("smollm2").unlink(missing_ok=True)
-            path.with_name("smollm2").symlink_to(self._named["MODEL"])
+            checkpoint = self._directory / "smollm2"
+            checkpoint.unlink(missing_ok=True)
+            checkpoint.symlink_to(self._named["MODEL"])
         return word
 
 
