@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import insort
 from collections import defaultdict, deque
 from collections.abc import Sequence as Rows
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +13,9 @@ from numpy.typing import NDArray
 from octavo.runtime.scheduling.plan import StepPlan
 
 NUM_KEPT = 9  # last steps of a size, of which the median counts: a step that something else held up changes nothing
-NUM_BELIEVED = 2  # steps of a size, before which it is taken to cost what a smaller one does, so that it is tried
+NUM_BELIEVED = 2  # steps of a size, before which it is only guessed what they take
+SHARE = 0.06  # of a step's time without its tokens, that each token adds where nothing is known: bf16's on two cores
+MOST_EXACT = 16  # tokens of a step; the sizes of larger ones are rounded
 GAIN = 1.02  # tokens a second that drafts must promise, over none: estimates are no better
 PROBE = 100  # of so many choices one is made against the estimates, to see whether they still hold
 
@@ -40,14 +43,18 @@ class StepCosts:
             return
         if len(last) == NUM_BELIEVED and size not in self._seconds:
             insort(self._sizes, size)
-        self._seconds[size] = sorted(last)[len(last) // 2]
+        self._seconds[size] = sorted(last)[(len(last) - 1) // 2]
 
     def seconds(self, first: int, last: int) -> NDArray[np.float64]:
-        """Of steps of first .. last tokens. A smaller step is never taken to cost more than a larger one."""
-        known = np.array([self._seconds[size] for size in self._sizes] or [1.0])
-        known = np.minimum.accumulate(known[::-1])[::-1]
-        found: NDArray[np.float64] = np.interp(np.arange(first, last + 1), self._sizes or [1], known)
-        return found
+        """Of steps of first .. last tokens. Sizes that were not measured are guessed from those next to them.
+
+        A smaller step is never taken to cost more than a larger one.
+        """
+        sizes = np.arange(first, last + 1)
+        factors = [self._seconds[size] / _guessed(size) for size in self._sizes]
+        found = np.interp(sizes, self._sizes or [1], factors or [1.0]) * _guessed(sizes)
+        falling: NDArray[np.float64] = np.minimum.accumulate(found[::-1])
+        return falling[::-1]
 
     def choose(self, chances: Rows[Rows[float]], num_sequences: int) -> list[int]:
         """How many of each sequence's first drafts to check, in a step that is to bring num_sequences tokens anyway.
@@ -70,9 +77,14 @@ class StepCosts:
         return counts
 
 
+def _guessed(num_tokens: Any) -> Any:
+    """What steps of so many tokens take, but for a factor."""
+    return 1 + SHARE * num_tokens
+
+
 def _rounded(num_tokens: int) -> int:
-    """To four bits, or there would be too few steps of each size."""
-    shift = max(0, num_tokens.bit_length() - 5)
+    """To the middle of those with the same three bits, or there would be too few steps of each size."""
+    shift = num_tokens.bit_length() - 3 if num_tokens > MOST_EXACT else 0
     return (num_tokens >> shift << shift) + (1 << shift) // 2
 
 

@@ -210,6 +210,11 @@ def test_what_was_never_measured_is_tried() -> None:
     assert step.choose([[0.5] * 7], 1) == [0]
 
 
+def test_large_steps_are_not_taken_to_be_free_before_they_are_measured() -> None:
+    assert costs({8: 1.0}).choose([[0.2] * 7] * 8, 8) == [0] * 8
+    assert costs({8: 1.0}).choose([[0.9] * 7] * 8, 8) == [7] * 8
+
+
 def test_a_hiccup_changes_nothing() -> None:
     step = costs({1: 1.0, 8: 1.4})
     for _ in range(3):
