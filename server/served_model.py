@@ -159,8 +159,7 @@ def sampling_defaults(directory: Path, source: str, override: dict[str, float]) 
     """
     defaults = {}
     if source != "vllm":
-        path = directory if source == "auto" else Path(source)
-        file = path / "generation_config.json" if path.is_dir() else path
+        file = generation_config_file(directory, source)
         config = read_object_if_any(file)
         if source != "auto" and not config:
             raise ValueError(
@@ -171,6 +170,12 @@ def sampling_defaults(directory: Path, source: str, override: dict[str, float]) 
         _check_defaults(defaults, f"{file}", "; --generation-config vllm ignores the file")
     _check_defaults(override, "--override-generation-config", "")
     return defaults | override
+
+
+def generation_config_file(directory: Path, source: str) -> Path:
+    """The file that `source`, which is not 'vllm', means; see sampling_defaults."""
+    path = directory if source == "auto" else Path(source)
+    return path / "generation_config.json" if path.is_dir() else path
 
 
 def _check_defaults(defaults: dict[str, float], where: str, remedy: str) -> None:

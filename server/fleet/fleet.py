@@ -77,7 +77,7 @@ class Fleet:
         self._limits = limits or FleetLimits()
         self._start = start
         self._loop = asyncio.get_running_loop()
-        self._context = zmq.Context()
+        self.context = zmq.Context()
         self._random = random.Random(seed)
         self._open: dict[str, OpenAnswer] = {}  # by request; without those that an engine has finished
         self._silent: dict[str, int] = {}  # tokens of the prompts of requests without an output
@@ -287,7 +287,7 @@ class Fleet:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.gather(*(member.client.close(is_final=True) for member in self.members))
-        self._context.term()
+        self.context.term()
 
     # what streams ask for
 
@@ -396,7 +396,7 @@ class Fleet:
 
     def _connect(self, member: Member, engine: Engine) -> None:
         member.client = EngineClient(
-            engine, self._context, self._limits.silence, partial(self._take_step, member), partial(self._lose, member)
+            engine, self.context, self._limits.silence, partial(self._take_step, member), partial(self._lose, member)
         )
         member.client.on_adapter = self.adapters.answered
 

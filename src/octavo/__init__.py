@@ -1,19 +1,50 @@
 """octavo: quantize Hugging Face checkpoints to eight bits or four, prove what it cost, and serve them."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from octavo.version import VERSION as __version__
 
 if TYPE_CHECKING:
+    from octavo.async_llm import AsyncLLM as AsyncLLM
+    from octavo.inputs import PromptType as PromptType
+    from octavo.inputs import TextPrompt as TextPrompt
+    from octavo.inputs import TokensPrompt as TokensPrompt
     from octavo.jobs.quantize import quantize as quantize
+    from octavo.llm import LLM as LLM
+    from octavo.offline.arguments import AsyncEngineArgs as AsyncEngineArgs
+    from octavo.offline.arguments import EngineArgs as EngineArgs
+    from octavo.outputs import CompletionOutput as CompletionOutput
+    from octavo.outputs import Logprob as Logprob
+    from octavo.outputs import RequestOutput as RequestOutput
+    from octavo.sampling_params import BeamSearchParams as BeamSearchParams
+    from octavo.sampling_params import RequestOutputKind as RequestOutputKind
+    from octavo.sampling_params import SamplingParams as SamplingParams
+    from octavo.sampling_params import StructuredOutputsParams as StructuredOutputsParams
 
-__all__ = ["__version__", "quantize"]
+_PLACES = {
+    "quantize": "octavo.jobs.quantize",
+    "LLM": "octavo.llm",
+    "AsyncLLM": "octavo.async_llm",
+    "EngineArgs": "octavo.offline.arguments",
+    "AsyncEngineArgs": "octavo.offline.arguments",
+    "SamplingParams": "octavo.sampling_params",
+    "BeamSearchParams": "octavo.sampling_params",
+    "StructuredOutputsParams": "octavo.sampling_params",
+    "RequestOutputKind": "octavo.sampling_params",
+    "RequestOutput": "octavo.outputs",
+    "CompletionOutput": "octavo.outputs",
+    "Logprob": "octavo.outputs",
+    "PromptType": "octavo.inputs",
+    "TextPrompt": "octavo.inputs",
+    "TokensPrompt": "octavo.inputs",
+}
+
+__all__ = ["__version__", *_PLACES]
 
 
 def __getattr__(name: str) -> Any:
-    """`octavo.quantize`, imported when it is asked for: every process of a server imports this package first."""
-    if name != "quantize":
+    """What programs use, imported when it is asked for: every process of a server imports this package first."""
+    if name not in _PLACES:
         raise AttributeError(f"module 'octavo' has no attribute {name!r}")
-    from octavo.jobs.quantize import quantize
-
-    return quantize
+    return getattr(import_module(_PLACES[name]), name)

@@ -24,6 +24,20 @@ def uncollected() -> Iterator[None]:
         gc.enable()
 
 
+@contextmanager
+def seldom() -> Iterator[None]:
+    """For work whose objects come and go by the thousands: cycles are looked for seldom, as after `settled`."""
+    before = gc.get_threshold()
+    if not 0 < before[0] < NEW_OBJECTS:  # they are seldom, or never, looked for anyway
+        yield
+        return
+    gc.set_threshold(NEW_OBJECTS, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+
+
 def settled() -> None:
     """For a server that is about to serve: what is there is never looked at again, and what comes is looked at seldom.
 

@@ -22,14 +22,21 @@ FLOORS = (
     ("text",),
     ("server",),
     ("bench",),
-    ("jobs",),
+    ("jobs", "offline"),
     ("top",),
     ("lang",),
     ("commands",),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 LINKED = ("kernels", "quant", "calibration", "runtime", "server")  # folders of the repository's root
-GROUND = ("octavo.version", "octavo.flags", "octavo.collector")  # import nothing of it: everybody may import them
+GROUND = (  # import nothing of it: everybody may import them
+    "octavo.version",
+    "octavo.flags",
+    "octavo.collector",
+    "octavo.sampling_params",
+    "octavo.inputs",
+    "octavo.outputs",
+)
 ENTRY = ("octavo", "octavo.__main__", "octavo.cli")  # what starts commands, or offers all of the package
 
 

@@ -1,0 +1,145 @@
+"""`octavo.AsyncLLM`: answers that are read while they come, in a program with an event loop. Names are vLLM's.
+
+    async with AsyncLLM("MODEL") as llm:
+        async for output in llm.generate("Once upon a time", SamplingParams(max_tokens=64), "a"):
+            print(output.outputs[0].text)
+
+Prompts that are asked at once are computed together. Who stops reading, or is cancelled, ends the answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import weakref
+from collections.abc import AsyncGenerator, Iterable
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from octavo.inputs import prompts_of
+from octavo.offline.arguments import EngineArgs
+from octavo.offline.errors import python_errors
+from octavo.offline.refusals import checked_lora, checked_others, missing
+from octavo.offline.start import start
+from octavo.outputs import RequestOutput
+from octavo.sampling_params import RequestOutputKind, SamplingParams
+
+if TYPE_CHECKING:
+    from octavo.offline.model import OfflineModel
+
+
+class AsyncLLM:
+    """A model that loads, and is loaded when it first answers. Arguments are those of LLM.
+
+    Use from the event loop in which it was used first. It ends with `close`, or `shutdown`, or the program.
+    """
+
+    def __init__(self, model: str, **options: Any) -> None:
+        self._model = start(model, options)
+        self._kill = weakref.finalize(self, _kill, self._model, os.getpid())
+        self._opening: asyncio.Task[None] | None = None
+        self._closing: asyncio.Task[None] | None = None
+
+    @classmethod
+    def from_engine_args(cls, engine_args: EngineArgs, **_: Any) -> AsyncLLM:
+        """The same, with arguments that are a value."""
+        return cls(engine_args.model, **engine_args.options)
+
+    async def ready(self) -> None:
+        """Wait until it can answer. Raises EngineError with the engine's own message if it can't."""
+        if self._opening is None:
+            self._opening = asyncio.ensure_future(self._model.open())
+        await asyncio.shield(self._opening)
+
+    async def generate(
+        self,
+        prompt: Any,
+        sampling_params: SamplingParams,
+        request_id: str,
+        *,
+        lora_request: Any = None,
+        priority: int = 0,
+        **others: Any,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """The answers to one prompt as they come: with each step all so far, or what sampling_params.output_kind says.
+
+        An output has those of n answers for which the step brought something. Raises ValueError and EngineError.
+        """
+        from octavo.offline.answers import GrowingRequest, TokenTexts
+        from octavo.offline.requests import asked_by, choices_of, tokenized, written
+        from octavo.server.generation import in_batches
+
+        checked_lora(lora_request)
+        checked_others("generate", others)
+        (given,) = prompts_of(prompt)
+        await self.ready()
+        model = self._model.model
+        kind = sampling_params.output_kind
+        with python_errors():
+            asked = asked_by(sampling_params).own(given, priority)
+            text, adds_special = await written(given, model)
+            tokens = await asyncio.to_thread(tokenized, text, asked, model, adds_special=adds_special)
+            choices = choices_of([(asked, tokens)], model)
+            growing = GrowingRequest(request_id, text, asked, choices, TokenTexts(model))
+            interval = max(sampling_params.stream_interval or 1, model.stream_interval)
+            steps = self._model.steps(choices, request_id)
+            async with aclosing(steps if interval == 1 else in_batches(steps, interval)) as told:
+                async for deltas in told:
+                    news = [growing.add(delta) for delta in deltas]
+                    if news and (kind is not RequestOutputKind.FINAL_ONLY or growing.is_finished):
+                        yield growing.told(news, kind)
+
+    async def abort(self, request_id: str | Iterable[str]) -> None:
+        """End the answers of these requests: their last output has the finish reason abort."""
+        names = {request_id} if isinstance(request_id, str) else set(request_id)
+        self._model.fleet.abort_all_of("", names)
+
+    async def get_default_sampling_params(self) -> SamplingParams:
+        """What the model's generation_config.json says, and vLLM's defaults for the rest."""
+        await self.ready()
+        return self._model.default_params()
+
+    async def get_tokenizer(self) -> Any:
+        """The tokenizer, as transformers has it."""
+        return await asyncio.to_thread(lambda: self._model.tokenizer)
+
+    async def reset_prefix_cache(self) -> bool:
+        """Forget all cached prefixes that no running request uses."""
+        self._model.fleet.reset_prefix_cache()
+        return True
+
+    async def check_health(self) -> None:
+        """Raises EngineError where it can't answer any more."""
+        self._model.check()
+
+    async def close(self) -> None:
+        """End the engine. What is under way ends with an EngineError. May be called again."""
+        if self._opening is not None:
+            self._opening.cancel()
+        await self._model.close()
+        self._kill()
+
+    def shutdown(self) -> None:
+        """The same, without waiting for it."""
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:  # the program has ended its loop: no one waits for anything any more
+            self._kill()
+            return
+        self._model.stop()  # the loop may end before it comes to the rest
+        self._closing = loop.create_task(self.close())
+
+    async def __aenter__(self) -> AsyncLLM:
+        await self.ready()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(missing("AsyncLLM", name))
+
+
+def _kill(model: OfflineModel, owner: int) -> None:
+    if os.getpid() == owner:
+        model.kill()

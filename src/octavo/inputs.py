@@ -1,0 +1,85 @@
+"""Prompts as `octavo.LLM` and `octavo.AsyncLLM` take them, by vLLM's names: text, token ids, a dictionary of either."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NotRequired, TypedDict, TypeGuard
+
+KNOWN = ("prompt", "prompt_token_ids", "cache_salt")
+
+
+class TextPrompt(TypedDict):
+    """A prompt as text. cache_salt: only prompts with the same one share cached prefixes."""
+
+    prompt: str
+    cache_salt: NotRequired[str]
+
+
+class TokensPrompt(TypedDict):
+    """A prompt as token ids. prompt: its text, to be told in the output."""
+
+    prompt_token_ids: list[int]
+    prompt: NotRequired[str]
+    cache_salt: NotRequired[str]
+
+
+PromptType = str | list[int] | TextPrompt | TokensPrompt
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """One prompt: a text, or token ids and perhaps their text."""
+
+    text: str | None = None
+    token_ids: list[int] | None = None
+    cache_salt: str | None = None
+
+
+def prompts_of(prompts: object) -> list[Given]:
+    """One prompt, or each of several. Raises ValueError, which names the place, for what is none."""
+    if isinstance(prompts, str | Mapping) or (_is_list(prompts) and len(prompts) and _is_id(prompts[0])):
+        return [_prompt_of(prompts, "prompts")]
+    if not _is_list(prompts):
+        raise ValueError(f"prompts: {type(prompts).__name__} is no prompt; a string, token ids or a dictionary is")
+    return [_prompt_of(prompt, f"prompts[{number}]") for number, prompt in enumerate(prompts)]
+
+
+def _prompt_of(prompt: Any, place: str) -> Given:
+    if isinstance(prompt, str):
+        return Given(prompt)
+    if _is_list(prompt):
+        return Given(token_ids=_token_ids(prompt, place))
+    if not isinstance(prompt, Mapping):
+        raise ValueError(f"{place}: {type(prompt).__name__} is no prompt; a string, token ids or a dictionary is")
+    given = {key: value for key, value in prompt.items() if value not in (None, {})}
+    unknown = next((key for key in given if key not in KNOWN), None)
+    if unknown is not None:
+        raise ValueError(f"{place}: octavo does not support {unknown!r}; {', '.join(KNOWN)} work")
+    for name in ("prompt", "cache_salt"):
+        if not isinstance(given.get(name, ""), str):
+            raise ValueError(f"{place}: {name!r} must be a string")
+    token_ids = given.get("prompt_token_ids")
+    if token_ids is None and "prompt" not in given:
+        raise ValueError(f"{place}: a dictionary needs 'prompt' or 'prompt_token_ids'")
+    if token_ids is not None:
+        token_ids = _token_ids(token_ids, place)
+    return Given(given.get("prompt"), token_ids, given.get("cache_salt"))
+
+
+def _is_list(value: object) -> TypeGuard[Sequence[Any]]:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+def _is_id(value: object) -> bool:
+    return hasattr(value, "__index__") and not isinstance(value, bool)
+
+
+def _token_ids(ids: Any, place: str) -> list[int]:
+    """As a list of Python's own integers, whatever kind of integers they are."""
+    if not _is_list(ids) or not all(map(_is_id, ids)):
+        raise ValueError(f"{place}: token ids are a list of integers")
+    found = [token.__index__() for token in ids]
+    if found and min(found) < 0:
+        raise ValueError(f"{place}: {min(found)} is no token id")
+    return found

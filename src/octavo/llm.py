@@ -1,0 +1,272 @@
+"""`octavo.LLM`: a model in a program of one's own, without a server. Names and arguments are vLLM's.
+
+    llm = LLM("MODEL", max_model_len=2048)
+    for output in llm.generate(["The capital of France is"], SamplingParams(temperature=0)):
+        print(output.outputs[0].text)
+
+It starts the engine process that `octavo serve` starts, and asks it by the server's own code, on an event loop in a
+thread. The engine ends with `close`, with the block of `with LLM(...)`, or with the program, however that ends.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from octavo.collector import seldom
+from octavo.inputs import Given, prompts_of
+from octavo.offline.arguments import EngineArgs
+from octavo.offline.errors import EngineError, python_errors
+from octavo.offline.loop_thread import LoopThread
+from octavo.offline.refusals import checked_lora, checked_others, missing
+from octavo.offline.start import start
+from octavo.outputs import BeamSearchOutput, Metric, RequestOutput
+from octavo.sampling_params import BeamSearchParams, SamplingParams
+
+if TYPE_CHECKING:
+    from octavo.offline.model import OfflineModel
+    from octavo.offline.requests import Asked, Conversation, Job
+
+Message = Mapping[str, Any]
+Progress = Callable[..., Any]
+
+
+class LLM:
+    """A model that is loaded, until it is closed.
+
+    model: a local directory, or a Hugging Face Hub id. options: those of `octavo serve`, with underscores, by vLLM's
+    names: max_model_len, dtype, quantization, tensor_parallel_size, seed, max_num_seqs and so on. What vLLM has beside
+    them is taken where it changes nothing. Raises TypeError and ValueError for what octavo does not have, and
+    EngineError with the engine's own message where it can't start.
+    """
+
+    def __init__(self, model: str, **options: Any) -> None:
+        self._model = start(model, options)
+        self._numbers = itertools.count()
+        self._thread = LoopThread()
+        self._close = weakref.finalize(self, _end, self._model, self._thread, os.getpid())
+        try:
+            self._thread.call(self._model.open())
+        except BaseException:
+            self.close()
+            raise
+
+    @classmethod
+    def from_engine_args(cls, engine_args: EngineArgs) -> LLM:
+        """The same, with arguments that are a value."""
+        return cls(engine_args.model, **engine_args.options)
+
+    def generate(
+        self,
+        prompts: Any,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool | Progress = True,
+        lora_request: Any = None,
+        priority: int | Sequence[int] | None = None,
+        **others: Any,
+    ) -> list[RequestOutput]:
+        """The answers to one prompt or many, in their order.
+
+        prompts: text, token ids, {"prompt": ...} or {"prompt_token_ids": ...}, or a list of these. sampling_params: for
+        all, or one for each; None: get_default_sampling_params(). use_tqdm: a bar at stderr; or what makes one, as tqdm
+        does. priority: lower ones go first, with scheduling_policy="priority". Ctrl-C ends what runs, and the model
+        stays. Raises ValueError, in which nothing is answered, and EngineError.
+        """
+        checked_lora(lora_request)
+        checked_others("generate", others)
+        return self._answers(prompts_of(prompts), sampling_params, use_tqdm, priority)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool | Progress = True,
+        lora_request: Any = None,
+        priority: int | Sequence[int] | None = None,
+        chat_template: str | None = None,
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        **others: Any,
+    ) -> list[RequestOutput]:
+        """The answers to one conversation or many: their messages through the chat template, then as `generate`.
+
+        chat_template: instead of the model's; chat_template_kwargs: its variables. tools: shown to the model; its calls
+        are the answer's text, as it writes them.
+        """
+        checked_lora(lora_request)
+        checked_others("chat", others)
+        many = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        options = {
+            "chat_template": chat_template,
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+            "chat_template_kwargs": chat_template_kwargs,
+        }
+        from octavo.offline.requests import conversation_of
+
+        model = self._model.model
+        with python_errors():
+            conversations = [conversation_of(one, options, tools, model) for one in many]  # type: ignore[arg-type]
+        return self._answers(conversations, sampling_params, use_tqdm, priority)
+
+    def beam_search(
+        self,
+        prompts: Any,
+        params: BeamSearchParams,
+        lora_request: Any = None,
+        use_tqdm: bool | Progress = False,
+        concurrency_limit: int | None = None,
+    ) -> list[BeamSearchOutput]:
+        """The likeliest answers to each prompt, best first. concurrency_limit: prompts that are searched at a time."""
+        from octavo.offline.answers import beams_of
+        from octavo.offline.requests import Job, asked_by_beams
+
+        checked_lora(lora_request)
+        given = prompts_of(prompts)
+        if concurrency_limit is not None and concurrency_limit < 1:
+            raise ValueError(f"concurrency_limit is {concurrency_limit}; it must be 1 at least")
+        model = self._model.model
+        with python_errors():
+            asked = asked_by_beams(params, model)
+        jobs = [Job(self._next_id(), one, asked.own(one, 0)) for one in given]
+        outputs = self._run(jobs, use_tqdm, at_a_time=concurrency_limit or len(jobs) or 1)
+        return [beams_of(output, one, params, model) for output, one in zip(outputs, given, strict=True)]
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What the model's generation_config.json says, and vLLM's defaults for the rest."""
+        return self._model.default_params()
+
+    def get_tokenizer(self) -> Any:
+        """The tokenizer, as transformers has it."""
+        return self._model.tokenizer
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget all cached prefixes that no running request uses."""
+        self._thread.call(_soon(self._model.fleet.reset_prefix_cache))
+        return True
+
+    def get_metrics(self) -> list[Metric]:
+        """What has been counted since the start: the metrics of `octavo serve` at /metrics."""
+        return self._thread.call(_soon(self._model.measured))
+
+    def close(self) -> None:
+        """End the engine. What runs in other threads ends with an EngineError. May be called again."""
+        self._close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(missing("LLM", name))
+
+    def _pooled(self, *_: object, **__: object) -> NoReturn:
+        raise ValueError("this model generates text: generate and chat answer; octavo does not serve pooled models yet")
+
+    embed = encode = classify = score = reward = _pooled
+
+    def _next_id(self) -> str:
+        return str(next(self._numbers))
+
+    def _answers(
+        self,
+        given: Sequence[Given | Conversation],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        use_tqdm: bool | Progress,
+        priority: int | Sequence[int] | None,
+    ) -> list[RequestOutput]:
+        from octavo.offline.requests import Job
+
+        params = self.get_default_sampling_params() if sampling_params is None else sampling_params
+        asked = self._asked(params, len(given))
+        priorities = _for_each(priority or 0, len(given), "priority")
+        jobs = [
+            Job(self._next_id(), one, how.own(one, number))
+            for one, how, number in zip(given, asked, priorities, strict=True)
+        ]
+        return self._run(jobs, use_tqdm)
+
+    def _asked(self, params: SamplingParams | Sequence[SamplingParams], count: int) -> list[Asked]:
+        """For each prompt; the same value where the parameters are the same."""
+        from octavo.offline.requests import asked_by
+
+        each = _for_each(params, count, "sampling_params")
+        with python_errors():
+            known = {id(one): asked_by(one) for one in {id(one): one for one in each}.values()}
+        return [known[id(one)] for one in each]
+
+    def _run(self, jobs: list[Job], use_tqdm: bool | Progress, at_a_time: int | None = None) -> list[RequestOutput]:
+        """All answers. at_a_time: so many jobs together, and then the next ones."""
+        from octavo.offline.batch import GROUP, Batch
+
+        model = self._model
+        model.fleet  # noqa: B018 (raises where it is closed)
+
+        async def run() -> list[RequestOutput]:
+            outputs: list[RequestOutput] = []
+            size = at_a_time or len(jobs) or 1
+            with _bar(use_tqdm, len(jobs)) as update:  # here, since Ctrl-C within tqdm would leave its lock taken
+                for begin in range(0, len(jobs), size):
+                    some = jobs[begin : begin + size]
+                    outputs += await Batch(model, lambda _: update()).run(some, at_a_time or GROUP)
+            return outputs
+
+        with seldom():
+            return self._thread.call(run())
+
+
+def _for_each(value: Any, count: int, name: str) -> list[Any]:
+    """One value for all, or a list of one for each."""
+    if not isinstance(value, Sequence):
+        return [value] * count
+    if len(value) != count:
+        raise ValueError(f"{name}: {len(value)} for {count} prompts; one for all or one for each works")
+    return list(value)
+
+
+async def _soon(work: Callable[[], Any]) -> Any:
+    """Something short, in the thread that may do it."""
+    return work()
+
+
+@contextmanager
+def _bar(wanted: bool | Progress, count: int) -> Iterator[Callable[[], object]]:
+    """A bar of so many prompts; what is yielded is called for each that is answered."""
+    if not wanted:
+        yield lambda: None
+        return
+    from tqdm.auto import tqdm
+
+    make = wanted if callable(wanted) else tqdm
+    bar = make(total=count, desc="Processed prompts", dynamic_ncols=True)
+    try:
+        yield lambda: bar.update(1)
+    finally:
+        bar.close()
+
+
+def _end(model: OfflineModel, thread: LoopThread, owner: int) -> None:
+    """End the engine and the thread; at the program's end, or when nobody has the LLM any more, too."""
+    if os.getpid() != owner:  # a fork: they are the parent's
+        return
+    if thread.is_current:  # the collector has found it there
+        threading.Thread(target=_end, args=(model, thread, owner)).start()
+        return
+    try:
+        thread.call(model.close())
+    except EngineError:
+        pass
+    finally:
+        thread.end()
+        model.kill()

@@ -1,0 +1,152 @@
+"""From what each step brings to RequestOutput: answers that grow, and what is told of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from octavo.inputs import Given
+from octavo.offline.requests import Asked
+from octavo.outputs import (
+    BeamSearchOutput,
+    BeamSearchSequence,
+    CompletionOutput,
+    Logprob,
+    LogprobsOnePosition,
+    PromptLogprobs,
+    RequestOutput,
+)
+from octavo.runtime.messages import Logprobs
+from octavo.sampling_params import BeamSearchParams, RequestOutputKind
+from octavo.server.generation import Choice, Delta
+from octavo.server.message.parts import text_of
+from octavo.server.served_model import ServedModel
+
+
+class TokenTexts(dict[int, str]):
+    """Each token's own text, made when it is asked for first; half a character is a replacement character."""
+
+    def __init__(self, model: ServedModel) -> None:
+        super().__init__()
+        self._bytes = model.tokenizer.token_bytes
+
+    def __missing__(self, token_id: int) -> str:
+        text = self[token_id] = self._bytes(token_id).decode("utf-8", "replace")
+        return text
+
+
+class GrowingRequest:
+    """The answers to one prompt under way. choices: side by side, in the order of their indexes."""
+
+    def __init__(
+        self, request_id: str, given: Given, asked: Asked, choices: Sequence[Choice], texts: TokenTexts
+    ) -> None:
+        self.choices = choices
+        self._texts = texts if asked.decodes else None
+        self._asked = asked
+        self._first = choices[0].index
+        self._whole = [self._said(Delta(choice.index, [], [], [], [])) for choice in choices]
+        self._num_open = len(choices)
+        self._output = RequestOutput(
+            request_id, given.text, choices[0].request.token_ids, None, self._whole, finished=False
+        )
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all answers have ended."""
+        return self._num_open == 0
+
+    def add(self, delta: Delta) -> CompletionOutput:
+        """Take what a step brought for one answer; returns that alone."""
+        said = self._said(delta)
+        whole = self._whole[said.index]
+        if whole.cumulative_logprob is not None and said.cumulative_logprob is not None:
+            said.cumulative_logprob += whole.cumulative_logprob
+        _extend(whole, said)
+        self._num_open -= said.finish_reason is not None
+        output = self._output
+        if delta.prompt_logprobs is not None and output.prompt_logprobs is None:
+            output.prompt_logprobs = self._of_prompt(delta.prompt_logprobs)
+        if delta.is_first:
+            output.num_cached_tokens = self.choices[said.index].num_cached
+        return said
+
+    def whole(self) -> RequestOutput:
+        """All so far, in the values that go on growing."""
+        self._output.finished = self.is_finished
+        return self._output
+
+    def told(self, deltas: Sequence[CompletionOutput], kind: RequestOutputKind) -> RequestOutput:
+        """What a stream of this kind tells of a step, in values of its own; deltas: what it brought."""
+        whole = self.whole()
+        if kind is RequestOutputKind.DELTA:
+            joined: dict[int, CompletionOutput] = {}  # of one answer several, where the reader was slower than steps
+            for delta in deltas:
+                if delta.index in joined:
+                    _extend(joined[delta.index], delta)
+                else:
+                    joined[delta.index] = delta
+            return replace(whole, outputs=list(joined.values()))
+        news = {delta.index for delta in deltas}
+        outputs = [_copy(output) for output in self._whole if output.index in news or self.is_finished]
+        return replace(whole, outputs=outputs)
+
+    def _said(self, delta: Delta) -> CompletionOutput:
+        logprobs = None
+        total = None
+        if self._asked.logprobs is not None:
+            is_ranked = not self._asked.request.logprob_token_ids
+            logprobs = [self._position(entry, is_ranked=is_ranked) for entry in delta.logprobs]
+            total = sum(entry.logprob for entry in delta.logprobs)
+        text = "" if self._texts is None else text_of(delta.parts)
+        index = delta.index - self._first
+        return CompletionOutput(index, text, delta.token_ids, total, logprobs, delta.finish_reason, delta.stop_reason)
+
+    def _of_prompt(self, entries: Sequence[Logprobs | None]) -> PromptLogprobs:
+        return [None if entry is None else self._position(entry, is_ranked=True) for entry in entries]
+
+    def _position(self, entry: Logprobs, *, is_ranked: bool) -> LogprobsOnePosition:
+        """The token that stands there first. is_ranked: the others are the likeliest, and not those that are named."""
+        texts = self._texts
+        token_id = entry.token_id
+        found = {token_id: Logprob(entry.logprob, entry.rank, None if texts is None else texts[token_id])}
+        for rank, (other, logprob) in enumerate(zip(entry.top_ids, entry.top_logprobs, strict=True), start=1):
+            if other not in found:
+                found[other] = Logprob(logprob, rank if is_ranked else None, None if texts is None else texts[other])
+        return found
+
+
+def _extend(output: CompletionOutput, later: CompletionOutput) -> None:
+    """Become both."""
+    output.text += later.text
+    output.token_ids += later.token_ids
+    if output.logprobs is not None and later.logprobs is not None:
+        output.logprobs += later.logprobs
+    output.cumulative_logprob = later.cumulative_logprob
+    output.finish_reason = later.finish_reason
+    output.stop_reason = later.stop_reason
+
+
+def _copy(output: CompletionOutput) -> CompletionOutput:
+    logprobs = None if output.logprobs is None else list(output.logprobs)
+    return replace(output, token_ids=list(output.token_ids), logprobs=logprobs)
+
+
+def beams_of(output: RequestOutput, given: Given, params: BeamSearchParams, model: ServedModel) -> BeamSearchOutput:
+    """The beams of one prompt, as vLLM tells them: tokens and text with the prompt's."""
+    sequences = []
+    prompt = {"prompt": given.text, "prompt_token_ids": output.prompt_token_ids}
+    for beam in output.outputs:
+        tokens = output.prompt_token_ids + beam.token_ids
+        sequences.append(
+            BeamSearchSequence(
+                {name: value for name, value in prompt.items() if value is not None},
+                tokens,
+                beam.logprobs or [],
+                cum_logprob=beam.cumulative_logprob or 0.0,
+                text=model.tokenizer.decode(tokens, skip_special_tokens=params.skip_special_tokens),
+                finish_reason=beam.finish_reason,
+                stop_reason=beam.stop_reason,
+            )
+        )
+    return BeamSearchOutput(sequences)

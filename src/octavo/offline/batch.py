@@ -1,0 +1,105 @@
+"""Many prompts at once: tokenized in a thread while the first ones are answered, and never all of them open.
+
+Prompts are opened in groups: of one group all that a step brings is read at once. What is wrong with any prompt ends
+all of them; so does whoever cancels it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from contextlib import aclosing
+
+from octavo.inputs import Given
+from octavo.offline.answers import GrowingRequest, TokenTexts
+from octavo.offline.errors import python_errors
+from octavo.offline.model import OfflineModel
+from octavo.offline.requests import Asked, Job, choices_of, tokenized, written
+from octavo.outputs import RequestOutput
+from octavo.server.prompts import Prompt
+
+GROUP = 64  # prompts
+MOST_OPEN = 4096  # answers that are open at least, where so many are asked for; each takes some kilobytes
+OPEN_OF_SEQUENCES = 4  # of those that the engines compute at a time, how many times as many are open
+
+Ready = tuple[Job, Given, Prompt]
+
+
+class Batch:
+    """One call of a program. Use from the event loop of the model.
+
+    on_end is called with each prompt's answers when the last of these has ended.
+    """
+
+    def __init__(self, model: OfflineModel, on_end: Callable[[RequestOutput], object] = lambda _: None) -> None:
+        self._model = model
+        self._on_end = on_end
+        self._texts = TokenTexts(model.model)
+        self._num_open = 0
+        self._has_room = asyncio.Condition()
+        self._most_open = max(MOST_OPEN, OPEN_OF_SEQUENCES * model.model.max_num_seqs)
+        self._outputs: dict[int, RequestOutput] = {}
+
+    async def run(self, jobs: Sequence[Job], group: int = GROUP) -> list[RequestOutput]:
+        """All answers, in the order of the prompts. Raises ValueError and EngineError."""
+        ready: asyncio.Queue[list[Ready] | None] = asyncio.Queue()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._tokenize(jobs, group, ready))
+                while (prompts := await ready.get()) is not None:
+                    await self._take_room(sum(job.asked.request.num_choices for job, _, _ in prompts))
+                    tasks.create_task(self._answer(prompts))
+        except ExceptionGroup as failed:
+            raise failed.exceptions[0] from None
+        return [self._outputs[id(job)] for job in jobs]
+
+    async def _tokenize(self, jobs: Sequence[Job], group: int, ready: asyncio.Queue[list[Ready] | None]) -> None:
+        """Make token ids of all prompts, group by group; None when that is done."""
+        with python_errors():
+            for begin in range(0, len(jobs), group):
+                some = jobs[begin : begin + group]
+                texts = [await written(job.given, self._model.model) for job in some]
+                ready.put_nowait(await asyncio.to_thread(self._prompts_of, some, texts))
+        ready.put_nowait(None)
+
+    def _prompts_of(self, jobs: Sequence[Job], texts: Sequence[tuple[Given, bool]]) -> list[Ready]:
+        model = self._model.model
+        return [
+            (job, given, tokenized(given, job.asked, model, adds_special=adds_special))
+            for job, (given, adds_special) in zip(jobs, texts, strict=True)
+        ]
+
+    async def _answer(self, prompts: Sequence[Ready]) -> None:
+        """The answers to one group of prompts."""
+        with python_errors():
+            pairs: list[tuple[Asked, Prompt]] = [(job.asked, prompt) for job, _, prompt in prompts]
+            choices = choices_of(pairs, self._model.model)
+            growing: list[GrowingRequest] = []  # by the choice's index: n answers to a prompt share theirs
+            job_of: list[Job] = []
+            for job, given, _ in prompts:
+                own = choices[len(growing) : len(growing) + job.asked.request.num_choices]
+                growing += [GrowingRequest(job.request_id, given, job.asked, own, self._texts)] * len(own)
+                job_of += [job] * len(own)
+            async with aclosing(self._model.steps(choices)) as steps:
+                async for deltas in steps:
+                    for delta in deltas:
+                        answers = growing[delta.index]
+                        answers.add(delta)
+                        if answers.is_finished:
+                            self._end(job_of[delta.index], answers)
+                    await self._leave_room(sum(delta.finish_reason is not None for delta in deltas))
+
+    def _end(self, job: Job, answers: GrowingRequest) -> None:
+        output = self._outputs[id(job)] = answers.whole()
+        self._on_end(output)
+
+    async def _take_room(self, count: int) -> None:
+        async with self._has_room:
+            await self._has_room.wait_for(lambda: self._num_open == 0 or self._num_open + count <= self._most_open)
+            self._num_open += count
+
+    async def _leave_room(self, count: int) -> None:
+        if count:
+            async with self._has_room:
+                self._num_open -= count
+                self._has_room.notify_all()

@@ -1,0 +1,87 @@
+"""An event loop in a thread of its own, for programs that have none."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Coroutine
+from typing import Any, Generic, TypeVar
+
+END_SECONDS = 10.0  # that a cancelled call may take to abort what it has begun
+LOOK_SECONDS = 0.1  # after which Ctrl-C is noticed at the latest
+
+T = TypeVar("T")
+
+
+class LoopThread:
+    """The thread ends with the process, if nobody ends it before."""
+
+    def __init__(self) -> None:
+        import uvloop
+
+        self._loop = uvloop.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="octavo-llm", daemon=True)
+        self._thread.start()
+
+    def call(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of this work. Ctrl-C cancels it, and comes out when what it has begun is aborted."""
+        call = _Call(work, self._loop)
+        try:
+            self._loop.call_soon_threadsafe(call.begin)
+            return call.result()
+        except BaseException:
+            self._loop.call_soon_threadsafe(call.cancel)  # behind `begin`, if that was said at all
+            call.wait(END_SECONDS)
+            raise
+
+    @property
+    def is_current(self) -> bool:
+        """Whether this is the thread."""
+        return threading.current_thread() is self._thread
+
+    def end(self) -> None:
+        """End the thread. May be called again."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+
+
+class _Call(Generic[T]):
+    """Work that a thread waits for.
+
+    Not a concurrent.futures.Future: Ctrl-C may come between the taking of its lock and the block that gives it back;
+    then the loop would wait for ever. This lock is taken by the waiting thread alone.
+    """
+
+    def __init__(self, work: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop) -> None:
+        self._work = work
+        self._loop = loop
+        self._task: asyncio.Task[T] | None = None
+        self._is_over = threading.Lock()
+        self._is_over.acquire()
+
+    def begin(self) -> None:
+        """In the loop."""
+        self._task = self._loop.create_task(self._work)
+        self._task.add_done_callback(lambda _: self._is_over.release())
+
+    def cancel(self) -> None:
+        """In the loop: end what has begun; what has not never will."""
+        if self._task is None:
+            self._work.close()
+            self._is_over.release()
+        else:
+            self._task.cancel()
+
+    def result(self) -> T:
+        """Wait for it, elsewhere."""
+        while not self._is_over.acquire(timeout=LOOK_SECONDS):
+            pass  # a signal that came just before the wait is seen behind it
+        assert self._task is not None
+        return self._task.result()
+
+    def wait(self, seconds: float) -> None:
+        """Wait until it is over, or has been."""
+        if self._task is None or not self._task.done():
+            self._is_over.acquire(timeout=seconds)

@@ -1,0 +1,141 @@
+"""A model's engines and its text side, for a program instead of a server: started here, and used from one event loop.
+
+What the server makes of a request is made of one here, by the same code; there are no clients, so nobody waits in line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from octavo.offline.errors import EngineError, in_python
+from octavo.offline.measured import metrics_of
+from octavo.outputs import Metric
+from octavo.quant.model_files import read_object_if_any
+from octavo.runtime.launch import EngineProcess, Launcher
+from octavo.sampling_params import SamplingParams
+from octavo.server.admission import Ticket
+from octavo.server.beam_search import search_beams
+from octavo.server.engine_client import EngineDeadError
+from octavo.server.fleet.collector import FleetCollector
+from octavo.server.fleet.fleet import Fleet
+from octavo.server.generation import Choice, Steps, generate
+from octavo.server.metrics import Metrics
+from octavo.server.served_model import ServedModel, generation_config_file
+from octavo.server.start.engines import fleet_limits
+from octavo.server.start.flags import ServeOptions
+from octavo.server.start.served import made_metrics, served_model
+from octavo.server.start.text_side import preparation, text_side
+from octavo.text.chat_template import ChatTemplateError
+
+ENDED = "it is closed"
+
+
+class OfflineModel:
+    """Engines that load, until `open` has come back; then a model that answers. Raises ServeError.
+
+    launcher, engines: what has started the engines, and these.
+    """
+
+    model: ServedModel
+    metrics: Metrics
+
+    def __init__(
+        self, options: ServeOptions, directory: Path, launcher: Launcher, engines: Sequence[EngineProcess]
+    ) -> None:
+        self._options = options
+        self._directory = directory
+        self._launcher = launcher
+        self._engines = engines
+        self._text = text_side(options, directory)
+        self._text.renderer.start()
+        self._fleet: Fleet | None = None
+        self._is_closed = False
+
+    @property
+    def fleet(self) -> Fleet:
+        """The engines. Raises EngineError where they are closed, or not open yet."""
+        if self._fleet is None or self._is_closed:
+            raise EngineError(ENDED)
+        return self._fleet
+
+    async def open(self) -> None:
+        """Connect, and wait until the engines can answer. Raises EngineError with the engine's own message."""
+        options = self._options
+        limits = dataclasses.replace(fleet_limits(options), keeps_all=True)
+        fleet = self._fleet = Fleet(self._engines, self._launcher.start, limits, options.engine.seed)
+        try:
+            formats = await preparation(options.text, self._text, nullcontext)(fleet)
+            ready = await fleet.ready()
+        except (EngineDeadError, ChatTemplateError) as error:
+            raise EngineError(in_python(str(error))) from None
+        self.model = served_model(options, self._text, ready, formats)
+        self.metrics = made_metrics(options, self.model.name, fleet, ready)
+        self.metrics.register(FleetCollector(fleet, self.model.name))
+        fleet.on_step = self.metrics.step
+        fleet.on_restart = self.metrics.restart
+
+    def stop(self) -> None:
+        """Begin to end: no more is asked of it."""
+        self._is_closed = True
+        self._text.renderer.stop(ENDED)
+
+    async def close(self) -> None:
+        """End the engines. What is under way ends with an error. May be called again."""
+        self.stop()
+        if self._fleet is not None:
+            await self._fleet.close()
+        self._fleet = None
+        self.kill()
+
+    def kill(self) -> None:
+        """End the processes, and what connects to them, where no event loop runs any more. May be called again."""
+        self.stop()
+        fleet = self._fleet
+        self._fleet = None
+        if fleet is not None:
+            fleet.context.destroy(linger=0)  # the collector would wait for its sockets
+        for engine in self._engines:
+            engine.close()
+
+    def steps(self, choices: Sequence[Choice], name: str = "") -> Steps:
+        """The deltas of these answers, step by step; beams all at once. name: by which they can be aborted."""
+        answers = generate if choices[0].length_penalty is None else search_beams
+        return answers(choices, self.fleet, self.metrics, Ticket("", math.inf, math.inf, name=name))
+
+    def check(self) -> None:
+        """Raise EngineError where no engine can answer now."""
+        if (problem := self.fleet.problem) is not None:
+            raise EngineError(problem)
+
+    def measured(self) -> list[Metric]:
+        """What has been counted since the start."""
+        self.metrics.settle()
+        return metrics_of(self.metrics.registry.collect())
+
+    def default_params(self) -> SamplingParams:
+        """The model's own sampling parameters, as generation_config.json and the options say, and vLLM's for the rest.
+
+        max_tokens is the file's max_new_tokens, which `octavo serve` does not read.
+        """
+        source = self._options.text.generation_config
+        fields: dict[str, Any] = dict(self.model.defaults)
+        if source != "vllm":
+            config = read_object_if_any(generation_config_file(self._directory, source))
+            if config.get("max_new_tokens") is not None:
+                fields["max_tokens"] = config["max_new_tokens"]
+        return SamplingParams(**fields)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer as transformers has it."""
+        from transformers import AutoTokenizer
+
+        source = self._options.model.tokenizer or self._directory
+        trusts = self._options.engine.trust_remote_code
+        return AutoTokenizer.from_pretrained(str(source), trust_remote_code=trusts)

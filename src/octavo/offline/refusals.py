@@ -1,0 +1,50 @@
+"""What programs ask of vLLM's classes that octavo does not have, refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+NEUTRAL: dict[str, tuple[object, ...]] = {  # arguments of vLLM's methods, and the values that ask for nothing
+    "tokenization_kwargs": (None, {}),
+    "mm_processor_kwargs": (None, {}),
+    "chat_template_content_format": ("auto",),
+    "reasoning_parser_kwargs": (None, {}),
+    "trace_headers": (None, {}),
+    "prompt_text": (None,),
+    "data_parallel_rank": (None,),
+}
+MISSING = {
+    "llm_engine": "what an engine does is LLM's generate and chat, or AsyncLLM's generate",
+    "start_profile": "octavo has no profiler of its own; get_metrics tells what took how long",
+    "stop_profile": "octavo has no profiler of its own; get_metrics tells what took how long",
+    "sleep": "an engine can't sleep yet: close() ends it, and a new LLM starts it anew",
+    "wake_up": "an engine can't sleep yet: close() ends it, and a new LLM starts it anew",
+    "collective_rpc": "no code of others runs in the engine",
+    "apply_model": "no code of others runs in the engine",
+    "enqueue": "generate takes any number of prompts, and AsyncLLM more while it answers",
+    "wait_for_completion": "generate takes any number of prompts, and AsyncLLM more while it answers",
+}
+
+
+def checked_lora(lora_request: object) -> None:
+    """Raise ValueError where there is an adapter."""
+    if lora_request is not None:
+        raise ValueError(
+            "lora_request: LLM takes no adapters yet: octavo serve does, and a checkpoint with the adapter merged works"
+        )
+
+
+def checked_others(method: str, others: Mapping[str, Any]) -> None:
+    """Raise TypeError for an argument that is nobody's, and ValueError for vLLM's where it asks for something."""
+    for name, value in others.items():
+        if name not in NEUTRAL:
+            raise TypeError(f"{method}() has no argument {name!r}")
+        if value not in NEUTRAL[name]:
+            raise ValueError(f"{method}: octavo does not support {name}={value!r}: leave it out")
+
+
+def missing(kind: str, name: str) -> str:
+    """What is said of an attribute that isn't there."""
+    reason = MISSING.get(name)
+    return f"octavo.{kind} has no {name!r}" + (f": {reason}" if reason else "")

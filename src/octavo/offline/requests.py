@@ -1,0 +1,152 @@
+"""From what a program asks to the server's own requests: sampling parameters, prompts, conversations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any, TypeVar
+
+import msgspec
+from pydantic import BaseModel, ValidationError
+
+from octavo.inputs import Given
+from octavo.sampling_params import BeamSearchParams, SamplingParams
+from octavo.server.dialects.conversation import ChatOptions, render_request, rendered
+from octavo.server.dialects.fields import GenerationRequest, Strict
+from octavo.server.dialects.tools import ToolHints, Tools, as_functions
+from octavo.server.errors import bad_request, explain
+from octavo.server.generation import Choice, make_choices
+from octavo.server.prompts import Prompt, Wanted, encode, fitted
+from octavo.server.served_model import ServedModel
+from octavo.server.template_renderer import RenderRequest
+
+Kind = TypeVar("Kind", bound=BaseModel)
+SAME = (  # fields of SamplingParams that a request has, under the same name
+    "n", "presence_penalty", "frequency_penalty", "repetition_penalty", "temperature", "top_p", "top_k", "min_p",
+    "seed", "stop", "stop_token_ids", "ignore_eos", "min_tokens", "prompt_logprobs", "logprob_token_ids",
+    "skip_special_tokens", "include_stop_str_in_output", "allowed_token_ids", "bad_words", "truncate_prompt_tokens",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """How prompts are to be answered: the server's request, and what each of its dialects names differently.
+
+    logprobs: of the likeliest tokens, how many are told; None: none at all. decodes: answers have text.
+    """
+
+    request: GenerationRequest
+    wanted: Wanted
+    logprobs: int | None = None
+    decodes: bool = True
+
+    def own(self, given: Given | Conversation, priority: int) -> Asked:
+        """The same with what one prompt brings."""
+        changes: dict[str, object] = {"priority": priority, "cache_salt": given.cache_salt}
+        kept = {name: value for name, value in changes.items() if value}
+        return replace(self, request=self.request.model_copy(update=kept)) if kept else self
+
+
+class _ToolList(Strict):
+    tools: Tools
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages on their way through the chat template."""
+
+    asked: RenderRequest
+    cache_salt: None = None
+
+
+@dataclass(slots=True)
+class Job:
+    """One prompt, and how it is to be answered."""
+
+    request_id: str
+    given: Given | Conversation
+    asked: Asked
+
+
+def asked_by(params: SamplingParams) -> Asked:
+    """What sampling parameters ask. Raises ValueError and ApiError."""
+    params.check()
+    fields = {name: value for name in SAME if (value := getattr(params, name)) is not None}
+    if params.logit_bias:
+        fields["logit_bias"] = {str(token): max(-100.0, min(100.0, bias)) for token, bias in params.logit_bias.items()}
+    if params.structured_outputs is not None:
+        fields["structured_outputs"] = params.structured_outputs.given()
+    if params.repetition_detection is not None:
+        fields["repetition_detection"] = msgspec.to_builtins(params.repetition_detection)
+    logprobs = params.logprobs
+    if logprobs is None and params.logprob_token_ids:
+        logprobs = 0
+    wanted = Wanted(params.max_tokens, logprobs, params.prompt_logprobs, clamps=True)
+    return Asked(_validated(GenerationRequest, fields), wanted, logprobs, params.detokenize)
+
+
+def asked_by_beams(params: BeamSearchParams, model: ServedModel) -> Asked:
+    """What a beam search asks; log-probabilities are told as vLLM's search looks at them, two for each beam."""
+    fields = {
+        "n": params.beam_width,
+        "use_beam_search": True,
+        "length_penalty": params.length_penalty,
+        "ignore_eos": params.ignore_eos,
+        "include_stop_str_in_output": params.include_stop_str_in_output,
+        "skip_special_tokens": params.skip_special_tokens,
+    }
+    logprobs = min(2 * params.beam_width, model.max_logprobs)
+    wanted = Wanted(params.max_tokens, logprobs, None, clamps=True)
+    return Asked(_validated(GenerationRequest, fields), wanted, logprobs)
+
+
+def _validated(kind: type[Kind], fields: dict[str, Any]) -> Kind:
+    """Raises ApiError, in the server's words for it."""
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        message, param = explain(error.errors(include_url=False), fields)
+    raise bad_request(message, param)
+
+
+def conversation_of(
+    messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any], tools: list[Any] | None, model: ServedModel
+) -> Conversation:
+    """One conversation for the chat template. options: fields of ChatOptions. Raises ApiError."""
+    given = {name: value for name, value in options.items() if value is not None}
+    chat = _validated(ChatOptions, {"messages": list(messages), **given})
+    shown = None
+    if tools:
+        known = as_functions(_validated(_ToolList, {"tools": tools}).tools)
+        shown = [tool.model_dump(exclude_none=True, exclude=set(ToolHints.model_fields)) for tool in known]
+    return Conversation(render_request(chat, model, tools=shown))
+
+
+async def written(given: Given | Conversation, model: ServedModel) -> tuple[Given, bool]:
+    """(the prompt, whether the tokenizer adds its special tokens): a conversation has been through the template."""
+    if isinstance(given, Given):
+        return given, True
+    return Given(await rendered(given.asked, model)), False
+
+
+def tokenized(given: Given, asked: Asked, model: ServedModel, *, adds_special: bool) -> Prompt:
+    """The prompt as token ids, checked against the context. Raises ApiError."""
+    request = asked.request
+    ids = given.token_ids
+    if ids is None:
+        must_fit = request.truncate_prompt_tokens is None
+        ids = encode(given.text or "", "prompt", model, add_special_tokens=adds_special, must_fit=must_fit)
+    return Prompt(fitted(ids, request, asked.wanted, model, "prompt"), given.text)
+
+
+def choices_of(prompts: Sequence[tuple[Asked, Prompt]], model: ServedModel) -> list[Choice]:
+    """The answers to these prompts at their beginning, side by side, with indexes of their own. Raises ApiError."""
+    choices: list[Choice] = []
+    for _, run in groupby(prompts, key=lambda pair: id(pair[0])):
+        alike = list(run)
+        asked = alike[0][0]
+        choices += make_choices([prompt for _, prompt in alike], asked.request, asked.wanted, model)
+    for index, choice in enumerate(choices):
+        choice.index = index
+    return choices

@@ -1,0 +1,124 @@
+"""What `octavo.LLM` and `octavo.AsyncLLM` answer, by vLLM's names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(slots=True)
+class Logprob:
+    """A token's log-probability. rank: its place in the whole vocabulary, 1 is the likeliest; None: not known."""
+
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
+LogprobsOnePosition = dict[int, Logprob]
+"""By token id: the token that stands there first, then others, the likeliest first."""
+SampleLogprobs = list[LogprobsOnePosition]
+PromptLogprobs = list[LogprobsOnePosition | None]
+"""None for the first token, which nothing predicts."""
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One answer. stop_reason: the stop string or the token of stop_token_ids that ended it, if one did.
+
+    cumulative_logprob, logprobs: where they were asked for. token_ids has the token that ended the answer too.
+    finish_reason: stop, length, repetition or abort; None while it goes on.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None = None
+    logprobs: SampleLogprobs | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    lora_request: None = None
+
+    def finished(self) -> bool:
+        """Whether it has ended."""
+        return self.finish_reason is not None
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """The answers to one prompt. prompt: its text, where it was given as one, or as messages.
+
+    num_cached_tokens: of the prompt, those that the prefix cache had; None until the first token has come.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    prompt_logprobs: PromptLogprobs | None
+    outputs: list[CompletionOutput]
+    finished: bool
+    metrics: None = None
+    lora_request: None = None
+    encoder_prompt: None = None
+    encoder_prompt_token_ids: None = None
+    num_cached_tokens: int | None = None
+    kv_transfer_params: None = None
+
+
+@dataclass(slots=True)
+class BeamSearchSequence:
+    """A beam. tokens and text begin with the prompt; logprobs and cum_logprob are about what follows it."""
+
+    orig_prompt: dict[str, Any]
+    tokens: list[int]
+    logprobs: SampleLogprobs
+    lora_request: None = None
+    cum_logprob: float = 0.0
+    text: str | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclass(slots=True)
+class BeamSearchOutput:
+    """The beams of one prompt, the best one first."""
+
+    sequences: list[BeamSearchSequence]
+
+
+@dataclass
+class Metric:
+    """What is counted, and of what."""
+
+    name: str
+    labels: dict[str, str]
+
+
+@dataclass
+class Counter(Metric):
+    """What only grows."""
+
+    value: int
+
+
+@dataclass
+class Gauge(Metric):
+    """What goes up and down."""
+
+    value: float
+
+
+@dataclass
+class Histogram(Metric):
+    """Observations. buckets: how many are at most so large, by the bound as text; `+Inf` has all."""
+
+    count: int
+    sum: float
+    buckets: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class Vector(Metric):
+    """Counters in a row; octavo has none."""
+
+    values: list[int]
