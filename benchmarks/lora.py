@@ -102,10 +102,11 @@ def compare(
             for streams, names in LOADS.values():  # what is allocated, compiled or recorded on first use
                 for name in order:
                     measured(urls[name], names if name == "with" else NAME, streams, 24, 0)
-            for load, (streams, names) in LOADS.items():
+            for place, (load, (streams, names)) in enumerate(LOADS.items(), start=1):
+                seed = number * len(LOADS) + place  # prompts that no load before has left in a prefix cache
                 for name in order:
                     models = names if name == "with" else NAME
-                    values[load][name].append(measured(urls[name], models, streams, args.tokens, number))
+                    values[load][name].append(measured(urls[name], models, streams, args.tokens, seed))
     return values
 
 
