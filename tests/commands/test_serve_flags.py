@@ -112,6 +112,7 @@ def test_every_field_of_the_engine_s_configuration_has_a_flag() -> None:
         "priority_aging": ("--priority-aging", "7"),
         "num_threads": ("--num-threads", "7"),
         "seed": ("--seed", "7"),
+        "lora": ("--enable-lora",),
         "parallel": ("--tensor-parallel-size", "2"),
     }
     assert set(told) == set(get_type_hints(EngineConfig)) - {"model", "share_suffixes"}
