@@ -34,6 +34,8 @@ def test_a_prompt_is_sent_once_whatever_the_number_of_its_answers() -> None:
         server_name="",
         structured_outputs=StructuredOutputsConfig(),
         token_id=lambda _: None,
+        adapter=lambda _: None,
+        serves=lambda _: True,
     )
     choices = generation.make_choices([Prompt([1, 2, 3]), Prompt([4, 5])], request, wanted_of(request), model)
     sent = list({id(choice.sent): choice.sent for choice in choices}.values())
