@@ -100,7 +100,7 @@ class Sampler:
             self._sample_rows(logits, best.ids, those, constrained, brought)
         return StepResult(
             brought.tokens,
-            self._listed(brought.drawn),
+            self._listed(brought),
             prompt_logprobs,
             brought.refused | errors,
             ended=frozenset(brought.ended),
@@ -127,18 +127,20 @@ class Sampler:
                 brought.fail(place, failed[i])
             if i not in ends.without_token and not (i in failed and brought.tokens[place]):
                 brought.tokens[place] += [token, *ends.jumped.get(i, ())]
-        for i, row in zip(wanting, raw, strict=True):
-            brought.drawn.append((those.places[i], chosen[i], row, those.scheduled[i].sequence))
+        if wanting:
+            brought.raw.append(raw)
+            brought.drawn += [(those.places[i], chosen[i], those.scheduled[i].sequence) for i in wanting]
 
-    def _listed(self, drawn: list[tuple[int, int, Tensor, Sequence]]) -> dict[int, list[Logprobs]]:
+    def _listed(self, brought: _Brought) -> dict[int, list[Logprobs]]:
         """By place, the log-probabilities of what was drawn, each out of its row of the model's logits."""
+        drawn = brought.drawn
         if not drawn:
             return {}
-        rows = torch.stack([row for _, _, row, _ in drawn])
+        rows = brought.raw[0] if len(brought.raw) == 1 else torch.cat(brought.raw)
         counts = [sequence.params.logprobs or 0 for *_, sequence in drawn]
-        entries = self._logprobs(rows, [token for _, token, _, _ in drawn], counts)
+        entries = self._logprobs(rows, [token for _, token, _ in drawn], counts)
         listed: dict[int, list[Logprobs]] = {}
-        for (place, _, row, sequence), entry in zip(drawn, entries, strict=True):
+        for (place, _, sequence), row, entry in zip(drawn, rows, entries, strict=True):
             named = sequence.params.logprob_token_ids
             whole = _with_tokens([entry], named, row[None])[0] if named else entry
             listed.setdefault(place, []).append(whole)
@@ -256,14 +258,15 @@ class _Sampling:
 class _Brought:
     """What a step has brought so far. tokens: of each of the plan's sequences. The rest is by place in the plan.
 
-    drawn: of sequences that want log-probabilities, in the order of the draws: place, token, the model's logits before
-    any change [vocab], and whose they are.
+    drawn: of sequences that want log-probabilities, in the order of the draws: place, token, and whose it is.
+    raw: the model's logits of those before any change, [rows, vocab] of each draw.
     """
 
     tokens: list[list[int]]
     ended: set[int] = field(default_factory=set)
     refused: dict[int, str] = field(default_factory=dict)
-    drawn: list[tuple[int, int, Tensor, Sequence]] = field(default_factory=list)
+    drawn: list[tuple[int, int, Sequence]] = field(default_factory=list)
+    raw: list[Tensor] = field(default_factory=list)
 
     def fail(self, place: int, error: str) -> None:
         """No token could be drawn. Behind others, the run ends in front of it: the next step says the same."""
