@@ -141,6 +141,6 @@ def words_of(name: str, value: Any, own: Container[str]) -> list[str]:
         return [off] if off in own or name not in own else []
     if isinstance(value, dict):
         return [name, json.dumps(value)]
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [name, *map(str, value)]
     return [name, str(value)]

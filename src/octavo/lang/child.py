@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 import weakref
 from collections.abc import Mapping
@@ -59,23 +58,13 @@ class Runtime(RuntimeEndpoint):
 
 def words_of(flags: Mapping[str, Any]) -> list[str]:
     """The words of a command line. None leaves a flag out."""
-    words: list[str] = []
-    for name, value in flags.items():
-        flag = name.replace("_", "-")
-        match value:
-            case None:
-                continue
-            case True:
-                words.append(f"--{flag}")
-            case False:
-                words.append(f"--no-{flag}")
-            case dict():
-                words += [f"--{flag}", json.dumps(value)]
-            case list() | tuple():
-                words += [f"--{flag}", *map(str, value)]
-            case _:
-                words += [f"--{flag}", str(value)]
-    return words
+    from octavo.server.start import arguments  # of the server's code, which other backends don't need
+
+    return [
+        word
+        for name, value in flags.items()
+        for word in arguments.words_of(f"--{name.replace('_', '-')}", value, own=())
+    ]
 
 
 def _end(server: OwnServer, log: IO[bytes]) -> None:

@@ -79,8 +79,6 @@ def _plain(value: Any) -> Any:
     """A value as a configuration file could have it: torch.bfloat16 is bfloat16, and a struct an object."""
     if isinstance(value, msgspec.Struct):
         return msgspec.to_builtins(value)
-    if isinstance(value, tuple):
-        return list(value)
     text = str(value)
     return text.removeprefix("torch.") if text.startswith("torch.") else value
 
