@@ -48,7 +48,7 @@ class LLM:
     def __init__(self, model: str, **options: Any) -> None:
         self._model = start(model, options)
         self._numbers = itertools.count()
-        self._thread = LoopThread()
+        self._thread = LoopThread("octavo-llm")
         self._close = weakref.finalize(self, _end, self._model, self._thread, os.getpid())
         try:
             self._thread.call(self._model.open())

@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import signal
+import threading
+import time
 from typing import Any
 
 import httpx
@@ -443,3 +446,33 @@ def test_what_the_endpoint_tells(server: Server, backend: sgl.RuntimeEndpoint) -
     sgl.flush_cache()
     with httpx.Client(base_url=server.url) as client:
         assert client.get("/health").status_code == 200
+
+
+@sgl.function
+def long_answer(s: sgl.ProgramState) -> None:
+    s += "The list" + sgl.gen("it", max_tokens=400, **GREEDY)
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.0003, 0.003, 0.03])
+def test_an_interrupt_ends_a_program_and_stops_no_other(server: Server, oracle: Oracle, delay: float) -> None:
+    """Whenever it comes: what wakes whoever waits must not wait for a lock that the interrupt has left taken."""
+    main = threading.get_ident()
+    for _ in range(10):
+        begins = threading.Event()
+
+        def interrupt(begins: threading.Event = begins) -> None:
+            begins.wait()
+            time.sleep(delay)
+            signal.pthread_kill(main, signal.SIGINT)
+
+        interrupter = threading.Thread(target=interrupt)
+        interrupter.start()
+        with pytest.raises(KeyboardInterrupt):  # noqa: PT012 (it comes from here on)
+            begins.set()
+            while True:
+                long_answer.run().sync()
+        interrupter.join()
+    state = few_shot.run(question="What is a tuple?")
+    assert state["answer"] == greedy(oracle, few_shot_text("What is a tuple?"), stop="\n")
+    with server.client() as client:
+        wait_until(lambda: num_in_flight(client) == 0)

@@ -15,7 +15,7 @@ from octavo.offline.loop_thread import LoopThread
 
 @pytest.fixture
 def thread() -> Iterator[LoopThread]:
-    found = LoopThread()
+    found = LoopThread("test")
     yield found
     found.end()
     found.end()

@@ -39,6 +39,7 @@ from octavo.lang.ir import (
     writes,
 )
 from octavo.lang.said import Said
+from octavo.offline.loop_thread import Bell
 
 ENDED = "the program was ended before it was done"
 
@@ -203,12 +204,11 @@ class Execution:
 
     def wait(self, is_so: Callable[[], bool]) -> None:
         """Wait until this is so. An interrupt of the wait ends the program."""
-        woken = threading.Event()
-        with self.watched(woken.set):
+        changed = Bell()
+        with self.watched(changed.ring):
             try:
                 while not is_so():
-                    woken.wait()
-                    woken.clear()
+                    changed.wait()
             except BaseException:
                 self.body.cancel()
                 raise

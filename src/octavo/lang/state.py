@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from octavo.lang.execution import Execution, waker
 from octavo.lang.ir import Expression, RoleBegin, RoleEnd, ScopeBegin, ScopeEnd, parts_of
+from octavo.offline.loop_thread import Bell
 
 NO_OFFSET = "position_ids_offset is not supported: leave it out; forks go on at the same positions"
 
@@ -128,16 +128,15 @@ class ProgramState:
         if execution.log is None:
             yield self.text() if name is None else self[name]
             return
-        woken = threading.Event()
+        changed = Bell()
         reading = _Pieces(execution, name)
-        with execution.watched(woken.set):
+        with execution.watched(changed.ring):
             while True:
-                woken.clear()
                 is_last = reading.is_over()
                 yield from reading.new()
                 if is_last:
                     break
-                woken.wait()
+                changed.wait()
         execution.check()
 
     async def text_async_iter(self, name: str | None = None, return_meta_data: bool = False) -> AsyncIterator[Any]:
