@@ -70,10 +70,12 @@ class ScriptedServer:
         self.url = f"{scheme}://127.0.0.1:{server.sockets[0].getsockname()[1]}"
         self._started.set()
         await self._stopping.wait()
-        server.close()
-        for task in self._connections:
-            task.cancel()
-        await asyncio.gather(*self._connections, return_exceptions=True)
+        while len(asyncio.all_tasks()) > 1:  # a client that has just come is accepted in a task before it has its own
+            while self._connections:
+                self._connections.pop().cancel()
+            await asyncio.sleep(0)
+        server.close()  # while none is being accepted: asyncio would lose its socket
+        await asyncio.sleep(0)  # the sockets of closed transports are closed in the next turn
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
@@ -86,6 +88,8 @@ class ScriptedServer:
                     return
         except ConnectionError:
             pass
+        except asyncio.CancelledError:
+            writer.transport.abort()  # what nobody has read would keep it open
         finally:
             self._connections.discard(task)
             writer.close()
