@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Container, Mapping, Sequence
+from collections import Counter
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ def _from_file(file: Path, own: Mapping[str, str], given: frozenset[str]) -> lis
     for key, value in _entries(file):
         name = f"--{key}" if len(key) > 1 else f"-{key}"
         if name not in own and not is_known(name):
-            raise ArgumentsError(f"{file}: {key!r} is no option of octavo serve; octavo serve --help lists them")
+            raise ArgumentsError(f"{file}: {key!r} is no option of octavo serve; {_nearest(key, own)}")
         if name in (CONFIG, "--help"):
             raise ArgumentsError(f"{file}: {key!r} is for the command line")
         field = own.get(name)
@@ -116,22 +117,40 @@ def _from_file(file: Path, own: Mapping[str, str], given: frozenset[str]) -> lis
     return words
 
 
+def _nearest(key: str, own: Iterable[str]) -> str:
+    """What may have been meant by a key that is no option."""
+    import difflib  # not at each start
+
+    found = difflib.get_close_matches(f"--{key}", [name for name in own if name.startswith("--")], 1, 0.7)
+    return f"did you mean {found[0].lstrip('-')!r}?" if found else "octavo serve --help lists them"
+
+
 def _entries(file: Path) -> list[tuple[str, Any]]:
+    """The options of a file, in its order. Raises ArgumentsError, also for an option that stands there twice."""
     import yaml
 
     try:
-        content = yaml.safe_load(file.read_text("utf-8"))
+        node = yaml.compose(file.read_text("utf-8"), Loader=yaml.SafeLoader)
+        loader = yaml.SafeLoader("")
+        if not isinstance(node, yaml.MappingNode):
+            raise ArgumentsError(f"{CONFIG} {file}: YAML of options is wanted, such as 'port: 8000'")
+        entries = [(_option_of(key.value), loader.construct_object(value, deep=True)) for key, value in node.value]
     except OSError as error:
         raise ArgumentsError(f"{CONFIG} {file}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ArgumentsError(f"{CONFIG} {file} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise ArgumentsError(f"{CONFIG} {file}: YAML of options is wanted, such as 'port: 8000'")
-    return [(str(key).replace("_", "-").lstrip("-"), value) for key, value in content.items()]
+    names = Counter(name for name, _ in entries)
+    if twice := next((name for name, count in names.items() if count > 1), None):
+        raise ArgumentsError(f"{CONFIG} {file}: {twice!r} stands there twice; leave one of them out")
+    return entries
+
+
+def _option_of(key: object) -> str:
+    return str(key).replace("_", "-").lstrip("-")
 
 
 def words_of(name: str, value: Any, own: Container[str]) -> list[str]:
-    """A flag with a value that isn't text: true and false are switches, lists several words, objects JSON."""
+    """A flag with a value that isn't text: true and false are switches, lists several words, objects in them JSON."""
     if value is None:
         return []
     if value is True:
@@ -142,5 +161,5 @@ def words_of(name: str, value: Any, own: Container[str]) -> list[str]:
     if isinstance(value, dict):
         return [name, json.dumps(value)]
     if isinstance(value, list | tuple):
-        return [name, *map(str, value)]
+        return [name, *(json.dumps(one) if isinstance(one, dict | list) else str(one) for one in value)]
     return [name, str(value)]

@@ -240,10 +240,25 @@ def test_a_file_of_flags(tmp_path: Path) -> None:
     assert options.engine.enforce_eager is True
 
 
+def test_lists_and_objects_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(
+        "model: m\nmodel-aliases: {a: b, c: b}\n"
+        "lora-modules:\n- one=/adapters/one\n- {name: two, path: /adapters/two}\n"
+    )
+    options = parse("--config", str(file))
+    assert options.model.model_aliases == {"a": "b", "c": "b"}
+    assert options.lora.lora_modules == (LoraModule("one", "/adapters/one"), LoraModule("two", "/adapters/two"))
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("prot: 1", "'prot'"),
+        ("prot: 1", "'prot' is no option of octavo serve; did you mean 'port'?"),
+        ("max_model_length: 64", "'max-model-length' is no option of octavo serve; did you mean 'max-model-len'?"),
+        ("banana: 1", "'banana' is no option of octavo serve; octavo serve --help lists them"),
+        ("port: 1\nseed: 0\nport: 2", "'port' stands there twice"),
+        ("max-model-len: 64\nmax_model_len: 65", "'max-model-len' stands there twice"),
         ("port: x", "--port"),
         ("- port", "YAML of options"),
         ("port: [", "is not YAML"),
