@@ -122,6 +122,8 @@ class Connection(HttpToolsProtocol):
             if cycle is not None:
                 cycle.scope["state"].pop(CHUNK, None)  # or they would hold each other
                 _disconnect(cycle)  # uvicorn tells the newest request only, and keeps what came of bodies
+        self.cycle = self._running = None  # type: ignore[assignment]
+        self._unsent = self._put_off = self._parting_transport = None  # type: ignore[assignment]
 
     def data_received(self, data: bytes) -> None:
         if self._is_deaf:
