@@ -46,8 +46,8 @@ test: $(INSTALLED)
 test-ray:
 	test -x .ray/bin/python || $(PYTHON) -m venv .ray
 	.ray/bin/python -m pip install --quiet --upgrade-strategy only-if-needed --editable '.[dev,ray]'
-	.ray/bin/python -m pytest -m ray tests/server/test_ray_engine.py
-	.ray/bin/python -m pytest -m ray tests/server/test_ray_serve.py
+	RAY_worker_niceness=0 .ray/bin/python -m pytest -m ray tests/server/test_ray_engine.py
+	RAY_worker_niceness=0 .ray/bin/python -m pytest -m ray tests/server/test_ray_serve.py
 
 # aider pins versions of what the libraries need, so it has an environment of its own.
 clients: $(INSTALLED)
