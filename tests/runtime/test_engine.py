@@ -7,15 +7,17 @@ import random
 import threading
 
 import pytest
-import torch
 from slow_cases import slow
 from torch import Tensor
 from toy_model import (
     VOCAB,
+    NaNModel,
     ToyModel,
+    greedy,
     logits_after,
     make_engine,
     make_request,
+    random_requests,
     run_to_end,
     run_with_arrivals,
     tokens_of,
@@ -25,27 +27,6 @@ from octavo.kernels.attention.cache import LayerCache
 from octavo.kernels.attention.step import StepInputs
 from octavo.runtime.engine import Engine
 from octavo.runtime.messages import AddRequest
-
-
-def greedy(request: AddRequest) -> list[int]:
-    """What the toy model says, without an engine."""
-    tokens = list(request.token_ids)
-    for _ in range(request.params.max_tokens):
-        tokens.append(int(logits_after(tokens).argmax()))
-        if tokens[-1] in request.params.stop_token_ids:
-            break
-    return tokens[len(request.token_ids) :]
-
-
-def random_requests(rng: random.Random, count: int, longest: int = 40, **params: object) -> list[AddRequest]:
-    """Prompts that share beginnings, so that prefix hits, shared blocks and evictions all happen."""
-    stems = [[rng.randrange(VOCAB) for _ in range(longest)] for _ in range(3)]
-    requests = []
-    for i in range(count):
-        prompt = rng.choice(stems)[: rng.randrange(1, longest - 5)] + [rng.randrange(VOCAB)] * rng.randrange(5)
-        stops = tuple(rng.randrange(VOCAB) for _ in range(rng.randrange(3)))
-        requests.append(make_request(f"r{i}", prompt, max_tokens=rng.randrange(1, 24), stop_token_ids=stops, **params))
-    return requests
 
 
 def random_engine(rng: random.Random) -> Engine:
@@ -134,20 +115,9 @@ def test_prompt_logprobs_are_those_of_the_model_for_every_position(seed: int) ->
             assert entry.top_ids == truth.topk(2).indices.tolist()
 
 
-class _NaNModel(ToyModel):
-    """Poisons the logits of every sequence in which token 13 stands."""
-
-    def forward(self, inputs, caches, *_):  # type: ignore[no-untyped-def]
-        logits = super().forward(inputs, caches)
-        for i, row in enumerate(inputs.logits_index.tolist()):
-            if 13 in inputs.token_ids[: row + 1].tolist():
-                logits[i] = torch.nan
-        return logits
-
-
 @pytest.mark.parametrize("params", [{}, {"temperature": 1.0}, {"logprobs": 1, "prompt_logprobs": 1}])
 def test_nan_logits_end_their_request_and_no_other(params: dict[str, object]) -> None:
-    engine = make_engine(_NaNModel())
+    engine = make_engine(NaNModel())
     outputs = run_to_end(engine, [make_request("good", [1, 2, 3]), make_request("bad", [1, 13, 2], **params)])
     assert tokens_of(outputs["good"])[0] == int(logits_after([1, 2, 3]).argmax())
     assert [o.finish_reason for o in outputs["bad"]] == ["error"]

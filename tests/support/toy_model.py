@@ -127,3 +127,35 @@ def run_with_arrivals(engine: Engine, requests: list[AddRequest], rng: random.Ra
 
 def tokens_of(outputs: list[TokenOutput]) -> list[int]:
     return [token for output in outputs for token in output.token_ids]
+
+
+def greedy(request: AddRequest) -> list[int]:
+    """What the toy model says, without an engine."""
+    tokens = list(request.token_ids)
+    for _ in range(request.params.max_tokens):
+        tokens.append(int(logits_after(tokens).argmax()))
+        if tokens[-1] in request.params.stop_token_ids:
+            break
+    return tokens[len(request.token_ids) :]
+
+
+def random_requests(rng: random.Random, count: int, longest: int = 40, **params: object) -> list[AddRequest]:
+    """Prompts that share beginnings, so that prefix hits, shared blocks and evictions all happen."""
+    stems = [[rng.randrange(VOCAB) for _ in range(longest)] for _ in range(3)]
+    requests = []
+    for i in range(count):
+        prompt = rng.choice(stems)[: rng.randrange(1, longest - 5)] + [rng.randrange(VOCAB)] * rng.randrange(5)
+        stops = tuple(rng.randrange(VOCAB) for _ in range(rng.randrange(3)))
+        requests.append(make_request(f"r{i}", prompt, max_tokens=rng.randrange(1, 24), stop_token_ids=stops, **params))
+    return requests
+
+
+class NaNModel(ToyModel):
+    """Poisons the logits of every sequence in which token 13 stands."""
+
+    def forward(self, inputs, caches, *_):  # type: ignore[no-untyped-def]
+        logits = super().forward(inputs, caches)
+        for i, row in enumerate(inputs.logits_index.tolist()):
+            if 13 in inputs.token_ids[: row + 1].tolist():
+                logits[i] = torch.nan
+        return logits
