@@ -192,6 +192,22 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     enable_prefix_caching: Annotated[
         bool, Meta(description="keep the blocks of finished requests for prompts that begin in the same way")
     ] = True
+    kv_offloading_size: Annotated[
+        Annotated[float, Meta(gt=0)] | None,
+        Meta(
+            description="GiB of files in --kv-offloading-path that blocks of the prefix cache are kept in, of all "
+            "engines together: a prompt that begins as an earlier one did is read from there where that is faster than "
+            "computing it, also after a restart",
+            extra={"metavar": "GIB", "default": "nothing is kept"},
+        ),
+    ] = None
+    kv_offloading_path: Annotated[
+        str | None,
+        Meta(
+            description="directory of those files, which nobody else should be able to read: they tell prompts",
+            extra={"metavar": "DIR"},
+        ),
+    ] = None
     kv_events_config: Annotated[
         KVEventsConfig,
         Meta(

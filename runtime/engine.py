@@ -21,6 +21,7 @@ from octavo.runtime.worker.sampler import Sampler
 from octavo.runtime.worker.worker import Worker
 
 if TYPE_CHECKING:
+    from octavo.runtime.offload.offload import Offload
     from octavo.runtime.parallel.followers import Followers
 
 
@@ -31,6 +32,7 @@ class Engine:
     `step` is both. overlaps: whether steps are computed while the next ones are planned; with several stages other
     steps are in any case. deterministic: as in EngineConfig. speculation: who gives sequences drafts; None: nobody.
     A sequence that has some is in no further step before the token in front of them is there; others go on meanwhile.
+    offload: the file that blocks of the prefix cache lie in; None: there is none.
     is_paused: no further step is ordered. is_replaced: it was told to end, and another one is started in its place.
     """
 
@@ -67,6 +69,8 @@ class Engine:
             self.executor = Executor(worker, sampler, followers, config.stages)
         self._under_way: deque[StepHandle] = deque()
         self._num_ordered = 0
+        self._num_finished = 0
+        self.offload: Offload | None = None
         self.is_paused = False
         self.is_replaced = False
 
@@ -141,9 +145,28 @@ class Engine:
         self.adapters.tidy(self.scheduler.running, self.scheduler.waiting.values())
         return told, [output for output in refused if output is not None]
 
+    def take_fetched(self) -> None:
+        """Let requests run whose blocks have been read."""
+        if self.offload is not None:
+            for fetch, are_right in self.offload.finished():
+                self.scheduler.end_fetch(fetch, are_right)
+
+    def forget_prefixes(self) -> None:
+        """Let no request find what was computed before, in memory or in the file, but for what running ones hold."""
+        self.scheduler.reset_prefix_cache()
+        if self.offload is not None:
+            self.offload.forget()
+
+    def close(self) -> None:
+        """Write what is to outlive the engine."""
+        if self.offload is not None:
+            self.offload.close()
+
     def stats(self) -> EngineStats:
         """Gauges and counters as they are now."""
         stats = self.scheduler.stats()
+        if self.offload is not None:
+            stats = msgspec.structs.replace(stats, offload=self.offload.stats())
         if self.adapters is None:
             return stats
         running, waiting = (
@@ -161,6 +184,7 @@ class Engine:
         """Order steps as far ahead as may be."""
         while len(self._under_way) < self.executor.most_under_way and not self.is_paused:
             plan = self.scheduler.plan()
+            self._begin_fetches()
             if not plan.scheduled:
                 return
             self._submit(plan)
@@ -172,7 +196,9 @@ class Engine:
             self._num_ordered -= 1
             if self.adapters is not None:
                 self.adapters.end(handle.plan)
-            self._submit(self.scheduler.extend(handle.plan))
+            plan = self.scheduler.extend(handle.plan)
+            self._begin_fetches()
+            self._submit(plan)
 
     def finish(self) -> list[TokenOutput]:
         """Wait for the oldest step under way and return what it brought."""
@@ -180,12 +206,20 @@ class Engine:
             return []
         handle = self._under_way.popleft()
         result = self.executor.result(handle)
+        self._num_finished += 1
         if self.adapters is not None:
             self.adapters.end(handle.plan)
         outputs = self.scheduler.commit(handle.plan, result)
         if self.speculation is not None:
             self.speculation.after(handle.plan, handle.seconds)
+        if self.offload is not None:
+            self.offload.after(handle.plan, handle.seconds)
+            self.offload.take_offers(self._num_ordered, self._num_finished)
         return outputs
+
+    def _begin_fetches(self) -> None:
+        if self.offload is not None:
+            self.offload.begin_fetches(self._num_ordered, self._num_finished)
 
     def _submit(self, plan: StepPlan) -> None:
         order = make_order(plan, self._num_ordered)
@@ -193,3 +227,5 @@ class Engine:
         if self.adapters is not None:
             self.adapters.begin(plan)
         self._under_way.append(self.executor.submit(order, plan))
+        if self.offload is not None:
+            self.offload.take_offers(self._num_ordered, self._num_finished)

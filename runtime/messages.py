@@ -301,6 +301,25 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
     first_token_time: float | None = None
     is_refused: bool = False
     num_preemptions: int = 0  # of this request, so far
+    num_fetched_tokens: int = 0  # of num_cached_tokens, those that were read from a file
+
+
+class OffloadStats(msgspec.Struct, frozen=True, array_like=True):
+    """Of the file that blocks of the prefix cache lie in: how full it is, and totals since start.
+
+    num_queries, num_hits: prompt tokens that were looked up there, and that came from there. num_damaged: blocks that
+    were not what had been written. num_skipped: blocks that were not written, for lack of time.
+    """
+
+    usage: float  # 0..1
+    num_queries: int
+    num_hits: int
+    load_bytes: int
+    load_seconds: float
+    store_bytes: int
+    store_seconds: float
+    num_skipped: int
+    num_damaged: int
 
 
 class EngineStats(msgspec.Struct, frozen=True, array_like=True):
@@ -323,6 +342,7 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     accepted_per_pos: list[int] = []
     running_adapters: tuple[str, ...] = ()  # digests of those that requests which run use
     waiting_adapters: tuple[str, ...] = ()  # of those that requests which wait name
+    offload: OffloadStats | None = None  # where there is --kv-offloading-path
 
 
 class SharedLoad(msgspec.Struct, frozen=True, array_like=True):

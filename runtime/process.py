@@ -87,12 +87,13 @@ def main() -> int:
             followers = Followers(start.config, heartbeat_address(address))
         with uncollected():
             from octavo.runtime.startup import load_engine  # imports torch: seconds, in which a failure must be told
-        engine, ready = load_engine(start.config, start.spawn_time, followers=followers, on_layer=progress.load)
+        engine, ready = load_engine(
+            start.config, start.spawn_time, index=start.index, followers=followers, on_layer=progress.load
+        )
         is_loaded = True
         if publisher is not None:
             ready.report.notes.extend(publisher.notes)
         link.send(ready)
-        sys.setswitchinterval(SWITCH_SECONDS)
         serve(engine, link, progress, publisher, followers)
         failure = "another engine is started in its place" if engine.is_replaced else ""
     except Exception as error:
@@ -141,12 +142,15 @@ def serve(
     """The loop. Returns on Shutdown. Raises EndedError when another rank ends."""
     from octavo.runtime.worker.huge_pages import use_huge_pages_soon
 
+    sys.setswitchinterval(SWITCH_SECONDS)
     use_huge_pages_soon(engine.worker.model.tensors())
     is_watched = engine.worker.watch(progress.mark)
     arrivals = Arrivals()
     link.wake_for(engine.grammars.ready)
     if engine.adapters is not None:
         link.wake_for(engine.adapters.ready)
+    if engine.offload is not None:
+        link.wake_for(engine.offload.ready)
     if followers is not None:
         followers.watch(progress.mark)
         link.wake_for(followers.ended)  # else the end of one would be noticed by the next request
@@ -198,15 +202,17 @@ def take_messages(engine: Engine, link: Link | SharedLink, arrivals: Arrivals, o
             case DropAdapter():
                 engine.drop_adapter(message.digest)
             case ResetPrefixCache():
-                engine.scheduler.reset_prefix_cache()
+                engine.forget_prefixes()
             case TokenOutput():
                 outputs.append(message)
             case Shutdown():
                 engine.is_replaced = not message.is_final
+                engine.close()
                 return False
     for request, request_ids in arrivals.take():
         outputs += engine.add(request, request_ids)
     outputs += engine.take_grammars()
+    engine.take_fetched()
     read, refused = engine.take_adapters()
     outputs += refused
     for one in read:

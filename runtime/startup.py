@@ -18,6 +18,7 @@ from octavo.runtime.model import select_operators
 from octavo.runtime.model.device import Device
 from octavo.runtime.model.model import Model
 from octavo.runtime.model.weights import OnLayer, load_model, untold
+from octavo.runtime.offload.select import check_offload, open_offload
 from octavo.runtime.parallel.group import ALONE, Group
 from octavo.runtime.parallel.placement import num_cores
 from octavo.runtime.scheduling.plan import SchedulerConfig
@@ -55,14 +56,15 @@ def load_engine(
     spawn_time: float,
     device: Device | None = None,
     *,
+    index: int = 0,
     followers: Followers | None = None,
     on_layer: OnLayer = untold,
 ) -> tuple[Engine, Ready]:
     """An engine that has run once, and the table about it. Raises ValueError or OSError with what is wrong.
 
     spawn_time is time.time() of when the process was started: what came before this call is the phase 'import'.
-    device None: the one that config names. followers: the engine's other ranks, where they have been started already.
-    on_layer: see load_model.
+    device None: the one that config names. index: which of a server's engines it is. followers: the engine's other
+    ranks, where they have been started already. on_layer: see load_model.
     """
     clock = Phases(spawn_time)
     clock.end("import")
@@ -79,6 +81,13 @@ def load_engine(
         warm_up(model, rank.caches, rank.limits, followers)
         clock.end("warm-up")
         graphs, replays = at_once(config, rank, clock)
+    worker = Worker(model, rank.caches, rank.limits, graphs, replays)
+    overlaps = device.torch_device.type != "cpu" or num_threads < num_cores()
+    engine = _engine_of(worker, config, rank.limits, followers, overlaps=overlaps)
+    if config.kv_offloading_path is not None:
+        engine.offload, told = open_offload(config, model, rank.caches, engine.scheduler.prefixes, index)
+        rank.notes.extend(told)
+        clock.end("kv offload")
     report = StartupReport(
         model=config.model,
         architecture=model.architecture,
@@ -93,19 +102,23 @@ def load_engine(
         ranks=list(model.ranks),
         deterministic=config.deterministic,
     )
-    worker = Worker(model, rank.caches, rank.limits, graphs, replays)
-    engine = Engine(
+    return engine, Ready(
+        rank.limits.max_model_len, rank.plan.num_blocks, rank.plan.block_size, model.vocab_size, report
+    )
+
+
+def _engine_of(
+    worker: Worker, config: EngineConfig, limits: SchedulerConfig, followers: Followers | None, *, overlaps: bool
+) -> Engine:
+    return Engine(
         worker,
-        rank.limits,
+        limits,
         config.seed,
         followers,
-        overlaps=device.torch_device.type != "cpu" or num_threads < num_cores(),
+        overlaps=overlaps,
         deterministic=config.deterministic,
         most_adapters=config.lora.most_loaded,
         speculation=make_speculation(config.speculative_config, shares=config.share_suffixes),
-    )
-    return engine, Ready(
-        rank.limits.max_model_len, rank.plan.num_blocks, rank.plan.block_size, model.vocab_size, report
     )
 
 
@@ -214,6 +227,7 @@ def check_limits(config: EngineConfig) -> None:
             "leave one of them out"
         )
     config.lora.check(config.parallel.num_ranks)
+    check_offload(config)
     if config.max_model_len is not None and config.max_model_len < 2:
         raise ValueError(
             f"--max-model-len {config.max_model_len}: a prompt and an answer take 2 tokens at least; 2 or more works"

@@ -33,7 +33,7 @@ PREEMPTIONS = (1, 2, 3, 4, 5, 10, 20)
 HTTP_SECONDS = (0.1, 0.5, 1)
 LABELS = ("model_name", "engine")
 HTTP_LABELS = ("handler", "method", "status")
-SOURCES = ("local_compute", "local_cache_hit")
+SOURCES = ("local_compute", "local_cache_hit", "external_kv_transfer")
 
 HISTOGRAMS = {
     "time_to_first_token_seconds": ("from arrival to the first token", FIRST_TOKEN),
@@ -62,6 +62,13 @@ COUNTERS = {
     "num_preemptions": "sequences that gave up their blocks, to be computed again",
     "prefix_cache_queries": "prompt tokens looked up in the prefix cache",
     "prefix_cache_hits": "prompt tokens found there",
+    "external_prefix_cache_queries": "prompt tokens looked up in the file of --kv-offloading-path",
+    "external_prefix_cache_hits": "prompt tokens that were read from there",
+    "kv_offload_load_bytes": "bytes of blocks that were read from there",
+    "kv_offload_load_time": "seconds that this took",
+    "kv_offload_store_bytes": "bytes of blocks that were written there",
+    "kv_offload_store_time": "seconds that this took",
+    "kv_offload_stores_skipped": "blocks that were not written there, since others were being written",
     "spec_decode_num_drafts": "sequences of steps that checked drafts",
     "spec_decode_num_draft_tokens": "drafts that were checked",
     "spec_decode_num_accepted_tokens": "drafts that were right",
@@ -72,6 +79,15 @@ TOTALS = {  # counters by the field of EngineStats that has the engine's total
     "prefix_cache_hits": "prefix_cache_hits",
     "num_drafts": "spec_decode_num_drafts",
     "num_draft_tokens": "spec_decode_num_draft_tokens",
+}
+OFFLOAD_TOTALS = {  # the same of OffloadStats
+    "num_queries": "external_prefix_cache_queries",
+    "num_hits": "external_prefix_cache_hits",
+    "load_bytes": "kv_offload_load_bytes",
+    "load_seconds": "kv_offload_load_time",
+    "store_bytes": "kv_offload_store_bytes",
+    "store_seconds": "kv_offload_store_time",
+    "num_skipped": "kv_offload_stores_skipped",
 }
 MOST_NOTED = 512  # tokens, or steps, of an engine that are counted together
 MOST_ROUTES = 1024  # whose series are remembered; a client may make up methods
@@ -105,6 +121,7 @@ class _EngineSeries:
         self.finished = _children(families.finished, labels, "finished_reason", OUTCOMES)
         self.by_source = _children(families.by_source, labels, "source", SOURCES)
         self.unparsed = families.unparsed.labels(**labels)
+        self.damaged = families.damaged.labels(**labels)
         self.by_position = families.by_position
         self._labels = labels
         self.totals: EngineStats | None = None
@@ -128,10 +145,11 @@ class _EngineSeries:
     def step(self, stats: EngineStats) -> None:
         """Take the engine's own figures."""
         before = self.totals
-        for field, name in TOTALS.items():
-            new = getattr(stats, field) - (getattr(before, field) if before is not None else 0)
-            if new:
-                self.counters[name].inc(new)
+        self._grow(TOTALS, stats, before)
+        if stats.offload is not None:
+            offload = before.offload if before is not None else None
+            self._grow(OFFLOAD_TOTALS, stats.offload, offload)
+            self.damaged.inc(stats.offload.num_damaged - (offload.num_damaged if offload is not None else 0))
         if stats.accepted_per_pos:
             self._accepted(stats.accepted_per_pos, before.accepted_per_pos if before is not None else [])
         if stats.step_tokens:
@@ -139,6 +157,12 @@ class _EngineSeries:
             if len(self.step_sizes) >= MOST_NOTED:
                 self.settle()
         self.totals = stats
+
+    def _grow(self, names: Mapping[str, str], totals: object, before: object | None) -> None:
+        for field, name in names.items():
+            new = getattr(totals, field) - (getattr(before, field) if before is not None else 0)
+            if new:
+                self.counters[name].inc(new)
 
     def _accepted(self, totals: Sequence[int], before: Sequence[int]) -> None:
         for position, (total, earlier) in enumerate(zip_longest(totals, before, fillvalue=0)):
@@ -175,6 +199,12 @@ class _Families:
             "vllm:spec_decode_num_accepted_tokens_per_pos",
             "drafts that were right, by their place among those of a sequence and step",
             (*LABELS, "position"),
+            registry=registry,
+        )
+        self.damaged = Counter(
+            "octavo:kv_offload_damaged_blocks",
+            "blocks in the file that were not what was written",
+            LABELS,
             registry=registry,
         )
         self.unparsed = Counter(
@@ -293,7 +323,7 @@ class Metrics:
             histograms["time_to_first_token_seconds"].observe(now - timeline.arrival)
             histograms["request_queue_time_seconds"].observe(timeline.scheduled - timeline.arrival)
             histograms["request_prefill_time_seconds"].observe((output.first_token_time or now) - timeline.scheduled)
-            _count_prompt(series, timeline, output.num_cached_tokens or 0)
+            _count_prompt(series, timeline, output.num_cached_tokens or 0, output.num_fetched_tokens)
         timeline.num_preemptions = output.num_preemptions
         timeline.last = now
         series.num_generated += num_tokens
@@ -327,11 +357,12 @@ class Metrics:
         histograms["request_max_num_generation_tokens"].observe(longest)
 
 
-def _count_prompt(series: _EngineSeries, timeline: Timeline, num_cached: int) -> None:
+def _count_prompt(series: _EngineSeries, timeline: Timeline, num_cached: int, num_fetched: int) -> None:
     timeline.num_cached = num_cached
     series.counters["prompt_tokens"].inc(timeline.num_prompt)
     series.counters["prompt_tokens_cached"].inc(num_cached)
-    series.by_source["local_cache_hit"].inc(num_cached)
+    series.by_source["local_cache_hit"].inc(num_cached - num_fetched)
+    series.by_source["external_kv_transfer"].inc(num_fetched)
     series.by_source["local_compute"].inc(timeline.num_prompt - num_cached)
 
 

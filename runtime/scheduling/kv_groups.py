@@ -11,7 +11,7 @@ the table are void: no kernel reads a block before the window.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Several
 from dataclasses import dataclass, field
 from itertools import chain
@@ -86,40 +86,70 @@ class KVGroups:
         for table in blocks.held():
             self.pool.release(table)
 
-    def forget(self, blocks: BlockTables) -> None:
-        """Let nobody find these blocks any more."""
-        for table in blocks.held():
-            self.pool.forget(table)
-
     def find_prefix(self, hashes: Several[bytes]) -> BlockTables:
-        """The remembered blocks of the longest prefix that every group can go on from; nothing is held until `hold`.
+        """The remembered blocks of the longest prefix that every group can go on from; nothing is held until `hold`."""
+        length = self.longest_prefix(hashes, self._is_remembered)
+        blocks = self.empty()
+        for group, begin in enumerate(self._begins(length)):
+            held = [self.pool.find(block_name(name, group)) for name in hashes[begin:length]]
+            blocks.begins[group] = begin
+            blocks.tables[group] = [0] * begin + [block for block in held if block is not None]
+        return blocks
+
+    def longest_prefix(self, hashes: Several[bytes], is_found: Callable[[bytes], bool]) -> int:
+        """How many of these blocks are the longest prefix that every group can go on from, if these names are found.
 
         A group with a window needs the blocks of the last window alone.
         """
         length = len(hashes)
         for group, window in enumerate(self.windows):
             if window is None:
-                length = self._longest(hashes, group, range(length), length)
+                length = _longest(hashes, group, range(length), length, is_found)
         while self.has_windows:
             shorter = length
             for group, window in enumerate(self.windows):
                 begin = first_seen(window, shorter * self.block_size, self.block_size)
                 if window is not None:
-                    shorter = self._longest(hashes, group, reversed(range(begin, shorter)), shorter)
+                    shorter = _longest(hashes, group, reversed(range(begin, shorter)), shorter, is_found)
             if shorter == length:
                 break
             length = shorter
-        blocks = self.empty()
-        for group, window in enumerate(self.windows):
-            begin = min(length, first_seen(window, length * self.block_size, self.block_size))
-            held = [self.pool.find(_name(name, group)) for name in hashes[begin:length]]
-            blocks.begins[group] = begin
-            blocks.tables[group] = [0] * begin + [block for block in held if block is not None]
-        return blocks
+        return length
 
-    def _longest(self, hashes: Several[bytes], group: int, places: Iterable[int], length: int) -> int:
-        """The first of these places whose block is not remembered in this group; `length` if all are."""
-        return next((i for i in places if self.pool.find(_name(hashes[i], group)) is None), length)
+    def missing(self, hashes: Several[bytes]) -> list[tuple[int, int]]:
+        """(group, entry) of the blocks which going on from this prefix takes, and which are not remembered."""
+        return [
+            (group, i)
+            for group, begin in enumerate(self._begins(len(hashes)))
+            for i in range(begin, len(hashes))
+            if not self._is_remembered(block_name(hashes[i], group))
+        ]
+
+    def reserve(self, hashes: Several[bytes], missing: Iterable[tuple[int, int]]) -> BlockTables | None:
+        """Tables to go on from this prefix with, all held, with empty blocks for what is missing; None: no room."""
+        empty = set(missing)
+        begins = self._begins(len(hashes))
+        tables = BlockTables([[0] * len(hashes) for _ in self.windows], begins)
+        found = {
+            (group, i): block
+            for group, begin in enumerate(begins)
+            for i in range(begin, len(hashes))
+            if (block := self.pool.find(block_name(hashes[i], group))) is not None
+        }
+        if len(empty) + self.pool.num_unheld(found.values()) > self.pool.num_free:
+            return None
+        self.pool.hold(found.values())
+        blocks = found | dict(zip(sorted(empty), self.pool.allocate(len(empty)), strict=True))
+        for (group, i), block in blocks.items():
+            tables.tables[group][i] = block
+        return tables
+
+    def _begins(self, length: int) -> list[int]:
+        """Of each group, the first block that going on from a prefix of so many takes."""
+        return [min(length, first_seen(window, length * self.block_size, self.block_size)) for window in self.windows]
+
+    def _is_remembered(self, name: bytes) -> bool:
+        return self.pool.find(name) is not None
 
     def num_unheld(self, blocks: BlockTables) -> int:
         """How many free blocks `hold` would take."""
@@ -143,7 +173,7 @@ class KVGroups:
             (group, i)
             for group, table in enumerate(blocks.tables)
             for i in range(max(start, blocks.begins[group]), end)
-            if self.pool.remember(table[i], _name(hashes[i], group))
+            if self.pool.remember(table[i], block_name(hashes[i], group))
         ]
 
 
@@ -163,7 +193,14 @@ def most_blocks(num_tokens: int, block_size: int, windows: Windows, chunk: int =
     )
 
 
-def _name(block_hash: bytes, group: int) -> bytes:
+def _longest(
+    hashes: Several[bytes], group: int, places: Iterable[int], length: int, is_found: Callable[[bytes], bool]
+) -> int:
+    """The first of these places whose block is not found in this group; `length` if all are."""
+    return next((i for i in places if not is_found(block_name(hashes[i], group))), length)
+
+
+def block_name(block_hash: bytes, group: int) -> bytes:
     """The same tokens have another name in each group: their blocks hold other layers."""
     return block_hash if group == 0 else block_hash + group.to_bytes(2)
 

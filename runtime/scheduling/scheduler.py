@@ -30,11 +30,10 @@ from math import inf, nextafter
 
 from octavo.runtime.messages import AddRequest, EngineStats, Logprobs, TokenOutput
 from octavo.runtime.scheduling.adapter_slots import Adapter, AdapterSlots, Admission
-from octavo.runtime.scheduling.block_pool import BlockPool
 from octavo.runtime.scheduling.drafts import DraftCounts, room_for_drafts
 from octavo.runtime.scheduling.fairness import FairShares
-from octavo.runtime.scheduling.kv_events import KVCacheEvent, KVEvents
-from octavo.runtime.scheduling.kv_groups import BlockTables, KVGroups
+from octavo.runtime.scheduling.kv_events import KVCacheEvent
+from octavo.runtime.scheduling.kv_groups import BlockTables
 from octavo.runtime.scheduling.limits import refusal_of
 from octavo.runtime.scheduling.plan import (
     ScheduledSequence,
@@ -44,6 +43,7 @@ from octavo.runtime.scheduling.plan import (
     StepResult,
     last_token_of,
 )
+from octavo.runtime.scheduling.prefix_cache import Fetch, PrefixCache
 from octavo.runtime.scheduling.sequence import Sequence, append_tokens, is_full
 from octavo.runtime.scheduling.waiting import MOST_COMPARED, Waiting, place_of, rank_of, running_order
 
@@ -53,9 +53,9 @@ class Scheduler:
 
     def __init__(self, config: SchedulerConfig, clock: Callable[[], float] = time.time) -> None:
         self.config = config
-        self._events = KVEvents(config.block_size, config.windows) if config.tells_kv_events else None
-        self.pool = BlockPool(config.num_blocks, self._events.forgotten if self._events is not None else None)
-        self._groups = KVGroups(self.pool, config.block_size, config.windows)
+        self.prefixes = PrefixCache(config)
+        self.pool = self.prefixes.pool
+        self._groups = self.prefixes.groups
         self.running: list[Sequence] = []
         self.waiting = Waiting()
         self.adapters = AdapterSlots(config.max_loras)
@@ -66,8 +66,6 @@ class Scheduler:
         self._num_added = 0
         self._num_preemptions = 0
         self._num_released = 0
-        self._num_queries = 0
-        self._num_hits = 0
         self._step_tokens = 0
         self._drafted = DraftCounts()
 
@@ -120,13 +118,17 @@ class Scheduler:
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes that no running sequence holds."""
-        self.pool.forget_unheld()
-        if self._events is not None and not self.pool.num_remembered:
-            self._events.cleared()
+        self.prefixes.reset()
 
     def take_kv_events(self) -> list[KVCacheEvent]:
         """What the prefix cache has remembered and forgotten since the last call, where the config asks for it."""
-        return [] if self._events is None else self._events.take()
+        return self.prefixes.take_events()
+
+    def end_fetch(self, fetch: Fetch, are_right: list[bool]) -> None:
+        """Blocks that a sequence waits for have been read: let it be admitted. are_right: whether each may be used."""
+        self.prefixes.end_fetch(fetch, are_right)
+        if self._live.get(fetch.sequence.request_id) is fetch.sequence:
+            self.waiting.deferred.discard(fetch.sequence.request_id)
 
     def plan(self) -> StepPlan:
         """Choose the tokens of the next step and give them blocks.
@@ -187,7 +189,7 @@ class Scheduler:
             return None
         if first.adapter is not None and not self.adapters.has_room(first.adapter, [it.adapter for it in self.running]):
             return due
-        while not self._free_slots or not self._fits(self._cached_prefix(first), len(first.token_ids)):
+        while not self._free_slots or not self._fits(self.prefixes.find(first), len(first.token_ids)):
             greedy = self._shares.one_to_give_way(first, self.running)
             if greedy is None:
                 return due
@@ -234,7 +236,7 @@ class Scheduler:
         """The tokens and columns that prompts under way leave to the one whose turn it is: none if it can't begin."""
         if due is None or not self._free_slots:
             return 0, 0
-        cached = self._cached_prefix(due)
+        cached = self.prefixes.find(due)
         needed = self._groups.num_needed(cached, len(due.token_ids))
         if needed > self.pool.num_free:
             return 0, 0
@@ -277,11 +279,14 @@ class Scheduler:
                 adapters = adapters or self.adapters.admission(it.adapter for it in self.running)
                 if not adapters.admits(sequence.adapter):
                     continue
-            blocks = self._cached_prefix(sequence)
+            blocks = self.prefixes.find(sequence)
             length = len(sequence.token_ids)
             size = self._chunk(step, sequence, length - len(blocks) * block_size)
             if size == 0 or not self._fits(blocks, length, spare=sequence is not due):
                 break
+            if self.prefixes.begin_fetch(sequence, blocks):
+                self.waiting.deferred.add(sequence.request_id)
+                continue
             admitted.append(sequence)
             self._start(sequence, blocks)
             self._extend(step, sequence, min(size, self._groups.num_free_columns * block_size), is_new=True)
@@ -293,7 +298,7 @@ class Scheduler:
         waiting = self.waiting.values()
         if self.config.policy != "lpm" or not self._free_slots:
             return waiting
-        compared = sorted(waiting[:MOST_COMPARED], key=lambda it: (not it.has_begun, -len(self._cached_prefix(it))))
+        compared = sorted(waiting[:MOST_COMPARED], key=lambda it: (not it.has_begun, -len(self.prefixes.find(it))))
         return compared + waiting[MOST_COMPARED:]
 
     def _fits(self, cached: BlockTables, length: int, *, spare: bool = True) -> bool:
@@ -313,17 +318,8 @@ class Scheduler:
         sequence.blocks = blocks
         sequence.num_planned = len(blocks) * self.config.block_size
         if sequence.num_cached is None:
-            sequence.num_cached = sequence.num_planned
+            self.prefixes.count(sequence)
             sequence.scheduled_time = self._clock()
-            self._num_queries += len(sequence.token_ids)
-            self._num_hits += sequence.num_cached
-
-    def _cached_prefix(self, sequence: Sequence) -> BlockTables:
-        """The blocks of the longest remembered prefix; the last token is always left to be computed, for its logits."""
-        if not self.config.enable_prefix_caching or sequence.wants_prompt_logprobs:
-            return self._groups.empty()
-        count = (len(sequence.token_ids) - 1) // self.config.block_size
-        return self._groups.find_prefix(sequence.block_hashes(count, self.config.block_size))
 
     def _chunk(self, step: Step, sequence: Sequence, remaining: int) -> int:
         size = min(remaining, step.tokens_left, step.limits.get(sequence.owner, remaining))
@@ -380,16 +376,7 @@ class Scheduler:
             sequence.drafts = []
         if end - start > 1:
             begin = max(0, start - sequence.num_steps)  # where a step under way is of one token, it wasn't offered
-            self._offer(sequence, begin, min(known - samples, sequence.num_prompt))
-
-    def _offer(self, sequence: Sequence, start: int, end: int) -> None:
-        """Let later sequences find the blocks that tokens start .. end fill."""
-        full = end // self.config.block_size
-        if self.config.enable_prefix_caching and full > start // self.config.block_size:
-            hashes = sequence.block_hashes(full, self.config.block_size)
-            places = self._groups.remember(sequence.blocks, hashes, start // self.config.block_size, full)
-            if self._events is not None:
-                self._events.stored(sequence, hashes, places)
+            self.prefixes.offer(sequence, begin, min(known - samples, sequence.num_prompt))
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[TokenOutput]:
         """Record what a step brought: extend sequences by their tokens, end those that are done."""
@@ -442,7 +429,7 @@ class Scheduler:
             num_right = max(0, min(self._drafted.count(scheduled, tokens), len(tokens) - 1))
             sequence.num_planned += num_right
             end = scheduled.end - scheduled.num_drafts + num_right
-            self._offer(sequence, scheduled.start, min(end, sequence.num_planned, len(sequence.token_ids)))
+            self.prefixes.offer(sequence, scheduled.start, min(end, sequence.num_planned, len(sequence.token_ids)))
         if finish_reason is not None:
             self._drop(sequence)
         taken = sequence.token_ids[num_known:]
@@ -451,7 +438,7 @@ class Scheduler:
         return sequence.output(taken, finish_reason, logprobs, now)
 
     def _end_with_error(self, sequence: Sequence, error: str, *, is_refused: bool) -> TokenOutput:
-        self._groups.forget(sequence.blocks)  # whatever made its logits unusable may stand in its keys and values
+        self.prefixes.forget(sequence)
         self._drop(sequence)
         return TokenOutput(sequence.request_id, [], finish_reason="error", error=error, is_refused=is_refused)
 
@@ -474,6 +461,7 @@ class Scheduler:
 
     def _release(self, sequence: Sequence) -> None:
         self._num_released += 1
+        self.prefixes.used(sequence)
         self._groups.release(sequence.blocks)
         self._free_slots.append(sequence.slot)
         sequence.blocks = self._groups.empty()
@@ -487,8 +475,8 @@ class Scheduler:
             num_waiting=len(self.waiting),
             kv_cache_usage=1 - self.pool.num_free / self.config.num_blocks,
             num_preemptions=self._num_preemptions,
-            prefix_cache_queries=self._num_queries,
-            prefix_cache_hits=self._num_hits,
+            prefix_cache_queries=self.prefixes.num_queries,
+            prefix_cache_hits=self.prefixes.num_hits,
             step_tokens=self._step_tokens,
             num_deferred=len(self.waiting.deferred),
             num_drafts=self._drafted.num_drafts,

@@ -34,6 +34,8 @@ class Sequence:
     prompt_logprobs  None unless asked for; grows with the prefill, sent with the first token
     num_listed       prompt tokens whose log-probabilities are there or under way; the first token has none
     cache_salt, root the request's salt, and the parent of the first block's hash, which it makes another one
+    may_fetch        whether it has still to ask for blocks of its prefix that lie in a file
+    num_fetched      of its cached tokens, those that came from there
     """
 
     __slots__ = (
@@ -50,7 +52,9 @@ class Sequence:
         "has_ended",
         "is_plain_greedy",
         "is_ready",
+        "may_fetch",
         "num_cached",
+        "num_fetched",
         "num_listed",
         "num_planned",
         "num_preemptions",
@@ -102,6 +106,8 @@ class Sequence:
         self.grammar: object = None
         self.has_ended = False
         self.num_cached: int | None = None
+        self.may_fetch = True
+        self.num_fetched = 0
         self.blocks = blocks
         self._hashes: list[bytes] = []
         self.cache_salt = request.cache_salt
@@ -162,6 +168,7 @@ class Sequence:
             logprobs=listed,
             prompt_logprobs=self.prompt_logprobs if is_first else None,
             num_cached_tokens=self.num_cached if is_first else None,
+            num_fetched_tokens=self.num_fetched if is_first else 0,
             scheduled_time=self.scheduled_time if is_first else None,
             first_token_time=now if is_first else None,
             num_preemptions=self.num_preemptions,

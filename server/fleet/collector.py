@@ -89,6 +89,9 @@ class FleetCollector(Collector):
         usage = GaugeMetricFamily(
             "vllm:kv_cache_usage_perc", "share of the KV cache's blocks in use, 0 to 1", labels=LABELS
         )
+        offloaded = GaugeMetricFamily(
+            "octavo:kv_offload_usage_perc", "share of the slots of --kv-offloading-path's file, 0 to 1", labels=LABELS
+        )
         for member in self._fleet.members:
             labels = self._labels(member)
             stats = member.stats or IDLE
@@ -97,7 +100,9 @@ class FleetCollector(Collector):
             by_reason.add_metric((*labels, "capacity"), stats.num_waiting - stats.num_deferred)
             by_reason.add_metric((*labels, "deferred"), stats.num_deferred)
             usage.add_metric(labels, stats.kv_cache_usage)
-        return running, waiting, by_reason, usage
+            if stats.offload is not None:
+                offloaded.add_metric(labels, stats.offload.usage)
+        return (running, waiting, by_reason, usage, *([offloaded] if offloaded.samples else []))
 
 
 class FleetCounters:

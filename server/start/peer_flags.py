@@ -56,6 +56,10 @@ ONE_DEVICE = (
     "nothing else is divided yet: leave it out"
 )
 NO_OFFLOAD = "weights and KV cache stay on the device: --dtype int4 makes weights small, --kv-cache-dtype the cache"
+OWN_FILE = (
+    "--kv-offloading-size GIB and --kv-offloading-path DIR keep blocks of the prefix cache in a file of octavo's own: "
+    "leave it out"
+)
 NO_KNOB = "octavo has no such setting, and answers are the same without it: leave it out"
 NO_HYBRIDS = "models with a state cache (Mamba, linear attention) are not supported yet"
 OWN_KERNELS = "octavo chooses the kernel of each layer itself, and prints it when it starts"
@@ -124,6 +128,7 @@ TABLE: tuple[PeerFlag, ...] = (
     _moot_at("--expert-placement-strategy", "linear", "--enable-expert-parallel deals experts out in their order"),
     _moot_at("--moe-a2a-backend", "none", "all ranks of an engine have all tokens: leave it out"),
     _moot_at("--cpu-offload-gb --ubatch-size --kv-offloading-size", "0", NO_OFFLOAD),
+    _moot_at("--kv-offloading-backend", "native", OWN_FILE),
     _moot_at("--tokenizer-mode", "auto hf", "the tokenizer is the checkpoint's own: leave it out"),
     _moot_at("--tokenizer-backend", "huggingface", "the tokenizer is the checkpoint's own: leave it out"),
     _moot_at("--config-format --model-config-parser", "auto hf", "config.json is what is read: leave it out"),
@@ -192,15 +197,17 @@ TABLE: tuple[PeerFlag, ...] = (
              "--mooncake-ib-device --enable-waterfill --enable-two-batch-overlap --enable-single-batch-overlap "
              "--tbo-* --enable-dsa-cache-layer-split --enable-cp-* --enable-kv-cache-sharding --gated-launch-port",
              ONE_DEVICE),
-    _refused("--disaggregation-* --kv-transfer-config --ec-transfer-config --ec-manager-config "
+    _refused("--kv-transfer-config", OWN_FILE),
+    _refused("--disaggregation-* --ec-transfer-config --ec-manager-config "
              "--num-reserved-decode-tokens --enable-pd-role-switch --optimistic-prefill-attempts --encoder-* "
              "--enable-adaptive-dispatch-to-encoder --enable-pdmux --pdmux-* --sm-group-num --decoupled-spec-*",
              "prompts and answers are computed by the same engine: leave it out"),
     # refused: caches and scheduling
-    _refused("--kv-offloading-backend --offload-* --cpu-offload-* --enable-hierarchical-cache --enable-hicache "
-             "--hicache-* --enable-unified-* --unified-cache-* --enable-linker-mla-dedup --enable-hisparse "
-             "--hisparse-config --hierarchical-sparse-* --enable-lmcache --lmcache-* --enable-flexkv --flexkv-* "
-             "--ple-offload-* --enable-paged-experts --paged-experts-* --kt-*", NO_OFFLOAD),
+    _refused("--enable-hierarchical-cache --enable-hicache --hicache-* --enable-lmcache --lmcache-* "
+             "--enable-flexkv --flexkv-*", OWN_FILE),
+    _refused("--offload-* --cpu-offload-* --enable-unified-* --unified-cache-* --enable-linker-mla-dedup "
+             "--enable-hisparse --hisparse-config --hierarchical-sparse-* --ple-offload-* --enable-paged-experts "
+             "--paged-experts-* --kt-*", NO_OFFLOAD),
     _refused("--max-total-tokens", "--kv-cache-memory-bytes or --num-gpu-blocks-override sets the cache's size"),
     _refused("--max-prefill-tokens --max-num-scheduled-tokens --prefill-max-requests",
              "--max-num-batched-tokens is the size of a step"),

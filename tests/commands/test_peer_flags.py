@@ -120,6 +120,8 @@ START_LINES = [
     "m -tp 8 -ep --no-enable-expert-parallel --enable-ep-weight-filter",
     "m --max-num-queued-reqs 64 --enable-prompt-tokens-details --enable-request-id-headers",
     'm --speculative-config \'{"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 4}\'',
+    "m --kv-offloading-size 4 --kv_offloading_backend native --kv-offloading-path d",
+    "m --kv-offloading-size 0",
     "m -sc.method suffix -sc.num_speculative_tokens 32",
     # SGLang's documentation
     "--model-path m --speculative-algorithm NGRAM --speculative-num-draft-tokens 16 --cuda-graph-max-bs 8",
@@ -142,6 +144,9 @@ def test_a_start_line_that_is_copied_starts(line: str, capsys: pytest.CaptureFix
 
 
 REFUSED = [
+    ("m --kv-offloading-size 4 --kv-offloading-backend lmcache", "--kv-offloading-backend", "--kv-offloading-path DIR"),
+    ("m --kv-transfer-config {}", "--kv-transfer-config", "--kv-offloading-path DIR"),
+    ("--model-path m --enable-hierarchical-cache", "--enable-hierarchical-cache", "--kv-offloading-size GIB"),
     ("m --tensor-parallel-size many", "--tensor-parallel-size", "a whole number"),
     (
         "m --enable-lora --lora-use-virtual-experts",

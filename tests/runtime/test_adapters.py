@@ -93,6 +93,7 @@ def run(engine: Engine, requests: list[AddRequest]) -> dict[str, list[TokenOutpu
     for request in requests:
         outputs[request.request_id] += engine.add(request)
     while engine.scheduler.waiting or engine.has_work:
+        engine.take_fetched()
         _, refused = engine.take_adapters()
         for output in [*refused, *engine.step()]:
             outputs[output.request_id].append(output)
@@ -169,6 +170,20 @@ def test_cached_prefixes_are_an_adapter_s_own(adapted: Adapted, tmp_path: Path) 
         assert output.token_ids == adapted.greedy(prompt, number, 1)
         cached[name] = output.num_cached_tokens
     assert cached == {"plain": 0, "one": 0, "other": 0, "one again": 16, "plain again": 16}
+
+
+def test_blocks_in_a_file_are_an_adapter_s_own(adapted: Adapted, tmp_path: Path) -> None:
+    prompt = list(range(3, 20))
+    cached = []
+    for number in (0, 1, None, 0, None, 1):
+        engine = adapted.engine(kv_offloading_size=0.01, kv_offloading_path=str(tmp_path))
+        if number is not None:
+            load(engine, adapted.message(number))
+        (output, *_) = run(engine, [adapted.request("r", prompt, number, max_tokens=1)])["r"]
+        assert output.token_ids == adapted.greedy(prompt, number, 1)
+        cached.append(output.num_cached_tokens)
+        engine.close()
+    assert cached == [0, 0, 0, 16, 16, 16]
 
 
 def test_preempted_requests_get_their_adapter_again(adapted: Adapted) -> None:
