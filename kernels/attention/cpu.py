@@ -1,8 +1,9 @@
 """CPU bodies of attention over a paged cache.
 
-Decode: one item of work is a group of at most 4 query heads that share a KV head, for one sequence. The scores of the
-whole context are one float32 row per head (for 32k tokens 128 KB, which fit the L2 cache), so the softmax is computed
-at once, without rescaling. Float16 and 8-bit caches are decoded block by block into a float32 tile.
+Decode: `decode_cpu` in bf16 on machines with AVX-512 BF16. Else one item of work is a group of at most 4 query heads
+that share a KV head, for one sequence. The scores of the whole context are one float32 row per head (for 32k tokens 128
+KB, which fit the L2 cache), so the softmax is computed at once, without rescaling. Float16 and 8-bit caches are decoded
+block by block into a float32 tile.
 Prefill: `prefill_cpu` in bf16 on machines with AVX-512 BF16; else keys and values are gathered out of their blocks once
 and torch's flash attention runs on them.
 Reference: `attention.reference`.
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from octavo.kernels.attention import prefill_cpu, reference
+from octavo.kernels.attention import decode_cpu, prefill_cpu, reference
 from octavo.kernels.attention.cache import AttentionShape, LayerCache
 from octavo.kernels.attention.decode_vectors import add_weighted_rows, dot_rows, fetch
 from octavo.kernels.attention.step import StepInputs
@@ -29,8 +30,6 @@ MAX_KERNEL_QUERIES = 2
 """Sequences with more new tokens go through `prefill_cpu`, where that fits. Tuned on 2 cores of a Zen 5."""
 MAX_TORCH_QUERIES = 8
 """Where it doesn't fit: with more new tokens, torch's attention runs on gathered keys and values."""
-MIN_READS = 8192
-"""Elements of keys from which on a second thread pays: each costs more here than in an elementwise pass."""
 
 # Called by kernels only: without the wrappers for callers in Python and C, which take longer to compile than the body.
 _inner = numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True)
@@ -199,7 +198,7 @@ def _run_decode(
     """Attention of every sequence with at most `most` new tokens."""
     seqs, blocks = inputs.block_tables.shape
     reads = shape.num_kv_heads * shape.head_dim * inputs.max_seq_len * seqs
-    threads = threads_for(reads, MIN_READS)
+    threads = threads_for(reads, decode_cpu.MIN_READS)
     _decode.start(
         threads,
         q.data_ptr(),
@@ -234,15 +233,16 @@ def paged_attention(q: Tensor, inputs: StepInputs, cache: LayerCache, shape: Att
         return reference.paged_attention(q, inputs, cache, shape)
     q = q.contiguous()
     out = torch.empty_like(q)
+    decode = decode_cpu.attend if decode_cpu.fits(q, cache, shape) else _run_decode
     if inputs.max_query_len == 1:
-        _run_decode(q, out, inputs, cache, shape, 1)
+        decode(q, out, inputs, cache, shape, 1)
         return out.view(q.shape[0], -1)
     starts = inputs.query_starts.tolist()
     counts = [end - begin for begin, end in pairwise(starts)]
     flash = prefill_cpu.fits(q, shape)
     most = MAX_KERNEL_QUERIES if flash else MAX_TORCH_QUERIES
     if min(counts) <= most:
-        _run_decode(q, out, inputs, cache, shape, most)
+        decode(q, out, inputs, cache, shape, most)
     if flash and max(counts) > most:
         prefill_cpu.attend(q, out, inputs, cache, shape, [n for n in counts if n > most], most + 1)
     elif not flash:

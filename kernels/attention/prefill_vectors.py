@@ -31,8 +31,11 @@ from octavo.kernels.native.llvm import (
     I64,
     broadcast,
     call,
+    dot_pairs,
+    exp2,
+    larger,
     load16,
-    multiply_add,
+    soft_cap,
     store16,
 )
 
@@ -60,40 +63,6 @@ def _store(builder: Any, value: Any, address: Any) -> None:
 
 def _all(value: float) -> Any:
     return ir.Constant(F32X16, [value] * 16)
-
-
-def _dot(builder: Any, total: Any, a: Any, b: Any) -> Any:
-    """total + the sum of each lane's two products; a, b <32 x bfloat>."""
-    return call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", F32X16, total, a, b)
-
-
-def _larger(builder: Any, a: Any, b: Any) -> Any:
-    """The larger of a and b; b where either is NaN, as the instruction has it."""
-    return builder.select(builder.fcmp_ordered(">", a, b), a, b)
-
-
-# 2 ** r for |r| <= 1/2: minimax fit, relative error below 2 ** -23; exactly 1 at 0.
-_POWERS = (
-    1.0,
-    0.6931470036506653,
-    0.24022242426872253,
-    0.05550733581185341,
-    0.009671512991189957,
-    0.001326472731307149,
-)
-
-
-def _exp2(builder: Any, x: Any) -> Any:
-    """2 ** x, 0 below -150, infinite above 128; NaN stays NaN."""
-    x = _larger(builder, _all(-160.0), x)
-    n = call(builder, "llvm.rint.v16f32", F32X16, x)
-    r = builder.fsub(x, n)
-    p = _all(_POWERS[-1])
-    for c in reversed(_POWERS[:-1]):
-        p = multiply_add(builder, p, r, _all(c))
-    mask = ir.Constant(I16, -1)
-    rounding = ir.Constant(I32, 4)
-    return call(builder, "llvm.x86.avx512.mask.scalef.ps.512", F32X16, p, n, _all(0.0), mask, rounding)
 
 
 def _transpose(builder: Any, vectors: list[Any]) -> list[Any]:
@@ -133,7 +102,7 @@ def _tile(builder: Any, totals: list[list[Any]], x: Any, row: Any, step: int, w:
             pair = _load(builder, _at(builder, address, loop.index, step), I32)
             pair = builder.bitcast(broadcast(builder, pair), BF16X32)
             for column, total in zip(columns, line_totals, strict=True):
-                builder.store(_dot(builder, builder.load(total), pair, column), total)
+                builder.store(dot_pairs(builder, builder.load(total), pair, column), total)
 
 
 def make_score_tile(rows: int, vectors: int) -> Any:
@@ -197,10 +166,10 @@ def softmax16(typingctx: Any, scores: Any, keys: Any, top: Any, total: Any, fact
             first = _at(builder, scores, loop.index, 8 * LINE)
             lines = [load16(builder, builder.add(first, _int(LINE * j)), _ANY) for j in range(8)]
             while len(lines) > 1:
-                lines = [_larger(builder, a, b) for a, b in zip(lines[::2], lines[1::2], strict=True)]
-            builder.store(_larger(builder, lines[0], builder.load(best)), best)
+                lines = [larger(builder, a, b) for a, b in zip(lines[::2], lines[1::2], strict=True)]
+            builder.store(larger(builder, lines[0], builder.load(best)), best)
         now = builder.load(best)
-        change = _exp2(builder, builder.fsub(before, now))
+        change = exp2(builder, builder.fsub(before, now))
         store16(builder, now, top)
         store16(builder, change, factor)
         added = cgutils.alloca_once_value(builder, builder.fmul(load16(builder, total, _ANY), change))
@@ -209,10 +178,10 @@ def softmax16(typingctx: Any, scores: Any, keys: Any, top: Any, total: Any, fact
         with cgutils.for_range(builder, builder.udiv(keys, _int(2))) as loop:
             at = _at(builder, scores, loop.index, 2 * LINE)
             a, b = (load16(builder, builder.add(at, _int(LINE * j)), _ANY) for j in range(2))
-            a, b = (_exp2(builder, builder.fsub(x, now)) for x in (a, b))
+            a, b = (exp2(builder, builder.fsub(x, now)) for x in (a, b))
             pair = call(builder, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", BF16X32, b, a)
             pair = builder.shuffle_vector(pair, pair, order)
-            builder.store(_dot(builder, builder.load(added), pair, ones), added)
+            builder.store(dot_pairs(builder, builder.load(added), pair, ones), added)
             _store(builder, pair, _at(builder, scores, loop.index, LINE))
         store16(builder, builder.load(added), total)
 
@@ -236,17 +205,13 @@ def mask16(typingctx: Any, scores: Any, keys: Any, first: Any, lowest: Any, high
 
 @intrinsic  # type: ignore[untyped-decorator]
 def cap16(typingctx: Any, scores: Any, keys: Any, cap: Any) -> Any:
-    """One vector of rows: replace scores 2 log2(e) x by cap * tanh(x), with tanh(x) = 1 - 2 / (e ** 2x + 1)."""
+    """One vector of rows: replace scores 2 log2(e) x by cap * tanh(x)."""
 
     def body(builder: Any, scores: Any, keys: Any, cap: Any) -> None:
         cap = broadcast(builder, cap)
-        twice = builder.fmul(cap, _all(-2.0))
         with cgutils.for_range(builder, keys) as loop:
             at = _at(builder, scores, loop.index, LINE)
-            x = load16(builder, at, _ANY)
-            x = builder.select(builder.fcmp_ordered("<", _all(160.0), x), _all(160.0), x)
-            part = builder.fdiv(twice, builder.fadd(_exp2(builder, x), _all(1.0)))
-            store16(builder, builder.fadd(cap, part), at)
+            store16(builder, soft_cap(builder, load16(builder, at, _ANY), cap), at)
 
     return _emit(3, body, types.float32)
 

@@ -97,3 +97,48 @@ def prefetch(builder: Any, address: Any, level: int) -> None:
     pointer = builder.inttoptr(address, I8.as_pointer())
     read, locality, data = (ir.Constant(I32, number) for number in (0, 4 - level, 1))
     call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, read, locality, data)
+
+
+def _all(value: float) -> Any:
+    return ir.Constant(F32X16, [value] * 16)
+
+
+def dot_pairs(builder: Any, total: Any, a: Any, b: Any) -> Any:
+    """total + the sum of each lane's two products; a, b <32 x bfloat>."""
+    return call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", F32X16, total, a, b)
+
+
+def larger(builder: Any, a: Any, b: Any) -> Any:
+    """The larger of a and b; b where either is NaN, as the instruction has it."""
+    return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+
+
+# 2 ** r for |r| <= 1/2: minimax fit, relative error below 2 ** -23; exactly 1 at 0.
+_POWERS = (
+    1.0,
+    0.6931470036506653,
+    0.24022242426872253,
+    0.05550733581185341,
+    0.009671512991189957,
+    0.001326472731307149,
+)
+
+
+def exp2(builder: Any, x: Any) -> Any:
+    """2 ** x, 0 below -150, infinite above 128; NaN stays NaN."""
+    x = larger(builder, _all(-160.0), x)
+    n = call(builder, "llvm.rint.v16f32", F32X16, x)
+    r = builder.fsub(x, n)
+    p = _all(_POWERS[-1])
+    for c in reversed(_POWERS[:-1]):
+        p = multiply_add(builder, p, r, _all(c))
+    mask = ir.Constant(I16, -1)
+    rounding = ir.Constant(I32, 4)
+    return call(builder, "llvm.x86.avx512.mask.scalef.ps.512", F32X16, p, n, _all(0.0), mask, rounding)
+
+
+def soft_cap(builder: Any, x: Any, cap: Any) -> Any:
+    """Of a vector 2 log2(e) x: cap * tanh(x), with tanh(x) = 1 - 2 / (e ** 2x + 1); cap has the same in all lanes."""
+    x = builder.select(builder.fcmp_ordered("<", _all(160.0), x), _all(160.0), x)
+    part = builder.fdiv(builder.fmul(cap, _all(-2.0)), builder.fadd(exp2(builder, x), _all(1.0)))
+    return builder.fadd(cap, part)

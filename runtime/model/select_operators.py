@@ -47,14 +47,14 @@ def warm_up(device: torch.device) -> float:
     begin = time.perf_counter()
     if device.type == "cpu":
         from octavo.kernels.attention import cpu as attention_cpu
-        from octavo.kernels.attention import prefill_cpu, rope_cpu
+        from octavo.kernels.attention import decode_cpu, prefill_cpu, rope_cpu
         from octavo.kernels.dense import cpu as dense_cpu
         from octavo.kernels.int8 import cpu as int8_cpu
         from octavo.kernels.norm import cpu as fused_cpu
 
         rooms = [fused_cpu, rope_cpu, attention_cpu]
         if cpu_features.has_dot_products():
-            rooms += [prefill_cpu, int8_cpu, dense_cpu]
+            rooms += [decode_cpu, prefill_cpu, int8_cpu, dense_cpu]
         for kernel in (kernel for room in rooms for kernel in room.KERNELS):
             kernel.compile()
     return time.perf_counter() - begin
