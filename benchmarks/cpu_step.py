@@ -107,7 +107,7 @@ class Stack:
             hidden = layers[0].enter.norm(residual)
             for layer, cache in zip(layers, self.caches, strict=True):
                 hidden, residual = layer.forward(hidden, residual, inputs, cache)
-            return head(hidden[inputs.logits_index])
+            return head(hidden[inputs.logits_index], inputs.of_rows(inputs.logits_index))
 
         return step
 
