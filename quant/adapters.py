@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -44,3 +45,12 @@ def make_slots(
     n, k = shape
     kept = torch.float32 if k % 2 else floating(dtype)
     return CpuSlots(num_slots, n, k, parts * padded_rank(max_rank), kept), "cpu"
+
+
+def joined(packed: Sequence[Any]) -> list[Any]:
+    """What `pack` has made of an adapter for several layers, behind each other in memory in this order."""
+    if not cpu_features.has_dot_products():
+        return list(packed)
+    from octavo.kernels.lora.packed import join
+
+    return list(join(packed))

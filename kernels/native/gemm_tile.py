@@ -61,7 +61,7 @@ def _load(builder: Any, address: Any, type_: Any) -> Any:
     return builder.load(builder.inttoptr(address, type_.as_pointer()), align=1)
 
 
-def _dot(builder: Any, kind: int, total: Any, x: Any, w: Any) -> Any:
+def dot(builder: Any, kind: int, total: Any, x: Any, w: Any) -> Any:
     """total + the dot products of each lane's step columns; x is the step of one row of x, as an i32."""
     spread = broadcast(builder, x)
     if kind == INT8:
@@ -73,7 +73,7 @@ def _dot(builder: Any, kind: int, total: Any, x: Any, w: Any) -> Any:
 
 
 def _decode(builder: Any, kind: int, address: Any) -> list[Any]:
-    """The vectors of one step of a slab, ready for `_dot`: one, or four of two columns each for W4."""
+    """The vectors of one step of a slab, ready for `dot`: one, or four of two columns each for W4."""
     if kind == INT8:
         return [_load(builder, address, I32X16)]
     if kind == BF16:
@@ -146,7 +146,7 @@ class _Tile:
                     at = builder.add(_at(builder, x, step, 16 if kind == W4 else 4), ir.Constant(I64, 4 * part))
                     columns = _load(builder, at, I32)
                     for w, total in zip(weights, row, strict=True):
-                        builder.store(_dot(builder, kind, builder.load(total), columns, w[part]), total)
+                        builder.store(dot(builder, kind, builder.load(total), columns, w[part]), total)
 
     def total(self, row: int, vector: int) -> Any:
         return self.builder.load(self.totals[row][vector])

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from octavo.kernels.lora.reference import LayerAdapter, LowRank, delta
 from octavo.quant.adapter_files import TENSORS, AdapterError, digest_of
-from octavo.quant.adapters import make_slots
+from octavo.quant.adapters import joined, make_slots
 from octavo.quant.formats.peft import AdapterFiles, missing, open_adapter
 from octavo.quant.linear import Linear
 from octavo.quant.printable import printable
@@ -133,13 +133,16 @@ class ModelAdapters:
         of_layers: dict[int, list[str]] = {}
         for name in modules:
             of_layers.setdefault(self._layer_of[name], []).append(name)
-        layers: dict[int, Any] = {}
-        for number, names in of_layers.items():
+        packed: list[Any] = []
+        numbers = sorted(of_layers)
+        for number in numbers:
             slots = self._layers[number].linear.adapters
             assert slots is not None
-            layers[number] = slots.pack(_layer_adapter(files, self._layers[number], {n: modules[n] for n in names}))
+            names = {name: modules[name] for name in of_layers[number]}
+            packed.append(slots.pack(_layer_adapter(files, self._layers[number], names)))
         _check_digest(directory, digest)  # nobody has written to it meanwhile
-        return LoadedAdapter(layers, sum(packed.num_bytes for packed in layers.values()))
+        layers = dict(zip(numbers, joined(packed), strict=True))
+        return LoadedAdapter(layers, sum(it.num_bytes for it in packed))
 
     def _known(self, files: AdapterFiles, name: str) -> str:
         """A module's name as the layers have it, once its tensors have been checked. Raises AdapterError."""

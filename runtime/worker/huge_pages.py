@@ -13,7 +13,8 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-HUGE_PAGE = 2 << 20
+from octavo.kernels.native.huge_memory import HUGE_PAGE
+
 MADV_COLLAPSE = 25  # linux/mman.h; Python's mmap doesn't name it yet
 
 

@@ -187,7 +187,7 @@ def test_blocks_in_a_file_are_an_adapter_s_own(adapted: Adapted, tmp_path: Path)
 
 
 def test_preempted_requests_get_their_adapter_again(adapted: Adapted) -> None:
-    engine = adapted.engine(max_loras=1, num_blocks=12, max_model_len=36, kv_cache_memory_bytes=None)
+    engine = adapted.engine(max_loras=1, max_cpu_loras=2, num_blocks=12, max_model_len=36, kv_cache_memory_bytes=None)
     load(engine, adapted.message(0), adapted.message(1))
     given = list(zip(prompts(6, seed=4), [0, 1, 0, None, 1, 0], strict=True))
     requests = [adapted.request(str(i), prompt, it, max_tokens=20) for i, (prompt, it) in enumerate(given)]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from octavo.kernels.native.huge_memory import HUGE_PAGE, huge_tensor
 from octavo.runtime.worker.huge_pages import use_huge_pages_soon
 
 MEGABYTE = 1 << 20
@@ -34,3 +35,21 @@ def test_weights_move_to_huge_pages_and_stay_as_they_are() -> None:
 
 def test_what_lies_in_no_memory_of_its_own_is_passed_over() -> None:
     use_huge_pages_soon([torch.empty(0), torch.empty(1)]).join()
+
+
+def test_memory_that_is_asked_for_has_huge_pages_as_far_as_it_fills_them() -> None:
+    if not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists():
+        pytest.skip("this kernel has no transparent huge pages")
+    before = huge_bytes()
+    small = huge_tensor(MEGABYTE)
+    small.fill_(1)
+    assert huge_bytes() == before
+    memory = huge_tensor(9 * MEGABYTE + 5)
+    assert (memory.shape, memory.data_ptr() % HUGE_PAGE) == ((9 * MEGABYTE + 5,), 0)
+    memory.fill_(1)
+    assert huge_bytes() - before == 8 * MEGABYTE
+    part = memory[-1:]
+    del memory
+    assert part.item() == 1
+    del part
+    assert huge_bytes() == before
