@@ -106,10 +106,8 @@ def routes(service: Service) -> APIRouter:
     @router.post("/v1/decisions")
     async def decisions(body: DecisionRequest, http: Request) -> Response:
         """Answer questions about an input by the probabilities of their answers."""
-        _check(body.model, http, service)
-        scored, usage = await _scored(
-            body.plain(), written(body.input), body.chat_template_kwargs or {}, body.temperature, http, service
-        )
+        service.check(body.model, http)
+        scored, usage = await _scored(body.plain(), written(body.input), body, body.temperature, http, service)
         answers = {it.asked.question.key: _decision(it, shows_tokens=body.return_prompt_token_ids) for it in scored}
         return JsonResponse(
             encode_json(
@@ -126,14 +124,13 @@ def routes(service: Service) -> APIRouter:
     @router.post("/v1/systemone")
     async def systemone(body: SystemOneRequest, http: Request) -> Response:
         """The same in the shapes of System One."""
-        _check(body.model, http, service)
-        scored, usage = await _scored(
-            body.plain(), written(body.state), body.chat_template_kwargs or {}, 1.0, http, service
-        )
+        service.check(body.model, http)
+        scored, usage = await _scored(body.plain(), written(body.state), body, 1.0, http, service)
+        is_adapter = service.model.adapter(body.model) is not None
         return JsonResponse(
             encode_json(
                 {
-                    "model": service.model.name,
+                    "model": body.model if is_adapter else service.model.name,
                     "answers": {it.asked.question.key: _system_one(it) for it in scored},
                     "usage": {"input_tokens": usage["prompt_tokens"], "output_tokens": 0},
                 }
@@ -143,18 +140,17 @@ def routes(service: Service) -> APIRouter:
     return router
 
 
-def _check(name: str | None, http: Request, service: Service) -> None:
-    service.check(name, http)
-    if service.model.adapter(name) is not None:
-        raise bad_request(f"decisions are the model's own, and {name!r} is an adapter of it", "model")
-
-
 async def _scored(
-    questions: Sequence[Question], about: str, variables: Json, temperature: float, http: Request, service: Service
+    questions: Sequence[Question],
+    about: str,
+    body: DecisionRequest | SystemOneRequest,
+    temperature: float,
+    http: Request,
+    service: Service,
 ) -> tuple[list[Scored], Json]:
-    """The answers, and how many tokens were read. Raises ApiError."""
+    """The answers, of the model or the adapter that is asked, and how many tokens were read. Raises ApiError."""
     model = service.model
-    variables = _without_thinking(variables, model)
+    variables = _without_thinking(body.chat_template_kwargs or {}, model)
     asked: list[Asked] = []
     total = 0
     pairs = await _pairs_for(questions, variables, http, service)
@@ -165,7 +161,7 @@ async def _scored(
             raise bad_request(
                 f"questions: {total} tokens of prompts; a request may send {MAX_TOKENS_SENT}", "questions"
             )
-    choices = [choice for each in asked for choice in _choices(each, model)]
+    choices = [choice for each in asked for choice in _choices(each, body.model, model)]
     for index, choice in enumerate(choices):
         choice.index = index
     deltas = await fold(service.steps(http, choices, ()), len(choices))
@@ -279,8 +275,8 @@ def _tokenized(question: Question, prompt: str, labels: Sequence[str], model: Se
     return Asked(question, ids, list(found))
 
 
-def _choices(asked: Asked, model: ServedModel) -> list[Choice]:
-    request = GenerationRequest(logprob_token_ids=asked.label_ids, **PLAIN)
+def _choices(asked: Asked, name: str | None, model: ServedModel) -> list[Choice]:
+    request = GenerationRequest(model=name, logprob_token_ids=asked.label_ids, **PLAIN)
     return make_choices([Prompt(asked.token_ids)], request, Wanted(1, 0, None), model)
 
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from octavo.inputs import TokensPrompt as TokensPrompt
     from octavo.jobs.quantize import quantize as quantize
     from octavo.llm import LLM as LLM
+    from octavo.lora_request import LoRARequest as LoRARequest
     from octavo.offline.arguments import AsyncEngineArgs as AsyncEngineArgs
     from octavo.offline.arguments import EngineArgs as EngineArgs
     from octavo.outputs import CompletionOutput as CompletionOutput
@@ -28,6 +29,7 @@ _PLACES = {
     "AsyncLLM": "octavo.async_llm",
     "EngineArgs": "octavo.offline.arguments",
     "AsyncEngineArgs": "octavo.offline.arguments",
+    "LoRARequest": "octavo.lora_request",
     "SamplingParams": "octavo.sampling_params",
     "BeamSearchParams": "octavo.sampling_params",
     "StructuredOutputsParams": "octavo.sampling_params",

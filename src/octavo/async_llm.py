@@ -17,9 +17,10 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from octavo.inputs import prompts_of
+from octavo.lora_request import LoRARequest, checked_adapters
 from octavo.offline.arguments import EngineArgs
 from octavo.offline.errors import python_errors
-from octavo.offline.refusals import checked_lora, checked_others, missing
+from octavo.offline.refusals import checked_others, missing
 from octavo.offline.start import start
 from octavo.outputs import RequestOutput
 from octavo.sampling_params import RequestOutputKind, SamplingParams
@@ -57,26 +58,28 @@ class AsyncLLM:
         sampling_params: SamplingParams,
         request_id: str,
         *,
-        lora_request: Any = None,
+        lora_request: LoRARequest | None = None,
         priority: int = 0,
         **others: Any,
     ) -> AsyncGenerator[RequestOutput, None]:
         """The answers to one prompt as they come: with each step all so far, or what sampling_params.output_kind says.
 
-        An output has those of n answers for which the step brought something. Raises ValueError and EngineError.
+        An output has those of n answers for which the step brought something. lora_request: an adapter, with
+        enable_lora=True. Raises ValueError and EngineError.
         """
         from octavo.offline.answers import GrowingRequest, TokenTexts
         from octavo.offline.requests import asked_by, choices_of, tokenized, written
         from octavo.server.generation import in_batches
 
-        checked_lora(lora_request)
+        (adapter,) = checked_adapters(lora_request, 1)
         checked_others("generate", others)
         (given,) = prompts_of(prompt)
         await self.ready()
         model = self._model.model
         kind = sampling_params.output_kind
         with python_errors():
-            asked = asked_by(sampling_params).own(given, priority)
+            asked = asked_by(sampling_params).adapted(adapter).own(given, priority)
+            await self._model.load([adapter])
             text, adds_special = await written(given, model)
             tokens = await asyncio.to_thread(tokenized, text, asked, model, adds_special=adds_special)
             choices = choices_of([(asked, tokens)], model)

@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from octavo.collector import seldom
 from octavo.inputs import Given, prompts_of
+from octavo.lora_request import Adapters, LoRARequest, checked_adapters
 from octavo.offline.arguments import EngineArgs
 from octavo.offline.errors import EngineError, python_errors
 from octavo.offline.loop_thread import LoopThread
-from octavo.offline.refusals import checked_lora, checked_others, missing
+from octavo.offline.refusals import checked_others, missing
 from octavo.offline.start import start
 from octavo.outputs import BeamSearchOutput, Metric, RequestOutput
 from octavo.sampling_params import BeamSearchParams, SamplingParams
@@ -67,7 +68,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool | Progress = True,
-        lora_request: Any = None,
+        lora_request: Adapters = None,
         priority: int | Sequence[int] | None = None,
         **others: Any,
     ) -> list[RequestOutput]:
@@ -75,19 +76,21 @@ class LLM:
 
         prompts: text, token ids, {"prompt": ...} or {"prompt_token_ids": ...}, or a list of these. sampling_params: for
         all, or one for each; None: get_default_sampling_params(). use_tqdm: a bar at stderr; or what makes one, as tqdm
-        does. priority: lower ones go first, with scheduling_policy="priority". Ctrl-C ends what runs, and the model
-        stays. Raises ValueError, in which nothing is answered, and EngineError.
+        does. lora_request: an adapter for all, or one or None for each, with enable_lora=True. priority: lower ones go
+        first, with scheduling_policy="priority". Ctrl-C ends what runs, and the model stays. Raises ValueError, in
+        which nothing is answered, and EngineError.
         """
-        checked_lora(lora_request)
         checked_others("generate", others)
-        return self._answers(prompts_of(prompts), sampling_params, use_tqdm, priority)
+        given = prompts_of(prompts)
+        adapters = checked_adapters(lora_request, len(given))
+        return self._answers(given, sampling_params, adapters, use_tqdm, priority)
 
     def chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool | Progress = True,
-        lora_request: Any = None,
+        lora_request: Adapters = None,
         priority: int | Sequence[int] | None = None,
         chat_template: str | None = None,
         *,
@@ -102,7 +105,6 @@ class LLM:
         chat_template: instead of the model's; chat_template_kwargs: its variables. tools: shown to the model; its calls
         are the answer's text, as it writes them.
         """
-        checked_lora(lora_request)
         checked_others("chat", others)
         many = [messages] if messages and isinstance(messages[0], Mapping) else messages
         options = {
@@ -116,13 +118,14 @@ class LLM:
         model = self._model.model
         with python_errors():
             conversations = [conversation_of(one, options, tools, model) for one in many]  # type: ignore[arg-type]
-        return self._answers(conversations, sampling_params, use_tqdm, priority)
+        adapters = checked_adapters(lora_request, len(conversations))
+        return self._answers(conversations, sampling_params, adapters, use_tqdm, priority)
 
     def beam_search(
         self,
         prompts: Any,
         params: BeamSearchParams,
-        lora_request: Any = None,
+        lora_request: Adapters = None,
         use_tqdm: bool | Progress = False,
         concurrency_limit: int | None = None,
     ) -> list[BeamSearchOutput]:
@@ -130,14 +133,17 @@ class LLM:
         from octavo.offline.answers import beams_of
         from octavo.offline.requests import Job, asked_by_beams
 
-        checked_lora(lora_request)
         given = prompts_of(prompts)
+        adapters = checked_adapters(lora_request, len(given))
         if concurrency_limit is not None and concurrency_limit < 1:
             raise ValueError(f"concurrency_limit is {concurrency_limit}; it must be 1 at least")
         model = self._model.model
         with python_errors():
             asked = asked_by_beams(params, model)
-        jobs = [Job(self._next_id(), one, asked.own(one, 0)) for one in given]
+        jobs = [
+            Job(self._next_id(), one, asked.adapted(adapter).own(one, 0))
+            for one, adapter in zip(given, adapters, strict=True)
+        ]
         outputs = self._run(jobs, use_tqdm, at_a_time=concurrency_limit or len(jobs) or 1)
         return [beams_of(output, one, params, model) for output, one in zip(outputs, given, strict=True)]
 
@@ -183,13 +189,14 @@ class LLM:
         self,
         given: Sequence[Given | Conversation],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        adapters: Sequence[LoRARequest | None],
         use_tqdm: bool | Progress,
         priority: int | Sequence[int] | None,
     ) -> list[RequestOutput]:
         from octavo.offline.requests import Job
 
         params = self.get_default_sampling_params() if sampling_params is None else sampling_params
-        asked = self._asked(params, len(given))
+        asked = self._asked(params, adapters)
         priorities = _for_each(priority or 0, len(given), "priority")
         jobs = [
             Job(self._next_id(), one, how.own(one, number))
@@ -197,14 +204,18 @@ class LLM:
         ]
         return self._run(jobs, use_tqdm)
 
-    def _asked(self, params: SamplingParams | Sequence[SamplingParams], count: int) -> list[Asked]:
-        """For each prompt; the same value where the parameters are the same."""
+    def _asked(
+        self, params: SamplingParams | Sequence[SamplingParams], adapters: Sequence[LoRARequest | None]
+    ) -> list[Asked]:
+        """For each prompt; the same value where the parameters and the adapter are the same."""
         from octavo.offline.requests import asked_by
 
-        each = _for_each(params, count, "sampling_params")
+        each = _for_each(params, len(adapters), "sampling_params")
         with python_errors():
             known = {id(one): asked_by(one) for one in {id(one): one for one in each}.values()}
-        return [known[id(one)] for one in each]
+        pairs = [(id(one), adapter) for one, adapter in zip(each, adapters, strict=True)]
+        of_pair = {pair: known[pair[0]].adapted(pair[1]) for pair in dict.fromkeys(pairs)}
+        return [of_pair[pair] for pair in pairs]
 
     def _run(self, jobs: list[Job], use_tqdm: bool | Progress, at_a_time: int | None = None) -> list[RequestOutput]:
         """All answers. at_a_time: so many jobs together, and then the next ones."""
@@ -215,6 +226,7 @@ class LLM:
 
         async def run() -> list[RequestOutput]:
             outputs: list[RequestOutput] = []
+            await model.load(job.asked.adapter for job in jobs)
             size = at_a_time or len(jobs) or 1
             with _bar(use_tqdm, len(jobs)) as update:  # here, since Ctrl-C within tqdm would leave its lock taken
                 for begin in range(0, len(jobs), size):

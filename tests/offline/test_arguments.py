@@ -69,8 +69,8 @@ def test_what_changes_nothing_is_told() -> None:
 @pytest.mark.parametrize(
     ("given", "kind", "said"),
     [
-        ({"enable_lora": True}, ValueError, "LLM: enable_lora: LLM takes no adapters yet"),
-        ({"max_loras": 2}, ValueError, "LLM: max_loras: LLM takes no adapters yet"),
+        ({"lora_modules": ["a=b"]}, ValueError, "LLM: lora_modules: a LoRARequest names the adapter and its directory"),
+        ({"max_loras": 0}, ValueError, "LLM: argument max_loras: '0' is not a whole number"),
         ({"speculative_config": {"method": "eagle"}}, ValueError, "method 'eagle': drafts are made by ngram, suffix"),
         ({"runner": "pooling"}, ValueError, "LLM: runner pooling: octavo generates text"),
         ({"port": 80}, ValueError, "LLM: port: there is no server"),

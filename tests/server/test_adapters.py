@@ -132,9 +132,28 @@ def test_every_dialect_takes_an_adapter(adapted: Server, adapters: Adapters, ora
         }  # fmt: skip
         assert len(set(said["one"])) == len(set(said["tiny"])) == 1
         assert said["one"] != said["tiny"]
-        question = {"q": {"type": "noun", "question": "Is it?"}}
-        decided = post(client, "/v1/decisions", model="one", input="x", questions=question)
-        assert decided.status_code == 400
+
+
+def test_an_adapter_decides(adapted: Server, adapters: Adapters) -> None:
+    """Probabilities are those of PEFT's logits at the end of the same prompt."""
+    options = [{"name": "billing"}, {"name": "bug"}]
+    question = {"id": "team", "type": "choice", "question": "Who answers?", "options": options}
+    own = {"team": {"type": "choice", "instructions": "Who answers?", "criteria": {"billing": None, "bug": None}}}
+    said = {}
+    with adapted.client() as client:
+        for name in ("tiny", "one"):
+            body = {"model": name, "input": "I was charged twice.", "questions": [question]}
+            found = post(client, "/v1/decisions", **body, return_prompt_token_ids=True).json()
+            assert found["model"] == name
+            said[name] = found["answers"]["team"]
+        state = post(client, "/v1/systemone", model="one", state="I was charged twice.", questions=own).json()
+    answer = said["one"]
+    logits = adapters.one.logits(answer["prompt_token_ids"])[-1].log_softmax(-1)[answer["label_token_ids"]]
+    assert list(answer["probabilities"].values()) == pytest.approx(logits.softmax(-1).tolist(), rel=1e-3)
+    assert answer["label_mass"] == pytest.approx(float(logits.exp().sum()), rel=1e-3)
+    assert said["tiny"]["probabilities"] != pytest.approx(answer["probabilities"], rel=1e-2)
+    assert state["model"] == "one"
+    assert state["answers"]["team"]["probabilities"] == pytest.approx(answer["probabilities"], rel=1e-3)
 
 
 def test_adapters_are_loaded_and_unloaded(adapted: Server, adapters: Adapters) -> None:

@@ -35,6 +35,7 @@ GROUND = (  # import nothing of it: everybody may import them
     "octavo.collector",
     "octavo.sampling_params",
     "octavo.inputs",
+    "octavo.lora_request",
     "octavo.outputs",
 )
 ENTRY = ("octavo", "octavo.__main__", "octavo.cli")  # what starts commands, or offers all of the package

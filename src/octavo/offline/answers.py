@@ -50,6 +50,7 @@ class GrowingRequest:
         self._output = RequestOutput(
             request_id, given.text, choices[0].request.token_ids, None, self._whole, finished=False
         )
+        self._output.lora_request = asked.adapter
 
     @property
     def is_finished(self) -> bool:
@@ -100,7 +101,8 @@ class GrowingRequest:
             total = sum(entry.logprob for entry in delta.logprobs)
         text = "" if self._texts is None else text_of(delta.parts)
         index = delta.index - self._first
-        return CompletionOutput(index, text, delta.token_ids, total, logprobs, delta.finish_reason, delta.stop_reason)
+        reasons = (delta.finish_reason, delta.stop_reason)
+        return CompletionOutput(index, text, delta.token_ids, total, logprobs, *reasons, self._asked.adapter)
 
     def _of_prompt(self, entries: Sequence[Logprobs | None]) -> PromptLogprobs:
         return [None if entry is None else self._position(entry, is_ranked=True) for entry in entries]
@@ -143,6 +145,7 @@ def beams_of(output: RequestOutput, given: Given, params: BeamSearchParams, mode
                 {name: value for name, value in prompt.items() if value is not None},
                 tokens,
                 beam.logprobs or [],
+                output.lora_request,
                 cum_logprob=beam.cumulative_logprob or 0.0,
                 text=model.tokenizer.decode(tokens, skip_special_tokens=params.skip_special_tokens),
                 finish_reason=beam.finish_reason,

@@ -27,9 +27,9 @@ from octavo.server.start.peer_flags import is_known
 OFFLINE = ("engine_timeout", "disable_log_stats")  # of those that are about serving
 NO_SERVER = "there is no server: octavo serve has it"
 AS_WRITTEN = "an answer is the text as the model has written it: octavo serve tells reasoning and calls from it"
-NO_ADAPTERS = "LLM takes no adapters yet: octavo serve does, and a checkpoint with the adapter merged works"
+NOT_BY_NAME = "a LoRARequest names the adapter and its directory: give generate or chat one as lora_request"
 REFUSED = {
-    **dict.fromkeys((*LoraOptions.__struct_fields__, *LoraServerOptions.__struct_fields__), NO_ADAPTERS),
+    **dict.fromkeys(LoraServerOptions.__struct_fields__, NOT_BY_NAME),
     "config": NO_SERVER,
     "headless": NO_SERVER,
     "tool_call_parser": AS_WRITTEN,
@@ -84,7 +84,7 @@ def _plain(value: Any) -> Any:
 
 
 def _flags() -> list[Flag]:
-    kinds = (ModelOptions, EngineConfig, ParallelConfig, TextOptions)
+    kinds = (ModelOptions, EngineConfig, ParallelConfig, LoraOptions, TextOptions)
     return [flag for flag in flags_of(*kinds) if flag.names and flag.field not in REFUSED]
 
 

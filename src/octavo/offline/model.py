@@ -5,17 +5,20 @@ What the server makes of a request is made of one here, by the same code; there 
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from octavo.lora_request import LoRARequest
 from octavo.offline.errors import EngineError, in_python
 from octavo.offline.measured import metrics_of
 from octavo.outputs import Metric
+from octavo.quant.adapter_files import AdapterError
 from octavo.quant.model_files import read_object_if_any
 from octavo.runtime.launch import EngineProcess, Launcher
 from octavo.sampling_params import SamplingParams
@@ -25,9 +28,10 @@ from octavo.server.engine_client import EngineDeadError
 from octavo.server.fleet.collector import FleetCollector
 from octavo.server.fleet.fleet import Fleet
 from octavo.server.generation import Choice, Steps, generate
+from octavo.server.lora_options import LoraModule
 from octavo.server.metrics import Metrics
 from octavo.server.served_model import ServedModel, generation_config_file
-from octavo.server.start.engines import fleet_limits
+from octavo.server.start.engines import fleet_limits, set_adapters
 from octavo.server.start.flags import ServeOptions
 from octavo.server.start.served import made_metrics, served_model
 from octavo.server.start.text_side import preparation, text_side
@@ -56,6 +60,7 @@ class OfflineModel:
         self._text.renderer.start()
         self._fleet: Fleet | None = None
         self._is_closed = False
+        self._loading = asyncio.Lock()
 
     @property
     def fleet(self) -> Fleet:
@@ -69,12 +74,13 @@ class OfflineModel:
         options = self._options
         limits = dataclasses.replace(fleet_limits(options), keeps_all=True)
         fleet = self._fleet = Fleet(self._engines, self._launcher.start, limits, options.engine.seed)
+        set_adapters(fleet, options)
         try:
             formats = await preparation(options.text, self._text, nullcontext)(fleet)
             ready = await fleet.ready()
         except (EngineDeadError, ChatTemplateError) as error:
             raise EngineError(in_python(str(error))) from None
-        self.model = served_model(options, self._text, ready, formats)
+        self.model = served_model(options, self._text, ready, formats, adapters=fleet.adapters)
         self.metrics = made_metrics(options, self.model.name, fleet, ready)
         self.metrics.register(FleetCollector(fleet, self.model.name))
         fleet.on_step = self.metrics.step
@@ -102,6 +108,30 @@ class OfflineModel:
             fleet.context.destroy(linger=0)  # the collector would wait for its sockets
         for engine in self._engines:
             engine.close()
+
+    async def load(self, adapters: Iterable[LoRARequest | None]) -> None:
+        """Have the engines know these, each of which may come again and again. Raises ValueError."""
+        for adapter in dict.fromkeys(adapters):
+            if adapter is not None:
+                async with self._loading:
+                    await self._load(adapter)
+
+    async def _load(self, adapter: LoRARequest) -> None:
+        names = self.fleet.adapters
+        name = adapter.lora_name
+        if names.max_loras is None:
+            raise ValueError("lora_request: this model was started without adapters; enable_lora=True serves them")
+        known = names.get(name)
+        if known is not None and not adapter.load_inplace:
+            if known.directory != str(adapter.directory):
+                another = f"load_inplace=True gives the name to {adapter.lora_path}"
+                raise ValueError(f"lora_request: {name!r} is {known.directory}; {another}")
+            return
+        module = LoraModule(name, adapter.lora_path, adapter.base_model_name or "")
+        try:
+            await names.load(module, in_place=adapter.load_inplace)
+        except AdapterError as error:
+            raise ValueError(f"lora_request: {in_python(str(error))}") from None
 
     def steps(self, choices: Sequence[Choice], name: str = "") -> Steps:
         """The deltas of these answers, step by step; beams all at once. name: by which they can be aborted."""

@@ -18,6 +18,7 @@ MISSING = {
     "llm_engine": "what an engine does is LLM's generate and chat, or AsyncLLM's generate",
     "start_profile": "octavo has no profiler of its own; get_metrics tells what took how long",
     "stop_profile": "octavo has no profiler of its own; get_metrics tells what took how long",
+    "add_lora": "an adapter is loaded when generate gets its LoRARequest",
     "sleep": "an engine can't sleep yet: close() ends it, and a new LLM starts it anew",
     "wake_up": "an engine can't sleep yet: close() ends it, and a new LLM starts it anew",
     "collective_rpc": "no code of others runs in the engine",
@@ -25,14 +26,6 @@ MISSING = {
     "enqueue": "generate takes any number of prompts, and AsyncLLM more while it answers",
     "wait_for_completion": "generate takes any number of prompts, and AsyncLLM more while it answers",
 }
-
-
-def checked_lora(lora_request: object) -> None:
-    """Raise ValueError where there is an adapter."""
-    if lora_request is not None:
-        raise ValueError(
-            "lora_request: LLM takes no adapters yet: octavo serve does, and a checkpoint with the adapter merged works"
-        )
 
 
 def checked_others(method: str, others: Mapping[str, Any]) -> None:

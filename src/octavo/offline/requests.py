@@ -11,6 +11,7 @@ import msgspec
 from pydantic import BaseModel, ValidationError
 
 from octavo.inputs import Given
+from octavo.lora_request import LoRARequest
 from octavo.sampling_params import BeamSearchParams, SamplingParams
 from octavo.server.dialects.conversation import ChatOptions, render_request, rendered
 from octavo.server.dialects.fields import GenerationRequest, Strict
@@ -33,13 +34,21 @@ SAME = (  # fields of SamplingParams that a request has, under the same name
 class Asked:
     """How prompts are to be answered: the server's request, and what each of its dialects names differently.
 
-    logprobs: of the likeliest tokens, how many are told; None: none at all. decodes: answers have text.
+    logprobs: of the likeliest tokens, how many are told; None: none at all. decodes: answers have text. adapter: what
+    the model answers with; None: alone.
     """
 
     request: GenerationRequest
     wanted: Wanted
     logprobs: int | None = None
     decodes: bool = True
+    adapter: LoRARequest | None = None
+
+    def adapted(self, adapter: LoRARequest | None) -> Asked:
+        """The same of an adapter, which is loaded by then."""
+        if adapter is None:
+            return self
+        return replace(self, request=self.request.model_copy(update={"model": adapter.lora_name}), adapter=adapter)
 
     def own(self, given: Given | Conversation, priority: int) -> Asked:
         """The same with what one prompt brings."""
