@@ -210,6 +210,8 @@ class Engine:
         if self.adapters is not None:
             self.adapters.end(handle.plan)
         outputs = self.scheduler.commit(handle.plan, result)
+        if self.adapters is not None:  # before the loop waits: sequences that ended may have made room for another
+            self.adapters.tidy(self.scheduler.running, self.scheduler.waiting.values())
         if self.speculation is not None:
             self.speculation.after(handle.plan, handle.seconds)
         if self.offload is not None:
