@@ -32,11 +32,13 @@ from octavo.kernels.native.llvm import (
     masked_load,
     masked_store,
     multiply_add,
+    prefetch,
     store16,
 )
 
 TOGETHER = 4  # rows that a slab of A, or a block of B, is multiplied with at once
 SLABS = 3  # slabs that a row is multiplied with at once, at most
+_AHEAD = 2048  # bytes to what is fetched of an adapter meanwhile: with one row, the processor's own fetching is as good
 
 
 def _make_shrink(kind: int, rows: int, slabs: int) -> Any:
@@ -75,6 +77,9 @@ def _make_shrink(kind: int, rows: int, slabs: int) -> Any:
                 builder.store(ir.Constant(F32X16, [0.0] * LANES), total)
 
             def accumulate(step: Any, sums: list[list[Any]]) -> None:
+                if rows > 1:
+                    for place in weights:
+                        prefetch(builder, builder.add(at(place, step, SLAB_STEP), constant(_AHEAD)), 1)
                 loaded = [load(at(place, step, SLAB_STEP), I32X16) for place in weights]
                 vectors = [builder.bitcast(w, BF16X32 if kind == BF16 else F32X16) for w in loaded]
                 for place, row in zip(inputs, sums, strict=True):
@@ -150,6 +155,9 @@ def _make_expand(kind: int, rows: int) -> Any:
                 builder.store(ir.Constant(F32X16, [0.0] * LANES), total)
             with cgutils.for_range(builder, rank) as loop:
                 block = at(b, loop.index, size * WIDTH)
+                if rows > 1:
+                    for line in range(0, size * WIDTH, 64):
+                        prefetch(builder, builder.add(block, ir.Constant(I64, _AHEAD + line)), 1)
                 places = [builder.add(block, ir.Constant(I64, size * LANES * v)) for v in range(vectors)]
                 weights = [load16(builder, place, kind) for place in places]
                 for place, row in zip(lows, totals, strict=True):
